@@ -1,0 +1,2419 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "pymongo>=4.10",
+#     "python-dotenv>=1.0",
+#     "tqdm>=4.66",
+#     "urllib3>=2.3",
+#     "websocket-client>=1.8",
+# ]
+# ///
+"""stockrt: collects the latest trades of stocks, currency pairs and crypto.
+
+The trades come in batches from the Infoway REST API and go into MongoDB, or into a local SQLite file
+where no MongoDB is configured. Data goes one way through the rooms below, leaves first, `main` last:
+
+    text -> codes -> batches -> answers -> trades -> documents -> store -> report -> text
+
+Rooms: errors, settings, instruments, quota, Infoway, stores, collector, command line.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  (before anything that an older Python could not import)
+    raise SystemExit(
+        f"stockrt needs Python 3.11 or newer; this is {sys.version.split()[0]} ({sys.executable})"
+    )
+
+import argparse
+import contextlib
+import difflib
+import hashlib
+import ipaddress
+import json
+import logging
+import os
+import queue
+import random
+import re
+import signal
+import threading
+import time
+import unicodedata
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, cast
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+if TYPE_CHECKING:  # what a path does not need is imported where it is needed: it costs start time and memory
+    import sqlite3
+
+    from pymongo import MongoClient
+    from pymongo.collection import Collection
+    from urllib3.connection import HTTPConnection
+
+__version__ = "1.0.0"
+
+log = logging.getLogger("stockrt")
+
+
+# ======================================================================================================
+# Errors
+# ======================================================================================================
+
+
+class StockrtError(Exception):
+    """Root of everything that stockrt raises by itself.
+
+    StockrtError            exit 1
+    ├── UsageError          exit 64: the command line; says which flag
+    ├── SettingsError       exit 78: the settings; holds every fault found
+    ├── InstrumentError     a code that cannot be asked for; says what to type instead
+    ├── NoKeyError          no API key can serve now; says which key is out, why and until when
+    ├── Interrupted         the run was asked to stop
+    └── StoreError          the store did not take what it was given; says which setting mends it
+
+    Each message says what came, what was expected and which setting or flag changes it.
+    """
+
+    exit_code = 1
+
+
+class UsageError(StockrtError):
+    """The command line cannot be understood; exit status 64 (EX_USAGE of sysexits.h)."""
+
+    exit_code = 64
+
+
+class SettingsError(StockrtError):
+    """The settings have faults; exit status 78 (EX_CONFIG of sysexits.h).
+
+    `faults` holds one sentence for each, secrets masked.
+    """
+
+    exit_code = 78
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = tuple(faults)
+
+
+class InstrumentError(StockrtError):
+    """A code that is refused before any request is made."""
+
+
+class NoKeyError(StockrtError):
+    """No API key can serve this product now."""
+
+
+class Interrupted(StockrtError):
+    """The run was asked to stop while it waited."""
+
+
+class StoreError(StockrtError):
+    """The store is away or refuses to work; nothing of the write counts as stored."""
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """Return `text` as one printable line of at most `limit` characters, control characters escaped."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text).strip())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+# ======================================================================================================
+# Settings
+# ======================================================================================================
+
+# Looked for in this order when --env-file is not given; the first that exists is the one that is read.
+ENV_FILE_PLACES = (
+    Path("stockrt.env"),
+    Path(".env"),
+    Path("config/.env"),
+    Path("/etc/stockrt/stockrt.env"),
+)
+# Names with these beginnings are ours: an unknown one in the file is a misspelling worth a warning.
+OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_")
+# A shorter secret would mask pieces of ordinary words; no real key or password is that short.
+SHORTEST_SECRET = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an API key may ask for; 0 means no limit."""
+
+    name: str
+    per_second: float
+    per_minute: int
+
+    def windows(self) -> tuple[tuple[int, float], ...]:
+        """Return the sliding windows that keep the plan: (requests, seconds)."""
+        if not self.per_second:
+            return ()
+        burst = max(1, int(self.per_second))  # 2.5 a second is 2 in every 0.8 s; 0.2 is 1 in every 5 s
+        second = (burst, burst / self.per_second)
+        return (second, (self.per_minute, 60.0)) if self.per_minute else (second,)
+
+
+# Requests per second and per minute of each plan: Infoway's price list.
+PLANS = {
+    "free": Plan("free", 1, 60),
+    "basic": Plan("basic", 2, 120),
+    "premium": Plan("premium", 10, 600),
+    "pro": Plan("pro", 20, 1200),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that can be set, checked. Made by `load_settings`; nothing else reads the environment."""
+
+    api_keys: tuple[str, ...] = field(repr=False)
+    api_base_url: str
+    plan: Plan
+    mongodb_uri: str = field(repr=False)
+    mongodb_db_name: str
+    realtime_name: str
+    close_name: str
+    numeric_type: str
+    server_host: str
+    server_port: int
+    server_tls: bool
+    heartbeat_s: float
+    module_name: str
+    module_description: str
+    state_directory: Path
+    log_level: str
+    color: bool = True
+
+    def secrets(self) -> tuple[str, ...]:
+        """Return every text that must not be shown, the longest first."""
+        found = {*self.api_keys, self.mongodb_uri}
+        match = _USERINFO.search(self.mongodb_uri)
+        if match and ":" in match[1]:
+            password = match[1].partition(":")[2]
+            found |= {password, unquote(password)}
+        return tuple(sorted((s for s in found if len(s) >= SHORTEST_SECRET), key=len, reverse=True))
+
+    def redact(self, text: str) -> str:
+        """Return `text` with every secret replaced."""
+        for secret in self.secrets():
+            text = text.replace(secret, "***")
+        return text
+
+    def mongodb_shown(self) -> str:
+        """Return the MongoDB string without its user and password."""
+        return mask_uri(self.mongodb_uri)
+
+    def platform_url(self) -> str:
+        """Return the platform's HTTP base URL, or '' where none is set."""
+        if not (self.server_host and self.server_port):
+            return ""
+        host = f"[{self.server_host}]" if ":" in self.server_host else self.server_host
+        return f"http{'s' if self.server_tls else ''}://{host}:{self.server_port}"
+
+
+class LoadedSettings(NamedTuple):
+    """The settings, the file they came from (None: the environment alone) and warnings to show."""
+
+    settings: Settings
+    source: Path | None
+    warnings: tuple[str, ...]
+
+
+_USERINFO = re.compile(r"^[a-z+]+://(.*)@", re.IGNORECASE)
+
+
+def mask_uri(uri: str) -> str:
+    """Return a URI with its user and password replaced: everything up to the last `@` goes."""
+    return _USERINFO.sub(lambda m: uri[: uri.index("://") + 3] + "***@", uri)
+
+
+def uri_options(uri: str) -> dict[str, str]:
+    """Return the options of a MongoDB connection string, names in lower case."""
+    return {name.lower(): value for name, value in parse_qsl(uri.partition("?")[2], keep_blank_values=True)}
+
+
+def _expect(good: bool) -> None:
+    if not good:
+        raise ValueError
+
+
+def _text(shortest: int, longest: int) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        _expect(shortest <= len(value) <= longest and value.isprintable())
+        return value
+
+    return parse
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        number = float(value)
+        _expect(low <= number <= high)
+        return number
+
+    return parse
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        _expect(value.lower() in words)
+        return value.lower()
+
+    return parse
+
+
+def _port(value: str) -> int:
+    _expect(value.isascii() and value.isdigit() and 1 <= int(value) <= 65535)
+    return int(value)
+
+
+def _switch(value: str) -> bool:
+    _expect(value.lower() in ("0", "1", "false", "true", "no", "yes", "off", "on"))
+    return value.lower() in ("1", "true", "yes", "on")
+
+
+def _api_keys(value: str) -> tuple[str, ...]:
+    keys = tuple(dict.fromkeys(key.strip() for key in value.split(",")))
+    _expect(all(re.fullmatch(r"[!-~]+", key) for key in keys))  # it travels in an HTTP header
+    return keys
+
+
+def _base_url(value: str) -> str:
+    parts = urlsplit(value)
+    _expect(parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0)
+    _expect(
+        not (parts.query or parts.fragment or "@" in parts.netloc)
+        and re.fullmatch(r"[!-~]+", value) is not None
+    )
+    return value.rstrip("/")
+
+
+def _plan(value: str) -> Plan:
+    if value.lower() in PLANS:
+        return PLANS[value.lower()]
+    rate = _number(0, 10_000)(value)
+    _expect(rate == 0 or rate >= 0.01)
+    return Plan(value, rate, int(rate * 60))
+
+
+def _mongodb_uri(value: str) -> str:
+    match = re.fullmatch(r"(mongodb|mongodb\+srv)://(?:([^/]*)@)?([^/?@]+)(?:/([^?]*))?(?:\?(.*))?", value)
+    _expect(match is not None)
+    assert match is not None  # for the type checker: _expect has raised
+    _expect("@" not in (match[2] or "") and (match[2] or "").count(":") <= 1)
+    for host in match[3].split(","):
+        name, _, port = (
+            host.rpartition(":") if re.search(r":\d*$", host) and "]" not in host[-1:] else (host, "", "")
+        )
+        _expect(bool(name) and (not port or bool(_port(port))))
+    _expect(uri_options(value).get("w") != "0")  # unacknowledged writes could not be counted as stored
+    return value
+
+
+def _database_name(value: str) -> str:
+    _expect(0 < len(value.encode()) <= 63 and not set(value) & set('/\\. "$*<>:|?\0'))
+    return value
+
+
+def _collection_name(value: str) -> str:
+    _expect(
+        0 < len(value.encode()) <= 120 and not set(value) & set("$\0") and not value.startswith("system.")
+    )
+    return value
+
+
+def _host(value: str) -> str:
+    bare = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(bare))
+    _expect(
+        re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_-]+)*\.?", bare)
+        is not None
+    )
+    _expect(not re.fullmatch(r"[\d.]+", bare))  # 10.0.0 or 10.0.0.256: a mistyped address, not a name
+    return bare
+
+
+def _directory(value: str) -> Path:
+    path = Path(value.partition(":")[0])  # systemd joins several with colons; ours is the first
+    _expect(path.is_absolute())
+    return path
+
+
+class Setting(NamedTuple):
+    """One row of the settings' table."""
+
+    name: str
+    attribute: str
+    default: str
+    expected: str
+    parse: Callable[[str], object]
+    secret: bool = False
+    old_name: str = ""
+
+
+SETTINGS = (
+    Setting("INFOWAY_API_KEY", "api_keys", "", "one or several keys, comma-separated, ASCII without blanks",
+            _api_keys, secret=True),
+    Setting("INFOWAY_API_BASE_URL", "api_base_url", "https://data.infoway.io", "an http:// or https:// URL",
+            _base_url),
+    Setting("INFOWAY_PLAN", "plan", "free",
+            "free, basic, premium, pro, or requests per second as a number (0: no limit)", _plan),
+    Setting("MONGODB_HOST", "mongodb_uri", "",
+            "mongodb://[user:password@]host[:port][/…] or mongodb+srv://…, with / : @ % in user and password "
+            "percent-encoded and acknowledged writes (no w=0)", _mongodb_uri, secret=True),
+    Setting("MONGODB_DB_NAME", "mongodb_db_name", "forecast_platform",
+            "a database name of at most 63 bytes without / \\ . \" $ * < > : | ? or blanks", _database_name),
+    Setting("MONGODB_REALTIME_COLLECTION_NAME", "realtime_name", "realtime",
+            "a collection name of at most 120 bytes without $, not system.…", _collection_name,
+            old_name="MONGODB_COLLECTION_NAME"),
+    Setting("MONGODB_CLOSE_COLLECTION_NAME", "close_name", "close",
+            "a collection name of at most 120 bytes without $, not system.…", _collection_name),
+    Setting("MONGODB_NUMERIC_TYPE", "numeric_type", "string", "string, decimal or double",
+            _one_of("string", "decimal", "double")),
+    Setting("SERVER_IP", "server_host", "", "a host name or an address, without http:// and without a port",
+            _host),
+    Setting("SERVER_PORT", "server_port", "", "a number from 1 to 65535", _port),
+    Setting("SERVER_TLS", "server_tls", "0", "0 (http, ws) or 1 (https, wss)", _switch),
+    Setting("HEARTBEAT_INTERVAL", "heartbeat_s", "10", "seconds from 1 to 3600", _number(1, 3600)),
+    Setting("MODULE_NAME", "module_name", "股票实时数据获取模块", "1 to 100 printable characters",
+            _text(1, 100)),
+    Setting("MODULE_DESCRIPTION", "module_description", "获取股票、外汇、加密货币的最新成交并写入 MongoDB",
+            "at most 500 printable characters", _text(0, 500)),
+    Setting("STATE_DIRECTORY", "state_directory", "", "an absolute path", _directory),
+    Setting("LOG_LEVEL", "log_level", "info", "debug, info, warning or error",
+            _one_of("debug", "info", "warning", "error")),
+)  # fmt: skip
+
+# What an attribute is when its setting has neither a value nor a default that could be parsed.
+_WHEN_UNSET: dict[str, object] = {"api_keys": (), "mongodb_uri": "", "server_host": "", "server_port": 0}
+
+
+def default_state_directory(environ: Mapping[str, str], is_root: bool) -> Path:
+    """Return where state lives when STATE_DIRECTORY is not set: /var/lib for root, else the XDG place."""
+    if is_root:
+        return Path("/var/lib/stockrt")
+    base = environ.get("XDG_STATE_HOME") or os.path.join(environ.get("HOME") or "/", ".local/state")
+    return Path(base) / "stockrt"
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """Return the names and values of an env file; nothing in it is expanded.
+
+    Raises SettingsError when it cannot be read, is not UTF-8, or has a line that is no NAME=value.
+    """
+    from dotenv.parser import parse_stream
+
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            lines = list(parse_stream(stream))
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SettingsError([f"{path}: cannot be read: {why}; --env-file names another file"]) from None
+    broken = [
+        f"{path}, line {b.original.line}: expected NAME=value (not shown: it may hold a secret)"
+        for b in lines
+        if b.error
+    ]
+    if broken:
+        raise SettingsError(broken)
+    return {b.key: b.value for b in lines if b.key is not None and b.value is not None}
+
+
+def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | None, str]:
+    """Return the file to read (None: none) and a warning ('' for none).
+
+    A named file must be readable, which `read_env_file` sees to. One of the usual places that exists but
+    may not be read is passed over with a warning: a service gets its settings from its service manager.
+    """
+    if named is not None:
+        return named, ""
+    for place in places:
+        with contextlib.suppress(OSError):  # a directory on the way that may not be searched: as not there
+            if place.is_file():
+                if os.access(place, os.R_OK):
+                    return place, ""
+                return None, f"{place} is there but may not be read by this user; left out"
+    return None, ""
+
+
+def load_settings(
+    environ: Mapping[str, str],
+    env_file: Path | None = None,
+    places: Iterable[Path] = ENV_FILE_PLACES,
+    is_root: bool | None = None,
+) -> LoadedSettings:
+    """Read and check all settings: the environment is stronger than the file, the file than the defaults.
+
+    An empty value counts as not set. Raises SettingsError with every fault at once.
+    """
+    source, warning = find_env_file(env_file, places)
+    from_file = read_env_file(source) if source else {}
+    warnings = [warning] if warning else []
+    warnings += [_misspelled(name, source) for name in from_file if _is_unknown(name)]
+    values: dict[str, Any] = dict(_WHEN_UNSET)
+    faults: list[str] = []
+    for setting in SETTINGS:
+        name, text = _look_up(setting, environ, from_file)
+        if not text and not setting.default:
+            continue
+        try:
+            values[setting.attribute] = setting.parse(text or setting.default)
+        except ValueError:
+            shown = _masked(setting, text)
+            where = "environment" if environ.get(name) else str(source)
+            faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
+    if values.get("realtime_name") is not None and values.get("realtime_name") == values.get("close_name"):
+        faults.append(f"MONGODB_CLOSE_COLLECTION_NAME={values['close_name']!r}: expected another name than "
+                      "MONGODB_REALTIME_COLLECTION_NAME has")  # fmt: skip
+    if faults:
+        raise SettingsError(faults)
+    is_root = os.geteuid() == 0 if is_root is None else is_root
+    values.setdefault("state_directory", default_state_directory(environ, is_root))
+    values.setdefault("module_description", "")
+    return LoadedSettings(Settings(**values, color=not environ.get("NO_COLOR")), source, tuple(warnings))
+
+
+def _look_up(setting: Setting, environ: Mapping[str, str], from_file: Mapping[str, str]) -> tuple[str, str]:
+    for origin in (environ, from_file):
+        for name in filter(None, (setting.name, setting.old_name)):
+            if name in origin:
+                return name, origin[name].strip()
+    return setting.name, ""
+
+
+def _masked(setting: Setting, text: str) -> str:
+    if setting.secret:
+        return repr(mask_uri(text)) if setting.attribute == "mongodb_uri" and "@" in text else "'***'"
+    return repr(one_line(text, 100))
+
+
+def _is_unknown(name: str) -> bool:
+    return name.startswith(OUR_PREFIXES) and name not in _known_names()
+
+
+def _known_names() -> list[str]:
+    return [name for setting in SETTINGS for name in (setting.name, setting.old_name) if name]
+
+
+def _misspelled(name: str, source: Path | None) -> str:
+    near = difflib.get_close_matches(name, _known_names(), n=1, cutoff=0)
+    return f"{source}: {name} is no setting and has no effect; did you mean {near[0]}?"
+
+
+# ======================================================================================================
+# Instruments: from what a person typed to (code, product)
+# ======================================================================================================
+
+
+class Market(NamedTuple):
+    """Where a suffix belongs: the API's product, and the exchange's time zone (IANA)."""
+
+    product: str
+    zone: str
+
+
+# The API's products and the form of their codes: Infoway's documentation.
+MARKETS = {
+    "US": Market("stock", "America/New_York"),
+    "HK": Market("stock", "Asia/Hong_Kong"),
+    "SH": Market("stock", "Asia/Shanghai"),
+    "SZ": Market("stock", "Asia/Shanghai"),
+    "JP": Market("japan", "Asia/Tokyo"),
+    "KS": Market("korea", "Asia/Seoul"),
+    "IN": Market("india", "Asia/Kolkata"),
+    "TW": Market("taiwan", "Asia/Taipei"),
+}
+# Instruments without a suffix keep the clock of their main market.
+PRODUCT_ZONES = {"common": "America/New_York", "crypto": "UTC"}
+PRODUCTS = ("stock", "japan", "korea", "india", "taiwan", "crypto", "common")
+# A workflow of the platform may send any code there: asked once more at this product before it fails.
+FALLBACK_PRODUCT = "stock"
+# What other programs call the same exchange.
+SUFFIX_ALIASES = {"SS": "SH", "N": "US", "O": "US", "T": "JP", "NS": "IN", "KR": "KS"}
+# First digit of a Chinese A-share number -> exchange.
+A_SHARE_EXCHANGE = {"6": "SH", "9": "SH", "0": "SZ", "2": "SZ", "3": "SZ"}
+# ISO 4217 codes that are quoted against each other, and the metals (XAU …).
+CURRENCIES = frozenset(
+    "USD EUR JPY GBP CNY CNH AUD NZD CAD CHF HKD SGD KRW TWD INR THB MYR IDR PHP VND MOP SEK NOK DKK PLN CZK "
+    "HUF TRY RUB ZAR MXN BRL ARS CLP COP PEN ILS AED SAR QAR KWD EGP NGN KES PKR BDT LKR KZT UAH RON BGN ISK "
+    "XAU XAG XPT XPD".split()
+)
+# Energy that the API lists at `common` without being a pair.
+ENERGY = frozenset("USOIL UKOIL NGAS NATGAS WTIUSD BRENTUSD".split())
+# What crypto pairs are quoted in; a pair such as BTCUSD is told from currencies by its other half.
+CRYPTO_QUOTES = ("USDT", "USDC", "FDUSD", "TUSD", "BUSD", "BTC", "ETH", "BNB")
+CRYPTO_COINS = frozenset("BTC ETH BNB SOL XRP ADA DOGE LTC BCH DOT TRX LINK AVAX".split())
+# The API's codes are far shorter; a longer text is no code, whatever it holds.
+MAX_CODE_LENGTH = 32
+_CODE_ALPHABET = re.compile(r"[A-Z0-9.&^=_-]+")
+_SEPARATORS = re.compile(r"[\s,;，；、]+")  # noqa: RUF001  (Chinese commas are meant)
+
+
+class Instrument(NamedTuple):
+    """A code in the API's own form, and the product it is asked at."""
+
+    code: str
+    product: str
+
+
+def split_codes(text: str) -> list[str]:
+    """Return the codes of a text in which commas (Chinese ones too), semicolons or blanks separate them."""
+    return [code for code in _SEPARATORS.split(text) if code]
+
+
+def parse_code(raw: object) -> Instrument:
+    """Return the instrument that a person or the platform meant by `raw` (a text or a whole number).
+
+    `product:CODE` names the product outright, for a code whose form does not tell it (`common:US500`).
+    Raises InstrumentError, which says what to type instead; nothing that could change a URL gets through.
+    """
+    text = unicodedata.normalize("NFKC", _code_text(raw)).strip().upper()
+    named, _, rest = text.rpartition(":")
+    if named.lower() in PRODUCTS:
+        return Instrument(_safe(rest.strip(), raw), named.lower())
+    code = _safe(text, raw)
+    symbol, dot, suffix = code.rpartition(".")
+    if not dot:
+        return _without_suffix(code)
+    if suffix not in MARKETS:
+        raise InstrumentError(f"unknown exchange .{suffix}: {_proposal(symbol, suffix)}")
+    return Instrument(_with_suffix(symbol, suffix), MARKETS[suffix].product)
+
+
+def zone_of(code: str, product: str = "") -> str:
+    """Return the IANA zone of the exchange that `code` is traded at."""
+    suffix = code.rpartition(".")[2] if "." in code else ""
+    if suffix in MARKETS:
+        return MARKETS[suffix].zone
+    return PRODUCT_ZONES.get(product or _bare_product(code), "UTC")
+
+
+def _code_text(raw: object) -> str:
+    if isinstance(raw, str):
+        return raw
+    if (
+        isinstance(raw, bool)
+        or not isinstance(raw, int | float)
+        or raw != raw
+        or raw in (float("inf"), float("-inf"))
+    ):
+        raise InstrumentError(f"no code: {one_line(repr(raw), 40)}; expected a text such as AAPL.US")
+    if raw != int(raw):
+        raise InstrumentError(f"no code: {raw!r}; expected a whole number or a text such as 600519.SH")
+    return str(int(raw)) if abs(raw) < 10**MAX_CODE_LENGTH else "9" * (MAX_CODE_LENGTH + 1)
+
+
+def _safe(code: str, raw: object) -> str:
+    """Return `code` if it is made of code characters only: the one gate before any URL."""
+    if not code:
+        raise InstrumentError("an empty code; expected one such as AAPL.US")
+    if len(code) > MAX_CODE_LENGTH:
+        raise InstrumentError(f"{len(code)} characters; a code has at most {MAX_CODE_LENGTH}")
+    if not _CODE_ALPHABET.fullmatch(code) or ".." in code or not any(c.isalnum() for c in code):
+        raise InstrumentError(
+            "characters that no code has; expected letters, digits and dots such as AAPL.US"
+        )
+    return code
+
+
+def _with_suffix(symbol: str, suffix: str) -> str:
+    if not symbol.strip("."):
+        raise InstrumentError(f"nothing before .{suffix}; expected a code such as {_EXAMPLES[suffix]}")
+    if suffix == "HK" and symbol.isdigit():
+        number = symbol.lstrip("0")
+        if not 1 <= len(number) <= 5:
+            raise InstrumentError(f"{symbol}.HK: expected one to five digits such as 00700.HK")
+        return f"{number:0>5}.HK"
+    if suffix in ("SH", "SZ") and not re.fullmatch(r"\d{6}", symbol):
+        raise InstrumentError(f"{symbol}.{suffix}: expected six digits such as {_EXAMPLES[suffix]}")
+    return f"{symbol}.{suffix}"
+
+
+_EXAMPLES = {"US": "AAPL.US", "HK": "00700.HK", "SH": "600519.SH", "SZ": "000001.SZ", "JP": "7203.JP",
+             "KS": "005930.KS", "IN": "RELIANCE.IN", "TW": "2330.TW"}  # fmt: skip
+
+
+def _without_suffix(code: str) -> Instrument:
+    if re.fullmatch(r"\d{6}", code) and code[0] in A_SHARE_EXCHANGE:
+        return Instrument(f"{code}.{A_SHARE_EXCHANGE[code[0]]}", "stock")
+    if product := _bare_product(code):
+        return Instrument(code, product)
+    raise InstrumentError(f"no exchange given: {_bare_proposal(code)}")
+
+
+def _bare_product(code: str) -> str:
+    """Return the product of a code without suffix, '' when its form does not tell."""
+    if code in ENERGY or (len(code) == 6 and code[:3] in CURRENCIES and code[3:] in CURRENCIES):
+        return "common"
+    if any(code.endswith(quoted) and len(code) >= len(quoted) + 2 for quoted in CRYPTO_QUOTES):
+        return "crypto"
+    return "crypto" if any(code.startswith(c) and code[len(c) :] in CURRENCIES for c in CRYPTO_COINS) else ""
+
+
+def _bare_proposal(code: str) -> str:
+    if not code.isdigit():
+        return f"did you mean {code}.US?"
+    if len(code) <= 5:
+        return f"did you mean {code:0>5}.HK, or {code:0>6}.SZ?"
+    return f"did you mean {code}.SH or {code}.SZ?" if len(code) == 6 else "expected six digits such as 600519"
+
+
+def _proposal(symbol: str, suffix: str) -> str:
+    if suffix in SUFFIX_ALIASES:
+        return f"did you mean {symbol}.{SUFFIX_ALIASES[suffix]}?"
+    if re.fullmatch(r"[A-Z]", suffix):
+        return f"did you mean {symbol}.{suffix}.US?"
+    return f"expected one of {' '.join('.' + name for name in MARKETS)}"
+
+
+# ------------------------------------------------------------------------------------------------------
+# Batches
+# ------------------------------------------------------------------------------------------------------
+
+# The API refuses more with `ret` 505.
+MAX_BATCH = 100
+# Buckets of the duplicate check: with 100,000 codes about 25 in each, one short text search per code.
+_BUCKETS = 4096
+
+
+class Batch(NamedTuple):
+    """Codes that are asked for in one request, joined by commas as the URL has them.
+
+    A joined text and not a list: 100,000 codes are then one megabyte, not ten.
+    """
+
+    product: str
+    codes: str
+
+    def split(self) -> list[str]:
+        """Return the codes one by one."""
+        return self.codes.split(",")
+
+
+class BatchPlan:
+    """Turns codes into batches of one product each, every code once, in the order they came.
+
+    `total` counts distinct codes, those that cannot be asked included; `failures` says of each why.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.failures: dict[str, str] = {}
+        self.batches: list[Batch] = []
+        self._open: dict[str, list[str]] = {}
+        self._seen = [","] * _BUCKETS
+
+    def add(self, raw: object) -> None:
+        """Take one code as it was typed."""
+        try:
+            instrument = parse_code(raw)
+        except InstrumentError as error:
+            shown = one_line(raw, MAX_CODE_LENGTH + 8) or "''"
+            self.total += shown not in self.failures
+            self.failures[shown] = str(error)
+            return
+        self.add_instrument(instrument)
+
+    def add_instrument(self, instrument: Instrument) -> None:
+        """Take one code that is already in the API's form."""
+        code, product = instrument
+        bucket = hash(code) % _BUCKETS
+        if f",{code}," in self._seen[bucket]:
+            return
+        self._seen[bucket] += code + ","
+        self.total += 1
+        waiting = self._open.setdefault(product, [])
+        waiting.append(code)
+        if len(waiting) == MAX_BATCH:
+            self._close(product)
+
+    def finish(self) -> list[Batch]:
+        """Close the batches that are not full, and return all."""
+        for product in list(self._open):
+            self._close(product)
+        self._seen = []
+        return self.batches
+
+    def _close(self, product: str) -> None:
+        if codes := self._open.pop(product):
+            self.batches.append(Batch(product, ",".join(codes)))
+
+
+def plan_batches(codes: Iterable[object]) -> BatchPlan:
+    """Return the finished plan for `codes`, which are read once and not kept."""
+    plan = BatchPlan()
+    for code in codes:
+        plan.add(code)
+    plan.finish()
+    return plan
+
+
+# ======================================================================================================
+# Quota: API keys and their request rates
+# ======================================================================================================
+
+# Two requests sent a second apart can arrive a little less than a second apart: kept between windows.
+WINDOW_MARGIN_S = 0.02
+# A key that comes back later than this is not waited for: the batch fails and says when it returns.
+LONGEST_WAIT_FOR_KEY_S = 60.0
+# How often a thread that waits for a key looks whether the run was stopped.
+STOP_POLL_S = 0.2
+
+
+class SlidingWindow:
+    """At most `limit` requests in any `seconds`; pure, the caller brings the clock."""
+
+    def __init__(self, limit: int, seconds: float) -> None:
+        self.seconds = seconds
+        self._taken: deque[float] = deque(maxlen=limit)
+
+    def ready_at(self, now: float) -> float:
+        """Return the earliest time of the next request, at least `now`."""
+        if len(self._taken) < cast(int, self._taken.maxlen):
+            return now
+        return max(now, self._taken[0] + self.seconds + WINDOW_MARGIN_S)
+
+    def take(self, now: float) -> None:
+        """Count a request that is made now; the oldest falls out."""
+        self._taken.append(now)
+
+
+class ApiKey:
+    """One key: its windows, and whether it is out (for good, for a product, or until a time)."""
+
+    def __init__(self, secret: str, plan: Plan) -> None:
+        self.secret = secret
+        self.plan = plan
+        self.windows = [SlidingWindow(limit, seconds) for limit, seconds in plan.windows()]
+        self.dead = ""
+        self.closed_products: dict[str, str] = {}
+        self.paused_until = 0.0
+        self.paused_why = ""
+
+    @property
+    def shown(self) -> str:
+        """The key as a person may see it: its first and last three characters."""
+        return f"{self.secret[:3]}…{self.secret[-3:]}" if len(self.secret) > 8 else "***"
+
+    def refusal(self, product: str) -> str:
+        """Return why the key cannot serve `product` at all, '' if it can."""
+        return self.dead or self.closed_products.get(product, "")
+
+    def ready_at(self, now: float) -> float:
+        """Return the earliest time at which the key may be used again."""
+        return max([now, self.paused_until, *(window.ready_at(now) for window in self.windows)])
+
+
+class KeyPool:
+    """Hands out keys so that no key is ever asked more often than its plan allows; thread-safe.
+
+    `clock` is monotonic seconds.
+    """
+
+    def __init__(self, keys: Sequence[str], plan: Plan, clock: Callable[[], float] = time.monotonic) -> None:
+        self.keys = [ApiKey(secret, plan) for secret in keys]
+        self._clock = clock
+        self._changed = threading.Condition()
+
+    def rate(self) -> float:
+        """Return the requests per second of all living keys together; infinite without a limit."""
+        rates = [key.plan.per_second for key in self.keys if not key.dead]
+        return float("inf") if 0 in rates else sum(rates)
+
+    def acquire(self, product: str, stop: threading.Event) -> ApiKey:
+        """Wait until a key may be used for `product`, count the request, and return the key.
+
+        Raises NoKeyError when none can serve soon, Interrupted when `stop` is set meanwhile.
+        """
+        with self._changed:
+            while True:
+                now = self._clock()
+                usable = [key for key in self.keys if not key.refusal(product)]
+                key = min(usable, key=lambda key: key.ready_at(now), default=None)
+                if key is None or key.paused_until - now > LONGEST_WAIT_FOR_KEY_S:
+                    raise NoKeyError(self._why_none(product, now))
+                if stop.is_set():
+                    raise Interrupted("stopped")
+                wait = key.ready_at(now) - now
+                if wait <= 0:
+                    for window in key.windows:
+                        window.take(now)
+                    return key
+                self._changed.wait(min(wait, STOP_POLL_S))
+
+    def note(self, key: ApiKey, product: str, verdict: Verdict, now_utc: datetime) -> None:
+        """Let an answer steer the key that was used for it."""
+        with self._changed:
+            if verdict.action is Action.KEY_DEAD and not key.dead:
+                key.dead = verdict.reason
+                log.error(
+                    "API key %s is out: %s; mend INFOWAY_API_KEY and restart", key.shown, verdict.reason
+                )
+            elif verdict.action is Action.KEY_LACKS_PRODUCT and product not in key.closed_products:
+                key.closed_products[product] = verdict.reason
+                log.warning("API key %s does not serve %s: %s", key.shown, product, verdict.reason)
+            elif verdict.action is Action.KEY_DAY_OVER:
+                self._pause(key, _seconds_to_next_day(now_utc), verdict.reason)
+                log.warning("API key %s rests until the next day (UTC): %s", key.shown, verdict.reason)
+            elif verdict.action is Action.SLOW_DOWN:
+                self._pause(key, verdict.wait_s, verdict.reason)
+            self._changed.notify_all()
+
+    def _pause(self, key: ApiKey, seconds: float, why: str) -> None:
+        key.paused_until = max(key.paused_until, self._clock() + seconds)
+        key.paused_why = why
+
+    def _why_none(self, product: str, now: float) -> str:
+        if not self.keys:
+            return "no API key: set INFOWAY_API_KEY"
+        reasons = []
+        for key in self.keys:
+            back = max(0, round(key.paused_until - now))
+            reasons.append(
+                f"key {key.shown}: {key.refusal(product) or f'{key.paused_why}, back in {back} s'}"
+            )
+        return f"no API key can serve {product} ({'; '.join(reasons)}); see INFOWAY_API_KEY"
+
+
+def _seconds_to_next_day(now_utc: datetime) -> float:
+    midnight = (now_utc + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+    return (midnight - now_utc).total_seconds()
+
+
+# ======================================================================================================
+# Infoway: answers, requests
+# ======================================================================================================
+
+# A hundred trades are about ten kilobytes; more than this is not an answer but an accident or an attack.
+MAX_ANSWER_BYTES = 16 * 1024 * 1024
+CONNECT_TIMEOUT_S = 5.0
+# The API was seen to take many seconds under load; a longer silence is a dead peer.
+READ_TIMEOUT_S = 20.0
+# The whole request: a server that drips a byte a second never runs into the read limit.
+REQUEST_TIMEOUT_S = 30.0
+# A thread that does not come back this long after its connection was cut is left alone and replaced.
+ABANDON_AFTER_S = 2.0
+# Tries of one batch after faults of the network or the server.
+MAX_TRIES = 5
+# Refusals for the request rate are no faults: waited out beyond one full minute's window.
+MAX_REFUSALS = 8
+BACKOFF_FIRST_S, BACKOFF_CAP_S = 0.5, 8.0
+SLOW_DOWN_FIRST_S, SLOW_DOWN_CAP_S = 1.0, 15.0
+# A `Retry-After` beyond this is answered by failing the batch with that number in the reason.
+LONGEST_RETRY_AFTER_S = 60.0
+# No server on the path gains from more connections than this, and each is a thread here.
+MAX_IN_FLIGHT = 32
+# About what this process itself needs to send, read, check and store one batch.
+BATCH_WORK_S = 0.0015
+# The plain epoch milliseconds that a trade time can have: 2000-01-01 to 2100-01-01.
+EARLIEST_TRADE_MS, LATEST_TRADE_MS = 946_684_800_000, 4_102_444_800_000
+# Decimal128 of MongoDB has 34 significant digits; prices have fewer than twenty.
+_DECIMAL = re.compile(r"-?(?:\d{1,20}(?:\.\d{1,12})?|\.\d{1,12})(?:[eE][+-]?\d{1,2})?", re.ASCII)
+
+
+class Answer(NamedTuple):
+    """What came back for one request: an HTTP answer, or a `fault` of the way there."""
+
+    status: int = 0
+    body: bytes = b""
+    retry_after: str = ""
+    fault: str = ""
+    hopeless: bool = False
+
+
+class Action(Enum):
+    """What to do after an answer."""
+
+    ACCEPT = "accept"
+    RETRY = "retry with back-off"
+    SLOW_DOWN = "let the key rest a moment, then retry"
+    KEY_DAY_OVER = "let the key rest until the next day"
+    KEY_DEAD = "never use the key again"
+    KEY_LACKS_PRODUCT = "never use the key for this product again"
+    CODES_UNKNOWN = "give up on the codes"
+    GIVE_UP = "give up on the request: it is wrong, and would be wrong again"
+
+
+class Verdict(NamedTuple):
+    """The decision on an answer, its reason in words, the records to read, and seconds to wait."""
+
+    action: Action
+    reason: str = ""
+    records: Sequence[object] = ()
+    wait_s: float = 0.0
+
+
+# The API's `ret` codes that mean one thing only (its documentation; 500 is decided by its text).
+_RET_ACTIONS = {
+    401: Action.KEY_DEAD,
+    429: Action.SLOW_DOWN,
+    501: Action.SLOW_DOWN,
+    502: Action.KEY_DAY_OVER,
+    505: Action.GIVE_UP,
+    506: Action.GIVE_UP,
+    507: Action.GIVE_UP,
+    508: Action.CODES_UNKNOWN,
+    509: Action.KEY_DEAD,
+    514: Action.KEY_LACKS_PRODUCT,
+}
+
+
+def decide(answer: Answer, now_utc: datetime) -> Verdict:
+    """Decide what follows from any answer of the API: the one place where that is decided.
+
+    The body's `ret` is believed, never the HTTP status alone; where the body is no JSON object, the status.
+    """
+    if answer.fault:
+        return Verdict(Action.GIVE_UP if answer.hopeless else Action.RETRY, answer.fault)
+    envelope = _envelope(answer.body)
+    if answer.status in (401, 429) or envelope is None:
+        return _by_status(answer, envelope or {}, now_utc)
+    text = _words(envelope)
+    ret = envelope.get("ret", envelope.get("code"))
+    if "rate limit exceeded" in text.lower():
+        return Verdict(Action.SLOW_DOWN, f"the API says: {text}", wait_s=_retry_after_s(answer, now_utc))
+    if "All product not exists" in text:
+        return Verdict(Action.CODES_UNKNOWN, "unknown to the API")
+    if ret == 200 and type(ret) is int:
+        return _accept(envelope)
+    if type(ret) is int and ret in _RET_ACTIONS:
+        return Verdict(
+            _RET_ACTIONS[ret],
+            f"the API says {ret}: {text or 'nothing more'}",
+            wait_s=_retry_after_s(answer, now_utc),
+        )
+    if ret is None or answer.status >= 400:
+        return _by_status(answer, envelope, now_utc)
+    return Verdict(Action.RETRY, f"the API says {one_line(repr(ret), 40)}: {text or 'nothing more'}")
+
+
+def _envelope(body: bytes) -> dict[str, Any] | None:
+    """Return the JSON object that the body is, None if it is none. Numbers keep their digits as text."""
+    try:
+        parsed = json.loads(body, parse_float=str, parse_constant=str)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
+
+
+def _words(envelope: Mapping[str, Any]) -> str:
+    """Return what the API says in words; each kind of refusal has its own name for the field."""
+    found = (envelope.get(name) for name in ("msg", "message", "detail", "title"))
+    return one_line(next((text for text in found if isinstance(text, str) and text), ""), 160)
+
+
+def _accept(envelope: Mapping[str, Any]) -> Verdict:
+    data = envelope.get("data", ...)
+    if data is None:
+        return Verdict(Action.ACCEPT)  # none of the codes is known
+    if not isinstance(data, list):
+        return Verdict(Action.RETRY, "the API's answer says success but holds no list `data`")
+    return Verdict(Action.ACCEPT, records=data)
+
+
+def _by_status(answer: Answer, envelope: Mapping[str, Any], now_utc: datetime) -> Verdict:
+    status, text = answer.status, _words(envelope)
+    said = f"HTTP {status}" + (f": {text}" if text else "")
+    if status == 401:
+        return Verdict(Action.KEY_DEAD, said)
+    if status == 429:
+        return Verdict(Action.SLOW_DOWN, said, wait_s=_retry_after_s(answer, now_utc))
+    if status >= 500 or status == 408:
+        return Verdict(Action.RETRY, said, wait_s=_retry_after_s(answer, now_utc))
+    if 300 <= status < 400:
+        return Verdict(
+            Action.GIVE_UP, f"{said}, a redirection, which is not followed; see INFOWAY_API_BASE_URL"
+        )
+    if status >= 400:
+        return Verdict(Action.GIVE_UP, f"{said}; see INFOWAY_API_BASE_URL")
+    return Verdict(Action.RETRY, f"{said}, {len(answer.body)} bytes that are not the API's JSON")
+
+
+def _retry_after_s(answer: Answer, now_utc: datetime) -> float:
+    """Return the seconds of a Retry-After header (a number or an HTTP date), 0 without one."""
+    if re.fullmatch(r"\d{1,9}", answer.retry_after, re.ASCII):
+        return float(answer.retry_after)
+    if not answer.retry_after:
+        return 0.0
+    from email.utils import parsedate_to_datetime
+
+    try:
+        at = parsedate_to_datetime(answer.retry_after)
+    except ValueError:
+        return 0.0
+    return max(0.0, ((at if at.tzinfo else at.replace(tzinfo=UTC)) - now_utc).total_seconds())
+
+
+class Trade(NamedTuple):
+    """One trade, its fields named and typed as the API sends them.
+
+    s: code · t: time, epoch milliseconds UTC · p: price · v: volume · vw: turnover (price x volume, no
+    average, despite its name) · td: direction, 0 none, 1 buy, 2 sell
+    """
+
+    s: str
+    t: int
+    p: str
+    v: str
+    vw: str
+    td: int
+
+
+def read_trade(record: object) -> Trade:
+    """Return the trade that a record of an answer holds. Raises ValueError with what is wrong with it."""
+    if not isinstance(record, dict):
+        raise ValueError(f"the API sent {one_line(json.dumps(record), 40)} in place of a trade")
+    s, t, td = record.get("s"), record.get("t"), record.get("td")
+    if not isinstance(s, str):
+        raise ValueError(f"field s: {_shown(record, 's')} in place of a code")
+    if type(t) is not int or not EARLIEST_TRADE_MS <= t < LATEST_TRADE_MS:
+        raise ValueError(f"field t: {_shown(record, 't')} in place of epoch milliseconds")
+    if type(td) is not int or not 0 <= td <= 9:
+        raise ValueError(f"field td: {_shown(record, 'td')} in place of a direction (0, 1, 2)")
+    return Trade(s, t, _decimal(record, "p"), _decimal(record, "v"), _decimal(record, "vw"), td)
+
+
+def _decimal(record: Mapping[str, object], name: str) -> str:
+    value = record.get(name)
+    text = str(value) if type(value) is int else value  # a JSON number is taken by its digits
+    if not isinstance(text, str) or not _DECIMAL.fullmatch(text):
+        raise ValueError(f"field {name}: {_shown(record, name)} in place of a decimal number")
+    return text
+
+
+def _shown(record: Mapping[str, object], name: str) -> str:
+    return one_line(json.dumps(record[name]), 40) if name in record else "nothing"
+
+
+class Outcome(NamedTuple):
+    """What became of one batch: its trades, the codes the product does not know, reasons for the rest."""
+
+    batch: Batch
+    trades: Sequence[Trade] = ()
+    unknown: Sequence[str] = ()
+    failures: Mapping[str, str] = MappingProxyType({})
+
+
+def read_records(batch: Batch, records: Sequence[object]) -> Outcome:
+    """Sort the records of an accepted answer; each is judged alone, a bad one harms no neighbour."""
+    missing = dict.fromkeys(batch.split(), "")
+    newest: dict[str, Trade] = {}
+    for record in records:
+        try:
+            trade = read_trade(record)
+        except ValueError as error:
+            code = record.get("s") if isinstance(record, dict) else None
+            if isinstance(code, str) and code in missing:
+                missing[code] = str(error)
+            else:
+                log.warning("a record of %s was rejected: %s", batch.product, error)
+            continue
+        if trade.s not in missing:
+            log.warning(
+                "a record of %s was rejected: %s was not asked for", batch.product, one_line(trade.s, 40)
+            )
+        elif trade.s not in newest or newest[trade.s].t < trade.t:
+            newest[trade.s] = trade
+    unknown = [code for code, why in missing.items() if code not in newest and not why]
+    failures = {code: why for code, why in missing.items() if code not in newest and why}
+    return Outcome(batch, list(newest.values()), unknown, failures)
+
+
+def backoff(first_s: float, cap_s: float, rng: random.Random) -> Iterator[float]:
+    """Yield delays in seconds for ever: exponential, capped, with full jitter from the first one on."""
+    ceiling = first_s
+    while True:
+        yield rng.uniform(0, ceiling)
+        ceiling = min(cap_s, ceiling * 2)
+
+
+def wanted_in_flight(latency_s: float, rate: float) -> int:
+    """Return how many requests should be under way: to hide the latency, no more than the rate feeds."""
+    hidden = 1 + int(latency_s / BATCH_WORK_S)
+    fed = hidden if rate == float("inf") else 2 + int(rate * latency_s)
+    return max(1, min(hidden, fed, MAX_IN_FLIGHT))
+
+
+class HttpConnection:
+    """One keep-alive HTTP connection, used by one thread at a time; `abort` may be called from any.
+
+    The foreign exceptions of the network end here: they become an `Answer` with a `fault`.
+    """
+
+    def __init__(self, base_url: str) -> None:
+        from urllib3.connection import HTTPConnection, HTTPSConnection
+
+        parts = urlsplit(base_url)
+        self._path = parts.path
+        make = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+        self._conn: HTTPConnection = make(cast(str, parts.hostname), parts.port, timeout=CONNECT_TIMEOUT_S)
+        self.deadline = 0.0  # monotonic; 0 while no request is under way
+
+    def get(self, path: str, headers: Callable[[], Mapping[str, str]]) -> Answer:
+        """Ask for `path` and return the answer, whatever it is.
+
+        `headers` is called when the connection stands, right before the request is written: what it
+        counts as sent is then sent, however long the connecting took. What it raises is passed on.
+        """
+        self.deadline = time.monotonic() + REQUEST_TIMEOUT_S
+        answered = False
+        try:
+            fault = self._connect()
+            if fault is not None:
+                return fault
+            self.deadline = 0.0  # waiting for a key is no part of the request
+            chosen = headers()
+            self.deadline = time.monotonic() + REQUEST_TIMEOUT_S
+            if (fault := self._connect()) is not None:  # the server may have closed it during the wait
+                return fault
+            answer = self._exchange(self._path + path, chosen)
+            answered = not answer.fault
+            return answer
+        finally:
+            self.deadline = 0.0
+            if not answered:
+                self.close()
+
+    def abort(self) -> None:
+        """Cut the connection under a request, so that its thread comes back with a fault."""
+        import socket
+
+        sock = self._conn.sock
+        if sock is not None:
+            with contextlib.suppress(OSError):  # it may have been closed just now
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection; the next request opens a new one."""
+        with contextlib.suppress(OSError):  # nothing is lost when a closing fails
+            self._conn.close()
+
+    def _connect(self) -> Answer | None:
+        conn = self._conn
+        if conn.sock is not None and not conn.is_connected:  # the server closed it while it was idle
+            conn.close()
+        if conn.sock is not None:
+            return None
+        conn.timeout = CONNECT_TIMEOUT_S
+        fault = _as_fault(conn.connect, self.deadline)
+        if fault is None and conn.sock is not None:
+            conn.timeout = READ_TIMEOUT_S
+            conn.sock.settimeout(READ_TIMEOUT_S)
+        return fault
+
+    def _exchange(self, path: str, headers: Mapping[str, str]) -> Answer:
+        answer = Answer()
+
+        def exchange() -> None:
+            nonlocal answer
+            all_headers = {"User-Agent": f"stockrt/{__version__}", "Accept": "application/json", **headers}
+            self._conn.request("GET", path, headers=all_headers, preload_content=False)
+            response = self._conn.getresponse()
+            chunks: list[bytes] = []
+            size = 0
+            while chunk := response.read1(65536):
+                size += len(chunk)
+                if size > MAX_ANSWER_BYTES:
+                    raise _Refused(f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB")
+                if time.monotonic() > self.deadline:
+                    raise TimeoutError
+                chunks.append(chunk)
+            missing = response.length_remaining
+            if missing:
+                raise ConnectionError(f"{missing} bytes are missing")
+            answer = Answer(
+                response.status, b"".join(chunks), response.headers.get("Retry-After", "").strip()
+            )
+
+        return _as_fault(exchange, self.deadline) or answer
+
+
+class _Refused(Exception):
+    """An answer that would be as wrong the next time."""
+
+
+def _as_fault(step: Callable[[], None], deadline: float) -> Answer | None:
+    """Do a step of a request; return what went wrong as an Answer, None if nothing did."""
+    import ssl
+    from http.client import HTTPException
+
+    from urllib3.exceptions import HTTPError
+
+    try:
+        step()
+    except _Refused as error:
+        return Answer(fault=str(error), hopeless=True)
+    except (HTTPError, HTTPException, OSError, ValueError, AttributeError) as error:
+        # ValueError, AttributeError: what ssl and http.client raise when `abort` cuts under them
+        if time.monotonic() >= deadline:
+            return Answer(fault=f"no whole answer within {REQUEST_TIMEOUT_S:.0f} s")
+        if isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
+            return Answer(fault=f"the connection broke ({type(error).__name__})")
+        hopeless = isinstance(error, ssl.SSLCertVerificationError) or isinstance(
+            error.__cause__, ssl.SSLCertVerificationError
+        )
+        return Answer(fault=_network_words(error), hopeless=hopeless)
+    return None
+
+
+def _network_words(error: BaseException) -> str:
+    """Return what happened on the network in a few words, without addresses of objects in memory."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+    return one_line(
+        f"{type(cause).__name__}: {re.sub(r'<[^>]*> *:? *', '', text) or 'no more is known'}", 200
+    )
+
+
+class _Worker(threading.Thread):
+    """A thread with a connection of its own that asks for one batch after the other."""
+
+    def __init__(self, api: InfowayApi) -> None:
+        super().__init__(name="stockrt-fetch", daemon=True)
+        self.connection = HttpConnection(api.base_url)
+        self.tasks: queue.SimpleQueue[tuple[Batch, threading.Event, _Done] | None] = queue.SimpleQueue()
+        self._api = api
+        self.start()
+
+    def run(self) -> None:
+        while task := self.tasks.get():
+            batch, stop, done = task
+            done.put((self, self._api.ask(self.connection, batch, stop)))
+        self.connection.close()
+
+    def dismiss(self) -> None:
+        """End after the task in hand, whose answer nobody waits for any more."""
+        self.tasks.put(None)
+        self.connection.abort()
+
+
+_Done: TypeAlias = "queue.SimpleQueue[tuple[_Worker, Outcome]]"
+
+
+class InfowayApi:
+    """Asks the API for batches, several at a time, and yields what became of each.
+
+    Promises: no key above its rate; each batch answered exactly once, by trades or by reasons; no request
+    outlives REQUEST_TIMEOUT_S; one caller at a time.
+    """
+
+    def __init__(self, base_url: str, keys: KeyPool, rng: random.Random | None = None) -> None:
+        self.base_url = base_url
+        self.keys = keys
+        self._rng = rng or random.Random()
+        self._idle: list[_Worker] = []
+        self._latencies: deque[float] = deque(maxlen=20)
+
+    def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
+        """Yield an Outcome for each batch as it is done, and None now and then while nothing is.
+
+        When `stop` is set, requests under way are cut and the rest is not asked for.
+        """
+        todo = iter(batches)
+        done: _Done = queue.SimpleQueue()
+        busy: dict[_Worker, Batch] = {}
+        try:
+            while not stop.is_set():
+                self._hand_out(todo, busy, done, stop)
+                if not busy:
+                    return
+                try:
+                    worker, outcome = done.get(timeout=STOP_POLL_S)
+                except queue.Empty:
+                    yield None
+                    yield from self._overdue(busy)
+                    continue
+                if busy.pop(worker, None) is not None:
+                    self._idle.append(worker)
+                    yield outcome
+        finally:
+            for worker in busy:
+                worker.dismiss()
+
+    def ask_once(self, batch: Batch, key: str) -> Verdict:
+        """Ask for a batch with the given key, one request and no second try; for --check."""
+        connection = HttpConnection(self.base_url)
+        answer = connection.get(_trade_path(batch), lambda: {"apiKey": key})
+        connection.close()
+        return decide(answer, datetime.now(UTC))
+
+    def close(self) -> None:
+        """End the threads that wait for work."""
+        while self._idle:
+            self._idle.pop().dismiss()
+
+    def _hand_out(
+        self,
+        todo: Iterator[Batch],
+        busy: dict[_Worker, Batch],
+        done: _Done,
+        stop: threading.Event,
+    ) -> None:
+        latency = min(self._latencies, default=0.0)
+        while len(busy) < wanted_in_flight(latency, self.keys.rate()):
+            batch = next(todo, None)
+            if batch is None:
+                return
+            worker = self._idle.pop() if self._idle else _Worker(self)
+            busy[worker] = batch
+            worker.tasks.put((batch, stop, done))
+
+    def _overdue(self, busy: dict[_Worker, Batch]) -> Iterator[Outcome]:
+        """Cut what is over its time; give up on threads that do not come back even so (a hanging DNS)."""
+        now = time.monotonic()
+        for worker, batch in list(busy.items()):
+            deadline = worker.connection.deadline
+            if not deadline or now < deadline:
+                continue
+            worker.connection.abort()
+            if now > deadline + ABANDON_AFTER_S:
+                del busy[worker]
+                worker.dismiss()
+                yield _failed(
+                    batch, f"no whole answer within {REQUEST_TIMEOUT_S:.0f} s, and the connection hangs"
+                )
+
+    def ask(self, connection: HttpConnection, batch: Batch, stop: threading.Event) -> Outcome:
+        """Ask for a batch over `connection` until its answer is final; never raises."""
+        try:
+            return self._ask_until_final(connection, batch, stop)
+        except NoKeyError as error:
+            return _failed(batch, str(error))
+        except Interrupted:
+            return _failed(batch, "interrupted")
+        except Exception as error:
+            log.exception("a fault of stockrt itself while fetching")
+            return _failed(batch, f"a fault of stockrt itself: {type(error).__name__}")
+
+    def _ask_until_final(self, connection: HttpConnection, batch: Batch, stop: threading.Event) -> Outcome:
+        faults = refusals = 0
+        after_fault = backoff(BACKOFF_FIRST_S, BACKOFF_CAP_S, self._rng)
+        after_refusal = backoff(SLOW_DOWN_FIRST_S, SLOW_DOWN_CAP_S, self._rng)
+        while True:
+            key, verdict = self._request(connection, batch, stop)
+            if verdict.action is Action.SLOW_DOWN:
+                refusals += 1
+                verdict = verdict._replace(wait_s=verdict.wait_s or next(after_refusal))
+            if key is not None:
+                self.keys.note(key, batch.product, verdict, datetime.now(UTC))
+            if verdict.action is Action.ACCEPT:
+                return read_records(batch, verdict.records)
+            if verdict.action is Action.CODES_UNKNOWN:
+                return Outcome(batch, unknown=batch.split())
+            faults += verdict.action is Action.RETRY
+            late = verdict.wait_s > LONGEST_RETRY_AFTER_S
+            if verdict.action is Action.GIVE_UP or late or faults >= MAX_TRIES or refusals >= MAX_REFUSALS:
+                tries = f", {faults + refusals} tries" if faults + refusals > 1 else ""
+                asked = f", asks to wait {verdict.wait_s:.0f} s" if late else ""
+                return _failed(batch, f"{verdict.reason}{asked}{tries}")
+            log.debug("%s batch again: %s", batch.product, verdict.reason)
+            if verdict.action is Action.RETRY:
+                stop.wait(verdict.wait_s or next(after_fault))
+
+    def _request(
+        self, connection: HttpConnection, batch: Batch, stop: threading.Event
+    ) -> tuple[ApiKey | None, Verdict]:
+        key: ApiKey | None = None
+        sent = 0.0
+
+        def headers() -> Mapping[str, str]:
+            nonlocal key, sent
+            key = self.keys.acquire(batch.product, stop)
+            sent = time.monotonic()
+            return {"apiKey": key.secret}
+
+        if stop.is_set():
+            raise Interrupted("stopped")
+        answer = connection.get(_trade_path(batch), headers)
+        if not answer.fault:
+            self._latencies.append(time.monotonic() - sent)
+        return key, decide(answer, datetime.now(UTC))
+
+
+def _trade_path(batch: Batch) -> str:
+    return f"/{batch.product}/batch_trade/{quote(batch.codes, safe=',')}"
+
+
+def _failed(batch: Batch, reason: str) -> Outcome:
+    return Outcome(batch, failures=dict.fromkeys(batch.split(), reason))
+
+
+class DemoApi:
+    """Synthetic trades in the API's own form: no network, no key. One trade per code and minute."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+
+    def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
+        """Yield an Outcome for each batch, read from an answer like a real one."""
+        for batch in batches:
+            if stop.is_set():
+                return
+            body = json.dumps(
+                {"ret": 200, "msg": "success", "data": [self._record(c) for c in batch.split()]}
+            )
+            verdict = decide(Answer(200, body.encode()), datetime.now(UTC))
+            yield read_records(batch, verdict.records)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _record(self, code: str) -> dict[str, object]:
+        minute = int(self._clock() // 60)
+        base = 1 + int.from_bytes(hashlib.sha256(code.encode()).digest()[:4], "big") % 40_000 / 100
+        step = int.from_bytes(hashlib.sha256(f"{code}|{minute}".encode()).digest()[:4], "big")
+        price = round(base * (1 + (step % 2001 - 1000) / 100_000), 3)
+        volume = 1 + step % 500
+        return {"s": code, "t": minute * 60_000, "p": f"{price:.3f}", "v": str(volume),
+                "vw": f"{price * volume:.3f}", "td": step % 3}  # fmt: skip
+
+
+# ======================================================================================================
+# Stores
+# ======================================================================================================
+#
+# Promises, over both stores (one contract suite checks them):
+#   1. One trade, one document, whoever writes it and however often: `_id` is made of the trade alone,
+#      `s|t|p|v|td`, each part as the API sent it. Polled again, retried, or written by two machines, the
+#      same trade has the same `_id`, and the first one written stays, its `create_time` with it.
+#   2. What `write` counts as stored or known is acknowledged by MongoDB with its write concern, or is on
+#      this disk (SQLite, synchronous=FULL).
+#   3. A document that the store refuses is named with the store's words; the others are stored.
+#   4. `write` ends within a time limit, or raises StoreError: then nothing of it counts as stored.
+
+# Every MongoDB operation, its retries included; the platform waits 120 s for a result.
+MONGODB_TIMEOUT_MS = 20_000
+# Finding a server; short enough that an operator sees why nothing happens.
+MONGODB_SELECTION_TIMEOUT_MS = 5_000
+# How long one process waits for another that writes to the same SQLite file.
+SQLITE_BUSY_S = 10.0
+SQLITE_NAME = "stockrt.db"
+SQLITE_VERSION = 1
+DUPLICATE_KEY = 11000
+
+Document = dict[str, Any]
+
+
+def identity(trade: Trade) -> str:
+    """Return the `_id` of a trade: `s|t|p|v|td`, the rule that makes the same trade one document.
+
+    The turnover `vw` follows from price and volume and is left out. No part can hold a `|`.
+    """
+    return f"{trade.s}|{trade.t}|{trade.p}|{trade.v}|{trade.td}"
+
+
+def to_document(trade: Trade, created: datetime, demo: bool = False) -> Document:
+    """Return the document of a trade, its fields as the API sent them.
+
+    `created` is aware UTC, whole milliseconds (a BSON date has no more).
+    """
+    document: Document = {
+        "_id": identity(trade),
+        **trade._asdict(),
+        "stock_code": trade.s,
+        "create_time": created,
+    }
+    return document | {"demo": True} if demo else document
+
+
+def utc_now() -> datetime:
+    """Return the time now, aware UTC, cut to whole milliseconds."""
+    now = datetime.now(UTC)
+    return now.replace(microsecond=now.microsecond // 1000 * 1000)
+
+
+class WriteReport(NamedTuple):
+    """What a write did: documents new and known before, and the refused ones (`_id` -> reason)."""
+
+    stored: int = 0
+    known: int = 0
+    refused: Mapping[str, str] = MappingProxyType({})
+
+
+class Store(Protocol):
+    """Where documents go; see the promises above. Used by one thread at a time."""
+
+    def write(self, documents: Sequence[Document]) -> WriteReport:
+        """Store documents, each with its own `_id`. Raises StoreError when the store is away."""
+
+    def check(self) -> str:
+        """Try what a run needs and return a line that says what holds. Raises StoreError."""
+
+    def close(self) -> None:
+        """Let go of files and connections."""
+
+
+class SqliteStore:
+    """The embedded store: one file in the state directory, readable with the sqlite3 shell."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / SQLITE_NAME
+        self._db = self._open(directory)
+
+    def write(self, documents: Sequence[Document]) -> WriteReport:
+        """Store documents in one transaction. Raises StoreError when the file cannot be written."""
+        import sqlite3
+
+        rows = [
+            (*(d[name] for name in ("_id", "s", "t", "p", "v", "vw", "td", "stock_code")),
+             _iso(d["create_time"]), d.get("demo")) for d in documents
+        ]  # fmt: skip
+        try:
+            with self._db:
+                before = self._db.total_changes
+                self._db.executemany(
+                    "INSERT INTO realtime (_id, s, t, p, v, vw, td, stock_code, create_time, demo) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (_id) DO NOTHING",
+                    rows,
+                )
+                stored = self._db.total_changes - before
+        except sqlite3.Error as error:
+            raise self._fault(error) from error
+        return WriteReport(stored, len(documents) - stored)
+
+    def check(self) -> str:
+        """Write and take back a row. Raises StoreError."""
+        import sqlite3
+
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute("CREATE TABLE probe (x)")
+            self._db.rollback()
+            (count,) = self._db.execute("SELECT count(*) FROM realtime").fetchone()
+        except sqlite3.Error as error:
+            raise self._fault(error) from error
+        return f"{self.path} can be written, {count} trades in it"
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def _open(self, directory: Path) -> sqlite3.Connection:
+        import sqlite3
+
+        make_state_directory(directory)
+        try:
+            db = sqlite3.connect(self.path, timeout=SQLITE_BUSY_S, check_same_thread=False)
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if version > SQLITE_VERSION:
+                raise StoreError(
+                    f"{self.path} was written by a newer stockrt (format {version}, this one knows "
+                    f"{SQLITE_VERSION}); use that one, or another STATE_DIRECTORY"
+                )
+            if version < SQLITE_VERSION:
+                db.executescript(_SQLITE_SCHEMA)
+        except sqlite3.Error as error:
+            raise self._fault(error) from error
+        return db
+
+    def _fault(self, error: Exception) -> StoreError:
+        return StoreError(f"the local store {self.path} fails: {error}; see STATE_DIRECTORY")
+
+
+# IF NOT EXISTS: two processes may open a new file at the same moment.
+_SQLITE_SCHEMA = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS realtime (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of arrival
+    _id TEXT NOT NULL UNIQUE,
+    s TEXT NOT NULL, t INTEGER NOT NULL,
+    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
+    stock_code TEXT NOT NULL,
+    create_time TEXT NOT NULL,              -- UTC, ISO 8601
+    demo INTEGER                            -- 1: synthetic, by --demo
+);
+CREATE INDEX IF NOT EXISTS realtime_code_time ON realtime (stock_code, t DESC);
+PRAGMA user_version = {SQLITE_VERSION};
+COMMIT;
+"""
+
+
+def make_state_directory(directory: Path) -> None:
+    """Make the state directory, for this user alone. Raises StoreError when it cannot be used."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"the state directory {directory} cannot be made: {error.strerror}; see STATE_DIRECTORY"
+        ) from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise StoreError(
+            f"the state directory {directory} cannot be written by this user; see STATE_DIRECTORY"
+        )
+
+
+def _iso(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+class MongoStore:
+    """The `realtime` collection of a MongoDB; one client per process, connected at first use."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._convert = _number_converter(settings.numeric_type)
+        self._client = self._connect()
+        self._indexed = False
+
+    def write(self, documents: Sequence[Document]) -> WriteReport:
+        """Insert documents unordered; those whose `_id` is there count as known. Raises StoreError."""
+        from pymongo.errors import BulkWriteError, PyMongoError
+
+        try:
+            self._make_index()
+            done = self._collection().insert_many([self._bson(d) for d in documents], ordered=False)
+        except BulkWriteError as error:
+            return self._sort_errors(error.details or {}, len(documents))
+        except PyMongoError as error:
+            raise self._fault(error) from error
+        if not done.acknowledged:
+            raise StoreError("MongoDB did not acknowledge the write; take w=0 out of MONGODB_HOST")
+        return WriteReport(len(documents))
+
+    def check(self) -> str:
+        """Ping, make the index, write to and delete from both collections. Raises StoreError."""
+        from pymongo.errors import PyMongoError
+
+        settings = self._settings
+        probe = "stockrt-check"
+        try:
+            self._client.admin.command("ping")
+            self._make_index()
+            for name in (settings.realtime_name, settings.close_name):
+                collection = self._collection(name)
+                collection.replace_one({"_id": probe}, {"_id": probe}, upsert=True)
+                collection.delete_one({"_id": probe})
+        except PyMongoError as error:
+            raise self._fault(error) from error
+        return (f"{settings.mongodb_shown()}: database {settings.mongodb_db_name} can be written, "
+                f"index on {settings.realtime_name} is there")  # fmt: skip
+
+    def close(self) -> None:
+        """Close the client."""
+        self._client.close()
+
+    def _connect(self) -> MongoClient[Document]:
+        from pymongo import MongoClient
+        from pymongo.errors import PyMongoError
+
+        given = uri_options(self._settings.mongodb_uri)
+        defaults: dict[str, Any] = {
+            "appname": "stockrt",
+            "timeoutMS": MONGODB_TIMEOUT_MS,
+            "serverSelectionTimeoutMS": MONGODB_SELECTION_TIMEOUT_MS,
+            "connectTimeoutMS": MONGODB_SELECTION_TIMEOUT_MS,
+            "w": "majority",
+        }
+        options = {name: value for name, value in defaults.items() if name.lower() not in given}
+        try:
+            return MongoClient(self._settings.mongodb_uri, tz_aware=True, **options)
+        except (PyMongoError, ValueError, TypeError) as error:
+            raise SettingsError(
+                [f"MONGODB_HOST={self._settings.mongodb_shown()!r}: {self._settings.redact(one_line(error))}"]
+            ) from None
+
+    def _collection(self, name: str = "") -> Collection[Document]:
+        return self._client[self._settings.mongodb_db_name][name or self._settings.realtime_name]
+
+    def _make_index(self) -> None:
+        """Make the index once per process. A role may forbid it; trades are stored all the same."""
+        from pymongo.errors import OperationFailure
+
+        if self._indexed:
+            return
+        try:
+            self._collection().create_index([("stock_code", 1), ("t", -1)])
+        except OperationFailure as error:
+            log.warning("MongoDB refused the index {stock_code: 1, t: -1} on %s: %s",
+                        self._settings.realtime_name, self._settings.redact(one_line(error)))  # fmt: skip
+        self._indexed = True
+
+    def _bson(self, document: Document) -> Document:
+        if self._convert is None:
+            return document
+        return document | {name: self._convert(document[name]) for name in ("p", "v", "vw")}
+
+    def _sort_errors(self, details: Mapping[str, Any], total: int) -> WriteReport:
+        if details.get("writeConcernErrors"):
+            words = one_line(details["writeConcernErrors"][0].get("errmsg", "no more is known"))
+            raise StoreError(
+                f"MongoDB did not confirm the write with its write concern: {words}; see MONGODB_HOST"
+            )
+        refused: dict[str, str] = {}
+        known = 0
+        for error in details.get("writeErrors", ()):
+            if error.get("code") == DUPLICATE_KEY and set(error.get("keyPattern", {"_id": 1})) == {"_id"}:
+                known += 1
+            else:
+                words = self._settings.redact(one_line(error.get("errmsg", "no more is known"), 200))
+                refused[error["op"]["_id"]] = f"MongoDB refused it: {words}"
+        return WriteReport(total - known - len(refused), known, refused)
+
+    def _fault(self, error: Exception) -> StoreError:
+        words = self._settings.redact(one_line(str(error).split(", Timeout:")[0], 200))
+        return StoreError(f"MongoDB at {self._settings.mongodb_shown()} fails: {words}; see MONGODB_HOST")
+
+
+def _number_converter(numeric_type: str) -> Callable[[str], object] | None:
+    if numeric_type == "double":
+        return float
+    if numeric_type == "decimal":
+        from bson.decimal128 import Decimal128
+
+        return Decimal128
+    return None
+
+
+def open_store(settings: Settings) -> Store:
+    """Open the store that the settings ask for: MongoDB, or the embedded one where none is set."""
+    return MongoStore(settings) if settings.mongodb_uri else SqliteStore(settings.state_directory)
+
+
+# ======================================================================================================
+# Collector: codes in, report out
+# ======================================================================================================
+
+# MongoDB takes batches of a thousand a third faster than batches of a hundred; bounded, so that memory is.
+WRITE_BATCH = 1000
+# What was fetched is on its way to the store after this time at the latest.
+WRITE_AFTER_S = 0.5
+
+
+class Source(Protocol):
+    """Where trades come from: the API, or the demo."""
+
+    def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
+        """Yield an Outcome for each batch, and None now and then while nothing is done."""
+
+    def close(self) -> None:
+        """Let go of connections and threads."""
+
+
+@dataclass
+class Report:
+    """What became of a run. Every distinct code is stored, known or failed, unless the run was interrupted.
+
+    `known`: its latest trade was in the store before. `failures`: code -> reason. `store_error`: what the
+    store said when it failed.
+    """
+
+    total: int = 0
+    stored: int = 0
+    known: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
+    store_error: str = ""
+    interrupted: bool = False
+    took_s: float = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the latest trade of every code is in the store."""
+        return not self.failures and self.stored + self.known == self.total
+
+    def summary(self) -> str:
+        """Return the closing line."""
+        line = (
+            f"total {self.total}, stored {self.stored}, already known {self.known}, "
+            f"failed {len(self.failures)} ({self.took_s:.1f} s)"
+        )
+        left = self.total - self.stored - self.known - len(self.failures)
+        return line + (f", interrupted: {left} not asked" if self.interrupted else "")
+
+
+class Collector:
+    """One run: fetches, checks, stores, counts. `run` is called once.
+
+    Memory stays bounded whatever the number of codes: documents are handed on and forgotten batch by batch.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        store: Store,
+        *,
+        demo: bool = False,
+        on_stored: Callable[[Sequence[Document]], None] = lambda documents: None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._source = source
+        self._store = store
+        self._demo = demo
+        self._on_stored = on_stored
+        self._on_progress = on_progress
+        self._clock = clock
+        self._waiting: list[Document] = []
+        self._waiting_since = 0.0
+        self._asked_again = BatchPlan()
+        self._done = 0
+        self.report = Report()
+
+    def run(self, codes: Iterable[object], stop: threading.Event) -> Report:
+        """Collect the latest trades of `codes` and return the report.
+
+        `stop` ends the run early: what was fetched is stored, the rest is not asked.
+        """
+        started = self._clock()
+        plan = plan_batches(codes)
+        self.report.total = plan.total
+        self.report.failures.update(plan.failures)
+        self._done = len(plan.failures)
+        self._drain(plan.batches, stop, asked_again=False)
+        self._drain(self._asked_again.finish(), stop, asked_again=True)
+        self.report.interrupted = stop.is_set()
+        self.report.took_s = self._clock() - started
+        return self.report
+
+    def _drain(self, batches: Iterable[Batch], stop: threading.Event, asked_again: bool) -> None:
+        outcomes = self._source.fetch(self._while_sound(batches), stop)
+        for outcome in outcomes:
+            if outcome is not None:
+                self._take(outcome, asked_again)
+            if self._waiting and (outcome is None or self._write_is_due()):
+                self._write()
+        if self._waiting:
+            self._write()
+
+    def _while_sound(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Pass batches on until the store has failed: what cannot be stored is not fetched."""
+        for batch in batches:
+            if self.report.store_error:
+                self._fail(dict.fromkeys(batch.split(), f"not asked for: {self.report.store_error}"))
+            else:
+                yield batch
+
+    def _take(self, outcome: Outcome, asked_again: bool) -> None:
+        if not self._waiting:
+            self._waiting_since = self._clock()
+        created = utc_now()
+        self._waiting += [to_document(trade, created, self._demo) for trade in outcome.trades]
+        self._fail(outcome.failures)
+        if asked_again or outcome.batch.product == FALLBACK_PRODUCT:
+            self._fail(dict.fromkeys(outcome.unknown, "unknown to the API"))
+        else:
+            for code in outcome.unknown:
+                self._asked_again.add_instrument(Instrument(code, FALLBACK_PRODUCT))
+
+    def _fail(self, failures: Mapping[str, str]) -> None:
+        if "interrupted" not in failures.values():
+            self.report.failures.update(failures)
+            self._progress(len(failures))
+
+    def _progress(self, more: int) -> None:
+        self._done += more
+        self._on_progress(self._done, self.report.total)
+
+    def _write_is_due(self) -> bool:
+        return len(self._waiting) >= WRITE_BATCH or self._clock() - self._waiting_since >= WRITE_AFTER_S
+
+    def _write(self) -> None:
+        documents, self._waiting = self._waiting, []
+        try:
+            written = self._store.write(documents)
+        except StoreError as error:
+            self.report.store_error = str(error)
+            self._fail({d["stock_code"]: f"fetched, not stored: {error}" for d in documents})
+            return
+        self.report.stored += written.stored
+        self.report.known += written.known
+        self.report.failures.update(
+            {d["stock_code"]: written.refused[d["_id"]] for d in documents if d["_id"] in written.refused}
+        )
+        self._progress(len(documents))
+        self._on_stored([d for d in documents if d["_id"] not in written.refused])
+
+
+# ======================================================================================================
+# Command line
+# ======================================================================================================
+
+EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
+# Ctrl-C: what was fetched has this long to be stored; a store that hangs is left behind.
+INTERRUPT_GRACE_S = 0.9
+# Up to here the rows wait until they can be aligned and stand in the order asked; beyond, memory is dearer.
+ROWS_ALIGNED = 1000
+# What `td` says, in words.
+SIDES = {0: "-", 1: "buy", 2: "sell"}
+NO_KEY_HINT = (
+    "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none"
+)
+
+HELP_EXAMPLES = """\
+examples:
+  stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY   synthetic trades: no key, no network
+  stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   real ones: INFOWAY_API_KEY must be set
+  stockrt.pyz --once --codes-file codes.txt --json           one JSON document a line on stdout
+  stockrt.pyz --check                                        what is wrong, and which setting mends it
+
+exit status: 0 every code stored · 1 any not · 64 usage · 78 settings · 130 interrupted
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a fault is raised as UsageError and the whole exit is ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = _Parser(
+        prog="stockrt",
+        description="Collects the latest trades of stocks, currency pairs and crypto into MongoDB.",
+        epilog=HELP_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--once", action="store_true", help="fetch the given codes once, store them, print them"
+    )
+    what.add_argument("--check", action="store_true", help="check settings, keys, store and platform")
+    what.add_argument("--version", action="version", version=f"stockrt {__version__}")
+    parser.add_argument(
+        "--codes", nargs="+", metavar="CODE", default=[], help="codes, separated by blanks or commas"
+    )
+    parser.add_argument("--codes-file", metavar="FILE", help="codes from a file, '-' for standard input")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document a line in place of the table"
+    )
+    parser.add_argument(
+        "--demo", action="store_true", help="synthetic trades: no network, no key, embedded store"
+    )
+    parser.add_argument(
+        "--env-file",
+        metavar="FILE",
+        type=Path,
+        help="settings; default: " + ", ".join(map(str, ENV_FILE_PLACES)),
+    )
+    return parser
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options. Raises UsageError for what does not go together."""
+    options = make_parser().parse_args(argv)
+    for flag in ("codes", "codes_file", "json", "demo"):
+        if getattr(options, flag) and not options.once:
+            raise UsageError(f"--{flag.replace('_', '-')} goes with --once; see --help")
+    if options.once and not (options.codes or options.codes_file):
+        raise UsageError("--once needs --codes CODE … or --codes-file FILE; see --help")
+    return options
+
+
+def read_codes(options: argparse.Namespace) -> Iterator[str]:
+    """Yield the codes of the command line, then those of the file, one by one. Raises UsageError."""
+    for text in options.codes:
+        yield from split_codes(text)
+    if not options.codes_file:
+        return
+    try:
+        with (
+            sys.stdin
+            if options.codes_file == "-"
+            else open(options.codes_file, encoding="utf-8-sig") as stream
+        ):
+            for line in stream:
+                yield from split_codes(line.partition("#")[0])
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"--codes-file {options.codes_file}: cannot be read: {why}") from None
+
+
+class _Redacting(logging.Formatter):
+    """Formats a record, tracebacks included, and takes every secret out."""
+
+    def __init__(self, layout: str, redact: Callable[[str], str]) -> None:
+        super().__init__(layout, datefmt="%H:%M:%S")
+        self._redact = redact
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._redact(super().format(record))
+
+
+def start_logging(settings: Settings) -> None:
+    """Send this program's messages to stderr, secrets masked; libraries only from warnings on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(message)s", settings.redact))
+    logging.getLogger().handlers = [handler]
+    logging.getLogger().setLevel(logging.WARNING)
+    log.setLevel(settings.log_level.upper())
+
+
+# ------------------------------------------------------------------------------------------------------
+# Rows
+# ------------------------------------------------------------------------------------------------------
+
+
+class Column(NamedTuple):
+    """A column of the table; `width` counts when rows are printed before all are known."""
+
+    title: str
+    width: int
+    right: bool = False
+
+
+COLUMNS = (
+    Column("CODE", 12),
+    Column("PRICE", 14, right=True),
+    Column("VOLUME", 14, right=True),
+    Column("TURNOVER", 18, right=True),
+    Column("SIDE", 4),
+    Column("EXCHANGE TIME", 24),
+    Column("AGE", 6, right=True),
+)
+
+
+class Rows:
+    """Prints stored trades on `out`: an aligned table in the order asked, or JSON lines.
+
+    Beyond ROWS_ALIGNED trades the rows are printed as they come. A reader that went away (`| head`) ends
+    the printing, never the storing.
+    """
+
+    def __init__(
+        self, out: IO[str], as_json: bool = False, color: bool = False, now: Callable[[], float] = time.time
+    ):
+        self._out = out
+        self._as_json = as_json
+        self._color = color
+        self._now = now
+        self._kept: list[Document] | None = []
+        self._gone = False
+
+    def add(self, documents: Sequence[Document]) -> None:
+        """Take documents that were stored."""
+        if self._as_json:
+            self._print("".join(to_json(document) + "\n" for document in documents))
+        elif self._kept is None:
+            self._table(documents)
+        else:
+            self._kept += documents
+            if len(self._kept) > ROWS_ALIGNED:
+                kept, self._kept = self._kept, None
+                self._header([column.width for column in COLUMNS])
+                self._table(kept)
+
+    def finish(self, order: Sequence[str] = ()) -> None:
+        """Print what was kept, in the order of the codes in `order`."""
+        if self._kept:
+            place = {code: number for number, code in enumerate(order)}
+            kept = sorted(self._kept, key=lambda d: place.get(d["stock_code"], len(place)))
+            cells = [row_cells(document, self._now()) for document in kept]
+            widths = [
+                max(len(column.title), *(len(row[i]) for row in cells)) for i, column in enumerate(COLUMNS)
+            ]
+            self._header(widths)
+            self._print("".join(_aligned(row, widths) for row in cells))
+        self._kept = []
+        self._print("", flush=True)
+
+    def _header(self, widths: Sequence[int]) -> None:
+        line = _aligned([column.title for column in COLUMNS], widths)
+        self._print(f"\033[1m{line[:-1]}\033[0m\n" if self._color else line)
+
+    def _table(self, documents: Sequence[Document]) -> None:
+        widths = [column.width for column in COLUMNS]
+        self._print("".join(_aligned(row_cells(document, self._now()), widths) for document in documents))
+
+    def _print(self, text: str, flush: bool = False) -> None:
+        if self._gone:
+            return
+        try:
+            self._out.write(text)
+            if flush:
+                self._out.flush()
+        except BrokenPipeError:
+            self._gone = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # else the exit's flush fails again
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    parts = [
+        c.rjust(w) if column.right else c.ljust(w)
+        for c, w, column in zip(cells, widths, COLUMNS, strict=True)
+    ]
+    return "  ".join(parts).rstrip() + "\n"
+
+
+def row_cells(document: Document, now: float) -> list[str]:
+    """Return the cells of a document's row; `now` is epoch seconds."""
+    side = SIDES.get(document["td"], str(document["td"]))
+    when = exchange_time(document["stock_code"], document["t"])
+    age = show_age(now - document["t"] / 1000)
+    return [document["stock_code"], document["p"], document["v"], document["vw"], side, when, age]
+
+
+def exchange_time(code: str, t: int) -> str:
+    """Return a trade's time on the exchange's clock; on UTC where the machine has no time-zone data."""
+    from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+    try:
+        zone: Any = ZoneInfo(zone_of(code))
+    except ZoneInfoNotFoundError:
+        zone = UTC
+    return datetime.fromtimestamp(t / 1000, zone).strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
+def show_age(seconds: float) -> str:
+    """Return an age in its largest whole unit: `12 s`, `5 min`, `3 h`, `2 d`."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{max(0, int(seconds))} s"
+
+
+def to_json(document: Document) -> str:
+    """Return a document as one line of JSON, its date as ISO 8601 UTC."""
+    return json.dumps(document | {"create_time": _iso(document["create_time"])}, ensure_ascii=False)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Commands
+# ------------------------------------------------------------------------------------------------------
+
+
+class _Job(threading.Thread):
+    """A run on a thread of its own, so that the main thread stays free for signals."""
+
+    def __init__(self, work: Callable[[], Report]) -> None:
+        super().__init__(name="stockrt-job", daemon=True)
+        self._work = work
+        self.report: Report | None = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.report = self._work()
+        except BaseException as error:  # handed to the main thread, which raises it again
+            self.error = error
+
+
+def say(text: str) -> None:
+    """Write a message for the person at the terminal to stderr."""
+    with contextlib.suppress(OSError):  # nobody reads it: nothing else can be done
+        print(text, file=sys.stderr, flush=True)
+
+
+def run_once(options: argparse.Namespace, settings: Settings) -> int:
+    """Fetch the given codes once and return the exit status."""
+    if options.demo and settings.mongodb_uri:
+        raise UsageError(
+            "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out"
+        )
+    if not options.demo and not settings.api_keys:
+        raise SettingsError([NO_KEY_HINT])
+    source: Source = (
+        DemoApi()
+        if options.demo
+        else InfowayApi(settings.api_base_url, KeyPool(settings.api_keys, settings.plan))
+    )
+    store = open_store(settings)
+    rows = Rows(sys.stdout, options.json, color=settings.color and sys.stdout.isatty())
+    stop = _stop_on_signals()
+    order: list[str] = []
+    with _progress_bar() as on_progress:
+        collector = Collector(source, store, demo=options.demo, on_stored=rows.add, on_progress=on_progress)
+        job = _Job(lambda: collector.run(_remembered(read_codes(options), order), stop))
+        _wait_for(job, stop)
+    if job.error is not None:
+        raise job.error
+    rows.finish(order)
+    return _close_run(job.report or collector.report, finished=job.report is not None, settings=settings)
+
+
+def _remembered(codes: Iterable[str], order: list[str]) -> Iterator[str]:
+    """Pass codes on, and keep the first ROWS_ALIGNED of them as they will be shown."""
+    for code in codes:
+        if len(order) < ROWS_ALIGNED:
+            with contextlib.suppress(InstrumentError):  # the plan names it
+                order.append(parse_code(code).code)
+        yield code
+
+
+def _stop_on_signals() -> threading.Event:
+    """Return the event that SIGINT and SIGTERM set; a second signal ends the process at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(EXIT_INTERRUPTED)
+        stop.set()
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    return stop
+
+
+def _wait_for(job: _Job, stop: threading.Event) -> None:
+    job.start()
+    while job.is_alive() and not stop.is_set():
+        job.join(STOP_POLL_S)
+    if stop.is_set():
+        job.join(INTERRUPT_GRACE_S)
+
+
+def _close_run(report: Report, finished: bool, settings: Settings) -> int:
+    color = settings.color and sys.stderr.isatty()
+    say(report.summary() if finished else f"{report.summary()}; interrupted while the store did not answer: "
+        "what was being written may be missing")  # fmt: skip
+    for code, reason in report.failures.items():
+        line = settings.redact(f"  {code}: {reason}")
+        say(f"\033[31m{line}\033[0m" if color else line)
+    if report.interrupted or not finished:
+        return EXIT_INTERRUPTED
+    return EXIT_OK if report.complete else EXIT_FAILED
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int], None]]:
+    """Give a callable (done, total) that draws a bar on a terminal's stderr once a run is a long one."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from tqdm import tqdm
+
+    bar: Any = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None and total > MAX_BATCH:
+            bar = tqdm(total=total, unit=" codes", file=sys.stderr, leave=False)
+        if bar is not None:
+            bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def run_check(settings: Settings, source: Path | None) -> int:
+    """Check everything that a run needs, print a line each, and return the exit status."""
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("settings", lambda: f"from {source or 'the environment and defaults'}")
+    ]
+    for key in settings.api_keys or ("",):
+        name = f"API key {ApiKey(key, settings.plan).shown}" if key else "API key"
+        checks.append((name, partial(_check_key, settings, key)))
+    checks.append(("state directory", lambda: _check_state_directory(settings.state_directory)))
+    checks.append(("MongoDB" if settings.mongodb_uri else "local store", lambda: _check_store(settings)))
+    if settings.platform_url():
+        checks.append(("platform", lambda: _check_platform(settings)))
+    failed = False
+    for name, check in checks:
+        try:
+            good, line = True, check()
+        except StockrtError as error:
+            good, line = False, str(error)
+        failed |= not good
+        print(settings.redact(f"{'ok  ' if good else 'FAIL'}  {name}: {line}"), flush=True)
+    return EXIT_FAILED if failed else EXIT_OK
+
+
+def _check_key(settings: Settings, key: str) -> str:
+    if not key:
+        raise StockrtError(NO_KEY_HINT)
+    api = InfowayApi(settings.api_base_url, KeyPool([key], settings.plan))
+    verdict = api.ask_once(Batch("stock", "AAPL.US"), key)
+    if verdict.action in (Action.ACCEPT, Action.CODES_UNKNOWN):
+        return f"accepted by {settings.api_base_url}"
+    name = (
+        "INFOWAY_API_KEY"
+        if verdict.action in (Action.KEY_DEAD, Action.KEY_LACKS_PRODUCT)
+        else "INFOWAY_API_BASE_URL"
+    )
+    name = "INFOWAY_PLAN" if verdict.action in (Action.SLOW_DOWN, Action.KEY_DAY_OVER) else name
+    raise StockrtError(f"{verdict.reason}; see {name}")
+
+
+def _check_state_directory(directory: Path) -> str:
+    make_state_directory(directory)
+    return f"{directory} can be written"
+
+
+def _check_store(settings: Settings) -> str:
+    store = open_store(settings)
+    try:
+        return store.check()
+    finally:
+        store.close()
+
+
+def _check_platform(settings: Settings) -> str:
+    url = settings.platform_url()
+    connection = HttpConnection(url)
+    answer = connection.get("/module/online", dict)
+    connection.close()
+    if answer.fault:
+        raise StockrtError(
+            f"{url} cannot be reached: {answer.fault}; see SERVER_IP, SERVER_PORT and SERVER_TLS"
+        )
+    if (_envelope(answer.body) or {}).get("code") != "2000":
+        raise StockrtError(f"{url}/module/online answers HTTP {answer.status} and is no dispatch platform; "
+                           "see SERVER_IP and SERVER_PORT")  # fmt: skip
+    return f"{url} answers"
+
+
+def run_daemon(settings: Settings) -> int:
+    """Run as the platform's module."""
+    needed = {"SERVER_IP": settings.server_host, "SERVER_PORT": settings.server_port}
+    missing = " and ".join(name for name, value in needed.items() if not value)
+    if missing:
+        raise SettingsError(
+            [
+                f"{missing} not set: the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; "
+                "without a platform use --once --codes …"
+            ]
+        )
+    raise StockrtError("this version has no daemon yet; use --once --codes …")
+
+
+def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run one command line and return its exit status. Raises StockrtError: what the operator must mend."""
+    options = parse_arguments(argv)
+    loaded = load_settings(environ, options.env_file)
+    start_logging(loaded.settings)
+    for warning in loaded.warnings:
+        log.warning(warning)
+    if options.once:
+        return run_once(options, loaded.settings)
+    if options.check:
+        return run_check(loaded.settings, loaded.source)
+    return run_daemon(loaded.settings)
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and leave it with the exit status."""
+    try:
+        status = run_command(sys.argv[1:], os.environ)
+    except StockrtError as error:
+        say("\n".join(f"stockrt: {line}" for line in str(error).splitlines()))
+        status = error.exit_code
+    except SystemExit as leaving:  # --help, --version
+        status = int(leaving.code or 0)
+    with contextlib.suppress(OSError):  # a reader that went away
+        sys.stdout.flush()
+    # Not sys.exit: threads that hang on the network must not hold the process up, and pymongo's monitor
+    # threads cost half a second at the interpreter's end. Everything that counts is flushed by now.
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()
