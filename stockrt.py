@@ -16,7 +16,7 @@ where no MongoDB is configured. Data goes one way through the rooms below, leave
 
     text -> codes -> batches -> answers -> trades -> documents -> store -> report -> text
 
-Rooms: errors, settings, instruments, quota, Infoway, stores, collector, command line.
+Rooms: errors, settings, instruments, quota, Infoway, stores, collector, platform, command line.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import hashlib
 import ipaddress
 import json
 import logging
+import math
 import os
 import queue
 import random
@@ -52,9 +53,10 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, cast
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 if TYPE_CHECKING:  # what a path does not need is imported where it is needed: it costs start time and memory
+    import socket
     import sqlite3
 
     from pymongo import MongoClient
@@ -80,7 +82,10 @@ class StockrtError(Exception):
     ├── InstrumentError     a code that cannot be asked for; says what to type instead
     ├── NoKeyError          no API key can serve now; says which key is out, why and until when
     ├── Interrupted         the run was asked to stop
-    └── StoreError          the store did not take what it was given; says which setting mends it
+    ├── StoreError          the store did not take what it was given; says which setting mends it
+    ├── RegistrationError   the platform did not register the module; says what to do
+    ├── DialError           no connection to the platform could be made
+    └── LinkLost            the connection to the platform is gone
 
     Each message says what came, what was expected and which setting or flag changes it.
     """
@@ -767,6 +772,9 @@ def plan_batches(codes: Iterable[object]) -> BatchPlan:
 WINDOW_MARGIN_S = 0.02
 # A key that comes back later than this is not waited for: the batch fails and says when it returns.
 LONGEST_WAIT_FOR_KEY_S = 60.0
+NO_KEY_HINT = (
+    "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none"
+)
 # How often a thread that waits for a key looks whether the run was stopped.
 STOP_POLL_S = 0.2
 
@@ -897,11 +905,23 @@ def _seconds_to_next_day(now_utc: datetime) -> float:
 
 # A hundred trades are about ten kilobytes; more than this is not an answer but an accident or an attack.
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
-CONNECT_TIMEOUT_S = 5.0
+
+
+class Limits(NamedTuple):
+    """Seconds for connecting, for a silence while reading, and for a request as a whole.
+
+    The whole counts too: a server that drips a byte a second never runs into the read limit.
+    """
+
+    connect_s: float
+    read_s: float
+    whole_s: float
+
+
 # The API was seen to take many seconds under load; a longer silence is a dead peer.
-READ_TIMEOUT_S = 20.0
-# The whole request: a server that drips a byte a second never runs into the read limit.
-REQUEST_TIMEOUT_S = 30.0
+API_LIMITS = Limits(5.0, 20.0, 30.0)
+# The platform's views answer from memory; the daemon has nothing else to do meanwhile, but signals.
+PLATFORM_LIMITS = Limits(5.0, 8.0, 10.0)
 # A thread that does not come back this long after its connection was cut is left alone and replaced.
 ABANDON_AFTER_S = 2.0
 # Tries of one batch after faults of the network or the server.
@@ -1130,12 +1150,12 @@ def read_records(batch: Batch, records: Sequence[object]) -> Outcome:
     return Outcome(batch, list(newest.values()), unknown, failures)
 
 
-def backoff(first_s: float, cap_s: float, rng: random.Random) -> Iterator[float]:
+def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.0) -> Iterator[float]:
     """Yield delays in seconds for ever: exponential, capped, with full jitter from the first one on."""
     ceiling = first_s
     while True:
         yield rng.uniform(0, ceiling)
-        ceiling = min(cap_s, ceiling * 2)
+        ceiling = min(cap_s, ceiling * growth)
 
 
 def wanted_in_flight(latency_s: float, rate: float) -> int:
@@ -1151,13 +1171,14 @@ class HttpConnection:
     The foreign exceptions of the network end here: they become an `Answer` with a `fault`.
     """
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, limits: Limits = API_LIMITS) -> None:
         from urllib3.connection import HTTPConnection, HTTPSConnection
 
+        self._limits = limits
         parts = urlsplit(base_url)
         self._path = parts.path
         make = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        self._conn: HTTPConnection = make(cast(str, parts.hostname), parts.port, timeout=CONNECT_TIMEOUT_S)
+        self._conn: HTTPConnection = make(cast(str, parts.hostname), parts.port, timeout=limits.connect_s)
         self.deadline = 0.0  # monotonic; 0 while no request is under way
 
     def get(self, path: str, headers: Callable[[], Mapping[str, str]]) -> Answer:
@@ -1166,7 +1187,7 @@ class HttpConnection:
         `headers` is called when the connection stands, right before the request is written: what it
         counts as sent is then sent, however long the connecting took. What it raises is passed on.
         """
-        self.deadline = time.monotonic() + REQUEST_TIMEOUT_S
+        self.deadline = time.monotonic() + self._limits.whole_s
         answered = False
         try:
             fault = self._connect()
@@ -1174,7 +1195,7 @@ class HttpConnection:
                 return fault
             self.deadline = 0.0  # waiting for a key is no part of the request
             chosen = headers()
-            self.deadline = time.monotonic() + REQUEST_TIMEOUT_S
+            self.deadline = time.monotonic() + self._limits.whole_s
             if (fault := self._connect()) is not None:  # the server may have closed it during the wait
                 return fault
             answer = self._exchange(self._path + path, chosen)
@@ -1187,12 +1208,8 @@ class HttpConnection:
 
     def abort(self) -> None:
         """Cut the connection under a request, so that its thread comes back with a fault."""
-        import socket
-
-        sock = self._conn.sock
-        if sock is not None:
-            with contextlib.suppress(OSError):  # it may have been closed just now
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        if self._conn.sock is not None:
+            cut_socket(self._conn.sock)
 
     def close(self) -> None:
         """Close the connection; the next request opens a new one."""
@@ -1205,11 +1222,11 @@ class HttpConnection:
             conn.close()
         if conn.sock is not None:
             return None
-        conn.timeout = CONNECT_TIMEOUT_S
-        fault = _as_fault(conn.connect, self.deadline)
+        conn.timeout = self._limits.connect_s
+        fault = self._guarded(conn.connect)
         if fault is None and conn.sock is not None:
-            conn.timeout = READ_TIMEOUT_S
-            conn.sock.settimeout(READ_TIMEOUT_S)
+            conn.timeout = self._limits.read_s
+            conn.sock.settimeout(self._limits.read_s)
         return fault
 
     def _exchange(self, path: str, headers: Mapping[str, str]) -> Answer:
@@ -1236,14 +1253,41 @@ class HttpConnection:
                 response.status, b"".join(chunks), response.headers.get("Retry-After", "").strip()
             )
 
-        return _as_fault(exchange, self.deadline) or answer
+        return self._guarded(exchange) or answer
+
+    def _guarded(self, step: Callable[[], None]) -> Answer | None:
+        fault = _as_fault(step)
+        if fault is not None and time.monotonic() >= self.deadline:
+            return Answer(fault=f"no whole answer within {self._limits.whole_s:.0f} s")
+        return fault
+
+
+def cut_socket(sock: socket.socket) -> None:
+    """End all reading and writing on a socket, TLS or not, from whatever thread."""
+    import socket
+
+    with contextlib.suppress(OSError):  # it may have been closed just now
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def get_once(base_url: str, path: str, limits: Limits, headers: Mapping[str, str] | None = None) -> Answer:
+    """Ask for one thing over a connection of its own, which is cut when the time is over."""
+    connection = HttpConnection(base_url, limits)
+    cut = threading.Timer(limits.whole_s, connection.abort)
+    cut.daemon = True
+    cut.start()
+    try:
+        return connection.get(path, lambda: headers or {})
+    finally:
+        cut.cancel()
+        connection.close()
 
 
 class _Refused(Exception):
     """An answer that would be as wrong the next time."""
 
 
-def _as_fault(step: Callable[[], None], deadline: float) -> Answer | None:
+def _as_fault(step: Callable[[], None]) -> Answer | None:
     """Do a step of a request; return what went wrong as an Answer, None if nothing did."""
     import ssl
     from http.client import HTTPException
@@ -1256,8 +1300,6 @@ def _as_fault(step: Callable[[], None], deadline: float) -> Answer | None:
         return Answer(fault=str(error), hopeless=True)
     except (HTTPError, HTTPException, OSError, ValueError, AttributeError) as error:
         # ValueError, AttributeError: what ssl and http.client raise when `abort` cuts under them
-        if time.monotonic() >= deadline:
-            return Answer(fault=f"no whole answer within {REQUEST_TIMEOUT_S:.0f} s")
         if isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
             return Answer(fault=f"the connection broke ({type(error).__name__})")
         hopeless = isinstance(error, ssl.SSLCertVerificationError) or isinstance(
@@ -1307,7 +1349,7 @@ class InfowayApi:
     """Asks the API for batches, several at a time, and yields what became of each.
 
     Promises: no key above its rate; each batch answered exactly once, by trades or by reasons; no request
-    outlives REQUEST_TIMEOUT_S; one caller at a time.
+    outlives API_LIMITS; one caller at a time.
     """
 
     def __init__(self, base_url: str, keys: KeyPool, rng: random.Random | None = None) -> None:
@@ -1345,9 +1387,7 @@ class InfowayApi:
 
     def ask_once(self, batch: Batch, key: str) -> Verdict:
         """Ask for a batch with the given key, one request and no second try; for --check."""
-        connection = HttpConnection(self.base_url)
-        answer = connection.get(_trade_path(batch), lambda: {"apiKey": key})
-        connection.close()
+        answer = get_once(self.base_url, _trade_path(batch), API_LIMITS, {"apiKey": key})
         return decide(answer, datetime.now(UTC))
 
     def close(self) -> None:
@@ -1383,7 +1423,7 @@ class InfowayApi:
                 del busy[worker]
                 worker.dismiss()
                 yield _failed(
-                    batch, f"no whole answer within {REQUEST_TIMEOUT_S:.0f} s, and the connection hangs"
+                    batch, f"no whole answer within {API_LIMITS.whole_s:.0f} s, and the connection hangs"
                 )
 
     def ask(self, connection: HttpConnection, batch: Batch, stop: threading.Event) -> Outcome:
@@ -1449,6 +1489,13 @@ def _trade_path(batch: Batch) -> str:
 
 def _failed(batch: Batch, reason: str) -> Outcome:
     return Outcome(batch, failures=dict.fromkeys(batch.split(), reason))
+
+
+def make_source(settings: Settings) -> Source:
+    """Return the API client that the settings ask for. Raises SettingsError without an API key."""
+    if not settings.api_keys:
+        raise SettingsError([NO_KEY_HINT])
+    return InfowayApi(settings.api_base_url, KeyPool(settings.api_keys, settings.plan))
 
 
 class DemoApi:
@@ -1561,7 +1608,8 @@ class SqliteStore:
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / SQLITE_NAME
-        self._db = self._open(directory)
+        make_state_directory(directory)
+        self._db = open_sqlite(self.path, SQLITE_VERSION, _SQLITE_SCHEMA)
 
     def write(self, documents: Sequence[Document]) -> WriteReport:
         """Store documents in one transaction. Raises StoreError when the file cannot be written."""
@@ -1581,7 +1629,7 @@ class SqliteStore:
                 )
                 stored = self._db.total_changes - before
         except sqlite3.Error as error:
-            raise self._fault(error) from error
+            raise sqlite_fault(self.path, error) from error
         return WriteReport(stored, len(documents) - stored)
 
     def check(self) -> str:
@@ -1594,35 +1642,41 @@ class SqliteStore:
             self._db.rollback()
             (count,) = self._db.execute("SELECT count(*) FROM realtime").fetchone()
         except sqlite3.Error as error:
-            raise self._fault(error) from error
+            raise sqlite_fault(self.path, error) from error
         return f"{self.path} can be written, {count} trades in it"
 
     def close(self) -> None:
         """Close the file."""
         self._db.close()
 
-    def _open(self, directory: Path) -> sqlite3.Connection:
-        import sqlite3
 
-        make_state_directory(directory)
-        try:
-            db = sqlite3.connect(self.path, timeout=SQLITE_BUSY_S, check_same_thread=False)
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=FULL")
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version > SQLITE_VERSION:
-                raise StoreError(
-                    f"{self.path} was written by a newer stockrt (format {version}, this one knows "
-                    f"{SQLITE_VERSION}); use that one, or another STATE_DIRECTORY"
-                )
-            if version < SQLITE_VERSION:
-                db.executescript(_SQLITE_SCHEMA)
-        except sqlite3.Error as error:
-            raise self._fault(error) from error
-        return db
+def open_sqlite(path: Path, version: int, schema: str) -> sqlite3.Connection:
+    """Open a file of ours, made with `schema` if it is new: WAL, and fsynced at every commit.
 
-    def _fault(self, error: Exception) -> StoreError:
-        return StoreError(f"the local store {self.path} fails: {error}; see STATE_DIRECTORY")
+    Raises StoreError when it cannot be used or was written by a newer stockrt.
+    """
+    import sqlite3
+
+    try:
+        db = sqlite3.connect(path, timeout=SQLITE_BUSY_S, check_same_thread=False)
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+        (found,) = db.execute("PRAGMA user_version").fetchone()
+        if found > version:
+            raise StoreError(
+                f"{path} was written by a newer stockrt (format {found}, this one knows {version}); "
+                "use that one, or another STATE_DIRECTORY"
+            )
+        if found < version:
+            db.executescript(schema)
+    except sqlite3.Error as error:
+        raise sqlite_fault(path, error) from error
+    return db
+
+
+def sqlite_fault(path: Path, error: Exception) -> StoreError:
+    """Return what an operator must know of a fault of SQLite."""
+    return StoreError(f"the local file {path} fails: {error}; see STATE_DIRECTORY")
 
 
 # IF NOT EXISTS: two processes may open a new file at the same moment.
@@ -1784,6 +1838,164 @@ def open_store(settings: Settings) -> Store:
     return MongoStore(settings) if settings.mongodb_uri else SqliteStore(settings.state_directory)
 
 
+# ------------------------------------------------------------------------------------------------------
+# Delivery: accepted commands and their results
+# ------------------------------------------------------------------------------------------------------
+#
+# Promises:
+#   1. A command that was accepted is on disk until it is answered, its answer until the platform's receipt.
+#   2. An `execution_id` is executed once; asked again it gets the same answer, word for word.
+#   3. What is given up (answers older than an hour) is said.
+
+JOURNAL_NAME = "executions.db"
+JOURNAL_VERSION = 1
+# Answers that are kept for an `execution_id` that comes again.
+ANSWERS_KEPT = 1000
+# The platform has e-mailed the time-out of an execution long before; a later answer would only confuse.
+ANSWER_LIFETIME_S = 3600.0
+# After this the platform counts an execution as timed out: doing it then helps nobody.
+EXECUTION_LIFETIME_S = 120.0
+
+
+class Accepted(NamedTuple):
+    """A command in the journal: its number, who asked (`context`) and for what (`codes`)."""
+
+    number: int
+    context: dict[str, Any]
+    codes: list[object]
+
+
+class Journal:
+    """Accepted commands and their answers on disk; thread-safe. `clock` is epoch seconds."""
+
+    def __init__(self, directory: Path, clock: Callable[[], float] = time.time) -> None:
+        make_state_directory(directory)
+        self.path = directory / JOURNAL_NAME
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._db = open_sqlite(self.path, JOURNAL_VERSION, _JOURNAL_SCHEMA)
+
+    def accept(self, commands: Sequence[Command]) -> list[int]:
+        """Keep commands, all or none, and return their numbers. Raises StoreError."""
+        rows = [
+            (c.execution_id or None, self._clock(), json.dumps(c.context), json.dumps(c.codes))
+            for c in commands
+        ]
+        with self._transaction() as db:
+            return [
+                cast(int, db.execute(
+                    "INSERT INTO executions (execution_id, accepted_at, context, codes) VALUES (?, ?, ?, ?)", row
+                ).lastrowid)
+                for row in rows
+            ]  # fmt: skip
+
+    def find(self, execution_id: str) -> tuple[int, bool] | None:
+        """Return (number, answered) of an execution that was accepted before, None for a new one."""
+        row = self._one(
+            "SELECT number, answer IS NOT NULL FROM executions WHERE execution_id = ?", execution_id
+        )
+        return (row[0], bool(row[1])) if row else None
+
+    def read(self, number: int) -> Accepted:
+        """Return an accepted command."""
+        context, codes = self._one("SELECT context, codes FROM executions WHERE number = ?", number)
+        return Accepted(number, json.loads(context), json.loads(codes))
+
+    def answer(self, number: int, text: str) -> None:
+        """Keep the answer of a command, and with it forget the oldest answers nobody waits for."""
+        with self._transaction() as db:
+            db.execute("UPDATE executions SET answer = ?, answered_at = ?, codes = '[]' WHERE number = ?",
+                       (text, self._clock(), number))  # fmt: skip
+            db.execute(
+                "DELETE FROM executions WHERE received AND number <= "
+                "(SELECT number FROM executions WHERE received ORDER BY number DESC LIMIT 1 OFFSET ?)",
+                (ANSWERS_KEPT,),
+            )
+
+    def refuse(self, context: Mapping[str, Any], text: str) -> int:
+        """Keep the answer of a command that was not accepted; its id may come again and is then looked at anew."""
+        now = self._clock()
+        with self._transaction() as db:
+            done = db.execute(
+                "INSERT INTO executions (accepted_at, context, codes, answer, answered_at) VALUES (?, ?, '[]', ?, ?)",
+                (now, json.dumps(context), text, now),
+            )
+            return cast(int, done.lastrowid)
+
+    def answer_text(self, number: int) -> str | None:
+        """Return an answer, None where there is none (any more)."""
+        row = self._one("SELECT answer FROM executions WHERE number = ?", number)
+        return row[0] if row else None
+
+    def received(self, number: int) -> None:
+        """The platform has the answer: it is not sent again, unless the execution is asked for again."""
+        with self._transaction() as db:
+            db.execute("UPDATE executions SET received = 1 WHERE number = ?", (number,))
+
+    def unanswered(self) -> list[tuple[int, float]]:
+        """Return number and age in seconds of the commands without an answer, oldest first."""
+        rows = self._all("SELECT number, accepted_at FROM executions WHERE answer IS NULL ORDER BY number")
+        return [(number, self._clock() - accepted_at) for number, accepted_at in rows]
+
+    def unreceived(self) -> list[int]:
+        """Return the numbers of the answers that the platform has not confirmed, oldest first; drop stale ones."""
+        self._drop_stale()
+        rows = self._all(
+            "SELECT number FROM executions WHERE answer IS NOT NULL AND NOT received ORDER BY number"
+        )
+        return [number for (number,) in rows]
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+    def _drop_stale(self) -> None:
+        with self._transaction() as db:
+            dropped = db.execute(
+                "UPDATE executions SET received = 1 WHERE answer IS NOT NULL AND NOT received AND answered_at < ?",
+                (self._clock() - ANSWER_LIFETIME_S,),
+            ).rowcount
+        if dropped:
+            log.warning("%d results could not be delivered within an hour and are dropped", dropped)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        import sqlite3
+
+        try:
+            with self._lock, self._db:
+                yield self._db
+        except sqlite3.Error as error:
+            raise sqlite_fault(self.path, error) from error
+
+    def _all(self, query: str, *values: object) -> list[Any]:
+        with self._transaction() as db:
+            return db.execute(query, values).fetchall()
+
+    def _one(self, query: str, *values: object) -> Any:
+        rows = self._all(query, *values)
+        return rows[0] if rows else None
+
+
+_JOURNAL_SCHEMA = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS executions (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    execution_id TEXT UNIQUE,               -- NULL: the platform gave none
+    accepted_at REAL NOT NULL,              -- epoch seconds, as answered_at
+    context TEXT NOT NULL,                  -- JSON: what the answer repeats
+    codes TEXT NOT NULL,                    -- JSON
+    answer TEXT,
+    answered_at REAL,
+    received INTEGER NOT NULL DEFAULT 0     -- 1: the platform confirmed the answer
+);
+CREATE INDEX IF NOT EXISTS executions_open ON executions (number) WHERE answer IS NULL OR NOT received;
+PRAGMA user_version = {JOURNAL_VERSION};
+COMMIT;
+"""
+
+
 # ======================================================================================================
 # Collector: codes in, report out
 # ======================================================================================================
@@ -1939,6 +2151,982 @@ class Collector:
 
 
 # ======================================================================================================
+# Platform: the protocol (pure: text in, events out)
+# ======================================================================================================
+
+# Larger frames are refused with close code 1009; 100,000 codes of the greatest length need 3.5 MB.
+MAX_FRAME_BYTES = 4 * 1024 * 1024
+MAX_CODES_PER_COMMAND = 100_000
+# The newer server sweeps a client from which no text frame came for 120 s; its own pings come every 30 s.
+TEXT_KEEPALIVE_S = 45.0
+# A peer that was silent for this many heartbeats is dead.
+SILENT_HEARTBEATS = 2
+# The names under which a workflow may hold its codes: today's, the documentation's, the command line's.
+CODE_ARGUMENTS = ("code_list", "stock_list", "codes")
+FAILURES_LISTED = 100
+
+
+class Command(NamedTuple):
+    """An `execute` that was understood. `context` is what the answer repeats: meta, workflow_id, …"""
+
+    execution_id: str
+    context: dict[str, Any]
+    codes: list[object]
+
+
+class Refused(NamedTuple):
+    """An `execute` that cannot be understood, and why."""
+
+    context: dict[str, Any]
+    reason: str
+
+
+class Send(NamedTuple):
+    """A text frame to send now."""
+
+    text: str
+
+
+class Receipt(NamedTuple):
+    """The server has the oldest result that was sent on this connection."""
+
+
+class Shutdown(NamedTuple):
+    """The platform replaces this module: confirm, finish, leave."""
+
+
+class Ping(NamedTuple):
+    """A WebSocket ping to send now."""
+
+
+class PeerDead(NamedTuple):
+    """The peer is silent for too long: close and dial again."""
+
+    reason: str
+
+
+Event: TypeAlias = Command | Refused | Send | Receipt | Shutdown | Ping | PeerDead
+
+SHUTDOWN_CONFIRMATION = json.dumps({"status": "success", "message": "模块正在关闭"}, ensure_ascii=False)
+
+
+class PlatformProtocol:
+    """One connection's conversation, for both generations of the server, recognised by what it sends.
+
+    The caller passes in every text frame (`receive`), tells of every other frame (`heard`), calls `tick` no
+    later than `next_tick`, and does what the events say, at once. Times are monotonic seconds.
+    """
+
+    def __init__(self, heartbeat_s: float, now: float, stamp: Callable[[], str] | None = None) -> None:
+        self._heartbeat_s = heartbeat_s
+        self._stamp = stamp or _local_time
+        self._heard_at = now
+        self._pinged_at = now
+        self._text_sent_at = now
+        self._beat_at = now
+        # Whether the server answers the text `heartbeat`: None until it was asked, once per connection.
+        self._confirms: bool | None = None
+        self._asked = False
+        self.useful = False
+
+    def heard(self, now: float) -> None:
+        """Any frame came: the peer lives, and the connection has proved itself."""
+        self._heard_at = now
+        self.useful = True
+
+    def sent_text(self, now: float) -> None:
+        """A text frame was sent: the newer server's liveness clock moved."""
+        self._text_sent_at = now
+
+    def receive(self, text: str, now: float) -> list[Event]:
+        """Return what a text frame asks for; nothing for what is no command."""
+        self.heard(now)
+        message = _unwrap(text)
+        if isinstance(message, str):
+            self._confirms = True if message.strip() == "heartbeat confirm" else self._confirms
+            return [Receipt()] if message.strip() == "receive result" else []
+        kind = message.get("type")
+        if kind == "ping":
+            self._confirms = bool(self._confirms)  # the newer server: it pings by itself
+            return [Send(json.dumps({"type": "pong", "timestamp": self._stamp()}))]
+        if kind == "shutdown":
+            return [Send(SHUTDOWN_CONFIRMATION), Shutdown()]
+        if kind == "execute":
+            return [read_execute(message)]
+        if message.get("status") == "error" and self._asked and self._confirms is None:
+            self._confirms = False  # it took `heartbeat` for broken JSON: never again on this connection
+        return []
+
+    def next_tick(self) -> float:
+        """Return when `tick` has something to do at the latest."""
+        times = [
+            self._pinged_at + self._heartbeat_s,
+            self._silent_at(),
+            self._text_sent_at + TEXT_KEEPALIVE_S,
+        ]
+        return min([*times, self._beat_at + self._heartbeat_s] if self._confirms is not False else times)
+
+    def tick(self, now: float) -> list[Event]:
+        """Return what is due now to keep the connection alive, or to give it up."""
+        if now >= self._silent_at():
+            return [PeerDead(f"nothing came for {now - self._heard_at:.0f} s")]
+        events: list[Event] = []
+        if now >= self._pinged_at + self._heartbeat_s:
+            self._pinged_at = now
+            events.append(Ping())
+        if now >= self._beat_at + self._heartbeat_s and self._confirms is not False:
+            self._beat_at = now
+            if self._confirms or not self._asked:
+                self._asked = True
+                events.append(Send("heartbeat"))
+        if now >= self._text_sent_at + TEXT_KEEPALIVE_S and not self._confirms:
+            self._text_sent_at = now
+            events.append(Send(json.dumps({"type": "pong", "timestamp": self._stamp()})))
+        return events
+
+    def _silent_at(self) -> float:
+        return self._heard_at + SILENT_HEARTBEATS * self._heartbeat_s
+
+
+def _local_time() -> str:
+    """Return the time as the server writes it: local, ISO 8601, without a zone."""
+    return datetime.now(UTC).astimezone().replace(tzinfo=None).isoformat()
+
+
+def _unwrap(text: str) -> dict[str, Any] | str:
+    """Return the object that a frame carries: bare, in `message`, or as JSON text in `message`; else its text."""
+    parsed = _json_or_none(text)
+    if not isinstance(parsed, dict):
+        return text
+    inner = parsed.get("message")
+    if "type" in parsed or "status" in parsed or inner is None:
+        return parsed
+    if isinstance(inner, str):
+        unpacked = _json_or_none(inner)
+        return unpacked if isinstance(unpacked, dict) else inner
+    return inner if isinstance(inner, dict) else ""
+
+
+def _json_or_none(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_execute(message: Mapping[str, Any]) -> Command | Refused:
+    """Return the command that an `execute` object holds, or why it cannot be understood."""
+    meta = message.get("meta")
+    known: Mapping[str, Any] = meta if isinstance(meta, dict) else {}
+    context = {
+        name: known.get(name, message.get(name)) for name in ("workflow_id", "workflow_name")
+    } | {name: message[name] for name in ("meta", "execution_id") if name in message}  # fmt: skip
+    execution_id = known.get("execution_id", message.get("execution_id"))
+    try:
+        codes = read_args(message.get("args"))
+    except UsageError as error:
+        return Refused(context, str(error))
+    return Command(str(execution_id) if isinstance(execution_id, str | int) else "", context, codes)
+
+
+def read_args(args: object) -> list[object]:
+    """Return the codes in an execute's `args`, whatever shape a person gave them. Raises UsageError."""
+    if isinstance(args, str) and args.strip()[:1] in ("{", "["):
+        args = _json_or_none(args)
+    if isinstance(args, dict):
+        filled = [name for name in CODE_ARGUMENTS if args.get(name) not in (None, "", [])]
+        if not filled:
+            came = one_line(", ".join(map(str, args)) or "nothing", 80)
+            raise UsageError(
+                f'args holds no codes: expected code_list, a list such as ["AAPL.US"]; got {came}'
+            )
+        args = args[filled[0]]
+    if isinstance(args, int | float) and not isinstance(args, bool):
+        args = [args]
+    if not isinstance(args, str | list):
+        raise UsageError(
+            f'args holds no codes: expected code_list, a list such as ["AAPL.US"]; got {_json_kind(args)}'
+        )
+    codes = _flat(args if isinstance(args, list) else [args])
+    if not codes:
+        raise UsageError('code_list is empty: expected codes such as ["AAPL.US"]')
+    if len(codes) > MAX_CODES_PER_COMMAND:
+        raise UsageError(
+            f"{len(codes)} codes in one command: at most {MAX_CODES_PER_COMMAND}; split the workflow"
+        )
+    return codes
+
+
+def _flat(items: Iterable[object]) -> list[object]:
+    """Return codes one by one: a person also types several into one element. Blank elements are none."""
+    codes: list[object] = []
+    for item in items:
+        codes += split_codes(item) if isinstance(item, str) else [item]
+    return codes
+
+
+def _json_kind(value: object) -> str:
+    return "nothing" if value is None else one_line(json.dumps(value), 60)
+
+
+def make_result(
+    context: Mapping[str, Any], module_name: str, message: str, result: Mapping[str, Any], good: bool
+) -> str:
+    """Return the result as both generations of the server read it: one JSON object with the union of fields.
+
+    ASCII only: a lone surrogate that came in `meta` goes back as it came.
+    """
+    status = "success" if good else "failure"
+    answer = {"type": "result", "status": status, **context, "module_name": module_name, "message": message}
+    if not good:
+        answer["error"] = message
+    return json.dumps(answer | {"result": {"status": status, **result}})
+
+
+def report_result(
+    context: Mapping[str, Any], module_name: str, report: Report, redact: Callable[[str], str]
+) -> str:
+    """Return the result of a run: `success` when something is in the store and the store is sound."""
+    reached = report.stored + report.known
+    good = reached > 0 and not report.store_error
+    failures = {code: redact(why) for code, why in list(report.failures.items())[:FAILURES_LISTED]}
+    result = {
+        "total": report.total,
+        "success_count": reached,
+        "duplicate_count": report.known,
+        "failed_count": len(report.failures),
+        "failed_stocks": list(report.failures),
+        "failures": failures,
+        "took_ms": round(report.took_s * 1000),
+    }
+    return make_result(context, module_name, redact(_result_words(report, reached)), result, good)
+
+
+def _result_words(report: Report, reached: int) -> str:
+    if report.store_error:
+        return f"{reached} of {report.total} codes stored, then the store failed: {report.store_error}"
+    words = f"{reached} of {report.total} codes stored"
+    if not report.failures:
+        return words
+    named = [f"{code} ({why})" for code, why in list(report.failures.items())[:3]]
+    more = len(report.failures) - len(named)
+    return f"{words}; failed: {', '.join(named)}{f' and {more} more' if more else ''}"
+
+
+def empty_result(context: Mapping[str, Any], module_name: str, reason: str) -> str:
+    """Return the result of a command that was not executed."""
+    result = {"total": 0, "success_count": 0, "duplicate_count": 0, "failed_count": 0, "failed_stocks": [],
+              "failures": {}, "took_ms": 0}  # fmt: skip
+    return make_result(context, module_name, reason, result, good=False)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Registration
+# ------------------------------------------------------------------------------------------------------
+
+HASH_NAME = "module_hash"
+# Where the older client of this platform kept its hash, below its working directory.
+OLD_HASH_FILE = Path("config/module_hash.txt")
+# The server's own: at most 64 characters; nothing else may stand behind `hash=`.
+_HASH = re.compile(r"[A-Za-z0-9_+=-]{1,64}")
+MISSION_KIND = "realtime"
+
+
+class RegistrationError(StockrtError):
+    """The platform did not register the module; says what to do."""
+
+
+def read_hash(directory: Path) -> str:
+    """Return the stored hash, '' where there is none; an older installation's is taken over.
+
+    Raises StoreError when the file cannot be read or holds no hash.
+    """
+    path = directory / HASH_NAME
+    for place in (path, OLD_HASH_FILE):
+        try:
+            found = place.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise StoreError(f"the module hash {place} cannot be read: {why}; see STATE_DIRECTORY") from None
+        if not _HASH.fullmatch(found):
+            raise StoreError(f"{place} holds no module hash; remove it and run --register")
+        if place is not path:
+            write_hash(directory, found)
+            log.info("the module hash of an older installation was taken over from %s", place)
+        return found
+    return ""
+
+
+def write_hash(directory: Path, module_hash: str) -> None:
+    """Store the hash: whole or not at all, readable by this user alone. Raises StoreError."""
+    make_state_directory(directory)
+    path = directory / HASH_NAME
+    new = directory / f"{HASH_NAME}.{os.getpid()}.new"
+    try:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
+            stream.write(module_hash + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        new.replace(path)
+        folder = os.open(directory, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error.strerror}; see STATE_DIRECTORY") from None
+
+
+def shorten(secret: str) -> str:
+    """Return a hash as a person may see it."""
+    return f"{secret[:4]}…{secret[-3:]}" if len(secret) > 10 else "***"
+
+
+def program_digest() -> str:
+    """Return a digest of this program: a new release registers as a new module."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:32]
+
+
+def register(settings: Settings) -> str:
+    """Register at the platform and return the hash it gave. Raises RegistrationError."""
+    query = {
+        "name": settings.module_name,
+        "description": settings.module_description,
+        "input_data": "[]",
+        "output_data": "[]",
+        "modelHash": program_digest(),
+        "missionKind": MISSION_KIND,
+        "dataRequirement": "[]",
+    }
+    url = settings.platform_url()
+    answer = get_once(url, f"/module/register?{urlencode(query)}", PLATFORM_LIMITS)
+    envelope = _envelope(answer.body) or {}
+    result = envelope.get("result")
+    module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
+    if envelope.get("code") == "2000" and _HASH.fullmatch(module_hash):
+        return module_hash
+    raise RegistrationError(f"not registered at {url}: {_why_not_registered(answer, envelope)}")
+
+
+def _why_not_registered(answer: Answer, envelope: Mapping[str, Any]) -> str:
+    code = envelope.get("code")
+    if answer.fault:
+        return f"{answer.fault}; is the platform up, and are SERVER_IP, SERVER_PORT and SERVER_TLS right?"
+    if code == "3005":
+        return (
+            "it has a module of this name, description and program already (3005), and its hash is not here; "
+            f"put it into {HASH_NAME} in STATE_DIRECTORY, or change MODULE_DESCRIPTION and try again"
+        )
+    if code == "3002":
+        return "it found the data invalid (3002); see MODULE_NAME and MODULE_DESCRIPTION"
+    if code == "2000":
+        return "it said success but gave no usable hash; ask the platform's operator"
+    if answer.status >= 500:
+        return f"HTTP {answer.status}, a fault inside the platform; see its log"
+    said = _words(envelope) or f"{len(answer.body)} bytes that are not the platform's JSON"
+    return f"HTTP {answer.status}: {said}; see SERVER_IP and SERVER_PORT"
+
+
+class Presence(Enum):
+    """What `/module/online` says of our hash."""
+
+    ONLINE = "still counted as online by the server (old session or a second instance); it will let go within 120 s"
+    UNKNOWN = "hash unknown to the server: run --register --force"
+    UNCLEAR = "refused by the server with HTTP 403, and /module/online does not say why"
+
+
+def ask_presence(settings: Settings, module_hash: str) -> Presence:
+    """Ask the platform which of the two meanings a refused handshake has."""
+    answer = get_once(settings.platform_url(), "/module/online", PLATFORM_LIMITS)
+    envelope = _envelope(answer.body) or {}
+    modules = envelope.get("result")
+    if envelope.get("code") != "2000" or not isinstance(modules, list):
+        return Presence.UNCLEAR
+    hashes = [str(module.get("module_hash")) for module in modules if isinstance(module, dict)]
+    return Presence.ONLINE if module_hash in hashes else Presence.UNKNOWN
+
+
+# ------------------------------------------------------------------------------------------------------
+# Connection: moves bytes
+# ------------------------------------------------------------------------------------------------------
+
+# A server that is away comes back within seconds or hours: quick at first, slowly slower, never above 30 s.
+# With a first delay of up to 1 s and a growth of 1.3 a server that was away for 5 s is met after about 1 s.
+DIAL_FIRST_S, DIAL_CAP_S, DIAL_GROWTH = 1.0, 30.0, 1.3
+# Connecting, TLS and the WebSocket handshake together.
+DIAL_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 5.0
+# A peer that takes no byte for this long is dead; the kernel buffers far more than a result.
+SEND_TIMEOUT_S = 5.0
+# Frames that are handled before results are sent and signals looked at.
+FRAMES_AT_ONCE = 100
+# A trouble that goes on is said again this often.
+TROUBLE_AGAIN_S = 300.0
+
+
+class DialError(StockrtError):
+    """No connection could be made; `status` is the HTTP status of a refused handshake, 0 without one."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class LinkLost(StockrtError):
+    """The connection is gone."""
+
+
+class Link:
+    """An open WebSocket that never blocks in reading; `fileno` is for select. Raises LinkLost from every call."""
+
+    def __init__(self, settings: Settings, module_hash: str) -> None:
+        self._ws = _dial(settings, module_hash)
+        self._sock: socket.socket = self._ws.sock
+        self._sock.settimeout(0)
+        self.has_more = True  # whether frames may wait that no poll would tell of
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._sock.fileno()
+
+    def frames(self) -> Iterator[str | None]:
+        """Yield what has come: a text frame's text, or None for a frame that only shows that the peer lives."""
+        from websocket import ABNF
+
+        self.has_more = True
+        for _ in range(FRAMES_AT_ONCE):
+            frame = self._next_frame()
+            if frame is None:
+                self.has_more = False
+                return
+            opcode, data = frame
+            if opcode == ABNF.OPCODE_PING:
+                self._send(data, ABNF.OPCODE_PONG)
+            yield data.decode("utf-8", "replace") if opcode == ABNF.OPCODE_TEXT else None
+
+    def send_text(self, text: str) -> None:
+        """Send a text frame."""
+        from websocket import ABNF
+
+        self._send(text.encode(), ABNF.OPCODE_TEXT)
+
+    def ping(self) -> None:
+        """Send a WebSocket ping."""
+        from websocket import ABNF
+
+        self._send(b"", ABNF.OPCODE_PING)
+
+    def close(self, code: int = 1000) -> None:
+        """Say goodbye if the peer still listens, and close."""
+        from websocket import ABNF
+
+        with contextlib.suppress(LinkLost):
+            self._send(code.to_bytes(2, "big"), ABNF.OPCODE_CLOSE)
+        self._ws.shutdown()
+
+    def _send(self, data: bytes, opcode: int) -> None:
+        from websocket import WebSocketException
+
+        try:
+            self._sock.settimeout(SEND_TIMEOUT_S)
+            self._ws.send(data, opcode)
+            self._sock.settimeout(0)
+        except (WebSocketException, OSError) as error:
+            raise LinkLost(f"sending failed: {_network_words(error)}") from error
+
+    def _next_frame(self) -> tuple[int, bytes] | None:
+        """Return the next whole message, or control frame, None when no more has come."""
+        import ssl
+
+        from websocket import ABNF, WebSocketException
+
+        ws = self._ws
+        try:
+            while True:
+                frame = ws.recv_frame()
+                if frame.opcode == ABNF.OPCODE_CLOSE:
+                    raise LinkLost(f"closed by the server{_close_words(frame.data)}")
+                if frame.opcode in (ABNF.OPCODE_PING, ABNF.OPCODE_PONG):
+                    return frame.opcode, bytes(frame.data)
+                ws.cont_frame.validate(frame)
+                ws.cont_frame.add(frame)
+                self._limit(len(ws.cont_frame.cont_data[1]))
+                if ws.cont_frame.is_fire(frame):
+                    opcode, whole = ws.cont_frame.extract(frame)
+                    return opcode, bytes(whole.data)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            self._limit(ws.frame_buffer.length or 0)  # the length of a frame whose rest is still to come
+            return None
+        except (WebSocketException, OSError, ValueError) as error:
+            raise LinkLost(f"lost: {_network_words(error)}") from error
+
+    def _limit(self, size: int) -> None:
+        if size > MAX_FRAME_BYTES:
+            self.close(1009)
+            raise LinkLost(f"a frame of {size} bytes; at most {MAX_FRAME_BYTES} are taken")
+
+
+def _close_words(data: bytes) -> str:
+    code = int.from_bytes(data[:2], "big") if len(data) >= 2 else 0
+    return (
+        f" (code {code}{' ' + one_line(data[2:].decode('utf-8', 'replace'), 80) if data[2:] else ''})"
+        if code
+        else ""
+    )
+
+
+def _dial(settings: Settings, module_hash: str) -> Any:
+    """Open the socket, TLS and the WebSocket, each and all within limits. Raises DialError."""
+    import socket
+
+    from websocket import WebSocket, WebSocketBadStatusException, WebSocketException
+
+    opened: list[socket.socket] = []
+    # a server that drips its handshake byte by byte never runs into the socket's own limit
+    cut = threading.Timer(DIAL_TIMEOUT_S, lambda: [*map(cut_socket, opened)])
+    cut.daemon = True
+    cut.start()
+    try:
+        opened.append(
+            socket.create_connection((settings.server_host, settings.server_port), CONNECT_TIMEOUT_S)
+        )
+        opened[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if settings.server_tls:
+            opened.append(_start_tls(opened[0], settings.server_host))
+        ws: Any = WebSocket(skip_utf8_validation=True, enable_multithread=False)
+        url = f"{settings.platform_url().replace('http', 'ws', 1)}/websocket?hash={module_hash}"
+        ws.connect(url, socket=opened[-1], timeout=DIAL_TIMEOUT_S, redirect_limit=0)
+        return ws
+    except WebSocketBadStatusException as error:
+        status = error.status_code
+        raise DialError(f"the handshake was refused with HTTP {status}", status) from None
+    except (WebSocketException, OSError, ValueError) as error:
+        for sock in opened:
+            sock.close()
+        raise DialError(f"cannot connect: {_network_words(error)}") from error
+    finally:
+        cut.cancel()
+
+
+def _start_tls(sock: socket.socket, host: str) -> socket.socket:
+    import ssl
+
+    wrapped = ssl.create_default_context().wrap_socket(
+        sock, server_hostname=host, do_handshake_on_connect=False
+    )
+    wrapped.settimeout(DIAL_TIMEOUT_S)
+    wrapped.do_handshake()
+    return wrapped
+
+
+class Trouble:
+    """Says a repeating trouble when it begins or changes, every few minutes with a count, and when it ends."""
+
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what = what
+        self._clock = clock
+        self._reason = ""
+        self._count = 0
+        self._said_at = 0.0
+
+    def again(self, reason: str) -> None:
+        """The trouble is there (still)."""
+        now = self._clock()
+        self._count += 1
+        if reason != self._reason:
+            log.warning("%s: %s; trying again", self._what, reason)
+        elif now - self._said_at >= TROUBLE_AGAIN_S:
+            log.warning("%s: still %s (%d tries)", self._what, reason, self._count)
+        else:
+            return
+        self._reason, self._said_at = reason, now
+
+    def over(self) -> None:
+        """The trouble is over, if there was one."""
+        if self._reason:
+            log.info("%s: well again after %d tries", self._what, self._count)
+        self._reason, self._count = "", 0
+
+
+# ------------------------------------------------------------------------------------------------------
+# Daemon: one thread for the socket, one for the work
+# ------------------------------------------------------------------------------------------------------
+#
+# Promises:
+#   1. The socket's thread never fetches and never stores: a ping is answered at once, whatever is executed.
+#   2. Every command is answered: executed, or refused with a reason; see the journal's promises.
+#   3. It dials for ever, with a delay before every dial, on the same two threads.
+
+MAX_QUEUED = 1000
+# SIGTERM, SIGINT: the running execution has this long; what does not end stays in the journal.
+STOP_GRACE_S = 20.0
+# After the last result the platform's receipts are waited for, when the process is about to leave.
+RECEIPT_GRACE_S = 3.0
+
+
+class Executor(threading.Thread):
+    """Executes accepted commands one at a time and puts their answers into the journal."""
+
+    def __init__(self, settings: Settings, journal: Journal, on_answer: Callable[[int | None], None]) -> None:
+        super().__init__(name="stockrt-executor", daemon=True)
+        self._settings = settings
+        self._journal = journal
+        self._on_answer = on_answer
+        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._store: Store | None = None
+        self._source: Source | None = None
+        self._leaving = threading.Event()
+        self._dropped_because = ""  # what the commands are answered that are not executed any more
+        self.stop = threading.Event()  # cuts the running execution short
+
+    def add(self, number: int) -> None:
+        """Execute the command with this number of the journal, after those before it."""
+        self._queue.put(number)
+
+    def waiting(self) -> int:
+        """Return how many commands wait to be executed."""
+        return self._queue.qsize()
+
+    def leave(self, dropped_because: str = "") -> None:
+        """Begin no further execution and end after the running one.
+
+        Commands that wait stay in the journal for the next start, or are answered with `dropped_because`.
+        """
+        self._dropped_because = dropped_because
+        self._leaving.set()
+        self._queue.put(None)
+
+    def run(self) -> None:
+        """Work until told to leave."""
+        while (number := self._queue.get()) is not None:
+            try:
+                if not self._leaving.is_set():
+                    self._answer(number, self._execute(number))
+                elif self._dropped_because:
+                    self._answer(number, self._unexecuted(number, self._dropped_because))
+            except StoreError as error:  # the journal itself: the command stays in it for the next start
+                log.error("execution %d is not answered: %s", number, error)
+        for open_thing in (self._source, self._store):
+            if open_thing is not None:
+                open_thing.close()
+        self._on_answer(None)
+
+    def _answer(self, number: int, answer: str) -> None:
+        if answer:
+            self._journal.answer(number, answer)
+            self._on_answer(number)
+
+    def _execute(self, number: int) -> str:
+        """Return the answer of a command, '' when it was cut short and stays in the journal."""
+        command = self._journal.read(number)
+        name = _execution_name(command.context)
+        try:
+            report = self._collect(command.codes)
+        except StockrtError as error:
+            return self._unexecuted(number, str(error))
+        except Exception as error:
+            log.exception("execution %s failed", name)
+            return self._unexecuted(number, f"a fault of stockrt itself: {type(error).__name__}; see its log")
+        log.info("execution %s: %s", name, report.summary())
+        if report.interrupted:
+            return self._unexecuted(number, self._dropped_because) if self._dropped_because else ""
+        return report_result(command.context, self._settings.module_name, report, self._settings.redact)
+
+    def _unexecuted(self, number: int, reason: str) -> str:
+        context = self._journal.read(number).context
+        log.warning("execution %s: %s", _execution_name(context), reason)
+        return empty_result(context, self._settings.module_name, self._settings.redact(reason))
+
+    def _collect(self, codes: Iterable[object]) -> Report:
+        if self._source is None:
+            self._source = make_source(self._settings)
+        if self._store is None:
+            self._store = open_store(self._settings)
+        return Collector(self._source, self._store).run(codes, self.stop)
+
+
+def _execution_name(context: Mapping[str, Any]) -> str:
+    meta = context.get("meta")
+    found = meta.get("execution_id") if isinstance(meta, dict) else context.get("execution_id")
+    workflow = context.get("workflow_name")
+    return one_line(f"{found or 'without id'}{f' of {workflow}' if workflow else ''}", 120)
+
+
+class Daemon:
+    """The platform's module: keeps the connection, takes commands, sends answers. `run` is called once.
+
+    `request_stop` may be called from a signal handler. `pause` waits some seconds between two dials and is
+    handed in by tests.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        pause: Callable[[float], None] | None = None,
+        rng: random.Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        import socket
+
+        self._settings = settings
+        self._clock = clock
+        self._rng = rng or random.Random()
+        self._pause = pause or self._wait_awake
+        self._trouble = Trouble(f"platform {settings.server_host}:{settings.server_port}")
+        self._woken, self._waker = socket.socketpair()
+        self._woken.setblocking(False)
+        self._waker.setblocking(False)
+        self._journal = Journal(settings.state_directory)
+        self._lock = lock_state_directory(settings.state_directory)
+        self._executor = Executor(settings, self._journal, self._on_answer)
+        self._answered: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._to_send: deque[int] = deque()
+        self._sent: deque[int] = deque()  # on this connection, oldest first, without a receipt yet
+        self._stop_asked = False
+        self._leave_by: float | None = None
+        self._receipts_by: float | None = None
+
+    def request_stop(self) -> None:
+        """Ask the loop to leave: only sets a flag."""
+        self._stop_asked = True
+        self._wake()
+
+    def run(self) -> None:
+        """Serve the platform until told to stop or shut down. Raises StoreError when the journal fails."""
+        self._executor.start()
+        self._take_up_journal()
+        delays = self._fresh_delays()
+        while not self._leaving():
+            useful = self._connect_and_serve()
+            if useful:
+                delays = self._fresh_delays()
+            if not self._leaving():
+                self._pause(next(delays))
+        self._wait_for_executor()
+        self._journal.close()
+
+    def _fresh_delays(self) -> Iterator[float]:
+        return backoff(DIAL_FIRST_S, DIAL_CAP_S, self._rng, DIAL_GROWTH)
+
+    def _take_up_journal(self) -> None:
+        """Execute again what a crash interrupted, if it is young; answer the rest as interrupted."""
+        for number, age_s in self._journal.unanswered():
+            if age_s < EXECUTION_LIFETIME_S:
+                self._executor.add(number)
+            else:
+                context = self._journal.read(number).context
+                reason = f"interrupted: stockrt was stopped before this was done, {age_s:.0f} s ago"
+                log.warning("execution %s: %s", _execution_name(context), reason)
+                self._journal.answer(number, empty_result(context, self._settings.module_name, reason))
+
+    def _connect_and_serve(self) -> bool:
+        """Hold one connection from dial to end; return whether it was useful."""
+        link = self._dial()
+        if link is None:
+            return False
+        protocol = PlatformProtocol(self._settings.heartbeat_s, self._clock())
+        self._sent.clear()
+        self._to_send = deque(self._journal.unreceived())
+        log.info("connected to %s:%s", self._settings.server_host, self._settings.server_port)
+        try:
+            self._serve(link, protocol)
+        except LinkLost as error:
+            self._trouble.again(f"connection {error}")
+        finally:
+            link.close()
+        return protocol.useful
+
+    def _dial(self) -> Link | None:
+        settings = self._settings
+        try:
+            module_hash = read_hash(settings.state_directory) or self._register()
+            try:
+                return Link(settings, module_hash)
+            except DialError as error:
+                why = ask_presence(settings, module_hash).value if error.status == 403 else str(error)
+                self._trouble.again(why)
+        except StockrtError as error:
+            self._trouble.again(str(error))
+        return None
+
+    def _register(self) -> str:
+        module_hash = register(self._settings)
+        write_hash(self._settings.state_directory, module_hash)
+        log.info(
+            "registered %s at %s, hash %s",
+            self._settings.module_name,
+            self._settings.platform_url(),
+            shorten(module_hash),
+        )
+        return module_hash
+
+    def _serve(self, link: Link, protocol: PlatformProtocol) -> None:
+        """Move frames and answers until the connection is lost (LinkLost) or the process may leave."""
+        while True:
+            self._send_answers(link, protocol)
+            if self._leaving() and self._may_leave():
+                return
+            self._select(link, protocol.next_tick())
+            events: list[Event] = []
+            for text in link.frames():
+                now = self._clock()
+                if text is None:
+                    protocol.heard(now)
+                else:
+                    events += self._receive(text, protocol, now)
+            events += protocol.tick(self._clock())
+            self._apply(events, link, protocol)
+            if protocol.useful:
+                self._trouble.over()
+
+    def _receive(self, text: str, protocol: PlatformProtocol, now: float) -> list[Event]:
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("frame: %s", one_line(text, 500))
+        return protocol.receive(text, now)
+
+    def _apply(self, events: Sequence[Event], link: Link, protocol: PlatformProtocol) -> None:
+        """Do what the protocol says: what must be quick first, then the commands in one transaction."""
+        commands: list[Command] = []
+        for event in events:
+            if isinstance(event, Send):
+                link.send_text(event.text)
+                protocol.sent_text(self._clock())
+            elif isinstance(event, Ping):
+                link.ping()
+            elif isinstance(event, PeerDead):
+                raise LinkLost(f"lost: {event.reason}")
+            elif isinstance(event, Receipt):
+                self._take_receipt()
+            elif isinstance(event, Shutdown):
+                log.info("the platform shuts this module down")
+                self._begin_leaving("not executed: the platform shut this module down")
+            elif isinstance(event, Refused):
+                self._refuse(event.context, event.reason)
+            else:
+                commands.append(event)
+        if commands:
+            self._accept(commands)
+
+    def _accept(self, commands: Sequence[Command]) -> None:
+        fresh: dict[str, Command] = {}
+        for number, command in enumerate(commands):
+            known = self._journal.find(command.execution_id) if command.execution_id else None
+            if known is not None:
+                self._answer_again(*known)
+            elif command.execution_id in fresh:
+                continue  # twice in one breath: one answer
+            elif self._leave_by is not None:
+                self._refuse(command.context, "this module is stopping and takes no new command")
+            elif self._executor.waiting() + len(fresh) >= MAX_QUEUED:
+                self._refuse(command.context, f"{MAX_QUEUED} commands are waiting already; try again later")
+            else:
+                fresh[command.execution_id or f"\0{number}"] = command
+        for accepted in self._journal.accept(list(fresh.values())) if fresh else ():
+            self._executor.add(accepted)
+
+    def _answer_again(self, number: int, answered: bool) -> None:
+        if answered and number not in self._to_send:
+            self._to_send.append(number)
+
+    def _refuse(self, context: Mapping[str, Any], reason: str) -> None:
+        log.warning("execution %s refused: %s", _execution_name(context), reason)
+        text = empty_result(context, self._settings.module_name, reason)
+        self._to_send.append(self._journal.refuse(context, text))
+
+    def _take_receipt(self) -> None:
+        if self._sent:
+            self._journal.received(self._sent.popleft())
+
+    def _on_answer(self, number: int | None) -> None:
+        if number is not None:
+            self._answered.put(number)
+        self._wake()
+
+    def _send_answers(self, link: Link, protocol: PlatformProtocol) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                number = self._answered.get_nowait()
+                if number not in self._to_send and number not in self._sent:
+                    self._to_send.append(number)
+        while self._to_send:
+            text = self._journal.answer_text(self._to_send[0])
+            if text is not None:
+                link.send_text(text)
+                protocol.sent_text(self._clock())
+                self._sent.append(self._to_send[0])
+            self._to_send.popleft()
+
+    def _leaving(self) -> bool:
+        if self._stop_asked and self._leave_by is None:
+            log.info("stopping: the running execution has %d s", STOP_GRACE_S)
+            self._begin_leaving()
+        return self._leave_by is not None
+
+    def _begin_leaving(self, dropped_because: str = "") -> None:
+        if self._leave_by is None:
+            self._leave_by = self._clock() + STOP_GRACE_S
+            self._executor.leave(dropped_because)
+
+    def _may_leave(self) -> bool:
+        """Whether the running execution is answered and the answers are confirmed, or their time is over."""
+        now = self._clock()
+        if self._executor.is_alive() and now < cast(float, self._leave_by):
+            return False
+        if not self._answered.empty():
+            return False
+        self._receipts_by = self._receipts_by or now + RECEIPT_GRACE_S
+        return not self._sent or now >= self._receipts_by
+
+    def _wait_for_executor(self) -> None:
+        self._executor.join(max(0.0, cast(float, self._leave_by) - self._clock()))
+        self._executor.stop.set()  # what it has fetched is stored; the command stays in the journal
+        self._executor.join(STOP_POLL_S + INTERRUPT_GRACE_S)
+
+    def _select(self, link: Link, until: float) -> None:
+        """Wait until a frame comes, the executor or a signal wakes, or it is `until` (monotonic s)."""
+        limits = [until, *(t for t in (self._leave_by, self._receipts_by) if t is not None)]
+        wait = 0.0 if link.has_more else max(0.0, min(limits) - self._clock())
+        self._poll([link.fileno()], wait)
+
+    def _wait_awake(self, seconds: float) -> None:
+        """Wait between two dials; a signal ends it early."""
+        until = self._clock() + seconds
+        while not self._leaving() and (left := until - self._clock()) > 0:
+            self._poll([], left)
+
+    def _poll(self, descriptors: Sequence[int], seconds: float) -> None:
+        import select
+
+        poll = select.poll()
+        for descriptor in (self._woken.fileno(), *descriptors):
+            poll.register(descriptor, select.POLLIN)
+        poll.poll(math.ceil(seconds * 1000))
+        with contextlib.suppress(BlockingIOError):  # nothing to read: it was not woken
+            self._woken.recv(4096)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
+            self._waker.send(b"x")
+
+
+def lock_state_directory(directory: Path) -> IO[str]:
+    """Return the open lock file of the one daemon of this directory. Raises StoreError if another holds it."""
+    import fcntl
+
+    make_state_directory(directory)
+    lock = open(directory / "lock", "w")  # noqa: SIM115  (open for as long as the process lives)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise StoreError(
+            f"another stockrt daemon works in {directory}; stop it, or give this one its own STATE_DIRECTORY"
+        ) from None
+    return lock
+
+
+# ======================================================================================================
 # Command line
 # ======================================================================================================
 
@@ -1949,9 +3137,6 @@ INTERRUPT_GRACE_S = 0.9
 ROWS_ALIGNED = 1000
 # What `td` says, in words.
 SIDES = {0: "-", 1: "buy", 2: "sell"}
-NO_KEY_HINT = (
-    "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none"
-)
 
 HELP_EXAMPLES = """\
 examples:
@@ -1985,6 +3170,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--once", action="store_true", help="fetch the given codes once, store them, print them"
     )
     what.add_argument("--check", action="store_true", help="check settings, keys, store and platform")
+    what.add_argument("--register", action="store_true", help="register at the dispatch platform (once)")
     what.add_argument("--version", action="version", version=f"stockrt {__version__}")
     parser.add_argument(
         "--codes", nargs="+", metavar="CODE", default=[], help="codes, separated by blanks or commas"
@@ -1995,6 +3181,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--demo", action="store_true", help="synthetic trades: no network, no key, embedded store"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="with --register: anew, although a hash is stored"
     )
     parser.add_argument(
         "--env-file",
@@ -2011,6 +3200,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for flag in ("codes", "codes_file", "json", "demo"):
         if getattr(options, flag) and not options.once:
             raise UsageError(f"--{flag.replace('_', '-')} goes with --once; see --help")
+    if options.force and not options.register:
+        raise UsageError("--force goes with --register; see --help")
     if options.once and not (options.codes or options.codes_file):
         raise UsageError("--once needs --codes CODE … or --codes-file FILE; see --help")
     return options
@@ -2216,13 +3407,7 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
         raise UsageError(
             "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out"
         )
-    if not options.demo and not settings.api_keys:
-        raise SettingsError([NO_KEY_HINT])
-    source: Source = (
-        DemoApi()
-        if options.demo
-        else InfowayApi(settings.api_base_url, KeyPool(settings.api_keys, settings.plan))
-    )
+    source = DemoApi() if options.demo else make_source(settings)
     store = open_store(settings)
     rows = Rows(sys.stdout, options.json, color=settings.color and sys.stdout.isatty())
     stop = _stop_on_signals()
@@ -2358,9 +3543,7 @@ def _check_store(settings: Settings) -> str:
 
 def _check_platform(settings: Settings) -> str:
     url = settings.platform_url()
-    connection = HttpConnection(url)
-    answer = connection.get("/module/online", dict)
-    connection.close()
+    answer = get_once(url, "/module/online", PLATFORM_LIMITS)
     if answer.fault:
         raise StockrtError(
             f"{url} cannot be reached: {answer.fault}; see SERVER_IP, SERVER_PORT and SERVER_TLS"
@@ -2371,8 +3554,8 @@ def _check_platform(settings: Settings) -> str:
     return f"{url} answers"
 
 
-def run_daemon(settings: Settings) -> int:
-    """Run as the platform's module."""
+def need_platform(settings: Settings) -> None:
+    """Raise SettingsError unless the settings say where the platform is."""
     needed = {"SERVER_IP": settings.server_host, "SERVER_PORT": settings.server_port}
     missing = " and ".join(name for name, value in needed.items() if not value)
     if missing:
@@ -2382,7 +3565,45 @@ def run_daemon(settings: Settings) -> int:
                 "without a platform use --once --codes …"
             ]
         )
-    raise StockrtError("this version has no daemon yet; use --once --codes …")
+
+
+def run_register(settings: Settings, force: bool) -> int:
+    """Register at the platform unless a hash is stored, and say what was done."""
+    need_platform(settings)
+    place = settings.state_directory / HASH_NAME
+    stored = "" if force else read_hash(settings.state_directory)
+    if stored:
+        print(f"registered already: hash {shorten(stored)} in {place}; --register --force registers anew")
+        return EXIT_OK
+    module_hash = register(settings)
+    write_hash(settings.state_directory, module_hash)
+    print(
+        f"registered {settings.module_name} at {settings.platform_url()}: hash {shorten(module_hash)} in {place}"
+    )
+    return EXIT_OK
+
+
+def run_daemon(settings: Settings) -> int:
+    """Run as the platform's module until a signal or the platform ends it; return the exit status."""
+    need_platform(settings)
+    if not settings.api_keys:
+        raise SettingsError([NO_KEY_HINT])
+    daemon = Daemon(settings)
+    stopping = False
+
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal stopping
+        if stopping:
+            os._exit(EXIT_INTERRUPTED)
+        stopping = True
+        daemon.request_stop()
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    log.info("stockrt %s for %s at %s", __version__, settings.module_name, settings.platform_url())
+    daemon.run()
+    log.info("stopped")
+    return EXIT_OK
 
 
 def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -2394,6 +3615,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         log.warning(warning)
     if options.once:
         return run_once(options, loaded.settings)
+    if options.register:
+        return run_register(loaded.settings, options.force)
     if options.check:
         return run_check(loaded.settings, loaded.source)
     return run_daemon(loaded.settings)
