@@ -1,0 +1,307 @@
+#!/usr/bin/env bash
+# Builds stockrt.pyz, checks the code, and moves the locked versions: see usage() below.
+#
+# Promises:
+# - the same sources give the same bytes, whatever the directory, umask, time zone, locale,
+#   SOURCE_DATE_EPOCH and CPython that builds (one zlib release assumed: it does the packing);
+# - nothing is installed that a hash in the repository does not vouch for;
+# - stockrt.pyz is either the old file or the complete new one, never a half-written one;
+# - besides stockrt.pyz only the build directory (and uv's cache) is written.
+set -euo pipefail
+
+UV_VERSION=0.13.9
+SHIV_VERSION=1.0.8
+# pymongo's C extensions carry the interpreter's version and the machine in their file names, so
+# those of all of these live side by side in one file.
+PYTHONS=(3.11 3.12 3.13 3.14 3.15)
+MACHINES=(x86_64 aarch64)
+
+unset CDPATH
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+build=${STOCKRT_BUILD_DIR:-$here/.build}
+python=${PYTHON:-python3}
+out=$here/stockrt.pyz
+tool_lock=$here/.build-requirements.txt
+work=
+
+usage() {
+    cat <<'TEXT'
+usage: ./build_pyz.sh                  build stockrt.pyz for CPython 3.11 to 3.15, x86_64 and aarch64
+       ./build_pyz.sh --native         build stockrt.pyz for this interpreter and machine alone (fast)
+       ./build_pyz.sh test [ARG ...]   lint, check types, build, run all tests; ARGs go to pytest
+       ./build_pyz.sh lock [--upgrade] write the requirements files anew; --upgrade moves versions
+       ./build_pyz.sh --help
+
+environment:
+  PYTHON             the interpreter that builds and tests, 3.11 or newer   (default: python3)
+  STOCKRT_BUILD_DIR  tools, test environment, temporary files              (default: .build)
+
+The run-time dependencies are declared at the top of stockrt.py, the test tools in
+tests/requirements.in; after a change there run "./build_pyz.sh lock". pip's settings of index-url
+and cert also hold for uv, unless uv's own are set.
+TEXT
+}
+
+fail() {
+    printf 'build_pyz.sh: %s\n' "$1" >&2
+    exit "${2:-1}"
+}
+
+# ---------------------------------------------------------------------------------- environments
+
+check_python() {
+    local version
+    version=$("$python" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) ||
+        fail "no Python at '$python': install python3 (3.11 or newer) and python3-venv, or set PYTHON"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "'$python' is Python $version: install 3.11 or newer and name it, as in PYTHON=python3.12"
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "'$python' (Python $version) has no venv: install python3-venv (python${version%.*}-venv)"
+}
+
+# What an environment was made from; a change makes it anew.
+stamp() {
+    "$python" -c 'import sys; print(sys.version, sys.base_prefix)'
+    cat -- "$1"
+}
+
+# Two builds at once share one build directory: the second waits while the first makes the tools.
+ensure_tools() {
+    local tool=$build/tool
+    mkdir -p "$build"
+    (
+        flock 9
+        [ "$(stamp "$tool_lock")" != "$(cat "$tool/stamp" 2>/dev/null)" ] || exit 0
+        echo "making the build tools in $tool" >&2
+        "$python" -m venv --clear "$tool"
+        "$tool/bin/python" -I -m pip --disable-pip-version-check install --quiet --no-deps \
+            --require-hashes --only-binary :all: -r "$tool_lock"
+        stamp "$tool_lock" >"$tool/stamp"
+    ) 9>"$build/lock"
+    tell_uv_of_pip
+}
+
+pip_setting() {
+    "$build/tool/bin/python" -I -m pip config get "$1" 2>/dev/null || true
+}
+
+# uv does not read pip's settings; on a machine behind a mirror or an own authority only pip's exist.
+tell_uv_of_pip() {
+    local index cert bundle
+    index=$(pip_setting global.index-url)
+    cert=$(pip_setting global.cert)
+    [ -z "$index" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"
+    [ -z "$cert" ] || export SSL_CERT_FILE="${SSL_CERT_FILE:-$cert}"
+    for bundle in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt; do
+        [ ! -s "$bundle" ] || export UV_SYSTEM_CERTS="${UV_SYSTEM_CERTS:-true}"
+    done
+}
+
+uv() {
+    "$build/tool/bin/uv" --quiet "$@"
+}
+
+# ----------------------------------------------------------------------------------------- build
+
+start_work() {
+    mkdir -p "$build"
+    work=$(mktemp -d "$build/work.XXXXXX")
+    trap 'rm -rf -- "$work" "$out.new.$$"' EXIT
+}
+
+# fetch DIR [UV-ARGUMENT ...]: unpacks the locked wheels of one interpreter on one machine.
+fetch() {
+    local dir=$1
+    shift
+    uv pip install --no-deps --require-hashes --only-binary :all: --link-mode copy \
+        --python "$build/tool/bin/python" --target "$dir" "$@" -r "$here/requirements.txt"
+}
+
+fetch_native() { fetch "$work/abi/native"; }
+
+# The machines of one version at once: measured, more at a time only wait for one another.
+fetch_all() {
+    local version machine pid pids
+    for version in "${PYTHONS[@]}"; do
+        pids=()
+        for machine in "${MACHINES[@]}"; do
+            fetch "$work/abi/$version-$machine" \
+                --python-version "$version" --python-platform "$machine-manylinux_2_28" &
+            pids+=($!)
+        done
+        for pid in "${pids[@]}"; do wait "$pid" || fail "could not fetch the wheels for $version"; done
+    done
+}
+
+# Merges the folders of work/abi into work/site. Two wheels may share a file only if it is the same.
+merge() {
+    "$build/tool/bin/python" -I - "$work" <<'PYTHON'
+import shutil
+import sys
+from pathlib import Path
+
+# They differ from wheel to wheel, or from machine to machine, and nothing needs them at run time.
+LEFT_OUT = {"RECORD", "WHEEL", "INSTALLER", "REQUESTED", "direct_url.json", ".lock"}
+LEFT_OUT_SUFFIXES = {".pyc", ".c", ".h"}
+
+work = Path(sys.argv[1])
+site = work / "site"
+for wheels in sorted((work / "abi").iterdir()):
+    for source in sorted(wheels.rglob("*")):
+        name = source.relative_to(wheels)
+        if source.is_dir() or name.parts[0] == "bin":
+            continue
+        if name.name in LEFT_OUT or name.suffix in LEFT_OUT_SUFFIXES:
+            continue
+        target = site / name
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        elif target.read_bytes() != source.read_bytes():
+            sys.exit(f"build_pyz.sh: {name} differs between the wheels")
+PYTHON
+    cp -- "$here/stockrt.py" "$work/site/"
+}
+
+# SOURCE_DATE_EPOCH would go into the file.
+pack() {
+    env -u SOURCE_DATE_EPOCH "$build/tool/bin/python" -I -W ignore::DeprecationWarning -m shiv.cli \
+        --reproducible --uncompressed --site-packages "$work/site" --entry-point stockrt:main \
+        --output-file "$work/shiv.pyz"
+}
+
+# Writes shiv's archive anew: in a fixed order, with fixed dates and modes (shiv copies those of its
+# own files, which follow the umask), and with a first file that any Python can read.
+seal() {
+    "$build/tool/bin/python" -I - "$work/shiv.pyz" "$out.new.$$" "$here/stockrt.py" <<'PYTHON'
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+MAIN = """\
+# Python 2.7 and newer read this far, so the one line that helps comes before any newer syntax.
+import sys
+
+if sys.version_info < ({major}, {minor}):
+    sys.exit(
+        "stockrt needs Python {major}.{minor} or newer; this is %d.%d.%d (%s). Run it as: python3.X %s"
+        % (sys.version_info[:3] + (sys.executable, sys.argv[0]))
+    )
+
+import _bootstrap
+
+_bootstrap.bootstrap()
+"""
+
+source, target, script = map(Path, sys.argv[1:])
+found = re.search(r'^# requires-python = ">=(\d+)\.(\d+)"$', script.read_text("utf-8"), re.M)
+if not found:
+    sys.exit('build_pyz.sh: stockrt.py has no line: # requires-python = ">=3.X"')
+main = MAIN.format(major=found[1], minor=found[2]).encode("ascii")
+
+with zipfile.ZipFile(source) as old, target.open("wb") as file:
+    file.write(b"#!/usr/bin/env python3\n")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in sorted(old.namelist()):
+            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            entry.create_system = 3  # Unix: the modes below count
+            entry.external_attr = 0o100644 << 16
+            data = main if name == "__main__.py" else old.read(name)
+            new.writestr(entry, data, zipfile.ZIP_DEFLATED)
+PYTHON
+    chmod 755 "$out.new.$$"
+    mv -f -- "$out.new.$$" "$out"
+}
+
+# build_file FETCH-COMMAND ...
+build_file() {
+    [ -f "$here/stockrt.py" ] || fail "no stockrt.py in $here"
+    check_python
+    ensure_tools
+    start_work
+    "$@"
+    merge
+    pack
+    seal
+    printf '%s  %s\n' "$(sha256sum <"$out" | cut -d' ' -f1)" "stockrt.pyz ($(wc -c <"$out") bytes)"
+}
+
+# ------------------------------------------------------------------------------------------ lock
+
+# compile SOURCE TARGET [ARGUMENT ...]: no name of an index, no path and no date goes into TARGET.
+compile() {
+    local source=$1 target=$2
+    shift 2
+    (
+        cd -- "$here"
+        uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+            "$source" --output-file "$target" "$@" >/dev/null
+    )
+    echo "wrote $target" >&2
+}
+
+# shiv names pip and setuptools, which it needs only where it is left to fetch packages itself.
+lock() {
+    check_python
+    ensure_tools
+    start_work
+    printf '%s\n' "uv==$UV_VERSION" "shiv==$SHIV_VERSION" >"$work/tools.in"
+    compile "$work/tools.in" .build-requirements.txt \
+        --no-emit-package pip --no-emit-package setuptools "$@"
+    compile stockrt.py requirements.txt "$@"
+    compile tests/requirements.in tests/requirements.txt "$@"
+}
+
+# ------------------------------------------------------------------------------------------ test
+
+ensure_test_env() {
+    local venv=$build/test
+    [ "$(stamp "$here/tests/requirements.txt")" != "$(cat "$venv/stamp" 2>/dev/null)" ] || return 0
+    echo "making the test environment in $venv" >&2
+    uv venv --clear --python "$build/tool/bin/python" "$venv"
+    uv pip install --no-deps --require-hashes --compile-bytecode \
+        --python "$venv/bin/python" -r "$here/tests/requirements.txt"
+    stamp "$here/tests/requirements.txt" >"$venv/stamp"
+}
+
+run_tests() {
+    check_python
+    ensure_tools
+    ensure_test_env
+    cd -- "$here"
+    local bin=$build/test/bin
+    export RUFF_CACHE_DIR=$build/ruff MYPY_CACHE_DIR=$build/mypy
+    export HYPOTHESIS_STORAGE_DIRECTORY=$build/hypothesis
+    "$bin/ruff" check stockrt.py tests
+    "$bin/ruff" format --check stockrt.py tests
+    "$bin/mypy" --strict stockrt.py tests
+    (build_file fetch_all)
+    "$bin/python" -B -m pytest tests "$@"
+}
+
+# ------------------------------------------------------------------------------------------ main
+
+main() {
+    unset PYTHONPATH PYTHONHOME
+    case ${1-} in
+    '' | --native | --help | -h)
+        [ $# -le 1 ] || fail "unknown argument '$2'; see ./build_pyz.sh --help" 64
+        ;;
+    lock)
+        [ $# -eq 1 ] || { [ $# -eq 2 ] && [ "$2" = --upgrade ]; } ||
+            fail "unknown argument '${*: -1}'; see ./build_pyz.sh --help" 64
+        ;;
+    test) ;;
+    *) fail "unknown argument '$1'; see ./build_pyz.sh --help" 64 ;;
+    esac
+    case ${1-} in
+    '') build_file fetch_all ;;
+    --native) build_file fetch_native ;;
+    --help | -h) usage ;;
+    lock) lock "${@:2}" ;;
+    test) run_tests "${@:2}" ;;
+    esac
+}
+
+main "$@"
