@@ -1,0 +1,139 @@
+"""What the tests share: the program as one file, a MongoDB server, an Infoway server, an empty environment."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT, ROOT / "tests"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+from infoway_server import InfowayServer  # noqa: E402
+from mongo_server import MongoServer, Unavailable, find_decimal_server, find_server, fresh_database  # noqa: E402
+
+
+class RunPyz(Protocol):
+    """The type of the fixture `run_pyz`."""
+
+    def __call__(
+        self,
+        *args: str | Path,
+        env: Mapping[str, str] | None = None,
+        input: str | None = None,  # noqa: A002 - named as in subprocess.run
+        timeout: float = 60,
+        cwd: Path | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the program with these arguments; `env` is added to an otherwise empty environment."""
+
+
+def unavailable(reason: str) -> NoReturn:
+    """Skip for want of something on this machine; where nothing may be skipped, fail."""
+    if os.environ.get("CI", "").lower() == "true":
+        pytest.fail(f"{reason} (CI: no skip)", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def pyz() -> Path:
+    """The built program."""
+    path = Path(os.environ.get("STOCKRT_PYZ") or ROOT / "stockrt.pyz").resolve()
+    if not path.is_file():
+        pytest.fail(f"{path} is missing: run ./build_pyz.sh test", pytrace=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shiv_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the program unpacks itself, once for all tests."""
+    return tmp_path_factory.mktemp("shiv")
+
+
+@pytest.fixture
+def clean_env(tmp_path: Path, shiv_root: Path) -> dict[str, str]:
+    """An environment without any setting of whoever runs the tests."""
+    return {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "HOME": str(tmp_path),
+        "SHIV_ROOT": str(shiv_root),
+        "STATE_DIRECTORY": str(tmp_path / "state"),
+        "LANG": "C.UTF-8",
+    }
+
+
+@pytest.fixture
+def run_pyz(pyz: Path, clean_env: dict[str, str], tmp_path: Path) -> RunPyz:
+    """Run the program in an empty folder (no settings file is found by chance) and return what came of it."""
+
+    def run(
+        *args: str | Path,
+        env: Mapping[str, str] | None = None,
+        input: str | None = None,  # noqa: A002 - named as in subprocess.run
+        timeout: float = 60,
+        cwd: Path | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(pyz), *map(str, args)],
+            env=clean_env | dict(env or {}),
+            cwd=cwd or tmp_path,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=timeout,
+            **({"stdin": subprocess.DEVNULL} if input is None else {"input": input}),
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def mongo_server() -> Iterator[MongoServer]:
+    """A MongoDB server for all tests; one that kills or pauses it needs `mongo_server.controllable`."""
+    try:
+        server = find_server()
+    except Unavailable as error:
+        unavailable(str(error))
+    with server:
+        yield server
+
+
+@pytest.fixture
+def mongo_db(mongo_server: MongoServer) -> Iterator[tuple[str, str]]:
+    """The URI of the server and the name of an empty database."""
+    with fresh_database(mongo_server) as place:
+        yield place
+
+
+@pytest.fixture(scope="session")
+def decimal_mongo() -> Iterator[MongoServer]:
+    """A MongoDB server that stores Decimal128."""
+    try:
+        try:
+            first = find_server()
+        except Unavailable:
+            first = None
+        server = find_decimal_server(first)
+    except Unavailable as error:
+        unavailable(str(error))
+    with server:
+        yield server
+
+
+@pytest.fixture
+def decimal_db(decimal_mongo: MongoServer) -> Iterator[tuple[str, str]]:
+    """The URI of a server that stores Decimal128 and the name of an empty database."""
+    with fresh_database(decimal_mongo) as place:
+        yield place
+
+
+@pytest.fixture
+def infoway() -> Iterator[InfowayServer]:
+    """An Infoway server that knows the key "test-key" and has no limits."""
+    with InfowayServer() as server:
+        yield server
