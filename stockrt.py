@@ -1325,7 +1325,7 @@ class _Worker(threading.Thread):
 
     def __init__(self, api: InfowayApi) -> None:
         super().__init__(name="stockrt-fetch", daemon=True)
-        self.connection = HttpConnection(api.base_url)
+        self.connection = HttpConnection(api.base_url, api.limits)
         self.tasks: queue.SimpleQueue[tuple[Batch, threading.Event, _Done] | None] = queue.SimpleQueue()
         self._api = api
         self.start()
@@ -1352,9 +1352,12 @@ class InfowayApi:
     outlives API_LIMITS; one caller at a time.
     """
 
-    def __init__(self, base_url: str, keys: KeyPool, rng: random.Random | None = None) -> None:
+    def __init__(
+        self, base_url: str, keys: KeyPool, rng: random.Random | None = None, limits: Limits = API_LIMITS
+    ) -> None:
         self.base_url = base_url
         self.keys = keys
+        self.limits = limits
         self._rng = rng or random.Random()
         self._idle: list[_Worker] = []
         self._latencies: deque[float] = deque(maxlen=20)
@@ -1367,20 +1370,25 @@ class InfowayApi:
         todo = iter(batches)
         done: _Done = queue.SimpleQueue()
         busy: dict[_Worker, Batch] = {}
+        looked_at = time.monotonic()
         try:
             while not stop.is_set():
                 self._hand_out(todo, busy, done, stop)
                 if not busy:
                     return
+                if time.monotonic() - looked_at >= STOP_POLL_S:
+                    yield from self._overdue(busy)
+                    looked_at = time.monotonic()
                 try:
                     worker, outcome = done.get(timeout=STOP_POLL_S)
                 except queue.Empty:
                     yield None
-                    yield from self._overdue(busy)
                     continue
                 if busy.pop(worker, None) is not None:
                     self._idle.append(worker)
                     yield outcome
+            while not done.empty():  # stopped: what has come is not thrown away
+                yield done.get()[1]
         finally:
             for worker in busy:
                 worker.dismiss()
@@ -1423,7 +1431,7 @@ class InfowayApi:
                 del busy[worker]
                 worker.dismiss()
                 yield _failed(
-                    batch, f"no whole answer within {API_LIMITS.whole_s:.0f} s, and the connection hangs"
+                    batch, f"no whole answer within {self.limits.whole_s:.0f} s, and the connection hangs"
                 )
 
     def ask(self, connection: HttpConnection, batch: Batch, stop: threading.Event) -> Outcome:
