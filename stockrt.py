@@ -53,12 +53,13 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, cast
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlencode, urlsplit
 
 if TYPE_CHECKING:  # what a path does not need is imported where it is needed: it costs start time and memory
     import socket
     import sqlite3
 
+    from dotenv.parser import Binding
     from pymongo import MongoClient
     from pymongo.collection import Collection
     from urllib3.connection import HTTPConnection
@@ -130,7 +131,11 @@ class StoreError(StockrtError):
 
 def one_line(text: object, limit: int = 300) -> str:
     """Return `text` as one printable line of at most `limit` characters, control characters escaped."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text).strip())
+    try:
+        text = str(text).strip()
+    except ValueError:  # an int of more digits than Python writes
+        text = f"a huge {type(text).__name__}"
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
@@ -201,11 +206,13 @@ class Settings:
 
     def secrets(self) -> tuple[str, ...]:
         """Return every text that must not be shown, the longest first."""
-        found = {*self.api_keys, self.mongodb_uri}
+        found = set(self.api_keys)
+        if self.mongodb_shown() != self.mongodb_uri:
+            found.add(self.mongodb_uri)
         match = _USERINFO.search(self.mongodb_uri)
         if match and ":" in match[1]:
             password = match[1].partition(":")[2]
-            found |= {password, unquote(password)}
+            found |= {password, unquote(password), unquote_plus(password)}
         return tuple(sorted((s for s in found if len(s) >= SHORTEST_SECRET), key=len, reverse=True))
 
     def redact(self, text: str) -> str:
@@ -234,12 +241,13 @@ class LoadedSettings(NamedTuple):
     warnings: tuple[str, ...]
 
 
-_USERINFO = re.compile(r"^[a-z+]+://(.*)@", re.IGNORECASE)
+_USERINFO = re.compile(r"^[a-z+]+://(.*)@", re.IGNORECASE | re.DOTALL)
 
 
 def mask_uri(uri: str) -> str:
     """Return a URI with its user and password replaced: everything up to the last `@` goes."""
-    return _USERINFO.sub(lambda m: uri[: uri.index("://") + 3] + "***@", uri)
+    shown = _USERINFO.sub(lambda m: uri[: uri.index("://") + 3] + "***@", uri)
+    return re.sub(r"(?i)((?:password|authMechanismProperties)=)[^&;]*", r"\1***", shown)
 
 
 def uri_options(uri: str) -> dict[str, str]:
@@ -317,16 +325,15 @@ def _mongodb_uri(value: str) -> str:
     assert match is not None  # for the type checker: _expect has raised
     _expect("@" not in (match[2] or "") and (match[2] or "").count(":") <= 1)
     for host in match[3].split(","):
-        name, _, port = (
-            host.rpartition(":") if re.search(r":\d*$", host) and "]" not in host[-1:] else (host, "", "")
-        )
-        _expect(bool(name) and (not port or bool(_port(port))))
-    _expect(uri_options(value).get("w") != "0")  # unacknowledged writes could not be counted as stored
+        parts = re.fullmatch(r"(\[[^\[\]]+\]|[^\[\]:\s]+)(?::(\d+))?", host)
+        _expect(parts is not None and (not parts[2] or bool(_port(parts[2]))))
+    # unacknowledged writes could not be counted as stored; MongoDB's URIs may separate options by ; too
+    _expect(not re.search(r"(?i)(?:^|[&;])w=[+-]?0+(?:[&;]|$)", unquote(value.partition("?")[2])))
     return value
 
 
 def _database_name(value: str) -> str:
-    _expect(0 < len(value.encode()) <= 63 and not set(value) & set('/\\. "$*<>:|?\0'))
+    _expect(0 < len(value.encode()) <= 63 and not re.search(r'[/\\."$*<>:|?\s\0]', value))
     return value
 
 
@@ -351,7 +358,7 @@ def _host(value: str) -> str:
 
 def _directory(value: str) -> Path:
     path = Path(value.partition(":")[0])  # systemd joins several with colons; ours is the first
-    _expect(path.is_absolute())
+    _expect(path.is_absolute() and "\0" not in value)
     return path
 
 
@@ -408,31 +415,41 @@ def default_state_directory(environ: Mapping[str, str], is_root: bool) -> Path:
     """Return where state lives when STATE_DIRECTORY is not set: /var/lib for root, else the XDG place."""
     if is_root:
         return Path("/var/lib/stockrt")
-    base = environ.get("XDG_STATE_HOME") or os.path.join(environ.get("HOME") or "/", ".local/state")
+    base = environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(base):  # the XDG specification: such a path is to be ignored
+        base = os.path.join(environ.get("HOME") or "/", ".local/state")
     return Path(base) / "stockrt"
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """Return the names and values of an env file; nothing in it is expanded.
+    """Return the names and values of an env file; nothing in it is expanded."""
+    return {b.key: b.value for b in _bindings(path) if b.key is not None and b.value is not None}
 
-    Raises SettingsError when it cannot be read, is not UTF-8, or has a line that is no NAME=value.
-    """
+
+def broken_lines(path: Path) -> list[str]:
+    """Return a fault for each line of an env file that is no NAME=value."""
+    return [
+        f"{path}, line {_line_number(b)}: expected NAME=value (not shown: it may hold a secret)"
+        for b in _bindings(path)
+        if b.error or (b.key is not None and b.value is None)
+    ]
+
+
+def _line_number(binding: Binding) -> int:
+    text = binding.original.string  # it begins with the blank lines before
+    return binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
+
+
+def _bindings(path: Path) -> list[Binding]:
+    """Return the parsed lines of an env file. Raises SettingsError when it cannot be read or is not UTF-8."""
     from dotenv.parser import parse_stream
 
     try:
         with path.open(encoding="utf-8-sig") as stream:
-            lines = list(parse_stream(stream))
+            return list(parse_stream(stream))
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SettingsError([f"{path}: cannot be read: {why}; --env-file names another file"]) from None
-    broken = [
-        f"{path}, line {b.original.line}: expected NAME=value (not shown: it may hold a secret)"
-        for b in lines
-        if b.error
-    ]
-    if broken:
-        raise SettingsError(broken)
-    return {b.key: b.value for b in lines if b.key is not None and b.value is not None}
 
 
 def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | None, str]:
@@ -467,7 +484,7 @@ def load_settings(
     warnings = [warning] if warning else []
     warnings += [_misspelled(name, source) for name in from_file if _is_unknown(name)]
     values: dict[str, Any] = dict(_WHEN_UNSET)
-    faults: list[str] = []
+    faults = broken_lines(source) if source else []
     for setting in SETTINGS:
         name, text = _look_up(setting, environ, from_file)
         if not text and not setting.default:
@@ -492,15 +509,15 @@ def load_settings(
 def _look_up(setting: Setting, environ: Mapping[str, str], from_file: Mapping[str, str]) -> tuple[str, str]:
     for origin in (environ, from_file):
         for name in filter(None, (setting.name, setting.old_name)):
-            if name in origin:
-                return name, origin[name].strip()
+            if text := origin.get(name, "").strip():
+                return name, text
     return setting.name, ""
 
 
 def _masked(setting: Setting, text: str) -> str:
-    if setting.secret:
-        return repr(mask_uri(text)) if setting.attribute == "mongodb_uri" and "@" in text else "'***'"
-    return repr(one_line(text, 100))
+    if setting.secret and not (setting.attribute == "mongodb_uri" and _USERINFO.match(text)):
+        return "'***'"
+    return repr(one_line(mask_uri(text), 100))
 
 
 def _is_unknown(name: str) -> bool:
@@ -585,9 +602,9 @@ def parse_code(raw: object) -> Instrument:
     """
     text = unicodedata.normalize("NFKC", _code_text(raw)).strip().upper()
     named, _, rest = text.rpartition(":")
-    if named.lower() in PRODUCTS:
+    if named.lower() in PRODUCTS and "." not in rest:
         return Instrument(_safe(rest.strip(), raw), named.lower())
-    code = _safe(text, raw)
+    code = _safe(rest.strip() if named.lower() in PRODUCTS else text, raw)
     symbol, dot, suffix = code.rpartition(".")
     if not dot:
         return _without_suffix(code)
@@ -879,8 +896,9 @@ class KeyPool:
             self._changed.notify_all()
 
     def _pause(self, key: ApiKey, seconds: float, why: str) -> None:
-        key.paused_until = max(key.paused_until, self._clock() + seconds)
-        key.paused_why = why
+        until = self._clock() + seconds
+        if until > key.paused_until:
+            key.paused_until, key.paused_why = until, why
 
     def _why_none(self, product: str, now: float) -> str:
         if not self.keys:
@@ -939,7 +957,7 @@ BATCH_WORK_S = 0.0015
 # The plain epoch milliseconds that a trade time can have: 2000-01-01 to 2100-01-01.
 EARLIEST_TRADE_MS, LATEST_TRADE_MS = 946_684_800_000, 4_102_444_800_000
 # Decimal128 of MongoDB has 34 significant digits; prices have fewer than twenty.
-_DECIMAL = re.compile(r"-?(?:\d{1,20}(?:\.\d{1,12})?|\.\d{1,12})(?:[eE][+-]?\d{1,2})?", re.ASCII)
+_DECIMAL = re.compile(r"-?(?=[\d.]{1,34}(?:[eE]|$))(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,2})?", re.ASCII)
 
 
 class Answer(NamedTuple):
@@ -997,7 +1015,7 @@ def decide(answer: Answer, now_utc: datetime) -> Verdict:
     if answer.fault:
         return Verdict(Action.GIVE_UP if answer.hopeless else Action.RETRY, answer.fault)
     envelope = _envelope(answer.body)
-    if answer.status in (401, 429) or envelope is None:
+    if envelope is None or (answer.status in (401, 429) and "ret" not in envelope):
         return _by_status(answer, envelope or {}, now_utc)
     text = _words(envelope)
     ret = envelope.get("ret", envelope.get("code"))
@@ -1005,7 +1023,7 @@ def decide(answer: Answer, now_utc: datetime) -> Verdict:
         return Verdict(Action.SLOW_DOWN, f"the API says: {text}", wait_s=_retry_after_s(answer, now_utc))
     if "All product not exists" in text:
         return Verdict(Action.CODES_UNKNOWN, "unknown to the API")
-    if ret == 200 and type(ret) is int:
+    if ret == 200 and type(envelope.get("ret")) is int:
         return _accept(envelope)
     if type(ret) is int and ret in _RET_ACTIONS:
         return Verdict(
@@ -1021,10 +1039,23 @@ def decide(answer: Answer, now_utc: datetime) -> Verdict:
 def _envelope(body: bytes) -> dict[str, Any] | None:
     """Return the JSON object that the body is, None if it is none. Numbers keep their digits as text."""
     try:
-        parsed = json.loads(body, parse_float=str, parse_constant=str)
+        parsed = _read_json(body)
     except (ValueError, RecursionError):
         return None
     return parsed if isinstance(parsed, dict) else None
+
+
+def _read_json(body: bytes) -> Any:
+    try:
+        return json.loads(body, parse_float=str, parse_constant=str)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # a number of thousands of digits, which Python does not read: slower, as its text
+        return json.loads(body, parse_float=str, parse_constant=str, parse_int=_short_number)
+
+
+def _short_number(digits: str) -> int | str:
+    return int(digits) if len(digits) <= 40 else digits
 
 
 def _words(envelope: Mapping[str, Any]) -> str:
@@ -1070,9 +1101,9 @@ def _retry_after_s(answer: Answer, now_utc: datetime) -> float:
 
     try:
         at = parsedate_to_datetime(answer.retry_after)
-    except ValueError:
+        return max(0.0, ((at if at.tzinfo else at.replace(tzinfo=UTC)) - now_utc).total_seconds())
+    except (ValueError, OverflowError):
         return 0.0
-    return max(0.0, ((at if at.tzinfo else at.replace(tzinfo=UTC)) - now_utc).total_seconds())
 
 
 class Trade(NamedTuple):
