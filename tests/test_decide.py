@@ -1,0 +1,710 @@
+"""What follows from an answer of the API, and what its records become."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from email.utils import format_datetime
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from stockrt import (
+    BACKOFF_CAP_S,
+    BACKOFF_FIRST_S,
+    EARLIEST_TRADE_MS,
+    LATEST_TRADE_MS,
+    MAX_IN_FLIGHT,
+    Action,
+    Answer,
+    Batch,
+    Outcome,
+    Trade,
+    Verdict,
+    backoff,
+    decide,
+    identity,
+    read_records,
+    read_trade,
+    to_document,
+    wanted_in_flight,
+)
+
+NOW = datetime(2026, 8, 15, 12, tzinfo=UTC)
+ASKED = Batch("stock", "AAPL.US,TSLA.US,MSFT.US")
+GATEWAY_PAGE = "<html><head><title>429 Too Many Requests</title></head><body>nginx</body></html>"
+
+
+def verdict_on(body: object, status: int = 200, retry_after: str = "") -> Verdict:
+    """Decide on a body: bytes, a text, or what is made JSON."""
+    if not isinstance(body, bytes):
+        body = (body if isinstance(body, str) else json.dumps(body)).encode()
+    return decide(Answer(status, body, retry_after), NOW)
+
+
+def record(**fields: object) -> dict[str, object]:
+    """Return a good record with other fields put in."""
+    return {"s": "AAPL.US", "t": 1786751999691, "p": "305.771", "v": "1", "vw": "305.771", "td": 0} | fields
+
+
+def outcome_of(records: Sequence[object]) -> Outcome:
+    """Send records through an answer's text, as the API would, and read them."""
+    body = json.dumps({"ret": 200, "msg": "success", "traceId": "x", "data": list(records)})
+    verdict = verdict_on(body)
+    assert verdict.action is Action.ACCEPT
+    return read_records(ASKED, verdict.records)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Answers
+# ------------------------------------------------------------------------------------------------------
+
+# Production answers, verbatim.
+STOCK_TRADE = (
+    '{"ret":200,"msg":"success","traceId":"a81a03fa-c575-4e74-a71b-e36bf31376ec","data":[{"s":"AAPL.US",'
+    '"t":1786751999691,"p":"305.771","v":"1","vw":"305.771","td":0}]}'
+)
+CRYPTO_TRADE = (
+    '{"ret":200,"msg":"success","traceId":"69302ddf-f335-41e4-94bc-882f6c5e5f01","data":[{"s":"BTCUSDT",'
+    '"t":1786775889755,"p":"63059.36","v":"0.01056","vw":"665.9068416","td":1}]}'
+)
+TOKEN_INVALID = '{"code":401,"message":"Token invalid","timestamp":1786778697472}'
+RATE_LIMIT = '{"detail":"Rate limit exceeded"}'
+NOT_FOUND = (
+    '{"type":"about:blank","title":"Not Found","status":404,"detail":"No static resource common/basic/markets'
+    '/trading_hours.","instance":"/common/basic/markets/trading_hours"}'
+)
+BAD_REQUEST = '{"type":"about:blank","title":"Bad Request","status":400,"detail":"Failed to read request."}'
+
+
+def said(ret: object, msg: str = "", **more: object) -> str:
+    """Return an answer of the API's usual form."""
+    return json.dumps({"ret": ret, "msg": msg, "traceId": "x", "data": None} | more)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "action", "words"),
+    [
+        (200, STOCK_TRADE, Action.ACCEPT, ""),
+        (200, CRYPTO_TRADE, Action.ACCEPT, ""),
+        (200, said(200, "success"), Action.ACCEPT, ""),
+        (200, said(200, "success", data=[]), Action.ACCEPT, ""),
+        (401, TOKEN_INVALID, Action.KEY_DEAD, "Token invalid"),
+        (200, TOKEN_INVALID, Action.KEY_DEAD, "Token invalid"),
+        (401, "", Action.KEY_DEAD, "401"),
+        (401, GATEWAY_PAGE, Action.KEY_DEAD, "401"),
+        (200, RATE_LIMIT, Action.SLOW_DOWN, "Rate limit exceeded"),
+        (429, RATE_LIMIT, Action.SLOW_DOWN, "Rate limit exceeded"),
+        (429, '{"code":429,"message":"Too many"}', Action.SLOW_DOWN, "Too many"),
+        (429, GATEWAY_PAGE, Action.SLOW_DOWN, "429"),
+        (429, "", Action.SLOW_DOWN, "429"),
+        (200, said(501, "Request frequency exceed the limit: 1/s"), Action.SLOW_DOWN, "exceed the limit"),
+        (200, said(502, "Request frequency for the day upper limit"), Action.KEY_DAY_OVER, "upper limit"),
+        (429, said(502, "Request frequency for the day upper limit"), Action.KEY_DAY_OVER, "upper limit"),
+        (200, said(509, "Token expired"), Action.KEY_DEAD, "Token expired"),
+        (200, said(514, "No permission for the market"), Action.KEY_LACKS_PRODUCT, "No permission"),
+        (200, said(508, "All product not exists"), Action.CODES_UNKNOWN, "unknown"),
+        (200, said(500, "All product not exists"), Action.CODES_UNKNOWN, "unknown"),
+        (500, said(500, "All product not exists"), Action.CODES_UNKNOWN, "unknown"),
+        (200, said(508, "other words"), Action.CODES_UNKNOWN, "other words"),
+        (200, said(505, "Products quantity exceeds the limit：100"), Action.GIVE_UP, "quantity exceeds"),
+        (200, said(506, "parameter error"), Action.GIVE_UP, "parameter error"),
+        (200, said(507, "parameter missing"), Action.GIVE_UP, "parameter missing"),
+        (400, said(506, "parameter error"), Action.GIVE_UP, "parameter error"),
+        (400, BAD_REQUEST, Action.GIVE_UP, "Failed to read request"),
+        (404, NOT_FOUND, Action.GIVE_UP, "No static resource"),
+        (404, "", Action.GIVE_UP, "404"),
+        (403, GATEWAY_PAGE, Action.GIVE_UP, "403"),
+        (200, said(500, "System error"), Action.RETRY, "System error"),
+        (500, said(500, "System error"), Action.RETRY, "System error"),
+        (500, "", Action.RETRY, "500"),
+        (502, GATEWAY_PAGE, Action.RETRY, "502"),
+        (503, '{"message":"Service Unavailable"}', Action.RETRY, "Service Unavailable"),
+        (504, "{}", Action.RETRY, "504"),
+        (408, "", Action.RETRY, "408"),
+        (302, "", Action.GIVE_UP, "INFOWAY_API_BASE_URL"),
+    ],
+)
+def test_every_answer_of_the_documentation_leads_to_its_action(
+    status: int, body: str, action: Action, words: str
+) -> None:
+    """And the reason holds what the API said."""
+    verdict = verdict_on(body, status)
+    assert verdict.action is action
+    assert words in verdict.reason
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "",
+        " ",
+        "<html>OK</html>",
+        "OK",
+        "null",
+        "200",
+        "[]",
+        "{}",
+        '"success"',
+        '{"data":[]}',
+        '{"msg":"success","data":[]}',
+        '{"code":200,"data":[]}',
+        '{"code":200,"message":"success","data":null}',
+        said(0, data=[]),
+        said("200", data=[]),
+        said(200.0, data=[]),
+        said(True, data=[]),
+        said(None, data=[]),
+        said([200], data=[]),
+        said(20000, data=[]),
+        '{"ret":200,"msg":"success"}',
+        said(200, data={}),
+        said(200, data="[]"),
+        said(200, data=0),
+        said(200, data=False),
+        STOCK_TRADE[:-1],
+        STOCK_TRADE + "}",
+        "[" * 100_000,
+        '{"ret":200,"data":' + "[" * 100_000 + "]" * 100_000 + "}",
+    ],
+    ids=lambda body: str(body)[:40],
+)
+def test_a_success_that_is_not_one_is_asked_again(body: str) -> None:
+    """HTTP 200 says nothing; only ret 200 with a list of data, or null, is an answer."""
+    assert verdict_on(body).action is Action.RETRY
+
+
+@pytest.mark.parametrize("status", [200, 201, 400, 404, 418, 500, 503])
+@pytest.mark.parametrize(
+    ("ret", "action"),
+    [
+        (501, Action.SLOW_DOWN),
+        (502, Action.KEY_DAY_OVER),
+        (505, Action.GIVE_UP),
+        (508, Action.CODES_UNKNOWN),
+        (509, Action.KEY_DEAD),
+        (514, Action.KEY_LACKS_PRODUCT),
+    ],
+)
+def test_the_answer_is_believed_by_its_ret_whatever_the_status(status: int, ret: int, action: Action) -> None:
+    """A gateway may put any status on it."""
+    assert verdict_on(said(ret, "words"), status).action is action
+
+
+@pytest.mark.parametrize(("hopeless", "action"), [(False, Action.RETRY), (True, Action.GIVE_UP)])
+def test_a_fault_on_the_way_is_tried_again_unless_it_is_hopeless(hopeless: bool, action: Action) -> None:
+    """The reason is the network's."""
+    verdict = decide(Answer(fault="the connection broke", hopeless=hopeless), NOW)
+    assert verdict == Verdict(action, "the connection broke")
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "seconds"),
+    [
+        ("", 0),
+        ("0", 0),
+        ("7", 7),
+        ("86400", 86400),
+        ("Sat, 15 Aug 2026 12:00:30 GMT", 30),
+        ("Sat, 15 Aug 2026 14:00:30 +0200", 30),
+        ("Sat, 15 Aug 2026 12:00:30", 30),
+        ("Saturday, 15-Aug-26 12:00:30 GMT", 30),
+        ("Sat, 15 Aug 2026 11:00:00 GMT", 0),
+        ("soon", 0),
+        ("-1", 0),
+        ("1.5", 0),
+        ("７", 0),
+        ("nan", 0),
+        ("Sat, 15 Aug 2026 12:00:30 +99999999999999", 0),
+        ("Sat, 15 Aug 99999 12:00:30 GMT", 0),
+    ],
+)
+@pytest.mark.parametrize(
+    ("status", "body"), [(429, GATEWAY_PAGE), (200, RATE_LIMIT), (200, said(501, "x")), (503, "")]
+)
+def test_retry_after_is_obeyed_as_a_number_and_as_a_date(
+    status: int, body: str, retry_after: str, seconds: float
+) -> None:
+    """Wherever a later time is of use; nonsense counts as none."""
+    assert verdict_on(body, status, retry_after).wait_s == seconds
+
+
+@given(st.datetimes(datetime(2026, 8, 15, 12), datetime(2400, 1, 1)))
+def test_any_retry_after_date_is_read(at: datetime) -> None:
+    """To the second."""
+    aware = at.replace(microsecond=0, tzinfo=UTC)
+    waited = verdict_on("", 429, format_datetime(aware, usegmt=True)).wait_s
+    assert waited == (aware - NOW).total_seconds()
+
+
+def test_a_reason_is_one_short_printable_line() -> None:
+    """The API's words go to terminals, logs and the platform."""
+    reason = verdict_on(said(506, "a\x1b[31m\r\nb" * 1000)).reason
+    assert reason.isprintable()
+    assert len(reason) < 250
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(
+        [200, 500, 508, 10**40, "200", "success", "Rate limit exceeded", "All product not exists"]
+    )
+)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=10,
+)
+FIELDS: dict[str, st.SearchStrategy[object]] = {
+    "s": st.sampled_from([*ASKED.split(), "NOBODY.US"]) | JSON,
+    "t": st.integers(EARLIEST_TRADE_MS, LATEST_TRADE_MS - 1) | JSON,
+    "p": st.decimals(0, 10**6, places=3).map(str) | JSON,
+    "v": st.integers(0, 10**6).map(str) | JSON,
+    "vw": st.decimals(0, 10**6, places=3).map(str) | JSON,
+    "td": st.integers(0, 2) | JSON,
+}
+RECORDS = st.lists(
+    st.fixed_dictionaries(FIELDS) | st.fixed_dictionaries({}, optional=FIELDS) | JSON, max_size=6
+)
+ENVELOPES = st.fixed_dictionaries(
+    {},
+    optional={
+        "ret": st.just(200) | st.sampled_from([0, 401, 429, *range(500, 516), 200.0, "200", True]) | JSON,
+        "code": st.sampled_from([200, 401, 500]) | JSON,
+        "msg": JSON,
+        "message": JSON,
+        "detail": JSON,
+        "title": JSON,
+        "data": RECORDS | st.none() | JSON,
+    },
+)
+LIKELY_SUCCESS = st.builds(lambda data: {"ret": 200, "msg": "success", "data": data}, RECORDS)
+STATUSES = st.sampled_from([200, 200, 400, 401, 404, 429, 500, 503]) | st.integers(0, 999)
+RETRY_AFTERS = (
+    st.just("")
+    | st.text(max_size=30)
+    | st.integers().map(str)
+    | st.from_regex(r"\A(Mon, )?\d{1,3} (Jan|Aug|Xyz) \d{1,6} \d\d:\d\d:\d\d( GMT| [+-]\d{1,20})?\Z")
+)
+
+
+def check_any_answer(status: int, body: bytes, retry_after: str) -> None:
+    """Decide and read, and check the promises that hold for every answer."""
+    verdict = decide(Answer(status, body, retry_after), NOW)
+    assert verdict.reason.isprintable()
+    assert 0 <= verdict.wait_s < math.inf
+    if verdict.action is not Action.ACCEPT:
+        assert verdict.reason
+        assert not verdict.records
+        return
+    envelope = json.loads(body)
+    assert type(envelope["ret"]) is int
+    assert envelope["ret"] == 200
+    assert envelope["data"] is None or isinstance(envelope["data"], list)
+    outcome = read_records(ASKED, verdict.records)
+    codes = [*(trade.s for trade in outcome.trades), *outcome.unknown, *outcome.failures]
+    assert sorted(codes) == sorted(ASKED.split())
+    assert all(outcome.failures.values())
+    for trade in outcome.trades:
+        assert read_trade(trade._asdict()) == trade
+        sent = [r for r in envelope["data"] or () if isinstance(r, dict)]
+        assert any((r.get("s"), r.get("t")) == (trade.s, trade.t) for r in sent)
+
+
+@given(STATUSES, st.binary() | st.text().map(str.encode), RETRY_AFTERS)
+@example(429, b"", "1 Jan 2026 00:00:00 +99999999999999")
+def test_random_bytes_never_raise_and_are_never_a_success(status: int, body: bytes, retry_after: str) -> None:
+    """Whatever the status and the headers are."""
+    check_any_answer(status, body, retry_after)
+
+
+@given(STATUSES, ENVELOPES | LIKELY_SUCCESS | JSON, RETRY_AFTERS, st.integers(0, 3))
+@example(200, {"code": 200, "data": []}, "", 0)
+@example(200, {"ret": 200, "data": [{"s": "AAPL.US", "t": None}]}, "", 0)
+def test_random_json_never_raises_and_never_becomes_a_wrong_success(
+    status: int, envelope: object, retry_after: str, cut: int
+) -> None:
+    """Every asked code ends as a trade, as unknown or as failed, exactly once; cut short or whole."""
+    body = json.dumps(envelope).encode()
+    check_any_answer(status, body[: len(body) - cut], retry_after)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Records
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_the_production_answers_become_their_trades() -> None:
+    """Field by field, as the API sent them."""
+    (trade,) = read_records(Batch("stock", "AAPL.US"), verdict_on(STOCK_TRADE).records).trades
+    assert trade == Trade("AAPL.US", 1786751999691, "305.771", "1", "305.771", 0)
+    (trade,) = read_records(Batch("crypto", "BTCUSDT"), verdict_on(CRYPTO_TRADE).records).trades
+    assert trade == Trade("BTCUSDT", 1786775889755, "63059.36", "0.01056", "665.9068416", 1)
+
+
+def test_null_data_means_that_no_code_is_known() -> None:
+    """All of them may be asked elsewhere."""
+    outcome = read_records(ASKED, verdict_on(said(200, "success")).records)
+    assert outcome == Outcome(ASKED, [], ASKED.split(), {})
+
+
+BAD_RECORDS: list[tuple[dict[str, object], str]] = [
+    ({"t": None}, "field t"),
+    ({"t": "1786751999691"}, "field t"),
+    ({"t": 1786751999691.0}, "field t"),
+    ({"t": True}, "field t"),
+    ({"t": math.nan}, "field t"),
+    ({"t": 0}, "field t"),
+    ({"t": -1}, "field t"),
+    ({"t": 1786751999}, "field t"),
+    ({"t": 1786751999691000}, "field t"),
+    ({"t": 10**300}, "field t"),
+    ({"t": []}, "field t"),
+    ({"p": None}, "field p"),
+    ({"p": ""}, "field p"),
+    ({"p": "n/a"}, "field p"),
+    ({"p": "NaN"}, "field p"),
+    ({"p": "Infinity"}, "field p"),
+    ({"p": "1,5"}, "field p"),
+    ({"p": " 1"}, "field p"),
+    ({"p": "1\n"}, "field p"),
+    ({"p": "+1"}, "field p"),
+    ({"p": "1|2"}, "field p"),
+    ({"p": "0x10"}, "field p"),
+    ({"p": "1_0"}, "field p"),
+    ({"p": "１"}, "field p"),
+    ({"p": "1e999"}, "field p"),
+    ({"p": "9" * 50}, "field p"),
+    ({"p": 10**50}, "field p"),
+    ({"p": True}, "field p"),
+    ({"p": math.nan}, "field p"),
+    ({"p": -math.inf}, "field p"),
+    ({"p": ["1"]}, "field p"),
+    ({"p": {"a": 1}}, "field p"),
+    ({"v": None}, "field v"),
+    ({"v": "-"}, "field v"),
+    ({"v": False}, "field v"),
+    ({"vw": None}, "field vw"),
+    ({"vw": "."}, "field vw"),
+    ({"td": None}, "field td"),
+    ({"td": "1"}, "field td"),
+    ({"td": 1.0}, "field td"),
+    ({"td": True}, "field td"),
+    ({"td": -1}, "field td"),
+    ({"td": 10**30}, "field td"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), BAD_RECORDS, ids=lambda value: str(value)[:40])
+def test_a_bad_record_is_rejected_with_its_reason_and_costs_its_neighbours_nothing(
+    fields: dict[str, object], words: str
+) -> None:
+    """Its code is named; those before and after it are taken."""
+    outcome = outcome_of([record(s="TSLA.US"), record(**fields), record(s="MSFT.US")])
+    assert [trade.s for trade in outcome.trades] == ["TSLA.US", "MSFT.US"]
+    assert outcome.failures.keys() == {"AAPL.US"}
+    assert outcome.failures["AAPL.US"].startswith(words + ":")
+    assert outcome.failures["AAPL.US"].isprintable()
+    assert len(outcome.failures["AAPL.US"]) < 120
+    assert not outcome.unknown
+
+
+@pytest.mark.parametrize(("fields", "words"), BAD_RECORDS, ids=lambda value: str(value)[:40])
+def test_a_bad_record_is_rejected_however_it_was_parsed(fields: dict[str, object], words: str) -> None:
+    """A float is no time and a bool no number, even where they would compare well."""
+    with pytest.raises(ValueError, match=f"{words}:"):
+        read_trade(record(**fields))
+
+
+@pytest.mark.parametrize("name", ["t", "p", "v", "vw", "td"])
+def test_a_record_that_lacks_a_field_is_rejected(name: str) -> None:
+    """Nothing is made up for it."""
+    lacking = record()
+    del lacking[name]
+    assert "nothing" in outcome_of([lacking]).failures["AAPL.US"]
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        None,
+        True,
+        7,
+        "AAPL.US",
+        [],
+        [record()],
+        {},
+        record(s=None),
+        record(s=7),
+        record(s=["AAPL.US"]),
+        record(s=""),
+        record(s="aapl.us"),
+        record(s="NVDA.US"),
+        record(s="TSLA.US,MSFT.US"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_no_trade_that_was_asked_for_is_left_out(
+    stray: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says so; the code that has no other record counts as unknown."""
+    outcome = outcome_of([record(s="TSLA.US"), stray, record(s="MSFT.US")])
+    assert [trade.s for trade in outcome.trades] == ["TSLA.US", "MSFT.US"]
+    assert (outcome.unknown, outcome.failures) == (["AAPL.US"], {})
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["[" * 400 + "]" * 400, '{"a":' * 400 + "1" + "}" * 400, "9" * 5000, "-" + "9" * 5000, "9" * 5000 + ".0"],
+    ids=["nested list", "nested object", "huge number", "huge negative", "huge fraction"],
+)
+@pytest.mark.parametrize("name", ["s", "t", "p", "v", "vw", "td"])
+def test_deep_nesting_and_huge_numbers_cost_the_neighbours_nothing(name: str, field: str) -> None:
+    """The JSON parser's limits are no reason to lose an answer."""
+    good = json.dumps(record(s="TSLA.US"))
+    bad = json.dumps(record(**{name: "HERE"})).replace('"HERE"', field)
+    verdict = verdict_on(f'{{"ret":200,"msg":"success","data":[{bad},{good}]}}')
+    assert verdict.action is Action.ACCEPT
+    outcome = read_records(ASKED, verdict.records)
+    assert [trade.s for trade in outcome.trades] == ["TSLA.US"]
+
+
+@given(st.integers(1, 3000))
+def test_any_depth_of_nesting_is_survived(depth: int) -> None:
+    """It may be accepted or refused, but it does not raise."""
+    nested = "[" * depth + "]" * depth
+    for body in (nested, f'{{"ret":{nested}}}', f'{{"ret":200,"data":{nested}}}'):
+        check_any_answer(200, body.encode(), "")
+    check_any_answer(200, f'{{"ret":200,"data":[{{"s":"AAPL.US","t":{nested}}}]}}'.encode(), "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0",
+        "1",
+        "-37.63",
+        "305.771",
+        ".5",
+        "0.00000001",
+        "12345678901234567890",
+        "1E-7",
+        "1.5e+3",
+        "0.123456789012",
+        "0.1234567890123456",
+        "63059.36123456789012",
+    ],
+)
+def test_a_decimal_is_kept_as_it_was_sent(text: str) -> None:
+    """Not a digit is changed, none lost: a coin's price times its volume has sixteen decimals."""
+    trade = read_trade(record(p=text, v=text, vw=text))
+    assert (trade.p, trade.v, trade.vw) == (text, text, text)
+
+
+@pytest.mark.parametrize("number", ["305", "305.770", "1.10", "0.00000001", "1E-7", "-5"])
+def test_a_json_number_is_taken_by_its_digits(number: str) -> None:
+    """No binary fraction gets between."""
+    body = json.dumps({"ret": 200, "data": [record(p="HERE")]}).replace('"HERE"', number)
+    (trade,) = read_records(ASKED, verdict_on(body).records).trades
+    assert trade.p == number
+
+
+@pytest.mark.parametrize("td", [0, 1, 2])
+def test_every_direction_is_taken(td: int) -> None:
+    """None, buy, sell."""
+    assert read_trade(record(td=td)).td == td
+
+
+@pytest.mark.parametrize(
+    ("t", "good"),
+    [
+        (EARLIEST_TRADE_MS, True),
+        (EARLIEST_TRADE_MS - 1, False),
+        (LATEST_TRADE_MS - 1, True),
+        (LATEST_TRADE_MS, False),
+    ],
+)
+def test_a_trade_time_is_of_this_century(t: int, good: bool) -> None:
+    """Seconds or microseconds in place of milliseconds are told from it."""
+    assert bool(outcome_of([record(t=t)]).trades) is good
+
+
+@given(JSON)
+def test_any_value_is_a_trade_or_a_value_error(value: object) -> None:
+    """With a reason in one line."""
+    try:
+        trade = read_trade(value)
+    except ValueError as error:
+        assert str(error)
+        assert str(error).isprintable()
+    else:
+        assert isinstance(trade, Trade)
+
+
+@pytest.mark.parametrize("times", list(itertools.permutations([1786751999691, 1786751999692, 1786751999693])))
+def test_of_several_records_of_a_code_the_newest_is_taken(times: Sequence[int]) -> None:
+    """In whatever order they stand."""
+    (trade,) = outcome_of([record(t=t) for t in times]).trades
+    assert trade.t == 1786751999693
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_good_record_of_a_code_makes_up_for_a_bad_one(order: int) -> None:
+    """Before or after it."""
+    outcome = outcome_of([record(), record(p=None)][::order])
+    assert ([trade.s for trade in outcome.trades], outcome.failures) == (["AAPL.US"], {})
+
+
+# ------------------------------------------------------------------------------------------------------
+# Documents
+# ------------------------------------------------------------------------------------------------------
+
+DECIMALS = st.integers(-(10**9), 10**9).map(str) | st.builds("{}.{}".format, st.integers(0), st.integers(0))
+TRADES = st.builds(
+    Trade,
+    s=st.text("ABZ09.&^=_-", min_size=1, max_size=12),
+    t=st.integers(EARLIEST_TRADE_MS, LATEST_TRADE_MS - 1),
+    p=DECIMALS,
+    v=DECIMALS,
+    vw=DECIMALS,
+    td=st.integers(0, 2),
+)
+SIMILAR_TRADES = st.builds(
+    Trade,
+    s=st.sampled_from(["A", "A1", "A.US"]),
+    t=st.integers(1786751999690, 1786751999692),
+    p=st.sampled_from(["1", "1.0", "11", "-1"]),
+    v=st.sampled_from(["1", "1.0", "11"]),
+    vw=st.sampled_from(["1", "2"]),
+    td=st.integers(0, 2),
+)
+
+
+@given(TRADES | SIMILAR_TRADES, TRADES | SIMILAR_TRADES)
+def test_the_same_trade_is_the_same_id_and_another_trade_another(one: Trade, other: Trade) -> None:
+    """Same is what has the same s, t, p, v, td."""
+    same = one._replace(vw="") == other._replace(vw="")
+    assert (identity(one) == identity(other)) is same
+    assert identity(one) == identity(one._replace(vw="7"))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Trade("B.US", 1786751999691, "1", "2", "2", 0),
+        Trade("A.US", 1786751999692, "1", "2", "2", 0),
+        Trade("A.US", 1786751999691, "9", "2", "2", 0),
+        Trade("A.US", 1786751999691, "1", "9", "2", 0),
+        Trade("A.US", 1786751999691, "1", "2", "2", 1),
+        Trade("A.US", 1786751999691, "1.0", "2", "2", 0),
+        Trade("A.US", 1786751999691, "12", "", "2", 0),
+    ],
+)
+def test_every_part_of_the_identity_counts(other: Trade) -> None:
+    """A trade that differs in one of them, as sent, is another document."""
+    assert identity(Trade("A.US", 1786751999691, "1", "2", "2", 0)) != identity(other)
+
+
+def test_the_identity_rule_is_the_written_one() -> None:
+    """Another program and another machine must come to the same."""
+    trade = Trade("AAPL.US", 1786751999691, "305.771", "1", "305.771", 0)
+    assert identity(trade) == "AAPL.US|1786751999691|305.771|1|0"
+
+
+def test_a_document_has_exactly_its_fields() -> None:
+    """As the API sent them, in its types."""
+    trade = Trade("AAPL.US", 1786751999691, "305.770", "1", "305.770", 0)
+    document = to_document(trade, NOW)
+    assert document == {
+        "_id": "AAPL.US|1786751999691|305.770|1|0",
+        "s": "AAPL.US",
+        "t": 1786751999691,
+        "p": "305.770",
+        "v": "1",
+        "vw": "305.770",
+        "td": 0,
+        "stock_code": "AAPL.US",
+        "create_time": NOW,
+    }
+    types: dict[str, Any] = {name: type(value) for name, value in document.items()}
+    assert types == dict.fromkeys(document, str) | {"t": int, "td": int, "create_time": datetime}
+
+
+def test_a_demo_document_says_so() -> None:
+    """By one more field, and by nothing else."""
+    trade = Trade("AAPL.US", 1786751999691, "305.770", "1", "305.770", 0)
+    assert to_document(trade, NOW, demo=True) == to_document(trade, NOW) | {"demo": True}
+
+
+@given(TRADES)
+def test_reading_a_document_gives_its_trade_back(trade: Trade) -> None:
+    """Nothing is lost on the way to the store."""
+    document = to_document(trade, NOW)
+    assert Trade(*(document[name] for name in Trade._fields)) == trade
+    assert re.fullmatch(r"[^|]+\|\d+\|[^|]+\|[^|]+\|\d", document["_id"])
+
+
+# ------------------------------------------------------------------------------------------------------
+# Back-off and requests under way
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 5, 20])
+def test_every_delay_is_random_from_zero_to_its_ceiling(step: int) -> None:
+    """The first one too, so that clients that failed together do not come back together."""
+    ceiling = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2**step)
+    delays = [
+        next(itertools.islice(backoff(BACKOFF_FIRST_S, BACKOFF_CAP_S, random.Random(seed)), step, None))
+        for seed in range(300)
+    ]
+    assert 0 <= min(delays) < ceiling * 0.1
+    assert ceiling * 0.9 < max(delays) <= ceiling
+    assert sum(delays) / len(delays) == pytest.approx(ceiling / 2, rel=0.2)
+
+
+@given(st.floats(0.01, 10), st.floats(10, 100), st.randoms(use_true_random=False))
+def test_no_delay_is_above_the_cap(first: float, cap: float, rng: random.Random) -> None:
+    """It goes on for ever."""
+    assert all(0 <= delay <= cap for delay in itertools.islice(backoff(first, cap, rng), 100))
+
+
+@pytest.mark.parametrize(
+    ("latency", "rate", "expected"),
+    [
+        (0.0, 1, 1),
+        (0.0, math.inf, 1),
+        (0.0, 0, 1),
+        (0.1, 1, 2),
+        (1.0, 1, 3),
+        (1.0, 10, 12),
+        (0.2, 20, 6),
+        (5.0, 20, MAX_IN_FLIGHT),
+        (10.0, math.inf, MAX_IN_FLIGHT),
+        (10.0, 0, 2),
+    ],
+)
+def test_as_many_requests_are_under_way_as_latency_and_rate_make_useful(
+    latency: float, rate: float, expected: int
+) -> None:
+    """No more than the rate feeds, and no more than hide the latency."""
+    assert wanted_in_flight(latency, rate) == expected
+
+
+@given(st.floats(0, 3600), st.floats(0, 10_000) | st.just(math.inf))
+def test_there_is_always_one_request_and_never_a_crowd(latency: float, rate: float) -> None:
+    """Within the limit; more latency never means fewer."""
+    wanted = wanted_in_flight(latency, rate)
+    assert 1 <= wanted <= MAX_IN_FLIGHT
+    assert wanted <= wanted_in_flight(latency * 2, rate)

@@ -1,0 +1,403 @@
+"""From what a person typed to codes, products and batches."""
+
+from __future__ import annotations
+
+import posixpath
+import tracemalloc
+from collections.abc import Iterator
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from stockrt import (
+    MARKETS,
+    MAX_BATCH,
+    PRODUCTS,
+    Batch,
+    BatchPlan,
+    Instrument,
+    InstrumentError,
+    parse_code,
+    plan_batches,
+    split_codes,
+    zone_of,
+)
+
+
+def refusal(raw: object) -> str:
+    """Return the words with which a code is refused."""
+    with pytest.raises(InstrumentError) as caught:
+        parse_code(raw)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------
+# One code
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "code", "product"),
+    [
+        ("AAPL.US", "AAPL.US", "stock"),
+        ("aapl.us", "AAPL.US", "stock"),
+        ("  Aapl.Us\t\n", "AAPL.US", "stock"),
+        ("　AAPL.US　", "AAPL.US", "stock"),
+        (".DJI.US", ".DJI.US", "stock"),
+        ("BRK.B.US", "BRK.B.US", "stock"),
+        ("00700.HK", "00700.HK", "stock"),
+        ("700.HK", "00700.HK", "stock"),
+        ("5.hk", "00005.HK", "stock"),
+        ("0000700.HK", "00700.HK", "stock"),
+        ("80700.HK", "80700.HK", "stock"),
+        ("HSI.HK", "HSI.HK", "stock"),
+        ("７００．ＨＫ", "00700.HK", "stock"),
+        ("600519.SH", "600519.SH", "stock"),
+        ("000001.sz", "000001.SZ", "stock"),
+        ("600519", "600519.SH", "stock"),
+        ("688981", "688981.SH", "stock"),
+        ("900901", "900901.SH", "stock"),
+        ("000001", "000001.SZ", "stock"),
+        ("200012", "200012.SZ", "stock"),
+        ("300750", "300750.SZ", "stock"),
+        (600519, "600519.SH", "stock"),
+        (600519.0, "600519.SH", "stock"),
+        (300750, "300750.SZ", "stock"),
+        ("7203.JP", "7203.JP", "japan"),
+        ("005930.KS", "005930.KS", "korea"),
+        ("reliance.in", "RELIANCE.IN", "india"),
+        ("M&M.IN", "M&M.IN", "india"),
+        ("2330.TW", "2330.TW", "taiwan"),
+        ("USDCNY", "USDCNY", "common"),
+        ("eurusd", "EURUSD", "common"),
+        ("XAUUSD", "XAUUSD", "common"),
+        ("XAGUSD", "XAGUSD", "common"),
+        ("USOIL", "USOIL", "common"),
+        ("BTCUSDT", "BTCUSDT", "crypto"),
+        ("ethusdt", "ETHUSDT", "crypto"),
+        ("1000PEPEUSDT", "1000PEPEUSDT", "crypto"),
+        ("ETHBTC", "ETHBTC", "crypto"),
+        ("BTCUSD", "BTCUSD", "crypto"),
+        ("common:US500", "US500", "common"),
+        ("Crypto: newcoin", "NEWCOIN", "crypto"),
+    ],
+)
+def test_a_code_gets_its_form_and_its_product(raw: object, code: str, product: str) -> None:
+    """What a person types becomes what the API knows."""
+    assert parse_code(raw) == Instrument(code, product)
+
+
+@pytest.mark.parametrize(
+    ("raw", "proposal"),
+    [
+        ("AAPL", "AAPL.US"),
+        ("aapl ", "AAPL.US"),
+        ("ABNB", "ABNB.US"),
+        ("META", "META.US"),
+        ("700", "00700.HK"),
+        (700, "00700.HK"),
+        (1, "000001.SZ"),
+        ("430047", "430047.SH"),
+        ("1234567", "six digits"),
+        ("600519.SS", "600519.SH"),
+        ("AAPL.O", "AAPL.US"),
+        ("IBM.N", "IBM.US"),
+        ("7203.T", "7203.JP"),
+        ("TCS.NS", "TCS.IN"),
+        ("BRK.B", "BRK.B.US"),
+        ("SAP.DE", ".US"),
+        ("AAPL.", ".US"),
+        ("600519.HK", "00700.HK"),
+        ("00000.HK", "00700.HK"),
+        ("1.SZ", "000001.SZ"),
+        ("MAOTAI.SH", "600519.SH"),
+        (".US", "AAPL.US"),
+        (600519.5, "600519.SH"),
+        (True, "AAPL.US"),
+        (None, "AAPL.US"),
+        ([], "AAPL.US"),
+        ({"code": "AAPL.US"}, "AAPL.US"),
+        (b"AAPL.US", "AAPL.US"),
+        (float("nan"), "AAPL.US"),
+        (float("inf"), "AAPL.US"),
+        (-5, "."),
+        ("", "AAPL.US"),
+        (" \t", "AAPL.US"),
+    ],
+)
+def test_a_refused_code_comes_with_what_to_type_instead(raw: object, proposal: str) -> None:
+    """The person needs no documentation."""
+    assert proposal in refusal(raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "../../x",
+        "..",
+        ".",
+        "-",
+        "A..B.US",
+        "a/b.US",
+        "A\\B.US",
+        "A?B.US",
+        "A#B.US",
+        "A%2FB.US",
+        "%",
+        "A B.US",
+        "A,B.US",
+        "A;B.US",
+        "A+B.US",
+        "A@B.US",
+        "A\0.US",
+        "A\n.US",
+        "A\r\nX: y.US",
+        "A\x1b[31m.US",
+        "A\u202e.US",
+        "A\ud800.US",
+        "茅台.SH",
+        "A／B.US",
+        "A．．B.US",
+        "‥.US",
+        "A" * 30 + ".US",
+        pytest.param("9" * 5000, id="long number"),
+        pytest.param(10**5000, id="huge"),
+        10**40,
+        1e300,
+        "stock:../x",
+        "stock:",
+        "stock:a/b",
+        "common:" + "A" * 33,
+        "common:crypto:BTCUSDT",
+        "bonds:X",
+    ],
+)
+def test_what_could_change_the_url_is_refused(raw: object) -> None:
+    """The refusal itself is one harmless line that does not repeat what came."""
+    assert refusal(raw).isprintable()
+    assert len(refusal(raw)) < 150
+
+
+def test_a_code_has_at_most_32_characters() -> None:
+    """32 are taken, 33 refused, whatever blanks are around."""
+    assert parse_code(" " + "A" * 29 + ".US ").code == "A" * 29 + ".US"
+    assert "33 characters" in refusal("A" * 30 + ".US")
+
+
+def test_every_suffix_has_an_example_that_is_right() -> None:
+    """What is proposed can be typed."""
+    for suffix, market in MARKETS.items():
+        proposed = refusal(f"..{suffix}"[1:]).rpartition(" ")[2]
+        assert parse_code(proposed) == Instrument(proposed, market.product)
+
+
+CODE_LIKE = st.text("AaUuSsHhKk0169.:-&/%? \n７．。", max_size=12)
+WITH_ENDING = st.builds("{}{}".format, st.text(max_size=8) | CODE_LIKE | st.integers(), st.sampled_from(
+    [*("." + suffix for suffix in MARKETS), ".hk", "USDT", "USD", "CNY", ""]))  # fmt: skip
+WITH_PRODUCT = st.builds("{}:{}".format, st.sampled_from(PRODUCTS), st.text(max_size=8) | CODE_LIKE)
+ANYTHING: st.SearchStrategy[object] = (
+    st.text()
+    | CODE_LIKE
+    | WITH_ENDING
+    | WITH_PRODUCT
+    | st.integers()
+    | st.floats()
+    | st.integers(0, 999_999)
+    | st.sampled_from([10**400, -(10**400), True, None, b"", [], {}])
+)
+
+
+@given(ANYTHING)
+@example("ß.US")
+@example("ﬁ.US")
+@example("ŉ.US")
+def test_anything_gives_a_harmless_code_or_a_refusal(raw: object) -> None:
+    """Joined to a URL, a code is one path segment and stays what it is; nothing else gets through."""
+    try:
+        code, product = parse_code(raw)
+    except InstrumentError as error:
+        assert str(error).isprintable()
+        return
+    assert product in PRODUCTS
+    assert 1 <= len(code) <= 32
+    assert set(code) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.&^=_-")
+    parts = urlsplit(f"https://host/base/{code}")
+    assert (parts.netloc, parts.path, parts.query, parts.fragment) == ("host", f"/base/{code}", "", "")
+    assert posixpath.normpath(parts.path) == unquote(parts.path) == parts.path
+
+
+@given(ANYTHING)
+def test_parsing_what_was_parsed_changes_nothing(raw: object) -> None:
+    """A stored code can be asked for again; one whose product was named needs the name again."""
+    try:
+        instrument = parse_code(raw)
+    except InstrumentError:
+        return
+    assert parse_code(f"{instrument.product}:{instrument.code}") == instrument
+    if ":" not in str(raw) and "：" not in str(raw):
+        assert parse_code(instrument.code) == instrument
+
+
+@given(st.integers(1, 99_999), st.integers(0, 5))
+def test_a_hong_kong_number_has_five_digits_however_it_is_typed(number: int, zeros: int) -> None:
+    """Leading zeros neither matter nor get lost."""
+    assert parse_code(f"{'0' * zeros}{number}.HK") == Instrument(f"{number:05}.HK", "stock")
+
+
+@pytest.mark.parametrize(
+    "text", ["A.US,B.US", "A.US B.US", " A.US\n\tB.US ", "A.US，B.US", "A.US；B.US、", ",A.US;;B.US,"]
+)
+def test_codes_may_be_separated_in_any_usual_way(text: str) -> None:
+    """Commas of both kinds, semicolons, blanks, in any number."""
+    assert split_codes(text) == ["A.US", "B.US"]
+
+
+@pytest.mark.parametrize(
+    ("code", "product", "zone"),
+    [
+        ("AAPL.US", "stock", "America/New_York"),
+        ("00700.HK", "stock", "Asia/Hong_Kong"),
+        ("600519.SH", "stock", "Asia/Shanghai"),
+        ("000001.SZ", "stock", "Asia/Shanghai"),
+        ("7203.JP", "japan", "Asia/Tokyo"),
+        ("005930.KS", "korea", "Asia/Seoul"),
+        ("RELIANCE.IN", "india", "Asia/Kolkata"),
+        ("2330.TW", "taiwan", "Asia/Taipei"),
+        ("USDCNY", "", "America/New_York"),
+        ("XAUUSD", "common", "America/New_York"),
+        ("US500", "common", "America/New_York"),
+        ("BTCUSDT", "", "UTC"),
+        ("SOMETHING", "", "UTC"),
+    ],
+)
+def test_every_code_has_the_clock_of_its_exchange(code: str, product: str, zone: str) -> None:
+    """The code alone tells it; without a suffix the product may help."""
+    assert zone_of(code, product) == zone
+
+
+# ------------------------------------------------------------------------------------------------------
+# Batches
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_codes_go_into_batches_of_one_product_each() -> None:
+    """In the order they came, each once, whatever its spelling."""
+    plan = plan_batches(
+        ["700.HK", "BTCUSDT", "aapl.us", 600519, "00700.hk", "USDCNY", "AAPL.US", "600519.SH"]
+    )
+    assert plan.batches == [
+        Batch("stock", "00700.HK,AAPL.US,600519.SH"),
+        Batch("crypto", "BTCUSDT"),
+        Batch("common", "USDCNY"),
+    ]
+    assert (plan.total, plan.failures) == (5, {})
+
+
+def test_a_bad_code_is_named_with_its_reason_and_harms_no_other() -> None:
+    """It counts in the total, once."""
+    plan = plan_batches(["AAPL.US", "../../x", "AAPL", "../../x", "", "BTCUSDT"])
+    assert [batch.codes for batch in plan.batches] == ["AAPL.US", "BTCUSDT"]
+    assert plan.failures.keys() == {"../../x", "AAPL", "''"}
+    assert "AAPL.US" in plan.failures["AAPL"]
+    assert plan.total == 5
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "A\x1b[31m\n",
+        pytest.param("x" * 10_000, id="long"),
+        pytest.param(10**5000, id="huge"),
+        None,
+        ["x"],
+        float("nan"),
+        "\ud800",
+    ],
+)
+def test_whatever_was_given_is_named_in_one_short_printable_line(raw: object) -> None:
+    """A terminal and a result on the platform can show it."""
+    plan = plan_batches([raw])
+    (shown,) = plan.failures
+    assert shown
+    assert shown.isprintable()
+    assert len(shown) <= 40
+
+
+def test_nothing_gives_no_batch() -> None:
+    """An empty list is no request."""
+    plan = plan_batches([])
+    assert (plan.batches, plan.failures, plan.total) == ([], {}, 0)
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(99, [99]), (100, [100]), (101, [100, 1]), (250, [100, 100, 50])]
+)
+def test_a_batch_is_full_before_the_next_begins(count: int, sizes: list[int]) -> None:
+    """No request is wasted."""
+    batches = plan_batches(f"C{n}.US" for n in range(count)).batches
+    assert [len(batch.split()) for batch in batches] == sizes
+
+
+def test_a_code_that_is_one_part_of_another_is_another() -> None:
+    """The duplicate check compares whole codes."""
+    codes = ["AA.US", "A.US", "AAA.US", "BTCUSDT", "1000BTCUSDT", "BTCUSDTUSDT"]
+    assert plan_batches(codes).total == len(codes)
+
+
+CODES = st.builds(
+    "{}{}".format,
+    st.integers(1, 400),
+    st.sampled_from([".US", ".us", ".HK", ".JP", "USDT", ".TW", "!", ""]),
+)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(CODES, max_size=20) | st.lists(CODES, min_size=300, max_size=500))
+def test_a_plan_holds_every_code_once_in_order_and_no_batch_over_the_limit(codes: list[str]) -> None:
+    """For any list: nothing lost, nothing twice, and the total is right."""
+    wanted: dict[str, dict[str, None]] = {}
+    bad = set()
+    for code in codes:
+        try:
+            instrument = parse_code(code)
+            wanted.setdefault(instrument.product, {})[instrument.code] = None
+        except InstrumentError:
+            bad.add(code)
+    plan = plan_batches(codes)
+    for product, expected in wanted.items():
+        batches = [batch.split() for batch in plan.batches if batch.product == product]
+        assert [code for batch in batches for code in batch] == list(expected)
+        assert all(len(batch) == MAX_BATCH for batch in batches[:-1])
+    assert all(1 <= len(batch.split()) <= MAX_BATCH == 100 for batch in plan.batches)
+    assert {batch.product for batch in plan.batches} == wanted.keys()
+    assert plan.failures.keys() == bad
+    assert plan.total == sum(map(len, wanted.values())) + len(bad)
+
+
+def test_instruments_can_be_planned_without_being_parsed_again() -> None:
+    """A code that is asked once more at another product keeps its form."""
+    plan = BatchPlan()
+    for _ in range(2):
+        plan.add_instrument(Instrument("BTCUSDT", "stock"))
+    assert plan.finish() == [Batch("stock", "BTCUSDT")]
+
+
+def test_a_plan_of_100_000_codes_is_small_and_lacks_none() -> None:
+    """A few bytes a code: the codes themselves are read once and not kept. Many end like another."""
+
+    def codes() -> Iterator[str]:
+        for number in reversed(range(100_000)):
+            yield f"{number}.US"
+
+    plan_batches(["AAPL.US"])  # what is made once is made before
+    tracemalloc.start()
+    try:
+        plan = plan_batches(codes())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert plan.total == 100_000
+    assert len(plan.batches) == 1000
+    assert peak < 5 * 2**20
