@@ -3124,8 +3124,9 @@ class Daemon:
 
     def _select(self, link: Link, until: float) -> None:
         """Wait until a frame comes, the executor or a signal wakes, or it is `until` (monotonic s)."""
-        limits = [until, *(t for t in (self._leave_by, self._receipts_by) if t is not None)]
-        wait = 0.0 if link.has_more else max(0.0, min(limits) - self._clock())
+        now = self._clock()
+        ends = [t for t in (self._leave_by, self._receipts_by) if t is not None and t > now]
+        wait = 0.0 if link.has_more else max(0.0, min([until, *ends]) - now)
         self._poll([link.fileno()], wait)
 
     def _wait_awake(self, seconds: float) -> None:
