@@ -1493,7 +1493,7 @@ class InfowayApi:
             if verdict.action is Action.CODES_UNKNOWN:
                 return Outcome(batch, unknown=batch.split())
             faults += verdict.action is Action.RETRY
-            late = verdict.wait_s > LONGEST_RETRY_AFTER_S
+            late = verdict.action is Action.RETRY and verdict.wait_s > LONGEST_RETRY_AFTER_S
             if verdict.action is Action.GIVE_UP or late or faults >= MAX_TRIES or refusals >= MAX_REFUSALS:
                 tries = f", {faults + refusals} tries" if faults + refusals > 1 else ""
                 asked = f", asks to wait {verdict.wait_s:.0f} s" if late else ""
@@ -1654,22 +1654,29 @@ class SqliteStore:
         """Store documents in one transaction. Raises StoreError when the file cannot be written."""
         import sqlite3
 
-        rows = [
-            (*(d[name] for name in ("_id", "s", "t", "p", "v", "vw", "td", "stock_code")),
-             _iso(d["create_time"]), d.get("demo")) for d in documents
-        ]  # fmt: skip
+        rows = [_sqlite_row(document) for document in documents]
+        refused: dict[str, str] = {}
         try:
             with self._db:
-                before = self._db.total_changes
-                self._db.executemany(
-                    "INSERT INTO realtime (_id, s, t, p, v, vw, td, stock_code, create_time, demo) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (_id) DO NOTHING",
-                    rows,
-                )
-                stored = self._db.total_changes - before
+                try:
+                    stored = self._db.executemany(_SQLITE_INSERT, rows).rowcount
+                except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError):
+                    self._db.rollback()
+                    stored = sum(self._write_one(row, refused) for row in rows)
         except sqlite3.Error as error:
             raise sqlite_fault(self.path, error) from error
-        return WriteReport(stored, len(documents) - stored)
+        stored = max(0, stored)  # -1 where nothing was to be done
+        return WriteReport(stored, len(documents) - stored - len(refused), refused)
+
+    def _write_one(self, row: Sequence[Any], refused: dict[str, str]) -> int:
+        """Store one row and return how many are new: 0 or 1; a refused one is named in `refused`."""
+        import sqlite3
+
+        try:
+            return self._db.execute(_SQLITE_INSERT, row).rowcount
+        except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError) as error:
+            refused[str(row[0])] = f"the local store refused it: {one_line(error, 200)}"
+            return 0
 
     def check(self) -> str:
         """Write and take back a row. Raises StoreError."""
@@ -1716,6 +1723,17 @@ def open_sqlite(path: Path, version: int, schema: str) -> sqlite3.Connection:
 def sqlite_fault(path: Path, error: Exception) -> StoreError:
     """Return what an operator must know of a fault of SQLite."""
     return StoreError(f"the local file {path} fails: {error}; see STATE_DIRECTORY")
+
+
+_SQLITE_INSERT = (
+    "INSERT INTO realtime (_id, s, t, p, v, vw, td, stock_code, create_time, demo) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (_id) DO NOTHING"
+)
+
+
+def _sqlite_row(document: Document) -> tuple[Any, ...]:
+    names = ("_id", "s", "t", "p", "v", "vw", "td", "stock_code")
+    return (*(document[name] for name in names), _iso(document["create_time"]), document.get("demo"))
 
 
 # IF NOT EXISTS: two processes may open a new file at the same moment.
@@ -1767,6 +1785,8 @@ class MongoStore:
         """Insert documents unordered; those whose `_id` is there count as known. Raises StoreError."""
         from pymongo.errors import BulkWriteError, PyMongoError
 
+        if not documents:
+            return WriteReport()
         try:
             self._make_index()
             done = self._collection().insert_many([self._bson(d) for d in documents], ordered=False)
@@ -1850,7 +1870,7 @@ class MongoStore:
         refused: dict[str, str] = {}
         known = 0
         for error in details.get("writeErrors", ()):
-            if error.get("code") == DUPLICATE_KEY and set(error.get("keyPattern", {"_id": 1})) == {"_id"}:
+            if error.get("code") == DUPLICATE_KEY and _is_identity_taken(error):
                 known += 1
             else:
                 words = self._settings.redact(one_line(error.get("errmsg", "no more is known"), 200))
@@ -1860,6 +1880,14 @@ class MongoStore:
     def _fault(self, error: Exception) -> StoreError:
         words = self._settings.redact(one_line(str(error).split(", Timeout:")[0], 200))
         return StoreError(f"MongoDB at {self._settings.mongodb_shown()} fails: {words}; see MONGODB_HOST")
+
+
+def _is_identity_taken(error: Mapping[str, Any]) -> bool:
+    """Return whether a duplicate is one of `_id`; of an operator's own unique index it is a refusal."""
+    if "keyPattern" in error:
+        return set(error["keyPattern"]) == {"_id"}
+    index = re.search(r"index: (?:\S*\$)?(\S+)", error.get("errmsg", ""))  # servers that send no keyPattern
+    return index is None or index[1] == "_id_"
 
 
 def _number_converter(numeric_type: str) -> Callable[[str], object] | None:
@@ -2174,6 +2202,11 @@ class Collector:
 
     def _write(self) -> None:
         documents, self._waiting = self._waiting, []
+        if self.report.store_error:  # not tried again in this run: each try may take its whole time limit
+            self._fail(
+                {d["stock_code"]: f"fetched, not stored: {self.report.store_error}" for d in documents}
+            )
+            return
         try:
             written = self._store.write(documents)
         except StoreError as error:
