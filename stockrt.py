@@ -3359,6 +3359,7 @@ class Rows:
         self._now = now
         self._kept: list[Document] | None = []
         self._gone = False
+        self.fault = ""  # why rows are missing on `out`, unless its reader just went away
 
     def add(self, documents: Sequence[Document]) -> None:
         """Take documents that were stored."""
@@ -3376,8 +3377,8 @@ class Rows:
     def finish(self, order: Sequence[str] = ()) -> None:
         """Print what was kept, in the order of the codes in `order`."""
         if self._kept:
-            place = {code: number for number, code in enumerate(order)}
-            kept = sorted(self._kept, key=lambda d: place.get(d["stock_code"], len(place)))
+            place = {code: -number for number, code in enumerate(reversed(order))}  # the first of duplicates
+            kept = sorted(self._kept, key=lambda d: place.get(d["stock_code"], 1))
             cells = [row_cells(document, self._now()) for document in kept]
             widths = [
                 max(len(column.title), *(len(row[i]) for row in cells)) for i, column in enumerate(COLUMNS)
@@ -3402,8 +3403,10 @@ class Rows:
             self._out.write(text)
             if flush:
                 self._out.flush()
-        except BrokenPipeError:
+        except OSError as error:
             self._gone = True
+            if not isinstance(error, BrokenPipeError):
+                self.fault = f"the rows cannot be printed: {error.strerror}"
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # else the exit's flush fails again
 
 
@@ -3492,7 +3495,10 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
     if job.error is not None:
         raise job.error
     rows.finish(order)
-    return _close_run(job.report or collector.report, finished=job.report is not None, settings=settings)
+    status = _close_run(job.report or collector.report, finished=job.report is not None, settings=settings)
+    if rows.fault:
+        say(f"stockrt: {rows.fault}")
+    return status or (EXIT_FAILED if rows.fault else EXIT_OK)
 
 
 def _remembered(codes: Iterable[str], order: list[str]) -> Iterator[str]:
@@ -3695,15 +3701,28 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     return run_daemon(loaded.settings)
 
 
+def _open_missing_streams() -> None:
+    """Put /dev/null in place of standard streams that were closed, or the next file opened would get their number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for as long as the process lives)
+
+
 def main() -> NoReturn:
     """Run the command line of this process and leave it with the exit status."""
+    _open_missing_streams()
     try:
         status = run_command(sys.argv[1:], os.environ)
+        sys.stdout.flush()
     except StockrtError as error:
         say("\n".join(f"stockrt: {line}" for line in str(error).splitlines()))
         status = error.exit_code
     except SystemExit as leaving:  # --help, --version
         status = int(leaving.code or 0)
+    except OSError as error:  # of printing: everything else says its own words
+        status = EXIT_FAILED
+        if not isinstance(error, BrokenPipeError):
+            say(f"stockrt: cannot print: {error.strerror or error}")
     with contextlib.suppress(OSError):  # a reader that went away
         sys.stdout.flush()
     # Not sys.exit: threads that hang on the network must not hold the process up, and pymongo's monitor
