@@ -1945,7 +1945,7 @@ class Journal:
     def accept(self, commands: Sequence[Command]) -> list[int]:
         """Keep commands, all or none, and return their numbers. Raises StoreError."""
         rows = [
-            (c.execution_id or None, self._clock(), json.dumps(c.context), json.dumps(c.codes))
+            (_journal_id(c.execution_id), self._clock(), json.dumps(c.context), json.dumps(c.codes))
             for c in commands
         ]
         with self._transaction() as db:
@@ -1958,9 +1958,8 @@ class Journal:
 
     def find(self, execution_id: str) -> tuple[int, bool] | None:
         """Return (number, answered) of an execution that was accepted before, None for a new one."""
-        row = self._one(
-            "SELECT number, answer IS NOT NULL FROM executions WHERE execution_id = ?", execution_id
-        )
+        query = "SELECT number, answer IS NOT NULL FROM executions WHERE execution_id = ?"
+        row = self._one(query, _journal_id(execution_id))
         return (row[0], bool(row[1])) if row else None
 
     def read(self, number: int) -> Accepted:
@@ -1974,8 +1973,8 @@ class Journal:
             db.execute("UPDATE executions SET answer = ?, answered_at = ?, codes = '[]' WHERE number = ?",
                        (text, self._clock(), number))  # fmt: skip
             db.execute(
-                "DELETE FROM executions WHERE received AND number <= "
-                "(SELECT number FROM executions WHERE received ORDER BY number DESC LIMIT 1 OFFSET ?)",
+                "DELETE FROM executions WHERE received AND number <= (SELECT number FROM executions "
+                "WHERE received AND execution_id IS NOT NULL ORDER BY number DESC LIMIT 1 OFFSET ?)",
                 (ANSWERS_KEPT,),
             )
 
@@ -1997,6 +1996,7 @@ class Journal:
     def received(self, number: int) -> None:
         """The platform has the answer: it is not sent again, unless the execution is asked for again."""
         with self._transaction() as db:
+            db.execute("DELETE FROM executions WHERE number = ? AND execution_id IS NULL", (number,))
             db.execute("UPDATE executions SET received = 1 WHERE number = ?", (number,))
 
     def unanswered(self) -> list[tuple[int, float]]:
@@ -2043,6 +2043,11 @@ class Journal:
     def _one(self, query: str, *values: object) -> Any:
         rows = self._all(query, *values)
         return rows[0] if rows else None
+
+
+def _journal_id(execution_id: str) -> str | None:
+    """Return an id as the journal keeps it: as JSON, for it may hold what UTF-8 cannot."""
+    return json.dumps(execution_id) if execution_id else None
 
 
 _JOURNAL_SCHEMA = f"""
@@ -2331,12 +2336,7 @@ class PlatformProtocol:
 
     def next_tick(self) -> float:
         """Return when `tick` has something to do at the latest."""
-        times = [
-            self._pinged_at + self._heartbeat_s,
-            self._silent_at(),
-            self._text_sent_at + TEXT_KEEPALIVE_S,
-        ]
-        return min([*times, self._beat_at + self._heartbeat_s] if self._confirms is not False else times)
+        return min(self._pinged_at + self._heartbeat_s, self._silent_at(), self._text_at())
 
     def tick(self, now: float) -> list[Event]:
         """Return what is due now to keep the connection alive, or to give it up."""
@@ -2346,15 +2346,26 @@ class PlatformProtocol:
         if now >= self._pinged_at + self._heartbeat_s:
             self._pinged_at = now
             events.append(Ping())
-        if now >= self._beat_at + self._heartbeat_s and self._confirms is not False:
-            self._beat_at = now
-            if self._confirms or not self._asked:
-                self._asked = True
-                events.append(Send("heartbeat"))
-        if now >= self._text_sent_at + TEXT_KEEPALIVE_S and not self._confirms:
-            self._text_sent_at = now
-            events.append(Send(json.dumps({"type": "pong", "timestamp": self._stamp()})))
+        if now >= self._text_at():
+            events.append(Send(self._keepalive_text()))
+            self._beat_at = self._text_sent_at = now
         return events
+
+    def _text_at(self) -> float:
+        """Return when a text frame is due: `heartbeat` at its interval, else one in time for the 120 s clock."""
+        if self._beats():
+            return self._beat_at + min(self._heartbeat_s, TEXT_KEEPALIVE_S)
+        return self._text_sent_at + TEXT_KEEPALIVE_S
+
+    def _keepalive_text(self) -> str:
+        if self._beats():
+            self._asked = True
+            return "heartbeat"
+        return json.dumps({"type": "pong", "timestamp": self._stamp()})
+
+    def _beats(self) -> bool:
+        """Whether `heartbeat` is the text to send: the server confirms it, or was not asked yet."""
+        return self._confirms is True or (self._confirms is None and not self._asked)
 
     def _silent_at(self) -> float:
         return self._heard_at + SILENT_HEARTBEATS * self._heartbeat_s
