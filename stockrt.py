@@ -2046,8 +2046,8 @@ class Journal:
 
 
 def _journal_id(execution_id: str) -> str | None:
-    """Return an id as the journal keeps it: as JSON, for it may hold what UTF-8 cannot."""
-    return json.dumps(execution_id) if execution_id else None
+    """Return an id as the journal keeps it: what UTF-8 cannot hold (a lone surrogate) is escaped."""
+    return execution_id.encode("utf-8", "backslashreplace").decode() or None
 
 
 _JOURNAL_SCHEMA = f"""
