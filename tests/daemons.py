@@ -1,0 +1,159 @@
+"""The daemon under test: in a thread of this process with its pauses handed in, or as a process to kill."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import stockrt
+
+PROGRAM = Path(stockrt.__file__).resolve()
+ROOT_FOLDER = PROGRAM.parent
+# The long numbers instead of the short ones: minutes instead of seconds.
+LONG = os.environ.get("STOCKRT_LONG") == "1"
+# A wait for something that must happen; long, because a busy machine is slow, not wrong.
+PATIENCE = 30.0
+HASH = "-4611686018427387904"
+
+
+def number(short: int, long: int) -> int:
+    """Return the short form's number, or the long one's."""
+    return long if LONG else short
+
+
+def until(holds: Callable[[], object], timeout: float = PATIENCE) -> bool:
+    """Wait for what another process writes into a file, which no event tells of; False when time runs out."""
+    pause = threading.Event()
+    deadline = time.monotonic() + timeout
+    while not (found := holds()) and time.monotonic() < deadline:
+        pause.wait(0.01)
+    return bool(found)
+
+
+def environment(port: int, api_url: str, state: Path, **more: str) -> dict[str, str]:
+    """Return the settings of a daemon: its store is the local file, its API has no limits."""
+    return {
+        "INFOWAY_API_KEY": "test-key",
+        "INFOWAY_API_BASE_URL": api_url,
+        "INFOWAY_PLAN": "0",
+        "SERVER_IP": "127.0.0.1",
+        "SERVER_PORT": str(port),
+        "STATE_DIRECTORY": str(state),
+    } | more
+
+
+def settings_for(port: int, api_url: str, state: Path, **more: str) -> stockrt.Settings:
+    """Return the same as loaded settings."""
+    return stockrt.load_settings(environment(port, api_url, state, **more), None, (), is_root=False).settings
+
+
+class ThreadDaemon:
+    """A Daemon on a thread; used with `with`, which ends it and asserts that it ended well.
+
+    `pause` gets each delay instead of waiting for it, and must itself end soon.
+    """
+
+    def __init__(
+        self,
+        settings: stockrt.Settings,
+        *,
+        pause: Callable[[float], None] | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.daemon = stockrt.Daemon(settings, pause=pause, rng=rng)
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, name="daemon", daemon=True)
+
+    def _run(self) -> None:
+        try:
+            self.daemon.run()
+        except BaseException as error:
+            self.error = error
+
+    def ended(self, timeout: float = PATIENCE) -> bool:
+        """Wait for its end."""
+        self.thread.join(timeout)
+        return not self.thread.is_alive()
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.daemon.request_stop()
+        ended = self.ended()
+        del self.daemon
+        gc.collect()  # its lock goes with it
+        if kind is None:
+            assert self.error is None, repr(self.error)
+            assert ended, "the daemon did not end"
+
+
+class ProcessDaemon:
+    """A daemon as a process of its own, `program` being stockrt.py or the built file."""
+
+    def __init__(self, base: Mapping[str, str], settings: Mapping[str, str], program: Path = PROGRAM) -> None:
+        self._environment = {**base, **settings}
+        self._program = program
+        self.state = Path(settings["STATE_DIRECTORY"])
+        self.log_path = self.state.with_name(self.state.name + ".log")
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Self:
+        """Start it."""
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(self._program)],
+                env=self._environment,
+                cwd=self.log_path.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        return self
+
+    @property
+    def log(self) -> str:
+        """Return what it has printed, in all its lives."""
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def pid(self) -> int:
+        """Return the number of the running process."""
+        assert self.process is not None
+        return self.process.pid
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Wait for its end and return the exit status."""
+        assert self.process is not None
+        return self.process.wait(timeout)
+
+    def kill(self) -> None:
+        """kill -9."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
