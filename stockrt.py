@@ -16,7 +16,7 @@ where no MongoDB is configured. Data goes one way through the rooms below, leave
 
     text -> codes -> batches -> answers -> trades -> documents -> store -> report -> text
 
-Rooms: errors, settings, instruments, quota, Infoway, stores, collector, platform, command line.
+Rooms: errors, settings, instruments, quota, Infoway, stores, collector, platform, systemd, command line.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import argparse
 import contextlib
 import difflib
 import hashlib
+import io
 import ipaddress
 import json
 import logging
@@ -40,11 +41,12 @@ import os
 import queue
 import random
 import re
+import shutil
 import signal
 import threading
 import time
 import unicodedata
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -202,6 +204,7 @@ class Settings:
     module_description: str
     state_directory: Path
     log_level: str
+    metrics_file: Path | None = None
     color: bool = True
 
     def secrets(self) -> tuple[str, ...]:
@@ -362,6 +365,12 @@ def _directory(value: str) -> Path:
     return path
 
 
+def _metrics_file(value: str) -> Path:
+    path = Path(value)
+    _expect(path.is_absolute() and path.suffix == ".prom")  # node_exporter reads no other names
+    return path
+
+
 class Setting(NamedTuple):
     """One row of the settings' table."""
 
@@ -403,6 +412,7 @@ SETTINGS = (
     Setting("MODULE_DESCRIPTION", "module_description", "获取股票、外汇、加密货币的最新成交并写入 MongoDB",
             "at most 500 printable characters", _text(0, 500)),
     Setting("STATE_DIRECTORY", "state_directory", "", "an absolute path", _directory),
+    Setting("METRICS_FILE", "metrics_file", "", "an absolute path that ends in .prom", _metrics_file),
     Setting("LOG_LEVEL", "log_level", "info", "debug, info, warning or error",
             _one_of("debug", "info", "warning", "error")),
 )  # fmt: skip
@@ -469,31 +479,60 @@ def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | No
     return None, ""
 
 
+def is_service(environ: Mapping[str, str]) -> bool:
+    """Return whether a unit of systemd runs this: its environment is then what the operator wrote."""
+    return "INVOCATION_ID" in environ and "STATE_DIRECTORY" in environ
+
+
+def read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the secrets that systemd hands over in files (LoadCredential=), by the names of their settings.
+
+    A file has the name of its setting in small letters; a missing or blank one is not set. Raises
+    SettingsError.
+    """
+    folder = environ.get("CREDENTIALS_DIRECTORY")
+    found: dict[str, str] = {}
+    for name in (setting.name for setting in SETTINGS if folder and setting.secret):
+        path = Path(cast(str, folder), name.lower())
+        try:
+            found[name] = path.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise SettingsError([f"{name}: the credential {path} cannot be read: {why}"]) from None
+    return {name: text for name, text in found.items() if text}
+
+
 def load_settings(
     environ: Mapping[str, str],
     env_file: Path | None = None,
     places: Iterable[Path] = ENV_FILE_PLACES,
     is_root: bool | None = None,
 ) -> LoadedSettings:
-    """Read and check all settings: the environment is stronger than the file, the file than the defaults.
+    """Read and check all settings: credentials are stronger than the environment, that than the file.
 
     An empty value counts as not set. Raises SettingsError with every fault at once.
     """
     source, warning = find_env_file(env_file, places)
     from_file = read_env_file(source) if source else {}
-    warnings = [warning] if warning else []
-    warnings += [_misspelled(name, source) for name in from_file if _is_unknown(name)]
+    origins = {"credential": read_credentials(environ), "environment": environ, str(source): from_file}
+    warnings = (
+        [warning] if warning and not is_service(environ) else []
+    )  # systemd has read it (EnvironmentFile=)
+    warnings += [_misspelled(name, str(source)) for name in from_file if _is_unknown(name)]
+    if is_service(environ):
+        warnings += [_misspelled(name, "environment") for name in environ if _is_unknown(name)]
     values: dict[str, Any] = dict(_WHEN_UNSET)
     faults = broken_lines(source) if source else []
     for setting in SETTINGS:
-        name, text = _look_up(setting, environ, from_file)
+        where, name, text = _look_up(setting, origins)
         if not text and not setting.default:
             continue
         try:
             values[setting.attribute] = setting.parse(text or setting.default)
         except ValueError:
             shown = _masked(setting, text)
-            where = "environment" if environ.get(name) else str(source)
             faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
     if values.get("realtime_name") is not None and values.get("realtime_name") == values.get("close_name"):
         faults.append(f"MONGODB_CLOSE_COLLECTION_NAME={values['close_name']!r}: expected another name than "
@@ -506,12 +545,13 @@ def load_settings(
     return LoadedSettings(Settings(**values, color=not environ.get("NO_COLOR")), source, tuple(warnings))
 
 
-def _look_up(setting: Setting, environ: Mapping[str, str], from_file: Mapping[str, str]) -> tuple[str, str]:
-    for origin in (environ, from_file):
+def _look_up(setting: Setting, origins: Mapping[str, Mapping[str, str]]) -> tuple[str, str, str]:
+    """Return where a setting is set, under which name, and its text."""
+    for where, origin in origins.items():
         for name in filter(None, (setting.name, setting.old_name)):
             if text := origin.get(name, "").strip():
-                return name, text
-    return setting.name, ""
+                return where, name, text
+    return "", setting.name, ""
 
 
 def _masked(setting: Setting, text: str) -> str:
@@ -528,7 +568,7 @@ def _known_names() -> list[str]:
     return [name for setting in SETTINGS for name in (setting.name, setting.old_name) if name]
 
 
-def _misspelled(name: str, source: Path | None) -> str:
+def _misspelled(name: str, source: str) -> str:
     near = difflib.get_close_matches(name, _known_names(), n=1, cutoff=0)
     return f"{source}: {name} is no setting and has no effect; did you mean {near[0]}?"
 
@@ -1384,11 +1424,17 @@ class InfowayApi:
     """
 
     def __init__(
-        self, base_url: str, keys: KeyPool, rng: random.Random | None = None, limits: Limits = API_LIMITS
+        self,
+        base_url: str,
+        keys: KeyPool,
+        rng: random.Random | None = None,
+        limits: Limits = API_LIMITS,
+        on_answer: Callable[[Answer, Verdict, float], None] = lambda answer, verdict, seconds: None,
     ) -> None:
         self.base_url = base_url
         self.keys = keys
         self.limits = limits
+        self._on_answer = on_answer
         self._rng = rng or random.Random()
         self._idle: list[_Worker] = []
         self._latencies: deque[float] = deque(maxlen=20)
@@ -1517,9 +1563,12 @@ class InfowayApi:
         if stop.is_set():
             raise Interrupted("stopped")
         answer = connection.get(_trade_path(batch), headers)
+        seconds = time.monotonic() - sent
         if not answer.fault:
-            self._latencies.append(time.monotonic() - sent)
-        return key, decide(answer, datetime.now(UTC))
+            self._latencies.append(seconds)
+        verdict = decide(answer, datetime.now(UTC))
+        self._on_answer(answer, verdict, seconds)
+        return key, verdict
 
 
 def _trade_path(batch: Batch) -> str:
@@ -1530,11 +1579,15 @@ def _failed(batch: Batch, reason: str) -> Outcome:
     return Outcome(batch, failures=dict.fromkeys(batch.split(), reason))
 
 
-def make_source(settings: Settings) -> Source:
+def make_source(
+    settings: Settings,
+    on_answer: Callable[[Answer, Verdict, float], None] = lambda answer, verdict, seconds: None,
+) -> Source:
     """Return the API client that the settings ask for. Raises SettingsError without an API key."""
     if not settings.api_keys:
         raise SettingsError([NO_KEY_HINT])
-    return InfowayApi(settings.api_base_url, KeyPool(settings.api_keys, settings.plan))
+    keys = KeyPool(settings.api_keys, settings.plan)
+    return InfowayApi(settings.api_base_url, keys, on_answer=on_answer)
 
 
 class DemoApi:
@@ -1715,6 +1768,7 @@ def open_sqlite(path: Path, version: int, schema: str) -> sqlite3.Connection:
             )
         if found < version:
             db.executescript(schema)
+            keep_owner(path, path.parent)
     except sqlite3.Error as error:
         raise sqlite_fault(path, error) from error
     return db
@@ -1766,6 +1820,13 @@ def make_state_directory(directory: Path) -> None:
         raise StoreError(
             f"the state directory {directory} cannot be written by this user; see STATE_DIRECTORY"
         )
+
+
+def keep_owner(path: Path, directory: Path) -> None:
+    """Give a new file to the owner of its directory: root's --register must not lock the service out."""
+    owner = directory.stat()
+    if os.geteuid() == 0 and owner.st_uid != 0:
+        os.chown(path, owner.st_uid, owner.st_gid)
 
 
 def _iso(moment: datetime) -> str:
@@ -2119,6 +2180,53 @@ class Report:
         return line + (f", interrupted: {left} not asked" if self.interrupted else "")
 
 
+class FailureKind(Enum):
+    """Why a code failed, for counting; the reason in words goes to who asked."""
+
+    INVALID_CODE = "invalid_code"
+    UNKNOWN_CODE = "unknown_code"
+    BAD_RECORD = "bad_record"
+    NETWORK = "network"
+    API = "api"
+    KEY = "key"
+    STORE = "store"
+    OTHER = "other"
+
+
+# How the reasons begin that this program gives; what the network says begins with the name of an exception.
+_FAILURE_BEGINNINGS = (
+    ("unknown to the API", FailureKind.UNKNOWN_CODE),
+    ("field ", FailureKind.BAD_RECORD),
+    ("the API sent ", FailureKind.BAD_RECORD),
+    ("the API", FailureKind.API),
+    ("HTTP ", FailureKind.API),
+    ("an answer of more than ", FailureKind.API),
+    ("no API key", FailureKind.KEY),
+    ("fetched, not stored", FailureKind.STORE),
+    ("not asked for: ", FailureKind.STORE),
+    ("MongoDB refused it", FailureKind.STORE),
+    ("no whole answer ", FailureKind.NETWORK),
+    ("the connection broke", FailureKind.NETWORK),
+)
+_EXCEPTION_NAME = re.compile(
+    r"\w*(Error|Exception|Timeout|timeout|IncompleteRead|Disconnected|gaierror|herror)\b"
+)
+
+
+def failure_kind(code: str, reason: str) -> FailureKind:
+    """Return what kind of failure a report's `failures` holds for `code`."""
+    for beginning, kind in _FAILURE_BEGINNINGS:
+        if reason.startswith(beginning):
+            return kind
+    if _EXCEPTION_NAME.match(reason):
+        return FailureKind.NETWORK
+    try:
+        parse_code(code)
+    except InstrumentError:
+        return FailureKind.INVALID_CODE
+    return FailureKind.OTHER
+
+
 class Collector:
     """One run: fetches, checks, stores, counts. `run` is called once.
 
@@ -2133,6 +2241,7 @@ class Collector:
         demo: bool = False,
         on_stored: Callable[[Sequence[Document]], None] = lambda documents: None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_beat: Callable[[int], None] = lambda waiting: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._source = source
@@ -2140,6 +2249,7 @@ class Collector:
         self._demo = demo
         self._on_stored = on_stored
         self._on_progress = on_progress
+        self._on_beat = on_beat  # several times a second while it works; the documents that wait to be stored
         self._clock = clock
         self._waiting: list[Document] = []
         self._waiting_since = 0.0
@@ -2166,12 +2276,14 @@ class Collector:
     def _drain(self, batches: Iterable[Batch], stop: threading.Event, asked_again: bool) -> None:
         outcomes = self._source.fetch(self._while_sound(batches), stop)
         for outcome in outcomes:
+            self._on_beat(len(self._waiting))
             if outcome is not None:
                 self._take(outcome, asked_again)
             if self._waiting and (outcome is None or self._write_is_due()):
                 self._write()
         if self._waiting:
             self._write()
+        self._on_beat(0)
 
     def _while_sound(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Pass batches on until the store has failed: what cannot be stored is not fetched."""
@@ -2550,6 +2662,7 @@ def write_hash(directory: Path, module_hash: str) -> None:
     try:
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
             stream.write(module_hash + "\n")
+            keep_owner(new, directory)
             stream.flush()
             os.fsync(stream.fileno())
         new.replace(path)
@@ -2645,6 +2758,8 @@ SEND_TIMEOUT_S = 5.0
 FRAMES_AT_ONCE = 100
 # A trouble that goes on is said again this often.
 TROUBLE_AGAIN_S = 300.0
+# Reasons of one trouble that are told apart; a peer that says something new each time fills no log.
+TROUBLE_KINDS = 16
 
 
 class DialError(StockrtError):
@@ -2805,30 +2920,41 @@ def _start_tls(sock: socket.socket, host: str) -> socket.socket:
 class Trouble:
     """Says a repeating trouble when it begins or changes, every few minutes with a count, and when it ends."""
 
-    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, what: str, clock: Callable[[], float] = time.monotonic, then: str = "trying again"
+    ) -> None:
         self._what = what
+        self._then = then
         self._clock = clock
-        self._reason = ""
+        self._said: dict[str, float] = {}  # kind of reason -> when it was said
         self._count = 0
-        self._said_at = 0.0
 
     def again(self, reason: str) -> None:
         """The trouble is there (still)."""
         now = self._clock()
         self._count += 1
-        if reason != self._reason:
-            log.warning("%s: %s; trying again", self._what, reason)
-        elif now - self._said_at >= TROUBLE_AGAIN_S:
+        kind = re.sub(r"\d+", "#", reason)  # seconds and bytes that differ make no new reason
+        if kind not in self._said and len(self._said) >= TROUBLE_KINDS:
+            kind = ""
+        if kind not in self._said:
+            log.warning("%s: %s; %s", self._what, reason, self._then)
+        elif now - self._said[kind] >= TROUBLE_AGAIN_S:
             log.warning("%s: still %s (%d tries)", self._what, reason, self._count)
         else:
             return
-        self._reason, self._said_at = reason, now
+        self._said[kind] = now
+
+    @property
+    def there(self) -> bool:
+        """Whether the trouble is not over."""
+        return self._count > 0
 
     def over(self) -> None:
         """The trouble is over, if there was one."""
-        if self._reason:
+        if self._count:
             log.info("%s: well again after %d tries", self._what, self._count)
-        self._reason, self._count = "", 0
+        self._said.clear()
+        self._count = 0
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2845,16 +2971,62 @@ MAX_QUEUED = 1000
 STOP_GRACE_S = 20.0
 # After the last result the platform's receipts are waited for, when the process is about to leave.
 RECEIPT_GRACE_S = 3.0
+# For closing what is open, above both.
+STOP_MARGIN_S = 4.0
+
+
+class Observer:
+    """What the daemon tells of itself; this one does not listen. Called from several threads, never raises."""
+
+    def started(self) -> None:
+        """The settings hold and the loop runs."""
+
+    def turn(self, unanswered: int, unreceived: int) -> float:
+        """The socket's loop made a turn; return when (monotonic) it shall make the next one at the latest.
+
+        `unanswered`: commands that were accepted; `unreceived`: answers without the platform's receipt.
+        """
+        return math.inf
+
+    def beat(self, waiting_documents: int = 0) -> None:
+        """The executor makes progress."""
+
+    def connected(self) -> None:
+        """The connection to the platform stands."""
+
+    def disconnected(self, reason: str) -> None:
+        """The connection is gone, or could not be made."""
+
+    def asked(self, answer: Answer, verdict: Verdict, seconds: float) -> None:
+        """The API was asked once."""
+
+    def executed(self, report: Report | None) -> None:
+        """An execution ended; None: it was refused or could not begin."""
+
+    def stopping(self, seconds: float) -> None:
+        """The daemon leaves, and may need so long for it."""
 
 
 class Executor(threading.Thread):
     """Executes accepted commands one at a time and puts their answers into the journal."""
 
-    def __init__(self, settings: Settings, journal: Journal, on_answer: Callable[[int | None], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        journal: Journal,
+        on_answer: Callable[[int | None], None],
+        observer: Observer,
+    ) -> None:
         super().__init__(name="stockrt-executor", daemon=True)
         self._settings = settings
         self._journal = journal
         self._on_answer = on_answer
+        self._observer = observer
+        self._added = self._ended = 0  # each counted by one thread
+        self._store_trouble = Trouble(
+            "MongoDB" if settings.mongodb_uri else "local store", then="the next execution tries again"
+        )
+        self._api_trouble = Trouble("Infoway", then="the next execution tries again")
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._store: Store | None = None
         self._source: Source | None = None
@@ -2864,11 +3036,16 @@ class Executor(threading.Thread):
 
     def add(self, number: int) -> None:
         """Execute the command with this number of the journal, after those before it."""
+        self._added += 1
         self._queue.put(number)
 
     def waiting(self) -> int:
         """Return how many commands wait to be executed."""
         return self._queue.qsize()
+
+    def unanswered(self) -> int:
+        """Return how many commands were accepted and are not answered, the running one included."""
+        return self._added - self._ended
 
     def leave(self, dropped_because: str = "") -> None:
         """Begin no further execution and end after the running one.
@@ -2882,22 +3059,25 @@ class Executor(threading.Thread):
     def run(self) -> None:
         """Work until told to leave."""
         while (number := self._queue.get()) is not None:
+            self._observer.beat()
+            answer = ""
             try:
                 if not self._leaving.is_set():
-                    self._answer(number, self._execute(number))
+                    answer = self._execute(number)
                 elif self._dropped_because:
-                    self._answer(number, self._unexecuted(number, self._dropped_because))
+                    answer = self._unexecuted(number, self._dropped_because)
+                if answer:
+                    self._journal.answer(number, answer)
             except StoreError as error:  # the journal itself: the command stays in it for the next start
                 log.error("execution %d is not answered: %s", number, error)
+                answer = ""
+            self._ended += 1
+            if answer:
+                self._on_answer(number)
         for open_thing in (self._source, self._store):
             if open_thing is not None:
                 open_thing.close()
         self._on_answer(None)
-
-    def _answer(self, number: int, answer: str) -> None:
-        if answer:
-            self._journal.answer(number, answer)
-            self._on_answer(number)
 
     def _execute(self, number: int) -> str:
         """Return the answer of a command, '' when it was cut short and stays in the journal."""
@@ -2910,29 +3090,71 @@ class Executor(threading.Thread):
         except Exception as error:
             log.exception("execution %s failed", name)
             return self._unexecuted(number, f"a fault of stockrt itself: {type(error).__name__}; see its log")
-        log.info("execution %s: %s", name, report.summary())
+        module_name, reason = self._settings.module_name, self._dropped_because
+        log.log(logging.INFO if report.complete else logging.WARNING, execution_line(command.context, report))
+        self._observer.executed(report)
+        self._note_troubles(report)
         if report.interrupted:
-            return self._unexecuted(number, self._dropped_because) if self._dropped_because else ""
-        return report_result(command.context, self._settings.module_name, report, self._settings.redact)
+            return empty_result(command.context, module_name, reason) if reason else ""
+        return report_result(command.context, module_name, report, self._settings.redact)
+
+    def _note_troubles(self, report: Report) -> None:
+        reached = report.stored + report.known
+        if report.store_error:
+            self._store_trouble.again(report.store_error)
+        elif reached:
+            self._store_trouble.over()
+        kinds = (FailureKind.NETWORK, FailureKind.API, FailureKind.KEY)
+        away = [why for code, why in report.failures.items() if failure_kind(code, why) in kinds]
+        if away:
+            self._api_trouble.again(away[0])
+        elif reached:
+            self._api_trouble.over()
 
     def _unexecuted(self, number: int, reason: str) -> str:
         context = self._journal.read(number).context
-        log.warning("execution %s: %s", _execution_name(context), reason)
+        log.warning("%s; not executed: %s", execution_line(context, Report()), reason)
+        self._observer.executed(None)
         return empty_result(context, self._settings.module_name, self._settings.redact(reason))
 
     def _collect(self, codes: Iterable[object]) -> Report:
         if self._source is None:
-            self._source = make_source(self._settings)
+            self._source = make_source(self._settings, self._observer.asked)
         if self._store is None:
             self._store = open_store(self._settings)
-        return Collector(self._source, self._store).run(codes, self.stop)
+        return Collector(self._source, self._store, on_beat=self._observer.beat).run(codes, self.stop)
 
 
 def _execution_name(context: Mapping[str, Any]) -> str:
     meta = context.get("meta")
     found = meta.get("execution_id") if isinstance(meta, dict) else context.get("execution_id")
-    workflow = context.get("workflow_name")
+    workflow = context.get("workflow_name") or context.get("workflow_id")
     return one_line(f"{found or 'without id'}{f' of {workflow}' if workflow else ''}", 120)
+
+
+# Codes that a line of the log names for each kind of failure.
+CODES_NAMED = 5
+
+
+def execution_line(context: Mapping[str, Any], report: Report) -> str:
+    """Return the log's one line of an execution: id, workflow, total, stored, duplicates, failed, ms.
+
+    Failures are given by kind: their reasons stand in the answer, and a trouble that goes on is said apart.
+    """
+    kinds: dict[str, list[str]] = {}
+    for code, why in report.failures.items():
+        kinds.setdefault(failure_kind(code, why).value, []).append(code)
+    words = [
+        f"{len(codes)} {kind}: {', '.join(codes[:CODES_NAMED])}{' …' if len(codes) > CODES_NAMED else ''}"
+        for kind, codes in kinds.items()
+    ]
+    named = f" ({'; '.join(words)})" if words else ""
+    return one_line(
+        f"execution {_execution_name(context)}: total {report.total}, stored {report.stored}, "
+        f"duplicates {report.known}, failed {len(report.failures)}{named}, "
+        f"{report.took_s * 1000:.0f} ms{', interrupted' if report.interrupted else ''}",
+        600,
+    )
 
 
 class Daemon:
@@ -2949,10 +3171,13 @@ class Daemon:
         pause: Callable[[float], None] | None = None,
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
+        observer: Observer | None = None,
     ) -> None:
         import socket
 
         self._settings = settings
+        self._observer = observer or Observer()
+        self._module_hash = ""
         self._clock = clock
         self._rng = rng or random.Random()
         self._pause = pause or self._wait_awake
@@ -2962,7 +3187,7 @@ class Daemon:
         self._waker.setblocking(False)
         self._journal = Journal(settings.state_directory)
         self._lock = lock_state_directory(settings.state_directory)
-        self._executor = Executor(settings, self._journal, self._on_answer)
+        self._executor = Executor(settings, self._journal, self._on_answer, self._observer)
         self._answered: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._to_send: deque[int] = deque()
         self._sent: deque[int] = deque()  # on this connection, oldest first, without a receipt yet
@@ -2979,6 +3204,8 @@ class Daemon:
         """Serve the platform until told to stop or shut down. Raises StoreError when the journal fails."""
         self._executor.start()
         self._take_up_journal()
+        self._to_send = deque(self._journal.unreceived())
+        self._observer.started()
         delays = self._fresh_delays()
         while not self._leaving():
             useful = self._connect_and_serve()
@@ -3011,11 +3238,14 @@ class Daemon:
         protocol = PlatformProtocol(self._settings.heartbeat_s, self._clock())
         self._sent.clear()
         self._to_send = deque(self._journal.unreceived())
-        log.info("connected to %s:%s", self._settings.server_host, self._settings.server_port)
+        self._observer.connected()
+        # after a trouble its end is said instead, and not before the connection has been useful
+        level = logging.DEBUG if self._trouble.there else logging.INFO
+        log.log(level, "connected to %s:%s", self._settings.server_host, self._settings.server_port)
         try:
             self._serve(link, protocol)
         except LinkLost as error:
-            self._trouble.again(f"connection {error}")
+            self._lost(f"connection {error}")
         finally:
             link.close()
         return protocol.useful
@@ -3023,15 +3253,26 @@ class Daemon:
     def _dial(self) -> Link | None:
         settings = self._settings
         try:
-            module_hash = read_hash(settings.state_directory) or self._register()
+            self._module_hash = read_hash(settings.state_directory) or self._register()
+            self._turn()
             try:
-                return Link(settings, module_hash)
+                return Link(settings, self._module_hash)
             except DialError as error:
-                why = ask_presence(settings, module_hash).value if error.status == 403 else str(error)
-                self._trouble.again(why)
+                self._turn()
+                refused = error.status == 403
+                self._lost(ask_presence(settings, self._module_hash).value if refused else str(error))
         except StockrtError as error:
-            self._trouble.again(str(error))
+            self._lost(str(error))
         return None
+
+    def _lost(self, reason: str) -> None:
+        self._trouble.again(reason)
+        self._observer.disconnected(reason)
+
+    def _turn(self) -> float:
+        """Tell the observer that this loop lives; return when it wants to hear that again."""
+        unreceived = len(self._to_send) + len(self._sent) + self._answered.qsize()
+        return self._observer.turn(self._executor.unanswered(), unreceived)
 
     def _register(self) -> str:
         module_hash = register(self._settings)
@@ -3050,7 +3291,7 @@ class Daemon:
             self._send_answers(link, protocol)
             if self._leaving() and self._may_leave():
                 return
-            self._select(link, protocol.next_tick())
+            self._select(link, min(protocol.next_tick(), self._turn()))
             events: list[Event] = []
             for text in link.frames():
                 now = self._clock()
@@ -3064,17 +3305,27 @@ class Daemon:
                 self._trouble.over()
 
     def _receive(self, text: str, protocol: PlatformProtocol, now: float) -> list[Event]:
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("frame: %s", one_line(text, 500))
+        self._log_frame("received", text)
         return protocol.receive(text, now)
+
+    def _send_text(self, link: Link, protocol: PlatformProtocol, text: str) -> None:
+        self._log_frame("sent", text)
+        link.send_text(text)
+        protocol.sent_text(self._clock())
+
+    def _log_frame(self, what: str, text: str) -> None:
+        """Log a frame; secrets are masked before it is shortened, or a piece of one could stay."""
+        if log.isEnabledFor(logging.DEBUG):
+            masked = self._settings.redact(text)
+            masked = masked.replace(self._module_hash, "***") if self._module_hash else masked
+            log.debug("frame %s: %s", what, one_line(masked, 500))
 
     def _apply(self, events: Sequence[Event], link: Link, protocol: PlatformProtocol) -> None:
         """Do what the protocol says: what must be quick first, then the commands in one transaction."""
         commands: list[Command] = []
         for event in events:
             if isinstance(event, Send):
-                link.send_text(event.text)
-                protocol.sent_text(self._clock())
+                self._send_text(link, protocol, event.text)
             elif isinstance(event, Ping):
                 link.ping()
             elif isinstance(event, PeerDead):
@@ -3114,6 +3365,7 @@ class Daemon:
 
     def _refuse(self, context: Mapping[str, Any], reason: str) -> None:
         log.warning("execution %s refused: %s", _execution_name(context), reason)
+        self._observer.executed(None)
         text = empty_result(context, self._settings.module_name, reason)
         self._to_send.append(self._journal.refuse(context, text))
 
@@ -3135,8 +3387,7 @@ class Daemon:
         while self._to_send:
             text = self._journal.answer_text(self._to_send[0])
             if text is not None:
-                link.send_text(text)
-                protocol.sent_text(self._clock())
+                self._send_text(link, protocol, text)
                 self._sent.append(self._to_send[0])
             self._to_send.popleft()
 
@@ -3149,6 +3400,7 @@ class Daemon:
     def _begin_leaving(self, dropped_because: str = "") -> None:
         if self._leave_by is None:
             self._leave_by = self._clock() + STOP_GRACE_S
+            self._observer.stopping(STOP_GRACE_S + RECEIPT_GRACE_S + STOP_MARGIN_S)
             self._executor.leave(dropped_because)
 
     def _may_leave(self) -> bool:
@@ -3177,7 +3429,7 @@ class Daemon:
         """Wait between two dials; a signal ends it early."""
         until = self._clock() + seconds
         while not self._leaving() and (left := until - self._clock()) > 0:
-            self._poll([], left)
+            self._poll([], max(0.0, min(left, self._turn() - self._clock())))
 
     def _poll(self, descriptors: Sequence[int], seconds: float) -> None:
         import select
@@ -3208,6 +3460,443 @@ def lock_state_directory(directory: Path) -> IO[str]:
             f"another stockrt daemon works in {directory}; stop it, or give this one its own STATE_DIRECTORY"
         ) from None
     return lock
+
+
+# ======================================================================================================
+# systemd: notifications, the journal, metrics, the unpacked program
+# ======================================================================================================
+#
+# Promises:
+#   1. STATUS= is true whenever it is read: what changes by itself is said anew when it does.
+#   2. WATCHDOG=1 is sent by the socket's loop, and only while the executor is idle or makes progress.
+#   3. The metrics file is whole at every moment, and written only when something in it changed.
+#   4. Nothing here stops the daemon: a notification or a file that cannot be written is done without.
+
+# Whatever the service manager does meanwhile, the socket's loop does not wait longer for it.
+NOTIFY_TIMEOUT_S = 1.0
+# A scraper comes every 15 s or more seldom.
+METRICS_EVERY_S = 10.0
+# A good answer takes a tenth of a second, one under load seconds; 30 s is the limit of a request.
+LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0)
+
+
+class Notifier:
+    """Speaks sd_notify: NAME=value lines in a datagram. Silent where no service manager listens."""
+
+    def __init__(self, address: str = "") -> None:
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+
+    @property
+    def listens(self) -> bool:
+        """Whether somebody takes the notifications."""
+        return bool(self._address)
+
+    def send(self, **values: object) -> None:
+        """Send the values; a manager that does not take them now hears the next ones."""
+        import socket
+
+        if not self._address:
+            return
+        text = "\n".join(f"{name}={one_line(value)}" for name, value in values.items())
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(NOTIFY_TIMEOUT_S)
+            sock.sendto(text.encode(), self._address)
+
+
+def watchdog_seconds(environ: Mapping[str, str], pid: int) -> float:
+    """Return the silence after which systemd ends this process, infinite where it watches another or none."""
+    microseconds = environ.get("WATCHDOG_USEC", "")
+    if environ.get("WATCHDOG_PID", str(pid)) != str(pid) or not re.fullmatch(
+        r"0*[1-9]\d{0,17}", microseconds
+    ):
+        return math.inf
+    return int(microseconds) / 1e6
+
+
+def age_words(seconds: float) -> tuple[str, float]:
+    """Return an age in words, and the age at which the words are no longer true."""
+    for unit, size, limit in (("s", 1, 60), ("min", 60, 3600), ("h", 3600, 48 * 3600)):
+        if seconds < limit:
+            whole = int(seconds // size)
+            return f"{whole} {unit} ago", float((whole + 1) * size)
+    days = int(seconds // 86400)
+    return f"{days} d ago", (days + 1) * 86400.0
+
+
+class JournalStream(io.TextIOBase):
+    """Stands for a stderr that the journal reads: every line gets a priority, tracebacks included.
+
+    What has none when it comes is an error; `say` and the log give their own.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._begun = threading.local()  # the line that a thread has begun
+
+    def write(self, text: str) -> int:
+        """Pass whole lines on, each with its priority; the rest waits for its end."""
+        *lines, rest = (getattr(self._begun, "text", "") + text).split("\n")
+        self._begun.text = rest
+        if lines:
+            self._stream.write("".join(f"{_with_priority(line, logging.ERROR)}\n" for line in lines))
+            self._stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Whole lines are never kept back."""
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def fileno(self) -> int:
+        """Return the descriptor below."""
+        return self._stream.fileno()
+
+
+# syslog's priorities, as the journal takes them at the beginning of a line.
+_PRIORITIES = {
+    logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2,
+}  # fmt: skip
+_HAS_PRIORITY = re.compile(r"<[0-7]>")
+
+
+def _with_priority(line: str, level: int) -> str:
+    return line if _HAS_PRIORITY.match(line) else f"<{_PRIORITIES.get(level, 6)}>{line}"
+
+
+def for_journal(text: str, level: int) -> str:
+    """Return `text` with a priority on each of its lines."""
+    return "\n".join(f"<{_PRIORITIES.get(level, 6)}>{line}" for line in text.split("\n"))
+
+
+def journal_reads(descriptor: int, environ: Mapping[str, str]) -> bool:
+    """Return whether what is written to a descriptor goes to the journal: JOURNAL_STREAM names its file."""
+    try:
+        found = os.fstat(descriptor)
+    except OSError:
+        return False
+    return environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+# ------------------------------------------------------------------------------------------------------
+# Metrics: node_exporter's textfile
+# ------------------------------------------------------------------------------------------------------
+
+
+class Metric(NamedTuple):
+    """A row of the metrics' table; `values` are all that its label can have."""
+
+    name: str
+    kind: str
+    help: str
+    label: str = ""
+    values: tuple[str, ...] = ("",)
+
+
+API_ANSWERS = (*(action.name.lower() for action in Action), "no_answer")
+OUTCOMES = ("success", "partial", "failure", "interrupted", "refused")
+
+METRICS = (
+    Metric("stockrt_info", "gauge", "Version of stockrt.", "version", (__version__,)),
+    Metric("stockrt_start_time_seconds", "gauge", "Unix time at which the daemon started."),
+    Metric("stockrt_platform_connected", "gauge", "Whether the connection to the platform stands."),
+    Metric("stockrt_platform_connections_total", "counter", "Connections made to the platform."),
+    Metric("stockrt_executions_total", "counter", "Commands of the platform that ended.", "outcome", OUTCOMES),
+    Metric("stockrt_last_success_timestamp_seconds", "gauge",
+           "Unix time of the last execution that stored every code, 0 before the first."),
+    Metric("stockrt_trades_stored_total", "counter", "Trades that were new in the store."),
+    Metric("stockrt_trades_duplicate_total", "counter", "Trades that were in the store before."),
+    Metric("stockrt_codes_failed_total", "counter", "Codes without a stored trade.", "reason",
+           tuple(kind.value for kind in FailureKind)),
+    Metric("stockrt_api_requests_total", "counter", "Requests to the API by what followed from the answer.",
+           "answer", API_ANSWERS),
+    Metric("stockrt_waiting_executions", "gauge", "Commands that were accepted and have not ended."),
+    Metric("stockrt_waiting_results", "gauge", "Results without a receipt of the platform."),
+    Metric("stockrt_waiting_documents", "gauge", "Documents that were fetched and are not stored yet."),
+)  # fmt: skip
+LATENCY = "stockrt_api_latency_seconds"
+
+
+class Metrics:
+    """Counts since the start, thread-safe. `changes` grows with every change."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = {(metric.name, value): 0.0 for metric in METRICS for value in metric.values}
+        self._buckets = [0] * len(LATENCY_BUCKETS_S)
+        self._latencies, self._latency_sum = 0, 0.0
+        self.changes = 0
+
+    def add(self, name: str, value: str = "", by: float = 1) -> None:
+        """Count `by` more; `value` is the label's."""
+        with self._lock:
+            self._numbers[name, value] += by
+            self.changes += bool(by)
+
+    def put(self, name: str, number: float, value: str = "") -> None:
+        """Let a gauge stand at `number`."""
+        with self._lock:
+            self.changes += self._numbers[name, value] != number
+            self._numbers[name, value] = number
+
+    def took(self, seconds: float) -> None:
+        """Count the latency of one answer."""
+        with self._lock:
+            for place, limit in enumerate(LATENCY_BUCKETS_S):
+                self._buckets[place] += seconds <= limit
+            self._latencies += 1
+            self._latency_sum += seconds
+            self.changes += 1
+
+    def text(self) -> str:
+        """Return everything in node_exporter's textfile format."""
+        with self._lock:
+            lines = [line for metric in METRICS for line in self._lines(metric)]
+            lines += [
+                f"# HELP {LATENCY} Time from a request to the whole answer.",
+                f"# TYPE {LATENCY} histogram",
+            ]
+            limits = (*map(_number_text, LATENCY_BUCKETS_S), "+Inf")
+            counts = (*self._buckets, self._latencies)
+            lines += [f'{LATENCY}_bucket{{le="{le}"}} {n}' for le, n in zip(limits, counts, strict=True)]
+            lines += [f"{LATENCY}_sum {self._latency_sum:.6f}", f"{LATENCY}_count {self._latencies}"]
+        return "\n".join(lines) + "\n"
+
+    def _lines(self, metric: Metric) -> Iterator[str]:
+        yield f"# HELP {metric.name} {metric.help}"
+        yield f"# TYPE {metric.name} {metric.kind}"
+        for value in metric.values:
+            label = f'{{{metric.label}="{value}"}}' if metric.label else ""
+            yield f"{metric.name}{label} {_number_text(self._numbers[metric.name, value])}"
+
+
+def _number_text(number: float) -> str:
+    return str(int(number)) if number == int(number) else repr(round(number, 3))
+
+
+class MetricsFile:
+    """Keeps a file up to date with the metrics; without a path it does nothing. Times are monotonic seconds."""
+
+    def __init__(self, path: Path | None, metrics: Metrics) -> None:
+        self._path = path
+        self._metrics = metrics
+        self._written_at = -math.inf
+        self._written = -1
+        self._trouble = Trouble(f"metrics file {path}")
+
+    def due(self) -> float:
+        """Return when the file is to be written: never while nothing changed."""
+        changed = self._path is not None and self._metrics.changes != self._written
+        return self._written_at + METRICS_EVERY_S if changed else math.inf
+
+    def write(self, now: float) -> None:
+        """Write the file, whole or not at all, readable by everybody. A file that cannot be is said so."""
+        if self._path is None:
+            return
+        self._written_at = now
+        changes = self._metrics.changes
+        new = self._path.with_name(f".{self._path.name}.new")
+        try:
+            with new.open("w", encoding="utf-8") as stream:
+                os.fchmod(stream.fileno(), 0o644)  # node_exporter is another user
+                stream.write(self._metrics.text())
+            new.replace(self._path)
+        except OSError as error:
+            self._trouble.again(f"cannot be written: {error.strerror}; see METRICS_FILE")
+            return
+        self._written = changes
+        self._trouble.over()
+
+
+class Service(Observer):
+    """Passes on what the daemon tells: to systemd, and into the metrics file."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        notifier: Notifier,
+        watchdog_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._notifier = notifier
+        self._watchdog_s = watchdog_s
+        self._clock = clock
+        self._wall = wall
+        self.metrics = Metrics()
+        self._file = MetricsFile(settings.metrics_file, self.metrics)
+        self._peer = f"{settings.server_host}:{settings.server_port}"
+        self._keys = len(settings.api_keys)
+        self._link = f"connecting to {self._peer}"
+        self._last: tuple[str, float] | None = None  # what the last execution did, and when (monotonic)
+        self._unanswered = self._unreceived = 0
+        self._beat_at = clock()
+        self._watchdog_at = clock()
+        self._said = ""
+        self._leaving = False
+        self.metrics.put("stockrt_info", 1, __version__)
+        self.metrics.put("stockrt_start_time_seconds", round(wall(), 3))
+
+    def started(self) -> None:
+        """Tell systemd that the start is over."""
+        self._notifier.send(READY=1)
+        self.turn(0, 0)
+
+    def turn(self, unanswered: int, unreceived: int) -> float:
+        """Say what changed; return when there will be something to say again."""
+        now = self._clock()
+        if unanswered and not self._unanswered:
+            self._beat_at = now  # the executor was idle until now
+        self._unanswered, self._unreceived = unanswered, unreceived
+        self.metrics.put("stockrt_waiting_executions", unanswered)
+        self.metrics.put("stockrt_waiting_results", unreceived)
+        if now >= self._file.due():
+            self._file.write(now)
+        return min(self._file.due(), self._say_status(now), self._pat_watchdog(now))
+
+    def beat(self, waiting_documents: int = 0) -> None:
+        """Note that the executor makes progress."""
+        self._beat_at = self._clock()
+        self.metrics.put("stockrt_waiting_documents", waiting_documents)
+
+    def connected(self) -> None:
+        """Note the connection."""
+        self._link = f"connected to {self._peer}"
+        self.metrics.put("stockrt_platform_connected", 1)
+        self.metrics.add("stockrt_platform_connections_total")
+
+    def disconnected(self, reason: str) -> None:
+        """Note that there is none."""
+        self._link = f"not connected to {self._peer}: {one_line(reason, 120)}"
+        self.metrics.put("stockrt_platform_connected", 0)
+
+    def asked(self, answer: Answer, verdict: Verdict, seconds: float) -> None:
+        """Count a request."""
+        self.metrics.add(
+            "stockrt_api_requests_total", "no_answer" if answer.fault else verdict.action.name.lower()
+        )
+        if not answer.fault:
+            self.metrics.took(seconds)
+
+    def executed(self, report: Report | None) -> None:
+        """Count an execution and what it did."""
+        self.metrics.add("stockrt_executions_total", outcome_of(report))
+        if report is None:
+            return
+        reached = report.stored + report.known
+        self._last = (f"{reached}/{report.total} in {report.took_s:.1f} s", self._clock())
+        self.metrics.add("stockrt_trades_stored_total", by=report.stored)
+        self.metrics.add("stockrt_trades_duplicate_total", by=report.known)
+        for kind, count in Counter(failure_kind(*failure) for failure in report.failures.items()).items():
+            self.metrics.add("stockrt_codes_failed_total", kind.value, count)
+        if report.complete:
+            self.metrics.put("stockrt_last_success_timestamp_seconds", round(self._wall(), 3))
+
+    def stopping(self, seconds: float) -> None:
+        """Tell systemd that the daemon leaves, and ask for the time that this may take."""
+        self._leaving = True
+        self._notifier.send(STOPPING=1, EXTEND_TIMEOUT_USEC=int(seconds * 1e6), STATUS="stopping")
+
+    def stopped(self) -> None:
+        """Leave the last numbers in the file."""
+        self.metrics.put("stockrt_platform_connected", 0)
+        self._file.write(self._clock())
+
+    def _say_status(self, now: float) -> float:
+        if not self._notifier.listens:
+            return math.inf
+        status, until = self.status(now)
+        if status != self._said:
+            self._said = status
+            self._notifier.send(STATUS=status)
+        return until
+
+    def status(self, now: float) -> tuple[str, float]:
+        """Return the status line and until when it is true, if nothing happens."""
+        until = math.inf
+        parts = ["stopping"] if self._leaving else []
+        parts += [self._link, f"{self._keys} key{'' if self._keys == 1 else 's'}"]
+        if self._last is None:
+            parts.append("no execute yet")
+        else:
+            did, at = self._last
+            age, changes = age_words(max(0.0, now - at))
+            parts.append(f"last execute {did}, {age}")
+            until = at + changes
+        parts.append(f"{self._unanswered} waiting")
+        if self._unreceived:
+            parts.append(f"{self._unreceived} to deliver")
+        return " · ".join(parts), until
+
+    def _pat_watchdog(self, now: float) -> float:
+        """Send WATCHDOG=1 twice in the time that systemd gives, while the executor works."""
+        if now >= self._watchdog_at:
+            if self._unanswered and now - self._beat_at > self._watchdog_s:
+                return now + self._watchdog_s / 8  # it stands still: looked at again soon, said nothing
+            self._notifier.send(WATCHDOG=1)
+            self._watchdog_at = now + self._watchdog_s / 2
+        return self._watchdog_at
+
+
+def outcome_of(report: Report | None) -> str:
+    """Return how an execution ended, as the metrics count it."""
+    if report is None:
+        return "refused"
+    if report.interrupted:
+        return "interrupted"
+    if report.complete and report.total:
+        return "success"
+    return "partial" if report.stored + report.known and not report.store_error else "failure"
+
+
+# ------------------------------------------------------------------------------------------------------
+# The unpacked program
+# ------------------------------------------------------------------------------------------------------
+
+
+def clean_cache(environ: Mapping[str, str], own: Path) -> None:
+    """Remove what older versions of the program left in the unit's cache directory; `own` is this version's.
+
+    Only in the CacheDirectory= of a unit, only what is named as our own unpackings are, and none that a
+    process uses. What cannot be removed stays.
+    """
+    cache = environ.get("CACHE_DIRECTORY", "").partition(":")[0]
+    name, _, build = own.name.rpartition("_")
+    if not (cache and name and _BUILD_ID.fullmatch(build) and own.parent == Path(cache).resolve()):
+        return
+    with contextlib.suppress(OSError):
+        _lock(own, shared=True)  # held for as long as this process lives
+        for other in own.parent.iterdir():
+            ours = re.fullmatch(rf"{re.escape(name)}_([0-9a-f]+)(\.tmp)?", other.name)
+            if not ours or ours[1] == build or other.is_symlink() or not _is_unused(other):
+                continue
+            shutil.rmtree(other, ignore_errors=True)
+            (other.parent / f".{name}_{ours[1]}_lock").unlink(missing_ok=True)
+
+
+_BUILD_ID = re.compile(r"[0-9a-f]{16,}")
+
+
+def _lock(folder: Path, shared: bool) -> int:
+    """Lock a directory and return the descriptor that holds the lock. Raises OSError when it is taken."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _is_unused(folder: Path) -> bool:
+    try:
+        os.close(_lock(folder, shared=False))
+    except OSError:
+        return False
+    return True
 
 
 # ======================================================================================================
@@ -3254,6 +3943,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--once", action="store_true", help="fetch the given codes once, store them, print them"
     )
     what.add_argument("--check", action="store_true", help="check settings, keys, store and platform")
+    what.add_argument(
+        "--check-settings", action="store_true", help="check the settings alone: no network, nothing written"
+    )
     what.add_argument("--register", action="store_true", help="register at the dispatch platform (once)")
     what.add_argument("--version", action="version", version=f"stockrt {__version__}")
     parser.add_argument(
@@ -3313,18 +4005,20 @@ def read_codes(options: argparse.Namespace) -> Iterator[str]:
 class _Redacting(logging.Formatter):
     """Formats a record, tracebacks included, and takes every secret out."""
 
-    def __init__(self, layout: str, redact: Callable[[str], str]) -> None:
-        super().__init__(layout, datefmt="%H:%M:%S")
+    def __init__(self, redact: Callable[[str], str], journal: bool = False) -> None:
+        super().__init__("%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
         self._redact = redact
+        self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._redact(super().format(record))
+        text = self._redact(super().format(record))
+        return for_journal(text, record.levelno) if self._journal else text
 
 
 def start_logging(settings: Settings) -> None:
     """Send this program's messages to stderr, secrets masked; libraries only from warnings on."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(message)s", settings.redact))
+    handler.setFormatter(_Redacting(settings.redact, journal=isinstance(sys.stderr, JournalStream)))
     logging.getLogger().handlers = [handler]
     logging.getLogger().setLevel(logging.WARNING)
     log.setLevel(settings.log_level.upper())
@@ -3482,8 +4176,9 @@ class _Job(threading.Thread):
             self.error = error
 
 
-def say(text: str) -> None:
-    """Write a message for the person at the terminal to stderr."""
+def say(text: str, level: int = logging.INFO) -> None:
+    """Write a message to stderr, for the person at the terminal or for the journal."""
+    text = for_journal(text, level) if isinstance(sys.stderr, JournalStream) else text
     with contextlib.suppress(OSError):  # nobody reads it: nothing else can be done
         print(text, file=sys.stderr, flush=True)
 
@@ -3673,12 +4368,28 @@ def run_register(settings: Settings, force: bool) -> int:
     return EXIT_OK
 
 
-def run_daemon(settings: Settings) -> int:
-    """Run as the platform's module until a signal or the platform ends it; return the exit status."""
+def need_daemon_settings(settings: Settings) -> None:
+    """Raise SettingsError unless everything is set that the daemon cannot do without."""
     need_platform(settings)
     if not settings.api_keys:
         raise SettingsError([NO_KEY_HINT])
-    daemon = Daemon(settings)
+
+
+def run_check_settings(loaded: LoadedSettings) -> int:
+    """Say that the settings, which were read by now, are enough for the daemon. Raises SettingsError."""
+    need_daemon_settings(loaded.settings)
+    print(f"ok    settings: from {loaded.source or 'the environment and defaults'}")
+    return EXIT_OK
+
+
+def run_daemon(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Run as the platform's module until a signal or the platform ends it; return the exit status."""
+    need_daemon_settings(settings)
+    service = Service(
+        settings, Notifier(environ.get("NOTIFY_SOCKET", "")), watchdog_seconds(environ, os.getpid())
+    )
+    daemon = Daemon(settings, observer=service)
+    clean_cache(environ, Path(__file__).resolve().parent.parent)
     stopping = False
 
     def on_signal(number: int, frame: object) -> None:
@@ -3692,6 +4403,7 @@ def run_daemon(settings: Settings) -> int:
     signal.signal(signal.SIGTERM, on_signal)
     log.info("stockrt %s for %s at %s", __version__, settings.module_name, settings.platform_url())
     daemon.run()
+    service.stopped()
     log.info("stopped")
     return EXIT_OK
 
@@ -3709,7 +4421,9 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return run_register(loaded.settings, options.force)
     if options.check:
         return run_check(loaded.settings, loaded.source)
-    return run_daemon(loaded.settings)
+    if options.check_settings:
+        return run_check_settings(loaded)
+    return run_daemon(loaded.settings, environ)
 
 
 def _open_missing_streams() -> None:
@@ -3722,18 +4436,20 @@ def _open_missing_streams() -> None:
 def main() -> NoReturn:
     """Run the command line of this process and leave it with the exit status."""
     _open_missing_streams()
+    if journal_reads(2, os.environ):
+        sys.stderr = JournalStream(sys.stderr)
     try:
         status = run_command(sys.argv[1:], os.environ)
         sys.stdout.flush()
     except StockrtError as error:
-        say("\n".join(f"stockrt: {line}" for line in str(error).splitlines()))
+        say("\n".join(f"stockrt: {line}" for line in str(error).splitlines()), logging.ERROR)
         status = error.exit_code
     except SystemExit as leaving:  # --help, --version
         status = int(leaving.code or 0)
     except OSError as error:  # of printing: everything else says its own words
         status = EXIT_FAILED
         if not isinstance(error, BrokenPipeError):
-            say(f"stockrt: cannot print: {error.strerror or error}")
+            say(f"stockrt: cannot print: {error.strerror or error}", logging.ERROR)
     with contextlib.suppress(OSError):  # a reader that went away
         sys.stdout.flush()
     # Not sys.exit: threads that hang on the network must not hold the process up, and pymongo's monitor
