@@ -6,7 +6,8 @@
 #   SOURCE_DATE_EPOCH and CPython that builds (one zlib release assumed: it does the packing);
 # - nothing is installed that a hash in the repository does not vouch for;
 # - stockrt.pyz is either the old file or the complete new one, never a half-written one;
-# - besides stockrt.pyz only the build directory (and uv's cache) is written.
+# - besides stockrt.pyz only the build directory (and uv's cache) is written;
+# - install replaces the program at once and whole, and never touches a configuration that is there.
 set -euo pipefail
 
 UV_VERSION=0.13.9
@@ -29,12 +30,15 @@ usage() {
 usage: ./build_pyz.sh                  build stockrt.pyz for CPython 3.11 to 3.15, x86_64 and aarch64
        ./build_pyz.sh --native         build stockrt.pyz for this interpreter and machine alone (fast)
        ./build_pyz.sh test [ARG ...]   lint, check types, build, run all tests; ARGs go to pytest
+       sudo ./build_pyz.sh install     put stockrt.pyz and its systemd unit in place
+       sudo ./build_pyz.sh uninstall   take both away; configuration and state stay
        ./build_pyz.sh lock [--upgrade] write the requirements files anew; --upgrade moves versions
        ./build_pyz.sh --help
 
 environment:
   PYTHON             the interpreter that builds and tests, 3.11 or newer   (default: python3)
   STOCKRT_BUILD_DIR  tools, test environment, temporary files              (default: .build)
+  DESTDIR            put in front of every path that (un)install writes    (default: none)
 
 The run-time dependencies are declared at the top of stockrt.py, the test tools in
 tests/requirements.in; after a change there run "./build_pyz.sh lock". pip's settings of index-url
@@ -189,9 +193,23 @@ if sys.version_info < ({major}, {minor}):
         % (sys.version_info[:3] + (sys.executable, sys.argv[0]))
     )
 
+import os
+
 import _bootstrap
 
-_bootstrap.bootstrap()
+try:
+    _bootstrap.bootstrap()
+except OSError as error:
+    if "stockrt" in sys.modules:  # unpacked, and begun: not the cache's fault
+        raise
+    stderr = os.fstat(2)
+    journal = os.environ.get("JOURNAL_STREAM") == "%d:%d" % (stderr.st_dev, stderr.st_ino)
+    sys.stderr.write(
+        "%sstockrt: cannot unpack itself into %s: %s; make room there and let this user write it, "
+        "or name another directory in SHIV_ROOT\\n"
+        % ("<3>" if journal else "", os.environ.get("SHIV_ROOT", "~/.shiv"), error.strerror or error)
+    )
+    sys.exit(78)
 """
 
 source, target, script = map(Path, sys.argv[1:])
@@ -225,6 +243,96 @@ build_file() {
     pack
     seal
     printf '%s  %s\n' "$(sha256sum <"$out" | cut -d' ' -f1)" "stockrt.pyz ($(wc -c <"$out") bytes)"
+}
+
+# --------------------------------------------------------------------------------------- install
+
+DESTDIR=${DESTDIR-}
+program=/opt/stockrt/stockrt.pyz
+unit=/etc/systemd/system/stockrt.service
+config=/etc/stockrt/stockrt.env
+
+# With DESTDIR the files are for another system: nothing of this one is asked or told.
+systemd_runs() { [ -z "$DESTDIR" ] && [ -d /run/systemd/system ]; }
+
+need_root() {
+    [ -n "$DESTDIR" ] || [ "$(id -u)" = 0 ] || fail "'$1' needs root: sudo ./build_pyz.sh $1"
+}
+
+# place MODE SOURCE PATH: whoever looks sees the old file or the whole new one.
+place() {
+    local target=$DESTDIR$3
+    mkdir -p -- "$(dirname -- "$target")"
+    install -m "$1" -- "$2" "$target.new.$$"
+    sync -- "$target.new.$$"
+    mv -fT -- "$target.new.$$" "$target"
+}
+
+# Exit status 0: the built file holds the stockrt.py that lies here.
+is_current() {
+    "$python" -I -c 'import sys, zipfile
+with open(sys.argv[2], "rb") as script:
+    sys.exit(zipfile.ZipFile(sys.argv[1]).read("site-packages/stockrt.py") != script.read())' "$@"
+}
+
+# The unit as this system's systemd understands it: 254 and newer know the growing wait between restarts.
+unit_for_here() {
+    local version=0
+    ! systemd_runs || version=$(systemctl --version | sed -n '1s/^systemd \([0-9]*\).*/\1/p')
+    if [ "${version:-0}" -ge 254 ]; then
+        sed -e 's/^#\(RestartSteps\|RestartMaxDelaySec\)=/\1=/' "$here/stockrt.service"
+    else
+        cat -- "$here/stockrt.service"
+    fi
+}
+
+install_files() {
+    need_root install
+    [ -f "$out" ] || fail "no stockrt.pyz: run ./build_pyz.sh first"
+    is_current "$out" "$here/stockrt.py" || fail "stockrt.pyz is not of this stockrt.py: run ./build_pyz.sh first"
+    umask 022
+    local text
+    text=$(mktemp)
+    unit_for_here >"$text"
+    place 755 "$out" "$program"
+    place 644 "$text" "$unit"
+    rm -f -- "$text"
+    echo "installed $DESTDIR$program"
+    echo "installed $DESTDIR$unit"
+    if [ -e "$DESTDIR$config" ] || [ -L "$DESTDIR$config" ]; then
+        echo "kept      $DESTDIR$config"
+    else
+        place 600 "$here/stockrt.env.example" "$config"
+        echo "installed $DESTDIR$config"
+    fi
+    if systemd_runs; then
+        systemctl daemon-reload
+        ! systemctl --quiet is-active stockrt ||
+            echo "the running daemon is still the old one until: sudo systemctl restart stockrt"
+    fi
+    cat <<TEXT
+next:
+  sudoedit $config                  # SERVER_IP, SERVER_PORT, INFOWAY_API_KEY
+  sudo systemctl enable --now stockrt
+  systemctl status stockrt
+TEXT
+}
+
+uninstall_files() {
+    need_root uninstall
+    ! systemd_runs || systemctl --quiet disable --now stockrt 2>/dev/null || true
+    local path
+    for path in "$program" "$unit"; do
+        [ ! -e "$DESTDIR$path" ] || echo "removed $DESTDIR$path"
+        rm -f -- "$DESTDIR$path"
+    done
+    rmdir --ignore-fail-on-non-empty -- "$DESTDIR$(dirname -- "$program")" 2>/dev/null || true
+    # what the program unpacked, and systemd's link to it
+    rm -rf -- "$DESTDIR/var/cache/private/stockrt" "$DESTDIR/var/cache/stockrt"
+    ! systemd_runs || systemctl daemon-reload
+    for path in /etc/stockrt "$unit.d" /var/lib/private/stockrt /var/lib/stockrt; do
+        [ ! -d "$DESTDIR$path" ] || [ -L "$DESTDIR$path" ] || echo "kept    $DESTDIR$path"
+    done
 }
 
 # ------------------------------------------------------------------------------------------ lock
@@ -285,7 +393,7 @@ run_tests() {
 main() {
     unset PYTHONPATH PYTHONHOME
     case ${1-} in
-    '' | --native | --help | -h)
+    '' | --native | --help | -h | install | uninstall)
         [ $# -le 1 ] || fail "unknown argument '$2'; see ./build_pyz.sh --help" 64
         ;;
     lock)
@@ -299,6 +407,8 @@ main() {
     '') build_file fetch_all ;;
     --native) build_file fetch_native ;;
     --help | -h) usage ;;
+    install) install_files ;;
+    uninstall) uninstall_files ;;
     lock) lock "${@:2}" ;;
     test) run_tests "${@:2}" ;;
     esac
