@@ -3205,6 +3205,7 @@ class Daemon:
         self._executor.start()
         self._take_up_journal()
         self._to_send = deque(self._journal.unreceived())
+        self._turn()  # before the start is over, the status is said
         self._observer.started()
         delays = self._fresh_delays()
         while not self._leaving():
@@ -3741,7 +3742,6 @@ class Service(Observer):
     def started(self) -> None:
         """Tell systemd that the start is over."""
         self._notifier.send(READY=1)
-        self.turn(0, 0)
 
     def turn(self, unanswered: int, unreceived: int) -> float:
         """Say what changed; return when there will be something to say again."""
