@@ -324,6 +324,17 @@ def test_faults_of_the_settings_have_a_priority_for_the_journal_only(tmp_path: P
     assert log.read_text().startswith("<3>stockrt: SERVER_IP" if journal else "stockrt: SERVER_IP")
 
 
+def test_secrets_in_frames_are_masked_before_the_frame_is_shortened(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    daemon = stockrt.Daemon(settings(tmp_path))
+    daemon._module_hash = "-3298472938472"
+    with caplog.at_level(logging.DEBUG, "stockrt"):
+        daemon._log_frame("sent", "x" * 490 + "key-number-two")
+        daemon._log_frame("sent", "hash -3298472938472")
+    assert "key-n" not in caplog.text and "32984" not in caplog.text
+
+
 def test_execution_is_one_line() -> None:
     context = {"meta": {"execution_id": "id-1"}, "workflow_name": "prices\nof today"}
     bad = {"AAPL": "no exchange given", "X.US": "unknown to the API", "Y.US": "unknown to the API"}
@@ -429,6 +440,7 @@ def test_reader_never_sees_half_a_metrics_file(tmp_path: Path) -> None:
     with path.open() as reader:
         file.write(1)
         assert reader.read() == metrics.text()
+        assert os.fstat(reader.fileno()).st_nlink == 0  # the old one, whole; the new one is another file
 
 
 def test_metrics_that_cannot_be_written_are_said_once(

@@ -21,6 +21,7 @@ import pytest
 import systemd_box
 from conftest import ROOT, unavailable
 from infoway_server import Answer, InfowayServer
+from mongo_server import Unavailable, find_server
 from platform_server import PlatformServer
 from systemd_box import Box, BoxError
 
@@ -244,6 +245,18 @@ def test_install_says_the_next_three_commands(installed: str, box: Box) -> None:
     assert (box.root / "opt/stockrt/stockrt.pyz").stat().st_mode & 0o777 == 0o755
 
 
+def test_newer_systemd_gets_the_growing_wait(box: Box, installed: str) -> None:
+    unit = box.root / "etc/systemd/system/stockrt.service"
+    before = unit.read_text()
+    assert "\n#RestartSteps=" in before
+    box.write("/srv/newer/systemctl", "#!/bin/sh\necho 'systemd 255 (255.4-1)'\n", 0o755)
+    box.run("env", "PATH=/srv/newer:/usr/bin:/bin", "/srv/stockrt/build_pyz.sh", "install")
+    after = unit.read_text()
+    assert "\nRestartSteps=8\nRestartMaxDelaySec=1min\n" in after
+    install(box)
+    assert unit.read_text() == before
+
+
 def test_starts_executes_and_says_so(service: Instance) -> None:
     service.start()
     assert service.state == "active"
@@ -278,6 +291,31 @@ def test_journal_has_priorities_and_no_times_of_ours(running: Instance) -> None:
     assert {entry["SYSLOG_IDENTIFIER"] for entry in mine} == {"stockrt"}
     assert not [e for e in mine if re.match(r"<\d>|\d\d:\d\d|(INFO|WARNING)", str(e["MESSAGE"]))]
     assert not [e for e in mine if "may not be read" in str(e["MESSAGE"])]
+
+
+def test_mongodb_and_tls_work_inside(box: Box, installed: str) -> None:
+    """The connection string is a credential; the authority of the test's certificate comes with the unit."""
+    try:
+        mongo = find_server()
+    except Unavailable as error:
+        unavailable(str(error))
+    if not mongo.controllable:
+        unavailable("the MongoDB of MONGODB_TEST_URI is not in the box's network")
+    drop_in = f"{QUICK}Environment=SSL_CERT_FILE=/etc/stockrt/ca.pem\n"
+    instance = make_instance(box, "stockrt-mongo", drop_in, tls=True)
+    assert instance.api.ca_file is not None
+    box.write("/etc/stockrt/ca.pem", instance.api.ca_file.read_text())
+    with box.network(), mongo:
+        credential = box.write("/etc/stockrt/credentials/mongodb_host", mongo.uri, 0o600)
+        try:
+            instance.start()
+            assert instance.result(instance.execute())["result"]["success_count"] == 2
+            assert mongo.client()["forecast_platform"]["realtime"].count_documents({}) == 2
+        finally:
+            credential.unlink()
+            instance.ctl("stop")
+            instance.platform.stop()
+            instance.api.stop()
 
 
 def test_killed_comes_back_and_answers_what_it_had_accepted(running: Instance) -> None:
@@ -428,6 +466,24 @@ def test_upgrade_under_load_loses_nothing_and_cleans_up(running: Instance, box: 
     after = {path.name for path in cache.glob("stockrt.pyz_*")}
     assert after == {f"stockrt.pyz_{'0' * 63}1"} and len(before) == 1 and before != after
     assert [path.name for path in cache.glob(".stockrt.pyz_*")] == [f".stockrt.pyz_{'0' * 63}1_lock"]
+
+
+def test_stop_takes_the_time_that_the_daemon_asks_for(service: Instance, box: Box) -> None:
+    """Where the unit gives 1 s alone. (systemd forgets what was asked for at a daemon-reload, so ours gives it.)"""
+    drop_in = box.write("/etc/systemd/system/stockrt.service.d/stop.conf", "[Service]\nTimeoutStopSec=1s\n")
+    box.run("systemctl", "daemon-reload")
+    if service.state != "active":
+        service.start()
+    service.wait(lambda i: i.platform.connected)
+    service.api.latency = 2.5
+    execution_id = service.execute()
+    service.api.wait_for(lambda api: api.in_flight == 1)
+    service.ctl("stop")
+    service.api.latency = 0.0
+    drop_in.unlink()
+    box.run("systemctl", "daemon-reload")
+    assert (service.state, service.show("Result")) == ("inactive", "success")
+    assert service.result(execution_id, 1)["status"] == "success"
 
 
 def test_shutdown_by_the_platform_stays_down(running: Instance) -> None:
