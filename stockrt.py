@@ -3492,16 +3492,19 @@ class Notifier:
         """Whether somebody takes the notifications."""
         return bool(self._address)
 
-    def send(self, **values: object) -> None:
-        """Send the values; a manager that does not take them now hears the next ones."""
+    def send(self, **values: object) -> bool:
+        """Send the values; return whether the manager took them."""
         import socket
 
         if not self._address:
-            return
+            return False
         text = "\n".join(f"{name}={one_line(value)}" for name, value in values.items())
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(NOTIFY_TIMEOUT_S)
-            sock.sendto(text.encode(), self._address)
+            sock.connect(self._address)  # not sendto: only a connected socket waits asleep for a full queue
+            sock.send(text.encode())
+            return True
+        return False
 
 
 def watchdog_seconds(environ: Mapping[str, str], pid: int) -> float:
@@ -3807,9 +3810,8 @@ class Service(Observer):
         if not self._notifier.listens:
             return math.inf
         status, until = self.status(now)
-        if status != self._said:
+        if status != self._said and self._notifier.send(STATUS=status):
             self._said = status
-            self._notifier.send(STATUS=status)
         return until
 
     def status(self, now: float) -> tuple[str, float]:
@@ -3831,10 +3833,12 @@ class Service(Observer):
 
     def _pat_watchdog(self, now: float) -> float:
         """Send WATCHDOG=1 twice in the time that systemd gives, while the executor works."""
+        if self._watchdog_s == math.inf:
+            return math.inf
         if now >= self._watchdog_at:
-            if self._unanswered and now - self._beat_at > self._watchdog_s:
-                return now + self._watchdog_s / 8  # it stands still: looked at again soon, said nothing
-            self._notifier.send(WATCHDOG=1)
+            stands_still = self._unanswered and now - self._beat_at > self._watchdog_s
+            if stands_still or not self._notifier.send(WATCHDOG=1):
+                return now + self._watchdog_s / 8  # looked at again soon
             self._watchdog_at = now + self._watchdog_s / 2
         return self._watchdog_at
 

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,6 +102,16 @@ def test_notifications_are_lines_in_one_datagram(manager: Manager) -> None:
 @pytest.mark.parametrize("address", ["", "/nowhere/at/all", "@nobody-listens-here"])
 def test_manager_that_is_not_there_stops_nothing(address: str) -> None:
     Notifier(address).send(READY=1)
+
+
+def test_manager_that_reads_nothing_is_waited_for_asleep_and_not_long(manager: Manager) -> None:
+    notifier = Notifier(manager.address)
+    while notifier.send(STATUS="x"):  # until the kernel keeps no more for it
+        pass
+    began, cpu = time.monotonic(), time.thread_time()
+    assert not notifier.send(STATUS="y")
+    assert time.monotonic() - began < 2 * stockrt.NOTIFY_TIMEOUT_S
+    assert time.thread_time() - cpu < 0.1
 
 
 @pytest.mark.parametrize(
@@ -583,12 +594,6 @@ def test_credential_that_is_no_text_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "infoway_api_key").write_bytes(b"\xff\xfe")
     with pytest.raises(stockrt.SettingsError, match=r"INFOWAY_API_KEY.*UTF-8"):
         load(tmp_path, CREDENTIALS_DIRECTORY=str(tmp_path))
-
-
-@pytest.mark.parametrize("path", ["stockrt.prom", "/var/lib/x/stockrt.txt", "/var/lib/x/"])
-def test_metrics_file_that_nobody_would_read_is_a_fault(tmp_path: Path, path: str) -> None:
-    with pytest.raises(stockrt.SettingsError, match="METRICS_FILE"):
-        load(tmp_path, METRICS_FILE=path)
 
 
 def test_misspelled_setting_of_a_unit_is_warned_of(tmp_path: Path) -> None:

@@ -424,6 +424,7 @@ GOOD: list[tuple[str, str, object]] = [
     ("MODULE_DESCRIPTION", "两 个 词", "两 个 词"),
     ("STATE_DIRECTORY", "/srv/with blank", Path("/srv/with blank")),
     ("STATE_DIRECTORY", "/run/one:/run/two", Path("/run/one")),
+    ("METRICS_FILE", "/var/lib/x/stockrt.prom", Path("/var/lib/x/stockrt.prom")),
     ("LOG_LEVEL", "DEBUG", "debug"),
     ("LOG_LEVEL", "warning", "warning"),
     ("LOG_LEVEL", "error", "error"),
@@ -505,6 +506,9 @@ BAD: list[tuple[str, str]] = [
     ("STATE_DIRECTORY", "relative/path"),
     ("STATE_DIRECTORY", "~/state"),
     ("STATE_DIRECTORY", "/nul\0byte"),
+    ("METRICS_FILE", "stockrt.prom"),
+    ("METRICS_FILE", "/var/lib/x/stockrt.txt"),
+    ("METRICS_FILE", "/var/lib/x/"),
     ("LOG_LEVEL", "verbose"),
 ]
 
