@@ -27,7 +27,7 @@ for row in sqlite3.connect(sys.argv[1]).execute(sys.argv[2]): print(*row, sep="|
 
 
 # Of the build script and the simulators.
-OTHERS_FLAGS = {"--native", "--port"}
+OTHERS_FLAGS = {"--now", "--native", "--port"}
 
 
 def blocks(text: str) -> list[str]:
