@@ -149,10 +149,8 @@ class Box:
             self._nspawn.wait()
         while self._mounts:
             subprocess.run(["umount", "--lazy", self._mounts.pop()], capture_output=True)
-        for tree in hierarchies():
-            for folder, _, _ in os.walk(tree / self.name, topdown=False):
-                with contextlib.suppress(OSError):
-                    os.rmdir(folder)
+        with contextlib.suppress(BoxError):  # the last processes are still being reaped
+            until(self._cgroups_are_gone, 5, "the cgroups are empty")
         shutil.rmtree(self.base, ignore_errors=True)
 
     # -------------------------------------------------------------------------------------------- use
@@ -223,6 +221,13 @@ class Box:
         self._leader = int(children[-1])
         state = self.run("systemctl", "is-system-running", check=False).stdout.strip()
         return state in ("running", "degraded")
+
+    def _cgroups_are_gone(self) -> bool:
+        for tree in hierarchies():
+            for folder, _, _ in os.walk(tree / self.name, topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
+        return not any((tree / self.name).exists() for tree in hierarchies())
 
     def _said(self) -> str:
         return self.console.read_text(errors="replace") if self.console.exists() else ""
