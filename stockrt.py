@@ -826,7 +826,7 @@ def plan_batches(codes: Iterable[object]) -> BatchPlan:
 # ======================================================================================================
 
 # Two requests sent a second apart can arrive a little less than a second apart: kept between windows.
-WINDOW_MARGIN_S = 0.02
+WINDOW_MARGIN_S = 0.03
 # A key that comes back later than this is not waited for: the batch fails and says when it returns.
 LONGEST_WAIT_FOR_KEY_S = 60.0
 NO_KEY_HINT = (
@@ -869,7 +869,7 @@ class ApiKey:
     @property
     def shown(self) -> str:
         """The key as a person may see it: its first and last three characters."""
-        return f"{self.secret[:3]}…{self.secret[-3:]}" if len(self.secret) > 8 else "***"
+        return f"{self.secret[:3]}…{self.secret[-3:]}" if len(self.secret) >= 16 else "***"
 
     def refusal(self, product: str) -> str:
         """Return why the key cannot serve `product` at all, '' if it can."""
@@ -1635,7 +1635,7 @@ class DemoApi:
 
 # Every MongoDB operation, its retries included; the platform waits 120 s for a result.
 MONGODB_TIMEOUT_MS = 20_000
-# Finding a server; short enough that an operator sees why nothing happens.
+# Connecting, and finding a server for --check; a write waits longer, for an election to end.
 MONGODB_SELECTION_TIMEOUT_MS = 5_000
 # How long one process waits for another that writes to the same SQLite file.
 SQLITE_BUSY_S = 10.0
@@ -1758,7 +1758,7 @@ def open_sqlite(path: Path, version: int, schema: str) -> sqlite3.Connection:
 
     try:
         db = sqlite3.connect(path, timeout=SQLITE_BUSY_S, check_same_thread=False)
-        db.execute("PRAGMA journal_mode=WAL")
+        _set_wal(db)
         db.execute("PRAGMA synchronous=FULL")
         (found,) = db.execute("PRAGMA user_version").fetchone()
         if found > version:
@@ -1772,6 +1772,21 @@ def open_sqlite(path: Path, version: int, schema: str) -> sqlite3.Connection:
     except sqlite3.Error as error:
         raise sqlite_fault(path, error) from error
     return db
+
+
+def _set_wal(db: sqlite3.Connection) -> None:
+    """Switch a file to WAL. While another process does the same SQLite says "locked" without waiting."""
+    import sqlite3
+
+    give_up = time.monotonic() + SQLITE_BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > give_up:
+                raise
+        time.sleep(0.01)
 
 
 def sqlite_fault(path: Path, error: Exception) -> StoreError:
@@ -1861,12 +1876,14 @@ class MongoStore:
 
     def check(self) -> str:
         """Ping, make the index, write to and delete from both collections. Raises StoreError."""
+        from pymongo import timeout
         from pymongo.errors import PyMongoError
 
         settings = self._settings
         probe = "stockrt-check"
         try:
-            self._client.admin.command("ping")
+            with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000):
+                self._client.admin.command("ping")
             self._make_index()
             for name in (settings.realtime_name, settings.close_name):
                 collection = self._collection(name)
@@ -1889,7 +1906,6 @@ class MongoStore:
         defaults: dict[str, Any] = {
             "appname": "stockrt",
             "timeoutMS": MONGODB_TIMEOUT_MS,
-            "serverSelectionTimeoutMS": MONGODB_SELECTION_TIMEOUT_MS,
             "connectTimeoutMS": MONGODB_SELECTION_TIMEOUT_MS,
             "w": "majority",
         }
@@ -2054,11 +2070,12 @@ class Journal:
         row = self._one("SELECT answer FROM executions WHERE number = ?", number)
         return row[0] if row else None
 
-    def received(self, number: int) -> None:
-        """The platform has the answer: it is not sent again, unless the execution is asked for again."""
+    def received(self, numbers: Sequence[int]) -> None:
+        """The platform has these answers: they are not sent again, unless the execution is asked for again."""
+        rows = [(number,) for number in numbers]
         with self._transaction() as db:
-            db.execute("DELETE FROM executions WHERE number = ? AND execution_id IS NULL", (number,))
-            db.execute("UPDATE executions SET received = 1 WHERE number = ?", (number,))
+            db.executemany("DELETE FROM executions WHERE number = ? AND execution_id IS NULL", rows)
+            db.executemany("UPDATE executions SET received = 1 WHERE number = ?", rows)
 
     def unanswered(self) -> list[tuple[int, float]]:
         """Return number and age in seconds of the commands without an answer, oldest first."""
@@ -2782,6 +2799,7 @@ class Link:
         self._sock: socket.socket = self._ws.sock
         self._sock.settimeout(0)
         self.has_more = True  # whether frames may wait that no poll would tell of
+        self._unfinished = 0  # bytes of a frame whose rest is still to come
 
     def fileno(self) -> int:
         """Return the socket's descriptor."""
@@ -2796,11 +2814,18 @@ class Link:
             frame = self._next_frame()
             if frame is None:
                 self.has_more = False
+                if self._long_frame_grew():
+                    yield None
                 return
             opcode, data = frame
             if opcode == ABNF.OPCODE_PING:
                 self._send(data, ABNF.OPCODE_PONG)
             yield data.decode("utf-8", "replace") if opcode == ABNF.OPCODE_TEXT else None
+
+    def _long_frame_grew(self) -> bool:
+        """Whether more of an unfinished frame has come: its sender is slow, not silent."""
+        before, self._unfinished = self._unfinished, sum(map(len, self._ws.frame_buffer.recv_buffer))
+        return self._unfinished > before
 
     def send_text(self, text: str) -> None:
         """Send a text frame."""
@@ -2893,7 +2918,11 @@ def _dial(settings: Settings, module_hash: str) -> Any:
             opened.append(_start_tls(opened[0], settings.server_host))
         ws: Any = WebSocket(skip_utf8_validation=True, enable_multithread=False)
         url = f"{settings.platform_url().replace('http', 'ws', 1)}/websocket?hash={module_hash}"
-        ws.connect(url, socket=opened[-1], timeout=DIAL_TIMEOUT_S, redirect_limit=0)
+        opened[-1].settimeout(DIAL_TIMEOUT_S)
+        ws.connect(url, socket=opened[-1], redirect_limit=0)
+        if (status := ws.handshake_response.status) != 101:  # the library takes a redirection for success
+            ws.shutdown()
+            raise DialError(f"the handshake was answered with HTTP {status}", status)
         return ws
     except WebSocketBadStatusException as error:
         status = error.status_code
@@ -2967,6 +2996,8 @@ class Trouble:
 #   3. It dials for ever, with a delay before every dial, on the same two threads.
 
 MAX_QUEUED = 1000
+# Answers that are sent before frames are read again: a ping must not wait behind a long backlog.
+ANSWERS_AT_ONCE = 20
 # SIGTERM, SIGINT: the running execution has this long; what does not end stays in the journal.
 STOP_GRACE_S = 20.0
 # After the last result the platform's receipts are waited for, when the process is about to leave.
@@ -3033,6 +3064,7 @@ class Executor(threading.Thread):
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
         self.stop = threading.Event()  # cuts the running execution short
+        self.done = threading.Event()  # set before the last `on_answer`: `is_alive` may lag behind it
 
     def add(self, number: int) -> None:
         """Execute the command with this number of the journal, after those before it."""
@@ -3077,6 +3109,7 @@ class Executor(threading.Thread):
         for open_thing in (self._source, self._store):
             if open_thing is not None:
                 open_thing.close()
+        self.done.set()
         self._on_answer(None)
 
     def _execute(self, number: int) -> str:
@@ -3192,6 +3225,7 @@ class Daemon:
         self._to_send: deque[int] = deque()
         self._sent: deque[int] = deque()  # on this connection, oldest first, without a receipt yet
         self._stop_asked = False
+        self._presence: Presence | None = None  # what the last refused handshake meant
         self._leave_by: float | None = None
         self._receipts_by: float | None = None
 
@@ -3260,11 +3294,18 @@ class Daemon:
                 return Link(settings, self._module_hash)
             except DialError as error:
                 self._turn()
-                refused = error.status == 403
-                self._lost(ask_presence(settings, self._module_hash).value if refused else str(error))
+                if why := self._why_refused() if error.status == 403 else str(error):
+                    self._lost(why)
         except StockrtError as error:
             self._lost(str(error))
         return None
+
+    def _why_refused(self) -> str:
+        """Return what a refused handshake means, '' for once unknown: an old session may have ended meanwhile."""
+        presence = ask_presence(self._settings, self._module_hash)
+        before, self._presence = self._presence, presence
+        once = presence is Presence.UNKNOWN and before is not Presence.UNKNOWN
+        return "" if once else presence.value
 
     def _lost(self, reason: str) -> None:
         self._trouble.again(reason)
@@ -3294,14 +3335,20 @@ class Daemon:
                 return
             self._select(link, min(protocol.next_tick(), self._turn()))
             events: list[Event] = []
-            for text in link.frames():
-                now = self._clock()
-                if text is None:
-                    protocol.heard(now)
-                else:
-                    events += self._receive(text, protocol, now)
-            events += protocol.tick(self._clock())
+            lost: LinkLost | None = None
+            try:
+                for text in link.frames():
+                    now = self._clock()
+                    if text is None:
+                        protocol.heard(now)
+                    else:
+                        events += self._receive(text, protocol, now)
+                events += protocol.tick(self._clock())
+            except LinkLost as error:  # what came before counts all the same
+                lost = error
             self._apply(events, link, protocol)
+            if lost is not None:
+                raise lost
             if protocol.useful:
                 self._trouble.over()
 
@@ -3324,15 +3371,16 @@ class Daemon:
     def _apply(self, events: Sequence[Event], link: Link, protocol: PlatformProtocol) -> None:
         """Do what the protocol says: what must be quick first, then the commands in one transaction."""
         commands: list[Command] = []
+        received: list[int] = []
+        lost: LinkLost | None = None
         for event in events:
-            if isinstance(event, Send):
-                self._send_text(link, protocol, event.text)
-            elif isinstance(event, Ping):
-                link.ping()
-            elif isinstance(event, PeerDead):
-                raise LinkLost(f"lost: {event.reason}")
+            if isinstance(event, Send | Ping | PeerDead):
+                try:
+                    self._keep_alive(event, link, protocol)
+                except LinkLost as error:  # a command that came with it counts all the same
+                    lost = lost or error
             elif isinstance(event, Receipt):
-                self._take_receipt()
+                received += [self._sent.popleft()] if self._sent else []
             elif isinstance(event, Shutdown):
                 log.info("the platform shuts this module down")
                 self._begin_leaving("not executed: the platform shut this module down")
@@ -3340,8 +3388,20 @@ class Daemon:
                 self._refuse(event.context, event.reason)
             else:
                 commands.append(event)
+        if received:
+            self._journal.received(received)
         if commands:
             self._accept(commands)
+        if lost is not None:
+            raise lost
+
+    def _keep_alive(self, event: Send | Ping | PeerDead, link: Link, protocol: PlatformProtocol) -> None:
+        if isinstance(event, Send):
+            self._send_text(link, protocol, event.text)
+        elif isinstance(event, Ping):
+            link.ping()
+        else:
+            raise LinkLost(f"lost: {event.reason}")
 
     def _accept(self, commands: Sequence[Command]) -> None:
         fresh: dict[str, Command] = {}
@@ -3370,10 +3430,6 @@ class Daemon:
         text = empty_result(context, self._settings.module_name, reason)
         self._to_send.append(self._journal.refuse(context, text))
 
-    def _take_receipt(self) -> None:
-        if self._sent:
-            self._journal.received(self._sent.popleft())
-
     def _on_answer(self, number: int | None) -> None:
         if number is not None:
             self._answered.put(number)
@@ -3385,7 +3441,7 @@ class Daemon:
                 number = self._answered.get_nowait()
                 if number not in self._to_send and number not in self._sent:
                     self._to_send.append(number)
-        while self._to_send:
+        for _ in range(min(ANSWERS_AT_ONCE, len(self._to_send))):
             text = self._journal.answer_text(self._to_send[0])
             if text is not None:
                 self._send_text(link, protocol, text)
@@ -3407,9 +3463,13 @@ class Daemon:
     def _may_leave(self) -> bool:
         """Whether the running execution is answered and the answers are confirmed, or their time is over."""
         now = self._clock()
-        if self._executor.is_alive() and now < cast(float, self._leave_by):
-            return False
-        if not self._answered.empty():
+        leave_by = cast(float, self._leave_by)
+        if not self._executor.done.is_set():
+            if now >= leave_by:
+                self._executor.stop.set()  # what it has fetched is stored
+            if now < leave_by + STOP_POLL_S + INTERRUPT_GRACE_S:
+                return False
+        if self._to_send or not self._answered.empty():
             return False
         self._receipts_by = self._receipts_by or now + RECEIPT_GRACE_S
         return not self._sent or now >= self._receipts_by
@@ -3422,8 +3482,9 @@ class Daemon:
     def _select(self, link: Link, until: float) -> None:
         """Wait until a frame comes, the executor or a signal wakes, or it is `until` (monotonic s)."""
         now = self._clock()
-        ends = [t for t in (self._leave_by, self._receipts_by) if t is not None and t > now]
-        wait = 0.0 if link.has_more else max(0.0, min([until, *ends]) - now)
+        cut_by = None if self._leave_by is None else self._leave_by + STOP_POLL_S + INTERRUPT_GRACE_S
+        ends = [t for t in (self._leave_by, cut_by, self._receipts_by) if t is not None and t > now]
+        wait = 0.0 if link.has_more or self._to_send else max(0.0, min([until, *ends]) - now)
         self._poll([link.fileno()], wait)
 
     def _wait_awake(self, seconds: float) -> None:
@@ -4000,7 +4061,9 @@ def read_codes(options: argparse.Namespace) -> Iterator[str]:
             else open(options.codes_file, encoding="utf-8-sig") as stream
         ):
             for line in stream:
-                yield from split_codes(line.partition("#")[0])
+                yield from split_codes(
+                    line.partition("#")[0].lstrip("\ufeff")
+                )  # stdin's mark is not decoded away
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"--codes-file {options.codes_file}: cannot be read: {why}") from None
@@ -4244,8 +4307,12 @@ def _wait_for(job: _Job, stop: threading.Event) -> None:
 
 def _close_run(report: Report, finished: bool, settings: Settings) -> int:
     color = settings.color and sys.stderr.isatty()
-    say(report.summary() if finished else f"{report.summary()}; interrupted while the store did not answer: "
-        "what was being written may be missing")  # fmt: skip
+    if finished:
+        say(report.summary())
+    elif not report.total:
+        say("interrupted while the codes were read")
+    else:
+        say(f"{report.summary()}; the store did not answer: what was being written may be missing")
     for code, reason in report.failures.items():
         line = settings.redact(f"  {code}: {reason}")
         say(f"\033[31m{line}\033[0m" if color else line)

@@ -456,7 +456,7 @@ def test_no_delay_is_above_half_a_minute_and_the_first_is_random_too() -> None:
 def test_real_daemons_come_back_when_their_delays_say_so(infoway: InfowayServer, tmp_path: Path) -> None:
     away = 5.0
     # no dial of these is so near to the server's return that a busy machine could decide its outcome
-    seeds = [s for s in range(1000) if all(abs(at - away) > 0.4 for at in dial_times(s, away))]
+    seeds = [s for s in range(1000) if all(abs(at - away) > 0.8 for at in dial_times(s, away))]
     seeds = seeds[: number(10, 100)]
     server = PlatformServer(ping_every=0, **FORGETFUL)
     with contextlib.ExitStack() as daemons:
@@ -484,7 +484,7 @@ def test_real_daemons_come_back_when_their_delays_say_so(infoway: InfowayServer,
         }
     assert late.keys() == set(seeds)
     for seed, wait in late.items():
-        assert wait == pytest.approx(dial_times(seed, away)[-1] - away, abs=1.0), seed
+        assert wait == pytest.approx(dial_times(seed, away)[-1] - away, abs=1.5), seed
 
 
 ACCEPT_THEN_CLOSE = """
@@ -737,8 +737,9 @@ def test_a_result_is_kept_on_disk_while_the_server_is_away(
     platform.start()
     answered(platform, execution_id)
     assert until(lambda: journalled(state, "received") == [1])
+    dials = len(platform.dials)
     platform.close_connections()
-    connected(platform, 2)
+    connected(platform, dials + 1)
     settled(platform)
     assert len(platform.results) == 1
     assert infoway.codes_asked() == ["AAPL.US"]

@@ -72,7 +72,7 @@ def answered(journal: Journal, execution_id: str, received: bool = False) -> int
     (accepted,) = journal.accept([command(execution_id)])
     journal.answer(accepted, f"answer of {execution_id}")
     if received:
-        journal.received(accepted)
+        journal.received([accepted])
     return accepted
 
 
@@ -93,7 +93,7 @@ def test_a_command_is_open_until_its_answer_and_the_answer_until_its_receipt(jou
     assert journal.find("a") == (accepted, True)
     assert journal.unanswered() == []
     assert journal.unreceived() == [accepted]
-    journal.received(accepted)
+    journal.received([accepted])
     assert journal.unreceived() == []
     assert (journal.find("a"), journal.answer_text(accepted)) == ((accepted, True), "done")
 
@@ -176,7 +176,7 @@ def test_the_last_thousand_answers_are_kept(journal: Journal) -> None:
 def test_refusals_do_not_push_out_answers(journal: Journal) -> None:
     answered(journal, "a", received=True)
     for n in range(1010):
-        journal.received(journal.refuse({}, f"refused {n}"))
+        journal.received([journal.refuse({}, f"refused {n}")])
     answered(journal, "b")
     assert journal.find("a") is not None
 

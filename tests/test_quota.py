@@ -366,7 +366,14 @@ def test_a_key_that_dies_wakes_those_who_wait_for_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("secret", "shown"), [(KEY, "aaa…111"), ("123456789", "123…789"), ("12345678", "***"), ("x", "***")]
+    ("secret", "shown"),
+    [
+        (KEY, "aaa…111"),
+        ("123456789012345", "***"),
+        ("1234567890123456", "123…456"),
+        ("12345678", "***"),
+        ("x", "***"),
+    ],
 )
 def test_a_key_is_shown_by_its_ends_only(secret: str, shown: str) -> None:
     """A short one not at all."""
