@@ -47,14 +47,15 @@ import threading
 import time
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, tzinfo
 from enum import Enum
-from functools import partial
+from functools import cache, lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
 from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlencode, urlsplit
 
 if TYPE_CHECKING:  # what a path does not need is imported where it is needed: it costs start time and memory
@@ -63,12 +64,13 @@ if TYPE_CHECKING:  # what a path does not need is imported where it is needed: i
 
     from dotenv.parser import Binding
     from pymongo import MongoClient
-    from pymongo.collection import Collection
+    from pymongo.collection import Collection as MongoCollection
     from urllib3.connection import HTTPConnection
 
 __version__ = "1.0.0"
 
 log = logging.getLogger("stockrt")
+_T = TypeVar("_T")
 
 
 # ======================================================================================================
@@ -165,6 +167,7 @@ class Plan:
     name: str
     per_second: float
     per_minute: int
+    per_day: int = 0
 
     def windows(self) -> tuple[tuple[int, float], ...]:
         """Return the sliding windows that keep the plan: (requests, seconds)."""
@@ -175,12 +178,12 @@ class Plan:
         return (second, (self.per_minute, 60.0)) if self.per_minute else (second,)
 
 
-# Requests per second and per minute of each plan: Infoway's price list.
+# Requests per second, minute and day of each plan: Infoway's price list.
 PLANS = {
-    "free": Plan("free", 1, 60),
-    "basic": Plan("basic", 2, 120),
-    "premium": Plan("premium", 10, 600),
-    "pro": Plan("pro", 20, 1200),
+    "free": Plan("free", 1, 60, 172_800),
+    "basic": Plan("basic", 2, 120, 172_800),
+    "premium": Plan("premium", 10, 600, 864_000),
+    "pro": Plan("pro", 20, 1200, 1_728_000),
 }
 
 
@@ -190,11 +193,12 @@ class Settings:
 
     api_keys: tuple[str, ...] = field(repr=False)
     api_base_url: str
-    plan: Plan
+    plans: tuple[Plan, ...]
     mongodb_uri: str = field(repr=False)
     mongodb_db_name: str
     realtime_name: str
     close_name: str
+    license_name: str
     numeric_type: str
     server_host: str
     server_port: int
@@ -223,6 +227,11 @@ class Settings:
         for secret in self.secrets():
             text = text.replace(secret, "***")
         return text
+
+    def key_plans(self) -> tuple[tuple[str, Plan], ...]:
+        """Return each API key with its plan: its own, or the one that is set for all."""
+        plans = self.plans * len(self.api_keys) if len(self.plans) == 1 else self.plans
+        return tuple(zip(self.api_keys, plans, strict=True))
 
     def mongodb_shown(self) -> str:
         """Return the MongoDB string without its user and password."""
@@ -314,12 +323,16 @@ def _base_url(value: str) -> str:
     return value.rstrip("/")
 
 
-def _plan(value: str) -> Plan:
-    if value.lower() in PLANS:
-        return PLANS[value.lower()]
-    rate = _number(0, 10_000)(value)
+def _plans(value: str) -> tuple[Plan, ...]:
+    return tuple(_plan(word.strip()) for word in value.split(","))
+
+
+def _plan(word: str) -> Plan:
+    if word.lower() in PLANS:
+        return PLANS[word.lower()]
+    rate = _number(0, 10_000)(word)
     _expect(rate == 0 or rate >= 0.01)
-    return Plan(value, rate, int(rate * 60))
+    return Plan(word, rate, int(rate * 60), 0)
 
 
 def _mongodb_uri(value: str) -> str:
@@ -388,8 +401,9 @@ SETTINGS = (
             _api_keys, secret=True),
     Setting("INFOWAY_API_BASE_URL", "api_base_url", "https://data.infoway.io", "an http:// or https:// URL",
             _base_url),
-    Setting("INFOWAY_PLAN", "plan", "free",
-            "free, basic, premium, pro, or requests per second as a number (0: no limit)", _plan),
+    Setting("INFOWAY_PLAN", "plans", "free",
+            "free, basic, premium, pro, or requests per second as a number (0: no limit); one for all keys, or "
+            "one for each, comma-separated", _plans),
     Setting("MONGODB_HOST", "mongodb_uri", "",
             "mongodb://[user:password@]host[:port][/…] or mongodb+srv://…, with / : @ % in user and password "
             "percent-encoded and acknowledged writes (no w=0)", _mongodb_uri, secret=True),
@@ -399,6 +413,8 @@ SETTINGS = (
             "a collection name of at most 120 bytes without $, not system.…", _collection_name,
             old_name="MONGODB_COLLECTION_NAME"),
     Setting("MONGODB_CLOSE_COLLECTION_NAME", "close_name", "close",
+            "a collection name of at most 120 bytes without $, not system.…", _collection_name),
+    Setting("MONGODB_LICENSE_COLLECTION_NAME", "license_name", "license_usage",
             "a collection name of at most 120 bytes without $, not system.…", _collection_name),
     Setting("MONGODB_NUMERIC_TYPE", "numeric_type", "string", "string, decimal or double",
             _one_of("string", "decimal", "double")),
@@ -534,15 +550,32 @@ def load_settings(
         except ValueError:
             shown = _masked(setting, text)
             faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
-    if values.get("realtime_name") is not None and values.get("realtime_name") == values.get("close_name"):
-        faults.append(f"MONGODB_CLOSE_COLLECTION_NAME={values['close_name']!r}: expected another name than "
-                      "MONGODB_REALTIME_COLLECTION_NAME has")  # fmt: skip
+    faults += _contradictions(values)
     if faults:
         raise SettingsError(faults)
     is_root = os.geteuid() == 0 if is_root is None else is_root
     values.setdefault("state_directory", default_state_directory(environ, is_root))
     values.setdefault("module_description", "")
     return LoadedSettings(Settings(**values, color=not environ.get("NO_COLOR")), source, tuple(warnings))
+
+
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    """Return the faults of settings that are right one by one, but not together."""
+    faults = []
+    taken: dict[str, str] = {}
+    for setting in SETTINGS:
+        if setting.attribute in ("realtime_name", "close_name", "license_name"):
+            name = values.get(setting.attribute, "")
+            if name in taken:
+                faults.append(f"{setting.name}={name!r}: expected another name than {taken[name]} has")
+            elif name:
+                taken[name] = setting.name
+    keys, plans = len(values.get("api_keys", ())), len(values.get("plans", ()))
+    if plans > 1 and plans != keys:
+        faults.append(
+            f"INFOWAY_PLAN names {plans} plans for {keys} keys: expected one for all or one for each"
+        )
+    return faults
 
 
 def _look_up(setting: Setting, origins: Mapping[str, Mapping[str, str]]) -> tuple[str, str, str]:
@@ -579,25 +612,39 @@ def _misspelled(name: str, source: str) -> str:
 
 
 class Market(NamedTuple):
-    """Where a suffix belongs: the API's product, and the exchange's time zone (IANA)."""
+    """Where a code belongs: the API's product, the clock of its exchange, and when its regular session ends.
+
+    `close` and `early_close` (on half days) are hour and minute of the exchange's clock; `calendar` is the
+    market's name in the API's trading calendar, '' where it has no half days; a `continuous` market goes on
+    through its close, without an auction.
+    """
 
     product: str
     zone: str
+    close: tuple[int, int]
+    early_close: tuple[int, int] | None = None
+    calendar: str = ""
+    continuous: bool = False
+    rests_on_weekends: bool = False
 
 
-# The API's products and the form of their codes: Infoway's documentation.
+# The API's products, their codes' suffixes and the times of their sessions: Infoway's documentation.
+_CHINA = Market("stock", "Asia/Shanghai", (15, 0))
 MARKETS = {
-    "US": Market("stock", "America/New_York"),
-    "HK": Market("stock", "Asia/Hong_Kong"),
-    "SH": Market("stock", "Asia/Shanghai"),
-    "SZ": Market("stock", "Asia/Shanghai"),
-    "JP": Market("japan", "Asia/Tokyo"),
-    "KS": Market("korea", "Asia/Seoul"),
-    "IN": Market("india", "Asia/Kolkata"),
-    "TW": Market("taiwan", "Asia/Taipei"),
+    "US": Market("stock", "America/New_York", (16, 0), (13, 0), "US"),
+    "HK": Market("stock", "Asia/Hong_Kong", (16, 0), (12, 0), "HK"),
+    "SH": _CHINA,
+    "SZ": _CHINA,
+    "JP": Market("japan", "Asia/Tokyo", (15, 30)),
+    "KS": Market("korea", "Asia/Seoul", (15, 30)),
+    "IN": Market("india", "Asia/Kolkata", (15, 30)),
+    "TW": Market("taiwan", "Asia/Taipei", (13, 30)),
 }
-# Instruments without a suffix keep the clock of their main market.
-PRODUCT_ZONES = {"common": "America/New_York", "crypto": "UTC"}
+# Instruments without a suffix: the market is their product's.
+PRODUCT_MARKETS = {
+    "common": Market("common", "America/New_York", (17, 0), continuous=True, rests_on_weekends=True),
+    "crypto": Market("crypto", "UTC", (24, 0), continuous=True),
+}
 PRODUCTS = ("stock", "japan", "korea", "india", "taiwan", "crypto", "common")
 # A workflow of the platform may send any code there: asked once more at this product before it fails.
 FALLBACK_PRODUCT = "stock"
@@ -653,12 +700,16 @@ def parse_code(raw: object) -> Instrument:
     return Instrument(_with_suffix(symbol, suffix), MARKETS[suffix].product)
 
 
-def zone_of(code: str, product: str = "") -> str:
-    """Return the IANA zone of the exchange that `code` is traded at."""
-    suffix = code.rpartition(".")[2] if "." in code else ""
-    if suffix in MARKETS:
-        return MARKETS[suffix].zone
-    return PRODUCT_ZONES.get(product or _bare_product(code), "UTC")
+def market_of(code: str) -> Market | None:
+    """Return the market that `code` is traded at, None when its form does not tell."""
+    name = market_name(code)
+    return MARKETS.get(name) or PRODUCT_MARKETS.get(name)
+
+
+def market_name(code: str) -> str:
+    """Return the suffix of a code, or the product of one that has none: the names of the markets."""
+    _, dot, suffix = code.rpartition(".")
+    return suffix if dot else _bare_product(code)
 
 
 def _code_text(raw: object) -> str:
@@ -714,6 +765,7 @@ def _without_suffix(code: str) -> Instrument:
     raise InstrumentError(f"no exchange given: {_bare_proposal(code)}")
 
 
+@lru_cache(maxsize=4096)  # asked again and again by every run; few codes have no suffix
 def _bare_product(code: str) -> str:
     """Return the product of a code without suffix, '' when its form does not tell."""
     if code in ENERGY or (len(code) == 6 and code[:3] in CURRENCIES and code[3:] in CURRENCIES):
@@ -737,6 +789,99 @@ def _proposal(symbol: str, suffix: str) -> str:
     if re.fullmatch(r"[A-Z]", suffix):
         return f"did you mean {symbol}.{suffix}.US?"
     return f"expected one of {' '.join('.' + name for name in MARKETS)}"
+
+
+# ------------------------------------------------------------------------------------------------------
+# Sessions
+# ------------------------------------------------------------------------------------------------------
+
+# The closing auction prints its trades within this time after the close.
+AUCTION_MS = 5 * 60 * 1000
+SATURDAY = 5
+
+
+class Session(NamedTuple):
+    """One market's session of one exchange-local date; all times are epoch milliseconds.
+
+    `start`, `end`: the date itself, midnight to midnight. `close`: from then on the session is over.
+    `until`: the last moment of a regular trade. `early_close`, `early_until`: the same on a half day.
+    `half_day`: whether it is one, None when the calendar is missing.
+    """
+
+    date: str
+    start: int
+    end: int
+    close: int
+    until: int
+    early_close: int
+    early_until: int
+    half_day: bool | None = False
+
+    def on(self, half_day: bool | None) -> Session:
+        """Return the session in the light of the calendar; without one the usual close counts."""
+        if not half_day:
+            return self._replace(half_day=half_day)
+        return self._replace(close=self.early_close, until=self.early_until, half_day=True)
+
+
+# The close of what is never over: dates on which a market rests, and codes of no known market.
+NEVER = 1 << 62
+NO_SESSION = Session("", 0, NEVER, NEVER, NEVER, NEVER, NEVER)
+
+
+@cache
+def zone_info(name: str) -> tzinfo | None:
+    """Return an IANA zone, None on a machine without time-zone data, which is said once."""
+    from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+    if name == "UTC":  # needs no data
+        return UTC
+    try:
+        return ZoneInfo(name)
+    except ZoneInfoNotFoundError:
+        _say_no_zones()
+        return None
+
+
+@cache
+def _say_no_zones() -> None:
+    log.error(
+        "no time-zone data on this machine: times are shown in UTC, and no close is kept but that of crypto; "
+        "install the package tzdata"
+    )
+
+
+def session_of(market: Market, t: int) -> Session:
+    """Return the session of the exchange-local date of a trade at `t` (epoch ms).
+
+    NO_SESSION without time-zone data.
+    """
+    zone = zone_info(market.zone)
+    return _session(market, datetime.fromtimestamp(t // 1000, zone).date(), zone) if zone else NO_SESSION
+
+
+def session_before(market: Market, session: Session) -> Session:
+    """Return the session before one of a market that is known: Friday's before Monday's."""
+    while (before := session_of(market, session.start - 1)).close == NEVER:
+        session = before
+    return before
+
+
+@lru_cache(maxsize=256)
+def _session(market: Market, day: date, zone: tzinfo) -> Session:
+    def at(hour_and_minute: tuple[int, int]) -> int:
+        hour, minute = hour_and_minute
+        later = day + timedelta(days=hour // 24)
+        moment = datetime(later.year, later.month, later.day, hour % 24, minute, tzinfo=zone)
+        return int(moment.timestamp()) * 1000
+
+    start, end = at((0, 0)), at((24, 0))
+    if market.rests_on_weekends and day.weekday() >= SATURDAY:
+        return Session(day.isoformat(), start, end, NEVER, NEVER, NEVER, NEVER)
+    # what goes on through its close trades in the next session from that moment on
+    grace = -1 if market.continuous else AUCTION_MS
+    close, early = at(market.close), at(market.early_close or market.close)
+    return Session(day.isoformat(), start, end, close, close + grace, early, early + grace)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -832,6 +977,12 @@ LONGEST_WAIT_FOR_KEY_S = 60.0
 NO_KEY_HINT = (
     "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none"
 )
+# After a refusal for its rate a key goes at half its pace for this long.
+SLOW_FOR_S = 60.0
+# A key whose lease is refused is not asked about again at once.
+MIN_REST_S = 0.05
+# The API's midnight may be a little later than ours.
+MIDNIGHT_MARGIN_S = 1.0
 # How often a thread that waits for a key looks whether the run was stopped.
 STOP_POLL_S = 0.2
 
@@ -843,28 +994,82 @@ class SlidingWindow:
         self.seconds = seconds
         self._taken: deque[float] = deque(maxlen=limit)
 
-    def ready_at(self, now: float) -> float:
-        """Return the earliest time of the next request, at least `now`."""
+    def ready_at(self, now: float, stretch: float = 1.0) -> float:
+        """Return the earliest time of the next request, at least `now`; `stretch` makes the window longer."""
         if len(self._taken) < cast(int, self._taken.maxlen):
             return now
-        return max(now, self._taken[0] + self.seconds + WINDOW_MARGIN_S)
+        return max(now, self._taken[0] + self.seconds * stretch + WINDOW_MARGIN_S)
 
     def take(self, now: float) -> None:
         """Count a request that is made now; the oldest falls out."""
         self._taken.append(now)
 
 
+def key_digest(secret: str) -> str:
+    """Return what stands for a key wherever counts are kept: never the key."""
+    return hashlib.sha256(secret.encode()).hexdigest()[:16]
+
+
+class Lease(NamedTuple):
+    """Requests that a ledger grants until `until`; 0: none before `until`.
+
+    `until` is epoch seconds; `why` says which limit is used up.
+    """
+
+    requests: int
+    until: float
+    why: str = ""
+
+
+UNLIMITED = Lease(1_000_000_000, float("inf"))
+
+
+class Ledger(Protocol):
+    """Counts a key's requests beyond this process: over restarts, or together with other instances.
+
+    `now` is epoch seconds. Never raises: a count that cannot be kept is said, and the work goes on.
+    """
+
+    def lease(self, digest: str, plan: Plan, now: float) -> Lease:
+        """Take some requests of a key out of its limits."""
+
+    def give_back(self, digest: str, lease: Lease, now: float) -> None:
+        """Take the requests of a lease off the counts: it was made today (UTC), and they were not."""
+
+    def used_today(self, digest: str, now: float) -> int:
+        """Return how many requests of the key were leased today (UTC)."""
+
+
+class NoLedger:
+    """Counts nothing: for a single request, and for plans without a limit."""
+
+    def lease(self, digest: str, plan: Plan, now: float) -> Lease:
+        """Grant whatever is asked."""
+        return UNLIMITED
+
+    def give_back(self, digest: str, lease: Lease, now: float) -> None:
+        """Nothing is counted."""
+
+    def used_today(self, digest: str, now: float) -> int:
+        """Nothing is known."""
+        return 0
+
+
 class ApiKey:
-    """One key: its windows, and whether it is out (for good, for a product, or until a time)."""
+    """One key: its windows, its lease, and whether it is out (for good, for a product, or until a time)."""
 
     def __init__(self, secret: str, plan: Plan) -> None:
         self.secret = secret
         self.plan = plan
+        self.digest = key_digest(secret)
         self.windows = [SlidingWindow(limit, seconds) for limit, seconds in plan.windows()]
+        self.lease = Lease(0, 0.0)
+        self.leased_on = ""  # UTC date
         self.dead = ""
         self.closed_products: dict[str, str] = {}
         self.paused_until = 0.0
         self.paused_why = ""
+        self.slow_until = 0.0
 
     @property
     def shown(self) -> str:
@@ -877,18 +1082,29 @@ class ApiKey:
 
     def ready_at(self, now: float) -> float:
         """Return the earliest time at which the key may be used again."""
-        return max([now, self.paused_until, *(window.ready_at(now) for window in self.windows)])
+        pace = 2.0 if now < self.slow_until else 1.0
+        return max([now, self.paused_until, *(window.ready_at(now, pace) for window in self.windows)])
 
 
 class KeyPool:
     """Hands out keys so that no key is ever asked more often than its plan allows; thread-safe.
 
-    `clock` is monotonic seconds.
+    Requests go to the key that is ready first, so the total rate is the sum of the keys' rates. `clock` is
+    monotonic seconds, which the windows and pauses use; `wall` is epoch seconds, which days and leases use.
+    While the ledger answers, every thread that wants a key waits: it is asked for many requests at once.
     """
 
-    def __init__(self, keys: Sequence[str], plan: Plan, clock: Callable[[], float] = time.monotonic) -> None:
-        self.keys = [ApiKey(secret, plan) for secret in keys]
+    def __init__(
+        self,
+        keys: Sequence[tuple[str, Plan]],
+        ledger: Ledger | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.keys = [ApiKey(secret, plan) for secret, plan in keys]
+        self.ledger = ledger or NoLedger()
         self._clock = clock
+        self._wall = wall
         self._changed = threading.Condition()
 
     def rate(self) -> float:
@@ -902,22 +1118,34 @@ class KeyPool:
         Raises NoKeyError when none can serve soon, Interrupted when `stop` is set meanwhile.
         """
         with self._changed:
+            while not stop.is_set():
+                got = self.try_acquire(product)
+                if isinstance(got, ApiKey):
+                    return got
+                self._changed.wait(min(got, STOP_POLL_S))
+        raise Interrupted("stopped")
+
+    def try_acquire(self, product: str) -> ApiKey | float:
+        """Return a key for a request that is made now, and count it, or the seconds after which to ask again.
+
+        Raises NoKeyError when none can serve soon.
+        """
+        with self._changed:
             while True:
                 now = self._clock()
                 usable = [key for key in self.keys if not key.refusal(product)]
                 key = min(usable, key=lambda key: key.ready_at(now), default=None)
                 if key is None or key.paused_until - now > LONGEST_WAIT_FOR_KEY_S:
                     raise NoKeyError(self._why_none(product, now))
-                if stop.is_set():
-                    raise Interrupted("stopped")
                 wait = key.ready_at(now) - now
-                if wait <= 0:
+                if wait > 0:
+                    return wait
+                if self._take_leased(key):
                     for window in key.windows:
                         window.take(now)
                     return key
-                self._changed.wait(min(wait, STOP_POLL_S))
 
-    def note(self, key: ApiKey, product: str, verdict: Verdict, now_utc: datetime) -> None:
+    def note(self, key: ApiKey, product: str, verdict: Verdict) -> None:
         """Let an answer steer the key that was used for it."""
         with self._changed:
             if verdict.action is Action.KEY_DEAD and not key.dead:
@@ -929,32 +1157,86 @@ class KeyPool:
                 key.closed_products[product] = verdict.reason
                 log.warning("API key %s does not serve %s: %s", key.shown, product, verdict.reason)
             elif verdict.action is Action.KEY_DAY_OVER:
-                self._pause(key, _seconds_to_next_day(now_utc), verdict.reason)
-                log.warning("API key %s rests until the next day (UTC): %s", key.shown, verdict.reason)
+                now = self._wall()
+                self._pause(key, next_midnight(now) - now + MIDNIGHT_MARGIN_S, verdict.reason)
             elif verdict.action is Action.SLOW_DOWN:
                 self._pause(key, verdict.wait_s, verdict.reason)
+                key.slow_until = self._clock() + SLOW_FOR_S
             self._changed.notify_all()
 
+    def close(self) -> None:
+        """Give back what is leased and was not used."""
+        with self._changed:
+            for key in self.keys:
+                self._give_back(key, self._wall())
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return of each key: its digest and state, why it is so and until when, and what it does not serve."""
+        with self._changed:
+            return [self._describe(key) for key in self.keys]
+
+    def _describe(self, key: ApiKey) -> dict[str, Any]:
+        rest_s = key.paused_until - self._clock()
+        state = "out" if key.dead else "resting" if rest_s > 0 else "ready"
+        return {
+            "digest": key.digest,
+            "state": state,
+            "why": key.dead or (key.paused_why if state == "resting" else ""),
+            "until": _later(self._wall(), rest_s) if state == "resting" else "",
+            "not_for": sorted(key.closed_products),
+        }
+
+    def _take_leased(self, key: ApiKey) -> bool:
+        """Take one request from the key's lease.
+
+        Return False after a look into the ledger, which may have taken long: the key is then chosen anew.
+        """
+        wall = self._wall()
+        if key.lease.requests > 0 and wall < key.lease.until:
+            key.lease = key.lease._replace(requests=key.lease.requests - 1)
+            return True
+        self._give_back(key, wall)
+        key.lease = self.ledger.lease(key.digest, key.plan, wall)
+        if not key.lease.requests:
+            self._pause(key, max(MIN_REST_S, key.lease.until - wall), key.lease.why)
+        return False
+
+    def _give_back(self, key: ApiKey, wall: float) -> None:
+        if key.lease.requests > 0 and utc_day(wall) == key.leased_on and key.lease.until < UNLIMITED.until:
+            self.ledger.give_back(key.digest, key.lease, wall)
+        key.lease, key.leased_on = Lease(0, 0.0), utc_day(wall)
+
     def _pause(self, key: ApiKey, seconds: float, why: str) -> None:
+        """Let a key rest; a shorter rest neither shortens a longer one nor changes its reason."""
         until = self._clock() + seconds
-        if until > key.paused_until:
-            key.paused_until, key.paused_why = until, why
+        if until <= key.paused_until:
+            return
+        if seconds > LONGEST_WAIT_FOR_KEY_S and key.paused_why != why:
+            log.warning("API key %s rests until %s: %s", key.shown, _later(self._wall(), seconds), why)
+        key.paused_until, key.paused_why = until, why
 
     def _why_none(self, product: str, now: float) -> str:
         if not self.keys:
             return "no API key: set INFOWAY_API_KEY"
         reasons = []
         for key in self.keys:
-            back = max(0, round(key.paused_until - now))
-            reasons.append(
-                f"key {key.shown}: {key.refusal(product) or f'{key.paused_why}, back in {back} s'}"
-            )
+            back = _later(self._wall(), max(0.0, key.paused_until - now))
+            reasons.append(f"key {key.shown}: {key.refusal(product) or f'{key.paused_why}, back at {back}'}")
         return f"no API key can serve {product} ({'; '.join(reasons)}); see INFOWAY_API_KEY"
 
 
-def _seconds_to_next_day(now_utc: datetime) -> float:
-    midnight = (now_utc + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
-    return (midnight - now_utc).total_seconds()
+def next_midnight(now: float) -> float:
+    """Return the epoch seconds of the next midnight UTC: days of the API's quota are taken as UTC's."""
+    return (now // 86400 + 1) * 86400
+
+
+def _later(now: float, seconds: float) -> str:
+    return _iso(datetime.fromtimestamp(round(now + seconds), UTC))
+
+
+def utc_day(now: float) -> str:
+    """Return the UTC date of epoch seconds, ISO 8601."""
+    return datetime.fromtimestamp(now, UTC).date().isoformat()
 
 
 # ======================================================================================================
@@ -988,6 +1270,10 @@ MAX_TRIES = 5
 MAX_REFUSALS = 8
 BACKOFF_FIRST_S, BACKOFF_CAP_S = 0.5, 8.0
 SLOW_DOWN_FIRST_S, SLOW_DOWN_CAP_S = 1.0, 15.0
+# Asked for in the midst of a run, which it must not hold up for long: without it the usual close counts.
+CALENDAR_LIMITS = Limits(5.0, 8.0, 10.0)
+CALENDAR_PATH = "/common/basic/markets/trading_days"
+CALENDAR_TRIES = 3
 # A `Retry-After` beyond this is answered by failing the batch with that number in the reason.
 LONGEST_RETRY_AFTER_S = 60.0
 # No server on the path gains from more connections than this, and each is a thread here.
@@ -1438,12 +1724,14 @@ class InfowayApi:
         self._rng = rng or random.Random()
         self._idle: list[_Worker] = []
         self._latencies: deque[float] = deque(maxlen=20)
+        self._stop = threading.Event()
 
     def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
         """Yield an Outcome for each batch as it is done, and None now and then while nothing is.
 
         When `stop` is set, requests under way are cut and the rest is not asked for.
         """
+        self._stop = stop
         todo = iter(batches)
         done: _Done = queue.SimpleQueue()
         busy: dict[_Worker, Batch] = {}
@@ -1470,10 +1758,21 @@ class InfowayApi:
             for worker in busy:
                 worker.dismiss()
 
-    def ask_once(self, batch: Batch, key: str) -> Verdict:
-        """Ask for a batch with the given key, one request and no second try; for --check."""
-        answer = get_once(self.base_url, _trade_path(batch), API_LIMITS, {"apiKey": key})
-        return decide(answer, datetime.now(UTC))
+    def half_days(self, market: str, first: date, last: date) -> list[str] | None:
+        """Return the half days of a market as ISO dates, None when the calendar cannot be had now."""
+        path = f"{CALENDAR_PATH}?market={market}&beginDay={first:%Y%m%d}&endDay={last:%Y%m%d}"
+        for delay in islice(backoff(BACKOFF_FIRST_S, BACKOFF_CAP_S, self._rng), CALENDAR_TRIES):
+            try:
+                key = self.keys.acquire("common", self._stop)
+            except (NoKeyError, Interrupted):
+                return None
+            answer = get_once(self.base_url, path, CALENDAR_LIMITS, {"apiKey": key.secret})
+            found = None if answer.fault else _read_half_days(_envelope(answer.body) or {})
+            if found is not None:
+                return found
+            self.keys.note(key, "common", decide(answer, datetime.now(UTC)))
+            self._stop.wait(delay)
+        return None
 
     def close(self) -> None:
         """End the threads that wait for work."""
@@ -1533,7 +1832,7 @@ class InfowayApi:
                 refusals += 1
                 verdict = verdict._replace(wait_s=verdict.wait_s or next(after_refusal))
             if key is not None:
-                self.keys.note(key, batch.product, verdict, datetime.now(UTC))
+                self.keys.note(key, batch.product, verdict)
             if verdict.action is Action.ACCEPT:
                 return read_records(batch, verdict.records)
             if verdict.action is Action.CODES_UNKNOWN:
@@ -1571,23 +1870,21 @@ class InfowayApi:
         return key, verdict
 
 
+def _read_half_days(envelope: Mapping[str, Any]) -> list[str] | None:
+    """Return the half days of a calendar's answer as ISO dates, None when it holds none of that form."""
+    data = envelope.get("data")
+    days = data.get("half_trade_days") if envelope.get("ret") == 200 and isinstance(data, dict) else None
+    if not isinstance(days, list) or not all(isinstance(d, str) and re.fullmatch(r"\d{8}", d) for d in days):
+        return None
+    return [f"{day[:4]}-{day[4:6]}-{day[6:]}" for day in days]
+
+
 def _trade_path(batch: Batch) -> str:
     return f"/{batch.product}/batch_trade/{quote(batch.codes, safe=',')}"
 
 
 def _failed(batch: Batch, reason: str) -> Outcome:
     return Outcome(batch, failures=dict.fromkeys(batch.split(), reason))
-
-
-def make_source(
-    settings: Settings,
-    on_answer: Callable[[Answer, Verdict, float], None] = lambda answer, verdict, seconds: None,
-) -> Source:
-    """Return the API client that the settings ask for. Raises SettingsError without an API key."""
-    if not settings.api_keys:
-        raise SettingsError([NO_KEY_HINT])
-    keys = KeyPool(settings.api_keys, settings.plan)
-    return InfowayApi(settings.api_base_url, keys, on_answer=on_answer)
 
 
 class DemoApi:
@@ -1632,6 +1929,11 @@ class DemoApi:
 #      this disk (SQLite, synchronous=FULL).
 #   3. A document that the store refuses is named with the store's words; the others are stored.
 #   4. `write` ends within a time limit, or raises StoreError: then nothing of it counts as stored.
+#   5. `close` holds ONE document per code and session date, `_id` `code|date`, and whoever writes, in
+#      whatever order, it ends as the same one, the best of all candidates: a regular trade of what is known
+#      to be a half day, then any other regular trade, then one after hours. Of regular trades the later is
+#      the better, of those after hours the earlier; equal times are decided by price, volume and side; of
+#      the same trade the one without doubt (`half_day_unknown`) is the better.
 
 # Every MongoDB operation, its retries included; the platform waits 120 s for a result.
 MONGODB_TIMEOUT_MS = 20_000
@@ -1642,8 +1944,11 @@ SQLITE_BUSY_S = 10.0
 SQLITE_NAME = "stockrt.db"
 SQLITE_VERSION = 1
 DUPLICATE_KEY = 11000
+# Most codes trade in the last minutes before a close (auction included): looked at first.
+NEWEST_SPAN_MS = 6 * 60 * 1000
 
 Document = dict[str, Any]
+TRADE_FIELDS = Trade._fields
 
 
 def identity(trade: Trade) -> str:
@@ -1674,6 +1979,32 @@ def utc_now() -> datetime:
     return now.replace(microsecond=now.microsecond // 1000 * 1000)
 
 
+class Close(NamedTuple):
+    """A candidate for the closing snapshot of one code and session date, with the marks it carries if true.
+
+    `half_day`: the calendar says that the date is one. `half_day_unknown`: the calendar is missing, and the
+    trade lies between the early and the usual close.
+    """
+
+    document: Document
+    date: str
+    after_hours: bool = False
+    half_day: bool = False
+    half_day_unknown: bool = False
+
+    @property
+    def key(self) -> str:
+        """The `_id`: code and session date."""
+        return f"{self.document['stock_code']}|{self.date}"
+
+    def marks(self) -> dict[str, bool]:
+        """Return the marks that the document carries beside the trade."""
+        return {name: True for name in CLOSE_MARKS if getattr(self, name)}
+
+
+CLOSE_MARKS = ("after_hours", "half_day", "half_day_unknown")
+
+
 class WriteReport(NamedTuple):
     """What a write did: documents new and known before, and the refused ones (`_id` -> reason)."""
 
@@ -1687,6 +2018,15 @@ class Store(Protocol):
 
     def write(self, documents: Sequence[Document]) -> WriteReport:
         """Store documents, each with its own `_id`. Raises StoreError when the store is away."""
+
+    def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
+        """Return of each code the newest trade with since <= t <= until (epoch ms), synthetic ones left out.
+
+        A code without one is missing. Raises StoreError.
+        """
+
+    def write_closes(self, closes: Sequence[Close]) -> None:
+        """Let each candidate take its place in `close` unless one as good stands there. Raises StoreError."""
 
     def check(self) -> str:
         """Try what a run needs and return a line that says what holds. Raises StoreError."""
@@ -1730,6 +2070,33 @@ class SqliteStore:
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError) as error:
             refused[str(row[0])] = f"the local store refused it: {one_line(error, 200)}"
             return 0
+
+    def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
+        """Return the newest trade of each code in a span of time. Raises StoreError."""
+        import sqlite3
+
+        names = ("_id", *TRADE_FIELDS, "stock_code")
+        query = (
+            f"SELECT {', '.join(names)} FROM realtime "  # noqa: S608
+            "WHERE stock_code = ? AND t BETWEEN ? AND ? AND demo IS NULL "
+            "ORDER BY t DESC, p DESC, v DESC, td DESC LIMIT 1"
+        )
+        try:
+            rows = [self._db.execute(query, (code, since, until)).fetchone() for code in codes]
+        except sqlite3.Error as error:
+            raise sqlite_fault(self.path, error) from error
+        return {row[-1]: dict(zip(names, row, strict=True)) for row in rows if row}
+
+    def write_closes(self, closes: Sequence[Close]) -> None:
+        """Write candidates in one transaction; the statement itself decides which is the better one."""
+        import sqlite3
+
+        now = _iso(utc_now())
+        try:
+            with self._db:
+                self._db.executemany(_SQLITE_CLOSE, [_close_row(close, now) for close in closes])
+        except sqlite3.Error as error:
+            raise sqlite_fault(self.path, error) from error
 
     def check(self) -> str:
         """Write and take back a row. Raises StoreError."""
@@ -1818,9 +2185,49 @@ CREATE TABLE IF NOT EXISTS realtime (
     demo INTEGER                            -- 1: synthetic, by --demo
 );
 CREATE INDEX IF NOT EXISTS realtime_code_time ON realtime (stock_code, t DESC);
+CREATE TABLE IF NOT EXISTS close (
+    _id TEXT PRIMARY KEY,                   -- code|date
+    date TEXT NOT NULL,                     -- of the session, on the exchange's calendar
+    s TEXT NOT NULL, t INTEGER NOT NULL,
+    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
+    stock_code TEXT NOT NULL,
+    after_hours INTEGER, half_day INTEGER, half_day_unknown INTEGER,
+    create_time TEXT NOT NULL, update_time TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_usage (
+    digest TEXT, day TEXT, used INTEGER NOT NULL, PRIMARY KEY (digest, day)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS calendar (
+    market TEXT PRIMARY KEY, asked_on TEXT NOT NULL, first TEXT NOT NULL, last TEXT NOT NULL,
+    half_days TEXT NOT NULL                 -- JSON: ISO dates
+) WITHOUT ROWID;
 PRAGMA user_version = {SQLITE_VERSION};
 COMMIT;
 """
+
+
+# Promise 5: which of two closes is the better. Unnamed columns are those of the document that stands there.
+_SQLITE_CLOSE = """
+INSERT INTO close (_id, date, s, t, p, v, vw, td, stock_code, after_hours, half_day, half_day_unknown,
+                   create_time, update_time)
+VALUES (:_id, :date, :s, :t, :p, :v, :vw, :td, :stock_code, :after_hours, :half_day, :half_day_unknown, :now, :now)
+ON CONFLICT (_id) DO UPDATE SET
+    s = excluded.s, t = excluded.t, p = excluded.p, v = excluded.v, vw = excluded.vw, td = excluded.td,
+    after_hours = excluded.after_hours, half_day = excluded.half_day,
+    half_day_unknown = excluded.half_day_unknown, update_time = excluded.update_time
+WHERE CASE
+    WHEN :after_hours THEN after_hours AND (t, p, v, td) > (:t, :p, :v, :td)
+    WHEN after_hours THEN 1
+    WHEN half_day IS NOT :half_day THEN :half_day
+    ELSE (t, p, v, td, half_day_unknown IS NULL) < (:t, :p, :v, :td, :half_day_unknown IS NULL)
+END
+"""
+
+
+def _close_row(close: Close, now: str) -> dict[str, Any]:
+    row = {name: close.document[name] for name in (*TRADE_FIELDS, "stock_code")}
+    marks: dict[str, Any] = dict.fromkeys(CLOSE_MARKS) | close.marks()
+    return row | marks | {"_id": close.key, "date": close.date, "now": now}
 
 
 def make_state_directory(directory: Path) -> None:
@@ -1854,7 +2261,7 @@ class MongoStore:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._convert = _number_converter(settings.numeric_type)
-        self._client = self._connect()
+        self.client = self._connect()
         self._indexed = False
 
     def write(self, documents: Sequence[Document]) -> WriteReport:
@@ -1874,6 +2281,66 @@ class MongoStore:
             raise StoreError("MongoDB did not acknowledge the write; take w=0 out of MONGODB_HOST")
         return WriteReport(len(documents))
 
+    def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
+        """Return the newest trade of each code in a span of time. Raises StoreError.
+
+        Looks at the last minutes for all codes in one request, then at a longer time for those that are
+        missing: few requests, and few documents even where a code has thousands of trades a day.
+        """
+        from pymongo.errors import PyMongoError
+
+        found: dict[str, Document] = {}
+        span = NEWEST_SPAN_MS
+        try:
+            while (missing := [code for code in codes if code not in found]) and until >= since:
+                first = max(since, until - span)
+                wanted = {"stock_code": {"$in": missing}, "t": {"$gte": first, "$lte": until}}
+                for document in self._collection().find(wanted):
+                    code = document["stock_code"]
+                    if code not in found or _order(found[code]) < _order(document):
+                        found[code] = document
+                until, span = first - 1, span * 4
+        except PyMongoError as error:
+            raise self._fault(error) from error
+        return {code: document | _as_texts(document) for code, document in found.items()}
+
+    def write_closes(self, closes: Sequence[Close]) -> None:
+        """Insert candidates; where a document stands already, a conditional update lets the server decide."""
+        from pymongo import UpdateOne
+        from pymongo.errors import PyMongoError
+
+        now = utc_now()
+        documents = [self._close_document(close, now) for close in closes]
+        try:
+            taken = self._insert_closes(documents)
+            updates = []
+            for close, document in zip(closes, documents, strict=True):
+                if close.key in taken:
+                    updates.append(UpdateOne(_worse_close(close, document), _close_update(document)))
+            if updates:
+                self._collection(self._settings.close_name).bulk_write(updates, ordered=False)
+        except PyMongoError as error:
+            raise self._fault(error) from error
+
+    def _insert_closes(self, documents: Sequence[Document]) -> set[str]:
+        """Insert what is new and return the `_id` of the others."""
+        from pymongo.errors import BulkWriteError
+
+        try:
+            self._collection(self._settings.close_name).insert_many(documents, ordered=False)
+        except BulkWriteError as error:
+            report = self._sort_errors(error.details or {}, len(documents))
+            if report.refused:
+                raise StoreError(next(iter(report.refused.values()))) from error
+            return {fault["op"]["_id"] for fault in (error.details or {})["writeErrors"]}
+        return set()
+
+    def _close_document(self, close: Close, now: datetime) -> Document:
+        found = self._bson(close.document)
+        trade = {name: found[name] for name in (*TRADE_FIELDS, "stock_code")}
+        times = {"create_time": now, "update_time": now}
+        return {"_id": close.key, "date": close.date, **trade, **close.marks(), **times}
+
     def check(self) -> str:
         """Ping, make the index, write to and delete from both collections. Raises StoreError."""
         from pymongo import timeout
@@ -1883,7 +2350,7 @@ class MongoStore:
         probe = "stockrt-check"
         try:
             with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000):
-                self._client.admin.command("ping")
+                self.client.admin.command("ping")
             self._make_index()
             for name in (settings.realtime_name, settings.close_name):
                 collection = self._collection(name)
@@ -1896,7 +2363,7 @@ class MongoStore:
 
     def close(self) -> None:
         """Close the client."""
-        self._client.close()
+        self.client.close()
 
     def _connect(self) -> MongoClient[Document]:
         from pymongo import MongoClient
@@ -1917,8 +2384,8 @@ class MongoStore:
                 [f"MONGODB_HOST={self._settings.mongodb_shown()!r}: {self._settings.redact(one_line(error))}"]
             ) from None
 
-    def _collection(self, name: str = "") -> Collection[Document]:
-        return self._client[self._settings.mongodb_db_name][name or self._settings.realtime_name]
+    def _collection(self, name: str = "") -> MongoCollection[Document]:
+        return self.client[self._settings.mongodb_db_name][name or self._settings.realtime_name]
 
     def _make_index(self) -> None:
         """Make the index once per process. A role may forbid it; trades are stored all the same."""
@@ -1967,6 +2434,52 @@ def _is_identity_taken(error: Mapping[str, Any]) -> bool:
     return index is None or index[1] == "_id_"
 
 
+def _worse_close(close: Close, trade: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the filter of the documents that `close` may replace: promise 5, as MongoDB's conditions."""
+    if close.after_hours:
+        return {"_id": close.key, "after_hours": True, "$or": _before(trade, "$gt")}
+    worse = _before(trade, "$lt")
+    if not close.half_day_unknown:
+        worse.append({**{name: trade[name] for name in _ORDER}, "half_day_unknown": True})
+    if close.half_day:
+        worse.append({"half_day": {"$ne": True}})
+    else:
+        worse = [{**condition, "half_day": {"$ne": True}} for condition in worse]
+    return {"_id": close.key, "$or": [{"after_hours": True}, *worse]}
+
+
+def _close_update(document: Document) -> dict[str, Any]:
+    kept = ("_id", "create_time")
+    gone = {name: "" for name in CLOSE_MARKS if name not in document}
+    update = {"$set": {name: value for name, value in document.items() if name not in kept}}
+    return update | ({"$unset": gone} if gone else {})
+
+
+# What decides between trades of the same kind.
+_ORDER = ("t", "p", "v", "td")
+
+
+def _before(trade: Mapping[str, Any], operator: str) -> list[dict[str, Any]]:
+    """Return the conditions, one of which holds where a document comes before the trade ($gt: after it)."""
+    return [
+        {same: trade[same] for same in _ORDER[:number]} | {name: {operator: trade[name]}}
+        for number, name in enumerate(_ORDER)
+    ]
+
+
+def _order(document: Document) -> tuple[Any, ...]:
+    """Return what decides between stored trades, whatever the type of their numbers."""
+    from bson.decimal128 import Decimal128
+
+    values = (document[name] for name in _ORDER)
+    return tuple(value.to_decimal() if isinstance(value, Decimal128) else value for value in values)
+
+
+def _as_texts(document: Document) -> dict[str, str]:
+    """Return price, volume and turnover as the API sends them, whatever the type they were stored with."""
+    return {name: str(document[name]) for name in ("p", "v", "vw")}
+
+
 def _number_converter(numeric_type: str) -> Callable[[str], object] | None:
     if numeric_type == "double":
         return float
@@ -1980,6 +2493,305 @@ def _number_converter(numeric_type: str) -> Callable[[str], object] | None:
 def open_store(settings: Settings) -> Store:
     """Open the store that the settings ask for: MongoDB, or the embedded one where none is set."""
     return MongoStore(settings) if settings.mongodb_uri else SqliteStore(settings.state_directory)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Counts and the calendar
+# ------------------------------------------------------------------------------------------------------
+
+# A lease of the day's count is for this time at the key's rate: a crash forgets at most so much.
+DAY_LEASE_S = 5.0
+# The minute's count is kept in slices. Any 60 s touch at most SLICES_PER_WINDOW of them, and together those
+# never hold more than the plan's minute: so no minute, wherever it begins, sees more. The shorter a slice, the
+# more of the plan can be used: 60 s of 62.5. The instances' clocks are taken to agree, as NTP makes them.
+SLICE_S = 2.5
+SLICES_PER_WINDOW = int(60 / SLICE_S) + 1
+# A request leaves this long before its slice ends, or it could arrive in the next.
+SLICE_MARGIN_S = 0.25
+# A share of a slice for one instance, so that others find something too.
+SHARES_PER_SLICE = 4
+# With MongoDB away each instance counts alone, and asks it again after this time.
+LEDGER_RETRY_S = 30.0
+LEDGER_TIMEOUT_S = 2.0
+# Instances that write the same key's count at the same moment try again; each try lets one of them through.
+LEDGER_TRIES = 50
+# How far a calendar that is asked for reaches to both sides.
+CALENDAR_DAYS = 31
+
+
+class HalfDays(NamedTuple):
+    """A market's half days between two dates (ISO 8601, the first later than the last: none are known)."""
+
+    asked_on: str
+    first: str
+    last: str
+    days: frozenset[str]
+
+
+class LocalFacts:
+    """What one machine remembers in its local file: the day's count of each key, and trading calendars.
+
+    As a Ledger it keeps the days; minutes are kept by each process's own windows.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        make_state_directory(directory)
+        self.path = directory / SQLITE_NAME
+        self._db = open_sqlite(self.path, SQLITE_VERSION, _SQLITE_SCHEMA)
+        self._lock = threading.Lock()
+
+    def lease(self, digest: str, plan: Plan, now: float) -> Lease:
+        """Take requests from the day's count."""
+        if not plan.per_day:
+            return UNLIMITED
+        wanted = day_lease(plan)
+        try:
+            granted = self._take_day(digest, plan, wanted, now)
+        except StoreError as error:
+            log.warning("the day's count of a key is not kept: %s", error)
+            granted = wanted
+        return Lease(granted, next_midnight(now), "" if granted else _day_used_up(plan))
+
+    def give_back(self, digest: str, lease: Lease, now: float) -> None:
+        """Take the requests of a lease off the day's count."""
+        try:
+            self._execute(
+                "UPDATE key_usage SET used = max(0, used - ?) WHERE digest = ? AND day = ?",
+                lease.requests, digest, utc_day(now),
+            )  # fmt: skip
+        except StoreError as error:
+            log.warning("the day's count of a key is not kept: %s", error)
+
+    def used_today(self, digest: str, now: float) -> int:
+        """Return how many requests of the key were leased today."""
+        query = "SELECT used FROM key_usage WHERE digest = ? AND day = ?"
+        try:
+            rows = self._execute(query, digest, utc_day(now))
+        except StoreError as error:
+            log.warning("the day's count of a key cannot be read: %s", error)
+            return 0
+        return int(rows[0][0]) if rows else 0
+
+    def _take_day(self, digest: str, plan: Plan, wanted: int, now: float) -> int:
+        """Add what is left of `wanted` to the day's count and return it; processes take turns."""
+        import sqlite3
+
+        place = (digest, utc_day(now))
+        try:
+            with self._lock, self._db:
+                # a write first: from here on other processes wait
+                self._db.execute("INSERT INTO key_usage VALUES (?, ?, 0) ON CONFLICT DO NOTHING", place)
+                where = "WHERE digest = ? AND day = ?"
+                (used,) = self._db.execute(f"SELECT used FROM key_usage {where}", place).fetchone()  # noqa: S608
+                granted = max(0, min(wanted, plan.per_day - int(used)))
+                self._db.execute(f"UPDATE key_usage SET used = used + ? {where}", (granted, *place))  # noqa: S608
+                return granted
+        except sqlite3.Error as error:
+            raise sqlite_fault(self.path, error) from error
+
+    def calendar(self, market: str) -> HalfDays | None:
+        """Return the half days of a market as they were asked for last, None if never. Raises StoreError."""
+        rows = self._execute("SELECT asked_on, first, last, half_days FROM calendar WHERE market = ?", market)
+        if not rows:
+            return None
+        asked_on, first, last, days = rows[0]
+        return HalfDays(asked_on, first, last, frozenset(json.loads(days)))
+
+    def keep_calendar(self, market: str, kept: HalfDays) -> None:
+        """Keep a market's half days in place of those before. Raises StoreError."""
+        days = json.dumps(sorted(kept.days))
+        self._execute(
+            "INSERT OR REPLACE INTO calendar VALUES (?, ?, ?, ?, ?)",
+            market, kept.asked_on, kept.first, kept.last, days,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def _execute(self, statement: str, *values: object) -> list[Any]:
+        import sqlite3
+
+        try:
+            with self._lock, self._db:
+                return self._db.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise sqlite_fault(self.path, error) from error
+
+
+def day_lease(plan: Plan) -> int:
+    """Return how many requests a lease of a day's count takes."""
+    return max(1, int(plan.per_second * DAY_LEASE_S))
+
+
+def _day_used_up(plan: Plan) -> str:
+    return f"the day's {plan.per_day} requests are used up"
+
+
+class SharedLedger:
+    """The counts of all instances that share keys, in one MongoDB collection; `alone` counts while it is away.
+
+    One document per key digest and window: `<digest>|<UTC date>` counts the day (`used`), `<digest>|minute`
+    holds the minute's slices. Both are changed by conditional updates only: the server decides.
+    """
+
+    def __init__(self, collection: MongoCollection[Document], alone: Ledger) -> None:
+        self._collection = collection
+        self._alone = alone
+        self._away_until = 0.0
+        self._leased_alone: set[str] = set()
+
+    def lease(self, digest: str, plan: Plan, now: float) -> Lease:
+        """Take requests from the minute and the day. The shorter of the two limits is what the lease has."""
+        if not (plan.per_day or plan.per_minute):
+            return UNLIMITED
+
+        def together() -> Lease:
+            lease = self._lease_day(digest, plan, now, self._lease_minute(digest, plan, now))
+            self._leased_alone.discard(digest)
+            return lease
+
+        def alone() -> Lease:
+            self._leased_alone.add(digest)
+            lease = self._alone.lease(digest, plan, now)
+            return lease._replace(until=min(lease.until, now + LEDGER_RETRY_S)) if lease.requests else lease
+
+        return self._shared(now, together, alone)
+
+    def give_back(self, digest: str, lease: Lease, now: float) -> None:
+        """Take the requests of a lease off the counts in which they were made."""
+        if digest in self._leased_alone:
+            self._alone.give_back(digest, lease, now)
+            return
+        day = {"_id": f"{digest}|{utc_day(now)}", "used": {"$gte": lease.requests}}
+        name = f"slices.{int(lease.until // SLICE_S)}"
+        minute = {"_id": f"{digest}|minute", name: {"$gte": lease.requests}}
+
+        def give_back() -> None:
+            self._collection.update_one(day, {"$inc": {"used": -lease.requests}})
+            self._collection.update_one(minute, {"$inc": {name: -lease.requests, "version": 1}})
+
+        self._shared(now, give_back, lambda: None)
+
+    def used_today(self, digest: str, now: float) -> int:
+        """Return how many requests of the key all instances leased today; MongoDB away: those of this one."""
+
+        def used() -> int:
+            found = self._collection.find_one({"_id": f"{digest}|{utc_day(now)}"})
+            return int(found["used"]) if found else 0
+
+        return self._shared(now, used, lambda: self._alone.used_today(digest, now))
+
+    def _shared(self, now: float, ask: Callable[[], _T], alone: Callable[[], _T]) -> _T:
+        """Return what MongoDB says, or what is so without it; it is asked again after a while."""
+        from pymongo import timeout
+        from pymongo.errors import PyMongoError
+
+        if now < self._away_until:
+            return alone()
+        try:
+            with timeout(LEDGER_TIMEOUT_S):
+                answer = ask()
+        except PyMongoError as error:
+            self._away_until = now + LEDGER_RETRY_S
+            log.warning("the shared counts of API keys are away (%s): counting alone", type(error).__name__)
+            return alone()
+        if self._away_until:
+            self._away_until = 0.0
+            log.warning("the shared counts of API keys are back")
+        return answer
+
+    def _lease_day(self, digest: str, plan: Plan, now: float, lease: Lease) -> Lease:
+        if not (plan.per_day and lease.requests):
+            return lease
+        for requests in dict.fromkeys((lease.requests, 1)):  # the last few of a day one by one
+            if self._count_day(f"{digest}|{utc_day(now)}", requests, plan.per_day):
+                return lease._replace(requests=requests)
+        return Lease(0, next_midnight(now), _day_used_up(plan))
+
+    def _count_day(self, name: str, requests: int, limit: int) -> bool:
+        from pymongo.errors import DuplicateKeyError
+
+        wanted = {"_id": name, "used": {"$lte": limit - requests}}
+        update = {"$inc": {"used": requests}}
+        if self._collection.update_one(wanted, update).matched_count:
+            return True
+        with contextlib.suppress(DuplicateKeyError):  # too full, or another instance was quicker
+            self._collection.insert_one({"_id": name, "used": 0})
+        return bool(self._collection.update_one(wanted, update).matched_count)
+
+    def _lease_minute(self, digest: str, plan: Plan, now: float) -> Lease:
+        if not plan.per_minute:
+            return Lease(day_lease(plan), next_midnight(now))
+        number = int(now // SLICE_S)
+        end = (number + 1) * SLICE_S
+        if now >= end - SLICE_MARGIN_S:
+            return Lease(0, end, "the next slice of the minute begins")
+        share = max(1, int(plan.per_minute * SLICE_S / 60 / SHARES_PER_SLICE))
+        for _ in range(LEDGER_TRIES):
+            found = self._collection.find_one({"_id": f"{digest}|minute"}) or {"version": 0, "slices": {}}
+            slices = {k: n for k, n in found["slices"].items() if int(k) > number - SLICES_PER_WINDOW}
+            requests = min(share, plan.per_minute - sum(slices.values()))
+            if requests <= 0:
+                return Lease(0, end, f"the minute's {plan.per_minute} requests are used up")
+            slices[str(number)] = slices.get(str(number), 0) + requests
+            if self._swap(digest, found["version"], slices):
+                return Lease(requests, end - SLICE_MARGIN_S)
+        return Lease(0, end, "the shared count is busy")
+
+    def _swap(self, digest: str, version: int, slices: Mapping[str, int]) -> bool:
+        """Write the slices if nobody else did since `version`; return whether it was done."""
+        from pymongo.errors import DuplicateKeyError
+
+        name = f"{digest}|minute"
+        new = {"_id": name, "version": version + 1, "slices": dict(slices)}
+        if version:
+            return bool(self._collection.replace_one({"_id": name, "version": version}, new).matched_count)
+        try:
+            self._collection.insert_one(new)
+        except DuplicateKeyError:
+            return False
+        return True
+
+
+class Calendar:
+    """Half days of the markets, from the API's trading calendar: asked at most once a day and market.
+
+    `ask(market, first day, last day)` returns the half days as ISO dates, None when they cannot be had.
+    """
+
+    def __init__(
+        self,
+        facts: LocalFacts,
+        ask: Callable[[str, date, date], Sequence[str] | None],
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._facts = facts
+        self._ask = ask
+        self._wall = wall
+        self._kept: dict[str, HalfDays] = {}
+
+    def is_half_day(self, market: str, day: str) -> bool | None:
+        """Return whether an ISO date is a half day of the market, None when that cannot be known now.
+
+        Raises StoreError when the local file fails.
+        """
+        kept = self._kept.get(market) or self._facts.calendar(market) or HalfDays("", "9", "0", frozenset())
+        if not kept.first <= day <= kept.last and kept.asked_on != utc_day(self._wall()):
+            kept = self._fetch(market, day, kept)
+            self._facts.keep_calendar(market, kept)
+        self._kept[market] = kept
+        return day in kept.days if kept.first <= day <= kept.last else None
+
+    def _fetch(self, market: str, day: str, before: HalfDays) -> HalfDays:
+        """Return the half days around a date; where they cannot be had, those before, as asked today."""
+        middle, today = date.fromisoformat(day), utc_day(self._wall())
+        first, last = middle - timedelta(days=CALENDAR_DAYS), middle + timedelta(days=CALENDAR_DAYS)
+        days = self._ask(market, first, last)
+        if days is None:
+            log.warning("the trading calendar of %s cannot be had: half days are not known today", market)
+            return before._replace(asked_on=today)
+        return HalfDays(today, first.isoformat(), last.isoformat(), frozenset(days))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2082,6 +2894,15 @@ class Journal:
         rows = self._all("SELECT number, accepted_at FROM executions WHERE answer IS NULL ORDER BY number")
         return [(number, self._clock() - accepted_at) for number, accepted_at in rows]
 
+    def count_waiting(self) -> dict[str, int]:
+        """Return how many commands wait to be executed and how many results to be delivered."""
+        commands, results = self._one(
+            "SELECT count(CASE WHEN answer IS NULL THEN 1 END), count(CASE WHEN answered_at >= ? THEN 1 END) "
+            "FROM executions WHERE answer IS NULL OR NOT received",
+            self._clock() - ANSWER_LIFETIME_S,
+        )
+        return {"commands": commands, "results": results}
+
     def unreceived(self) -> list[int]:
         """Return the numbers of the answers that the platform has not confirmed, oldest first; drop stale ones."""
         self._drop_stale()
@@ -2154,6 +2975,8 @@ COMMIT;
 WRITE_BATCH = 1000
 # What was fetched is on its way to the store after this time at the latest.
 WRITE_AFTER_S = 0.5
+# Closes that a process remembers to have written or looked up; more are only written once more.
+CLOSES_REMEMBERED = 20_000
 
 
 class Source(Protocol):
@@ -2171,7 +2994,7 @@ class Report:
     """What became of a run. Every distinct code is stored, known or failed, unless the run was interrupted.
 
     `known`: its latest trade was in the store before. `failures`: code -> reason. `store_error`: what the
-    store said when it failed.
+    store said when it failed; `close_error`: when it failed at the closing snapshot alone.
     """
 
     total: int = 0
@@ -2179,13 +3002,14 @@ class Report:
     known: int = 0
     failures: dict[str, str] = field(default_factory=dict)
     store_error: str = ""
+    close_error: str = ""
     interrupted: bool = False
     took_s: float = 0.0
 
     @property
     def complete(self) -> bool:
-        """Whether the latest trade of every code is in the store."""
-        return not self.failures and self.stored + self.known == self.total
+        """Whether the latest trade of every code is in the store, and the closes that follow from them."""
+        return not self.failures and not self.close_error and self.stored + self.known == self.total
 
     def summary(self) -> str:
         """Return the closing line."""
@@ -2194,7 +3018,126 @@ class Report:
             f"failed {len(self.failures)} ({self.took_s:.1f} s)"
         )
         left = self.total - self.stored - self.known - len(self.failures)
-        return line + (f", interrupted: {left} not asked" if self.interrupted else "")
+        line += f", interrupted: {left} not asked" if self.interrupted else ""
+        return line + (f"; the closing snapshot is not kept: {self.close_error}" if self.close_error else "")
+
+
+class Closer:
+    """Keeps the closing snapshot: looks at stored trades whose session is over, and writes what is their close.
+
+    The close is the last trade of the regular session: the stored one itself, else the newest in `realtime`
+    of that date up to the session's end, else (so that the day is not missing) the stored one as
+    `after_hours`. Of a market that goes on through its close the latest trade is hardly ever one of a
+    session that is over: there the session before is looked up in `realtime` too, once a date.
+    """
+
+    def __init__(
+        self, store: Store, calendar: Calendar | None, wall: Callable[[], float] = time.time
+    ) -> None:
+        self._store = store
+        self._calendar = calendar
+        self._wall = wall
+        # What is done with, so that a trade polled again costs next to nothing: the trade of a code; the
+        # date of a code, and the time from which on its trades after hours change nothing; the date whose
+        # session before was looked up.
+        self._settled: dict[str, str] = {}
+        self._after_hours: dict[str, tuple[str, int]] = {}
+        self._looked_back: dict[str, str] = {}
+
+    def settle(self, documents: Iterable[Document]) -> None:
+        """Write the closes that follow from these stored trades. Raises StoreError."""
+        now = int(self._wall() * 1000)
+        # of each market the session of its last trade: mostly the next one's too
+        sessions: dict[str, Session] = {}
+        over: list[tuple[Document, Session]] = []
+        begun: dict[tuple[str, Session], list[str]] = {}
+        for document in documents:
+            code, t = document["stock_code"], document["t"]
+            market = market_name(code)
+            session = sessions.get(market)
+            if session is None or not session.start <= t < session.end:
+                session = sessions[market] = self._session(market, t, now)
+            if now >= session.close and self._settled.get(code) != document["_id"]:
+                over.append((document, session))
+            if market in PRODUCT_MARKETS and self._looked_back.get(code) != session.date:
+                begun.setdefault((market, session), []).append(code)
+        closes = self._closes(over)
+        for (market, session), codes in begun.items():
+            closes += self._closes_before(market, session, codes)
+        if closes:
+            self._store.write_closes(closes)
+        self._remember(over, closes, begun)
+
+    def _session(self, name: str, t: int, now: int) -> Session:
+        """Return the session of a trade, on half days the short one."""
+        market = MARKETS.get(name) or PRODUCT_MARKETS.get(name)
+        session = session_of(market, t) if market else NO_SESSION
+        if market is None or not market.calendar or now < session.early_close:
+            return session
+        known = self._calendar.is_half_day(market.calendar, session.date) if self._calendar else None
+        return session.on(half_day=known)
+
+    def _closes(self, over: Sequence[tuple[Document, Session]]) -> list[Close]:
+        """Return the closes that trades of sessions make that are over."""
+        closes = []
+        late: dict[Session, dict[str, list[Document]]] = {}
+        for document, session in over:
+            code = document["stock_code"]
+            if document["t"] <= session.until:
+                closes.append(regular_close(document, session))
+            elif not self._changes_nothing(document, session):
+                late.setdefault(session, {}).setdefault(code, []).append(document)
+        for session, by_code in late.items():
+            newest = self._store.newest(by_code, session.start, session.until)
+            closes += [regular_close(document, session) for document in newest.values()]
+            closes += [
+                Close(document, session.date, after_hours=True, half_day=bool(session.half_day))
+                for code, documents in by_code.items()
+                if code not in newest
+                for document in documents
+            ]
+        return closes
+
+    def _closes_before(self, market: str, session: Session, codes: Sequence[str]) -> list[Close]:
+        """Return the closes of the session before, which has ended as this one began."""
+        if session is NO_SESSION:
+            return []
+        before = session_before(PRODUCT_MARKETS[market], session)
+        newest = self._store.newest(codes, before.start, before.until)
+        return [regular_close(document, before) for document in newest.values()]
+
+    def _changes_nothing(self, document: Document, session: Session) -> bool:
+        """Whether a trade after hours comes after what this process has settled for that date."""
+        day, since = self._after_hours.get(document["stock_code"], ("", 0))
+        return day == session.date and document["t"] > since
+
+    def _remember(
+        self,
+        over: Iterable[tuple[Document, Session]],
+        closes: Iterable[Close],
+        begun: Mapping[tuple[str, Session], Sequence[str]],
+    ) -> None:
+        """Note what is written; nothing of a date whose calendar may come to be known later."""
+        if len(self._settled) + len(self._after_hours) + len(self._looked_back) > CLOSES_REMEMBERED:
+            for remembered in (self._settled, self._after_hours, self._looked_back):
+                remembered.clear()
+        regular = {close.key for close in closes if not close.after_hours}
+        for document, session in over:
+            if session.half_day is None:
+                continue
+            code, t = document["stock_code"], document["t"]
+            self._settled[code] = document["_id"]
+            if t > session.until and not self._changes_nothing(document, session):
+                known = f"{code}|{session.date}" in regular
+                self._after_hours[code] = (session.date, 0 if known else t)
+        for (_, session), codes in begun.items():
+            self._looked_back.update(dict.fromkeys(codes, session.date))
+
+
+def regular_close(document: Document, session: Session) -> Close:
+    """Return the close that a regular trade makes."""
+    doubt = session.half_day is None and document["t"] > session.early_until
+    return Close(document, session.date, half_day=bool(session.half_day), half_day_unknown=doubt)
 
 
 class FailureKind(Enum):
@@ -2256,6 +3199,7 @@ class Collector:
         store: Store,
         *,
         demo: bool = False,
+        closer: Closer | None = None,
         on_stored: Callable[[Sequence[Document]], None] = lambda documents: None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         on_beat: Callable[[int], None] = lambda waiting: None,
@@ -2264,6 +3208,7 @@ class Collector:
         self._source = source
         self._store = store
         self._demo = demo
+        self._closer = closer
         self._on_stored = on_stored
         self._on_progress = on_progress
         self._on_beat = on_beat  # several times a second while it works; the documents that wait to be stored
@@ -2353,7 +3298,78 @@ class Collector:
             {d["stock_code"]: written.refused[d["_id"]] for d in documents if d["_id"] in written.refused}
         )
         self._progress(len(documents))
-        self._on_stored([d for d in documents if d["_id"] not in written.refused])
+        kept = [d for d in documents if d["_id"] not in written.refused]
+        self._on_stored(kept)
+        self._settle(kept)
+
+    def _settle(self, documents: Sequence[Document]) -> None:
+        """Keep the closing snapshot; that it fails is said, and costs no trade."""
+        try:
+            if self._closer is not None:
+                self._closer.settle(documents)
+        except StoreError as error:
+            if not self.report.close_error:
+                log.error("the closing snapshot is not kept: %s", error)
+            self.report.close_error = str(error)
+
+
+class Workshop:
+    """Everything that runs need, opened together and kept between runs; `close` undoes it in reverse.
+
+    Raises SettingsError without an API key (unless `demo`), StoreError when the local file cannot be used.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        demo: bool = False,
+        on_answer: Callable[[Answer, Verdict, float], None] = lambda answer, verdict, seconds: None,
+    ) -> None:
+        if not (demo or settings.api_keys):
+            raise SettingsError([NO_KEY_HINT])
+        self._demo = demo
+        self.store = open_store(settings)
+        self.facts = LocalFacts(settings.state_directory)
+        self.keys = KeyPool(settings.key_plans(), make_ledger(settings, self.store, self.facts))
+        self.source: Source
+        self._closer: Closer | None = None
+        if demo:
+            self.source = DemoApi()
+        else:
+            api = InfowayApi(settings.api_base_url, self.keys, on_answer=on_answer)
+            self.source = api
+            self._closer = Closer(self.store, Calendar(self.facts, api.half_days))
+
+    def collector(
+        self,
+        on_stored: Callable[[Sequence[Document]], None] = lambda documents: None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_beat: Callable[[int], None] = lambda waiting: None,
+    ) -> Collector:
+        """Return a collector for one run."""
+        return Collector(
+            self.source,
+            self.store,
+            demo=self._demo,
+            closer=self._closer,
+            on_stored=on_stored,
+            on_progress=on_progress,
+            on_beat=on_beat,
+        )
+
+    def close(self) -> None:
+        """Close what is open, last opened first."""
+        self.source.close()
+        self.keys.close()
+        self.facts.close()
+        self.store.close()
+
+
+def make_ledger(settings: Settings, store: Store, facts: LocalFacts) -> Ledger:
+    """Return where the keys' requests are counted: in MongoDB with all instances, else on this machine."""
+    if not isinstance(store, MongoStore):
+        return facts
+    return SharedLedger(store.client[settings.mongodb_db_name][settings.license_name], facts)
 
 
 # ======================================================================================================
@@ -2618,6 +3634,8 @@ def _result_words(report: Report, reached: int) -> str:
     if report.store_error:
         return f"{reached} of {report.total} codes stored, then the store failed: {report.store_error}"
     words = f"{reached} of {report.total} codes stored"
+    if report.close_error:
+        words += f", the closing snapshot is not kept: {report.close_error}"
     if not report.failures:
         return words
     named = [f"{code} ({why})" for code, why in list(report.failures.items())[:3]]
@@ -2674,18 +3692,29 @@ def read_hash(directory: Path) -> str:
 def write_hash(directory: Path, module_hash: str) -> None:
     """Store the hash: whole or not at all, readable by this user alone. Raises StoreError."""
     make_state_directory(directory)
-    path = directory / HASH_NAME
-    new = directory / f"{HASH_NAME}.{os.getpid()}.new"
+    write_whole(directory / HASH_NAME, module_hash + "\n", durable=True)
+
+
+def write_whole(path: Path, text: str, durable: bool = False) -> None:
+    """Write a file of ours, mode 0600: the old one or the new one, never a part. Raises StoreError.
+
+    `durable`: it is on disk when this returns; else it may be the old one after a power cut.
+    """
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
-            stream.write(module_hash + "\n")
-            keep_owner(new, directory)
-            stream.flush()
-            os.fsync(stream.fileno())
+        with open(
+            os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+        ) as stream:
+            stream.write(text)
+            keep_owner(new, path.parent)
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
         new.replace(path)
-        folder = os.open(directory, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        if durable:
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error.strerror}; see STATE_DIRECTORY") from None
 
@@ -2995,6 +4024,9 @@ class Trouble:
 #   2. Every command is answered: executed, or refused with a reason; see the journal's promises.
 #   3. It dials for ever, with a delay before every dial, on the same two threads.
 
+STATUS_NAME = "status.json"
+# --status holds the lock for the blink of an eye to see whether somebody else does.
+LOCK_TRIES, LOCK_RETRY_S = 5, 0.05
 MAX_QUEUED = 1000
 # Answers that are sent before frames are read again: a ping must not wait behind a long backlog.
 ANSWERS_AT_ONCE = 20
@@ -3059,8 +4091,8 @@ class Executor(threading.Thread):
         )
         self._api_trouble = Trouble("Infoway", then="the next execution tries again")
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._store: Store | None = None
-        self._source: Source | None = None
+        self.key_states: list[dict[str, Any]] = []  # as of the end of the last execution
+        self._workshop: Workshop | None = None
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
         self.stop = threading.Event()  # cuts the running execution short
@@ -3106,9 +4138,8 @@ class Executor(threading.Thread):
             self._ended += 1
             if answer:
                 self._on_answer(number)
-        for open_thing in (self._source, self._store):
-            if open_thing is not None:
-                open_thing.close()
+        if self._workshop is not None:
+            self._workshop.close()
         self.done.set()
         self._on_answer(None)
 
@@ -3151,11 +4182,11 @@ class Executor(threading.Thread):
         return empty_result(context, self._settings.module_name, self._settings.redact(reason))
 
     def _collect(self, codes: Iterable[object]) -> Report:
-        if self._source is None:
-            self._source = make_source(self._settings, self._observer.asked)
-        if self._store is None:
-            self._store = open_store(self._settings)
-        return Collector(self._source, self._store, on_beat=self._observer.beat).run(codes, self.stop)
+        if self._workshop is None:
+            self._workshop = Workshop(self._settings, on_answer=self._observer.asked)
+        report = self._workshop.collector(on_beat=self._observer.beat).run(codes, self.stop)
+        self.key_states = self._workshop.keys.describe()
+        return report
 
 
 def _execution_name(context: Mapping[str, Any]) -> str:
@@ -3223,6 +4254,11 @@ class Daemon:
         self._executor = Executor(settings, self._journal, self._on_answer, self._observer)
         self._answered: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._to_send: deque[int] = deque()
+        self._status: dict[str, Any] = {
+            "version": __version__,
+            "pid": os.getpid(),
+            "platform": "not connected",
+        }
         self._sent: deque[int] = deque()  # on this connection, oldest first, without a receipt yet
         self._stop_asked = False
         self._presence: Presence | None = None  # what the last refused handshake meant
@@ -3241,6 +4277,7 @@ class Daemon:
         self._to_send = deque(self._journal.unreceived())
         self._turn()  # before the start is over, the status is said
         self._observer.started()
+        self._note_status()
         delays = self._fresh_delays()
         while not self._leaving():
             useful = self._connect_and_serve()
@@ -3249,6 +4286,7 @@ class Daemon:
             if not self._leaving():
                 self._pause(next(delays))
         self._wait_for_executor()
+        self._note_status(stopped=_iso(utc_now()))
         self._journal.close()
 
     def _fresh_delays(self) -> Iterator[float]:
@@ -3277,12 +4315,14 @@ class Daemon:
         # after a trouble its end is said instead, and not before the connection has been useful
         level = logging.DEBUG if self._trouble.there else logging.INFO
         log.log(level, "connected to %s:%s", self._settings.server_host, self._settings.server_port)
+        self._note_status(platform="connected", connected_since=_iso(utc_now()))
         try:
             self._serve(link, protocol)
         except LinkLost as error:
             self._lost(f"connection {error}")
         finally:
             link.close()
+            self._note_status(platform="not connected", last_contact=_iso(utc_now()))
         return protocol.useful
 
     def _dial(self) -> Link | None:
@@ -3439,6 +4479,7 @@ class Daemon:
         with contextlib.suppress(queue.Empty):
             while True:
                 number = self._answered.get_nowait()
+                self._note_execution(number)
                 if number not in self._to_send and number not in self._sent:
                     self._to_send.append(number)
         for _ in range(min(ANSWERS_AT_ONCE, len(self._to_send))):
@@ -3447,6 +4488,19 @@ class Daemon:
                 self._send_text(link, protocol, text)
                 self._sent.append(self._to_send[0])
             self._to_send.popleft()
+
+    def _note_execution(self, number: int) -> None:
+        answer = json.loads(self._journal.answer_text(number) or "{}")
+        outcome = {name: answer.get(name) for name in ("status", "message", "workflow_name")}
+        self._note_status(last_execution=outcome | {"at": _iso(utc_now())}, keys=self._executor.key_states)
+
+    def _note_status(self, **news: object) -> None:
+        """Write what --status shows; that it cannot be written is no reason to stop working."""
+        self._status |= news
+        try:
+            write_whole(self._settings.state_directory / STATUS_NAME, json.dumps(self._status))
+        except StoreError as error:
+            log.warning("%s", error)
 
     def _leaving(self) -> bool:
         if self._stop_asked and self._leave_by is None:
@@ -3508,20 +4562,34 @@ class Daemon:
             self._waker.send(b"x")
 
 
+def daemon_runs(directory: Path) -> bool:
+    """Return whether a daemon works in this state directory now."""
+    import fcntl
+
+    with contextlib.suppress(FileNotFoundError), open(directory / "lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 def lock_state_directory(directory: Path) -> IO[str]:
     """Return the open lock file of the one daemon of this directory. Raises StoreError if another holds it."""
     import fcntl
 
     make_state_directory(directory)
     lock = open(directory / "lock", "w")  # noqa: SIM115  (open for as long as the process lives)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise StoreError(
-            f"another stockrt daemon works in {directory}; stop it, or give this one its own STATE_DIRECTORY"
-        ) from None
-    return lock
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except OSError:
+            time.sleep(LOCK_RETRY_S)
+    lock.close()
+    raise StoreError(
+        f"another stockrt daemon works in {directory}; stop it, or give this one its own STATE_DIRECTORY"
+    )
 
 
 # ======================================================================================================
@@ -4011,6 +5079,7 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--check-settings", action="store_true", help="check the settings alone: no network, nothing written"
     )
+    what.add_argument("--status", action="store_true", help="show daemon, platform, store and API keys")
     what.add_argument("--register", action="store_true", help="register at the dispatch platform (once)")
     what.add_argument("--version", action="version", version=f"stockrt {__version__}")
     parser.add_argument(
@@ -4038,7 +5107,9 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options. Raises UsageError for what does not go together."""
     options = make_parser().parse_args(argv)
-    for flag in ("codes", "codes_file", "json", "demo"):
+    if options.json and not (options.once or options.status):
+        raise UsageError("--json goes with --once or --status; see --help")
+    for flag in ("codes", "codes_file", "demo"):
         if getattr(options, flag) and not options.once:
             raise UsageError(f"--{flag.replace('_', '-')} goes with --once; see --help")
     if options.force and not options.register:
@@ -4200,12 +5271,8 @@ def row_cells(document: Document, now: float) -> list[str]:
 
 def exchange_time(code: str, t: int) -> str:
     """Return a trade's time on the exchange's clock; on UTC where the machine has no time-zone data."""
-    from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
-
-    try:
-        zone: Any = ZoneInfo(zone_of(code))
-    except ZoneInfoNotFoundError:
-        zone = UTC
+    market = market_of(code)
+    zone = (zone_info(market.zone) if market else None) or UTC
     return datetime.fromtimestamp(t / 1000, zone).strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
@@ -4256,18 +5323,19 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
         raise UsageError(
             "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out"
         )
-    source = DemoApi() if options.demo else make_source(settings)
-    store = open_store(settings)
+    workshop = Workshop(settings, options.demo)
     rows = Rows(sys.stdout, options.json, color=settings.color and sys.stdout.isatty())
     stop = _stop_on_signals()
     order: list[str] = []
     with _progress_bar() as on_progress:
-        collector = Collector(source, store, demo=options.demo, on_stored=rows.add, on_progress=on_progress)
+        collector = workshop.collector(rows.add, on_progress)
         job = _Job(lambda: collector.run(_remembered(read_codes(options), order), stop))
         _wait_for(job, stop)
     if job.error is not None:
         raise job.error
     rows.finish(order)
+    if job.report is not None:
+        workshop.keys.close()
     status = _close_run(job.report or collector.report, finished=job.report is not None, settings=settings)
     if rows.fault:
         say(f"stockrt: {rows.fault}")
@@ -4350,9 +5418,10 @@ def run_check(settings: Settings, source: Path | None) -> int:
     checks: list[tuple[str, Callable[[], str]]] = [
         ("settings", lambda: f"from {source or 'the environment and defaults'}")
     ]
-    for key in settings.api_keys or ("",):
-        name = f"API key {ApiKey(key, settings.plan).shown}" if key else "API key"
-        checks.append((name, partial(_check_key, settings, key)))
+    if not settings.api_keys:
+        checks.append(("API key", partial(_check_key, settings, "")))
+    for key, plan in settings.key_plans():
+        checks.append((f"API key {ApiKey(key, plan).shown}", partial(_check_key, settings, key)))
     checks.append(("state directory", lambda: _check_state_directory(settings.state_directory)))
     checks.append(("MongoDB" if settings.mongodb_uri else "local store", lambda: _check_store(settings)))
     if settings.platform_url():
@@ -4371,8 +5440,8 @@ def run_check(settings: Settings, source: Path | None) -> int:
 def _check_key(settings: Settings, key: str) -> str:
     if not key:
         raise StockrtError(NO_KEY_HINT)
-    api = InfowayApi(settings.api_base_url, KeyPool([key], settings.plan))
-    verdict = api.ask_once(Batch("stock", "AAPL.US"), key)
+    path = _trade_path(Batch("stock", "AAPL.US"))
+    verdict = decide(get_once(settings.api_base_url, path, API_LIMITS, {"apiKey": key}), datetime.now(UTC))
     if verdict.action in (Action.ACCEPT, Action.CODES_UNKNOWN):
         return f"accepted by {settings.api_base_url}"
     name = (
@@ -4408,6 +5477,113 @@ def _check_platform(settings: Settings) -> str:
         raise StockrtError(f"{url}/module/online answers HTTP {answer.status} and is no dispatch platform; "
                            "see SERVER_IP and SERVER_PORT")  # fmt: skip
     return f"{url} answers"
+
+
+def gather_status(settings: Settings) -> dict[str, Any]:
+    """Return what --status shows, from the daemon's own words where one runs or ran. Raises StoreError."""
+    directory = settings.state_directory
+    running = daemon_runs(directory)
+    told = _read_status(directory)
+    platform = {"url": settings.platform_url() or None, "state": "no daemon"}
+    if running:
+        platform["state"] = told.get("platform", "not connected")
+    module_hash = read_hash(directory)
+    journal = Journal(directory)
+    try:
+        waiting = journal.count_waiting()
+    finally:
+        journal.close()
+    return {
+        "version": __version__,
+        "daemon": {"running": running, **({n: told.get(n) for n in ("pid", "version")} if running else {})},
+        "registration": shorten(module_hash) if module_hash else None,
+        "platform": platform | {name: told.get(name) for name in ("connected_since", "last_contact")},
+        "store": settings.mongodb_shown() or str(directory / SQLITE_NAME),
+        "waiting": waiting,
+        "last_execution": told.get("last_execution"),
+        "keys": _gather_keys(settings, told.get("keys", []) if running else []),
+    }
+
+
+def _read_status(directory: Path) -> dict[str, Any]:
+    """Return what a daemon wrote last, nothing where none ever ran."""
+    try:
+        told = json.loads((directory / STATUS_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _gather_keys(settings: Settings, told: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return of each key its plan, what is used and left today, and the state that a running daemon told."""
+    store = open_store(settings)
+    facts = LocalFacts(settings.state_directory)
+    try:
+        ledger = make_ledger(settings, store, facts)
+        states = {state["digest"]: state for state in told}
+        return [
+            _gather_key(ApiKey(secret, plan), ledger, states.get(key_digest(secret), {}))
+            for secret, plan in settings.key_plans()
+        ]
+    finally:
+        facts.close()
+        store.close()
+
+
+def _gather_key(key: ApiKey, ledger: Ledger, told: Mapping[str, Any]) -> dict[str, Any]:
+    now = time.time()
+    used = ledger.used_today(key.digest, now)
+    state = {"state": "ready", "why": "", "until": "", "not_for": []}
+    state |= {name: told[name] for name in state if name in told}
+    if state["state"] == "resting" and cast(str, state["until"]) <= _later(now, 0):  # it was when it was told
+        state |= {"state": "ready", "why": "", "until": ""}
+    left = max(0, key.plan.per_day - used) if key.plan.per_day else None
+    if left == 0 and state["state"] == "ready":
+        until = _later(next_midnight(now), 0)
+        state |= {"state": "resting", "why": _day_used_up(key.plan), "until": until}
+    return {"key": key.shown, "plan": key.plan.name, "used_today": used, "left_today": left, **state}
+
+
+def run_status(settings: Settings, as_json: bool) -> int:
+    """Print the status for a person, or as one JSON object."""
+    status = gather_status(settings)
+    if as_json:
+        print(settings.redact(json.dumps(status, ensure_ascii=False)))
+        return EXIT_OK
+    waiting, last = status["waiting"], status["last_execution"]
+    lines = [
+        ("version", status["version"]),
+        ("daemon", _daemon_line(status["daemon"])),
+        ("registration", status["registration"] or "none: run --register"),
+        ("platform", _platform_line(status["platform"])),
+        ("store", status["store"]),
+        ("waiting", f"{waiting['commands']} commands, {waiting['results']} results to deliver"),
+        ("last execution", f"{last['status']} at {last['at']}: {last['message']}" if last else "none yet"),
+        *(("API key", _key_line(key)) for key in status["keys"]),
+    ]
+    print(settings.redact("\n".join(f"{name:<15} {text}" for name, text in lines)))
+    return EXIT_OK
+
+
+def _daemon_line(daemon: Mapping[str, Any]) -> str:
+    if not daemon["running"]:
+        return "not running"
+    return f"running, pid {daemon['pid']}, version {daemon['version']}"
+
+
+def _platform_line(platform: Mapping[str, Any]) -> str:
+    line = f"{platform['url'] or 'none set'}: {platform['state']}"
+    if platform["state"] == "connected":
+        return f"{line} since {platform['connected_since']}"
+    return line + (f", last contact {platform['last_contact']}" if platform["last_contact"] else "")
+
+
+def _key_line(key: Mapping[str, Any]) -> str:
+    left = "no daily limit" if key["left_today"] is None else f"{key['left_today']} left"
+    line = f"{key['key']}  {key['plan']}  {key['used_today']} used today, {left}  {key['state']}"
+    line += f" until {key['until']}" if key["until"] else ""
+    line += f" ({key['why']})" if key["why"] else ""
+    return line + (f"; not for {', '.join(key['not_for'])}" if key["not_for"] else "")
 
 
 def need_platform(settings: Settings) -> None:
@@ -4490,6 +5666,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return run_once(options, loaded.settings)
     if options.register:
         return run_register(loaded.settings, options.force)
+    if options.status:
+        return run_status(loaded.settings, options.json)
     if options.check:
         return run_check(loaded.settings, loaded.source)
     if options.check_settings:

@@ -89,7 +89,7 @@ def api_of(
     rng: random.Random | None = None,
 ) -> Iterator[InfowayApi]:
     """Yield a client of the server, for "test-key" unless other keys are named."""
-    pool = KeyPool(keys or ("test-key",), plan)
+    pool = KeyPool([(key, plan) for key in keys or ("test-key",)])
     with contextlib.closing(InfowayApi(server.url, pool, rng or Hasty(), limits)) as api:
         yield api
 
@@ -653,7 +653,7 @@ def test_5000_codes_at_10_requests_a_second(tmp_path: Path) -> None:
 
     def measure(folder: Path) -> tuple[int, float]:
         with ServerProcess("--per-second", "10") as server:
-            pool = KeyPool(["test-key"], PLANS["premium"])
+            pool = KeyPool([("test-key", PLANS["premium"])])
             with contextlib.closing(InfowayApi(server.url, pool)) as api:
                 run = collect(api, codes, folder)
             requests, over = server.end()
@@ -851,7 +851,7 @@ def test_certificate_of_ssl_cert_file(run_pyz: RunPyz) -> None:
 
 
 def test_plain_http_server_called_https(infoway: InfowayServer, tmp_path: Path) -> None:
-    url, pool = infoway.url.replace("http:", "https:"), KeyPool(["test-key"], NO_LIMIT)
+    url, pool = infoway.url.replace("http:", "https:"), KeyPool([("test-key", NO_LIMIT)])
     short = Limits(connect_s=0.2, read_s=0.2, whole_s=0.5)  # it waits for the rest of a request's head
     with contextlib.closing(InfowayApi(url, pool, Hasty(), short)) as api:
         run = collect(api, STOCKS, tmp_path)
@@ -921,6 +921,14 @@ class GatedStore:
         self.entered.set()
         assert self.gate.wait(SOON_S)
         return self._store.write(documents)
+
+    def newest(self, codes: object, since: int, until: int) -> dict[str, Document]:
+        """Nothing is looked up: no closes are kept in these runs."""
+        raise AssertionError
+
+    def write_closes(self, closes: object) -> None:
+        """No closes are kept in these runs."""
+        raise AssertionError
 
     def check(self) -> str:
         """As the store behind."""

@@ -19,10 +19,10 @@ from stockrt import (
     BatchPlan,
     Instrument,
     InstrumentError,
+    market_of,
     parse_code,
     plan_batches,
     split_codes,
-    zone_of,
 )
 
 
@@ -255,26 +255,30 @@ def test_codes_may_be_separated_in_any_usual_way(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "product", "zone"),
+    ("code", "zone"),
     [
-        ("AAPL.US", "stock", "America/New_York"),
-        ("00700.HK", "stock", "Asia/Hong_Kong"),
-        ("600519.SH", "stock", "Asia/Shanghai"),
-        ("000001.SZ", "stock", "Asia/Shanghai"),
-        ("7203.JP", "japan", "Asia/Tokyo"),
-        ("005930.KS", "korea", "Asia/Seoul"),
-        ("RELIANCE.IN", "india", "Asia/Kolkata"),
-        ("2330.TW", "taiwan", "Asia/Taipei"),
-        ("USDCNY", "", "America/New_York"),
-        ("XAUUSD", "common", "America/New_York"),
-        ("US500", "common", "America/New_York"),
-        ("BTCUSDT", "", "UTC"),
-        ("SOMETHING", "", "UTC"),
+        ("AAPL.US", "America/New_York"),
+        ("00700.HK", "Asia/Hong_Kong"),
+        ("600519.SH", "Asia/Shanghai"),
+        ("000001.SZ", "Asia/Shanghai"),
+        ("7203.JP", "Asia/Tokyo"),
+        ("005930.KS", "Asia/Seoul"),
+        ("RELIANCE.IN", "Asia/Kolkata"),
+        ("2330.TW", "Asia/Taipei"),
+        ("USDCNY", "America/New_York"),
+        ("XAUUSD", "America/New_York"),
+        ("BTCUSDT", "UTC"),
     ],
 )
-def test_every_code_has_the_clock_of_its_exchange(code: str, product: str, zone: str) -> None:
-    """The code alone tells it; without a suffix the product may help."""
-    assert zone_of(code, product) == zone
+def test_every_code_has_the_clock_of_its_exchange(code: str, zone: str) -> None:
+    """The code alone tells it."""
+    market = market_of(code)
+    assert market is not None and market.zone == zone
+
+
+def test_a_code_that_does_not_tell_its_market_has_none() -> None:
+    """It is stored, but it has no close."""
+    assert market_of("US500") is None
 
 
 # ------------------------------------------------------------------------------------------------------

@@ -506,11 +506,9 @@ def broken() -> None:
 
 
 def no_key_reason() -> str:
-    pool = stockrt.KeyPool(["one-key"], stockrt.PLANS["free"])
+    pool = stockrt.KeyPool([("one-key", stockrt.PLANS["free"])])
     try:
-        pool.note(
-            pool.keys[0], "stock", stockrt.Verdict(stockrt.Action.KEY_DEAD, "HTTP 401"), datetime.now(UTC)
-        )
+        pool.note(pool.keys[0], "stock", stockrt.Verdict(stockrt.Action.KEY_DEAD, "HTTP 401"))
         pool.acquire("stock", threading.Event())
     except stockrt.NoKeyError as error:
         return str(error)
@@ -522,6 +520,12 @@ class BrokenStore:
 
     def write(self, documents: object) -> stockrt.WriteReport:
         raise stockrt.StoreError("away")
+
+    def newest(self, codes: object, since: int, until: int) -> dict[str, stockrt.Document]:
+        return {}
+
+    def write_closes(self, closes: object) -> None:
+        pass
 
     def check(self) -> str:
         return ""

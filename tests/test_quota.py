@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from stockrt import (
     LONGEST_WAIT_FOR_KEY_S,
+    MIDNIGHT_MARGIN_S,
     PLANS,
     WINDOW_MARGIN_S,
     Action,
@@ -53,10 +54,17 @@ def go() -> threading.Event:
     return threading.Event()
 
 
-def pool_of(keys: Sequence[str], plan: Plan = UNLIMITED) -> tuple[KeyPool, Clock]:
-    """Return a pool and the clock that it goes by."""
+def pool_of(keys: Sequence[str], plan: Plan = UNLIMITED, start: datetime = NOON) -> tuple[KeyPool, Clock]:
+    """Return a pool and the clock that it goes by; it is `start` at first."""
     clock = Clock()
-    return KeyPool(keys, plan, clock), clock
+    begin = start.timestamp() - clock.now
+    return KeyPool([(key, plan) for key in keys], None, clock, lambda: begin + clock.now), clock
+
+
+def back_at(start: datetime, seconds: float) -> str:
+    """Return how a refusal says when a key returns."""
+    moment = datetime.fromtimestamp(round(start.timestamp() + seconds), UTC)
+    return f"back at {moment:%Y-%m-%dT%H:%M:%S}.000Z"
 
 
 def assert_interrupted(pool: KeyPool, clock: Clock) -> None:
@@ -96,14 +104,14 @@ def refusal(pool: KeyPool, product: str = "stock") -> str:
 )
 def test_a_plan_is_kept_by_these_windows(plan: str, windows: tuple[tuple[int, float], ...]) -> None:
     """Requests and seconds; the price list's for a named plan, the number's for a custom one."""
-    loaded = load_settings({"INFOWAY_PLAN": plan}, None, (), is_root=False).settings.plan
+    loaded = load_settings({"INFOWAY_PLAN": plan}, None, (), is_root=False).settings.plans[0]
     assert loaded.windows() == windows
 
 
 @given(st.floats(0.01, 10_000))
 def test_the_windows_of_any_rate_allow_that_rate_and_no_more(rate: float) -> None:
     """Over its length no window lets more through than the rate."""
-    plan = load_settings({"INFOWAY_PLAN": repr(rate)}, None, (), is_root=False).settings.plan
+    plan = load_settings({"INFOWAY_PLAN": repr(rate)}, None, (), is_root=False).settings.plans[0]
     assert plan.windows()
     for limit, seconds in plan.windows():
         assert limit >= 1
@@ -214,7 +222,7 @@ def test_several_keys_add_their_rates() -> None:
 def test_a_dead_key_is_never_used_again_and_its_rate_is_gone() -> None:
     """The others go on."""
     pool, clock = pool_of([KEY, OTHER], PLANS["premium"])
-    pool.note(pool.keys[0], "stock", Verdict(Action.KEY_DEAD, "Token invalid"), NOON)
+    pool.note(pool.keys[0], "stock", Verdict(Action.KEY_DEAD, "Token invalid"))
     assert pool.rate() == 10
     assert {pool.acquire("stock", go()).secret for _ in range(10)} == {OTHER}
     clock.now += 1e9
@@ -224,8 +232,8 @@ def test_a_dead_key_is_never_used_again_and_its_rate_is_gone() -> None:
 def test_when_every_key_is_dead_each_is_named_with_its_reason() -> None:
     """Masked, and at once: there is nothing to wait for."""
     pool, _ = pool_of([KEY, OTHER])
-    pool.note(pool.keys[0], "stock", Verdict(Action.KEY_DEAD, "Token invalid"), NOON)
-    pool.note(pool.keys[1], "stock", Verdict(Action.KEY_DEAD, "plan expired"), NOON)
+    pool.note(pool.keys[0], "stock", Verdict(Action.KEY_DEAD, "Token invalid"))
+    pool.note(pool.keys[1], "stock", Verdict(Action.KEY_DEAD, "plan expired"))
     words = refusal(pool)
     assert "aaa…111: Token invalid" in words
     assert "bbb…222: plan expired" in words
@@ -238,16 +246,16 @@ def test_the_first_reason_of_a_dead_key_stays() -> None:
     """What came while it died does not cover it."""
     pool, _ = pool_of([KEY])
     for reason in ("Token invalid", "plan expired"):
-        pool.note(pool.keys[0], "stock", Verdict(Action.KEY_DEAD, reason), NOON)
+        pool.note(pool.keys[0], "stock", Verdict(Action.KEY_DEAD, reason))
     assert "Token invalid" in refusal(pool)
 
 
 def test_a_product_that_the_key_lacks_closes_that_product_only() -> None:
     """Another key may serve it."""
     pool, _ = pool_of([KEY, OTHER])
-    pool.note(pool.keys[0], "japan", Verdict(Action.KEY_LACKS_PRODUCT, "not in the plan"), NOON)
+    pool.note(pool.keys[0], "japan", Verdict(Action.KEY_LACKS_PRODUCT, "not in the plan"))
     assert {pool.acquire("japan", go()).secret for _ in range(5)} == {OTHER}
-    pool.note(pool.keys[1], "japan", Verdict(Action.KEY_LACKS_PRODUCT, "not in the plan"), NOON)
+    pool.note(pool.keys[1], "japan", Verdict(Action.KEY_LACKS_PRODUCT, "not in the plan"))
     assert "japan" in refusal(pool, "japan")
     assert "not in the plan" in refusal(pool, "japan")
     assert pool.acquire("stock", go()).secret == KEY
@@ -264,12 +272,12 @@ def test_a_product_that_the_key_lacks_closes_that_product_only() -> None:
 )
 def test_a_key_whose_day_is_over_rests_until_midnight_utc(now_utc: datetime, seconds: float) -> None:
     """No request waits for that; the refusal says how long it is, and afterwards the key is back."""
-    pool, clock = pool_of([KEY])
-    pool.note(pool.keys[0], "stock", Verdict(Action.KEY_DAY_OVER, "day upper limit"), now_utc)
+    pool, clock = pool_of([KEY], start=now_utc)
+    pool.note(pool.keys[0], "stock", Verdict(Action.KEY_DAY_OVER, "day upper limit"))
     words = refusal(pool)
     assert "day upper limit" in words
-    assert f"back in {round(seconds)} s" in words
-    clock.now += seconds - 0.01
+    assert back_at(now_utc, seconds + MIDNIGHT_MARGIN_S) in words
+    clock.now += seconds + MIDNIGHT_MARGIN_S - 0.01
     assert_interrupted(pool, clock)
     clock.now += 0.02
     assert pool.acquire("stock", go()).secret == KEY
@@ -278,14 +286,14 @@ def test_a_key_whose_day_is_over_rests_until_midnight_utc(now_utc: datetime, sec
 def test_another_key_takes_over_when_one_rests() -> None:
     """A day's quota is each key's own."""
     pool, _ = pool_of([KEY, OTHER])
-    pool.note(pool.keys[0], "stock", Verdict(Action.KEY_DAY_OVER, "day upper limit"), NOON)
+    pool.note(pool.keys[0], "stock", Verdict(Action.KEY_DAY_OVER, "day upper limit"))
     assert {pool.acquire("stock", go()).secret for _ in range(5)} == {OTHER}
 
 
 def test_a_key_that_was_refused_for_its_rate_rests_as_long_as_told() -> None:
     """Then it is used again."""
     pool, clock = pool_of([KEY])
-    pool.note(pool.keys[0], "stock", Verdict(Action.SLOW_DOWN, "too fast", wait_s=7), NOON)
+    pool.note(pool.keys[0], "stock", Verdict(Action.SLOW_DOWN, "too fast", wait_s=7))
     assert pool.keys[0].ready_at(clock.now) == clock.now + 7
     clock.now += 7
     assert pool.acquire("stock", go()).secret == KEY
@@ -294,18 +302,18 @@ def test_a_key_that_was_refused_for_its_rate_rests_as_long_as_told() -> None:
 def test_a_shorter_rest_neither_shortens_nor_renames_a_longer_one() -> None:
     """Requests that were under way meanwhile may be refused for another reason."""
     pool, _ = pool_of([KEY])
-    pool.note(pool.keys[0], "stock", Verdict(Action.KEY_DAY_OVER, "day upper limit"), NOON)
-    pool.note(pool.keys[0], "stock", Verdict(Action.SLOW_DOWN, "too fast", wait_s=1), NOON)
+    pool.note(pool.keys[0], "stock", Verdict(Action.KEY_DAY_OVER, "day upper limit"))
+    pool.note(pool.keys[0], "stock", Verdict(Action.SLOW_DOWN, "too fast", wait_s=1))
     words = refusal(pool)
-    assert "back in 43200 s" in words
+    assert back_at(NOON, 43200 + MIDNIGHT_MARGIN_S) in words
     assert "day upper limit" in words
 
 
 def test_a_key_that_comes_back_too_late_is_not_waited_for() -> None:
     """Up to the limit it is, beyond it is not."""
     pool, clock = pool_of([KEY])
-    pool.note(pool.keys[0], "stock", Verdict(Action.SLOW_DOWN, "x", wait_s=LONGEST_WAIT_FOR_KEY_S + 1), NOON)
-    assert f"back in {LONGEST_WAIT_FOR_KEY_S + 1:.0f} s" in refusal(pool)
+    pool.note(pool.keys[0], "stock", Verdict(Action.SLOW_DOWN, "x", wait_s=LONGEST_WAIT_FOR_KEY_S + 1))
+    assert back_at(NOON, LONGEST_WAIT_FOR_KEY_S + 1) in refusal(pool)
     clock.now += 1
     assert_interrupted(pool, clock)
 
@@ -316,7 +324,7 @@ def test_a_key_that_comes_back_too_late_is_not_waited_for() -> None:
 def test_other_answers_do_not_touch_the_key(action: Action) -> None:
     """They say nothing about it."""
     pool, clock = pool_of([KEY])
-    pool.note(pool.keys[0], "stock", Verdict(action, "x", wait_s=99), NOON)
+    pool.note(pool.keys[0], "stock", Verdict(action, "x", wait_s=99))
     assert pool.keys[0].ready_at(clock.now) == clock.now
     assert pool.acquire("stock", go()).secret == KEY
 
@@ -344,7 +352,7 @@ def test_a_stop_ends_the_waiting_for_a_key() -> None:
             return super().__call__()
 
     clock = StoppingClock()
-    pool = KeyPool([KEY], PLANS["free"], clock)
+    pool = KeyPool([(KEY, PLANS["free"])], None, clock)
     pool.acquire("stock", stop)
     clock.looks_left = 3
     with pytest.raises(Interrupted):
@@ -359,7 +367,7 @@ def test_a_key_that_dies_wakes_those_who_wait_for_it() -> None:
     words: list[str] = []
     waiting = threading.Thread(target=lambda: words.append(refusal(pool)))
     waiting.start()
-    pool.note(pool.keys[0], "stock", Verdict(Action.KEY_DEAD, "Token invalid"), NOON)
+    pool.note(pool.keys[0], "stock", Verdict(Action.KEY_DEAD, "Token invalid"))
     waiting.join(5)
     assert "Token invalid" in words[0]
     assert clock.now == 1000.0
@@ -388,7 +396,7 @@ def test_the_log_says_once_which_key_is_out_and_shows_no_secret(
 ) -> None:
     """With the reason, masked."""
     pool, _ = pool_of([KEY])
-    pool.note(pool.keys[0], "stock", Verdict(action, "the reason"), NOON)
+    pool.note(pool.keys[0], "stock", Verdict(action, "the reason"))
     (record,) = caplog.records
     assert "aaa…111" in record.getMessage()
     assert "the reason" in record.getMessage()

@@ -86,11 +86,12 @@ def test_nothing_set_gives_the_defaults_and_needs_no_file() -> None:
     assert settings == Settings(
         api_keys=(),
         api_base_url="https://data.infoway.io",
-        plan=PLANS["free"],
+        plans=(PLANS["free"],),
         mongodb_uri="",
         mongodb_db_name="forecast_platform",
         realtime_name="realtime",
         close_name="close",
+        license_name="license_usage",
         numeric_type="string",
         server_host="",
         server_port=0,
@@ -114,7 +115,7 @@ def test_the_environment_is_stronger_than_the_file_and_the_file_than_the_default
     """Each setting is taken from the strongest place that has it."""
     file = write("INFOWAY_PLAN=pro\nLOG_LEVEL=debug\n")
     settings, source, _ = load({"INFOWAY_PLAN": "basic"}, file)
-    assert (settings.plan.name, settings.log_level, settings.numeric_type) == ("basic", "debug", "string")
+    assert (settings.plans[0].name, settings.log_level, settings.numeric_type) == ("basic", "debug", "string")
     assert source == file
 
 
@@ -123,7 +124,7 @@ def test_a_named_file_replaces_the_usual_places(write: WriteFile) -> None:
     place = write("LOG_LEVEL=debug\nINFOWAY_PLAN=pro\n", "usual.env")
     named = write("INFOWAY_PLAN=basic\n", "named.env")
     settings, source, _ = load({}, named, [place])
-    assert (settings.plan.name, settings.log_level, source) == ("basic", "info", named)
+    assert (settings.plans[0].name, settings.log_level, source) == ("basic", "info", named)
 
 
 def test_the_first_usual_place_that_exists_is_read_alone(tmp_path: Path, write: WriteFile) -> None:
@@ -162,7 +163,7 @@ def test_an_empty_value_counts_as_not_set(write: WriteFile, empty: str) -> None:
     file = write(f"LOG_LEVEL=debug\nINFOWAY_PLAN='{empty}'\nMONGODB_HOST=\nSERVER_PORT=''\n")
     settings = load({"INFOWAY_PLAN": empty, "LOG_LEVEL": empty, "INFOWAY_API_KEY": empty}, file).settings
     assert settings.log_level == "debug"
-    assert settings.plan == PLANS["free"]
+    assert settings.plans == (PLANS["free"],)
     assert (settings.mongodb_uri, settings.server_port, settings.api_keys) == ("", 0, ())
 
 
@@ -385,14 +386,14 @@ GOOD: list[tuple[str, str, object]] = [
     ("INFOWAY_API_BASE_URL", "http://127.0.0.1:8080", "http://127.0.0.1:8080"),
     ("INFOWAY_API_BASE_URL", "https://[::1]:8443/", "https://[::1]:8443"),
     ("INFOWAY_API_BASE_URL", "https://proxy.example.com/infoway/", "https://proxy.example.com/infoway"),
-    ("INFOWAY_PLAN", "free", PLANS["free"]),
-    ("INFOWAY_PLAN", "Basic", PLANS["basic"]),
-    ("INFOWAY_PLAN", "PREMIUM", PLANS["premium"]),
-    ("INFOWAY_PLAN", "pro", PLANS["pro"]),
-    ("INFOWAY_PLAN", "0", Plan("0", 0, 0)),
-    ("INFOWAY_PLAN", "5", Plan("5", 5, 300)),
-    ("INFOWAY_PLAN", "2.5", Plan("2.5", 2.5, 150)),
-    ("INFOWAY_PLAN", "0.2", Plan("0.2", 0.2, 12)),
+    ("INFOWAY_PLAN", "free", (PLANS["free"],)),
+    ("INFOWAY_PLAN", "Basic", (PLANS["basic"],)),
+    ("INFOWAY_PLAN", "PREMIUM", (PLANS["premium"],)),
+    ("INFOWAY_PLAN", "pro", (PLANS["pro"],)),
+    ("INFOWAY_PLAN", "0", (Plan("0", 0, 0),)),
+    ("INFOWAY_PLAN", "5", (Plan("5", 5, 300),)),
+    ("INFOWAY_PLAN", "2.5", (Plan("2.5", 2.5, 150),)),
+    ("INFOWAY_PLAN", "0.2", (Plan("0.2", 0.2, 12),)),
     ("MONGODB_HOST", "mongodb://localhost", "mongodb://localhost"),
     ("MONGODB_HOST", "mongodb://u:p%40w@h:27017/db?authSource=admin", ...),
     ("MONGODB_HOST", "mongodb://a:27017,b:27018,c/?replicaSet=rs0&w=majority", ...),
@@ -405,6 +406,7 @@ GOOD: list[tuple[str, str, object]] = [
     ("MONGODB_DB_NAME", "x" * 63, "x" * 63),
     ("MONGODB_REALTIME_COLLECTION_NAME", "a.b-c", "a.b-c"),
     ("MONGODB_CLOSE_COLLECTION_NAME", "x" * 120, "x" * 120),
+    ("MONGODB_LICENSE_COLLECTION_NAME", "x" * 120, "x" * 120),
     ("MONGODB_NUMERIC_TYPE", "Decimal", "decimal"),
     ("MONGODB_NUMERIC_TYPE", "double", "double"),
     ("SERVER_IP", "10.0.0.5", "10.0.0.5"),
@@ -450,7 +452,7 @@ BAD: list[tuple[str, str]] = [
     ("INFOWAY_PLAN", "-1"),
     ("INFOWAY_PLAN", "nan"),
     ("INFOWAY_PLAN", "inf"),
-    ("INFOWAY_PLAN", "1,5"),
+    ("INFOWAY_PLAN", "free,gold"),
     ("INFOWAY_PLAN", "0.0001"),
     ("MONGODB_HOST", "localhost:27017"),
     ("MONGODB_HOST", "http://localhost"),
@@ -477,6 +479,7 @@ BAD: list[tuple[str, str]] = [
     ("MONGODB_REALTIME_COLLECTION_NAME", "a$b"),
     ("MONGODB_REALTIME_COLLECTION_NAME", "system.users"),
     ("MONGODB_CLOSE_COLLECTION_NAME", "x" * 121),
+    ("MONGODB_LICENSE_COLLECTION_NAME", "x" * 121),
     ("MONGODB_NUMERIC_TYPE", "float"),
     ("SERVER_IP", "http://platform"),
     ("SERVER_IP", "platform:8080"),

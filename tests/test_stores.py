@@ -824,7 +824,7 @@ def test_mongo_collection_of_the_settings(mongo_place: MongoPlace) -> None:
 def test_run_stops_fetching_when_the_store_is_away(infoway: InfowayServer) -> None:
     codes = [f"{600_000 + number}.SH" for number in range(3_000)]
     uri = f"mongodb://user:{SECRET}@127.0.0.1:{nobody_listens()}/?timeoutMS=2000"
-    pool = KeyPool(["test-key"], Plan("20", 20, 1200))
+    pool = KeyPool([("test-key", Plan("20", 20, 1200))])
     with (
         contextlib.closing(mongo_store(uri)) as store,
         contextlib.closing(InfowayApi(infoway.url, pool)) as api,
@@ -845,7 +845,7 @@ def test_run_says_which_codes_the_store_refused(infoway: InfowayServer, sqlite_p
                 "CREATE TRIGGER no_hk BEFORE INSERT ON realtime WHEN NEW.s LIKE '%.HK' "
                 "BEGIN SELECT RAISE(ABORT, 'no Hong Kong here'); END"
             )
-        with contextlib.closing(InfowayApi(infoway.url, KeyPool(["test-key"], Plan("0", 0, 0)))) as api:
+        with contextlib.closing(InfowayApi(infoway.url, KeyPool([("test-key", Plan("0", 0, 0))]))) as api:
             report = Collector(api, store).run(["AAPL.US", "00700.HK", "600519.SH"], threading.Event())
     assert (report.total, report.stored, set(report.failures)) == (3, 2, {"00700.HK"})
     assert re.search("no Hong Kong here", report.failures["00700.HK"])
@@ -854,7 +854,7 @@ def test_run_says_which_codes_the_store_refused(infoway: InfowayServer, sqlite_p
 
 def test_same_run_twice_stores_nothing_twice(place: Place, infoway: InfowayServer) -> None:
     codes = ["AAPL.US", "00700.HK", "600519.SH", "BTCUSDT", "USDCNY"]
-    pool = KeyPool(["test-key"], Plan("0", 0, 0))
+    pool = KeyPool([("test-key", Plan("0", 0, 0))])
     counts = []
     with opened(place) as store, contextlib.closing(InfowayApi(infoway.url, pool)) as api:
         for tick in (0, 0, 1, 1):
