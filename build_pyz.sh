@@ -385,7 +385,8 @@ run_tests() {
     "$bin/ruff" format --check stockrt.py tests
     "$bin/mypy" --strict stockrt.py tests
     (build_file fetch_all)
-    "$bin/python" -B -m pytest tests "$@"
+    # two at a time, a file by one of them: most tests wait for other processes, not for the processor
+    "$bin/python" -B -m pytest -n 2 --dist loadfile tests "$@"
 }
 
 # ------------------------------------------------------------------------------------------ main
