@@ -1271,9 +1271,9 @@ MAX_REFUSALS = 8
 BACKOFF_FIRST_S, BACKOFF_CAP_S = 0.5, 8.0
 SLOW_DOWN_FIRST_S, SLOW_DOWN_CAP_S = 1.0, 15.0
 # Asked for in the midst of a run, which it must not hold up for long: without it the usual close counts.
-CALENDAR_LIMITS = Limits(5.0, 8.0, 10.0)
+CALENDAR_LIMITS = Limits(2.0, 3.0, 3.0)
 CALENDAR_PATH = "/common/basic/markets/trading_days"
-CALENDAR_TRIES = 3
+CALENDAR_TRIES = 2
 # A `Retry-After` beyond this is answered by failing the batch with that number in the reason.
 LONGEST_RETRY_AFTER_S = 60.0
 # No server on the path gains from more connections than this, and each is a thread here.

@@ -162,7 +162,8 @@ def mixed_codes() -> tuple[list[str], dict[str, str]]:
 
 def check_mixed_requests(server: InfowayServer, products: dict[str, str]) -> None:
     """Every good code was asked once, at its product; the unknown ones at theirs, then at stock."""
-    asked = [(code, request.product) for request in server.requests for code in request.codes]
+    requests = [request for request in server.requests if request.path.count("/") == 3]  # no calendar
+    asked = [(code, request.product) for request in requests for code in request.codes]
     assert sorted(pair for pair in asked if pair[0] in products) == sorted(products.items())
     assert [pair for pair in asked if pair[0] == "GONE.US"] == [("GONE.US", "stock")]
     assert [pair for pair in asked if pair[0] == "NOPEUSDT"] == [
@@ -170,8 +171,8 @@ def check_mixed_requests(server: InfowayServer, products: dict[str, str]) -> Non
         ("NOPEUSDT", "stock"),
     ]
     assert len(asked) == len(products) + 3
-    assert max(len(request.codes) for request in server.requests) <= MAX_BATCH
-    assert all(request.path.startswith(f"/{request.product}/batch_trade/") for request in server.requests)
+    assert max(len(request.codes) for request in requests) <= MAX_BATCH
+    assert all(request.path.startswith(f"/{request.product}/batch_trade/") for request in requests)
 
 
 def test_mixed_codes(tmp_path: Path) -> None:
@@ -592,7 +593,7 @@ def test_retry_after_beyond_all_patience_is_not_waited_for(infoway: InfowayServe
     assert time.monotonic() - began < SOON_S
     assert infoway.request_count == 1
     assert set(run.report.failures) == {*STOCKS, "BTCUSDT"}
-    assert all(re.search(r"\b3(600|59\d) s", reason) for reason in run.report.failures.values())
+    assert all("HTTP 429" in reason and "back at" in reason for reason in run.report.failures.values())
 
 
 @pytest.mark.parametrize("header", ["", "soon", "-1", "1e9", "٣", "Mon, 99 Foo 2026", "0", "9" * 400])
@@ -847,7 +848,7 @@ def test_certificate_of_ssl_cert_file(run_pyz: RunPyz) -> None:
         assert "certificate" in refused.stderr.lower() and "Traceback" not in refused.stderr
         assert server.request_count == 0
         done = run_pyz("--once", "--codes", "AAPL.US", env=env | {"SSL_CERT_FILE": str(server.ca_file)})
-        assert (done.returncode, server.request_count) == (0, 1), done.stderr
+        assert (done.returncode, server.codes_asked()) == (0, ["AAPL.US"]), done.stderr
 
 
 def test_plain_http_server_called_https(infoway: InfowayServer, tmp_path: Path) -> None:

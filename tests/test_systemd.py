@@ -203,7 +203,7 @@ def dripping(box: Box, installed: str) -> tuple[Instance, str, float]:
 @pytest.fixture(scope="module")
 def slow_stop(box: Box, installed: str, helpers: ThreadPoolExecutor) -> tuple[Instance, str, Future[float]]:
     """A stop in the middle of a fetch of 10 s, going on beside the other tests."""
-    instance = make_instance(box, "stockrt-slow", latency=10.0)
+    instance = make_instance(box, "stockrt-slow", latency=lambda request: 10.0 if request.codes else 0.0)
     instance.start()
     execution_id = instance.execute()
     instance.api.wait_for(lambda api: api.in_flight == 1)
