@@ -886,11 +886,14 @@ def test_commands_are_answered_while_the_server_is_killed_again_and_again(
 def _store(
     kind: str, request: pytest.FixtureRequest, state: Path
 ) -> tuple[Mapping[str, str], Callable[[], Sequence[str]]]:
-    """The settings of a store, and the codes of its documents."""
+    """The settings of a store, and the codes of its documents.
+
+    The server that stores decimals: the other, FerretDB, reads all documents for every look at a few.
+    """
     if kind == "sqlite":
         return {}, lambda: stored(state)
-    uri, name = request.getfixturevalue("mongo_db")
-    server = request.getfixturevalue("mongo_server")
+    uri, name = request.getfixturevalue("decimal_db")
+    server = request.getfixturevalue("decimal_mongo")
     client = server.client()
     request.addfinalizer(client.close)
     return {"MONGODB_HOST": uri, "MONGODB_DB_NAME": name}, lambda: [
@@ -927,6 +930,8 @@ def test_killed_again_and_again_it_answers_everything_it_accepted(
             assert server.wait_for(lambda s: not s.connected, PATIENCE)
             daemon.start()
         assert accepted
+        # what 50 kills left unanswered, one after the other, is more than half a minute's work
+        server.wait_for(lambda s: all(s.results_for(one) for one in accepted), 4 * PATIENCE)
         answered(server, *accepted)
         assert server.wait_for(lambda s: s.connected, PATIENCE)
         settled(server)
