@@ -3949,9 +3949,6 @@ def _dial(settings: Settings, module_hash: str) -> Any:
         url = f"{settings.platform_url().replace('http', 'ws', 1)}/websocket?hash={module_hash}"
         opened[-1].settimeout(DIAL_TIMEOUT_S)
         ws.connect(url, socket=opened[-1], redirect_limit=0)
-        if (status := ws.handshake_response.status) != 101:  # the library takes a redirection for success
-            ws.shutdown()
-            raise DialError(f"the handshake was answered with HTTP {status}", status)
         return ws
     except WebSocketBadStatusException as error:
         status = error.status_code

@@ -945,6 +945,23 @@ def test_killed_again_and_again_it_answers_everything_it_accepted(
     assert {code for one in texts for code in codes_for(one[1:], size)} <= set(codes)
 
 
+def test_a_redirected_handshake_is_no_connection(infoway: InfowayServer, state: Path) -> None:
+    """Nor is it followed: the hash is for this server alone."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def redirect() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: ws://127.0.0.1:1/\r\n\r\n")
+
+        server = threading.Thread(target=redirect)
+        server.start()
+        with pytest.raises(stockrt.DialError, match="Redirect"):
+            stockrt.Link(settings_for(listener.getsockname()[1], infoway.url, state), HASH)
+        server.join(PATIENCE)
+
+
 # ------------------------------------------------------------------------------------------------------
 # The end
 # ------------------------------------------------------------------------------------------------------

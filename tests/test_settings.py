@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
 import hypothesis
 import pytest
+from conftest import unprivileged
 from hypothesis import strategies as st
 
 import stockrt
@@ -21,7 +21,6 @@ EXAMPLE = Path(__file__).resolve().parent.parent / "stockrt.env.example"
 NAMES = [setting.name for setting in SETTINGS]
 # Stands for a secret wherever one may not be shown.
 SECRET = "hunter22"
-NOBODY = 65534
 
 WriteFile = Callable[..., Path]
 
@@ -58,19 +57,6 @@ def faults_of(
     with pytest.raises(SettingsError) as caught:
         load(environ, file, places)
     return caught.value.faults
-
-
-@contextlib.contextmanager
-def unprivileged() -> Iterator[None]:
-    """Go on as a user that file permissions hold for: root may read everything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.setresuid(NOBODY, NOBODY, 0)
-    try:
-        yield
-    finally:
-        os.setresuid(0, 0, 0)
 
 
 # ------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import pymongo
 import pytest
 from bson.decimal128 import Decimal128
 from bson.int64 import Int64
+from conftest import unprivileged
 from infoway_server import InfowayServer, make_record
 from mongo_server import MongoServer
 
@@ -54,7 +55,6 @@ SOON_S = 15.0
 CREATED = datetime(2026, 8, 15, 1, 2, 3, 456_000, tzinfo=UTC)
 FIELDS = ["_id", "s", "t", "p", "v", "vw", "td", "stock_code", "create_time"]
 SECRET = "hunter2-secret"
-NOBODY = 65534
 QUICK = "serverSelectionTimeoutMS=1500&timeoutMS=1500"
 
 
@@ -540,19 +540,6 @@ def test_state_directory_that_cannot_be_made(tmp_path: Path) -> None:
         SqliteStore(tmp_path / "file" / "state")
 
 
-@contextlib.contextmanager
-def as_ordinary_user() -> Iterator[None]:
-    """Take off root's right to write everything, where the tests have it."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.setresuid(NOBODY, NOBODY, 0)
-    try:
-        yield
-    finally:
-        os.setresuid(0, 0, 0)
-
-
 @pytest.mark.parametrize("what", ["directory", "file"])
 def test_state_directory_that_may_not_be_written(what: str) -> None:
     # pytest's own folders may not be entered by another user.
@@ -564,7 +551,7 @@ def test_state_directory_that_may_not_be_written(what: str) -> None:
         for path in (Path(folder), place.file.parent, *place.file.parent.iterdir()):
             path.chmod(0o777 if path.is_dir() else 0o666)
         target.chmod(0o555 if target.is_dir() else 0o444)
-        with as_ordinary_user(), pytest.raises(StoreError, match="STATE_DIRECTORY"):
+        with unprivileged(), pytest.raises(StoreError, match="STATE_DIRECTORY"):
             SqliteStore(place.file.parent).write(make_documents(2))
         target.chmod(0o777)
         assert len(place.documents()) == 1
