@@ -240,7 +240,7 @@ def test_it_executes_and_answers_for_both_generations(
             answers = [one_answer(server, one) for one in ids]
             settled(server)
             assert len(server.results) == len(ids)
-            assert journalled(state, where="NOT received") == []
+            assert until(lambda: journalled(state, where="NOT received") == [])
         assert [answer["status"] for answer in answers] == ["success"] * 5
         assert [answer["result"]["success_count"] for answer in answers] == [10, 10, 10, 2, 1]
         assert [answer["result"]["duplicate_count"] for answer in answers] == [0, 0, 0, 0, 1]
