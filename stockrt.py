@@ -88,6 +88,8 @@ class StockrtError(Exception):
     ├── NoKeyError          no API key can serve now; says which key is out, why and until when
     ├── Interrupted         the run was asked to stop
     ├── StoreError          the store did not take what it was given; says which setting mends it
+    │   ├── StoreAway       MongoDB does not take writes now; what is not written is kept and follows
+    │   └── SpoolFull       no more may wait on this machine for MongoDB
     ├── RegistrationError   the platform did not register the module; says what to do
     ├── DialError           no connection to the platform could be made
     └── LinkLost            the connection to the platform is gone
@@ -133,6 +135,19 @@ class StoreError(StockrtError):
     """The store is away or refuses to work; nothing of the write counts as stored."""
 
 
+class StoreAway(StoreError):
+    """MongoDB does not take writes now, for no fault of a document: `unreachable`, or with words of its own."""
+
+    def __init__(self, message: str, unreachable: bool = True, words: str = "") -> None:
+        super().__init__(message)
+        self.unreachable = unreachable
+        self.words = words
+
+
+class SpoolFull(StoreError):
+    """The limit of what may wait on this machine is reached; what waits is kept."""
+
+
 def one_line(text: object, limit: int = 300) -> str:
     """Return `text` as one printable line of at most `limit` characters, control characters escaped."""
     try:
@@ -141,6 +156,52 @@ def one_line(text: object, limit: int = 300) -> str:
         text = f"a huge {type(text).__name__}"
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+# A trouble that goes on is said again this often.
+TROUBLE_AGAIN_S = 300.0
+# Reasons of one trouble that are told apart; a peer that says something new each time fills no log.
+TROUBLE_KINDS = 16
+
+
+class Trouble:
+    """Says a repeating trouble when it begins or changes, every few minutes with a count, and when it ends."""
+
+    def __init__(
+        self, what: str, clock: Callable[[], float] = time.monotonic, then: str = "trying again"
+    ) -> None:
+        self._what = what
+        self._then = then
+        self._clock = clock
+        self._said: dict[str, float] = {}  # kind of reason -> when it was said
+        self._count = 0
+
+    def again(self, reason: str) -> None:
+        """The trouble is there (still)."""
+        now = self._clock()
+        self._count += 1
+        kind = re.sub(r"\d+", "#", reason)  # seconds and bytes that differ make no new reason
+        if kind not in self._said and len(self._said) >= TROUBLE_KINDS:
+            kind = ""
+        if kind not in self._said:
+            log.warning("%s: %s; %s", self._what, reason, self._then)
+        elif now - self._said[kind] >= TROUBLE_AGAIN_S:
+            log.warning("%s: still %s (%d tries)", self._what, reason, self._count)
+        else:
+            return
+        self._said[kind] = now
+
+    @property
+    def there(self) -> bool:
+        """Whether the trouble is not over."""
+        return self._count > 0
+
+    def over(self) -> None:
+        """The trouble is over, if there was one."""
+        if self._count:
+            log.info("%s: well again after %d tries", self._what, self._count)
+        self._said.clear()
+        self._count = 0
 
 
 # ======================================================================================================
@@ -209,6 +270,7 @@ class Settings:
     state_directory: Path
     log_level: str
     metrics_file: Path | None = None
+    spool_max_bytes: int = 1024 << 20
     color: bool = True
 
     def secrets(self) -> tuple[str, ...]:
@@ -372,6 +434,12 @@ def _host(value: str) -> str:
     return bare
 
 
+def _megabytes(value: str) -> int:
+    """Return the bytes of a number of megabytes (2^20 each)."""
+    _expect(value.isascii() and value.isdigit() and 1 <= int(value) <= 1 << 20)
+    return int(value) << 20
+
+
 def _directory(value: str) -> Path:
     path = Path(value.partition(":")[0])  # systemd joins several with colons; ours is the first
     _expect(path.is_absolute() and "\0" not in value)
@@ -428,6 +496,7 @@ SETTINGS = (
     Setting("MODULE_DESCRIPTION", "module_description", "获取股票、外汇、加密货币的最新成交并写入 MongoDB",
             "at most 500 printable characters", _text(0, 500)),
     Setting("STATE_DIRECTORY", "state_directory", "", "an absolute path", _directory),
+    Setting("SPOOL_MAX_MB", "spool_max_bytes", "1024", "megabytes, a whole number from 1 to 1048576", _megabytes),
     Setting("METRICS_FILE", "metrics_file", "", "an absolute path that ends in .prom", _metrics_file),
     Setting("LOG_LEVEL", "log_level", "info", "debug, info, warning or error",
             _one_of("debug", "info", "warning", "error")),
@@ -1921,15 +1990,22 @@ class DemoApi:
 # Stores
 # ======================================================================================================
 #
-# Promises, over both stores (one contract suite checks them):
+# Promises, over both stores and the spool between them (one contract suite checks them, and the fault suite):
 #   1. One trade, one document, whoever writes it and however often: `_id` is made of the trade alone,
 #      `s|t|p|v|td`, each part as the API sent it. Polled again, retried, or written by two machines, the
 #      same trade has the same `_id`, and the first one written stays, its `create_time` with it.
-#   2. What `write` counts as stored or known is acknowledged by MongoDB with its write concern, or is on
-#      this disk (SQLite, synchronous=FULL).
-#   3. A document that the store refuses is named with the store's words; the others are stored.
-#   4. `write` ends within a time limit, or raises StoreError: then nothing of it counts as stored.
-#   5. `close` holds ONE document per code and session date, `_id` `code|date`, and whoever writes, in
+#   2. What `write` counts is durable: `stored` and `known` are acknowledged by MongoDB with its write
+#      concern, or, without MongoDB, on this disk; `kept` is on this disk (SQLite, synchronous=FULL).
+#   3. What is kept reaches MongoDB when it is back, in order of arrival per code, without anybody's help,
+#      at least five times faster than it came, while new work goes on: new trades queue up behind it.
+#   4. What is kept never grows past SPOOL_MAX_MB nor takes the disk below 5 % free: at the limit new work is
+#      refused by name and counted. What waits is never thrown away.
+#   5. A document that MongoDB refuses for good is named and goes to the table `rejects` with MongoDB's
+#      words; the others are stored, and nothing waits for it.
+#   6. A damaged local file is set aside with the date in its name, what can be read is rescued, one error
+#      line says so, and the work goes on.
+#   7. `write` ends within a time limit, or raises StoreError: then nothing of it counts as stored.
+#   8. `close` holds ONE document per code and session date, `_id` `code|date`, and whoever writes, in
 #      whatever order, it ends as the same one, the best of all candidates: a regular trade of what is known
 #      to be a half day, then any other regular trade, then one after hours. Of regular trades the later is
 #      the better, of those after hours the earlier; equal times are decided by price, volume and side; of
@@ -1942,7 +2018,7 @@ MONGODB_SELECTION_TIMEOUT_MS = 5_000
 # How long one process waits for another that writes to the same SQLite file.
 SQLITE_BUSY_S = 10.0
 SQLITE_NAME = "stockrt.db"
-SQLITE_VERSION = 1
+SQLITE_VERSION = 2
 DUPLICATE_KEY = 11000
 # Most codes trade in the last minutes before a close (auction included): looked at first.
 NEWEST_SPAN_MS = 6 * 60 * 1000
@@ -2006,11 +2082,16 @@ CLOSE_MARKS = ("after_hours", "half_day", "half_day_unknown")
 
 
 class WriteReport(NamedTuple):
-    """What a write did: documents new and known before, and the refused ones (`_id` -> reason)."""
+    """What a write did: documents new and known before, and the refused ones (`_id` -> reason).
+
+    `kept`: documents that wait on this machine for MongoDB, and `kept_because` why.
+    """
 
     stored: int = 0
     known: int = 0
     refused: Mapping[str, str] = MappingProxyType({})
+    kept: int = 0
+    kept_because: str = ""
 
 
 class Store(Protocol):
@@ -2025,8 +2106,11 @@ class Store(Protocol):
         A code without one is missing. Raises StoreError.
         """
 
-    def write_closes(self, closes: Sequence[Close]) -> None:
-        """Let each candidate take its place in `close` unless one as good stands there. Raises StoreError."""
+    def write_closes(self, closes: Sequence[Close]) -> Mapping[str, str]:
+        """Let each candidate take its place in `close` unless one as good stands there.
+
+        Returns the refused ones (`_id` -> reason). Raises StoreError.
+        """
 
     def check(self) -> str:
         """Try what a run needs and return a line that says what holds. Raises StoreError."""
@@ -2035,96 +2119,210 @@ class Store(Protocol):
         """Let go of files and connections."""
 
 
-class SqliteStore:
-    """The embedded store: one file in the state directory, readable with the sqlite3 shell."""
+# ------------------------------------------------------------------------------------------------------
+# Local files
+# ------------------------------------------------------------------------------------------------------
 
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / SQLITE_NAME
-        make_state_directory(directory)
-        self._db = open_sqlite(self.path, SQLITE_VERSION, _SQLITE_SCHEMA)
+# The page size of our files: SQLite's default since 2016.
+SQLITE_PAGE = 4096
+# What its primary result codes say of a file: SQLITE_CORRUPT and SQLITE_NOTADB.
+SQLITE_DAMAGED = (11, 26)
+SQLITE_SIDES = ("", "-wal", "-shm")
 
-    def write(self, documents: Sequence[Document]) -> WriteReport:
-        """Store documents in one transaction. Raises StoreError when the file cannot be written."""
+
+class LocalFile:
+    """One of our SQLite files: WAL, fsynced at every commit, for this user alone; thread-safe.
+
+    Damaged, or of another user, it is set aside and a new one takes its place (promise 6), whenever that is
+    seen. Raises StoreError when the file cannot be used or was written by a newer stockrt.
+    """
+
+    def __init__(self, path: Path, version: int, schema: str) -> None:
+        make_state_directory(path.parent)
+        self.path = path
+        self._version = version
+        self._schema = schema
+        self._lock = threading.RLock()
+        self._db: sqlite3.Connection | None = None
+        self._opened: tuple[int, int] | None = None
+        self._open()
+
+    def write(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Do `work` in a transaction of its own, on disk when this returns. Raises StoreError."""
+        return self._run(work, "BEGIN IMMEDIATE")
+
+    def read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Return what `work` reads. Raises StoreError."""
+        return self._run(work, "BEGIN")
+
+    def shrink(self) -> None:
+        """Give unused space back to the disk, as far as nobody else reads the file now. Raises StoreError."""
         import sqlite3
 
-        rows = [_sqlite_row(document) for document in documents]
-        refused: dict[str, str] = {}
-        try:
-            with self._db:
-                try:
-                    stored = self._db.executemany(_SQLITE_INSERT, rows).rowcount
-                except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError):
-                    self._db.rollback()
-                    stored = sum(self._write_one(row, refused) for row in rows)
-        except sqlite3.Error as error:
-            raise sqlite_fault(self.path, error) from error
-        stored = max(0, stored)  # -1 where nothing was to be done
-        return WriteReport(stored, len(documents) - stored - len(refused), refused)
+        with self._lock, contextlib.suppress(sqlite3.OperationalError):  # busy: the next time
+            self._connection().execute("VACUUM")
+            self._connection().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
-    def _write_one(self, row: Sequence[Any], refused: dict[str, str]) -> int:
-        """Store one row and return how many are new: 0 or 1; a refused one is named in `refused`."""
+    def empty_log(self) -> None:
+        """Move the write-ahead log into the file, as far as nobody else reads it now. Raises StoreError."""
         import sqlite3
 
-        try:
-            return self._db.execute(_SQLITE_INSERT, row).rowcount
-        except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError) as error:
-            refused[str(row[0])] = f"the local store refused it: {one_line(error, 200)}"
-            return 0
+        with self._lock:
+            try:
+                self._connection().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            except sqlite3.Error as error:
+                raise sqlite_fault(self.path, error) from error
 
-    def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
-        """Return the newest trade of each code in a span of time. Raises StoreError."""
-        import sqlite3
-
-        names = ("_id", *TRADE_FIELDS, "stock_code")
-        query = (
-            f"SELECT {', '.join(names)} FROM realtime "  # noqa: S608
-            "WHERE stock_code = ? AND t BETWEEN ? AND ? AND demo IS NULL "
-            "ORDER BY t DESC, p DESC, v DESC, td DESC LIMIT 1"
-        )
-        try:
-            rows = [self._db.execute(query, (code, since, until)).fetchone() for code in codes]
-        except sqlite3.Error as error:
-            raise sqlite_fault(self.path, error) from error
-        return {row[-1]: dict(zip(names, row, strict=True)) for row in rows if row}
-
-    def write_closes(self, closes: Sequence[Close]) -> None:
-        """Write candidates in one transaction; the statement itself decides which is the better one."""
-        import sqlite3
-
-        now = _iso(utc_now())
-        try:
-            with self._db:
-                self._db.executemany(_SQLITE_CLOSE, [_close_row(close, now) for close in closes])
-        except sqlite3.Error as error:
-            raise sqlite_fault(self.path, error) from error
-
-    def check(self) -> str:
-        """Write and take back a row. Raises StoreError."""
-        import sqlite3
-
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute("CREATE TABLE probe (x)")
-            self._db.rollback()
-            (count,) = self._db.execute("SELECT count(*) FROM realtime").fetchone()
-        except sqlite3.Error as error:
-            raise sqlite_fault(self.path, error) from error
-        return f"{self.path} can be written, {count} trades in it"
+    def bytes_on_disk(self) -> int:
+        """Return the size of the file and of what SQLite keeps beside it, in bytes."""
+        return sum(_size_of(side) for side in _sides(self.path))
 
     def close(self) -> None:
         """Close the file."""
-        self._db.close()
+        with self._lock:
+            if self._db is not None:
+                self._db.close()
+            self._db = None
+
+    def _run(self, work: Callable[[sqlite3.Connection], _T], begin: str) -> _T:
+        import sqlite3
+
+        with self._lock:
+            try:
+                return self._transact(work, begin)
+            except sqlite3.Error as error:
+                if not self._is_lost(error):
+                    raise sqlite_fault(self.path, error) from error
+                self._open(error)
+            try:
+                return self._transact(work, begin)
+            except sqlite3.Error as error:
+                raise sqlite_fault(self.path, error) from error
+
+    def _transact(self, work: Callable[[sqlite3.Connection], _T], begin: str) -> _T:
+        while True:
+            with self._connection() as db:
+                db.execute(begin)
+                if self._is_current():
+                    return work(db)
+            self._open()  # another process has set aside what this one had open
+
+    def _connection(self) -> sqlite3.Connection:
+        if self._db is None:
+            raise StoreError(f"the local file {self.path} is closed already")
+        return self._db
+
+    def _is_current(self) -> bool:
+        return self._opened == _inode(self.path)
+
+    def _open(self, damage: Exception | None = None) -> None:
+        """Open the file; `damage` is what showed that it cannot go on as it is."""
+        import sqlite3
+
+        with _directory_lock(self.path.parent):  # nobody opens a file while another sets it aside
+            try:
+                if damage is not None and self._is_current():
+                    self._set_aside(damage)
+                try:
+                    self._connect()
+                except sqlite3.Error as error:
+                    if not self._is_lost(error):
+                        raise
+                    self._set_aside(error)
+                    self._connect()
+            except (sqlite3.Error, OSError) as error:
+                raise sqlite_fault(self.path, error) from error
+
+    def _connect(self) -> None:
+        self.close()
+        if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
+            raise _damage("its beginning is cut off")  # SQLite would take it for new and drop the log
+        self._db = open_sqlite(self.path, self._version, self._schema)
+        self._opened = _inode(self.path)
+
+    def _is_lost(self, error: Exception) -> bool:
+        """Whether the file is damaged, or may not be used by this user."""
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in SQLITE_DAMAGED or "decode to UTF-8" in str(error):
+            return True
+        return self.path.is_file() and not all(
+            os.access(side, os.R_OK | os.W_OK) for side in _sides(self.path) if side.exists()
+        )
+
+    def _set_aside(self, damage: Exception) -> None:
+        """Put a new file in the place of the old one, with what can be read of it."""
+        stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z"
+        aside = self.path.with_name(f"{self.path.name}.damaged-{stamp}")
+        fresh = self.path.with_name(f"{self.path.name}.rescue")
+        for side in _sides(fresh):
+            side.unlink(missing_ok=True)
+        with contextlib.closing(open_sqlite(fresh, self._version, self._schema)) as db:
+            rescued = rescue(self.path, db)
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self.close()
+        for old, new in zip(_sides(self.path), _sides(aside), strict=True):
+            if old.exists():
+                old.replace(new)
+        fresh.replace(self.path)
+        _sync_directory(self.path.parent)
+        log.error("the local file %s cannot be used: %s; it is set aside as %s, %d rows of it are rescued",
+                  self.path, one_line(damage), aside.name, rescued)  # fmt: skip
+
+
+def _sides(path: Path) -> list[Path]:
+    """Return a file of SQLite's and what it keeps beside it: the file, the write-ahead log, shared memory."""
+    return [path.with_name(path.name + end) for end in SQLITE_SIDES]
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _damage(words: str) -> Exception:
+    import sqlite3
+
+    error = sqlite3.DatabaseError(words)
+    error.sqlite_errorcode = SQLITE_DAMAGED[0]
+    return error
+
+
+@contextlib.contextmanager
+def _directory_lock(directory: Path) -> Iterator[None]:
+    """Hold the lock that keeps other processes, and other threads, from opening our files in a directory."""
+    import fcntl
+
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def open_sqlite(path: Path, version: int, schema: str) -> sqlite3.Connection:
-    """Open a file of ours, made with `schema` if it is new: WAL, and fsynced at every commit.
+    """Open a file of ours, made or brought up to `version` with `schema`: WAL, and fsynced at every commit.
 
-    Raises StoreError when it cannot be used or was written by a newer stockrt.
+    Raises sqlite3.Error, and StoreError when it was written by a newer stockrt.
     """
     import sqlite3
 
+    db = sqlite3.connect(path, timeout=SQLITE_BUSY_S, check_same_thread=False)
     try:
-        db = sqlite3.connect(path, timeout=SQLITE_BUSY_S, check_same_thread=False)
         _set_wal(db)
         db.execute("PRAGMA synchronous=FULL")
         (found,) = db.execute("PRAGMA user_version").fetchone()
@@ -2136,8 +2334,9 @@ def open_sqlite(path: Path, version: int, schema: str) -> sqlite3.Connection:
         if found < version:
             db.executescript(schema)
             keep_owner(path, path.parent)
-    except sqlite3.Error as error:
-        raise sqlite_fault(path, error) from error
+    except BaseException:
+        db.close()
+        raise
     return db
 
 
@@ -2157,8 +2356,214 @@ def _set_wal(db: sqlite3.Connection) -> None:
 
 
 def sqlite_fault(path: Path, error: Exception) -> StoreError:
-    """Return what an operator must know of a fault of SQLite."""
+    """Return what an operator must know of a fault of SQLite, or of the disk below it."""
     return StoreError(f"the local file {path} fails: {error}; see STATE_DIRECTORY")
+
+
+def rescue(damaged: Path, db: sqlite3.Connection) -> int:
+    """Copy what can be read of a damaged file into a new one of ours and return how many rows that is.
+
+    Trades are looked for page by page, so that they are found where nothing points to them any more. One
+    that was deleted may come back so: it is known to MongoDB then, which does no harm.
+    """
+    with db:
+        found = _rescue_trades(damaged, db) if _columns(db, "realtime") else 0
+        names = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
+        for (name,) in names.fetchall():
+            if name != "realtime":
+                found += _rescue_table(damaged, db, name)
+    return found
+
+
+def _rescue_trades(damaged: Path, db: sqlite3.Connection) -> int:
+    """Rescue trades in their order of arrival, under new numbers: old ones could be there twice."""
+    columns = ", ".join(_columns(db, "realtime")[1:])
+    db.execute("CREATE TEMP TABLE rescued AS SELECT * FROM realtime LIMIT 0")
+    places = ", ".join("?" * len(_columns(db, "realtime")))
+    db.executemany(f"INSERT INTO rescued VALUES ({places})", carve_trades(damaged))  # noqa: S608
+    done = db.execute(
+        f"INSERT INTO realtime ({columns}) SELECT {columns} FROM rescued WHERE true ORDER BY seq "  # noqa: S608
+        "ON CONFLICT (_id) DO NOTHING"
+    )
+    db.execute("DROP TABLE rescued")
+    return done.rowcount
+
+
+def _rescue_table(damaged: Path, db: sqlite3.Connection, name: str) -> int:
+    """Rescue a table from both its ends, up to where it cannot be read."""
+    before = db.total_changes
+    for order in ("", "ORDER BY 1 DESC"):
+        for row in _readable_rows(damaged, f"SELECT * FROM {name} {order}"):  # noqa: S608
+            columns, places = ", ".join(row), ", ".join("?" * len(row))
+            insert = f"INSERT OR IGNORE INTO {name} ({columns}) VALUES ({places})"  # noqa: S608
+            db.execute(insert, tuple(row.values()))
+    return db.total_changes - before
+
+
+def _readable_rows(damaged: Path, query: str) -> Iterator[dict[str, Any]]:
+    """Yield rows, each by the names of its columns, up to the first that cannot be read."""
+    import sqlite3
+
+    try:
+        with contextlib.closing(sqlite3.connect(damaged)) as old:
+            rows = old.execute(query)
+            names = [column[0] for column in rows.description]
+            for row in rows:
+                yield dict(zip(names, row, strict=True))
+    except sqlite3.Error as error:
+        log.debug("%s: %s", damaged, error)
+
+
+def _columns(db: sqlite3.Connection, table: str) -> list[str]:
+    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+
+
+def carve_trades(path: Path) -> Iterator[tuple[Any, ...]]:
+    """Yield rows of `realtime` from the pages of a file and of its log, whether or not they are in use.
+
+    The layout is that of SQLite's file format (sqlite.org/fileformat2.html); a row counts only if its
+    `_id` follows from its fields.
+    """
+    file, write_ahead_log, _ = _sides(path)
+    # a log has a header of 32 bytes, and one of 24 before each page
+    for source, start, skip in ((file, 0, 0), (write_ahead_log, 32, 24)):
+        with contextlib.suppress(OSError), source.open("rb") as stream:  # not there, or not for this user
+            stream.seek(start)
+            while block := stream.read(skip + SQLITE_PAGE):
+                yield from _leaf_rows(block[skip:])
+
+
+def _leaf_rows(page: bytes) -> Iterator[tuple[Any, ...]]:
+    """Yield the trades of a page, if it is a leaf of a table."""
+    if page[:1] != b"\x0d":
+        return
+    for number in range(min(int.from_bytes(page[3:5]), (len(page) - 8) // 2)):
+        with contextlib.suppress(IndexError, ValueError):  # no row, or none of ours
+            yield _carve_row(page, int.from_bytes(page[8 + 2 * number : 10 + 2 * number]))
+
+
+def _carve_row(page: bytes, at: int) -> tuple[Any, ...]:
+    """Return the trade at a place of a page. Raises IndexError or ValueError where there is none."""
+    _, at = _varint(page, at)  # the row's length
+    number, start = _varint(page, at)
+    size, at = _varint(page, start)
+    kinds: list[int] = []
+    while at < start + size:
+        kind, at = _varint(page, at)
+        kinds.append(kind)
+    values: list[Any] = []
+    for kind in kinds:
+        value, at = _carve_value(page, kind, at)
+        values.append(value)
+    _, name, s, t, p, v, vw, td, code, created, demo = values
+    if name != f"{s}|{t}|{p}|{v}|{td}" or code != s or not isinstance(vw, str) or demo not in (None, 1):
+        raise ValueError("its fields do not make its _id")
+    datetime.fromisoformat(str(created))
+    return (number, *values[1:])
+
+
+def _varint(page: bytes, at: int) -> tuple[int, int]:
+    """Return SQLite's variable-length integer at a place, and the place behind it."""
+    value = 0
+    for place in range(at, at + 8):
+        value = value << 7 | page[place] & 0x7F
+        if page[place] < 0x80:
+            return value, place + 1
+    return value << 8 | page[at + 8], at + 9
+
+
+def _carve_value(page: bytes, kind: int, at: int) -> tuple[str | int | None, int]:
+    """Return a value of a serial type and the place behind it; types that trades do not have raise ValueError."""
+    if kind in (0, 8, 9):
+        return {0: None, 8: 0, 9: 1}[kind], at
+    if 1 <= kind <= 6:
+        end = at + (1, 2, 3, 4, 6, 8)[kind - 1]
+        return int.from_bytes(page[at:end], signed=True), end
+    if kind < 13 or not kind % 2:
+        raise ValueError(f"serial type {kind}")
+    end = at + (kind - 13) // 2
+    if end > len(page):
+        raise ValueError("beyond the page")
+    return page[at:end].decode(), end
+
+
+# ------------------------------------------------------------------------------------------------------
+# The embedded store
+# ------------------------------------------------------------------------------------------------------
+
+
+class SqliteStore:
+    """The embedded store: one file in the state directory, readable with the sqlite3 shell."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / SQLITE_NAME
+        self._file = LocalFile(self.path, SQLITE_VERSION, _SQLITE_SCHEMA)
+
+    def write(self, documents: Sequence[Document]) -> WriteReport:
+        """Store documents in one transaction. Raises StoreError when the file cannot be written."""
+        import sqlite3
+
+        rows = [_sqlite_row(document) for document in documents]
+        refused: dict[str, str] = {}
+
+        def insert(db: sqlite3.Connection) -> int:
+            self._admit(db, documents)
+            try:
+                return db.executemany(_SQLITE_INSERT, rows).rowcount
+            except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError):
+                db.rollback()
+                return sum(_insert_one(db, row, refused) for row in rows)
+
+        stored = max(0, self._file.write(insert))  # -1 where nothing was to be done
+        return WriteReport(stored, len(documents) - stored - len(refused), refused)
+
+    def _admit(self, db: sqlite3.Connection, documents: Sequence[Document]) -> None:
+        """Raise StoreError if there is no room for these documents: here only the disk's end is one."""
+
+    def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
+        """Return the newest trade of each code in a span of time. Raises StoreError."""
+        names = ("_id", *TRADE_FIELDS, "stock_code")
+        query = (
+            f"SELECT {', '.join(names)} FROM realtime "  # noqa: S608
+            "WHERE stock_code = ? AND t BETWEEN ? AND ? AND demo IS NULL "
+            "ORDER BY t DESC, p DESC, v DESC, td DESC LIMIT 1"
+        )
+        rows = self._file.read(
+            lambda db: [db.execute(query, (code, since, until)).fetchone() for code in codes]
+        )
+        return {row[-1]: dict(zip(names, row, strict=True)) for row in rows if row}
+
+    def write_closes(self, closes: Sequence[Close]) -> Mapping[str, str]:
+        """Write candidates in one transaction; the statement itself decides which is the better one."""
+        now = _iso(utc_now())
+        rows = [_close_row(close, now) for close in closes]
+        self._file.write(lambda db: db.executemany(_SQLITE_CLOSE, rows))
+        return {}
+
+    def check(self) -> str:
+        """Write and take back a row. Raises StoreError."""
+
+        def probe(db: sqlite3.Connection) -> int:
+            db.execute("CREATE TABLE probe (x)")
+            db.rollback()
+            return int(db.execute("SELECT count(*) FROM realtime").fetchone()[0])
+
+        return f"{self.path} can be written, {self._file.write(probe)} trades in it"
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _insert_one(db: sqlite3.Connection, row: Sequence[Any], refused: dict[str, str]) -> int:
+    """Store one row and return how many are new: 0 or 1; a refused one is named in `refused`."""
+    import sqlite3
+
+    try:
+        return db.execute(_SQLITE_INSERT, row).rowcount
+    except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError) as error:
+        refused[str(row[0])] = f"the local store refused it: {one_line(error, 200)}"
+        return 0
 
 
 _SQLITE_INSERT = (
@@ -2185,6 +2590,15 @@ CREATE TABLE IF NOT EXISTS realtime (
     demo INTEGER                            -- 1: synthetic, by --demo
 );
 CREATE INDEX IF NOT EXISTS realtime_code_time ON realtime (stock_code, t DESC);
+CREATE INDEX IF NOT EXISTS realtime_demo ON realtime (seq) WHERE demo IS NOT NULL;
+CREATE TABLE IF NOT EXISTS rejects (        -- what MongoDB refused for good
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    collection TEXT NOT NULL, _id TEXT NOT NULL,
+    document TEXT NOT NULL,                 -- JSON
+    reason TEXT NOT NULL,                   -- MongoDB's words
+    rejected_at TEXT NOT NULL,              -- UTC, ISO 8601
+    UNIQUE (collection, _id)
+);
 CREATE TABLE IF NOT EXISTS close (
     _id TEXT PRIMARY KEY,                   -- code|date
     date TEXT NOT NULL,                     -- of the session, on the exchange's calendar
@@ -2255,31 +2669,87 @@ def _iso(moment: datetime) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
 
 
+# ------------------------------------------------------------------------------------------------------
+# MongoDB
+# ------------------------------------------------------------------------------------------------------
+
+# Faults that MongoDB reports of a single document of a batch, though any would have met them: the server is
+# about to change its role or to go (the drivers' list of retryable errors), has no room, or lacks a right.
+NOT_THE_DOCUMENTS_FAULT = frozenset(
+    [6, 7, 13, 24, 46, 50, 63, 64, 89, 91, 112, 134, 150, 189, 249, 262, 8000, 9001, 10058, 10107, 11600,
+     11602, 13388, 13435, 13436, 14031]
+)  # fmt: skip
+
+
 class MongoStore:
-    """The `realtime` collection of a MongoDB; one client per process, connected at first use."""
+    """The collections of a MongoDB; one client per process, connected at first use. Thread-safe."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._convert = _number_converter(settings.numeric_type)
         self.client = self._connect()
+        self.realtime_name = settings.realtime_name
+        self.close_name = settings.close_name
         self._indexed = False
 
     def write(self, documents: Sequence[Document]) -> WriteReport:
-        """Insert documents unordered; those whose `_id` is there count as known. Raises StoreError."""
+        """Insert documents unordered; those whose `_id` is there count as known.
+
+        Raises StoreAway for whatever is not a fault of single documents.
+        """
+        from bson.errors import BSONError
         from pymongo.errors import BulkWriteError, PyMongoError
 
-        if not documents:
-            return WriteReport()
+        encoded, refused = self._encode(documents)
+        if not encoded:
+            return WriteReport(refused=refused)
         try:
             self._make_index()
-            done = self._collection().insert_many([self._bson(d) for d in documents], ordered=False)
+            self._collection().insert_many(encoded, ordered=False)
         except BulkWriteError as error:
-            return self._sort_errors(error.details or {}, len(documents))
+            report = self._sort_errors(error.details or {}, len(encoded))
+            return report._replace(refused={**refused, **report.refused})
+        except (PyMongoError, BSONError) as error:
+            raise self._fault(error) from error
+        return WriteReport(len(encoded), refused=refused)
+
+    def _encode(self, documents: Sequence[Document]) -> tuple[Sequence[Document], dict[str, str]]:
+        """Return the documents as they will be stored, and those whose numbers do not fit (`_id` -> why)."""
+        if self._convert is None:
+            return documents, {}
+        encoded, refused = [], {}
+        for document in documents:
+            try:
+                encoded.append(self._bson(document))
+            except (ArithmeticError, ValueError) as error:
+                kind = self._settings.numeric_type
+                refused[document["_id"]] = (
+                    f"its numbers do not fit MONGODB_NUMERIC_TYPE={kind}: {one_line(error)}"
+                )
+        return encoded, refused
+
+    def takes_another(self) -> bool:
+        """Return whether a document of no use can be written now; it is deleted again."""
+        from pymongo import timeout
+        from pymongo.errors import PyMongoError, WriteError
+
+        try:
+            with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000):
+                self._probe(self.realtime_name)
+        except WriteError:  # it may not look like this: the server works all the same
+            return True
+        except PyMongoError:
+            return False
+        return True
+
+    def has(self, name: str) -> bool:
+        """Return whether a trade of this `_id` is in `realtime`. Raises StoreAway."""
+        from pymongo.errors import PyMongoError
+
+        try:
+            return self._collection().find_one({"_id": name}, {"_id": 1}) is not None
         except PyMongoError as error:
             raise self._fault(error) from error
-        if not done.acknowledged:
-            raise StoreError("MongoDB did not acknowledge the write; take w=0 out of MONGODB_HOST")
-        return WriteReport(len(documents))
 
     def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
         """Return the newest trade of each code in a span of time. Raises StoreError.
@@ -2304,7 +2774,7 @@ class MongoStore:
             raise self._fault(error) from error
         return {code: document | _as_texts(document) for code, document in found.items()}
 
-    def write_closes(self, closes: Sequence[Close]) -> None:
+    def write_closes(self, closes: Sequence[Close]) -> Mapping[str, str]:
         """Insert candidates; where a document stands already, a conditional update lets the server decide."""
         from pymongo import UpdateOne
         from pymongo.errors import PyMongoError
@@ -2312,28 +2782,28 @@ class MongoStore:
         now = utc_now()
         documents = [self._close_document(close, now) for close in closes]
         try:
-            taken = self._insert_closes(documents)
+            taken, refused = self._insert_closes(documents)
             updates = []
             for close, document in zip(closes, documents, strict=True):
                 if close.key in taken:
                     updates.append(UpdateOne(_worse_close(close, document), _close_update(document)))
             if updates:
-                self._collection(self._settings.close_name).bulk_write(updates, ordered=False)
+                self._collection(self.close_name).bulk_write(updates, ordered=False)
         except PyMongoError as error:
             raise self._fault(error) from error
+        return refused
 
-    def _insert_closes(self, documents: Sequence[Document]) -> set[str]:
-        """Insert what is new and return the `_id` of the others."""
+    def _insert_closes(self, documents: Sequence[Document]) -> tuple[set[str], Mapping[str, str]]:
+        """Insert what is new; return the `_id` of what stands already, and what was refused (`_id` -> why)."""
         from pymongo.errors import BulkWriteError
 
         try:
-            self._collection(self._settings.close_name).insert_many(documents, ordered=False)
+            self._collection(self.close_name).insert_many(documents, ordered=False)
         except BulkWriteError as error:
-            report = self._sort_errors(error.details or {}, len(documents))
-            if report.refused:
-                raise StoreError(next(iter(report.refused.values()))) from error
-            return {fault["op"]["_id"] for fault in (error.details or {})["writeErrors"]}
-        return set()
+            details = error.details or {}
+            refused = self._sort_errors(details, len(documents)).refused
+            return {fault["op"]["_id"] for fault in details["writeErrors"]} - refused.keys(), refused
+        return set(), {}
 
     def _close_document(self, close: Close, now: datetime) -> Document:
         found = self._bson(close.document)
@@ -2347,15 +2817,12 @@ class MongoStore:
         from pymongo.errors import PyMongoError
 
         settings = self._settings
-        probe = "stockrt-check"
         try:
             with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000):
                 self.client.admin.command("ping")
             self._make_index()
-            for name in (settings.realtime_name, settings.close_name):
-                collection = self._collection(name)
-                collection.replace_one({"_id": probe}, {"_id": probe}, upsert=True)
-                collection.delete_one({"_id": probe})
+            for name in (self.realtime_name, self.close_name):
+                self._probe(name)
         except PyMongoError as error:
             raise self._fault(error) from error
         return (f"{settings.mongodb_shown()}: database {settings.mongodb_db_name} can be written, "
@@ -2364,6 +2831,12 @@ class MongoStore:
     def close(self) -> None:
         """Close the client."""
         self.client.close()
+
+    def _probe(self, name: str) -> None:
+        """Write to a collection and take it back."""
+        collection, probe = self._collection(name), {"_id": f"stockrt-check-{os.getpid()}"}
+        collection.replace_one(probe, probe, upsert=True)
+        collection.delete_one(probe)
 
     def _connect(self) -> MongoClient[Document]:
         from pymongo import MongoClient
@@ -2385,7 +2858,7 @@ class MongoStore:
             ) from None
 
     def _collection(self, name: str = "") -> MongoCollection[Document]:
-        return self.client[self._settings.mongodb_db_name][name or self._settings.realtime_name]
+        return self.client[self._settings.mongodb_db_name][name or self.realtime_name]
 
     def _make_index(self) -> None:
         """Make the index once per process. A role may forbid it; trades are stored all the same."""
@@ -2397,7 +2870,7 @@ class MongoStore:
             self._collection().create_index([("stock_code", 1), ("t", -1)])
         except OperationFailure as error:
             log.warning("MongoDB refused the index {stock_code: 1, t: -1} on %s: %s",
-                        self._settings.realtime_name, self._settings.redact(one_line(error)))  # fmt: skip
+                        self.realtime_name, self._settings.redact(one_line(error)))  # fmt: skip
         self._indexed = True
 
     def _bson(self, document: Document) -> Document:
@@ -2406,24 +2879,33 @@ class MongoStore:
         return document | {name: self._convert(document[name]) for name in ("p", "v", "vw")}
 
     def _sort_errors(self, details: Mapping[str, Any], total: int) -> WriteReport:
+        """Return what became of a batch with faults. Raises StoreAway when they are not the documents'."""
         if details.get("writeConcernErrors"):
             words = one_line(details["writeConcernErrors"][0].get("errmsg", "no more is known"))
-            raise StoreError(
-                f"MongoDB did not confirm the write with its write concern: {words}; see MONGODB_HOST"
-            )
+            raise self._away(f"it did not confirm the write with its write concern: {words}")
         refused: dict[str, str] = {}
         known = 0
         for error in details.get("writeErrors", ()):
+            words = self._settings.redact(one_line(error.get("errmsg", "no more is known"), 200))
             if error.get("code") == DUPLICATE_KEY and _is_identity_taken(error):
                 known += 1
+            elif error.get("code") in NOT_THE_DOCUMENTS_FAULT:
+                raise self._away(words)
             else:
-                words = self._settings.redact(one_line(error.get("errmsg", "no more is known"), 200))
                 refused[error["op"]["_id"]] = f"MongoDB refused it: {words}"
         return WriteReport(total - known - len(refused), known, refused)
 
-    def _fault(self, error: Exception) -> StoreError:
-        words = self._settings.redact(one_line(str(error).split(", Timeout:")[0], 200))
-        return StoreError(f"MongoDB at {self._settings.mongodb_shown()} fails: {words}; see MONGODB_HOST")
+    def _fault(self, error: Exception) -> StoreAway:
+        from pymongo.errors import ConnectionFailure, NotPrimaryError, PyMongoError
+
+        words = one_line(str(error).split(", Timeout:")[0], 200)
+        lost = isinstance(error, ConnectionFailure) and not isinstance(error, NotPrimaryError)
+        return self._away(words, lost or (isinstance(error, PyMongoError) and error.timeout))
+
+    def _away(self, words: str, unreachable: bool = False) -> StoreAway:
+        words = self._settings.redact(words)
+        shown = self._settings.mongodb_shown()
+        return StoreAway(f"MongoDB at {shown} fails: {words}; see MONGODB_HOST", unreachable, words)
 
 
 def _is_identity_taken(error: Mapping[str, Any]) -> bool:
@@ -2490,9 +2972,467 @@ def _number_converter(numeric_type: str) -> Callable[[str], object] | None:
     return None
 
 
-def open_store(settings: Settings) -> Store:
+# ------------------------------------------------------------------------------------------------------
+# The spool: what waits on this machine for MongoDB
+# ------------------------------------------------------------------------------------------------------
+
+# Documents that go to MongoDB at once when it is back.
+DRAIN_BATCH = 1000
+# A MongoDB that is back is met soon: asking it is cheap, and the results say "failure" meanwhile.
+DRAIN_FIRST_S, DRAIN_CAP_S = 1.0, 10.0
+# While the spool is emptied a write waits so long for its turn before it queues up itself.
+CATCH_UP_S = 5.0
+# A document alone that fails so often, while MongoDB takes another one each time, is refused for good.
+POISON_TRIES = 3
+# What the file keeps free on the disk for everybody else.
+DISK_KEPT_FREE = 0.05
+# An emptied file of more unused bytes than this is shrunk.
+SHRINK_ABOVE = 16 * 1024 * 1024
+# Of a document beside its `_id`, which is in the file three times: the table's row and two indexes.
+ROW_BYTES = 250
+# A document changes at most so many pages of the file, each of which is in the log then.
+PAGES_PER_ROW = 4
+
+
+class SpoolFacts(NamedTuple):
+    """What waits: trades, their bytes on disk, when the oldest came (ISO 8601 UTC); and what was refused.
+
+    `rejects`: documents that MongoDB refused for good. `refused`: trades that found no room, of this process.
+    """
+
+    trades: int = 0
+    bytes: int = 0
+    oldest: str | None = None
+    rejects: int = 0
+    refused: int = 0
+
+
+class Waiting(NamedTuple):
+    """The oldest trades of the spool, from number `first` to `last`; `damaged` ones (`_id` -> why) left out."""
+
+    first: int
+    last: int
+    documents: list[Document]
+    damaged: dict[str, str]
+
+
+class Spool(SqliteStore):
+    """The embedded store as the place where trades wait for MongoDB: bounded, and read in order of arrival."""
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        super().__init__(directory)
+        self._max_bytes = max_bytes
+        self._trades: int | None = None  # what waits, as far as this process knows
+        self.refused = 0
+
+    def write(self, documents: Sequence[Document]) -> WriteReport:
+        """Keep documents in one transaction. Raises StoreError, SpoolFull when there is no room."""
+        try:
+            return self._write_counted(documents)
+        except SpoolFull:
+            self._file.empty_log()  # what the log took is free again
+        try:
+            return self._write_counted(documents)
+        except SpoolFull:
+            self.refused += len(documents)
+            raise
+
+    def _write_counted(self, documents: Sequence[Document]) -> WriteReport:
+        report = super().write(documents)
+        self._count_more(report.stored)
+        return report
+
+    def _count_more(self, trades: int) -> None:
+        if self._trades is not None:
+            self._trades = max(0, self._trades + trades)
+
+    def _admit(self, db: sqlite3.Connection, documents: Sequence[Document]) -> None:
+        """Raise SpoolFull if the file or the disk could come to its limit."""
+        (pages,) = db.execute("PRAGMA page_count").fetchone()
+        (unused,) = db.execute("PRAGMA freelist_count").fetchone()
+        more = sum(3 * len(document["_id"]) + ROW_BYTES for document in documents) // SQLITE_PAGE + 1
+        logged = (min(pages, PAGES_PER_ROW * len(documents)) + more) * (SQLITE_PAGE + 24)
+        grown = max(0, more - unused) * SQLITE_PAGE
+        _, log_file, shared = _sides(self.path)
+        size = pages * SQLITE_PAGE + _size_of(log_file) + _size_of(shared) + grown + logged
+        if size > self._max_bytes:
+            raise SpoolFull(
+                f"{self.path} has come to its limit of {self._max_bytes >> 20} MB; see SPOOL_MAX_MB"
+            )
+        disk = os.statvfs(self.path.parent)
+        free = disk.f_bavail * disk.f_frsize - grown - logged
+        if free < disk.f_blocks * disk.f_frsize * DISK_KEPT_FREE:
+            raise SpoolFull(
+                f"the disk of {self.path} would have less than {DISK_KEPT_FREE:.0%} free; see STATE_DIRECTORY"
+            )
+
+    def is_empty(self) -> bool:
+        """Return whether nothing waits for MongoDB. Raises StoreError."""
+        query = "SELECT EXISTS (SELECT 1 FROM realtime WHERE demo IS NULL) OR EXISTS (SELECT 1 FROM close)"
+        empty = not self._file.read(lambda db: db.execute(query).fetchone()[0])
+        self._trades = 0 if empty else self._trades
+        return empty
+
+    def oldest(self, count: int) -> Waiting:
+        """Return up to `count` trades in order of arrival. Raises StoreError."""
+        query = (
+            "SELECT seq, _id, s, t, p, v, vw, td, stock_code, create_time FROM realtime "
+            "WHERE demo IS NULL ORDER BY seq LIMIT ?"
+        )
+        rows = self._file.read(lambda db: db.execute(query, (count,)).fetchall())
+        documents: list[Document] = []
+        damaged: dict[str, str] = {}
+        for row in rows:
+            try:
+                documents.append(_waiting_document(row))
+            except (TypeError, ValueError) as error:
+                damaged[str(row[1])] = f"damaged on this machine: {one_line(error, 200)}"
+        return Waiting(rows[0][0] if rows else 0, rows[-1][0] if rows else 0, documents, damaged)
+
+    def finish(self, waiting: Waiting, refused: Mapping[str, str], collection: str) -> None:
+        """Take out what MongoDB has, and put aside what it refused (`_id` -> reason). Raises StoreError."""
+
+        def take_out(db: sqlite3.Connection) -> int:
+            for name, why in (waiting.damaged | dict(refused)).items():
+                db.execute(
+                    "INSERT OR REPLACE INTO rejects (collection, _id, document, reason, rejected_at) "
+                    "SELECT ?, _id, json_object('s', s, 't', t, 'p', p, 'v', v, 'vw', vw, 'td', td, "
+                    "'stock_code', stock_code, 'create_time', create_time), ?, ? FROM realtime WHERE _id = ?",
+                    (collection, why, _iso(utc_now()), name),
+                )
+            done = db.execute(
+                "DELETE FROM realtime WHERE seq BETWEEN ? AND ? AND demo IS NULL",
+                (waiting.first, waiting.last),
+            )
+            return done.rowcount
+
+        self._count_more(-self._file.write(take_out))
+
+    def reject(self, documents: Iterable[Document], refused: Mapping[str, str], collection: str) -> None:
+        """Put aside documents that MongoDB refused (`_id` -> reason). Raises StoreError."""
+        now = _iso(utc_now())
+        rows = [
+            (collection, d["_id"], json.dumps(d, default=_json_value), refused[d["_id"]], now)
+            for d in documents
+            if d["_id"] in refused
+        ]
+        insert = (
+            "INSERT OR REPLACE INTO rejects (collection, _id, document, reason, rejected_at) "
+            "VALUES (?, ?, ?, ?, ?)"
+        )
+        self._file.write(lambda db: db.executemany(insert, rows))
+
+    def rejects(self) -> list[dict[str, Any]]:
+        """Return what MongoDB refused for good, oldest first. Raises StoreError."""
+        names = ("collection", "_id", "reason", "rejected_at", "document")
+        query = f"SELECT {', '.join(names)} FROM rejects ORDER BY seq"  # noqa: S608
+        rows = self._file.read(lambda db: db.execute(query).fetchall())
+        return [dict(zip(names, row, strict=True)) | {"document": json.loads(row[-1])} for row in rows]
+
+    def closes(self, count: int) -> list[tuple[Close, str]]:
+        """Return up to `count` closes that wait, each with the time of its last change. Raises StoreError."""
+        names = (*TRADE_FIELDS, "stock_code")
+        query = (
+            f"SELECT update_time, date, {', '.join(CLOSE_MARKS)}, {', '.join(names)} "  # noqa: S608
+            "FROM close ORDER BY _id LIMIT ?"
+        )
+        rows = self._file.read(lambda db: db.execute(query, (count,)).fetchall())
+        return [
+            (Close(dict(zip(names, trade, strict=True)), day, *(mark == 1 for mark in marks)), changed)
+            for changed, day, *rest in rows
+            for marks, trade in [(rest[: len(CLOSE_MARKS)], rest[len(CLOSE_MARKS) :])]
+        ]
+
+    def finish_closes(self, closes: Iterable[tuple[Close, str]]) -> None:
+        """Take out closes that have not changed since they were read. Raises StoreError."""
+        rows = [(close.key, changed) for close, changed in closes]
+        delete = "DELETE FROM close WHERE _id = ? AND update_time = ?"
+        self._file.write(lambda db: db.executemany(delete, rows))
+
+    def facts(self, counted: bool = False) -> SpoolFacts:
+        """Return what waits; `counted` anew, which takes a while where millions do. Raises StoreError."""
+
+        def look(db: sqlite3.Connection) -> SpoolFacts:
+            if counted or self._trades is None:
+                self._trades = db.execute(_WAITING).fetchone()[0]
+            query = "SELECT create_time FROM realtime WHERE demo IS NULL ORDER BY seq LIMIT 1"
+            (oldest,) = db.execute(query).fetchone() or (None,)
+            (rejects,) = db.execute("SELECT count(*) FROM rejects").fetchone()
+            used = self._used_bytes(db) if self._trades else 0
+            return SpoolFacts(self._trades or 0, used, oldest, rejects, self.refused)
+
+        return self._file.read(look)
+
+    def shrink(self) -> None:
+        """Give the disk back what a long absence of MongoDB took, if that is much. Raises StoreError."""
+        if self._file.bytes_on_disk() > SHRINK_ABOVE + self._file.read(self._used_bytes):
+            self._file.shrink()
+
+    @staticmethod
+    def _used_bytes(db: sqlite3.Connection) -> int:
+        (pages,) = db.execute("PRAGMA page_count").fetchone()
+        (unused,) = db.execute("PRAGMA freelist_count").fetchone()
+        return int(pages - unused) * SQLITE_PAGE
+
+
+_WAITING = "SELECT (SELECT count(*) FROM realtime) - (SELECT count(*) FROM realtime WHERE demo IS NOT NULL)"
+
+
+def _waiting_document(row: Sequence[Any]) -> Document:
+    """Return the document of a row. Raises ValueError or TypeError when the disk has changed it."""
+    _, name, s, t, p, v, vw, td, code, created = row
+    if name != f"{s}|{t}|{p}|{v}|{td}" or code != s:
+        raise ValueError("its fields do not make its _id")
+    return {"_id": name, "s": s, "t": t, "p": p, "v": v, "vw": vw, "td": td, "stock_code": code,
+            "create_time": datetime.fromisoformat(created)}  # fmt: skip
+
+
+def _json_value(value: object) -> str:
+    return _iso(value) if isinstance(value, datetime) else str(value)
+
+
+class Drain:
+    """Moves what waits to MongoDB, a batch at a time. `settle` keeps the closes that follow from trades."""
+
+    def __init__(self, spool: Spool, mongo: MongoStore, settle: Callable[[Sequence[Document]], None]) -> None:
+        self._spool = spool
+        self._mongo = mongo
+        self._settle = settle
+        self._size = DRAIN_BATCH
+        self._failed_alone = 0
+        self.moved = 0
+        self.rejected = 0
+
+    def step(self) -> int:
+        """Move the oldest batch and return how many documents it had, 0 when nothing waits.
+
+        Raises StoreAway when MongoDB does not take it, StoreError when the local file fails. After a fault
+        the batch is half as large, so that a document which MongoDB cannot stand comes to be alone.
+        """
+        waiting = self._spool.oldest(self._size)
+        if not waiting.last:
+            return self._step_closes()
+        try:
+            refused = dict(self._mongo.write(waiting.documents).refused)
+            self._settle([d for d in waiting.documents if d["_id"] not in refused])
+        except StoreAway as error:
+            if len(waiting.documents) > 1:
+                self._size = max(1, len(waiting.documents) // 2)
+                raise
+            refused = self._refused_alone(waiting.documents[0], error)
+        self._size = min(DRAIN_BATCH, self._size * 2)
+        self._failed_alone = 0
+        self._spool.finish(waiting, refused, self._mongo.realtime_name)
+        self._count(len(waiting.documents), waiting.damaged | refused)
+        return len(waiting.documents) + len(waiting.damaged)
+
+    def _refused_alone(self, document: Document, error: StoreAway) -> dict[str, str]:
+        """Return why MongoDB refuses a document ({}: it has it). Raises the error again while that is open."""
+        if not self._mongo.takes_another():
+            raise error
+        self._failed_alone += 1
+        if self._failed_alone < POISON_TRIES:
+            raise error
+        return {} if self._mongo.has(document["_id"]) else {document["_id"]: str(error)}
+
+    def _step_closes(self) -> int:
+        closes = self._spool.closes(DRAIN_BATCH)
+        if closes:
+            refused = self._mongo.write_closes([close for close, _ in closes])
+            documents = [close.document | {"_id": close.key} for close, _ in closes]
+            self._spool.reject(documents, refused, self._mongo.close_name)
+            self._spool.finish_closes(closes)
+            self._count(len(closes), refused)
+        return len(closes)
+
+    def _count(self, taken: int, refused: Mapping[str, str]) -> None:
+        self.moved += taken
+        self.rejected += len(refused)
+        for name, why in list(refused.items())[:CODES_NAMED]:
+            log.error("%s is put aside, see --rejects: %s", name, why)
+
+
+class SpooledStore:
+    """MongoDB, and the spool for when it is away; a thread of its own empties the spool.
+
+    The thread is there only while something waits. `on_change` is told what waits, from either thread.
+    """
+
+    def __init__(
+        self,
+        mongo: MongoStore,
+        spool: Spool,
+        on_change: Callable[[SpoolFacts], None] = lambda facts: None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.mongo = mongo
+        self.spool = spool
+        self._on_change = on_change
+        self._rng = rng or random.Random()
+        self._settle: Callable[[Sequence[Document]], None] = lambda documents: None
+        self._changed = threading.Condition()
+        self._drainer: threading.Thread | None = None  # while something waits
+        self._away: StoreAway | None = None
+        self._away_since = utc_now()
+        self._closing = threading.Event()
+        self._trouble = Trouble("MongoDB", then="what is fetched is kept on this machine until it is back")
+
+    def start(self, settle: Callable[[Sequence[Document]], None]) -> None:
+        """Begin to move what waits; `settle` is called, on the drainer's thread, with trades that arrived."""
+        self._settle = settle
+        facts = self.spool.facts()
+        self._on_change(facts)
+        if not self.spool.is_empty():
+            log.info(
+                "%d trades wait on this machine for MongoDB, the oldest since %s", facts.trades, facts.oldest
+            )
+            self._wake_drainer()
+
+    def write(self, documents: Sequence[Document]) -> WriteReport:
+        """Store documents, or keep them: behind those that wait, and whatever fails but for their own fault."""
+        if not self._is_caught_up():
+            return self._keep(documents)
+        try:
+            report = self.mongo.write(documents)
+        except StoreAway as error:
+            self._note_away(error)
+            return self._keep(documents)
+        if report.refused:
+            self.spool.reject(documents, report.refused, self.mongo.realtime_name)
+            self._on_change(self.spool.facts())
+        return report
+
+    def postpone(self, documents: Sequence[Document]) -> None:
+        """Keep trades that MongoDB has but whose closes could not be made: the drainer makes them."""
+        self.spool.write(documents)
+        self._wake_drainer()
+
+    def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
+        """Return the newest trade of each code in MongoDB in a span of time."""
+        return self.mongo.newest(codes, since, until)
+
+    def write_closes(self, closes: Sequence[Close]) -> Mapping[str, str]:
+        """Let candidates take their place in MongoDB; what it refuses for good is put aside."""
+        refused = self.mongo.write_closes(closes)
+        if refused:
+            documents = [close.document | {"_id": close.key} for close in closes]
+            self.spool.reject(documents, refused, self.mongo.close_name)
+        return refused
+
+    def check(self) -> str:
+        """Try MongoDB and say what waits for it."""
+        waiting = self.spool.facts().trades
+        return self.mongo.check() + (f", {waiting} trades wait here for it" if waiting else "")
+
+    def close(self) -> None:
+        """Let go of everything; what waits stays."""
+        self._closing.set()
+        self.mongo.close()
+        self.spool.close()
+
+    def _is_caught_up(self) -> bool:
+        """Whether nothing waits, if need be after a while. MongoDB is not waited for while it is away."""
+        if self.spool.is_empty():
+            return True
+        self._wake_drainer()
+        with self._changed:
+            self._changed.wait_for(lambda: self._away or self._drainer is None, CATCH_UP_S)
+            return self._drainer is None
+
+    def _keep(self, documents: Sequence[Document]) -> WriteReport:
+        try:
+            self.spool.write(documents)
+        except StoreError as error:
+            self._on_change(self.spool.facts()._replace(refused=self.spool.refused))
+            raise StoreError(f"{self._because(0)}, and {error}") from error
+        facts = self.spool.facts()
+        self._on_change(facts)
+        self._wake_drainer()
+        return WriteReport(kept=len(documents), kept_because=self._because(facts.trades - len(documents)))
+
+    def _because(self, before: int) -> str:
+        """Return why trades are kept; `before` of them wait longer."""
+        with self._changed:
+            away, since = self._away, self._away_since
+        if away is None:
+            return f"{before} others wait for MongoDB before them"
+        form = "%H:%M" if utc_now() - since < timedelta(days=1) else "%Y-%m-%d %H:%M"
+        clock = f"{since.astimezone():{form}}"
+        if away.unreachable:
+            return f"MongoDB unreachable since {clock}"
+        return f"MongoDB takes no writes since {clock} ({away.words})"
+
+    def _note_away(self, error: StoreAway) -> None:
+        with self._changed:
+            if self._away is None:
+                self._away_since = utc_now()
+            self._away = error
+            self._changed.notify_all()
+        self._trouble.again(str(error))
+
+    def _note_back(self) -> None:
+        with self._changed:
+            self._away = None
+        self._trouble.over()
+
+    def _wake_drainer(self) -> None:
+        with self._changed:
+            if self._drainer is None and not self._closing.is_set():
+                self._drainer = threading.Thread(target=self._empty, name="stockrt-drainer", daemon=True)
+                self._drainer.start()
+
+    def _empty(self) -> None:
+        """Move everything that waits, however long MongoDB is away; the thread ends when nothing does."""
+        drain = Drain(self.spool, self.mongo, self._settle)
+        delays = backoff(DRAIN_FIRST_S, DRAIN_CAP_S, self._rng)
+        started = time.monotonic()
+        while not self._closing.is_set():
+            try:
+                if not drain.step():
+                    if self._ends(drain, started):
+                        return
+                    continue
+                self._note_back()
+                self._on_change(self.spool.facts())
+                delays = backoff(DRAIN_FIRST_S, DRAIN_CAP_S, self._rng)
+            except Exception as error:  # nobody else looks at this thread
+                if self._closing.is_set():
+                    return
+                self._note_fault(error)
+                self._closing.wait(next(delays))
+
+    def _note_fault(self, error: Exception) -> None:
+        """Note why what waits could not be moved. It is tried again, whatever it was."""
+        if isinstance(error, StoreAway):
+            self._note_away(error)
+            return
+        if not isinstance(error, StoreError) and not self._trouble.there:
+            log.exception("a fault of stockrt itself")
+        self._trouble.again(f"what waits cannot be moved to it: {type(error).__name__}: {error}")
+
+    def _ends(self, drain: Drain, started: float) -> bool:
+        """End the thread unless something came meanwhile."""
+        with self._changed:
+            if not self.spool.is_empty():
+                return False
+            self._drainer = None
+            self._changed.notify_all()
+        self._note_back()
+        self._on_change(self.spool.facts())
+        self.spool.shrink()
+        log.info("%d kept trades moved to MongoDB in %.1f s, %d refused by it",
+                 drain.moved, time.monotonic() - started, drain.rejected)  # fmt: skip
+        return True
+
+
+def open_store(
+    settings: Settings, on_spool: Callable[[SpoolFacts], None] = lambda facts: None
+) -> SqliteStore | SpooledStore:
     """Open the store that the settings ask for: MongoDB, or the embedded one where none is set."""
-    return MongoStore(settings) if settings.mongodb_uri else SqliteStore(settings.state_directory)
+    if not settings.mongodb_uri:
+        return SqliteStore(settings.state_directory)
+    spool = Spool(settings.state_directory, settings.spool_max_bytes)
+    return SpooledStore(MongoStore(settings), spool, on_spool)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2528,6 +3468,9 @@ class HalfDays(NamedTuple):
     days: frozenset[str]
 
 
+NO_HALF_DAYS = HalfDays("", "9", "0", frozenset())
+
+
 class LocalFacts:
     """What one machine remembers in its local file: the day's count of each key, and trading calendars.
 
@@ -2535,10 +3478,7 @@ class LocalFacts:
     """
 
     def __init__(self, directory: Path) -> None:
-        make_state_directory(directory)
-        self.path = directory / SQLITE_NAME
-        self._db = open_sqlite(self.path, SQLITE_VERSION, _SQLITE_SCHEMA)
-        self._lock = threading.Lock()
+        self._file = LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, _SQLITE_SCHEMA)
 
     def lease(self, digest: str, plan: Plan, now: float) -> Lease:
         """Take requests from the day's count."""
@@ -2555,7 +3495,7 @@ class LocalFacts:
     def give_back(self, digest: str, lease: Lease, now: float) -> None:
         """Take the requests of a lease off the day's count."""
         try:
-            self._execute(
+            self._write(
                 "UPDATE key_usage SET used = max(0, used - ?) WHERE digest = ? AND day = ?",
                 lease.requests, digest, utc_day(now),
             )  # fmt: skip
@@ -2566,7 +3506,7 @@ class LocalFacts:
         """Return how many requests of the key were leased today."""
         query = "SELECT used FROM key_usage WHERE digest = ? AND day = ?"
         try:
-            rows = self._execute(query, digest, utc_day(now))
+            rows = self._read(query, digest, utc_day(now))
         except StoreError as error:
             log.warning("the day's count of a key cannot be read: %s", error)
             return 0
@@ -2574,24 +3514,21 @@ class LocalFacts:
 
     def _take_day(self, digest: str, plan: Plan, wanted: int, now: float) -> int:
         """Add what is left of `wanted` to the day's count and return it; processes take turns."""
-        import sqlite3
-
         place = (digest, utc_day(now))
-        try:
-            with self._lock, self._db:
-                # a write first: from here on other processes wait
-                self._db.execute("INSERT INTO key_usage VALUES (?, ?, 0) ON CONFLICT DO NOTHING", place)
-                where = "WHERE digest = ? AND day = ?"
-                (used,) = self._db.execute(f"SELECT used FROM key_usage {where}", place).fetchone()  # noqa: S608
-                granted = max(0, min(wanted, plan.per_day - int(used)))
-                self._db.execute(f"UPDATE key_usage SET used = used + ? {where}", (granted, *place))  # noqa: S608
-                return granted
-        except sqlite3.Error as error:
-            raise sqlite_fault(self.path, error) from error
+        where = "WHERE digest = ? AND day = ?"
+
+        def take(db: sqlite3.Connection) -> int:
+            db.execute("INSERT INTO key_usage VALUES (?, ?, 0) ON CONFLICT DO NOTHING", place)
+            (used,) = db.execute(f"SELECT used FROM key_usage {where}", place).fetchone()  # noqa: S608
+            granted = max(0, min(wanted, plan.per_day - int(used)))
+            db.execute(f"UPDATE key_usage SET used = used + ? {where}", (granted, *place))  # noqa: S608
+            return granted
+
+        return self._file.write(take)
 
     def calendar(self, market: str) -> HalfDays | None:
         """Return the half days of a market as they were asked for last, None if never. Raises StoreError."""
-        rows = self._execute("SELECT asked_on, first, last, half_days FROM calendar WHERE market = ?", market)
+        rows = self._read("SELECT asked_on, first, last, half_days FROM calendar WHERE market = ?", market)
         if not rows:
             return None
         asked_on, first, last, days = rows[0]
@@ -2600,23 +3537,20 @@ class LocalFacts:
     def keep_calendar(self, market: str, kept: HalfDays) -> None:
         """Keep a market's half days in place of those before. Raises StoreError."""
         days = json.dumps(sorted(kept.days))
-        self._execute(
+        self._write(
             "INSERT OR REPLACE INTO calendar VALUES (?, ?, ?, ?, ?)",
             market, kept.asked_on, kept.first, kept.last, days,
         )  # fmt: skip
 
     def close(self) -> None:
         """Close the file."""
-        self._db.close()
+        self._file.close()
 
-    def _execute(self, statement: str, *values: object) -> list[Any]:
-        import sqlite3
+    def _read(self, query: str, *values: object) -> list[Any]:
+        return self._file.read(lambda db: db.execute(query, values).fetchall())
 
-        try:
-            with self._lock, self._db:
-                return self._db.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            raise sqlite_fault(self.path, error) from error
+    def _write(self, statement: str, *values: object) -> None:
+        self._file.write(lambda db: db.execute(statement, values))
 
 
 def day_lease(plan: Plan) -> int:
@@ -2755,7 +3689,7 @@ class SharedLedger:
 
 
 class Calendar:
-    """Half days of the markets, from the API's trading calendar: asked at most once a day and market.
+    """Half days of the markets, from the API's trading calendar: asked at most once a day and market; thread-safe.
 
     `ask(market, first day, last day)` returns the half days as ISO dates, None when they cannot be had.
     """
@@ -2770,17 +3704,19 @@ class Calendar:
         self._ask = ask
         self._wall = wall
         self._kept: dict[str, HalfDays] = {}
+        self._lock = threading.Lock()
 
     def is_half_day(self, market: str, day: str) -> bool | None:
         """Return whether an ISO date is a half day of the market, None when that cannot be known now.
 
         Raises StoreError when the local file fails.
         """
-        kept = self._kept.get(market) or self._facts.calendar(market) or HalfDays("", "9", "0", frozenset())
-        if not kept.first <= day <= kept.last and kept.asked_on != utc_day(self._wall()):
-            kept = self._fetch(market, day, kept)
-            self._facts.keep_calendar(market, kept)
-        self._kept[market] = kept
+        with self._lock:
+            kept = self._kept.get(market) or self._facts.calendar(market) or NO_HALF_DAYS
+            if not kept.first <= day <= kept.last and kept.asked_on != utc_day(self._wall()):
+                kept = self._fetch(market, day, kept)
+                self._facts.keep_calendar(market, kept)
+            self._kept[market] = kept
         return day in kept.days if kept.first <= day <= kept.last else None
 
     def _fetch(self, market: str, day: str, before: HalfDays) -> HalfDays:
@@ -2825,11 +3761,9 @@ class Journal:
     """Accepted commands and their answers on disk; thread-safe. `clock` is epoch seconds."""
 
     def __init__(self, directory: Path, clock: Callable[[], float] = time.time) -> None:
-        make_state_directory(directory)
-        self.path = directory / JOURNAL_NAME
         self._clock = clock
-        self._lock = threading.Lock()
-        self._db = open_sqlite(self.path, JOURNAL_VERSION, _JOURNAL_SCHEMA)
+        self.path = directory / JOURNAL_NAME
+        self._file = LocalFile(self.path, JOURNAL_VERSION, _JOURNAL_SCHEMA)
 
     def accept(self, commands: Sequence[Command]) -> list[int]:
         """Keep commands, all or none, and return their numbers. Raises StoreError."""
@@ -2837,13 +3771,8 @@ class Journal:
             (_journal_id(c.execution_id), self._clock(), json.dumps(c.context), json.dumps(c.codes))
             for c in commands
         ]
-        with self._transaction() as db:
-            return [
-                cast(int, db.execute(
-                    "INSERT INTO executions (execution_id, accepted_at, context, codes) VALUES (?, ?, ?, ?)", row
-                ).lastrowid)
-                for row in rows
-            ]  # fmt: skip
+        insert = "INSERT INTO executions (execution_id, accepted_at, context, codes) VALUES (?, ?, ?, ?)"
+        return self._file.write(lambda db: [cast(int, db.execute(insert, row).lastrowid) for row in rows])
 
     def find(self, execution_id: str) -> tuple[int, bool] | None:
         """Return (number, answered) of an execution that was accepted before, None for a new one."""
@@ -2858,24 +3787,26 @@ class Journal:
 
     def answer(self, number: int, text: str) -> None:
         """Keep the answer of a command, and with it forget the oldest answers nobody waits for."""
-        with self._transaction() as db:
-            db.execute("UPDATE executions SET answer = ?, answered_at = ?, codes = '[]' WHERE number = ?",
-                       (text, self._clock(), number))  # fmt: skip
+        answered = (text, self._clock(), number)
+
+        def keep(db: sqlite3.Connection) -> None:
+            db.execute(
+                "UPDATE executions SET answer = ?, answered_at = ?, codes = '[]' WHERE number = ?", answered
+            )
             db.execute(
                 "DELETE FROM executions WHERE received AND number <= (SELECT number FROM executions "
                 "WHERE received AND execution_id IS NOT NULL ORDER BY number DESC LIMIT 1 OFFSET ?)",
                 (ANSWERS_KEPT,),
             )
 
+        self._file.write(keep)
+
     def refuse(self, context: Mapping[str, Any], text: str) -> int:
         """Keep the answer of a command that was not accepted; its id may come again and is then looked at anew."""
         now = self._clock()
-        with self._transaction() as db:
-            done = db.execute(
-                "INSERT INTO executions (accepted_at, context, codes, answer, answered_at) VALUES (?, ?, '[]', ?, ?)",
-                (now, json.dumps(context), text, now),
-            )
-            return cast(int, done.lastrowid)
+        insert = "INSERT INTO executions (accepted_at, context, codes, answer, answered_at) VALUES (?, ?, '[]', ?, ?)"
+        row = (now, json.dumps(context), text, now)
+        return self._file.write(lambda db: cast(int, db.execute(insert, row).lastrowid))
 
     def answer_text(self, number: int) -> str | None:
         """Return an answer, None where there is none (any more)."""
@@ -2885,9 +3816,12 @@ class Journal:
     def received(self, numbers: Sequence[int]) -> None:
         """The platform has these answers: they are not sent again, unless the execution is asked for again."""
         rows = [(number,) for number in numbers]
-        with self._transaction() as db:
+
+        def note(db: sqlite3.Connection) -> None:
             db.executemany("DELETE FROM executions WHERE number = ? AND execution_id IS NULL", rows)
             db.executemany("UPDATE executions SET received = 1 WHERE number = ?", rows)
+
+        self._file.write(note)
 
     def unanswered(self) -> list[tuple[int, float]]:
         """Return number and age in seconds of the commands without an answer, oldest first."""
@@ -2913,31 +3847,18 @@ class Journal:
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
-            self._db.close()
+        self._file.close()
 
     def _drop_stale(self) -> None:
-        with self._transaction() as db:
-            dropped = db.execute(
-                "UPDATE executions SET received = 1 WHERE answer IS NOT NULL AND NOT received AND answered_at < ?",
-                (self._clock() - ANSWER_LIFETIME_S,),
-            ).rowcount
-        if dropped:
+        update = (
+            "UPDATE executions SET received = 1 WHERE answer IS NOT NULL AND NOT received AND answered_at < ?"
+        )
+        too_old = (self._clock() - ANSWER_LIFETIME_S,)
+        if dropped := self._file.write(lambda db: db.execute(update, too_old).rowcount):
             log.warning("%d results could not be delivered within an hour and are dropped", dropped)
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        import sqlite3
-
-        try:
-            with self._lock, self._db:
-                yield self._db
-        except sqlite3.Error as error:
-            raise sqlite_fault(self.path, error) from error
-
     def _all(self, query: str, *values: object) -> list[Any]:
-        with self._transaction() as db:
-            return db.execute(query, values).fetchall()
+        return self._file.read(lambda db: db.execute(query, values).fetchall())
 
     def _one(self, query: str, *values: object) -> Any:
         rows = self._all(query, *values)
@@ -2991,15 +3912,18 @@ class Source(Protocol):
 
 @dataclass
 class Report:
-    """What became of a run. Every distinct code is stored, known or failed, unless the run was interrupted.
+    """What became of a run. Every distinct code is stored, known, kept or failed, unless the run was interrupted.
 
-    `known`: its latest trade was in the store before. `failures`: code -> reason. `store_error`: what the
-    store said when it failed; `close_error`: when it failed at the closing snapshot alone.
+    `known`: its latest trade was in the store before. `kept`: its trade waits on this machine for MongoDB, for
+    the reason `kept_because`. `failures`: code -> reason. `store_error`: what the store said when it failed;
+    `close_error`: when it failed at the closing snapshot alone.
     """
 
     total: int = 0
     stored: int = 0
     known: int = 0
+    kept: int = 0
+    kept_because: str = ""
     failures: dict[str, str] = field(default_factory=dict)
     store_error: str = ""
     close_error: str = ""
@@ -3011,14 +3935,19 @@ class Report:
         """Whether the latest trade of every code is in the store, and the closes that follow from them."""
         return not self.failures and not self.close_error and self.stored + self.known == self.total
 
+    def kept_words(self) -> str:
+        """Return how many trades wait on this machine, and why."""
+        return f"{self.kept} trade{'s' if self.kept > 1 else ''} kept on this machine, {self.kept_because}"
+
     def summary(self) -> str:
         """Return the closing line."""
         line = (
             f"total {self.total}, stored {self.stored}, already known {self.known}, "
             f"failed {len(self.failures)} ({self.took_s:.1f} s)"
         )
-        left = self.total - self.stored - self.known - len(self.failures)
+        left = self.total - self.stored - self.known - self.kept - len(self.failures)
         line += f", interrupted: {left} not asked" if self.interrupted else ""
+        line += f"; {self.kept_words()}" if self.kept else ""
         return line + (f"; the closing snapshot is not kept: {self.close_error}" if self.close_error else "")
 
 
@@ -3029,14 +3958,21 @@ class Closer:
     of that date up to the session's end, else (so that the day is not missing) the stored one as
     `after_hours`. Of a market that goes on through its close the latest trade is hardly ever one of a
     session that is over: there the session before is looked up in `realtime` too, once a date.
+
+    `postpone` takes trades whose closes cannot be made because the store is away; without it StoreAway is raised.
     """
 
     def __init__(
-        self, store: Store, calendar: Calendar | None, wall: Callable[[], float] = time.time
+        self,
+        store: Store,
+        calendar: Calendar | None,
+        wall: Callable[[], float] = time.time,
+        postpone: Callable[[Sequence[Document]], None] | None = None,
     ) -> None:
         self._store = store
         self._calendar = calendar
         self._wall = wall
+        self._postpone = postpone
         # What is done with, so that a trade polled again costs next to nothing: the trade of a code; the
         # date of a code, and the time from which on its trades after hours change nothing; the date whose
         # session before was looked up.
@@ -3044,8 +3980,16 @@ class Closer:
         self._after_hours: dict[str, tuple[str, int]] = {}
         self._looked_back: dict[str, str] = {}
 
-    def settle(self, documents: Iterable[Document]) -> None:
+    def settle(self, documents: Sequence[Document]) -> None:
         """Write the closes that follow from these stored trades. Raises StoreError."""
+        try:
+            self._settle(documents)
+        except StoreAway:
+            if self._postpone is None:
+                raise
+            self._postpone(documents)
+
+    def _settle(self, documents: Sequence[Document]) -> None:
         now = int(self._wall() * 1000)
         # of each market the session of its last trade: mostly the next one's too
         sessions: dict[str, Session] = {}
@@ -3163,6 +4107,7 @@ _FAILURE_BEGINNINGS = (
     ("an answer of more than ", FailureKind.API),
     ("no API key", FailureKind.KEY),
     ("fetched, not stored", FailureKind.STORE),
+    ("its numbers do not fit", FailureKind.STORE),
     ("not asked for: ", FailureKind.STORE),
     ("MongoDB refused it", FailureKind.STORE),
     ("no whole answer ", FailureKind.NETWORK),
@@ -3292,15 +4237,19 @@ class Collector:
             self.report.store_error = str(error)
             self._fail({d["stock_code"]: f"fetched, not stored: {error}" for d in documents})
             return
+        self._progress(len(documents))
+        if written.kept:  # their closes are made when they arrive
+            self.report.kept += written.kept
+            self.report.kept_because = written.kept_because
+            return
         self.report.stored += written.stored
         self.report.known += written.known
         self.report.failures.update(
             {d["stock_code"]: written.refused[d["_id"]] for d in documents if d["_id"] in written.refused}
         )
-        self._progress(len(documents))
-        kept = [d for d in documents if d["_id"] not in written.refused]
-        self._on_stored(kept)
-        self._settle(kept)
+        stored = [d for d in documents if d["_id"] not in written.refused]
+        self._on_stored(stored)
+        self._settle(stored)
 
     def _settle(self, documents: Sequence[Document]) -> None:
         """Keep the closing snapshot; that it fails is said, and costs no trade."""
@@ -3324,11 +4273,12 @@ class Workshop:
         settings: Settings,
         demo: bool = False,
         on_answer: Callable[[Answer, Verdict, float], None] = lambda answer, verdict, seconds: None,
+        on_spool: Callable[[SpoolFacts], None] = lambda facts: None,
     ) -> None:
         if not (demo or settings.api_keys):
             raise SettingsError([NO_KEY_HINT])
         self._demo = demo
-        self.store = open_store(settings)
+        self.store = open_store(settings, on_spool)
         self.facts = LocalFacts(settings.state_directory)
         self.keys = KeyPool(settings.key_plans(), make_ledger(settings, self.store, self.facts))
         self.source: Source
@@ -3338,7 +4288,12 @@ class Workshop:
         else:
             api = InfowayApi(settings.api_base_url, self.keys, on_answer=on_answer)
             self.source = api
-            self._closer = Closer(self.store, Calendar(self.facts, api.half_days))
+            calendar = Calendar(self.facts, api.half_days)
+            if isinstance(self.store, SpooledStore):
+                self._closer = Closer(self.store, calendar, postpone=self.store.postpone)
+                self.store.start(Closer(self.store, calendar).settle)
+            else:
+                self._closer = Closer(self.store, calendar)
 
     def collector(
         self,
@@ -3367,9 +4322,9 @@ class Workshop:
 
 def make_ledger(settings: Settings, store: Store, facts: LocalFacts) -> Ledger:
     """Return where the keys' requests are counted: in MongoDB with all instances, else on this machine."""
-    if not isinstance(store, MongoStore):
+    if not isinstance(store, SpooledStore):
         return facts
-    return SharedLedger(store.client[settings.mongodb_db_name][settings.license_name], facts)
+    return SharedLedger(store.mongo.client[settings.mongodb_db_name][settings.license_name], facts)
 
 
 # ======================================================================================================
@@ -3614,14 +4569,15 @@ def make_result(
 def report_result(
     context: Mapping[str, Any], module_name: str, report: Report, redact: Callable[[str], str]
 ) -> str:
-    """Return the result of a run: `success` when something is in the store and the store is sound."""
+    """Return the result of a run: `success` when something is in the store, and nothing waits for it."""
     reached = report.stored + report.known
-    good = reached > 0 and not report.store_error
+    good = reached > 0 and not report.store_error and not report.kept
     failures = {code: redact(why) for code, why in list(report.failures.items())[:FAILURES_LISTED]}
     result = {
         "total": report.total,
         "success_count": reached,
         "duplicate_count": report.known,
+        "kept_count": report.kept,
         "failed_count": len(report.failures),
         "failed_stocks": list(report.failures),
         "failures": failures,
@@ -3634,6 +4590,8 @@ def _result_words(report: Report, reached: int) -> str:
     if report.store_error:
         return f"{reached} of {report.total} codes stored, then the store failed: {report.store_error}"
     words = f"{reached} of {report.total} codes stored"
+    if report.kept:
+        words = f"{words}; {report.kept_words()}" if reached or report.failures else report.kept_words()
     if report.close_error:
         words += f", the closing snapshot is not kept: {report.close_error}"
     if not report.failures:
@@ -3645,8 +4603,8 @@ def _result_words(report: Report, reached: int) -> str:
 
 def empty_result(context: Mapping[str, Any], module_name: str, reason: str) -> str:
     """Return the result of a command that was not executed."""
-    result = {"total": 0, "success_count": 0, "duplicate_count": 0, "failed_count": 0, "failed_stocks": [],
-              "failures": {}, "took_ms": 0}  # fmt: skip
+    numbers = ("total", "success_count", "duplicate_count", "kept_count", "failed_count", "took_ms")
+    result: dict[str, object] = dict.fromkeys(numbers, 0) | {"failed_stocks": [], "failures": {}}
     return make_result(context, module_name, reason, result, good=False)
 
 
@@ -3802,10 +4760,6 @@ CONNECT_TIMEOUT_S = 5.0
 SEND_TIMEOUT_S = 5.0
 # Frames that are handled before results are sent and signals looked at.
 FRAMES_AT_ONCE = 100
-# A trouble that goes on is said again this often.
-TROUBLE_AGAIN_S = 300.0
-# Reasons of one trouble that are told apart; a peer that says something new each time fills no log.
-TROUBLE_KINDS = 16
 
 
 class DialError(StockrtError):
@@ -3972,46 +4926,6 @@ def _start_tls(sock: socket.socket, host: str) -> socket.socket:
     return wrapped
 
 
-class Trouble:
-    """Says a repeating trouble when it begins or changes, every few minutes with a count, and when it ends."""
-
-    def __init__(
-        self, what: str, clock: Callable[[], float] = time.monotonic, then: str = "trying again"
-    ) -> None:
-        self._what = what
-        self._then = then
-        self._clock = clock
-        self._said: dict[str, float] = {}  # kind of reason -> when it was said
-        self._count = 0
-
-    def again(self, reason: str) -> None:
-        """The trouble is there (still)."""
-        now = self._clock()
-        self._count += 1
-        kind = re.sub(r"\d+", "#", reason)  # seconds and bytes that differ make no new reason
-        if kind not in self._said and len(self._said) >= TROUBLE_KINDS:
-            kind = ""
-        if kind not in self._said:
-            log.warning("%s: %s; %s", self._what, reason, self._then)
-        elif now - self._said[kind] >= TROUBLE_AGAIN_S:
-            log.warning("%s: still %s (%d tries)", self._what, reason, self._count)
-        else:
-            return
-        self._said[kind] = now
-
-    @property
-    def there(self) -> bool:
-        """Whether the trouble is not over."""
-        return self._count > 0
-
-    def over(self) -> None:
-        """The trouble is over, if there was one."""
-        if self._count:
-            log.info("%s: well again after %d tries", self._what, self._count)
-        self._said.clear()
-        self._count = 0
-
-
 # ------------------------------------------------------------------------------------------------------
 # Daemon: one thread for the socket, one for the work
 # ------------------------------------------------------------------------------------------------------
@@ -4022,6 +4936,10 @@ class Trouble:
 #   3. It dials for ever, with a delay before every dial, on the same two threads.
 
 STATUS_NAME = "status.json"
+# The number of an answer that the journal could not take.
+NOT_IN_JOURNAL = 0
+# A full disk is looked at again after so long: waiting for room costs nothing, an answer that waits does.
+JOURNAL_FIRST_S, JOURNAL_CAP_S = 0.5, 5.0
 # --status holds the lock for the blink of an eye to see whether somebody else does.
 LOCK_TRIES, LOCK_RETRY_S = 5, 0.05
 MAX_QUEUED = 1000
@@ -4060,6 +4978,9 @@ class Observer:
     def asked(self, answer: Answer, verdict: Verdict, seconds: float) -> None:
         """The API was asked once."""
 
+    def spooled(self, facts: SpoolFacts) -> None:
+        """What waits for MongoDB on this machine changed."""
+
     def executed(self, report: Report | None) -> None:
         """An execution ended; None: it was refused or could not begin."""
 
@@ -4084,11 +5005,13 @@ class Executor(threading.Thread):
         self._observer = observer
         self._added = self._ended = 0  # each counted by one thread
         self._store_trouble = Trouble(
-            "MongoDB" if settings.mongodb_uri else "local store", then="the next execution tries again"
+            "store" if settings.mongodb_uri else "local store", then="the next execution tries again"
         )
         self._api_trouble = Trouble("Infoway", then="the next execution tries again")
+        self._journal_trouble = Trouble("journal")
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self.key_states: list[dict[str, Any]] = []  # as of the end of the last execution
+        self.spool_refused = 0
         self._workshop: Workshop | None = None
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
@@ -4119,6 +5042,7 @@ class Executor(threading.Thread):
 
     def run(self) -> None:
         """Work until told to leave."""
+        self._move_what_waits()
         while (number := self._queue.get()) is not None:
             self._observer.beat()
             answer = ""
@@ -4127,9 +5051,9 @@ class Executor(threading.Thread):
                     answer = self._execute(number)
                 elif self._dropped_because:
                     answer = self._unexecuted(number, self._dropped_because)
-                if answer:
-                    self._journal.answer(number, answer)
-            except StoreError as error:  # the journal itself: the command stays in it for the next start
+                if answer and not self._keep_answer(number, answer):
+                    answer = ""
+            except StoreError as error:  # the journal cannot be read
                 log.error("execution %d is not answered: %s", number, error)
                 answer = ""
             self._ended += 1
@@ -4139,6 +5063,29 @@ class Executor(threading.Thread):
             self._workshop.close()
         self.done.set()
         self._on_answer(None)
+
+    def _move_what_waits(self) -> None:
+        """Have moved to MongoDB what waits for it since the last start, without waiting for an execution."""
+        try:
+            if self._settings.mongodb_uri and not spool_is_empty(self._settings):
+                self._open_workshop()
+        except StockrtError as error:
+            log.error("what waits on this machine cannot be moved to MongoDB: %s", error)
+
+    def _keep_answer(self, number: int, answer: str) -> bool:
+        """Put an answer into the journal. On a full disk that is tried until there is room, or this ends."""
+        for delay in backoff(JOURNAL_FIRST_S, JOURNAL_CAP_S, random.Random(), growth=1.5):
+            try:
+                self._journal.answer(number, answer)
+            except StoreError as error:
+                self._journal_trouble.again(f"the answer of execution {number} cannot be kept: {error}")
+                self._observer.beat()
+                if self._leaving.wait(delay):
+                    return False  # it is executed again at the next start
+            else:
+                self._journal_trouble.over()
+                return True
+        raise AssertionError("the delays never end")
 
     def _execute(self, number: int) -> str:
         """Return the answer of a command, '' when it was cut short and stays in the journal."""
@@ -4179,11 +5126,30 @@ class Executor(threading.Thread):
         return empty_result(context, self._settings.module_name, self._settings.redact(reason))
 
     def _collect(self, codes: Iterable[object]) -> Report:
-        if self._workshop is None:
-            self._workshop = Workshop(self._settings, on_answer=self._observer.asked)
-        report = self._workshop.collector(on_beat=self._observer.beat).run(codes, self.stop)
-        self.key_states = self._workshop.keys.describe()
+        workshop = self._open_workshop()
+        report = workshop.collector(on_beat=self._observer.beat).run(codes, self.stop)
+        self.key_states = workshop.keys.describe()
         return report
+
+    def _open_workshop(self) -> Workshop:
+        if self._workshop is None:
+            self._workshop = Workshop(self._settings, on_answer=self._observer.asked, on_spool=self._on_spool)
+        return self._workshop
+
+    def _on_spool(self, facts: SpoolFacts) -> None:
+        self.spool_refused = facts.refused
+        self._observer.spooled(facts)
+
+
+def spool_is_empty(settings: Settings) -> bool:
+    """Return whether nothing waits on this machine for MongoDB. Raises StoreError."""
+    if not (settings.state_directory / SQLITE_NAME).exists():
+        return True
+    spool = Spool(settings.state_directory, settings.spool_max_bytes)
+    try:
+        return spool.is_empty()
+    finally:
+        spool.close()
 
 
 def _execution_name(context: Mapping[str, Any]) -> str:
@@ -4212,7 +5178,8 @@ def execution_line(context: Mapping[str, Any], report: Report) -> str:
     named = f" ({'; '.join(words)})" if words else ""
     return one_line(
         f"execution {_execution_name(context)}: total {report.total}, stored {report.stored}, "
-        f"duplicates {report.known}, failed {len(report.failures)}{named}, "
+        f"duplicates {report.known}{f', kept {report.kept}' if report.kept else ''}, "
+        f"failed {len(report.failures)}{named}, "
         f"{report.took_s * 1000:.0f} ms{', interrupted' if report.interrupted else ''}",
         600,
     )
@@ -4257,6 +5224,10 @@ class Daemon:
             "platform": "not connected",
         }
         self._sent: deque[int] = deque()  # on this connection, oldest first, without a receipt yet
+        self._received: set[int] = set()  # confirmed, but not noted in the journal yet
+        self._unkept: deque[str] = deque()  # refusals that the journal could not take
+        self._journal_trouble = Trouble("journal")
+        self._status_trouble = Trouble("status")
         self._stop_asked = False
         self._presence: Presence | None = None  # what the last refused handshake meant
         self._leave_by: float | None = None
@@ -4307,7 +5278,7 @@ class Daemon:
             return False
         protocol = PlatformProtocol(self._settings.heartbeat_s, self._clock())
         self._sent.clear()
-        self._to_send = deque(self._journal.unreceived())
+        self._to_send = deque(n for n in self._journal.unreceived() if n not in self._received)
         self._observer.connected()
         # after a trouble its end is said instead, and not before the connection has been useful
         level = logging.DEBUG if self._trouble.there else logging.INFO
@@ -4317,6 +5288,8 @@ class Daemon:
             self._serve(link, protocol)
         except LinkLost as error:
             self._lost(f"connection {error}")
+        except StoreError as error:  # the journal: dialled again, and what is not confirmed is sent again
+            self._lost(str(error))
         finally:
             link.close()
             self._note_status(platform="not connected", last_contact=_iso(utc_now()))
@@ -4426,11 +5399,22 @@ class Daemon:
             else:
                 commands.append(event)
         if received:
-            self._journal.received(received)
+            self._note_received(received)
         if commands:
             self._accept(commands)
         if lost is not None:
             raise lost
+
+    def _note_received(self, numbers: Sequence[int]) -> None:
+        """Note receipts; those that the disk does not take now go with the next ones."""
+        self._received.update(numbers)
+        try:
+            self._journal.received(sorted(self._received))
+        except StoreError as error:
+            self._journal_trouble.again(str(error))
+        else:
+            self._received.clear()
+            self._journal_trouble.over()
 
     def _keep_alive(self, event: Send | Ping | PeerDead, link: Link, protocol: PlatformProtocol) -> None:
         if isinstance(event, Send):
@@ -4454,8 +5438,12 @@ class Daemon:
                 self._refuse(command.context, f"{MAX_QUEUED} commands are waiting already; try again later")
             else:
                 fresh[command.execution_id or f"\0{number}"] = command
-        for accepted in self._journal.accept(list(fresh.values())) if fresh else ():
-            self._executor.add(accepted)
+        try:
+            for accepted in self._journal.accept(list(fresh.values())) if fresh else ():
+                self._executor.add(accepted)
+        except StoreError as error:
+            for command in fresh.values():
+                self._refuse(command.context, f"not executed: {error}")
 
     def _answer_again(self, number: int, answered: bool) -> None:
         if answered and number not in self._to_send:
@@ -4465,7 +5453,11 @@ class Daemon:
         log.warning("execution %s refused: %s", _execution_name(context), reason)
         self._observer.executed(None)
         text = empty_result(context, self._settings.module_name, reason)
-        self._to_send.append(self._journal.refuse(context, text))
+        try:
+            self._to_send.append(self._journal.refuse(context, text))
+        except StoreError as error:
+            self._journal_trouble.again(str(error))
+            self._unkept.append(text)
 
     def _on_answer(self, number: int | None) -> None:
         if number is not None:
@@ -4479,6 +5471,10 @@ class Daemon:
                 self._note_execution(number)
                 if number not in self._to_send and number not in self._sent:
                     self._to_send.append(number)
+        while self._unkept:
+            self._send_text(link, protocol, self._unkept[0])
+            self._unkept.popleft()
+            self._sent.append(NOT_IN_JOURNAL)
         for _ in range(min(ANSWERS_AT_ONCE, len(self._to_send))):
             text = self._journal.answer_text(self._to_send[0])
             if text is not None:
@@ -4489,7 +5485,11 @@ class Daemon:
     def _note_execution(self, number: int) -> None:
         answer = json.loads(self._journal.answer_text(number) or "{}")
         outcome = {name: answer.get(name) for name in ("status", "message", "workflow_name")}
-        self._note_status(last_execution=outcome | {"at": _iso(utc_now())}, keys=self._executor.key_states)
+        self._note_status(
+            last_execution=outcome | {"at": _iso(utc_now())},
+            keys=self._executor.key_states,
+            spool_refused=self._executor.spool_refused,
+        )
 
     def _note_status(self, **news: object) -> None:
         """Write what --status shows; that it cannot be written is no reason to stop working."""
@@ -4497,7 +5497,9 @@ class Daemon:
         try:
             write_whole(self._settings.state_directory / STATUS_NAME, json.dumps(self._status))
         except StoreError as error:
-            log.warning("%s", error)
+            self._status_trouble.again(str(error))
+        else:
+            self._status_trouble.over()
 
     def _leaving(self) -> bool:
         if self._stop_asked and self._leave_by is None:
@@ -4520,7 +5522,7 @@ class Daemon:
                 self._executor.stop.set()  # what it has fetched is stored
             if now < leave_by + STOP_POLL_S + INTERRUPT_GRACE_S:
                 return False
-        if self._to_send or not self._answered.empty():
+        if self._to_send or self._unkept or not self._answered.empty():
             return False
         self._receipts_by = self._receipts_by or now + RECEIPT_GRACE_S
         return not self._sent or now >= self._receipts_by
@@ -4744,6 +5746,10 @@ METRICS = (
     Metric("stockrt_waiting_executions", "gauge", "Commands that were accepted and have not ended."),
     Metric("stockrt_waiting_results", "gauge", "Results without a receipt of the platform."),
     Metric("stockrt_waiting_documents", "gauge", "Documents that were fetched and are not stored yet."),
+    Metric("stockrt_spool_trades", "gauge", "Trades that wait on this machine for MongoDB."),
+    Metric("stockrt_spool_bytes", "gauge", "Bytes on disk of the trades that wait for MongoDB."),
+    Metric("stockrt_spool_refused_total", "counter", "Trades that found no room on this machine."),
+    Metric("stockrt_spool_rejects", "gauge", "Documents that MongoDB refused for good."),
 )  # fmt: skip
 LATENCY = "stockrt_api_latency_seconds"
 
@@ -4908,6 +5914,13 @@ class Service(Observer):
         if not answer.fault:
             self.metrics.took(seconds)
 
+    def spooled(self, facts: SpoolFacts) -> None:
+        """Note what waits for MongoDB."""
+        self.metrics.put("stockrt_spool_trades", facts.trades)
+        self.metrics.put("stockrt_spool_bytes", facts.bytes)
+        self.metrics.put("stockrt_spool_rejects", facts.rejects)
+        self.metrics.put("stockrt_spool_refused_total", facts.refused)
+
     def executed(self, report: Report | None) -> None:
         """Count an execution and what it did."""
         self.metrics.add("stockrt_executions_total", outcome_of(report))
@@ -4977,7 +5990,8 @@ def outcome_of(report: Report | None) -> str:
         return "interrupted"
     if report.complete and report.total:
         return "success"
-    return "partial" if report.stored + report.known and not report.store_error else "failure"
+    reached = report.stored + report.known
+    return "partial" if reached and not report.store_error and not report.kept else "failure"
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -5077,6 +6091,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--check-settings", action="store_true", help="check the settings alone: no network, nothing written"
     )
     what.add_argument("--status", action="store_true", help="show daemon, platform, store and API keys")
+    what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
+    what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
     what.add_argument("--register", action="store_true", help="register at the dispatch platform (once)")
     what.add_argument("--version", action="version", version=f"stockrt {__version__}")
     parser.add_argument(
@@ -5104,8 +6120,8 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options. Raises UsageError for what does not go together."""
     options = make_parser().parse_args(argv)
-    if options.json and not (options.once or options.status):
-        raise UsageError("--json goes with --once or --status; see --help")
+    if options.json and not (options.once or options.status or options.rejects):
+        raise UsageError("--json goes with --once, --status or --rejects; see --help")
     for flag in ("codes", "codes_file", "demo"):
         if getattr(options, flag) and not options.once:
             raise UsageError(f"--{flag.replace('_', '-')} goes with --once; see --help")
@@ -5496,10 +6512,23 @@ def gather_status(settings: Settings) -> dict[str, Any]:
         "registration": shorten(module_hash) if module_hash else None,
         "platform": platform | {name: told.get(name) for name in ("connected_since", "last_contact")},
         "store": settings.mongodb_shown() or str(directory / SQLITE_NAME),
+        "spool": _gather_spool(settings, told if running else {}),
         "waiting": waiting,
         "last_execution": told.get("last_execution"),
         "keys": _gather_keys(settings, told.get("keys", []) if running else []),
     }
+
+
+def _gather_spool(settings: Settings, told: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what waits for MongoDB, None where none is set: then nothing waits."""
+    if not settings.mongodb_uri:
+        return None
+    spool = Spool(settings.state_directory, settings.spool_max_bytes)
+    try:
+        facts = spool.facts(counted=True)
+    finally:
+        spool.close()
+    return facts._asdict() | {"refused": told.get("spool_refused", 0)}
 
 
 def _read_status(directory: Path) -> dict[str, Any]:
@@ -5554,6 +6583,7 @@ def run_status(settings: Settings, as_json: bool) -> int:
         ("registration", status["registration"] or "none: run --register"),
         ("platform", _platform_line(status["platform"])),
         ("store", status["store"]),
+        *([("spool", _spool_line(status["spool"]))] if status["spool"] else []),
         ("waiting", f"{waiting['commands']} commands, {waiting['results']} results to deliver"),
         ("last execution", f"{last['status']} at {last['at']}: {last['message']}" if last else "none yet"),
         *(("API key", _key_line(key)) for key in status["keys"]),
@@ -5566,6 +6596,14 @@ def _daemon_line(daemon: Mapping[str, Any]) -> str:
     if not daemon["running"]:
         return "not running"
     return f"running, pid {daemon['pid']}, version {daemon['version']}"
+
+
+def _spool_line(spool: Mapping[str, Any]) -> str:
+    line = f"{spool['trades']} trades wait for MongoDB"
+    if spool["trades"]:
+        line += f", {spool['bytes'] / 2**20:.1f} MB, the oldest since {spool['oldest']}"
+    line += f", {spool['refused']} found no room" if spool["refused"] else ""
+    return line + (f", {spool['rejects']} refused by it: see --rejects" if spool["rejects"] else "")
 
 
 def _platform_line(platform: Mapping[str, Any]) -> str:
@@ -5581,6 +6619,78 @@ def _key_line(key: Mapping[str, Any]) -> str:
     line += f" until {key['until']}" if key["until"] else ""
     line += f" ({key['why']})" if key["why"] else ""
     return line + (f"; not for {', '.join(key['not_for'])}" if key["not_for"] else "")
+
+
+def need_mongodb(settings: Settings, why: str) -> None:
+    """Raise SettingsError unless the settings name a MongoDB."""
+    if not settings.mongodb_uri:
+        raise SettingsError(
+            [f"MONGODB_HOST not set: {why}; the trades are in {settings.state_directory / SQLITE_NAME}"]
+        )
+
+
+def run_drain(settings: Settings) -> int:
+    """Move to MongoDB everything that waits for it, and say what was done. Raises StoreAway."""
+    need_mongodb(settings, "there is nowhere to move what this machine holds")
+    mongo = MongoStore(settings)
+    spool = Spool(settings.state_directory, settings.spool_max_bytes)
+    drain = Drain(spool, mongo, _closer_of(settings, mongo).settle)
+    stop = _stop_on_signals()
+    try:
+        with _drain_bar(spool.facts(counted=True).trades) as on_moved:
+            while not stop.is_set() and (moved := _drain_step(drain, mongo)):
+                on_moved(moved)
+    finally:
+        left = spool.facts(counted=True).trades
+        rejected = f", {drain.rejected} refused by it: see --rejects" if drain.rejected else ""
+        say(f"{drain.moved} moved to {settings.mongodb_shown()}{rejected}; {left} left on this machine")
+    return EXIT_INTERRUPTED if left else EXIT_OK
+
+
+def _drain_step(drain: Drain, mongo: MongoStore) -> int:
+    """Move a batch, or as much of it as MongoDB stands; return how many. Raises StoreAway when it takes nothing."""
+    while True:
+        try:
+            return drain.step()
+        except StoreAway:
+            if not mongo.takes_another():
+                raise
+
+
+def _closer_of(settings: Settings, mongo: MongoStore) -> Closer:
+    """Return a closer; without an API key for the trading calendar, half days are in doubt."""
+    if not settings.api_keys:
+        return Closer(mongo, None)
+    facts = LocalFacts(settings.state_directory)
+    api = InfowayApi(settings.api_base_url, KeyPool(settings.key_plans(), facts))
+    return Closer(mongo, Calendar(facts, api.half_days))
+
+
+@contextlib.contextmanager
+def _drain_bar(total: int) -> Iterator[Callable[[int], object]]:
+    """Give a callable that draws a bar on a terminal's stderr of how many were moved."""
+    if not sys.stderr.isatty():
+        yield lambda moved: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=" trades", file=sys.stderr, leave=False) as bar:
+        yield bar.update
+
+
+def run_rejects(settings: Settings, as_json: bool) -> int:
+    """Print what MongoDB refused for good, oldest first."""
+    spool = Spool(settings.state_directory, settings.spool_max_bytes)
+    try:
+        rejects = spool.rejects()
+    finally:
+        spool.close()
+    for reject in rejects:
+        line = "{rejected_at}  {collection}  {_id}: {reason}".format_map(reject)
+        print(settings.redact(json.dumps(reject, ensure_ascii=False) if as_json else line))
+    if not rejects and not as_json:
+        print("MongoDB has refused nothing")
+    return EXIT_OK
 
 
 def need_platform(settings: Settings) -> None:
@@ -5665,6 +6775,10 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return run_register(loaded.settings, options.force)
     if options.status:
         return run_status(loaded.settings, options.json)
+    if options.drain:
+        return run_drain(loaded.settings)
+    if options.rejects:
+        return run_rejects(loaded.settings, options.json)
     if options.check:
         return run_check(loaded.settings, loaded.source)
     if options.check_settings:

@@ -101,7 +101,7 @@ class World:
     def reset(self, known: bool) -> None:
         """Begin anew, on disk too; faster than another store."""
         clear(self.store)
-        with self.facts._db as db:
+        with self.facts._file._connection() as db:
             db.execute("DELETE FROM calendar")
         self.ask = Ask(known)
         self.restart()
@@ -144,7 +144,7 @@ def documents(store: Store) -> list[dict[str, Any]]:
     if isinstance(store, MongoStore):
         return list(store._collection("close").find())
     assert isinstance(store, SqliteStore)
-    found = store._db.execute("SELECT * FROM close")
+    found = store._file._connection().execute("SELECT * FROM close")
     names = [column[0] for column in found.description]
     return [dict(zip(names, row, strict=True)) for row in found]
 
@@ -156,7 +156,7 @@ def clear(store: Store) -> None:
             store._collection(name).delete_many({})
         return
     assert isinstance(store, SqliteStore)
-    with store._db as db:
+    with store._file._connection() as db:
         db.execute("DELETE FROM close")
         db.execute("DELETE FROM realtime")
 
@@ -650,7 +650,7 @@ def test_any_order_and_repetition_ends_in_the_same_closes(
     """On the embedded store; with the calendar and without."""
     folder = tmp_path_factory.mktemp("order")
     store = SqliteStore(folder)
-    store._db.execute("PRAGMA synchronous=OFF")
+    store._file._connection().execute("PRAGMA synchronous=OFF")
     world = World(store, folder, known)
     try:
         check_any_order(world, trades, data)
@@ -827,7 +827,7 @@ def test_a_run_keeps_the_closes_of_what_it_fetched(store: Store, tmp_path: Path)
 def test_a_snapshot_that_fails_costs_no_trade_and_is_said(tmp_path: Path) -> None:
     """The table `close` is gone: everything is fetched and stored all the same, and the run is not complete."""
     store = SqliteStore(tmp_path)
-    store._db.execute("DROP TABLE close")
+    store._file._connection().execute("DROP TABLE close")
     world = World(store, tmp_path)
     world.now_ms = at("America/New_York", "2025-06-17 18:00")
     codes = [f"A{number}.US" for number in range(2500)]
@@ -916,7 +916,7 @@ codes = ("TSLA.US", "00700.HK", "USDCNY", "BTCUSDT")
 closer.settle([
     stockrt.to_document(stockrt.Trade(code, 1750200000000, "1", "1", "1", 0), stockrt.utc_now()) for code in codes
 ])
-print([row[0] for row in store._db.execute("SELECT _id FROM close")])
+print([row[0] for row in store._file._connection().execute("SELECT _id FROM close")])
 print(stockrt.exchange_time("TSLA.US", 1750200000000))
 """
 
@@ -947,7 +947,7 @@ def test_trades_of_sessions_that_go_on_cost_nothing_but_a_look(tmp_path: Path) -
     store = SqliteStore(tmp_path)
     world = World(store, tmp_path)
     statements: list[str] = []
-    store._db.set_trace_callback(statements.append)
+    store._file._connection().set_trace_callback(statements.append)
     world.now_ms = at("America/New_York", f"{TUE} 12:30")
     t = at("America/New_York", f"{TUE} 12:29")
     fetched = [
@@ -967,7 +967,7 @@ def test_trades_of_sessions_that_go_on_cost_nothing_but_a_look(tmp_path: Path) -
 def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:
     """100,000 codes need no more memory than the limit allows, and are written all the same."""
     store = SqliteStore(tmp_path)
-    store._db.execute("PRAGMA synchronous=OFF")
+    store._file._connection().execute("PRAGMA synchronous=OFF")
     world = World(store, tmp_path)
     world.now_ms = at("America/New_York", f"{TUE} 18:00")
     t = at("America/New_York", f"{TUE} 15:59")

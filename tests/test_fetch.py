@@ -927,7 +927,7 @@ class GatedStore:
         """Nothing is looked up: no closes are kept in these runs."""
         raise AssertionError
 
-    def write_closes(self, closes: object) -> None:
+    def write_closes(self, closes: object) -> dict[str, str]:
         """No closes are kept in these runs."""
         raise AssertionError
 

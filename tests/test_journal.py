@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import random
@@ -233,10 +234,15 @@ def test_a_file_of_a_newer_program_is_left_alone(journal: Journal, clock: Clock)
         Journal(journal.path.parent, clock)
 
 
-def test_a_broken_file_is_said(tmp_path: Path) -> None:
-    (tmp_path / stockrt.JOURNAL_NAME).write_bytes(b"no database at all" * 1000)
-    with pytest.raises(StoreError, match="STATE_DIRECTORY"):
-        Journal(tmp_path)
+def test_a_broken_file_is_set_aside_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = b"no database at all" * 1000
+    (tmp_path / stockrt.JOURNAL_NAME).write_bytes(broken)
+    with contextlib.closing(Journal(tmp_path)) as journal:
+        assert journal.accept([Command("e1", {}, ["A.US"])]) == [1]
+    (aside,) = tmp_path.glob("executions.db.damaged-*")
+    assert aside.read_bytes() == broken
+    (record,) = caplog.records
+    assert record.levelname == "ERROR" and aside.name in record.getMessage()
 
 
 def test_two_threads_may_use_it(journal: Journal) -> None:

@@ -447,7 +447,7 @@ def test_processes_on_one_machine_share_the_day(tmp_path: Path) -> None:
 def test_a_local_file_that_fails_stops_no_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The count is not kept, which is said."""
     facts = LocalFacts(tmp_path)
-    facts._db.execute("DROP TABLE key_usage")
+    facts._file._connection().execute("DROP TABLE key_usage")
     pool, _ = pool_of({FIRST: FREE}, facts)
     assert try_key(pool) == FIRST
     pool.close()

@@ -524,8 +524,8 @@ class BrokenStore:
     def newest(self, codes: object, since: int, until: int) -> dict[str, stockrt.Document]:
         return {}
 
-    def write_closes(self, closes: object) -> None:
-        pass
+    def write_closes(self, closes: object) -> dict[str, str]:
+        return {}
 
     def check(self) -> str:
         return ""

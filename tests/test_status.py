@@ -105,6 +105,7 @@ def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> 
         "registration": None,
         "platform": {"url": None, "state": "no daemon", "connected_since": None, "last_contact": None},
         "store": str(program.state / stockrt.SQLITE_NAME),
+        "spool": None,
         "waiting": {"commands": 0, "results": 0},
         "last_execution": None,
         "keys": [
