@@ -2733,8 +2733,9 @@ class MongoStore:
         from pymongo import timeout
         from pymongo.errors import PyMongoError, WriteError
 
+        limit = min(MONGODB_SELECTION_TIMEOUT_MS / 1000, self.client.options.timeout or math.inf)
         try:
-            with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000):
+            with timeout(limit):
                 self._probe(self.realtime_name)
         except WriteError:  # it may not look like this: the server works all the same
             return True
@@ -3223,7 +3224,7 @@ class Drain:
         self._size = min(DRAIN_BATCH, self._size * 2)
         self._failed_alone = 0
         self._spool.finish(waiting, refused, self._mongo.realtime_name)
-        self._count(len(waiting.documents), waiting.damaged | refused)
+        self._count(len(waiting.documents) - len(refused), waiting.damaged | refused)
         return len(waiting.documents) + len(waiting.damaged)
 
     def _refused_alone(self, document: Document, error: StoreAway) -> dict[str, str]:
@@ -3242,11 +3243,11 @@ class Drain:
             documents = [close.document | {"_id": close.key} for close, _ in closes]
             self._spool.reject(documents, refused, self._mongo.close_name)
             self._spool.finish_closes(closes)
-            self._count(len(closes), refused)
+            self._count(len(closes) - len(refused), refused)
         return len(closes)
 
-    def _count(self, taken: int, refused: Mapping[str, str]) -> None:
-        self.moved += taken
+    def _count(self, moved: int, refused: Mapping[str, str]) -> None:
+        self.moved += moved
         self.rejected += len(refused)
         for name, why in list(refused.items())[:CODES_NAMED]:
             log.error("%s is put aside, see --rejects: %s", name, why)
@@ -3383,7 +3384,7 @@ class SpooledStore:
 
     def _empty(self) -> None:
         """Move everything that waits, however long MongoDB is away; the thread ends when nothing does."""
-        drain = Drain(self.spool, self.mongo, self._settle)
+        drain = Drain(self.spool, self.mongo, lambda documents: self._settle(documents))
         delays = backoff(DRAIN_FIRST_S, DRAIN_CAP_S, self._rng)
         started = time.monotonic()
         while not self._closing.is_set():

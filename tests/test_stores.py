@@ -28,6 +28,7 @@ from bson.int64 import Int64
 from conftest import unprivileged
 from infoway_server import InfowayServer, make_record
 from mongo_server import MongoServer
+from trades import CREATED, by_id, make_documents, make_trades, settings_of
 
 import stockrt
 from stockrt import (
@@ -37,7 +38,6 @@ from stockrt import (
     KeyPool,
     MongoStore,
     Plan,
-    Settings,
     SettingsError,
     SqliteStore,
     Store,
@@ -52,25 +52,9 @@ from stockrt import (
 
 # For what must end soon: no promise is that slack, no busy machine that slow.
 SOON_S = 15.0
-CREATED = datetime(2026, 8, 15, 1, 2, 3, 456_000, tzinfo=UTC)
 FIELDS = ["_id", "s", "t", "p", "v", "vw", "td", "stock_code", "create_time"]
 SECRET = "hunter2-secret"
 QUICK = "serverSelectionTimeoutMS=1500&timeoutMS=1500"
-
-
-def make_trades(count: int, first: int = 0) -> list[Trade]:
-    """Return trades of that many codes, the same ones each time."""
-    return [Trade(**make_record(f"{600_000 + number}.SH", 0)) for number in range(first, first + count)]
-
-
-def make_documents(count: int, first: int = 0, created: datetime = CREATED) -> list[Document]:
-    """Return the documents of `make_trades`."""
-    return [to_document(trade, created) for trade in make_trades(count, first)]
-
-
-def settings_of(environ: dict[str, str]) -> Settings:
-    """Return the settings of this environment alone."""
-    return stockrt.load_settings(environ, places=(), is_root=False).settings
 
 
 class Place(Protocol):
@@ -151,10 +135,6 @@ def opened(place: Place) -> Iterator[Store]:
     """Yield a store of the place."""
     with contextlib.closing(open_store(settings_of(place.environ))) as store:
         yield store
-
-
-def by_id(documents: Sequence[Document]) -> list[Document]:
-    return sorted(documents, key=lambda document: str(document["_id"]))
 
 
 # --------------------------------------------------------------------------------------------- other processes

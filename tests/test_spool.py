@@ -1,0 +1,749 @@
+"""The promises of the spool: what MongoDB does not take waits here, and arrives once, in order."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import random
+import re
+import sqlite3
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pymongo
+import pytest
+from conftest import RunPyz, unavailable, unprivileged
+from daemons import until
+from mongo_server import MongoServer
+from trades import CREATED, by_id, make_documents, settings_of
+
+import stockrt
+from stockrt import (
+    Close,
+    Document,
+    Drain,
+    MongoStore,
+    Spool,
+    SpooledStore,
+    SpoolFacts,
+    SpoolFull,
+    SqliteStore,
+    StoreAway,
+    StoreError,
+    WriteReport,
+)
+
+QUICK = "serverSelectionTimeoutMS=1000&timeoutMS=1000"
+MEGABYTE = 1 << 20
+
+
+def quick(uri: str) -> str:
+    """Return the URI with short time limits."""
+    return f"{uri}{'&' if '?' in uri else '?'}{QUICK}"
+
+
+class Place:
+    """A database, and a state directory beside it."""
+
+    def __init__(self, uri: str, name: str, state: Path, **more: str) -> None:
+        self.uri, self.name, self.state = uri, name, state
+        self.environ = {
+            "MONGODB_HOST": quick(uri), "MONGODB_DB_NAME": name, "STATE_DIRECTORY": str(state), **more,
+        }  # fmt: skip
+        self.facts: list[SpoolFacts] = []
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[SpooledStore]:
+        """Yield the store that the settings ask for."""
+        store = stockrt.open_store(settings_of(self.environ), self.facts.append)
+        assert isinstance(store, SpooledStore)
+        with contextlib.closing(store):
+            yield store
+
+    @contextlib.contextmanager
+    def collection(self, name: str = "realtime") -> Iterator[pymongo.collection.Collection[Document]]:
+        """Yield a collection, through a client of the test's own."""
+        with pymongo.MongoClient[Document](self.uri, tz_aware=True) as client:
+            yield client[self.name][name]
+
+    def documents(self, name: str = "realtime") -> list[Document]:
+        """Return what is in MongoDB, by `_id`."""
+        with self.collection(name) as collection:
+            return list(collection.find().sort("_id", 1))
+
+    def waiting(self) -> list[str]:
+        """Return the `_id` of what waits, in order of arrival."""
+        with contextlib.closing(sqlite3.connect(self.state / stockrt.SQLITE_NAME)) as db:
+            return [name for (name,) in db.execute("SELECT _id FROM realtime ORDER BY seq")]
+
+
+@pytest.fixture
+def place(mongo_db: tuple[str, str], tmp_path: Path) -> Place:
+    """An empty database and an empty state directory."""
+    return Place(*mongo_db, tmp_path / "state")
+
+
+@pytest.fixture
+def away(mongo_server: MongoServer) -> Iterator[MongoServer]:
+    """The server, killed; the test may start it again."""
+    if not mongo_server.controllable:
+        pytest.skip("the server of MONGODB_TEST_URI cannot be stopped")
+    mongo_server.kill()
+    try:
+        yield mongo_server
+    finally:
+        mongo_server.ensure_running()
+
+
+def nothing_waits(store: SpooledStore) -> bool:
+    """Say whether the spool is empty."""
+    return store.spool.is_empty()
+
+
+# ------------------------------------------------------------------------------------------------ away and back
+
+
+def test_what_mongodb_does_not_take_waits_and_arrives(place: Place, away: MongoServer) -> None:
+    with place.opened() as store:
+        report = store.write(make_documents(12))
+        assert (report.stored, report.known, report.kept, dict(report.refused)) == (0, 0, 12, {})
+        assert re.fullmatch(r"MongoDB unreachable since \d\d:\d\d", report.kept_because)
+        assert place.waiting() == [d["_id"] for d in make_documents(12)]
+        away.restart()
+        store.start(lambda documents: None)
+        assert until(lambda: nothing_waits(store))
+    assert place.documents() == by_id(make_documents(12))
+    assert place.waiting() == []
+
+
+def test_while_mongodb_is_away_only_the_first_write_waits_for_it(place: Place, away: MongoServer) -> None:
+    took = []
+    with place.opened() as store:
+        for number in range(20):
+            began = time.monotonic()
+            assert store.write(make_documents(5, first=5 * number)).kept == 5
+            took.append(time.monotonic() - began)
+    assert sum(took[1:]) < took[0] * 5  # asked each time it would be 19 times as much
+    assert len(place.waiting()) == 100
+
+
+def test_new_trades_queue_up_behind_those_that_wait(place: Place, away: MongoServer) -> None:
+    old, new = make_documents(3000), make_documents(5, first=2995, created=CREATED + timedelta(hours=1))
+    later = [d | {"t": d["t"] + 1, "_id": d["_id"].replace(str(d["t"]), str(d["t"] + 1))} for d in new]
+    with place.opened() as store:
+        for first in range(0, 3000, 1000):
+            store.write(old[first : first + 1000])
+        away.restart()
+        report = store.write(later)
+        assert report.stored + report.kept == 5
+        assert until(lambda: nothing_waits(store))
+    with place.collection() as collection:
+        arrived = [document["_id"] for document in collection.find()]  # as they stand in the file
+    assert arrived == [document["_id"] for document in old + later]
+
+
+def test_with_mongodb_back_a_write_waits_for_its_turn_and_is_no_failure(
+    place: Place, away: MongoServer
+) -> None:
+    with place.opened() as store:
+        assert store.write(make_documents(50)).kept == 50
+    away.restart()
+    with place.opened() as store:
+        assert store.write(make_documents(60)) == WriteReport(10, 50)
+    assert len(place.documents()) == 60
+
+
+def test_what_waits_moves_in_the_next_process_without_any_write(place: Place, away: MongoServer) -> None:
+    with place.opened() as store:
+        store.write(make_documents(7))
+    away.restart()
+    with place.opened() as store:
+        store.start(lambda documents: None)
+        assert until(lambda: nothing_waits(store))
+    assert len(place.documents()) == 7
+    assert place.facts[-1].trades == 0
+
+
+def test_the_thread_that_moves_is_there_only_while_something_waits(place: Place) -> None:
+    def drainers() -> int:
+        return sum(thread.name == "stockrt-drainer" for thread in threading.enumerate())
+
+    Spool(place.state, MEGABYTE << 10).write(make_documents(7))
+    with place.opened() as store:
+        assert drainers() == 0
+        store.start(lambda documents: None)
+        assert until(lambda: nothing_waits(store) and not drainers())
+        store.write(make_documents(9))
+        assert drainers() == 0
+    assert len(place.documents()) == 9
+
+
+def test_a_server_that_hangs_is_one_that_is_away(place: Place, mongo_server: MongoServer) -> None:
+    if not mongo_server.controllable:
+        pytest.skip("the server of MONGODB_TEST_URI cannot be paused")
+    with place.opened() as store:
+        assert store.write(make_documents(1)).stored == 1
+        mongo_server.pause()
+        try:
+            report = store.write(make_documents(20))
+        finally:
+            mongo_server.resume()
+        assert report.kept == 20 and "unreachable" in report.kept_because
+        assert until(lambda: nothing_waits(store))
+    assert len(place.documents()) == 20
+
+
+def test_what_was_stored_before_there_was_a_mongodb_moves_over(place: Place) -> None:
+    with contextlib.closing(SqliteStore(place.state)) as alone:
+        alone.write(make_documents(20))
+        alone.write([d | {"demo": True} for d in make_documents(5, first=100)])
+        alone.write_closes([a_close(number) for number in range(3)])
+    with place.opened() as store:
+        store.start(lambda documents: None)
+        assert until(lambda: nothing_waits(store))
+    assert place.documents() == by_id(make_documents(20))
+    closes = place.documents("close")
+    assert [c["_id"] for c in closes] == [a_close(number).key for number in range(3)]
+    assert [c.get("half_day") for c in closes] == [None, True, None]
+    assert place.waiting() == [d["_id"] for d in make_documents(5, first=100)]  # synthetic: of this machine
+
+
+def a_close(number: int) -> Close:
+    """Return a close; the second one of a half day."""
+    (document,) = make_documents(1, first=number)
+    return Close(document, "2026-08-14", half_day=number == 1)
+
+
+def test_closes_follow_from_trades_when_they_arrive(place: Place, away: MongoServer) -> None:
+    settled: list[Document] = []
+    with place.opened() as store:
+        store.start(settled.extend)
+        store.write(make_documents(30))
+        assert not settled
+        away.restart()
+        assert until(lambda: nothing_waits(store))
+    assert settled == make_documents(30)
+
+
+def test_a_close_that_mongodb_does_not_take_now_is_made_later(place: Place, away: MongoServer) -> None:
+    """The trades are in MongoDB, it goes away before their closes are."""
+    documents = make_documents(4)
+    with place.opened() as store:
+        store.start(stockrt.Closer(store, None).settle)
+        closer = stockrt.Closer(store, None, postpone=store.postpone)
+        closer.settle(documents)
+        assert place.waiting() == [d["_id"] for d in documents]
+        away.restart()
+        assert until(lambda: nothing_waits(store))
+    assert [c["s"] for c in place.documents("close")] == [d["s"] for d in documents]
+
+
+def test_numbers_are_converted_when_they_move(decimal_db: tuple[str, str], tmp_path: Path) -> None:
+    place = Place(*decimal_db, tmp_path / "state", MONGODB_NUMERIC_TYPE="decimal")
+    Spool(place.state, MEGABYTE << 10).write(make_documents(3))
+    with place.opened() as store:
+        store.start(lambda documents: None)
+        assert until(lambda: nothing_waits(store))
+    found = place.documents()
+    assert [str(d["p"]) for d in found] == [d["p"] for d in make_documents(3)]
+    assert {type(d["p"]).__name__ for d in found} == {"Decimal128"}
+    assert [d["create_time"] for d in found] == [CREATED] * 3
+
+
+def test_a_batch_that_is_cut_short_by_a_fault_of_the_local_file_moves_again(place: Place) -> None:
+    """Written to MongoDB, not yet taken out here, killed: it moves once more and is known."""
+    spool = Spool(place.state, MEGABYTE << 10)
+    spool.write(make_documents(10))
+    mongo = MongoStore(settings_of(place.environ))
+    with contextlib.closing(mongo), contextlib.closing(spool):
+        mongo.write(spool.oldest(6).documents)
+        drain = Drain(spool, mongo, lambda documents: None)
+        assert (drain.step(), drain.step()) == (10, 0)
+    assert place.documents() == by_id(make_documents(10))
+
+
+# ------------------------------------------------------------------------------------------------ refused for good
+
+
+def refuse(place: Place, document: Document) -> None:
+    """Let MongoDB refuse a trade for good: an index of the operator's forbids its price a second time."""
+    with place.collection() as collection:
+        collection.create_index([("p", 1), ("vw", 1), ("t", 1)], unique=True)
+        collection.insert_one(document | {"_id": "the operator's own"})
+
+
+def with_own_prices(documents: Sequence[Document]) -> list[Document]:
+    """Return trades no two of which have the same price."""
+    return [
+        d | {"p": f"{number}.5", "_id": f"{d['s']}|{d['t']}|{number}.5|{d['v']}|{d['td']}"}
+        for number, d in enumerate(documents)
+    ]
+
+
+@pytest.mark.parametrize("way", ["directly", "from the spool"])
+def test_a_poison_document_is_put_aside_and_holds_nobody_up(
+    decimal_db: tuple[str, str], tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place(*decimal_db, tmp_path / "state")
+    documents = with_own_prices(make_documents(1000))
+    poison = documents[500]
+    refuse(place, poison)
+    if way != "directly":
+        Spool(place.state, MEGABYTE << 10).write(documents)
+    with place.opened() as store:
+        if way == "directly":
+            report = store.write(documents)
+            assert report.stored == 999 and list(report.refused) == [poison["_id"]]
+        else:
+            store.start(lambda documents: None)
+            assert until(lambda: nothing_waits(store))
+            assert poison["_id"] in caplog.text
+        (reject,) = store.spool.rejects()
+    assert reject["_id"] == poison["_id"] and reject["collection"] == "realtime"
+    assert re.search(r"duplicate key|E11000", reject["reason"])
+    assert {name: reject["document"][name] for name in ("s", "t", "p", "v", "vw", "td")} == {
+        name: poison[name] for name in ("s", "t", "p", "v", "vw", "td")
+    }
+    names = {d["_id"] for d in documents} - {poison["_id"]}
+    assert {d["_id"] for d in place.documents()} == names | {"the operator's own"}
+    assert place.waiting() == []
+    assert place.facts[-1].rejects == 1
+
+
+def test_a_document_that_the_server_hangs_up_on_is_put_aside(place: Place, mongo_server: MongoServer) -> None:
+    """FerretDB closes the connection on a decimal; here one of three trades cannot be anything else."""
+    with contextlib.closing(
+        MongoStore(settings_of(place.environ | {"MONGODB_NUMERIC_TYPE": "decimal"}))
+    ) as mongo:
+        with contextlib.suppress(StoreAway):
+            mongo.write(make_documents(1, first=99))
+            pytest.skip("this server knows decimals")
+        spool = Spool(place.state, MEGABYTE << 10)
+        spool.write(make_documents(3))
+        drain = Drain(spool, mongo, lambda documents: None)
+        for _ in range(40):
+            with contextlib.suppress(StoreAway):
+                if not drain.step():
+                    break
+        rejects = spool.rejects()
+    assert [r["_id"] for r in rejects] == [d["_id"] for d in make_documents(3)]
+    assert all("MongoDB" in r["reason"] for r in rejects)
+
+
+def test_while_nothing_can_be_written_no_document_is_taken_for_poison(
+    place: Place, away: MongoServer
+) -> None:
+    spool = Spool(place.state, MEGABYTE << 10)
+    spool.write(make_documents(3))
+    environ = place.environ | {"MONGODB_HOST": place.environ["MONGODB_HOST"].replace("=1000", "=100")}
+    with contextlib.closing(MongoStore(settings_of(environ))) as mongo:
+        drain = Drain(spool, mongo, lambda documents: None)
+        for _ in range(8):
+            with pytest.raises(StoreAway):
+                drain.step()
+    assert spool.rejects() == [] and len(place.waiting()) == 3
+
+
+def test_numbers_that_do_not_fit_are_refused_by_name(decimal_db: tuple[str, str], tmp_path: Path) -> None:
+    place = Place(*decimal_db, tmp_path / "state", MONGODB_NUMERIC_TYPE="decimal")
+    documents = make_documents(3)
+    documents[1] |= {"vw": "1." + "2" * 60}
+    with place.opened() as store:
+        report = store.write(documents)
+        assert report.stored == 2 and "MONGODB_NUMERIC_TYPE" in report.refused[documents[1]["_id"]]
+        assert [r["_id"] for r in store.spool.rejects()] == [documents[1]["_id"]]
+
+
+def test_a_document_that_the_disk_has_changed_is_not_passed_on(place: Place) -> None:
+    spool = Spool(place.state, MEGABYTE << 10)
+    spool.write(make_documents(3))
+    with contextlib.closing(sqlite3.connect(spool.path)) as db, db:
+        db.execute("UPDATE realtime SET p = '1' WHERE seq = 2")
+    with place.opened() as store:
+        store.start(lambda documents: None)
+        assert until(lambda: nothing_waits(store))
+        (reject,) = store.spool.rejects()
+    assert reject["_id"] == make_documents(3)[1]["_id"] and "damaged" in reject["reason"]
+    assert len(place.documents()) == 2
+
+
+# ------------------------------------------------------------------------------------------------------ its limits
+
+
+@pytest.mark.parametrize(("megabytes", "used"), [(1, 0.4), (8, 0.7)])
+def test_it_never_grows_past_its_limit_and_keeps_what_it_has(
+    tmp_path: Path, megabytes: int, used: float
+) -> None:
+    limit, sizes, kept = megabytes * MEGABYTE, [], 0
+    with contextlib.closing(Spool(tmp_path, limit)) as spool:
+        with pytest.raises(SpoolFull, match="SPOOL_MAX_MB"):
+            while True:
+                assert spool.write(make_documents(100, first=kept)).stored == 100
+                kept += 100
+                sizes.append(sum(path.stat().st_size for path in tmp_path.glob("stockrt.db*")))
+        assert limit * used < max(sizes) <= limit
+        with pytest.raises(SpoolFull, match="SPOOL_MAX_MB"):
+            spool.write(make_documents(100, first=kept))
+        assert spool.refused == 200
+        assert spool.facts().trades == kept
+        spool.finish(spool.oldest(500), {}, "realtime")
+        assert spool.write(make_documents(100, first=kept)).stored == 100  # there is room again
+        assert spool.facts(counted=True).trades == spool.facts().trades == kept - 400
+
+
+def test_at_the_limit_codes_fail_by_name_and_say_why(place: Place, away: MongoServer) -> None:
+    place.environ["SPOOL_MAX_MB"] = "1"
+    with place.opened() as store:
+        store.write(make_documents(1))
+        with pytest.raises(
+            StoreError, match=r"MongoDB unreachable since .*, and .*stockrt\.db.*SPOOL_MAX_MB"
+        ):
+            for first in range(0, 100_000, 1000):
+                assert store.write(make_documents(1000, first=first)).kept == 1000
+    assert place.facts[-1].refused == 1000
+
+
+def test_the_disk_keeps_some_room(tmp_path: Path) -> None:
+    with (
+        small_disk(tmp_path, "2M") as disk,
+        contextlib.closing(Spool(disk / "state", MEGABYTE << 10)) as spool,
+    ):
+        with pytest.raises(SpoolFull, match=r"5% free.*STATE_DIRECTORY"):
+            for first in range(0, 1_000_000, 100):
+                spool.write(make_documents(100, first=first))
+        found = os.statvfs(disk)
+        assert found.f_bavail >= found.f_blocks * 0.05
+        assert spool.facts(counted=True).trades == first
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """Yield a disk of this size."""
+    disk = folder / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0:
+        unavailable("only root may mount a small disk")
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if done.returncode:
+        unavailable(f"a small disk cannot be mounted: {done.stderr}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_what_a_long_absence_took_is_given_back(place: Place) -> None:
+    big = [d | {"vw": "1" * 2000} for d in make_documents(12_000)]
+    with contextlib.closing(Spool(place.state, MEGABYTE << 10)) as spool:
+        for first in range(0, 12_000, 1000):
+            spool.write(big[first : first + 1000])
+        assert spool.path.stat().st_size > stockrt.SHRINK_ABOVE
+        waiting = spool.oldest(12_000)
+        spool.finish(waiting, {}, "realtime")
+        spool.shrink()
+        assert spool.path.stat().st_size < MEGABYTE
+
+
+# ------------------------------------------------------------------------------------------------------ damage
+
+
+def spoiled(tmp_path: Path, spoil: Callable[[Path], object], count: int = 2000) -> Path:
+    """Return a spool file with `count` trades, closed, of which something was spoiled."""
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        for first in range(0, count, 100):
+            spool.write(make_documents(100, first=first))
+        for extra in ("-wal", "-shm"):  # as a crash leaves it: not moved into the file
+            path = spool.path.with_name(spool.path.name + extra)
+            path.with_name(f"kept{extra}").write_bytes(path.read_bytes())
+    spoil(spool.path)
+    return spool.path
+
+
+def set_aside(folder: Path) -> Path:
+    """Return the one file that was set aside."""
+    (aside,) = [p for p in folder.glob("stockrt.db.damaged-*") if not p.name.endswith(("-wal", "-shm"))]
+    return aside
+
+
+def overwrite(path: Path, at: int, length: int) -> None:
+    """Put random bytes into a file."""
+    with path.open("r+b") as stream:
+        stream.seek(at)
+        stream.write(random.Random(at).randbytes(length))
+
+
+def cut(path: Path, size: int) -> None:
+    """Cut a file short."""
+    with path.open("r+b") as stream:
+        stream.truncate(size)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "rescued"),
+    [
+        (lambda path: overwrite(path, 0, 100), 2000),
+        (lambda path: overwrite(path, 0, 4096), 2000),
+        (lambda path: overwrite(path, 4096, 4096), 1900),  # the table's root
+        (lambda path: overwrite(path, 20 * 4096, 3 * 4096), 1800),
+        (lambda path: cut(path, path.stat().st_size // 2), 800),
+        (lambda path: cut(path, path.stat().st_size - 4096), 1900),
+        (lambda path: path.write_bytes(b"this is no database\n" * 500), 0),
+    ],
+    ids=["header", "first page", "second page", "three pages", "half", "last page", "no database"],
+)
+def test_a_damaged_file_is_set_aside_and_rescued(
+    tmp_path: Path, spoil: Callable[[Path], object], rescued: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = spoiled(tmp_path, spoil)
+    before = path.read_bytes()
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        spool.write(make_documents(1, first=5000))
+        found = [d for _ in range(30) for d in take(spool, 100)]
+    aside = set_aside(tmp_path)
+    assert aside.read_bytes()[:1000] == before[:1000]
+    assert datetime.now(UTC) - datetime.strptime(aside.name[-23:], "%Y%m%dT%H%M%S.%f%z") < timedelta(hours=1)
+    expected = {d["_id"]: d for d in make_documents(2000) + make_documents(1, first=5000)}
+    assert all(expected[d["_id"]] == d for d in found)
+    assert len({d["_id"] for d in found}) == len(found) > rescued
+    arrived = [d["_id"] for d in found]
+    assert arrived == [name for name in expected if name in arrived]  # in their order
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 1 and aside.name in errors[0]
+    (counted,) = map(int, re.findall(r"(\d+) rows of it", errors[0]))
+    assert counted in (len(found) - 1, len(found))  # the last one was written before or after
+
+
+def take(spool: Spool, count: int) -> list[Document]:
+    """Take the oldest trades out."""
+    waiting = spool.oldest(count)
+    spool.finish(waiting, {}, "realtime")
+    return waiting.documents
+
+
+def test_damage_that_shows_only_later_is_mended_then(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file is damaged while it is open."""
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        for first in range(0, 2000, 100):
+            spool.write(make_documents(100, first=first))
+        spool._file.empty_log()
+        overwrite(spool.path, 8 * 4096, spool.path.stat().st_size - 12 * 4096)
+        reader = Spool(tmp_path, MEGABYTE << 10)  # nothing is cached here
+        found = [d for _ in range(30) for d in take(reader, 100)]
+        reader.close()
+        assert 0 < len(found) < 2000
+        # the one that had it open goes on in the new file
+        spool.write(make_documents(3, first=7000))
+        assert [d["_id"] for d in take(spool, 100)] == [d["_id"] for d in make_documents(3, first=7000)]
+    assert len([r for r in caplog.records if r.levelname == "ERROR"]) == 1
+
+
+def test_the_log_is_rescued_where_the_file_is_gone(tmp_path: Path) -> None:
+    path = spoiled(tmp_path, lambda path: None, count=500)
+    log_file = path.with_name(path.name + "-wal")
+    path.with_name("kept-wal").rename(log_file)
+    path.write_bytes(b"")
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        assert spool.oldest(1000).documents == make_documents(500)
+
+
+def test_other_tables_are_rescued_too(tmp_path: Path) -> None:
+    with contextlib.closing(stockrt.LocalFacts(tmp_path)) as facts:
+        facts.keep_calendar("US", stockrt.HalfDays("2026-08-15", "2026-08-01", "2026-09-01", frozenset()))
+    with contextlib.closing(SqliteStore(tmp_path)) as store:
+        store.write_closes([a_close(number) for number in range(5)])
+        for first in range(0, 2000, 100):
+            store.write(make_documents(100, first=first))
+    size = store.path.stat().st_size
+    overwrite(store.path, size - 20 * 4096, 20 * 4096)
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        while take(spool, 500):
+            pass
+        assert [close.key for close, _ in spool.closes(10)] == [a_close(number).key for number in range(5)]
+    with contextlib.closing(stockrt.LocalFacts(tmp_path)) as facts:
+        assert facts.calendar("US") is not None
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_a_file_of_another_user_is_set_aside(mode: int, caplog: pytest.LogCaptureFixture) -> None:
+    # pytest's own folders may not be entered by another user.
+    with tempfile.TemporaryDirectory(prefix="stockrt-test-") as folder:
+        state = Path(folder, "state")
+        with contextlib.closing(Spool(state, MEGABYTE << 10)) as spool:
+            spool.write(make_documents(10))
+        Path(folder).chmod(0o755)
+        state.chmod(0o777)
+        spool.path.chmod(mode)
+        with unprivileged(), contextlib.closing(Spool(state, MEGABYTE << 10)) as spool:
+            assert len(spool.oldest(100).documents) == (10 if mode else 0)
+            spool.write(make_documents(1, first=50))
+        aside = set_aside(state)
+        with contextlib.closing(sqlite3.connect(aside)) as db:
+            assert db.execute("SELECT count(*) FROM realtime").fetchone() == (10,)
+    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert aside.name in record.getMessage()
+
+
+def test_a_file_that_was_taken_away_is_made_anew(tmp_path: Path) -> None:
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        spool.write(make_documents(3))
+        for path in tmp_path.glob("stockrt.db*"):
+            path.unlink()
+        spool.write(make_documents(2))
+        assert len(spool.oldest(10).documents) == 2
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        assert len(spool.oldest(10).documents) == 2
+
+
+VERSION_1 = """
+CREATE TABLE realtime (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, _id TEXT NOT NULL UNIQUE,
+    s TEXT NOT NULL, t INTEGER NOT NULL, p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
+    stock_code TEXT NOT NULL, create_time TEXT NOT NULL, demo INTEGER
+);
+CREATE INDEX realtime_code_time ON realtime (stock_code, t DESC);
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_file_of_an_older_stockrt_is_brought_up(place: Place) -> None:
+    place.state.mkdir()
+    with contextlib.closing(sqlite3.connect(place.state / "stockrt.db")) as db:
+        db.executescript(VERSION_1)
+        with db:
+            for d in make_documents(9):
+                row = (*(d[n] for n in ("_id", "s", "t", "p", "v", "vw", "td", "stock_code")),
+                       "2026-08-15T01:02:03.456Z")  # fmt: skip
+                db.execute(
+                    "INSERT INTO realtime (_id, s, t, p, v, vw, td, stock_code, create_time) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row,
+                )  # fmt: skip
+    with place.opened() as store:
+        store.start(lambda documents: None)
+        assert until(lambda: nothing_waits(store))
+        assert store.spool.rejects() == []
+    assert place.documents() == by_id(make_documents(9))
+
+
+def test_many_threads_may_find_the_damage_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = spoiled(tmp_path, lambda path: overwrite(path, 0, 4096), count=1000)
+    barrier = threading.Barrier(4)
+    faults: list[Exception] = []
+
+    def write(number: int) -> None:
+        barrier.wait()
+        try:
+            with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+                spool.write(make_documents(10, first=3000 + 10 * number))
+        except Exception as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        names = {d["_id"] for d in spool.oldest(5000).documents}
+    assert names == {d["_id"] for d in make_documents(1000) + make_documents(40, first=3000)}
+    assert len([r for r in caplog.records if r.levelname == "ERROR"]) == 1
+    assert path.exists()
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def environment(place: Place, **more: str) -> dict[str, str]:
+    """Return the settings for the program."""
+    return place.environ | {"INFOWAY_API_KEY": "test-key"} | more
+
+
+def test_drain_moves_everything_and_says_so(place: Place, run_pyz: RunPyz) -> None:
+    Spool(place.state, MEGABYTE << 10).write(make_documents(2500))
+    done = run_pyz("--drain", env=place.environ)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert re.fullmatch(r"2500 moved to mongodb://\S+; 0 left on this machine\n", done.stderr)
+    assert len(place.documents()) == 2500 and place.waiting() == []
+    assert "0 moved" in run_pyz("--drain", env=place.environ).stderr
+
+
+def test_drain_shows_a_bar_on_a_terminal(place: Place, pyz: Path, clean_env: dict[str, str]) -> None:
+    Spool(place.state, MEGABYTE << 10).write(make_documents(2500))
+    done, shown = on_a_terminal([sys.executable, str(pyz), "--drain"], clean_env | place.environ)
+    assert done == 0
+    assert "| 2000/2500 [" in shown and "2500 moved" in shown
+
+
+def on_a_terminal(command: Sequence[str], environ: dict[str, str]) -> tuple[int, str]:
+    """Run a command whose stderr is a terminal; return its exit status and what it showed."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen(command, env=environ, stderr=its, stdout=subprocess.DEVNULL)
+    os.close(its)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the last one that held the terminal is gone
+        while more := os.read(ours, 4096):
+            shown += more
+    os.close(ours)
+    return process.wait(60), shown.decode()
+
+
+def test_drain_that_mongodb_does_not_take(place: Place, away: MongoServer, run_pyz: RunPyz) -> None:
+    Spool(place.state, MEGABYTE << 10).write(make_documents(5))
+    done = run_pyz("--drain", env=place.environ)
+    assert done.returncode == 1
+    assert "0 moved" in done.stderr and "5 left" in done.stderr and "MONGODB_HOST" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(place.waiting()) == 5
+
+
+def test_drain_without_a_mongodb(run_pyz: RunPyz) -> None:
+    done = run_pyz("--drain")
+    assert done.returncode == 78 and "MONGODB_HOST" in done.stderr
+
+
+def test_rejects_are_listed(decimal_db: tuple[str, str], tmp_path: Path, run_pyz: RunPyz) -> None:
+    place = Place(*decimal_db, tmp_path / "state")
+    assert run_pyz("--rejects", env=place.environ).stdout == "MongoDB has refused nothing\n"
+    assert run_pyz("--rejects", "--json", env=place.environ).stdout == ""
+    documents = with_own_prices(make_documents(3))
+    refuse(place, documents[1])
+    Spool(place.state, MEGABYTE << 10).write(documents)
+    done = run_pyz("--drain", env=place.environ)
+    assert done.returncode == 0 and re.search(r"\b2 moved .*, 1 refused by it", done.stderr)
+    lines = run_pyz("--rejects", env=place.environ).stdout.splitlines()
+    assert len(lines) == 1 and documents[1]["_id"] in lines[0] and "MongoDB refused it" in lines[0]
+    (reject,) = map(json.loads, run_pyz("--rejects", "--json", env=place.environ).stdout.splitlines())
+    assert reject["document"]["p"] == documents[1]["p"]
+
+
+def test_status_shows_what_waits(place: Place, run_pyz: RunPyz) -> None:
+    spool = Spool(place.state, MEGABYTE << 10)
+    spool.write(make_documents(40))
+    status = json.loads(run_pyz("--status", "--json", env=environment(place)).stdout)
+    assert status["spool"] == {
+        "trades": 40, "bytes": status["spool"]["bytes"], "oldest": "2026-08-15T01:02:03.456Z", "rejects": 0,
+        "refused": 0,
+    }  # fmt: skip
+    assert 0 < status["spool"]["bytes"] < MEGABYTE
+    line = next(
+        x for x in run_pyz("--status", env=environment(place)).stdout.splitlines() if x.startswith("spool")
+    )
+    assert re.search(
+        r"40 trades wait for MongoDB, \d\.\d MB, the oldest since 2026-08-15T01:02:03\.456Z", line
+    )
