@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import pty
@@ -24,8 +25,10 @@ from pathlib import Path
 import pymongo
 import pytest
 from conftest import RunPyz, unavailable, unprivileged
-from daemons import until
+from daemons import PATIENCE, ThreadDaemon, settings_for, until
+from infoway_server import InfowayServer
 from mongo_server import MongoServer
+from platform_server import PlatformServer
 from trades import CREATED, by_id, make_documents, settings_of
 
 import stockrt
@@ -46,6 +49,7 @@ from stockrt import (
 
 QUICK = "serverSelectionTimeoutMS=1000&timeoutMS=1000"
 MEGABYTE = 1 << 20
+HASH = "a1b2c3d4e5f6"
 
 
 def quick(uri: str) -> str:
@@ -104,6 +108,11 @@ def away(mongo_server: MongoServer) -> Iterator[MongoServer]:
         yield mongo_server
     finally:
         mongo_server.ensure_running()
+
+
+def drainers() -> int:
+    """Return how many threads move what waits."""
+    return sum(thread.name == "stockrt-drainer" for thread in threading.enumerate())
 
 
 def nothing_waits(store: SpooledStore) -> bool:
@@ -176,9 +185,6 @@ def test_what_waits_moves_in_the_next_process_without_any_write(place: Place, aw
 
 
 def test_the_thread_that_moves_is_there_only_while_something_waits(place: Place) -> None:
-    def drainers() -> int:
-        return sum(thread.name == "stockrt-drainer" for thread in threading.enumerate())
-
     Spool(place.state, MEGABYTE << 10).write(make_documents(7))
     with place.opened() as store:
         assert drainers() == 0
@@ -686,7 +692,7 @@ def test_drain_shows_a_bar_on_a_terminal(place: Place, pyz: Path, clean_env: dic
     Spool(place.state, MEGABYTE << 10).write(make_documents(2500))
     done, shown = on_a_terminal([sys.executable, str(pyz), "--drain"], clean_env | place.environ)
     assert done == 0
-    assert "| 2000/2500 [" in shown and "2500 moved" in shown
+    assert re.search(r"\| \d000/2500 \[", shown) and "2500 moved" in shown
 
 
 def on_a_terminal(command: Sequence[str], environ: dict[str, str]) -> tuple[int, str]:
@@ -747,3 +753,85 @@ def test_status_shows_what_waits(place: Place, run_pyz: RunPyz) -> None:
     assert re.search(
         r"40 trades wait for MongoDB, \d\.\d MB, the oldest since 2026-08-15T01:02:03\.456Z", line
     )
+
+
+# ----------------------------------------------------------------------------------------------------- the daemon
+
+
+@pytest.fixture
+def platform() -> Iterator[PlatformServer]:
+    """A platform that knows the daemon."""
+    with PlatformServer(ping_every=0) as server:
+        server.know(HASH)
+        yield server
+
+
+def test_the_result_says_what_waits_and_since_when(
+    place: Place, away: MongoServer, platform: PlatformServer, infoway: InfowayServer
+) -> None:
+    stockrt.write_hash(place.state, HASH)
+    settings = settings_for(platform.port, infoway.url, place.state, **place.environ)
+    codes = [f"{600_000 + number}.SH" for number in range(12)]
+    with ThreadDaemon(settings):
+        assert platform.wait_for(lambda s: s.connected, PATIENCE)
+        platform.execute([*codes, "600012"], execution_id="e1")
+        assert platform.wait_for(lambda s: s.results_for("e1"), PATIENCE)
+        platform.execute(codes, execution_id="e2")
+        assert platform.wait_for(lambda s: s.results_for("e2"), PATIENCE)
+    answers = [platform.results_for(name)[0] for name in ("e1", "e2")]
+    words = r"1[23] trades kept on this machine, MongoDB unreachable since \d\d:\d\d"
+    assert all(re.fullmatch(words, answer.data["message"]) for answer in answers)
+    assert all(answer.status == answer.data["status"] == "failure" for answer in answers)
+    result = answers[0].data["result"]
+    assert (result["total"], result["kept_count"], result["success_count"], result["failed_count"]) == (
+        13,
+        13,
+        0,
+        0,
+    )
+    assert result["failed_stocks"] == [] and len(place.waiting()) == 13
+
+    assert until(lambda: not drainers())
+    gc.collect()  # the lock of the first daemon goes with it
+    away.restart()
+    with ThreadDaemon(settings):  # no execution is needed to move what waits
+        assert until(lambda: place.waiting() == [])
+    assert len(place.documents()) == 13
+
+
+def test_the_metrics_say_what_waits(place: Place) -> None:
+    settings = settings_for(1, "http://127.0.0.1:1", place.state, **place.environ)
+    service = stockrt.Service(settings, stockrt.Notifier())
+    service.spooled(SpoolFacts(trades=40, bytes=8192, oldest=None, rejects=2, refused=7))
+    lines = service.metrics.text().splitlines()
+    assert {"stockrt_spool_trades 40", "stockrt_spool_bytes 8192", "stockrt_spool_rejects 2",
+            "stockrt_spool_refused_total 7"} <= set(lines)  # fmt: skip
+    kept = stockrt.Report(total=2, stored=1, kept=1)
+    assert stockrt.outcome_of(kept) == "failure" and not kept.complete
+
+
+def test_a_full_disk_ends_no_daemon(
+    tmp_path: Path, platform: PlatformServer, infoway: InfowayServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing can be kept: commands are refused with the reason, and executed again when there is room."""
+    with small_disk(tmp_path, "4M") as disk:
+        stockrt.write_hash(disk / "state", HASH)
+        with ThreadDaemon(settings_for(platform.port, infoway.url, disk / "state")):
+            assert platform.wait_for(lambda s: s.connected, PATIENCE)
+            platform.execute(["AAPL.US"], execution_id="e1")
+            assert platform.wait_for(lambda s: s.results_for("e1"), PATIENCE)
+            ballast = disk / "ballast"
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as stream:
+                while stream.write(bytes(4096)):
+                    pass
+            for number in range(40):
+                platform.execute(["AAPL.US"] * 200, execution_id=f"full{number}")
+            assert platform.wait_for(lambda s: s.results_for("full39"), PATIENCE)
+            ballast.unlink()
+            platform.execute(["AAPL.US"], execution_id="e2")
+            assert platform.wait_for(lambda s: s.results_for("e2"), PATIENCE)
+            assert platform.wait_for(lambda s: not s.unanswered, PATIENCE)
+    assert platform.results_for("full39")[0].status == "failure"
+    assert "full" in platform.results_for("full39")[0].data["message"]
+    assert [platform.results_for(name)[0].status for name in ("e1", "e2")] == ["success"] * 2
+    assert len(platform.dials) == 1
