@@ -2851,8 +2851,8 @@ class MongoStore:
             "w": "majority",
         }
         options = {name: value for name, value in defaults.items() if name.lower() not in given}
-        try:
-            return MongoClient(self._settings.mongodb_uri, tz_aware=True, **options)
+        try:  # not connected before it is used: mongodb+srv:// asks the DNS, which may be away too
+            return MongoClient(self._settings.mongodb_uri, tz_aware=True, connect=False, **options)
         except (PyMongoError, ValueError, TypeError) as error:
             raise SettingsError(
                 [f"MONGODB_HOST={self._settings.mongodb_shown()!r}: {self._settings.redact(one_line(error))}"]

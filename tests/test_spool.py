@@ -279,6 +279,15 @@ def test_a_batch_that_is_cut_short_by_a_fault_of_the_local_file_moves_again(plac
     assert place.documents() == by_id(make_documents(10))
 
 
+def test_a_name_that_the_dns_does_not_know_now_is_a_mongodb_that_is_away(tmp_path: Path) -> None:
+    place = Place("mongodb+srv://nowhere.invalid/", "x", tmp_path)
+    with place.opened() as store:
+        report = store.write(make_documents(2))
+    assert report.kept == 2 and re.fullmatch(
+        r"MongoDB takes no writes since \d\d:\d\d \(.+\)", report.kept_because
+    )
+
+
 # ------------------------------------------------------------------------------------------------ refused for good
 
 

@@ -164,6 +164,7 @@ class Writer:
 
     def __init__(self, place: Place, trades: Sequence[Trade], *args: str, **options: Any) -> None:
         environ = {"PATH": os.environ.get("PATH", os.defpath), **place.environ}
+        environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a file that may not grow would be one that is cut short
         environ["PYTHONPATH"] = os.pathsep.join(
             [str(Path(stockrt.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
