@@ -3299,8 +3299,7 @@ class SpooledStore:
             self._note_away(error)
             return self._keep(documents)
         if report.refused:
-            self.spool.reject(documents, report.refused, self.mongo.realtime_name)
-            self._on_change(self.spool.facts())
+            self._put_aside(documents, report.refused, self.mongo.realtime_name)
         return report
 
     def postpone(self, documents: Sequence[Document]) -> None:
@@ -3317,7 +3316,7 @@ class SpooledStore:
         refused = self.mongo.write_closes(closes)
         if refused:
             documents = [close.document | {"_id": close.key} for close in closes]
-            self.spool.reject(documents, refused, self.mongo.close_name)
+            self._put_aside(documents, refused, self.mongo.close_name)
         return refused
 
     def check(self) -> str:
@@ -3331,9 +3330,21 @@ class SpooledStore:
         self.mongo.close()
         self.spool.close()
 
+    def _put_aside(self, documents: Sequence[Document], refused: Mapping[str, str], collection: str) -> None:
+        """Keep what MongoDB refused; the others of its batch are stored, whatever the local file says."""
+        try:
+            self.spool.reject(documents, refused, collection)
+            self._on_change(self.spool.facts())
+        except StoreError as error:
+            log.error("%s cannot be put aside: %s", ", ".join(list(refused)[:CODES_NAMED]), error)
+
     def _is_caught_up(self) -> bool:
         """Whether nothing waits, if need be after a while. MongoDB is not waited for while it is away."""
-        if self.spool.is_empty():
+        try:
+            if self.spool.is_empty():
+                return True
+        except StoreError as error:  # what MongoDB takes does not need the local file
+            self._trouble.again(str(error))
             return True
         self._wake_drainer()
         with self._changed:
@@ -5012,7 +5023,7 @@ class Executor(threading.Thread):
         self._journal_trouble = Trouble("journal")
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self.key_states: list[dict[str, Any]] = []  # as of the end of the last execution
-        self.spool_refused = 0
+        self.spool = SpoolFacts()
         self._workshop: Workshop | None = None
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
@@ -5138,8 +5149,11 @@ class Executor(threading.Thread):
         return self._workshop
 
     def _on_spool(self, facts: SpoolFacts) -> None:
-        self.spool_refused = facts.refused
+        begins_or_ends = bool(facts.trades) != bool(self.spool.trades)
+        self.spool = facts
         self._observer.spooled(facts)
+        if begins_or_ends:
+            self._on_answer(None)  # the status line changes
 
 
 def spool_is_empty(settings: Settings) -> bool:
@@ -5489,7 +5503,7 @@ class Daemon:
         self._note_status(
             last_execution=outcome | {"at": _iso(utc_now())},
             keys=self._executor.key_states,
-            spool_refused=self._executor.spool_refused,
+            spool_refused=self._executor.spool.refused,
         )
 
     def _note_status(self, **news: object) -> None:
@@ -5866,6 +5880,7 @@ class Service(Observer):
         self._peer = f"{settings.server_host}:{settings.server_port}"
         self._keys = len(settings.api_keys)
         self._link = f"connecting to {self._peer}"
+        self._waits = False  # whether trades wait for MongoDB
         self._last: tuple[str, float] | None = None  # what the last execution did, and when (monotonic)
         self._unanswered = self._unreceived = 0
         self._beat_at = clock()
@@ -5917,6 +5932,7 @@ class Service(Observer):
 
     def spooled(self, facts: SpoolFacts) -> None:
         """Note what waits for MongoDB."""
+        self._waits = facts.trades > 0
         self.metrics.put("stockrt_spool_trades", facts.trades)
         self.metrics.put("stockrt_spool_bytes", facts.bytes)
         self.metrics.put("stockrt_spool_rejects", facts.rejects)
@@ -5967,6 +5983,8 @@ class Service(Observer):
             parts.append(f"last execute {did}, {age}")
             until = at + changes
         parts.append(f"{self._unanswered} waiting")
+        if self._waits:
+            parts.append("trades wait for MongoDB")
         if self._unreceived:
             parts.append(f"{self._unreceived} to deliver")
         return " · ".join(parts), until

@@ -393,6 +393,20 @@ def test_a_document_that_the_disk_has_changed_is_not_passed_on(place: Place) -> 
     assert len(place.documents()) == 2
 
 
+def test_a_local_file_that_fails_keeps_nothing_from_mongodb(
+    decimal_db: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place(*decimal_db, tmp_path / "state")
+    documents = with_own_prices(make_documents(3))
+    refuse(place, documents[1])
+    with place.opened() as store:
+        with contextlib.closing(sqlite3.connect(store.spool.path)) as db:
+            db.executescript("DROP TABLE realtime; DROP TABLE rejects")
+        report = store.write(documents)
+    assert report.stored == 2 and list(report.refused) == [documents[1]["_id"]]
+    assert f"{documents[1]['_id']} cannot be put aside" in caplog.text
+
+
 # ------------------------------------------------------------------------------------------------------ its limits
 
 
@@ -815,6 +829,9 @@ def test_the_metrics_say_what_waits(place: Place) -> None:
     lines = service.metrics.text().splitlines()
     assert {"stockrt_spool_trades 40", "stockrt_spool_bytes 8192", "stockrt_spool_rejects 2",
             "stockrt_spool_refused_total 7"} <= set(lines)  # fmt: skip
+    assert "· trades wait for MongoDB" in service.status(0.0)[0]
+    service.spooled(SpoolFacts())
+    assert "MongoDB" not in service.status(0.0)[0]
     kept = stockrt.Report(total=2, stored=1, kept=1)
     assert stockrt.outcome_of(kept) == "failure" and not kept.complete
 
