@@ -3130,6 +3130,24 @@ class Spool(SqliteStore):
         rows = self._file.read(lambda db: db.execute(query).fetchall())
         return [dict(zip(names, row, strict=True)) | {"document": json.loads(row[-1])} for row in rows]
 
+    def retry(self, collection: str) -> int:
+        """Let the trades wait again that MongoDB refused; return how many. Raises StoreError."""
+        names = (*TRADE_FIELDS, "stock_code", "create_time")
+        fields = ", ".join(f"document ->> '{name}'" for name in names)
+
+        def move(db: sqlite3.Connection) -> int:
+            done = db.execute(
+                f"INSERT INTO realtime (_id, {', '.join(names)}) SELECT _id, {fields} FROM rejects "  # noqa: S608
+                "WHERE collection = ? ORDER BY seq ON CONFLICT (_id) DO NOTHING",
+                (collection,),
+            )
+            db.execute("DELETE FROM rejects WHERE collection = ?", (collection,))
+            return done.rowcount
+
+        moved = self._file.write(move)
+        self._count_more(moved)
+        return moved
+
     def closes(self, count: int) -> list[tuple[Close, str]]:
         """Return up to `count` closes that wait, each with the time of its last change. Raises StoreError."""
         names = (*TRADE_FIELDS, "stock_code")
@@ -3207,30 +3225,38 @@ class Drain:
     def step(self) -> int:
         """Move the oldest batch and return how many documents it had, 0 when nothing waits.
 
-        Raises StoreAway when MongoDB does not take it, StoreError when the local file fails. After a fault
-        the batch is half as large, so that a document which MongoDB cannot stand comes to be alone.
+        Raises StoreAway when MongoDB does not take it, StoreError when the local file fails.
         """
-        waiting = self._spool.oldest(self._size)
+        waiting, refused = self._deliver()
         if not waiting.last:
             return self._step_closes()
-        try:
-            refused = dict(self._mongo.write(waiting.documents).refused)
-            self._settle([d for d in waiting.documents if d["_id"] not in refused])
-        except StoreAway as error:
-            if len(waiting.documents) > 1:
-                self._size = max(1, len(waiting.documents) // 2)
-                raise
-            refused = self._refused_alone(waiting.documents[0], error)
         self._size = min(DRAIN_BATCH, self._size * 2)
         self._failed_alone = 0
         self._spool.finish(waiting, refused, self._mongo.realtime_name)
         self._count(len(waiting.documents) - len(refused), waiting.damaged | refused)
         return len(waiting.documents) + len(waiting.damaged)
 
+    def _deliver(self) -> tuple[Waiting, dict[str, str]]:
+        """Return the oldest batch, which MongoDB has by then, and what it refused of it (`_id` -> why).
+
+        A batch that fails while MongoDB takes something else is halved, until the document is alone that
+        MongoDB cannot stand.
+        """
+        while True:
+            waiting = self._spool.oldest(self._size)
+            try:
+                refused = dict(self._mongo.write(waiting.documents).refused)
+                self._settle([d for d in waiting.documents if d["_id"] not in refused])
+                return waiting, refused
+            except StoreAway as error:
+                if not self._mongo.takes_another():
+                    raise
+                if len(waiting.documents) == 1:
+                    return waiting, self._refused_alone(waiting.documents[0], error)
+                self._size = len(waiting.documents) // 2
+
     def _refused_alone(self, document: Document, error: StoreAway) -> dict[str, str]:
         """Return why MongoDB refuses a document ({}: it has it). Raises the error again while that is open."""
-        if not self._mongo.takes_another():
-            raise error
         self._failed_alone += 1
         if self._failed_alone < POISON_TRIES:
             raise error
@@ -6124,6 +6150,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--demo", action="store_true", help="synthetic trades: no network, no key, embedded store"
     )
+    parser.add_argument("--retry", action="store_true", help="with --drain: what MongoDB refused before, too")
     parser.add_argument(
         "--force", action="store_true", help="with --register: anew, although a hash is stored"
     )
@@ -6144,6 +6171,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for flag in ("codes", "codes_file", "demo"):
         if getattr(options, flag) and not options.once:
             raise UsageError(f"--{flag.replace('_', '-')} goes with --once; see --help")
+    if options.retry and not options.drain:
+        raise UsageError("--retry goes with --drain; see --help")
     if options.force and not options.register:
         raise UsageError("--force goes with --register; see --help")
     if options.once and not (options.codes or options.codes_file):
@@ -6648,16 +6677,21 @@ def need_mongodb(settings: Settings, why: str) -> None:
         )
 
 
-def run_drain(settings: Settings) -> int:
-    """Move to MongoDB everything that waits for it, and say what was done. Raises StoreAway."""
+def run_drain(settings: Settings, retry: bool) -> int:
+    """Move to MongoDB everything that waits for it, and say what was done. Raises StoreAway.
+
+    `retry`: what MongoDB refused before, too.
+    """
     need_mongodb(settings, "there is nowhere to move what this machine holds")
     mongo = MongoStore(settings)
     spool = Spool(settings.state_directory, settings.spool_max_bytes)
     drain = Drain(spool, mongo, _closer_of(settings, mongo).settle)
+    if retry:
+        spool.retry(mongo.realtime_name)
     stop = _stop_on_signals()
     try:
         with _drain_bar(spool.facts(counted=True).trades) as on_moved:
-            while not stop.is_set() and (moved := _drain_step(drain, mongo)):
+            while not stop.is_set() and (moved := _drain_step(drain, mongo, stop)):
                 on_moved(moved)
     finally:
         left = spool.facts(counted=True).trades
@@ -6666,13 +6700,13 @@ def run_drain(settings: Settings) -> int:
     return EXIT_INTERRUPTED if left else EXIT_OK
 
 
-def _drain_step(drain: Drain, mongo: MongoStore) -> int:
-    """Move a batch, or as much of it as MongoDB stands; return how many. Raises StoreAway when it takes nothing."""
+def _drain_step(drain: Drain, mongo: MongoStore, stop: threading.Event) -> int:
+    """Move a batch and return its size. Raises StoreAway when MongoDB takes nothing."""
     while True:
         try:
             return drain.step()
-        except StoreAway:
-            if not mongo.takes_another():
+        except StoreAway:  # after a moment it may be a document's fault, which `drain` finds out
+            if stop.wait(DRAIN_FIRST_S) or not mongo.takes_another():
                 raise
 
 
@@ -6795,7 +6829,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if options.status:
         return run_status(loaded.settings, options.json)
     if options.drain:
-        return run_drain(loaded.settings)
+        return run_drain(loaded.settings, options.retry)
     if options.rejects:
         return run_rejects(loaded.settings, options.json)
     if options.check:
