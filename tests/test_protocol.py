@@ -499,6 +499,26 @@ def result_of(report: Report, redact: Callable[[str], str] = str) -> dict[str, A
     return answer
 
 
+def test_trades_that_wait_are_a_failure_with_their_count_and_reason() -> None:
+    since = "MongoDB unreachable since 10:04"
+    all_kept = result_of(Report(total=12, kept=12, kept_because=since))
+    assert (
+        all_kept["message"]
+        == all_kept["error"]
+        == "12 trades kept on this machine, MongoDB unreachable since 10:04"
+    )
+    assert all_kept["status"] == all_kept["result"]["status"] == "failure"
+    assert all_kept["result"]["kept_count"] == 12 and all_kept["result"]["failed_stocks"] == []
+    some = result_of(
+        Report(total=4, stored=2, kept=1, kept_because=since, failures={"X": "no exchange given"})
+    )
+    assert some["status"] == "failure"
+    assert some["message"] == (
+        "2 of 4 codes stored; 1 trade kept on this machine, MongoDB unreachable since 10:04; "
+        "failed: X (no exchange given)"
+    )
+
+
 def test_a_success_holds_what_both_generations_read() -> None:
     assert result_of(Report(total=3, stored=2, known=1, took_s=1.2344)) == {
         "type": "result",
@@ -513,6 +533,7 @@ def test_a_success_holds_what_both_generations_read() -> None:
             "total": 3,
             "success_count": 3,
             "duplicate_count": 1,
+            "kept_count": 0,
             "failed_count": 0,
             "failed_stocks": [],
             "failures": {},
