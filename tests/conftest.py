@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -17,7 +17,9 @@ for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+from fault_world import World  # noqa: E402
 from infoway_server import InfowayServer  # noqa: E402
+from mongo_proxy import MongoProxy  # noqa: E402
 from mongo_server import MongoServer, Unavailable, find_decimal_server, find_server, fresh_database  # noqa: E402
 
 NOBODY = 65534
@@ -155,6 +157,38 @@ def decimal_db(decimal_mongo: MongoServer) -> Iterator[tuple[str, str]]:
     """The URI of a server that stores Decimal128 and the name of an empty database."""
     with fresh_database(decimal_mongo) as place:
         yield place
+
+
+class MakeWorld(Protocol):
+    """The type of the fixture `make_world`."""
+
+    def __call__(self, uri: str = "", wrapper: Sequence[str] = (), **settings: str) -> World:
+        """Make a daemon's world around MongoDB at `uri` (default: the server itself); see World."""
+
+
+@pytest.fixture
+def make_world(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, mongo_db: tuple[str, str]
+) -> Iterator[MakeWorld]:
+    """Make the world of a daemon of the built program; it ends with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def make(uri: str = "", wrapper: Sequence[str] = (), **settings: str) -> World:
+            world = World(pyz, clean_env, tmp_path, mongo_db, uri, wrapper, **settings)
+            return stack.enter_context(world)
+
+        yield make
+
+
+@pytest.fixture
+def mongo_proxy(mongo_server: MongoServer) -> Iterator[MongoProxy]:
+    """A proxy in front of the MongoDB server."""
+    if not mongo_server.controllable:
+        unavailable(
+            "MONGODB_TEST_URI may be anywhere: the proxy stands in front of a server of the tests' own"
+        )
+    with MongoProxy(mongo_server.port) as proxy:
+        yield proxy
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -102,11 +102,21 @@ class ThreadDaemon:
 
 
 class ProcessDaemon:
-    """A daemon as a process of its own, `program` being stockrt.py or the built file."""
+    """A daemon as a process of its own, `program` being stockrt.py or the built file.
 
-    def __init__(self, base: Mapping[str, str], settings: Mapping[str, str], program: Path = PROGRAM) -> None:
+    `wrapper` is put in front of the command line; it must `exec`, so that the process is the daemon.
+    """
+
+    def __init__(
+        self,
+        base: Mapping[str, str],
+        settings: Mapping[str, str],
+        program: Path = PROGRAM,
+        wrapper: Sequence[str] = (),
+    ) -> None:
         self._environment = {**base, **settings}
         self._program = program
+        self._wrapper = wrapper
         self.state = Path(settings["STATE_DIRECTORY"])
         self.log_path = self.state.with_name(self.state.name + ".log")
         self.process: subprocess.Popen[bytes] | None = None
@@ -115,7 +125,7 @@ class ProcessDaemon:
         """Start it."""
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(self._program)],
+                [*self._wrapper, sys.executable, str(self._program)],
                 env=self._environment,
                 cwd=self.log_path.parent,
                 stdin=subprocess.DEVNULL,
