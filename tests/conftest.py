@@ -21,6 +21,7 @@ from fault_world import World  # noqa: E402
 from infoway_server import InfowayServer  # noqa: E402
 from mongo_proxy import MongoProxy  # noqa: E402
 from mongo_server import MongoServer, Unavailable, find_decimal_server, find_server, fresh_database  # noqa: E402
+from shims import NoCompiler, WallClock, build_shim  # noqa: E402
 
 NOBODY = 65534
 
@@ -196,3 +197,22 @@ def infoway() -> Iterator[InfowayServer]:
     """An Infoway server that knows the key "test-key" and has no limits."""
     with InfowayServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def disk_shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that writes down what a process does to its files and sockets."""
+    return _shim("shim_disk", tmp_path_factory)
+
+
+@pytest.fixture
+def wall_clock(tmp_path_factory: pytest.TempPathFactory) -> WallClock:
+    """A wall clock to step, and the environment for the processes that go by it."""
+    return WallClock(_shim("shim_clock", tmp_path_factory), tmp_path_factory.mktemp("clock"))
+
+
+def _shim(name: str, folders: pytest.TempPathFactory) -> Path:
+    try:
+        return build_shim(name, folders.mktemp(name))
+    except NoCompiler as error:
+        unavailable(str(error))

@@ -216,14 +216,12 @@ class World:
         self._sending = threading.Lock()
         self._pyz, self._base, self._wrapper = pyz, base, wrapper
         self._settings = {"MONGODB_HOST": uri or self.real_uri, "MONGODB_DB_NAME": self.database, **settings}
-        self._client: pymongo.MongoClient[Document] | None = None
         self.daemon: ProcessDaemon
 
     def __enter__(self) -> Self:
         self.infoway.start()
         self.platform.start()
         self.platform.know(HASH)
-        self._client = pymongo.MongoClient(self.real_uri, serverSelectionTimeoutMS=30_000)
         stockrt.write_hash(self.state, HASH)
         settings = environment(self.platform.port, self.infoway.url, self.state, **self._settings)
         self.daemon = ProcessDaemon(self._base, settings, self._pyz, self._wrapper)
@@ -235,8 +233,6 @@ class World:
         self.daemon.kill()
         self.platform.stop()
         self.infoway.stop()
-        if self._client is not None:
-            self._client.close()
 
     # --- the daemon ---------------------------------------------------------------------------------------
 
@@ -313,15 +309,19 @@ class World:
 
     # --- what is where ------------------------------------------------------------------------------------
 
+    def client(self) -> pymongo.MongoClient[Document]:
+        """A new client of MongoDB itself, past any proxy; the caller closes it."""
+        return pymongo.MongoClient(self.real_uri, serverSelectionTimeoutMS=30_000)
+
     def documents(self) -> Rows:
         """What MongoDB holds."""
-        assert self._client is not None
-        return list(self._client[self.database]["realtime"].find())
+        with self.client() as client:
+            return list(client[self.database]["realtime"].find())
 
     def count(self) -> int:
         """How many documents MongoDB holds."""
-        assert self._client is not None
-        return self._client[self.database]["realtime"].count_documents({})
+        with self.client() as client:
+            return client[self.database]["realtime"].count_documents({})
 
     def spool(self) -> Rows:
         """What the local file keeps for MongoDB."""
@@ -345,19 +345,19 @@ class World:
             f"{len(self.spool())} left\n{self.daemon.log[-3000:]}"
         )
 
+    def counted(self, result: Document) -> set[str]:
+        """The trades that a result (as sent) tells the platform are safe; fails where it does not add up."""
+        told, execution_id = result["result"], result["meta"]["execution_id"]
+        if told["total"] == 0:  # not executed
+            return set()
+        codes = codes_of(int(execution_id[1:]), self.sizes[execution_id])
+        good = set(codes) - set(told["failed_stocks"])
+        assert told["success_count"] + told.get("kept_count", 0) == len(good), result
+        return self.feed.newest(good)
+
     def acknowledged(self) -> set[str]:
-        """The trades that the platform was told are safe; fails where a result does not add up."""
-        found: set[str] = set()
-        for result in self.platform.results:
-            told = result.data["result"]
-            if told["total"] == 0:  # not executed
-                continue
-            codes = codes_of(int(result.execution_id[1:]), self.sizes[result.execution_id])
-            good = set(codes) - set(told["failed_stocks"])
-            counted = told["success_count"] + told.get("kept_count", 0)
-            assert counted == len(good), result.text
-            found |= self.feed.newest(good)
-        return found
+        """The trades that the platform was told are safe."""
+        return set().union(*(self.counted(result.data) for result in self.platform.results))
 
     def account(self) -> Account:
         """Make the account as it is now. What was acknowledged is read first, then where it may be."""

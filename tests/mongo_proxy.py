@@ -115,9 +115,12 @@ class _Message:
 
 
 class MongoProxy:
-    """Passes everything on to 127.0.0.1:`port`, but for what its rules say. Thread-safe."""
+    """Passes everything on to 127.0.0.1:`port`, but for what its rules say. Thread-safe.
 
-    def __init__(self, port: int) -> None:
+    A `fellow` is another member of the same replica set: numbered writes are remembered together.
+    """
+
+    def __init__(self, port: int, fellow: MongoProxy | None = None) -> None:
         self._target = ("127.0.0.1", port)
         self.port = 0
         # Asked for every insert into a collection of trades, on the connection's own thread.
@@ -129,7 +132,7 @@ class MongoProxy:
         self.latency = 0.0  # seconds before each insert reaches the server
         self.inserted: list[str] = []  # the _id of each document of each insert that the server answered
         self.retried = 0  # writes that came again under their number and were answered from memory
-        self._written: dict[tuple[bytes, int], Document] = {}
+        self._written: dict[tuple[bytes, int], Document] = {} if fellow is None else fellow._written
         self._lock = threading.Lock()
         self._flows = threading.Event()
         self._flows.set()
@@ -313,16 +316,14 @@ class _Link:
 
     def _answer(self, message: _Message) -> None:
         body, insert, fate = self._open.pop(message.answers, ({}, None, None))
-        if fate is Fate.CUT_AFTER:
-            if insert is not None:
-                self._proxy.note(insert)
-            _reset(self._client)
-            return
         answer = self._changed(message.body, body, insert, fate)
         if "txnNumber" in body:
             self._proxy.remember(body, answer)
         if insert is not None:
             self._proxy.note(insert)
+        if fate is Fate.CUT_AFTER:
+            _reset(self._client)
+            return
         with self._sending:
             self._client.sendall(message.raw if answer == message.body else _repacked(message, answer))
 

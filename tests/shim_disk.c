@@ -5,9 +5,9 @@
    STOCKRT_SHIM_LOG     where to write
 
    A record: kind (1 byte), descriptor (int32), offset (int64), length (uint32), data. Kinds:
-     O open (data: path)   W write at offset   T truncate to offset   S synced
+     O open (data: path; offset 1: made by this)   W write at offset   T truncate to offset   S synced
      U unlink (path)       R rename (old \0 new)
-     > sent (before it is) < received (after it was)
+     > sent (before it is)   < received (after it was)   C socket closed (before it is)
    Records of file operations are in the order of the operations, as one lock is held over both. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -69,11 +69,11 @@ static int under(const char *path) {
     return *folder && strncmp(path, folder, strlen(folder)) == 0;
 }
 
-static int opened(int fd, const char *path, int flags) {
+static int opened(int fd, const char *path, int flags, int is_new) {
     if (fd < 0 || fd >= MAX_FD) return fd;
     ours[fd] = under(path);
     if (ours[fd]) {
-        put('O', fd, 0, path, strlen(path));
+        put('O', fd, is_new, path, strlen(path));
         if (flags & O_TRUNC) put('T', fd, 0, "", 0);
     }
     return fd;
@@ -86,7 +86,8 @@ static int opened(int fd, const char *path, int flags) {
         mode_t mode = va_arg(rest, mode_t);                          \
         va_end(rest);                                                \
         pthread_mutex_lock(&lock);                                   \
-        int fd = opened(NEXT(name)(path, flags, mode), path, flags); \
+        int is_new = flags & O_CREAT && NEXT(access)(path, F_OK);    \
+        int fd = opened(NEXT(name)(path, flags, mode), path, flags, is_new); \
         pthread_mutex_unlock(&lock);                                 \
         return fd;                                                   \
     }
@@ -96,6 +97,7 @@ OPEN(open64)
 int close(int fd) {
     pthread_mutex_lock(&lock);
     if (watched(fd)) ours[fd] = 0;
+    else if (is_socket(fd)) put('C', fd, 0, "", 0);
     int done = NEXT(close)(fd);
     pthread_mutex_unlock(&lock);
     return done;
