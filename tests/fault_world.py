@@ -66,9 +66,10 @@ class Feed:
         if not request.product:
             return None
         with self._lock:
-            return Answer.data([self._new_trade(code) for code in request.codes])
+            return Answer.data([self.new_trade(code) for code in request.codes])
 
-    def _new_trade(self, code: str) -> Document:
+    def new_trade(self, code: str) -> Document:
+        """Make a trade that never was before."""
         t = self._next_t = self._next_t + 1
         record = {
             "s": code,
