@@ -3680,7 +3680,7 @@ class SharedLedger:
         from pymongo import timeout
         from pymongo.errors import PyMongoError
 
-        if now < self._away_until:
+        if 0 < self._away_until - now <= LEDGER_RETRY_S:  # longer: the clock was set back
             return alone()
         try:
             with timeout(LEDGER_TIMEOUT_S):
@@ -3723,7 +3723,8 @@ class SharedLedger:
         share = max(1, int(plan.per_minute * SLICE_S / 60 / SHARES_PER_SLICE))
         for _ in range(LEDGER_TRIES):
             found = self._collection.find_one({"_id": f"{digest}|minute"}) or {"version": 0, "slices": {}}
-            slices = {k: n for k, n in found["slices"].items() if int(k) > number - SLICES_PER_WINDOW}
+            # one that lies ahead was counted before the clock was set back: it is over
+            slices = {k: n for k, n in found["slices"].items() if abs(int(k) - number) < SLICES_PER_WINDOW}
             requests = min(share, plan.per_minute - sum(slices.values()))
             if requests <= 0:
                 return Lease(0, end, f"the minute's {plan.per_minute} requests are used up")
