@@ -17,7 +17,7 @@ for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from fault_world import World  # noqa: E402
+from fault_world import ServiceManager, World  # noqa: E402
 from infoway_server import InfowayServer  # noqa: E402
 from mongo_proxy import MongoProxy  # noqa: E402
 from mongo_server import MongoServer, Unavailable, find_decimal_server, find_server, fresh_database  # noqa: E402
@@ -163,7 +163,9 @@ def decimal_db(decimal_mongo: MongoServer) -> Iterator[tuple[str, str]]:
 class MakeWorld(Protocol):
     """The type of the fixture `make_world`."""
 
-    def __call__(self, uri: str = "", wrapper: Sequence[str] = (), **settings: str) -> World:
+    def __call__(
+        self, uri: str = "", wrapper: Sequence[str] = (), per_second: int | None = None, /, **settings: str
+    ) -> World:
         """Make a daemon's world around MongoDB at `uri` (default: the server itself); see World."""
 
 
@@ -174,11 +176,20 @@ def make_world(
     """Make the world of a daemon of the built program; it ends with the test."""
     with contextlib.ExitStack() as stack:
 
-        def make(uri: str = "", wrapper: Sequence[str] = (), **settings: str) -> World:
-            world = World(pyz, clean_env, tmp_path, mongo_db, uri, wrapper, **settings)
+        def make(
+            uri: str = "", wrapper: Sequence[str] = (), per_second: int | None = None, /, **settings: str
+        ) -> World:
+            world = World(pyz, clean_env, tmp_path, mongo_db, uri, wrapper, per_second, **settings)
             return stack.enter_context(world)
 
         yield make
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[ServiceManager]:
+    """A service manager that hears the daemon's watchdog."""
+    with ServiceManager(tmp_path) as made:
+        yield made
 
 
 @pytest.fixture

@@ -8,10 +8,12 @@ then "what was acknowledged is in MongoDB, in the spool or among the rejects, no
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
 import shutil
+import socket
 import sqlite3
 import tempfile
 import threading
@@ -194,7 +196,8 @@ def copied(path: Path) -> Iterator[Path]:
 class World:
     """One daemon and all that it talks to, from `with` to its end; the daemon is started by `start`.
 
-    `uri` is where the daemon finds MongoDB, `real_uri` where the test does, past any proxy.
+    `uri` is where the daemon finds MongoDB, `real_uri` where the test does, past any proxy. `per_second` is the
+    API's limit; {api} in a setting stands for its port.
     """
 
     def __init__(
@@ -205,13 +208,14 @@ class World:
         mongo: tuple[str, str],
         uri: str = "",
         wrapper: Sequence[str] = (),
+        per_second: int | None = None,
         **settings: str,
     ) -> None:
         self.real_uri, self.database = mongo
         self.folder = folder
         self.state = folder / "state"
         self.feed = Feed()
-        self.infoway = InfowayServer(script=self.feed, record=False)
+        self.infoway = InfowayServer(script=self.feed, record=False, per_second=per_second)
         self.platform = PlatformServer(ping_every=0, zombies=False, retry_executes=True)
         self.sizes: dict[str, int] = {}  # of each execution sent
         self._sending = threading.Lock()
@@ -224,7 +228,10 @@ class World:
         self.platform.start()
         self.platform.know(HASH)
         stockrt.write_hash(self.state, HASH)
-        settings = environment(self.platform.port, self.infoway.url, self.state, **self._settings)
+        settings = {
+            name: text.replace("{api}", str(self.infoway.port)) for name, text in self._settings.items()
+        }
+        settings = environment(self.platform.port, self.infoway.url, self.state, **settings)
         self.daemon = ProcessDaemon(self._base, settings, self._pyz, self._wrapper)
         return self
 
@@ -393,6 +400,40 @@ def proc_status(pid: int, name: str) -> int:
 def descriptors(pid: int) -> int:
     """How many files and sockets a process has open."""
     return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+class ServiceManager:
+    """The service manager's end of the notify socket, from `with` on; it takes the time of each sign of life."""
+
+    def __init__(self, folder: Path) -> None:
+        self.address = str(folder / "notify")
+        self.beats: list[float] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self.address)
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._listen, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def settings(self, watchdog_s: float) -> dict[str, str]:
+        """The environment of a service with such a watchdog."""
+        return {"NOTIFY_SOCKET": self.address, "WATCHDOG_USEC": str(int(watchdog_s * 1e6))}
+
+    def longest_silence(self) -> float:
+        """The longest time between two signs of life, and from the last one to now, in seconds."""
+        times = [*self.beats, time.monotonic()]
+        return max(later - earlier for earlier, later in itertools.pairwise(times))
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError):
+            while data := self._socket.recv(4096):
+                if b"WATCHDOG=1" in data:
+                    self.beats.append(time.monotonic())
 
 
 def seeded(name: str) -> random.Random:

@@ -96,14 +96,14 @@ Rule = Callable[[Insert], "Fate | Instead | Afterwards | Without | None"]
 
 @dataclass
 class _Message:
-    """One message; of an OP_MSG `body` is the command or the answer, `documents` its document sequence."""
+    """One message; of an OP_MSG `body` is the command or the answer, `sequences` its lists of documents by name."""
 
     number: int
     answers: int
     opcode: int
     raw: bytes
     body: Document = field(default_factory=dict)
-    documents: list[bytes] = field(default_factory=list)
+    sequences: dict[str, list[bytes]] = field(default_factory=dict)
 
     @property
     def insert(self) -> Insert | None:
@@ -111,7 +111,8 @@ class _Message:
         if "insert" not in self.body:
             return None
         inline = [str(one["_id"]) for one in self.body.get("documents", ())]
-        return Insert(self.body["insert"], inline or [str(bson.decode(one)["_id"]) for one in self.documents])
+        sent = self.sequences.get("documents", ())
+        return Insert(self.body["insert"], inline or [str(bson.decode(one)["_id"]) for one in sent])
 
 
 class MongoProxy:
@@ -309,10 +310,13 @@ class _Link:
         known = {k: v for k, v in message.body.items() if k not in ("lsid", "txnNumber", "$clusterTime")}
         if not hidden and known == message.body:
             return message.raw
-        documents = [one for one in message.documents if str(bson.decode(one)["_id"]) not in hidden]
-        if not documents and message.documents:  # the server takes no empty insert
-            return _op_msg(message.number, 0, {"ping": 1, "$db": message.body["$db"]}, [])
-        return _op_msg(message.number, 0, known, documents)
+        sequences = dict(message.sequences)
+        if hidden:
+            sent = message.sequences["documents"]
+            sequences["documents"] = [one for one in sent if str(bson.decode(one)["_id"]) not in hidden]
+            if not sequences["documents"]:  # the server takes no empty insert
+                return _op_msg(message.number, 0, {"ping": 1, "$db": message.body["$db"]})
+        return _op_msg(message.number, 0, known, sequences)
 
     def _answer(self, message: _Message) -> None:
         body, insert, fate = self._open.pop(message.answers, ({}, None, None))
@@ -338,7 +342,7 @@ class _Link:
 
     def _reply(self, answers: int, answer: Mapping[str, Any]) -> None:
         with self._sending:
-            self._client.sendall(_op_msg(random.getrandbits(31), answers, answer, []))
+            self._client.sendall(_op_msg(random.getrandbits(31), answers, answer))
 
 
 def _with_errors(answer: Document, insert: Insert, fate: Without) -> Document:
@@ -425,18 +429,22 @@ def _take_apart(message: _Message, rest: bytes) -> None:
         if kind == 0:
             message.body = bson.decode(rest[at : at + size])
         else:
-            place = rest.index(b"\0", at + 4) + 1
+            end = rest.index(b"\0", at + 4)
+            documents = message.sequences.setdefault(rest[at + 4 : end].decode(), [])
+            place = end + 1
             while place < at + size:
                 length = int.from_bytes(rest[place : place + 4], "little")
-                message.documents.append(rest[place : place + length])
+                documents.append(rest[place : place + length])
                 place += length
         at += size
 
 
-def _op_msg(number: int, answers: int, body: Mapping[str, Any], documents: Sequence[bytes]) -> bytes:
+def _op_msg(
+    number: int, answers: int, body: Mapping[str, Any], sequences: Mapping[str, Sequence[bytes]] | None = None
+) -> bytes:
     parts = [struct.pack("<i", 0), b"\0", bson.encode(body)]
-    if documents:
-        sequence = b"documents\0" + b"".join(documents)
+    for name, documents in (sequences or {}).items():
+        sequence = name.encode() + b"\0" + b"".join(documents)
         parts += [b"\1", struct.pack("<i", len(sequence) + 4), sequence]
     payload = b"".join(parts)
     return HEADER.pack(HEADER.size + len(payload), number, answers, OP_MSG) + payload
@@ -447,4 +455,4 @@ def _repacked(message: _Message, answer: Document) -> bytes:
     if message.opcode == OP_REPLY:
         payload = message.raw[HEADER.size : HEADER.size + 20] + bson.encode(answer)
         return HEADER.pack(HEADER.size + len(payload), message.number, message.answers, OP_REPLY) + payload
-    return _op_msg(message.number, message.answers, answer, [])
+    return _op_msg(message.number, message.answers, answer)
