@@ -55,7 +55,7 @@ from functools import cache, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
 from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlencode, urlsplit
 
 if TYPE_CHECKING:  # what a path does not need is imported where it is needed: it costs start time and memory
@@ -2125,6 +2125,8 @@ class Store(Protocol):
 
 # The page size of our files: SQLite's default since 2016.
 SQLITE_PAGE = 4096
+# A log has a header, and one before each page.
+WAL_HEAD, WAL_FRAME_HEAD = 32, 24
 # What its primary result codes say of a file: SQLITE_CORRUPT and SQLITE_NOTADB.
 SQLITE_DAMAGED = (11, 26)
 SQLITE_SIDES = ("", "-wal", "-shm")
@@ -2237,7 +2239,14 @@ class LocalFile:
         self.close()
         if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
             raise _damage("its beginning is cut off")  # SQLite would take it for new and drop the log
-        self._db = open_sqlite(self.path, self._version, self._schema)
+        self._db = connect_sqlite(self.path)
+        if _log_is_torn(self._db, self.path):  # it stays open until the log is rescued: to close it empties the log
+            raise _damage("its log is damaged, and transactions lie behind the damage")
+        try:
+            bring_up(self._db, self.path, self._version, self._schema)
+        except BaseException:
+            self.close()
+            raise
         self._opened = _inode(self.path)
 
     def _is_lost(self, error: Exception) -> bool:
@@ -2285,6 +2294,53 @@ def _inode(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def _log_is_torn(db: sqlite3.Connection, path: Path) -> bool:
+    """Whether a file's log holds transactions that SQLite does not see.
+
+    It reads a log up to the first frame with a wrong checksum, takes the rest for a write that a power cut
+    interrupted, and writes over it: after damage in the middle everything behind it would be gone.
+    """
+    import sqlite3
+
+    write_ahead_log = _sides(path)[1]
+    if _size_of(write_ahead_log) <= WAL_HEAD:
+        return False
+    db.execute("BEGIN IMMEDIATE")  # nobody writes meanwhile
+    try:
+        # Not read from the index file itself: to close it would undo SQLite's locks, which belong to the process.
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute("PRAGMA user_version").fetchone()  # opens the log
+            seen = int(other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1])
+        return 0 <= seen < _transactions_end(write_ahead_log)  # -1: another process is at it, which opened it well
+    finally:
+        db.rollback()
+
+
+def _transactions_end(write_ahead_log: Path) -> int:
+    """Return the number of the last frame that ends a transaction, frames of the log's earlier lives left out."""
+    with write_ahead_log.open("rb") as stream:
+        head = stream.read(WAL_HEAD)
+        frames = []
+        while len(frame := stream.read(WAL_FRAME_HEAD)) == WAL_FRAME_HEAD:
+            frames.append((frame[8:16], any(frame[4:8])))  # the salts, which change with each life; the end's mark
+            stream.seek(SQLITE_PAGE, os.SEEK_CUR)
+    if head[24:] == _wal_checksum(head[:24]):
+        salts = head[16:24]
+    else:
+        salts = Counter(salt for salt, _ in frames).most_common(1)[0][0] if frames else b""
+    return max((number for number, frame in enumerate(frames, 1) if frame == (salts, True)), default=0)
+
+
+def _wal_checksum(head: bytes) -> bytes:
+    """Return the checksum of the head of a log (sqlite.org/fileformat2.html#checksum_algorithm)."""
+    order: Literal["big", "little"] = "big" if head[3] & 1 else "little"
+    first = second = 0
+    for at in range(0, len(head), 8):
+        first = first + int.from_bytes(head[at : at + 4], order) + second & 0xFFFFFFFF
+        second = second + int.from_bytes(head[at + 4 : at + 8], order) + first & 0xFFFFFFFF
+    return first.to_bytes(4) + second.to_bytes(4)
+
+
 def _damage(words: str) -> Exception:
     import sqlite3
 
@@ -2315,29 +2371,47 @@ def _sync_directory(directory: Path) -> None:
 
 
 def open_sqlite(path: Path, version: int, schema: str) -> sqlite3.Connection:
-    """Open a file of ours, made or brought up to `version` with `schema`: WAL, and fsynced at every commit.
+    """Open a file of ours, made or brought up to `version` with `schema`.
 
     Raises sqlite3.Error, and StoreError when it was written by a newer stockrt.
     """
+    db = connect_sqlite(path)
+    try:
+        bring_up(db, path, version, schema)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def connect_sqlite(path: Path) -> sqlite3.Connection:
+    """Open a file: WAL, and fsynced at every commit. Raises sqlite3.Error."""
     import sqlite3
 
     db = sqlite3.connect(path, timeout=SQLITE_BUSY_S, check_same_thread=False)
     try:
         _set_wal(db)
         db.execute("PRAGMA synchronous=FULL")
-        (found,) = db.execute("PRAGMA user_version").fetchone()
-        if found > version:
-            raise StoreError(
-                f"{path} was written by a newer stockrt (format {found}, this one knows {version}); "
-                "use that one, or another STATE_DIRECTORY"
-            )
-        if found < version:
-            db.executescript(schema)
-            keep_owner(path, path.parent)
     except BaseException:
         db.close()
         raise
     return db
+
+
+def bring_up(db: sqlite3.Connection, path: Path, version: int, schema: str) -> None:
+    """Bring a file up to `version` with `schema`.
+
+    Raises sqlite3.Error, and StoreError when it was written by a newer stockrt.
+    """
+    (found,) = db.execute("PRAGMA user_version").fetchone()
+    if found > version:
+        raise StoreError(
+            f"{path} was written by a newer stockrt (format {found}, this one knows {version}); "
+            "use that one, or another STATE_DIRECTORY"
+        )
+    if found < version:
+        db.executescript(schema)
+        keep_owner(path, path.parent)
 
 
 def _set_wal(db: sqlite3.Connection) -> None:
@@ -2425,8 +2499,7 @@ def carve_trades(path: Path) -> Iterator[tuple[Any, ...]]:
     `_id` follows from its fields.
     """
     file, write_ahead_log, _ = _sides(path)
-    # a log has a header of 32 bytes, and one of 24 before each page
-    for source, start, skip in ((file, 0, 0), (write_ahead_log, 32, 24)):
+    for source, start, skip in ((file, 0, 0), (write_ahead_log, WAL_HEAD, WAL_FRAME_HEAD)):
         with contextlib.suppress(OSError), source.open("rb") as stream:  # not there, or not for this user
             stream.seek(start)
             while block := stream.read(skip + SQLITE_PAGE):
