@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conftest import MakeWorld
+from conftest import MakeWorld, RunPyz
 from daemons import number
 from fault_world import QUICK, Account, World, balanced, rejects_of, rows_of, seeded, settle, spool_of
 from mongo_proxy import MongoProxy
@@ -62,15 +62,49 @@ def test_power_cut_at_any_moment_loses_nothing_that_was_acknowledged(
     make_world: MakeWorld, mongo_proxy: MongoProxy, disk_shim: Path, tmp_path: Path
 ) -> None:
     rounds, rng = number(150, 2000), seeded("power")
-    log = tmp_path / "events"
-    state = tmp_path / "state"
-    shim = {"LD_PRELOAD": str(disk_shim), "STOCKRT_SHIM_LOG": str(log), "STOCKRT_SHIM_FOLDER": str(state)}
-    world = make_world(mongo_proxy.uri + QUICK, **shim)
-    _work_through_an_outage(world, mongo_proxy, number(60, 400))
-    events = list(read_events(log))
+    world, events = _recorded(make_world, mongo_proxy, disk_shim, tmp_path, number(60, 400))
     cuts = sorted(rng.sample(range(len(events)), min(rounds, len(events))))
     total = _cut_at(cuts, events, world, rng, tmp_path / "rebuilt")
     balanced("power cut: what was not synced is dropped", len(cuts), total, world.daemon.log)
+
+
+def test_stockrt_goes_on_after_a_power_cut(
+    make_world: MakeWorld, mongo_proxy: MongoProxy, disk_shim: Path, tmp_path: Path, run_pyz: RunPyz
+) -> None:
+    rounds, rng = number(6, 60), seeded("after power cut")
+    world, events = _recorded(make_world, mongo_proxy, disk_shim, tmp_path, 60)
+    cuts = set(rng.sample(range(len(events) // 3, len(events)), rounds))
+    mongo_proxy.up()
+    disk, wire = Disk(world.state), Wire()
+    total = Account(0, set(), 0, set(), set())
+    with world.client() as client:
+        for moment, event in enumerate(events):
+            if moment in cuts:
+                name = f"{world.database}_{moment}"
+                files, place = disk.after_cut(rng), tmp_path / str(moment)
+                _lay_down(files, place)
+                env = {"STATE_DIRECTORY": str(place), "MONGODB_HOST": world.real_uri, "MONGODB_DB_NAME": name}
+                done = run_pyz("--drain", env=env)
+                documents = list(client[name]["realtime"].find())
+                client.drop_database(name)
+                assert done.returncode == 0, done.stderr
+                acknowledged = set().union(*(world.counted(result) for result in wire.results))
+                account = settle(acknowledged - wire.stored, world.feed.records, documents, [])
+                assert account.balances, f"cut at {moment}: {account}\n{done.stderr}"
+                total.acknowledged += account.acknowledged
+            (wire if event.kind in "><C" else disk).feed(event)
+    balanced("power cut: stockrt drains what is left", rounds, total)
+
+
+def _recorded(
+    make_world: MakeWorld, proxy: MongoProxy, shim: Path, folder: Path, commands: int
+) -> tuple[World, list[Event]]:
+    """A world that went through an outage, and everything that the daemon did to its files and sockets."""
+    log, state = folder / "events", folder / "state"
+    watched = {"LD_PRELOAD": str(shim), "STOCKRT_SHIM_LOG": str(log), "STOCKRT_SHIM_FOLDER": str(state)}
+    world = make_world(proxy.uri + QUICK, **watched)
+    _work_through_an_outage(world, proxy, commands)
+    return world, list(read_events(log))
 
 
 def _work_through_an_outage(world: World, proxy: MongoProxy, commands: int) -> None:
@@ -104,10 +138,7 @@ def _cut_at(cuts: list[int], events: list[Event], world: World, rng: random.Rand
 
 def _account_after_cut(files: dict[str, bytes], wire: Wire, world: World, place: Path) -> Account:
     """Make the account of the files that a power cut left, and of what MongoDB had confirmed by then."""
-    place.mkdir(parents=True)
-    for name, content in files.items():
-        if not name.endswith("-shm"):  # never synced: SQLite makes it anew
-            (place / name).write_bytes(content)
+    _lay_down(files, place)
     spool, answers = place / "stockrt.db", place / "executions.db"
     for path in (spool, answers):
         if path.exists():
@@ -120,6 +151,13 @@ def _account_after_cut(files: dict[str, bytes], wire: Wire, world: World, place:
     account = settle(acknowledged, world.feed.records, [], rows)
     account.lost -= wire.stored
     return account
+
+
+def _lay_down(files: dict[str, bytes], place: Path) -> None:
+    place.mkdir(parents=True)
+    for name, content in files.items():
+        if not name.endswith("-shm"):  # never synced: SQLite makes it anew
+            (place / name).write_bytes(content)
 
 
 def _integrity(path: Path) -> str:
