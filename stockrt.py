@@ -2240,7 +2240,9 @@ class LocalFile:
         if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
             raise _damage("its beginning is cut off")  # SQLite would take it for new and drop the log
         self._db = connect_sqlite(self.path)
-        if _log_is_torn(self._db, self.path):  # it stays open until the log is rescued: to close it empties the log
+        if _log_is_torn(
+            self._db, self.path
+        ):  # it stays open until the log is rescued: to close it empties the log
             raise _damage("its log is damaged, and transactions lie behind the damage")
         try:
             bring_up(self._db, self.path, self._version, self._schema)
@@ -2311,7 +2313,9 @@ def _log_is_torn(db: sqlite3.Connection, path: Path) -> bool:
         with contextlib.closing(sqlite3.connect(path)) as other:
             other.execute("PRAGMA user_version").fetchone()  # opens the log
             seen = int(other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1])
-        return 0 <= seen < _transactions_end(write_ahead_log)  # -1: another process is at it, which opened it well
+        return (
+            0 <= seen < _transactions_end(write_ahead_log)
+        )  # -1: another process is at it, which opened it well
     finally:
         db.rollback()
 
@@ -2322,7 +2326,9 @@ def _transactions_end(write_ahead_log: Path) -> int:
         head = stream.read(WAL_HEAD)
         frames = []
         while len(frame := stream.read(WAL_FRAME_HEAD)) == WAL_FRAME_HEAD:
-            frames.append((frame[8:16], any(frame[4:8])))  # the salts, which change with each life; the end's mark
+            frames.append(
+                (frame[8:16], any(frame[4:8]))
+            )  # the salts, which change with each life; the end's mark
             stream.seek(SQLITE_PAGE, os.SEEK_CUR)
     if head[24:] == _wal_checksum(head[:24]):
         salts = head[16:24]
@@ -2983,7 +2989,9 @@ class MongoStore:
         if not ids:
             return set()
         try:
-            return {found["_id"] for found in self._collection(name).find({"_id": {"$in": list(ids)}}, {"_id": 1})}
+            return {
+                found["_id"] for found in self._collection(name).find({"_id": {"$in": list(ids)}}, {"_id": 1})
+            }
         except PyMongoError as error:
             raise self._fault(error) from error
 
