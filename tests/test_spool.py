@@ -185,6 +185,7 @@ def test_what_waits_moves_in_the_next_process_without_any_write(place: Place, aw
 
 
 def test_the_thread_that_moves_is_there_only_while_something_waits(place: Place) -> None:
+    assert until(lambda: not drainers())  # of tests before
     Spool(place.state, MEGABYTE << 10).write(make_documents(7))
     with place.opened() as store:
         assert drainers() == 0
