@@ -26,6 +26,7 @@ from typing import Any, Self
 
 import pymongo
 from daemons import HASH, PATIENCE, ProcessDaemon, environment, until
+from fault_table import FAULTS
 from infoway_server import Answer, InfowayServer, Request
 from platform_server import PlatformServer, Result
 
@@ -137,19 +138,20 @@ def _is_as_sent(row: Document, record: Document) -> bool:
     return all(row[name] == value for name, value in record.items()) and row["stock_code"] == record["s"]
 
 
-def record_row(fault: str, rounds: int, account: Account) -> None:
-    """Add a row to the table of this run; done before anything is asserted of the account."""
+def record_row(fault: str, rounds: int, account: Account, **facts: object) -> None:
+    """Add a row to the table of this run; `fault` and `facts` as in fault_table.FAULTS."""
+    assert fault in FAULTS
     if not RECORD:
         return
-    row = {"fault": fault, "rounds": rounds, "acknowledged": account.acknowledged,
+    row = {"fault": fault, "facts": facts, "rounds": rounds, "acknowledged": account.acknowledged,
            "lost": len(account.lost), "doubled": account.doubled}  # fmt: skip
     with Path(RECORD).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write(json.dumps(row) + "\n")
 
 
-def balanced(fault: str, rounds: int, account: Account, log: str = "") -> None:
+def balanced(fault: str, rounds: int, account: Account, log: str = "", **facts: object) -> None:
     """Record a fault's account, and fail unless it balances and is about something."""
-    record_row(fault, rounds, account)
+    record_row(fault, rounds, account, **facts)
     assert account.acknowledged > 0, log[-3000:]
     assert account.balances, f"{account}\n{log[-3000:]}"
 

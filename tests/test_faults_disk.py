@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import NOBODY, MakeWorld, unavailable
 from daemons import number, until
-from fault_world import QUICK, Account, World, balanced, record_row, seeded, settle
+from fault_world import QUICK, Account, World, balanced, seeded, settle
 from mongo_proxy import MongoProxy
 
 PAGE = 4096
@@ -146,9 +146,7 @@ def test_what_can_be_read_of_a_damaged_spool_arrives(damage: Damage, spooled: Wo
         touched = damage(world.spool_path, rng)
         due = whole_rows(copy, touched)
         _add(total, _after(world, due), f"{damage.__name__}, round {turn}")
-    name = f"spool file: {damage.__name__.replace('_', ' ')}"
-    record_row(name, rounds, total)
-    assert total.balances, f"{total}\n{world.daemon.log[-3000:]}"
+    balanced(f"file_{damage.__name__}", rounds, total, world.daemon.log)
 
 
 def _put_back(world: World, sound: bytes) -> None:
@@ -211,7 +209,7 @@ def test_a_log_with_random_bytes_costs_nothing_outside_of_them(
         due = {name for name in world.feed.records
                if any(f"{name}{name.split('|')[0]}".encode() in page for page in whole.values())}  # fmt: skip
         _add(total, _after(world, due), f"round {turn}, {length} bytes at {at} of {len(log)}")
-    balanced("spool file: its log overwritten", rounds, total, world.daemon.log)
+    balanced("file_log", rounds, total, world.daemon.log)
 
 
 @pytest.mark.parametrize("mode", ["of another user", "mode 000"])
@@ -235,7 +233,7 @@ def test_a_spool_of_somebody_else_is_set_aside(
     assert result.data["result"]["success_count"] == 5, result.text
     assert len(list(world.state.glob("stockrt.db.damaged-*"))) == 1
     assert world.daemon.log.count(" ERROR ") == 1, world.daemon.log
-    balanced(f"spool file: {mode}", 1, world.final_account(), world.daemon.log)
+    balanced("file_foreign", 1, world.final_account(), world.daemon.log)
 
 
 def test_a_file_of_the_version_before_drains(make_world: MakeWorld, mongo_proxy: MongoProxy) -> None:
@@ -256,7 +254,7 @@ def test_a_file_of_the_version_before_drains(make_world: MakeWorld, mongo_proxy:
     world.drained()
     world.result(world.send(5))
     account = settle(ids - {names[-1]}, world.feed.records, world.documents(), world.spool())
-    balanced("spool file: of the version before", 1, account, world.daemon.log)
+    balanced("file_old", 1, account, world.daemon.log)
     assert world.count() == 299 + 5, "the synthetic trade stays where it is"
 
 
@@ -353,7 +351,7 @@ def test_a_full_disk_is_said_and_survived(
         assert until(lambda: world.result(world.send(20)).data["result"].get("kept_count", 0) == 20)
         mongo_proxy.up()
         world.drained()
-    balanced("no space left on the disk", rounds, world.final_account(), world.daemon.log)
+    balanced("disk_full", rounds, world.final_account(), world.daemon.log)
     assert "Traceback" not in world.daemon.log
 
 
@@ -370,7 +368,7 @@ def test_the_spool_leaves_others_a_twentieth_of_the_disk(
     size = os.statvfs(tiny_disk.place).f_blocks * os.statvfs(tiny_disk.place).f_frsize
     assert tiny_disk.free >= size // 20
     mongo_proxy.up()
-    balanced("the spool comes to 5 % free", 1, world.final_account(), world.daemon.log)
+    balanced("disk_share", 1, world.final_account(), world.daemon.log)
 
 
 def test_the_spool_stops_at_its_cap_and_goes_on_when_it_is_drained(
@@ -386,7 +384,7 @@ def test_the_spool_stops_at_its_cap_and_goes_on_when_it_is_drained(
         mongo_proxy.up()
         world.drained()
         assert until(lambda: world.result(world.send(20)).status == "success")
-    balanced("the spool comes to SPOOL_MAX_MB", rounds, world.final_account(), world.daemon.log)
+    balanced("cap", rounds, world.final_account(), world.daemon.log)
 
 
 def _spool_until_refused(world: World) -> str:

@@ -10,8 +10,6 @@ from daemons import PATIENCE, number, until
 from fault_world import QUICK, World, balanced, seeded
 from mongo_proxy import MongoProxy
 
-FAULT = "kill -9 at a random moment of writing, spooling, draining"
-
 
 def test_killed_at_random_moments_it_loses_and_doubles_nothing(
     make_world: MakeWorld, mongo_proxy: MongoProxy
@@ -26,7 +24,7 @@ def test_killed_at_random_moments_it_loses_and_doubles_nothing(
         assert account.balances, f"round {turn}, {phase.__name__}: {account}\n{world.daemon.log[-3000:]}"
     mongo_proxy.up()
     world.start()
-    balanced(FAULT, rounds, world.final_account(), world.daemon.log)
+    balanced("kill", rounds, world.final_account(), world.daemon.log)
 
 
 def _while_writing(world: World, proxy: MongoProxy, rng: random.Random) -> None:

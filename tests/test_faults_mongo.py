@@ -86,10 +86,8 @@ def test_an_outage_costs_no_trade_little_memory_and_is_made_up_for_fast(
         took = _drain_seconds(world)
     peak = proc_status(world.daemon.pid, "VmHWM")
     account = world.final_account()
-    what = outage.__name__.strip("_")
-    balanced(
-        f"MongoDB {what} for {OUTAGE_S} s, {CODES} codes every {EVERY_S} s", 1, account, world.daemon.log
-    )
+    facts = {"seconds": OUTAGE_S, "every": f"{EVERY_S:g}", "flap": FLAP_S}
+    balanced(outage.__name__.strip("_"), 1, account, world.daemon.log, **facts)
     assert account.acknowledged == len(world.feed.records), "a code failed"
     assert (peak - before) / 1024 < MEMORY_MIB
     if outage is not _flapping:
@@ -146,7 +144,6 @@ def test_a_write_whose_answer_is_lost_is_one_document(
     fate: Fate | Instead | Afterwards,
     make_world: MakeWorld,
     mongo_proxy: MongoProxy,
-    request: pytest.FixtureRequest,
 ) -> None:
     rounds, rng = number(30, 500), seeded("lost reply")
     world = make_world(mongo_proxy.uri + QUICK)
@@ -157,8 +154,7 @@ def test_a_write_whose_answer_is_lost_is_one_document(
     world.answered(4 * PATIENCE)
     mongo_proxy.on_insert = lambda insert: None
     account = world.final_account()
-    name = request.node.callspec.id
-    balanced(f"MongoDB's answer: {name}", rounds, account, world.daemon.log)
+    balanced("answer", rounds, account, world.daemon.log)
     assert account.acknowledged == len(world.feed.records), "a code failed"
 
 
@@ -205,7 +201,7 @@ def test_elections_under_load_lose_and_double_nothing(
             elect(members, term % 2, term)
     for member in members:
         member.on_insert = lambda insert: None
-    balanced("elections in a replica set, replies lost", rounds, world.final_account(), world.daemon.log)
+    balanced("election", rounds, world.final_account(), world.daemon.log)
     assert sum(member.retried for member in members) > 0, "no retryable write was answered from memory"
 
 
@@ -245,7 +241,7 @@ def test_one_poison_document_of_a_thousand_harms_no_other(
         if path == "direct":
             assert told["failed_count"] == 1, "the poison is named, and nothing else"
         assert until(lambda: not world.spool())
-    balanced(f"one poison document in 1,000, {path}", rounds, world.final_account(), world.daemon.log)
+    balanced("poison", rounds, world.final_account(), world.daemon.log)
     rejects = world.rejects()
     assert {row["_id"] for row in rejects} == poison
     assert len(poison) == rounds
@@ -273,4 +269,4 @@ def test_a_trade_that_an_index_of_the_operator_forbids_is_rejected(
         assert reject["_id"].startswith("E00000X042.US|")
         assert "duplicate" in reject["reason"]
         collection.delete_one({"_id": "theirs"})
-    balanced(f"a unique index forbids one of 100, {path}", 1, world.final_account(), world.daemon.log)
+    balanced("foreign_index", 1, world.final_account(), world.daemon.log)

@@ -65,7 +65,7 @@ def test_power_cut_at_any_moment_loses_nothing_that_was_acknowledged(
     world, events = _recorded(make_world, mongo_proxy, disk_shim, tmp_path, number(60, 400))
     cuts = sorted(rng.sample(range(len(events)), min(rounds, len(events))))
     total = _cut_at(cuts, events, world, rng, tmp_path / "rebuilt")
-    balanced("power cut: what was not synced is dropped", len(cuts), total, world.daemon.log)
+    balanced("power", len(cuts), total, world.daemon.log)
 
 
 def test_stockrt_goes_on_after_a_power_cut(
@@ -93,7 +93,7 @@ def test_stockrt_goes_on_after_a_power_cut(
                 assert account.balances, f"cut at {moment}: {account}\n{done.stderr}"
                 total.acknowledged += account.acknowledged
             (wire if event.kind in "><C" else disk).feed(event)
-    balanced("power cut: stockrt drains what is left", rounds, total)
+    balanced("power_drain", rounds, total)
 
 
 def _recorded(
@@ -198,7 +198,7 @@ def test_a_wal_cut_at_every_frame_holds_the_transactions_up_to_there(
     lost = world.acknowledged() - {row["_id"] for row in before}
     account = Account(len(rows), lost, 0, set(), set())
     assert states > 10
-    balanced("power cut: the WAL ends at any frame", len(frames) * 3, account)
+    balanced("power_wal", len(frames) * 3, account)
 
 
 def _rows_with(wal: bytes, database: Path, place: Path) -> list[dict[str, Any]]:

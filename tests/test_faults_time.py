@@ -14,15 +14,15 @@ from shims import WallClock
 import stockrt
 
 HOUR = 3600
-RATE = 10
+RATE = 4
 # What systemd gives the service in these tests, in seconds.
 WATCHDOG_S = 10.0
 
 
 def _seconds_of_work(world: World) -> float:
-    """The time of as many requests as the API allows in a second, a second later."""
+    """The time of ten requests: more than twice as many as the API allows in a second."""
     started = time.monotonic()
-    told = world.result(world.send(100 * RATE), 2 * PATIENCE).data["result"]
+    told = world.result(world.send(1000), 2 * PATIENCE).data["result"]
     assert told["failed_count"] == 0, told
     return time.monotonic() - started
 
@@ -31,7 +31,7 @@ def _seconds_of_work(world: World) -> float:
 def test_a_clock_that_is_set_changes_no_rate_no_back_off_and_no_watchdog(
     step: int, make_world: MakeWorld, mongo_proxy: MongoProxy, wall_clock: WallClock, manager: ServiceManager
 ) -> None:
-    rounds = number(1, 20)
+    rounds = number(1, 10)
     world = make_world(
         mongo_proxy.uri + QUICK,
         (),
@@ -58,8 +58,7 @@ def test_a_clock_that_is_set_changes_no_rate_no_back_off_and_no_watchdog(
         assert _seconds_of_work(world) < 4 * usual
     assert world.infoway.over_limit == 0
     assert manager.longest_silence() < WATCHDOG_S
-    hours = "forward" if step > 0 else "back"
-    balanced(f"the clock set an hour {hours}", rounds, world.final_account(), world.daemon.log)
+    balanced("clock", rounds, world.final_account(), world.daemon.log)
 
 
 def test_a_minute_that_was_used_up_before_the_clock_went_back_is_over(
@@ -76,4 +75,4 @@ def test_a_minute_that_was_used_up_before_the_clock_went_back_is_over(
     world.start()
     told = world.result(world.send(10), 20)
     assert told.data["result"]["success_count"] == 10, told.text
-    balanced("the clock set back, a key's minute used up", 1, world.final_account(), world.daemon.log)
+    balanced("clock", 1, world.final_account(), world.daemon.log)
