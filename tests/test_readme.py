@@ -26,8 +26,8 @@ for row in sqlite3.connect(sys.argv[1]).execute(sys.argv[2]): print(*row, sep="|
 """
 
 
-# Of the build script and the simulators.
-OTHERS_FLAGS = {"--now", "--native", "--port"}
+# Of the build script, the simulators and the fault suite.
+OTHERS_FLAGS = {"--now", "--native", "--port", "--long"}
 
 
 def blocks(text: str) -> list[str]:
