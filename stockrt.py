@@ -3182,7 +3182,15 @@ class Spool(SqliteStore):
             "SELECT seq, _id, s, t, p, v, vw, td, stock_code, create_time FROM realtime "
             "WHERE demo IS NULL ORDER BY seq LIMIT ?"
         )
-        rows = self._file.read(lambda db: db.execute(query, (count,)).fetchall())
+
+        def look(db: sqlite3.Connection) -> list[Any]:
+            found = db.execute(query, (count,)).fetchall()
+            numbers = [row[0] for row in found]
+            if numbers != sorted(set(numbers)) or any(row[1] is None for row in found):
+                raise _damage("its rows are out of order")  # part of a page is gone; SQLite does not look
+            return found
+
+        rows = self._file.read(look)
         documents: list[Document] = []
         damaged: dict[str, str] = {}
         for row in rows:

@@ -76,7 +76,10 @@ def overwritten(path: Path, rng: random.Random) -> set[int]:
 def cut_short(path: Path, rng: random.Random) -> set[int]:
     """Cut at a random length, which may be 0."""
     pages = path.stat().st_size // PAGE
-    length = rng.choice((0, 1, 50, 100, PAGE, rng.randrange(path.stat().st_size)))
+    last = path.stat().st_size - PAGE
+    length = rng.choice(
+        (0, 1, 50, 100, PAGE, last + rng.randrange(PAGE), rng.randrange(last), rng.randrange(last))
+    )
     os.truncate(path, length)
     return set(range(length // PAGE, pages))
 
