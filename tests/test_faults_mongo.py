@@ -153,6 +153,8 @@ def test_a_write_whose_answer_is_lost_is_one_document(
         world.send(1 + place % 40)
     world.answered(4 * PATIENCE)
     mongo_proxy.on_insert = lambda insert: None
+    kept = sum(result.data["result"]["kept_count"] for result in world.platform.results)
+    assert kept > 0, "a write was counted that MongoDB had not acknowledged"
     account = world.final_account()
     balanced("answer", rounds, account, world.daemon.log)
     assert account.acknowledged == len(world.feed.records), "a code failed"
