@@ -376,10 +376,14 @@ class World:
         kept = [*self.spool(), *self.rejects()]
         return settle(acknowledged, self.feed.records, self.documents(), kept)
 
-    def final_account(self) -> Account:
-        """Wait until every command is answered and the spool is empty, and make the account."""
+    def final_account(self, rejects: bool = False) -> Account:
+        """Wait until every command is answered and the spool is empty, and make the account.
+
+        Fails where MongoDB is said to have refused something, unless `rejects` says that it had to.
+        """
         self.answered(4 * PATIENCE)
         self.drained()
+        assert rejects or not self.rejects(), self.rejects()[:3]
         texts: dict[str, set[str]] = {}
         for result in self.platform.results:
             texts.setdefault(result.execution_id, set()).add(result.text)

@@ -243,7 +243,7 @@ def test_one_poison_document_of_a_thousand_harms_no_other(
         if path == "direct":
             assert told["failed_count"] == 1, "the poison is named, and nothing else"
         assert until(lambda: not world.spool())
-    balanced("poison", rounds, world.final_account(), world.daemon.log)
+    balanced("poison", rounds, world.final_account(rejects=True), world.daemon.log)
     rejects = world.rejects()
     assert {row["_id"] for row in rejects} == poison
     assert len(poison) == rounds
@@ -271,4 +271,4 @@ def test_a_trade_that_an_index_of_the_operator_forbids_is_rejected(
         assert reject["_id"].startswith("E00000X042.US|")
         assert "duplicate" in reject["reason"]
         collection.delete_one({"_id": "theirs"})
-    balanced("foreign_index", 1, world.final_account(), world.daemon.log)
+    balanced("foreign_index", 1, world.final_account(rejects=True), world.daemon.log)

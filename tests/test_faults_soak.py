@@ -221,7 +221,7 @@ def test_a_soak_of_random_faults_loses_nothing_and_grows_nowhere(
     world.start()
     assert manager.longest_silence() < WATCHDOG_S
     assert "Traceback" not in world.daemon.log, world.daemon.log[world.daemon.log.index("Traceback") :][:3000]
-    balanced("soak", turns, world.final_account(), world.daemon.log, minutes=f"{MINUTES:g}")
+    balanced("soak", turns, world.final_account(rejects=True), world.daemon.log, minutes=f"{MINUTES:g}")
     _flat(samples)
 
 
