@@ -1082,6 +1082,8 @@ class PlatformServer(Switches):
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One TCP connection from its first byte to its end."""
+        # asyncio does so for listeners of its own making; else a command waits for the receipt before it
+        writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self._condition:
             connection = Connection(len(self._connections), time.monotonic())
             self._connections.append(connection)
