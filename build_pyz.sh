@@ -30,6 +30,7 @@ usage() {
 usage: ./build_pyz.sh                  build stockrt.pyz for CPython 3.11 to 3.15, x86_64 and aarch64
        ./build_pyz.sh --native         build stockrt.pyz for this interpreter and machine alone (fast)
        ./build_pyz.sh test [ARG ...]   lint, check types, build, run all tests; ARGs go to pytest
+       ./build_pyz.sh bench [ARG ...]  build, then measure side by side with a plain loop; exit 1: a target missed
        sudo ./build_pyz.sh install     put stockrt.pyz and its systemd unit in place
        sudo ./build_pyz.sh uninstall   take both away; configuration and state stay
        ./build_pyz.sh lock [--upgrade] write the requirements files anew; --upgrade moves versions
@@ -389,6 +390,15 @@ run_tests() {
     "$bin/python" -B -m pytest -n 2 --dist loadfile tests "$@"
 }
 
+# The bench starts servers of the tests; what it measures is the file that users get.
+run_bench() {
+    check_python
+    ensure_tools
+    ensure_test_env
+    (build_file fetch_all)
+    "$build/test/bin/python" -B "$here/tests/bench.py" "$@"
+}
+
 # ------------------------------------------------------------------------------------------ main
 
 main() {
@@ -401,7 +411,7 @@ main() {
         [ $# -eq 1 ] || { [ $# -eq 2 ] && [ "$2" = --upgrade ]; } ||
             fail "unknown argument '${*: -1}'; see ./build_pyz.sh --help" 64
         ;;
-    test) ;;
+    test | bench) ;;
     *) fail "unknown argument '$1'; see ./build_pyz.sh --help" 64 ;;
     esac
     case ${1-} in
@@ -412,6 +422,7 @@ main() {
     uninstall) uninstall_files ;;
     lock) lock "${@:2}" ;;
     test) run_tests "${@:2}" ;;
+    bench) run_bench "${@:2}" ;;
     esac
 }
 

@@ -66,7 +66,9 @@ class Size(NamedTuple):
     spooled: int
 
 
-FULL = Size(rounds=21, codes=5_000, many_codes=100_000, executes=300, limited_requests=50, idle_s=60, spooled=20_000)
+FULL = Size(
+    rounds=21, codes=5_000, many_codes=100_000, executes=300, limited_requests=50, idle_s=60, spooled=20_000
+)
 SHORT = Size(rounds=2, codes=300, many_codes=2_000, executes=4, limited_requests=12, idle_s=1, spooled=500)
 FEW_CODES = 1_000  # what `many_codes` is compared with
 EXECUTE_CODES = 50
@@ -97,7 +99,9 @@ class Row:
     @property
     def target(self) -> str:
         """The target as the table has it."""
-        return "" if self.limit is None else f"{'≥' if self.at_least else '≤'} {_shown(self.limit, self.unit)}"
+        return (
+            "" if self.limit is None else f"{'≥' if self.at_least else '≤'} {_shown(self.limit, self.unit)}"
+        )
 
     @property
     def shown(self) -> str:
@@ -115,7 +119,9 @@ class Row:
 
 
 def _shown(number: float, unit: str) -> str:
-    digits = 0 if abs(number) >= 1000 else 3 if abs(number) < 0.1 else 2 if abs(number) < 10 else 1
+    digits = (
+        0 if not number or abs(number) >= 1000 else 3 if abs(number) < 0.1 else 2 if abs(number) < 10 else 1
+    )
     return f"{number:,.{digits}f}{' ' + unit if unit else ''}"
 
 
@@ -208,6 +214,9 @@ class Ours:
 
 
 CONTENDERS: dict[str, Callable[..., Contender]] = {"floor": Floor, "sdk": Sdk, "ours": Ours}
+
+
+Spec = tuple[str, dict[str, Any]]  # a contender's kind and its arguments
 
 
 def make_codes(market: str, number: int) -> list[str]:
@@ -336,10 +345,11 @@ class Bench:
         control(self._api, name, value)
 
     @contextlib.contextmanager
-    def _workers(self, market: str = "", **specs: tuple[str, dict[str, Any]]) -> Iterator[dict[str, Worker]]:
-        """Start contenders: a name and, for each, its kind and arguments."""
+    def _workers(self, specs: dict[str, Spec], market: str = "") -> Iterator[dict[str, Worker]]:
+        """Start contenders, a process each."""
         workers = {
-            name: Worker(kind, market or self.market, **arguments) for name, (kind, arguments) in specs.items()
+            name: Worker(kind, market or self.market, **arguments)
+            for name, (kind, arguments) in specs.items()
         }
         try:
             yield workers
@@ -369,7 +379,7 @@ class Bench:
     def _against_null(self) -> dict[str, Any]:
         return {"url": self._api, "mongodb": self._null}
 
-    def _ours(self, **more: str) -> tuple[str, dict[str, Any]]:
+    def _ours(self, **more: str) -> Spec:
         return "ours", self._against_null() | {"state": self._state()} | more
 
     def _speeds(self, title: str, rounds: dict[str, list[Round]]) -> dict[str, list[float]]:
@@ -386,16 +396,16 @@ class Bench:
         """No latency: trades a second, and processor time."""
         every = self._against_null()
         codes = dict.fromkeys(("floor", "sdk", "ours"), self.size.codes)
-        with self._workers(floor=("floor", every), sdk=("sdk", every), ours=self._ours()) as workers:
+        with self._workers(
+            {"floor": ("floor", every), "sdk": ("sdk", every), "ours": self._ours()}
+        ) as workers:
             rounds = self._interleaved(workers, codes)
         speeds = self._speeds("no latency", rounds)
         self.rows.append(Row(
             f"throughput, no latency, {self.size.codes:,} codes", f"吞吐量，无延迟，{self.size.codes:,} 个代码",
             self._compare(speeds), 1.0, True, "x floor", _trades(speeds),
         ))  # fmt: skip
-        cpu = {
-            name: [one.cpu / self.size.codes * 100_000 for one in done] for name, done in rounds.items()
-        }
+        cpu = {name: [one.cpu / self.size.codes * 100_000 for one in done] for name, done in rounds.items()}
         self.rows.append(Row(
             "CPU per 100,000 trades", "每 100,000 笔成交的 CPU 时间",
             self._compare(cpu), 1.0, False, "x floor",
@@ -405,11 +415,12 @@ class Bench:
     def closed_markets(self) -> None:
         """The same where every trade is new and of a session that is over: each makes a closing snapshot."""
         codes = dict.fromkeys(("floor", "ours"), self.size.codes)
-        with self._workers(floor=("floor", self._against_null()), ours=self._ours()) as workers:
+        with self._workers({"floor": ("floor", self._against_null()), "ours": self._ours()}) as workers:
             rounds = self._interleaved(workers, codes, timedelta(days=7))
         speeds = self._speeds("after the close", rounds)
         self.rows.append(Row(
-            "  each trade new and of a session that is over, its close written too", "  每笔均为已收盘时段的新成交，并写入收盘快照",
+            "  each trade new and of a session that is over, its close written too",
+            "  每笔均为已收盘时段的新成交，并写入收盘快照",
             self._compare(speeds), None, True, "x floor", _trades(speeds),
         ))  # fmt: skip
 
@@ -429,7 +440,7 @@ class Bench:
                      "sdk": ("sdk", self._against_null() | {"mongodb": uri}),
                      "ours": ("ours", self._ours()[1] | ours)}  # fmt: skip
             codes = dict.fromkeys(specs, self.size.codes)
-            with self._workers(**specs) as workers:
+            with self._workers(specs) as workers:
                 rounds = self._interleaved(workers, codes)
             with server.client() as client:
                 client.drop_database("bench")
@@ -442,9 +453,13 @@ class Bench:
     def latency(self) -> None:
         """An API that takes 50 ms for every answer."""
         every = self._against_null()
-        names = {"floor": ("floor", every | {"threads": FLOOR_THREADS}), "sdk": ("sdk", every), "ours": self._ours()}
+        names = {
+            "floor": ("floor", every | {"threads": FLOOR_THREADS}),
+            "sdk": ("sdk", every),
+            "ours": self._ours(),
+        }
         self._set("latency", LATENCY_MS)
-        with self._workers(**names) as workers:
+        with self._workers(names) as workers:
             rounds = self._interleaved(workers, dict.fromkeys(names, self.size.codes))
         self._set("latency", 0)
         speeds = self._speeds(f"API latency {LATENCY_MS} ms", rounds)
@@ -459,9 +474,12 @@ class Bench:
 
         requests = self.size.limited_requests
         least = float((requests - 1) // PER_SECOND)  # the tenth request of a second opens the next
-        with InfowayServer(per_second=PER_SECOND) as server, self._workers(
-            "US", ours=self._ours(url=server.url, INFOWAY_PLAN=str(PER_SECOND))
-        ) as workers:  # fmt: skip
+        with (
+            InfowayServer(per_second=PER_SECOND) as server,
+            self._workers(
+                {"ours": self._ours(url=server.url, INFOWAY_PLAN=str(PER_SECOND))}, "US"
+            ) as workers,
+        ):
             walls = []
             for _ in range(max(2, self.size.rounds * 5 // 7)):
                 time.sleep(1.1)  # until the windows of the round before are empty
@@ -475,7 +493,8 @@ class Bench:
             statistics.median(walls) / least, 1.05, False, "x the least possible", detail,
         ))  # fmt: skip
         self.rows.append(Row(
-            "rate-limited: answers over the limit", "限速：超限应答数", over, 0, False, "", f"of {len(walls) * requests}",
+            "rate-limited: answers over the limit", "限速：超限应答数", over, 0, False, "",
+            f"of {len(walls) * requests}",
         ))  # fmt: skip
 
     def executes(self) -> None:
@@ -486,7 +505,7 @@ class Bench:
             if not server.wait_for(lambda s: s.connected, 30):
                 raise RuntimeError("the daemon does not connect")
             self._idle(daemon.pid)
-            with self._workers(floor=("floor", self._against_null())) as workers:
+            with self._workers({"floor": ("floor", self._against_null())}) as workers:
                 delays: list[float] = []
                 floor: list[float] = []
                 resident = 0
@@ -506,7 +525,8 @@ class Bench:
             Row(f"execute to result, {EXECUTE_CODES} codes, no latency: p50",
                 f"从收到执行命令到返回结果，{EXECUTE_CODES} 个代码，无延迟：p50",
                 statistics.median(delays) / own, 2.0, False, "x the floor's own", detail),
-            Row(f"execute to result, {EXECUTE_CODES} codes: p99", f"从收到执行命令到返回结果，{EXECUTE_CODES} 个代码：p99",
+            Row(f"execute to result, {EXECUTE_CODES} codes: p99",
+                f"从收到执行命令到返回结果，{EXECUTE_CODES} 个代码：p99",
                 percentile(delays, 0.99) / own, 5.0, False, "x the floor's own p50",
                 f"{percentile(delays, 0.99) * 1000:.2f} ms"),
             Row("resident memory after 100 executes of 50 codes", "执行 100 次（每次 50 个代码）后的常驻内存",
@@ -578,7 +598,7 @@ class Bench:
              "./stockrt.pyz --once 写入 MongoDB，一个代码，已预热"),
             ("version", "pass", 6.0, "./stockrt.pyz --version, warm", "./stockrt.pyz --version，已预热"),
         ):  # fmt: skip
-            than = " ".join(commands[theirs][1:2] + [f"'{commands[theirs][2]}'"])
+            than = f"-c '{commands[theirs][2]}'"
             self.rows.append(Row(
                 words, chinese, middle[ours] / middle[theirs], limit, False, f"x python3 {than}",
                 f"{spread(times[ours], 0, 1000)} ms, {spread(times[theirs], 0, 1000)} ms",
@@ -588,7 +608,7 @@ class Bench:
         """A hundred thousand codes against a thousand: memory, and time per code."""
         few, many = FEW_CODES, self.size.many_codes
         repeats = max(1, many // few // 5)
-        with self._workers(few=self._ours(), many=self._ours()) as workers:
+        with self._workers({"few": self._ours(), "many": self._ours()}) as workers:
             times: dict[str, list[float]] = {"few": [], "many": []}
             peaks = {}
             for number in range(max(2, self.size.rounds * 5 // 7) + 1):
@@ -618,7 +638,7 @@ class Bench:
         """The local file: written in transactions of 100, in memory (an fsync costs nothing) and on the disk."""
         import stockrt
 
-        places = {"memory": Path("/dev/shm"), "disk": self.folder}  # noqa: S108  (a tmpfs)
+        places = {"memory": Path("/dev/shm"), "disk": self.folder}
         speeds: dict[str, list[float]] = {name: [] for name in places}
         codes = make_codes("US", CHUNK)
         for number in range(max(2, self.size.rounds)):
@@ -674,12 +694,18 @@ def table(rows: Sequence[Row]) -> str:
 
 def markdown(rows: Sequence[Row], chinese: bool) -> str:
     """Return the table for the README, with the machine's kind under it."""
-    heads = ("", "目标", "结果", "中位数（最小-最大）") if chinese else ("", "target", "reached", "median (min-max)")
+    heads = (
+        ("", "目标", "结果", "中位数（最小-最大）")
+        if chinese
+        else ("", "target", "reached", "median (min-max)")
+    )
     lines = [f"| {' | '.join(heads)} |", "|---|---|---|---|"]
     for row in rows:
         name = row.chinese if chinese else row.name
         told = name.startswith(" ")
-        name = ("… " if told else "") + re.sub(r"(\./stockrt\.pyz --\w+|python3 -c .*)", r"`\1`", name.strip())
+        name = ("… " if told else "") + re.sub(
+            r"(\./stockrt\.pyz --\w+|python3 -c .*)", r"`\1`", name.strip()
+        )
         lines.append(f"| {name} | {row.target} | {row.shown} | {row.detail} |")
     return "\n".join([*lines, "", machine()])
 
@@ -701,9 +727,7 @@ def draw(rows: Sequence[Row], speeds: dict[str, dict[str, list[float]]], path: P
     from matplotlib import pyplot
 
     measured = [(row, row.used) for row in rows if row.used is not None]
-    figure, (left, right) = pyplot.subplots(
-        2, 1, figsize=(9, 9), height_ratios=(2, 3), layout="constrained"
-    )
+    figure, (left, right) = pyplot.subplots(2, 1, figsize=(9, 9), height_ratios=(2, 3), layout="constrained")
     colors = {"floor": "#9aa5b1", "sdk": "#e0b25c", "ours": "#3b7dd8"}
     for number, (name, color) in enumerate(colors.items()):
         found = [(place, s[name]) for place, s in enumerate(speeds.values()) if name in s]
@@ -733,7 +757,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pyz", type=Path, default=ROOT / "stockrt.pyz", help="the built program")
     parser.add_argument("--svg", type=Path, help="where to draw the picture")
     parser.add_argument("--only", action="append", help="a method of Bench by name; no target counts")
-    parser.add_argument("--write-readme", action="store_true", help="write the table into the README, and the picture")
+    parser.add_argument(
+        "--write-readme", action="store_true", help="write the table into the README, and the picture"
+    )
     options = parser.parse_args(argv)
     if options.write_readme and (options.short or options.only):
         parser.error("--write-readme is for a full run")

@@ -47,7 +47,9 @@ class QuickInfoway:
             head = b""
             while part := connection.recv(65536):
                 head += part
-                if head.endswith(b"\r\n\r\n"):  # a GET has no body, and nobody sends the next before the answer
+                if head.endswith(
+                    b"\r\n\r\n"
+                ):  # a GET has no body, and nobody sends the next before the answer
                     path = head[4 : head.index(b" ", 4)]
                     head = b""
                     connection.sendall(self._answer(path))
@@ -91,7 +93,9 @@ def make_record(code: str) -> dict[str, str | int]:
 
 def _response(value: object) -> bytes:
     body = json.dumps(value, separators=(",", ":")).encode()
-    return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    return (
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    )
 
 
 def control(url: str, name: str, value: int) -> None:
