@@ -5,7 +5,6 @@
 #     "pymongo>=4.10",
 #     "python-dotenv>=1.0",
 #     "tqdm>=4.66",
-#     "urllib3>=2.3",
 #     "websocket-client>=1.8",
 # ]
 # ///
@@ -45,7 +44,7 @@ import shutil
 import signal
 import threading
 import time
-import unicodedata
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,11 +60,11 @@ from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlencode, url
 if TYPE_CHECKING:  # what a path does not need is imported where it is needed: it costs start time and memory
     import socket
     import sqlite3
+    from http.client import HTTPConnection, HTTPResponse
 
     from dotenv.parser import Binding
     from pymongo import MongoClient
     from pymongo.collection import Collection as MongoCollection
-    from urllib3.connection import HTTPConnection
 
 __version__ = "1.0.0"
 
@@ -745,6 +744,12 @@ class Instrument(NamedTuple):
     product: str
 
 
+# Most codes come in the API's own form: `parse_code` would give them back as they are, with this product.
+_PLAIN_CODE = re.compile(
+    r"[A-Z0-9]{1,20}\.(?:US|JP|KS|IN|TW)|[0-9]{6}\.(?:SH|SZ)|(?!00000)[0-9]{5}\.HK", re.ASCII
+)
+
+
 def split_codes(text: str) -> list[str]:
     """Return the codes of a text in which commas (Chinese ones too), semicolons or blanks separate them."""
     return [code for code in _SEPARATORS.split(text) if code]
@@ -756,6 +761,10 @@ def parse_code(raw: object) -> Instrument:
     `product:CODE` names the product outright, for a code whose form does not tell it (`common:US500`).
     Raises InstrumentError, which says what to type instead; nothing that could change a URL gets through.
     """
+    if type(raw) is str and _PLAIN_CODE.fullmatch(raw):
+        return Instrument(raw, MARKETS[raw[-2:]].product)
+    import unicodedata
+
     text = unicodedata.normalize("NFKC", _code_text(raw)).strip().upper()
     named, _, rest = text.rpartition(":")
     if named.lower() in PRODUCTS and "." not in rest:
@@ -1009,7 +1018,9 @@ class BatchPlan:
             return
         self._seen[bucket] += code + ","
         self.total += 1
-        waiting = self._open.setdefault(product, [])
+        waiting = self._open.get(product)
+        if waiting is None:
+            waiting = self._open[product] = []
         waiting.append(code)
         if len(waiting) == MAX_BATCH:
             self._close(product)
@@ -1314,6 +1325,8 @@ def utc_day(now: float) -> str:
 
 # A hundred trades are about ten kilobytes; more than this is not an answer but an accident or an attack.
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
+# What zlib calls a gzip stream.
+GZIP_BITS = 16 + 15
 
 
 class Limits(NamedTuple):
@@ -1353,6 +1366,8 @@ BATCH_WORK_S = 0.0015
 EARLIEST_TRADE_MS, LATEST_TRADE_MS = 946_684_800_000, 4_102_444_800_000
 # Decimal128 of MongoDB has 34 significant digits; prices have fewer than twenty.
 _DECIMAL = re.compile(r"-?(?=[\d.]{1,34}(?:[eE]|$))(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,2})?", re.ASCII)
+# Three decimals as nearly all trades have them, looked at together: price, volume, turnover.
+_PLAIN_DECIMALS = re.compile(r"(?:\d{1,17}(?:\.\d{1,16})? ){3}", re.ASCII)
 
 
 class Answer(NamedTuple):
@@ -1527,6 +1542,9 @@ def read_trade(record: object) -> Trade:
         raise ValueError(f"field t: {_shown(record, 't')} in place of epoch milliseconds")
     if type(td) is not int or not 0 <= td <= 9:
         raise ValueError(f"field td: {_shown(record, 'td')} in place of a direction (0, 1, 2)")
+    p, v, vw = record.get("p"), record.get("v"), record.get("vw")
+    if type(p) is type(v) is type(vw) is str and _PLAIN_DECIMALS.fullmatch(f"{p} {v} {vw} "):
+        return Trade(s, t, p, v, vw, td)
     return Trade(s, t, _decimal(record, "p"), _decimal(record, "v"), _decimal(record, "vw"), td)
 
 
@@ -1598,7 +1616,7 @@ class HttpConnection:
     """
 
     def __init__(self, base_url: str, limits: Limits = API_LIMITS) -> None:
-        from urllib3.connection import HTTPConnection, HTTPSConnection
+        from http.client import HTTPConnection, HTTPSConnection
 
         self._limits = limits
         parts = urlsplit(base_url)
@@ -1644,7 +1662,7 @@ class HttpConnection:
 
     def _connect(self) -> Answer | None:
         conn = self._conn
-        if conn.sock is not None and not conn.is_connected:  # the server closed it while it was idle
+        if conn.sock is not None and _has_input(conn.sock):  # the server closed it while it was idle
             conn.close()
         if conn.sock is not None:
             return None
@@ -1661,31 +1679,47 @@ class HttpConnection:
         def exchange() -> None:
             nonlocal answer
             all_headers = {"User-Agent": f"stockrt/{__version__}", "Accept": "application/json", **headers}
-            self._conn.request("GET", path, headers=all_headers, preload_content=False)
+            self._conn.request("GET", path, headers=all_headers)
             response = self._conn.getresponse()
-            chunks: list[bytes] = []
-            size = 0
-            while chunk := response.read1(65536):
-                size += len(chunk)
-                if size > MAX_ANSWER_BYTES:
-                    raise _Refused(f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB")
-                if time.monotonic() > self.deadline:
-                    raise TimeoutError
-                chunks.append(chunk)
-            missing = response.length_remaining
-            if missing:
-                raise ConnectionError(f"{missing} bytes are missing")
-            answer = Answer(
-                response.status, b"".join(chunks), response.headers.get("Retry-After", "").strip()
-            )
+            body = b"".join(self._parts(response))
+            answer = Answer(response.status, body, response.headers.get("Retry-After", "").strip())
 
         return self._guarded(exchange) or answer
+
+    def _parts(self, response: HTTPResponse) -> Iterator[bytes]:
+        """Yield the body, unpacked where it is gzip. Raises when it is too large, too slow or not whole."""
+        packed = response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip")
+        unpacker = zlib.decompressobj(GZIP_BITS) if packed else None
+        size = 0
+        while chunk := response.read1(65536):
+            if unpacker is not None:
+                chunk = unpacker.decompress(chunk, MAX_ANSWER_BYTES + 1 - size)
+            size += len(chunk)
+            if size > MAX_ANSWER_BYTES:
+                raise _Refused(f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB")
+            if time.monotonic() > self.deadline:
+                raise TimeoutError
+            yield chunk
+        if response.length:
+            raise ConnectionError(f"{response.length} bytes are missing")
+        if unpacker is not None and not unpacker.eof:
+            raise ConnectionError("the end of the gzip stream is missing")
+        response.close()  # or the connection takes no further request
 
     def _guarded(self, step: Callable[[], None]) -> Answer | None:
         fault = _as_fault(step)
         if fault is not None and time.monotonic() >= self.deadline:
             return Answer(fault=f"no whole answer within {self._limits.whole_s:.0f} s")
         return fault
+
+
+def _has_input(sock: socket.socket) -> bool:
+    """Return whether there is something to read at once: of an idle HTTP connection, its end."""
+    import select
+
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def cut_socket(sock: socket.socket) -> None:
@@ -1715,22 +1749,19 @@ class _Refused(Exception):
 
 def _as_fault(step: Callable[[], None]) -> Answer | None:
     """Do a step of a request; return what went wrong as an Answer, None if nothing did."""
-    import ssl
     from http.client import HTTPException
-
-    from urllib3.exceptions import HTTPError
 
     try:
         step()
     except _Refused as error:
         return Answer(fault=str(error), hopeless=True)
-    except (HTTPError, HTTPException, OSError, ValueError, AttributeError) as error:
+    except (HTTPException, OSError, ValueError, AttributeError, zlib.error) as error:
+        import ssl
+
         # ValueError, AttributeError: what ssl and http.client raise when `abort` cuts under them
         if isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
             return Answer(fault=f"the connection broke ({type(error).__name__})")
-        hopeless = isinstance(error, ssl.SSLCertVerificationError) or isinstance(
-            error.__cause__, ssl.SSLCertVerificationError
-        )
+        hopeless = isinstance(error, ssl.SSLCertVerificationError)
         return Answer(fault=_network_words(error), hopeless=hopeless)
     return None
 
@@ -2040,12 +2071,9 @@ def to_document(trade: Trade, created: datetime, demo: bool = False) -> Document
 
     `created` is aware UTC, whole milliseconds (a BSON date has no more).
     """
-    document: Document = {
-        "_id": identity(trade),
-        **trade._asdict(),
-        "stock_code": trade.s,
-        "create_time": created,
-    }
+    s, t, p, v, vw, td = trade
+    document: Document = {"_id": identity(trade), "s": s, "t": t, "p": p, "v": v, "vw": vw, "td": td,
+                          "stock_code": s, "create_time": created}  # fmt: skip
     return document | {"demo": True} if demo else document
 
 

@@ -656,6 +656,20 @@ def test_reading_a_document_gives_its_trade_back(trade: Trade) -> None:
     assert re.fullmatch(r"[^|]+\|\d+\|[^|]+\|[^|]+\|\d", document["_id"])
 
 
+@given(st.from_regex(r"\d{1,19}(\.\d{0,18})?", fullmatch=True).filter(str.isascii))
+@example("9" * 17 + "." + "9" * 16)
+def test_the_short_way_for_plain_decimals_takes_no_other(number: str) -> None:
+    """A volume that is no text keeps a record from the short way."""
+    record = {"s": "A.US", "t": 1786751999691, "p": number, "v": "1", "vw": "2.5", "td": 0}
+    found: list[object] = []
+    for volume in ("1", 1):
+        try:
+            found.append(read_trade(record | {"v": volume}))
+        except ValueError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+
+
 # ------------------------------------------------------------------------------------------------------
 # Back-off and requests under way
 # ------------------------------------------------------------------------------------------------------

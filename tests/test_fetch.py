@@ -401,6 +401,18 @@ def test_gzip_is_understood_unasked(infoway: InfowayServer, tmp_path: Path) -> N
     assert infoway.request_count == 1 and run.report.complete
 
 
+def test_a_gzip_stream_without_its_end_is_not_taken(infoway: InfowayServer, tmp_path: Path) -> None:
+    import gzip
+
+    body = json.dumps({"ret": 200, "data": [make_record(code, 0) for code in STOCKS]}).encode()
+    cut = gzip.compress(body)[:-9]
+    infoway.script = [Answer.raw(200, cut, [("Content-Encoding", "gzip")]), None]
+    with api_of(infoway) as api:
+        run = collect(api, STOCKS, tmp_path)
+    check_truth(run, infoway, STOCKS)
+    assert infoway.request_count == 2 and run.report.complete
+
+
 def test_redirection_is_not_followed(infoway: InfowayServer, tmp_path: Path) -> None:
     with InfowayServer() as elsewhere, api_of(infoway) as api:
         location = ("Location", f"{elsewhere.url}/stock/batch_trade/AAPL.US")

@@ -38,6 +38,23 @@ def refusal(raw: object) -> str:
 # ------------------------------------------------------------------------------------------------------
 
 
+@given(
+    st.from_regex(r"[A-Z0-9]{1,21}\.(US|JP|KS|IN|TW|HK|SH|SZ)", fullmatch=True)
+    | st.from_regex(r"[0-9]{5}\.HK|[0-9]{6}\.S[HZ]", fullmatch=True)
+)
+@example("00000.HK")
+@example("600519.SH")
+def test_the_short_way_for_plain_codes_leads_to_the_same(code: str) -> None:
+    """A blank before a code keeps it from the short way."""
+    found: list[object] = []
+    for typed in (code, f" {code}"):
+        try:
+            found.append(parse_code(typed))
+        except InstrumentError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("raw", "code", "product"),
     [
