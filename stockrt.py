@@ -153,7 +153,9 @@ def one_line(text: object, limit: int = 300) -> str:
         text = str(text).strip()
     except ValueError:  # an int of more digits than Python writes
         text = f"a huge {type(text).__name__}"
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    line = text
+    if not text.isprintable():
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
@@ -744,9 +746,10 @@ class Instrument(NamedTuple):
     product: str
 
 
-# Most codes come in the API's own form: `parse_code` would give them back as they are, with this product.
+_SUFFIX_PRODUCTS = {suffix: market.product for suffix, market in MARKETS.items()}
+# Most codes come in the API's own form: reading them as a person's typing would give them back as they are.
 _PLAIN_CODE = re.compile(
-    r"[A-Z0-9]{1,20}\.(?:US|JP|KS|IN|TW)|[0-9]{6}\.(?:SH|SZ)|(?!00000)[0-9]{5}\.HK", re.ASCII
+    r"[0-9]{6}\.(?:SH|SZ)|(?!00000)[0-9]{5}\.HK|[A-Z0-9]{1,20}\.(?:US|JP|KS|IN|TW)", re.ASCII
 )
 
 
@@ -761,8 +764,8 @@ def parse_code(raw: object) -> Instrument:
     `product:CODE` names the product outright, for a code whose form does not tell it (`common:US500`).
     Raises InstrumentError, which says what to type instead; nothing that could change a URL gets through.
     """
-    if type(raw) is str and _PLAIN_CODE.fullmatch(raw):
-        return Instrument(raw, MARKETS[raw[-2:]].product)
+    if product := _plain_product(raw):
+        return Instrument(cast(str, raw), product)
     import unicodedata
 
     text = unicodedata.normalize("NFKC", _code_text(raw)).strip().upper()
@@ -776,6 +779,11 @@ def parse_code(raw: object) -> Instrument:
     if suffix not in MARKETS:
         raise InstrumentError(f"unknown exchange .{suffix}: {_proposal(symbol, suffix)}")
     return Instrument(_with_suffix(symbol, suffix), MARKETS[suffix].product)
+
+
+def _plain_product(raw: object) -> str:
+    """Return the product of a code that is in the API's own form already, '' if it may not be."""
+    return _SUFFIX_PRODUCTS[raw[-2:]] if type(raw) is str and _PLAIN_CODE.fullmatch(raw) else ""
 
 
 def market_of(code: str) -> Market | None:
@@ -1001,6 +1009,9 @@ class BatchPlan:
 
     def add(self, raw: object) -> None:
         """Take one code as it was typed."""
+        if product := _plain_product(raw):
+            self._take(cast(str, raw), product)
+            return
         try:
             instrument = parse_code(raw)
         except InstrumentError as error:
@@ -1012,7 +1023,9 @@ class BatchPlan:
 
     def add_instrument(self, instrument: Instrument) -> None:
         """Take one code that is already in the API's form."""
-        code, product = instrument
+        self._take(*instrument)
+
+    def _take(self, code: str, product: str) -> None:
         bucket = hash(code) % _BUCKETS
         if f",{code}," in self._seen[bucket]:
             return
@@ -1367,7 +1380,7 @@ EARLIEST_TRADE_MS, LATEST_TRADE_MS = 946_684_800_000, 4_102_444_800_000
 # Decimal128 of MongoDB has 34 significant digits; prices have fewer than twenty.
 _DECIMAL = re.compile(r"-?(?=[\d.]{1,34}(?:[eE]|$))(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,2})?", re.ASCII)
 # Three decimals as nearly all trades have them, looked at together: price, volume, turnover.
-_PLAIN_DECIMALS = re.compile(r"(?:\d{1,17}(?:\.\d{1,16})? ){3}", re.ASCII)
+_PLAIN_DECIMALS = re.compile(" ".join([r"\d{1,17}(?:\.\d{1,16})?"] * 3), re.ASCII)
 
 
 class Answer(NamedTuple):
@@ -1535,15 +1548,16 @@ def read_trade(record: object) -> Trade:
     """Return the trade that a record of an answer holds. Raises ValueError with what is wrong with it."""
     if not isinstance(record, dict):
         raise ValueError(f"the API sent {one_line(json.dumps(record), 40)} in place of a trade")
-    s, t, td = record.get("s"), record.get("t"), record.get("td")
+    get = record.get
+    s, t, td = get("s"), get("t"), get("td")
     if not isinstance(s, str):
         raise ValueError(f"field s: {_shown(record, 's')} in place of a code")
     if type(t) is not int or not EARLIEST_TRADE_MS <= t < LATEST_TRADE_MS:
         raise ValueError(f"field t: {_shown(record, 't')} in place of epoch milliseconds")
     if type(td) is not int or not 0 <= td <= 9:
         raise ValueError(f"field td: {_shown(record, 'td')} in place of a direction (0, 1, 2)")
-    p, v, vw = record.get("p"), record.get("v"), record.get("vw")
-    if type(p) is type(v) is type(vw) is str and _PLAIN_DECIMALS.fullmatch(f"{p} {v} {vw} "):
+    p, v, vw = get("p"), get("v"), get("vw")
+    if type(p) is type(v) is type(vw) is str and _PLAIN_DECIMALS.fullmatch(f"{p} {v} {vw}"):
         return Trade(s, t, p, v, vw, td)
     return Trade(s, t, _decimal(record, "p"), _decimal(record, "v"), _decimal(record, "vw"), td)
 
@@ -1572,6 +1586,10 @@ class Outcome(NamedTuple):
 def read_records(batch: Batch, records: Sequence[object]) -> Outcome:
     """Sort the records of an accepted answer; each is judged alone, a bad one harms no neighbour."""
     missing = dict.fromkeys(batch.split(), "")
+    with contextlib.suppress(ValueError):  # said below, of the record that has the fault
+        trades = [read_trade(record) for record in records]
+        if len(trades) == len(missing) and missing.keys() == {trade.s for trade in trades}:
+            return Outcome(batch, trades)  # as nearly always: each code that was asked for, once
     newest: dict[str, Trade] = {}
     for record in records:
         try:
@@ -1583,12 +1601,13 @@ def read_records(batch: Batch, records: Sequence[object]) -> Outcome:
             else:
                 log.warning("a record of %s was rejected: %s", batch.product, error)
             continue
-        if trade.s not in missing:
+        code = trade.s
+        if code not in missing:
             log.warning(
-                "a record of %s was rejected: %s was not asked for", batch.product, one_line(trade.s, 40)
+                "a record of %s was rejected: %s was not asked for", batch.product, one_line(code, 40)
             )
-        elif trade.s not in newest or newest[trade.s].t < trade.t:
-            newest[trade.s] = trade
+        elif code not in newest or newest[code].t < trade.t:
+            newest[code] = trade
     unknown = [code for code, why in missing.items() if code not in newest and not why]
     failures = {code: why for code, why in missing.items() if code not in newest and why}
     return Outcome(batch, list(newest.values()), unknown, failures)
@@ -2063,7 +2082,8 @@ def identity(trade: Trade) -> str:
 
     The turnover `vw` follows from price and volume and is left out. No part can hold a `|`.
     """
-    return f"{trade.s}|{trade.t}|{trade.p}|{trade.v}|{trade.td}"
+    s, t, p, v, _, td = trade
+    return f"{s}|{t}|{p}|{v}|{td}"
 
 
 def to_document(trade: Trade, created: datetime, demo: bool = False) -> Document:
@@ -4421,12 +4441,13 @@ class Collector:
             return
         self.report.stored += written.stored
         self.report.known += written.known
-        self.report.failures.update(
-            {d["stock_code"]: written.refused[d["_id"]] for d in documents if d["_id"] in written.refused}
-        )
-        stored = [d for d in documents if d["_id"] not in written.refused]
-        self._on_stored(stored)
-        self._settle(stored)
+        if refused := written.refused:
+            self.report.failures |= {
+                d["stock_code"]: refused[d["_id"]] for d in documents if d["_id"] in refused
+            }
+            documents = [d for d in documents if d["_id"] not in refused]
+        self._on_stored(documents)
+        self._settle(documents)
 
     def _settle(self, documents: Sequence[Document]) -> None:
         """Keep the closing snapshot; that it fails is said, and costs no trade."""
@@ -5645,12 +5666,19 @@ class Daemon:
         self._wake()
 
     def _send_answers(self, link: Link, protocol: PlatformProtocol) -> None:
+        number: int | None = None
         with contextlib.suppress(queue.Empty):
             while True:
                 number = self._answered.get_nowait()
-                self._note_execution(number)
                 if number not in self._to_send and number not in self._sent:
                     self._to_send.append(number)
+        try:
+            self._send_waiting(link, protocol)
+        finally:
+            if number is not None:  # of several the last: nobody waits for what --status shows
+                self._note_execution(number)
+
+    def _send_waiting(self, link: Link, protocol: PlatformProtocol) -> None:
         while self._unkept:
             self._send_text(link, protocol, self._unkept[0])
             self._unkept.popleft()

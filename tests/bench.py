@@ -75,6 +75,7 @@ EXECUTE_CODES = 50
 LATENCY_MS = 50
 FLOOR_THREADS = 8
 PER_SECOND = 10
+MODULE_HASH = "1234567890"
 
 
 @dataclass
@@ -501,7 +502,14 @@ class Bench:
         """The daemon: memory and processor time while idle, then from execute to result."""
         from platform_server import PlatformServer
 
-        with PlatformServer("new") as server, self._daemon(server.port) as daemon:
+        environ = self._environ() | {"SERVER_IP": "127.0.0.1"}
+        # registered and unpacked, as at every start but the first
+        Path(environ["STATE_DIRECTORY"]).mkdir()
+        Path(environ["STATE_DIRECTORY"], "module_hash").write_text(MODULE_HASH)
+        subprocess.run(
+            [sys.executable, str(self.pyz), "--version"], env=environ, check=True, capture_output=True
+        )
+        with PlatformServer("new") as server, self._daemon(environ, server) as daemon:
             if not server.wait_for(lambda s: s.connected, 30):
                 raise RuntimeError("the daemon does not connect")
             self._idle(daemon.pid)
@@ -534,11 +542,15 @@ class Bench:
         ]  # fmt: skip
 
     @contextlib.contextmanager
-    def _daemon(self, port: int) -> Iterator[subprocess.Popen[bytes]]:
-        environ = self._environ() | {"SERVER_IP": "127.0.0.1", "SERVER_PORT": str(port)}
+    def _daemon(self, environ: dict[str, str], server: Any) -> Iterator[subprocess.Popen[bytes]]:
+        server.know(MODULE_HASH)
         with (self.folder / "daemon.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, str(self.pyz)], env=environ, cwd=self.folder, stdout=log, stderr=log
+                [sys.executable, str(self.pyz)],
+                env=environ | {"SERVER_PORT": str(server.port)},
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
             )
         try:
             yield process
