@@ -29,10 +29,8 @@ if sys.version_info < (3, 11):  # noqa: UP036  (before anything that an older Py
 
 import argparse
 import contextlib
-import difflib
 import hashlib
 import io
-import ipaddress
 import json
 import logging
 import math
@@ -40,7 +38,6 @@ import os
 import queue
 import random
 import re
-import shutil
 import signal
 import threading
 import time
@@ -424,6 +421,8 @@ def _collection_name(value: str) -> str:
 
 
 def _host(value: str) -> str:
+    import ipaddress
+
     bare = value[1:-1] if value.startswith("[") and value.endswith("]") else value
     with contextlib.suppress(ValueError):
         return str(ipaddress.ip_address(bare))
@@ -672,6 +671,8 @@ def _known_names() -> list[str]:
 
 
 def _misspelled(name: str, source: str) -> str:
+    import difflib
+
     near = difflib.get_close_matches(name, _known_names(), n=1, cutoff=0)
     return f"{source}: {name} is no setting and has no effect; did you mean {near[0]}?"
 
@@ -6217,6 +6218,8 @@ def clean_cache(environ: Mapping[str, str], own: Path) -> None:
     Only in the CacheDirectory= of a unit, only what is named as our own unpackings are, and none that a
     process uses. What cannot be removed stays.
     """
+    import shutil
+
     cache = environ.get("CACHE_DIRECTORY", "").partition(":")[0]
     name, _, build = own.name.rpartition("_")
     if not (cache and name and _BUILD_ID.fullmatch(build) and own.parent == Path(cache).resolve()):
