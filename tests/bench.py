@@ -503,12 +503,10 @@ class Bench:
         from platform_server import PlatformServer
 
         environ = self._environ() | {"SERVER_IP": "127.0.0.1"}
-        # registered and unpacked, as at every start but the first
+        # registered, unpacked and compiled, as at every start but the first
         Path(environ["STATE_DIRECTORY"]).mkdir()
         Path(environ["STATE_DIRECTORY"], "module_hash").write_text(MODULE_HASH)
-        subprocess.run(
-            [sys.executable, str(self.pyz), "--version"], env=environ, check=True, capture_output=True
-        )
+        self._warm(environ)
         with PlatformServer("new") as server, self._daemon(environ, server) as daemon:
             if not server.wait_for(lambda s: s.connected, 30):
                 raise RuntimeError("the daemon does not connect")
@@ -558,6 +556,11 @@ class Bench:
             process.kill()
             process.wait()
 
+    def _warm(self, environ: dict[str, str]) -> None:
+        """Let the program be unpacked and all its modules compiled."""
+        for command in ([str(self.pyz), "--version"], ["-m", "compileall", "-q", environ["SHIV_ROOT"]]):
+            subprocess.run([sys.executable, *command], env=environ, check=True, capture_output=True)
+
     def _environ(self) -> dict[str, str]:
         return {"PATH": os.defpath, "HOME": str(self.folder), "SHIV_ROOT": str(self.folder / "shiv"), "LANG": "C.UTF-8",
                 "INFOWAY_API_KEY": KEY, "INFOWAY_API_BASE_URL": self._api, "INFOWAY_PLAN": "0",
@@ -589,6 +592,7 @@ class Bench:
     def waits(self) -> None:
         """What a person waits for at the command line."""
         environ = self._environ()
+        self._warm(environ)
         python = [sys.executable]
         commands = {
             "once": [*python, str(self.pyz), "--once", "--codes", make_codes(self.market, 1)[0]],
