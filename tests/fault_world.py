@@ -39,6 +39,8 @@ AHEAD_MS = 30 * 24 * 3600 * 1000
 # Enough of them to fail fast where MongoDB is away; the default is 20 s.
 QUICK = "?timeoutMS=1500"
 MAX_CODES = 1000
+# A load stops at so many commands without an answer: the daemon refuses those above a thousand.
+BACKLOG = 200
 
 Document = dict[str, Any]
 Rows = list[Document]
@@ -290,12 +292,12 @@ class World:
 
     @contextlib.contextmanager
     def load(self, every: float, size: int = 5) -> Iterator[None]:
-        """Send a command every so many seconds while a module is connected."""
+        """Send a command every so many seconds while a module is connected, and has not fallen far behind."""
         stop = threading.Event()
 
         def work() -> None:
             while not stop.wait(every):
-                if self.platform.connected:
+                if self.platform.connected and len(self.platform.unanswered) < BACKLOG:
                     self.send(size)
 
         worker = threading.Thread(target=work, daemon=True)
