@@ -5104,7 +5104,11 @@ def _dial(settings: Settings, module_hash: str) -> Any:
     cut.start()
     try:
         opened.append(
-            socket.create_connection((settings.server_host, settings.server_port), CONNECT_TIMEOUT_S)
+            # bytes: a text would load the codec for host names in other scripts, which no setting holds
+            socket.create_connection(
+                (settings.server_host.encode(), settings.server_port),  # type: ignore[arg-type]
+                CONNECT_TIMEOUT_S,
+            )
         )
         opened[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if settings.server_tls:

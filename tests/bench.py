@@ -250,7 +250,9 @@ def work(pipe: Connection, kind: str, arguments: dict[str, Any]) -> None:
             codes = make_codes(*pipe.recv())
             wall, cpu = time.perf_counter(), time.process_time()
             contender.run(codes)
-            pipe.send(Round(time.perf_counter() - wall, time.process_time() - cpu, _memory("self", "VmHWM")))
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            del codes  # or the next ones are made beside them
+            pipe.send(Round(wall, cpu, _memory("self", "VmHWM")))
     os._exit(0)  # what is measured has been sent; pymongo's threads take half a second to end
 
 
@@ -381,7 +383,7 @@ class Bench:
         return {"url": self._api, "mongodb": self._null}
 
     def _ours(self, **more: str) -> Spec:
-        return "ours", self._against_null() | {"state": self._state()} | more
+        return "ours", self._against_null() | {"state": self._state(), **more}
 
     def _speeds(self, title: str, rounds: dict[str, list[Round]]) -> dict[str, list[float]]:
         found = {name: [self.size.codes / one.wall for one in done] for name, done in rounds.items()}
@@ -471,32 +473,36 @@ class Bench:
 
     def rate_limit(self) -> None:
         """A plan of 10 requests a second: how near to the least time that it permits, and never above it."""
-        from infoway_server import InfowayServer
-
         requests = self.size.limited_requests
         least = float((requests - 1) // PER_SECOND)  # the tenth request of a second opens the next
-        with (
-            InfowayServer(per_second=PER_SECOND) as server,
-            self._workers(
-                {"ours": self._ours(url=server.url, INFOWAY_PLAN=str(PER_SECOND))}, "US"
-            ) as workers,
-        ):
-            walls = []
-            for _ in range(max(2, self.size.rounds * 5 // 7)):
-                time.sleep(1.1)  # until the windows of the round before are empty
-                server.bump()
-                walls.append(workers["ours"].run(requests * CHUNK).wall)
-            over = server.over_limit
-        detail = f"{spread(walls, 2)} s where {requests} requests take {least:.0f} s at least"
-        limited = f"{PER_SECOND}/s, {requests} requests"
+        over = asked = 0
+        for shared, words, chinese in (
+            (True, f"rate-limited ({PER_SECOND}/s, {requests} requests): wall",
+             f"限速（每秒 {PER_SECOND} 次，{requests} 次请求）：耗时"),
+            (False, "  counted on this machine alone, without MongoDB", "  不用 MongoDB，只在本机计数"),
+        ):  # fmt: skip
+            walls, refused = self._limited_walls(requests, {} if shared else {"mongodb": ""})
+            over, asked = over + refused, asked + len(walls) * requests
+            self.rows.append(Row(
+                words, chinese, statistics.median(walls) / least, 1.05 if shared else None, False,
+                "x the least possible", f"{spread(walls, 2)} s where {requests} requests take {least:.0f} s at least",
+            ))  # fmt: skip
         self.rows.append(Row(
-            f"rate-limited ({limited}): wall", f"限速（每秒 {PER_SECOND} 次，{requests} 次请求）：耗时",
-            statistics.median(walls) / least, 1.05, False, "x the least possible", detail,
+            "rate-limited: answers over the limit", "限速：超限应答数", over, 0, False, "", f"of {asked}",
         ))  # fmt: skip
-        self.rows.append(Row(
-            "rate-limited: answers over the limit", "限速：超限应答数", over, 0, False, "",
-            f"of {len(walls) * requests}",
-        ))  # fmt: skip
+
+    def _limited_walls(self, requests: int, more: dict[str, str]) -> tuple[list[float], int]:
+        from infoway_server import InfowayServer
+
+        walls = []
+        with InfowayServer(per_second=PER_SECOND) as server:
+            ours = self._ours(url=server.url, INFOWAY_PLAN=str(PER_SECOND), **more)
+            with self._workers({"ours": ours}, "US") as workers:
+                for _ in range(max(2, self.size.rounds * 5 // 7)):
+                    time.sleep(1.1)  # until the windows of the round before are empty
+                    server.bump()
+                    walls.append(workers["ours"].run(requests * CHUNK).wall)
+            return walls, server.over_limit
 
     def executes(self) -> None:
         """The daemon: memory and processor time while idle, then from execute to result."""
@@ -652,35 +658,69 @@ class Bench:
 
     def spool(self) -> None:
         """The local file: written in transactions of 100, in memory (an fsync costs nothing) and on the disk."""
-        import stockrt
-
-        places = {"memory": Path("/dev/shm"), "disk": self.folder}
-        speeds: dict[str, list[float]] = {name: [] for name in places}
-        codes = make_codes("US", CHUNK)
-        for number in range(max(2, self.size.rounds)):
+        places = {"in memory": Path("/dev/shm"), "on disk": self.folder}
+        writes: dict[str, list[float]] = {name: [] for name in places}
+        drains: dict[str, list[float]] = {"floor": [], **{name: [] for name in places}}
+        for _ in range(max(2, self.size.rounds * 5 // 7)):
+            documents = self._documents()
+            drains["floor"].append(self._insert_many(documents))
             for name, place in places.items():
                 with tempfile.TemporaryDirectory(dir=place, prefix="stockrt-bench-") as folder:
-                    store = stockrt.SqliteStore(Path(folder))
-                    batches = [
-                        [_document(stockrt, code, number, at) for code in codes]
-                        for at in range(0, self.size.spooled, CHUNK)
-                    ]
-                    began = time.perf_counter()
-                    for batch in batches:
-                        store.write(batch)
-                    speeds[name].append(self.size.spooled / (time.perf_counter() - began))
-                    store.close()
+                    written, drained = self._spooled(documents, folder)
+                writes[name].append(written)
+                drains[name].append(drained)
         self.rows.append(Row(
             "spool: write in transactions of 100, fsync excluded", "本地暂存：每 100 笔一个事务写入，不计 fsync",
-            statistics.median(speeds["memory"]), 50_000, True, "trades/s",
-            "; ".join(f"in {name} {spread(found)}" for name, found in speeds.items()),
+            statistics.median(writes["in memory"]), 50_000, True, "trades/s",
+            "; ".join(f"{name} {spread(found)}" for name, found in writes.items()),
+        ))  # fmt: skip
+        self.rows.append(Row(
+            "spool: drain, on disk", "本地暂存：排空（磁盘）",
+            self._compare(drains, "on disk"), 0.7, True, "x insert_many of 1,000", _trades(drains),
         ))  # fmt: skip
 
+    def _documents(self) -> list[dict[str, Any]]:
+        import stockrt
 
-def _document(stockrt: Any, code: str, number: int, at: int) -> dict[str, Any]:
-    trade = stockrt.Trade(code, 1_786_752_000_000 + number * 1_000_000 + at, "305.771", "12", "3669.252", 1)
-    document: dict[str, Any] = stockrt.to_document(trade, stockrt.utc_now())
-    return document
+        now = int(time.time() * 1000)
+        created = stockrt.utc_now()
+        codes = make_codes(self.market, self.size.spooled)
+        return [
+            stockrt.to_document(stockrt.Trade(code, now, "305.771", "12", "3669.252", 1), created)
+            for code in codes
+        ]
+
+    def _insert_many(self, documents: list[dict[str, Any]]) -> float:
+        import pymongo
+
+        with pymongo.MongoClient[dict[str, Any]](self._null) as client:
+            client.admin.command("ping")
+            began = time.perf_counter()
+            for at in range(0, len(documents), 1000):
+                client.bench.drained.insert_many(documents[at : at + 1000])
+            return len(documents) / (time.perf_counter() - began)
+
+    def _spooled(self, documents: list[dict[str, Any]], folder: str) -> tuple[float, float]:
+        """Return how many trades a second went into a spool, and out of it into the null MongoDB."""
+        import stockrt
+
+        environ = self._environ() | {"STATE_DIRECTORY": folder}
+        settings = stockrt.load_settings(environ, None, (), is_root=False).settings
+        mongo, spool = stockrt.MongoStore(settings), stockrt.Spool(Path(folder), settings.spool_max_bytes)
+        mongo.check()
+        began = time.perf_counter()
+        for at in range(0, len(documents), CHUNK):
+            spool.write(documents[at : at + CHUNK])
+        written = time.perf_counter()
+        drain = stockrt.Drain(spool, mongo, stockrt.Closer(mongo, None).settle)
+        while drain.step():
+            pass
+        drained = time.perf_counter()
+        if drain.moved != len(documents) or not spool.is_empty():
+            raise RuntimeError(f"{drain.moved} of {len(documents)} were moved")
+        mongo.close()
+        spool.close()
+        return len(documents) / (written - began), len(documents) / (drained - written)
 
 
 def _trades(speeds: dict[str, list[float]]) -> str:
