@@ -2071,8 +2071,8 @@ SQLITE_BUSY_S = 10.0
 SQLITE_NAME = "stockrt.db"
 SQLITE_VERSION = 2
 DUPLICATE_KEY = 11000
-# The `_id` of a document that is written and deleted to see whether that works begins so.
-PROBE = "stockrt-check-"
+# The `_id` of a document that is written and deleted to see whether that works.
+PROBE = "stockrt-check"
 # Most codes trade in the last minutes before a close (auction included): looked at first.
 NEWEST_SPAN_MS = 6 * 60 * 1000
 
@@ -2859,14 +2859,17 @@ class MongoStore:
         return encoded, refused
 
     def takes_another(self) -> bool:
-        """Return whether a document of no use can be written now; it is deleted again."""
+        """Return whether a document of no use can be written now; it is deleted again.
+
+        Beside the keys' counts, not among the trades: a process may be killed between writing and deleting.
+        """
         from pymongo import timeout
         from pymongo.errors import PyMongoError, WriteError
 
         limit = min(MONGODB_SELECTION_TIMEOUT_MS / 1000, self.client.options.timeout or math.inf)
         try:
             with timeout(limit):
-                self._probe(self.realtime_name)
+                self._probe(self._settings.license_name)
         except WriteError:  # it may not look like this: the server works all the same
             return True
         except PyMongoError:
@@ -2965,7 +2968,7 @@ class MongoStore:
 
     def _probe(self, name: str) -> None:
         """Write to a collection and take it back."""
-        collection, probe = self._collection(name), {"_id": f"{PROBE}{os.getpid()}"}
+        collection, probe = self._collection(name), {"_id": PROBE}
         collection.replace_one(probe, probe, upsert=True)
         collection.delete_one(probe)
 
@@ -3002,16 +3005,7 @@ class MongoStore:
         except OperationFailure as error:
             log.warning("MongoDB refused the index {stock_code: 1, t: -1} on %s: %s",
                         self.realtime_name, self._settings.redact(one_line(error)))  # fmt: skip
-        self._take_back_probes()
         self._indexed = True
-
-    def _take_back_probes(self) -> None:
-        """Delete what was left by processes that were killed in the middle of a probe, unless a role forbids it."""
-        from pymongo.errors import OperationFailure
-
-        with contextlib.suppress(OperationFailure):
-            for name in (self.realtime_name, self.close_name):
-                self._collection(name).delete_many({"_id": {"$regex": f"^{PROBE}"}})
 
     def _bson(self, document: Document) -> Document:
         if self._convert is None:

@@ -644,13 +644,6 @@ def test_mongo_check_says_that_it_is_away() -> None:
     assert "MONGODB_HOST" in str(caught.value) and SECRET not in str(caught.value)
 
 
-def test_mongo_is_rid_of_the_probe_of_a_process_that_was_killed_at_it(mongo_place: MongoPlace) -> None:
-    with contextlib.closing(mongo_store(mongo_place.uri, mongo_place.name)) as store:
-        store.client[mongo_place.name]["realtime"].insert_one({"_id": f"{stockrt.PROBE}1"})
-        store.write(make_documents(3))
-        assert len(mongo_place.documents()) == 3
-
-
 def test_mongo_options_that_do_not_go_together_are_a_fault_of_the_settings() -> None:
     uri = f"mongodb://user:{SECRET}@127.0.0.1/?tlsInsecure=true&tlsAllowInvalidCertificates=true"
     with pytest.raises(SettingsError, match="MONGODB_HOST") as caught:
