@@ -72,7 +72,7 @@ class NameServer:
         if os.geteuid() != 0 or not shutil.which("unshare"):
             raise NoNamespace("a mount namespace needs root and unshare (util-linux)")
         settings = folder / "resolv.conf"
-        settings.write_text(f"nameserver {self.address}\noptions timeout:1 attempts:2\n")
+        settings.write_text(f"nameserver {self.address}\noptions timeout:1 attempts:1\n")
         switch = folder / "nsswitch.conf"
         switch.write_text("hosts: files dns\n")
         mounts = [f'mount --bind {path} "$(readlink -f /etc/{path.name})"' for path in (settings, switch)]

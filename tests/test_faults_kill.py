@@ -14,7 +14,7 @@ from mongo_proxy import MongoProxy
 def test_killed_at_random_moments_it_loses_and_doubles_nothing(
     make_world: MakeWorld, mongo_proxy: MongoProxy
 ) -> None:
-    rounds, rng = number(9, 200), seeded("kill")
+    rounds, rng = number(6, 200), seeded("kill")
     world = make_world(mongo_proxy.uri + QUICK)
     mongo_proxy.latency = 0.02  # a drain takes long enough to be met by the kill
     for turn in range(rounds):
