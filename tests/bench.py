@@ -390,8 +390,9 @@ class Bench:
         self.speeds[title] = found
         return found
 
-    def _compare(self, speeds: dict[str, list[float]], ours: str = "ours", floor: str = "floor") -> float:
-        return statistics.median(speeds[ours]) / statistics.median(speeds[floor])
+    def _compare(self, values: dict[str, list[float]], ours: str = "ours", floor: str = "floor") -> float:
+        """Return the median of the ratios of neighbouring rounds: what slows the machine down slows both."""
+        return statistics.median(a / b for a, b in zip(values[ours], values[floor], strict=True))
 
     # --- rows ----------------------------------------------------------------------------------------
 
@@ -767,9 +768,12 @@ def _trades(speeds: dict[str, list[float]]) -> str:
 
 
 def machine() -> str:
-    """Return the kind of machine."""
+    """Return the kind of machine, and how busy it is."""
     models = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return (
+        f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}, load {os.getloadavg()[2]:.1f}"
+    )
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -32,7 +32,8 @@ def short_run(pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleName
 
 @pytest.mark.parametrize(
     "row",
-    ["throughput, no latency", "CPU per 100,000 trades", "its close written too", "into a real server",
+    ["throughput, no latency", "CPU per 100,000 trades", "its close written too", "into a real server:",
+     "into the null MongoDB", "counted on this machine alone",
      "throughput, API latency 50 ms", "rate-limited (10/s", "answers over the limit", "no latency: p50", "p99",
      "./stockrt.pyz --once with MongoDB", "./stockrt.pyz --version", "idle and connected, nothing executed yet",
      "after 100 executes", "CPU while idle", "memory at", "time per code", "spool: write", "spool: drain"],
