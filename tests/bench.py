@@ -199,6 +199,7 @@ class Ours:
     def __init__(self, url: str, mongodb: str, state: str, **more: str) -> None:
         import stockrt
 
+        stockrt.look_for_cycles_seldom()
         environ = {"INFOWAY_API_KEY": KEY, "INFOWAY_API_BASE_URL": url, "INFOWAY_PLAN": "0",
                    "MONGODB_HOST": mongodb, "STATE_DIRECTORY": state}  # fmt: skip
         settings = stockrt.load_settings(environ | more, None, (), is_root=False).settings
