@@ -978,8 +978,8 @@ def _session(market: Market, day: date, zone: tzinfo) -> Session:
 
 # The API refuses more with `ret` 505.
 MAX_BATCH = 100
-# Buckets of the duplicate check: with 100,000 codes about 25 in each, one short text search per code.
-_BUCKETS = 4096
+# Buckets of the duplicate check: with 100,000 codes about six in each, one short text search per code.
+_BUCKETS = 16384
 
 
 class Batch(NamedTuple):
@@ -7070,7 +7070,7 @@ def _open_missing_streams() -> None:
 
 
 def look_for_cycles_seldom() -> None:
-    """Let Python look for cyclic garbage less often: trades are many small objects without cycles (4 % of their cost)."""
+    """Let Python look for cyclic garbage less often: trades are many, small, and without cycles (4 % of a trade)."""
     gc.set_threshold(20_000, 20, 20)
 
 
