@@ -3376,10 +3376,20 @@ def _json_value(value: object) -> str:
 
 
 class Drain:
-    """Moves what waits to MongoDB, a batch at a time. `settle` keeps the closes that follow from trades."""
+    """Moves what waits to MongoDB, a batch at a time. `settle` keeps the closes that follow from trades.
 
-    def __init__(self, spool: Spool, mongo: MongoStore, settle: Callable[[Sequence[Document]], None]) -> None:
+    `on_fault` is told of a batch that failed and is halved.
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        mongo: MongoStore,
+        settle: Callable[[Sequence[Document]], None],
+        on_fault: Callable[[StoreAway], None] = lambda error: None,
+    ) -> None:
         self._spool = spool
+        self._on_fault = on_fault
         self._mongo = mongo
         self._settle = settle
         self._size = DRAIN_BATCH
@@ -3418,6 +3428,7 @@ class Drain:
                     raise
                 if len(waiting.documents) == 1:
                     return waiting, self._refused_alone(waiting.documents[0], error)
+                self._on_fault(error)
                 self._size = len(waiting.documents) // 2
 
     def _refused_alone(self, document: Document, error: StoreAway) -> dict[str, str]:
@@ -3586,7 +3597,7 @@ class SpooledStore:
 
     def _empty(self) -> None:
         """Move everything that waits, however long MongoDB is away; the thread ends when nothing does."""
-        drain = Drain(self.spool, self.mongo, lambda documents: self._settle(documents))
+        drain = Drain(self.spool, self.mongo, lambda documents: self._settle(documents), self._note_away)
         delays = backoff(DRAIN_FIRST_S, DRAIN_CAP_S, self._rng)
         started = time.monotonic()
         while not self._closing.is_set():
