@@ -6371,6 +6371,12 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+    _add_commands(parser)
+    _add_options(parser)
+    return parser
+
+
+def _add_commands(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--once", action="store_true", help="fetch the given codes once, store them, print them"
@@ -6384,6 +6390,9 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
     what.add_argument("--register", action="store_true", help="register at the dispatch platform (once)")
     what.add_argument("--version", action="version", version=f"stockrt {__version__}")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--codes", nargs="+", metavar="CODE", default=[], help="codes, separated by blanks or commas"
     )
@@ -6404,7 +6413,6 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         help="settings; default: " + ", ".join(map(str, ENV_FILE_PLACES)),
     )
-    return parser
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
