@@ -3958,6 +3958,8 @@ JOURNAL_NAME = "executions.db"
 JOURNAL_VERSION = 1
 # Answers that are kept for an `execution_id` that comes again.
 ANSWERS_KEPT = 1000
+# To find the oldest of those takes a millisecond: done once in so many receipts, and never before an answer.
+RECEIPTS_PER_SWEEP = 100
 # The platform has e-mailed the time-out of an execution long before; a later answer would only confuse.
 ANSWER_LIFETIME_S = 3600.0
 # After this the platform counts an execution as timed out: doing it then helps nobody.
@@ -3979,6 +3981,8 @@ class Journal:
         self._clock = clock
         self.path = directory / JOURNAL_NAME
         self._file = LocalFile(self.path, JOURNAL_VERSION, _JOURNAL_SCHEMA)
+        self._newest = (0, "")  # the last answer, which is sent next: mostly read without the file
+        self._unswept = RECEIPTS_PER_SWEEP
 
     def accept(self, commands: Sequence[Command]) -> list[int]:
         """Keep commands, all or none, and return their numbers. Raises StoreError."""
@@ -4001,20 +4005,10 @@ class Journal:
         return Accepted(number, json.loads(context), json.loads(codes))
 
     def answer(self, number: int, text: str) -> None:
-        """Keep the answer of a command, and with it forget the oldest answers nobody waits for."""
-        answered = (text, self._clock(), number)
-
-        def keep(db: sqlite3.Connection) -> None:
-            db.execute(
-                "UPDATE executions SET answer = ?, answered_at = ?, codes = '[]' WHERE number = ?", answered
-            )
-            db.execute(
-                "DELETE FROM executions WHERE received AND number <= (SELECT number FROM executions "
-                "WHERE received AND execution_id IS NOT NULL ORDER BY number DESC LIMIT 1 OFFSET ?)",
-                (ANSWERS_KEPT,),
-            )
-
-        self._file.write(keep)
+        """Keep the answer of a command."""
+        update = "UPDATE executions SET answer = ?, answered_at = ?, codes = '[]' WHERE number = ?"
+        self._file.write(lambda db: db.execute(update, (text, self._clock(), number)))
+        self._newest = (number, text)
 
     def refuse(self, context: Mapping[str, Any], text: str) -> int:
         """Keep the answer of a command that was not accepted; its id may come again and is then looked at anew."""
@@ -4025,18 +4019,32 @@ class Journal:
 
     def answer_text(self, number: int) -> str | None:
         """Return an answer, None where there is none (any more)."""
+        newest, text = self._newest
+        if number == newest:
+            return text
         row = self._one("SELECT answer FROM executions WHERE number = ?", number)
         return row[0] if row else None
 
     def received(self, numbers: Sequence[int]) -> None:
-        """The platform has these answers: they are not sent again, unless the execution is asked for again."""
+        """The platform has these answers: they are not sent again, unless the execution is asked for again.
+
+        With it the oldest answers are forgotten that nobody waits for.
+        """
         rows = [(number,) for number in numbers]
+        self._unswept += len(rows)
 
         def note(db: sqlite3.Connection) -> None:
             db.executemany("DELETE FROM executions WHERE number = ? AND execution_id IS NULL", rows)
             db.executemany("UPDATE executions SET received = 1 WHERE number = ?", rows)
+            if self._unswept >= RECEIPTS_PER_SWEEP:
+                db.execute(
+                    "DELETE FROM executions WHERE received AND number <= (SELECT number FROM executions "
+                    "WHERE received AND execution_id IS NOT NULL ORDER BY number DESC LIMIT 1 OFFSET ?)",
+                    (ANSWERS_KEPT,),
+                )
 
         self._file.write(note)
+        self._unswept %= RECEIPTS_PER_SWEEP
 
     def unanswered(self) -> list[tuple[int, float]]:
         """Return number and age in seconds of the commands without an answer, oldest first."""
@@ -5171,6 +5179,8 @@ STOP_GRACE_S = 20.0
 RECEIPT_GRACE_S = 3.0
 # For closing what is open, above both.
 STOP_MARGIN_S = 4.0
+# An answer goes out before its execution is logged: both want the interpreter, and somebody waits for the answer.
+ANSWER_FIRST_S = 0.002
 
 
 class Observer:
@@ -5254,6 +5264,7 @@ class Executor(threading.Thread):
         self.key_states: list[dict[str, Any]] = []  # as of the end of the last execution
         self.spool = SpoolFacts()
         self._workshop: Workshop | None = None
+        self._done: tuple[Mapping[str, Any], Report] | None = None  # what is still to be logged
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
         self.stop = threading.Event()  # cuts the running execution short
@@ -5284,7 +5295,7 @@ class Executor(threading.Thread):
     def run(self) -> None:
         """Work until told to leave."""
         self._move_what_waits()
-        while (command := self._queue.get()) is not None:
+        while (command := self._next()) is not None:
             self._observer.beat()
             number = self._answer(command)
             self._ended += 1
@@ -5294,6 +5305,19 @@ class Executor(threading.Thread):
             self._workshop.close()
         self.done.set()
         self._on_answer(None)
+
+    def _next(self) -> int | Task | None:
+        """Wait for the next command. What the last one did is logged first, but not in the way of its answer."""
+        if self._done is None:
+            return self._queue.get()
+        done, self._done = self._done, None
+        try:
+            command = self._queue.get(timeout=ANSWER_FIRST_S)
+        except queue.Empty:
+            self._log(*done)
+            return self._queue.get()
+        self._log(*done)
+        return command
 
     def _answer(self, command: int | Task) -> int | None:
         """Execute a command and return its number once its answer is in the journal, None where there is none."""
@@ -5351,14 +5375,16 @@ class Executor(threading.Thread):
                 command.context, f"a fault of stockrt itself: {type(error).__name__}; see its log"
             )
         module_name, reason = self._settings.module_name, self._dropped_because
-        log.log(logging.INFO if report.complete else logging.WARNING, execution_line(command.context, report))
         self._observer.executed(report)
-        self._note_troubles(report)
+        self._done = (command.context, report)
         if report.interrupted:
             return empty_result(command.context, module_name, reason) if reason else ""
         return report_result(command.context, module_name, report, self._settings.redact)
 
-    def _note_troubles(self, report: Report) -> None:
+    def _log(self, context: Mapping[str, Any], report: Report) -> None:
+        """Say what an execution did, and what troubles begin or end with it."""
+        level = logging.INFO if report.complete else logging.WARNING
+        log.log(level, execution_line(context, report))
         reached = report.stored + report.known
         if report.store_error:
             self._store_trouble.again(report.store_error)

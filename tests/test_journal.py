@@ -169,9 +169,36 @@ def test_the_last_thousand_answers_are_kept(journal: Journal) -> None:
         answered(journal, f"e{n}", received=True)
     kept = [n for n in range(1010) if journal.find(f"e{n}")]
     assert kept[-1000:] == list(range(10, 1010))
-    assert len(kept) <= 1002
+    assert len(kept) <= 1002 + stockrt.RECEIPTS_PER_SWEEP
     assert journal.unreceived() == [waiting]
     assert [found for found, _ in journal.unanswered()] == [still_open]
+
+
+def test_short_lives_forget_too(journal: Journal, clock: Clock) -> None:
+    for n in range(1010):
+        answered(journal, f"e{n}", received=True)
+        if not n % 50:
+            journal.close()
+            journal = Journal(journal.path.parent, clock)
+    assert sum(journal.find(f"e{n}") is not None for n in range(1010)) <= 1000 + 50
+    journal.close()
+
+
+def test_an_answer_costs_the_same_however_many_are_kept(journal: Journal) -> None:
+    def steps() -> int:
+        """Return the steps of SQLite's machine from a command to its answer, in tens."""
+        taken: list[int] = []
+        journal._file.write(lambda db: db.set_progress_handler(lambda: taken.append(1), 10))
+        answered(journal, "measured" + str(len(found)))
+        journal._file.write(lambda db: db.set_progress_handler(None, 0))
+        return len(taken)
+
+    found: list[int] = []
+    for n in range(1200):
+        answered(journal, f"e{n}", received=True)
+        if n in (10, 1199):
+            found.append(steps())
+    assert found[1] <= found[0] * 1.5
 
 
 def test_refusals_do_not_push_out_answers(journal: Journal) -> None:
