@@ -1630,6 +1630,10 @@ def wanted_in_flight(latency_s: float, rate: float) -> int:
     return max(1, min(hidden, fed, MAX_IN_FLIGHT))
 
 
+def _nothing() -> None:
+    pass
+
+
 class HttpConnection:
     """One keep-alive HTTP connection, used by one thread at a time; `abort` may be called from any.
 
@@ -1644,6 +1648,8 @@ class HttpConnection:
         self._path = parts.path
         make = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._conn: HTTPConnection = make(cast(str, parts.hostname), parts.port, timeout=limits.connect_s)
+        self._conn.response_class = cast(Any, self._response)
+        self._on_idle = _nothing
         self.deadline = 0.0  # monotonic; 0 while no request is under way
 
     def get(self, path: str, headers: Callable[[], Mapping[str, str]]) -> Answer:
@@ -1652,24 +1658,37 @@ class HttpConnection:
         `headers` is called when the connection stands, right before the request is written: what it
         counts as sent is then sent, however long the connecting took. What it raises is passed on.
         """
+        try:
+            if (fault := self._connect()) is not None:
+                return fault
+            chosen = headers()
+            if (fault := self._connect()) is not None:  # the server may have closed it during the wait
+                return fault
+        except BaseException:
+            self.close()
+            raise
+        return self.get_at_once(path, chosen)
+
+    def get_at_once(
+        self, path: str, headers: Mapping[str, str], on_idle: Callable[[], None] = _nothing
+    ) -> Answer:
+        """Ask over a connection that is open. `on_idle` is called while nothing comes; it may raise."""
+        self._on_idle = on_idle
         self.deadline = time.monotonic() + self._limits.whole_s
         answered = False
         try:
-            fault = self._connect()
-            if fault is not None:
-                return fault
-            self.deadline = 0.0  # waiting for a key is no part of the request
-            chosen = headers()
-            self.deadline = time.monotonic() + self._limits.whole_s
-            if (fault := self._connect()) is not None:  # the server may have closed it during the wait
-                return fault
-            answer = self._exchange(self._path + path, chosen)
+            answer = self._exchange(self._path + path, headers)
             answered = not answer.fault
             return answer
         finally:
             self.deadline = 0.0
             if not answered:
                 self.close()
+
+    def is_open(self) -> bool:
+        """Return whether a request can be written at once."""
+        sock = self._conn.sock
+        return sock is not None and not _has_input(sock)  # an idle one has something to read when it ends
 
     def abort(self) -> None:
         """Cut the connection under a request, so that its thread comes back with a fault."""
@@ -1682,14 +1701,17 @@ class HttpConnection:
             self._conn.close()
 
     def _connect(self) -> Answer | None:
-        conn = self._conn
-        if conn.sock is not None and _has_input(conn.sock):  # the server closed it while it was idle
-            conn.close()
-        if conn.sock is not None:
+        if self.is_open():
             return None
+        conn = self._conn
+        conn.close()
         conn.timeout = self._limits.connect_s
+        self.deadline = time.monotonic() + self._limits.whole_s
         fault = self._guarded(conn.connect)
-        if fault is None and conn.sock is not None:
+        self.deadline = 0.0  # waiting for a key is no part of the request
+        if fault is not None:
+            conn.close()
+        elif conn.sock is not None:
             conn.timeout = self._limits.read_s
             conn.sock.settimeout(self._limits.read_s)
         return fault
@@ -1707,8 +1729,23 @@ class HttpConnection:
 
         return self._guarded(exchange) or answer
 
+    def _response(self, sock: socket.socket, **more: Any) -> HTTPResponse:
+        """Return a response that reads no longer than the limits allow, and calls `on_idle` meanwhile."""
+        from http.client import HTTPResponse
+
+        return HTTPResponse(cast("socket.socket", _Watched(sock, self._wait_for_input)), **more)
+
+    def _wait_for_input(self, sock: socket.socket) -> None:
+        """Wait until there is something to read. Raises TimeoutError at a limit."""
+        silent_until = time.monotonic() + self._limits.read_s
+        while (left := min(silent_until, self.deadline) - time.monotonic()) > 0:
+            if _has_input(sock, min(left, STOP_POLL_S)):
+                return
+            self._on_idle()
+        raise TimeoutError("timed out")
+
     def _parts(self, response: HTTPResponse) -> Iterator[bytes]:
-        """Yield the body, unpacked where it is gzip. Raises when it is too large, too slow or not whole."""
+        """Yield the body, unpacked where it is gzip. Raises when it is too large or not whole."""
         packed = response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip")
         unpacker = zlib.decompressobj(GZIP_BITS) if packed else None
         size = 0
@@ -1718,8 +1755,6 @@ class HttpConnection:
             size += len(chunk)
             if size > MAX_ANSWER_BYTES:
                 raise _Refused(f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB")
-            if time.monotonic() > self.deadline:
-                raise TimeoutError
             yield chunk
         if response.length:
             raise ConnectionError(f"{response.length} bytes are missing")
@@ -1734,13 +1769,42 @@ class HttpConnection:
         return fault
 
 
-def _has_input(sock: socket.socket) -> bool:
-    """Return whether there is something to read at once: of an idle HTTP connection, its end."""
+class _Watched(io.RawIOBase):
+    """A socket as http.client reads it: `wait` is called before every read."""
+
+    def __init__(self, sock: socket.socket, wait: Callable[[socket.socket], None]) -> None:
+        self._sock = sock
+        self._raw = sock.makefile("rb", buffering=0)
+        self._wait = wait
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """Return the stream that http.client asks its socket for."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Read what is there, or comes in time."""
+        self._wait(self._sock)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        """Let go of the socket."""
+        self._raw.close()
+        super().close()
+
+
+def _has_input(sock: socket.socket, seconds: float = 0.0) -> bool:
+    """Return whether there is something to read within some seconds, the end of the connection included."""
     import select
 
+    if seconds and getattr(sock, "pending", int)():  # unpacked already: no poll would tell of it
+        return True
     poll = select.poll()
     poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(math.ceil(seconds * 1000)))
 
 
 def cut_socket(sock: socket.socket) -> None:
@@ -1766,6 +1830,10 @@ def get_once(base_url: str, path: str, limits: Limits, headers: Mapping[str, str
 
 class _Refused(Exception):
     """An answer that would be as wrong the next time."""
+
+
+class _CallersOwn(Exception):
+    """Carries what `on_idle` raised, its cause, past the code that takes exceptions for the network's."""
 
 
 def _as_fault(step: Callable[[], None]) -> Answer | None:
@@ -1798,24 +1866,41 @@ def _network_words(error: BaseException) -> str:
     )
 
 
+class Errand:
+    """A batch on its way to a final answer: the tries so far, and the pause before the next one."""
+
+    def __init__(self, batch: Batch, stop: threading.Event, rng: random.Random) -> None:
+        self.batch = batch
+        self.stop = stop
+        self.faults = self.refusals = 0
+        self.pause_s = 0.0
+        self.after_fault = backoff(BACKOFF_FIRST_S, BACKOFF_CAP_S, rng)
+        self.after_refusal = backoff(SLOW_DOWN_FIRST_S, SLOW_DOWN_CAP_S, rng)
+
+    @property
+    def path(self) -> str:
+        """What to ask for."""
+        return _trade_path(self.batch)
+
+
 class _Worker(threading.Thread):
     """A thread with a connection of its own that asks for one batch after the other."""
 
     def __init__(self, api: InfowayApi) -> None:
         super().__init__(name="stockrt-fetch", daemon=True)
         self.connection = HttpConnection(api.base_url, api.limits)
-        self.tasks: queue.SimpleQueue[tuple[Batch, threading.Event, _Done] | None] = queue.SimpleQueue()
+        self.tasks: queue.SimpleQueue[tuple[Errand, _Done] | None] = queue.SimpleQueue()
         self._api = api
         self.start()
 
     def run(self) -> None:
-        while task := self.tasks.get():
-            batch, stop, done = task
-            done.put((self, self._api.ask(self.connection, batch, stop)))
+        while work := self.tasks.get():
+            errand, done = work
+            done.put((self, self._api.ask(self.connection, errand)))
         self.connection.close()
 
     def dismiss(self) -> None:
-        """End after the task in hand, whose answer nobody waits for any more."""
+        """End after the errand in hand, whose answer nobody waits for any more."""
         self.tasks.put(None)
         self.connection.abort()
 
@@ -1847,19 +1932,21 @@ class InfowayApi:
         self._latencies: deque[float] = deque(maxlen=20)
         self._stop = threading.Event()
 
-    def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
-        """Yield an Outcome for each batch as it is done, and None now and then while nothing is.
+    def fetch(
+        self, batches: Iterable[Batch], stop: threading.Event, on_idle: Callable[[], None] = _nothing
+    ) -> Iterator[Outcome]:
+        """Yield an Outcome for each batch as it is done; `on_idle` is called now and then while nothing is.
 
         When `stop` is set, requests under way are cut and the rest is not asked for.
         """
         self._stop = stop
-        todo = iter(batches)
+        todo = (Errand(batch, stop, self._rng) for batch in batches)
         done: _Done = queue.SimpleQueue()
         busy: dict[_Worker, Batch] = {}
         looked_at = time.monotonic()
         try:
             while not stop.is_set():
-                self._hand_out(todo, busy, done, stop)
+                yield from self._hand_out(todo, busy, done, on_idle)
                 if not busy:
                     return
                 if time.monotonic() - looked_at >= STOP_POLL_S:
@@ -1868,7 +1955,7 @@ class InfowayApi:
                 try:
                     worker, outcome = done.get(timeout=STOP_POLL_S)
                 except queue.Empty:
-                    yield None
+                    on_idle()
                     continue
                 if busy.pop(worker, None) is not None:
                     self._idle.append(worker)
@@ -1902,19 +1989,59 @@ class InfowayApi:
 
     def _hand_out(
         self,
-        todo: Iterator[Batch],
+        todo: Iterator[Errand],
         busy: dict[_Worker, Batch],
         done: _Done,
-        stop: threading.Event,
-    ) -> None:
-        latency = min(self._latencies, default=0.0)
-        while len(busy) < wanted_in_flight(latency, self.keys.rate()):
-            batch = next(todo, None)
-            if batch is None:
+        on_idle: Callable[[], None],
+    ) -> Iterator[Outcome]:
+        """Give the workers as much as shall be under way; yield what needed none of them."""
+        while len(busy) < (wanted := self._wanted()):
+            errand = next(todo, None)
+            if errand is None:
                 return
+            if wanted == 1 and (outcome := self._ask_here(errand, on_idle)) is not None:
+                yield outcome
+                if errand.stop.is_set():
+                    return
+                continue
             worker = self._idle.pop() if self._idle else _Worker(self)
-            busy[worker] = batch
-            worker.tasks.put((batch, stop, done))
+            busy[worker] = errand.batch
+            worker.tasks.put((errand, done))
+
+    def _wanted(self) -> int:
+        return wanted_in_flight(min(self._latencies, default=0.0), self.keys.rate())
+
+    def _ask_here(self, errand: Errand, on_idle: Callable[[], None]) -> Outcome | None:
+        """Try a batch once on the caller's thread, None where that cannot be, or is not final: for a worker then.
+
+        For one request at a time a thread more is only in the way: it costs a sixth of the processor's time.
+        The connection is borrowed from a worker that waits, and only if it is open: connecting can hang.
+        """
+
+        def go_on() -> None:
+            if errand.stop.is_set():
+                raise Interrupted("stopped")
+            try:
+                on_idle()
+            except Exception as error:  # no fault of the network, which it must not be taken for
+                raise _CallersOwn from error
+
+        connection = self._idle[-1].connection if self._idle else None
+        if connection is None or not connection.is_open():
+            return None
+        try:
+            key = self.keys.try_acquire(errand.batch.product)
+            if not isinstance(key, ApiKey):
+                return None
+            sent = time.monotonic()
+            answer = connection.get_at_once(errand.path, {"apiKey": key.secret}, go_on)
+        except NoKeyError:
+            return None
+        except Interrupted:
+            return _failed(errand.batch, "interrupted")
+        except _CallersOwn as error:
+            raise cast(Exception, error.__cause__) from None
+        return self._judge(errand, key, answer, time.monotonic() - sent)
 
     def _overdue(self, busy: dict[_Worker, Batch]) -> Iterator[Outcome]:
         """Cut what is over its time; give up on threads that do not come back even so (a hanging DNS)."""
@@ -1931,64 +2058,71 @@ class InfowayApi:
                     batch, f"no whole answer within {self.limits.whole_s:.0f} s, and the connection hangs"
                 )
 
-    def ask(self, connection: HttpConnection, batch: Batch, stop: threading.Event) -> Outcome:
+    def ask(self, connection: HttpConnection, errand: Errand) -> Outcome:
         """Ask for a batch over `connection` until its answer is final; never raises."""
         try:
-            return self._ask_until_final(connection, batch, stop)
+            while True:
+                errand.stop.wait(errand.pause_s)
+                outcome = self._try(connection, errand)
+                if outcome is not None:
+                    return outcome
         except NoKeyError as error:
-            return _failed(batch, str(error))
+            return _failed(errand.batch, str(error))
         except Interrupted:
-            return _failed(batch, "interrupted")
+            return _failed(errand.batch, "interrupted")
         except Exception as error:
             log.exception("a fault of stockrt itself while fetching")
-            return _failed(batch, f"a fault of stockrt itself: {type(error).__name__}")
+            return _failed(errand.batch, f"a fault of stockrt itself: {type(error).__name__}")
 
-    def _ask_until_final(self, connection: HttpConnection, batch: Batch, stop: threading.Event) -> Outcome:
-        faults = refusals = 0
-        after_fault = backoff(BACKOFF_FIRST_S, BACKOFF_CAP_S, self._rng)
-        after_refusal = backoff(SLOW_DOWN_FIRST_S, SLOW_DOWN_CAP_S, self._rng)
-        while True:
-            key, verdict = self._request(connection, batch, stop)
-            if verdict.action is Action.SLOW_DOWN:
-                refusals += 1
-                verdict = verdict._replace(wait_s=verdict.wait_s or next(after_refusal))
-            if key is not None:
-                self.keys.note(key, batch.product, verdict)
-            if verdict.action is Action.ACCEPT:
-                return read_records(batch, verdict.records)
-            if verdict.action is Action.CODES_UNKNOWN:
-                return Outcome(batch, unknown=batch.split())
-            faults += verdict.action is Action.RETRY
-            late = verdict.action is Action.RETRY and verdict.wait_s > LONGEST_RETRY_AFTER_S
-            if verdict.action is Action.GIVE_UP or late or faults >= MAX_TRIES or refusals >= MAX_REFUSALS:
-                tries = f", {faults + refusals} tries" if faults + refusals > 1 else ""
-                asked = f", asks to wait {verdict.wait_s:.0f} s" if late else ""
-                return _failed(batch, f"{verdict.reason}{asked}{tries}")
-            log.debug("%s batch again: %s", batch.product, verdict.reason)
-            if verdict.action is Action.RETRY:
-                stop.wait(verdict.wait_s or next(after_fault))
-
-    def _request(
-        self, connection: HttpConnection, batch: Batch, stop: threading.Event
-    ) -> tuple[ApiKey | None, Verdict]:
+    def _try(self, connection: HttpConnection, errand: Errand) -> Outcome | None:
+        """Ask once, as soon as a key may be used; return the outcome if the answer is final."""
         key: ApiKey | None = None
         sent = 0.0
 
         def headers() -> Mapping[str, str]:
             nonlocal key, sent
-            key = self.keys.acquire(batch.product, stop)
+            key = self.keys.acquire(errand.batch.product, errand.stop)
             sent = time.monotonic()
             return {"apiKey": key.secret}
 
-        if stop.is_set():
+        if errand.stop.is_set():
             raise Interrupted("stopped")
-        answer = connection.get(_trade_path(batch), headers)
-        seconds = time.monotonic() - sent
+        answer = connection.get(errand.path, headers)
+        return self._judge(errand, key, answer, time.monotonic() - sent)
+
+    def _judge(self, errand: Errand, key: ApiKey | None, answer: Answer, seconds: float) -> Outcome | None:
+        """Return the outcome if an answer is final; else note in the errand how it goes on."""
         if not answer.fault:
             self._latencies.append(seconds)
         verdict = decide(answer, datetime.now(UTC))
         self._on_answer(answer, verdict, seconds)
-        return key, verdict
+        if verdict.action is Action.SLOW_DOWN:
+            errand.refusals += 1
+            verdict = verdict._replace(wait_s=verdict.wait_s or next(errand.after_refusal))
+        if key is not None:
+            self.keys.note(key, errand.batch.product, verdict)
+        if verdict.action is Action.ACCEPT:
+            return read_records(errand.batch, verdict.records)
+        if verdict.action is Action.CODES_UNKNOWN:
+            return Outcome(errand.batch, unknown=errand.batch.split())
+        again = verdict.action is Action.RETRY
+        errand.faults += again
+        if reason := _why_final(errand, verdict):
+            return _failed(errand.batch, reason)
+        log.debug("%s batch again: %s", errand.batch.product, verdict.reason)
+        errand.pause_s = verdict.wait_s or next(errand.after_fault) if again else 0.0
+        return None
+
+
+def _why_final(errand: Errand, verdict: Verdict) -> str:
+    """Return why a batch is not tried again after an answer without trades, '' if it is."""
+    late = verdict.action is Action.RETRY and verdict.wait_s > LONGEST_RETRY_AFTER_S
+    tries = errand.faults + errand.refusals
+    spent = errand.faults >= MAX_TRIES or errand.refusals >= MAX_REFUSALS
+    if not (verdict.action is Action.GIVE_UP or late or spent):
+        return ""
+    asked = f", asks to wait {verdict.wait_s:.0f} s" if late else ""
+    return f"{verdict.reason}{asked}{f', {tries} tries' if tries > 1 else ''}"
 
 
 def _read_half_days(envelope: Mapping[str, Any]) -> list[str] | None:
@@ -2014,7 +2148,9 @@ class DemoApi:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
 
-    def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
+    def fetch(
+        self, batches: Iterable[Batch], stop: threading.Event, on_idle: Callable[[], None] = _nothing
+    ) -> Iterator[Outcome]:
         """Yield an Outcome for each batch, read from an answer like a real one."""
         for batch in batches:
             if stop.is_set():
@@ -4126,8 +4262,10 @@ CLOSES_REMEMBERED = 20_000
 class Source(Protocol):
     """Where trades come from: the API, or the demo."""
 
-    def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
-        """Yield an Outcome for each batch, and None now and then while nothing is done."""
+    def fetch(
+        self, batches: Iterable[Batch], stop: threading.Event, on_idle: Callable[[], None]
+    ) -> Iterator[Outcome]:
+        """Yield an Outcome for each batch, and call `on_idle` now and then while nothing is done."""
 
     def close(self) -> None:
         """Let go of connections and threads."""
@@ -4404,16 +4542,20 @@ class Collector:
         return self.report
 
     def _drain(self, batches: Iterable[Batch], stop: threading.Event, asked_again: bool) -> None:
-        outcomes = self._source.fetch(self._while_sound(batches), stop)
-        for outcome in outcomes:
+        for outcome in self._source.fetch(self._while_sound(batches), stop, self._rest):
             self._on_beat(len(self._waiting))
-            if outcome is not None:
-                self._take(outcome, asked_again)
-            if self._waiting and (outcome is None or self._write_is_due()):
+            self._take(outcome, asked_again)
+            if self._waiting and self._write_is_due():
                 self._write()
         if self._waiting:
             self._write()
         self._on_beat(0)
+
+    def _rest(self) -> None:
+        """Nothing comes at the moment: what waits is stored."""
+        self._on_beat(len(self._waiting))
+        if self._waiting:
+            self._write()
 
     def _while_sound(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Pass batches on until the store has failed: what cannot be stored is not fetched."""

@@ -46,6 +46,7 @@ from stockrt import (
     Batch,
     Collector,
     Document,
+    Errand,
     HttpConnection,
     InfowayApi,
     KeyPool,
@@ -511,7 +512,7 @@ def asked(scripted: InfowayServer) -> Callable[[Answer], Any]:
     def ask(answer: Answer) -> Any:
         scripted.script = lambda _: answer
         with api_of(scripted) as api:
-            return api.ask(connection, Batch("stock", ",".join(STOCKS)), threading.Event())
+            return api.ask(connection, Errand(Batch("stock", ",".join(STOCKS)), threading.Event(), Hasty()))
 
     connection = HttpConnection(scripted.url)
     return ask

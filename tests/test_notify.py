@@ -389,8 +389,9 @@ def test_store_that_is_away_is_said_once(tmp_path: Path, caplog: pytest.LogCaptu
     away = report(stored=0, store_error="cannot be reached", failures={"A.US": "fetched, not stored: …"})
     with caplog.at_level(logging.INFO, "stockrt"):
         for one in (away, away, away, report()):
-            executor._note_troubles(one)
-    assert [record.getMessage() for record in caplog.records] == [
+            executor._log({}, one)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if not line.startswith("execution ")] == [
         "local store: cannot be reached; the next execution tries again",
         "local store: well again after 3 tries",
     ]
