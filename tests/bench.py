@@ -324,7 +324,7 @@ class Bench:
     def run(self) -> None:
         """Measure everything."""
         for measure in (self.throughput, self.closed_markets, self.real_server, self.latency, self.rate_limit,
-                        self.executes, self.waits, self.many_codes, self.spool):  # fmt: skip
+                        self.idle, self.executes, self.waits, self.many_codes, self.spool):  # fmt: skip
             self.say(f"{measure.__name__.replace('_', ' ')} …")
             measure()
 
@@ -506,30 +506,38 @@ class Bench:
                     walls.append(workers["ours"].run(requests * CHUNK).wall)
             return walls, server.over_limit
 
-    def executes(self) -> None:
-        """The daemon: memory and processor time while idle, then from execute to result."""
+    def idle(self) -> None:
+        """The daemon, connected and with nothing to do: memory and processor time."""
         from platform_server import PlatformServer
 
-        environ = self._environ() | {"SERVER_IP": "127.0.0.1"}
-        # registered, unpacked and compiled, as at every start but the first
-        Path(environ["STATE_DIRECTORY"]).mkdir()
-        Path(environ["STATE_DIRECTORY"], "module_hash").write_text(MODULE_HASH)
-        self._warm(environ)
-        with PlatformServer("new") as server, self._daemon(environ, server) as daemon:
-            if not server.wait_for(lambda s: s.connected, 30):
-                raise RuntimeError("the daemon does not connect")
-            self._idle(daemon.pid)
+        environ = self._registered()
+        with PlatformServer("new") as server:
+            server.know(MODULE_HASH)
+            with self._daemon(environ, server.port) as daemon:
+                if not server.wait_for(lambda s: s.connected, 30):
+                    raise RuntimeError("the daemon does not connect")
+                self._look_at(daemon.pid)
+
+    def executes(self) -> None:
+        """The daemon: from execute to result."""
+        from quick_platform import QuickPlatform
+
+        environ = self._registered()
+        with QuickPlatform() as server, self._daemon(environ, server.port) as daemon:
+            server.connect()
             with self._workers({"floor": ("floor", self._against_null())}) as workers:
                 delays: list[float] = []
                 floor: list[float] = []
                 resident = 0
                 for number in range(self.size.executes + 3):
                     self._new_trades()
-                    took = self._execute(server)
+                    done = server.execute(f"e{number}", make_codes(self.market, EXECUTE_CODES))
+                    if done.data["result"]["success_count"] != EXECUTE_CODES:
+                        raise RuntimeError(f"not all is stored: {done.data}")
                     self._new_trades()
                     wall = workers["floor"].run(EXECUTE_CODES).wall
                     if number >= 3:  # warm
-                        delays.append(took)
+                        delays.append(done.took)
                         floor.append(wall)
                     if number == 100 or number == self.size.executes + 2:
                         resident = resident or _memory(daemon.pid, "VmRSS")
@@ -547,13 +555,20 @@ class Bench:
                 resident / MB, 40, False, "MB"),
         ]  # fmt: skip
 
+    def _registered(self) -> dict[str, str]:
+        """Return the environment of a daemon: registered, unpacked and compiled, as at every start but the first."""
+        environ = self._environ() | {"SERVER_IP": "127.0.0.1"}
+        Path(environ["STATE_DIRECTORY"]).mkdir()
+        Path(environ["STATE_DIRECTORY"], "module_hash").write_text(MODULE_HASH)
+        self._warm(environ)
+        return environ
+
     @contextlib.contextmanager
-    def _daemon(self, environ: dict[str, str], server: Any) -> Iterator[subprocess.Popen[bytes]]:
-        server.know(MODULE_HASH)
+    def _daemon(self, environ: dict[str, str], port: int) -> Iterator[subprocess.Popen[bytes]]:
         with (self.folder / "daemon.log").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, str(self.pyz)],
-                env=environ | {"SERVER_PORT": str(server.port)},
+                env=environ | {"SERVER_PORT": str(port)},
                 cwd=self.folder,
                 stdout=log,
                 stderr=log,
@@ -574,18 +589,7 @@ class Bench:
                 "INFOWAY_API_KEY": KEY, "INFOWAY_API_BASE_URL": self._api, "INFOWAY_PLAN": "0",
                 "MONGODB_HOST": self._null, "STATE_DIRECTORY": self._state()}  # fmt: skip
 
-    def _execute(self, server: Any) -> float:
-        name = server.execute(make_codes(self.market, EXECUTE_CODES))
-        if not server.wait_for(lambda s: s.results_for(name), 30):
-            raise RuntimeError("no result came")
-        (result,) = server.results_for(name)
-        (command,) = (one for one in server.executes if one.execution_id == name)
-        if result.data["result"]["success_count"] != EXECUTE_CODES:
-            raise RuntimeError(f"not all is stored: {result.text}")
-        took: float = result.at - command.sent[0]
-        return took
-
-    def _idle(self, pid: int) -> None:
+    def _look_at(self, pid: int) -> None:
         time.sleep(min(3.0, self.size.idle_s))  # what a start leaves to be done is done
         before, began = _cpu_seconds(pid), time.monotonic()
         time.sleep(self.size.idle_s)
