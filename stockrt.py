@@ -3831,7 +3831,8 @@ DAY_LEASE_S = 5.0
 # more of the plan can be used: 60 s of 62.5. The instances' clocks are taken to agree, as NTP makes them.
 SLICE_S = 2.5
 SLICES_PER_WINDOW = int(60 / SLICE_S) + 1
-# A request leaves this long before its slice ends, or it could arrive in the next.
+# What leaves this short before a slice ends may arrive in the next one: it is counted there, and the sum that
+# decides takes both in.
 SLICE_MARGIN_S = 0.2
 # A share of a slice for one instance, so that others find something too.
 SHARES_PER_SLICE = 4
@@ -4042,21 +4043,19 @@ class SharedLedger:
     def _lease_minute(self, digest: str, plan: Plan, now: float) -> Lease:
         if not plan.per_minute:
             return Lease(day_lease(plan), next_midnight(now))
-        number = int(now // SLICE_S)
-        end = (number + 1) * SLICE_S
-        if now >= end - SLICE_MARGIN_S:
-            return Lease(0, end, "the next slice of the minute begins")
+        present, counted = int(now // SLICE_S), int((now + SLICE_MARGIN_S) // SLICE_S)
+        end = (present + 1) * SLICE_S
         share = max(1, int(plan.per_minute * SLICE_S / 60 / SHARES_PER_SLICE))
         for _ in range(LEDGER_TRIES):
             found = self._collection.find_one({"_id": f"{digest}|minute"}) or {"version": 0, "slices": {}}
             # one that lies ahead was counted before the clock was set back: it is over
-            slices = {k: n for k, n in found["slices"].items() if abs(int(k) - number) < SLICES_PER_WINDOW}
+            slices = {k: n for k, n in found["slices"].items() if abs(int(k) - present) < SLICES_PER_WINDOW}
             requests = min(share, plan.per_minute - sum(slices.values()))
             if requests <= 0:
                 return Lease(0, end, f"the minute's {plan.per_minute} requests are used up")
-            slices[str(number)] = slices.get(str(number), 0) + requests
+            slices[str(counted)] = slices.get(str(counted), 0) + requests
             if self._swap(digest, found["version"], slices):
-                return Lease(requests, end - SLICE_MARGIN_S)
+                return Lease(requests, (counted + 1) * SLICE_S - SLICE_MARGIN_S)
         return Lease(0, end, "the shared count is busy")
 
     def _swap(self, digest: str, version: int, slices: Mapping[str, int]) -> bool:
