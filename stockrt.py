@@ -6497,8 +6497,6 @@ def clean_cache(environ: Mapping[str, str], own: Path) -> None:
     Only in the CacheDirectory= of a unit, only what is named as our own unpackings are, and none that a
     process uses. What cannot be removed stays.
     """
-    import shutil
-
     cache = environ.get("CACHE_DIRECTORY", "").partition(":")[0]
     name, _, build = own.name.rpartition("_")
     if not (cache and name and _BUILD_ID.fullmatch(build) and own.parent == Path(cache).resolve()):
@@ -6509,6 +6507,8 @@ def clean_cache(environ: Mapping[str, str], own: Path) -> None:
             ours = re.fullmatch(rf"{re.escape(name)}_([0-9a-f]+)(\.tmp)?", other.name)
             if not ours or ours[1] == build or other.is_symlink() or not _is_unused(other):
                 continue
+            import shutil  # 0.5 MB that a start without old versions does not need
+
             shutil.rmtree(other, ignore_errors=True)
             (other.parent / f".{name}_{ours[1]}_lock").unlink(missing_ok=True)
 
