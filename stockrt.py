@@ -2229,11 +2229,14 @@ class DemoApi:
 MONGODB_TIMEOUT_MS = 20_000
 # Connecting, and finding a server for --check; a write waits longer, for an election to end.
 MONGODB_SELECTION_TIMEOUT_MS = 5_000
+# For telling the server that a client leaves.
+MONGODB_GOODBYE_S = 1.0
 # How long one process waits for another that writes to the same SQLite file.
 SQLITE_BUSY_S = 10.0
 SQLITE_NAME = "stockrt.db"
 SQLITE_VERSION = 2
 DUPLICATE_KEY = 11000
+UNAUTHORIZED = 13
 # The `_id` of a document that is written and deleted to see whether that works.
 PROBE = "stockrt-check"
 # Most codes trade in the last minutes before a close (auction included): looked at first.
@@ -2974,7 +2977,7 @@ def _iso(moment: datetime) -> str:
 # Faults that MongoDB reports of a single document of a batch, though any would have met them: the server is
 # about to change its role or to go (the drivers' list of retryable errors), has no room, or lacks a right.
 NOT_THE_DOCUMENTS_FAULT = frozenset(
-    [6, 7, 13, 24, 46, 50, 63, 64, 89, 91, 112, 134, 150, 189, 249, 262, 8000, 9001, 10058, 10107, 11600,
+    [6, 7, UNAUTHORIZED, 24, 46, 50, 63, 64, 89, 91, 112, 134, 150, 189, 249, 262, 8000, 9001, 10058, 10107, 11600,
      11602, 13388, 13435, 13436, 14031]
 )  # fmt: skip
 
@@ -3031,14 +3034,20 @@ class MongoStore:
         """Return whether a document of no use can be written now; it is deleted again.
 
         Beside the keys' counts, not among the trades: a process may be killed between writing and deleting.
+        Among the trades only where this user may write nowhere else.
         """
         from pymongo import timeout
-        from pymongo.errors import PyMongoError, WriteError
+        from pymongo.errors import OperationFailure, PyMongoError, WriteError
 
         limit = min(MONGODB_SELECTION_TIMEOUT_MS / 1000, self.client.options.timeout or math.inf)
         try:
             with timeout(limit):
-                self._probe(self._settings.license_name)
+                try:
+                    self._probe(self._settings.license_name)
+                except OperationFailure as error:
+                    if error.code != UNAUTHORIZED:
+                        raise
+                    self._probe(self.realtime_name)
         except WriteError:  # it may not look like this: the server works all the same
             return True
         except PyMongoError:
@@ -3133,7 +3142,10 @@ class MongoStore:
 
     def close(self) -> None:
         """Close the client."""
-        self.client.close()
+        from pymongo import timeout
+
+        with timeout(MONGODB_GOODBYE_S):  # it says goodbye, and would wait for ever for a server that hangs
+            self.client.close()
 
     def _probe(self, name: str) -> None:
         """Write to a collection and take it back."""
@@ -3650,6 +3662,7 @@ class SpooledStore:
         self._away_since = utc_now()
         self._closing = threading.Event()
         self._trouble = Trouble("MongoDB", then="what is fetched is kept on this machine until it is back")
+        self._file_trouble = Trouble("what waits for MongoDB", then="what it takes does not need the file")
 
     def start(self, settle: Callable[[Sequence[Document]], None]) -> None:
         """Begin to move what waits; `settle` is called, on the drainer's thread, with trades that arrived."""
@@ -3671,6 +3684,7 @@ class SpooledStore:
         except StoreAway as error:
             self._note_away(error)
             return self._keep(documents)
+        self._note_back()
         if report.refused:
             self._put_aside(documents, report.refused, self.mongo.realtime_name)
         return report
@@ -3714,10 +3728,12 @@ class SpooledStore:
     def _is_caught_up(self) -> bool:
         """Whether nothing waits, if need be after a while. MongoDB is not waited for while it is away."""
         try:
-            if self.spool.is_empty():
-                return True
-        except StoreError as error:  # what MongoDB takes does not need the local file
-            self._trouble.again(str(error))
+            empty = self.spool.is_empty()
+        except StoreError as error:
+            self._file_trouble.again(str(error))
+            return True
+        self._file_trouble.over()
+        if empty:
             return True
         self._wake_drainer()
         with self._changed:
@@ -7164,7 +7180,7 @@ def run_drain(settings: Settings, retry: bool) -> int:
         left = spool.facts(counted=True).trades
         rejected = f", {drain.rejected} refused by it: see --rejects" if drain.rejected else ""
         say(f"{drain.moved} moved to {settings.mongodb_shown()}{rejected}; {left} left on this machine")
-    return EXIT_INTERRUPTED if left else EXIT_OK
+    return EXIT_INTERRUPTED if left and stop.is_set() else EXIT_OK
 
 
 def _drain_step(drain: Drain, mongo: MongoStore, stop: threading.Event) -> int:

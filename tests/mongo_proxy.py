@@ -49,6 +49,7 @@ TOO_LARGE = {
     "code": 10334,
     "errmsg": "BSONObj size: 17000000 is invalid. Size must be between 0 and 16793600",
 }
+UNAUTHORIZED = {"ok": 0.0, "errmsg": "not authorized", "code": 13, "codeName": "Unauthorized"}
 INVALID = {"code": 121, "errmsg": "Document failed validation"}
 
 Document = dict[str, Any]
@@ -130,6 +131,10 @@ class MongoProxy:
         self.hello: Mapping[str, Any] = {}
         # Given in place of any answer but that to `hello`: None, or e.g. NOT_PRIMARY.
         self.refusal: Mapping[str, Any] | None = None
+        self.forbidden: Collection[
+            str
+        ] = ()  # collections on which every command is refused for want of a right
+        self.silent: Collection[str] = ()  # commands that are never answered
         self.latency = 0.0  # seconds before each insert reaches the server
         self.inserted: list[str] = []  # the _id of each document of each insert that the server answered
         self.retried = 0  # writes that came again under their number and were answered from memory
@@ -288,6 +293,11 @@ class _Link:
         body, insert = message.body, message.insert
         if self._proxy.refusal is not None and not _is_hello(body):
             self._reply(message.number, self._proxy.refusal)
+            return
+        if next(iter(body), "") in self._proxy.silent:
+            return
+        if str(next(iter(body.values()), "")) in self._proxy.forbidden:
+            self._reply(message.number, UNAUTHORIZED)
             return
         if "txnNumber" in body and (found := self._proxy.remembered(body)) is not None:
             self._reply(message.number, found)

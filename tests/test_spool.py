@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import gc
 import json
+import logging
 import os
 import pty
 import random
@@ -27,6 +28,7 @@ import pytest
 from conftest import RunPyz, unavailable, unprivileged
 from daemons import PATIENCE, ThreadDaemon, settings_for, until
 from infoway_server import InfowayServer
+from mongo_proxy import Fate, MongoProxy
 from mongo_server import MongoServer
 from platform_server import PlatformServer
 from trades import CREATED, by_id, make_documents, settings_of
@@ -209,6 +211,16 @@ def test_a_server_that_hangs_is_one_that_is_away(place: Place, mongo_server: Mon
         assert report.kept == 20 and "unreachable" in report.kept_because
         assert until(lambda: nothing_waits(store))
     assert len(place.documents()) == 20
+
+
+def test_a_goodbye_that_is_not_answered_holds_nobody_up(place: Place, mongo_proxy: MongoProxy) -> None:
+    mongo_proxy.silent = {"endSessions"}
+    mongo = MongoStore(settings_of(place.environ | {"MONGODB_HOST": mongo_proxy.uri}))
+    assert mongo.write(make_documents(1)).stored == 1
+    goodbye = threading.Thread(target=mongo.close, daemon=True)
+    goodbye.start()
+    goodbye.join(PATIENCE)
+    assert not goodbye.is_alive()
 
 
 def test_what_was_stored_before_there_was_a_mongodb_moves_over(place: Place) -> None:
@@ -405,8 +417,53 @@ def test_a_local_file_that_fails_keeps_nothing_from_mongodb(
         with contextlib.closing(sqlite3.connect(store.spool.path)) as db:
             db.executescript("DROP TABLE realtime; DROP TABLE rejects")
         report = store.write(documents)
+        assert store.write(documents[:1]).known == 1
     assert report.stored == 2 and list(report.refused) == [documents[1]["_id"]]
     assert f"{documents[1]['_id']} cannot be put aside" in caplog.text
+    assert caplog.text.count("what waits for MongoDB: ") == 1, "a trouble that goes on is said once"
+
+
+@pytest.mark.parametrize("may_write_beside", [True, False])
+def test_a_poison_document_is_put_aside_whatever_else_the_user_may_write(
+    place: Place, mongo_proxy: MongoProxy, may_write_beside: bool
+) -> None:
+    """The server hangs up on it. It is tried whether another document can be written, if need be among the trades."""
+    documents = make_documents(5)
+    poison = documents[2]["_id"]
+    mongo_proxy.on_insert = lambda insert: Fate.CUT_BEFORE if poison in insert.ids else None
+    mongo_proxy.forbidden = () if may_write_beside else {"license_usage"}
+    spool = Spool(place.state, MEGABYTE << 10)
+    spool.write(documents)
+    environ = place.environ | {"MONGODB_HOST": quick(mongo_proxy.uri)}
+    with contextlib.closing(MongoStore(settings_of(environ))) as mongo, contextlib.closing(spool):
+        drain = Drain(spool, mongo, lambda documents: None)
+        for _ in range(3 * stockrt.POISON_TRIES):
+            with contextlib.suppress(StoreAway):
+                drain.step()
+        assert spool.is_empty()
+        assert [r["_id"] for r in spool.rejects()] == [poison]
+    assert place.documents() == by_id([d for d in documents if d["_id"] != poison])
+
+
+def test_a_second_absence_is_told_from_its_own_beginning(
+    place: Place, mongo_proxy: MongoProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where nothing could be kept during the first: nothing has to be moved when MongoDB is back."""
+    place.environ |= {"MONGODB_HOST": quick(mongo_proxy.uri), "SPOOL_MAX_MB": "1"}
+    with place.opened() as store:
+        store.spool._max_bytes = 0
+        mongo_proxy.down()
+        with pytest.raises(StoreError, match="unreachable since"):
+            store.write(make_documents(1))
+        mongo_proxy.up()
+        with caplog.at_level(logging.INFO, "stockrt"):
+            assert store.write(make_documents(1)).stored == 1
+        assert "MongoDB: well again" in caplog.text
+        mongo_proxy.down()
+        store.spool._max_bytes = MEGABYTE
+        began = stockrt.utc_now()
+        assert store.write(make_documents(1, first=7)).kept == 1
+        assert store._away_since >= began
 
 
 # ------------------------------------------------------------------------------------------------------ its limits
