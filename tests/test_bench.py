@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +14,10 @@ import bench
 import bson
 import pymongo
 import pytest
+import websocket
 from null_mongo import NullMongo, read_message
 from quick_infoway import make_answer
+from quick_platform import QuickPlatform, read_frame
 
 BENCH = Path(bench.__file__)
 
@@ -123,6 +127,41 @@ def test_the_quick_api_answers_as_the_real_one() -> None:
     verdict = stockrt.decide(stockrt.Answer(200, body), stockrt.utc_now())
     outcome = stockrt.read_records(stockrt.Batch("stock", "AAPL.US,TSLA.US"), verdict.records)
     assert [trade.s for trade in outcome.trades] == ["AAPL.US", "TSLA.US"]
+
+
+@pytest.mark.parametrize("size", [0, 125, 126, 65_535, 65_536])
+def test_the_quick_platform_reads_frames_of_every_length_once_they_are_whole(size: int) -> None:
+    from websocket import ABNF
+
+    content = bytes(number % 251 for number in range(size))
+    frame = bytes(ABNF.create_frame(content, ABNF.OPCODE_BINARY).format())
+    for end in {*range(min(len(frame), 20)), len(frame) - 1}:
+        assert read_frame(frame[:end]) is None
+    assert read_frame(frame + b"the next") == (ABNF.OPCODE_BINARY, content, len(frame))
+
+
+def test_the_quick_platform_waits_for_the_answer_to_its_own_command() -> None:
+    """Pings are answered meanwhile, the results of others are not taken for it, and the module gets its receipt."""
+    with QuickPlatform() as platform:
+        said: list[str | bytes] = []
+
+        def module() -> None:
+            ws = websocket.create_connection(f"ws://127.0.0.1:{platform.port}/websocket?hash=1")
+            command = json.loads(ws.recv())["message"]
+            ws.ping("are you there")
+            for name in ("another", command["meta"]["execution_id"]):
+                ws.send(json.dumps({"meta": {"execution_id": name}, "codes": command["args"]["code_list"]}))
+            said.append(ws.recv())
+            ws.close()
+
+        thread = threading.Thread(target=module)
+        thread.start()
+        platform.connect()
+        result = platform.execute("e7", ["A.US", "B.US"])
+        thread.join(30)
+    assert result.data == {"meta": {"execution_id": "e7"}, "codes": ["A.US", "B.US"]}
+    assert result.took > 0
+    assert said == ["receive result"]
 
 
 def test_codes_are_those_that_the_program_reads() -> None:

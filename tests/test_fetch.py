@@ -369,6 +369,133 @@ def test_endless_answer_is_cut_and_asked_for_again(
     check_no_traceback(caplog)
 
 
+@contextlib.contextmanager
+def warm_api(server: InfowayServer, folder: Path, limits: Limits = API_LIMITS) -> Iterator[InfowayApi]:
+    """Yield a client that has asked once: with one request at a time the next is made on the caller's thread."""
+    with api_of(server, limits=limits) as api:
+        assert collect(api, STOCKS, folder / "warm").report.complete
+        api._latencies.append(0.0)  # as if the server were as quick as can be
+        server.requests.clear()
+        yield api
+
+
+@pytest.mark.parametrize("name", [*TRANSIENT, *FINAL, *KEY_OUT, *CODES_UNKNOWN])
+def test_every_answer_means_the_same_on_the_callers_own_thread(
+    infoway: InfowayServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    answer = {**TRANSIENT, **FINAL, **KEY_OUT, **CODES_UNKNOWN}[name]
+    with warm_api(infoway, tmp_path) as api:
+        infoway.script = lambda _: answer
+        run = collect(api, STOCKS, tmp_path)
+        asked = len(infoway.requests)
+    check_truth(run, infoway, STOCKS)
+    assert not run.stored and not run.report.complete
+    bound = MAX_REFUSALS if name in RATE_REFUSALS else MAX_TRIES if name in TRANSIENT else 1
+    assert asked == bound or name == "understated_length"
+    check_no_traceback(caplog)
+
+
+@pytest.mark.parametrize("name", [*TRANSIENT, *ENDLESS])
+def test_a_transient_answer_on_the_callers_own_thread_is_retried(
+    infoway: InfowayServer, tmp_path: Path, name: str
+) -> None:
+    with warm_api(infoway, tmp_path, SHORT if name in ENDLESS else API_LIMITS) as api:
+        infoway.script = [{**TRANSIENT, **ENDLESS}[name]]
+        began = time.monotonic()
+        run = collect(api, STOCKS, tmp_path)
+    assert time.monotonic() - began < SOON_S
+    check_truth(run, infoway, STOCKS)
+    assert run.report.complete
+
+
+def test_one_request_at_a_time_needs_no_other_thread(infoway: InfowayServer, tmp_path: Path) -> None:
+    threads: list[int] = []
+    pool = KeyPool([("test-key", NO_LIMIT)])
+    api = InfowayApi(infoway.url, pool, on_answer=lambda *_: threads.append(threading.get_ident()))
+    with contextlib.closing(api):
+        collect(api, STOCKS, tmp_path / "1")
+        api._latencies.append(0.0)  # as if the server were as quick as can be
+        run = collect(api, share_codes(1_000), tmp_path / "2")
+    assert run.report.complete and infoway.connections == 1
+    assert threads[0] != threading.get_ident()
+    assert set(threads[1:]) == {threading.get_ident()}
+
+
+def test_a_connection_is_never_made_on_the_callers_own_thread(infoway: InfowayServer, tmp_path: Path) -> None:
+    """It could hang, in the name's resolution for minutes."""
+    threads: list[int] = []
+    with warm_api(infoway, tmp_path) as api:
+        api._on_answer = lambda *_: threads.append(threading.get_ident())
+        infoway.stop()
+        infoway.start()
+        assert collect(api, STOCKS, tmp_path).report.complete
+    assert len(threads) == 1 and threads[0] != threading.get_ident()
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_silence_is_cut_long_before_the_limit_of_the_whole(
+    infoway: InfowayServer, tmp_path: Path, warm: bool
+) -> None:
+    limits = Limits(connect_s=1.0, read_s=0.2, whole_s=100.0)
+    maker = warm_api(infoway, tmp_path, limits) if warm else api_of(infoway, limits=limits)
+    began = time.monotonic()
+    with maker as api:
+        infoway.script = [Answer.hang()]
+        assert collect(api, STOCKS, tmp_path).report.complete
+    assert time.monotonic() - began < SOON_S
+
+
+def test_the_pause_that_an_answer_asks_for_is_kept_on_any_thread(
+    infoway: InfowayServer, tmp_path: Path
+) -> None:
+    with warm_api(infoway, tmp_path) as api:
+        infoway.script = [REFUSALS["503_html"].with_headers(("Retry-After", "1"))]
+        assert collect(api, STOCKS, tmp_path).report.complete
+    first, second = infoway.requests
+    assert second.at - first.at >= 1
+
+
+def test_what_waits_is_stored_while_an_answer_is_waited_for(infoway: InfowayServer, tmp_path: Path) -> None:
+    """The second answer comes when the trades of the first are in the store."""
+    stored = threading.Event()
+
+    class Store(SqliteStore):
+        def write(self, documents: Sequence[Document]) -> WriteReport:
+            report = super().write(documents)
+            stored.set()
+            return report
+
+    answers = iter([None])
+    waited: list[bool] = []
+
+    def script(_: Request) -> Answer | None:
+        if next(answers, ...) is ...:
+            waited.append(stored.wait(SOON_S))
+        return None
+
+    with warm_api(infoway, tmp_path) as api, contextlib.closing(Store(tmp_path)) as store:
+        infoway.script = script
+        report = Collector(api, store).run(share_codes(200), threading.Event())
+    assert report.stored == 200
+    assert waited == [True]
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), ValueError("bug"), AttributeError("bug")])
+def test_a_fault_of_the_caller_is_not_taken_for_one_of_the_network(
+    infoway: InfowayServer, tmp_path: Path, error: Exception
+) -> None:
+    def fail() -> None:
+        raise error
+
+    with warm_api(infoway, tmp_path) as api:
+        infoway.script = lambda _: Answer.hang()
+        batch = Batch("stock", ",".join(STOCKS))
+        with pytest.raises(type(error)) as caught:
+            list(api.fetch([batch], threading.Event(), fail))
+        assert len(infoway.requests) == 1
+    assert caught.value is error
+
+
 def test_server_that_always_drips_is_given_up(infoway: InfowayServer, tmp_path: Path) -> None:
     infoway.script = lambda _: ENDLESS["drip_body"]
     with api_of(infoway, limits=SHORT) as api:
@@ -905,6 +1032,22 @@ def test_stop_ends_a_run_under_a_hanging_server(infoway: InfowayServer, tmp_path
     assert report.interrupted and not report.complete and not report.failures
     assert sorted(ended[0].stored) == codes[:100] and report.stored == 100
     check_threads_end()
+
+
+def test_stop_ends_a_request_of_the_callers_own_thread(infoway: InfowayServer, tmp_path: Path) -> None:
+    codes = share_codes(1_000)
+    first = iter([None])
+    stop = threading.Event()
+    ended: list[Run] = []
+    with warm_api(infoway, tmp_path) as api:
+        infoway.script = lambda _: next(first, Answer.hang())
+        thread = threading.Thread(target=lambda: ended.append(collect(api, codes, tmp_path, stop)))
+        thread.start()
+        infoway.wait_for(lambda it: len(it.requests) == 2)
+        stop.set()
+        thread.join(STOPPED_S)
+        assert not thread.is_alive()
+    assert sorted(ended[0].stored) == codes[:100] and ended[0].report.interrupted
 
 
 @pytest.mark.parametrize("answer", [Answer.hang(), REFUSALS["503_html"].with_headers(("Retry-After", "50"))])

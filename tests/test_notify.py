@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import socket
@@ -395,6 +396,40 @@ def test_store_that_is_away_is_said_once(tmp_path: Path, caplog: pytest.LogCaptu
         "local store: cannot be reached; the next execution tries again",
         "local store: well again after 3 tries",
     ]
+
+
+def test_an_answer_does_not_wait_for_the_log(tmp_path: Path) -> None:
+    """It goes out first; what each execution did is logged all the same, in order, the last one before the end."""
+    said: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage().partition(":")[0])
+
+    journal = stockrt.Journal(tmp_path)
+    ear = Ear()
+    stockrt.log.addHandler(ear)
+    before, stockrt.log.level = stockrt.log.level, logging.INFO
+    answered: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+
+    def on_answer(number: int | None) -> None:
+        said.append(f"answer {number}")
+        answered.put(number)
+
+    try:
+        executor = stockrt.Executor(settings(tmp_path), journal, on_answer, stockrt.Observer())
+        executor.start()
+        for number in journal.accept(
+            [stockrt.Command(f"e{n}", {"execution_id": f"e{n}"}, ["?"]) for n in (1, 2)]
+        ):
+            executor.add(number)
+            assert answered.get(timeout=30) == number
+        executor.leave()
+        executor.join(30)
+    finally:
+        stockrt.log.removeHandler(ear)
+        stockrt.log.level = before
+    assert said == ["answer 1", "execution e1", "answer 2", "execution e2", "answer None"]
 
 
 # --------------------------------------------------------------------------------------------------- metrics
