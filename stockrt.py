@@ -158,6 +158,10 @@ def one_line(text: object, limit: int = 300) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+def _nothing() -> None:
+    """Stand for a callable that nobody gave."""
+
+
 # A trouble that goes on is said again this often.
 TROUBLE_AGAIN_S = 300.0
 # Reasons of one trouble that are told apart; a peer that says something new each time fills no log.
@@ -1656,10 +1660,6 @@ def wanted_in_flight(latency_s: float, rate: float) -> int:
     return max(1, min(hidden, fed, MAX_IN_FLIGHT))
 
 
-def _nothing() -> None:
-    pass
-
-
 class HttpConnection:
     """One keep-alive HTTP connection, used by one thread at a time; `abort` may be called from any.
 
@@ -2347,18 +2347,22 @@ WAL_HEAD, WAL_FRAME_HEAD = 32, 24
 # What its primary result codes say of a file: SQLITE_CORRUPT and SQLITE_NOTADB.
 SQLITE_DAMAGED = (11, 26)
 SQLITE_SIDES = ("", "-wal", "-shm")
+# Rows of a damaged file, about a second's work.
+RESCUED_AT_ONCE = 20_000
 
 
 class LocalFile:
     """One of our SQLite files: WAL, fsynced at every commit, for this user alone; thread-safe.
 
     Damaged, or of another user, it is set aside and a new one takes its place (promise 6), whenever that is
-    seen. Raises StoreError when the file cannot be used or was written by a newer stockrt.
+    seen; a gigabyte takes minutes to rescue, during which `on_busy` is called now and then. Raises StoreError
+    when the file cannot be used or was written by a newer stockrt.
     """
 
-    def __init__(self, path: Path, version: int, schema: str) -> None:
+    def __init__(self, path: Path, version: int, schema: str, on_busy: Callable[[], None] = _nothing) -> None:
         make_state_directory(path.parent)
         self.path = path
+        self._on_busy = on_busy
         self._version = version
         self._schema = schema
         self._lock = threading.RLock()
@@ -2489,7 +2493,7 @@ class LocalFile:
         for side in _sides(fresh):
             side.unlink(missing_ok=True)
         with contextlib.closing(open_sqlite(fresh, self._version, self._schema)) as db:
-            rescued = rescue(self.path, db)
+            rescued = rescue(self.path, db, self._on_busy)
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         self.close()
         for old, new in zip(_sides(self.path), _sides(aside), strict=True):
@@ -2662,14 +2666,15 @@ def sqlite_fault(path: Path, error: Exception) -> StoreError:
     return StoreError(f"the local file {path} fails: {error}; see STATE_DIRECTORY")
 
 
-def rescue(damaged: Path, db: sqlite3.Connection) -> int:
+def rescue(damaged: Path, db: sqlite3.Connection, on_busy: Callable[[], None] = _nothing) -> int:
     """Copy what can be read of a damaged file into a new one of ours and return how many rows that is.
 
-    Trades are looked for page by page, so that they are found where nothing points to them any more. One
-    that was deleted may come back so: it is known to MongoDB then, which does no harm.
+    `on_busy` is called now and then. Trades are looked for page by page, so that they are found where nothing
+    points to them any more. One that was deleted may come back so: it is known to MongoDB then, which does no
+    harm.
     """
     with db:
-        found = _rescue_trades(damaged, db) if _columns(db, "realtime") else 0
+        found = _rescue_trades(damaged, db, on_busy) if _columns(db, "realtime") else 0
         names = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
         for (name,) in names.fetchall():
             if name != "realtime":
@@ -2677,12 +2682,15 @@ def rescue(damaged: Path, db: sqlite3.Connection) -> int:
     return found
 
 
-def _rescue_trades(damaged: Path, db: sqlite3.Connection) -> int:
+def _rescue_trades(damaged: Path, db: sqlite3.Connection, on_busy: Callable[[], None]) -> int:
     """Rescue trades in their order of arrival, under new numbers: old ones could be there twice."""
     columns = ", ".join(_columns(db, "realtime")[1:])
     db.execute("CREATE TEMP TABLE rescued AS SELECT * FROM realtime LIMIT 0")
     places = ", ".join("?" * len(_columns(db, "realtime")))
-    db.executemany(f"INSERT INTO rescued VALUES ({places})", carve_trades(damaged))  # noqa: S608
+    rows = carve_trades(damaged)
+    while some := list(islice(rows, RESCUED_AT_ONCE)):
+        db.executemany(f"INSERT INTO rescued VALUES ({places})", some)  # noqa: S608
+        on_busy()
     done = db.execute(
         f"INSERT INTO realtime ({columns}) SELECT {columns} FROM rescued WHERE true ORDER BY seq "  # noqa: S608
         "ON CONFLICT (_id) DO NOTHING"
@@ -2748,10 +2756,9 @@ def _carve_row(page: bytes, at: int) -> tuple[Any, ...]:
     _, at = _varint(page, at)  # the row's length
     number, start = _varint(page, at)
     size, at = _varint(page, start)
-    kinds: list[int] = []
-    while at < start + size:
-        kind, at = _varint(page, at)
-        kinds.append(kind)
+    head = page[at : start + size]
+    kinds = [*head] if head.isascii() else _varints(head)  # mostly of one byte each
+    at = start + size
     values: list[Any] = []
     for kind in kinds:
         value, at = _carve_value(page, kind, at)
@@ -2761,6 +2768,15 @@ def _carve_row(page: bytes, at: int) -> tuple[Any, ...]:
         raise ValueError("its fields do not make its _id")
     datetime.fromisoformat(str(created))
     return (number, *values[1:])
+
+
+def _varints(data: bytes) -> list[int]:
+    """Return the variable-length integers that data consists of."""
+    found, at = [], 0
+    while at < len(data):
+        value, at = _varint(data, at)
+        found.append(value)
+    return found
 
 
 def _varint(page: bytes, at: int) -> tuple[int, int]:
@@ -2796,9 +2812,9 @@ def _carve_value(page: bytes, kind: int, at: int) -> tuple[str | int | None, int
 class SqliteStore:
     """The embedded store: one file in the state directory, readable with the sqlite3 shell."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, on_busy: Callable[[], None] = _nothing) -> None:
         self.path = directory / SQLITE_NAME
-        self._file = LocalFile(self.path, SQLITE_VERSION, _SQLITE_SCHEMA)
+        self._file = LocalFile(self.path, SQLITE_VERSION, _SQLITE_SCHEMA, on_busy)
 
     def write(self, documents: Sequence[Document]) -> WriteReport:
         """Store documents in one transaction. Raises StoreError when the file cannot be written."""
@@ -3360,8 +3376,8 @@ class Waiting(NamedTuple):
 class Spool(SqliteStore):
     """The embedded store as the place where trades wait for MongoDB: bounded, and read in order of arrival."""
 
-    def __init__(self, directory: Path, max_bytes: int) -> None:
-        super().__init__(directory)
+    def __init__(self, directory: Path, max_bytes: int, on_busy: Callable[[], None] = _nothing) -> None:
+        super().__init__(directory, on_busy)
         self._max_bytes = max_bytes
         self._trades: int | None = None  # what waits, as far as this process knows
         self.refused = 0
@@ -3827,12 +3843,14 @@ class SpooledStore:
 
 
 def open_store(
-    settings: Settings, on_spool: Callable[[SpoolFacts], None] = lambda facts: None
+    settings: Settings,
+    on_spool: Callable[[SpoolFacts], None] = lambda facts: None,
+    on_busy: Callable[[], None] = _nothing,
 ) -> SqliteStore | SpooledStore:
     """Open the store that the settings ask for: MongoDB, or the embedded one where none is set."""
     if not settings.mongodb_uri:
-        return SqliteStore(settings.state_directory)
-    spool = Spool(settings.state_directory, settings.spool_max_bytes)
+        return SqliteStore(settings.state_directory, on_busy)
+    spool = Spool(settings.state_directory, settings.spool_max_bytes, on_busy)
     return SpooledStore(MongoStore(settings), spool, on_spool)
 
 
@@ -4700,11 +4718,12 @@ class Workshop:
         demo: bool = False,
         on_answer: Callable[[Answer, Verdict, float], None] = lambda answer, verdict, seconds: None,
         on_spool: Callable[[SpoolFacts], None] = lambda facts: None,
+        on_busy: Callable[[], None] = _nothing,
     ) -> None:
         if not (demo or settings.api_keys):
             raise SettingsError([NO_KEY_HINT])
         self._demo = demo
-        self.store = open_store(settings, on_spool)
+        self.store = open_store(settings, on_spool, on_busy)
         self.facts = LocalFacts(settings.state_directory)
         self.keys = KeyPool(settings.key_plans(), make_ledger(settings, self.store, self.facts))
         self.source: Source
@@ -5547,7 +5566,7 @@ class Executor(threading.Thread):
     def _move_what_waits(self) -> None:
         """Have moved to MongoDB what waits for it since the last start, without waiting for an execution."""
         try:
-            if self._settings.mongodb_uri and not spool_is_empty(self._settings):
+            if self._settings.mongodb_uri and not spool_is_empty(self._settings, self._observer.beat):
                 self._open_workshop()
         except StockrtError as error:
             log.error("what waits on this machine cannot be moved to MongoDB: %s", error)
@@ -5615,7 +5634,12 @@ class Executor(threading.Thread):
 
     def _open_workshop(self) -> Workshop:
         if self._workshop is None:
-            self._workshop = Workshop(self._settings, on_answer=self._observer.asked, on_spool=self._on_spool)
+            self._workshop = Workshop(
+                self._settings,
+                on_answer=self._observer.asked,
+                on_spool=self._on_spool,
+                on_busy=self._observer.beat,
+            )
         return self._workshop
 
     def _on_spool(self, facts: SpoolFacts) -> None:
@@ -5626,11 +5650,11 @@ class Executor(threading.Thread):
             self._on_answer(None)  # the status line changes
 
 
-def spool_is_empty(settings: Settings) -> bool:
+def spool_is_empty(settings: Settings, on_busy: Callable[[], None] = _nothing) -> bool:
     """Return whether nothing waits on this machine for MongoDB. Raises StoreError."""
     if not (settings.state_directory / SQLITE_NAME).exists():
         return True
-    spool = Spool(settings.state_directory, settings.spool_max_bytes)
+    spool = Spool(settings.state_directory, settings.spool_max_bytes, on_busy)
     try:
         return spool.is_empty()
     finally:

@@ -613,6 +613,27 @@ def test_a_damaged_file_is_set_aside_and_rescued(
     assert counted in (len(found) - 1, len(found))  # the last one was written before or after
 
 
+def test_a_long_rescue_gives_signs_of_life(tmp_path: Path) -> None:
+    many = 2 * stockrt.RESCUED_AT_ONCE + 100
+    spoiled(tmp_path, lambda path: overwrite(path, 0, 100), many)
+    signs: list[int] = []
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10, lambda: signs.append(1))) as spool:
+        assert spool.facts(counted=True).trades == many
+    assert len(signs) == 3
+
+
+def test_long_codes_are_rescued_too(tmp_path: Path) -> None:
+    """The length of an `_id` of 58 and more characters takes two bytes in the file."""
+    (short,) = make_documents(1)
+    numbers = {"p": "1" * 17 + "." + "2" * 16, "v": "3" * 17 + "." + "4" * 16}
+    long = short | numbers | {"_id": f"{short['s']}|{short['t']}|{numbers['p']}|{numbers['v']}|{short['td']}"}
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        spool.write([short, long])
+    overwrite(spool.path, 0, 100)
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        assert spool.oldest(10).documents == [short, long]
+
+
 def take(spool: Spool, count: int) -> list[Document]:
     """Take the oldest trades out."""
     waiting = spool.oldest(count)
