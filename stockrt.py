@@ -5488,7 +5488,7 @@ class Executor(threading.Thread):
         self.key_states: list[dict[str, Any]] = []  # as of the end of the last execution
         self.spool = SpoolFacts()
         self._workshop: Workshop | None = None
-        self._done: tuple[Mapping[str, Any], Report] | None = None  # what is still to be logged
+        self._unlogged: tuple[Mapping[str, Any], Report] | None = None  # what is still to be logged
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
         self.stop = threading.Event()  # cuts the running execution short
@@ -5532,15 +5532,15 @@ class Executor(threading.Thread):
 
     def _next(self) -> int | Task | None:
         """Wait for the next command. What the last one did is logged first, but not in the way of its answer."""
-        if self._done is None:
+        if self._unlogged is None:
             return self._queue.get()
-        done, self._done = self._done, None
+        unlogged, self._unlogged = self._unlogged, None
         try:
             command = self._queue.get(timeout=ANSWER_FIRST_S)
         except queue.Empty:
-            self._log(*done)
+            self._log(*unlogged)
             return self._queue.get()
-        self._log(*done)
+        self._log(*unlogged)
         return command
 
     def _answer(self, command: int | Task) -> int | None:
@@ -5600,7 +5600,7 @@ class Executor(threading.Thread):
             )
         module_name, reason = self._settings.module_name, self._dropped_because
         self._observer.executed(report)
-        self._done = (command.context, report)
+        self._unlogged = (command.context, report)
         if report.interrupted:
             return empty_result(command.context, module_name, reason) if reason else ""
         return report_result(command.context, module_name, report, self._settings.redact)
