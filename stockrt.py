@@ -6763,7 +6763,7 @@ class Rows:
 
     def __init__(
         self, out: IO[str], as_json: bool = False, color: bool = False, now: Callable[[], float] = time.time
-    ):
+    ) -> None:
         self._out = out
         self._as_json = as_json
         self._color = color
