@@ -1011,12 +1011,10 @@ class BatchPlan:
         self._seen = [","] * (1 + expected // CODES_PER_BUCKET)
 
     def add(self, codes: Iterable[object]) -> None:
-        """Take codes as they were typed."""
+        """Take codes as they were typed; for a plain one, as nearly all are, `parse_code` would say the same."""
         take, is_plain = self._take, _PLAIN_CODE.fullmatch
         for raw in codes:
-            if type(raw) is str and is_plain(
-                raw
-            ):  # as nearly always: what `parse_code` would say, in half the time
+            if type(raw) is str and is_plain(raw):
                 take(raw, _SUFFIX_PRODUCTS[raw[-2:]])
             else:
                 self._add_one(raw)
@@ -2355,7 +2353,7 @@ class LocalFile:
     """One of our SQLite files: WAL, fsynced at every commit, for this user alone; thread-safe.
 
     Damaged, or of another user, it is set aside and a new one takes its place (promise 6), whenever that is
-    seen; a gigabyte takes minutes to rescue, during which `on_busy` is called now and then. Raises StoreError
+    seen; a gigabyte takes a minute to rescue, during which `on_busy` is called now and then. Raises StoreError
     when the file cannot be used or was written by a newer stockrt.
     """
 

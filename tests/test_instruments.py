@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import stockrt
 from stockrt import (
     MARKETS,
     MAX_BATCH,
@@ -395,6 +396,13 @@ def test_a_plan_holds_every_code_once_in_order_and_no_batch_over_the_limit(codes
     assert {batch.product for batch in plan.batches} == wanted.keys()
     assert plan.failures.keys() == bad
     assert plan.total == sum(map(len, wanted.values())) + len(bad)
+
+
+@given(st.from_regex(stockrt._PLAIN_CODE, fullmatch=True))
+def test_a_plan_takes_a_plain_code_as_it_would_be_read(code: str) -> None:
+    """Which it does without reading it."""
+    instrument = parse_code(code)
+    assert plan_batches([code]).batches == [Batch(instrument.product, instrument.code)]
 
 
 def test_instruments_can_be_planned_without_being_parsed_again() -> None:
