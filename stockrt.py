@@ -3495,7 +3495,7 @@ class Spool(SqliteStore):
     def retry(self, collection: str) -> int:
         """Let the trades wait again that MongoDB refused; return how many. Raises StoreError."""
         names = (*TRADE_FIELDS, "stock_code", "create_time")
-        fields = ", ".join(f"document ->> '{name}'" for name in names)
+        fields = ", ".join(f"json_extract(document, '$.{name}')" for name in names)
 
         def move(db: sqlite3.Connection) -> int:
             done = db.execute(
@@ -4240,18 +4240,12 @@ class Journal:
         rows = [(number,) for number in numbers]
         self._unswept += len(rows)
 
-        def note(db: sqlite3.Connection) -> None:
+        def note(db: sqlite3.Connection) -> list[str | None]:
             db.executemany("DELETE FROM executions WHERE number = ? AND execution_id IS NULL", rows)
             db.executemany("UPDATE executions SET received = 1 WHERE number = ?", rows)
-            if self._unswept >= RECEIPTS_PER_SWEEP:
-                db.execute(
-                    "DELETE FROM executions WHERE received AND number <= (SELECT number FROM executions "
-                    "WHERE received AND execution_id IS NOT NULL ORDER BY number DESC LIMIT 1 OFFSET ?)",
-                    (ANSWERS_KEPT,),
-                )
-                self._ids = _journal_ids(db)
+            return _forget_oldest(db) if self._unswept >= RECEIPTS_PER_SWEEP else []
 
-        self._file.write(note)
+        self._ids.difference_update(self._file.write(note))
         self._unswept %= RECEIPTS_PER_SWEEP
 
     def unanswered(self) -> list[tuple[int, float]]:
@@ -4294,6 +4288,17 @@ class Journal:
 
 def _journal_ids(db: sqlite3.Connection) -> set[str | None]:
     return {row[0] for row in db.execute("SELECT execution_id FROM executions")}
+
+
+def _forget_oldest(db: sqlite3.Connection) -> list[str | None]:
+    """Delete the answers that nobody waits for but the last ANSWERS_KEPT, and return the ids they were for."""
+    oldest = (
+        "FROM executions WHERE received AND number <= (SELECT number FROM executions "
+        "WHERE received AND execution_id IS NOT NULL ORDER BY number DESC LIMIT 1 OFFSET ?)"
+    )
+    gone = [row[0] for row in db.execute(f"SELECT execution_id {oldest}", (ANSWERS_KEPT,))]
+    db.execute(f"DELETE {oldest}", (ANSWERS_KEPT,))
+    return gone
 
 
 def _journal_id(execution_id: str) -> str | None:

@@ -170,6 +170,7 @@ def test_the_last_thousand_answers_are_kept(journal: Journal) -> None:
     kept = [n for n in range(1010) if journal.find(f"e{n}")]
     assert kept[-1000:] == list(range(10, 1010))
     assert len(kept) <= 1002 + stockrt.RECEIPTS_PER_SWEEP
+    assert len(journal._ids) == len(kept) + 2, "what is forgotten takes no memory either"
     assert journal.unreceived() == [waiting]
     assert [found for found, _ in journal.unanswered()] == [still_open]
 
@@ -224,6 +225,17 @@ def test_answers_older_than_an_hour_are_dropped_with_a_warning(
     (record,) = caplog.records
     assert "2 results" in record.getMessage()
     assert journal.find("a") == (old[0], True)  # still not executed twice
+
+
+def test_refusals_that_were_given_up_are_forgotten_with_the_answers_of_their_time(
+    journal: Journal, clock: Clock
+) -> None:
+    journal.refuse({}, "no")
+    clock.now += 3601
+    assert journal.unreceived() == []
+    for n in range(1102):
+        answered(journal, f"e{n}", received=True)
+    assert journal.answer_text(1) is None
 
 
 # ------------------------------------------------------------------------------------------------------
