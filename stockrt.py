@@ -1231,17 +1231,23 @@ class KeyPool:
         with self._changed:
             while True:
                 now = self._clock()
-                usable = [key for key in self.keys if not key.refusal(product)]
-                key = min(usable, key=lambda key: key.ready_at(now), default=None)
+                key = self._first_ready(product, now)
                 if key is None or key.paused_until - now > LONGEST_WAIT_FOR_KEY_S:
                     raise NoKeyError(self._why_none(product, now))
                 wait = key.ready_at(now) - now
                 if wait > 0:
                     return wait
-                if self._take_leased(key):
-                    for window in key.windows:
-                        window.take(now)
+                if self._take_leased(key, now):
                     return key
+                self._lease(key)
+
+    def take_at_once(self, product: str) -> ApiKey | None:
+        """Return a key for a request that is made now, and count it, None where that takes waiting, or the ledger."""
+        with self._changed:
+            now = self._clock()
+            key = self._first_ready(product, now)
+            at_once = key is not None and key.ready_at(now) <= now and self._take_leased(key, now)
+            return key if at_once else None
 
     def note(self, key: ApiKey, product: str, verdict: Verdict) -> None:
         """Let an answer steer the key that was used for it."""
@@ -1284,20 +1290,26 @@ class KeyPool:
             "not_for": sorted(key.closed_products),
         }
 
-    def _take_leased(self, key: ApiKey) -> bool:
-        """Take one request from the key's lease.
+    def _first_ready(self, product: str, now: float) -> ApiKey | None:
+        usable = [key for key in self.keys if not key.refusal(product)]
+        return min(usable, key=lambda key: key.ready_at(now), default=None)
 
-        Return False after a look into the ledger, which may have taken long: the key is then chosen anew.
-        """
+    def _take_leased(self, key: ApiKey, now: float) -> bool:
+        """Take one request from the key's lease and count it; return False where the lease is over."""
+        if key.lease.requests <= 0 or self._wall() >= key.lease.until:
+            return False
+        key.lease = key.lease._replace(requests=key.lease.requests - 1)
+        for window in key.windows:
+            window.take(now)
+        return True
+
+    def _lease(self, key: ApiKey) -> None:
+        """Ask the ledger for a new lease. It may take long: after it the key is chosen anew."""
         wall = self._wall()
-        if key.lease.requests > 0 and wall < key.lease.until:
-            key.lease = key.lease._replace(requests=key.lease.requests - 1)
-            return True
         self._give_back(key, wall)
         key.lease = self.ledger.lease(key.digest, key.plan, wall)
         if not key.lease.requests:
             self._pause(key, max(MIN_REST_S, key.lease.until - wall), key.lease.why)
-        return False
 
     def _give_back(self, key: ApiKey, wall: float) -> None:
         if key.lease.requests > 0 and utc_day(wall) == key.leased_on and key.lease.until < UNLIMITED.until:
@@ -1674,7 +1686,9 @@ class HttpConnection:
         self._conn: HTTPConnection = make(cast(str, parts.hostname), parts.port, timeout=limits.connect_s)
         self._conn.response_class = cast(Any, self._response)
         self._on_idle = _nothing
-        self.deadline = 0.0  # monotonic; 0 while no request is under way
+        self._rested_at = 0.0  # monotonic, as the deadline
+        self.rested_s = 0.0  # what `on_idle` took of the last request's time
+        self.deadline = 0.0  # 0 while no request is under way
 
     def get(self, path: str, headers: Callable[[], Mapping[str, str]]) -> Answer:
         """Ask for `path` and return the answer, whatever it is.
@@ -1696,15 +1710,16 @@ class HttpConnection:
     def get_at_once(
         self, path: str, headers: Mapping[str, str], on_idle: Callable[[], None] = _nothing
     ) -> Answer:
-        """Ask over a connection that is open. `on_idle` is called while nothing comes; it may raise."""
-        self._on_idle = on_idle
-        self.deadline = time.monotonic() + self._limits.whole_s
+        """Ask over a connection that is open. `on_idle` is called now and then while it takes; it may raise."""
+        self._on_idle, self.rested_s, self._rested_at = on_idle, 0.0, time.monotonic()
+        self.deadline = self._rested_at + self._limits.whole_s
         answered = False
         try:
             answer = self._exchange(self._path + path, headers)
             answered = not answer.fault
             return answer
         finally:
+            self._on_idle = _nothing
             self.deadline = 0.0
             if not answered:
                 self.close()
@@ -1712,7 +1727,13 @@ class HttpConnection:
     def is_open(self) -> bool:
         """Return whether a request can be written at once."""
         sock = self._conn.sock
-        return sock is not None and not _has_input(sock)  # an idle one has something to read when it ends
+        if sock is None:
+            return False
+        if not _has_input(sock):  # an idle one has something to read when it ends
+            return True
+        with contextlib.suppress(OSError):
+            return _receive(sock, bytearray(1)) is None  # or when TLS has something to say to itself
+        return False
 
     def abort(self) -> None:
         """Cut the connection under a request, so that its thread comes back with a fault."""
@@ -1727,14 +1748,14 @@ class HttpConnection:
     def _connect(self) -> Answer | None:
         if self.is_open():
             return None
+        self.close()
         conn = self._conn
-        conn.close()
         conn.timeout = self._limits.connect_s
         self.deadline = time.monotonic() + self._limits.whole_s
         fault = self._guarded(conn.connect)
         self.deadline = 0.0  # waiting for a key is no part of the request
         if fault is not None:
-            conn.close()
+            self.close()
         elif conn.sock is not None:
             conn.timeout = self._limits.read_s
             conn.sock.settimeout(self._limits.read_s)
@@ -1754,7 +1775,7 @@ class HttpConnection:
         return self._guarded(exchange) or answer
 
     def _response(self, sock: socket.socket, **more: Any) -> HTTPResponse:
-        """Return a response that reads no longer than the limits allow, and calls `on_idle` meanwhile."""
+        """Return a response that is read no longer than the limits allow, with `on_idle` called meanwhile."""
         from http.client import HTTPResponse
 
         return HTTPResponse(cast("socket.socket", _Watched(sock, self._wait_for_input)), **more)
@@ -1763,10 +1784,23 @@ class HttpConnection:
         """Wait until there is something to read. Raises TimeoutError at a limit."""
         silent_until = time.monotonic() + self._limits.read_s
         while (left := min(silent_until, self.deadline) - time.monotonic()) > 0:
-            if _has_input(sock, min(left, STOP_POLL_S)):
+            has_input = _has_input(sock, min(left, STOP_POLL_S))
+            silent_until += self._rest()
+            if has_input:
                 return
-            self._on_idle()
         raise TimeoutError("timed out")
+
+    def _rest(self) -> float:
+        """Call `on_idle` if that is due, however busily a server drips; return its time, which is not the server's."""
+        began = time.monotonic()
+        if began - self._rested_at < STOP_POLL_S:
+            return 0.0
+        self._on_idle()
+        self._rested_at = time.monotonic()
+        took = self._rested_at - began
+        self.rested_s += took
+        self.deadline += took
+        return took
 
     def _parts(self, response: HTTPResponse) -> Iterator[bytes]:
         """Yield the body, unpacked where it is gzip. Raises when it is too large or not whole."""
@@ -1798,7 +1832,7 @@ class _Watched(io.RawIOBase):
 
     def __init__(self, sock: socket.socket, wait: Callable[[socket.socket], None]) -> None:
         self._sock = sock
-        self._raw = sock.makefile("rb", buffering=0)
+        self._hold = sock.makefile("rb", buffering=0)  # keeps the socket open until the answer is read
         self._wait = wait
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -1811,12 +1845,14 @@ class _Watched(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int | None:
         """Read what is there, or comes in time."""
-        self._wait(self._sock)
-        return self._raw.readinto(buffer)
+        while True:
+            self._wait(self._sock)
+            if (size := _receive(self._sock, buffer)) is not None:
+                return size
 
     def close(self) -> None:
         """Let go of the socket."""
-        self._raw.close()
+        self._hold.close()
         super().close()
 
 
@@ -1824,11 +1860,25 @@ def _has_input(sock: socket.socket, seconds: float = 0.0) -> bool:
     """Return whether there is something to read within some seconds, the end of the connection included."""
     import select
 
-    if seconds and getattr(sock, "pending", int)():  # unpacked already: no poll would tell of it
+    if getattr(sock, "pending", int)():  # unpacked already: no poll would tell of it
         return True
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(math.ceil(seconds * 1000)))
+
+
+def _receive(sock: socket.socket, buffer: Any) -> int | None:
+    """Read what is there, 0 at the end, None where nothing is for us: half a record of TLS, or its own matters."""
+    import ssl
+
+    timeout = sock.gettimeout()
+    sock.settimeout(0.0)
+    try:
+        return sock.recv_into(buffer)
+    except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        return None
+    finally:
+        sock.settimeout(timeout)
 
 
 def cut_socket(sock: socket.socket) -> None:
@@ -2053,19 +2103,17 @@ class InfowayApi:
         connection = self._idle[-1].connection if self._idle else None
         if connection is None or not connection.is_open():
             return None
-        try:
-            key = self.keys.try_acquire(errand.batch.product)
-            if not isinstance(key, ApiKey):
-                return None
-            sent = time.monotonic()
-            answer = connection.get_at_once(errand.path, {"apiKey": key.secret}, go_on)
-        except NoKeyError:
+        key = self.keys.take_at_once(errand.batch.product)
+        if key is None:
             return None
+        sent = time.monotonic()
+        try:
+            answer = connection.get_at_once(errand.path, {"apiKey": key.secret}, go_on)
         except Interrupted:
             return _failed(errand.batch, "interrupted")
         except _CallersOwn as error:
             raise cast(Exception, error.__cause__) from None
-        return self._judge(errand, key, answer, time.monotonic() - sent)
+        return self._judge(errand, key, answer, time.monotonic() - sent - connection.rested_s)
 
     def _overdue(self, busy: dict[_Worker, Batch]) -> Iterator[Outcome]:
         """Cut what is over its time; give up on threads that do not come back even so (a hanging DNS)."""
@@ -4988,10 +5036,10 @@ def read_args(args: object) -> list[object]:
     return codes
 
 
-def _flat(items: Iterable[object]) -> list[object]:
+def _flat(items: Sequence[object]) -> list[object]:
     """Return codes one by one: a person also types several into one element. Blank elements are none."""
     with contextlib.suppress(TypeError):  # as nearly always: texts alone
-        return [*split_codes(",".join(cast(Iterable[str], items)))]
+        return [*split_codes(",".join(cast(Sequence[str], items)))]
     codes: list[object] = []
     for item in items:
         codes += split_codes(item) if isinstance(item, str) else [item]

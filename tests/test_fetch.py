@@ -8,12 +8,16 @@ import logging
 import os
 import random
 import re
+import select
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -50,7 +54,9 @@ from stockrt import (
     HttpConnection,
     InfowayApi,
     KeyPool,
+    Lease,
     Limits,
+    NoLedger,
     Plan,
     Report,
     SqliteStore,
@@ -430,6 +436,72 @@ def test_a_connection_is_never_made_on_the_callers_own_thread(infoway: InfowaySe
         infoway.start()
         assert collect(api, STOCKS, tmp_path).report.complete
     assert len(threads) == 1 and threads[0] != threading.get_ident()
+
+
+class SlowLedger(NoLedger):
+    """Lends three requests at a time, and waits for `released` before it does."""
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+        self.released = threading.Event()
+        self.released.set()
+
+    def lease(self, digest: str, plan: Plan, now: float) -> Lease:
+        """Lend some."""
+        self.threads.append(threading.get_ident())
+        assert self.released.wait(SOON_S)
+        return Lease(3, now + 3600)
+
+
+def test_the_ledger_is_never_asked_on_the_callers_own_thread(infoway: InfowayServer, tmp_path: Path) -> None:
+    """It could take seconds, in which nothing that waits is stored, and no stop is seen."""
+    ledger, answered = SlowLedger(), Counter[int]()
+    pool = KeyPool([("test-key", NO_LIMIT)], ledger)
+
+    def on_answer(*_: object) -> None:
+        answered[threading.get_ident()] += 1
+
+    with contextlib.closing(InfowayApi(infoway.url, pool, Hasty(), on_answer=on_answer)) as api:
+        collect(api, STOCKS[:1], tmp_path / "1")
+        api._latencies.append(0.0)
+        assert collect(api, share_codes(1_000), tmp_path / "2").report.complete
+        assert threading.get_ident() not in ledger.threads and len(ledger.threads) >= 4
+        assert answered[threading.get_ident()] > 4
+
+        ledger.released.clear()
+        stop = threading.Event()
+        thread = threading.Thread(target=lambda: collect(api, share_codes(400), tmp_path / "3", stop))
+        thread.start()
+        stop.set()
+        thread.join(STOPPED_S)
+        assert not thread.is_alive()
+        ledger.released.set()
+
+
+def test_the_callers_own_time_is_not_taken_for_the_servers(infoway: InfowayServer, tmp_path: Path) -> None:
+    """What is stored while an answer is waited for may take longer than the answer may."""
+    limits = Limits(connect_s=1.0, read_s=0.6, whole_s=0.9)
+    took: list[float] = []
+    with warm_api(infoway, tmp_path, limits) as api:
+        api._on_answer = lambda answer, verdict, seconds: took.append(seconds)
+        infoway.script = [Answer().after(0.4)]
+        batch = Batch("stock", ",".join(STOCKS))
+        outcomes = list(api.fetch([batch], threading.Event(), lambda: time.sleep(1.5)))
+        assert len(infoway.requests) == 1
+    assert [len(outcome.trades) for outcome in outcomes] == [len(STOCKS)]
+    assert took[0] < limits.whole_s
+
+
+def test_nothing_of_the_caller_is_kept_after_a_request(infoway: InfowayServer, tmp_path: Path) -> None:
+    class Rest:
+        def __call__(self) -> None: ...
+
+    rest = Rest()
+    gone = weakref.ref(rest)
+    with warm_api(infoway, tmp_path) as api:
+        list(api.fetch([Batch("stock", "AAPL.US")], threading.Event(), rest))
+        del rest
+        assert gone() is None
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -991,6 +1063,113 @@ def test_certificate_of_ssl_cert_file(run_pyz: RunPyz) -> None:
         assert (done.returncode, server.codes_asked()) == (0, ["AAPL.US"]), done.stderr
 
 
+class Relay:
+    """Passes connections on to a server; once told so, no more than some bytes of answers over those there are."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._sockets: list[socket.socket] = []
+        self._left: dict[socket.socket, int] = {}
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"https://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.stalled = threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def stall_after(self, size: int) -> None:
+        """Hold back what servers send from now on but the first bytes; new connections are not held up."""
+        self._left = dict.fromkeys(self._sockets, size)
+
+    def close(self) -> None:
+        """Cut everything."""
+        for one in (self._listener, *self._sockets):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._port))
+                self._sockets += [client, server]
+                for source, target in ((client, server), (server, client)):
+                    threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                left = (
+                    self._left.get(target, len(data)) if source.getpeername()[1] == self._port else len(data)
+                )
+                target.sendall(data[:left])
+                if left < len(data):
+                    self._left[target] = 0
+                    self.stalled.set()
+
+
+@pytest.fixture
+def relayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[InfowayServer, Relay]]:
+    with InfowayServer(tls=True) as server, contextlib.closing(Relay(server.port)) as relay:
+        monkeypatch.setenv("SSL_CERT_FILE", str(server.ca_file))
+        yield server, relay
+
+
+@contextlib.contextmanager
+def relayed_api(relay: Relay, folder: Path, limits: Limits, warm: bool) -> Iterator[InfowayApi]:
+    """Yield a client over TLS with a connection that stands, and has the next answer stall in a record."""
+    pool = KeyPool([("test-key", NO_LIMIT)])
+    with contextlib.closing(InfowayApi(relay.url, pool, Hasty(), limits)) as api:
+        assert collect(api, STOCKS, folder / "warm").report.complete
+        if warm:
+            api._latencies.append(0.0)
+        relay.stall_after(40)
+        yield api
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_record_of_tls_that_never_ends_is_cut(
+    relayed: tuple[InfowayServer, Relay], tmp_path: Path, warm: bool
+) -> None:
+    server, relay = relayed
+    began = time.monotonic()
+    with relayed_api(relay, tmp_path, Limits(connect_s=5.0, read_s=100.0, whole_s=0.5), warm) as api:
+        run = collect(api, STOCKS, tmp_path)
+    assert relay.stalled.is_set() and time.monotonic() - began < SOON_S
+    check_truth(run, server, STOCKS)
+    assert run.report.complete
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_stop_ends_a_record_of_tls_that_never_ends(
+    relayed: tuple[InfowayServer, Relay], tmp_path: Path, warm: bool
+) -> None:
+    _, relay = relayed
+    stop = threading.Event()
+    with relayed_api(relay, tmp_path, API_LIMITS, warm) as api:
+        thread = threading.Thread(target=lambda: collect(api, STOCKS, tmp_path, stop))
+        thread.start()
+        assert relay.stalled.wait(SOON_S)
+        stop.set()
+        thread.join(STOPPED_S)
+        assert not thread.is_alive()
+
+
+def test_what_tls_says_to_itself_does_not_end_a_connection(relayed: tuple[InfowayServer, Relay]) -> None:
+    """A server sends session tickets after the handshake: they arrive while a key is waited for."""
+    server, relay = relayed
+    connection = HttpConnection(relay.url)
+
+    def wait_for_tickets() -> dict[str, str]:
+        poll = select.poll()
+        poll.register(connection._conn.sock, select.POLLIN)
+        assert poll.poll(SOON_S * 1000)
+        return {"apiKey": "test-key"}
+
+    with contextlib.closing(connection):
+        assert connection.get("/stock/batch_trade/AAPL.US", wait_for_tickets).status == 200
+    assert server.connections == 1
+
+
 def test_plain_http_server_called_https(infoway: InfowayServer, tmp_path: Path) -> None:
     url, pool = infoway.url.replace("http:", "https:"), KeyPool([("test-key", NO_LIMIT)])
     short = Limits(connect_s=0.2, read_s=0.2, whole_s=0.5)  # it waits for the rest of a request's head
@@ -1034,13 +1213,16 @@ def test_stop_ends_a_run_under_a_hanging_server(infoway: InfowayServer, tmp_path
     check_threads_end()
 
 
-def test_stop_ends_a_request_of_the_callers_own_thread(infoway: InfowayServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", [Answer.hang(), Answer.drip("body", 0.05)], ids=["hang", "drip"])
+def test_stop_ends_a_request_of_the_callers_own_thread(
+    infoway: InfowayServer, tmp_path: Path, answer: Answer
+) -> None:
     codes = share_codes(1_000)
     first = iter([None])
     stop = threading.Event()
     ended: list[Run] = []
     with warm_api(infoway, tmp_path) as api:
-        infoway.script = lambda _: next(first, Answer.hang())
+        infoway.script = lambda _: next(first, answer)
         thread = threading.Thread(target=lambda: ended.append(collect(api, codes, tmp_path, stop)))
         thread.start()
         infoway.wait_for(lambda it: len(it.requests) == 2)
