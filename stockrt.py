@@ -2280,7 +2280,7 @@ MONGODB_GOODBYE_S = 1.0
 # How long one process waits for another that writes to the same SQLite file.
 SQLITE_BUSY_S = 10.0
 SQLITE_NAME = "stockrt.db"
-SQLITE_VERSION = 2
+SQLITE_VERSION = 3
 DUPLICATE_KEY = 11000
 UNAUTHORIZED = 13
 # The `_id` of a document that is written and deleted to see whether that works.
@@ -2395,6 +2395,8 @@ SQLITE_DAMAGED = (11, 26)
 SQLITE_SIDES = ("", "-wal", "-shm")
 # Rows of a damaged file, about a second's work.
 RESCUED_AT_ONCE = 20_000
+# More rows than can be missing at the end of a damaged table.
+NUMBERS_SKIPPED = 1_000_000
 
 
 class LocalFile:
@@ -2411,9 +2413,10 @@ class LocalFile:
         self._on_busy = on_busy
         self._version = version
         self._schema = schema
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
+        self.identity: tuple[int, int] | None = None  # in another file rows have other numbers
         self._db: sqlite3.Connection | None = None
-        self._opened: tuple[int, int] | None = None
+        self._closed = False
         self._open()
 
     def write(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
@@ -2430,19 +2433,20 @@ class LocalFile:
 
     def shrink(self) -> None:
         """Give unused space back to the disk, as far as nobody else reads the file now. Raises StoreError."""
-        import sqlite3
-
-        with self._lock, contextlib.suppress(sqlite3.OperationalError):  # busy: the next time
-            self._connection().execute("VACUUM")
-            self._connection().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._maintain("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)")
 
     def empty_log(self) -> None:
         """Move the write-ahead log into the file, as far as nobody else reads it now. Raises StoreError."""
+        self._maintain("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _maintain(self, *statements: str) -> None:
         import sqlite3
 
-        with self._lock:
+        with self.lock:
+            db = self._connection()
             try:
-                self._connection().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                for statement in statements:
+                    db.execute(statement).fetchall()
             except sqlite3.Error as error:
                 raise sqlite_fault(self.path, error) from error
 
@@ -2452,15 +2456,19 @@ class LocalFile:
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
-            if self._db is not None:
-                self._db.close()
-            self._db = None
+        with self.lock:
+            self._closed = True
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
+        self._db = None
 
     def _run(self, work: Callable[[sqlite3.Connection], _T], begin: str) -> _T:
         import sqlite3
 
-        with self._lock:
+        with self.lock:
             try:
                 return self._transact(work, begin)
             except sqlite3.Error as error:
@@ -2473,21 +2481,28 @@ class LocalFile:
                 raise sqlite_fault(self.path, error) from error
 
     def _transact(self, work: Callable[[sqlite3.Connection], _T], begin: str) -> _T:
+        """Do `work` in the file that is current, and was so to the end.
+
+        Others may set aside at any moment what this one has open; what it commits then may be in no file.
+        """
         while True:
             with self._connection() as db:
                 if begin:
                     db.execute(begin)
-                if self._is_current():
-                    return work(db)
-            self._open()  # another process has set aside what this one had open
+                done = [work(db)] if self._is_current() else []
+            if done and self._is_current():
+                return done[0]
+            self._open()
 
     def _connection(self) -> sqlite3.Connection:
-        if self._db is None:
+        if self._closed:
             raise StoreError(f"the local file {self.path} is closed already")
-        return self._db
+        if self._db is None:  # it could not be opened the last time
+            self._open()
+        return cast("sqlite3.Connection", self._db)
 
     def _is_current(self) -> bool:
-        return self._opened == _inode(self.path)
+        return self.identity == _inode(self.path)
 
     def _open(self, damage: Exception | None = None) -> None:
         """Open the file; `damage` is what showed that it cannot go on as it is."""
@@ -2508,7 +2523,9 @@ class LocalFile:
                 raise sqlite_fault(self.path, error) from error
 
     def _connect(self) -> None:
-        self.close()
+        self._disconnect()
+        if any(side.exists() for side in _sides(self._away())):
+            self._end_setting_aside("its rescue was interrupted")
         if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
             raise _damage("its beginning is cut off")  # SQLite would take it for new and drop the log
         self._db = connect_sqlite(self.path)
@@ -2519,9 +2536,9 @@ class LocalFile:
         try:
             bring_up(self._db, self.path, self._version, self._schema)
         except BaseException:
-            self.close()
+            self._disconnect()
             raise
-        self._opened = _inode(self.path)
+        self.identity = _inode(self.path)
 
     def _is_lost(self, error: Exception) -> bool:
         """Whether the file is damaged, or may not be used by this user."""
@@ -2532,23 +2549,51 @@ class LocalFile:
         )
 
     def _set_aside(self, damage: Exception) -> None:
-        """Put a new file in the place of the old one, with what can be read of it."""
-        stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z"
-        aside = self.path.with_name(f"{self.path.name}.damaged-{stamp}")
+        """Put a new file in the place of the old one, with what can be read of it.
+
+        The old one is moved away first: who has it open sees then that it is current no more.
+        """
+        _move(self.path, self._away())
+        self._end_setting_aside(one_line(damage))
+
+    def _away(self) -> Path:
+        """The name of a file that is being rescued; what has it after a kill is rescued once more."""
+        return self.path.with_name(f"{self.path.name}.setting-aside")
+
+    def _end_setting_aside(self, why: str) -> None:
+        done = "it had been rescued already"
+        if not self.path.exists():
+            _move(self.path, self._away())  # its log, where a kill came in between
+            done = f"{self._rescue()} rows of it are rescued"
+        aside = self.path.with_name(f"{self.path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z")
+        _move(self._away(), aside)
+        _sync_directory(self.path.parent)
+        log.error(
+            "the local file %s cannot be used: %s; it is set aside as %s, %s",
+            self.path,
+            why,
+            aside.name,
+            done,
+        )
+
+    def _rescue(self) -> int:
+        """Make the new file of what can be read of the old one, and return how many rows that is."""
         fresh = self.path.with_name(f"{self.path.name}.rescue")
         for side in _sides(fresh):
             side.unlink(missing_ok=True)
         with contextlib.closing(open_sqlite(fresh, self._version, self._schema)) as db:
-            rescued = rescue(self.path, db, self._on_busy)
+            rescued = rescue(self._away(), db, self._on_busy)
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        self.close()
-        for old, new in zip(_sides(self.path), _sides(aside), strict=True):
-            if old.exists():
-                old.replace(new)
+        self._disconnect()  # not before: the last one to close a damaged log empties it
         fresh.replace(self.path)
-        _sync_directory(self.path.parent)
-        log.error("the local file %s cannot be used: %s; it is set aside as %s, %d rows of it are rescued",
-                  self.path, one_line(damage), aside.name, rescued)  # fmt: skip
+        return rescued
+
+
+def _move(path: Path, target: Path) -> None:
+    """Rename a file of SQLite's and what it keeps beside it, as far as they exist."""
+    for old, new in zip(_sides(path), _sides(target), strict=True):
+        if old.exists():
+            old.replace(new)
 
 
 def _sides(path: Path) -> list[Path]:
@@ -2629,10 +2674,18 @@ def _damage(words: str) -> Exception:
 
 @contextlib.contextmanager
 def _directory_lock(directory: Path) -> Iterator[None]:
-    """Hold the lock that keeps other processes, and other threads, from opening our files in a directory."""
+    """Hold the lock that keeps other processes, and other threads, from opening our files in a directory.
+
+    Raises StoreError.
+    """
     import fcntl
 
-    handle = os.open(directory, os.O_RDONLY)
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise StoreError(
+            f"the state directory {directory} cannot be used: {error.strerror}; see STATE_DIRECTORY"
+        ) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -2725,7 +2778,19 @@ def rescue(damaged: Path, db: sqlite3.Connection, on_busy: Callable[[], None] = 
         for (name,) in names.fetchall():
             if name != "realtime":
                 found += _rescue_table(damaged, db, name)
+        _skip_numbers(damaged, db)
     return found
+
+
+def _skip_numbers(damaged: Path, db: sqlite3.Connection) -> None:
+    """Give no number again that was given out for a row that is lost: somebody may still know it."""
+    given = {row["name"]: row["seq"] for row in _readable_rows(damaged, "SELECT * FROM sqlite_sequence")}
+    tables = db.execute("SELECT name FROM sqlite_master WHERE sql LIKE '%AUTOINCREMENT%'").fetchall()
+    for (name,) in tables:
+        (last,) = db.execute(f"SELECT max(rowid) FROM {name}").fetchone()  # noqa: S608
+        number = max([n for n in (given.get(name), last) if isinstance(n, int)], default=0) + NUMBERS_SKIPPED
+        db.execute("DELETE FROM sqlite_sequence WHERE name = ?", (name,))
+        db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (name, number))
 
 
 def _rescue_trades(damaged: Path, db: sqlite3.Connection, on_busy: Callable[[], None]) -> int:
@@ -2781,7 +2846,8 @@ def carve_trades(path: Path) -> Iterator[tuple[Any, ...]]:
     `_id` follows from its fields.
     """
     file, write_ahead_log, _ = _sides(path)
-    for source, start, skip in ((file, 0, 0), (write_ahead_log, WAL_HEAD, WAL_FRAME_HEAD)):
+    # the log first: somebody may still move pages from it into the file
+    for source, start, skip in ((write_ahead_log, WAL_HEAD, WAL_FRAME_HEAD), (file, 0, 0)):
         with contextlib.suppress(OSError), source.open("rb") as stream:  # not there, or not for this user
             stream.seek(start)
             while block := stream.read(skip + SQLITE_PAGE):
@@ -2971,6 +3037,13 @@ CREATE TABLE IF NOT EXISTS close (
     after_hours INTEGER, half_day INTEGER, half_day_unknown INTEGER,
     create_time TEXT NOT NULL, update_time TEXT NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS unsettled (      -- trades that MongoDB has, whose closes could not be made
+    _id TEXT PRIMARY KEY,
+    s TEXT NOT NULL, t INTEGER NOT NULL,
+    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
+    stock_code TEXT NOT NULL,
+    create_time TEXT NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS key_usage (
     digest TEXT, day TEXT, used INTEGER NOT NULL, PRIMARY KEY (digest, day)
 ) WITHOUT ROWID;
@@ -3037,10 +3110,11 @@ def _iso(moment: datetime) -> str:
 # ------------------------------------------------------------------------------------------------------
 
 # Faults that MongoDB reports of a single document of a batch, though any would have met them: the server is
-# about to change its role or to go (the drivers' list of retryable errors), has no room, or lacks a right.
+# about to change its role or to go (the drivers' list of retryable errors), has no room, lacks a right or is
+# told to take no writes (371); or a router finds no shard that could take it (70, 82, 133, 202).
 NOT_THE_DOCUMENTS_FAULT = frozenset(
-    [6, 7, UNAUTHORIZED, 24, 46, 50, 63, 64, 89, 91, 112, 134, 150, 189, 249, 262, 8000, 9001, 10058, 10107, 11600,
-     11602, 13388, 13435, 13436, 14031]
+    [6, 7, UNAUTHORIZED, 24, 46, 50, 63, 64, 70, 82, 89, 91, 112, 133, 134, 150, 189, 202, 249, 262, 371, 8000,
+     9001, 10058, 10107, 11600, 11602, 13388, 13435, 13436, 14031]
 )  # fmt: skip
 
 
@@ -3353,11 +3427,12 @@ def _before(trade: Mapping[str, Any], operator: str) -> list[dict[str, Any]]:
 
 
 def _order(document: Document) -> tuple[Any, ...]:
-    """Return what decides between stored trades, whatever the type of their numbers."""
+    """Return what decides between stored trades, as MongoDB sorts them: numbers of any type before texts."""
     from bson.decimal128 import Decimal128
 
     values = (document[name] for name in _ORDER)
-    return tuple(value.to_decimal() if isinstance(value, Decimal128) else value for value in values)
+    plain = (value.to_decimal() if isinstance(value, Decimal128) else value for value in values)
+    return tuple((isinstance(value, str), value) for value in plain)
 
 
 def _as_texts(document: Document) -> dict[str, str]:
@@ -3411,12 +3486,16 @@ class SpoolFacts(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """The oldest trades of the spool, from number `first` to `last`; `damaged` ones (`_id` -> why) left out."""
+    """The oldest trades of the spool, from number `first` to `last`; `damaged` ones (`_id` -> why) left out.
+
+    `file`: the one they have these numbers in.
+    """
 
     first: int
     last: int
     documents: list[Document]
     damaged: dict[str, str]
+    file: tuple[int, int] | None
 
 
 class Spool(SqliteStore):
@@ -3441,13 +3520,21 @@ class Spool(SqliteStore):
             raise
 
     def _write_counted(self, documents: Sequence[Document]) -> WriteReport:
-        report = super().write(documents)
-        self._count_more(report.stored)
+        with self._counting() as count:
+            report = super().write(documents)
+            count(report.stored)
         return report
 
-    def _count_more(self, trades: int) -> None:
-        if self._trades is not None:
-            self._trades = max(0, self._trades + trades)
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[Callable[[int], None]]:
+        """Give a callable that counts what is written meanwhile, while no other thread does either."""
+
+        def count(trades: int) -> None:
+            if self._trades is not None:
+                self._trades = max(0, self._trades + trades)
+
+        with self._file.lock:
+            yield count
 
     def _admit(self, db: sqlite3.Connection, documents: Sequence[Document]) -> None:
         """Raise SpoolFull if the file or the disk could come to its limit."""
@@ -3469,19 +3556,21 @@ class Spool(SqliteStore):
                 f"the disk of {self.path} would have less than {DISK_KEPT_FREE:.0%} free; see STATE_DIRECTORY"
             )
 
+    def has_trades(self) -> bool:
+        """Return whether trades wait for MongoDB. Raises StoreError."""
+        with self._file.lock:
+            found = bool(self._file.read_one("SELECT EXISTS (SELECT 1 FROM realtime WHERE demo IS NULL)")[0])
+            self._trades = self._trades if found else 0
+        return found
+
     def is_empty(self) -> bool:
-        """Return whether nothing waits for MongoDB. Raises StoreError."""
-        query = "SELECT EXISTS (SELECT 1 FROM realtime WHERE demo IS NULL) OR EXISTS (SELECT 1 FROM close)"
-        empty = not self._file.read_one(query)[0]
-        self._trades = 0 if empty else self._trades
-        return empty
+        """Return whether nothing at all waits, neither trades nor what is to be a close. Raises StoreError."""
+        query = "SELECT EXISTS (SELECT 1 FROM close) OR EXISTS (SELECT 1 FROM unsettled)"
+        return not (self.has_trades() or self._file.read_one(query)[0])
 
     def oldest(self, count: int) -> Waiting:
         """Return up to `count` trades in order of arrival. Raises StoreError."""
-        query = (
-            "SELECT seq, _id, s, t, p, v, vw, td, stock_code, create_time FROM realtime "
-            "WHERE demo IS NULL ORDER BY seq LIMIT ?"
-        )
+        query = f"SELECT seq, {_WAITING_FIELDS} FROM realtime WHERE demo IS NULL ORDER BY seq LIMIT ?"  # noqa: S608
 
         def look(db: sqlite3.Connection) -> list[Any]:
             found = db.execute(query, (count,)).fetchall()
@@ -3490,20 +3579,30 @@ class Spool(SqliteStore):
                 raise _damage("its rows are out of order")  # part of a page is gone; SQLite does not look
             return found
 
-        rows = self._file.read(look)
+        with self._file.lock:
+            rows, file = self._file.read(look), self._file.identity
         documents: list[Document] = []
         damaged: dict[str, str] = {}
         for row in rows:
             try:
-                documents.append(_waiting_document(row))
+                documents.append(_waiting_document(row[1:]))
             except (TypeError, ValueError) as error:
                 damaged[str(row[1])] = f"damaged on this machine: {one_line(error, 200)}"
-        return Waiting(rows[0][0] if rows else 0, rows[-1][0] if rows else 0, documents, damaged)
+        return Waiting(rows[0][0] if rows else 0, rows[-1][0] if rows else 0, documents, damaged, file)
 
-    def finish(self, waiting: Waiting, refused: Mapping[str, str], collection: str) -> None:
-        """Take out what MongoDB has, and put aside what it refused (`_id` -> reason). Raises StoreError."""
+    def finish(
+        self, waiting: Waiting, refused: Mapping[str, str], collection: str, settled: bool = True
+    ) -> bool:
+        """Take out what MongoDB has, and put aside what it refused (`_id` -> reason). Raises StoreError.
+
+        What is not `settled` is kept apart until its closes are made. Return whether it was done: not where
+        a rescue has given the rows other numbers meanwhile; they wait as before then.
+        """
+        rows = "FROM realtime WHERE seq BETWEEN ? AND ? AND demo IS NULL"
 
         def take_out(db: sqlite3.Connection) -> int:
+            if self._file.identity != waiting.file:
+                return 0
             for name, why in (waiting.damaged | dict(refused)).items():
                 db.execute(
                     "INSERT OR REPLACE INTO rejects (collection, _id, document, reason, rejected_at) "
@@ -3511,27 +3610,61 @@ class Spool(SqliteStore):
                     "'stock_code', stock_code, 'create_time', create_time), ?, ? FROM realtime WHERE _id = ?",
                     (collection, why, _iso(utc_now()), name),
                 )
-            done = db.execute(
-                "DELETE FROM realtime WHERE seq BETWEEN ? AND ? AND demo IS NULL",
-                (waiting.first, waiting.last),
-            )
-            return done.rowcount
+            span = (waiting.first, waiting.last)
+            if not settled:
+                keep = f"INSERT OR IGNORE INTO unsettled SELECT {_WAITING_FIELDS} {rows}"
+                db.execute(keep, span)
+                gone = [(name,) for name in waiting.damaged | dict(refused)]
+                db.executemany("DELETE FROM unsettled WHERE _id = ?", gone)
+            return db.execute(f"DELETE {rows}", span).rowcount
 
-        self._count_more(-self._file.write(take_out))
+        with self._counting() as count:
+            taken = self._file.write(take_out)
+            count(-taken)
+        return taken > 0
 
-    def reject(self, documents: Iterable[Document], refused: Mapping[str, str], collection: str) -> None:
-        """Put aside documents that MongoDB refused (`_id` -> reason). Raises StoreError."""
-        now = _iso(utc_now())
-        rows = [
-            (collection, d["_id"], json.dumps(d, default=_json_value), refused[d["_id"]], now)
-            for d in documents
-            if d["_id"] in refused
-        ]
-        insert = (
-            "INSERT OR REPLACE INTO rejects (collection, _id, document, reason, rejected_at) "
-            "VALUES (?, ?, ?, ?, ?)"
-        )
-        self._file.write(lambda db: db.executemany(insert, rows))
+    def keep_unsettled(self, documents: Sequence[Document]) -> None:
+        """Keep trades that MongoDB has until their closes are made. Raises StoreError, SpoolFull."""
+        insert = "INSERT OR IGNORE INTO unsettled VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        rows = [_sqlite_row(document)[:-1] for document in documents]
+
+        def keep(db: sqlite3.Connection) -> None:
+            self._admit(db, documents)
+            db.executemany(insert, rows)
+
+        self._file.write(keep)
+
+    def unsettled(self, count: int) -> list[Document]:
+        """Return up to `count` trades whose closes are still to be made. Raises StoreError."""
+        query = f"SELECT {_WAITING_FIELDS} FROM unsettled LIMIT ?"  # noqa: S608
+        documents = []
+        for row in self._file.read(lambda db: db.execute(query, (count,)).fetchall()):
+            try:
+                documents.append(_waiting_document(row))
+            except (TypeError, ValueError) as error:
+                log.error(
+                    "no close is made of %s, which is damaged on this machine: %s", row[0], one_line(error)
+                )
+                self.settled(row[:1])
+        return documents
+
+    def settled(self, ids: Sequence[object]) -> None:
+        """Forget trades whose closes are made. Raises StoreError."""
+        rows = [(one,) for one in ids]
+        self._file.write(lambda db: db.executemany("DELETE FROM unsettled WHERE _id = ?", rows))
+
+    def count_unsettled(self) -> int:
+        """Return of how many trades the closes are still to be made. Raises StoreError."""
+        return int(self._file.read_one("SELECT count(*) FROM unsettled")[0])
+
+    def reject(self, documents: Sequence[Document], refused: Mapping[str, str], collection: str) -> None:
+        """Put aside documents that MongoDB refused (`_id` -> reason). Raises StoreError, SpoolFull."""
+
+        def put(db: sqlite3.Connection) -> None:
+            self._admit(db, [d for d in documents if d["_id"] in refused])
+            _put_aside(db, documents, refused, collection)
+
+        self._file.write(put)
 
     def rejects(self) -> list[dict[str, Any]]:
         """Return what MongoDB refused for good, oldest first. Raises StoreError."""
@@ -3554,8 +3687,9 @@ class Spool(SqliteStore):
             db.execute("DELETE FROM rejects WHERE collection = ?", (collection,))
             return done.rowcount
 
-        moved = self._file.write(move)
-        self._count_more(moved)
+        with self._counting() as count:
+            moved = self._file.write(move)
+            count(moved)
         return moved
 
     def closes(self, count: int) -> list[tuple[Close, str]]:
@@ -3572,11 +3706,18 @@ class Spool(SqliteStore):
             for marks, trade in [(rest[: len(CLOSE_MARKS)], rest[len(CLOSE_MARKS) :])]
         ]
 
-    def finish_closes(self, closes: Iterable[tuple[Close, str]]) -> None:
-        """Take out closes that have not changed since they were read. Raises StoreError."""
+    def finish_closes(
+        self, closes: Sequence[tuple[Close, str]], refused: Mapping[str, str], collection: str
+    ) -> None:
+        """Take out closes that have not changed since they were read, put the refused ones aside. Raises StoreError."""
+        documents = [close.document | {"_id": close.key} for close, _ in closes]
         rows = [(close.key, changed) for close, changed in closes]
-        delete = "DELETE FROM close WHERE _id = ? AND update_time = ?"
-        self._file.write(lambda db: db.executemany(delete, rows))
+
+        def take_out(db: sqlite3.Connection) -> None:
+            _put_aside(db, documents, refused, collection)
+            db.executemany("DELETE FROM close WHERE _id = ? AND update_time = ?", rows)
+
+        self._file.write(take_out)
 
     def facts(self, counted: bool = False) -> SpoolFacts:
         """Return what waits; `counted` anew, which takes a while where millions do. Raises StoreError."""
@@ -3604,12 +3745,29 @@ class Spool(SqliteStore):
         return int(pages - unused) * SQLITE_PAGE
 
 
+def _put_aside(
+    db: sqlite3.Connection, documents: Iterable[Document], refused: Mapping[str, str], collection: str
+) -> None:
+    now = _iso(utc_now())
+    rows = [
+        (collection, d["_id"], json.dumps(d, default=_json_value), refused[d["_id"]], now)
+        for d in documents
+        if d["_id"] in refused
+    ]
+    insert = (
+        "INSERT OR REPLACE INTO rejects (collection, _id, document, reason, rejected_at) "
+        "VALUES (?, ?, ?, ?, ?)"
+    )
+    db.executemany(insert, rows)
+
+
+_WAITING_FIELDS = "_id, s, t, p, v, vw, td, stock_code, create_time"
 _WAITING = "SELECT (SELECT count(*) FROM realtime) - (SELECT count(*) FROM realtime WHERE demo IS NOT NULL)"
 
 
 def _waiting_document(row: Sequence[Any]) -> Document:
     """Return the document of a row. Raises ValueError or TypeError when the disk has changed it."""
-    _, name, s, t, p, v, vw, td, code, created = row
+    name, s, t, p, v, vw, td, code, created = row
     if name != f"{s}|{t}|{p}|{v}|{td}" or code != s:
         raise ValueError("its fields do not make its _id")
     return {"_id": name, "s": s, "t": t, "p": p, "v": v, "vw": vw, "td": td, "stock_code": code,
@@ -3621,8 +3779,9 @@ def _json_value(value: object) -> str:
 
 
 class Drain:
-    """Moves what waits to MongoDB, a batch at a time. `settle` keeps the closes that follow from trades.
+    """Moves what waits to MongoDB, a batch at a time. `settle` writes the closes that follow from trades.
 
+    Trades whose closes cannot be made hold nobody up: they are kept apart until all trades are moved.
     `on_fault` is told of a batch that failed and is halved.
     """
 
@@ -3639,22 +3798,42 @@ class Drain:
         self._settle = settle
         self._size = DRAIN_BATCH
         self._failed_alone = 0
+        self._settles = True  # until it fails: each try may take its whole time limit
         self.moved = 0
         self.rejected = 0
 
     def step(self) -> int:
-        """Move the oldest batch and return how many documents it had, 0 when nothing waits.
+        """Move the oldest batch and return how many trades it had, 0 when none wait.
 
         Raises StoreAway when MongoDB does not take it, StoreError when the local file fails.
         """
         waiting, refused = self._deliver()
         if not waiting.last:
-            return self._step_closes()
+            return 0
         self._size = min(DRAIN_BATCH, self._size * 2)
         self._failed_alone = 0
-        self._spool.finish(waiting, refused, self._mongo.realtime_name)
-        self._count(len(waiting.documents) - len(refused), waiting.damaged | refused)
+        settled = self._settled([d for d in waiting.documents if d["_id"] not in refused])
+        if self._spool.finish(waiting, refused, self._mongo.realtime_name, settled):
+            self._count(len(waiting.documents) - len(refused), waiting.damaged | refused)
         return len(waiting.documents) + len(waiting.damaged)
+
+    def step_closes(self) -> int:
+        """Write closes that wait, or make those of a batch of trades; return how many it had, 0 when none wait.
+
+        Raises StoreAway when MongoDB does not take them, StoreError when the local file fails.
+        """
+        closes = self._spool.closes(DRAIN_BATCH)
+        if closes:
+            refused = self._mongo.write_closes([close for close, _ in closes])
+            self._spool.finish_closes(closes, refused, self._mongo.close_name)
+            self._count(len(closes) - len(refused), refused)
+            return len(closes)
+        trades = self._spool.unsettled(DRAIN_BATCH)
+        if trades:
+            self._settle(trades)
+            self._spool.settled([trade["_id"] for trade in trades])
+            self._settles = True
+        return len(trades)
 
     def _deliver(self) -> tuple[Waiting, dict[str, str]]:
         """Return the oldest batch, which MongoDB has by then, and what it refused of it (`_id` -> why).
@@ -3665,9 +3844,7 @@ class Drain:
         while True:
             waiting = self._spool.oldest(self._size)
             try:
-                refused = dict(self._mongo.write(waiting.documents).refused)
-                self._settle([d for d in waiting.documents if d["_id"] not in refused])
-                return waiting, refused
+                return waiting, dict(self._mongo.write(waiting.documents).refused)
             except StoreAway as error:
                 if not self._mongo.takes_another():
                     raise
@@ -3676,22 +3853,22 @@ class Drain:
                 self._on_fault(error)
                 self._size = len(waiting.documents) // 2
 
+    def _settled(self, documents: Sequence[Document]) -> bool:
+        """Make the closes of trades that arrived, and return whether that was done."""
+        if self._settles:
+            try:
+                self._settle(documents)
+            except Exception as error:  # said when they cannot be made later either
+                log.debug("closes are made later: %s", error)
+                self._settles = False
+        return self._settles
+
     def _refused_alone(self, document: Document, error: StoreAway) -> dict[str, str]:
         """Return why MongoDB refuses a document ({}: it has it). Raises the error again while that is open."""
         self._failed_alone += 1
         if self._failed_alone < POISON_TRIES:
             raise error
         return {} if self._mongo.has(document["_id"]) else {document["_id"]: str(error)}
-
-    def _step_closes(self) -> int:
-        closes = self._spool.closes(DRAIN_BATCH)
-        if closes:
-            refused = self._mongo.write_closes([close for close, _ in closes])
-            documents = [close.document | {"_id": close.key} for close, _ in closes]
-            self._spool.reject(documents, refused, self._mongo.close_name)
-            self._spool.finish_closes(closes)
-            self._count(len(closes) - len(refused), refused)
-        return len(closes)
 
     def _count(self, moved: int, refused: Mapping[str, str]) -> None:
         self.moved += moved
@@ -3720,9 +3897,12 @@ class SpooledStore:
         self._settle: Callable[[Sequence[Document]], None] = lambda documents: None
         self._changed = threading.Condition()
         self._drainer: threading.Thread | None = None  # while something waits
+        self._behind = False  # trades wait, as far as is known
         self._away: StoreAway | None = None
         self._away_since = utc_now()
         self._closing = threading.Event()
+        self._woken = threading.Event()  # something came, or this closes
+        self._close_trouble = Trouble("closing snapshot", then="what it follows from is kept on this machine")
         self._trouble = Trouble("MongoDB", then="what is fetched is kept on this machine until it is back")
         self._file_trouble = Trouble("what waits for MongoDB", then="what it takes does not need the file")
 
@@ -3731,10 +3911,11 @@ class SpooledStore:
         self._settle = settle
         facts = self.spool.facts()
         self._on_change(facts)
-        if not self.spool.is_empty():
+        if facts.trades:
             log.info(
                 "%d trades wait on this machine for MongoDB, the oldest since %s", facts.trades, facts.oldest
             )
+        if not self.spool.is_empty():
             self._wake_drainer()
 
     def write(self, documents: Sequence[Document]) -> WriteReport:
@@ -3753,7 +3934,7 @@ class SpooledStore:
 
     def postpone(self, documents: Sequence[Document]) -> None:
         """Keep trades that MongoDB has but whose closes could not be made: the drainer makes them."""
-        self.spool.write(documents)
+        self.spool.keep_unsettled(documents)
         self._wake_drainer()
 
     def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
@@ -3776,6 +3957,7 @@ class SpooledStore:
     def close(self) -> None:
         """Let go of everything; what waits stays."""
         self._closing.set()
+        self._woken.set()
         self.mongo.close()
         self.spool.close()
 
@@ -3788,30 +3970,43 @@ class SpooledStore:
             log.error("%s cannot be put aside: %s", ", ".join(list(refused)[:CODES_NAMED]), error)
 
     def _is_caught_up(self) -> bool:
-        """Whether nothing waits, if need be after a while. MongoDB is not waited for while it is away."""
+        """Whether no trades wait, if need be after a while. MongoDB is not waited for while it is away."""
         try:
-            empty = self.spool.is_empty()
+            behind = self.spool.has_trades()
         except StoreError as error:
             self._file_trouble.again(str(error))
             return True
         self._file_trouble.over()
-        if empty:
+        if not behind:
             return True
-        self._wake_drainer()
         with self._changed:
-            self._changed.wait_for(lambda: self._away or self._drainer is None, CATCH_UP_S)
-            return self._drainer is None
+            self._behind = True
+            self._wake_drainer()
+            self._changed.wait_for(lambda: self._away or not self._behind, CATCH_UP_S)
+            return not self._behind
 
     def _keep(self, documents: Sequence[Document]) -> WriteReport:
         try:
-            self.spool.write(documents)
+            report = self.spool.write(documents)
         except StoreError as error:
-            self._on_change(self.spool.facts()._replace(refused=self.spool.refused))
+            self._tell()
             raise StoreError(f"{self._because(0)}, and {error}") from error
-        facts = self.spool.facts()
-        self._on_change(facts)
+        waiting = self._tell()
         self._wake_drainer()
-        return WriteReport(kept=len(documents), kept_because=self._because(facts.trades - len(documents)))
+        kept = len(documents) - len(report.refused)
+        return WriteReport(
+            refused=report.refused, kept=kept, kept_because=self._because(max(0, waiting - kept))
+        )
+
+    def _tell(self) -> int:
+        """Tell what waits, and return how many trades that is; 0 where the file does not say."""
+        try:
+            facts = self.spool.facts()
+        except StoreError as error:
+            self._file_trouble.again(str(error))
+            return 0
+        self._on_change(facts)
+        return facts.trades
 
     def _because(self, before: int) -> str:
         """Return why trades are kept; `before` of them wait longer."""
@@ -3839,33 +4034,66 @@ class SpooledStore:
         self._trouble.over()
 
     def _wake_drainer(self) -> None:
+        self._woken.set()
         with self._changed:
             if self._drainer is None and not self._closing.is_set():
-                self._drainer = threading.Thread(target=self._empty, name="stockrt-drainer", daemon=True)
-                self._drainer.start()
+                drainer = threading.Thread(target=self._empty, name="stockrt-drainer", daemon=True)
+                try:
+                    drainer.start()
+                except RuntimeError as error:  # no more threads, at the moment
+                    self._file_trouble.again(f"nothing moves it: {error}")
+                    return
+                self._drainer = drainer
 
     def _empty(self) -> None:
         """Move everything that waits, however long MongoDB is away; the thread ends when nothing does."""
         drain = Drain(self.spool, self.mongo, lambda documents: self._settle(documents), self._note_away)
-        delays = backoff(DRAIN_FIRST_S, DRAIN_CAP_S, self._rng)
+        delays, delays_of_closes = self._delays(), self._delays()
         started = time.monotonic()
         while not self._closing.is_set():
+            self._woken.clear()
             try:
-                if not drain.step():
-                    if self._ends(drain, started):
-                        return
+                if drain.step():
+                    self._note_back()
+                    self._on_change(self.spool.facts())
+                    delays = self._delays()
                     continue
-                self._note_back()
-                self._on_change(self.spool.facts())
-                delays = backoff(DRAIN_FIRST_S, DRAIN_CAP_S, self._rng)
+                self._caught_up()
             except Exception as error:  # nobody else looks at this thread
-                if self._closing.is_set():
-                    return
                 self._note_fault(error)
                 self._closing.wait(next(delays))
+                continue
+            try:
+                if drain.step_closes():
+                    self._close_trouble.over()
+                    delays_of_closes = self._delays()
+                elif self._ends(drain, started):
+                    return
+            except Exception as error:
+                self._note_close_fault(error)
+                self._woken.wait(next(delays_of_closes))  # new trades are moved at once
+
+    def _delays(self) -> Iterator[float]:
+        return backoff(DRAIN_FIRST_S, DRAIN_CAP_S, self._rng)
+
+    def _caught_up(self) -> None:
+        """Note that no trades wait."""
+        with self._changed:
+            self._behind = self.spool.has_trades()
+            self._changed.notify_all()
+
+    def _note_close_fault(self, error: Exception) -> None:
+        """Note why closes could not be made. They are tried again, whatever it was."""
+        if self._closing.is_set():
+            return
+        if not isinstance(error, StoreError) and not self._close_trouble.there:
+            log.exception("a fault of stockrt itself")
+        self._close_trouble.again(str(error) or type(error).__name__)
 
     def _note_fault(self, error: Exception) -> None:
         """Note why what waits could not be moved. It is tried again, whatever it was."""
+        if self._closing.is_set():
+            return
         if isinstance(error, StoreAway):
             self._note_away(error)
             return
@@ -3879,12 +4107,17 @@ class SpooledStore:
             if not self.spool.is_empty():
                 return False
             self._drainer = None
+            self._behind = False
             self._changed.notify_all()
         self._note_back()
-        self._on_change(self.spool.facts())
-        self.spool.shrink()
-        log.info("%d kept trades moved to MongoDB in %.1f s, %d refused by it",
-                 drain.moved, time.monotonic() - started, drain.rejected)  # fmt: skip
+        self._tell()
+        try:
+            self.spool.shrink()
+        except StoreError as error:
+            log.warning("what %s has grown by is not given back this time: %s", self.spool.path, error)
+        if drain.moved or drain.rejected:
+            log.info("%d kept trades moved to MongoDB in %.1f s, %d refused by it",
+                     drain.moved, time.monotonic() - started, drain.rejected)  # fmt: skip
         return True
 
 
@@ -3998,7 +4231,10 @@ class LocalFacts:
         if not rows:
             return None
         asked_on, first, last, days = rows[0]
-        return HalfDays(asked_on, first, last, frozenset(json.loads(days)))
+        try:
+            return HalfDays(asked_on, first, last, frozenset(json.loads(days)))
+        except (TypeError, ValueError):  # the disk has changed it: it is asked for again
+            return None
 
     def keep_calendar(self, market: str, kept: HalfDays) -> None:
         """Keep a market's half days in place of those before. Raises StoreError."""
@@ -4224,6 +4460,10 @@ class Accepted(NamedTuple):
     codes: list[object]
 
 
+class LostCommand(StoreError):
+    """A command of the journal that nobody can read any more."""
+
+
 class Journal:
     """Accepted commands and their answers on disk; thread-safe. `clock` is epoch seconds."""
 
@@ -4255,9 +4495,17 @@ class Journal:
         return (row[0], bool(row[1])) if row else None
 
     def read(self, number: int) -> Accepted:
-        """Return an accepted command."""
-        context, codes = self._file.read_one("SELECT context, codes FROM executions WHERE number = ?", number)
-        return Accepted(number, json.loads(context), json.loads(codes))
+        """Return an accepted command. Raises StoreError, LostCommand where damage has changed or taken it."""
+        row = self._file.read_one("SELECT context, codes FROM executions WHERE number = ?", number)
+        with contextlib.suppress(TypeError, ValueError):  # no row, or no JSON
+            context, codes = map(json.loads, row)
+            if isinstance(context, dict) and isinstance(codes, list):
+                return Accepted(number, context, codes)
+        raise LostCommand(f"the command is lost with damage to {self.path}")
+
+    def forget(self, number: int) -> None:
+        """Forget a command that cannot be answered. Raises StoreError."""
+        self._file.write(lambda db: db.execute("DELETE FROM executions WHERE number = ?", (number,)))
 
     def answer(self, number: int, text: str) -> None:
         """Keep the answer of a command."""
@@ -5608,7 +5856,16 @@ class Executor(threading.Thread):
             return number if answer and number is not None and self._keep_answer(number, answer) else None
         except StoreError as error:  # the journal cannot be read
             log.error("execution %s is not answered: %s", command, error)
+            if isinstance(error, LostCommand) and isinstance(command, int):
+                self._forget(command)
             return None
+
+    def _forget(self, number: int) -> None:
+        """Have a command that is lost not tried again at the next start."""
+        try:
+            self._journal.forget(number)
+        except StoreError as error:
+            log.error("execution %s stays in the journal: %s", number, error)
 
     def _read(self, number: int) -> Task:
         accepted = self._journal.read(number)
@@ -5826,10 +6083,18 @@ class Daemon:
             if age_s < EXECUTION_LIFETIME_S:
                 self._executor.add(number)
             else:
-                context = self._journal.read(number).context
-                reason = f"interrupted: stockrt was stopped before this was done, {age_s:.0f} s ago"
-                log.warning("execution %s: %s", _execution_name(context), reason)
-                self._journal.answer(number, empty_result(context, self._settings.module_name, reason))
+                self._answer_as_interrupted(number, age_s)
+
+    def _answer_as_interrupted(self, number: int, age_s: float) -> None:
+        try:
+            context = self._journal.read(number).context
+        except LostCommand as error:
+            log.error("execution %s is not answered: %s", number, error)
+            self._journal.forget(number)
+            return
+        reason = f"interrupted: stockrt was stopped before this was done, {age_s:.0f} s ago"
+        log.warning("execution %s: %s", _execution_name(context), reason)
+        self._journal.answer(number, empty_result(context, self._settings.module_name, reason))
 
     def _connect_and_serve(self) -> bool:
         """Hold one connection from dial to end; return whether it was useful."""
@@ -7131,10 +7396,10 @@ def _gather_spool(settings: Settings, told: Mapping[str, Any]) -> dict[str, Any]
         return None
     spool = Spool(settings.state_directory, settings.spool_max_bytes)
     try:
-        facts = spool.facts(counted=True)
+        facts, unsettled = spool.facts(counted=True), spool.count_unsettled()
     finally:
         spool.close()
-    return facts._asdict() | {"refused": told.get("spool_refused", 0)}
+    return facts._asdict() | {"unsettled": unsettled, "refused": told.get("spool_refused", 0)}
 
 
 def _read_status(directory: Path) -> dict[str, Any]:
@@ -7209,6 +7474,7 @@ def _spool_line(spool: Mapping[str, Any]) -> str:
     if spool["trades"]:
         line += f", {spool['bytes'] / 2**20:.1f} MB, the oldest since {spool['oldest']}"
     line += f", {spool['refused']} found no room" if spool["refused"] else ""
+    line += f", the closes of {spool['unsettled']} are still to be made" if spool["unsettled"] else ""
     return line + (f", {spool['rejects']} refused by it: see --rejects" if spool["rejects"] else "")
 
 
@@ -7251,6 +7517,8 @@ def run_drain(settings: Settings, retry: bool) -> int:
         with _drain_bar(spool.facts(counted=True).trades) as on_moved:
             while not stop.is_set() and (moved := _drain_step(drain, mongo, stop)):
                 on_moved(moved)
+        while not stop.is_set() and drain.step_closes():
+            pass
     finally:
         left = spool.facts(counted=True).trades
         rejected = f", {drain.rejected} refused by it: see --rejects" if drain.rejected else ""

@@ -820,6 +820,24 @@ def test_after_a_crash_the_young_are_executed_and_the_old_are_answered_as_interr
     assert len(platform.results) == 4
 
 
+def test_a_command_that_the_disk_has_changed_keeps_no_other_from_its_answer(
+    platform: PlatformServer, settings: stockrt.Settings, state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for age in (3000.0, 0.0):
+        journal = Journal(state, lambda age=age: time.time() - age)  # type: ignore[misc]
+        for name in (f"lost {age}", f"well {age}"):
+            journal.accept([Command(name, {"meta": {"execution_id": name}}, ["A.US"])])
+        journal.close()
+    with contextlib.closing(sqlite3.connect(state / stockrt.JOURNAL_NAME)) as db, db:
+        db.execute("UPDATE executions SET context = '{' WHERE execution_id LIKE 'lost%'")
+    with ThreadDaemon(settings):
+        answered(platform, "well 3000.0", "well 0.0")
+    assert caplog.text.count("is not answered: the command is lost") == 2
+    journal = Journal(state)
+    assert journal.unanswered() == []
+    journal.close()
+
+
 def test_results_older_than_an_hour_are_dropped_with_a_warning(
     platform: PlatformServer, settings: stockrt.Settings, state: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

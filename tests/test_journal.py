@@ -278,11 +278,44 @@ def test_a_broken_file_is_set_aside_and_said(tmp_path: Path, caplog: pytest.LogC
     broken = b"no database at all" * 1000
     (tmp_path / stockrt.JOURNAL_NAME).write_bytes(broken)
     with contextlib.closing(Journal(tmp_path)) as journal:
-        assert journal.accept([Command("e1", {}, ["A.US"])]) == [1]
+        (number,) = journal.accept([Command("e1", {}, ["A.US"])])
+        assert journal.unanswered()[0][0] == number
     (aside,) = tmp_path.glob("executions.db.damaged-*")
     assert aside.read_bytes() == broken
     (record,) = caplog.records
     assert record.levelname == "ERROR" and aside.name in record.getMessage()
+
+
+def spoil(journal: Journal, **fields: str) -> None:
+    """Change the row of every command, as a bad disk would."""
+    with contextlib.closing(sqlite3.connect(journal.path)) as db, db:
+        for name, value in fields.items():
+            db.execute(f"UPDATE executions SET {name} = ?", (value,))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"context": "{x"}, {"context": "[]"}, {"codes": '"A.US"'}, {"codes": ""}], ids=str
+)
+def test_a_command_that_the_disk_has_changed_is_lost_by_name(
+    journal: Journal, fields: dict[str, str]
+) -> None:
+    (number,) = journal.accept([command("e1")])
+    spoil(journal, **fields)
+    with pytest.raises(stockrt.LostCommand, match=r"damage to .*executions\.db"):
+        journal.read(number)
+    journal.forget(number)
+    assert journal.unanswered() == [] and journal.find("e1") is None
+    with pytest.raises(stockrt.LostCommand):
+        journal.read(number)
+
+
+def test_numbers_of_commands_that_are_lost_are_not_given_again(journal: Journal) -> None:
+    lost = journal.accept([command(f"e{n}") for n in range(50)])
+    with contextlib.closing(sqlite3.connect(journal.path)) as db, db:
+        db.execute("DELETE FROM executions WHERE number > 10")
+        db.execute("DELETE FROM sqlite_sequence")
+    journal._file._open(stockrt._damage("a test"))
+    assert not set(journal.accept([command("new")])) & set(lost)
 
 
 def test_two_threads_may_use_it(journal: Journal) -> None:

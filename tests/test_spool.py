@@ -28,7 +28,7 @@ import pytest
 from conftest import RunPyz, unavailable, unprivileged
 from daemons import PATIENCE, ThreadDaemon, settings_for, until
 from infoway_server import InfowayServer
-from mongo_proxy import Fate, MongoProxy
+from mongo_proxy import Fate, MongoProxy, Without
 from mongo_server import MongoServer
 from platform_server import PlatformServer
 from trades import CREATED, by_id, make_documents, settings_of
@@ -263,7 +263,7 @@ def test_a_close_that_mongodb_does_not_take_now_is_made_later(place: Place, away
         store.start(stockrt.Closer(store, None).settle)
         closer = stockrt.Closer(store, None, postpone=store.postpone)
         closer.settle(documents)
-        assert place.waiting() == [d["_id"] for d in documents]
+        assert place.waiting() == [] and store.spool.count_unsettled() == len(documents)
         away.restart()
         assert until(lambda: nothing_waits(store))
     assert [c["s"] for c in place.documents("close")] == [d["s"] for d in documents]
@@ -466,7 +466,180 @@ def test_a_second_absence_is_told_from_its_own_beginning(
         assert store._away_since >= began
 
 
+# ---------------------------------------------------------------------------------------------- closes that fail
+
+
+@pytest.fixture
+def no_closes(place: Place, mongo_proxy: MongoProxy) -> MongoProxy:
+    """A MongoDB where this user may write trades and no closes."""
+    place.environ |= {"MONGODB_HOST": quick(mongo_proxy.uri)}
+    mongo_proxy.forbidden = {"close"}
+    return mongo_proxy
+
+
+def settle_into(store: SpooledStore) -> Callable[[Sequence[Document]], None]:
+    """Return what the drainer does with trades that arrived."""
+    return stockrt.Closer(store, None).settle
+
+
+def test_closes_that_cannot_be_made_keep_no_trade_waiting(
+    place: Place, no_closes: MongoProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockrt, "CATCH_UP_S", PATIENCE)
+    Spool(place.state, MEGABYTE << 10).write(make_documents(2500))
+    with place.opened() as store:
+        store.start(settle_into(store))
+        for first in (3000, 3010):  # in its turn, then at once
+            report = store.write(make_documents(10, first=first))
+            assert (report.stored, report.kept) == (10, 0)
+        assert len(place.documents()) == 2520
+        assert store.spool.count_unsettled() == 2500
+        no_closes.forbidden = ()
+        assert until(lambda: nothing_waits(store))
+    assert len(place.documents("close")) == 2500
+
+
+def test_closes_that_cannot_be_made_are_said_once_and_their_end_too(
+    place: Place, no_closes: MongoProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "stockrt")
+    Spool(place.state, MEGABYTE << 10).write(make_documents(5))
+    with place.opened() as store:
+        store.start(settle_into(store))
+        assert until(lambda: "closing snapshot: " in caplog.text)
+        assert all(store.write(make_documents(1, first=100 + n)).stored for n in range(5))
+        assert caplog.text.count("closing snapshot: ") == 1 and "MongoDB: " not in caplog.text
+        no_closes.forbidden = ()
+        assert until(lambda: "closing snapshot: well again" in caplog.text)
+
+
+def test_trades_that_come_while_closes_fail_are_moved_at_once(place: Place, no_closes: MongoProxy) -> None:
+    """However long the drainer would rest before it tries the closes again."""
+    Spool(place.state, MEGABYTE << 10).write(make_documents(5))
+    with place.opened() as store:
+        store._delays = lambda: iter([3600.0] * 9)  # type: ignore[method-assign]
+        store.start(settle_into(store))
+        assert until(lambda: store._close_trouble.there)
+        no_closes.refusal = {"ok": 0.0, "code": 11600, "codeName": "InterruptedAtShutdown", "errmsg": "bye"}
+        store._delays = lambda: iter([0.1] * 9999)  # type: ignore[method-assign]
+        assert store.write(make_documents(3, first=50)).kept == 3
+        no_closes.refusal = None
+        assert until(lambda: not store.spool.has_trades())
+    assert len(place.documents()) == 8
+
+
+def test_drain_ends_where_closes_cannot_be_made(place: Place, no_closes: MongoProxy, run_pyz: RunPyz) -> None:
+    Spool(place.state, MEGABYTE << 10).keep_unsettled(make_documents(2, first=50))
+    Spool(place.state, MEGABYTE << 10).write(make_documents(5))
+    done = run_pyz("--drain", env=environment(place))
+    assert done.returncode == 1 and "5 moved to" in done.stderr and "not authorized" in done.stderr
+    assert len(place.documents()) == 5
+    no_closes.forbidden = ()
+    assert run_pyz("--drain", env=environment(place)).returncode == 0
+    assert len(place.documents("close")) == 7
+
+
+def test_refused_and_damaged_trades_make_no_close(place: Place) -> None:
+    spool = Spool(place.state, MEGABYTE << 10)
+    spool.write(make_documents(4))
+    with contextlib.closing(sqlite3.connect(spool.path)) as db, db:
+        db.execute("UPDATE realtime SET p = 'x' WHERE seq = 2")
+    waiting = spool.oldest(9)
+    refused = {waiting.documents[0]["_id"]: "no"}
+    assert spool.finish(waiting, refused, "realtime", settled=False)
+    assert spool.unsettled(9) == make_documents(4)[2:]
+    assert len(spool.rejects()) == 2
+
+
+def test_a_damaged_trade_holds_up_no_close_of_others(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    spool = Spool(place.state, MEGABYTE << 10)
+    spool.keep_unsettled(make_documents(4))
+    with contextlib.closing(sqlite3.connect(spool.path)) as db, db:
+        db.execute("UPDATE unsettled SET p = 'x' WHERE _id = ?", (make_documents(1)[0]["_id"],))
+    assert spool.unsettled(9) == make_documents(4)[1:]
+    assert spool.count_unsettled() == 3
+    assert make_documents(1)[0]["_id"] in caplog.text
+
+
+def test_a_fault_of_ours_in_making_closes_keeps_no_trade_waiting(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(documents: Sequence[Document]) -> None:
+        raise TypeError("bug")
+
+    Spool(place.state, MEGABYTE << 10).write(make_documents(5))
+    with place.opened() as store:
+        store.start(fail)
+        assert until(lambda: not store.spool.has_trades() and "bug" in caplog.text)
+        assert store.spool.count_unsettled() == 5
+
+
+def test_trades_stored_with_numbers_of_another_type_are_compared(
+    decimal_db: tuple[str, str], tmp_path: Path
+) -> None:
+    """MONGODB_NUMERIC_TYPE was changed: of the same moment there are texts and decimals."""
+    place = Place(*decimal_db, tmp_path / "state")
+    first, *_ = make_documents(1)
+    for number, numeric in enumerate(("string", "decimal", "double", "string")):
+        place.environ["MONGODB_NUMERIC_TYPE"] = numeric
+        twin = first | {"p": f"{number + 1}.5"}
+        twin["_id"] = f"{twin['s']}|{twin['t']}|{twin['p']}|{twin['v']}|{twin['td']}"
+        with contextlib.closing(MongoStore(settings_of(place.environ))) as mongo:
+            mongo.write([twin])
+            found = mongo.newest([first["s"]], first["t"], first["t"])
+    assert found[first["s"]]["p"] == "4.5"
+
+
+def test_what_cannot_be_counted_is_kept_all_the_same(place: Place, away: MongoServer) -> None:
+    with place.opened() as store:
+
+        def fail(counted: bool = False) -> SpoolFacts:
+            raise StoreError("the disk")
+
+        store.spool.facts = fail  # type: ignore[method-assign]
+        assert store.write(make_documents(5)).kept == 5
+    assert len(place.waiting()) == 5
+
+
+def test_a_thread_that_cannot_be_started_is_started_later(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    Spool(place.state, MEGABYTE << 10).write(make_documents(5))
+    with place.opened() as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            store.start(lambda documents: None)
+        assert "can't start new thread" in caplog.text
+        assert store.write(make_documents(6)) == WriteReport(1, 5)
+
+
+@pytest.mark.parametrize("code", [70, 82, 91, 133, 189, 202, 371])
+def test_a_router_or_server_that_is_not_ready_refuses_no_document_for_good(
+    place: Place, mongo_proxy: MongoProxy, code: int
+) -> None:
+    """It says so of each document of a batch."""
+    mongo_proxy.on_insert = lambda insert: Without(insert.ids, {"code": code, "errmsg": "not now"})
+    place.environ |= {"MONGODB_HOST": quick(mongo_proxy.uri)}
+    with place.opened() as store:
+        report = store.write(make_documents(3))
+        assert (report.kept, dict(report.refused)) == (3, {})
+        assert store.spool.rejects() == []
+
+
 # ------------------------------------------------------------------------------------------------------ its limits
+
+
+def test_what_mongodb_refuses_takes_no_more_than_the_limit_either(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.closing(Spool(tmp_path, MEGABYTE)) as spool, pytest.raises(SpoolFull):
+        for first in range(0, 100_000, 100):
+            documents = make_documents(100, first=first)
+            spool.reject(documents, {d["_id"]: "no" for d in documents}, "realtime")
+    assert sum(path.stat().st_size for path in tmp_path.glob("stockrt.db*")) <= MEGABYTE
 
 
 @pytest.mark.parametrize(("megabytes", "used"), [(1, 0.4), (8, 0.7)])
@@ -622,6 +795,148 @@ def test_a_long_rescue_gives_signs_of_life(tmp_path: Path) -> None:
     assert len(signs) == 3
 
 
+def blind(path: Path, name: str) -> None:
+    """Overwrite the root page of a table or an index."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        (root,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (name,)).fetchone()
+    overwrite(path, (root - 1) * 4096, 4096)
+
+
+def test_a_rescue_under_way_takes_out_no_other_trades(tmp_path: Path) -> None:
+    """Read under old numbers, damaged in an index that only the deletion meets, rescued under new numbers."""
+    every = make_documents(10_000, first=3000)
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        spool.write(make_documents(3000))
+        assert len(take(spool, 3000)) == 3000
+        for first in range(0, len(every), 1000):
+            spool.write(every[first : first + 1000])
+        spool._file.empty_log()
+    blind(spool.path, "sqlite_autoindex_realtime_1")
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        found = [d for _ in range(len(every) // 1000) for d in take(spool, 1000)]
+        assert not take(spool, 1)
+    set_aside(tmp_path)
+    assert found == every
+
+
+def test_what_is_written_while_others_rescue_is_not_lost(tmp_path: Path) -> None:
+    """Another user of the file meets damage in a table of its own, and sets it aside under the writer's hands."""
+    rescuing, written = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        rescuing.set()
+        written.wait(0.5)  # in vain where the writer waits for the rescue, as it may
+
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        spool.write(make_documents(2000))
+        with contextlib.closing(stockrt.LocalFacts(tmp_path)) as facts:
+            facts.used_today("k", 0)
+        spool._file.empty_log()
+        blind(spool.path, "key_usage")
+        with contextlib.closing(stockrt.LocalFacts(tmp_path)) as facts:
+            facts._file._on_busy = wait
+            rescuer = threading.Thread(target=facts.used_today, args=("k", 0))
+            rescuer.start()
+            assert rescuing.wait(PATIENCE)
+            spool.write(make_documents(10, first=5000))
+            written.set()
+            rescuer.join()
+    set_aside(tmp_path)
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        assert spool.oldest(9999).documents == make_documents(2000) + make_documents(10, first=5000)
+
+
+def test_a_transaction_that_spans_a_rescue_is_made_again(tmp_path: Path) -> None:
+    """It began in the old file, and commits when that is current no more."""
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        spool.write(make_documents(100))
+        other = Spool(tmp_path, MEGABYTE << 10)
+        once = iter([lambda: other._file._open(stockrt._damage("a test"))])
+
+        def admit(db: sqlite3.Connection, documents: Sequence[Document]) -> None:
+            next(once, lambda: None)()
+
+        spool._admit = admit  # type: ignore[method-assign]
+        assert spool.write(make_documents(10, first=500)).stored == 10
+        other.close()
+        assert spool.oldest(999).documents == make_documents(100) + make_documents(10, first=500)
+    set_aside(tmp_path)
+
+
+KILLED_WHILE_SETTING_ASIDE = """
+import os, pathlib, sys
+import stockrt
+
+left, replace = int(sys.argv[2]), pathlib.Path.replace
+
+def counted(path, target):
+    global left
+    if not left:
+        os._exit(9)
+    left -= 1
+    return replace(path, target)
+
+pathlib.Path.replace = counted
+stockrt.Spool(pathlib.Path(sys.argv[1]), 1 << 30).close()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("renames", range(7))
+def test_a_kill_while_it_is_set_aside_loses_nothing(
+    tmp_path: Path, renames: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = spoiled(tmp_path, lambda path: None, count=1000)
+    path.with_name("kept-wal").rename(path.with_name(path.name + "-wal"))
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    overwrite(path, 0, 4096)
+    command = [sys.executable, "-c", KILLED_WHILE_SETTING_ASIDE, str(tmp_path), str(renames)]
+    killed = subprocess.run(command, cwd=Path(stockrt.__file__).parent, capture_output=True, text=True)
+    assert killed.returncode == 9 or "done" in killed.stdout, killed.stderr
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        assert spool.oldest(2000).documents == make_documents(1000)
+    assert set_aside(tmp_path).name in caplog.text + killed.stderr
+    assert not [*tmp_path.glob("*.setting-aside*"), *tmp_path.glob("*.rescue*")]
+
+
+def test_a_file_that_could_not_be_opened_once_is_opened_later(tmp_path: Path) -> None:
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        spool.write(make_documents(3))
+        spool._file._disconnect()  # as after a fault in opening it anew
+        assert spool.write(make_documents(5)).stored == 2
+    with pytest.raises(StoreError, match="closed already"):
+        spool.write(make_documents(1))
+
+
+def test_numbers_of_rows_that_are_lost_are_not_given_again(tmp_path: Path) -> None:
+    path = spoiled(tmp_path, lambda path: None, count=1000)
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("DELETE FROM realtime WHERE seq > 500")
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        spool._file._open(stockrt._damage("a test"))
+        spool.write(make_documents(1, first=5000))
+        assert spool.oldest(9999).last > 1000
+
+
+def test_what_is_counted_while_others_write_is_right(tmp_path: Path) -> None:
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        spool.facts(counted=True)
+        read = spool._file.read_one
+        writer = threading.Thread(target=spool.write, args=(make_documents(100),))
+
+        def read_while_others_write(query: str, *values: object) -> object:
+            found = read(query, *values)
+            writer.start()
+            writer.join(0.2)
+            return found
+
+        spool._file.read_one = read_while_others_write  # type: ignore[method-assign]
+        spool.has_trades()
+        writer.join()
+        assert spool.facts().trades == 100
+
+
 def test_long_codes_are_rescued_too(tmp_path: Path) -> None:
     """The length of an `_id` of 58 and more characters takes two bytes in the file."""
     (short,) = make_documents(1)
@@ -635,9 +950,10 @@ def test_long_codes_are_rescued_too(tmp_path: Path) -> None:
 
 
 def take(spool: Spool, count: int) -> list[Document]:
-    """Take the oldest trades out."""
-    waiting = spool.oldest(count)
-    spool.finish(waiting, {}, "realtime")
+    """Take the oldest trades out, once they could be."""
+    while not spool.finish(waiting := spool.oldest(count), {}, "realtime"):
+        if not waiting.last:
+            return []
     return waiting.documents
 
 
@@ -851,17 +1167,20 @@ def test_rejects_are_listed(decimal_db: tuple[str, str], tmp_path: Path, run_pyz
 def test_status_shows_what_waits(place: Place, run_pyz: RunPyz) -> None:
     spool = Spool(place.state, MEGABYTE << 10)
     spool.write(make_documents(40))
+    spool.keep_unsettled(make_documents(3, first=50))
     status = json.loads(run_pyz("--status", "--json", env=environment(place)).stdout)
     assert status["spool"] == {
         "trades": 40, "bytes": status["spool"]["bytes"], "oldest": "2026-08-15T01:02:03.456Z", "rejects": 0,
-        "refused": 0,
+        "refused": 0, "unsettled": 3,
     }  # fmt: skip
     assert 0 < status["spool"]["bytes"] < MEGABYTE
     line = next(
         x for x in run_pyz("--status", env=environment(place)).stdout.splitlines() if x.startswith("spool")
     )
     assert re.search(
-        r"40 trades wait for MongoDB, \d\.\d MB, the oldest since 2026-08-15T01:02:03\.456Z", line
+        r"40 trades wait for MongoDB, \d\.\d MB, the oldest since 2026-08-15T01:02:03\.456Z"
+        r", the closes of 3 are still to be made",
+        line,
     )
 
 
