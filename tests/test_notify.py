@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import io
 import json
 import logging
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -375,6 +377,25 @@ def test_trouble_is_said_at_its_begin_seldom_and_at_its_end(caplog: pytest.LogCa
         "MongoDB: still no server found in 601 ms (602 tries)",
         "MongoDB: well again after 700 tries",
     ]
+
+
+def test_what_a_trouble_leaves_in_memory_goes_with_it() -> None:
+    class Fault(Exception):
+        """One that holds itself, as it does by the frames that it came through."""
+
+    fault = Fault()
+    fault.args = (fault,)
+    gone = weakref.ref(fault)
+    trouble = Trouble("MongoDB", Clock())
+    gc.disable()
+    try:
+        trouble.again(fault.__class__.__name__)
+        del fault
+        assert gone() is not None
+        trouble.over()
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_trouble_with_ever_new_words_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
