@@ -900,6 +900,21 @@ def test_a_kill_while_it_is_set_aside_loses_nothing(
     assert not [*tmp_path.glob("*.setting-aside*"), *tmp_path.glob("*.rescue*")]
 
 
+def test_a_rescue_that_finds_no_room_is_made_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    spoiled(tmp_path, lambda path: overwrite(path, 0, 100), 1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(stockrt, "rescue", fail)
+        for _ in range(3):
+            with pytest.raises(StoreError, match="disk is full"):
+                Spool(tmp_path, MEGABYTE << 10)
+    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
+        assert spool.oldest(2000).documents == make_documents(1000)
+    set_aside(tmp_path)
+
+
 def test_a_file_that_could_not_be_opened_once_is_opened_later(tmp_path: Path) -> None:
     with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
         spool.write(make_documents(3))
