@@ -39,6 +39,15 @@ MASKED = (
     "e2scrub_reap.service", "fstrim.timer", "logrotate.timer", "man-db.timer", "postgresql.service",
     "systemd-timesyncd.service",
 )  # fmt: skip
+# What stockrt may have left on the machine, run by hand or as a service. An overlay cannot rename the first, which
+# systemd does with a state directory that was there before the dynamic user.
+TRACES = (
+    "var/lib/stockrt",
+    "var/lib/private/stockrt",
+    "var/cache/private/stockrt",
+    "var/cache/stockrt",
+    "etc/stockrt",
+)
 PLAIN = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 
 
@@ -204,6 +213,8 @@ class Box:
         self._mount("--bind", "/", lower)  # without what is mounted below: no /proc, /sys, cgroups
         options = f"lowerdir={lower},upperdir={upper},workdir={work}"
         self._mount("-t", "overlay", "-o", options, "overlay", self.root)
+        for trace in TRACES:
+            shutil.rmtree(self.root / trace, ignore_errors=True)
 
     def _mount(self, *arguments: str | Path) -> None:
         done = subprocess.run(["mount", "--make-private", *arguments], capture_output=True, text=True)
