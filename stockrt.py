@@ -2272,7 +2272,8 @@ class DemoApi:
 #      whatever order, it ends as the same one, the best of all candidates: a regular trade of what is known
 #      to be a half day, then any other regular trade, then one after hours. Of regular trades the later is
 #      the better, of those after hours the earlier; equal times are decided by price, volume and side; of
-#      the same trade the one without doubt (`half_day_unknown`) is the better.
+#      the same trade the one without doubt (`half_day_unknown`) is the better. What cannot be written now
+#      is made later, and keeps no trade waiting.
 
 # Every MongoDB operation, its retries included; the platform waits 120 s for a result.
 MONGODB_TIMEOUT_MS = 20_000
@@ -3059,7 +3060,7 @@ COMMIT;
 """
 
 
-# Promise 5: which of two closes is the better. Unnamed columns are those of the document that stands there.
+# Promise 8: which of two closes is the better. Unnamed columns are those of the document that stands there.
 _SQLITE_CLOSE = """
 INSERT INTO close (_id, date, s, t, p, v, vw, td, stock_code, after_hours, half_day, half_day_unknown,
                    create_time, update_time)
@@ -3397,7 +3398,7 @@ def _is_identity_taken(error: Mapping[str, Any]) -> bool | None:
 
 
 def _worse_close(close: Close, trade: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the filter of the documents that `close` may replace: promise 5, as MongoDB's conditions."""
+    """Return the filter of the documents that `close` may replace: promise 8, as MongoDB's conditions."""
     if close.after_hours:
         return {"_id": close.key, "after_hours": True, "$or": _before(trade, "$gt")}
     worse = _before(trade, "$lt")
@@ -4847,6 +4848,7 @@ _FAILURE_BEGINNINGS = (
     ("its numbers do not fit", FailureKind.STORE),
     ("not asked for: ", FailureKind.STORE),
     ("MongoDB refused it", FailureKind.STORE),
+    ("the local store refused it", FailureKind.STORE),
     ("no whole answer ", FailureKind.NETWORK),
     ("the connection broke", FailureKind.NETWORK),
 )
@@ -4983,17 +4985,17 @@ class Collector:
             self._fail({d["stock_code"]: f"fetched, not stored: {error}" for d in documents})
             return
         self._progress(len(documents))
+        if refused := written.refused:
+            self.report.failures |= {
+                d["stock_code"]: refused[d["_id"]] for d in documents if d["_id"] in refused
+            }
+            documents = [d for d in documents if d["_id"] not in refused]
         if written.kept:  # their closes are made when they arrive
             self.report.kept += written.kept
             self.report.kept_because = written.kept_because
             return
         self.report.stored += written.stored
         self.report.known += written.known
-        if refused := written.refused:
-            self.report.failures |= {
-                d["stock_code"]: refused[d["_id"]] for d in documents if d["_id"] in refused
-            }
-            documents = [d for d in documents if d["_id"] not in refused]
         self._on_stored(documents)
         self._settle(documents)
 

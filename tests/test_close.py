@@ -685,7 +685,7 @@ CLOSES = st.builds(
 
 
 def rank(close: Close) -> tuple[Any, ...]:
-    """Return promise 5 of the stores as a value: the greater, the better."""
+    """Return promise 8 of the stores as a value: the greater, the better."""
     t, p, td = (close.document[name] for name in ("t", "p", "td"))
     if close.after_hours:
         return (0, -t, [-ord(letter) for letter in p], -td)

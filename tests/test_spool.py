@@ -590,6 +590,23 @@ def test_trades_stored_with_numbers_of_another_type_are_compared(
     assert found[first["s"]]["p"] == "4.5"
 
 
+def test_what_this_machine_cannot_keep_is_named(
+    place: Place, away: MongoServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a batch whose others are kept: no code is left without a word."""
+    to_document = stockrt.to_document
+    monkeypatch.setattr(
+        stockrt,
+        "to_document",
+        lambda trade, *more: to_document(trade, *more) | ({"td": 2**70} if trade.s == "B.US" else {}),
+    )
+    with place.opened() as store:
+        report = stockrt.Collector(stockrt.DemoApi(), store).run(["A.US", "B.US", "C.US"], threading.Event())
+    assert (report.total, report.kept, [*report.failures]) == (3, 2, ["B.US"])
+    assert "the local store refused it" in report.failures["B.US"]
+    assert stockrt.failure_kind(*report.failures.popitem()) is stockrt.FailureKind.STORE
+
+
 def test_what_cannot_be_counted_is_kept_all_the_same(place: Place, away: MongoServer) -> None:
     with place.opened() as store:
 
