@@ -411,7 +411,7 @@ run_bench() {
     ensure_tools
     ensure_test_env
     (build_file fetch_all)
-    "$build/test/bin/python" -B "$here/tests/bench.py" "$@"
+    "$build/test/bin/python" -B "$here/tests/bench/bench.py" "$@"
 }
 
 # ------------------------------------------------------------------------------------------ main

@@ -11,18 +11,13 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 import pytest
+from kit.fault_world import ServiceManager, World
+from kit.infoway_server import InfowayServer
+from kit.mongo_proxy import MongoProxy
+from kit.mongo_server import MongoServer, Unavailable, find_decimal_server, find_server, fresh_database
+from kit.shims import NoCompiler, WallClock, build_shim
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in (ROOT, ROOT / "tests"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
-from fault_world import ServiceManager, World  # noqa: E402
-from infoway_server import InfowayServer  # noqa: E402
-from mongo_proxy import MongoProxy  # noqa: E402
-from mongo_server import MongoServer, Unavailable, find_decimal_server, find_server, fresh_database  # noqa: E402
-from shims import NoCompiler, WallClock, build_shim  # noqa: E402
-
 NOBODY = 65534
 
 

@@ -1,0 +1,1 @@
+"""What stockrt costs, measured side by side with a plain loop."""

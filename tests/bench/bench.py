@@ -1,0 +1,890 @@
+"""Measures stockrt against what anyone would write first, and against the vendor's SDK, side by side.
+
+    ./build_pyz.sh bench                    # builds, measures for some minutes, exits 1 when a target is missed
+    python tests/bench/bench.py --short           # proves that it runs: a few rounds, no target counts
+    python tests/bench/bench.py --write-readme    # the table into README.md, the picture to tests/bench/bench.svg
+
+All in one run on loopback, rounds interleaved A B A B, medians of at least 15 with minimum and maximum. The
+API and the null MongoDB are processes of their own and as cheap as they can be, so that the client is what is
+measured; each contender is a process too, warm, and only its own processor time counts for it.
+
+Trades are of now, at a market whose session of today is not over, and new in every round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+from zoneinfo import ZoneInfo
+
+HERE = Path(__file__).resolve().parent
+TESTS = HERE.parent
+ROOT = TESTS.parent
+for folder in (ROOT, TESTS):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+KEY = "test-key"
+CHUNK = 100  # codes a request, as the API has it
+README = ROOT / "README.md"
+PICTURE = HERE / "bench.svg"
+MB = 1_000_000
+
+
+# ------------------------------------------------------------------------------------------------------
+# What is measured how often
+# ------------------------------------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    """How much is measured; the short form only proves that it runs."""
+
+    rounds: int
+    codes: int
+    many_codes: int
+    executes: int
+    limited_requests: int
+    idle_s: float
+    spooled: int
+
+
+FULL = Size(
+    rounds=21, codes=5_000, many_codes=100_000, executes=300, limited_requests=50, idle_s=60, spooled=20_000
+)
+SHORT = Size(rounds=2, codes=300, many_codes=2_000, executes=4, limited_requests=12, idle_s=1, spooled=500)
+FEW_CODES = 1_000  # what `many_codes` is compared with
+EXECUTE_CODES = 50
+LATENCY_MS = 50
+FLOOR_THREADS = 8
+PER_SECOND = 10
+MODULE_HASH = "1234567890"
+
+
+@dataclass
+class Row:
+    """One line of the table. `limit` None: told beside the targets, none itself; `reached` None: not measured."""
+
+    name: str
+    chinese: str
+    reached: float | None
+    limit: float | None = None
+    at_least: bool = False
+    unit: str = ""
+    detail: str = ""
+
+    @property
+    def missed(self) -> bool:
+        """Whether a target is not reached."""
+        if self.limit is None or self.reached is None:
+            return False
+        return self.reached < self.limit if self.at_least else self.reached > self.limit
+
+    @property
+    def target(self) -> str:
+        """The target as the table has it."""
+        return (
+            "" if self.limit is None else f"{'≥' if self.at_least else '≤'} {_shown(self.limit, self.unit)}"
+        )
+
+    @property
+    def shown(self) -> str:
+        """What was reached."""
+        if self.reached is None:
+            return "not measured"
+        return _shown(self.reached, self.unit) + (" MISSED" if self.missed else "")
+
+    @property
+    def used(self) -> float | None:
+        """The share of the target's room that is used: 1 is the limit, less is better; None: it has no room."""
+        if not self.limit or self.reached is None:
+            return None
+        return self.limit / self.reached if self.at_least else self.reached / self.limit
+
+
+def _shown(number: float, unit: str) -> str:
+    digits = (
+        0 if not number or abs(number) >= 1000 else 3 if abs(number) < 0.1 else 2 if abs(number) < 10 else 1
+    )
+    return f"{number:,.{digits}f}{' ' + unit if unit else ''}"
+
+
+def spread(values: Sequence[float], digits: int = 0, scale: float = 1) -> str:
+    """Return a median with minimum and maximum."""
+    low, middle, high = (
+        f"{value * scale:,.{digits}f}" for value in (min(values), statistics.median(values), max(values))
+    )
+    return f"{middle} ({low}-{high})"
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the value that this share of the values does not exceed."""
+    return sorted(values)[max(0, math.ceil(len(values) * share) - 1)]
+
+
+# ------------------------------------------------------------------------------------------------------
+# Contenders
+# ------------------------------------------------------------------------------------------------------
+
+
+class Contender(Protocol):
+    """Fetches codes and stores their trades."""
+
+    def run(self, codes: list[str]) -> None:
+        """Do it once; whatever is not stored is an error."""
+
+
+class Floor:
+    """What anyone would write first: urllib3, json, insert_many in chunks of 100, on some threads."""
+
+    def __init__(self, url: str, mongodb: str, threads: int = 1) -> None:
+        import pymongo
+        import urllib3
+
+        self.url = url
+        self.http = urllib3.PoolManager(maxsize=threads)
+        self.trades = pymongo.MongoClient[dict[str, Any]](mongodb).bench.floor
+        self.threads = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def run(self, codes: list[str]) -> None:
+        chunks = [codes[at : at + CHUNK] for at in range(0, len(codes), CHUNK)]
+        for _ in self.threads.map(self.fetch, chunks) if self.threads else map(self.fetch, chunks):
+            pass
+
+    def fetch(self, codes: list[str]) -> None:
+        path = f"{self.url}/stock/batch_trade/{','.join(codes)}"
+        answer = self.http.request("GET", path, headers={"apiKey": KEY})
+        now = datetime.now(UTC)
+        records = json.loads(answer.data)["data"]
+        self.trades.insert_many([{**r, "stock_code": r["s"], "create_time": now} for r in records])
+
+
+class Sdk:
+    """The vendor's SDK and insert_many, serial."""
+
+    def __init__(self, url: str, mongodb: str) -> None:
+        import pymongo
+        from infoway import InfowayClient  # type: ignore[import-untyped]
+
+        self.client = InfowayClient(KEY, base_url=url)
+        self.trades = pymongo.MongoClient[dict[str, Any]](mongodb).bench.sdk
+
+    def run(self, codes: list[str]) -> None:
+        for at in range(0, len(codes), CHUNK):
+            now = datetime.now(UTC)
+            records = self.client.stock.get_trade(",".join(codes[at : at + CHUNK]))
+            self.trades.insert_many([{**r, "stock_code": r["s"], "create_time": now} for r in records])
+
+
+class Ours:
+    """The collector with all that the daemon gives it; `more` are settings."""
+
+    def __init__(self, url: str, mongodb: str, state: str, **more: str) -> None:
+        import stockrt
+
+        stockrt.look_for_cycles_seldom()
+        environ = {"INFOWAY_API_KEY": KEY, "INFOWAY_API_BASE_URL": url, "INFOWAY_PLAN": "0",
+                   "MONGODB_HOST": mongodb, "STATE_DIRECTORY": state}  # fmt: skip
+        settings = stockrt.load_settings(environ | more, None, (), is_root=False).settings
+        self.service = stockrt.Service(settings, stockrt.Notifier())
+        self.workshop = stockrt.Workshop(settings, on_answer=self.service.asked)
+        self.stop = threading.Event()
+
+    def run(self, codes: list[str]) -> None:
+        report = self.workshop.collector(on_beat=self.service.beat).run(codes, self.stop)
+        if not report.complete or report.total != len(codes):
+            raise RuntimeError(f"not all is stored: {report.summary()} {report.store_error}")
+        self.service.executed(report)
+        self.workshop.keys.describe()
+
+
+CONTENDERS: dict[str, Callable[..., Contender]] = {"floor": Floor, "sdk": Sdk, "ours": Ours}
+
+
+Spec = tuple[str, dict[str, Any]]  # a contender's kind and its arguments
+
+
+def make_codes(market: str, number: int) -> list[str]:
+    """Return codes of a market, `US` or `SH`: the same ones for the same numbers."""
+    if market == "SH":
+        return [f"{600_000 + n}.SH" for n in range(number)]
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    return ["".join(letters[n // 26**place % 26] for place in (3, 2, 1, 0)) + ".US" for n in range(number)]
+
+
+def open_market(now: datetime) -> str:
+    """Return a market whose session of its own today is not over, nor will be within half an hour."""
+    york = now.astimezone(ZoneInfo("America/New_York"))
+    return "US" if (york.hour, york.minute) < (15, 30) else "SH"
+
+
+class Round(NamedTuple):
+    """One run of a contender: seconds, seconds of its processor, and its memory's peak so far in bytes."""
+
+    wall: float
+    cpu: float
+    peak: int
+
+
+def work(pipe: Connection, kind: str, arguments: dict[str, Any]) -> None:
+    """Be a contender in a process of its own: run what comes through the pipe until it ends."""
+    contender = CONTENDERS[kind](**arguments)
+    with contextlib.suppress(EOFError):
+        while True:
+            codes = make_codes(*pipe.recv())
+            wall, cpu = time.perf_counter(), time.process_time()
+            contender.run(codes)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            del codes  # or the next ones are made beside them
+            pipe.send(Round(wall, cpu, _memory("self", "VmHWM")))
+    os._exit(0)  # what is measured has been sent; pymongo's threads take half a second to end
+
+
+class Worker:
+    """A contender's process, warm: it has run once."""
+
+    def __init__(self, kind: str, market: str, **arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._market = market
+        self._process = context.Process(target=work, args=(theirs, kind, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def run(self, codes: int) -> Round:
+        """Let it fetch and store so many codes."""
+        self._pipe.send((self._market, codes))
+        done: Round = self._pipe.recv()
+        return done
+
+    def close(self) -> None:
+        """End it."""
+        self._pipe.close()
+        self._process.join(10)
+        self._process.kill()
+
+
+def _memory(process: int | str, name: str) -> int:
+    """Return bytes: VmRSS, what is resident now, or VmHWM, the most that was."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition(f"{name}:")[2].split()[0]) * 1024
+
+
+def _cpu_seconds(process: int) -> float:
+    """Return the processor time of all threads of a process, far finer than the kernel's ticks."""
+    threads = Path(f"/proc/{process}/task").iterdir()
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
+
+
+# ------------------------------------------------------------------------------------------------------
+# The bench
+# ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """The servers, the sizes, and what was measured; `close` ends what was started."""
+
+    size: Size
+    pyz: Path
+    folder: Path
+    say: Callable[[str], None]
+    rows: list[Row] = field(default_factory=list)
+    speeds: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # title -> contender -> trades/s
+    market: str = field(default_factory=lambda: open_market(datetime.now(UTC)))
+
+    def __post_init__(self) -> None:
+        self._open = contextlib.ExitStack()
+        self._api = f"http://127.0.0.1:{self._serve('quick_infoway')}"
+        self._null = f"mongodb://127.0.0.1:{self._serve('null_mongo')}/"
+        self._states = 0
+        self._trade_time = 0
+
+    def close(self) -> None:
+        """End all processes."""
+        self._open.close()
+
+    def run(self) -> None:
+        """Measure everything."""
+        for measure in (self.throughput, self.closed_markets, self.real_server, self.latency, self.rate_limit,
+                        self.idle, self.executes, self.waits, self.many_codes, self.spool):  # fmt: skip
+            self.say(f"{measure.__name__.replace('_', ' ')} …")
+            measure()
+
+    # --- what it is made of --------------------------------------------------------------------------
+
+    def _serve(self, module: str) -> int:
+        process = subprocess.Popen(
+            [sys.executable, "-B", str(HERE / f"{module}.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self._open.callback(process.wait)
+        self._open.callback(process.kill)
+        assert process.stdout is not None
+        return int(process.stdout.readline())
+
+    def _state(self) -> str:
+        self._states += 1
+        return str(self.folder / f"state{self._states}")
+
+    def _set(self, name: str, value: int) -> None:
+        from bench.quick_infoway import control
+
+        control(self._api, name, value)
+
+    @contextlib.contextmanager
+    def _workers(self, specs: dict[str, Spec], market: str = "") -> Iterator[dict[str, Worker]]:
+        """Start contenders, a process each."""
+        workers = {
+            name: Worker(kind, market or self.market, **arguments)
+            for name, (kind, arguments) in specs.items()
+        }
+        try:
+            yield workers
+        finally:
+            for worker in workers.values():
+                worker.close()
+
+    def _new_trades(self, before: timedelta = timedelta()) -> None:
+        """Let all codes have another trade, of now or of a time before."""
+        now = int((time.time() - before.total_seconds()) * 1000)
+        self._trade_time = max(now, self._trade_time + 1) if not before else now
+        self._set("t", self._trade_time)
+
+    def _interleaved(
+        self, workers: dict[str, Worker], codes: dict[str, int], before: timedelta = timedelta()
+    ) -> dict[str, list[Round]]:
+        """Run all contenders in turn, once to warm up and then the rounds."""
+        rounds: dict[str, list[Round]] = {name: [] for name in workers}
+        for number in range(self.size.rounds + 1):
+            for name, worker in workers.items():
+                self._new_trades(before)
+                done = worker.run(codes[name])
+                if number:
+                    rounds[name].append(done)
+        return rounds
+
+    def _against_null(self) -> dict[str, Any]:
+        return {"url": self._api, "mongodb": self._null}
+
+    def _ours(self, **more: str) -> Spec:
+        return "ours", self._against_null() | {"state": self._state(), **more}
+
+    def _speeds(self, title: str, rounds: dict[str, list[Round]]) -> dict[str, list[float]]:
+        found = {name: [self.size.codes / one.wall for one in done] for name, done in rounds.items()}
+        self.speeds[title] = found
+        return found
+
+    def _compare(self, values: dict[str, list[float]], ours: str = "ours", floor: str = "floor") -> float:
+        """Return the median of the ratios of neighbouring rounds: what slows the machine down slows both."""
+        return statistics.median(a / b for a, b in zip(values[ours], values[floor], strict=True))
+
+    # --- rows ----------------------------------------------------------------------------------------
+
+    def throughput(self) -> None:
+        """No latency: trades a second, and processor time."""
+        every = self._against_null()
+        codes = dict.fromkeys(("floor", "sdk", "ours"), self.size.codes)
+        with self._workers(
+            {"floor": ("floor", every), "sdk": ("sdk", every), "ours": self._ours()}
+        ) as workers:
+            rounds = self._interleaved(workers, codes)
+        speeds = self._speeds("no latency", rounds)
+        self.rows.append(Row(
+            f"throughput, no latency, {self.size.codes:,} codes", f"吞吐量，无延迟，{self.size.codes:,} 个代码",
+            self._compare(speeds), 1.0, True, "x floor", _trades(speeds),
+        ))  # fmt: skip
+        cpu = {name: [one.cpu / self.size.codes * 100_000 for one in done] for name, done in rounds.items()}
+        self.rows.append(Row(
+            "CPU per 100,000 trades", "每 100,000 笔成交的 CPU 时间",
+            self._compare(cpu), 1.0, False, "x floor",
+            "; ".join(f"{name} {spread(times, 2)} s" for name, times in cpu.items()),
+        ))  # fmt: skip
+
+    def closed_markets(self) -> None:
+        """The same where every trade is new and of a session that is over: each makes a closing snapshot."""
+        codes = dict.fromkeys(("floor", "ours"), self.size.codes)
+        with self._workers({"floor": ("floor", self._against_null()), "ours": self._ours()}) as workers:
+            rounds = self._interleaved(workers, codes, timedelta(days=7))
+        speeds = self._speeds("after the close", rounds)
+        self.rows.append(Row(
+            "  each trade new and of a session that is over, its close written too",
+            "  每笔均为已收盘时段的新成交，并写入收盘快照",
+            self._compare(speeds), None, True, "x floor", _trades(speeds),
+        ))  # fmt: skip
+
+    def real_server(self) -> None:
+        """The same into the MongoDB server of the tests."""
+        from kit.mongo_server import Unavailable, find_server, fresh_database
+
+        name = "  into a real server: "
+        try:
+            server = find_server()
+        except Unavailable as error:
+            self.rows.append(Row(name + str(error), f"  写入真实服务器：{error}", None))
+            return
+        with server, fresh_database(server) as (uri, database):
+            ours = {"mongodb": uri, "MONGODB_DB_NAME": database}
+            specs = {"floor": ("floor", self._against_null() | {"mongodb": uri}),
+                     "sdk": ("sdk", self._against_null() | {"mongodb": uri}),
+                     "ours": ("ours", self._ours()[1] | ours)}  # fmt: skip
+            codes = dict.fromkeys(specs, self.size.codes)
+            with self._workers(specs) as workers:
+                rounds = self._interleaved(workers, codes)
+            with server.client() as client:
+                client.drop_database("bench")
+        speeds = self._speeds(server.name, rounds)
+        self.rows.append(Row(
+            name + server.name, f"  写入真实服务器：{server.name}",
+            self._compare(speeds), None, True, "x floor", _trades(speeds),
+        ))  # fmt: skip
+
+    def latency(self) -> None:
+        """An API that takes 50 ms for every answer."""
+        every = self._against_null()
+        names = {
+            "floor": ("floor", every | {"threads": FLOOR_THREADS}),
+            "sdk": ("sdk", every),
+            "ours": self._ours(),
+        }
+        self._set("latency", LATENCY_MS)
+        with self._workers(names) as workers:
+            rounds = self._interleaved(workers, dict.fromkeys(names, self.size.codes))
+        self._set("latency", 0)
+        speeds = self._speeds(f"API latency {LATENCY_MS} ms", rounds)
+        self.rows.append(Row(
+            f"throughput, API latency {LATENCY_MS} ms", f"吞吐量，API 延迟 {LATENCY_MS} 毫秒",
+            self._compare(speeds), 1.3, True, f"x floor with {FLOOR_THREADS} threads", _trades(speeds),
+        ))  # fmt: skip
+
+    def rate_limit(self) -> None:
+        """A plan of 10 requests a second: how near to the least time that it permits, and never above it."""
+        requests = self.size.limited_requests
+        least = float((requests - 1) // PER_SECOND)  # the tenth request of a second opens the next
+        over = asked = 0
+        for shared, words, chinese in (
+            (True, f"rate-limited ({PER_SECOND}/s, {requests} requests): wall",
+             f"限速（每秒 {PER_SECOND} 次，{requests} 次请求）：耗时"),
+            (False, "  counted on this machine alone, without MongoDB", "  不用 MongoDB，只在本机计数"),
+        ):  # fmt: skip
+            walls, refused = self._limited_walls(requests, {} if shared else {"mongodb": ""})
+            over, asked = over + refused, asked + len(walls) * requests
+            self.rows.append(Row(
+                words, chinese, statistics.median(walls) / least, 1.05 if shared else None, False,
+                "x the least possible", f"{spread(walls, 2)} s where {requests} requests take {least:.0f} s at least",
+            ))  # fmt: skip
+        self.rows.append(Row(
+            "rate-limited: answers over the limit", "限速：超限应答数", over, 0, False, "", f"of {asked}",
+        ))  # fmt: skip
+
+    def _limited_walls(self, requests: int, more: dict[str, str]) -> tuple[list[float], int]:
+        from kit.infoway_server import InfowayServer
+
+        walls = []
+        with InfowayServer(per_second=PER_SECOND) as server:
+            ours = self._ours(url=server.url, INFOWAY_PLAN=str(PER_SECOND), **more)
+            with self._workers({"ours": ours}, "US") as workers:
+                for _ in range(max(2, self.size.rounds * 5 // 7)):
+                    time.sleep(1.1)  # until the windows of the round before are empty
+                    server.bump()
+                    walls.append(workers["ours"].run(requests * CHUNK).wall)
+            return walls, server.over_limit
+
+    def idle(self) -> None:
+        """The daemon, connected and with nothing to do: memory and processor time."""
+        from kit.platform_server import PlatformServer
+
+        environ = self._registered()
+        with PlatformServer("new") as server:
+            server.know(MODULE_HASH)
+            with self._daemon(environ, server.port) as daemon:
+                if not server.wait_for(lambda s: s.connected, 30):
+                    raise RuntimeError("the daemon does not connect")
+                self._look_at(daemon.pid)
+
+    def executes(self) -> None:
+        """The daemon: from execute to result."""
+        from bench.quick_platform import QuickPlatform
+
+        environ = self._registered()
+        with QuickPlatform() as server, self._daemon(environ, server.port) as daemon:
+            server.connect()
+            with self._workers({"floor": ("floor", self._against_null())}) as workers:
+                delays: list[float] = []
+                floor: list[float] = []
+                resident = 0
+                for number in range(self.size.executes + 3):
+                    self._new_trades()
+                    done = server.execute(f"e{number}", make_codes(self.market, EXECUTE_CODES))
+                    if done.data["result"]["success_count"] != EXECUTE_CODES:
+                        raise RuntimeError(f"not all is stored: {done.data}")
+                    self._new_trades()
+                    wall = workers["floor"].run(EXECUTE_CODES).wall
+                    if number >= 3:  # warm
+                        delays.append(done.took)
+                        floor.append(wall)
+                    if number == 100 or number == self.size.executes + 2:
+                        resident = resident or _memory(daemon.pid, "VmRSS")
+        own = statistics.median(floor)
+        detail = f"{spread(delays, 2, 1000)} ms; the floor's fetch and insert {spread(floor, 2, 1000)} ms"
+        self.rows += [
+            Row(f"execute to result, {EXECUTE_CODES} codes, no latency: p50",
+                f"从收到执行命令到返回结果，{EXECUTE_CODES} 个代码，无延迟：p50",
+                statistics.median(delays) / own, 2.0, False, "x the floor's own", detail),
+            Row(f"execute to result, {EXECUTE_CODES} codes: p99",
+                f"从收到执行命令到返回结果，{EXECUTE_CODES} 个代码：p99",
+                percentile(delays, 0.99) / own, 5.0, False, "x the floor's own p50",
+                f"{percentile(delays, 0.99) * 1000:.2f} ms"),
+            Row("resident memory after 100 executes of 50 codes", "执行 100 次（每次 50 个代码）后的常驻内存",
+                resident / MB, 40, False, "MB"),
+        ]  # fmt: skip
+
+    def _registered(self) -> dict[str, str]:
+        """Return the environment of a daemon: registered, unpacked and compiled, as at every start but the first."""
+        environ = self._environ() | {"SERVER_IP": "127.0.0.1"}
+        Path(environ["STATE_DIRECTORY"]).mkdir()
+        Path(environ["STATE_DIRECTORY"], "module_hash").write_text(MODULE_HASH)
+        self._warm(environ)
+        return environ
+
+    @contextlib.contextmanager
+    def _daemon(self, environ: dict[str, str], port: int) -> Iterator[subprocess.Popen[bytes]]:
+        with (self.folder / "daemon.log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, str(self.pyz)],
+                env=environ | {"SERVER_PORT": str(port)},
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+    def _warm(self, environ: dict[str, str]) -> None:
+        """Let the program be unpacked and all its modules compiled."""
+        for command in ([str(self.pyz), "--version"], ["-m", "compileall", "-q", environ["SHIV_ROOT"]]):
+            subprocess.run([sys.executable, *command], env=environ, check=True, capture_output=True)
+
+    def _environ(self) -> dict[str, str]:
+        return {"PATH": os.defpath, "HOME": str(self.folder), "SHIV_ROOT": str(self.folder / "shiv"), "LANG": "C.UTF-8",
+                "INFOWAY_API_KEY": KEY, "INFOWAY_API_BASE_URL": self._api, "INFOWAY_PLAN": "0",
+                "MONGODB_HOST": self._null, "STATE_DIRECTORY": self._state()}  # fmt: skip
+
+    def _look_at(self, pid: int) -> None:
+        time.sleep(min(3.0, self.size.idle_s))  # what a start leaves to be done is done
+        before, began = _cpu_seconds(pid), time.monotonic()
+        time.sleep(self.size.idle_s)
+        used = (_cpu_seconds(pid) - before) * 60 / (time.monotonic() - began)
+        self.rows += [
+            Row("resident memory, idle and connected, nothing executed yet", "常驻内存，空闲且已连接，尚未执行",
+                _memory(pid, "VmRSS") / MB, 26, False, "MB"),
+            Row("CPU while idle and connected", "空闲且已连接时的 CPU 时间", used, 0.02, False, "s a minute",
+                f"looked at for {self.size.idle_s:.0f} s"),
+        ]  # fmt: skip
+
+    def waits(self) -> None:
+        """What a person waits for at the command line."""
+        environ = self._environ()
+        self._warm(environ)
+        python = [sys.executable]
+        commands = {
+            "once": [*python, str(self.pyz), "--once", "--codes", make_codes(self.market, 1)[0]],
+            "imports": [*python, "-c", "import pymongo, urllib3"],
+            "version": [*python, str(self.pyz), "--version"],
+            "pass": [*python, "-c", "pass"],
+        }
+        times: dict[str, list[float]] = {name: [] for name in commands}
+        for number in range(self.size.rounds + 1):
+            for name, command in commands.items():
+                self._new_trades()
+                began = time.perf_counter()
+                subprocess.run(command, env=environ, cwd=self.folder, check=True, capture_output=True)
+                if number:
+                    times[name].append(time.perf_counter() - began)
+        middle = {name: statistics.median(taken) for name, taken in times.items()}
+        for ours, theirs, limit, words, chinese in (
+            ("once", "imports", 2.0, "./stockrt.pyz --once with MongoDB, one code, warm",
+             "./stockrt.pyz --once 写入 MongoDB，一个代码，已预热"),
+            ("version", "pass", 6.0, "./stockrt.pyz --version, warm", "./stockrt.pyz --version，已预热"),
+        ):  # fmt: skip
+            than = f"-c '{commands[theirs][2]}'"
+            self.rows.append(Row(
+                words, chinese, middle[ours] / middle[theirs], limit, False, f"x python3 {than}",
+                f"{spread(times[ours], 0, 1000)} ms, {spread(times[theirs], 0, 1000)} ms",
+            ))  # fmt: skip
+
+    def many_codes(self) -> None:
+        """A hundred thousand codes against a thousand: memory, and time per code."""
+        few, many = FEW_CODES, self.size.many_codes
+        repeats = max(1, many // few // 5)
+        with self._workers({"few": self._ours(), "many": self._ours()}) as workers:
+            times: dict[str, list[float]] = {"few": [], "many": []}
+            peaks = {}
+            for number in range(max(2, self.size.rounds * 5 // 7) + 1):
+                self._new_trades()
+                each = []
+                for _ in range(repeats):
+                    self._new_trades()
+                    done = workers["few"].run(few)
+                    each.append(done.wall / few)
+                peaks["few"] = done.peak
+                done = workers["many"].run(many)
+                peaks["many"] = done.peak
+                if number:
+                    times["few"].append(statistics.median(each))
+                    times["many"].append(done.wall / many)
+        ratio = statistics.median(times["many"]) / statistics.median(times["few"])
+        self.rows += [
+            Row(f"memory at {many:,} codes against {few:,}", f"{many:,} 个代码相比 {few:,} 个代码的内存增量",
+                (peaks["many"] - peaks["few"]) / MB, 10, False, "MB more",
+                f"peaks {peaks['few'] / MB:.1f} MB and {peaks['many'] / MB:.1f} MB"),
+            Row(f"time per code from {few:,} to {many:,} codes", f"从 {few:,} 到 {many:,} 个代码，每个代码的耗时",
+                ratio, 1.1, False, "x",
+                f"{spread(times['few'], 2, 1e6)} µs and {spread(times['many'], 2, 1e6)} µs"),
+        ]  # fmt: skip
+
+    def spool(self) -> None:
+        """The local file: written in transactions of 100, in memory (an fsync costs nothing) and on the disk."""
+        places = {"in memory": Path("/dev/shm"), "on disk": self.folder}
+        writes: dict[str, list[float]] = {name: [] for name in places}
+        drains: dict[str, list[float]] = {"insert_many": [], **{name: [] for name in places}}
+        for _ in range(max(2, self.size.rounds * 5 // 7)):
+            documents = self._documents()
+            drains["insert_many"].append(self._insert_many(documents, self._null, "bench"))
+            for name, place in places.items():
+                with tempfile.TemporaryDirectory(dir=place, prefix="stockrt-bench-") as folder:
+                    written, drained = self._spooled(documents, folder, self._null, "bench")
+                writes[name].append(written)
+                drains[name].append(drained)
+        self.rows.append(Row(
+            "spool: write in transactions of 100, fsync excluded", "本地暂存：每 100 笔一个事务写入，不计 fsync",
+            statistics.median(writes["in memory"]), 50_000, True, "trades/s",
+            "; ".join(f"{name} {spread(found)}" for name, found in writes.items()),
+        ))  # fmt: skip
+        self._drain_to_real_server()
+        self.rows.append(Row(
+            "  into the null MongoDB", "  写入空 MongoDB",
+            self._compare(drains, "on disk", "insert_many"), None, True, "x insert_many of 1,000", _trades(drains),
+        ))  # fmt: skip
+
+    def _drain_to_real_server(self) -> None:
+        from kit.mongo_server import Unavailable, find_server, fresh_database
+
+        names = "spool: drain from disk into a real server", "本地暂存：从磁盘排空到真实服务器"
+        speeds: dict[str, list[float]] = {"insert_many": [], "drain": []}
+        try:
+            server = find_server()
+        except Unavailable:
+            self.rows.append(Row(*names, None, 0.7, True, "x insert_many of 1,000"))
+            return
+        with server:
+            for _ in range(max(2, self.size.rounds * 5 // 7)):
+                documents = self._documents()
+                with fresh_database(server) as place:
+                    speeds["insert_many"].append(self._insert_many(documents, *place))
+                with (
+                    fresh_database(server) as place,
+                    tempfile.TemporaryDirectory(dir=self.folder, prefix="spool-") as folder,
+                ):
+                    speeds["drain"].append(self._spooled(documents, folder, *place)[1])
+        self.rows.append(Row(
+            *names, self._compare(speeds, "drain", "insert_many"), 0.7, True, "x insert_many of 1,000",
+            f"{server.name}: {_trades(speeds)}",
+        ))  # fmt: skip
+
+    def _documents(self) -> list[dict[str, Any]]:
+        import stockrt
+
+        now = int(time.time() * 1000)
+        created = stockrt.utc_now()
+        codes = make_codes(self.market, self.size.spooled)
+        return [
+            stockrt.to_document(stockrt.Trade(code, now, "305.771", "12", "3669.252", 1), created)
+            for code in codes
+        ]
+
+    def _insert_many(self, documents: list[dict[str, Any]], uri: str, database: str) -> float:
+        """Return how many documents a second a client stores, with the index that ours has."""
+        import pymongo
+
+        with pymongo.MongoClient[dict[str, Any]](uri) as client:
+            collection = client[database].floor
+            collection.create_index([("stock_code", 1), ("t", -1)])
+            began = time.perf_counter()
+            for at in range(0, len(documents), 1000):
+                collection.insert_many(documents[at : at + 1000])
+            return len(documents) / (time.perf_counter() - began)
+
+    def _spooled(
+        self, documents: list[dict[str, Any]], folder: str, uri: str, database: str
+    ) -> tuple[float, float]:
+        """Return how many trades a second went into a spool, and out of it into MongoDB."""
+        import stockrt
+
+        environ = self._environ() | {
+            "STATE_DIRECTORY": folder,
+            "MONGODB_HOST": uri,
+            "MONGODB_DB_NAME": database,
+        }
+        settings = stockrt.load_settings(environ, None, (), is_root=False).settings
+        mongo, spool = stockrt.MongoStore(settings), stockrt.Spool(Path(folder), settings.spool_max_bytes)
+        mongo.check()
+        began = time.perf_counter()
+        for at in range(0, len(documents), CHUNK):
+            spool.write(documents[at : at + CHUNK])
+        written = time.perf_counter()
+        drain = stockrt.Drain(spool, mongo, stockrt.Closer(mongo, None).settle)
+        while drain.step():
+            pass
+        drained = time.perf_counter()
+        if drain.moved != len(documents) or not spool.is_empty():
+            raise RuntimeError(f"{drain.moved} of {len(documents)} were moved")
+        mongo.close()
+        spool.close()
+        return len(documents) / (written - began), len(documents) / (drained - written)
+
+
+def _trades(speeds: dict[str, list[float]]) -> str:
+    return "; ".join(f"{name} {spread(found)}" for name, found in speeds.items()) + " trades/s"
+
+
+# ------------------------------------------------------------------------------------------------------
+# Table, picture, README
+# ------------------------------------------------------------------------------------------------------
+
+
+def machine() -> str:
+    """Return the kind of machine, and how busy it is."""
+    models = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return (
+        f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}, load {os.getloadavg()[2]:.1f}"
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the table for a terminal."""
+    cells = [("", "target", "reached", "")] + [(row.name, row.target, row.shown, row.detail) for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(3)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]).rstrip()
+        for line in cells
+    )
+
+
+def markdown(rows: Sequence[Row], chinese: bool) -> str:
+    """Return the table for the README, with the machine's kind under it."""
+    heads = (
+        ("", "目标", "结果", "中位数（最小-最大）")
+        if chinese
+        else ("", "target", "reached", "median (min-max)")
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---|---|---|---|"]
+    for row in rows:
+        name = row.chinese if chinese else row.name
+        told = name.startswith(" ")
+        name = ("… " if told else "") + re.sub(
+            r"(\./stockrt\.pyz --\w+|python3 -c .*)", r"`\1`", name.strip()
+        )
+        lines.append(f"| {name} | {row.target} | {row.shown} | {row.detail} |")
+    return "\n".join([*lines, "", machine()])
+
+
+MARKS = re.compile(r"(<!-- bench (en|zh) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+
+def with_tables(readme: str, rows: Sequence[Row]) -> str:
+    """Return the README with the tables of these rows between its marks."""
+    return MARKS.sub(lambda m: f"{m[1]}{markdown(rows, m[2] == 'zh')}\n{m[3]}", readme)
+
+
+def draw(rows: Sequence[Row], speeds: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Draw throughput, and how much of each target's room is used; the same numbers give the same file."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams |= {"svg.hashsalt": "stockrt", "svg.fonttype": "none", "font.family": "sans-serif"}
+    from matplotlib import pyplot
+
+    measured = [(row, row.used) for row in rows if row.used is not None]
+    figure, (left, right) = pyplot.subplots(2, 1, figsize=(9, 9), height_ratios=(2, 3), layout="constrained")
+    colors = {"floor": "#9aa5b1", "sdk": "#e0b25c", "ours": "#3b7dd8"}
+    for number, (name, color) in enumerate(colors.items()):
+        found = [(place, s[name]) for place, s in enumerate(speeds.values()) if name in s]
+        middles = [statistics.median(values) for _, values in found]
+        ends = [[m - min(v) for m, (_, v) in zip(middles, found, strict=True)],
+                [max(v) - m for m, (_, v) in zip(middles, found, strict=True)]]  # fmt: skip
+        left.bar([place + (number - 1) * 0.27 for place, _ in found], middles, 0.25, yerr=ends, color=color,
+                 label=name, capsize=2, ecolor="#333333")  # fmt: skip
+    left.set_xticks(range(len(speeds)), list(speeds))
+    left.set_ylabel("trades/s")
+    left.legend()
+    left.set_title("Throughput: medians, minimum and maximum (more is better)")
+    names = [row.name for row, _ in measured][::-1]
+    used = [share for _, share in measured][::-1]
+    right.barh(names, used, color=["#c8453b" if share > 1 else "#3b7dd8" for share in used])
+    right.axvline(1, color="#333333", linewidth=1)
+    right.set_title("Share of each target that is used (left of the line: reached)")
+    right.set_xlim(0, max(1.2, *(share * 1.05 for share in used)))
+    figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table, and return 1 when a target is missed (0 in the short form)."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="a few rounds; no target counts")
+    parser.add_argument("--pyz", type=Path, default=ROOT / "stockrt.pyz", help="the built program")
+    parser.add_argument("--svg", type=Path, help="where to draw the picture")
+    parser.add_argument("--only", action="append", help="a method of Bench by name; no target counts")
+    parser.add_argument(
+        "--write-readme", action="store_true", help="write the table into the README, and the picture"
+    )
+    options = parser.parse_args(argv)
+    if options.write_readme and (options.short or options.only):
+        parser.error("--write-readme is for a full run")
+    with tempfile.TemporaryDirectory(prefix="stockrt-bench-") as folder:
+        bench = Bench(
+            SHORT if options.short else FULL,
+            options.pyz.resolve(),
+            Path(folder),
+            lambda text: print(text, file=sys.stderr, flush=True),
+        )
+        try:
+            for name in options.only or ():
+                getattr(bench, name)()
+            if not options.only:
+                bench.run()
+        finally:
+            bench.close()
+    print(f"{machine()}\n\n{table(bench.rows)}")
+    if options.write_readme:
+        README.write_text(with_tables(README.read_text("utf-8"), bench.rows), "utf-8")
+    if path := options.svg or (PICTURE if options.write_readme else None):
+        draw(bench.rows, bench.speeds, path)
+    counts = not (options.short or options.only)
+    return int(counts and any(row.missed for row in bench.rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Whatever goes wrong in the world: see `run`."""

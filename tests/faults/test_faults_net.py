@@ -1,0 +1,184 @@
+"""Fault 9: names that nobody resolves, addresses that swallow packets; a replica set that is found by name."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import MakeWorld, unavailable
+from kit.daemons import PATIENCE, number, until
+from kit.fault_world import QUICK, ServiceManager, World, balanced
+from kit.mongo_proxy import MongoProxy
+from kit.mongo_server import MongoServer
+from kit.name_server import ZONE, NameServer, NoNamespace
+
+from faults.test_faults_mongo import elect
+
+# What systemd gives the service in these tests, in seconds; longer than any name takes to fail there.
+WATCHDOG_S = 10.0
+
+
+@pytest.fixture
+def name_server() -> Iterator[NameServer]:
+    """A DNS server that answers."""
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(NameServer())
+        except NoNamespace as error:
+            unavailable(str(error))
+        yield server
+
+
+@pytest.fixture
+def wrapper(name_server: NameServer, tmp_path: Path) -> tuple[str, ...]:
+    """The words in front of a command that asks this server alone."""
+    try:
+        return name_server.wrapper(tmp_path)
+    except NoNamespace as error:
+        unavailable(str(error))
+
+
+@contextlib.contextmanager
+def swallowed(port: int) -> Iterator[None]:
+    """Let a port take no more connections and refuse none: its queue is full, the kernel drops what comes."""
+    with contextlib.ExitStack() as stack:
+        hole = stack.enter_context(socket.socket())
+        hole.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        hole.bind(("127.0.0.1", port))
+        hole.listen(0)
+        for _ in range(3):  # more than the queue takes; the last one hangs
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(("127.0.0.1", port))
+        probe = stack.enter_context(socket.socket())
+        probe.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            probe.connect(("127.0.0.1", port))
+        yield
+
+
+def _works(world: World) -> None:
+    """Wait for a command that ends as it should, all of it in MongoDB."""
+
+    def done() -> bool:
+        told = world.result(world.send(10)).data["result"]
+        return bool(told["success_count"] == 10)
+
+    assert until(done, 2 * PATIENCE), world.daemon.log[-3000:]
+
+
+def test_names_that_nobody_resolves_are_said_and_survived(
+    make_world: MakeWorld,
+    mongo_proxy: MongoProxy,
+    name_server: NameServer,
+    wrapper: tuple[str, ...],
+    manager: ServiceManager,
+) -> None:
+    rounds = number(1, 10)
+    world = make_world(
+        f"mongodb://db.{ZONE}:{mongo_proxy.port}/{QUICK}",
+        wrapper,
+        SERVER_IP=f"platform.{ZONE}",
+        INFOWAY_API_BASE_URL=f"http://api.{ZONE}:{{api}}",
+        **manager.settings(WATCHDOG_S),
+    )
+    world.start()
+    _works(world)
+    for _ in range(rounds):
+        name_server.answers = False
+        mongo_proxy.cut()
+        told = world.result(world.send(10))
+        assert told.data["result"]["kept_count"] == 10, told.text
+        world.infoway.stop()
+        world.infoway.start()
+        told = world.result(world.send(10), 2 * PATIENCE)
+        assert told.data["result"]["failed_count"] == 10, told.text
+        said = len(world.daemon.log)
+        world.platform.kill_connections()
+        assert until(lambda: "cannot connect" in world.daemon.log[said:]), world.daemon.log[-3000:]  # noqa: B023
+        name_server.answers = True
+        world.connected()
+        _works(world)
+    balanced("dns", rounds, world.final_account(), world.daemon.log)
+    assert {f"platform.{ZONE} A", f"api.{ZONE} A", f"db.{ZONE} A"} <= set(name_server.asked)
+    assert manager.longest_silence() < WATCHDOG_S
+    assert "Traceback" not in world.daemon.log
+
+
+@pytest.mark.parametrize("whose", ["platform", pytest.param("api", marks=pytest.mark.long), "mongodb"])
+def test_an_address_that_swallows_packets_is_said_and_survived(
+    whose: str, make_world: MakeWorld, mongo_proxy: MongoProxy
+) -> None:
+    rounds = number(1, 5)
+    world = make_world(mongo_proxy.uri + QUICK)
+    world.start()
+    _works(world)
+    for _ in range(rounds):
+        said = len(world.daemon.log)
+        if whose == "platform":
+            world.platform.stop()
+            with swallowed(world.platform.port):
+                assert until(lambda: "timed out" in world.daemon.log[said:]), world.daemon.log[said:]  # noqa: B023
+            world.platform.start()
+            world.connected()
+        elif whose == "api":
+            world.infoway.stop()
+            with swallowed(world.infoway.port):
+                told = world.result(world.send(10), 4 * PATIENCE)
+                assert told.data["result"]["failed_count"] == 10, told.text
+            world.infoway.start()
+        else:
+            mongo_proxy.down()
+            with swallowed(mongo_proxy.port):
+                for _ in range(3):
+                    told = world.result(world.send(10))
+                    assert told.data["result"]["kept_count"] == 10, told.text
+            mongo_proxy.up()
+        _works(world)
+    balanced("packets", rounds, world.final_account(), world.daemon.log)
+
+
+def test_a_connection_to_the_platform_that_dies_in_silence_is_noticed(
+    make_world: MakeWorld, mongo_proxy: MongoProxy
+) -> None:
+    rounds = number(1, 10)
+    world = make_world(mongo_proxy.uri + QUICK, HEARTBEAT_INTERVAL="1")
+    world.start()
+    for _ in range(rounds):
+        _works(world)
+        dials = len(world.platform.dials)
+        said = len(world.daemon.log)
+        world.platform.freeze()
+        try:
+            assert until(lambda: "nothing came for" in world.daemon.log[said:]), world.daemon.log[-3000:]  # noqa: B023
+        finally:
+            world.platform.thaw()
+        assert world.platform.wait_for(lambda p, n=dials: len(p.dials) > n and p.connected, PATIENCE)  # type: ignore[misc]
+    balanced("silence", rounds, world.final_account(), world.daemon.log)
+
+
+def test_a_replica_set_behind_an_srv_record_survives_elections(
+    make_world: MakeWorld, mongo_server: MongoServer, name_server: NameServer, wrapper: tuple[str, ...]
+) -> None:
+    rounds = number(4, 50)
+    with MongoProxy(mongo_server.port) as one, MongoProxy(mongo_server.port, one) as other:
+        members = [one, other]
+        places = [f"{letter}.{ZONE}:{member.port}" for letter, member in zip("ab", members, strict=True)]
+        records = [
+            f"0 0 {member.port} {letter}.{ZONE}." for letter, member in zip("ab", members, strict=True)
+        ]
+        name_server.records[(f"_mongodb._tcp.db.{ZONE}", "SRV")] = records
+        name_server.records[(f"db.{ZONE}", "TXT")] = ['"replicaSet=rs0"']
+        elect(members, 0, 1, places)
+        world = make_world(f"mongodb+srv://db.{ZONE}/?tls=false&timeoutMS=4000", wrapper)
+        world.start()
+        with world.load(0.02, 10):
+            for term in range(2, rounds + 2):
+                answers = len(world.platform.results)
+                assert world.platform.wait_for(lambda p, n=answers: len(p.results) > n + 10, PATIENCE)  # type: ignore[misc]
+                elect(members, term % 2, term, places)
+        balanced("election_srv", rounds, world.final_account(), world.daemon.log)
+    assert f"_mongodb._tcp.db.{ZONE} SRV" in name_server.asked

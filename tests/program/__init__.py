@@ -1,0 +1,1 @@
+"""The built file as a process."""

@@ -1,0 +1,1173 @@
+"""The daemon against real servers: it stays connected, executes, and answers each command exactly once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kit.daemons import (
+    HASH,
+    LONG,
+    PATIENCE,
+    ROOT_FOLDER,
+    ProcessDaemon,
+    ThreadDaemon,
+    environment,
+    number,
+    settings_for,
+    until,
+)
+from kit.infoway_server import Answer, InfowayServer, Request
+from kit.platform_server import (
+    FAILURE_STATUSES,
+    GENERATIONS,
+    TEXT,
+    PlatformProcess,
+    PlatformServer,
+    Result,
+    accept_key,
+    frame_bytes,
+)
+
+import stockrt
+from stockrt import Command, Journal
+
+SOON_S = 1.0
+# A server that forgets a session as soon as its connection is gone, so that a test need not wait for its sweep.
+FORGETFUL: dict[str, Any] = {"zombies": False}
+
+StartDaemon = Callable[..., ProcessDaemon]
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """The state directory of the one daemon, which is registered."""
+    directory = tmp_path / "state"
+    stockrt.write_hash(directory, HASH)
+    return directory
+
+
+@pytest.fixture
+def platform() -> Iterator[PlatformServer]:
+    """A newer server that knows the daemon and pings only when told to."""
+    with PlatformServer(ping_every=0, **FORGETFUL) as server:
+        server.know(HASH)
+        yield server
+
+
+@pytest.fixture
+def settings(platform: PlatformServer, infoway: InfowayServer, state: Path) -> stockrt.Settings:
+    """The settings of a daemon of `platform` and `infoway`."""
+    return settings_for(platform.port, infoway.url, state)
+
+
+@pytest.fixture
+def start_daemon(clean_env: dict[str, str], state: Path, infoway: InfowayServer) -> Iterator[StartDaemon]:
+    """Start the daemon as a process, which does not outlive the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(server: PlatformServer | PlatformProcess, **more: str) -> ProcessDaemon:
+            made = ProcessDaemon(clean_env, environment(server.port, infoway.url, state, **more))
+            return stack.enter_context(made)
+
+        yield start
+
+
+class Gate:
+    """Holds the API's answers back until it is opened."""
+
+    def __init__(self, infoway: InfowayServer) -> None:
+        self._infoway = infoway
+        self._open = threading.Event()
+        infoway.latency = self._wait
+
+    def _wait(self, request: Request) -> float:
+        self._open.wait(PATIENCE)
+        return 0.0
+
+    def reached(self, requests: int = 1) -> None:
+        """Wait until so many requests have come."""
+        self._infoway.wait_for(lambda s: s.request_count >= requests, PATIENCE)
+
+    def open(self) -> None:
+        """Let every answer go."""
+        self._open.set()
+
+
+@pytest.fixture
+def gate(infoway: InfowayServer) -> Iterator[Gate]:
+    """The gate in front of the API's answers, closed."""
+    made = Gate(infoway)
+    yield made
+    made.open()
+
+
+def connected(server: PlatformServer | PlatformProcess, times: int = 1) -> None:
+    """Wait until the module is connected, and was dialled so many times."""
+    if isinstance(server, PlatformServer):
+        assert server.wait_for(lambda s: s.connected and len(s.dials) >= times, PATIENCE), "not connected"
+    else:
+        assert server.wait_for(lambda s: s["connected"] and s["dials"] >= times, PATIENCE), "not connected"
+
+
+def answered(server: PlatformServer, *ids: str, times: int = 1) -> None:
+    """Wait until each of these executions has so many results."""
+    done = server.wait_for(lambda s: all(len(s.results_for(one)) >= times for one in ids), PATIENCE)
+    assert done, f"unanswered: {[one for one in ids if len(server.results_for(one)) < times]}"
+
+
+def one_answer(server: PlatformServer, execution_id: str) -> dict[str, Any]:
+    """The result of an execution, of which there is one."""
+    answered(server, execution_id)
+    (result,) = server.results_for(execution_id)
+    return result.data
+
+
+def settled(server: PlatformServer) -> None:
+    """Wait until what was sent to the daemon is handled: it answers in the order of arrival."""
+    before = len(server.pings)
+    server.ping_now()
+    assert server.wait_for(
+        lambda s: len(s.pings) > before and all(ping.answered or ping.ended for ping in s.pings), PATIENCE
+    )
+
+
+def texts_by_id(results: Iterable[Result]) -> dict[str, set[str]]:
+    """The different texts of each execution's results."""
+    found: dict[str, set[str]] = {}
+    for result in results:
+        found.setdefault(result.execution_id, set()).add(result.text)
+    return found
+
+
+def stored(state: Path) -> list[str]:
+    """The code of every document in the local store, in the order of arrival."""
+    if not (state / stockrt.SQLITE_NAME).exists():
+        return []
+    with contextlib.closing(sqlite3.connect(state / stockrt.SQLITE_NAME)) as db:
+        return [code for (code,) in db.execute("SELECT stock_code FROM realtime ORDER BY seq")]
+
+
+def journalled(state: Path, what: str = "execution_id", where: str = "execution_id IS NOT NULL") -> list[Any]:
+    """What the journal's file holds."""
+    if not (state / stockrt.JOURNAL_NAME).exists():
+        return []
+    with contextlib.closing(sqlite3.connect(state / stockrt.JOURNAL_NAME)) as db:
+        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'executions'").fetchone():
+            return []
+        return [
+            value for (value,) in db.execute(f"SELECT {what} FROM executions WHERE {where} ORDER BY number")
+        ]
+
+
+def codes_for(name: object, count: int = 10) -> list[str]:
+    """Codes that only this command asks for."""
+    return [f"Q{name}X{n}.US".upper() for n in range(count)]
+
+
+EXECUTE = json.dumps({"type": "execute", "meta": {"execution_id": "e-1"}, "args": {"code_list": ["AAPL.US"]}})
+
+
+@contextlib.contextmanager
+def in_one_breath(*texts: str, hang_up: bool = False) -> Iterator[int]:
+    """Listen on a port; the first client gets the handshake and all the texts in one piece, others are refused."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = int(listener.getsockname()[1])
+
+        def serve() -> None:
+            peer, _ = listener.accept()
+            listener.close()
+            with peer:
+                head = b""
+                while b"\r\n\r\n" not in head and (more := peer.recv(4096)):
+                    head += more
+                (key,) = (
+                    line[18:].strip()
+                    for line in head.decode().splitlines()
+                    if line.startswith("Sec-WebSocket-Key")
+                )
+                answer = (
+                    "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                    f"Sec-WebSocket-Accept: {accept_key(key)}\r\n\r\n"
+                )
+                peer.sendall(answer.encode() + b"".join(frame_bytes(TEXT, text.encode()) for text in texts))
+                while not hang_up and peer.recv(4096):
+                    pass
+
+        server = threading.Thread(target=serve, daemon=True)
+        server.start()
+        yield port
+        server.join(PATIENCE)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Execute, answer
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_it_executes_and_answers_for_both_generations(
+    generation: str, infoway: InfowayServer, state: Path
+) -> None:
+    with PlatformServer(generation) as server:
+        server.know(HASH)
+        with ThreadDaemon(settings_for(server.port, infoway.url, state)):
+            connected(server)
+            ids = [
+                server.execute(codes_for(n), args_key=args_key, wrap=wrap)
+                for n, (wrap, args_key) in enumerate(
+                    [("object", "code_list"), ("string", "stock_list"), ("bare", "codes")]
+                )
+            ]
+            ids.append(server.execute("600519, 000001.SZ", wrap="string"))
+            ids.append(server.execute([600519]))
+            answered(server, *ids)
+            answers = [one_answer(server, one) for one in ids]
+            settled(server)
+            assert len(server.results) == len(ids)
+            assert until(lambda: journalled(state, where="NOT received") == [])
+        assert [answer["status"] for answer in answers] == ["success"] * 5
+        assert [answer["result"]["success_count"] for answer in answers] == [10, 10, 10, 2, 1]
+        assert [answer["result"]["duplicate_count"] for answer in answers] == [0, 0, 0, 0, 1]
+        assert [answer["meta"] for answer in answers] == [
+            json.loads(json.dumps(_command(execute.text)["meta"])) for execute in server.executes
+        ]
+        assert server.mailed == []
+        assert len(server.dials) == 1
+    assert len(stored(state)) == len(set(stored(state))) == 32
+
+
+def _command(text: str) -> dict[str, Any]:
+    """The command in a text that the server has sent."""
+    found = json.loads(text)
+    found = found.get("message", found)
+    command: dict[str, Any] = json.loads(found) if isinstance(found, str) else found
+    return command
+
+
+def test_what_cannot_be_understood_is_answered_with_a_failure(
+    platform: PlatformServer, settings: stockrt.Settings
+) -> None:
+    with ThreadDaemon(settings):
+        connected(platform)
+        ids = [
+            platform.execute(None),
+            platform.execute("", args_key=None),
+            platform.execute({"a": 1}),
+            platform.execute([f"{n:06d}" for n in range(100_001)]),
+        ]
+        answers = [one_answer(platform, one) for one in ids]
+        platform.execute(["AAPL.US"], meta=None)  # without an id it is answered all the same
+        assert platform.wait_for(lambda s: len(s.results) == 5, PATIENCE)
+    assert all(answer["status"] in FAILURE_STATUSES for answer in answers)
+    assert all(answer["error"] for answer in answers)
+    assert len(platform.mailed) == 4
+    assert platform.results[-1].status == "success"
+
+
+def test_partial_and_total_failures_are_said(
+    platform: PlatformServer, settings: stockrt.Settings, infoway: InfowayServer
+) -> None:
+    infoway.unknown = {"GONE.US"}
+    with ThreadDaemon(settings):
+        connected(platform)
+        some = one_answer(platform, platform.execute(["AAPL.US", "GONE.US", "A?B"]))
+        infoway.script = lambda request: Answer.html(500)
+        none = one_answer(platform, platform.execute(["AAPL.US"]))
+    assert some["status"] == "success"
+    assert "GONE.US" in some["message"]
+    assert "GONE.US" in some["result"]["failed_stocks"]
+    assert some["result"]["failed_count"] == len(some["result"]["failed_stocks"])
+    assert none["status"] == "failure"
+    assert "AAPL.US (HTTP 500" in none["error"]
+    assert [mail.text for mail in platform.mailed] == [none["error"]]
+
+
+@pytest.mark.parametrize("odd", ["\ud800half", "a\0b", "x" * 10_000, "';--"])
+def test_an_odd_execution_id_is_served_like_any_other(
+    odd: str, platform: PlatformServer, settings: stockrt.Settings
+) -> None:
+    with ThreadDaemon(settings) as running:
+        connected(platform)
+        execution_id = platform.execute(["AAPL.US"], execution_id=odd)
+        assert platform.wait_for(lambda s: s.results or running.error, PATIENCE)
+        assert running.error is None
+        assert one_answer(platform, execution_id)["status"] == "success"
+
+
+# ------------------------------------------------------------------------------------------------------
+# The connection during work
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_pings_are_answered_at_once_while_the_api_is_slow(
+    infoway: InfowayServer, start_daemon: StartDaemon
+) -> None:
+    latency, every = number(4, 15), number(1, 5)
+    infoway.latency = latency
+    with PlatformServer(ping_every=every, ws_ping_every=every) as server:
+        server.know(HASH)
+        start_daemon(server)
+        connected(server)
+        execution_id = server.execute(["AAPL.US"])
+        assert one_answer(server, execution_id)["result"]["took_ms"] >= 1000 * latency
+        settled(server)
+        for kind in ("json", "ws"):
+            delays = server.pong_delays(kind)
+            assert len(delays) >= latency / every
+            assert max(delays) < SOON_S
+        assert len(server.dials) == 1
+
+
+def test_fifteen_commands_at_once_are_fifteen_results(
+    infoway: InfowayServer, start_daemon: StartDaemon, state: Path
+) -> None:
+    infoway.latency = 4.0 if LONG else 0.3
+    with PlatformServer(ping_every=1) as server:
+        server.know(HASH)
+        start_daemon(server)
+        connected(server)
+        ids = [server.execute(codes_for(n, 3)) for n in range(15)]
+        assert server.wait_for(lambda s: not s.unanswered, 15 * 4 + PATIENCE)
+        settled(server)
+        assert [result.execution_id for result in server.results] == ids
+        assert {result.status for result in server.results} == {"success"}
+        assert len(server.dials) == 1
+        assert max(server.pong_delays()) < SOON_S
+        assert server.mailed == []
+    assert sorted(stored(state)) == sorted(code for n in range(15) for code in codes_for(n, 3))
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_heartbeat_is_sent_to_a_server_that_confirms_it(
+    generation: str, infoway: InfowayServer, state: Path
+) -> None:
+    with PlatformServer(generation, ping_every=0) as server:
+        server.know(HASH)
+        with ThreadDaemon(settings_for(server.port, infoway.url, state, HEARTBEAT_INTERVAL="1")):
+            connected(server)
+            if generation == "old":
+                assert server.wait_for(lambda s: len(s.frames) >= 3, PATIENCE)
+                assert {frame.text for frame in server.frames} == {"heartbeat"}
+                assert server.bad_frames == []
+            else:
+                assert server.wait_for(lambda s: s.bad_frames, PATIENCE)
+                assert not server.wait_for(lambda s: len(s.bad_frames) > 1, 2.5)
+        assert len(server.dials) == 1
+
+
+def test_garbage_is_survived(platform: PlatformServer, settings: stockrt.Settings) -> None:
+    platform.json_garbage = True
+    with ThreadDaemon(settings):
+        connected(platform)
+        for fragment in (0, 7):
+            platform.fragment = fragment
+            assert one_answer(platform, platform.execute(["AAPL.US"]))["status"] == "success"
+        settled(platform)
+        assert len(platform.dials) == 1
+    assert len(platform.results) == 2
+
+
+def test_a_frame_of_ten_mebibytes_is_refused_and_survived(
+    platform: PlatformServer, settings: stockrt.Settings
+) -> None:
+    with ThreadDaemon(settings, pause=lambda seconds: None):
+        connected(platform)
+        for fragment in (0, 65536):
+            platform.fragment, platform.big_frames = fragment, True
+            dials = len(platform.dials)
+            platform.execute(["AAPL.US"])
+            assert platform.wait_for(lambda s: len(s.dials) > dials + 1, PATIENCE)  # noqa: B023
+            platform.big_frames = False
+        platform.fragment = 0
+        assert platform.wait_for(lambda s: s.connected and not s.dials[-1].closed, PATIENCE)
+        execution_id = platform.execute(["AAPL.US"])
+        if not platform.wait_for(lambda s: s.results_for(execution_id), 2):
+            platform.resend(execution_id)  # it had gone to a connection with a great frame on its way
+        assert one_answer(platform, execution_id)["status"] == "success"
+    assert 1009 in {dial.close_code for dial in platform.dials}
+
+
+# ------------------------------------------------------------------------------------------------------
+# Finding the server again
+# ------------------------------------------------------------------------------------------------------
+
+
+class Longest(random.Random):
+    """Takes the whole of each delay."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return b
+
+
+def dial_delays(rng: random.Random) -> Iterator[float]:
+    """The daemon's delays between dials."""
+    return stockrt.backoff(stockrt.DIAL_FIRST_S, stockrt.DIAL_CAP_S, rng, stockrt.DIAL_GROWTH)
+
+
+def dial_times(seed: int, until_s: float) -> list[float]:
+    """When a client dials that lost its server at 0, up to the first dial after `until_s`."""
+    times, now, delays = [], 0.0, dial_delays(random.Random(seed))
+    while now < until_s:
+        now += next(delays)
+        times.append(now)
+    return times
+
+
+def test_a_server_that_was_away_for_five_seconds_is_met_within_two_in_the_median() -> None:
+    waits = [dial_times(seed, 5.0)[-1] - 5.0 for seed in range(20 * 200)]
+    medians = [statistics.median(waits[n : n + 20]) for n in range(0, len(waits), 20)]
+    assert sum(median < 2.0 for median in medians) >= 0.99 * len(medians)
+    assert statistics.median(waits) < 1.5
+
+
+def test_a_hundred_clients_do_not_come_back_at_once() -> None:
+    crowds = []
+    for crowd in range(50):
+        waits = [dial_times(100 * crowd + client, 5.0)[-1] - 5.0 for client in range(100)]
+        seconds = Counter(map(int, waits))
+        crowds.append(max(seconds.values()) / (len(waits) / (max(seconds) + 1)))
+    assert statistics.median(crowds) < 3
+
+
+def test_no_delay_is_above_half_a_minute_and_the_first_is_random_too() -> None:
+    assert len({next(dial_delays(random.Random(seed))) for seed in range(100)}) == 100
+    delays = dial_delays(Longest())
+    longest = [next(delays) for _ in range(1000)]
+    assert longest == sorted(longest)
+    assert max(longest) == longest[20] == stockrt.DIAL_CAP_S <= 30
+
+
+def test_real_daemons_come_back_when_their_delays_say_so(infoway: InfowayServer, tmp_path: Path) -> None:
+    away = 5.0
+    # no dial of these is so near to the server's return that a busy machine could decide its outcome
+    seeds = [s for s in range(1000) if all(abs(at - away) > 0.8 for at in dial_times(s, away))]
+    seeds = seeds[: number(10, 100)]
+    server = PlatformServer(ping_every=0, **FORGETFUL)
+    with contextlib.ExitStack() as daemons:
+        server.start()
+        daemons.callback(server.stop)
+        for seed in seeds:
+            module = server.know(f"-{1000 + seed}")
+            state = tmp_path / module
+            stockrt.write_hash(state, module)
+            daemons.enter_context(
+                ThreadDaemon(settings_for(server.port, infoway.url, state), rng=random.Random(seed))
+            )
+        assert server.wait_for(lambda s: len(s.connected) == len(seeds), PATIENCE)
+        settled(server)
+        before = len(server.dials)
+        lost = time.monotonic()
+        server.stop()
+        threading.Event().wait(lost + away - time.monotonic())
+        server.start()
+        back = time.monotonic()
+        assert server.wait_for(lambda s: len(s.connected) == len(seeds), PATIENCE)
+        late = {
+            int(dial.module_hash[1:]) - 1000: (dial.handshake or back) - back
+            for dial in server.dials[before:]
+        }
+    assert late.keys() == set(seeds)
+    for seed, wait in late.items():
+        assert wait == pytest.approx(dial_times(seed, away)[-1] - away, abs=1.5), seed
+
+
+ACCEPT_THEN_CLOSE = """
+import json, os, random, sys, threading, stockrt
+
+class Longest(random.Random):
+    def uniform(self, a, b):
+        return b
+
+delays = []
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def pause(seconds):
+    delays.append(seconds)
+    if len(delays) in marks:
+        # a timer that was cancelled is on its way out
+        for thread in threading.enumerate():
+            if isinstance(thread, threading.Timer):
+                thread.join()
+        print(json.dumps({"threads": threading.active_count(), "descriptors": len(os.listdir("/proc/self/fd")),
+                          "resident": resident(), "delays": delays}), flush=True)
+
+marks = [int(mark) for mark in sys.argv[1:]]
+settings = stockrt.load_settings(os.environ, None, ()).settings
+stockrt.Daemon(settings, pause=pause, rng=Longest()).run()
+"""
+
+
+@pytest.mark.parametrize("close_code", [1000, 1006])
+def test_a_thousand_connections_that_are_closed_at_once_leave_nothing_behind(
+    close_code: int, infoway: InfowayServer, state: Path, clean_env: dict[str, str]
+) -> None:
+    marks = [100, 200, number(1000, 1000) if close_code == 1000 else number(300, 1000)]
+    with (
+        PlatformServer(close_after_handshake=True, close_code=close_code, **FORGETFUL) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        server.know(HASH)
+        driver = stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-c", ACCEPT_THEN_CLOSE, *map(str, marks)],
+                env=clean_env
+                | environment(server.port, infoway.url, state)
+                | {"PYTHONPATH": str(ROOT_FOLDER)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                encoding="utf-8",
+            )
+        )
+        stack.callback(driver.kill)
+        assert driver.stdout is not None
+        early, middle, late = (json.loads(driver.stdout.readline()) for _ in marks)
+    assert early["threads"] == middle["threads"] == late["threads"] == 2
+    assert early["descriptors"] == middle["descriptors"] == late["descriptors"]
+    assert late["resident"] - early["resident"] < 1_000_000
+    ceilings = late["delays"]
+    assert ceilings[0] == stockrt.DIAL_FIRST_S
+    assert ceilings == sorted(ceilings)
+    assert set(ceilings[20:]) == {stockrt.DIAL_CAP_S}
+
+
+def test_the_delay_starts_anew_after_a_connection_that_was_useful(
+    platform: PlatformServer, settings: stockrt.Settings
+) -> None:
+    delays: list[float] = []
+    platform.close_after_handshake = True
+    many = threading.Event()
+
+    def pause(seconds: float) -> None:
+        delays.append(seconds)
+        if len(delays) == 20:
+            platform.close_after_handshake = False
+            many.set()
+
+    with ThreadDaemon(settings, pause=pause, rng=Longest()):
+        assert many.wait(PATIENCE)
+        connected(platform, 21)
+        settled(platform)
+        platform.close_connections()
+        connected(platform, 22)
+    assert delays[19] > 10
+    assert delays[20] == stockrt.DIAL_FIRST_S
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged as a warning."""
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_module_still_online_is_told_apart_and_said_once(
+    platform: PlatformServer, settings: stockrt.Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    platform.refuse_online_for = 3600
+    with ThreadDaemon(settings, pause=lambda seconds: None):
+        assert platform.wait_for(lambda s: len(s.dials) >= 20, PATIENCE)
+        (said,) = warnings_of(caplog)
+        assert "still counted as online" in said
+        assert "old session or a second instance" in said
+        platform.refuse_online_for = 0
+        connected(platform)
+        settled(platform)
+        assert until(lambda: "well again" in caplog.text)
+    assert {dial.status for dial in platform.dials} == {101, 403}
+
+
+def test_an_unknown_hash_is_told_apart_and_said_once_and_a_new_one_is_taken(
+    platform: PlatformServer, settings: stockrt.Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    platform.forget(HASH)
+    with ThreadDaemon(settings, pause=lambda seconds: None):
+        assert platform.wait_for(lambda s: len(s.dials) >= 20, PATIENCE)
+        (said,) = warnings_of(caplog)
+        assert "hash unknown to the server" in said
+        assert "--register --force" in said
+        stockrt.write_hash(settings.state_directory, platform.know("-5"))  # as --register --force does
+        connected(platform)
+        assert platform.connected == ["-5"]
+        assert HASH not in caplog.text
+
+
+def test_a_handshake_that_takes_its_time_is_waited_for(
+    platform: PlatformServer, settings: stockrt.Settings
+) -> None:
+    platform.slow_handshake = 2
+    with ThreadDaemon(settings):
+        connected(platform)
+        assert len(platform.dials) == 1
+
+
+@pytest.mark.parametrize("trouble", ["swallowed pings", "frozen"])
+def test_a_dead_peer_is_noticed_and_dialled_again(
+    trouble: str,
+    platform: PlatformServer,
+    infoway: InfowayServer,
+    state: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with ThreadDaemon(settings_for(platform.port, infoway.url, state, HEARTBEAT_INTERVAL="1")):
+        connected(platform)
+        settled(platform)
+        if trouble == "frozen":
+            platform.freeze()
+            try:
+                assert until(lambda: "nothing came for" in caplog.text, 10)
+            finally:
+                platform.thaw()
+        else:
+            platform.swallow_pings = True
+            assert platform.wait_for(lambda s: len(s.dials) > 1, PATIENCE)
+            platform.swallow_pings = False
+        assert "nothing came for" in caplog.text
+        assert platform.wait_for(
+            lambda s: s.connected and s.connected and s.dials[-1].closed is None, PATIENCE
+        )
+        execution_id = platform.execute(["AAPL.US"])
+        if not platform.wait_for(lambda s: s.results_for(execution_id), 5):
+            platform.resend(execution_id)  # it had gone to the connection that was just given up
+        assert one_answer(platform, execution_id)["status"] == "success"
+
+
+# ------------------------------------------------------------------------------------------------------
+# Nothing is lost, nothing is done twice
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_an_execution_in_progress_that_comes_again_is_answered_once(
+    platform: PlatformServer, settings: stockrt.Settings, infoway: InfowayServer, gate: Gate
+) -> None:
+    with ThreadDaemon(settings):
+        connected(platform)
+        execution_id = platform.execute(["AAPL.US"])
+        gate.reached()
+        queued = platform.execute(["TSLA.US"])
+        for _ in range(3):
+            platform.resend(execution_id)
+            platform.resend(queued)
+        settled(platform)
+        gate.open()
+        answered(platform, execution_id, queued)
+        settled(platform)
+    assert [result.execution_id for result in platform.results] == [execution_id, queued]
+    assert infoway.codes_asked() == ["AAPL.US", "TSLA.US"]
+
+
+def test_an_execution_that_is_done_gets_the_same_answer_again_also_after_a_restart(
+    platform: PlatformServer, settings: stockrt.Settings, infoway: InfowayServer
+) -> None:
+    with ThreadDaemon(settings):
+        connected(platform)
+        execution_id = platform.execute(["AAPL.US", "GONE!"])
+        answered(platform, execution_id)
+        infoway.bump()
+        platform.resend(execution_id)
+        answered(platform, execution_id, times=2)
+    with ThreadDaemon(settings):
+        connected(platform, 2)
+        settled(platform)
+        assert len(platform.results) == 2  # confirmed ones are not sent by themselves
+        platform.resend(execution_id)
+        answered(platform, execution_id, times=3)
+    assert len({result.text for result in platform.results}) == 1
+    assert infoway.codes_asked() == ["AAPL.US"]
+
+
+def test_a_full_queue_refuses_at_once_and_shutdown_answers_everything(
+    platform: PlatformServer, settings: stockrt.Settings, infoway: InfowayServer, gate: Gate
+) -> None:
+    with ThreadDaemon(settings) as running:
+        connected(platform)
+        working = platform.execute(["AAPL.US"])
+        gate.reached()
+        queued = [platform.execute(["TSLA.US"], execution_id=f"q{n}") for n in range(1000)]
+        settled(platform)
+        assert platform.results == []
+        extra = [platform.execute(["TSLA.US"], execution_id=f"x{n}") for n in range(3)]
+        refusals = [one_answer(platform, one) for one in extra]
+        assert all(answer["status"] == "failure" for answer in refusals)
+        assert all("1000" in answer["error"] for answer in refusals)
+        platform.shutdown_module()
+        assert platform.wait_for(lambda s: s.shutdown_confirmations, PATIENCE)
+        late = platform.execute(["TSLA.US"])
+        assert "stopping" in one_answer(platform, late)["error"]
+        gate.open()
+        assert running.ended()
+        assert platform.unanswered == []
+    assert one_answer(platform, working)["status"] == "success"
+    assert {one_answer(platform, one)["status"] for one in queued} == {"failure"}
+    assert len(platform.results) == 1 + 1000 + 3 + 1
+    assert infoway.codes_asked() == ["AAPL.US"]
+    assert len(platform.shutdown_confirmations) == 1
+    assert len(platform.dials) == 1
+
+
+def test_a_result_is_kept_on_disk_while_the_server_is_away(
+    platform: PlatformServer, infoway: InfowayServer, start_daemon: StartDaemon, state: Path, gate: Gate
+) -> None:
+    daemon = start_daemon(platform)
+    connected(platform)
+    execution_id = platform.execute(["AAPL.US"])
+    gate.reached()
+    platform.stop()
+    gate.open()
+    assert until(lambda: journalled(state, "answer", "answer IS NOT NULL"))
+    daemon.kill()
+    daemon.start()
+    platform.start()
+    answered(platform, execution_id)
+    assert until(lambda: journalled(state, "received") == [1])
+    dials = len(platform.dials)
+    platform.close_connections()
+    connected(platform, dials + 1)
+    settled(platform)
+    assert len(platform.results) == 1
+    assert infoway.codes_asked() == ["AAPL.US"]
+
+
+def test_a_command_that_comes_twice_in_one_breath_is_one(infoway: InfowayServer, state: Path) -> None:
+    with in_one_breath(EXECUTE, EXECUTE) as port, ThreadDaemon(settings_for(port, infoway.url, state)):
+        assert until(lambda: journalled(state, "answer", "answer IS NOT NULL"))
+    assert journalled(state) == ["e-1"]
+    assert infoway.codes_asked() == ["AAPL.US"]
+
+
+def test_a_command_in_front_of_the_connections_end_is_accepted(infoway: InfowayServer, state: Path) -> None:
+    ping = json.dumps({"type": "ping"})
+    with (
+        in_one_breath(ping, EXECUTE, ping, hang_up=True) as port,
+        ThreadDaemon(settings_for(port, infoway.url, state)),
+    ):
+        assert until(lambda: journalled(state, "answer", "answer IS NOT NULL"), 10)
+    assert journalled(state) == ["e-1"]
+
+
+def test_a_shutdown_in_front_of_the_connections_end_is_obeyed(infoway: InfowayServer, state: Path) -> None:
+    with (
+        in_one_breath(json.dumps({"type": "shutdown"}), hang_up=True) as port,
+        ThreadDaemon(settings_for(port, infoway.url, state)) as running,
+    ):
+        assert running.ended(5), "it dialled again"
+
+
+@pytest.mark.parametrize("how", ["no receipts", "cut before the receipt"])
+def test_a_result_without_a_receipt_is_sent_again_word_for_word(
+    how: str, platform: PlatformServer, settings: stockrt.Settings
+) -> None:
+    platform.send_receipts = how != "no receipts"
+    platform.drop_next_result = 0 if how == "no receipts" else 2
+    with ThreadDaemon(settings, pause=lambda seconds: None):
+        connected(platform)
+        execution_id = platform.execute(["AAPL.US"])
+        for times in (1, 2, 3):
+            answered(platform, execution_id, times=times)
+            if how == "no receipts":
+                platform.send_receipts = times == 2
+                if times < 3:
+                    platform.close_connections()
+        for times in (4, 5):
+            connected(platform, times - 1)
+            settled(platform)
+            platform.close_connections()
+    assert len(platform.results) == 3
+    assert len({result.text for result in platform.results}) == 1
+
+
+def test_wrapped_receipts_count_too(
+    platform: PlatformServer, settings: stockrt.Settings, state: Path
+) -> None:
+    platform.wrap_receipts = True
+    with ThreadDaemon(settings):
+        connected(platform)
+        answered(platform, platform.execute(["AAPL.US"]))
+        assert until(lambda: journalled(state, "received") == [1])
+
+
+def test_after_a_crash_the_young_are_executed_and_the_old_are_answered_as_interrupted(
+    platform: PlatformServer, settings: stockrt.Settings, infoway: InfowayServer, state: Path
+) -> None:
+    ages = {"old": 121.0, "older": 3000.0, "young": 60.0, "younger": 0.0}
+    for name, age in ages.items():
+        journal = Journal(state, lambda age=age: time.time() - age)  # type: ignore[misc]
+        journal.accept([Command(name, {"meta": {"execution_id": name}}, [f"{name.upper()}.US"])])
+        journal.close()
+    with ThreadDaemon(settings):
+        answered(platform, *ages)
+        answers = {name: one_answer(platform, name) for name in ages}
+    assert [name for name in ages if answers[name]["status"] == "success"] == ["young", "younger"]
+    assert all("interrupted" in answers[name]["error"] for name in ("old", "older"))
+    assert sorted(infoway.codes_asked()) == ["YOUNG.US", "YOUNGER.US"]
+    assert len(platform.results) == 4
+
+
+def test_a_command_that_the_disk_has_changed_keeps_no_other_from_its_answer(
+    platform: PlatformServer, settings: stockrt.Settings, state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for age in (3000.0, 0.0):
+        journal = Journal(state, lambda age=age: time.time() - age)  # type: ignore[misc]
+        for name in (f"lost {age}", f"well {age}"):
+            journal.accept([Command(name, {"meta": {"execution_id": name}}, ["A.US"])])
+        journal.close()
+    with contextlib.closing(sqlite3.connect(state / stockrt.JOURNAL_NAME)) as db, db:
+        db.execute("UPDATE executions SET context = '{' WHERE execution_id LIKE 'lost%'")
+    with ThreadDaemon(settings):
+        answered(platform, "well 3000.0", "well 0.0")
+    assert caplog.text.count("is not answered: the command is lost") == 2
+    journal = Journal(state)
+    assert journal.unanswered() == []
+    journal.close()
+
+
+def test_results_older_than_an_hour_are_dropped_with_a_warning(
+    platform: PlatformServer, settings: stockrt.Settings, state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, age in {"old": 3601.0, "young": 3500.0}.items():
+        journal = Journal(state, lambda age=age: time.time() - age)  # type: ignore[misc]
+        (accepted,) = journal.accept([Command(name, {"meta": {"execution_id": name}}, ["A.US"])])
+        journal.answer(accepted, stockrt.empty_result({"meta": {"execution_id": name}}, "m", "x"))
+        journal.close()
+    with ThreadDaemon(settings):
+        answered(platform, "young")
+        settled(platform)
+    assert [result.execution_id for result in platform.results] == ["young"]
+    assert any("1 results" in text and "hour" in text for text in warnings_of(caplog))
+
+
+@pytest.mark.parametrize("store", ["sqlite", pytest.param("mongodb", marks=pytest.mark.long)])
+def test_commands_are_answered_while_the_server_is_killed_again_and_again(
+    store: str, request: pytest.FixtureRequest, infoway: InfowayServer, start_daemon: StartDaemon, state: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    commands, kills, size = number(100, 200), number(8, 20), 3
+    more, documents = _store(store, request, state)
+    infoway.latency = 0.02
+    rng = random.Random(5)
+    directory = tmp_path / "platform"
+    directory.mkdir()
+    with PlatformProcess(directory, retry_executes=True, **FORGETFUL) as server:
+        server.control("know", {"module_hash": HASH})
+        start_daemon(server, **more)
+        connected(server)
+        ids = [f"e{n}" for n in range(commands)]
+        waiting, down = list(ids), threading.Event()
+
+        def kill() -> None:
+            server.kill()
+            down.set()
+
+        for _ in range(kills):
+            moment = threading.Timer(rng.uniform(0.0, 0.5), kill)
+            moment.start()
+            for _ in range(commands // kills):
+                if waiting:
+                    with contextlib.suppress(OSError, ValueError):
+                        server.execute(codes_for(waiting[0], size), execution_id=waiting[0])
+                        waiting.pop(0)
+                    if down.is_set():
+                        break
+            assert down.wait(PATIENCE)
+            moment.join()
+            down.clear()
+            server.start()
+            assert server.wait_for(lambda s: s["connected"], PATIENCE)
+        for execution_id in waiting:
+            server.execute(codes_for(execution_id, size), execution_id=execution_id)
+        assert server.wait_for(lambda s: not s["unanswered"], PATIENCE + commands)
+        results = server.results
+    texts = texts_by_id(results)
+    assert texts.keys() == set(ids)
+    assert {execution_id: len(found) for execution_id, found in texts.items() if len(found) > 1} == {}
+    assert {result.status for result in results} == {"success"}
+    assert sorted(documents()) == sorted(code for one in ids for code in codes_for(one, size))
+
+
+def _store(
+    kind: str, request: pytest.FixtureRequest, state: Path
+) -> tuple[Mapping[str, str], Callable[[], Sequence[str]]]:
+    """The settings of a store, and the codes of its documents.
+
+    The server that stores decimals: the other, FerretDB, reads all documents for every look at a few.
+    """
+    if kind == "sqlite":
+        return {}, lambda: stored(state)
+    uri, name = request.getfixturevalue("decimal_db")
+    server = request.getfixturevalue("decimal_mongo")
+    client = server.client()
+    request.addfinalizer(client.close)
+    return {"MONGODB_HOST": uri, "MONGODB_DB_NAME": name}, lambda: [
+        document["stock_code"] for document in client[name]["realtime"].find()
+    ]
+
+
+@pytest.mark.parametrize("store", ["sqlite", pytest.param("mongodb", marks=pytest.mark.long)])
+def test_killed_again_and_again_it_answers_everything_it_accepted(
+    store: str, request: pytest.FixtureRequest, infoway: InfowayServer, start_daemon: StartDaemon, state: Path
+) -> None:
+    kills, size = number(12, 50), 5
+    more, documents = _store(store, request, state)
+    infoway.latency = 0.02
+    rng = random.Random(7)
+    accepted: set[str] = set()
+    sent = 0
+    with PlatformServer(ping_every=0, **FORGETFUL) as server:
+        server.know(HASH)
+        daemon = start_daemon(server, **more)
+        for _ in range(kills):
+            assert server.wait_for(lambda s: s.connected, PATIENCE)
+            moment = threading.Timer(rng.uniform(0.0, 0.4), daemon.kill)
+            moment.start()
+            while moment.is_alive() and server.connected:
+                server.execute(codes_for(sent, size), execution_id=f"e{sent}")
+                sent += 1
+                moment.join(rng.uniform(0.0, 0.03))
+            moment.join()
+            accepted.update(journalled(state))
+            there = set(documents())
+            counted = [r for r in server.results if r.status == "success"]
+            assert {code for r in counted for code in codes_for(r.execution_id[1:], size)} <= there
+            assert server.wait_for(lambda s: not s.connected, PATIENCE)
+            daemon.start()
+        assert accepted
+        # what 50 kills left unanswered, one after the other, is more than half a minute's work
+        server.wait_for(lambda s: all(s.results_for(one) for one in accepted), 4 * PATIENCE)
+        answered(server, *accepted)
+        assert server.wait_for(lambda s: s.connected, PATIENCE)
+        settled(server)
+        assert len(infoway.requests) > len(accepted) / 2
+        texts = texts_by_id(server.results)
+    assert {execution_id: len(found) for execution_id, found in texts.items() if len(found) > 1} == {}
+    for result in server.results:
+        assert (result.status, result.data["result"]["success_count"]) == ("success", size)
+    codes = documents()
+    assert len(codes) == len(set(codes))
+    assert {code for one in texts for code in codes_for(one[1:], size)} <= set(codes)
+
+
+def test_a_redirected_handshake_is_no_connection(infoway: InfowayServer, state: Path) -> None:
+    """Nor is it followed: the hash is for this server alone."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def redirect() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: ws://127.0.0.1:1/\r\n\r\n")
+
+        server = threading.Thread(target=redirect)
+        server.start()
+        with pytest.raises(stockrt.DialError, match="Redirect"):
+            stockrt.Link(settings_for(listener.getsockname()[1], infoway.url, state), HASH)
+        server.join(PATIENCE)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The end
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_shutdown_is_confirmed_and_the_process_stays_down(
+    platform: PlatformServer, start_daemon: StartDaemon, gate: Gate, state: Path
+) -> None:
+    daemon = start_daemon(platform)
+    connected(platform)
+    running = platform.execute(["AAPL.US"])
+    gate.reached()
+    queued = platform.execute(["TSLA.US"])
+    settled(platform)
+    platform.shutdown_module(wrap="string")
+    assert platform.wait_for(lambda s: s.shutdown_confirmations, PATIENCE)
+    gate.open()
+    assert daemon.wait() == 0
+    assert platform.wait_for(lambda s: not s.connected, PATIENCE)
+    assert platform.dials[-1].close_code == 1000
+    assert one_answer(platform, running)["status"] == "success"
+    assert one_answer(platform, queued)["status"] == "failure"
+    assert len(platform.shutdown_confirmations) == 1
+    assert len(platform.dials) == 1
+    assert until(lambda: journalled(state, where="NOT received") == [])
+
+
+@pytest.mark.parametrize("number_", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_running_execution_finish_and_keeps_the_rest(
+    number_: signal.Signals, platform: PlatformServer, start_daemon: StartDaemon, gate: Gate, state: Path
+) -> None:
+    daemon = start_daemon(platform)
+    connected(platform)
+    running = platform.execute(["AAPL.US"])
+    gate.reached()
+    queued = platform.execute(["TSLA.US"])
+    settled(platform)
+    daemon.signal(number_)
+    assert until(lambda: "stopping" in daemon.log)
+    late = platform.execute(["MSFT.US"])
+    assert "stopping" in one_answer(platform, late)["error"]
+    gate.open()
+    assert daemon.wait() == 0
+    assert one_answer(platform, running)["status"] == "success"
+    assert platform.results_for(queued) == []
+    assert platform.wait_for(lambda s: not s.connected, PATIENCE)
+    assert platform.dials[-1].close_code == 1000
+    assert "Traceback" not in daemon.log
+    daemon.start()
+    assert one_answer(platform, queued)["status"] == "success"
+
+
+def test_a_second_signal_ends_at_once(
+    platform: PlatformServer, start_daemon: StartDaemon, gate: Gate, state: Path
+) -> None:
+    daemon = start_daemon(platform)
+    connected(platform)
+    running = platform.execute(["AAPL.US"])
+    gate.reached()
+    daemon.signal(signal.SIGTERM)
+    assert until(lambda: "stopping" in daemon.log)
+    started = time.monotonic()
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == stockrt.EXIT_INTERRUPTED
+    assert time.monotonic() - started < SOON_S
+    assert journalled(state, where="answer IS NULL") == [running]
+
+
+@pytest.mark.parametrize("where", ["away", "closing"])
+def test_a_signal_while_the_server_is_away_ends_it_at_once(
+    where: str, platform: PlatformServer, start_daemon: StartDaemon
+) -> None:
+    if where == "closing":
+        platform.close_after_handshake = True
+    else:
+        platform.stop()
+    daemon = start_daemon(platform)
+    assert until(lambda: "trying again" in daemon.log)
+    started = time.monotonic()
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    assert time.monotonic() - started < 2 * SOON_S
+
+
+@pytest.mark.long  # waits for the 20 s of a stop
+@pytest.mark.parametrize("how", ["signal", "shutdown"])
+def test_a_running_execution_that_does_not_end_is_cut_short(
+    how: str, platform: PlatformServer, start_daemon: StartDaemon, gate: Gate, state: Path
+) -> None:
+    daemon = start_daemon(platform)
+    connected(platform)
+    running = platform.execute(["AAPL.US"])
+    gate.reached()
+    started = time.monotonic()
+    if how == "signal":
+        daemon.signal(signal.SIGTERM)
+    else:
+        platform.shutdown_module()
+    assert daemon.wait(40) == 0
+    assert 19 < time.monotonic() - started < 25
+    if how == "signal":
+        assert journalled(state, where="answer IS NULL") == [running]
+    else:
+        assert one_answer(platform, running)["status"] == "failure"
+
+
+def test_two_daemons_do_not_share_a_state_directory(
+    platform: PlatformServer, start_daemon: StartDaemon, clean_env: dict[str, str], infoway: InfowayServer,
+    state: Path,
+) -> None:  # fmt: skip
+    start_daemon(platform)
+    connected(platform)
+    second = ProcessDaemon(clean_env, environment(platform.port, infoway.url, state))
+    second.log_path = state.with_name("second.log")
+    with second:
+        assert second.wait() == 1
+        (line,) = second.log.splitlines()[-1:]
+    assert "another stockrt daemon" in line
+    assert "STATE_DIRECTORY" in line
+    assert "Traceback" not in second.log
+    assert len(platform.dials) == 1
+
+
+# ------------------------------------------------------------------------------------------------------
+# Idle
+# ------------------------------------------------------------------------------------------------------
+
+
+def cpu_seconds(pid: int) -> float:
+    """The CPU time of all threads of a process."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        total += int((task / "schedstat").read_text().split()[0])
+    return total / 1e9
+
+
+def test_idle_it_uses_next_to_no_cpu(
+    infoway: InfowayServer, clean_env: dict[str, str], tmp_path: Path
+) -> None:
+    seconds = number(10, 60)
+    with contextlib.ExitStack() as stack:
+        daemons = []
+        for generation, interval in (("new", 10), ("old", 10), ("old", 3600)):
+            server = stack.enter_context(PlatformServer(generation, ping_every=5))
+            state = tmp_path / f"{generation}{interval}"
+            stockrt.write_hash(state, server.know(HASH))
+            more = {"HEARTBEAT_INTERVAL": str(interval)}
+            daemon = ProcessDaemon(clean_env, environment(server.port, infoway.url, state, **more))
+            daemons.append(stack.enter_context(daemon))
+            connected(server)
+            settled(server)
+            server.send_text("heartbeat confirm" if generation == "old" else "noise")
+            answered(server, server.execute(["AAPL.US"]))
+            settled(server)
+        before = [cpu_seconds(daemon.pid) for daemon in daemons]
+        threading.Event().wait(seconds)
+        used = [cpu_seconds(daemon.pid) - start for daemon, start in zip(daemons, before, strict=True)]
+        threads = [len(os.listdir(f"/proc/{daemon.pid}/task")) for daemon in daemons]
+    assert max(used) < 0.1 * seconds / 60, used
+    assert max(threads) <= 4, threads
+
+
+# ------------------------------------------------------------------------------------------------------
+# The whole of it, with the built file
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_the_built_file_registers_starts_executes_and_answers(
+    generation: str, pyz: Path, clean_env: dict[str, str], infoway: InfowayServer, tmp_path: Path
+) -> None:
+    state = tmp_path / "fresh"
+    with PlatformServer(generation) as server:
+        settings = environment(server.port, infoway.url, state)
+        registered = subprocess.run(
+            [sys.executable, str(pyz), "--register"],
+            env=clean_env | settings,
+            capture_output=True,
+            check=True,
+        )
+        assert server.url.encode() in registered.stdout
+        with ProcessDaemon(clean_env, settings, pyz) as daemon:
+            connected(server)
+            answer = one_answer(server, server.execute(["TSLA.US", "AAPL.US"]))
+            settled(server)
+            daemon.signal(signal.SIGTERM)
+            assert daemon.wait() == 0
+            assert server.registrations[0].module_hash not in daemon.log
+        assert answer["result"]["success_count"] == 2
+        assert server.bad_frames == []
+    assert sorted(stored(state)) == ["AAPL.US", "TSLA.US"]

@@ -1,0 +1,756 @@
+"""The program as people run it: one file, one command, its rows, its messages, its exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+from conftest import RunPyz
+from kit.infoway_server import REFUSALS, Answer, InfowayServer, Request, make_record
+from kit.mongo_server import MongoServer
+from kit.platform_server import PlatformServer
+from rooms.test_fetch import HOSTILE, UNKNOWN, check_mixed_requests, mixed_codes
+
+# For what must end soon: no promise is that slack, no busy machine that slow.
+SOON_S = 15.0
+KEY = "test-key"
+PASSWORD = "hunter2-secret"
+DEMO = ("--once", "--demo", "--codes")
+DEMO_CODES = ("TSLA.US", "AAPL.US", "USDCNY")
+FIELDS = ["_id", "s", "t", "p", "v", "vw", "td", "stock_code", "create_time"]
+TITLES = ["CODE", "PRICE", "VOLUME", "TURNOVER", "SIDE", "EXCHANGE TIME", "AGE"]
+CLOSING = re.compile(r"^total (\d+), stored (\d+), already known (\d+), failed (\d+)", re.MULTILINE)
+
+
+def api_env(server: InfowayServer, **more: str) -> dict[str, str]:
+    """Return the settings for this server, whose requests nothing limits."""
+    return {
+        "INFOWAY_API_KEY": KEY,
+        "INFOWAY_API_BASE_URL": server.url,
+        "INFOWAY_PLAN": "0",
+        "SHOULD_NOT_MATTER": "1",
+        **more,
+    }
+
+
+def counts(done: subprocess.CompletedProcess[str]) -> tuple[int, ...]:
+    """Return total, stored, known and failed of the one closing line."""
+    (found,) = CLOSING.findall(done.stderr)
+    return tuple(map(int, found))
+
+
+def rows_of(state: Path) -> list[dict[str, Any]]:
+    """Return the rows of the embedded store."""
+    with contextlib.closing(sqlite3.connect(state / "stockrt.db")) as db:
+        db.row_factory = sqlite3.Row
+        return [dict(row) for row in db.execute("SELECT * FROM realtime ORDER BY seq")]
+
+
+def cells(table: str) -> list[list[str]]:
+    """Return the cells of each line."""
+    return [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
+
+
+def check_clean(*texts: str) -> None:
+    """No traceback, no secret."""
+    for text in texts:
+        assert "Traceback" not in text, text
+        assert KEY not in text and PASSWORD not in text, text
+
+
+def nobody_listens() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """The state directory of `clean_env`."""
+    return tmp_path / "state"
+
+
+# -------------------------------------------------------------------------------------------------- the demo
+
+
+def test_demo_twice_stores_no_trade_twice(run_pyz: RunPyz, state: Path) -> None:
+    stored = []
+    for _ in range(2):
+        done = run_pyz(*DEMO, *DEMO_CODES)
+        assert done.returncode == 0, done.stderr
+        total, new, known, failed = counts(done)
+        assert (total, new + known, failed) == (3, 3, 0)
+        assert [row[0] for row in cells(done.stdout)] == ["CODE", *DEMO_CODES]
+        stored.append(new)
+    assert stored[0] == 3 and stored[1] in (0, 3)  # 3: another minute, other trades
+    rows = rows_of(state)
+    assert len(rows) == len({row["_id"] for row in rows}) == sum(stored)
+    assert {row["demo"] for row in rows} == {1}
+
+
+def test_table_is_aligned_and_in_the_order_asked(run_pyz: RunPyz, state: Path) -> None:
+    codes = ["BTCUSDT", "600519", "AAPL.US", "700.HK", "USDCNY", "BRK.B.US", "aapl.us"]
+    done = run_pyz(*DEMO, *codes)
+    assert done.returncode == 0
+    table = cells(done.stdout)
+    assert table[0] == TITLES
+    expected = ["BTCUSDT", "600519.SH", "AAPL.US", "00700.HK", "USDCNY", "BRK.B.US"]
+    assert [row[0] for row in table[1:]] == expected
+    assert all(len(row) == len(TITLES) for row in table)
+    lines = done.stdout.splitlines()
+    for title in ("PRICE", "VOLUME", "TURNOVER"):  # right-aligned: they end where the title ends
+        end = lines[0].index(title) + len(title)
+        assert all(line[end - 1].isdigit() and line[end : end + 2] == "  " for line in lines[1:])
+    for title in ("SIDE", "EXCHANGE TIME"):
+        begin = lines[0].index(title)
+        assert all(line[begin - 2 : begin] == "  " and line[begin] != " " for line in lines[1:])
+    stored = {row["s"]: row for row in rows_of(state)}
+    for code, price, volume, turnover, side, when, age in table[1:]:
+        row = stored[code]
+        assert [price, volume, turnover] == [row["p"], row["v"], row["vw"]]
+        assert side == {0: "-", 1: "buy", 2: "sell"}[row["td"]]
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+", when)
+        assert re.fullmatch(r"\d+ (s|min)", age)
+
+
+def test_exchange_time_is_local(run_pyz: RunPyz, infoway: InfowayServer) -> None:
+    # 2026-08-15 00:00:00 UTC and less than a second
+    done = run_pyz("--once", "--codes", "AAPL.US,00700.HK,7203.JP,BTCUSDT", env=api_env(infoway))
+    assert done.returncode == 0, done.stderr
+    assert [row[5] for row in cells(done.stdout)[1:]] == [
+        "2026-08-14 20:00:00 EDT",
+        "2026-08-15 08:00:00 HKT",
+        "2026-08-15 09:00:00 JST",
+        "2026-08-15 00:00:00 UTC",
+    ]
+
+
+def test_json_is_a_document_a_line(run_pyz: RunPyz, state: Path) -> None:
+    done = run_pyz(*DEMO, *DEMO_CODES, "--json")
+    assert done.returncode == 0
+    documents = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sorted(document["s"] for document in documents) == sorted(DEMO_CODES)
+    stored = {row["_id"]: row for row in rows_of(state)}
+    for document in documents:
+        assert list(document) == [*FIELDS, "demo"]
+        assert document["demo"] is True
+        assert {name: document[name] for name in FIELDS} == {
+            name: stored[document["_id"]][name] for name in FIELDS
+        }
+
+
+def test_real_documents_carry_no_demo_mark(run_pyz: RunPyz, infoway: InfowayServer, state: Path) -> None:
+    done = run_pyz("--once", "--codes", "AAPL.US", "--json", env=api_env(infoway))
+    document = json.loads(done.stdout)
+    assert list(document) == FIELDS
+    record = make_record("AAPL.US", 0)
+    assert {name: document[name] for name in record} == record
+    assert rows_of(state)[0]["demo"] is None
+
+
+def test_demo_is_refused_together_with_mongodb(run_pyz: RunPyz, state: Path) -> None:
+    env = {"MONGODB_HOST": f"mongodb://user:{PASSWORD}@127.0.0.1:{nobody_listens()}/"}
+    done = run_pyz(*DEMO, *DEMO_CODES, env=env)
+    assert done.returncode in (64, 78)
+    assert "MONGODB_HOST" in done.stderr and "--demo" in done.stderr
+    assert not done.stdout and not state.exists()
+    check_clean(done.stderr)
+
+
+def test_demo_asks_nobody(run_pyz: RunPyz, infoway: InfowayServer) -> None:
+    assert run_pyz(*DEMO, *DEMO_CODES, env=api_env(infoway)).returncode == 0
+    assert infoway.connections == 0
+
+
+def test_demo_names_bad_codes(run_pyz: RunPyz) -> None:
+    done = run_pyz(*DEMO, "TSLA.US", "AAPL", HOSTILE)
+    assert done.returncode == 1
+    assert counts(done) == (3, 1, 0, 2)
+    assert "AAPL.US" in failures_of(done)["AAPL"]
+    assert HOSTILE in failures_of(done)
+
+
+def failures_of(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """Return the failed codes and their reasons: the lines after the closing line."""
+    found = CLOSING.search(done.stderr)
+    assert found is not None
+    pairs = (line.strip().partition(": ") for line in done.stderr[found.end() :].splitlines()[1:])
+    return {code: reason for code, _, reason in pairs}
+
+
+# --------------------------------------------------------------------------------------------------- real runs
+
+
+def test_mixed_codes(run_pyz: RunPyz, state: Path) -> None:
+    typed, products = mixed_codes()
+    with InfowayServer(unknown=UNKNOWN) as server:
+        done = run_pyz("--once", "--codes", *typed[:100], ",".join(typed[100:]), env=api_env(server))
+        check_mixed_requests(server, products)
+        records = {code: server.record(code) for code in products}
+    assert done.returncode == 1
+    assert counts(done) == (250, 247, 0, 3)
+    assert set(failures_of(done)) == {*UNKNOWN, HOSTILE}
+    assert {reason for code, reason in failures_of(done).items() if code in UNKNOWN} == {"unknown to the API"}
+    assert {row["s"]: {name: row[name] for name in records[row["s"]]} for row in rows_of(state)} == records
+    assert {row[0] for row in cells(done.stdout)[1:]} == set(products)
+    check_clean(done.stdout, done.stderr)
+
+
+def test_second_run_without_a_new_trade_stores_nothing(
+    run_pyz: RunPyz, infoway: InfowayServer, state: Path
+) -> None:
+    codes = ("AAPL.US", "BTCUSDT")
+    found = []
+    for bump in (0, 0, 1):
+        infoway.bump(bump)
+        done = run_pyz("--once", "--codes", *codes, env=api_env(infoway))
+        assert done.returncode == 0
+        found.append(counts(done))
+        assert [row[0] for row in cells(done.stdout)[1:]] == [*codes]
+    assert found == [(2, 2, 0, 0), (2, 0, 2, 0), (2, 2, 0, 0)]
+    assert len(rows_of(state)) == 4
+
+
+def test_many_rows_are_printed_as_they_come(run_pyz: RunPyz, infoway: InfowayServer) -> None:
+    codes = [f"{600_000 + number}.SH" for number in range(2_345)]
+    done = run_pyz("--once", "--codes-file", "-", input="\n".join(codes), env=api_env(infoway))
+    assert done.returncode == 0
+    assert sorted(row[0] for row in cells(done.stdout)[1:]) == codes
+    assert cells(done.stdout)[0] == TITLES
+
+
+@pytest.mark.parametrize("way", ["file", "stdin"])
+def test_codes_file(run_pyz: RunPyz, infoway: InfowayServer, tmp_path: Path, way: str) -> None:
+    text = "# a comment\r\nAAPL.US, 700.HK;600519\n\nBTCUSDT  # another\n\tAAPL.US\n，USDCNY"
+    file = tmp_path / "my codes.txt"
+    file.write_text("\ufeff" + text, encoding="utf-8")  # as Windows' editor saves it
+    args = ("-",) if way == "stdin" else (file,)
+    done = run_pyz(
+        "--once",
+        "--codes-file",
+        *args,
+        "--codes",
+        "TSLA.US",
+        env=api_env(infoway),
+        input=text if way == "stdin" else None,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row[0] for row in cells(done.stdout)[1:]] == [
+        "TSLA.US",
+        "AAPL.US",
+        "00700.HK",
+        "600519.SH",
+        "BTCUSDT",
+        "USDCNY",
+    ]
+
+
+@pytest.mark.parametrize("name", ["missing.txt", ".", "binary"])
+def test_codes_file_that_cannot_be_read(run_pyz: RunPyz, tmp_path: Path, name: str) -> None:
+    (tmp_path / "binary").write_bytes(b"AAPL.US\n\xff\xfe\x00")
+    done = run_pyz("--once", "--demo", "--codes-file", name)
+    assert done.returncode == 64
+    assert "--codes-file" in done.stderr and name in done.stderr
+    check_clean(done.stderr)
+
+
+def test_settings_file_of_the_working_directory(
+    run_pyz: RunPyz, infoway: InfowayServer, tmp_path: Path
+) -> None:
+    file = tmp_path / "stockrt.env"
+    lines = [f"{name}='{value}'" for name, value in api_env(infoway).items()]
+    file.write_text("\n".join([*lines, "INFOWAY_PLAM=pro"]))
+    done = run_pyz("--once", "--codes", "AAPL.US")
+    assert done.returncode == 0, done.stderr
+    assert infoway.requests[0].key == KEY
+    assert "INFOWAY_PLAM" in done.stderr and "INFOWAY_PLAN" in done.stderr  # the nearest known name
+    # The environment is stronger, and a named file takes the place of the found one.
+    weak = run_pyz("--once", "--codes", "AAPL.US", env={"INFOWAY_API_KEY": "other-key"})
+    assert (weak.returncode, infoway.requests[-1].key) == (1, "other-key")
+    (tmp_path / "other.env").write_text("INFOWAY_PLAN=premium")
+    named = run_pyz("--once", "--codes", "AAPL.US", "--env-file", "other.env")
+    assert named.returncode == 78 and "INFOWAY_API_KEY" in named.stderr
+
+
+def test_mongodb_end_to_end(
+    run_pyz: RunPyz, infoway: InfowayServer, mongo_db: tuple[str, str], state: Path
+) -> None:
+    uri, name = mongo_db
+    env = api_env(infoway, MONGODB_HOST=uri, MONGODB_DB_NAME=name)
+    codes = ("AAPL.US", "700.HK", "BTCUSDT")
+    for expected in ((3, 3, 0, 0), (3, 0, 3, 0)):
+        done = run_pyz("--once", "--codes", *codes, env=env)
+        assert (done.returncode, counts(done)) == (0, expected), done.stderr
+        assert [row[0] for row in cells(done.stdout)[1:]] == ["AAPL.US", "00700.HK", "BTCUSDT"]
+    with pymongo.MongoClient[dict[str, Any]](uri) as client:
+        documents = list(client[name]["realtime"].find())
+    assert {document["s"] for document in documents} == {"AAPL.US", "00700.HK", "BTCUSDT"}
+    assert all(list(document) == FIELDS for document in documents)
+    assert rows_of(state) == []
+
+
+def test_mongodb_away(run_pyz: RunPyz, infoway: InfowayServer, state: Path) -> None:
+    uri = f"mongodb://user:{PASSWORD}@127.0.0.1:{nobody_listens()}/?timeoutMS=1500"
+    done = run_pyz("--once", "--codes", "AAPL.US", "AAPL", env=api_env(infoway, MONGODB_HOST=uri))
+    assert done.returncode == 1
+    assert counts(done) == (2, 0, 0, 1)
+    assert re.search(
+        r"; 1 trade kept on this machine, MongoDB unreachable since \d\d:\d\d$", done.stderr, re.M
+    )
+    assert "MONGODB_HOST" in done.stderr
+    assert not done.stdout  # what is not stored is not shown as if it were
+    assert len(rows_of(state)) == 1
+    check_clean(done.stderr)
+
+
+def test_state_directory_that_cannot_be_used(run_pyz: RunPyz, infoway: InfowayServer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    env = api_env(infoway, STATE_DIRECTORY=str(tmp_path / "file" / "state"))
+    done = run_pyz("--once", "--codes", "AAPL.US", env=env)
+    assert done.returncode == 1 and "STATE_DIRECTORY" in done.stderr
+    assert infoway.request_count == 0
+    check_clean(done.stderr)
+
+
+def test_two_runs_at_once_share_the_store(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, infoway: InfowayServer, state: Path
+) -> None:
+    codes = [f"{600_000 + number}.SH" for number in range(1_000)]
+    (tmp_path / "codes.txt").write_text("\n".join(codes))
+    args = ("--once", "--codes-file", "codes.txt", "--json")
+    with contextlib.ExitStack() as stack:
+        runs = [
+            stack.enter_context(started(pyz, clean_env | api_env(infoway), *args, cwd=tmp_path))
+            for _ in range(3)
+        ]
+        ends = [run.communicate(timeout=60) for run in runs]
+        assert [run.returncode for run in runs] == [0, 0, 0], ends
+    assert sum(int(CLOSING.findall(err)[0][1]) for _, err in ends) == 1_000
+    assert sorted(row["s"] for row in rows_of(state)) == codes
+
+
+# ------------------------------------------------------------------------------------------------ exit statuses
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--nonsense",),
+        ("--once",),
+        ("--once", "--codes"),
+        ("--once", "--codes-file"),
+        ("--codes", "AAPL.US"),
+        ("--demo",),
+        ("--json",),
+        ("--once", "--check", "--codes", "AAPL.US"),
+        ("--onc", "--codes", "AAPL.US"),
+        ("AAPL.US",),
+    ],
+)
+def test_usage(run_pyz: RunPyz, args: Sequence[str]) -> None:
+    done = run_pyz(*args)
+    assert done.returncode == 64
+    assert "--help" in done.stderr and not done.stdout
+    check_clean(done.stderr)
+
+
+def test_no_flag_says_what_the_daemon_needs(run_pyz: RunPyz) -> None:
+    done = run_pyz()
+    assert done.returncode == 78
+    assert "SERVER_IP" in done.stderr and "SERVER_PORT" in done.stderr and "--once" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_no_key(run_pyz: RunPyz, state: Path) -> None:
+    done = run_pyz("--once", "--codes", "AAPL.US")
+    assert done.returncode == 78
+    assert "INFOWAY_API_KEY" in done.stderr and "--demo" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_all_faults_of_the_settings_at_once(run_pyz: RunPyz) -> None:
+    env = {
+        "INFOWAY_API_KEY": f"{KEY} with blanks",
+        "INFOWAY_PLAN": "gold",
+        "MONGODB_HOST": f"mongo://user:{PASSWORD}@host",
+        "SERVER_PORT": "70000",
+    }
+    for args in ((*DEMO, "AAPL.US"), ("--check",), ()):
+        done = run_pyz(*args, env=env)
+        assert done.returncode == 78
+        assert all(name in done.stderr for name in env)
+        assert "gold" in done.stderr and "70000" in done.stderr
+        assert len(done.stderr.splitlines()) == 4
+        check_clean(done.stdout, done.stderr)
+
+
+def test_version(run_pyz: RunPyz) -> None:
+    done = run_pyz("--version")
+    assert done.returncode == 0
+    assert re.fullmatch(r"stockrt \d+\.\d+\.\d+\n", done.stdout)
+
+
+def test_help_has_every_flag_and_examples(run_pyz: RunPyz) -> None:
+    done = run_pyz("--help")
+    assert done.returncode == 0
+    flags = ("--once", "--codes", "--codes-file", "--json", "--demo", "--check", "--version", "--env-file")
+    assert all(flag in done.stdout for flag in flags)
+    assert "--once --demo --codes" in done.stdout and "INFOWAY_API_KEY" in done.stdout
+
+
+# Retried for seconds whatever they say of the time to wait: test_fetch.py has them.
+RETRIED = ("ret_0", "ret_500", "500_json")
+
+
+@pytest.mark.parametrize("name", sorted(REFUSALS.keys() - RETRIED))
+def test_every_refusal_ends_without_success(run_pyz: RunPyz, infoway: InfowayServer, name: str) -> None:
+    # What would be waited out says that it takes long.
+    answer = REFUSALS[name].with_headers(("Retry-After", "3600"))
+    infoway.script = lambda _: answer
+    done = run_pyz("--once", "--codes", "AAPL.US", env=api_env(infoway))
+    assert done.returncode == 1
+    assert counts(done) == (1, 0, 0, 1)
+    assert len(failures_of(done)["AAPL.US"]) > 10
+    assert not done.stdout
+    check_clean(done.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------ stopping
+
+
+@contextlib.contextmanager
+def started(
+    pyz: Path, env: Mapping[str, str], *args: str | Path, **options: Any
+) -> Iterator[subprocess.Popen[str]]:
+    """Yield the program, running; it is killed if the test leaves it."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    command = [sys.executable, str(pyz), *map(str, args)]
+    with subprocess.Popen(command, env=dict(env), encoding="utf-8", **(pipes | options)) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def end(process: subprocess.Popen[str], number: int = signal.SIGINT) -> tuple[str, str]:
+    """Send the signal and return stdout and stderr; the program must end soon."""
+    process.send_signal(number)
+    began = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 5.0  # a second is promised
+    return out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_stores_what_it_has(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, infoway: InfowayServer, state: Path, number: int
+) -> None:
+    codes = [f"{600_000 + count}.SH" for count in range(1_000)]
+    first = iter([None])  # the usual answer once, then silence
+    infoway.script = lambda _: next(first, Answer.hang())
+    env = clean_env | api_env(infoway)
+    with started(pyz, env, "--once", "--codes", *codes, cwd=tmp_path) as process:
+        infoway.wait_for(lambda it: it.request_count >= 2, SOON_S)
+        command = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        assert KEY.encode() not in command
+        out, err = end(process, number)
+    assert process.returncode == 130
+    assert [row["s"] for row in rows_of(state)] == codes[:100]
+    assert [row[0] for row in cells(out)[1:]] == codes[:100]
+    assert CLOSING.findall(err) == [("1000", "100", "0", "0")]
+    assert "interrupted" in err
+    check_clean(out, err)
+
+
+def test_interrupted_while_a_refusal_is_waited_out(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, infoway: InfowayServer
+) -> None:
+    infoway.script = lambda _: REFUSALS["429_html"].with_headers(("Retry-After", "50"))
+    env = clean_env | api_env(infoway)
+    with started(pyz, env, "--once", "--codes", "AAPL.US", cwd=tmp_path) as process:
+        infoway.wait_for(lambda it: it.request_count == 1 and it.in_flight == 0, SOON_S)
+        out, err = end(process)
+    assert process.returncode == 130 and not out
+    assert "interrupted" in err
+    check_clean(err)
+
+
+def test_interrupted_while_mongodb_hangs(
+    pyz: Path,
+    clean_env: dict[str, str],
+    tmp_path: Path,
+    infoway: InfowayServer,
+    mongo_server: MongoServer,
+    mongo_db: tuple[str, str],
+) -> None:
+    if not mongo_server.controllable:
+        pytest.skip(f"{mongo_server.name} is not ours to pause")
+    uri, name = mongo_db
+    env = clean_env | api_env(infoway, MONGODB_HOST=uri, MONGODB_DB_NAME=name)
+    mongo_server.pause()
+    with started(pyz, env, "--once", "--codes", "AAPL.US", cwd=tmp_path) as process:
+        infoway.wait_for(lambda it: it.request_count == 1 and it.in_flight == 0, SOON_S)
+        out, err = end(process)
+    assert process.returncode == 130 and not out
+    assert CLOSING.findall(err)[0][1] == "0"
+    check_clean(err)
+
+
+def test_interrupted_while_waiting_for_standard_input(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path
+) -> None:
+    args = ("--once", "--demo", "--codes-file", "-")
+    with started(pyz, clean_env, *args, cwd=tmp_path, stdin=subprocess.PIPE) as process:
+        deadline = time.monotonic() + SOON_S
+        while not handles(process, signal.SIGTERM):  # Python itself handles SIGINT alone
+            assert time.monotonic() < deadline
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5.0) == 130
+        check_clean(process.stderr.read() if process.stderr else "")
+
+
+def handles(process: subprocess.Popen[str], number: int) -> bool:
+    """Whether the process has a handler for the signal."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = int(re.findall(r"^SigCgt:\s*([0-9a-f]+)", status, re.MULTILINE)[0], 16)
+    return bool(caught >> (number - 1) & 1)
+
+
+# ----------------------------------------------------------------------------------- streams and the terminal
+
+
+def in_shell(
+    pyz: Path, env: Mapping[str, str], folder: Path, redirections: str, *args: str
+) -> subprocess.CompletedProcess[str]:
+    """Run under `sh` with these redirections after the command."""
+    return subprocess.run(
+        ["/bin/sh", "-c", f'"$@" {redirections}', "sh", sys.executable, str(pyz), *args],
+        env=dict(env),
+        cwd=folder,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        encoding="utf-8",
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_reader_that_goes_away_ends_the_printing_only(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, state: Path, form: str
+) -> None:
+    (tmp_path / "codes.txt").write_text("\n".join(f"{600_000 + number}.SH" for number in range(5_000)))
+    json_flag = ["--json"] if form == "json" else []
+    args = ("--once", "--demo", "--codes-file", "codes.txt", *json_flag)
+    done = in_shell(pyz, clean_env, tmp_path, "| head -1", *args)
+    assert len(done.stdout.splitlines()) == 1
+    assert "Broken" not in done.stderr
+    assert counts(done) == (5_000, 5_000, 0, 0)
+    assert len(rows_of(state)) == 5_000
+    check_clean(done.stderr)
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&-", ">&- 2>&- <&-", ">/dev/full", "2>/dev/full"])
+def test_streams_that_are_closed_or_full(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, state: Path, redirection: str
+) -> None:
+    done = in_shell(pyz, clean_env, tmp_path, redirection, *DEMO, *DEMO_CODES)
+    assert done.returncode in (0, 1)
+    check_clean(done.stdout, done.stderr)
+    assert len(rows_of(state)) == 3
+    if redirection == ">/dev/full":
+        assert "No space left" in done.stderr
+
+
+@pytest.mark.parametrize("args", [("--check",), ("--help",), ("--version",), (*DEMO, "AAPL.US")])
+@pytest.mark.parametrize("redirection", [">&-", "| true"])
+def test_nobody_reads(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, args: Sequence[str], redirection: str
+) -> None:
+    done = in_shell(pyz, clean_env, tmp_path, redirection, *args)
+    check_clean(done.stderr)
+    assert "Broken" not in done.stderr
+
+
+def on_terminal(
+    pyz: Path, env: Mapping[str, str], folder: Path, stream: str, *args: str
+) -> tuple[int, str, str]:
+    """Run with `stdout` or `stderr` on a terminal; return the status, what was shown there, and the other."""
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 80))
+    with started(pyz, env, *args, cwd=folder, **{stream: slave}) as process:
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: the last one has closed it
+            while part := os.read(master, 65536):
+                shown += part
+        os.close(master)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, shown.decode(), (out if stream == "stderr" else err) or ""
+
+
+def test_colours_on_a_terminal_only_and_not_with_no_color(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path
+) -> None:
+    args = (*DEMO, "AAPL.US", "NOWHERE")
+    status, shown, other = on_terminal(pyz, clean_env, tmp_path, "stdout", *args)
+    assert status == 1
+    assert "\033[1m" in shown and "AAPL.US" in shown and "\033" not in other
+    _, shown, other = on_terminal(pyz, clean_env, tmp_path, "stderr", *args)
+    assert "\033[31m" in shown and "\033" not in other and "AAPL.US" in other
+    for stream in ("stdout", "stderr"):
+        _, shown, other = on_terminal(pyz, clean_env | {"NO_COLOR": "1"}, tmp_path, stream, *args)
+        assert "\033" not in shown + other
+        assert "AAPL.US" in shown + other
+    _, shown, _ = on_terminal(pyz, clean_env | {"NO_COLOR": ""}, tmp_path, "stdout", *args)
+    assert "\033[1m" in shown  # empty is not set
+
+
+def test_progress_bar_on_a_terminal_of_a_long_run_only(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, run_pyz: RunPyz
+) -> None:
+    many = [f"{600_000 + number}.SH" for number in range(500)]
+    status, shown, _ = on_terminal(pyz, clean_env, tmp_path, "stderr", *DEMO, *many)
+    assert status == 0
+    assert re.search(r"\d+%\|", shown) and "500" in shown
+    assert CLOSING.search(shown.replace("\r", "\n"))
+    _, shown, _ = on_terminal(pyz, clean_env, tmp_path, "stderr", *DEMO, *many[:50])
+    assert "%|" not in shown
+    assert "%|" not in run_pyz(*DEMO, *many).stderr
+
+
+# ------------------------------------------------------------------------------------------------------- secrets
+
+
+def test_secrets_are_never_shown(run_pyz: RunPyz, tmp_path: Path) -> None:
+    secret = "k3y-of-somebody-else"
+    uri = f"mongodb://user:{PASSWORD}@127.0.0.1:{nobody_listens()}/?timeoutMS=1000"
+    texts = []
+    with InfowayServer() as server:
+        base = api_env(server, INFOWAY_API_KEY=f"{secret},{KEY}", LOG_LEVEL="debug")
+        for more in ({}, {"MONGODB_HOST": uri}, {"INFOWAY_PLAN": "0.5"}):
+            for args in (("--once", "--codes", "AAPL.US"), ("--check",), ()):
+                done = run_pyz(*args, env=base | more)
+                texts += [done.stdout, done.stderr]
+
+        def echo(request: Request) -> Answer:
+            return Answer.raw(400, json.dumps({"detail": f"what is {request.key}?", "status": 400}))
+
+        server.script = echo
+        done = run_pyz("--once", "--codes", "AAPL.US", env=base)
+        texts += [done.stdout, done.stderr]
+        assert "what is" in done.stderr
+    check_clean(*texts)
+    assert not any(secret in text for text in texts)
+
+
+# --------------------------------------------------------------------------------------------------------- check
+
+
+def check_lines(done: subprocess.CompletedProcess[str]) -> dict[str, tuple[bool, str]]:
+    """Return, by name, whether each check went well and what it says."""
+    found = {}
+    for line in done.stdout.splitlines():
+        good, name, text = re.fullmatch(r"(ok|FAIL)\s+(.+?): (.*)", line).groups()  # type: ignore[union-attr]
+        found[name] = (good == "ok", text)
+    return found
+
+
+def test_check_of_what_is_good(
+    run_pyz: RunPyz, infoway: InfowayServer, mongo_db: tuple[str, str], state: Path
+) -> None:
+    done = run_pyz("--check", env=api_env(infoway))
+    assert done.returncode == 0, done.stdout
+    assert all(good for good, _ in check_lines(done).values())
+    assert len(check_lines(done)) == 4
+    assert infoway.request_count == 1
+    with PlatformServer() as platform:
+        env = api_env(infoway, MONGODB_HOST=mongo_db[0], MONGODB_DB_NAME=mongo_db[1])
+        env |= {"SERVER_IP": "127.0.0.1", "SERVER_PORT": str(platform.port)}
+        done = run_pyz("--check", env=env)
+    assert done.returncode == 0, done.stdout
+    lines = check_lines(done)
+    assert {"settings", "state directory", "MongoDB", "platform"} <= set(lines)
+    assert all(good for good, _ in lines.values())
+    with pymongo.MongoClient[dict[str, Any]](mongo_db[0]) as client:
+        database = client[mongo_db[1]]
+        assert sum(database[name].count_documents({}) for name in database.list_collection_names()) == 0
+    check_clean(done.stdout, done.stderr)
+
+
+BAD: dict[str, tuple[str, str, dict[str, str]]] = {
+    # name: (the check that fails, the setting that it names, the environment)
+    "no_key": ("API key", "INFOWAY_API_KEY", {"INFOWAY_API_KEY": ""}),
+    "wrong_key": ("API key", "INFOWAY_API_KEY", {"INFOWAY_API_KEY": "no-such-key"}),
+    "one_wrong_key": ("API key", "INFOWAY_API_KEY", {"INFOWAY_API_KEY": f"{KEY},another-long-key"}),
+    "api_away": ("API key", "INFOWAY_API_BASE_URL", {"INFOWAY_API_BASE_URL": "http://127.0.0.1:{nobody}"}),
+    "api_elsewhere": ("API key", "INFOWAY_API_BASE_URL", {"INFOWAY_API_BASE_URL": "{api}/elsewhere"}),
+    "state": ("state directory", "STATE_DIRECTORY", {"STATE_DIRECTORY": "{file}/state"}),
+    "mongodb_away": (
+        "MongoDB",
+        "MONGODB_HOST",
+        {"MONGODB_HOST": f"mongodb://user:{PASSWORD}@127.0.0.1:{{nobody}}/?timeoutMS=1000"},
+    ),
+    "platform_away": ("platform", "SERVER_IP", {"SERVER_IP": "127.0.0.1", "SERVER_PORT": "{nobody}"}),
+    "no_platform": ("platform", "SERVER_PORT", {"SERVER_IP": "127.0.0.1", "SERVER_PORT": "{port}"}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_check_of_what_is_bad(run_pyz: RunPyz, infoway: InfowayServer, tmp_path: Path, name: str) -> None:
+    check, setting, changes = BAD[name]
+    (tmp_path / "file").touch()
+    places = {
+        "nobody": str(nobody_listens()),
+        "api": infoway.url,
+        "port": str(infoway.port),
+        "file": str(tmp_path / "file"),
+    }
+    filled = {key: value.format(**places) for key, value in changes.items()}
+    done = run_pyz("--check", env=api_env(infoway) | filled)
+    assert done.returncode == 1, done.stdout
+    lines = check_lines(done)
+    failed = {name: text for name, (good, text) in lines.items() if not good}
+    if name == "state":  # the file in it cannot be opened either
+        failed.pop("local store")
+    assert len(failed) == 1 and next(iter(failed)).startswith(check), done.stdout
+    assert setting in next(iter(failed.values()))
+    assert len(lines) >= 4  # the others were looked at all the same
+    check_clean(done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("429_json", "INFOWAY_PLAN"),
+        ("ret_502", "INFOWAY_PLAN"),
+        ("ret_509", "INFOWAY_API_KEY"),
+        ("502_html", "INFOWAY_API_BASE_URL"),
+        ("404_problem", "INFOWAY_API_BASE_URL"),
+    ],
+)
+def test_check_names_the_setting_of_a_refusal(
+    run_pyz: RunPyz, infoway: InfowayServer, name: str, setting: str
+) -> None:
+    infoway.script = lambda _: REFUSALS[name]
+    done = run_pyz("--check", env=api_env(infoway))
+    assert done.returncode == 1
+    assert setting in check_lines(done)[next(n for n in check_lines(done) if n.startswith("API key"))][1]
+    assert infoway.request_count == 1  # one request, no second try

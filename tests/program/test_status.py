@@ -1,0 +1,302 @@
+"""--status: what a person asks first, beside a running daemon and without one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kit.infoway_server import REFUSALS, InfowayServer
+from kit.platform_server import PlatformServer
+
+import stockrt
+from stockrt import Command, Journal, KeyPool, LocalFacts, Plan, SharedLedger, key_digest, load_settings
+
+PROGRAM = Path(stockrt.__file__).resolve()
+FIRST, OTHER = "aaa-first-key-111", "bbb-other-key-222"
+# A wait for something that must happen; long, because a busy machine is slow, not wrong.
+PATIENCE = 30.0
+
+
+class Program:
+    """The program in a folder of its own, with the settings of a test."""
+
+    def __init__(self, base: Mapping[str, str], folder: Path) -> None:
+        self.folder = folder
+        self.state = folder / "state"
+        self.env = {**base, "STATE_DIRECTORY": str(self.state), "INFOWAY_API_KEY": f"{FIRST},{OTHER}",
+                    "INFOWAY_PLAN": "free,pro"}  # fmt: skip
+        self.daemon: subprocess.Popen[bytes] | None = None
+
+    def run(self, *arguments: str, status: int = 0) -> str:
+        """Run it and return its stdout."""
+        done = subprocess.run(
+            [sys.executable, str(PROGRAM), *arguments], env=self.env, cwd=self.folder, capture_output=True,
+            text=True, timeout=60, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+        assert FIRST not in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout
+
+    def status(self) -> dict[str, Any]:
+        """Return what --status --json says."""
+        (line,) = self.run("--status", "--json").splitlines()
+        found = json.loads(line)
+        assert isinstance(found, dict)
+        return found
+
+    def start_daemon(self) -> None:
+        """Start a daemon and wait until it works."""
+        with (self.folder / "log").open("ab") as log:
+            self.daemon = subprocess.Popen(
+                [sys.executable, str(PROGRAM)], env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log,
+            )  # fmt: skip
+        self.until(lambda: stockrt.daemon_runs(self.state) and (self.state / stockrt.STATUS_NAME).exists())
+
+    def until(self, holds: Callable[[], object]) -> None:
+        """Wait for what the daemon does."""
+        deadline = time.monotonic() + PATIENCE
+        pause = threading.Event()
+        while not holds():
+            assert time.monotonic() < deadline, (self.folder / "log").read_text()
+            pause.wait(0.05)
+
+    def stop_daemon(self) -> None:
+        """End it in good order."""
+        if self.daemon is not None:
+            self.daemon.terminate()
+            self.daemon.wait(PATIENCE)
+            self.daemon = None
+
+
+@pytest.fixture
+def program(clean_env: dict[str, str], tmp_path: Path) -> Iterator[Program]:
+    """The program; its daemon ends with the test."""
+    program = Program(clean_env, tmp_path)
+    yield program
+    program.stop_daemon()
+
+
+def lines_of(text: str) -> dict[str, str]:
+    """Return the lines for a person by what they are about; of several keys the last."""
+    return {line[:15].strip(): line[16:] for line in text.splitlines()}
+
+
+# ------------------------------------------------------------------------------------------------------
+# Without a daemon
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> None:
+    """Nothing ever ran here."""
+    assert program.status() == {
+        "version": stockrt.__version__,
+        "daemon": {"running": False},
+        "registration": None,
+        "platform": {"url": None, "state": "no daemon", "connected_since": None, "last_contact": None},
+        "store": str(program.state / stockrt.SQLITE_NAME),
+        "spool": None,
+        "waiting": {"commands": 0, "results": 0},
+        "last_execution": None,
+        "keys": [
+            {"key": "aaa…111", "plan": "free", "used_today": 0, "left_today": 172_800, "state": "ready", "why": "",
+             "until": "", "not_for": []},
+            {"key": "bbb…222", "plan": "pro", "used_today": 0, "left_today": 1_728_000, "state": "ready", "why": "",
+             "until": "", "not_for": []},
+        ],
+    }  # fmt: skip
+
+
+def test_the_lines_for_a_person_say_the_same(program: Program) -> None:
+    """One about each; keys by their ends."""
+    text = program.run("--status")
+    lines = lines_of(text)
+    assert lines["version"] == stockrt.__version__
+    assert lines["daemon"] == "not running"
+    assert lines["registration"] == "none: run --register"
+    assert lines["platform"] == "none set: no daemon"
+    assert lines["waiting"] == "0 commands, 0 results to deliver"
+    assert lines["last execution"] == "none yet"
+    assert "aaa…111  free  0 used today, 172800 left  ready" in text
+    assert lines["API key"] == "bbb…222  pro  0 used today, 1728000 left  ready"
+
+
+def test_what_waits_is_counted_and_not_touched(program: Program) -> None:
+    """Commands without an answer, answers without a receipt; those given up for their age are none."""
+    now = time.time()
+    for age in (0.0, stockrt.ANSWER_LIFETIME_S + 60):
+        journal = Journal(program.state, lambda age=age: now - age)  # type: ignore[misc]
+        numbers = journal.accept([Command(f"e{age}{n}", {}, []) for n in range(3)])
+        journal.answer(numbers[0], "{}")
+        journal.close()
+    assert program.status()["waiting"] == {"commands": 4, "results": 1}
+    with sqlite3.connect(program.state / stockrt.JOURNAL_NAME) as db:
+        found = db.execute("SELECT count(*) FROM executions WHERE answer IS NOT NULL AND NOT received")
+        assert found.fetchone() == (2,)
+
+
+def test_a_run_counts_what_it_used(program: Program) -> None:
+    """As many requests as were made, not as many as were leased."""
+    with InfowayServer(keys={FIRST, OTHER}) as server:
+        program.env["INFOWAY_API_BASE_URL"] = server.url
+        for _ in range(3):
+            program.run("--once", "--codes", "AAPL.US")
+        used = [key["used_today"] for key in program.status()["keys"]]
+        assert sum(used) == server.request_count
+
+
+def test_a_key_whose_day_is_used_up_says_until_when(program: Program) -> None:
+    """By the count alone."""
+    facts = LocalFacts(program.state)
+    facts.lease(key_digest(FIRST), Plan("x", 172_800, 0, 172_800), time.time())
+    facts.close()
+    key = program.status()["keys"][0]
+    assert (key["used_today"], key["left_today"], key["state"]) == (172_800, 0, "resting")
+    assert key["until"].endswith("T00:00:00.000Z")
+    assert "172800 used today, 0 left  resting until " in program.run("--status")
+
+
+def test_keys_without_a_daily_limit_and_none_at_all(program: Program) -> None:
+    """A custom plan; no key set."""
+    program.env["INFOWAY_PLAN"] = "0"
+    assert "no daily limit" in program.run("--status")
+    del program.env["INFOWAY_API_KEY"]
+    assert program.status()["keys"] == []
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", "{}"])
+def test_a_spoilt_status_file_is_as_good_as_none(program: Program, content: str) -> None:
+    """A machine that lost its power may leave anything."""
+    program.state.mkdir()
+    (program.state / stockrt.STATUS_NAME).write_text(content)
+    assert program.status()["last_execution"] is None
+
+
+def test_the_counts_of_all_instances_come_from_mongodb(program: Program, mongo_db: tuple[str, str]) -> None:
+    """And its address is shown without a password."""
+    uri, name = mongo_db
+    program.env |= {"MONGODB_HOST": uri, "MONGODB_DB_NAME": name, "MONGODB_LICENSE_COLLECTION_NAME": "counts"}
+    loaded = load_settings(program.env, None, (), is_root=False).settings
+    store = stockrt.open_store(loaded)
+    facts = LocalFacts(program.state / "other")
+    ledger = stockrt.make_ledger(loaded, store, facts)
+    assert isinstance(ledger, SharedLedger)
+    pool = KeyPool(loaded.key_plans(), ledger)
+    for _ in range(2):
+        pool.try_acquire("stock")
+    pool.close()
+    found = program.status()
+    assert [key["used_today"] for key in found["keys"]] == [1, 1]
+    assert found["store"] == loaded.mongodb_shown()
+    store.close()
+    facts.close()
+
+
+def test_mongodb_away_is_said_and_costs_no_status(program: Program) -> None:
+    """Soon: one try for all keys together, then the local counts."""
+    program.env |= {"MONGODB_HOST": "mongodb://user:pass-word-1@127.0.0.1:9/?serverSelectionTimeoutMS=500"}
+    program.env |= {
+        "INFOWAY_API_KEY": ",".join(f"key-number-{n}-abc" for n in range(8)),
+        "INFOWAY_PLAN": "free",
+    }
+    started = time.monotonic()
+    found = program.status()
+    assert time.monotonic() - started < 10
+    assert len(found["keys"]) == 8
+    assert "pass-word-1" not in json.dumps(found)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Beside a daemon
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_beside_a_daemon_that_cannot_reach_its_platform(program: Program) -> None:
+    """It runs, it is not connected; afterwards it does not run, and a killed one neither."""
+    program.env |= {"SERVER_IP": "127.0.0.1", "SERVER_PORT": "9"}
+    program.start_daemon()
+    assert program.daemon is not None
+    found = program.status()
+    assert found["daemon"] == {"running": True, "pid": program.daemon.pid, "version": stockrt.__version__}
+    assert found["platform"]["url"] == "http://127.0.0.1:9"
+    assert found["platform"]["state"] == "not connected"
+    text = program.run("--status")
+    assert f"running, pid {program.daemon.pid}, version {stockrt.__version__}" in text
+    assert "http://127.0.0.1:9: not connected" in text
+    program.daemon.kill()
+    program.daemon.wait()
+    assert program.status()["daemon"] == {"running": False}
+    assert program.status()["platform"]["state"] == "no daemon"
+
+
+def test_asking_for_the_status_keeps_no_daemon_from_starting(program: Program) -> None:
+    """It holds the daemon's lock for a moment, to see whether somebody else does."""
+    stockrt.lock_state_directory(program.state).close()
+    with open(program.state / "lock") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        timer = threading.Timer(0.03, lambda: fcntl.flock(held, fcntl.LOCK_UN))
+        timer.start()
+        stockrt.lock_state_directory(program.state).close()
+        timer.join()
+
+
+def test_two_daemons_do_not_share_a_directory(program: Program) -> None:
+    """Many may ask at the same time whether one runs."""
+    assert not stockrt.daemon_runs(program.state)
+    lock = stockrt.lock_state_directory(program.state)
+    assert stockrt.daemon_runs(program.state)
+    with pytest.raises(stockrt.StoreError, match="another stockrt daemon"):
+        stockrt.lock_state_directory(program.state)
+    lock.close()
+    with open(program.state / "lock") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        assert not stockrt.daemon_runs(program.state)
+
+
+def test_a_daemon_that_has_just_taken_the_lock_has_told_nothing_yet(program: Program) -> None:
+    """Its file is not written, or is of the one before."""
+    lock = stockrt.lock_state_directory(program.state)
+    found = program.status()
+    assert found["daemon"] == {"running": True, "pid": None, "version": None}
+    assert found["platform"]["state"] == "not connected"
+    lock.close()
+
+
+def test_beside_a_connected_daemon_the_last_execution_and_the_keys_are_told(program: Program) -> None:
+    """Connected since when, what was executed last, which key is out and why."""
+    with InfowayServer(keys={FIRST, OTHER}) as api, PlatformServer() as platform:
+        api.script = lambda request: REFUSALS["401_token_invalid"] if request.key == FIRST else None
+        program.env |= {"SERVER_IP": "127.0.0.1", "SERVER_PORT": str(platform.port), "INFOWAY_PLAN": "0",
+                        "INFOWAY_API_BASE_URL": api.url}  # fmt: skip
+        program.start_daemon()
+        program.until(lambda: program.status()["platform"]["state"] == "connected")
+        found = program.status()
+        assert found["platform"]["connected_since"]
+        assert found["registration"]
+        platform.execute([f"A{number}.US" for number in range(300)])
+        program.until(lambda: program.status()["last_execution"])
+        found = program.status()
+        assert found["last_execution"]["status"] == "success"
+        assert "300 of 300 codes stored" in found["last_execution"]["message"]
+        first, other = found["keys"]
+        assert (first["state"], first["why"]) == ("out", "HTTP 401: Token invalid")
+        assert other["state"] == "ready"
+        lines = program.run("--status")
+        assert "success at " in lines
+        assert "out (HTTP 401: Token invalid)" in lines
+        program.stop_daemon()
+        after = program.status()
+        assert after["daemon"] == {"running": False}
+        assert after["last_execution"] == found["last_execution"]
+        assert after["platform"]["last_contact"]
+        assert [key["state"] for key in after["keys"]] == ["ready", "ready"]

@@ -1,0 +1,977 @@
+"""The closing snapshot: one document per code and session date, the same whoever writes it and in what order."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kit.infoway_server import REFUSALS, InfowayServer
+from kit.mongo_server import MongoServer, fresh_database
+
+import stockrt
+from stockrt import (
+    Calendar,
+    Close,
+    Closer,
+    Collector,
+    InfowayApi,
+    KeyPool,
+    LocalFacts,
+    MongoStore,
+    Plan,
+    SqliteStore,
+    Store,
+    StoreError,
+    Trade,
+    market_name,
+    market_of,
+    session_before,
+    session_of,
+    to_document,
+)
+
+KINDS = ("sqlite", "mongodb")
+ZONES = {"US": "America/New_York", "HK": "Asia/Hong_Kong", "SH": "Asia/Shanghai", "JP": "Asia/Tokyo",
+         "IN": "Asia/Kolkata", "KS": "Asia/Seoul", "TW": "Asia/Taipei"}  # fmt: skip
+# The Friday after Thanksgiving, and a half day of Hong Kong (Christmas Eve).
+FRI, XMAS = "2025-11-28", "2025-12-24"
+HALF_DAYS = {"US": [FRI], "HK": [XMAS]}
+STORED_FIELDS = (
+    "date",
+    "s",
+    "t",
+    "p",
+    "v",
+    "vw",
+    "td",
+    "stock_code",
+    "after_hours",
+    "half_day",
+    "half_day_unknown",
+)
+
+
+def at(zone: str, moment: str) -> int:
+    """Return `2025-06-17 15:59[:30[.999]]` of a zone's clock as epoch milliseconds."""
+    return round(datetime.fromisoformat(moment).replace(tzinfo=ZoneInfo(zone)).timestamp() * 1000)
+
+
+def zone_of(code: str) -> str:
+    """Return the zone in which the tests write a code's times."""
+    market = market_of(code)
+    assert market is not None
+    return market.zone
+
+
+class Ask:
+    """A trading calendar that counts its questions; `known` False: it cannot be had."""
+
+    def __init__(self, known: bool = True) -> None:
+        self.known = known
+        self.asked: list[tuple[str, date, date]] = []
+
+    def __call__(self, market: str, first: date, last: date) -> Sequence[str] | None:
+        """Return the half days of a market."""
+        self.asked.append((market, first, last))
+        return HALF_DAYS.get(market, []) if self.known else None
+
+
+class World:
+    """A store, the closer of one process over it, a calendar and a clock that stands until it is moved."""
+
+    def __init__(self, store: Store, directory: Path, known: bool = True) -> None:
+        self.store = store
+        self.facts = LocalFacts(directory / uuid.uuid4().hex)
+        self.ask = Ask(known)
+        self.now_ms = 0
+        self.restart()
+
+    def reset(self, known: bool) -> None:
+        """Begin anew, on disk too; faster than another store."""
+        clear(self.store)
+        with self.facts._file._connection() as db:
+            db.execute("DELETE FROM calendar")
+        self.ask = Ask(known)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin as a new process would: nothing is remembered but what is stored."""
+        self.calendar = Calendar(self.facts, self.ask, self.clock)
+        self.closer = Closer(self.store, self.calendar, self.clock)
+
+    def clock(self) -> float:
+        """Return epoch seconds."""
+        return self.now_ms / 1000
+
+    def fetch(self, code: str, traded: str, now: str, price: str = "100.5") -> None:
+        """Store a trade as a run does that fetches it at `now`; times are the exchange's."""
+        self.now_ms = at(zone_of(code), now)
+        document = to_document(
+            Trade(code, at(zone_of(code), traded), price, "10", "1005", 0), stockrt.utc_now()
+        )
+        self.store.write([document])
+        self.closer.settle([document])
+
+    def closes(self) -> dict[str, dict[str, Any]]:
+        """Return `close` by `_id`, without the times of writing."""
+        return {
+            d["_id"]: {n: d[n] for n in STORED_FIELDS if d.get(n) is not None} for d in documents(self.store)
+        }
+
+    def prices(self) -> dict[str, str]:
+        """Return of each close its price and its marks, such as `100.5 after_hours`."""
+        marks = STORED_FIELDS[-3:]
+        return {
+            name: " ".join([d["p"], *(mark for mark in marks if d.get(mark))])
+            for name, d in self.closes().items()
+        }
+
+
+def documents(store: Store) -> list[dict[str, Any]]:
+    """Return all documents of `close`."""
+    if isinstance(store, MongoStore):
+        return list(store._collection("close").find())
+    assert isinstance(store, SqliteStore)
+    found = store._file._connection().execute("SELECT * FROM close")
+    names = [column[0] for column in found.description]
+    return [dict(zip(names, row, strict=True)) for row in found]
+
+
+def clear(store: Store) -> None:
+    """Forget everything."""
+    if isinstance(store, MongoStore):
+        for name in ("close", "realtime"):
+            store._collection(name).delete_many({})
+        return
+    assert isinstance(store, SqliteStore)
+    with store._file._connection() as db:
+        db.execute("DELETE FROM close")
+        db.execute("DELETE FROM realtime")
+
+
+Open = Callable[[], Store]
+
+
+def mongo_store(uri: str, database: str, numeric_type: str = "string") -> MongoStore:
+    """Open a store as the settings do."""
+    environ = {"MONGODB_HOST": uri, "MONGODB_DB_NAME": database, "MONGODB_NUMERIC_TYPE": numeric_type}
+    return MongoStore(stockrt.load_settings(environ, None, (), is_root=False).settings)
+
+
+@pytest.fixture(params=KINDS)
+def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
+    """Open the same store once more, as another process would.
+
+    "atomic mongodb" is the server that stores decimals: FerretDB 1 does not change a document in one step.
+    """
+    opened: list[Store] = []
+    fixtures = {"mongodb": "mongo_db", "atomic mongodb": "decimal_db"}
+    place = request.getfixturevalue(fixtures[request.param]) if request.param in fixtures else None
+
+    def make() -> Store:
+        store: Store = mongo_store(*place) if place else SqliteStore(tmp_path / "store")
+        opened.append(store)
+        return store
+
+    yield make
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def store(open_store: Open) -> Store:
+    """One store."""
+    return open_store()
+
+
+# ------------------------------------------------------------------------------------------------------
+# The table of closes
+# ------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """Trades, each as (its time, when it was fetched, its price), and the closes that are then stored."""
+
+    name: str
+    code: str
+    fetched: tuple[tuple[str, str, str], ...]
+    closes: Mapping[str, str]
+    calendar: bool = True
+
+
+TUE = "2025-06-17"
+TABLE = (
+    Row("US before the close: none", "TSLA.US", ((f"{TUE} 15:58:59", f"{TUE} 15:59", "1"),), {}),
+    Row("US in the closing auction", "TSLA.US", ((f"{TUE} 16:02:30", f"{TUE} 16:03", "1"),), {f"TSLA.US|{TUE}": "1"}),
+    Row("US, the auction's last moment", "TSLA.US", ((f"{TUE} 16:05", f"{TUE} 16:06", "1"),), {f"TSLA.US|{TUE}": "1"}),
+    Row("US, a moment after the auction", "TSLA.US", ((f"{TUE} 16:05:00.001", f"{TUE} 16:06", "1"),),
+        {f"TSLA.US|{TUE}": "1 after_hours"}),
+    Row("US at the very close", "TSLA.US", ((f"{TUE} 15:59:59", f"{TUE} 16:00", "1"),), {f"TSLA.US|{TUE}": "1"}),
+    Row("US, a later trade of the auction", "TSLA.US",
+        ((f"{TUE} 15:59:59", f"{TUE} 16:00:10", "1"), (f"{TUE} 16:01", f"{TUE} 16:03", "2")), {f"TSLA.US|{TUE}": "2"}),
+    Row("US after hours, a regular trade stored", "TSLA.US",
+        ((f"{TUE} 15:40", f"{TUE} 15:41", "1"), (f"{TUE} 15:59", f"{TUE} 15:59:30", "2"),
+         (f"{TUE} 17:29", f"{TUE} 17:30", "3")), {f"TSLA.US|{TUE}": "2"}),
+    Row("US after hours, none stored", "TSLA.US", ((f"{TUE} 17:29", f"{TUE} 17:30", "3"),),
+        {f"TSLA.US|{TUE}": "3 after_hours"}),
+    Row("US after hours, only one of the day before stored", "TSLA.US",
+        (("2025-06-16 15:58", "2025-06-16 15:59", "1"), (f"{TUE} 17:29", f"{TUE} 17:30", "3")),
+        {f"TSLA.US|{TUE}": "3 after_hours"}),
+    Row("US after hours, the earlier stays", "TSLA.US",
+        ((f"{TUE} 17:29", f"{TUE} 17:30", "3"), (f"{TUE} 18:29", f"{TUE} 18:30", "4")),
+        {f"TSLA.US|{TUE}": "3 after_hours"}),
+    Row("US after hours, two at the same time", "TSLA.US",
+        ((f"{TUE} 17:29", f"{TUE} 17:30", "4"), (f"{TUE} 17:29", f"{TUE} 17:31", "3"),
+         (f"{TUE} 17:29", f"{TUE} 17:32", "5")), {f"TSLA.US|{TUE}": "3 after_hours"}),
+    Row("US, a regular trade becomes known late", "TSLA.US",
+        ((f"{TUE} 17:29", f"{TUE} 17:30", "3"), (f"{TUE} 15:50", f"{TUE} 18:30", "2")), {f"TSLA.US|{TUE}": "2"}),
+    Row("US before the open of the next day", "TSLA.US",
+        ((f"{TUE} 15:59", f"{TUE} 15:59:30", "2"), (f"{TUE} 19:59", "2025-06-18 03:00", "3")),
+        {f"TSLA.US|{TUE}": "2"}),
+    Row("US in the next session: the day before is left alone", "TSLA.US",
+        ((f"{TUE} 16:00", f"{TUE} 16:01", "1"), ("2025-06-18 10:00", "2025-06-18 10:01", "9")),
+        {f"TSLA.US|{TUE}": "1"}),
+    Row("US on Saturday", "TSLA.US",
+        (("2025-06-20 16:00:02", "2025-06-20 16:04", "1"), ("2025-06-20 19:58", "2025-06-21 12:00", "2"),
+         ("2025-06-20 19:58", "2025-06-22 12:00", "2")), {"TSLA.US|2025-06-20": "1"}),
+    Row("US half day, between the two closes", "TSLA.US",
+        ((f"{FRI} 12:59", f"{FRI} 12:59:30", "1"), (f"{FRI} 14:30", f"{FRI} 14:31", "2")),
+        {f"TSLA.US|{FRI}": "1 half_day"}),
+    Row("US half day, its auction", "TSLA.US", ((f"{FRI} 13:04", f"{FRI} 13:10", "1"),),
+        {f"TSLA.US|{FRI}": "1 half_day"}),
+    Row("US half day, before the early close", "TSLA.US", ((f"{FRI} 12:58", f"{FRI} 12:59", "1"),), {}),
+    Row("US half day, no regular trade", "TSLA.US", ((f"{FRI} 15:00", f"{FRI} 15:01", "2"),),
+        {f"TSLA.US|{FRI}": "2 after_hours half_day"}),
+    Row("US half day without the calendar, before the usual close", "TSLA.US",
+        ((f"{FRI} 14:30", f"{FRI} 14:31", "2"),), {}, calendar=False),
+    Row("US half day without the calendar, a trade between the two closes", "TSLA.US",
+        ((f"{FRI} 14:30", f"{FRI} 16:10", "2"),), {f"TSLA.US|{FRI}": "2 half_day_unknown"},
+        calendar=False),
+    Row("US half day without the calendar, a trade before both", "TSLA.US",
+        ((f"{FRI} 12:58", f"{FRI} 16:10", "1"),), {f"TSLA.US|{FRI}": "1"}, calendar=False),
+    Row("US half day without the calendar, after hours", "TSLA.US",
+        ((f"{FRI} 12:58", f"{FRI} 12:59", "1"), (f"{FRI} 17:00", f"{FRI} 17:01", "2")),
+        {f"TSLA.US|{FRI}": "1"}, calendar=False),
+    Row("US full day without the calendar", "TSLA.US", ((f"{TUE} 15:59", f"{TUE} 16:10", "2"),),
+        {f"TSLA.US|{TUE}": "2 half_day_unknown"}, calendar=False),
+    Row("US summer time begins: Friday before, Monday after", "TSLA.US",
+        (("2025-03-07 15:59", "2025-03-09 12:00", "1"), ("2025-03-10 15:59", "2025-03-10 16:00", "2")),
+        {"TSLA.US|2025-03-07": "1", "TSLA.US|2025-03-10": "2"}),
+    Row("US summer time begins: Monday, a minute before the close", "TSLA.US",
+        (("2025-03-10 15:58", "2025-03-10 15:59", "2"),), {}),
+    Row("US summer time ends: Friday before, Monday after", "TSLA.US",
+        (("2025-10-31 16:04:59", "2025-11-02 12:00", "1"), ("2025-11-03 15:59", "2025-11-03 16:00", "2")),
+        {"TSLA.US|2025-10-31": "1", "TSLA.US|2025-11-03": "2"}),
+    Row("US summer time ends: Monday, a minute before the close", "TSLA.US",
+        (("2025-11-03 15:58", "2025-11-03 15:59", "2"),), {}),
+    Row("HK half day", "00700.HK",
+        ((f"{XMAS} 11:59", f"{XMAS} 12:01", "1"), (f"{XMAS} 12:03", f"{XMAS} 12:09", "2")),
+        {f"00700.HK|{XMAS}": "2 half_day"}),
+    Row("HK full day, at noon: none", "00700.HK", ((f"{TUE} 11:59", f"{TUE} 12:30", "1"),), {}),
+    Row("HK full day", "00700.HK", ((f"{TUE} 15:59", f"{TUE} 16:00", "1"),), {f"00700.HK|{TUE}": "1"}),
+    Row("HK half day without the calendar", "00700.HK", ((f"{XMAS} 12:07", f"{XMAS} 16:01", "1"),),
+        {f"00700.HK|{XMAS}": "1 half_day_unknown"}, calendar=False),
+    Row("CN in the lunch break: none", "600519.SH", ((f"{TUE} 11:29:59", f"{TUE} 12:15", "1"),), {}),
+    Row("CN across the lunch break", "600519.SH",
+        ((f"{TUE} 11:29:59", f"{TUE} 12:15", "1"), (f"{TUE} 15:00", f"{TUE} 15:00:05", "2")),
+        {f"600519.SH|{TUE}": "2"}),
+    Row("CN, a share that did not trade after the lunch break", "000001.SZ",
+        ((f"{TUE} 11:29:59", f"{TUE} 12:15", "1"), (f"{TUE} 11:29:59", f"{TUE} 15:01", "1")),
+        {f"000001.SZ|{TUE}": "1"}),
+    Row("CN needs no calendar", "600519.SH", ((f"{TUE} 14:59", f"{TUE} 15:01", "1"),), {f"600519.SH|{TUE}": "1"},
+        calendar=False),
+    Row("JP", "7203.JP", ((f"{TUE} 15:29", f"{TUE} 15:29:59", "1"), (f"{TUE} 15:30", f"{TUE} 15:31", "2")),
+        {f"7203.JP|{TUE}": "2"}),
+    Row("KS", "005930.KS", ((f"{TUE} 15:30", f"{TUE} 15:31", "2"),), {f"005930.KS|{TUE}": "2"}),
+    Row("TW", "2330.TW", ((f"{TUE} 13:30", f"{TUE} 13:31", "2"),), {f"2330.TW|{TUE}": "2"}),
+    Row("IN", "RELIANCE.IN", ((f"{TUE} 15:29", f"{TUE} 15:29:59", "1"), (f"{TUE} 15:29:58", f"{TUE} 15:45", "2")),
+        {f"RELIANCE.IN|{TUE}": "2"}),
+    Row("a pair before 17:00 New York", "USDCNY", ((f"{TUE} 16:59:58", f"{TUE} 16:59:59", "1"),), {}),
+    Row("a pair across 17:00 New York", "USDCNY",
+        ((f"{TUE} 16:59:58", f"{TUE} 16:59:59", "1"), (f"{TUE} 17:00", f"{TUE} 17:00:01", "2"),
+         (f"{TUE} 23:59", f"{TUE} 23:59:30", "3")), {f"USDCNY|{TUE}": "1"}),
+    Row("a pair after 17:00, nothing stored before", "USDCNY", ((f"{TUE} 17:00", f"{TUE} 17:00:01", "2"),),
+        {f"USDCNY|{TUE}": "2 after_hours"}),
+    Row("a pair the next morning: the session before", "USDCNY",
+        ((f"{TUE} 16:59", f"{TUE} 16:59:30", "1"), ("2025-06-18 09:00", "2025-06-18 09:01", "2")),
+        {f"USDCNY|{TUE}": "1"}),
+    Row("a pair on Sunday evening: Friday's", "USDCNY",
+        (("2025-06-20 16:59", "2025-06-20 16:59:30", "1"), ("2025-06-22 17:30", "2025-06-22 17:31", "2")),
+        {"USDCNY|2025-06-20": "1"}),
+    Row("a pair on Monday: Friday's", "XAUUSD",
+        (("2025-06-20 16:59", "2025-06-20 16:59:30", "1"), ("2025-06-23 09:00", "2025-06-23 09:01", "2")),
+        {"XAUUSD|2025-06-20": "1"}),
+    Row("a pair on the Sunday on which summer time begins", "USDCNY",
+        (("2025-03-07 16:59", "2025-03-07 16:59:30", "1"), ("2025-03-09 17:01", "2025-03-09 17:02", "2"),
+         ("2025-03-10 16:59", "2025-03-10 17:00", "3")), {"USDCNY|2025-03-07": "1", "USDCNY|2025-03-10": "3"}),
+    Row("a pair on the Sunday on which summer time ends", "USDCNY",
+        (("2025-10-31 16:59", "2025-10-31 16:59:30", "1"), ("2025-11-02 17:01", "2025-11-02 17:02", "2"),
+         ("2025-11-03 16:59", "2025-11-03 17:00", "3")), {"USDCNY|2025-10-31": "1", "USDCNY|2025-11-03": "3"}),
+    Row("crypto across midnight UTC", "BTCUSDT",
+        ((f"{TUE} 23:59:59.500", f"{TUE} 23:59:59.900", "1"), ("2025-06-18 00:00", "2025-06-18 00:00:01", "2")),
+        {f"BTCUSDT|{TUE}": "1"}),
+    Row("crypto, the last trade fetched after midnight", "BTCUSDT", ((f"{TUE} 23:59:59", "2025-06-18 00:00", "1"),),
+        {f"BTCUSDT|{TUE}": "1"}),
+    Row("crypto on Saturday and Sunday", "BTCUSDT",
+        (("2025-06-21 23:58", "2025-06-21 23:59", "1"), ("2025-06-22 23:58", "2025-06-22 23:59", "2"),
+         ("2025-06-23 00:01", "2025-06-23 00:02", "3")), {"BTCUSDT|2025-06-21": "1", "BTCUSDT|2025-06-22": "2"}),
+    Row("crypto, nothing of the day before", "BTCUSDT", ((f"{TUE} 00:01", f"{TUE} 00:02", "1"),), {}),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def shared_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """One world for many cases, each of which resets it."""
+    folder = tmp_path_factory.mktemp("closes")
+    if request.param == "sqlite":
+        store: Store = SqliteStore(folder)
+        yield World(store, folder)
+        store.close()
+        return
+    server: MongoServer = request.getfixturevalue("mongo_server")
+    with fresh_database(server) as place:
+        store = mongo_store(*place)
+        yield World(store, folder)
+        store.close()
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["one process", "a process a run"])
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_the_table_of_closes(shared_world: World, row: Row, restarted: bool) -> None:
+    """Whether one process sees it all or each run is a new one, and once more with nothing new."""
+    shared_world.reset(row.calendar)
+    world = shared_world
+    for traded, now, price in (*row.fetched, row.fetched[-1]):
+        world.fetch(row.code, traded, now, price)
+        if restarted:
+            world.restart()
+    assert world.prices() == row.closes
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_a_replay_in_reverse_order_ends_the_same(shared_world: World, row: Row) -> None:
+    """All trades are fetched anew at the time of the last run, the last one first and the first one first.
+
+    Fetched that late, the trades of dates before make closes too.
+    """
+    last = row.fetched[-1][1]
+    ends = []
+    for order in (row.fetched, row.fetched[::-1]):
+        shared_world.reset(row.calendar)
+        for traded, _, price in order:
+            shared_world.fetch(row.code, traded, last, price)
+        ends.append(shared_world.prices())
+    assert ends[0] == ends[1]
+    assert ends[0].items() >= row.closes.items()
+
+
+# ------------------------------------------------------------------------------------------------------
+# The document
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_the_document_has_exactly_these_fields(store: Store, tmp_path: Path) -> None:
+    """The trade's as the API sent them; what stands there keeps its create_time."""
+    world = World(store, tmp_path)
+    world.fetch("TSLA.US", f"{TUE} 15:59", f"{TUE} 16:01", "1")
+    (first,) = documents(store)
+    world.fetch("TSLA.US", f"{TUE} 16:02", f"{TUE} 16:04", "2")
+    (second,) = documents(store)
+    names = {"_id", "date", "s", "t", "p", "v", "vw", "td", "stock_code", "create_time", "update_time"}
+    assert {name for name, value in second.items() if value is not None} == names
+    assert second["create_time"] == first["create_time"]
+    assert second["update_time"] >= first["update_time"]
+    assert (second["_id"], second["date"], second["p"], second["vw"]) == (f"TSLA.US|{TUE}", TUE, "2", "1005")
+    if isinstance(store, MongoStore):
+        assert isinstance(second["create_time"], datetime)
+        assert isinstance(second["t"], int)
+
+
+def test_what_is_polled_again_is_not_written_again(store: Store, tmp_path: Path) -> None:
+    """Neither by the process that wrote it nor by another: update_time stays."""
+    world = World(store, tmp_path)
+    for code, traded in (("TSLA.US", "15:59"), ("AAPL.US", "17:00"), ("USDCNY", "16:59")):
+        world.fetch(code, f"{TUE} {traded}", f"{TUE} 18:00")
+    before = documents(store)
+    assert len(before) == 3
+    for _ in range(2):
+        for code, traded in (("TSLA.US", "15:59"), ("AAPL.US", "17:00"), ("USDCNY", "16:59")):
+            world.fetch(code, f"{TUE} {traded}", f"{TUE} 18:00")
+        world.restart()
+    assert documents(store) == before
+
+
+@pytest.mark.parametrize("numeric_type", ["decimal", "double"])
+def test_numbers_have_the_type_that_is_set(
+    numeric_type: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Also those that come back out of `realtime`; later trades are told by number."""
+    from bson.decimal128 import Decimal128
+
+    uri, name = request.getfixturevalue("decimal_db" if numeric_type == "decimal" else "mongo_db")
+    store = mongo_store(uri, name, numeric_type)
+    world = World(store, tmp_path)
+    world.fetch("TSLA.US", f"{TUE} 15:59", f"{TUE} 15:59:30", "9.50")
+    world.fetch("TSLA.US", f"{TUE} 15:59", f"{TUE} 15:59:40", "10.25")  # the same moment, a greater price
+    world.fetch("TSLA.US", f"{TUE} 17:29", f"{TUE} 17:30", "12")
+    world.fetch("AAPL.US", f"{TUE} 17:29", f"{TUE} 17:30", "12")
+    found = {d["_id"]: d for d in documents(store)}
+    kind = Decimal128 if numeric_type == "decimal" else float
+    assert {type(d[name]) for d in found.values() for name in ("p", "v", "vw")} == {kind}
+    assert found[f"TSLA.US|{TUE}"]["p"] == (Decimal128("10.25") if numeric_type == "decimal" else 10.25)
+    assert found[f"AAPL.US|{TUE}"]["after_hours"] is True
+    store.close()
+
+
+def test_stored_numbers_of_another_type_are_read_all_the_same(
+    mongo_db: tuple[str, str], tmp_path: Path
+) -> None:
+    """MONGODB_NUMERIC_TYPE was changed between the trade and its close."""
+    uri, name = mongo_db
+    old, new = mongo_store(uri, name, "double"), mongo_store(uri, name, "string")
+    World(old, tmp_path).fetch("TSLA.US", f"{TUE} 15:59", f"{TUE} 15:59:30", "9.5")
+    world = World(new, tmp_path)
+    world.fetch("TSLA.US", f"{TUE} 17:29", f"{TUE} 17:30", "12")
+    assert world.prices() == {f"TSLA.US|{TUE}": "9.5"}
+    old.close()
+    new.close()
+
+
+def test_synthetic_trades_are_no_close(tmp_path: Path) -> None:
+    """What --demo stored is not taken for the last trade of a session."""
+    store = SqliteStore(tmp_path)
+    trade = Trade("TSLA.US", at("America/New_York", f"{TUE} 15:59"), "1", "1", "1", 0)
+    store.write([to_document(trade, stockrt.utc_now(), demo=True)])
+    world = World(store, tmp_path)
+    world.fetch("TSLA.US", f"{TUE} 17:29", f"{TUE} 17:30", "12")
+    assert world.prices() == {f"TSLA.US|{TUE}": "12 after_hours"}
+    store.close()
+
+
+def test_the_newest_trade_is_found_wherever_in_the_day_it_lies(store: Store) -> None:
+    """Many codes at once: some trade every second, some in the morning only, some not at all."""
+    start, end = at("America/New_York", f"{TUE} 00:00"), at("America/New_York", f"{TUE} 16:05")
+    last = {f"A{number}.US": end - number * number * 40_000 for number in range(38)}
+    trades = [
+        Trade(code, t - 1000 * back, "1", "1", "1", 0) for code, t in last.items() for back in (0, 1, 2)
+    ]
+    trades += [Trade(code, end + 1, "9", "9", "9", 0) for code in last]
+    trades += [Trade(code, start - 1, "9", "9", "9", 0) for code in [*last, "OLD.US"]]
+    store.write([to_document(trade, stockrt.utc_now()) for trade in trades])
+    found = store.newest([*last, "OLD.US", "NONE.US"], start, end)
+    assert {code: document["t"] for code, document in found.items()} == {
+        code: t for code, t in last.items() if t >= start
+    }
+    assert all(document["_id"].startswith(f"{code}|") for code, document in found.items())
+
+
+# ------------------------------------------------------------------------------------------------------
+# Several writers
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("open_store", ["sqlite", "atomic mongodb"], indirect=True)
+def test_racing_instances_end_in_the_same_document(open_store: Open, tmp_path: Path) -> None:
+    """Each has its own connection and its own part of the trades; both write at the same time."""
+    now = at("America/New_York", f"{TUE} 18:00")
+    minutes = ("15:58", "15:59", "16:04", "16:20", "17:00", "09:31", "16:00")
+    worlds = [World(open_store(), tmp_path) for _ in range(2)]
+    barrier = threading.Barrier(2)
+    errors: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            worlds[number].now_ms = now
+            barrier.wait(10)
+            for place in range(len(minutes)):
+                minute = minutes[place if number else -1 - place]
+                t = at("America/New_York", f"{TUE} {minute}")
+                fetched = [
+                    to_document(Trade(f"R{code}.US", t, f"{number}.{place}", "1", "1", 0), stockrt.utc_now())
+                    for code in range(20)
+                ]
+                worlds[number].store.write(fetched)
+                worlds[number].closer.settle(fetched)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors
+    # the later trade; of the two with the same time the one with the greater price
+    assert worlds[0].prices() == {f"R{code}.US|{TUE}": "1.2" for code in range(20)}
+
+
+RACER = """
+import sys, pathlib, uuid
+import stockrt
+from rooms import test_close
+kind, place, state, number = sys.argv[1:]
+if kind == "mongodb":
+    store = test_close.mongo_store(*place.split(" "))
+else:
+    store = stockrt.SqliteStore(pathlib.Path(place))
+world = test_close.World(store, pathlib.Path(state))
+print("ready", flush=True)
+sys.stdin.readline()
+for minute in range(30, 60):
+    world.fetch("TSLA.US", f"2025-06-17 15:{minute}", "2025-06-17 18:00", f"{number}.{minute}")
+    world.fetch("AAPL.US", f"2025-06-17 17:{89 - minute}", "2025-06-17 18:00", f"{number}.{minute}")
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_racing_processes_end_in_the_same_document(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """One may be writing while the other is; nothing is lost and nobody fails.
+
+    On the server that stores decimals: FerretDB 1 does not change a document in one step, MongoDB does.
+    """
+    place = " ".join(request.getfixturevalue("decimal_db")) if kind == "mongodb" else str(tmp_path / "store")
+    path = os.pathsep.join(map(str, (Path(stockrt.__file__).parent, Path(__file__).parents[1])))
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, kind, place, str(tmp_path / f"state{number}"), str(number)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        for number in (1, 2)
+    ]  # fmt: skip
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    for racer in racers:
+        _, words = racer.communicate(timeout=60)
+        assert racer.returncode == 0, words
+    store: Store = mongo_store(*place.split(" ")) if kind == "mongodb" else SqliteStore(Path(place))
+    # of AAPL.US both fetched trades after hours only: the earliest, of two at that time the lesser price
+    assert World(store, tmp_path).prices() == {f"TSLA.US|{TUE}": "2.59", f"AAPL.US|{TUE}": "1.59 after_hours"}
+    store.close()
+
+
+def test_a_writer_that_knows_the_half_day_wins_over_one_that_does_not(
+    open_store: Open, tmp_path: Path
+) -> None:
+    """In either order; what the other one wrote in doubt is replaced, and does not come back."""
+    for order in ((True, False), (False, True)):
+        store = open_store()
+        clear(store)
+        worlds = {known: World(store, tmp_path, known) for known in (True, False)}
+        for known in (*order, *order):
+            for traded, price in (("12:59", "1"), ("15:30", "2")):
+                worlds[known].fetch("TSLA.US", f"{FRI} {traded}", f"{FRI} 17:00", price)
+        assert worlds[True].prices() == {f"TSLA.US|{FRI}": "1 half_day"}
+
+
+def test_the_doubt_goes_with_the_calendar(open_store: Open, tmp_path: Path) -> None:
+    """The calendar could not be had on the day; the next day's run of the same process has it."""
+    world = World(open_store(), tmp_path, known=False)
+    world.fetch("TSLA.US", f"{TUE} 15:59", f"{TUE} 17:00", "1")
+    assert world.prices() == {f"TSLA.US|{TUE}": "1 half_day_unknown"}
+    world.ask.known = True
+    world.fetch("TSLA.US", f"{TUE} 15:59", "2025-06-18 03:00", "1")
+    assert world.prices() == {f"TSLA.US|{TUE}": "1"}
+    world.fetch("AAPL.US", f"{FRI} 12:30", f"{FRI} 12:31", "5")
+    world.fetch("AAPL.US", f"{FRI} 15:59", "2025-11-29 03:00", "6")
+    assert world.prices()[f"AAPL.US|{FRI}"] == "5 half_day"
+
+
+MINUTES = st.sampled_from([0, 570, 720, 779, 780, 784, 786, 900, 959, 960, 964, 966, 1020, 1199, 1439])
+CODES = ("TSLA.US", "00700.HK", "USDCNY", "BTCUSDT")
+DATES = (FRI, "2025-12-01", XMAS)
+TRADES = st.builds(
+    lambda code, day, minute, price, side: Trade(
+        code, at(zone_of(code), f"{day} {minute // 60:02d}:{minute % 60:02d}"), price, "1", "1", side
+    ),
+    st.sampled_from(CODES), st.sampled_from(DATES), MINUTES, st.sampled_from(["9.5", "10.25"]), st.integers(0, 1),
+)  # fmt: skip
+
+
+def replay(world: World, batches: Sequence[Sequence[Trade]], restarts: bool) -> dict[str, dict[str, Any]]:
+    """Store batches, all fetched days later, and return the closes."""
+    clear(world.store)
+    world.restart()
+    world.now_ms = at("UTC", "2025-12-31 12:00")
+    for batch in batches:
+        fetched = list({stockrt.identity(t): to_document(t, stockrt.utc_now()) for t in batch}.values())
+        world.store.write(fetched)
+        world.closer.settle(fetched)
+        if restarts:
+            world.restart()
+    return world.closes()
+
+
+def check_any_order(world: World, trades: list[Trade], data: st.DataObject) -> None:
+    """Check that three replays, cut and ordered and repeated by hypothesis, end in the same collection."""
+    ends = []
+    for number in range(3):
+        order = data.draw(st.permutations(trades)) if number else trades
+        repeated = [*order, *data.draw(st.lists(st.sampled_from(trades), max_size=5))]
+        cut = data.draw(st.integers(1, len(repeated)))
+        batches = [repeated[place : place + cut] for place in range(0, len(repeated), cut)]
+        ends.append(replay(world, batches, restarts=data.draw(st.booleans())))
+    assert ends[0] == ends[1] == ends[2]
+    closed = {f"{t.s}|{session_of_trade(t)}" for t in trades}
+    assert set(ends[0]) <= closed
+    assert {name for name in closed if not name.startswith(("USDCNY", "BTC"))} <= set(ends[0])
+
+
+def session_of_trade(trade: Trade) -> str:
+    """Return the exchange-local date of a trade."""
+    market = market_of(trade.s)
+    assert market is not None
+    return session_of(market, trade.t).date
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(TRADES, min_size=1, max_size=14), st.booleans(), st.data())
+def test_any_order_and_repetition_ends_in_the_same_closes(
+    tmp_path_factory: pytest.TempPathFactory, trades: list[Trade], known: bool, data: st.DataObject
+) -> None:
+    """On the embedded store; with the calendar and without."""
+    folder = tmp_path_factory.mktemp("order")
+    store = SqliteStore(folder)
+    store._file._connection().execute("PRAGMA synchronous=OFF")
+    world = World(store, folder, known)
+    try:
+        check_any_order(world, trades, data)
+    finally:
+        world.facts.close()
+        store.close()
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(TRADES, min_size=1, max_size=10), st.booleans(), st.data())
+def test_any_order_and_repetition_ends_in_the_same_closes_on_mongodb(
+    mongo_db: tuple[str, str], tmp_path_factory: pytest.TempPathFactory,
+    trades: list[Trade], known: bool, data: st.DataObject,
+) -> None:  # fmt: skip
+    """The same."""
+    store = mongo_store(*mongo_db)
+    world = World(store, tmp_path_factory.mktemp("order"), known)
+    try:
+        check_any_order(world, trades, data)
+    finally:
+        world.facts.close()
+        store.close()
+
+
+CLOSES = st.builds(
+    lambda t, p, td, kind: Close(
+        to_document(Trade("X.US", t, p, "1", "1", td), datetime(2025, 1, 1, tzinfo=UTC)), "2025-01-01", **kind
+    ),
+    st.integers(10**12, 10**12 + 2), st.sampled_from(["9.5", "10.25"]), st.integers(0, 1),
+    st.sampled_from([{}, {"after_hours": True}, {"half_day": True}, {"half_day_unknown": True}]),
+)  # fmt: skip
+
+
+def rank(close: Close) -> tuple[Any, ...]:
+    """Return promise 8 of the stores as a value: the greater, the better."""
+    t, p, td = (close.document[name] for name in ("t", "p", "td"))
+    if close.after_hours:
+        return (0, -t, [-ord(letter) for letter in p], -td)
+    return (1 + close.half_day, t, p, td, not close.half_day_unknown)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(CLOSES, min_size=1, max_size=6))
+def test_the_best_of_all_candidates_stands(shared_world: World, closes: list[Close]) -> None:
+    """Whatever each writer knew of the calendar; written one by one and all at once."""
+    best, shared_store = max(closes, key=rank), shared_world.store
+    for batches in ([[close] for close in closes], [closes]):
+        clear(shared_store)
+        for batch in batches:
+            shared_store.write_closes(batch)
+        (stands,) = documents(shared_store)
+        names = ("t", "p", "td")
+        assert [stands[name] for name in names] == [best.document[name] for name in names]
+        marks = {name for name in stockrt.CLOSE_MARKS if stands.get(name)}
+        assert marks == set(best.marks())
+
+
+# ------------------------------------------------------------------------------------------------------
+# The calendar
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_the_calendar_is_asked_once_a_market_and_kept_over_restarts(tmp_path: Path) -> None:
+    """A month on both sides; the local file answers the rest."""
+    world = World(SqliteStore(tmp_path), tmp_path)
+    for number in range(5):
+        world.fetch(f"A{number}.US", f"{FRI} 12:59", f"{FRI} 14:00")
+        world.fetch("00700.HK", f"{XMAS} 11:59", f"{XMAS} 14:00")
+        world.restart()
+    assert [market for market, _, _ in world.ask.asked] == ["US", "HK"]
+    _, first, last = world.ask.asked[0]
+    assert first <= date(2025, 10, 29)
+    assert last >= date(2025, 12, 28)
+    assert world.calendar.is_half_day("US", "2025-12-19") is False
+    assert len(world.ask.asked) == 2
+
+
+def test_a_calendar_that_cannot_be_had_is_asked_again_the_next_day_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Restarts included; it is said once."""
+    world = World(SqliteStore(tmp_path), tmp_path, known=False)
+    for _ in range(3):
+        world.fetch("TSLA.US", f"{FRI} 12:59", f"{FRI} 14:00")
+        world.restart()
+    assert len(world.ask.asked) == 1
+    assert [r.getMessage() for r in caplog.records if "calendar of US" in r.getMessage()] != []
+    assert len(caplog.records) == 1
+    world.ask.known = True
+    world.fetch("TSLA.US", f"{FRI} 12:59", "2025-11-29 03:00")
+    assert len(world.ask.asked) == 2
+    assert world.calendar.is_half_day("US", FRI) is True
+
+
+def test_dates_beyond_the_kept_calendar_are_asked_for_once_a_day(tmp_path: Path) -> None:
+    """A replay of old trades asks no more than the trades of today."""
+    world = World(SqliteStore(tmp_path), tmp_path)
+    world.now_ms = at("UTC", "2025-12-01 12:00")
+    assert world.calendar.is_half_day("US", FRI) is True
+    assert world.calendar.is_half_day("US", "2024-11-29") is None
+    world.now_ms = at("UTC", "2025-12-02 12:00")
+    assert world.calendar.is_half_day("US", FRI) is True
+    assert len(world.ask.asked) == 1
+    assert world.calendar.is_half_day("US", "2024-11-29") is False
+    assert len(world.ask.asked) == 2
+
+
+def test_no_calendar_is_asked_before_the_early_close_or_where_there_are_no_half_days(tmp_path: Path) -> None:
+    """It counts against the request limits."""
+    world = World(SqliteStore(tmp_path), tmp_path)
+    world.fetch("TSLA.US", f"{TUE} 12:00", f"{TUE} 12:59")
+    for code in ("600519.SH", "7203.JP", "USDCNY", "BTCUSDT"):
+        world.fetch(code, f"{TUE} 12:00", "2025-06-19 23:00")
+    assert world.ask.asked == []
+
+
+class Hurried(random.Random):
+    """Chance that makes every pause before another try the shortest."""
+
+    def random(self) -> float:
+        """Return the least."""
+        return 0.0
+
+
+def api_of(server: InfowayServer, key: str = "test-key") -> InfowayApi:
+    """Return a client of a server, its key without limits."""
+    return InfowayApi(server.url, KeyPool([(key, Plan("0", 0, 0, 0))]), Hurried())
+
+
+def test_the_half_days_come_from_the_api() -> None:
+    """Also where it lists a half day among the trading days."""
+    first, last = date(2025, 11, 1), date(2025, 12, 31)
+    for both in (False, True):
+        with InfowayServer(half_days={"20251128", "20251224"}, half_days_are_trade_days=both) as server:
+            assert api_of(server).half_days("US", first, last) == [FRI, XMAS]
+            (request,) = server.requests
+            assert request.path.endswith("?market=US&beginDay=20251101&endDay=20251231")
+            assert request.key == "test-key"
+
+
+@pytest.mark.parametrize("name", ["500_json", "503_html", "ret_0", "ret_506", "429_json"])
+def test_a_refused_calendar_is_asked_for_a_few_times_and_given_up(name: str) -> None:
+    """A refusal is no half day."""
+    with InfowayServer(script=lambda _: REFUSALS[name]) as server:
+        assert api_of(server).half_days("US", date(2025, 11, 1), date(2025, 11, 30)) is None
+        assert 1 <= server.request_count <= stockrt.CALENDAR_TRIES
+
+
+def test_a_calendar_is_had_although_the_first_try_fails() -> None:
+    """One bad answer does not cost a day."""
+    with InfowayServer(half_days={"20251128"}, script=[REFUSALS["503_html"]]) as server:
+        assert api_of(server).half_days("US", date(2025, 11, 1), date(2025, 11, 30)) == [FRI]
+
+
+# ------------------------------------------------------------------------------------------------------
+# A run
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_the_closes_of_what_it_fetched(store: Store, tmp_path: Path) -> None:
+    """From the API's answer to both collections."""
+    evening = at("America/New_York", f"{FRI} 12:59:30")
+    world = World(store, tmp_path)
+    world.now_ms = at("America/New_York", f"{FRI} 13:30")
+    codes = [f"A{number}.US" for number in range(150)] + ["BTCUSDT", "USDCNY"]
+    with InfowayServer(epoch_ms=evening) as server:
+        report = Collector(api_of(server), store, closer=world.closer).run(codes, threading.Event())
+    assert report.complete, report
+    assert len(world.closes()) == 150
+    assert set(world.prices()) == {f"A{number}.US|{FRI}" for number in range(150)}
+    assert all(price.endswith(" half_day") for price in world.prices().values())
+
+
+def test_a_snapshot_that_fails_costs_no_trade_and_is_said(tmp_path: Path) -> None:
+    """The table `close` is gone: everything is fetched and stored all the same, and the run is not complete."""
+    store = SqliteStore(tmp_path)
+    store._file._connection().execute("DROP TABLE close")
+    world = World(store, tmp_path)
+    world.now_ms = at("America/New_York", "2025-06-17 18:00")
+    codes = [f"A{number}.US" for number in range(2500)]
+    with InfowayServer(epoch_ms=at("America/New_York", "2025-06-17 15:59")) as server:
+        report = Collector(api_of(server), store, closer=world.closer).run(codes, threading.Event())
+    assert (report.stored, report.failures) == (2500, {})
+    assert not report.complete
+    assert "no such table: close" in report.summary()
+    with pytest.raises(StoreError, match="STATE_DIRECTORY"):
+        store.write_closes([regular()])
+
+
+def regular() -> Close:
+    """Return some close."""
+    trade = Trade("X.US", at("America/New_York", f"{TUE} 15:59"), "1", "1", "1", 0)
+    return Close(to_document(trade, stockrt.utc_now()), TUE)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Sessions
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "zone", "day", "close", "early"),
+    [
+        ("TSLA.US", "America/New_York", "2025-03-07", "16:00", "13:00"),
+        ("TSLA.US", "America/New_York", "2025-03-10", "16:00", "13:00"),
+        ("00700.HK", "Asia/Hong_Kong", TUE, "16:00", "12:00"),
+        ("600519.SH", "Asia/Shanghai", TUE, "15:00", "15:00"),
+        ("000001.SZ", "Asia/Shanghai", TUE, "15:00", "15:00"),
+        ("7203.JP", "Asia/Tokyo", TUE, "15:30", "15:30"),
+        ("005930.KS", "Asia/Seoul", TUE, "15:30", "15:30"),
+        ("RELIANCE.IN", "Asia/Kolkata", TUE, "15:30", "15:30"),
+        ("2330.TW", "Asia/Taipei", TUE, "13:30", "13:30"),
+        ("USDCNY", "America/New_York", TUE, "17:00", "17:00"),
+    ],
+)
+def test_sessions_end_when_the_exchange_says(code: str, zone: str, day: str, close: str, early: str) -> None:
+    """On the clock of the exchange, from its first to its last moment of the date."""
+    market = market_of(code)
+    assert market is not None
+    for moment in ("00:00", "12:34:56.789", "23:59:59.999"):
+        session = session_of(market, at(zone, f"{day} {moment}"))
+        assert session.date == day
+        assert (session.close, session.early_close) == (
+            at(zone, f"{day} {close}"),
+            at(zone, f"{day} {early}"),
+        )
+
+
+def test_every_date_belongs_to_one_session_and_the_session_before_has_ended() -> None:
+    """A year of hours, both daylight-saving Sundays included: no gap, no overlap."""
+    start = at("UTC", "2025-01-01 00:00")
+    for code in ("TSLA.US", "USDCNY", "BTCUSDT", "RELIANCE.IN"):
+        market = market_of(code)
+        assert market is not None
+        session = session_of(market, start)
+        for hour in range(1, 365 * 24):
+            t = start + hour * 3_600_000
+            found = session_of(market, t)
+            assert found.start <= t < found.end
+            if found.date != session.date:
+                assert found.start == session.end
+                assert session_before(market, found).close <= found.start
+            session = found
+
+
+def test_a_code_of_no_known_market_has_no_close(store: Store, tmp_path: Path) -> None:
+    """`common:US500` is fetched and stored; nobody knows its session."""
+    world = World(store, tmp_path)
+    world.now_ms = at("UTC", "2025-06-20 12:00")
+    document = to_document(Trade("US500", at("UTC", f"{TUE} 12:00"), "1", "1", "1", 0), stockrt.utc_now())
+    world.closer.settle([document])
+    assert market_name("US500") == ""
+    assert world.closes() == {}
+
+
+NO_ZONES = """
+import logging, pathlib, sys, stockrt
+logging.basicConfig(format="%(message)s")
+stockrt.zone_info("Asia/Hong_Kong")
+store = stockrt.SqliteStore(pathlib.Path(sys.argv[1]))
+closer = stockrt.Closer(store, None, lambda: 1750300000)
+codes = ("TSLA.US", "00700.HK", "USDCNY", "BTCUSDT")
+closer.settle([
+    stockrt.to_document(stockrt.Trade(code, 1750200000000, "1", "1", "1", 0), stockrt.utc_now()) for code in codes
+])
+print([row[0] for row in store._file._connection().execute("SELECT _id FROM close")])
+print(stockrt.exchange_time("TSLA.US", 1750200000000))
+"""
+
+
+def test_a_machine_without_time_zone_data_gets_one_clear_line(tmp_path: Path) -> None:
+    """It says what is missing, what follows and what to install; crypto's day is UTC's and needs none."""
+    source = os.pathsep.join([str(Path(stockrt.__file__).parent)])
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", NO_ZONES, str(tmp_path)], capture_output=True, text=True, timeout=30,
+        env={"PYTHONPATH": source, "PYTHONTZPATH": "", "PATH": os.defpath},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "no close is kept" in line
+    assert "install the package tzdata" in line
+    assert done.stdout.splitlines() == ["['BTCUSDT|2025-06-17']", "2025-06-17 22:40:00 UTC"]
+
+
+# ------------------------------------------------------------------------------------------------------
+# Cost
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_trades_of_sessions_that_go_on_cost_nothing_but_a_look(tmp_path: Path) -> None:
+    """No query, no write and no question, however often they are polled; told by the store's own counter."""
+    store = SqliteStore(tmp_path)
+    world = World(store, tmp_path)
+    statements: list[str] = []
+    store._file._connection().set_trace_callback(statements.append)
+    world.now_ms = at("America/New_York", f"{TUE} 12:30")
+    t = at("America/New_York", f"{TUE} 12:29")
+    fetched = [
+        to_document(Trade(f"A{n}.US", t, "1", "1", "1", 0), stockrt.utc_now()) for n in range(1000)
+    ]  # fmt: skip
+    for _ in range(3):
+        world.closer.settle(fetched)
+    assert statements == []
+    world.now_ms = at("America/New_York", f"{TUE} 16:10")
+    world.closer.settle(fetched)
+    assert len([s for s in statements if "INSERT" in s]) == 1000
+    statements.clear()
+    world.closer.settle(fetched)
+    assert statements == []
+
+
+def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:
+    """100,000 codes need no more memory than the limit allows, and are written all the same."""
+    store = SqliteStore(tmp_path)
+    store._file._connection().execute("PRAGMA synchronous=OFF")
+    world = World(store, tmp_path)
+    world.now_ms = at("America/New_York", f"{TUE} 18:00")
+    t = at("America/New_York", f"{TUE} 15:59")
+    for first in range(0, stockrt.CLOSES_REMEMBERED + 3000, 1000):
+        codes = [f"A{number}.US" for number in range(first, first + 1000)]
+        world.closer.settle([to_document(Trade(c, t, "1", "1", "1", 0), stockrt.utc_now()) for c in codes])
+    assert len(world.closer._settled) <= stockrt.CLOSES_REMEMBERED + 1000
+    assert len(documents(store)) == stockrt.CLOSES_REMEMBERED + 3000

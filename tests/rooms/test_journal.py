@@ -1,0 +1,378 @@
+"""The journal keeps its promises: what was accepted is answered, what was answered is kept, over any crash."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from kit.daemons import ROOT_FOLDER, number
+
+import stockrt
+from stockrt import Command, Journal, StoreError
+
+NOON = 1_800_000_000.0
+any_text = st.text(st.one_of(st.characters(), st.sampled_from("\ud800\udfff\0\u2028'\"")), max_size=20)
+any_json = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), any_text),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(any_text, inner, max_size=3)),
+    max_leaves=8,
+)
+
+
+class Clock:
+    """Epoch seconds that only a test moves."""
+
+    def __init__(self) -> None:
+        self.now = NOON
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def command(execution_id: str = "", **context: object) -> Command:
+    """A command for one code."""
+    return Command(execution_id, dict(context), ["AAPL.US"])
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """The journal's clock."""
+    return Clock()
+
+
+@pytest.fixture
+def journal(tmp_path: Path, clock: Clock) -> Iterator[Journal]:
+    """An empty journal."""
+    made = Journal(tmp_path, clock)
+    yield made
+    made.close()
+
+
+def reopened(journal: Journal, clock: Clock) -> Journal:
+    """The same journal after a restart."""
+    journal.close()
+    return Journal(journal.path.parent, clock)
+
+
+def answered(journal: Journal, execution_id: str, received: bool = False) -> int:
+    """Accept and answer a command, and return its number."""
+    (accepted,) = journal.accept([command(execution_id)])
+    journal.answer(accepted, f"answer of {execution_id}")
+    if received:
+        journal.received([accepted])
+    return accepted
+
+
+# ------------------------------------------------------------------------------------------------------
+# A command's life
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_a_command_is_open_until_its_answer_and_the_answer_until_its_receipt(journal: Journal) -> None:
+    assert journal.find("a") is None
+    (accepted,) = journal.accept([command("a", meta={"x": 1})])
+    assert journal.find("a") == (accepted, False)
+    assert journal.read(accepted) == (accepted, {"meta": {"x": 1}}, ["AAPL.US"])
+    assert journal.unanswered() == [(accepted, 0)]
+    assert journal.unreceived() == []
+    assert journal.answer_text(accepted) is None
+    journal.answer(accepted, "done")
+    assert journal.find("a") == (accepted, True)
+    assert journal.unanswered() == []
+    assert journal.unreceived() == [accepted]
+    journal.received([accepted])
+    assert journal.unreceived() == []
+    assert (journal.find("a"), journal.answer_text(accepted)) == ((accepted, True), "done")
+
+
+def test_commands_and_answers_keep_their_order(journal: Journal) -> None:
+    numbers = journal.accept([command(name) for name in "cab"])
+    assert numbers == sorted(numbers)
+    assert [found for found, _ in journal.unanswered()] == numbers
+    for accepted in reversed(numbers):
+        journal.answer(accepted, "x")
+    assert journal.unreceived() == numbers
+
+
+def test_commands_without_an_id_are_never_the_same(journal: Journal) -> None:
+    first, second = journal.accept([command(), command()])
+    assert first != second
+    assert journal.find("") is None
+
+
+def test_an_id_is_accepted_once_and_a_group_whole_or_not_at_all(journal: Journal) -> None:
+    journal.accept([command("a")])
+    with pytest.raises(StoreError):
+        journal.accept([command("b"), command("a")])
+    assert journal.find("b") is None
+    assert len(journal.unanswered()) == 1
+
+
+def test_a_refused_command_is_answered_and_may_come_again(journal: Journal) -> None:
+    refused = journal.refuse({"meta": {"execution_id": "a"}}, "no")
+    assert journal.unreceived() == [refused]
+    assert journal.answer_text(refused) == "no"
+    assert journal.find("a") is None
+
+
+def test_the_age_of_a_command_is_told(journal: Journal, clock: Clock) -> None:
+    (first,) = journal.accept([command("a")])
+    clock.now += 100
+    (second,) = journal.accept([command("b")])
+    clock.now += 21
+    assert journal.unanswered() == [(first, 121), (second, 21)]
+
+
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(context=st.dictionaries(any_text, any_json, max_size=3), codes=st.lists(any_json, max_size=3))
+def test_any_command_comes_back_as_it_was(
+    journal: Journal, context: dict[str, Any], codes: list[object]
+) -> None:
+    (accepted,) = journal.accept([Command("", context, codes)])
+    kept = journal.read(accepted)
+    assert json.dumps(kept.context) == json.dumps(context)
+    assert json.dumps(kept.codes) == json.dumps(codes)
+
+
+@pytest.mark.parametrize(
+    "odd", ["\ud800", "a\0b", "'; DROP TABLE executions; --", "x" * 100_000, "\U0001f600"]
+)
+def test_any_id_is_found_again(journal: Journal, odd: str) -> None:
+    assert journal.find(odd) is None
+    (accepted,) = journal.accept([command(odd)])
+    assert journal.find(odd) == (accepted, False)
+
+
+# ------------------------------------------------------------------------------------------------------
+# What is forgotten
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_thousand_answers_are_kept(journal: Journal) -> None:
+    waiting = answered(journal, "unreceived")
+    (still_open,) = journal.accept([command("open")])
+    many = 1010 + stockrt.RECEIPTS_PER_SWEEP
+    for n in range(many):
+        answered(journal, f"e{n}", received=True)
+    kept = [n for n in range(many) if journal.find(f"e{n}")]
+    assert kept[-1000:] == list(range(many))[-1000:]
+    assert len(kept) < many
+    assert len(journal._ids) == len(kept) + 2, "what is forgotten takes no memory either"
+    assert journal.unreceived() == [waiting]
+    assert [found for found, _ in journal.unanswered()] == [still_open]
+
+
+def test_short_lives_forget_too(journal: Journal, clock: Clock) -> None:
+    for n in range(1010):
+        answered(journal, f"e{n}", received=True)
+        if not n % 50:
+            journal.close()
+            journal = Journal(journal.path.parent, clock)
+    assert sum(journal.find(f"e{n}") is not None for n in range(1010)) <= 1000 + 50
+    journal.close()
+
+
+def test_an_answer_costs_the_same_however_many_are_kept(journal: Journal) -> None:
+    def steps() -> int:
+        """Return the steps of SQLite's machine from a command to its answer, in tens."""
+        taken: list[int] = []
+        journal._file.write(lambda db: db.set_progress_handler(lambda: taken.append(1), 10))
+        answered(journal, "measured" + str(len(found)))
+        journal._file.write(lambda db: db.set_progress_handler(None, 0))
+        return len(taken)
+
+    found: list[int] = []
+    for n in range(1200):
+        answered(journal, f"e{n}", received=True)
+        if n in (10, 1199):
+            found.append(steps())
+    assert found[1] <= found[0] * 1.5
+
+
+def test_refusals_do_not_push_out_answers(journal: Journal) -> None:
+    answered(journal, "a", received=True)
+    for n in range(1010):
+        journal.received([journal.refuse({}, f"refused {n}")])
+    answered(journal, "b")
+    assert journal.find("a") is not None
+
+
+def test_answers_older_than_an_hour_are_dropped_with_a_warning(
+    journal: Journal, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = [answered(journal, name) for name in "ab"]
+    clock.now += 3599
+    young = answered(journal, "c")
+    with caplog.at_level(logging.WARNING):
+        assert journal.unreceived() == [*old, young]
+        assert not caplog.records
+        clock.now += 2
+        assert journal.unreceived() == [young]
+        assert journal.unreceived() == [young]
+    (record,) = caplog.records
+    assert "2 results" in record.getMessage()
+    assert journal.find("a") == (old[0], True)  # still not executed twice
+
+
+def test_refusals_that_were_given_up_are_forgotten_with_the_answers_of_their_time(
+    journal: Journal, clock: Clock
+) -> None:
+    journal.refuse({}, "no")
+    clock.now += 3601
+    assert journal.unreceived() == []
+    for n in range(1102):
+        answered(journal, f"e{n}", received=True)
+    assert journal.answer_text(1) is None
+
+
+# ------------------------------------------------------------------------------------------------------
+# Restarts
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_everything_survives_a_restart(journal: Journal, clock: Clock) -> None:
+    done, waiting = answered(journal, "done", received=True), answered(journal, "waiting")
+    (still_open,) = journal.accept([command("open", meta="\ud800")])
+    clock.now += 30
+    again = reopened(journal, clock)
+    assert again.find("done") == (done, True)
+    assert again.answer_text(done) == "answer of done"
+    assert again.unreceived() == [waiting]
+    assert again.unanswered() == [(still_open, 30)]
+    assert again.read(still_open).context == {"meta": "\ud800"}
+    (later,) = again.accept([command("later")])
+    assert later > still_open
+    again.close()
+
+
+def test_numbers_are_not_used_twice(journal: Journal, clock: Clock) -> None:
+    numbers = {answered(journal, f"e{n}", received=True) for n in range(3)}
+    again = reopened(journal, clock)
+    assert not numbers & set(again.accept([command("new")]))
+    again.close()
+
+
+def test_a_file_of_a_newer_program_is_left_alone(journal: Journal, clock: Clock) -> None:
+    journal.close()
+    with sqlite3.connect(journal.path) as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(StoreError, match="newer stockrt"):
+        Journal(journal.path.parent, clock)
+
+
+def test_a_broken_file_is_set_aside_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = b"no database at all" * 1000
+    (tmp_path / stockrt.JOURNAL_NAME).write_bytes(broken)
+    with contextlib.closing(Journal(tmp_path)) as journal:
+        (number,) = journal.accept([Command("e1", {}, ["A.US"])])
+        assert journal.unanswered()[0][0] == number
+    (aside,) = tmp_path.glob("executions.db.damaged-*")
+    assert aside.read_bytes() == broken
+    (record,) = caplog.records
+    assert record.levelname == "ERROR" and aside.name in record.getMessage()
+
+
+def spoil(journal: Journal, **fields: str) -> None:
+    """Change the row of every command, as a bad disk would."""
+    with contextlib.closing(sqlite3.connect(journal.path)) as db, db:
+        for name, value in fields.items():
+            db.execute(f"UPDATE executions SET {name} = ?", (value,))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"context": "{x"}, {"context": "[]"}, {"codes": '"A.US"'}, {"codes": ""}], ids=str
+)
+def test_a_command_that_the_disk_has_changed_is_lost_by_name(
+    journal: Journal, fields: dict[str, str]
+) -> None:
+    (number,) = journal.accept([command("e1")])
+    spoil(journal, **fields)
+    with pytest.raises(stockrt.LostCommand, match=r"damage to .*executions\.db"):
+        journal.read(number)
+    journal.forget(number)
+    assert journal.unanswered() == [] and journal.find("e1") is None
+    with pytest.raises(stockrt.LostCommand):
+        journal.read(number)
+
+
+def test_numbers_of_commands_that_are_lost_are_not_given_again(journal: Journal) -> None:
+    lost = journal.accept([command(f"e{n}") for n in range(50)])
+    with contextlib.closing(sqlite3.connect(journal.path)) as db, db:
+        db.execute("DELETE FROM executions WHERE number > 10")
+        db.execute("DELETE FROM sqlite_sequence")
+    journal._file._open(stockrt._damage("a test"))
+    assert not set(journal.accept([command("new")])) & set(lost)
+
+
+def test_two_threads_may_use_it(journal: Journal) -> None:
+    errors: list[Exception] = []
+
+    def work(who: str) -> None:
+        try:
+            for n in range(50):
+                answered(journal, f"{who}{n}")
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(who,)) for who in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(journal.unreceived()) == 200
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from stockrt import Command, Journal
+journal = Journal(Path(sys.argv[1]))
+life = sys.argv[2]
+n = 0
+while True:
+    n += 1
+    (number,) = journal.accept([Command(f"{life}-{n}", {}, ["A.US"])])
+    print("accepted", f"{life}-{n}", flush=True)
+    if n % 2:
+        journal.answer(number, f"answer {life}-{n}")
+        print("answered", f"{life}-{n}", flush=True)
+"""
+
+
+def test_what_was_acknowledged_is_there_after_a_kill(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    said: list[str] = []
+    for life in range(number(3, 20)):
+        with subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(life)],
+            cwd=ROOT_FOLDER,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+        ) as writer:
+            assert writer.stdout is not None
+            said += [writer.stdout.readline().strip() for _ in range(rng.randint(1, 60))]
+            writer.send_signal(signal.SIGKILL)
+            said += [line.strip() for line in writer.stdout if line.endswith("\n")]
+        journal = Journal(tmp_path)
+        for line in said:
+            what, name = line.split()
+            found = journal.find(name)
+            assert found is not None, line
+            if what == "answered":
+                assert journal.answer_text(found[0]) == f"answer {name}"
+        journal.close()

@@ -1,0 +1,598 @@
+"""The platform's protocol as pure code: what a text asks for, what keeps a connection alive, what is answered."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kit.platform_server import FAILURE_STATUSES, GARBAGE, NOT_JSON, wrapped
+
+import stockrt
+from stockrt import (
+    Command,
+    Event,
+    PeerDead,
+    Ping,
+    PlatformProtocol,
+    Receipt,
+    Refused,
+    Report,
+    Send,
+    Shutdown,
+    UsageError,
+)
+
+STAMP = "2026-01-01T10:00:00.000000"
+META = {"execution_id": "e-1", "execution_time": "t", "workflow_id": "7", "workflow_name": "n"}
+# The newer server's liveness clock.
+SWEPT_AFTER_S = 120
+WRAPPINGS = ("object", "string", "bare")
+BAD = json.dumps(NOT_JSON, ensure_ascii=False)
+
+any_text = st.text(st.one_of(st.characters(), st.sampled_from("\ud800\udfff\0\u2028")), max_size=20)
+any_json = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), any_text, st.sampled_from(["execute", "ping"])
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(
+            st.one_of(any_text, st.sampled_from(["type", "message", "meta", "args", "codes", "status"])),
+            inner,
+            max_size=4,
+        ),
+    ),
+    max_leaves=15,
+)
+finite_json = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), any_text),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(any_text, inner, max_size=4)),
+    max_leaves=15,
+)
+
+
+def protocol(heartbeat_s: float = 10) -> PlatformProtocol:
+    """A new connection at the time 0."""
+    return PlatformProtocol(heartbeat_s, 0, lambda: STAMP)
+
+
+def receive(text: str) -> list[Event]:
+    """What a text brings about on a new connection."""
+    return protocol().receive(text, 1)
+
+
+def execute(args: object = ..., **more: object) -> dict[str, Any]:
+    """An execute object."""
+    return {"type": "execute", "meta": META} | ({} if args is ... else {"args": args}) | more
+
+
+def codes_of(args: object) -> list[object]:
+    """The codes that an execute with these `args` asks for."""
+    (event,) = receive(json.dumps({"message": execute(args)}))
+    assert isinstance(event, Command), event
+    return event.codes
+
+
+def refusal_of(args: object) -> str:
+    """Why an execute with these `args` is refused."""
+    (event,) = receive(json.dumps({"message": execute(args)}))
+    assert isinstance(event, Refused), event
+    assert event.context["meta"] == META
+    return event.reason
+
+
+# ------------------------------------------------------------------------------------------------------
+# What a text asks for
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", WRAPPINGS)
+def test_an_execute_is_understood_however_it_is_wrapped(wrap: str) -> None:
+    (event,) = receive(wrapped(execute({"code_list": ["TSLA.US", "AAPL.US"]}), wrap))
+    assert event == Command(
+        "e-1", {"workflow_id": "7", "workflow_name": "n", "meta": META}, ["TSLA.US", "AAPL.US"]
+    )
+
+
+@pytest.mark.parametrize("wrap", WRAPPINGS)
+def test_a_shutdown_is_confirmed_however_it_is_wrapped(wrap: str) -> None:
+    confirm, shutdown = receive(wrapped({"type": "shutdown"}, wrap))
+    assert isinstance(confirm, Send)
+    assert json.loads(confirm.text) == {"status": "success", "message": "模块正在关闭"}
+    assert shutdown == Shutdown()
+
+
+@pytest.mark.parametrize("wrap", WRAPPINGS)
+def test_a_ping_is_answered_however_it_is_wrapped(wrap: str) -> None:
+    (pong,) = receive(wrapped({"type": "ping", "timestamp": "2026-01-01T10:00:00.000000"}, wrap))
+    assert isinstance(pong, Send)
+    assert json.loads(pong.text) == {"type": "pong", "timestamp": STAMP}
+
+
+def test_a_pong_bears_the_local_time_without_a_zone() -> None:
+    (pong,) = PlatformProtocol(10, 0).receive('{"type": "ping"}', 1)
+    assert isinstance(pong, Send)
+    stamp = datetime.fromisoformat(json.loads(pong.text)["timestamp"])
+    assert stamp.tzinfo is None
+    assert abs((datetime.now() - stamp).total_seconds()) < 60
+
+
+@pytest.mark.parametrize("text", ["receive result", " receive result\n", '{"message": "receive result"}'])
+def test_a_receipt_is_one_plain_or_wrapped(text: str) -> None:
+    assert receive(text) == [Receipt()]
+
+
+@pytest.mark.parametrize(
+    "text", [*GARBAGE, "heartbeat confirm", BAD, '{"status": "success"}', '"receive result"']
+)
+def test_what_is_no_command_asks_for_nothing(text: str) -> None:
+    assert receive(text) == []
+
+
+@given(st.one_of(any_text, any_json.map(json.dumps), any_json.map(lambda v: json.dumps({"message": v}))))
+def test_no_text_raises_and_only_an_execute_executes(text: str) -> None:
+    for event in receive(text):
+        if isinstance(event, Command | Refused):
+            assert "execute" in text
+            found = json.loads(text)
+            while isinstance(inner := found.get("message"), str | dict) and "type" not in found:
+                found = json.loads(inner) if isinstance(inner, str) else inner
+            assert found["type"] == "execute"
+
+
+@given(any_json, any_json, any_json, st.sampled_from(WRAPPINGS))
+def test_no_execute_raises_and_each_is_taken_or_refused(meta: Any, args: Any, more: Any, wrap: str) -> None:
+    (event,) = receive(wrapped({"type": "execute", "meta": meta, "args": args, "workflow_id": more}, wrap))
+    assert isinstance(event, Command | Refused)
+    assert json.dumps(event.context["meta"]) == json.dumps(meta)
+    if isinstance(event, Command):
+        assert event.codes
+    else:
+        event.reason.encode()
+        assert "\n" not in event.reason
+
+
+@pytest.mark.parametrize("shape", ['{"a":' * 5000 + "1" + "}" * 5000, "[" * 5000 + "]" * 5000])
+@pytest.mark.parametrize("place", ["meta", "args", "message"])
+def test_nesting_without_end_is_no_command(shape: str, place: str) -> None:
+    assert receive(f'{{"type": "execute", "{place}": {shape}}}') == []
+
+
+# ------------------------------------------------------------------------------------------------------
+# Codes
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["code_list", "stock_list", "codes"])
+@pytest.mark.parametrize(
+    ("value", "codes"),
+    [
+        (["TSLA.US", "AAPL.US"], ["TSLA.US", "AAPL.US"]),
+        ("TSLA.US,AAPL.US", ["TSLA.US", "AAPL.US"]),
+        (" TSLA.US ,\tAAPL.US,, ", ["TSLA.US", "AAPL.US"]),
+        ("TSLA.US，AAPL.US、00700.HK；600519", ["TSLA.US", "AAPL.US", "00700.HK", "600519"]),
+        (["TSLA.US,AAPL.US", " ", "", "00700.HK "], ["TSLA.US", "AAPL.US", "00700.HK"]),
+        ([600519, "000001"], [600519, "000001"]),
+        (600519, [600519]),
+        ("TSLA.US", ["TSLA.US"]),
+        (["AAPL.US", None, True, {}, ["X.US"], 1.5], ["AAPL.US", None, True, {}, ["X.US"], 1.5]),
+    ],
+)
+def test_codes_are_read_from_every_name_and_shape(name: str, value: object, codes: list[object]) -> None:
+    assert codes_of({name: value}) == codes
+
+
+@pytest.mark.parametrize(
+    ("args", "codes"),
+    [
+        (["TSLA.US"], ["TSLA.US"]),
+        ("TSLA.US, AAPL.US", ["TSLA.US", "AAPL.US"]),
+        ('{"code_list": ["TSLA.US"]}', ["TSLA.US"]),
+        ('["TSLA.US"]', ["TSLA.US"]),
+        (600519, [600519]),
+        ({"code_list": None, "stock_list": "A.US"}, ["A.US"]),
+        ({"code_list": [], "codes": ["A.US"]}, ["A.US"]),
+        ({"code_list": "", "codes": ["A.US"]}, ["A.US"]),
+        ({"code_list": ["A.US"], "codes": ["B.US"]}, ["A.US"]),
+    ],
+)
+def test_args_in_other_shapes_are_read_too(args: object, codes: list[object]) -> None:
+    assert codes_of(args) == codes
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (None, "got nothing"),
+        ({}, "got nothing"),
+        (True, "got true"),
+        ({"code_list": True}, "got true"),
+        ({"code_list": {"a": 1}}, 'got {"a": 1}'),
+        ({"symbols": ["A.US"]}, "got symbols"),
+        ({"code_list": None}, "got code_list"),
+        ([], "code_list is empty"),
+        ("", "code_list is empty"),
+        ({"code_list": [" ", ""]}, "code_list is empty"),
+        ({"code_list": " , "}, "code_list is empty"),
+        ("{broken", "got nothing"),
+    ],
+)
+def test_args_without_codes_are_refused_with_what_came_and_what_was_expected(
+    args: object, words: str
+) -> None:
+    reason = refusal_of(args)
+    assert words in reason
+    assert "code_list" in reason
+
+
+def test_missing_args_are_refused() -> None:
+    (event,) = receive(json.dumps(execute()))
+    assert isinstance(event, Refused)
+    assert "got nothing" in event.reason
+
+
+def test_a_hundred_thousand_codes_are_taken_and_one_more_is_not() -> None:
+    codes = [f"{n:06d}" for n in range(100_000)]
+    assert codes_of({"code_list": codes}) == codes
+    assert codes_of({"code_list": ",".join(codes)}) == codes
+    assert "100001 codes" in refusal_of({"code_list": [*codes, "A.US"]})
+    assert "100001 codes" in refusal_of({"code_list": ",".join([*codes, "A.US"])})
+
+
+def test_a_hundred_thousand_codes_of_the_greatest_length_fit_into_a_frame() -> None:
+    codes = ["9" * stockrt.MAX_CODE_LENGTH] * stockrt.MAX_CODES_PER_COMMAND
+    assert len(wrapped(execute({"code_list": codes}), "string")) < stockrt.MAX_FRAME_BYTES
+
+
+@given(any_json)
+def test_read_args_returns_codes_or_says_why_not(args: Any) -> None:
+    try:
+        assert stockrt.read_args(args)
+    except UsageError as error:
+        assert "expected" in str(error)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Meta
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "execution_id"),
+    [
+        ({}, "e-1"),
+        ({"meta": {}}, ""),
+        ({"meta": None}, ""),
+        ({"meta": "e-9"}, ""),
+        ({"meta": ["e-9"]}, ""),
+        ({"meta": {}, "execution_id": "top"}, "top"),
+        ({"meta": {"execution_id": "in"}, "execution_id": "top"}, "in"),
+        ({"meta": {"execution_id": 12345678901234567890}}, "12345678901234567890"),
+        ({"meta": {"execution_id": None}}, ""),
+        ({"meta": {"execution_id": ["x"]}}, ""),
+    ],
+)
+def test_the_execution_id_is_found(more: dict[str, object], execution_id: str) -> None:
+    event = stockrt.read_execute(execute("A.US", **more))
+    assert isinstance(event, Command)
+    assert event.execution_id == execution_id
+
+
+def test_the_answer_repeats_what_is_there_and_invents_nothing() -> None:
+    event = stockrt.read_execute({"type": "execute", "args": "A.US"})
+    assert event.context == {"workflow_id": None, "workflow_name": None}
+    top = stockrt.read_execute(
+        {"type": "execute", "args": "A.US", "workflow_id": 5, "workflow_name": "w", "execution_id": "x"}
+    )
+    assert top.context == {"workflow_id": 5, "workflow_name": "w", "execution_id": "x"}
+
+
+@pytest.mark.parametrize("good", [True, False])
+@given(meta=finite_json)
+def test_meta_goes_back_word_for_word(good: bool, meta: Any) -> None:
+    (event,) = receive(json.dumps({"message": {"type": "execute", "meta": meta, "args": "A.US"}}))
+    assert isinstance(event, Command)
+    kept = json.loads(json.dumps(event.context))  # as the journal keeps it
+    text = stockrt.make_result(kept, "m", "words", {"total": 1}, good)
+    assert text.isascii()
+    assert json.dumps(json.loads(text)["meta"]) == json.dumps(meta)
+
+
+def test_odd_meta_goes_back_word_for_word() -> None:
+    deep, big = "[" * 100 + "]" * 100, "9" * 400
+    meta = f'{{"execution_id": "x", "half": "\\ud800", "big": {big}, "deep": {deep}}}'
+    (event,) = receive(f'{{"message": {{"type": "execute", "meta": {meta}, "args": "A.US"}}}}')
+    assert isinstance(event, Command)
+    assert meta in stockrt.make_result(event.context, "m", "words", {}, good=True)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Keeping alive
+# ------------------------------------------------------------------------------------------------------
+
+
+class Line:
+    """A connection on a clock of its own, with a server that answers at once."""
+
+    def __init__(
+        self,
+        heartbeat_s: float,
+        answer: Callable[[str], str] = lambda text: "",
+        *,
+        pongs: bool = True,
+        ping_every: float = float("inf"),
+    ) -> None:
+        self.protocol = protocol(heartbeat_s)
+        self.now = 0.0
+        self.texts: list[tuple[float, str]] = []
+        self.pings: list[float] = []
+        self.dead: float | None = None
+        self._answer = answer
+        self._pongs = pongs
+        self._ping_every = ping_every
+        self._next_ping = ping_every
+
+    def live(self, seconds: float) -> None:
+        """Let so much time go by, or less if the peer is given up."""
+        end = self.now + seconds
+        while self.dead is None:
+            self.now = min(self.protocol.next_tick(), self._next_ping)
+            if self.now > end:
+                self.now = end
+                return
+            if self.now == self._next_ping:
+                self._next_ping += self._ping_every
+                self._do(self.protocol.receive('{"type": "ping"}', self.now))
+            self._do(self.protocol.tick(self.now))
+            assert self.dead is not None or self.protocol.next_tick() > self.now, "it would spin"
+
+    def _do(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, PeerDead):
+                self.dead = self.now
+            elif isinstance(event, Ping):
+                self.pings.append(self.now)
+                if self._pongs:
+                    self.protocol.heard(self.now)
+            else:
+                assert isinstance(event, Send)
+                self.texts.append((self.now, event.text))
+                self.protocol.sent_text(self.now)
+                if reply := self._answer(event.text):
+                    self._do(self.protocol.receive(reply, self.now))
+
+    def heartbeats(self) -> list[float]:
+        """When the text `heartbeat` was sent."""
+        return [at for at, text in self.texts if text == "heartbeat"]
+
+    def longest_silence(self) -> float:
+        """The longest time without a text frame sent."""
+        times = [0.0, *(at for at, _ in self.texts), self.now]
+        return max(later - earlier for earlier, later in itertools.pairwise(times))
+
+
+def confirms(text: str) -> str:
+    """The older server."""
+    return "heartbeat confirm" if text == "heartbeat" else ""
+
+
+def complains(text: str) -> str:
+    """The newer server."""
+    return BAD if text == "heartbeat" else ""
+
+
+def test_a_heartbeat_goes_on_where_it_is_confirmed() -> None:
+    line = Line(10, confirms)
+    line.live(3600)
+    assert line.heartbeats() == [10.0 * n for n in range(1, 361)]
+
+
+@pytest.mark.parametrize("answer", [complains, lambda text: ""])
+def test_a_heartbeat_is_tried_once_where_it_is_not_confirmed(answer: Callable[[str], str]) -> None:
+    line = Line(10, answer)
+    line.live(3600)
+    assert line.heartbeats() == [10]
+
+
+def test_a_server_that_pings_by_itself_is_not_asked_for_more() -> None:
+    line = Line(10, complains, ping_every=5)
+    line.live(3600)
+    assert line.heartbeats() == []
+
+
+def test_each_connection_is_asked_anew() -> None:
+    for _ in range(2):
+        line = Line(10, complains)
+        line.live(60)
+        assert line.heartbeats() == [10]
+
+
+@pytest.mark.parametrize("heartbeat_s", [1, 10, 44, 45, 46, 60, 100, 3600])
+@pytest.mark.parametrize("answer", [confirms, complains, lambda text: ""])
+@pytest.mark.parametrize("ping_every", [float("inf"), 30, 119])
+def test_a_text_goes_out_in_time_for_the_newer_servers_clock(
+    heartbeat_s: float, answer: Callable[[str], str], ping_every: float
+) -> None:
+    line = Line(heartbeat_s, answer, ping_every=ping_every)
+    line.live(4 * 3600)
+    assert line.dead is None
+    assert line.longest_silence() < SWEPT_AFTER_S / 2
+    assert all(json.loads(text)["type"] == "pong" for _, text in line.texts if text != "heartbeat")
+
+
+@pytest.mark.parametrize("heartbeat_s", [1, 10, 3600])
+def test_a_websocket_ping_goes_out_at_every_interval(heartbeat_s: float) -> None:
+    line = Line(heartbeat_s)
+    line.live(100 * heartbeat_s)
+    assert line.pings == [heartbeat_s * n for n in range(1, 101)]
+
+
+@pytest.mark.parametrize("heartbeat_s", [1, 10, 3600])
+def test_a_peer_silent_for_two_intervals_is_dead(heartbeat_s: float) -> None:
+    line = Line(heartbeat_s, pongs=False)
+    line.live(100 * heartbeat_s)
+    assert line.dead == 2 * heartbeat_s
+
+
+@pytest.mark.parametrize("sign", ["text", "frame"])
+def test_any_frame_is_a_sign_of_life(sign: str) -> None:
+    line = Line(10, pongs=False)
+    for at in (15.0, 30.0, 45.0):
+        line.live(at - line.now)
+        if sign == "text":
+            assert line.protocol.receive("anything", at) == []
+        else:
+            line.protocol.heard(at)
+    line.live(100)
+    assert line.dead == 65
+
+
+def test_a_connection_is_useful_once_a_frame_has_come() -> None:
+    line = Line(10, pongs=False)
+    line.live(19)
+    assert not line.protocol.useful
+    line.protocol.heard(19)
+    assert line.protocol.useful
+
+
+@given(
+    st.sampled_from([1.0, 10.0, 60.0, 3600.0]),
+    st.lists(
+        st.tuples(
+            st.floats(0, 100),
+            st.sampled_from(["", "heartbeat confirm", BAD, '{"type": "ping"}', "receive result", "noise"]),
+        ),
+        max_size=20,
+    ),
+)
+def test_after_a_tick_there_is_nothing_to_do_at_once(
+    heartbeat_s: float, story: list[tuple[float, str]]
+) -> None:
+    tested, now = protocol(heartbeat_s), 0.0
+    for wait, text in story:
+        now += wait
+        events = tested.receive(text, now) if text else []
+        events += tested.tick(now)
+        if any(isinstance(event, PeerDead) for event in events):
+            return
+        if any(isinstance(event, Send) for event in events):
+            tested.sent_text(now)
+        assert tested.next_tick() > now
+
+
+# ------------------------------------------------------------------------------------------------------
+# Results
+# ------------------------------------------------------------------------------------------------------
+
+CONTEXT = {"workflow_id": "7", "workflow_name": "n", "meta": META}
+
+
+def result_of(report: Report, redact: Callable[[str], str] = str) -> dict[str, Any]:
+    """The result of a run, as the platform reads it."""
+    answer: dict[str, Any] = json.loads(stockrt.report_result(CONTEXT, "模块", report, redact))
+    return answer
+
+
+def test_trades_that_wait_are_a_failure_with_their_count_and_reason() -> None:
+    since = "MongoDB unreachable since 10:04"
+    all_kept = result_of(Report(total=12, kept=12, kept_because=since))
+    assert (
+        all_kept["message"]
+        == all_kept["error"]
+        == "12 trades kept on this machine, MongoDB unreachable since 10:04"
+    )
+    assert all_kept["status"] == all_kept["result"]["status"] == "failure"
+    assert all_kept["result"]["kept_count"] == 12 and all_kept["result"]["failed_stocks"] == []
+    some = result_of(
+        Report(total=4, stored=2, kept=1, kept_because=since, failures={"X": "no exchange given"})
+    )
+    assert some["status"] == "failure"
+    assert some["message"] == (
+        "2 of 4 codes stored; 1 trade kept on this machine, MongoDB unreachable since 10:04; "
+        "failed: X (no exchange given)"
+    )
+
+
+def test_a_success_holds_what_both_generations_read() -> None:
+    assert result_of(Report(total=3, stored=2, known=1, took_s=1.2344)) == {
+        "type": "result",
+        "status": "success",
+        "meta": META,
+        "workflow_id": "7",
+        "workflow_name": "n",
+        "module_name": "模块",
+        "message": "3 of 3 codes stored",
+        "result": {
+            "status": "success",
+            "total": 3,
+            "success_count": 3,
+            "duplicate_count": 1,
+            "kept_count": 0,
+            "failed_count": 0,
+            "failed_stocks": [],
+            "failures": {},
+            "took_ms": 1234,
+        },
+    }
+
+
+def test_a_partial_success_names_what_failed() -> None:
+    answer = result_of(Report(total=3, stored=1, known=1, failures={"XXXX.US": "unknown to the API"}))
+    assert (answer["status"], "error" in answer) == ("success", False)
+    assert "XXXX.US (unknown to the API)" in answer["message"]
+    result = answer["result"]
+    assert (result["status"], result["total"], result["success_count"]) == ("success", 3, 2)
+    assert (result["failed_count"], result["failed_stocks"]) == (1, ["XXXX.US"])
+    assert result["failures"] == {"XXXX.US": "unknown to the API"}
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        Report(total=2, failures={"A.US": "HTTP 500", "B.US": "HTTP 500"}),
+        Report(total=2, stored=1, failures={"B.US": "not stored"}, store_error="MongoDB is away"),
+        Report(total=0),
+    ],
+)
+def test_nothing_stored_or_a_broken_store_is_a_failure_that_is_mailed(report: Report) -> None:
+    answer = result_of(report)
+    assert answer["status"] in FAILURE_STATUSES
+    assert answer["result"]["status"] == answer["status"] == "failure"
+    assert answer["error"] == answer["message"]
+    assert answer["result"]["success_count"] == report.stored
+    assert (report.store_error or next(iter(report.failures.values()), "0 of 0")) in answer["error"]
+
+
+def test_known_trades_alone_are_a_success() -> None:
+    answer = result_of(Report(total=2, known=2))
+    assert (answer["status"], answer["result"]["success_count"]) == ("success", 2)
+    assert answer["result"]["duplicate_count"] == 2
+
+
+def test_at_most_a_hundred_failures_are_explained_and_all_are_named() -> None:
+    failures = {f"X{n}.US": f"reason {n}" for n in range(150)}
+    answer = result_of(Report(total=151, stored=1, failures=failures))
+    result = answer["result"]
+    assert result["failures"] == dict(list(failures.items())[:100])
+    assert (result["failed_stocks"], result["failed_count"]) == (list(failures), 150)
+    assert len(answer["message"]) < 500
+
+
+def test_no_secret_is_in_a_result() -> None:
+    report = Report(total=1, failures={"A.US": "key hunter22 refused"}, store_error="user:hunter22@host")
+    answer = stockrt.report_result(CONTEXT, "m", report, lambda text: text.replace("hunter22", "***"))
+    assert "hunter22" not in answer
+    assert "***" in answer
+
+
+def test_a_command_that_was_not_executed_is_answered_with_the_same_fields() -> None:
+    answer = json.loads(stockrt.empty_result(CONTEXT, "m", "why"))
+    assert (answer["status"], answer["error"], answer["message"]) == ("failure", "why", "why")
+    assert answer["meta"] == META
+    assert answer["result"].keys() == result_of(Report())["result"].keys()

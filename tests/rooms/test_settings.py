@@ -1,0 +1,765 @@
+"""The settings: where they come from, what they may be, and what a fault says."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+import hypothesis
+import pytest
+from conftest import unprivileged
+from hypothesis import strategies as st
+
+import stockrt
+from stockrt import PLANS, SETTINGS, LoadedSettings, Plan, Settings, SettingsError
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "stockrt.env.example"
+NAMES = [setting.name for setting in SETTINGS]
+# Stands for a secret wherever one may not be shown.
+SECRET = "hunter22"
+
+WriteFile = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> WriteFile:
+    """Give a callable that writes an env file and returns its path."""
+
+    def make(content: str | bytes, name: str = "test.env") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return make
+
+
+def load(
+    environ: Mapping[str, str] | None = None, file: Path | None = None, places: Sequence[Path] = ()
+) -> LoadedSettings:
+    """Load settings as an ordinary user, from nothing but what is given."""
+    return stockrt.load_settings(environ or {}, file, places, is_root=False)
+
+
+def value_of(settings: Settings, name: str) -> object:
+    """Return what a setting became."""
+    return getattr(settings, next(s.attribute for s in SETTINGS if s.name == name))
+
+
+def faults_of(
+    environ: Mapping[str, str] | None = None, file: Path | None = None, places: Sequence[Path] = ()
+) -> tuple[str, ...]:
+    """Load settings that have faults, and return these."""
+    with pytest.raises(SettingsError) as caught:
+        load(environ, file, places)
+    return caught.value.faults
+
+
+# ------------------------------------------------------------------------------------------------------
+# Where they come from
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_set_gives_the_defaults_and_needs_no_file() -> None:
+    """An empty environment is a working configuration."""
+    settings, source, warnings = load({"HOME": "/home/u"})
+    assert source is None
+    assert warnings == ()
+    assert settings == Settings(
+        api_keys=(),
+        api_base_url="https://data.infoway.io",
+        plans=(PLANS["free"],),
+        mongodb_uri="",
+        mongodb_db_name="forecast_platform",
+        realtime_name="realtime",
+        close_name="close",
+        license_name="license_usage",
+        numeric_type="string",
+        server_host="",
+        server_port=0,
+        server_tls=False,
+        heartbeat_s=10,
+        module_name="股票实时数据获取模块",
+        module_description="获取股票、外汇、加密货币的最新成交并写入 MongoDB",
+        state_directory=Path("/home/u/.local/state/stockrt"),
+        log_level="info",
+        color=True,
+    )
+
+
+def test_settings_are_frozen() -> None:
+    """Nobody changes a setting after the start."""
+    with pytest.raises(AttributeError):
+        load().settings.log_level = "debug"  # type: ignore[misc]
+
+
+def test_the_environment_is_stronger_than_the_file_and_the_file_than_the_default(write: WriteFile) -> None:
+    """Each setting is taken from the strongest place that has it."""
+    file = write("INFOWAY_PLAN=pro\nLOG_LEVEL=debug\n")
+    settings, source, _ = load({"INFOWAY_PLAN": "basic"}, file)
+    assert (settings.plans[0].name, settings.log_level, settings.numeric_type) == ("basic", "debug", "string")
+    assert source == file
+
+
+def test_a_named_file_replaces_the_usual_places(write: WriteFile) -> None:
+    """Files are not merged: the named one alone counts."""
+    place = write("LOG_LEVEL=debug\nINFOWAY_PLAN=pro\n", "usual.env")
+    named = write("INFOWAY_PLAN=basic\n", "named.env")
+    settings, source, _ = load({}, named, [place])
+    assert (settings.plans[0].name, settings.log_level, source) == ("basic", "info", named)
+
+
+def test_the_first_usual_place_that_exists_is_read_alone(tmp_path: Path, write: WriteFile) -> None:
+    """The places are tried in their order; what comes later is not read at all."""
+    relative = [str(place).lstrip("/") for place in stockrt.ENV_FILE_PLACES]
+    places = [tmp_path / place for place in relative]
+    for number, name in enumerate(relative):
+        write(f"MODULE_NAME=place{number}\n" + ("SERVER_PORT=no\n" if number == 3 else ""), name)
+    for number, place in enumerate(places[:3]):
+        settings, source, _ = load({}, None, places)
+        assert (settings.module_name, source) == (f"place{number}", place)
+        place.unlink()
+    assert len(faults_of({}, None, places)) == 1
+
+
+def test_the_usual_places_are_those_of_the_documentation() -> None:
+    """Their names and their order are a promise."""
+    assert [str(place) for place in stockrt.ENV_FILE_PLACES] == [
+        "stockrt.env",
+        ".env",
+        "config/.env",
+        "/etc/stockrt/stockrt.env",
+    ]
+
+
+def test_a_directory_in_a_usual_place_is_no_file(tmp_path: Path, write: WriteFile) -> None:
+    """A folder called .env does not stop the search."""
+    (tmp_path / ".env").mkdir()
+    file = write("LOG_LEVEL=debug\n")
+    assert load({}, None, [tmp_path / ".env", file]).source == file
+
+
+@pytest.mark.parametrize("empty", ["", "  ", "\t"])
+def test_an_empty_value_counts_as_not_set(write: WriteFile, empty: str) -> None:
+    """Wherever it is empty, the next weaker place is asked."""
+    file = write(f"LOG_LEVEL=debug\nINFOWAY_PLAN='{empty}'\nMONGODB_HOST=\nSERVER_PORT=''\n")
+    settings = load({"INFOWAY_PLAN": empty, "LOG_LEVEL": empty, "INFOWAY_API_KEY": empty}, file).settings
+    assert settings.log_level == "debug"
+    assert settings.plans == (PLANS["free"],)
+    assert (settings.mongodb_uri, settings.server_port, settings.api_keys) == ("", 0, ())
+
+
+OLD, NEW = "MONGODB_COLLECTION_NAME", "MONGODB_REALTIME_COLLECTION_NAME"
+
+
+@pytest.mark.parametrize(
+    ("environ", "file", "expected"),
+    [
+        ({}, "", "realtime"),
+        ({OLD: "old"}, "", "old"),
+        ({}, f"{OLD}=old", "old"),
+        ({OLD: "old", NEW: "new"}, "", "new"),
+        ({}, f"{OLD}=old\n{NEW}=new", "new"),
+        ({OLD: "old"}, f"{NEW}=new", "old"),
+        ({NEW: "new"}, f"{OLD}=old", "new"),
+        ({OLD: "old", NEW: ""}, "", "old"),
+        ({}, f"{NEW}=\n{OLD}=old", "old"),
+        ({OLD: ""}, f"{OLD}=old", "old"),
+    ],
+)
+def test_the_old_collection_name_is_weaker_than_the_new_one(
+    write: WriteFile, environ: dict[str, str], file: str, expected: str
+) -> None:
+    """In one place the new name wins; the environment wins over the file by either name."""
+    settings, _, warnings = load(environ, write(file))
+    assert settings.realtime_name == expected
+    assert warnings == ()
+
+
+def test_a_fault_under_the_old_name_names_the_old_name() -> None:
+    """The operator finds the line that is wrong."""
+    (fault,) = faults_of({OLD: "a$b"})
+    assert fault.startswith(f"{OLD}='a$b' (environment)")
+
+
+def test_no_color_is_respected_unless_it_is_empty() -> None:
+    """NO_COLOR counts when it holds anything."""
+    assert not load({"NO_COLOR": "1"}).settings.color
+    assert load({"NO_COLOR": ""}).settings.color
+
+
+# ------------------------------------------------------------------------------------------------------
+# The file
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("A=plain", "plain"),
+        ("A=p$w", "p$w"),
+        ("A=$HOME", "$HOME"),
+        ("A=${HOME}", "${HOME}"),
+        ("A='${HOME}'", "${HOME}"),
+        ('A="${HOME:-x}"', "${HOME:-x}"),
+        ("A=p$$w", "p$$w"),
+        ("A=p#w", "p#w"),
+        ("A=p #w", "p"),
+        ("A='p #w'", "p #w"),
+        ('A="p #w" # a comment', "p #w"),
+        ("A=it's", "it's"),
+        (r"A='it\'s'", "it's"),
+        ('A="it\'s"', "it's"),
+        ('A=a"b', 'a"b'),
+        (r'A="a\"b"', 'a"b'),
+        (r"A='a\nb'", r"a\nb"),
+        (r'A="a\nb"', "a\nb"),
+        (r"A=a\b", r"a\b"),
+        (r"A='a\\b'", r"a\b"),
+        ("A=two words", "two words"),
+        ("A= x ", "x"),
+        ("A=' x '", " x "),
+        ("A==x=", "=x="),
+        ("A=", ""),
+        ("A=''", ""),
+        ("  export A = x", "x"),
+        ("A=1\nA=2", "2"),
+        ("# A=1\n\nA=2\n#A=3", "2"),
+        ("A=x\r\n", "x"),
+        ("\ufeffA=x", "x"),
+        ("A=`id`", "`id`"),
+    ],
+)
+def test_a_value_in_the_file_is_taken_as_it_stands(write: WriteFile, line: str, expected: str) -> None:
+    """Quotes go, python-dotenv's escapes count, and nothing is expanded."""
+    assert stockrt.read_env_file(write(line)) == {"A": expected}
+
+
+@hypothesis.given(st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=40))
+def test_any_password_can_be_written_between_single_quotes(password: str) -> None:
+    """Backslash and single quote are escaped with a backslash; everything else stands as it is."""
+    line = "A='" + password.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    with tempfile.NamedTemporaryFile(suffix=".env") as file:
+        Path(file.name).write_text(line, encoding="utf-8", newline="")
+        assert stockrt.read_env_file(Path(file.name)) == {"A": password}
+
+
+def test_a_password_with_dollar_hash_and_quotes_arrives_whole(write: WriteFile) -> None:
+    """From the file to the settings nothing of it is lost."""
+    settings = load({}, write("MONGODB_HOST='mongodb://u:p$w#\"${X}%40 x@h/'\n")).settings
+    assert settings.mongodb_uri == 'mongodb://u:p$w#"${X}%40 x@h/'
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        ("A=1\n=x\nB=2\n", [2]),
+        ("<<<<<<< HEAD\nA=1\n", [1]),
+        ("A=1\n\n\n: broken\n\n# c\nalso broken\n", [4, 7]),
+        ("INFOWAY_PLAN: pro\n", [1]),
+        ("INFOWAY_PLAN pro\n", [1]),
+        ("A=1\nINFOWAY_PLAN\n", [2]),
+        ("A='never closed\n", [1]),
+    ],
+)
+def test_each_line_that_is_no_setting_is_named(write: WriteFile, content: str, lines: list[int]) -> None:
+    """The fault says file and line."""
+    file = write(content)
+    faults = faults_of({}, file)
+    assert [fault.partition(": ")[0] for fault in faults] == [f"{file}, line {n}" for n in lines]
+
+
+def test_a_broken_line_is_not_shown_for_it_may_hold_a_secret(write: WriteFile) -> None:
+    """The operator has the line's number."""
+    assert SECRET not in str(faults_of({}, write(f"INFOWAY_API_KEY: {SECRET}\nINFOWAY_API_KEY='{SECRET}\n")))
+
+
+def test_a_named_file_that_is_missing_is_a_fault(tmp_path: Path) -> None:
+    """Whoever names a file wants it read."""
+    (fault,) = faults_of({}, tmp_path / "absent.env")
+    assert str(tmp_path / "absent.env") in fault
+    assert "--env-file" in fault
+
+
+def test_a_named_directory_is_a_fault(tmp_path: Path) -> None:
+    """It is no file."""
+    assert str(tmp_path) in faults_of({}, tmp_path)[0]
+
+
+@pytest.mark.parametrize("content", [b"A=\xff\xfe", "A=é".encode("latin-1"), "A=x".encode("utf-16")])
+def test_a_file_that_is_not_utf8_is_a_fault(write: WriteFile, content: bytes) -> None:
+    """It is said in words, without a traceback."""
+    assert "UTF-8" in faults_of({}, write(content))[0]
+
+
+def test_a_named_file_that_may_not_be_read_is_a_fault() -> None:
+    """The fault says what the system says."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        file = Path(folder, "x.env")
+        file.touch(0o000)
+        with unprivileged():
+            (fault,) = faults_of({}, file)
+    assert "Permission denied" in fault
+
+
+def test_a_usual_place_that_may_not_be_read_is_passed_over_with_a_warning() -> None:
+    """A service gets its settings from its service manager, and must start."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        file = Path(folder, "x.env")
+        file.touch(0o000)
+        with unprivileged():
+            settings, source, warnings = load({"LOG_LEVEL": "debug"}, None, [file])
+    assert (settings.log_level, source, len(warnings)) == ("debug", None, 1)
+    assert str(file) in warnings[0]
+
+
+def test_a_usual_place_behind_a_closed_directory_is_as_not_there() -> None:
+    """Whether there is a file cannot be known, so nothing is said."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "x.env")
+        file.write_text("LOG_LEVEL=debug\n")
+        os.chmod(folder, 0o000)
+        with unprivileged():
+            settings, source, warnings = load({}, None, [file])
+        os.chmod(folder, 0o755)
+    assert (settings.log_level, source, warnings) == ("info", None, ())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("MONGODB_HSOT", "MONGODB_HOST"),
+        ("MONGODB_DBNAME", "MONGODB_DB_NAME"),
+        ("MONGODB_COLECTION_NAME", "MONGODB_COLLECTION_NAME"),
+        ("INFOWAY_APIKEY", "INFOWAY_API_KEY"),
+        ("INFOWAY_API_KEYS", "INFOWAY_API_KEY"),
+        ("INFOWAY_PLN", "INFOWAY_PLAN"),
+        ("SERVER_PROT", "SERVER_PORT"),
+        ("SERVER_HOST_IP", "SERVER_IP"),
+    ],
+)
+def test_a_misspelled_name_in_the_file_is_warned_of_with_the_nearest(
+    write: WriteFile, wrong: str, meant: str
+) -> None:
+    """The warning names the file, what stands there, and what was meant; the value stays unsaid."""
+    file = write(f"{wrong}={SECRET}\n")
+    (warning,) = load({}, file).warnings
+    assert re.search(rf"\b{wrong}\b.*\b{meant}\?", warning)
+    assert str(file) in warning
+    assert SECRET not in warning
+
+
+def test_names_of_others_are_no_concern_of_ours(write: WriteFile) -> None:
+    """Only our prefixes, only in the file."""
+    file = write("PATH=/bin\nCOMPOSE_PROJECT_NAME=x\nMYSERVER_IP=x\n")
+    assert load({"SERVER_SOFTWARE": "x", "MONGODB_HSOT": "x"}, file).warnings == ()
+
+
+# ------------------------------------------------------------------------------------------------------
+# What each may be
+# ------------------------------------------------------------------------------------------------------
+
+GOOD: list[tuple[str, str, object]] = [
+    ("INFOWAY_API_KEY", "abc", ("abc",)),
+    ("INFOWAY_API_KEY", " abc , def,abc", ("abc", "def")),
+    ("INFOWAY_API_KEY", "p$w#x'\"=%", ("p$w#x'\"=%",)),
+    ("INFOWAY_API_BASE_URL", "http://127.0.0.1:8080", "http://127.0.0.1:8080"),
+    ("INFOWAY_API_BASE_URL", "https://[::1]:8443/", "https://[::1]:8443"),
+    ("INFOWAY_API_BASE_URL", "https://proxy.example.com/infoway/", "https://proxy.example.com/infoway"),
+    ("INFOWAY_PLAN", "free", (PLANS["free"],)),
+    ("INFOWAY_PLAN", "Basic", (PLANS["basic"],)),
+    ("INFOWAY_PLAN", "PREMIUM", (PLANS["premium"],)),
+    ("INFOWAY_PLAN", "pro", (PLANS["pro"],)),
+    ("INFOWAY_PLAN", "0", (Plan("0", 0, 0),)),
+    ("INFOWAY_PLAN", "5", (Plan("5", 5, 300),)),
+    ("INFOWAY_PLAN", "2.5", (Plan("2.5", 2.5, 150),)),
+    ("INFOWAY_PLAN", "0.2", (Plan("0.2", 0.2, 12),)),
+    ("MONGODB_HOST", "mongodb://localhost", "mongodb://localhost"),
+    ("MONGODB_HOST", "mongodb://u:p%40w@h:27017/db?authSource=admin", ...),
+    ("MONGODB_HOST", "mongodb://a:27017,b:27018,c/?replicaSet=rs0&w=majority", ...),
+    ("MONGODB_HOST", "mongodb://[::1]:27017", ...),
+    ("MONGODB_HOST", "mongodb://u:p@[fe80::1],[::1]:27018/?w=1", ...),
+    ("MONGODB_HOST", "mongodb+srv://u:p@cluster0.example.com/?retryWrites=true", ...),
+    ("MONGODB_HOST", "mongodb://h/?wTimeoutMS=0&w=2", ...),
+    ("MONGODB_HOST", "mongodb://u:%3Fw=0%26w%3D0%26@h/?w=1", ...),
+    ("MONGODB_DB_NAME", "行情", "行情"),
+    ("MONGODB_DB_NAME", "x" * 63, "x" * 63),
+    ("MONGODB_REALTIME_COLLECTION_NAME", "a.b-c", "a.b-c"),
+    ("MONGODB_CLOSE_COLLECTION_NAME", "x" * 120, "x" * 120),
+    ("MONGODB_LICENSE_COLLECTION_NAME", "x" * 120, "x" * 120),
+    ("MONGODB_NUMERIC_TYPE", "Decimal", "decimal"),
+    ("MONGODB_NUMERIC_TYPE", "double", "double"),
+    ("SERVER_IP", "10.0.0.5", "10.0.0.5"),
+    ("SERVER_IP", "platform.example.com", "platform.example.com"),
+    ("SERVER_IP", "platform", "platform"),
+    ("SERVER_IP", "::1", "::1"),
+    ("SERVER_IP", "[2001:DB8::1]", "2001:db8::1"),
+    ("SERVER_PORT", "1", 1),
+    ("SERVER_PORT", "65535", 65535),
+    ("SERVER_TLS", "1", True),
+    ("SERVER_TLS", "0", False),
+    ("SERVER_TLS", "True", True),
+    ("HEARTBEAT_INTERVAL", "1", 1.0),
+    ("HEARTBEAT_INTERVAL", "2.5", 2.5),
+    ("HEARTBEAT_INTERVAL", "3600", 3600.0),
+    ("MODULE_NAME", "x" * 100, "x" * 100),
+    ("MODULE_DESCRIPTION", "两 个 词", "两 个 词"),
+    ("STATE_DIRECTORY", "/srv/with blank", Path("/srv/with blank")),
+    ("STATE_DIRECTORY", "/run/one:/run/two", Path("/run/one")),
+    ("SPOOL_MAX_MB", "10", 10 << 20),
+    ("SPOOL_MAX_MB", "1", 1 << 20),
+    ("METRICS_FILE", "/var/lib/x/stockrt.prom", Path("/var/lib/x/stockrt.prom")),
+    ("LOG_LEVEL", "DEBUG", "debug"),
+    ("LOG_LEVEL", "warning", "warning"),
+    ("LOG_LEVEL", "error", "error"),
+]
+
+BAD: list[tuple[str, str]] = [
+    ("INFOWAY_API_KEY", "one,,two"),
+    ("INFOWAY_API_KEY", ","),
+    ("INFOWAY_API_KEY", "with blank"),
+    ("INFOWAY_API_KEY", "line\nbreak"),
+    ("INFOWAY_API_KEY", "密钥"),
+    ("INFOWAY_API_BASE_URL", "data.infoway.io"),
+    ("INFOWAY_API_BASE_URL", "ftp://data.infoway.io"),
+    ("INFOWAY_API_BASE_URL", "https://"),
+    ("INFOWAY_API_BASE_URL", "https://h:99999"),
+    ("INFOWAY_API_BASE_URL", "https://h:x"),
+    ("INFOWAY_API_BASE_URL", "https://[::1"),
+    ("INFOWAY_API_BASE_URL", "https://u:p@h"),
+    ("INFOWAY_API_BASE_URL", "https://h/?q"),
+    ("INFOWAY_API_BASE_URL", "https://h/#f"),
+    ("INFOWAY_API_BASE_URL", "https://h/a b"),
+    ("INFOWAY_PLAN", "gold"),
+    ("INFOWAY_PLAN", "-1"),
+    ("INFOWAY_PLAN", "nan"),
+    ("INFOWAY_PLAN", "inf"),
+    ("INFOWAY_PLAN", "free,gold"),
+    ("INFOWAY_PLAN", "0.0001"),
+    ("MONGODB_HOST", "localhost:27017"),
+    ("MONGODB_HOST", "http://localhost"),
+    ("MONGODB_HOST", "mongodb://"),
+    ("MONGODB_HOST", "mongodb://u:p@"),
+    ("MONGODB_HOST", "mongodb://h:0"),
+    ("MONGODB_HOST", "mongodb://h:99999"),
+    ("MONGODB_HOST", "mongodb://a,,b"),
+    ("MONGODB_HOST", "mongodb://u:p@ss@h"),
+    ("MONGODB_HOST", "mongodb://u:p:ss@h"),
+    ("MONGODB_HOST", "mongodb://u:p/ss@h"),
+    ("MONGODB_HOST", "mongodb://h/?w=0"),
+    ("MONGODB_HOST", "mongodb://h/?W=0&x=1"),
+    ("MONGODB_HOST", "mongodb://h?w=0"),
+    ("MONGODB_HOST", "mongodb://h/?w=00"),
+    ("MONGODB_HOST", "mongodb://h/?w=0;journal=false"),
+    ("MONGODB_HOST", "mongodb+srv://h/?w=0"),
+    ("MONGODB_DB_NAME", "a.b"),
+    ("MONGODB_DB_NAME", "a b"),
+    ("MONGODB_DB_NAME", "a\tb"),
+    ("MONGODB_DB_NAME", "a/b"),
+    ("MONGODB_DB_NAME", "a$b"),
+    ("MONGODB_DB_NAME", "é" * 32),
+    ("MONGODB_REALTIME_COLLECTION_NAME", "a$b"),
+    ("MONGODB_REALTIME_COLLECTION_NAME", "system.users"),
+    ("MONGODB_CLOSE_COLLECTION_NAME", "x" * 121),
+    ("MONGODB_LICENSE_COLLECTION_NAME", "x" * 121),
+    ("MONGODB_NUMERIC_TYPE", "float"),
+    ("SERVER_IP", "http://platform"),
+    ("SERVER_IP", "platform:8080"),
+    ("SERVER_IP", "10.0.0"),
+    ("SERVER_IP", "10.0.0.256"),
+    ("SERVER_IP", "a/b"),
+    ("SERVER_IP", "a..b"),
+    ("SERVER_IP", "-a"),
+    ("SERVER_IP", "x" * 254),
+    ("SERVER_PORT", "0"),
+    ("SERVER_PORT", "65536"),
+    ("SERVER_PORT", "+80"),
+    ("SERVER_PORT", "８０"),
+    ("SERVER_PORT", "8080/tcp"),
+    ("SERVER_PORT", "9" * 5000),
+    ("SERVER_TLS", "2"),
+    ("SERVER_TLS", "https"),
+    ("HEARTBEAT_INTERVAL", "0"),
+    ("HEARTBEAT_INTERVAL", "0.5"),
+    ("HEARTBEAT_INTERVAL", "3601"),
+    ("HEARTBEAT_INTERVAL", "nan"),
+    ("HEARTBEAT_INTERVAL", "10s"),
+    ("MODULE_NAME", "x" * 101),
+    ("MODULE_NAME", "two\nlines"),
+    ("MODULE_NAME", "not \udcff UTF-8"),
+    ("MODULE_DESCRIPTION", "x" * 501),
+    ("STATE_DIRECTORY", "relative/path"),
+    ("STATE_DIRECTORY", "~/state"),
+    ("STATE_DIRECTORY", "/nul\0byte"),
+    ("SPOOL_MAX_MB", "0"),
+    ("SPOOL_MAX_MB", "1.5"),
+    ("SPOOL_MAX_MB", "-1"),
+    ("SPOOL_MAX_MB", "1 GB"),
+    ("METRICS_FILE", "stockrt.prom"),
+    ("METRICS_FILE", "/var/lib/x/stockrt.txt"),
+    ("METRICS_FILE", "/var/lib/x/"),
+    ("LOG_LEVEL", "verbose"),
+]
+
+
+def test_every_setting_has_good_and_bad_values_here() -> None:
+    """A new setting comes with its tests."""
+    assert {name for name, _, _ in GOOD} == set(NAMES) == {name for name, _ in BAD}
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), GOOD)
+def test_a_good_value_is_taken(name: str, text: str, expected: object) -> None:
+    """Dots stand for the text itself."""
+    assert value_of(load({name: text}).settings, name) == (text if expected is ... else expected)
+
+
+@pytest.mark.parametrize(("name", "text"), BAD)
+def test_a_bad_value_is_a_fault_that_says_what_is_expected(name: str, text: str) -> None:
+    """Name, place and expectation, on one line that a terminal shows as it is."""
+    (fault,) = faults_of({name: text})
+    assert fault.startswith(f"{name}=")
+    assert "(environment)" in fault
+    assert next(s.expected for s in SETTINGS if s.name == name) in fault
+    assert fault.isprintable()
+    assert len(fault) < 400
+
+
+def test_a_fault_shows_what_came() -> None:
+    """What is no secret is quoted."""
+    assert faults_of({"LOG_LEVEL": "verbose"}) == (
+        "LOG_LEVEL='verbose' (environment): expected debug, info, warning or error",
+    )
+
+
+def test_all_faults_are_reported_at_once(write: WriteFile) -> None:
+    """One start of the program is enough to find them all; each names where it comes from."""
+    bad = dict(BAD)
+    from_file = {name: bad.pop(name) for name in ("LOG_LEVEL", "SERVER_PORT", "MODULE_NAME")}
+    from_file["MODULE_NAME"] = "x" * 101
+    file = write("".join(f"{name}={text}\n" for name, text in from_file.items()))
+    faults = faults_of(bad, file)
+    assert {fault.partition("=")[0] for fault in faults} == set(NAMES)
+    assert len(faults) == len(NAMES)
+    assert sum(f"({file})" in fault for fault in faults) == 3
+    assert sum("(environment)" in fault for fault in faults) == len(NAMES) - 3
+
+
+def test_a_broken_line_does_not_hide_the_other_faults(write: WriteFile) -> None:
+    """Those of the same file and of the environment are reported with it."""
+    file = write("LOG_LEVEL=verbose\nbroken line\n")
+    faults = faults_of({"SERVER_PORT": "0"}, file)
+    assert len(faults) == 3
+    assert all(any(part in fault for fault in faults) for part in ("line 2", "LOG_LEVEL", "SERVER_PORT"))
+
+
+def test_faults_end_with_the_status_78() -> None:
+    """EX_CONFIG of sysexits.h; each fault has a line of its own."""
+    with pytest.raises(SettingsError) as caught:
+        load({"LOG_LEVEL": "verbose", "SERVER_PORT": "0"})
+    assert caught.value.exit_code == 78
+    assert str(caught.value).splitlines() == list(caught.value.faults)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"MONGODB_REALTIME_COLLECTION_NAME": "close"},
+        {"MONGODB_CLOSE_COLLECTION_NAME": "realtime"},
+        {"MONGODB_COLLECTION_NAME": "x", "MONGODB_CLOSE_COLLECTION_NAME": "x"},
+    ],
+)
+def test_the_two_collections_must_differ(environ: dict[str, str]) -> None:
+    """Closing prices and latest trades never share a collection."""
+    (fault,) = faults_of(environ)
+    assert "MONGODB_CLOSE_COLLECTION_NAME" in fault
+    assert "MONGODB_REALTIME_COLLECTION_NAME" in fault
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, ""),
+        ({"SERVER_IP": "h"}, ""),
+        ({"SERVER_PORT": "80"}, ""),
+        ({"SERVER_IP": "h", "SERVER_PORT": "80"}, "http://h:80"),
+        ({"SERVER_IP": "h", "SERVER_PORT": "443", "SERVER_TLS": "1"}, "https://h:443"),
+        ({"SERVER_IP": "::1", "SERVER_PORT": "80"}, "http://[::1]:80"),
+        ({"SERVER_IP": "[::1]", "SERVER_PORT": "80"}, "http://[::1]:80"),
+    ],
+)
+def test_the_platform_url_is_made_of_its_settings(environ: dict[str, str], expected: str) -> None:
+    """An IPv6 address stands in brackets; without host or port there is no URL."""
+    assert load(environ).settings.platform_url() == expected
+
+
+# ------------------------------------------------------------------------------------------------------
+# The state directory
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environ", "is_root", "expected"),
+    [
+        ({"HOME": "/root", "XDG_STATE_HOME": "/x"}, True, "/var/lib/stockrt"),
+        ({"HOME": "/home/u"}, False, "/home/u/.local/state/stockrt"),
+        ({"HOME": "/home/u", "XDG_STATE_HOME": "/x"}, False, "/x/stockrt"),
+        ({"HOME": "/home/u", "XDG_STATE_HOME": ""}, False, "/home/u/.local/state/stockrt"),
+        ({"HOME": "/home/u", "XDG_STATE_HOME": "not/absolute"}, False, "/home/u/.local/state/stockrt"),
+        ({"STATE_DIRECTORY": "/srv/s", "XDG_STATE_HOME": "/x"}, False, "/srv/s"),
+        ({"STATE_DIRECTORY": "/srv/s"}, True, "/srv/s"),
+        ({"STATE_DIRECTORY": "", "HOME": "/home/u"}, False, "/home/u/.local/state/stockrt"),
+        ({}, False, "/.local/state/stockrt"),
+    ],
+)
+def test_the_state_directory_is_found_without_being_set(
+    environ: dict[str, str], is_root: bool, expected: str
+) -> None:
+    """STATE_DIRECTORY, else /var/lib for root, else the XDG place, which counts when it is absolute."""
+    loaded = stockrt.load_settings(environ, None, (), is_root=is_root)
+    assert loaded.settings.state_directory == Path(expected)
+
+
+def test_loading_makes_no_directory(tmp_path: Path) -> None:
+    """Reading settings leaves no trace; the store makes what it needs."""
+    load({"STATE_DIRECTORY": str(tmp_path / "state")})
+    assert not (tmp_path / "state").exists()
+
+
+# ------------------------------------------------------------------------------------------------------
+# Secrets
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("INFOWAY_API_KEY", f"{SECRET},with blank"),
+        ("INFOWAY_API_KEY", f"{SECRET}密"),
+        ("MONGODB_HOST", f"mongodb://u:{SECRET}@h:99999"),
+        ("MONGODB_HOST", f"mongodb://u:p@{SECRET}@h"),
+        ("MONGODB_HOST", f"mongodb://u:p/{SECRET}@h:x:y"),
+        ("MONGODB_HOST", f"mongodb://u:{SECRET}@h/?w=0"),
+        ("MONGODB_HOST", f"MONGODB://u:{SECRET}@h:99999"),
+        ("MONGODB_HOST", f"u:{SECRET}@h:27017"),
+        ("MONGODB_HOST", f"mongodb3://u:{SECRET}@h"),
+        ("MONGODB_HOST", f"'mongodb://u:{SECRET}@h"),
+        ("MONGODB_HOST", f"mongodb:/u:{SECRET}@h"),
+        ("MONGODB_HOST", f"mongodb://u:p\n{SECRET}@h:99999"),
+        ("MONGODB_HOST", f"mongodb://u:{SECRET}"),
+        ("MONGODB_HOST", f"mongodb://u:p@h/?w=0&tlsCertificateKeyFilePassword={SECRET}"),
+        ("MONGODB_HOST", f"mongodb://u:p@h/?w=0&authMechanismProperties=AWS_SESSION_TOKEN:{SECRET}"),
+        ("INFOWAY_API_BASE_URL", f"https://u:{SECRET}@data.infoway.io"),
+    ],
+)
+def test_no_fault_shows_a_secret(name: str, text: str) -> None:
+    """However the value is broken."""
+    faults = faults_of({name: text})
+    assert faults
+    assert SECRET not in "\n".join(faults)
+
+
+def secret_settings() -> LoadedSettings:
+    """Return settings that hold each kind of secret."""
+    uri = "mongodb://user:p%40ss%2Fword@db1:27017,db2/?replicaSet=rs0"
+    return load({"INFOWAY_API_KEY": "key-one-1111,key-two-2222", "MONGODB_HOST": uri})
+
+
+SECRETS = ["key-one-1111", "key-two-2222", "p%40ss%2Fword", "p@ss/word"]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_redact_takes_every_secret_out(secret: str) -> None:
+    """API keys, and the password of the URI both as it is written and as it is meant."""
+    settings = secret_settings().settings
+    assert settings.redact(f"before {secret} after, {secret}") == "before *** after, ***"
+
+
+def test_redact_takes_the_whole_uri_out() -> None:
+    """A library's message may quote it."""
+    settings = secret_settings().settings
+    redacted = settings.redact(f"cannot parse {settings.mongodb_uri!r}")
+    assert not any(secret in redacted for secret in [*SECRETS, "user"])
+
+
+def test_redact_leaves_ordinary_words_alone() -> None:
+    """Nothing is masked where no secret is, least of all by an empty one."""
+    assert load().settings.redact("a b c") == "a b c"
+    assert load({"MONGODB_HOST": "mongodb://u:a@h"}).settings.redact("a banana") == "a banana"
+
+
+def test_redact_leaves_no_part_of_a_secret_that_holds_another() -> None:
+    """The longest goes first."""
+    settings = load({"INFOWAY_API_KEY": "abcd,abcd-efgh"}).settings
+    assert settings.redact("abcd-efgh abcd") == "*** ***"
+
+
+@pytest.mark.parametrize("secret", [*SECRETS, "user:"])
+def test_the_printed_settings_hold_no_secret(secret: str) -> None:
+    """A traceback or a debug line may print them."""
+    loaded = secret_settings()
+    assert secret not in f"{loaded} {loaded.settings!r} {loaded.settings.mongodb_shown()}"
+
+
+def test_the_mongodb_string_is_shown_without_its_user() -> None:
+    """Hosts and options help the operator; so they stay."""
+    shown = secret_settings().settings.mongodb_shown()
+    assert shown == "mongodb://***@db1:27017,db2/?replicaSet=rs0"
+
+
+@hypothesis.given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=4))
+def test_any_percent_encoded_password_is_taken_and_never_shown(password: str) -> None:
+    """Whatever it holds, both of its forms are masked."""
+    encoded = quote(password, safe="")
+    settings = load({"MONGODB_HOST": f"mongodb://u:{encoded}@h"}).settings
+    assert settings.redact(f"<{encoded}>") == "<***>"
+    assert settings.redact(f"<{password}>") == "<***>"
+
+
+# ------------------------------------------------------------------------------------------------------
+# stockrt.env.example
+# ------------------------------------------------------------------------------------------------------
+
+ENTRY = re.compile(r"^#?([A-Z_]+)=(.*)$", re.MULTILINE)
+
+
+def test_the_example_names_exactly_the_settings_in_their_order() -> None:
+    """None is missing, none is made up."""
+    assert [name for name, _ in ENTRY.findall(EXAMPLE.read_text("utf-8"))] == NAMES
+
+
+def test_the_example_loads_without_fault_and_warning() -> None:
+    """Copied as it is, it changes nothing."""
+    assert load({}, EXAMPLE).settings == load().settings
+    assert load({}, EXAMPLE).warnings == ()
+
+
+def test_every_line_of_the_example_is_valid_once_its_hash_is_off(write: WriteFile) -> None:
+    """What it shows can be typed; where there is a default, it shows the default."""
+    shown = write(ENTRY.sub(r"\1=\2", EXAMPLE.read_text("utf-8")))
+    settings, _, warnings = load({}, shown)
+    assert warnings == ()
+    assert stockrt.read_env_file(shown).keys() == set(NAMES)
+    for setting in SETTINGS:
+        if setting.default:
+            assert value_of(settings, setting.name) == value_of(load().settings, setting.name)
+
+
+def test_every_setting_of_the_example_is_explained_in_english_and_chinese() -> None:
+    """The comment above each has both."""
+    comments = re.split(ENTRY.pattern, EXAMPLE.read_text("utf-8"), flags=re.MULTILINE)[:-1:3]
+    for name, comment in zip(NAMES, comments, strict=True):
+        block = comment.rstrip().rpartition("\n\n")[2]
+        assert re.search(r"^# [A-Za-z0-9]", block, re.MULTILINE), name
+        assert re.search(r"^# .*[一-龥]{2}", block, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("old_name", [setting.old_name for setting in SETTINGS if setting.old_name])
+def test_the_example_mentions_old_names(old_name: str) -> None:
+    """Whoever has an old file finds what became of them."""
+    assert old_name in EXAMPLE.read_text("utf-8")
