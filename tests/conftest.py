@@ -13,8 +13,8 @@ from typing import NoReturn, Protocol
 import pytest
 from kit.fault_world import ServiceManager, World
 from kit.infoway_server import InfowayServer
+from kit.mongo import MongoServer, ReplicaSet, Unavailable, find_mongod, find_server, fresh_database
 from kit.mongo_proxy import MongoProxy
-from kit.mongo_server import MongoServer, Unavailable, find_decimal_server, find_server, fresh_database
 from kit.shims import NoCompiler, WallClock, build_shim
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +53,13 @@ def unavailable(reason: str) -> NoReturn:
     if os.environ.get("CI", "").lower() == "true":
         pytest.fail(f"{reason} (CI: no skip)", pytrace=False)
     pytest.skip(reason)
+
+
+def controlled(server: MongoServer) -> MongoServer:
+    """Return a server that the tests may kill, pause and let fail; skip where it is someone else's."""
+    if not server.controllable:
+        unavailable("the server of MONGODB_TEST_URI is someone else's: it is neither killed nor let fail")
+    return server
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -117,7 +124,7 @@ def run_pyz(pyz: Path, clean_env: dict[str, str], tmp_path: Path) -> RunPyz:
 
 @pytest.fixture(scope="session")
 def mongo_server() -> Iterator[MongoServer]:
-    """A MongoDB server for all tests; one that kills or pauses it needs `mongo_server.controllable`."""
+    """A replica set of one member; a test that kills or pauses it, or lets commands fail, needs `controllable`."""
     try:
         server = find_server()
     except Unavailable as error:
@@ -134,24 +141,46 @@ def mongo_db(mongo_server: MongoServer) -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def decimal_mongo() -> Iterator[MongoServer]:
-    """A MongoDB server that stores Decimal128."""
+def mongod() -> Path:
+    """The program, for a test that starts servers of its own."""
     try:
-        try:
-            first = find_server()
-        except Unavailable:
-            first = None
-        server = find_decimal_server(first)
+        return find_mongod()
     except Unavailable as error:
         unavailable(str(error))
-    with server:
+
+
+@pytest.fixture(scope="module")
+def _three_members(mongod: Path) -> Iterator[ReplicaSet]:
+    with ReplicaSet(mongod) as members:
+        yield members
+
+
+@pytest.fixture
+def replica_set(_three_members: ReplicaSet) -> Iterator[ReplicaSet]:
+    """Three members, all well when the test begins; it may kill, stop, cut off and bring back any of them."""
+    _three_members.ensure_running()
+    yield _three_members
+    _three_members.ensure_running()
+
+
+@pytest.fixture
+def replica_db(replica_set: ReplicaSet) -> Iterator[tuple[str, str]]:
+    """The URI of the three members and the name of an empty database."""
+    with fresh_database(replica_set) as place:
+        yield place
+
+
+@pytest.fixture(scope="module")
+def standalone(mongod: Path) -> Iterator[MongoServer]:
+    """A server that is no member of a set: it refuses retryable writes."""
+    with MongoServer(mongod) as server:
         yield server
 
 
 @pytest.fixture
-def decimal_db(decimal_mongo: MongoServer) -> Iterator[tuple[str, str]]:
-    """The URI of a server that stores Decimal128 and the name of an empty database."""
-    with fresh_database(decimal_mongo) as place:
+def standalone_db(standalone: MongoServer) -> Iterator[tuple[str, str]]:
+    """The URI of the standalone and the name of an empty database."""
+    with fresh_database(standalone) as place:
         yield place
 
 
@@ -159,22 +188,34 @@ class MakeWorld(Protocol):
     """The type of the fixture `make_world`."""
 
     def __call__(
-        self, uri: str = "", wrapper: Sequence[str] = (), per_second: int | None = None, /, **settings: str
+        self,
+        uri: str = "",
+        wrapper: Sequence[str] = (),
+        per_second: int | None = None,
+        place: tuple[str, str] | None = None,
+        /,
+        **settings: str,
     ) -> World:
-        """Make a daemon's world around MongoDB at `uri` (default: the server itself); see World."""
+        """Make a daemon's world around MongoDB at `uri` (default: that of `place`, as of mongo_db); see World."""
 
 
 @pytest.fixture
 def make_world(
-    pyz: Path, clean_env: dict[str, str], tmp_path: Path, mongo_db: tuple[str, str]
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[MakeWorld]:
     """Make the world of a daemon of the built program; it ends with the test."""
     with contextlib.ExitStack() as stack:
 
         def make(
-            uri: str = "", wrapper: Sequence[str] = (), per_second: int | None = None, /, **settings: str
+            uri: str = "",
+            wrapper: Sequence[str] = (),
+            per_second: int | None = None,
+            place: tuple[str, str] | None = None,
+            /,
+            **settings: str,
         ) -> World:
-            world = World(pyz, clean_env, tmp_path, mongo_db, uri, wrapper, per_second, **settings)
+            place = place or request.getfixturevalue("mongo_db")
+            world = World(pyz, clean_env, tmp_path, place, uri, wrapper, per_second, **settings)
             return stack.enter_context(world)
 
         yield make
@@ -190,11 +231,7 @@ def manager(tmp_path: Path) -> Iterator[ServiceManager]:
 @pytest.fixture
 def mongo_proxy(mongo_server: MongoServer) -> Iterator[MongoProxy]:
     """A proxy in front of the MongoDB server."""
-    if not mongo_server.controllable:
-        unavailable(
-            "MONGODB_TEST_URI may be anywhere: the proxy stands in front of a server of the tests' own"
-        )
-    with MongoProxy(mongo_server.port) as proxy:
+    with MongoProxy(controlled(mongo_server).port) as proxy:
         yield proxy
 
 

@@ -432,7 +432,7 @@ class Bench:
 
     def real_server(self) -> None:
         """The same into the MongoDB server of the tests."""
-        from kit.mongo_server import Unavailable, find_server, fresh_database
+        from kit.mongo import Unavailable, find_server, fresh_database
 
         name = "  into a real server: "
         try:
@@ -441,6 +441,7 @@ class Bench:
             self.rows.append(Row(name + str(error), f"  写入真实服务器：{error}", None))
             return
         with server, fresh_database(server) as (uri, database):
+            title = server.name
             ours = {"mongodb": uri, "MONGODB_DB_NAME": database}
             specs = {"floor": ("floor", self._against_null() | {"mongodb": uri}),
                      "sdk": ("sdk", self._against_null() | {"mongodb": uri}),
@@ -450,9 +451,9 @@ class Bench:
                 rounds = self._interleaved(workers, codes)
             with server.client() as client:
                 client.drop_database("bench")
-        speeds = self._speeds(server.name, rounds)
+        speeds = self._speeds(title, rounds)
         self.rows.append(Row(
-            name + server.name, f"  写入真实服务器：{server.name}",
+            name + title, f"  写入真实服务器：{title}",
             self._compare(speeds), None, True, "x floor", _trades(speeds),
         ))  # fmt: skip
 
@@ -688,7 +689,7 @@ class Bench:
         ))  # fmt: skip
 
     def _drain_to_real_server(self) -> None:
-        from kit.mongo_server import Unavailable, find_server, fresh_database
+        from kit.mongo import Unavailable, find_server, fresh_database
 
         names = "spool: drain from disk into a real server", "本地暂存：从磁盘排空到真实服务器"
         speeds: dict[str, list[float]] = {"insert_many": [], "drain": []}
@@ -698,6 +699,7 @@ class Bench:
             self.rows.append(Row(*names, None, 0.7, True, "x insert_many of 1,000"))
             return
         with server:
+            title = server.name
             for _ in range(max(2, self.size.rounds * 5 // 7)):
                 documents = self._documents()
                 with fresh_database(server) as place:
@@ -709,7 +711,7 @@ class Bench:
                     speeds["drain"].append(self._spooled(documents, folder, *place)[1])
         self.rows.append(Row(
             *names, self._compare(speeds, "drain", "insert_many"), 0.7, True, "x insert_many of 1,000",
-            f"{server.name}: {_trades(speeds)}",
+            f"{title}: {_trades(speeds)}",
         ))  # fmt: skip
 
     def _documents(self) -> list[dict[str, Any]]:

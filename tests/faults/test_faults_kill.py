@@ -9,22 +9,23 @@ import pytest
 from conftest import MakeWorld
 from kit.daemons import PATIENCE, number, until
 from kit.fault_world import QUICK, World, balanced, seeded
+from kit.mongo import MongoServer
 from kit.mongo_proxy import MongoProxy
 
 
-# Several times in the long form, each with a database of its own: FerretDB grows slow with its documents.
+# Several times in the long form, each with a database of its own.
 @pytest.mark.parametrize("time", range(number(1, 10)))
 def test_killed_at_random_moments_it_loses_and_doubles_nothing(
-    time: int, make_world: MakeWorld, mongo_proxy: MongoProxy
+    time: int, make_world: MakeWorld, mongo_server: MongoServer, mongo_proxy: MongoProxy
 ) -> None:
     rounds, rng = number(6, 20), seeded(f"kill {time}")
     world = make_world(mongo_proxy.uri + QUICK)
-    mongo_proxy.latency = 0.02  # a drain takes long enough to be met by the kill
-    for turn in range(rounds):
-        phase = (_while_writing, _while_spooling, _while_draining)[turn % 3]
-        phase(world, mongo_proxy, rng)
-        account = world.account()
-        assert account.balances, f"round {turn}, {phase.__name__}: {account}\n{world.daemon.log[-3000:]}"
+    with mongo_server.failing("insert", block_ms=20):  # a drain takes long enough to be met by the kill
+        for turn in range(rounds):
+            phase = (_while_writing, _while_spooling, _while_draining)[turn % 3]
+            phase(world, mongo_proxy, rng)
+            account = world.account()
+            assert account.balances, f"round {turn}, {phase.__name__}: {account}\n{world.daemon.log[-3000:]}"
     mongo_proxy.up()
     world.start()
     balanced("kill", rounds, world.final_account(), world.daemon.log)

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import pytest
-from bson import ObjectId
 from conftest import MakeWorld
 from kit.daemons import LONG, PATIENCE, number, until
-from kit.fault_world import QUICK, World, balanced, proc_status, seeded
-from kit.mongo_proxy import (
-    CONCERN_ERROR,
-    INVALID,
-    NOT_PRIMARY,
-    STEPPED_DOWN,
-    TOO_LARGE,
-    Afterwards,
-    Fate,
-    Insert,
-    Instead,
-    MongoProxy,
-    Without,
-)
-from kit.mongo_server import MongoServer
+from kit.fault_world import QUICK, World, balanced, elect_under_load, proc_status, seeded
+from kit.mongo import NOT_PRIMARY, NOT_REPLICATED, SET_NAME, MongoServer, ReplicaSet
+from kit.mongo_proxy import STEPPED_DOWN, TOO_LARGE, Afterwards, Fate, Insert, MongoProxy, Without
 
 # ------------------------------------------------------------------------------------------------------
 # 3. Away, hanging, flapping
@@ -121,90 +111,90 @@ def _drain_seconds(world: World) -> float:
 # ------------------------------------------------------------------------------------------------------
 
 
+class Hits(Protocol):
+    """Tells, when all is over, how often something happened."""
+
+    hits: int
+
+
+@dataclass
+class Counted:
+    """What a test itself counts."""
+
+    hits: int = 0
+
+
+Spoiled = Callable[[MongoServer, MongoProxy, random.Random], contextlib.AbstractContextManager[Hits]]
+
+SPOILED = 0.4  # of all inserts
+
+
+def _passing(fate: Fate | Afterwards) -> Spoiled:
+    """Inserts meet a fate on their way."""
+
+    @contextlib.contextmanager
+    def spoil(server: MongoServer, proxy: MongoProxy, rng: random.Random) -> Iterator[Counted]:
+        counted = Counted()
+
+        def decide(insert: Insert) -> Fate | Afterwards | None:
+            if rng.random() >= SPOILED:
+                return None
+            counted.hits += 1
+            return fate
+
+        proxy.on_insert = decide
+        yield counted
+        proxy.on_insert = lambda insert: None
+
+    return spoil
+
+
+def _failing(**how: Any) -> Spoiled:
+    """The server itself lets inserts fail."""
+    return lambda server, proxy, rng: server.failing("insert", probability=SPOILED, **how)
+
+
 @pytest.mark.parametrize(
-    "fate",
+    "spoiled",
     [
-        Fate.CUT_AFTER,
-        Fate.CUT_BEFORE,
-        Instead(NOT_PRIMARY),
-        Afterwards(NOT_PRIMARY),
-        Afterwards(STEPPED_DOWN),
-        Afterwards(CONCERN_ERROR),
+        _passing(Fate.CUT_AFTER),
+        _failing(close_connection=True),
+        _failing(error_code=NOT_PRIMARY),
+        _passing(Afterwards(STEPPED_DOWN)),
+        _failing(write_concern_error=NOT_REPLICATED),
     ],
-    ids=[
-        "applied and cut",
-        "cut",
-        "not primary",
-        "applied and not primary",
-        "applied and stepped down",
-        "applied here alone",
-    ],
+    ids=["applied and cut", "cut", "not primary", "applied and stepped down", "applied here alone"],
 )
 def test_a_write_whose_answer_is_lost_is_one_document(
-    fate: Fate | Instead | Afterwards,
-    make_world: MakeWorld,
-    mongo_proxy: MongoProxy,
+    spoiled: Spoiled, make_world: MakeWorld, mongo_server: MongoServer, mongo_proxy: MongoProxy
 ) -> None:
     rounds, rng = number(30, 500), seeded("lost reply")
     world = make_world(mongo_proxy.uri + QUICK)
     world.start()
-    mongo_proxy.on_insert = lambda insert: fate if rng.random() < 0.4 else None
-    for place in range(rounds):
-        world.send(1 + place % 40)
-    world.answered(4 * PATIENCE)
-    mongo_proxy.on_insert = lambda insert: None
-    kept = sum(result.data["result"]["kept_count"] for result in world.platform.results)
-    assert kept > 0, "a write was counted that MongoDB had not acknowledged"
+    with spoiled(mongo_server, mongo_proxy, rng) as met:
+        for place in range(rounds):
+            world.send(1 + place % 40)
+        world.answered(4 * PATIENCE)
+    assert met.hits > 0
     account = world.final_account()
     balanced("answer", rounds, account, world.daemon.log)
     assert account.acknowledged == len(world.feed.records), "a code failed"
 
 
-@pytest.fixture
-def members(mongo_server: MongoServer) -> Iterator[list[MongoProxy]]:
-    """Two members of a replica set over the same data; the first is the primary."""
-    with MongoProxy(mongo_server.port) as one, MongoProxy(mongo_server.port, one) as other:
-        elect([one, other], 0, 1)
-        yield [one, other]
-
-
-def elect(members: list[MongoProxy], winner: int, term: int, places: Sequence[str] = ()) -> None:
-    """Make one the primary: the others refuse writes, and every connection to them is cut.
-
-    `places`: host and port of each, where a client knows them by names.
-    """
-    hosts = list(places) or [member.address for member in members]
-    for place, member in enumerate(members):
-        wins = place == winner
-        known = {"setName": "rs0", "hosts": hosts, "setVersion": 1, "me": hosts[place], "primary": hosts[winner],
-                 "logicalSessionTimeoutMinutes": 30, "isWritablePrimary": wins, "ismaster": wins,
-                 "secondary": not wins}  # fmt: skip
-        if wins:
-            known["electionId"] = ObjectId(f"7fffffff{term:016x}")
-        member.refusal = None if wins else NOT_PRIMARY
-        member.hello = known
-        if not wins:
-            member.cut()
-
-
 def test_elections_under_load_lose_and_double_nothing(
-    make_world: MakeWorld, members: list[MongoProxy]
+    make_world: MakeWorld, replica_set: ReplicaSet, replica_db: tuple[str, str]
 ) -> None:
     rounds, rng = number(5, 100), seeded("elections")
-    uri = f"mongodb://{','.join(member.address for member in members)}/?replicaSet=rs0&timeoutMS=4000"
-    world = make_world(uri)
-    for member in members:
-        member.on_insert = _sometimes_lost(rng)
+    uri = f"{replica_set.uri}?replicaSet={SET_NAME}&timeoutMS=4000"
+    world = make_world(uri, (), None, replica_db)
+    for member in replica_set.members:
+        member.proxy.on_insert = _sometimes_lost(rng)
     world.start()
-    with world.load(0.02, 10):
-        for term in range(2, rounds + 2):
-            answers = len(world.platform.results)
-            assert world.platform.wait_for(lambda p, n=answers: len(p.results) > n + 10, PATIENCE)  # type: ignore[misc]
-            elect(members, term % 2, term)
-    for member in members:
-        member.on_insert = lambda insert: None
+    elect_under_load(world, replica_set, rounds)
+    for member in replica_set.members:
+        member.proxy.on_insert = lambda insert: None
     balanced("election", rounds, world.final_account(), world.daemon.log)
-    assert sum(member.retried for member in members) > 0, "no retryable write was answered from memory"
+    assert replica_set.retried_writes() > 0, "no retryable write was answered from memory"
 
 
 def _sometimes_lost(rng: random.Random) -> Callable[[Insert], Fate | None]:
@@ -216,10 +206,10 @@ def _sometimes_lost(rng: random.Random) -> Callable[[Insert], Fate | None]:
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [INVALID, TOO_LARGE], ids=["fails validation", "too large"])
+@pytest.mark.parametrize("by_rule", [True, False], ids=["fails validation", "too large"])
 @pytest.mark.parametrize("path", ["direct", "drain"])
 def test_one_poison_document_of_a_thousand_harms_no_other(
-    path: str, error: dict[str, object], make_world: MakeWorld, mongo_proxy: MongoProxy
+    path: str, by_rule: bool, make_world: MakeWorld, mongo_proxy: MongoProxy
 ) -> None:
     rounds = number(1, 10)
     world = make_world(mongo_proxy.uri + QUICK)
@@ -230,9 +220,13 @@ def test_one_poison_document_of_a_thousand_harms_no_other(
         with guard:
             ids = [name for name in insert.ids if name.split("X")[1].startswith("500.US")]
             poison.update(ids)
-        return Without(ids, error) if ids else None
+        return Without(ids, TOO_LARGE) if ids and not by_rule else None
 
     mongo_proxy.on_insert = spoil
+    if by_rule:
+        with world.client() as client:
+            rule = {"stock_code": {"$not": {"$regex": r"X500\.US$"}}}
+            client[world.database].create_collection("realtime", validator=rule)
     world.start()
     for _ in range(rounds):
         if path == "drain":
@@ -247,7 +241,8 @@ def test_one_poison_document_of_a_thousand_harms_no_other(
     rejects = world.rejects()
     assert {row["_id"] for row in rejects} == poison
     assert len(poison) == rounds
-    assert all(str(error["errmsg"])[:20] in row["reason"] for row in rejects), rejects
+    said = "Document failed validation" if by_rule else "BSONObj size: 17000000"
+    assert all(said in row["reason"] for row in rejects), rejects
     assert world.count() == 999 * rounds
 
 

@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import MakeWorld, unavailable
 from kit.daemons import PATIENCE, number, until
-from kit.fault_world import QUICK, ServiceManager, World, balanced
+from kit.fault_world import QUICK, ServiceManager, World, balanced, elect_under_load
+from kit.mongo import SET_NAME, ReplicaSet
 from kit.mongo_proxy import MongoProxy
-from kit.mongo_server import MongoServer
 from kit.name_server import ZONE, NameServer, NoNamespace
-
-from faults.test_faults_mongo import elect
 
 # What systemd gives the service in these tests, in seconds; longer than any name takes to fail there.
 WATCHDOG_S = 10.0
@@ -79,7 +77,7 @@ def test_names_that_nobody_resolves_are_said_and_survived(
 ) -> None:
     rounds = number(1, 10)
     world = make_world(
-        f"mongodb://db.{ZONE}:{mongo_proxy.port}/{QUICK}",
+        f"mongodb://db.{ZONE}:{mongo_proxy.port}/{QUICK}&directConnection=true",
         wrapper,
         SERVER_IP=f"platform.{ZONE}",
         INFOWAY_API_BASE_URL=f"http://api.{ZONE}:{{api}}",
@@ -161,24 +159,20 @@ def test_a_connection_to_the_platform_that_dies_in_silence_is_noticed(
 
 
 def test_a_replica_set_behind_an_srv_record_survives_elections(
-    make_world: MakeWorld, mongo_server: MongoServer, name_server: NameServer, wrapper: tuple[str, ...]
+    make_world: MakeWorld,
+    replica_set: ReplicaSet,
+    replica_db: tuple[str, str],
+    name_server: NameServer,
+    wrapper: tuple[str, ...],
 ) -> None:
     rounds = number(4, 50)
-    with MongoProxy(mongo_server.port) as one, MongoProxy(mongo_server.port, one) as other:
-        members = [one, other]
-        places = [f"{letter}.{ZONE}:{member.port}" for letter, member in zip("ab", members, strict=True)]
-        records = [
-            f"0 0 {member.port} {letter}.{ZONE}." for letter, member in zip("ab", members, strict=True)
-        ]
-        name_server.records[(f"_mongodb._tcp.db.{ZONE}", "SRV")] = records
-        name_server.records[(f"db.{ZONE}", "TXT")] = ['"replicaSet=rs0"']
-        elect(members, 0, 1, places)
-        world = make_world(f"mongodb+srv://db.{ZONE}/?tls=false&timeoutMS=4000", wrapper)
-        world.start()
-        with world.load(0.02, 10):
-            for term in range(2, rounds + 2):
-                answers = len(world.platform.results)
-                assert world.platform.wait_for(lambda p, n=answers: len(p.results) > n + 10, PATIENCE)  # type: ignore[misc]
-                elect(members, term % 2, term, places)
-        balanced("election_srv", rounds, world.final_account(), world.daemon.log)
+    ports = {letter: member.proxy.port for letter, member in zip("abc", replica_set.members, strict=True)}
+    name_server.records[(f"_mongodb._tcp.db.{ZONE}", "SRV")] = [
+        f"0 0 {port} {letter}.{ZONE}." for letter, port in ports.items()
+    ]
+    name_server.records[(f"db.{ZONE}", "TXT")] = [f'"replicaSet={SET_NAME}"']
+    world = make_world(f"mongodb+srv://db.{ZONE}/?tls=false&timeoutMS=4000", wrapper, None, replica_db)
+    world.start()
+    elect_under_load(world, replica_set, rounds)
+    balanced("election_srv", rounds, world.final_account(), world.daemon.log)
     assert f"_mongodb._tcp.db.{ZONE} SRV" in name_server.asked

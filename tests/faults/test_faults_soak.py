@@ -12,22 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from conftest import MakeWorld
 from kit.daemons import LONG, PATIENCE
 from kit.fault_world import QUICK, ServiceManager, World, balanced, descriptors, proc_status, seeded
 from kit.infoway_server import REFUSALS, Answer
-from kit.mongo_proxy import (
-    CONCERN_ERROR,
-    INVALID,
-    NOT_PRIMARY,
-    Afterwards,
-    Fate,
-    Instead,
-    MongoProxy,
-    Without,
-)
-from kit.mongo_server import MongoServer
+from kit.mongo import NOT_PRIMARY, NOT_REPLICATED, MongoServer
+from kit.mongo_proxy import STEPPED_DOWN, TOO_LARGE, Afterwards, Fate, MongoProxy, Without
 from kit.name_server import ZONE, NameServer
 from kit.shims import WallClock
 
@@ -96,11 +88,16 @@ def mongodb_silent(stage: Stage) -> Iterator[None]:
 @contextlib.contextmanager
 def mongodb_answers_strangely(stage: Stage) -> Iterator[None]:
     """Some writes are cut before or after they are applied, or refused; some documents are poison."""
-    fates = (Fate.CUT_AFTER, Fate.CUT_BEFORE, Instead(NOT_PRIMARY), Afterwards(CONCERN_ERROR), None, None)
+    fates = (Fate.CUT_AFTER, Fate.CUT_BEFORE, Afterwards(STEPPED_DOWN), None, None)
     stage.proxy.on_insert = lambda insert: (
-        Without(insert.ids[:1], INVALID) if stage.rng.random() < 0.1 else stage.rng.choice(fates)
+        Without(insert.ids[:1], TOO_LARGE) if stage.rng.random() < 0.1 else stage.rng.choice(fates)
     )
-    yield
+    faults: tuple[dict[str, Any], ...] = (
+        {"error_code": NOT_PRIMARY},
+        {"write_concern_error": NOT_REPLICATED},
+    )
+    with stage.server.failing("insert", probability=0.2, **stage.rng.choice(faults)):
+        yield
     stage.proxy.on_insert = lambda insert: None
 
 
@@ -216,7 +213,7 @@ def test_a_soak_of_random_faults_loses_nothing_and_grows_nowhere(
 ) -> None:
     rng = seeded("soak")
     world = make_world(
-        f"mongodb://db.{ZONE}:{mongo_proxy.port}/{QUICK}",
+        f"mongodb://db.{ZONE}:{mongo_proxy.port}/{QUICK}&directConnection=true",
         wrapper,
         SERVER_IP=f"platform.{ZONE}",
         INFOWAY_API_BASE_URL=f"http://api.{ZONE}:{{api}}",

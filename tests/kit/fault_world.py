@@ -30,6 +30,7 @@ from faults.fault_table import FAULTS
 import stockrt
 from kit.daemons import HASH, PATIENCE, ProcessDaemon, environment, until
 from kit.infoway_server import Answer, InfowayServer, Request
+from kit.mongo import ReplicaSet
 from kit.platform_server import PlatformServer, Result
 
 # Where the rows of the table go, one JSON object a line; `tests/faults/run` sets it.
@@ -396,6 +397,15 @@ class World:
 # ------------------------------------------------------------------------------------------------------
 # Looking at a process
 # ------------------------------------------------------------------------------------------------------
+
+
+def elect_under_load(world: World, members: ReplicaSet, rounds: int) -> None:
+    """Let one primary after the other step down while the daemon works without pause."""
+    with world.load(0.02, 10):
+        for _ in range(rounds):
+            answers = len(world.platform.results)
+            assert world.platform.wait_for(lambda p, n=answers: len(p.results) > n + 10, PATIENCE)  # type: ignore[misc]
+            members.step_down()
 
 
 def proc_status(pid: int, name: str) -> int:

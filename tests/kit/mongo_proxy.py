@@ -6,7 +6,10 @@
         proxy.down()                                        # connections are refused
         proxy.up()
 
-It reads OP_MSG, so that it can take one document out of an insert, or answer in the server's place.
+It does what no server can be brought to: lose the answer to a write that is applied, or take one document of an
+insert and refuse another. What a fail point says (MongoServer.failing) is said better there.
+
+It reads OP_MSG. A replica set of the server alone is told to clients as one of the proxy alone.
 """
 
 from __future__ import annotations
@@ -17,56 +20,38 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Self
 
 import bson
 
-OP_REPLY, OP_QUERY, OP_MSG = 1, 2004, 2013
+OP_REPLY, OP_MSG = 1, 2013
 HEADER = struct.Struct("<iiii")
-MORE_TO_COME = 2  # flag of an OP_MSG
+CHECKSUM = 1  # flag of an OP_MSG: four bytes at its end, as servers put them among themselves
 PORTS = (20_000, 32_000)  # below the ephemeral range: nobody's socket takes it while the proxy is down
 CONNECT_SECONDS = 10.0
 CHUNK = 64 * 1024
-# What a server of a replica set says that is not, or no more, its primary.
-NOT_PRIMARY = {"ok": 0.0, "errmsg": "not primary", "code": 10107, "codeName": "NotWritablePrimary"}
+# What a server says that ceases to be the primary while it waits for the others to have a write.
 STEPPED_DOWN = {
     "ok": 0.0,
     "errmsg": "operation was interrupted because the primary stepped down",
     "code": 11602,
     "codeName": "InterruptedDueToReplStateChange",
 }
-# Added to an answer: the write is there, and not on the majority.
-CONCERN_ERROR = {
-    "writeConcernError": {
-        "code": 64,
-        "codeName": "WriteConcernTimeout",
-        "errmsg": "waiting for replication timed out",
-    }
-}
 TOO_LARGE = {
     "code": 10334,
     "errmsg": "BSONObj size: 17000000 is invalid. Size must be between 0 and 16793600",
 }
-UNAUTHORIZED = {"ok": 0.0, "errmsg": "not authorized", "code": 13, "codeName": "Unauthorized"}
-INVALID = {"code": 121, "errmsg": "Document failed validation"}
 
 Document = dict[str, Any]
 
 
 class Fate(Enum):
-    """What becomes of an insert whose reply is not simply passed on."""
+    """What becomes of an insert whose reply is not passed on."""
 
     CUT_BEFORE = "the connection is cut, the server never sees it"
     CUT_AFTER = "the server applies it, the connection is cut in place of the reply"
-
-
-@dataclass(frozen=True)
-class Instead:
-    """The server never sees it; this is the answer."""
-
-    answer: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -92,57 +77,97 @@ class Insert:
     ids: Sequence[str]
 
 
-Rule = Callable[[Insert], "Fate | Instead | Afterwards | Without | None"]
+Rule = Callable[[Insert], "Fate | Afterwards | Without | None"]
 
 
 @dataclass
 class _Message:
-    """One message; of an OP_MSG `body` is the command or the answer, `sequences` its lists of documents by name."""
+    """One message, taken apart when somebody asks: most are passed on as they came."""
 
     number: int
     answers: int
     opcode: int
     raw: bytes
-    body: Document = field(default_factory=dict)
-    sequences: dict[str, list[bytes]] = field(default_factory=dict)
 
     @property
+    def command(self) -> str:
+        """The name of an OP_MSG's command, as far as it can be seen."""
+        if self.opcode != OP_MSG or self.raw[HEADER.size + 4] != 0:
+            return ""
+        start = HEADER.size + 4 + 1 + 4 + 1  # flags, kind, size, the type of the first element
+        return self.raw[start : self.raw.index(b"\0", start)].decode()
+
+    @property
+    def body(self) -> Document:
+        """The command or the answer, without its lists of documents; {} of what is compressed."""
+        if self.opcode == OP_REPLY:
+            return bson.decode(self.raw[HEADER.size + 20 :])
+        return self.parts()[0] if self.opcode == OP_MSG else {}
+
+    def parts(self) -> tuple[Document, dict[str, list[bytes]]]:
+        """The body of an OP_MSG, and its lists of documents by name."""
+        body: Document = {}
+        sequences: dict[str, list[bytes]] = {}
+        raw, at, limit = self.raw, HEADER.size + 4, len(self.raw) - (4 if self.flags & CHECKSUM else 0)
+        while at < limit:
+            kind, at = raw[at], at + 1
+            size = int.from_bytes(raw[at : at + 4], "little")
+            if kind == 0:
+                body = bson.decode(raw[at : at + size])
+            else:
+                end = raw.index(b"\0", at + 4)
+                documents = sequences.setdefault(raw[at + 4 : end].decode(), [])
+                place = end + 1
+                while place < at + size:
+                    length = int.from_bytes(raw[place : place + 4], "little")
+                    documents.append(raw[place : place + length])
+                    place += length
+            at += size
+        return body, sequences
+
+    @property
+    def flags(self) -> int:
+        """The flags of an OP_MSG."""
+        return int.from_bytes(self.raw[HEADER.size : HEADER.size + 4], "little")
+
     def insert(self) -> Insert | None:
         """The insert that this is, if it is one."""
-        if "insert" not in self.body:
+        if self.command != "insert":
             return None
-        inline = [str(one["_id"]) for one in self.body.get("documents", ())]
-        sent = self.sequences.get("documents", ())
-        return Insert(self.body["insert"], inline or [str(bson.decode(one)["_id"]) for one in sent])
+        body, sequences = self.parts()
+        inline = [str(one["_id"]) for one in body.get("documents", ())]
+        sent = sequences.get("documents", ())
+        return Insert(body["insert"], inline or [str(bson.decode(one)["_id"]) for one in sent])
+
+    def without(self, ids: Collection[str]) -> bytes:
+        """The same insert without these documents; without any, a ping: no server takes an empty insert."""
+        body, sequences = self.parts()
+        left = [one for one in sequences["documents"] if str(bson.decode(one)["_id"]) not in ids]
+        if not left:
+            return _op_msg(self.number, 0, self.flags, {"ping": 1, "$db": body["$db"]})
+        return _op_msg(self.number, 0, self.flags, body, sequences | {"documents": left})
+
+    def saying(self, answer: Mapping[str, Any]) -> bytes:
+        """The same answer with another content."""
+        if self.opcode == OP_REPLY:
+            payload = self.raw[HEADER.size : HEADER.size + 20] + bson.encode(answer)
+            size = HEADER.size + len(payload)
+            return HEADER.pack(size, self.number, self.answers, OP_REPLY) + payload
+        return _op_msg(self.number, self.answers, self.flags, answer)
 
 
 class MongoProxy:
-    """Passes everything on to 127.0.0.1:`port`, but for what its rules say. Thread-safe.
+    """Passes everything on to 127.0.0.1:`port`, but for what its rules say. Thread-safe."""
 
-    A `fellow` is another member of the same replica set: numbered writes are remembered together.
-    """
-
-    def __init__(self, port: int, fellow: MongoProxy | None = None) -> None:
+    def __init__(self, port: int) -> None:
         self._target = ("127.0.0.1", port)
         self.port = 0
-        # Asked for every insert into a collection of trades, on the connection's own thread.
+        # Asked for every insert, on the connection's own thread.
         self.on_insert: Rule = lambda insert: None
-        # Put into every answer to `hello`: what makes a server the member of a replica set.
-        self.hello: Mapping[str, Any] = {}
-        # Given in place of any answer but that to `hello`: None, or e.g. NOT_PRIMARY.
-        self.refusal: Mapping[str, Any] | None = None
-        self.forbidden: Collection[
-            str
-        ] = ()  # collections on which every command is refused for want of a right
-        self.silent: Collection[str] = ()  # commands that are never answered
-        self.latency = 0.0  # seconds before each insert reaches the server
         self.inserted: list[str] = []  # the _id of each document of each insert that the server answered
-        self.retried = 0  # writes that came again under their number and were answered from memory
-        self._written: dict[tuple[bytes, int], Document] = {} if fellow is None else fellow._written
         self._lock = threading.Lock()
         self._flows = threading.Event()
         self._flows.set()
-        self._closing = threading.Event()
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
         self._sockets: set[socket.socket] = set()
@@ -162,7 +187,6 @@ class MongoProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closing.set()
         self.resume()
         self.down()
 
@@ -237,26 +261,26 @@ class MongoProxy:
         """Stand still as long as the proxy hangs."""
         self._flows.wait()
 
-    def rest(self) -> None:
-        """Let the latency pass."""
-        self._closing.wait(self.latency)
-
     def note(self, insert: Insert) -> None:
         """Remember what the server has taken."""
         with self._lock:
             self.inserted += insert.ids
 
-    def remembered(self, body: Document) -> Document | None:
-        """The answer to a write that came before under this number, as a primary keeps it."""
-        with self._lock:
-            found = self._written.get(_write_number(body))
-            self.retried += found is not None
-        return found
+    def introduced(self, message: _Message) -> bytes:
+        """An answer with the proxy's address in place of the server's, where it tells the members of its set."""
+        host, port = self._target
+        server = f"{host}:{port}"
+        if server.encode() not in message.raw or b"setVersion" not in message.raw:
+            return message.raw
 
-    def remember(self, body: Document, answer: Document) -> None:
-        """Keep the answer to a numbered write."""
-        with self._lock:
-            self._written[_write_number(body)] = answer
+        def known(value: object) -> object:
+            if isinstance(value, list):
+                return [known(one) for one in value]
+            return self.address if value == server else value
+
+        names = ("hosts", "me", "primary")
+        body = message.body
+        return message.saying(body | {name: known(body[name]) for name in names if name in body})
 
 
 class _Link:
@@ -266,93 +290,51 @@ class _Link:
         self._proxy = proxy
         self._client = client
         self._server = server
-        self._sending = threading.Lock()
-        self._open: dict[int, tuple[Document, Insert | None, object]] = {}  # by number of the request
+        self._open: dict[int, tuple[Insert, object]] = {}  # by number of the request
 
     def carry_requests(self) -> None:
         """Client to server, until either hangs up."""
         try:
             while (message := _read(self._client)) is not None:
                 self._proxy.wait()
-                self._request(message)
+                self._server.sendall(self._request(message))
         except OSError:
             pass
         _reset(self._server)
+        _reset(self._client)
 
     def carry_answers(self) -> None:
         """Server to client, until either hangs up."""
         try:
             while (message := _read(self._server)) is not None:
                 self._proxy.wait()
-                self._answer(message)
+                self._client.sendall(self._answer(message))
         except OSError:
             pass
         _reset(self._client)
 
-    def _request(self, message: _Message) -> None:
-        body, insert = message.body, message.insert
-        if self._proxy.refusal is not None and not _is_hello(body):
-            self._reply(message.number, self._proxy.refusal)
-            return
-        if next(iter(body), "") in self._proxy.silent:
-            return
-        if str(next(iter(body.values()), "")) in self._proxy.forbidden:
-            self._reply(message.number, UNAUTHORIZED)
-            return
-        if "txnNumber" in body and (found := self._proxy.remembered(body)) is not None:
-            self._reply(message.number, found)
-            return
-        fate = None
-        if insert is not None:
-            self._proxy.rest()
-            fate = self._proxy.on_insert(insert)
-        self._open[message.number] = (body, insert, fate)
-        if isinstance(fate, Instead):
-            self._reply(message.number, fate.answer)
-        elif fate is Fate.CUT_BEFORE:
-            _reset(self._client)
-        else:
-            self._server.sendall(self._for_server(message, fate))
-
-    def _for_server(self, message: _Message, fate: object) -> bytes:
-        """The request as the server gets it: a standalone knows no sessions, and may not see all documents."""
-        hidden = fate.ids if isinstance(fate, Without) else ()
-        known = {k: v for k, v in message.body.items() if k not in ("lsid", "txnNumber", "$clusterTime")}
-        if not hidden and known == message.body:
+    def _request(self, message: _Message) -> bytes:
+        insert = message.insert()
+        if insert is None:
             return message.raw
-        sequences = dict(message.sequences)
-        if hidden:
-            sent = message.sequences["documents"]
-            sequences["documents"] = [one for one in sent if str(bson.decode(one)["_id"]) not in hidden]
-            if not sequences["documents"]:  # the server takes no empty insert
-                return _op_msg(message.number, 0, {"ping": 1, "$db": message.body["$db"]})
-        return _op_msg(message.number, 0, known, sequences)
+        fate = self._proxy.on_insert(insert)
+        if fate is Fate.CUT_BEFORE:
+            raise ConnectionAbortedError("the insert is lost")
+        self._open[message.number] = (insert, fate)
+        return message.without(fate.ids) if isinstance(fate, Without) else message.raw
 
-    def _answer(self, message: _Message) -> None:
-        body, insert, fate = self._open.pop(message.answers, ({}, None, None))
-        answer = self._changed(message.body, body, insert, fate)
-        if "txnNumber" in body:
-            self._proxy.remember(body, answer)
-        if insert is not None:
-            self._proxy.note(insert)
+    def _answer(self, message: _Message) -> bytes:
+        insert, fate = self._open.pop(message.answers, (None, None))
+        if insert is None:
+            return self._proxy.introduced(message)
+        self._proxy.note(insert)
         if fate is Fate.CUT_AFTER:
-            _reset(self._client)
-            return
-        with self._sending:
-            self._client.sendall(message.raw if answer == message.body else _repacked(message, answer))
-
-    def _changed(self, answer: Document, asked: Document, insert: Insert | None, fate: object) -> Document:
-        if _is_hello(asked) and self._proxy.hello:
-            return answer | dict(self._proxy.hello)
+            raise ConnectionAbortedError("the answer is lost")
         if isinstance(fate, Afterwards):
-            return answer | dict(fate.fields)
-        if isinstance(fate, Without) and insert is not None:
-            return _with_errors(answer, insert, fate)
-        return answer
-
-    def _reply(self, answers: int, answer: Mapping[str, Any]) -> None:
-        with self._sending:
-            self._client.sendall(_op_msg(random.getrandbits(31), answers, answer))
+            return message.saying(message.body | dict(fate.fields))
+        if isinstance(fate, Without):
+            return message.saying(_with_errors(message.body, insert, fate))
+        return message.raw
 
 
 def _with_errors(answer: Document, insert: Insert, fate: Without) -> Document:
@@ -364,14 +346,6 @@ def _with_errors(answer: Document, insert: Insert, fate: Without) -> Document:
         "n": answer.get("n", 0),
         "writeErrors": sorted(errors, key=lambda error: int(error["index"])),
     }
-
-
-def _write_number(body: Document) -> tuple[bytes, int]:
-    return bson.encode(body["lsid"]), int(body["txnNumber"])
-
-
-def _is_hello(body: Document) -> bool:
-    return bool({"hello", "isMaster", "ismaster"} & body.keys())
 
 
 def _listen(port: int) -> socket.socket:
@@ -417,52 +391,19 @@ def _read(sock: socket.socket) -> _Message | None:
         return None
     size, number, answers, opcode = HEADER.unpack(head)
     rest = _exactly(sock, size - HEADER.size)
-    if rest is None:
-        return None
-    message = _Message(number, answers, opcode, head + rest)
-    if opcode == OP_MSG:
-        _take_apart(message, rest)
-    elif opcode == OP_QUERY:
-        end = rest.index(b"\0", 4) + 1 + 8
-        message.body = bson.decode(rest[end : end + int.from_bytes(rest[end : end + 4], "little")])
-    elif opcode == OP_REPLY:
-        message.body = bson.decode(rest[20:])
-    return message
-
-
-def _take_apart(message: _Message, rest: bytes) -> None:
-    """Find body and documents of an OP_MSG (without a checksum: no client of ours sends one)."""
-    at = 4
-    while at < len(rest):
-        kind, at = rest[at], at + 1
-        size = int.from_bytes(rest[at : at + 4], "little")
-        if kind == 0:
-            message.body = bson.decode(rest[at : at + size])
-        else:
-            end = rest.index(b"\0", at + 4)
-            documents = message.sequences.setdefault(rest[at + 4 : end].decode(), [])
-            place = end + 1
-            while place < at + size:
-                length = int.from_bytes(rest[place : place + 4], "little")
-                documents.append(rest[place : place + length])
-                place += length
-        at += size
+    return None if rest is None else _Message(number, answers, opcode, head + rest)
 
 
 def _op_msg(
-    number: int, answers: int, body: Mapping[str, Any], sequences: Mapping[str, Sequence[bytes]] | None = None
+    number: int,
+    answers: int,
+    flags: int,
+    body: Mapping[str, Any],
+    sequences: Mapping[str, Sequence[bytes]] | None = None,
 ) -> bytes:
-    parts = [struct.pack("<i", 0), b"\0", bson.encode(body)]
+    parts = [struct.pack("<i", flags & ~CHECKSUM), b"\0", bson.encode(body)]
     for name, documents in (sequences or {}).items():
         sequence = name.encode() + b"\0" + b"".join(documents)
         parts += [b"\1", struct.pack("<i", len(sequence) + 4), sequence]
     payload = b"".join(parts)
     return HEADER.pack(HEADER.size + len(payload), number, answers, OP_MSG) + payload
-
-
-def _repacked(message: _Message, answer: Document) -> bytes:
-    """The same answer with another content."""
-    if message.opcode == OP_REPLY:
-        payload = message.raw[HEADER.size : HEADER.size + 20] + bson.encode(answer)
-        return HEADER.pack(HEADER.size + len(payload), message.number, message.answers, OP_REPLY) + payload
-    return _op_msg(message.number, message.answers, answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -16,9 +17,12 @@ from typing import Any
 
 import pytest
 import urllib3
+from bson import Int64
 from bson.decimal128 import Decimal128
-from pymongo.errors import BulkWriteError, PyMongoError
+from conftest import controlled
+from pymongo.errors import AutoReconnect, BulkWriteError, OperationFailure, PyMongoError, WriteConcernError
 
+from kit.daemons import until
 from kit.infoway_server import (
     MAX_CODES,
     RATE_REFUSALS,
@@ -28,7 +32,7 @@ from kit.infoway_server import (
     InfowayServer,
     make_record,
 )
-from kit.mongo_server import MongoServer
+from kit.mongo import NOT_REPLICATED, Member, MongoServer, ReplicaSet, Unavailable, check_runs
 
 KEY = {"apiKey": "test-key"}
 CODES = ("AAPL.US", "00700.HK", "600519.SH", "000001.SZ")
@@ -345,8 +349,7 @@ def test_mongo_database_is_fresh(mongo_server: MongoServer, mongo_db: tuple[str,
 
 
 def test_mongo_outlives_kill_pause_and_restart(mongo_server: MongoServer, mongo_db: tuple[str, str]) -> None:
-    if not mongo_server.controllable:
-        pytest.skip(f"{mongo_server.name} is not ours to kill")
+    controlled(mongo_server)
     port, trades = mongo_server.port, mongo_db[1]
     with mongo_server.client(serverSelectionTimeoutMS=300, socketTimeoutMS=300) as client:
         client[trades]["realtime"].insert_one({"_id": "before"})
@@ -371,8 +374,93 @@ def test_mongo_outlives_kill_pause_and_restart(mongo_server: MongoServer, mongo_
         assert client[trades]["realtime"].find_one({"_id": "before"}) == {"_id": "before"}
 
 
-def test_decimal_mongo_stores_decimals(decimal_mongo: MongoServer, decimal_db: tuple[str, str]) -> None:
-    with decimal_mongo.client() as client:
-        prices = client[decimal_db[1]]["realtime"]
+def test_mongo_stores_decimals(mongo_server: MongoServer, mongo_db: tuple[str, str]) -> None:
+    with mongo_server.client() as client:
+        prices = client[mongo_db[1]]["realtime"]
         prices.insert_one({"_id": "a", "p": Decimal128("1.10")})
         assert prices.find_one() == {"_id": "a", "p": Decimal128("1.10")}
+
+
+def test_mongo_commands_fail_as_long_as_they_are_told_to(
+    mongo_server: MongoServer, mongo_db: tuple[str, str]
+) -> None:
+    server, name = controlled(mongo_server), mongo_db[1]
+    with server.client(retryWrites=False) as client:
+        one, other = client[name]["one"], client[name]["other"]
+
+        def code() -> int | None:
+            try:
+                one.insert_one({})
+            except OperationFailure as error:
+                return error.code
+            return None
+
+        with server.failing("insert", error_code=13, namespace=f"{name}.one") as outer:
+            assert code() == 13
+            other.insert_one({})
+            with server.failing("insert", error_code=50, times=1):
+                assert (code(), code()) == (50, None)
+            assert code() == 13
+        assert code() is None
+        assert outer.hits > 0
+        with server.failing("insert", close_connection=True), pytest.raises(AutoReconnect):
+            one.insert_one({})
+        with server.failing("insert", write_concern_error=NOT_REPLICATED), pytest.raises(WriteConcernError):
+            one.insert_one({"_id": "applied"})
+        assert one.find_one({"_id": "applied"}) is not None
+
+
+def test_three_members_elect_another_and_take_the_first_back(
+    replica_set: ReplicaSet, replica_db: tuple[str, str]
+) -> None:
+    with replica_set.client() as client:
+        trades = client[replica_db[1]]["realtime"]
+        for number, fault in enumerate((Member.kill, Member.pause, Member.cut_off)):
+            first = replica_set.primary()
+            fault(first)
+            assert replica_set.wait_for_primary(first) is not first
+            trades.insert_one({"_id": number})
+            replica_set.ensure_running()
+        assert replica_set.step_down() in replica_set.members
+        assert trades.count_documents({}) == 3
+
+
+def test_a_standalone_refuses_retryable_writes(
+    standalone: MongoServer, standalone_db: tuple[str, str]
+) -> None:
+    """A driver that sees what it talks to asks for none; one that asks is told so."""
+    insert = {"insert": "realtime", "documents": [{"_id": 1}], "txnNumber": Int64(1)}
+    with standalone.client() as client:
+        client[standalone_db[1]]["realtime"].insert_one({})
+        with pytest.raises(OperationFailure, match="Transaction numbers"):
+            client[standalone_db[1]].command(insert)
+
+
+ABANDONED = """
+import os, sys
+from pathlib import Path
+from kit.mongo import NOT_REPLICATED, Member, MongoServer, ReplicaSet, Unavailable, check_runs
+server = MongoServer(Path(sys.argv[1]))
+server.start()
+print(server._home.path, server._process.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_server_and_its_folder_end_with_tests_that_are_killed(mongod: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    killed = subprocess.run(
+        [sys.executable, "-c", ABANDONED, mongod], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert killed.returncode == -9, killed.stderr
+    folder, process = killed.stdout.split()
+    assert until(lambda: not Path(folder).exists() and not Path("/proc", process).exists())
+
+
+def test_what_a_mongod_lacks_is_named_as_a_package(tmp_path: Path) -> None:
+    program = tmp_path / "mongod"
+    said = "mongod: error while loading shared libraries: libcurl.so.4: cannot open shared object file: No such file"
+    program.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 127\n")
+    program.chmod(0o755)
+    with pytest.raises(Unavailable, match=r"lacks libcurl\.so\.4: install libcurl4 "):
+        check_runs(program)

@@ -904,14 +904,11 @@ def test_commands_are_answered_while_the_server_is_killed_again_and_again(
 def _store(
     kind: str, request: pytest.FixtureRequest, state: Path
 ) -> tuple[Mapping[str, str], Callable[[], Sequence[str]]]:
-    """The settings of a store, and the codes of its documents.
-
-    The server that stores decimals: the other, FerretDB, reads all documents for every look at a few.
-    """
+    """The settings of a store, and the codes of its documents."""
     if kind == "sqlite":
         return {}, lambda: stored(state)
-    uri, name = request.getfixturevalue("decimal_db")
-    server = request.getfixturevalue("decimal_mongo")
+    uri, name = request.getfixturevalue("mongo_db")
+    server = request.getfixturevalue("mongo_server")
     client = server.client()
     request.addfinalizer(client.close)
     return {"MONGODB_HOST": uri, "MONGODB_DB_NAME": name}, lambda: [

@@ -20,9 +20,9 @@ from typing import Any
 
 import pymongo
 import pytest
-from conftest import RunPyz
+from conftest import RunPyz, controlled
 from kit.infoway_server import REFUSALS, Answer, InfowayServer, Request, make_record
-from kit.mongo_server import MongoServer
+from kit.mongo import MongoServer
 from kit.platform_server import PlatformServer
 from rooms.test_fetch import HOSTILE, UNKNOWN, check_mixed_requests, mixed_codes
 
@@ -499,8 +499,7 @@ def test_interrupted_while_mongodb_hangs(
     mongo_server: MongoServer,
     mongo_db: tuple[str, str],
 ) -> None:
-    if not mongo_server.controllable:
-        pytest.skip(f"{mongo_server.name} is not ours to pause")
+    controlled(mongo_server)
     uri, name = mongo_db
     env = clean_env | api_env(infoway, MONGODB_HOST=uri, MONGODB_DB_NAME=name)
     mongo_server.pause()

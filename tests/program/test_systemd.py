@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, unavailable
+from conftest import ROOT
 from kit import systemd_box
 from kit.infoway_server import Answer, InfowayServer
-from kit.mongo_server import Unavailable, find_server
+from kit.mongo import SET_NAME, MongoServer
 from kit.platform_server import PlatformServer
 from kit.systemd_box import Box, BoxError
 
@@ -297,19 +297,13 @@ def test_journal_has_priorities_and_no_times_of_ours(running: Instance) -> None:
     assert not [e for e in mine if "may not be read" in str(e["MESSAGE"])]
 
 
-def test_mongodb_and_tls_work_inside(box: Box, installed: str) -> None:
+def test_mongodb_and_tls_work_inside(box: Box, installed: str, mongod: Path) -> None:
     """The connection string is a credential; the authority of the test's certificate comes with the unit."""
-    try:
-        mongo = find_server()
-    except Unavailable as error:
-        unavailable(str(error))
-    if not mongo.controllable:
-        unavailable("the MongoDB of MONGODB_TEST_URI is not in the box's network")
     drop_in = f"{QUICK}Environment=SSL_CERT_FILE=/etc/stockrt/ca.pem\n"
     instance = make_instance(box, "stockrt-mongo", drop_in, tls=True)
     assert instance.api.ca_file is not None
     box.write("/etc/stockrt/ca.pem", instance.api.ca_file.read_text())
-    with box.network(), mongo:
+    with box.network(), MongoServer(mongod, replica_set=SET_NAME) as mongo:
         credential = box.write("/etc/stockrt/credentials/mongodb_host", mongo.uri, 0o600)
         try:
             instance.start()

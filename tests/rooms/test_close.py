@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kit.infoway_server import REFUSALS, InfowayServer
-from kit.mongo_server import MongoServer, fresh_database
+from kit.mongo import MongoServer, fresh_database
 
 import stockrt
 from stockrt import (
@@ -172,13 +172,9 @@ def mongo_store(uri: str, database: str, numeric_type: str = "string") -> MongoS
 
 @pytest.fixture(params=KINDS)
 def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
-    """Open the same store once more, as another process would.
-
-    "atomic mongodb" is the server that stores decimals: FerretDB 1 does not change a document in one step.
-    """
+    """Open the same store once more, as another process would."""
     opened: list[Store] = []
-    fixtures = {"mongodb": "mongo_db", "atomic mongodb": "decimal_db"}
-    place = request.getfixturevalue(fixtures[request.param]) if request.param in fixtures else None
+    place = request.getfixturevalue("mongo_db") if request.param == "mongodb" else None
 
     def make() -> Store:
         store: Store = mongo_store(*place) if place else SqliteStore(tmp_path / "store")
@@ -415,13 +411,12 @@ def test_what_is_polled_again_is_not_written_again(store: Store, tmp_path: Path)
 
 @pytest.mark.parametrize("numeric_type", ["decimal", "double"])
 def test_numbers_have_the_type_that_is_set(
-    numeric_type: str, request: pytest.FixtureRequest, tmp_path: Path
+    numeric_type: str, mongo_db: tuple[str, str], tmp_path: Path
 ) -> None:
     """Also those that come back out of `realtime`; later trades are told by number."""
     from bson.decimal128 import Decimal128
 
-    uri, name = request.getfixturevalue("decimal_db" if numeric_type == "decimal" else "mongo_db")
-    store = mongo_store(uri, name, numeric_type)
+    store = mongo_store(*mongo_db, numeric_type)
     world = World(store, tmp_path)
     world.fetch("TSLA.US", f"{TUE} 15:59", f"{TUE} 15:59:30", "9.50")
     world.fetch("TSLA.US", f"{TUE} 15:59", f"{TUE} 15:59:40", "10.25")  # the same moment, a greater price
@@ -482,7 +477,6 @@ def test_the_newest_trade_is_found_wherever_in_the_day_it_lies(store: Store) -> 
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("open_store", ["sqlite", "atomic mongodb"], indirect=True)
 def test_racing_instances_end_in_the_same_document(open_store: Open, tmp_path: Path) -> None:
     """Each has its own connection and its own part of the trades; both write at the same time."""
     now = at("America/New_York", f"{TUE} 18:00")
@@ -539,11 +533,8 @@ for minute in range(30, 60):
 def test_racing_processes_end_in_the_same_document(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """One may be writing while the other is; nothing is lost and nobody fails.
-
-    On the server that stores decimals: FerretDB 1 does not change a document in one step, MongoDB does.
-    """
-    place = " ".join(request.getfixturevalue("decimal_db")) if kind == "mongodb" else str(tmp_path / "store")
+    """One may be writing while the other is; nothing is lost and nobody fails."""
+    place = " ".join(request.getfixturevalue("mongo_db")) if kind == "mongodb" else str(tmp_path / "store")
     path = os.pathsep.join(map(str, (Path(stockrt.__file__).parent, Path(__file__).parents[1])))
     racers = [
         subprocess.Popen(

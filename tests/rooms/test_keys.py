@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kit.infoway_server import REFUSALS, InfowayServer, Request
 from kit.infoway_server import Answer as ServerAnswer
-from kit.mongo_server import MongoServer, fresh_database
+from kit.mongo import SET_NAME, MongoServer, fresh_database
 
 import stockrt
 from stockrt import (
@@ -584,9 +584,9 @@ def test_the_day_is_shared_and_the_last_requests_of_it_are_not_lost(start: Start
     assert try_key(instances[0].pool) == FIRST
 
 
-def test_the_first_requests_of_a_day_may_be_counted_at_the_same_moment(decimal_db: Place) -> None:
+def test_the_first_requests_of_a_day_may_be_counted_at_the_same_moment(mongo_db: Place) -> None:
     """Who comes second, when both make the day's document, is not told that the day is over."""
-    uri, name = decimal_db
+    uri, name = mongo_db
     plan = Plan("x", 0.1, 0, 1000)
     with Client(uri) as client:
         ledgers = [SharedLedger(client[name]["license_usage"], stockrt.NoLedger()) for _ in range(4)]
@@ -657,17 +657,15 @@ def test_away_from_mongodb_each_counts_alone_says_so_and_comes_back(
 
 @pytest.mark.parametrize(("per_minute", "per_day"), [(0, 1000), (120, 0)])
 def test_a_mongodb_that_comes_back_counts_again(
-    mongo_server: MongoServer,
+    mongod: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     per_minute: int,
     per_day: int,
 ) -> None:
     """Paused in the middle and resumed: alone, then together again, whatever was leased alone."""
-    if not mongo_server.controllable:
-        pytest.skip("this server cannot be paused")
     clock = Clock()
-    with MongoServer(mongo_server.kind) as server, fresh_database(server) as place:
+    with MongoServer(mongod, replica_set=SET_NAME) as server, fresh_database(server) as place:
         instance = Instance(place, tmp_path, {FIRST: Plan("x", 2, per_minute, per_day)}, clock)
         assert try_key(instance.pool) == FIRST
         server.pause()
@@ -707,13 +705,10 @@ print(done, flush=True)
 """
 
 
-def test_three_processes_share_two_keys_and_one_is_killed(decimal_db: Place, tmp_path: Path) -> None:
-    """The server counts no key over its minute; the survivors use what the dead one leaves.
-
-    On the server that stores decimals: FerretDB 1 does not change a document in one step, MongoDB does.
-    """
+def test_three_processes_share_two_keys_and_one_is_killed(mongo_db: Place, tmp_path: Path) -> None:
+    """The server counts no key over its minute; the survivors use what the dead one leaves."""
     with InfowayServer(keys=frozenset({FIRST, OTHER}), per_minute=20) as server:
-        workers = [worker(server, decimal_db, tmp_path / str(number)) for number in range(3)]
+        workers = [worker(server, mongo_db, tmp_path / str(number)) for number in range(3)]
         for process in workers:
             assert process.stdin is not None
             process.stdin.write("go\n")

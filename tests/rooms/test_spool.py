@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
+import itertools
 import json
 import logging
 import os
@@ -25,11 +26,11 @@ from pathlib import Path
 
 import pymongo
 import pytest
-from conftest import RunPyz, unavailable, unprivileged
+from conftest import RunPyz, controlled, unavailable, unprivileged
 from kit.daemons import PATIENCE, ThreadDaemon, settings_for, until
 from kit.infoway_server import InfowayServer
+from kit.mongo import INTERRUPTED_AT_SHUTDOWN, ON_COLLECTIONS, UNAUTHORIZED, MongoServer
 from kit.mongo_proxy import Fate, MongoProxy, Without
-from kit.mongo_server import MongoServer
 from kit.platform_server import PlatformServer
 from kit.trades import CREATED, by_id, make_documents, settings_of
 
@@ -103,9 +104,7 @@ def place(mongo_db: tuple[str, str], tmp_path: Path) -> Place:
 @pytest.fixture
 def away(mongo_server: MongoServer) -> Iterator[MongoServer]:
     """The server, killed; the test may start it again."""
-    if not mongo_server.controllable:
-        pytest.skip("the server of MONGODB_TEST_URI cannot be stopped")
-    mongo_server.kill()
+    controlled(mongo_server).kill()
     try:
         yield mongo_server
     finally:
@@ -199,8 +198,7 @@ def test_the_thread_that_moves_is_there_only_while_something_waits(place: Place)
 
 
 def test_a_server_that_hangs_is_one_that_is_away(place: Place, mongo_server: MongoServer) -> None:
-    if not mongo_server.controllable:
-        pytest.skip("the server of MONGODB_TEST_URI cannot be paused")
+    controlled(mongo_server)
     with place.opened() as store:
         assert store.write(make_documents(1)).stored == 1
         mongo_server.pause()
@@ -213,14 +211,14 @@ def test_a_server_that_hangs_is_one_that_is_away(place: Place, mongo_server: Mon
     assert len(place.documents()) == 20
 
 
-def test_a_goodbye_that_is_not_answered_holds_nobody_up(place: Place, mongo_proxy: MongoProxy) -> None:
-    mongo_proxy.silent = {"endSessions"}
-    mongo = MongoStore(settings_of(place.environ | {"MONGODB_HOST": mongo_proxy.uri}))
+def test_a_goodbye_that_is_not_answered_holds_nobody_up(place: Place, mongo_server: MongoServer) -> None:
+    mongo = MongoStore(settings_of(place.environ | {"MONGODB_HOST": place.uri}))
     assert mongo.write(make_documents(1)).stored == 1
     goodbye = threading.Thread(target=mongo.close, daemon=True)
-    goodbye.start()
-    goodbye.join(PATIENCE)
-    assert not goodbye.is_alive()
+    with controlled(mongo_server).failing("endSessions", block_ms=4_000 * int(PATIENCE), app_name="stockrt"):
+        goodbye.start()
+        goodbye.join(PATIENCE)
+        assert not goodbye.is_alive()
 
 
 def test_what_was_stored_before_there_was_a_mongodb_moves_over(place: Place) -> None:
@@ -269,8 +267,8 @@ def test_a_close_that_mongodb_does_not_take_now_is_made_later(place: Place, away
     assert [c["s"] for c in place.documents("close")] == [d["s"] for d in documents]
 
 
-def test_numbers_are_converted_when_they_move(decimal_db: tuple[str, str], tmp_path: Path) -> None:
-    place = Place(*decimal_db, tmp_path / "state", MONGODB_NUMERIC_TYPE="decimal")
+def test_numbers_are_converted_when_they_move(mongo_db: tuple[str, str], tmp_path: Path) -> None:
+    place = Place(*mongo_db, tmp_path / "state", MONGODB_NUMERIC_TYPE="decimal")
     Spool(place.state, MEGABYTE << 10).write(make_documents(3))
     with place.opened() as store:
         store.start(lambda documents: None)
@@ -322,9 +320,8 @@ def with_own_prices(documents: Sequence[Document]) -> list[Document]:
 
 @pytest.mark.parametrize("way", ["directly", "from the spool"])
 def test_a_poison_document_is_put_aside_and_holds_nobody_up(
-    decimal_db: tuple[str, str], tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
+    place: Place, way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place = Place(*decimal_db, tmp_path / "state")
     documents = with_own_prices(make_documents(1000))
     poison = documents[500]
     refuse(place, poison)
@@ -350,26 +347,6 @@ def test_a_poison_document_is_put_aside_and_holds_nobody_up(
     assert place.facts[-1].rejects == 1
 
 
-def test_a_document_that_the_server_hangs_up_on_is_put_aside(place: Place, mongo_server: MongoServer) -> None:
-    """FerretDB closes the connection on a decimal; here one of three trades cannot be anything else."""
-    with contextlib.closing(
-        MongoStore(settings_of(place.environ | {"MONGODB_NUMERIC_TYPE": "decimal"}))
-    ) as mongo:
-        with contextlib.suppress(StoreAway):
-            mongo.write(make_documents(1, first=99))
-            pytest.skip("this server knows decimals")
-        spool = Spool(place.state, MEGABYTE << 10)
-        spool.write(make_documents(3))
-        drain = Drain(spool, mongo, lambda documents: None)
-        for _ in range(3 * stockrt.POISON_TRIES):
-            with contextlib.suppress(StoreAway):
-                drain.step()
-        rejects = spool.rejects()
-        assert spool.is_empty()
-    assert [r["_id"] for r in rejects] == [d["_id"] for d in make_documents(3)]
-    assert all("MongoDB" in r["reason"] for r in rejects)
-
-
 def test_while_nothing_can_be_written_no_document_is_taken_for_poison(
     place: Place, away: MongoServer
 ) -> None:
@@ -384,8 +361,8 @@ def test_while_nothing_can_be_written_no_document_is_taken_for_poison(
     assert spool.rejects() == [] and len(place.waiting()) == 3
 
 
-def test_numbers_that_do_not_fit_are_refused_by_name(decimal_db: tuple[str, str], tmp_path: Path) -> None:
-    place = Place(*decimal_db, tmp_path / "state", MONGODB_NUMERIC_TYPE="decimal")
+def test_numbers_that_do_not_fit_are_refused_by_name(mongo_db: tuple[str, str], tmp_path: Path) -> None:
+    place = Place(*mongo_db, tmp_path / "state", MONGODB_NUMERIC_TYPE="decimal")
     documents = make_documents(3)
     documents[1] |= {"vw": "1." + "2" * 60}
     with place.opened() as store:
@@ -408,9 +385,8 @@ def test_a_document_that_the_disk_has_changed_is_not_passed_on(place: Place) -> 
 
 
 def test_a_local_file_that_fails_keeps_nothing_from_mongodb(
-    decimal_db: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place = Place(*decimal_db, tmp_path / "state")
     documents = with_own_prices(make_documents(3))
     refuse(place, documents[1])
     with place.opened() as store:
@@ -423,19 +399,29 @@ def test_a_local_file_that_fails_keeps_nothing_from_mongodb(
     assert caplog.text.count("what waits for MongoDB: ") == 1, "a trouble that goes on is said once"
 
 
+def forbidden(server: MongoServer, place: Place, name: str) -> contextlib.AbstractContextManager[object]:
+    """Let the server do nothing with a collection, for want of a right, while the block lasts."""
+    return controlled(server).failing(
+        *ON_COLLECTIONS, error_code=UNAUTHORIZED, namespace=f"{place.name}.{name}"
+    )
+
+
 @pytest.mark.parametrize("may_write_beside", [True, False])
 def test_a_poison_document_is_put_aside_whatever_else_the_user_may_write(
-    place: Place, mongo_proxy: MongoProxy, may_write_beside: bool
+    place: Place, mongo_proxy: MongoProxy, mongo_server: MongoServer, may_write_beside: bool
 ) -> None:
     """The server hangs up on it. It is tried whether another document can be written, if need be among the trades."""
     documents = make_documents(5)
     poison = documents[2]["_id"]
     mongo_proxy.on_insert = lambda insert: Fate.CUT_BEFORE if poison in insert.ids else None
-    mongo_proxy.forbidden = () if may_write_beside else {"license_usage"}
     spool = Spool(place.state, MEGABYTE << 10)
     spool.write(documents)
     environ = place.environ | {"MONGODB_HOST": quick(mongo_proxy.uri)}
-    with contextlib.closing(MongoStore(settings_of(environ))) as mongo, contextlib.closing(spool):
+    with contextlib.ExitStack() as stack:
+        if not may_write_beside:
+            stack.enter_context(forbidden(mongo_server, place, "license_usage"))
+        mongo = stack.enter_context(contextlib.closing(MongoStore(settings_of(environ))))
+        stack.enter_context(contextlib.closing(spool))
         drain = Drain(spool, mongo, lambda documents: None)
         for _ in range(3 * stockrt.POISON_TRIES):
             with contextlib.suppress(StoreAway):
@@ -470,11 +456,11 @@ def test_a_second_absence_is_told_from_its_own_beginning(
 
 
 @pytest.fixture
-def no_closes(place: Place, mongo_proxy: MongoProxy) -> MongoProxy:
-    """A MongoDB where this user may write trades and no closes."""
-    place.environ |= {"MONGODB_HOST": quick(mongo_proxy.uri)}
-    mongo_proxy.forbidden = {"close"}
-    return mongo_proxy
+def no_closes(place: Place, mongo_server: MongoServer) -> Iterator[contextlib.ExitStack]:
+    """MongoDB lets nobody write closes, until this is closed."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(forbidden(mongo_server, place, "close"))
+        yield stack
 
 
 def settle_into(store: SpooledStore) -> Callable[[Sequence[Document]], None]:
@@ -483,7 +469,7 @@ def settle_into(store: SpooledStore) -> Callable[[Sequence[Document]], None]:
 
 
 def test_closes_that_cannot_be_made_keep_no_trade_waiting(
-    place: Place, no_closes: MongoProxy, monkeypatch: pytest.MonkeyPatch
+    place: Place, no_closes: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stockrt, "CATCH_UP_S", PATIENCE)
     Spool(place.state, MEGABYTE << 10).write(make_documents(2500))
@@ -494,13 +480,13 @@ def test_closes_that_cannot_be_made_keep_no_trade_waiting(
             assert (report.stored, report.kept) == (10, 0)
         assert len(place.documents()) == 2520
         assert store.spool.count_unsettled() == 2500
-        no_closes.forbidden = ()
+        no_closes.close()
         assert until(lambda: nothing_waits(store))
     assert len(place.documents("close")) == 2500
 
 
 def test_closes_that_cannot_be_made_are_said_once_and_their_end_too(
-    place: Place, no_closes: MongoProxy, caplog: pytest.LogCaptureFixture
+    place: Place, no_closes: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "stockrt")
     Spool(place.state, MEGABYTE << 10).write(make_documents(5))
@@ -509,32 +495,35 @@ def test_closes_that_cannot_be_made_are_said_once_and_their_end_too(
         assert until(lambda: "closing snapshot: " in caplog.text)
         assert all(store.write(make_documents(1, first=100 + n)).stored for n in range(5))
         assert caplog.text.count("closing snapshot: ") == 1 and "MongoDB: " not in caplog.text
-        no_closes.forbidden = ()
+        no_closes.close()
         assert until(lambda: "closing snapshot: well again" in caplog.text)
 
 
-def test_trades_that_come_while_closes_fail_are_moved_at_once(place: Place, no_closes: MongoProxy) -> None:
+def test_trades_that_come_while_closes_fail_are_moved_at_once(
+    place: Place, no_closes: contextlib.ExitStack, mongo_server: MongoServer
+) -> None:
     """However long the drainer would rest before it tries the closes again."""
     Spool(place.state, MEGABYTE << 10).write(make_documents(5))
     with place.opened() as store:
-        store._delays = lambda: iter([3600.0] * 9)  # type: ignore[method-assign]
+        asked = itertools.count()  # for trades first, then for closes, then for trades again
+        store._delays = lambda: iter([3600.0 if next(asked) == 1 else 0.1] * 9999)  # type: ignore[method-assign]
         store.start(settle_into(store))
         assert until(lambda: store._close_trouble.there)
-        no_closes.refusal = {"ok": 0.0, "code": 11600, "codeName": "InterruptedAtShutdown", "errmsg": "bye"}
-        store._delays = lambda: iter([0.1] * 9999)  # type: ignore[method-assign]
-        assert store.write(make_documents(3, first=50)).kept == 3
-        no_closes.refusal = None
+        with mongo_server.failing(*ON_COLLECTIONS, error_code=INTERRUPTED_AT_SHUTDOWN):
+            assert store.write(make_documents(3, first=50)).kept == 3
         assert until(lambda: not store.spool.has_trades())
     assert len(place.documents()) == 8
 
 
-def test_drain_ends_where_closes_cannot_be_made(place: Place, no_closes: MongoProxy, run_pyz: RunPyz) -> None:
+def test_drain_ends_where_closes_cannot_be_made(
+    place: Place, no_closes: contextlib.ExitStack, run_pyz: RunPyz
+) -> None:
     Spool(place.state, MEGABYTE << 10).keep_unsettled(make_documents(2, first=50))
     Spool(place.state, MEGABYTE << 10).write(make_documents(5))
     done = run_pyz("--drain", env=environment(place))
-    assert done.returncode == 1 and "5 moved to" in done.stderr and "not authorized" in done.stderr
+    assert done.returncode == 1 and "5 moved to" in done.stderr and "Unauthorized" in done.stderr
     assert len(place.documents()) == 5
-    no_closes.forbidden = ()
+    no_closes.close()
     assert run_pyz("--drain", env=environment(place)).returncode == 0
     assert len(place.documents("close")) == 7
 
@@ -574,11 +563,8 @@ def test_a_fault_of_ours_in_making_closes_keeps_no_trade_waiting(
         assert store.spool.count_unsettled() == 5
 
 
-def test_trades_stored_with_numbers_of_another_type_are_compared(
-    decimal_db: tuple[str, str], tmp_path: Path
-) -> None:
+def test_trades_stored_with_numbers_of_another_type_are_compared(place: Place) -> None:
     """MONGODB_NUMERIC_TYPE was changed: of the same moment there are texts and decimals."""
-    place = Place(*decimal_db, tmp_path / "state")
     first, *_ = make_documents(1)
     for number, numeric in enumerate(("string", "decimal", "double", "string")):
         place.environ["MONGODB_NUMERIC_TYPE"] = numeric
@@ -1173,8 +1159,7 @@ def test_drain_without_a_mongodb(run_pyz: RunPyz) -> None:
     assert done.returncode == 78 and "MONGODB_HOST" in done.stderr
 
 
-def test_rejects_are_listed(decimal_db: tuple[str, str], tmp_path: Path, run_pyz: RunPyz) -> None:
-    place = Place(*decimal_db, tmp_path / "state")
+def test_rejects_are_listed(place: Place, run_pyz: RunPyz) -> None:
     assert run_pyz("--rejects", env=place.environ).stdout == "MongoDB has refused nothing\n"
     assert run_pyz("--rejects", "--json", env=place.environ).stdout == ""
     documents = with_own_prices(make_documents(3))

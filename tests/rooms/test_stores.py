@@ -25,9 +25,9 @@ import pymongo
 import pytest
 from bson.decimal128 import Decimal128
 from bson.int64 import Int64
-from conftest import unprivileged
+from conftest import controlled, unprivileged
 from kit.infoway_server import InfowayServer, make_record
-from kit.mongo_server import MongoServer
+from kit.mongo import MongoServer
 from kit.trades import CREATED, by_id, make_documents, make_trades, settings_of
 
 import stockrt
@@ -113,10 +113,8 @@ class MongoPlace:
             return list(collection.find().sort("_id", 1))
 
     def broken(self, document: Document) -> Document:
-        """A name that FerretDB refuses; elsewhere a field against the collection's rule, made here."""
+        """A field against the collection's rule, made here."""
         with self.collection() as collection:
-            if "ferretdb" in str(collection.database.client.server_info()).lower():
-                return document | {"$bad": 1}
             collection.database.command("collMod", "realtime", validator={"bad": {"$exists": False}})
             return document | {"bad": 1}
 
@@ -594,16 +592,10 @@ def test_mongo_index(mongo_place: MongoPlace) -> None:
     assert sorted(keys) == [[("_id", 1)], [("stock_code", 1), ("t", -1)]]
 
 
-@pytest.mark.parametrize(("numeric", "kind"), [("string", str), ("double", float)])
+@pytest.mark.parametrize(("numeric", "kind"), [("string", str), ("double", float), ("decimal", Decimal128)])
 def test_mongo_numeric_type(mongo_place: MongoPlace, numeric: str, kind: type) -> None:
     mongo_place.environ["MONGODB_NUMERIC_TYPE"] = numeric
     check_numbers(mongo_place, kind)
-
-
-def test_mongo_numeric_type_decimal(decimal_db: tuple[str, str], tmp_path: Path) -> None:
-    place = MongoPlace(*decimal_db, tmp_path / "state")
-    place.environ["MONGODB_NUMERIC_TYPE"] = "decimal"
-    check_numbers(place, Decimal128)
 
 
 def check_numbers(place: MongoPlace, kind: type) -> None:
@@ -651,16 +643,10 @@ def test_mongo_options_that_do_not_go_together_are_a_fault_of_the_settings() -> 
     assert SECRET not in str(caught.value)
 
 
-def ours(server: MongoServer) -> None:
-    """Skip where the server is not ours to kill or pause."""
-    if not server.controllable:
-        pytest.skip(f"{server.name} is not ours to kill")
-
-
 def test_mongo_that_hangs_is_given_up_and_used_again(
     mongo_server: MongoServer, mongo_place: MongoPlace
 ) -> None:
-    ours(mongo_server)
+    controlled(mongo_server)
     with contextlib.closing(mongo_store(with_options(mongo_place.uri, QUICK), mongo_place.name)) as store:
         assert store.write(make_documents(5)) == WriteReport(5, 0)
         mongo_server.pause()
@@ -675,9 +661,7 @@ def test_mongo_that_hangs_is_given_up_and_used_again(
 
 
 def test_mongo_that_was_killed_is_used_again(mongo_server: MongoServer, mongo_place: MongoPlace) -> None:
-    ours(mongo_server)
-    if not mongo_server.durable:
-        pytest.skip(f"{mongo_server.name} keeps nothing")
+    controlled(mongo_server)
     with contextlib.closing(mongo_store(with_options(mongo_place.uri, QUICK), mongo_place.name)) as store:
         assert store.write(make_documents(5)) == WriteReport(5, 0)
         mongo_server.kill()
@@ -691,9 +675,7 @@ def test_mongo_that_was_killed_is_used_again(mongo_server: MongoServer, mongo_pl
 def test_mongo_that_was_restarted_between_two_writes_is_not_noticed(
     mongo_server: MongoServer, mongo_place: MongoPlace
 ) -> None:
-    ours(mongo_server)
-    if not mongo_server.durable:
-        pytest.skip(f"{mongo_server.name} keeps nothing")
+    controlled(mongo_server)
     with contextlib.closing(mongo_store(mongo_place.uri, mongo_place.name)) as store:
         store.write(make_documents(5))
         mongo_server.restart()
@@ -750,15 +732,12 @@ def test_mongo_write_concern_and_time_limit(
     assert most_ms / 2 < limit_ms <= most_ms
 
 
-def test_mongo_duplicate_of_another_index_is_no_known_trade(
-    decimal_db: tuple[str, str], tmp_path: Path
-) -> None:
+def test_mongo_duplicate_of_another_index_is_no_known_trade(mongo_place: MongoPlace) -> None:
     """Only a trade's own `_id` says that it is there."""
-    place = MongoPlace(*decimal_db, tmp_path / "state")
-    with place.collection() as collection:
+    with mongo_place.collection() as collection:
         collection.create_index([("stock_code", 1)], unique=True)
     trade = make_trades(1)[0]
-    with opened(place) as store:
+    with opened(mongo_place) as store:
         assert store.write([to_document(trade, CREATED)]) == WriteReport(1, 0)
         other = to_document(trade._replace(p="7.77"), CREATED)
         done = store.write([to_document(trade, CREATED), other, *make_documents(1, first=9)])
