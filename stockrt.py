@@ -3149,7 +3149,7 @@ class MongoStore:
             self._make_index()
             self._collection().insert_many(encoded, ordered=False)
         except BulkWriteError as error:
-            report = self._sort_errors(error.details or {}, len(encoded), self.realtime_name)
+            report = self._sort_errors(error.details or {}, len(encoded))
             return report._replace(refused={**refused, **report.refused})
         except (PyMongoError, BSONError) as error:
             raise self._fault(error) from error
@@ -3253,7 +3253,7 @@ class MongoStore:
             self._collection(self.close_name).insert_many(documents, ordered=False)
         except BulkWriteError as error:
             details = error.details or {}
-            refused = self._sort_errors(details, len(documents), self.close_name).refused
+            refused = self._sort_errors(details, len(documents)).refused
             return {fault["op"]["_id"] for fault in details["writeErrors"]} - refused.keys(), refused
         return set(), {}
 
@@ -3336,42 +3336,22 @@ class MongoStore:
             return document
         return document | {name: self._convert(document[name]) for name in ("p", "v", "vw")}
 
-    def _sort_errors(self, details: Mapping[str, Any], total: int, name: str) -> WriteReport:
+    def _sort_errors(self, details: Mapping[str, Any], total: int) -> WriteReport:
         """Return what became of a batch with faults. Raises StoreAway when they are not the documents'."""
         if details.get("writeConcernErrors"):
             words = one_line(details["writeConcernErrors"][0].get("errmsg", "no more is known"))
             raise self._away(f"it did not confirm the write with its write concern: {words}")
         refused: dict[str, str] = {}
-        doubtful: list[str] = []
         known = 0
         for error in details.get("writeErrors", ()):
             words = self._settings.redact(one_line(error.get("errmsg", "no more is known"), 200))
-            duplicate = error.get("code") == DUPLICATE_KEY
-            if duplicate and _is_identity_taken(error):
+            if error.get("code") == DUPLICATE_KEY and _is_identity_taken(error):
                 known += 1
             elif error.get("code") in NOT_THE_DOCUMENTS_FAULT:
                 raise self._away(words)
             else:
                 refused[error["op"]["_id"]] = f"MongoDB refused it: {words}"
-                if duplicate and _is_identity_taken(error) is None:
-                    doubtful.append(error["op"]["_id"])
-        there = self._which_are_there(doubtful, name)
-        refused = {one: why for one, why in refused.items() if one not in there}
-        known += sum(one in there for one in doubtful)
         return WriteReport(total - known - len(refused), known, refused)
-
-    def _which_are_there(self, ids: Collection[str], name: str) -> set[str]:
-        """Return which of these `_id` a collection has. Raises StoreAway."""
-        from pymongo.errors import PyMongoError
-
-        if not ids:
-            return set()
-        try:
-            return {
-                found["_id"] for found in self._collection(name).find({"_id": {"$in": list(ids)}}, {"_id": 1})
-            }
-        except PyMongoError as error:
-            raise self._fault(error) from error
 
     def _fault(self, error: Exception) -> StoreAway:
         from pymongo.errors import ConnectionFailure, NotPrimaryError, PyMongoError
@@ -3386,15 +3366,12 @@ class MongoStore:
         return StoreAway(f"MongoDB at {shown} fails: {words}; see MONGODB_HOST", unreachable, words)
 
 
-def _is_identity_taken(error: Mapping[str, Any]) -> bool | None:
-    """Return whether a duplicate is one of `_id`; of an operator's own unique index it is a refusal.
-
-    None: the server does not say (FerretDB 1), and has to be asked.
-    """
+def _is_identity_taken(error: Mapping[str, Any]) -> bool:
+    """Return whether a duplicate is one of `_id`; of an operator's own unique index it is a refusal."""
     if "keyPattern" in error:
         return set(error["keyPattern"]) == {"_id"}
     index = re.search(r"index: (?:\S*\$)?(\S+)", error.get("errmsg", ""))  # servers that send no keyPattern
-    return None if index is None else index[1] == "_id_"
+    return index is not None and index[1] == "_id_"
 
 
 def _worse_close(close: Close, trade: Mapping[str, Any]) -> dict[str, Any]:

@@ -802,3 +802,23 @@ def test_same_run_twice_stores_nothing_twice(place: Place, infoway: InfowayServe
     assert len(place.documents()) == 10
     expected = sorted(identity(Trade(**make_record(code, tick))) for code in codes for tick in (0, 1))
     assert [document["_id"] for document in place.documents()] == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "taken"),
+    [
+        ({"keyPattern": {"_id": 1}, "errmsg": ""}, True),
+        ({"keyPattern": {"stock_code": 1}, "errmsg": ""}, False),
+        ({"keyPattern": {"_id": 1, "s": 1}, "errmsg": ""}, False),
+        (
+            {"errmsg": 'E11000 duplicate key error collection: a.realtime index: _id_ dup key: { : "x" }'},
+            True,
+        ),
+        ({"errmsg": 'E11000 duplicate key error index: a.realtime.$_id_ dup key: { : "x" }'}, True),
+        ({"errmsg": "E11000 duplicate key error collection: a.realtime index: s_1 dup key: { : 1 }"}, False),
+        ({"errmsg": "duplicate key"}, False),
+    ],
+)
+def test_which_index_a_duplicate_is_of(error: dict[str, Any], taken: bool) -> None:
+    """As servers of today say it, as those before 4.2 did, and as some say nothing."""
+    assert stockrt._is_identity_taken(error) is taken
