@@ -23,6 +23,8 @@ build=${STOCKRT_BUILD_DIR:-$here/.build}
 python=${PYTHON:-python3}
 out=$here/stockrt.pyz
 tool_lock=$here/.build-requirements.txt
+wheels=$build/wheels
+locked=
 work=
 
 usage() {
@@ -114,15 +116,29 @@ start_work() {
     trap 'rm -rf -- "$work" "$out.new.$$"' EXIT
 }
 
-# fetch DIR [UV-ARGUMENT ...]: unpacks the locked wheels of one interpreter on one machine.
+# fetch NAME [UV-ARGUMENT ...]: unpacks the locked wheels of one interpreter on one machine into work/abi/NAME.
+# They are kept as long as the lock stays the same: later builds, whichever Python builds, fetch nothing.
 fetch() {
-    local dir=$1
+    local name=$1 kept=$wheels/$locked/$1
     shift
-    uv pip install --no-deps --require-hashes --only-binary :all: --link-mode copy \
-        --python "$build/tool/bin/python" --target "$dir" "$@" -r "$here/requirements.txt"
+    if [ ! -d "$kept" ]; then
+        uv pip install --no-deps --require-hashes --only-binary :all: --link-mode copy \
+            --python "$build/tool/bin/python" --target "$work/fetched/$name" "$@" -r "$here/requirements.txt"
+        # whole at once; where another build was first, its folder is as good
+        mv -T -- "$work/fetched/$name" "$kept" 2>/dev/null || [ -d "$kept" ]
+    fi
+    ln -s -- "$kept" "$work/abi/$name"
 }
 
-fetch_native() { fetch "$work/abi/native"; }
+# What was fetched for other locks goes when it was of no use for a month.
+keep_wheels() {
+    locked=$( (echo "$UV_VERSION"; cat -- "$here/requirements.txt") | sha256sum | cut -c1-16)
+    mkdir -p "$wheels/$locked" "$work/abi"
+    touch -- "$wheels/$locked"
+    find "$wheels/" -mindepth 1 -maxdepth 1 -mtime +30 -exec rm -rf -- {} +
+}
+
+fetch_native() { fetch "native-$(stamp /dev/null | sha256sum | cut -c1-16)"; }
 
 # The machines of one version at once: measured, more at a time only wait for one another.
 fetch_all() {
@@ -130,7 +146,7 @@ fetch_all() {
     for version in "${PYTHONS[@]}"; do
         pids=()
         for machine in "${MACHINES[@]}"; do
-            fetch "$work/abi/$version-$machine" \
+            fetch "$version-$machine" \
                 --python-version "$version" --python-platform "$machine-manylinux_2_28" &
             pids+=($!)
         done
@@ -254,6 +270,7 @@ build_file() {
     check_python
     ensure_tools
     start_work
+    keep_wheels
     "$@"
     merge
     pack
