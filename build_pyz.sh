@@ -31,7 +31,9 @@ usage() {
     cat <<'TEXT'
 usage: ./build_pyz.sh                  build stockrt.pyz for CPython 3.11 to 3.15, x86_64 and aarch64
        ./build_pyz.sh --native         build stockrt.pyz for this interpreter and machine alone (fast)
-       ./build_pyz.sh test [ARG ...]   lint, check types, build, run all tests; ARGs go to pytest
+       ./build_pyz.sh test [ARG ...]   lint, check types, build, test; ARGs go to pytest (3 minutes)
+       ./build_pyz.sh test --long [ARG ...]  as well: every fault in more rounds, builds by every Python here,
+                                       the bench in short (10 minutes)
        ./build_pyz.sh bench [ARG ...]  build, then measure side by side with a plain loop; exit 1: a target missed
        sudo ./build_pyz.sh install     put stockrt.pyz and its systemd unit in place
        sudo ./build_pyz.sh uninstall   take both away; configuration and state stay
@@ -406,8 +408,33 @@ ensure_test_env() {
     stamp "$here/tests/requirements.txt" >"$venv/stamp"
 }
 
+# What the tests of this machine need, take and cannot try: said before anything of it begins.
+say_what_comes() {
+    local form=$1 lacking=()
+    local -A minutes=([quick]=3 [long]=10 [hour]=60)
+    [ "$(id -u)" = 0 ] || lacking+=("full disks, files of other users and the systemd unit: run as root")
+    command -v cc >/dev/null || lacking+=("power cuts and a clock that is set: install gcc and libc6-dev")
+    command -v unshare >/dev/null && command -v setpriv >/dev/null ||
+        lacking+=("names that nobody resolves: install util-linux")
+    command -v systemd-nspawn >/dev/null || lacking+=("the unit under a real systemd: install systemd-container")
+    echo "tests, $form: some ${minutes[$form]} minutes on 2 processors, 2 GB of memory, 1 GB in ${TMPDIR:-/tmp}"
+    [ -d "$build/test" ] || echo "first of all: tools and wheels are fetched into $build (300 MB, a minute more)"
+    for what in "${lacking[@]}"; do echo "skipped here: $what"; done
+} >&2
+
+# Most tests wait for other processes, not for the processor: twice as many at a time as there are processors.
+# pytest's own caches go where everything else does that is made here.
 run_tests() {
+    local form=${STOCKRT_TESTS:-quick} arguments=() argument
+    for argument in "$@"; do
+        case $argument in
+        --long) [ "$form" = hour ] || form=long ;;
+        *) arguments+=("$argument") ;;
+        esac
+    done
+    [[ $form =~ ^(quick|long|hour)$ ]] || fail "STOCKRT_TESTS is '$form': set quick, long or hour" 64
     check_python
+    say_what_comes "$form"
     ensure_tools
     ensure_test_env
     cd -- "$here"
@@ -418,8 +445,9 @@ run_tests() {
     "$bin/ruff" format --check stockrt.py tests
     "$bin/mypy" --strict stockrt.py tests
     (build_file fetch_all)
-    # two at a time, a file by one of them: most tests wait for other processes, not for the processor
-    "$bin/python" -B -m pytest -n 2 --dist loadfile tests "$@"
+    unset PYTHONDONTWRITEBYTECODE
+    PYTHONPYCACHEPREFIX=$build/pycache STOCKRT_TESTS=$form "$bin/python" -m pytest \
+        -n "$((2 * $(nproc)))" --dist loadgroup --durations 10 tests "${arguments[@]}"
 }
 
 # The bench starts servers of the tests; what it measures is the file that users get.

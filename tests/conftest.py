@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 import pytest
+from kit.daemons import EXTENT
 from kit.fault_world import ServiceManager, World
 from kit.infoway_server import InfowayServer
 from kit.mongo import MongoServer, ReplicaSet, Unavailable, find_mongod, find_server, fresh_database
@@ -63,8 +64,8 @@ def controlled(server: MongoServer) -> MongoServer:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked `long`, unless STOCKRT_LONG=1 asks for it."""
-    if os.environ.get("STOCKRT_LONG") == "1":
+    """Leave out what is marked `long`, unless STOCKRT_TESTS asks for it."""
+    if EXTENT != "quick":
         return
     left_out = [item for item in items if item.get_closest_marker("long")]
     items[:] = [item for item in items if item not in left_out]
@@ -82,8 +83,11 @@ def pyz() -> Path:
 
 @pytest.fixture(scope="session")
 def shiv_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the program unpacks itself, once for all tests."""
-    return tmp_path_factory.mktemp("shiv")
+    """Where the program unpacks itself, once for all tests of all workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shiv"
+    shared.mkdir(exist_ok=True)
+    return shared
 
 
 @pytest.fixture

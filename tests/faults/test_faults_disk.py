@@ -138,7 +138,7 @@ def _pages(content: bytes, row: bytes) -> set[int]:
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_what_can_be_read_of_a_damaged_spool_arrives(damage: Damage, spooled: World) -> None:
-    rounds, rng = number(3, 50), seeded(damage.__name__)
+    rounds, rng = number(3, 50, quick=1), seeded(damage.__name__)
     world = spooled
     sound = world.spool_path.read_bytes()
     total = Account(0, set(), 0, set(), set())
@@ -185,7 +185,7 @@ def test_a_log_with_random_bytes_costs_nothing_outside_of_them(
     make_world: MakeWorld, mongo_proxy: MongoProxy
 ) -> None:
     """Kill -9, and the write-ahead log, where everything still is, is overwritten at a random place."""
-    rounds, rng = number(3, 50), seeded("log overwritten")
+    rounds, rng = number(3, 50, quick=1), seeded("log overwritten")
     world = make_world(mongo_proxy.uri + QUICK)
     mongo_proxy.down()
     world.start()

@@ -18,7 +18,7 @@ from kit.mongo_proxy import MongoProxy
 def test_killed_at_random_moments_it_loses_and_doubles_nothing(
     time: int, make_world: MakeWorld, mongo_server: MongoServer, mongo_proxy: MongoProxy
 ) -> None:
-    rounds, rng = number(6, 20), seeded(f"kill {time}")
+    rounds, rng = number(6, 20, quick=3), seeded(f"kill {time}")
     world = make_world(mongo_proxy.uri + QUICK)
     with mongo_server.failing("insert", block_ms=20):  # a drain takes long enough to be met by the kill
         for turn in range(rounds):

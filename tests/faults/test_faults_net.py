@@ -165,7 +165,7 @@ def test_a_replica_set_behind_an_srv_record_survives_elections(
     name_server: NameServer,
     wrapper: tuple[str, ...],
 ) -> None:
-    rounds = number(4, 50)
+    rounds = number(4, 50, quick=1)
     ports = {letter: member.proxy.port for letter, member in zip("abc", replica_set.members, strict=True)}
     name_server.records[(f"_mongodb._tcp.db.{ZONE}", "SRV")] = [
         f"0 0 {port} {letter}.{ZONE}." for letter, port in ports.items()

@@ -61,8 +61,8 @@ def _unmasked(frame: bytes) -> dict[str, Any]:
 def test_power_cut_at_any_moment_loses_nothing_that_was_acknowledged(
     make_world: MakeWorld, mongo_proxy: MongoProxy, disk_shim: Path, tmp_path: Path
 ) -> None:
-    rounds, rng = number(150, 2000), seeded("power")
-    world, events = _recorded(make_world, mongo_proxy, disk_shim, tmp_path, number(60, 400))
+    rounds, rng = number(150, 2000, quick=50), seeded("power")
+    world, events = _recorded(make_world, mongo_proxy, disk_shim, tmp_path, number(60, 400, quick=24))
     cuts = sorted(rng.sample(range(len(events)), min(rounds, len(events))))
     total = _cut_at(cuts, events, world, rng, tmp_path / "rebuilt")
     balanced("power", len(cuts), total, world.daemon.log)
@@ -71,8 +71,8 @@ def test_power_cut_at_any_moment_loses_nothing_that_was_acknowledged(
 def test_stockrt_goes_on_after_a_power_cut(
     make_world: MakeWorld, mongo_proxy: MongoProxy, disk_shim: Path, tmp_path: Path, run_pyz: RunPyz
 ) -> None:
-    rounds, rng = number(6, 60), seeded("after power cut")
-    world, events = _recorded(make_world, mongo_proxy, disk_shim, tmp_path, 60)
+    rounds, rng = number(6, 60, quick=2), seeded("after power cut")
+    world, events = _recorded(make_world, mongo_proxy, disk_shim, tmp_path, number(60, 60, quick=24))
     cuts = set(rng.sample(range(len(events) // 3, len(events)), rounds))
     mongo_proxy.up()
     disk, wire = Disk(world.state), Wire()
@@ -171,7 +171,7 @@ def test_a_wal_cut_at_every_frame_holds_the_transactions_up_to_there(
     world = make_world(mongo_proxy.uri + QUICK)
     mongo_proxy.down()
     world.start()
-    for size in range(1, number(40, 120)):
+    for size in range(1, number(40, 120, quick=20)):
         world.send(1 + size % 11)
     world.answered()
     world.kill()

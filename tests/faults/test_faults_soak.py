@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import MakeWorld
-from kit.daemons import LONG, PATIENCE
+from kit.daemons import PATIENCE, number
 from kit.fault_world import QUICK, ServiceManager, World, balanced, descriptors, proc_status, seeded
 from kit.infoway_server import REFUSALS, Answer
 from kit.mongo import NOT_PRIMARY, NOT_REPLICATED, MongoServer
@@ -26,7 +26,7 @@ from kit.shims import WallClock
 from faults.test_faults_disk import TinyDisk, tiny_disk  # noqa: F401 - a fixture
 from faults.test_faults_net import name_server, wrapper  # noqa: F401 - fixtures
 
-MINUTES = float(os.environ.get("STOCKRT_SOAK_MINUTES") or (20 if LONG else 0.3))
+MINUTES = float(os.environ.get("STOCKRT_SOAK_MINUTES") or number(0.3, 20.0, quick=0.1))
 # The first part of a run, in which caches fill and pools come to their size: measured, 10 minutes. After 5 of a
 # run of 20 the resident memory still grew at 2.9 MiB/h, after 10 at 0.96.
 WARM_UP = 0.5
@@ -34,7 +34,7 @@ SLOPE_MIB_PER_HOUR = 1.0
 # Shorter runs say nothing about a slope.
 MINUTES_FOR_A_SLOPE = 15
 WATCHDOG_S = 20.0
-FAULT_S = (0.2, 4.0) if LONG else (0.2, 1.0)
+FAULT_S = (0.2, number(1.0, 4.0))
 
 
 @dataclass

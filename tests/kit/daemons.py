@@ -13,22 +13,29 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import stockrt
 
 PROGRAM = Path(stockrt.__file__).resolve()
 ROOT_FOLDER = PROGRAM.parent
-# The long numbers instead of the short ones: minutes instead of seconds.
-LONG = os.environ.get("STOCKRT_LONG") == "1"
+# How much is tried: "quick" after every change; "long" as well what takes more rounds; "hour" takes one.
+EXTENTS = ("quick", "long", "hour")
+EXTENT = os.environ.get("STOCKRT_TESTS") or "quick"
+if EXTENT not in EXTENTS:
+    raise SystemExit(f"STOCKRT_TESTS is {EXTENT!r}, but must be one of {', '.join(EXTENTS)}")
+HOUR = EXTENT == "hour"
+N = TypeVar("N", int, float)
 # A wait for something that must happen; long, because a busy machine is slow, not wrong.
 PATIENCE = 30.0
 HASH = "-4611686018427387904"
 
 
-def number(short: int, long: int) -> int:
-    """Return the short form's number, or the long one's."""
-    return long if LONG else short
+def number(short: N, hour: N, quick: N | None = None) -> N:
+    """Return how many rounds, seconds ... it shall be: `hour` for that extent, `quick`, if any, for that one."""
+    if HOUR:
+        return hour
+    return quick if quick is not None and EXTENT == "quick" else short
 
 
 def until(holds: Callable[[], object], timeout: float = PATIENCE) -> bool:

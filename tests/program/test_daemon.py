@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 from kit.daemons import (
     HASH,
-    LONG,
     PATIENCE,
     ROOT_FOLDER,
     ProcessDaemon,
@@ -337,7 +336,7 @@ def test_pings_are_answered_at_once_while_the_api_is_slow(
 def test_fifteen_commands_at_once_are_fifteen_results(
     infoway: InfowayServer, start_daemon: StartDaemon, state: Path
 ) -> None:
-    infoway.latency = 4.0 if LONG else 0.3
+    infoway.latency = number(0.3, 4.0, quick=0.1)
     with PlatformServer(ping_every=1) as server:
         server.know(HASH)
         start_daemon(server)

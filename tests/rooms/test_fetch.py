@@ -1182,19 +1182,27 @@ def test_plain_http_server_called_https(infoway: InfowayServer, tmp_path: Path) 
 # -------------------------------------------------------------------------------------------------- stopping
 
 
-def fetch_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "stockrt-fetch"]
+def fetch_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "stockrt-fetch"}
 
 
-def check_threads_end() -> None:
-    """The client's threads are gone or go now."""
-    deadline = time.monotonic() + SOON_S
-    for thread in fetch_threads():
-        thread.join(max(0.0, deadline - time.monotonic()))
-    assert not fetch_threads()
+@pytest.fixture
+def check_threads_end() -> Callable[[], None]:
+    """Fail unless the client's threads are gone or go now; those that an earlier test has left are not its."""
+    others = fetch_threads()
+
+    def check() -> None:
+        deadline = time.monotonic() + SOON_S
+        for thread in fetch_threads() - others:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        assert fetch_threads() <= others
+
+    return check
 
 
-def test_stop_ends_a_run_under_a_hanging_server(infoway: InfowayServer, tmp_path: Path) -> None:
+def test_stop_ends_a_run_under_a_hanging_server(
+    infoway: InfowayServer, tmp_path: Path, check_threads_end: Callable[[], None]
+) -> None:
     codes = share_codes(1_000)
     first = iter([None])  # the usual answer once, then silence
     infoway.script = lambda _: next(first, Answer.hang())
@@ -1233,7 +1241,9 @@ def test_stop_ends_a_request_of_the_callers_own_thread(
 
 
 @pytest.mark.parametrize("answer", [Answer.hang(), REFUSALS["503_html"].with_headers(("Retry-After", "50"))])
-def test_stop_ends_every_wait(infoway: InfowayServer, tmp_path: Path, answer: Answer) -> None:
+def test_stop_ends_every_wait(
+    infoway: InfowayServer, tmp_path: Path, check_threads_end: Callable[[], None], answer: Answer
+) -> None:
     """For an answer, for the back-off, and for the key of a plan with few requests."""
     infoway.script = [answer]
     stop = threading.Event()
@@ -1301,7 +1311,7 @@ def test_what_was_fetched_before_the_stop_is_stored(tmp_path: Path) -> None:
         assert len(read_back(tmp_path)) == 2_000
 
 
-def test_threads_and_files_do_not_leak(tmp_path: Path) -> None:
+def test_threads_and_files_do_not_leak(tmp_path: Path, check_threads_end: Callable[[], None]) -> None:
     with InfowayServer(latency=0.005) as server:
         for number in range(50):
             stop = threading.Event()
