@@ -164,7 +164,7 @@ def test_the_quick_platform_waits_for_the_answer_to_its_own_command() -> None:
             for name in ("another", command["meta"]["execution_id"]):
                 ws.send(json.dumps({"meta": {"execution_id": name}, "codes": command["args"]["code_list"]}))
             said.append(ws.recv())
-            ws.close()
+            ws.close(timeout=0)
 
         thread = threading.Thread(target=module)
         thread.start()

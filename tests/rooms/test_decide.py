@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from kit.infoway_server import REFUSALS
 
 from stockrt import (
     BACKOFF_CAP_S,
@@ -141,9 +142,40 @@ def test_every_answer_of_the_documentation_leads_to_its_action(
     assert words in verdict.reason
 
 
+OF_REFUSALS = {
+    Action.SLOW_DOWN: ("200_rate_limit", "429_json", "429_html", "ret_501"),
+    Action.RETRY: (
+        "ret_500",
+        "500_empty",
+        "500_json",
+        "502_html",
+        "503_html",
+        "503_json",
+        "504_empty",
+        "ret_0",
+    ),
+    Action.GIVE_UP: ("ret_505", "ret_506", "ret_507", "400_problem", "404_problem"),
+    Action.KEY_DEAD: ("401_token_invalid", "ret_509"),
+    Action.KEY_DAY_OVER: ("ret_502",),
+    Action.KEY_LACKS_PRODUCT: ("ret_514",),
+    Action.CODES_UNKNOWN: ("ret_508", "ret_500_not_exists"),
+}
+
+
+def test_every_refusal_that_the_simulator_knows_leads_to_its_action() -> None:
+    """Word for word as the API gives them."""
+    found: dict[Action, set[str]] = {}
+    for name, refusal in REFUSALS.items():
+        verdict = verdict_on(refusal.body or b"", refusal.status)
+        assert verdict.reason and not verdict.records
+        found.setdefault(verdict.action, set()).add(name)
+    assert found == {action: set(names) for action, names in OF_REFUSALS.items()}
+
+
 @pytest.mark.parametrize(
     "body",
     [
+        b'{"ret":200,"data":[{"s":"\xff"}]}',
         "",
         " ",
         "<html>OK</html>",
@@ -176,7 +208,7 @@ def test_every_answer_of_the_documentation_leads_to_its_action(
     ],
     ids=lambda body: str(body)[:40],
 )
-def test_a_success_that_is_not_one_is_asked_again(body: str) -> None:
+def test_a_success_that_is_not_one_is_asked_again(body: str | bytes) -> None:
     """HTTP 200 says nothing; only ret 200 with a list of data, or null, is an answer."""
     assert verdict_on(body).action is Action.RETRY
 

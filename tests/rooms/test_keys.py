@@ -638,9 +638,10 @@ def test_the_database_holds_no_key(start: Start, mongo_db: Place) -> None:
 
 
 def test_away_from_mongodb_each_counts_alone_says_so_and_comes_back(
-    start: Start, caplog: pytest.LogCaptureFixture
+    start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The local windows and the local day still hold; MongoDB is asked again after a while."""
+    monkeypatch.setattr(stockrt, "LEDGER_TIMEOUT_S", 0.3)
     clock = Clock()
     place = ("mongodb://127.0.0.1:9/", "nowhere")
     alone = start({FIRST: Plan("x", 2, 120, 1000)}, clock, place)

@@ -629,7 +629,8 @@ def test_mongo_away_is_said_within_a_time_limit() -> None:
     assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_mongo_check_says_that_it_is_away() -> None:
+def test_mongo_check_says_that_it_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stockrt, "MONGODB_SELECTION_TIMEOUT_MS", 300)
     uri = f"mongodb://user:{SECRET}@127.0.0.1:{nobody_listens()}/?{QUICK}"
     with contextlib.closing(mongo_store(uri)) as store, pytest.raises(StoreError) as caught:
         store.check()
