@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -79,32 +80,22 @@ def test_trades_are_the_same_until_the_tick(http: urllib3.PoolManager, infoway: 
     assert [request.codes for request in infoway.requests] == [CODES] * 3
 
 
-@pytest.mark.parametrize("code", ["AAPL.US", "BTCUSDT", "USDCNY", "00700.HK", "2330.TW"])
-def test_turnover_is_price_times_volume(code: str) -> None:
-    for tick in range(50):
+def test_turnover_is_price_times_volume() -> None:
+    for code, tick in itertools.product(("AAPL.US", "BTCUSDT", "USDCNY", "00700.HK", "2330.TW"), range(50)):
         record = make_record(code, tick)
         assert Decimal(record["vw"]) == Decimal(record["p"]) * Decimal(record["v"])
         assert "E" not in record["vw"]
 
 
-@pytest.mark.parametrize(
-    ("product", "code"),
-    [
-        *(("stock", code) for code in (*CODES, ".DJI.US", "BRK.B.US")),
-        ("japan", "7203.JP"),
-        ("korea", "005930.KS"),
-        ("india", "RELIANCE.IN"),
-        ("taiwan", "2330.TW"),
-        ("crypto", "BTCUSDT"),
-        ("common", "USDCNY"),
-        ("common", "XAUUSD"),
-    ],
-)
-def test_a_code_is_known_to_its_product_alone(http: urllib3.PoolManager, product: str, code: str) -> None:
-    with InfowayServer() as server:
-        for name in ("stock", "japan", "korea", "india", "taiwan", "crypto", "common"):
-            _, answer = ask(http, server, f"/{name}/batch_trade/{code}")
-            assert answer["ret"] == (200 if name == product else 508)
+def test_a_code_is_known_to_its_product_alone(http: urllib3.PoolManager, infoway: InfowayServer) -> None:
+    codes = {
+        "stock": (*CODES, ".DJI.US", "BRK.B.US"), "japan": ("7203.JP",), "korea": ("005930.KS",),
+        "india": ("RELIANCE.IN",), "taiwan": ("2330.TW",), "crypto": ("BTCUSDT",), "common": ("USDCNY", "XAUUSD"),
+    }  # fmt: skip
+    for product, name in itertools.product(codes, codes):
+        for code in codes[product]:
+            _, answer = ask(http, infoway, f"/{name}/batch_trade/{code}")
+            assert answer["ret"] == (200 if name == product else 508), f"{code} at {name}"
 
 
 def test_unknown_codes_are_missing(http: urllib3.PoolManager, infoway: InfowayServer) -> None:
@@ -182,7 +173,6 @@ def test_half_bad_answer_has_every_spoilt_record(http: urllib3.PoolManager, info
     assert all(bad != infoway.record(code) for bad, code in zip(data[good:-3], codes[good:], strict=True))
 
 
-GOOD = {"chunked": Answer.chunked(), "gzip": Answer.gzip(), "drip": Answer.drip("body", 0.0)}
 BROKEN = {
     "short_body": Answer.short_body(),
     "cut_before_answer": Answer.cut_before_answer(),
@@ -197,46 +187,40 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("name", GOOD)
-def test_odd_but_good_delivery(http: urllib3.PoolManager, infoway: InfowayServer, name: str) -> None:
-    infoway.script = [GOOD[name]]
+def test_odd_but_good_delivery(http: urllib3.PoolManager, infoway: InfowayServer) -> None:
+    infoway.script = [Answer.chunked(), Answer.gzip(), Answer.drip("body", 0.0)]
     headers = KEY | {"Accept-Encoding": "gzip"}
-    for _ in range(2):
+    for _ in range(4):
         got = http.request("GET", f"{infoway.url}/stock/batch_trade/AAPL.US", headers=headers)
         assert got.json()["data"] == [infoway.record("AAPL.US")]
     assert infoway.connections == 1
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_delivery(http: urllib3.PoolManager, infoway: InfowayServer, name: str) -> None:
-    infoway.script = [BROKEN[name]]
+def test_broken_delivery(http: urllib3.PoolManager, infoway: InfowayServer) -> None:
     url = f"{infoway.url}/stock/batch_trade/AAPL.US"
-    with pytest.raises(urllib3.exceptions.HTTPError):
-        http.request("GET", url, headers=KEY, timeout=0.2)
-    assert http.request("GET", url, headers=KEY).json()["ret"] == 200
+    for name, answer in BROKEN.items():
+        infoway.script = [answer]
+        with pytest.raises(urllib3.exceptions.HTTPError):
+            pytest.fail(f"{name}: {http.request('GET', url, headers=KEY, timeout=0.2).data!r}")
+        assert http.request("GET", url, headers=KEY).json()["ret"] == 200
 
 
-@pytest.mark.parametrize("name", ["malformed", "empty", "html", "understated"])
-def test_whole_answer_that_is_no_json(http: urllib3.PoolManager, infoway: InfowayServer, name: str) -> None:
-    answers = {
-        "malformed": Answer.malformed_json(),
-        "empty": Answer.empty(),
-        "html": Answer.html(),
-        "understated": Answer.understated_length(),
-    }
-    infoway.script = [answers[name]]
-    got = http.request("GET", f"{infoway.url}/stock/batch_trade/AAPL.US", headers=KEY)
-    assert got.status == 200
-    with pytest.raises(ValueError, match=r"Expecting|Unterminated"):
-        got.json()
+def test_whole_answer_that_is_no_json(http: urllib3.PoolManager, infoway: InfowayServer) -> None:
+    for answer in (Answer.malformed_json(), Answer.empty(), Answer.html(), Answer.understated_length()):
+        infoway.script = [answer]
+        got = http.request("GET", f"{infoway.url}/stock/batch_trade/AAPL.US", headers=KEY)
+        assert got.status == 200
+        with pytest.raises(ValueError, match=r"Expecting|Unterminated"):
+            got.json()
+        http.clear()  # what follows an understated length would be the next answer
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_huge_answer(http: urllib3.PoolManager, infoway: InfowayServer, chunked: bool) -> None:
-    infoway.script = [Answer.huge(3_000_000, chunked=chunked)]
-    got = http.request("GET", f"{infoway.url}/stock/batch_trade/AAPL.US", headers=KEY)
-    assert len(got.data) > 3_000_000
-    assert got.json()["data"] == []
+def test_huge_answer(http: urllib3.PoolManager, infoway: InfowayServer) -> None:
+    for chunked in (False, True):
+        infoway.script = [Answer.huge(3_000_000, chunked=chunked)]
+        got = http.request("GET", f"{infoway.url}/stock/batch_trade/AAPL.US", headers=KEY)
+        assert len(got.data) > 3_000_000
+        assert got.json()["data"] == []
 
 
 def test_large_answers_from_few_bytes(http: urllib3.PoolManager, infoway: InfowayServer) -> None:
