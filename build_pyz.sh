@@ -417,7 +417,7 @@ say_what_comes() {
     command -v unshare >/dev/null && command -v setpriv >/dev/null ||
         lacking+=("names that nobody resolves: install util-linux")
     command -v systemd-nspawn >/dev/null || lacking+=("the unit under a real systemd: install systemd-container")
-    echo "tests, $form: some ${minutes[$form]} minutes on 2 processors, 2 GB of memory, 1 GB in ${TMPDIR:-/tmp}"
+    echo "tests, $form: some ${minutes[$form]} minutes on 2 processors, 4 GB of memory, 2 GB in ${TMPDIR:-/tmp}"
     [ -d "$build/test" ] || echo "first of all: tools and wheels are fetched into $build (300 MB, a minute more)"
     for what in "${lacking[@]}"; do echo "skipped here: $what"; done
 } >&2
@@ -447,7 +447,7 @@ run_tests() {
     (build_file fetch_all)
     unset PYTHONDONTWRITEBYTECODE
     PYTHONPYCACHEPREFIX=$build/pycache STOCKRT_TESTS=$form "$bin/python" -m pytest \
-        -n "$((2 * $(nproc)))" --dist loadgroup --durations 10 tests "${arguments[@]}"
+        -n "$((2 * $(nproc)))" --durations 10 tests "${arguments[@]}"
 }
 
 # The bench starts servers of the tests; what it measures is the file that users get.

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+import hypothesis
 import pytest
 from kit.daemons import EXTENT
 from kit.fault_world import ServiceManager, World
@@ -17,9 +18,14 @@ from kit.infoway_server import InfowayServer
 from kit.mongo import MongoServer, ReplicaSet, Unavailable, find_mongod, find_server, fresh_database
 from kit.mongo_proxy import MongoProxy
 from kit.shims import NoCompiler, WallClock, build_shim
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parent.parent
 NOBODY = 65534
+
+# A busy machine is slow, not wrong.
+hypothesis.settings.register_profile("stockrt", deadline=None)
+hypothesis.settings.load_profile("stockrt")
 
 
 @contextlib.contextmanager
@@ -70,6 +76,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if item.get_closest_marker("long")]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+
+
+class OneByOne(LoadScopeScheduling):  # type: ignore[misc]
+    """Each test is for whichever worker is free, but the files that share something dear are for one of them."""
+
+    # The bench in short, and a booted box.
+    whole = ("bench/test_bench.py", "program/test_systemd.py")
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if file.endswith(self.whole) else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> OneByOne | None:
+    """Spread the tests as OneByOne says, unless --dist asks for something else."""
+    return OneByOne(config, log) if config.getoption("dist") == "load" else None
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,8 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TypeVar
 
 import bson
 import pymongo
@@ -23,7 +21,6 @@ from bench.quick_infoway import make_answer
 from bench.quick_platform import QuickPlatform, read_frame
 
 BENCH = Path(bench.__file__)
-Test = TypeVar("Test", bound=Callable[..., None])
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +35,7 @@ def short_run(pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleName
     return SimpleNamespace(table=done.stdout, svg=svg.read_text("utf-8"))
 
 
-def in_short(test: Test) -> Test:
-    """A test of the one run of the short form: it takes long, and one worker makes it for all."""
-    marked: Test = pytest.mark.long(pytest.mark.xdist_group("bench in short")(test))
-    return marked
-
-
-@in_short
+@pytest.mark.long
 @pytest.mark.parametrize(
     "row",
     ["throughput, no latency", "CPU per 100,000 trades", "its close written too", "into a real server:",
@@ -58,7 +49,7 @@ def test_the_short_form_measures_every_row(short_run: SimpleNamespace, row: str)
     assert any(character.isdigit() for character in line.partition(row)[2])
 
 
-@in_short
+@pytest.mark.long
 def test_it_draws_what_it_measured(short_run: SimpleNamespace) -> None:
     assert "<svg" in short_run.svg
     for word in ("trades/s", "sdk", "execute to result"):

@@ -46,7 +46,8 @@ from kit.platform_server import (
 import stockrt
 from stockrt import Command, Journal
 
-SOON_S = 1.0
+# For what a wait of several seconds must not hold up, on a busy machine too.
+SOON_S = 2.0
 # A server that forgets a session as soon as its connection is gone, so that a test need not wait for its sweep.
 FORGETFUL: dict[str, Any] = {"zombies": False}
 
@@ -317,7 +318,7 @@ def test_an_odd_execution_id_is_served_like_any_other(
 def test_pings_are_answered_at_once_while_the_api_is_slow(
     infoway: InfowayServer, start_daemon: StartDaemon
 ) -> None:
-    latency, every = number(4.0, 15.0, quick=2.0), number(1.0, 5.0, quick=0.5)
+    latency, every = number(4.0, 15.0), number(1.0, 5.0, quick=0.5)
     infoway.latency = lambda request: latency if request.codes else 0.0
     with PlatformServer(ping_every=every, ws_ping_every=every) as server:
         server.know(HASH)
@@ -1075,7 +1076,7 @@ def test_a_running_execution_that_does_not_end_is_cut_short(
     else:
         platform.shutdown_module()
     assert daemon.wait(40) == 0
-    assert 19 < time.monotonic() - started < 25
+    assert 19 < time.monotonic() - started < 40
     if how == "signal":
         assert journalled(state, where="answer IS NULL") == [running]
     else:

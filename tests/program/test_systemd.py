@@ -25,8 +25,6 @@ from kit.mongo import SET_NAME, MongoServer
 from kit.platform_server import PlatformServer
 from kit.systemd_box import Box, BoxError
 
-# One box for all, in one worker.
-pytestmark = pytest.mark.xdist_group("systemd")
 UNIT = ROOT / "stockrt.service"
 # Most exposure that `systemd-analyze security` may find, in tenths.
 MOST_EXPOSURE = 12

@@ -355,7 +355,7 @@ def test_while_nothing_can_be_written_no_document_is_taken_for_poison(
     environ = place.environ | {"MONGODB_HOST": place.environ["MONGODB_HOST"].replace("=1000", "=100")}
     with contextlib.closing(MongoStore(settings_of(environ))) as mongo:
         drain = Drain(spool, mongo, lambda documents: None)
-        for _ in range(8):
+        for _ in range(stockrt.POISON_TRIES + 1):
             with pytest.raises(StoreAway):
                 drain.step()
     assert spool.rejects() == [] and len(place.waiting()) == 3
