@@ -417,8 +417,8 @@ say_what_comes() {
     command -v unshare >/dev/null && command -v setpriv >/dev/null ||
         lacking+=("names that nobody resolves: install util-linux")
     command -v systemd-nspawn >/dev/null || lacking+=("the unit under a real systemd: install systemd-container")
-    echo "tests, $form: some ${minutes[$form]} minutes on 2 processors, 4 GB of memory, 2 GB in ${TMPDIR:-/tmp}"
-    [ -d "$build/test" ] || echo "first of all: tools and wheels are fetched into $build (300 MB, a minute more)"
+    echo "tests, $form: all of them take some ${minutes[$form]} minutes on 2 processors, 4 GB of memory, 2 GB in ${TMPDIR:-/tmp}"
+    [ -d "$build/test" ] || echo "first of all: tools and wheels are fetched into $build (600 MB, a minute more)"
     for what in "${lacking[@]}"; do echo "skipped here: $what"; done
 } >&2
 

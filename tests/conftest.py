@@ -23,6 +23,10 @@ from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 ROOT = Path(__file__).resolve().parent.parent
 NOBODY = 65534
 
+# Where this process keeps what it compiles is not for those that it starts: their files come and go.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.pop("PYTHONPYCACHEPREFIX", None)
+
 # A busy machine is slow, not wrong.
 hypothesis.settings.register_profile("stockrt", deadline=None)
 hypothesis.settings.load_profile("stockrt")
