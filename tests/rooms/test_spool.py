@@ -1124,9 +1124,13 @@ def test_drain_moves_everything_and_says_so(place: Place, run_pyz: RunPyz) -> No
     assert "0 moved" in run_pyz("--drain", env=place.environ).stderr
 
 
-def test_drain_shows_a_bar_on_a_terminal(place: Place, pyz: Path, clean_env: dict[str, str]) -> None:
+def test_drain_shows_a_bar_on_a_terminal(
+    place: Place, mongo_server: MongoServer, pyz: Path, clean_env: dict[str, str]
+) -> None:
     Spool(place.state, MEGABYTE << 10).write(make_documents(2500))
-    done, shown = on_a_terminal([sys.executable, str(pyz), "--drain"], clean_env | place.environ)
+    # a bar is drawn ten times a second, and so much slower than MongoDB writes
+    with controlled(mongo_server).failing("insert", block_ms=200):
+        done, shown = on_a_terminal([sys.executable, str(pyz), "--drain"], clean_env | place.environ)
     assert done == 0
     assert re.search(r"\| \d000/2500 \[", shown) and "2500 moved" in shown
 
