@@ -33,7 +33,7 @@ usage: ./build_pyz.sh                  build stockrt.pyz for CPython 3.11 to 3.1
        ./build_pyz.sh --native         build stockrt.pyz for this interpreter and machine alone (fast)
        ./build_pyz.sh test [ARG ...]   lint, check types, build, test; ARGs go to pytest (3 minutes)
        ./build_pyz.sh test --long [ARG ...]  as well: every fault in more rounds, builds by every Python here,
-                                       the bench in short (10 minutes)
+                                       the bench in short (5 minutes)
        ./build_pyz.sh bench [ARG ...]  build, then measure side by side with a plain loop; exit 1: a target missed
        sudo ./build_pyz.sh install     put stockrt.pyz and its systemd unit in place
        sudo ./build_pyz.sh uninstall   take both away; configuration and state stay
@@ -411,7 +411,7 @@ ensure_test_env() {
 # What the tests of this machine need, take and cannot try: said before anything of it begins.
 say_what_comes() {
     local form=$1 lacking=()
-    local -A minutes=([quick]=3 [long]=10 [hour]=60)
+    local -A minutes=([quick]=3 [long]=5 [hour]=60)
     [ "$(id -u)" = 0 ] || lacking+=("full disks, files of other users and the systemd unit: run as root")
     command -v cc >/dev/null || lacking+=("power cuts and a clock that is set: install gcc and libc6-dev")
     command -v unshare >/dev/null && command -v setpriv >/dev/null ||

@@ -172,7 +172,8 @@ def test_a_write_whose_answer_is_lost_is_one_document(
     spoiled: Spoiled, make_world: MakeWorld, mongo_server: MongoServer, mongo_proxy: MongoProxy
 ) -> None:
     rounds, rng = number(30, 500, quick=12), seeded("lost reply")
-    world = make_world(mongo_proxy.uri + QUICK)
+    # what is made up is no change that the server tells of: the client learns at the next heartbeat that it is well
+    world = make_world(f"{mongo_proxy.uri}{QUICK}&heartbeatFrequencyMS=500")
     world.start()
     with spoiled(mongo_server, mongo_proxy, rng) as met:
         for place in range(rounds):

@@ -50,7 +50,8 @@ from stockrt import (
     WriteReport,
 )
 
-QUICK = "serverSelectionTimeoutMS=1000&timeoutMS=1000"
+# A fault that is made up is no change that the server tells of: that it is well is learnt at the next heartbeat.
+QUICK = "serverSelectionTimeoutMS=1000&timeoutMS=1000&heartbeatFrequencyMS=500"
 MEGABYTE = 1 << 20
 HASH = "a1b2c3d4e5f6"
 
