@@ -15,7 +15,8 @@ where no MongoDB is configured. Data goes one way through the rooms below, leave
 
     text -> codes -> batches -> answers -> trades -> documents -> store -> report -> text
 
-Rooms: errors, settings, instruments, quota, Infoway, stores, collector, platform, systemd, command line.
+Rooms: errors, tools, settings, instruments, events, HTTP, local files, quota, Infoway, stores, delivery, closing
+prices, run, platform protocol, platform link, command journal, daemon, service manager, command line.
 """
 
 from __future__ import annotations
@@ -146,6 +147,46 @@ class SpoolFull(StoreError):
     """The limit of what may wait on this machine is reached; what waits is kept."""
 
 
+class LostCommand(StoreError):
+    """A command of the journal that nobody can read any more."""
+
+
+class RegistrationError(StockrtError):
+    """The platform did not register the module; says what to do."""
+
+
+class DialError(StockrtError):
+    """No connection could be made; `status` is the HTTP status of a refused handshake, 0 without one."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class LinkLost(StockrtError):
+    """The connection is gone."""
+
+
+# ======================================================================================================
+# Tools: one line, times, whole files, the state directory, back-off, a throttle for what repeats
+# ======================================================================================================
+
+
+class Clock:
+    """The time: of the wall, and of what only counts how long something takes. Tests hand in one of their own."""
+
+    def wall(self) -> float:
+        """Return epoch seconds."""
+        return time.time()
+
+    def monotonic(self) -> float:
+        """Return seconds that no setting of the clock changes."""
+        return time.monotonic()
+
+
+SYSTEM_CLOCK = Clock()
+
+
 def one_line(text: object, limit: int = 300) -> str:
     """Return `text` as one printable line of at most `limit` characters, control characters escaped."""
     try:
@@ -162,13 +203,119 @@ def _nothing() -> None:
     """Stand for a callable that nobody gave."""
 
 
+def _iso(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+def utc_now() -> datetime:
+    """Return the time now, aware UTC, cut to whole milliseconds."""
+    now = datetime.now(UTC)
+    return now.replace(microsecond=now.microsecond // 1000 * 1000)
+
+
+def utc_day(now: float) -> str:
+    """Return the UTC date of epoch seconds, ISO 8601."""
+    return datetime.fromtimestamp(now, UTC).date().isoformat()
+
+
+def next_midnight(now: float) -> float:
+    """Return the epoch seconds of the next midnight UTC: days of the API's quota are taken as UTC's."""
+    return (now // 86400 + 1) * 86400
+
+
+def _later(now: float, seconds: float) -> str:
+    return _iso(datetime.fromtimestamp(round(now + seconds), UTC))
+
+
+def age_words(seconds: float) -> tuple[str, float]:
+    """Return an age in words, and the age at which the words are no longer true."""
+    for unit, size, limit in (("s", 1, 60), ("min", 60, 3600), ("h", 3600, 48 * 3600)):
+        if seconds < limit:
+            whole = int(seconds // size)
+            return f"{whole} {unit} ago", float((whole + 1) * size)
+    days = int(seconds // 86400)
+    return f"{days} d ago", (days + 1) * 86400.0
+
+
+def show_age(seconds: float) -> str:
+    """Return an age in its largest whole unit: `12 s`, `5 min`, `3 h`, `2 d`."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{max(0, int(seconds))} s"
+
+
+def write_whole(path: Path, text: str, durable: bool = False) -> None:
+    """Write a file of ours, mode 0600: the old one or the new one, never a part. Raises StoreError.
+
+    `durable`: it is on disk when this returns; else it may be the old one after a power cut.
+    """
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        with open(
+            os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+        ) as stream:
+            stream.write(text)
+            keep_owner(new, path.parent)
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
+        new.replace(path)
+        if durable:
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error.strerror}; see STATE_DIRECTORY") from None
+
+
+def make_state_directory(directory: Path) -> None:
+    """Make the state directory, for this user alone. Raises StoreError when it cannot be used."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"the state directory {directory} cannot be made: {error.strerror}; see STATE_DIRECTORY"
+        ) from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise StoreError(
+            f"the state directory {directory} cannot be written by this user; see STATE_DIRECTORY"
+        )
+
+
+def keep_owner(path: Path, directory: Path) -> None:
+    """Give a new file to the owner of its directory: root's --register must not lock the service out."""
+    owner = directory.stat()
+    if os.geteuid() == 0 and owner.st_uid != 0:
+        os.chown(path, owner.st_uid, owner.st_gid)
+
+
+def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.0) -> Iterator[float]:
+    """Yield delays in seconds for ever: exponential, capped, with full jitter from the first one on."""
+    ceiling = first_s
+    while True:
+        yield rng.uniform(0, ceiling)
+        ceiling = min(cap_s, ceiling * growth)
+
+
+def shorten(secret: str) -> str:
+    """Return a hash as a person may see it."""
+    return f"{secret[:4]}…{secret[-3:]}" if len(secret) > 10 else "***"
+
+
+# How often a thread that waits for a key looks whether the run was stopped.
+STOP_POLL_S = 0.2
+# Ctrl-C: what was fetched has this long to be stored; a store that hangs is left behind.
+INTERRUPT_GRACE_S = 0.9
+# Codes that a line of the log names for each kind of failure.
+CODES_NAMED = 5
 # A trouble that goes on is said again this often.
 TROUBLE_AGAIN_S = 300.0
 # Reasons of one trouble that are told apart; a peer that says something new each time fills no log.
 TROUBLE_KINDS = 16
 
 
-class Trouble:
+class LogThrottle:
     """Says a repeating trouble when it begins or changes, every few minutes with a count, and when it ends."""
 
     def __init__(
@@ -510,7 +657,6 @@ SETTINGS = (
     Setting("LOG_LEVEL", "log_level", "info", "debug, info, warning or error",
             _one_of("debug", "info", "warning", "error")),
 )  # fmt: skip
-
 # What an attribute is when its setting has neither a value nor a default that could be parsed.
 _WHEN_UNSET: dict[str, object] = {"api_keys": (), "mongodb_uri": "", "server_host": "", "server_port": 0}
 
@@ -684,6 +830,11 @@ def _misspelled(name: str, source: str) -> str:
 
     near = difflib.get_close_matches(name, _known_names(), n=1, cutoff=0)
     return f"{source}: {name} is no setting and has no effect; did you mean {near[0]}?"
+
+
+NO_KEY_HINT = (
+    "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none"
+)
 
 
 # ======================================================================================================
@@ -1068,6 +1219,1091 @@ def plan_batches(codes: Iterable[object]) -> BatchPlan:
 
 
 # ======================================================================================================
+# Events: what runs and the daemon tell, and in which words
+# ======================================================================================================
+
+
+class FailureKind(Enum):
+    """Why a code failed, for counting; the reason in words goes to who asked."""
+
+    INVALID_CODE = "invalid_code"
+    UNKNOWN_CODE = "unknown_code"
+    BAD_RECORD = "bad_record"
+    NETWORK = "network"
+    API = "api"
+    KEY = "key"
+    STORE = "store"
+    OTHER = "other"
+
+
+# How the reasons begin that this program gives; what the network says begins with the name of an exception.
+_FAILURE_BEGINNINGS = (
+    ("unknown to the API", FailureKind.UNKNOWN_CODE),
+    ("field ", FailureKind.BAD_RECORD),
+    ("the API sent ", FailureKind.BAD_RECORD),
+    ("the API", FailureKind.API),
+    ("HTTP ", FailureKind.API),
+    ("an answer of more than ", FailureKind.API),
+    ("no API key", FailureKind.KEY),
+    ("fetched, not stored", FailureKind.STORE),
+    ("its numbers do not fit", FailureKind.STORE),
+    ("not asked for: ", FailureKind.STORE),
+    ("MongoDB refused it", FailureKind.STORE),
+    ("the local store refused it", FailureKind.STORE),
+    ("no whole answer ", FailureKind.NETWORK),
+    ("the connection broke", FailureKind.NETWORK),
+)
+_EXCEPTION_NAME = re.compile(
+    r"\w*(Error|Exception|Timeout|timeout|IncompleteRead|Disconnected|gaierror|herror)\b"
+)
+
+
+def failure_kind(code: str, reason: str) -> FailureKind:
+    """Return what kind of failure a report's `failures` holds for `code`."""
+    for beginning, kind in _FAILURE_BEGINNINGS:
+        if reason.startswith(beginning):
+            return kind
+    if _EXCEPTION_NAME.match(reason):
+        return FailureKind.NETWORK
+    try:
+        parse_code(code)
+    except InstrumentError:
+        return FailureKind.INVALID_CODE
+    return FailureKind.OTHER
+
+
+@dataclass
+class Report:
+    """What became of a run. Every distinct code is stored, known, kept or failed, unless the run was interrupted.
+
+    `known`: its latest trade was in the store before. `kept`: its trade waits on this machine for MongoDB, for
+    the reason `kept_because`. `failures`: code -> reason. `store_error`: what the store said when it failed;
+    `close_error`: when it failed at the closing snapshot alone.
+    """
+
+    total: int = 0
+    stored: int = 0
+    known: int = 0
+    kept: int = 0
+    kept_because: str = ""
+    failures: dict[str, str] = field(default_factory=dict)
+    store_error: str = ""
+    close_error: str = ""
+    interrupted: bool = False
+    took_s: float = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the latest trade of every code is in the store, and the closes that follow from them."""
+        return not self.failures and not self.close_error and self.stored + self.known == self.total
+
+    def kept_words(self) -> str:
+        """Return how many trades wait on this machine, and why."""
+        return f"{self.kept} trade{'s' if self.kept > 1 else ''} kept on this machine, {self.kept_because}"
+
+    def summary(self) -> str:
+        """Return the closing line."""
+        line = (
+            f"total {self.total}, stored {self.stored}, already known {self.known}, "
+            f"failed {len(self.failures)} ({self.took_s:.1f} s)"
+        )
+        left = self.total - self.stored - self.known - self.kept - len(self.failures)
+        line += f", interrupted: {left} not asked" if self.interrupted else ""
+        line += f"; {self.kept_words()}" if self.kept else ""
+        return line + (f"; the closing snapshot is not kept: {self.close_error}" if self.close_error else "")
+
+
+class QueueStats(NamedTuple):
+    """What waits: trades, their bytes on disk, when the oldest came (ISO 8601 UTC); and what was refused.
+
+    `rejects`: documents that MongoDB refused for good. `refused`: trades that found no room, of this process.
+    """
+
+    trades: int = 0
+    bytes: int = 0
+    oldest: str | None = None
+    rejects: int = 0
+    refused: int = 0
+
+
+class Events:
+    """What the daemon tells of itself; this one does not listen. Called from several threads, never raises."""
+
+    def started(self) -> None:
+        """The settings hold and the loop runs."""
+
+    def turn(self, unanswered: int, unreceived: int) -> float:
+        """The socket's loop made a turn; return when (monotonic) it shall make the next one at the latest.
+
+        `unanswered`: commands that were accepted; `unreceived`: answers without the platform's receipt.
+        """
+        return math.inf
+
+    def beat(self, waiting_documents: int = 0) -> None:
+        """The executor makes progress."""
+
+    def connected(self) -> None:
+        """The connection to the platform stands."""
+
+    def disconnected(self, reason: str) -> None:
+        """The connection is gone, or could not be made."""
+
+    def asked(self, answer: Response, verdict: Verdict, seconds: float) -> None:
+        """The API was asked once."""
+
+    def spooled(self, facts: QueueStats) -> None:
+        """What waits for MongoDB on this machine changed."""
+
+    def executed(self, report: Report | None) -> None:
+        """An execution ended; None: it was refused or could not begin."""
+
+    def stopping(self, seconds: float) -> None:
+        """The daemon leaves, and may need so long for it."""
+
+
+# ======================================================================================================
+# HTTP
+# ======================================================================================================
+
+# A hundred trades are about ten kilobytes; more than this is not an answer but an accident or an attack.
+MAX_ANSWER_BYTES = 16 * 1024 * 1024
+# What zlib calls a gzip stream.
+GZIP_BITS = 16 + 15
+
+
+class Limits(NamedTuple):
+    """Seconds for connecting, for a silence while reading, and for a request as a whole.
+
+    The whole counts too: a server that drips a byte a second never runs into the read limit.
+    """
+
+    connect_s: float
+    read_s: float
+    whole_s: float
+
+
+# The API was seen to take many seconds under load; a longer silence is a dead peer.
+API_LIMITS = Limits(5.0, 20.0, 30.0)
+# The platform's views answer from memory; the daemon has nothing else to do meanwhile, but signals.
+PLATFORM_LIMITS = Limits(5.0, 8.0, 10.0)
+
+
+class Response(NamedTuple):
+    """What came back for one request: an HTTP answer, or a `fault` of the way there."""
+
+    status: int = 0
+    body: bytes = b""
+    retry_after: str = ""
+    fault: str = ""
+    hopeless: bool = False
+
+
+class HttpConnection:
+    """One keep-alive HTTP connection, used by one thread at a time; `abort` may be called from any.
+
+    The foreign exceptions of the network end here: they become an `Response` with a `fault`.
+    """
+
+    def __init__(self, base_url: str, limits: Limits = API_LIMITS) -> None:
+        from http.client import HTTPConnection, HTTPSConnection
+
+        self._limits = limits
+        parts = urlsplit(base_url)
+        self._path = parts.path
+        make = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+        self._conn: HTTPConnection = make(cast(str, parts.hostname), parts.port, timeout=limits.connect_s)
+        self._conn.response_class = cast(Any, self._response)
+        self._on_idle = _nothing
+        self._rested_at = 0.0  # monotonic, as the deadline
+        self.rested_s = 0.0  # what `on_idle` took of the last request's time
+        self.deadline = 0.0  # 0 while no request is under way
+
+    def get(self, path: str, headers: Callable[[], Mapping[str, str]]) -> Response:
+        """Ask for `path` and return the answer, whatever it is.
+
+        `headers` is called when the connection stands, right before the request is written: what it
+        counts as sent is then sent, however long the connecting took. What it raises is passed on.
+        """
+        try:
+            if (fault := self._connect()) is not None:
+                return fault
+            chosen = headers()
+            if (fault := self._connect()) is not None:  # the server may have closed it during the wait
+                return fault
+        except BaseException:
+            self.close()
+            raise
+        return self.get_at_once(path, chosen)
+
+    def get_at_once(
+        self, path: str, headers: Mapping[str, str], on_idle: Callable[[], None] = _nothing
+    ) -> Response:
+        """Ask over a connection that is open. `on_idle` is called now and then while it takes; it may raise."""
+        self._on_idle, self.rested_s, self._rested_at = on_idle, 0.0, time.monotonic()
+        self.deadline = self._rested_at + self._limits.whole_s
+        answered = False
+        try:
+            answer = self._exchange(self._path + path, headers)
+            answered = not answer.fault
+            return answer
+        finally:
+            self._on_idle = _nothing
+            self.deadline = 0.0
+            if not answered:
+                self.close()
+
+    def is_open(self) -> bool:
+        """Return whether a request can be written at once."""
+        sock = self._conn.sock
+        if sock is None:
+            return False
+        if not _has_input(sock):  # an idle one has something to read when it ends
+            return True
+        with contextlib.suppress(OSError):
+            return _receive(sock, bytearray(1)) is None  # or when TLS has something to say to itself
+        return False
+
+    def abort(self) -> None:
+        """Cut the connection under a request, so that its thread comes back with a fault."""
+        if self._conn.sock is not None:
+            cut_socket(self._conn.sock)
+
+    def close(self) -> None:
+        """Close the connection; the next request opens a new one."""
+        with contextlib.suppress(OSError):  # nothing is lost when a closing fails
+            self._conn.close()
+
+    def _connect(self) -> Response | None:
+        if self.is_open():
+            return None
+        self.close()
+        conn = self._conn
+        conn.timeout = self._limits.connect_s
+        self.deadline = time.monotonic() + self._limits.whole_s
+        fault = self._guarded(conn.connect)
+        self.deadline = 0.0  # waiting for a key is no part of the request
+        if fault is not None:
+            self.close()
+        elif conn.sock is not None:
+            conn.timeout = self._limits.read_s
+            conn.sock.settimeout(self._limits.read_s)
+        return fault
+
+    def _exchange(self, path: str, headers: Mapping[str, str]) -> Response:
+        answer = Response()
+
+        def exchange() -> None:
+            nonlocal answer
+            all_headers = {"User-Agent": f"stockrt/{__version__}", "Accept": "application/json", **headers}
+            self._conn.request("GET", path, headers=all_headers)
+            response = self._conn.getresponse()
+            body = b"".join(self._parts(response))
+            answer = Response(response.status, body, response.headers.get("Retry-After", "").strip())
+
+        return self._guarded(exchange) or answer
+
+    def _response(self, sock: socket.socket, **more: Any) -> HTTPResponse:
+        """Return a response that is read no longer than the limits allow, with `on_idle` called meanwhile."""
+        from http.client import HTTPResponse
+
+        return HTTPResponse(cast("socket.socket", _Watched(sock, self._wait_for_input)), **more)
+
+    def _wait_for_input(self, sock: socket.socket) -> None:
+        """Wait until there is something to read. Raises TimeoutError at a limit."""
+        silent_until = time.monotonic() + self._limits.read_s
+        while (left := min(silent_until, self.deadline) - time.monotonic()) > 0:
+            has_input = _has_input(sock, min(left, STOP_POLL_S))
+            silent_until += self._rest()
+            if has_input:
+                return
+        raise TimeoutError("timed out")
+
+    def _rest(self) -> float:
+        """Call `on_idle` if that is due, however busily a server drips; return its time, which is not the server's."""
+        began = time.monotonic()
+        if began - self._rested_at < STOP_POLL_S:
+            return 0.0
+        self._on_idle()
+        self._rested_at = time.monotonic()
+        took = self._rested_at - began
+        self.rested_s += took
+        self.deadline += took
+        return took
+
+    def _parts(self, response: HTTPResponse) -> Iterator[bytes]:
+        """Yield the body, unpacked where it is gzip. Raises when it is too large or not whole."""
+        packed = response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip")
+        unpacker = zlib.decompressobj(GZIP_BITS) if packed else None
+        size = 0
+        while chunk := response.read1(65536):
+            if unpacker is not None:
+                chunk = unpacker.decompress(chunk, MAX_ANSWER_BYTES + 1 - size)
+            size += len(chunk)
+            if size > MAX_ANSWER_BYTES:
+                raise _Refused(f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB")
+            yield chunk
+        if response.length:
+            raise ConnectionError(f"{response.length} bytes are missing")
+        if unpacker is not None and not unpacker.eof:
+            raise ConnectionError("the end of the gzip stream is missing")
+        response.close()  # or the connection takes no further request
+
+    def _guarded(self, step: Callable[[], None]) -> Response | None:
+        fault = _as_fault(step)
+        if fault is not None and time.monotonic() >= self.deadline:
+            return Response(fault=f"no whole answer within {self._limits.whole_s:.0f} s")
+        return fault
+
+
+class _Watched(io.RawIOBase):
+    """A socket as http.client reads it: `wait` is called before every read."""
+
+    def __init__(self, sock: socket.socket, wait: Callable[[socket.socket], None]) -> None:
+        self._sock = sock
+        self._hold = sock.makefile("rb", buffering=0)  # keeps the socket open until the answer is read
+        self._wait = wait
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """Return the stream that http.client asks its socket for."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Read what is there, or comes in time."""
+        while True:
+            self._wait(self._sock)
+            if (size := _receive(self._sock, buffer)) is not None:
+                return size
+
+    def close(self) -> None:
+        """Let go of the socket."""
+        self._hold.close()
+        super().close()
+
+
+def _has_input(sock: socket.socket, seconds: float = 0.0) -> bool:
+    """Return whether there is something to read within some seconds, the end of the connection included."""
+    import select
+
+    if getattr(sock, "pending", int)():  # unpacked already: no poll would tell of it
+        return True
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(math.ceil(seconds * 1000)))
+
+
+def _receive(sock: socket.socket, buffer: Any) -> int | None:
+    """Read what is there, 0 at the end, None where nothing is for us: half a record of TLS, or its own matters."""
+    import ssl
+
+    timeout = sock.gettimeout()
+    sock.settimeout(0.0)
+    try:
+        return sock.recv_into(buffer)
+    except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        return None
+    finally:
+        sock.settimeout(timeout)
+
+
+def cut_socket(sock: socket.socket) -> None:
+    """End all reading and writing on a socket, TLS or not, from whatever thread."""
+    import socket
+
+    with contextlib.suppress(OSError):  # it may have been closed just now
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def get_once(base_url: str, path: str, limits: Limits, headers: Mapping[str, str] | None = None) -> Response:
+    """Ask for one thing over a connection of its own, which is cut when the time is over."""
+    connection = HttpConnection(base_url, limits)
+    cut = threading.Timer(limits.whole_s, connection.abort)
+    cut.daemon = True
+    cut.start()
+    try:
+        return connection.get(path, lambda: headers or {})
+    finally:
+        cut.cancel()
+        connection.close()
+
+
+class _Refused(Exception):
+    """An answer that would be as wrong the next time."""
+
+
+class _CallersOwn(Exception):
+    """Carries what `on_idle` raised, its cause, past the code that takes exceptions for the network's."""
+
+
+def _as_fault(step: Callable[[], None]) -> Response | None:
+    """Do a step of a request; return what went wrong as an Response, None if nothing did."""
+    from http.client import HTTPException
+
+    try:
+        step()
+    except _Refused as error:
+        return Response(fault=str(error), hopeless=True)
+    except (HTTPException, OSError, ValueError, AttributeError, zlib.error) as error:
+        import ssl
+
+        # ValueError, AttributeError: what ssl and http.client raise when `abort` cuts under them
+        if isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
+            return Response(fault=f"the connection broke ({type(error).__name__})")
+        hopeless = isinstance(error, ssl.SSLCertVerificationError)
+        return Response(fault=_network_words(error), hopeless=hopeless)
+    return None
+
+
+def _network_words(error: BaseException) -> str:
+    """Return what happened on the network in a few words, without addresses of objects in memory."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+    return one_line(
+        f"{type(cause).__name__}: {re.sub(r'<[^>]*> *:? *', '', text) or 'no more is known'}", 200
+    )
+
+
+# ------------------------------------------------------------------------------------------------------
+# JSON
+# ------------------------------------------------------------------------------------------------------
+
+
+def _envelope(body: bytes) -> dict[str, Any] | None:
+    """Return the JSON object that the body is, None if it is none. Numbers keep their digits as text."""
+    try:
+        parsed = _read_json(body)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
+
+
+_NUMBERS_AS_TEXT = json.JSONDecoder(parse_float=str, parse_constant=str)
+
+
+def _read_json(body: bytes) -> Any:
+    try:
+        return _NUMBERS_AS_TEXT.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # a number of thousands of digits, which Python does not read: slower, as its text
+        return json.loads(body, parse_float=str, parse_constant=str, parse_int=_short_number)
+
+
+def _short_number(digits: str) -> int | str:
+    return int(digits) if len(digits) <= 40 else digits
+
+
+def _words(envelope: Mapping[str, Any]) -> str:
+    """Return what the API says in words; each kind of refusal has its own name for the field."""
+    found = (envelope.get(name) for name in ("msg", "message", "detail", "title"))
+    return one_line(next((text for text in found if isinstance(text, str) and text), ""), 160)
+
+
+# ======================================================================================================
+# Local files
+# ======================================================================================================
+
+# How long one process waits for another that writes to the same SQLite file.
+SQLITE_BUSY_S = 10.0
+# The page size of our files: SQLite's default since 2016.
+SQLITE_PAGE = 4096
+# A log has a header, and one before each page.
+WAL_HEAD, WAL_FRAME_HEAD = 32, 24
+# What its primary result codes say of a file: SQLITE_CORRUPT and SQLITE_NOTADB.
+SQLITE_DAMAGED = (11, 26)
+SQLITE_SIDES = ("", "-wal", "-shm")
+
+
+def _move(path: Path, target: Path) -> None:
+    """Rename a file of SQLite's and what it keeps beside it, as far as they exist."""
+    for old, new in zip(_sides(path), _sides(target), strict=True):
+        if old.exists():
+            old.replace(new)
+
+
+def _sides(path: Path) -> list[Path]:
+    """Return a file of SQLite's and what it keeps beside it: the file, the write-ahead log, shared memory."""
+    return [path.with_name(path.name + end) for end in SQLITE_SIDES]
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _log_is_torn(db: sqlite3.Connection, path: Path) -> bool:
+    """Whether a file's log holds transactions that SQLite does not see.
+
+    It reads a log up to the first frame with a wrong checksum, takes the rest for a write that a power cut
+    interrupted, and writes over it: after damage in the middle everything behind it would be gone.
+    """
+    import sqlite3
+
+    write_ahead_log = _sides(path)[1]
+    if _size_of(write_ahead_log) <= WAL_HEAD:
+        return False
+    db.execute("BEGIN IMMEDIATE")  # nobody writes meanwhile
+    try:
+        # Not read from the index file itself: to close it would undo SQLite's locks, which belong to the process.
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute("PRAGMA user_version").fetchone()  # opens the log
+            seen = int(other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1])
+        return (
+            0 <= seen < _transactions_end(write_ahead_log)
+        )  # -1: another process is at it, which opened it well
+    finally:
+        db.rollback()
+
+
+def _transactions_end(write_ahead_log: Path) -> int:
+    """Return the number of the last frame that ends a transaction, frames of the log's earlier lives left out."""
+    with write_ahead_log.open("rb") as stream:
+        head = stream.read(WAL_HEAD)
+        frames = []
+        while len(frame := stream.read(WAL_FRAME_HEAD)) == WAL_FRAME_HEAD:
+            frames.append(
+                (frame[8:16], any(frame[4:8]))
+            )  # the salts, which change with each life; the end's mark
+            stream.seek(SQLITE_PAGE, os.SEEK_CUR)
+    if head[24:] == _wal_checksum(head[:24]):
+        salts = head[16:24]
+    else:
+        salts = Counter(salt for salt, _ in frames).most_common(1)[0][0] if frames else b""
+    return max((number for number, frame in enumerate(frames, 1) if frame == (salts, True)), default=0)
+
+
+def _wal_checksum(head: bytes) -> bytes:
+    """Return the checksum of the head of a log (sqlite.org/fileformat2.html#checksum_algorithm)."""
+    order: Literal["big", "little"] = "big" if head[3] & 1 else "little"
+    first = second = 0
+    for at in range(0, len(head), 8):
+        first = first + int.from_bytes(head[at : at + 4], order) + second & 0xFFFFFFFF
+        second = second + int.from_bytes(head[at + 4 : at + 8], order) + first & 0xFFFFFFFF
+    return first.to_bytes(4) + second.to_bytes(4)
+
+
+def _damage(words: str) -> Exception:
+    import sqlite3
+
+    error = sqlite3.DatabaseError(words)
+    error.sqlite_errorcode = SQLITE_DAMAGED[0]
+    return error
+
+
+@contextlib.contextmanager
+def _directory_lock(directory: Path) -> Iterator[None]:
+    """Hold the lock that keeps other processes, and other threads, from opening our files in a directory.
+
+    Raises StoreError.
+    """
+    import fcntl
+
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise StoreError(
+            f"the state directory {directory} cannot be used: {error.strerror}; see STATE_DIRECTORY"
+        ) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def open_sqlite(path: Path, version: int, schema: str) -> sqlite3.Connection:
+    """Open a file of ours, made or brought up to `version` with `schema`.
+
+    Raises sqlite3.Error, and StoreError when it was written by a newer stockrt.
+    """
+    db = connect_sqlite(path)
+    try:
+        bring_up(db, path, version, schema)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def connect_sqlite(path: Path) -> sqlite3.Connection:
+    """Open a file: WAL, and fsynced at every commit. Raises sqlite3.Error."""
+    import sqlite3
+
+    db = sqlite3.connect(path, timeout=SQLITE_BUSY_S, check_same_thread=False)
+    try:
+        _set_wal(db)
+        db.execute("PRAGMA synchronous=FULL")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def bring_up(db: sqlite3.Connection, path: Path, version: int, schema: str) -> None:
+    """Bring a file up to `version` with `schema`.
+
+    Raises sqlite3.Error, and StoreError when it was written by a newer stockrt.
+    """
+    (found,) = db.execute("PRAGMA user_version").fetchone()
+    if found > version:
+        raise StoreError(
+            f"{path} was written by a newer stockrt (format {found}, this one knows {version}); "
+            "use that one, or another STATE_DIRECTORY"
+        )
+    if found < version:
+        db.executescript(schema)
+        keep_owner(path, path.parent)
+
+
+def _set_wal(db: sqlite3.Connection) -> None:
+    """Switch a file to WAL. While another process does the same SQLite says "locked" without waiting."""
+    import sqlite3
+
+    give_up = time.monotonic() + SQLITE_BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > give_up:
+                raise
+        time.sleep(0.01)
+
+
+def sqlite_fault(path: Path, error: Exception) -> StoreError:
+    """Return what an operator must know of a fault of SQLite, or of the disk below it."""
+    return StoreError(f"the local file {path} fails: {error}; see STATE_DIRECTORY")
+
+
+SQLITE_NAME = "stockrt.db"
+SQLITE_VERSION = 3
+# IF NOT EXISTS: two processes may open a new file at the same moment.
+_SQLITE_SCHEMA = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS realtime (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of arrival
+    _id TEXT NOT NULL UNIQUE,
+    s TEXT NOT NULL, t INTEGER NOT NULL,
+    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
+    stock_code TEXT NOT NULL,
+    create_time TEXT NOT NULL,              -- UTC, ISO 8601
+    demo INTEGER                            -- 1: synthetic, by --demo
+);
+CREATE INDEX IF NOT EXISTS realtime_code_time ON realtime (stock_code, t DESC);
+CREATE INDEX IF NOT EXISTS realtime_demo ON realtime (seq) WHERE demo IS NOT NULL;
+CREATE TABLE IF NOT EXISTS rejects (        -- what MongoDB refused for good
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    collection TEXT NOT NULL, _id TEXT NOT NULL,
+    document TEXT NOT NULL,                 -- JSON
+    reason TEXT NOT NULL,                   -- MongoDB's words
+    rejected_at TEXT NOT NULL,              -- UTC, ISO 8601
+    UNIQUE (collection, _id)
+);
+CREATE TABLE IF NOT EXISTS close (
+    _id TEXT PRIMARY KEY,                   -- code|date
+    date TEXT NOT NULL,                     -- of the session, on the exchange's calendar
+    s TEXT NOT NULL, t INTEGER NOT NULL,
+    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
+    stock_code TEXT NOT NULL,
+    after_hours INTEGER, half_day INTEGER, half_day_unknown INTEGER,
+    create_time TEXT NOT NULL, update_time TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS unsettled (      -- trades that MongoDB has, whose closes could not be made
+    _id TEXT PRIMARY KEY,
+    s TEXT NOT NULL, t INTEGER NOT NULL,
+    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
+    stock_code TEXT NOT NULL,
+    create_time TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_usage (
+    digest TEXT, day TEXT, used INTEGER NOT NULL, PRIMARY KEY (digest, day)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS calendar (
+    market TEXT PRIMARY KEY, asked_on TEXT NOT NULL, first TEXT NOT NULL, last TEXT NOT NULL,
+    half_days TEXT NOT NULL                 -- JSON: ISO dates
+) WITHOUT ROWID;
+PRAGMA user_version = {SQLITE_VERSION};
+COMMIT;
+"""
+
+
+# ------------------------------------------------------------------------------------------------------
+# Rescue
+# ------------------------------------------------------------------------------------------------------
+
+# Rows of a damaged file, about a second's work.
+RESCUED_AT_ONCE = 20_000
+# More rows than can be missing at the end of a damaged table.
+NUMBERS_SKIPPED = 1_000_000
+
+
+def rescue(damaged: Path, db: sqlite3.Connection, on_busy: Callable[[], None] = _nothing) -> int:
+    """Copy what can be read of a damaged file into a new one of ours and return how many rows that is.
+
+    `on_busy` is called now and then. Trades are looked for page by page, so that they are found where nothing
+    points to them any more. One that was deleted may come back so: it is known to MongoDB then, which does no
+    harm.
+    """
+    with db:
+        found = _rescue_trades(damaged, db, on_busy) if _columns(db, "realtime") else 0
+        names = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
+        for (name,) in names.fetchall():
+            if name != "realtime":
+                found += _rescue_table(damaged, db, name)
+        _skip_numbers(damaged, db)
+    return found
+
+
+def _skip_numbers(damaged: Path, db: sqlite3.Connection) -> None:
+    """Give no number again that was given out for a row that is lost: somebody may still know it."""
+    given = {row["name"]: row["seq"] for row in _readable_rows(damaged, "SELECT * FROM sqlite_sequence")}
+    tables = db.execute("SELECT name FROM sqlite_master WHERE sql LIKE '%AUTOINCREMENT%'").fetchall()
+    for (name,) in tables:
+        (last,) = db.execute(f"SELECT max(rowid) FROM {name}").fetchone()  # noqa: S608
+        number = max([n for n in (given.get(name), last) if isinstance(n, int)], default=0) + NUMBERS_SKIPPED
+        db.execute("DELETE FROM sqlite_sequence WHERE name = ?", (name,))
+        db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (name, number))
+
+
+def _rescue_trades(damaged: Path, db: sqlite3.Connection, on_busy: Callable[[], None]) -> int:
+    """Rescue trades in their order of arrival, under new numbers: old ones could be there twice."""
+    columns = ", ".join(_columns(db, "realtime")[1:])
+    db.execute("CREATE TEMP TABLE rescued AS SELECT * FROM realtime LIMIT 0")
+    places = ", ".join("?" * len(_columns(db, "realtime")))
+    rows = carve_trades(damaged)
+    while some := list(islice(rows, RESCUED_AT_ONCE)):
+        db.executemany(f"INSERT INTO rescued VALUES ({places})", some)  # noqa: S608
+        on_busy()
+    done = db.execute(
+        f"INSERT INTO realtime ({columns}) SELECT {columns} FROM rescued WHERE true ORDER BY seq "  # noqa: S608
+        "ON CONFLICT (_id) DO NOTHING"
+    )
+    db.execute("DROP TABLE rescued")
+    return done.rowcount
+
+
+def _rescue_table(damaged: Path, db: sqlite3.Connection, name: str) -> int:
+    """Rescue a table from both its ends, up to where it cannot be read."""
+    before = db.total_changes
+    for order in ("", "ORDER BY 1 DESC"):
+        for row in _readable_rows(damaged, f"SELECT * FROM {name} {order}"):  # noqa: S608
+            columns, places = ", ".join(row), ", ".join("?" * len(row))
+            insert = f"INSERT OR IGNORE INTO {name} ({columns}) VALUES ({places})"  # noqa: S608
+            db.execute(insert, tuple(row.values()))
+    return db.total_changes - before
+
+
+def _readable_rows(damaged: Path, query: str) -> Iterator[dict[str, Any]]:
+    """Yield rows, each by the names of its columns, up to the first that cannot be read."""
+    import sqlite3
+
+    try:
+        with contextlib.closing(sqlite3.connect(damaged)) as old:
+            rows = old.execute(query)
+            names = [column[0] for column in rows.description]
+            for row in rows:
+                yield dict(zip(names, row, strict=True))
+    except sqlite3.Error as error:
+        log.debug("%s: %s", damaged, error)
+
+
+def _columns(db: sqlite3.Connection, table: str) -> list[str]:
+    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+
+
+def carve_trades(path: Path) -> Iterator[tuple[Any, ...]]:
+    """Yield rows of `realtime` from the pages of a file and of its log, whether or not they are in use.
+
+    The layout is that of SQLite's file format (sqlite.org/fileformat2.html); a row counts only if its
+    `_id` follows from its fields.
+    """
+    file, write_ahead_log, _ = _sides(path)
+    # the log first: somebody may still move pages from it into the file
+    for source, start, skip in ((write_ahead_log, WAL_HEAD, WAL_FRAME_HEAD), (file, 0, 0)):
+        with contextlib.suppress(OSError), source.open("rb") as stream:  # not there, or not for this user
+            stream.seek(start)
+            while block := stream.read(skip + SQLITE_PAGE):
+                yield from _leaf_rows(block[skip:])
+
+
+def _leaf_rows(page: bytes) -> Iterator[tuple[Any, ...]]:
+    """Yield the trades of a page, if it is a leaf of a table."""
+    if page[:1] != b"\x0d":
+        return
+    for number in range(min(int.from_bytes(page[3:5]), (len(page) - 8) // 2)):
+        with contextlib.suppress(IndexError, ValueError):  # no row, or none of ours
+            yield _carve_row(page, int.from_bytes(page[8 + 2 * number : 10 + 2 * number]))
+
+
+def _carve_row(page: bytes, at: int) -> tuple[Any, ...]:
+    """Return the trade at a place of a page. Raises IndexError or ValueError where there is none."""
+    _, at = _varint(page, at)  # the row's length
+    number, start = _varint(page, at)
+    size, at = _varint(page, start)
+    head = page[at : start + size]
+    kinds = [*head] if head.isascii() else _varints(head)  # mostly of one byte each
+    at = start + size
+    values: list[Any] = []
+    for kind in kinds:
+        value, at = _carve_value(page, kind, at)
+        values.append(value)
+    _, name, s, t, p, v, vw, td, code, created, demo = values
+    if name != f"{s}|{t}|{p}|{v}|{td}" or code != s or not isinstance(vw, str) or demo not in (None, 1):
+        raise ValueError("its fields do not make its _id")
+    datetime.fromisoformat(str(created))
+    return (number, *values[1:])
+
+
+def _varints(data: bytes) -> list[int]:
+    """Return the variable-length integers that data consists of."""
+    found, at = [], 0
+    while at < len(data):
+        value, at = _varint(data, at)
+        found.append(value)
+    return found
+
+
+def _varint(page: bytes, at: int) -> tuple[int, int]:
+    """Return SQLite's variable-length integer at a place, and the place behind it."""
+    value = 0
+    for place in range(at, at + 8):
+        value = value << 7 | page[place] & 0x7F
+        if page[place] < 0x80:
+            return value, place + 1
+    return value << 8 | page[at + 8], at + 9
+
+
+def _carve_value(page: bytes, kind: int, at: int) -> tuple[str | int | None, int]:
+    """Return a value of a serial type and the place behind it; types that trades do not have raise ValueError."""
+    if kind in (0, 8, 9):
+        return {0: None, 8: 0, 9: 1}[kind], at
+    if 1 <= kind <= 6:
+        end = at + (1, 2, 3, 4, 6, 8)[kind - 1]
+        return int.from_bytes(page[at:end], signed=True), end
+    if kind < 13 or not kind % 2:
+        raise ValueError(f"serial type {kind}")
+    end = at + (kind - 13) // 2
+    if end > len(page):
+        raise ValueError("beyond the page")
+    return page[at:end].decode(), end
+
+
+# ------------------------------------------------------------------------------------------------------
+# The file
+# ------------------------------------------------------------------------------------------------------
+
+
+class LocalFile:
+    """One of our SQLite files: WAL, fsynced at every commit, for this user alone; thread-safe.
+
+    Damaged, or of another user, it is set aside and a new one takes its place (promise 6), whenever that is
+    seen; a gigabyte takes a minute to rescue, during which `on_busy` is called now and then. Raises StoreError
+    when the file cannot be used or was written by a newer stockrt.
+    """
+
+    def __init__(self, path: Path, version: int, schema: str, on_busy: Callable[[], None] = _nothing) -> None:
+        make_state_directory(path.parent)
+        self.path = path
+        self._on_busy = on_busy
+        self._version = version
+        self._schema = schema
+        self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
+        self.identity: tuple[int, int] | None = None  # in another file rows have other numbers
+        self._db: sqlite3.Connection | None = None
+        self._closed = False
+        self._open()
+
+    def write(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Do `work` in a transaction of its own, on disk when this returns. Raises StoreError."""
+        return self._run(work, "BEGIN IMMEDIATE")
+
+    def read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Return what `work` reads, all of it at one moment. Raises StoreError."""
+        return self._run(work, "BEGIN")
+
+    def read_one(self, query: str, *values: object) -> Any:
+        """Return a query's first row, None without one; cheaper than `read`. Raises StoreError."""
+        return self._run(lambda db: db.execute(query, values).fetchone(), "")
+
+    def shrink(self) -> None:
+        """Give unused space back to the disk, as far as nobody else reads the file now. Raises StoreError."""
+        self._maintain("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def empty_log(self) -> None:
+        """Move the write-ahead log into the file, as far as nobody else reads it now. Raises StoreError."""
+        self._maintain("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _maintain(self, *statements: str) -> None:
+        import sqlite3
+
+        with self.lock:
+            db = self._connection()
+            try:
+                for statement in statements:
+                    db.execute(statement).fetchall()
+            except sqlite3.Error as error:
+                raise sqlite_fault(self.path, error) from error
+
+    def bytes_on_disk(self) -> int:
+        """Return the size of the file and of what SQLite keeps beside it, in bytes."""
+        return sum(_size_of(side) for side in _sides(self.path))
+
+    def close(self) -> None:
+        """Close the file."""
+        with self.lock:
+            self._closed = True
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
+        self._db = None
+
+    def _run(self, work: Callable[[sqlite3.Connection], _T], begin: str) -> _T:
+        import sqlite3
+
+        with self.lock:
+            try:
+                return self._transact(work, begin)
+            except sqlite3.Error as error:
+                if not self._is_lost(error):
+                    raise sqlite_fault(self.path, error) from error
+                self._open(error)
+            try:
+                return self._transact(work, begin)
+            except sqlite3.Error as error:
+                raise sqlite_fault(self.path, error) from error
+
+    def _transact(self, work: Callable[[sqlite3.Connection], _T], begin: str) -> _T:
+        """Do `work` in the file that is current, and was so to the end.
+
+        Others may set aside at any moment what this one has open; what it commits then may be in no file.
+        """
+        while True:
+            with self._connection() as db:
+                if begin:
+                    db.execute(begin)
+                done = [work(db)] if self._is_current() else []
+            if done and self._is_current():
+                return done[0]
+            self._open()
+
+    def _connection(self) -> sqlite3.Connection:
+        if self._closed:
+            raise StoreError(f"the local file {self.path} is closed already")
+        if self._db is None:  # it could not be opened the last time
+            self._open()
+        return cast("sqlite3.Connection", self._db)
+
+    def _is_current(self) -> bool:
+        return self.identity == _inode(self.path)
+
+    def _open(self, damage: Exception | None = None) -> None:
+        """Open the file; `damage` is what showed that it cannot go on as it is."""
+        import sqlite3
+
+        with _directory_lock(self.path.parent):  # nobody opens a file while another sets it aside
+            try:
+                if damage is not None and self._is_current():
+                    self._set_aside(damage)
+                try:
+                    self._connect()
+                except sqlite3.Error as error:
+                    if not self._is_lost(error):
+                        raise
+                    self._set_aside(error)
+                    self._connect()
+            except (sqlite3.Error, OSError) as error:
+                raise sqlite_fault(self.path, error) from error
+
+    def _connect(self) -> None:
+        self._disconnect()
+        if any(side.exists() for side in _sides(self._away())):
+            self._end_setting_aside("its rescue was interrupted")
+        if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
+            raise _damage("its beginning is cut off")  # SQLite would take it for new and drop the log
+        self._db = connect_sqlite(self.path)
+        if _log_is_torn(
+            self._db, self.path
+        ):  # it stays open until the log is rescued: to close it empties the log
+            raise _damage("its log is damaged, and transactions lie behind the damage")
+        try:
+            bring_up(self._db, self.path, self._version, self._schema)
+        except BaseException:
+            self._disconnect()
+            raise
+        self.identity = _inode(self.path)
+
+    def _is_lost(self, error: Exception) -> bool:
+        """Whether the file is damaged, or may not be used by this user."""
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in SQLITE_DAMAGED or "decode to UTF-8" in str(error):
+            return True
+        return self.path.is_file() and not all(
+            os.access(side, os.R_OK | os.W_OK) for side in _sides(self.path) if side.exists()
+        )
+
+    def _set_aside(self, damage: Exception) -> None:
+        """Put a new file in the place of the old one, with what can be read of it.
+
+        The old one is moved away first: who has it open sees then that it is current no more.
+        """
+        _move(self.path, self._away())
+        self._end_setting_aside(one_line(damage))
+
+    def _away(self) -> Path:
+        """The name of a file that is being rescued; what has it after a kill is rescued once more."""
+        return self.path.with_name(f"{self.path.name}.setting-aside")
+
+    def _end_setting_aside(self, why: str) -> None:
+        done = "it had been rescued already"
+        if not self.path.exists():
+            _move(self.path, self._away())  # its log, where a kill came in between
+            done = f"{self._rescue()} rows of it are rescued"
+        aside = self.path.with_name(f"{self.path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z")
+        _move(self._away(), aside)
+        _sync_directory(self.path.parent)
+        log.error(
+            "the local file %s cannot be used: %s; it is set aside as %s, %s",
+            self.path,
+            why,
+            aside.name,
+            done,
+        )
+
+    def _rescue(self) -> int:
+        """Make the new file of what can be read of the old one, and return how many rows that is."""
+        fresh = self.path.with_name(f"{self.path.name}.rescue")
+        for side in _sides(fresh):
+            side.unlink(missing_ok=True)
+        with contextlib.closing(open_sqlite(fresh, self._version, self._schema)) as db:
+            rescued = rescue(self._away(), db, self._on_busy)
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._disconnect()  # not before: the last one to close a damaged log empties it
+        fresh.replace(self.path)
+        return rescued
+
+
+# ======================================================================================================
 # Quota: API keys and their request rates
 # ======================================================================================================
 
@@ -1075,17 +2311,12 @@ def plan_batches(codes: Iterable[object]) -> BatchPlan:
 WINDOW_MARGIN_S = 0.03
 # A key that comes back later than this is not waited for: the batch fails and says when it returns.
 LONGEST_WAIT_FOR_KEY_S = 60.0
-NO_KEY_HINT = (
-    "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none"
-)
 # After a refusal for its rate a key goes at half its pace for this long.
 SLOW_FOR_S = 60.0
 # A key whose lease is refused is not asked about again at once.
 MIN_REST_S = 0.05
 # The API's midnight may be a little later than ours.
 MIDNIGHT_MARGIN_S = 1.0
-# How often a thread that waits for a key looks whether the run was stopped.
-STOP_POLL_S = 0.2
 
 
 class SlidingWindow:
@@ -1338,45 +2569,266 @@ class KeyPool:
         return f"no API key can serve {product} ({'; '.join(reasons)}); see INFOWAY_API_KEY"
 
 
-def next_midnight(now: float) -> float:
-    """Return the epoch seconds of the next midnight UTC: days of the API's quota are taken as UTC's."""
-    return (now // 86400 + 1) * 86400
+# ------------------------------------------------------------------------------------------------------
+# Ledgers
+# ------------------------------------------------------------------------------------------------------
+
+# A lease of the day's count is for this time at the key's rate: a crash forgets at most so much.
+DAY_LEASE_S = 5.0
+# The minute's count is kept in slices. Any 60 s touch at most SLICES_PER_WINDOW of them, and together those
+# never hold more than the plan's minute: so no minute, wherever it begins, sees more. The shorter a slice, the
+# more of the plan can be used: 60 s of 62.5. The instances' clocks are taken to agree, as NTP makes them.
+SLICE_S = 2.5
+SLICES_PER_WINDOW = int(60 / SLICE_S) + 1
+# What leaves this short before a slice ends may arrive in the next one: it is counted there, and the sum that
+# decides takes both in.
+SLICE_MARGIN_S = 0.2
+# A share of a slice for one instance, so that others find something too.
+SHARES_PER_SLICE = 4
+# With MongoDB away each instance counts alone, and asks it again after this time.
+LEDGER_RETRY_S = 30.0
+LEDGER_TIMEOUT_S = 2.0
+# Instances that write the same key's count at the same moment try again; each try lets one of them through.
+LEDGER_TRIES = 50
+# How far a calendar that is asked for reaches to both sides.
+CALENDAR_DAYS = 31
 
 
-def _later(now: float, seconds: float) -> str:
-    return _iso(datetime.fromtimestamp(round(now + seconds), UTC))
+class HalfDays(NamedTuple):
+    """A market's half days between two dates (ISO 8601, the first later than the last: none are known)."""
+
+    asked_on: str
+    first: str
+    last: str
+    days: frozenset[str]
 
 
-def utc_day(now: float) -> str:
-    """Return the UTC date of epoch seconds, ISO 8601."""
-    return datetime.fromtimestamp(now, UTC).date().isoformat()
+NO_HALF_DAYS = HalfDays("", "9", "0", frozenset())
+
+
+class LocalFacts:
+    """What one machine remembers in its local file: the day's count of each key, and trading calendars.
+
+    As a Ledger it keeps the days; minutes are kept by each process's own windows.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._file = LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, _SQLITE_SCHEMA)
+
+    def lease(self, digest: str, plan: Plan, now: float) -> Lease:
+        """Take requests from the day's count."""
+        if not plan.per_day:
+            return UNLIMITED
+        wanted = day_lease(plan)
+        try:
+            granted = self._take_day(digest, plan, wanted, now)
+        except StoreError as error:
+            log.warning("the day's count of a key is not kept: %s", error)
+            granted = wanted
+        return Lease(granted, next_midnight(now), "" if granted else _day_used_up(plan))
+
+    def give_back(self, digest: str, lease: Lease, now: float) -> None:
+        """Take the requests of a lease off the day's count."""
+        try:
+            self._write(
+                "UPDATE key_usage SET used = max(0, used - ?) WHERE digest = ? AND day = ?",
+                lease.requests, digest, utc_day(now),
+            )  # fmt: skip
+        except StoreError as error:
+            log.warning("the day's count of a key is not kept: %s", error)
+
+    def used_today(self, digest: str, now: float) -> int:
+        """Return how many requests of the key were leased today."""
+        query = "SELECT used FROM key_usage WHERE digest = ? AND day = ?"
+        try:
+            rows = self._read(query, digest, utc_day(now))
+        except StoreError as error:
+            log.warning("the day's count of a key cannot be read: %s", error)
+            return 0
+        return int(rows[0][0]) if rows else 0
+
+    def _take_day(self, digest: str, plan: Plan, wanted: int, now: float) -> int:
+        """Add what is left of `wanted` to the day's count and return it; processes take turns."""
+        place = (digest, utc_day(now))
+        where = "WHERE digest = ? AND day = ?"
+
+        def take(db: sqlite3.Connection) -> int:
+            db.execute("INSERT INTO key_usage VALUES (?, ?, 0) ON CONFLICT DO NOTHING", place)
+            (used,) = db.execute(f"SELECT used FROM key_usage {where}", place).fetchone()  # noqa: S608
+            granted = max(0, min(wanted, plan.per_day - int(used)))
+            db.execute(f"UPDATE key_usage SET used = used + ? {where}", (granted, *place))  # noqa: S608
+            return granted
+
+        return self._file.write(take)
+
+    def calendar(self, market: str) -> HalfDays | None:
+        """Return the half days of a market as they were asked for last, None if never. Raises StoreError."""
+        rows = self._read("SELECT asked_on, first, last, half_days FROM calendar WHERE market = ?", market)
+        if not rows:
+            return None
+        asked_on, first, last, days = rows[0]
+        try:
+            return HalfDays(asked_on, first, last, frozenset(json.loads(days)))
+        except (TypeError, ValueError):  # the disk has changed it: it is asked for again
+            return None
+
+    def keep_calendar(self, market: str, kept: HalfDays) -> None:
+        """Keep a market's half days in place of those before. Raises StoreError."""
+        days = json.dumps(sorted(kept.days))
+        self._write(
+            "INSERT OR REPLACE INTO calendar VALUES (?, ?, ?, ?, ?)",
+            market, kept.asked_on, kept.first, kept.last, days,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _read(self, query: str, *values: object) -> list[Any]:
+        return self._file.read(lambda db: db.execute(query, values).fetchall())
+
+    def _write(self, statement: str, *values: object) -> None:
+        self._file.write(lambda db: db.execute(statement, values))
+
+
+def day_lease(plan: Plan) -> int:
+    """Return how many requests a lease of a day's count takes."""
+    return max(1, int(plan.per_second * DAY_LEASE_S))
+
+
+def _day_used_up(plan: Plan) -> str:
+    return f"the day's {plan.per_day} requests are used up"
+
+
+class SharedLedger:
+    """The counts of all instances that share keys, in one MongoDB collection; `alone` counts while it is away.
+
+    One document per key digest and window: `<digest>|<UTC date>` counts the day (`used`), `<digest>|minute`
+    holds the minute's slices. Both are changed by conditional updates only: the server decides.
+    """
+
+    def __init__(self, collection: MongoCollection[Document], alone: Ledger) -> None:
+        self._collection = collection
+        self._alone = alone
+        self._away_until = 0.0
+        self._leased_alone: set[str] = set()
+
+    def lease(self, digest: str, plan: Plan, now: float) -> Lease:
+        """Take requests from the minute and the day. The shorter of the two limits is what the lease has."""
+        if not (plan.per_day or plan.per_minute):
+            return UNLIMITED
+
+        def together() -> Lease:
+            lease = self._lease_day(digest, plan, now, self._lease_minute(digest, plan, now))
+            self._leased_alone.discard(digest)
+            return lease
+
+        def alone() -> Lease:
+            self._leased_alone.add(digest)
+            lease = self._alone.lease(digest, plan, now)
+            return lease._replace(until=min(lease.until, now + LEDGER_RETRY_S)) if lease.requests else lease
+
+        return self._shared(now, together, alone)
+
+    def give_back(self, digest: str, lease: Lease, now: float) -> None:
+        """Take the requests of a lease off the counts in which they were made."""
+        if digest in self._leased_alone:
+            self._alone.give_back(digest, lease, now)
+            return
+        day = {"_id": f"{digest}|{utc_day(now)}", "used": {"$gte": lease.requests}}
+        name = f"slices.{int(lease.until // SLICE_S)}"
+        minute = {"_id": f"{digest}|minute", name: {"$gte": lease.requests}}
+
+        def give_back() -> None:
+            self._collection.update_one(day, {"$inc": {"used": -lease.requests}})
+            self._collection.update_one(minute, {"$inc": {name: -lease.requests, "version": 1}})
+
+        self._shared(now, give_back, lambda: None)
+
+    def used_today(self, digest: str, now: float) -> int:
+        """Return how many requests of the key all instances leased today; MongoDB away: those of this one."""
+
+        def used() -> int:
+            found = self._collection.find_one({"_id": f"{digest}|{utc_day(now)}"})
+            return int(found["used"]) if found else 0
+
+        return self._shared(now, used, lambda: self._alone.used_today(digest, now))
+
+    def _shared(self, now: float, ask: Callable[[], _T], alone: Callable[[], _T]) -> _T:
+        """Return what MongoDB says, or what is so without it; it is asked again after a while."""
+        from pymongo import timeout
+        from pymongo.errors import PyMongoError
+
+        if 0 < self._away_until - now <= LEDGER_RETRY_S:  # longer: the clock was set back
+            return alone()
+        try:
+            with timeout(LEDGER_TIMEOUT_S):
+                answer = ask()
+        except PyMongoError as error:
+            self._away_until = now + LEDGER_RETRY_S
+            log.warning("the shared counts of API keys are away (%s): counting alone", type(error).__name__)
+            return alone()
+        if self._away_until:
+            self._away_until = 0.0
+            log.warning("the shared counts of API keys are back")
+        return answer
+
+    def _lease_day(self, digest: str, plan: Plan, now: float, lease: Lease) -> Lease:
+        if not (plan.per_day and lease.requests):
+            return lease
+        for requests in dict.fromkeys((lease.requests, 1)):  # the last few of a day one by one
+            if self._count_day(f"{digest}|{utc_day(now)}", requests, plan.per_day):
+                return lease._replace(requests=requests)
+        return Lease(0, next_midnight(now), _day_used_up(plan))
+
+    def _count_day(self, name: str, requests: int, limit: int) -> bool:
+        from pymongo.errors import DuplicateKeyError
+
+        wanted = {"_id": name, "used": {"$lte": limit - requests}}
+        update = {"$inc": {"used": requests}}
+        if self._collection.update_one(wanted, update).matched_count:
+            return True
+        with contextlib.suppress(DuplicateKeyError):  # too full, or another instance was quicker
+            self._collection.insert_one({"_id": name, "used": 0})
+        return bool(self._collection.update_one(wanted, update).matched_count)
+
+    def _lease_minute(self, digest: str, plan: Plan, now: float) -> Lease:
+        if not plan.per_minute:
+            return Lease(day_lease(plan), next_midnight(now))
+        present, counted = int(now // SLICE_S), int((now + SLICE_MARGIN_S) // SLICE_S)
+        end = (present + 1) * SLICE_S
+        share = max(1, int(plan.per_minute * SLICE_S / 60 / SHARES_PER_SLICE))
+        for _ in range(LEDGER_TRIES):
+            found = self._collection.find_one({"_id": f"{digest}|minute"}) or {"version": 0, "slices": {}}
+            # one that lies ahead was counted before the clock was set back: it is over
+            slices = {k: n for k, n in found["slices"].items() if abs(int(k) - present) < SLICES_PER_WINDOW}
+            requests = min(share, plan.per_minute - sum(slices.values()))
+            if requests <= 0:
+                return Lease(0, end, f"the minute's {plan.per_minute} requests are used up")
+            slices[str(counted)] = slices.get(str(counted), 0) + requests
+            if self._swap(digest, found["version"], slices):
+                return Lease(requests, (counted + 1) * SLICE_S - SLICE_MARGIN_S)
+        return Lease(0, end, "the shared count is busy")
+
+    def _swap(self, digest: str, version: int, slices: Mapping[str, int]) -> bool:
+        """Write the slices if nobody else did since `version`; return whether it was done."""
+        from pymongo.errors import DuplicateKeyError
+
+        name = f"{digest}|minute"
+        new = {"_id": name, "version": version + 1, "slices": dict(slices)}
+        if version:
+            return bool(self._collection.replace_one({"_id": name, "version": version}, new).matched_count)
+        try:
+            self._collection.insert_one(new)
+        except DuplicateKeyError:
+            return False
+        return True
 
 
 # ======================================================================================================
 # Infoway: answers, requests
 # ======================================================================================================
 
-# A hundred trades are about ten kilobytes; more than this is not an answer but an accident or an attack.
-MAX_ANSWER_BYTES = 16 * 1024 * 1024
-# What zlib calls a gzip stream.
-GZIP_BITS = 16 + 15
-
-
-class Limits(NamedTuple):
-    """Seconds for connecting, for a silence while reading, and for a request as a whole.
-
-    The whole counts too: a server that drips a byte a second never runs into the read limit.
-    """
-
-    connect_s: float
-    read_s: float
-    whole_s: float
-
-
-# The API was seen to take many seconds under load; a longer silence is a dead peer.
-API_LIMITS = Limits(5.0, 20.0, 30.0)
-# The platform's views answer from memory; the daemon has nothing else to do meanwhile, but signals.
-PLATFORM_LIMITS = Limits(5.0, 8.0, 10.0)
 # A thread that does not come back this long after its connection was cut is left alone and replaced.
 ABANDON_AFTER_S = 2.0
 # Tries of one batch after faults of the network or the server.
@@ -1401,16 +2853,6 @@ EARLIEST_TRADE_MS, LATEST_TRADE_MS = 946_684_800_000, 4_102_444_800_000
 _DECIMAL = re.compile(r"-?(?=[\d.]{1,34}(?:[eE]|$))(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,2})?", re.ASCII)
 # Decimals as nearly all trades have them, those of a whole batch in one text.
 _PLAIN_DECIMALS = re.compile(r"(?:\d{1,17}(?:\.\d{1,16})?,)+", re.ASCII)
-
-
-class Answer(NamedTuple):
-    """What came back for one request: an HTTP answer, or a `fault` of the way there."""
-
-    status: int = 0
-    body: bytes = b""
-    retry_after: str = ""
-    fault: str = ""
-    hopeless: bool = False
 
 
 class Action(Enum):
@@ -1450,7 +2892,7 @@ _RET_ACTIONS = {
 }
 
 
-def decide(answer: Answer, now_utc: datetime) -> Verdict:
+def decide(answer: Response, now_utc: datetime) -> Verdict:
     """Decide what follows from any answer of the API: the one place where that is decided.
 
     The body's `ret` is believed, never the HTTP status alone; where the body is no JSON object, the status.
@@ -1479,37 +2921,6 @@ def decide(answer: Answer, now_utc: datetime) -> Verdict:
     return Verdict(Action.RETRY, f"the API says {one_line(repr(ret), 40)}: {text or 'nothing more'}")
 
 
-def _envelope(body: bytes) -> dict[str, Any] | None:
-    """Return the JSON object that the body is, None if it is none. Numbers keep their digits as text."""
-    try:
-        parsed = _read_json(body)
-    except (ValueError, RecursionError):
-        return None
-    return parsed if isinstance(parsed, dict) else None
-
-
-_NUMBERS_AS_TEXT = json.JSONDecoder(parse_float=str, parse_constant=str)
-
-
-def _read_json(body: bytes) -> Any:
-    try:
-        return _NUMBERS_AS_TEXT.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
-    except json.JSONDecodeError:
-        raise
-    except ValueError:  # a number of thousands of digits, which Python does not read: slower, as its text
-        return json.loads(body, parse_float=str, parse_constant=str, parse_int=_short_number)
-
-
-def _short_number(digits: str) -> int | str:
-    return int(digits) if len(digits) <= 40 else digits
-
-
-def _words(envelope: Mapping[str, Any]) -> str:
-    """Return what the API says in words; each kind of refusal has its own name for the field."""
-    found = (envelope.get(name) for name in ("msg", "message", "detail", "title"))
-    return one_line(next((text for text in found if isinstance(text, str) and text), ""), 160)
-
-
 def _accept(envelope: Mapping[str, Any]) -> Verdict:
     data = envelope.get("data", ...)
     if data is None:
@@ -1519,7 +2930,7 @@ def _accept(envelope: Mapping[str, Any]) -> Verdict:
     return Verdict(Action.ACCEPT, records=data)
 
 
-def _by_status(answer: Answer, envelope: Mapping[str, Any], now_utc: datetime) -> Verdict:
+def _by_status(answer: Response, envelope: Mapping[str, Any], now_utc: datetime) -> Verdict:
     status, text = answer.status, _words(envelope)
     said = f"HTTP {status}" + (f": {text}" if text else "")
     if status == 401:
@@ -1537,7 +2948,7 @@ def _by_status(answer: Answer, envelope: Mapping[str, Any], now_utc: datetime) -
     return Verdict(Action.RETRY, f"{said}, {len(answer.body)} bytes that are not the API's JSON")
 
 
-def _retry_after_s(answer: Answer, now_utc: datetime) -> float:
+def _retry_after_s(answer: Response, now_utc: datetime) -> float:
     """Return the seconds of a Retry-After header (a number or an HTTP date), 0 without one."""
     if re.fullmatch(r"\d{1,9}", answer.retry_after, re.ASCII):
         return float(answer.retry_after)
@@ -1550,6 +2961,11 @@ def _retry_after_s(answer: Answer, now_utc: datetime) -> float:
         return max(0.0, ((at if at.tzinfo else at.replace(tzinfo=UTC)) - now_utc).total_seconds())
     except (ValueError, OverflowError):
         return 0.0
+
+
+# ------------------------------------------------------------------------------------------------------
+# Trades
+# ------------------------------------------------------------------------------------------------------
 
 
 class Trade(NamedTuple):
@@ -1658,12 +3074,9 @@ def read_records(batch: Batch, records: Sequence[object]) -> Outcome:
     return Outcome(batch, list(newest.values()), unknown, failures)
 
 
-def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.0) -> Iterator[float]:
-    """Yield delays in seconds for ever: exponential, capped, with full jitter from the first one on."""
-    ceiling = first_s
-    while True:
-        yield rng.uniform(0, ceiling)
-        ceiling = min(cap_s, ceiling * growth)
+# ------------------------------------------------------------------------------------------------------
+# Client
+# ------------------------------------------------------------------------------------------------------
 
 
 def wanted_in_flight(latency_s: float, rate: float) -> int:
@@ -1673,277 +3086,7 @@ def wanted_in_flight(latency_s: float, rate: float) -> int:
     return max(1, min(hidden, fed, MAX_IN_FLIGHT))
 
 
-class HttpConnection:
-    """One keep-alive HTTP connection, used by one thread at a time; `abort` may be called from any.
-
-    The foreign exceptions of the network end here: they become an `Answer` with a `fault`.
-    """
-
-    def __init__(self, base_url: str, limits: Limits = API_LIMITS) -> None:
-        from http.client import HTTPConnection, HTTPSConnection
-
-        self._limits = limits
-        parts = urlsplit(base_url)
-        self._path = parts.path
-        make = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        self._conn: HTTPConnection = make(cast(str, parts.hostname), parts.port, timeout=limits.connect_s)
-        self._conn.response_class = cast(Any, self._response)
-        self._on_idle = _nothing
-        self._rested_at = 0.0  # monotonic, as the deadline
-        self.rested_s = 0.0  # what `on_idle` took of the last request's time
-        self.deadline = 0.0  # 0 while no request is under way
-
-    def get(self, path: str, headers: Callable[[], Mapping[str, str]]) -> Answer:
-        """Ask for `path` and return the answer, whatever it is.
-
-        `headers` is called when the connection stands, right before the request is written: what it
-        counts as sent is then sent, however long the connecting took. What it raises is passed on.
-        """
-        try:
-            if (fault := self._connect()) is not None:
-                return fault
-            chosen = headers()
-            if (fault := self._connect()) is not None:  # the server may have closed it during the wait
-                return fault
-        except BaseException:
-            self.close()
-            raise
-        return self.get_at_once(path, chosen)
-
-    def get_at_once(
-        self, path: str, headers: Mapping[str, str], on_idle: Callable[[], None] = _nothing
-    ) -> Answer:
-        """Ask over a connection that is open. `on_idle` is called now and then while it takes; it may raise."""
-        self._on_idle, self.rested_s, self._rested_at = on_idle, 0.0, time.monotonic()
-        self.deadline = self._rested_at + self._limits.whole_s
-        answered = False
-        try:
-            answer = self._exchange(self._path + path, headers)
-            answered = not answer.fault
-            return answer
-        finally:
-            self._on_idle = _nothing
-            self.deadline = 0.0
-            if not answered:
-                self.close()
-
-    def is_open(self) -> bool:
-        """Return whether a request can be written at once."""
-        sock = self._conn.sock
-        if sock is None:
-            return False
-        if not _has_input(sock):  # an idle one has something to read when it ends
-            return True
-        with contextlib.suppress(OSError):
-            return _receive(sock, bytearray(1)) is None  # or when TLS has something to say to itself
-        return False
-
-    def abort(self) -> None:
-        """Cut the connection under a request, so that its thread comes back with a fault."""
-        if self._conn.sock is not None:
-            cut_socket(self._conn.sock)
-
-    def close(self) -> None:
-        """Close the connection; the next request opens a new one."""
-        with contextlib.suppress(OSError):  # nothing is lost when a closing fails
-            self._conn.close()
-
-    def _connect(self) -> Answer | None:
-        if self.is_open():
-            return None
-        self.close()
-        conn = self._conn
-        conn.timeout = self._limits.connect_s
-        self.deadline = time.monotonic() + self._limits.whole_s
-        fault = self._guarded(conn.connect)
-        self.deadline = 0.0  # waiting for a key is no part of the request
-        if fault is not None:
-            self.close()
-        elif conn.sock is not None:
-            conn.timeout = self._limits.read_s
-            conn.sock.settimeout(self._limits.read_s)
-        return fault
-
-    def _exchange(self, path: str, headers: Mapping[str, str]) -> Answer:
-        answer = Answer()
-
-        def exchange() -> None:
-            nonlocal answer
-            all_headers = {"User-Agent": f"stockrt/{__version__}", "Accept": "application/json", **headers}
-            self._conn.request("GET", path, headers=all_headers)
-            response = self._conn.getresponse()
-            body = b"".join(self._parts(response))
-            answer = Answer(response.status, body, response.headers.get("Retry-After", "").strip())
-
-        return self._guarded(exchange) or answer
-
-    def _response(self, sock: socket.socket, **more: Any) -> HTTPResponse:
-        """Return a response that is read no longer than the limits allow, with `on_idle` called meanwhile."""
-        from http.client import HTTPResponse
-
-        return HTTPResponse(cast("socket.socket", _Watched(sock, self._wait_for_input)), **more)
-
-    def _wait_for_input(self, sock: socket.socket) -> None:
-        """Wait until there is something to read. Raises TimeoutError at a limit."""
-        silent_until = time.monotonic() + self._limits.read_s
-        while (left := min(silent_until, self.deadline) - time.monotonic()) > 0:
-            has_input = _has_input(sock, min(left, STOP_POLL_S))
-            silent_until += self._rest()
-            if has_input:
-                return
-        raise TimeoutError("timed out")
-
-    def _rest(self) -> float:
-        """Call `on_idle` if that is due, however busily a server drips; return its time, which is not the server's."""
-        began = time.monotonic()
-        if began - self._rested_at < STOP_POLL_S:
-            return 0.0
-        self._on_idle()
-        self._rested_at = time.monotonic()
-        took = self._rested_at - began
-        self.rested_s += took
-        self.deadline += took
-        return took
-
-    def _parts(self, response: HTTPResponse) -> Iterator[bytes]:
-        """Yield the body, unpacked where it is gzip. Raises when it is too large or not whole."""
-        packed = response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip")
-        unpacker = zlib.decompressobj(GZIP_BITS) if packed else None
-        size = 0
-        while chunk := response.read1(65536):
-            if unpacker is not None:
-                chunk = unpacker.decompress(chunk, MAX_ANSWER_BYTES + 1 - size)
-            size += len(chunk)
-            if size > MAX_ANSWER_BYTES:
-                raise _Refused(f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB")
-            yield chunk
-        if response.length:
-            raise ConnectionError(f"{response.length} bytes are missing")
-        if unpacker is not None and not unpacker.eof:
-            raise ConnectionError("the end of the gzip stream is missing")
-        response.close()  # or the connection takes no further request
-
-    def _guarded(self, step: Callable[[], None]) -> Answer | None:
-        fault = _as_fault(step)
-        if fault is not None and time.monotonic() >= self.deadline:
-            return Answer(fault=f"no whole answer within {self._limits.whole_s:.0f} s")
-        return fault
-
-
-class _Watched(io.RawIOBase):
-    """A socket as http.client reads it: `wait` is called before every read."""
-
-    def __init__(self, sock: socket.socket, wait: Callable[[socket.socket], None]) -> None:
-        self._sock = sock
-        self._hold = sock.makefile("rb", buffering=0)  # keeps the socket open until the answer is read
-        self._wait = wait
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """Return the stream that http.client asks its socket for."""
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        """Read what is there, or comes in time."""
-        while True:
-            self._wait(self._sock)
-            if (size := _receive(self._sock, buffer)) is not None:
-                return size
-
-    def close(self) -> None:
-        """Let go of the socket."""
-        self._hold.close()
-        super().close()
-
-
-def _has_input(sock: socket.socket, seconds: float = 0.0) -> bool:
-    """Return whether there is something to read within some seconds, the end of the connection included."""
-    import select
-
-    if getattr(sock, "pending", int)():  # unpacked already: no poll would tell of it
-        return True
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(math.ceil(seconds * 1000)))
-
-
-def _receive(sock: socket.socket, buffer: Any) -> int | None:
-    """Read what is there, 0 at the end, None where nothing is for us: half a record of TLS, or its own matters."""
-    import ssl
-
-    timeout = sock.gettimeout()
-    sock.settimeout(0.0)
-    try:
-        return sock.recv_into(buffer)
-    except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-        return None
-    finally:
-        sock.settimeout(timeout)
-
-
-def cut_socket(sock: socket.socket) -> None:
-    """End all reading and writing on a socket, TLS or not, from whatever thread."""
-    import socket
-
-    with contextlib.suppress(OSError):  # it may have been closed just now
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-def get_once(base_url: str, path: str, limits: Limits, headers: Mapping[str, str] | None = None) -> Answer:
-    """Ask for one thing over a connection of its own, which is cut when the time is over."""
-    connection = HttpConnection(base_url, limits)
-    cut = threading.Timer(limits.whole_s, connection.abort)
-    cut.daemon = True
-    cut.start()
-    try:
-        return connection.get(path, lambda: headers or {})
-    finally:
-        cut.cancel()
-        connection.close()
-
-
-class _Refused(Exception):
-    """An answer that would be as wrong the next time."""
-
-
-class _CallersOwn(Exception):
-    """Carries what `on_idle` raised, its cause, past the code that takes exceptions for the network's."""
-
-
-def _as_fault(step: Callable[[], None]) -> Answer | None:
-    """Do a step of a request; return what went wrong as an Answer, None if nothing did."""
-    from http.client import HTTPException
-
-    try:
-        step()
-    except _Refused as error:
-        return Answer(fault=str(error), hopeless=True)
-    except (HTTPException, OSError, ValueError, AttributeError, zlib.error) as error:
-        import ssl
-
-        # ValueError, AttributeError: what ssl and http.client raise when `abort` cuts under them
-        if isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
-            return Answer(fault=f"the connection broke ({type(error).__name__})")
-        hopeless = isinstance(error, ssl.SSLCertVerificationError)
-        return Answer(fault=_network_words(error), hopeless=hopeless)
-    return None
-
-
-def _network_words(error: BaseException) -> str:
-    """Return what happened on the network in a few words, without addresses of objects in memory."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-    return one_line(
-        f"{type(cause).__name__}: {re.sub(r'<[^>]*> *:? *', '', text) or 'no more is known'}", 200
-    )
-
-
-class Errand:
+class BatchAttempt:
     """A batch on its way to a final answer: the tries so far, and the pause before the next one."""
 
     def __init__(self, batch: Batch, stop: threading.Event, rng: random.Random) -> None:
@@ -1966,7 +3109,7 @@ class _Worker(threading.Thread):
     def __init__(self, api: InfowayApi) -> None:
         super().__init__(name="stockrt-fetch", daemon=True)
         self.connection = HttpConnection(api.base_url, api.limits)
-        self.tasks: queue.SimpleQueue[tuple[Errand, _Done] | None] = queue.SimpleQueue()
+        self.tasks: queue.SimpleQueue[tuple[BatchAttempt, _Done] | None] = queue.SimpleQueue()
         self._api = api
         self.start()
 
@@ -1998,7 +3141,7 @@ class InfowayApi:
         keys: KeyPool,
         rng: random.Random | None = None,
         limits: Limits = API_LIMITS,
-        on_answer: Callable[[Answer, Verdict, float], None] = lambda answer, verdict, seconds: None,
+        on_answer: Callable[[Response, Verdict, float], None] = lambda answer, verdict, seconds: None,
     ) -> None:
         self.base_url = base_url
         self.keys = keys
@@ -2017,7 +3160,7 @@ class InfowayApi:
         When `stop` is set, requests under way are cut and the rest is not asked for.
         """
         self._stop = stop
-        todo = (Errand(batch, stop, self._rng) for batch in batches)
+        todo = (BatchAttempt(batch, stop, self._rng) for batch in batches)
         done: _Done = queue.SimpleQueue()
         busy: dict[_Worker, Batch] = {}
         looked_at = time.monotonic()
@@ -2066,7 +3209,7 @@ class InfowayApi:
 
     def _hand_out(
         self,
-        todo: Iterator[Errand],
+        todo: Iterator[BatchAttempt],
         busy: dict[_Worker, Batch],
         done: _Done,
         on_idle: Callable[[], None],
@@ -2088,7 +3231,7 @@ class InfowayApi:
     def _wanted(self) -> int:
         return wanted_in_flight(min(self._latencies, default=0.0), self.keys.rate())
 
-    def _ask_here(self, errand: Errand, on_idle: Callable[[], None]) -> Outcome | None:
+    def _ask_here(self, errand: BatchAttempt, on_idle: Callable[[], None]) -> Outcome | None:
         """Try a batch once on the caller's thread, None where that cannot be, or is not final: for a worker then.
 
         For one request at a time a thread more is only in the way: it costs a sixth of the processor's time.
@@ -2133,7 +3276,7 @@ class InfowayApi:
                     batch, f"no whole answer within {self.limits.whole_s:.0f} s, and the connection hangs"
                 )
 
-    def ask(self, connection: HttpConnection, errand: Errand) -> Outcome:
+    def ask(self, connection: HttpConnection, errand: BatchAttempt) -> Outcome:
         """Ask for a batch over `connection` until its answer is final; never raises."""
         try:
             while True:
@@ -2149,7 +3292,7 @@ class InfowayApi:
             log.exception("a fault of stockrt itself while fetching")
             return _failed(errand.batch, f"a fault of stockrt itself: {type(error).__name__}")
 
-    def _try(self, connection: HttpConnection, errand: Errand) -> Outcome | None:
+    def _try(self, connection: HttpConnection, errand: BatchAttempt) -> Outcome | None:
         """Ask once, as soon as a key may be used; return the outcome if the answer is final."""
         key: ApiKey | None = None
         sent = 0.0
@@ -2165,7 +3308,9 @@ class InfowayApi:
         answer = connection.get(errand.path, headers)
         return self._judge(errand, key, answer, time.monotonic() - sent)
 
-    def _judge(self, errand: Errand, key: ApiKey | None, answer: Answer, seconds: float) -> Outcome | None:
+    def _judge(
+        self, errand: BatchAttempt, key: ApiKey | None, answer: Response, seconds: float
+    ) -> Outcome | None:
         """Return the outcome if an answer is final; else note in the errand how it goes on."""
         if not answer.fault:
             self._latencies.append(seconds)
@@ -2189,7 +3334,7 @@ class InfowayApi:
         return None
 
 
-def _why_final(errand: Errand, verdict: Verdict) -> str:
+def _why_final(errand: BatchAttempt, verdict: Verdict) -> str:
     """Return why a batch is not tried again after an answer without trades, '' if it is."""
     late = verdict.action is Action.RETRY and verdict.wait_s > LONGEST_RETRY_AFTER_S
     tries = errand.faults + errand.refusals
@@ -2217,6 +3362,18 @@ def _failed(batch: Batch, reason: str) -> Outcome:
     return Outcome(batch, failures=dict.fromkeys(batch.split(), reason))
 
 
+class Source(Protocol):
+    """Where trades come from: the API, or the demo."""
+
+    def fetch(
+        self, batches: Iterable[Batch], stop: threading.Event, on_idle: Callable[[], None]
+    ) -> Iterator[Outcome]:
+        """Yield an Outcome for each batch, and call `on_idle` now and then while nothing is done."""
+
+    def close(self) -> None:
+        """Let go of connections and threads."""
+
+
 class DemoApi:
     """Synthetic trades in the API's own form: no network, no key. One trade per code and minute."""
 
@@ -2233,7 +3390,7 @@ class DemoApi:
             body = json.dumps(
                 {"ret": 200, "msg": "success", "data": [self._record(c) for c in batch.split()]}
             )
-            verdict = decide(Answer(200, body.encode()), datetime.now(UTC))
+            verdict = decide(Response(200, body.encode()), datetime.now(UTC))
             yield read_records(batch, verdict.records)
 
     def close(self) -> None:
@@ -2281,17 +3438,12 @@ MONGODB_TIMEOUT_MS = 20_000
 MONGODB_SELECTION_TIMEOUT_MS = 5_000
 # For telling the server that a client leaves.
 MONGODB_GOODBYE_S = 1.0
-# How long one process waits for another that writes to the same SQLite file.
-SQLITE_BUSY_S = 10.0
-SQLITE_NAME = "stockrt.db"
-SQLITE_VERSION = 3
 DUPLICATE_KEY = 11000
 UNAUTHORIZED = 13
 # The `_id` of a document that is written and deleted to see whether that works.
 PROBE = "stockrt-check"
 # Most codes trade in the last minutes before a close (auction included): looked at first.
 NEWEST_SPAN_MS = 6 * 60 * 1000
-
 Document = dict[str, Any]
 TRADE_FIELDS = Trade._fields
 
@@ -2314,12 +3466,6 @@ def to_document(trade: Trade, created: datetime, demo: bool = False) -> Document
     document: Document = {"_id": identity(trade), "s": s, "t": t, "p": p, "v": v, "vw": vw, "td": td,
                           "stock_code": s, "create_time": created}  # fmt: skip
     return document | {"demo": True} if demo else document
-
-
-def utc_now() -> datetime:
-    """Return the time now, aware UTC, cut to whole milliseconds."""
-    now = datetime.now(UTC)
-    return now.replace(microsecond=now.microsecond // 1000 * 1000)
 
 
 class Close(NamedTuple):
@@ -2384,540 +3530,6 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Let go of files and connections."""
-
-
-# ------------------------------------------------------------------------------------------------------
-# Local files
-# ------------------------------------------------------------------------------------------------------
-
-# The page size of our files: SQLite's default since 2016.
-SQLITE_PAGE = 4096
-# A log has a header, and one before each page.
-WAL_HEAD, WAL_FRAME_HEAD = 32, 24
-# What its primary result codes say of a file: SQLITE_CORRUPT and SQLITE_NOTADB.
-SQLITE_DAMAGED = (11, 26)
-SQLITE_SIDES = ("", "-wal", "-shm")
-# Rows of a damaged file, about a second's work.
-RESCUED_AT_ONCE = 20_000
-# More rows than can be missing at the end of a damaged table.
-NUMBERS_SKIPPED = 1_000_000
-
-
-class LocalFile:
-    """One of our SQLite files: WAL, fsynced at every commit, for this user alone; thread-safe.
-
-    Damaged, or of another user, it is set aside and a new one takes its place (promise 6), whenever that is
-    seen; a gigabyte takes a minute to rescue, during which `on_busy` is called now and then. Raises StoreError
-    when the file cannot be used or was written by a newer stockrt.
-    """
-
-    def __init__(self, path: Path, version: int, schema: str, on_busy: Callable[[], None] = _nothing) -> None:
-        make_state_directory(path.parent)
-        self.path = path
-        self._on_busy = on_busy
-        self._version = version
-        self._schema = schema
-        self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
-        self.identity: tuple[int, int] | None = None  # in another file rows have other numbers
-        self._db: sqlite3.Connection | None = None
-        self._closed = False
-        self._open()
-
-    def write(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Do `work` in a transaction of its own, on disk when this returns. Raises StoreError."""
-        return self._run(work, "BEGIN IMMEDIATE")
-
-    def read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Return what `work` reads, all of it at one moment. Raises StoreError."""
-        return self._run(work, "BEGIN")
-
-    def read_one(self, query: str, *values: object) -> Any:
-        """Return a query's first row, None without one; cheaper than `read`. Raises StoreError."""
-        return self._run(lambda db: db.execute(query, values).fetchone(), "")
-
-    def shrink(self) -> None:
-        """Give unused space back to the disk, as far as nobody else reads the file now. Raises StoreError."""
-        self._maintain("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)")
-
-    def empty_log(self) -> None:
-        """Move the write-ahead log into the file, as far as nobody else reads it now. Raises StoreError."""
-        self._maintain("PRAGMA wal_checkpoint(TRUNCATE)")
-
-    def _maintain(self, *statements: str) -> None:
-        import sqlite3
-
-        with self.lock:
-            db = self._connection()
-            try:
-                for statement in statements:
-                    db.execute(statement).fetchall()
-            except sqlite3.Error as error:
-                raise sqlite_fault(self.path, error) from error
-
-    def bytes_on_disk(self) -> int:
-        """Return the size of the file and of what SQLite keeps beside it, in bytes."""
-        return sum(_size_of(side) for side in _sides(self.path))
-
-    def close(self) -> None:
-        """Close the file."""
-        with self.lock:
-            self._closed = True
-            self._disconnect()
-
-    def _disconnect(self) -> None:
-        if self._db is not None:
-            self._db.close()
-        self._db = None
-
-    def _run(self, work: Callable[[sqlite3.Connection], _T], begin: str) -> _T:
-        import sqlite3
-
-        with self.lock:
-            try:
-                return self._transact(work, begin)
-            except sqlite3.Error as error:
-                if not self._is_lost(error):
-                    raise sqlite_fault(self.path, error) from error
-                self._open(error)
-            try:
-                return self._transact(work, begin)
-            except sqlite3.Error as error:
-                raise sqlite_fault(self.path, error) from error
-
-    def _transact(self, work: Callable[[sqlite3.Connection], _T], begin: str) -> _T:
-        """Do `work` in the file that is current, and was so to the end.
-
-        Others may set aside at any moment what this one has open; what it commits then may be in no file.
-        """
-        while True:
-            with self._connection() as db:
-                if begin:
-                    db.execute(begin)
-                done = [work(db)] if self._is_current() else []
-            if done and self._is_current():
-                return done[0]
-            self._open()
-
-    def _connection(self) -> sqlite3.Connection:
-        if self._closed:
-            raise StoreError(f"the local file {self.path} is closed already")
-        if self._db is None:  # it could not be opened the last time
-            self._open()
-        return cast("sqlite3.Connection", self._db)
-
-    def _is_current(self) -> bool:
-        return self.identity == _inode(self.path)
-
-    def _open(self, damage: Exception | None = None) -> None:
-        """Open the file; `damage` is what showed that it cannot go on as it is."""
-        import sqlite3
-
-        with _directory_lock(self.path.parent):  # nobody opens a file while another sets it aside
-            try:
-                if damage is not None and self._is_current():
-                    self._set_aside(damage)
-                try:
-                    self._connect()
-                except sqlite3.Error as error:
-                    if not self._is_lost(error):
-                        raise
-                    self._set_aside(error)
-                    self._connect()
-            except (sqlite3.Error, OSError) as error:
-                raise sqlite_fault(self.path, error) from error
-
-    def _connect(self) -> None:
-        self._disconnect()
-        if any(side.exists() for side in _sides(self._away())):
-            self._end_setting_aside("its rescue was interrupted")
-        if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
-            raise _damage("its beginning is cut off")  # SQLite would take it for new and drop the log
-        self._db = connect_sqlite(self.path)
-        if _log_is_torn(
-            self._db, self.path
-        ):  # it stays open until the log is rescued: to close it empties the log
-            raise _damage("its log is damaged, and transactions lie behind the damage")
-        try:
-            bring_up(self._db, self.path, self._version, self._schema)
-        except BaseException:
-            self._disconnect()
-            raise
-        self.identity = _inode(self.path)
-
-    def _is_lost(self, error: Exception) -> bool:
-        """Whether the file is damaged, or may not be used by this user."""
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in SQLITE_DAMAGED or "decode to UTF-8" in str(error):
-            return True
-        return self.path.is_file() and not all(
-            os.access(side, os.R_OK | os.W_OK) for side in _sides(self.path) if side.exists()
-        )
-
-    def _set_aside(self, damage: Exception) -> None:
-        """Put a new file in the place of the old one, with what can be read of it.
-
-        The old one is moved away first: who has it open sees then that it is current no more.
-        """
-        _move(self.path, self._away())
-        self._end_setting_aside(one_line(damage))
-
-    def _away(self) -> Path:
-        """The name of a file that is being rescued; what has it after a kill is rescued once more."""
-        return self.path.with_name(f"{self.path.name}.setting-aside")
-
-    def _end_setting_aside(self, why: str) -> None:
-        done = "it had been rescued already"
-        if not self.path.exists():
-            _move(self.path, self._away())  # its log, where a kill came in between
-            done = f"{self._rescue()} rows of it are rescued"
-        aside = self.path.with_name(f"{self.path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z")
-        _move(self._away(), aside)
-        _sync_directory(self.path.parent)
-        log.error(
-            "the local file %s cannot be used: %s; it is set aside as %s, %s",
-            self.path,
-            why,
-            aside.name,
-            done,
-        )
-
-    def _rescue(self) -> int:
-        """Make the new file of what can be read of the old one, and return how many rows that is."""
-        fresh = self.path.with_name(f"{self.path.name}.rescue")
-        for side in _sides(fresh):
-            side.unlink(missing_ok=True)
-        with contextlib.closing(open_sqlite(fresh, self._version, self._schema)) as db:
-            rescued = rescue(self._away(), db, self._on_busy)
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        self._disconnect()  # not before: the last one to close a damaged log empties it
-        fresh.replace(self.path)
-        return rescued
-
-
-def _move(path: Path, target: Path) -> None:
-    """Rename a file of SQLite's and what it keeps beside it, as far as they exist."""
-    for old, new in zip(_sides(path), _sides(target), strict=True):
-        if old.exists():
-            old.replace(new)
-
-
-def _sides(path: Path) -> list[Path]:
-    """Return a file of SQLite's and what it keeps beside it: the file, the write-ahead log, shared memory."""
-    return [path.with_name(path.name + end) for end in SQLITE_SIDES]
-
-
-def _size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _inode(path: Path) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _log_is_torn(db: sqlite3.Connection, path: Path) -> bool:
-    """Whether a file's log holds transactions that SQLite does not see.
-
-    It reads a log up to the first frame with a wrong checksum, takes the rest for a write that a power cut
-    interrupted, and writes over it: after damage in the middle everything behind it would be gone.
-    """
-    import sqlite3
-
-    write_ahead_log = _sides(path)[1]
-    if _size_of(write_ahead_log) <= WAL_HEAD:
-        return False
-    db.execute("BEGIN IMMEDIATE")  # nobody writes meanwhile
-    try:
-        # Not read from the index file itself: to close it would undo SQLite's locks, which belong to the process.
-        with contextlib.closing(sqlite3.connect(path)) as other:
-            other.execute("PRAGMA user_version").fetchone()  # opens the log
-            seen = int(other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1])
-        return (
-            0 <= seen < _transactions_end(write_ahead_log)
-        )  # -1: another process is at it, which opened it well
-    finally:
-        db.rollback()
-
-
-def _transactions_end(write_ahead_log: Path) -> int:
-    """Return the number of the last frame that ends a transaction, frames of the log's earlier lives left out."""
-    with write_ahead_log.open("rb") as stream:
-        head = stream.read(WAL_HEAD)
-        frames = []
-        while len(frame := stream.read(WAL_FRAME_HEAD)) == WAL_FRAME_HEAD:
-            frames.append(
-                (frame[8:16], any(frame[4:8]))
-            )  # the salts, which change with each life; the end's mark
-            stream.seek(SQLITE_PAGE, os.SEEK_CUR)
-    if head[24:] == _wal_checksum(head[:24]):
-        salts = head[16:24]
-    else:
-        salts = Counter(salt for salt, _ in frames).most_common(1)[0][0] if frames else b""
-    return max((number for number, frame in enumerate(frames, 1) if frame == (salts, True)), default=0)
-
-
-def _wal_checksum(head: bytes) -> bytes:
-    """Return the checksum of the head of a log (sqlite.org/fileformat2.html#checksum_algorithm)."""
-    order: Literal["big", "little"] = "big" if head[3] & 1 else "little"
-    first = second = 0
-    for at in range(0, len(head), 8):
-        first = first + int.from_bytes(head[at : at + 4], order) + second & 0xFFFFFFFF
-        second = second + int.from_bytes(head[at + 4 : at + 8], order) + first & 0xFFFFFFFF
-    return first.to_bytes(4) + second.to_bytes(4)
-
-
-def _damage(words: str) -> Exception:
-    import sqlite3
-
-    error = sqlite3.DatabaseError(words)
-    error.sqlite_errorcode = SQLITE_DAMAGED[0]
-    return error
-
-
-@contextlib.contextmanager
-def _directory_lock(directory: Path) -> Iterator[None]:
-    """Hold the lock that keeps other processes, and other threads, from opening our files in a directory.
-
-    Raises StoreError.
-    """
-    import fcntl
-
-    try:
-        handle = os.open(directory, os.O_RDONLY)
-    except OSError as error:
-        raise StoreError(
-            f"the state directory {directory} cannot be used: {error.strerror}; see STATE_DIRECTORY"
-        ) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def open_sqlite(path: Path, version: int, schema: str) -> sqlite3.Connection:
-    """Open a file of ours, made or brought up to `version` with `schema`.
-
-    Raises sqlite3.Error, and StoreError when it was written by a newer stockrt.
-    """
-    db = connect_sqlite(path)
-    try:
-        bring_up(db, path, version, schema)
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def connect_sqlite(path: Path) -> sqlite3.Connection:
-    """Open a file: WAL, and fsynced at every commit. Raises sqlite3.Error."""
-    import sqlite3
-
-    db = sqlite3.connect(path, timeout=SQLITE_BUSY_S, check_same_thread=False)
-    try:
-        _set_wal(db)
-        db.execute("PRAGMA synchronous=FULL")
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def bring_up(db: sqlite3.Connection, path: Path, version: int, schema: str) -> None:
-    """Bring a file up to `version` with `schema`.
-
-    Raises sqlite3.Error, and StoreError when it was written by a newer stockrt.
-    """
-    (found,) = db.execute("PRAGMA user_version").fetchone()
-    if found > version:
-        raise StoreError(
-            f"{path} was written by a newer stockrt (format {found}, this one knows {version}); "
-            "use that one, or another STATE_DIRECTORY"
-        )
-    if found < version:
-        db.executescript(schema)
-        keep_owner(path, path.parent)
-
-
-def _set_wal(db: sqlite3.Connection) -> None:
-    """Switch a file to WAL. While another process does the same SQLite says "locked" without waiting."""
-    import sqlite3
-
-    give_up = time.monotonic() + SQLITE_BUSY_S
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > give_up:
-                raise
-        time.sleep(0.01)
-
-
-def sqlite_fault(path: Path, error: Exception) -> StoreError:
-    """Return what an operator must know of a fault of SQLite, or of the disk below it."""
-    return StoreError(f"the local file {path} fails: {error}; see STATE_DIRECTORY")
-
-
-def rescue(damaged: Path, db: sqlite3.Connection, on_busy: Callable[[], None] = _nothing) -> int:
-    """Copy what can be read of a damaged file into a new one of ours and return how many rows that is.
-
-    `on_busy` is called now and then. Trades are looked for page by page, so that they are found where nothing
-    points to them any more. One that was deleted may come back so: it is known to MongoDB then, which does no
-    harm.
-    """
-    with db:
-        found = _rescue_trades(damaged, db, on_busy) if _columns(db, "realtime") else 0
-        names = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
-        for (name,) in names.fetchall():
-            if name != "realtime":
-                found += _rescue_table(damaged, db, name)
-        _skip_numbers(damaged, db)
-    return found
-
-
-def _skip_numbers(damaged: Path, db: sqlite3.Connection) -> None:
-    """Give no number again that was given out for a row that is lost: somebody may still know it."""
-    given = {row["name"]: row["seq"] for row in _readable_rows(damaged, "SELECT * FROM sqlite_sequence")}
-    tables = db.execute("SELECT name FROM sqlite_master WHERE sql LIKE '%AUTOINCREMENT%'").fetchall()
-    for (name,) in tables:
-        (last,) = db.execute(f"SELECT max(rowid) FROM {name}").fetchone()  # noqa: S608
-        number = max([n for n in (given.get(name), last) if isinstance(n, int)], default=0) + NUMBERS_SKIPPED
-        db.execute("DELETE FROM sqlite_sequence WHERE name = ?", (name,))
-        db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (name, number))
-
-
-def _rescue_trades(damaged: Path, db: sqlite3.Connection, on_busy: Callable[[], None]) -> int:
-    """Rescue trades in their order of arrival, under new numbers: old ones could be there twice."""
-    columns = ", ".join(_columns(db, "realtime")[1:])
-    db.execute("CREATE TEMP TABLE rescued AS SELECT * FROM realtime LIMIT 0")
-    places = ", ".join("?" * len(_columns(db, "realtime")))
-    rows = carve_trades(damaged)
-    while some := list(islice(rows, RESCUED_AT_ONCE)):
-        db.executemany(f"INSERT INTO rescued VALUES ({places})", some)  # noqa: S608
-        on_busy()
-    done = db.execute(
-        f"INSERT INTO realtime ({columns}) SELECT {columns} FROM rescued WHERE true ORDER BY seq "  # noqa: S608
-        "ON CONFLICT (_id) DO NOTHING"
-    )
-    db.execute("DROP TABLE rescued")
-    return done.rowcount
-
-
-def _rescue_table(damaged: Path, db: sqlite3.Connection, name: str) -> int:
-    """Rescue a table from both its ends, up to where it cannot be read."""
-    before = db.total_changes
-    for order in ("", "ORDER BY 1 DESC"):
-        for row in _readable_rows(damaged, f"SELECT * FROM {name} {order}"):  # noqa: S608
-            columns, places = ", ".join(row), ", ".join("?" * len(row))
-            insert = f"INSERT OR IGNORE INTO {name} ({columns}) VALUES ({places})"  # noqa: S608
-            db.execute(insert, tuple(row.values()))
-    return db.total_changes - before
-
-
-def _readable_rows(damaged: Path, query: str) -> Iterator[dict[str, Any]]:
-    """Yield rows, each by the names of its columns, up to the first that cannot be read."""
-    import sqlite3
-
-    try:
-        with contextlib.closing(sqlite3.connect(damaged)) as old:
-            rows = old.execute(query)
-            names = [column[0] for column in rows.description]
-            for row in rows:
-                yield dict(zip(names, row, strict=True))
-    except sqlite3.Error as error:
-        log.debug("%s: %s", damaged, error)
-
-
-def _columns(db: sqlite3.Connection, table: str) -> list[str]:
-    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
-
-
-def carve_trades(path: Path) -> Iterator[tuple[Any, ...]]:
-    """Yield rows of `realtime` from the pages of a file and of its log, whether or not they are in use.
-
-    The layout is that of SQLite's file format (sqlite.org/fileformat2.html); a row counts only if its
-    `_id` follows from its fields.
-    """
-    file, write_ahead_log, _ = _sides(path)
-    # the log first: somebody may still move pages from it into the file
-    for source, start, skip in ((write_ahead_log, WAL_HEAD, WAL_FRAME_HEAD), (file, 0, 0)):
-        with contextlib.suppress(OSError), source.open("rb") as stream:  # not there, or not for this user
-            stream.seek(start)
-            while block := stream.read(skip + SQLITE_PAGE):
-                yield from _leaf_rows(block[skip:])
-
-
-def _leaf_rows(page: bytes) -> Iterator[tuple[Any, ...]]:
-    """Yield the trades of a page, if it is a leaf of a table."""
-    if page[:1] != b"\x0d":
-        return
-    for number in range(min(int.from_bytes(page[3:5]), (len(page) - 8) // 2)):
-        with contextlib.suppress(IndexError, ValueError):  # no row, or none of ours
-            yield _carve_row(page, int.from_bytes(page[8 + 2 * number : 10 + 2 * number]))
-
-
-def _carve_row(page: bytes, at: int) -> tuple[Any, ...]:
-    """Return the trade at a place of a page. Raises IndexError or ValueError where there is none."""
-    _, at = _varint(page, at)  # the row's length
-    number, start = _varint(page, at)
-    size, at = _varint(page, start)
-    head = page[at : start + size]
-    kinds = [*head] if head.isascii() else _varints(head)  # mostly of one byte each
-    at = start + size
-    values: list[Any] = []
-    for kind in kinds:
-        value, at = _carve_value(page, kind, at)
-        values.append(value)
-    _, name, s, t, p, v, vw, td, code, created, demo = values
-    if name != f"{s}|{t}|{p}|{v}|{td}" or code != s or not isinstance(vw, str) or demo not in (None, 1):
-        raise ValueError("its fields do not make its _id")
-    datetime.fromisoformat(str(created))
-    return (number, *values[1:])
-
-
-def _varints(data: bytes) -> list[int]:
-    """Return the variable-length integers that data consists of."""
-    found, at = [], 0
-    while at < len(data):
-        value, at = _varint(data, at)
-        found.append(value)
-    return found
-
-
-def _varint(page: bytes, at: int) -> tuple[int, int]:
-    """Return SQLite's variable-length integer at a place, and the place behind it."""
-    value = 0
-    for place in range(at, at + 8):
-        value = value << 7 | page[place] & 0x7F
-        if page[place] < 0x80:
-            return value, place + 1
-    return value << 8 | page[at + 8], at + 9
-
-
-def _carve_value(page: bytes, kind: int, at: int) -> tuple[str | int | None, int]:
-    """Return a value of a serial type and the place behind it; types that trades do not have raise ValueError."""
-    if kind in (0, 8, 9):
-        return {0: None, 8: 0, 9: 1}[kind], at
-    if 1 <= kind <= 6:
-        end = at + (1, 2, 3, 4, 6, 8)[kind - 1]
-        return int.from_bytes(page[at:end], signed=True), end
-    if kind < 13 or not kind % 2:
-        raise ValueError(f"serial type {kind}")
-    end = at + (kind - 13) // 2
-    if end > len(page):
-        raise ValueError("beyond the page")
-    return page[at:end].decode(), end
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -3010,56 +3622,6 @@ def _sqlite_row(document: Document) -> tuple[Any, ...]:
     return (*(document[name] for name in names), _iso(document["create_time"]), document.get("demo"))
 
 
-# IF NOT EXISTS: two processes may open a new file at the same moment.
-_SQLITE_SCHEMA = f"""
-BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS realtime (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of arrival
-    _id TEXT NOT NULL UNIQUE,
-    s TEXT NOT NULL, t INTEGER NOT NULL,
-    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
-    stock_code TEXT NOT NULL,
-    create_time TEXT NOT NULL,              -- UTC, ISO 8601
-    demo INTEGER                            -- 1: synthetic, by --demo
-);
-CREATE INDEX IF NOT EXISTS realtime_code_time ON realtime (stock_code, t DESC);
-CREATE INDEX IF NOT EXISTS realtime_demo ON realtime (seq) WHERE demo IS NOT NULL;
-CREATE TABLE IF NOT EXISTS rejects (        -- what MongoDB refused for good
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    collection TEXT NOT NULL, _id TEXT NOT NULL,
-    document TEXT NOT NULL,                 -- JSON
-    reason TEXT NOT NULL,                   -- MongoDB's words
-    rejected_at TEXT NOT NULL,              -- UTC, ISO 8601
-    UNIQUE (collection, _id)
-);
-CREATE TABLE IF NOT EXISTS close (
-    _id TEXT PRIMARY KEY,                   -- code|date
-    date TEXT NOT NULL,                     -- of the session, on the exchange's calendar
-    s TEXT NOT NULL, t INTEGER NOT NULL,
-    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
-    stock_code TEXT NOT NULL,
-    after_hours INTEGER, half_day INTEGER, half_day_unknown INTEGER,
-    create_time TEXT NOT NULL, update_time TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS unsettled (      -- trades that MongoDB has, whose closes could not be made
-    _id TEXT PRIMARY KEY,
-    s TEXT NOT NULL, t INTEGER NOT NULL,
-    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
-    stock_code TEXT NOT NULL,
-    create_time TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS key_usage (
-    digest TEXT, day TEXT, used INTEGER NOT NULL, PRIMARY KEY (digest, day)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS calendar (
-    market TEXT PRIMARY KEY, asked_on TEXT NOT NULL, first TEXT NOT NULL, last TEXT NOT NULL,
-    half_days TEXT NOT NULL                 -- JSON: ISO dates
-) WITHOUT ROWID;
-PRAGMA user_version = {SQLITE_VERSION};
-COMMIT;
-"""
-
-
 # Promise 8: which of two closes is the better. Unnamed columns are those of the document that stands there.
 _SQLITE_CLOSE = """
 INSERT INTO close (_id, date, s, t, p, v, vw, td, stock_code, after_hours, half_day, half_day_unknown,
@@ -3082,31 +3644,6 @@ def _close_row(close: Close, now: str) -> dict[str, Any]:
     row = {name: close.document[name] for name in (*TRADE_FIELDS, "stock_code")}
     marks: dict[str, Any] = dict.fromkeys(CLOSE_MARKS) | close.marks()
     return row | marks | {"_id": close.key, "date": close.date, "now": now}
-
-
-def make_state_directory(directory: Path) -> None:
-    """Make the state directory, for this user alone. Raises StoreError when it cannot be used."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(
-            f"the state directory {directory} cannot be made: {error.strerror}; see STATE_DIRECTORY"
-        ) from None
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise StoreError(
-            f"the state directory {directory} cannot be written by this user; see STATE_DIRECTORY"
-        )
-
-
-def keep_owner(path: Path, directory: Path) -> None:
-    """Give a new file to the owner of its directory: root's --register must not lock the service out."""
-    owner = directory.stat()
-    if os.geteuid() == 0 and owner.st_uid != 0:
-        os.chown(path, owner.st_uid, owner.st_gid)
-
-
-def _iso(moment: datetime) -> str:
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -3431,9 +3968,9 @@ def _number_converter(numeric_type: str) -> Callable[[str], object] | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------
-# The spool: what waits on this machine for MongoDB
-# ------------------------------------------------------------------------------------------------------
+# ======================================================================================================
+# Delivery: what waits on this machine for MongoDB
+# ======================================================================================================
 
 # Documents that go to MongoDB at once when it is back.
 DRAIN_BATCH = 1000
@@ -3453,20 +3990,7 @@ ROW_BYTES = 250
 PAGES_PER_ROW = 4
 
 
-class SpoolFacts(NamedTuple):
-    """What waits: trades, their bytes on disk, when the oldest came (ISO 8601 UTC); and what was refused.
-
-    `rejects`: documents that MongoDB refused for good. `refused`: trades that found no room, of this process.
-    """
-
-    trades: int = 0
-    bytes: int = 0
-    oldest: str | None = None
-    rejects: int = 0
-    refused: int = 0
-
-
-class Waiting(NamedTuple):
+class QueuedBatch(NamedTuple):
     """The oldest trades of the spool, from number `first` to `last`; `damaged` ones (`_id` -> why) left out.
 
     `file`: the one they have these numbers in.
@@ -3549,7 +4073,7 @@ class Spool(SqliteStore):
         query = "SELECT EXISTS (SELECT 1 FROM close) OR EXISTS (SELECT 1 FROM unsettled)"
         return not (self.has_trades() or self._file.read_one(query)[0])
 
-    def oldest(self, count: int) -> Waiting:
+    def oldest(self, count: int) -> QueuedBatch:
         """Return up to `count` trades in order of arrival. Raises StoreError."""
         query = f"SELECT seq, {_WAITING_FIELDS} FROM realtime WHERE demo IS NULL ORDER BY seq LIMIT ?"  # noqa: S608
 
@@ -3569,10 +4093,10 @@ class Spool(SqliteStore):
                 documents.append(_waiting_document(row[1:]))
             except (TypeError, ValueError) as error:
                 damaged[str(row[1])] = f"damaged on this machine: {one_line(error, 200)}"
-        return Waiting(rows[0][0] if rows else 0, rows[-1][0] if rows else 0, documents, damaged, file)
+        return QueuedBatch(rows[0][0] if rows else 0, rows[-1][0] if rows else 0, documents, damaged, file)
 
     def finish(
-        self, waiting: Waiting, refused: Mapping[str, str], collection: str, settled: bool = True
+        self, waiting: QueuedBatch, refused: Mapping[str, str], collection: str, settled: bool = True
     ) -> bool:
         """Take out what MongoDB has, and put aside what it refused (`_id` -> reason). Raises StoreError.
 
@@ -3700,17 +4224,17 @@ class Spool(SqliteStore):
 
         self._file.write(take_out)
 
-    def facts(self, counted: bool = False) -> SpoolFacts:
+    def facts(self, counted: bool = False) -> QueueStats:
         """Return what waits; `counted` anew, which takes a while where millions do. Raises StoreError."""
 
-        def look(db: sqlite3.Connection) -> SpoolFacts:
+        def look(db: sqlite3.Connection) -> QueueStats:
             if counted or self._trades is None:
                 self._trades = db.execute(_WAITING).fetchone()[0]
             query = "SELECT create_time FROM realtime WHERE demo IS NULL ORDER BY seq LIMIT 1"
             (oldest,) = db.execute(query).fetchone() or (None,)
             (rejects,) = db.execute("SELECT count(*) FROM rejects").fetchone()
             used = self._used_bytes(db) if self._trades else 0
-            return SpoolFacts(self._trades or 0, used, oldest, rejects, self.refused)
+            return QueueStats(self._trades or 0, used, oldest, rejects, self.refused)
 
         return self._file.read(look)
 
@@ -3816,7 +4340,7 @@ class Drain:
             self._settles = True
         return len(trades)
 
-    def _deliver(self) -> tuple[Waiting, dict[str, str]]:
+    def _deliver(self) -> tuple[QueuedBatch, dict[str, str]]:
         """Return the oldest batch, which MongoDB has by then, and what it refused of it (`_id` -> why).
 
         A batch that fails while MongoDB takes something else is halved, until the document is alone that
@@ -3868,7 +4392,7 @@ class SpooledStore:
         self,
         mongo: MongoStore,
         spool: Spool,
-        on_change: Callable[[SpoolFacts], None] = lambda facts: None,
+        on_change: Callable[[QueueStats], None] = lambda facts: None,
         rng: random.Random | None = None,
     ) -> None:
         self.mongo = mongo
@@ -3883,9 +4407,15 @@ class SpooledStore:
         self._away_since = utc_now()
         self._closing = threading.Event()
         self._woken = threading.Event()  # something came, or this closes
-        self._close_trouble = Trouble("closing snapshot", then="what it follows from is kept on this machine")
-        self._trouble = Trouble("MongoDB", then="what is fetched is kept on this machine until it is back")
-        self._file_trouble = Trouble("what waits for MongoDB", then="what it takes does not need the file")
+        self._close_trouble = LogThrottle(
+            "closing snapshot", then="what it follows from is kept on this machine"
+        )
+        self._trouble = LogThrottle(
+            "MongoDB", then="what is fetched is kept on this machine until it is back"
+        )
+        self._file_trouble = LogThrottle(
+            "what waits for MongoDB", then="what it takes does not need the file"
+        )
 
     def start(self, settle: Callable[[Sequence[Document]], None]) -> None:
         """Begin to move what waits; `settle` is called, on the drainer's thread, with trades that arrived."""
@@ -4104,7 +4634,7 @@ class SpooledStore:
 
 def open_store(
     settings: Settings,
-    on_spool: Callable[[SpoolFacts], None] = lambda facts: None,
+    on_spool: Callable[[QueueStats], None] = lambda facts: None,
     on_busy: Callable[[], None] = _nothing,
 ) -> SqliteStore | SpooledStore:
     """Open the store that the settings ask for: MongoDB, or the embedded one where none is set."""
@@ -4114,260 +4644,23 @@ def open_store(
     return SpooledStore(MongoStore(settings), spool, on_spool)
 
 
-# ------------------------------------------------------------------------------------------------------
-# Counts and the calendar
-# ------------------------------------------------------------------------------------------------------
-
-# A lease of the day's count is for this time at the key's rate: a crash forgets at most so much.
-DAY_LEASE_S = 5.0
-# The minute's count is kept in slices. Any 60 s touch at most SLICES_PER_WINDOW of them, and together those
-# never hold more than the plan's minute: so no minute, wherever it begins, sees more. The shorter a slice, the
-# more of the plan can be used: 60 s of 62.5. The instances' clocks are taken to agree, as NTP makes them.
-SLICE_S = 2.5
-SLICES_PER_WINDOW = int(60 / SLICE_S) + 1
-# What leaves this short before a slice ends may arrive in the next one: it is counted there, and the sum that
-# decides takes both in.
-SLICE_MARGIN_S = 0.2
-# A share of a slice for one instance, so that others find something too.
-SHARES_PER_SLICE = 4
-# With MongoDB away each instance counts alone, and asks it again after this time.
-LEDGER_RETRY_S = 30.0
-LEDGER_TIMEOUT_S = 2.0
-# Instances that write the same key's count at the same moment try again; each try lets one of them through.
-LEDGER_TRIES = 50
-# How far a calendar that is asked for reaches to both sides.
-CALENDAR_DAYS = 31
-
-
-class HalfDays(NamedTuple):
-    """A market's half days between two dates (ISO 8601, the first later than the last: none are known)."""
-
-    asked_on: str
-    first: str
-    last: str
-    days: frozenset[str]
-
-
-NO_HALF_DAYS = HalfDays("", "9", "0", frozenset())
-
-
-class LocalFacts:
-    """What one machine remembers in its local file: the day's count of each key, and trading calendars.
-
-    As a Ledger it keeps the days; minutes are kept by each process's own windows.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._file = LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, _SQLITE_SCHEMA)
-
-    def lease(self, digest: str, plan: Plan, now: float) -> Lease:
-        """Take requests from the day's count."""
-        if not plan.per_day:
-            return UNLIMITED
-        wanted = day_lease(plan)
-        try:
-            granted = self._take_day(digest, plan, wanted, now)
-        except StoreError as error:
-            log.warning("the day's count of a key is not kept: %s", error)
-            granted = wanted
-        return Lease(granted, next_midnight(now), "" if granted else _day_used_up(plan))
-
-    def give_back(self, digest: str, lease: Lease, now: float) -> None:
-        """Take the requests of a lease off the day's count."""
-        try:
-            self._write(
-                "UPDATE key_usage SET used = max(0, used - ?) WHERE digest = ? AND day = ?",
-                lease.requests, digest, utc_day(now),
-            )  # fmt: skip
-        except StoreError as error:
-            log.warning("the day's count of a key is not kept: %s", error)
-
-    def used_today(self, digest: str, now: float) -> int:
-        """Return how many requests of the key were leased today."""
-        query = "SELECT used FROM key_usage WHERE digest = ? AND day = ?"
-        try:
-            rows = self._read(query, digest, utc_day(now))
-        except StoreError as error:
-            log.warning("the day's count of a key cannot be read: %s", error)
-            return 0
-        return int(rows[0][0]) if rows else 0
-
-    def _take_day(self, digest: str, plan: Plan, wanted: int, now: float) -> int:
-        """Add what is left of `wanted` to the day's count and return it; processes take turns."""
-        place = (digest, utc_day(now))
-        where = "WHERE digest = ? AND day = ?"
-
-        def take(db: sqlite3.Connection) -> int:
-            db.execute("INSERT INTO key_usage VALUES (?, ?, 0) ON CONFLICT DO NOTHING", place)
-            (used,) = db.execute(f"SELECT used FROM key_usage {where}", place).fetchone()  # noqa: S608
-            granted = max(0, min(wanted, plan.per_day - int(used)))
-            db.execute(f"UPDATE key_usage SET used = used + ? {where}", (granted, *place))  # noqa: S608
-            return granted
-
-        return self._file.write(take)
-
-    def calendar(self, market: str) -> HalfDays | None:
-        """Return the half days of a market as they were asked for last, None if never. Raises StoreError."""
-        rows = self._read("SELECT asked_on, first, last, half_days FROM calendar WHERE market = ?", market)
-        if not rows:
-            return None
-        asked_on, first, last, days = rows[0]
-        try:
-            return HalfDays(asked_on, first, last, frozenset(json.loads(days)))
-        except (TypeError, ValueError):  # the disk has changed it: it is asked for again
-            return None
-
-    def keep_calendar(self, market: str, kept: HalfDays) -> None:
-        """Keep a market's half days in place of those before. Raises StoreError."""
-        days = json.dumps(sorted(kept.days))
-        self._write(
-            "INSERT OR REPLACE INTO calendar VALUES (?, ?, ?, ?, ?)",
-            market, kept.asked_on, kept.first, kept.last, days,
-        )  # fmt: skip
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def _read(self, query: str, *values: object) -> list[Any]:
-        return self._file.read(lambda db: db.execute(query, values).fetchall())
-
-    def _write(self, statement: str, *values: object) -> None:
-        self._file.write(lambda db: db.execute(statement, values))
-
-
-def day_lease(plan: Plan) -> int:
-    """Return how many requests a lease of a day's count takes."""
-    return max(1, int(plan.per_second * DAY_LEASE_S))
-
-
-def _day_used_up(plan: Plan) -> str:
-    return f"the day's {plan.per_day} requests are used up"
-
-
-class SharedLedger:
-    """The counts of all instances that share keys, in one MongoDB collection; `alone` counts while it is away.
-
-    One document per key digest and window: `<digest>|<UTC date>` counts the day (`used`), `<digest>|minute`
-    holds the minute's slices. Both are changed by conditional updates only: the server decides.
-    """
-
-    def __init__(self, collection: MongoCollection[Document], alone: Ledger) -> None:
-        self._collection = collection
-        self._alone = alone
-        self._away_until = 0.0
-        self._leased_alone: set[str] = set()
-
-    def lease(self, digest: str, plan: Plan, now: float) -> Lease:
-        """Take requests from the minute and the day. The shorter of the two limits is what the lease has."""
-        if not (plan.per_day or plan.per_minute):
-            return UNLIMITED
-
-        def together() -> Lease:
-            lease = self._lease_day(digest, plan, now, self._lease_minute(digest, plan, now))
-            self._leased_alone.discard(digest)
-            return lease
-
-        def alone() -> Lease:
-            self._leased_alone.add(digest)
-            lease = self._alone.lease(digest, plan, now)
-            return lease._replace(until=min(lease.until, now + LEDGER_RETRY_S)) if lease.requests else lease
-
-        return self._shared(now, together, alone)
-
-    def give_back(self, digest: str, lease: Lease, now: float) -> None:
-        """Take the requests of a lease off the counts in which they were made."""
-        if digest in self._leased_alone:
-            self._alone.give_back(digest, lease, now)
-            return
-        day = {"_id": f"{digest}|{utc_day(now)}", "used": {"$gte": lease.requests}}
-        name = f"slices.{int(lease.until // SLICE_S)}"
-        minute = {"_id": f"{digest}|minute", name: {"$gte": lease.requests}}
-
-        def give_back() -> None:
-            self._collection.update_one(day, {"$inc": {"used": -lease.requests}})
-            self._collection.update_one(minute, {"$inc": {name: -lease.requests, "version": 1}})
-
-        self._shared(now, give_back, lambda: None)
-
-    def used_today(self, digest: str, now: float) -> int:
-        """Return how many requests of the key all instances leased today; MongoDB away: those of this one."""
-
-        def used() -> int:
-            found = self._collection.find_one({"_id": f"{digest}|{utc_day(now)}"})
-            return int(found["used"]) if found else 0
-
-        return self._shared(now, used, lambda: self._alone.used_today(digest, now))
-
-    def _shared(self, now: float, ask: Callable[[], _T], alone: Callable[[], _T]) -> _T:
-        """Return what MongoDB says, or what is so without it; it is asked again after a while."""
-        from pymongo import timeout
-        from pymongo.errors import PyMongoError
-
-        if 0 < self._away_until - now <= LEDGER_RETRY_S:  # longer: the clock was set back
-            return alone()
-        try:
-            with timeout(LEDGER_TIMEOUT_S):
-                answer = ask()
-        except PyMongoError as error:
-            self._away_until = now + LEDGER_RETRY_S
-            log.warning("the shared counts of API keys are away (%s): counting alone", type(error).__name__)
-            return alone()
-        if self._away_until:
-            self._away_until = 0.0
-            log.warning("the shared counts of API keys are back")
-        return answer
-
-    def _lease_day(self, digest: str, plan: Plan, now: float, lease: Lease) -> Lease:
-        if not (plan.per_day and lease.requests):
-            return lease
-        for requests in dict.fromkeys((lease.requests, 1)):  # the last few of a day one by one
-            if self._count_day(f"{digest}|{utc_day(now)}", requests, plan.per_day):
-                return lease._replace(requests=requests)
-        return Lease(0, next_midnight(now), _day_used_up(plan))
-
-    def _count_day(self, name: str, requests: int, limit: int) -> bool:
-        from pymongo.errors import DuplicateKeyError
-
-        wanted = {"_id": name, "used": {"$lte": limit - requests}}
-        update = {"$inc": {"used": requests}}
-        if self._collection.update_one(wanted, update).matched_count:
-            return True
-        with contextlib.suppress(DuplicateKeyError):  # too full, or another instance was quicker
-            self._collection.insert_one({"_id": name, "used": 0})
-        return bool(self._collection.update_one(wanted, update).matched_count)
-
-    def _lease_minute(self, digest: str, plan: Plan, now: float) -> Lease:
-        if not plan.per_minute:
-            return Lease(day_lease(plan), next_midnight(now))
-        present, counted = int(now // SLICE_S), int((now + SLICE_MARGIN_S) // SLICE_S)
-        end = (present + 1) * SLICE_S
-        share = max(1, int(plan.per_minute * SLICE_S / 60 / SHARES_PER_SLICE))
-        for _ in range(LEDGER_TRIES):
-            found = self._collection.find_one({"_id": f"{digest}|minute"}) or {"version": 0, "slices": {}}
-            # one that lies ahead was counted before the clock was set back: it is over
-            slices = {k: n for k, n in found["slices"].items() if abs(int(k) - present) < SLICES_PER_WINDOW}
-            requests = min(share, plan.per_minute - sum(slices.values()))
-            if requests <= 0:
-                return Lease(0, end, f"the minute's {plan.per_minute} requests are used up")
-            slices[str(counted)] = slices.get(str(counted), 0) + requests
-            if self._swap(digest, found["version"], slices):
-                return Lease(requests, (counted + 1) * SLICE_S - SLICE_MARGIN_S)
-        return Lease(0, end, "the shared count is busy")
-
-    def _swap(self, digest: str, version: int, slices: Mapping[str, int]) -> bool:
-        """Write the slices if nobody else did since `version`; return whether it was done."""
-        from pymongo.errors import DuplicateKeyError
-
-        name = f"{digest}|minute"
-        new = {"_id": name, "version": version + 1, "slices": dict(slices)}
-        if version:
-            return bool(self._collection.replace_one({"_id": name, "version": version}, new).matched_count)
-        try:
-            self._collection.insert_one(new)
-        except DuplicateKeyError:
-            return False
+def spool_is_empty(settings: Settings, on_busy: Callable[[], None] = _nothing) -> bool:
+    """Return whether nothing waits on this machine for MongoDB. Raises StoreError."""
+    if not (settings.state_directory / SQLITE_NAME).exists():
         return True
+    spool = Spool(settings.state_directory, settings.spool_max_bytes, on_busy)
+    try:
+        return spool.is_empty()
+    finally:
+        spool.close()
+
+
+# ======================================================================================================
+# Closing prices
+# ======================================================================================================
+
+# Closes that a process remembers to have written or looked up; more are only written once more.
+CLOSES_REMEMBERED = 20_000
 
 
 class Calendar:
@@ -4412,261 +4705,7 @@ class Calendar:
         return HalfDays(today, first.isoformat(), last.isoformat(), frozenset(days))
 
 
-# ------------------------------------------------------------------------------------------------------
-# Delivery: accepted commands and their results
-# ------------------------------------------------------------------------------------------------------
-#
-# Promises:
-#   1. A command that was accepted is on disk until it is answered, its answer until the platform's receipt.
-#   2. An `execution_id` is executed once; asked again it gets the same answer, word for word.
-#   3. What is given up (answers older than an hour) is said.
-
-JOURNAL_NAME = "executions.db"
-JOURNAL_VERSION = 1
-# Answers that are kept for an `execution_id` that comes again.
-ANSWERS_KEPT = 1000
-# To find the oldest of those takes a millisecond: done once in so many receipts, and never before an answer.
-RECEIPTS_PER_SWEEP = 100
-# The platform has e-mailed the time-out of an execution long before; a later answer would only confuse.
-ANSWER_LIFETIME_S = 3600.0
-# After this the platform counts an execution as timed out: doing it then helps nobody.
-EXECUTION_LIFETIME_S = 120.0
-
-
-class Accepted(NamedTuple):
-    """A command in the journal: its number, who asked (`context`) and for what (`codes`)."""
-
-    number: int
-    context: dict[str, Any]
-    codes: list[object]
-
-
-class LostCommand(StoreError):
-    """A command of the journal that nobody can read any more."""
-
-
-class Journal:
-    """Accepted commands and their answers on disk; thread-safe. `clock` is epoch seconds."""
-
-    def __init__(self, directory: Path, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
-        self.path = directory / JOURNAL_NAME
-        self._file = LocalFile(self.path, JOURNAL_VERSION, _JOURNAL_SCHEMA)
-        self._newest = (0, "")  # the last answer, which is sent next: mostly read without the file
-        self._ids = self._file.read(_journal_ids)  # at least all that are in the file
-        self._unswept = RECEIPTS_PER_SWEEP
-
-    def accept(self, commands: Sequence[Command]) -> list[int]:
-        """Keep commands, all or none, and return their numbers. Raises StoreError."""
-        rows = [
-            (_journal_id(c.execution_id), self._clock(), json.dumps(c.context), json.dumps(c.codes))
-            for c in commands
-        ]
-        insert = "INSERT INTO executions (execution_id, accepted_at, context, codes) VALUES (?, ?, ?, ?)"
-        self._ids.update(row[0] for row in rows)
-        return self._file.write(lambda db: [cast(int, db.execute(insert, row).lastrowid) for row in rows])
-
-    def find(self, execution_id: str) -> tuple[int, bool] | None:
-        """Return (number, answered) of an execution that was accepted before, None for a new one."""
-        name = _journal_id(execution_id)
-        if name not in self._ids:
-            return None
-        query = "SELECT number, answer IS NOT NULL FROM executions WHERE execution_id = ?"
-        row = self._file.read_one(query, name)
-        return (row[0], bool(row[1])) if row else None
-
-    def read(self, number: int) -> Accepted:
-        """Return an accepted command. Raises StoreError, LostCommand where damage has changed or taken it."""
-        row = self._file.read_one("SELECT context, codes FROM executions WHERE number = ?", number)
-        with contextlib.suppress(TypeError, ValueError):  # no row, or no JSON
-            context, codes = map(json.loads, row)
-            if isinstance(context, dict) and isinstance(codes, list):
-                return Accepted(number, context, codes)
-        raise LostCommand(f"the command is lost with damage to {self.path}")
-
-    def forget(self, number: int) -> None:
-        """Forget a command that cannot be answered. Raises StoreError."""
-        self._file.write(lambda db: db.execute("DELETE FROM executions WHERE number = ?", (number,)))
-
-    def answer(self, number: int, text: str) -> None:
-        """Keep the answer of a command."""
-        update = "UPDATE executions SET answer = ?, answered_at = ?, codes = '[]' WHERE number = ?"
-        self._file.write(lambda db: db.execute(update, (text, self._clock(), number)))
-        self._newest = (number, text)
-
-    def refuse(self, context: Mapping[str, Any], text: str) -> int:
-        """Keep the answer of a command that was not accepted; its id may come again and is then looked at anew."""
-        now = self._clock()
-        insert = "INSERT INTO executions (accepted_at, context, codes, answer, answered_at) VALUES (?, ?, '[]', ?, ?)"
-        row = (now, json.dumps(context), text, now)
-        return self._file.write(lambda db: cast(int, db.execute(insert, row).lastrowid))
-
-    def answer_text(self, number: int) -> str | None:
-        """Return an answer, None where there is none (any more)."""
-        newest, text = self._newest
-        if number == newest:
-            return text
-        row = self._file.read_one("SELECT answer FROM executions WHERE number = ?", number)
-        return row[0] if row else None
-
-    def received(self, numbers: Sequence[int]) -> None:
-        """The platform has these answers: they are not sent again, unless the execution is asked for again.
-
-        With it the oldest answers are forgotten that nobody waits for.
-        """
-        rows = [(number,) for number in numbers]
-        self._unswept += len(rows)
-
-        def note(db: sqlite3.Connection) -> list[str | None]:
-            db.executemany("DELETE FROM executions WHERE number = ? AND execution_id IS NULL", rows)
-            db.executemany("UPDATE executions SET received = 1 WHERE number = ?", rows)
-            return _forget_oldest(db) if self._unswept >= RECEIPTS_PER_SWEEP else []
-
-        self._ids.difference_update(self._file.write(note))
-        self._unswept %= RECEIPTS_PER_SWEEP
-
-    def unanswered(self) -> list[tuple[int, float]]:
-        """Return number and age in seconds of the commands without an answer, oldest first."""
-        rows = self._all("SELECT number, accepted_at FROM executions WHERE answer IS NULL ORDER BY number")
-        return [(number, self._clock() - accepted_at) for number, accepted_at in rows]
-
-    def count_waiting(self) -> dict[str, int]:
-        """Return how many commands wait to be executed and how many results to be delivered."""
-        commands, results = self._file.read_one(
-            "SELECT count(CASE WHEN answer IS NULL THEN 1 END), count(CASE WHEN answered_at >= ? THEN 1 END) "
-            "FROM executions WHERE answer IS NULL OR NOT received",
-            self._clock() - ANSWER_LIFETIME_S,
-        )
-        return {"commands": commands, "results": results}
-
-    def unreceived(self) -> list[int]:
-        """Return the numbers of the answers that the platform has not confirmed, oldest first; drop stale ones."""
-        self._drop_stale()
-        rows = self._all(
-            "SELECT number FROM executions WHERE answer IS NOT NULL AND NOT received ORDER BY number"
-        )
-        return [number for (number,) in rows]
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def _drop_stale(self) -> None:
-        update = (
-            "UPDATE executions SET received = 1 WHERE answer IS NOT NULL AND NOT received AND answered_at < ?"
-        )
-        too_old = (self._clock() - ANSWER_LIFETIME_S,)
-        if dropped := self._file.write(lambda db: db.execute(update, too_old).rowcount):
-            log.warning("%d results could not be delivered within an hour and are dropped", dropped)
-
-    def _all(self, query: str, *values: object) -> list[Any]:
-        return self._file.read(lambda db: db.execute(query, values).fetchall())
-
-
-def _journal_ids(db: sqlite3.Connection) -> set[str | None]:
-    return {row[0] for row in db.execute("SELECT execution_id FROM executions")}
-
-
-def _forget_oldest(db: sqlite3.Connection) -> list[str | None]:
-    """Delete the answers that nobody waits for but the last ANSWERS_KEPT, and return the ids they were for."""
-    oldest = (
-        "FROM executions WHERE received AND number <= (SELECT number FROM executions "
-        "WHERE received AND execution_id IS NOT NULL ORDER BY number DESC LIMIT 1 OFFSET ?)"
-    )
-    gone = [row[0] for row in db.execute(f"SELECT execution_id {oldest}", (ANSWERS_KEPT,))]
-    db.execute(f"DELETE {oldest}", (ANSWERS_KEPT,))
-    return gone
-
-
-def _journal_id(execution_id: str) -> str | None:
-    """Return an id as the journal keeps it: what UTF-8 cannot hold (a lone surrogate) is escaped."""
-    return execution_id.encode("utf-8", "backslashreplace").decode() or None
-
-
-_JOURNAL_SCHEMA = f"""
-BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS executions (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    execution_id TEXT UNIQUE,               -- NULL: the platform gave none
-    accepted_at REAL NOT NULL,              -- epoch seconds, as answered_at
-    context TEXT NOT NULL,                  -- JSON: what the answer repeats
-    codes TEXT NOT NULL,                    -- JSON
-    answer TEXT,
-    answered_at REAL,
-    received INTEGER NOT NULL DEFAULT 0     -- 1: the platform confirmed the answer
-);
-CREATE INDEX IF NOT EXISTS executions_open ON executions (number) WHERE answer IS NULL OR NOT received;
-PRAGMA user_version = {JOURNAL_VERSION};
-COMMIT;
-"""
-
-
-# ======================================================================================================
-# Collector: codes in, report out
-# ======================================================================================================
-
-# MongoDB takes batches of a thousand a third faster than batches of a hundred; bounded, so that memory is.
-WRITE_BATCH = 1000
-# What was fetched is on its way to the store after this time at the latest.
-WRITE_AFTER_S = 0.5
-# Closes that a process remembers to have written or looked up; more are only written once more.
-CLOSES_REMEMBERED = 20_000
-
-
-class Source(Protocol):
-    """Where trades come from: the API, or the demo."""
-
-    def fetch(
-        self, batches: Iterable[Batch], stop: threading.Event, on_idle: Callable[[], None]
-    ) -> Iterator[Outcome]:
-        """Yield an Outcome for each batch, and call `on_idle` now and then while nothing is done."""
-
-    def close(self) -> None:
-        """Let go of connections and threads."""
-
-
-@dataclass
-class Report:
-    """What became of a run. Every distinct code is stored, known, kept or failed, unless the run was interrupted.
-
-    `known`: its latest trade was in the store before. `kept`: its trade waits on this machine for MongoDB, for
-    the reason `kept_because`. `failures`: code -> reason. `store_error`: what the store said when it failed;
-    `close_error`: when it failed at the closing snapshot alone.
-    """
-
-    total: int = 0
-    stored: int = 0
-    known: int = 0
-    kept: int = 0
-    kept_because: str = ""
-    failures: dict[str, str] = field(default_factory=dict)
-    store_error: str = ""
-    close_error: str = ""
-    interrupted: bool = False
-    took_s: float = 0.0
-
-    @property
-    def complete(self) -> bool:
-        """Whether the latest trade of every code is in the store, and the closes that follow from them."""
-        return not self.failures and not self.close_error and self.stored + self.known == self.total
-
-    def kept_words(self) -> str:
-        """Return how many trades wait on this machine, and why."""
-        return f"{self.kept} trade{'s' if self.kept > 1 else ''} kept on this machine, {self.kept_because}"
-
-    def summary(self) -> str:
-        """Return the closing line."""
-        line = (
-            f"total {self.total}, stored {self.stored}, already known {self.known}, "
-            f"failed {len(self.failures)} ({self.took_s:.1f} s)"
-        )
-        left = self.total - self.stored - self.known - self.kept - len(self.failures)
-        line += f", interrupted: {left} not asked" if self.interrupted else ""
-        line += f"; {self.kept_words()}" if self.kept else ""
-        return line + (f"; the closing snapshot is not kept: {self.close_error}" if self.close_error else "")
-
-
-class Closer:
+class ClosingPrices:
     """Keeps the closing snapshot: looks at stored trades whose session is over, and writes what is their close.
 
     The close is the last trade of the regular session: the stored one itself, else the newest in `realtime`
@@ -4799,53 +4838,14 @@ def regular_close(document: Document, session: Session) -> Close:
     return Close(document, session.date, half_day=bool(session.half_day), half_day_unknown=doubt)
 
 
-class FailureKind(Enum):
-    """Why a code failed, for counting; the reason in words goes to who asked."""
+# ======================================================================================================
+# Run: codes in, report out
+# ======================================================================================================
 
-    INVALID_CODE = "invalid_code"
-    UNKNOWN_CODE = "unknown_code"
-    BAD_RECORD = "bad_record"
-    NETWORK = "network"
-    API = "api"
-    KEY = "key"
-    STORE = "store"
-    OTHER = "other"
-
-
-# How the reasons begin that this program gives; what the network says begins with the name of an exception.
-_FAILURE_BEGINNINGS = (
-    ("unknown to the API", FailureKind.UNKNOWN_CODE),
-    ("field ", FailureKind.BAD_RECORD),
-    ("the API sent ", FailureKind.BAD_RECORD),
-    ("the API", FailureKind.API),
-    ("HTTP ", FailureKind.API),
-    ("an answer of more than ", FailureKind.API),
-    ("no API key", FailureKind.KEY),
-    ("fetched, not stored", FailureKind.STORE),
-    ("its numbers do not fit", FailureKind.STORE),
-    ("not asked for: ", FailureKind.STORE),
-    ("MongoDB refused it", FailureKind.STORE),
-    ("the local store refused it", FailureKind.STORE),
-    ("no whole answer ", FailureKind.NETWORK),
-    ("the connection broke", FailureKind.NETWORK),
-)
-_EXCEPTION_NAME = re.compile(
-    r"\w*(Error|Exception|Timeout|timeout|IncompleteRead|Disconnected|gaierror|herror)\b"
-)
-
-
-def failure_kind(code: str, reason: str) -> FailureKind:
-    """Return what kind of failure a report's `failures` holds for `code`."""
-    for beginning, kind in _FAILURE_BEGINNINGS:
-        if reason.startswith(beginning):
-            return kind
-    if _EXCEPTION_NAME.match(reason):
-        return FailureKind.NETWORK
-    try:
-        parse_code(code)
-    except InstrumentError:
-        return FailureKind.INVALID_CODE
-    return FailureKind.OTHER
+# MongoDB takes batches of a thousand a third faster than batches of a hundred; bounded, so that memory is.
+WRITE_BATCH = 1000
+# What was fetched is on its way to the store after this time at the latest.
+WRITE_AFTER_S = 0.5
 
 
 class Collector:
@@ -4860,7 +4860,7 @@ class Collector:
         store: Store,
         *,
         demo: bool = False,
-        closer: Closer | None = None,
+        closer: ClosingPrices | None = None,
         on_stored: Callable[[Sequence[Document]], None] = lambda documents: None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         on_beat: Callable[[int], None] = lambda waiting: None,
@@ -4987,7 +4987,7 @@ class Collector:
             self.report.close_error = str(error)
 
 
-class Workshop:
+class Pipeline:
     """Everything that runs need, opened together and kept between runs; `close` undoes it in reverse.
 
     Raises SettingsError without an API key (unless `demo`), StoreError when the local file cannot be used.
@@ -4997,8 +4997,8 @@ class Workshop:
         self,
         settings: Settings,
         demo: bool = False,
-        on_answer: Callable[[Answer, Verdict, float], None] = lambda answer, verdict, seconds: None,
-        on_spool: Callable[[SpoolFacts], None] = lambda facts: None,
+        on_answer: Callable[[Response, Verdict, float], None] = lambda answer, verdict, seconds: None,
+        on_spool: Callable[[QueueStats], None] = lambda facts: None,
         on_busy: Callable[[], None] = _nothing,
     ) -> None:
         if not (demo or settings.api_keys):
@@ -5008,7 +5008,7 @@ class Workshop:
         self.facts = LocalFacts(settings.state_directory)
         self.keys = KeyPool(settings.key_plans(), make_ledger(settings, self.store, self.facts))
         self.source: Source
-        self._closer: Closer | None = None
+        self._closer: ClosingPrices | None = None
         if demo:
             self.source = DemoApi()
         else:
@@ -5016,10 +5016,10 @@ class Workshop:
             self.source = api
             calendar = Calendar(self.facts, api.half_days)
             if isinstance(self.store, SpooledStore):
-                self._closer = Closer(self.store, calendar, postpone=self.store.postpone)
-                self.store.start(Closer(self.store, calendar).settle)
+                self._closer = ClosingPrices(self.store, calendar, postpone=self.store.postpone)
+                self.store.start(ClosingPrices(self.store, calendar).settle)
             else:
-                self._closer = Closer(self.store, calendar)
+                self._closer = ClosingPrices(self.store, calendar)
 
     def collector(
         self,
@@ -5054,7 +5054,7 @@ def make_ledger(settings: Settings, store: Store, facts: LocalFacts) -> Ledger:
 
 
 # ======================================================================================================
-# Platform: the protocol (pure: text in, events out)
+# Platform protocol: text in, events out
 # ======================================================================================================
 
 # Larger frames are refused with close code 1009; 100,000 codes of the greatest length need 3.5 MB.
@@ -5109,7 +5109,6 @@ class PeerDead(NamedTuple):
 
 
 Event: TypeAlias = Command | Refused | Send | Receipt | Shutdown | Ping | PeerDead
-
 SHUTDOWN_CONFIRMATION = json.dumps({"status": "success", "message": "模块正在关闭"}, ensure_ascii=False)
 
 
@@ -5336,9 +5335,9 @@ def empty_result(context: Mapping[str, Any], module_name: str, reason: str) -> s
     return make_result(context, module_name, reason, result, good=False)
 
 
-# ------------------------------------------------------------------------------------------------------
-# Registration
-# ------------------------------------------------------------------------------------------------------
+# ======================================================================================================
+# Platform link: registration, presence, WebSocket
+# ======================================================================================================
 
 HASH_NAME = "module_hash"
 # Where the older client of this platform kept its hash, below its working directory.
@@ -5346,10 +5345,6 @@ OLD_HASH_FILE = Path("config/module_hash.txt")
 # The server's own: at most 64 characters; nothing else may stand behind `hash=`.
 _HASH = re.compile(r"[A-Za-z0-9_+=-]{1,64}")
 MISSION_KIND = "realtime"
-
-
-class RegistrationError(StockrtError):
-    """The platform did not register the module; says what to do."""
 
 
 def read_hash(directory: Path) -> str:
@@ -5381,35 +5376,6 @@ def write_hash(directory: Path, module_hash: str) -> None:
     write_whole(directory / HASH_NAME, module_hash + "\n", durable=True)
 
 
-def write_whole(path: Path, text: str, durable: bool = False) -> None:
-    """Write a file of ours, mode 0600: the old one or the new one, never a part. Raises StoreError.
-
-    `durable`: it is on disk when this returns; else it may be the old one after a power cut.
-    """
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with open(
-            os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
-        ) as stream:
-            stream.write(text)
-            keep_owner(new, path.parent)
-            if durable:
-                stream.flush()
-                os.fsync(stream.fileno())
-        new.replace(path)
-        if durable:
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error.strerror}; see STATE_DIRECTORY") from None
-
-
-def shorten(secret: str) -> str:
-    """Return a hash as a person may see it."""
-    return f"{secret[:4]}…{secret[-3:]}" if len(secret) > 10 else "***"
-
-
 def program_digest() -> str:
     """Return a digest of this program: a new release registers as a new module."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:32]
@@ -5436,7 +5402,7 @@ def register(settings: Settings) -> str:
     raise RegistrationError(f"not registered at {url}: {_why_not_registered(answer, envelope)}")
 
 
-def _why_not_registered(answer: Answer, envelope: Mapping[str, Any]) -> str:
+def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> str:
     code = envelope.get("code")
     if answer.fault:
         return f"{answer.fault}; is the platform up, and are SERVER_IP, SERVER_PORT and SERVER_TLS right?"
@@ -5475,7 +5441,7 @@ def ask_presence(settings: Settings, module_hash: str) -> Presence:
 
 
 # ------------------------------------------------------------------------------------------------------
-# Connection: moves bytes
+# WebSocket
 # ------------------------------------------------------------------------------------------------------
 
 # A server that is away comes back within seconds or hours: quick at first, slowly slower, never above 30 s.
@@ -5488,18 +5454,6 @@ CONNECT_TIMEOUT_S = 5.0
 SEND_TIMEOUT_S = 5.0
 # Frames that are handled before results are sent and signals looked at.
 FRAMES_AT_ONCE = 100
-
-
-class DialError(StockrtError):
-    """No connection could be made; `status` is the HTTP status of a refused handshake, 0 without one."""
-
-    def __init__(self, message: str, status: int = 0) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class LinkLost(StockrtError):
-    """The connection is gone."""
 
 
 class Link:
@@ -5658,9 +5612,194 @@ def _start_tls(sock: socket.socket, host: str) -> socket.socket:
     return wrapped
 
 
-# ------------------------------------------------------------------------------------------------------
+# ======================================================================================================
+# Command journal
+# ======================================================================================================
+#
+# Promises:
+#   1. A command that was accepted is on disk until it is answered, its answer until the platform's receipt.
+#   2. An `execution_id` is executed once; asked again it gets the same answer, word for word.
+#   3. What is given up (answers older than an hour) is said.
+
+JOURNAL_NAME = "executions.db"
+JOURNAL_VERSION = 1
+# Answers that are kept for an `execution_id` that comes again.
+ANSWERS_KEPT = 1000
+# To find the oldest of those takes a millisecond: done once in so many receipts, and never before an answer.
+RECEIPTS_PER_SWEEP = 100
+# The platform has e-mailed the time-out of an execution long before; a later answer would only confuse.
+ANSWER_LIFETIME_S = 3600.0
+# After this the platform counts an execution as timed out: doing it then helps nobody.
+EXECUTION_LIFETIME_S = 120.0
+
+
+class Accepted(NamedTuple):
+    """A command in the journal: its number, who asked (`context`) and for what (`codes`)."""
+
+    number: int
+    context: dict[str, Any]
+    codes: list[object]
+
+
+class Journal:
+    """Accepted commands and their answers on disk; thread-safe. `clock` is epoch seconds."""
+
+    def __init__(self, directory: Path, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self.path = directory / JOURNAL_NAME
+        self._file = LocalFile(self.path, JOURNAL_VERSION, _JOURNAL_SCHEMA)
+        self._newest = (0, "")  # the last answer, which is sent next: mostly read without the file
+        self._ids = self._file.read(_journal_ids)  # at least all that are in the file
+        self._unswept = RECEIPTS_PER_SWEEP
+
+    def accept(self, commands: Sequence[Command]) -> list[int]:
+        """Keep commands, all or none, and return their numbers. Raises StoreError."""
+        rows = [
+            (_journal_id(c.execution_id), self._clock(), json.dumps(c.context), json.dumps(c.codes))
+            for c in commands
+        ]
+        insert = "INSERT INTO executions (execution_id, accepted_at, context, codes) VALUES (?, ?, ?, ?)"
+        self._ids.update(row[0] for row in rows)
+        return self._file.write(lambda db: [cast(int, db.execute(insert, row).lastrowid) for row in rows])
+
+    def find(self, execution_id: str) -> tuple[int, bool] | None:
+        """Return (number, answered) of an execution that was accepted before, None for a new one."""
+        name = _journal_id(execution_id)
+        if name not in self._ids:
+            return None
+        query = "SELECT number, answer IS NOT NULL FROM executions WHERE execution_id = ?"
+        row = self._file.read_one(query, name)
+        return (row[0], bool(row[1])) if row else None
+
+    def read(self, number: int) -> Accepted:
+        """Return an accepted command. Raises StoreError, LostCommand where damage has changed or taken it."""
+        row = self._file.read_one("SELECT context, codes FROM executions WHERE number = ?", number)
+        with contextlib.suppress(TypeError, ValueError):  # no row, or no JSON
+            context, codes = map(json.loads, row)
+            if isinstance(context, dict) and isinstance(codes, list):
+                return Accepted(number, context, codes)
+        raise LostCommand(f"the command is lost with damage to {self.path}")
+
+    def forget(self, number: int) -> None:
+        """Forget a command that cannot be answered. Raises StoreError."""
+        self._file.write(lambda db: db.execute("DELETE FROM executions WHERE number = ?", (number,)))
+
+    def answer(self, number: int, text: str) -> None:
+        """Keep the answer of a command."""
+        update = "UPDATE executions SET answer = ?, answered_at = ?, codes = '[]' WHERE number = ?"
+        self._file.write(lambda db: db.execute(update, (text, self._clock(), number)))
+        self._newest = (number, text)
+
+    def refuse(self, context: Mapping[str, Any], text: str) -> int:
+        """Keep the answer of a command that was not accepted; its id may come again and is then looked at anew."""
+        now = self._clock()
+        insert = "INSERT INTO executions (accepted_at, context, codes, answer, answered_at) VALUES (?, ?, '[]', ?, ?)"
+        row = (now, json.dumps(context), text, now)
+        return self._file.write(lambda db: cast(int, db.execute(insert, row).lastrowid))
+
+    def answer_text(self, number: int) -> str | None:
+        """Return an answer, None where there is none (any more)."""
+        newest, text = self._newest
+        if number == newest:
+            return text
+        row = self._file.read_one("SELECT answer FROM executions WHERE number = ?", number)
+        return row[0] if row else None
+
+    def received(self, numbers: Sequence[int]) -> None:
+        """The platform has these answers: they are not sent again, unless the execution is asked for again.
+
+        With it the oldest answers are forgotten that nobody waits for.
+        """
+        rows = [(number,) for number in numbers]
+        self._unswept += len(rows)
+
+        def note(db: sqlite3.Connection) -> list[str | None]:
+            db.executemany("DELETE FROM executions WHERE number = ? AND execution_id IS NULL", rows)
+            db.executemany("UPDATE executions SET received = 1 WHERE number = ?", rows)
+            return _forget_oldest(db) if self._unswept >= RECEIPTS_PER_SWEEP else []
+
+        self._ids.difference_update(self._file.write(note))
+        self._unswept %= RECEIPTS_PER_SWEEP
+
+    def unanswered(self) -> list[tuple[int, float]]:
+        """Return number and age in seconds of the commands without an answer, oldest first."""
+        rows = self._all("SELECT number, accepted_at FROM executions WHERE answer IS NULL ORDER BY number")
+        return [(number, self._clock() - accepted_at) for number, accepted_at in rows]
+
+    def count_waiting(self) -> dict[str, int]:
+        """Return how many commands wait to be executed and how many results to be delivered."""
+        commands, results = self._file.read_one(
+            "SELECT count(CASE WHEN answer IS NULL THEN 1 END), count(CASE WHEN answered_at >= ? THEN 1 END) "
+            "FROM executions WHERE answer IS NULL OR NOT received",
+            self._clock() - ANSWER_LIFETIME_S,
+        )
+        return {"commands": commands, "results": results}
+
+    def unreceived(self) -> list[int]:
+        """Return the numbers of the answers that the platform has not confirmed, oldest first; drop stale ones."""
+        self._drop_stale()
+        rows = self._all(
+            "SELECT number FROM executions WHERE answer IS NOT NULL AND NOT received ORDER BY number"
+        )
+        return [number for (number,) in rows]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _drop_stale(self) -> None:
+        update = (
+            "UPDATE executions SET received = 1 WHERE answer IS NOT NULL AND NOT received AND answered_at < ?"
+        )
+        too_old = (self._clock() - ANSWER_LIFETIME_S,)
+        if dropped := self._file.write(lambda db: db.execute(update, too_old).rowcount):
+            log.warning("%d results could not be delivered within an hour and are dropped", dropped)
+
+    def _all(self, query: str, *values: object) -> list[Any]:
+        return self._file.read(lambda db: db.execute(query, values).fetchall())
+
+
+def _journal_ids(db: sqlite3.Connection) -> set[str | None]:
+    return {row[0] for row in db.execute("SELECT execution_id FROM executions")}
+
+
+def _forget_oldest(db: sqlite3.Connection) -> list[str | None]:
+    """Delete the answers that nobody waits for but the last ANSWERS_KEPT, and return the ids they were for."""
+    oldest = (
+        "FROM executions WHERE received AND number <= (SELECT number FROM executions "
+        "WHERE received AND execution_id IS NOT NULL ORDER BY number DESC LIMIT 1 OFFSET ?)"
+    )
+    gone = [row[0] for row in db.execute(f"SELECT execution_id {oldest}", (ANSWERS_KEPT,))]
+    db.execute(f"DELETE {oldest}", (ANSWERS_KEPT,))
+    return gone
+
+
+def _journal_id(execution_id: str) -> str | None:
+    """Return an id as the journal keeps it: what UTF-8 cannot hold (a lone surrogate) is escaped."""
+    return execution_id.encode("utf-8", "backslashreplace").decode() or None
+
+
+_JOURNAL_SCHEMA = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS executions (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    execution_id TEXT UNIQUE,               -- NULL: the platform gave none
+    accepted_at REAL NOT NULL,              -- epoch seconds, as answered_at
+    context TEXT NOT NULL,                  -- JSON: what the answer repeats
+    codes TEXT NOT NULL,                    -- JSON
+    answer TEXT,
+    answered_at REAL,
+    received INTEGER NOT NULL DEFAULT 0     -- 1: the platform confirmed the answer
+);
+CREATE INDEX IF NOT EXISTS executions_open ON executions (number) WHERE answer IS NULL OR NOT received;
+PRAGMA user_version = {JOURNAL_VERSION};
+COMMIT;
+"""
+
+
+# ======================================================================================================
 # Daemon: one thread for the socket, one for the work
-# ------------------------------------------------------------------------------------------------------
+# ======================================================================================================
 #
 # Promises:
 #   1. The socket's thread never fetches and never stores: a ping is answered at once, whatever is executed.
@@ -5687,42 +5826,7 @@ STOP_MARGIN_S = 4.0
 ANSWER_FIRST_S = 0.002
 
 
-class Observer:
-    """What the daemon tells of itself; this one does not listen. Called from several threads, never raises."""
-
-    def started(self) -> None:
-        """The settings hold and the loop runs."""
-
-    def turn(self, unanswered: int, unreceived: int) -> float:
-        """The socket's loop made a turn; return when (monotonic) it shall make the next one at the latest.
-
-        `unanswered`: commands that were accepted; `unreceived`: answers without the platform's receipt.
-        """
-        return math.inf
-
-    def beat(self, waiting_documents: int = 0) -> None:
-        """The executor makes progress."""
-
-    def connected(self) -> None:
-        """The connection to the platform stands."""
-
-    def disconnected(self, reason: str) -> None:
-        """The connection is gone, or could not be made."""
-
-    def asked(self, answer: Answer, verdict: Verdict, seconds: float) -> None:
-        """The API was asked once."""
-
-    def spooled(self, facts: SpoolFacts) -> None:
-        """What waits for MongoDB on this machine changed."""
-
-    def executed(self, report: Report | None) -> None:
-        """An execution ended; None: it was refused or could not begin."""
-
-    def stopping(self, seconds: float) -> None:
-        """The daemon leaves, and may need so long for it."""
-
-
-class Task:
+class PendingCommand:
     """A command for the executor, which may begin with it before the journal has it, but not answer it."""
 
     def __init__(self, context: Mapping[str, Any], codes: Iterable[object]) -> None:
@@ -5731,7 +5835,7 @@ class Task:
         self._number: int | None = None
         self._decided = threading.Event()
 
-    def accepted(self, number: int | None) -> Task:
+    def accepted(self, number: int | None) -> PendingCommand:
         """Note the number that the journal has it under; None: the journal could not take it."""
         self._number = number
         self._decided.set()
@@ -5751,7 +5855,7 @@ class Executor(threading.Thread):
         settings: Settings,
         journal: Journal,
         on_answer: Callable[[int | None], None],
-        observer: Observer,
+        observer: Events,
     ) -> None:
         super().__init__(name="stockrt-executor", daemon=True)
         self._settings = settings
@@ -5759,23 +5863,23 @@ class Executor(threading.Thread):
         self._on_answer = on_answer
         self._observer = observer
         self._added = self._ended = 0  # each counted by one thread
-        self._store_trouble = Trouble(
+        self._store_trouble = LogThrottle(
             "store" if settings.mongodb_uri else "local store", then="the next execution tries again"
         )
-        self._api_trouble = Trouble("Infoway", then="the next execution tries again")
-        self._journal_trouble = Trouble("journal")
+        self._api_trouble = LogThrottle("Infoway", then="the next execution tries again")
+        self._journal_trouble = LogThrottle("journal")
         self._rng = random.Random()
-        self._queue: queue.SimpleQueue[int | Task | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[int | PendingCommand | None] = queue.SimpleQueue()
         self.key_states: list[dict[str, Any]] = []  # as of the end of the last execution
-        self.spool = SpoolFacts()
-        self._workshop: Workshop | None = None
+        self.spool = QueueStats()
+        self._workshop: Pipeline | None = None
         self._unlogged: tuple[Mapping[str, Any], Report] | None = None  # what is still to be logged
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
         self.stop = threading.Event()  # cuts the running execution short
         self.done = threading.Event()  # set before the last `on_answer`: `is_alive` may lag behind it
 
-    def add(self, command: int | Task) -> None:
+    def add(self, command: int | PendingCommand) -> None:
         """Execute a command, after those before it: by its number in the journal, where the codes wait too."""
         self._added += 1
         self._queue.put(command)
@@ -5811,7 +5915,7 @@ class Executor(threading.Thread):
         self.done.set()
         self._on_answer(None)
 
-    def _next(self) -> int | Task | None:
+    def _next(self) -> int | PendingCommand | None:
         """Wait for the next command. What the last one did is logged first, but not in the way of its answer."""
         if self._unlogged is None:
             return self._queue.get()
@@ -5824,7 +5928,7 @@ class Executor(threading.Thread):
         self._log(*unlogged)
         return command
 
-    def _answer(self, command: int | Task) -> int | None:
+    def _answer(self, command: int | PendingCommand) -> int | None:
         """Execute a command and return its number once its answer is in the journal, None where there is none."""
         number: int | None = None
         try:
@@ -5849,9 +5953,9 @@ class Executor(threading.Thread):
         except StoreError as error:
             log.error("execution %s stays in the journal: %s", number, error)
 
-    def _read(self, number: int) -> Task:
+    def _read(self, number: int) -> PendingCommand:
         accepted = self._journal.read(number)
-        return Task(accepted.context, accepted.codes).accepted(number)
+        return PendingCommand(accepted.context, accepted.codes).accepted(number)
 
     def _move_what_waits(self) -> None:
         """Have moved to MongoDB what waits for it since the last start, without waiting for an execution."""
@@ -5876,7 +5980,7 @@ class Executor(threading.Thread):
                 return True
         raise AssertionError("the delays never end")
 
-    def _execute(self, command: Task) -> str:
+    def _execute(self, command: PendingCommand) -> str:
         """Return the answer of a command, '' when it was cut short and stays in the journal."""
         name = _execution_name(command.context)
         try:
@@ -5922,9 +6026,9 @@ class Executor(threading.Thread):
         self.key_states = workshop.keys.describe()
         return report
 
-    def _open_workshop(self) -> Workshop:
+    def _open_workshop(self) -> Pipeline:
         if self._workshop is None:
-            self._workshop = Workshop(
+            self._workshop = Pipeline(
                 self._settings,
                 on_answer=self._observer.asked,
                 on_spool=self._on_spool,
@@ -5932,7 +6036,7 @@ class Executor(threading.Thread):
             )
         return self._workshop
 
-    def _on_spool(self, facts: SpoolFacts) -> None:
+    def _on_spool(self, facts: QueueStats) -> None:
         begins_or_ends = bool(facts.trades) != bool(self.spool.trades)
         self.spool = facts
         self._observer.spooled(facts)
@@ -5940,26 +6044,11 @@ class Executor(threading.Thread):
             self._on_answer(None)  # the status line changes
 
 
-def spool_is_empty(settings: Settings, on_busy: Callable[[], None] = _nothing) -> bool:
-    """Return whether nothing waits on this machine for MongoDB. Raises StoreError."""
-    if not (settings.state_directory / SQLITE_NAME).exists():
-        return True
-    spool = Spool(settings.state_directory, settings.spool_max_bytes, on_busy)
-    try:
-        return spool.is_empty()
-    finally:
-        spool.close()
-
-
 def _execution_name(context: Mapping[str, Any]) -> str:
     meta = context.get("meta")
     found = meta.get("execution_id") if isinstance(meta, dict) else context.get("execution_id")
     workflow = context.get("workflow_name") or context.get("workflow_id")
     return one_line(f"{found or 'without id'}{f' of {workflow}' if workflow else ''}", 120)
-
-
-# Codes that a line of the log names for each kind of failure.
-CODES_NAMED = 5
 
 
 def execution_line(context: Mapping[str, Any], report: Report) -> str:
@@ -5998,17 +6087,17 @@ class Daemon:
         pause: Callable[[float], None] | None = None,
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
-        observer: Observer | None = None,
+        observer: Events | None = None,
     ) -> None:
         import socket
 
         self._settings = settings
-        self._observer = observer or Observer()
+        self._observer = observer or Events()
         self._module_hash = ""
         self._clock = clock
         self._rng = rng or random.Random()
         self._pause = pause or self._wait_awake
-        self._trouble = Trouble(f"platform {settings.server_host}:{settings.server_port}")
+        self._trouble = LogThrottle(f"platform {settings.server_host}:{settings.server_port}")
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._waker.setblocking(False)
@@ -6025,8 +6114,8 @@ class Daemon:
         self._sent: deque[int] = deque()  # on this connection, oldest first, without a receipt yet
         self._received: set[int] = set()  # confirmed, but not noted in the journal yet
         self._unkept: deque[str] = deque()  # refusals that the journal could not take
-        self._journal_trouble = Trouble("journal")
-        self._status_trouble = Trouble("status")
+        self._journal_trouble = LogThrottle("journal")
+        self._status_trouble = LogThrottle("status")
         self._stop_asked = False
         self._presence: Presence | None = None  # what the last refused handshake meant
         self._leave_by: float | None = None
@@ -6251,7 +6340,7 @@ class Daemon:
         """Put commands into the journal and have them executed; a lone one is fetched meanwhile."""
         early = None
         if len(commands) == 1 and not self._executor.unanswered():
-            early = Task(commands[0].context, commands[0].codes)
+            early = PendingCommand(commands[0].context, commands[0].codes)
             self._executor.add(early)
         try:
             numbers = self._journal.accept(commands) if commands else []
@@ -6418,7 +6507,7 @@ def lock_state_directory(directory: Path) -> IO[str]:
 
 
 # ======================================================================================================
-# systemd: notifications, the journal, metrics, the unpacked program
+# Service manager: notifications, the journal, metrics, the unpacked program
 # ======================================================================================================
 #
 # Promises:
@@ -6469,16 +6558,6 @@ def watchdog_seconds(environ: Mapping[str, str], pid: int) -> float:
     ):
         return math.inf
     return int(microseconds) / 1e6
-
-
-def age_words(seconds: float) -> tuple[str, float]:
-    """Return an age in words, and the age at which the words are no longer true."""
-    for unit, size, limit in (("s", 1, 60), ("min", 60, 3600), ("h", 3600, 48 * 3600)):
-        if seconds < limit:
-            whole = int(seconds // size)
-            return f"{whole} {unit} ago", float((whole + 1) * size)
-    days = int(seconds // 86400)
-    return f"{days} d ago", (days + 1) * 86400.0
 
 
 class JournalStream(io.TextIOBase):
@@ -6538,7 +6617,7 @@ def journal_reads(descriptor: int, environ: Mapping[str, str]) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------
-# Metrics: node_exporter's textfile
+# Metrics
 # ------------------------------------------------------------------------------------------------------
 
 
@@ -6554,7 +6633,6 @@ class Metric(NamedTuple):
 
 API_ANSWERS = (*(action.name.lower() for action in Action), "no_answer")
 OUTCOMES = ("success", "partial", "failure", "interrupted", "refused")
-
 METRICS = (
     Metric("stockrt_info", "gauge", "Version of stockrt.", "version", (__version__,)),
     Metric("stockrt_start_time_seconds", "gauge", "Unix time at which the daemon started."),
@@ -6645,7 +6723,7 @@ class MetricsFile:
         self._metrics = metrics
         self._written_at = -math.inf
         self._written = -1
-        self._trouble = Trouble(f"metrics file {path}")
+        self._trouble = LogThrottle(f"metrics file {path}")
 
     def due(self) -> float:
         """Return when the file is to be written: never while nothing changed."""
@@ -6671,7 +6749,7 @@ class MetricsFile:
         self._trouble.over()
 
 
-class Service(Observer):
+class Service(Events):
     """Passes on what the daemon tells: to systemd, and into the metrics file."""
 
     def __init__(
@@ -6733,7 +6811,7 @@ class Service(Observer):
         self._link = f"not connected to {self._peer}: {one_line(reason, 120)}"
         self.metrics.put("stockrt_platform_connected", 0)
 
-    def asked(self, answer: Answer, verdict: Verdict, seconds: float) -> None:
+    def asked(self, answer: Response, verdict: Verdict, seconds: float) -> None:
         """Count a request."""
         self.metrics.add(
             "stockrt_api_requests_total", "no_answer" if answer.fault else verdict.action.name.lower()
@@ -6741,7 +6819,7 @@ class Service(Observer):
         if not answer.fault:
             self.metrics.took(seconds)
 
-    def spooled(self, facts: SpoolFacts) -> None:
+    def spooled(self, facts: QueueStats) -> None:
         """Note what waits for MongoDB."""
         self._waits = facts.trades > 0
         self.metrics.put("stockrt_spool_trades", facts.trades)
@@ -6880,13 +6958,10 @@ def _is_unused(folder: Path) -> bool:
 # ======================================================================================================
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
-# Ctrl-C: what was fetched has this long to be stored; a store that hangs is left behind.
-INTERRUPT_GRACE_S = 0.9
 # Up to here the rows wait until they can be aligned and stand in the order asked; beyond, memory is dearer.
 ROWS_ALIGNED = 1000
 # What `td` says, in words.
 SIDES = {0: "-", 1: "buy", 2: "sell"}
-
 HELP_EXAMPLES = """\
 examples:
   stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY   synthetic trades: no key, no network
@@ -7142,14 +7217,6 @@ def exchange_time(code: str, t: int) -> str:
     return datetime.fromtimestamp(t / 1000, zone).strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
-def show_age(seconds: float) -> str:
-    """Return an age in its largest whole unit: `12 s`, `5 min`, `3 h`, `2 d`."""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{int(seconds // size)} {unit}"
-    return f"{max(0, int(seconds))} s"
-
-
 def to_json(document: Document) -> str:
     """Return a document as one line of JSON, its date as ISO 8601 UTC."""
     return json.dumps(document | {"create_time": _iso(document["create_time"])}, ensure_ascii=False)
@@ -7189,7 +7256,7 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
         raise UsageError(
             "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out"
         )
-    workshop = Workshop(settings, options.demo)
+    workshop = Pipeline(settings, options.demo)
     rows = Rows(sys.stdout, options.json, color=settings.color and sys.stdout.isatty())
     stop = _stop_on_signals()
     order: list[str] = []
@@ -7518,13 +7585,13 @@ def _drain_step(drain: Drain, mongo: MongoStore, stop: threading.Event) -> int:
                 raise
 
 
-def _closer_of(settings: Settings, mongo: MongoStore) -> Closer:
+def _closer_of(settings: Settings, mongo: MongoStore) -> ClosingPrices:
     """Return a closer; without an API key for the trading calendar, half days are in doubt."""
     if not settings.api_keys:
-        return Closer(mongo, None)
+        return ClosingPrices(mongo, None)
     facts = LocalFacts(settings.state_directory)
     api = InfowayApi(settings.api_base_url, KeyPool(settings.key_plans(), facts))
-    return Closer(mongo, Calendar(facts, api.half_days))
+    return ClosingPrices(mongo, Calendar(facts, api.half_days))
 
 
 @contextlib.contextmanager

@@ -205,7 +205,7 @@ class Ours:
                    "MONGODB_HOST": mongodb, "STATE_DIRECTORY": state}  # fmt: skip
         settings = stockrt.load_settings(environ | more, None, (), is_root=False).settings
         self.service = stockrt.Service(settings, stockrt.Notifier())
-        self.workshop = stockrt.Workshop(settings, on_answer=self.service.asked)
+        self.workshop = stockrt.Pipeline(settings, on_answer=self.service.asked)
         self.stop = threading.Event()
 
     def run(self, codes: list[str]) -> None:
@@ -755,7 +755,7 @@ class Bench:
         for at in range(0, len(documents), CHUNK):
             spool.write(documents[at : at + CHUNK])
         written = time.perf_counter()
-        drain = stockrt.Drain(spool, mongo, stockrt.Closer(mongo, None).settle)
+        drain = stockrt.Drain(spool, mongo, stockrt.ClosingPrices(mongo, None).settle)
         while drain.step():
             pass
         drained = time.perf_counter()

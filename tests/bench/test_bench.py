@@ -127,7 +127,7 @@ def test_the_quick_api_answers_as_the_real_one() -> None:
     assert f"Content-Length: {len(body)}".encode() in head
     import stockrt
 
-    verdict = stockrt.decide(stockrt.Answer(200, body), stockrt.utc_now())
+    verdict = stockrt.decide(stockrt.Response(200, body), stockrt.utc_now())
     outcome = stockrt.read_records(stockrt.Batch("stock", "AAPL.US,TSLA.US"), verdict.records)
     assert [trade.s for trade in outcome.trades] == ["AAPL.US", "TSLA.US"]
 

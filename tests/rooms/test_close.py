@@ -24,7 +24,7 @@ import stockrt
 from stockrt import (
     Calendar,
     Close,
-    Closer,
+    ClosingPrices,
     Collector,
     InfowayApi,
     KeyPool,
@@ -109,7 +109,7 @@ class World:
     def restart(self) -> None:
         """Begin as a new process would: nothing is remembered but what is stored."""
         self.calendar = Calendar(self.facts, self.ask, self.clock)
-        self.closer = Closer(self.store, self.calendar, self.clock)
+        self.closer = ClosingPrices(self.store, self.calendar, self.clock)
 
     def clock(self) -> float:
         """Return epoch seconds."""
@@ -903,7 +903,7 @@ import logging, pathlib, sys, stockrt
 logging.basicConfig(format="%(message)s")
 stockrt.zone_info("Asia/Hong_Kong")
 store = stockrt.SqliteStore(pathlib.Path(sys.argv[1]))
-closer = stockrt.Closer(store, None, lambda: 1750300000)
+closer = stockrt.ClosingPrices(store, None, lambda: 1750300000)
 codes = ("TSLA.US", "00700.HK", "USDCNY", "BTCUSDT")
 closer.settle([
     stockrt.to_document(stockrt.Trade(code, 1750200000000, "1", "1", "1", 0), stockrt.utc_now()) for code in codes

@@ -24,9 +24,9 @@ from stockrt import (
     LATEST_TRADE_MS,
     MAX_IN_FLIGHT,
     Action,
-    Answer,
     Batch,
     Outcome,
+    Response,
     Trade,
     Verdict,
     backoff,
@@ -47,7 +47,7 @@ def verdict_on(body: object, status: int = 200, retry_after: str = "") -> Verdic
     """Decide on a body: bytes, a text, or what is made JSON."""
     if not isinstance(body, bytes):
         body = (body if isinstance(body, str) else json.dumps(body)).encode()
-    return decide(Answer(status, body, retry_after), NOW)
+    return decide(Response(status, body, retry_after), NOW)
 
 
 def record(**fields: object) -> dict[str, object]:
@@ -233,7 +233,7 @@ def test_the_answer_is_believed_by_its_ret_whatever_the_status(status: int, ret:
 @pytest.mark.parametrize(("hopeless", "action"), [(False, Action.RETRY), (True, Action.GIVE_UP)])
 def test_a_fault_on_the_way_is_tried_again_unless_it_is_hopeless(hopeless: bool, action: Action) -> None:
     """The reason is the network's."""
-    verdict = decide(Answer(fault="the connection broke", hopeless=hopeless), NOW)
+    verdict = decide(Response(fault="the connection broke", hopeless=hopeless), NOW)
     assert verdict == Verdict(action, "the connection broke")
 
 
@@ -333,7 +333,7 @@ RETRY_AFTERS = (
 
 def check_any_answer(status: int, body: bytes, retry_after: str) -> None:
     """Decide and read, and check the promises that hold for every answer."""
-    verdict = decide(Answer(status, body, retry_after), NOW)
+    verdict = decide(Response(status, body, retry_after), NOW)
     assert verdict.reason.isprintable()
     assert 0 <= verdict.wait_s < math.inf
     if verdict.action is not Action.ACCEPT:

@@ -49,9 +49,9 @@ from stockrt import (
     MAX_TRIES,
     PLANS,
     Batch,
+    BatchAttempt,
     Collector,
     Document,
-    Errand,
     HttpConnection,
     InfowayApi,
     KeyPool,
@@ -697,7 +697,9 @@ def asked(scripted: InfowayServer) -> Callable[[Answer], Any]:
     def ask(answer: Answer) -> Any:
         scripted.script = lambda _: answer
         with api_of(scripted) as api:
-            return api.ask(connection, Errand(Batch("stock", ",".join(STOCKS)), threading.Event(), Hasty()))
+            return api.ask(
+                connection, BatchAttempt(Batch("stock", ",".join(STOCKS)), threading.Event(), Hasty())
+            )
 
     connection = HttpConnection(scripted.url)
     return ask

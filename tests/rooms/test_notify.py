@@ -29,7 +29,7 @@ from kit.infoway_server import InfowayServer
 from kit.platform_server import PlatformServer
 
 import stockrt
-from stockrt import FailureKind, Metrics, MetricsFile, Notifier, Report, Service, Trouble
+from stockrt import FailureKind, LogThrottle, Metrics, MetricsFile, Notifier, Report, Service
 
 PROGRAM = Path(stockrt.__file__).resolve()
 
@@ -361,7 +361,7 @@ def test_execution_is_one_line() -> None:
 
 def test_trouble_is_said_at_its_begin_seldom_and_at_its_end(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    trouble = Trouble("MongoDB", clock, then="later")
+    trouble = LogThrottle("MongoDB", clock, then="later")
     with caplog.at_level(logging.INFO, "stockrt"):
         for second in range(700):
             clock.now = 1000.0 + second
@@ -386,7 +386,7 @@ def test_what_a_trouble_leaves_in_memory_goes_with_it() -> None:
     fault = Fault()
     fault.args = (fault,)
     gone = weakref.ref(fault)
-    trouble = Trouble("MongoDB", Clock())
+    trouble = LogThrottle("MongoDB", Clock())
     gc.disable()
     try:
         trouble.again(fault.__class__.__name__)
@@ -399,7 +399,7 @@ def test_what_a_trouble_leaves_in_memory_goes_with_it() -> None:
 
 
 def test_trouble_with_ever_new_words_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
-    trouble = Trouble("platform", Clock())
+    trouble = LogThrottle("platform", Clock())
     for number in range(1000):
         trouble.again("reason " + "x" * number)
     assert len(caplog.records) <= stockrt.TROUBLE_KINDS + 1
@@ -407,7 +407,7 @@ def test_trouble_with_ever_new_words_fills_no_log(caplog: pytest.LogCaptureFixtu
 
 def test_store_that_is_away_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal = stockrt.Journal(tmp_path)
-    executor = stockrt.Executor(settings(tmp_path), journal, lambda number: None, stockrt.Observer())
+    executor = stockrt.Executor(settings(tmp_path), journal, lambda number: None, stockrt.Events())
     away = report(stored=0, store_error="cannot be reached", failures={"A.US": "fetched, not stored: …"})
     with caplog.at_level(logging.INFO, "stockrt"):
         for one in (away, away, away, report()):
@@ -438,7 +438,7 @@ def test_an_answer_does_not_wait_for_the_log(tmp_path: Path) -> None:
         answered.put(number)
 
     try:
-        executor = stockrt.Executor(settings(tmp_path), journal, on_answer, stockrt.Observer())
+        executor = stockrt.Executor(settings(tmp_path), journal, on_answer, stockrt.Events())
         executor.start()
         for number in journal.accept(
             [stockrt.Command(f"e{n}", {"execution_id": f"e{n}"}, ["?"]) for n in (1, 2)]
@@ -539,7 +539,7 @@ def test_outcome_of_an_execution(ended: Report | None, outcome: str) -> None:
 
 
 def verdict_reason(status: int, body: object, text: str = "") -> str:
-    answer = stockrt.Answer(status, text.encode() or json.dumps(body).encode())
+    answer = stockrt.Response(status, text.encode() or json.dumps(body).encode())
     return stockrt.decide(answer, datetime.now(UTC)).reason
 
 

@@ -40,9 +40,9 @@ from stockrt import (
     Document,
     Drain,
     MongoStore,
+    QueueStats,
     Spool,
     SpooledStore,
-    SpoolFacts,
     SpoolFull,
     SqliteStore,
     StoreAway,
@@ -69,7 +69,7 @@ class Place:
         self.environ = {
             "MONGODB_HOST": quick(uri), "MONGODB_DB_NAME": name, "STATE_DIRECTORY": str(state), **more,
         }  # fmt: skip
-        self.facts: list[SpoolFacts] = []
+        self.facts: list[QueueStats] = []
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[SpooledStore]:
@@ -259,8 +259,8 @@ def test_a_close_that_mongodb_does_not_take_now_is_made_later(place: Place, away
     """The trades are in MongoDB, it goes away before their closes are."""
     documents = make_documents(4)
     with place.opened() as store:
-        store.start(stockrt.Closer(store, None).settle)
-        closer = stockrt.Closer(store, None, postpone=store.postpone)
+        store.start(stockrt.ClosingPrices(store, None).settle)
+        closer = stockrt.ClosingPrices(store, None, postpone=store.postpone)
         closer.settle(documents)
         assert place.waiting() == [] and store.spool.count_unsettled() == len(documents)
         away.restart()
@@ -466,7 +466,7 @@ def no_closes(place: Place, mongo_server: MongoServer) -> Iterator[contextlib.Ex
 
 def settle_into(store: SpooledStore) -> Callable[[Sequence[Document]], None]:
     """Return what the drainer does with trades that arrived."""
-    return stockrt.Closer(store, None).settle
+    return stockrt.ClosingPrices(store, None).settle
 
 
 def test_closes_that_cannot_be_made_keep_no_trade_waiting(
@@ -597,7 +597,7 @@ def test_what_this_machine_cannot_keep_is_named(
 def test_what_cannot_be_counted_is_kept_all_the_same(place: Place, away: MongoServer) -> None:
     with place.opened() as store:
 
-        def fail(counted: bool = False) -> SpoolFacts:
+        def fail(counted: bool = False) -> QueueStats:
             raise StoreError("the disk")
 
         store.spool.facts = fail  # type: ignore[method-assign]
@@ -1253,12 +1253,12 @@ def test_the_result_says_what_waits_and_since_when(
 def test_the_metrics_say_what_waits(place: Place) -> None:
     settings = settings_for(1, "http://127.0.0.1:1", place.state, **place.environ)
     service = stockrt.Service(settings, stockrt.Notifier())
-    service.spooled(SpoolFacts(trades=40, bytes=8192, oldest=None, rejects=2, refused=7))
+    service.spooled(QueueStats(trades=40, bytes=8192, oldest=None, rejects=2, refused=7))
     lines = service.metrics.text().splitlines()
     assert {"stockrt_spool_trades 40", "stockrt_spool_bytes 8192", "stockrt_spool_rejects 2",
             "stockrt_spool_refused_total 7"} <= set(lines)  # fmt: skip
     assert "· trades wait for MongoDB" in service.status(0.0)[0]
-    service.spooled(SpoolFacts())
+    service.spooled(QueueStats())
     assert "MongoDB" not in service.status(0.0)[0]
     kept = stockrt.Report(total=2, stored=1, kept=1)
     assert stockrt.outcome_of(kept) == "failure" and not kept.complete
