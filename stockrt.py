@@ -5,18 +5,46 @@
 #     "pymongo>=4.10",
 #     "python-dotenv>=1.0",
 #     "tqdm>=4.66",
+#     "urllib3>=2.6",
 #     "websocket-client>=1.8",
 # ]
 # ///
 """stockrt: collects the latest trades of stocks, currency pairs and crypto.
 
-The trades come in batches from the Infoway REST API and go into MongoDB, or into a local SQLite file
-where no MongoDB is configured. Data goes one way through the rooms below, leaves first, `main` last:
+The trades come in batches from the Infoway REST API and go into MongoDB, or into a local SQLite file where no
+MongoDB is configured. Data goes one way through the rooms, leaves first, `main` last; a room calls only rooms
+above it:
 
-    text -> codes -> batches -> answers -> trades -> documents -> store -> report -> text
+    Errors             everything that is raised, and its exit status
+    Tools              time, one printable line, whole files, back-off, a throttle for what repeats in the log
+    Settings           one table; environment, file, credentials, proxies
+    Instruments        what a person typed -> (code, product); sessions of the markets; batches
+    Events             what runs and the daemon tell of themselves: reports, failures, the class of listeners
+    HTTP               one connection, straight or through a proxy; limits; JSON
+    Local files        a SQLite file of ours, crash-only; its rescue
+    Quota              API keys, their windows, the count of a day here or with all instances
+    Infoway            answers decided in one table, records read, the client that asks several at a time
+    Stores             the contract and its promises; SQLite, MongoDB
+    Closing prices     which trade is the close of a session
+    Delivery           what waits on this machine for MongoDB, and the one loop that delivers it
+    Run                codes in, report out: everything above put together in one place
+    Platform protocol  text in, events out: pure
+    Platform link      registration, presence, the WebSocket
+    Command journal    accepted commands and their answers on disk
+    Daemon             inbox, outbox, and the three threads
+    Service manager    notifications, the journal's priorities, metrics
+    Command line       options, rows, commands, `main`
 
-Rooms: errors, tools, settings, instruments, events, HTTP, local files, quota, Infoway, stores, delivery, closing
-prices, run, platform protocol, platform link, command journal, daemon, service manager, command line.
+The daemon's threads: the socket's (main) owns link, protocol and outbox, and waits for nothing but its inbox and the
+socket; the clerk owns the writing of journal and status file; the executor owns the pipeline, whose workers
+ask the API and whose delivery thread moves what waits.
+
+A command's way: `Link.frames` gives its text, `PlatformProtocol.receive` makes a Command of it, `Daemon._accept`
+hands that to the clerk, `Clerk._accept` puts it into the journal and hands its number to the executor.
+`Executor._execute` has `Pipeline.run` collect: `plan_batches` -> `InfowayApi.fetch` -> `decide` -> `read_records` ->
+`to_document` -> `Store.write` -> `ClosingPrices.settle` -> Report. `report_result` makes the answer,
+`Executor._keep_answer` puts it into the journal, the inbox takes it to `Outbox.add`, `Daemon._send_answers`
+sends it, and the platform's receipt ends it in `Outbox.note_received` and `Journal.received`.
 """
 
 from __future__ import annotations
@@ -29,6 +57,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  (before anything that an older Py
     )
 
 import argparse
+import base64
 import contextlib
 import gc
 import hashlib
@@ -43,28 +72,40 @@ import re
 import signal
 import threading
 import time
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from enum import Enum
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    Self,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    cast,
+)
 from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlencode, urlsplit
 
 if TYPE_CHECKING:  # what a path does not need is imported where it is needed: it costs start time and memory
     import socket
     import sqlite3
-    from http.client import HTTPConnection, HTTPResponse
 
     from dotenv.parser import Binding
     from pymongo import MongoClient
     from pymongo.collection import Collection as MongoCollection
+    from urllib3.connection import HTTPConnection
 
 __version__ = "1.0.0"
 
@@ -87,9 +128,12 @@ class StockrtError(Exception):
     ├── NoKeyError          no API key can serve now; says which key is out, why and until when
     ├── Interrupted         the run was asked to stop
     ├── StoreError          the store did not take what it was given; says which setting mends it
-    │   ├── StoreAway       MongoDB does not take writes now; what is not written is kept and follows
-    │   └── SpoolFull       no more may wait on this machine for MongoDB
+    │   ├── StoreAway       MongoDB does not take writes now; what is not written is queued and follows
+    │   ├── ClosesLate      all trades are delivered, the closes that follow from them cannot be made now
+    │   ├── QueueFull       no more may wait on this machine for MongoDB
+    │   └── LostCommand     a command of the journal that nobody can read any more
     ├── RegistrationError   the platform did not register the module; says what to do
+    ├── PrintError          what was asked for cannot be printed
     ├── DialError           no connection to the platform could be made
     └── LinkLost            the connection to the platform is gone
 
@@ -143,7 +187,11 @@ class StoreAway(StoreError):
         self.words = words
 
 
-class SpoolFull(StoreError):
+class ClosesLate(StoreError):
+    """All trades are delivered; the closes that follow from them cannot be made now, and are kept to be made."""
+
+
+class QueueFull(StoreError):
     """The limit of what may wait on this machine is reached; what waits is kept."""
 
 
@@ -153,6 +201,10 @@ class LostCommand(StoreError):
 
 class RegistrationError(StockrtError):
     """The platform did not register the module; says what to do."""
+
+
+class PrintError(StockrtError):
+    """Standard output takes nothing; without words where its reader went away."""
 
 
 class DialError(StockrtError):
@@ -199,11 +251,8 @@ def one_line(text: object, limit: int = 300) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def _nothing() -> None:
-    """Stand for a callable that nobody gave."""
-
-
-def _iso(moment: datetime) -> str:
+def iso(moment: datetime) -> str:
+    """Return a time in UTC as ISO 8601 with milliseconds."""
     return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
 
 
@@ -223,60 +272,89 @@ def next_midnight(now: float) -> float:
     return (now // 86400 + 1) * 86400
 
 
-def _later(now: float, seconds: float) -> str:
-    return _iso(datetime.fromtimestamp(round(now + seconds), UTC))
+def iso_after(now: float, seconds: float) -> str:
+    """Return the time some seconds after `now` (epoch seconds), to the second."""
+    return iso(datetime.fromtimestamp(round(now + seconds), UTC))
 
 
 def age_words(seconds: float) -> tuple[str, float]:
-    """Return an age in words, and the age at which the words are no longer true."""
-    for unit, size, limit in (("s", 1, 60), ("min", 60, 3600), ("h", 3600, 48 * 3600)):
+    """Return an age in its largest whole unit (`12 s`, `5 min`, `3 h`, `2 d`), and the age at which that changes."""
+    seconds = max(0.0, seconds)
+    for unit, size, limit in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 48 * 3600)):
         if seconds < limit:
             whole = int(seconds // size)
-            return f"{whole} {unit} ago", float((whole + 1) * size)
+            return f"{whole} {unit}", float((whole + 1) * size)
     days = int(seconds // 86400)
-    return f"{days} d ago", (days + 1) * 86400.0
+    return f"{days} d", (days + 1) * 86400.0
 
 
-def show_age(seconds: float) -> str:
-    """Return an age in its largest whole unit: `12 s`, `5 min`, `3 h`, `2 d`."""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{int(seconds // size)} {unit}"
-    return f"{max(0, int(seconds))} s"
+def count_words(count: int, word: str) -> str:
+    """Return a number with its word: `1 key`, `2 keys`."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
-def write_whole(path: Path, text: str, durable: bool = False) -> None:
-    """Write a file of ours, mode 0600: the old one or the new one, never a part. Raises StoreError.
+# Names that a line of the log holds of many.
+NAMES_SHOWN = 5
 
-    `durable`: it is on disk when this returns; else it may be the old one after a power cut.
-    """
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+
+def first_few(names: Collection[str]) -> str:
+    """Return the first of some names, with a sign where there are more."""
+    shown = ", ".join(islice(names, NAMES_SHOWN))
+    if len(names) > NAMES_SHOWN:
+        shown += " …"
+    return shown
+
+
+@contextlib.contextmanager
+def disk_trouble(what: str, setting: str = "STATE_DIRECTORY") -> Iterator[None]:
+    """Raise StoreError in place of an OSError: `what` says which file cannot be what; `setting` names its place."""
     try:
-        with open(
-            os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
-        ) as stream:
-            stream.write(text)
-            keep_owner(new, path.parent)
-            if durable:
-                stream.flush()
-                os.fsync(stream.fileno())
-        new.replace(path)
-        if durable:
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        yield
     except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error.strerror}; see STATE_DIRECTORY") from None
+        raise StoreError(f"{what}: {error.strerror or error}; see {setting}") from error
+
+
+def write_whole(
+    path: Path, text: str, *, durable: bool = False, mode: int = 0o600, setting: str = "STATE_DIRECTORY"
+) -> None:
+    """Write a file of ours: the old one or the new one, never a part. Raises StoreError.
+
+    `durable`: it is on disk when this returns; else it may be the old one after a power cut. `setting` is the
+    one that a failure names.
+    """
+    # A name that nobody can guess: no other user puts a link there before us.
+    new = path.with_name(f".{path.name}.{os.urandom(8).hex()}.new")
+    with disk_trouble(f"{path} cannot be written", setting):
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as stream:
+                os.fchmod(descriptor, mode)
+                stream.write(text)
+                stream.flush()
+                if durable:
+                    os.fsync(descriptor)
+            keep_owner(new, path.parent)
+            new.replace(path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+        if durable:
+            sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Have on disk which files a directory has. Raises OSError."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def make_state_directory(directory: Path) -> None:
     """Make the state directory, for this user alone. Raises StoreError when it cannot be used."""
-    try:
+    with disk_trouble(f"the state directory {directory} cannot be made"):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(
-            f"the state directory {directory} cannot be made: {error.strerror}; see STATE_DIRECTORY"
-        ) from None
     if not os.access(directory, os.W_OK | os.X_OK):
         raise StoreError(
             f"the state directory {directory} cannot be written by this user; see STATE_DIRECTORY"
@@ -287,7 +365,7 @@ def keep_owner(path: Path, directory: Path) -> None:
     """Give a new file to the owner of its directory: root's --register must not lock the service out."""
     owner = directory.stat()
     if os.geteuid() == 0 and owner.st_uid != 0:
-        os.chown(path, owner.st_uid, owner.st_gid)
+        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.0) -> Iterator[float]:
@@ -307,8 +385,6 @@ def shorten(secret: str) -> str:
 STOP_POLL_S = 0.2
 # Ctrl-C: what was fetched has this long to be stored; a store that hangs is left behind.
 INTERRUPT_GRACE_S = 0.9
-# Codes that a line of the log names for each kind of failure.
-CODES_NAMED = 5
 # A trouble that goes on is said again this often.
 TROUBLE_AGAIN_S = 300.0
 # Reasons of one trouble that are told apart; a peer that says something new each time fills no log.
@@ -318,9 +394,7 @@ TROUBLE_KINDS = 16
 class LogThrottle:
     """Says a repeating trouble when it begins or changes, every few minutes with a count, and when it ends."""
 
-    def __init__(
-        self, what: str, clock: Callable[[], float] = time.monotonic, then: str = "trying again"
-    ) -> None:
+    def __init__(self, what: str, clock: Clock = SYSTEM_CLOCK, then: str = "trying again") -> None:
         self._what = what
         self._then = then
         self._clock = clock
@@ -329,7 +403,7 @@ class LogThrottle:
 
     def again(self, reason: str) -> None:
         """The trouble is there (still)."""
-        now = self._clock()
+        now = self._clock.monotonic()
         self._count += 1
         kind = re.sub(r"\d+", "#", reason)  # seconds and bytes that differ make no new reason
         if kind not in self._said and len(self._said) >= TROUBLE_KINDS:
@@ -373,6 +447,8 @@ ENV_FILE_PLACES = (
 OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_")
 # A shorter secret would mask pieces of ordinary words; no real key or password is that short.
 SHORTEST_SECRET = 4
+# Where a proxy listens whose setting names no port: curl's.
+PROXY_PORTS = {"http": 1080, "https": 443}
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,6 +479,89 @@ PLANS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Proxy:
+    """An HTTP proxy, and the setting that names it; `user` and `password` are as the setting has them."""
+
+    setting: str
+    scheme: str
+    host: str
+    port: int
+    user: str = field(default="", repr=False)
+    password: str = field(default="", repr=False)
+
+    @property
+    def shown(self) -> str:
+        """The proxy as a person may see it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        masked = "***@" if self.authorization else ""
+        return f"{self.scheme}://{masked}{host}:{self.port}"
+
+    @property
+    def authorization(self) -> str:
+        """What its header Proxy-Authorization has to say, '' where it wants to know nobody."""
+        if not (self.user or self.password):
+            return ""
+        pair = f"{unquote(self.user)}:{unquote(self.password)}"
+        return "Basic " + base64.b64encode(pair.encode()).decode()
+
+    def secrets(self) -> set[str]:
+        """Return what must not be shown."""
+        return {self.password, unquote(self.password), self.authorization.removeprefix("Basic ")}
+
+
+@dataclass(frozen=True, slots=True)
+class Proxies:
+    """Which way a URL is asked for, as curl decides it: the scheme's own proxy, else the one for all, else straight."""
+
+    https: Proxy | None = None
+    http: Proxy | None = None
+    every: Proxy | None = None
+    exempt: tuple[str, ...] = ()
+
+    def for_url(self, url: str) -> Proxy | None:
+        """Return the proxy for an http:// or https:// URL, None where it is asked straight."""
+        parts = urlsplit(url)
+        proxy = (self.https if parts.scheme == "https" else self.http) or self.every
+        if proxy is None:
+            return None
+        host = (parts.hostname or "").rstrip(".")
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        return None if any(_is_exempt(entry, host, port) for entry in self.exempt) else proxy
+
+    def in_use(self) -> tuple[Proxy, ...]:
+        """Return those that some URL goes through."""
+        some = {self.https or self.every: None, self.http or self.every: None}
+        return tuple(proxy for proxy in some if proxy is not None)
+
+
+NO_PROXIES = Proxies()
+_EXEMPT_ENTRY = re.compile(r"(\[[^\]]*\]|[^:]*)(?::(\d+))?|(.*)")
+
+
+def _is_exempt(entry: str, host: str, port: int) -> bool:
+    """Whether an entry of NO_PROXY means a host: `*`, a name and all below it, an address or a block of them.
+
+    A port in the entry narrows it.
+    """
+    import ipaddress
+
+    parts = cast("re.Match[str]", _EXEMPT_ENTRY.fullmatch(entry))
+    name = (parts[3] or parts[1]).strip("[]").strip(".")
+    if parts[2] and int(parts[2]) != port:
+        return False
+    if name == "*":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return bool(name) and f".{host}".endswith(f".{name}")
+    try:
+        return address in ipaddress.ip_network(name, strict=False)
+    except ValueError:  # a name: no address is below it
+        return False
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Everything that can be set, checked. Made by `load_settings`; nothing else reads the environment."""
 
@@ -425,7 +584,16 @@ class Settings:
     log_level: str
     metrics_file: Path | None = None
     spool_max_bytes: int = 1024 << 20
+    https_proxy: Proxy | None = None
+    http_proxy: Proxy | None = None
+    all_proxy: Proxy | None = None
+    no_proxy: tuple[str, ...] = ()
     color: bool = True
+
+    @property
+    def proxies(self) -> Proxies:
+        """The proxies together."""
+        return Proxies(self.https_proxy, self.http_proxy, self.all_proxy, self.no_proxy)
 
     def secrets(self) -> tuple[str, ...]:
         """Return every text that must not be shown, the longest first."""
@@ -436,6 +604,8 @@ class Settings:
         if match and ":" in match[1]:
             password = match[1].partition(":")[2]
             found |= {password, unquote(password), unquote_plus(password)}
+        for proxy in filter(None, (self.https_proxy, self.http_proxy, self.all_proxy)):
+            found |= proxy.secrets()
         return tuple(sorted((s for s in found if len(s) >= SHORTEST_SECRET), key=len, reverse=True))
 
     def redact(self, text: str) -> str:
@@ -478,9 +648,18 @@ def mask_uri(uri: str) -> str:
     return re.sub(r"(?i)((?:password|authMechanismProperties)=)[^&;]*", r"\1***", shown)
 
 
+def mask_userinfo(url: str) -> str:
+    """Return a proxy's URL, or what should be one, with all up to the last `@` replaced, but the scheme."""
+    return re.sub(r"(?is)^([a-z][a-z0-9+.-]*://)?.*@", r"\1***@", url)
+
+
 def uri_options(uri: str) -> dict[str, str]:
     """Return the options of a MongoDB connection string, names in lower case."""
     return {name.lower(): value for name, value in parse_qsl(uri.partition("?")[2], keep_blank_values=True)}
+
+
+# As a person writes one; Python's own would read 1_0 as ten, and nan and 1e3 too.
+_PLAIN_NUMBER = re.compile(r"\d+(?:\.\d*)?|\.\d+", re.ASCII)
 
 
 def _expect(good: bool) -> None:
@@ -498,6 +677,7 @@ def _text(shortest: int, longest: int) -> Callable[[str], str]:
 
 def _number(low: float, high: float) -> Callable[[str], float]:
     def parse(value: str) -> float:
+        _expect(_PLAIN_NUMBER.fullmatch(value) is not None)
         number = float(value)
         _expect(low <= number <= high)
         return number
@@ -547,8 +727,9 @@ def _plan(word: str) -> Plan:
     if word.lower() in PLANS:
         return PLANS[word.lower()]
     rate = _number(0, 10_000)(word)
-    _expect(rate == 0 or rate >= 0.01)
-    return Plan(word, rate, int(rate * 60), 0)
+    per_minute = int(rate * 60 + 1e-9)  # 4.1 x 60 is a little less than 246
+    _expect(rate == 0 or per_minute >= 1)  # 0 a minute would mean no limit
+    return Plan(word, rate, per_minute, 0)
 
 
 def _mongodb_uri(value: str) -> str:
@@ -590,6 +771,29 @@ def _host(value: str) -> str:
     return bare
 
 
+def _proxy(setting: str) -> Callable[[str], Proxy]:
+    def parse(value: str) -> Proxy:
+        parts = urlsplit(value if "://" in value else f"http://{value}")
+        _expect(parts.scheme in PROXY_PORTS or parts.scheme.startswith("socks"))
+        _expect(parts.path in ("", "/") and not parts.query and not parts.fragment and parts.port != 0)
+        port = parts.port or PROXY_PORTS.get(parts.scheme, 1080)
+        host = _host(parts.hostname or "")
+        return Proxy(setting, parts.scheme, host, port, parts.username or "", parts.password or "")
+
+    return parse
+
+
+def _no_proxy(value: str) -> tuple[str, ...]:
+    import ipaddress
+
+    entries = tuple(filter(None, re.split(r"[\s,]+", value.lower())))
+    for entry in entries:
+        _expect(re.fullmatch(r"[a-z0-9_.:*/\[\]-]+", entry) is not None)
+        if "/" in entry:
+            ipaddress.ip_network(entry, strict=False)
+    return entries
+
+
 def _megabytes(value: str) -> int:
     """Return the bytes of a number of megabytes (2^20 each)."""
     _expect(value.isascii() and value.isdigit() and 1 <= int(value) <= 1 << 20)
@@ -618,16 +822,28 @@ class Setting(NamedTuple):
     parse: Callable[[str], object]
     secret: bool = False
     old_name: str = ""
+    in_small_letters: bool = False  # its name may be written so as well, and is stronger then
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names under which it is looked for, the strongest first."""
+        small = self.name.lower() if self.in_small_letters else ""
+        return tuple(name for name in (small, self.name, self.old_name) if name)
 
 
+_PROXY_EXPECTED = (
+    "http:// or https://[user:password@]host[:port], with / : @ % in user and password percent-encoded; "
+    "SOCKS is not supported"
+)
+
+# fmt: off
 SETTINGS = (
     Setting("INFOWAY_API_KEY", "api_keys", "", "one or several keys, comma-separated, ASCII without blanks",
             _api_keys, secret=True),
     Setting("INFOWAY_API_BASE_URL", "api_base_url", "https://data.infoway.io", "an http:// or https:// URL",
             _base_url),
     Setting("INFOWAY_PLAN", "plans", "free",
-            "free, basic, premium, pro, or requests per second as a number (0: no limit); one for all keys, or "
-            "one for each, comma-separated", _plans),
+            "free, basic, premium, pro, or requests per second as a number (0: no limit, else 0.017 or more: one "
+            "a minute); one for all keys, or one for each, comma-separated", _plans),
     Setting("MONGODB_HOST", "mongodb_uri", "",
             "mongodb://[user:password@]host[:port][/…] or mongodb+srv://…, with / : @ % in user and password "
             "percent-encoded and acknowledged writes (no w=0)", _mongodb_uri, secret=True),
@@ -653,10 +869,19 @@ SETTINGS = (
             "at most 500 printable characters", _text(0, 500)),
     Setting("STATE_DIRECTORY", "state_directory", "", "an absolute path", _directory),
     Setting("SPOOL_MAX_MB", "spool_max_bytes", "1024", "megabytes, a whole number from 1 to 1048576", _megabytes),
+    Setting("HTTPS_PROXY", "https_proxy", "", _PROXY_EXPECTED, _proxy("HTTPS_PROXY"), secret=True,
+            in_small_letters=True),
+    Setting("HTTP_PROXY", "http_proxy", "", _PROXY_EXPECTED, _proxy("HTTP_PROXY"), secret=True,
+            in_small_letters=True),
+    Setting("ALL_PROXY", "all_proxy", "", _PROXY_EXPECTED, _proxy("ALL_PROXY"), secret=True,
+            in_small_letters=True),
+    Setting("NO_PROXY", "no_proxy", "", "host names, addresses and blocks such as 10.0.0.0/8, comma-separated, or *",
+            _no_proxy, in_small_letters=True),
     Setting("METRICS_FILE", "metrics_file", "", "an absolute path that ends in .prom", _metrics_file),
     Setting("LOG_LEVEL", "log_level", "info", "debug, info, warning or error",
             _one_of("debug", "info", "warning", "error")),
-)  # fmt: skip
+)
+# fmt: on
 # What an attribute is when its setting has neither a value nor a default that could be parsed.
 _WHEN_UNSET: dict[str, object] = {"api_keys": (), "mongodb_uri": "", "server_host": "", "server_port": 0}
 
@@ -757,9 +982,9 @@ def load_settings(
     source, warning = find_env_file(env_file, places)
     from_file = read_env_file(source) if source else {}
     origins = {"credential": read_credentials(environ), "environment": environ, str(source): from_file}
-    warnings = (
-        [warning] if warning and not is_service(environ) else []
-    )  # systemd has read it (EnvironmentFile=)
+    warnings = []
+    if warning and not is_service(environ):  # else systemd has read it (EnvironmentFile=)
+        warnings.append(warning)
     warnings += [_misspelled(name, str(source)) for name in from_file if _is_unknown(name)]
     if is_service(environ):
         warnings += [_misspelled(name, "environment") for name in environ if _is_unknown(name)]
@@ -799,19 +1024,27 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         faults.append(
             f"INFOWAY_PLAN names {plans} plans for {keys} keys: expected one for all or one for each"
         )
+    proxies = Proxies(values.get("https_proxy"), values.get("http_proxy"), values.get("all_proxy"))
+    faults += [
+        f"{proxy.setting}={proxy.shown}: expected {_PROXY_EXPECTED}"
+        for proxy in proxies.in_use()
+        if proxy.scheme not in PROXY_PORTS
+    ]
     return faults
 
 
 def _look_up(setting: Setting, origins: Mapping[str, Mapping[str, str]]) -> tuple[str, str, str]:
     """Return where a setting is set, under which name, and its text."""
     for where, origin in origins.items():
-        for name in filter(None, (setting.name, setting.old_name)):
+        for name in setting.names():
             if text := origin.get(name, "").strip():
                 return where, name, text
     return "", setting.name, ""
 
 
 def _masked(setting: Setting, text: str) -> str:
+    if setting.in_small_letters:
+        return repr(one_line(mask_userinfo(text), 100))
     if setting.secret and not (setting.attribute == "mongodb_uri" and _USERINFO.match(text)):
         return "'***'"
     return repr(one_line(mask_uri(text), 100))
@@ -822,7 +1055,7 @@ def _is_unknown(name: str) -> bool:
 
 
 def _known_names() -> list[str]:
-    return [name for setting in SETTINGS for name in (setting.name, setting.old_name) if name]
+    return [name for setting in SETTINGS for name in setting.names()]
 
 
 def _misspelled(name: str, source: str) -> str:
@@ -1153,13 +1386,13 @@ class Batch(NamedTuple):
 class BatchPlan:
     """Turns codes into batches of one product each, every code once, in the order they came.
 
-    `total` counts distinct codes, those that cannot be asked included; `failures` says of each why. `expected`:
+    `total` counts distinct codes, those that cannot be asked for included; `invalid` says of each why. `expected`:
     about how many codes will come, which only its speed depends on.
     """
 
     def __init__(self, expected: int = MANY_CODES) -> None:
         self.total = 0
-        self.failures: dict[str, str] = {}
+        self.invalid: dict[str, str] = {}
         self.batches: list[Batch] = []
         self._open: dict[str, list[str]] = {}
         self._seen = [","] * (1 + expected // CODES_PER_BUCKET)
@@ -1178,8 +1411,8 @@ class BatchPlan:
             self._take(*parse_code(raw))
         except InstrumentError as error:
             shown = one_line(raw, MAX_CODE_LENGTH + 8) or "''"
-            self.total += shown not in self.failures
-            self.failures[shown] = str(error)
+            self.total += shown not in self.invalid
+            self.invalid[shown] = str(error)
 
     def add_instrument(self, instrument: Instrument) -> None:
         """Take one code that is already in the API's form."""
@@ -1224,7 +1457,7 @@ def plan_batches(codes: Iterable[object]) -> BatchPlan:
 
 
 class FailureKind(Enum):
-    """Why a code failed, for counting; the reason in words goes to who asked."""
+    """Whose fault it is that a code failed."""
 
     INVALID_CODE = "invalid_code"
     UNKNOWN_CODE = "unknown_code"
@@ -1236,81 +1469,73 @@ class FailureKind(Enum):
     OTHER = "other"
 
 
-# How the reasons begin that this program gives; what the network says begins with the name of an exception.
-_FAILURE_BEGINNINGS = (
-    ("unknown to the API", FailureKind.UNKNOWN_CODE),
-    ("field ", FailureKind.BAD_RECORD),
-    ("the API sent ", FailureKind.BAD_RECORD),
-    ("the API", FailureKind.API),
-    ("HTTP ", FailureKind.API),
-    ("an answer of more than ", FailureKind.API),
-    ("no API key", FailureKind.KEY),
-    ("fetched, not stored", FailureKind.STORE),
-    ("its numbers do not fit", FailureKind.STORE),
-    ("not asked for: ", FailureKind.STORE),
-    ("MongoDB refused it", FailureKind.STORE),
-    ("the local store refused it", FailureKind.STORE),
-    ("no whole answer ", FailureKind.NETWORK),
-    ("the connection broke", FailureKind.NETWORK),
-)
-_EXCEPTION_NAME = re.compile(
-    r"\w*(Error|Exception|Timeout|timeout|IncompleteRead|Disconnected|gaierror|herror)\b"
-)
+class Failure(NamedTuple):
+    """Why a code failed: the kind for whoever counts, the words for whoever asked."""
+
+    kind: FailureKind
+    words: str
 
 
-def failure_kind(code: str, reason: str) -> FailureKind:
-    """Return what kind of failure a report's `failures` holds for `code`."""
-    for beginning, kind in _FAILURE_BEGINNINGS:
-        if reason.startswith(beginning):
-            return kind
-    if _EXCEPTION_NAME.match(reason):
-        return FailureKind.NETWORK
-    try:
-        parse_code(code)
-    except InstrumentError:
-        return FailureKind.INVALID_CODE
-    return FailureKind.OTHER
+class Check(NamedTuple):
+    """What `--check` found of one thing."""
+
+    name: str
+    good: bool
+    words: str
 
 
 @dataclass
 class Report:
-    """What became of a run. Every distinct code is stored, known, kept or failed, unless the run was interrupted.
+    """What became of a run. Every distinct code is stored, a duplicate, queued or failed, unless it was interrupted.
 
-    `known`: its latest trade was in the store before. `kept`: its trade waits on this machine for MongoDB, for
-    the reason `kept_because`. `failures`: code -> reason. `store_error`: what the store said when it failed;
-    `close_error`: when it failed at the closing snapshot alone.
+    `duplicates`: the latest trade was in the store before. `queued`: it waits on this machine for MongoDB, for the
+    reason `queued_because`. `store_error`: what the store said when it failed; `close_error`: when it failed at
+    the closing snapshot alone.
     """
 
     total: int = 0
     stored: int = 0
-    known: int = 0
-    kept: int = 0
-    kept_because: str = ""
-    failures: dict[str, str] = field(default_factory=dict)
+    duplicates: int = 0
+    queued: int = 0
+    queued_because: str = ""
+    failures: dict[str, Failure] = field(default_factory=dict)
     store_error: str = ""
     close_error: str = ""
     interrupted: bool = False
     took_s: float = 0.0
 
     @property
+    def reached(self) -> int:
+        """Of how many codes the latest trade is in the store."""
+        return self.stored + self.duplicates
+
+    @property
     def complete(self) -> bool:
         """Whether the latest trade of every code is in the store, and the closes that follow from them."""
-        return not self.failures and not self.close_error and self.stored + self.known == self.total
+        return not self.failures and not self.close_error and self.reached == self.total
 
-    def kept_words(self) -> str:
+    def as_of_now(self) -> Report:
+        """Return what it says now, of a run that another thread may go on with."""
+        return replace(self, failures=self.failures.copy())
+
+    def queued_words(self) -> str:
         """Return how many trades wait on this machine, and why."""
-        return f"{self.kept} trade{'s' if self.kept > 1 else ''} kept on this machine, {self.kept_because}"
+        return f"{count_words(self.queued, 'trade')} kept on this machine, {self.queued_because}"
 
     def summary(self) -> str:
         """Return the closing line."""
         line = (
-            f"total {self.total}, stored {self.stored}, already known {self.known}, "
+            f"total {self.total}, stored {self.stored}, already known {self.duplicates}, "
             f"failed {len(self.failures)} ({self.took_s:.1f} s)"
         )
-        left = self.total - self.stored - self.known - self.kept - len(self.failures)
-        line += f", interrupted: {left} not asked" if self.interrupted else ""
-        line += f"; {self.kept_words()}" if self.kept else ""
-        return line + (f"; the closing snapshot is not kept: {self.close_error}" if self.close_error else "")
+        if self.interrupted:
+            left = self.total - self.reached - self.queued - len(self.failures)
+            line += f", interrupted: {left} not asked"
+        if self.queued:
+            line += f"; {self.queued_words()}"
+        if self.close_error:
+            line += f"; the closing snapshot is not kept: {self.close_error}"
+        return line
 
 
 class QueueStats(NamedTuple):
@@ -1327,32 +1552,38 @@ class QueueStats(NamedTuple):
 
 
 class Events:
-    """What the daemon tells of itself; this one does not listen. Called from several threads, never raises."""
+    """What a run and the daemon tell of themselves; this one does not listen. Never raises, whatever the thread."""
 
     def started(self) -> None:
-        """The settings hold and the loop runs."""
+        """The settings hold and the daemon's loop runs."""
 
-    def turn(self, unanswered: int, unreceived: int) -> float:
+    def tick(self, unanswered: int, undelivered: int) -> float:
         """The socket's loop made a turn; return when (monotonic) it shall make the next one at the latest.
 
-        `unanswered`: commands that were accepted; `unreceived`: answers without the platform's receipt.
+        `unanswered`: commands that were accepted; `undelivered`: answers without the platform's receipt.
         """
         return math.inf
 
-    def beat(self, waiting_documents: int = 0) -> None:
-        """The executor makes progress."""
+    def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
+        """Something is at work; of a run: so many codes are done with, and so many documents wait to be stored."""
+
+    def asked(self, kind: str, seconds: float | None) -> None:
+        """The API was asked once: what followed from the response, and its latency, None where none came."""
+
+    def stored(self, documents: Sequence[dict[str, Any]]) -> None:
+        """These documents are in the store, new or not."""
+
+    def queue_changed(self, stats: QueueStats) -> None:
+        """What waits for MongoDB on this machine changed."""
+
+    def damaged(self, error: StoreError) -> None:
+        """A local file is damaged: with these words the process has to end, and its next start rescues the file."""
 
     def connected(self) -> None:
         """The connection to the platform stands."""
 
     def disconnected(self, reason: str) -> None:
         """The connection is gone, or could not be made."""
-
-    def asked(self, answer: Response, verdict: Verdict, seconds: float) -> None:
-        """The API was asked once."""
-
-    def spooled(self, facts: QueueStats) -> None:
-        """What waits for MongoDB on this machine changed."""
 
     def executed(self, report: Report | None) -> None:
         """An execution ended; None: it was refused or could not begin."""
@@ -1361,14 +1592,18 @@ class Events:
         """The daemon leaves, and may need so long for it."""
 
 
+# Nobody listens.
+NO_EVENTS = Events()
+
+
 # ======================================================================================================
 # HTTP
 # ======================================================================================================
 
 # A hundred trades are about ten kilobytes; more than this is not an answer but an accident or an attack.
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
-# What zlib calls a gzip stream.
-GZIP_BITS = 16 + 15
+# What a proxy answers itself when it cannot reach the server behind it.
+GATEWAY_STATUSES = (502, 503, 504)
 
 
 class Limits(NamedTuple):
@@ -1389,283 +1624,356 @@ PLATFORM_LIMITS = Limits(5.0, 8.0, 10.0)
 
 
 class Response(NamedTuple):
-    """What came back for one request: an HTTP answer, or a `fault` of the way there."""
+    """What came back for one request: an HTTP answer, or a `fault` of the way there and of which `kind` it is.
+
+    A `hopeless` fault would be the same the next time.
+    """
 
     status: int = 0
     body: bytes = b""
     retry_after: str = ""
     fault: str = ""
+    kind: FailureKind = FailureKind.NETWORK
     hopeless: bool = False
 
 
-class HttpConnection:
-    """One keep-alive HTTP connection, used by one thread at a time; `abort` may be called from any.
+class Wire:
+    """A second handle of a socket, by which any thread can cut it: a TLS handshake takes the first one away."""
 
-    The foreign exceptions of the network end here: they become an `Response` with a `fault`.
-    """
+    def __init__(self) -> None:
+        self._handle: socket.socket | None = None
+        self.is_cut = False
 
-    def __init__(self, base_url: str, limits: Limits = API_LIMITS) -> None:
-        from http.client import HTTPConnection, HTTPSConnection
+    def keep(self, sock: socket.socket) -> None:
+        """Take a handle of a socket. Raises TimeoutError when it is too late."""
+        self._handle = sock.dup()
+        if self.is_cut:
+            raise TimeoutError("timed out")
 
-        self._limits = limits
-        parts = urlsplit(base_url)
-        self._path = parts.path
-        make = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        self._conn: HTTPConnection = make(cast(str, parts.hostname), parts.port, timeout=limits.connect_s)
-        self._conn.response_class = cast(Any, self._response)
-        self._on_idle = _nothing
-        self._rested_at = 0.0  # monotonic, as the deadline
-        self.rested_s = 0.0  # what `on_idle` took of the last request's time
-        self.deadline = 0.0  # 0 while no request is under way
+    def cut(self) -> None:
+        """End all reading and writing on the socket."""
+        import socket
 
-    def get(self, path: str, headers: Callable[[], Mapping[str, str]]) -> Response:
-        """Ask for `path` and return the answer, whatever it is.
-
-        `headers` is called when the connection stands, right before the request is written: what it
-        counts as sent is then sent, however long the connecting took. What it raises is passed on.
-        """
-        try:
-            if (fault := self._connect()) is not None:
-                return fault
-            chosen = headers()
-            if (fault := self._connect()) is not None:  # the server may have closed it during the wait
-                return fault
-        except BaseException:
-            self.close()
-            raise
-        return self.get_at_once(path, chosen)
-
-    def get_at_once(
-        self, path: str, headers: Mapping[str, str], on_idle: Callable[[], None] = _nothing
-    ) -> Response:
-        """Ask over a connection that is open. `on_idle` is called now and then while it takes; it may raise."""
-        self._on_idle, self.rested_s, self._rested_at = on_idle, 0.0, time.monotonic()
-        self.deadline = self._rested_at + self._limits.whole_s
-        answered = False
-        try:
-            answer = self._exchange(self._path + path, headers)
-            answered = not answer.fault
-            return answer
-        finally:
-            self._on_idle = _nothing
-            self.deadline = 0.0
-            if not answered:
-                self.close()
-
-    def is_open(self) -> bool:
-        """Return whether a request can be written at once."""
-        sock = self._conn.sock
-        if sock is None:
-            return False
-        if not _has_input(sock):  # an idle one has something to read when it ends
-            return True
-        with contextlib.suppress(OSError):
-            return _receive(sock, bytearray(1)) is None  # or when TLS has something to say to itself
-        return False
-
-    def abort(self) -> None:
-        """Cut the connection under a request, so that its thread comes back with a fault."""
-        if self._conn.sock is not None:
-            cut_socket(self._conn.sock)
-
-    def close(self) -> None:
-        """Close the connection; the next request opens a new one."""
-        with contextlib.suppress(OSError):  # nothing is lost when a closing fails
-            self._conn.close()
-
-    def _connect(self) -> Response | None:
-        if self.is_open():
-            return None
-        self.close()
-        conn = self._conn
-        conn.timeout = self._limits.connect_s
-        self.deadline = time.monotonic() + self._limits.whole_s
-        fault = self._guarded(conn.connect)
-        self.deadline = 0.0  # waiting for a key is no part of the request
-        if fault is not None:
-            self.close()
-        elif conn.sock is not None:
-            conn.timeout = self._limits.read_s
-            conn.sock.settimeout(self._limits.read_s)
-        return fault
-
-    def _exchange(self, path: str, headers: Mapping[str, str]) -> Response:
-        answer = Response()
-
-        def exchange() -> None:
-            nonlocal answer
-            all_headers = {"User-Agent": f"stockrt/{__version__}", "Accept": "application/json", **headers}
-            self._conn.request("GET", path, headers=all_headers)
-            response = self._conn.getresponse()
-            body = b"".join(self._parts(response))
-            answer = Response(response.status, body, response.headers.get("Retry-After", "").strip())
-
-        return self._guarded(exchange) or answer
-
-    def _response(self, sock: socket.socket, **more: Any) -> HTTPResponse:
-        """Return a response that is read no longer than the limits allow, with `on_idle` called meanwhile."""
-        from http.client import HTTPResponse
-
-        return HTTPResponse(cast("socket.socket", _Watched(sock, self._wait_for_input)), **more)
-
-    def _wait_for_input(self, sock: socket.socket) -> None:
-        """Wait until there is something to read. Raises TimeoutError at a limit."""
-        silent_until = time.monotonic() + self._limits.read_s
-        while (left := min(silent_until, self.deadline) - time.monotonic()) > 0:
-            has_input = _has_input(sock, min(left, STOP_POLL_S))
-            silent_until += self._rest()
-            if has_input:
-                return
-        raise TimeoutError("timed out")
-
-    def _rest(self) -> float:
-        """Call `on_idle` if that is due, however busily a server drips; return its time, which is not the server's."""
-        began = time.monotonic()
-        if began - self._rested_at < STOP_POLL_S:
-            return 0.0
-        self._on_idle()
-        self._rested_at = time.monotonic()
-        took = self._rested_at - began
-        self.rested_s += took
-        self.deadline += took
-        return took
-
-    def _parts(self, response: HTTPResponse) -> Iterator[bytes]:
-        """Yield the body, unpacked where it is gzip. Raises when it is too large or not whole."""
-        packed = response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip")
-        unpacker = zlib.decompressobj(GZIP_BITS) if packed else None
-        size = 0
-        while chunk := response.read1(65536):
-            if unpacker is not None:
-                chunk = unpacker.decompress(chunk, MAX_ANSWER_BYTES + 1 - size)
-            size += len(chunk)
-            if size > MAX_ANSWER_BYTES:
-                raise _Refused(f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB")
-            yield chunk
-        if response.length:
-            raise ConnectionError(f"{response.length} bytes are missing")
-        if unpacker is not None and not unpacker.eof:
-            raise ConnectionError("the end of the gzip stream is missing")
-        response.close()  # or the connection takes no further request
-
-    def _guarded(self, step: Callable[[], None]) -> Response | None:
-        fault = _as_fault(step)
-        if fault is not None and time.monotonic() >= self.deadline:
-            return Response(fault=f"no whole answer within {self._limits.whole_s:.0f} s")
-        return fault
-
-
-class _Watched(io.RawIOBase):
-    """A socket as http.client reads it: `wait` is called before every read."""
-
-    def __init__(self, sock: socket.socket, wait: Callable[[socket.socket], None]) -> None:
-        self._sock = sock
-        self._hold = sock.makefile("rb", buffering=0)  # keeps the socket open until the answer is read
-        self._wait = wait
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """Return the stream that http.client asks its socket for."""
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        """Read what is there, or comes in time."""
-        while True:
-            self._wait(self._sock)
-            if (size := _receive(self._sock, buffer)) is not None:
-                return size
+        self.is_cut = True
+        if self._handle is not None:
+            with contextlib.suppress(OSError):  # it may have been closed just now
+                self._handle.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Let go of the socket."""
-        self._hold.close()
-        super().close()
+        if self._handle is not None:
+            self._handle.close()
 
 
-def _has_input(sock: socket.socket, seconds: float = 0.0) -> bool:
-    """Return whether there is something to read within some seconds, the end of the connection included."""
-    import select
+class HttpConnection:
+    """One keep-alive HTTP connection, straight or through a proxy, used by one thread at a time.
 
-    if getattr(sock, "pending", int)():  # unpacked already: no poll would tell of it
-        return True
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(math.ceil(seconds * 1000)))
+    `open`, then `get`: what is done between is no part of a request's time. `deadline` (monotonic seconds, 0
+    while nothing is under way) is for the caller to watch, who ends what is over it with `abort`, from
+    whatever thread. Foreign exceptions end here: they become a `Response` with a fault. With `tunnel` a proxy
+    passes on unread what is not for TLS, too: a WebSocket.
+    """
+
+    def __init__(
+        self, base_url: str, limits: Limits = API_LIMITS, proxies: Proxies = NO_PROXIES, tunnel: bool = False
+    ) -> None:
+        parts = urlsplit(base_url)
+        self._limits = limits
+        self._tls = parts.scheme == "https"
+        self._host = cast(str, parts.hostname)
+        self._port = parts.port or (443 if self._tls else 80)
+        self._path = parts.path
+        self._headers = {"User-Agent": f"stockrt/{__version__}", "Accept": "application/json"}
+        self._proxy = proxies.for_url(base_url)
+        self._tunnels = self._tls or tunnel
+        if self._proxy is not None and not self._tunnels:
+            self._path = base_url
+            self._headers |= _proxy_headers(self._proxy)
+        self._conn: HTTPConnection | None = None
+        self._wire = Wire()
+        self._is_over = False
+        self.deadline = 0.0
+
+    @property
+    def sock(self) -> socket.socket:
+        """The socket of the open connection."""
+        assert self._conn is not None
+        return cast("socket.socket", self._conn.sock)
+
+    def open(self) -> Response | None:
+        """Connect where no connection stands; return what went wrong, None if nothing did."""
+        if self._is_open():
+            return None
+        self.close()
+        self._wire = Wire()
+        self.deadline = time.monotonic() + self._limits.whole_s
+        fault = None
+        try:
+            if self._is_over:
+                raise TimeoutError("timed out")
+            self._conn = self._new_connection()
+            self._conn.connect()
+            self._conn.timeout = self._limits.read_s
+        except _foreign_errors() as error:
+            fault = self._fault(error)
+            if self._proxy is not None:
+                fault = _fault_of_proxy(self._proxy, error, fault)
+            self.close()
+        self.deadline = 0.0
+        return fault
+
+    def get(self, path: str, headers: Mapping[str, str]) -> Response:
+        """Ask for `path` over the open connection and return the answer, whatever it is."""
+        self.deadline = time.monotonic() + self._limits.whole_s
+        try:
+            response = self._exchange(path, headers)
+        except _foreign_errors() as error:
+            response = self._fault(error)
+        self.deadline = 0.0
+        if response.fault:
+            self.close()
+        return response
+
+    def abort(self, for_good: bool = False) -> None:
+        """Cut the connection under what goes on, so that its thread comes back with a fault.
+
+        `for_good`: no other one is opened.
+        """
+        self._is_over |= for_good  # before the cut: `open` looks at it when its new wire is there
+        self._wire.cut()
+
+    def close(self) -> None:
+        """Close the connection; `open` makes a new one."""
+        if self._conn is not None:
+            with contextlib.suppress(OSError):  # nothing is lost when a closing fails
+                self._conn.close()
+        self._conn = None
+        self._wire.close()
+
+    def let_go(self) -> None:
+        """Leave the open socket to the caller."""
+        self._conn = None
+        self._wire.close()
+
+    def _is_open(self) -> bool:
+        """Return whether a request can be written at once."""
+        if self._conn is None or self._conn.sock is None:
+            return False
+        # An idle connection has something to read when it ends, or when TLS has something to say to itself.
+        return self._conn.is_connected or _has_nothing_for_us(self._conn.sock)
+
+    def _new_connection(self) -> HTTPConnection:
+        from urllib3.connection import HTTPConnection, HTTPSConnection, ProxyConfig
+
+        proxy, timeout = self._proxy, self._limits.connect_s
+        tls = self._tls
+        if proxy is not None and not self._tunnels:
+            tls = proxy.scheme == "https"
+        make = HTTPSConnection if tls else HTTPConnection
+        if proxy is None:
+            conn = make(self._host, self._port, timeout=timeout)
+        else:
+            config = ProxyConfig(None, False, None, None)  # the proxy's certificate is checked like any
+            conn = make(proxy.host, proxy.port, timeout=timeout, proxy_config=config)
+        if proxy is not None and self._tunnels:
+            headers = {"Host": f"{self._host}:{self._port}", **_proxy_headers(proxy)}
+            conn.set_tunnel(self._host, self._port, headers, proxy.scheme)
+        connect = conn._new_conn
+        conn._new_conn = lambda: self._keep(connect())  # type: ignore[method-assign]
+        return conn
+
+    def _keep(self, sock: socket.socket) -> socket.socket:
+        """Make a new socket one that `abort` can cut; TLS to a proxy that urllib3 does not do is done."""
+        self._wire.keep(sock)
+        proxy = self._proxy
+        if proxy is not None and proxy.scheme == "https" and self._tunnels and not self._tls:
+            return start_tls(sock, proxy.host)
+        return sock
+
+    def _exchange(self, path: str, headers: Mapping[str, str]) -> Response:
+        if self._conn is None or self._wire.is_cut:
+            raise TimeoutError("timed out")
+        conn = self._conn
+        conn.request("GET", self._path + path, headers={**self._headers, **headers}, preload_content=False)
+        answer = conn.getresponse()
+        body = answer.read(MAX_ANSWER_BYTES + 1)
+        if len(body) > MAX_ANSWER_BYTES:
+            words = f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB"
+            return Response(fault=words, kind=FailureKind.API, hopeless=True)
+        response = Response(answer.status, body, answer.headers.get("Retry-After", "").strip())
+        if self._proxy is not None and not self._tunnels and _is_of_proxy(response):
+            return _refused_by_proxy(self._proxy, response.status)
+        return response
+
+    def _fault(self, error: Exception) -> Response:
+        """Return what an exception means."""
+        if time.monotonic() >= self.deadline:
+            return Response(fault=f"no whole answer within {self._limits.whole_s:.0f} s")
+        if isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
+            return Response(fault=f"the connection broke ({type(error).__name__})")
+        return Response(fault=network_words(error), hopeless=_is_about_a_certificate(error))
 
 
-def _receive(sock: socket.socket, buffer: Any) -> int | None:
-    """Read what is there, 0 at the end, None where nothing is for us: half a record of TLS, or its own matters."""
-    import ssl
+class StraightSocket:
+    """A TCP or TLS connection without urllib3, which would take an idle daemon's memory: for a WebSocket.
 
-    timeout = sock.gettimeout()
-    sock.settimeout(0.0)
-    try:
-        return sock.recv_into(buffer)
-    except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+    Used like an HttpConnection.
+    """
+
+    def __init__(self, base_url: str, limits: Limits) -> None:
+        parts = urlsplit(base_url)
+        self._limits = limits
+        self._host = cast(str, parts.hostname)
+        self._tls = parts.scheme == "https"
+        self._port = parts.port or (443 if self._tls else 80)
+        self._wire = Wire()
+        self._sock: socket.socket | None = None
+
+    @property
+    def sock(self) -> socket.socket:
+        """The socket of the open connection."""
+        assert self._sock is not None
+        return self._sock
+
+    def open(self) -> Response | None:
+        """Connect; return what went wrong, None if nothing did."""
+        import socket
+
+        try:
+            # bytes: a text would load the codec for host names in other scripts, which no setting holds
+            place = cast("tuple[str, int]", (self._host.encode(), self._port))
+            self._sock = socket.create_connection(place, self._limits.connect_s)
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._wire.keep(self._sock)
+            if self._tls:
+                self._sock = start_tls(self._sock, self._host)
+        except (OSError, ValueError) as error:
+            self.close()
+            return Response(fault=network_words(error))
         return None
-    finally:
-        sock.settimeout(timeout)
+
+    def abort(self, for_good: bool = True) -> None:
+        """Cut the connection under what goes on, so that its thread comes back with a fault."""
+        self._wire.cut()
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._sock is not None:
+            self._sock.close()
+        self._wire.close()
+
+    def let_go(self) -> None:
+        """Leave the open socket to the caller."""
+        self._wire.close()
 
 
-def cut_socket(sock: socket.socket) -> None:
-    """End all reading and writing on a socket, TLS or not, from whatever thread."""
-    import socket
-
-    with contextlib.suppress(OSError):  # it may have been closed just now
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-def get_once(base_url: str, path: str, limits: Limits, headers: Mapping[str, str] | None = None) -> Response:
+def get_once(
+    base_url: str,
+    path: str,
+    limits: Limits,
+    proxies: Proxies = NO_PROXIES,
+    headers: Mapping[str, str] = MappingProxyType({}),
+) -> Response:
     """Ask for one thing over a connection of its own, which is cut when the time is over."""
-    connection = HttpConnection(base_url, limits)
-    cut = threading.Timer(limits.whole_s, connection.abort)
+    connection = HttpConnection(base_url, limits, proxies)
+    cut = threading.Timer(limits.whole_s, connection.abort, (True,))
     cut.daemon = True
     cut.start()
     try:
-        return connection.get(path, lambda: headers or {})
+        return connection.open() or connection.get(path, headers)
     finally:
         cut.cancel()
         connection.close()
 
 
-class _Refused(Exception):
-    """An answer that would be as wrong the next time."""
+def start_tls(sock: socket.socket, host: str) -> socket.socket:
+    """Return the socket with TLS on it, `host`'s certificate checked. Raises OSError."""
+    import ssl
+
+    return ssl.create_default_context().wrap_socket(sock, server_hostname=host)
 
 
-class _CallersOwn(Exception):
-    """Carries what `on_idle` raised, its cause, past the code that takes exceptions for the network's."""
-
-
-def _as_fault(step: Callable[[], None]) -> Response | None:
-    """Do a step of a request; return what went wrong as an Response, None if nothing did."""
-    from http.client import HTTPException
-
-    try:
-        step()
-    except _Refused as error:
-        return Response(fault=str(error), hopeless=True)
-    except (HTTPException, OSError, ValueError, AttributeError, zlib.error) as error:
-        import ssl
-
-        # ValueError, AttributeError: what ssl and http.client raise when `abort` cuts under them
-        if isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
-            return Response(fault=f"the connection broke ({type(error).__name__})")
-        hopeless = isinstance(error, ssl.SSLCertVerificationError)
-        return Response(fault=_network_words(error), hopeless=hopeless)
-    return None
-
-
-def _network_words(error: BaseException) -> str:
+def network_words(error: BaseException) -> str:
     """Return what happened on the network in a few words, without addresses of objects in memory."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
+    cause = _root_of(error)
     text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
     return one_line(
         f"{type(cause).__name__}: {re.sub(r'<[^>]*> *:? *', '', text) or 'no more is known'}", 200
     )
+
+
+def _root_of(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_about_a_certificate(error: BaseException) -> bool:
+    import ssl
+
+    return isinstance(_root_of(error), ssl.SSLCertVerificationError)
+
+
+def _foreign_errors() -> tuple[type[Exception], ...]:
+    """Return what a request may raise. ValueError, AttributeError: ssl and http.client do when they are cut."""
+    from http.client import HTTPException
+
+    from urllib3.exceptions import HTTPError
+
+    return HTTPException, HTTPError, OSError, ValueError, AttributeError
+
+
+def _has_nothing_for_us(sock: socket.socket) -> bool:
+    """Return whether what there is to read is TLS's own (session tickets), and not the end."""
+    import ssl
+
+    timeout = sock.gettimeout()
+    sock.settimeout(0.0)
+    try:
+        sock.recv(1)
+    except (BlockingIOError, ssl.SSLWantReadError):
+        return True
+    except OSError:
+        return False
+    finally:
+        sock.settimeout(timeout)
+    return False
+
+
+# ------------------------------------------------------------------------------------------------------
+# Faults of proxies
+# ------------------------------------------------------------------------------------------------------
+
+# How http.client says that a CONNECT was refused; there is no other sign.
+_TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d+)")
+
+
+def _proxy_headers(proxy: Proxy) -> dict[str, str]:
+    return {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
+
+
+def _fault_of_proxy(proxy: Proxy, error: Exception, fault: Response) -> Response:
+    """Return a fault of connecting as one of the way through a proxy."""
+    refused = _TUNNEL_REFUSED.match(str(error))
+    if refused:
+        return _refused_by_proxy(proxy, int(refused[1]))
+    return fault._replace(fault=f"through the proxy {proxy.shown}: {fault.fault}; see {proxy.setting}")
+
+
+def _is_of_proxy(response: Response) -> bool:
+    """Return whether an answer to a forwarded request is the proxy's own, as far as that can be known."""
+    away = response.status in GATEWAY_STATUSES and json_object(response.body) is None
+    return away or response.status == 407
+
+
+def _refused_by_proxy(proxy: Proxy, status: int) -> Response:
+    what = f"answers HTTP {status}; see {proxy.setting}"
+    if status == 407 and proxy.authorization:
+        what = f"does not take this user and password (HTTP 407); see {proxy.setting}"
+    elif status == 407:
+        form = f"{proxy.setting}={proxy.scheme}://user:password@host:port"
+        what = f"asks for a user and a password (HTTP 407); expected {form}"
+    return Response(fault=f"the proxy {proxy.shown} {what}", hopeless=400 <= status < 500)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -1673,7 +1981,7 @@ def _network_words(error: BaseException) -> str:
 # ------------------------------------------------------------------------------------------------------
 
 
-def _envelope(body: bytes) -> dict[str, Any] | None:
+def json_object(body: bytes) -> dict[str, Any] | None:
     """Return the JSON object that the body is, None if it is none. Numbers keep their digits as text."""
     try:
         parsed = _read_json(body)
@@ -1698,7 +2006,7 @@ def _short_number(digits: str) -> int | str:
     return int(digits) if len(digits) <= 40 else digits
 
 
-def _words(envelope: Mapping[str, Any]) -> str:
+def words_of(envelope: Mapping[str, Any]) -> str:
     """Return what the API says in words; each kind of refusal has its own name for the field."""
     found = (envelope.get(name) for name in ("msg", "message", "detail", "title"))
     return one_line(next((text for text in found if isinstance(text, str) and text), ""), 160)
@@ -1710,13 +2018,292 @@ def _words(envelope: Mapping[str, Any]) -> str:
 
 # How long one process waits for another that writes to the same SQLite file.
 SQLITE_BUSY_S = 10.0
+# A file that another process rescues is looked at again so often.
+RESCUE_POLL_S = 0.05
 # The page size of our files: SQLite's default since 2016.
 SQLITE_PAGE = 4096
 # A log has a header, and one before each page.
 WAL_HEAD, WAL_FRAME_HEAD = 32, 24
 # What its primary result codes say of a file: SQLITE_CORRUPT and SQLITE_NOTADB.
 SQLITE_DAMAGED = (11, 26)
-SQLITE_SIDES = ("", "-wal", "-shm")
+
+
+class LocalFile:
+    """One of our SQLite files: WAL, fsynced at every commit, crash-only. Every method may be called by any thread.
+
+    Whoever has it open holds its lock (`stockrt.db.lock`) shared. A file that is damaged, or of another user, is
+    set aside when it is opened, and rescued under the lock alone (promise 6): a gigabyte takes a minute, during
+    which `events` is told of progress. Damage that shows later is noted beside the file and ends its use here:
+    `events` is told, every call raises StoreError from then on, and the next one to open the file rescues it.
+
+    Raises StoreError when the file cannot be used, is in use although it is damaged, or was written by a newer
+    stockrt. Used with `with`, which closes it.
+    """
+
+    def __init__(self, path: Path, version: int, schema: str, events: Events = NO_EVENTS) -> None:
+        import sqlite3
+
+        make_state_directory(path.parent)
+        self.path = path
+        self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
+        self._version = version
+        self._schema = schema
+        self._events = events
+        self._db: sqlite3.Connection | None = None
+        self._fault: StoreError | None = None  # what ended its use
+        lock = _beside(path, ".lock")
+        with disk_trouble(f"the lock {lock} cannot be opened"):
+            self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            with disk_trouble(f"the local file {path} cannot be opened"):
+                keep_owner(lock, path.parent)
+                self._open()
+                self._inode = _inode(path)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, sqlite3.Error):
+                raise _sqlite_fault(path, error) from error
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection in a transaction that is on disk when the block ends; in another one it is a part of it.
+
+        Raises StoreError.
+        """
+        with self._guarded() as db:
+            if db.in_transaction:
+                yield db
+                return
+            with db:
+                db.execute("BEGIN IMMEDIATE")
+                yield db
+        if self._inode != _inode(self.path):
+            # SQLite would go on writing to a file that nobody can find any more.
+            raise self._end_use(StoreError(f"the local file {self.path} was taken away while it was in use"))
+
+    def read_one(self, query: str, *values: object) -> Any:
+        """Return a query's first row, None without one. Raises StoreError."""
+        with self._guarded() as db:
+            return db.execute(query, values).fetchone()
+
+    def read_all(self, query: str, *values: object) -> list[Any]:
+        """Return a query's rows. Raises StoreError."""
+        with self._guarded() as db:
+            return db.execute(query, values).fetchall()
+
+    def shrink(self) -> None:
+        """Give unused space back to the disk, as far as nobody else reads the file now. Raises StoreError."""
+        self.read_all("VACUUM")
+        self.empty_log()
+
+    def empty_log(self) -> None:
+        """Move the write-ahead log into the file, as far as nobody else reads it now. Raises StoreError."""
+        self.read_all("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def bytes_beside(self) -> int:
+        """Return the size of what SQLite keeps beside the file, in bytes. Raises StoreError."""
+        with disk_trouble(f"the local file {self.path} cannot be looked at"):
+            return sum(_size_of(side) for side in _sides(self.path)[1:])
+
+    def damaged(self, words: str) -> StoreError:
+        """Note damage that shows while the file is in use, and return what to raise."""
+        try:
+            write_whole(self._mark, words + "\n", durable=True)
+        except StoreError as fault:
+            log.error("the next start may not see that %s is damaged: %s", self.path, fault)
+        then = "the next start sets it aside and rescues what can be read"
+        return self._end_use(StoreError(f"the local file {self.path} is damaged: {words}; {then}"))
+
+    def close(self) -> None:
+        """Close the file, and let its lock go."""
+        with self.lock:
+            self._disconnect()
+            self._fault = self._fault or StoreError(f"the local file {self.path} is closed already")
+            if self._locked >= 0:
+                os.close(self._locked)
+            self._locked = -1
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection to one thread, and turn what SQLite raises into StoreError."""
+        import sqlite3
+
+        with self.lock:
+            if self._fault is not None:
+                raise self._fault
+            try:
+                yield cast("sqlite3.Connection", self._db)
+            except sqlite3.Error as error:
+                if _is_damage(error):
+                    raise self.damaged(one_line(error)) from error
+                raise _sqlite_fault(self.path, error) from error
+
+    def _end_use(self, error: StoreError) -> StoreError:
+        """Let every further call raise an error, tell it, and return it."""
+        with self.lock:
+            self._fault = error
+        self._events.damaged(error)
+        return error
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
+        self._db = None
+
+    def _open(self) -> None:
+        """Lock and open the file; a damaged one is set aside first."""
+        if not self._lock_alone():
+            self._lock_shared()
+        damage = self._connect()
+        if damage:
+            if not self._lock_alone():
+                raise StoreError(
+                    f"the local file {self.path} is damaged ({damage}), and another process has it open: "
+                    "stop that one, and the next start rescues what can be read"
+                )
+            self._set_aside(damage)
+            damage = self._connect()
+        if damage:
+            raise StoreError(f"the local file {self.path} cannot be used: {damage}; see STATE_DIRECTORY")
+        self._lock_shared()
+
+    def _lock_alone(self) -> bool:
+        """Try to be the only one who has the file open, and return whether that is so."""
+        import fcntl
+
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _lock_shared(self) -> None:
+        """Take the lock together with others, once nobody has it alone."""
+        import fcntl
+
+        while True:
+            try:
+                fcntl.flock(self._locked, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                self._events.progress()
+                time.sleep(RESCUE_POLL_S)
+
+    def _connect(self) -> str:
+        """Connect to the file and return what is wrong with it, '' where nothing is.
+
+        With a torn log it stays connected: to close it would empty the log.
+        """
+        import sqlite3
+
+        if any(side.exists() for side in _sides(self._away)):
+            return "its rescue was interrupted"
+        if self._mark.exists():
+            return one_line(self._mark.read_text(encoding="utf-8", errors="replace"))
+        if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
+            return "its beginning is cut off"  # SQLite would take it for new and drop the log
+        if any(_is_forbidden(side) for side in _sides(self.path)):
+            return "this user may not read and write it"
+        try:
+            self._db = _connect_sqlite(self.path)
+            if _log_is_torn(self._db, self.path):
+                return "its log is damaged, and transactions lie behind the damage"
+            self._bring_up(self._db)
+        except sqlite3.Error as error:
+            if not _is_damage(error):
+                raise
+            self._disconnect()
+            return one_line(error)
+        return ""
+
+    def _bring_up(self, db: sqlite3.Connection) -> None:
+        """Bring a file up to the version that this stockrt knows. Raises sqlite3.Error, StoreError."""
+        (found,) = db.execute("PRAGMA user_version").fetchone()
+        if found > self._version:
+            raise StoreError(
+                f"{self.path} was written by a newer stockrt (format {found}, this one knows {self._version}); "
+                "use that one, or another STATE_DIRECTORY"
+            )
+        if found < self._version:
+            db.executescript(
+                f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;"
+            )
+
+    @property
+    def _away(self) -> Path:
+        """The name of a file that is being rescued; what has it after a kill is rescued once more."""
+        return _beside(self.path, ".setting-aside")
+
+    @property
+    def _mark(self) -> Path:
+        """The file that says that damage has shown, and in which words."""
+        return _beside(self.path, ".damaged")
+
+    def _set_aside(self, damage: str) -> None:
+        """Put a new file in the place of the old one, with what can be read of it."""
+        done = "it had been rescued already"
+        if not (self.path.exists() and any(side.exists() for side in _sides(self._away))):
+            _move(self.path, self._away)  # its log alone, where a kill came in between
+            done = f"{self._rescue()} rows of it are rescued"
+        aside = _beside(self.path, f".damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z")
+        _move(self._away, aside)
+        sync_directory(self.path.parent)
+        words = "the local file %s cannot be used: %s; it is set aside as %s, %s"
+        log.error(words, self.path, damage, aside.name, done)
+
+    def _rescue(self) -> int:
+        """Make the new file of what can be read of the old one, and return how many rows that is."""
+        fresh = _beside(self.path, ".rescue")
+        for side in _sides(fresh):
+            side.unlink(missing_ok=True)
+        with contextlib.closing(_connect_sqlite(fresh)) as db:
+            self._bring_up(db)
+            rescued = rescue(self._away, db, self._events)
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._disconnect()  # not before: the last one to close a damaged log empties it
+        self._mark.unlink(missing_ok=True)
+        fresh.replace(self.path)
+        return rescued
+
+
+def _connect_sqlite(path: Path) -> sqlite3.Connection:
+    """Open a file: WAL, and fsynced at every commit. Raises sqlite3.Error."""
+    import sqlite3
+
+    db = sqlite3.connect(path, timeout=SQLITE_BUSY_S, check_same_thread=False)
+    try:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+        keep_owner(path, path.parent)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _sqlite_fault(path: Path, error: Exception) -> StoreError:
+    """Return what an operator must know of a fault of SQLite, or of the disk below it."""
+    return StoreError(f"the local file {path} fails: {error}; see STATE_DIRECTORY")
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in SQLITE_DAMAGED or "decode to UTF-8" in str(error)
+
+
+def _beside(path: Path, end: str) -> Path:
+    return path.with_name(path.name + end)
+
+
+def _sides(path: Path) -> list[Path]:
+    """Return a file of SQLite's and what it keeps beside it: the file, the write-ahead log, shared memory."""
+    return [_beside(path, end) for end in ("", "-wal", "-shm")]
 
 
 def _move(path: Path, target: Path) -> None:
@@ -1726,19 +2313,23 @@ def _move(path: Path, target: Path) -> None:
             old.replace(new)
 
 
-def _sides(path: Path) -> list[Path]:
-    """Return a file of SQLite's and what it keeps beside it: the file, the write-ahead log, shared memory."""
-    return [path.with_name(path.name + end) for end in SQLITE_SIDES]
+def _is_forbidden(path: Path) -> bool:
+    """Whether a file is there that this user may not read and write. Others may make or remove it meanwhile."""
+    mode = os.R_OK | os.W_OK
+    return not os.access(path, mode) and path.exists() and not os.access(path, mode)
 
 
 def _size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _inode(path: Path) -> tuple[int, int] | None:
     try:
-        found = os.stat(path)
-    except FileNotFoundError:
+        found = path.stat()
+    except OSError:
         return None
     return found.st_dev, found.st_ino
 
@@ -1760,9 +2351,8 @@ def _log_is_torn(db: sqlite3.Connection, path: Path) -> bool:
         with contextlib.closing(sqlite3.connect(path)) as other:
             other.execute("PRAGMA user_version").fetchone()  # opens the log
             seen = int(other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1])
-        return (
-            0 <= seen < _transactions_end(write_ahead_log)
-        )  # -1: another process is at it, which opened it well
+        # -1: another process is at it, which opened it well
+        return 0 <= seen < _transactions_end(write_ahead_log)
     finally:
         db.rollback()
 
@@ -1771,135 +2361,177 @@ def _transactions_end(write_ahead_log: Path) -> int:
     """Return the number of the last frame that ends a transaction, frames of the log's earlier lives left out."""
     with write_ahead_log.open("rb") as stream:
         head = stream.read(WAL_HEAD)
-        frames = []
-        while len(frame := stream.read(WAL_FRAME_HEAD)) == WAL_FRAME_HEAD:
-            frames.append(
-                (frame[8:16], any(frame[4:8]))
-            )  # the salts, which change with each life; the end's mark
-            stream.seek(SQLITE_PAGE, os.SEEK_CUR)
-    if head[24:] == _wal_checksum(head[:24]):
-        salts = head[16:24]
-    else:
-        salts = Counter(salt for salt, _ in frames).most_common(1)[0][0] if frames else b""
+    size = WAL_FRAME_HEAD + SQLITE_PAGE
+    frames = [
+        (frame[8:16], any(frame[4:8]))  # salts, which change with each life; the end's mark
+        for frame in _blocks(write_ahead_log, WAL_HEAD, size)
+        if len(frame) == size
+    ]
+    salts = head[16:24]
+    if head[24:] != _wal_checksum(head[:24]):
+        salts, _ = max(Counter(salt for salt, _ in frames).items(), key=itemgetter(1), default=(b"", 0))
     return max((number for number, frame in enumerate(frames, 1) if frame == (salts, True)), default=0)
+
+
+def _blocks(path: Path, start: int, size: int) -> Iterator[bytes]:
+    """Yield what a file has from a place on, in blocks of a size. Raises OSError."""
+    with path.open("rb") as stream:
+        stream.seek(start)
+        yield from iter(lambda: stream.read(size), b"")
 
 
 def _wal_checksum(head: bytes) -> bytes:
     """Return the checksum of the head of a log (sqlite.org/fileformat2.html#checksum_algorithm)."""
-    order: Literal["big", "little"] = "big" if head[3] & 1 else "little"
-    first = second = 0
-    for at in range(0, len(head), 8):
-        first = first + int.from_bytes(head[at : at + 4], order) + second & 0xFFFFFFFF
-        second = second + int.from_bytes(head[at + 4 : at + 8], order) + first & 0xFFFFFFFF
-    return first.to_bytes(4) + second.to_bytes(4)
+    older = newer = 0
+    for at in range(0, len(head), 4):  # SQLite writes it as the machine orders bytes
+        older, newer = newer, older + newer + int.from_bytes(head[at : at + 4], sys.byteorder) & 0xFFFFFFFF
+    return older.to_bytes(4) + newer.to_bytes(4)
 
 
-def _damage(words: str) -> Exception:
+# ------------------------------------------------------------------------------------------------------
+# Rescue
+# ------------------------------------------------------------------------------------------------------
+
+# Rows of a damaged file, about a second's work.
+RESCUED_AT_ONCE = 20_000
+
+
+def rescue(damaged: Path, db: sqlite3.Connection, events: Events) -> int:
+    """Copy what can be read of a damaged file into a new one of ours and return how many rows that is.
+
+    `events` is told of progress. Trades are looked for page by page, so that they are found where nothing
+    points to them any more. One that was deleted may come back so: it is known to MongoDB then, which does no
+    harm.
+    """
+    with db:
+        found = 0
+        names = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
+        for (name,) in names.fetchall():
+            if name == "realtime":
+                found += _rescue_trades(damaged, db, events)
+            else:
+                found += _rescue_table(damaged, db, name)
+    return found
+
+
+def _rescue_trades(damaged: Path, db: sqlite3.Connection, events: Events) -> int:
+    """Rescue trades in their order of arrival, under new numbers: old ones could be there twice."""
+    _, *names = [row[1] for row in db.execute("PRAGMA table_info(realtime)")]
+    columns, places = ", ".join(names), ", ".join("?" * len(names))
+    db.execute("CREATE TEMP TABLE rescued AS SELECT * FROM realtime LIMIT 0")
+    for number, row in enumerate(scan_trades(damaged)):
+        db.execute(f"INSERT INTO rescued VALUES (?, {places})", row)  # noqa: S608
+        if number % RESCUED_AT_ONCE == 0:
+            events.progress()
+    done = db.execute(
+        f"INSERT INTO realtime ({columns}) SELECT {columns} FROM rescued WHERE true ORDER BY seq "  # noqa: S608
+        "ON CONFLICT (_id) DO NOTHING"
+    )
+    db.execute("DROP TABLE rescued")
+    return done.rowcount
+
+
+def _rescue_table(damaged: Path, db: sqlite3.Connection, name: str) -> int:
+    """Rescue a table from both its ends, up to where it cannot be read."""
+    before = db.total_changes
+    for order in ("", "ORDER BY 1 DESC"):
+        for row in _readable_rows(damaged, f"SELECT * FROM {name} {order}"):  # noqa: S608
+            columns, places = ", ".join(row), ", ".join("?" * len(row))
+            insert = f"INSERT OR IGNORE INTO {name} ({columns}) VALUES ({places})"  # noqa: S608
+            db.execute(insert, tuple(row.values()))
+    return db.total_changes - before
+
+
+def _readable_rows(damaged: Path, query: str) -> Iterator[dict[str, Any]]:
+    """Yield rows, each by the names of its columns, up to the first that cannot be read."""
     import sqlite3
 
-    error = sqlite3.DatabaseError(words)
-    error.sqlite_errorcode = SQLITE_DAMAGED[0]
-    return error
+    try:
+        with contextlib.closing(sqlite3.connect(damaged)) as old:
+            rows = old.execute(query)
+            names = [column[0] for column in rows.description]
+            for row in rows:
+                yield dict(zip(names, row, strict=True))
+    except sqlite3.Error as error:
+        log.debug("%s: %s", damaged, error)
 
 
-@contextlib.contextmanager
-def _directory_lock(directory: Path) -> Iterator[None]:
-    """Hold the lock that keeps other processes, and other threads, from opening our files in a directory.
+def scan_trades(path: Path) -> Iterator[tuple[Any, ...]]:
+    """Yield rows of `realtime` from the pages of a file and of its log, whether or not they are in use.
 
-    Raises StoreError.
+    The layout is that of SQLite's file format (sqlite.org/fileformat2.html); a row counts only if its
+    `_id` follows from its fields.
     """
-    import fcntl
-
-    try:
-        handle = os.open(directory, os.O_RDONLY)
-    except OSError as error:
-        raise StoreError(
-            f"the state directory {directory} cannot be used: {error.strerror}; see STATE_DIRECTORY"
-        ) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+    file, write_ahead_log, _ = _sides(path)
+    # the log first: somebody may still move pages from it into the file
+    for source, start, skip in ((write_ahead_log, WAL_HEAD, WAL_FRAME_HEAD), (file, 0, 0)):
+        with contextlib.suppress(OSError):  # not there, or not for this user
+            for block in _blocks(source, start, skip + SQLITE_PAGE):
+                yield from _leaf_rows(block[skip:])
 
 
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _leaf_rows(page: bytes) -> Iterator[tuple[Any, ...]]:
+    """Yield the trades of a page, if it is a leaf of a table."""
+    if page[:1] != b"\x0d":
+        return
+    for number in range(min(int.from_bytes(page[3:5]), (len(page) - 8) // 2)):
+        with contextlib.suppress(IndexError, ValueError):  # no row, or none of ours
+            yield _row_at(page, int.from_bytes(page[8 + 2 * number : 10 + 2 * number]))
 
 
-def open_sqlite(path: Path, version: int, schema: str) -> sqlite3.Connection:
-    """Open a file of ours, made or brought up to `version` with `schema`.
-
-    Raises sqlite3.Error, and StoreError when it was written by a newer stockrt.
-    """
-    db = connect_sqlite(path)
-    try:
-        bring_up(db, path, version, schema)
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def connect_sqlite(path: Path) -> sqlite3.Connection:
-    """Open a file: WAL, and fsynced at every commit. Raises sqlite3.Error."""
-    import sqlite3
-
-    db = sqlite3.connect(path, timeout=SQLITE_BUSY_S, check_same_thread=False)
-    try:
-        _set_wal(db)
-        db.execute("PRAGMA synchronous=FULL")
-    except BaseException:
-        db.close()
-        raise
-    return db
+def _row_at(page: bytes, at: int) -> tuple[Any, ...]:
+    """Return the trade at a place of a page. Raises IndexError or ValueError where there is none."""
+    _, at = _varint(page, at)  # the row's length
+    number, start = _varint(page, at)
+    size, at = _varint(page, start)
+    kinds = []
+    while at < start + size:
+        kind, at = _varint(page, at)
+        kinds.append(kind)
+    values: list[Any] = []
+    for kind in kinds:
+        value, at = _value_at(page, kind, at)
+        values.append(value)
+    _, name, s, t, p, v, vw, td, code, created, demo = values
+    if name != f"{s}|{t}|{p}|{v}|{td}" or code != s or not isinstance(vw, str) or demo not in (None, 1):
+        raise ValueError("its fields do not make its _id")
+    datetime.fromisoformat(str(created))
+    return (number, *values[1:])
 
 
-def bring_up(db: sqlite3.Connection, path: Path, version: int, schema: str) -> None:
-    """Bring a file up to `version` with `schema`.
-
-    Raises sqlite3.Error, and StoreError when it was written by a newer stockrt.
-    """
-    (found,) = db.execute("PRAGMA user_version").fetchone()
-    if found > version:
-        raise StoreError(
-            f"{path} was written by a newer stockrt (format {found}, this one knows {version}); "
-            "use that one, or another STATE_DIRECTORY"
-        )
-    if found < version:
-        db.executescript(schema)
-        keep_owner(path, path.parent)
+def _varint(page: bytes, at: int) -> tuple[int, int]:
+    """Return SQLite's variable-length integer at a place, and the place behind it."""
+    value = 0
+    for place in range(at, at + 8):
+        value = value << 7 | page[place] & 0x7F
+        if page[place] < 0x80:
+            return value, place + 1
+    return value << 8 | page[at + 8], at + 9
 
 
-def _set_wal(db: sqlite3.Connection) -> None:
-    """Switch a file to WAL. While another process does the same SQLite says "locked" without waiting."""
-    import sqlite3
+def _value_at(page: bytes, kind: int, at: int) -> tuple[str | int | None, int]:
+    """Return a value of a serial type and the place behind it; types that trades do not have raise ValueError."""
+    if kind in (0, 8, 9):
+        return {0: None, 8: 0, 9: 1}[kind], at
+    if 1 <= kind <= 6:
+        end = at + (1, 2, 3, 4, 6, 8)[kind - 1]
+        return int.from_bytes(page[at:end], signed=True), end
+    if kind < 13 or not kind % 2:
+        raise ValueError(f"serial type {kind}")
+    end = at + (kind - 13) // 2
+    if end > len(page):
+        raise ValueError("beyond the page")
+    return page[at:end].decode(), end
 
-    give_up = time.monotonic() + SQLITE_BUSY_S
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > give_up:
-                raise
-        time.sleep(0.01)
 
-
-def sqlite_fault(path: Path, error: Exception) -> StoreError:
-    """Return what an operator must know of a fault of SQLite, or of the disk below it."""
-    return StoreError(f"the local file {path} fails: {error}; see STATE_DIRECTORY")
-
+# ------------------------------------------------------------------------------------------------------
+# The stores' file
+# ------------------------------------------------------------------------------------------------------
 
 SQLITE_NAME = "stockrt.db"
 SQLITE_VERSION = 3
 # IF NOT EXISTS: two processes may open a new file at the same moment.
-_SQLITE_SCHEMA = f"""
-BEGIN IMMEDIATE;
+_SQLITE_SCHEMA = """
 CREATE TABLE IF NOT EXISTS realtime (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of arrival
     _id TEXT NOT NULL UNIQUE,
@@ -1942,365 +2574,15 @@ CREATE TABLE IF NOT EXISTS calendar (
     market TEXT PRIMARY KEY, asked_on TEXT NOT NULL, first TEXT NOT NULL, last TEXT NOT NULL,
     half_days TEXT NOT NULL                 -- JSON: ISO dates
 ) WITHOUT ROWID;
-PRAGMA user_version = {SQLITE_VERSION};
-COMMIT;
 """
 
 
-# ------------------------------------------------------------------------------------------------------
-# Rescue
-# ------------------------------------------------------------------------------------------------------
+def open_store_file(directory: Path, events: Events = NO_EVENTS) -> LocalFile:
+    """Open the file that the store, what waits for MongoDB, the keys' counts and the calendars share: once a process.
 
-# Rows of a damaged file, about a second's work.
-RESCUED_AT_ONCE = 20_000
-# More rows than can be missing at the end of a damaged table.
-NUMBERS_SKIPPED = 1_000_000
-
-
-def rescue(damaged: Path, db: sqlite3.Connection, on_busy: Callable[[], None] = _nothing) -> int:
-    """Copy what can be read of a damaged file into a new one of ours and return how many rows that is.
-
-    `on_busy` is called now and then. Trades are looked for page by page, so that they are found where nothing
-    points to them any more. One that was deleted may come back so: it is known to MongoDB then, which does no
-    harm.
+    Raises StoreError.
     """
-    with db:
-        found = _rescue_trades(damaged, db, on_busy) if _columns(db, "realtime") else 0
-        names = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
-        for (name,) in names.fetchall():
-            if name != "realtime":
-                found += _rescue_table(damaged, db, name)
-        _skip_numbers(damaged, db)
-    return found
-
-
-def _skip_numbers(damaged: Path, db: sqlite3.Connection) -> None:
-    """Give no number again that was given out for a row that is lost: somebody may still know it."""
-    given = {row["name"]: row["seq"] for row in _readable_rows(damaged, "SELECT * FROM sqlite_sequence")}
-    tables = db.execute("SELECT name FROM sqlite_master WHERE sql LIKE '%AUTOINCREMENT%'").fetchall()
-    for (name,) in tables:
-        (last,) = db.execute(f"SELECT max(rowid) FROM {name}").fetchone()  # noqa: S608
-        number = max([n for n in (given.get(name), last) if isinstance(n, int)], default=0) + NUMBERS_SKIPPED
-        db.execute("DELETE FROM sqlite_sequence WHERE name = ?", (name,))
-        db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (name, number))
-
-
-def _rescue_trades(damaged: Path, db: sqlite3.Connection, on_busy: Callable[[], None]) -> int:
-    """Rescue trades in their order of arrival, under new numbers: old ones could be there twice."""
-    columns = ", ".join(_columns(db, "realtime")[1:])
-    db.execute("CREATE TEMP TABLE rescued AS SELECT * FROM realtime LIMIT 0")
-    places = ", ".join("?" * len(_columns(db, "realtime")))
-    rows = carve_trades(damaged)
-    while some := list(islice(rows, RESCUED_AT_ONCE)):
-        db.executemany(f"INSERT INTO rescued VALUES ({places})", some)  # noqa: S608
-        on_busy()
-    done = db.execute(
-        f"INSERT INTO realtime ({columns}) SELECT {columns} FROM rescued WHERE true ORDER BY seq "  # noqa: S608
-        "ON CONFLICT (_id) DO NOTHING"
-    )
-    db.execute("DROP TABLE rescued")
-    return done.rowcount
-
-
-def _rescue_table(damaged: Path, db: sqlite3.Connection, name: str) -> int:
-    """Rescue a table from both its ends, up to where it cannot be read."""
-    before = db.total_changes
-    for order in ("", "ORDER BY 1 DESC"):
-        for row in _readable_rows(damaged, f"SELECT * FROM {name} {order}"):  # noqa: S608
-            columns, places = ", ".join(row), ", ".join("?" * len(row))
-            insert = f"INSERT OR IGNORE INTO {name} ({columns}) VALUES ({places})"  # noqa: S608
-            db.execute(insert, tuple(row.values()))
-    return db.total_changes - before
-
-
-def _readable_rows(damaged: Path, query: str) -> Iterator[dict[str, Any]]:
-    """Yield rows, each by the names of its columns, up to the first that cannot be read."""
-    import sqlite3
-
-    try:
-        with contextlib.closing(sqlite3.connect(damaged)) as old:
-            rows = old.execute(query)
-            names = [column[0] for column in rows.description]
-            for row in rows:
-                yield dict(zip(names, row, strict=True))
-    except sqlite3.Error as error:
-        log.debug("%s: %s", damaged, error)
-
-
-def _columns(db: sqlite3.Connection, table: str) -> list[str]:
-    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
-
-
-def carve_trades(path: Path) -> Iterator[tuple[Any, ...]]:
-    """Yield rows of `realtime` from the pages of a file and of its log, whether or not they are in use.
-
-    The layout is that of SQLite's file format (sqlite.org/fileformat2.html); a row counts only if its
-    `_id` follows from its fields.
-    """
-    file, write_ahead_log, _ = _sides(path)
-    # the log first: somebody may still move pages from it into the file
-    for source, start, skip in ((write_ahead_log, WAL_HEAD, WAL_FRAME_HEAD), (file, 0, 0)):
-        with contextlib.suppress(OSError), source.open("rb") as stream:  # not there, or not for this user
-            stream.seek(start)
-            while block := stream.read(skip + SQLITE_PAGE):
-                yield from _leaf_rows(block[skip:])
-
-
-def _leaf_rows(page: bytes) -> Iterator[tuple[Any, ...]]:
-    """Yield the trades of a page, if it is a leaf of a table."""
-    if page[:1] != b"\x0d":
-        return
-    for number in range(min(int.from_bytes(page[3:5]), (len(page) - 8) // 2)):
-        with contextlib.suppress(IndexError, ValueError):  # no row, or none of ours
-            yield _carve_row(page, int.from_bytes(page[8 + 2 * number : 10 + 2 * number]))
-
-
-def _carve_row(page: bytes, at: int) -> tuple[Any, ...]:
-    """Return the trade at a place of a page. Raises IndexError or ValueError where there is none."""
-    _, at = _varint(page, at)  # the row's length
-    number, start = _varint(page, at)
-    size, at = _varint(page, start)
-    head = page[at : start + size]
-    kinds = [*head] if head.isascii() else _varints(head)  # mostly of one byte each
-    at = start + size
-    values: list[Any] = []
-    for kind in kinds:
-        value, at = _carve_value(page, kind, at)
-        values.append(value)
-    _, name, s, t, p, v, vw, td, code, created, demo = values
-    if name != f"{s}|{t}|{p}|{v}|{td}" or code != s or not isinstance(vw, str) or demo not in (None, 1):
-        raise ValueError("its fields do not make its _id")
-    datetime.fromisoformat(str(created))
-    return (number, *values[1:])
-
-
-def _varints(data: bytes) -> list[int]:
-    """Return the variable-length integers that data consists of."""
-    found, at = [], 0
-    while at < len(data):
-        value, at = _varint(data, at)
-        found.append(value)
-    return found
-
-
-def _varint(page: bytes, at: int) -> tuple[int, int]:
-    """Return SQLite's variable-length integer at a place, and the place behind it."""
-    value = 0
-    for place in range(at, at + 8):
-        value = value << 7 | page[place] & 0x7F
-        if page[place] < 0x80:
-            return value, place + 1
-    return value << 8 | page[at + 8], at + 9
-
-
-def _carve_value(page: bytes, kind: int, at: int) -> tuple[str | int | None, int]:
-    """Return a value of a serial type and the place behind it; types that trades do not have raise ValueError."""
-    if kind in (0, 8, 9):
-        return {0: None, 8: 0, 9: 1}[kind], at
-    if 1 <= kind <= 6:
-        end = at + (1, 2, 3, 4, 6, 8)[kind - 1]
-        return int.from_bytes(page[at:end], signed=True), end
-    if kind < 13 or not kind % 2:
-        raise ValueError(f"serial type {kind}")
-    end = at + (kind - 13) // 2
-    if end > len(page):
-        raise ValueError("beyond the page")
-    return page[at:end].decode(), end
-
-
-# ------------------------------------------------------------------------------------------------------
-# The file
-# ------------------------------------------------------------------------------------------------------
-
-
-class LocalFile:
-    """One of our SQLite files: WAL, fsynced at every commit, for this user alone; thread-safe.
-
-    Damaged, or of another user, it is set aside and a new one takes its place (promise 6), whenever that is
-    seen; a gigabyte takes a minute to rescue, during which `on_busy` is called now and then. Raises StoreError
-    when the file cannot be used or was written by a newer stockrt.
-    """
-
-    def __init__(self, path: Path, version: int, schema: str, on_busy: Callable[[], None] = _nothing) -> None:
-        make_state_directory(path.parent)
-        self.path = path
-        self._on_busy = on_busy
-        self._version = version
-        self._schema = schema
-        self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
-        self.identity: tuple[int, int] | None = None  # in another file rows have other numbers
-        self._db: sqlite3.Connection | None = None
-        self._closed = False
-        self._open()
-
-    def write(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Do `work` in a transaction of its own, on disk when this returns. Raises StoreError."""
-        return self._run(work, "BEGIN IMMEDIATE")
-
-    def read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Return what `work` reads, all of it at one moment. Raises StoreError."""
-        return self._run(work, "BEGIN")
-
-    def read_one(self, query: str, *values: object) -> Any:
-        """Return a query's first row, None without one; cheaper than `read`. Raises StoreError."""
-        return self._run(lambda db: db.execute(query, values).fetchone(), "")
-
-    def shrink(self) -> None:
-        """Give unused space back to the disk, as far as nobody else reads the file now. Raises StoreError."""
-        self._maintain("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)")
-
-    def empty_log(self) -> None:
-        """Move the write-ahead log into the file, as far as nobody else reads it now. Raises StoreError."""
-        self._maintain("PRAGMA wal_checkpoint(TRUNCATE)")
-
-    def _maintain(self, *statements: str) -> None:
-        import sqlite3
-
-        with self.lock:
-            db = self._connection()
-            try:
-                for statement in statements:
-                    db.execute(statement).fetchall()
-            except sqlite3.Error as error:
-                raise sqlite_fault(self.path, error) from error
-
-    def bytes_on_disk(self) -> int:
-        """Return the size of the file and of what SQLite keeps beside it, in bytes."""
-        return sum(_size_of(side) for side in _sides(self.path))
-
-    def close(self) -> None:
-        """Close the file."""
-        with self.lock:
-            self._closed = True
-            self._disconnect()
-
-    def _disconnect(self) -> None:
-        if self._db is not None:
-            self._db.close()
-        self._db = None
-
-    def _run(self, work: Callable[[sqlite3.Connection], _T], begin: str) -> _T:
-        import sqlite3
-
-        with self.lock:
-            try:
-                return self._transact(work, begin)
-            except sqlite3.Error as error:
-                if not self._is_lost(error):
-                    raise sqlite_fault(self.path, error) from error
-                self._open(error)
-            try:
-                return self._transact(work, begin)
-            except sqlite3.Error as error:
-                raise sqlite_fault(self.path, error) from error
-
-    def _transact(self, work: Callable[[sqlite3.Connection], _T], begin: str) -> _T:
-        """Do `work` in the file that is current, and was so to the end.
-
-        Others may set aside at any moment what this one has open; what it commits then may be in no file.
-        """
-        while True:
-            with self._connection() as db:
-                if begin:
-                    db.execute(begin)
-                done = [work(db)] if self._is_current() else []
-            if done and self._is_current():
-                return done[0]
-            self._open()
-
-    def _connection(self) -> sqlite3.Connection:
-        if self._closed:
-            raise StoreError(f"the local file {self.path} is closed already")
-        if self._db is None:  # it could not be opened the last time
-            self._open()
-        return cast("sqlite3.Connection", self._db)
-
-    def _is_current(self) -> bool:
-        return self.identity == _inode(self.path)
-
-    def _open(self, damage: Exception | None = None) -> None:
-        """Open the file; `damage` is what showed that it cannot go on as it is."""
-        import sqlite3
-
-        with _directory_lock(self.path.parent):  # nobody opens a file while another sets it aside
-            try:
-                if damage is not None and self._is_current():
-                    self._set_aside(damage)
-                try:
-                    self._connect()
-                except sqlite3.Error as error:
-                    if not self._is_lost(error):
-                        raise
-                    self._set_aside(error)
-                    self._connect()
-            except (sqlite3.Error, OSError) as error:
-                raise sqlite_fault(self.path, error) from error
-
-    def _connect(self) -> None:
-        self._disconnect()
-        if any(side.exists() for side in _sides(self._away())):
-            self._end_setting_aside("its rescue was interrupted")
-        if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
-            raise _damage("its beginning is cut off")  # SQLite would take it for new and drop the log
-        self._db = connect_sqlite(self.path)
-        if _log_is_torn(
-            self._db, self.path
-        ):  # it stays open until the log is rescued: to close it empties the log
-            raise _damage("its log is damaged, and transactions lie behind the damage")
-        try:
-            bring_up(self._db, self.path, self._version, self._schema)
-        except BaseException:
-            self._disconnect()
-            raise
-        self.identity = _inode(self.path)
-
-    def _is_lost(self, error: Exception) -> bool:
-        """Whether the file is damaged, or may not be used by this user."""
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in SQLITE_DAMAGED or "decode to UTF-8" in str(error):
-            return True
-        return self.path.is_file() and not all(
-            os.access(side, os.R_OK | os.W_OK) for side in _sides(self.path) if side.exists()
-        )
-
-    def _set_aside(self, damage: Exception) -> None:
-        """Put a new file in the place of the old one, with what can be read of it.
-
-        The old one is moved away first: who has it open sees then that it is current no more.
-        """
-        _move(self.path, self._away())
-        self._end_setting_aside(one_line(damage))
-
-    def _away(self) -> Path:
-        """The name of a file that is being rescued; what has it after a kill is rescued once more."""
-        return self.path.with_name(f"{self.path.name}.setting-aside")
-
-    def _end_setting_aside(self, why: str) -> None:
-        done = "it had been rescued already"
-        if not self.path.exists():
-            _move(self.path, self._away())  # its log, where a kill came in between
-            done = f"{self._rescue()} rows of it are rescued"
-        aside = self.path.with_name(f"{self.path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z")
-        _move(self._away(), aside)
-        _sync_directory(self.path.parent)
-        log.error(
-            "the local file %s cannot be used: %s; it is set aside as %s, %s",
-            self.path,
-            why,
-            aside.name,
-            done,
-        )
-
-    def _rescue(self) -> int:
-        """Make the new file of what can be read of the old one, and return how many rows that is."""
-        fresh = self.path.with_name(f"{self.path.name}.rescue")
-        for side in _sides(fresh):
-            side.unlink(missing_ok=True)
-        with contextlib.closing(open_sqlite(fresh, self._version, self._schema)) as db:
-            rescued = rescue(self._away(), db, self._on_busy)
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        self._disconnect()  # not before: the last one to close a damaged log empties it
-        fresh.replace(self.path)
-        return rescued
+    return LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, _SQLITE_SCHEMA, events)
 
 
 # ======================================================================================================
@@ -2418,25 +2700,33 @@ class ApiKey:
         return max([now, self.paused_until, *(window.ready_at(now, pace) for window in self.windows)])
 
 
+class KeyState(TypedDict):
+    """What the status shows of a key: why it is out or rests, until when (ISO 8601 UTC), what it does not serve."""
+
+    digest: str
+    state: Literal["ready", "resting", "out"]
+    why: str
+    until: str
+    not_for: list[str]
+
+
 class KeyPool:
     """Hands out keys so that no key is ever asked more often than its plan allows; thread-safe.
 
-    Requests go to the key that is ready first, so the total rate is the sum of the keys' rates. `clock` is
-    monotonic seconds, which the windows and pauses use; `wall` is epoch seconds, which days and leases use.
-    While the ledger answers, every thread that wants a key waits: it is asked for many requests at once.
+    Requests go to the key that is ready first, so the total rate is the sum of the keys' rates. Windows and
+    rests go by the clock's monotonic time, days and leases by that of the wall. While the ledger answers, every
+    thread that wants a key waits: it is asked for many requests at once.
     """
 
     def __init__(
         self,
         keys: Sequence[tuple[str, Plan]],
         ledger: Ledger | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.keys = [ApiKey(secret, plan) for secret, plan in keys]
         self.ledger = ledger or NoLedger()
         self._clock = clock
-        self._wall = wall
         self._changed = threading.Condition()
 
     def rate(self) -> float:
@@ -2464,7 +2754,7 @@ class KeyPool:
         """
         with self._changed:
             while True:
-                now = self._clock()
+                now = self._clock.monotonic()
                 key = self._first_ready(product, now)
                 if key is None or key.paused_until - now > LONGEST_WAIT_FOR_KEY_S:
                     raise NoKeyError(self._why_none(product, now))
@@ -2475,54 +2765,55 @@ class KeyPool:
                     return key
                 self._lease(key)
 
-    def take_at_once(self, product: str) -> ApiKey | None:
-        """Return a key for a request that is made now, and count it, None where that takes waiting, or the ledger."""
+    def retire(self, key: ApiKey, why: str) -> None:
+        """Never use a key again."""
         with self._changed:
-            now = self._clock()
-            key = self._first_ready(product, now)
-            at_once = key is not None and key.ready_at(now) <= now and self._take_leased(key, now)
-            return key if at_once else None
-
-    def note(self, key: ApiKey, product: str, verdict: Verdict) -> None:
-        """Let an answer steer the key that was used for it."""
-        with self._changed:
-            if verdict.action is Action.KEY_DEAD and not key.dead:
-                key.dead = verdict.reason
-                log.error(
-                    "API key %s is out: %s; mend INFOWAY_API_KEY and restart", key.shown, verdict.reason
-                )
-            elif verdict.action is Action.KEY_LACKS_PRODUCT and product not in key.closed_products:
-                key.closed_products[product] = verdict.reason
-                log.warning("API key %s does not serve %s: %s", key.shown, product, verdict.reason)
-            elif verdict.action is Action.KEY_DAY_OVER:
-                now = self._wall()
-                self._pause(key, next_midnight(now) - now + MIDNIGHT_MARGIN_S, verdict.reason)
-            elif verdict.action is Action.SLOW_DOWN:
-                self._pause(key, verdict.wait_s, verdict.reason)
-                key.slow_until = self._clock() + SLOW_FOR_S
+            if key.dead:
+                return
+            key.dead = why
+            log.error("API key %s is out: %s; mend INFOWAY_API_KEY and restart", key.shown, why)
             self._changed.notify_all()
+
+    def close_product(self, key: ApiKey, product: str, why: str) -> None:
+        """Never use a key for this product again."""
+        with self._changed:
+            if product in key.closed_products:
+                return
+            key.closed_products[product] = why
+            log.warning("API key %s does not serve %s: %s", key.shown, product, why)
+            self._changed.notify_all()
+
+    def rest_until_midnight(self, key: ApiKey, why: str) -> None:
+        """Let a key rest until its next day (UTC) begins."""
+        now = self._clock.wall()
+        self._rest(key, next_midnight(now) - now + MIDNIGHT_MARGIN_S, why)
+
+    def slow_down(self, key: ApiKey, seconds: float, why: str) -> None:
+        """Let a key rest for some seconds, and go at half its pace for a while."""
+        with self._changed:
+            self._rest(key, seconds, why)
+            key.slow_until = self._clock.monotonic() + SLOW_FOR_S
 
     def close(self) -> None:
         """Give back what is leased and was not used."""
         with self._changed:
             for key in self.keys:
-                self._give_back(key, self._wall())
+                self._give_back(key, self._clock.wall())
 
-    def describe(self) -> list[dict[str, Any]]:
-        """Return of each key: its digest and state, why it is so and until when, and what it does not serve."""
+    def describe(self) -> list[KeyState]:
+        """Return the state of each key."""
         with self._changed:
-            return [self._describe(key) for key in self.keys]
+            return [self._state_of(key) for key in self.keys]
 
-    def _describe(self, key: ApiKey) -> dict[str, Any]:
-        rest_s = key.paused_until - self._clock()
-        state = "out" if key.dead else "resting" if rest_s > 0 else "ready"
-        return {
-            "digest": key.digest,
-            "state": state,
-            "why": key.dead or (key.paused_why if state == "resting" else ""),
-            "until": _later(self._wall(), rest_s) if state == "resting" else "",
-            "not_for": sorted(key.closed_products),
-        }
+    def _state_of(self, key: ApiKey) -> KeyState:
+        not_for = sorted(key.closed_products)
+        rest_s = key.paused_until - self._clock.monotonic()
+        if key.dead:
+            return KeyState(digest=key.digest, state="out", why=key.dead, until="", not_for=not_for)
+        if rest_s <= 0:
+            return KeyState(digest=key.digest, state="ready", why="", until="", not_for=not_for)
+        until = iso_after(self._clock.wall(), rest_s)
+        return KeyState(digest=key.digest, state="resting", why=key.paused_why, until=until, not_for=not_for)
 
     def _first_ready(self, product: str, now: float) -> ApiKey | None:
         usable = [key for key in self.keys if not key.refusal(product)]
@@ -2530,7 +2821,7 @@ class KeyPool:
 
     def _take_leased(self, key: ApiKey, now: float) -> bool:
         """Take one request from the key's lease and count it; return False where the lease is over."""
-        if key.lease.requests <= 0 or self._wall() >= key.lease.until:
+        if key.lease.requests <= 0 or self._clock.wall() >= key.lease.until:
             return False
         key.lease = key.lease._replace(requests=key.lease.requests - 1)
         for window in key.windows:
@@ -2539,34 +2830,38 @@ class KeyPool:
 
     def _lease(self, key: ApiKey) -> None:
         """Ask the ledger for a new lease. It may take long: after it the key is chosen anew."""
-        wall = self._wall()
+        wall = self._clock.wall()
         self._give_back(key, wall)
         key.lease = self.ledger.lease(key.digest, key.plan, wall)
         if not key.lease.requests:
-            self._pause(key, max(MIN_REST_S, key.lease.until - wall), key.lease.why)
+            self._rest(key, max(MIN_REST_S, key.lease.until - wall), key.lease.why)
 
     def _give_back(self, key: ApiKey, wall: float) -> None:
         if key.lease.requests > 0 and utc_day(wall) == key.leased_on and key.lease.until < UNLIMITED.until:
             self.ledger.give_back(key.digest, key.lease, wall)
         key.lease, key.leased_on = Lease(0, 0.0), utc_day(wall)
 
-    def _pause(self, key: ApiKey, seconds: float, why: str) -> None:
+    def _rest(self, key: ApiKey, seconds: float, why: str) -> None:
         """Let a key rest; a shorter rest neither shortens a longer one nor changes its reason."""
-        until = self._clock() + seconds
-        if until <= key.paused_until:
-            return
-        if seconds > LONGEST_WAIT_FOR_KEY_S and key.paused_why != why:
-            log.warning("API key %s rests until %s: %s", key.shown, _later(self._wall(), seconds), why)
-        key.paused_until, key.paused_why = until, why
+        with self._changed:
+            until = self._clock.monotonic() + seconds
+            if until <= key.paused_until:
+                return
+            if seconds > LONGEST_WAIT_FOR_KEY_S and key.paused_why != why:
+                back = iso_after(self._clock.wall(), seconds)
+                log.warning("API key %s rests until %s: %s", key.shown, back, why)
+            key.paused_until, key.paused_why = until, why
+            self._changed.notify_all()
 
     def _why_none(self, product: str, now: float) -> str:
         if not self.keys:
             return "no API key: set INFOWAY_API_KEY"
-        reasons = []
-        for key in self.keys:
-            back = _later(self._wall(), max(0.0, key.paused_until - now))
-            reasons.append(f"key {key.shown}: {key.refusal(product) or f'{key.paused_why}, back at {back}'}")
-        return f"no API key can serve {product} ({'; '.join(reasons)}); see INFOWAY_API_KEY"
+        reasons = "; ".join(f"key {key.shown}: {self._why_not(key, product, now)}" for key in self.keys)
+        return f"no API key can serve {product} ({reasons}); see INFOWAY_API_KEY"
+
+    def _why_not(self, key: ApiKey, product: str, now: float) -> str:
+        back = iso_after(self._clock.wall(), max(0.0, key.paused_until - now))
+        return key.refusal(product) or f"{key.paused_why}, back at {back}"
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2590,30 +2885,13 @@ LEDGER_RETRY_S = 30.0
 LEDGER_TIMEOUT_S = 2.0
 # Instances that write the same key's count at the same moment try again; each try lets one of them through.
 LEDGER_TRIES = 50
-# How far a calendar that is asked for reaches to both sides.
-CALENDAR_DAYS = 31
 
 
-class HalfDays(NamedTuple):
-    """A market's half days between two dates (ISO 8601, the first later than the last: none are known)."""
+class LocalLedger:
+    """The day's count of each key on this machine, for all its processes; minutes are each process's own."""
 
-    asked_on: str
-    first: str
-    last: str
-    days: frozenset[str]
-
-
-NO_HALF_DAYS = HalfDays("", "9", "0", frozenset())
-
-
-class LocalFacts:
-    """What one machine remembers in its local file: the day's count of each key, and trading calendars.
-
-    As a Ledger it keeps the days; minutes are kept by each process's own windows.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._file = LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, _SQLITE_SCHEMA)
+    def __init__(self, file: LocalFile) -> None:
+        self._file = file
 
     def lease(self, digest: str, plan: Plan, now: float) -> Lease:
         """Take requests from the day's count."""
@@ -2625,15 +2903,16 @@ class LocalFacts:
         except StoreError as error:
             log.warning("the day's count of a key is not kept: %s", error)
             granted = wanted
-        return Lease(granted, next_midnight(now), "" if granted else _day_used_up(plan))
+        if not granted:
+            return Lease(0, next_midnight(now), day_used_up(plan))
+        return Lease(granted, next_midnight(now))
 
     def give_back(self, digest: str, lease: Lease, now: float) -> None:
         """Take the requests of a lease off the day's count."""
+        update = "UPDATE key_usage SET used = max(0, used - ?) WHERE digest = ? AND day = ?"
         try:
-            self._write(
-                "UPDATE key_usage SET used = max(0, used - ?) WHERE digest = ? AND day = ?",
-                lease.requests, digest, utc_day(now),
-            )  # fmt: skip
+            with self._file.write() as db:
+                db.execute(update, (lease.requests, digest, utc_day(now)))
         except StoreError as error:
             log.warning("the day's count of a key is not kept: %s", error)
 
@@ -2641,54 +2920,22 @@ class LocalFacts:
         """Return how many requests of the key were leased today."""
         query = "SELECT used FROM key_usage WHERE digest = ? AND day = ?"
         try:
-            rows = self._read(query, digest, utc_day(now))
+            row = self._file.read_one(query, digest, utc_day(now)) or (0,)
         except StoreError as error:
             log.warning("the day's count of a key cannot be read: %s", error)
             return 0
-        return int(rows[0][0]) if rows else 0
+        return int(row[0])
 
     def _take_day(self, digest: str, plan: Plan, wanted: int, now: float) -> int:
         """Add what is left of `wanted` to the day's count and return it; processes take turns."""
         place = (digest, utc_day(now))
         where = "WHERE digest = ? AND day = ?"
-
-        def take(db: sqlite3.Connection) -> int:
+        with self._file.write() as db:
             db.execute("INSERT INTO key_usage VALUES (?, ?, 0) ON CONFLICT DO NOTHING", place)
             (used,) = db.execute(f"SELECT used FROM key_usage {where}", place).fetchone()  # noqa: S608
             granted = max(0, min(wanted, plan.per_day - int(used)))
             db.execute(f"UPDATE key_usage SET used = used + ? {where}", (granted, *place))  # noqa: S608
-            return granted
-
-        return self._file.write(take)
-
-    def calendar(self, market: str) -> HalfDays | None:
-        """Return the half days of a market as they were asked for last, None if never. Raises StoreError."""
-        rows = self._read("SELECT asked_on, first, last, half_days FROM calendar WHERE market = ?", market)
-        if not rows:
-            return None
-        asked_on, first, last, days = rows[0]
-        try:
-            return HalfDays(asked_on, first, last, frozenset(json.loads(days)))
-        except (TypeError, ValueError):  # the disk has changed it: it is asked for again
-            return None
-
-    def keep_calendar(self, market: str, kept: HalfDays) -> None:
-        """Keep a market's half days in place of those before. Raises StoreError."""
-        days = json.dumps(sorted(kept.days))
-        self._write(
-            "INSERT OR REPLACE INTO calendar VALUES (?, ?, ?, ?, ?)",
-            market, kept.asked_on, kept.first, kept.last, days,
-        )  # fmt: skip
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def _read(self, query: str, *values: object) -> list[Any]:
-        return self._file.read(lambda db: db.execute(query, values).fetchall())
-
-    def _write(self, statement: str, *values: object) -> None:
-        self._file.write(lambda db: db.execute(statement, values))
+        return granted
 
 
 def day_lease(plan: Plan) -> int:
@@ -2696,7 +2943,8 @@ def day_lease(plan: Plan) -> int:
     return max(1, int(plan.per_second * DAY_LEASE_S))
 
 
-def _day_used_up(plan: Plan) -> str:
+def day_used_up(plan: Plan) -> str:
+    """Return why a key rests whose day's requests are used up."""
     return f"the day's {plan.per_day} requests are used up"
 
 
@@ -2707,28 +2955,34 @@ class SharedLedger:
     holds the minute's slices. Both are changed by conditional updates only: the server decides.
     """
 
-    def __init__(self, collection: MongoCollection[Document], alone: Ledger) -> None:
+    def __init__(
+        self, collection: MongoCollection[dict[str, Any]], alone: Ledger, clock: Clock = SYSTEM_CLOCK
+    ) -> None:
         self._collection = collection
         self._alone = alone
-        self._away_until = 0.0
+        self._clock = clock
+        self._away_until = 0.0  # monotonic; 0: it is there
         self._leased_alone: set[str] = set()
 
     def lease(self, digest: str, plan: Plan, now: float) -> Lease:
         """Take requests from the minute and the day. The shorter of the two limits is what the lease has."""
         if not (plan.per_day or plan.per_minute):
             return UNLIMITED
+        try:
+            with self._together():
+                lease = self._lease_day(digest, plan, now, self._lease_minute(digest, plan, now))
+        except StoreAway:
+            return self._lease_alone(digest, plan, now)
+        self._leased_alone.discard(digest)
+        return lease
 
-        def together() -> Lease:
-            lease = self._lease_day(digest, plan, now, self._lease_minute(digest, plan, now))
-            self._leased_alone.discard(digest)
+    def _lease_alone(self, digest: str, plan: Plan, now: float) -> Lease:
+        """Take requests from this machine's own count, for no longer than until MongoDB is asked again."""
+        self._leased_alone.add(digest)
+        lease = self._alone.lease(digest, plan, now)
+        if not lease.requests:
             return lease
-
-        def alone() -> Lease:
-            self._leased_alone.add(digest)
-            lease = self._alone.lease(digest, plan, now)
-            return lease._replace(until=min(lease.until, now + LEDGER_RETRY_S)) if lease.requests else lease
-
-        return self._shared(now, together, alone)
+        return lease._replace(until=min(lease.until, now + LEDGER_RETRY_S))
 
     def give_back(self, digest: str, lease: Lease, now: float) -> None:
         """Take the requests of a lease off the counts in which they were made."""
@@ -2738,40 +2992,38 @@ class SharedLedger:
         day = {"_id": f"{digest}|{utc_day(now)}", "used": {"$gte": lease.requests}}
         name = f"slices.{int(lease.until // SLICE_S)}"
         minute = {"_id": f"{digest}|minute", name: {"$gte": lease.requests}}
-
-        def give_back() -> None:
+        with contextlib.suppress(StoreAway), self._together():
             self._collection.update_one(day, {"$inc": {"used": -lease.requests}})
             self._collection.update_one(minute, {"$inc": {name: -lease.requests, "version": 1}})
 
-        self._shared(now, give_back, lambda: None)
-
     def used_today(self, digest: str, now: float) -> int:
         """Return how many requests of the key all instances leased today; MongoDB away: those of this one."""
+        try:
+            with self._together():
+                found = self._collection.find_one({"_id": f"{digest}|{utc_day(now)}"})
+        except StoreAway:
+            return self._alone.used_today(digest, now)
+        return int(found["used"]) if found else 0
 
-        def used() -> int:
-            found = self._collection.find_one({"_id": f"{digest}|{utc_day(now)}"})
-            return int(found["used"]) if found else 0
-
-        return self._shared(now, used, lambda: self._alone.used_today(digest, now))
-
-    def _shared(self, now: float, ask: Callable[[], _T], alone: Callable[[], _T]) -> _T:
-        """Return what MongoDB says, or what is so without it; it is asked again after a while."""
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Ask MongoDB in the body. Raises StoreAway when it is away, or was a moment ago."""
         from pymongo import timeout
         from pymongo.errors import PyMongoError
 
-        if 0 < self._away_until - now <= LEDGER_RETRY_S:  # longer: the clock was set back
-            return alone()
+        now = self._clock.monotonic()
+        if now < self._away_until:
+            raise StoreAway("the shared counts of API keys are away")
         try:
             with timeout(LEDGER_TIMEOUT_S):
-                answer = ask()
+                yield
         except PyMongoError as error:
             self._away_until = now + LEDGER_RETRY_S
             log.warning("the shared counts of API keys are away (%s): counting alone", type(error).__name__)
-            return alone()
+            raise StoreAway("the shared counts of API keys are away") from error
         if self._away_until:
             self._away_until = 0.0
             log.warning("the shared counts of API keys are back")
-        return answer
 
     def _lease_day(self, digest: str, plan: Plan, now: float, lease: Lease) -> Lease:
         if not (plan.per_day and lease.requests):
@@ -2779,7 +3031,7 @@ class SharedLedger:
         for requests in dict.fromkeys((lease.requests, 1)):  # the last few of a day one by one
             if self._count_day(f"{digest}|{utc_day(now)}", requests, plan.per_day):
                 return lease._replace(requests=requests)
-        return Lease(0, next_midnight(now), _day_used_up(plan))
+        return Lease(0, next_midnight(now), day_used_up(plan))
 
     def _count_day(self, name: str, requests: int, limit: int) -> bool:
         from pymongo.errors import DuplicateKeyError
@@ -2868,57 +3120,100 @@ class Action(Enum):
     GIVE_UP = "give up on the request: it is wrong, and would be wrong again"
 
 
-class Verdict(NamedTuple):
-    """The decision on an answer, its reason in words, the records to read, and seconds to wait."""
+class Refusal(NamedTuple):
+    """A row of the table of refusals: what follows, and how the API says it, by `ret`, text or HTTP status.
+
+    `setting`: what an operator looks at. `more`: what is to be said beside the API's words.
+    """
 
     action: Action
-    reason: str = ""
+    kind: FailureKind
+    setting: str
+    rets: Collection[int] = ()
+    beginnings: Collection[str] = ()
+    statuses: Collection[int] = ()
+    more: str = ""
+
+
+_KEY_TEXTS = (
+    "Token invalid",
+    "Unauthorized",
+    "Apikey not exists",
+    "apiKey is required",
+    "The token permission has expired",
+)
+_RATE_TEXTS = ("Rate limit exceeded", "Request frequency exceed")
+_REQUEST_TEXTS = ("Products quantity exceeds", "Param error", "Param lost")
+_REDIRECTION = ", a redirection, which is not followed"
+# Each refusal has a `ret` of its own, or comes with `ret` 500 or without one: then its text begins so. The
+# status counts where neither tells, as with what a gateway sends. Of several rows the first one counts.
+REFUSALS = (
+    Refusal(Action.KEY_DEAD, FailureKind.KEY, "INFOWAY_API_KEY", (401, 509), _KEY_TEXTS, (401,)),
+    Refusal(Action.KEY_LACKS_PRODUCT, FailureKind.KEY, "INFOWAY_API_KEY", (514,), ("No permission",)),
+    Refusal(Action.KEY_DAY_OVER, FailureKind.KEY, "INFOWAY_PLAN", (502,), ("Request frequency for the day",)),
+    Refusal(Action.SLOW_DOWN, FailureKind.API, "INFOWAY_PLAN", (429, 501), _RATE_TEXTS, (429,)),
+    Refusal(Action.CODES_UNKNOWN, FailureKind.UNKNOWN_CODE, "", (508,), ("All product not exists",)),
+    Refusal(Action.GIVE_UP, FailureKind.API, "", (505, 506, 507), _REQUEST_TEXTS),
+    Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=(408, *range(500, 1000))),
+    Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=range(400, 500)),
+    Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_BASE_URL", (), (), range(300, 400), _REDIRECTION),
+)
+# What no row is for: a fault of the API's own, or a success that is none.
+UNCLEAR = Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL")
+
+
+class Verdict(NamedTuple):
+    """The decision on an answer: its failure unless it is accepted, the records to read, seconds to wait.
+
+    `setting`: the one that an operator looks at, '' for none in particular.
+    """
+
+    action: Action
+    failure: Failure = Failure(FailureKind.API, "")
     records: Sequence[object] = ()
     wait_s: float = 0.0
+    setting: str = ""
 
 
-# The API's `ret` codes that mean one thing only (its documentation; 500 is decided by its text).
-_RET_ACTIONS = {
-    401: Action.KEY_DEAD,
-    429: Action.SLOW_DOWN,
-    501: Action.SLOW_DOWN,
-    502: Action.KEY_DAY_OVER,
-    505: Action.GIVE_UP,
-    506: Action.GIVE_UP,
-    507: Action.GIVE_UP,
-    508: Action.CODES_UNKNOWN,
-    509: Action.KEY_DEAD,
-    514: Action.KEY_LACKS_PRODUCT,
-}
-
-
-def decide(answer: Response, now_utc: datetime) -> Verdict:
+def decide(response: Response, now_utc: datetime) -> Verdict:
     """Decide what follows from any answer of the API: the one place where that is decided.
 
-    The body's `ret` is believed, never the HTTP status alone; where the body is no JSON object, the status.
+    The body's `ret` is believed, then its text, and only then the HTTP status: 200 alone is no success.
     """
-    if answer.fault:
-        return Verdict(Action.GIVE_UP if answer.hopeless else Action.RETRY, answer.fault)
-    envelope = _envelope(answer.body)
-    if envelope is None or (answer.status in (401, 429) and "ret" not in envelope):
-        return _by_status(answer, envelope or {}, now_utc)
-    text = _words(envelope)
-    ret = envelope.get("ret", envelope.get("code"))
-    if "rate limit exceeded" in text.lower():
-        return Verdict(Action.SLOW_DOWN, f"the API says: {text}", wait_s=_retry_after_s(answer, now_utc))
-    if "All product not exists" in text:
-        return Verdict(Action.CODES_UNKNOWN, "unknown to the API")
-    if ret == 200 and type(envelope.get("ret")) is int:
+    if response.fault:
+        action = Action.GIVE_UP if response.hopeless else Action.RETRY
+        return Verdict(action, Failure(response.kind, response.fault))
+    envelope = json_object(response.body) or {}
+    ret, text = envelope.get("ret"), words_of(envelope)
+    row = _row_of_body(ret, text)
+    if row is None and type(ret) is int and ret == 200:
         return _accept(envelope)
-    if type(ret) is int and ret in _RET_ACTIONS:
-        return Verdict(
-            _RET_ACTIONS[ret],
-            f"the API says {ret}: {text or 'nothing more'}",
-            wait_s=_retry_after_s(answer, now_utc),
-        )
-    if ret is None or answer.status >= 400:
-        return _by_status(answer, envelope, now_utc)
-    return Verdict(Action.RETRY, f"the API says {one_line(repr(ret), 40)}: {text or 'nothing more'}")
+    status = _status_of(response, envelope)
+    row = row or next((one for one in REFUSALS if status in one.statuses), UNCLEAR)
+    words = f"HTTP {status}{f': {text}' if text else ''}{row.more}"
+    if ret is not None:
+        words = f"the API says {one_line(repr(ret), 40)}: {text or 'nothing more'}"
+    elif row is UNCLEAR:
+        words += f", {len(response.body)} bytes that are not the API's JSON"
+    failure = Failure(row.kind, words)
+    return Verdict(row.action, failure, wait_s=_retry_after_s(response, now_utc), setting=row.setting)
+
+
+def _row_of_body(ret: object, text: str) -> Refusal | None:
+    """Return the row that the body of an answer names, None for a success, and for what only the status tells."""
+    for row in REFUSALS:
+        if type(ret) is int and ret in row.rets:
+            return row
+    for row in REFUSALS:
+        if text.casefold().startswith(tuple(map(str.casefold, row.beginnings))):
+            return row
+    return None
+
+
+def _status_of(response: Response, envelope: Mapping[str, Any]) -> int:
+    """Return the HTTP status, or the `code` that stands for it in a body that came with a good one."""
+    code = envelope.get("code")
+    return code if response.status < 300 and type(code) is int and 400 <= code < 1000 else response.status
 
 
 def _accept(envelope: Mapping[str, Any]) -> Verdict:
@@ -2926,38 +3221,21 @@ def _accept(envelope: Mapping[str, Any]) -> Verdict:
     if data is None:
         return Verdict(Action.ACCEPT)  # none of the codes is known
     if not isinstance(data, list):
-        return Verdict(Action.RETRY, "the API's answer says success but holds no list `data`")
+        failure = Failure(UNCLEAR.kind, "the API's answer says success but holds no list `data`")
+        return Verdict(UNCLEAR.action, failure, setting=UNCLEAR.setting)
     return Verdict(Action.ACCEPT, records=data)
 
 
-def _by_status(answer: Response, envelope: Mapping[str, Any], now_utc: datetime) -> Verdict:
-    status, text = answer.status, _words(envelope)
-    said = f"HTTP {status}" + (f": {text}" if text else "")
-    if status == 401:
-        return Verdict(Action.KEY_DEAD, said)
-    if status == 429:
-        return Verdict(Action.SLOW_DOWN, said, wait_s=_retry_after_s(answer, now_utc))
-    if status >= 500 or status == 408:
-        return Verdict(Action.RETRY, said, wait_s=_retry_after_s(answer, now_utc))
-    if 300 <= status < 400:
-        return Verdict(
-            Action.GIVE_UP, f"{said}, a redirection, which is not followed; see INFOWAY_API_BASE_URL"
-        )
-    if status >= 400:
-        return Verdict(Action.GIVE_UP, f"{said}; see INFOWAY_API_BASE_URL")
-    return Verdict(Action.RETRY, f"{said}, {len(answer.body)} bytes that are not the API's JSON")
-
-
-def _retry_after_s(answer: Response, now_utc: datetime) -> float:
+def _retry_after_s(response: Response, now_utc: datetime) -> float:
     """Return the seconds of a Retry-After header (a number or an HTTP date), 0 without one."""
-    if re.fullmatch(r"\d{1,9}", answer.retry_after, re.ASCII):
-        return float(answer.retry_after)
-    if not answer.retry_after:
+    if re.fullmatch(r"\d{1,9}", response.retry_after, re.ASCII):
+        return float(response.retry_after)
+    if not response.retry_after:
         return 0.0
     from email.utils import parsedate_to_datetime
 
     try:
-        at = parsedate_to_datetime(answer.retry_after)
+        at = parsedate_to_datetime(response.retry_after)
         return max(0.0, ((at if at.tzinfo else at.replace(tzinfo=UTC)) - now_utc).total_seconds())
     except (ValueError, OverflowError):
         return 0.0
@@ -3037,40 +3315,45 @@ def _shown(record: Mapping[str, object], name: str) -> str:
 
 
 class Outcome(NamedTuple):
-    """What became of one batch: its trades, the codes the product does not know, reasons for the rest."""
+    """What became of one batch: its trades, the codes the product does not know, reasons for the rest.
+
+    `interrupted`: it was stopped before its answer, which says nothing of its codes.
+    """
 
     batch: Batch
     trades: Sequence[Trade] = ()
     unknown: Sequence[str] = ()
-    failures: Mapping[str, str] = MappingProxyType({})
+    failures: Mapping[str, Failure] = MappingProxyType({})
+    interrupted: bool = False
 
 
 def read_records(batch: Batch, records: Sequence[object]) -> Outcome:
     """Sort the records of an accepted answer; each is judged alone, a bad one harms no neighbour."""
-    missing = dict.fromkeys(batch.split(), "")
+    asked = dict.fromkeys(batch.split())
     trades = _plain_trades(records)
-    if len(trades) == len(missing) and missing.keys() == {trade.s for trade in trades}:
+    if len(trades) == len(asked) and asked.keys() == {trade.s for trade in trades}:
         return Outcome(batch, trades)  # as nearly always: each code that was asked for, once
     newest: dict[str, Trade] = {}
+    bad: dict[str, Failure] = {}
     for record in records:
         try:
             trade = read_trade(record)
         except ValueError as error:
             code = record.get("s") if isinstance(record, dict) else None
-            if isinstance(code, str) and code in missing:
-                missing[code] = str(error)
+            if isinstance(code, str) and code in asked:
+                bad[code] = Failure(FailureKind.BAD_RECORD, str(error))
             else:
                 log.warning("a record of %s was rejected: %s", batch.product, error)
             continue
         code = trade.s
-        if code not in missing:
+        if code not in asked:
             log.warning(
                 "a record of %s was rejected: %s was not asked for", batch.product, one_line(code, 40)
             )
         elif code not in newest or newest[code].t < trade.t:
             newest[code] = trade
-    unknown = [code for code, why in missing.items() if code not in newest and not why]
-    failures = {code: why for code, why in missing.items() if code not in newest and why}
+    unknown = [code for code in asked if code not in newest and code not in bad]
+    failures = {code: failure for code, failure in bad.items() if code not in newest}
     return Outcome(batch, list(newest.values()), unknown, failures)
 
 
@@ -3097,32 +3380,27 @@ class BatchAttempt:
         self.after_fault = backoff(BACKOFF_FIRST_S, BACKOFF_CAP_S, rng)
         self.after_refusal = backoff(SLOW_DOWN_FIRST_S, SLOW_DOWN_CAP_S, rng)
 
-    @property
-    def path(self) -> str:
-        """What to ask for."""
-        return _trade_path(self.batch)
-
 
 class _Worker(threading.Thread):
     """A thread with a connection of its own that asks for one batch after the other."""
 
     def __init__(self, api: InfowayApi) -> None:
         super().__init__(name="stockrt-fetch", daemon=True)
-        self.connection = HttpConnection(api.base_url, api.limits)
+        self.connection = HttpConnection(api.base_url, api.limits, api.proxies)
         self.tasks: queue.SimpleQueue[tuple[BatchAttempt, _Done] | None] = queue.SimpleQueue()
         self._api = api
         self.start()
 
     def run(self) -> None:
         while work := self.tasks.get():
-            errand, done = work
-            done.put((self, self._api.ask(self.connection, errand)))
+            attempt, done = work
+            done.put((self, self._api.ask(self.connection, attempt)))
         self.connection.close()
 
     def dismiss(self) -> None:
-        """End after the errand in hand, whose answer nobody waits for any more."""
+        """End after the batch in hand, whose answer nobody waits for any more."""
         self.tasks.put(None)
-        self.connection.abort()
+        self.connection.abort(for_good=True)
 
 
 _Done: TypeAlias = "queue.SimpleQueue[tuple[_Worker, Outcome]]"
@@ -3132,41 +3410,39 @@ class InfowayApi:
     """Asks the API for batches, several at a time, and yields what became of each.
 
     Promises: no key above its rate; each batch answered exactly once, by trades or by reasons; no request
-    outlives API_LIMITS; one caller at a time.
+    outlives its limits. One run at a time; `half_days` may be asked beside it.
     """
 
     def __init__(
         self,
         base_url: str,
         keys: KeyPool,
+        proxies: Proxies = NO_PROXIES,
+        events: Events = NO_EVENTS,
         rng: random.Random | None = None,
         limits: Limits = API_LIMITS,
-        on_answer: Callable[[Response, Verdict, float], None] = lambda answer, verdict, seconds: None,
     ) -> None:
         self.base_url = base_url
         self.keys = keys
+        self.proxies = proxies
         self.limits = limits
-        self._on_answer = on_answer
+        self._events = events
         self._rng = rng or random.Random()
         self._idle: list[_Worker] = []
         self._latencies: deque[float] = deque(maxlen=20)
-        self._stop = threading.Event()
 
-    def fetch(
-        self, batches: Iterable[Batch], stop: threading.Event, on_idle: Callable[[], None] = _nothing
-    ) -> Iterator[Outcome]:
-        """Yield an Outcome for each batch as it is done; `on_idle` is called now and then while nothing is.
+    def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
+        """Yield an Outcome for each batch as it is done, and None several times a second while none is.
 
         When `stop` is set, requests under way are cut and the rest is not asked for.
         """
-        self._stop = stop
         todo = (BatchAttempt(batch, stop, self._rng) for batch in batches)
         done: _Done = queue.SimpleQueue()
         busy: dict[_Worker, Batch] = {}
         looked_at = time.monotonic()
         try:
             while not stop.is_set():
-                yield from self._hand_out(todo, busy, done, on_idle)
+                self._hand_out(todo, busy, done)
                 if not busy:
                     return
                 if time.monotonic() - looked_at >= STOP_POLL_S:
@@ -3175,7 +3451,7 @@ class InfowayApi:
                 try:
                     worker, outcome = done.get(timeout=STOP_POLL_S)
                 except queue.Empty:
-                    on_idle()
+                    yield None
                     continue
                 if busy.pop(worker, None) is not None:
                     self._idle.append(worker)
@@ -3186,20 +3462,20 @@ class InfowayApi:
             for worker in busy:
                 worker.dismiss()
 
-    def half_days(self, market: str, first: date, last: date) -> list[str] | None:
-        """Return the half days of a market as ISO dates, None when the calendar cannot be had now."""
+    def half_days(self, market: str, first: date, last: date, stop: threading.Event) -> list[str] | None:
+        """Return the half days of a market as ISO dates, None when they cannot be had now, or `stop` was set."""
         path = f"{CALENDAR_PATH}?market={market}&beginDay={first:%Y%m%d}&endDay={last:%Y%m%d}"
         for delay in islice(backoff(BACKOFF_FIRST_S, BACKOFF_CAP_S, self._rng), CALENDAR_TRIES):
             try:
-                key = self.keys.acquire("common", self._stop)
+                key = self.keys.acquire("common", stop)
             except (NoKeyError, Interrupted):
                 return None
-            answer = get_once(self.base_url, path, CALENDAR_LIMITS, {"apiKey": key.secret})
-            found = None if answer.fault else _read_half_days(_envelope(answer.body) or {})
+            answer = get_once(self.base_url, path, CALENDAR_LIMITS, self.proxies, {"apiKey": key.secret})
+            found = None if answer.fault else _read_half_days(json_object(answer.body) or {})
             if found is not None:
                 return found
-            self.keys.note(key, "common", decide(answer, datetime.now(UTC)))
-            self._stop.wait(delay)
+            steer(self.keys, key, "common", decide(answer, datetime.now(UTC)))
+            stop.wait(delay)
         return None
 
     def close(self) -> None:
@@ -3207,59 +3483,15 @@ class InfowayApi:
         while self._idle:
             self._idle.pop().dismiss()
 
-    def _hand_out(
-        self,
-        todo: Iterator[BatchAttempt],
-        busy: dict[_Worker, Batch],
-        done: _Done,
-        on_idle: Callable[[], None],
-    ) -> Iterator[Outcome]:
-        """Give the workers as much as shall be under way; yield what needed none of them."""
-        while len(busy) < (wanted := self._wanted()):
-            errand = next(todo, None)
-            if errand is None:
-                return
-            if wanted == 1 and (outcome := self._ask_here(errand, on_idle)) is not None:
-                yield outcome
-                if errand.stop.is_set():
-                    return
-                continue
+    def _hand_out(self, todo: Iterator[BatchAttempt], busy: dict[_Worker, Batch], done: _Done) -> None:
+        """Give the workers as much as shall be under way."""
+        for attempt in islice(todo, max(0, self._wanted() - len(busy))):
             worker = self._idle.pop() if self._idle else _Worker(self)
-            busy[worker] = errand.batch
-            worker.tasks.put((errand, done))
+            busy[worker] = attempt.batch
+            worker.tasks.put((attempt, done))
 
     def _wanted(self) -> int:
         return wanted_in_flight(min(self._latencies, default=0.0), self.keys.rate())
-
-    def _ask_here(self, errand: BatchAttempt, on_idle: Callable[[], None]) -> Outcome | None:
-        """Try a batch once on the caller's thread, None where that cannot be, or is not final: for a worker then.
-
-        For one request at a time a thread more is only in the way: it costs a sixth of the processor's time.
-        The connection is borrowed from a worker that waits, and only if it is open: connecting can hang.
-        """
-
-        def go_on() -> None:
-            if errand.stop.is_set():
-                raise Interrupted("stopped")
-            try:
-                on_idle()
-            except Exception as error:  # no fault of the network, which it must not be taken for
-                raise _CallersOwn from error
-
-        connection = self._idle[-1].connection if self._idle else None
-        if connection is None or not connection.is_open():
-            return None
-        key = self.keys.take_at_once(errand.batch.product)
-        if key is None:
-            return None
-        sent = time.monotonic()
-        try:
-            answer = connection.get_at_once(errand.path, {"apiKey": key.secret}, go_on)
-        except Interrupted:
-            return _failed(errand.batch, "interrupted")
-        except _CallersOwn as error:
-            raise cast(Exception, error.__cause__) from None
-        return self._judge(errand, key, answer, time.monotonic() - sent - connection.rested_s)
 
     def _overdue(self, busy: dict[_Worker, Batch]) -> Iterator[Outcome]:
         """Cut what is over its time; give up on threads that do not come back even so (a hanging DNS)."""
@@ -3272,77 +3504,102 @@ class InfowayApi:
             if now > deadline + ABANDON_AFTER_S:
                 del busy[worker]
                 worker.dismiss()
-                yield _failed(
-                    batch, f"no whole answer within {self.limits.whole_s:.0f} s, and the connection hangs"
-                )
+                words = f"no whole answer within {self.limits.whole_s:.0f} s, and the connection hangs"
+                yield _failed(batch, Failure(FailureKind.NETWORK, words))
 
-    def ask(self, connection: HttpConnection, errand: BatchAttempt) -> Outcome:
+    def ask(self, connection: HttpConnection, attempt: BatchAttempt) -> Outcome:
         """Ask for a batch over `connection` until its answer is final; never raises."""
         try:
             while True:
-                errand.stop.wait(errand.pause_s)
-                outcome = self._try(connection, errand)
+                attempt.stop.wait(attempt.pause_s)
+                outcome = self._try(connection, attempt)
                 if outcome is not None:
                     return outcome
         except NoKeyError as error:
-            return _failed(errand.batch, str(error))
+            return _failed(attempt.batch, Failure(FailureKind.KEY, str(error)))
         except Interrupted:
-            return _failed(errand.batch, "interrupted")
+            return Outcome(attempt.batch, interrupted=True)
         except Exception as error:
             log.exception("a fault of stockrt itself while fetching")
-            return _failed(errand.batch, f"a fault of stockrt itself: {type(error).__name__}")
+            words = f"a fault of stockrt itself: {type(error).__name__}"
+            return _failed(attempt.batch, Failure(FailureKind.OTHER, words))
 
-    def _try(self, connection: HttpConnection, errand: BatchAttempt) -> Outcome | None:
-        """Ask once, as soon as a key may be used; return the outcome if the answer is final."""
-        key: ApiKey | None = None
-        sent = 0.0
+    def _try(self, connection: HttpConnection, attempt: BatchAttempt) -> Outcome | None:
+        """Ask once, as soon as a key may be used; return the outcome if the answer is final.
 
-        def headers() -> Mapping[str, str]:
-            nonlocal key, sent
-            key = self.keys.acquire(errand.batch.product, errand.stop)
-            sent = time.monotonic()
-            return {"apiKey": key.secret}
-
-        if errand.stop.is_set():
+        The key is taken when the connection stands: what counts as sent is then sent, however long connecting
+        took. While the key is waited for the server may close the connection: it is then opened once more.
+        """
+        if attempt.stop.is_set():
             raise Interrupted("stopped")
-        answer = connection.get(errand.path, headers)
-        return self._judge(errand, key, answer, time.monotonic() - sent)
+        fault = connection.open()
+        if fault is not None:
+            return self._judge(attempt, None, fault, None)
+        key = self.keys.acquire(attempt.batch.product, attempt.stop)
+        sent = time.monotonic()
+        answer = connection.open() or connection.get(trade_path(attempt.batch), {"apiKey": key.secret})
+        return self._judge(attempt, key, answer, time.monotonic() - sent)
 
     def _judge(
-        self, errand: BatchAttempt, key: ApiKey | None, answer: Response, seconds: float
+        self, attempt: BatchAttempt, key: ApiKey | None, answer: Response, seconds: float | None
     ) -> Outcome | None:
-        """Return the outcome if an answer is final; else note in the errand how it goes on."""
-        if not answer.fault:
-            self._latencies.append(seconds)
+        """Return the outcome if an answer is final; else note in the attempt how it goes on."""
         verdict = decide(answer, datetime.now(UTC))
-        self._on_answer(answer, verdict, seconds)
+        if answer.fault or seconds is None:
+            self._events.asked("no_answer", None)
+        else:
+            self._latencies.append(seconds)
+            self._events.asked(verdict.action.name.lower(), seconds)
         if verdict.action is Action.SLOW_DOWN:
-            errand.refusals += 1
-            verdict = verdict._replace(wait_s=verdict.wait_s or next(errand.after_refusal))
+            attempt.refusals += 1
+            verdict = verdict._replace(wait_s=verdict.wait_s or next(attempt.after_refusal))
         if key is not None:
-            self.keys.note(key, errand.batch.product, verdict)
+            steer(self.keys, key, attempt.batch.product, verdict)
         if verdict.action is Action.ACCEPT:
-            return read_records(errand.batch, verdict.records)
+            return read_records(attempt.batch, verdict.records)
         if verdict.action is Action.CODES_UNKNOWN:
-            return Outcome(errand.batch, unknown=errand.batch.split())
+            return Outcome(attempt.batch, unknown=attempt.batch.split())
         again = verdict.action is Action.RETRY
-        errand.faults += again
-        if reason := _why_final(errand, verdict):
-            return _failed(errand.batch, reason)
-        log.debug("%s batch again: %s", errand.batch.product, verdict.reason)
-        errand.pause_s = verdict.wait_s or next(errand.after_fault) if again else 0.0
+        attempt.faults += again
+        failure = _why_final(attempt, verdict)
+        if failure is not None:
+            return _failed(attempt.batch, failure)
+        log.debug("%s batch again: %s", attempt.batch.product, verdict.failure.words)
+        attempt.pause_s = 0.0
+        if again:
+            attempt.pause_s = verdict.wait_s or next(attempt.after_fault)
         return None
 
 
-def _why_final(errand: BatchAttempt, verdict: Verdict) -> str:
-    """Return why a batch is not tried again after an answer without trades, '' if it is."""
+def _why_final(attempt: BatchAttempt, verdict: Verdict) -> Failure | None:
+    """Return why a batch is not tried again after an answer without trades, None if it is."""
+    hopeless = verdict.action is Action.GIVE_UP
     late = verdict.action is Action.RETRY and verdict.wait_s > LONGEST_RETRY_AFTER_S
-    tries = errand.faults + errand.refusals
-    spent = errand.faults >= MAX_TRIES or errand.refusals >= MAX_REFUSALS
-    if not (verdict.action is Action.GIVE_UP or late or spent):
-        return ""
-    asked = f", asks to wait {verdict.wait_s:.0f} s" if late else ""
-    return f"{verdict.reason}{asked}{f', {tries} tries' if tries > 1 else ''}"
+    tries = attempt.faults + attempt.refusals
+    spent = attempt.faults >= MAX_TRIES or attempt.refusals >= MAX_REFUSALS
+    if not (hopeless or late or spent):
+        return None
+    kind, words = verdict.failure
+    if late:
+        words += f", asks to wait {verdict.wait_s:.0f} s"
+    if tries > 1:
+        words += f", {tries} tries"
+    if hopeless and verdict.setting:
+        words += f"; see {verdict.setting}"
+    return Failure(kind, words)
+
+
+def steer(keys: KeyPool, key: ApiKey, product: str, verdict: Verdict) -> None:
+    """Tell the keys what an answer says of the one that was used for it."""
+    why = verdict.failure.words
+    if verdict.action is Action.KEY_DEAD:
+        keys.retire(key, why)
+    elif verdict.action is Action.KEY_LACKS_PRODUCT:
+        keys.close_product(key, product, why)
+    elif verdict.action is Action.KEY_DAY_OVER:
+        keys.rest_until_midnight(key, why)
+    elif verdict.action is Action.SLOW_DOWN:
+        keys.slow_down(key, verdict.wait_s, why)
 
 
 def _read_half_days(envelope: Mapping[str, Any]) -> list[str] | None:
@@ -3354,21 +3611,20 @@ def _read_half_days(envelope: Mapping[str, Any]) -> list[str] | None:
     return [f"{day[:4]}-{day[4:6]}-{day[6:]}" for day in days]
 
 
-def _trade_path(batch: Batch) -> str:
+def trade_path(batch: Batch) -> str:
+    """Return what to ask for to have the latest trades of a batch."""
     return f"/{batch.product}/batch_trade/{quote(batch.codes, safe=',')}"
 
 
-def _failed(batch: Batch, reason: str) -> Outcome:
-    return Outcome(batch, failures=dict.fromkeys(batch.split(), reason))
+def _failed(batch: Batch, failure: Failure) -> Outcome:
+    return Outcome(batch, failures=dict.fromkeys(batch.split(), failure))
 
 
 class Source(Protocol):
     """Where trades come from: the API, or the demo."""
 
-    def fetch(
-        self, batches: Iterable[Batch], stop: threading.Event, on_idle: Callable[[], None]
-    ) -> Iterator[Outcome]:
-        """Yield an Outcome for each batch, and call `on_idle` now and then while nothing is done."""
+    def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
+        """Yield an Outcome for each batch, and None now and then while none is done."""
 
     def close(self) -> None:
         """Let go of connections and threads."""
@@ -3377,12 +3633,10 @@ class Source(Protocol):
 class DemoApi:
     """Synthetic trades in the API's own form: no network, no key. One trade per code and minute."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self._clock = clock
 
-    def fetch(
-        self, batches: Iterable[Batch], stop: threading.Event, on_idle: Callable[[], None] = _nothing
-    ) -> Iterator[Outcome]:
+    def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
         """Yield an Outcome for each batch, read from an answer like a real one."""
         for batch in batches:
             if stop.is_set():
@@ -3397,13 +3651,13 @@ class DemoApi:
         """Nothing is open."""
 
     def _record(self, code: str) -> dict[str, object]:
-        minute = int(self._clock() // 60)
+        minute = int(self._clock.wall() // 60)
         base = 1 + int.from_bytes(hashlib.sha256(code.encode()).digest()[:4], "big") % 40_000 / 100
         step = int.from_bytes(hashlib.sha256(f"{code}|{minute}".encode()).digest()[:4], "big")
         price = round(base * (1 + (step % 2001 - 1000) / 100_000), 3)
         volume = 1 + step % 500
-        return {"s": code, "t": minute * 60_000, "p": f"{price:.3f}", "v": str(volume),
-                "vw": f"{price * volume:.3f}", "td": step % 3}  # fmt: skip
+        p, vw = f"{price:.3f}", f"{price * volume:.3f}"
+        return {"s": code, "t": minute * 60_000, "p": p, "v": str(volume), "vw": vw, "td": step % 3}
 
 
 # ======================================================================================================
@@ -3414,16 +3668,17 @@ class DemoApi:
 #   1. One trade, one document, whoever writes it and however often: `_id` is made of the trade alone,
 #      `s|t|p|v|td`, each part as the API sent it. Polled again, retried, or written by two machines, the
 #      same trade has the same `_id`, and the first one written stays, its `create_time` with it.
-#   2. What `write` counts is durable: `stored` and `known` are acknowledged by MongoDB with its write
-#      concern, or, without MongoDB, on this disk; `kept` is on this disk (SQLite, synchronous=FULL).
+#   2. What `write` counts is durable: `stored` and `duplicates` are acknowledged by MongoDB with its write
+#      concern, or, without MongoDB, on this disk; `queued` is on this disk (SQLite, synchronous=FULL).
 #   3. What is kept reaches MongoDB when it is back, in order of arrival per code, without anybody's help,
 #      at least five times faster than it came, while new work goes on: new trades queue up behind it.
 #   4. What is kept never grows past SPOOL_MAX_MB nor takes the disk below 5 % free: at the limit new work is
 #      refused by name and counted. What waits is never thrown away.
 #   5. A document that MongoDB refuses for good is named and goes to the table `rejects` with MongoDB's
 #      words; the others are stored, and nothing waits for it.
-#   6. A damaged local file is set aside with the date in its name, what can be read is rescued, one error
-#      line says so, and the work goes on.
+#   6. A damaged local file ends the process that finds it damaged, in its own words; nothing that this process
+#      was told to be kept is taken back by that. The next one to open the file sets it aside with the date in
+#      its name, rescues what can be read before anybody has it open, says so in one error line, and goes on.
 #   7. `write` ends within a time limit, or raises StoreError: then nothing of it counts as stored.
 #   8. `close` holds ONE document per code and session date, `_id` `code|date`, and whoever writes, in
 #      whatever order, it ends as the same one, the best of all candidates: a regular trade of what is known
@@ -3440,12 +3695,16 @@ MONGODB_SELECTION_TIMEOUT_MS = 5_000
 MONGODB_GOODBYE_S = 1.0
 DUPLICATE_KEY = 11000
 UNAUTHORIZED = 13
+# An index that could not be made now is asked for again after this time: each try may take its whole time limit.
+INDEX_AGAIN_S = 300.0
 # The `_id` of a document that is written and deleted to see whether that works.
 PROBE = "stockrt-check"
 # Most codes trade in the last minutes before a close (auction included): looked at first.
 NEWEST_SPAN_MS = 6 * 60 * 1000
 Document = dict[str, Any]
 TRADE_FIELDS = Trade._fields
+# Sent as texts, stored as MONGODB_NUMERIC_TYPE says.
+NUMBERS = ("p", "v", "vw")
 
 
 def identity(trade: Trade) -> str:
@@ -3463,9 +3722,11 @@ def to_document(trade: Trade, created: datetime, demo: bool = False) -> Document
     `created` is aware UTC, whole milliseconds (a BSON date has no more).
     """
     s, t, p, v, vw, td = trade
-    document: Document = {"_id": identity(trade), "s": s, "t": t, "p": p, "v": v, "vw": vw, "td": td,
-                          "stock_code": s, "create_time": created}  # fmt: skip
-    return document | {"demo": True} if demo else document
+    document: Document = {"_id": identity(trade), "s": s, "t": t, "p": p, "v": v, "vw": vw, "td": td}
+    document |= {"stock_code": s, "create_time": created}
+    if demo:
+        document["demo"] = True
+    return document
 
 
 class Close(NamedTuple):
@@ -3495,23 +3756,33 @@ CLOSE_MARKS = ("after_hours", "half_day", "half_day_unknown")
 
 
 class WriteReport(NamedTuple):
-    """What a write did: documents new and known before, and the refused ones (`_id` -> reason).
+    """What a write did: documents that are new, that were there before, and refused ones (`_id` -> reason).
 
-    `kept`: documents that wait on this machine for MongoDB, and `kept_because` why.
+    `queued`: documents that wait on this machine for MongoDB, and `queued_because` why.
     """
 
     stored: int = 0
-    known: int = 0
+    duplicates: int = 0
     refused: Mapping[str, str] = MappingProxyType({})
-    kept: int = 0
-    kept_because: str = ""
+    queued: int = 0
+    queued_because: str = ""
 
 
 class Store(Protocol):
-    """Where documents go; see the promises above. Used by one thread at a time."""
+    """Where documents go; see the promises above. Its methods may be called by any thread.
+
+    Who opened the file or the client that a store uses closes it.
+    """
 
     def write(self, documents: Sequence[Document]) -> WriteReport:
         """Store documents, each with its own `_id`. Raises StoreError when the store is away."""
+
+    def check(self) -> str:
+        """Try what a run needs and return a line that says what holds. Raises StoreError."""
+
+
+class CloseStore(Protocol):
+    """Where closes go, and where the trades are that they follow from. Its methods may be called by any thread."""
 
     def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
         """Return of each code the newest trade with since <= t <= until (epoch ms), synthetic ones left out.
@@ -3525,12 +3796,6 @@ class Store(Protocol):
         Returns the refused ones (`_id` -> reason). Raises StoreError.
         """
 
-    def check(self) -> str:
-        """Try what a run needs and return a line that says what holds. Raises StoreError."""
-
-    def close(self) -> None:
-        """Let go of files and connections."""
-
 
 # ------------------------------------------------------------------------------------------------------
 # The embedded store
@@ -3538,32 +3803,15 @@ class Store(Protocol):
 
 
 class SqliteStore:
-    """The embedded store: one file in the state directory, readable with the sqlite3 shell."""
+    """The embedded store: tables of the local file, readable with the sqlite3 shell."""
 
-    def __init__(self, directory: Path, on_busy: Callable[[], None] = _nothing) -> None:
-        self.path = directory / SQLITE_NAME
-        self._file = LocalFile(self.path, SQLITE_VERSION, _SQLITE_SCHEMA, on_busy)
+    def __init__(self, file: LocalFile) -> None:
+        self._file = file
 
     def write(self, documents: Sequence[Document]) -> WriteReport:
         """Store documents in one transaction. Raises StoreError when the file cannot be written."""
-        import sqlite3
-
-        rows = [_sqlite_row(document) for document in documents]
-        refused: dict[str, str] = {}
-
-        def insert(db: sqlite3.Connection) -> int:
-            self._admit(db, documents)
-            try:
-                return db.executemany(_SQLITE_INSERT, rows).rowcount
-            except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError):
-                db.rollback()
-                return sum(_insert_one(db, row, refused) for row in rows)
-
-        stored = max(0, self._file.write(insert))  # -1 where nothing was to be done
-        return WriteReport(stored, len(documents) - stored - len(refused), refused)
-
-    def _admit(self, db: sqlite3.Connection, documents: Sequence[Document]) -> None:
-        """Raise StoreError if there is no room for these documents: here only the disk's end is one."""
+        with self._file.write() as db:
+            return insert_trades(db, documents)
 
     def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
         """Return the newest trade of each code in a span of time. Raises StoreError."""
@@ -3573,53 +3821,46 @@ class SqliteStore:
             "WHERE stock_code = ? AND t BETWEEN ? AND ? AND demo IS NULL "
             "ORDER BY t DESC, p DESC, v DESC, td DESC LIMIT 1"
         )
-        rows = self._file.read(
-            lambda db: [db.execute(query, (code, since, until)).fetchone() for code in codes]
-        )
+        rows = [self._file.read_one(query, code, since, until) for code in codes]
         return {row[-1]: dict(zip(names, row, strict=True)) for row in rows if row}
 
     def write_closes(self, closes: Sequence[Close]) -> Mapping[str, str]:
         """Write candidates in one transaction; the statement itself decides which is the better one."""
-        now = _iso(utc_now())
+        now = iso(utc_now())
         rows = [_close_row(close, now) for close in closes]
-        self._file.write(lambda db: db.executemany(_SQLITE_CLOSE, rows))
+        with self._file.write() as db:
+            db.executemany(_SQLITE_CLOSE, rows)
         return {}
 
     def check(self) -> str:
         """Write and take back a row. Raises StoreError."""
-
-        def probe(db: sqlite3.Connection) -> int:
+        with self._file.write() as db:
+            db.execute("SAVEPOINT probe")
             db.execute("CREATE TABLE probe (x)")
-            db.rollback()
-            return int(db.execute("SELECT count(*) FROM realtime").fetchone()[0])
-
-        return f"{self.path} can be written, {self._file.write(probe)} trades in it"
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+            db.execute("ROLLBACK TO probe")
+            (trades,) = db.execute("SELECT count(*) FROM realtime").fetchone()
+        return f"{self._file.path} can be written, {trades} trades in it"
 
 
-def _insert_one(db: sqlite3.Connection, row: Sequence[Any], refused: dict[str, str]) -> int:
-    """Store one row and return how many are new: 0 or 1; a refused one is named in `refused`."""
+def insert_trades(db: sqlite3.Connection, documents: Sequence[Document]) -> WriteReport:
+    """Store documents in the transaction that is open, and name those that SQLite does not take."""
     import sqlite3
 
-    try:
-        return db.execute(_SQLITE_INSERT, row).rowcount
-    except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError) as error:
-        refused[str(row[0])] = f"the local store refused it: {one_line(error, 200)}"
-        return 0
+    names = ("_id", *TRADE_FIELDS, "stock_code")
+    stored, refused = 0, {}
+    for document in documents:
+        row = (*(document[name] for name in names), iso(document["create_time"]), document.get("demo"))
+        try:
+            stored += db.execute(_SQLITE_INSERT, row).rowcount
+        except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError) as error:
+            refused[document["_id"]] = f"the local store refused it: {one_line(error, 200)}"
+    return WriteReport(stored, len(documents) - stored - len(refused), refused)
 
 
 _SQLITE_INSERT = (
     "INSERT INTO realtime (_id, s, t, p, v, vw, td, stock_code, create_time, demo) "
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (_id) DO NOTHING"
 )
-
-
-def _sqlite_row(document: Document) -> tuple[Any, ...]:
-    names = ("_id", "s", "t", "p", "v", "vw", "td", "stock_code")
-    return (*(document[name] for name in names), _iso(document["create_time"]), document.get("demo"))
 
 
 # Promise 8: which of two closes is the better. Unnamed columns are those of the document that stands there.
@@ -3654,25 +3895,31 @@ def _close_row(close: Close, now: str) -> dict[str, Any]:
 # about to change its role or to go (the drivers' list of retryable errors), has no room, lacks a right or is
 # told to take no writes (371); or a router finds no shard that could take it (70, 82, 133, 202).
 NOT_THE_DOCUMENTS_FAULT = frozenset(
-    [6, 7, UNAUTHORIZED, 24, 46, 50, 63, 64, 70, 82, 89, 91, 112, 133, 134, 150, 189, 202, 249, 262, 371, 8000,
-     9001, 10058, 10107, 11600, 11602, 13388, 13435, 13436, 14031]
-)  # fmt: skip
+    map(
+        int,
+        "6 7 13 24 46 50 63 64 70 82 89 91 112 133 134 150 189 202 249 262 371 8000 9001 10058 10107 11600 "
+        "11602 13388 13435 13436 14031".split(),
+    )
+)
 
 
 class MongoStore:
     """The collections of a MongoDB; one client per process, connected at first use. Thread-safe."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, clock: Clock = SYSTEM_CLOCK) -> None:
+        from bson.decimal128 import Decimal128
+
         self._settings = settings
-        self._convert = _number_converter(settings.numeric_type)
+        self._clock = clock
+        types: dict[str, Callable[[str], object]] = {"double": float, "decimal": Decimal128}
+        self._convert = types.get(settings.numeric_type, str)
         self.client = self._connect()
         self.realtime_name = settings.realtime_name
         self.close_name = settings.close_name
-        self._collections: dict[str, MongoCollection[Document]] = {}
-        self._indexed = False
+        self._index_due = 0.0  # monotonic
 
     def write(self, documents: Sequence[Document]) -> WriteReport:
-        """Insert documents unordered; those whose `_id` is there count as known.
+        """Insert documents unordered; those whose `_id` is there count as duplicates.
 
         Raises StoreAway for whatever is not a fault of single documents.
         """
@@ -3684,7 +3931,7 @@ class MongoStore:
             return WriteReport(refused=refused)
         try:
             self._make_index()
-            self._collection().insert_many(encoded, ordered=False)
+            self.collection().insert_many(encoded, ordered=False)
         except BulkWriteError as error:
             report = self._sort_errors(error.details or {}, len(encoded))
             return report._replace(refused={**refused, **report.refused})
@@ -3692,19 +3939,15 @@ class MongoStore:
             raise self._fault(error) from error
         return WriteReport(len(encoded), refused=refused)
 
-    def _encode(self, documents: Sequence[Document]) -> tuple[Sequence[Document], dict[str, str]]:
+    def _encode(self, documents: Sequence[Document]) -> tuple[list[Document], dict[str, str]]:
         """Return the documents as they will be stored, and those whose numbers do not fit (`_id` -> why)."""
-        if self._convert is None:
-            return documents, {}
         encoded, refused = [], {}
         for document in documents:
             try:
                 encoded.append(self._bson(document))
             except (ArithmeticError, ValueError) as error:
-                kind = self._settings.numeric_type
-                refused[document["_id"]] = (
-                    f"its numbers do not fit MONGODB_NUMERIC_TYPE={kind}: {one_line(error)}"
-                )
+                setting = f"MONGODB_NUMERIC_TYPE={self._settings.numeric_type}"
+                refused[document["_id"]] = f"its numbers do not fit {setting}: {one_line(error)}"
         return encoded, refused
 
     def takes_another(self) -> bool:
@@ -3736,7 +3979,7 @@ class MongoStore:
         from pymongo.errors import PyMongoError
 
         try:
-            return self._collection().find_one({"_id": name}, {"_id": 1}) is not None
+            return self.collection().find_one({"_id": name}, {"_id": 1}) is not None
         except PyMongoError as error:
             raise self._fault(error) from error
 
@@ -3749,19 +3992,24 @@ class MongoStore:
         from pymongo.errors import PyMongoError
 
         found: dict[str, Document] = {}
+        missing = [*codes]
         span = NEWEST_SPAN_MS
         try:
-            while (missing := [code for code in codes if code not in found]) and until >= since:
+            while missing and until >= since:
                 first = max(since, until - span)
                 wanted = {"stock_code": {"$in": missing}, "t": {"$gte": first, "$lte": until}}
-                for document in self._collection().find(wanted):
+                for document in self.collection().find(wanted):
                     code = document["stock_code"]
                     if code not in found or _order(found[code]) < _order(document):
                         found[code] = document
+                missing = [code for code in codes if code not in found]
                 until, span = first - 1, span * 4
         except PyMongoError as error:
             raise self._fault(error) from error
-        return {code: document | _as_texts(document) for code, document in found.items()}
+        return {
+            code: document | {name: str(document[name]) for name in NUMBERS}
+            for code, document in found.items()
+        }
 
     def write_closes(self, closes: Sequence[Close]) -> Mapping[str, str]:
         """Insert candidates; where a document stands already, a conditional update lets the server decide."""
@@ -3777,7 +4025,7 @@ class MongoStore:
                 if close.key in taken:
                     updates.append(UpdateOne(_worse_close(close, document), _close_update(document)))
             if updates:
-                self._collection(self.close_name).bulk_write(updates, ordered=False)
+                self.collection(self.close_name).bulk_write(updates, ordered=False)
         except PyMongoError as error:
             raise self._fault(error) from error
         return refused
@@ -3787,7 +4035,7 @@ class MongoStore:
         from pymongo.errors import BulkWriteError
 
         try:
-            self._collection(self.close_name).insert_many(documents, ordered=False)
+            self.collection(self.close_name).insert_many(documents, ordered=False)
         except BulkWriteError as error:
             details = error.details or {}
             refused = self._sort_errors(details, len(documents)).refused
@@ -3814,8 +4062,8 @@ class MongoStore:
                 self._probe(name)
         except PyMongoError as error:
             raise self._fault(error) from error
-        return (f"{settings.mongodb_shown()}: database {settings.mongodb_db_name} can be written, "
-                f"index on {settings.realtime_name} is there")  # fmt: skip
+        written = f"database {settings.mongodb_db_name} can be written"
+        return f"{settings.mongodb_shown()}: {written}, index on {settings.realtime_name} is there"
 
     def close(self) -> None:
         """Close the client."""
@@ -3826,7 +4074,7 @@ class MongoStore:
 
     def _probe(self, name: str) -> None:
         """Write to a collection and take it back."""
-        collection, probe = self._collection(name), {"_id": PROBE}
+        collection, probe = self.collection(name), {"_id": PROBE}
         collection.replace_one(probe, probe, upsert=True)
         collection.delete_one(probe)
 
@@ -3849,29 +4097,33 @@ class MongoStore:
                 [f"MONGODB_HOST={self._settings.mongodb_shown()!r}: {self._settings.redact(one_line(error))}"]
             ) from None
 
-    def _collection(self, name: str = "") -> MongoCollection[Document]:
-        name = name or self.realtime_name
-        if name not in self._collections:  # to make one takes longer than to insert a few documents
-            self._collections[name] = self.client[self._settings.mongodb_db_name][name]
-        return self._collections[name]
+    def collection(self, name: str = "") -> MongoCollection[Document]:
+        """Return a collection of the database, `realtime` without a name."""
+        return self.client[self._settings.mongodb_db_name][name or self.realtime_name]
 
     def _make_index(self) -> None:
-        """Make the index once per process. A role may forbid it; trades are stored all the same."""
+        """Make the index, once per process; trades are stored without it too.
+
+        A role may forbid it: that is for good. Where the server is not able to now, it is asked again later.
+        """
         from pymongo.errors import OperationFailure
 
-        if self._indexed:
+        if self._clock.monotonic() < self._index_due:
             return
+        due = math.inf
         try:
-            self._collection().create_index([("stock_code", 1), ("t", -1)])
+            self.collection().create_index([("stock_code", 1), ("t", -1)])
         except OperationFailure as error:
-            log.warning("MongoDB refused the index {stock_code: 1, t: -1} on %s: %s",
-                        self.realtime_name, self._settings.redact(one_line(error)))  # fmt: skip
-        self._indexed = True
+            words = self._settings.redact(one_line(error))
+            log.warning(
+                "MongoDB refused the index {stock_code: 1, t: -1} on %s: %s", self.realtime_name, words
+            )
+            if error.timeout or error.code in NOT_THE_DOCUMENTS_FAULT - {UNAUTHORIZED}:
+                due = self._clock.monotonic() + INDEX_AGAIN_S
+        self._index_due = due
 
     def _bson(self, document: Document) -> Document:
-        if self._convert is None:
-            return document
-        return document | {name: self._convert(document[name]) for name in ("p", "v", "vw")}
+        return document | {name: self._convert(document[name]) for name in NUMBERS}
 
     def _sort_errors(self, details: Mapping[str, Any], total: int) -> WriteReport:
         """Return what became of a batch with faults. Raises StoreAway when they are not the documents'."""
@@ -3929,7 +4181,9 @@ def _close_update(document: Document) -> dict[str, Any]:
     kept = ("_id", "create_time")
     gone = {name: "" for name in CLOSE_MARKS if name not in document}
     update = {"$set": {name: value for name, value in document.items() if name not in kept}}
-    return update | ({"$unset": gone} if gone else {})
+    if gone:
+        update["$unset"] = gone
+    return update
 
 
 # What decides between trades of the same kind.
@@ -3953,756 +4207,110 @@ def _order(document: Document) -> tuple[Any, ...]:
     return tuple((isinstance(value, str), value) for value in plain)
 
 
-def _as_texts(document: Document) -> dict[str, str]:
-    """Return price, volume and turnover as the API sends them, whatever the type they were stored with."""
-    return {name: str(document[name]) for name in ("p", "v", "vw")}
-
-
-def _number_converter(numeric_type: str) -> Callable[[str], object] | None:
-    if numeric_type == "double":
-        return float
-    if numeric_type == "decimal":
-        from bson.decimal128 import Decimal128
-
-        return Decimal128
-    return None
-
-
-# ======================================================================================================
-# Delivery: what waits on this machine for MongoDB
-# ======================================================================================================
-
-# Documents that go to MongoDB at once when it is back.
-DRAIN_BATCH = 1000
-# A MongoDB that is back is met soon: asking it is cheap, and the results say "failure" meanwhile.
-DRAIN_FIRST_S, DRAIN_CAP_S = 1.0, 10.0
-# While the spool is emptied a write waits so long for its turn before it queues up itself.
-CATCH_UP_S = 5.0
-# A document alone that fails so often, while MongoDB takes another one each time, is refused for good.
-POISON_TRIES = 3
-# What the file keeps free on the disk for everybody else.
-DISK_KEPT_FREE = 0.05
-# An emptied file of more unused bytes than this is shrunk.
-SHRINK_ABOVE = 16 * 1024 * 1024
-# Of a document beside its `_id`, which is in the file three times: the table's row and two indexes.
-ROW_BYTES = 250
-# A document changes at most so many pages of the file, each of which is in the log then.
-PAGES_PER_ROW = 4
-
-
-class QueuedBatch(NamedTuple):
-    """The oldest trades of the spool, from number `first` to `last`; `damaged` ones (`_id` -> why) left out.
-
-    `file`: the one they have these numbers in.
-    """
-
-    first: int
-    last: int
-    documents: list[Document]
-    damaged: dict[str, str]
-    file: tuple[int, int] | None
-
-
-class Spool(SqliteStore):
-    """The embedded store as the place where trades wait for MongoDB: bounded, and read in order of arrival."""
-
-    def __init__(self, directory: Path, max_bytes: int, on_busy: Callable[[], None] = _nothing) -> None:
-        super().__init__(directory, on_busy)
-        self._max_bytes = max_bytes
-        self._trades: int | None = None  # what waits, as far as this process knows
-        self.refused = 0
-
-    def write(self, documents: Sequence[Document]) -> WriteReport:
-        """Keep documents in one transaction. Raises StoreError, SpoolFull when there is no room."""
-        try:
-            return self._write_counted(documents)
-        except SpoolFull:
-            self._file.empty_log()  # what the log took is free again
-        try:
-            return self._write_counted(documents)
-        except SpoolFull:
-            self.refused += len(documents)
-            raise
-
-    def _write_counted(self, documents: Sequence[Document]) -> WriteReport:
-        with self._counting() as count:
-            report = super().write(documents)
-            count(report.stored)
-        return report
-
-    @contextlib.contextmanager
-    def _counting(self) -> Iterator[Callable[[int], None]]:
-        """Give a callable that counts what is written meanwhile, while no other thread does either."""
-
-        def count(trades: int) -> None:
-            if self._trades is not None:
-                self._trades = max(0, self._trades + trades)
-
-        with self._file.lock:
-            yield count
-
-    def _admit(self, db: sqlite3.Connection, documents: Sequence[Document]) -> None:
-        """Raise SpoolFull if the file or the disk could come to its limit."""
-        (pages,) = db.execute("PRAGMA page_count").fetchone()
-        (unused,) = db.execute("PRAGMA freelist_count").fetchone()
-        more = sum(3 * len(document["_id"]) + ROW_BYTES for document in documents) // SQLITE_PAGE + 1
-        logged = (min(pages, PAGES_PER_ROW * len(documents)) + more) * (SQLITE_PAGE + 24)
-        grown = max(0, more - unused) * SQLITE_PAGE
-        _, log_file, shared = _sides(self.path)
-        size = pages * SQLITE_PAGE + _size_of(log_file) + _size_of(shared) + grown + logged
-        if size > self._max_bytes:
-            raise SpoolFull(
-                f"{self.path} has come to its limit of {self._max_bytes >> 20} MB; see SPOOL_MAX_MB"
-            )
-        disk = os.statvfs(self.path.parent)
-        free = disk.f_bavail * disk.f_frsize - grown - logged
-        if free < disk.f_blocks * disk.f_frsize * DISK_KEPT_FREE:
-            raise SpoolFull(
-                f"the disk of {self.path} would have less than {DISK_KEPT_FREE:.0%} free; see STATE_DIRECTORY"
-            )
-
-    def has_trades(self) -> bool:
-        """Return whether trades wait for MongoDB. Raises StoreError."""
-        with self._file.lock:
-            found = bool(self._file.read_one("SELECT EXISTS (SELECT 1 FROM realtime WHERE demo IS NULL)")[0])
-            self._trades = self._trades if found else 0
-        return found
-
-    def is_empty(self) -> bool:
-        """Return whether nothing at all waits, neither trades nor what is to be a close. Raises StoreError."""
-        query = "SELECT EXISTS (SELECT 1 FROM close) OR EXISTS (SELECT 1 FROM unsettled)"
-        return not (self.has_trades() or self._file.read_one(query)[0])
-
-    def oldest(self, count: int) -> QueuedBatch:
-        """Return up to `count` trades in order of arrival. Raises StoreError."""
-        query = f"SELECT seq, {_WAITING_FIELDS} FROM realtime WHERE demo IS NULL ORDER BY seq LIMIT ?"  # noqa: S608
-
-        def look(db: sqlite3.Connection) -> list[Any]:
-            found = db.execute(query, (count,)).fetchall()
-            numbers = [row[0] for row in found]
-            if numbers != sorted(set(numbers)) or any(row[1] is None for row in found):
-                raise _damage("its rows are out of order")  # part of a page is gone; SQLite does not look
-            return found
-
-        with self._file.lock:
-            rows, file = self._file.read(look), self._file.identity
-        documents: list[Document] = []
-        damaged: dict[str, str] = {}
-        for row in rows:
-            try:
-                documents.append(_waiting_document(row[1:]))
-            except (TypeError, ValueError) as error:
-                damaged[str(row[1])] = f"damaged on this machine: {one_line(error, 200)}"
-        return QueuedBatch(rows[0][0] if rows else 0, rows[-1][0] if rows else 0, documents, damaged, file)
-
-    def finish(
-        self, waiting: QueuedBatch, refused: Mapping[str, str], collection: str, settled: bool = True
-    ) -> bool:
-        """Take out what MongoDB has, and put aside what it refused (`_id` -> reason). Raises StoreError.
-
-        What is not `settled` is kept apart until its closes are made. Return whether it was done: not where
-        a rescue has given the rows other numbers meanwhile; they wait as before then.
-        """
-        rows = "FROM realtime WHERE seq BETWEEN ? AND ? AND demo IS NULL"
-
-        def take_out(db: sqlite3.Connection) -> int:
-            if self._file.identity != waiting.file:
-                return 0
-            for name, why in (waiting.damaged | dict(refused)).items():
-                db.execute(
-                    "INSERT OR REPLACE INTO rejects (collection, _id, document, reason, rejected_at) "
-                    "SELECT ?, _id, json_object('s', s, 't', t, 'p', p, 'v', v, 'vw', vw, 'td', td, "
-                    "'stock_code', stock_code, 'create_time', create_time), ?, ? FROM realtime WHERE _id = ?",
-                    (collection, why, _iso(utc_now()), name),
-                )
-            span = (waiting.first, waiting.last)
-            if not settled:
-                keep = f"INSERT OR IGNORE INTO unsettled SELECT {_WAITING_FIELDS} {rows}"
-                db.execute(keep, span)
-                gone = [(name,) for name in waiting.damaged | dict(refused)]
-                db.executemany("DELETE FROM unsettled WHERE _id = ?", gone)
-            return db.execute(f"DELETE {rows}", span).rowcount
-
-        with self._counting() as count:
-            taken = self._file.write(take_out)
-            count(-taken)
-        return taken > 0
-
-    def keep_unsettled(self, documents: Sequence[Document]) -> None:
-        """Keep trades that MongoDB has until their closes are made. Raises StoreError, SpoolFull."""
-        insert = "INSERT OR IGNORE INTO unsettled VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-        rows = [_sqlite_row(document)[:-1] for document in documents]
-
-        def keep(db: sqlite3.Connection) -> None:
-            self._admit(db, documents)
-            db.executemany(insert, rows)
-
-        self._file.write(keep)
-
-    def unsettled(self, count: int) -> list[Document]:
-        """Return up to `count` trades whose closes are still to be made. Raises StoreError."""
-        query = f"SELECT {_WAITING_FIELDS} FROM unsettled LIMIT ?"  # noqa: S608
-        documents = []
-        for row in self._file.read(lambda db: db.execute(query, (count,)).fetchall()):
-            try:
-                documents.append(_waiting_document(row))
-            except (TypeError, ValueError) as error:
-                log.error(
-                    "no close is made of %s, which is damaged on this machine: %s", row[0], one_line(error)
-                )
-                self.settled(row[:1])
-        return documents
-
-    def settled(self, ids: Sequence[object]) -> None:
-        """Forget trades whose closes are made. Raises StoreError."""
-        rows = [(one,) for one in ids]
-        self._file.write(lambda db: db.executemany("DELETE FROM unsettled WHERE _id = ?", rows))
-
-    def count_unsettled(self) -> int:
-        """Return of how many trades the closes are still to be made. Raises StoreError."""
-        return int(self._file.read_one("SELECT count(*) FROM unsettled")[0])
-
-    def reject(self, documents: Sequence[Document], refused: Mapping[str, str], collection: str) -> None:
-        """Put aside documents that MongoDB refused (`_id` -> reason). Raises StoreError, SpoolFull."""
-
-        def put(db: sqlite3.Connection) -> None:
-            self._admit(db, [d for d in documents if d["_id"] in refused])
-            _put_aside(db, documents, refused, collection)
-
-        self._file.write(put)
-
-    def rejects(self) -> list[dict[str, Any]]:
-        """Return what MongoDB refused for good, oldest first. Raises StoreError."""
-        names = ("collection", "_id", "reason", "rejected_at", "document")
-        query = f"SELECT {', '.join(names)} FROM rejects ORDER BY seq"  # noqa: S608
-        rows = self._file.read(lambda db: db.execute(query).fetchall())
-        return [dict(zip(names, row, strict=True)) | {"document": json.loads(row[-1])} for row in rows]
-
-    def retry(self, collection: str) -> int:
-        """Let the trades wait again that MongoDB refused; return how many. Raises StoreError."""
-        names = (*TRADE_FIELDS, "stock_code", "create_time")
-        fields = ", ".join(f"json_extract(document, '$.{name}')" for name in names)
-
-        def move(db: sqlite3.Connection) -> int:
-            done = db.execute(
-                f"INSERT INTO realtime (_id, {', '.join(names)}) SELECT _id, {fields} FROM rejects "  # noqa: S608
-                "WHERE collection = ? ORDER BY seq ON CONFLICT (_id) DO NOTHING",
-                (collection,),
-            )
-            db.execute("DELETE FROM rejects WHERE collection = ?", (collection,))
-            return done.rowcount
-
-        with self._counting() as count:
-            moved = self._file.write(move)
-            count(moved)
-        return moved
-
-    def closes(self, count: int) -> list[tuple[Close, str]]:
-        """Return up to `count` closes that wait, each with the time of its last change. Raises StoreError."""
-        names = (*TRADE_FIELDS, "stock_code")
-        query = (
-            f"SELECT update_time, date, {', '.join(CLOSE_MARKS)}, {', '.join(names)} "  # noqa: S608
-            "FROM close ORDER BY _id LIMIT ?"
-        )
-        rows = self._file.read(lambda db: db.execute(query, (count,)).fetchall())
-        return [
-            (Close(dict(zip(names, trade, strict=True)), day, *(mark == 1 for mark in marks)), changed)
-            for changed, day, *rest in rows
-            for marks, trade in [(rest[: len(CLOSE_MARKS)], rest[len(CLOSE_MARKS) :])]
-        ]
-
-    def finish_closes(
-        self, closes: Sequence[tuple[Close, str]], refused: Mapping[str, str], collection: str
-    ) -> None:
-        """Take out closes that have not changed since they were read, put the refused ones aside. Raises StoreError."""
-        documents = [close.document | {"_id": close.key} for close, _ in closes]
-        rows = [(close.key, changed) for close, changed in closes]
-
-        def take_out(db: sqlite3.Connection) -> None:
-            _put_aside(db, documents, refused, collection)
-            db.executemany("DELETE FROM close WHERE _id = ? AND update_time = ?", rows)
-
-        self._file.write(take_out)
-
-    def facts(self, counted: bool = False) -> QueueStats:
-        """Return what waits; `counted` anew, which takes a while where millions do. Raises StoreError."""
-
-        def look(db: sqlite3.Connection) -> QueueStats:
-            if counted or self._trades is None:
-                self._trades = db.execute(_WAITING).fetchone()[0]
-            query = "SELECT create_time FROM realtime WHERE demo IS NULL ORDER BY seq LIMIT 1"
-            (oldest,) = db.execute(query).fetchone() or (None,)
-            (rejects,) = db.execute("SELECT count(*) FROM rejects").fetchone()
-            used = self._used_bytes(db) if self._trades else 0
-            return QueueStats(self._trades or 0, used, oldest, rejects, self.refused)
-
-        return self._file.read(look)
-
-    def shrink(self) -> None:
-        """Give the disk back what a long absence of MongoDB took, if that is much. Raises StoreError."""
-        if self._file.bytes_on_disk() > SHRINK_ABOVE + self._file.read(self._used_bytes):
-            self._file.shrink()
-
-    @staticmethod
-    def _used_bytes(db: sqlite3.Connection) -> int:
-        (pages,) = db.execute("PRAGMA page_count").fetchone()
-        (unused,) = db.execute("PRAGMA freelist_count").fetchone()
-        return int(pages - unused) * SQLITE_PAGE
-
-
-def _put_aside(
-    db: sqlite3.Connection, documents: Iterable[Document], refused: Mapping[str, str], collection: str
-) -> None:
-    now = _iso(utc_now())
-    rows = [
-        (collection, d["_id"], json.dumps(d, default=_json_value), refused[d["_id"]], now)
-        for d in documents
-        if d["_id"] in refused
-    ]
-    insert = (
-        "INSERT OR REPLACE INTO rejects (collection, _id, document, reason, rejected_at) "
-        "VALUES (?, ?, ?, ?, ?)"
-    )
-    db.executemany(insert, rows)
-
-
-_WAITING_FIELDS = "_id, s, t, p, v, vw, td, stock_code, create_time"
-_WAITING = "SELECT (SELECT count(*) FROM realtime) - (SELECT count(*) FROM realtime WHERE demo IS NOT NULL)"
-
-
-def _waiting_document(row: Sequence[Any]) -> Document:
-    """Return the document of a row. Raises ValueError or TypeError when the disk has changed it."""
-    name, s, t, p, v, vw, td, code, created = row
-    if name != f"{s}|{t}|{p}|{v}|{td}" or code != s:
-        raise ValueError("its fields do not make its _id")
-    return {"_id": name, "s": s, "t": t, "p": p, "v": v, "vw": vw, "td": td, "stock_code": code,
-            "create_time": datetime.fromisoformat(created)}  # fmt: skip
-
-
-def _json_value(value: object) -> str:
-    return _iso(value) if isinstance(value, datetime) else str(value)
-
-
-class Drain:
-    """Moves what waits to MongoDB, a batch at a time. `settle` writes the closes that follow from trades.
-
-    Trades whose closes cannot be made hold nobody up: they are kept apart until all trades are moved.
-    `on_fault` is told of a batch that failed and is halved.
-    """
-
-    def __init__(
-        self,
-        spool: Spool,
-        mongo: MongoStore,
-        settle: Callable[[Sequence[Document]], None],
-        on_fault: Callable[[StoreAway], None] = lambda error: None,
-    ) -> None:
-        self._spool = spool
-        self._on_fault = on_fault
-        self._mongo = mongo
-        self._settle = settle
-        self._size = DRAIN_BATCH
-        self._failed_alone = 0
-        self._settles = True  # until it fails: each try may take its whole time limit
-        self.moved = 0
-        self.rejected = 0
-
-    def step(self) -> int:
-        """Move the oldest batch and return how many trades it had, 0 when none wait.
-
-        Raises StoreAway when MongoDB does not take it, StoreError when the local file fails.
-        """
-        waiting, refused = self._deliver()
-        if not waiting.last:
-            return 0
-        self._size = min(DRAIN_BATCH, self._size * 2)
-        self._failed_alone = 0
-        settled = self._settled([d for d in waiting.documents if d["_id"] not in refused])
-        if self._spool.finish(waiting, refused, self._mongo.realtime_name, settled):
-            self._count(len(waiting.documents) - len(refused), waiting.damaged | refused)
-        return len(waiting.documents) + len(waiting.damaged)
-
-    def step_closes(self) -> int:
-        """Write closes that wait, or make those of a batch of trades; return how many it had, 0 when none wait.
-
-        Raises StoreAway when MongoDB does not take them, StoreError when the local file fails.
-        """
-        closes = self._spool.closes(DRAIN_BATCH)
-        if closes:
-            refused = self._mongo.write_closes([close for close, _ in closes])
-            self._spool.finish_closes(closes, refused, self._mongo.close_name)
-            self._count(len(closes) - len(refused), refused)
-            return len(closes)
-        trades = self._spool.unsettled(DRAIN_BATCH)
-        if trades:
-            self._settle(trades)
-            self._spool.settled([trade["_id"] for trade in trades])
-            self._settles = True
-        return len(trades)
-
-    def _deliver(self) -> tuple[QueuedBatch, dict[str, str]]:
-        """Return the oldest batch, which MongoDB has by then, and what it refused of it (`_id` -> why).
-
-        A batch that fails while MongoDB takes something else is halved, until the document is alone that
-        MongoDB cannot stand.
-        """
-        while True:
-            waiting = self._spool.oldest(self._size)
-            try:
-                return waiting, dict(self._mongo.write(waiting.documents).refused)
-            except StoreAway as error:
-                if not self._mongo.takes_another():
-                    raise
-                if len(waiting.documents) == 1:
-                    return waiting, self._refused_alone(waiting.documents[0], error)
-                self._on_fault(error)
-                self._size = len(waiting.documents) // 2
-
-    def _settled(self, documents: Sequence[Document]) -> bool:
-        """Make the closes of trades that arrived, and return whether that was done."""
-        if self._settles:
-            try:
-                self._settle(documents)
-            except Exception as error:  # said when they cannot be made later either
-                log.debug("closes are made later: %s", error)
-                self._settles = False
-        return self._settles
-
-    def _refused_alone(self, document: Document, error: StoreAway) -> dict[str, str]:
-        """Return why MongoDB refuses a document ({}: it has it). Raises the error again while that is open."""
-        self._failed_alone += 1
-        if self._failed_alone < POISON_TRIES:
-            raise error
-        return {} if self._mongo.has(document["_id"]) else {document["_id"]: str(error)}
-
-    def _count(self, moved: int, refused: Mapping[str, str]) -> None:
-        self.moved += moved
-        self.rejected += len(refused)
-        for name, why in list(refused.items())[:CODES_NAMED]:
-            log.error("%s is put aside, see --rejects: %s", name, why)
-
-
-class SpooledStore:
-    """MongoDB, and the spool for when it is away; a thread of its own empties the spool.
-
-    The thread is there only while something waits. `on_change` is told what waits, from either thread.
-    """
-
-    def __init__(
-        self,
-        mongo: MongoStore,
-        spool: Spool,
-        on_change: Callable[[QueueStats], None] = lambda facts: None,
-        rng: random.Random | None = None,
-    ) -> None:
-        self.mongo = mongo
-        self.spool = spool
-        self._on_change = on_change
-        self._rng = rng or random.Random()
-        self._settle: Callable[[Sequence[Document]], None] = lambda documents: None
-        self._changed = threading.Condition()
-        self._drainer: threading.Thread | None = None  # while something waits
-        self._behind = False  # trades wait, as far as is known
-        self._away: StoreAway | None = None
-        self._away_since = utc_now()
-        self._closing = threading.Event()
-        self._woken = threading.Event()  # something came, or this closes
-        self._close_trouble = LogThrottle(
-            "closing snapshot", then="what it follows from is kept on this machine"
-        )
-        self._trouble = LogThrottle(
-            "MongoDB", then="what is fetched is kept on this machine until it is back"
-        )
-        self._file_trouble = LogThrottle(
-            "what waits for MongoDB", then="what it takes does not need the file"
-        )
-
-    def start(self, settle: Callable[[Sequence[Document]], None]) -> None:
-        """Begin to move what waits; `settle` is called, on the drainer's thread, with trades that arrived."""
-        self._settle = settle
-        facts = self.spool.facts()
-        self._on_change(facts)
-        if facts.trades:
-            log.info(
-                "%d trades wait on this machine for MongoDB, the oldest since %s", facts.trades, facts.oldest
-            )
-        if not self.spool.is_empty():
-            self._wake_drainer()
-
-    def write(self, documents: Sequence[Document]) -> WriteReport:
-        """Store documents, or keep them: behind those that wait, and whatever fails but for their own fault."""
-        if not self._is_caught_up():
-            return self._keep(documents)
-        try:
-            report = self.mongo.write(documents)
-        except StoreAway as error:
-            self._note_away(error)
-            return self._keep(documents)
-        self._note_back()
-        if report.refused:
-            self._put_aside(documents, report.refused, self.mongo.realtime_name)
-        return report
-
-    def postpone(self, documents: Sequence[Document]) -> None:
-        """Keep trades that MongoDB has but whose closes could not be made: the drainer makes them."""
-        self.spool.keep_unsettled(documents)
-        self._wake_drainer()
-
-    def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
-        """Return the newest trade of each code in MongoDB in a span of time."""
-        return self.mongo.newest(codes, since, until)
-
-    def write_closes(self, closes: Sequence[Close]) -> Mapping[str, str]:
-        """Let candidates take their place in MongoDB; what it refuses for good is put aside."""
-        refused = self.mongo.write_closes(closes)
-        if refused:
-            documents = [close.document | {"_id": close.key} for close in closes]
-            self._put_aside(documents, refused, self.mongo.close_name)
-        return refused
-
-    def check(self) -> str:
-        """Try MongoDB and say what waits for it."""
-        waiting = self.spool.facts().trades
-        return self.mongo.check() + (f", {waiting} trades wait here for it" if waiting else "")
-
-    def close(self) -> None:
-        """Let go of everything; what waits stays."""
-        self._closing.set()
-        self._woken.set()
-        self.mongo.close()
-        self.spool.close()
-
-    def _put_aside(self, documents: Sequence[Document], refused: Mapping[str, str], collection: str) -> None:
-        """Keep what MongoDB refused; the others of its batch are stored, whatever the local file says."""
-        try:
-            self.spool.reject(documents, refused, collection)
-            self._on_change(self.spool.facts())
-        except StoreError as error:
-            log.error("%s cannot be put aside: %s", ", ".join(list(refused)[:CODES_NAMED]), error)
-
-    def _is_caught_up(self) -> bool:
-        """Whether no trades wait, if need be after a while. MongoDB is not waited for while it is away."""
-        try:
-            behind = self.spool.has_trades()
-        except StoreError as error:
-            self._file_trouble.again(str(error))
-            return True
-        self._file_trouble.over()
-        if not behind:
-            return True
-        with self._changed:
-            self._behind = True
-            self._wake_drainer()
-            self._changed.wait_for(lambda: self._away or not self._behind, CATCH_UP_S)
-            return not self._behind
-
-    def _keep(self, documents: Sequence[Document]) -> WriteReport:
-        try:
-            report = self.spool.write(documents)
-        except StoreError as error:
-            self._tell()
-            raise StoreError(f"{self._because(0)}, and {error}") from error
-        waiting = self._tell()
-        self._wake_drainer()
-        kept = len(documents) - len(report.refused)
-        return WriteReport(
-            refused=report.refused, kept=kept, kept_because=self._because(max(0, waiting - kept))
-        )
-
-    def _tell(self) -> int:
-        """Tell what waits, and return how many trades that is; 0 where the file does not say."""
-        try:
-            facts = self.spool.facts()
-        except StoreError as error:
-            self._file_trouble.again(str(error))
-            return 0
-        self._on_change(facts)
-        return facts.trades
-
-    def _because(self, before: int) -> str:
-        """Return why trades are kept; `before` of them wait longer."""
-        with self._changed:
-            away, since = self._away, self._away_since
-        if away is None:
-            return f"{before} others wait for MongoDB before them"
-        form = "%H:%M" if utc_now() - since < timedelta(days=1) else "%Y-%m-%d %H:%M"
-        clock = f"{since.astimezone():{form}}"
-        if away.unreachable:
-            return f"MongoDB unreachable since {clock}"
-        return f"MongoDB takes no writes since {clock} ({away.words})"
-
-    def _note_away(self, error: StoreAway) -> None:
-        with self._changed:
-            if self._away is None:
-                self._away_since = utc_now()
-            self._away = error
-            self._changed.notify_all()
-        self._trouble.again(str(error))
-
-    def _note_back(self) -> None:
-        with self._changed:
-            self._away = None
-        self._trouble.over()
-
-    def _wake_drainer(self) -> None:
-        self._woken.set()
-        with self._changed:
-            if self._drainer is None and not self._closing.is_set():
-                drainer = threading.Thread(target=self._empty, name="stockrt-drainer", daemon=True)
-                try:
-                    drainer.start()
-                except RuntimeError as error:  # no more threads, at the moment
-                    self._file_trouble.again(f"nothing moves it: {error}")
-                    return
-                self._drainer = drainer
-
-    def _empty(self) -> None:
-        """Move everything that waits, however long MongoDB is away; the thread ends when nothing does."""
-        drain = Drain(self.spool, self.mongo, lambda documents: self._settle(documents), self._note_away)
-        delays, delays_of_closes = self._delays(), self._delays()
-        started = time.monotonic()
-        while not self._closing.is_set():
-            self._woken.clear()
-            try:
-                if drain.step():
-                    self._note_back()
-                    self._on_change(self.spool.facts())
-                    delays = self._delays()
-                    continue
-                self._caught_up()
-            except Exception as error:  # nobody else looks at this thread
-                self._note_fault(error)
-                self._closing.wait(next(delays))
-                continue
-            try:
-                if drain.step_closes():
-                    self._close_trouble.over()
-                    delays_of_closes = self._delays()
-                elif self._ends(drain, started):
-                    return
-            except Exception as error:
-                self._note_close_fault(error)
-                self._woken.wait(next(delays_of_closes))  # new trades are moved at once
-
-    def _delays(self) -> Iterator[float]:
-        return backoff(DRAIN_FIRST_S, DRAIN_CAP_S, self._rng)
-
-    def _caught_up(self) -> None:
-        """Note that no trades wait."""
-        with self._changed:
-            self._behind = self.spool.has_trades()
-            self._changed.notify_all()
-
-    def _note_close_fault(self, error: Exception) -> None:
-        """Note why closes could not be made. They are tried again, whatever it was."""
-        if self._closing.is_set():
-            return
-        if not isinstance(error, StoreError) and not self._close_trouble.there:
-            log.exception("a fault of stockrt itself")
-        self._close_trouble.again(str(error) or type(error).__name__)
-
-    def _note_fault(self, error: Exception) -> None:
-        """Note why what waits could not be moved. It is tried again, whatever it was."""
-        if self._closing.is_set():
-            return
-        if isinstance(error, StoreAway):
-            self._note_away(error)
-            return
-        if not isinstance(error, StoreError) and not self._trouble.there:
-            log.exception("a fault of stockrt itself")
-        self._trouble.again(f"what waits cannot be moved to it: {type(error).__name__}: {error}")
-
-    def _ends(self, drain: Drain, started: float) -> bool:
-        """End the thread unless something came meanwhile."""
-        with self._changed:
-            if not self.spool.is_empty():
-                return False
-            self._drainer = None
-            self._behind = False
-            self._changed.notify_all()
-        self._note_back()
-        self._tell()
-        try:
-            self.spool.shrink()
-        except StoreError as error:
-            log.warning("what %s has grown by is not given back this time: %s", self.spool.path, error)
-        if drain.moved or drain.rejected:
-            log.info("%d kept trades moved to MongoDB in %.1f s, %d refused by it",
-                     drain.moved, time.monotonic() - started, drain.rejected)  # fmt: skip
-        return True
-
-
-def open_store(
-    settings: Settings,
-    on_spool: Callable[[QueueStats], None] = lambda facts: None,
-    on_busy: Callable[[], None] = _nothing,
-) -> SqliteStore | SpooledStore:
-    """Open the store that the settings ask for: MongoDB, or the embedded one where none is set."""
-    if not settings.mongodb_uri:
-        return SqliteStore(settings.state_directory, on_busy)
-    spool = Spool(settings.state_directory, settings.spool_max_bytes, on_busy)
-    return SpooledStore(MongoStore(settings), spool, on_spool)
-
-
-def spool_is_empty(settings: Settings, on_busy: Callable[[], None] = _nothing) -> bool:
-    """Return whether nothing waits on this machine for MongoDB. Raises StoreError."""
-    if not (settings.state_directory / SQLITE_NAME).exists():
-        return True
-    spool = Spool(settings.state_directory, settings.spool_max_bytes, on_busy)
-    try:
-        return spool.is_empty()
-    finally:
-        spool.close()
-
-
 # ======================================================================================================
 # Closing prices
 # ======================================================================================================
 
+# A calendar that could not be had is asked for again after this time.
+CALENDAR_AGAIN_S = 600.0
 # Closes that a process remembers to have written or looked up; more are only written once more.
 CLOSES_REMEMBERED = 20_000
+# How far a calendar that is asked for reaches to both sides.
+CALENDAR_DAYS = 31
+
+
+class HalfDays(NamedTuple):
+    """A market's half days between two dates (ISO 8601, the first later than the last: none are known)."""
+
+    asked_on: str
+    first: str
+    last: str
+    days: frozenset[str]
+
+
+NO_HALF_DAYS = HalfDays("", "9", "0", frozenset())
+
+
+class CalendarFile:
+    """Trading calendars in the local file, one for each market."""
+
+    def __init__(self, file: LocalFile) -> None:
+        self._file = file
+
+    def read(self, market: str) -> HalfDays | None:
+        """Return the half days of a market as they were asked for last, None if never. Raises StoreError."""
+        query = "SELECT asked_on, first, last, half_days FROM calendar WHERE market = ?"
+        row = self._file.read_one(query, market)
+        if row is None:
+            return None
+        asked_on, first, last, days = row
+        try:
+            return HalfDays(asked_on, first, last, frozenset(json.loads(days)))
+        except (TypeError, ValueError):  # the disk has changed it: it is asked for again
+            return None
+
+    def write(self, market: str, kept: HalfDays) -> None:
+        """Keep a market's half days in place of those before. Raises StoreError."""
+        row = (market, kept.asked_on, kept.first, kept.last, json.dumps(sorted(kept.days)))
+        with self._file.write() as db:
+            db.execute("INSERT OR REPLACE INTO calendar VALUES (?, ?, ?, ?, ?)", row)
+
+
+class CalendarSource(Protocol):
+    """Who can be asked for a market's half days: the API."""
+
+    def half_days(self, market: str, first: date, last: date, stop: threading.Event) -> list[str] | None:
+        """Return the half days of a market as ISO dates, None when they cannot be had now, or `stop` was set."""
 
 
 class Calendar:
-    """Half days of the markets, from the API's trading calendar: asked at most once a day and market; thread-safe.
+    """Half days of the markets, from the API's trading calendar; any thread may ask.
 
-    `ask(market, first day, last day)` returns the half days as ISO dates, None when they cannot be had.
+    A market is asked for at most once a day by each process, and not again where an answer is on disk.
     """
 
-    def __init__(
-        self,
-        facts: LocalFacts,
-        ask: Callable[[str, date, date], Sequence[str] | None],
-        wall: Callable[[], float] = time.time,
-    ) -> None:
-        self._facts = facts
-        self._ask = ask
-        self._wall = wall
+    def __init__(self, file: CalendarFile, source: CalendarSource, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._file = file
+        self._source = source
+        self._clock = clock
         self._kept: dict[str, HalfDays] = {}
         self._lock = threading.Lock()
 
-    def is_half_day(self, market: str, day: str) -> bool | None:
+    def is_half_day(self, market: str, day: str, stop: threading.Event) -> bool | None:
         """Return whether an ISO date is a half day of the market, None when that cannot be known now.
 
         Raises StoreError when the local file fails.
         """
         with self._lock:
-            kept = self._kept.get(market) or self._facts.calendar(market) or NO_HALF_DAYS
-            if not kept.first <= day <= kept.last and kept.asked_on != utc_day(self._wall()):
-                kept = self._fetch(market, day, kept)
-                self._facts.keep_calendar(market, kept)
+            kept = self._kept.get(market) or self._file.read(market) or NO_HALF_DAYS
+            if not kept.first <= day <= kept.last and kept.asked_on != utc_day(self._clock.wall()):
+                kept = self._ask(market, day, kept, stop)
             self._kept[market] = kept
         return day in kept.days if kept.first <= day <= kept.last else None
 
-    def _fetch(self, market: str, day: str, before: HalfDays) -> HalfDays:
-        """Return the half days around a date; where they cannot be had, those before, as asked today."""
-        middle, today = date.fromisoformat(day), utc_day(self._wall())
+    def _ask(self, market: str, day: str, before: HalfDays, stop: threading.Event) -> HalfDays:
+        """Return the half days around a date; where they cannot be had, those before, as asked today.
+
+        Only what was answered is kept on disk. Who is stopped meanwhile has not asked.
+        """
+        middle, today = date.fromisoformat(day), utc_day(self._clock.wall())
         first, last = middle - timedelta(days=CALENDAR_DAYS), middle + timedelta(days=CALENDAR_DAYS)
-        days = self._ask(market, first, last)
-        if days is None:
-            log.warning("the trading calendar of %s cannot be had: half days are not known today", market)
-            return before._replace(asked_on=today)
-        return HalfDays(today, first.isoformat(), last.isoformat(), frozenset(days))
+        days = self._source.half_days(market, first, last, stop)
+        if days is not None:
+            kept = HalfDays(today, first.isoformat(), last.isoformat(), frozenset(days))
+            self._file.write(market, kept)
+            return kept
+        if stop.is_set():
+            return before
+        log.warning("the trading calendar of %s cannot be had: half days are not known today", market)
+        return before._replace(asked_on=today)
+
+
+class RefusedClose(NamedTuple):
+    """A close that the store refused for good, and in which words."""
+
+    close: Close
+    why: str
 
 
 class ClosingPrices:
@@ -4713,20 +4321,13 @@ class ClosingPrices:
     `after_hours`. Of a market that goes on through its close the latest trade is hardly ever one of a
     session that is over: there the session before is looked up in `realtime` too, once a date.
 
-    `postpone` takes trades whose closes cannot be made because the store is away; without it StoreAway is raised.
+    Any thread may call it: what it remembers only saves work, the store decides which close is the better one.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        calendar: Calendar | None,
-        wall: Callable[[], float] = time.time,
-        postpone: Callable[[Sequence[Document]], None] | None = None,
-    ) -> None:
+    def __init__(self, store: CloseStore, calendar: Calendar | None, clock: Clock = SYSTEM_CLOCK) -> None:
         self._store = store
         self._calendar = calendar
-        self._wall = wall
-        self._postpone = postpone
+        self._clock = clock
         # What is done with, so that a trade polled again costs next to nothing: the trade of a code; the
         # date of a code, and the time from which on its trades after hours change nothing; the date whose
         # session before was looked up.
@@ -4734,17 +4335,12 @@ class ClosingPrices:
         self._after_hours: dict[str, tuple[str, int]] = {}
         self._looked_back: dict[str, str] = {}
 
-    def settle(self, documents: Sequence[Document]) -> None:
-        """Write the closes that follow from these stored trades. Raises StoreError."""
-        try:
-            self._settle(documents)
-        except StoreAway:
-            if self._postpone is None:
-                raise
-            self._postpone(documents)
+    def settle(self, documents: Sequence[Document], stop: threading.Event) -> list[RefusedClose]:
+        """Write the closes that follow from these stored trades, and return those that the store refused.
 
-    def _settle(self, documents: Sequence[Document]) -> None:
-        now = int(self._wall() * 1000)
+        `stop` ends the wait for a trading calendar. Raises StoreError.
+        """
+        now = int(self._clock.wall() * 1000)
         # of each market the session of its last trade: mostly the next one's too
         sessions: dict[str, Session] = {}
         over: list[tuple[Document, Session]] = []
@@ -4754,7 +4350,7 @@ class ClosingPrices:
             market = market_name(code)
             session = sessions.get(market)
             if session is None or not session.start <= t < session.end:
-                session = sessions[market] = self._session(market, t, now)
+                session = sessions[market] = self._session(market, t, now, stop)
             if now >= session.close and self._settled.get(code) != document["_id"]:
                 over.append((document, session))
             if market in PRODUCT_MARKETS and self._looked_back.get(code) != session.date:
@@ -4762,18 +4358,21 @@ class ClosingPrices:
         closes = self._closes(over)
         for (market, session), codes in begun.items():
             closes += self._closes_before(market, session, codes)
+        refused: Mapping[str, str] = {}
         if closes:
-            self._store.write_closes(closes)
+            refused = self._store.write_closes(closes)
         self._remember(over, closes, begun)
+        return [RefusedClose(close, refused[close.key]) for close in closes if close.key in refused]
 
-    def _session(self, name: str, t: int, now: int) -> Session:
+    def _session(self, name: str, t: int, now: int, stop: threading.Event) -> Session:
         """Return the session of a trade, on half days the short one."""
         market = MARKETS.get(name) or PRODUCT_MARKETS.get(name)
         session = session_of(market, t) if market else NO_SESSION
         if market is None or not market.calendar or now < session.early_close:
             return session
-        known = self._calendar.is_half_day(market.calendar, session.date) if self._calendar else None
-        return session.on(half_day=known)
+        if self._calendar is None:
+            return session.on(half_day=None)
+        return session.on(half_day=self._calendar.is_half_day(market.calendar, session.date, stop))
 
     def _closes(self, over: Sequence[tuple[Document, Session]]) -> list[Close]:
         """Return the closes that trades of sessions make that are over."""
@@ -4839,6 +4438,584 @@ def regular_close(document: Document, session: Session) -> Close:
 
 
 # ======================================================================================================
+# Delivery: what waits on this machine for MongoDB
+# ======================================================================================================
+
+# Documents that go to MongoDB at once when it is back.
+DELIVERY_BATCH = 1000
+# A MongoDB that is back is met soon: asking it is cheap, and the results say "failure" meanwhile.
+DELIVERY_FIRST_S, DELIVERY_CAP_S = 1.0, 10.0
+# While the queue is emptied a write waits so long for its turn before it queues up itself.
+CATCH_UP_S = 5.0
+# A document alone that fails so often, while MongoDB takes another one each time, is rejected by it for good.
+POISON_TRIES = 3
+# What the file keeps free on the disk for everybody else.
+DISK_KEPT_FREE = 0.05
+# An emptied file of more unused bytes than this is shrunk.
+SHRINK_ABOVE = 16 * 1024 * 1024
+# Of a document beside its `_id`, which is in the file three times: the table's row and two indexes.
+ROW_BYTES = 250
+# A document changes at most so many pages of the file, each of which is in the log then.
+PAGES_PER_ROW = 4
+QUEUED_FIELDS = ("_id", *TRADE_FIELDS, "stock_code", "create_time")
+
+
+class QueuedBatch(NamedTuple):
+    """The oldest trades of the queue, up to number `last`."""
+
+    last: int
+    documents: list[Document]
+
+
+class DeliveryQueue:
+    """Trades that wait in the local file for MongoDB: bounded, and read in order of arrival. Any thread may call it.
+
+    Raises StoreError when the file fails.
+    """
+
+    def __init__(self, file: LocalFile, max_bytes: int) -> None:
+        self._file = file
+        self._max_bytes = max_bytes
+        self.trades = 0  # as far as this process knows: to count millions takes a while
+        self.refused = 0  # trades that found no room
+        self.count()
+
+    def write(self, documents: Sequence[Document]) -> WriteReport:
+        """Queue documents in one transaction. Raises QueueFull when there is no room."""
+        with self._file.lock:
+            try:
+                with self.room_for(documents) as db:
+                    report = insert_trades(db, documents)
+            except QueueFull:
+                self.refused += len(documents)
+                raise
+            self.trades += report.stored
+        return report
+
+    @contextlib.contextmanager
+    def room_for(self, documents: Collection[Document]) -> Iterator[sqlite3.Connection]:
+        """Begin a transaction that has room for these documents. Raises QueueFull when there is none."""
+        with self._file.lock:
+            try:
+                self._find_room(documents)
+            except QueueFull:
+                self._file.empty_log()  # what the log took is free again
+            with self._file.write() as db:
+                self._find_room(documents)
+                yield db
+
+    def _find_room(self, documents: Collection[Document]) -> None:
+        """Raise QueueFull if the file or the disk could come to its limit with these documents."""
+        pages, unused = self._pages()
+        rows = [3 * len(document["_id"]) + ROW_BYTES for document in documents]
+        more = sum(rows) // SQLITE_PAGE + 1
+        logged = (min(pages, PAGES_PER_ROW * len(rows)) + more) * (SQLITE_PAGE + WAL_FRAME_HEAD)
+        grown = max(0, more - unused) * SQLITE_PAGE
+        if pages * SQLITE_PAGE + self._file.bytes_beside() + grown + logged > self._max_bytes:
+            limit = f"its limit of {self._max_bytes >> 20} MB"
+            raise QueueFull(f"{self._file.path} has come to {limit}; see SPOOL_MAX_MB")
+        with disk_trouble(f"the disk of {self._file.path} cannot be looked at"):
+            disk = os.statvfs(self._file.path.parent)
+        free = disk.f_bavail * disk.f_frsize - grown - logged
+        if free < disk.f_blocks * disk.f_frsize * DISK_KEPT_FREE:
+            kept = f"less than {DISK_KEPT_FREE:.0%} free"
+            raise QueueFull(f"the disk of {self._file.path} would have {kept}; see STATE_DIRECTORY")
+
+    def has_trades(self) -> bool:
+        """Return whether trades wait for MongoDB."""
+        with self._file.lock:
+            found = bool(self._file.read_one("SELECT EXISTS (SELECT 1 FROM realtime WHERE demo IS NULL)")[0])
+            if not found:
+                self.trades = 0
+        return found
+
+    def count(self) -> int:
+        """Count what waits, and return it: other processes may have changed it."""
+        with self._file.lock:
+            (self.trades,) = self._file.read_one(
+                "SELECT (SELECT count(*) FROM realtime) - (SELECT count(*) FROM realtime WHERE demo IS NOT NULL)"
+            )
+        return self.trades
+
+    def oldest(self, count: int) -> QueuedBatch:
+        """Return up to `count` trades in order of arrival."""
+        names = ", ".join(QUEUED_FIELDS)
+        query = f"SELECT seq, {names} FROM realtime WHERE demo IS NULL ORDER BY seq LIMIT ?"  # noqa: S608
+        rows = self._file.read_all(query, count)
+        numbers = [row[0] for row in rows]
+        try:  # SQLite does not look
+            if numbers != sorted(set(numbers)):
+                raise ValueError("its rows are out of order")
+            documents = [_queued_document(row[1:]) for row in rows]
+        except (TypeError, ValueError) as error:
+            raise self._file.damaged(one_line(error)) from error
+        return QueuedBatch(max(numbers, default=0), documents)
+
+    @contextlib.contextmanager
+    def taking_out(self, batch: QueuedBatch) -> Iterator[None]:
+        """Take a batch out, in one transaction with what the block does."""
+        with self._file.lock:
+            with self._file.write() as db:
+                yield
+                taken = db.execute(
+                    "DELETE FROM realtime WHERE seq <= ? AND demo IS NULL", (batch.last,)
+                ).rowcount
+            self.trades = max(0, self.trades - taken)
+
+    def retry(self, collection: str) -> None:
+        """Queue the trades again that MongoDB rejected."""
+        names = QUEUED_FIELDS[1:]
+        fields = ", ".join(f"json_extract(document, '$.{name}')" for name in names)
+        insert = (
+            f"INSERT INTO realtime (_id, {', '.join(names)}) SELECT _id, {fields} FROM rejects "  # noqa: S608
+            "WHERE collection = ? ORDER BY seq ON CONFLICT (_id) DO NOTHING"
+        )
+        with self._file.write() as db:
+            db.execute(insert, (collection,))
+            db.execute("DELETE FROM rejects WHERE collection = ?", (collection,))
+        self.count()
+
+    def stats(self) -> QueueStats:
+        """Return what waits, without the rejects."""
+        if not self.trades:
+            return QueueStats(refused=self.refused)
+        oldest = "SELECT create_time FROM realtime WHERE demo IS NULL ORDER BY seq LIMIT 1"
+        (since,) = self._file.read_one(oldest) or (None,)
+        pages, unused = self._pages()
+        return QueueStats(self.trades, (pages - unused) * SQLITE_PAGE, since, refused=self.refused)
+
+    def shrink(self) -> None:
+        """Give the disk back what a long absence of MongoDB took, if that is much."""
+        try:
+            _, unused = self._pages()
+            if unused * SQLITE_PAGE + self._file.bytes_beside() > SHRINK_ABOVE:
+                self._file.shrink()
+        except StoreError as error:
+            log.warning("what %s has grown by is not given back this time: %s", self._file.path, error)
+
+    def _pages(self) -> tuple[int, int]:
+        """Return how many pages the file has, and how many of them are unused."""
+        (pages,) = self._file.read_one("PRAGMA page_count")
+        (unused,) = self._file.read_one("PRAGMA freelist_count")
+        return pages, unused
+
+
+def _queued_document(row: Sequence[Any]) -> Document:
+    """Return the document of a row. Raises ValueError or TypeError when the disk has changed it."""
+    document: Document = dict(zip(QUEUED_FIELDS, row, strict=True))
+    trade = Trade(*row[1:-2])
+    if document["_id"] != identity(trade) or document["stock_code"] != trade.s:
+        raise ValueError("its fields do not make its _id")
+    return document | {"create_time": datetime.fromisoformat(document["create_time"])}
+
+
+class Reject(TypedDict):
+    """A document that MongoDB rejected for good, with its words and the time (ISO 8601 UTC)."""
+
+    collection: str
+    _id: str
+    reason: str
+    rejected_at: str
+    document: Mapping[str, object]
+
+
+class Rejects:
+    """What MongoDB rejected for good, in the local file. Any thread may call it."""
+
+    def __init__(self, file: LocalFile) -> None:
+        self._file = file
+
+    def add(self, documents: Iterable[Document], reasons: Mapping[str, str], collection: str) -> None:
+        """Put those of the documents aside that have a reason (`_id` -> why). Raises StoreError."""
+        insert = (
+            "INSERT OR REPLACE INTO rejects (collection, _id, document, reason, rejected_at) "
+            "VALUES (?, ?, ?, ?, ?)"
+        )
+        with self._file.write() as db:
+            for document in documents:
+                name = document["_id"]
+                if name in reasons:
+                    told = json.dumps(document, default=_json_value)
+                    db.execute(insert, (collection, name, told, reasons[name], iso(utc_now())))
+
+    def all(self) -> list[Reject]:
+        """Return them, oldest first. Raises StoreError."""
+        query = "SELECT collection, _id, reason, rejected_at, document FROM rejects ORDER BY seq"
+        return [
+            Reject(collection=collection, _id=name, reason=why, rejected_at=at, document=json.loads(document))
+            for collection, name, why, at, document in self._file.read_all(query)
+        ]
+
+    def count(self) -> int:
+        """Return how many there are. Raises StoreError."""
+        return int(self._file.read_one("SELECT count(*) FROM rejects")[0])
+
+
+def _json_value(value: object) -> str:
+    if isinstance(value, datetime):
+        return iso(value)
+    return str(value)
+
+
+class UnsettledTrades:
+    """Trades that MongoDB has, whose closes are still to be made; in the local file. Any thread may call it."""
+
+    def __init__(self, file: LocalFile) -> None:
+        self._file = file
+
+    def add(self, documents: Sequence[Document]) -> None:
+        """Keep trades until their closes are made. Raises StoreError."""
+        names = QUEUED_FIELDS[:-1]
+        rows = [(*(d[name] for name in names), iso(d["create_time"])) for d in documents]
+        with self._file.write() as db:
+            db.executemany("INSERT OR IGNORE INTO unsettled VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def some(self, count: int) -> list[Document]:
+        """Return up to `count` of them; damaged ones are said and forgotten. Raises StoreError."""
+        query = f"SELECT {', '.join(QUEUED_FIELDS)} FROM unsettled LIMIT ?"  # noqa: S608
+        documents = []
+        for row in self._file.read_all(query, count):
+            try:
+                documents.append(_queued_document(row))
+            except (TypeError, ValueError) as error:
+                log.error("no close is made of %s, damaged on this machine: %s", row[0], one_line(error))
+                self.remove(row[:1])
+        return documents
+
+    def remove(self, ids: Sequence[object]) -> None:
+        """Forget trades whose closes are made. Raises StoreError."""
+        with self._file.write() as db:
+            db.executemany("DELETE FROM unsettled WHERE _id = ?", [(one,) for one in ids])
+
+    def count(self) -> int:
+        """Return how many there are. Raises StoreError."""
+        return int(self._file.read_one("SELECT count(*) FROM unsettled")[0])
+
+
+class Delivery:
+    """MongoDB, and the queue on this machine for when it is away; a thread of its own delivers what waits.
+
+    The thread begins when something waits. Any thread may call the methods, but for `deliver`: that is the
+    thread's own, or that of a process in which nothing else waits. `events` is told what waits, by any of them.
+    """
+
+    def __init__(
+        self,
+        mongo: MongoStore,
+        queue: DeliveryQueue,
+        rejects: Rejects,
+        unsettled: UnsettledTrades,
+        closes: ClosingPrices,
+        events: Events = NO_EVENTS,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.mongo = mongo
+        self.queue = queue
+        self.rejects = rejects
+        self.unsettled = unsettled
+        self.moved = self.rejected = 0  # what was delivered
+        self._closes = closes
+        self._events = events
+        self._rng = rng or random.Random()
+        self._size = DELIVERY_BATCH
+        self._failed_alone = 0
+        self._changed = threading.Condition()  # what waits, or the next one:
+        self._away: tuple[StoreAway, datetime] | None = None  # why MongoDB takes nothing, and since when
+        self._thread = threading.Thread(target=self._run, name="stockrt-delivery", daemon=True)
+        self._closing = threading.Event()
+        self._woken = threading.Event()  # something came, or this closes
+        here = "kept on this machine"
+        self._trouble = LogThrottle("MongoDB", then=f"what is fetched is {here} until it is back")
+        self._close_trouble = LogThrottle("closing snapshot", then=f"what it follows from is {here}")
+        self._file_trouble = LogThrottle(
+            "what waits for MongoDB", then="what it takes does not need the file"
+        )
+
+    def start(self) -> None:
+        """Begin to deliver what waits since an earlier process. Raises StoreError."""
+        stats = self.stats()
+        self._events.queue_changed(stats)
+        if stats.trades:
+            words = "%d trades wait on this machine for MongoDB, the oldest since %s"
+            log.info(words, stats.trades, stats.oldest)
+        if not self.is_empty():
+            self._wake()
+
+    def write(self, documents: Sequence[Document]) -> WriteReport:
+        """Store documents, or queue them: behind those that wait, and whatever fails but for their own fault."""
+        if not self._is_caught_up():
+            return self._queue_up(documents)
+        try:
+            report = self.mongo.write(documents)
+        except StoreAway as error:
+            self._note_away(error)
+            self._trouble.again(str(error))
+            return self._queue_up(documents)
+        self._note_back()
+        if report.refused:
+            self._put_aside(documents, report.refused, self.mongo.realtime_name)
+        return report
+
+    def settle(self, documents: Sequence[Document], stop: threading.Event) -> None:
+        """Write the closes that follow from stored trades; where MongoDB does not take them, they are made later.
+
+        Raises StoreError.
+        """
+        try:
+            self._settle(documents, stop)
+        except StoreAway:
+            with self.queue.room_for(documents):
+                self.unsettled.add(documents)
+            self._wake()
+
+    def deliver(self, stop: threading.Event, events: Events = NO_EVENTS) -> None:
+        """Move everything that waits to MongoDB, in order of arrival, then make the closes; until `stop` is set.
+
+        A batch that fails while MongoDB takes something else is halved, until the document is alone that it
+        cannot stand. `events` is told of progress. Raises StoreAway when MongoDB takes nothing, ClosesLate when
+        only closes cannot be made, StoreError when the local file fails.
+        """
+        total = self.moved + self.rejected + self.queue.trades
+        while not stop.is_set():
+            if self._deliver_trades(stop):
+                events.progress(self.moved + self.rejected, total)
+            elif not self._deliver_closes(stop):
+                return
+
+    def stats(self) -> QueueStats:
+        """Return what waits. Raises StoreError."""
+        return self.queue.stats()._replace(rejects=self.rejects.count())
+
+    def is_empty(self) -> bool:
+        """Return whether nothing at all waits, neither trades nor what is to be a close. Raises StoreError."""
+        return not (self.queue.has_trades() or self.unsettled.count())
+
+    def check(self) -> str:
+        """Try MongoDB and say what waits for it. Raises StoreError."""
+        line = self.mongo.check()
+        waiting = self.queue.stats().trades
+        if waiting:
+            line += f", {waiting} trades wait here for it"
+        return line
+
+    def close(self) -> None:
+        """Tell the thread to end; what waits stays."""
+        self._closing.set()
+        self._woken.set()
+
+    # what a run's thread does
+
+    def _is_caught_up(self) -> bool:
+        """Whether no trades wait, if need be after a while. MongoDB is not waited for while it is away."""
+        try:
+            if self.queue.has_trades():
+                self._wake()
+                with self._changed:
+                    self._changed.wait_for(lambda: self._away or not self.queue.has_trades(), CATCH_UP_S)
+                return self._away is None and not self.queue.has_trades()
+        except StoreError as error:
+            self._file_trouble.again(str(error))
+        else:
+            self._file_trouble.over()
+        return True
+
+    def _queue_up(self, documents: Sequence[Document]) -> WriteReport:
+        before = self.queue.trades
+        try:
+            report = self.queue.write(documents)
+        except StoreError as error:
+            raise StoreError(f"{self._because(0)}, and {error}") from error
+        finally:
+            self._tell()
+        self._wake()
+        return WriteReport(
+            refused=report.refused,
+            queued=len(documents) - len(report.refused),
+            queued_because=self._because(before),
+        )
+
+    def _because(self, before: int) -> str:
+        """Return why trades are queued; `before` of them wait longer."""
+        away = self._away
+        if away is None:
+            return f"{before} others wait for MongoDB before them"
+        error, since = away
+        form = "%H:%M"
+        if utc_now() - since >= timedelta(days=1):
+            form = "%Y-%m-%d %H:%M"
+        clock = f"{since.astimezone():{form}}"
+        if error.unreachable:
+            return f"MongoDB unreachable since {clock}"
+        return f"MongoDB takes no writes since {clock} ({error.words})"
+
+    def _put_aside(self, documents: Sequence[Document], reasons: Mapping[str, str], collection: str) -> None:
+        """Keep what MongoDB rejected; the others of its batch are stored, whatever the local file says."""
+        try:
+            with self.queue.room_for([document for document in documents if document["_id"] in reasons]):
+                self.rejects.add(documents, reasons, collection)
+        except StoreError as error:
+            log.error("%s cannot be put aside: %s", first_few(reasons), error)
+        else:
+            self._tell()
+
+    # what is delivered
+
+    def _deliver_trades(self, stop: threading.Event) -> bool:
+        """Move the oldest batch; return False when no trades wait."""
+        batch, rejected = self._deliver_oldest(stop)
+        if not batch.documents:
+            return False
+        arrived = [document for document in batch.documents if document["_id"] not in rejected]
+        with self.queue.taking_out(batch):
+            self.rejects.add(batch.documents, rejected, self.mongo.realtime_name)
+            self.unsettled.add(arrived)
+        self._size = min(DELIVERY_BATCH, self._size * 2)
+        self._failed_alone = 0
+        self.moved += len(arrived)
+        self.rejected += len(rejected)
+        for name, why in islice(rejected.items(), NAMES_SHOWN):
+            log.error("%s is put aside, see --rejects: %s", name, why)
+        self._note_back()
+        self._tell()
+        return True
+
+    def _deliver_oldest(self, stop: threading.Event) -> tuple[QueuedBatch, dict[str, str]]:
+        """Return the oldest batch, which MongoDB has by then, and what it rejected of it (`_id` -> why)."""
+        while True:
+            batch = self.queue.oldest(self._size)
+            try:
+                return batch, dict(self.mongo.write(batch.documents).refused)
+            except StoreAway as error:
+                self._note_away(error)
+                if not self._takes_another(stop):
+                    raise
+                if len(batch.documents) > 1:
+                    self._size = len(batch.documents) // 2
+                    continue
+                self._failed_alone += 1
+                if self._failed_alone >= POISON_TRIES:
+                    return batch, self._rejected_alone(batch.documents[0], error)
+                if stop.wait(DELIVERY_FIRST_S):
+                    raise
+
+    def _takes_another(self, stop: threading.Event) -> bool:
+        """Whether MongoDB takes something else, at once or after a moment: a document may have brought it down."""
+        return self.mongo.takes_another() or (not stop.wait(DELIVERY_FIRST_S) and self.mongo.takes_another())
+
+    def _rejected_alone(self, document: Document, error: StoreAway) -> dict[str, str]:
+        """Return why MongoDB rejects a document that it cannot stand, {} if it has it. Raises StoreAway."""
+        if self.mongo.has(document["_id"]):
+            return {}
+        return {document["_id"]: str(error)}
+
+    def _deliver_closes(self, stop: threading.Event) -> bool:
+        """Make the closes that follow from a batch of trades; return False when there is none. Raises ClosesLate."""
+        try:
+            trades = self.unsettled.some(DELIVERY_BATCH)
+            if trades:
+                self._settle(trades, stop)
+                self.unsettled.remove([trade["_id"] for trade in trades])
+        except Exception as error:  # whatever it was: the trades are there
+            raise ClosesLate(str(error) or type(error).__name__) from error
+        self._close_trouble.over()
+        return bool(trades)
+
+    def _settle(self, documents: Sequence[Document], stop: threading.Event) -> None:
+        """Write the closes that follow from trades; what MongoDB rejects of them is put aside."""
+        refused = self._closes.settle(documents, stop)
+        if refused:
+            closes = [one.close.document | {"_id": one.close.key} for one in refused]
+            self._put_aside(closes, {one.close.key: one.why for one in refused}, self.mongo.close_name)
+
+    # the thread, and what both sides know of MongoDB
+
+    def _wake(self) -> None:
+        self._woken.set()
+        with self._changed:
+            if self._thread.ident is None and not self._closing.is_set():
+                try:
+                    self._thread.start()
+                except RuntimeError as error:  # no more threads, at the moment
+                    self._file_trouble.again(f"nothing moves it: {error}")
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            self._woken.wait()
+            self._deliver_all()
+
+    def _deliver_all(self) -> None:
+        """Deliver everything that waits, however long MongoDB is away, and say how much that was."""
+        self.moved = self.rejected = 0
+        started = time.monotonic()
+        delays, done = self._fresh_delays(), 0
+        while not self._closing.is_set():
+            self._woken.clear()
+            try:
+                self.deliver(self._closing)
+                self._say_delivered(started)
+                return
+            except Exception as error:  # nobody else looks at this thread
+                self._say_fault(error)
+                if self.moved + self.rejected > done:
+                    delays, done = self._fresh_delays(), self.moved + self.rejected
+                wait = self._closing.wait
+                if isinstance(error, ClosesLate):
+                    wait = self._woken.wait  # new trades are moved at once
+                wait(next(delays))
+
+    def _say_delivered(self, started: float) -> None:
+        if self._closing.is_set():
+            return
+        self._note_back()
+        self._tell()
+        self.queue.shrink()
+        if self.moved or self.rejected:
+            took = time.monotonic() - started
+            words = "%d kept trades moved to MongoDB in %.1f s, %d refused by it"
+            log.info(words, self.moved, took, self.rejected)
+
+    def _fresh_delays(self) -> Iterator[float]:
+        return backoff(DELIVERY_FIRST_S, DELIVERY_CAP_S, self._rng)
+
+    def _tell(self) -> None:
+        """Tell what waits."""
+        try:
+            self._events.queue_changed(self.stats())
+        except StoreError as error:
+            self._file_trouble.again(str(error))
+
+    def _note_away(self, error: StoreAway) -> None:
+        with self._changed:
+            _, since = self._away or (error, utc_now())
+            self._away = error, since
+            self._changed.notify_all()
+
+    def _note_back(self) -> None:
+        with self._changed:
+            self._away = None
+            self._changed.notify_all()
+        self._trouble.over()
+
+    def _say_fault(self, error: Exception) -> None:
+        """Say why what waits is not delivered. It is tried again, whatever it was."""
+        if self._closing.is_set():
+            return
+        trouble, words, cause = self._trouble, str(error), error
+        if isinstance(error, ClosesLate):
+            trouble, cause = self._close_trouble, cast(Exception, error.__cause__)
+        elif not isinstance(error, StoreAway):
+            words = f"what waits cannot be moved to it: {type(error).__name__}: {error}"
+        if not isinstance(cause, StoreError) and not trouble.there:
+            log.error("a fault of stockrt itself", exc_info=cause)
+        trouble.again(words)
+
+
+def _close_documents(closes: Iterable[Close]) -> list[Document]:
+    """Return the trades of closes, each under the `_id` that its close has."""
+    return [close.document | {"_id": close.key} for close in closes]
+
+
+# ======================================================================================================
 # Run: codes in, report out
 # ======================================================================================================
 
@@ -4846,6 +5023,13 @@ def regular_close(document: Document, session: Session) -> Close:
 WRITE_BATCH = 1000
 # What was fetched is on its way to the store after this time at the latest.
 WRITE_AFTER_S = 0.5
+
+
+class Settler(Protocol):
+    """What makes the closes that follow from stored trades."""
+
+    def settle(self, documents: Sequence[Document], stop: threading.Event) -> object:
+        """Write them. Raises StoreError."""
 
 
 class Collector:
@@ -4858,199 +5042,303 @@ class Collector:
         self,
         source: Source,
         store: Store,
+        closing: Settler | None = None,
+        events: Events = NO_EVENTS,
         *,
         demo: bool = False,
-        closer: ClosingPrices | None = None,
-        on_stored: Callable[[Sequence[Document]], None] = lambda documents: None,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
-        on_beat: Callable[[int], None] = lambda waiting: None,
-        clock: Callable[[], float] = time.monotonic,
+        report: Report | None = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._source = source
         self._store = store
+        self._closing = closing
+        self._events = events
         self._demo = demo
-        self._closer = closer
-        self._on_stored = on_stored
-        self._on_progress = on_progress
-        self._on_beat = on_beat  # several times a second while it works; the documents that wait to be stored
         self._clock = clock
-        self._waiting: list[Document] = []
-        self._waiting_since = 0.0
+        self._unwritten: list[Document] = []
+        self._unwritten_since = 0.0
         self._asked_again: BatchPlan | None = None
         self._done = 0
-        self.report = Report()
+        self._stop = threading.Event()
+        self.report = report or Report()
 
     def run(self, codes: Iterable[object], stop: threading.Event) -> Report:
         """Collect the latest trades of `codes` and return the report.
 
         `stop` ends the run early: what was fetched is stored, the rest is not asked.
         """
-        started = self._clock()
+        started = self._clock.monotonic()
+        self._stop = stop
         plan = plan_batches(codes)
         self.report.total = plan.total
-        self.report.failures.update(plan.failures)
-        self._done = len(plan.failures)
-        self._drain(plan.batches, stop, asked_again=False)
+        for code, why in plan.invalid.items():
+            self._fail([code], why, FailureKind.INVALID_CODE)
+        self._collect(plan.batches, stop, asked_again=False)
         if self._asked_again is not None:
-            self._drain(self._asked_again.finish(), stop, asked_again=True)
+            self._collect(self._asked_again.finish(), stop, asked_again=True)
         self.report.interrupted = stop.is_set()
-        self.report.took_s = self._clock() - started
+        self.report.took_s = self._clock.monotonic() - started
         return self.report
 
-    def _drain(self, batches: Iterable[Batch], stop: threading.Event, asked_again: bool) -> None:
-        for outcome in self._source.fetch(self._while_sound(batches), stop, self._rest):
-            self._on_beat(len(self._waiting))
-            self._take(outcome, asked_again)
-            if self._waiting and self._write_is_due():
+    def _collect(self, batches: Iterable[Batch], stop: threading.Event, asked_again: bool) -> None:
+        for outcome in self._source.fetch(self._while_sound(batches), stop):
+            self._tell()
+            if outcome is not None:
+                self._take(outcome, asked_again)
+            if self._unwritten and (outcome is None or self._write_is_due()):
                 self._write()
-        if self._waiting:
+        if self._unwritten:
             self._write()
-        self._on_beat(0)
-
-    def _rest(self) -> None:
-        """Nothing comes at the moment: what waits is stored."""
-        self._on_beat(len(self._waiting))
-        if self._waiting:
-            self._write()
+        self._tell()
 
     def _while_sound(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Pass batches on until the store has failed: what cannot be stored is not fetched."""
         for batch in batches:
             if self.report.store_error:
-                self._fail(dict.fromkeys(batch.split(), f"not asked for: {self.report.store_error}"))
+                self._fail(batch.split(), f"not asked for: {self.report.store_error}")
             else:
                 yield batch
 
     def _take(self, outcome: Outcome, asked_again: bool) -> None:
-        if not self._waiting:
-            self._waiting_since = self._clock()
+        if not self._unwritten:
+            self._unwritten_since = self._clock.monotonic()
         created = utc_now()
-        self._waiting += [to_document(trade, created, self._demo) for trade in outcome.trades]
-        self._fail(outcome.failures)
+        self._unwritten += [to_document(trade, created, self._demo) for trade in outcome.trades]
+        self.report.failures.update(outcome.failures)
+        self._done += len(outcome.failures)
         if not outcome.unknown:
             return
         if asked_again or outcome.batch.product == FALLBACK_PRODUCT:
-            self._fail(dict.fromkeys(outcome.unknown, "unknown to the API"))
+            self._fail(outcome.unknown, "unknown to the API", FailureKind.UNKNOWN_CODE)
             return
         self._asked_again = self._asked_again or BatchPlan()
         for code in outcome.unknown:
             self._asked_again.add_instrument(Instrument(code, FALLBACK_PRODUCT))
 
-    def _fail(self, failures: Mapping[str, str]) -> None:
-        if "interrupted" not in failures.values():
-            self.report.failures.update(failures)
-            self._progress(len(failures))
+    def _fail(self, codes: Collection[str], words: str, kind: FailureKind = FailureKind.STORE) -> None:
+        self.report.failures.update(dict.fromkeys(codes, Failure(kind, words)))
+        self._done += len(codes)
 
-    def _progress(self, more: int) -> None:
-        self._done += more
-        self._on_progress(self._done, self.report.total)
+    def _tell(self) -> None:
+        self._events.progress(self._done, self.report.total, len(self._unwritten))
 
     def _write_is_due(self) -> bool:
-        return len(self._waiting) >= WRITE_BATCH or self._clock() - self._waiting_since >= WRITE_AFTER_S
+        waited = self._clock.monotonic() - self._unwritten_since
+        return len(self._unwritten) >= WRITE_BATCH or waited >= WRITE_AFTER_S
 
     def _write(self) -> None:
-        documents, self._waiting = self._waiting, []
+        documents, self._unwritten = self._unwritten, []
+        codes = [document["stock_code"] for document in documents]
         if self.report.store_error:  # not tried again in this run: each try may take its whole time limit
-            self._fail(
-                {d["stock_code"]: f"fetched, not stored: {self.report.store_error}" for d in documents}
-            )
+            self._fail(codes, f"fetched, not stored: {self.report.store_error}")
             return
         try:
             written = self._store.write(documents)
         except StoreError as error:
             self.report.store_error = str(error)
-            self._fail({d["stock_code"]: f"fetched, not stored: {error}" for d in documents})
+            self._fail(codes, f"fetched, not stored: {error}")
             return
-        self._progress(len(documents))
-        if refused := written.refused:
-            self.report.failures |= {
-                d["stock_code"]: refused[d["_id"]] for d in documents if d["_id"] in refused
-            }
-            documents = [d for d in documents if d["_id"] not in refused]
-        if written.kept:  # their closes are made when they arrive
-            self.report.kept += written.kept
-            self.report.kept_because = written.kept_because
+        self._done += len(documents)
+        for document in documents:
+            if document["_id"] in written.refused:
+                why = Failure(FailureKind.STORE, written.refused[document["_id"]])
+                self.report.failures[document["stock_code"]] = why
+        self._count(written, [d for d in documents if d["_id"] not in written.refused])
+
+    def _count(self, written: WriteReport, documents: Sequence[Document]) -> None:
+        """Count what a write did; the closes of what is queued are made when it arrives."""
+        if written.queued:
+            self.report.queued += written.queued
+            self.report.queued_because = written.queued_because
             return
         self.report.stored += written.stored
-        self.report.known += written.known
-        self._on_stored(documents)
+        self.report.duplicates += written.duplicates
+        self._events.stored(documents)
         self._settle(documents)
 
     def _settle(self, documents: Sequence[Document]) -> None:
-        """Keep the closing snapshot; that it fails is said, and costs no trade."""
+        """Keep the closing prices; that it fails is said, and costs no trade."""
+        if self._closing is None:
+            return
         try:
-            if self._closer is not None:
-                self._closer.settle(documents)
+            self._closing.settle(documents, self._stop)
         except StoreError as error:
             if not self.report.close_error:
                 log.error("the closing snapshot is not kept: %s", error)
             self.report.close_error = str(error)
 
 
-class Pipeline:
-    """Everything that runs need, opened together and kept between runs; `close` undoes it in reverse.
+def store_name(settings: Settings) -> str:
+    """Return what the store is called in messages."""
+    return "MongoDB" if settings.mongodb_uri else "local store"
 
-    Raises SettingsError without an API key (unless `demo`), StoreError when the local file cannot be used.
+
+def check_key(settings: Settings, key: ApiKey) -> Check:
+    """Ask the API for one trade with a key, and say what holds."""
+    name, headers = f"API key {key.shown}", {"apiKey": key.secret}
+    path = trade_path(Batch("stock", "AAPL.US"))
+    response = get_once(settings.api_base_url, path, API_LIMITS, settings.proxies, headers)
+    verdict = decide(response, datetime.now(UTC))
+    good = f"accepted by {settings.api_base_url}"
+    if verdict.action in (Action.ACCEPT, Action.CODES_UNKNOWN):
+        return Check(name, True, good)
+    # it may serve others: a plan of crypto alone is a good one
+    if verdict.action is Action.KEY_LACKS_PRODUCT:
+        return Check(name, True, f"{good}, but not for stocks: {verdict.failure.words}")
+    setting = verdict.setting or "INFOWAY_API_BASE_URL"
+    return Check(name, False, f"{verdict.failure.words}; see {setting}")
+
+
+class KeyUsage(TypedDict):
+    """What is known of an API key: requests used and left today (None: no limit), and the key's state."""
+
+    key: str
+    plan: str
+    used_today: int
+    left_today: int | None
+    state: str
+    why: str
+    until: str
+    not_for: list[str]
+
+
+class QueueFacts(TypedDict):
+    """What waits for MongoDB: QueueStats, and of how many trades the closes are still to be made."""
+
+    trades: int
+    bytes: int
+    oldest: str | None
+    rejects: int
+    refused: int
+    unsettled: int
+
+
+class Pipeline:
+    """Everything that a run needs, opened in one place, last opened first closed; the daemon keeps it between runs.
+
+    Raises StoreError when the local file cannot be used, SettingsError for a MongoDB string that pymongo refuses.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        demo: bool = False,
-        on_answer: Callable[[Response, Verdict, float], None] = lambda answer, verdict, seconds: None,
-        on_spool: Callable[[QueueStats], None] = lambda facts: None,
-        on_busy: Callable[[], None] = _nothing,
-    ) -> None:
-        if not (demo or settings.api_keys):
-            raise SettingsError([NO_KEY_HINT])
+    def __init__(self, settings: Settings, events: Events = NO_EVENTS, demo: bool = False) -> None:
+        self._settings = settings
+        self._events = events
         self._demo = demo
-        self.store = open_store(settings, on_spool, on_busy)
-        self.facts = LocalFacts(settings.state_directory)
-        self.keys = KeyPool(settings.key_plans(), make_ledger(settings, self.store, self.facts))
-        self.source: Source
-        self._closer: ClosingPrices | None = None
-        if demo:
-            self.source = DemoApi()
-        else:
-            api = InfowayApi(settings.api_base_url, self.keys, on_answer=on_answer)
-            self.source = api
-            calendar = Calendar(self.facts, api.half_days)
-            if isinstance(self.store, SpooledStore):
-                self._closer = ClosingPrices(self.store, calendar, postpone=self.store.postpone)
-                self.store.start(ClosingPrices(self.store, calendar).settle)
-            else:
-                self._closer = ClosingPrices(self.store, calendar)
+        self._delivery: Delivery | None = None
+        with contextlib.ExitStack() as opened:
+            file = opened.enter_context(open_store_file(settings.state_directory, self._events))
+            mongo: MongoStore | None = None
+            ledger: Ledger = LocalLedger(file)
+            if settings.mongodb_uri:
+                mongo = opened.enter_context(contextlib.closing(MongoStore(settings)))
+                ledger = SharedLedger(mongo.collection(settings.license_name), ledger)
+            self.keys = KeyPool(settings.key_plans(), ledger)
+            opened.callback(self.keys.close)
+            api = InfowayApi(settings.api_base_url, self.keys, settings.proxies, self._events)
+            opened.callback(api.close)
+            calendar = None
+            if settings.api_keys:
+                calendar = Calendar(CalendarFile(file), api)
+            self._open_store(file, mongo, calendar)
+            self._source: Source = api
+            if demo:
+                self._source = DemoApi()
+            self._opened = opened.pop_all()
 
-    def collector(
-        self,
-        on_stored: Callable[[Sequence[Document]], None] = lambda documents: None,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
-        on_beat: Callable[[int], None] = lambda waiting: None,
-    ) -> Collector:
-        """Return a collector for one run."""
-        return Collector(
-            self.source,
-            self.store,
-            demo=self._demo,
-            closer=self._closer,
-            on_stored=on_stored,
-            on_progress=on_progress,
-            on_beat=on_beat,
-        )
+    def _open_store(self, file: LocalFile, mongo: MongoStore | None, calendar: Calendar | None) -> None:
+        self.store: SqliteStore | Delivery
+        self._closing: ClosingPrices | Delivery
+        if mongo is None:
+            self.store = SqliteStore(file)
+            self._closing = ClosingPrices(self.store, calendar)
+        else:
+            closes = ClosingPrices(mongo, calendar)
+            limit = self._settings.spool_max_bytes
+            queue, rejects, unsettled = DeliveryQueue(file, limit), Rejects(file), UnsettledTrades(file)
+            self._delivery = Delivery(mongo, queue, rejects, unsettled, closes, self._events)
+            self.store = self._closing = self._delivery
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
-        """Close what is open, last opened first."""
-        self.source.close()
-        self.keys.close()
-        self.facts.close()
-        self.store.close()
+        """Close what is open."""
+        if self._delivery is not None:
+            self._delivery.close()
+        self._opened.close()
 
+    def run(self, codes: Iterable[object], stop: threading.Event, report: Report | None = None) -> Report:
+        """Collect the latest trades of codes; what becomes of it can be seen in `report` meanwhile.
 
-def make_ledger(settings: Settings, store: Store, facts: LocalFacts) -> Ledger:
-    """Return where the keys' requests are counted: in MongoDB with all instances, else on this machine."""
-    if not isinstance(store, SpooledStore):
-        return facts
-    return SharedLedger(store.mongo.client[settings.mongodb_db_name][settings.license_name], facts)
+        Raises SettingsError without an API key, StoreError when a local file is damaged.
+        """
+        if not (self._demo or self._settings.api_keys):
+            raise SettingsError([NO_KEY_HINT])
+        closing = None if self._demo else self._closing
+        collector = Collector(self._source, self.store, closing, self._events, demo=self._demo, report=report)
+        return collector.run(codes, stop)
+
+    def start_delivery(self) -> None:
+        """Begin to deliver what waits for MongoDB on this machine. Raises StoreError."""
+        if self._delivery is not None:
+            self._delivery.start()
+
+    def deliver(self, stop: threading.Event, retry: bool) -> None:
+        """Move what waits to MongoDB until nothing does or `stop` is set; `retry`: what it rejected before, too.
+
+        Raises StoreAway when MongoDB takes nothing, StoreError when closes cannot be made or the local file fails.
+        """
+        delivery = cast(Delivery, self._delivery)
+        if retry:
+            delivery.queue.retry(self._settings.realtime_name)
+        delivery.deliver(stop, self._events)
+
+    def delivered(self) -> tuple[int, int, int]:
+        """Return how many trades `deliver` moved, how many MongoDB rejected of them, and how many are left."""
+        delivery = cast(Delivery, self._delivery)
+        return delivery.moved, delivery.rejected, delivery.queue.count()
+
+    def rejects(self) -> list[Reject]:
+        """Return what MongoDB rejected for good, oldest first. Raises StoreError."""
+        return [] if self._delivery is None else self._delivery.rejects.all()
+
+    def queued(self, refused: int) -> QueueFacts | None:
+        """Return what waits for MongoDB, None where none is set; `refused`: what found no room. Raises StoreError."""
+        if self._delivery is None:
+            return None
+        stats = self._delivery.stats()._replace(refused=refused)
+        return cast(QueueFacts, stats._asdict() | {"unsettled": self._delivery.unsettled.count()})
+
+    def usage(self, told: Sequence[KeyState]) -> list[KeyUsage]:
+        """Return of each key its plan, what is used and left today, and the state that a running daemon told."""
+        states = {state["digest"]: state for state in told}
+        return [self._usage(key, states.get(key.digest)) for key in self.keys.keys]
+
+    def _usage(self, key: ApiKey, told: KeyState | None) -> KeyUsage:
+        now = time.time()
+        used = self.keys.ledger.used_today(key.digest, now)
+        usage: KeyUsage = {
+            "key": key.shown,
+            "plan": key.plan.name,
+            "used_today": used,
+            "left_today": None,
+            "state": "ready",
+            "why": "",
+            "until": "",
+            "not_for": [],
+        }
+        if told is not None:
+            usage["not_for"] = told["not_for"]
+            if told["state"] != "resting" or told["until"] > iso_after(now, 0):  # it was when it was told
+                usage |= {"state": told["state"], "why": told["why"], "until": told["until"]}
+        if key.plan.per_day:
+            usage["left_today"] = max(0, key.plan.per_day - used)
+        if usage["left_today"] == 0 and usage["state"] == "ready":
+            until = iso_after(next_midnight(now), 0)
+            usage |= {"state": "resting", "why": day_used_up(key.plan), "until": until}
+        return usage
 
 
 # ======================================================================================================
@@ -5066,7 +5354,9 @@ TEXT_KEEPALIVE_S = 45.0
 SILENT_HEARTBEATS = 2
 # The names under which a workflow may hold its codes: today's, the documentation's, the command line's.
 CODE_ARGUMENTS = ("code_list", "stock_list", "codes")
+# Failures that a result explains, and those of them that its message names.
 FAILURES_LISTED = 100
+FAILURES_NAMED = 3
 
 
 class Command(NamedTuple):
@@ -5119,9 +5409,9 @@ class PlatformProtocol:
     later than `next_tick`, and does what the events say, at once. Times are monotonic seconds.
     """
 
-    def __init__(self, heartbeat_s: float, now: float, stamp: Callable[[], str] | None = None) -> None:
+    def __init__(self, heartbeat_s: float, now: float, clock: Clock = SYSTEM_CLOCK) -> None:
         self._heartbeat_s = heartbeat_s
-        self._stamp = stamp or _local_time
+        self._clock = clock
         self._heard_at = now
         self._pinged_at = now
         self._text_sent_at = now
@@ -5195,10 +5485,9 @@ class PlatformProtocol:
     def _silent_at(self) -> float:
         return self._heard_at + SILENT_HEARTBEATS * self._heartbeat_s
 
-
-def _local_time() -> str:
-    """Return the time as the server writes it: local, ISO 8601, without a zone."""
-    return datetime.now(UTC).astimezone().replace(tzinfo=None).isoformat()
+    def _stamp(self) -> str:
+        """Return the time as the server writes it: local, ISO 8601, without a zone."""
+        return datetime.fromtimestamp(self._clock.wall(), UTC).astimezone().replace(tzinfo=None).isoformat()
 
 
 def _unwrap(text: str) -> dict[str, Any] | str:
@@ -5226,9 +5515,8 @@ def read_execute(message: Mapping[str, Any]) -> Command | Refused:
     """Return the command that an `execute` object holds, or why it cannot be understood."""
     meta = message.get("meta")
     known: Mapping[str, Any] = meta if isinstance(meta, dict) else {}
-    context = {
-        name: known.get(name, message.get(name)) for name in ("workflow_id", "workflow_name")
-    } | {name: message[name] for name in ("meta", "execution_id") if name in message}  # fmt: skip
+    context = {name: known.get(name, message.get(name)) for name in ("workflow_id", "workflow_name")}
+    context |= {name: message[name] for name in ("meta", "execution_id") if name in message}
     execution_id = known.get("execution_id", message.get("execution_id"))
     try:
         codes = read_args(message.get("args"))
@@ -5293,39 +5581,42 @@ def make_result(
     return json.dumps(answer | {"result": {"status": status, **result}})
 
 
-def report_result(
-    context: Mapping[str, Any], module_name: str, report: Report, redact: Callable[[str], str]
-) -> str:
+def report_result(context: Mapping[str, Any], report: Report, settings: Settings) -> str:
     """Return the result of a run: `success` when something is in the store, and nothing waits for it."""
-    reached = report.stored + report.known
-    good = reached > 0 and not report.store_error and not report.kept
-    failures = {code: redact(why) for code, why in list(report.failures.items())[:FAILURES_LISTED]}
+    good = report.reached > 0 and not report.store_error and not report.queued
+    listed = islice(report.failures.items(), FAILURES_LISTED)
+    failures = {code: settings.redact(failure.words) for code, failure in listed}
     result = {
         "total": report.total,
-        "success_count": reached,
-        "duplicate_count": report.known,
-        "kept_count": report.kept,
+        "success_count": report.reached,
+        "duplicate_count": report.duplicates,
+        "kept_count": report.queued,
         "failed_count": len(report.failures),
         "failed_stocks": list(report.failures),
         "failures": failures,
         "took_ms": round(report.took_s * 1000),
     }
-    return make_result(context, module_name, redact(_result_words(report, reached)), result, good)
+    return make_result(context, settings.module_name, settings.redact(_result_words(report)), result, good)
 
 
-def _result_words(report: Report, reached: int) -> str:
+def _result_words(report: Report) -> str:
+    words = f"{report.reached} of {report.total} codes stored"
     if report.store_error:
-        return f"{reached} of {report.total} codes stored, then the store failed: {report.store_error}"
-    words = f"{reached} of {report.total} codes stored"
-    if report.kept:
-        words = f"{words}; {report.kept_words()}" if reached or report.failures else report.kept_words()
+        return f"{words}, then the store failed: {report.store_error}"
+    if report.queued and not (report.reached or report.failures):
+        words = report.queued_words()
+    elif report.queued:
+        words += f"; {report.queued_words()}"
     if report.close_error:
         words += f", the closing snapshot is not kept: {report.close_error}"
     if not report.failures:
         return words
-    named = [f"{code} ({why})" for code, why in list(report.failures.items())[:3]]
+    named = [f"{code} ({failure.words})" for code, failure in islice(report.failures.items(), FAILURES_NAMED)]
+    words += f"; failed: {', '.join(named)}"
     more = len(report.failures) - len(named)
-    return f"{words}; failed: {', '.join(named)}{f' and {more} more' if more else ''}"
+    if more:
+        words += f" and {more} more"
+    return words
 
 
 def empty_result(context: Mapping[str, Any], module_name: str, reason: str) -> str:
@@ -5393,8 +5684,8 @@ def register(settings: Settings) -> str:
         "dataRequirement": "[]",
     }
     url = settings.platform_url()
-    answer = get_once(url, f"/module/register?{urlencode(query)}", PLATFORM_LIMITS)
-    envelope = _envelope(answer.body) or {}
+    answer = get_once(url, f"/module/register?{urlencode(query)}", PLATFORM_LIMITS, settings.proxies)
+    envelope = json_object(answer.body) or {}
     result = envelope.get("result")
     module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
     if envelope.get("code") == "2000" and _HASH.fullmatch(module_hash):
@@ -5417,8 +5708,21 @@ def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> str:
         return "it said success but gave no usable hash; ask the platform's operator"
     if answer.status >= 500:
         return f"HTTP {answer.status}, a fault inside the platform; see its log"
-    said = _words(envelope) or f"{len(answer.body)} bytes that are not the platform's JSON"
+    said = words_of(envelope) or f"{len(answer.body)} bytes that are not the platform's JSON"
     return f"HTTP {answer.status}: {said}; see SERVER_IP and SERVER_PORT"
+
+
+def check_platform(settings: Settings) -> Check:
+    """Ask the platform who is online, and say whether it answers as one."""
+    url = settings.platform_url()
+    response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
+    if response.fault:
+        words = f"{url} cannot be reached: {response.fault}; see SERVER_IP, SERVER_PORT and SERVER_TLS"
+        return Check("platform", False, words)
+    if (json_object(response.body) or {}).get("code") != "2000":
+        what = f"{url}/module/online answers HTTP {response.status} and is no dispatch platform"
+        return Check("platform", False, f"{what}; see SERVER_IP and SERVER_PORT")
+    return Check("platform", True, f"{url} answers")
 
 
 class Presence(Enum):
@@ -5431,8 +5735,8 @@ class Presence(Enum):
 
 def ask_presence(settings: Settings, module_hash: str) -> Presence:
     """Ask the platform which of the two meanings a refused handshake has."""
-    answer = get_once(settings.platform_url(), "/module/online", PLATFORM_LIMITS)
-    envelope = _envelope(answer.body) or {}
+    answer = get_once(settings.platform_url(), "/module/online", PLATFORM_LIMITS, settings.proxies)
+    envelope = json_object(answer.body) or {}
     modules = envelope.get("result")
     if envelope.get("code") != "2000" or not isinstance(modules, list):
         return Presence.UNCLEAR
@@ -5448,8 +5752,7 @@ def ask_presence(settings: Settings, module_hash: str) -> Presence:
 # With a first delay of up to 1 s and a growth of 1.3 a server that was away for 5 s is met after about 1 s.
 DIAL_FIRST_S, DIAL_CAP_S, DIAL_GROWTH = 1.0, 30.0, 1.3
 # Connecting, TLS and the WebSocket handshake together.
-DIAL_TIMEOUT_S = 10.0
-CONNECT_TIMEOUT_S = 5.0
+DIAL_LIMITS = Limits(connect_s=5.0, read_s=10.0, whole_s=10.0)
 # A peer that takes no byte for this long is dead; the kernel buffers far more than a result.
 SEND_TIMEOUT_S = 5.0
 # Frames that are handled before results are sent and signals looked at.
@@ -5459,8 +5762,8 @@ FRAMES_AT_ONCE = 100
 class Link:
     """An open WebSocket that never blocks in reading; `fileno` is for select. Raises LinkLost from every call."""
 
-    def __init__(self, settings: Settings, module_hash: str) -> None:
-        self._ws = _dial(settings, module_hash)
+    def __init__(self, settings: Settings, module_hash: str, limits: Limits = DIAL_LIMITS) -> None:
+        self._ws = _dial(settings, module_hash, limits)
         self._sock: socket.socket = self._ws.sock
         self._sock.settimeout(0)
         self.has_more = True  # whether frames may wait that no poll would tell of
@@ -5520,7 +5823,7 @@ class Link:
             self._ws.send(data, opcode)
             self._sock.settimeout(0)
         except (WebSocketException, OSError) as error:
-            raise LinkLost(f"sending failed: {_network_words(error)}") from error
+            raise LinkLost(f"sending failed: {network_words(error)}") from error
 
     def _next_frame(self) -> tuple[int, bytes] | None:
         """Return the next whole message, or control frame, None when no more has come."""
@@ -5546,7 +5849,7 @@ class Link:
             self._limit(ws.frame_buffer.length or 0)  # the length of a frame whose rest is still to come
             return None
         except (WebSocketException, OSError, ValueError) as error:
-            raise LinkLost(f"lost: {_network_words(error)}") from error
+            raise LinkLost(f"lost: {network_words(error)}") from error
 
     def _limit(self, size: int) -> None:
         if size > MAX_FRAME_BYTES:
@@ -5563,53 +5866,37 @@ def _close_words(data: bytes) -> str:
     )
 
 
-def _dial(settings: Settings, module_hash: str) -> Any:
+def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
     """Open the socket, TLS and the WebSocket, each and all within limits. Raises DialError."""
-    import socket
-
     from websocket import WebSocket, WebSocketBadStatusException, WebSocketException
 
-    opened: list[socket.socket] = []
+    url = settings.platform_url()
+    way: HttpConnection | StraightSocket = StraightSocket(url, limits)
+    if settings.proxies.for_url(url) is not None:
+        way = HttpConnection(url, limits, settings.proxies, tunnel=True)
     # a server that drips its handshake byte by byte never runs into the socket's own limit
-    cut = threading.Timer(DIAL_TIMEOUT_S, lambda: [*map(cut_socket, opened)])
+    cut = threading.Timer(limits.whole_s, way.abort, (True,))
     cut.daemon = True
     cut.start()
     try:
-        opened.append(
-            # bytes: a text would load the codec for host names in other scripts, which no setting holds
-            socket.create_connection(
-                (settings.server_host.encode(), settings.server_port),  # type: ignore[arg-type]
-                CONNECT_TIMEOUT_S,
-            )
-        )
-        opened[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if settings.server_tls:
-            opened.append(_start_tls(opened[0], settings.server_host))
+        fault = way.open()
+        if fault is not None:
+            raise DialError(f"cannot connect: {fault.fault}")
         ws: Any = WebSocket(skip_utf8_validation=True, enable_multithread=False)
-        url = f"{settings.platform_url().replace('http', 'ws', 1)}/websocket?hash={module_hash}"
-        opened[-1].settimeout(DIAL_TIMEOUT_S)
-        ws.connect(url, socket=opened[-1], redirect_limit=0)
-        return ws
+        way.sock.settimeout(limits.read_s)
+        address = f"{url.replace('http', 'ws', 1)}/websocket?hash={module_hash}"
+        ws.connect(address, socket=way.sock, redirect_limit=0)
     except WebSocketBadStatusException as error:
+        way.close()
         status = error.status_code
         raise DialError(f"the handshake was refused with HTTP {status}", status) from None
     except (WebSocketException, OSError, ValueError) as error:
-        for sock in opened:
-            sock.close()
-        raise DialError(f"cannot connect: {_network_words(error)}") from error
+        way.close()
+        raise DialError(f"cannot connect: {network_words(error)}") from error
     finally:
         cut.cancel()
-
-
-def _start_tls(sock: socket.socket, host: str) -> socket.socket:
-    import ssl
-
-    wrapped = ssl.create_default_context().wrap_socket(
-        sock, server_hostname=host, do_handshake_on_connect=False
-    )
-    wrapped.settimeout(DIAL_TIMEOUT_S)
-    wrapped.do_handshake()
-    return wrapped
+    way.let_go()
+    return ws
 
 
 # ======================================================================================================
@@ -5623,10 +5910,8 @@ def _start_tls(sock: socket.socket, host: str) -> socket.socket:
 
 JOURNAL_NAME = "executions.db"
 JOURNAL_VERSION = 1
-# Answers that are kept for an `execution_id` that comes again.
+# Commands whose answers are kept for an `execution_id` that comes again: the last ones.
 ANSWERS_KEPT = 1000
-# To find the oldest of those takes a millisecond: done once in so many receipts, and never before an answer.
-RECEIPTS_PER_SWEEP = 100
 # The platform has e-mailed the time-out of an execution long before; a later answer would only confuse.
 ANSWER_LIFETIME_S = 3600.0
 # After this the platform counts an execution as timed out: doing it then helps nobody.
@@ -5641,35 +5926,50 @@ class Accepted(NamedTuple):
     codes: list[object]
 
 
-class Journal:
-    """Accepted commands and their answers on disk; thread-safe. `clock` is epoch seconds."""
+class OpenCommand(NamedTuple):
+    """A command of the journal without an answer: its number, and for how many seconds it waits."""
 
-    def __init__(self, directory: Path, clock: Callable[[], float] = time.time) -> None:
+    number: int
+    age_s: float
+
+
+class Known(NamedTuple):
+    """An execution that was accepted before: its number, and its answer, None while there is none."""
+
+    number: int
+    answer: str | None
+
+
+class Waiting(TypedDict):
+    """How many commands wait to be executed, and how many results to be delivered."""
+
+    commands: int
+    results: int
+
+
+class Journal:
+    """Accepted commands and their answers on disk. Every method may be called by any thread, and waits for the disk."""
+
+    def __init__(self, directory: Path, clock: Clock = SYSTEM_CLOCK, events: Events = NO_EVENTS) -> None:
         self._clock = clock
         self.path = directory / JOURNAL_NAME
-        self._file = LocalFile(self.path, JOURNAL_VERSION, _JOURNAL_SCHEMA)
-        self._newest = (0, "")  # the last answer, which is sent next: mostly read without the file
-        self._ids = self._file.read(_journal_ids)  # at least all that are in the file
-        self._unswept = RECEIPTS_PER_SWEEP
+        self._file = LocalFile(self.path, JOURNAL_VERSION, _JOURNAL_SCHEMA, events)
 
     def accept(self, commands: Sequence[Command]) -> list[int]:
         """Keep commands, all or none, and return their numbers. Raises StoreError."""
+        now = self._clock.wall()
         rows = [
-            (_journal_id(c.execution_id), self._clock(), json.dumps(c.context), json.dumps(c.codes))
-            for c in commands
+            (_journal_id(c.execution_id), now, json.dumps(c.context), json.dumps(c.codes)) for c in commands
         ]
         insert = "INSERT INTO executions (execution_id, accepted_at, context, codes) VALUES (?, ?, ?, ?)"
-        self._ids.update(row[0] for row in rows)
-        return self._file.write(lambda db: [cast(int, db.execute(insert, row).lastrowid) for row in rows])
+        with self._file.write() as db:
+            return [cast(int, db.execute(insert, row).lastrowid) for row in rows]
 
-    def find(self, execution_id: str) -> tuple[int, bool] | None:
-        """Return (number, answered) of an execution that was accepted before, None for a new one."""
-        name = _journal_id(execution_id)
-        if name not in self._ids:
-            return None
-        query = "SELECT number, answer IS NOT NULL FROM executions WHERE execution_id = ?"
-        row = self._file.read_one(query, name)
-        return (row[0], bool(row[1])) if row else None
+    def find(self, execution_id: str) -> Known | None:
+        """Return what is known of an execution that was accepted before, None for a new one. Raises StoreError."""
+        query = "SELECT number, answer FROM executions WHERE execution_id = ?"
+        row = self._file.read_one(query, _journal_id(execution_id))
+        return None if row is None else Known(*row)
 
     def read(self, number: int) -> Accepted:
         """Return an accepted command. Raises StoreError, LostCommand where damage has changed or taken it."""
@@ -5682,28 +5982,14 @@ class Journal:
 
     def forget(self, number: int) -> None:
         """Forget a command that cannot be answered. Raises StoreError."""
-        self._file.write(lambda db: db.execute("DELETE FROM executions WHERE number = ?", (number,)))
+        with self._file.write() as db:
+            db.execute("DELETE FROM executions WHERE number = ?", (number,))
 
     def answer(self, number: int, text: str) -> None:
-        """Keep the answer of a command."""
+        """Keep the answer of a command. Raises StoreError."""
         update = "UPDATE executions SET answer = ?, answered_at = ?, codes = '[]' WHERE number = ?"
-        self._file.write(lambda db: db.execute(update, (text, self._clock(), number)))
-        self._newest = (number, text)
-
-    def refuse(self, context: Mapping[str, Any], text: str) -> int:
-        """Keep the answer of a command that was not accepted; its id may come again and is then looked at anew."""
-        now = self._clock()
-        insert = "INSERT INTO executions (accepted_at, context, codes, answer, answered_at) VALUES (?, ?, '[]', ?, ?)"
-        row = (now, json.dumps(context), text, now)
-        return self._file.write(lambda db: cast(int, db.execute(insert, row).lastrowid))
-
-    def answer_text(self, number: int) -> str | None:
-        """Return an answer, None where there is none (any more)."""
-        newest, text = self._newest
-        if number == newest:
-            return text
-        row = self._file.read_one("SELECT answer FROM executions WHERE number = ?", number)
-        return row[0] if row else None
+        with self._file.write() as db:
+            db.execute(update, (text, self._clock.wall(), number))
 
     def received(self, numbers: Sequence[int]) -> None:
         """The platform has these answers: they are not sent again, unless the execution is asked for again.
@@ -5711,67 +5997,43 @@ class Journal:
         With it the oldest answers are forgotten that nobody waits for.
         """
         rows = [(number,) for number in numbers]
-        self._unswept += len(rows)
-
-        def note(db: sqlite3.Connection) -> list[str | None]:
+        with self._file.write() as db:
             db.executemany("DELETE FROM executions WHERE number = ? AND execution_id IS NULL", rows)
             db.executemany("UPDATE executions SET received = 1 WHERE number = ?", rows)
-            return _forget_oldest(db) if self._unswept >= RECEIPTS_PER_SWEEP else []
+            forget = (
+                "DELETE FROM executions WHERE received AND number <= (SELECT max(number) FROM executions) - ?"
+            )
+            db.execute(forget, (ANSWERS_KEPT,))
 
-        self._ids.difference_update(self._file.write(note))
-        self._unswept %= RECEIPTS_PER_SWEEP
+    def unanswered(self) -> list[OpenCommand]:
+        """Return the commands without an answer, oldest first."""
+        query = "SELECT number, accepted_at FROM executions WHERE answer IS NULL ORDER BY number"
+        now = self._clock.wall()
+        return [OpenCommand(number, now - accepted_at) for number, accepted_at in self._file.read_all(query)]
 
-    def unanswered(self) -> list[tuple[int, float]]:
-        """Return number and age in seconds of the commands without an answer, oldest first."""
-        rows = self._all("SELECT number, accepted_at FROM executions WHERE answer IS NULL ORDER BY number")
-        return [(number, self._clock() - accepted_at) for number, accepted_at in rows]
-
-    def count_waiting(self) -> dict[str, int]:
+    def count_waiting(self) -> Waiting:
         """Return how many commands wait to be executed and how many results to be delivered."""
         commands, results = self._file.read_one(
             "SELECT count(CASE WHEN answer IS NULL THEN 1 END), count(CASE WHEN answered_at >= ? THEN 1 END) "
             "FROM executions WHERE answer IS NULL OR NOT received",
-            self._clock() - ANSWER_LIFETIME_S,
+            self._clock.wall() - ANSWER_LIFETIME_S,
         )
-        return {"commands": commands, "results": results}
+        return Waiting(commands=commands, results=results)
 
-    def unreceived(self) -> list[int]:
-        """Return the numbers of the answers that the platform has not confirmed, oldest first; drop stale ones."""
-        self._drop_stale()
-        rows = self._all(
-            "SELECT number FROM executions WHERE answer IS NOT NULL AND NOT received ORDER BY number"
-        )
-        return [number for (number,) in rows]
+    def unreceived(self) -> list[Known]:
+        """Return the answers that the platform has not confirmed, oldest first; drop stale ones."""
+        wanted = "answer IS NOT NULL AND NOT received"
+        with self._file.write() as db:
+            update = f"UPDATE executions SET received = 1 WHERE {wanted} AND answered_at < ?"  # noqa: S608
+            dropped = db.execute(update, (self._clock.wall() - ANSWER_LIFETIME_S,)).rowcount
+        if dropped:
+            log.warning("%d results could not be delivered within an hour and are dropped", dropped)
+        query = f"SELECT number, answer FROM executions WHERE {wanted} ORDER BY number"  # noqa: S608
+        return [Known(*row) for row in self._file.read_all(query)]
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def _drop_stale(self) -> None:
-        update = (
-            "UPDATE executions SET received = 1 WHERE answer IS NOT NULL AND NOT received AND answered_at < ?"
-        )
-        too_old = (self._clock() - ANSWER_LIFETIME_S,)
-        if dropped := self._file.write(lambda db: db.execute(update, too_old).rowcount):
-            log.warning("%d results could not be delivered within an hour and are dropped", dropped)
-
-    def _all(self, query: str, *values: object) -> list[Any]:
-        return self._file.read(lambda db: db.execute(query, values).fetchall())
-
-
-def _journal_ids(db: sqlite3.Connection) -> set[str | None]:
-    return {row[0] for row in db.execute("SELECT execution_id FROM executions")}
-
-
-def _forget_oldest(db: sqlite3.Connection) -> list[str | None]:
-    """Delete the answers that nobody waits for but the last ANSWERS_KEPT, and return the ids they were for."""
-    oldest = (
-        "FROM executions WHERE received AND number <= (SELECT number FROM executions "
-        "WHERE received AND execution_id IS NOT NULL ORDER BY number DESC LIMIT 1 OFFSET ?)"
-    )
-    gone = [row[0] for row in db.execute(f"SELECT execution_id {oldest}", (ANSWERS_KEPT,))]
-    db.execute(f"DELETE {oldest}", (ANSWERS_KEPT,))
-    return gone
 
 
 def _journal_id(execution_id: str) -> str | None:
@@ -5779,8 +6041,7 @@ def _journal_id(execution_id: str) -> str | None:
     return execution_id.encode("utf-8", "backslashreplace").decode() or None
 
 
-_JOURNAL_SCHEMA = f"""
-BEGIN IMMEDIATE;
+_JOURNAL_SCHEMA = """
 CREATE TABLE IF NOT EXISTS executions (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     execution_id TEXT UNIQUE,               -- NULL: the platform gave none
@@ -5792,28 +6053,31 @@ CREATE TABLE IF NOT EXISTS executions (
     received INTEGER NOT NULL DEFAULT 0     -- 1: the platform confirmed the answer
 );
 CREATE INDEX IF NOT EXISTS executions_open ON executions (number) WHERE answer IS NULL OR NOT received;
-PRAGMA user_version = {JOURNAL_VERSION};
-COMMIT;
 """
 
 
 # ======================================================================================================
-# Daemon: one thread for the socket, one for the work
+# Daemon: one thread for the socket, one for the work, one for the disk
 # ======================================================================================================
 #
 # Promises:
-#   1. The socket's thread never fetches and never stores: a ping is answered at once, whatever is executed.
+#   1. The socket's thread never fetches, never stores and waits for no disk: a ping is answered at once,
+#      whatever is executed and however slow the disk is.
 #   2. Every command is answered: executed, or refused with a reason; see the journal's promises.
-#   3. It dials for ever, with a delay before every dial, on the same two threads.
+#   3. It dials for ever, with a delay before every dial, on the same three threads. No local file ends that
+#      but a damaged one, which the next start mends.
 
 STATUS_NAME = "status.json"
-# The number of an answer that the journal could not take.
-NOT_IN_JOURNAL = 0
 # A full disk is looked at again after so long: waiting for room costs nothing, an answer that waits does.
 JOURNAL_FIRST_S, JOURNAL_CAP_S = 0.5, 5.0
 # --status holds the lock for the blink of an eye to see whether somebody else does.
 LOCK_TRIES, LOCK_RETRY_S = 5, 0.05
+# Commands that wait behind the running one.
 MAX_QUEUED = 1000
+# Failures that are nobody's but the way to the trades: said as a trouble, whatever the codes.
+TROUBLES = frozenset({FailureKind.NETWORK, FailureKind.API, FailureKind.KEY, FailureKind.OTHER})
+# Codes that may wait in memory for a disk that hangs: about 100 MB.
+MAX_CODES_UNWRITTEN = 10 * MAX_CODES_PER_COMMAND
 # Answers that are sent before frames are read again: a ping must not wait behind a long backlog.
 ANSWERS_AT_ONCE = 20
 # SIGTERM, SIGINT: the running execution has this long; what does not end stays in the journal.
@@ -5822,336 +6086,298 @@ STOP_GRACE_S = 20.0
 RECEIPT_GRACE_S = 3.0
 # For closing what is open, above both.
 STOP_MARGIN_S = 4.0
-# An answer goes out before its execution is logged: both want the interpreter, and somebody waits for the answer.
-ANSWER_FIRST_S = 0.002
 
 
-class PendingCommand:
-    """A command for the executor, which may begin with it before the journal has it, but not answer it."""
+class LastExecution(TypedDict):
+    """What --status shows of the last execution."""
 
-    def __init__(self, context: Mapping[str, Any], codes: Iterable[object]) -> None:
-        self.context = context
-        self.codes = codes
-        self._number: int | None = None
-        self._decided = threading.Event()
-
-    def accepted(self, number: int | None) -> PendingCommand:
-        """Note the number that the journal has it under; None: the journal could not take it."""
-        self._number = number
-        self._decided.set()
-        return self
-
-    def number(self) -> int | None:
-        """Wait until it is in the journal and return its number there."""
-        self._decided.wait()
-        return self._number
+    status: str
+    message: str
+    workflow_name: object
+    at: str
 
 
-class Executor(threading.Thread):
-    """Executes accepted commands one at a time and puts their answers into the journal."""
+class DaemonStatus(TypedDict, total=False):
+    """What the daemon tells --status, in a file; times are ISO 8601 UTC."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        journal: Journal,
-        on_answer: Callable[[int | None], None],
-        observer: Events,
-    ) -> None:
-        super().__init__(name="stockrt-executor", daemon=True)
-        self._settings = settings
-        self._journal = journal
-        self._on_answer = on_answer
-        self._observer = observer
-        self._added = self._ended = 0  # each counted by one thread
-        self._store_trouble = LogThrottle(
-            "store" if settings.mongodb_uri else "local store", then="the next execution tries again"
-        )
-        self._api_trouble = LogThrottle("Infoway", then="the next execution tries again")
-        self._journal_trouble = LogThrottle("journal")
-        self._rng = random.Random()
-        self._queue: queue.SimpleQueue[int | PendingCommand | None] = queue.SimpleQueue()
-        self.key_states: list[dict[str, Any]] = []  # as of the end of the last execution
-        self.spool = QueueStats()
-        self._workshop: Pipeline | None = None
-        self._unlogged: tuple[Mapping[str, Any], Report] | None = None  # what is still to be logged
-        self._leaving = threading.Event()
-        self._dropped_because = ""  # what the commands are answered that are not executed any more
-        self.stop = threading.Event()  # cuts the running execution short
-        self.done = threading.Event()  # set before the last `on_answer`: `is_alive` may lag behind it
-
-    def add(self, command: int | PendingCommand) -> None:
-        """Execute a command, after those before it: by its number in the journal, where the codes wait too."""
-        self._added += 1
-        self._queue.put(command)
-
-    def waiting(self) -> int:
-        """Return how many commands wait to be executed."""
-        return self._queue.qsize()
-
-    def unanswered(self) -> int:
-        """Return how many commands were accepted and are not answered, the running one included."""
-        return self._added - self._ended
-
-    def leave(self, dropped_because: str = "") -> None:
-        """Begin no further execution and end after the running one.
-
-        Commands that wait stay in the journal for the next start, or are answered with `dropped_because`.
-        """
-        self._dropped_because = dropped_because
-        self._leaving.set()
-        self._queue.put(None)
-
-    def run(self) -> None:
-        """Work until told to leave."""
-        self._move_what_waits()
-        while (command := self._next()) is not None:
-            self._observer.beat()
-            number = self._answer(command)
-            self._ended += 1
-            if number is not None:
-                self._on_answer(number)
-        if self._workshop is not None:
-            self._workshop.close()
-        self.done.set()
-        self._on_answer(None)
-
-    def _next(self) -> int | PendingCommand | None:
-        """Wait for the next command. What the last one did is logged first, but not in the way of its answer."""
-        if self._unlogged is None:
-            return self._queue.get()
-        unlogged, self._unlogged = self._unlogged, None
-        try:
-            command = self._queue.get(timeout=ANSWER_FIRST_S)
-        except queue.Empty:
-            self._log(*unlogged)
-            return self._queue.get()
-        self._log(*unlogged)
-        return command
-
-    def _answer(self, command: int | PendingCommand) -> int | None:
-        """Execute a command and return its number once its answer is in the journal, None where there is none."""
-        number: int | None = None
-        try:
-            task = self._read(command) if isinstance(command, int) else command
-            answer = ""
-            if not self._leaving.is_set():
-                answer = self._execute(task)
-            elif self._dropped_because:
-                answer = self._unexecuted(task.context, self._dropped_because)
-            number = task.number()
-            return number if answer and number is not None and self._keep_answer(number, answer) else None
-        except StoreError as error:  # the journal cannot be read
-            log.error("execution %s is not answered: %s", command, error)
-            if isinstance(error, LostCommand) and isinstance(command, int):
-                self._forget(command)
-            return None
-
-    def _forget(self, number: int) -> None:
-        """Have a command that is lost not tried again at the next start."""
-        try:
-            self._journal.forget(number)
-        except StoreError as error:
-            log.error("execution %s stays in the journal: %s", number, error)
-
-    def _read(self, number: int) -> PendingCommand:
-        accepted = self._journal.read(number)
-        return PendingCommand(accepted.context, accepted.codes).accepted(number)
-
-    def _move_what_waits(self) -> None:
-        """Have moved to MongoDB what waits for it since the last start, without waiting for an execution."""
-        try:
-            if self._settings.mongodb_uri and not spool_is_empty(self._settings, self._observer.beat):
-                self._open_workshop()
-        except StockrtError as error:
-            log.error("what waits on this machine cannot be moved to MongoDB: %s", error)
-
-    def _keep_answer(self, number: int, answer: str) -> bool:
-        """Put an answer into the journal. On a full disk that is tried until there is room, or this ends."""
-        for delay in backoff(JOURNAL_FIRST_S, JOURNAL_CAP_S, self._rng, growth=1.5):
-            try:
-                self._journal.answer(number, answer)
-            except StoreError as error:
-                self._journal_trouble.again(f"the answer of execution {number} cannot be kept: {error}")
-                self._observer.beat()
-                if self._leaving.wait(delay):
-                    return False  # it is executed again at the next start
-            else:
-                self._journal_trouble.over()
-                return True
-        raise AssertionError("the delays never end")
-
-    def _execute(self, command: PendingCommand) -> str:
-        """Return the answer of a command, '' when it was cut short and stays in the journal."""
-        name = _execution_name(command.context)
-        try:
-            report = self._collect(command.codes)
-        except StockrtError as error:
-            return self._unexecuted(command.context, str(error))
-        except Exception as error:
-            log.exception("execution %s failed", name)
-            return self._unexecuted(
-                command.context, f"a fault of stockrt itself: {type(error).__name__}; see its log"
-            )
-        module_name, reason = self._settings.module_name, self._dropped_because
-        self._observer.executed(report)
-        self._unlogged = (command.context, report)
-        if report.interrupted:
-            return empty_result(command.context, module_name, reason) if reason else ""
-        return report_result(command.context, module_name, report, self._settings.redact)
-
-    def _log(self, context: Mapping[str, Any], report: Report) -> None:
-        """Say what an execution did, and what troubles begin or end with it."""
-        level = logging.INFO if report.complete else logging.WARNING
-        log.log(level, execution_line(context, report))
-        reached = report.stored + report.known
-        if report.store_error:
-            self._store_trouble.again(report.store_error)
-        elif reached:
-            self._store_trouble.over()
-        kinds = (FailureKind.NETWORK, FailureKind.API, FailureKind.KEY)
-        away = [why for code, why in report.failures.items() if failure_kind(code, why) in kinds]
-        if away:
-            self._api_trouble.again(away[0])
-        elif reached:
-            self._api_trouble.over()
-
-    def _unexecuted(self, context: Mapping[str, Any], reason: str) -> str:
-        log.warning("%s; not executed: %s", execution_line(context, Report()), reason)
-        self._observer.executed(None)
-        return empty_result(context, self._settings.module_name, self._settings.redact(reason))
-
-    def _collect(self, codes: Iterable[object]) -> Report:
-        workshop = self._open_workshop()
-        report = workshop.collector(on_beat=self._observer.beat).run(codes, self.stop)
-        self.key_states = workshop.keys.describe()
-        return report
-
-    def _open_workshop(self) -> Pipeline:
-        if self._workshop is None:
-            self._workshop = Pipeline(
-                self._settings,
-                on_answer=self._observer.asked,
-                on_spool=self._on_spool,
-                on_busy=self._observer.beat,
-            )
-        return self._workshop
-
-    def _on_spool(self, facts: QueueStats) -> None:
-        begins_or_ends = bool(facts.trades) != bool(self.spool.trades)
-        self.spool = facts
-        self._observer.spooled(facts)
-        if begins_or_ends:
-            self._on_answer(None)  # the status line changes
+    version: str
+    pid: int
+    platform: str
+    connected_since: str
+    last_contact: str
+    stopped: str
+    last_execution: LastExecution
+    keys: list[KeyState]
+    spool_refused: int
 
 
-def _execution_name(context: Mapping[str, Any]) -> str:
-    meta = context.get("meta")
-    found = meta.get("execution_id") if isinstance(meta, dict) else context.get("execution_id")
-    workflow = context.get("workflow_name") or context.get("workflow_id")
-    return one_line(f"{found or 'without id'}{f' of {workflow}' if workflow else ''}", 120)
+class Answered(NamedTuple):
+    """To the socket's thread: an answer that is in the journal is to be sent; it ends so many `commands`.
 
-
-def execution_line(context: Mapping[str, Any], report: Report) -> str:
-    """Return the log's one line of an execution: id, workflow, total, stored, duplicates, failed, ms.
-
-    Failures are given by kind: their reasons stand in the answer, and a trouble that goes on is said apart.
-    """
-    kinds: dict[str, list[str]] = {}
-    for code, why in report.failures.items():
-        kinds.setdefault(failure_kind(code, why).value, []).append(code)
-    words = [
-        f"{len(codes)} {kind}: {', '.join(codes[:CODES_NAMED])}{' …' if len(codes) > CODES_NAMED else ''}"
-        for kind, codes in kinds.items()
-    ]
-    named = f" ({'; '.join(words)})" if words else ""
-    return one_line(
-        f"execution {_execution_name(context)}: total {report.total}, stored {report.stored}, "
-        f"duplicates {report.known}{f', kept {report.kept}' if report.kept else ''}, "
-        f"failed {len(report.failures)}{named}, "
-        f"{report.took_s * 1000:.0f} ms{', interrupted' if report.interrupted else ''}",
-        600,
-    )
-
-
-class Daemon:
-    """The platform's module: keeps the connection, takes commands, sends answers. `run` is called once.
-
-    `request_stop` may be called from a signal handler. `pause` waits some seconds between two dials and is
-    handed in by tests.
+    `again`: its execution was asked for once more.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        pause: Callable[[float], None] | None = None,
-        rng: random.Random | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        observer: Events | None = None,
-    ) -> None:
+    number: int
+    text: str
+    commands: int = 0
+    again: bool = False
+    news: DaemonStatus | None = None  # what --status shows of the execution
+
+
+class Declined(NamedTuple):
+    """To the socket's thread: a command that the journal did not take, and why."""
+
+    context: Mapping[str, Any]
+    reason: str
+
+
+class Ended(NamedTuple):
+    """To the socket's thread: of so many commands nothing more is to come now; below 0: so many are taken up again."""
+
+    commands: int = 1
+
+
+class Broken(NamedTuple):
+    """To the socket's thread: a thread of ours met what only a new start can mend."""
+
+    error: StockrtError
+
+
+def broken_by(error: Exception) -> Broken:
+    """Return what a thread says whose work ended with an error; what is no error of ours is logged whole."""
+    if isinstance(error, StockrtError):
+        return Broken(error)
+    log.exception("a fault of stockrt itself", exc_info=error)
+    return Broken(StockrtError(f"a fault of stockrt itself: {type(error).__name__}; see the log"))
+
+
+class StopAsked(NamedTuple):
+    """To the socket's thread: a signal asks the process to leave."""
+
+
+class ExecutorLeft(NamedTuple):
+    """To the socket's thread: no execution runs, and none will."""
+
+
+Message: TypeAlias = Answered | Declined | Ended | Broken | StopAsked | ExecutorLeft
+
+
+class Inbox:
+    """What other threads and signal handlers tell the socket's thread, which sleeps in `poll` until they do."""
+
+    def __init__(self) -> None:
         import socket
 
-        self._settings = settings
-        self._observer = observer or Events()
-        self._module_hash = ""
-        self._clock = clock
-        self._rng = rng or random.Random()
-        self._pause = pause or self._wait_awake
-        self._trouble = LogThrottle(f"platform {settings.server_host}:{settings.server_port}")
+        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._waker.setblocking(False)
-        self._journal = Journal(settings.state_directory)
-        self._lock = lock_state_directory(settings.state_directory)
-        self._executor = Executor(settings, self._journal, self._on_answer, self._observer)
-        self._answered: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._to_send: deque[int] = deque()
-        self._status: dict[str, Any] = {
-            "version": __version__,
-            "pid": os.getpid(),
-            "platform": "not connected",
-        }
-        self._sent: deque[int] = deque()  # on this connection, oldest first, without a receipt yet
-        self._received: set[int] = set()  # confirmed, but not noted in the journal yet
-        self._unkept: deque[str] = deque()  # refusals that the journal could not take
-        self._journal_trouble = LogThrottle("journal")
-        self._status_trouble = LogThrottle("status")
-        self._stop_asked = False
-        self._presence: Presence | None = None  # what the last refused handshake meant
-        self._leave_by: float | None = None
-        self._receipts_by: float | None = None
 
-    def request_stop(self) -> None:
-        """Ask the loop to leave: only sets a flag."""
-        self._stop_asked = True
-        self._wake()
+    def put(self, message: Message) -> None:
+        """Leave a message, from any thread, also from a signal handler."""
+        self._messages.put(message)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the socket's thread look around, from any thread."""
+        with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
+            self._waker.send(b"x")
+
+    def take(self) -> list[Message]:
+        """Return what has come."""
+        with contextlib.suppress(BlockingIOError):  # nothing to read: nobody woke
+            self._woken.recv(4096)
+        return [self._messages.get() for _ in range(self._messages.qsize())]
+
+    def wait(self, seconds: float, *descriptors: int) -> None:
+        """Wait until a message or something at one of the descriptors is there, or the time is over."""
+        import select
+
+        poll = select.poll()
+        for descriptor in (self._woken.fileno(), *descriptors):
+            poll.register(descriptor, select.POLLIN)
+        poll.poll(math.ceil(max(0.0, seconds) * 1000))
+
+
+class Outgoing(NamedTuple):
+    """An answer on its way: its number in the journal (0: not there), and since when (monotonic seconds)."""
+
+    number: int
+    text: str
+    since: float
+
+
+class Outbox:
+    """The answers without a receipt: sent in order, and again over the next connection. Pure.
+
+    Receipts name no answer: each is for the oldest that was sent on this connection. All texts are in memory: no
+    more than MAX_QUEUED commands can be open while no connection brings further ones.
+    """
+
+    def __init__(self) -> None:
+        self._to_send: deque[Outgoing] = deque()
+        self._sent: deque[Outgoing] = deque()
+
+    def __len__(self) -> int:
+        """How many wait to be sent or for their receipt."""
+        return len(self._to_send) + len(self._sent)
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether answers wait to be sent."""
+        return bool(self._to_send)
+
+    def add(self, number: int, text: str, now: float, again: bool = False) -> None:
+        """Take an answer, unless it is here; `again`: its execution was asked for once more after it was sent."""
+        others = self._to_send if again else (*self._to_send, *self._sent)
+        if not number or all(one.number != number for one in others):
+            self._to_send.append(Outgoing(number, text, now))
+
+    def next(self) -> str | None:
+        """Return the text that is to be sent next, None where there is none."""
+        return self._to_send[0].text if self._to_send else None
+
+    def note_sent(self) -> None:
+        """What `next` returned is on its way."""
+        self._sent.append(self._to_send.popleft())
+
+    def note_received(self) -> int:
+        """Take a receipt, and return the number of the answer that it is for; 0 where none is in the journal."""
+        return self._sent.popleft().number if self._sent else 0
+
+    def reconnect(self) -> None:
+        """Over a new connection everything without a receipt is sent again, in the same order."""
+        everything = [*self._sent, *self._to_send]
+        self._sent.clear()
+        self._to_send.clear()
+        for one in everything:
+            self.add(one.number, one.text, one.since)
+
+    def drop_older(self, since: float) -> list[int]:
+        """Give up what has waited since before `since` (monotonic seconds), and return the numbers."""
+        stale = [one.number for one in (*self._sent, *self._to_send) if one.since < since]
+        if stale:
+            self._sent = deque(one for one in self._sent if one.since >= since)
+            self._to_send = deque(one for one in self._to_send if one.since >= since)
+        return stale
+
+
+class Leaving(NamedTuple):
+    """By when (monotonic seconds) what is under way must be over as the daemon leaves.
+
+    The running execution is cut short at `cut_at` and left behind at `left_at`; answers are sent, and their receipts
+    waited for, until `end_at`, which comes nearer once all are sent.
+    """
+
+    cut_at: float
+    left_at: float
+    end_at: float
+    all_sent: bool = False
+
+
+def leaving_from(now: float) -> Leaving:
+    """Return what may be waited for when the daemon begins to leave now."""
+    left_at = now + STOP_GRACE_S + STOP_POLL_S + INTERRUPT_GRACE_S
+    return Leaving(now + STOP_GRACE_S, left_at, left_at + RECEIPT_GRACE_S)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The thread for the disk
+# ------------------------------------------------------------------------------------------------------
+
+
+class Received(NamedTuple):
+    """To the clerk: the platform has these answers, or nobody waits for them any more."""
+
+    numbers: Sequence[int]
+
+
+class EndExecutor(NamedTuple):
+    """To the clerk: no further command comes."""
+
+
+class NoteStatus(NamedTuple):
+    """To the clerk: what changed of what --status shows."""
+
+    news: DaemonStatus
+
+
+ClerkJob: TypeAlias = list[Command] | Received | NoteStatus | EndExecutor | None
+
+
+class Clerk(threading.Thread):
+    """Does what waits for the disk, in order: keeps commands and receipts in the journal, and the status file.
+
+    What came of it goes to the socket's thread as messages, accepted commands to the executor.
+    """
+
+    def __init__(self, settings: Settings, journal: Journal, executor: Executor, inbox: Inbox) -> None:
+        super().__init__(name="stockrt-clerk", daemon=True)
+        self._settings = settings
+        self._journal = journal
+        self._executor = executor
+        self._inbox = inbox
+        self._jobs: queue.SimpleQueue[ClerkJob] = queue.SimpleQueue()
+        self._codes_given = self._codes_written = 0  # each counted by one thread
+        self._received: set[int] = set()  # not noted in the journal yet
+        self._status: DaemonStatus = {"version": __version__, "pid": os.getpid(), "platform": "not connected"}
+        self._trouble = LogThrottle("journal")
+        self._status_trouble = LogThrottle("status")
+        self._rng = random.Random()
+        self._leaving = threading.Event()
+
+    def do(self, job: ClerkJob) -> None:
+        """Have something done; returns at once."""
+        if isinstance(job, list):
+            self._codes_given += _count_codes(job)
+        self._jobs.put(job)
+
+    def codes_unwritten(self) -> int:
+        """Return how many codes of commands wait in memory for the disk."""
+        return self._codes_given - self._codes_written
+
+    def leave(self) -> None:
+        """End after the jobs that are there, without waiting for a disk that takes nothing."""
+        self._leaving.set()
+        self._jobs.put(None)
 
     def run(self) -> None:
-        """Serve the platform until told to stop or shut down. Raises StoreError when the journal fails."""
-        self._executor.start()
-        self._take_up_journal()
-        self._to_send = deque(self._journal.unreceived())
-        self._turn()  # before the start is over, the status is said
-        self._observer.started()
-        self._note_status()
-        delays = self._fresh_delays()
-        while not self._leaving():
-            useful = self._connect_and_serve()
-            if useful:
-                delays = self._fresh_delays()
-            if not self._leaving():
-                self._pause(next(delays))
-        self._wait_for_executor()
-        self._note_status(stopped=_iso(utc_now()))
-        self._journal.close()
+        """Work until told to leave."""
+        try:
+            self._take_up_journal()
+            self._note_status(self._status)
+            while (job := self._jobs.get()) is not None:
+                self._do(job)
+        except Exception as error:
+            self._inbox.put(broken_by(error))
 
-    def _fresh_delays(self) -> Iterator[float]:
-        return backoff(DIAL_FIRST_S, DIAL_CAP_S, self._rng, DIAL_GROWTH)
+    def _do(self, job: list[Command] | Received | NoteStatus | EndExecutor) -> None:
+        if isinstance(job, Received):
+            self._note_received(job.numbers)
+        elif isinstance(job, NoteStatus):
+            self._note_status(job.news)
+        elif isinstance(job, EndExecutor):
+            self._executor.end()
+        else:
+            self._accept(job)
+            self._codes_written += _count_codes(job)
 
     def _take_up_journal(self) -> None:
-        """Execute again what a crash interrupted, if it is young; answer the rest as interrupted."""
-        for number, age_s in self._journal.unanswered():
+        """Have executed what a crash interrupted, if it is young, and sent what has no receipt."""
+        for delay in backoff(JOURNAL_FIRST_S, JOURNAL_CAP_S, self._rng, growth=1.5):
+            try:
+                unanswered, unreceived = self._journal.unanswered(), self._journal.unreceived()
+                break
+            except StoreError as error:
+                self._trouble.again(str(error))
+                if self._leaving.wait(delay):
+                    return
+        self._trouble.over()
+        for one in unreceived:
+            self._inbox.put(Answered(one.number, one.answer or ""))
+        for number, age_s in unanswered:
             if age_s < EXECUTION_LIFETIME_S:
+                self._inbox.put(Ended(-1))
                 self._executor.add(number)
             else:
                 self._answer_as_interrupted(number, age_s)
@@ -6164,44 +6390,393 @@ class Daemon:
             self._journal.forget(number)
             return
         reason = f"interrupted: stockrt was stopped before this was done, {age_s:.0f} s ago"
-        log.warning("execution %s: %s", _execution_name(context), reason)
-        self._journal.answer(number, empty_result(context, self._settings.module_name, reason))
+        log.warning("execution %s: %s", execution_name(context), reason)
+        text = empty_result(context, self._settings.module_name, reason)
+        self._journal.answer(number, text)
+        self._inbox.put(Answered(number, text))
+
+    def _accept(self, commands: Sequence[Command]) -> None:
+        """Put commands into the journal, all or none, and have them executed; answer again what was answered."""
+        fresh, told = list(commands), list[Message]()
+        try:
+            fresh, told = self._sort(commands)
+            numbers = self._journal.accept(fresh) if fresh else []
+        except StoreError as error:
+            numbers = []
+            for command in fresh:
+                self._inbox.put(Declined(command.context, f"refused: {error}"))
+        for message in told:
+            self._inbox.put(message)
+        for number in numbers:
+            self._executor.add(number)
+
+    def _sort(self, commands: Sequence[Command]) -> tuple[list[Command], list[Message]]:
+        """Return the commands that were not accepted before, and what follows from the others."""
+        fresh: dict[str, Command] = {}
+        told: list[Message] = []
+        for place, command in enumerate(commands):
+            known = self._journal.find(command.execution_id) if command.execution_id else None
+            if known is None and command.execution_id not in fresh:
+                fresh[command.execution_id or f"\0{place}"] = command
+            elif known is not None and known.answer is not None:
+                told.append(Answered(known.number, known.answer, commands=1, again=True))
+            else:  # it is executed now, or came twice in one breath: one answer
+                told.append(Ended())
+        return list(fresh.values()), told
+
+    def _note_received(self, numbers: Iterable[int]) -> None:
+        """Note receipts; those that the disk does not take now go with the next ones."""
+        self._received.update(numbers)
+        try:
+            self._journal.received(sorted(self._received))
+        except StoreError as error:
+            self._trouble.again(str(error))
+        else:
+            self._received.clear()
+            self._trouble.over()
+
+    def _note_status(self, news: DaemonStatus) -> None:
+        """Write what --status shows; that it cannot be written is no reason to stop working."""
+        self._status.update(news)
+        try:
+            write_whole(self._settings.state_directory / STATUS_NAME, json.dumps(self._status))
+        except StoreError as error:
+            self._status_trouble.again(str(error))
+        else:
+            self._status_trouble.over()
+
+
+def _count_codes(commands: Sequence[Command]) -> int:
+    return sum(len(command.codes) for command in commands)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The thread for the work
+# ------------------------------------------------------------------------------------------------------
+
+
+class Relay(Events):
+    """Passes on what the pipeline tells, and wakes the socket's thread where the status line changes."""
+
+    def __init__(self, events: Events, inbox: Inbox) -> None:
+        self._events = events
+        self._inbox = inbox
+        self.queue = QueueStats()
+        self.is_damaged = False  # a local file: nothing is executed or answered any more
+
+    def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
+        """Pass it on."""
+        self._events.progress(done, total, unwritten)
+
+    def asked(self, kind: str, seconds: float | None) -> None:
+        """Pass it on."""
+        self._events.asked(kind, seconds)
+
+    def executed(self, report: Report | None) -> None:
+        """Pass it on."""
+        self._events.executed(report)
+
+    def queue_changed(self, stats: QueueStats) -> None:
+        """Pass it on."""
+        begins_or_ends = bool(stats.trades) != bool(self.queue.trades)
+        self.queue = stats
+        self._events.queue_changed(stats)
+        if begins_or_ends:
+            self._inbox.wake()
+
+    def damaged(self, error: StoreError) -> None:
+        """Let the daemon end: the next start mends it."""
+        self.is_damaged = True
+        self._inbox.put(Broken(error))
+
+
+class Executor(threading.Thread):
+    """Executes accepted commands one at a time and puts their answers into the journal."""
+
+    def __init__(self, settings: Settings, journal: Journal, inbox: Inbox, events: Relay) -> None:
+        super().__init__(name="stockrt-executor", daemon=True)
+        self._settings = settings
+        self._journal = journal
+        self._inbox = inbox
+        self._events = events
+        self._store_trouble = LogThrottle(store_name(settings), then="the next execution tries again")
+        self._api_trouble = LogThrottle("Infoway", then="the next execution tries again")
+        self._journal_trouble = LogThrottle("journal")
+        self._rng = random.Random()
+        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._pipeline: Pipeline | None = None
+        self._leaving = threading.Event()
+        self._dropped_because = ""  # what the commands are answered that are not executed any more
+        self.stop = threading.Event()  # cuts the running execution short
+
+    def add(self, number: int) -> None:
+        """Execute a command of the journal, after those before it."""
+        self._queue.put(number)
+
+    def leave(self, dropped_because: str = "") -> None:
+        """Begin no further execution.
+
+        Commands that wait stay in the journal for the next start, or are answered with `dropped_because`.
+        """
+        self._dropped_because = dropped_because
+        self._leaving.set()
+
+    def end(self) -> None:
+        """End after what was added before."""
+        self._queue.put(None)
+
+    def run(self) -> None:
+        """Work until told to leave."""
+        try:
+            self._move_what_waits()
+            while (number := self._queue.get()) is not None:
+                self._events.progress()
+                self._inbox.put(self._answer(number))
+        except Exception as error:
+            self._inbox.put(broken_by(error))
+        finally:
+            if self._pipeline is not None:
+                self._pipeline.close()
+            self._inbox.put(ExecutorLeft())
+
+    def _answer(self, number: int) -> Message:
+        """Execute a command, and return what the socket's thread has to know once the answer is in the journal."""
+        try:
+            text = self._text_for(self._journal.read(number))
+            if text and self._keep_answer(number, text):
+                return Answered(number, text, commands=1, news=self._news(text))
+        except LostCommand as error:
+            log.error("execution %s is not answered: %s", number, error)
+            self._forget(number)
+        except StoreError as error:  # the journal cannot be read
+            if not self._events.is_damaged:
+                log.error("execution %s is not answered: %s", number, error)
+        return Ended()
+
+    def _text_for(self, command: Accepted) -> str:
+        """Return the answer of a command, '' where it stays in the journal for the next start."""
+        text = ""
+        if self._leaving.is_set() and self._dropped_because:
+            text = self._unexecuted(command.context, self._dropped_because)
+        elif not (self._leaving.is_set() or self._events.is_damaged):
+            text = self._execute(command)
+        return "" if self._events.is_damaged else text
+
+    def _news(self, text: str) -> DaemonStatus:
+        answer = json.loads(text)
+        last: LastExecution = {
+            "status": answer["status"],
+            "message": answer["message"],
+            "workflow_name": answer.get("workflow_name"),
+            "at": iso(utc_now()),
+        }
+        news: DaemonStatus = {"last_execution": last, "spool_refused": self._events.queue.refused}
+        if self._pipeline is not None:
+            news["keys"] = self._pipeline.keys.describe()
+        return news
+
+    def _forget(self, number: int) -> None:
+        """Have a command that is lost not tried again at the next start."""
+        try:
+            self._journal.forget(number)
+        except StoreError as error:
+            log.error("execution %s stays in the journal: %s", number, error)
+
+    def _move_what_waits(self) -> None:
+        """Have moved to MongoDB what waits for it since the last start, without waiting for an execution."""
+        if not self._settings.mongodb_uri or not (self._settings.state_directory / SQLITE_NAME).exists():
+            return
+        try:
+            self._open_pipeline().start_delivery()
+        except StockrtError as error:
+            if not self._events.is_damaged:
+                log.error("what waits on this machine cannot be moved to MongoDB: %s", error)
+
+    def _keep_answer(self, number: int, answer: str) -> bool:
+        """Put an answer into the journal. On a full disk that is tried until there is room, or this ends."""
+        for delay in backoff(JOURNAL_FIRST_S, JOURNAL_CAP_S, self._rng, growth=1.5):
+            try:
+                self._journal.answer(number, answer)
+                break
+            except StoreError as error:
+                self._journal_trouble.again(f"the answer of execution {number} cannot be kept: {error}")
+                self._events.progress()
+                if self._leaving.wait(delay):
+                    return False  # it is executed again at the next start
+        self._journal_trouble.over()
+        return True
+
+    def _execute(self, command: Accepted) -> str:
+        """Return the answer of a command, '' when it was cut short and stays in the journal."""
+        try:
+            report = self._open_pipeline().run(command.codes, self.stop)
+        except StockrtError as error:
+            return self._unexecuted(command.context, str(error))
+        except Exception as error:
+            log.exception("execution %s failed", execution_name(command.context))
+            reason = f"a fault of stockrt itself: {type(error).__name__}; see its log"
+            return self._unexecuted(command.context, reason)
+        self._events.executed(report)
+        self._log(command.context, report)
+        module_name = self._settings.module_name
+        if not report.interrupted:
+            return report_result(command.context, report, self._settings)
+        if self._dropped_because:
+            return empty_result(command.context, module_name, self._dropped_because)
+        return ""
+
+    def _log(self, context: Mapping[str, Any], report: Report) -> None:
+        """Say what an execution did, and what troubles begin or end with it."""
+        level = logging.INFO if report.complete else logging.WARNING
+        log.log(level, execution_line(context, report))
+        reached = report.stored + report.duplicates
+        if report.store_error:
+            self._store_trouble.again(report.store_error)
+        elif reached:
+            self._store_trouble.over()
+        away = next((failure for failure in report.failures.values() if failure.kind in TROUBLES), None)
+        if away is not None:
+            self._api_trouble.again(away.words)
+        elif reached:
+            self._api_trouble.over()
+
+    def _unexecuted(self, context: Mapping[str, Any], reason: str) -> str:
+        log.warning("%s; not executed: %s", execution_line(context, Report()), reason)
+        self._events.executed(None)
+        return empty_result(context, self._settings.module_name, self._settings.redact(reason))
+
+    def _open_pipeline(self) -> Pipeline:
+        if self._pipeline is None:
+            self._pipeline = Pipeline(self._settings, self._events)
+        return self._pipeline
+
+
+def execution_name(context: Mapping[str, Any]) -> str:
+    """Return what an execution is called in the log: its id and its workflow."""
+    meta = context.get("meta")
+    found = meta.get("execution_id") if isinstance(meta, dict) else context.get("execution_id")
+    workflow = context.get("workflow_name") or context.get("workflow_id")
+    name = str(found or "without id")
+    if workflow:
+        name += f" of {workflow}"
+    return one_line(name, 120)
+
+
+def execution_line(context: Mapping[str, Any], report: Report) -> str:
+    """Return the log's one line of an execution: id, workflow, total, stored, duplicates, failed, ms.
+
+    Failures are given by kind: their reasons stand in the answer, and a trouble that goes on is said apart.
+    """
+    kinds: dict[str, list[str]] = {}
+    for code, failure in report.failures.items():
+        kinds.setdefault(failure.kind.value, []).append(code)
+    line = (
+        f"execution {execution_name(context)}: total {report.total}, stored {report.stored}, "
+        f"duplicates {report.duplicates}"
+    )
+    if report.queued:
+        line += f", kept {report.queued}"
+    line += f", failed {len(report.failures)}"
+    if kinds:
+        line += f" ({'; '.join(f'{len(codes)} {kind}: {first_few(codes)}' for kind, codes in kinds.items())})"
+    line += f", {report.took_s * 1000:.0f} ms"
+    if report.interrupted:
+        line += ", interrupted"
+    return one_line(line, 600)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The thread for the socket
+# ------------------------------------------------------------------------------------------------------
+
+
+class Daemon:
+    """The platform's module: keeps the connection, takes commands, sends answers. `run` is called once.
+
+    `request_stop` may be called from a signal handler.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        events: Events = NO_EVENTS,
+        *,
+        rng: random.Random | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._settings = settings
+        self._events = events
+        self._clock = clock
+        self._rng = rng or random.Random()
+        self._trouble = LogThrottle(f"platform {settings.server_host}:{settings.server_port}")
+        self._lock = lock_state_directory(settings.state_directory)  # before any file is opened
+        self._inbox = Inbox()
+        self._outbox = Outbox()
+        relay = Relay(events, self._inbox)
+        self._journal = Journal(settings.state_directory, clock, relay)
+        self._executor = Executor(settings, self._journal, self._inbox, relay)
+        self._clerk = Clerk(settings, self._journal, self._executor, self._inbox)
+        self._module_hash = ""
+        self._presence: Presence | None = None  # what the last refused handshake meant
+        self._open_commands = 0  # accepted, or on their way into the journal, and not ended
+        self._executor_left = False
+        self._leaving: Leaving | None = None
+        self._broken: StockrtError | None = None
+
+    def request_stop(self) -> None:
+        """Ask the loop to leave."""
+        self._inbox.put(StopAsked())
+
+    def run(self) -> None:
+        """Serve the platform until told to stop or shut down. Raises StoreError when a local file is damaged."""
+        self._executor.start()
+        self._clerk.start()
+        self._tick()  # before the start is over, the status is said
+        self._events.started()
+        delays = self._fresh_delays()
+        while self._leaving is None:
+            if self._connect_and_serve():
+                delays = self._fresh_delays()
+            self._wait_awake(next(delays))
+        self._wait_for_threads()
+        if self._broken is not None:
+            raise self._broken
+
+    def _fresh_delays(self) -> Iterator[float]:
+        return backoff(DIAL_FIRST_S, DIAL_CAP_S, self._rng, DIAL_GROWTH)
 
     def _connect_and_serve(self) -> bool:
         """Hold one connection from dial to end; return whether it was useful."""
         link = self._dial()
         if link is None:
             return False
-        protocol = PlatformProtocol(self._settings.heartbeat_s, self._clock())
-        self._sent.clear()
-        self._to_send = deque(n for n in self._journal.unreceived() if n not in self._received)
-        self._observer.connected()
+        protocol = PlatformProtocol(self._settings.heartbeat_s, self._clock.monotonic())
+        self._outbox.reconnect()
+        self._events.connected()
         # after a trouble its end is said instead, and not before the connection has been useful
         level = logging.DEBUG if self._trouble.there else logging.INFO
         log.log(level, "connected to %s:%s", self._settings.server_host, self._settings.server_port)
-        self._note_status(platform="connected", connected_since=_iso(utc_now()))
+        self._clerk.do(NoteStatus({"platform": "connected", "connected_since": iso(utc_now())}))
         try:
             self._serve(link, protocol)
         except LinkLost as error:
             self._lost(f"connection {error}")
-        except StoreError as error:  # the journal: dialled again, and what is not confirmed is sent again
-            self._lost(str(error))
         finally:
             link.close()
-            self._note_status(platform="not connected", last_contact=_iso(utc_now()))
+            self._clerk.do(NoteStatus({"platform": "not connected", "last_contact": iso(utc_now())}))
         return protocol.useful
 
     def _dial(self) -> Link | None:
         settings = self._settings
         try:
             self._module_hash = read_hash(settings.state_directory) or self._register()
-            self._turn()
-            try:
-                return Link(settings, self._module_hash)
-            except DialError as error:
-                self._turn()
-                if why := self._why_refused() if error.status == 403 else str(error):
-                    self._lost(why)
+            self._tick()
+            return Link(settings, self._module_hash)
+        except DialError as error:
+            self._tick()
+            why = self._why_refused() if error.status == 403 else str(error)
+            if why:
+                self._lost(why)
         except StockrtError as error:
             self._lost(str(error))
         return None
@@ -6215,67 +6790,65 @@ class Daemon:
 
     def _lost(self, reason: str) -> None:
         self._trouble.again(reason)
-        self._observer.disconnected(reason)
-
-    def _turn(self) -> float:
-        """Tell the observer that this loop lives; return when it wants to hear that again."""
-        unreceived = len(self._to_send) + len(self._sent) + self._answered.qsize()
-        return self._observer.turn(self._executor.unanswered(), unreceived)
+        self._events.disconnected(reason)
 
     def _register(self) -> str:
-        module_hash = register(self._settings)
-        write_hash(self._settings.state_directory, module_hash)
-        log.info(
-            "registered %s at %s, hash %s",
-            self._settings.module_name,
-            self._settings.platform_url(),
-            shorten(module_hash),
-        )
+        settings = self._settings
+        module_hash = register(settings)
+        write_hash(settings.state_directory, module_hash)
+        where, shown = settings.platform_url(), shorten(module_hash)
+        log.info("registered %s at %s, hash %s", settings.module_name, where, shown)
         return module_hash
+
+    def _tick(self) -> float:
+        """Tell that this loop lives, and give up what is too old; return when that is wanted again."""
+        now = self._clock.monotonic()
+        stale = self._outbox.drop_older(now - ANSWER_LIFETIME_S)
+        if stale:
+            log.warning("%d results could not be delivered within an hour and are dropped", len(stale))
+            self._clerk.do(Received(stale))
+        return self._events.tick(self._open_commands, len(self._outbox))
 
     def _serve(self, link: Link, protocol: PlatformProtocol) -> None:
         """Move frames and answers until the connection is lost (LinkLost) or the process may leave."""
         while True:
+            self._read_inbox()
             self._send_answers(link, protocol)
-            if self._leaving() and self._may_leave():
+            if self._leaving is not None and self._may_leave(self._leaving):
                 return
-            self._select(link, min(protocol.next_tick(), self._turn()))
-            events: list[Event] = []
-            lost: LinkLost | None = None
-            try:
-                for text in link.frames():
-                    now = self._clock()
-                    if text is None:
-                        protocol.heard(now)
-                    else:
-                        events += self._receive(text, protocol, now)
-                events += protocol.tick(self._clock())
-            except LinkLost as error:  # what came before counts all the same
-                lost = error
-            self._apply(events, link, protocol)
-            if lost is not None:
-                raise lost
+            self._inbox.wait(self._seconds_to_wait(link, protocol), link.fileno())
+            self._read_frames(link, protocol)
             if protocol.useful:
                 self._trouble.over()
 
-    def _receive(self, text: str, protocol: PlatformProtocol, now: float) -> list[Event]:
-        self._log_frame("received", text)
-        return protocol.receive(text, now)
+    def _seconds_to_wait(self, link: Link, protocol: PlatformProtocol) -> float:
+        if link.has_more or self._outbox.next() is not None:
+            return 0.0
+        now = self._clock.monotonic()
+        ends = [end for end in (self._leaving or ())[:3] if end > now]
+        return min(protocol.next_tick(), self._tick(), *ends) - now
 
-    def _send_text(self, link: Link, protocol: PlatformProtocol, text: str) -> None:
-        self._log_frame("sent", text)
-        link.send_text(text)
-        protocol.sent_text(self._clock())
+    def _read_frames(self, link: Link, protocol: PlatformProtocol) -> None:
+        """Do what has come. What came before the connection's end counts all the same."""
+        events: list[Event] = []
+        lost: LinkLost | None = None
+        try:
+            for text in link.frames():
+                now = self._clock.monotonic()
+                if text is None:
+                    protocol.heard(now)
+                else:
+                    self._log_frame("received", text)
+                    events += protocol.receive(text, now)
+            events += protocol.tick(self._clock.monotonic())
+        except LinkLost as error:
+            lost = error
+        lost = self._apply(events, link, protocol) or lost
+        if lost is not None:
+            raise lost
 
-    def _log_frame(self, what: str, text: str) -> None:
-        """Log a frame; secrets are masked before it is shortened, or a piece of one could stay."""
-        if log.isEnabledFor(logging.DEBUG):
-            masked = self._settings.redact(text)
-            masked = masked.replace(self._module_hash, "***") if self._module_hash else masked
-            log.debug("frame %s: %s", what, one_line(masked, 500))
-
-    def _apply(self, events: Sequence[Event], link: Link, protocol: PlatformProtocol) -> None:
-        """Do what the protocol says: what must be quick first, then the commands in one transaction."""
+    def _apply(self, events: Sequence[Event], link: Link, protocol: PlatformProtocol) -> LinkLost | None:
+        """Do what the protocol says, and return the end of the connection where it comes in between."""
         commands: list[Command] = []
         received: list[int] = []
         lost: LinkLost | None = None
@@ -6286,7 +6859,7 @@ class Daemon:
                 except LinkLost as error:  # a command that came with it counts all the same
                     lost = lost or error
             elif isinstance(event, Receipt):
-                received += [self._sent.popleft()] if self._sent else []
+                received.append(self._outbox.note_received())
             elif isinstance(event, Shutdown):
                 log.info("the platform shuts this module down")
                 self._begin_leaving("not executed: the platform shut this module down")
@@ -6295,22 +6868,9 @@ class Daemon:
             else:
                 commands.append(event)
         if received:
-            self._note_received(received)
-        if commands:
-            self._accept(commands)
-        if lost is not None:
-            raise lost
-
-    def _note_received(self, numbers: Sequence[int]) -> None:
-        """Note receipts; those that the disk does not take now go with the next ones."""
-        self._received.update(numbers)
-        try:
-            self._journal.received(sorted(self._received))
-        except StoreError as error:
-            self._journal_trouble.again(str(error))
-        else:
-            self._received.clear()
-            self._journal_trouble.over()
+            self._clerk.do(Received(received))
+        self._accept(commands)
+        return lost
 
     def _keep_alive(self, event: Send | Ping | PeerDead, link: Link, protocol: PlatformProtocol) -> None:
         if isinstance(event, Send):
@@ -6320,170 +6880,131 @@ class Daemon:
         else:
             raise LinkLost(f"lost: {event.reason}")
 
+    def _send_text(self, link: Link, protocol: PlatformProtocol, text: str) -> None:
+        self._log_frame("sent", text)
+        link.send_text(text)
+        protocol.sent_text(self._clock.monotonic())
+
+    def _log_frame(self, what: str, text: str) -> None:
+        """Log a frame; secrets are masked before it is shortened, or a piece of one could stay."""
+        if log.isEnabledFor(logging.DEBUG):
+            masked = self._settings.redact(text)
+            if self._module_hash:
+                masked = masked.replace(self._module_hash, "***")
+            log.debug("frame %s: %s", what, one_line(masked, 500))
+
     def _accept(self, commands: Sequence[Command]) -> None:
-        fresh: dict[str, Command] = {}
-        for number, command in enumerate(commands):
-            known = self._journal.find(command.execution_id) if command.execution_id else None
-            if known is not None:
-                self._answer_again(*known)
-            elif command.execution_id in fresh:
-                continue  # twice in one breath: one answer
-            elif self._leave_by is not None:
-                self._refuse(command.context, "this module is stopping and takes no new command")
-            elif self._executor.waiting() + len(fresh) >= MAX_QUEUED:
-                self._refuse(command.context, f"{MAX_QUEUED} commands are waiting already; try again later")
+        """Hand commands to the clerk, as far as there is room for them."""
+        taken: list[Command] = []
+        for command in commands:
+            why = self._why_not_taken(len(taken))
+            if why:
+                self._refuse(command.context, why)
             else:
-                fresh[command.execution_id or f"\0{number}"] = command
-        self._hand_over(list(fresh.values()))
+                taken.append(command)
+        if taken:
+            self._open_commands += len(taken)
+            self._clerk.do(taken)
 
-    def _hand_over(self, commands: Sequence[Command]) -> None:
-        """Put commands into the journal and have them executed; a lone one is fetched meanwhile."""
-        early = None
-        if len(commands) == 1 and not self._executor.unanswered():
-            early = PendingCommand(commands[0].context, commands[0].codes)
-            self._executor.add(early)
-        try:
-            numbers = self._journal.accept(commands) if commands else []
-        except StoreError as error:
-            if early is not None:
-                early.accepted(None)
-            for command in commands:
-                self._refuse(command.context, f"refused: {error}")
-            return
-        for number in numbers:
-            self._executor.add(number) if early is None else early.accepted(number)
-
-    def _answer_again(self, number: int, answered: bool) -> None:
-        if answered and number not in self._to_send:
-            self._to_send.append(number)
+    def _why_not_taken(self, more: int) -> str:
+        """Return why a command is refused at once, '' if it is not; `more`: taken at the same time."""
+        if self._leaving is not None:
+            return "this module is stopping and takes no new command"
+        if self._open_commands + more > MAX_QUEUED:
+            return f"{MAX_QUEUED} commands are waiting already; try again later"
+        if self._clerk.codes_unwritten() > MAX_CODES_UNWRITTEN:
+            return "the disk of this module does not keep up; try again later"
+        return ""
 
     def _refuse(self, context: Mapping[str, Any], reason: str) -> None:
-        log.warning("execution %s refused: %s", _execution_name(context), reason)
-        self._observer.executed(None)
-        text = empty_result(context, self._settings.module_name, reason)
-        try:
-            self._to_send.append(self._journal.refuse(context, text))
-        except StoreError as error:
-            self._journal_trouble.again(str(error))
-            self._unkept.append(text)
+        log.warning("execution %s refused: %s", execution_name(context), reason)
+        self._events.executed(None)
+        text = empty_result(context, self._settings.module_name, self._settings.redact(reason))
+        self._outbox.add(0, text, self._clock.monotonic())
 
-    def _on_answer(self, number: int | None) -> None:
-        if number is not None:
-            self._answered.put(number)
-        self._wake()
+    def _read_inbox(self) -> None:
+        """Do what the other threads and the signals say."""
+        for message in self._inbox.take():
+            now = self._clock.monotonic()
+            if isinstance(message, Answered):
+                self._open_commands -= message.commands
+                self._outbox.add(message.number, message.text, now, message.again)
+                if message.news is not None:
+                    self._clerk.do(NoteStatus(message.news))
+            elif isinstance(message, Declined):
+                self._open_commands -= 1
+                self._refuse(message.context, message.reason)
+            elif isinstance(message, Ended):
+                self._open_commands -= message.commands
+            elif isinstance(message, ExecutorLeft):
+                self._executor_left = True
+            elif isinstance(message, Broken):
+                self._broken = self._broken or message.error
+                self._begin_leaving()
+            else:
+                log.info("stopping: the running execution has %d s", STOP_GRACE_S)
+                self._begin_leaving()
 
     def _send_answers(self, link: Link, protocol: PlatformProtocol) -> None:
-        number: int | None = None
-        with contextlib.suppress(queue.Empty):
-            while True:
-                number = self._answered.get_nowait()
-                if number not in self._to_send and number not in self._sent:
-                    self._to_send.append(number)
-        try:
-            self._send_waiting(link, protocol)
-        finally:
-            if number is not None:  # of several the last: nobody waits for what --status shows
-                self._note_execution(number)
-
-    def _send_waiting(self, link: Link, protocol: PlatformProtocol) -> None:
-        while self._unkept:
-            self._send_text(link, protocol, self._unkept[0])
-            self._unkept.popleft()
-            self._sent.append(NOT_IN_JOURNAL)
-        for _ in range(min(ANSWERS_AT_ONCE, len(self._to_send))):
-            text = self._journal.answer_text(self._to_send[0])
-            if text is not None:
-                self._send_text(link, protocol, text)
-                self._sent.append(self._to_send[0])
-            self._to_send.popleft()
-
-    def _note_execution(self, number: int) -> None:
-        answer = json.loads(self._journal.answer_text(number) or "{}")
-        outcome = {name: answer.get(name) for name in ("status", "message", "workflow_name")}
-        self._note_status(
-            last_execution=outcome | {"at": _iso(utc_now())},
-            keys=self._executor.key_states,
-            spool_refused=self._executor.spool.refused,
-        )
-
-    def _note_status(self, **news: object) -> None:
-        """Write what --status shows; that it cannot be written is no reason to stop working."""
-        self._status |= news
-        try:
-            write_whole(self._settings.state_directory / STATUS_NAME, json.dumps(self._status))
-        except StoreError as error:
-            self._status_trouble.again(str(error))
-        else:
-            self._status_trouble.over()
-
-    def _leaving(self) -> bool:
-        if self._stop_asked and self._leave_by is None:
-            log.info("stopping: the running execution has %d s", STOP_GRACE_S)
-            self._begin_leaving()
-        return self._leave_by is not None
+        for _ in range(ANSWERS_AT_ONCE):
+            text = self._outbox.next()
+            if text is None:
+                return
+            self._send_text(link, protocol, text)
+            self._outbox.note_sent()
 
     def _begin_leaving(self, dropped_because: str = "") -> None:
-        if self._leave_by is None:
-            self._leave_by = self._clock() + STOP_GRACE_S
-            self._observer.stopping(STOP_GRACE_S + RECEIPT_GRACE_S + STOP_MARGIN_S)
+        if self._leaving is None:
+            self._leaving = leaving_from(self._clock.monotonic())
+            self._events.stopping(STOP_GRACE_S + RECEIPT_GRACE_S + STOP_MARGIN_S)
             self._executor.leave(dropped_because)
+            self._clerk.do(EndExecutor())  # behind the commands that are on their way into the journal
 
-    def _may_leave(self) -> bool:
+    def _may_leave(self, leaving: Leaving) -> bool:
         """Whether the running execution is answered and the answers are confirmed, or their time is over."""
-        now = self._clock()
-        leave_by = cast(float, self._leave_by)
-        if not self._executor.done.is_set():
-            if now >= leave_by:
+        now = self._clock.monotonic()
+        if not self._executor_left:
+            if now >= leaving.cut_at:
                 self._executor.stop.set()  # what it has fetched is stored
-            if now < leave_by + STOP_POLL_S + INTERRUPT_GRACE_S:
+            if now < leaving.left_at:
                 return False
-        if self._to_send or self._unkept or not self._answered.empty():
-            return False
-        self._receipts_by = self._receipts_by or now + RECEIPT_GRACE_S
-        return not self._sent or now >= self._receipts_by
+        if not self._outbox.has_unsent and not leaving.all_sent:
+            leaving = leaving._replace(end_at=min(leaving.end_at, now + RECEIPT_GRACE_S), all_sent=True)
+            self._leaving = leaving
+        return not self._outbox or now >= leaving.end_at
 
-    def _wait_for_executor(self) -> None:
-        self._executor.join(max(0.0, cast(float, self._leave_by) - self._clock()))
-        self._executor.stop.set()  # what it has fetched is stored; the command stays in the journal
-        self._executor.join(STOP_POLL_S + INTERRUPT_GRACE_S)
-
-    def _select(self, link: Link, until: float) -> None:
-        """Wait until a frame comes, the executor or a signal wakes, or it is `until` (monotonic s)."""
-        now = self._clock()
-        cut_by = None if self._leave_by is None else self._leave_by + STOP_POLL_S + INTERRUPT_GRACE_S
-        ends = [t for t in (self._leave_by, cut_by, self._receipts_by) if t is not None and t > now]
-        wait = 0.0 if link.has_more or self._to_send else max(0.0, min([until, *ends]) - now)
-        self._poll([link.fileno()], wait)
+    def _wait_for_threads(self) -> None:
+        """Let the execution and the clerk end; a command that is cut short stays in the journal."""
+        leaving = cast(Leaving, self._leaving)
+        self._executor.join(max(0.0, leaving.cut_at - self._clock.monotonic()))
+        self._executor.stop.set()  # what it has fetched is stored
+        self._executor.join(max(0.0, leaving.left_at - self._clock.monotonic()))
+        self._clerk.do(NoteStatus({"stopped": iso(utc_now())}))
+        self._clerk.leave()
+        self._clerk.join(STOP_MARGIN_S / 2)
 
     def _wait_awake(self, seconds: float) -> None:
-        """Wait between two dials; a signal ends it early."""
-        until = self._clock() + seconds
-        while not self._leaving() and (left := until - self._clock()) > 0:
-            self._poll([], max(0.0, min(left, self._turn() - self._clock())))
-
-    def _poll(self, descriptors: Sequence[int], seconds: float) -> None:
-        import select
-
-        poll = select.poll()
-        for descriptor in (self._woken.fileno(), *descriptors):
-            poll.register(descriptor, select.POLLIN)
-        poll.poll(math.ceil(seconds * 1000))
-        with contextlib.suppress(BlockingIOError):  # nothing to read: it was not woken
-            self._woken.recv(4096)
-
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
-            self._waker.send(b"x")
+        """Wait between two dials; a message ends it early where the daemon is to leave."""
+        until = self._clock.monotonic() + seconds
+        self._read_inbox()
+        while self._leaving is None and (left := until - self._clock.monotonic()) > 0:
+            self._inbox.wait(min(left, self._tick() - self._clock.monotonic()))
+            self._read_inbox()
 
 
 def daemon_runs(directory: Path) -> bool:
-    """Return whether a daemon works in this state directory now."""
+    """Return whether a daemon works in this state directory now. Raises StoreError."""
     import fcntl
 
-    with contextlib.suppress(FileNotFoundError), open(directory / "lock") as lock:
+    path = directory / "lock"
+    with (
+        disk_trouble(f"the lock {path} cannot be looked at"),
+        contextlib.suppress(FileNotFoundError),
+        path.open() as lock,
+    ):
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return True
     return False
 
@@ -6493,13 +7014,18 @@ def lock_state_directory(directory: Path) -> IO[str]:
     import fcntl
 
     make_state_directory(directory)
-    lock = open(directory / "lock", "w")  # noqa: SIM115  (open for as long as the process lives)
-    for _ in range(LOCK_TRIES):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except OSError:
-            time.sleep(LOCK_RETRY_S)
+    path = directory / "lock"
+    with disk_trouble(f"the lock {path} cannot be taken"):
+        lock = path.open("w")
+        for _ in range(LOCK_TRIES):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            except BlockingIOError:
+                time.sleep(LOCK_RETRY_S)
+            except OSError:
+                lock.close()
+                raise
     lock.close()
     raise StoreError(
         f"another stockrt daemon works in {directory}; stop it, or give this one its own STATE_DIRECTORY"
@@ -6592,19 +7118,17 @@ class JournalStream(io.TextIOBase):
 
 
 # syslog's priorities, as the journal takes them at the beginning of a line.
-_PRIORITIES = {
-    logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2,
-}  # fmt: skip
+_PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 _HAS_PRIORITY = re.compile(r"<[0-7]>")
 
 
 def _with_priority(line: str, level: int) -> str:
-    return line if _HAS_PRIORITY.match(line) else f"<{_PRIORITIES.get(level, 6)}>{line}"
+    return line if _HAS_PRIORITY.match(line) else f"<{_PRIORITIES[logging.getLevelName(level)]}>{line}"
 
 
 def for_journal(text: str, level: int) -> str:
     """Return `text` with a priority on each of its lines."""
-    return "\n".join(f"<{_PRIORITIES.get(level, 6)}>{line}" for line in text.split("\n"))
+    return "\n".join(f"<{_PRIORITIES[logging.getLevelName(level)]}>{line}" for line in text.split("\n"))
 
 
 def journal_reads(descriptor: int, environ: Mapping[str, str]) -> bool:
@@ -6633,6 +7157,7 @@ class Metric(NamedTuple):
 
 API_ANSWERS = (*(action.name.lower() for action in Action), "no_answer")
 OUTCOMES = ("success", "partial", "failure", "interrupted", "refused")
+# fmt: off
 METRICS = (
     Metric("stockrt_info", "gauge", "Version of stockrt.", "version", (__version__,)),
     Metric("stockrt_start_time_seconds", "gauge", "Unix time at which the daemon started."),
@@ -6654,7 +7179,8 @@ METRICS = (
     Metric("stockrt_spool_bytes", "gauge", "Bytes on disk of the trades that wait for MongoDB."),
     Metric("stockrt_spool_refused_total", "counter", "Trades that found no room on this machine."),
     Metric("stockrt_spool_rejects", "gauge", "Documents that MongoDB refused for good."),
-)  # fmt: skip
+)
+# fmt: on
 LATENCY = "stockrt_api_latency_seconds"
 
 
@@ -6716,37 +7242,44 @@ def _number_text(number: float) -> str:
 
 
 class MetricsFile:
-    """Keeps a file up to date with the metrics; without a path it does nothing. Times are monotonic seconds."""
+    """Keeps a file up to date with the metrics, on a thread of its own: a disk that hangs holds nobody up."""
 
-    def __init__(self, path: Path | None, metrics: Metrics) -> None:
+    def __init__(self, path: Path, metrics: Metrics, clock: Clock = SYSTEM_CLOCK) -> None:
         self._path = path
         self._metrics = metrics
+        self._clock = clock
         self._written_at = -math.inf
         self._written = -1
+        self._due = threading.Event()
         self._trouble = LogThrottle(f"metrics file {path}")
+        threading.Thread(target=self._run, name="stockrt-metrics", daemon=True).start()
 
-    def due(self) -> float:
-        """Return when the file is to be written: never while nothing changed."""
-        changed = self._path is not None and self._metrics.changes != self._written
-        return self._written_at + METRICS_EVERY_S if changed else math.inf
+    def tick(self) -> float:
+        """Have the file written if that is due, and return when it will be (monotonic): never while nothing changed."""
+        if self._metrics.changes == self._written:
+            return math.inf
+        due = self._written_at + METRICS_EVERY_S
+        if self._clock.monotonic() < due:
+            return due
+        self._written, self._written_at = self._metrics.changes, self._clock.monotonic()
+        self._due.set()
+        return math.inf
 
-    def write(self, now: float) -> None:
-        """Write the file, whole or not at all, readable by everybody. A file that cannot be is said so."""
-        if self._path is None:
-            return
-        self._written_at = now
-        changes = self._metrics.changes
-        new = self._path.with_name(f".{self._path.name}.new")
+    def write(self) -> None:
+        """Write the file now, whole or not at all, readable by everybody. A file that cannot be is said so."""
         try:
-            with new.open("w", encoding="utf-8") as stream:
-                os.fchmod(stream.fileno(), 0o644)  # node_exporter is another user
-                stream.write(self._metrics.text())
-            new.replace(self._path)
-        except OSError as error:
-            self._trouble.again(f"cannot be written: {error.strerror}; see METRICS_FILE")
-            return
-        self._written = changes
-        self._trouble.over()
+            # node_exporter is another user
+            write_whole(self._path, self._metrics.text(), mode=0o644, setting="METRICS_FILE")
+        except StoreError as error:
+            self._trouble.again(str(error))
+        else:
+            self._trouble.over()
+
+    def _run(self) -> None:
+        while True:
+            self._due.wait()
+            self._due.clear()
+            self.write()
 
 
 class Service(Events):
@@ -6757,48 +7290,46 @@ class Service(Events):
         settings: Settings,
         notifier: Notifier,
         watchdog_s: float = math.inf,
-        clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._notifier = notifier
         self._watchdog_s = watchdog_s
         self._clock = clock
-        self._wall = wall
         self.metrics = Metrics()
-        self._file = MetricsFile(settings.metrics_file, self.metrics)
+        self._file: MetricsFile | None = None
+        if settings.metrics_file is not None:
+            self._file = MetricsFile(settings.metrics_file, self.metrics, clock)
         self._peer = f"{settings.server_host}:{settings.server_port}"
-        self._keys = len(settings.api_keys)
+        self._keys = count_words(len(settings.api_keys), "key")
         self._link = f"connecting to {self._peer}"
         self._waits = False  # whether trades wait for MongoDB
         self._last: tuple[str, float] | None = None  # what the last execution did, and when (monotonic)
-        self._unanswered = self._unreceived = 0
-        self._beat_at = clock()
-        self._watchdog_at = clock()
+        self._unanswered = self._undelivered = 0
+        self._progress_at = self._watchdog_at = clock.monotonic()
         self._said = ""
         self._leaving = False
         self.metrics.put("stockrt_info", 1, __version__)
-        self.metrics.put("stockrt_start_time_seconds", round(wall(), 3))
+        self.metrics.put("stockrt_start_time_seconds", round(clock.wall(), 3))
 
     def started(self) -> None:
         """Tell systemd that the start is over."""
         self._notifier.send(READY=1)
 
-    def turn(self, unanswered: int, unreceived: int) -> float:
+    def tick(self, unanswered: int, undelivered: int) -> float:
         """Say what changed; return when there will be something to say again."""
-        now = self._clock()
+        now = self._clock.monotonic()
         if unanswered and not self._unanswered:
-            self._beat_at = now  # the executor was idle until now
-        self._unanswered, self._unreceived = unanswered, unreceived
+            self._progress_at = now  # the executor was idle until now
+        self._unanswered, self._undelivered = unanswered, undelivered
         self.metrics.put("stockrt_waiting_executions", unanswered)
-        self.metrics.put("stockrt_waiting_results", unreceived)
-        if now >= self._file.due():
-            self._file.write(now)
-        return min(self._file.due(), self._say_status(now), self._pat_watchdog(now))
+        self.metrics.put("stockrt_waiting_results", undelivered)
+        again = min(self._say_status(now), self._pat_watchdog(now))
+        return again if self._file is None else min(again, self._file.tick())
 
-    def beat(self, waiting_documents: int = 0) -> None:
+    def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
         """Note that the executor makes progress."""
-        self._beat_at = self._clock()
-        self.metrics.put("stockrt_waiting_documents", waiting_documents)
+        self._progress_at = self._clock.monotonic()
+        self.metrics.put("stockrt_waiting_documents", unwritten)
 
     def connected(self) -> None:
         """Note the connection."""
@@ -6811,35 +7342,33 @@ class Service(Events):
         self._link = f"not connected to {self._peer}: {one_line(reason, 120)}"
         self.metrics.put("stockrt_platform_connected", 0)
 
-    def asked(self, answer: Response, verdict: Verdict, seconds: float) -> None:
+    def asked(self, kind: str, seconds: float | None) -> None:
         """Count a request."""
-        self.metrics.add(
-            "stockrt_api_requests_total", "no_answer" if answer.fault else verdict.action.name.lower()
-        )
-        if not answer.fault:
+        self.metrics.add("stockrt_api_requests_total", kind)
+        if seconds is not None:
             self.metrics.took(seconds)
 
-    def spooled(self, facts: QueueStats) -> None:
+    def queue_changed(self, stats: QueueStats) -> None:
         """Note what waits for MongoDB."""
-        self._waits = facts.trades > 0
-        self.metrics.put("stockrt_spool_trades", facts.trades)
-        self.metrics.put("stockrt_spool_bytes", facts.bytes)
-        self.metrics.put("stockrt_spool_rejects", facts.rejects)
-        self.metrics.put("stockrt_spool_refused_total", facts.refused)
+        self._waits = stats.trades > 0
+        self.metrics.put("stockrt_spool_trades", stats.trades)
+        self.metrics.put("stockrt_spool_bytes", stats.bytes)
+        self.metrics.put("stockrt_spool_rejects", stats.rejects)
+        self.metrics.put("stockrt_spool_refused_total", stats.refused)
 
     def executed(self, report: Report | None) -> None:
         """Count an execution and what it did."""
         self.metrics.add("stockrt_executions_total", outcome_of(report))
         if report is None:
             return
-        reached = report.stored + report.known
-        self._last = (f"{reached}/{report.total} in {report.took_s:.1f} s", self._clock())
+        done = f"{report.reached}/{report.total} in {report.took_s:.1f} s"
+        self._last = (done, self._clock.monotonic())
         self.metrics.add("stockrt_trades_stored_total", by=report.stored)
-        self.metrics.add("stockrt_trades_duplicate_total", by=report.known)
-        for kind, count in Counter(failure_kind(*failure) for failure in report.failures.items()).items():
+        self.metrics.add("stockrt_trades_duplicate_total", by=report.duplicates)
+        for kind, count in Counter(failure.kind for failure in report.failures.values()).items():
             self.metrics.add("stockrt_codes_failed_total", kind.value, count)
         if report.complete:
-            self.metrics.put("stockrt_last_success_timestamp_seconds", round(self._wall(), 3))
+            self.metrics.put("stockrt_last_success_timestamp_seconds", round(self._clock.wall(), 3))
 
     def stopping(self, seconds: float) -> None:
         """Tell systemd that the daemon leaves, and ask for the time that this may take."""
@@ -6849,7 +7378,8 @@ class Service(Events):
     def stopped(self) -> None:
         """Leave the last numbers in the file."""
         self.metrics.put("stockrt_platform_connected", 0)
-        self._file.write(self._clock())
+        if self._file is not None:
+            self._file.write()
 
     def _say_status(self, now: float) -> float:
         if not self._notifier.listens:
@@ -6863,19 +7393,19 @@ class Service(Events):
         """Return the status line and until when it is true, if nothing happens."""
         until = math.inf
         parts = ["stopping"] if self._leaving else []
-        parts += [self._link, f"{self._keys} key{'' if self._keys == 1 else 's'}"]
+        parts += [self._link, self._keys]
         if self._last is None:
             parts.append("no execute yet")
         else:
             did, at = self._last
-            age, changes = age_words(max(0.0, now - at))
-            parts.append(f"last execute {did}, {age}")
+            age, changes = age_words(now - at)
+            parts.append(f"last execute {did}, {age} ago")
             until = at + changes
         parts.append(f"{self._unanswered} waiting")
         if self._waits:
             parts.append("trades wait for MongoDB")
-        if self._unreceived:
-            parts.append(f"{self._unreceived} to deliver")
+        if self._undelivered:
+            parts.append(f"{self._undelivered} to deliver")
         return " · ".join(parts), until
 
     def _pat_watchdog(self, now: float) -> float:
@@ -6883,7 +7413,7 @@ class Service(Events):
         if self._watchdog_s == math.inf:
             return math.inf
         if now >= self._watchdog_at:
-            stands_still = self._unanswered and now - self._beat_at > self._watchdog_s
+            stands_still = self._unanswered and now - self._progress_at > self._watchdog_s
             if stands_still or not self._notifier.send(WATCHDOG=1):
                 return now + self._watchdog_s / 8  # looked at again soon
             self._watchdog_at = now + self._watchdog_s / 2
@@ -6898,8 +7428,9 @@ def outcome_of(report: Report | None) -> str:
         return "interrupted"
     if report.complete and report.total:
         return "success"
-    reached = report.stored + report.known
-    return "partial" if reached and not report.store_error and not report.kept else "failure"
+    if report.reached and not report.store_error and not report.queued:
+        return "partial"
+    return "failure"
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -7067,15 +7598,12 @@ def read_codes(options: argparse.Namespace) -> Iterator[str]:
     if not options.codes_file:
         return
     try:
-        with (
-            sys.stdin
-            if options.codes_file == "-"
-            else open(options.codes_file, encoding="utf-8-sig") as stream
-        ):
-            for line in stream:
-                yield from split_codes(
-                    line.partition("#")[0].lstrip("\ufeff")
-                )  # stdin's mark is not decoded away
+        stream = sys.stdin
+        if options.codes_file != "-":
+            stream = open(options.codes_file, encoding="utf-8-sig")  # noqa: SIM115  (closed below)
+        with stream:
+            for line in stream:  # the mark of a file on standard input is not decoded away
+                yield from split_codes(line.partition("#")[0].lstrip("\ufeff"))
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"--codes-file {options.codes_file}: cannot be read: {why}") from None
@@ -7084,20 +7612,20 @@ def read_codes(options: argparse.Namespace) -> Iterator[str]:
 class _Redacting(logging.Formatter):
     """Formats a record, tracebacks included, and takes every secret out."""
 
-    def __init__(self, redact: Callable[[str], str], journal: bool = False) -> None:
+    def __init__(self, settings: Settings, journal: bool = False) -> None:
         super().__init__("%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
-        self._redact = redact
+        self._settings = settings
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        text = self._redact(super().format(record))
+        text = self._settings.redact(super().format(record))
         return for_journal(text, record.levelno) if self._journal else text
 
 
 def start_logging(settings: Settings) -> None:
     """Send this program's messages to stderr, secrets masked; libraries only from warnings on."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_Redacting(settings.redact, journal=isinstance(sys.stderr, JournalStream)))
+    handler.setFormatter(_Redacting(settings, journal=isinstance(sys.stderr, JournalStream)))
     logging.getLogger().handlers = [handler]
     logging.getLogger().setLevel(logging.WARNING)
     log.setLevel(settings.log_level.upper())
@@ -7135,12 +7663,12 @@ class Rows:
     """
 
     def __init__(
-        self, out: IO[str], as_json: bool = False, color: bool = False, now: Callable[[], float] = time.time
+        self, out: IO[str], as_json: bool = False, color: bool = False, clock: Clock = SYSTEM_CLOCK
     ) -> None:
         self._out = out
         self._as_json = as_json
         self._color = color
-        self._now = now
+        self._clock = clock
         self._kept: list[Document] | None = []
         self._gone = False
         self.fault = ""  # why rows are missing on `out`, unless its reader just went away
@@ -7163,7 +7691,7 @@ class Rows:
         if self._kept:
             place = {code: -number for number, code in enumerate(reversed(order))}  # the first of duplicates
             kept = sorted(self._kept, key=lambda d: place.get(d["stock_code"], 1))
-            cells = [row_cells(document, self._now()) for document in kept]
+            cells = [row_cells(document, self._clock.wall()) for document in kept]
             widths = [
                 max(len(column.title), *(len(row[i]) for row in cells)) for i, column in enumerate(COLUMNS)
             ]
@@ -7178,7 +7706,9 @@ class Rows:
 
     def _table(self, documents: Sequence[Document]) -> None:
         widths = [column.width for column in COLUMNS]
-        self._print("".join(_aligned(row_cells(document, self._now()), widths) for document in documents))
+        self._print(
+            "".join(_aligned(row_cells(document, self._clock.wall()), widths) for document in documents)
+        )
 
     def _print(self, text: str, flush: bool = False) -> None:
         if self._gone:
@@ -7206,7 +7736,7 @@ def row_cells(document: Document, now: float) -> list[str]:
     """Return the cells of a document's row; `now` is epoch seconds."""
     side = SIDES.get(document["td"], str(document["td"]))
     when = exchange_time(document["stock_code"], document["t"])
-    age = show_age(now - document["t"] / 1000)
+    age, _ = age_words(now - document["t"] / 1000)
     return [document["stock_code"], document["p"], document["v"], document["vw"], side, when, age]
 
 
@@ -7219,7 +7749,7 @@ def exchange_time(code: str, t: int) -> str:
 
 def to_json(document: Document) -> str:
     """Return a document as one line of JSON, its date as ISO 8601 UTC."""
-    return json.dumps(document | {"create_time": _iso(document["create_time"])}, ensure_ascii=False)
+    return json.dumps(document | {"create_time": iso(document["create_time"])}, ensure_ascii=False)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -7227,27 +7757,111 @@ def to_json(document: Document) -> str:
 # ------------------------------------------------------------------------------------------------------
 
 
-class _Job(threading.Thread):
+class Stoppable(Protocol):
+    """What a signal can stop."""
+
+    def request_stop(self) -> None:
+        """Ask for the end; called from a signal handler."""
+
+
+class StopEvent(threading.Event):
+    """The event that ends a run early."""
+
+    def request_stop(self) -> None:
+        """Set it."""
+        self.set()
+
+
+def stop_on_signals(work: Stoppable) -> None:
+    """Let SIGINT and SIGTERM stop the work; a second signal ends the process at once."""
+    asked = False
+
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            os._exit(EXIT_INTERRUPTED)
+        asked = True
+        work.request_stop()
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+
+
+class Terminal(Events):
+    """Shows a run to a person: rows as they are stored, and a bar on a terminal's stderr once it is a long one."""
+
+    def __init__(self, rows: Rows | None, unit: str, bar_above: int) -> None:
+        self._rows = rows
+        self._unit = unit
+        self._bar_above = bar_above
+        self._is_terminal = sys.stderr.isatty()
+        self._bar: Any = None
+
+    def stored(self, documents: Sequence[Document]) -> None:
+        """Print them."""
+        if self._rows is not None:
+            self._rows.add(documents)
+
+    def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
+        """Draw the bar."""
+        if self._bar is None and self._is_terminal and total > self._bar_above:
+            from tqdm import tqdm
+
+            unit = f" {self._unit}"
+            self._bar = tqdm(total=total, initial=done, unit=unit, file=sys.stderr, leave=False)
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _Run(threading.Thread):
     """A run on a thread of its own, so that the main thread stays free for signals."""
 
-    def __init__(self, work: Callable[[], Report]) -> None:
-        super().__init__(name="stockrt-job", daemon=True)
-        self._work = work
-        self.report: Report | None = None
+    def __init__(self, pipeline: Pipeline, codes: Iterable[str], stop: threading.Event) -> None:
+        super().__init__(name="stockrt-run", daemon=True)
+        self._pipeline = pipeline
+        self._codes = codes
+        self._stop_event = stop
+        self.report = Report()
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self.report = self._work()
+            self._pipeline.run(self._codes, self._stop_event, self.report)
         except BaseException as error:  # handed to the main thread, which raises it again
             self.error = error
+
+    def ended(self) -> bool:
+        """Wait for the end, or a moment longer than until the run is stopped; return whether it ended."""
+        self.start()
+        while self.is_alive() and not self._stop_event.is_set():
+            self.join(STOP_POLL_S)
+        self.join(INTERRUPT_GRACE_S)
+        if self.error is not None:
+            raise self.error
+        return not self.is_alive()
 
 
 def say(text: str, level: int = logging.INFO) -> None:
     """Write a message to stderr, for the person at the terminal or for the journal."""
-    text = for_journal(text, level) if isinstance(sys.stderr, JournalStream) else text
+    if isinstance(sys.stderr, JournalStream):
+        text = for_journal(text, level)
     with contextlib.suppress(OSError):  # nobody reads it: nothing else can be done
         print(text, file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print what was asked for to stdout. Raises PrintError."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise PrintError from None
+    except OSError as error:
+        raise PrintError(f"cannot print: {error.strerror or error}") from None
 
 
 def run_once(options: argparse.Namespace, settings: Settings) -> int:
@@ -7256,23 +7870,25 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
         raise UsageError(
             "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out"
         )
-    workshop = Pipeline(settings, options.demo)
     rows = Rows(sys.stdout, options.json, color=settings.color and sys.stdout.isatty())
-    stop = _stop_on_signals()
+    terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
+    pipeline = Pipeline(settings, terminal, options.demo)
+    stop = StopEvent()
+    stop_on_signals(stop)
     order: list[str] = []
-    with _progress_bar() as on_progress:
-        collector = workshop.collector(rows.add, on_progress)
-        job = _Job(lambda: collector.run(_remembered(read_codes(options), order), stop))
-        _wait_for(job, stop)
-    if job.error is not None:
-        raise job.error
+    run = _Run(pipeline, _remembered(read_codes(options), order), stop)
+    try:
+        finished = run.ended()
+    finally:
+        terminal.close()
     rows.finish(order)
-    if job.report is not None:
-        workshop.keys.close()
-    status = _close_run(job.report or collector.report, finished=job.report is not None, settings=settings)
+    if finished:
+        pipeline.keys.close()
+    status = _close_run(run.report, finished, settings)
     if rows.fault:
         say(f"stockrt: {rows.fault}")
-    return status or (EXIT_FAILED if rows.fault else EXIT_OK)
+        status = status or EXIT_FAILED
+    return status
 
 
 def _remembered(codes: Iterable[str], order: list[str]) -> Iterator[str]:
@@ -7284,217 +7900,150 @@ def _remembered(codes: Iterable[str], order: list[str]) -> Iterator[str]:
         yield code
 
 
-def _stop_on_signals() -> threading.Event:
-    """Return the event that SIGINT and SIGTERM set; a second signal ends the process at once."""
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: object) -> None:
-        if stop.is_set():
-            os._exit(EXIT_INTERRUPTED)
-        stop.set()
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    return stop
-
-
-def _wait_for(job: _Job, stop: threading.Event) -> None:
-    job.start()
-    while job.is_alive() and not stop.is_set():
-        job.join(STOP_POLL_S)
-    if stop.is_set():
-        job.join(INTERRUPT_GRACE_S)
-
-
 def _close_run(report: Report, finished: bool, settings: Settings) -> int:
-    color = settings.color and sys.stderr.isatty()
+    """Say what became of a run and return the exit status. One that hangs may still write into its report."""
+    report = report.as_of_now()
     if finished:
         say(report.summary())
     elif not report.total:
         say("interrupted while the codes were read")
     else:
         say(f"{report.summary()}; the store did not answer: what was being written may be missing")
-    for code, reason in report.failures.items():
-        line = settings.redact(f"  {code}: {reason}")
-        say(f"\033[31m{line}\033[0m" if color else line)
+    form = "{}"
+    if settings.color and sys.stderr.isatty():
+        form = "\033[31m{}\033[0m"
+    for code, failure in report.failures.items():
+        say(form.format(settings.redact(f"  {code}: {failure.words}")))
     if report.interrupted or not finished:
         return EXIT_INTERRUPTED
     return EXIT_OK if report.complete else EXIT_FAILED
 
 
-@contextlib.contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """Give a callable (done, total) that draws a bar on a terminal's stderr once a run is a long one."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from tqdm import tqdm
-
-    bar: Any = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None and total > MAX_BATCH:
-            bar = tqdm(total=total, unit=" codes", file=sys.stderr, leave=False)
-        if bar is not None:
-            bar.update(done - bar.n)
-
-    try:
-        yield show
-    finally:
-        if bar is not None:
-            bar.close()
-
-
 def run_check(settings: Settings, source: Path | None) -> int:
     """Check everything that a run needs, print a line each, and return the exit status."""
-    checks: list[tuple[str, Callable[[], str]]] = [
-        ("settings", lambda: f"from {source or 'the environment and defaults'}")
-    ]
-    if not settings.api_keys:
-        checks.append(("API key", partial(_check_key, settings, "")))
-    for key, plan in settings.key_plans():
-        checks.append((f"API key {ApiKey(key, plan).shown}", partial(_check_key, settings, key)))
-    checks.append(("state directory", lambda: _check_state_directory(settings.state_directory)))
-    checks.append(("MongoDB" if settings.mongodb_uri else "local store", lambda: _check_store(settings)))
-    if settings.platform_url():
-        checks.append(("platform", lambda: _check_platform(settings)))
     failed = False
-    for name, check in checks:
-        try:
-            good, line = True, check()
-        except StockrtError as error:
-            good, line = False, str(error)
-        failed |= not good
-        print(settings.redact(f"{'ok  ' if good else 'FAIL'}  {name}: {line}"), flush=True)
+    for check in _checks(settings, source):
+        failed |= not check.good
+        verdict = "ok  " if check.good else "FAIL"
+        show(settings.redact(f"{verdict}  {check.name}: {check.words}"))
     return EXIT_FAILED if failed else EXIT_OK
 
 
-def _check_key(settings: Settings, key: str) -> str:
-    if not key:
-        raise StockrtError(NO_KEY_HINT)
-    path = _trade_path(Batch("stock", "AAPL.US"))
-    verdict = decide(get_once(settings.api_base_url, path, API_LIMITS, {"apiKey": key}), datetime.now(UTC))
-    if verdict.action in (Action.ACCEPT, Action.CODES_UNKNOWN):
-        return f"accepted by {settings.api_base_url}"
-    name = (
-        "INFOWAY_API_KEY"
-        if verdict.action in (Action.KEY_DEAD, Action.KEY_LACKS_PRODUCT)
-        else "INFOWAY_API_BASE_URL"
-    )
-    name = "INFOWAY_PLAN" if verdict.action in (Action.SLOW_DOWN, Action.KEY_DAY_OVER) else name
-    raise StockrtError(f"{verdict.reason}; see {name}")
-
-
-def _check_state_directory(directory: Path) -> str:
-    make_state_directory(directory)
-    return f"{directory} can be written"
-
-
-def _check_store(settings: Settings) -> str:
-    store = open_store(settings)
+def _checks(settings: Settings, source: Path | None) -> Iterator[Check]:
+    yield Check("settings", True, f"from {source or 'the environment and defaults'}")
+    if settings.proxies.in_use():
+        yield Check("proxy", True, _ways(settings))
+    if not settings.api_keys:
+        yield Check("API key", False, NO_KEY_HINT)
+    for secret, plan in settings.key_plans():
+        yield check_key(settings, ApiKey(secret, plan))
     try:
-        return store.check()
-    finally:
-        store.close()
+        make_state_directory(settings.state_directory)
+        yield Check("state directory", True, f"{settings.state_directory} can be written")
+    except StoreError as error:
+        yield Check("state directory", False, str(error))
+    store = store_name(settings)
+    try:
+        with Pipeline(settings) as pipeline:
+            yield Check(store, True, pipeline.store.check())
+    except StockrtError as error:
+        yield Check(store, False, str(error))
+    if settings.platform_url():
+        yield check_platform(settings)
 
 
-def _check_platform(settings: Settings) -> str:
-    url = settings.platform_url()
-    answer = get_once(url, "/module/online", PLATFORM_LIMITS)
-    if answer.fault:
-        raise StockrtError(
-            f"{url} cannot be reached: {answer.fault}; see SERVER_IP, SERVER_PORT and SERVER_TLS"
-        )
-    if (_envelope(answer.body) or {}).get("code") != "2000":
-        raise StockrtError(f"{url}/module/online answers HTTP {answer.status} and is no dispatch platform; "
-                           "see SERVER_IP and SERVER_PORT")  # fmt: skip
-    return f"{url} answers"
+def _ways(settings: Settings) -> str:
+    """Return what is asked through which proxy, and what straight."""
+    ways = []
+    for what, url in (("the API", settings.api_base_url), ("the platform", settings.platform_url())):
+        proxy = settings.proxies.for_url(url)
+        if proxy is not None:
+            ways.append(f"{what} through {proxy.shown} ({proxy.setting})")
+        elif url:
+            ways.append(f"{what} straight")
+    return ", ".join(ways)
 
 
-def gather_status(settings: Settings) -> dict[str, Any]:
+class DaemonFacts(TypedDict, total=False):
+    """What --status shows of the daemon."""
+
+    running: bool
+    pid: int | None
+    version: str | None
+
+
+class PlatformFacts(TypedDict):
+    """What --status shows of the platform; times are ISO 8601 UTC."""
+
+    url: str | None
+    state: str
+    connected_since: str | None
+    last_contact: str | None
+
+
+class StatusReport(TypedDict):
+    """What --status shows, and prints as JSON."""
+
+    version: str
+    daemon: DaemonFacts
+    registration: str | None
+    platform: PlatformFacts
+    store: str
+    spool: QueueFacts | None
+    waiting: Waiting
+    last_execution: LastExecution | None
+    keys: list[KeyUsage]
+
+
+def gather_status(settings: Settings) -> StatusReport:
     """Return what --status shows, from the daemon's own words where one runs or ran. Raises StoreError."""
     directory = settings.state_directory
-    running = daemon_runs(directory)
     told = _read_status(directory)
-    platform = {"url": settings.platform_url() or None, "state": "no daemon"}
-    if running:
-        platform["state"] = told.get("platform", "not connected")
-    module_hash = read_hash(directory)
-    journal = Journal(directory)
-    try:
-        waiting = journal.count_waiting()
-    finally:
-        journal.close()
-    return {
-        "version": __version__,
-        "daemon": {"running": running, **({n: told.get(n) for n in ("pid", "version")} if running else {})},
-        "registration": shorten(module_hash) if module_hash else None,
-        "platform": platform | {name: told.get(name) for name in ("connected_since", "last_contact")},
-        "store": settings.mongodb_shown() or str(directory / SQLITE_NAME),
-        "spool": _gather_spool(settings, told if running else {}),
-        "waiting": waiting,
-        "last_execution": told.get("last_execution"),
-        "keys": _gather_keys(settings, told.get("keys", []) if running else []),
+    last = told.get("last_execution")
+    platform: PlatformFacts = {
+        "url": settings.platform_url() or None,
+        "state": "no daemon",
+        "connected_since": told.get("connected_since"),
+        "last_contact": told.get("last_contact"),
     }
+    daemon: DaemonFacts = {"running": daemon_runs(directory)}
+    states: Sequence[KeyState] = ()
+    refused = 0
+    if daemon["running"]:
+        platform["state"] = told.get("platform", "not connected")
+        daemon |= {"pid": told.get("pid"), "version": told.get("version")}
+        states, refused = told.get("keys", []), told.get("spool_refused", 0)
+    module_hash = read_hash(directory)
+    with contextlib.closing(Journal(directory)) as journal:
+        waiting = journal.count_waiting()
+    with Pipeline(settings) as pipeline:
+        return {
+            "version": __version__,
+            "daemon": daemon,
+            "registration": shorten(module_hash) if module_hash else None,
+            "platform": platform,
+            "store": settings.mongodb_shown() or str(directory / SQLITE_NAME),
+            "spool": pipeline.queued(refused),
+            "waiting": waiting,
+            "last_execution": last,
+            "keys": pipeline.usage(states),
+        }
 
 
-def _gather_spool(settings: Settings, told: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what waits for MongoDB, None where none is set: then nothing waits."""
-    if not settings.mongodb_uri:
-        return None
-    spool = Spool(settings.state_directory, settings.spool_max_bytes)
-    try:
-        facts, unsettled = spool.facts(counted=True), spool.count_unsettled()
-    finally:
-        spool.close()
-    return facts._asdict() | {"unsettled": unsettled, "refused": told.get("spool_refused", 0)}
-
-
-def _read_status(directory: Path) -> dict[str, Any]:
+def _read_status(directory: Path) -> DaemonStatus:
     """Return what a daemon wrote last, nothing where none ever ran."""
     try:
         told = json.loads((directory / STATUS_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
-
-
-def _gather_keys(settings: Settings, told: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return of each key its plan, what is used and left today, and the state that a running daemon told."""
-    store = open_store(settings)
-    facts = LocalFacts(settings.state_directory)
-    try:
-        ledger = make_ledger(settings, store, facts)
-        states = {state["digest"]: state for state in told}
-        return [
-            _gather_key(ApiKey(secret, plan), ledger, states.get(key_digest(secret), {}))
-            for secret, plan in settings.key_plans()
-        ]
-    finally:
-        facts.close()
-        store.close()
-
-
-def _gather_key(key: ApiKey, ledger: Ledger, told: Mapping[str, Any]) -> dict[str, Any]:
-    now = time.time()
-    used = ledger.used_today(key.digest, now)
-    state = {"state": "ready", "why": "", "until": "", "not_for": []}
-    state |= {name: told[name] for name in state if name in told}
-    if state["state"] == "resting" and cast(str, state["until"]) <= _later(now, 0):  # it was when it was told
-        state |= {"state": "ready", "why": "", "until": ""}
-    left = max(0, key.plan.per_day - used) if key.plan.per_day else None
-    if left == 0 and state["state"] == "ready":
-        until = _later(next_midnight(now), 0)
-        state |= {"state": "resting", "why": _day_used_up(key.plan), "until": until}
-    return {"key": key.shown, "plan": key.plan.name, "used_today": used, "left_today": left, **state}
+    return cast(DaemonStatus, told) if isinstance(told, dict) else {}
 
 
 def run_status(settings: Settings, as_json: bool) -> int:
     """Print the status for a person, or as one JSON object."""
     status = gather_status(settings)
     if as_json:
-        print(settings.redact(json.dumps(status, ensure_ascii=False)))
+        show(settings.redact(json.dumps(status, ensure_ascii=False)))
         return EXIT_OK
     waiting, last = status["waiting"], status["last_execution"]
     lines = [
@@ -7503,43 +8052,59 @@ def run_status(settings: Settings, as_json: bool) -> int:
         ("registration", status["registration"] or "none: run --register"),
         ("platform", _platform_line(status["platform"])),
         ("store", status["store"]),
-        *([("spool", _spool_line(status["spool"]))] if status["spool"] else []),
-        ("waiting", f"{waiting['commands']} commands, {waiting['results']} results to deliver"),
-        ("last execution", f"{last['status']} at {last['at']}: {last['message']}" if last else "none yet"),
-        *(("API key", _key_line(key)) for key in status["keys"]),
     ]
-    print(settings.redact("\n".join(f"{name:<15} {text}" for name, text in lines)))
+    if status["spool"] is not None:
+        lines.append(("spool", _spool_line(status["spool"])))
+    lines.append(("waiting", f"{waiting['commands']} commands, {waiting['results']} results to deliver"))
+    done = "none yet"
+    if last is not None:
+        done = f"{last['status']} at {last['at']}: {last['message']}"
+    lines.append(("last execution", done))
+    lines += [("API key", _key_line(key)) for key in status["keys"]]
+    show(settings.redact("\n".join(f"{name:<15} {text}" for name, text in lines)))
     return EXIT_OK
 
 
-def _daemon_line(daemon: Mapping[str, Any]) -> str:
+def _daemon_line(daemon: DaemonFacts) -> str:
     if not daemon["running"]:
         return "not running"
     return f"running, pid {daemon['pid']}, version {daemon['version']}"
 
 
-def _spool_line(spool: Mapping[str, Any]) -> str:
+def _spool_line(spool: QueueFacts) -> str:
     line = f"{spool['trades']} trades wait for MongoDB"
     if spool["trades"]:
         line += f", {spool['bytes'] / 2**20:.1f} MB, the oldest since {spool['oldest']}"
-    line += f", {spool['refused']} found no room" if spool["refused"] else ""
-    line += f", the closes of {spool['unsettled']} are still to be made" if spool["unsettled"] else ""
-    return line + (f", {spool['rejects']} refused by it: see --rejects" if spool["rejects"] else "")
+    if spool["refused"]:
+        line += f", {spool['refused']} found no room"
+    if spool["unsettled"]:
+        line += f", the closes of {spool['unsettled']} are still to be made"
+    if spool["rejects"]:
+        line += f", {spool['rejects']} refused by it: see --rejects"
+    return line
 
 
-def _platform_line(platform: Mapping[str, Any]) -> str:
+def _platform_line(platform: PlatformFacts) -> str:
     line = f"{platform['url'] or 'none set'}: {platform['state']}"
     if platform["state"] == "connected":
         return f"{line} since {platform['connected_since']}"
-    return line + (f", last contact {platform['last_contact']}" if platform["last_contact"] else "")
+    if platform["last_contact"]:
+        line += f", last contact {platform['last_contact']}"
+    return line
 
 
-def _key_line(key: Mapping[str, Any]) -> str:
-    left = "no daily limit" if key["left_today"] is None else f"{key['left_today']} left"
+def _key_line(key: KeyUsage) -> str:
+    left = f"{key['left_today']} left"
+    if key["left_today"] is None:
+        left = "no daily limit"
     line = f"{key['key']}  {key['plan']}  {key['used_today']} used today, {left}  {key['state']}"
-    line += f" until {key['until']}" if key["until"] else ""
-    line += f" ({key['why']})" if key["why"] else ""
-    return line + (f"; not for {', '.join(key['not_for'])}" if key["not_for"] else "")
+    if key["until"]:
+        line += f" until {key['until']}"
+    if key["why"]:
+        line += f" ({key['why']})"
+    if key["not_for"]:
+        line += f"; not for {', '.join(key['not_for'])}"
+    return line
 
 
 def need_mongodb(settings: Settings, why: str) -> None:
@@ -7556,68 +8121,33 @@ def run_drain(settings: Settings, retry: bool) -> int:
     `retry`: what MongoDB refused before, too.
     """
     need_mongodb(settings, "there is nowhere to move what this machine holds")
-    mongo = MongoStore(settings)
-    spool = Spool(settings.state_directory, settings.spool_max_bytes)
-    drain = Drain(spool, mongo, _closer_of(settings, mongo).settle)
-    if retry:
-        spool.retry(mongo.realtime_name)
-    stop = _stop_on_signals()
-    try:
-        with _drain_bar(spool.facts(counted=True).trades) as on_moved:
-            while not stop.is_set() and (moved := _drain_step(drain, mongo, stop)):
-                on_moved(moved)
-        while not stop.is_set() and drain.step_closes():
-            pass
-    finally:
-        left = spool.facts(counted=True).trades
-        rejected = f", {drain.rejected} refused by it: see --rejects" if drain.rejected else ""
-        say(f"{drain.moved} moved to {settings.mongodb_shown()}{rejected}; {left} left on this machine")
-    return EXIT_INTERRUPTED if left and stop.is_set() else EXIT_OK
-
-
-def _drain_step(drain: Drain, mongo: MongoStore, stop: threading.Event) -> int:
-    """Move a batch and return its size. Raises StoreAway when MongoDB takes nothing."""
-    while True:
+    terminal = Terminal(None, "trades", bar_above=0)
+    stop = StopEvent()
+    stop_on_signals(stop)
+    with Pipeline(settings, terminal) as pipeline:
         try:
-            return drain.step()
-        except StoreAway:  # after a moment it may be a document's fault, which `drain` finds out
-            if stop.wait(DRAIN_FIRST_S) or not mongo.takes_another():
-                raise
-
-
-def _closer_of(settings: Settings, mongo: MongoStore) -> ClosingPrices:
-    """Return a closer; without an API key for the trading calendar, half days are in doubt."""
-    if not settings.api_keys:
-        return ClosingPrices(mongo, None)
-    facts = LocalFacts(settings.state_directory)
-    api = InfowayApi(settings.api_base_url, KeyPool(settings.key_plans(), facts))
-    return ClosingPrices(mongo, Calendar(facts, api.half_days))
-
-
-@contextlib.contextmanager
-def _drain_bar(total: int) -> Iterator[Callable[[int], object]]:
-    """Give a callable that draws a bar on a terminal's stderr of how many were moved."""
-    if not sys.stderr.isatty():
-        yield lambda moved: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=" trades", file=sys.stderr, leave=False) as bar:
-        yield bar.update
+            pipeline.deliver(stop, retry)
+        finally:
+            terminal.close()
+            moved, rejected, left = pipeline.delivered()
+            line = f"{moved} moved to {settings.mongodb_shown()}"
+            if rejected:
+                line += f", {rejected} refused by it: see --rejects"
+            say(f"{line}; {left} left on this machine")
+    return EXIT_INTERRUPTED if left and stop.is_set() else EXIT_OK
 
 
 def run_rejects(settings: Settings, as_json: bool) -> int:
     """Print what MongoDB refused for good, oldest first."""
-    spool = Spool(settings.state_directory, settings.spool_max_bytes)
-    try:
-        rejects = spool.rejects()
-    finally:
-        spool.close()
+    with Pipeline(settings) as pipeline:
+        rejects = pipeline.rejects()
     for reject in rejects:
         line = "{rejected_at}  {collection}  {_id}: {reason}".format_map(reject)
-        print(settings.redact(json.dumps(reject, ensure_ascii=False) if as_json else line))
+        if as_json:
+            line = json.dumps(reject, ensure_ascii=False)
+        show(settings.redact(line))
     if not rejects and not as_json:
-        print("MongoDB has refused nothing")
+        show("MongoDB has refused nothing")
     return EXIT_OK
 
 
@@ -7640,11 +8170,11 @@ def run_register(settings: Settings, force: bool) -> int:
     place = settings.state_directory / HASH_NAME
     stored = "" if force else read_hash(settings.state_directory)
     if stored:
-        print(f"registered already: hash {shorten(stored)} in {place}; --register --force registers anew")
+        show(f"registered already: hash {shorten(stored)} in {place}; --register --force registers anew")
         return EXIT_OK
     module_hash = register(settings)
     write_hash(settings.state_directory, module_hash)
-    print(
+    show(
         f"registered {settings.module_name} at {settings.platform_url()}: hash {shorten(module_hash)} in {place}"
     )
     return EXIT_OK
@@ -7660,29 +8190,18 @@ def need_daemon_settings(settings: Settings) -> None:
 def run_check_settings(loaded: LoadedSettings) -> int:
     """Say that the settings, which were read by now, are enough for the daemon. Raises SettingsError."""
     need_daemon_settings(loaded.settings)
-    print(f"ok    settings: from {loaded.source or 'the environment and defaults'}")
+    show(f"ok    settings: from {loaded.source or 'the environment and defaults'}")
     return EXIT_OK
 
 
 def run_daemon(settings: Settings, environ: Mapping[str, str]) -> int:
     """Run as the platform's module until a signal or the platform ends it; return the exit status."""
     need_daemon_settings(settings)
-    service = Service(
-        settings, Notifier(environ.get("NOTIFY_SOCKET", "")), watchdog_seconds(environ, os.getpid())
-    )
-    daemon = Daemon(settings, observer=service)
+    watchdog_s = watchdog_seconds(environ, os.getpid())
+    service = Service(settings, Notifier(environ.get("NOTIFY_SOCKET", "")), watchdog_s)
+    daemon = Daemon(settings, service)
     clean_cache(environ, Path(__file__).resolve().parent.parent)
-    stopping = False
-
-    def on_signal(number: int, frame: object) -> None:
-        nonlocal stopping
-        if stopping:
-            os._exit(EXIT_INTERRUPTED)
-        stopping = True
-        daemon.request_stop()
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    stop_on_signals(daemon)
     log.info("stockrt %s for %s at %s", __version__, settings.module_name, settings.platform_url())
     daemon.run()
     service.stopped()
@@ -7734,16 +8253,15 @@ def main() -> NoReturn:
         sys.stderr = JournalStream(sys.stderr)
     try:
         status = run_command(sys.argv[1:], os.environ)
-        sys.stdout.flush()
     except StockrtError as error:
-        say("\n".join(f"stockrt: {line}" for line in str(error).splitlines()), logging.ERROR)
+        for line in str(error).splitlines():
+            say(f"stockrt: {line}", logging.ERROR)
         status = error.exit_code
     except SystemExit as leaving:  # --help, --version
         status = int(leaving.code or 0)
-    except OSError as error:  # of printing: everything else says its own words
+    except OSError as error:  # whoever met it should have said what was being done
         status = EXIT_FAILED
-        if not isinstance(error, BrokenPipeError):
-            say(f"stockrt: cannot print: {error.strerror or error}", logging.ERROR)
+        say(f"stockrt: {type(error).__name__}: {error}", logging.ERROR)
     with contextlib.suppress(OSError):  # a reader that went away
         sys.stdout.flush()
     # Not sys.exit: threads that hang on the network must not hold the process up, and pymongo's monitor

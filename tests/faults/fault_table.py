@@ -17,7 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Each fault in the order of the table, in both languages; {…} are facts of its rows.
+# Each fault in the order of the table, in both languages; {…} are facts of its rows. Crash-only: the daemon ends
+# where it meets the damage, and is started again.
 FAULTS = {
     "kill": (
         "kill -9 at a random moment of writing, spooling, draining",
@@ -49,11 +50,26 @@ FAULTS = {
     "election_srv": ("elections in a replica set behind mongodb+srv", "mongodb+srv 副本集选举"),
     "poison": ("one poison document in 1,000", "1000 个文档中有一个被 MongoDB 拒收"),
     "foreign_index": ("a unique index of the operator forbids a trade", "运维人员的唯一索引拒绝某笔成交"),
-    "file_overwritten": ("spool file: random bytes overwritten", "暂存文件：随机字节被改写"),
-    "file_cut_short": ("spool file: cut short", "暂存文件：被截短"),
-    "file_beginning_overwritten": ("spool file: its beginning overwritten", "暂存文件：开头被改写"),
-    "file_inner_pages_overwritten": ("spool file: all inner pages overwritten", "暂存文件：全部内部页被改写"),
-    "file_log": ("spool file: random bytes of its log overwritten", "暂存文件：日志中随机字节被改写"),
+    "file_overwritten": (
+        "spool file: random bytes overwritten (crash-only)",
+        "暂存文件：随机字节被改写（crash-only）",
+    ),
+    "file_cut_short": (
+        "spool file: cut short (crash-only)",
+        "暂存文件：被截短（crash-only）",
+    ),
+    "file_beginning_overwritten": (
+        "spool file: its beginning overwritten (crash-only)",
+        "暂存文件：开头被改写（crash-only）",
+    ),
+    "file_inner_pages_overwritten": (
+        "spool file: all inner pages overwritten (crash-only)",
+        "暂存文件：全部内部页被改写（crash-only）",
+    ),
+    "file_log": (
+        "spool file: random bytes of its log overwritten (crash-only)",
+        "暂存文件：日志中随机字节被改写（crash-only）",
+    ),
     "file_foreign": ("spool file of another user, or without permissions", "暂存文件属于其他用户或无权限"),
     "file_old": ("spool file of an older version", "旧版本的暂存文件"),
     "disk_full": ("no space left on the disk", "磁盘已满"),

@@ -162,13 +162,14 @@ def _put_back(world: World, sound: bytes) -> None:
 
 
 def _after(world: World, due: set[str]) -> Account:
-    """Start the daemon, let it drain and work, and make the account of the rows that are due."""
+    """Start the daemon, again where it meets damage, let it drain and work; make the account of the rows due."""
     told = len(world.daemon.log)
     errors = world.daemon.log.count(" ERROR ")
-    world.start()
-    new = world.result(world.send(5))
-    assert new.data["result"]["failed_count"] == 0, new.text
-    world.drained()
+    with world.supervised():
+        world.connected()
+        new = world.result(world.send(5))
+        assert new.data["result"]["failed_count"] == 0, new.text
+        world.drained()
     world.stop()
     said = world.daemon.log.count(" ERROR ") - errors
     assert said == bool(list(world.state.glob("*.damaged-*"))), world.daemon.log[told:]

@@ -1,4 +1,4 @@
-"""The daemon under test: in a thread of this process with its pauses handed in, or as a process to kill."""
+"""The daemon under test: in a thread of this process with its chance handed in, or as a process to kill."""
 
 from __future__ import annotations
 
@@ -78,20 +78,24 @@ def settings_for(port: int, api_url: str, state: Path, **more: str) -> stockrt.S
     return stockrt.load_settings(environment(port, api_url, state, **more), None, (), is_root=False).settings
 
 
+class Hasty(random.Random):
+    """Makes every delay the shortest, and keeps how long each could have been."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ceilings: list[float] = []
+
+    def uniform(self, a: float, b: float) -> float:
+        """Return the shortest delay."""
+        self.ceilings.append(b)
+        return a
+
+
 class ThreadDaemon:
-    """A Daemon on a thread; used with `with`, which ends it and asserts that it ended well.
+    """A Daemon on a thread; used with `with`, which ends it and asserts that it ended well."""
 
-    `pause` gets each delay instead of waiting for it, and must itself end soon.
-    """
-
-    def __init__(
-        self,
-        settings: stockrt.Settings,
-        *,
-        pause: Callable[[float], None] | None = None,
-        rng: random.Random | None = None,
-    ) -> None:
-        self.daemon = stockrt.Daemon(settings, pause=pause, rng=rng)
+    def __init__(self, settings: stockrt.Settings, *, rng: random.Random | None = None) -> None:
+        self.daemon = stockrt.Daemon(settings, rng=rng)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name="daemon", daemon=True)
 

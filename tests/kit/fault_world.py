@@ -281,6 +281,25 @@ class World:
             self.daemon.process.terminate()
             assert self.daemon.wait(PATIENCE) == 0, self.daemon.log[-3000:]
 
+    @contextlib.contextmanager
+    def supervised(self) -> Iterator[None]:
+        """Start the daemon, and again whenever it ends by itself with status 1, as systemd does."""
+        done = threading.Event()
+
+        def supervise() -> None:
+            while not done.wait(0.05):
+                if self.daemon.process is not None and self.daemon.process.poll() == 1:
+                    self.daemon.start()
+
+        self.start(connected=False)
+        supervisor = threading.Thread(target=supervise, daemon=True)
+        supervisor.start()
+        try:
+            yield
+        finally:
+            done.set()
+            supervisor.join()
+
     # --- work ---------------------------------------------------------------------------------------------
 
     def send(self, size: int = 5) -> str:
@@ -354,10 +373,15 @@ class World:
             return read(path)
 
     def drained(self, timeout: float = 2 * PATIENCE) -> None:
-        """Wait until nothing waits for MongoDB any more."""
-        assert until(lambda: not self.spool(), timeout), (
-            f"{len(self.spool())} left\n{self.daemon.log[-3000:]}"
-        )
+        """Wait until nothing waits for MongoDB any more, in a file that can be read."""
+
+        def is_drained() -> bool:
+            try:
+                return not self.spool()
+            except sqlite3.Error:
+                return False
+
+        assert until(is_drained, timeout), f"{len(self.spool())} left\n{self.daemon.log[-3000:]}"
 
     def counted(self, result: Document) -> set[str]:
         """The trades that a result (as sent) tells the platform are safe; fails where it does not add up."""

@@ -390,6 +390,21 @@ class _Window:
         return True
 
 
+def make_certificate(folder: Path) -> tuple[ssl.SSLContext, Path]:
+    """Make a self-signed certificate for 127.0.0.1 by the openssl program; return a server's context and its file."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        raise RuntimeError("TLS needs the openssl program on the PATH")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([openssl, "req", *kind, *names, *files], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context, certificate
+
+
 class InfowayServer:
     """The API on 127.0.0.1, from `start` (or ``with``) to `stop`; started again it keeps its port.
 
@@ -500,19 +515,8 @@ class InfowayServer:
             self._folder = self._context = None
 
     def _make_certificate(self) -> None:
-        """A self-signed certificate for 127.0.0.1, by the openssl program; `ca_file` is it."""
-        openssl = shutil.which("openssl")
-        if openssl is None:
-            raise RuntimeError("TLS needs the openssl program on the PATH")
         self._folder = tempfile.TemporaryDirectory(prefix="stockrt-infoway-")
-        key, certificate = Path(self._folder.name, "key.pem"), Path(self._folder.name, "certificate.pem")
-        kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-        names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
-        files = ["-keyout", str(key), "-out", str(certificate)]
-        subprocess.run([openssl, "req", *kind, *names, *files], check=True, capture_output=True)
-        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._context.load_cert_chain(certificate, key)
-        self.ca_file = certificate
+        self._context, self.ca_file = make_certificate(Path(self._folder.name))
 
     # ------------------------------------------------------------------------------------------- for tests
 

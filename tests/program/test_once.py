@@ -751,6 +751,7 @@ def test_check_of_what_is_bad(run_pyz: RunPyz, infoway: InfowayServer, tmp_path:
         ("429_json", "INFOWAY_PLAN"),
         ("ret_502", "INFOWAY_PLAN"),
         ("ret_509", "INFOWAY_API_KEY"),
+        ("401_token_invalid", "INFOWAY_API_KEY"),
         ("502_html", "INFOWAY_API_BASE_URL"),
         ("404_problem", "INFOWAY_API_BASE_URL"),
     ],
@@ -763,3 +764,15 @@ def test_check_names_the_setting_of_a_refusal(
     assert done.returncode == 1
     assert setting in check_lines(done)[next(n for n in check_lines(done) if n.startswith("API key"))][1]
     assert infoway.request_count == 1  # one request, no second try
+
+
+@pytest.mark.parametrize("answer", [REFUSALS["ret_514"], Answer.json({"ret": 500, "msg": "No permission"})])
+def test_check_of_a_good_key_whose_plan_lacks_stocks(
+    run_pyz: RunPyz, infoway: InfowayServer, answer: Answer
+) -> None:
+    infoway.script = lambda _: answer
+    done = run_pyz("--check", env=api_env(infoway))
+    good, text = check_lines(done)[next(n for n in check_lines(done) if n.startswith("API key"))]
+    assert (done.returncode, good) == (0, True), done.stdout
+    assert infoway.url in text and "not for stocks" in text
+    check_clean(done.stdout, done.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import socket
 import stat
@@ -17,7 +16,7 @@ from typing import Protocol
 
 import pytest
 from conftest import RunPyz
-from kit.daemons import PATIENCE, PROGRAM, ThreadDaemon, environment, settings_for, until
+from kit.daemons import PATIENCE, PROGRAM, Hasty, ThreadDaemon, environment, settings_for, until
 from kit.platform_server import GENERATIONS, PlatformServer
 
 import stockrt
@@ -332,23 +331,18 @@ def test_the_daemon_registers_by_itself_as_soon_as_the_server_is_there(
 ) -> None:
     caplog.set_level("DEBUG")
     port = free_port()
-    delays: list[float] = []
     tried, back = threading.Event(), threading.Event()
 
-    def pause(seconds: float) -> None:
-        delays.append(seconds)
-        if len(delays) == 20:
-            tried.set()
-            back.wait(PATIENCE)
-
-    class Longest(random.Random):
-        """Takes the whole of each delay."""
-
+    class Chance(Hasty):
         def uniform(self, a: float, b: float) -> float:
-            return b
+            if len(self.ceilings) == 19:
+                tried.set()
+                back.wait(PATIENCE)
+            return super().uniform(a, b)
 
+    chance = Chance()
     settings = settings_for(port, "http://127.0.0.1:9", state)
-    with ThreadDaemon(settings, pause=pause, rng=Longest()):
+    with ThreadDaemon(settings, rng=chance):
         assert tried.wait(PATIENCE)
         assert not hash_file.exists()
         with PlatformServer(port=port) as server:
@@ -358,6 +352,7 @@ def test_the_daemon_registers_by_itself_as_soon_as_the_server_is_there(
             assert hash_file.read_text().strip() == known.module_hash
             assert server.connected == [known.module_hash]
             assert stat.S_IMODE(hash_file.stat().st_mode) == 0o600
+    delays = chance.ceilings
     assert delays[0] == stockrt.DIAL_FIRST_S
     assert delays[:20] == sorted(delays[:20])
     assert delays[19] == stockrt.DIAL_CAP_S
@@ -370,7 +365,7 @@ def test_the_daemon_goes_on_trying_when_it_is_refused(
     state: Path, new_server: PlatformServer, hash_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     new_server.register_answer = (500, "<html>Server Error</html>")
-    with ThreadDaemon(settings_for(new_server.port, "http://127.0.0.1:9", state), pause=lambda seconds: None):
+    with ThreadDaemon(settings_for(new_server.port, "http://127.0.0.1:9", state), rng=Hasty()):
         assert new_server.wait_for(lambda s: len(s.register_calls) >= 10, PATIENCE)
         new_server.register_answer = None
         assert new_server.wait_for(lambda s: s.connected, PATIENCE)

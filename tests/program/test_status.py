@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.clock import FakeClock
 from kit.infoway_server import REFUSALS, InfowayServer
 from kit.platform_server import PlatformServer
 
 import stockrt
-from stockrt import Command, Journal, KeyPool, LocalFacts, Plan, SharedLedger, key_digest, load_settings
+from stockrt import Command, Journal, LocalLedger, Plan, SharedLedger, key_digest, load_settings
 
 PROGRAM = Path(stockrt.__file__).resolve()
 FIRST, OTHER = "aaa-first-key-111", "bbb-other-key-222"
@@ -135,7 +136,7 @@ def test_what_waits_is_counted_and_not_touched(program: Program) -> None:
     """Commands without an answer, answers without a receipt; those given up for their age are none."""
     now = time.time()
     for age in (0.0, stockrt.ANSWER_LIFETIME_S + 60):
-        journal = Journal(program.state, lambda age=age: now - age)  # type: ignore[misc]
+        journal = Journal(program.state, FakeClock(now - age))
         numbers = journal.accept([Command(f"e{age}{n}", {}, []) for n in range(3)])
         journal.answer(numbers[0], "{}")
         journal.close()
@@ -157,9 +158,8 @@ def test_a_run_counts_what_it_used(program: Program) -> None:
 
 def test_a_key_whose_day_is_used_up_says_until_when(program: Program) -> None:
     """By the count alone."""
-    facts = LocalFacts(program.state)
-    facts.lease(key_digest(FIRST), Plan("x", 172_800, 0, 172_800), time.time())
-    facts.close()
+    with stockrt.open_store_file(program.state) as file:
+        LocalLedger(file).lease(key_digest(FIRST), Plan("x", 172_800, 0, 172_800), time.time())
     key = program.status()["keys"][0]
     assert (key["used_today"], key["left_today"], key["state"]) == (172_800, 0, "resting")
     assert key["until"].endswith("T00:00:00.000Z")
@@ -187,19 +187,13 @@ def test_the_counts_of_all_instances_come_from_mongodb(program: Program, mongo_d
     uri, name = mongo_db
     program.env |= {"MONGODB_HOST": uri, "MONGODB_DB_NAME": name, "MONGODB_LICENSE_COLLECTION_NAME": "counts"}
     loaded = load_settings(program.env, None, (), is_root=False).settings
-    store = stockrt.open_store(loaded)
-    facts = LocalFacts(program.state / "other")
-    ledger = stockrt.make_ledger(loaded, store, facts)
-    assert isinstance(ledger, SharedLedger)
-    pool = KeyPool(loaded.key_plans(), ledger)
-    for _ in range(2):
-        pool.try_acquire("stock")
-    pool.close()
+    with stockrt.Pipeline(loaded) as pipeline:
+        assert isinstance(pipeline.keys.ledger, SharedLedger)
+        for _ in range(2):
+            pipeline.keys.try_acquire("stock")
     found = program.status()
     assert [key["used_today"] for key in found["keys"]] == [1, 1]
     assert found["store"] == loaded.mongodb_shown()
-    store.close()
-    facts.close()
 
 
 def test_mongodb_away_is_said_and_costs_no_status(program: Program) -> None:

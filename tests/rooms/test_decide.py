@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kit.infoway_server import REFUSALS
+from kit import infoway_server
+from kit.clock import FakeClock
 
 from stockrt import (
     BACKOFF_CAP_S,
@@ -23,9 +24,15 @@ from stockrt import (
     EARLIEST_TRADE_MS,
     LATEST_TRADE_MS,
     MAX_IN_FLIGHT,
+    REFUSALS,
     Action,
     Batch,
+    Failure,
+    FailureKind,
+    KeyPool,
     Outcome,
+    Plan,
+    Refusal,
     Response,
     Trade,
     Verdict,
@@ -34,6 +41,7 @@ from stockrt import (
     identity,
     read_records,
     read_trade,
+    steer,
     to_document,
     wanted_in_flight,
 )
@@ -99,11 +107,14 @@ def said(ret: object, msg: str = "", **more: object) -> str:
         (200, said(200, "success", data=[]), Action.ACCEPT, ""),
         (401, TOKEN_INVALID, Action.KEY_DEAD, "Token invalid"),
         (200, TOKEN_INVALID, Action.KEY_DEAD, "Token invalid"),
+        (401, "Unauthorized", Action.KEY_DEAD, "401"),
         (401, "", Action.KEY_DEAD, "401"),
         (401, GATEWAY_PAGE, Action.KEY_DEAD, "401"),
         (200, RATE_LIMIT, Action.SLOW_DOWN, "Rate limit exceeded"),
         (429, RATE_LIMIT, Action.SLOW_DOWN, "Rate limit exceeded"),
         (429, '{"code":429,"message":"Too many"}', Action.SLOW_DOWN, "Too many"),
+        (200, '{"code":429,"message":"Too many"}', Action.SLOW_DOWN, "HTTP 429: Too many"),
+        (200, '{"code":401,"message":"Bad key"}', Action.KEY_DEAD, "HTTP 401: Bad key"),
         (429, GATEWAY_PAGE, Action.SLOW_DOWN, "429"),
         (429, "", Action.SLOW_DOWN, "429"),
         (200, said(501, "Request frequency exceed the limit: 1/s"), Action.SLOW_DOWN, "exceed the limit"),
@@ -111,9 +122,9 @@ def said(ret: object, msg: str = "", **more: object) -> str:
         (429, said(502, "Request frequency for the day upper limit"), Action.KEY_DAY_OVER, "upper limit"),
         (200, said(509, "Token expired"), Action.KEY_DEAD, "Token expired"),
         (200, said(514, "No permission for the market"), Action.KEY_LACKS_PRODUCT, "No permission"),
-        (200, said(508, "All product not exists"), Action.CODES_UNKNOWN, "unknown"),
-        (200, said(500, "All product not exists"), Action.CODES_UNKNOWN, "unknown"),
-        (500, said(500, "All product not exists"), Action.CODES_UNKNOWN, "unknown"),
+        (200, said(508, "All product not exists"), Action.CODES_UNKNOWN, "not exists"),
+        (200, said(500, "All product not exists"), Action.CODES_UNKNOWN, "not exists"),
+        (500, said(500, "All product not exists"), Action.CODES_UNKNOWN, "not exists"),
         (200, said(508, "other words"), Action.CODES_UNKNOWN, "other words"),
         (200, said(505, "Products quantity exceeds the limit：100"), Action.GIVE_UP, "quantity exceeds"),
         (200, said(506, "parameter error"), Action.GIVE_UP, "parameter error"),
@@ -130,7 +141,11 @@ def said(ret: object, msg: str = "", **more: object) -> str:
         (503, '{"message":"Service Unavailable"}', Action.RETRY, "Service Unavailable"),
         (504, "{}", Action.RETRY, "504"),
         (408, "", Action.RETRY, "408"),
-        (302, "", Action.GIVE_UP, "INFOWAY_API_BASE_URL"),
+        (502, '{"code":502,"message":"Bad Gateway"}', Action.RETRY, "Bad Gateway"),
+        (200, '{"code":502,"message":"Bad Gateway"}', Action.RETRY, "Bad Gateway"),
+        (524, GATEWAY_PAGE, Action.RETRY, "524"),
+        (499, "", Action.GIVE_UP, "499"),
+        (302, "", Action.GIVE_UP, "redirection"),
     ],
 )
 def test_every_answer_of_the_documentation_leads_to_its_action(
@@ -139,7 +154,60 @@ def test_every_answer_of_the_documentation_leads_to_its_action(
     """And the reason holds what the API said."""
     verdict = verdict_on(body, status)
     assert verdict.action is action
-    assert words in verdict.reason
+    assert words in verdict.failure.words
+
+
+def rows(*names: str) -> list[tuple[Refusal, Any]]:
+    """Return each row of the table of refusals with every value that it has under these names."""
+    return [(row, value) for row in REFUSALS for name in names for value in getattr(row, name)]
+
+
+@pytest.mark.parametrize(("row", "ret"), rows("rets"), ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize("status", [200, 400, 401, 429, 500])
+def test_every_ret_of_the_table_is_believed_whatever_its_text_and_the_status_are(
+    row: Refusal, ret: int, status: int
+) -> None:
+    """And it says whose fault that is, and which setting to look at."""
+    verdict = verdict_on(said(ret, "other words"), status)
+    assert (verdict.action, verdict.failure.kind, verdict.setting) == row[:3]
+    assert verdict.failure.words == f"the API says {ret}: other words"
+
+
+@pytest.mark.parametrize(("row", "beginning"), rows("beginnings"), ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize("envelope", ['{"ret":500,"msg":%s}', '{"ret":0,"msg":%s}', '{"detail":%s}',
+                                      '{"message":%s}', '{"ret":200,"msg":%s,"data":[]}'])  # fmt: skip
+def test_every_refusal_is_known_by_how_its_text_begins(row: Refusal, beginning: str, envelope: str) -> None:
+    """Any business error may come as HTTP 200 with `ret` 500; in small letters or large ones."""
+    for text in (beginning, f"{beginning}, and more words", beginning.upper()):
+        verdict = verdict_on(envelope % json.dumps(text))
+        assert (verdict.action, verdict.failure.kind, verdict.setting) == row[:3]
+        assert text in verdict.failure.words
+
+
+@pytest.mark.parametrize("text", ["System error: No permission", "busy (Rate limit exceeded)", "Param"])
+def test_a_text_that_holds_a_refusal_further_on_is_none(text: str) -> None:
+    """Only the beginning tells: what follows it is somebody's free words."""
+    assert verdict_on(said(500, text)).action is Action.RETRY
+
+
+@pytest.mark.parametrize(
+    "body", ["", GATEWAY_PAGE, "{}", '{"message":"words"}'], ids=["", "page", "{}", "JSON"]
+)
+def test_every_status_leads_to_the_first_row_that_has_it(body: str) -> None:
+    """Where the body says nothing: none is a success, and none is without words."""
+    for status in range(300, 600):
+        first = next(row for row in REFUSALS if status in row.statuses)
+        verdict = verdict_on(body, status)
+        assert (verdict.action, verdict.failure.kind, verdict.setting) == first[:3]
+        assert verdict.failure.words.startswith(f"HTTP {status}")
+
+
+def test_no_ret_and_no_text_stands_in_two_rows() -> None:
+    """One of them would never count."""
+    rets = [value for _, value in rows("rets")]
+    texts = [value.casefold() for _, value in rows("beginnings")]
+    assert len(set(rets)) == len(rets)
+    assert not [(one, other) for one, other in itertools.permutations(texts, 2) if one.startswith(other)]
 
 
 OF_REFUSALS = {
@@ -165,9 +233,9 @@ OF_REFUSALS = {
 def test_every_refusal_that_the_simulator_knows_leads_to_its_action() -> None:
     """Word for word as the API gives them."""
     found: dict[Action, set[str]] = {}
-    for name, refusal in REFUSALS.items():
+    for name, refusal in infoway_server.REFUSALS.items():
         verdict = verdict_on(refusal.body or b"", refusal.status)
-        assert verdict.reason and not verdict.records
+        assert verdict.failure.words and not verdict.records
         found.setdefault(verdict.action, set()).add(name)
     assert found == {action: set(names) for action, names in OF_REFUSALS.items()}
 
@@ -232,9 +300,10 @@ def test_the_answer_is_believed_by_its_ret_whatever_the_status(status: int, ret:
 
 @pytest.mark.parametrize(("hopeless", "action"), [(False, Action.RETRY), (True, Action.GIVE_UP)])
 def test_a_fault_on_the_way_is_tried_again_unless_it_is_hopeless(hopeless: bool, action: Action) -> None:
-    """The reason is the network's."""
-    verdict = decide(Response(fault="the connection broke", hopeless=hopeless), NOW)
-    assert verdict == Verdict(action, "the connection broke")
+    """The reason is the network's, whatever its words are."""
+    for words in ("the connection broke", "BadStatusLine: x", "LineTooLong: y", "error: Error -3 while z"):
+        verdict = decide(Response(fault=words, hopeless=hopeless), NOW)
+        assert (verdict.action, verdict.failure) == (action, Failure(FailureKind.NETWORK, words))
 
 
 @pytest.mark.parametrize(
@@ -276,9 +345,27 @@ def test_any_retry_after_date_is_read(at: datetime) -> None:
     assert waited == (aware - NOW).total_seconds()
 
 
+@pytest.mark.parametrize("action", Action, ids=lambda action: action.name)
+def test_an_answer_steers_its_key_by_the_verb_that_fits(action: Action) -> None:
+    """And no other key; what says nothing of the key leaves it as it was."""
+    clock = FakeClock(NOW.timestamp())
+    pool = KeyPool([("the-first-key-of-two", Plan("0", 0, 0)), ("another-key-that-is-good", Plan("0", 0, 0))],
+                   clock=clock)  # fmt: skip
+    steer(pool, pool.keys[0], "japan", Verdict(action, Failure(FailureKind.API, "why"), wait_s=7))
+    first, other = pool.describe()
+    assert (other["state"], other["not_for"]) == ("ready", [])
+    expected = {
+        Action.KEY_DEAD: ("out", "why", "", []),
+        Action.KEY_LACKS_PRODUCT: ("ready", "", "", ["japan"]),
+        Action.KEY_DAY_OVER: ("resting", "why", "2026-08-16T00:00:01.000Z", []),
+        Action.SLOW_DOWN: ("resting", "why", "2026-08-15T12:00:07.000Z", []),
+    }.get(action, ("ready", "", "", []))
+    assert (first["state"], first["why"], first["until"], first["not_for"]) == expected
+
+
 def test_a_reason_is_one_short_printable_line() -> None:
     """The API's words go to terminals, logs and the platform."""
-    reason = verdict_on(said(506, "a\x1b[31m\r\nb" * 1000)).reason
+    reason = verdict_on(said(506, "a\x1b[31m\r\nb" * 1000)).failure.words
     assert reason.isprintable()
     assert len(reason) < 250
 
@@ -334,10 +421,10 @@ RETRY_AFTERS = (
 def check_any_answer(status: int, body: bytes, retry_after: str) -> None:
     """Decide and read, and check the promises that hold for every answer."""
     verdict = decide(Response(status, body, retry_after), NOW)
-    assert verdict.reason.isprintable()
+    assert verdict.failure.words.isprintable()
     assert 0 <= verdict.wait_s < math.inf
     if verdict.action is not Action.ACCEPT:
-        assert verdict.reason
+        assert verdict.failure.words
         assert not verdict.records
         return
     envelope = json.loads(body)
@@ -347,7 +434,8 @@ def check_any_answer(status: int, body: bytes, retry_after: str) -> None:
     outcome = read_records(ASKED, verdict.records)
     codes = [*(trade.s for trade in outcome.trades), *outcome.unknown, *outcome.failures]
     assert sorted(codes) == sorted(ASKED.split())
-    assert all(outcome.failures.values())
+    assert all(failure.words for failure in outcome.failures.values())
+    assert {failure.kind for failure in outcome.failures.values()} <= {FailureKind.BAD_RECORD}
     for trade in outcome.trades:
         assert read_trade(trade._asdict()) == trade
         sent = [r for r in envelope["data"] or () if isinstance(r, dict)]
@@ -446,9 +534,11 @@ def test_a_bad_record_is_rejected_with_its_reason_and_costs_its_neighbours_nothi
     outcome = outcome_of([record(s="TSLA.US"), record(**fields), record(s="MSFT.US")])
     assert [trade.s for trade in outcome.trades] == ["TSLA.US", "MSFT.US"]
     assert outcome.failures.keys() == {"AAPL.US"}
-    assert outcome.failures["AAPL.US"].startswith(words + ":")
-    assert outcome.failures["AAPL.US"].isprintable()
-    assert len(outcome.failures["AAPL.US"]) < 120
+    kind, reason = outcome.failures["AAPL.US"]
+    assert kind is FailureKind.BAD_RECORD
+    assert reason.startswith(words + ":")
+    assert reason.isprintable()
+    assert len(reason) < 120
     assert not outcome.unknown
 
 
@@ -464,7 +554,7 @@ def test_a_record_that_lacks_a_field_is_rejected(name: str) -> None:
     """Nothing is made up for it."""
     lacking = record()
     del lacking[name]
-    assert "nothing" in outcome_of([lacking]).failures["AAPL.US"]
+    assert "nothing" in outcome_of([lacking]).failures["AAPL.US"].words
 
 
 @pytest.mark.parametrize(

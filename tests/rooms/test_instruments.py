@@ -314,15 +314,15 @@ def test_codes_go_into_batches_of_one_product_each() -> None:
         Batch("crypto", "BTCUSDT"),
         Batch("common", "USDCNY"),
     ]
-    assert (plan.total, plan.failures) == (5, {})
+    assert (plan.total, plan.invalid) == (5, {})
 
 
 def test_a_bad_code_is_named_with_its_reason_and_harms_no_other() -> None:
     """It counts in the total, once."""
     plan = plan_batches(["AAPL.US", "../../x", "AAPL", "../../x", "", "BTCUSDT"])
     assert [batch.codes for batch in plan.batches] == ["AAPL.US", "BTCUSDT"]
-    assert plan.failures.keys() == {"../../x", "AAPL", "''"}
-    assert "AAPL.US" in plan.failures["AAPL"]
+    assert plan.invalid.keys() == {"../../x", "AAPL", "''"}
+    assert "AAPL.US" in plan.invalid["AAPL"]
     assert plan.total == 5
 
 
@@ -341,7 +341,7 @@ def test_a_bad_code_is_named_with_its_reason_and_harms_no_other() -> None:
 def test_whatever_was_given_is_named_in_one_short_printable_line(raw: object) -> None:
     """A terminal and a result on the platform can show it."""
     plan = plan_batches([raw])
-    (shown,) = plan.failures
+    (shown,) = plan.invalid
     assert shown
     assert shown.isprintable()
     assert len(shown) <= 40
@@ -350,7 +350,7 @@ def test_whatever_was_given_is_named_in_one_short_printable_line(raw: object) ->
 def test_nothing_gives_no_batch() -> None:
     """An empty list is no request."""
     plan = plan_batches([])
-    assert (plan.batches, plan.failures, plan.total) == ([], {}, 0)
+    assert (plan.batches, plan.invalid, plan.total) == ([], {}, 0)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def test_a_plan_holds_every_code_once_in_order_and_no_batch_over_the_limit(codes
         assert all(len(batch) == MAX_BATCH for batch in batches[:-1])
     assert all(1 <= len(batch.split()) <= MAX_BATCH == 100 for batch in plan.batches)
     assert {batch.product for batch in plan.batches} == wanted.keys()
-    assert plan.failures.keys() == bad
+    assert plan.invalid.keys() == bad
     assert plan.total == sum(map(len, wanted.values())) + len(bad)
 
 

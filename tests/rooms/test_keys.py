@@ -17,6 +17,7 @@ import pymongo
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kit.clock import FakeClock
 from kit.daemons import check_paced
 from kit.infoway_server import REFUSALS, InfowayServer, Request
 from kit.infoway_server import Answer as ServerAnswer
@@ -29,22 +30,22 @@ from stockrt import (
     PLANS,
     SLICE_S,
     SLOW_FOR_S,
-    Action,
     ApiKey,
     Collector,
+    FailureKind,
     InfowayApi,
     KeyPool,
     Ledger,
-    LocalFacts,
+    LocalLedger,
     NoKeyError,
     Plan,
     Report,
     SharedLedger,
     SqliteStore,
-    Verdict,
     key_digest,
     load_settings,
     next_midnight,
+    open_store_file,
     utc_day,
 )
 
@@ -55,33 +56,20 @@ NOON = datetime(2026, 8, 14, 12, tzinfo=UTC).timestamp()
 REVOKED, DAY_OVER = REFUSALS["401_token_invalid"], REFUSALS["ret_502"]
 
 
-class Clock:
-    """Both clocks of a pool, standing until they are moved."""
-
-    def __init__(self, wall_s: float = NOON) -> None:
-        self.monotonic_s = 1000.0
-        self.wall_s = wall_s
-
-    def monotonic(self) -> float:
-        """Return monotonic seconds."""
-        return self.monotonic_s
+class NoonForEver(stockrt.Clock):
+    """The machine's own monotonic time on a day that does not end."""
 
     def wall(self) -> float:
         """Return epoch seconds."""
-        return self.wall_s
-
-    def move(self, seconds: float) -> None:
-        """Let time go by."""
-        self.monotonic_s += seconds
-        self.wall_s += seconds
+        return NOON
 
 
 def pool_of(
-    keys: Mapping[str, Plan], ledger: Ledger | None = None, clock: Clock | None = None
-) -> tuple[KeyPool, Clock]:
+    keys: Mapping[str, Plan], ledger: Ledger | None = None, clock: FakeClock | None = None
+) -> tuple[KeyPool, FakeClock]:
     """Return a pool and the clocks that it goes by."""
-    clock = clock or Clock()
-    return KeyPool(list(keys.items()), ledger, clock.monotonic, clock.wall), clock
+    clock = clock or FakeClock(NOON)
+    return KeyPool(list(keys.items()), ledger, clock), clock
 
 
 def try_key(pool: KeyPool, product: str = "stock") -> str:
@@ -90,16 +78,16 @@ def try_key(pool: KeyPool, product: str = "stock") -> str:
     return got.secret if isinstance(got, ApiKey) else ""
 
 
-def take(pool: KeyPool, clock: Clock, seconds: float) -> list[tuple[float, str]]:
+def take(pool: KeyPool, clock: FakeClock, seconds: float) -> list[tuple[float, str]]:
     """Use keys as fast as they are given for some time; return when (epoch seconds) and which."""
     taken: list[tuple[float, str]] = []
-    end = clock.wall_s + seconds
-    while clock.wall_s < end:
+    end = clock.now_wall + seconds
+    while clock.now_wall < end:
         got = pool.try_acquire("stock")
         if isinstance(got, ApiKey):
-            taken.append((clock.wall_s, got.secret))
+            taken.append((clock.now_wall, got.secret))
         else:
-            clock.move(min(got + 0.001, max(0.001, end - clock.wall_s)))
+            clock.advance(min(got + 0.001, max(0.001, end - clock.now_wall)))
     return taken
 
 
@@ -114,13 +102,6 @@ def most_in_any(seconds: float, times: Sequence[float]) -> int:
     """Return the greatest number of times in any span of so many seconds."""
     times = sorted(times)
     return max((sum(t < start + seconds for t in times[n:]) for n, start in enumerate(times)), default=0)
-
-
-def note(
-    pool: KeyPool, number: int, action: Action, reason: str, product: str = "stock", wait_s: float = 0
-) -> None:
-    """Let an answer steer a key."""
-    pool.note(pool.keys[number], product, Verdict(action, reason, wait_s=wait_s))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -147,14 +128,14 @@ def test_a_dead_key_is_out_for_good_and_this_is_said_once(
     """At error level, shown by its ends; a second answer that was under way changes and says nothing."""
     pool, clock = pool_of({FIRST: UNLIMITED, OTHER: UNLIMITED})
     for words in (reason, "something else"):
-        note(pool, 0, Action.KEY_DEAD, words)
+        pool.retire(pool.keys[0], words)
     (record,) = caplog.records
     assert record.levelname == "ERROR"
     assert f"aaa…111 is out: {reason}" in record.getMessage()
     assert FIRST not in record.getMessage()
-    clock.move(10 * 86400)
+    clock.advance(10 * 86400)
     assert {try_key(pool, product) for product in ("stock", "crypto") for _ in range(5)} == {OTHER}
-    note(pool, 1, Action.KEY_DEAD, "Token invalid")
+    pool.retire(pool.keys[1], "Token invalid")
     words = refusal(pool)
     assert f"key aaa…111: {reason}" in words
     assert "key bbb…222: Token invalid" in words
@@ -164,10 +145,10 @@ def test_a_dead_key_is_out_for_good_and_this_is_said_once(
 def test_a_product_outside_the_plan_closes_that_product_of_that_key() -> None:
     """514: everything else goes on."""
     pool, _ = pool_of({FIRST: UNLIMITED, OTHER: UNLIMITED})
-    note(pool, 0, Action.KEY_LACKS_PRODUCT, "not in the plan", "japan")
+    pool.close_product(pool.keys[0], "japan", "not in the plan")
     assert {try_key(pool, "japan") for _ in range(5)} == {OTHER}
     assert try_key(pool, "stock") == FIRST
-    note(pool, 1, Action.KEY_LACKS_PRODUCT, "not in the plan", "japan")
+    pool.close_product(pool.keys[1], "japan", "not in the plan")
     assert "japan" in refusal(pool, "japan")
     assert "not in the plan" in refusal(pool, "japan")
     assert try_key(pool, "stock") == FIRST
@@ -176,15 +157,15 @@ def test_a_product_outside_the_plan_closes_that_product_of_that_key() -> None:
 def test_a_key_over_its_day_comes_back_after_midnight_utc() -> None:
     """No batch waits for that: the refusal says when it returns; another key takes over meanwhile."""
     pool, clock = pool_of({FIRST: UNLIMITED, OTHER: UNLIMITED})
-    note(pool, 0, Action.KEY_DAY_OVER, "day upper limit")
+    pool.rest_until_midnight(pool.keys[0], "day upper limit")
     assert {try_key(pool) for _ in range(5)} == {OTHER}
-    note(pool, 1, Action.KEY_DEAD, "Token invalid")
+    pool.retire(pool.keys[1], "Token invalid")
     words = refusal(pool)
     assert "aaa…111: day upper limit, back at 2026-08-15T00:00:01.000Z" in words
     assert "bbb…222: Token invalid" in words
-    clock.move(12 * 3600 + 0.99)
+    clock.advance(12 * 3600 + 0.99)
     assert pool.try_acquire("stock") == pytest.approx(0.01)
-    clock.move(0.02)
+    clock.advance(0.02)
     assert try_key(pool) == FIRST
 
 
@@ -192,21 +173,21 @@ def test_a_key_that_was_too_fast_rests_and_then_goes_at_half_pace_for_a_minute()
     """501 and 429; after the minute it is as fast as before."""
     plan = Plan("x", 2, 0, 0)
     pool, clock = pool_of({FIRST: plan})
-    note(pool, 0, Action.SLOW_DOWN, "too fast", wait_s=7)
+    pool.slow_down(pool.keys[0], 7, "too fast")
     assert pool.try_acquire("stock") == pytest.approx(7)
     slow = [at - NOON for at, _ in take(pool, clock, SLOW_FOR_S)]
     assert slow[0] >= 7
     assert len(slow) == pytest.approx((SLOW_FOR_S - 7) * 1, rel=0.06)
-    clock.move(5)
+    clock.advance(5)
     assert len(take(pool, clock, 60)) == pytest.approx(120, rel=0.06)
 
 
 def test_a_shorter_rest_neither_shortens_nor_renames_a_longer_one(caplog: pytest.LogCaptureFixture) -> None:
     """Requests that were under way meanwhile may be refused for another reason, or the same: said once."""
     pool, _ = pool_of({FIRST: UNLIMITED})
-    note(pool, 0, Action.KEY_DAY_OVER, "day upper limit")
-    note(pool, 0, Action.KEY_DAY_OVER, "day upper limit")
-    note(pool, 0, Action.SLOW_DOWN, "too fast", wait_s=1)
+    pool.rest_until_midnight(pool.keys[0], "day upper limit")
+    pool.rest_until_midnight(pool.keys[0], "day upper limit")
+    pool.slow_down(pool.keys[0], 1, "too fast")
     assert "day upper limit, back at 2026-08-15" in refusal(pool)
     assert len(caplog.records) == 1
 
@@ -214,9 +195,9 @@ def test_a_shorter_rest_neither_shortens_nor_renames_a_longer_one(caplog: pytest
 def test_a_key_is_described_without_a_look_at_any_count() -> None:
     """The daemon's status: the state, the reason, and until when."""
     pool, _ = pool_of({FIRST: UNLIMITED, OTHER: UNLIMITED, "ccc-third-key-333": UNLIMITED})
-    note(pool, 0, Action.KEY_DEAD, "Token invalid")
-    note(pool, 1, Action.KEY_DAY_OVER, "day upper limit")
-    note(pool, 2, Action.KEY_LACKS_PRODUCT, "not in the plan", "japan")
+    pool.retire(pool.keys[0], "Token invalid")
+    pool.rest_until_midnight(pool.keys[1], "day upper limit")
+    pool.close_product(pool.keys[2], "japan", "not in the plan")
     states = pool.describe()
     assert [state["digest"] for state in states] == [key.digest for key in pool.keys]
     assert [(state["state"], state["why"]) for state in states] == [
@@ -242,20 +223,20 @@ def test_plans_are_one_for_all_or_one_a_key() -> None:
 class SlowLedger(stockrt.NoLedger):
     """A ledger of which every other answer takes seconds."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: FakeClock) -> None:
         self.clock = clock
         self.asked = 0
 
     def lease(self, digest: str, plan: Plan, now: float) -> stockrt.Lease:
         """Grant one request, sometimes late."""
         self.asked += 1
-        self.clock.move(3 * (self.asked % 2))
+        self.clock.advance(3 * (self.asked % 2))
         return stockrt.Lease(1, now + 100)
 
 
 def test_a_ledger_that_takes_its_time_brings_no_two_requests_too_close() -> None:
     """The request is counted when it is made, not when its count was asked for."""
-    clock = Clock()
+    clock = FakeClock(NOON)
     pool, _ = pool_of({FIRST: Plan("x", 0.5, 0, 0)}, SlowLedger(clock), clock)
     times = [at for at, _ in take(pool, clock, 60)]
     assert len(times) > 10
@@ -269,11 +250,10 @@ def test_a_ledger_that_takes_its_time_brings_no_two_requests_too_close() -> None
 
 def run(server: InfowayServer, pool: KeyPool, codes: Sequence[str], folder: Path) -> tuple[Report, float]:
     """Fetch and store codes; return the report and the seconds from the first to the last request."""
-    store = SqliteStore(folder)
     api = InfowayApi(server.url, pool)
-    report = Collector(api, store).run(codes, threading.Event())
+    with open_store_file(folder) as file:
+        report = Collector(api, SqliteStore(file)).run(codes, threading.Event())
     api.close()
-    store.close()
     arrivals = [request.at for request in server.requests]
     return report, max(arrivals) - min(arrivals)
 
@@ -289,10 +269,10 @@ def test_ten_keys_of_one_a_second_fetch_5000_codes_at_ten_a_second(tmp_path: Pat
 
     def measure(folder: Path) -> tuple[int, float]:
         with InfowayServer(keys=frozenset(keys), per_second=1, per_minute=60) as server:
-            facts = LocalFacts(folder)
+            facts = LocalLedger(open_store_file(folder))
             pool = KeyPool([(key, FREE) for key in keys], facts)
             report, seconds = run(server, pool, us_codes(5000), folder)
-            facts.close()
+            facts._file.close()
         assert report.complete, report
         assert report.stored == 5000
         assert server.request_count == 50 + server.over_limit
@@ -316,8 +296,7 @@ def test_one_key_revoked_and_one_over_its_day_in_the_middle_lose_nothing(tmp_pat
         return {FIRST: REVOKED, OTHER: DAY_OVER}.get(request.key)
 
     with InfowayServer(keys=frozenset(keys), script=script) as server:
-        clock = Clock()
-        pool = KeyPool(list(keys.items()), None, time.monotonic, clock.wall)
+        pool = KeyPool(list(keys.items()), None, NoonForEver())
         report, _ = run(server, pool, us_codes(3000), tmp_path)
         assert report.complete, report
         assert report.stored == 3000
@@ -329,7 +308,7 @@ def test_one_key_revoked_and_one_over_its_day_in_the_middle_lose_nothing(tmp_pat
         again = Counter(request.key for request in server.requests)
         assert again == {**used, third: used[third] + 20}
         rests = pool.keys[1].paused_until - time.monotonic()
-        assert clock.wall_s + rests == pytest.approx(next_midnight(NOON), abs=60)
+        assert NOON + rests == pytest.approx(next_midnight(NOON), abs=60)
 
 
 def test_after_midnight_the_key_over_its_day_is_asked_again_and_the_revoked_one_is_not(
@@ -341,13 +320,14 @@ def test_after_midnight_the_key_over_its_day_is_asked_again_and_the_revoked_one_
         pool, clock = pool_of({FIRST: UNLIMITED, OTHER: UNLIMITED})
         report, _ = run(server, pool, us_codes(100), tmp_path)
         assert server.request_count == 2
-        (reason,) = set(report.failures.values())
+        ((kind, reason),) = set(report.failures.values())
+        assert kind is FailureKind.KEY
         assert "key aaa…111: HTTP 401: Token invalid" in reason
         assert "back at 2026-08-15T00:00:01.000Z" in reason
-        clock.move(12 * 3600 - 61)
+        clock.advance(12 * 3600 - 61)
         run(server, pool, us_codes(100), tmp_path)
         assert server.request_count == 2
-        clock.move(62)
+        clock.advance(62)
         server.script = ()
         report, _ = run(server, pool, us_codes(100), tmp_path)
         assert report.complete
@@ -388,45 +368,45 @@ SMALL_DAY = Plan("x", 2, 0, 25)
 
 def test_the_day_count_survives_a_restart(tmp_path: Path) -> None:
     """Also one without a farewell, which costs no more than a lease; what is not used is given back."""
-    clock = Clock()
+    clock = FakeClock(NOON)
     for used in (7, 5):
-        facts = LocalFacts(tmp_path)
+        facts = LocalLedger(open_store_file(tmp_path))
         pool, _ = pool_of({FIRST: SMALL_DAY}, facts, clock)
         for _ in range(used):
             take_one(pool, clock)
         pool.close()
-        facts.close()
-    facts = LocalFacts(tmp_path)
+        facts._file.close()
+    facts = LocalLedger(open_store_file(tmp_path))
     digest = key_digest(FIRST)
-    assert facts.used_today(digest, clock.wall_s) == 12
+    assert facts.used_today(digest, clock.now_wall) == 12
     pool, _ = pool_of({FIRST: SMALL_DAY}, facts, clock)
     take_one(pool, clock)  # kill -9 after that: the rest of the lease is gone
-    facts.close()
-    facts = LocalFacts(tmp_path)
-    assert facts.used_today(digest, clock.wall_s) <= 12 + int(2 * DAY_LEASE_S)
-    assert facts.used_today(digest, clock.wall_s + 86400) == 0
-    facts.close()
+    facts._file.close()
+    facts = LocalLedger(open_store_file(tmp_path))
+    assert facts.used_today(digest, clock.now_wall) <= 12 + int(2 * DAY_LEASE_S)
+    assert facts.used_today(digest, clock.now_wall + 86400) == 0
+    facts._file.close()
 
 
-def take_one(pool: KeyPool, clock: Clock) -> None:
+def take_one(pool: KeyPool, clock: FakeClock) -> None:
     """Use a key as soon as there is one."""
     while not isinstance(got := pool.try_acquire("stock"), ApiKey):
-        clock.move(got + 0.001)
+        clock.advance(got + 0.001)
 
 
 def test_no_more_than_a_day_allows_and_again_after_midnight(tmp_path: Path) -> None:
     """The key rests till midnight UTC without being refused by the API, and says so."""
-    facts = LocalFacts(tmp_path)
+    facts = LocalLedger(open_store_file(tmp_path))
     pool, clock = pool_of({FIRST: SMALL_DAY}, facts)
     for _ in range(25):
         take_one(pool, clock)
-    clock.move(10)
+    clock.advance(10)
     assert "the day's 25 requests are used up, back at 2026-08-15T00:00:00.000Z" in refusal(pool)
     other, _ = pool_of({FIRST: SMALL_DAY}, facts, clock)
     assert "used up" in refusal(other)
-    clock.move(next_midnight(clock.wall_s) - clock.wall_s + 1)
+    clock.advance(next_midnight(clock.now_wall) - clock.now_wall + 1)
     assert try_key(pool) == FIRST
-    facts.close()
+    facts._file.close()
 
 
 def test_processes_on_one_machine_share_the_day(tmp_path: Path) -> None:
@@ -435,12 +415,12 @@ def test_processes_on_one_machine_share_the_day(tmp_path: Path) -> None:
     granted: list[int] = []
 
     def work() -> None:
-        facts = LocalFacts(tmp_path)
+        facts = LocalLedger(open_store_file(tmp_path))
         while count := facts.lease(digest, plan, NOON).requests:
             granted.append(count)
-        facts.close()
+        facts._file.close()
 
-    LocalFacts(tmp_path).close()
+    open_store_file(tmp_path).close()
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -451,22 +431,23 @@ def test_processes_on_one_machine_share_the_day(tmp_path: Path) -> None:
 
 def test_a_local_file_that_fails_stops_no_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The count is not kept, which is said."""
-    facts = LocalFacts(tmp_path)
-    facts._file._connection().execute("DROP TABLE key_usage")
+    facts = LocalLedger(open_store_file(tmp_path))
+    with facts._file.write() as db:
+        db.execute("DROP TABLE key_usage")
     pool, _ = pool_of({FIRST: FREE}, facts)
     assert try_key(pool) == FIRST
     pool.close()
     assert facts.used_today(key_digest(FIRST), NOON) == 0
     assert "the day's count of a key is not kept" in caplog.text
-    facts.close()
+    facts._file.close()
 
 
 def test_the_file_holds_no_key(tmp_path: Path) -> None:
     """Only digests, wherever one looks."""
-    facts = LocalFacts(tmp_path)
+    facts = LocalLedger(open_store_file(tmp_path))
     pool, clock = pool_of({FIRST: FREE, OTHER: FREE}, facts)
     take(pool, clock, 5)
-    facts.close()
+    facts._file.close()
     files = [path.read_bytes() for path in tmp_path.iterdir()]
     assert any(key_digest(FIRST).encode() in content for content in files)
     assert not any(key.encode() in content for key in (FIRST, OTHER) for content in files)
@@ -486,17 +467,17 @@ Client = pymongo.MongoClient[dict[str, object]]
 class Instance:
     """One instance of the program as far as keys go: its own client, local file and pool."""
 
-    def __init__(self, place: Place, folder: Path, keys: Mapping[str, Plan], clock: Clock) -> None:
+    def __init__(self, place: Place, folder: Path, keys: Mapping[str, Plan], clock: FakeClock) -> None:
         uri, name = place
         self.client: Client = pymongo.MongoClient(uri, serverSelectionTimeoutMS=300, connectTimeoutMS=300)
-        self.facts = LocalFacts(folder)
-        self.ledger = SharedLedger(self.client[name]["license_usage"], self.facts)
+        self.facts = LocalLedger(open_store_file(folder))
+        self.ledger = SharedLedger(self.client[name]["license_usage"], self.facts, clock)
         self.pool, self.clock = pool_of(keys, self.ledger, clock)
 
     def close(self) -> None:
         """Let go of it."""
         self.client.close()
-        self.facts.close()
+        self.facts._file.close()
 
 
 Start = Callable[..., Instance]
@@ -507,7 +488,7 @@ def start(mongo_db: Place, tmp_path: Path) -> Iterator[Start]:
     """Start instances that share keys."""
     started: list[Instance] = []
 
-    def begin(keys: Mapping[str, Plan], clock: Clock, place: Place = mongo_db) -> Instance:
+    def begin(keys: Mapping[str, Plan], clock: FakeClock, place: Place = mongo_db) -> Instance:
         started.append(Instance(place, tmp_path / str(len(started)), keys, clock))
         return started[-1]
 
@@ -521,44 +502,44 @@ SHARED = Plan("x", 50, 20, 0)
 
 def test_instances_share_the_minute_whatever_they_do(start: Start) -> None:
     """Three at once on one clock, for three minutes: never above the limit in any 60 s, and little below."""
-    clock = Clock()
+    clock = FakeClock(NOON)
     instances = [start({FIRST: SHARED}, clock) for _ in range(3)]
     times: list[float] = []
-    end = clock.wall_s + 180
-    while clock.wall_s < end:
+    end = clock.now_wall + 180
+    while clock.now_wall < end:
         for instance in instances:
             while isinstance(instance.pool.try_acquire("stock"), ApiKey):
-                times.append(clock.wall_s)
-        clock.move(0.3)
+                times.append(clock.now_wall)
+        clock.advance(0.3)
     assert most_in_any(60, times) == 20
     assert len(times) >= 3 * 20 * 0.95
 
 
 def test_the_lease_of_a_killed_instance_blocks_nobody_for_longer_than_a_minute(start: Start) -> None:
     """Until then the others lack no more than its share."""
-    clock = Clock()
+    clock = FakeClock(NOON)
     plan = Plan("x", 50, 1200, 0)
     killed, other = start({FIRST: plan}, clock), start({FIRST: plan}, clock)
     assert try_key(killed.pool) == FIRST  # a whole share is leased; kill -9 now
     share = int(1200 * SLICE_S / 60 / stockrt.SHARES_PER_SLICE)
     assert len(take(other.pool, clock, 60)) >= 1200 - share - 50
-    clock.move(SLICE_S)
+    clock.advance(SLICE_S)
     assert most_in_any(60, [at for at, _ in take(other.pool, clock, 120)]) == 1200
 
 
 def test_a_request_at_the_end_of_a_slice_may_arrive_in_the_next(start: Start) -> None:
     """It is not held up, and no minute at the API sees more than the limit, whichever slice it arrives in."""
-    clock = Clock()
+    clock = FakeClock(NOON)
     margin = stockrt.SLICE_MARGIN_S
-    clock.move(SLICE_S - clock.wall_s % SLICE_S - margin / 2)
+    clock.advance(SLICE_S - clock.now_wall % SLICE_S - margin / 2)
     instances = [start({FIRST: SHARED}, clock) for _ in range(2)]
     times: list[float] = []
-    end = clock.wall_s + 190
-    while clock.wall_s < end:
+    end = clock.now_wall + 190
+    while clock.now_wall < end:
         for instance in instances:
             while isinstance(instance.pool.try_acquire("stock"), ApiKey):
-                times.append(clock.wall_s)
-        clock.move(0.04)
+                times.append(clock.now_wall)
+        clock.advance(0.04)
     late = [at for at in times if at % SLICE_S >= SLICE_S - margin]
     assert late[:20] == times[:20]
     for delay in (0.0, margin - 0.001):
@@ -569,7 +550,7 @@ def test_a_request_at_the_end_of_a_slice_may_arrive_in_the_next(start: Start) ->
 
 def test_the_day_is_shared_and_the_last_requests_of_it_are_not_lost(start: Start) -> None:
     """Exactly as many as allowed, then a word on when the key returns; the next day begins anew."""
-    clock = Clock()
+    clock = FakeClock(NOON)
     plan = Plan("x", 2, 0, 25)
     instances = [start({FIRST: plan}, clock) for _ in range(2)]
     used = 0
@@ -579,13 +560,13 @@ def test_the_day_is_shared_and_the_last_requests_of_it_are_not_lost(start: Start
                 used += bool(try_key(instance.pool))
             except NoKeyError as error:
                 assert "the day's 25 requests are used up, back at 2026-08-15" in str(error)
-        clock.move(1.1)
+        clock.advance(1.1)
     for instance in instances:
         instance.pool.close()
     assert used == 25
-    assert instances[0].ledger.used_today(key_digest(FIRST), clock.wall_s) == 25
-    clock.move(86400)
-    assert instances[0].ledger.used_today(key_digest(FIRST), clock.wall_s) == 0
+    assert instances[0].ledger.used_today(key_digest(FIRST), clock.now_wall) == 25
+    clock.advance(86400)
+    assert instances[0].ledger.used_today(key_digest(FIRST), clock.now_wall) == 0
     assert try_key(instances[0].pool) == FIRST
 
 
@@ -619,18 +600,18 @@ def test_the_first_requests_of_a_day_may_be_counted_at_the_same_moment(mongo_db:
 
 def test_what_is_leased_and_not_used_does_not_count_for_the_day(start: Start) -> None:
     """Neither at the end of a slice nor at the end of the process."""
-    clock = Clock()
+    clock = FakeClock(NOON)
     instance = start({FIRST: PLANS["pro"]}, clock)
     for _ in range(10):
         assert try_key(instance.pool) == FIRST
-        clock.move(SLICE_S)
+        clock.advance(SLICE_S)
     instance.pool.close()
-    assert instance.ledger.used_today(key_digest(FIRST), clock.wall_s) == 10
+    assert instance.ledger.used_today(key_digest(FIRST), clock.now_wall) == 10
 
 
 def test_the_database_holds_no_key(start: Start, mongo_db: Place) -> None:
     """One document per digest and window."""
-    clock = Clock()
+    clock = FakeClock(NOON)
     instance = start({FIRST: FREE, OTHER: FREE}, clock)
     take(instance.pool, clock, 3)
     uri, name = mongo_db
@@ -647,7 +628,7 @@ def test_away_from_mongodb_each_counts_alone_says_so_and_comes_back(
 ) -> None:
     """The local windows and the local day still hold; MongoDB is asked again after a while."""
     monkeypatch.setattr(stockrt, "LEDGER_TIMEOUT_S", 0.3)
-    clock = Clock()
+    clock = FakeClock(NOON)
     place = ("mongodb://127.0.0.1:9/", "nowhere")
     alone = start({FIRST: Plan("x", 2, 120, 1000)}, clock, place)
     taken = [at for at, _ in take(alone.pool, clock, LEDGER_RETRY_S - 1)]
@@ -655,10 +636,13 @@ def test_away_from_mongodb_each_counts_alone_says_so_and_comes_back(
     assert len(taken) > 50
     assert len([r for r in caplog.records if "are away" in r.getMessage()]) == 1
     assert "counting alone" in caplog.text
-    used = alone.facts.used_today(key_digest(FIRST), clock.wall_s)
+    used = alone.facts.used_today(key_digest(FIRST), clock.now_wall)
     assert len(taken) <= used <= len(taken) + 2 * DAY_LEASE_S
     take(alone.pool, clock, LEDGER_RETRY_S)
     assert len([r for r in caplog.records if "are away" in r.getMessage()]) == 2
+    clock.now_wall -= 3600  # somebody sets the clock back: it is asked again as soon as ever
+    take(alone.pool, clock, LEDGER_RETRY_S)
+    assert len([r for r in caplog.records if "are away" in r.getMessage()]) == 3
 
 
 @pytest.mark.parametrize(("per_minute", "per_day"), [(0, 1000), (120, 0)])
@@ -670,22 +654,22 @@ def test_a_mongodb_that_comes_back_counts_again(
     per_day: int,
 ) -> None:
     """Paused in the middle and resumed: alone, then together again, whatever was leased alone."""
-    clock = Clock()
+    clock = FakeClock(NOON)
     with MongoServer(mongod, replica_set=SET_NAME) as server, fresh_database(server) as place:
         instance = Instance(place, tmp_path, {FIRST: Plan("x", 2, per_minute, per_day)}, clock)
         assert try_key(instance.pool) == FIRST
         server.pause()
-        clock.move(86400)  # the lease is over
+        clock.advance(86400)  # the lease is over
         started = time.monotonic()
         assert try_key(instance.pool) == FIRST
         assert time.monotonic() - started < stockrt.LEDGER_TIMEOUT_S + 3
         assert "are away" in caplog.text
         server.resume()
-        clock.move(LEDGER_RETRY_S)
+        clock.advance(LEDGER_RETRY_S)
         assert try_key(instance.pool) == FIRST
         assert "are back" in caplog.text
         if per_day:
-            assert instance.ledger.used_today(key_digest(FIRST), clock.wall_s) == 2 * DAY_LEASE_S
+            assert instance.ledger.used_today(key_digest(FIRST), clock.now_wall) == 2 * DAY_LEASE_S
         instance.pool.close()
         instance.close()
 
@@ -697,8 +681,7 @@ url, mongo, state, keys, seconds = sys.argv[1:]
 environ = {"INFOWAY_API_KEY": keys, "INFOWAY_API_BASE_URL": url, "MONGODB_HOST": mongo.split(" ")[0],
            "MONGODB_DB_NAME": mongo.split(" ")[1], "STATE_DIRECTORY": state}
 settings = stockrt.load_settings(environ, None, (), is_root=False).settings
-store = stockrt.open_store(settings)
-ledger = stockrt.make_ledger(settings, store, stockrt.LocalFacts(settings.state_directory))
+ledger = stockrt.Pipeline(settings).keys.ledger
 plan = stockrt.Plan("x", 50, 20, 0)
 api = stockrt.InfowayApi(url, stockrt.KeyPool([(key, plan) for key in settings.api_keys], ledger))
 stop = threading.Event()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import fcntl
 import gc
 import io
-import json
 import logging
 import math
 import os
-import queue
 import random
 import re
 import socket
@@ -19,29 +17,21 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.clock import FakeClock
+from kit.daemons import until
 from kit.infoway_server import InfowayServer
 from kit.platform_server import PlatformServer
 
 import stockrt
-from stockrt import FailureKind, LogThrottle, Metrics, MetricsFile, Notifier, Report, Service
+from stockrt import Failure, FailureKind, LogThrottle, Metrics, MetricsFile, Notifier, Report, Service
 
 PROGRAM = Path(stockrt.__file__).resolve()
-
-
-class Clock:
-    """Stands still until told."""
-
-    def __init__(self, now: float = 1000.0) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
+UNKNOWN = Failure(FailureKind.UNKNOWN_CODE, "unknown to the API")
 
 
 class Manager:
@@ -141,45 +131,45 @@ def test_age_is_true_until_it_says_so(age: float) -> None:
 
 
 def test_status_says_what_is_true(tmp_path: Path) -> None:
-    clock = Clock()
+    clock = FakeClock()
     service = Service(settings(tmp_path), Notifier(), clock=clock)
     service.connected()
     service.executed(report(took_s=0.44))
-    clock.now += 12.3
-    service.turn(0, 0)
-    line, until = service.status(clock.now)
+    clock.advance(12.3)
+    service.tick(0, 0)
+    line, until = service.status(clock.now_monotonic)
     assert line == "connected to 10.0.0.5:8080 · 2 keys · last execute 50/50 in 0.4 s, 12 s ago · 0 waiting"
     assert until == pytest.approx(1013.0)
     service.disconnected("connection refused")
-    service.turn(3, 2)
-    assert service.status(clock.now)[0] == (
+    service.tick(3, 2)
+    assert service.status(clock.now_monotonic)[0] == (
         "not connected to 10.0.0.5:8080: connection refused · 2 keys · "
         "last execute 50/50 in 0.4 s, 12 s ago · 3 waiting · 2 to deliver"
     )
 
 
 def test_watchdog_needs_both_loops(tmp_path: Path, manager: Manager) -> None:
-    clock = Clock()
+    clock = FakeClock()
     service = Service(settings(tmp_path), Notifier(manager.address), 90.0, clock=clock)
 
     def turn(unanswered: int) -> tuple[bool, float]:
-        wanted = service.turn(unanswered, 0) - clock.now
+        wanted = service.tick(unanswered, 0) - clock.now_monotonic
         return "WATCHDOG=1" in "\n".join(manager.heard()).split("\n"), wanted
 
     assert turn(0) == (True, 45.0)
     assert turn(0) == (False, 45.0)  # said just now; wanted again after half the time, no sooner
-    clock.now += 45
+    clock.advance(45)
     assert turn(0)[0]
-    clock.now += 3600  # idle for an hour: the loop turned all the while, the executor had nothing to do
+    clock.advance(3600)  # idle for an hour: the loop turned all the while, the executor had nothing to do
     assert turn(1)[0]
     for _ in range(5):  # a long execution that makes progress
-        clock.now += 45
-        service.beat()
+        clock.advance(45)
+        service.progress()
         assert turn(1)[0]
-    clock.now += 90.1  # it stands still
+    clock.advance(90.1)  # it stands still
     said, wanted = turn(1)
     assert not said and 1 < wanted <= 45
-    service.beat()
+    service.progress()
     assert turn(1)[0]
 
 
@@ -198,7 +188,7 @@ def test_silent_without_a_manager(tmp_path: Path) -> None:
     """Nothing is said, so nothing has to be said again: the loop sleeps as long as it likes."""
     service = Service(settings(tmp_path), Notifier())
     service.executed(report())
-    assert service.turn(0, 0) == math.inf
+    assert service.tick(0, 0) == math.inf
 
 
 class Life:
@@ -246,7 +236,7 @@ def test_life_of_a_daemon_as_the_manager_hears_it(tmp_path: Path, path_manager: 
     with Life(tmp_path, path_manager, **more) as life:
         heard = path_manager.wait(lambda said: said == "READY=1")
         assert heard[0].startswith("STATUS=connecting to 127.0.0.1:")
-        assert metrics.exists()
+        assert until(metrics.exists)
         path_manager.wait(lambda said: "connected to" in said and "not" not in said)
         path_manager.wait(lambda said: "WATCHDOG=1" in said)
         execution_id = life.platform.execute(["TSLA.US"])
@@ -293,10 +283,12 @@ def journal_lines(write: Callable[[io.TextIOBase], object]) -> list[str]:
     return below.getvalue().splitlines()
 
 
-def test_every_line_of_a_traceback_has_its_priority() -> None:
+def test_every_line_of_a_traceback_has_its_priority(tmp_path: Path) -> None:
+    secretive = settings(tmp_path, INFOWAY_API_KEY="hush")
+
     def write(stream: io.TextIOBase) -> None:
         handler = logging.StreamHandler(stream)
-        handler.setFormatter(stockrt._Redacting(lambda text: text.replace("hush", "***"), journal=True))
+        handler.setFormatter(stockrt._Redacting(secretive, journal=True))
         try:
             raise ValueError("hush\nsecond line")
         except ValueError:
@@ -351,8 +343,8 @@ def test_secrets_in_frames_are_masked_before_the_frame_is_shortened(
 
 def test_execution_is_one_line() -> None:
     context = {"meta": {"execution_id": "id-1"}, "workflow_name": "prices\nof today"}
-    bad = {"AAPL": "no exchange given", "X.US": "unknown to the API", "Y.US": "unknown to the API"}
-    line = stockrt.execution_line(context, report(stored=40, known=7, failures=bad, took_s=0.1234))
+    bad = {"AAPL": Failure(FailureKind.INVALID_CODE, "no exchange given"), "X.US": UNKNOWN, "Y.US": UNKNOWN}
+    line = stockrt.execution_line(context, report(stored=40, duplicates=7, failures=bad, took_s=0.1234))
     assert line == (
         "execution id-1 of prices\\nof today: total 50, stored 40, duplicates 7, failed 3 "
         "(1 invalid_code: AAPL; 2 unknown_code: X.US, Y.US), 123 ms"
@@ -360,11 +352,11 @@ def test_execution_is_one_line() -> None:
 
 
 def test_trouble_is_said_at_its_begin_seldom_and_at_its_end(caplog: pytest.LogCaptureFixture) -> None:
-    clock = Clock()
+    clock = FakeClock()
     trouble = LogThrottle("MongoDB", clock, then="later")
     with caplog.at_level(logging.INFO, "stockrt"):
         for second in range(700):
-            clock.now = 1000.0 + second
+            clock.now_monotonic = 1000.0 + second
             trouble.again(f"no server found in {second} ms" if second % 2 else "refused")
         trouble.over()
         trouble.over()
@@ -386,7 +378,7 @@ def test_what_a_trouble_leaves_in_memory_goes_with_it() -> None:
     fault = Fault()
     fault.args = (fault,)
     gone = weakref.ref(fault)
-    trouble = LogThrottle("MongoDB", Clock())
+    trouble = LogThrottle("MongoDB", FakeClock())
     gc.disable()
     try:
         trouble.again(fault.__class__.__name__)
@@ -399,16 +391,26 @@ def test_what_a_trouble_leaves_in_memory_goes_with_it() -> None:
 
 
 def test_trouble_with_ever_new_words_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
-    trouble = LogThrottle("platform", Clock())
+    trouble = LogThrottle("platform", FakeClock())
     for number in range(1000):
         trouble.again("reason " + "x" * number)
     assert len(caplog.records) <= stockrt.TROUBLE_KINDS + 1
 
 
-def test_store_that_is_away_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def executor_in(tmp_path: Path) -> stockrt.Executor:
+    """An executor that nobody listens to."""
+    inbox = stockrt.Inbox()
     journal = stockrt.Journal(tmp_path)
-    executor = stockrt.Executor(settings(tmp_path), journal, lambda number: None, stockrt.Events())
-    away = report(stored=0, store_error="cannot be reached", failures={"A.US": "fetched, not stored: …"})
+    return stockrt.Executor(settings(tmp_path), journal, inbox, stockrt.Relay(stockrt.NO_EVENTS, inbox))
+
+
+def test_store_that_is_away_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    executor = executor_in(tmp_path)
+    away = report(
+        stored=0,
+        store_error="cannot be reached",
+        failures={"A.US": Failure(FailureKind.STORE, "fetched, not stored: …")},
+    )
     with caplog.at_level(logging.INFO, "stockrt"):
         for one in (away, away, away, report()):
             executor._log({}, one)
@@ -419,38 +421,21 @@ def test_store_that_is_away_is_said_once(tmp_path: Path, caplog: pytest.LogCaptu
     ]
 
 
-def test_an_answer_does_not_wait_for_the_log(tmp_path: Path) -> None:
-    """It goes out first; what each execution did is logged all the same, in order, the last one before the end."""
-    said: list[str] = []
-
-    class Ear(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage().partition(":")[0])
-
-    journal = stockrt.Journal(tmp_path)
-    ear = Ear()
-    stockrt.log.addHandler(ear)
-    before, stockrt.log.level = stockrt.log.level, logging.INFO
-    answered: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-
-    def on_answer(number: int | None) -> None:
-        said.append(f"answer {number}")
-        answered.put(number)
-
-    try:
-        executor = stockrt.Executor(settings(tmp_path), journal, on_answer, stockrt.Events())
-        executor.start()
-        for number in journal.accept(
-            [stockrt.Command(f"e{n}", {"execution_id": f"e{n}"}, ["?"]) for n in (1, 2)]
-        ):
-            executor.add(number)
-            assert answered.get(timeout=30) == number
-        executor.leave()
-        executor.join(30)
-    finally:
-        stockrt.log.removeHandler(ear)
-        stockrt.log.level = before
-    assert said == ["answer 1", "execution e1", "answer 2", "execution e2", "answer None"]
+@pytest.mark.parametrize("kind", ["network", "api", "key", "other"])
+def test_what_keeps_trades_away_is_said_once_whatever_its_kind(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    executor = executor_in(tmp_path)
+    away = report(stored=0, failures={"X.US": UNKNOWN, "A.US": Failure(FailureKind(kind), "the words")})
+    fine = report(stored=49, failures={"X.US": UNKNOWN})  # no trouble: it stands in the execution's line
+    with caplog.at_level(logging.INFO, "stockrt"):
+        for one in (away, away, fine, fine):
+            executor._log({}, one)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if not line.startswith("execution ")] == [
+        "Infoway: the words; the next execution tries again",
+        "Infoway: well again after 2 tries",
+    ]
 
 
 # --------------------------------------------------------------------------------------------------- metrics
@@ -480,33 +465,34 @@ def test_metrics_are_in_the_textfile_format() -> None:
 
 
 def test_metrics_file_is_written_seldom_and_only_when_something_changed(tmp_path: Path) -> None:
-    clock, path = Clock(), tmp_path / "stockrt.prom"
+    clock, path = FakeClock(), tmp_path / "stockrt.prom"
     service = Service(settings(tmp_path, METRICS_FILE=str(path)), Notifier(), clock=clock)
-    service.turn(0, 0)
+    assert service.tick(0, 0) == math.inf
+    assert until(path.exists)
     first = path.stat().st_ino, path.read_text()
     assert path.stat().st_mode & 0o777 == 0o644
     for _ in range(100):  # idle: no write, and no wish to be woken for one
-        clock.now += 60
-        assert service.turn(0, 0) == math.inf
+        clock.advance(60)
+        assert service.tick(0, 0) == math.inf
     assert (path.stat().st_ino, path.read_text()) == first
     service.executed(report())
-    service.turn(0, 0)
-    assert 'outcome="success"} 1' in path.read_text()
+    service.tick(0, 0)
+    assert until(lambda: 'outcome="success"} 1' in path.read_text())
     service.executed(report())
-    assert service.turn(0, 0) == clock.now + stockrt.METRICS_EVERY_S
+    assert service.tick(0, 0) == clock.now_monotonic + stockrt.METRICS_EVERY_S
     assert 'outcome="success"} 1' in path.read_text()
-    clock.now += stockrt.METRICS_EVERY_S
-    service.turn(0, 0)
-    assert 'outcome="success"} 2' in path.read_text()
-    assert os.listdir(tmp_path) == ["stockrt.prom"]
+    clock.advance(stockrt.METRICS_EVERY_S)
+    service.tick(0, 0)
+    assert until(lambda: 'outcome="success"} 2' in path.read_text())
+    assert until(lambda: os.listdir(tmp_path) == ["stockrt.prom"])
 
 
 def test_reader_never_sees_half_a_metrics_file(tmp_path: Path) -> None:
     path = tmp_path / "x.prom"
     file, metrics = MetricsFile(path, Metrics()), Metrics()
-    file.write(0)
+    file.write()
     with path.open() as reader:
-        file.write(1)
+        file.write()
         assert reader.read() == metrics.text()
         assert os.fstat(reader.fileno()).st_nlink == 0  # the old one, whole; the new one is another file
 
@@ -515,9 +501,8 @@ def test_metrics_that_cannot_be_written_are_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = MetricsFile(tmp_path / "missing/x.prom", Metrics())
-    for now in range(0, 100, 10):
-        assert file.due() <= now
-        file.write(now)
+    for _ in range(10):
+        file.write()
     assert len(caplog.records) == 1 and "METRICS_FILE" in caplog.text
 
 
@@ -526,9 +511,9 @@ def test_metrics_that_cannot_be_written_are_said_once(
     [
         (None, "refused"),
         (report(), "success"),
-        (report(stored=0, known=50), "success"),
-        (report(stored=49, failures={"X.US": "unknown to the API"}), "partial"),
-        (report(stored=0, failures={"X.US": "unknown to the API"}), "failure"),
+        (report(stored=0, duplicates=50), "success"),
+        (report(stored=49, failures={"X.US": UNKNOWN}), "partial"),
+        (report(stored=0, failures={"X.US": UNKNOWN}), "failure"),
         (report(stored=10, store_error="away"), "failure"),
         (report(stored=10, interrupted=True), "interrupted"),
         (Report(), "failure"),
@@ -536,91 +521,6 @@ def test_metrics_that_cannot_be_written_are_said_once(
 )
 def test_outcome_of_an_execution(ended: Report | None, outcome: str) -> None:
     assert stockrt.outcome_of(ended) == outcome
-
-
-def verdict_reason(status: int, body: object, text: str = "") -> str:
-    answer = stockrt.Response(status, text.encode() or json.dumps(body).encode())
-    return stockrt.decide(answer, datetime.now(UTC)).reason
-
-
-def record_reason(**changed: object) -> str:
-    record = {"s": "A.US", "t": 1_786_752_000_000, "p": "1", "v": "1", "vw": "1", "td": 1} | changed
-    return stockrt.read_records(stockrt.Batch("stock", "A.US"), [record]).failures["A.US"]
-
-
-def network_reason(step: Callable[[], None]) -> str:
-    fault = stockrt._as_fault(step)
-    assert fault is not None
-    return fault.fault
-
-
-def refused() -> None:
-    socket.create_connection(("127.0.0.1", 1), 1)
-
-
-def broken() -> None:
-    raise ValueError("read of closed file")
-
-
-def no_key_reason() -> str:
-    pool = stockrt.KeyPool([("one-key", stockrt.PLANS["free"])])
-    try:
-        pool.note(pool.keys[0], "stock", stockrt.Verdict(stockrt.Action.KEY_DEAD, "HTTP 401"))
-        pool.acquire("stock", threading.Event())
-    except stockrt.NoKeyError as error:
-        return str(error)
-    raise AssertionError
-
-
-class BrokenStore:
-    """A store that is away."""
-
-    def write(self, documents: object) -> stockrt.WriteReport:
-        raise stockrt.StoreError("away")
-
-    def newest(self, codes: object, since: int, until: int) -> dict[str, stockrt.Document]:
-        return {}
-
-    def write_closes(self, closes: object) -> dict[str, str]:
-        return {}
-
-    def check(self) -> str:
-        return ""
-
-    def close(self) -> None:
-        pass
-
-
-def store_reason() -> str:
-    store = BrokenStore()
-    done = stockrt.Collector(stockrt.DemoApi(), store).run(["A.US"], threading.Event())
-    return done.failures["A.US"]
-
-
-def test_reasons_that_this_program_gives_have_their_kind() -> None:
-    """Every reason is made by the code that gives it: one that is worded anew must keep its kind."""
-    reasons = {
-        record_reason(p="x"): FailureKind.BAD_RECORD,
-        record_reason(t=None): FailureKind.BAD_RECORD,
-        verdict_reason(200, {"ret": 505, "msg": "too many"}): FailureKind.API,
-        verdict_reason(200, {"ret": 200, "data": 7}): FailureKind.API,
-        verdict_reason(503, None, "<html>"): FailureKind.API,
-        verdict_reason(404, None, "<html>"): FailureKind.API,
-        verdict_reason(302, None, "<html>"): FailureKind.API,
-        network_reason(refused): FailureKind.NETWORK,
-        network_reason(broken): FailureKind.NETWORK,
-        "no whole answer within 30 s, and the connection hangs": FailureKind.NETWORK,
-        no_key_reason(): FailureKind.KEY,
-        store_reason(): FailureKind.STORE,
-        "a fault of stockrt itself: KeyError": FailureKind.OTHER,
-    }
-    assert {why: stockrt.failure_kind("A.US", why) for why in reasons} == reasons
-
-
-@pytest.mark.parametrize("code", ["AAPL", "../../x", "", "X.XX", "12", "1.5.SH"])
-def test_codes_that_cannot_be_asked_for_have_their_kind(code: str) -> None:
-    plan = stockrt.plan_batches([code])
-    assert [stockrt.failure_kind(*one) for one in plan.failures.items()] == [FailureKind.INVALID_CODE]
 
 
 # ----------------------------------------------------------------------------------------------- credentials

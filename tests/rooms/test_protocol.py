@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.clock import FakeClock
 from kit.platform_server import FAILURE_STATUSES, GARBAGE, NOT_JSON, wrapped
 
 import stockrt
 from stockrt import (
     Command,
     Event,
+    Failure,
+    FailureKind,
     PeerDead,
     Ping,
     PlatformProtocol,
@@ -28,7 +31,8 @@ from stockrt import (
     UsageError,
 )
 
-STAMP = "2026-01-01T10:00:00.000000"
+WALL_S = 1_767_261_600.25
+STAMP = datetime.fromtimestamp(WALL_S).isoformat()
 META = {"execution_id": "e-1", "execution_time": "t", "workflow_id": "7", "workflow_name": "n"}
 # The newer server's liveness clock.
 SWEPT_AFTER_S = 120
@@ -59,7 +63,7 @@ finite_json = st.recursive(
 
 def protocol(heartbeat_s: float = 10) -> PlatformProtocol:
     """A new connection at the time 0."""
-    return PlatformProtocol(heartbeat_s, 0, lambda: STAMP)
+    return PlatformProtocol(heartbeat_s, 0, FakeClock(WALL_S))
 
 
 def receive(text: str) -> list[Event]:
@@ -493,15 +497,21 @@ def test_after_a_tick_there_is_nothing_to_do_at_once(
 CONTEXT = {"workflow_id": "7", "workflow_name": "n", "meta": META}
 
 
-def result_of(report: Report, redact: Callable[[str], str] = str) -> dict[str, Any]:
+def settings(**more: str) -> stockrt.Settings:
+    """Settings of a module with one key, which is a secret."""
+    environ = {"INFOWAY_API_KEY": "hunter22", "MODULE_NAME": "模块"} | more
+    return stockrt.load_settings(environ, None, (), is_root=False).settings
+
+
+def result_of(report: Report) -> dict[str, Any]:
     """The result of a run, as the platform reads it."""
-    answer: dict[str, Any] = json.loads(stockrt.report_result(CONTEXT, "模块", report, redact))
+    answer: dict[str, Any] = json.loads(stockrt.report_result(CONTEXT, report, settings()))
     return answer
 
 
 def test_trades_that_wait_are_a_failure_with_their_count_and_reason() -> None:
     since = "MongoDB unreachable since 10:04"
-    all_kept = result_of(Report(total=12, kept=12, kept_because=since))
+    all_kept = result_of(Report(total=12, queued=12, queued_because=since))
     assert (
         all_kept["message"]
         == all_kept["error"]
@@ -510,7 +520,13 @@ def test_trades_that_wait_are_a_failure_with_their_count_and_reason() -> None:
     assert all_kept["status"] == all_kept["result"]["status"] == "failure"
     assert all_kept["result"]["kept_count"] == 12 and all_kept["result"]["failed_stocks"] == []
     some = result_of(
-        Report(total=4, stored=2, kept=1, kept_because=since, failures={"X": "no exchange given"})
+        Report(
+            total=4,
+            stored=2,
+            queued=1,
+            queued_because=since,
+            failures={"X": Failure(FailureKind.INVALID_CODE, "no exchange given")},
+        )
     )
     assert some["status"] == "failure"
     assert some["message"] == (
@@ -520,7 +536,7 @@ def test_trades_that_wait_are_a_failure_with_their_count_and_reason() -> None:
 
 
 def test_a_success_holds_what_both_generations_read() -> None:
-    assert result_of(Report(total=3, stored=2, known=1, took_s=1.2344)) == {
+    assert result_of(Report(total=3, stored=2, duplicates=1, took_s=1.2344)) == {
         "type": "result",
         "status": "success",
         "meta": META,
@@ -543,7 +559,14 @@ def test_a_success_holds_what_both_generations_read() -> None:
 
 
 def test_a_partial_success_names_what_failed() -> None:
-    answer = result_of(Report(total=3, stored=1, known=1, failures={"XXXX.US": "unknown to the API"}))
+    answer = result_of(
+        Report(
+            total=3,
+            stored=1,
+            duplicates=1,
+            failures={"XXXX.US": Failure(FailureKind.UNKNOWN_CODE, "unknown to the API")},
+        )
+    )
     assert (answer["status"], "error" in answer) == ("success", False)
     assert "XXXX.US (unknown to the API)" in answer["message"]
     result = answer["result"]
@@ -555,8 +578,13 @@ def test_a_partial_success_names_what_failed() -> None:
 @pytest.mark.parametrize(
     "report",
     [
-        Report(total=2, failures={"A.US": "HTTP 500", "B.US": "HTTP 500"}),
-        Report(total=2, stored=1, failures={"B.US": "not stored"}, store_error="MongoDB is away"),
+        Report(total=2, failures=dict.fromkeys(("A.US", "B.US"), Failure(FailureKind.API, "HTTP 500"))),
+        Report(
+            total=2,
+            stored=1,
+            failures={"B.US": Failure(FailureKind.STORE, "not stored")},
+            store_error="MongoDB is away",
+        ),
         Report(total=0),
     ],
 )
@@ -566,27 +594,33 @@ def test_nothing_stored_or_a_broken_store_is_a_failure_that_is_mailed(report: Re
     assert answer["result"]["status"] == answer["status"] == "failure"
     assert answer["error"] == answer["message"]
     assert answer["result"]["success_count"] == report.stored
-    assert (report.store_error or next(iter(report.failures.values()), "0 of 0")) in answer["error"]
+    assert (
+        report.store_error or "".join(why for _, why in [*report.failures.values()][:1]) or "0 of 0"
+    ) in answer["error"]
 
 
 def test_known_trades_alone_are_a_success() -> None:
-    answer = result_of(Report(total=2, known=2))
+    answer = result_of(Report(total=2, duplicates=2))
     assert (answer["status"], answer["result"]["success_count"]) == ("success", 2)
     assert answer["result"]["duplicate_count"] == 2
 
 
 def test_at_most_a_hundred_failures_are_explained_and_all_are_named() -> None:
-    failures = {f"X{n}.US": f"reason {n}" for n in range(150)}
+    failures = {f"X{n}.US": Failure(FailureKind.API, f"reason {n}") for n in range(150)}
     answer = result_of(Report(total=151, stored=1, failures=failures))
     result = answer["result"]
-    assert result["failures"] == dict(list(failures.items())[:100])
+    assert result["failures"] == {f"X{n}.US": f"reason {n}" for n in range(100)}
     assert (result["failed_stocks"], result["failed_count"]) == (list(failures), 150)
     assert len(answer["message"]) < 500
 
 
 def test_no_secret_is_in_a_result() -> None:
-    report = Report(total=1, failures={"A.US": "key hunter22 refused"}, store_error="user:hunter22@host")
-    answer = stockrt.report_result(CONTEXT, "m", report, lambda text: text.replace("hunter22", "***"))
+    report = Report(
+        total=1,
+        failures={"A.US": Failure(FailureKind.KEY, "key hunter22 refused")},
+        store_error="user:hunter22@host",
+    )
+    answer = stockrt.report_result(CONTEXT, report, settings())
     assert "hunter22" not in answer
     assert "***" in answer
 

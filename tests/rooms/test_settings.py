@@ -15,7 +15,7 @@ from conftest import unprivileged
 from hypothesis import strategies as st
 
 import stockrt
-from stockrt import PLANS, SETTINGS, LoadedSettings, Plan, Settings, SettingsError
+from stockrt import PLANS, SETTINGS, LoadedSettings, Plan, Proxy, Settings, SettingsError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "stockrt.env.example"
 NAMES = [setting.name for setting in SETTINGS]
@@ -380,6 +380,9 @@ GOOD: list[tuple[str, str, object]] = [
     ("INFOWAY_PLAN", "5", (Plan("5", 5, 300),)),
     ("INFOWAY_PLAN", "2.5", (Plan("2.5", 2.5, 150),)),
     ("INFOWAY_PLAN", "0.2", (Plan("0.2", 0.2, 12),)),
+    ("INFOWAY_PLAN", ".2", (Plan(".2", 0.2, 12),)),
+    ("INFOWAY_PLAN", "0.017", (Plan("0.017", 0.017, 1),)),
+    ("INFOWAY_PLAN", "4.1", (Plan("4.1", 4.1, 246),)),
     ("MONGODB_HOST", "mongodb://localhost", "mongodb://localhost"),
     ("MONGODB_HOST", "mongodb://u:p%40w@h:27017/db?authSource=admin", ...),
     ("MONGODB_HOST", "mongodb://a:27017,b:27018,c/?replicaSet=rs0&w=majority", ...),
@@ -414,6 +417,13 @@ GOOD: list[tuple[str, str, object]] = [
     ("STATE_DIRECTORY", "/run/one:/run/two", Path("/run/one")),
     ("SPOOL_MAX_MB", "10", 10 << 20),
     ("SPOOL_MAX_MB", "1", 1 << 20),
+    ("HTTPS_PROXY", "http://h:3128", Proxy("HTTPS_PROXY", "http", "h", 3128)),
+    ("HTTPS_PROXY", "https://h", Proxy("HTTPS_PROXY", "https", "h", 443)),
+    ("HTTP_PROXY", "10.0.0.1", Proxy("HTTP_PROXY", "http", "10.0.0.1", 1080)),
+    ("HTTP_PROXY", "u%40:p:@[::1]:8080/", Proxy("HTTP_PROXY", "http", "::1", 8080, "u%40", "p:")),
+    ("ALL_PROXY", "HTTP://u@proxy.example:1", Proxy("ALL_PROXY", "http", "proxy.example", 1, "u")),
+    ("NO_PROXY", "*", ("*",)),
+    ("NO_PROXY", " .Example.com,10.0.0.0/8 ,[::1]:80", (".example.com", "10.0.0.0/8", "[::1]:80")),
     ("METRICS_FILE", "/var/lib/x/stockrt.prom", Path("/var/lib/x/stockrt.prom")),
     ("LOG_LEVEL", "DEBUG", "debug"),
     ("LOG_LEVEL", "warning", "warning"),
@@ -442,6 +452,17 @@ BAD: list[tuple[str, str]] = [
     ("INFOWAY_PLAN", "inf"),
     ("INFOWAY_PLAN", "free,gold"),
     ("INFOWAY_PLAN", "0.0001"),
+    ("INFOWAY_PLAN", "0.0166"),
+    ("INFOWAY_PLAN", "1_0"),
+    ("INFOWAY_PLAN", "1e1"),
+    ("INFOWAY_PLAN", "１０"),
+    ("INFOWAY_PLAN", "free,1_0"),
+    ("HEARTBEAT_INTERVAL", "1_0"),
+    ("HEARTBEAT_INTERVAL", "1e1"),
+    ("HEARTBEAT_INTERVAL", "１０"),
+    ("SERVER_PORT", "8_0"),
+    ("SERVER_PORT", "８０"),
+    ("SPOOL_MAX_MB", "1_0"),
     ("MONGODB_HOST", "localhost:27017"),
     ("MONGODB_HOST", "http://localhost"),
     ("MONGODB_HOST", "mongodb://"),
@@ -501,6 +522,16 @@ BAD: list[tuple[str, str]] = [
     ("SPOOL_MAX_MB", "1.5"),
     ("SPOOL_MAX_MB", "-1"),
     ("SPOOL_MAX_MB", "1 GB"),
+    ("HTTPS_PROXY", "ftp://h:1"),
+    ("HTTPS_PROXY", "http://"),
+    ("HTTPS_PROXY", "http://h:0"),
+    ("HTTPS_PROXY", "http://u:p@ss/w@h:1"),
+    ("HTTP_PROXY", "h:99999"),
+    ("HTTP_PROXY", "http://h/path"),
+    ("ALL_PROXY", "http://10.0.0.256"),
+    ("ALL_PROXY", "http://h:1?x"),
+    ("NO_PROXY", "http://platform"),
+    ("NO_PROXY", "a.example, 10.0.0.0/33"),
     ("METRICS_FILE", "stockrt.prom"),
     ("METRICS_FILE", "/var/lib/x/stockrt.txt"),
     ("METRICS_FILE", "/var/lib/x/"),

@@ -5,30 +5,27 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
-import itertools
 import json
 import logging
 import os
 import pty
-import random
 import re
 import sqlite3
 import struct
 import subprocess
 import sys
-import tempfile
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pymongo
 import pytest
-from conftest import RunPyz, controlled, unavailable, unprivileged
+from conftest import RunPyz, controlled, unavailable
 from kit.daemons import PATIENCE, ThreadDaemon, settings_for, until
-from kit.infoway_server import InfowayServer
+from kit.infoway_server import InfowayServer, make_record
 from kit.mongo import INTERRUPTED_AT_SHUTDOWN, ON_COLLECTIONS, UNAUTHORIZED, MongoServer
 from kit.mongo_proxy import Fate, MongoProxy, Without
 from kit.platform_server import PlatformServer
@@ -36,18 +33,23 @@ from kit.trades import CREATED, by_id, make_documents, settings_of
 
 import stockrt
 from stockrt import (
-    Close,
+    ClosesLate,
+    ClosingPrices,
+    Delivery,
+    DeliveryQueue,
     Document,
-    Drain,
+    LocalFile,
     MongoStore,
+    QueueFull,
     QueueStats,
-    Spool,
-    SpooledStore,
-    SpoolFull,
+    RefusedClose,
+    Rejects,
     SqliteStore,
     StoreAway,
     StoreError,
+    UnsettledTrades,
     WriteReport,
+    open_store_file,
 )
 
 # A fault that is made up is no change that the server tells of: that it is well is learnt at the next heartbeat.
@@ -61,8 +63,34 @@ def quick(uri: str) -> str:
     return f"{uri}{'&' if '?' in uri else '?'}{QUICK}"
 
 
-class Place:
-    """A database, and a state directory beside it."""
+NEVER = threading.Event()
+
+
+class Closes(ClosingPrices):
+    """Makes no close; remembers the trades that it was given, and raises `error` where there is one."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.settled: list[Document] = []
+        self.error = error
+
+    def settle(self, documents: Sequence[Document], stop: threading.Event) -> list[RefusedClose]:
+        """Take trades."""
+        if self.error is not None:
+            raise self.error
+        self.settled += documents
+        return []
+
+
+def delivery(
+    mongo: MongoStore, file: LocalFile, max_bytes: int, closes: ClosingPrices, events: stockrt.Events
+) -> Delivery:
+    """Put a delivery together, as a pipeline does."""
+    queue = DeliveryQueue(file, max_bytes)
+    return Delivery(mongo, queue, Rejects(file), UnsettledTrades(file), closes, events)
+
+
+class Place(stockrt.Events):
+    """A database, and a state directory beside it; hears what waits."""
 
     def __init__(self, uri: str, name: str, state: Path, **more: str) -> None:
         self.uri, self.name, self.state = uri, name, state
@@ -71,13 +99,21 @@ class Place:
         }  # fmt: skip
         self.facts: list[QueueStats] = []
 
+    def queue_changed(self, stats: QueueStats) -> None:
+        """Remember what waits."""
+        self.facts.append(stats)
+
     @contextlib.contextmanager
-    def opened(self) -> Iterator[SpooledStore]:
-        """Yield the store that the settings ask for."""
-        store = stockrt.open_store(settings_of(self.environ), self.facts.append)
-        assert isinstance(store, SpooledStore)
-        with contextlib.closing(store):
-            yield store
+    def opened(
+        self, closes: ClosingPrices | None = None, *, real: bool = False, **environ: str
+    ) -> Iterator[Delivery]:
+        """Yield the delivery to this database; `real` closes are made, those of `closes`, or none."""
+        settings = settings_of(self.environ | environ)
+        with open_store_file(self.state) as file, contextlib.closing(MongoStore(settings)) as mongo:
+            closes = ClosingPrices(mongo, None) if real else closes or Closes()
+            made = delivery(mongo, file, settings.spool_max_bytes, closes, self)
+            with contextlib.closing(made) as store:
+                yield store
 
     @contextlib.contextmanager
     def collection(self, name: str = "realtime") -> Iterator[pymongo.collection.Collection[Document]]:
@@ -112,14 +148,29 @@ def away(mongo_server: MongoServer) -> Iterator[MongoServer]:
         mongo_server.ensure_running()
 
 
-def drainers() -> int:
-    """Return how many threads move what waits."""
-    return sum(thread.name == "stockrt-drainer" for thread in threading.enumerate())
+@contextlib.contextmanager
+def queue_in(folder: Path, max_bytes: int = MEGABYTE << 10) -> Iterator[DeliveryQueue]:
+    """Open the queue of a state directory."""
+    with open_store_file(folder) as file:
+        yield DeliveryQueue(file, max_bytes)
 
 
-def nothing_waits(store: SpooledStore) -> bool:
-    """Say whether the spool is empty."""
-    return store.spool.is_empty()
+def queued(folder: Path, documents: Sequence[Document]) -> None:
+    """Let trades wait in a state directory."""
+    with queue_in(folder) as queue:
+        queue.write(documents)
+
+
+def take(queue: DeliveryQueue, count: int) -> list[Document]:
+    """Take the oldest trades out."""
+    with queue.taking_out(batch := queue.oldest(count)):
+        pass
+    return batch.documents
+
+
+def threads() -> int:
+    """Return how many threads deliver what waits."""
+    return sum(thread.name == "stockrt-delivery" for thread in threading.enumerate())
 
 
 # ------------------------------------------------------------------------------------------------ away and back
@@ -128,12 +179,12 @@ def nothing_waits(store: SpooledStore) -> bool:
 def test_what_mongodb_does_not_take_waits_and_arrives(place: Place, away: MongoServer) -> None:
     with place.opened() as store:
         report = store.write(make_documents(12))
-        assert (report.stored, report.known, report.kept, dict(report.refused)) == (0, 0, 12, {})
-        assert re.fullmatch(r"MongoDB unreachable since \d\d:\d\d", report.kept_because)
+        assert (report.stored, report.duplicates, report.queued, dict(report.refused)) == (0, 0, 12, {})
+        assert re.fullmatch(r"MongoDB unreachable since \d\d:\d\d", report.queued_because)
         assert place.waiting() == [d["_id"] for d in make_documents(12)]
         away.restart()
-        store.start(lambda documents: None)
-        assert until(lambda: nothing_waits(store))
+        store.start()
+        assert until(lambda: store.is_empty())
     assert place.documents() == by_id(make_documents(12))
     assert place.waiting() == []
 
@@ -143,7 +194,7 @@ def test_while_mongodb_is_away_only_the_first_write_waits_for_it(place: Place, a
     with place.opened() as store:
         for number in range(20):
             began = time.monotonic()
-            assert store.write(make_documents(5, first=5 * number)).kept == 5
+            assert store.write(make_documents(5, first=5 * number)).queued == 5
             took.append(time.monotonic() - began)
     assert sum(took[1:]) < took[0] * 5  # asked each time it would be 19 times as much
     assert len(place.waiting()) == 100
@@ -157,8 +208,8 @@ def test_new_trades_queue_up_behind_those_that_wait(place: Place, away: MongoSer
             store.write(old[first : first + 1000])
         away.restart()
         report = store.write(later)
-        assert report.stored + report.kept == 5
-        assert until(lambda: nothing_waits(store))
+        assert report.stored + report.queued == 5
+        assert until(lambda: store.is_empty())
     with place.collection() as collection:
         arrived = [document["_id"] for document in collection.find()]  # as they stand in the file
     assert arrived == [document["_id"] for document in old + later]
@@ -168,7 +219,7 @@ def test_with_mongodb_back_a_write_waits_for_its_turn_and_is_no_failure(
     place: Place, away: MongoServer
 ) -> None:
     with place.opened() as store:
-        assert store.write(make_documents(50)).kept == 50
+        assert store.write(make_documents(50)).queued == 50
     away.restart()
     with place.opened() as store:
         assert store.write(make_documents(60)) == WriteReport(10, 50)
@@ -180,22 +231,28 @@ def test_what_waits_moves_in_the_next_process_without_any_write(place: Place, aw
         store.write(make_documents(7))
     away.restart()
     with place.opened() as store:
-        store.start(lambda documents: None)
-        assert until(lambda: nothing_waits(store))
+        store.start()
+        assert until(lambda: store.is_empty())
     assert len(place.documents()) == 7
     assert until(lambda: place.facts[-1].trades == 0)
 
 
-def test_the_thread_that_moves_is_there_only_while_something_waits(place: Place) -> None:
-    assert until(lambda: not drainers())  # of tests before
-    Spool(place.state, MEGABYTE << 10).write(make_documents(7))
+def test_the_thread_that_moves_begins_when_something_waits(place: Place) -> None:
+    assert until(lambda: not threads())  # of tests before
     with place.opened() as store:
-        assert drainers() == 0
-        store.start(lambda documents: None)
-        assert until(lambda: nothing_waits(store) and not drainers())
+        store.start()
         store.write(make_documents(9))
-        assert drainers() == 0
-    assert len(place.documents()) == 9
+        assert threads() == 0
+        store.queue.write(make_documents(20))
+        store.start()
+        assert threads() == 1
+        assert until(lambda: store.is_empty())
+        store.queue.write(make_documents(30))
+        store.start()
+        assert until(lambda: store.is_empty())
+        assert threads() == 1
+    assert until(lambda: not threads())
+    assert len(place.documents()) == 30
 
 
 def test_a_server_that_hangs_is_one_that_is_away(place: Place, mongo_server: MongoServer) -> None:
@@ -207,8 +264,8 @@ def test_a_server_that_hangs_is_one_that_is_away(place: Place, mongo_server: Mon
             report = store.write(make_documents(20))
         finally:
             mongo_server.resume()
-        assert report.kept == 20 and "unreachable" in report.kept_because
-        assert until(lambda: nothing_waits(store))
+        assert report.queued == 20 and "unreachable" in report.queued_because
+        assert until(lambda: store.is_empty())
     assert len(place.documents()) == 20
 
 
@@ -223,57 +280,51 @@ def test_a_goodbye_that_is_not_answered_holds_nobody_up(place: Place, mongo_serv
 
 
 def test_what_was_stored_before_there_was_a_mongodb_moves_over(place: Place) -> None:
-    with contextlib.closing(SqliteStore(place.state)) as alone:
+    with open_store_file(place.state) as file:
+        alone = SqliteStore(file)
         alone.write(make_documents(10))
         alone.write([d | {"demo": True} for d in make_documents(5, first=100)])
         alone.write(make_documents(20))
-        alone.write_closes([a_close(number) for number in range(3)])
-    with place.opened() as store:
-        store.start(lambda documents: None)
-        assert until(lambda: nothing_waits(store))
+        ClosingPrices(alone, None).settle(make_documents(20), NEVER)
+        closes = file.read_all("SELECT _id, t, p, v, td FROM close ORDER BY _id")
+    with place.opened(real=True) as store:
+        store.start()
+        assert until(lambda: store.is_empty())
     assert place.documents() == by_id(make_documents(20))
-    closes = place.documents("close")
-    assert [c["_id"] for c in closes] == [a_close(number).key for number in range(3)]
-    assert [c.get("half_day") for c in closes] == [None, True, None]
+    assert [tuple(c[n] for n in ("_id", "t", "p", "v", "td")) for c in place.documents("close")] == closes
+    assert len(closes) == 20
     assert place.waiting() == [d["_id"] for d in make_documents(5, first=100)]  # synthetic: of this machine
 
 
-def a_close(number: int) -> Close:
-    """Return a close; the second one of a half day."""
-    (document,) = make_documents(1, first=number)
-    return Close(document, "2026-08-14", half_day=number == 1)
-
-
 def test_closes_follow_from_trades_when_they_arrive(place: Place, away: MongoServer) -> None:
-    settled: list[Document] = []
-    with place.opened() as store:
-        store.start(settled.extend)
+    closes = Closes()
+    with place.opened(closes) as store:
+        store.start()
         store.write(make_documents(30))
-        assert not settled
+        assert not closes.settled
         away.restart()
-        assert until(lambda: nothing_waits(store))
-    assert settled == make_documents(30)
+        assert until(lambda: store.is_empty())
+    assert closes.settled == make_documents(30)
 
 
 def test_a_close_that_mongodb_does_not_take_now_is_made_later(place: Place, away: MongoServer) -> None:
     """The trades are in MongoDB, it goes away before their closes are."""
     documents = make_documents(4)
-    with place.opened() as store:
-        store.start(stockrt.ClosingPrices(store, None).settle)
-        closer = stockrt.ClosingPrices(store, None, postpone=store.postpone)
-        closer.settle(documents)
-        assert place.waiting() == [] and store.spool.count_unsettled() == len(documents)
+    with place.opened(real=True) as store:
+        store.start()
+        store.settle(documents, NEVER)
+        assert place.waiting() == [] and store.unsettled.count() == len(documents)
         away.restart()
-        assert until(lambda: nothing_waits(store))
+        assert until(lambda: store.is_empty())
     assert [c["s"] for c in place.documents("close")] == [d["s"] for d in documents]
 
 
 def test_numbers_are_converted_when_they_move(mongo_db: tuple[str, str], tmp_path: Path) -> None:
     place = Place(*mongo_db, tmp_path / "state", MONGODB_NUMERIC_TYPE="decimal")
-    Spool(place.state, MEGABYTE << 10).write(make_documents(3))
+    queued(place.state, make_documents(3))
     with place.opened() as store:
-        store.start(lambda documents: None)
-        assert until(lambda: nothing_waits(store))
+        store.start()
+        assert until(lambda: store.is_empty())
     found = place.documents()
     assert [str(d["p"]) for d in found] == [d["p"] for d in make_documents(3)]
     assert {type(d["p"]).__name__ for d in found} == {"Decimal128"}
@@ -282,13 +333,11 @@ def test_numbers_are_converted_when_they_move(mongo_db: tuple[str, str], tmp_pat
 
 def test_a_batch_that_is_cut_short_by_a_fault_of_the_local_file_moves_again(place: Place) -> None:
     """Written to MongoDB, not yet taken out here, killed: it moves once more and is known."""
-    spool = Spool(place.state, MEGABYTE << 10)
-    spool.write(make_documents(10))
-    mongo = MongoStore(settings_of(place.environ))
-    with contextlib.closing(mongo), contextlib.closing(spool):
-        mongo.write(spool.oldest(6).documents)
-        drain = Drain(spool, mongo, lambda documents: None)
-        assert (drain.step(), drain.step()) == (10, 0)
+    queued(place.state, make_documents(10))
+    with place.opened() as store:
+        store.mongo.write(store.queue.oldest(6).documents)
+        store.deliver(NEVER)
+        assert (store.moved, store.is_empty()) == (10, True)
     assert place.documents() == by_id(make_documents(10))
 
 
@@ -296,8 +345,8 @@ def test_a_name_that_the_dns_does_not_know_now_is_a_mongodb_that_is_away(tmp_pat
     place = Place("mongodb+srv://nowhere.invalid/", "x", tmp_path)
     with place.opened() as store:
         report = store.write(make_documents(2))
-    assert report.kept == 2 and re.fullmatch(
-        r"MongoDB takes no writes since \d\d:\d\d \(.+\)", report.kept_because
+    assert report.queued == 2 and re.fullmatch(
+        r"MongoDB takes no writes since \d\d:\d\d \(.+\)", report.queued_because
     )
 
 
@@ -327,16 +376,16 @@ def test_a_poison_document_is_put_aside_and_holds_nobody_up(
     poison = documents[500]
     refuse(place, poison)
     if way != "directly":
-        Spool(place.state, MEGABYTE << 10).write(documents)
+        queued(place.state, documents)
     with place.opened() as store:
         if way == "directly":
             report = store.write(documents)
             assert report.stored == 999 and list(report.refused) == [poison["_id"]]
         else:
-            store.start(lambda documents: None)
-            assert until(lambda: nothing_waits(store))
+            store.start()
+            assert until(lambda: store.is_empty())
             assert until(lambda: poison["_id"] in caplog.text and place.facts[-1].rejects)
-        (reject,) = store.spool.rejects()
+        (reject,) = store.rejects.all()
     assert reject["_id"] == poison["_id"] and reject["collection"] == "realtime"
     assert re.search(r"duplicate key|E11000", reject["reason"])
     assert {name: reject["document"][name] for name in ("s", "t", "p", "v", "vw", "td")} == {
@@ -351,15 +400,12 @@ def test_a_poison_document_is_put_aside_and_holds_nobody_up(
 def test_while_nothing_can_be_written_no_document_is_taken_for_poison(
     place: Place, away: MongoServer
 ) -> None:
-    spool = Spool(place.state, MEGABYTE << 10)
-    spool.write(make_documents(3))
-    environ = place.environ | {"MONGODB_HOST": place.environ["MONGODB_HOST"].replace("=1000", "=100")}
-    with contextlib.closing(MongoStore(settings_of(environ))) as mongo:
-        drain = Drain(spool, mongo, lambda documents: None)
-        for _ in range(stockrt.POISON_TRIES + 1):
+    queued(place.state, make_documents(3))
+    with place.opened(MONGODB_HOST=place.environ["MONGODB_HOST"].replace("=1000", "=100")) as store:
+        for _ in range(2 * stockrt.POISON_TRIES):
             with pytest.raises(StoreAway):
-                drain.step()
-    assert spool.rejects() == [] and len(place.waiting()) == 3
+                store.deliver(NEVER)
+        assert store.rejects.all() == [] and len(place.waiting()) == 3
 
 
 def test_numbers_that_do_not_fit_are_refused_by_name(mongo_db: tuple[str, str], tmp_path: Path) -> None:
@@ -369,20 +415,24 @@ def test_numbers_that_do_not_fit_are_refused_by_name(mongo_db: tuple[str, str], 
     with place.opened() as store:
         report = store.write(documents)
         assert report.stored == 2 and "MONGODB_NUMERIC_TYPE" in report.refused[documents[1]["_id"]]
-        assert [r["_id"] for r in store.spool.rejects()] == [documents[1]["_id"]]
+        assert [r["_id"] for r in store.rejects.all()] == [documents[1]["_id"]]
 
 
 def test_a_document_that_the_disk_has_changed_is_not_passed_on(place: Place) -> None:
-    spool = Spool(place.state, MEGABYTE << 10)
-    spool.write(make_documents(3))
-    with contextlib.closing(sqlite3.connect(spool.path)) as db, db:
+    queued(place.state, make_documents(3))
+    with contextlib.closing(sqlite3.connect(place.state / stockrt.SQLITE_NAME)) as db, db:
         db.execute("UPDATE realtime SET p = '1' WHERE seq = 2")
+    with (
+        pytest.raises(StoreError, match="is damaged: its fields do not make its _id"),
+        place.opened() as store,
+    ):
+        store.deliver(NEVER)
     with place.opened() as store:
-        store.start(lambda documents: None)
-        assert until(lambda: nothing_waits(store))
-        (reject,) = store.spool.rejects()
-    assert reject["_id"] == make_documents(3)[1]["_id"] and "damaged" in reject["reason"]
-    assert len(place.documents()) == 2
+        store.deliver(NEVER)
+    assert place.documents() == by_id([d for d in make_documents(3) if d != make_documents(3)[1]])
+    (aside,) = place.state.glob("stockrt.db.damaged-*Z")
+    with contextlib.closing(sqlite3.connect(aside)) as db:
+        assert db.execute("SELECT p FROM realtime WHERE seq = 2").fetchone() == ("1",), "as the disk has it"
 
 
 def test_a_local_file_that_fails_keeps_nothing_from_mongodb(
@@ -391,10 +441,10 @@ def test_a_local_file_that_fails_keeps_nothing_from_mongodb(
     documents = with_own_prices(make_documents(3))
     refuse(place, documents[1])
     with place.opened() as store:
-        with contextlib.closing(sqlite3.connect(store.spool.path)) as db:
+        with contextlib.closing(sqlite3.connect(place.state / stockrt.SQLITE_NAME)) as db:
             db.executescript("DROP TABLE realtime; DROP TABLE rejects")
         report = store.write(documents)
-        assert store.write(documents[:1]).known == 1
+        assert store.write(documents[:1]).duplicates == 1
     assert report.stored == 2 and list(report.refused) == [documents[1]["_id"]]
     assert f"{documents[1]['_id']} cannot be put aside" in caplog.text
     assert caplog.text.count("what waits for MongoDB: ") == 1, "a trouble that goes on is said once"
@@ -415,20 +465,14 @@ def test_a_poison_document_is_put_aside_whatever_else_the_user_may_write(
     documents = make_documents(5)
     poison = documents[2]["_id"]
     mongo_proxy.on_insert = lambda insert: Fate.CUT_BEFORE if poison in insert.ids else None
-    spool = Spool(place.state, MEGABYTE << 10)
-    spool.write(documents)
-    environ = place.environ | {"MONGODB_HOST": quick(mongo_proxy.uri)}
+    queued(place.state, documents)
     with contextlib.ExitStack() as stack:
         if not may_write_beside:
             stack.enter_context(forbidden(mongo_server, place, "license_usage"))
-        mongo = stack.enter_context(contextlib.closing(MongoStore(settings_of(environ))))
-        stack.enter_context(contextlib.closing(spool))
-        drain = Drain(spool, mongo, lambda documents: None)
-        for _ in range(3 * stockrt.POISON_TRIES):
-            with contextlib.suppress(StoreAway):
-                drain.step()
-        assert spool.is_empty()
-        assert [r["_id"] for r in spool.rejects()] == [poison]
+        store = stack.enter_context(place.opened(MONGODB_HOST=quick(mongo_proxy.uri)))
+        store.deliver(NEVER)
+        assert store.is_empty()
+        assert [r["_id"] for r in store.rejects.all()] == [poison]
     assert place.documents() == by_id([d for d in documents if d["_id"] != poison])
 
 
@@ -438,7 +482,7 @@ def test_a_second_absence_is_told_from_its_own_beginning(
     """Also where nothing could be kept during the first: nothing has to be moved when MongoDB is back."""
     place.environ |= {"MONGODB_HOST": quick(mongo_proxy.uri), "SPOOL_MAX_MB": "1"}
     with place.opened() as store:
-        store.spool._max_bytes = 0
+        store.queue._max_bytes = 0
         mongo_proxy.down()
         with pytest.raises(StoreError, match="unreachable since"):
             store.write(make_documents(1))
@@ -447,10 +491,10 @@ def test_a_second_absence_is_told_from_its_own_beginning(
             assert store.write(make_documents(1)).stored == 1
         assert "MongoDB: well again" in caplog.text
         mongo_proxy.down()
-        store.spool._max_bytes = MEGABYTE
+        store.queue._max_bytes = MEGABYTE
         began = stockrt.utc_now()
-        assert store.write(make_documents(1, first=7)).kept == 1
-        assert store._away_since >= began
+        assert store.write(make_documents(1, first=7)).queued == 1
+        assert store._away is not None and store._away[1] >= began
 
 
 # ---------------------------------------------------------------------------------------------- closes that fail
@@ -464,25 +508,20 @@ def no_closes(place: Place, mongo_server: MongoServer) -> Iterator[contextlib.Ex
         yield stack
 
 
-def settle_into(store: SpooledStore) -> Callable[[Sequence[Document]], None]:
-    """Return what the drainer does with trades that arrived."""
-    return stockrt.ClosingPrices(store, None).settle
-
-
 def test_closes_that_cannot_be_made_keep_no_trade_waiting(
     place: Place, no_closes: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stockrt, "CATCH_UP_S", PATIENCE)
-    Spool(place.state, MEGABYTE << 10).write(make_documents(2500))
-    with place.opened() as store:
-        store.start(settle_into(store))
+    queued(place.state, make_documents(2500))
+    with place.opened(real=True) as store:
+        store.start()
         for first in (3000, 3010):  # in its turn, then at once
             report = store.write(make_documents(10, first=first))
-            assert (report.stored, report.kept) == (10, 0)
+            assert (report.stored, report.queued) == (10, 0)
         assert len(place.documents()) == 2520
-        assert store.spool.count_unsettled() == 2500
+        assert store.unsettled.count() == 2500
         no_closes.close()
-        assert until(lambda: nothing_waits(store))
+        assert until(lambda: store.is_empty())
     assert len(place.documents("close")) == 2500
 
 
@@ -490,9 +529,9 @@ def test_closes_that_cannot_be_made_are_said_once_and_their_end_too(
     place: Place, no_closes: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "stockrt")
-    Spool(place.state, MEGABYTE << 10).write(make_documents(5))
-    with place.opened() as store:
-        store.start(settle_into(store))
+    queued(place.state, make_documents(5))
+    with place.opened(real=True) as store:
+        store.start()
         assert until(lambda: "closing snapshot: " in caplog.text)
         assert all(store.write(make_documents(1, first=100 + n)).stored for n in range(5))
         assert caplog.text.count("closing snapshot: ") == 1 and "MongoDB: " not in caplog.text
@@ -504,23 +543,25 @@ def test_trades_that_come_while_closes_fail_are_moved_at_once(
     place: Place, no_closes: contextlib.ExitStack, mongo_server: MongoServer
 ) -> None:
     """However long the drainer would rest before it tries the closes again."""
-    Spool(place.state, MEGABYTE << 10).write(make_documents(5))
-    with place.opened() as store:
-        asked = itertools.count()  # for trades first, then for closes, then for trades again
-        store._delays = lambda: iter([3600.0 if next(asked) == 1 else 0.1] * 9999)  # type: ignore[method-assign]
-        store.start(settle_into(store))
+    queued(place.state, make_documents(5))
+    with place.opened(real=True) as store:
+        delays = [3600.0]
+        store._fresh_delays = lambda: iter(lambda: delays[0], None)  # type: ignore[method-assign]
+        store.start()
         assert until(lambda: store._close_trouble.there)
+        delays[0] = 0.1
         with mongo_server.failing(*ON_COLLECTIONS, error_code=INTERRUPTED_AT_SHUTDOWN):
-            assert store.write(make_documents(3, first=50)).kept == 3
-        assert until(lambda: not store.spool.has_trades())
+            assert store.write(make_documents(3, first=50)).queued == 3
+        assert until(lambda: not store.queue.has_trades())
     assert len(place.documents()) == 8
 
 
 def test_drain_ends_where_closes_cannot_be_made(
     place: Place, no_closes: contextlib.ExitStack, run_pyz: RunPyz
 ) -> None:
-    Spool(place.state, MEGABYTE << 10).keep_unsettled(make_documents(2, first=50))
-    Spool(place.state, MEGABYTE << 10).write(make_documents(5))
+    with open_store_file(place.state) as file:
+        UnsettledTrades(file).add(make_documents(2, first=50))
+    queued(place.state, make_documents(5))
     done = run_pyz("--drain", env=environment(place))
     assert done.returncode == 1 and "5 moved to" in done.stderr and "Unauthorized" in done.stderr
     assert len(place.documents()) == 5
@@ -529,39 +570,60 @@ def test_drain_ends_where_closes_cannot_be_made(
     assert len(place.documents("close")) == 7
 
 
-def test_refused_and_damaged_trades_make_no_close(place: Place) -> None:
-    spool = Spool(place.state, MEGABYTE << 10)
-    spool.write(make_documents(4))
-    with contextlib.closing(sqlite3.connect(spool.path)) as db, db:
-        db.execute("UPDATE realtime SET p = 'x' WHERE seq = 2")
-    waiting = spool.oldest(9)
-    refused = {waiting.documents[0]["_id"]: "no"}
-    assert spool.finish(waiting, refused, "realtime", settled=False)
-    assert spool.unsettled(9) == make_documents(4)[2:]
-    assert len(spool.rejects()) == 2
+def test_refused_trades_make_no_close(place: Place, mongo_proxy: MongoProxy) -> None:
+    refused, *others = make_documents(4)
+    queued(place.state, make_documents(4))
+    refusal = {"code": 121, "errmsg": "Document failed validation"}
+    mongo_proxy.on_insert = lambda insert: Without({refused["_id"]} & {*insert.ids}, refusal)
+    with place.opened(Closes(StoreAway("no")), MONGODB_HOST=quick(mongo_proxy.uri)) as store:
+        with pytest.raises(ClosesLate):
+            store.deliver(NEVER)
+        assert store.unsettled.some(9) == others
+        assert [r["_id"] for r in store.rejects.all()] == [refused["_id"]]
+        assert (store.moved, store.rejected) == (3, 1)
 
 
-def test_a_damaged_trade_holds_up_no_close_of_others(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    spool = Spool(place.state, MEGABYTE << 10)
-    spool.keep_unsettled(make_documents(4))
-    with contextlib.closing(sqlite3.connect(spool.path)) as db, db:
-        db.execute("UPDATE unsettled SET p = 'x' WHERE _id = ?", (make_documents(1)[0]["_id"],))
-    assert spool.unsettled(9) == make_documents(4)[1:]
-    assert spool.count_unsettled() == 3
+def test_a_damaged_trade_holds_up_no_close_of_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_store_file(tmp_path) as file:
+        unsettled = UnsettledTrades(file)
+        unsettled.add(make_documents(4))
+        with file.write() as db:
+            db.execute("UPDATE unsettled SET p = 'x' WHERE _id = ?", (make_documents(1)[0]["_id"],))
+        assert unsettled.some(9) == make_documents(4)[1:]
+        assert unsettled.count() == 3
     assert make_documents(1)[0]["_id"] in caplog.text
+
+
+def test_closes_that_mongodb_rejects_are_put_aside(place: Place, mongo_proxy: MongoProxy) -> None:
+    """Those that follow from trades at once, and from trades that waited."""
+    refusal = {"code": 121, "errmsg": "Document failed validation"}
+    mongo_proxy.on_insert = lambda insert: (
+        Without({i for i in insert.ids if i.count("|") == 1}, refusal)
+        if insert.collection == "close"
+        else None
+    )
+    with open_store_file(place.state) as file:
+        UnsettledTrades(file).add(make_documents(2))
+    with place.opened(real=True, MONGODB_HOST=quick(mongo_proxy.uri)) as store:
+        store.settle(make_documents(1, first=2), NEVER)
+        store.deliver(NEVER)
+        assert store.is_empty()
+        assert sorted(str(r["document"]["s"]) for r in store.rejects.all()) == [
+            f"60000{n}.SH" for n in range(3)
+        ]
+        assert {r["collection"] for r in store.rejects.all()} == {"close"}
 
 
 def test_a_fault_of_ours_in_making_closes_keeps_no_trade_waiting(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(documents: Sequence[Document]) -> None:
-        raise TypeError("bug")
-
-    Spool(place.state, MEGABYTE << 10).write(make_documents(5))
-    with place.opened() as store:
-        store.start(fail)
-        assert until(lambda: not store.spool.has_trades() and "bug" in caplog.text)
-        assert store.spool.count_unsettled() == 5
+    queued(place.state, make_documents(5))
+    with place.opened(Closes(TypeError("bug"))) as store:
+        store.start()
+        assert until(lambda: not store.queue.has_trades() and "bug" in caplog.text)
+        assert store.unsettled.count() == 5
 
 
 def test_trades_stored_with_numbers_of_another_type_are_compared(place: Place) -> None:
@@ -589,19 +651,19 @@ def test_what_this_machine_cannot_keep_is_named(
     )
     with place.opened() as store:
         report = stockrt.Collector(stockrt.DemoApi(), store).run(["A.US", "B.US", "C.US"], threading.Event())
-    assert (report.total, report.kept, [*report.failures]) == (3, 2, ["B.US"])
-    assert "the local store refused it" in report.failures["B.US"]
-    assert stockrt.failure_kind(*report.failures.popitem()) is stockrt.FailureKind.STORE
+    assert (report.total, report.queued, [*report.failures]) == (3, 2, ["B.US"])
+    assert report.failures["B.US"].kind is stockrt.FailureKind.STORE
+    assert "the local store refused it" in report.failures["B.US"].words
 
 
 def test_what_cannot_be_counted_is_kept_all_the_same(place: Place, away: MongoServer) -> None:
     with place.opened() as store:
 
-        def fail(counted: bool = False) -> QueueStats:
+        def fail() -> QueueStats:
             raise StoreError("the disk")
 
-        store.spool.facts = fail  # type: ignore[method-assign]
-        assert store.write(make_documents(5)).kept == 5
+        store.stats = fail  # type: ignore[method-assign]
+        assert store.write(make_documents(5)).queued == 5
     assert len(place.waiting()) == 5
 
 
@@ -611,11 +673,11 @@ def test_a_thread_that_cannot_be_started_is_started_later(
     def fail(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    Spool(place.state, MEGABYTE << 10).write(make_documents(5))
+    queued(place.state, make_documents(5))
     with place.opened() as store:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", fail)
-            store.start(lambda documents: None)
+            store.start()
         assert "can't start new thread" in caplog.text
         assert store.write(make_documents(6)) == WriteReport(1, 5)
 
@@ -629,8 +691,8 @@ def test_a_router_or_server_that_is_not_ready_refuses_no_document_for_good(
     place.environ |= {"MONGODB_HOST": quick(mongo_proxy.uri)}
     with place.opened() as store:
         report = store.write(make_documents(3))
-        assert (report.kept, dict(report.refused)) == (3, {})
-        assert store.spool.rejects() == []
+        assert (report.queued, dict(report.refused)) == (3, {})
+        assert store.rejects.all() == []
 
 
 # ------------------------------------------------------------------------------------------------------ its limits
@@ -639,10 +701,15 @@ def test_a_router_or_server_that_is_not_ready_refuses_no_document_for_good(
 def test_what_mongodb_refuses_takes_no_more_than_the_limit_either(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with contextlib.closing(Spool(tmp_path, MEGABYTE)) as spool, pytest.raises(SpoolFull):
+    settings = settings_of({"MONGODB_HOST": "mongodb://127.0.0.1:1", "STATE_DIRECTORY": str(tmp_path)})
+    with open_store_file(tmp_path) as file, contextlib.closing(MongoStore(settings)) as mongo:
+        store = delivery(mongo, file, MEGABYTE, Closes(), stockrt.NO_EVENTS)
         for first in range(0, 100_000, 100):
             documents = make_documents(100, first=first)
-            spool.reject(documents, {d["_id"]: "no" for d in documents}, "realtime")
+            store._put_aside(documents, {d["_id"]: "no" for d in documents}, "realtime")
+            if "SPOOL_MAX_MB" in caplog.text:
+                break
+    assert "cannot be put aside" in caplog.text and first > 100
     assert sum(path.stat().st_size for path in tmp_path.glob("stockrt.db*")) <= MEGABYTE
 
 
@@ -651,20 +718,20 @@ def test_it_never_grows_past_its_limit_and_keeps_what_it_has(
     tmp_path: Path, megabytes: int, used: float
 ) -> None:
     limit, sizes, kept = megabytes * MEGABYTE, [], 0
-    with contextlib.closing(Spool(tmp_path, limit)) as spool:
-        with pytest.raises(SpoolFull, match="SPOOL_MAX_MB"):
+    with queue_in(tmp_path, limit) as queue:
+        with pytest.raises(QueueFull, match="SPOOL_MAX_MB"):
             while True:
-                assert spool.write(make_documents(100, first=kept)).stored == 100
+                assert queue.write(make_documents(100, first=kept)).stored == 100
                 kept += 100
                 sizes.append(sum(path.stat().st_size for path in tmp_path.glob("stockrt.db*")))
         assert limit * used < max(sizes) <= limit
-        with pytest.raises(SpoolFull, match="SPOOL_MAX_MB"):
-            spool.write(make_documents(100, first=kept))
-        assert spool.refused == 200
-        assert spool.facts().trades == kept
-        spool.finish(spool.oldest(500), {}, "realtime")
-        assert spool.write(make_documents(100, first=kept)).stored == 100  # there is room again
-        assert spool.facts(counted=True).trades == spool.facts().trades == kept - 400
+        with pytest.raises(QueueFull, match="SPOOL_MAX_MB"):
+            queue.write(make_documents(100, first=kept))
+        assert queue.refused == 200
+        assert queue.stats().trades == kept
+        take(queue, 500)
+        assert queue.write(make_documents(100, first=kept)).stored == 100  # there is room again
+        assert queue.stats().trades == queue.count() == kept - 400
 
 
 def test_at_the_limit_codes_fail_by_name_and_say_why(place: Place, away: MongoServer) -> None:
@@ -675,21 +742,21 @@ def test_at_the_limit_codes_fail_by_name_and_say_why(place: Place, away: MongoSe
             StoreError, match=r"MongoDB unreachable since .*, and .*stockrt\.db.*SPOOL_MAX_MB"
         ):
             for first in range(0, 100_000, 1000):
-                assert store.write(make_documents(1000, first=first)).kept == 1000
+                assert store.write(make_documents(1000, first=first)).queued == 1000
     assert place.facts[-1].refused == 1000
 
 
 def test_the_disk_keeps_some_room(tmp_path: Path) -> None:
     with (
         small_disk(tmp_path, "2M") as disk,
-        contextlib.closing(Spool(disk / "state", MEGABYTE << 10)) as spool,
+        queue_in(disk / "state") as queue,
     ):
-        with pytest.raises(SpoolFull, match=r"5% free.*STATE_DIRECTORY"):
+        with pytest.raises(QueueFull, match=r"5% free.*STATE_DIRECTORY"):
             for first in range(0, 1_000_000, 100):
-                spool.write(make_documents(100, first=first))
+                queue.write(make_documents(100, first=first))
         found = os.statvfs(disk)
         assert found.f_bavail >= found.f_blocks * 0.05
-        assert spool.facts(counted=True).trades == first
+        assert queue.count() == first
 
 
 @contextlib.contextmanager
@@ -714,342 +781,12 @@ def test_what_a_long_absence_took_is_given_back(place: Place) -> None:
     big = [d | {"vw": "1" * 2000} for d in make_documents(10_000)]
     with place.opened() as store:
         for first in range(0, 10_000, 1000):
-            store.spool.write(big[first : first + 1000])
-        size = store.spool.path.stat().st_size
+            store.queue.write(big[first : first + 1000])
+        path = place.state / stockrt.SQLITE_NAME
+        size = path.stat().st_size
         assert size > stockrt.SHRINK_ABOVE
-        store.start(lambda documents: None)
-        assert until(lambda: nothing_waits(store) and store.spool.path.stat().st_size < size / 10)
-
-
-# ------------------------------------------------------------------------------------------------------ damage
-
-
-def spoiled(tmp_path: Path, spoil: Callable[[Path], object], count: int = 2000) -> Path:
-    """Return a spool file with `count` trades, closed, of which something was spoiled."""
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        for first in range(0, count, 100):
-            spool.write(make_documents(100, first=first))
-        for extra in ("-wal", "-shm"):  # as a crash leaves it: not moved into the file
-            path = spool.path.with_name(spool.path.name + extra)
-            path.with_name(f"kept{extra}").write_bytes(path.read_bytes())
-    spoil(spool.path)
-    return spool.path
-
-
-def set_aside(folder: Path) -> Path:
-    """Return the one file that was set aside."""
-    (aside,) = [p for p in folder.glob("stockrt.db.damaged-*") if not p.name.endswith(("-wal", "-shm"))]
-    return aside
-
-
-def overwrite(path: Path, at: int, length: int) -> None:
-    """Put random bytes into a file."""
-    with path.open("r+b") as stream:
-        stream.seek(at)
-        stream.write(random.Random(at).randbytes(length))
-
-
-def cut(path: Path, size: int) -> None:
-    """Cut a file short."""
-    with path.open("r+b") as stream:
-        stream.truncate(size)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "rescued"),
-    [
-        (lambda path: overwrite(path, 0, 100), 2000),
-        (lambda path: overwrite(path, 0, 4096), 2000),
-        (lambda path: overwrite(path, 4096, 4096), 1900),  # the table's root
-        (lambda path: overwrite(path, 20 * 4096, 3 * 4096), 1800),
-        (lambda path: cut(path, path.stat().st_size // 2), 800),
-        (lambda path: cut(path, path.stat().st_size - 4096), 1900),
-        (lambda path: path.write_bytes(b"this is no database\n" * 500), 0),
-    ],
-    ids=["header", "first page", "second page", "three pages", "half", "last page", "no database"],
-)
-def test_a_damaged_file_is_set_aside_and_rescued(
-    tmp_path: Path, spoil: Callable[[Path], object], rescued: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = spoiled(tmp_path, spoil)
-    before = path.read_bytes()
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        spool.write(make_documents(1, first=5000))
-        found = [d for _ in range(30) for d in take(spool, 100)]
-    aside = set_aside(tmp_path)
-    assert aside.read_bytes()[:1000] == before[:1000]
-    assert datetime.now(UTC) - datetime.strptime(aside.name[-23:], "%Y%m%dT%H%M%S.%f%z") < timedelta(hours=1)
-    expected = {d["_id"]: d for d in make_documents(2000) + make_documents(1, first=5000)}
-    assert all(expected[d["_id"]] == d for d in found)
-    assert len({d["_id"] for d in found}) == len(found) > rescued
-    arrived = [d["_id"] for d in found]
-    assert arrived == [name for name in expected if name in arrived]  # in their order
-    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert len(errors) == 1 and aside.name in errors[0]
-    (counted,) = map(int, re.findall(r"(\d+) rows of it", errors[0]))
-    assert counted in (len(found) - 1, len(found))  # the last one was written before or after
-
-
-def test_a_long_rescue_gives_signs_of_life(tmp_path: Path) -> None:
-    many = 2 * stockrt.RESCUED_AT_ONCE + 100
-    spoiled(tmp_path, lambda path: overwrite(path, 0, 100), many)
-    signs: list[int] = []
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10, lambda: signs.append(1))) as spool:
-        assert spool.facts(counted=True).trades == many
-    assert len(signs) == 3
-
-
-def blind(path: Path, name: str) -> None:
-    """Overwrite the root page of a table or an index."""
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        (root,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (name,)).fetchone()
-    overwrite(path, (root - 1) * 4096, 4096)
-
-
-def test_a_rescue_under_way_takes_out_no_other_trades(tmp_path: Path) -> None:
-    """Read under old numbers, damaged in an index that only the deletion meets, rescued under new numbers."""
-    every = make_documents(10_000, first=3000)
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        spool.write(make_documents(3000))
-        assert len(take(spool, 3000)) == 3000
-        for first in range(0, len(every), 1000):
-            spool.write(every[first : first + 1000])
-        spool._file.empty_log()
-    blind(spool.path, "sqlite_autoindex_realtime_1")
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        found = [d for _ in range(len(every) // 1000) for d in take(spool, 1000)]
-        assert not take(spool, 1)
-    set_aside(tmp_path)
-    assert found == every
-
-
-def test_what_is_written_while_others_rescue_is_not_lost(tmp_path: Path) -> None:
-    """Another user of the file meets damage in a table of its own, and sets it aside under the writer's hands."""
-    rescuing, written = threading.Event(), threading.Event()
-
-    def wait() -> None:
-        rescuing.set()
-        written.wait(0.5)  # in vain where the writer waits for the rescue, as it may
-
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        spool.write(make_documents(2000))
-        with contextlib.closing(stockrt.LocalFacts(tmp_path)) as facts:
-            facts.used_today("k", 0)
-        spool._file.empty_log()
-        blind(spool.path, "key_usage")
-        with contextlib.closing(stockrt.LocalFacts(tmp_path)) as facts:
-            facts._file._on_busy = wait
-            rescuer = threading.Thread(target=facts.used_today, args=("k", 0))
-            rescuer.start()
-            assert rescuing.wait(PATIENCE)
-            spool.write(make_documents(10, first=5000))
-            written.set()
-            rescuer.join()
-    set_aside(tmp_path)
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        assert spool.oldest(9999).documents == make_documents(2000) + make_documents(10, first=5000)
-
-
-def test_a_transaction_that_spans_a_rescue_is_made_again(tmp_path: Path) -> None:
-    """It began in the old file, and commits when that is current no more."""
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        spool.write(make_documents(100))
-        other = Spool(tmp_path, MEGABYTE << 10)
-        once = iter([lambda: other._file._open(stockrt._damage("a test"))])
-
-        def admit(db: sqlite3.Connection, documents: Sequence[Document]) -> None:
-            next(once, lambda: None)()
-
-        spool._admit = admit  # type: ignore[method-assign]
-        assert spool.write(make_documents(10, first=500)).stored == 10
-        other.close()
-        assert spool.oldest(999).documents == make_documents(100) + make_documents(10, first=500)
-    set_aside(tmp_path)
-
-
-KILLED_WHILE_SETTING_ASIDE = """
-import os, pathlib, sys
-import stockrt
-
-left, replace = int(sys.argv[2]), pathlib.Path.replace
-
-def counted(path, target):
-    global left
-    if not left:
-        os._exit(9)
-    left -= 1
-    return replace(path, target)
-
-pathlib.Path.replace = counted
-stockrt.Spool(pathlib.Path(sys.argv[1]), 1 << 30).close()
-print("done")
-"""
-
-
-@pytest.mark.parametrize("renames", range(7))
-def test_a_kill_while_it_is_set_aside_loses_nothing(
-    tmp_path: Path, renames: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = spoiled(tmp_path, lambda path: None, count=1000)
-    path.with_name("kept-wal").rename(path.with_name(path.name + "-wal"))
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-    overwrite(path, 0, 4096)
-    command = [sys.executable, "-c", KILLED_WHILE_SETTING_ASIDE, str(tmp_path), str(renames)]
-    killed = subprocess.run(command, cwd=Path(stockrt.__file__).parent, capture_output=True, text=True)
-    assert killed.returncode == 9 or "done" in killed.stdout, killed.stderr
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        assert spool.oldest(2000).documents == make_documents(1000)
-    assert set_aside(tmp_path).name in caplog.text + killed.stderr
-    assert not [*tmp_path.glob("*.setting-aside*"), *tmp_path.glob("*.rescue*")]
-
-
-def test_a_rescue_that_finds_no_room_is_made_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> int:
-        raise sqlite3.OperationalError("database or disk is full")
-
-    spoiled(tmp_path, lambda path: overwrite(path, 0, 100), 1000)
-    with monkeypatch.context() as patch:
-        patch.setattr(stockrt, "rescue", fail)
-        for _ in range(3):
-            with pytest.raises(StoreError, match="disk is full"):
-                Spool(tmp_path, MEGABYTE << 10)
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        assert spool.oldest(2000).documents == make_documents(1000)
-    set_aside(tmp_path)
-
-
-def test_a_file_that_could_not_be_opened_once_is_opened_later(tmp_path: Path) -> None:
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        spool.write(make_documents(3))
-        spool._file._disconnect()  # as after a fault in opening it anew
-        assert spool.write(make_documents(5)).stored == 2
-    with pytest.raises(StoreError, match="closed already"):
-        spool.write(make_documents(1))
-
-
-def test_numbers_of_rows_that_are_lost_are_not_given_again(tmp_path: Path) -> None:
-    path = spoiled(tmp_path, lambda path: None, count=1000)
-    with contextlib.closing(sqlite3.connect(path)) as db, db:
-        db.execute("DELETE FROM realtime WHERE seq > 500")
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        spool._file._open(stockrt._damage("a test"))
-        spool.write(make_documents(1, first=5000))
-        assert spool.oldest(9999).last > 1000
-
-
-def test_what_is_counted_while_others_write_is_right(tmp_path: Path) -> None:
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        spool.facts(counted=True)
-        read = spool._file.read_one
-        writer = threading.Thread(target=spool.write, args=(make_documents(100),))
-
-        def read_while_others_write(query: str, *values: object) -> object:
-            found = read(query, *values)
-            writer.start()
-            writer.join(0.2)
-            return found
-
-        spool._file.read_one = read_while_others_write  # type: ignore[method-assign]
-        spool.has_trades()
-        writer.join()
-        assert spool.facts().trades == 100
-
-
-def test_long_codes_are_rescued_too(tmp_path: Path) -> None:
-    """The length of an `_id` of 58 and more characters takes two bytes in the file."""
-    (short,) = make_documents(1)
-    numbers = {"p": "1" * 17 + "." + "2" * 16, "v": "3" * 17 + "." + "4" * 16}
-    long = short | numbers | {"_id": f"{short['s']}|{short['t']}|{numbers['p']}|{numbers['v']}|{short['td']}"}
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        spool.write([short, long])
-    overwrite(spool.path, 0, 100)
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        assert spool.oldest(10).documents == [short, long]
-
-
-def take(spool: Spool, count: int) -> list[Document]:
-    """Take the oldest trades out, once they could be."""
-    while not spool.finish(waiting := spool.oldest(count), {}, "realtime"):
-        if not waiting.last:
-            return []
-    return waiting.documents
-
-
-def test_damage_that_shows_only_later_is_mended_then(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The file is damaged while it is open."""
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        for first in range(0, 2000, 100):
-            spool.write(make_documents(100, first=first))
-        spool._file.empty_log()
-        overwrite(spool.path, 8 * 4096, spool.path.stat().st_size - 12 * 4096)
-        reader = Spool(tmp_path, MEGABYTE << 10)  # nothing is cached here
-        found = [d for _ in range(30) for d in take(reader, 100)]
-        reader.close()
-        assert 0 < len(found) < 2000
-        # the one that had it open goes on in the new file
-        spool.write(make_documents(3, first=7000))
-        assert [d["_id"] for d in take(spool, 100)] == [d["_id"] for d in make_documents(3, first=7000)]
-    assert len([r for r in caplog.records if r.levelname == "ERROR"]) == 1
-
-
-def test_the_log_is_rescued_where_the_file_is_gone(tmp_path: Path) -> None:
-    path = spoiled(tmp_path, lambda path: None, count=500)
-    log_file = path.with_name(path.name + "-wal")
-    path.with_name("kept-wal").rename(log_file)
-    path.write_bytes(b"")
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        assert spool.oldest(1000).documents == make_documents(500)
-
-
-def test_other_tables_are_rescued_too(tmp_path: Path) -> None:
-    with contextlib.closing(stockrt.LocalFacts(tmp_path)) as facts:
-        facts.keep_calendar("US", stockrt.HalfDays("2026-08-15", "2026-08-01", "2026-09-01", frozenset()))
-    with contextlib.closing(SqliteStore(tmp_path)) as store:
-        store.write_closes([a_close(number) for number in range(5)])
-        for first in range(0, 2000, 100):
-            store.write(make_documents(100, first=first))
-    size = store.path.stat().st_size
-    overwrite(store.path, size - 20 * 4096, 20 * 4096)
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        while take(spool, 500):
-            pass
-        assert [close.key for close, _ in spool.closes(10)] == [a_close(number).key for number in range(5)]
-    with contextlib.closing(stockrt.LocalFacts(tmp_path)) as facts:
-        assert facts.calendar("US") is not None
-
-
-@pytest.mark.parametrize("mode", [0o000, 0o444])
-def test_a_file_of_another_user_is_set_aside(mode: int, caplog: pytest.LogCaptureFixture) -> None:
-    # pytest's own folders may not be entered by another user.
-    with tempfile.TemporaryDirectory(prefix="stockrt-test-") as folder:
-        state = Path(folder, "state")
-        with contextlib.closing(Spool(state, MEGABYTE << 10)) as spool:
-            spool.write(make_documents(10))
-        Path(folder).chmod(0o755)
-        state.chmod(0o777)
-        spool.path.chmod(mode)
-        with unprivileged(), contextlib.closing(Spool(state, MEGABYTE << 10)) as spool:
-            assert len(spool.oldest(100).documents) == (10 if mode else 0)
-            spool.write(make_documents(1, first=50))
-        aside = set_aside(state)
-        with contextlib.closing(sqlite3.connect(aside)) as db:
-            assert db.execute("SELECT count(*) FROM realtime").fetchone() == (10,)
-    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
-    assert aside.name in record.getMessage()
-
-
-def test_a_file_that_was_taken_away_is_made_anew(tmp_path: Path) -> None:
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        spool.write(make_documents(3))
-        for path in tmp_path.glob("stockrt.db*"):
-            path.unlink()
-        spool.write(make_documents(2))
-        assert len(spool.oldest(10).documents) == 2
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        assert len(spool.oldest(10).documents) == 2
+        store.start()
+        assert until(lambda: store.is_empty() and path.stat().st_size < size / 10)
 
 
 VERSION_1 = """
@@ -1076,36 +813,10 @@ def test_a_file_of_an_older_stockrt_is_brought_up(place: Place) -> None:
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row,
                 )  # fmt: skip
     with place.opened() as store:
-        store.start(lambda documents: None)
-        assert until(lambda: nothing_waits(store))
-        assert store.spool.rejects() == []
+        store.start()
+        assert until(lambda: store.is_empty())
+        assert store.rejects.all() == []
     assert place.documents() == by_id(make_documents(9))
-
-
-def test_many_threads_may_find_the_damage_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = spoiled(tmp_path, lambda path: overwrite(path, 0, 4096), count=1000)
-    barrier = threading.Barrier(4)
-    faults: list[Exception] = []
-
-    def write(number: int) -> None:
-        barrier.wait()
-        try:
-            with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-                spool.write(make_documents(10, first=3000 + 10 * number))
-        except Exception as error:
-            faults.append(error)
-
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not faults
-    with contextlib.closing(Spool(tmp_path, MEGABYTE << 10)) as spool:
-        names = {d["_id"] for d in spool.oldest(5000).documents}
-    assert names == {d["_id"] for d in make_documents(1000) + make_documents(40, first=3000)}
-    assert len([r for r in caplog.records if r.levelname == "ERROR"]) == 1
-    assert path.exists()
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -1117,7 +828,7 @@ def environment(place: Place, **more: str) -> dict[str, str]:
 
 
 def test_drain_moves_everything_and_says_so(place: Place, run_pyz: RunPyz) -> None:
-    Spool(place.state, MEGABYTE << 10).write(make_documents(2500))
+    queued(place.state, make_documents(2500))
     done = run_pyz("--drain", env=place.environ)
     assert (done.returncode, done.stdout) == (0, "")
     assert re.fullmatch(r"2500 moved to mongodb://\S+; 0 left on this machine\n", done.stderr)
@@ -1128,7 +839,7 @@ def test_drain_moves_everything_and_says_so(place: Place, run_pyz: RunPyz) -> No
 def test_drain_shows_a_bar_on_a_terminal(
     place: Place, mongo_server: MongoServer, pyz: Path, clean_env: dict[str, str]
 ) -> None:
-    Spool(place.state, MEGABYTE << 10).write(make_documents(2500))
+    queued(place.state, make_documents(2500))
     # a bar is drawn ten times a second, and so much slower than MongoDB writes
     with controlled(mongo_server).failing("insert", block_ms=200):
         done, shown = on_a_terminal([sys.executable, str(pyz), "--drain"], clean_env | place.environ)
@@ -1150,8 +861,25 @@ def on_a_terminal(command: Sequence[str], environ: dict[str, str]) -> tuple[int,
     return process.wait(60), shown.decode()
 
 
+def test_drain_counts_what_it_asks_for_the_calendar_with_all_instances(
+    place: Place, infoway: InfowayServer, run_pyz: RunPyz
+) -> None:
+    """A close of a market with half days: the calendar is asked for once, and the shared count has it."""
+    record = make_record("AAPL.US", 0)
+    trade = stockrt.Trade(**record)
+    queued(place.state, [stockrt.to_document(trade, CREATED)])
+    env = environment(place, INFOWAY_API_BASE_URL=infoway.url, INFOWAY_PLAN="free")
+    done = run_pyz("--drain", env=env)
+    assert done.returncode == 0, done.stderr
+    assert infoway.request_count == 1 and len(place.documents("close")) == 1
+    used = {d["_id"].split("|")[0]: d.get("used") for d in place.documents("license_usage") if "used" in d}
+    assert used == {stockrt.key_digest("test-key"): 1}
+    with open_store_file(place.state) as file:
+        assert file.read_all("SELECT * FROM key_usage") == []
+
+
 def test_drain_that_mongodb_does_not_take(place: Place, away: MongoServer, run_pyz: RunPyz) -> None:
-    Spool(place.state, MEGABYTE << 10).write(make_documents(5))
+    queued(place.state, make_documents(5))
     done = run_pyz("--drain", env=place.environ)
     assert done.returncode == 1
     assert "0 moved" in done.stderr and "5 left" in done.stderr and "MONGODB_HOST" in done.stderr
@@ -1169,7 +897,7 @@ def test_rejects_are_listed(place: Place, run_pyz: RunPyz) -> None:
     assert run_pyz("--rejects", "--json", env=place.environ).stdout == ""
     documents = with_own_prices(make_documents(3))
     refuse(place, documents[1])
-    Spool(place.state, MEGABYTE << 10).write(documents)
+    queued(place.state, documents)
     done = run_pyz("--drain", env=place.environ)
     assert done.returncode == 0 and re.search(r"\b2 moved .*, 1 refused by it", done.stderr)
     lines = run_pyz("--rejects", env=place.environ).stdout.splitlines()
@@ -1187,9 +915,9 @@ def test_rejects_are_listed(place: Place, run_pyz: RunPyz) -> None:
 
 
 def test_status_shows_what_waits(place: Place, run_pyz: RunPyz) -> None:
-    spool = Spool(place.state, MEGABYTE << 10)
-    spool.write(make_documents(40))
-    spool.keep_unsettled(make_documents(3, first=50))
+    queued(place.state, make_documents(40))
+    with open_store_file(place.state) as file:
+        UnsettledTrades(file).add(make_documents(3, first=50))
     status = json.loads(run_pyz("--status", "--json", env=environment(place)).stdout)
     assert status["spool"] == {
         "trades": 40, "bytes": status["spool"]["bytes"], "oldest": "2026-08-15T01:02:03.456Z", "rejects": 0,
@@ -1242,7 +970,7 @@ def test_the_result_says_what_waits_and_since_when(
     )
     assert result["failed_stocks"] == [] and len(place.waiting()) == 13
 
-    assert until(lambda: not drainers())
+    assert until(lambda: not threads())
     gc.collect()  # the lock of the first daemon goes with it
     away.restart()
     with ThreadDaemon(settings):  # no execution is needed to move what waits
@@ -1253,14 +981,14 @@ def test_the_result_says_what_waits_and_since_when(
 def test_the_metrics_say_what_waits(place: Place) -> None:
     settings = settings_for(1, "http://127.0.0.1:1", place.state, **place.environ)
     service = stockrt.Service(settings, stockrt.Notifier())
-    service.spooled(QueueStats(trades=40, bytes=8192, oldest=None, rejects=2, refused=7))
+    service.queue_changed(QueueStats(trades=40, bytes=8192, oldest=None, rejects=2, refused=7))
     lines = service.metrics.text().splitlines()
     assert {"stockrt_spool_trades 40", "stockrt_spool_bytes 8192", "stockrt_spool_rejects 2",
             "stockrt_spool_refused_total 7"} <= set(lines)  # fmt: skip
     assert "· trades wait for MongoDB" in service.status(0.0)[0]
-    service.spooled(QueueStats())
+    service.queue_changed(QueueStats())
     assert "MongoDB" not in service.status(0.0)[0]
-    kept = stockrt.Report(total=2, stored=1, kept=1)
+    kept = stockrt.Report(total=2, stored=1, queued=1)
     assert stockrt.outcome_of(kept) == "failure" and not kept.complete
 
 
