@@ -245,10 +245,12 @@ def one_line(text: object, limit: int = 300) -> str:
         text = str(text).strip()
     except ValueError:  # an int of more digits than Python writes
         text = f"a huge {type(text).__name__}"
-    line = text
     if not text.isprintable():
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+        escaped = {c: c.encode("unicode_escape").decode() for c in text if not c.isprintable()}
+        text = "".join(escaped.get(c, c) for c in text)
+    if len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return text
 
 
 def iso(moment: datetime) -> str:
@@ -290,7 +292,9 @@ def age_words(seconds: float) -> tuple[str, float]:
 
 def count_words(count: int, word: str) -> str:
     """Return a number with its word: `1 key`, `2 keys`."""
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+    if count != 1:
+        word += "s"
+    return f"{count} {word}"
 
 
 # Names that a line of the log holds of many.
@@ -3846,15 +3850,19 @@ def insert_trades(db: sqlite3.Connection, documents: Sequence[Document]) -> Writ
     """Store documents in the transaction that is open, and name those that SQLite does not take."""
     import sqlite3
 
-    names = ("_id", *TRADE_FIELDS, "stock_code")
     stored, refused = 0, {}
     for document in documents:
-        row = (*(document[name] for name in names), iso(document["create_time"]), document.get("demo"))
         try:
-            stored += db.execute(_SQLITE_INSERT, row).rowcount
+            stored += db.execute(_SQLITE_INSERT, (*trade_row(document), document.get("demo"))).rowcount
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError) as error:
             refused[document["_id"]] = f"the local store refused it: {one_line(error, 200)}"
     return WriteReport(stored, len(documents) - stored - len(refused), refused)
+
+
+def trade_row(document: Document) -> tuple[Any, ...]:
+    """Return the columns of a trade: its `_id`, what the API sent, `stock_code` and `create_time`."""
+    names = ("_id", *TRADE_FIELDS, "stock_code")
+    return (*(document[name] for name in names), iso(document["create_time"]))
 
 
 _SQLITE_INSERT = (
@@ -4665,10 +4673,9 @@ class UnsettledTrades:
 
     def add(self, documents: Sequence[Document]) -> None:
         """Keep trades until their closes are made. Raises StoreError."""
-        names = QUEUED_FIELDS[:-1]
-        rows = [(*(d[name] for name in names), iso(d["create_time"])) for d in documents]
+        insert = "INSERT OR IGNORE INTO unsettled VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
         with self._file.write() as db:
-            db.executemany("INSERT OR IGNORE INTO unsettled VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            db.executemany(insert, map(trade_row, documents))
 
     def some(self, count: int) -> list[Document]:
         """Return up to `count` of them; damaged ones are said and forgotten. Raises StoreError."""
@@ -4866,9 +4873,11 @@ class Delivery:
         if not batch.documents:
             return False
         arrived = [document for document in batch.documents if document["_id"] not in rejected]
+        settled = self._settle_at_once(arrived, stop)
         with self.queue.taking_out(batch):
             self.rejects.add(batch.documents, rejected, self.mongo.realtime_name)
-            self.unsettled.add(arrived)
+            if not settled:
+                self.unsettled.add(arrived)
         self._size = min(DELIVERY_BATCH, self._size * 2)
         self._failed_alone = 0
         self.moved += len(arrived)
@@ -4907,6 +4916,20 @@ class Delivery:
         if self.mongo.has(document["_id"]):
             return {}
         return {document["_id"]: str(error)}
+
+    def _settle_at_once(self, documents: Sequence[Document], stop: threading.Event) -> bool:
+        """Make the closes of trades that arrived, unless others wait for theirs: each try may take its time limit.
+
+        Returns whether that was done.
+        """
+        if self.unsettled.some(1):
+            return False
+        try:
+            self._settle(documents, stop)
+        except Exception as error:  # said when they cannot be made later either
+            log.debug("closes are made later: %s", error)
+            return False
+        return True
 
     def _deliver_closes(self, stop: threading.Event) -> bool:
         """Make the closes that follow from a batch of trades; return False when there is none. Raises ClosesLate."""
