@@ -179,12 +179,22 @@ class StoreError(StockrtError):
 
 
 class StoreAway(StoreError):
-    """MongoDB does not take writes now, for no fault of a document: `unreachable`, or with words of its own."""
+    """MongoDB does not take writes now, for no fault of a document: `unreachable`, or with words of its own.
 
-    def __init__(self, message: str, unreachable: bool = True, words: str = "") -> None:
+    `refused` (`_id` -> why): it refused each document of a batch, as it may have done with any.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        unreachable: bool = True,
+        words: str = "",
+        refused: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.unreachable = unreachable
         self.words = words
+        self.refused = refused or {}
 
 
 class ClosesLate(StoreError):
@@ -3678,8 +3688,9 @@ class DemoApi:
 #      at least five times faster than it came, while new work goes on: new trades queue up behind it.
 #   4. What is kept never grows past SPOOL_MAX_MB nor takes the disk below 5 % free: at the limit new work is
 #      refused by name and counted. What waits is never thrown away.
-#   5. A document that MongoDB refuses for good is named and goes to the table `rejects` with MongoDB's
-#      words; the others are stored, and nothing waits for it.
+#   5. A document that MongoDB refuses for good, while its collection takes another one, is named and goes to
+#      the table `rejects` with MongoDB's words; the others are stored, and nothing waits for it. Where the
+#      collection takes none (a role, a view by its name, a schema for other documents), all of them are kept.
 #   6. A damaged local file ends the process that finds it damaged, in its own words; nothing that this process
 #      was told to be kept is taken back by that. The next one to open the file sets it aside with the date in
 #      its name, rescues what can be read before anybody has it open, says so in one error line, and goes on.
@@ -3699,10 +3710,14 @@ MONGODB_SELECTION_TIMEOUT_MS = 5_000
 MONGODB_GOODBYE_S = 1.0
 DUPLICATE_KEY = 11000
 UNAUTHORIZED = 13
+# What keeps no `_id` apart, or takes no documents at all.
+NO_COLLECTIONS = {"view": "a view", "timeseries": "a time-series collection"}
 # An index that could not be made now is asked for again after this time: each try may take its whole time limit.
 INDEX_AGAIN_S = 300.0
 # The `_id` of a document that is written and deleted to see whether that works.
 PROBE = "stockrt-check"
+REFUSED_IT = "MongoDB refused it: "
+PROBE_T = 1 << 40  # as wide as the times of trades, and none of them: 2004
 # Most codes trade in the last minutes before a close (auction included): looked at first.
 NEWEST_SPAN_MS = 6 * 60 * 1000
 Document = dict[str, Any]
@@ -3924,28 +3939,57 @@ class MongoStore:
         self.client = self._connect()
         self.realtime_name = settings.realtime_name
         self.close_name = settings.close_name
+        self._plain: set[str] = set()  # collections that were seen to be none of NO_COLLECTIONS
         self._index_due = 0.0  # monotonic
 
-    def write(self, documents: Sequence[Document]) -> WriteReport:
+    def write(self, documents: Sequence[Document], takes: bool = False) -> WriteReport:
         """Insert documents unordered; those whose `_id` is there count as duplicates.
 
-        Raises StoreAway for whatever is not a fault of single documents.
+        `takes`: the collection was just seen to take another document. Raises StoreAway for whatever is not a
+        fault of single documents, and where the collection takes none.
         """
         from bson.errors import BSONError
-        from pymongo.errors import BulkWriteError, PyMongoError
+        from pymongo.errors import PyMongoError
 
         encoded, refused = self._encode(documents)
         if not encoded:
             return WriteReport(refused=refused)
         try:
+            self._demand_plain(self.realtime_name)
             self._make_index()
-            self.collection().insert_many(encoded, ordered=False)
-        except BulkWriteError as error:
-            report = self._sort_errors(error.details or {}, len(encoded))
-            return report._replace(refused={**refused, **report.refused})
+            known, rejected = self._in_bulk(
+                self.realtime_name,
+                len(encoded),
+                lambda: self.collection().insert_many(encoded, ordered=False),
+                takes,
+            )
         except (PyMongoError, BSONError) as error:
             raise self._fault(error) from error
-        return WriteReport(len(encoded), refused=refused)
+        stored = len(encoded) - len(known) - len(rejected)
+        return WriteReport(stored, len(known), refused | rejected)
+
+    def _in_bulk(
+        self, name: str, count: int, write: Callable[[], object], takes: bool = False
+    ) -> tuple[list[str], dict[str, str]]:
+        """Write a batch; return the `_id` of what was there before, and what was refused (`_id` -> why).
+
+        Where all of it is refused it is written again when the collection was seen to take another document (`takes`):
+        then they are at fault. Raises StoreAway when it takes none.
+        """
+        from pymongo.errors import BulkWriteError
+
+        try:
+            write()
+        except BulkWriteError as error:
+            known, refused = self._sort_errors(error.details or {})
+        else:
+            return [], {}
+        if takes or len(refused) < count:
+            return known, refused
+        if not self.takes_another(name):
+            words = next(iter(refused.values())).removeprefix(REFUSED_IT)
+            raise self._away(words, refused=refused)
+        return self._in_bulk(name, count, write, takes=True)
 
     def _encode(self, documents: Sequence[Document]) -> tuple[list[Document], dict[str, str]]:
         """Return the documents as they will be stored, and those whose numbers do not fit (`_id` -> why)."""
@@ -3958,26 +4002,32 @@ class MongoStore:
                 refused[document["_id"]] = f"its numbers do not fit {setting}: {one_line(error)}"
         return encoded, refused
 
-    def takes_another(self) -> bool:
-        """Return whether a document of no use can be written now; it is deleted again.
+    def takes_another(self, name: str, others: Sequence[Document] = ()) -> bool:
+        """Return whether a collection takes a document now: any, or else the first of `others`, where it says no.
 
-        Beside the keys' counts, not among the trades: a process may be killed between writing and deleting.
-        Among the trades only where this user may write nowhere else.
+        No other collection is asked: it could take what a role, a view or a schema keeps out of this one.
         """
         from pymongo import timeout
-        from pymongo.errors import OperationFailure, PyMongoError, WriteError
+        from pymongo.errors import OperationFailure, PyMongoError
 
         limit = min(MONGODB_SELECTION_TIMEOUT_MS / 1000, self.client.options.timeout or math.inf)
-        try:
-            with timeout(limit):
-                try:
-                    self._probe(self._settings.license_name)
-                except OperationFailure as error:
-                    if error.code != UNAUTHORIZED:
-                        raise
-                    self._probe(self.realtime_name)
-        except WriteError:  # it may not look like this: the server works all the same
+        with timeout(limit), contextlib.suppress(PyMongoError, StoreAway):
+            self._demand_plain(name)
+            try:
+                self._probe(name)
+            except OperationFailure:  # who may only insert; or a schema
+                return any(self._is_taken(name, other) for other in self._encode(others[:1])[0])
             return True
+        return False
+
+    def _is_taken(self, name: str, document: Document) -> bool:
+        """Insert a document and return whether the collection has it then."""
+        from pymongo.errors import DuplicateKeyError, PyMongoError
+
+        try:
+            self.collection(name).insert_one(document)
+        except DuplicateKeyError as error:
+            return _is_identity_taken(error.details or {})
         except PyMongoError:
             return False
         return True
@@ -4006,7 +4056,7 @@ class MongoStore:
             while missing and until >= since:
                 first = max(since, until - span)
                 wanted = {"stock_code": {"$in": missing}, "t": {"$gte": first, "$lte": until}}
-                for document in self.collection().find(wanted):
+                for document in filter(_is_trade, self.collection().find(wanted)):
                     code = document["stock_code"]
                     if code not in found or _order(found[code]) < _order(document):
                         found[code] = document
@@ -4026,29 +4076,25 @@ class MongoStore:
 
         now = utc_now()
         documents = [self._close_document(close, now) for close in closes]
+        collection = self.collection(self.close_name)
         try:
-            taken, refused = self._insert_closes(documents)
-            updates = []
-            for close, document in zip(closes, documents, strict=True):
-                if close.key in taken:
-                    updates.append(UpdateOne(_worse_close(close, document), _close_update(document)))
+            self._demand_plain(self.close_name)
+            taken, refused = self._in_bulk(
+                self.close_name, len(documents), lambda: collection.insert_many(documents, ordered=False)
+            )
+            updates = [
+                UpdateOne(_worse_close(close, document), _close_update(document))
+                for close, document in zip(closes, documents, strict=True)
+                if close.key in taken
+            ]
             if updates:
-                self.collection(self.close_name).bulk_write(updates, ordered=False)
+                _, worse = self._in_bulk(
+                    self.close_name, len(updates), lambda: collection.bulk_write(updates, ordered=False)
+                )
+                refused |= worse
         except PyMongoError as error:
             raise self._fault(error) from error
         return refused
-
-    def _insert_closes(self, documents: Sequence[Document]) -> tuple[set[str], Mapping[str, str]]:
-        """Insert what is new; return the `_id` of what stands already, and what was refused (`_id` -> why)."""
-        from pymongo.errors import BulkWriteError
-
-        try:
-            self.collection(self.close_name).insert_many(documents, ordered=False)
-        except BulkWriteError as error:
-            details = error.details or {}
-            refused = self._sort_errors(details, len(documents)).refused
-            return {fault["op"]["_id"] for fault in details["writeErrors"]} - refused.keys(), refused
-        return set(), {}
 
     def _close_document(self, close: Close, now: datetime) -> Document:
         found = self._bson(close.document)
@@ -4065,9 +4111,13 @@ class MongoStore:
         try:
             with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000):
                 self.client.admin.command("ping")
+            self._demand_plain(self.realtime_name)
             self._make_index()
             for name in (self.realtime_name, self.close_name):
+                self._demand_plain(name)
                 self._probe(name)
+            # closes are replaced, too: this finds none, and needs the right
+            self.collection(self.close_name).update_one({"_id": PROBE}, {"$unset": {"date": ""}})
         except PyMongoError as error:
             raise self._fault(error) from error
         written = f"database {settings.mongodb_db_name} can be written"
@@ -4081,10 +4131,52 @@ class MongoStore:
             self.client.close()
 
     def _probe(self, name: str) -> None:
-        """Write to a collection and take it back."""
-        collection, probe = self.collection(name), {"_id": PROBE}
-        collection.replace_one(probe, probe, upsert=True)
-        collection.delete_one(probe)
+        """Let a collection take a document, and leave nothing behind.
+
+        A document that it has is refused for its `_id` alone, when all else is well. Where there is none, one of no
+        use is deleted again; who may not delete gets an error before it is there.
+        """
+        from pymongo.errors import OperationFailure
+
+        collection = self.collection(name)
+        with contextlib.suppress(OperationFailure):  # who may only insert; or a schema that is younger
+            known = collection.find_one()
+            if known is not None and self._is_taken(name, known):
+                return
+        collection.delete_one({"_id": PROBE})
+        collection.insert_one(self._probe_of(name))
+        collection.delete_one({"_id": PROBE})
+
+    def _probe_of(self, name: str) -> Document:
+        """Return a document of no use that looks as a schema may ask it to."""
+        document = to_document(Trade(PROBE, PROBE_T, "0", "0", "0", 0), utc_now())
+        if name == self.close_name:
+            return self._close_document(Close(document, "1970-01-01"), utc_now()) | {"_id": PROBE}
+        return self._bson(document) | {"_id": PROBE}
+
+    def _demand_plain(self, name: str) -> None:
+        """Raise StoreAway where a view or a time-series collection has the name; asked until neither has it."""
+        from pymongo.errors import OperationFailure
+
+        if name in self._plain:
+            return
+        database = self.client[self._settings.mongodb_db_name]
+        try:
+            found = list(
+                database.list_collections(filter={"name": name}, nameOnly=True, authorizedCollections=True)
+            )
+        except OperationFailure as error:
+            if error.code != UNAUTHORIZED:
+                raise
+            found = []  # what is wrong with it will be seen
+        for one in found:
+            if one["type"] in NO_COLLECTIONS:
+                setting = "MONGODB_CLOSE_COLLECTION_NAME"
+                if name == self.realtime_name:
+                    setting = "MONGODB_REALTIME_COLLECTION_NAME"
+                kind = NO_COLLECTIONS[one["type"]]
+                raise self._away(f"{name} is {kind}, but must be a plain collection, see {setting}")
+        self._plain.add(name)
 
     def _connect(self) -> MongoClient[Document]:
         from pymongo import MongoClient
@@ -4133,34 +4225,44 @@ class MongoStore:
     def _bson(self, document: Document) -> Document:
         return document | {name: self._convert(document[name]) for name in NUMBERS}
 
-    def _sort_errors(self, details: Mapping[str, Any], total: int) -> WriteReport:
-        """Return what became of a batch with faults. Raises StoreAway when they are not the documents'."""
+    def _sort_errors(self, details: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+        """Return the `_id` of what was there before, and what was refused. Raises StoreAway for faults of neither."""
         if details.get("writeConcernErrors"):
             words = one_line(details["writeConcernErrors"][0].get("errmsg", "no more is known"))
             raise self._away(f"it did not confirm the write with its write concern: {words}")
-        refused: dict[str, str] = {}
-        known = 0
+        known, refused = [], {}
         for error in details.get("writeErrors", ()):
             words = self._settings.redact(one_line(error.get("errmsg", "no more is known"), 200))
+            name = error["op"].get("q", error["op"])["_id"]  # of an update, or an insert
             if error.get("code") == DUPLICATE_KEY and _is_identity_taken(error):
-                known += 1
+                known.append(name)
             elif error.get("code") in NOT_THE_DOCUMENTS_FAULT:
                 raise self._away(words)
             else:
-                refused[error["op"]["_id"]] = f"MongoDB refused it: {words}"
-        return WriteReport(total - known - len(refused), known, refused)
+                refused[name] = REFUSED_IT + words
+        return known, refused
 
     def _fault(self, error: Exception) -> StoreAway:
         from pymongo.errors import ConnectionFailure, NotPrimaryError, PyMongoError
 
-        words = one_line(str(error).split(", Timeout:")[0], 200)
+        words = one_line(re.split(", full error: |, Timeout:", str(error))[0], 200)
         lost = isinstance(error, ConnectionFailure) and not isinstance(error, NotPrimaryError)
-        return self._away(words, lost or (isinstance(error, PyMongoError) and error.timeout))
+        lost = lost or (isinstance(error, PyMongoError) and error.timeout)
+        return self._away(words, lost and not self._is_unwanted())
 
-    def _away(self, words: str, unreachable: bool = False) -> StoreAway:
+    def _is_unwanted(self) -> bool:
+        """Whether a server answers and refuses the user: after the first time pymongo takes it for one that is away."""
+        from pymongo.errors import OperationFailure
+
+        servers = self.client.topology_description.server_descriptions().values()
+        return any(isinstance(server.error, OperationFailure) for server in servers)
+
+    def _away(
+        self, words: str, unreachable: bool = False, refused: Mapping[str, str] | None = None
+    ) -> StoreAway:
         words = self._settings.redact(words)
         shown = self._settings.mongodb_shown()
-        return StoreAway(f"MongoDB at {shown} fails: {words}; see MONGODB_HOST", unreachable, words)
+        return StoreAway(f"MongoDB at {shown} fails: {words}; see MONGODB_HOST", unreachable, words, refused)
 
 
 def _is_identity_taken(error: Mapping[str, Any]) -> bool:
@@ -4213,6 +4315,16 @@ def _order(document: Document) -> tuple[Any, ...]:
     values = (document[name] for name in _ORDER)
     plain = (value.to_decimal() if isinstance(value, Decimal128) else value for value in values)
     return tuple((isinstance(value, str), value) for value in plain)
+
+
+def _is_trade(document: Document) -> bool:
+    """Return whether a document of the collection is a trade that stockrt stored; other programs may write there."""
+    from bson.decimal128 import Decimal128
+
+    values = [document.get(name) for name in TRADE_FIELDS]
+    known = all(isinstance(value, (str, int, float, Decimal128)) for value in values)
+    begins = f"{document['stock_code']}|{document['t']}|"
+    return known and isinstance(document["_id"], str) and document["_id"].startswith(begins)
 
 
 # ======================================================================================================
@@ -4559,6 +4671,14 @@ class DeliveryQueue:
             raise self._file.damaged(one_line(error)) from error
         return QueuedBatch(max(numbers, default=0), documents)
 
+    def newest(self) -> list[Document]:
+        """Return the trade that came last; none where none waits, or the disk has changed it. Raises StoreError."""
+        names = ", ".join(QUEUED_FIELDS)
+        query = f"SELECT {names} FROM realtime WHERE demo IS NULL ORDER BY seq DESC LIMIT 1"  # noqa: S608
+        with contextlib.suppress(TypeError, ValueError):
+            return [_queued_document(row) for row in self._file.read_all(query)]
+        return []
+
     @contextlib.contextmanager
     def taking_out(self, batch: QueuedBatch) -> Iterator[None]:
         """Take a batch out, in one transaction with what the block does."""
@@ -4890,14 +5010,17 @@ class Delivery:
 
     def _deliver_oldest(self, stop: threading.Event) -> tuple[QueuedBatch, dict[str, str]]:
         """Return the oldest batch, which MongoDB has by then, and what it rejected of it (`_id` -> why)."""
+        takes = False
         while True:
             batch = self.queue.oldest(self._size)
             try:
-                return batch, dict(self.mongo.write(batch.documents).refused)
+                return batch, dict(self.mongo.write(batch.documents, takes).refused)
             except StoreAway as error:
                 self._note_away(error)
-                if not self._takes_another(stop):
+                if not self._takes_another(batch, stop):
                     raise
+                if takes := bool(error.refused):
+                    continue
                 if len(batch.documents) > 1:
                     self._size = len(batch.documents) // 2
                     continue
@@ -4907,9 +5030,19 @@ class Delivery:
                 if stop.wait(DELIVERY_FIRST_S):
                     raise
 
-    def _takes_another(self, stop: threading.Event) -> bool:
-        """Whether MongoDB takes something else, at once or after a moment: a document may have brought it down."""
-        return self.mongo.takes_another() or (not stop.wait(DELIVERY_FIRST_S) and self.mongo.takes_another())
+    def _takes_another(self, batch: QueuedBatch, stop: threading.Event) -> bool:
+        """Whether `realtime` takes a document, at once or after a moment: one of these may have brought MongoDB down.
+
+        If need be that is the trade that came last, unless it is the only one: in its turn it is there already.
+        """
+        others = [
+            document for document in self.queue.newest() if document["_id"] != batch.documents[0]["_id"]
+        ]
+
+        def takes() -> bool:
+            return self.mongo.takes_another(self.mongo.realtime_name, others)
+
+        return takes() or (not stop.wait(DELIVERY_FIRST_S) and takes())
 
     def _rejected_alone(self, document: Document, error: StoreAway) -> dict[str, str]:
         """Return why MongoDB rejects a document that it cannot stand, {} if it has it. Raises StoreAway."""

@@ -15,7 +15,15 @@ import pytest
 from kit.daemons import EXTENT
 from kit.fault_world import ServiceManager, World
 from kit.infoway_server import InfowayServer
-from kit.mongo import MongoServer, ReplicaSet, Unavailable, find_mongod, find_server, fresh_database
+from kit.mongo import (
+    GuardedServer,
+    MongoServer,
+    ReplicaSet,
+    Unavailable,
+    find_mongod,
+    find_server,
+    fresh_database,
+)
 from kit.mongo_proxy import MongoProxy
 from kit.shims import NoCompiler, WallClock, build_shim
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
@@ -206,6 +214,20 @@ def standalone(mongod: Path) -> Iterator[MongoServer]:
     """A server that is no member of a set: it refuses retryable writes."""
     with MongoServer(mongod) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def guarded(mongod: Path) -> Iterator[GuardedServer]:
+    """A server that lets nobody in but its users."""
+    with GuardedServer(mongod) as server:
+        yield server
+
+
+@pytest.fixture
+def guarded_db(guarded: GuardedServer) -> Iterator[str]:
+    """The name of an empty database of the guarded server, without a user."""
+    with fresh_database(guarded) as (_, name):
+        yield name
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "hello": HELLO,
     "ismaster": HELLO,
     "find": {"cursor": {"firstBatch": [], "id": 0, "ns": "null.null"}, "ok": 1.0},
+    "listCollections": {"cursor": {"firstBatch": [], "id": 0, "ns": "null.null"}, "ok": 1.0},
 }
 
 

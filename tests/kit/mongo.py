@@ -466,6 +466,92 @@ class MongoServer:
 
 
 # ------------------------------------------------------------------------------------------------------
+# Servers that ask who comes, and in what way
+# ------------------------------------------------------------------------------------------------------
+
+ROOT = {"username": "root", "password": "the-tests-own", "authSource": "admin"}
+
+
+class GuardedServer(MongoServer):
+    """A replica set of one that lets nobody in but its users; the tests' own clients come as root."""
+
+    def __init__(self, mongod: Path) -> None:
+        home = _Home()
+        key = home.path / "key"
+        key.touch(mode=0o600)
+        key.write_text(uuid.uuid4().hex)
+        super().__init__(mongod, f"--keyFile={key}", replica_set=SET_NAME, home=home)
+        self._owns_home = True
+
+    def start(self) -> None:
+        """Start it; the first time it gets its first user, as it lets any client of this machine make one."""
+        super().start()
+        if not self._client_options:
+            with self.client() as client:
+                client.admin.command("createUser", ROOT["username"], pwd=ROOT["password"], roles=["root"])
+            self._client_options = dict(ROOT)
+
+    def add_user(self, database: str, *rights: Mapping[str, Any], password: str = "hunter2-secret") -> str:
+        """Make the user `user` of a database, who has these privileges; return the user's connection string."""
+        with self.client() as client:
+            client[database].command("createRole", "role", privileges=list(rights), roles=[])
+            client[database].command("createUser", "user", pwd=password, roles=["role"])
+        return self.uri_of(database, password)
+
+    def uri_of(self, database: str, password: str) -> str:
+        """Return the connection string of a database's user."""
+        return f"mongodb://user:{password}@{self.address}/?authSource={database}"
+
+    def grant(self, database: str, *rights: Mapping[str, Any]) -> None:
+        """Let the user have these privileges and no others."""
+        with self.client() as client:
+            client[database].command("updateRole", "role", privileges=list(rights))
+
+
+def right(database: str, collection: str, *actions: str) -> Document:
+    """Return the privilege to do this with a collection; with all of the database's where it has no name."""
+    return {"resource": {"db": database, "collection": collection}, "actions": [*actions]}
+
+
+def make_certificates(folder: Path, host: str = "127.0.0.1") -> tuple[Path, Path]:
+    """Return the files of a new CA's certificate, and of a server's key and certificate. Raises Unavailable."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        raise Unavailable("no certificates: install openssl")
+    ca, ca_key, server, server_key = (
+        folder / name for name in ("ca.pem", "ca.key", "server.pem", "server.key")
+    )
+    make = [
+        openssl,
+        "req",
+        "-x509",
+        "-days",
+        "2",
+        "-nodes",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+    ]
+    named = [
+        "-subj",
+        f"/CN={host}",
+        "-addext",
+        f"subjectAltName=IP:{host}",
+        "-CA",
+        str(ca),
+        "-CAkey",
+        str(ca_key),
+    ]
+    named += ["-addext", "basicConstraints=CA:FALSE"]
+    for rest in (["-subj", "/CN=stockrt tests", "-keyout", ca_key, "-out", ca],
+                 [*named, "-keyout", server_key, "-out", server]):  # fmt: skip
+        subprocess.run([*make, *map(str, rest)], check=True, capture_output=True)
+    server.write_text(server_key.read_text() + server.read_text())
+    return ca, server
+
+
+# ------------------------------------------------------------------------------------------------------
 # Several
 # ------------------------------------------------------------------------------------------------------
 
