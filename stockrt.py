@@ -58,6 +58,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  (before anything that an older Py
 
 import argparse
 import base64
+import codecs
 import contextlib
 import gc
 import hashlib
@@ -95,8 +96,12 @@ from typing import (
     TypedDict,
     TypeVar,
     cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
 )
-from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_plus, urlencode, urlsplit
 
 if TYPE_CHECKING:  # what a path does not need is imported where it is needed: it costs start time and memory
     import socket
@@ -226,7 +231,11 @@ class DialError(StockrtError):
 
 
 class LinkLost(StockrtError):
-    """The connection is gone."""
+    """The connection is gone; `code` is the one that the server closed it with, 0 without one."""
+
+    def __init__(self, message: str, code: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 # ======================================================================================================
@@ -249,10 +258,45 @@ class Clock:
 SYSTEM_CLOCK = Clock()
 
 
+# A shorter secret would mask pieces of ordinary words; no real key or password is that short.
+SHORTEST_SECRET = 4
+
+
+@lru_cache(maxsize=8)
+def forms_of(secrets: tuple[str, ...]) -> tuple[str, ...]:
+    """Return secrets in every form in which a peer may send them back, the longest first."""
+    import html
+
+    forms: set[str] = set()
+    for secret in secrets:
+        quoted = {quote(secret), quote(secret, safe=""), quote_plus(secret)}
+        forms |= quoted | {re.sub("%..", lambda found: found[0].lower(), text) for text in quoted}
+        forms |= {json.dumps(secret, ensure_ascii=ascii_alone)[1:-1] for ascii_alone in (True, False)}
+        forms |= {secret, repr(secret)[1:-1], html.escape(secret)}
+    return tuple(sorted((form for form in forms if len(form) >= SHORTEST_SECRET), key=len, reverse=True))
+
+
+def mask(text: str, secrets: tuple[str, ...]) -> str:
+    """Return `text` with every secret replaced, however it is encoded."""
+    for form in forms_of(secrets):
+        text = text.replace(form, "***")
+    return text
+
+
+class Hidden:
+    """The secrets of the settings that were loaded last: what shortens a text masks them first, or a piece may stay."""
+
+    def __init__(self) -> None:
+        self.secrets: tuple[str, ...] = ()
+
+
+HIDDEN = Hidden()
+
+
 def one_line(text: object, limit: int = 300) -> str:
-    """Return `text` as one printable line of at most `limit` characters, control characters escaped."""
+    """Return `text` as one printable line of at most `limit` characters: secrets masked, control characters escaped."""
     try:
-        text = str(text).strip()
+        text = mask(str(text), HIDDEN.secrets).strip()
     except ValueError:  # an int of more digits than Python writes
         text = f"a huge {type(text).__name__}"
     if not text.isprintable():
@@ -261,6 +305,29 @@ def one_line(text: object, limit: int = 300) -> str:
     if len(text) > limit:
         text = text[: limit - 1] + "…"
     return text
+
+
+# Levels of nesting in foreign JSON. Python reads a thousand or ten thousand of them, and writes fewer: what is read
+# must be one that can be kept and sent.
+MAX_DEPTH = 64
+
+
+def is_deep(value: object) -> bool:
+    """Return whether a value from JSON is nested deeper than MAX_DEPTH."""
+    level: list[Any] = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        level = [inner for one in level for inner in _items(one) if isinstance(inner, (list, dict))]
+        if not level:
+            return False
+    return True
+
+
+def _items(one: Any) -> Iterable[Any]:
+    return one.values() if isinstance(one, dict) else one
+
+
+def _nothing() -> None:
+    """Stand for a callable that nobody gave."""
 
 
 def iso(moment: datetime) -> str:
@@ -390,6 +457,17 @@ def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.
         ceiling = min(cap_s, ceiling * growth)
 
 
+def start_thread(thread: threading.Thread) -> None:
+    """Start a thread. Raises StockrtError where the system gives none."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise StockrtError(
+            f"no thread can be started ({error}): too many run, or memory is short; "
+            "see TasksMax= and MemoryMax= of the unit, or ulimit -u"
+        ) from None
+
+
 def shorten(secret: str) -> str:
     """Return a hash as a person may see it."""
     return f"{secret[:4]}…{secret[-3:]}" if len(secret) > 10 else "***"
@@ -459,8 +537,6 @@ ENV_FILE_PLACES = (
 )
 # Names with these beginnings are ours: an unknown one in the file is a misspelling worth a warning.
 OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_")
-# A shorter secret would mask pieces of ordinary words; no real key or password is that short.
-SHORTEST_SECRET = 4
 # Where a proxy listens whose setting names no port: curl's.
 PROXY_PORTS = {"http": 1080, "https": 443}
 
@@ -610,7 +686,7 @@ class Settings:
         return Proxies(self.https_proxy, self.http_proxy, self.all_proxy, self.no_proxy)
 
     def secrets(self) -> tuple[str, ...]:
-        """Return every text that must not be shown, the longest first."""
+        """Return every text that must not be shown."""
         found = set(self.api_keys)
         if self.mongodb_shown() != self.mongodb_uri:
             found.add(self.mongodb_uri)
@@ -620,13 +696,11 @@ class Settings:
             found |= {password, unquote(password), unquote_plus(password)}
         for proxy in filter(None, (self.https_proxy, self.http_proxy, self.all_proxy)):
             found |= proxy.secrets()
-        return tuple(sorted((s for s in found if len(s) >= SHORTEST_SECRET), key=len, reverse=True))
+        return tuple(sorted(secret for secret in found if len(secret) >= SHORTEST_SECRET))
 
     def redact(self, text: str) -> str:
-        """Return `text` with every secret replaced."""
-        for secret in self.secrets():
-            text = text.replace(secret, "***")
-        return text
+        """Return `text` with every secret replaced, however it is encoded."""
+        return mask(text, self.secrets())
 
     def key_plans(self) -> tuple[tuple[str, Plan], ...]:
         """Return each API key with its plan: its own, or the one that is set for all."""
@@ -1019,7 +1093,9 @@ def load_settings(
     is_root = os.geteuid() == 0 if is_root is None else is_root
     values.setdefault("state_directory", default_state_directory(environ, is_root))
     values.setdefault("module_description", "")
-    return LoadedSettings(Settings(**values, color=not environ.get("NO_COLOR")), source, tuple(warnings))
+    settings = Settings(**values, color=not environ.get("NO_COLOR"))
+    HIDDEN.secrets = settings.secrets()
+    return LoadedSettings(settings, source, tuple(warnings))
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
@@ -1890,14 +1966,27 @@ def get_once(
 ) -> Response:
     """Ask for one thing over a connection of its own, which is cut when the time is over."""
     connection = HttpConnection(base_url, limits, proxies)
-    cut = threading.Timer(limits.whole_s, connection.abort, (True,))
-    cut.daemon = True
-    cut.start()
+    with cut_after(limits.whole_s, connection):
+        try:
+            return connection.open() or connection.get(path, headers)
+        finally:
+            connection.close()
+
+
+@contextlib.contextmanager
+def cut_after(seconds: float, connection: HttpConnection | StraightSocket) -> Iterator[None]:
+    """Cut a connection for good that is under way after so long: a peer that drips never runs into its own limit.
+
+    Where no thread is to be had for that, its own limits have to do.
+    """
+    timer = threading.Timer(seconds, connection.abort, (True,))
+    timer.daemon = True
+    with contextlib.suppress(StockrtError):
+        start_thread(timer)
     try:
-        return connection.open() or connection.get(path, headers)
+        yield
     finally:
-        cut.cancel()
-        connection.close()
+        timer.cancel()
 
 
 def start_tls(sock: socket.socket, host: str) -> socket.socket:
@@ -1911,6 +2000,7 @@ def network_words(error: BaseException) -> str:
     """Return what happened on the network in a few words, without addresses of objects in memory."""
     cause = _root_of(error)
     text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+    text = mask(text, HIDDEN.secrets)  # before something is taken out of the middle
     return one_line(
         f"{type(cause).__name__}: {re.sub(r'<[^>]*> *:? *', '', text) or 'no more is known'}", 200
     )
@@ -1996,12 +2086,26 @@ def _refused_by_proxy(proxy: Proxy, status: int) -> Response:
 
 
 def json_object(body: bytes) -> dict[str, Any] | None:
-    """Return the JSON object that the body is, None if it is none. Numbers keep their digits as text."""
+    """Return the JSON object that the body is, None if it is none or too deep. Numbers keep their digits as text."""
     try:
         parsed = _read_json(body)
     except (ValueError, RecursionError):
         return None
-    return parsed if isinstance(parsed, dict) else None
+    return parsed if isinstance(parsed, dict) and not is_deep(parsed) else None
+
+
+def not_json_words(body: bytes, whose: str) -> str:
+    """Return what a body is that is no JSON object as `whose` are."""
+    deep = False
+    try:
+        deep = is_deep(_read_json(body))
+    except RecursionError:
+        deep = True
+    except ValueError:
+        pass
+    if deep:
+        return f"{len(body)} bytes of JSON nested deeper than {MAX_DEPTH} levels"
+    return f"{len(body)} bytes that are not {whose} JSON"
 
 
 _NUMBERS_AS_TEXT = json.JSONDecoder(parse_float=str, parse_constant=str)
@@ -3208,7 +3312,7 @@ def decide(response: Response, now_utc: datetime) -> Verdict:
     if ret is not None:
         words = f"the API says {one_line(repr(ret), 40)}: {text or 'nothing more'}"
     elif row is UNCLEAR:
-        words += f", {len(response.body)} bytes that are not the API's JSON"
+        words += ", " + not_json_words(response.body, "the API's")
     failure = Failure(row.kind, words)
     return Verdict(row.action, failure, wait_s=_retry_after_s(response, now_utc), setting=row.setting)
 
@@ -3403,7 +3507,7 @@ class _Worker(threading.Thread):
         self.connection = HttpConnection(api.base_url, api.limits, api.proxies)
         self.tasks: queue.SimpleQueue[tuple[BatchAttempt, _Done] | None] = queue.SimpleQueue()
         self._api = api
-        self.start()
+        start_thread(self)
 
     def run(self) -> None:
         while work := self.tasks.get():
@@ -5554,6 +5658,7 @@ class PeerDead(NamedTuple):
     reason: str
 
 
+_TOO_DEEP = f"JSON nested deeper than {MAX_DEPTH} levels; expected a flat list of codes"
 Event: TypeAlias = Command | Refused | Send | Receipt | Shutdown | Ping | PeerDead
 SHUTDOWN_CONFIRMATION = json.dumps({"status": "success", "message": "模块正在关闭"}, ensure_ascii=False)
 
@@ -5589,7 +5694,10 @@ class PlatformProtocol:
     def receive(self, text: str, now: float) -> list[Event]:
         """Return what a text frame asks for; nothing for what is no command."""
         self.heard(now)
-        message = _unwrap(text)
+        try:
+            message = _unwrap(text)
+        except UsageError as error:
+            return [Refused({}, str(error))] if "execute" in text else []
         if isinstance(message, str):
             self._confirms = True if message.strip() == "heartbeat confirm" else self._confirms
             return [Receipt()] if message.strip() == "receive result" else []
@@ -5647,7 +5755,10 @@ class PlatformProtocol:
 
 
 def _unwrap(text: str) -> dict[str, Any] | str:
-    """Return the object that a frame carries: bare, in `message`, or as JSON text in `message`; else its text."""
+    """Return the object that a frame carries: bare, in `message`, or as JSON text in `message`; else its text.
+
+    Raises UsageError where it cannot be read for its depth.
+    """
     parsed = _json_or_none(text)
     if not isinstance(parsed, dict):
         return text
@@ -5661,30 +5772,50 @@ def _unwrap(text: str) -> dict[str, Any] | str:
 
 
 def _json_or_none(text: str) -> Any:
+    """Return what a text holds, None if that is no JSON. Raises UsageError where it is too deep to tell."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):
+    except RecursionError:
+        raise UsageError(_TOO_DEEP) from None
+    except ValueError:
         return None
 
 
 def read_execute(message: Mapping[str, Any]) -> Command | Refused:
     """Return the command that an `execute` object holds, or why it cannot be understood."""
+    if is_deep(message):
+        flat = {name: _without_lists(value) for name, value in message.items()}
+        return Refused(read_context(flat)[1], _TOO_DEEP)
+    execution_id, context = read_context(message)
+    try:
+        return Command(execution_id, context, read_args(message.get("args")))
+    except UsageError as error:
+        return Refused(context, str(error))
+
+
+def _without_lists(value: object) -> object:
+    """Return of a value what is flat."""
+    if isinstance(value, dict):
+        return {name: inner for name, inner in value.items() if not isinstance(inner, list | dict)}
+    return None if isinstance(value, list) else value
+
+
+def read_context(message: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return of an `execute` its id, '' without one, and what its answer repeats."""
     meta = message.get("meta")
     known: Mapping[str, Any] = meta if isinstance(meta, dict) else {}
     context = {name: known.get(name, message.get(name)) for name in ("workflow_id", "workflow_name")}
     context |= {name: message[name] for name in ("meta", "execution_id") if name in message}
     execution_id = known.get("execution_id", message.get("execution_id"))
-    try:
-        codes = read_args(message.get("args"))
-    except UsageError as error:
-        return Refused(context, str(error))
-    return Command(str(execution_id) if isinstance(execution_id, str | int) else "", context, codes)
+    return str(execution_id) if isinstance(execution_id, str | int) else "", context
 
 
 def read_args(args: object) -> list[object]:
     """Return the codes in an execute's `args`, whatever shape a person gave them. Raises UsageError."""
     if isinstance(args, str) and args.strip()[:1] in ("{", "["):
         args = _json_or_none(args)
+        if is_deep(args):
+            raise UsageError(_TOO_DEEP)
     if isinstance(args, dict):
         filled = [name for name in CODE_ARGUMENTS if args.get(name) not in (None, "", [])]
         if not filled:
@@ -5773,6 +5904,19 @@ def _result_words(report: Report) -> str:
     if more:
         words += f" and {more} more"
     return words
+
+
+def without_lists(text: str) -> str:
+    """Return a result that the platform did not take for its size without what makes it long; counts stay."""
+    try:
+        answer = _json_or_none(text)
+        answer["result"] |= {"failed_stocks": [], "failures": {}}
+        answer["message"] += f"; sent without its lists: {len(text)} bytes were too many for the platform"
+    except (KeyError, TypeError, UsageError):
+        return text  # what a bad disk made of it
+    if "error" in answer:
+        answer["error"] = answer["message"]
+    return json.dumps(answer)
 
 
 def empty_result(context: Mapping[str, Any], module_name: str, reason: str) -> str:
@@ -5864,7 +6008,7 @@ def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> str:
         return "it said success but gave no usable hash; ask the platform's operator"
     if answer.status >= 500:
         return f"HTTP {answer.status}, a fault inside the platform; see its log"
-    said = words_of(envelope) or f"{len(answer.body)} bytes that are not the platform's JSON"
+    said = words_of(envelope) or not_json_words(answer.body, "the platform's")
     return f"HTTP {answer.status}: {said}; see SERVER_IP and SERVER_PORT"
 
 
@@ -5976,8 +6120,10 @@ class Link:
 
         try:
             self._sock.settimeout(SEND_TIMEOUT_S)
-            self._ws.send(data, opcode)
-            self._sock.settimeout(0)
+            try:
+                self._ws.send(data, opcode)
+            finally:
+                self._sock.settimeout(0)
         except (WebSocketException, OSError) as error:
             raise LinkLost(f"sending failed: {network_words(error)}") from error
 
@@ -5992,7 +6138,8 @@ class Link:
             while True:
                 frame = ws.recv_frame()
                 if frame.opcode == ABNF.OPCODE_CLOSE:
-                    raise LinkLost(f"closed by the server{_close_words(frame.data)}")
+                    code = int.from_bytes(frame.data[:2], "big")
+                    raise LinkLost(f"closed by the server{_close_words(frame.data)}", code)
                 if frame.opcode in (ABNF.OPCODE_PING, ABNF.OPCODE_PONG):
                     return frame.opcode, bytes(frame.data)
                 ws.cont_frame.validate(frame)
@@ -6030,18 +6177,15 @@ def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
     way: HttpConnection | StraightSocket = StraightSocket(url, limits)
     if settings.proxies.for_url(url) is not None:
         way = HttpConnection(url, limits, settings.proxies, tunnel=True)
-    # a server that drips its handshake byte by byte never runs into the socket's own limit
-    cut = threading.Timer(limits.whole_s, way.abort, (True,))
-    cut.daemon = True
-    cut.start()
     try:
-        fault = way.open()
-        if fault is not None:
-            raise DialError(f"cannot connect: {fault.fault}")
-        ws: Any = WebSocket(skip_utf8_validation=True, enable_multithread=False)
-        way.sock.settimeout(limits.read_s)
-        address = f"{url.replace('http', 'ws', 1)}/websocket?hash={module_hash}"
-        ws.connect(address, socket=way.sock, redirect_limit=0)
+        with cut_after(limits.whole_s, way):
+            fault = way.open()
+            if fault is not None:
+                raise DialError(f"cannot connect: {fault.fault}")
+            ws: Any = WebSocket(skip_utf8_validation=True, enable_multithread=False)
+            way.sock.settimeout(limits.read_s)
+            address = f"{url.replace('http', 'ws', 1)}/websocket?hash={module_hash}"
+            ws.connect(address, socket=way.sock, redirect_limit=0)
     except WebSocketBadStatusException as error:
         way.close()
         status = error.status_code
@@ -6049,8 +6193,6 @@ def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
     except (WebSocketException, OSError, ValueError) as error:
         way.close()
         raise DialError(f"cannot connect: {network_words(error)}") from error
-    finally:
-        cut.cancel()
     way.let_go()
     return ws
 
@@ -6167,12 +6309,16 @@ class Journal:
         now = self._clock.wall()
         return [OpenCommand(number, now - accepted_at) for number, accepted_at in self._file.read_all(query)]
 
-    def count_waiting(self) -> Waiting:
-        """Return how many commands wait to be executed and how many results to be delivered."""
+    def count_waiting(self, running: bool) -> Waiting:
+        """Return how many commands wait to be executed and how many results to be delivered.
+
+        `running`: a daemon does so, which drops what is too old by itself, whatever the clock was set to meanwhile.
+        """
+        lifetime_s = math.inf if running else ANSWER_LIFETIME_S
         commands, results = self._file.read_one(
             "SELECT count(CASE WHEN answer IS NULL THEN 1 END), count(CASE WHEN answered_at >= ? THEN 1 END) "
             "FROM executions WHERE answer IS NULL OR NOT received",
-            self._clock.wall() - ANSWER_LIFETIME_S,
+            self._clock.wall() - lifetime_s,
         )
         return Waiting(commands=commands, results=results)
 
@@ -6234,6 +6380,12 @@ MAX_QUEUED = 1000
 TROUBLES = frozenset({FailureKind.NETWORK, FailureKind.API, FailureKind.KEY, FailureKind.OTHER})
 # Codes that may wait in memory for a disk that hangs: about 100 MB.
 MAX_CODES_UNWRITTEN = 10 * MAX_CODES_PER_COMMAND
+# What a server closes the connection with over a message that is too large.
+TOO_LARGE = 1009
+# Some servers and proxies cut the connection over a long message without a word. Under a shorter one it ended for
+# another reason, and under a long one it may: its lists are left out when that was so twice.
+HARMLESS_BYTES = 64 * 1024
+BREAKS_WITH_LISTS = 2
 # Answers that are sent before frames are read again: a ping must not wait behind a long backlog.
 ANSWERS_AT_ONCE = 20
 # SIGTERM, SIGINT: the running execution has this long; what does not end stays in the journal.
@@ -6283,7 +6435,7 @@ class Answered(NamedTuple):
 class Declined(NamedTuple):
     """To the socket's thread: a command that the journal did not take, and why."""
 
-    context: Mapping[str, Any]
+    command: Command
     reason: str
 
 
@@ -6356,11 +6508,22 @@ class Inbox:
 
 
 class Outgoing(NamedTuple):
-    """An answer on its way: its number in the journal (0: not there), and since when (monotonic seconds)."""
+    """An answer on its way: its number in the journal (0: not there), and since when (monotonic seconds).
+
+    `refused`: the execution that it refuses, '' where it refuses none, or one without an id.
+    `breaks`: how often the connection ended under it; `is_short`: its lists are left out.
+    """
 
     number: int
     text: str
     since: float
+    breaks: int = 0
+    is_short: bool = False
+    refused: str = ""
+
+    def shortened(self) -> Outgoing:
+        """Return it without its lists."""
+        return self._replace(text=without_lists(self.text), is_short=True)
 
 
 class Outbox:
@@ -6389,6 +6552,21 @@ class Outbox:
         if not number or all(one.number != number for one in others):
             self._to_send.append(Outgoing(number, text, now))
 
+    def refuse(self, execution_id: str, text: str, now: float) -> None:
+        """Take the answer of a command that is not in the journal."""
+        self._to_send.append(Outgoing(0, text, now, refused=execution_id))
+
+    def refuse_again(self, execution_id: str, now: float) -> bool:
+        """Whether a command comes once more whose refusal the platform has not confirmed: one answer for both."""
+        if not execution_id:
+            return False
+        since = now - EXECUTION_LIFETIME_S
+        if any(one.refused == execution_id and one.since >= since for one in self._to_send):
+            return True
+        sent = [one for one in self._sent if one.refused == execution_id and one.since >= since]
+        self._to_send.extend(sent[:1])
+        return bool(sent)
+
     def next(self) -> str | None:
         """Return the text that is to be sent next, None where there is none."""
         return self._to_send[0].text if self._to_send else None
@@ -6401,13 +6579,33 @@ class Outbox:
         """Take a receipt, and return the number of the answer that it is for; 0 where none is in the journal."""
         return self._sent.popleft().number if self._sent else 0
 
+    def note_too_large(self) -> Outgoing | None:
+        """Take it that the server closed over a message that is too large, and return the one that will have been it.
+
+        That is the largest on its way. It goes again behind the others, without its lists, or never if it was.
+        """
+        if not self._sent:
+            return None
+        largest = max(self._sent, key=lambda one: len(one.text))
+        self._sent.remove(largest)
+        if not largest.is_short:
+            self._to_send.append(largest.shortened())
+        return largest
+
+    def note_broken(self) -> None:
+        """Take it that the connection ended for another reason: what is long goes again behind the others."""
+        for one in [one for one in self._sent if len(one.text) > HARMLESS_BYTES]:
+            self._sent.remove(one)
+            breaks = one.breaks + 1
+            if breaks >= BREAKS_WITH_LISTS and not one.is_short:
+                one = one.shortened()
+            self._to_send.append(one._replace(breaks=breaks))
+
     def reconnect(self) -> None:
-        """Over a new connection everything without a receipt is sent again, in the same order."""
-        everything = [*self._sent, *self._to_send]
+        """Over a new connection everything without a receipt is sent again, in the same order, and each once."""
+        everything = {one.number or -place: one for place, one in enumerate((*self._sent, *self._to_send), 1)}
         self._sent.clear()
-        self._to_send.clear()
-        for one in everything:
-            self.add(one.number, one.text, one.since)
+        self._to_send = deque(everything.values())
 
     def drop_older(self, since: float) -> list[int]:
         """Give up what has waited since before `since` (monotonic seconds), and return the numbers."""
@@ -6474,7 +6672,8 @@ class Clerk(threading.Thread):
         self._executor = executor
         self._inbox = inbox
         self._jobs: queue.SimpleQueue[ClerkJob] = queue.SimpleQueue()
-        self._codes_given = self._codes_written = 0  # each counted by one thread
+        self._held: list[ClerkJob] = []  # taken, and still to be done
+        self._codes_given = self._codes_done = 0  # each counted by one thread alone
         self._received: set[int] = set()  # not noted in the journal yet
         self._status: DaemonStatus = {"version": __version__, "pid": os.getpid(), "platform": "not connected"}
         self._trouble = LogThrottle("journal")
@@ -6490,7 +6689,7 @@ class Clerk(threading.Thread):
 
     def codes_unwritten(self) -> int:
         """Return how many codes of commands wait in memory for the disk."""
-        return self._codes_given - self._codes_written
+        return self._codes_given - self._codes_done
 
     def leave(self) -> None:
         """End after the jobs that are there, without waiting for a disk that takes nothing."""
@@ -6502,21 +6701,45 @@ class Clerk(threading.Thread):
         try:
             self._take_up_journal()
             self._note_status(self._status)
-            while (job := self._jobs.get()) is not None:
-                self._do(job)
+            while self._work(self._take()):
+                pass
         except Exception as error:
             self._inbox.put(broken_by(error))
 
-    def _do(self, job: list[Command] | Received | NoteStatus | EndExecutor) -> None:
-        if isinstance(job, Received):
-            self._note_received(job.numbers)
-        elif isinstance(job, NoteStatus):
-            self._note_status(job.news)
-        elif isinstance(job, EndExecutor):
+    def _take(self) -> list[ClerkJob]:
+        """Return all that is to be done, once there is something.
+
+        Each write may wait long for a disk, or for a program that holds the file's lock: what came meanwhile is done,
+        or refused, at once.
+        """
+        held, self._held = self._held, []
+        return [*(held or [self._jobs.get()]), *self._take_rest()]
+
+    def _take_rest(self) -> list[ClerkJob]:
+        return [self._jobs.get() for _ in range(self._jobs.qsize())]
+
+    def _work(self, jobs: Sequence[ClerkJob]) -> bool:
+        """Do some jobs; return whether further ones are to be done."""
+        commands: list[Command] = []
+        received: list[int] = []
+        news: DaemonStatus = {}
+        for job in jobs:
+            if isinstance(job, list):
+                commands += job
+            elif isinstance(job, Received):
+                received += job.numbers
+            elif isinstance(job, NoteStatus):
+                news.update(job.news)
+        if commands:
+            self._accept(commands)
+            self._codes_done += _count_codes(commands)
+        if received:
+            self._note_received(received)
+        if news:
+            self._note_status(news)
+        if any(isinstance(job, EndExecutor) for job in jobs):
             self._executor.end()
-        else:
-            self._accept(job)
-            self._codes_written += _count_codes(job)
+        return None not in jobs
 
     def _take_up_journal(self) -> None:
         """Have executed what a crash interrupted, if it is young, and sent what has no receipt."""
@@ -6559,12 +6782,20 @@ class Clerk(threading.Thread):
             numbers = self._journal.accept(fresh) if fresh else []
         except StoreError as error:
             numbers = []
-            for command in fresh:
-                self._inbox.put(Declined(command.context, f"refused: {error}"))
+            for command in (*fresh, *self._hold_all_but_commands()):
+                self._inbox.put(Declined(command, f"refused: {error}"))
         for message in told:
             self._inbox.put(message)
         for number in numbers:
             self._executor.add(number)
+
+    def _hold_all_but_commands(self) -> list[Command]:
+        """Return the commands that came while the journal took nothing: the same one among them has one answer."""
+        rest = self._take_rest()
+        self._held = [job for job in rest if not isinstance(job, list)]
+        commands = [command for job in rest if isinstance(job, list) for command in job]
+        self._codes_done += _count_codes(commands)
+        return commands
 
     def _sort(self, commands: Sequence[Command]) -> tuple[list[Command], list[Message]]:
         """Return the commands that were not accepted before, and what follows from the others."""
@@ -6870,7 +7101,9 @@ class Daemon:
         self._outbox = Outbox()
         relay = Relay(events, self._inbox)
         self._journal = Journal(settings.state_directory, clock, relay)
-        self._executor = Executor(settings, self._journal, self._inbox, relay)
+        # of its own: it does not wait while the clerk waits for the lock of the file, which others may hold
+        answers = Journal(settings.state_directory, clock, relay)
+        self._executor = Executor(settings, answers, self._inbox, relay)
         self._clerk = Clerk(settings, self._journal, self._executor, self._inbox)
         self._module_hash = ""
         self._presence: Presence | None = None  # what the last refused handshake meant
@@ -6885,8 +7118,8 @@ class Daemon:
 
     def run(self) -> None:
         """Serve the platform until told to stop or shut down. Raises StoreError when a local file is damaged."""
-        self._executor.start()
-        self._clerk.start()
+        start_thread(self._executor)
+        start_thread(self._clerk)
         self._tick()  # before the start is over, the status is said
         self._events.started()
         delays = self._fresh_delays()
@@ -6917,10 +7150,26 @@ class Daemon:
             self._serve(link, protocol)
         except LinkLost as error:
             self._lost(f"connection {error}")
+            if error.code == TOO_LARGE:
+                self._mend_too_large()
+            else:
+                self._outbox.note_broken()
         finally:
             link.close()
             self._clerk.do(NoteStatus({"platform": "not connected", "last_contact": iso(utc_now())}))
         return protocol.useful
+
+    def _mend_too_large(self) -> None:
+        """Keep the result over which the server closed from standing before the others again."""
+        result = self._outbox.note_too_large()
+        if result is None:
+            return
+        what = f"a result of {len(result.text)} bytes is too large for the platform (1009)"
+        if not result.is_short:
+            log.warning("%s: it is sent again without its lists, after the others", what)
+            return
+        log.warning("%s without its lists too, and is given up", what)
+        self._clerk.do(Received([result.number]))
 
     def _dial(self) -> Link | None:
         settings = self._settings
@@ -6969,7 +7218,11 @@ class Daemon:
         """Move frames and answers until the connection is lost (LinkLost) or the process may leave."""
         while True:
             self._read_inbox()
-            self._send_answers(link, protocol)
+            try:
+                self._send_answers(link, protocol)
+            except LinkLost:
+                self._read_frames(link, protocol)  # what came before counts, and may say why
+                raise
             if self._leaving is not None and self._may_leave(self._leaving):
                 return
             self._inbox.wait(self._seconds_to_wait(link, protocol), link.fileno())
@@ -6999,9 +7252,9 @@ class Daemon:
             events += protocol.tick(self._clock.monotonic())
         except LinkLost as error:
             lost = error
-        lost = self._apply(events, link, protocol) or lost
-        if lost is not None:
-            raise lost
+        ended = self._apply(events, link, protocol)
+        if lost or ended:
+            raise lost or cast(LinkLost, ended)
 
     def _apply(self, events: Sequence[Event], link: Link, protocol: PlatformProtocol) -> LinkLost | None:
         """Do what the protocol says, and return the end of the connection where it comes in between."""
@@ -7053,9 +7306,11 @@ class Daemon:
         """Hand commands to the clerk, as far as there is room for them."""
         taken: list[Command] = []
         for command in commands:
+            if self._outbox.refuse_again(command.execution_id, self._clock.monotonic()):
+                continue
             why = self._why_not_taken(len(taken))
             if why:
-                self._refuse(command.context, why)
+                self._refuse(command.context, why, command.execution_id)
             else:
                 taken.append(command)
         if taken:
@@ -7072,11 +7327,12 @@ class Daemon:
             return "the disk of this module does not keep up; try again later"
         return ""
 
-    def _refuse(self, context: Mapping[str, Any], reason: str) -> None:
+    def _refuse(self, context: Mapping[str, Any], reason: str, execution_id: str = "") -> None:
         log.warning("execution %s refused: %s", execution_name(context), reason)
         self._events.executed(None)
         text = empty_result(context, self._settings.module_name, self._settings.redact(reason))
-        self._outbox.add(0, text, self._clock.monotonic())
+        if not self._outbox.refuse_again(execution_id, self._clock.monotonic()):
+            self._outbox.refuse(execution_id, text, self._clock.monotonic())
 
     def _read_inbox(self) -> None:
         """Do what the other threads and the signals say."""
@@ -7089,7 +7345,7 @@ class Daemon:
                     self._clerk.do(NoteStatus(message.news))
             elif isinstance(message, Declined):
                 self._open_commands -= 1
-                self._refuse(message.context, message.reason)
+                self._refuse(message.command.context, message.reason, message.command.execution_id)
             elif isinstance(message, Ended):
                 self._open_commands -= message.commands
             elif isinstance(message, ExecutorLeft):
@@ -7106,8 +7362,8 @@ class Daemon:
             text = self._outbox.next()
             if text is None:
                 return
-            self._send_text(link, protocol, text)
             self._outbox.note_sent()
+            self._send_text(link, protocol, text)
 
     def _begin_leaving(self, dropped_because: str = "") -> None:
         if self._leaving is None:
@@ -7408,7 +7664,7 @@ class MetricsFile:
         self._written = -1
         self._due = threading.Event()
         self._trouble = LogThrottle(f"metrics file {path}")
-        threading.Thread(target=self._run, name="stockrt-metrics", daemon=True).start()
+        start_thread(threading.Thread(target=self._run, name="stockrt-metrics", daemon=True))
 
     def tick(self) -> float:
         """Have the file written if that is due, and return when it will be (monotonic): never while nothing changed."""
@@ -7993,7 +8249,7 @@ class _Run(threading.Thread):
 
     def ended(self) -> bool:
         """Wait for the end, or a moment longer than until the run is stopped; return whether it ended."""
-        self.start()
+        start_thread(self)
         while self.is_alive() and not self._stop_event.is_set():
             self.join(STOP_POLL_S)
         self.join(INTERRUPT_GRACE_S)
@@ -8171,7 +8427,7 @@ def gather_status(settings: Settings) -> StatusReport:
         states, refused = told.get("keys", []), told.get("spool_refused", 0)
     module_hash = read_hash(directory)
     with contextlib.closing(Journal(directory)) as journal:
-        waiting = journal.count_waiting()
+        waiting = journal.count_waiting(daemon["running"])
     with Pipeline(settings) as pipeline:
         return {
             "version": __version__,
@@ -8187,12 +8443,26 @@ def gather_status(settings: Settings) -> StatusReport:
 
 
 def _read_status(directory: Path) -> DaemonStatus:
-    """Return what a daemon wrote last, nothing where none ever ran."""
+    """Return what a daemon wrote last; nothing where none ever ran, or another program wrote."""
     try:
         told = json.loads((directory / STATUS_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return cast(DaemonStatus, told) if isinstance(told, dict) else {}
+    return cast(DaemonStatus, told) if not is_deep(told) and _fits(told, DaemonStatus) else {}
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value from JSON is of a type that stands in DaemonStatus."""
+    if is_typeddict(kind):
+        if not isinstance(value, dict) or not kind.__required_keys__ <= value.keys():
+            return False
+        hints = get_type_hints(kind)
+        return all(_fits(inner, hints[name]) for name, inner in value.items() if name in hints)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(inner, get_args(kind)[0]) for inner in value)
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return kind is object or type(value) is kind
 
 
 def run_status(settings: Settings, as_json: bool) -> int:
@@ -8389,11 +8659,22 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     return run_daemon(loaded.settings, environ)
 
 
-def _open_missing_streams() -> None:
-    """Put /dev/null in place of standard streams that were closed, or the next file opened would get their number."""
+def _prepare_streams() -> None:
+    """Let stdout take any text, and put /dev/null in place of standard streams that were closed.
+
+    Else the next file opened would get their number.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for as long as the process lives)
+    codecs.register_error("stockrt", _as_json_escapes)
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="stockrt")
+
+
+def _as_json_escapes(error: UnicodeError) -> tuple[str, int]:
+    """Return in place of what an encoding cannot hold, as half a pair of surrogates, what is the same in JSON."""
+    unfit = cast(UnicodeEncodeError, error)
+    return json.dumps(unfit.object[unfit.start : unfit.end])[1:-1], unfit.end
 
 
 def look_for_cycles_seldom() -> None:
@@ -8404,7 +8685,7 @@ def look_for_cycles_seldom() -> None:
 def main() -> NoReturn:
     """Run the command line of this process and leave it with the exit status."""
     look_for_cycles_seldom()
-    _open_missing_streams()
+    _prepare_streams()
     if journal_reads(2, os.environ):
         sys.stderr = JournalStream(sys.stderr)
     try:

@@ -16,7 +16,16 @@ from typing import Any
 
 from conftest import MakeWorld
 from kit.daemons import PATIENCE, number
-from kit.fault_world import QUICK, ServiceManager, World, balanced, descriptors, proc_status, seeded
+from kit.fault_world import (
+    QUICK,
+    ServiceManager,
+    World,
+    balanced,
+    descriptors,
+    locked_file,
+    proc_status,
+    seeded,
+)
 from kit.infoway_server import REFUSALS, Answer
 from kit.mongo import NOT_PRIMARY, NOT_REPLICATED, MongoServer
 from kit.mongo_proxy import STEPPED_DOWN, TOO_LARGE, Afterwards, Fate, MongoProxy, Without
@@ -34,6 +43,10 @@ SLOPE_MIB_PER_HOUR = 1.0
 # Shorter runs say nothing about a slope.
 MINUTES_FOR_A_SLOPE = 15
 WATCHDOG_S = 20.0
+# How many executions there are at least, each in the middle of some fault.
+EXECUTIONS = number(0, 10_000)
+# A ping is answered this soon; a machine that is busy with other tests is slow, not deaf.
+PING_S = number(3.0, 1.0)
 FAULT_S = (0.2, number(1.0, 4.0))
 
 
@@ -111,9 +124,8 @@ def platform_cut(stage: Stage) -> Iterator[None]:
 @contextlib.contextmanager
 def platform_frozen(stage: Stage) -> Iterator[None]:
     """It reads and sends nothing."""
-    stage.world.platform.freeze()
-    yield
-    stage.world.platform.thaw()
+    with stage.world.platform_frozen():
+        yield
 
 
 @contextlib.contextmanager
@@ -177,6 +189,14 @@ def disk_full(stage: Stage) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def file_locked(stage: Stage) -> Iterator[None]:
+    """Another program holds the lock of a local file."""
+    name = stage.rng.choice(("executions.db", "stockrt.db"))
+    with locked_file(stage.world.state / name):
+        yield
+
+
+@contextlib.contextmanager
 def clock_set(stage: Stage) -> Iterator[None]:
     """The clock goes an hour forward or back, and stays there."""
     stage.clock.step(stage.rng.choice((-3600, 0, 3600)))
@@ -186,7 +206,7 @@ def clock_set(stage: Stage) -> Iterator[None]:
 FAULTS: tuple[Fault, ...] = (
     mongodb_killed, mongodb_stopped, mongodb_unreachable, mongodb_silent, mongodb_answers_strangely,
     platform_cut, platform_frozen, platform_away, platform_gives_no_receipts, api_away, api_broken, names_hang,
-    disk_full, clock_set,
+    disk_full, file_locked, clock_set,
 )  # fmt: skip
 
 
@@ -223,7 +243,9 @@ def test_a_soak_of_random_faults_loses_nothing_and_grows_nowhere(
     )
     stage = Stage(world, mongo_proxy, mongo_server, name_server, tiny_disk, wall_clock, rng)
     world.start()
-    samples, turns = _soak(stage, time.monotonic() + 60 * MINUTES)
+    with world.pinged(PING_S):
+        samples, turns = _soak(stage, time.monotonic() + 60 * MINUTES)
+    assert len(world.sizes) >= EXECUTIONS
     _report(samples, tmp_path)
     world.kill()
     world.start()
@@ -246,7 +268,7 @@ def _soak(stage: Stage, end: float) -> tuple[list[Sample], int]:
         stage.world.answered(8 * PATIENCE)
         stage.world.drained(8 * PATIENCE)
         samples.append(_sample(stage.world.daemon.pid))
-        if time.monotonic() > end:
+        if time.monotonic() > end and len(stage.world.sizes) >= EXECUTIONS:
             return samples, turn + 1
     raise AssertionError
 

@@ -185,6 +185,17 @@ def rejects_of(path: Path) -> Rows:
 
 
 @contextlib.contextmanager
+def locked_file(path: Path) -> Iterator[None]:
+    """Hold a file's lock for writing, as a person does who looks into it and leaves a transaction open."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=PATIENCE)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        finally:
+            db.execute("ROLLBACK")
+
+
+@contextlib.contextmanager
 def copied(path: Path) -> Iterator[Path]:
     """A copy of a SQLite file that no process uses: to look at it would change the file itself."""
     with tempfile.TemporaryDirectory(prefix="stockrt-look-") as folder:
@@ -225,6 +236,7 @@ class World:
         self.platform = PlatformServer(ping_every=0, zombies=False, retry_executes=True)
         self.sizes: dict[str, int] = {}  # of each execution sent
         self._sending = threading.Lock()
+        self._standstills: list[tuple[float, float]] = []
         self._pyz, self._base, self._wrapper = pyz, base, wrapper
         self._settings = {"MONGODB_HOST": uri or self.real_uri, "MONGODB_DB_NAME": self.database, **settings}
         self.daemon: ProcessDaemon
@@ -327,6 +339,48 @@ class World:
         finally:
             stop.set()
             worker.join()
+
+    @contextlib.contextmanager
+    def platform_frozen(self) -> Iterator[None]:
+        """Let the platform stand still meanwhile; what that does to a ping is not the daemon's fault."""
+        begin = time.monotonic()
+        self.platform.freeze()
+        try:
+            yield
+        finally:
+            self.platform.thaw()
+            self._standstills.append((begin, time.monotonic()))
+
+    @contextlib.contextmanager
+    def pinged(self, soon_s: float, every_s: float = 0.2) -> Iterator[None]:
+        """Ping the daemon without pause, and fail unless each ping was answered soon, or its connection was cut."""
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.wait(every_s):
+                self.platform.ping_now()
+
+        pinger = threading.Thread(target=work, daemon=True)
+        pinger.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            pinger.join()
+        self.platform.ping_now()
+        self.platform.wait_for(
+            lambda p: p.pings and all(ping.answered or ping.ended for ping in p.pings), PATIENCE
+        )
+        now = time.monotonic()
+        late = {
+            round(ping.sent - now, 1): round(ping.delay(now), 1)
+            for ping in self.platform.pings
+            if ping.delay(now) > soon_s and not self._stood_still(ping.sent, ping.sent + ping.delay(now))
+        }
+        assert not late, f"seconds ago, and to the pong: {late}\n{self.daemon.log[-3000:]}"
+
+    def _stood_still(self, begin: float, end: float) -> bool:
+        return any(begin < stop and start < end for start, stop in self._standstills)
 
     def answered(self, timeout: float = PATIENCE) -> None:
         """Wait until every command has its result."""

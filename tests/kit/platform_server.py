@@ -145,6 +145,9 @@ class Switches:
     wrap_receipts: bool = False
     # So many results are taken, and the connection reset before the receipt.
     drop_next_result: int = 0
+    # A larger message ends the connection with `too_large_code` (1006: without a close frame), unread.
+    max_message: int = MAX_MESSAGE
+    too_large_code: int = 1009
     # (status, body) of every answer to /module/register.
     register_answer: tuple[int, str] | None = None
     # After a reconnect, every execution without a result is sent again with its execution_id.
@@ -342,7 +345,7 @@ def text_frames(text: str, fragment: int = 0) -> Iterator[bytes]:
         yield frame_bytes(0 if start else TEXT, payload[start : start + fragment], final)
 
 
-async def read_frame(reader: asyncio.StreamReader) -> tuple[bool, int, bytes]:
+async def read_frame(reader: asyncio.StreamReader, limit: int) -> tuple[bool, int, bytes]:
     """The next frame as (final, opcode, payload); raises ProtocolError for what a client must not send."""
     first, second = await reader.readexactly(2)
     final, opcode, size = bool(first & 0x80), first & 0x0F, second & 0x7F
@@ -358,18 +361,20 @@ async def read_frame(reader: asyncio.StreamReader) -> tuple[bool, int, bytes]:
         (size,) = struct.unpack("!H", await reader.readexactly(2))
     elif size == 127:
         (size,) = struct.unpack("!Q", await reader.readexactly(8))
-    if size > MAX_MESSAGE:
-        raise ProtocolError(1009, f"a frame of {size} bytes; the limit is {MAX_MESSAGE}")
+    if size > limit:
+        raise ProtocolError(1009, f"a frame of {size} bytes; the limit is {limit}")
     mask = await reader.readexactly(4)
     return final, opcode, masked(await reader.readexactly(size), mask)
 
 
-async def read_messages(reader: asyncio.StreamReader) -> AsyncIterator[tuple[int, bytes]]:
+async def read_messages(
+    reader: asyncio.StreamReader, limit: Callable[[], int]
+) -> AsyncIterator[tuple[int, bytes]]:
     """Whole messages as (opcode, payload), fragments put together, control frames as they come between."""
     parts: list[bytes] = []
     kind = 0
     while True:
-        final, opcode, payload = await read_frame(reader)
+        final, opcode, payload = await read_frame(reader, limit())
         if opcode >= CLOSE:
             yield opcode, payload
             continue
@@ -377,8 +382,8 @@ async def read_messages(reader: asyncio.StreamReader) -> AsyncIterator[tuple[int
             raise ProtocolError(1002, "a new message inside a fragmented one, or a fragment without a start")
         kind = kind or opcode
         parts.append(payload)
-        if sum(map(len, parts)) > MAX_MESSAGE:
-            raise ProtocolError(1009, f"a message of more than {MAX_MESSAGE} bytes")
+        if sum(map(len, parts)) > limit():
+            raise ProtocolError(1009, f"a message of more than {limit()} bytes")
         if final:
             whole, message = kind, b"".join(parts)
             kind, parts = 0, []
@@ -1178,7 +1183,7 @@ class PlatformServer(Switches):
                         execute.module_hash = link.module_hash
                         self._deliver(execute)
         try:
-            async for opcode, payload in read_messages(reader):
+            async for opcode, payload in read_messages(reader, lambda: self.max_message):
                 if opcode == CLOSE:
                     self._closed_by_peer(link, payload)
                     return
@@ -1186,7 +1191,7 @@ class PlatformServer(Switches):
                     self._received(link, opcode, payload)
         except ProtocolError as error:
             self._say(f"protocol error by {shortened(link.module_hash)}: {error}")
-            self._close(link, error.code)
+            self._close(link, self.too_large_code if error.code == 1009 else error.code)
         except UnicodeDecodeError:
             self._say(f"protocol error by {shortened(link.module_hash)}: a text frame that is not UTF-8")
             self._close(link, 1007)

@@ -3,6 +3,7 @@
 
    STOCKRT_SHIM_FOLDER  the folder
    STOCKRT_SHIM_LOG     where to write
+   STOCKRT_SHIM_SLOW    a file that holds for how many seconds each sync waits, while it exists
 
    A record: kind (1 byte), descriptor (int32), offset (int64), length (uint32), data. Kinds:
      O open (data: path; offset 1: made by this)   W write at offset   T truncate to offset   S synced
@@ -17,11 +18,13 @@
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #define MAX_FD 4096
@@ -31,6 +34,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char ours[MAX_FD];
 static int log_fd = -1;
 static char folder[PATH_MAX];
+static const char *slow;
 
 static void *next(const char *name) { return dlsym(RTLD_NEXT, name); }
 
@@ -39,6 +43,7 @@ static ssize_t (*real_write)(int, const void *, size_t);
 __attribute__((constructor)) static void begin(void) {
     const char *log = getenv("STOCKRT_SHIM_LOG"), *place = getenv("STOCKRT_SHIM_FOLDER");
     real_write = NEXT(write);
+    slow = getenv("STOCKRT_SHIM_SLOW");
     if (log && place && strlen(place) < sizeof folder) {
         strcpy(folder, place);
         log_fd = NEXT(open)(log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
@@ -139,8 +144,21 @@ PWRITE(pwrite64, off64_t)
 TRUNCATE(ftruncate, off_t)
 TRUNCATE(ftruncate64, off64_t)
 
+/* Outside of the lock: a slow disk holds up those alone who wait for it. */
+static void wait_for_disk(void) {
+    FILE *file = slow ? fopen(slow, "r") : NULL;
+    double seconds = 0;
+    if (!file) return;
+    if (fscanf(file, "%lf", &seconds) == 1 && seconds > 0) {
+        struct timespec left = {(time_t)seconds, (long)((seconds - (time_t)seconds) * 1e9)};
+        while (nanosleep(&left, &left) && errno == EINTR) {}
+    }
+    fclose(file);
+}
+
 #define SYNC(name)                                    \
     int name(int fd) {                                \
+        if (watched(fd)) wait_for_disk();             \
         pthread_mutex_lock(&lock);                    \
         int done = NEXT(name)(fd);                    \
         if (!done && watched(fd)) put('S', fd, 0, "", 0); \

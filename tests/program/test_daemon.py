@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import RunPyz
 from kit.clock import FakeClock
 from kit.daemons import (
     HASH,
@@ -44,6 +45,7 @@ from kit.platform_server import (
     accept_key,
     frame_bytes,
 )
+from kit.shims import WallClock
 
 import stockrt
 from stockrt import Command, Journal
@@ -799,6 +801,55 @@ def test_a_result_without_a_receipt_is_sent_again_word_for_word(
     assert len({result.text for result in platform.results}) == 1
 
 
+@pytest.mark.parametrize("close_code", [1009, 1006], ids=["1009", "cut"])
+def test_a_result_that_is_too_large_for_the_platform_holds_no_other_up(
+    platform: PlatformServer,
+    infoway: InfowayServer,
+    start_daemon: StartDaemon,
+    gate: Gate,
+    close_code: int,
+) -> None:
+    """Nginx and most servers limit a message; some say so, some cut."""
+    platform.max_message, platform.too_large_code = 200_000, close_code
+    daemon = start_daemon(platform)
+    connected(platform)
+    infoway.script = lambda request: Answer.data([])
+    large = platform.execute(codes_for("big", 40_000))  # none of which there is
+    gate.reached()
+    others = [platform.execute(["A.US"], execution_id=f"small-{n}") for n in range(8)]
+    gate.open()
+    answered(platform, large, *others)
+    data = platform.results_for(large)[0].data
+    assert data["result"]["failed_count"] == 40_000
+    assert data["result"]["failed_stocks"] == [] and "without its lists" in data["message"]
+    assert len(platform.dials) <= 4
+    if close_code == 1009:
+        assert all(len(platform.results_for(one)) <= 2 for one in others)
+        assert "1009" in daemon.log
+
+
+def test_a_result_that_is_too_large_without_its_lists_too_is_given_up(
+    platform: PlatformServer, start_daemon: StartDaemon, state: Path
+) -> None:
+    daemon = start_daemon(platform)
+    connected(platform)
+    platform.max_message = 5000
+    large = platform.execute(["A.US"], meta={"more": "x" * 10_000}, execution_id="large")
+    others = [platform.execute(["A.US"], execution_id=f"small-{n}") for n in range(8)]
+    answered(platform, *others)
+    assert until(lambda: "is given up" in daemon.log)
+    assert until(lambda: journalled(state, where="NOT received") == [])
+    answered(platform, platform.execute(["A.US"], execution_id="last"))
+    assert platform.results_for(large) == []
+    assert len(platform.dials) <= 4
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    start_daemon(platform)
+    connected(platform)
+    answered(platform, platform.execute(["A.US"], execution_id="next life"))
+    assert len(platform.dials) <= 5
+
+
 def test_wrapped_receipts_count_too(
     platform: PlatformServer, settings: stockrt.Settings, state: Path
 ) -> None:
@@ -857,6 +908,64 @@ def test_results_older_than_an_hour_are_dropped_with_a_warning(
         settled(platform)
     assert [result.execution_id for result in platform.results] == ["young"]
     assert any("1 results" in text and "hour" in text for text in warnings_of(caplog))
+
+
+def test_the_journal_of_a_server_that_never_confirms_forgets_without_a_new_connection(
+    settings: stockrt.Settings, state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each result takes 0.9 kB in it; those that are older than an hour go, but for the last thousand."""
+    clock = FakeClock(time.time())
+    daemon = stockrt.Daemon(settings, clock=clock)
+    daemon._clerk.start()
+    for hour in range(4):
+        for n in range(600):
+            (accepted,) = daemon._journal.accept([Command(f"{hour}-{n}", {}, ["A.US"])])
+            daemon._journal.answer(accepted, "answer")
+            daemon._outbox.add(accepted, "answer", clock.monotonic())
+            daemon._outbox.note_sent()
+        clock.advance(stockrt.ANSWER_LIFETIME_S + 1)
+        daemon._tick()
+        assert until(lambda: journalled(state, where="NOT received") == [])
+        assert len(daemon._outbox) == 0
+        if hour == 2:
+            size = (state / stockrt.JOURNAL_NAME).stat().st_size
+    kept = journalled(state)
+    assert stockrt.ANSWERS_KEPT <= len(kept) <= stockrt.ANSWERS_KEPT + stockrt.RECEIPTS_PER_SWEEP
+    assert kept[-1] == "3-599"
+    assert (state / stockrt.JOURNAL_NAME).stat().st_size <= size + 64 * 1024
+    assert sum("600 results" in text for text in warnings_of(caplog)) == 4
+    daemon._clerk.leave()
+    daemon._clerk.join()
+
+
+@pytest.mark.parametrize("hours", [2, -2])
+def test_the_clock_set_in_the_middle_of_an_execution_drops_no_result(
+    platform: PlatformServer,
+    start_daemon: StartDaemon,
+    gate: Gate,
+    wall_clock: WallClock,
+    run_pyz: RunPyz,
+    state: Path,
+    hours: int,
+) -> None:
+    platform.send_receipts = False
+    daemon = start_daemon(platform, **wall_clock.environment)
+    connected(platform)
+    executions = [platform.execute(["A.US"]) for _ in range(3)]
+    gate.reached()
+    wall_clock.step(3600 * hours)
+    gate.open()
+    answered(platform, *executions)
+    wall_clock.step(3600 * (hours + 2))
+    settled(platform)
+    told = run_pyz("--status", "--json", env={"STATE_DIRECTORY": str(state), **wall_clock.environment})
+    assert json.loads(told.stdout)["waiting"] == {"commands": 0, "results": 3}
+    platform.send_receipts = True
+    platform.kill_connections()
+    answered(platform, *executions, times=2)
+    assert until(lambda: journalled(state, where="NOT received") == [])
+    assert "dropped" not in daemon.log
+    assert all(len(found) == 1 for found in texts_by_id(platform.results).values())
 
 
 @pytest.mark.parametrize("store", ["sqlite", pytest.param("mongodb", marks=pytest.mark.long)])

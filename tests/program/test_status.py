@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import io
 import json
 import sqlite3
 import subprocess
@@ -41,7 +43,7 @@ class Program:
         """Run it and return its stdout."""
         done = subprocess.run(
             [sys.executable, str(PROGRAM), *arguments], env=self.env, cwd=self.folder, capture_output=True,
-            text=True, timeout=60, stdin=subprocess.DEVNULL,
+            encoding=self.env.get("PYTHONIOENCODING", "utf-8"), timeout=60, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert done.returncode == status, done.stderr
         assert FIRST not in done.stdout + done.stderr
@@ -174,12 +176,89 @@ def test_keys_without_a_daily_limit_and_none_at_all(program: Program) -> None:
     assert program.status()["keys"] == []
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "null", "{}"])
-def test_a_spoilt_status_file_is_as_good_as_none(program: Program, content: str) -> None:
-    """A machine that lost its power may leave anything."""
+LAST: dict[str, object] = {
+    "status": "success",
+    "message": "1 of 1",
+    "workflow_name": "w",
+    "at": "2026-01-01T10:00:00.000Z",
+}
+KEY_STATE: dict[str, object] = {
+    "digest": stockrt.key_digest(FIRST),
+    "state": "out",
+    "why": "w",
+    "until": "",
+    "not_for": [],
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{", "null", "{}", "[" * 5000),
+        '{"last_execution": ' + '{"a":' * 900 + "1" + "}" * 901,
+        *map(
+            json.dumps,
+            (
+                {"last_execution": "success"},
+                {"last_execution": {}},
+                {"last_execution": LAST | {"message": 7}},
+                {"last_execution": LAST, "keys": [KEY_STATE | {"not_for": 1}]},
+                {"last_execution": LAST, "keys": [{"digest": KEY_STATE["digest"]}]},
+                {"last_execution": LAST, "keys": {"a": 1}},
+                {"last_execution": LAST, "keys": None},
+                {"last_execution": LAST, "keys": [KEY_STATE | {"state": "gone"}]},
+                {"last_execution": LAST, "platform": ["connected"]},
+                {"last_execution": LAST, "spool_refused": "1"},
+                {"last_execution": LAST, "pid": 1.5},
+                {"last_execution": LAST, "connected_since": {}},
+            ),
+        ),
+    ],
+    ids=lambda content: content[:40],
+)
+@pytest.mark.parametrize("running", [False, True], ids=["no daemon", "daemon"])
+def test_a_status_file_of_another_shape_is_as_good_as_none(
+    program: Program, content: str, running: bool
+) -> None:
+    """A machine that lost its power, or another program, may leave anything; a daemon is met before it wrote."""
     program.state.mkdir()
     (program.state / stockrt.STATUS_NAME).write_text(content)
-    assert program.status()["last_execution"] is None
+    with (program.state / "lock").open("w") as lock:
+        if running:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        assert status_in_this_process(program)["last_execution"] is None
+
+
+def status_in_this_process(program: Program) -> dict[str, Any]:
+    """What --status shows, without the start of a process."""
+    settings = load_settings(program.env, None, (), is_root=False).settings
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        for as_json in (False, True):
+            stockrt.run_status(settings, as_json)
+    found = json.loads(said.getvalue().splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def test_what_the_daemon_writes_has_the_shape_that_is_read(program: Program) -> None:
+    told = {"version": "1", "pid": 1, "platform": "connected", "connected_since": "x", "last_contact": "x",
+            "stopped": "x", "last_execution": LAST, "keys": [KEY_STATE], "spool_refused": 0}  # fmt: skip
+    assert told.keys() == stockrt.DaemonStatus.__annotations__.keys()
+    program.state.mkdir()
+    (program.state / stockrt.STATUS_NAME).write_text(json.dumps(told))
+    assert status_in_this_process(program)["last_execution"] == LAST
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "gb18030"])
+def test_any_name_of_a_workflow_can_be_printed(program: Program, encoding: str) -> None:
+    """Half of a pair of surrogates stands in names that a program cut, and in no encoding."""
+    program.env["PYTHONIOENCODING"] = encoding
+    program.state.mkdir()
+    odd = LAST | {"workflow_name": "half \ud83d of \u80a1", "message": "half \udcff of \u80a1 \U0001f600"}
+    (program.state / stockrt.STATUS_NAME).write_text(json.dumps({"last_execution": odd}))
+    assert program.status()["last_execution"] == odd
+    assert "half \\udcff of" in program.run("--status")
 
 
 def test_the_counts_of_all_instances_come_from_mongodb(program: Program, mongo_db: tuple[str, str]) -> None:

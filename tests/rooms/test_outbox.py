@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stockrt import Outbox
+import stockrt
+from stockrt import Failure, FailureKind, Outbox, Report
 
 
 def sent(outbox: Outbox) -> list[str]:
@@ -74,6 +78,105 @@ def test_what_is_too_old_is_given_up_by_number() -> None:
     assert outbox.drop_older(2.5) == [1, 2]
     assert sent(outbox) == ["answer 3"]
     assert outbox.drop_older(2.5) == []
+
+
+def test_a_refused_command_that_comes_again_before_its_receipt_has_one_answer() -> None:
+    """A server that retries what has no result would else get a failure and a success of one execution."""
+    outbox = Outbox()
+    assert not outbox.refuse_again("e", 0.0)
+    outbox.refuse("e", "no", 0.0)
+    outbox.refuse("", "nobody's", 0.0)
+    assert outbox.refuse_again("e", 1.0) and not outbox.refuse_again("", 1.0)
+    assert sent(outbox) == ["no", "nobody's"]
+    assert outbox.refuse_again("e", 1.0) and outbox.refuse_again("e", 1.0)
+    assert sent(outbox) == ["no"]
+    outbox.reconnect()
+    assert outbox.refuse_again("e", 1.0)
+    assert not outbox.refuse_again(
+        "e", stockrt.EXECUTION_LIFETIME_S + 1
+    )  # nobody waits for that one any more
+    while outbox.next():
+        outbox.note_sent()
+        outbox.note_received()
+    assert not outbox.refuse_again("e", 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------
+# A result that the server does not take
+# ------------------------------------------------------------------------------------------------------
+
+
+def large(failed: int = 10_000) -> str:
+    """A result with long lists."""
+    failures = {f"X{n}.US": Failure(FailureKind.API, "reason") for n in range(failed)}
+    report = Report(total=failed + 1, stored=1, failures=failures)
+    settings = stockrt.load_settings({"STATE_DIRECTORY": "/nowhere"}, None, (), is_root=False).settings
+    return stockrt.report_result({"meta": {"execution_id": "e"}}, report, settings)
+
+
+def test_a_result_without_its_lists_keeps_its_counts_and_says_so() -> None:
+    whole = json.loads(large(150))
+    short = json.loads(stockrt.without_lists(large(150)))
+    assert short["result"] == whole["result"] | {"failed_stocks": [], "failures": {}}
+    assert short["message"].startswith(whole["message"]) and "without its lists" in short["message"]
+    assert {name: value for name, value in short.items() if name not in ("message", "result")} == {
+        name: value for name, value in whole.items() if name not in ("message", "result")
+    }
+
+
+def test_of_a_failure_the_error_says_it_too() -> None:
+    short = json.loads(stockrt.without_lists(stockrt.empty_result({}, "m", "why")))
+    assert short["error"] == short["message"] and "without its lists" in short["error"]
+
+
+@pytest.mark.parametrize("text", ["", "no JSON", "[]", "{}", '{"result": 1, "message": 2}', "[" * 5000])
+def test_what_a_bad_disk_made_of_a_result_is_left_as_it_is(text: str) -> None:
+    assert stockrt.without_lists(text) == text
+
+
+def test_what_is_too_large_goes_again_without_its_lists_behind_the_others_and_is_then_given_up() -> None:
+    outbox = Outbox()
+    for number, text in enumerate(["one", large(), "three", "four"], 1):
+        outbox.add(number, text, 0.0)
+    for _ in range(3):
+        outbox.note_sent()
+    assert outbox.note_received() == 1
+    blamed = outbox.note_too_large()
+    assert blamed is not None and not blamed.is_short and blamed.number == 2
+    outbox.reconnect()
+    assert sent(outbox) == ["three", "four", stockrt.without_lists(large())]
+    outbox.add(5, "five", 0.0)
+    sent(outbox)
+    blamed = outbox.note_too_large()
+    assert blamed is not None and blamed.is_short and blamed.number == 2
+    outbox.reconnect()
+    assert sent(outbox) == ["three", "four", "five"]
+
+
+def test_nothing_is_too_large_where_nothing_was_sent() -> None:
+    assert Outbox().note_too_large() is None
+    assert filled(1).note_too_large() is None
+
+
+def test_what_is_long_when_the_connection_ends_goes_behind_the_others() -> None:
+    outbox = Outbox()
+    for number, text in enumerate([large(), "two", "three"], 1):
+        outbox.add(number, text, 0.0)
+    outbox.note_sent()
+    for breaks in range(10):  # that may be anybody's fault: nothing is given up
+        outbox.note_broken()
+        outbox.reconnect()
+        last = large() if breaks < 1 else stockrt.without_lists(large())
+        assert sent(outbox) == ["two", "three", last]
+
+
+def test_a_small_result_keeps_its_lists_however_often_the_connection_breaks() -> None:
+    outbox = Outbox()
+    outbox.add(1, large(3), 0.0)
+    for _ in range(9):
+        assert sent(outbox) == [large(3)]
+        outbox.note_broken()
+        outbox.reconnect()
 
 
 @given(st.lists(st.sampled_from(["add", "send", "receipt", "reconnect"]), max_size=60))

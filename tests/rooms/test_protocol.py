@@ -162,10 +162,55 @@ def test_no_execute_raises_and_each_is_taken_or_refused(meta: Any, args: Any, mo
         assert "\n" not in event.reason
 
 
-@pytest.mark.parametrize("shape", ['{"a":' * 5000 + "1" + "}" * 5000, "[" * 5000 + "]" * 5000])
-@pytest.mark.parametrize("place", ["meta", "args", "message"])
-def test_nesting_without_end_is_no_command(shape: str, place: str) -> None:
-    assert receive(f'{{"type": "execute", "{place}": {shape}}}') == []
+# From one too many, over what only json.dumps cannot take, to what json.loads cannot.
+TOO_MANY = [64, 300, 900, 1600, 12_000, 400_000]
+
+
+@pytest.mark.parametrize("depth", TOO_MANY)
+@pytest.mark.parametrize("shape", ["{}{}", '{{"a":{}1{}'], ids=["lists", "objects"])
+@pytest.mark.parametrize("place", ["meta", "args", "workflow_name", "execution_id", "more"])
+@pytest.mark.parametrize("wrap", WRAPPINGS)
+def test_what_is_nested_too_deep_is_refused_by_name(depth: int, shape: str, place: str, wrap: str) -> None:
+    opening, closing = ("[", "]") if shape == "{}{}" else ('{"a":', "}")
+    deep = opening * depth + "1" + closing * depth
+    fields = {"args": '{"codes": ["A.US"]}', "execution_id": '"e-2"'} | {place: deep}
+    bare = '{"type": "execute", ' + ", ".join(f'"{name}": {value}' for name, value in fields.items()) + "}"
+    text = {"object": f'{{"message": {bare}}}', "string": json.dumps({"message": bare}), "bare": bare}[wrap]
+    (event,) = receive(text)
+    assert isinstance(event, Refused)
+    assert event.reason == "JSON nested deeper than 64 levels; expected a flat list of codes"
+    assert len(json.dumps(event.context)) < 100  # it is kept and sent
+    if depth < 900 and place != "execution_id":
+        assert event.context["execution_id"] == "e-2"  # who asked is told
+
+
+def test_codes_in_a_text_that_are_nested_too_deep_are_refused_by_name() -> None:
+    for depth in TOO_MANY:
+        assert "deeper than 64" in refusal_of("[" * (depth + 1) + "]" * (depth + 1))
+
+
+def test_of_a_meta_that_is_nested_too_deep_comes_back_what_is_flat() -> None:
+    deep: object = 1
+    for _ in range(80):
+        deep = [deep]
+    (event,) = receive(json.dumps(execute(["A.US"], meta=META | {"more": deep})))
+    assert isinstance(event, Refused)
+    assert event.context["meta"] == META
+    assert event.context["workflow_name"] == META["workflow_name"]
+
+
+def test_what_is_nested_as_deep_as_it_may_be_is_executed() -> None:
+    deep: object = "A.US"
+    for _ in range(61):  # in the meta of the message
+        deep = [deep]
+    (event,) = receive(json.dumps({"message": execute(["A.US"], meta={"more": deep})}))
+    assert isinstance(event, Command)
+
+
+@pytest.mark.parametrize("depth", TOO_MANY)
+def test_nesting_without_end_is_no_command(depth: int) -> None:
+    assert receive("[" * depth + "]" * depth) == []
+    assert receive("[" * depth) == []
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -309,7 +354,7 @@ def test_meta_goes_back_word_for_word(good: bool, meta: Any) -> None:
 
 
 def test_odd_meta_goes_back_word_for_word() -> None:
-    deep, big = "[" * 100 + "]" * 100, "9" * 400
+    deep, big = "[" * 60 + "]" * 60, "9" * 400
     meta = f'{{"execution_id": "x", "half": "\\ud800", "big": {big}, "deep": {deep}}}'
     (event,) = receive(f'{{"message": {{"type": "execute", "meta": {meta}, "args": "A.US"}}}}')
     assert isinstance(event, Command)
