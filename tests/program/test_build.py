@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,10 +10,12 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping
 from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,6 +135,32 @@ def run_in_file(python: Python, pyz: Path, shiv_root: Path, code: str) -> str:
     env = {**os.environ, "SHIV_ROOT": str(shiv_root), "SHIV_INTERPRETER": "1"}
     command = [python.path, str(pyz), "-c", code]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=True).stdout
+
+
+class Refuser(BaseHTTPRequestHandler):
+    """An index, or a proxy, that has nothing; the server's `asked` holds the request lines."""
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.requestline)  # type: ignore[attr-defined]
+        self.send_error(404)
+
+    do_CONNECT = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def refuser() -> Iterator[tuple[str, list[str]]]:
+    """The URL of one, and what it is asked."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuser) as server:
+        asked: list[str] = []
+        server.asked = asked  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
 
 
 def digest(path: Path) -> str:
@@ -258,6 +287,33 @@ def test_native_build_runs_here(tmp_path: Path) -> None:
     python = Python(sys.version_info[:3], sys.executable)
     code = "import bson, pymongo; print(bson.has_c(), pymongo.has_c())"
     assert run_in_file(python, folder / "stockrt.pyz", tmp_path / "shiv", code) == "True True\n"
+
+
+@pytest.mark.parametrize(
+    ("way", "begins"), [("mirror", "GET /simple/"), ("proxy", "CONNECT mirror.invalid:443 ")]
+)
+def test_wheels_come_by_the_mirror_of_pip_and_the_proxy(way: str, begins: str, tmp_path: Path) -> None:
+    """Every request goes where the operator's settings say."""
+    folder, tools = copy_sources(tmp_path / "sources"), tmp_path / "build"
+    tools.mkdir()
+    (tools / "tool").symlink_to(BUILD_DIR / "tool")
+    env = {"STOCKRT_BUILD_DIR": str(tools), "UV_NO_CACHE": "true", "UV_HTTP_RETRIES": "0"}
+    with refuser() as (url, asked):
+        if way == "mirror":
+            settings = tmp_path / "home/.config/pip/pip.conf"
+            settings.parent.mkdir(parents=True)
+            settings.write_text(f"[global]\nindex-url = {url}/simple\n")
+            env |= {
+                "NO_PROXY": "*",
+                "HOME": str(tmp_path / "home"),
+                "XDG_CONFIG_HOME": "",
+                "UV_DEFAULT_INDEX": "",
+            }
+        else:
+            env |= {"NO_PROXY": "", "HTTPS_PROXY": url, "UV_DEFAULT_INDEX": "https://mirror.invalid/simple"}
+        run = build(folder, "--native", env=env)
+    assert run.returncode != 0
+    assert asked and all(line.startswith(begins) for line in asked), (asked, run.stderr)
 
 
 def test_wheel_that_no_hash_vouches_for_stops_the_build(tmp_path: Path) -> None:

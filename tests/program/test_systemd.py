@@ -443,6 +443,16 @@ def test_registration_by_root_does_not_lock_the_service_out(service: Instance, b
     assert service.platform.connected == [place.read_text().strip()]
 
 
+def test_status_by_hand_is_the_services_own(running: Instance, box: Box) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"^sudo (env CREDENTIALS_DIRECTORY=.* --status)$", readme, re.MULTILINE)
+    assert found is not None
+    said = box.run("env", "HOME=/root", *found[1].split()).stdout
+    assert re.search(r"^daemon +running", said, re.MULTILINE), said
+    assert re.search(r"^API key .*ready$", said, re.MULTILINE), said
+    assert re.search(r"^store +/var/lib/stockrt/stockrt.db$", said, re.MULTILINE), said
+
+
 def another_version(pyz: Path, target: Path) -> None:
     """A program that is the same and unpacks itself into another directory."""
     with zipfile.ZipFile(pyz) as old, target.open("wb") as file:
