@@ -73,6 +73,7 @@ import re
 import signal
 import threading
 import time
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
@@ -479,6 +480,8 @@ STOP_POLL_S = 0.2
 INTERRUPT_GRACE_S = 0.9
 # A trouble that goes on is said again this often.
 TROUBLE_AGAIN_S = 300.0
+# One that nothing is lost by, and that may stay for months, no more often than this.
+SMALL_TROUBLE_AGAIN_S = 6 * 3600.0
 # Reasons of one trouble that are told apart; a peer that says something new each time fills no log.
 TROUBLE_KINDS = 16
 
@@ -486,9 +489,16 @@ TROUBLE_KINDS = 16
 class LogThrottle:
     """Says a repeating trouble when it begins or changes, every few minutes with a count, and when it ends."""
 
-    def __init__(self, what: str, clock: Clock = SYSTEM_CLOCK, then: str = "trying again") -> None:
+    def __init__(
+        self,
+        what: str,
+        clock: Clock = SYSTEM_CLOCK,
+        then: str = "trying again",
+        again_s: float = TROUBLE_AGAIN_S,
+    ) -> None:
         self._what = what
         self._then = then
+        self._again_s = again_s
         self._clock = clock
         self._said: dict[str, float] = {}  # kind of reason -> when it was said
         self._count = 0
@@ -502,7 +512,7 @@ class LogThrottle:
             kind = ""
         if kind not in self._said:
             log.warning("%s: %s; %s", self._what, reason, self._then)
-        elif now - self._said[kind] >= TROUBLE_AGAIN_S:
+        elif now - self._said[kind] >= self._again_s:
             log.warning("%s: still %s (%d tries)", self._what, reason, self._count)
         else:
             return
@@ -522,6 +532,34 @@ class LogThrottle:
             gc.collect()
         self._said.clear()
         self._count = 0
+
+
+# What is wanted once a day and could not be had is asked for again after this time.
+DAILY_AGAIN_S = 900.0
+
+
+class OnceADay:
+    """When to ask for what is wanted once a day (UTC): where it could not be had again within the hour."""
+
+    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._clock = clock
+        self._had_on = ""
+        self._again_at = -math.inf  # monotonic
+
+    def is_due(self) -> bool:
+        """Return whether to ask now."""
+        if self._had_on == utc_day(self._clock.wall()):
+            return False
+        return self._clock.monotonic() >= self._again_at
+
+    def note_had(self) -> None:
+        """Note that it was had: it is due tomorrow."""
+        self._had_on = utc_day(self._clock.wall())
+        self._again_at = -math.inf
+
+    def note_failed(self) -> None:
+        """Note that it could not be had."""
+        self._again_at = self._clock.monotonic() + DAILY_AGAIN_S
 
 
 # ======================================================================================================
@@ -1690,7 +1728,7 @@ NO_EVENTS = Events()
 # HTTP
 # ======================================================================================================
 
-# A hundred trades are about ten kilobytes; more than this is not an answer but an accident or an attack.
+# The longest lists of the API have a few megabytes; more than this is not an answer but an accident or an attack.
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
 # What a proxy answers itself when it cannot reach the server behind it.
 GATEWAY_STATUSES = (502, 503, 504)
@@ -1812,11 +1850,11 @@ class HttpConnection:
         self.deadline = 0.0
         return fault
 
-    def get(self, path: str, headers: Mapping[str, str]) -> Response:
-        """Ask for `path` over the open connection and return the answer, whatever it is."""
+    def get(self, path: str, headers: Mapping[str, str], most_bytes: int = MAX_ANSWER_BYTES) -> Response:
+        """Ask for `path` over the open connection and return the answer, whatever it is, up to so many bytes."""
         self.deadline = time.monotonic() + self._limits.whole_s
         try:
-            response = self._exchange(path, headers)
+            response = self._exchange(path, headers, most_bytes)
         except _foreign_errors() as error:
             response = self._fault(error)
         self.deadline = 0.0
@@ -1880,15 +1918,15 @@ class HttpConnection:
             return start_tls(sock, proxy.host)
         return sock
 
-    def _exchange(self, path: str, headers: Mapping[str, str]) -> Response:
+    def _exchange(self, path: str, headers: Mapping[str, str], most_bytes: int) -> Response:
         if self._conn is None or self._wire.is_cut:
             raise TimeoutError("timed out")
         conn = self._conn
         conn.request("GET", self._path + path, headers={**self._headers, **headers}, preload_content=False)
         answer = conn.getresponse()
-        body = answer.read(MAX_ANSWER_BYTES + 1)
-        if len(body) > MAX_ANSWER_BYTES:
-            words = f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB"
+        body = answer.read(most_bytes + 1)
+        if len(body) > most_bytes:
+            words = f"an answer of more than {most_bytes >> 20} MiB"
             return Response(fault=words, kind=FailureKind.API, hopeless=True)
         response = Response(answer.status, body, answer.headers.get("Retry-After", "").strip())
         if self._proxy is not None and not self._tunnels and _is_of_proxy(response):
@@ -1963,12 +2001,13 @@ def get_once(
     limits: Limits,
     proxies: Proxies = NO_PROXIES,
     headers: Mapping[str, str] = MappingProxyType({}),
+    most_bytes: int = MAX_ANSWER_BYTES,
 ) -> Response:
     """Ask for one thing over a connection of its own, which is cut when the time is over."""
     connection = HttpConnection(base_url, limits, proxies)
     with cut_after(limits.whole_s, connection):
         try:
-            return connection.open() or connection.get(path, headers)
+            return connection.open() or connection.get(path, headers, most_bytes)
         finally:
             connection.close()
 
@@ -2647,7 +2686,7 @@ def _value_at(page: bytes, kind: int, at: int) -> tuple[str | int | None, int]:
 # ------------------------------------------------------------------------------------------------------
 
 SQLITE_NAME = "stockrt.db"
-SQLITE_VERSION = 3
+SQLITE_VERSION = 4
 # IF NOT EXISTS: two processes may open a new file at the same moment.
 _SQLITE_SCHEMA = """
 CREATE TABLE IF NOT EXISTS realtime (
@@ -2688,6 +2727,9 @@ CREATE TABLE IF NOT EXISTS unsettled (      -- trades that MongoDB has, whose cl
 CREATE TABLE IF NOT EXISTS key_usage (
     digest TEXT, day TEXT, used INTEGER NOT NULL, PRIMARY KEY (digest, day)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_pace (
+    digest TEXT PRIMARY KEY, pace TEXT NOT NULL  -- JSON: Pace.stored
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS calendar (
     market TEXT PRIMARY KEY, asked_on TEXT NOT NULL, first TEXT NOT NULL, last TEXT NOT NULL,
     half_days TEXT NOT NULL                 -- JSON: ISO dates
@@ -2713,6 +2755,8 @@ WINDOW_MARGIN_S = 0.03
 LONGEST_WAIT_FOR_KEY_S = 60.0
 # After a refusal for its rate a key goes at half its pace for this long.
 SLOW_FOR_S = 60.0
+# A key that was refused on the way rests so long, a run's patience at least, and twice as long each time up to an hour.
+DOUBT_FIRST_S, DOUBT_CAP_S = LONGEST_WAIT_FOR_KEY_S + 1, 3600.0
 # A key whose lease is refused is not asked about again at once.
 MIN_REST_S = 0.05
 # The API's midnight may be a little later than ours.
@@ -2745,12 +2789,15 @@ def key_digest(secret: str) -> str:
 class Lease(NamedTuple):
     """Requests that a ledger grants until `until`; 0: none before `until`.
 
-    `until` is epoch seconds; `why` says which limit is used up.
+    `until` is epoch seconds; `why` says which limit is used up. `slots`: when each may be made (epoch seconds) and
+    for how long from then on, where others use the key too; without any the key's own windows are all.
     """
 
     requests: int
     until: float
     why: str = ""
+    slots: tuple[float, ...] = ()
+    life_s: float = 0.0
 
 
 UNLIMITED = Lease(1_000_000_000, float("inf"))
@@ -2762,11 +2809,13 @@ class Ledger(Protocol):
     `now` is epoch seconds. Never raises: a count that cannot be kept is said, and the work goes on.
     """
 
-    def lease(self, digest: str, plan: Plan, now: float) -> Lease:
-        """Take some requests of a key out of its limits."""
+    def lease(self, digest: str, plan: Plan, now: float, made: Sequence[float] = ()) -> Lease:
+        """Take some requests of a key out of its limits; `made`: when those of the lease before were made."""
 
-    def give_back(self, digest: str, lease: Lease, now: float) -> None:
-        """Take the requests of a lease off the counts: it was made today (UTC), and they were not."""
+    def give_back(
+        self, digest: str, plan: Plan, lease: Lease, now: float, made: Sequence[float] = ()
+    ) -> None:
+        """Take the requests of a lease off the counts: it was leased today (UTC), and they were not made."""
 
     def used_today(self, digest: str, now: float) -> int:
         """Return how many requests of the key were leased today (UTC)."""
@@ -2775,11 +2824,13 @@ class Ledger(Protocol):
 class NoLedger:
     """Counts nothing: for a single request, and for plans without a limit."""
 
-    def lease(self, digest: str, plan: Plan, now: float) -> Lease:
+    def lease(self, digest: str, plan: Plan, now: float, made: Sequence[float] = ()) -> Lease:
         """Grant whatever is asked."""
         return UNLIMITED
 
-    def give_back(self, digest: str, lease: Lease, now: float) -> None:
+    def give_back(
+        self, digest: str, plan: Plan, lease: Lease, now: float, made: Sequence[float] = ()
+    ) -> None:
         """Nothing is counted."""
 
     def used_today(self, digest: str, now: float) -> int:
@@ -2797,11 +2848,14 @@ class ApiKey:
         self.windows = [SlidingWindow(limit, seconds) for limit, seconds in plan.windows()]
         self.lease = Lease(0, 0.0)
         self.leased_on = ""  # UTC date
+        self.slots: deque[float] = deque()  # those of the lease that are left, monotonic
+        self.made: list[float] = []  # epoch seconds of requests that the ledger does not know of yet
         self.dead = ""
         self.closed_products: dict[str, str] = {}
         self.paused_until = 0.0
         self.paused_why = ""
         self.slow_until = 0.0
+        self.doubt_s = 0.0  # how long it rests, or rested, because something on the way refused it
 
     @property
     def shown(self) -> str:
@@ -2815,7 +2869,13 @@ class ApiKey:
     def ready_at(self, now: float) -> float:
         """Return the earliest time at which the key may be used again."""
         pace = 2.0 if now < self.slow_until else 1.0
-        return max([now, self.paused_until, *(window.ready_at(now, pace) for window in self.windows)])
+        slots = islice(self.slots, 1)
+        return max([now, self.paused_until, *slots, *(window.ready_at(now, pace) for window in self.windows)])
+
+    def pass_over_late_slots(self, now: float) -> None:
+        """Forget the slots of the lease whose time is over."""
+        while self.slots and self.slots[0] + self.lease.life_s < now:
+            self.slots.popleft()
 
 
 class KeyState(TypedDict):
@@ -2906,6 +2966,21 @@ class KeyPool:
         now = self._clock.wall()
         self._rest(key, next_midnight(now) - now + MIDNIGHT_MARGIN_S, why)
 
+    def doubt(self, key: ApiKey, why: str) -> None:
+        """Let a key rest that something on the way refused: a minute, twice as long each time until `trust`."""
+        with self._changed:
+            if key.paused_until > self._clock.monotonic():
+                return  # this request was under way when another one was refused
+            key.doubt_s = min(DOUBT_CAP_S, key.doubt_s * 2 or DOUBT_FIRST_S)
+            self._rest(key, key.doubt_s, why)
+
+    def trust(self, key: ApiKey) -> None:
+        """Note that the API took a key."""
+        if key.doubt_s:
+            with self._changed:
+                key.doubt_s, key.paused_why = 0.0, ""
+            log.info("API key %s is taken again", key.shown)
+
     def slow_down(self, key: ApiKey, seconds: float, why: str) -> None:
         """Let a key rest for some seconds, and go at half its pace for a while."""
         with self._changed:
@@ -2916,7 +2991,7 @@ class KeyPool:
         """Give back what is leased and was not used."""
         with self._changed:
             for key in self.keys:
-                self._give_back(key, self._clock.wall())
+                self._give_back(key, self._clock.wall(), closing=True)
 
     def describe(self) -> list[KeyState]:
         """Return the state of each key."""
@@ -2935,12 +3010,20 @@ class KeyPool:
 
     def _first_ready(self, product: str, now: float) -> ApiKey | None:
         usable = [key for key in self.keys if not key.refusal(product)]
+        for key in usable:
+            key.pass_over_late_slots(now)
         return min(usable, key=lambda key: key.ready_at(now), default=None)
 
     def _take_leased(self, key: ApiKey, now: float) -> bool:
         """Take one request from the key's lease and count it; return False where the lease is over."""
-        if key.lease.requests <= 0 or self._clock.wall() >= key.lease.until:
+        wall = self._clock.wall()
+        if key.lease.requests <= 0 or wall >= key.lease.until:
             return False
+        if key.lease.slots:
+            if not key.slots:
+                return False
+            key.slots.popleft()
+            key.made.append(wall)
         key.lease = key.lease._replace(requests=key.lease.requests - 1)
         for window in key.windows:
             window.take(now)
@@ -2950,13 +3033,20 @@ class KeyPool:
         """Ask the ledger for a new lease. It may take long: after it the key is chosen anew."""
         wall = self._clock.wall()
         self._give_back(key, wall)
-        key.lease = self.ledger.lease(key.digest, key.plan, wall)
+        key.lease = self.ledger.lease(key.digest, key.plan, wall, key.made)
+        key.made = []
+        now, wall = self._clock.monotonic(), self._clock.wall()  # it may have taken long
+        key.slots = deque(now + (slot - wall) for slot in key.lease.slots)
         if not key.lease.requests:
             self._rest(key, max(MIN_REST_S, key.lease.until - wall), key.lease.why)
 
-    def _give_back(self, key: ApiKey, wall: float) -> None:
-        if key.lease.requests > 0 and utc_day(wall) == key.leased_on and key.lease.until < UNLIMITED.until:
-            self.ledger.give_back(key.digest, key.lease, wall)
+    def _give_back(self, key: ApiKey, wall: float, closing: bool = False) -> None:
+        counted = utc_day(wall) == key.leased_on and key.lease.until < UNLIMITED.until
+        over = key.lease._replace(requests=key.lease.requests if counted else 0)
+        if over.requests or (closing and over.slots):
+            self.ledger.give_back(key.digest, key.plan, over, wall, key.made)
+            key.made = []
+        key.slots.clear()
         key.lease, key.leased_on = Lease(0, 0.0), utc_day(wall)
 
     def _rest(self, key: ApiKey, seconds: float, why: str) -> None:
@@ -2998,41 +3088,132 @@ SLICES_PER_WINDOW = int(60 / SLICE_S) + 1
 SLICE_MARGIN_S = 0.2
 # A share of a slice for one instance, so that others find something too.
 SHARES_PER_SLICE = 4
+# A slot of a key that others use too is for so long (and while its lease is on its way): a wake-up may be late, and
+# what it is late the others wait. Nobody else's slots are near: no other use of the time.
+SHARED_SLOT_S, ALONE_SLOT_S = 0.02, 0.5
+# Whose slots ended this long ago is not there any more.
+OTHERS_S = 3.0
+# No slot lies farther ahead; those of several holders of the slowest plan would.
+FARTHEST_SLOT_S = 300.0
+# A greater rate than any plan's: its second is kept by each process alone, as its slots would be too many to write.
+FASTEST_PACED = 100.0
 # With MongoDB away each instance counts alone, and asks it again after this time.
 LEDGER_RETRY_S = 30.0
 LEDGER_TIMEOUT_S = 2.0
 # Instances that write the same key's count at the same moment try again; each try lets one of them through.
 LEDGER_TRIES = 50
+# MongoDB's code for a right that the user lacks.
+UNAUTHORIZED = 13
+
+
+class Pace:
+    """When the requests of a key are made by all who share it, so that none of its seconds holds more than the plan's.
+
+    Pure; all times are epoch seconds. `made`: requests that were made. `held`: of each holder of a lease the latest
+    times at which it may make those that it was granted. A slot begins when, whatever becomes of both, fewer than
+    the limit can lie in the window before it.
+    """
+
+    def __init__(self, stored: Mapping[str, Any], plan: Plan, now: float) -> None:
+        self._limit, self._seconds = plan.windows()[0]
+        self._now = now
+        self.made = self._near(stored.get("made"))
+        held = stored.get("held")
+        nearby = {name: self._near(times) for name, times in held.items()} if isinstance(held, dict) else {}
+        self.held = {name: times for name, times in nearby.items() if times}
+
+    def settle(self, holder: str, made: Sequence[float]) -> None:
+        """Note when the requests of a lease were made; those that were not are free again."""
+        self.held.pop(holder, None)
+        self.made += self._near(list(made))
+
+    def slots(self, count: int, now: float, took_s: float) -> tuple[list[float], float]:
+        """Return from when on each of up to so many requests may be made, and for how long from then on.
+
+        Who shares the key with nobody has long: its own windows keep its own requests apart. Others get few at a
+        time, as what they do not use in time is lost. `took_s`: what a lease takes to arrive.
+        """
+        life_s = ALONE_SLOT_S
+        if self.held:
+            life_s = SHARED_SLOT_S + 2 * took_s
+            count = min(count, max(1, self._limit // SHARES_PER_SLICE))
+        taken = sorted([*self.made, *(time for times in self.held.values() for time in times)])
+        slots = []
+        for _ in range(count):
+            ready = now
+            if len(taken) >= self._limit:
+                ready = max(now, taken[-self._limit] + self._seconds + WINDOW_MARGIN_S)
+            slots.append(ready)
+            insort(taken, ready + life_s if self.held else ready)
+        return slots, life_s
+
+    def hold(self, holder: str, slots: Sequence[float], life_s: float) -> None:
+        """Note that these slots are leased."""
+        self.held[holder] = [slot + life_s for slot in slots]
+
+    def _near(self, times: object) -> list[float]:
+        """Return the times that count. One far ahead was noted before the clock was set back: it is over."""
+        since, until = self._now - self._seconds - OTHERS_S, self._now + FARTHEST_SLOT_S
+        listed = times if isinstance(times, list) else []
+        return [t for t in listed if isinstance(t, int | float) and since < t < until]
+
+    def stored(self) -> dict[str, Any]:
+        """Return what the next one is made of."""
+        return {"made": self.made, "held": self.held}
+
+
+def is_paced(plan: Plan) -> bool:
+    """Return whether the second's window is kept with others too."""
+    return 0 < plan.per_second <= FASTEST_PACED
+
+
+def new_holder() -> str:
+    """Return a name for one who leases: of a process, and unlike any other's."""
+    return f"{os.getpid()}-{os.urandom(4).hex()}"
 
 
 class LocalLedger:
-    """The day's count of each key on this machine, for all its processes; minutes are each process's own."""
+    """The count of a day and the pace of each key on this machine, for all its processes, and those that come after.
+
+    The minute is each process's own.
+    """
 
     def __init__(self, file: LocalFile) -> None:
         self._file = file
+        self._holder = new_holder()
 
-    def lease(self, digest: str, plan: Plan, now: float) -> Lease:
-        """Take requests from the day's count."""
-        if not plan.per_day:
+    def lease(self, digest: str, plan: Plan, now: float, made: Sequence[float] = ()) -> Lease:
+        """Take requests from the day's count, and slots."""
+        paced = is_paced(plan)
+        if not (plan.per_day or paced):
             return UNLIMITED
-        wanted = day_lease(plan)
+        lease = Lease(max(1, int(plan.per_second)) if paced else day_lease(plan), next_midnight(now))
         try:
-            granted = self._take_day(digest, plan, wanted, now)
+            with self._file.write():
+                if paced:
+                    lease = self._take_slots(digest, plan, lease, now, made)
+                if plan.per_day:
+                    granted = self._take_day(digest, plan, lease.requests, now)
+                    lease = lease._replace(requests=granted, slots=lease.slots[:granted])
         except StoreError as error:
-            log.warning("the day's count of a key is not kept: %s", error)
-            granted = wanted
-        if not granted:
-            return Lease(0, next_midnight(now), day_used_up(plan))
-        return Lease(granted, next_midnight(now))
+            log.warning("the counts of a key are not kept: %s", error)
+            return lease._replace(slots=())
+        return lease if lease.requests else lease._replace(why=day_used_up(plan))
 
-    def give_back(self, digest: str, lease: Lease, now: float) -> None:
-        """Take the requests of a lease off the day's count."""
+    def give_back(
+        self, digest: str, plan: Plan, lease: Lease, now: float, made: Sequence[float] = ()
+    ) -> None:
+        """Take the requests of a lease off the day's count, and its slots."""
         update = "UPDATE key_usage SET used = max(0, used - ?) WHERE digest = ? AND day = ?"
         try:
             with self._file.write() as db:
                 db.execute(update, (lease.requests, digest, utc_day(now)))
+                if lease.slots:
+                    pace = self._pace(digest, plan, now)
+                    pace.settle(self._holder, made)
+                    self._write_pace(digest, pace)
         except StoreError as error:
-            log.warning("the day's count of a key is not kept: %s", error)
+            log.warning("the counts of a key are not kept: %s", error)
 
     def used_today(self, digest: str, now: float) -> int:
         """Return how many requests of the key were leased today."""
@@ -3043,6 +3224,28 @@ class LocalLedger:
             log.warning("the day's count of a key cannot be read: %s", error)
             return 0
         return int(row[0])
+
+    def _take_slots(self, digest: str, plan: Plan, lease: Lease, now: float, made: Sequence[float]) -> Lease:
+        """Return a lease with its slots, as many as there are now."""
+        pace = self._pace(digest, plan, now)
+        pace.settle(self._holder, made)
+        slots, life_s = pace.slots(lease.requests, now, 0.0)
+        pace.hold(self._holder, slots, life_s)
+        self._write_pace(digest, pace)
+        return lease._replace(requests=len(slots), slots=tuple(slots), life_s=life_s)
+
+    def _pace(self, digest: str, plan: Plan, now: float) -> Pace:
+        (text,) = self._file.read_one("SELECT pace FROM key_pace WHERE digest = ?", digest) or ("{}",)
+        try:
+            found = json.loads(text)
+        except (TypeError, ValueError):  # the disk has changed it
+            found = {}
+        return Pace(found if isinstance(found, dict) else {}, plan, now)
+
+    def _write_pace(self, digest: str, pace: Pace) -> None:
+        with self._file.write() as db:
+            row = (digest, json.dumps(pace.stored()))
+            db.execute("INSERT OR REPLACE INTO key_pace VALUES (?, ?)", row)
 
     def _take_day(self, digest: str, plan: Plan, wanted: int, now: float) -> int:
         """Add what is left of `wanted` to the day's count and return it; processes take turns."""
@@ -3070,7 +3273,8 @@ class SharedLedger:
     """The counts of all instances that share keys, in one MongoDB collection; `alone` counts while it is away.
 
     One document per key digest and window: `<digest>|<UTC date>` counts the day (`used`), `<digest>|minute`
-    holds the minute's slices. Both are changed by conditional updates only: the server decides.
+    holds the minute's slices and the pace of the second. Both are changed by conditional updates only: the server
+    decides.
     """
 
     def __init__(
@@ -3080,39 +3284,52 @@ class SharedLedger:
         self._alone = alone
         self._clock = clock
         self._away_until = 0.0  # monotonic; 0: it is there
+        self._trouble = LogThrottle(
+            "the shared counts of API keys", clock, "counting alone", SMALL_TROUBLE_AGAIN_S
+        )
         self._leased_alone: set[str] = set()
+        self._holder = new_holder()
+        self._took_s = 0.0  # what the last lease took
 
-    def lease(self, digest: str, plan: Plan, now: float) -> Lease:
+    def lease(self, digest: str, plan: Plan, now: float, made: Sequence[float] = ()) -> Lease:
         """Take requests from the minute and the day. The shorter of the two limits is what the lease has."""
         if not (plan.per_day or plan.per_minute):
             return UNLIMITED
+        began = self._clock.monotonic()
         try:
             with self._together():
-                lease = self._lease_day(digest, plan, now, self._lease_minute(digest, plan, now))
+                lease = self._lease_day(digest, plan, now, self._lease_minute(digest, plan, now, made))
         except StoreAway:
-            return self._lease_alone(digest, plan, now)
+            return self._lease_alone(digest, plan, now, made)
+        self._took_s = self._clock.monotonic() - began
         self._leased_alone.discard(digest)
         return lease
 
-    def _lease_alone(self, digest: str, plan: Plan, now: float) -> Lease:
+    def _lease_alone(self, digest: str, plan: Plan, now: float, made: Sequence[float]) -> Lease:
         """Take requests from this machine's own count, for no longer than until MongoDB is asked again."""
         self._leased_alone.add(digest)
-        lease = self._alone.lease(digest, plan, now)
+        lease = self._alone.lease(digest, plan, now, made)
         if not lease.requests:
             return lease
         return lease._replace(until=min(lease.until, now + LEDGER_RETRY_S))
 
-    def give_back(self, digest: str, lease: Lease, now: float) -> None:
-        """Take the requests of a lease off the counts in which they were made."""
+    def give_back(
+        self, digest: str, plan: Plan, lease: Lease, now: float, made: Sequence[float] = ()
+    ) -> None:
+        """Take the requests of a lease off the counts in which they were made, and its slots."""
         if digest in self._leased_alone:
-            self._alone.give_back(digest, lease, now)
+            self._alone.give_back(digest, plan, lease, now, made)
             return
         day = {"_id": f"{digest}|{utc_day(now)}", "used": {"$gte": lease.requests}}
         name = f"slices.{int(lease.until // SLICE_S)}"
         minute = {"_id": f"{digest}|minute", name: {"$gte": lease.requests}}
+        update: dict[str, Any] = {"$inc": {name: -lease.requests, "version": 1}}
+        if lease.slots:
+            update |= {"$unset": {f"held.{self._holder}": ""}, "$push": {"made": {"$each": list(made)}}}
         with contextlib.suppress(StoreAway), self._together():
-            self._collection.update_one(day, {"$inc": {"used": -lease.requests}})
-            self._collection.update_one(minute, {"$inc": {name: -lease.requests, "version": 1}})
+            if lease.requests:
+                self._collection.update_one(day, {"$inc": {"used": -lease.requests}})
+            self._collection.update_one(minute, update)
 
     def used_today(self, digest: str, now: float) -> int:
         """Return how many requests of the key all instances leased today; MongoDB away: those of this one."""
@@ -3127,7 +3344,7 @@ class SharedLedger:
     def _together(self) -> Iterator[None]:
         """Ask MongoDB in the body. Raises StoreAway when it is away, or was a moment ago."""
         from pymongo import timeout
-        from pymongo.errors import PyMongoError
+        from pymongo.errors import OperationFailure, PyMongoError
 
         now = self._clock.monotonic()
         if now < self._away_until:
@@ -3137,18 +3354,21 @@ class SharedLedger:
                 yield
         except PyMongoError as error:
             self._away_until = now + LEDGER_RETRY_S
-            log.warning("the shared counts of API keys are away (%s): counting alone", type(error).__name__)
+            words = f"they are away ({type(error).__name__})"
+            if isinstance(error, OperationFailure) and error.code == UNAUTHORIZED:
+                place = self._collection.full_name
+                words = f"this user may not write to {place}; see MONGODB_LICENSE_COLLECTION_NAME"
+            self._trouble.again(words)
             raise StoreAway("the shared counts of API keys are away") from error
-        if self._away_until:
-            self._away_until = 0.0
-            log.warning("the shared counts of API keys are back")
+        self._away_until = 0.0
+        self._trouble.over()
 
     def _lease_day(self, digest: str, plan: Plan, now: float, lease: Lease) -> Lease:
         if not (plan.per_day and lease.requests):
             return lease
         for requests in dict.fromkeys((lease.requests, 1)):  # the last few of a day one by one
             if self._count_day(f"{digest}|{utc_day(now)}", requests, plan.per_day):
-                return lease._replace(requests=requests)
+                return lease._replace(requests=requests, slots=lease.slots[:requests])
         return Lease(0, next_midnight(now), day_used_up(plan))
 
     def _count_day(self, name: str, requests: int, limit: int) -> bool:
@@ -3162,10 +3382,10 @@ class SharedLedger:
             self._collection.insert_one({"_id": name, "used": 0})
         return bool(self._collection.update_one(wanted, update).matched_count)
 
-    def _lease_minute(self, digest: str, plan: Plan, now: float) -> Lease:
+    def _lease_minute(self, digest: str, plan: Plan, now: float, made: Sequence[float]) -> Lease:
         if not plan.per_minute:
             return Lease(day_lease(plan), next_midnight(now))
-        present, counted = int(now // SLICE_S), int((now + SLICE_MARGIN_S) // SLICE_S)
+        present = int(now // SLICE_S)
         end = (present + 1) * SLICE_S
         share = max(1, int(plan.per_minute * SLICE_S / 60 / SHARES_PER_SLICE))
         for _ in range(LEDGER_TRIES):
@@ -3175,17 +3395,31 @@ class SharedLedger:
             requests = min(share, plan.per_minute - sum(slices.values()))
             if requests <= 0:
                 return Lease(0, end, f"the minute's {plan.per_minute} requests are used up")
-            slices[str(counted)] = slices.get(str(counted), 0) + requests
-            if self._swap(digest, found["version"], slices):
-                return Lease(requests, (counted + 1) * SLICE_S - SLICE_MARGIN_S)
+            pace = Pace(found, plan, now)
+            pace.settle(self._holder, made)
+            lease = self._slots_of_a_slice(pace, requests, plan, now)
+            counted = str(int(lease.until // SLICE_S))
+            slices[counted] = slices.get(counted, 0) + lease.requests
+            if self._swap(digest, found["version"], {"slices": slices, **pace.stored()}):
+                return lease
         return Lease(0, end, "the shared count is busy")
 
-    def _swap(self, digest: str, version: int, slices: Mapping[str, int]) -> bool:
-        """Write the slices if nobody else did since `version`; return whether it was done."""
+    def _slots_of_a_slice(self, pace: Pace, requests: int, plan: Plan, now: float) -> Lease:
+        """Return a lease of as many requests as there are slots for in the slice of the first one."""
+        if not is_paced(plan):
+            return Lease(requests, _end_of_slice(now))
+        slots, life_s = pace.slots(requests, now, self._took_s)
+        end = _end_of_slice(slots[0])
+        slots = [slot for slot in slots if slot < end]
+        pace.hold(self._holder, slots, life_s)
+        return Lease(len(slots), end, "", tuple(slots), life_s)
+
+    def _swap(self, digest: str, version: int, fields: Mapping[str, Any]) -> bool:
+        """Write the minute's document if nobody else did since `version`; return whether it was done."""
         from pymongo.errors import DuplicateKeyError
 
         name = f"{digest}|minute"
-        new = {"_id": name, "version": version + 1, "slices": dict(slices)}
+        new = {"_id": name, "version": version + 1, **fields}
         if version:
             return bool(self._collection.replace_one({"_id": name, "version": version}, new).matched_count)
         try:
@@ -3195,10 +3429,18 @@ class SharedLedger:
         return True
 
 
+def _end_of_slice(start: float) -> float:
+    """Return until when what leaves from `start` on arrives in one slice: the next one, where it may come too late."""
+    return (int((start + SLICE_MARGIN_S) // SLICE_S) + 1) * SLICE_S - SLICE_MARGIN_S
+
+
 # ======================================================================================================
 # Infoway: answers, requests
 # ======================================================================================================
 
+# A hundred trades are about ten kilobytes. Several answers are in flight at once, and what is read of one takes many
+# times its size: an answer to a batch, or a month's calendar, is refused beyond this.
+MAX_BATCH_BYTES = 1024 * 1024
 # A thread that does not come back this long after its connection was cut is left alone and replaced.
 ABANDON_AFTER_S = 2.0
 # Tries of one batch after faults of the network or the server.
@@ -3213,6 +3455,8 @@ CALENDAR_PATH = "/common/basic/markets/trading_days"
 CALENDAR_TRIES = 2
 # A `Retry-After` beyond this is answered by failing the batch with that number in the reason.
 LONGEST_RETRY_AFTER_S = 60.0
+# No `Retry-After` is believed beyond this: one answer of a proxy would put a key out for days, or for good.
+BELIEVED_RETRY_AFTER_S = 3600.0
 # No server on the path gains from more connections than this, and each is a thread here.
 MAX_IN_FLIGHT = 32
 # About what this process itself needs to send, read, check and store one batch.
@@ -3233,6 +3477,7 @@ class Action(Enum):
     SLOW_DOWN = "let the key rest a moment, then retry"
     KEY_DAY_OVER = "let the key rest until the next day"
     KEY_DEAD = "never use the key again"
+    KEY_DOUBTED = "let the key rest, longer each time: something on the way refused it, not the API"
     KEY_LACKS_PRODUCT = "never use the key for this product again"
     CODES_UNKNOWN = "give up on the codes"
     GIVE_UP = "give up on the request: it is wrong, and would be wrong again"
@@ -3253,9 +3498,11 @@ class Refusal(NamedTuple):
     more: str = ""
 
 
+# What the API says in plain text to a request without a key.
+NO_KEY_TEXT = "Unauthorized"
 _KEY_TEXTS = (
     "Token invalid",
-    "Unauthorized",
+    NO_KEY_TEXT,
     "Apikey not exists",
     "apiKey is required",
     "The token permission has expired",
@@ -3263,10 +3510,12 @@ _KEY_TEXTS = (
 _RATE_TEXTS = ("Rate limit exceeded", "Request frequency exceed")
 _REQUEST_TEXTS = ("Products quantity exceeds", "Param error", "Param lost")
 _REDIRECTION = ", a redirection, which is not followed"
+_NOT_THE_API = ", not in the API's words: as from a gateway or a login page on the way"
 # Each refusal has a `ret` of its own, or comes with `ret` 500 or without one: then its text begins so. The
 # status counts where neither tells, as with what a gateway sends. Of several rows the first one counts.
 REFUSALS = (
-    Refusal(Action.KEY_DEAD, FailureKind.KEY, "INFOWAY_API_KEY", (401, 509), _KEY_TEXTS, (401,)),
+    Refusal(Action.KEY_DEAD, FailureKind.KEY, "INFOWAY_API_KEY", (401, 509), _KEY_TEXTS),
+    Refusal(Action.KEY_DOUBTED, FailureKind.KEY, "INFOWAY_API_BASE_URL", (), (), (401,), _NOT_THE_API),
     Refusal(Action.KEY_LACKS_PRODUCT, FailureKind.KEY, "INFOWAY_API_KEY", (514,), ("No permission",)),
     Refusal(Action.KEY_DAY_OVER, FailureKind.KEY, "INFOWAY_PLAN", (502,), ("Request frequency for the day",)),
     Refusal(Action.SLOW_DOWN, FailureKind.API, "INFOWAY_PLAN", (429, 501), _RATE_TEXTS, (429,)),
@@ -3303,7 +3552,9 @@ def decide(response: Response, now_utc: datetime) -> Verdict:
         return Verdict(action, Failure(response.kind, response.fault))
     envelope = json_object(response.body) or {}
     ret, text = envelope.get("ret"), words_of(envelope)
-    row = _row_of_body(ret, text)
+    if response.body.strip() == NO_KEY_TEXT.encode():
+        text = NO_KEY_TEXT
+    row = _row_of_body(ret, text) if _is_own(response, envelope) else None
     if row is None and type(ret) is int and ret == 200:
         return _accept(envelope)
     status = _status_of(response, envelope)
@@ -3315,6 +3566,13 @@ def decide(response: Response, now_utc: datetime) -> Verdict:
         words += ", " + not_json_words(response.body, "the API's")
     failure = Failure(row.kind, words)
     return Verdict(row.action, failure, wait_s=_retry_after_s(response, now_utc), setting=row.setting)
+
+
+def _is_own(response: Response, envelope: Mapping[str, Any]) -> bool:
+    """Return whether a body may be the API's: of a 401 only with its numbers, as gateways refuse in like words."""
+    if response.status != 401 or not envelope:
+        return True
+    return type(envelope.get("ret")) is int or type(envelope.get("code")) is int
 
 
 def _row_of_body(ret: object, text: str) -> Refusal | None:
@@ -3345,16 +3603,17 @@ def _accept(envelope: Mapping[str, Any]) -> Verdict:
 
 
 def _retry_after_s(response: Response, now_utc: datetime) -> float:
-    """Return the seconds of a Retry-After header (a number or an HTTP date), 0 without one."""
+    """Return the seconds of a Retry-After header (a number or an HTTP date) as far as believed, 0 without one."""
     if re.fullmatch(r"\d{1,9}", response.retry_after, re.ASCII):
-        return float(response.retry_after)
+        return min(BELIEVED_RETRY_AFTER_S, float(response.retry_after))
     if not response.retry_after:
         return 0.0
     from email.utils import parsedate_to_datetime
 
     try:
         at = parsedate_to_datetime(response.retry_after)
-        return max(0.0, ((at if at.tzinfo else at.replace(tzinfo=UTC)) - now_utc).total_seconds())
+        wait_s = ((at if at.tzinfo else at.replace(tzinfo=UTC)) - now_utc).total_seconds()
+        return min(BELIEVED_RETRY_AFTER_S, max(0.0, wait_s))
     except (ValueError, OverflowError):
         return 0.0
 
@@ -3423,9 +3682,14 @@ def _plain_trades(records: Sequence[Any]) -> list[Trade]:
 def _decimal(record: Mapping[str, object], name: str) -> str:
     value = record.get(name)
     text = str(value) if type(value) is int else value  # a JSON number is taken by its digits
-    if not isinstance(text, str) or not _DECIMAL.fullmatch(text):
+    if not isinstance(text, str) or not is_decimal(text):
         raise ValueError(f"field {name}: {_shown(record, name)} in place of a decimal number")
     return text
+
+
+def is_decimal(text: str) -> bool:
+    """Return whether a text is a decimal number as the API sends them."""
+    return _DECIMAL.fullmatch(text) is not None
 
 
 def _shown(record: Mapping[str, object], name: str) -> str:
@@ -3453,6 +3717,9 @@ def read_records(batch: Batch, records: Sequence[object]) -> Outcome:
         return Outcome(batch, trades)  # as nearly always: each code that was asked for, once
     newest: dict[str, Trade] = {}
     bad: dict[str, Failure] = {}
+    strays: list[
+        str
+    ] = []  # what is wrong with the first, and '' for each other one: words for all would take memory
     for record in records:
         try:
             trade = read_trade(record)
@@ -3461,15 +3728,16 @@ def read_records(batch: Batch, records: Sequence[object]) -> Outcome:
             if isinstance(code, str) and code in asked:
                 bad[code] = Failure(FailureKind.BAD_RECORD, str(error))
             else:
-                log.warning("a record of %s was rejected: %s", batch.product, error)
+                strays.append("" if strays else str(error))
             continue
         code = trade.s
         if code not in asked:
-            log.warning(
-                "a record of %s was rejected: %s was not asked for", batch.product, one_line(code, 40)
-            )
+            strays.append("" if strays else f"{one_line(code, 40)} was not asked for")
         elif code not in newest or newest[code].t < trade.t:
             newest[code] = trade
+    if strays:
+        form = "%s of %s rejected, the first because: %s"
+        log.warning(form, count_words(len(strays), "record"), batch.product, strays[0])
     unknown = [code for code in asked if code not in newest and code not in bad]
     failures = {code: failure for code, failure in bad.items() if code not in newest}
     return Outcome(batch, list(newest.values()), unknown, failures)
@@ -3588,7 +3856,8 @@ class InfowayApi:
                 key = self.keys.acquire("common", stop)
             except (NoKeyError, Interrupted):
                 return None
-            answer = get_once(self.base_url, path, CALENDAR_LIMITS, self.proxies, {"apiKey": key.secret})
+            headers = {"apiKey": key.secret}
+            answer = get_once(self.base_url, path, CALENDAR_LIMITS, self.proxies, headers, MAX_BATCH_BYTES)
             found = None if answer.fault else _read_half_days(json_object(answer.body) or {})
             if found is not None:
                 return found
@@ -3655,7 +3924,8 @@ class InfowayApi:
             return self._judge(attempt, None, fault, None)
         key = self.keys.acquire(attempt.batch.product, attempt.stop)
         sent = time.monotonic()
-        answer = connection.open() or connection.get(trade_path(attempt.batch), {"apiKey": key.secret})
+        path, headers = trade_path(attempt.batch), {"apiKey": key.secret}
+        answer = connection.open() or connection.get(path, headers, MAX_BATCH_BYTES)
         return self._judge(attempt, key, answer, time.monotonic() - sent)
 
     def _judge(
@@ -3710,8 +3980,12 @@ def _why_final(attempt: BatchAttempt, verdict: Verdict) -> Failure | None:
 def steer(keys: KeyPool, key: ApiKey, product: str, verdict: Verdict) -> None:
     """Tell the keys what an answer says of the one that was used for it."""
     why = verdict.failure.words
-    if verdict.action is Action.KEY_DEAD:
+    if verdict.action is Action.ACCEPT:
+        keys.trust(key)
+    elif verdict.action is Action.KEY_DEAD:
         keys.retire(key, why)
+    elif verdict.action is Action.KEY_DOUBTED:
+        keys.doubt(key, why)
     elif verdict.action is Action.KEY_LACKS_PRODUCT:
         keys.close_product(key, product, why)
     elif verdict.action is Action.KEY_DAY_OVER:
@@ -3813,7 +4087,6 @@ MONGODB_SELECTION_TIMEOUT_MS = 5_000
 # For telling the server that a client leaves.
 MONGODB_GOODBYE_S = 1.0
 DUPLICATE_KEY = 11000
-UNAUTHORIZED = 13
 # What keeps no `_id` apart, or takes no documents at all.
 NO_COLLECTIONS = {"view": "a view", "timeseries": "a time-series collection"}
 # An index that could not be made now is asked for again after this time: each try may take its whole time limit.
@@ -4149,7 +4422,8 @@ class MongoStore:
         """Return the newest trade of each code in a span of time. Raises StoreError.
 
         Looks at the last minutes for all codes in one request, then at a longer time for those that are
-        missing: few requests, and few documents even where a code has thousands of trades a day.
+        missing: few requests, and few documents even where a code has thousands of trades a day. What another
+        program has put there and is no trade is passed over.
         """
         from pymongo.errors import PyMongoError
 
@@ -4423,20 +4697,29 @@ def _order(document: Document) -> tuple[Any, ...]:
 
 def _is_trade(document: Document) -> bool:
     """Return whether a document of the collection is a trade that stockrt stored; other programs may write there."""
+    times = [document.get(name) for name in ("t", "td")]
+    numbers = [document.get(name) for name in ("p", "v", "vw")]
+    whole = all(isinstance(time, int) and not isinstance(time, bool) for time in times)
+    begins = f"{document.get('s')}|{document['t']}|"
+    ours = isinstance(document["_id"], str) and document["_id"].startswith(begins)
+    return ours and whole and all(map(_is_number, numbers))
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a stored value is a decimal number, as the API sends them or as MONGODB_NUMERIC_TYPE has them."""
     from bson.decimal128 import Decimal128
 
-    values = [document.get(name) for name in TRADE_FIELDS]
-    known = all(isinstance(value, (str, int, float, Decimal128)) for value in values)
-    begins = f"{document['stock_code']}|{document['t']}|"
-    return known and isinstance(document["_id"], str) and document["_id"].startswith(begins)
+    if isinstance(value, Decimal128):
+        return value.to_decimal().is_finite()
+    if isinstance(value, str):
+        return is_decimal(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # ======================================================================================================
 # Closing prices
 # ======================================================================================================
 
-# A calendar that could not be had is asked for again after this time.
-CALENDAR_AGAIN_S = 600.0
 # Closes that a process remembers to have written or looked up; more are only written once more.
 CLOSES_REMEMBERED = 20_000
 # How far a calendar that is asked for reaches to both sides.
@@ -4490,7 +4773,8 @@ class CalendarSource(Protocol):
 class Calendar:
     """Half days of the markets, from the API's trading calendar; any thread may ask.
 
-    A market is asked for at most once a day by each process, and not again where an answer is on disk.
+    A market is asked for at most once a day by each process, where it cannot be had again within the hour, and not
+    where an answer is on disk.
     """
 
     def __init__(self, file: CalendarFile, source: CalendarSource, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -4498,6 +4782,9 @@ class Calendar:
         self._source = source
         self._clock = clock
         self._kept: dict[str, HalfDays] = {}
+        self._turns: dict[str, OnceADay] = {}
+        then = "half days are not known until it is there"
+        self._trouble = LogThrottle("trading calendar", clock, then, SMALL_TROUBLE_AGAIN_S)
         self._lock = threading.Lock()
 
     def is_half_day(self, market: str, day: str, stop: threading.Event) -> bool | None:
@@ -4508,12 +4795,13 @@ class Calendar:
         with self._lock:
             kept = self._kept.get(market) or self._file.read(market) or NO_HALF_DAYS
             if not kept.first <= day <= kept.last and kept.asked_on != utc_day(self._clock.wall()):
-                kept = self._ask(market, day, kept, stop)
+                turn = self._turns.setdefault(market, OnceADay(self._clock))
+                kept = self._ask(market, day, kept, stop) if turn.is_due() else kept
             self._kept[market] = kept
         return day in kept.days if kept.first <= day <= kept.last else None
 
     def _ask(self, market: str, day: str, before: HalfDays, stop: threading.Event) -> HalfDays:
-        """Return the half days around a date; where they cannot be had, those before, as asked today.
+        """Return the half days around a date; where they cannot be had, those before.
 
         Only what was answered is kept on disk. Who is stopped meanwhile has not asked.
         """
@@ -4521,13 +4809,15 @@ class Calendar:
         first, last = middle - timedelta(days=CALENDAR_DAYS), middle + timedelta(days=CALENDAR_DAYS)
         days = self._source.half_days(market, first, last, stop)
         if days is not None:
+            self._trouble.over()
             kept = HalfDays(today, first.isoformat(), last.isoformat(), frozenset(days))
             self._file.write(market, kept)
             return kept
         if stop.is_set():
             return before
-        log.warning("the trading calendar of %s cannot be had: half days are not known today", market)
-        return before._replace(asked_on=today)
+        self._turns[market].note_failed()
+        self._trouble.again(f"none of {market} can be had")
+        return before
 
 
 class RefusedClose(NamedTuple):
@@ -4889,8 +5179,31 @@ def _json_value(value: object) -> str:
     return str(value)
 
 
+def _session_span(code: str, t: int) -> tuple[int, int]:
+    """Return from when to when (epoch ms) the session of a trade goes, of a code without sessions the UTC day."""
+    name = market_name(code)
+    market = MARKETS.get(name) or PRODUCT_MARKETS.get(name)
+    if market is None:
+        return t // DAY_MS * DAY_MS, t // DAY_MS * DAY_MS + DAY_MS
+    session = session_of(market, t)
+    return session.start, session.end
+
+
+DAY_MS = 86_400_000
+_SPAN = "_id > :first AND _id < :last"
+_DELETE_BETWEEN = f"""
+DELETE FROM unsettled WHERE {_SPAN} AND _id NOT IN (
+    SELECT * FROM (SELECT _id FROM unsettled WHERE {_SPAN} ORDER BY _id LIMIT 1)
+    UNION ALL SELECT * FROM (SELECT _id FROM unsettled WHERE {_SPAN} ORDER BY _id DESC LIMIT 1)
+)"""  # noqa: S608
+
+
 class UnsettledTrades:
-    """Trades that MongoDB has, whose closes are still to be made; in the local file. Any thread may call it."""
+    """Trades that MongoDB has, whose closes are still to be made; in the local file. Any thread may call it.
+
+    Of a code and session the first and the last are kept, however long closes cannot be made: the others are in
+    `realtime`, where the close is looked for too. The first one counts where all are after hours.
+    """
 
     def __init__(self, file: LocalFile) -> None:
         self._file = file
@@ -4898,8 +5211,12 @@ class UnsettledTrades:
     def add(self, documents: Sequence[Document]) -> None:
         """Keep trades until their closes are made. Raises StoreError."""
         insert = "INSERT OR IGNORE INTO unsettled VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        sessions = {(d["stock_code"], *_session_span(d["stock_code"], d["t"])) for d in documents}
+        # an `_id` begins with code and time: those of one code and session lie side by side
+        spans = [{"first": f"{code}|{start}", "last": f"{code}|{end}"} for code, start, end in sessions]
         with self._file.write() as db:
             db.executemany(insert, map(trade_row, documents))
+            db.executemany(_DELETE_BETWEEN, spans)
 
     def some(self, count: int) -> list[Document]:
         """Return up to `count` of them; damaged ones are said and forgotten. Raises StoreError."""
@@ -5281,6 +5598,8 @@ def _close_documents(closes: Iterable[Close]) -> list[Document]:
 
 # MongoDB takes batches of a thousand a third faster than batches of a hundred; bounded, so that memory is.
 WRITE_BATCH = 1000
+# What is said to fail where closes cannot be made.
+CLOSES = "closing snapshot"
 # What was fetched is on its way to the store after this time at the latest.
 WRITE_AFTER_S = 0.5
 
@@ -5308,6 +5627,7 @@ class Collector:
         demo: bool = False,
         report: Report | None = None,
         clock: Clock = SYSTEM_CLOCK,
+        close_trouble: LogThrottle | None = None,
     ) -> None:
         self._source = source
         self._store = store
@@ -5315,6 +5635,7 @@ class Collector:
         self._events = events
         self._demo = demo
         self._clock = clock
+        self._close_trouble = close_trouble or LogThrottle(CLOSES, clock)
         self._unwritten: list[Document] = []
         self._unwritten_since = 0.0
         self._asked_again: BatchPlan | None = None
@@ -5417,15 +5738,25 @@ class Collector:
         self._settle(documents)
 
     def _settle(self, documents: Sequence[Document]) -> None:
-        """Keep the closing prices; that it fails is said, and costs no trade."""
+        """Keep the closing prices; that it fails is said, not at every run, and costs no trade."""
         if self._closing is None:
             return
         try:
             self._closing.settle(documents, self._stop)
         except StoreError as error:
+            self._note_close_fault(str(error))
+        except Exception as error:  # the trades are stored, and that is what counts
+            if not self._close_trouble.there:
+                log.error("a fault of stockrt itself", exc_info=error)
+            self._note_close_fault(f"a fault of stockrt itself: {type(error).__name__}")
+        else:
             if not self.report.close_error:
-                log.error("the closing snapshot is not kept: %s", error)
-            self.report.close_error = str(error)
+                self._close_trouble.over()
+
+    def _note_close_fault(self, words: str) -> None:
+        if not self.report.close_error:
+            self._close_trouble.again(words)
+        self.report.close_error = words
 
 
 def store_name(settings: Settings) -> str:
@@ -5437,7 +5768,7 @@ def check_key(settings: Settings, key: ApiKey) -> Check:
     """Ask the API for one trade with a key, and say what holds."""
     name, headers = f"API key {key.shown}", {"apiKey": key.secret}
     path = trade_path(Batch("stock", "AAPL.US"))
-    response = get_once(settings.api_base_url, path, API_LIMITS, settings.proxies, headers)
+    response = get_once(settings.api_base_url, path, API_LIMITS, settings.proxies, headers, MAX_BATCH_BYTES)
     verdict = decide(response, datetime.now(UTC))
     good = f"accepted by {settings.api_base_url}"
     if verdict.action in (Action.ACCEPT, Action.CODES_UNKNOWN):
@@ -5484,6 +5815,7 @@ class Pipeline:
         self._events = events
         self._demo = demo
         self._delivery: Delivery | None = None
+        self._close_trouble = LogThrottle(CLOSES, then="the trades are stored all the same")
         with contextlib.ExitStack() as opened:
             file = opened.enter_context(open_store_file(settings.state_directory, self._events))
             mongo: MongoStore | None = None
@@ -5537,7 +5869,15 @@ class Pipeline:
         if not (self._demo or self._settings.api_keys):
             raise SettingsError([NO_KEY_HINT])
         closing = None if self._demo else self._closing
-        collector = Collector(self._source, self.store, closing, self._events, demo=self._demo, report=report)
+        collector = Collector(
+            self._source,
+            self.store,
+            closing,
+            self._events,
+            demo=self._demo,
+            report=report,
+            close_trouble=self._close_trouble,
+        )
         return collector.run(codes, stop)
 
     def start_delivery(self) -> None:
@@ -6745,6 +7085,7 @@ class Clerk(threading.Thread):
         """Have executed what a crash interrupted, if it is young, and sent what has no receipt."""
         for delay in backoff(JOURNAL_FIRST_S, JOURNAL_CAP_S, self._rng, growth=1.5):
             try:
+                self._answer_the_old()
                 unanswered, unreceived = self._journal.unanswered(), self._journal.unreceived()
                 break
             except StoreError as error:
@@ -6754,11 +7095,14 @@ class Clerk(threading.Thread):
         self._trouble.over()
         for one in unreceived:
             self._inbox.put(Answered(one.number, one.answer or ""))
-        for number, age_s in unanswered:
-            if age_s < EXECUTION_LIFETIME_S:
-                self._inbox.put(Ended(-1))
-                self._executor.add(number)
-            else:
+        for open_command in unanswered:
+            self._inbox.put(Ended(-1))
+            self._executor.add(open_command.number)
+
+    def _answer_the_old(self) -> None:
+        """Answer what nobody waits for any more. Raises StoreError where that is to be tried again."""
+        for number, age_s in self._journal.unanswered():
+            if age_s >= EXECUTION_LIFETIME_S:
                 self._answer_as_interrupted(number, age_s)
 
     def _answer_as_interrupted(self, number: int, age_s: float) -> None:
@@ -6770,9 +7114,7 @@ class Clerk(threading.Thread):
             return
         reason = f"interrupted: stockrt was stopped before this was done, {age_s:.0f} s ago"
         log.warning("execution %s: %s", execution_name(context), reason)
-        text = empty_result(context, self._settings.module_name, reason)
-        self._journal.answer(number, text)
-        self._inbox.put(Answered(number, text))
+        self._journal.answer(number, empty_result(context, self._settings.module_name, reason))
 
     def _accept(self, commands: Sequence[Command]) -> None:
         """Put commands into the journal, all or none, and have them executed; answer again what was answered."""

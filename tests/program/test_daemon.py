@@ -877,6 +877,30 @@ def test_after_a_crash_the_young_are_executed_and_the_old_are_answered_as_interr
     assert len(platform.results) == 4
 
 
+def test_a_journal_that_takes_no_answer_as_it_is_taken_up_ends_nothing(
+    platform: PlatformServer, settings: stockrt.Settings, state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was interrupted is answered once that is over, of which a trigger decides here."""
+    ids = [f"old-{n}" for n in range(3)]
+    with contextlib.closing(Journal(state, FakeClock(time.time() - 600))) as journal:
+        journal.accept([Command(name, {"meta": {"execution_id": name}}, ["A.US"]) for name in ids])
+    refusing = (
+        "CREATE TRIGGER no BEFORE UPDATE OF answer ON executions BEGIN SELECT RAISE(ABORT, 'not now'); END"
+    )
+    with contextlib.closing(sqlite3.connect(state / stockrt.JOURNAL_NAME)) as other:
+        other.execute(refusing)
+        other.commit()
+        with ThreadDaemon(settings) as running:
+            connected(platform)
+            assert until(lambda: any("not now" in text for text in warnings_of(caplog)))
+            settled(platform)
+            assert running.thread.is_alive() and not platform.results
+            other.execute("DROP TRIGGER no")
+            other.commit()
+            answered(platform, *ids)
+    assert all("interrupted" in one_answer(platform, name)["message"] for name in ids)
+
+
 def test_a_command_that_the_disk_has_changed_keeps_no_other_from_its_answer(
     platform: PlatformServer, settings: stockrt.Settings, state: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -930,7 +954,7 @@ def test_the_journal_of_a_server_that_never_confirms_forgets_without_a_new_conne
         if hour == 2:
             size = (state / stockrt.JOURNAL_NAME).stat().st_size
     kept = journalled(state)
-    assert stockrt.ANSWERS_KEPT <= len(kept) <= stockrt.ANSWERS_KEPT + stockrt.RECEIPTS_PER_SWEEP
+    assert stockrt.ANSWERS_KEPT <= len(kept) <= stockrt.ANSWERS_KEPT + 600
     assert kept[-1] == "3-599"
     assert (state / stockrt.JOURNAL_NAME).stat().st_size <= size + 64 * 1024
     assert sum("600 results" in text for text in warnings_of(caplog)) == 4

@@ -228,6 +228,18 @@ def test_second_run_without_a_new_trade_stores_nothing(
     assert len(rows_of(state)) == 4
 
 
+def test_runs_in_a_row_keep_the_plan_together(run_pyz: RunPyz) -> None:
+    """Six on the free plan, as fast as one can type: the API refuses none of their requests."""
+    with InfowayServer(keys=frozenset({KEY}), per_second=1, per_minute=60) as server:
+        for _ in range(6):
+            done = run_pyz(
+                "--once", "--codes", "TSLA.US", "BTCUSDT", env=api_env(server, INFOWAY_PLAN="free")
+            )
+            assert done.returncode == 0, done.stderr
+        assert server.request_count >= 12  # and a calendar
+        assert server.over_limit == 0
+
+
 def test_many_rows_are_printed_as_they_come(run_pyz: RunPyz, infoway: InfowayServer) -> None:
     codes = [f"{600_000 + number}.SH" for number in range(2_345)]
     done = run_pyz("--once", "--codes-file", "-", input="\n".join(codes), env=api_env(infoway))

@@ -17,6 +17,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kit.clock import FakeClock
 from kit.infoway_server import REFUSALS, InfowayServer
 from kit.mongo import MongoServer, fresh_database
 
@@ -122,6 +123,10 @@ class World(stockrt.Clock):
     def wall(self) -> float:
         """Return epoch seconds."""
         return self.now_ms / 1000
+
+    def monotonic(self) -> float:
+        """Return the same."""
+        return self.wall()
 
     def fetch(self, code: str, traded: str, now: str, price: str = "100.5") -> None:
         """Store a trade as a run does that fetches it at `now`; times are the exchange's."""
@@ -463,6 +468,40 @@ def test_stored_numbers_of_another_type_are_read_all_the_same(
     close(new)
 
 
+FOREIGN: dict[str, dict[str, Any]] = {
+    "no price": {},
+    "price null": {"p": None, "v": "1", "vw": "1", "td": 0},
+    "no direction": {"p": "9", "v": "1", "vw": "9"},
+    "no turnover": {"p": "9", "v": "1", "td": 0},
+    "a word for a price": {"p": "n/a", "v": "1", "vw": "1", "td": 0},
+    "not a number": {"p": float("nan"), "v": 1.0, "vw": 1.0, "td": 0},
+    "a list for a volume": {"p": "9", "v": ["1"], "vw": "1", "td": 0},
+    "a direction in words": {"p": "9", "v": "1", "vw": "9", "td": "buy"},
+    "time as a fraction": {"t": 0.5, "p": "9", "v": "1", "vw": "9", "td": 0},
+    "another code in s": {"s": None, "p": "9", "v": "1", "vw": "9", "td": 0},
+}
+
+
+@pytest.mark.parametrize("numeric_type", ["string", "double", "decimal"])
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_what_is_no_trade_in_the_collection_is_passed_over(
+    foreign: str, numeric_type: str, mongo_db: tuple[str, str], tmp_path: Path
+) -> None:
+    """Another program wrote to `realtime`: the close is the newest trade that is one."""
+    store = mongo_store(*mongo_db, numeric_type)
+    world = World(store, tmp_path)
+    world.fetch("TSLA.US", f"{TUE} 15:57", f"{TUE} 15:57:30", "9.5")
+    t = at("America/New_York", f"{TUE} 15:59")
+    fields = FOREIGN[foreign]
+    document = {"s": "TSLA.US", "stock_code": "TSLA.US", "price": 305.7, **fields}
+    store.collection().insert_one({**document, "t": t + fields.get("t", 0)})
+    world.fetch("TSLA.US", f"{TUE} 17:29", f"{TUE} 17:30", "12")
+    (close_document,) = world.closes().values()
+    assert str(close_document["p"]) == "9.5"
+    assert "after_hours" not in close_document
+    close(store)
+
+
 def test_synthetic_trades_are_no_close(tmp_path: Path) -> None:
     """What --demo stored is not taken for the last trade of a session."""
     store = sqlite_store(tmp_path)
@@ -739,23 +778,41 @@ def test_the_calendar_is_asked_once_a_market_and_kept_over_restarts(tmp_path: Pa
     assert len(world.ask.asked) == 2
 
 
-def test_a_calendar_that_has_nothing_is_asked_again_the_next_day_only(
+def test_a_calendar_that_could_not_be_had_is_asked_again_within_the_hour(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By one process; the next one asks anew: nothing was answered that could be kept. It is said once."""
+    """Not at once by one process; the next one asks anew: nothing was answered that could be kept."""
     world = World(sqlite_store(tmp_path), tmp_path, known=False)
     for _ in range(3):
         world.fetch("TSLA.US", f"{FRI} 12:59", f"{FRI} 14:00")
     assert len(world.ask.asked) == 1
-    assert [r.getMessage() for r in caplog.records if "calendar of US" in r.getMessage()] != []
+    assert [r.getMessage() for r in caplog.records if "calendar: none of US" in r.getMessage()] != []
     assert len(caplog.records) == 1
     world.restart()
     world.fetch("TSLA.US", f"{FRI} 12:59", f"{FRI} 14:00")
     assert len(world.ask.asked) == 2
     world.ask.known = True
-    world.fetch("TSLA.US", f"{FRI} 12:59", "2025-11-29 03:00")
-    assert len(world.ask.asked) == 3
+    for minutes, asked in ((14, 2), (59, 3)):
+        world.fetch("TSLA.US", f"{FRI} 12:59", f"{FRI} 14:{minutes}")
+        assert len(world.ask.asked) == asked
     assert world.calendar.is_half_day("US", FRI, NEVER) is True
+
+
+def test_what_is_wanted_once_a_day_is_asked_for_anew_each_day_and_within_the_hour_after_a_failure() -> None:
+    """Whatever was had stays had for the day."""
+    clock = FakeClock(at("UTC", "2025-11-28 22:00") / 1000)
+    daily = stockrt.OnceADay(clock)
+    assert daily.is_due()
+    daily.note_failed()
+    assert not daily.is_due()
+    clock.advance(3599)
+    assert daily.is_due()
+    daily.note_had()
+    assert not daily.is_due()
+    clock.advance(3590)
+    assert not daily.is_due()
+    clock.advance(20)
+    assert daily.is_due()
 
 
 def test_who_is_stopped_has_not_asked_for_the_calendar(
@@ -866,6 +923,51 @@ def test_a_snapshot_that_fails_costs_no_trade_and_is_said(tmp_path: Path) -> Non
     assert "no such table: close" in report.summary()
     with pytest.raises(StoreError, match="STATE_DIRECTORY"):
         store.write_closes([regular()])
+
+
+class FaultyCloses:
+    """Closing prices with a fault of our own."""
+
+    def settle(self, documents: Sequence[dict[str, Any]], stop: threading.Event) -> object:
+        """Fail as a look at a field does that is not there."""
+        raise KeyError("p")
+
+
+def test_any_fault_in_making_closes_costs_the_closes_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is stored counts as stored; the fault is named in the report and once in the log."""
+    store = sqlite_store(tmp_path)
+    codes = [f"A{number}.US" for number in range(2500)]
+    with InfowayServer() as server:
+        report = Collector(api_of(server), store, closing=FaultyCloses()).run(codes, threading.Event())
+    assert (report.total, report.stored, report.failures) == (2500, 2500, {})
+    assert not report.complete
+    assert "a fault of stockrt itself: KeyError" in report.close_error
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+    close(store)
+
+
+def test_closes_that_cannot_be_made_are_said_once_not_at_every_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every report holds it; the log when it begins, and when it is over."""
+    caplog.set_level("INFO", "stockrt")
+    environ = {"STATE_DIRECTORY": str(tmp_path), "INFOWAY_API_KEY": "test-key", "INFOWAY_PLAN": "0"}
+    with InfowayServer(epoch_ms=at("America/New_York", f"{TUE} 15:59")) as server:
+        environ["INFOWAY_API_BASE_URL"] = server.url
+        loaded = stockrt.load_settings(environ, None, (), is_root=False)
+        with stockrt.Pipeline(loaded.settings) as pipeline:
+            assert isinstance(pipeline.store, SqliteStore)
+            with pipeline.store._file.write() as db:
+                db.execute("ALTER TABLE close RENAME TO gone")
+            for number in range(5):
+                assert "no such table: close" in pipeline.run([f"A{number}.US"], NEVER).close_error
+            assert caplog.text.count("closing snapshot: ") == 1
+            with pipeline.store._file.write() as db:
+                db.execute("ALTER TABLE gone RENAME TO close")
+            assert pipeline.run(["B.US"], NEVER).complete
+    assert "closing snapshot: well again" in caplog.text
 
 
 def regular() -> Close:

@@ -108,14 +108,22 @@ def said(ret: object, msg: str = "", **more: object) -> str:
         (200, said(200, "success", data=[]), Action.ACCEPT, ""),
         (401, TOKEN_INVALID, Action.KEY_DEAD, "Token invalid"),
         (200, TOKEN_INVALID, Action.KEY_DEAD, "Token invalid"),
-        (401, "Unauthorized", Action.KEY_DEAD, "401"),
-        (401, "", Action.KEY_DEAD, "401"),
-        (401, GATEWAY_PAGE, Action.KEY_DEAD, "401"),
+        (401, "Unauthorized", Action.KEY_DEAD, "HTTP 401: Unauthorized"),
+        (401, "Unauthorized\n", Action.KEY_DEAD, "HTTP 401: Unauthorized"),
+        (401, said(401, "who are you?"), Action.KEY_DEAD, "who are you?"),
+        (401, said(500, "Apikey not exists"), Action.KEY_DEAD, "Apikey not exists"),
+        (401, "", Action.KEY_DOUBTED, "HTTP 401, not in the API's words"),
+        (401, GATEWAY_PAGE, Action.KEY_DOUBTED, "HTTP 401, not in the API's words"),
+        (401, "<html>Unauthorized</html>", Action.KEY_DOUBTED, "not in the API's words"),
+        (401, '{"message":"Unauthorized"}', Action.KEY_DOUBTED, "HTTP 401: Unauthorized, not in the API's"),
+        (401, '{"error":"login required"}', Action.KEY_DOUBTED, "not in the API's words"),
+        (401, '{"code":401,"message":"Log in to the wireless network"}', Action.KEY_DOUBTED, "Log in to"),
+        (401, '["Token invalid"]', Action.KEY_DOUBTED, "not in the API's words"),
         (200, RATE_LIMIT, Action.SLOW_DOWN, "Rate limit exceeded"),
         (429, RATE_LIMIT, Action.SLOW_DOWN, "Rate limit exceeded"),
         (429, '{"code":429,"message":"Too many"}', Action.SLOW_DOWN, "Too many"),
         (200, '{"code":429,"message":"Too many"}', Action.SLOW_DOWN, "HTTP 429: Too many"),
-        (200, '{"code":401,"message":"Bad key"}', Action.KEY_DEAD, "HTTP 401: Bad key"),
+        (200, '{"code":401,"message":"Bad key"}', Action.KEY_DOUBTED, "HTTP 401: Bad key"),
         (429, GATEWAY_PAGE, Action.SLOW_DOWN, "429"),
         (429, "", Action.SLOW_DOWN, "429"),
         (200, said(501, "Request frequency exceed the limit: 1/s"), Action.SLOW_DOWN, "exceed the limit"),
@@ -313,12 +321,16 @@ def test_a_fault_on_the_way_is_tried_again_unless_it_is_hopeless(hopeless: bool,
         ("", 0),
         ("0", 0),
         ("7", 7),
-        ("86400", 86400),
         ("Sat, 15 Aug 2026 12:00:30 GMT", 30),
         ("Sat, 15 Aug 2026 14:00:30 +0200", 30),
         ("Sat, 15 Aug 2026 12:00:30", 30),
         ("Saturday, 15-Aug-26 12:00:30 GMT", 30),
         ("Sat, 15 Aug 2026 11:00:00 GMT", 0),
+        ("3600", 3600),
+        ("86400", 3600),
+        ("999999999", 3600),
+        ("Sun, 16 Aug 2026 12:00:00 GMT", 3600),
+        ("Sat, 15 Aug 2099 12:00:30 GMT", 3600),
         ("soon", 0),
         ("-1", 0),
         ("1.5", 0),
@@ -338,12 +350,15 @@ def test_retry_after_is_obeyed_as_a_number_and_as_a_date(
     assert verdict_on(body, status, retry_after).wait_s == seconds
 
 
-@given(st.datetimes(datetime(2026, 8, 15, 12), datetime(2400, 1, 1)))
+@given(
+    st.datetimes(datetime(2026, 8, 15, 12), datetime(2026, 8, 15, 14))
+    | st.datetimes(NOW.replace(tzinfo=None))
+)
 def test_any_retry_after_date_is_read(at: datetime) -> None:
-    """To the second."""
+    """To the second, and believed for an hour."""
     aware = at.replace(microsecond=0, tzinfo=UTC)
     waited = verdict_on("", 429, format_datetime(aware, usegmt=True)).wait_s
-    assert waited == (aware - NOW).total_seconds()
+    assert waited == min(3600, (aware - NOW).total_seconds())
 
 
 @pytest.mark.parametrize("action", Action, ids=lambda action: action.name)
@@ -357,6 +372,7 @@ def test_an_answer_steers_its_key_by_the_verb_that_fits(action: Action) -> None:
     assert (other["state"], other["not_for"]) == ("ready", [])
     expected = {
         Action.KEY_DEAD: ("out", "why", "", []),
+        Action.KEY_DOUBTED: ("resting", "why", "2026-08-15T12:01:01.000Z", []),
         Action.KEY_LACKS_PRODUCT: ("ready", "", "", ["japan"]),
         Action.KEY_DAY_OVER: ("resting", "why", "2026-08-16T00:00:01.000Z", []),
         Action.SLOW_DOWN: ("resting", "why", "2026-08-15T12:00:07.000Z", []),
@@ -602,6 +618,15 @@ def test_what_is_no_trade_that_was_asked_for_is_left_out(
     assert [trade.s for trade in outcome.trades] == ["TSLA.US", "MSFT.US"]
     assert (outcome.unknown, outcome.failures) == (["AAPL.US"], {})
     assert len(caplog.records) == 1
+
+
+def test_records_that_nobody_asked_for_are_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """With their number and the first reason, however many they are."""
+    strays: list[object] = [record(s=f"X{number}.US") for number in range(5000)] + [None] * 5000
+    outcome = outcome_of([record(s="TSLA.US"), *strays])
+    assert [trade.s for trade in outcome.trades] == ["TSLA.US"]
+    (line,) = [one.getMessage() for one in caplog.records]
+    assert line == "10000 records of stock rejected, the first because: X0.US was not asked for"
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_what_the_api_answers_has_its_kind(
 
 def test_a_fault_of_this_program_is_nobody_elses(infoway: InfowayServer, tmp_path: Path) -> None:
     class Faulty(NoLedger):
-        def lease(self, digest: str, plan: Plan, now: float) -> Lease:
+        def lease(self, digest: str, plan: Plan, now: float, made: Sequence[float] = ()) -> Lease:
             raise KeyError(digest)
 
     report = collect(infoway.url, tmp_path, ledger=Faulty())

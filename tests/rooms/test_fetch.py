@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -27,6 +28,7 @@ import pytest
 from conftest import RunPyz
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit.clock import FakeClock
 from kit.daemons import check_paced, number
 from kit.infoway_server import (
     RATE_REFUSALS,
@@ -39,6 +41,7 @@ from kit.infoway_server import (
     make_record,
 )
 
+import stockrt
 from stockrt import (
     API_LIMITS,
     MAX_BATCH,
@@ -380,7 +383,7 @@ class SlowLedger(NoLedger):
         self.asked = threading.Event()
         self.released = threading.Event()
 
-    def lease(self, digest: str, plan: Plan, now: float) -> Lease:
+    def lease(self, digest: str, plan: Plan, now: float, made: Sequence[float] = ()) -> Lease:
         """Lend some."""
         self.asked.set()
         assert self.released.wait(SOON_S)
@@ -701,6 +704,41 @@ def test_retry_after_holds_for_the_whole_key(tmp_path: Path) -> None:
         assert not [seconds for seconds in after if 0.3 < seconds < 1.0]
 
 
+def test_an_answer_to_a_batch_is_refused_above_a_mebibyte(infoway: InfowayServer, tmp_path: Path) -> None:
+    """It is no answer to a hundred codes: not read to its end, nor asked for again; just below it is taken."""
+    infoway.script = [Answer.huge(stockrt.MAX_BATCH_BYTES)]
+    with api_of(infoway) as api:
+        run = collect(api, STOCKS, tmp_path)
+    assert infoway.request_count == 1
+    assert {reason for _, reason in run.report.failures.values()} == {"an answer of more than 1 MiB"}
+    infoway.script = [Answer.huge(stockrt.MAX_BATCH_BYTES - 100)]
+    with api_of(infoway) as api:
+        run = collect(api, STOCKS, tmp_path)
+    assert run.report.failures and "MiB" not in repr(run.report.failures)
+
+
+def test_big_answers_in_flight_take_little_memory(infoway: InfowayServer) -> None:
+    """What four batches at once are read into when each answer is as big as one may be."""
+    record = json.dumps(
+        {"s": "XXXX.US", "t": 1786751999691, "p": "305.771", "v": "1", "vw": "305.771", "td": 0}
+    )
+    records = ",".join([record] * (stockrt.MAX_BATCH_BYTES // 90))
+    body = f'{{"ret":200,"msg":"success","data":[{records}]}}'
+    infoway.script = lambda _: Answer.raw(200, body)
+    infoway.latency = 0.2
+    tracemalloc.start()
+    try:
+        with api_of(infoway) as api:
+            batches = [stockrt.Batch("stock", f"A{number}.US") for number in range(12)]
+            outcomes = [outcome for outcome in api.fetch(batches, threading.Event()) if outcome]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [outcome.unknown for outcome in outcomes] != [] and len(outcomes) == 12
+    assert infoway.peak_in_flight >= 2
+    assert peak < 150_000_000
+
+
 def test_retry_after_beyond_all_patience_is_not_waited_for(infoway: InfowayServer, tmp_path: Path) -> None:
     infoway.script = lambda _: REFUSALS["429_json"].with_headers(("Retry-After", "3600"))
     began = time.monotonic()
@@ -859,6 +897,28 @@ def test_all_keys_out_is_said_of_every_code_and_ends_the_run(
     for _, reason in run.report.failures.values():
         assert words[name] in reason and "INFOWAY_API_KEY" in reason
         assert "first-key" not in reason and "second-key" not in reason
+
+
+LOGIN_PAGE = Answer.html(401, "Log in to the guests' network")
+
+
+def test_a_401_that_is_not_the_apis_own_costs_the_key_a_rest_only(
+    infoway: InfowayServer, tmp_path: Path
+) -> None:
+    """A captive portal on the way: this run ends at once and says so; a minute on the key is used again."""
+    infoway.script = [LOGIN_PAGE]
+    clock = FakeClock(time.time())
+    pool = KeyPool([("test-key", Plan("0", 0, 0))], clock=clock)
+    api = InfowayApi(infoway.url, pool)
+    with open_store_file(tmp_path) as file:
+        first = Collector(api, SqliteStore(file)).run(STOCKS, threading.Event())
+        assert infoway.request_count == 1
+        ((kind, reason),) = set(first.failures.values())
+        assert kind is FailureKind.KEY
+        assert "HTTP 401, not in the API's words" in reason and "back at" in reason
+        clock.advance(stockrt.DOUBT_FIRST_S + 0.1)
+        assert Collector(api, SqliteStore(file)).run(STOCKS, threading.Event()).complete
+    api.close()
 
 
 def test_key_without_a_market_serves_the_others(infoway: InfowayServer, tmp_path: Path) -> None:

@@ -308,6 +308,25 @@ def test_a_shorter_rest_neither_shortens_nor_renames_a_longer_one() -> None:
     assert "day upper limit" in words
 
 
+def test_a_key_that_was_refused_on_the_way_is_tried_again_later_each_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """After a minute, two, four, up to an hour; once it is taken all begins anew. Each time is said once."""
+    pool, clock = pool_of([KEY])
+    key = pool.keys[0]
+    for rest in (61, 122, 244, 488, 976, 1952, 3600, 3600):
+        for _ in range(3):  # several were under way
+            pool.doubt(key, "HTTP 401")
+        assert back_at(NOON, clock.now_wall - NOON.timestamp() + rest) in refusal(pool)
+        clock.advance(rest + 0.001)
+        assert pool.acquire("stock", go()) is key
+    assert len(caplog.records) == 1
+    pool.trust(key)
+    pool.doubt(key, "HTTP 401")
+    assert back_at(NOON, clock.now_wall - NOON.timestamp() + 61) in refusal(pool)
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 2
+
+
 def test_a_key_that_comes_back_too_late_is_not_waited_for() -> None:
     """Up to the limit it is, beyond it is not."""
     pool, clock = pool_of([KEY])

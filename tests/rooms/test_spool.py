@@ -47,6 +47,7 @@ from stockrt import (
     SqliteStore,
     StoreAway,
     StoreError,
+    Trade,
     UnsettledTrades,
     WriteReport,
     open_store_file,
@@ -594,6 +595,39 @@ def test_a_damaged_trade_holds_up_no_close_of_others(
         assert unsettled.some(9) == make_documents(4)[1:]
         assert unsettled.count() == 3
     assert make_documents(1)[0]["_id"] in caplog.text
+
+
+def test_trades_whose_closes_cannot_be_made_do_not_pile_up(
+    place: Place, no_closes: contextlib.ExitStack
+) -> None:
+    """Polled for hours: of a code and session the first and the last are kept, which lead to the same closes."""
+    day = 1_750_118_400_000 // stockrt.DAY_MS * stockrt.DAY_MS
+    prices = {code: 100 + number for number, code in enumerate(("600519.SH", "AAPL.US", "A.US", "A.US.X"))}
+    with place.opened(real=True) as store:
+        for minute in (7, 300, 5, 600, 900, 1439, 1440, 1500, 1600):
+            trades = [
+                Trade(code, day + minute * 60_000, f"{price}.{minute}", "1", "1", 0)
+                for code, price in prices.items()
+            ]
+            documents = [stockrt.to_document(trade, stockrt.utc_now()) for trade in trades]
+            assert store.write(documents).stored == len(documents)
+            store.settle(documents, NEVER)
+        kept = sorted((d["stock_code"], (d["t"] - day) // 60_000) for d in store.unsettled.some(99))
+        # the dates are the exchange's; a code of no exchange has UTC's
+        sessions = {"600519.SH": (5, 900, 1439, 1600), "A.US.X": (5, 1439, 1440, 1600)}
+        days = [(code, minute) for code in prices for minute in sessions.get(code, (5, 7, 300, 1600))]
+        assert kept == sorted(days)
+        no_closes.close()
+        store.deliver(NEVER)
+        assert store.is_empty()
+    late = place.documents("close")
+    with place.opened(real=True) as store:
+        store.mongo.collection("close").delete_many({})
+        store.settle(place.documents(), NEVER)
+    times = ("create_time", "update_time")
+    assert [{n: v for n, v in d.items() if n not in times} for d in late] == [
+        {n: v for n, v in d.items() if n not in times} for d in place.documents("close")
+    ]
 
 
 def test_closes_that_mongodb_rejects_are_put_aside(place: Place, mongo_proxy: MongoProxy) -> None:
