@@ -1924,6 +1924,11 @@ class HttpConnection:
         conn = self._conn
         conn.request("GET", self._path + path, headers={**self._headers, **headers}, preload_content=False)
         answer = conn.getresponse()
+        if (
+            answer.status < 200
+        ):  # the answer is still to come, and would be taken for that to the next request
+            words = f"HTTP {answer.status}, which announces an answer instead of giving it"
+            return Response(fault=words, kind=FailureKind.API)
         body = answer.read(most_bytes + 1)
         if len(body) > most_bytes:
             words = f"an answer of more than {most_bytes >> 20} MiB"
@@ -2183,6 +2188,10 @@ SQLITE_PAGE = 4096
 WAL_HEAD, WAL_FRAME_HEAD = 32, 24
 # What its primary result codes say of a file: SQLITE_CORRUPT and SQLITE_NOTADB.
 SQLITE_DAMAGED = (11, 26)
+# And its words where damage has changed the schema: what is asked of our files is always the same.
+SCHEMA_DAMAGED = re.compile(
+    r"no such (?:table|column)|has no column named|unsupported file format|decode to UTF-8"
+)
 
 
 class LocalFile:
@@ -2198,7 +2207,6 @@ class LocalFile:
     """
 
     def __init__(self, path: Path, version: int, schema: str, events: Events = NO_EVENTS) -> None:
-        import sqlite3
 
         make_state_directory(path.parent)
         self.path = path
@@ -2218,7 +2226,7 @@ class LocalFile:
                 self._inode = _inode(path)
         except BaseException as error:
             self.close()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, _sqlite_errors()):
                 raise _sqlite_fault(path, error) from error
             raise
 
@@ -2290,14 +2298,13 @@ class LocalFile:
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[sqlite3.Connection]:
         """Give the connection to one thread, and turn what SQLite raises into StoreError."""
-        import sqlite3
 
         with self.lock:
             if self._fault is not None:
                 raise self._fault
             try:
                 yield cast("sqlite3.Connection", self._db)
-            except sqlite3.Error as error:
+            except _sqlite_errors() as error:
                 if _is_damage(error):
                     raise self.damaged(one_line(error)) from error
                 raise _sqlite_fault(self.path, error) from error
@@ -2358,7 +2365,6 @@ class LocalFile:
 
         With a torn log it stays connected: to close it would empty the log.
         """
-        import sqlite3
 
         if any(side.exists() for side in _sides(self._away)):
             return "its rescue was interrupted"
@@ -2373,7 +2379,7 @@ class LocalFile:
             if _log_is_torn(self._db, self.path):
                 return "its log is damaged, and transactions lie behind the damage"
             self._bring_up(self._db)
-        except sqlite3.Error as error:
+        except _sqlite_errors() as error:
             if not _is_damage(error):
                 raise
             self._disconnect()
@@ -2450,8 +2456,19 @@ def _sqlite_fault(path: Path, error: Exception) -> StoreError:
     return StoreError(f"the local file {path} fails: {error}; see STATE_DIRECTORY")
 
 
-def _is_damage(error: sqlite3.Error) -> bool:
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in SQLITE_DAMAGED or "decode to UTF-8" in str(error)
+def _sqlite_errors() -> tuple[type[Exception], ...]:
+    """Return what SQLite raises. UnicodeDecodeError: in place of its own, whose words name a damaged name."""
+    import sqlite3
+
+    return sqlite3.Error, UnicodeDecodeError
+
+
+def _is_damage(error: Exception) -> bool:
+    if isinstance(error, UnicodeDecodeError):
+        return True
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF in SQLITE_DAMAGED:
+        return True
+    return SCHEMA_DAMAGED.search(str(error)) is not None
 
 
 def _beside(path: Path, end: str) -> Path:
@@ -2591,8 +2608,11 @@ def _rescue_trades(damaged: Path, db: sqlite3.Connection, events: Events) -> int
 def _rescue_table(damaged: Path, db: sqlite3.Connection, name: str) -> int:
     """Rescue a table from both its ends, up to where it cannot be read."""
     before = db.total_changes
+    known = [column[1] for column in db.execute(f"PRAGMA table_info({name})")]
     for order in ("", "ORDER BY 1 DESC"):
-        for row in _readable_rows(damaged, f"SELECT * FROM {name} {order}"):  # noqa: S608
+        for found in _readable_rows(damaged, f"SELECT * FROM {name} {order}"):  # noqa: S608
+            # a column whose name is damaged is known by its place
+            row = found if found.keys() <= set(known) else dict(zip(known, found.values(), strict=False))
             columns, places = ", ".join(row), ", ".join("?" * len(row))
             insert = f"INSERT OR IGNORE INTO {name} ({columns}) VALUES ({places})"  # noqa: S608
             db.execute(insert, tuple(row.values()))
@@ -2605,11 +2625,12 @@ def _readable_rows(damaged: Path, query: str) -> Iterator[dict[str, Any]]:
 
     try:
         with contextlib.closing(sqlite3.connect(damaged)) as old:
+            old.execute("PRAGMA writable_schema = ON")  # a damaged entry of the schema hides no other one
             rows = old.execute(query)
             names = [column[0] for column in rows.description]
             for row in rows:
                 yield dict(zip(names, row, strict=True))
-    except sqlite3.Error as error:
+    except _sqlite_errors() as error:
         log.debug("%s: %s", damaged, error)
 
 
@@ -6397,6 +6418,8 @@ DIAL_LIMITS = Limits(connect_s=5.0, read_s=10.0, whole_s=10.0)
 SEND_TIMEOUT_S = 5.0
 # Frames that are handled before results are sent and signals looked at.
 FRAMES_AT_ONCE = 100
+# And their bytes: to understand 4 MB takes a tenth of a second, and a ping may wait behind.
+FRAME_BYTES_AT_ONCE = 1024 * 1024
 
 
 class Link:
@@ -6418,7 +6441,10 @@ class Link:
         from websocket import ABNF
 
         self.has_more = True
+        size = 0
         for _ in range(FRAMES_AT_ONCE):
+            if size >= FRAME_BYTES_AT_ONCE:
+                return
             frame = self._next_frame()
             if frame is None:
                 self.has_more = False
@@ -6426,6 +6452,7 @@ class Link:
                     yield None
                 return
             opcode, data = frame
+            size += len(data)
             if opcode == ABNF.OPCODE_PING:
                 self._send(data, ABNF.OPCODE_PONG)
             yield data.decode("utf-8", "replace") if opcode == ABNF.OPCODE_TEXT else None

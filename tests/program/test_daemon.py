@@ -1116,6 +1116,43 @@ def test_a_redirected_handshake_is_no_connection(infoway: InfowayServer, state: 
         server.join(PATIENCE)
 
 
+def test_a_connection_for_which_no_thread_can_be_started_is_made_later(
+    platform: PlatformServer,
+    settings: stockrt.Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with ThreadDaemon(settings, rng=Hasty()):
+        connected(platform)
+        monkeypatch.setattr(threading.Timer, "start", fail, raising=False)
+        platform.close_connections()
+        assert until(lambda: "can't start new thread" in caplog.text)
+        monkeypatch.undo()
+        connected(platform, times=2)
+
+
+def test_no_ping_waits_behind_a_burst_of_big_frames(
+    monkeypatch: pytest.MonkeyPatch, infoway: InfowayServer, state: Path
+) -> None:
+    """What may be understood before anything is answered has a limit in bytes, too."""
+    monkeypatch.setattr(stockrt, "FRAME_BYTES_AT_ONCE", 20_000)
+    with in_one_breath(*["x" * 10_000] * 6) as port:
+        link = stockrt.Link(settings_for(port, infoway.url, state), HASH)
+        read: list[int] = []
+
+        def all_is_read() -> bool:
+            read.append(len(list(link.frames())))
+            return sum(read) == 6
+
+        assert until(all_is_read)
+        assert max(read) == 2
+        assert not link.has_more or not list(link.frames())
+        link.close()
+
+
 # ------------------------------------------------------------------------------------------------------
 # The end
 # ------------------------------------------------------------------------------------------------------

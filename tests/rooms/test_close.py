@@ -495,6 +495,9 @@ def test_what_is_no_trade_in_the_collection_is_passed_over(
     fields = FOREIGN[foreign]
     document = {"s": "TSLA.US", "stock_code": "TSLA.US", "price": 305.7, **fields}
     store.collection().insert_one({**document, "t": t + fields.get("t", 0)})
+    # also one that is named as ours are
+    like_ours = {**document, "_id": f"TSLA.US|{t + 1}|9|1|0", "t": t + 1 + fields.get("t", 0)}
+    store.collection().insert_one(like_ours)
     world.fetch("TSLA.US", f"{TUE} 17:29", f"{TUE} 17:30", "12")
     (close_document,) = world.closes().values()
     assert str(close_document["p"]) == "9.5"

@@ -494,6 +494,36 @@ def test_odd_but_good_answer(infoway: InfowayServer, tmp_path: Path, answer: Ans
     assert (infoway.request_count, infoway.connections) == (2, 1)
 
 
+@pytest.mark.parametrize("status", [101, 102, 103, 199])
+def test_an_announced_answer_is_not_taken_for_that_to_the_next_request(status: int) -> None:
+    """An early hint leaves the answer on the way: whoever asked again over the connection would get it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections: list[str] = []
+
+        def serve() -> None:
+            for _ in range(2):
+                peer, _address = listener.accept()
+                with peer:
+                    asked = peer.recv(65536).split()[1].decode()
+                    connections.append(asked)
+                    if asked == "/first":
+                        peer.sendall(f"HTTP/1.1 {status} Wait\r\nLink: </x>\r\n\r\n".encode())
+                        if not peer.recv(65536):
+                            continue
+                    peer.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {len(asked)}\r\n\r\n{asked}".encode())
+
+        server = threading.Thread(target=serve, daemon=True)
+        server.start()
+        connection = HttpConnection(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        try:
+            announced = (connection.open() or connection.get("/first", {})).fault
+            second = connection.open() or connection.get("/second", {})
+        finally:
+            connection.close()
+    assert str(status) in announced
+    assert second.body == b"/second"
+
+
 def test_gzip_is_understood_unasked(infoway: InfowayServer, tmp_path: Path) -> None:
     import gzip
 

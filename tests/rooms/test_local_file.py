@@ -427,6 +427,43 @@ def test_rows_that_are_out_of_order_are_damage(tmp_path: Path) -> None:
         assert queue.oldest(9999).documents == make_documents(1000)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"tablerealtimerealtime", b"table\xe2ealtimerealtime"),
+        (b"TABLE realtime", b"TABLE realtimX"),
+        (b"vw TEXT", b"vX TEXT"),
+        (b"create_time TEXT", b"create_tim\xe2 TEXT"),
+    ],
+)
+def test_a_damaged_name_in_the_schema_is_damage(tmp_path: Path, old: bytes, new: bytes) -> None:
+    spoiled(tmp_path, lambda path: path.write_bytes(path.read_bytes().replace(old, new)), count=200)
+    with contextlib.suppress(StoreError), queue_in(tmp_path) as queue:  # it is met here,
+        queue.write(make_documents(1, first=1000))
+    with queue_in(tmp_path) as queue:  # and mended here at the latest
+        assert len(take(queue, 1000)) in (200, 201)
+    set_aside(tmp_path)
+
+
+@pytest.mark.parametrize("name", [b"accepted_at", b"codes ", b"answer TEXT", b"executions_open"])
+def test_a_command_is_rescued_though_the_name_of_a_column_is_damaged(tmp_path: Path, name: bytes) -> None:
+    def use() -> tuple[list[int], stockrt.Known | None]:
+        with contextlib.closing(Journal(tmp_path)) as journal:
+            journal.accept([stockrt.Command("", {}, ["B.US"])])
+            return [one.number for one in journal.unanswered()], journal.find("e1")
+
+    with contextlib.closing(Journal(tmp_path)) as journal:
+        journal.accept([stockrt.Command("e1", {"meta": {}}, ["A.US"])])
+    path = tmp_path / stockrt.JOURNAL_NAME
+    path.write_bytes(path.read_bytes().replace(name, b"X" + name[1:]))
+    with contextlib.suppress(StoreError):  # it is met here,
+        use()
+    numbers, known = use()  # and mended here at the latest
+    assert numbers[0] == 1 and known == stockrt.Known(1, None)
+    with contextlib.closing(Journal(tmp_path)) as journal:
+        assert journal.read(1).codes == ["A.US"]
+
+
 def test_a_file_that_others_have_open_is_not_rescued_under_their_hands(tmp_path: Path) -> None:
     path = spoiled(tmp_path, lambda path: blind(path, "realtime_code_time"), 500)
     with queue_in(tmp_path) as other:
