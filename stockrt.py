@@ -78,7 +78,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta, tzinfo
-from enum import Enum
+from enum import Enum, IntEnum
 from functools import cache, lru_cache
 from itertools import islice
 from operator import itemgetter
@@ -1203,39 +1203,71 @@ NO_KEY_HINT = (
 # ======================================================================================================
 
 
-class Market(NamedTuple):
-    """Where a code belongs: the API's product, the clock of its exchange, and when its regular session ends.
+class Hours(NamedTuple):
+    """A regular session on the clock of its exchange, hour and minute of the same day (24: the end of it).
 
-    `close` and `early_close` (on half days) are hour and minute of the exchange's clock; `calendar` is the
-    market's name in the API's trading calendar, '' where it has no half days; a `continuous` market goes on
-    through its close, without an auction.
+    `prints` (with seconds): when the closing auction has printed its last trade. `bar`: when the daily bar is asked
+    for, None where its boundary is not documented.
+    """
+
+    opens: tuple[int, int]
+    close: tuple[int, int]
+    prints: tuple[int, int, int]
+    bar: tuple[int, int] | None
+
+
+class Market(NamedTuple):
+    """Where a code belongs: the API's product, the clock of its exchange, and its regular session.
+
+    A `continuous` market goes on through its close, without an auction. `former`: the hours up to an ISO date.
     """
 
     product: str
     zone: str
-    close: tuple[int, int]
-    early_close: tuple[int, int] | None = None
-    calendar: str = ""
+    hours: Hours
     continuous: bool = False
-    rests_on_weekends: bool = False
+    rests_on_weekends: bool = True
+    former: tuple[str, Hours] | None = None
 
 
-# The API's products, their codes' suffixes and the times of their sessions: Infoway's documentation.
-_CHINA = Market("stock", "Asia/Shanghai", (15, 0))
+# The API's products and their codes' suffixes: Infoway's documentation. The hours are the exchanges'; a bar is asked
+# for half an hour after the last trade that can be in it, and on half days no earlier: the bar is then there, too.
+# The auction prints until:
+#   US  the cross comes in the first seconds; trading after hours, which nothing marks, begins at 16:00:00 too
+#   HK  16:08 to 16:10, at random; on half days 12:08 to 12:10, and nothing trades after it
+#   SH, SZ  15:00:00; until 15:30 there is trading at the close's price, whose volume is in the bar
+#   JP, TW  the moment of the close, or a few minutes later where it was put off
+#   KS  as JP; on the day of the university entrance exam an hour later, which its bar waits for
+#   IN  the closing session goes on until 16:00 at the close's price. Sessions on weekends are held now and then, and
+#       on the holiday of Diwali one in the evening, which ends before 20:00
+_CHINA = Market("stock", "Asia/Shanghai", Hours((9, 30), (15, 0), (15, 5, 0), (16, 0)))
+_TOKYO = Hours((9, 0), (15, 30), (15, 35, 0), (16, 0))
+_TOKYO_TO_2024 = Hours((9, 0), (15, 0), (15, 5, 0), (15, 30))
 MARKETS = {
-    "US": Market("stock", "America/New_York", (16, 0), (13, 0), "US"),
-    "HK": Market("stock", "Asia/Hong_Kong", (16, 0), (12, 0), "HK"),
+    "US": Market("stock", "America/New_York", Hours((9, 30), (16, 0), (16, 0, 5), (16, 30))),
+    "HK": Market("stock", "Asia/Hong_Kong", Hours((9, 30), (16, 0), (16, 10, 0), (16, 40))),
     "SH": _CHINA,
     "SZ": _CHINA,
-    "JP": Market("japan", "Asia/Tokyo", (15, 30)),
-    "KS": Market("korea", "Asia/Seoul", (15, 30)),
-    "IN": Market("india", "Asia/Kolkata", (15, 30)),
-    "TW": Market("taiwan", "Asia/Taipei", (13, 30)),
+    "JP": Market("japan", "Asia/Tokyo", _TOKYO, former=("2024-11-04", _TOKYO_TO_2024)),
+    "KS": Market("korea", "Asia/Seoul", Hours((9, 0), (15, 30), (15, 35, 0), (17, 0))),
+    "IN": Market(
+        "india", "Asia/Kolkata", Hours((9, 15), (15, 30), (16, 0, 0), (20, 0)), rests_on_weekends=False
+    ),
+    "TW": Market(
+        "taiwan", "Asia/Taipei", Hours((9, 0), (13, 30), (13, 35, 0), (15, 0)), rests_on_weekends=False
+    ),
 }
-# Instruments without a suffix: the market is their product's.
+# Instruments without a suffix: the market is their product's, but for the metals that follow London's exchange.
 PRODUCT_MARKETS = {
-    "common": Market("common", "America/New_York", (17, 0), continuous=True, rests_on_weekends=True),
-    "crypto": Market("crypto", "UTC", (24, 0), continuous=True),
+    "common": Market("common", "America/New_York", Hours((0, 0), (17, 0), (17, 0, 0), None), continuous=True),
+    "metals": Market("common", "Europe/London", Hours((0, 0), (19, 0), (19, 0, 0), None), continuous=True),
+    "crypto": Market(
+        "crypto",
+        "UTC",
+        Hours((0, 0), (24, 0), (24, 0, 0), (24, 30)),
+        continuous=True,
+        rests_on_weekends=False,
+    ),
 }
 PRODUCTS = ("stock", "japan", "korea", "india", "taiwan", "crypto", "common")
 # A workflow of the platform may send any code there: asked once more at this product before it fails.
@@ -1250,7 +1282,9 @@ CURRENCIES = frozenset(
     "HUF TRY RUB ZAR MXN BRL ARS CLP COP PEN ILS AED SAR QAR KWD EGP NGN KES PKR BDT LKR KZT UAH RON BGN ISK "
     "XAU XAG XPT XPD".split()
 )
-# Energy that the API lists at `common` without being a pair.
+# Metals whose day is that of the London Metal Exchange.
+BASE_METALS = frozenset("XALUSD XNIUSD XPBUSD ZINCSPOT".split())
+# Energy that the API lists at `common` without being a pair; its price may be below zero.
 ENERGY = frozenset("USOIL UKOIL NGAS NATGAS WTIUSD BRENTUSD".split())
 # What crypto pairs are quoted in; a pair such as BTCUSD is told from currencies by its other half.
 CRYPTO_QUOTES = ("USDT", "USDC", "FDUSD", "TUSD", "BUSD", "BTC", "ETH", "BNB")
@@ -1310,7 +1344,16 @@ def market_of(code: str) -> Market | None:
 def market_name(code: str) -> str:
     """Return the suffix of a code, or the product of one that has none: the names of the markets."""
     _, dot, suffix = code.rpartition(".")
+    if code in BASE_METALS:
+        return "metals"
     return suffix if dot else _bare_product(code)
+
+
+def is_index(code: str) -> bool:
+    """Return whether a code is that of an index, as far as its form tells: its bars may have no volume."""
+    symbol, _, suffix = code.rpartition(".")
+    numbered = (suffix == "SH" and symbol.startswith("000")) or (suffix == "SZ" and symbol.startswith("399"))
+    return numbered or symbol.startswith(".") or (suffix == "HK" and not symbol.isdigit())
 
 
 def _code_text(raw: object) -> str:
@@ -1369,7 +1412,7 @@ def _without_suffix(code: str) -> Instrument:
 @lru_cache(maxsize=4096)  # asked again and again by every run; few codes have no suffix
 def _bare_product(code: str) -> str:
     """Return the product of a code without suffix, '' when its form does not tell."""
-    if code in ENERGY or (len(code) == 6 and code[:3] in CURRENCIES and code[3:] in CURRENCIES):
+    if code in ENERGY | BASE_METALS or (len(code) == 6 and code[:3] in CURRENCIES and code[3:] in CURRENCIES):
         return "common"
     if any(code.endswith(quoted) and len(code) >= len(quoted) + 2 for quoted in CRYPTO_QUOTES):
         return "crypto"
@@ -1396,33 +1439,24 @@ def _proposal(symbol: str, suffix: str) -> str:
 # Sessions
 # ------------------------------------------------------------------------------------------------------
 
-# The closing auction prints its trades within this time after the close.
-AUCTION_MS = 5 * 60 * 1000
 SATURDAY = 5
 
 
 class Session(NamedTuple):
     """One market's session of one exchange-local date; all times are epoch milliseconds.
 
-    `start`, `end`: the date itself, midnight to midnight. `close`: from then on the session is over.
-    `until`: the last moment of a regular trade. `early_close`, `early_until`: the same on a half day.
-    `half_day`: whether it is one, None when the calendar is missing.
+    `start`, `end`: the date itself, midnight to midnight. `opens`, `until`: the first and the last moment of a
+    regular trade. `close`: from then on the session is over. `bar`: from then on its daily bar can be had, NEVER
+    where there is none.
     """
 
     date: str
     start: int
     end: int
+    opens: int
     close: int
     until: int
-    early_close: int
-    early_until: int
-    half_day: bool | None = False
-
-    def on(self, half_day: bool | None) -> Session:
-        """Return the session in the light of the calendar; without one the usual close counts."""
-        if not half_day:
-            return self._replace(half_day=half_day)
-        return self._replace(close=self.early_close, until=self.early_until, half_day=True)
+    bar: int
 
 
 # The close of what is never over: dates on which a market rests, and codes of no known market.
@@ -1461,28 +1495,29 @@ def session_of(market: Market, t: int) -> Session:
     return _session(market, datetime.fromtimestamp(t // 1000, zone).date(), zone) if zone else NO_SESSION
 
 
-def session_before(market: Market, session: Session) -> Session:
-    """Return the session before one of a market that is known: Friday's before Monday's."""
-    while (before := session_of(market, session.start - 1)).close == NEVER:
-        session = before
-    return before
+def session_on(market: Market, day: date) -> Session:
+    """Return the session of an exchange-local date; NO_SESSION without time-zone data."""
+    zone = zone_info(market.zone)
+    return _session(market, day, zone) if zone else NO_SESSION
 
 
 @lru_cache(maxsize=256)
 def _session(market: Market, day: date, zone: tzinfo) -> Session:
-    def at(hour_and_minute: tuple[int, int]) -> int:
-        hour, minute = hour_and_minute
+    def at(hour: int, minute: int, second: int = 0) -> int:
         later = day + timedelta(days=hour // 24)
-        moment = datetime(later.year, later.month, later.day, hour % 24, minute, tzinfo=zone)
+        moment = datetime(later.year, later.month, later.day, hour % 24, minute, second, tzinfo=zone)
         return int(moment.timestamp()) * 1000
 
-    start, end = at((0, 0)), at((24, 0))
+    start, end = at(0, 0), at(24, 0)
     if market.rests_on_weekends and day.weekday() >= SATURDAY:
         return Session(day.isoformat(), start, end, NEVER, NEVER, NEVER, NEVER)
-    # what goes on through its close trades in the next session from that moment on
-    grace = -1 if market.continuous else AUCTION_MS
-    close, early = at(market.close), at(market.early_close or market.close)
-    return Session(day.isoformat(), start, end, close, close + grace, early, early + grace)
+    hours = market.hours
+    if market.former and day.isoformat() <= market.former[0]:
+        hours = market.former[1]
+    # what goes on through its close trades in the next session from that moment on; a second is a whole one
+    until = at(*hours.prints) + (-1 if market.continuous else 999)
+    bar = at(*hours.bar) if hours.bar else NEVER
+    return Session(day.isoformat(), start, end, at(*hours.opens), at(*hours.close), until, bar)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -1500,11 +1535,18 @@ MANY_CODES = 100_000
 class Batch(NamedTuple):
     """Codes that are asked for in one request, joined by commas as the URL has them.
 
-    A joined text and not a list: 100,000 codes are then one megabyte, not ten.
+    A joined text and not a list: 100,000 codes are then one megabyte, not ten. `bars`: how many daily bars of each
+    code are asked for, 0 for its latest trade.
     """
 
     product: str
     codes: str
+    bars: int = 0
+
+    @property
+    def service(self) -> str:
+        """What a key must serve: the product, or its bars, which a plan may lack."""
+        return f"{self.product} bars" if self.bars else self.product
 
     def split(self) -> list[str]:
         """Return the codes one by one."""
@@ -1763,6 +1805,7 @@ class Response(NamedTuple):
     fault: str = ""
     kind: FailureKind = FailureKind.NETWORK
     hopeless: bool = False
+    date: str = ""  # the header of that name
 
 
 class Wire:
@@ -1924,23 +1967,23 @@ class HttpConnection:
         conn = self._conn
         conn.request("GET", self._path + path, headers={**self._headers, **headers}, preload_content=False)
         answer = conn.getresponse()
-        if (
-            answer.status < 200
-        ):  # the answer is still to come, and would be taken for that to the next request
+        # the answer is still to come, and would be taken for that to the next request
+        if answer.status < 200:
             words = f"HTTP {answer.status}, which announces an answer instead of giving it"
             return Response(fault=words, kind=FailureKind.API)
         body = answer.read(most_bytes + 1)
         if len(body) > most_bytes:
             words = f"an answer of more than {most_bytes >> 20} MiB"
             return Response(fault=words, kind=FailureKind.API, hopeless=True)
-        response = Response(answer.status, body, answer.headers.get("Retry-After", "").strip())
+        retry_after, date = (answer.headers.get(name, "").strip() for name in ("Retry-After", "Date"))
+        response = Response(answer.status, body, retry_after, date=date)
         if self._proxy is not None and not self._tunnels and _is_of_proxy(response):
             return _refused_by_proxy(self._proxy, response.status)
         return response
 
     def _fault(self, error: Exception) -> Response:
         """Return what an exception means."""
-        if time.monotonic() >= self.deadline:
+        if self._wire.is_cut or time.monotonic() >= self.deadline:
             return Response(fault=f"no whole answer within {self._limits.whole_s:.0f} s")
         if isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
             return Response(fault=f"the connection broke ({type(error).__name__})")
@@ -2611,8 +2654,9 @@ def _rescue_table(damaged: Path, db: sqlite3.Connection, name: str) -> int:
     known = [column[1] for column in db.execute(f"PRAGMA table_info({name})")]
     for order in ("", "ORDER BY 1 DESC"):
         for found in _readable_rows(damaged, f"SELECT * FROM {name} {order}"):  # noqa: S608
-            # a column whose name is damaged is known by its place
-            row = found if found.keys() <= set(known) else dict(zip(known, found.values(), strict=False))
+            row = {column: value for column, value in found.items() if column in known}
+            if len(found) == len(known) > len(row):  # a column whose name is damaged is known by its place
+                row = dict(zip(known, found.values(), strict=True))
             columns, places = ", ".join(row), ", ".join("?" * len(row))
             insert = f"INSERT OR IGNORE INTO {name} ({columns}) VALUES ({places})"  # noqa: S608
             db.execute(insert, tuple(row.values()))
@@ -2707,7 +2751,7 @@ def _value_at(page: bytes, kind: int, at: int) -> tuple[str | int | None, int]:
 # ------------------------------------------------------------------------------------------------------
 
 SQLITE_NAME = "stockrt.db"
-SQLITE_VERSION = 4
+SQLITE_VERSION = 5
 # IF NOT EXISTS: two processes may open a new file at the same moment.
 _SQLITE_SCHEMA = """
 CREATE TABLE IF NOT EXISTS realtime (
@@ -2729,14 +2773,43 @@ CREATE TABLE IF NOT EXISTS rejects (        -- what MongoDB refused for good
     rejected_at TEXT NOT NULL,              -- UTC, ISO 8601
     UNIQUE (collection, _id)
 );
-CREATE TABLE IF NOT EXISTS close (
+CREATE TABLE IF NOT EXISTS close (          -- as it was up to format 4
+    _id TEXT PRIMARY KEY,
+    date TEXT NOT NULL,
+    s TEXT NOT NULL, t INTEGER NOT NULL,
+    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
+    stock_code TEXT NOT NULL,
+    after_hours INTEGER,
+    create_time TEXT NOT NULL, update_time TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE new_close (
     _id TEXT PRIMARY KEY,                   -- code|date
     date TEXT NOT NULL,                     -- of the session, on the exchange's calendar
     s TEXT NOT NULL, t INTEGER NOT NULL,
     p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
     stock_code TEXT NOT NULL,
-    after_hours INTEGER, half_day INTEGER, half_day_unknown INTEGER,
+    after_hours INTEGER, provisional INTEGER,
+    open TEXT, high TEXT, low TEXT, close TEXT, volume TEXT, turnover TEXT,  -- of the daily bar: it is final
     create_time TEXT NOT NULL, update_time TEXT NOT NULL
+) WITHOUT ROWID;
+INSERT INTO new_close (_id, date, s, t, p, v, vw, td, stock_code, after_hours, provisional, create_time, update_time)
+    SELECT _id, date, s, t, p, v, vw, td, stock_code, after_hours,
+           CASE WHEN stock_code GLOB '*.*' OR stock_code GLOB '*USD[TC]' THEN 1 END, create_time, update_time
+    FROM close;
+DROP TABLE close;
+ALTER TABLE new_close RENAME TO close;
+CREATE TABLE IF NOT EXISTS sessions (       -- of which closes are to be made final, and the newest that are
+    code TEXT, date TEXT,
+    stage INTEGER NOT NULL,                 -- see Stage
+    due INTEGER NOT NULL,                   -- epoch seconds: then it is looked at
+    tries INTEGER NOT NULL,
+    PRIMARY KEY (code, date)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS sessions_due ON sessions (due) WHERE stage < 3;
+CREATE TABLE IF NOT EXISTS backfilled (     -- what --backfill has asked for
+    code TEXT PRIMARY KEY,
+    first TEXT NOT NULL, last TEXT NOT NULL,  -- the dates between which everything is final
+    asked INTEGER NOT NULL, closes INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS unsettled (      -- trades that MongoDB has, whose closes could not be made
     _id TEXT PRIMARY KEY,
@@ -2751,15 +2824,12 @@ CREATE TABLE IF NOT EXISTS key_usage (
 CREATE TABLE IF NOT EXISTS key_pace (
     digest TEXT PRIMARY KEY, pace TEXT NOT NULL  -- JSON: Pace.stored
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS calendar (
-    market TEXT PRIMARY KEY, asked_on TEXT NOT NULL, first TEXT NOT NULL, last TEXT NOT NULL,
-    half_days TEXT NOT NULL                 -- JSON: ISO dates
-) WITHOUT ROWID;
+DROP TABLE IF EXISTS calendar;
 """
 
 
 def open_store_file(directory: Path, events: Events = NO_EVENTS) -> LocalFile:
-    """Open the file that the store, what waits for MongoDB, the keys' counts and the calendars share: once a process.
+    """Open the file that the store, what waits for MongoDB, the keys' counts and the sessions share: once a process.
 
     Raises StoreError.
     """
@@ -2884,8 +2954,9 @@ class ApiKey:
         return f"{self.secret[:3]}…{self.secret[-3:]}" if len(self.secret) >= 16 else "***"
 
     def refusal(self, product: str) -> str:
-        """Return why the key cannot serve `product` at all, '' if it can."""
-        return self.dead or self.closed_products.get(product, "")
+        """Return why the key cannot serve a product (or its bars: `stock bars`) at all, '' if it can."""
+        closed = self.closed_products
+        return self.dead or closed.get(product, "") or closed.get(product.removesuffix(" bars"), "")
 
     def ready_at(self, now: float) -> float:
         """Return the earliest time at which the key may be used again."""
@@ -3460,7 +3531,7 @@ def _end_of_slice(start: float) -> float:
 # ======================================================================================================
 
 # A hundred trades are about ten kilobytes. Several answers are in flight at once, and what is read of one takes many
-# times its size: an answer to a batch, or a month's calendar, is refused beyond this.
+# times its size: an answer to a batch, or with a code's daily bars, is refused beyond this.
 MAX_BATCH_BYTES = 1024 * 1024
 # A thread that does not come back this long after its connection was cut is left alone and replaced.
 ABANDON_AFTER_S = 2.0
@@ -3470,10 +3541,12 @@ MAX_TRIES = 5
 MAX_REFUSALS = 8
 BACKOFF_FIRST_S, BACKOFF_CAP_S = 0.5, 8.0
 SLOW_DOWN_FIRST_S, SLOW_DOWN_CAP_S = 1.0, 15.0
-# Asked for in the midst of a run, which it must not hold up for long: without it the usual close counts.
-CALENDAR_LIMITS = Limits(2.0, 3.0, 3.0)
-CALENDAR_PATH = "/common/basic/markets/trading_days"
-CALENDAR_TRIES = 2
+# Tries for daily bars: who asks for them comes back to it.
+MAX_BAR_TRIES = 2
+# A trade that is further ahead of the API's clock, or this machine's, is none.
+MAX_AHEAD_MS = 24 * 60 * 60 * 1000
+# Of how many seconds a clock may be off until it is said.
+CLOCK_TOLERANCE_S = 60.0
 # A `Retry-After` beyond this is answered by failing the batch with that number in the reason.
 LONGEST_RETRY_AFTER_S = 60.0
 # No `Retry-After` is believed beyond this: one answer of a proxy would put a key out for days, or for good.
@@ -3627,16 +3700,30 @@ def _retry_after_s(response: Response, now_utc: datetime) -> float:
     """Return the seconds of a Retry-After header (a number or an HTTP date) as far as believed, 0 without one."""
     if re.fullmatch(r"\d{1,9}", response.retry_after, re.ASCII):
         return min(BELIEVED_RETRY_AFTER_S, float(response.retry_after))
-    if not response.retry_after:
+    at = _http_date(response.retry_after)
+    return min(BELIEVED_RETRY_AFTER_S, max(0.0, at - now_utc.timestamp())) if at else 0.0
+
+
+def _http_date(text: str) -> float:
+    """Return the epoch seconds of an HTTP date, 0 where it is none."""
+    if not text:
         return 0.0
     from email.utils import parsedate_to_datetime
 
     try:
-        at = parsedate_to_datetime(response.retry_after)
-        wait_s = ((at if at.tzinfo else at.replace(tzinfo=UTC)) - now_utc).total_seconds()
-        return min(BELIEVED_RETRY_AFTER_S, max(0.0, wait_s))
+        at = parsedate_to_datetime(text)
+        return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         return 0.0
+
+
+def clock_fault(response: Response, now: float) -> str:
+    """Return how far this machine's clock (`now`, epoch seconds) is off by the API's, '' where that is not much."""
+    at = _http_date(response.date)
+    if not at or abs(now - at) <= CLOCK_TOLERANCE_S:
+        return ""
+    side = "ahead of" if now > at else "behind"
+    return f"this machine's clock is {abs(now - at):.0f} s {side} the API's; mend it (NTP, timedatectl)"
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -3659,8 +3746,11 @@ class Trade(NamedTuple):
     td: int
 
 
-def read_trade(record: object) -> Trade:
-    """Return the trade that a record of an answer holds. Raises ValueError with what is wrong with it."""
+def read_trade(record: object, product: str = "", latest_ms: int = LATEST_TRADE_MS) -> Trade:
+    """Return the trade that a record of an answer of `product` holds.
+
+    Raises ValueError with what is wrong with it: its form, or that by its product's rule it is no trade.
+    """
     if not isinstance(record, dict):
         raise ValueError(f"the API sent {one_line(json.dumps(record), 40)} in place of a trade")
     get = record.get
@@ -3671,13 +3761,32 @@ def read_trade(record: object) -> Trade:
         raise ValueError(f"field t: {_shown(record, 't')} in place of epoch milliseconds")
     if type(td) is not int or not 0 <= td <= 9:
         raise ValueError(f"field td: {_shown(record, 'td')} in place of a direction (0, 1, 2)")
-    return Trade(s, t, _decimal(record, "p"), _decimal(record, "v"), _decimal(record, "vw"), td)
+    trade = Trade(s, t, _decimal(record, "p"), _decimal(record, "v"), _decimal(record, "vw"), td)
+    why = _why_no_trade(trade, product, latest_ms)
+    if why:
+        raise ValueError(f"no trade: {why}")
+    return trade
+
+
+def _why_no_trade(trade: Trade, product: str, latest_ms: int) -> str:
+    """Return why a well-formed record is no trade by its product's rule, '' if it is one."""
+    price = float(trade.p)
+    if price == 0:
+        return f"p {trade.p}: it has not traded, or is suspended"
+    if price < 0 and not (product == "common" and trade.s in ENERGY):
+        return f"p {trade.p}: only energy at common has prices below zero"
+    if float(trade.v) < 0:
+        return f"v {trade.v}: a volume is not below zero"
+    if trade.t > latest_ms:
+        at = iso(datetime.fromtimestamp(trade.t / 1000, UTC))
+        return f"t {trade.t}: {at} is more than a day ahead"
+    return ""
 
 
 _FIELDS_OF = itemgetter(*Trade._fields)
 
 
-def _plain_trades(records: Sequence[Any]) -> list[Trade]:
+def _plain_trades(records: Sequence[Any], latest_ms: int) -> list[Trade]:
     """Return the trades of records that are all as they nearly always are, [] where one is not.
 
     What `read_trade` makes of each, in half the time: the fields are looked at column by column.
@@ -3692,10 +3801,11 @@ def _plain_trades(records: Sequence[Any]) -> list[Trade]:
     plain = (
         {*map(type, s)} == {str}
         and {*map(type, t), *map(type, td)} == {int}
-        and EARLIEST_TRADE_MS <= min(t) <= max(t) < LATEST_TRADE_MS
+        and EARLIEST_TRADE_MS <= min(t) <= max(t) <= latest_ms
         and 0 <= min(td) <= max(td) <= 9
         and text.count(",") == len(decimals) - 1
         and _PLAIN_DECIMALS.fullmatch(text)
+        and min(map(float, p)) > 0
     )
     return trades if plain else []
 
@@ -3717,10 +3827,42 @@ def _shown(record: Mapping[str, object], name: str) -> str:
     return one_line(json.dumps(record[name]), 40) if name in record else "nothing"
 
 
+class Bar(NamedTuple):
+    """One daily bar, of the regular session alone: the code, its time (epoch seconds), the rest as the API sends it."""
+
+    s: str
+    t: int
+    open: str
+    high: str
+    low: str
+    close: str
+    volume: str
+    turnover: str
+
+
+# The API's names of a bar's numbers, in the order of Bar's.
+BAR_NUMBERS = ("o", "h", "l", "c", "v", "vw")
+BAR_FIELDS = Bar._fields[2:]
+
+
+def read_bar(code: str, record: object) -> Bar:
+    """Return the bar that a record of an answer holds. Raises ValueError with what is wrong with it."""
+    if not isinstance(record, dict):
+        raise ValueError(f"the API sent {one_line(json.dumps(record), 40)} in place of a bar")
+    t = record.get("t")
+    if not re.fullmatch(r"\d{9,10}", str(t), re.ASCII):
+        raise ValueError(f"field t: {_shown(record, 't')} in place of epoch seconds")
+    bar = Bar(code, int(str(t)), *(_decimal(record, name) for name in BAR_NUMBERS))
+    if min(map(float, bar[2:6])) <= 0 or float(bar.volume) < 0:
+        raise ValueError(f"prices {', '.join(bar[2:6])} and volume {bar.volume}: no bar has them")
+    return bar
+
+
 class Outcome(NamedTuple):
     """What became of one batch: its trades, the codes the product does not know, reasons for the rest.
 
-    `interrupted`: it was stopped before its answer, which says nothing of its codes.
+    `interrupted`: it was stopped before its answer, which says nothing of its codes. `bars`: of a batch that asks
+    for them those of each code that has any, newest first.
     """
 
     batch: Batch
@@ -3728,12 +3870,38 @@ class Outcome(NamedTuple):
     unknown: Sequence[str] = ()
     failures: Mapping[str, Failure] = MappingProxyType({})
     interrupted: bool = False
+    bars: Mapping[str, Sequence[Bar]] = MappingProxyType({})
 
 
-def read_records(batch: Batch, records: Sequence[object]) -> Outcome:
-    """Sort the records of an accepted answer; each is judged alone, a bad one harms no neighbour."""
+def read_bars(batch: Batch, records: Sequence[object]) -> Outcome:
+    """Sort the records of an accepted answer with bars; a bad bar harms no neighbour."""
+    asked = {code.upper(): code for code in batch.split()}
+    found: dict[str, list[Bar]] = {}
+    for record in records:
+        fields = record if isinstance(record, dict) else {}
+        code = asked.get(str(fields.get("s")).upper())
+        if code is None:
+            log.warning("bars of %s were rejected: %s", batch.product, one_line(json.dumps(record), 80))
+            continue
+        listed = fields.get("respList")
+        for one in listed if isinstance(listed, list) else ():
+            try:
+                found.setdefault(code, []).append(read_bar(code, one))
+            except ValueError as error:
+                log.warning("a bar of %s was rejected: %s", code, error)
+    return Outcome(batch, unknown=[code for code in asked.values() if code not in found], bars=found)
+
+
+def read_records(batch: Batch, records: Sequence[object], now: float = math.inf) -> Outcome:
+    """Sort the records of an accepted answer; each is judged alone, a bad one harms no neighbour.
+
+    `now`: the API's time, epoch seconds; what is more than a day ahead of it is no trade.
+    """
+    if batch.bars:
+        return read_bars(batch, records)
     asked = dict.fromkeys(batch.split())
-    trades = _plain_trades(records)
+    latest_ms = int(min(now * 1000 + MAX_AHEAD_MS, LATEST_TRADE_MS - 1))
+    trades = _plain_trades(records, latest_ms)
     if len(trades) == len(asked) and asked.keys() == {trade.s for trade in trades}:
         return Outcome(batch, trades)  # as nearly always: each code that was asked for, once
     newest: dict[str, Trade] = {}
@@ -3743,7 +3911,7 @@ def read_records(batch: Batch, records: Sequence[object]) -> Outcome:
     ] = []  # what is wrong with the first, and '' for each other one: words for all would take memory
     for record in records:
         try:
-            trade = read_trade(record)
+            trade = read_trade(record, batch.product, latest_ms)
         except ValueError as error:
             code = record.get("s") if isinstance(record, dict) else None
             if isinstance(code, str) and code in asked:
@@ -3816,8 +3984,8 @@ _Done: TypeAlias = "queue.SimpleQueue[tuple[_Worker, Outcome]]"
 class InfowayApi:
     """Asks the API for batches, several at a time, and yields what became of each.
 
-    Promises: no key above its rate; each batch answered exactly once, by trades or by reasons; no request
-    outlives its limits. One run at a time; `half_days` may be asked beside it.
+    Promises: no key above its rate; each batch answered exactly once, by trades (or bars) or by reasons; no request
+    outlives its limits. One run at a time.
     """
 
     def __init__(
@@ -3828,7 +3996,10 @@ class InfowayApi:
         events: Events = NO_EVENTS,
         rng: random.Random | None = None,
         limits: Limits = API_LIMITS,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        self._clock = clock
+        self._clock_said = False
         self.base_url = base_url
         self.keys = keys
         self.proxies = proxies
@@ -3869,22 +4040,11 @@ class InfowayApi:
             for worker in busy:
                 worker.dismiss()
 
-    def half_days(self, market: str, first: date, last: date, stop: threading.Event) -> list[str] | None:
-        """Return the half days of a market as ISO dates, None when they cannot be had now, or `stop` was set."""
-        path = f"{CALENDAR_PATH}?market={market}&beginDay={first:%Y%m%d}&endDay={last:%Y%m%d}"
-        for delay in islice(backoff(BACKOFF_FIRST_S, BACKOFF_CAP_S, self._rng), CALENDAR_TRIES):
-            try:
-                key = self.keys.acquire("common", stop)
-            except (NoKeyError, Interrupted):
-                return None
-            headers = {"apiKey": key.secret}
-            answer = get_once(self.base_url, path, CALENDAR_LIMITS, self.proxies, headers, MAX_BATCH_BYTES)
-            found = None if answer.fault else _read_half_days(json_object(answer.body) or {})
-            if found is not None:
-                return found
-            steer(self.keys, key, "common", decide(answer, datetime.now(UTC)))
-            stop.wait(delay)
-        return None
+    def bars(self, product: str, codes: Sequence[str], num: int, stop: threading.Event) -> Outcome:
+        """Return up to `num` daily bars of one code (at most 500), or the two newest of each of up to 100."""
+        batch = Batch(product, ",".join(codes), num)
+        found = (outcome for outcome in self.fetch([batch], stop) if outcome is not None)
+        return next(found, Outcome(batch, interrupted=True))
 
     def close(self) -> None:
         """End the threads that wait for work."""
@@ -3943,9 +4103,9 @@ class InfowayApi:
         fault = connection.open()
         if fault is not None:
             return self._judge(attempt, None, fault, None)
-        key = self.keys.acquire(attempt.batch.product, attempt.stop)
+        key = self.keys.acquire(attempt.batch.service, attempt.stop)
         sent = time.monotonic()
-        path, headers = trade_path(attempt.batch), {"apiKey": key.secret}
+        path, headers = path_of(attempt.batch), {"apiKey": key.secret}
         answer = connection.open() or connection.get(path, headers, MAX_BATCH_BYTES)
         return self._judge(attempt, key, answer, time.monotonic() - sent)
 
@@ -3963,9 +4123,9 @@ class InfowayApi:
             attempt.refusals += 1
             verdict = verdict._replace(wait_s=verdict.wait_s or next(attempt.after_refusal))
         if key is not None:
-            steer(self.keys, key, attempt.batch.product, verdict)
+            steer(self.keys, key, attempt.batch.service, verdict)
         if verdict.action is Action.ACCEPT:
-            return read_records(attempt.batch, verdict.records)
+            return read_records(attempt.batch, verdict.records, self._api_time(answer))
         if verdict.action is Action.CODES_UNKNOWN:
             return Outcome(attempt.batch, unknown=attempt.batch.split())
         again = verdict.action is Action.RETRY
@@ -3979,6 +4139,15 @@ class InfowayApi:
             attempt.pause_s = verdict.wait_s or next(attempt.after_fault)
         return None
 
+    def _api_time(self, answer: Response) -> float:
+        """Return the later of this machine's time and the API's; that they differ is said once."""
+        now = self._clock.wall()
+        fault = clock_fault(answer, now)
+        if fault and not self._clock_said:
+            self._clock_said = True
+            log.warning("%s", fault)
+        return max(now, _http_date(answer.date))
+
 
 def _why_final(attempt: BatchAttempt, verdict: Verdict) -> Failure | None:
     """Return why a batch is not tried again after an answer without trades, None if it is."""
@@ -3986,6 +4155,7 @@ def _why_final(attempt: BatchAttempt, verdict: Verdict) -> Failure | None:
     late = verdict.action is Action.RETRY and verdict.wait_s > LONGEST_RETRY_AFTER_S
     tries = attempt.faults + attempt.refusals
     spent = attempt.faults >= MAX_TRIES or attempt.refusals >= MAX_REFUSALS
+    spent |= bool(attempt.batch.bars) and tries >= MAX_BAR_TRIES
     if not (hopeless or late or spent):
         return None
     kind, words = verdict.failure
@@ -4015,18 +4185,12 @@ def steer(keys: KeyPool, key: ApiKey, product: str, verdict: Verdict) -> None:
         keys.slow_down(key, verdict.wait_s, why)
 
 
-def _read_half_days(envelope: Mapping[str, Any]) -> list[str] | None:
-    """Return the half days of a calendar's answer as ISO dates, None when it holds none of that form."""
-    data = envelope.get("data")
-    days = data.get("half_trade_days") if envelope.get("ret") == 200 and isinstance(data, dict) else None
-    if not isinstance(days, list) or not all(isinstance(d, str) and re.fullmatch(r"\d{8}", d) for d in days):
-        return None
-    return [f"{day[:4]}-{day[4:6]}-{day[6:]}" for day in days]
-
-
-def trade_path(batch: Batch) -> str:
-    """Return what to ask for to have the latest trades of a batch."""
-    return f"/{batch.product}/batch_trade/{quote(batch.codes, safe=',')}"
+def path_of(batch: Batch) -> str:
+    """Return what to ask for to have the latest trades of a batch, or its daily bars."""
+    codes = quote(batch.codes, safe=",")
+    if batch.bars:
+        return f"/{batch.product}/batch_kline/8/{batch.bars}/{codes}"
+    return f"/{batch.product}/batch_trade/{codes}"
 
 
 def _failed(batch: Batch, failure: Failure) -> Outcome:
@@ -4095,11 +4259,12 @@ class DemoApi:
 #      its name, rescues what can be read before anybody has it open, says so in one error line, and goes on.
 #   7. `write` ends within a time limit, or raises StoreError: then nothing of it counts as stored.
 #   8. `close` holds ONE document per code and session date, `_id` `code|date`, and whoever writes, in
-#      whatever order, it ends as the same one, the best of all candidates: a regular trade of what is known
-#      to be a half day, then any other regular trade, then one after hours. Of regular trades the later is
-#      the better, of those after hours the earlier; equal times are decided by price, volume and side; of
-#      the same trade the one without doubt (`half_day_unknown`) is the better. What cannot be written now
-#      is made later, and keeps no trade waiting.
+#      whatever order, it ends as the same one, the best of all candidates: a daily bar, which makes it final
+#      for every trade, then a regular trade, then one after hours. Of two bars that of the greater volume is
+#      the better (a session's volume only grows), of equal volumes that of the greater close; of regular trades
+#      the later, of those after hours the earlier; equal times are decided by price, volume and side. A final
+#      document is made of the bar alone: `p` is its close. What cannot be written now is made later, and
+#      keeps no trade waiting.
 
 # Every MongoDB operation, its retries included; the platform waits 120 s for a result.
 MONGODB_TIMEOUT_MS = 20_000
@@ -4147,17 +4312,17 @@ def to_document(trade: Trade, created: datetime, demo: bool = False) -> Document
 
 
 class Close(NamedTuple):
-    """A candidate for the closing snapshot of one code and session date, with the marks it carries if true.
+    """A candidate for the closing snapshot of one code and session date.
 
-    `half_day`: the calendar says that the date is one. `half_day_unknown`: the calendar is missing, and the
-    trade lies between the early and the usual close.
+    `document`: the trade that it follows from, or what stands for one (`bar_close`). `provisional`: its bar is still
+    to come. `bar`: it has come, and the close is final.
     """
 
     document: Document
     date: str
     after_hours: bool = False
-    half_day: bool = False
-    half_day_unknown: bool = False
+    provisional: bool = False
+    bar: Bar | None = None
 
     @property
     def key(self) -> str:
@@ -4168,8 +4333,20 @@ class Close(NamedTuple):
         """Return the marks that the document carries beside the trade."""
         return {name: True for name in CLOSE_MARKS if getattr(self, name)}
 
+    def bar_fields(self) -> dict[str, str]:
+        """Return what the document gains when it is final, as the API sends it."""
+        return {} if self.bar is None else {name: getattr(self.bar, name) for name in BAR_FIELDS}
 
-CLOSE_MARKS = ("after_hours", "half_day", "half_day_unknown")
+
+CLOSE_MARKS = ("after_hours", "provisional")
+# What documents of older versions may carry.
+FORMER_MARKS = ("half_day", "half_day_unknown")
+
+
+def bar_close(bar: Bar, session: Session) -> Close:
+    """Return the final close that a bar makes: where a trade's fields are read they say the same."""
+    trade = Trade(bar.s, session.close, bar.close, bar.volume, bar.turnover, 0)
+    return Close(trade._asdict() | {"stock_code": bar.s}, session.date, bar=bar)
 
 
 class WriteReport(NamedTuple):
@@ -4213,6 +4390,12 @@ class CloseStore(Protocol):
         Returns the refused ones (`_id` -> reason). Raises StoreError.
         """
 
+    def finals(self, keys: Collection[str]) -> set[str]:
+        """Return which of these closes (by `_id`) are final. Raises StoreError."""
+
+    def codes(self) -> list[str]:
+        """Return every code in `realtime`. Raises StoreError."""
+
 
 # ------------------------------------------------------------------------------------------------------
 # The embedded store
@@ -4248,6 +4431,16 @@ class SqliteStore:
         with self._file.write() as db:
             db.executemany(_SQLITE_CLOSE, rows)
         return {}
+
+    def finals(self, keys: Collection[str]) -> set[str]:
+        """Return which of these closes are final. Raises StoreError."""
+        query = "SELECT 1 FROM close WHERE close IS NOT NULL AND _id = ?"
+        return {key for key in keys if self._file.read_one(query, key)}
+
+    def codes(self) -> list[str]:
+        """Return every code in `realtime`, synthetic ones left out. Raises StoreError."""
+        query = "SELECT DISTINCT stock_code FROM realtime WHERE demo IS NULL ORDER BY stock_code"
+        return [code for (code,) in self._file.read_all(query)]
 
     def check(self) -> str:
         """Write and take back a row. Raises StoreError."""
@@ -4286,26 +4479,30 @@ _SQLITE_INSERT = (
 
 # Promise 8: which of two closes is the better. Unnamed columns are those of the document that stands there.
 _SQLITE_CLOSE = """
-INSERT INTO close (_id, date, s, t, p, v, vw, td, stock_code, after_hours, half_day, half_day_unknown,
-                   create_time, update_time)
-VALUES (:_id, :date, :s, :t, :p, :v, :vw, :td, :stock_code, :after_hours, :half_day, :half_day_unknown, :now, :now)
+INSERT INTO close (_id, date, s, t, p, v, vw, td, stock_code, after_hours, provisional,
+                   open, high, low, close, volume, turnover, create_time, update_time)
+VALUES (:_id, :date, :s, :t, :p, :v, :vw, :td, :stock_code, :after_hours, :provisional,
+        :open, :high, :low, :close, :volume, :turnover, :now, :now)
 ON CONFLICT (_id) DO UPDATE SET
     s = excluded.s, t = excluded.t, p = excluded.p, v = excluded.v, vw = excluded.vw, td = excluded.td,
-    after_hours = excluded.after_hours, half_day = excluded.half_day,
-    half_day_unknown = excluded.half_day_unknown, update_time = excluded.update_time
+    after_hours = excluded.after_hours, provisional = excluded.provisional,
+    open = excluded.open, high = excluded.high, low = excluded.low, close = excluded.close,
+    volume = excluded.volume, turnover = excluded.turnover, update_time = excluded.update_time
 WHERE CASE
+    WHEN close IS NOT NULL THEN :close IS NOT NULL
+        AND (CAST(volume AS REAL), CAST(close AS REAL)) < (CAST(:volume AS REAL), CAST(:close AS REAL))
+    WHEN :close IS NOT NULL THEN 1
     WHEN :after_hours THEN after_hours AND (t, p, v, td) > (:t, :p, :v, :td)
     WHEN after_hours THEN 1
-    WHEN half_day IS NOT :half_day THEN :half_day
-    ELSE (t, p, v, td, half_day_unknown IS NULL) < (:t, :p, :v, :td, :half_day_unknown IS NULL)
+    ELSE (t, p, v, td) < (:t, :p, :v, :td)
 END
 """
 
 
 def _close_row(close: Close, now: str) -> dict[str, Any]:
     row = {name: close.document[name] for name in (*TRADE_FIELDS, "stock_code")}
-    marks: dict[str, Any] = dict.fromkeys(CLOSE_MARKS) | close.marks()
-    return row | marks | {"_id": close.key, "date": close.date, "now": now}
+    more: dict[str, Any] = dict.fromkeys((*CLOSE_MARKS, *BAR_FIELDS)) | close.marks() | close.bar_fields()
+    return row | more | {"_id": close.key, "date": close.date, "now": now}
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -4499,7 +4696,27 @@ class MongoStore:
         found = self._bson(close.document)
         trade = {name: found[name] for name in (*TRADE_FIELDS, "stock_code")}
         times = {"create_time": now, "update_time": now}
-        return {"_id": close.key, "date": close.date, **trade, **close.marks(), **times}
+        bar = {name: self._number(text) for name, text in close.bar_fields().items()}
+        return {"_id": close.key, "date": close.date, **trade, **close.marks(), **bar, **times}
+
+    def finals(self, keys: Collection[str]) -> set[str]:
+        """Return which of these closes are final. Raises StoreError."""
+        from pymongo.errors import PyMongoError
+
+        wanted = {"_id": {"$in": list(keys)}, "close": {"$ne": None}}
+        try:
+            return {found["_id"] for found in self.collection(self.close_name).find(wanted, {"_id": 1})}
+        except PyMongoError as error:
+            raise self._fault(error) from error
+
+    def codes(self) -> list[str]:
+        """Return every code in `realtime`. Raises StoreError."""
+        from pymongo.errors import PyMongoError
+
+        try:
+            return sorted(filter(None, map(str, self.collection().distinct("stock_code"))))
+        except PyMongoError as error:
+            raise self._fault(error) from error
 
     def check(self) -> str:
         """Ping, make the index, write to and delete from both collections. Raises StoreError."""
@@ -4624,6 +4841,9 @@ class MongoStore:
     def _bson(self, document: Document) -> Document:
         return document | {name: self._convert(document[name]) for name in NUMBERS}
 
+    def _number(self, text: str) -> object:
+        return self._convert(text)
+
     def _sort_errors(self, details: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
         """Return the `_id` of what was there before, and what was refused. Raises StoreAway for faults of neither."""
         if details.get("writeConcernErrors"):
@@ -4672,27 +4892,28 @@ def _is_identity_taken(error: Mapping[str, Any]) -> bool:
     return index is not None and index[1] == "_id_"
 
 
-def _worse_close(close: Close, trade: Mapping[str, Any]) -> dict[str, Any]:
+def _worse_close(close: Close, document: Mapping[str, Any]) -> dict[str, Any]:
     """Return the filter of the documents that `close` may replace: promise 8, as MongoDB's conditions."""
+    if close.bar is not None:
+        return {"_id": close.key, "$or": [{"close": None}, {"$expr": _is_lesser_bar(close.bar)}]}
     if close.after_hours:
-        return {"_id": close.key, "after_hours": True, "$or": _before(trade, "$gt")}
-    worse = _before(trade, "$lt")
-    if not close.half_day_unknown:
-        worse.append({**{name: trade[name] for name in _ORDER}, "half_day_unknown": True})
-    if close.half_day:
-        worse.append({"half_day": {"$ne": True}})
-    else:
-        worse = [{**condition, "half_day": {"$ne": True}} for condition in worse]
-    return {"_id": close.key, "$or": [{"after_hours": True}, *worse]}
+        return {"_id": close.key, "close": None, "after_hours": True, "$or": _before(document, "$gt")}
+    return {"_id": close.key, "close": None, "$or": [{"after_hours": True}, *_before(document, "$lt")]}
+
+
+def _is_lesser_bar(bar: Bar) -> dict[str, Any]:
+    """Return the expression that holds for a final document of a lesser bar, whatever type its numbers have."""
+    stands = [
+        {"$convert": {"input": f"${name}", "to": "double", "onError": None, "onNull": None}}
+        for name in ("volume", "close")
+    ]
+    return {"$lt": [stands, [float(bar.volume), float(bar.close)]]}
 
 
 def _close_update(document: Document) -> dict[str, Any]:
     kept = ("_id", "create_time")
-    gone = {name: "" for name in CLOSE_MARKS if name not in document}
-    update = {"$set": {name: value for name, value in document.items() if name not in kept}}
-    if gone:
-        update["$unset"] = gone
-    return update
+    gone = {name: "" for name in (*CLOSE_MARKS, *FORMER_MARKS) if name not in document}
+    return {"$set": {name: value for name, value in document.items() if name not in kept}, "$unset": gone}
 
 
 # What decides between trades of the same kind.
@@ -4741,104 +4962,88 @@ def _is_number(value: object) -> bool:
 # Closing prices
 # ======================================================================================================
 
-# Closes that a process remembers to have written or looked up; more are only written once more.
+# Closes that a process remembers to have written or noted; more are only looked at once more.
 CLOSES_REMEMBERED = 20_000
-# How far a calendar that is asked for reaches to both sides.
-CALENDAR_DAYS = 31
+DAY_S = 24 * 60 * 60
+# A session is looked after for so long; what is older is the business of --backfill.
+LOOKED_AFTER_S = 14 * DAY_S
+# After that the two newest bars, which a request for many codes brings, are those of later sessions.
+SINGLE_AFTER_S = 2 * DAY_S
+# A bar that could not be had is asked for again after this time, then after twice as long, and so on.
+BAR_AGAIN_S, BAR_AGAIN_CAP_S = 30 * 60, DAY_S
+# After a fault of the API's, the network's or the store's nothing is made final for a while.
+FINAL_PAUSE_S = 300.0
+# Sessions that are looked at in one step, in between which executions begin: ten requests for a hundred codes each.
+SESSIONS_AT_ONCE = 1000
+# Requests for a single code in one step.
+SINGLES_AT_ONCE = 10
+# The API's bars of several codes, and of one code at most.
+BARS_OF_SEVERAL, MAX_BARS = 2, 500
 
 
-class HalfDays(NamedTuple):
-    """A market's half days between two dates (ISO 8601, the first later than the last: none are known)."""
+class Stage(IntEnum):
+    """What is still to be done for the close of a code's session."""
 
-    asked_on: str
-    first: str
-    last: str
-    days: frozenset[str]
-
-
-NO_HALF_DAYS = HalfDays("", "9", "0", frozenset())
+    LOOK_BACK = 0  # it is not over, or its trades have not been looked at since
+    BATCH = 1  # its bar is to come, with those of other codes
+    SINGLE = 2  # its bar is to come, in a request of its own
+    DONE = 3  # it is final, or as good as it gets
 
 
-class CalendarFile:
-    """Trading calendars in the local file, one for each market."""
+class OpenSession(NamedTuple):
+    """A session in which a code traded: what is to be done next, when (epoch seconds), and the tries so far."""
+
+    code: str
+    date: str
+    stage: Stage
+    due: int
+    tries: int = 0
+
+    @property
+    def key(self) -> str:
+        """The `_id` of its close."""
+        return f"{self.code}|{self.date}"
+
+
+class SessionsFile:
+    """The sessions whose closes are still to be made final, in the local file. Any thread may call it."""
 
     def __init__(self, file: LocalFile) -> None:
         self._file = file
 
-    def read(self, market: str) -> HalfDays | None:
-        """Return the half days of a market as they were asked for last, None if never. Raises StoreError."""
-        query = "SELECT asked_on, first, last, half_days FROM calendar WHERE market = ?"
-        row = self._file.read_one(query, market)
-        if row is None:
-            return None
-        asked_on, first, last, days = row
-        try:
-            return HalfDays(asked_on, first, last, frozenset(json.loads(days)))
-        except (TypeError, ValueError):  # the disk has changed it: it is asked for again
-            return None
+    def note(self, sessions: Sequence[OpenSession]) -> None:
+        """Keep sessions, unless they are there. Raises StoreError."""
+        query = "SELECT 1 FROM sessions WHERE code = ? AND date = ?"
+        fresh = [one for one in sessions if not self._file.read_one(query, one.code, one.date)]
+        if fresh:
+            with self._file.write() as db:
+                db.executemany("INSERT OR IGNORE INTO sessions VALUES (?, ?, ?, ?, ?)", fresh)
 
-    def write(self, market: str, kept: HalfDays) -> None:
-        """Keep a market's half days in place of those before. Raises StoreError."""
-        row = (market, kept.asked_on, kept.first, kept.last, json.dumps(sorted(kept.days)))
+    def due(self, now: float, count: int) -> list[OpenSession]:
+        """Return up to `count` of which something is to be done now, the next stage's last. Raises StoreError."""
+        query = "SELECT * FROM sessions WHERE stage < 3 AND due <= ? ORDER BY stage, due LIMIT ?"
+        return [_open_session(row) for row in self._file.read_all(query, int(now), count)]
+
+    def next_due(self) -> int | None:
+        """Return when (epoch seconds) something is to be done next, None for never. Raises StoreError."""
+        found = self._file.read_one("SELECT min(due) FROM sessions WHERE stage < 3")[0]
+        return None if found is None else int(found)
+
+    def change(self, sessions: Iterable[OpenSession]) -> None:
+        """Keep what is to be done next; what is done is forgotten when the code has a newer one. Raises StoreError."""
+        rows = list(sessions)
+        forget = (
+            "DELETE FROM sessions WHERE code = ? AND stage = 3 "
+            "AND date < (SELECT max(date) FROM sessions AS others WHERE others.code = sessions.code)"
+        )
         with self._file.write() as db:
-            db.execute("INSERT OR REPLACE INTO calendar VALUES (?, ?, ?, ?, ?)", row)
+            db.executemany("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?)", rows)
+            db.executemany(forget, [(row.code,) for row in rows])
 
 
-class CalendarSource(Protocol):
-    """Who can be asked for a market's half days: the API."""
-
-    def half_days(self, market: str, first: date, last: date, stop: threading.Event) -> list[str] | None:
-        """Return the half days of a market as ISO dates, None when they cannot be had now, or `stop` was set."""
-
-
-class Calendar:
-    """Half days of the markets, from the API's trading calendar; any thread may ask.
-
-    A market is asked for at most once a day by each process, where it cannot be had again within the hour, and not
-    where an answer is on disk.
-    """
-
-    def __init__(self, file: CalendarFile, source: CalendarSource, clock: Clock = SYSTEM_CLOCK) -> None:
-        self._file = file
-        self._source = source
-        self._clock = clock
-        self._kept: dict[str, HalfDays] = {}
-        self._turns: dict[str, OnceADay] = {}
-        then = "half days are not known until it is there"
-        self._trouble = LogThrottle("trading calendar", clock, then, SMALL_TROUBLE_AGAIN_S)
-        self._lock = threading.Lock()
-
-    def is_half_day(self, market: str, day: str, stop: threading.Event) -> bool | None:
-        """Return whether an ISO date is a half day of the market, None when that cannot be known now.
-
-        Raises StoreError when the local file fails.
-        """
-        with self._lock:
-            kept = self._kept.get(market) or self._file.read(market) or NO_HALF_DAYS
-            if not kept.first <= day <= kept.last and kept.asked_on != utc_day(self._clock.wall()):
-                turn = self._turns.setdefault(market, OnceADay(self._clock))
-                kept = self._ask(market, day, kept, stop) if turn.is_due() else kept
-            self._kept[market] = kept
-        return day in kept.days if kept.first <= day <= kept.last else None
-
-    def _ask(self, market: str, day: str, before: HalfDays, stop: threading.Event) -> HalfDays:
-        """Return the half days around a date; where they cannot be had, those before.
-
-        Only what was answered is kept on disk. Who is stopped meanwhile has not asked.
-        """
-        middle, today = date.fromisoformat(day), utc_day(self._clock.wall())
-        first, last = middle - timedelta(days=CALENDAR_DAYS), middle + timedelta(days=CALENDAR_DAYS)
-        days = self._source.half_days(market, first, last, stop)
-        if days is not None:
-            self._trouble.over()
-            kept = HalfDays(today, first.isoformat(), last.isoformat(), frozenset(days))
-            self._file.write(market, kept)
-            return kept
-        if stop.is_set():
-            return before
-        self._turns[market].note_failed()
-        self._trouble.again(f"none of {market} can be had")
-        return before
+def _open_session(row: Sequence[Any]) -> OpenSession:
+    code, day, stage, due, tries = row
+    return OpenSession(code, day, Stage(stage), due, tries)
 
 
 class RefusedClose(NamedTuple):
@@ -4849,65 +5054,53 @@ class RefusedClose(NamedTuple):
 
 
 class ClosingPrices:
-    """Keeps the closing snapshot: looks at stored trades whose session is over, and writes what is their close.
+    """Keeps the closing snapshot from trades: looks at stored ones whose session is over, and writes their closes.
 
-    The close is the last trade of the regular session: the stored one itself, else the newest in `realtime`
-    of that date up to the session's end, else (so that the day is not missing) the stored one as
-    `after_hours`. Of a market that goes on through its close the latest trade is hardly ever one of a
-    session that is over: there the session before is looked up in `realtime` too, once a date.
+    The close is, until the daily bar comes (`Finaliser`), the last trade of the regular session: the stored one
+    itself, else the newest in `realtime` of that session, else (so that the day is not missing) the stored one as
+    `after_hours`. A trade before the session opens makes none. Of each session it is noted that the code traded.
 
     Any thread may call it: what it remembers only saves work, the store decides which close is the better one.
     """
 
-    def __init__(self, store: CloseStore, calendar: Calendar | None, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(self, store: CloseStore, sessions: SessionsFile, clock: Clock = SYSTEM_CLOCK) -> None:
         self._store = store
-        self._calendar = calendar
+        self._sessions = sessions
         self._clock = clock
         # What is done with, so that a trade polled again costs next to nothing: the trade of a code; the
-        # date of a code, and the time from which on its trades after hours change nothing; the date whose
-        # session before was looked up.
+        # date of a code, and the time from which on its trades after hours change nothing; the date of a
+        # code that is noted.
         self._settled: dict[str, str] = {}
         self._after_hours: dict[str, tuple[str, int]] = {}
-        self._looked_back: dict[str, str] = {}
+        self._noted: dict[str, str] = {}
 
     def settle(self, documents: Sequence[Document], stop: threading.Event) -> list[RefusedClose]:
         """Write the closes that follow from these stored trades, and return those that the store refused.
 
-        `stop` ends the wait for a trading calendar. Raises StoreError.
+        Raises StoreError.
         """
         now = int(self._clock.wall() * 1000)
         # of each market the session of its last trade: mostly the next one's too
         sessions: dict[str, Session] = {}
         over: list[tuple[Document, Session]] = []
-        begun: dict[tuple[str, Session], list[str]] = {}
+        traded: dict[tuple[str, str], Session] = {}
         for document in documents:
             code, t = document["stock_code"], document["t"]
             market = market_name(code)
             session = sessions.get(market)
             if session is None or not session.start <= t < session.end:
-                session = sessions[market] = self._session(market, t, now, stop)
-            if now >= session.close and self._settled.get(code) != document["_id"]:
+                session = sessions[market] = _session_at(market, t)
+            if now >= session.close and t >= session.opens and self._settled.get(code) != document["_id"]:
                 over.append((document, session))
-            if market in PRODUCT_MARKETS and self._looked_back.get(code) != session.date:
-                begun.setdefault((market, session), []).append(code)
+            if self._noted.get(code) != session.date and session.close < NEVER:
+                traded[code, session.date] = session
         closes = self._closes(over)
-        for (market, session), codes in begun.items():
-            closes += self._closes_before(market, session, codes)
         refused: Mapping[str, str] = {}
         if closes:
             refused = self._store.write_closes(closes)
-        self._remember(over, closes, begun)
+        self._note(traded, now)
+        self._remember(over, closes)
         return [RefusedClose(close, refused[close.key]) for close in closes if close.key in refused]
-
-    def _session(self, name: str, t: int, now: int, stop: threading.Event) -> Session:
-        """Return the session of a trade, on half days the short one."""
-        market = MARKETS.get(name) or PRODUCT_MARKETS.get(name)
-        session = session_of(market, t) if market else NO_SESSION
-        if market is None or not market.calendar or now < session.early_close:
-            return session
-        if self._calendar is None:
-            return session.on(half_day=None)
-        return session.on(half_day=self._calendar.is_half_day(market.calendar, session.date, stop))
 
     def _closes(self, over: Sequence[tuple[Document, Session]]) -> list[Close]:
         """Return the closes that trades of sessions make that are over."""
@@ -4920,56 +5113,338 @@ class ClosingPrices:
             elif not self._changes_nothing(document, session):
                 late.setdefault(session, {}).setdefault(code, []).append(document)
         for session, by_code in late.items():
-            newest = self._store.newest(by_code, session.start, session.until)
+            newest = self._store.newest(by_code, session.opens, session.until)
             closes += [regular_close(document, session) for document in newest.values()]
             closes += [
-                Close(document, session.date, after_hours=True, half_day=bool(session.half_day))
+                regular_close(document, session)._replace(after_hours=True)
                 for code, documents in by_code.items()
                 if code not in newest
                 for document in documents
             ]
         return closes
 
-    def _closes_before(self, market: str, session: Session, codes: Sequence[str]) -> list[Close]:
-        """Return the closes of the session before, which has ended as this one began."""
-        if session is NO_SESSION:
-            return []
-        before = session_before(PRODUCT_MARKETS[market], session)
-        newest = self._store.newest(codes, before.start, before.until)
-        return [regular_close(document, before) for document in newest.values()]
-
     def _changes_nothing(self, document: Document, session: Session) -> bool:
         """Whether a trade after hours comes after what this process has settled for that date."""
         day, since = self._after_hours.get(document["stock_code"], ("", 0))
         return day == session.date and document["t"] > since
 
-    def _remember(
-        self,
-        over: Iterable[tuple[Document, Session]],
-        closes: Iterable[Close],
-        begun: Mapping[tuple[str, Session], Sequence[str]],
-    ) -> None:
-        """Note what is written; nothing of a date whose calendar may come to be known later."""
-        if len(self._settled) + len(self._after_hours) + len(self._looked_back) > CLOSES_REMEMBERED:
-            for remembered in (self._settled, self._after_hours, self._looked_back):
-                remembered.clear()
+    def _note(self, traded: Mapping[tuple[str, str], Session], now: int) -> None:
+        """Note in the file in which sessions codes traded, those of long ago left out."""
+        if len(self._noted) > CLOSES_REMEMBERED:
+            self._noted.clear()
+        fresh = [
+            OpenSession(code, day, Stage.LOOK_BACK, session.until // 1000 + 1)
+            for (code, day), session in traded.items()
+            if now - session.close < LOOKED_AFTER_S * 1000
+        ]
+        if fresh:
+            self._sessions.note(fresh)
+        self._noted.update(traded.keys())  # pairs of a code and a date
+
+    def _remember(self, over: Iterable[tuple[Document, Session]], closes: Iterable[Close]) -> None:
+        """Note what is written."""
+        if len(self._settled) + len(self._after_hours) > CLOSES_REMEMBERED:
+            self._settled.clear()
+            self._after_hours.clear()
         regular = {close.key for close in closes if not close.after_hours}
         for document, session in over:
-            if session.half_day is None:
-                continue
             code, t = document["stock_code"], document["t"]
             self._settled[code] = document["_id"]
             if t > session.until and not self._changes_nothing(document, session):
                 known = f"{code}|{session.date}" in regular
                 self._after_hours[code] = (session.date, 0 if known else t)
-        for (_, session), codes in begun.items():
-            self._looked_back.update(dict.fromkeys(codes, session.date))
+
+
+def _session_at(name: str, t: int) -> Session:
+    """Return the session of a market, by its name, at `t` (epoch ms)."""
+    market = MARKETS.get(name) or PRODUCT_MARKETS.get(name)
+    return session_of(market, t) if market else NO_SESSION
 
 
 def regular_close(document: Document, session: Session) -> Close:
     """Return the close that a regular trade makes."""
-    doubt = session.half_day is None and document["t"] > session.early_until
-    return Close(document, session.date, half_day=bool(session.half_day), half_day_unknown=doubt)
+    return Close(document, session.date, provisional=session.bar < NEVER)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Final closes
+# ------------------------------------------------------------------------------------------------------
+
+
+def final_closes(code: str, bars: Sequence[Bar], now_ms: int) -> list[Close]:
+    """Return the final closes that a code's bars make: of sessions that are over, in which it traded.
+
+    A bar without volume is that of a suspended share, but for an index. Of two bars of one date the better counts.
+    """
+    market = market_of(code)
+    if market is None:
+        return []
+    found: dict[str, Close] = {}
+    for bar in sorted(bars, key=lambda bar: (float(bar.volume), float(bar.close))):
+        session = session_of(market, bar.t * 1000)
+        if now_ms >= session.bar and (float(bar.volume) > 0 or is_index(code)):
+            found[session.date] = bar_close(bar, session)
+    return list(found.values())
+
+
+class Finaliser:
+    """Makes closes final with the API's daily bars, step by step: of every session that was noted.
+
+    A session is first looked back at, for trades that were polled while it went on; when its bar is due it is asked
+    for, a hundred codes at once. What cannot be had stays provisional and is asked for again, alone after two days,
+    until two weeks have gone. One thread at a time.
+    """
+
+    def __init__(
+        self,
+        store: CloseStore,
+        source: Source,
+        sessions: SessionsFile,
+        events: Events = NO_EVENTS,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._store = store
+        self._source = source
+        self._sessions = sessions
+        self._events = events
+        self._clock = clock
+        self._not_before = 0.0  # monotonic
+        self._said_on = ""  # UTC date
+
+    def wait_s(self) -> float:
+        """Return the seconds after which there is something to do, infinite for never. Raises StoreError."""
+        due = self._sessions.next_due()
+        if due is None:
+            return math.inf
+        return max(0.0, due - self._clock.wall(), self._not_before - self._clock.monotonic())
+
+    def pause(self) -> None:
+        """Do nothing for a while."""
+        self._not_before = self._clock.monotonic() + FINAL_PAUSE_S
+
+    def step(self, stop: threading.Event) -> list[RefusedClose]:
+        """Do the next part of what is due, and return the closes that the store refused. Raises StoreError."""
+        due = self._sessions.due(self._clock.wall(), SESSIONS_AT_ONCE)
+        refused = self._look_back([one for one in due if one.stage is Stage.LOOK_BACK])
+        refused += self._finalise([one for one in due if one.stage is not Stage.LOOK_BACK], stop)
+        return refused
+
+    def _look_back(self, rows: Sequence[OpenSession]) -> list[RefusedClose]:
+        """Write the closes of the newest trades of sessions that are over."""
+        groups: dict[Session, list[OpenSession]] = {}
+        for row in rows:
+            groups.setdefault(_session_of_row(row), []).append(row)
+        refused = []
+        for session, some in groups.items():
+            newest = self._store.newest([row.code for row in some], session.opens, session.until)
+            refused += self._write([regular_close(document, session) for document in newest.values()])
+            stage = Stage.BATCH if session.bar < NEVER else Stage.DONE
+            self._sessions.change(row._replace(stage=stage, due=session.bar // 1000) for row in some)
+        return refused
+
+    def _finalise(self, rows: Sequence[OpenSession], stop: threading.Event) -> list[RefusedClose]:
+        """Ask for the bars of sessions, and write what they make."""
+        if not rows:
+            return []
+        final = self._store.finals([row.key for row in rows])
+        self._sessions.change(row._replace(stage=Stage.DONE) for row in rows if row.key in final)
+        by_code: dict[str, list[OpenSession]] = {}
+        for row in rows:
+            if row.key not in final:
+                by_code.setdefault(row.code, []).append(row)
+        refused: list[RefusedClose] = []
+        for outcome in self._source.fetch(self._batches(by_code), stop):
+            self._events.progress()
+            if outcome is not None and not outcome.interrupted:
+                refused += self._take(outcome, by_code)
+        return refused
+
+    def _batches(self, by_code: Mapping[str, Sequence[OpenSession]]) -> list[Batch]:
+        """Return what is to be asked for: many codes at once, or where nothing else is left some alone."""
+        plan = BatchPlan(len(by_code))
+        for code, rows in by_code.items():
+            if any(row.stage is Stage.BATCH for row in rows):
+                plan.add_instrument(Instrument(code, _market_of_row(rows[0]).product))
+        together = plan.finish()
+        if together:
+            return [batch._replace(bars=BARS_OF_SEVERAL) for batch in together]
+        now = self._clock.wall()
+        return [
+            Batch(_market_of_row(rows[0]).product, code, _days_since(min(row.date for row in rows), now))
+            for code, rows in islice(by_code.items(), SINGLES_AT_ONCE)
+        ]
+
+    def _take(self, outcome: Outcome, by_code: Mapping[str, Sequence[OpenSession]]) -> list[RefusedClose]:
+        """Write the closes that an answer makes, and keep what is still to be done."""
+        now_ms = int(self._clock.wall() * 1000)
+        codes = outcome.batch.split()
+        closes = {code: final_closes(code, outcome.bars.get(code, ()), now_ms) for code in codes}
+        refused = self._write([close for some in closes.values() for close in some])
+        made = {close.key for some in closes.values() for close in some}
+        rows = [row for code in codes for row in by_code[code]]
+        left = [row for row in rows if row.key not in made]
+        passed = {code for code in codes if closes[code] and outcome.batch.bars == BARS_OF_SEVERAL}
+        changed = [row._replace(stage=Stage.DONE) for row in rows if row.key in made]
+        for row in left:
+            if row.code in passed and all(row.date < close.date for close in closes[row.code]):
+                changed.append(row._replace(stage=Stage.SINGLE))  # the two newest bars are later ones
+            else:
+                changed.append(self._later(row))
+        self._sessions.change(changed)
+        failure = next(iter(outcome.failures.values()), None)
+        if failure is not None and failure.kind in (FailureKind.NETWORK, FailureKind.API):
+            self.pause()
+        if left:
+            self._say(left, failure.words if failure else "the API has no bar of theirs")
+        return refused
+
+    def _later(self, row: OpenSession) -> OpenSession:
+        """Return when a session is looked at again whose bar could not be had."""
+        now = int(self._clock.wall())
+        age = now - _session_of_row(row).bar // 1000
+        stage, tries = row.stage, row.tries + 1
+        if age > LOOKED_AFTER_S:
+            log.warning("the close of %s stays provisional: no daily bar could be had for two weeks", row.key)
+            stage = Stage.DONE
+        elif age > SINGLE_AFTER_S:
+            stage = Stage.SINGLE
+        delay = min(BAR_AGAIN_CAP_S, BAR_AGAIN_S * 2 ** min(row.tries, 10))
+        return row._replace(stage=stage, due=now + delay, tries=tries)
+
+    def _write(self, closes: Sequence[Close]) -> list[RefusedClose]:
+        if not closes:
+            return []
+        refused = self._store.write_closes(closes)
+        return [RefusedClose(close, refused[close.key]) for close in closes if close.key in refused]
+
+    def _say(self, rows: Sequence[OpenSession], why: str) -> None:
+        """Say once a day that closes stay provisional."""
+        today = utc_day(self._clock.wall())
+        if self._said_on != today:
+            self._said_on = today
+            names = first_few([row.key for row in rows])
+            log.warning("closes stay provisional, their daily bars are asked for again: %s: %s", names, why)
+
+
+def _market_of_row(row: OpenSession) -> Market:
+    return cast(Market, market_of(row.code))
+
+
+def _session_of_row(row: OpenSession) -> Session:
+    return session_on(_market_of_row(row), date.fromisoformat(row.date))
+
+
+def _days_since(day: str, now: float) -> int:
+    """Return how many daily bars reach back to a date for certain, as far as the API has so many."""
+    days = (datetime.fromtimestamp(now, UTC).date() - date.fromisoformat(day)).days
+    return max(3, min(MAX_BARS, days + 2))
+
+
+class Backfilled(NamedTuple):
+    """What became of a code of a backfill: the dates of its first and last close, and how many closes are new.
+
+    `there`: how many were final before. `why`: what was wrong, '' where nothing was.
+    """
+
+    code: str
+    first: str = ""
+    last: str = ""
+    added: int = 0
+    there: int = 0
+    why: str = ""
+
+
+class Backfill:
+    """Makes the closes of the past final, one request a code; what it has asked for is kept in the local file."""
+
+    def __init__(
+        self, store: CloseStore, source: Source, file: LocalFile, clock: Clock = SYSTEM_CLOCK
+    ) -> None:
+        self._store = store
+        self._source = source
+        self._file = file
+        self._clock = clock
+
+    def run(
+        self, codes: Iterable[str], sessions: int, stop: threading.Event
+    ) -> Iterator[Backfilled | int | None]:
+        """Yield how many codes there are, then what became of each, and None now and then.
+
+        `sessions`: the last ones, up to 500. Raises StoreError.
+        """
+        plan = plan_batches(codes)
+        yield plan.total
+        for code, why in plan.invalid.items():
+            yield Backfilled(code, why=why)
+        batches: list[Batch] = []
+        for product, code in ((batch.product, code) for batch in plan.batches for code in batch.split()):
+            if not has_bars(code):
+                yield Backfilled(code, why="the API's daily bars of it have no documented boundary")
+                continue
+            known = self._known(code, sessions)
+            if known is not None:
+                yield known
+            else:  # today's bar may come on top
+                batches.append(Batch(product, code, min(MAX_BARS, sessions + 1)))
+        for outcome in self._source.fetch(batches, stop):
+            if outcome is None or not outcome.interrupted:
+                yield outcome and self._take(outcome, sessions)
+
+    def codes(self) -> list[str]:
+        """Return the codes in `realtime` that have daily bars. Raises StoreError."""
+        return [code for code in self._store.codes() if has_bars(code)]
+
+    def _take(self, outcome: Outcome, sessions: int) -> Backfilled:
+        """Write the closes of a code."""
+        code = outcome.batch.codes
+        if outcome.failures:
+            return Backfilled(code, why=outcome.failures[code].words)
+        closes = final_closes(code, outcome.bars.get(code, ()), int(self._clock.wall() * 1000))
+        closes = sorted(closes, key=lambda close: close.date)[-sessions:]
+        if not closes:
+            return Backfilled(code, why="the API has no daily bar of it")
+        there = len(self._store.finals([close.key for close in closes]))
+        refused = self._store.write_closes(closes)
+        first, last = closes[0].date, closes[-1].date
+        if refused:
+            return Backfilled(
+                code, first, last, len(closes) - len(refused), there, next(iter(refused.values()))
+            )
+        with self._file.write() as db:
+            row = (code, first, last, sessions, len(closes))
+            db.execute("INSERT OR REPLACE INTO backfilled VALUES (?, ?, ?, ?, ?)", row)
+        return Backfilled(code, first, last, len(closes) - there, there)
+
+    def _known(self, code: str, sessions: int) -> Backfilled | None:
+        """Return what there is of a code that was asked for before and is final up to now, None where it is not."""
+        query = "SELECT first, last, asked, closes FROM backfilled WHERE code = ?"
+        first, last, asked, closes = self._file.read_one(query, code) or ("", "", 0, 0)
+        if asked < sessions:
+            return None
+        since, until = date.fromisoformat(first), date.fromisoformat(self._last_session(code))
+        days = [since + timedelta(days=number) for number in range((until - since).days + 1)]
+        final = {name.rpartition("|")[2] for name in self._store.finals([f"{code}|{day}" for day in days])}
+        if sum(day <= last for day in final) < closes or max(final, default="") < until.isoformat():
+            return None
+        newer = [day for day in days if day.isoformat() > last and day.weekday() < SATURDAY]
+        if any(day.isoformat() not in final for day in newer):
+            return None
+        return Backfilled(code, min(final), max(final), 0, len(final))
+
+    def _last_session(self, code: str) -> str:
+        """Return the date of the last session whose bar can be had, if it was no holiday."""
+        market = cast(Market, market_of(code))
+        now = int(self._clock.wall() * 1000)
+        session = session_of(market, now)
+        while now < session.bar:
+            session = session_of(market, session.start - 1)
+        return session.date
+
+
+def has_bars(code: str) -> bool:
+    """Return whether the API's daily bars of a code have a known boundary."""
+    market = market_of(code)
+    return market is not None and market.hours.bar is not None
 
 
 # ======================================================================================================
@@ -5117,6 +5592,29 @@ class DeliveryQueue:
             db.execute(insert, (collection,))
             db.execute("DELETE FROM rejects WHERE collection = ?", (collection,))
         self.count()
+
+    def finals(self, count: int) -> list[Close]:
+        """Return up to `count` final closes, which were made while no MongoDB was set.
+
+        The others follow from the trades.
+        """
+        names = (*TRADE_FIELDS, "stock_code")
+        query = (
+            f"SELECT date, {', '.join((*names, *BAR_FIELDS))} FROM close "  # noqa: S608
+            "WHERE close IS NOT NULL ORDER BY _id LIMIT ?"
+        )
+        closes = []
+        for day, *values in self._file.read_all(query, count):
+            document = dict(zip(names, values, strict=False))
+            bar = Bar(document["s"], document["t"] // 1000, *values[len(names) :])
+            closes.append(Close(document, day, bar=bar))
+        return closes
+
+    def remove_finals(self, closes: Iterable[Close]) -> None:
+        """Take out final closes that MongoDB has."""
+        rows = [(close.key, close.bar_fields()["volume"]) for close in closes]
+        with self._file.write() as db:
+            db.executemany("DELETE FROM close WHERE _id = ? AND volume = ?", rows)
 
     def stats(self) -> QueueStats:
         """Return what waits, without the rejects."""
@@ -5357,7 +5855,12 @@ class Delivery:
 
     def is_empty(self) -> bool:
         """Return whether nothing at all waits, neither trades nor what is to be a close. Raises StoreError."""
-        return not (self.queue.has_trades() or self.unsettled.count())
+        return not (self.queue.has_trades() or self.unsettled.count() or self.queue.finals(1))
+
+    @property
+    def is_away(self) -> bool:
+        """Whether MongoDB is away, as far as is known."""
+        return self._away is not None
 
     def check(self) -> str:
         """Try MongoDB and say what waits for it. Raises StoreError."""
@@ -5509,6 +6012,12 @@ class Delivery:
     def _deliver_closes(self, stop: threading.Event) -> bool:
         """Make the closes that follow from a batch of trades; return False when there is none. Raises ClosesLate."""
         try:
+            finals = self.queue.finals(DELIVERY_BATCH)
+            if finals:
+                refused = self.mongo.write_closes(finals)
+                closes = [RefusedClose(close, refused[close.key]) for close in finals if close.key in refused]
+                self.put_closes_aside(closes)
+                self.queue.remove_finals(finals)
             trades = self.unsettled.some(DELIVERY_BATCH)
             if trades:
                 self._settle(trades, stop)
@@ -5516,13 +6025,16 @@ class Delivery:
         except Exception as error:  # whatever it was: the trades are there
             raise ClosesLate(str(error) or type(error).__name__) from error
         self._close_trouble.over()
-        return bool(trades)
+        return bool(trades or finals)
 
     def _settle(self, documents: Sequence[Document], stop: threading.Event) -> None:
         """Write the closes that follow from trades; what MongoDB rejects of them is put aside."""
-        refused = self._closes.settle(documents, stop)
+        self.put_closes_aside(self._closes.settle(documents, stop))
+
+    def put_closes_aside(self, refused: Sequence[RefusedClose]) -> None:
+        """Keep closes that MongoDB rejected."""
         if refused:
-            closes = [one.close.document | {"_id": one.close.key} for one in refused]
+            closes = [one.close.document | one.close.bar_fields() | {"_id": one.close.key} for one in refused]
             self._put_aside(closes, {one.close.key: one.why for one in refused}, self.mongo.close_name)
 
     # the thread, and what both sides know of MongoDB
@@ -5606,11 +6118,6 @@ class Delivery:
         if not isinstance(cause, StoreError) and not trouble.there:
             log.error("a fault of stockrt itself", exc_info=cause)
         trouble.again(words)
-
-
-def _close_documents(closes: Iterable[Close]) -> list[Document]:
-    """Return the trades of closes, each under the `_id` that its close has."""
-    return [close.document | {"_id": close.key} for close in closes]
 
 
 # ======================================================================================================
@@ -5785,12 +6292,20 @@ def store_name(settings: Settings) -> str:
     return "MongoDB" if settings.mongodb_uri else "local store"
 
 
-def check_key(settings: Settings, key: ApiKey) -> Check:
-    """Ask the API for one trade with a key, and say what holds."""
+def check_key(settings: Settings, key: ApiKey) -> list[Check]:
+    """Ask the API for one trade with a key, and say what holds; also of this machine's clock where it is off."""
     name, headers = f"API key {key.shown}", {"apiKey": key.secret}
-    path = trade_path(Batch("stock", "AAPL.US"))
+    path = path_of(Batch("stock", "AAPL.US"))
     response = get_once(settings.api_base_url, path, API_LIMITS, settings.proxies, headers, MAX_BATCH_BYTES)
-    verdict = decide(response, datetime.now(UTC))
+    found = [_check_of(name, decide(response, datetime.now(UTC)), settings)]
+    fault = clock_fault(response, time.time())
+    if fault:
+        found.append(Check("clock", False, fault))
+    return found
+
+
+def _check_of(name: str, verdict: Verdict, settings: Settings) -> Check:
+    """Return what an answer says of the key that was used for it."""
     good = f"accepted by {settings.api_base_url}"
     if verdict.action in (Action.ACCEPT, Action.CODES_UNKNOWN):
         return Check(name, True, good)
@@ -5831,8 +6346,12 @@ class Pipeline:
     Raises StoreError when the local file cannot be used, SettingsError for a MongoDB string that pymongo refuses.
     """
 
-    def __init__(self, settings: Settings, events: Events = NO_EVENTS, demo: bool = False) -> None:
+    def __init__(
+        self, settings: Settings, events: Events = NO_EVENTS, demo: bool = False, clock: Clock = SYSTEM_CLOCK
+    ) -> None:
         self._settings = settings
+        self._clock = clock
+        self._final_trouble = LogThrottle("closing prices", then="they stay provisional until it works")
         self._events = events
         self._demo = demo
         self._delivery: Delivery | None = None
@@ -5846,29 +6365,30 @@ class Pipeline:
                 ledger = SharedLedger(mongo.collection(settings.license_name), ledger)
             self.keys = KeyPool(settings.key_plans(), ledger)
             opened.callback(self.keys.close)
-            api = InfowayApi(settings.api_base_url, self.keys, settings.proxies, self._events)
+            proxies = settings.proxies
+            api = InfowayApi(settings.api_base_url, self.keys, proxies, self._events, clock=clock)
             opened.callback(api.close)
-            calendar = None
-            if settings.api_keys:
-                calendar = Calendar(CalendarFile(file), api)
-            self._open_store(file, mongo, calendar)
             self._source: Source = api
             if demo:
                 self._source = DemoApi()
+            self._open_store(file, mongo)
             self._opened = opened.pop_all()
 
-    def _open_store(self, file: LocalFile, mongo: MongoStore | None, calendar: Calendar | None) -> None:
+    def _open_store(self, file: LocalFile, mongo: MongoStore | None) -> None:
         self.store: SqliteStore | Delivery
         self._closing: ClosingPrices | Delivery
-        if mongo is None:
-            self.store = SqliteStore(file)
-            self._closing = ClosingPrices(self.store, calendar)
+        sessions = SessionsFile(file)
+        closes_in: SqliteStore | MongoStore = mongo or SqliteStore(file)
+        closes = ClosingPrices(closes_in, sessions, self._clock)
+        if isinstance(closes_in, SqliteStore):
+            self.store, self._closing = closes_in, closes
         else:
-            closes = ClosingPrices(mongo, calendar)
             limit = self._settings.spool_max_bytes
             queue, rejects, unsettled = DeliveryQueue(file, limit), Rejects(file), UnsettledTrades(file)
-            self._delivery = Delivery(mongo, queue, rejects, unsettled, closes, self._events)
+            self._delivery = Delivery(closes_in, queue, rejects, unsettled, closes, self._events)
             self.store = self._closing = self._delivery
+        self._finaliser = Finaliser(closes_in, self._source, sessions, self._events, self._clock)
+        self._backfill = Backfill(closes_in, self._source, file, self._clock)
 
     def __enter__(self) -> Self:
         return self
@@ -5900,6 +6420,49 @@ class Pipeline:
             close_trouble=self._close_trouble,
         )
         return collector.run(codes, stop)
+
+    def finalise(self, stop: threading.Event) -> float:
+        """Make a part of the closes final that are due, and return after how many seconds there is more to do.
+
+        0: at once; infinite: nothing waits. What fails is said and tried again; never raises.
+        """
+        try:
+            wait = self._finaliser.wait_s()
+            if wait > 0 or self._demo:
+                return wait
+            if self._delivery is not None and self._delivery.is_away:
+                self._finaliser.pause()
+            else:
+                self._settle_final(self._finaliser.step(stop))
+            self._final_trouble.over()
+            return self._finaliser.wait_s()
+        except StoreError as error:
+            self._final_trouble.again(str(error))
+        except Exception as error:  # it must not cost a trade
+            log.exception("closing prices cannot be made final")
+            self._final_trouble.again(f"a fault of stockrt itself: {type(error).__name__}")
+        self._finaliser.pause()
+        return FINAL_PAUSE_S
+
+    def finalise_all(self, stop: threading.Event) -> None:
+        """Make all closes final whose bars can be had now, or until `stop` is set."""
+        while not stop.is_set() and self.finalise(stop) == 0:
+            pass
+
+    def _settle_final(self, refused: Sequence[RefusedClose]) -> None:
+        if self._delivery is not None:
+            self._delivery.put_closes_aside(refused)
+
+    def backfill(
+        self, codes: Iterable[str] | None, sessions: int, stop: threading.Event
+    ) -> Iterator[Backfilled | int | None]:
+        """Yield how many codes there are, then what became of each as its last sessions are made final, and None.
+
+        Without `codes` every code in `realtime`. Raises SettingsError without an API key, StoreError.
+        """
+        if not self._settings.api_keys:
+            raise SettingsError([NO_KEY_HINT])
+        return self._backfill.run(self._backfill.codes() if codes is None else codes, sessions, stop)
 
     def start_delivery(self) -> None:
         """Begin to deliver what waits for MongoDB on this machine. Raises StoreError."""
@@ -6741,6 +7304,8 @@ STATUS_NAME = "status.json"
 JOURNAL_FIRST_S, JOURNAL_CAP_S = 0.5, 5.0
 # --status holds the lock for the blink of an eye to see whether somebody else does.
 LOCK_TRIES, LOCK_RETRY_S = 5, 0.05
+# The executor looks at the clock at least so often while nothing comes: a wait is not right when the clock is set.
+LOOK_AROUND_S = 600.0
 # Commands that wait behind the running one.
 MAX_QUEUED = 1000
 # Failures that are nobody's but the way to the trades: said as a trouble, whatever the codes.
@@ -7285,7 +7850,7 @@ class Executor(threading.Thread):
         """Work until told to leave."""
         try:
             self._move_what_waits()
-            while (number := self._queue.get()) is not None:
+            while (number := self._next()) is not None:
                 self._events.progress()
                 self._inbox.put(self._answer(number))
         except Exception as error:
@@ -7294,6 +7859,21 @@ class Executor(threading.Thread):
             if self._pipeline is not None:
                 self._pipeline.close()
             self._inbox.put(ExecutorLeft())
+
+    def _next(self) -> int | None:
+        """Return the next command, None for the end; closes are made final before it and while none is there."""
+        while True:
+            wait = self._finalise()
+            try:
+                return self._queue.get(timeout=wait)
+            except queue.Empty:
+                self._events.progress()
+
+    def _finalise(self) -> float | None:
+        """Make a part of the closes final that are due; return for how many seconds there is no more to do."""
+        if self._pipeline is None or self._leaving.is_set() or self._events.is_damaged:
+            return None
+        return min(self._pipeline.finalise(self._leaving), LOOK_AROUND_S)
 
     def _answer(self, number: int) -> Message:
         """Execute a command, and return what the socket's thread has to know once the answer is in the journal."""
@@ -7339,14 +7919,14 @@ class Executor(threading.Thread):
             log.error("execution %s stays in the journal: %s", number, error)
 
     def _move_what_waits(self) -> None:
-        """Have moved to MongoDB what waits for it since the last start, without waiting for an execution."""
-        if not self._settings.mongodb_uri or not (self._settings.state_directory / SQLITE_NAME).exists():
+        """Take up what waits since the last start, for MongoDB or a daily bar, without waiting for an execution."""
+        if not (self._settings.state_directory / SQLITE_NAME).exists():
             return
         try:
             self._open_pipeline().start_delivery()
         except StockrtError as error:
             if not self._events.is_damaged:
-                log.error("what waits on this machine cannot be moved to MongoDB: %s", error)
+                log.error("what waits on this machine cannot be taken up: %s", error)
 
     def _keep_answer(self, number: int, answer: str) -> bool:
         """Put an answer into the journal. On a full disk that is tried until there is room, or this ends."""
@@ -8279,6 +8859,7 @@ examples:
   stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY   synthetic trades: no key, no network
   stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   real ones: INFOWAY_API_KEY must be set
   stockrt.pyz --once --codes-file codes.txt --json           one JSON document a line on stdout
+  stockrt.pyz --backfill 60 --codes-file codes.txt           closes of the last 60 sessions, to begin with
   stockrt.pyz --check                                        what is wrong, and which setting mends it
 
 exit status: 0 every code stored · 1 any not · 64 usage · 78 settings · 130 interrupted
@@ -8321,6 +8902,12 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--once", action="store_true", help="fetch the given codes once, store them, print them"
     )
+    what.add_argument(
+        "--backfill",
+        metavar="DAYS",
+        type=int,
+        help="fetch the final closes of the last DAYS sessions (up to 500) of the given codes, or of all stored ones",
+    )
     what.add_argument("--check", action="store_true", help="check settings, keys, store and platform")
     what.add_argument(
         "--check-settings", action="store_true", help="check the settings alone: no network, nothing written"
@@ -8360,9 +8947,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     options = make_parser().parse_args(argv)
     if options.json and not (options.once or options.status or options.rejects):
         raise UsageError("--json goes with --once, --status or --rejects; see --help")
-    for flag in ("codes", "codes_file", "demo"):
-        if getattr(options, flag) and not options.once:
-            raise UsageError(f"--{flag.replace('_', '-')} goes with --once; see --help")
+    for flag in ("codes", "codes_file"):
+        if getattr(options, flag) and not options.once and options.backfill is None:
+            raise UsageError(f"--{flag.replace('_', '-')} goes with --once or --backfill; see --help")
+    if options.demo and not options.once:
+        raise UsageError("--demo goes with --once; see --help")
+    if options.backfill is not None and not 1 <= options.backfill <= MAX_BARS:
+        raise UsageError(f"--backfill {options.backfill}: expected 1 to {MAX_BARS} sessions; see --help")
     if options.retry and not options.drain:
         raise UsageError("--retry goes with --drain; see --help")
     if options.force and not options.register:
@@ -8613,6 +9204,7 @@ class _Run(threading.Thread):
     def run(self) -> None:
         try:
             self._pipeline.run(self._codes, self._stop_event, self.report)
+            self._pipeline.finalise_all(self._stop_event)
         except BaseException as error:  # handed to the main thread, which raises it again
             self.error = error
 
@@ -8717,7 +9309,7 @@ def _checks(settings: Settings, source: Path | None) -> Iterator[Check]:
     if not settings.api_keys:
         yield Check("API key", False, NO_KEY_HINT)
     for secret, plan in settings.key_plans():
-        yield check_key(settings, ApiKey(secret, plan))
+        yield from check_key(settings, ApiKey(secret, plan))
     try:
         make_state_directory(settings.state_directory)
         yield Check("state directory", True, f"{settings.state_directory} can be written")
@@ -8932,6 +9524,39 @@ def run_drain(settings: Settings, retry: bool) -> int:
     return EXIT_INTERRUPTED if left and stop.is_set() else EXIT_OK
 
 
+def run_backfill(options: argparse.Namespace, settings: Settings) -> int:
+    """Make closes of the past final, print a row for each code, and return the exit status."""
+    codes = list(read_codes(options)) if options.codes or options.codes_file else None
+    terminal = Terminal(None, "codes", bar_above=0)
+    stop = StopEvent()
+    stop_on_signals(stop)
+    done, failed, added = 0, 0, 0
+    with Pipeline(settings, terminal) as pipeline:
+        rows = pipeline.backfill(codes, options.backfill, stop)
+        total = 0
+        for row in rows:
+            terminal.progress(done, total)
+            if isinstance(row, int):
+                total = row
+            elif row is not None:
+                done, failed, added = done + 1, failed + bool(row.why), added + row.added
+                show(settings.redact(_backfilled_line(row)))
+        terminal.close()
+    line = f"{count_words(done, 'code')}, {failed} failed, {added} closes added"
+    if stop.is_set():
+        line += ", interrupted: the same command goes on where it stopped"
+    say(line)
+    if stop.is_set():
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED if failed else EXIT_OK
+
+
+def _backfilled_line(row: Backfilled) -> str:
+    if row.why:
+        return f"{row.code:<12}  {row.why}"
+    return f"{row.code:<12}  {row.first}  {row.last}  {row.added} added, {row.there} there before"
+
+
 def run_rejects(settings: Settings, as_json: bool) -> int:
     """Print what MongoDB refused for good, oldest first."""
     with Pipeline(settings) as pipeline:
@@ -9013,6 +9638,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         log.warning(warning)
     if options.once:
         return run_once(options, loaded.settings)
+    if options.backfill is not None:
+        return run_backfill(options, loaded.settings)
     if options.register:
         return run_register(loaded.settings, options.force)
     if options.status:

@@ -765,7 +765,7 @@ class Bench:
         }
         settings = stockrt.load_settings(environ, None, (), is_root=False).settings
         mongo, file = stockrt.MongoStore(settings), stockrt.open_store_file(Path(folder))
-        closes = stockrt.ClosingPrices(mongo, None)
+        closes = stockrt.ClosingPrices(mongo, stockrt.SessionsFile(file))
         queue = stockrt.DeliveryQueue(file, settings.spool_max_bytes)
         delivery = stockrt.Delivery(
             mongo, queue, stockrt.Rejects(file), stockrt.UnsettledTrades(file), closes

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 # What stands in the made answers where the trades' time goes.
 TIME = b"1000000000000"
-CALENDAR = "/common/basic/markets/trading_days"
+BARS = "/batch_kline/"
 
 
 class QuickInfoway:
@@ -75,8 +75,8 @@ class QuickInfoway:
 
 def make_answer(path: str) -> bytes:
     """Return the whole answer for a path, with TIME where the trades' time goes."""
-    if path.startswith(CALENDAR):
-        return _response({"ret": 200, "msg": "success", "data": {"trade_days": [], "half_trade_days": []}})
+    if BARS in path:
+        return _response({"ret": 200, "msg": "success", "data": []})
     codes = path.rpartition("/")[2].split(",")
     records = [make_record(code) for code in codes]
     return _response({"ret": 200, "msg": "success", "traceId": "00000000-0000-4000-8000-000000000000",

@@ -7,19 +7,21 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from conftest import MakeWorld
 from kit.daemons import PATIENCE, number
-from kit.fault_world import AHEAD_MS, World, balanced
+from kit.fault_world import World, balanced
 from kit.infoway_server import InfowayServer
 from kit.mongo import SET_NAME, ReplicaSet
 
 import stockrt
 
 KILLS = number(10, 100, quick=2)
-CLOSE_AGO_MS = 90 * 24 * 3600 * 1000  # sessions that are over: a close follows from each trade
+# A session that is over: a close follows from each trade.
+LONG_AGO_MS = round(datetime(2026, 8, 12, 15, tzinfo=UTC).timestamp() * 1000)
 
 
 def kill_one_after_the_other(world: World, members: ReplicaSet, times: int) -> None:
@@ -49,7 +51,7 @@ def test_primaries_that_are_killed_under_load_lose_and_double_nothing(
     uri = f"{replica_set.uri}?replicaSet={SET_NAME}&timeoutMS=4000"
     world = make_world(uri, (), None, replica_db)
     if closes:
-        world.feed._next_t -= CLOSE_AGO_MS + AHEAD_MS
+        world.feed._next_t = LONG_AGO_MS
     world.start()
     with world.load(0.02, 10):
         kill_one_after_the_other(world, replica_set, KILLS)

@@ -189,6 +189,14 @@ class _Home:
 # ------------------------------------------------------------------------------------------------------
 
 
+def _is_stopped(pid: int) -> bool:
+    """Whether every thread of a process has met the SIGSTOP that was sent to it."""
+    states = [
+        (task / "stat").read_text().rpartition(") ")[2][:1] for task in Path(f"/proc/{pid}/task").iterdir()
+    ]
+    return set(states) <= {"T", "t", "Z"}
+
+
 class MongoServer:
     """A `mongod` of the tests' own, or (with `uri`) a server that someone else runs, which nobody kills or pauses.
 
@@ -294,9 +302,12 @@ class MongoServer:
         self._reap()
 
     def pause(self) -> None:
-        """SIGSTOP: connections stay open and are accepted, nothing is answered."""
-        self._controlled().send_signal(signal.SIGSTOP)
+        """SIGSTOP: connections stay open and are accepted, nothing is answered once this returns."""
+        process = self._controlled()
+        process.send_signal(signal.SIGSTOP)
         self._paused = True
+        while not _is_stopped(process.pid):
+            time.sleep(POLL_SECONDS)
 
     def resume(self) -> None:
         """SIGCONT, if it is paused."""

@@ -301,12 +301,15 @@ def test_by_hand(http: urllib3.PoolManager) -> None:
     program = Path(__file__).with_name("infoway_server.py")
     command = [sys.executable, "-S", str(program), "--key", "k", "--answer", "429_html"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        assert http.request("GET", f"{url}/stock/batch_trade/AAPL.US", headers=KEY).status == 429
-        process.terminate()
-        assert process.wait(10) == 0
-        assert process.stdout.read() == "1 requests, 0 over the limit\n"
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
+            assert http.request("GET", f"{url}/stock/batch_trade/AAPL.US", headers=KEY).status == 429
+            process.terminate()
+            assert process.wait(10) == 0
+            assert process.stdout.read() == "1 requests, 0 over the limit\n"
+        finally:
+            process.kill()  # else a failure waits for it for ever
 
 
 # ---------------------------------------------------------------------------------------------- MongoDB

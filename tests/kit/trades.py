@@ -6,15 +6,21 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import stockrt
-from kit.infoway_server import make_record
+from kit.infoway_server import EPOCH_MS, make_record
 from stockrt import Document, Settings, Trade, to_document
 
 CREATED = datetime(2026, 8, 15, 1, 2, 3, 456_000, tzinfo=UTC)
 
 
+# The Friday before EPOCH_MS, a Saturday, when Shanghai closes.
+FRIDAY_MS = EPOCH_MS - 17 * 60 * 60 * 1000
+
+
 def make_trades(count: int, first: int = 0) -> list[Trade]:
     """Return trades of that many codes, the same ones each time."""
-    return [Trade(**make_record(f"{600_000 + number}.SH", 0)) for number in range(first, first + count)]
+    return [
+        Trade(**make_record(f"{600_000 + number}.SH", 0, FRIDAY_MS)) for number in range(first, first + count)
+    ]
 
 
 def make_documents(count: int, first: int = 0, created: datetime = CREATED) -> list[Document]:

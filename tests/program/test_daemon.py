@@ -1116,24 +1116,6 @@ def test_a_redirected_handshake_is_no_connection(infoway: InfowayServer, state: 
         server.join(PATIENCE)
 
 
-def test_a_connection_for_which_no_thread_can_be_started_is_made_later(
-    platform: PlatformServer,
-    settings: stockrt.Settings,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def fail(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with ThreadDaemon(settings, rng=Hasty()):
-        connected(platform)
-        monkeypatch.setattr(threading.Timer, "start", fail, raising=False)
-        platform.close_connections()
-        assert until(lambda: "can't start new thread" in caplog.text)
-        monkeypatch.undo()
-        connected(platform, times=2)
-
-
 def test_no_ping_waits_behind_a_burst_of_big_frames(
     monkeypatch: pytest.MonkeyPatch, infoway: InfowayServer, state: Path
 ) -> None:

@@ -236,7 +236,7 @@ def test_runs_in_a_row_keep_the_plan_together(run_pyz: RunPyz) -> None:
                 "--once", "--codes", "TSLA.US", "BTCUSDT", env=api_env(server, INFOWAY_PLAN="free")
             )
             assert done.returncode == 0, done.stderr
-        assert server.request_count >= 12  # and a calendar
+        assert server.request_count >= 12
         assert server.over_limit == 0
 
 

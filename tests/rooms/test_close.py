@@ -8,8 +8,8 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, date, datetime
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
@@ -18,27 +18,31 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kit.clock import FakeClock
-from kit.infoway_server import REFUSALS, InfowayServer
+from kit.infoway_server import InfowayServer
 from kit.mongo import MongoServer, fresh_database
 
 import stockrt
 from stockrt import (
-    Calendar,
-    CalendarFile,
+    Bar,
+    Batch,
     Close,
     ClosingPrices,
     Collector,
+    Failure,
+    FailureKind,
+    Finaliser,
     InfowayApi,
     KeyPool,
     MongoStore,
+    Outcome,
     Plan,
+    SessionsFile,
     SqliteStore,
     StoreError,
     Trade,
     market_name,
     market_of,
     open_store_file,
-    session_before,
     session_of,
     to_document,
 )
@@ -48,20 +52,8 @@ ZONES = {"US": "America/New_York", "HK": "Asia/Hong_Kong", "SH": "Asia/Shanghai"
          "IN": "Asia/Kolkata", "KS": "Asia/Seoul", "TW": "Asia/Taipei"}  # fmt: skip
 # The Friday after Thanksgiving, and a half day of Hong Kong (Christmas Eve).
 FRI, XMAS = "2025-11-28", "2025-12-24"
-HALF_DAYS = {"US": [FRI], "HK": [XMAS]}
-STORED_FIELDS = (
-    "date",
-    "s",
-    "t",
-    "p",
-    "v",
-    "vw",
-    "td",
-    "stock_code",
-    "after_hours",
-    "half_day",
-    "half_day_unknown",
-)
+MARKS = ("after_hours", "provisional")
+STORED_FIELDS = ("date", "s", "t", "p", "v", "vw", "td", "stock_code", *stockrt.BAR_FIELDS, *MARKS)
 
 
 AnyStore = SqliteStore | MongoStore
@@ -80,45 +72,40 @@ def zone_of(code: str) -> str:
     return market.zone
 
 
-# A stop that nobody asks for.
-NEVER = threading.Event()
+class NoBars:
+    """A source that has no bars: what the trades alone make."""
 
+    def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
+        """Yield that no key may ask for bars."""
+        for batch in batches:
+            failure = Failure(FailureKind.KEY, "no permission")
+            yield Outcome(batch, failures=dict.fromkeys(batch.split(), failure))
 
-class Ask:
-    """A trading calendar that counts its questions; `known` False: it has nothing, None: it does not answer."""
-
-    def __init__(self, known: bool | None = True) -> None:
-        self.known = known
-        self.asked: list[tuple[str, date, date]] = []
-
-    def half_days(self, market: str, first: date, last: date, stop: threading.Event) -> list[str] | None:
-        """Return the half days of a market."""
-        self.asked.append((market, first, last))
-        return list(HALF_DAYS.get(market, [])) if self.known and not stop.is_set() else None
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class World(stockrt.Clock):
-    """A store, the closer of one process over it, a calendar and a clock that stands until it is moved."""
+    """A store, the closer of one process over it, and a clock that stands until it is moved."""
 
-    def __init__(self, store: AnyStore, directory: Path, known: bool = True) -> None:
+    def __init__(self, store: AnyStore, directory: Path) -> None:
         self.store = store
         self.file = open_store_file(directory / uuid.uuid4().hex)
-        self.ask = Ask(known)
         self.now_ms = 0
         self.restart()
 
-    def reset(self, known: bool) -> None:
+    def reset(self) -> None:
         """Begin anew, on disk too; faster than another store."""
         clear(self.store)
         with self.file.write() as db:
-            db.execute("DELETE FROM calendar")
-        self.ask = Ask(known)
+            db.execute("DELETE FROM sessions")
         self.restart()
 
     def restart(self) -> None:
         """Begin as a new process would: nothing is remembered but what is stored."""
-        self.calendar = Calendar(CalendarFile(self.file), self.ask, self)
-        self.closer = ClosingPrices(self.store, self.calendar, self)
+        self.sessions = SessionsFile(self.file)
+        self.closer = ClosingPrices(self.store, self.sessions, self)
+        self.finaliser = Finaliser(self.store, NoBars(), self.sessions, clock=self)
 
     def wall(self) -> float:
         """Return epoch seconds."""
@@ -136,6 +123,8 @@ class World(stockrt.Clock):
         )
         self.store.write([document])
         self.closer.settle([document], NEVER)
+        while not self.finaliser.wait_s():
+            self.finaliser.step(NEVER)
 
     def closes(self) -> dict[str, dict[str, Any]]:
         """Return `close` by `_id`, without the times of writing."""
@@ -144,11 +133,9 @@ class World(stockrt.Clock):
         }
 
     def prices(self) -> dict[str, str]:
-        """Return of each close its price and its marks, such as `100.5 after_hours`."""
-        marks = STORED_FIELDS[-3:]
+        """Return of each close its price, and whether it is one after hours, such as `100.5 after_hours`."""
         return {
-            name: " ".join([d["p"], *(mark for mark in marks if d.get(mark))])
-            for name, d in self.closes().items()
+            name: d["p"] + " after_hours" * bool(d.get("after_hours")) for name, d in self.closes().items()
         }
 
 
@@ -228,19 +215,30 @@ class Row(NamedTuple):
     code: str
     fetched: tuple[tuple[str, str, str], ...]
     closes: Mapping[str, str]
-    calendar: bool = True
 
 
 TUE = "2025-06-17"
 TABLE = (
     Row("US before the close: none", "TSLA.US", ((f"{TUE} 15:58:59", f"{TUE} 15:59", "1"),), {}),
-    Row("US in the closing auction", "TSLA.US", ((f"{TUE} 16:02:30", f"{TUE} 16:03", "1"),), {f"TSLA.US|{TUE}": "1"}),
-    Row("US, the auction's last moment", "TSLA.US", ((f"{TUE} 16:05", f"{TUE} 16:06", "1"),), {f"TSLA.US|{TUE}": "1"}),
-    Row("US, a moment after the auction", "TSLA.US", ((f"{TUE} 16:05:00.001", f"{TUE} 16:06", "1"),),
+    Row("US, the cross", "TSLA.US", ((f"{TUE} 16:00:01", f"{TUE} 16:01", "1"),), {f"TSLA.US|{TUE}": "1"}),
+    Row("US, the cross, then after hours", "TSLA.US",
+        ((f"{TUE} 16:00:01", f"{TUE} 16:01", "300.10"), (f"{TUE} 16:04:30", f"{TUE} 16:05", "303.75")),
+        {f"TSLA.US|{TUE}": "300.10"}),
+    Row("US, the cross not seen", "TSLA.US",
+        ((f"{TUE} 15:59:58", f"{TUE} 16:00", "300"), (f"{TUE} 16:04:30", f"{TUE} 16:05", "303.75")),
+        {f"TSLA.US|{TUE}": "300"}),
+    Row("US, after the cross", "TSLA.US", ((f"{TUE} 16:00:06.001", f"{TUE} 16:06", "1"),),
         {f"TSLA.US|{TUE}": "1 after_hours"}),
+    Row("US before the open and after hours", "TSLA.US",
+        ((f"{TUE} 08:00", f"{TUE} 08:01", "1"), (f"{TUE} 18:00", f"{TUE} 18:01", "2")),
+        {f"TSLA.US|{TUE}": "2 after_hours"}),
+    Row("US overnight: none", "TSLA.US", ((f"{TUE} 01:30", f"{TUE} 18:00", "1"),), {}),
+    Row("US at the open", "TSLA.US", ((f"{TUE} 09:30", f"{TUE} 18:00", "1"),), {f"TSLA.US|{TUE}": "1"}),
+    Row("US on Sunday night: none", "TSLA.US", (("2025-06-22 20:30", "2025-06-23 03:00", "1"),), {}),
     Row("US at the very close", "TSLA.US", ((f"{TUE} 15:59:59", f"{TUE} 16:00", "1"),), {f"TSLA.US|{TUE}": "1"}),
-    Row("US, a later trade of the auction", "TSLA.US",
-        ((f"{TUE} 15:59:59", f"{TUE} 16:00:10", "1"), (f"{TUE} 16:01", f"{TUE} 16:03", "2")), {f"TSLA.US|{TUE}": "2"}),
+    Row("US, a later trade", "TSLA.US",
+        ((f"{TUE} 15:59:59", f"{TUE} 16:00:10", "1"), (f"{TUE} 16:00:02", f"{TUE} 16:03", "2")),
+        {f"TSLA.US|{TUE}": "2"}),
     Row("US after hours, a regular trade stored", "TSLA.US",
         ((f"{TUE} 15:40", f"{TUE} 15:41", "1"), (f"{TUE} 15:59", f"{TUE} 15:59:30", "2"),
          (f"{TUE} 17:29", f"{TUE} 17:30", "3")), {f"TSLA.US|{TUE}": "2"}),
@@ -248,7 +246,7 @@ TABLE = (
         {f"TSLA.US|{TUE}": "3 after_hours"}),
     Row("US after hours, only one of the day before stored", "TSLA.US",
         (("2025-06-16 15:58", "2025-06-16 15:59", "1"), (f"{TUE} 17:29", f"{TUE} 17:30", "3")),
-        {f"TSLA.US|{TUE}": "3 after_hours"}),
+        {"TSLA.US|2025-06-16": "1", f"TSLA.US|{TUE}": "3 after_hours"}),
     Row("US after hours, the earlier stays", "TSLA.US",
         ((f"{TUE} 17:29", f"{TUE} 17:30", "3"), (f"{TUE} 18:29", f"{TUE} 18:30", "4")),
         {f"TSLA.US|{TUE}": "3 after_hours"}),
@@ -266,43 +264,33 @@ TABLE = (
     Row("US on Saturday", "TSLA.US",
         (("2025-06-20 16:00:02", "2025-06-20 16:04", "1"), ("2025-06-20 19:58", "2025-06-21 12:00", "2"),
          ("2025-06-20 19:58", "2025-06-22 12:00", "2")), {"TSLA.US|2025-06-20": "1"}),
-    Row("US half day, between the two closes", "TSLA.US",
-        ((f"{FRI} 12:59", f"{FRI} 12:59:30", "1"), (f"{FRI} 14:30", f"{FRI} 14:31", "2")),
-        {f"TSLA.US|{FRI}": "1 half_day"}),
-    Row("US half day, its auction", "TSLA.US", ((f"{FRI} 13:04", f"{FRI} 13:10", "1"),),
-        {f"TSLA.US|{FRI}": "1 half_day"}),
-    Row("US half day, before the early close", "TSLA.US", ((f"{FRI} 12:58", f"{FRI} 12:59", "1"),), {}),
-    Row("US half day, no regular trade", "TSLA.US", ((f"{FRI} 15:00", f"{FRI} 15:01", "2"),),
-        {f"TSLA.US|{FRI}": "2 after_hours half_day"}),
-    Row("US half day without the calendar, before the usual close", "TSLA.US",
-        ((f"{FRI} 14:30", f"{FRI} 14:31", "2"),), {}, calendar=False),
-    Row("US half day without the calendar, a trade between the two closes", "TSLA.US",
-        ((f"{FRI} 14:30", f"{FRI} 16:10", "2"),), {f"TSLA.US|{FRI}": "2 half_day_unknown"},
-        calendar=False),
-    Row("US half day without the calendar, a trade before both", "TSLA.US",
-        ((f"{FRI} 12:58", f"{FRI} 16:10", "1"),), {f"TSLA.US|{FRI}": "1"}, calendar=False),
-    Row("US half day without the calendar, after hours", "TSLA.US",
-        ((f"{FRI} 12:58", f"{FRI} 12:59", "1"), (f"{FRI} 17:00", f"{FRI} 17:01", "2")),
-        {f"TSLA.US|{FRI}": "1"}, calendar=False),
-    Row("US full day without the calendar", "TSLA.US", ((f"{TUE} 15:59", f"{TUE} 16:10", "2"),),
-        {f"TSLA.US|{TUE}": "2 half_day_unknown"}, calendar=False),
+    Row("US half day: after its close until the bar comes", "TSLA.US",
+        ((f"{FRI} 12:59", f"{FRI} 12:59:30", "1"), (f"{FRI} 14:30", f"{FRI} 16:01", "2")),
+        {f"TSLA.US|{FRI}": "2"}),
     Row("US summer time begins: Friday before, Monday after", "TSLA.US",
         (("2025-03-07 15:59", "2025-03-09 12:00", "1"), ("2025-03-10 15:59", "2025-03-10 16:00", "2")),
         {"TSLA.US|2025-03-07": "1", "TSLA.US|2025-03-10": "2"}),
     Row("US summer time begins: Monday, a minute before the close", "TSLA.US",
         (("2025-03-10 15:58", "2025-03-10 15:59", "2"),), {}),
     Row("US summer time ends: Friday before, Monday after", "TSLA.US",
-        (("2025-10-31 16:04:59", "2025-11-02 12:00", "1"), ("2025-11-03 15:59", "2025-11-03 16:00", "2")),
+        (("2025-10-31 16:00:04", "2025-11-02 12:00", "1"), ("2025-11-03 15:59", "2025-11-03 16:00", "2")),
         {"TSLA.US|2025-10-31": "1", "TSLA.US|2025-11-03": "2"}),
     Row("US summer time ends: Monday, a minute before the close", "TSLA.US",
         (("2025-11-03 15:58", "2025-11-03 15:59", "2"),), {}),
     Row("HK half day", "00700.HK",
-        ((f"{XMAS} 11:59", f"{XMAS} 12:01", "1"), (f"{XMAS} 12:03", f"{XMAS} 12:09", "2")),
-        {f"00700.HK|{XMAS}": "2 half_day"}),
+        ((f"{XMAS} 11:59", f"{XMAS} 12:01", "1"), (f"{XMAS} 12:08:30", f"{XMAS} 16:01", "2")),
+        {f"00700.HK|{XMAS}": "2"}),
     Row("HK full day, at noon: none", "00700.HK", ((f"{TUE} 11:59", f"{TUE} 12:30", "1"),), {}),
-    Row("HK full day", "00700.HK", ((f"{TUE} 15:59", f"{TUE} 16:00", "1"),), {f"00700.HK|{TUE}": "1"}),
-    Row("HK half day without the calendar", "00700.HK", ((f"{XMAS} 12:07", f"{XMAS} 16:01", "1"),),
-        {f"00700.HK|{XMAS}": "1 half_day_unknown"}, calendar=False),
+    Row("HK, its auction", "00700.HK",
+        ((f"{TUE} 15:59:58", f"{TUE} 16:00", "500.0"), (f"{TUE} 16:08:20", f"{TUE} 16:09", "499.6")),
+        {f"00700.HK|{TUE}": "499.6"}),
+    Row("HK, the auction's trade alone", "00700.HK", ((f"{TUE} 16:08:50", f"{TUE} 16:20", "499.6"),),
+        {f"00700.HK|{TUE}": "499.6"}),
+    Row("HK, its auction not seen", "00700.HK", ((f"{TUE} 15:59:58", f"{TUE} 16:00", "500.0"),),
+        {f"00700.HK|{TUE}": "500.0"}),
+    Row("JP in 2024, when it closed at 15:00", "7203.JP",
+        (("2024-11-01 15:00", "2024-11-01 15:01", "1"), ("2024-11-01 15:20", "2024-11-01 15:21", "2")),
+        {"7203.JP|2024-11-01": "1"}),
     Row("CN in the lunch break: none", "600519.SH", ((f"{TUE} 11:29:59", f"{TUE} 12:15", "1"),), {}),
     Row("CN across the lunch break", "600519.SH",
         ((f"{TUE} 11:29:59", f"{TUE} 12:15", "1"), (f"{TUE} 15:00", f"{TUE} 15:00:05", "2")),
@@ -310,14 +298,17 @@ TABLE = (
     Row("CN, a share that did not trade after the lunch break", "000001.SZ",
         ((f"{TUE} 11:29:59", f"{TUE} 12:15", "1"), (f"{TUE} 11:29:59", f"{TUE} 15:01", "1")),
         {f"000001.SZ|{TUE}": "1"}),
-    Row("CN needs no calendar", "600519.SH", ((f"{TUE} 14:59", f"{TUE} 15:01", "1"),), {f"600519.SH|{TUE}": "1"},
-        calendar=False),
+    Row("CN, its auction", "600519.SH", ((f"{TUE} 15:00:00.999", f"{TUE} 15:01", "1"),), {f"600519.SH|{TUE}": "1"}),
     Row("JP", "7203.JP", ((f"{TUE} 15:29", f"{TUE} 15:29:59", "1"), (f"{TUE} 15:30", f"{TUE} 15:31", "2")),
         {f"7203.JP|{TUE}": "2"}),
     Row("KS", "005930.KS", ((f"{TUE} 15:30", f"{TUE} 15:31", "2"),), {f"005930.KS|{TUE}": "2"}),
     Row("TW", "2330.TW", ((f"{TUE} 13:30", f"{TUE} 13:31", "2"),), {f"2330.TW|{TUE}": "2"}),
     Row("IN", "RELIANCE.IN", ((f"{TUE} 15:29", f"{TUE} 15:29:59", "1"), (f"{TUE} 15:29:58", f"{TUE} 15:45", "2")),
         {f"RELIANCE.IN|{TUE}": "2"}),
+    Row("IN, its closing session", "RELIANCE.IN",
+        ((f"{TUE} 15:29:59", f"{TUE} 15:30", "1"), (f"{TUE} 15:50", f"{TUE} 15:51", "2")), {f"RELIANCE.IN|{TUE}": "2"}),
+    Row("IN, a session on a Sunday", "RELIANCE.IN", (("2026-02-01 15:29", "2026-02-01 15:45", "1"),),
+        {"RELIANCE.IN|2026-02-01": "1"}),
     Row("a pair before 17:00 New York", "USDCNY", ((f"{TUE} 16:59:58", f"{TUE} 16:59:59", "1"),), {}),
     Row("a pair across 17:00 New York", "USDCNY",
         ((f"{TUE} 16:59:58", f"{TUE} 16:59:59", "1"), (f"{TUE} 17:00", f"{TUE} 17:00:01", "2"),
@@ -339,6 +330,9 @@ TABLE = (
     Row("a pair on the Sunday on which summer time ends", "USDCNY",
         (("2025-10-31 16:59", "2025-10-31 16:59:30", "1"), ("2025-11-02 17:01", "2025-11-02 17:02", "2"),
          ("2025-11-03 16:59", "2025-11-03 17:00", "3")), {"USDCNY|2025-10-31": "1", "USDCNY|2025-11-03": "3"}),
+    Row("a base metal ends with London", "XALUSD",
+        ((f"{TUE} 18:59", f"{TUE} 19:00", "1"), (f"{TUE} 19:00:01", f"{TUE} 20:00", "2")), {f"XALUSD|{TUE}": "1"}),
+    Row("gold does not", "XAUUSD", ((f"{TUE} 14:30", f"{TUE} 14:31", "1"),), {}),
     Row("crypto across midnight UTC", "BTCUSDT",
         ((f"{TUE} 23:59:59.500", f"{TUE} 23:59:59.900", "1"), ("2025-06-18 00:00", "2025-06-18 00:00:01", "2")),
         {f"BTCUSDT|{TUE}": "1"}),
@@ -371,7 +365,7 @@ def shared_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 def test_the_table_of_closes(shared_world: World, row: Row, restarted: bool) -> None:
     """Whether one process sees it all or each run is a new one, and once more with nothing new."""
-    shared_world.reset(row.calendar)
+    shared_world.reset()
     world = shared_world
     for traded, now, price in (*row.fetched, row.fetched[-1]):
         world.fetch(row.code, traded, now, price)
@@ -389,7 +383,7 @@ def test_a_replay_in_reverse_order_ends_the_same(shared_world: World, row: Row) 
     last = row.fetched[-1][1]
     ends = []
     for order in (row.fetched, row.fetched[::-1]):
-        shared_world.reset(row.calendar)
+        shared_world.reset()
         for traded, _, price in order:
             shared_world.fetch(row.code, traded, last, price)
         ends.append(shared_world.prices())
@@ -407,9 +401,10 @@ def test_the_document_has_exactly_these_fields(store: AnyStore, tmp_path: Path) 
     world = World(store, tmp_path)
     world.fetch("TSLA.US", f"{TUE} 15:59", f"{TUE} 16:01", "1")
     (first,) = documents(store)
-    world.fetch("TSLA.US", f"{TUE} 16:02", f"{TUE} 16:04", "2")
+    world.fetch("TSLA.US", f"{TUE} 16:00:02", f"{TUE} 16:04", "2")
     (second,) = documents(store)
     names = {"_id", "date", "s", "t", "p", "v", "vw", "td", "stock_code", "create_time", "update_time"}
+    names |= {"provisional"}
     assert {name for name, value in second.items() if value is not None} == names
     assert second["create_time"] == first["create_time"]
     assert second["update_time"] >= first["update_time"]
@@ -568,8 +563,8 @@ def test_racing_instances_end_in_the_same_document(open_store: Open, tmp_path: P
     for thread in threads:
         thread.join(60)
     assert not errors
-    # the later trade; of the two with the same time the one with the greater price
-    assert worlds[0].prices() == {f"R{code}.US|{TUE}": "1.2" for code in range(20)}
+    # the last regular trade; of the two with the same time the one with the greater price
+    assert worlds[0].prices() == {f"R{code}.US|{TUE}": "1.6" for code in range(20)}
 
 
 RACER = """
@@ -621,33 +616,6 @@ def test_racing_processes_end_in_the_same_document(
     close(store)
 
 
-def test_a_writer_that_knows_the_half_day_wins_over_one_that_does_not(
-    open_store: Open, tmp_path: Path
-) -> None:
-    """In either order; what the other one wrote in doubt is replaced, and does not come back."""
-    for order in ((True, False), (False, True)):
-        store = open_store()
-        clear(store)
-        worlds = {known: World(store, tmp_path, known) for known in (True, False)}
-        for known in (*order, *order):
-            for traded, price in (("12:59", "1"), ("15:30", "2")):
-                worlds[known].fetch("TSLA.US", f"{FRI} {traded}", f"{FRI} 17:00", price)
-        assert worlds[True].prices() == {f"TSLA.US|{FRI}": "1 half_day"}
-
-
-def test_the_doubt_goes_with_the_calendar(open_store: Open, tmp_path: Path) -> None:
-    """The calendar could not be had on the day; the next day's run of the same process has it."""
-    world = World(open_store(), tmp_path, known=False)
-    world.fetch("TSLA.US", f"{TUE} 15:59", f"{TUE} 17:00", "1")
-    assert world.prices() == {f"TSLA.US|{TUE}": "1 half_day_unknown"}
-    world.ask.known = True
-    world.fetch("TSLA.US", f"{TUE} 15:59", "2025-06-18 03:00", "1")
-    assert world.prices() == {f"TSLA.US|{TUE}": "1"}
-    world.fetch("AAPL.US", f"{FRI} 12:30", f"{FRI} 12:31", "5")
-    world.fetch("AAPL.US", f"{FRI} 15:59", "2025-11-29 03:00", "6")
-    assert world.prices()[f"AAPL.US|{FRI}"] == "5 half_day"
-
-
 MINUTES = st.sampled_from([0, 570, 720, 779, 780, 784, 786, 900, 959, 960, 964, 966, 1020, 1199, 1439])
 CODES = ("TSLA.US", "00700.HK", "USDCNY", "BTCUSDT")
 DATES = (FRI, "2025-12-01", XMAS)
@@ -683,28 +651,28 @@ def check_any_order(world: World, trades: list[Trade], data: st.DataObject) -> N
         batches = [repeated[place : place + cut] for place in range(0, len(repeated), cut)]
         ends.append(replay(world, batches, restarts=data.draw(st.booleans())))
     assert ends[0] == ends[1] == ends[2]
-    closed = {f"{t.s}|{session_of_trade(t)}" for t in trades}
-    assert set(ends[0]) <= closed
-    assert {name for name in closed if not name.startswith(("USDCNY", "BTC"))} <= set(ends[0])
+    # of a date without a regular trade a pair may have one after the close, or, as a share, none but before the open
+    regular = {f"{t.s}|{session.date}" for t in trades if (session := session_of_trade(t)).opens <= t.t}
+    assert set(ends[0]) == regular
 
 
-def session_of_trade(trade: Trade) -> str:
-    """Return the exchange-local date of a trade."""
+def session_of_trade(trade: Trade) -> stockrt.Session:
+    """Return the session of the exchange-local date of a trade."""
     market = market_of(trade.s)
     assert market is not None
-    return session_of(market, trade.t).date
+    return session_of(market, trade.t)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(TRADES, min_size=1, max_size=14), st.booleans(), st.data())
+@given(st.lists(TRADES, min_size=1, max_size=14), st.data())
 def test_any_order_and_repetition_ends_in_the_same_closes(
-    tmp_path_factory: pytest.TempPathFactory, trades: list[Trade], known: bool, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, trades: list[Trade], data: st.DataObject
 ) -> None:
-    """On the embedded store; with the calendar and without."""
+    """On the embedded store."""
     folder = tmp_path_factory.mktemp("order")
     store = sqlite_store(folder)
     store._file.read_one("PRAGMA synchronous=OFF")
-    world = World(store, folder, known)
+    world = World(store, folder)
     try:
         check_any_order(world, trades, data)
     finally:
@@ -713,14 +681,14 @@ def test_any_order_and_repetition_ends_in_the_same_closes(
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(TRADES, min_size=1, max_size=10), st.booleans(), st.data())
+@given(st.lists(TRADES, min_size=1, max_size=10), st.data())
 def test_any_order_and_repetition_ends_in_the_same_closes_on_mongodb(
     mongo_db: tuple[str, str], tmp_path_factory: pytest.TempPathFactory,
-    trades: list[Trade], known: bool, data: st.DataObject,
+    trades: list[Trade], data: st.DataObject,
 ) -> None:  # fmt: skip
     """The same."""
     store = mongo_store(*mongo_db)
-    world = World(store, tmp_path_factory.mktemp("order"), known)
+    world = World(store, tmp_path_factory.mktemp("order"))
     try:
         check_any_order(world, trades, data)
     finally:
@@ -728,27 +696,38 @@ def test_any_order_and_repetition_ends_in_the_same_closes_on_mongodb(
         close(store)
 
 
+NEW_YEAR = session_of(stockrt.MARKETS["US"], at("America/New_York", "2025-01-01 12:00"))
+A_BAR = Bar("X.US", 10**9, "1", "3", "1", "2", "10", "20")
 CLOSES = st.builds(
     lambda t, p, td, kind: Close(
         to_document(Trade("X.US", t, p, "1", "1", td), datetime(2025, 1, 1, tzinfo=UTC)), "2025-01-01", **kind
     ),
-    st.integers(10**12, 10**12 + 2), st.sampled_from(["9.5", "10.25"]), st.integers(0, 1),
-    st.sampled_from([{}, {"after_hours": True}, {"half_day": True}, {"half_day_unknown": True}]),
+    st.integers(NEW_YEAR.close - 1, NEW_YEAR.close + 1), st.sampled_from(["9.5", "10.25"]), st.integers(0, 1),
+    st.sampled_from([{"provisional": True}, {"after_hours": True, "provisional": True}]),
+)  # fmt: skip
+FINAL_CLOSES = st.builds(
+    lambda volume, price: stockrt.bar_close(
+        A_BAR._replace(volume=volume, close=price),
+        NEW_YEAR,
+    ),
+    st.sampled_from(["9", "10", "1e1", "1000.5"]), st.sampled_from(["9.5", "10.25"]),
 )  # fmt: skip
 
 
 def rank(close: Close) -> tuple[Any, ...]:
     """Return promise 8 of the stores as a value: the greater, the better."""
     t, p, td = (close.document[name] for name in ("t", "p", "td"))
+    if close.bar is not None:
+        return (2, float(close.bar.volume), float(close.bar.close))
     if close.after_hours:
         return (0, -t, [-ord(letter) for letter in p], -td)
-    return (1 + close.half_day, t, p, td, not close.half_day_unknown)
+    return (1, t, p, td)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(CLOSES, min_size=1, max_size=6))
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(CLOSES | FINAL_CLOSES, min_size=1, max_size=6))
 def test_the_best_of_all_candidates_stands(shared_world: World, closes: list[Close]) -> None:
-    """Whatever each writer knew of the calendar; written one by one and all at once."""
+    """Trades and bars, written one by one and all at once."""
     best, shared_store = max(closes, key=rank), shared_world.store
     for batches in ([[close] for close in closes], [closes]):
         clear(shared_store)
@@ -757,48 +736,18 @@ def test_the_best_of_all_candidates_stands(shared_world: World, closes: list[Clo
         (stands,) = documents(shared_store)
         names = ("t", "p", "td")
         assert [stands[name] for name in names] == [best.document[name] for name in names]
-        marks = {name for name in stockrt.CLOSE_MARKS if stands.get(name)}
-        assert marks == set(best.marks())
+        assert {name for name in MARKS if stands.get(name)} == set(best.marks())
+        numbers = {name: stands.get(name) for name in stockrt.BAR_FIELDS if stands.get(name) is not None}
+        assert numbers.keys() == best.bar_fields().keys()
+        if best.bar is not None:
+            assert float(stands["volume"]) == float(best.bar.volume)
+            assert stands["close"] == stands["p"] == best.bar.close
+        assert shared_store.finals([best.key, "Y.US|2025-01-01"]) == ({best.key} if best.bar else set())
 
 
 # ------------------------------------------------------------------------------------------------------
-# The calendar
+# A run
 # ------------------------------------------------------------------------------------------------------
-
-
-def test_the_calendar_is_asked_once_a_market_and_kept_over_restarts(tmp_path: Path) -> None:
-    """A month on both sides; the local file answers the rest."""
-    world = World(sqlite_store(tmp_path), tmp_path)
-    for number in range(5):
-        world.fetch(f"A{number}.US", f"{FRI} 12:59", f"{FRI} 14:00")
-        world.fetch("00700.HK", f"{XMAS} 11:59", f"{XMAS} 14:00")
-        world.restart()
-    assert [market for market, _, _ in world.ask.asked] == ["US", "HK"]
-    _, first, last = world.ask.asked[0]
-    assert first <= date(2025, 10, 29)
-    assert last >= date(2025, 12, 28)
-    assert world.calendar.is_half_day("US", "2025-12-19", NEVER) is False
-    assert len(world.ask.asked) == 2
-
-
-def test_a_calendar_that_could_not_be_had_is_asked_again_within_the_hour(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Not at once by one process; the next one asks anew: nothing was answered that could be kept."""
-    world = World(sqlite_store(tmp_path), tmp_path, known=False)
-    for _ in range(3):
-        world.fetch("TSLA.US", f"{FRI} 12:59", f"{FRI} 14:00")
-    assert len(world.ask.asked) == 1
-    assert [r.getMessage() for r in caplog.records if "calendar: none of US" in r.getMessage()] != []
-    assert len(caplog.records) == 1
-    world.restart()
-    world.fetch("TSLA.US", f"{FRI} 12:59", f"{FRI} 14:00")
-    assert len(world.ask.asked) == 2
-    world.ask.known = True
-    for minutes, asked in ((14, 2), (59, 3)):
-        world.fetch("TSLA.US", f"{FRI} 12:59", f"{FRI} 14:{minutes}")
-        assert len(world.ask.asked) == asked
-    assert world.calendar.is_half_day("US", FRI, NEVER) is True
 
 
 def test_what_is_wanted_once_a_day_is_asked_for_anew_each_day_and_within_the_hour_after_a_failure() -> None:
@@ -818,42 +767,6 @@ def test_what_is_wanted_once_a_day_is_asked_for_anew_each_day_and_within_the_hou
     assert daily.is_due()
 
 
-def test_who_is_stopped_has_not_asked_for_the_calendar(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The next look, of the same process or another one, asks again."""
-    world = World(sqlite_store(tmp_path), tmp_path)
-    world.now_ms = at("UTC", "2025-12-01 12:00")
-    stopped = threading.Event()
-    stopped.set()
-    assert world.calendar.is_half_day("US", FRI, stopped) is None
-    assert not caplog.records
-    assert world.calendar.is_half_day("US", FRI, NEVER) is True
-    assert len(world.ask.asked) == 2
-
-
-def test_dates_beyond_the_kept_calendar_are_asked_for_once_a_day(tmp_path: Path) -> None:
-    """A replay of old trades asks no more than the trades of today."""
-    world = World(sqlite_store(tmp_path), tmp_path)
-    world.now_ms = at("UTC", "2025-12-01 12:00")
-    assert world.calendar.is_half_day("US", FRI, NEVER) is True
-    assert world.calendar.is_half_day("US", "2024-11-29", NEVER) is None
-    world.now_ms = at("UTC", "2025-12-02 12:00")
-    assert world.calendar.is_half_day("US", FRI, NEVER) is True
-    assert len(world.ask.asked) == 1
-    assert world.calendar.is_half_day("US", "2024-11-29", NEVER) is False
-    assert len(world.ask.asked) == 2
-
-
-def test_no_calendar_is_asked_before_the_early_close_or_where_there_are_no_half_days(tmp_path: Path) -> None:
-    """It counts against the request limits."""
-    world = World(sqlite_store(tmp_path), tmp_path)
-    world.fetch("TSLA.US", f"{TUE} 12:00", f"{TUE} 12:59")
-    for code in ("600519.SH", "7203.JP", "USDCNY", "BTCUSDT"):
-        world.fetch(code, f"{TUE} 12:00", "2025-06-19 23:00")
-    assert world.ask.asked == []
-
-
 class Hurried(random.Random):
     """Chance that makes every pause before another try the shortest."""
 
@@ -867,55 +780,27 @@ def api_of(server: InfowayServer, key: str = "test-key") -> InfowayApi:
     return InfowayApi(server.url, KeyPool([(key, Plan("0", 0, 0, 0))]), rng=Hurried())
 
 
-def test_the_half_days_come_from_the_api() -> None:
-    """Also where it lists a half day among the trading days."""
-    first, last = date(2025, 11, 1), date(2025, 12, 31)
-    for both in (False, True):
-        with InfowayServer(half_days={"20251128", "20251224"}, half_days_are_trade_days=both) as server:
-            assert api_of(server).half_days("US", first, last, NEVER) == [FRI, XMAS]
-            (request,) = server.requests
-            assert request.path.endswith("?market=US&beginDay=20251101&endDay=20251231")
-            assert request.key == "test-key"
-
-
-@pytest.mark.parametrize("name", ["ret_506", "404_problem"])
-def test_an_api_without_a_calendar_gives_no_half_days(name: str) -> None:
-    """A refusal is no half day, and the same would come again."""
-    with InfowayServer(script=lambda _: REFUSALS[name]) as server:
-        assert api_of(server).half_days("US", date(2025, 11, 1), date(2025, 11, 30), NEVER) is None
-        assert 1 <= server.request_count <= stockrt.CALENDAR_TRIES
-
-
-def test_a_calendar_is_had_although_the_first_try_fails() -> None:
-    """One bad answer does not cost a day."""
-    with InfowayServer(half_days={"20251128"}, script=[REFUSALS["503_html"]]) as server:
-        assert api_of(server).half_days("US", date(2025, 11, 1), date(2025, 11, 30), NEVER) == [FRI]
-
-
-# ------------------------------------------------------------------------------------------------------
-# A run
-# ------------------------------------------------------------------------------------------------------
-
-
 def test_a_run_keeps_the_closes_of_what_it_fetched(store: AnyStore, tmp_path: Path) -> None:
     """From the API's answer to both collections."""
-    evening = at("America/New_York", f"{FRI} 12:59:30")
+    evening = at("America/New_York", f"{FRI} 15:59:30")
     world = World(store, tmp_path)
-    world.now_ms = at("America/New_York", f"{FRI} 13:30")
+    world.now_ms = at("America/New_York", f"{FRI} 16:30")
     codes = [f"A{number}.US" for number in range(150)] + ["BTCUSDT", "USDCNY"]
     with InfowayServer(epoch_ms=evening) as server:
         report = Collector(api_of(server), store, closing=world.closer).run(codes, threading.Event())
     assert report.complete, report
     assert len(world.closes()) == 150
     assert set(world.prices()) == {f"A{number}.US|{FRI}" for number in range(150)}
-    assert all(price.endswith(" half_day") for price in world.prices().values())
+
+
+TAKES_NO_CLOSE = "CREATE TRIGGER no BEFORE INSERT ON close BEGIN SELECT RAISE(ABORT, 'takes no close'); END"
 
 
 def test_a_snapshot_that_fails_costs_no_trade_and_is_said(tmp_path: Path) -> None:
-    """The table `close` is gone: everything is fetched and stored all the same, and the run is not complete."""
+    """The table `close` takes nothing: everything is fetched and stored all the same, and the run is not complete."""
     store = sqlite_store(tmp_path)
     with store._file.write() as db:
-        db.execute("DROP TABLE close")
+        db.execute(TAKES_NO_CLOSE)
     world = World(store, tmp_path)
     world.now_ms = at("America/New_York", "2025-06-17 18:00")
     codes = [f"A{number}.US" for number in range(2500)]
@@ -923,7 +808,7 @@ def test_a_snapshot_that_fails_costs_no_trade_and_is_said(tmp_path: Path) -> Non
         report = Collector(api_of(server), store, closing=world.closer).run(codes, threading.Event())
     assert (report.stored, report.failures) == (2500, {})
     assert not report.complete
-    assert "no such table: close" in report.summary()
+    assert "takes no close" in report.summary()
     with pytest.raises(StoreError, match="STATE_DIRECTORY"):
         store.write_closes([regular()])
 
@@ -963,12 +848,12 @@ def test_closes_that_cannot_be_made_are_said_once_not_at_every_run(
         with stockrt.Pipeline(loaded.settings) as pipeline:
             assert isinstance(pipeline.store, SqliteStore)
             with pipeline.store._file.write() as db:
-                db.execute("ALTER TABLE close RENAME TO gone")
+                db.execute(TAKES_NO_CLOSE)
             for number in range(5):
-                assert "no such table: close" in pipeline.run([f"A{number}.US"], NEVER).close_error
+                assert "takes no close" in pipeline.run([f"A{number}.US"], NEVER).close_error
             assert caplog.text.count("closing snapshot: ") == 1
             with pipeline.store._file.write() as db:
-                db.execute("ALTER TABLE gone RENAME TO close")
+                db.execute("DROP TRIGGER no")
             assert pipeline.run(["B.US"], NEVER).complete
     assert "closing snapshot: well again" in caplog.text
 
@@ -985,31 +870,45 @@ def regular() -> Close:
 
 
 @pytest.mark.parametrize(
-    ("code", "zone", "day", "close", "early"),
+    ("code", "day", "opens", "close", "until"),
     [
-        ("TSLA.US", "America/New_York", "2025-03-07", "16:00", "13:00"),
-        ("TSLA.US", "America/New_York", "2025-03-10", "16:00", "13:00"),
-        ("00700.HK", "Asia/Hong_Kong", TUE, "16:00", "12:00"),
-        ("600519.SH", "Asia/Shanghai", TUE, "15:00", "15:00"),
-        ("000001.SZ", "Asia/Shanghai", TUE, "15:00", "15:00"),
-        ("7203.JP", "Asia/Tokyo", TUE, "15:30", "15:30"),
-        ("005930.KS", "Asia/Seoul", TUE, "15:30", "15:30"),
-        ("RELIANCE.IN", "Asia/Kolkata", TUE, "15:30", "15:30"),
-        ("2330.TW", "Asia/Taipei", TUE, "13:30", "13:30"),
-        ("USDCNY", "America/New_York", TUE, "17:00", "17:00"),
+        ("TSLA.US", "2025-03-07", "09:30", "16:00", "16:00:05"),
+        ("TSLA.US", "2025-03-10", "09:30", "16:00", "16:00:05"),
+        ("00700.HK", TUE, "09:30", "16:00", "16:10"),
+        ("600519.SH", TUE, "09:30", "15:00", "15:05"),
+        ("000001.SZ", TUE, "09:30", "15:00", "15:05"),
+        ("7203.JP", TUE, "09:00", "15:30", "15:35"),
+        ("7203.JP", "2024-11-05", "09:00", "15:30", "15:35"),
+        ("7203.JP", "2024-11-04", "09:00", "15:00", "15:05"),
+        ("005930.KS", TUE, "09:00", "15:30", "15:35"),
+        ("RELIANCE.IN", TUE, "09:15", "15:30", "16:00"),
+        ("2330.TW", TUE, "09:00", "13:30", "13:35"),
+        ("USDCNY", TUE, "00:00", "17:00", ""),
+        ("ZINCSPOT", TUE, "00:00", "19:00", ""),
     ],
 )
-def test_sessions_end_when_the_exchange_says(code: str, zone: str, day: str, close: str, early: str) -> None:
+def test_sessions_end_when_the_exchange_says(code: str, day: str, opens: str, close: str, until: str) -> None:
     """On the clock of the exchange, from its first to its last moment of the date."""
-    market = market_of(code)
+    zone, market = zone_of(code), market_of(code)
     assert market is not None
     for moment in ("00:00", "12:34:56.789", "23:59:59.999"):
         session = session_of(market, at(zone, f"{day} {moment}"))
         assert session.date == day
-        assert (session.close, session.early_close) == (
-            at(zone, f"{day} {close}"),
-            at(zone, f"{day} {early}"),
-        )
+        assert (session.opens, session.close) == (at(zone, f"{day} {opens}"), at(zone, f"{day} {close}"))
+        last = at(zone, f"{day} {until}") + 999 if until else session.close - 1
+        assert session.until == last
+        assert session.bar == stockrt.NEVER or session.bar >= session.until + 20 * 60_000
+
+
+def test_what_rests_on_weekends_has_no_session_there() -> None:
+    """A session of India or Taiwan may be held on any day; crypto never rests."""
+    sunday = at("UTC", "2025-06-22 12:00")
+    resting = {
+        code
+        for code in (*(f"X.{name}" for name in stockrt.MARKETS), "USDCNY", "XNIUSD", "BTCUSDT")
+        if (market := market_of(code)) and session_of(market, sunday).close == stockrt.NEVER
+    }
+    assert resting == {"X.US", "X.HK", "X.SH", "X.SZ", "X.JP", "X.KS", "USDCNY", "XNIUSD"}
 
 
 def test_every_date_belongs_to_one_session_and_the_session_before_has_ended() -> None:
@@ -1025,7 +924,7 @@ def test_every_date_belongs_to_one_session_and_the_session_before_has_ended() ->
             assert found.start <= t < found.end
             if found.date != session.date:
                 assert found.start == session.end
-                assert session_before(market, found).close <= found.start
+                assert session.close == stockrt.NEVER or session.close <= found.start
             session = found
 
 
@@ -1048,7 +947,7 @@ store = stockrt.SqliteStore(file)
 class Clock(stockrt.Clock):
     def wall(self):
         return 1750300000
-closer = stockrt.ClosingPrices(store, None, Clock())
+closer = stockrt.ClosingPrices(store, stockrt.SessionsFile(file), Clock())
 codes = ("TSLA.US", "00700.HK", "USDCNY", "BTCUSDT")
 closer.settle([
     stockrt.to_document(stockrt.Trade(code, 1750200000000, "1", "1", "1", 0), stockrt.utc_now()) for code in codes
@@ -1079,26 +978,32 @@ def test_a_machine_without_time_zone_data_gets_one_clear_line(tmp_path: Path) ->
 
 
 def test_trades_of_sessions_that_go_on_cost_nothing_but_a_look(tmp_path: Path) -> None:
-    """No query, no write and no question, however often they are polled; told by the store's own counter."""
+    """No query and no write, but for one note of each code and date; told by the files' own counters."""
     store = sqlite_store(tmp_path)
     world = World(store, tmp_path)
     statements: list[str] = []
-    with store._file._guarded() as db:
-        db.set_trace_callback(statements.append)
+    notes: list[str] = []
+    for file, heard in ((store._file, statements), (world.file, notes)):
+        with file._guarded() as db:
+            db.set_trace_callback(heard.append)
     world.now_ms = at("America/New_York", f"{TUE} 12:30")
     t = at("America/New_York", f"{TUE} 12:29")
     fetched = [
         to_document(Trade(f"A{n}.US", t, "1", "1", "1", 0), stockrt.utc_now()) for n in range(1000)
     ]  # fmt: skip
+    world.closer.settle(fetched, NEVER)
+    assert len([s for s in notes if "INSERT" in s]) == 1000
+    assert len([s for s in notes if s == "COMMIT"]) == 1
+    notes.clear()
     for _ in range(3):
         world.closer.settle(fetched, NEVER)
-    assert statements == []
+    assert statements == notes == []
     world.now_ms = at("America/New_York", f"{TUE} 16:10")
     world.closer.settle(fetched, NEVER)
     assert len([s for s in statements if "INSERT" in s]) == 1000
     statements.clear()
     world.closer.settle(fetched, NEVER)
-    assert statements == []
+    assert statements == notes == []
 
 
 def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from kit import infoway_server
 from kit.clock import FakeClock
 
+import stockrt
 from stockrt import (
     BACKOFF_CAP_S,
     BACKOFF_FIRST_S,
@@ -657,9 +658,7 @@ def test_any_depth_of_nesting_is_survived(depth: int) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "0",
         "1",
-        "-37.63",
         "305.771",
         ".5",
         "0.00000001",
@@ -677,7 +676,55 @@ def test_a_decimal_is_kept_as_it_was_sent(text: str) -> None:
     assert (trade.p, trade.v, trade.vw) == (text, text, text)
 
 
-@pytest.mark.parametrize("number", ["305", "305.770", "1.10", "0.00000001", "1E-7", "-5"])
+def test_a_volume_may_be_nothing_and_oil_may_cost_less() -> None:
+    """As it did in April 2020."""
+    trade = read_trade(record(s="USOIL", p="-37.63", v="0", vw="-0"), "common")
+    assert (trade.p, trade.v, trade.vw) == ("-37.63", "0", "-0")
+
+
+@pytest.mark.parametrize("product", stockrt.PRODUCTS)
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"p": "0"}, "p 0: it has not traded, or is suspended"),
+        ({"p": "0.000"}, "p 0.000: it has not traded"),
+        ({"p": "-5"}, "p -5: only energy at common has prices below zero"),
+        ({"s": "USOIL", "p": "0"}, "p 0: it has not traded"),
+        ({"v": "-1"}, "v -1: a volume is not below zero"),
+        ({"t": 1786751999691 + 86_400_000}, "is more than a day ahead"),
+        ({"t": LATEST_TRADE_MS - 1}, "is more than a day ahead"),
+    ],
+)
+def test_a_record_that_is_no_trade_is_named_and_refused(
+    product: str, fields: dict[str, object], words: str
+) -> None:
+    """Alone and among good ones, which it does not harm."""
+    code = str(fields.get("s", "AAPL.US"))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        read_trade(record(**fields), product, 1786751999691 + 86_399_999)
+    batch = Batch(product, f"{code},TSLA.US")
+    outcome = read_records(batch, [record(**fields), record(s="TSLA.US")], 1786751999.690)
+    assert [trade.s for trade in outcome.trades] == ["TSLA.US"]
+    assert outcome.failures[code].kind is FailureKind.BAD_RECORD
+    assert words in outcome.failures[code].words and "no trade" in outcome.failures[code].words
+
+
+def test_oil_below_zero_is_no_trade_of_a_share() -> None:
+    with pytest.raises(ValueError, match="only energy at common"):
+        read_trade(record(s="USOIL", p="-37.63"), "stock")
+
+
+@pytest.mark.parametrize("ahead", [-61, -60, 0, 60, 61])
+def test_a_clock_that_is_off_is_told(ahead: int) -> None:
+    """By more than a minute; without a date nothing is known."""
+    response = Response(200, date="Thu, 19 Nov 2026 12:00:00 GMT")
+    words = stockrt.clock_fault(response, datetime(2026, 11, 19, 12, tzinfo=UTC).timestamp() + ahead)
+    assert bool(words) is (abs(ahead) > 60)
+    assert not words or ("ahead of" in words) is (ahead > 0)
+    assert stockrt.clock_fault(Response(200), 0) == stockrt.clock_fault(Response(200, date="soon"), 0) == ""
+
+
+@pytest.mark.parametrize("number", ["305", "305.770", "1.10", "0.00000001", "1E-7"])
 def test_a_json_number_is_taken_by_its_digits(number: str) -> None:
     """No binary fraction gets between."""
     body = json.dumps({"ret": 200, "data": [record(p="HERE")]}).replace('"HERE"', number)

@@ -315,8 +315,8 @@ def test_a_torn_log_loses_nothing_behind_the_damage(tmp_path: Path) -> None:
 
 def test_other_tables_are_rescued_too(tmp_path: Path) -> None:
     with open_store_file(tmp_path) as file:
-        kept = stockrt.HalfDays("2026-08-15", "2026-08-01", "2026-09-01", frozenset({"2026-08-14"}))
-        stockrt.CalendarFile(file).write("US", kept)
+        noted = stockrt.OpenSession("AAPL.US", "2026-08-14", stockrt.Stage.BATCH, 1_786_752_000)
+        stockrt.SessionsFile(file).note([noted])
         store = SqliteStore(file)
         store.write_closes([a_close(number) for number in range(5)])
         for first in range(0, 2000, 100):
@@ -329,7 +329,7 @@ def test_other_tables_are_rescued_too(tmp_path: Path) -> None:
     with open_store_file(tmp_path) as file:
         closes = file.read_all("SELECT _id FROM close ORDER BY _id")
         assert closes == [(a_close(n).key,) for n in range(5)]
-        assert stockrt.CalendarFile(file).read("US") == kept
+        assert stockrt.SessionsFile(file).due(1_786_752_000, 9) == [noted]
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o444])
@@ -768,3 +768,82 @@ def test_what_root_makes_belongs_to_the_owner_of_the_directory(foreign: Path) ->
     open_store_file(foreign).close()
     owners = {path.name: path.stat().st_uid for path in foreign.iterdir()}
     assert owners == dict.fromkeys(("hash", "stockrt.db", "stockrt.db.lock"), 65534)
+
+
+FORMAT_3_CLOSE = """
+CREATE TABLE close (
+    _id TEXT PRIMARY KEY, date TEXT NOT NULL, s TEXT NOT NULL, t INTEGER NOT NULL,
+    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL, stock_code TEXT NOT NULL,
+    after_hours INTEGER, half_day INTEGER, half_day_unknown INTEGER,
+    create_time TEXT NOT NULL, update_time TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE calendar (
+    market TEXT PRIMARY KEY, asked_on TEXT NOT NULL, first TEXT NOT NULL, last TEXT NOT NULL, half_days TEXT NOT NULL
+) WITHOUT ROWID;
+INSERT INTO calendar VALUES ('US', '2026-08-14', '2026-07-14', '2026-09-14', '[]');
+PRAGMA user_version = 3;
+"""
+
+
+def test_closes_of_an_older_format_are_kept_and_wait_for_their_bars(tmp_path: Path) -> None:
+    """But for those of `common`, which have none; what decided half days is gone."""
+    with contextlib.closing(sqlite3.connect(tmp_path / stockrt.SQLITE_NAME)) as db, db:
+        db.executescript(FORMAT_3_CLOSE)
+        for code, after_hours, unknown in (
+            ("TSLA.US", None, 1),
+            ("BTCUSDT", 1, None),
+            ("USDCNY", None, None),
+        ):
+            row = (f"{code}|2026-08-14", "2026-08-14", code, 1, "9.5", "1", "1", 0, code)
+            values = (
+                *row,
+                after_hours,
+                None,
+                unknown,
+                "2026-08-14T20:00:00.000Z",
+                "2026-08-14T21:00:00.000Z",
+            )
+            db.execute(f"INSERT INTO close VALUES ({', '.join('?' * len(values))})", values)
+    with open_store_file(tmp_path) as file:
+        query = "SELECT stock_code, p, after_hours, provisional, close, create_time FROM close ORDER BY stock_code"
+        assert file.read_all(query) == [
+            ("BTCUSDT", "9.5", 1, 1, None, "2026-08-14T20:00:00.000Z"),
+            ("TSLA.US", "9.5", None, 1, None, "2026-08-14T20:00:00.000Z"),
+            ("USDCNY", "9.5", None, None, None, "2026-08-14T20:00:00.000Z"),
+        ]
+        assert file.read_one(
+            "SELECT count(*) FROM sqlite_master WHERE name IN ('calendar', 'new_close')"
+        ) == (0,)
+        store = SqliteStore(file)
+        bar = stockrt.Bar("TSLA.US", 0, "1", "2", "1", "2", "10", "20")
+        market = stockrt.MARKETS["US"]
+        session = stockrt.session_on(market, datetime(2026, 8, 14).date())
+        store.write_closes([stockrt.bar_close(bar, session)])
+        assert store.finals(["TSLA.US|2026-08-14", "BTCUSDT|2026-08-14"]) == {"TSLA.US|2026-08-14"}
+
+
+def test_closes_of_an_older_format_are_rescued(tmp_path: Path) -> None:
+    """Whatever columns they had."""
+    path = tmp_path / stockrt.SQLITE_NAME
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.executescript(FORMAT_3_CLOSE)
+        row = (
+            "TSLA.US|2026-08-14",
+            "2026-08-14",
+            "TSLA.US",
+            1,
+            "9.5",
+            "1",
+            "1",
+            0,
+            "TSLA.US",
+            None,
+            1,
+            None,
+            "a",
+            "b",
+        )
+        db.execute(f"INSERT INTO close VALUES ({', '.join('?' * len(row))})", row)
+    beside(path, ".damaged").write_text("a test says so")
+    with open_store_file(tmp_path) as file:
+        assert file.read_all("SELECT stock_code, p FROM close") == [("TSLA.US", "9.5")]

@@ -25,7 +25,7 @@ import pymongo
 import pytest
 from conftest import RunPyz, controlled, unavailable
 from kit.daemons import PATIENCE, ThreadDaemon, settings_for, until
-from kit.infoway_server import InfowayServer, make_record
+from kit.infoway_server import InfowayServer
 from kit.mongo import INTERRUPTED_AT_SHUTDOWN, ON_COLLECTIONS, UNAUTHORIZED, MongoServer
 from kit.mongo_proxy import Fate, MongoProxy, Without
 from kit.platform_server import PlatformServer
@@ -44,6 +44,7 @@ from stockrt import (
     QueueStats,
     RefusedClose,
     Rejects,
+    SessionsFile,
     SqliteStore,
     StoreAway,
     StoreError,
@@ -111,7 +112,7 @@ class Place(stockrt.Events):
         """Yield the delivery to this database; `real` closes are made, those of `closes`, or none."""
         settings = settings_of(self.environ | environ)
         with open_store_file(self.state) as file, contextlib.closing(MongoStore(settings)) as mongo:
-            closes = ClosingPrices(mongo, None) if real else closes or Closes()
+            closes = ClosingPrices(mongo, SessionsFile(file)) if real else closes or Closes()
             made = delivery(mongo, file, settings.spool_max_bytes, closes, self)
             with contextlib.closing(made) as store:
                 yield store
@@ -286,7 +287,7 @@ def test_what_was_stored_before_there_was_a_mongodb_moves_over(place: Place) -> 
         alone.write(make_documents(10))
         alone.write([d | {"demo": True} for d in make_documents(5, first=100)])
         alone.write(make_documents(20))
-        ClosingPrices(alone, None).settle(make_documents(20), NEVER)
+        ClosingPrices(alone, SessionsFile(file)).settle(make_documents(20), NEVER)
         closes = file.read_all("SELECT _id, t, p, v, td FROM close ORDER BY _id")
     with place.opened(real=True) as store:
         store.start()
@@ -893,23 +894,6 @@ def on_a_terminal(command: Sequence[str], environ: dict[str, str]) -> tuple[int,
             shown += more
     os.close(ours)
     return process.wait(60), shown.decode()
-
-
-def test_drain_counts_what_it_asks_for_the_calendar_with_all_instances(
-    place: Place, infoway: InfowayServer, run_pyz: RunPyz
-) -> None:
-    """A close of a market with half days: the calendar is asked for once, and the shared count has it."""
-    record = make_record("AAPL.US", 0)
-    trade = stockrt.Trade(**record)
-    queued(place.state, [stockrt.to_document(trade, CREATED)])
-    env = environment(place, INFOWAY_API_BASE_URL=infoway.url, INFOWAY_PLAN="free")
-    done = run_pyz("--drain", env=env)
-    assert done.returncode == 0, done.stderr
-    assert infoway.request_count == 1 and len(place.documents("close")) == 1
-    used = {d["_id"].split("|")[0]: d.get("used") for d in place.documents("license_usage") if "used" in d}
-    assert used == {stockrt.key_digest("test-key"): 1}
-    with open_store_file(place.state) as file:
-        assert file.read_all("SELECT * FROM key_usage") == []
 
 
 def test_drain_that_mongodb_does_not_take(place: Place, away: MongoServer, run_pyz: RunPyz) -> None:
