@@ -131,6 +131,7 @@ class StockrtError(Exception):
     ├── UsageError          exit 64: the command line; says which flag
     ├── SettingsError       exit 78: the settings; holds every fault found
     ├── InstrumentError     a code that cannot be asked for; says what to type instead
+    │   └── UnclearCode     one whose form does not tell what is meant; a list of what exists may
     ├── NoKeyError          no API key can serve now; says which key is out, why and until when
     ├── Interrupted         the run was asked to stop
     ├── StoreError          the store did not take what it was given; says which setting mends it
@@ -170,6 +171,19 @@ class SettingsError(StockrtError):
 
 class InstrumentError(StockrtError):
     """A code that is refused before any request is made."""
+
+
+class UnclearCode(InstrumentError):
+    """The form of a code does not tell what is meant; a list of what exists may.
+
+    `text`: as it was typed, in upper case and half width; letters and digits of any script, or code characters.
+    `guesses`: codes by its form, the likeliest first, of which none is known to exist.
+    """
+
+    def __init__(self, words: str, text: str, guesses: Sequence[str] = ()) -> None:
+        super().__init__(words)
+        self.text = text
+        self.guesses = tuple(guesses)
 
 
 class NoKeyError(StockrtError):
@@ -597,13 +611,16 @@ class Plan:
         return (second, (self.per_minute, 60.0)) if self.per_minute else (second,)
 
 
-# Requests per second, minute and day of each plan: Infoway's price list.
+# Requests per second, minute and day of each plan: Infoway's price list; of Free's two figures the stricter one.
 PLANS = {
-    "free": Plan("free", 1, 60, 172_800),
+    "free": Plan("free", 1, 60, 86_400),
     "basic": Plan("basic", 2, 120, 172_800),
     "premium": Plan("premium", 10, 600, 864_000),
     "pro": Plan("pro", 20, 1200, 1_728_000),
 }
+# A key whose plan the API is asked for; until it has told, the smallest one's limits hold.
+AUTO = "auto"
+PLAN_TO_ASK = replace(PLANS["free"], name=AUTO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -850,6 +867,8 @@ def _plans(value: str) -> tuple[Plan, ...]:
 
 
 def _plan(word: str) -> Plan:
+    if word.lower() == AUTO:
+        return PLAN_TO_ASK
     if word.lower() in PLANS:
         return PLANS[word.lower()]
     rate = _number(0, 10_000)(word)
@@ -967,8 +986,8 @@ SETTINGS = (
             _api_keys, secret=True),
     Setting("INFOWAY_API_BASE_URL", "api_base_url", "https://data.infoway.io", "an http:// or https:// URL",
             _base_url),
-    Setting("INFOWAY_PLAN", "plans", "free",
-            "free, basic, premium, pro, or requests per second as a number (0: no limit, else 0.017 or more: one "
+    Setting("INFOWAY_PLAN", "plans", AUTO,
+            "auto, free, basic, premium, pro, or requests per second as a number (0: no limit, else 0.017 or more: one "
             "a minute); one for all keys, or one for each, comma-separated", _plans),
     Setting("MONGODB_HOST", "mongodb_uri", "",
             "mongodb://[user:password@]host[:port][/…] or mongodb+srv://…, with / : @ % in user and password "
@@ -1220,6 +1239,8 @@ class Market(NamedTuple):
     """Where a code belongs: the API's product, the clock of its exchange, and its regular session.
 
     A `continuous` market goes on through its close, without an auction. `former`: the hours up to an ISO date.
+    `rest_h`: no holiday lasted longer, in hours, from the last trade before it: what is older is so although the
+    market was open.
     """
 
     product: str
@@ -1228,6 +1249,7 @@ class Market(NamedTuple):
     continuous: bool = False
     rests_on_weekends: bool = True
     former: tuple[str, Hours] | None = None
+    rest_h: int = 12 * 24
 
 
 # The API's products and their codes' suffixes: Infoway's documentation. The hours are the exchanges'; a bar is asked
@@ -1240,12 +1262,13 @@ class Market(NamedTuple):
 #   KS  as JP; on the day of the university entrance exam an hour later, which its bar waits for
 #   IN  the closing session goes on until 16:00 at the close's price. Sessions on weekends are held now and then, and
 #       on the holiday of Diwali one in the evening, which ends before 20:00
+# The longest rest of SH and SZ was eleven days, in the autumn of 2023.
 _CHINA = Market("stock", "Asia/Shanghai", Hours((9, 30), (15, 0), (15, 5, 0), (16, 0)))
 _TOKYO = Hours((9, 0), (15, 30), (15, 35, 0), (16, 0))
 _TOKYO_TO_2024 = Hours((9, 0), (15, 0), (15, 5, 0), (15, 30))
 MARKETS = {
-    "US": Market("stock", "America/New_York", Hours((9, 30), (16, 0), (16, 0, 5), (16, 30))),
-    "HK": Market("stock", "Asia/Hong_Kong", Hours((9, 30), (16, 0), (16, 10, 0), (16, 40))),
+    "US": Market("stock", "America/New_York", Hours((9, 30), (16, 0), (16, 0, 5), (16, 30)), rest_h=5 * 24),
+    "HK": Market("stock", "Asia/Hong_Kong", Hours((9, 30), (16, 0), (16, 10, 0), (16, 40)), rest_h=6 * 24),
     "SH": _CHINA,
     "SZ": _CHINA,
     "JP": Market("japan", "Asia/Tokyo", _TOKYO, former=("2024-11-04", _TOKYO_TO_2024)),
@@ -1254,29 +1277,34 @@ MARKETS = {
         "india", "Asia/Kolkata", Hours((9, 15), (15, 30), (16, 0, 0), (20, 0)), rests_on_weekends=False
     ),
     "TW": Market(
-        "taiwan", "Asia/Taipei", Hours((9, 0), (13, 30), (13, 35, 0), (15, 0)), rests_on_weekends=False
+        "taiwan",
+        "Asia/Taipei",
+        Hours((9, 0), (13, 30), (13, 35, 0), (15, 0)),
+        rests_on_weekends=False,
+        rest_h=14 * 24,
     ),
 }
 # Instruments without a suffix: the market is their product's, but for the metals that follow London's exchange.
 PRODUCT_MARKETS = {
-    "common": Market("common", "America/New_York", Hours((0, 0), (17, 0), (17, 0, 0), None), continuous=True),
-    "metals": Market("common", "Europe/London", Hours((0, 0), (19, 0), (19, 0, 0), None), continuous=True),
+    "common": Market(
+        "common", "America/New_York", Hours((0, 0), (17, 0), (17, 0, 0), None), continuous=True, rest_h=96
+    ),
+    "metals": Market(
+        "common", "Europe/London", Hours((0, 0), (19, 0), (19, 0, 0), None), continuous=True, rest_h=5 * 24
+    ),
     "crypto": Market(
         "crypto",
         "UTC",
         Hours((0, 0), (24, 0), (24, 0, 0), (24, 30)),
         continuous=True,
         rests_on_weekends=False,
+        rest_h=1,
     ),
 }
 PRODUCTS = ("stock", "japan", "korea", "india", "taiwan", "crypto", "common")
 # A workflow of the platform may send any code there: asked once more at this product before it fails.
 FALLBACK_PRODUCT = "stock"
-# What other programs call the same exchange.
-SUFFIX_ALIASES = {"SS": "SH", "N": "US", "O": "US", "T": "JP", "NS": "IN", "KR": "KS"}
-# First digit of a Chinese A-share number -> exchange.
-A_SHARE_EXCHANGE = {"6": "SH", "9": "SH", "0": "SZ", "2": "SZ", "3": "SZ"}
-# ISO 4217 codes that are quoted against each other, and the metals (XAU …).
+# ISO 4217 codes that are quoted against each other, and the precious metals (XAU …).
 CURRENCIES = frozenset(
     "USD EUR JPY GBP CNY CNH AUD NZD CAD CHF HKD SGD KRW TWD INR THB MYR IDR PHP VND MOP SEK NOK DKK PLN CZK "
     "HUF TRY RUB ZAR MXN BRL ARS CLP COP PEN ILS AED SAR QAR KWD EGP NGN KES PKR BDT LKR KZT UAH RON BGN ISK "
@@ -1286,6 +1314,18 @@ CURRENCIES = frozenset(
 BASE_METALS = frozenset("XALUSD XNIUSD XPBUSD ZINCSPOT".split())
 # Energy that the API lists at `common` without being a pair; its price may be below zero.
 ENERGY = frozenset("USOIL UKOIL NGAS NATGAS WTIUSD BRENTUSD".split())
+# What else it lists there whose session nobody knows, so that it has no close: copper, futures, indices
+# (its lists of October 2026).
+SESSIONLESS = frozenset(
+    "XCUUSD XCUUSD_S CL "
+    "AEX AUS200 CN50 DJU DXY ESP35 EUSTX50 FRA40 GER30 GER40 HK50 HSHCI HSTECH IBOV JPN225 KOSDAQ KOSPI "
+    "KOSPI200 NAS100 NI225 NIFTY SA40 SENSEX SG20 SG30SGD SISE SIXE SOX SWISS20 TAIEX TSX UK100 US2000 US30 "
+    "US500 VIX VXN".split()
+)
+# Indices, energy and futures that are called as a US share is: their name alone never reaches either.
+SHARED_NAMES = frozenset(
+    "DJT HSII NBI REIT SMI STI WTI BZ ES GC HG HO NG NQ PA PL RB RTY SI YM ZB ZC ZN ZS ZW".split()
+)
 # What crypto pairs are quoted in; a pair such as BTCUSD is told from currencies by its other half.
 CRYPTO_QUOTES = ("USDT", "USDC", "FDUSD", "TUSD", "BUSD", "BTC", "ETH", "BNB")
 CRYPTO_COINS = frozenset("BTC ETH BNB SOL XRP ADA DOGE LTC BCH DOT TRX LINK AVAX".split())
@@ -1296,16 +1336,21 @@ _SEPARATORS = re.compile(r"[\s,;，；、]+")  # noqa: RUF001  (Chinese commas a
 
 
 class Instrument(NamedTuple):
-    """A code in the API's own form, and the product it is asked at."""
+    """A code in the API's own form, and the product it is asked at.
+
+    `alternatives`: what the text may mean as well, where it does not tell; each is asked in turn, and only when
+    none is known the code counts as failed.
+    """
 
     code: str
     product: str
+    alternatives: tuple[Instrument, ...] = ()
 
 
 _SUFFIX_PRODUCTS = {suffix: market.product for suffix, market in MARKETS.items()}
 # Most codes come in the API's own form: reading them as a person's typing would give them back as they are.
 _PLAIN_CODE = re.compile(
-    r"[0-9]{6}\.(?:SH|SZ)|(?!00000)[0-9]{5}\.HK|[A-Z0-9]{1,20}\.(?:US|JP|KS|IN|TW)", re.ASCII
+    r"[0-9]{6}\.(?:SH|SZ)|(?!00000)[0-9]{5}\.HK|(?!US\.[JKIT])[A-Z0-9]{1,20}\.(?:US|JP|KS|IN|TW)", re.ASCII
 )
 
 
@@ -1317,22 +1362,23 @@ def split_codes(text: str) -> list[str]:
 def parse_code(raw: object) -> Instrument:
     """Return the instrument that a person or the platform meant by `raw` (a text or a whole number).
 
-    `product:CODE` names the product outright, for a code whose form does not tell it (`common:US500`).
-    Raises InstrumentError, which says what to type instead; nothing that could change a URL gets through.
+    `product:CODE` names the product outright, for a code whose form does not tell it (`common:TOPIX.JP`).
+    Raises InstrumentError, which says what to type instead, and of its kinds UnclearCode where a list of what
+    exists could tell; nothing that could change a URL gets through.
     """
-    import unicodedata
+    text = _code_text(raw)
+    if not text.isascii():
+        import unicodedata
 
-    text = unicodedata.normalize("NFKC", _code_text(raw)).strip().upper()
-    named, _, rest = text.rpartition(":")
-    if named.lower() in PRODUCTS and "." not in rest:
-        return Instrument(_safe(rest.strip(), raw), named.lower())
-    code = _safe(rest.strip() if named.lower() in PRODUCTS else text, raw)
-    symbol, dot, suffix = code.rpartition(".")
-    if not dot:
-        return _without_suffix(code)
-    if suffix not in MARKETS:
-        raise InstrumentError(f"unknown exchange .{suffix}: {_proposal(symbol, suffix)}")
-    return Instrument(_with_suffix(symbol, suffix), MARKETS[suffix].product)
+        text = unicodedata.normalize("NFKC", text)
+    text = text.strip().upper()
+    venue, colon, symbol = text.rpartition(":")
+    if not colon:
+        return _read(text)
+    venue, symbol = venue.strip(), symbol.strip()
+    if venue.lower() in PRODUCTS:
+        return _at_product(symbol, venue.lower())
+    return _at_venue(symbol, venue)
 
 
 def market_of(code: str) -> Market | None:
@@ -1341,12 +1387,20 @@ def market_of(code: str) -> Market | None:
     return MARKETS.get(name) or PRODUCT_MARKETS.get(name)
 
 
+def is_stale(code: str, t: int, now_ms: int) -> bool:
+    """Whether a latest trade at `t` (epoch ms) is old although the code's market was open since."""
+    market = market_of(code)
+    return market is not None and now_ms - t > market.rest_h * 3_600_000
+
+
 def market_name(code: str) -> str:
-    """Return the suffix of a code, or the product of one that has none: the names of the markets."""
+    """Return the suffix of a code, or the product of one that has none, '' where its session is not known."""
     _, dot, suffix = code.rpartition(".")
     if code in BASE_METALS:
         return "metals"
-    return suffix if dot else _bare_product(code)
+    if dot and suffix in MARKETS:
+        return suffix
+    return "" if code in SESSIONLESS else _bare_product(code)
 
 
 def is_index(code: str) -> bool:
@@ -1371,12 +1425,15 @@ def _code_text(raw: object) -> str:
     return str(int(raw)) if abs(raw) < 10**MAX_CODE_LENGTH else "9" * (MAX_CODE_LENGTH + 1)
 
 
-def _safe(code: str, raw: object) -> str:
+def _safe(code: str) -> str:
     """Return `code` if it is made of code characters only: the one gate before any URL."""
     if not code:
         raise InstrumentError("an empty code; expected one such as AAPL.US")
     if len(code) > MAX_CODE_LENGTH:
         raise InstrumentError(f"{len(code)} characters; a code has at most {MAX_CODE_LENGTH}")
+    # a name, 茅台, or one of the few crypto symbols that are no ASCII
+    if not code.isascii() and code.isalnum():
+        raise UnclearCode("no code but perhaps a name; expected a code such as 600519.SH", code)
     if not _CODE_ALPHABET.fullmatch(code) or ".." in code or not any(c.isalnum() for c in code):
         raise InstrumentError(
             "characters that no code has; expected letters, digits and dots such as AAPL.US"
@@ -1384,55 +1441,341 @@ def _safe(code: str, raw: object) -> str:
     return code
 
 
-def _with_suffix(symbol: str, suffix: str) -> str:
+def _at_product(symbol: str, product: str) -> Instrument:
+    """Read what follows `product:`; at `common` and `crypto` and without an exchange it is taken as it is."""
+    code = _safe(symbol)
+    if product in ("common", "crypto"):
+        return Instrument(code, product)
+    if "." not in code and product != "stock":
+        return _at_market(code, PRODUCT_SUFFIXES[product])
+    if "." not in code and not code.isdigit():
+        return Instrument(code, product)
+    instrument = _read(code)
+    if instrument.product != product:
+        raise InstrumentError(f"{instrument.code} is asked at {instrument.product}, not at {product}")
+    return instrument
+
+
+PRODUCT_SUFFIXES = {product: suffix for suffix, product in _SUFFIX_PRODUCTS.items()}
+
+
+# ------------------------------------------------------------------------------------------------------
+# Mainland numbers
+# ------------------------------------------------------------------------------------------------------
+
+# First digits of a number -> the exchanges that have such numbers, in the order in which they are asked. From the
+# exchanges' own rules: 上海证券交易所证券交易业务指南第4号 (证券代码段分配指南, 2024), 深圳证券交易所证券代码区间表,
+# 北京证券交易所证券代码、证券简称编制指引. A second exchange stands where both have such numbers; it does not where
+# what people type is on one of them (ETFs, convertible bonds), so that they never get another company's bond.
+MAINLAND_RANGES = {
+    "001 002 003 004": "SZ",  # main board
+    "009 010 018 019 020": "SH",  # treasury and policy-bank bonds
+    "10": "SZ SH",  # treasury bonds; convertible and local-government bonds
+    "110 113 118": "SH",  # convertible bonds
+    "11": "SH SZ",  # convertible and corporate bonds; corporate bonds
+    "123 127 128": "SZ",  # convertible bonds
+    "12": "SZ SH",  # convertible and exchangeable bonds; corporate bonds
+    "1318": "SZ",  # repos
+    "13 14": "SH SZ",  # exchangeable, corporate and local-government bonds
+    "150 159 16 180 184": "SZ",  # funds: ETF, LOF, REIT
+    "15 18": "SZ SH",  # funds; corporate bonds
+    "17 19": "SH",  # corporate bonds
+    "200": "SZ",  # B shares
+    "204": "SH",  # repos
+    "24 25": "SH",  # corporate bonds
+    "30": "SZ",  # ChiNext
+    "395 399": "SZ",  # indices
+    "5": "SH",  # funds: ETF, LOF, REIT
+    "60 68": "SH",  # main board, STAR
+    "900": "SH",  # B shares
+    "43 81 82 83 87 88 89 92": "BJ",  # shares, bonds and indices of the Beijing exchange
+}
+_RANGES = {
+    start: tuple(where.split()) for starts, where in MAINLAND_RANGES.items() for start in starts.split()
+}
+# 000xxx is a share of Shenzhen and an index of Shanghai. These numbers are, or were, shares (Shenzhen's list;
+# new shares get 001xxx): they mean the share, and the index where .SH is typed.
+SHENZHEN_000 = """
+001-021 023-040 042 045-050 055-056 058-063 065-066 068-070 078 088-090 096 099-100 150-151 153 155-159
+166 301 333 338 400-413 415-423 425-426 428-430 488 498 501-511 513-573 576 578 581-603 605-613 615-623
+625-633 635-639 650-653 655-663 665-673 675-683 685-693 695 697-703 705 707-713 715-723 725-733 735-739
+748 750-753 755-763 765-769 776-780 782-783 785-793 795-803 805-807 809-813 815-823 825-833 835-839 848
+850-852 856 858-863 866 868-869 875-878 880-883 885-890 892-893 895 897-903 905-906 908-913 915-923
+925-933 935-939 948-953 955-963 965-973 975-983 985 987-990 993 995-999
+"""
+_SHENZHEN_000 = frozenset(
+    number
+    for first, _, last in (span.partition("-") for span in SHENZHEN_000.split())
+    for number in range(int(first), int(last or first) + 1)
+)
+# SSE 50, STAR 50, CSI 1000, CSI 500: typed as an index as often as the share of the same number.
+FOLLOWED_INDICES = frozenset("000016 000688 000852 000905".split())
+
+
+def _mainland(number: str) -> tuple[str, ...]:
+    """Return the suffixes of the exchanges that six digits may belong to, the likelier first."""
+    if number.startswith("000"):
+        if number in FOLLOWED_INDICES:
+            return ("SZ", "SH")
+        return ("SZ",) if int(number) in _SHENZHEN_000 else ("SH", "SZ")
+    return next((_RANGES[number[:n]] for n in (4, 3, 2, 1) if number[:n] in _RANGES), ())
+
+
+def _mainland_instruments(number: str) -> tuple[Instrument, ...]:
+    return tuple(Instrument(f"{number}.{suffix}", "stock") for suffix in _mainland(number) if suffix != "BJ")
+
+
+def _no_beijing(code: str) -> InstrumentError:
+    return InstrumentError(f"{code} is of the Beijing exchange, which Infoway does not carry")
+
+
+# ------------------------------------------------------------------------------------------------------
+# Notations
+# ------------------------------------------------------------------------------------------------------
+
+# The API's suffix -> what other programs call the same market: before a dot or a colon, or after a dot. Korea's and
+# Taiwan's numbers are given out once for both their exchanges, so that .KQ and .TWO reach no other company.
+EXCHANGE_NAMES = {
+    "SH": "SS SSE SHSE XSHG SHA",  # Yahoo, TradingView and vn.py, MyQuant, ISO 10383 and JoinQuant, Google
+    "SZ": "SZSE XSHE SHE",
+    "HK": "HKEX SEHK XHKG HKG",
+    "US": "O OQ N NASDAQ NYSE AMEX NYSEARCA ARCA XNAS XNYS",  # Reuters, TradingView, ISO 10383
+    "JP": "T TYO XTKS",
+    "KS": "KQ KR KRX KOSPI KOSDAQ XKRX",
+    "IN": "NS NSE XNSE",
+    "TW": "TWO TWSE TPEX TPE XTAI",
+}
+_SUFFIX_OF = {name: suffix for suffix, names in EXCHANGE_NAMES.items() for name in (suffix, *names.split())}
+# What Eastmoney puts before the dot (secid); its 0 is Beijing too.
+EASTMONEY_MARKETS = {"1": "SH", "0": "SZ", "116": "HK", "105": "US", "106": "US", "107": "US"}
+BEIJING_NAMES = frozenset("BJ BJSE BJEX XBEJ".split())
+# Names that mean more than one exchange, or one whose prices the API does not say to have.
+UNCERTAIN_EXCHANGES = {
+    "TSE": "Tokyo, Taiwan or Toronto: expected a suffix, such as 7203.JP or 2330.TW",
+    "BSE": "Bombay or Beijing, neither known at Infoway; India's codes are such as RELIANCE.IN",
+    "BO": "Bombay, whose prices Infoway's .IN is not said to have; if the share will do: RELIANCE.IN",
+}
+# Venues that TradingView names before a colon; the API has one price of a pair, whoever is named.
+CRYPTO_VENUES = frozenset(
+    "BINANCE COINBASE BYBIT OKX KRAKEN BITSTAMP BITFINEX BITGET KUCOIN GATEIO GATE HTX HUOBI MEXC".split()
+)
+COMMON_VENUES = frozenset("FX FX_IDC OANDA FOREXCOM SAXO ICMARKETS PEPPERSTONE CAPITALCOM TVC".split())
+# What a symbol looks like at each market; without it, another notation is not read as that market's.
+_SYMBOL_FORMS = {
+    "SH": re.compile(r"[0-9]{6}"),
+    "SZ": re.compile(r"[0-9]{6}"),
+    "HK": re.compile(r"[0-9]{1,5}"),
+    "US": re.compile(r"[A-Z]{1,6}(?:[.-][A-Z]{1,3})?"),
+    "JP": re.compile(r"[0-9][0-9A-Z]{3}5?"),
+    "KS": re.compile(r"[0-9][0-9A-Z]{5}"),
+    "IN": re.compile(r"[A-Z0-9&_-]*[A-Z][A-Z0-9&_-]*"),
+    "TW": re.compile(r"[0-9]{4,6}[A-Z]?"),
+}
+_EXAMPLES = {"US": "AAPL.US", "HK": "00700.HK", "SH": "600519.SH", "SZ": "000001.SZ", "JP": "7203.JP",
+             "KS": "005930.KS", "IN": "RELIANCE.IN", "TW": "2330.TW"}  # fmt: skip
+# sh600519, hk00700 (Sina, Tencent, Xueqiu; r_ and rt_ ask them for the live price)
+_GLUED = re.compile(r"(?:RT?_)?(?:(SH|SZ|BJ)([0-9]{6})|(HK)([0-9]{4,5}))")
+_PAIR = re.compile(r"([A-Z0-9]{2,15})[/_-]([A-Z0-9]{3,5})")
+
+
+def _read(text: str) -> Instrument:
+    """Read a text without a colon, in any notation."""
+    if text.isdigit():  # as most codes are that are not plain
+        return _without_suffix(_safe(text))
+    if pair := _pair(text):
+        return pair
+    code = _safe(text)
+    if code.endswith(("=X", "=F")):
+        return _of_yahoo(*code.split("=", 1))
+    if glued := _GLUED.fullmatch(code):
+        return _at_market(glued[2] or glued[4], glued[1] or glued[3])
+    if code.startswith("GB_") and _SYMBOL_FORMS["US"].fullmatch(code[3:]):  # Sina
+        return _at_market(code[3:], "US")
+    symbol, dot, suffix = code.rpartition(".")
+    if not dot:
+        return _without_suffix(code)
+    if suffix in MARKETS and not (symbol == "US" and suffix != "US"):
+        return _at_market(symbol, suffix)
+    return _elsewhere(code)
+
+
+def _elsewhere(code: str) -> Instrument:
+    """Read a code with a dot and without a suffix of the API's."""
+    first, _, rest = code.partition(".")
+    symbol, _, last = code.rpartition(".")
+    named = EASTMONEY_MARKETS.get(first, "")
+    if named and _SYMBOL_FORMS[named].fullmatch(rest.replace("_", ".")):  # 106.BRK_B
+        if named == "SZ" and _mainland(rest) == ("BJ",):
+            raise _no_beijing(rest)
+        return _at_market(rest.replace("_", "."), named)
+    for name, other in ((first, rest), (last, symbol)):
+        if name in BEIJING_NAMES:
+            raise _no_beijing(other or "this")
+        market = _SUFFIX_OF.get(name)
+        if market is None or not _SYMBOL_FORMS[market].fullmatch(other):
+            continue
+        # ARCA.O and IN.N are shares called ARCA and IN: of what takes letters only US stands before a dot
+        if name == last or name == "US" or market not in ("US", "IN"):
+            return _at_market(other, market)
+    if last == "P" and _bare_product(symbol) == "crypto":  # a perpetual
+        return Instrument(code, "crypto")
+    raise _unknown_exchange(symbol, last)
+
+
+def _unknown_exchange(symbol: str, suffix: str) -> InstrumentError:
+    if suffix in UNCERTAIN_EXCHANGES:
+        return InstrumentError(f".{suffix} is {UNCERTAIN_EXCHANGES[suffix]}")
+    if not symbol and suffix:
+        return _unclear(f".{suffix}", "an index without its exchange", f".{suffix}.US")
+    if suffix in _SUFFIX_OF:
+        market = _SUFFIX_OF[suffix]
+        return InstrumentError(f"unknown form {symbol}.{suffix}: expected a code such as {_EXAMPLES[market]}")
+    if re.fullmatch(r"[A-Z]", suffix) and _SYMBOL_FORMS["US"].fullmatch(symbol):
+        return _unclear(f"{symbol}.{suffix}", f"unknown exchange .{suffix}", f"{symbol}.{suffix}.US")
+    return InstrumentError(
+        f"unknown exchange .{suffix}: expected one of {' '.join('.' + name for name in MARKETS)}"
+    )
+
+
+def _at_venue(symbol: str, venue: str) -> Instrument:
+    """Read TradingView's and Google's `NASDAQ:AAPL`."""
+    if venue in CRYPTO_VENUES or venue in COMMON_VENUES:
+        return _at_pair_venue(symbol, venue)
+    if (pair := _pair(venue)) and pair.product == "crypto" and venue.endswith(f"/{symbol}"):
+        return Instrument(f"{pair.code}.P", "crypto")  # ccxt's BTC/USDT:USDT, a perpetual
+    if venue in BEIJING_NAMES:
+        raise _no_beijing(_safe(symbol))
+    market = _SUFFIX_OF.get(venue)
+    if market and _SYMBOL_FORMS[market].fullmatch(symbol):
+        return _at_market(symbol, market)
+    if market:
+        raise InstrumentError(f"{venue}: expected a code of that exchange, such as {_EXAMPLES[market]}")
+    if venue in UNCERTAIN_EXCHANGES:
+        raise InstrumentError(f"{venue} is {UNCERTAIN_EXCHANGES[venue]}")
+    raise InstrumentError(
+        f"unknown before the colon; expected an exchange or a product: {', '.join(PRODUCTS)}"
+    )
+
+
+def _at_pair_venue(symbol: str, venue: str) -> Instrument:
+    product = "crypto" if venue in CRYPTO_VENUES else "common"
+    with contextlib.suppress(UnclearCode):  # its proposals would be shares
+        instrument = _read(symbol)
+        if instrument.product == product:
+            return instrument
+    example = "BINANCE:BTCUSDT" if product == "crypto" else "OANDA:XAUUSD"
+    raise InstrumentError(f"{venue}: expected an instrument of {product}, such as {example}")
+
+
+def _at_market(symbol: str, suffix: str) -> Instrument:
+    """Return the instrument of a symbol whose market is known."""
+    if suffix in BEIJING_NAMES:
+        raise _no_beijing(symbol)
     if not symbol.strip("."):
         raise InstrumentError(f"nothing before .{suffix}; expected a code such as {_EXAMPLES[suffix]}")
     if suffix == "HK" and symbol.isdigit():
         number = symbol.lstrip("0")
         if not 1 <= len(number) <= 5:
             raise InstrumentError(f"{symbol}.HK: expected one to five digits such as 00700.HK")
-        return f"{number:0>5}.HK"
-    if suffix in ("SH", "SZ") and not re.fullmatch(r"\d{6}", symbol):
+        symbol = f"{number:0>5}"
+    if suffix in ("SH", "SZ") and not _SYMBOL_FORMS[suffix].fullmatch(symbol):
         raise InstrumentError(f"{symbol}.{suffix}: expected six digits such as {_EXAMPLES[suffix]}")
-    return f"{symbol}.{suffix}"
+    return Instrument(_safe(f"{symbol}.{suffix}"), _SUFFIX_PRODUCTS[suffix])
 
 
-_EXAMPLES = {"US": "AAPL.US", "HK": "00700.HK", "SH": "600519.SH", "SZ": "000001.SZ", "JP": "7203.JP",
-             "KS": "005930.KS", "IN": "RELIANCE.IN", "TW": "2330.TW"}  # fmt: skip
+def _of_yahoo(symbol: str, kind: str) -> Instrument:
+    """Read Yahoo's `USDCNY=X`, `CNY=X` (a rate of the dollar) and `CL=F` (a future)."""
+    if kind == "F" and re.fullmatch(r"[A-Z0-9]{1,3}", symbol):
+        return Instrument(symbol, "common")
+    pair = f"USD{symbol}" if symbol in CURRENCIES - {"USD"} else symbol
+    if kind == "X" and _bare_product(pair) == "common":
+        return Instrument(pair, "common")
+    raise InstrumentError(f"{symbol}={kind}: expected a pair such as USDCNY or a code such as AAPL.US")
+
+
+def _pair(text: str) -> Instrument | None:
+    """Read a pair with something between its halves, BTC/USDT, perpetual or not; None if it is none."""
+    spot = text.removesuffix(".P")
+    pair = _PAIR.fullmatch(spot)
+    if pair is None or text in SESSIONLESS:  # XCUUSD_S
+        return None
+    product = _pair_product(pair[1], pair[2])
+    if not product or (spot != text and product != "crypto"):
+        return None
+    return Instrument(pair[1] + pair[2] + text[len(spot) :], product)
+
+
+def _pair_product(base: str, quoted: str) -> str:
+    """Return the product of a pair that was typed with something between its halves, '' if it is none."""
+    if base in CURRENCIES and quoted in CURRENCIES:
+        return "common" if base != quoted else ""
+    if quoted in CRYPTO_QUOTES and base != quoted:
+        return "crypto"
+    if base in CRYPTO_COINS and quoted in CURRENCIES:
+        return "crypto"
+    listed = base + quoted in BASE_METALS or base + quoted in SESSIONLESS
+    return "common" if quoted == "USD" and listed else ""  # XPB/USD
 
 
 def _without_suffix(code: str) -> Instrument:
-    if re.fullmatch(r"\d{6}", code) and code[0] in A_SHARE_EXCHANGE:
-        return Instrument(f"{code}.{A_SHARE_EXCHANGE[code[0]]}", "stock")
+    if len(code) == 6 and code.isdigit() and (where := _mainland(code)):
+        if where == ("BJ",):
+            raise _no_beijing(code)
+        first, *others = _mainland_instruments(code)
+        return first._replace(alternatives=tuple(others))
     if product := _bare_product(code):
         return Instrument(code, product)
-    raise InstrumentError(f"no exchange given: {_bare_proposal(code)}")
+    raise _bare_proposal(code)
 
 
 @lru_cache(maxsize=4096)  # asked again and again by every run; few codes have no suffix
 def _bare_product(code: str) -> str:
     """Return the product of a code without suffix, '' when its form does not tell."""
-    if code in ENERGY | BASE_METALS or (len(code) == 6 and code[:3] in CURRENCIES and code[3:] in CURRENCIES):
+    if code in ENERGY or code in BASE_METALS or code in SESSIONLESS:
         return "common"
+    if len(code) == 6 and code[:3] in CURRENCIES and code[3:] in CURRENCIES:
+        return "common"
+    code = code.removesuffix(".P")
     if any(code.endswith(quoted) and len(code) >= len(quoted) + 2 for quoted in CRYPTO_QUOTES):
         return "crypto"
     return "crypto" if any(code.startswith(c) and code[len(c) :] in CURRENCIES for c in CRYPTO_COINS) else ""
 
 
-def _bare_proposal(code: str) -> str:
-    if not code.isdigit():
-        return f"did you mean {code}.US?"
-    if len(code) <= 5:
-        return f"did you mean {code:0>5}.HK, or {code:0>6}.SZ?"
-    return f"did you mean {code}.SH or {code}.SZ?" if len(code) == 6 else "expected six digits such as 600519"
+def _bare_proposal(code: str) -> InstrumentError:
+    """Return the refusal of a code without exchange, which proposes what its form allows."""
+    if code.isdigit():
+        return _unclear(code, "no exchange given", *_numbers_like(code))
+    if code in CRYPTO_COINS:
+        return _unclear(code, "a coin without what it is quoted in", f"{code}USDT", f"{code}.US")
+    if code in SHARED_NAMES:
+        return _unclear(code, "two instruments are called so", f"common:{code}", f"{code}.US")
+    if code.startswith("^"):
+        return _unclear(code, "Yahoo's name of an index, Infoway's are such as .DJI.US or US500")
+    if re.fullmatch(r"[A-Z]{1,6}(?:-[A-Z]{1,2})?", code):
+        return _unclear(code, "no exchange given", f"{code.replace('-', '.')}.US")
+    return _unclear(code, "no exchange given")
 
 
-def _proposal(symbol: str, suffix: str) -> str:
-    if suffix in SUFFIX_ALIASES:
-        return f"did you mean {symbol}.{SUFFIX_ALIASES[suffix]}?"
-    if re.fullmatch(r"[A-Z]", suffix):
-        return f"did you mean {symbol}.{suffix}.US?"
-    return f"expected one of {' '.join('.' + name for name in MARKETS)}"
+def _numbers_like(number: str) -> Iterator[str]:
+    """Yield the codes that a number without exchange may stand for, which may have lost its leading zeros."""
+    if len(number) <= 5 and number.strip("0"):
+        yield f"{number:0>5}.HK"
+    if len(number) <= 5 and not number.startswith("0"):
+        yield from (instrument.code for instrument in _mainland_instruments(f"{number:0>6}")[:1])
+    if len(number) == 4:
+        yield f"{number}.JP"
+    if len(number) in (4, 5):
+        yield f"{number}.TW"
+    if len(number) in (4, 5, 6) and not _mainland(f"{number:0>6}"):
+        yield f"{number:0>6}.KS"
+
+
+def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
+    """Return the refusal of an unclear text, which proposes codes that are read as they stand."""
+    words = f"did you mean {', '.join(codes[:-1])}{' or ' if codes[1:] else ''}{''.join(codes[-1:])}?"
+    if not codes:
+        words = f"expected {'six digits such as 600519' if text.isdigit() else 'a code such as AAPL.US'}"
+    return UnclearCode(f"{why}: {words}", text, codes)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -1556,13 +1899,20 @@ class Batch(NamedTuple):
 class BatchPlan:
     """Turns codes into batches of one product each, every code once, in the order they came.
 
-    `total` counts distinct codes, those that cannot be asked for included; `invalid` says of each why. `expected`:
-    about how many codes will come, which only its speed depends on.
+    `total` counts distinct codes, those that cannot be asked included; `invalid` says of each why, and `unclear` of
+    those among them about which a list of what exists could tell. `asked_as` holds what was typed for a code that
+    became another text (SH600519, not aapl.us); `alternatives` what is asked next where a code turns out to be
+    unknown; `guessed` the codes whose text does not tell that it means them.
+    `expected`: about how many codes will come, which only its speed depends on.
     """
 
     def __init__(self, expected: int = MANY_CODES) -> None:
         self.total = 0
         self.invalid: dict[str, str] = {}
+        self.unclear: dict[str, UnclearCode] = {}
+        self.asked_as: dict[str, str] = {}
+        self.guessed: set[str] = set()
+        self.alternatives: dict[str, tuple[Instrument, ...]] = {}
         self.batches: list[Batch] = []
         self._open: dict[str, list[str]] = {}
         self._seen = [","] * (1 + expected // CODES_PER_BUCKET)
@@ -1578,15 +1928,29 @@ class BatchPlan:
 
     def _add_one(self, raw: object) -> None:
         try:
-            self._take(*parse_code(raw))
+            instrument = parse_code(raw)
         except InstrumentError as error:
             shown = one_line(raw, MAX_CODE_LENGTH + 8) or "''"
             self.total += shown not in self.invalid
             self.invalid[shown] = str(error)
+            if isinstance(error, UnclearCode):
+                self.unclear[shown] = error
+        else:
+            self.add_instrument(instrument, one_line(raw, MAX_CODE_LENGTH + 8))
 
-    def add_instrument(self, instrument: Instrument) -> None:
-        """Take one code that is already in the API's form."""
-        self._take(*instrument)
+    def add_instrument(self, instrument: Instrument, typed: str = "", unsure: bool = False) -> None:
+        """Take one code that is already in the API's form; `typed` is what stood for it."""
+        code, product, alternatives = instrument
+        self._take(code, product)
+        if alternatives:
+            self.alternatives[code] = alternatives
+            self.asked_as[code] = (
+                typed  # and not what else was typed for it: only this may be the alternatives
+            )
+        if (alternatives or unsure) and typed.upper() != code:
+            self.guessed.add(code)
+        if typed and typed.upper() != code:
+            self.asked_as.setdefault(code, typed)
 
     def _take(self, code: str, product: str) -> None:
         bucket = hash(code) % len(self._seen)
@@ -1654,13 +2018,20 @@ class Check(NamedTuple):
     words: str
 
 
+# Codes that a report names beside its failures.
+NAMES_LISTED = 100
+
+
 @dataclass
 class Report:
     """What became of a run. Every distinct code is stored, a duplicate, queued or failed, unless it was interrupted.
 
     `duplicates`: the latest trade was in the store before. `queued`: it waits on this machine for MongoDB, for the
     reason `queued_because`. `store_error`: what the store said when it failed; `close_error`: when it failed at
-    the closing snapshot alone.
+    the closing snapshot alone. `failures` are by the codes as they were asked; `read_as` says of the first
+    NAMES_LISTED codes whose form does not tell what they mean as which code they are stored. `stale`: codes whose
+    latest trade is old although their market was open since (a suspended share, a frozen feed, an expired plan);
+    `stale_since`: the newest of those trades, epoch milliseconds.
     """
 
     total: int = 0
@@ -1669,6 +2040,9 @@ class Report:
     queued: int = 0
     queued_because: str = ""
     failures: dict[str, Failure] = field(default_factory=dict)
+    read_as: dict[str, str] = field(default_factory=dict)
+    stale: int = 0
+    stale_since: int = 0
     store_error: str = ""
     close_error: str = ""
     interrupted: bool = False
@@ -1686,11 +2060,22 @@ class Report:
 
     def as_of_now(self) -> Report:
         """Return what it says now, of a run that another thread may go on with."""
-        return replace(self, failures=self.failures.copy())
+        return replace(self, failures=self.failures.copy(), read_as=self.read_as.copy())
 
     def queued_words(self) -> str:
         """Return how many trades wait on this machine, and why."""
         return f"{count_words(self.queued, 'trade')} kept on this machine, {self.queued_because}"
+
+    def read_as_words(self) -> str:
+        """Return what the first few codes were read as whose form does not tell, '' where there are none."""
+        return first_few([f"{asked} -> {code}" for asked, code in self.read_as.items()])
+
+    def stale_words(self) -> str:
+        """Return of how many codes the trades are old, '' where there are none."""
+        if not self.stale:
+            return ""
+        since = iso_after(self.stale_since / 1000, 0)
+        return f"{self.stale} of {count_words(self.total, 'code')}: no trade since {since}, though the market was open"
 
     def summary(self) -> str:
         """Return the closing line."""
@@ -1721,6 +2106,19 @@ class QueueStats(NamedTuple):
     refused: int = 0
 
 
+class KeyStats(NamedTuple):
+    """What is known of an API key: requests used and left today (None: no limit), its state, when its plan ends.
+
+    `digest` stands for the key; `ends` is epoch seconds, 0 where it is not known.
+    """
+
+    digest: str
+    used: int
+    left: int | None
+    state: str
+    ends: float
+
+
 class Events:
     """What a run and the daemon tell of themselves; this one does not listen. Never raises, whatever the thread."""
 
@@ -1745,6 +2143,9 @@ class Events:
 
     def queue_changed(self, stats: QueueStats) -> None:
         """What waits for MongoDB on this machine changed."""
+
+    def keys_used(self, keys: Sequence[KeyStats]) -> None:
+        """A run is over that may have used these API keys."""
 
     def damaged(self, error: StoreError) -> None:
         """A local file is damaged: with these words the process has to end, and its next start rescues the file."""
@@ -2751,7 +3152,7 @@ def _value_at(page: bytes, kind: int, at: int) -> tuple[str | int | None, int]:
 # ------------------------------------------------------------------------------------------------------
 
 SQLITE_NAME = "stockrt.db"
-SQLITE_VERSION = 5
+SQLITE_VERSION = 6
 # IF NOT EXISTS: two processes may open a new file at the same moment.
 _SQLITE_SCHEMA = """
 CREATE TABLE IF NOT EXISTS realtime (
@@ -2824,6 +3225,19 @@ CREATE TABLE IF NOT EXISTS key_usage (
 CREATE TABLE IF NOT EXISTS key_pace (
     digest TEXT PRIMARY KEY, pace TEXT NOT NULL  -- JSON: Pace.stored
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS symbols (        -- what exists, by the API's lists
+    type TEXT NOT NULL, code TEXT NOT NULL,
+    name_cn TEXT NOT NULL, name_hk TEXT NOT NULL, name_en TEXT NOT NULL,
+    PRIMARY KEY (code, type)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS symbol_lists (
+    type TEXT PRIMARY KEY, asked_on TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_plan (       -- what the API said of each key last
+    digest TEXT PRIMARY KEY, asked_on TEXT NOT NULL,
+    name TEXT NOT NULL, per_second REAL NOT NULL,
+    ends REAL NOT NULL                      -- epoch seconds, 0: not told
+) WITHOUT ROWID;
 DROP TABLE IF EXISTS calendar;
 """
 
@@ -2870,6 +3284,10 @@ class SlidingWindow:
     def take(self, now: float) -> None:
         """Count a request that is made now; the oldest falls out."""
         self._taken.append(now)
+
+    def taken(self) -> tuple[float, ...]:
+        """Return when the last requests were made, the oldest first."""
+        return tuple(self._taken)
 
 
 def key_digest(secret: str) -> str:
@@ -2948,6 +3366,15 @@ class ApiKey:
         self.slow_until = 0.0
         self.doubt_s = 0.0  # how long it rests, or rested, because something on the way refused it
 
+    def go_by(self, plan: Plan) -> None:
+        """Keep another plan from now on; what was asked before counts."""
+        before = max((window.taken() for window in self.windows), key=len, default=())
+        self.plan = plan
+        self.windows = [SlidingWindow(limit, seconds) for limit, seconds in plan.windows()]
+        for window in self.windows:
+            for moment in before:
+                window.take(moment)
+
     @property
     def shown(self) -> str:
         """The key as a person may see it: its first and last three characters."""
@@ -3004,20 +3431,20 @@ class KeyPool:
         rates = [key.plan.per_second for key in self.keys if not key.dead]
         return float("inf") if 0 in rates else sum(rates)
 
-    def acquire(self, product: str, stop: threading.Event) -> ApiKey:
-        """Wait until a key may be used for `product`, count the request, and return the key.
+    def acquire(self, product: str, stop: threading.Event, only: ApiKey | None = None) -> ApiKey:
+        """Wait until a key (or `only` this one) may be used for `product`, count the request, and return the key.
 
         Raises NoKeyError when none can serve soon, Interrupted when `stop` is set meanwhile.
         """
         with self._changed:
             while not stop.is_set():
-                got = self.try_acquire(product)
+                got = self.try_acquire(product, only)
                 if isinstance(got, ApiKey):
                     return got
                 self._changed.wait(min(got, STOP_POLL_S))
         raise Interrupted("stopped")
 
-    def try_acquire(self, product: str) -> ApiKey | float:
+    def try_acquire(self, product: str, only: ApiKey | None = None) -> ApiKey | float:
         """Return a key for a request that is made now, and count it, or the seconds after which to ask again.
 
         Raises NoKeyError when none can serve soon.
@@ -3025,7 +3452,7 @@ class KeyPool:
         with self._changed:
             while True:
                 now = self._clock.monotonic()
-                key = self._first_ready(product, now)
+                key = self._first_ready(product, now, only)
                 if key is None or key.paused_until - now > LONGEST_WAIT_FOR_KEY_S:
                     raise NoKeyError(self._why_none(product, now))
                 wait = key.ready_at(now) - now
@@ -3034,6 +3461,15 @@ class KeyPool:
                 if self._take_leased(key, now):
                     return key
                 self._lease(key)
+
+    def set_plan(self, key: ApiKey, plan: Plan) -> None:
+        """Let a key go by another plan from now on."""
+        with self._changed:
+            if plan == key.plan:
+                return
+            self._give_back(key, self._clock.wall())
+            key.go_by(plan)
+            self._changed.notify_all()
 
     def retire(self, key: ApiKey, why: str) -> None:
         """Never use a key again."""
@@ -3100,8 +3536,8 @@ class KeyPool:
         until = iso_after(self._clock.wall(), rest_s)
         return KeyState(digest=key.digest, state="resting", why=key.paused_why, until=until, not_for=not_for)
 
-    def _first_ready(self, product: str, now: float) -> ApiKey | None:
-        usable = [key for key in self.keys if not key.refusal(product)]
+    def _first_ready(self, product: str, now: float, only: ApiKey | None) -> ApiKey | None:
+        usable = [key for key in self.keys if not key.refusal(product) and only in (None, key)]
         for key in usable:
             key.pass_over_late_slots(now)
         return min(usable, key=lambda key: key.ready_at(now), default=None)
@@ -3388,10 +3824,12 @@ class SharedLedger:
         if not (plan.per_day or plan.per_minute):
             return UNLIMITED
         began = self._clock.monotonic()
-        try:
-            with self._together():
+        lease: Lease | None = None
+        for last_try in (False, True):  # an election cuts the connection under what is asked
+            with contextlib.suppress(StoreAway), self._together(last_try):
                 lease = self._lease_day(digest, plan, now, self._lease_minute(digest, plan, now, made))
-        except StoreAway:
+                break
+        if lease is None:
             return self._lease_alone(digest, plan, now, made)
         self._took_s = self._clock.monotonic() - began
         self._leased_alone.discard(digest)
@@ -3433,10 +3871,13 @@ class SharedLedger:
         return int(found["used"]) if found else 0
 
     @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
-        """Ask MongoDB in the body. Raises StoreAway when it is away, or was a moment ago."""
+    def _together(self, last_try: bool = True) -> Iterator[None]:
+        """Ask MongoDB in the body. Raises StoreAway when it is away, or was a moment ago.
+
+        A connection that broke is no sign of that but at the `last_try`.
+        """
         from pymongo import timeout
-        from pymongo.errors import OperationFailure, PyMongoError
+        from pymongo.errors import AutoReconnect, OperationFailure, PyMongoError
 
         now = self._clock.monotonic()
         if now < self._away_until:
@@ -3445,6 +3886,8 @@ class SharedLedger:
             with timeout(LEDGER_TIMEOUT_S):
                 yield
         except PyMongoError as error:
+            if not last_try and isinstance(error, AutoReconnect) and not error.timeout:
+                raise StoreAway("a connection to the shared counts of API keys broke") from error
             self._away_until = now + LEDGER_RETRY_S
             words = f"they are away ({type(error).__name__})"
             if isinstance(error, OperationFailure) and error.code == UNAUTHORIZED:
@@ -3547,6 +3990,47 @@ MAX_BAR_TRIES = 2
 MAX_AHEAD_MS = 24 * 60 * 60 * 1000
 # Of how many seconds a clock may be off until it is said.
 CLOCK_TOLERANCE_S = 60.0
+# Asked for in the midst of a run, which it must not hold up for long.
+PLAN_LIMITS = Limits(2.0, 3.0, 3.0)
+PACKAGE_PATH = "/package/info"
+SYMBOLS_PATH = "/common/basic/symbols"
+# The types of the API's symbol lists, and the product at which each one's instruments are asked.
+SYMBOL_TYPES = {
+    "STOCK_US": "stock",
+    "STOCK_CN": "stock",
+    "STOCK_HK": "stock",
+    "STOCK_JP": "japan",
+    "STOCK_KS": "korea",
+    "STOCK_IN": "india",
+    "STOCK_TW": "taiwan",
+    "CRYPTO": "crypto",
+    "FOREX": "common",
+    "FUTURES": "common",
+    "ENERGY": "common",
+    "METAL": "common",
+    "INDICES": "common",
+}
+# Those whose codes have no suffix.
+BARE_TYPES = tuple(name for name, product in SYMBOL_TYPES.items() if product in PRODUCT_MARKETS)
+# A list has up to 15,000 entries, about 2 MB.
+SYMBOLS_LIMITS = API_LIMITS
+# The price list's plan by the name that the API gives it.
+PACKAGE_NAMES = {
+    name: plan
+    for plan, names in {
+        "free": "free 免费 免费版",
+        "basic": "basic 基础 基础版",
+        "premium": "premium advanced 高级 高级版",
+        "pro": "pro professional 专业 专业版",
+    }.items()
+    for name in names.split()
+}
+# More than any plan allows, and than any number of its means: what is told beyond them is neither.
+MOST_PER_SECOND = 10_000
+MOST_BELIEVED = 1e15
+# A plan that could not be had is not asked for again at once.
+PLAN_RETRY_S = 600.0
+ENDS_SOON_S = 7 * 86_400.0
 # A `Retry-After` beyond this is answered by failing the batch with that number in the reason.
 LONGEST_RETRY_AFTER_S = 60.0
 # No `Retry-After` is believed beyond this: one answer of a proxy would put a key out for days, or for good.
@@ -3605,6 +4089,7 @@ _RATE_TEXTS = ("Rate limit exceeded", "Request frequency exceed")
 _REQUEST_TEXTS = ("Products quantity exceeds", "Param error", "Param lost")
 _REDIRECTION = ", a redirection, which is not followed"
 _NOT_THE_API = ", not in the API's words: as from a gateway or a login page on the way"
+_GATEWAY = ", a refusal of the gateway: the key, the region or its risk control"
 # Each refusal has a `ret` of its own, or comes with `ret` 500 or without one: then its text begins so. The
 # status counts where neither tells, as with what a gateway sends. Of several rows the first one counts.
 REFUSALS = (
@@ -3616,9 +4101,12 @@ REFUSALS = (
     Refusal(Action.CODES_UNKNOWN, FailureKind.UNKNOWN_CODE, "", (508,), ("All product not exists",)),
     Refusal(Action.GIVE_UP, FailureKind.API, "", (505, 506, 507), _REQUEST_TEXTS),
     Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=(408, *range(500, 1000))),
+    Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_KEY", (403, 499), (), (403, 499), _GATEWAY),
     Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=range(400, 500)),
     Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_BASE_URL", (), (), range(300, 400), _REDIRECTION),
 )
+# An instrument that the plan does not have is answered as one that does not exist.
+UNKNOWN_WORDS = "unknown to the API, or not in this key's plan"
 # What no row is for: a fault of the API's own, or a success that is none.
 UNCLEAR = Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL")
 
@@ -3906,20 +4394,23 @@ def read_records(batch: Batch, records: Sequence[object], now: float = math.inf)
         return Outcome(batch, trades)  # as nearly always: each code that was asked for, once
     newest: dict[str, Trade] = {}
     bad: dict[str, Failure] = {}
-    strays: list[
-        str
-    ] = []  # what is wrong with the first, and '' for each other one: words for all would take memory
+    # what is wrong with the first, and '' for each other one: words for all would take memory
+    strays: list[str] = []
     for record in records:
         try:
             trade = read_trade(record, batch.product, latest_ms)
         except ValueError as error:
             code = record.get("s") if isinstance(record, dict) else None
+            code = code if not isinstance(code, str) or code in asked else code.upper()
             if isinstance(code, str) and code in asked:
                 bad[code] = Failure(FailureKind.BAD_RECORD, str(error))
             else:
                 strays.append("" if strays else str(error))
             continue
         code = trade.s
+        if code not in asked and code.upper() in asked:  # seen in lower case
+            code = code.upper()
+            trade = trade._replace(s=code)
         if code not in asked:
             strays.append("" if strays else f"{one_line(code, 40)} was not asked for")
         elif code not in newest or newest[code].t < trade.t:
@@ -3978,7 +4469,53 @@ class _Worker(threading.Thread):
         self.connection.abort(for_good=True)
 
 
-_Done: TypeAlias = "queue.SimpleQueue[tuple[_Worker, Outcome]]"
+# A batch that is done, and by which worker; None: it was not asked for.
+_Done: TypeAlias = "queue.SimpleQueue[tuple[_Worker | None, Outcome]]"
+
+
+class Caution:
+    """Keeps a caller that gets nothing but refusals from earning a ban.
+
+    After a run whose every request was refused for one reason (`before`) the next one asks one thing at a time;
+    what is refused for that reason again spares the rest of its product, anything else ends the caution.
+    """
+
+    def __init__(self, before: Failure | None) -> None:
+        self._before = before
+        self._spare: set[str] = set()
+        self._reasons: set[Failure | None] = set()
+        self.is_careful = before is not None
+
+    def note(self, outcome: Outcome) -> None:
+        """Look at what became of a request."""
+        if outcome.interrupted:
+            return
+        reasons = set(outcome.failures.values())
+        refused = len(reasons) == 1 and not (outcome.trades or outcome.unknown)
+        reason = next(iter(reasons), None)
+        if not refused or (reason is not None and reason.kind is not FailureKind.API):
+            reason = None
+        self._reasons.add(reason)
+        if not self.is_careful:
+            return
+        if reason == self._before:
+            self._spare.add(outcome.batch.product)
+        else:
+            self.is_careful = False
+            self._spare.clear()
+
+    def spared(self, batch: Batch) -> Outcome | None:
+        """Return what becomes of a batch that is not asked for, None for one that is."""
+        if self._before is None or batch.product not in self._spare:
+            return None
+        words = f"not asked for, as the request before was refused again: {self._before.words}"
+        return _failed(batch, Failure(self._before.kind, words))
+
+    def refused_all(self) -> Failure | None:
+        """Return why every request of this run was refused, None if one was not."""
+        if len(self._reasons) != 1:
+            return None
+        return next(iter(self._reasons))
 
 
 class InfowayApi:
@@ -4007,6 +4544,7 @@ class InfowayApi:
         self._events = events
         self._rng = rng or random.Random()
         self._idle: list[_Worker] = []
+        self._caution = Caution(None)
         self._latencies: deque[float] = deque(maxlen=20)
 
     def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
@@ -4014,6 +4552,7 @@ class InfowayApi:
 
         When `stop` is set, requests under way are cut and the rest is not asked for.
         """
+        self._caution = Caution(self._caution.refused_all())
         todo = (BatchAttempt(batch, stop, self._rng) for batch in batches)
         done: _Done = queue.SimpleQueue()
         busy: dict[_Worker, Batch] = {}
@@ -4021,7 +4560,7 @@ class InfowayApi:
         try:
             while not stop.is_set():
                 self._hand_out(todo, busy, done)
-                if not busy:
+                if not busy and done.empty():
                     return
                 if time.monotonic() - looked_at >= STOP_POLL_S:
                     yield from self._overdue(busy)
@@ -4031,8 +4570,11 @@ class InfowayApi:
                 except queue.Empty:
                     yield None
                     continue
-                if busy.pop(worker, None) is not None:
+                if worker is None:
+                    yield outcome
+                elif busy.pop(worker, None) is not None:
                     self._idle.append(worker)
+                    self._caution.note(outcome)
                     yield outcome
             while not done.empty():  # stopped: what has come is not thrown away
                 yield done.get()[1]
@@ -4046,6 +4588,53 @@ class InfowayApi:
         found = (outcome for outcome in self.fetch([batch], stop) if outcome is not None)
         return next(found, Outcome(batch, interrupted=True))
 
+    def package(self, key: ApiKey, stop: threading.Event) -> PackageInfo | Failure:
+        """Ask once what a key's plan is; return that, or why it cannot be had. Raises Interrupted."""
+        try:
+            _, answer = self._ask_once(PACKAGE_PATH, "", PLAN_LIMITS, stop, only=key)
+        except NoKeyError as error:
+            return Failure(FailureKind.KEY, str(error))
+        info, verdict = judge_package(answer)
+        if info is not None:
+            self.keys.trust(key)
+            return info
+        if verdict.action is not Action.KEY_LACKS_PRODUCT:
+            steer(self.keys, key, "", verdict)
+        return verdict.failure
+
+    def symbols(self, kind: str, stop: threading.Event) -> list[Symbol] | Failure:
+        """Ask once for a list of symbols; return it, or why it cannot be had."""
+        try:
+            key, answer = self._ask_once(f"{SYMBOLS_PATH}?type={kind}", "", SYMBOLS_LIMITS, stop)
+        except (NoKeyError, Interrupted) as error:
+            return Failure(FailureKind.KEY, str(error))
+        found = None if answer.fault else read_symbols(kind, json_object(answer.body) or {})
+        if found is not None:
+            if key is not None:
+                self.keys.trust(key)
+            return found
+        verdict = decide(answer, datetime.now(UTC))
+        if key is not None and verdict.action is not Action.KEY_LACKS_PRODUCT:
+            steer(self.keys, key, "", verdict)
+        return verdict.failure
+
+    def _ask_once(
+        self, path: str, product: str, limits: Limits, stop: threading.Event, only: ApiKey | None = None
+    ) -> tuple[ApiKey | None, Response]:
+        """Ask over a connection of its own, and return the key that was used with the answer; None: there is none.
+
+        As with batches the key is taken when the connection stands. Raises NoKeyError and Interrupted.
+        """
+        connection = HttpConnection(self.base_url, limits, self.proxies)
+        with contextlib.closing(connection):
+            with cut_after(limits.whole_s, connection):
+                fault = connection.open()
+            if fault is not None:
+                return None, fault
+            key = self.keys.acquire(product, stop, only)
+            with cut_after(limits.whole_s, connection):
+                return key, connection.open() or connection.get(path, {"apiKey": key.secret})
+
     def close(self) -> None:
         """End the threads that wait for work."""
         while self._idle:
@@ -4054,11 +4643,17 @@ class InfowayApi:
     def _hand_out(self, todo: Iterator[BatchAttempt], busy: dict[_Worker, Batch], done: _Done) -> None:
         """Give the workers as much as shall be under way."""
         for attempt in islice(todo, max(0, self._wanted() - len(busy))):
+            spared = self._caution.spared(attempt.batch)
+            if spared is not None:
+                done.put((None, spared))
+                continue
             worker = self._idle.pop() if self._idle else _Worker(self)
             busy[worker] = attempt.batch
             worker.tasks.put((attempt, done))
 
     def _wanted(self) -> int:
+        if self._caution.is_careful:
+            return 1
         return wanted_in_flight(min(self._latencies, default=0.0), self.keys.rate())
 
     def _overdue(self, busy: dict[_Worker, Batch]) -> Iterator[Outcome]:
@@ -4193,8 +4788,311 @@ def path_of(batch: Batch) -> str:
     return f"/{batch.product}/batch_trade/{codes}"
 
 
+class PackageInfo(NamedTuple):
+    """What the API says of a key: its plan's name, requests a second, and its end (epoch seconds, 0: not told)."""
+
+    name: str
+    per_second: float
+    ends: float = 0.0
+
+    def plan(self) -> Plan:
+        """Return the limits: of the minute and the day those of the price list by the name, else by the rate."""
+        rate = self.per_second
+        listed = PLANS.get(PACKAGE_NAMES.get(self.name.casefold(), ""))
+        if listed is None:
+            return Plan(self.name, rate, max(1, int(rate * 60)), max(1, int(rate * 86_400)))
+        return Plan(self.name, rate, listed.per_minute, listed.per_day)
+
+    def end_words(self, now: float) -> str:
+        """Return when the plan ends, '' unless that is soon; `now` is epoch seconds."""
+        if not self.ends or self.ends - now > ENDS_SOON_S:
+            return ""
+        if self.ends <= now:
+            return f"its plan ended at {iso_after(self.ends, 0)}"
+        return f"its plan ends at {iso_after(self.ends, 0)}, in {age_words(self.ends - now)[0]}"
+
+
+NO_PACKAGE = PackageInfo("", 0.0)
+
+
+def read_package(envelope: Mapping[str, Any]) -> PackageInfo | None:
+    """Return what an answer says of a key's plan, None when it holds nothing of that form."""
+    data = envelope.get("data")
+    if envelope.get("ret") != 200 or not isinstance(data, dict):
+        return None
+    name, rate = data.get("packageName"), _number_in(data, "apiNumPerSec")
+    ends = _number_in(data, "expireTime")
+    if not 1 / 60 <= rate <= MOST_PER_SECOND:
+        return None
+    if ends >= EARLIEST_TRADE_MS:  # the unit is not documented; as seconds it is the year 30,000
+        ends /= 1000
+    if not 0 <= ends <= LATEST_TRADE_MS / 1000:
+        ends = 0.0
+    shown = one_line(name, 40) if isinstance(name, str) and name.strip() else "unnamed"
+    return PackageInfo(shown, rate, ends)
+
+
+def _number_in(data: Mapping[str, Any], name: str) -> float:
+    """Return a number of an answer, 0 where there is none."""
+    value = data.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST_BELIEVED:
+        return 0.0
+    return float(value)
+
+
+def ask_package(base_url: str, key: ApiKey, proxies: Proxies) -> tuple[PackageInfo | None, Verdict]:
+    """Ask what a key's plan is; return that, or None and what follows from the answer."""
+    answer = get_once(base_url, PACKAGE_PATH, PLAN_LIMITS, proxies, {"apiKey": key.secret})
+    return judge_package(answer)
+
+
+def judge_package(answer: Response) -> tuple[PackageInfo | None, Verdict]:
+    """Return the plan that an answer tells, None if none, and what follows from it then."""
+    info = None if answer.fault else read_package(json_object(answer.body) or {})
+    return info, decide(answer, datetime.now(UTC))
+
+
 def _failed(batch: Batch, failure: Failure) -> Outcome:
     return Outcome(batch, failures=dict.fromkeys(batch.split(), failure))
+
+
+class KeyPlans:
+    """The plans of the keys for which none is set: as the API tells them once a day, kept in the local file.
+
+    One caller at a time. What cannot be had now is the plan told last, and before any the smallest one.
+    """
+
+    def __init__(self, file: LocalFile, api: InfowayApi, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._file = file
+        self._api = api
+        self._clock = clock
+        self._to_ask = [key for key in api.keys.keys if key.plan is PLAN_TO_ASK]
+        self._not_before: dict[str, float] = {}  # by digest, monotonic: after a question without an answer
+        self._told: dict[str, tuple[str, PackageInfo]] = {}  # by digest: the day, and what was said
+        self._no_plan_said: set[str] = set()
+
+    def of(self, key: ApiKey) -> PackageInfo:
+        """Return what the API said of a key last, NO_PACKAGE before it said anything."""
+        kept = self._kept(key)
+        return NO_PACKAGE if kept is None else kept[1]
+
+    def recall(self) -> None:
+        """Let the keys go by what was told before."""
+        for key in self._to_ask:
+            info = self.of(key)
+            if info is not NO_PACKAGE:
+                self._api.keys.set_plan(key, info.plan())
+
+    def ask(self, stop: threading.Event) -> None:
+        """Ask for what was not told today, before a run."""
+        self.recall()
+        for key in self._to_ask:
+            if not self._is_due(key):
+                continue
+            try:
+                found = self._api.package(key, stop)
+            except Interrupted:
+                return
+            if isinstance(found, PackageInfo):
+                self._keep(key, found)
+                continue
+            self._not_before[key.digest] = self._clock.monotonic() + PLAN_RETRY_S
+            self._say_none(key, found)
+            if found.kind is FailureKind.NETWORK:  # each question more would take as long
+                return
+
+    def _is_due(self, key: ApiKey) -> bool:
+        kept = self._kept(key)
+        told_today = kept is not None and kept[0] == utc_day(self._clock.wall())
+        failed = self._clock.monotonic() < self._not_before.get(key.digest, -math.inf)
+        return not (told_today or failed or key.dead)
+
+    def _kept(self, key: ApiKey) -> tuple[str, PackageInfo] | None:
+        """Return the day on which the API told of a key, and what, None if never."""
+        if key.digest not in self._told:
+            query = "SELECT asked_on, name, per_second, ends FROM key_plan WHERE digest = ?"
+            try:
+                row = self._file.read_one(query, key.digest)
+            except StoreError as error:
+                log.warning("the plan of a key cannot be read: %s", error)
+                return None
+            if row is None:
+                return None
+            self._told[key.digest] = (row[0], PackageInfo(*row[1:]))
+        return self._told[key.digest]
+
+    def _keep(self, key: ApiKey, info: PackageInfo) -> None:
+        today = utc_day(self._clock.wall())
+        self._told[key.digest] = (today, info)
+        self._api.keys.set_plan(key, info.plan())
+        ending = info.end_words(self._clock.wall())
+        if ending:
+            log.warning("API key %s: %s", key.shown, ending)
+        try:
+            with self._file.write() as db:
+                db.execute(
+                    "INSERT OR REPLACE INTO key_plan VALUES (?, ?, ?, ?, ?)", (key.digest, today, *info)
+                )
+        except StoreError as error:
+            log.warning("the plan of a key is not kept: %s", error)
+
+    def _say_none(self, key: ApiKey, failure: Failure) -> None:
+        if key.digest in self._no_plan_said or key.dead:
+            return
+        self._no_plan_said.add(key.digest)
+        limits = "Free's limits"
+        if key.digest in self._told:
+            limits = "the limits that it told last"
+        log.warning(
+            "the plan of API key %s cannot be had (%s): it goes by %s; INFOWAY_PLAN can name one",
+            key.shown,
+            failure.words,
+            limits,
+        )
+
+
+class Symbol(NamedTuple):
+    """An entry of the API's symbol lists; a name that it does not have is ''."""
+
+    type: str
+    code: str
+    name_cn: str
+    name_hk: str
+    name_en: str
+
+    @property
+    def name(self) -> str:
+        """The name to show."""
+        return self.name_cn or self.name_en or self.name_hk
+
+    @property
+    def typed(self) -> str:
+        """What to type for it: the code, at its product where the code alone does not tell that."""
+        product = SYMBOL_TYPES[self.type]
+        try:
+            plain = parse_code(self.code)
+        except InstrumentError:
+            return f"{product}:{self.code}"
+        return self.code if plain[:2] == (self.code, product) else f"{product}:{self.code}"
+
+
+def read_symbols(kind: str, envelope: Mapping[str, Any]) -> list[Symbol] | None:
+    """Return the entries of a list of some type, None when an answer holds none of that form."""
+    data = envelope.get("data")
+    if envelope.get("ret") != 200 or not isinstance(data, list):
+        return None
+    found = []
+    for entry in data:
+        code = entry.get("symbol") if isinstance(entry, dict) else None
+        if isinstance(code, str) and 0 < len(code) <= MAX_CODE_LENGTH and code.isprintable():
+            names = (entry.get(name) for name in ("name_cn", "name_hk", "name_en"))
+            found.append(Symbol(kind, code, *(one_line(name, 100) if name else "" for name in names)))
+    return found
+
+
+class Directory:
+    """Which instruments exist: the API's symbol lists, each asked for when something needs it, once a day at most.
+
+    They are kept in the local file, for all processes. One caller at a time. Raises StoreError.
+    """
+
+    def __init__(self, file: LocalFile, api: InfowayApi, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._file = file
+        self._api = api
+        self._clock = clock
+        self._not_before: dict[str, float] = {}  # by type, monotonic: after a question without an answer
+
+    def refresh(self, types: Iterable[str], stop: threading.Event) -> str:
+        """Ask for those of the lists that were not had today; return why one cannot be had, '' if all are here."""
+        today, why = utc_day(self._clock.wall()), ""
+        kept = dict(self._file.read_all("SELECT type, asked_on FROM symbol_lists"))
+        for kind in types:
+            if kept.get(kind) == today:
+                continue
+            if self._clock.monotonic() < self._not_before.get(kind, -math.inf):
+                why = why or "it was asked for a moment ago, in vain"
+                continue
+            found = self._api.symbols(kind, stop)
+            if isinstance(found, Failure):
+                self._not_before[kind] = self._clock.monotonic() + PLAN_RETRY_S
+                return found.words
+            self._keep(kind, found, today)
+        return why
+
+    def search(self, text: str) -> list[Symbol]:
+        """Return the instruments whose code or a name holds a text: first those that are it, or begin with it."""
+        wanted = text.strip().casefold()
+        escaped = re.sub(r"([\\%_])", r"\\\1", wanted)
+        where = " OR ".join(
+            f"{column} LIKE ? ESCAPE '\\'" for column in ("code", "name_cn", "name_hk", "name_en")
+        )
+        query = f"SELECT type, code, name_cn, name_hk, name_en FROM symbols WHERE {where}"  # noqa: S608
+        found = [Symbol(*row) for row in self._file.read_all(query, *[f"%{escaped}%"] * 4)]
+        return sorted(found, key=lambda symbol: (_distance(symbol, wanted), symbol.code, symbol.type))
+
+    def find(self, unclear: UnclearCode, stop: threading.Event) -> Instrument | None:
+        """Return what a text means whose form does not tell, None where the lists know nothing of it.
+
+        Raises InstrumentError where it could be several, or a name: it proposes what exists.
+        """
+        guesses = [parse_code(code) for code in unclear.guesses]
+        is_name = not unclear.text.isascii()
+        why = self.refresh(SYMBOL_TYPES if is_name else self._types_of(guesses), stop)
+        if why:
+            log.warning("the symbol lists cannot be had: %s", why)
+        exact = self._exactly({unclear.text, *(guess.code for guess in guesses)})
+        if len(exact) == 1 and exact[0].code == unclear.text:
+            return Instrument(exact[0].code, SYMBOL_TYPES[exact[0].type])
+        if not exact and is_name:
+            exact = self.search(unclear.text)[:NAMES_SHOWN]
+        if not exact:
+            return None
+        proposals = " or ".join(f"{symbol.typed} ({symbol.name})" for symbol in exact)
+        raise InstrumentError(f"does not tell what is meant: did you mean {proposals}?")
+
+    def explain(self, unknown: Instrument, stop: threading.Event) -> str:
+        """Return whether an instrument that the API does not know exists, '' where the lists cannot tell."""
+        types, market = self._types_of([unknown]), market_of(unknown.code)
+        listed = [kind for kind in types if kind not in BARE_TYPES]
+        if listed:  # it has a suffix
+            types = listed
+        elif market is not None:
+            types = [kind for kind in types if SYMBOL_TYPES[kind] == market.product]
+        if self.refresh(types, stop):
+            return ""
+        found = [symbol for symbol in self._exactly([unknown.code]) if symbol.type in types]
+        if found:
+            name = found[0].name or found[0].code
+            return f"the API lists it as {name}, but has no trade of it, or not for this key's plan"
+        return "unknown to the API: in none of its lists"
+
+    def _types_of(self, guesses: Iterable[Instrument]) -> list[str]:
+        """Return the types of the lists that can have an instrument without a suffix, or one of some guesses."""
+        types = set(BARE_TYPES)
+        for guess in guesses:
+            suffix = guess.code.rpartition(".")[2]
+            if suffix in MARKETS:
+                types.add(f"STOCK_{'CN' if suffix in ('SH', 'SZ') else suffix}")
+        return [kind for kind in SYMBOL_TYPES if kind in types]
+
+    def _exactly(self, codes: Collection[str]) -> list[Symbol]:
+        marks = ", ".join("?" * len(codes))
+        query = f"SELECT type, code, name_cn, name_hk, name_en FROM symbols WHERE code IN ({marks})"  # noqa: S608
+        return [Symbol(*row) for row in self._file.read_all(query, *codes)]
+
+    def _keep(self, kind: str, symbols: Iterable[Symbol], today: str) -> None:
+        with self._file.write() as db:
+            db.execute("DELETE FROM symbols WHERE type = ?", (kind,))
+            db.executemany("INSERT OR REPLACE INTO symbols VALUES (?, ?, ?, ?, ?)", symbols)
+            db.execute("INSERT OR REPLACE INTO symbol_lists VALUES (?, ?)", (kind, today))
+
+
+def _distance(symbol: Symbol, wanted: str) -> int:
+    """Return how far an instrument is from what was looked for: 0 it is that, 1 it begins so, 2 it holds it."""
+    texts = [text.casefold() for text in symbol[1:]]
+    if wanted in texts or wanted == texts[0].partition(".")[0]:
+        return 0
+    return 1 if any(text.startswith(wanted) for text in texts) else 2
 
 
 class Source(Protocol):
@@ -6132,6 +7030,23 @@ CLOSES = "closing snapshot"
 WRITE_AFTER_S = 0.5
 
 
+# A trade no older than this is stale at no market.
+FRESH_MS = 3_600_000
+
+
+class Finder(Protocol):
+    """What knows which instruments exist."""
+
+    def find(self, unclear: UnclearCode, stop: threading.Event) -> Instrument | None:
+        """Return what a text means whose form does not tell, None where nothing is known of it.
+
+        Raises InstrumentError with better words than it was refused with, and StoreError.
+        """
+
+    def explain(self, unknown: Instrument, stop: threading.Event) -> str:
+        """Return why the API does not know an instrument, '' where that cannot be told. Raises StoreError."""
+
+
 class Settler(Protocol):
     """What makes the closes that follow from stored trades."""
 
@@ -6154,6 +7069,7 @@ class Collector:
         *,
         demo: bool = False,
         report: Report | None = None,
+        finder: Finder | None = None,
         clock: Clock = SYSTEM_CLOCK,
         close_trouble: LogThrottle | None = None,
     ) -> None:
@@ -6166,7 +7082,10 @@ class Collector:
         self._close_trouble = close_trouble or LogThrottle(CLOSES, clock)
         self._unwritten: list[Document] = []
         self._unwritten_since = 0.0
-        self._asked_again: BatchPlan | None = None
+        self._finder = finder
+        self._plan = self._next_plan = BatchPlan(0)
+        self._unknown: list[tuple[Instrument, str]] = []  # and as what each was asked
+        self._tried: dict[str, list[str]] = {}  # as it was asked -> the codes that turned out to be unknown
         self._done = 0
         self._stop = threading.Event()
         self.report = report or Report()
@@ -6181,19 +7100,27 @@ class Collector:
         plan = plan_batches(codes)
         self.report.total = plan.total
         for code, why in plan.invalid.items():
-            self._fail([code], why, FailureKind.INVALID_CODE)
-        self._collect(plan.batches, stop, asked_again=False)
-        if self._asked_again is not None:
-            self._collect(self._asked_again.finish(), stop, asked_again=True)
+            if self._finder is None or code not in plan.unclear:
+                self._fail([code], why, FailureKind.INVALID_CODE)
+        first = plan
+        while plan.batches or plan is first:
+            self._plan, self._next_plan = plan, BatchPlan(plan.total)
+            self._collect(plan.batches, stop)
+            if plan is first and self._finder is not None:  # plain codes wait for no list
+                self._look_up(plan, self._finder)
+            plan = self._next_plan
+            plan.finish()
+        if self._finder is not None:
+            self._explain(self._finder)
         self.report.interrupted = stop.is_set()
         self.report.took_s = self._clock.monotonic() - started
         return self.report
 
-    def _collect(self, batches: Iterable[Batch], stop: threading.Event, asked_again: bool) -> None:
+    def _collect(self, batches: Iterable[Batch], stop: threading.Event) -> None:
         for outcome in self._source.fetch(self._while_sound(batches), stop):
             self._tell()
             if outcome is not None:
-                self._take(outcome, asked_again)
+                self._take(outcome)
             if self._unwritten and (outcome is None or self._write_is_due()):
                 self._write()
         if self._unwritten:
@@ -6208,25 +7135,69 @@ class Collector:
             else:
                 yield batch
 
-    def _take(self, outcome: Outcome, asked_again: bool) -> None:
+    def _take(self, outcome: Outcome) -> None:
         if not self._unwritten:
             self._unwritten_since = self._clock.monotonic()
         created = utc_now()
         self._unwritten += [to_document(trade, created, self._demo) for trade in outcome.trades]
-        self.report.failures.update(outcome.failures)
-        self._done += len(outcome.failures)
-        if not outcome.unknown:
-            return
-        if asked_again or outcome.batch.product == FALLBACK_PRODUCT:
-            self._fail(outcome.unknown, "unknown to the API", FailureKind.UNKNOWN_CODE)
-            return
-        self._asked_again = self._asked_again or BatchPlan()
+        for code, failure in outcome.failures.items():
+            self._fail([code], failure.words, failure.kind)
         for code in outcome.unknown:
-            self._asked_again.add_instrument(Instrument(code, FALLBACK_PRODUCT))
+            self._ask_next(Instrument(code, outcome.batch.product))
+
+    def _ask_next(self, unknown: Instrument) -> None:
+        """Plan what else an unknown instrument may be; where nothing is left it has failed."""
+        code, product, _ = unknown
+        others = self._plan.alternatives.get(code, ())
+        if not others and product != FALLBACK_PRODUCT:
+            others = (Instrument(code, FALLBACK_PRODUCT),)
+        if not others:
+            self._unknown.append((unknown, self._asked(code)))
+            self._fail([code], UNKNOWN_WORDS, FailureKind.UNKNOWN_CODE)
+            return
+        asked = self._asked(code)
+        if others[0].code != code:
+            self._tried.setdefault(asked, []).append(code)
+        self._next_plan.add_instrument(others[0]._replace(alternatives=others[1:]), asked, unsure=True)
+
+    def _look_up(self, plan: BatchPlan, finder: Finder) -> None:
+        """Have looked up what the forms of some codes do not tell; what is found is asked next."""
+        for shown, unclear in plan.unclear.items():
+            found, why = None, plan.invalid[shown]
+            if not self._stop.is_set():
+                try:
+                    found = finder.find(unclear, self._stop)
+                except InstrumentError as error:
+                    why = str(error)
+            if found is None:
+                self._fail([shown], why, FailureKind.INVALID_CODE)
+            else:
+                self._next_plan.add_instrument(found, shown, unsure=True)
+
+    def _explain(self, finder: Finder) -> None:
+        """Say of unknown codes what the lists know better."""
+        for unknown, asked in self._unknown[:NAMES_LISTED]:
+            if self._stop.is_set():
+                return
+            kind, words = self.report.failures[asked]
+            better = finder.explain(unknown, self._stop)
+            if better:
+                self.report.failures[asked] = Failure(kind, words.replace(UNKNOWN_WORDS, better))
+
+    def _asked(self, code: str) -> str:
+        """Return how a code of this round was asked for."""
+        return self._plan.asked_as.get(code, code)
 
     def _fail(self, codes: Collection[str], words: str, kind: FailureKind = FailureKind.STORE) -> None:
-        self.report.failures.update(dict.fromkeys(codes, Failure(kind, words)))
         self._done += len(codes)
+        if not self._plan.asked_as:
+            self.report.failures.update(dict.fromkeys(codes, Failure(kind, words)))
+            return
+        for code in codes:
+            asked, became = self._asked(code), ""
+            if asked != code:
+                became = f" ({asked} -> {', '.join([*self._tried.get(asked, ()), code])})"
+            self.report.failures[asked] = Failure(kind, words + became)
 
     def _tell(self) -> None:
         self._events.progress(self._done, self.report.total, len(self._unwritten))
@@ -6247,12 +7218,29 @@ class Collector:
             self.report.store_error = str(error)
             self._fail(codes, f"fetched, not stored: {error}")
             return
-        self._done += len(documents)
+        self._done += len(documents) - len(written.refused)
         for document in documents:
             if document["_id"] in written.refused:
-                why = Failure(FailureKind.STORE, written.refused[document["_id"]])
-                self.report.failures[document["stock_code"]] = why
-        self._count(written, [d for d in documents if d["_id"] not in written.refused])
+                self._fail([document["stock_code"]], written.refused[document["_id"]])
+        taken = [d for d in documents if d["_id"] not in written.refused]
+        if self._plan.guessed:
+            self._note_read_as(taken)
+        self._note_stale(taken)
+        self._count(written, taken)
+
+    def _note_stale(self, documents: Sequence[Document]) -> None:
+        now = int(self._clock.wall() * 1000)
+        for document in documents:
+            code, t = document["stock_code"], document["t"]
+            if now - t > FRESH_MS and is_stale(code, t, now):
+                self.report.stale += 1
+                self.report.stale_since = max(self.report.stale_since, t)
+
+    def _note_read_as(self, documents: Sequence[Document]) -> None:
+        for document in documents:
+            code = document["stock_code"]
+            if code in self._plan.guessed and len(self.report.read_as) < NAMES_LISTED:
+                self.report.read_as[self._asked(code)] = code
 
     def _count(self, written: WriteReport, documents: Sequence[Document]) -> None:
         """Count what a write did; the closes of what is queued are made when it arrives."""
@@ -6294,33 +7282,69 @@ def store_name(settings: Settings) -> str:
 
 def check_key(settings: Settings, key: ApiKey) -> list[Check]:
     """Ask the API for one trade with a key, and say what holds; also of this machine's clock where it is off."""
-    name, headers = f"API key {key.shown}", {"apiKey": key.secret}
+    headers = {"apiKey": key.secret}
     path = path_of(Batch("stock", "AAPL.US"))
     response = get_once(settings.api_base_url, path, API_LIMITS, settings.proxies, headers, MAX_BATCH_BYTES)
-    found = [_check_of(name, decide(response, datetime.now(UTC)), settings)]
+    found = [_check_of(key, decide(response, datetime.now(UTC)), settings)]
     fault = clock_fault(response, time.time())
     if fault:
         found.append(Check("clock", False, fault))
     return found
 
 
-def _check_of(name: str, verdict: Verdict, settings: Settings) -> Check:
-    """Return what an answer says of the key that was used for it."""
+def _check_of(key: ApiKey, verdict: Verdict, settings: Settings) -> Check:
+    """Return what an answer says of the key that was used for it, and what its plan is."""
+    name = f"API key {key.shown}"
     good = f"accepted by {settings.api_base_url}"
     if verdict.action in (Action.ACCEPT, Action.CODES_UNKNOWN):
-        return Check(name, True, good)
+        return Check(name, True, good + _plan_words(settings, key))
     # it may serve others: a plan of crypto alone is a good one
     if verdict.action is Action.KEY_LACKS_PRODUCT:
-        return Check(name, True, f"{good}, but not for stocks: {verdict.failure.words}")
+        good += f", but not for stocks: {verdict.failure.words}"
+        return Check(name, True, good + _plan_words(settings, key))
     setting = verdict.setting or "INFOWAY_API_BASE_URL"
     return Check(name, False, f"{verdict.failure.words}; see {setting}")
 
 
+def _plan_words(settings: Settings, key: ApiKey) -> str:
+    """Ask the API for a key's plan, and say what it is and where that differs from what is set."""
+    info, verdict = ask_package(settings.api_base_url, key, settings.proxies)
+    if info is None:
+        words = f"; its plan cannot be had: {verdict.failure.words or 'the answer names none'}"
+        if key.plan is PLAN_TO_ASK:
+            words += ": Free's limits hold unless INFOWAY_PLAN names it"
+        return words
+    told = info.plan()
+    words = f"; plan {_limits_words(told)}"
+    ends = info.end_words(time.time())
+    if ends:
+        words += f"; {ends}"
+    elif info.ends:
+        words += f", until {iso_after(info.ends, 0)}"
+    if key.plan is not PLAN_TO_ASK and key.plan.windows() != told.windows():
+        words += f"; INFOWAY_PLAN differs and is what counts: {_limits_words(key.plan)}"
+    return words
+
+
+def _limits_words(plan: Plan) -> str:
+    if not plan.per_second:
+        return f"{plan.name}: no limit"
+    words = f"{plan.name}: {plan.per_second:g} requests a second, {plan.per_minute} a minute"
+    if plan.per_day:
+        words += f", {plan.per_day} a day"
+    return words
+
+
 class KeyUsage(TypedDict):
-    """What is known of an API key: requests used and left today (None: no limit), and the key's state."""
+    """What is known of an API key: requests used and left today (None: no limit), and the key's state.
+
+    `ends`: when its plan ends (ISO 8601 UTC), None where the API has not told; `ends_soon`: so in words, or ''.
+    """
 
     key: str
     plan: str
+    ends: str | None
+    ends_soon: str
     used_today: int
     left_today: int | None
     state: str
@@ -6368,6 +7392,8 @@ class Pipeline:
             proxies = settings.proxies
             api = InfowayApi(settings.api_base_url, self.keys, proxies, self._events, clock=clock)
             opened.callback(api.close)
+            self._plans = KeyPlans(file, api)
+            self._directory = Directory(file, api)
             self._source: Source = api
             if demo:
                 self._source = DemoApi()
@@ -6409,7 +7435,10 @@ class Pipeline:
         """
         if not (self._demo or self._settings.api_keys):
             raise SettingsError([NO_KEY_HINT])
-        closing = None if self._demo else self._closing
+        closing, finder = None, None
+        if not self._demo:
+            self._plans.ask(stop)
+            closing, finder = self._closing, self._directory
         collector = Collector(
             self._source,
             self.store,
@@ -6418,8 +7447,32 @@ class Pipeline:
             demo=self._demo,
             report=report,
             close_trouble=self._close_trouble,
+            finder=finder,
         )
-        return collector.run(codes, stop)
+        report = collector.run(codes, stop)
+        if self._settings.metrics_file is not None:  # they cost a question to MongoDB
+            self._tell_keys()
+        return report
+
+    def symbols(self, text: str, stop: threading.Event) -> tuple[list[Symbol], str]:
+        """Return the instruments whose code or name holds a text, and why a list is missing, '' where none is.
+
+        Raises SettingsError without an API key, StoreError when the local file fails.
+        """
+        if not self._settings.api_keys:
+            raise SettingsError([NO_KEY_HINT])
+        self._plans.ask(stop)
+        why = self._directory.refresh(SYMBOL_TYPES, stop)
+        return self._directory.search(text), why
+
+    def _tell_keys(self) -> None:
+        states = self.keys.describe()
+        usages = zip(self.keys.keys, states, self.usage(states), strict=True)
+        self._events.keys_used([self._stats(key, state, usage) for key, state, usage in usages])
+
+    def _stats(self, key: ApiKey, state: KeyState, usage: KeyUsage) -> KeyStats:
+        ends = self._plans.of(key).ends
+        return KeyStats(key.digest, usage["used_today"], usage["left_today"], usage["state"], ends)
 
     def finalise(self, stop: threading.Event) -> float:
         """Make a part of the closes final that are due, and return after how many seconds there is more to do.
@@ -6497,15 +7550,19 @@ class Pipeline:
 
     def usage(self, told: Sequence[KeyState]) -> list[KeyUsage]:
         """Return of each key its plan, what is used and left today, and the state that a running daemon told."""
+        self._plans.recall()
         states = {state["digest"]: state for state in told}
         return [self._usage(key, states.get(key.digest)) for key in self.keys.keys]
 
     def _usage(self, key: ApiKey, told: KeyState | None) -> KeyUsage:
         now = time.time()
         used = self.keys.ledger.used_today(key.digest, now)
+        info = self._plans.of(key)
         usage: KeyUsage = {
             "key": key.shown,
             "plan": key.plan.name,
+            "ends": iso_after(info.ends, 0) if info.ends else None,
+            "ends_soon": info.end_words(now),
             "used_today": used,
             "left_today": None,
             "state": "ready",
@@ -6805,6 +7862,8 @@ def report_result(context: Mapping[str, Any], report: Report, settings: Settings
         "failed_count": len(report.failures),
         "failed_stocks": list(report.failures),
         "failures": failures,
+        "read_as": report.read_as,
+        "stale_count": report.stale,
         "took_ms": round(report.took_s * 1000),
     }
     return make_result(context, settings.module_name, settings.redact(_result_words(report)), result, good)
@@ -6820,6 +7879,10 @@ def _result_words(report: Report) -> str:
         words += f"; {report.queued_words()}"
     if report.close_error:
         words += f", the closing snapshot is not kept: {report.close_error}"
+    if report.read_as:
+        words += f"; read as: {report.read_as_words()}"
+    if report.stale:
+        words += f"; {report.stale_words()}"
     if not report.failures:
         return words
     named = [f"{code} ({failure.words})" for code, failure in islice(report.failures.items(), FAILURES_NAMED)]
@@ -6845,8 +7908,20 @@ def without_lists(text: str) -> str:
 
 def empty_result(context: Mapping[str, Any], module_name: str, reason: str) -> str:
     """Return the result of a command that was not executed."""
-    numbers = ("total", "success_count", "duplicate_count", "kept_count", "failed_count", "took_ms")
-    result: dict[str, object] = dict.fromkeys(numbers, 0) | {"failed_stocks": [], "failures": {}}
+    numbers = (
+        "total",
+        "success_count",
+        "duplicate_count",
+        "kept_count",
+        "failed_count",
+        "stale_count",
+        "took_ms",
+    )
+    result: dict[str, object] = dict.fromkeys(numbers, 0) | {
+        "failed_stocks": [],
+        "failures": {},
+        "read_as": {},
+    }
     return make_result(context, module_name, reason, result, good=False)
 
 
@@ -7606,6 +8681,8 @@ class Clerk(threading.Thread):
         self._jobs: queue.SimpleQueue[ClerkJob] = queue.SimpleQueue()
         self._held: list[ClerkJob] = []  # taken, and still to be done
         self._codes_given = self._codes_done = 0  # each counted by one thread alone
+        self._declined: dict[str, tuple[float, str]] = {}  # id -> when (monotonic s), and why
+        self._accepted: deque[str] = deque(maxlen=ANSWERS_KEPT)  # looked at while the journal cannot be asked
         self._received: set[int] = set()  # not noted in the journal yet
         self._status: DaemonStatus = {"version": __version__, "pid": os.getpid(), "platform": "not connected"}
         self._trouble = LogThrottle("journal")
@@ -7710,6 +8787,7 @@ class Clerk(threading.Thread):
 
     def _accept(self, commands: Sequence[Command]) -> None:
         """Put commands into the journal, all or none, and have them executed; answer again what was answered."""
+        commands = self._without_declined(commands)
         fresh, told = list(commands), list[Message]()
         try:
             fresh, told = self._sort(commands)
@@ -7717,11 +8795,30 @@ class Clerk(threading.Thread):
         except StoreError as error:
             numbers = []
             for command in (*fresh, *self._hold_all_but_commands()):
-                self._inbox.put(Declined(command, f"refused: {error}"))
+                if command.execution_id in self._accepted:  # it has an answer, or gets one
+                    self._inbox.put(Ended())
+                else:
+                    self._decline(command, f"refused: {error}")
+        else:
+            self._accepted.extend(command.execution_id for command in fresh if command.execution_id)
         for message in told:
             self._inbox.put(message)
         for number in numbers:
             self._executor.add(number)
+
+    def _decline(self, command: Command, reason: str) -> None:
+        if command.execution_id:
+            self._declined[command.execution_id] = (time.monotonic(), reason)
+        self._inbox.put(Declined(command, reason))
+
+    def _without_declined(self, commands: Sequence[Command]) -> list[Command]:
+        """Decline anew what was declined just now: it came again before its refusal was known."""
+        since = time.monotonic() - EXECUTION_LIFETIME_S
+        self._declined = {name: one for name, one in self._declined.items() if one[0] >= since}
+        for command in commands:
+            if command.execution_id in self._declined:
+                self._inbox.put(Declined(command, self._declined[command.execution_id][1]))
+        return [command for command in commands if command.execution_id not in self._declined]
 
     def _hold_all_but_commands(self) -> list[Command]:
         """Return the commands that came while the journal took nothing: the same one among them has one answer."""
@@ -7805,6 +8902,10 @@ class Relay(Events):
         if begins_or_ends:
             self._inbox.wake()
 
+    def keys_used(self, keys: Sequence[KeyStats]) -> None:
+        """Pass it on."""
+        self._events.keys_used(keys)
+
     def damaged(self, error: StoreError) -> None:
         """Let the daemon end: the next start mends it."""
         self.is_damaged = True
@@ -7823,6 +8924,7 @@ class Executor(threading.Thread):
         self._store_trouble = LogThrottle(store_name(settings), then="the next execution tries again")
         self._api_trouble = LogThrottle("Infoway", then="the next execution tries again")
         self._journal_trouble = LogThrottle("journal")
+        self._stale_trouble = LogThrottle("trades", then="they are stored all the same")
         self._rng = random.Random()
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._pipeline: Pipeline | None = None
@@ -7970,6 +9072,10 @@ class Executor(threading.Thread):
             self._store_trouble.again(report.store_error)
         elif reached:
             self._store_trouble.over()
+        if report.stale:
+            self._stale_trouble.again(report.stale_words())
+        elif reached:
+            self._stale_trouble.over()
         away = next((failure for failure in report.failures.values() if failure.kind in TROUBLES), None)
         if away is not None:
             self._api_trouble.again(away.words)
@@ -8531,6 +9637,8 @@ METRICS = (
     Metric("stockrt_trades_duplicate_total", "counter", "Trades that were in the store before."),
     Metric("stockrt_codes_failed_total", "counter", "Codes without a stored trade.", "reason",
            tuple(kind.value for kind in FailureKind)),
+    Metric("stockrt_codes_stale", "gauge",
+           "Codes of the last execution whose trade is old although their market was open since."),
     Metric("stockrt_api_requests_total", "counter", "Requests to the API by what followed from the answer.",
            "answer", API_ANSWERS),
     Metric("stockrt_waiting_executions", "gauge", "Commands that were accepted and have not ended."),
@@ -8540,17 +9648,29 @@ METRICS = (
     Metric("stockrt_spool_bytes", "gauge", "Bytes on disk of the trades that wait for MongoDB."),
     Metric("stockrt_spool_refused_total", "counter", "Trades that found no room on this machine."),
     Metric("stockrt_spool_rejects", "gauge", "Documents that MongoDB refused for good."),
+    Metric("stockrt_api_key_requests_today", "gauge", "Requests of the key today (UTC).", "key", ()),
+    Metric("stockrt_api_key_requests_left", "gauge", "Requests that the key has left today (UTC).", "key", ()),
+    Metric("stockrt_api_key_state", "gauge", "The key's state: 0 ready, 1 resting, 2 out.", "key", ()),
+    Metric("stockrt_api_key_end_timestamp_seconds", "gauge",
+           "Unix time at which the key's plan ends, 0 where it is not known.", "key", ()),
 )
 # fmt: on
 LATENCY = "stockrt_api_latency_seconds"
+# So much of a key's digest names it.
+DIGEST_SHOWN = 8
+KEY_STATES = ("ready", "resting", "out")
 
 
 class Metrics:
-    """Counts since the start, thread-safe. `changes` grows with every change."""
+    """Counts since the start, thread-safe. `changes` grows with every change; `keys`: the digests of API keys."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Sequence[str] = ()) -> None:
         self._lock = threading.Lock()
-        self._numbers = {(metric.name, value): 0.0 for metric in METRICS for value in metric.values}
+        shown = tuple(dict.fromkeys(digest[:DIGEST_SHOWN] for digest in keys))
+        self._metrics = [
+            metric._replace(values=shown) if metric.label == "key" else metric for metric in METRICS
+        ]
+        self._numbers = {(metric.name, value): 0.0 for metric in self._metrics for value in metric.values}
         self._buckets = [0] * len(LATENCY_BUCKETS_S)
         self._latencies, self._latency_sum = 0, 0.0
         self.changes = 0
@@ -8579,7 +9699,7 @@ class Metrics:
     def text(self) -> str:
         """Return everything in node_exporter's textfile format."""
         with self._lock:
-            lines = [line for metric in METRICS for line in self._lines(metric)]
+            lines = [line for metric in self._metrics if metric.values for line in self._lines(metric)]
             lines += [
                 f"# HELP {LATENCY} Time from a request to the whole answer.",
                 f"# TYPE {LATENCY} histogram",
@@ -8599,6 +9719,8 @@ class Metrics:
 
 
 def _number_text(number: float) -> str:
+    if number == math.inf:
+        return "+Inf"
     return str(int(number)) if number == int(number) else repr(round(number, 3))
 
 
@@ -8656,7 +9778,7 @@ class Service(Events):
         self._notifier = notifier
         self._watchdog_s = watchdog_s
         self._clock = clock
-        self.metrics = Metrics()
+        self.metrics = Metrics([key_digest(secret) for secret in settings.api_keys])
         self._file: MetricsFile | None = None
         if settings.metrics_file is not None:
             self._file = MetricsFile(settings.metrics_file, self.metrics, clock)
@@ -8717,6 +9839,16 @@ class Service(Events):
         self.metrics.put("stockrt_spool_rejects", stats.rejects)
         self.metrics.put("stockrt_spool_refused_total", stats.refused)
 
+    def keys_used(self, keys: Sequence[KeyStats]) -> None:
+        """Note what each key has used and left, and how it stands."""
+        for key in keys:
+            name = key.digest[:DIGEST_SHOWN]
+            left = math.inf if key.left is None else key.left
+            self.metrics.put("stockrt_api_key_requests_today", key.used, name)
+            self.metrics.put("stockrt_api_key_requests_left", left, name)
+            self.metrics.put("stockrt_api_key_state", KEY_STATES.index(key.state), name)
+            self.metrics.put("stockrt_api_key_end_timestamp_seconds", key.ends, name)
+
     def executed(self, report: Report | None) -> None:
         """Count an execution and what it did."""
         self.metrics.add("stockrt_executions_total", outcome_of(report))
@@ -8726,6 +9858,7 @@ class Service(Events):
         self._last = (done, self._clock.monotonic())
         self.metrics.add("stockrt_trades_stored_total", by=report.stored)
         self.metrics.add("stockrt_trades_duplicate_total", by=report.duplicates)
+        self.metrics.put("stockrt_codes_stale", report.stale)
         for kind, count in Counter(failure.kind for failure in report.failures.values()).items():
             self.metrics.add("stockrt_codes_failed_total", kind.value, count)
         if report.complete:
@@ -8913,6 +10046,7 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         "--check-settings", action="store_true", help="check the settings alone: no network, nothing written"
     )
     what.add_argument("--status", action="store_true", help="show daemon, platform, store and API keys")
+    what.add_argument("--symbols", metavar="TEXT", help="find instruments by code or name: 茅台, apple, 黄金")
     what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
     what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
     what.add_argument("--register", action="store_true", help="register at the dispatch platform (once)")
@@ -8945,8 +10079,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options. Raises UsageError for what does not go together."""
     options = make_parser().parse_args(argv)
-    if options.json and not (options.once or options.status or options.rejects):
-        raise UsageError("--json goes with --once, --status or --rejects; see --help")
+    if options.symbols is not None and not options.symbols.strip():
+        raise UsageError("--symbols needs a text: a code or a name, or a part of one; see --help")
+    if options.json and not (options.once or options.status or options.rejects or options.symbols):
+        raise UsageError("--json goes with --once, --status, --rejects or --symbols; see --help")
     for flag in ("codes", "codes_file"):
         if getattr(options, flag) and not options.once and options.backfill is None:
             raise UsageError(f"--{flag.replace('_', '-')} goes with --once or --backfill; see --help")
@@ -9254,7 +10390,7 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
         finished = run.ended()
     finally:
         terminal.close()
-    rows.finish(order)
+    rows.finish([run.report.read_as.get(code, code) for code in order])
     if finished:
         pipeline.keys.close()
     status = _close_run(run.report, finished, settings)
@@ -9268,14 +10404,26 @@ def _remembered(codes: Iterable[str], order: list[str]) -> Iterator[str]:
     """Pass codes on, and keep the first ROWS_ALIGNED of them as they will be shown."""
     for code in codes:
         if len(order) < ROWS_ALIGNED:
-            with contextlib.suppress(InstrumentError):  # the plan names it
-                order.append(parse_code(code).code)
+            order += _places(code)
         yield code
+
+
+def _places(code: str) -> list[str]:
+    """Return the codes as which what was typed may be stored; one that does not tell is found in `Report.read_as`."""
+    try:
+        instrument = parse_code(code)
+    except InstrumentError:  # the plan names it
+        return [one_line(code)]
+    return [instrument.code, *(other.code for other in instrument.alternatives)]
 
 
 def _close_run(report: Report, finished: bool, settings: Settings) -> int:
     """Say what became of a run and return the exit status. One that hangs may still write into its report."""
     report = report.as_of_now()
+    if report.stale:
+        say(report.stale_words())
+    if report.read_as:
+        say(f"read as: {report.read_as_words()}")
     if finished:
         say(report.summary())
     elif not report.total:
@@ -9489,6 +10637,8 @@ def _key_line(key: KeyUsage) -> str:
         line += f" until {key['until']}"
     if key["why"]:
         line += f" ({key['why']})"
+    if key["ends_soon"]:
+        line += f"; {key['ends_soon']}"
     if key["not_for"]:
         line += f"; not for {', '.join(key['not_for'])}"
     return line
@@ -9571,6 +10721,28 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
     return EXIT_OK
 
 
+def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
+    """Print the instruments whose code or name holds a text; exit status 1 where there are none."""
+    stop = StopEvent()
+    stop_on_signals(stop)
+    with Pipeline(settings) as pipeline:
+        found, why = pipeline.symbols(text, stop)
+    for symbol in found:
+        line = f"{symbol.code:<16} {symbol.type:<9} {symbol.name}"
+        if symbol.name_en and symbol.name_en != symbol.name:
+            line += f"  {symbol.name_en}"
+        if as_json:
+            line = json.dumps(symbol._asdict(), ensure_ascii=False)
+        show(line)
+    if why:
+        say(f"not all of the API's lists are here: {settings.redact(why)}", logging.WARNING)
+    elif not found:
+        say(f"no instrument of the API's lists has {one_line(text, 40)} in its code or its name")
+    if stop.is_set():
+        return EXIT_INTERRUPTED
+    return EXIT_OK if found and not why else EXIT_FAILED
+
+
 def need_platform(settings: Settings) -> None:
     """Raise SettingsError unless the settings say where the platform is."""
     needed = {"SERVER_IP": settings.server_host, "SERVER_PORT": settings.server_port}
@@ -9644,6 +10816,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return run_register(loaded.settings, options.force)
     if options.status:
         return run_status(loaded.settings, options.json)
+    if options.symbols:
+        return run_symbols(options.symbols, loaded.settings, options.json)
     if options.drain:
         return run_drain(loaded.settings, options.retry)
     if options.rejects:

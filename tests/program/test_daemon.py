@@ -1116,6 +1116,24 @@ def test_a_redirected_handshake_is_no_connection(infoway: InfowayServer, state: 
         server.join(PATIENCE)
 
 
+def test_a_connection_is_made_where_no_thread_can_be_started(
+    platform: PlatformServer, settings: stockrt.Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would cut it is missing: its own limits have to do."""
+    refused: list[threading.Thread] = []
+
+    def fail(thread: threading.Thread) -> None:
+        refused.append(thread)
+        raise RuntimeError("can't start new thread")
+
+    with ThreadDaemon(settings, rng=Hasty()):
+        connected(platform)
+        monkeypatch.setattr(threading.Timer, "start", fail, raising=False)
+        platform.close_connections()
+        connected(platform, times=2)
+        assert refused
+
+
 def test_no_ping_waits_behind_a_burst_of_big_frames(
     monkeypatch: pytest.MonkeyPatch, infoway: InfowayServer, state: Path
 ) -> None:

@@ -14,18 +14,22 @@ import subprocess
 import sys
 import termios
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pymongo
 import pytest
 from conftest import RunPyz, controlled
-from kit.infoway_server import REFUSALS, Answer, InfowayServer, Request, make_record
+from kit.infoway_server import PLANS, REFUSALS, Answer, InfowayServer, Request, make_record
 from kit.mongo import MongoServer
 from kit.platform_server import PlatformServer
 from rooms.test_fetch import HOSTILE, UNKNOWN, check_mixed_requests, mixed_codes
+
+import stockrt
 
 # For what must end soon: no promise is that slack, no busy machine that slow.
 SOON_S = 15.0
@@ -35,6 +39,8 @@ DEMO = ("--once", "--demo", "--codes")
 DEMO_CODES = ("TSLA.US", "AAPL.US", "USDCNY")
 FIELDS = ["_id", "s", "t", "p", "v", "vw", "td", "stock_code", "create_time"]
 TITLES = ["CODE", "PRICE", "VOLUME", "TURNOVER", "SIDE", "EXCHANGE TIME", "AGE"]
+NOT_KNOWN = "unknown to the API: in none of its lists"
+LISTED = "the API lists it as {}, but has no trade of it, or not for this key's plan"
 CLOSING = re.compile(r"^total (\d+), stored (\d+), already known (\d+), failed (\d+)", re.MULTILINE)
 
 
@@ -207,7 +213,7 @@ def test_mixed_codes(run_pyz: RunPyz, state: Path) -> None:
     assert done.returncode == 1
     assert counts(done) == (250, 247, 0, 3)
     assert set(failures_of(done)) == {*UNKNOWN, HOSTILE}
-    assert {reason for code, reason in failures_of(done).items() if code in UNKNOWN} == {"unknown to the API"}
+    assert {reason for code, reason in failures_of(done).items() if code in UNKNOWN} == {NOT_KNOWN}
     assert {row["s"]: {name: row[name] for name in records[row["s"]]} for row in rows_of(state)} == records
     assert {row[0] for row in cells(done.stdout)[1:]} == set(products)
     check_clean(done.stdout, done.stderr)
@@ -656,6 +662,111 @@ def test_progress_bar_on_a_terminal_of_a_long_run_only(
     assert "%|" not in run_pyz(*DEMO, *many).stderr
 
 
+# ----------------------------------------------------------------------------------------------- what people type
+
+
+SEEN = {
+    # as it is typed: the product and the code that are asked
+    "510300": ("stock", "510300.SH"),
+    "159915": ("stock", "159915.SZ"),
+    "113050": ("stock", "113050.SH"),
+    "000300": ("stock", "000300.SH"),
+    "SH600519": ("stock", "600519.SH"),
+    "CL": ("common", "CL"),
+    "XPBUSD": ("common", "XPBUSD"),
+    "US500": ("common", "US500"),
+    "HK50": ("common", "HK50"),
+    "BTC/USDT": ("crypto", "BTCUSDT"),
+}
+BEIJING = ("920002", "430047")
+
+
+def test_what_people_type_is_asked_as_what_it_means(
+    run_pyz: RunPyz, infoway: InfowayServer, state: Path
+) -> None:
+    done = run_pyz("--once", "--json", "--codes", *SEEN, *BEIJING, env=api_env(infoway))
+    assert done.returncode == 1
+    asked = {(request.product, code) for request in infoway.requests for code in request.codes}
+    assert asked == set(SEEN.values())
+    assert sorted(row["stock_code"] for row in rows_of(state)) == sorted(code for _, code in SEEN.values())
+    assert counts(done) == (12, 10, 0, 2)
+    for code in BEIJING:
+        assert failures_of(done)[code].endswith("is of the Beijing exchange, which Infoway does not carry")
+    assert infoway.request_count == 3
+    check_clean(done.stdout, done.stderr)
+
+
+def test_a_number_that_does_not_tell_is_asked_at_both_exchanges(run_pyz: RunPyz, state: Path) -> None:
+    """It failed when neither knows it; a result says which it became, and names it as it was typed."""
+    codes = ("000905", "000016", "AAPL.US", "SZ000852", "000852")
+    with InfowayServer(unknown={"000905.SZ", "000016.SZ", "000016.SH"}) as server:
+        done = run_pyz("--once", "--codes", *codes, env=api_env(server))
+    assert done.returncode == 1
+    assert sorted(row["s"] for row in rows_of(state)) == ["000852.SZ", "000905.SH", "AAPL.US"]
+    assert [row[0] for row in cells(done.stdout)[1:]] == ["000905.SH", "AAPL.US", "000852.SZ"]
+    assert counts(done) == (4, 3, 0, 1)
+    assert failures_of(done) == {"000016": f"{LISTED.format('上证50')} (000016 -> 000016.SZ, 000016.SH)"}
+    assert "read as: 000852 -> 000852.SZ, 000905 -> 000905.SH" in done.stderr
+    assert [request.codes for request in server.asked("batch_trade")] == [
+        ("000905.SZ", "000016.SZ", "AAPL.US", "000852.SZ"),
+        ("000905.SH", "000016.SH"),
+    ]
+
+
+def test_the_lists_tell_what_a_code_is_and_no_plain_code_waits_for_them(run_pyz: RunPyz, state: Path) -> None:
+    with InfowayServer() as server:
+        done = run_pyz("--once", "--codes", "AAPL.US", "ES", "茅台", "QQQQX", env=api_env(server))
+        resources = [request.resource for request in server.requests if "market" not in request.resource]
+        again = run_pyz("--once", "--codes", "ES", "MSFT.US", env=api_env(server))
+        lists = [request.resource for request in server.requests].count("common/basic/symbols")
+    assert resources[0] == "batch_trade" and lists == 13
+    assert counts(done) == (4, 2, 0, 2)
+    assert {row["s"] for row in rows_of(state)} == {"AAPL.US", "ES", "MSFT.US"}
+    assert "did you mean 600519.SH (贵州茅台)?" in failures_of(done)["茅台"]
+    assert "QQQQX.US" in failures_of(done)["QQQQX"]
+    assert again.returncode == 0, again.stderr
+
+
+def test_symbols_finds_by_code_and_name(run_pyz: RunPyz) -> None:
+    with InfowayServer() as server:
+        done = run_pyz("--symbols", "茅台", env=api_env(server))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == ["600519.SH", "STOCK_CN", "贵州茅台", "Kweichow", "Moutai"]
+        (found,) = map(
+            json.loads, run_pyz("--symbols", "tesla", "--json", env=api_env(server)).stdout.splitlines()
+        )
+        assert found == {
+            "type": "STOCK_US", "code": "TSLA.US", "name_cn": "特斯拉", "name_hk": "特斯拉", "name_en": "Tesla, Inc.",
+        }  # fmt: skip
+        assert server.request_count == 13
+        none = run_pyz("--symbols", "no such thing", env=api_env(server))
+        assert none.returncode == 1 and "no such thing" in none.stderr and none.stdout == ""
+        assert run_pyz("--symbols", " ", env=api_env(server)).returncode == 64
+    check_clean(done.stdout, done.stderr, none.stderr)
+
+
+def test_a_code_that_failed_is_named_as_it_was_typed(run_pyz: RunPyz) -> None:
+    """With what it became; where that is what was typed, the code alone."""
+    codes = ("sh600519", "BTC-USDT", "700.hk", "MSFT.US")
+    with InfowayServer(unknown={"600519.SH", "BTCUSDT", "00700.HK", "MSFT.US"}) as server:
+        done = run_pyz("--once", "--codes", *codes, env=api_env(server))
+    assert failures_of(done) == {
+        "sh600519": f"{LISTED.format('贵州茅台')} (sh600519 -> 600519.SH)",
+        "BTC-USDT": f"{LISTED.format('比特币')} (BTC-USDT -> BTCUSDT)",
+        "700.hk": f"{LISTED.format('腾讯控股')} (700.hk -> 00700.HK)",
+        "MSFT.US": NOT_KNOWN,
+    }
+
+
+def test_lower_case_in_an_answer_is_the_code_that_was_asked(run_pyz: RunPyz, state: Path) -> None:
+    with InfowayServer(lower_case=True) as server:
+        done = run_pyz("--once", "--codes", "AAPL.US,600519,BTCUSDT", env=api_env(server))
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(state)
+    assert {row["s"] for row in rows} == {"AAPL.US", "600519.SH", "BTCUSDT"}
+    assert all(row["_id"].startswith(f"{row['s']}|") and row["stock_code"] == row["s"] for row in rows)
+
+
 # ------------------------------------------------------------------------------------------------------- secrets
 
 
@@ -701,7 +812,7 @@ def test_check_of_what_is_good(
     assert done.returncode == 0, done.stdout
     assert all(good for good, _ in check_lines(done).values())
     assert len(check_lines(done)) == 4
-    assert infoway.request_count == 1
+    assert [request.resource for request in infoway.requests] == ["batch_trade", "package/info"]
     with PlatformServer() as platform:
         env = api_env(infoway, MONGODB_HOST=mongo_db[0], MONGODB_DB_NAME=mongo_db[1])
         env |= {"SERVER_IP": "127.0.0.1", "SERVER_PORT": str(platform.port)}
@@ -776,6 +887,52 @@ def test_check_names_the_setting_of_a_refusal(
     assert done.returncode == 1
     assert setting in check_lines(done)[next(n for n in check_lines(done) if n.startswith("API key"))][1]
     assert infoway.request_count == 1  # one request, no second try
+
+
+def test_check_says_what_the_plan_is_and_where_another_is_set(run_pyz: RunPyz) -> None:
+    plan = replace(PLANS["premium"], expires=time.time() + 3 * 86_400 + 600)
+    name = "API key ***"
+    with InfowayServer(plans={KEY: plan}) as server:
+        asked = check_lines(run_pyz("--check", env=api_env(server, INFOWAY_PLAN="")))[name]
+        same = check_lines(run_pyz("--check", env=api_env(server, INFOWAY_PLAN="premium")))[name]
+        other = check_lines(run_pyz("--check", env=api_env(server, INFOWAY_PLAN="basic")))[name]
+        assert server.over_limit == 0
+        server.script = lambda request: (
+            REFUSALS["404_problem"] if request.resource == "package/info" else None
+        )
+        none = check_lines(run_pyz("--check", env=api_env(server, INFOWAY_PLAN="")))[name]
+    told = "plan Premium: 10 requests a second, 600 a minute, 864000 a day; its plan ends at"
+    assert all(good and told in text and "in 3 d" in text for good, text in (asked, same, other))
+    assert "INFOWAY_PLAN" not in asked[1] + same[1]
+    assert "INFOWAY_PLAN differs and is what counts: basic: 2 requests a second, 120 a minute" in other[1]
+    assert none[0] and "Free's limits hold unless INFOWAY_PLAN names it" in none[1]
+
+
+def test_a_plan_that_is_not_set_is_asked_for_once_a_day(run_pyz: RunPyz, state: Path) -> None:
+    """One request more than today's; the rate told holds from the first request on."""
+    codes = ",".join(
+        f"C{chr(65 + n // 676)}{chr(65 + n // 26 % 26)}{chr(65 + n % 26)}.US" for n in range(5_000)
+    )
+    plan = replace(PLANS["premium"], expires=time.time() + 86_400)
+    with InfowayServer(plans={KEY: plan}) as server:
+        env = api_env(server, INFOWAY_PLAN="")
+        done = run_pyz("--once", "--json", "--codes-file", "-", env=env, input=codes)
+        assert counts(done) == (5_000, 5_000, 0, 0)
+        assert Counter(request.resource for request in server.requests)["batch_trade"] == 50
+        assert [request.resource for request in server.requests].count("package/info") == 1
+        assert "its plan ends at" in done.stderr
+        first, *_, last = [request.at for request in server.asked("batch_trade")]
+        assert last - first < 30  # 50 s by Free's limits
+        again = run_pyz("--once", "--codes", "AAPL.US", env=env)
+        assert again.returncode == 0 and "its plan ends at" not in again.stderr
+        assert [request.resource for request in server.requests].count("package/info") == 1
+        assert server.over_limit == 0
+        shown = run_pyz("--status", env=env).stdout
+        (told,) = json.loads(run_pyz("--status", "--json", env=env).stdout)["keys"]
+    assert "Premium" in shown and "its plan ends at" in shown
+    assert (told["plan"], told["ends"]) == ("Premium", stockrt.iso_after(plan.expires // 1, 0))
+    assert told["used_today"] + told["left_today"] == 864_000
+    check_clean(done.stdout, done.stderr, shown)
 
 
 @pytest.mark.parametrize("answer", [REFUSALS["ret_514"], Answer.json({"ret": 500, "msg": "No permission"})])

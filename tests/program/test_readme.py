@@ -160,10 +160,28 @@ def test_every_setting_it_names_exists() -> None:
     assert named - names - {"MONGODB_TEST_URI"} == set()
 
 
-def test_the_codes_it_explains_are_read_so() -> None:
-    for typed, asked in (("aapl.us", "AAPL.US"), ("700.HK", "00700.HK"), ("300750", "300750.SZ")):
-        assert stockrt.parse_code(typed).code == asked
-    assert stockrt.parse_code("common:US500") == stockrt.Instrument("US500", "common")
+@pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["English", "中文"])
+def test_the_codes_it_explains_are_read_so(text: str) -> None:
+    table = re.search(r"\n\| (?:you type|输入) \|.*?\n\n", text, re.DOTALL)
+    assert table is not None
+    read = []
+    for row in table[0].strip().splitlines()[2:]:
+        _, left, right, _ = row.split("|")
+        typed, asked = re.findall("`(.*?)`", left), re.findall("`(.*?)`", right)
+        for n, code in enumerate(typed):
+            if typed[n] in ("AAPL", "430047", "920002.BJ"):
+                with pytest.raises(
+                    stockrt.InstrumentError, match=r"did you mean AAPL\.US|the Beijing exchange"
+                ):
+                    stockrt.parse_code(code)
+            elif asked == ["common"]:
+                assert stockrt.parse_code(code) == stockrt.Instrument(code, "common")
+            else:
+                expected = asked[min(n, len(asked) - 1)] if asked else code.removeprefix("common:")
+                assert stockrt.parse_code(code).code == expected
+        read += typed
+    assert len(read) > 40
+    assert stockrt.parse_code("common:TOPIX.JP") == stockrt.Instrument("TOPIX.JP", "common")
 
 
 def test_the_identity_it_shows_is_the_rule() -> None:

@@ -112,9 +112,11 @@ def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> 
         "waiting": {"commands": 0, "results": 0},
         "last_execution": None,
         "keys": [
-            {"key": "aaa…111", "plan": "free", "used_today": 0, "left_today": 172_800, "state": "ready", "why": "",
+            {"key": "aaa…111", "plan": "free", "ends": None, "ends_soon": "", "used_today": 0,
+             "left_today": 86_400, "state": "ready", "why": "",
              "until": "", "not_for": []},
-            {"key": "bbb…222", "plan": "pro", "used_today": 0, "left_today": 1_728_000, "state": "ready", "why": "",
+            {"key": "bbb…222", "plan": "pro", "ends": None, "ends_soon": "", "used_today": 0,
+             "left_today": 1_728_000, "state": "ready", "why": "",
              "until": "", "not_for": []},
         ],
     }  # fmt: skip
@@ -130,7 +132,7 @@ def test_the_lines_for_a_person_say_the_same(program: Program) -> None:
     assert lines["platform"] == "none set: no daemon"
     assert lines["waiting"] == "0 commands, 0 results to deliver"
     assert lines["last execution"] == "none yet"
-    assert "aaa…111  free  0 used today, 172800 left  ready" in text
+    assert "aaa…111  free  0 used today, 86400 left  ready" in text
     assert lines["API key"] == "bbb…222  pro  0 used today, 1728000 left  ready"
 
 
@@ -161,11 +163,11 @@ def test_a_run_counts_what_it_used(program: Program) -> None:
 def test_a_key_whose_day_is_used_up_says_until_when(program: Program) -> None:
     """By the count alone."""
     with stockrt.open_store_file(program.state) as file:
-        LocalLedger(file).lease(key_digest(FIRST), Plan("x", 172_800, 0, 172_800), time.time())
+        LocalLedger(file).lease(key_digest(FIRST), Plan("x", 86_400, 0, 86_400), time.time())
     key = program.status()["keys"][0]
-    assert (key["used_today"], key["left_today"], key["state"]) == (172_800, 0, "resting")
+    assert (key["used_today"], key["left_today"], key["state"]) == (86_400, 0, "resting")
     assert key["until"].endswith("T00:00:00.000Z")
-    assert "172800 used today, 0 left  resting until " in program.run("--status")
+    assert "86400 used today, 0 left  resting until " in program.run("--status")
 
 
 def test_keys_without_a_daily_limit_and_none_at_all(program: Program) -> None:

@@ -793,14 +793,17 @@ def test_a_run_keeps_the_closes_of_what_it_fetched(store: AnyStore, tmp_path: Pa
     assert set(world.prices()) == {f"A{number}.US|{FRI}" for number in range(150)}
 
 
-TAKES_NO_CLOSE = "CREATE TRIGGER no BEFORE INSERT ON close BEGIN SELECT RAISE(ABORT, 'takes no close'); END"
+# A fault of the closes that is no damage of the file.
+NO_CLOSES = (
+    "CREATE TRIGGER no_closes BEFORE INSERT ON close BEGIN SELECT RAISE(ABORT, 'no closes today'); END"
+)
 
 
 def test_a_snapshot_that_fails_costs_no_trade_and_is_said(tmp_path: Path) -> None:
     """The table `close` takes nothing: everything is fetched and stored all the same, and the run is not complete."""
     store = sqlite_store(tmp_path)
     with store._file.write() as db:
-        db.execute(TAKES_NO_CLOSE)
+        db.execute(NO_CLOSES)
     world = World(store, tmp_path)
     world.now_ms = at("America/New_York", "2025-06-17 18:00")
     codes = [f"A{number}.US" for number in range(2500)]
@@ -808,7 +811,7 @@ def test_a_snapshot_that_fails_costs_no_trade_and_is_said(tmp_path: Path) -> Non
         report = Collector(api_of(server), store, closing=world.closer).run(codes, threading.Event())
     assert (report.stored, report.failures) == (2500, {})
     assert not report.complete
-    assert "takes no close" in report.summary()
+    assert "no closes today" in report.summary()
     with pytest.raises(StoreError, match="STATE_DIRECTORY"):
         store.write_closes([regular()])
 
@@ -848,12 +851,12 @@ def test_closes_that_cannot_be_made_are_said_once_not_at_every_run(
         with stockrt.Pipeline(loaded.settings) as pipeline:
             assert isinstance(pipeline.store, SqliteStore)
             with pipeline.store._file.write() as db:
-                db.execute(TAKES_NO_CLOSE)
+                db.execute(NO_CLOSES)
             for number in range(5):
-                assert "takes no close" in pipeline.run([f"A{number}.US"], NEVER).close_error
+                assert "no closes today" in pipeline.run([f"A{number}.US"], NEVER).close_error
             assert caplog.text.count("closing snapshot: ") == 1
             with pipeline.store._file.write() as db:
-                db.execute("DROP TRIGGER no")
+                db.execute("DROP TRIGGER no_closes")
             assert pipeline.run(["B.US"], NEVER).complete
     assert "closing snapshot: well again" in caplog.text
 

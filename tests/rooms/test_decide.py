@@ -605,7 +605,7 @@ def test_a_record_that_lacks_a_field_is_rejected(name: str) -> None:
         record(s=7),
         record(s=["AAPL.US"]),
         record(s=""),
-        record(s="aapl.us"),
+        record(s="nvda.us"),
         record(s="NVDA.US"),
         record(s="TSLA.US,MSFT.US"),
     ],
@@ -628,6 +628,13 @@ def test_records_that_nobody_asked_for_are_one_line_of_the_log(caplog: pytest.Lo
     assert [trade.s for trade in outcome.trades] == ["TSLA.US"]
     (line,) = [one.getMessage() for one in caplog.records]
     assert line == "10000 records of stock rejected, the first because: X0.US was not asked for"
+
+
+def test_a_code_in_lower_case_is_the_one_that_was_asked_for() -> None:
+    """Its record, too, is the code's own where it is a bad one."""
+    outcome = outcome_of([record(s="aapl.us"), record(s="tsla.us", p="n/a"), record(s="MSFT.US")])
+    assert [trade.s for trade in outcome.trades] == ["AAPL.US", "MSFT.US"]
+    assert (list(outcome.unknown), list(outcome.failures)) == ([], ["TSLA.US"])
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 from kit.clock import FakeClock
 from kit.daemons import check_paced, number
 from kit.infoway_server import (
+    EVERY_REFUSAL,
     RATE_REFUSALS,
     REFUSALS,
     SPOILERS,
@@ -242,8 +243,12 @@ def test_unknown_codes_are_asked_once_more_at_stock(tmp_path: Path, form: Any) -
         server.unknown = {"NOPEUSDT", "9999.JP"}
         run = collect(api, ["NOPEUSDT", "common:ZZZ", "9999.JP", "stock:YYY"], tmp_path)
     assert (run.report.total, run.report.stored) == (4, 0)
-    unknown = Failure(FailureKind.UNKNOWN_CODE, "unknown to the API")
-    assert run.report.failures == dict.fromkeys(("NOPEUSDT", "ZZZ", "9999.JP", "YYY"), unknown)
+    unknown = Failure(FailureKind.UNKNOWN_CODE, "unknown to the API, or not in this key's plan")
+    named = {
+        typed: Failure(unknown.kind, f"{unknown.words} ({typed} -> {typed[-3:]})")
+        for typed in ("common:ZZZ", "stock:YYY")
+    }
+    assert run.report.failures == dict.fromkeys(("NOPEUSDT", "9999.JP"), unknown) | named
     asked = [(request.product, code) for request in server.requests for code in request.codes]
     first = [("common", "ZZZ"), ("crypto", "NOPEUSDT"), ("japan", "9999.JP"), ("stock", "YYY")]
     assert sorted(asked[:4]) == first
@@ -1338,3 +1343,68 @@ def test_memory_does_not_grow_with_the_number_of_codes(
             peaks[count] = peak / 1024
     logging.getLogger(__name__).info("peaks in MiB: %s", peaks)
     assert peaks[MANY] - peaks[1_000] <= 10, peaks
+
+
+# ------------------------------------------------------------------------------------------ nothing but refusals
+
+
+def test_after_nothing_but_refusals_the_next_run_begins_with_a_single_request(
+    infoway: InfowayServer, tmp_path: Path
+) -> None:
+    """It spares the rest while that goes on, and is at full speed once it is over."""
+    codes = [f"S{chr(65 + n // 26 % 26)}{chr(65 + n % 26)}{chr(65 + n // 676)}.US" for n in range(1_000)]
+    infoway.script = lambda _: EVERY_REFUSAL["403_html"]
+    with api_of(infoway) as api:
+        first = collect(api, codes, tmp_path / "1")
+        assert infoway.request_count == 10
+        for _ in range(2):
+            again = collect(api, codes, tmp_path / "2")
+            assert len(again.report.failures) == len(first.report.failures) == 1_000
+        assert infoway.request_count == 12
+        assert len(again.stored) == 0
+        words = {failure.words for failure in again.report.failures.values()}
+        assert sum(text.startswith("not asked for, as") for text in words) == 1
+        assert all("HTTP 403" in text and "INFOWAY_API_KEY" in text for text in words)
+        infoway.script = ()
+        mended = collect(api, codes, tmp_path / "3")
+        assert (len(mended.stored), mended.report.failures) == (1_000, {})
+        assert infoway.request_count == 22
+
+
+def test_a_refusal_of_one_product_spares_no_other(infoway: InfowayServer, tmp_path: Path) -> None:
+    infoway.script = lambda _: EVERY_REFUSAL["403_html"]
+    with api_of(infoway) as api:
+        collect(api, ["AAPL.US", "BTCUSDT"], tmp_path / "1")
+        infoway.script = lambda request: EVERY_REFUSAL["403_html"] if request.product == "crypto" else None
+        run = collect(api, ["BTCUSDT", "AAPL.US"], tmp_path / "2")
+    assert (set(run.stored), set(run.report.failures)) == ({"AAPL.US"}, {"BTCUSDT"})
+
+
+@pytest.mark.parametrize("script", [[None], [REFUSALS["400_problem"]]], ids=["one is good", "two reasons"])
+def test_a_run_that_was_not_all_refused_for_one_reason_makes_nobody_careful(
+    infoway: InfowayServer, tmp_path: Path, script: list[Answer | None]
+) -> None:
+    codes = [f"S{chr(65 + n // 26)}{chr(65 + n % 26)}.US" for n in range(500)]
+    answers = iter(script)
+    infoway.script = lambda _: next(answers, EVERY_REFUSAL["499_json"])
+    with api_of(infoway) as api:
+        collect(api, codes, tmp_path / "1")
+        collect(api, codes, tmp_path / "2")
+    assert infoway.request_count == 10
+
+
+def test_old_trades_of_an_open_market_are_counted(infoway: InfowayServer, tmp_path: Path) -> None:
+    """A frozen feed, or one code that is suspended; the others are not meant."""
+    now_ms = int(time.time() * 1000)
+    old_ms = now_ms - 20 * 86_400_000
+    ages = {
+        "600519.SH": old_ms,
+        "AAPL.US": old_ms - 5,
+        "BTCUSDT": now_ms - 7_200_000,
+        "MSFT.US": now_ms - 7_200_000,
+    }
+    infoway.trades = {code: {"t": t} for code, t in ages.items()}
+    with api_of(infoway) as api:
+        report = collect(api, list(ages), tmp_path).report
+    assert (report.stored, report.stale, report.stale_since) == (4, 3, now_ms - 7_200_000)
+    assert report.stale_words().startswith("3 of 4 codes: no trade since ")

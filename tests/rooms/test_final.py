@@ -576,7 +576,7 @@ def test_a_backfill_without_codes_takes_those_that_are_stored(make: MakeWorld) -
 
 
 def test_a_backfill_that_is_stopped_goes_on_where_it_was(make: MakeWorld) -> None:
-    codes = [f"A{number}.US" for number in range(10)]
+    codes = [f"A{number}.US" for number in range(60)]  # more than can be under way when it stops
     with make() as world, world.instance() as pipeline:
         stop = threading.Event()
         done = 0
@@ -584,12 +584,12 @@ def test_a_backfill_that_is_stopped_goes_on_where_it_was(make: MakeWorld) -> Non
             done += isinstance(row, Backfilled)
             if done == 4:
                 stop.set()
-        assert 4 <= done < 10 and len(world.closes()) == 5 * done
+        assert 4 <= done < 60 and len(world.closes()) == 5 * done
         asked = len(world.bars_asked())
         rows = rows_of(pipeline, codes, 5)
-        assert len(rows) == 10 and len(world.closes()) == 50
+        assert len(rows) == 60 and len(world.closes()) == 300
         assert sum(row.there == 5 for row in rows) == done
-        assert len(world.bars_asked()) - asked == 10 - done
+        assert len(world.bars_asked()) - asked == 60 - done
 
 
 def test_what_was_backfilled_without_a_mongodb_moves_over(

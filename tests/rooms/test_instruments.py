@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 import tracemalloc
 from collections.abc import Iterator
 from urllib.parse import unquote, urlsplit
@@ -20,6 +21,7 @@ from stockrt import (
     BatchPlan,
     Instrument,
     InstrumentError,
+    UnclearCode,
     market_of,
     parse_code,
     plan_batches,
@@ -117,13 +119,31 @@ def test_a_code_gets_its_form_and_its_product(raw: object, code: str, product: s
         ("700", "00700.HK"),
         (700, "00700.HK"),
         (1, "000001.SZ"),
-        ("430047", "430047.SH"),
+        (2230, "02230.HK, 002230.SZ, 2230.JP or 2230.TW"),
+        (5930, "005930.KS"),
+        ("005930", "did you mean 005930.KS?"),
+        ("00878", "00878.HK or 00878.TW"),
+        ("BTC", "BTCUSDT or BTC.US"),
+        ("ES", "common:ES or ES.US"),
+        ("WTI", "common:WTI or WTI.US"),
+        (".DJI", ".DJI.US"),
+        ("^DJI", ".DJI.US"),
+        ("BRK-B", "BRK.B.US"),
+        ("TSE:7203", "7203.JP or 2330.TW"),
+        ("RELIANCE.BO", "RELIANCE.IN"),
+        ("BSE:RELIANCE", "RELIANCE.IN"),
+        ("NASDAQ:600519", "AAPL.US"),
+        ("NYSE:", "AAPL.US"),
+        ("XXX:AAPL", "product"),
+        ("TVC:GOLD", "OANDA:XAUUSD"),
+        ("BINANCE:AAPL", "BINANCE:BTCUSDT"),
+        ("AAPL=X", "USDCNY"),
+        ("7203.N", "AAPL.US"),
+        ("AAPL.T", "7203.JP"),
+        ("300750.SS1", "expected one of .US"),
+        ("japan:AAPL.US", "is asked at stock"),
+        ("茅台", "600519.SH"),
         ("1234567", "six digits"),
-        ("600519.SS", "600519.SH"),
-        ("AAPL.O", "AAPL.US"),
-        ("IBM.N", "IBM.US"),
-        ("7203.T", "7203.JP"),
-        ("TCS.NS", "TCS.IN"),
         ("BRK.B", "BRK.B.US"),
         ("SAP.DE", ".US"),
         ("AAPL.", ".US"),
@@ -148,6 +168,252 @@ def test_a_code_gets_its_form_and_its_product(raw: object, code: str, product: s
 def test_a_refused_code_comes_with_what_to_type_instead(raw: object, proposal: str) -> None:
     """The person needs no documentation."""
     assert proposal in refusal(raw)
+
+
+# A number of each row of MAINLAND_RANGES, and of the shares and indices 000xxx -> what is asked, in turn.
+MAINLAND = {
+    "000001": "SZ",
+    "000858": "SZ",
+    "000300": "SH SZ",
+    "000132": "SH SZ",
+    "000016": "SZ SH",
+    "000688": "SZ SH",
+    "000852": "SZ SH",
+    "000905": "SZ SH",
+    "000660": "SZ",  # a share of the past: better unknown than the index
+    "001979": "SZ",
+    "002594": "SZ",
+    "003816": "SZ",
+    "004001": "SZ",
+    "009908": "SH",
+    "010303": "SH",
+    "018006": "SH",
+    "019547": "SH",
+    "020556": "SH",
+    "101303": "SZ SH",
+    "110059": "SH",
+    "113050": "SH",
+    "118000": "SH",
+    "111019": "SH SZ",
+    "123123": "SZ",
+    "127045": "SZ",
+    "128136": "SZ",
+    "120004": "SZ SH",
+    "131810": "SZ",
+    "132018": "SH SZ",
+    "143001": "SH SZ",
+    "150019": "SZ",
+    "159915": "SZ",
+    "161725": "SZ",
+    "180101": "SZ",
+    "184721": "SZ",
+    "155001": "SZ SH",
+    "175001": "SH",
+    "188001": "SZ SH",
+    "194001": "SH",
+    "200012": "SZ",
+    "204001": "SH",
+    "240001": "SH",
+    "250001": "SH",
+    "300750": "SZ",
+    "301269": "SZ",
+    "302132": "SZ",
+    "395001": "SZ",
+    "399006": "SZ",
+    "508000": "SH",
+    "510300": "SH",
+    "588000": "SH",
+    "600519": "SH",
+    "601318": "SH",
+    "603288": "SH",
+    "605499": "SH",
+    "688981": "SH",
+    "689009": "SH",
+    "900901": "SH",
+}
+
+
+@pytest.mark.parametrize(("number", "exchanges"), MAINLAND.items())
+def test_a_mainland_number_is_asked_where_its_range_is(number: str, exchanges: str) -> None:
+    """Where it does not tell, the likelier exchange first and then the other."""
+    instrument = parse_code(number)
+    assert [code for code, _, _ in (instrument, *instrument.alternatives)] == [
+        f"{number}.{exchange}" for exchange in exchanges.split()
+    ]
+
+
+def test_every_range_has_its_number_above() -> None:
+    """One without would be tested by nobody."""
+    starts = {start for row in stockrt.MAINLAND_RANGES for start in row.split()}
+    numbers = [*MAINLAND, *BEIJING]
+    assert {start for start in starts if not any(number.startswith(start) for number in numbers)} == set()
+
+
+def test_a_number_that_was_a_share_never_falls_to_an_index_but_for_the_four() -> None:
+    """An index in place of a company that is gone would be taken for its price."""
+    unclear = {n for n in range(1000) if len(stockrt._mainland(f"{n:06}")) > 1 and n in stockrt._SHENZHEN_000}
+    assert unclear == {16, 688, 852, 905}
+
+
+BEIJING = ("430047", "830799", "835185", "870204", "872925", "889999", "920002", "899050", "810011", "820001")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        *BEIJING,
+        430047,
+        "BJ430047",
+        "bj920002",
+        "BJ.430047",
+        "bj:430047",
+        "430047.BJ",
+        "920002.bj",
+        "0.430047",
+        "0.920002",
+    ],
+)
+def test_the_beijing_exchange_is_refused_by_its_name(raw: object) -> None:
+    """Nothing that could be typed instead exists."""
+    assert "Beijing exchange, which Infoway does not carry" in refusal(raw)
+    assert not re.search(r"\.(SH|SZ)", refusal(raw))
+
+
+# What other programs write -> the API's form and its product.
+NOTATIONS = {
+    # sina, tencent, xueqiu, baostock, futu
+    "SH600519": ("600519.SH", "stock"),
+    "sz300750": ("300750.SZ", "stock"),
+    "sh000001": ("000001.SH", "stock"),
+    "sh.600519": ("600519.SH", "stock"),
+    "SH.600519": ("600519.SH", "stock"),
+    "SZ.000001": ("000001.SZ", "stock"),
+    "ＳＨ６００５１９": ("600519.SH", "stock"),
+    "hk00700": ("00700.HK", "stock"),
+    "rt_hk00700": ("00700.HK", "stock"),
+    "HK.00700": ("00700.HK", "stock"),
+    "US.AAPL": ("AAPL.US", "stock"),
+    "US.BRK.B": ("BRK.B.US", "stock"),
+    "US.T": ("T.US", "stock"),
+    "US.TW": ("TW.US", "stock"),
+    "US.IN": ("IN.US", "stock"),
+    "gb_aapl": ("AAPL.US", "stock"),
+    # yfinance
+    "600519.SS": ("600519.SH", "stock"),
+    "000001.SS": ("000001.SH", "stock"),
+    "0700.HK": ("00700.HK", "stock"),
+    "7203.T": ("7203.JP", "japan"),
+    "130A.T": ("130A.JP", "japan"),
+    "RELIANCE.NS": ("RELIANCE.IN", "india"),
+    "005930.KS": ("005930.KS", "korea"),
+    "005930.KQ": ("005930.KS", "korea"),
+    "2330.TW": ("2330.TW", "taiwan"),
+    "2330.TWO": ("2330.TW", "taiwan"),
+    "BTC-USD": ("BTCUSD", "crypto"),
+    "USDCNY=X": ("USDCNY", "common"),
+    "CNY=X": ("USDCNY", "common"),
+    "CL=F": ("CL", "common"),
+    # joinquant, myquant, vn.py
+    "600519.XSHG": ("600519.SH", "stock"),
+    "000001.XSHE": ("000001.SZ", "stock"),
+    "SHSE.600519": ("600519.SH", "stock"),
+    "SZSE.000001": ("000001.SZ", "stock"),
+    "600519.SSE": ("600519.SH", "stock"),
+    "300750.SZSE": ("300750.SZ", "stock"),
+    "00700.SEHK": ("00700.HK", "stock"),
+    # eastmoney
+    "1.600519": ("600519.SH", "stock"),
+    "0.300750": ("300750.SZ", "stock"),
+    "1.000001": ("000001.SH", "stock"),
+    "0.000001": ("000001.SZ", "stock"),
+    "0.399001": ("399001.SZ", "stock"),
+    "105.AAPL": ("AAPL.US", "stock"),
+    "106.BRK_B": ("BRK.B.US", "stock"),
+    "107.SPY": ("SPY.US", "stock"),
+    "116.00700": ("00700.HK", "stock"),
+    # reuters, wind
+    "AAPL.O": ("AAPL.US", "stock"),
+    "AAPL.OQ": ("AAPL.US", "stock"),
+    "AAPL.N": ("AAPL.US", "stock"),
+    "TW.O": ("TW.US", "stock"),
+    "IN.N": ("IN.US", "stock"),
+    # tradingview, google
+    "NASDAQ:AAPL": ("AAPL.US", "stock"),
+    "NYSE:BRK.B": ("BRK.B.US", "stock"),
+    "SSE:600519": ("600519.SH", "stock"),
+    "SSE:000001": ("000001.SH", "stock"),
+    "SZSE:300750": ("300750.SZ", "stock"),
+    "SHA：600519": ("600519.SH", "stock"),
+    "HKEX:700": ("00700.HK", "stock"),
+    "HKG:0700": ("00700.HK", "stock"),
+    "TYO:7203": ("7203.JP", "japan"),
+    "KRX:005930": ("005930.KS", "korea"),
+    "NSE:RELIANCE": ("RELIANCE.IN", "india"),
+    "TWSE:2330": ("2330.TW", "taiwan"),
+    "BINANCE:BTCUSDT": ("BTCUSDT", "crypto"),
+    "BINANCE:BTCUSDT.P": ("BTCUSDT.P", "crypto"),
+    "OANDA:XAUUSD": ("XAUUSD", "common"),
+    "TVC:DXY": ("DXY", "common"),
+    # pairs
+    "BTC/USDT": ("BTCUSDT", "crypto"),
+    "btc-usdt": ("BTCUSDT", "crypto"),
+    "BTC_USDT": ("BTCUSDT", "crypto"),
+    "BTC／USDT": ("BTCUSDT", "crypto"),
+    "BTCUSDT.P": ("BTCUSDT.P", "crypto"),
+    "BTC/USDT:USDT": ("BTCUSDT.P", "crypto"),
+    "BTC_USDT.P": ("BTCUSDT.P", "crypto"),
+    "USD/CNY": ("USDCNY", "common"),
+    "usd-cny": ("USDCNY", "common"),
+    "XAU/USD": ("XAUUSD", "common"),
+    "XPB/USD": ("XPBUSD", "common"),
+    # what `common` lists
+    "CL": ("CL", "common"),
+    "XPBUSD": ("XPBUSD", "common"),
+    "XCUUSD_S": ("XCUUSD_S", "common"),
+    "ZINCSPOT": ("ZINCSPOT", "common"),
+    "US500": ("US500", "common"),
+    "hk50": ("HK50", "common"),
+    "NI225": ("NI225", "common"),
+    "DXY": ("DXY", "common"),
+    "common:TOPIX.JP": ("TOPIX.JP", "common"),
+    "crypto:BTCUSDT.P": ("BTCUSDT.P", "crypto"),
+    "japan:7203": ("7203.JP", "japan"),
+    "stock:600519": ("600519.SH", "stock"),
+    # shares whose code is what stands for an exchange elsewhere
+    "T.US": ("T.US", "stock"),
+    "O.US": ("O.US", "stock"),
+    "SH.US": ("SH.US", "stock"),
+    "HK.US": ("HK.US", "stock"),
+    "NS.US": ("NS.US", "stock"),
+}
+
+
+@pytest.mark.parametrize(("typed", "meant"), NOTATIONS.items())
+def test_a_notation_of_another_program_is_read_as_it_means(typed: str, meant: tuple[str, str]) -> None:
+    """And never as another company's."""
+    assert parse_code(typed) == Instrument(*meant)
+
+
+def test_an_unclear_code_says_what_it_may_be() -> None:
+    """For who has a list of what exists; what is only wrong is not unclear."""
+    for typed, text, candidates in (
+        ("aapl", "AAPL", ["AAPL.US"]),
+        ("ES", "ES", ["ES", "ES.US"]),
+        ("005930", "005930", ["005930.KS"]),
+        ("茅台", "茅台", []),
+        ("币安人生usdt", "币安人生USDT", []),
+        ("600519SH", "600519SH", []),
+    ):
+        with pytest.raises(UnclearCode) as caught:
+            parse_code(typed)
+        assert (caught.value.text, [parse_code(code).code for code in caught.value.guesses]) == (
+            text,
+            candidates,
+        )
+    for wrong in ("A\u202e.US", "600519.HK", "430047", "", "RELIANCE.BO"):
+        with pytest.raises(InstrumentError) as refused:
+            parse_code(wrong)
+        assert not isinstance(refused.value, UnclearCode)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +477,16 @@ def test_every_suffix_has_an_example_that_is_right() -> None:
         assert parse_code(proposed) == Instrument(proposed, market.product)
 
 
-CODE_LIKE = st.text("AaUuSsHhKk0169.:-&/%? \n７．。", max_size=12)
+CODE_LIKE = st.text("AaUuSsHhKk0169.:-&/%?=_^ \n７．。", max_size=12)
+FOREIGN = st.builds(
+    "{}{}{}".format,
+    st.sampled_from(
+        [*stockrt._SUFFIX_OF, *stockrt.EASTMONEY_MARKETS, "BJ", "BINANCE", "BTC", "USD", "gb", "rt_hk"]
+    ),
+    st.sampled_from(".:/-_="),
+    st.sampled_from([*stockrt._SUFFIX_OF, "BO", "P", "USDT", "CNY", "X", "F"])
+    | st.from_regex(r"[0-9A-Z]{1,6}"),
+)
 WITH_ENDING = st.builds("{}{}".format, st.text(max_size=8) | CODE_LIKE | st.integers(), st.sampled_from(
     [*("." + suffix for suffix in MARKETS), ".hk", "USDT", "USD", "CNY", ""]))  # fmt: skip
 WITH_PRODUCT = st.builds("{}:{}".format, st.sampled_from(PRODUCTS), st.text(max_size=8) | CODE_LIKE)
@@ -220,6 +495,7 @@ ANYTHING: st.SearchStrategy[object] = (
     | CODE_LIKE
     | WITH_ENDING
     | WITH_PRODUCT
+    | FOREIGN
     | st.integers()
     | st.floats()
     | st.integers(0, 999_999)
@@ -234,7 +510,7 @@ ANYTHING: st.SearchStrategy[object] = (
 def test_anything_gives_a_harmless_code_or_a_refusal(raw: object) -> None:
     """Joined to a URL, a code is one path segment and stays what it is; nothing else gets through."""
     try:
-        code, product = parse_code(raw)
+        code, product, _ = parse_code(raw)
     except InstrumentError as error:
         assert str(error).isprintable()
         return
@@ -253,9 +529,12 @@ def test_parsing_what_was_parsed_changes_nothing(raw: object) -> None:
         instrument = parse_code(raw)
     except InstrumentError:
         return
-    assert parse_code(f"{instrument.product}:{instrument.code}") == instrument
-    if ":" not in str(raw) and "：" not in str(raw):
-        assert parse_code(instrument.code) == instrument
+    meant = instrument._replace(alternatives=())  # which a whole code has none of
+    assert parse_code(f"{instrument.product}:{instrument.code}") == meant
+    if ":" not in str(raw) and "：" not in str(raw) and "=F" not in str(raw).upper():
+        assert parse_code(instrument.code) == meant
+    for other in instrument.alternatives:
+        assert parse_code(other.code) == other
 
 
 @given(st.integers(1, 99_999), st.integers(0, 5))
@@ -285,7 +564,10 @@ def test_codes_may_be_separated_in_any_usual_way(text: str) -> None:
         ("2330.TW", "Asia/Taipei"),
         ("USDCNY", "America/New_York"),
         ("XAUUSD", "America/New_York"),
+        ("XPBUSD", "Europe/London"),
+        ("ZINCSPOT", "Europe/London"),
         ("BTCUSDT", "UTC"),
+        ("BTCUSDT.P", "UTC"),
     ],
 )
 def test_every_code_has_the_clock_of_its_exchange(code: str, zone: str) -> None:
@@ -296,7 +578,8 @@ def test_every_code_has_the_clock_of_its_exchange(code: str, zone: str) -> None:
 
 def test_a_code_that_does_not_tell_its_market_has_none() -> None:
     """It is stored, but it has no close."""
-    assert market_of("US500") is None
+    for code in ("US500", "XCUUSD", "XCUUSD_S", "CL", "AAPL.XX", "HK"):
+        assert market_of(code) is None
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -345,6 +628,23 @@ def test_whatever_was_given_is_named_in_one_short_printable_line(raw: object) ->
     assert shown
     assert shown.isprintable()
     assert len(shown) <= 40
+
+
+def test_a_plan_knows_what_was_typed_for_a_code_that_became_another() -> None:
+    """A result can name it so; one that only changed its case needs no word."""
+    plan = plan_batches(["SH600519", "aapl.us", "700.HK", "MSFT.US", 300750, "600519"])
+    assert plan.asked_as == {"600519.SH": "SH600519", "00700.HK": "700.HK", "300750.SZ": "300750"}
+    assert plan.total == 5
+
+
+def test_a_plan_knows_what_to_ask_next_where_a_number_does_not_tell() -> None:
+    """Only the likelier exchange is asked at first."""
+    plan = plan_batches(["000905", "000001", "000300"])
+    assert plan.batches == [Batch("stock", "000905.SZ,000001.SZ,000300.SH")]
+    assert plan.alternatives == {
+        "000905.SZ": (Instrument("000905.SH", "stock"),),
+        "000300.SH": (Instrument("000300.SZ", "stock"),),
+    }
 
 
 def test_nothing_gives_no_batch() -> None:
@@ -430,3 +730,18 @@ def test_a_plan_of_100_000_codes_is_small_and_lacks_none() -> None:
     assert plan.total == 100_000
     assert len(plan.batches) == 1000
     assert peak < 5 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("code", "hours"),
+    [
+        ("AAPL.US", 120), ("00700.HK", 144), ("600519.SH", 288), ("000001.SZ", 288), ("7203.JP", 288),
+        ("005930.KS", 288), ("RELIANCE.IN", 288), ("2330.TW", 336), ("USDCNY", 96), ("BTCUSDT", 1),
+    ],
+)  # fmt: skip
+def test_a_trade_is_stale_that_is_older_than_its_market_ever_rests(code: str, hours: int) -> None:
+    """A holiday makes none so."""
+    t = 1_786_751_999_691
+    assert not stockrt.is_stale(code, t, t + hours * 3_600_000)
+    assert stockrt.is_stale(code, t, t + hours * 3_600_000 + 1)
+    assert not stockrt.is_stale("VIX", t, t * 2)  # nobody knows when it is open

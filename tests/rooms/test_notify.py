@@ -28,7 +28,17 @@ from kit.infoway_server import InfowayServer
 from kit.platform_server import PlatformServer
 
 import stockrt
-from stockrt import Failure, FailureKind, LogThrottle, Metrics, MetricsFile, Notifier, Report, Service
+from stockrt import (
+    Failure,
+    FailureKind,
+    KeyStats,
+    LogThrottle,
+    Metrics,
+    MetricsFile,
+    Notifier,
+    Report,
+    Service,
+)
 
 PROGRAM = Path(stockrt.__file__).resolve()
 UNKNOWN = Failure(FailureKind.UNKNOWN_CODE, "unknown to the API")
@@ -462,6 +472,29 @@ def test_metrics_are_in_the_textfile_format() -> None:
     assert 'stockrt_api_latency_seconds_bucket{le="0.5"} 1' in lines
     assert 'stockrt_api_latency_seconds_bucket{le="30"} 1' in lines
     assert 'stockrt_api_latency_seconds_bucket{le="+Inf"} 2' in lines
+
+
+def test_each_key_has_its_metrics(tmp_path: Path) -> None:
+    """By the first characters of its digest, never by the key."""
+    service = Service(settings(tmp_path, INFOWAY_API_KEY="first-key-here,other-key-here"), Notifier())
+    first, other = (stockrt.key_digest(key) for key in ("first-key-here", "other-key-here"))
+    service.keys_used(
+        [KeyStats(first, 7, 93, "resting", 1_800_000_000.0), KeyStats(other, 1, None, "out", 0.0)]
+    )
+    lines = service.metrics.text().splitlines()
+    samples = [line for line in lines if "_api_key_" in line and not line.startswith("#")]
+    assert samples == [
+        f'stockrt_api_key_{name}{{key="{digest[:8]}"}} {number}'
+        for name, numbers in (
+            ("requests_today", ("7", "1")),
+            ("requests_left", ("93", "+Inf")),
+            ("state", ("1", "2")),
+            ("end_timestamp_seconds", ("1800000000", "0")),
+        )
+        for digest, number in zip((first, other), numbers, strict=True)
+    ]
+    assert all(SAMPLE.fullmatch(line) for line in samples)
+    assert "key-here" not in service.metrics.text()
 
 
 def test_metrics_file_is_written_seldom_and_only_when_something_changed(tmp_path: Path) -> None:

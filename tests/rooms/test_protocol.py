@@ -598,9 +598,24 @@ def test_a_success_holds_what_both_generations_read() -> None:
             "failed_count": 0,
             "failed_stocks": [],
             "failures": {},
+            "read_as": {},
+            "stale_count": 0,
             "took_ms": 1234,
         },
     }
+
+
+def test_a_result_says_what_a_number_was_read_as_that_does_not_tell() -> None:
+    answer = result_of(Report(total=1, stored=1, read_as={"000905": "000905.SH"}))
+    assert answer["message"] == "1 of 1 codes stored; read as: 000905 -> 000905.SH"
+    assert answer["result"]["read_as"] == {"000905": "000905.SH"}
+
+
+def test_a_result_says_how_many_trades_are_old() -> None:
+    answer = result_of(Report(total=50, stored=50, stale=12, stale_since=1_786_752_000_000))
+    words = "12 of 50 codes: no trade since 2026-08-15T00:00:00.000Z, though the market was open"
+    assert answer["message"] == f"50 of 50 codes stored; {words}"
+    assert answer["result"]["stale_count"] == 12
 
 
 def test_a_partial_success_names_what_failed() -> None:

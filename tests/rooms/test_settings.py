@@ -15,7 +15,7 @@ from conftest import unprivileged
 from hypothesis import strategies as st
 
 import stockrt
-from stockrt import PLANS, SETTINGS, LoadedSettings, Plan, Proxy, Settings, SettingsError
+from stockrt import PLAN_TO_ASK, PLANS, SETTINGS, LoadedSettings, Plan, Proxy, Settings, SettingsError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "stockrt.env.example"
 NAMES = [setting.name for setting in SETTINGS]
@@ -72,7 +72,7 @@ def test_nothing_set_gives_the_defaults_and_needs_no_file() -> None:
     assert settings == Settings(
         api_keys=(),
         api_base_url="https://data.infoway.io",
-        plans=(PLANS["free"],),
+        plans=(PLAN_TO_ASK,),
         mongodb_uri="",
         mongodb_db_name="forecast_platform",
         realtime_name="realtime",
@@ -149,7 +149,7 @@ def test_an_empty_value_counts_as_not_set(write: WriteFile, empty: str) -> None:
     file = write(f"LOG_LEVEL=debug\nINFOWAY_PLAN='{empty}'\nMONGODB_HOST=\nSERVER_PORT=''\n")
     settings = load({"INFOWAY_PLAN": empty, "LOG_LEVEL": empty, "INFOWAY_API_KEY": empty}, file).settings
     assert settings.log_level == "debug"
-    assert settings.plans == (PLANS["free"],)
+    assert settings.plans == (PLAN_TO_ASK,)
     assert (settings.mongodb_uri, settings.server_port, settings.api_keys) == ("", 0, ())
 
 
@@ -373,6 +373,7 @@ GOOD: list[tuple[str, str, object]] = [
     ("INFOWAY_API_BASE_URL", "https://[::1]:8443/", "https://[::1]:8443"),
     ("INFOWAY_API_BASE_URL", "https://proxy.example.com/infoway/", "https://proxy.example.com/infoway"),
     ("INFOWAY_PLAN", "free", (PLANS["free"],)),
+    ("INFOWAY_PLAN", "Auto", (PLAN_TO_ASK,)),
     ("INFOWAY_PLAN", "Basic", (PLANS["basic"],)),
     ("INFOWAY_PLAN", "PREMIUM", (PLANS["premium"],)),
     ("INFOWAY_PLAN", "pro", (PLANS["pro"],)),

@@ -1,0 +1,170 @@
+"""The API's symbol lists as a directory: asked for when something needs it, searched, and what it proposes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kit.clock import FakeClock
+from kit.infoway_server import REFUSALS, InfowayServer
+
+from stockrt import (
+    PLAN_RETRY_S,
+    SYMBOL_TYPES,
+    Directory,
+    InfowayApi,
+    Instrument,
+    InstrumentError,
+    KeyPool,
+    LocalFile,
+    Plan,
+    UnclearCode,
+    open_store_file,
+    parse_code,
+    read_symbols,
+)
+
+NO_LIMIT = Plan("0", 0, 0)
+
+
+class World:
+    """A server with lists, and a directory of them."""
+
+    def __init__(self, folder: Path, server: InfowayServer, file: LocalFile) -> None:
+        self.server = server
+        self.file = file
+        self.clock = FakeClock()
+        self.stop = threading.Event()
+        self.directory = self.another()
+
+    def another(self) -> Directory:
+        """Return the directory of another process."""
+        api = InfowayApi(self.server.url, KeyPool([("test-key", NO_LIMIT)]))
+        return Directory(self.file, api, self.clock)
+
+    def types(self) -> list[str]:
+        """Return the types that were asked for, in order."""
+        return [request.path.rpartition("=")[2] for request in self.server.asked("common/basic/symbols")]
+
+    def find(self, typed: str) -> Instrument | None:
+        """Look up what was typed and is unclear."""
+        with pytest.raises(UnclearCode) as caught:
+            parse_code(typed)
+        return self.directory.find(caught.value, self.stop)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with InfowayServer() as server, open_store_file(tmp_path) as file:
+        yield World(tmp_path, server, file)
+
+
+def test_each_list_is_asked_for_once_a_day_by_all_processes(world: World) -> None:
+    assert world.directory.refresh(SYMBOL_TYPES, world.stop) == ""
+    assert world.types() == list(SYMBOL_TYPES)
+    assert world.directory.refresh(SYMBOL_TYPES, world.stop) == ""
+    assert world.another().refresh(SYMBOL_TYPES, world.stop) == ""
+    assert len(world.types()) == 13
+    world.clock.advance(86_400)
+    assert world.directory.refresh(["FOREX"], world.stop) == ""
+    assert world.types()[13:] == ["FOREX"]
+
+
+def test_a_list_that_cannot_be_had_is_not_asked_for_at_once_again(world: World) -> None:
+    """What was had before stays."""
+    world.directory.refresh(["STOCK_CN"], world.stop)
+    world.clock.advance(86_400)
+    world.server.script = lambda _: REFUSALS["502_html"]
+    assert "502" in world.directory.refresh(SYMBOL_TYPES, world.stop)
+    assert world.types()[1:] == ["STOCK_US"]
+    assert world.directory.search("茅台")
+    world.clock.advance(PLAN_RETRY_S)
+    world.server.script = ()
+    assert world.directory.refresh(SYMBOL_TYPES, world.stop) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("茅台", "600519.SH"), ("貴州", "600519.SH"), ("apple", "AAPL.US"), ("aapl", "AAPL.US"), ("黄金", "XAUUSD"),
+        ("M&M", "M&M.IN"), ("XCUUSD_S", "XCUUSD_S"), ("币安", "币安人生USDT"), ("BTCUSDT", "BTCUSDT"), ("gold", "GC"),
+    ],
+)  # fmt: skip
+def test_instruments_are_found_by_code_and_by_every_name(world: World, text: str, first: str) -> None:
+    world.directory.refresh(SYMBOL_TYPES, world.stop)
+    assert first in [symbol.code for symbol in world.directory.search(text)][:2]
+
+
+@pytest.mark.parametrize("text", ["%", "_", "\\", "'", "%%%", "no such name"])
+def test_what_means_something_to_sql_means_itself(world: World, text: str) -> None:
+    world.directory.refresh(SYMBOL_TYPES, world.stop)
+    for symbol in world.directory.search(text):
+        assert any(text in field for field in symbol[1:])
+
+
+def test_a_name_of_a_future_alone_is_that_future(world: World) -> None:
+    """The lists route it to its product; only those are asked for that can have it."""
+    assert world.find("ES") == Instrument("ES", "common")
+    assert sorted(world.types()) == sorted(
+        ["STOCK_US", "CRYPTO", "FOREX", "FUTURES", "ENERGY", "METAL", "INDICES"]
+    )
+    assert world.find("币安人生usdt") == Instrument("币安人生USDT", "crypto")
+
+
+@pytest.mark.parametrize(
+    ("typed", "proposed"),
+    [
+        ("AAPL", "AAPL.US (苹果)"),
+        ("005930", "005930.KS (三星电子)"),
+        ("茅台", "600519.SH (贵州茅台)"),
+        ("700", "00700.HK (腾讯控股)"),
+    ],
+)
+def test_what_stays_unclear_proposes_what_exists(world: World, typed: str, proposed: str) -> None:
+    with pytest.raises(InstrumentError) as caught:
+        world.find(typed)
+    assert proposed in str(caught.value)
+
+
+def test_two_that_are_called_alike_are_both_proposed(world: World) -> None:
+    world.server.symbols["STOCK_US"].append(
+        {"symbol": "ES.US", "name_cn": "永源能源", "name_hk": "", "name_en": "", "index": False}
+    )
+    with pytest.raises(InstrumentError, match=r"common:ES \(标普500指数期货\) or ES.US \(永源能源\)"):
+        world.find("ES")
+
+
+def test_what_no_list_knows_stays_as_it_was_refused(world: World) -> None:
+    assert world.find("QQQQX") is None
+    assert world.find("火星") is None
+
+
+@pytest.mark.parametrize("data", [None, {}, "x"])
+def test_what_is_no_list_is_none(data: object) -> None:
+    assert read_symbols("FOREX", {"ret": 200, "data": data}) is None
+    assert read_symbols("FOREX", {"ret": 500, "data": []}) is None
+
+
+def test_odd_entries_of_a_list_are_left_out() -> None:
+    odd = [None, 7, {}, {"symbol": 7}, {"symbol": ""}, {"symbol": "A\n"}, {"symbol": "A" * 99}]
+    good = {"symbol": "EURUSD", "name_cn": None, "name_en": "Euro\x1b"}
+    (found,) = read_symbols("FOREX", {"ret": 200, "data": [*odd, good]}) or []
+    assert found.code == "EURUSD" and found.name == "Euro\\x1b"
+
+
+def test_a_wrong_code_is_told_from_one_that_the_plan_lacks(world: World) -> None:
+    """Where the lists cannot be had nothing is told."""
+    explain = world.directory.explain
+    assert explain(Instrument("7203.JP", "japan"), world.stop) == (
+        "the API lists it as 丰田汽车, but has no trade of it, or not for this key's plan"
+    )
+    assert explain(Instrument("9999.JP", "japan"), world.stop) == "unknown to the API: in none of its lists"
+    assert world.types() == ["STOCK_JP"]
+    assert "none of its lists" in explain(Instrument("NOPEUSDT", "stock"), world.stop)
+    assert world.types() == ["STOCK_JP", "CRYPTO"]
+    assert "lists it as 锌现货" in explain(Instrument("ZINCSPOT", "stock"), world.stop)
+    assert sorted(world.types()[2:]) == ["ENERGY", "FOREX", "FUTURES", "INDICES", "METAL"]
+    world.server.script = lambda _: REFUSALS["502_html"]
+    assert explain(Instrument("7203.IN", "india"), world.stop) == ""
