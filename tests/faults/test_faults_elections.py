@@ -41,6 +41,7 @@ def at_once(world: World) -> list[str]:
     return [result.execution_id for result in results if not result.data["result"].get("kept_count")]
 
 
+@pytest.mark.long  # an election in the middle of everything is tried in rooms/test_mongo_real.py
 @pytest.mark.parametrize(
     "closes", [pytest.param(False, marks=pytest.mark.long), True], ids=["trades", "trades and closes"]
 )
@@ -111,6 +112,7 @@ def tell(workers: list[subprocess.Popen[str]]) -> None:
         process.stdin.flush()
 
 
+@pytest.mark.long  # the same
 def test_a_shared_quota_holds_while_the_primary_is_killed(
     replica_set: ReplicaSet, replica_db: tuple[str, str], tmp_path: Path
 ) -> None:

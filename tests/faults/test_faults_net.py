@@ -68,6 +68,7 @@ def _works(world: World) -> None:
     assert until(done, 2 * PATIENCE), world.daemon.log[-3000:]
 
 
+@pytest.mark.long  # waits for name servers that do not answer
 def test_names_that_nobody_resolves_are_said_and_survived(
     make_world: MakeWorld,
     mongo_proxy: MongoProxy,

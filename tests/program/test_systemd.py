@@ -570,6 +570,7 @@ def test_stop_during_a_long_fetch_is_clean(slow_stop: tuple[Instance, str, Futur
     assert instance.count() == 2
 
 
+@pytest.mark.long  # waits for the limits of a request
 def test_endless_answer_ends_by_itself(dripping: tuple[Instance, str, float]) -> None:
     """The request's own limit is 30 s; the watchdog's is 2 s here, and stays quiet."""
     instance, execution_id, began = dripping

@@ -423,6 +423,7 @@ def test_two_instances_racing_end_in_the_same(make: MakeWorld, place: Place, tmp
         assert len(world.closes()) == 2 * len(codes)
 
 
+@pytest.mark.long  # the same with fewer codes is tried above
 def test_five_thousand_codes_are_final_with_fifty_requests(tmp_path: Path, mongo_db: tuple[str, str]) -> None:
     """By a premium key, which is never over its rate, while executions go on."""
     codes = [f"A{number}.US" for number in range(5000)]
