@@ -2209,6 +2209,97 @@ class Response(NamedTuple):
     date: str = ""  # the header of that name
 
 
+# ------------------------------------------------------------------------------------------------------
+# JSON
+# ------------------------------------------------------------------------------------------------------
+
+
+def json_object(body: bytes) -> dict[str, Any] | None:
+    """Return the JSON object that the body is, None if it is none or too deep. Numbers keep their digits as text."""
+    try:
+        parsed = _read_json(body)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) and not is_deep(parsed) else None
+
+
+def not_json_words(body: bytes, whose: str) -> str:
+    """Return what a body is that is no JSON object as `whose` are."""
+    deep = False
+    try:
+        deep = is_deep(_read_json(body))
+    except RecursionError:
+        deep = True
+    except ValueError:
+        pass
+    if deep:
+        return f"{len(body)} bytes of JSON nested deeper than {MAX_DEPTH} levels"
+    return f"{len(body)} bytes that are not {whose} JSON"
+
+
+_NUMBERS_AS_TEXT = json.JSONDecoder(parse_float=str, parse_constant=str)
+
+
+def _read_json(body: bytes) -> Any:
+    try:
+        return _NUMBERS_AS_TEXT.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # a number of thousands of digits, which Python does not read: slower, as its text
+        return json.loads(body, parse_float=str, parse_constant=str, parse_int=_short_number)
+
+
+def _short_number(digits: str) -> int | str:
+    return int(digits) if len(digits) <= 40 else digits
+
+
+def words_of(envelope: Mapping[str, Any]) -> str:
+    """Return what the API says in words; each kind of refusal has its own name for the field."""
+    found = (envelope.get(name) for name in ("msg", "message", "detail", "title"))
+    return one_line(next((text for text in found if isinstance(text, str) and text), ""), 160)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Faults of proxies
+# ------------------------------------------------------------------------------------------------------
+
+# How http.client says that a CONNECT was refused; there is no other sign.
+_TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d+)")
+
+
+def _proxy_headers(proxy: Proxy) -> dict[str, str]:
+    return {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
+
+
+def _fault_of_proxy(proxy: Proxy, error: Exception, fault: Response) -> Response:
+    """Return a fault of connecting as one of the way through a proxy."""
+    refused = _TUNNEL_REFUSED.match(str(error))
+    if refused:
+        return _refused_by_proxy(proxy, int(refused[1]))
+    return fault._replace(fault=f"through the proxy {proxy.shown}: {fault.fault}; see {proxy.setting}")
+
+
+def _is_of_proxy(response: Response) -> bool:
+    """Return whether an answer to a forwarded request is the proxy's own, as far as that can be known."""
+    away = response.status in GATEWAY_STATUSES and json_object(response.body) is None
+    return away or response.status == 407
+
+
+def _refused_by_proxy(proxy: Proxy, status: int) -> Response:
+    what = f"answers HTTP {status}; see {proxy.setting}"
+    if status == 407 and proxy.authorization:
+        what = f"does not take this user and password (HTTP 407); see {proxy.setting}"
+    elif status == 407:
+        form = f"{proxy.setting}={proxy.scheme}://user:password@host:port"
+        what = f"asks for a user and a password (HTTP 407); expected {form}"
+    return Response(fault=f"the proxy {proxy.shown} {what}", hopeless=400 <= status < 500)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The connection
+# ------------------------------------------------------------------------------------------------------
+
+
 class Wire:
     """A second handle of a socket, by which any thread can cut it: a TLS handshake takes the first one away."""
 
@@ -2530,92 +2621,6 @@ def _has_nothing_for_us(sock: socket.socket) -> bool:
     finally:
         sock.settimeout(timeout)
     return False
-
-
-# ------------------------------------------------------------------------------------------------------
-# Faults of proxies
-# ------------------------------------------------------------------------------------------------------
-
-# How http.client says that a CONNECT was refused; there is no other sign.
-_TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d+)")
-
-
-def _proxy_headers(proxy: Proxy) -> dict[str, str]:
-    return {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
-
-
-def _fault_of_proxy(proxy: Proxy, error: Exception, fault: Response) -> Response:
-    """Return a fault of connecting as one of the way through a proxy."""
-    refused = _TUNNEL_REFUSED.match(str(error))
-    if refused:
-        return _refused_by_proxy(proxy, int(refused[1]))
-    return fault._replace(fault=f"through the proxy {proxy.shown}: {fault.fault}; see {proxy.setting}")
-
-
-def _is_of_proxy(response: Response) -> bool:
-    """Return whether an answer to a forwarded request is the proxy's own, as far as that can be known."""
-    away = response.status in GATEWAY_STATUSES and json_object(response.body) is None
-    return away or response.status == 407
-
-
-def _refused_by_proxy(proxy: Proxy, status: int) -> Response:
-    what = f"answers HTTP {status}; see {proxy.setting}"
-    if status == 407 and proxy.authorization:
-        what = f"does not take this user and password (HTTP 407); see {proxy.setting}"
-    elif status == 407:
-        form = f"{proxy.setting}={proxy.scheme}://user:password@host:port"
-        what = f"asks for a user and a password (HTTP 407); expected {form}"
-    return Response(fault=f"the proxy {proxy.shown} {what}", hopeless=400 <= status < 500)
-
-
-# ------------------------------------------------------------------------------------------------------
-# JSON
-# ------------------------------------------------------------------------------------------------------
-
-
-def json_object(body: bytes) -> dict[str, Any] | None:
-    """Return the JSON object that the body is, None if it is none or too deep. Numbers keep their digits as text."""
-    try:
-        parsed = _read_json(body)
-    except (ValueError, RecursionError):
-        return None
-    return parsed if isinstance(parsed, dict) and not is_deep(parsed) else None
-
-
-def not_json_words(body: bytes, whose: str) -> str:
-    """Return what a body is that is no JSON object as `whose` are."""
-    deep = False
-    try:
-        deep = is_deep(_read_json(body))
-    except RecursionError:
-        deep = True
-    except ValueError:
-        pass
-    if deep:
-        return f"{len(body)} bytes of JSON nested deeper than {MAX_DEPTH} levels"
-    return f"{len(body)} bytes that are not {whose} JSON"
-
-
-_NUMBERS_AS_TEXT = json.JSONDecoder(parse_float=str, parse_constant=str)
-
-
-def _read_json(body: bytes) -> Any:
-    try:
-        return _NUMBERS_AS_TEXT.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
-    except json.JSONDecodeError:
-        raise
-    except ValueError:  # a number of thousands of digits, which Python does not read: slower, as its text
-        return json.loads(body, parse_float=str, parse_constant=str, parse_int=_short_number)
-
-
-def _short_number(digits: str) -> int | str:
-    return int(digits) if len(digits) <= 40 else digits
-
-
-def words_of(envelope: Mapping[str, Any]) -> str:
-    """Return what the API says in words; each kind of refusal has its own name for the field."""
-    found = (envelope.get(name) for name in ("msg", "message", "detail", "title"))
-    return one_line(next((text for text in found if isinstance(text, str) and text), ""), 160)
 
 
 # ======================================================================================================
@@ -8643,232 +8648,6 @@ def leaving_from(now: float) -> Leaving:
 
 
 # ------------------------------------------------------------------------------------------------------
-# The thread for the disk
-# ------------------------------------------------------------------------------------------------------
-
-
-class Received(NamedTuple):
-    """To the clerk: the platform has these answers, or nobody waits for them any more."""
-
-    numbers: Sequence[int]
-
-
-class EndExecutor(NamedTuple):
-    """To the clerk: no further command comes."""
-
-
-class NoteStatus(NamedTuple):
-    """To the clerk: what changed of what --status shows."""
-
-    news: DaemonStatus
-
-
-ClerkJob: TypeAlias = list[Command] | Received | NoteStatus | EndExecutor | None
-
-
-class Clerk(threading.Thread):
-    """Does what waits for the disk, in order: keeps commands and receipts in the journal, and the status file.
-
-    What came of it goes to the socket's thread as messages, accepted commands to the executor.
-    """
-
-    def __init__(self, settings: Settings, journal: Journal, executor: Executor, inbox: Inbox) -> None:
-        super().__init__(name="stockrt-clerk", daemon=True)
-        self._settings = settings
-        self._journal = journal
-        self._executor = executor
-        self._inbox = inbox
-        self._jobs: queue.SimpleQueue[ClerkJob] = queue.SimpleQueue()
-        self._held: list[ClerkJob] = []  # taken, and still to be done
-        self._codes_given = self._codes_done = 0  # each counted by one thread alone
-        self._declined: dict[str, tuple[float, str]] = {}  # id -> when (monotonic s), and why
-        self._accepted: deque[str] = deque(maxlen=ANSWERS_KEPT)  # looked at while the journal cannot be asked
-        self._received: set[int] = set()  # not noted in the journal yet
-        self._status: DaemonStatus = {"version": __version__, "pid": os.getpid(), "platform": "not connected"}
-        self._trouble = LogThrottle("journal")
-        self._status_trouble = LogThrottle("status")
-        self._rng = random.Random()
-        self._leaving = threading.Event()
-
-    def do(self, job: ClerkJob) -> None:
-        """Have something done; returns at once."""
-        if isinstance(job, list):
-            self._codes_given += _count_codes(job)
-        self._jobs.put(job)
-
-    def codes_unwritten(self) -> int:
-        """Return how many codes of commands wait in memory for the disk."""
-        return self._codes_given - self._codes_done
-
-    def leave(self) -> None:
-        """End after the jobs that are there, without waiting for a disk that takes nothing."""
-        self._leaving.set()
-        self._jobs.put(None)
-
-    def run(self) -> None:
-        """Work until told to leave."""
-        try:
-            self._take_up_journal()
-            self._note_status(self._status)
-            while self._work(self._take()):
-                pass
-        except Exception as error:
-            self._inbox.put(broken_by(error))
-
-    def _take(self) -> list[ClerkJob]:
-        """Return all that is to be done, once there is something.
-
-        Each write may wait long for a disk, or for a program that holds the file's lock: what came meanwhile is done,
-        or refused, at once.
-        """
-        held, self._held = self._held, []
-        return [*(held or [self._jobs.get()]), *self._take_rest()]
-
-    def _take_rest(self) -> list[ClerkJob]:
-        return [self._jobs.get() for _ in range(self._jobs.qsize())]
-
-    def _work(self, jobs: Sequence[ClerkJob]) -> bool:
-        """Do some jobs; return whether further ones are to be done."""
-        commands: list[Command] = []
-        received: list[int] = []
-        news: DaemonStatus = {}
-        for job in jobs:
-            if isinstance(job, list):
-                commands += job
-            elif isinstance(job, Received):
-                received += job.numbers
-            elif isinstance(job, NoteStatus):
-                news.update(job.news)
-        if commands:
-            self._accept(commands)
-            self._codes_done += _count_codes(commands)
-        if received:
-            self._note_received(received)
-        if news:
-            self._note_status(news)
-        if any(isinstance(job, EndExecutor) for job in jobs):
-            self._executor.end()
-        return None not in jobs
-
-    def _take_up_journal(self) -> None:
-        """Have executed what a crash interrupted, if it is young, and sent what has no receipt."""
-        for delay in backoff(JOURNAL_FIRST_S, JOURNAL_CAP_S, self._rng, growth=1.5):
-            try:
-                self._answer_the_old()
-                unanswered, unreceived = self._journal.unanswered(), self._journal.unreceived()
-                break
-            except StoreError as error:
-                self._trouble.again(str(error))
-                if self._leaving.wait(delay):
-                    return
-        self._trouble.over()
-        for one in unreceived:
-            self._inbox.put(Answered(one.number, one.answer or ""))
-        for open_command in unanswered:
-            self._inbox.put(Ended(-1))
-            self._executor.add(open_command.number)
-
-    def _answer_the_old(self) -> None:
-        """Answer what nobody waits for any more. Raises StoreError where that is to be tried again."""
-        for number, age_s in self._journal.unanswered():
-            if age_s >= EXECUTION_LIFETIME_S:
-                self._answer_as_interrupted(number, age_s)
-
-    def _answer_as_interrupted(self, number: int, age_s: float) -> None:
-        try:
-            context = self._journal.read(number).context
-        except LostCommand as error:
-            log.error("execution %s is not answered: %s", number, error)
-            self._journal.forget(number)
-            return
-        reason = f"interrupted: stockrt was stopped before this was done, {age_s:.0f} s ago"
-        log.warning("execution %s: %s", execution_name(context), reason)
-        self._journal.answer(number, empty_result(context, self._settings.module_name, reason))
-
-    def _accept(self, commands: Sequence[Command]) -> None:
-        """Put commands into the journal, all or none, and have them executed; answer again what was answered."""
-        commands = self._without_declined(commands)
-        fresh, told = list(commands), list[Message]()
-        try:
-            fresh, told = self._sort(commands)
-            numbers = self._journal.accept(fresh) if fresh else []
-        except StoreError as error:
-            numbers = []
-            for command in (*fresh, *self._hold_all_but_commands()):
-                if command.execution_id in self._accepted:  # it has an answer, or gets one
-                    self._inbox.put(Ended())
-                else:
-                    self._decline(command, f"refused: {error}")
-        else:
-            self._accepted.extend(command.execution_id for command in fresh if command.execution_id)
-        for message in told:
-            self._inbox.put(message)
-        for number in numbers:
-            self._executor.add(number)
-
-    def _decline(self, command: Command, reason: str) -> None:
-        if command.execution_id:
-            self._declined[command.execution_id] = (time.monotonic(), reason)
-        self._inbox.put(Declined(command, reason))
-
-    def _without_declined(self, commands: Sequence[Command]) -> list[Command]:
-        """Decline anew what was declined just now: it came again before its refusal was known."""
-        since = time.monotonic() - EXECUTION_LIFETIME_S
-        self._declined = {name: one for name, one in self._declined.items() if one[0] >= since}
-        for command in commands:
-            if command.execution_id in self._declined:
-                self._inbox.put(Declined(command, self._declined[command.execution_id][1]))
-        return [command for command in commands if command.execution_id not in self._declined]
-
-    def _hold_all_but_commands(self) -> list[Command]:
-        """Return the commands that came while the journal took nothing: the same one among them has one answer."""
-        rest = self._take_rest()
-        self._held = [job for job in rest if not isinstance(job, list)]
-        commands = [command for job in rest if isinstance(job, list) for command in job]
-        self._codes_done += _count_codes(commands)
-        return commands
-
-    def _sort(self, commands: Sequence[Command]) -> tuple[list[Command], list[Message]]:
-        """Return the commands that were not accepted before, and what follows from the others."""
-        fresh: dict[str, Command] = {}
-        told: list[Message] = []
-        for place, command in enumerate(commands):
-            known = self._journal.find(command.execution_id) if command.execution_id else None
-            if known is None and command.execution_id not in fresh:
-                fresh[command.execution_id or f"\0{place}"] = command
-            elif known is not None and known.answer is not None:
-                told.append(Answered(known.number, known.answer, commands=1, again=True))
-            else:  # it is executed now, or came twice in one breath: one answer
-                told.append(Ended())
-        return list(fresh.values()), told
-
-    def _note_received(self, numbers: Iterable[int]) -> None:
-        """Note receipts; those that the disk does not take now go with the next ones."""
-        self._received.update(numbers)
-        try:
-            self._journal.received(sorted(self._received))
-        except StoreError as error:
-            self._trouble.again(str(error))
-        else:
-            self._received.clear()
-            self._trouble.over()
-
-    def _note_status(self, news: DaemonStatus) -> None:
-        """Write what --status shows; that it cannot be written is no reason to stop working."""
-        self._status.update(news)
-        try:
-            write_whole(self._settings.state_directory / STATUS_NAME, json.dumps(self._status))
-        except StoreError as error:
-            self._status_trouble.again(str(error))
-        else:
-            self._status_trouble.over()
-
-
-def _count_codes(commands: Sequence[Command]) -> int:
-    return sum(len(command.codes) for command in commands)
-
-
-# ------------------------------------------------------------------------------------------------------
 # The thread for the work
 # ------------------------------------------------------------------------------------------------------
 
@@ -9125,6 +8904,232 @@ def execution_line(context: Mapping[str, Any], report: Report) -> str:
     if report.interrupted:
         line += ", interrupted"
     return one_line(line, 600)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The thread for the disk
+# ------------------------------------------------------------------------------------------------------
+
+
+class Received(NamedTuple):
+    """To the clerk: the platform has these answers, or nobody waits for them any more."""
+
+    numbers: Sequence[int]
+
+
+class EndExecutor(NamedTuple):
+    """To the clerk: no further command comes."""
+
+
+class NoteStatus(NamedTuple):
+    """To the clerk: what changed of what --status shows."""
+
+    news: DaemonStatus
+
+
+ClerkJob: TypeAlias = list[Command] | Received | NoteStatus | EndExecutor | None
+
+
+class Clerk(threading.Thread):
+    """Does what waits for the disk, in order: keeps commands and receipts in the journal, and the status file.
+
+    What came of it goes to the socket's thread as messages, accepted commands to the executor.
+    """
+
+    def __init__(self, settings: Settings, journal: Journal, executor: Executor, inbox: Inbox) -> None:
+        super().__init__(name="stockrt-clerk", daemon=True)
+        self._settings = settings
+        self._journal = journal
+        self._executor = executor
+        self._inbox = inbox
+        self._jobs: queue.SimpleQueue[ClerkJob] = queue.SimpleQueue()
+        self._held: list[ClerkJob] = []  # taken, and still to be done
+        self._codes_given = self._codes_done = 0  # each counted by one thread alone
+        self._declined: dict[str, tuple[float, str]] = {}  # id -> when (monotonic s), and why
+        self._accepted: deque[str] = deque(maxlen=ANSWERS_KEPT)  # looked at while the journal cannot be asked
+        self._received: set[int] = set()  # not noted in the journal yet
+        self._status: DaemonStatus = {"version": __version__, "pid": os.getpid(), "platform": "not connected"}
+        self._trouble = LogThrottle("journal")
+        self._status_trouble = LogThrottle("status")
+        self._rng = random.Random()
+        self._leaving = threading.Event()
+
+    def do(self, job: ClerkJob) -> None:
+        """Have something done; returns at once."""
+        if isinstance(job, list):
+            self._codes_given += _count_codes(job)
+        self._jobs.put(job)
+
+    def codes_unwritten(self) -> int:
+        """Return how many codes of commands wait in memory for the disk."""
+        return self._codes_given - self._codes_done
+
+    def leave(self) -> None:
+        """End after the jobs that are there, without waiting for a disk that takes nothing."""
+        self._leaving.set()
+        self._jobs.put(None)
+
+    def run(self) -> None:
+        """Work until told to leave."""
+        try:
+            self._take_up_journal()
+            self._note_status(self._status)
+            while self._work(self._take()):
+                pass
+        except Exception as error:
+            self._inbox.put(broken_by(error))
+
+    def _take(self) -> list[ClerkJob]:
+        """Return all that is to be done, once there is something.
+
+        Each write may wait long for a disk, or for a program that holds the file's lock: what came meanwhile is done,
+        or refused, at once.
+        """
+        held, self._held = self._held, []
+        return [*(held or [self._jobs.get()]), *self._take_rest()]
+
+    def _take_rest(self) -> list[ClerkJob]:
+        return [self._jobs.get() for _ in range(self._jobs.qsize())]
+
+    def _work(self, jobs: Sequence[ClerkJob]) -> bool:
+        """Do some jobs; return whether further ones are to be done."""
+        commands: list[Command] = []
+        received: list[int] = []
+        news: DaemonStatus = {}
+        for job in jobs:
+            if isinstance(job, list):
+                commands += job
+            elif isinstance(job, Received):
+                received += job.numbers
+            elif isinstance(job, NoteStatus):
+                news.update(job.news)
+        if commands:
+            self._accept(commands)
+            self._codes_done += _count_codes(commands)
+        if received:
+            self._note_received(received)
+        if news:
+            self._note_status(news)
+        if any(isinstance(job, EndExecutor) for job in jobs):
+            self._executor.end()
+        return None not in jobs
+
+    def _take_up_journal(self) -> None:
+        """Have executed what a crash interrupted, if it is young, and sent what has no receipt."""
+        for delay in backoff(JOURNAL_FIRST_S, JOURNAL_CAP_S, self._rng, growth=1.5):
+            try:
+                self._answer_the_old()
+                unanswered, unreceived = self._journal.unanswered(), self._journal.unreceived()
+                break
+            except StoreError as error:
+                self._trouble.again(str(error))
+                if self._leaving.wait(delay):
+                    return
+        self._trouble.over()
+        for one in unreceived:
+            self._inbox.put(Answered(one.number, one.answer or ""))
+        for open_command in unanswered:
+            self._inbox.put(Ended(-1))
+            self._executor.add(open_command.number)
+
+    def _answer_the_old(self) -> None:
+        """Answer what nobody waits for any more. Raises StoreError where that is to be tried again."""
+        for number, age_s in self._journal.unanswered():
+            if age_s >= EXECUTION_LIFETIME_S:
+                self._answer_as_interrupted(number, age_s)
+
+    def _answer_as_interrupted(self, number: int, age_s: float) -> None:
+        try:
+            context = self._journal.read(number).context
+        except LostCommand as error:
+            log.error("execution %s is not answered: %s", number, error)
+            self._journal.forget(number)
+            return
+        reason = f"interrupted: stockrt was stopped before this was done, {age_s:.0f} s ago"
+        log.warning("execution %s: %s", execution_name(context), reason)
+        self._journal.answer(number, empty_result(context, self._settings.module_name, reason))
+
+    def _accept(self, commands: Sequence[Command]) -> None:
+        """Put commands into the journal, all or none, and have them executed; answer again what was answered."""
+        commands = self._without_declined(commands)
+        fresh, told = list(commands), list[Message]()
+        try:
+            fresh, told = self._sort(commands)
+            numbers = self._journal.accept(fresh) if fresh else []
+        except StoreError as error:
+            numbers = []
+            for command in (*fresh, *self._hold_all_but_commands()):
+                if command.execution_id in self._accepted:  # it has an answer, or gets one
+                    self._inbox.put(Ended())
+                else:
+                    self._decline(command, f"refused: {error}")
+        else:
+            self._accepted.extend(command.execution_id for command in fresh if command.execution_id)
+        for message in told:
+            self._inbox.put(message)
+        for number in numbers:
+            self._executor.add(number)
+
+    def _decline(self, command: Command, reason: str) -> None:
+        if command.execution_id:
+            self._declined[command.execution_id] = (time.monotonic(), reason)
+        self._inbox.put(Declined(command, reason))
+
+    def _without_declined(self, commands: Sequence[Command]) -> list[Command]:
+        """Decline anew what was declined just now: it came again before its refusal was known."""
+        since = time.monotonic() - EXECUTION_LIFETIME_S
+        self._declined = {name: one for name, one in self._declined.items() if one[0] >= since}
+        for command in commands:
+            if command.execution_id in self._declined:
+                self._inbox.put(Declined(command, self._declined[command.execution_id][1]))
+        return [command for command in commands if command.execution_id not in self._declined]
+
+    def _hold_all_but_commands(self) -> list[Command]:
+        """Return the commands that came while the journal took nothing: the same one among them has one answer."""
+        rest = self._take_rest()
+        self._held = [job for job in rest if not isinstance(job, list)]
+        commands = [command for job in rest if isinstance(job, list) for command in job]
+        self._codes_done += _count_codes(commands)
+        return commands
+
+    def _sort(self, commands: Sequence[Command]) -> tuple[list[Command], list[Message]]:
+        """Return the commands that were not accepted before, and what follows from the others."""
+        fresh: dict[str, Command] = {}
+        told: list[Message] = []
+        for place, command in enumerate(commands):
+            known = self._journal.find(command.execution_id) if command.execution_id else None
+            if known is None and command.execution_id not in fresh:
+                fresh[command.execution_id or f"\0{place}"] = command
+            elif known is not None and known.answer is not None:
+                told.append(Answered(known.number, known.answer, commands=1, again=True))
+            else:  # it is executed now, or came twice in one breath: one answer
+                told.append(Ended())
+        return list(fresh.values()), told
+
+    def _note_received(self, numbers: Iterable[int]) -> None:
+        """Note receipts; those that the disk does not take now go with the next ones."""
+        self._received.update(numbers)
+        try:
+            self._journal.received(sorted(self._received))
+        except StoreError as error:
+            self._trouble.again(str(error))
+        else:
+            self._received.clear()
+            self._trouble.over()
+
+    def _note_status(self, news: DaemonStatus) -> None:
+        """Write what --status shows; that it cannot be written is no reason to stop working."""
+        self._status.update(news)
+        try:
+            write_whole(self._settings.state_directory / STATUS_NAME, json.dumps(self._status))
+        except StoreError as error:
+            self._status_trouble.again(str(error))
+        else:
+            self._status_trouble.over()
+
+
+def _count_codes(commands: Sequence[Command]) -> int:
+    return sum(len(command.codes) for command in commands)
 
 
 # ------------------------------------------------------------------------------------------------------
