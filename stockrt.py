@@ -95,7 +95,6 @@ from typing import (
     Self,
     TypeAlias,
     TypedDict,
-    TypeVar,
     cast,
     get_args,
     get_origin,
@@ -116,7 +115,6 @@ if TYPE_CHECKING:  # what a path does not need is imported where it is needed: i
 __version__ = "1.0.0"
 
 log = logging.getLogger("stockrt")
-_T = TypeVar("_T")
 
 
 # ======================================================================================================
@@ -341,10 +339,6 @@ def _items(one: Any) -> Iterable[Any]:
     return one.values() if isinstance(one, dict) else one
 
 
-def _nothing() -> None:
-    """Stand for a callable that nobody gave."""
-
-
 def iso(moment: datetime) -> str:
     """Return a time in UTC as ISO 8601 with milliseconds."""
     return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
@@ -546,34 +540,6 @@ class LogThrottle:
             gc.collect()
         self._said.clear()
         self._count = 0
-
-
-# What is wanted once a day and could not be had is asked for again after this time.
-DAILY_AGAIN_S = 900.0
-
-
-class OnceADay:
-    """When to ask for what is wanted once a day (UTC): where it could not be had again within the hour."""
-
-    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
-        self._clock = clock
-        self._had_on = ""
-        self._again_at = -math.inf  # monotonic
-
-    def is_due(self) -> bool:
-        """Return whether to ask now."""
-        if self._had_on == utc_day(self._clock.wall()):
-            return False
-        return self._clock.monotonic() >= self._again_at
-
-    def note_had(self) -> None:
-        """Note that it was had: it is due tomorrow."""
-        self._had_on = utc_day(self._clock.wall())
-        self._again_at = -math.inf
-
-    def note_failed(self) -> None:
-        """Note that it could not be had."""
-        self._again_at = self._clock.monotonic() + DAILY_AGAIN_S
 
 
 # ======================================================================================================
