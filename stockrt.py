@@ -74,12 +74,12 @@ import signal
 import threading
 import time
 from bisect import insort
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from enum import Enum, IntEnum
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -325,14 +325,18 @@ def one_line(text: object, limit: int = 300) -> str:
 MAX_DEPTH = 64
 
 
-def is_deep(value: object) -> bool:
-    """Return whether a value from JSON is nested deeper than MAX_DEPTH."""
+def is_deep(value: object, containers: float = math.inf) -> bool:
+    """Return whether a value from JSON is nested deeper than MAX_DEPTH.
+
+    `containers`: no more lists and objects are in it, as its text has no more opening brackets.
+    """
     level: list[Any] = [[value]]
     for _ in range(MAX_DEPTH + 1):
-        level = [inner for one in level for inner in _items(one) if isinstance(inner, (list, dict))]
-        if not level:
+        if not level or containers <= 0:
             return False
-    return True
+        level = [inner for one in level for inner in _items(one) if isinstance(inner, (list, dict))]
+        containers -= len(level)
+    return bool(level)
 
 
 def _items(one: Any) -> Iterable[Any]:
@@ -1362,10 +1366,10 @@ def is_stale(code: str, t: int, now_ms: int) -> bool:
 def market_name(code: str) -> str:
     """Return the suffix of a code, or the product of one that has none, '' where its session is not known."""
     _, dot, suffix = code.rpartition(".")
-    if code in BASE_METALS:
-        return "metals"
     if dot and suffix in MARKETS:
         return suffix
+    if code in BASE_METALS:
+        return "metals"
     return "" if code in SESSIONLESS else _bare_product(code)
 
 
@@ -1880,7 +1884,7 @@ class BatchPlan:
         self.guessed: set[str] = set()
         self.alternatives: dict[str, tuple[Instrument, ...]] = {}
         self.batches: list[Batch] = []
-        self._open: dict[str, list[str]] = {}
+        self._open: defaultdict[str, list[str]] = defaultdict(list)
         self._seen = [","] * (1 + expected // CODES_PER_BUCKET)
 
     def add(self, codes: Iterable[object]) -> None:
@@ -1919,14 +1923,13 @@ class BatchPlan:
             self.asked_as.setdefault(code, typed)
 
     def _take(self, code: str, product: str) -> None:
-        bucket = hash(code) % len(self._seen)
-        if f",{code}," in self._seen[bucket]:
+        seen, entry = self._seen, code + ","
+        bucket = hash(code) % len(seen)
+        if "," + entry in seen[bucket]:
             return
-        self._seen[bucket] += code + ","
+        seen[bucket] += entry
         self.total += 1
-        waiting = self._open.get(product)
-        if waiting is None:
-            waiting = self._open[product] = []
+        waiting = self._open[product]
         waiting.append(code)
         if len(waiting) == MAX_BATCH:
             self._close(product)
@@ -2186,7 +2189,8 @@ def json_object(body: bytes) -> dict[str, Any] | None:
         parsed = _read_json(body)
     except (ValueError, RecursionError):
         return None
-    return parsed if isinstance(parsed, dict) and not is_deep(parsed) else None
+    brackets = body.count(b"[") + body.count(b"{")
+    return parsed if isinstance(parsed, dict) and not is_deep(parsed, brackets) else None
 
 
 def not_json_words(body: bytes, whose: str) -> str:
@@ -4015,7 +4019,7 @@ EARLIEST_TRADE_MS, LATEST_TRADE_MS = 946_684_800_000, 4_102_444_800_000
 # Decimal128 of MongoDB has 34 significant digits; prices have fewer than twenty.
 _DECIMAL = re.compile(r"-?(?=[\d.]{1,34}(?:[eE]|$))(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,2})?", re.ASCII)
 # Decimals as nearly all trades have them, those of a whole batch in one text.
-_PLAIN_DECIMALS = re.compile(r"(?:\d{1,17}(?:\.\d{1,16})?,)+", re.ASCII)
+_PLAIN_DECIMALS = re.compile(r"(?:\d{1,17}+(?:\.\d{1,16}+)?+,)++", re.ASCII)
 
 
 class Action(Enum):
@@ -4133,10 +4137,11 @@ def _row_of_body(ret: object, text: str) -> Refusal | None:
     for row in REFUSALS:
         if type(ret) is int and ret in row.rets:
             return row
-    for row in REFUSALS:
-        if text.casefold().startswith(tuple(map(str.casefold, row.beginnings))):
-            return row
-    return None
+    begins = text.casefold().startswith
+    return next((row for beginnings, row in _BEGINNINGS if begins(beginnings)), None)
+
+
+_BEGINNINGS = [(tuple(map(str.casefold, row.beginnings)), row) for row in REFUSALS if row.beginnings]
 
 
 def _status_of(response: Response, envelope: Mapping[str, Any]) -> int:
@@ -4243,6 +4248,8 @@ def _why_no_trade(trade: Trade, product: str, latest_ms: int) -> str:
 
 
 _FIELDS_OF = itemgetter(*Trade._fields)
+# What Trade(*fields) does when their number is right, without a call of Python's.
+_TRADE_OF = partial(tuple.__new__, Trade)
 
 
 def _plain_trades(records: Sequence[Any], latest_ms: int) -> list[Trade]:
@@ -4251,7 +4258,7 @@ def _plain_trades(records: Sequence[Any], latest_ms: int) -> list[Trade]:
     What `read_trade` makes of each, in half the time: the fields are looked at column by column.
     """
     try:
-        trades = [Trade(*_FIELDS_OF(record)) for record in records]
+        trades: list[Trade] = [*map(_TRADE_OF, map(_FIELDS_OF, records))]
         s, t, p, v, vw, td = zip(*trades, strict=True)
         decimals = (*p, *v, *vw, "")
         text = ",".join(decimals)
@@ -5198,11 +5205,21 @@ def identity(trade: Trade) -> str:
 def to_document(trade: Trade, created: datetime, demo: bool = False) -> Document:
     """Return the document of a trade, its fields as the API sent them.
 
-    `created` is aware UTC, whole milliseconds (a BSON date has no more).
+    `created` is UTC in whole milliseconds (a BSON date has no more): without a zone the driver need not take it off
+    for each document.
     """
     s, t, p, v, vw, td = trade
-    document: Document = {"_id": identity(trade), "s": s, "t": t, "p": p, "v": v, "vw": vw, "td": td}
-    document |= {"stock_code": s, "create_time": created}
+    document: Document = {
+        "_id": identity(trade),
+        "s": s,
+        "t": t,
+        "p": p,
+        "v": v,
+        "vw": vw,
+        "td": td,
+        "stock_code": s,
+        "create_time": created,
+    }
     if demo:
         document["demo"] = True
     return document
@@ -5485,6 +5502,8 @@ class MongoStore:
 
     def _encode(self, documents: Sequence[Document]) -> tuple[list[Document], dict[str, str]]:
         """Return the documents as they will be stored, and those whose numbers do not fit (`_id` -> why)."""
+        if self._convert is str:
+            return list(documents), {}
         encoded, refused = [], {}
         for document in documents:
             try:
@@ -5987,10 +6006,11 @@ class ClosingPrices:
             session = sessions.get(market)
             if session is None or not session.start <= t < session.end:
                 session = sessions[market] = _session_at(market, t)
-            if now >= session.close and t >= session.opens and self._settled.get(code) != document["_id"]:
+            day, _, _, opens, close, _, _ = session
+            if now >= close and t >= opens and self._settled.get(code) != document["_id"]:
                 over.append((document, session))
-            if self._noted.get(code) != session.date and session.close < NEVER:
-                traded[code, session.date] = session
+            if self._noted.get(code) != day and close < NEVER:
+                traded[code, day] = session
         closes = self._closes(over)
         refused: Mapping[str, str] = {}
         if closes:
@@ -7137,7 +7157,7 @@ class Collector:
     def _take(self, outcome: Outcome) -> None:
         if not self._unwritten:
             self._unwritten_since = self._clock.monotonic()
-        created = utc_now()
+        created = utc_now().replace(tzinfo=None)
         self._unwritten += [to_document(trade, created, self._demo) for trade in outcome.trades]
         for code, failure in outcome.failures.items():
             self._fail([code], failure.words, failure.kind)
@@ -7207,21 +7227,21 @@ class Collector:
 
     def _write(self) -> None:
         documents, self._unwritten = self._unwritten, []
-        codes = [document["stock_code"] for document in documents]
-        if self.report.store_error:  # not tried again in this run: each try may take its whole time limit
-            self._fail(codes, f"fetched, not stored: {self.report.store_error}")
-            return
         try:
+            if self.report.store_error:  # not tried again in this run: each try may take its whole time limit
+                raise StoreError(self.report.store_error)
             written = self._store.write(documents)
         except StoreError as error:
             self.report.store_error = str(error)
-            self._fail(codes, f"fetched, not stored: {error}")
+            self._fail([document["stock_code"] for document in documents], f"fetched, not stored: {error}")
             return
         self._done += len(documents) - len(written.refused)
-        for document in documents:
-            if document["_id"] in written.refused:
-                self._fail([document["stock_code"]], written.refused[document["_id"]])
-        taken = [d for d in documents if d["_id"] not in written.refused]
+        taken = documents
+        if written.refused:
+            taken = [document for document in documents if document["_id"] not in written.refused]
+            for document in documents:
+                if document["_id"] in written.refused:
+                    self._fail([document["stock_code"]], written.refused[document["_id"]])
         if self._plan.guessed:
             self._note_read_as(taken)
         self._note_stale(taken)
