@@ -56,12 +56,10 @@ if sys.version_info < (3, 11):  # noqa: UP036  (before anything that an older Py
         f"stockrt needs Python 3.11 or newer; this is {sys.version.split()[0]} ({sys.executable})"
     )
 
-import argparse
 import base64
 import codecs
 import contextlib
 import gc
-import hashlib
 import io
 import json
 import logging
@@ -76,7 +74,6 @@ import time
 from bisect import insort
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from enum import Enum, IntEnum
 from functools import cache, lru_cache, partial
@@ -104,6 +101,7 @@ from typing import (
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_plus, urlencode, urlsplit
 
 if TYPE_CHECKING:  # what a path does not need is imported where it is needed: it costs start time and memory
+    import argparse
     import socket
     import sqlite3
 
@@ -275,17 +273,19 @@ SYSTEM_CLOCK = Clock()
 SHORTEST_SECRET = 4
 
 
+# What html.escape does, without that module's table of two thousand names.
+_HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
+
+
 @lru_cache(maxsize=8)
 def forms_of(secrets: tuple[str, ...]) -> tuple[str, ...]:
     """Return secrets in every form in which a peer may send them back, the longest first."""
-    import html
-
     forms: set[str] = set()
     for secret in secrets:
         quoted = {quote(secret), quote(secret, safe=""), quote_plus(secret)}
         forms |= quoted | {re.sub("%..", lambda found: found[0].lower(), text) for text in quoted}
         forms |= {json.dumps(secret, ensure_ascii=ascii_alone)[1:-1] for ascii_alone in (True, False)}
-        forms |= {secret, repr(secret)[1:-1], html.escape(secret)}
+        forms |= {secret, repr(secret)[1:-1], secret.translate(_HTML)}
     return tuple(sorted((form for form in forms if len(form) >= SHORTEST_SECRET), key=len, reverse=True))
 
 
@@ -341,6 +341,13 @@ def is_deep(value: object, containers: float = math.inf) -> bool:
 
 def _items(one: Any) -> Iterable[Any]:
     return one.values() if isinstance(one, dict) else one
+
+
+def sha256(data: bytes) -> str:
+    """Return the digest of some bytes in hexadecimal digits."""
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
 
 
 def iso(moment: datetime) -> str:
@@ -563,8 +570,7 @@ OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_")
 PROXY_PORTS = {"http": 1080, "https": 443}
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What an API key may ask for; 0 means no limit."""
 
     name: str
@@ -590,19 +596,21 @@ PLANS = {
 }
 # A key whose plan the API is asked for; until it has told, the smallest one's limits hold.
 AUTO = "auto"
-PLAN_TO_ASK = replace(PLANS["free"], name=AUTO)
+PLAN_TO_ASK = PLANS["free"]._replace(name=AUTO)
 
 
-@dataclass(frozen=True, slots=True)
-class Proxy:
+class Proxy(NamedTuple):
     """An HTTP proxy, and the setting that names it; `user` and `password` are as the setting has them."""
 
     setting: str
     scheme: str
     host: str
     port: int
-    user: str = field(default="", repr=False)
-    password: str = field(default="", repr=False)
+    user: str = ""
+    password: str = ""
+
+    def __repr__(self) -> str:
+        return f"Proxy({self.setting}, {self.shown})"
 
     @property
     def shown(self) -> str:
@@ -624,8 +632,7 @@ class Proxy:
         return {self.password, unquote(self.password), self.authorization.removeprefix("Basic ")}
 
 
-@dataclass(frozen=True, slots=True)
-class Proxies:
+class Proxies(NamedTuple):
     """Which way a URL is asked for, as curl decides it: the scheme's own proxy, else the one for all, else straight."""
 
     https: Proxy | None = None
@@ -676,14 +683,13 @@ def _is_exempt(entry: str, host: str, port: int) -> bool:
         return False
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """Everything that can be set, checked. Made by `load_settings`; nothing else reads the environment."""
 
-    api_keys: tuple[str, ...] = field(repr=False)
+    api_keys: tuple[str, ...]
     api_base_url: str
     plans: tuple[Plan, ...]
-    mongodb_uri: str = field(repr=False)
+    mongodb_uri: str
     mongodb_db_name: str
     realtime_name: str
     close_name: str
@@ -704,6 +710,14 @@ class Settings:
     all_proxy: Proxy | None = None
     no_proxy: tuple[str, ...] = ()
     color: bool = True
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{name}={value!r}"
+            for name, value in self._asdict().items()
+            if name not in ("api_keys", "mongodb_uri")
+        ]
+        return f"Settings({', '.join(shown)})"
 
     @property
     def proxies(self) -> Proxies:
@@ -1991,7 +2005,6 @@ class Check(NamedTuple):
 NAMES_LISTED = 100
 
 
-@dataclass
 class Report:
     """What became of a run. Every distinct code is stored, a duplicate, queued or failed, unless it was interrupted.
 
@@ -2008,14 +2021,17 @@ class Report:
     duplicates: int = 0
     queued: int = 0
     queued_because: str = ""
-    failures: dict[str, Failure] = field(default_factory=dict)
-    read_as: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, Failure]
+    read_as: dict[str, str]
     stale: int = 0
     stale_since: int = 0
     store_error: str = ""
     close_error: str = ""
     interrupted: bool = False
     took_s: float = 0.0
+
+    def __init__(self, **known: Any) -> None:
+        vars(self).update({"failures": {}, "read_as": {}} | known)
 
     @property
     def reached(self) -> int:
@@ -2029,7 +2045,7 @@ class Report:
 
     def as_of_now(self) -> Report:
         """Return what it says now, of a run that another thread may go on with."""
-        return replace(self, failures=self.failures.copy(), read_as=self.read_as.copy())
+        return Report(**vars(self) | {"failures": self.failures.copy(), "read_as": self.read_as.copy()})
 
     def queued_words(self) -> str:
         """Return how many trades wait on this machine, and why."""
@@ -3267,7 +3283,7 @@ class SlidingWindow:
 
 def key_digest(secret: str) -> str:
     """Return what stands for a key wherever counts are kept: never the key."""
-    return hashlib.sha256(secret.encode()).hexdigest()[:16]
+    return sha256(secret.encode())[:16]
 
 
 class Lease(NamedTuple):
@@ -5107,7 +5123,7 @@ def _demo_price(code: str) -> float:
         base = code.removesuffix(quoted)
         if base != code and base in DEMO_USD and quoted in DEMO_USD:
             return DEMO_USD[base] / DEMO_USD[quoted]
-    by_chance = 1 + int.from_bytes(hashlib.sha256(code.encode()).digest()[:4], "big") % 40_000 / 100
+    by_chance = 1 + int(sha256(code.encode())[:8], 16) % 40_000 / 100
     return DEMO_PRICES.get(code, by_chance)
 
 
@@ -5133,7 +5149,7 @@ class DemoApi:
 
     def _record(self, code: str) -> dict[str, object]:
         minute = int(self._clock.wall() // 60)
-        step = int.from_bytes(hashlib.sha256(f"{code}|{minute}".encode()).digest()[:4], "big")
+        step = int(sha256(f"{code}|{minute}".encode())[:8], 16)
         price = _demo_price(code) * (1 + (step % 2001 - 1000) / 100_000)
         p = f"{price:.{max(2, 4 - math.floor(math.log10(price)))}f}"
         volume = 1 + step % 500
@@ -7987,7 +8003,7 @@ def write_hash(directory: Path, module_hash: str) -> None:
 
 def program_digest() -> str:
     """Return a digest of this program: a new release registers as a new module."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:32]
+    return sha256(Path(__file__).read_bytes())[:32]
 
 
 def register(settings: Settings) -> str:
@@ -10018,35 +10034,40 @@ exit status: 0 every code stored · 1 any not · 64 usage · 78 settings · 130 
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, but a fault is raised as UsageError and the whole exit is ours."""
+class Options:
+    """What the command line asks for; with nothing of it this is the daemon."""
 
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see --help")
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """argparse's own, as wide as the terminal; it would import shutil at every start to look (0.5 MB, 3 ms)."""
-
-    def __init__(self, prog: str) -> None:
-        width = 80
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # no terminal
-            width = os.get_terminal_size(sys.stdout.fileno()).columns or width
-        super().__init__(prog, width=width - 2)
+    once = check = check_settings = status = drain = rejects = register = False
+    json = demo = retry = force = False
+    backfill: int | None = None
+    symbols: str | None = None
+    codes: Sequence[str] = ()
+    codes_file: str | None = None
+    env_file: Path | None = None
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = _Parser(
+    import argparse
+
+    width = 80  # argparse would import shutil at every start to look how wide the terminal is
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no terminal
+        width = os.get_terminal_size(sys.stdout.fileno()).columns or width
+    parser = argparse.ArgumentParser(
         prog="stockrt",
         description="Collects the latest trades of stocks, currency pairs and crypto into MongoDB.",
         epilog=HELP_EXAMPLES,
-        formatter_class=_HelpFormatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=width - 2),
         allow_abbrev=False,
     )
+    parser.error = _refuse_arguments  # type: ignore[method-assign]
     _add_commands(parser)
     _add_options(parser)
     return parser
+
+
+def _refuse_arguments(message: str) -> NoReturn:
+    raise UsageError(f"{message}; see --help")
 
 
 def _add_commands(parser: argparse.ArgumentParser) -> None:
@@ -10073,9 +10094,7 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--codes", nargs="+", metavar="CODE", default=[], help="codes, separated by blanks or commas"
-    )
+    parser.add_argument("--codes", nargs="+", metavar="CODE", help="codes, separated by blanks or commas")
     parser.add_argument("--codes-file", metavar="FILE", help="codes from a file, '-' for standard input")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document a line in place of the table"
@@ -10095,9 +10114,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> Options:
     """Return the options. Raises UsageError for what does not go together."""
-    options = make_parser().parse_args(argv)
+    options = Options()
+    if argv:  # or the daemon would carry argparse for months (0.6 MB)
+        make_parser().parse_args(argv, options)
     if options.symbols is not None and not options.symbols.strip():
         raise UsageError("--symbols needs a text: a code or a name, or a part of one; see --help")
     if options.json and not (options.once or options.status or options.rejects or options.symbols):
@@ -10118,7 +10139,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def read_codes(options: argparse.Namespace) -> Iterator[str]:
+def read_codes(options: Options) -> Iterator[str]:
     """Yield the codes of the command line, then those of the file, one by one. Raises UsageError."""
     for text in options.codes:
         yield from split_codes(text)
@@ -10392,7 +10413,7 @@ def show(text: str) -> None:
         raise PrintError(f"cannot print: {error.strerror or error}") from None
 
 
-def run_once(options: argparse.Namespace, settings: Settings) -> int:
+def run_once(options: Options, settings: Settings) -> int:
     """Fetch the given codes once and return the exit status."""
     if options.demo and settings.mongodb_uri:
         raise UsageError(
@@ -10693,7 +10714,7 @@ def run_drain(settings: Settings, retry: bool) -> int:
     return EXIT_INTERRUPTED if left and stop.is_set() else EXIT_OK
 
 
-def run_backfill(options: argparse.Namespace, settings: Settings) -> int:
+def run_backfill(options: Options, settings: Settings) -> int:
     """Make closes of the past final, print a row for each code, and return the exit status."""
     codes = list(read_codes(options)) if options.codes or options.codes_file else None
     terminal = Terminal(None, "codes", bar_above=0)
@@ -10701,7 +10722,7 @@ def run_backfill(options: argparse.Namespace, settings: Settings) -> int:
     stop_on_signals(stop)
     done, failed, added = 0, 0, 0
     with Pipeline(settings, terminal) as pipeline:
-        rows = pipeline.backfill(codes, options.backfill, stop)
+        rows = pipeline.backfill(codes, cast(int, options.backfill), stop)
         total = 0
         for row in rows:
             terminal.progress(done, total)
