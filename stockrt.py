@@ -1332,7 +1332,6 @@ CRYPTO_COINS = frozenset("BTC ETH BNB SOL XRP ADA DOGE LTC BCH DOT TRX LINK AVAX
 # The API's codes are far shorter; a longer text is no code, whatever it holds.
 MAX_CODE_LENGTH = 32
 _CODE_ALPHABET = re.compile(r"[A-Z0-9.&^=_-]+")
-_SEPARATORS = re.compile(r"[\s,;，；、]+")  # noqa: RUF001  (Chinese commas are meant)
 
 
 class Instrument(NamedTuple):
@@ -1348,81 +1347,7 @@ class Instrument(NamedTuple):
 
 
 _SUFFIX_PRODUCTS = {suffix: market.product for suffix, market in MARKETS.items()}
-# Most codes come in the API's own form: reading them as a person's typing would give them back as they are.
-_PLAIN_CODE = re.compile(
-    r"[0-9]{6}\.(?:SH|SZ)|(?!00000)[0-9]{5}\.HK|(?!US\.[JKIT])[A-Z0-9]{1,20}\.(?:US|JP|KS|IN|TW)", re.ASCII
-)
-
-
-def split_codes(text: str) -> list[str]:
-    """Return the codes of a text in which commas (Chinese ones too), semicolons or blanks separate them."""
-    return [code for code in _SEPARATORS.split(text) if code]
-
-
-def parse_code(raw: object) -> Instrument:
-    """Return the instrument that a person or the platform meant by `raw` (a text or a whole number).
-
-    `product:CODE` names the product outright, for a code whose form does not tell it (`common:TOPIX.JP`).
-    Raises InstrumentError, which says what to type instead, and of its kinds UnclearCode where a list of what
-    exists could tell; nothing that could change a URL gets through.
-    """
-    text = _code_text(raw)
-    if not text.isascii():
-        import unicodedata
-
-        text = unicodedata.normalize("NFKC", text)
-    text = text.strip().upper()
-    venue, colon, symbol = text.rpartition(":")
-    if not colon:
-        return _read(text)
-    venue, symbol = venue.strip(), symbol.strip()
-    if venue.lower() in PRODUCTS:
-        return _at_product(symbol, venue.lower())
-    return _at_venue(symbol, venue)
-
-
-def market_of(code: str) -> Market | None:
-    """Return the market that `code` is traded at, None when its form does not tell."""
-    name = market_name(code)
-    return MARKETS.get(name) or PRODUCT_MARKETS.get(name)
-
-
-def is_stale(code: str, t: int, now_ms: int) -> bool:
-    """Whether a latest trade at `t` (epoch ms) is old although the code's market was open since."""
-    market = market_of(code)
-    return market is not None and now_ms - t > market.rest_h * 3_600_000
-
-
-def market_name(code: str) -> str:
-    """Return the suffix of a code, or the product of one that has none, '' where its session is not known."""
-    _, dot, suffix = code.rpartition(".")
-    if code in BASE_METALS:
-        return "metals"
-    if dot and suffix in MARKETS:
-        return suffix
-    return "" if code in SESSIONLESS else _bare_product(code)
-
-
-def is_index(code: str) -> bool:
-    """Return whether a code is that of an index, as far as its form tells: its bars may have no volume."""
-    symbol, _, suffix = code.rpartition(".")
-    numbered = (suffix == "SH" and symbol.startswith("000")) or (suffix == "SZ" and symbol.startswith("399"))
-    return numbered or symbol.startswith(".") or (suffix == "HK" and not symbol.isdigit())
-
-
-def _code_text(raw: object) -> str:
-    if isinstance(raw, str):
-        return raw
-    if (
-        isinstance(raw, bool)
-        or not isinstance(raw, int | float)
-        or raw != raw
-        or raw in (float("inf"), float("-inf"))
-    ):
-        raise InstrumentError(f"no code: {one_line(repr(raw), 40)}; expected a text such as AAPL.US")
-    if raw != int(raw):
-        raise InstrumentError(f"no code: {raw!r}; expected a whole number or a text such as 600519.SH")
-    return str(int(raw)) if abs(raw) < 10**MAX_CODE_LENGTH else "9" * (MAX_CODE_LENGTH + 1)
+PRODUCT_SUFFIXES = {product: suffix for suffix, product in _SUFFIX_PRODUCTS.items()}
 
 
 def _safe(code: str) -> str:
@@ -1439,24 +1364,6 @@ def _safe(code: str) -> str:
             "characters that no code has; expected letters, digits and dots such as AAPL.US"
         )
     return code
-
-
-def _at_product(symbol: str, product: str) -> Instrument:
-    """Read what follows `product:`; at `common` and `crypto` and without an exchange it is taken as it is."""
-    code = _safe(symbol)
-    if product in ("common", "crypto"):
-        return Instrument(code, product)
-    if "." not in code and product != "stock":
-        return _at_market(code, PRODUCT_SUFFIXES[product])
-    if "." not in code and not code.isdigit():
-        return Instrument(code, product)
-    instrument = _read(code)
-    if instrument.product != product:
-        raise InstrumentError(f"{instrument.code} is asked at {instrument.product}, not at {product}")
-    return instrument
-
-
-PRODUCT_SUFFIXES = {product: suffix for suffix, product in _SUFFIX_PRODUCTS.items()}
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -1779,6 +1686,99 @@ def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
 
 
 # ------------------------------------------------------------------------------------------------------
+# Codes
+# ------------------------------------------------------------------------------------------------------
+
+_SEPARATORS = re.compile(r"[\s,;，；、]+")  # noqa: RUF001  (Chinese commas are meant)
+
+
+def split_codes(text: str) -> list[str]:
+    """Return the codes of a text in which commas (Chinese ones too), semicolons or blanks separate them."""
+    return [code for code in _SEPARATORS.split(text) if code]
+
+
+def parse_code(raw: object) -> Instrument:
+    """Return the instrument that a person or the platform meant by `raw` (a text or a whole number).
+
+    `product:CODE` names the product outright, for a code whose form does not tell it (`common:TOPIX.JP`).
+    Raises InstrumentError, which says what to type instead, and of its kinds UnclearCode where a list of what
+    exists could tell; nothing that could change a URL gets through.
+    """
+    text = _code_text(raw)
+    if not text.isascii():
+        import unicodedata
+
+        text = unicodedata.normalize("NFKC", text)
+    text = text.strip().upper()
+    venue, colon, symbol = text.rpartition(":")
+    if not colon:
+        return _read(text)
+    venue, symbol = venue.strip(), symbol.strip()
+    if venue.lower() in PRODUCTS:
+        return _at_product(symbol, venue.lower())
+    return _at_venue(symbol, venue)
+
+
+def market_of(code: str) -> Market | None:
+    """Return the market that `code` is traded at, None when its form does not tell."""
+    name = market_name(code)
+    return MARKETS.get(name) or PRODUCT_MARKETS.get(name)
+
+
+def is_stale(code: str, t: int, now_ms: int) -> bool:
+    """Whether a latest trade at `t` (epoch ms) is old although the code's market was open since."""
+    market = market_of(code)
+    return market is not None and now_ms - t > market.rest_h * 3_600_000
+
+
+def market_name(code: str) -> str:
+    """Return the suffix of a code, or the product of one that has none, '' where its session is not known."""
+    _, dot, suffix = code.rpartition(".")
+    if code in BASE_METALS:
+        return "metals"
+    if dot and suffix in MARKETS:
+        return suffix
+    return "" if code in SESSIONLESS else _bare_product(code)
+
+
+def is_index(code: str) -> bool:
+    """Return whether a code is that of an index, as far as its form tells: its bars may have no volume."""
+    symbol, _, suffix = code.rpartition(".")
+    numbered = (suffix == "SH" and symbol.startswith("000")) or (suffix == "SZ" and symbol.startswith("399"))
+    return numbered or symbol.startswith(".") or (suffix == "HK" and not symbol.isdigit())
+
+
+def _code_text(raw: object) -> str:
+    if isinstance(raw, str):
+        return raw
+    if (
+        isinstance(raw, bool)
+        or not isinstance(raw, int | float)
+        or raw != raw
+        or raw in (float("inf"), float("-inf"))
+    ):
+        raise InstrumentError(f"no code: {one_line(repr(raw), 40)}; expected a text such as AAPL.US")
+    if raw != int(raw):
+        raise InstrumentError(f"no code: {raw!r}; expected a whole number or a text such as 600519.SH")
+    return str(int(raw)) if abs(raw) < 10**MAX_CODE_LENGTH else "9" * (MAX_CODE_LENGTH + 1)
+
+
+def _at_product(symbol: str, product: str) -> Instrument:
+    """Read what follows `product:`; at `common` and `crypto` and without an exchange it is taken as it is."""
+    code = _safe(symbol)
+    if product in ("common", "crypto"):
+        return Instrument(code, product)
+    if "." not in code and product != "stock":
+        return _at_market(code, PRODUCT_SUFFIXES[product])
+    if "." not in code and not code.isdigit():
+        return Instrument(code, product)
+    instrument = _read(code)
+    if instrument.product != product:
+        raise InstrumentError(f"{instrument.code} is asked at {instrument.product}, not at {product}")
+    return instrument
+
+
+# ------------------------------------------------------------------------------------------------------
 # Sessions
 # ------------------------------------------------------------------------------------------------------
 
@@ -1867,6 +1867,10 @@ def _session(market: Market, day: date, zone: tzinfo) -> Session:
 # Batches
 # ------------------------------------------------------------------------------------------------------
 
+# Most codes come in the API's own form: reading them as a person's typing would give them back as they are.
+_PLAIN_CODE = re.compile(
+    r"[0-9]{6}\.(?:SH|SZ)|(?!00000)[0-9]{5}\.HK|(?!US\.[JKIT])[A-Z0-9]{1,20}\.(?:US|JP|KS|IN|TW)", re.ASCII
+)
 # The API refuses more with `ret` 505.
 MAX_BATCH = 100
 # The duplicate check keeps codes in buckets of about so many, each one text: a short search for every code.
