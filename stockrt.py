@@ -2647,248 +2647,6 @@ SCHEMA_DAMAGED = re.compile(
 )
 
 
-class LocalFile:
-    """One of our SQLite files: WAL, fsynced at every commit, crash-only. Every method may be called by any thread.
-
-    Whoever has it open holds its lock (`stockrt.db.lock`) shared. A file that is damaged, or of another user, is
-    set aside when it is opened, and rescued under the lock alone (promise 6): a gigabyte takes a minute, during
-    which `events` is told of progress. Damage that shows later is noted beside the file and ends its use here:
-    `events` is told, every call raises StoreError from then on, and the next one to open the file rescues it.
-
-    Raises StoreError when the file cannot be used, is in use although it is damaged, or was written by a newer
-    stockrt. Used with `with`, which closes it.
-    """
-
-    def __init__(self, path: Path, version: int, schema: str, events: Events = NO_EVENTS) -> None:
-
-        make_state_directory(path.parent)
-        self.path = path
-        self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
-        self._version = version
-        self._schema = schema
-        self._events = events
-        self._db: sqlite3.Connection | None = None
-        self._fault: StoreError | None = None  # what ended its use
-        lock = _beside(path, ".lock")
-        with disk_trouble(f"the lock {lock} cannot be opened"):
-            self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            with disk_trouble(f"the local file {path} cannot be opened"):
-                keep_owner(lock, path.parent)
-                self._open()
-                self._inode = _inode(path)
-        except BaseException as error:
-            self.close()
-            if isinstance(error, _sqlite_errors()):
-                raise _sqlite_fault(path, error) from error
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @contextlib.contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection in a transaction that is on disk when the block ends; in another one it is a part of it.
-
-        Raises StoreError.
-        """
-        with self._guarded() as db:
-            if db.in_transaction:
-                yield db
-                return
-            with db:
-                db.execute("BEGIN IMMEDIATE")
-                yield db
-        if self._inode != _inode(self.path):
-            # SQLite would go on writing to a file that nobody can find any more.
-            raise self._end_use(StoreError(f"the local file {self.path} was taken away while it was in use"))
-
-    def read_one(self, query: str, *values: object) -> Any:
-        """Return a query's first row, None without one. Raises StoreError."""
-        with self._guarded() as db:
-            return db.execute(query, values).fetchone()
-
-    def read_all(self, query: str, *values: object) -> list[Any]:
-        """Return a query's rows. Raises StoreError."""
-        with self._guarded() as db:
-            return db.execute(query, values).fetchall()
-
-    def shrink(self) -> None:
-        """Give unused space back to the disk, as far as nobody else reads the file now. Raises StoreError."""
-        self.read_all("VACUUM")
-        self.empty_log()
-
-    def empty_log(self) -> None:
-        """Move the write-ahead log into the file, as far as nobody else reads it now. Raises StoreError."""
-        self.read_all("PRAGMA wal_checkpoint(TRUNCATE)")
-
-    def bytes_beside(self) -> int:
-        """Return the size of what SQLite keeps beside the file, in bytes. Raises StoreError."""
-        with disk_trouble(f"the local file {self.path} cannot be looked at"):
-            return sum(_size_of(side) for side in _sides(self.path)[1:])
-
-    def damaged(self, words: str) -> StoreError:
-        """Note damage that shows while the file is in use, and return what to raise."""
-        try:
-            write_whole(self._mark, words + "\n", durable=True)
-        except StoreError as fault:
-            log.error("the next start may not see that %s is damaged: %s", self.path, fault)
-        then = "the next start sets it aside and rescues what can be read"
-        return self._end_use(StoreError(f"the local file {self.path} is damaged: {words}; {then}"))
-
-    def close(self) -> None:
-        """Close the file, and let its lock go."""
-        with self.lock:
-            self._disconnect()
-            self._fault = self._fault or StoreError(f"the local file {self.path} is closed already")
-            if self._locked >= 0:
-                os.close(self._locked)
-            self._locked = -1
-
-    @contextlib.contextmanager
-    def _guarded(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection to one thread, and turn what SQLite raises into StoreError."""
-
-        with self.lock:
-            if self._fault is not None:
-                raise self._fault
-            try:
-                yield cast("sqlite3.Connection", self._db)
-            except _sqlite_errors() as error:
-                if _is_damage(error):
-                    raise self.damaged(one_line(error)) from error
-                raise _sqlite_fault(self.path, error) from error
-
-    def _end_use(self, error: StoreError) -> StoreError:
-        """Let every further call raise an error, tell it, and return it."""
-        with self.lock:
-            self._fault = error
-        self._events.damaged(error)
-        return error
-
-    def _disconnect(self) -> None:
-        if self._db is not None:
-            self._db.close()
-        self._db = None
-
-    def _open(self) -> None:
-        """Lock and open the file; a damaged one is set aside first."""
-        if not self._lock_alone():
-            self._lock_shared()
-        damage = self._connect()
-        if damage:
-            if not self._lock_alone():
-                raise StoreError(
-                    f"the local file {self.path} is damaged ({damage}), and another process has it open: "
-                    "stop that one, and the next start rescues what can be read"
-                )
-            self._set_aside(damage)
-            damage = self._connect()
-        if damage:
-            raise StoreError(f"the local file {self.path} cannot be used: {damage}; see STATE_DIRECTORY")
-        self._lock_shared()
-
-    def _lock_alone(self) -> bool:
-        """Try to be the only one who has the file open, and return whether that is so."""
-        import fcntl
-
-        try:
-            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _lock_shared(self) -> None:
-        """Take the lock together with others, once nobody has it alone."""
-        import fcntl
-
-        while True:
-            try:
-                fcntl.flock(self._locked, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                self._events.progress()
-                time.sleep(RESCUE_POLL_S)
-
-    def _connect(self) -> str:
-        """Connect to the file and return what is wrong with it, '' where nothing is.
-
-        With a torn log it stays connected: to close it would empty the log.
-        """
-
-        if any(side.exists() for side in _sides(self._away)):
-            return "its rescue was interrupted"
-        if self._mark.exists():
-            return one_line(self._mark.read_text(encoding="utf-8", errors="replace"))
-        if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
-            return "its beginning is cut off"  # SQLite would take it for new and drop the log
-        if any(_is_forbidden(side) for side in _sides(self.path)):
-            return "this user may not read and write it"
-        try:
-            self._db = _connect_sqlite(self.path)
-            if _log_is_torn(self._db, self.path):
-                return "its log is damaged, and transactions lie behind the damage"
-            self._bring_up(self._db)
-        except _sqlite_errors() as error:
-            if not _is_damage(error):
-                raise
-            self._disconnect()
-            return one_line(error)
-        return ""
-
-    def _bring_up(self, db: sqlite3.Connection) -> None:
-        """Bring a file up to the version that this stockrt knows. Raises sqlite3.Error, StoreError."""
-        (found,) = db.execute("PRAGMA user_version").fetchone()
-        if found > self._version:
-            raise StoreError(
-                f"{self.path} was written by a newer stockrt (format {found}, this one knows {self._version}); "
-                "use that one, or another STATE_DIRECTORY"
-            )
-        if found < self._version:
-            db.executescript(
-                f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;"
-            )
-
-    @property
-    def _away(self) -> Path:
-        """The name of a file that is being rescued; what has it after a kill is rescued once more."""
-        return _beside(self.path, ".setting-aside")
-
-    @property
-    def _mark(self) -> Path:
-        """The file that says that damage has shown, and in which words."""
-        return _beside(self.path, ".damaged")
-
-    def _set_aside(self, damage: str) -> None:
-        """Put a new file in the place of the old one, with what can be read of it."""
-        done = "it had been rescued already"
-        if not (self.path.exists() and any(side.exists() for side in _sides(self._away))):
-            _move(self.path, self._away)  # its log alone, where a kill came in between
-            done = f"{self._rescue()} rows of it are rescued"
-        aside = _beside(self.path, f".damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z")
-        _move(self._away, aside)
-        sync_directory(self.path.parent)
-        words = "the local file %s cannot be used: %s; it is set aside as %s, %s"
-        log.error(words, self.path, damage, aside.name, done)
-
-    def _rescue(self) -> int:
-        """Make the new file of what can be read of the old one, and return how many rows that is."""
-        fresh = _beside(self.path, ".rescue")
-        for side in _sides(fresh):
-            side.unlink(missing_ok=True)
-        with contextlib.closing(_connect_sqlite(fresh)) as db:
-            self._bring_up(db)
-            rescued = rescue(self._away, db, self._events)
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        self._disconnect()  # not before: the last one to close a damaged log empties it
-        self._mark.unlink(missing_ok=True)
-        fresh.replace(self.path)
-        return rescued
-
-
 def _connect_sqlite(path: Path) -> sqlite3.Connection:
     """Open a file: WAL, and fsynced at every commit. Raises sqlite3.Error."""
     import sqlite3
@@ -3154,6 +2912,253 @@ def _value_at(page: bytes, kind: int, at: int) -> tuple[str | int | None, int]:
     if end > len(page):
         raise ValueError("beyond the page")
     return page[at:end].decode(), end
+
+
+# ------------------------------------------------------------------------------------------------------
+# The file
+# ------------------------------------------------------------------------------------------------------
+
+
+class LocalFile:
+    """One of our SQLite files: WAL, fsynced at every commit, crash-only. Every method may be called by any thread.
+
+    Whoever has it open holds its lock (`stockrt.db.lock`) shared. A file that is damaged, or of another user, is
+    set aside when it is opened, and rescued under the lock alone (promise 6): a gigabyte takes a minute, during
+    which `events` is told of progress. Damage that shows later is noted beside the file and ends its use here:
+    `events` is told, every call raises StoreError from then on, and the next one to open the file rescues it.
+
+    Raises StoreError when the file cannot be used, is in use although it is damaged, or was written by a newer
+    stockrt. Used with `with`, which closes it.
+    """
+
+    def __init__(self, path: Path, version: int, schema: str, events: Events = NO_EVENTS) -> None:
+
+        make_state_directory(path.parent)
+        self.path = path
+        self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
+        self._version = version
+        self._schema = schema
+        self._events = events
+        self._db: sqlite3.Connection | None = None
+        self._fault: StoreError | None = None  # what ended its use
+        lock = _beside(path, ".lock")
+        with disk_trouble(f"the lock {lock} cannot be opened"):
+            self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            with disk_trouble(f"the local file {path} cannot be opened"):
+                keep_owner(lock, path.parent)
+                self._open()
+                self._inode = _inode(path)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, _sqlite_errors()):
+                raise _sqlite_fault(path, error) from error
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection in a transaction that is on disk when the block ends; in another one it is a part of it.
+
+        Raises StoreError.
+        """
+        with self._guarded() as db:
+            if db.in_transaction:
+                yield db
+                return
+            with db:
+                db.execute("BEGIN IMMEDIATE")
+                yield db
+        if self._inode != _inode(self.path):
+            # SQLite would go on writing to a file that nobody can find any more.
+            raise self._end_use(StoreError(f"the local file {self.path} was taken away while it was in use"))
+
+    def read_one(self, query: str, *values: object) -> Any:
+        """Return a query's first row, None without one. Raises StoreError."""
+        with self._guarded() as db:
+            return db.execute(query, values).fetchone()
+
+    def read_all(self, query: str, *values: object) -> list[Any]:
+        """Return a query's rows. Raises StoreError."""
+        with self._guarded() as db:
+            return db.execute(query, values).fetchall()
+
+    def shrink(self) -> None:
+        """Give unused space back to the disk, as far as nobody else reads the file now. Raises StoreError."""
+        self.read_all("VACUUM")
+        self.empty_log()
+
+    def empty_log(self) -> None:
+        """Move the write-ahead log into the file, as far as nobody else reads it now. Raises StoreError."""
+        self.read_all("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def bytes_beside(self) -> int:
+        """Return the size of what SQLite keeps beside the file, in bytes. Raises StoreError."""
+        with disk_trouble(f"the local file {self.path} cannot be looked at"):
+            return sum(_size_of(side) for side in _sides(self.path)[1:])
+
+    def damaged(self, words: str) -> StoreError:
+        """Note damage that shows while the file is in use, and return what to raise."""
+        try:
+            write_whole(self._mark, words + "\n", durable=True)
+        except StoreError as fault:
+            log.error("the next start may not see that %s is damaged: %s", self.path, fault)
+        then = "the next start sets it aside and rescues what can be read"
+        return self._end_use(StoreError(f"the local file {self.path} is damaged: {words}; {then}"))
+
+    def close(self) -> None:
+        """Close the file, and let its lock go."""
+        with self.lock:
+            self._disconnect()
+            self._fault = self._fault or StoreError(f"the local file {self.path} is closed already")
+            if self._locked >= 0:
+                os.close(self._locked)
+            self._locked = -1
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection to one thread, and turn what SQLite raises into StoreError."""
+
+        with self.lock:
+            if self._fault is not None:
+                raise self._fault
+            try:
+                yield cast("sqlite3.Connection", self._db)
+            except _sqlite_errors() as error:
+                if _is_damage(error):
+                    raise self.damaged(one_line(error)) from error
+                raise _sqlite_fault(self.path, error) from error
+
+    def _end_use(self, error: StoreError) -> StoreError:
+        """Let every further call raise an error, tell it, and return it."""
+        with self.lock:
+            self._fault = error
+        self._events.damaged(error)
+        return error
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
+        self._db = None
+
+    def _open(self) -> None:
+        """Lock and open the file; a damaged one is set aside first."""
+        if not self._lock_alone():
+            self._lock_shared()
+        damage = self._connect()
+        if damage:
+            if not self._lock_alone():
+                raise StoreError(
+                    f"the local file {self.path} is damaged ({damage}), and another process has it open: "
+                    "stop that one, and the next start rescues what can be read"
+                )
+            self._set_aside(damage)
+            damage = self._connect()
+        if damage:
+            raise StoreError(f"the local file {self.path} cannot be used: {damage}; see STATE_DIRECTORY")
+        self._lock_shared()
+
+    def _lock_alone(self) -> bool:
+        """Try to be the only one who has the file open, and return whether that is so."""
+        import fcntl
+
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _lock_shared(self) -> None:
+        """Take the lock together with others, once nobody has it alone."""
+        import fcntl
+
+        while True:
+            try:
+                fcntl.flock(self._locked, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                self._events.progress()
+                time.sleep(RESCUE_POLL_S)
+
+    def _connect(self) -> str:
+        """Connect to the file and return what is wrong with it, '' where nothing is.
+
+        With a torn log it stays connected: to close it would empty the log.
+        """
+
+        if any(side.exists() for side in _sides(self._away)):
+            return "its rescue was interrupted"
+        if self._mark.exists():
+            return one_line(self._mark.read_text(encoding="utf-8", errors="replace"))
+        if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
+            return "its beginning is cut off"  # SQLite would take it for new and drop the log
+        if any(_is_forbidden(side) for side in _sides(self.path)):
+            return "this user may not read and write it"
+        try:
+            self._db = _connect_sqlite(self.path)
+            if _log_is_torn(self._db, self.path):
+                return "its log is damaged, and transactions lie behind the damage"
+            self._bring_up(self._db)
+        except _sqlite_errors() as error:
+            if not _is_damage(error):
+                raise
+            self._disconnect()
+            return one_line(error)
+        return ""
+
+    def _bring_up(self, db: sqlite3.Connection) -> None:
+        """Bring a file up to the version that this stockrt knows. Raises sqlite3.Error, StoreError."""
+        (found,) = db.execute("PRAGMA user_version").fetchone()
+        if found > self._version:
+            raise StoreError(
+                f"{self.path} was written by a newer stockrt (format {found}, this one knows {self._version}); "
+                "use that one, or another STATE_DIRECTORY"
+            )
+        if found < self._version:
+            db.executescript(
+                f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;"
+            )
+
+    @property
+    def _away(self) -> Path:
+        """The name of a file that is being rescued; what has it after a kill is rescued once more."""
+        return _beside(self.path, ".setting-aside")
+
+    @property
+    def _mark(self) -> Path:
+        """The file that says that damage has shown, and in which words."""
+        return _beside(self.path, ".damaged")
+
+    def _set_aside(self, damage: str) -> None:
+        """Put a new file in the place of the old one, with what can be read of it."""
+        done = "it had been rescued already"
+        if not (self.path.exists() and any(side.exists() for side in _sides(self._away))):
+            _move(self.path, self._away)  # its log alone, where a kill came in between
+            done = f"{self._rescue()} rows of it are rescued"
+        aside = _beside(self.path, f".damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z")
+        _move(self._away, aside)
+        sync_directory(self.path.parent)
+        words = "the local file %s cannot be used: %s; it is set aside as %s, %s"
+        log.error(words, self.path, damage, aside.name, done)
+
+    def _rescue(self) -> int:
+        """Make the new file of what can be read of the old one, and return how many rows that is."""
+        fresh = _beside(self.path, ".rescue")
+        for side in _sides(fresh):
+            side.unlink(missing_ok=True)
+        with contextlib.closing(_connect_sqlite(fresh)) as db:
+            self._bring_up(db)
+            rescued = rescue(self._away, db, self._events)
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._disconnect()  # not before: the last one to close a damaged log empties it
+        self._mark.unlink(missing_ok=True)
+        fresh.replace(self.path)
+        return rescued
 
 
 # ------------------------------------------------------------------------------------------------------
