@@ -5040,9 +5040,16 @@ class Directory:
         where = " OR ".join(
             f"{column} LIKE ? ESCAPE '\\'" for column in ("code", "name_cn", "name_hk", "name_en")
         )
-        query = f"SELECT type, code, name_cn, name_hk, name_en FROM symbols WHERE {where}"  # noqa: S608
+        query = f"SELECT * FROM symbols WHERE {where}"  # noqa: S608
         found = [Symbol(*row) for row in self._file.read_all(query, *[f"%{escaped}%"] * 4)]
         return sorted(found, key=lambda symbol: (_distance(symbol, wanted), symbol.code, symbol.type))
+
+    def names(self, codes: Collection[str]) -> dict[str, str]:
+        """Return the names of codes as far as their lists are here: nothing is asked for."""
+        found: dict[str, list[str]] = {}
+        for symbol in self._exactly(codes):
+            found.setdefault(symbol.code, []).append(symbol.name)
+        return {code: " / ".join(dict.fromkeys(filter(None, names))) for code, names in found.items()}
 
     def find(self, unclear: UnclearCode, stop: threading.Event) -> Instrument | None:
         """Return what a text means whose form does not tell, None where the lists know nothing of it.
@@ -5090,9 +5097,8 @@ class Directory:
         return [kind for kind in SYMBOL_TYPES if kind in types]
 
     def _exactly(self, codes: Collection[str]) -> list[Symbol]:
-        marks = ", ".join("?" * len(codes))
-        query = f"SELECT type, code, name_cn, name_hk, name_en FROM symbols WHERE code IN ({marks})"  # noqa: S608
-        return [Symbol(*row) for row in self._file.read_all(query, *codes)]
+        query = "SELECT * FROM symbols WHERE code IN (SELECT value FROM json_each(?)) ORDER BY code, type"
+        return [Symbol(*row) for row in self._file.read_all(query, json.dumps([*codes]))]
 
     def _keep(self, kind: str, symbols: Iterable[Symbol], today: str) -> None:
         with self._file.write() as db:
@@ -7407,7 +7413,7 @@ class Pipeline:
             api = InfowayApi(settings.api_base_url, self.keys, proxies, self._events, clock=clock)
             opened.callback(api.close)
             self._plans = KeyPlans(file, api)
-            self._directory = Directory(file, api)
+            self.directory = Directory(file, api)
             self._source: Source = api
             if demo:
                 self._source = DemoApi()
@@ -7452,7 +7458,7 @@ class Pipeline:
         closing, finder = None, None
         if not self._demo:
             self._plans.ask(stop)
-            closing, finder = self._closing, self._directory
+            closing, finder = self._closing, self.directory
         collector = Collector(
             self._source,
             self.store,
@@ -7476,8 +7482,8 @@ class Pipeline:
         if not self._settings.api_keys:
             raise SettingsError([NO_KEY_HINT])
         self._plans.ask(stop)
-        why = self._directory.refresh(SYMBOL_TYPES, stop)
-        return self._directory.search(text), why
+        why = self.directory.refresh(SYMBOL_TYPES, stop)
+        return self.directory.search(text), why
 
     def _tell_keys(self) -> None:
         states = self.keys.describe()
@@ -10020,14 +10026,18 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see --help")
 
 
+def terminal_width(otherwise: int) -> int:
+    """Return the columns of the terminal that stdout is, and where it is none or does not tell another number."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.get_terminal_size(sys.stdout.fileno()).columns or otherwise
+    return otherwise
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """argparse's own, as wide as the terminal; it would import shutil at every start to look (0.5 MB, 3 ms)."""
 
     def __init__(self, prog: str) -> None:
-        width = 80
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # no terminal
-            width = os.get_terminal_size(sys.stdout.fileno()).columns or width
-        super().__init__(prog, width=width - 2)
+        super().__init__(prog, width=terminal_width(otherwise=80) - 2)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -10174,63 +10184,92 @@ COLUMNS = (
     Column("SIDE", 4),
     Column("EXCHANGE TIME", 24),
     Column("AGE", 6, right=True),
+    Column("NAME", 0),
 )
+GAP = "  "
+# Of a line where there is no terminal: no name is cut.
+WIDEST = 1000
 
 
 class Rows:
     """Prints stored trades on `out`: an aligned table in the order asked, or JSON lines.
 
     Beyond ROWS_ALIGNED trades the rows are printed as they come. A reader that went away (`| head`) ends
-    the printing, never the storing.
+    the printing, never the storing. `directory`: where names are looked up; the table has as much of them as fits
+    into `width` columns, and no column for them where there are none.
     """
 
     def __init__(
-        self, out: IO[str], as_json: bool = False, color: bool = False, clock: Clock = SYSTEM_CLOCK
+        self,
+        out: IO[str],
+        as_json: bool = False,
+        color: bool = False,
+        width: int = WIDEST,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._out = out
         self._as_json = as_json
         self._color = color
+        self._width = width
         self._clock = clock
-        self._kept: list[Document] | None = []
+        self._kept: list[Document] = []
+        self._widths: list[int] = []  # of the columns, once they are printed
         self._gone = False
+        self.directory: Directory | None = None
         self.fault = ""  # why rows are missing on `out`, unless its reader just went away
 
     def add(self, documents: Sequence[Document]) -> None:
         """Take documents that were stored."""
         if self._as_json:
             self._print("".join(to_json(document) + "\n" for document in documents))
-        elif self._kept is None:
-            self._table(documents)
-        else:
-            self._kept += documents
-            if len(self._kept) > ROWS_ALIGNED:
-                kept, self._kept = self._kept, None
-                self._header([column.width for column in COLUMNS])
-                self._table(kept)
+            return
+        self._kept += documents
+        if self._widths or len(self._kept) > ROWS_ALIGNED:
+            self._table([column.width for column in COLUMNS])
 
     def finish(self, order: Sequence[str] = ()) -> None:
         """Print what was kept, in the order of the codes in `order`."""
         if self._kept:
             place = {code: -number for number, code in enumerate(reversed(order))}  # the first of duplicates
-            kept = sorted(self._kept, key=lambda d: place.get(d["stock_code"], 1))
-            cells = [row_cells(document, self._clock.wall()) for document in kept]
-            widths = [
-                max(len(column.title), *(len(row[i]) for row in cells)) for i, column in enumerate(COLUMNS)
-            ]
-            self._header(widths)
-            self._print("".join(_aligned(row, widths) for row in cells))
-        self._kept = []
+            self._kept.sort(key=lambda d: place.get(d["stock_code"], 1))
+            self._table()
         self._print("", flush=True)
 
-    def _header(self, widths: Sequence[int]) -> None:
-        line = _aligned([column.title for column in COLUMNS], widths)
-        self._print(f"\033[1m{line[:-1]}\033[0m\n" if self._color else line)
+    def _table(self, fixed: Sequence[int] = ()) -> None:
+        """Print what is kept; what comes first tells the columns, and their widths where those are not `fixed`."""
+        names, now = self._names(), self._clock.wall()
+        rows = [[*row_cells(document, now), names.get(document["stock_code"], "")] for document in self._kept]
+        self._kept = []
+        if not self._widths:
+            titles = [column.title for column in COLUMNS]
+            widths = list(fixed) or [max(map(columns_of, cells)) for cells in zip(titles, *rows, strict=True)]
+            self._widths = self._with_name(widths[:-1], bool(names))
+            line = self._line(titles)
+            self._print(f"\033[1m{line[:-1]}\033[0m\n" if self._color else line)
+        self._print("".join(map(self._line, rows)))
 
-    def _table(self, documents: Sequence[Document]) -> None:
-        widths = [column.width for column in COLUMNS]
-        self._print(
-            "".join(_aligned(row_cells(document, self._clock.wall()), widths) for document in documents)
-        )
+    def _with_name(self, widths: list[int], named: bool) -> list[int]:
+        """Return the widths with that of the names: they have the rest of the line, unless that is too short."""
+        room = self._width - sum(widths) - len(GAP) * len(widths)
+        return [*widths, room] if named and room >= len(COLUMNS[-1].title) else widths
+
+    def _line(self, cells: Sequence[str]) -> str:
+        """Return a line of cells, without the last where there are no names."""
+        *cells, name = cells
+        if len(self._widths) == len(COLUMNS):
+            cells.append(fitting(name, self._widths[-1]))
+        parts = []
+        for cell, width, column in zip(cells, self._widths, COLUMNS, strict=False):
+            blanks = " " * (width - columns_of(cell))
+            parts.append(blanks + cell if column.right else cell + blanks)
+        return GAP.join(parts).rstrip() + "\n"
+
+    def _names(self) -> dict[str, str]:
+        """Return the names of what is kept, as far as they are at hand."""
+        if self.directory is not None:
+            with contextlib.suppress(StoreError):  # no name is worth a row
+                return self.directory.names([document["stock_code"] for document in self._kept])
+        return {}
 
     def _print(self, text: str, flush: bool = False) -> None:
         if self._gone:
@@ -10246,16 +10285,24 @@ class Rows:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # else the exit's flush fails again
 
 
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    parts = [
-        c.rjust(w) if column.right else c.ljust(w)
-        for c, w, column in zip(cells, widths, COLUMNS, strict=True)
-    ]
-    return "  ".join(parts).rstrip() + "\n"
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for each character that is a wide one."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def fitting(text: str, columns: int) -> str:
+    """Return as much of a text as fits into so many columns of a terminal."""
+    while columns_of(text) > columns:
+        text = text[:-1]
+    return text
 
 
 def row_cells(document: Document, now: float) -> list[str]:
-    """Return the cells of a document's row; `now` is epoch seconds."""
+    """Return the cells of a document's row but its name; `now` is epoch seconds."""
     side = SIDES.get(document["td"], str(document["td"]))
     when = exchange_time(document["stock_code"], document["t"])
     age, _ = age_words(now - document["t"] / 1000)
@@ -10393,9 +10440,10 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
         raise UsageError(
             "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out"
         )
-    rows = Rows(sys.stdout, options.json, color=settings.color and sys.stdout.isatty())
+    rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_width(WIDEST))
     terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
+    rows.directory = pipeline.directory
     stop = StopEvent()
     stop_on_signals(stop)
     order: list[str] = []
@@ -10404,7 +10452,9 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
         finished = run.ended()
     finally:
         terminal.close()
-    rows.finish([run.report.read_as.get(code, code) for code in order])
+    if not finished:
+        rows.directory = None  # what hangs may be the file that it is in
+    rows.finish([run.report.read_as.get(code, code.upper()) for code in order])
     if finished:
         pipeline.keys.close()
     status = _close_run(run.report, finished, settings)

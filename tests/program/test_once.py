@@ -616,11 +616,11 @@ def test_nobody_reads(
 
 
 def on_terminal(
-    pyz: Path, env: Mapping[str, str], folder: Path, stream: str, *args: str
+    pyz: Path, env: Mapping[str, str], folder: Path, stream: str, *args: str, columns: int = 80
 ) -> tuple[int, str, str]:
     """Run with `stdout` or `stderr` on a terminal; return the status, what was shown there, and the other."""
     master, slave = pty.openpty()
-    termios.tcsetwinsize(slave, (24, 80))
+    termios.tcsetwinsize(slave, (24, columns))
     with started(pyz, env, *args, cwd=folder, **{stream: slave}) as process:
         os.close(slave)
         shown = b""
@@ -743,6 +743,80 @@ def test_symbols_finds_by_code_and_name(run_pyz: RunPyz) -> None:
         assert none.returncode == 1 and "no such thing" in none.stderr and none.stdout == ""
         assert run_pyz("--symbols", " ", env=api_env(server)).returncode == 64
     check_clean(done.stdout, done.stderr, none.stderr)
+
+
+NAMED = {
+    "600519.SH": "贵州茅台",
+    "AAPL.US": "苹果",
+    "MSFT.US": "",  # in no list
+    "RELIANCE.IN": "Reliance Industries Ltd",
+    "BTCUSDT.P": "比特币永续",
+}
+
+
+def test_the_table_has_names_once_the_lists_are_here(run_pyz: RunPyz) -> None:
+    """For which nothing is asked; they stand last, where what looks at columns by their place does not see them."""
+    with InfowayServer() as server:
+        env = api_env(server)
+        before = run_pyz("--once", "--codes", *NAMED, env=env)
+        assert server.asked("common/basic/symbols") == []
+        assert run_pyz("--symbols", "茅台", env=env).returncode == 0
+        asked = server.request_count
+        done = run_pyz("--once", "--codes", *NAMED, env=env)
+        assert server.request_count - asked == len(server.asked("batch_trade")) / 2 == 3
+        many = [f"{n}.US" for n in range(1_100)]
+        long = run_pyz("--once", "--codes-file", "-", env=env, input="\n".join([*NAMED, *many]))
+    assert cells(before.stdout)[0] == TITLES
+    assert cells(done.stdout)[0] == [*TITLES, "NAME"]
+    begin = done.stdout.index("NAME")
+    assert [line[begin:] for line in done.stdout.splitlines()] == ["NAME", *NAMED.values()]
+    assert cells(long.stdout)[0] == [*TITLES, "NAME"]
+    begin = long.stdout.index("NAME")
+    assert {
+        line[:12].strip(): line[begin:] for line in long.stdout.splitlines()[1:]
+    } == NAMED | dict.fromkeys(many, "")
+
+
+@pytest.mark.parametrize(
+    ("room", "shown"),
+    [
+        (25, ["NAME", *NAMED.values()]),
+        (9, ["NAME", "贵州茅台", "苹果", "", "Reliance", "比特币永"]),
+        (4, ["NAME", "贵州", "苹果", "", "Reli", "比特"]),
+        (3, [""] * 6),
+    ],
+)
+def test_a_name_has_what_a_terminal_has_left(
+    pyz: Path, clean_env: dict[str, str], run_pyz: RunPyz, tmp_path: Path, room: int, shown: list[str]
+) -> None:
+    with InfowayServer() as server:
+        env = api_env(server, NO_COLOR="1")
+        assert run_pyz("--symbols", "茅台", env=env).returncode == 0
+        begin = run_pyz("--once", "--codes", *NAMED, env=env).stdout.index("NAME")
+        args = ("--once", "--codes", *NAMED)
+        _, text, _ = on_terminal(pyz, clean_env | env, tmp_path, "stdout", *args, columns=begin + room)
+    assert [line[begin:].rstrip() for line in text.splitlines()] == shown
+
+
+def test_a_code_of_wide_characters_leaves_the_columns_in_their_places(run_pyz: RunPyz) -> None:
+    with InfowayServer() as server:
+        done = run_pyz("--once", "--codes", "es", "币安人生usdt", "AAPL.US", env=api_env(server))
+    titles, future, wide, narrow = done.stdout.splitlines()
+    assert future.startswith("ES  ") and future.endswith("  标普500指数期货")
+    assert wide.startswith("币安人生USDT  ") and wide.endswith("  币安人生")
+    assert narrow.index(" EDT") - 4 == wide.index(" UTC")
+    assert titles.index("EXCHANGE TIME") == narrow.index("2026") == wide.index("2026") + 4
+
+
+def test_rows_are_printed_without_names_that_cannot_be_read(run_pyz: RunPyz, state: Path) -> None:
+    with InfowayServer() as server:
+        assert run_pyz("--symbols", "茅台", env=api_env(server)).returncode == 0
+        with contextlib.closing(sqlite3.connect(state / "stockrt.db")) as db:
+            db.execute("DROP TABLE symbols")
+        done = run_pyz("--once", "--codes", *NAMED, env=api_env(server))
+    assert (done.returncode, counts(done)) == (0, (5, 5, 0, 0))
+    assert [row[0] for row in cells(done.stdout)] == ["CODE", *NAMED]
+    check_clean(done.stdout, done.stderr)
 
 
 def test_a_code_that_failed_is_named_as_it_was_typed(run_pyz: RunPyz) -> None:
