@@ -715,13 +715,16 @@ def test_a_number_that_does_not_tell_is_asked_at_both_exchanges(run_pyz: RunPyz,
 
 def test_the_lists_tell_what_a_code_is_and_no_plain_code_waits_for_them(run_pyz: RunPyz, state: Path) -> None:
     with InfowayServer() as server:
-        done = run_pyz("--once", "--codes", "AAPL.US", "ES", "茅台", "QQQQX", env=api_env(server))
+        codes = ("AAPL.US", "ES", "茅台", "QQQQX", "aapl", "005930")
+        done = run_pyz("--once", "--codes", *codes, env=api_env(server))
         resources = [request.resource for request in server.requests if "market" not in request.resource]
         again = run_pyz("--once", "--codes", "ES", "MSFT.US", env=api_env(server))
         lists = [request.resource for request in server.requests].count("common/basic/symbols")
     assert resources[0] == "batch_trade" and lists == 13
-    assert counts(done) == (4, 2, 0, 2)
+    assert counts(done) == (6, 2, 0, 4)
     assert {row["s"] for row in rows_of(state)} == {"AAPL.US", "ES", "MSFT.US"}
+    assert "did you mean AAPL.US (苹果)?" in failures_of(done)["aapl"]
+    assert "did you mean 005930.KS (三星电子)?" in failures_of(done)["005930"]
     assert "did you mean 600519.SH (贵州茅台)?" in failures_of(done)["茅台"]
     assert "QQQQX.US" in failures_of(done)["QQQQX"]
     assert again.returncode == 0, again.stderr
@@ -830,6 +833,15 @@ def test_a_code_that_failed_is_named_as_it_was_typed(run_pyz: RunPyz) -> None:
         "700.hk": f"{LISTED.format('腾讯控股')} (700.hk -> 00700.HK)",
         "MSFT.US": NOT_KNOWN,
     }
+
+
+def test_old_trades_are_said(run_pyz: RunPyz, infoway: InfowayServer) -> None:
+    """And stored, as nobody but the exchange knows better."""
+    infoway.trades = {"AAPL.US": {"t": int(time.time() - 30 * 86_400) * 1000}}
+    done = run_pyz("--once", "--codes", "AAPL.US", "USOIL9", env=api_env(infoway))
+    since = stockrt.iso_after(infoway.record("AAPL.US")["t"] / 1000, 0)
+    assert f"1 of 2 codes: no trade since {since}, though the market was open" in done.stderr
+    assert counts(done) == (2, 1, 0, 1)
 
 
 def test_lower_case_in_an_answer_is_the_code_that_was_asked(run_pyz: RunPyz, state: Path) -> None:
@@ -992,8 +1004,10 @@ def test_a_plan_that_is_not_set_is_asked_for_once_a_day(run_pyz: RunPyz, state: 
         env = api_env(server, INFOWAY_PLAN="")
         done = run_pyz("--once", "--json", "--codes-file", "-", env=env, input=codes)
         assert counts(done) == (5_000, 5_000, 0, 0)
-        assert Counter(request.resource for request in server.requests)["batch_trade"] == 50
-        assert [request.resource for request in server.requests].count("package/info") == 1
+        assert Counter(request.resource for request in server.requests) == {
+            "package/info": 1,
+            "batch_trade": 50,
+        }
         assert "its plan ends at" in done.stderr
         first, *_, last = [request.at for request in server.asked("batch_trade")]
         assert last - first < 30  # 50 s by Free's limits
