@@ -1721,7 +1721,11 @@ def parse_code(raw: object) -> Instrument:
 
 def market_of(code: str) -> Market | None:
     """Return the market that `code` is traded at, None when its form does not tell."""
-    name = market_name(code)
+    return market_named(market_name(code))
+
+
+def market_named(name: str) -> Market | None:
+    """Return the market of a name that `market_name` gives, None of ''."""
     return MARKETS.get(name) or PRODUCT_MARKETS.get(name)
 
 
@@ -1751,12 +1755,7 @@ def is_index(code: str) -> bool:
 def _code_text(raw: object) -> str:
     if isinstance(raw, str):
         return raw
-    if (
-        isinstance(raw, bool)
-        or not isinstance(raw, int | float)
-        or raw != raw
-        or raw in (float("inf"), float("-inf"))
-    ):
+    if isinstance(raw, bool) or not isinstance(raw, int | float) or raw - raw != 0:  # not finite
         raise InstrumentError(f"no code: {one_line(repr(raw), 40)}; expected a text such as AAPL.US")
     if raw != int(raw):
         raise InstrumentError(f"no code: {raw!r}; expected a whole number or a text such as 600519.SH")
@@ -1946,14 +1945,13 @@ class BatchPlan:
         """Take one code that is already in the API's form; `typed` is what stood for it."""
         code, product, alternatives = instrument
         self._take(code, product)
-        if alternatives:
-            self.alternatives[code] = alternatives
-            self.asked_as[code] = (
-                typed  # and not what else was typed for it: only this may be the alternatives
-            )
-        if (alternatives or unsure) and typed.upper() != code:
+        if alternatives:  # which only this text may mean, not what else was typed for the code
+            self.alternatives[code], self.asked_as[code] = alternatives, typed
+        if typed.upper() == code:
+            return
+        if alternatives or unsure:
             self.guessed.add(code)
-        if typed and typed.upper() != code:
+        if typed:
             self.asked_as.setdefault(code, typed)
 
     def _take(self, code: str, product: str) -> None:
@@ -4026,8 +4024,6 @@ SYMBOL_TYPES = {
 }
 # Those whose codes have no suffix.
 BARE_TYPES = tuple(name for name, product in SYMBOL_TYPES.items() if product in PRODUCT_MARKETS)
-# A list has up to 15,000 entries, about 2 MB.
-SYMBOLS_LIMITS = API_LIMITS
 # The price list's plan by the name that the API gives it.
 PACKAGE_NAMES = {
     name: plan
@@ -4604,50 +4600,39 @@ class InfowayApi:
 
     def package(self, key: ApiKey, stop: threading.Event) -> PackageInfo | Failure:
         """Ask once what a key's plan is; return that, or why it cannot be had. Raises Interrupted."""
-        try:
-            _, answer = self._ask_once(PACKAGE_PATH, "", PLAN_LIMITS, stop, only=key)
-        except NoKeyError as error:
-            return Failure(FailureKind.KEY, str(error))
-        info, verdict = judge_package(answer)
-        if info is not None:
-            self.keys.trust(key)
-            return info
-        if verdict.action is not Action.KEY_LACKS_PRODUCT:
-            steer(self.keys, key, "", verdict)
-        return verdict.failure
+        envelope, failure = self._ask_once(PACKAGE_PATH, PLAN_LIMITS, stop, key)
+        return read_package(envelope) or failure
 
     def symbols(self, kind: str, stop: threading.Event) -> list[Symbol] | Failure:
-        """Ask once for a list of symbols; return it, or why it cannot be had."""
-        try:
-            key, answer = self._ask_once(f"{SYMBOLS_PATH}?type={kind}", "", SYMBOLS_LIMITS, stop)
-        except (NoKeyError, Interrupted) as error:
-            return Failure(FailureKind.KEY, str(error))
-        found = None if answer.fault else read_symbols(kind, json_object(answer.body) or {})
-        if found is not None:
-            if key is not None:
-                self.keys.trust(key)
-            return found
-        verdict = decide(answer, datetime.now(UTC))
-        if key is not None and verdict.action is not Action.KEY_LACKS_PRODUCT:
-            steer(self.keys, key, "", verdict)
-        return verdict.failure
+        """Ask once for a list of symbols; return it, or why it cannot be had. Raises Interrupted."""
+        envelope, failure = self._ask_once(f"{SYMBOLS_PATH}?type={kind}", API_LIMITS, stop)
+        found = read_symbols(kind, envelope)
+        return failure if found is None else found
 
     def _ask_once(
-        self, path: str, product: str, limits: Limits, stop: threading.Event, only: ApiKey | None = None
-    ) -> tuple[ApiKey | None, Response]:
-        """Ask over a connection of its own, and return the key that was used with the answer; None: there is none.
+        self, path: str, limits: Limits, stop: threading.Event, only: ApiKey | None = None
+    ) -> tuple[Mapping[str, Any], Failure]:
+        """Ask for what is no batch, over a connection of its own; return the answer, and why it is none if it is none.
 
-        As with batches the key is taken when the connection stands. Raises NoKeyError and Interrupted.
+        As with batches the key is taken when the connection stands, and told what follows. Raises Interrupted.
         """
-        connection = HttpConnection(self.base_url, limits, self.proxies)
-        with contextlib.closing(connection):
+        with contextlib.closing(HttpConnection(self.base_url, limits, self.proxies)) as connection:
             with cut_after(limits.whole_s, connection):
                 fault = connection.open()
             if fault is not None:
-                return None, fault
-            key = self.keys.acquire(product, stop, only)
+                return {}, decide(fault, datetime.now(UTC)).failure
+            try:
+                key = self.keys.acquire("", stop, only)
+            except NoKeyError as error:
+                return {}, Failure(FailureKind.KEY, str(error))
             with cut_after(limits.whole_s, connection):
-                return key, connection.open() or connection.get(path, {"apiKey": key.secret})
+                answer = connection.open() or connection.get(path, {"apiKey": key.secret})
+        envelope, verdict = judge(answer)
+        if envelope.get("ret") == 200:
+            self.keys.trust(key)
+        elif verdict.action is not Action.KEY_LACKS_PRODUCT:
+            steer(self.keys, key, "", verdict)
+        return envelope, verdict.failure
 
     def close(self) -> None:
         """End the threads that wait for work."""
@@ -4856,14 +4841,14 @@ def _number_in(data: Mapping[str, Any], name: str) -> float:
 
 def ask_package(base_url: str, key: ApiKey, proxies: Proxies) -> tuple[PackageInfo | None, Verdict]:
     """Ask what a key's plan is; return that, or None and what follows from the answer."""
-    answer = get_once(base_url, PACKAGE_PATH, PLAN_LIMITS, proxies, {"apiKey": key.secret})
-    return judge_package(answer)
+    envelope, verdict = judge(get_once(base_url, PACKAGE_PATH, PLAN_LIMITS, proxies, {"apiKey": key.secret}))
+    return read_package(envelope), verdict
 
 
-def judge_package(answer: Response) -> tuple[PackageInfo | None, Verdict]:
-    """Return the plan that an answer tells, None if none, and what follows from it then."""
-    info = None if answer.fault else read_package(json_object(answer.body) or {})
-    return info, decide(answer, datetime.now(UTC))
+def judge(answer: Response) -> tuple[Mapping[str, Any], Verdict]:
+    """Return what an answer holds that is no batch's, nothing of a faulty one, and what follows if it is no good."""
+    envelope = {} if answer.fault else json_object(answer.body) or {}
+    return envelope, decide(answer, datetime.now(UTC))
 
 
 def _failed(batch: Batch, failure: Failure) -> Outcome:
@@ -5026,7 +5011,10 @@ class Directory:
             if self._clock.monotonic() < self._not_before.get(kind, -math.inf):
                 why = why or "it was asked for a moment ago, in vain"
                 continue
-            found = self._api.symbols(kind, stop)
+            try:
+                found = self._api.symbols(kind, stop)
+            except Interrupted as error:
+                return str(error)
             if isinstance(found, Failure):
                 self._not_before[kind] = self._clock.monotonic() + PLAN_RETRY_S
                 return found.words
@@ -6075,7 +6063,7 @@ class ClosingPrices:
 
 def _session_at(name: str, t: int) -> Session:
     """Return the session of a market, by its name, at `t` (epoch ms)."""
-    market = MARKETS.get(name) or PRODUCT_MARKETS.get(name)
+    market = market_named(name)
     return session_of(market, t) if market else NO_SESSION
 
 
@@ -6618,8 +6606,7 @@ def _json_value(value: object) -> str:
 
 def _session_span(code: str, t: int) -> tuple[int, int]:
     """Return from when to when (epoch ms) the session of a trade goes, of a code without sessions the UTC day."""
-    name = market_name(code)
-    market = MARKETS.get(name) or PRODUCT_MARKETS.get(name)
+    market = market_of(code)
     if market is None:
         return t // DAY_MS * DAY_MS, t // DAY_MS * DAY_MS + DAY_MS
     session = session_of(market, t)
@@ -7171,11 +7158,11 @@ class Collector:
         others = self._plan.alternatives.get(code, ())
         if not others and product != FALLBACK_PRODUCT:
             others = (Instrument(code, FALLBACK_PRODUCT),)
+        asked = self._asked(code)
         if not others:
-            self._unknown.append((unknown, self._asked(code)))
+            self._unknown.append((unknown, asked))
             self._fail([code], UNKNOWN_WORDS, FailureKind.UNKNOWN_CODE)
             return
-        asked = self._asked(code)
         if others[0].code != code:
             self._tried.setdefault(asked, []).append(code)
         self._next_plan.add_instrument(others[0]._replace(alternatives=others[1:]), asked, unsure=True)

@@ -115,6 +115,14 @@ def test_a_list_that_cannot_be_had_is_not_asked_for_at_once_again(world: World) 
     assert world.directory.refresh(SYMBOL_TYPES, world.stop) == ""
 
 
+def test_a_list_that_was_not_had_for_a_stop_is_asked_for_by_the_next(world: World) -> None:
+    world.stop.set()
+    assert world.directory.refresh(["STOCK_CN"], world.stop) == "stopped"
+    world.stop.clear()
+    assert world.directory.refresh(["STOCK_CN"], world.stop) == ""
+    assert world.types() == ["STOCK_CN"]
+
+
 @pytest.mark.parametrize(
     ("text", "first"),
     [
