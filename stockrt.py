@@ -4869,6 +4869,7 @@ class KeyPlans:
         self._not_before: dict[str, float] = {}  # by digest, monotonic: after a question without an answer
         self._told: dict[str, tuple[str, PackageInfo]] = {}  # by digest: the day, and what was said
         self._no_plan_said: set[str] = set()
+        self.recall()
 
     def of(self, key: ApiKey) -> PackageInfo:
         """Return what the API said of a key last, NO_PACKAGE before it said anything."""
@@ -4876,7 +4877,7 @@ class KeyPlans:
         return NO_PACKAGE if kept is None else kept[1]
 
     def recall(self) -> None:
-        """Let the keys go by what was told before."""
+        """Let the keys go by what was told before, to whichever process."""
         for key in self._to_ask:
             info = self.of(key)
             if info is not NO_PACKAGE:
@@ -4908,17 +4909,17 @@ class KeyPlans:
 
     def _kept(self, key: ApiKey) -> tuple[str, PackageInfo] | None:
         """Return the day on which the API told of a key, and what, None if never."""
-        if key.digest not in self._told:
+        told = self._told.get(key.digest)
+        if told is None or told[0] != utc_day(self._clock.wall()):  # another process may have asked today
             query = "SELECT asked_on, name, per_second, ends FROM key_plan WHERE digest = ?"
             try:
                 row = self._file.read_one(query, key.digest)
             except StoreError as error:
                 log.warning("the plan of a key cannot be read: %s", error)
-                return None
-            if row is None:
-                return None
-            self._told[key.digest] = (row[0], PackageInfo(*row[1:]))
-        return self._told[key.digest]
+                row = None
+            if row is not None:
+                told = self._told[key.digest] = (row[0], PackageInfo(*row[1:]))
+        return told
 
     def _keep(self, key: ApiKey, info: PackageInfo) -> None:
         today = utc_day(self._clock.wall())
@@ -7522,6 +7523,7 @@ class Pipeline:
         """
         if not self._settings.api_keys:
             raise SettingsError([NO_KEY_HINT])
+        self._plans.ask(stop)
         return self._backfill.run(self._backfill.codes() if codes is None else codes, sessions, stop)
 
     def start_delivery(self) -> None:
@@ -7557,7 +7559,6 @@ class Pipeline:
 
     def usage(self, told: Sequence[KeyState]) -> list[KeyUsage]:
         """Return of each key its plan, what is used and left today, and the state that a running daemon told."""
-        self._plans.recall()
         states = {state["digest"]: state for state in told}
         return [self._usage(key, states.get(key.digest)) for key in self.keys.keys]
 
