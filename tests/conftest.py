@@ -12,7 +12,7 @@ from typing import NoReturn, Protocol
 
 import hypothesis
 import pytest
-from kit.daemons import EXTENT
+from kit.daemons import EXTENT, number
 from kit.fault_world import ServiceManager, World
 from kit.infoway_server import InfowayServer
 from kit.mongo import (
@@ -36,7 +36,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.pop("PYTHONPYCACHEPREFIX", None)
 
 # A busy machine is slow, not wrong.
-hypothesis.settings.register_profile("stockrt", deadline=None)
+hypothesis.settings.register_profile("stockrt", deadline=None, max_examples=number(100, 1000, quick=40))
 hypothesis.settings.load_profile("stockrt")
 
 
