@@ -722,7 +722,7 @@ def test_retry_after_holds_for_the_whole_key(tmp_path: Path) -> None:
 
     class Told(Events):
         def asked(self, kind: str, seconds: float | None) -> None:
-            if kind == "retry":
+            if kind == "slow_down":
                 told.set()
 
     refused: list[float] = []
