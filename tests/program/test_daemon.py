@@ -643,7 +643,7 @@ def test_a_dead_peer_is_noticed_and_dialled_again(
         if trouble == "frozen":
             platform.freeze()
             try:
-                assert until(lambda: "nothing came for" in caplog.text, 10)
+                assert until(lambda: "nothing came for" in caplog.text)
             finally:
                 platform.thaw()
         else:
@@ -769,7 +769,7 @@ def test_a_command_in_front_of_the_connections_end_is_accepted(infoway: InfowayS
         in_one_breath(ping, EXECUTE, ping, hang_up=True) as port,
         ThreadDaemon(settings_for(port, infoway.url, state)),
     ):
-        assert until(lambda: journalled(state, "answer", "answer IS NOT NULL"), 10)
+        assert until(lambda: journalled(state, "answer", "answer IS NOT NULL"))
     assert journalled(state) == ["e-1"]
 
 

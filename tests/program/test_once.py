@@ -25,6 +25,7 @@ from typing import Any
 import pymongo
 import pytest
 from conftest import RunPyz, controlled
+from kit.daemons import number
 from kit.infoway_server import PLANS, REFUSALS, Answer, InfowayServer, Request, make_record
 from kit.mongo import MongoServer
 from kit.platform_server import PlatformServer
@@ -236,14 +237,15 @@ def test_second_run_without_a_new_trade_stores_nothing(
 
 
 def test_runs_in_a_row_keep_the_plan_together(run_pyz: RunPyz) -> None:
-    """Six on the free plan, as fast as one can type: the API refuses none of their requests."""
+    """On the free plan, as fast as one can type: the API refuses none of their requests."""
+    runs = number(6, 6, quick=3)
     with InfowayServer(keys=frozenset({KEY}), per_second=1, per_minute=60) as server:
-        for _ in range(6):
+        for _ in range(runs):
             done = run_pyz(
                 "--once", "--codes", "TSLA.US", "BTCUSDT", env=api_env(server, INFOWAY_PLAN="free")
             )
             assert done.returncode == 0, done.stderr
-        assert server.request_count >= 12
+        assert server.request_count >= 2 * runs
         assert server.over_limit == 0
 
 

@@ -334,7 +334,7 @@ def test_faults_of_the_settings_have_a_priority_for_the_journal_only(tmp_path: P
         found = os.fstat(stream.fileno())
         environ = {"LANG": "C.UTF-8", "JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino + (not journal)}"}
         command = [*command_of(), "--check-settings"]
-        done = subprocess.run(command, env=environ, stderr=stream, cwd=tmp_path, timeout=30)
+        done = subprocess.run(command, env=environ, stderr=stream, cwd=tmp_path, timeout=60)
     assert done.returncode == 78
     assert log.read_text().startswith("<3>stockrt: SERVER_IP" if journal else "stockrt: SERVER_IP")
 
