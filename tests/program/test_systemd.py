@@ -297,6 +297,32 @@ def test_journal_has_priorities_and_no_times_of_ours(running: Instance) -> None:
     assert not [e for e in mine if "may not be read" in str(e["MESSAGE"])]
 
 
+def test_migrated_before_its_first_start_it_is_the_older_module(box: Box, installed: str) -> None:
+    """What root's --migrate writes is the service's when that starts: no new module, and files of its own user."""
+    name = "stockrt-moved"
+    instance = make_instance(box, name)
+    ask = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1]).read().decode())"
+    query = "name=old&input_data=%5B%5D&output_data=%5B%5D&modelHash=old"
+    url = f"{instance.platform.url}/module/register?{query}"
+    answer = json.loads(box.run("/usr/bin/python3", "-c", ask, url).stdout)
+    module_hash = answer["result"]["hash"]
+    box.write("/srv/older/config/.env", "MODULE_NAME=older\nSERVER_PORT=1\n")
+    box.write("/srv/older/config/module_hash.txt", module_hash)
+    env_file = f"/etc/stockrt/{name}.env"
+    command = ("/opt/stockrt/stockrt.pyz", "--env-file", env_file, "--migrate", "/srv/older")
+    said = box.run("env", f"STATE_DIRECTORY=/var/lib/{name}", "SHIV_ROOT=/tmp/shiv", *command).stdout
+    assert "kept      SERVER_PORT" in said and f"into /var/lib/{name}/module_hash" in said
+    assert (box.root / env_file.lstrip("/")).read_text().endswith("MODULE_NAME=older\n")
+    instance.start()
+    assert instance.platform.connected == [module_hash]
+    assert len(instance.platform.register_calls) == 1
+    owner = box.run(
+        "stat", "-c", "%u", f"/var/lib/private/{name}", f"/var/lib/private/{name}/module_hash"
+    ).stdout
+    assert len(set(owner.split())) == 1 and "0" not in owner.split()
+    instance.ctl("stop")
+
+
 def test_mongodb_and_tls_work_inside(box: Box, installed: str, mongod: Path) -> None:
     """The connection string is a credential; the authority of the test's certificate comes with the unit."""
     drop_in = f"{QUICK}Environment=SSL_CERT_FILE=/etc/stockrt/ca.pem\n"
