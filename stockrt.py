@@ -11271,8 +11271,7 @@ def run_migrate(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         target = options.env_file or (the_services if os.geteuid() == 0 else here)
         old, settings, lines = move_installation(Path(options.migrate), target, environ, options.dry_run)
         show(settings.redact("\n".join(lines)))
-        if not options.dry_run:
-            say(f"settings are in {target}; a service that runs sees them after its restart")
+        say(f"settings: {target}; a service that runs sees changes after its restart")
     else:
         settings = load_settings(environ, options.env_file).settings
     start_logging(settings)

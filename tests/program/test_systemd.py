@@ -323,6 +323,18 @@ def test_migrated_before_its_first_start_it_is_the_older_module(box: Box, instal
     instance.ctl("stop")
 
 
+def test_migrated_by_hand_settings_go_where_its_user_may_write(box: Box, installed: str) -> None:
+    """The service's for root, a file in the folder where it was called for anybody else."""
+    box.write("/srv/older/config/.env", "SERVER_PORT=1\n")
+    program = "/opt/stockrt/stockrt.pyz --migrate /srv/older"
+    roots = box.run("env", "SHIV_ROOT=/tmp/shiv", *program.split(), "--dry-run").stderr
+    assert "settings: /etc/stockrt/stockrt.env;" in roots
+    script = f"mkdir /tmp/person && cd /tmp/person && HOME=$PWD {program} && stat -c %a stockrt.env && cat stockrt.env"
+    said = box.run("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", script)
+    assert "settings: stockrt.env;" in said.stderr
+    assert said.stdout.splitlines()[-3:] == ["600", "# From /srv/older/config/.env:", "SERVER_PORT=1"]
+
+
 def test_mongodb_and_tls_work_inside(box: Box, installed: str, mongod: Path) -> None:
     """The connection string is a credential; the authority of the test's certificate comes with the unit."""
     drop_in = f"{QUICK}Environment=SSL_CERT_FILE=/etc/stockrt/ca.pem\n"
