@@ -10386,7 +10386,8 @@ class Migration:
         trades = done.read - done.no_trade
         line = f"{count_words(done.read, 'document')} of {self.source} read: "
         if self.dry:
-            line += f"{count_words(trades, 'trade')}, doubles included, {done.no_trade} no trade"
+            line += f"{count_words(trades, 'trade')}, doubles included, {done.no_trade} no trade; "
+            line += "nothing was written: --dry-run"
         else:
             known = trades - done.stored - done.refused
             line += f"{count_words(done.stored, 'trade')} added to {self.store.realtime_name}, {known} already there, "
@@ -11263,41 +11264,39 @@ def run_daemon(settings: Settings, environ: Mapping[str, str]) -> int:
 
 
 def run_migrate(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    """Take over what the older client left, say it line by line, and return the exit status."""
-    zone = time_zone(options.time_zone or "UTC")
-    old: dict[str, str] = {}
-    if options.migrate:
-        here, *_, the_services = ENV_FILE_PLACES
-        target = options.env_file or (the_services if os.geteuid() == 0 else here)
-        old, settings, lines = move_installation(Path(options.migrate), target, environ, options.dry_run)
-        show(settings.redact("\n".join(lines)))
-        say(f"settings: {target}; a service that runs sees changes after its restart")
-    else:
-        settings = load_settings(environ, options.env_file).settings
+    """Take settings and hash over from the older client's directory, then its documents if they are asked for."""
+    time_zone(options.time_zone or "UTC")
+    here, *_, the_services = ENV_FILE_PLACES
+    target = options.env_file or (the_services if os.geteuid() == 0 else here)
+    old, settings, lines = move_installation(Path(options.migrate), target, environ, options.dry_run)
     start_logging(settings)
-    status = EXIT_OK
-    if options.documents is not None:
-        need_mongodb(settings, "there are no older documents")
-        source = options.documents or old.get("MONGODB_COLLECTION_NAME") or OLD_COLLECTION
-        with Pipeline.open_mongodb(settings) as store:
-            status = _migrate_documents(
-                Migration(store, settings, source, zone, options.dry_run, options.force)
-            )
+    show(settings.redact("\n".join(lines)))
+    done = "a service that runs sees changes after its restart"
     if options.dry_run:
-        say("nothing was written: --dry-run")
-    return status
+        done = "nothing was written: --dry-run"
+    say(f"settings: {target}; {done}")
+    if options.documents is None:
+        return EXIT_OK
+    return run_documents(options, settings, old.get("MONGODB_COLLECTION_NAME", OLD_COLLECTION))
 
 
-def _migrate_documents(migration: Migration) -> int:
+def run_documents(options: argparse.Namespace, settings: Settings, source: str = OLD_COLLECTION) -> int:
+    """Bring the older client's documents over, say what was done, and return the exit status."""
+    zone = time_zone(options.time_zone)
+    need_mongodb(settings, "there are no older documents")
     terminal = Terminal(None, "documents", bar_above=0)
     stop = StopEvent()
     stop_on_signals(stop)
-    try:
-        finished = migration.run(stop, terminal)
-    finally:
-        terminal.close()
-        if migration.done.read:
-            say(migration.settings.redact(migration.words()))
+    with Pipeline.open_mongodb(settings) as store:
+        migration = Migration(
+            store, settings, options.documents or source, zone, options.dry_run, options.force
+        )
+        try:
+            finished = migration.run(stop, terminal)
+        finally:
+            terminal.close()
+            if migration.done.read:
+                say(settings.redact(migration.words()))
     if not finished:
         say("interrupted: the same command goes on where it stopped")
         return EXIT_INTERRUPTED
@@ -11307,7 +11306,7 @@ def _migrate_documents(migration: Migration) -> int:
 def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run one command line and return its exit status. Raises StockrtError: what the operator must mend."""
     options = parse_arguments(argv)
-    if options.migrate is not None:
+    if options.migrate:
         return run_migrate(options, environ)
     loaded = load_settings(environ, options.env_file)
     start_logging(loaded.settings)
@@ -11317,6 +11316,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return run_once(options, loaded.settings)
     if options.backfill is not None:
         return run_backfill(options, loaded.settings)
+    if options.documents is not None:
+        return run_documents(options, loaded.settings)
     if options.register:
         return run_register(loaded.settings, options.force)
     if options.status:

@@ -23,6 +23,7 @@ from conftest import NOBODY, RunPyz, controlled
 from kit.daemons import PATIENCE, until
 from kit.mongo import UNAUTHORIZED, MongoServer
 from kit.platform_server import PlatformServer
+from rooms.test_fetch import MEASURE
 
 import stockrt
 from program.test_once import on_terminal
@@ -201,7 +202,7 @@ def test_dry_run_says_the_same_and_writes_nothing(run_pyz: RunPyz, old: Old, tmp
     before = {path for path in tmp_path.rglob("*") if "shiv" not in path.parts}
     dry = run_pyz(*old.arguments("--dry-run"))
     assert dry.returncode == 0
-    assert dry.stderr.splitlines()[-1] == "nothing was written: --dry-run"
+    assert dry.stderr == f"settings: {old.target}; nothing was written: --dry-run\n"
     assert {path for path in tmp_path.rglob("*") if "shiv" not in path.parts} == before
     assert run_pyz(*old.arguments()).stdout == dry.stdout
 
@@ -494,7 +495,9 @@ def test_documents_dry_run_counts_and_writes_nothing(run_pyz: RunPyz, place: Pla
     place.db["stock_data"].insert_many([older(0), older(0, again=1), older(1, p=None)])
     done = run_pyz(*MIGRATE, "--dry-run", env=place.env)
     assert done.returncode == 0
-    assert summary(done) == "3 documents of stock_data read: 2 trades, doubles included, 1 no trade"
+    assert summary(done) == (
+        "3 documents of stock_data read: 2 trades, doubles included, 1 no trade; nothing was written: --dry-run"
+    )
     assert place.db.list_collection_names() == ["stock_data"]
     assert not (tmp_path / "state").exists()
 
@@ -660,3 +663,23 @@ def test_a_bar_is_shown_on_a_terminal(
     status, shown, _ = on_terminal(pyz, clean_env | place.env, tmp_path, "stderr", *MIGRATE)
     assert status == 0
     assert re.search(r"\d+%.* \d+/3000 ", shown), shown
+
+
+def peak_mb(pyz: Path, env: dict[str, str], folder: Path) -> float:
+    """Bring everything over and return the most memory that it held."""
+    command = [sys.executable, "-S", "-c", MEASURE, sys.executable, str(pyz), *MIGRATE]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=120)
+    status, kilobytes = done.stdout.split()
+    assert status == "0", done.stderr
+    return int(kilobytes) / 1024
+
+
+def test_memory_does_not_grow_with_what_the_older_documents_hold_or_how_many_they_are(
+    place: Place, pyz: Path, clean_env: dict[str, str], tmp_path: Path
+) -> None:
+    place.db["stock_data"].insert_one(older(0))
+    few = peak_mb(pyz, clean_env | place.env, tmp_path)
+    place.db["stock_data"].insert_many([older(n, note="x" * 1_000_000) for n in range(1, 100)])
+    place.db["stock_data"].insert_many([older(n) for n in range(100, 20_000)])
+    assert peak_mb(pyz, clean_env | place.env, tmp_path) < few + 20  # a page of a thousand is some 5
+    assert place.db["realtime"].count_documents({}) == 20_000
