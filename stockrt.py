@@ -10088,7 +10088,8 @@ def old_settings(directory: Path) -> tuple[dict[str, str], list[str]]:
             f"--migrate {directory}: {path} cannot be read: {why}; expected the older client's directory"
         ) from None
     found = {name: value.strip() for name, value in read_env_file(path).items() if value.strip()}
-    return found, [f"left out  {fault}" for fault in broken_lines(path)]
+    # no more than that is asked of a file that no systemd reads
+    return found, [f"left out  {fault}" for fault in broken_lines(path) if "expected NAME=value" in fault]
 
 
 def plan_settings(

@@ -25,6 +25,8 @@ from kit.mongo import SET_NAME, MongoServer
 from kit.platform_server import PlatformServer
 from kit.systemd_box import Box, BoxError
 
+import stockrt
+
 UNIT = ROOT / "stockrt.service"
 # Most exposure that `systemd-analyze security` may find, in tenths.
 MOST_EXPOSURE = 12
@@ -306,14 +308,16 @@ def test_migrated_before_its_first_start_it_is_the_older_module(box: Box, instal
     url = f"{instance.platform.url}/module/register?{query}"
     answer = json.loads(box.run("/usr/bin/python3", "-c", ask, url).stdout)
     module_hash = answer["result"]["hash"]
-    box.write("/srv/older/config/.env", "MODULE_NAME=older\nSERVER_PORT=1\n")
+    odd = 'it\'s "A" 股\\B #1 $HOME'  # to systemd it must be the same as to us
+    box.write("/srv/older/config/.env", f"MODULE_DESCRIPTION={stockrt.env_line('', odd)[1:]}SERVER_PORT=1\n")
     box.write("/srv/older/config/module_hash.txt", module_hash)
     env_file = f"/etc/stockrt/{name}.env"
     command = ("/opt/stockrt/stockrt.pyz", "--env-file", env_file, "--migrate", "/srv/older")
     said = box.run("env", f"STATE_DIRECTORY=/var/lib/{name}", "SHIV_ROOT=/tmp/shiv", *command).stdout
     assert "kept      SERVER_PORT" in said and f"into /var/lib/{name}/module_hash" in said
-    assert (box.root / env_file.lstrip("/")).read_text().endswith("MODULE_NAME=older\n")
     instance.start()
+    environment = box.run("cat", f"/proc/{instance.show('MainPID')}/environ").stdout
+    assert f"MODULE_DESCRIPTION={odd}" in environment.split("\0")
     assert instance.platform.connected == [module_hash]
     assert len(instance.platform.register_calls) == 1
     owner = box.run(

@@ -23,6 +23,7 @@ from stockrt import (
     UsageError,
     env_line,
     first_stored,
+    old_settings,
     plan_hash,
     plan_settings,
     read_old_trade,
@@ -84,6 +85,19 @@ def test_values_that_cannot_be_taken_are_named_all_at_once_but_not_where_one_is_
     ip, port = raised.value.faults
     assert ip.startswith("SERVER_IP='http://10.0.0.5' (older): expected a host name")
     assert port.startswith("SERVER_PORT='many'") and str(TARGET) in port
+
+
+def test_what_the_older_file_holds_is_read_as_the_older_client_did(tmp_path: Path) -> None:
+    """Quotes, comments, blanks, Windows' line ends; a line that is no setting is named by its number alone."""
+    (tmp_path / "config").mkdir()
+    lines = ["\ufeff# settings", "export SERVER_IP = 10.0.0.5  # the platform", "hunter2-secret", "EMPTY=", "",
+             "MODULE_NAME='股票 #1'", 'INFOWAY_API_KEY="k1,k2"']  # fmt: skip
+    (tmp_path / "config/.env").write_bytes("\r\n".join(lines).encode())
+    found, unread = old_settings(tmp_path)
+    assert found == {"SERVER_IP": "10.0.0.5", "MODULE_NAME": "股票 #1", "INFOWAY_API_KEY": "k1,k2"}
+    (line,) = unread
+    assert line.startswith(f"left out  {tmp_path / 'config/.env'}, line 3: expected NAME=value")
+    assert "hunter2" not in line
 
 
 @hypothesis.given(st.text(st.characters(exclude_categories=("C", "Z"), include_characters=" "), min_size=1))
