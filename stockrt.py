@@ -4583,7 +4583,7 @@ class InfowayApi:
 
     def symbols(self, kind: str, stop: threading.Event) -> list[Symbol] | Failure:
         """Ask once for a list of symbols; return it, or why it cannot be had. Raises Interrupted."""
-        envelope, failure = self._ask_once(f"{SYMBOLS_PATH}?type={kind}", API_LIMITS, stop)
+        envelope, failure = self._ask_once(f"{SYMBOLS_PATH}?type={kind}", self.limits, stop)
         found = read_symbols(kind, envelope)
         return failure if found is None else found
 
@@ -4994,10 +4994,15 @@ class Directory:
                 found = self._api.symbols(kind, stop)
             except Interrupted as error:
                 return str(error)
-            if isinstance(found, Failure):
-                self._not_before[kind] = self._clock.monotonic() + PLAN_RETRY_S
-                return found.words
-            self._keep(kind, found, today)
+            if not isinstance(found, Failure):
+                self._keep(kind, found, today)
+                continue
+            why = why or found.words
+            # each list more may take as long as one from a server that hangs
+            paused = SYMBOL_TYPES if found.kind is FailureKind.NETWORK else [kind]
+            self._not_before.update(dict.fromkeys(paused, self._clock.monotonic() + PLAN_RETRY_S))
+            if found.kind is not FailureKind.KEY:  # the plan may have the others
+                break
         return why
 
     def search(self, text: str) -> list[Symbol]:
