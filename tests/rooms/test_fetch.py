@@ -894,7 +894,6 @@ def test_several_requests_are_in_flight_when_the_latency_asks_for_it(tmp_path: P
         assert run.report.complete
         assert 4 <= server.peak_in_flight <= MAX_IN_FLIGHT
         assert server.connections <= MAX_IN_FLIGHT  # kept alive
-    assert run.report.took_s < 60 * 0.1  # one after the other takes that and more
 
 
 def test_in_flight_stays_what_the_rate_can_feed(tmp_path: Path) -> None:
