@@ -458,6 +458,26 @@ def keep_owner(path: Path, directory: Path) -> None:
         os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
+def make_for_owner(path: Path) -> None:
+    """Where root works in another user's directory: make an empty file there that is that user's from the beginning.
+
+    What SQLite makes beside a file is its owner's, and root may be killed at any moment. A file of root's that is
+    there is given to that user. Raises OSError.
+    """
+    if os.geteuid() != 0 or path.parent.stat().st_uid == 0:
+        return
+    if not path.exists():
+        new = path.with_name(f".{path.name}.{os.urandom(8).hex()}.new")
+        os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
+        try:
+            keep_owner(new, path.parent)
+            with contextlib.suppress(FileExistsError):  # somebody else was quicker
+                os.link(new, path)
+        finally:
+            new.unlink()
+    keep_owner(path, path.parent)
+
+
 def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.0) -> Iterator[float]:
     """Yield delays in seconds for ever: exponential, capped, with full jitter from the first one on."""
     ceiling = first_s
@@ -2615,11 +2635,14 @@ def _connect_sqlite(path: Path) -> sqlite3.Connection:
     """Open a file: WAL, and fsynced at every commit. Raises sqlite3.Error."""
     import sqlite3
 
+    make_for_owner(path)
+    for side in _sides(path)[1:]:
+        with contextlib.suppress(FileNotFoundError):  # they come and go
+            keep_owner(side, path.parent)
     db = sqlite3.connect(path, timeout=SQLITE_BUSY_S, check_same_thread=False)
     try:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
-        keep_owner(path, path.parent)
     except BaseException:
         db.close()
         raise
@@ -2907,10 +2930,10 @@ class LocalFile:
         self._fault: StoreError | None = None  # what ended its use
         lock = _beside(path, ".lock")
         with disk_trouble(f"the lock {lock} cannot be opened"):
+            make_for_owner(lock)
             self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             with disk_trouble(f"the local file {path} cannot be opened"):
-                keep_owner(lock, path.parent)
                 self._open()
                 self._inode = _inode(path)
         except BaseException as error:
@@ -9485,6 +9508,7 @@ def lock_state_directory(directory: Path) -> IO[str]:
     make_state_directory(directory)
     path = directory / "lock"
     with disk_trouble(f"the lock {path} cannot be taken"):
+        make_for_owner(path)
         lock = path.open("w")
         for _ in range(LOCK_TRIES):
             try:
