@@ -761,11 +761,17 @@ class Settings:
 
 
 class LoadedSettings(NamedTuple):
-    """The settings, the file they came from (None: the environment alone) and warnings to show."""
+    """The settings, the file that was read (None: none, of several the strongest), and warnings to show.
+
+    `origins`: all that they came from, in words. `hiding`: names whose values the caller's environment has and the
+    installed service does not see.
+    """
 
     settings: Settings
     source: Path | None
     warnings: tuple[str, ...]
+    origins: str = ""
+    hiding: tuple[str, ...] = ()
 
 
 _USERINFO = re.compile(r"^[a-z+]+://(.*)@", re.IGNORECASE | re.DOTALL)
@@ -1087,17 +1093,127 @@ def read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
     SettingsError.
     """
     folder = environ.get("CREDENTIALS_DIRECTORY")
-    found: dict[str, str] = {}
-    for name in (setting.name for setting in SETTINGS if folder and setting.secret):
-        path = Path(cast(str, folder), name.lower())
-        try:
-            found[name] = path.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            continue
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise SettingsError([f"{name}: the credential {path} cannot be read: {why}"]) from None
+    names = [setting.name for setting in SETTINGS if folder and setting.secret]
+    found = {name: _read_credential(name, Path(cast(str, folder), name.lower())) for name in names}
     return {name: text for name, text in found.items() if text}
+
+
+def _read_credential(name: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SettingsError([f"{name}: the credential {path} cannot be read: {why}"]) from None
+
+
+# The unit that `build_pyz.sh install` puts in place, and where systemd looks for it.
+UNIT = "stockrt.service"
+UNIT_PLACES = [
+    Path(place, "systemd/system", UNIT) for place in ("/etc", "/run", "/usr/local/lib", "/usr/lib", "/lib")
+]
+
+
+class Unit(NamedTuple):
+    """What the installed unit gives its service: credentials (setting -> file), variables, files of them.
+
+    The last file is the strongest. `unseen`: credentials that only systemd can read.
+    """
+
+    credentials: dict[str, Path]
+    variables: dict[str, str]
+    files: list[Path]
+    state_directory: Path
+    unseen: list[str]
+
+    def origins(self) -> dict[str, Mapping[str, str]]:
+        """Return where the service has its settings from, the strongest first. Raises SettingsError."""
+        found: dict[str, Mapping[str, str]] = {
+            f"credential {path}": {name: _read_credential(name, path)}
+            for name, path in self.credentials.items()
+        }
+        found |= {str(path): read_env_file(path) for path in reversed(self.files)}
+        return found | {UNIT: {"STATE_DIRECTORY": str(self.state_directory)} | self.variables}
+
+    def is_hidden(self) -> bool:
+        """Return whether this user may not look at all of it."""
+        return any(map(is_hidden, (*self.credentials.values(), *self.files, self.state_directory)))
+
+
+def is_hidden(path: Path) -> bool:
+    """Return whether a file, or a directory of ours, is there or may be, that this user may not use."""
+    if os.geteuid() == 0:
+        return False
+    try:
+        mode = os.R_OK
+        if path.is_dir():
+            mode |= os.W_OK | os.X_OK  # to look into SQLite's files takes the right to write beside them
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return not os.access(path, mode)
+
+
+def find_unit(environ: Mapping[str, str], env_file: Path | None) -> Unit | None:
+    """Return the installed unit where a command run by hand means its service, else None.
+
+    It does not where a unit runs it, nor where the caller names a state or settings of their own. Raises SettingsError
+    where a file that the unit demands is missing.
+    """
+    if any(environ.get(name) for name in ("INVOCATION_ID", "STATE_DIRECTORY", "CREDENTIALS_DIRECTORY")):
+        return None
+    place = next(filter(Path.exists, UNIT_PLACES), None)
+    if place is None:
+        return None
+    unit = parse_unit(_unit_text(place))
+    if env_file is not None and env_file.resolve() not in [path.resolve() for path in unit.files]:
+        return None
+    return unit
+
+
+def _unit_text(place: Path) -> str:
+    """Return the unit with its drop-ins as systemctl knows them, the file alone where it is of no help."""
+    import subprocess
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["systemctl", "cat", UNIT]
+        done = subprocess.run(command, capture_output=True, timeout=10, check=True)  # noqa: S603
+        return done.stdout.decode(errors="replace")
+    return place.read_text(encoding="utf-8", errors="replace")
+
+
+def parse_unit(text: str) -> Unit:
+    """Return what a unit with its drop-ins gives its service. A later assignment adds, an empty one takes all back."""
+    import glob
+    import shlex
+
+    found: dict[str, list[str]] = {}
+    for line in re.sub(r"\\\n", " ", text).splitlines():
+        name, equals, value = (part.strip() for part in line.partition("="))
+        if equals and not value:
+            found.pop(name, None)
+        elif equals and name[:1] not in "#;":
+            found.setdefault(name, []).append(value)
+    unit = Unit({}, {}, [], Path("/var/lib", "stockrt"), [])
+    for value in found.get("LoadCredential", ()):
+        name, _, path = value.partition(":")
+        if os.path.isabs(path):
+            unit.credentials[name.upper()] = Path(path)
+        else:
+            unit.unseen.append(name)
+    unit.unseen.extend(value.partition(":")[0] for value in found.get("LoadCredentialEncrypted", ()))
+    for value in found.get("Environment", ()):
+        with contextlib.suppress(ValueError):  # quotes without an end: systemd passes over it, too
+            unit.variables.update(word.partition("=")[::2] for word in shlex.split(value))
+    for value in found.get("EnvironmentFile", ()):
+        path = value.removeprefix("-")
+        is_wanted = path == value or is_hidden(Path(path))  # "-": it may be missing
+        unit.files.extend(map(Path, sorted(glob.glob(path)) or [path] * is_wanted))
+    state = found.get("StateDirectory", ["stockrt"])[0].split()[0].partition(":")[0]
+    return unit._replace(state_directory=Path("/var/lib", state))
 
 
 def load_settings(
@@ -1105,24 +1221,33 @@ def load_settings(
     env_file: Path | None = None,
     places: Iterable[Path] = ENV_FILE_PLACES,
     is_root: bool | None = None,
+    unit: Unit | None = None,
 ) -> LoadedSettings:
     """Read and check all settings: credentials are stronger than the environment, that than the file.
 
-    An empty value counts as not set. Raises SettingsError with every fault at once.
+    With `unit` its files are read in place of the caller's, as its service gets them. An empty value counts as not
+    set. Raises SettingsError with every fault at once.
     """
-    source, warning = find_env_file(env_file, places)
-    from_file = read_env_file(source) if source else {}
-    origins = {"credential": read_credentials(environ), "environment": environ, str(source): from_file}
-    warnings = []
-    if warning and not is_service(environ):  # else systemd has read it (EnvironmentFile=)
-        warnings.append(warning)
-    warnings += [_misspelled(name, str(source)) for name in from_file if _is_unknown(name)]
+    if unit is None:
+        origins, files, warnings = _caller_origins(environ, env_file, places)
+    else:
+        origins, files, warnings = _service_origins(environ, unit, places)
+    others = {where: found for where, found in origins.items() if where != "environment"}
+    for path in files:
+        warnings += [_misspelled(name, str(path)) for name in origins[str(path)] if _is_unknown(name)]
     if is_service(environ):
         warnings += [_misspelled(name, "environment") for name in environ if _is_unknown(name)]
     values: dict[str, Any] = dict(_WHEN_UNSET)
-    faults = broken_lines(source) if source else []
+    faults = [fault for path in files for fault in broken_lines(path)]
+    used = set()
+    hiding = []
     for setting in SETTINGS:
         where, name, text = _look_up(setting, origins)
+        if text:
+            used.add(where)
+        is_hiding = where == "environment" and text != _look_up(setting, others)[2]
+        if unit is not None and is_hiding and setting.name != "LOG_LEVEL":
+            hiding.append(name)
         if not text and not setting.default:
             continue
         try:
@@ -1138,7 +1263,41 @@ def load_settings(
     values.setdefault("module_description", "")
     settings = Settings(**values, color=not environ.get("NO_COLOR"))
     HIDDEN.secrets = settings.secrets()
-    return LoadedSettings(settings, source, tuple(warnings))
+    if hiding:
+        names = ", ".join(hiding)
+        warnings.append(
+            f"{names}: the environment's is used here; {UNIT} does not see it and has another, or none"
+        )
+    source = files[-1] if files else None
+    words = ", ".join([*filter(used.__contains__, origins), "defaults"])
+    return LoadedSettings(settings, source, tuple(warnings), words, tuple(hiding))
+
+
+def _caller_origins(
+    environ: Mapping[str, str], env_file: Path | None, places: Iterable[Path]
+) -> tuple[dict[str, Mapping[str, str]], list[Path], list[str]]:
+    """Return where settings may be, the strongest first, which of it are files, and warnings. Raises SettingsError."""
+    origins: dict[str, Mapping[str, str]] = {"credential": read_credentials(environ), "environment": environ}
+    source, warning = find_env_file(env_file, places)
+    if source is not None:
+        origins[str(source)] = read_env_file(source)
+    warnings = [warning] if warning and not is_service(environ) else []  # a service's: systemd has read it
+    return origins, [source] if source else [], warnings
+
+
+def _service_origins(
+    environ: Mapping[str, str], unit: Unit, places: Iterable[Path]
+) -> tuple[dict[str, Mapping[str, str]], list[Path], list[str]]:
+    """Return the same of a unit's service, for who runs a command by hand: the environment is still theirs."""
+    service = unit.origins()
+    credentials = {where: found for where, found in service.items() if where.startswith("credential ")}
+    warnings = [f"{UNIT} has a credential {name} that cannot be seen by hand" for name in unit.unseen]
+    other, _ = find_env_file(None, places)
+    if other is not None and other.resolve() not in [path.resolve() for path in unit.files]:
+        warnings.append(
+            f"{other} is left out: the settings are those of {UNIT}; --env-file names another file"
+        )
+    return credentials | {"environment": environ} | service, unit.files, warnings
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
@@ -5203,6 +5362,10 @@ NO_COLLECTIONS = {"view": "a view", "timeseries": "a time-series collection"}
 INDEX_AGAIN_S = 300.0
 # The `_id` of a document that is written and deleted to see whether that works.
 PROBE = "stockrt-check"
+# MongoDB's code for an `_id` that no document may have.
+INVALID_ID = 53
+# What a reader of the latest trades needs.
+INDEX = [("stock_code", 1), ("t", -1)]
 REFUSED_IT = "MongoDB refused it: "
 PROBE_T = 1 << 40  # as wide as the times of trades, and none of them: 2004
 # Most codes trade in the last minutes before a close (auction included): looked at first.
@@ -5643,7 +5806,7 @@ class MongoStore:
             raise self._fault(error) from error
 
     def check(self) -> str:
-        """Ping, make the index, write to and delete from both collections. Raises StoreError."""
+        """Ping, look for the index, write to and delete from both collections. Raises StoreError."""
         from pymongo import timeout
         from pymongo.errors import PyMongoError
 
@@ -5651,17 +5814,24 @@ class MongoStore:
         try:
             with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000):
                 self.client.admin.command("ping")
-            self._demand_plain(self.realtime_name)
-            self._make_index()
             for name in (self.realtime_name, self.close_name):
                 self._demand_plain(name)
                 self._probe(name)
             # closes are replaced, too: this finds none, and needs the right
             self.collection(self.close_name).update_one({"_id": PROBE}, {"$unset": {"date": ""}})
+            index = self._index_words()
         except PyMongoError as error:
             raise self._fault(error) from error
-        written = f"database {settings.mongodb_db_name} can be written"
-        return f"{settings.mongodb_shown()}: {written}, index on {settings.realtime_name} is there"
+        return f"{settings.mongodb_shown()}: database {settings.mongodb_db_name} can be written, {index}"
+
+    def _index_words(self) -> str:
+        from pymongo.errors import OperationFailure
+
+        with contextlib.suppress(OperationFailure):  # who may not look at indexes
+            keys = [index["key"] for index in self.collection().index_information().values()]
+            if INDEX in keys:
+                return f"index on {self.realtime_name} is there"
+        return f"index on {self.realtime_name} is made with the next trades"
 
     def close(self) -> None:
         """Close the client."""
@@ -5673,8 +5843,9 @@ class MongoStore:
     def _probe(self, name: str) -> None:
         """Let a collection take a document, and leave nothing behind.
 
-        A document that it has is refused for its `_id` alone, when all else is well. Where there is none, one of no
-        use is deleted again; who may not delete gets an error before it is there.
+        A document that it has is refused for its `_id` alone, when all else is well, and where there is no collection
+        yet, one for the form of its `_id`. Where it is empty, one of no use is deleted again; who may not delete gets
+        an error before it is there.
         """
         from pymongo.errors import OperationFailure
 
@@ -5683,9 +5854,22 @@ class MongoStore:
             known = collection.find_one()
             if known is not None and self._is_taken(name, known):
                 return
+            if known is None and not collection.index_information() and self._refuses_form(name):
+                return
         collection.delete_one({"_id": PROBE})
         collection.insert_one(self._probe_of(name))
         collection.delete_one({"_id": PROBE})
+
+    def _refuses_form(self, name: str) -> bool:
+        """Return whether all is well but for an `_id` that no server takes: not even the collection is made then."""
+        from pymongo.errors import OperationFailure
+
+        try:
+            self.collection(name).insert_one({"_id": []})
+        except OperationFailure as error:
+            return error.code == INVALID_ID
+        self.collection(name).delete_one({"_id": []})  # what only speaks as MongoDB does may take it
+        return True
 
     def _probe_of(self, name: str) -> Document:
         """Return a document of no use that looks as a schema may ask it to."""
@@ -5752,7 +5936,7 @@ class MongoStore:
             return
         due = math.inf
         try:
-            self.collection().create_index([("stock_code", 1), ("t", -1)])
+            self.collection().create_index(INDEX)
         except OperationFailure as error:
             words = self._settings.redact(one_line(error))
             log.warning(
@@ -10510,37 +10694,89 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
     return EXIT_OK if report.complete else EXIT_FAILED
 
 
-def run_check(settings: Settings, source: Path | None) -> int:
+# What is said to who may not see what the service has and does.
+HIDDEN_WORDS = (
+    f"this user may not look at what {UNIT} has: run as root; "
+    "--env-file or STATE_DIRECTORY names settings or a state of your own"
+)
+
+
+def run_check(loaded: LoadedSettings, is_service_hidden: bool) -> int:
     """Check everything that a run needs, print a line each, and return the exit status."""
     failed = False
-    for check in _checks(settings, source):
+    settings = loaded.settings
+    for check in _checks(loaded, is_service_hidden):
         failed |= not check.good
-        verdict = "ok  " if check.good else "FAIL"
-        show(settings.redact(f"{verdict}  {check.name}: {check.words}"))
+        show(settings.redact(_check_line(check)))
     return EXIT_FAILED if failed else EXIT_OK
 
 
-def _checks(settings: Settings, source: Path | None) -> Iterator[Check]:
-    yield Check("settings", True, f"from {source or 'the environment and defaults'}")
+@contextlib.contextmanager
+def without_traces(settings: Settings) -> Iterator[Settings]:
+    """Give settings to look with: where there is no local file yet, one is made beside its place and goes again.
+
+    Raises StoreError when it cannot be made.
+    """
+    directory = settings.state_directory
+    with contextlib.ExitStack() as made:
+        with disk_trouble(f"the state directory {directory} cannot be used"):
+            if not (directory / SQLITE_NAME).exists():
+                from tempfile import TemporaryDirectory
+
+                there = next(path for path in (directory, *directory.parents) if path.exists())
+                scratch = TemporaryDirectory(prefix=".stockrt-", dir=there, ignore_cleanup_errors=True)
+                settings = replace(settings, state_directory=Path(made.enter_context(scratch)))
+        yield settings
+
+
+def _check_line(check: Check) -> str:
+    verdict = "ok  " if check.good else "FAIL"
+    return f"{verdict}  {check.name}: {check.words}"
+
+
+def _check_origins(loaded: LoadedSettings, is_service_hidden: bool) -> Check:
+    """Say where the settings come from, and where that is not what the service has."""
+    words = f"from {loaded.origins}"
+    if loaded.hiding:
+        names = ", ".join(loaded.hiding)
+        words += f"; not as {UNIT} has them: {names} of the environment, which it does not see; unset that to check it"
+    if is_service_hidden:
+        words += f"; what {UNIT} has is not known here: run as root to check it"
+    return Check("settings", not loaded.hiding, words)
+
+
+def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
+    settings = loaded.settings
+    yield _check_origins(loaded, is_service_hidden)
     if settings.proxies.in_use():
         yield Check("proxy", True, _ways(settings))
     if not settings.api_keys:
         yield Check("API key", False, NO_KEY_HINT)
     for secret, plan in settings.key_plans():
         yield from check_key(settings, ApiKey(secret, plan))
-    try:
-        make_state_directory(settings.state_directory)
-        yield Check("state directory", True, f"{settings.state_directory} can be written")
-    except StoreError as error:
-        yield Check("state directory", False, str(error))
+    yield _check_state_directory(settings)
     store = store_name(settings)
     try:
-        with Pipeline(settings) as pipeline:
-            yield Check(store, True, pipeline.store.check())
+        with without_traces(settings) as looked_at, Pipeline(looked_at) as pipeline:
+            words = pipeline.store.check()
+        words = words.replace(str(looked_at.state_directory), str(settings.state_directory))
+        yield Check(store, True, words)
     except StockrtError as error:
         yield Check(store, False, str(error))
     if settings.platform_url():
         yield check_platform(settings)
+
+
+def _check_state_directory(settings: Settings) -> Check:
+    words = f"{settings.state_directory} can be made"
+    try:
+        if settings.state_directory.is_dir():
+            make_state_directory(settings.state_directory)  # looks whether this user may write there
+            words = f"{settings.state_directory} can be written"
+        with without_traces(settings):
+            return Check("state directory", True, words)
+    except StoreError as error:
+        return Check("state directory", False, str(error))
 
 
 def _ways(settings: Settings) -> str:
@@ -10849,11 +11085,12 @@ def need_daemon_settings(settings: Settings) -> None:
         raise SettingsError([NO_KEY_HINT])
 
 
-def run_check_settings(loaded: LoadedSettings) -> int:
+def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
     """Say that the settings, which were read by now, are enough for the daemon. Raises SettingsError."""
     need_daemon_settings(loaded.settings)
-    show(f"ok    settings: from {loaded.source or 'the environment and defaults'}")
-    return EXIT_OK
+    check = _check_origins(loaded, is_service_hidden)
+    show(_check_line(check))
+    return EXIT_OK if check.good else EXIT_FAILED
 
 
 def run_daemon(settings: Settings, environ: Mapping[str, str]) -> int:
@@ -10874,10 +11111,14 @@ def run_daemon(settings: Settings, environ: Mapping[str, str]) -> int:
 def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run one command line and return its exit status. Raises StockrtError: what the operator must mend."""
     options = parse_arguments(argv)
-    loaded = load_settings(environ, options.env_file)
+    unit = find_unit(environ, options.env_file)
+    hidden = unit is not None and unit.is_hidden()
+    loaded = load_settings(environ, options.env_file, unit=None if hidden else unit)
     start_logging(loaded.settings)
     for warning in loaded.warnings:
         log.warning(warning)
+    if hidden and (options.drain or options.rejects):
+        raise StoreError(HIDDEN_WORDS)
     if options.once:
         return run_once(options, loaded.settings)
     if options.backfill is not None:
@@ -10893,9 +11134,9 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if options.rejects:
         return run_rejects(loaded.settings, options.json)
     if options.check:
-        return run_check(loaded.settings, loaded.source)
+        return run_check(loaded, hidden)
     if options.check_settings:
-        return run_check_settings(loaded)
+        return run_check_settings(loaded, hidden)
     return run_daemon(loaded.settings, environ)
 
 
