@@ -8421,8 +8421,8 @@ def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
 #   3. What is given up (answers older than an hour) is said.
 
 JOURNAL_NAME = "executions.db"
-JOURNAL_VERSION = 1
-# Commands whose answers are kept for an `execution_id` that comes again: the last ones.
+JOURNAL_VERSION = 2
+# Commands whose answers are kept for an `execution_id` that comes again, and to be looked at: the last ones.
 ANSWERS_KEPT = 1000
 # The platform has e-mailed the time-out of an execution long before; a later answer would only confuse.
 ANSWER_LIFETIME_S = 3600.0
@@ -8453,10 +8453,27 @@ class Known(NamedTuple):
 
 
 class Waiting(TypedDict):
-    """How many commands wait to be executed, and how many results to be delivered."""
+    """How many commands are executed now, how many wait for that, and how many results to be delivered."""
 
+    executing: int
     commands: int
     results: int
+
+
+class ExecutionFacts(TypedDict):
+    """A command of the journal, or a run without a platform, as --executions shows it; times are ISO 8601 UTC.
+
+    Without an answer yet the last three are None; `delivered` is None where there is no platform.
+    """
+
+    execution_id: str | None
+    workflow_name: object
+    accepted_at: str
+    ended_at: str | None
+    delivered: bool | None
+    status: str | None
+    message: str | None
+    result: dict[str, Any] | None
 
 
 class Journal:
@@ -8500,8 +8517,37 @@ class Journal:
     def answer(self, number: int, text: str) -> None:
         """Keep the answer of a command. Raises StoreError."""
         update = "UPDATE executions SET answer = ?, answered_at = ?, codes = '[]' WHERE number = ?"
+        now = self._clock.wall()
         with self._file.write() as db:
-            db.execute(update, (text, self._clock.wall(), number))
+            db.execute(update, (text, now, number))
+            _add_up(db, text, now)
+
+    def note_run(self, started_at: float, answer: str) -> None:
+        """Keep the answer of a run that no platform asked for, which began then (epoch seconds). Raises StoreError."""
+        now = self._clock.wall()
+        with self._file.write() as db:
+            insert = "INSERT INTO runs (started_at, ended_at, answer) VALUES (?, ?, ?)"
+            db.execute(insert, (started_at, now, answer))
+            db.execute("DELETE FROM runs WHERE number <= (SELECT max(number) FROM runs) - ?", (ANSWERS_KEPT,))
+            _add_up(db, answer, now)
+
+    def last(self, count: int, only_ended: bool = False) -> list[ExecutionFacts]:
+        """Return the last executions and runs, oldest first. Raises StoreError."""
+        query = (
+            "SELECT accepted_at, answered_at AS ended_at, execution_id, context, answer, received FROM executions "
+            "UNION ALL SELECT started_at, ended_at, NULL, '{}', answer, NULL FROM runs"
+        )
+        rows = self._file.read_all(
+            f"SELECT * FROM ({query}) WHERE ended_at IS NOT NULL OR NOT ? "  # noqa: S608
+            "ORDER BY coalesce(ended_at, accepted_at) DESC, accepted_at DESC LIMIT ?",
+            only_ended,
+            count,
+        )
+        return [_execution(*row) for row in reversed(rows)]
+
+    def totals(self) -> dict[str, int]:
+        """Return what was counted, by TOTALS, and `since` when (epoch seconds); nothing yet: empty."""
+        return dict(self._file.read_all("SELECT name, count FROM totals"))
 
     def received(self, numbers: Sequence[int]) -> None:
         """The platform has these answers: they are not sent again, unless the execution is asked for again.
@@ -8510,7 +8556,6 @@ class Journal:
         """
         rows = [(number,) for number in numbers]
         with self._file.write() as db:
-            db.executemany("DELETE FROM executions WHERE number = ? AND execution_id IS NULL", rows)
             db.executemany("UPDATE executions SET received = 1 WHERE number = ?", rows)
             forget = (
                 "DELETE FROM executions WHERE received AND number <= (SELECT max(number) FROM executions) - ?"
@@ -8524,7 +8569,7 @@ class Journal:
         return [OpenCommand(number, now - accepted_at) for number, accepted_at in self._file.read_all(query)]
 
     def count_waiting(self, running: bool) -> Waiting:
-        """Return how many commands wait to be executed and how many results to be delivered.
+        """Return what is executed and what waits for that, or to be delivered.
 
         `running`: a daemon does so, which drops what is too old by itself, whatever the clock was set to meanwhile.
         """
@@ -8534,7 +8579,8 @@ class Journal:
             "FROM executions WHERE answer IS NULL OR NOT received",
             self._clock.wall() - lifetime_s,
         )
-        return Waiting(commands=commands, results=results)
+        executing = min(commands, int(running))  # one at a time, the oldest first
+        return Waiting(executing=executing, commands=commands - executing, results=results)
 
     def unreceived(self) -> list[Known]:
         """Return the answers that the platform has not confirmed, oldest first; drop stale ones."""
@@ -8569,7 +8615,63 @@ CREATE TABLE IF NOT EXISTS executions (
     received INTEGER NOT NULL DEFAULT 0     -- 1: the platform confirmed the answer
 );
 CREATE INDEX IF NOT EXISTS executions_open ON executions (number) WHERE answer IS NULL OR NOT received;
+CREATE TABLE IF NOT EXISTS runs (           -- --once: what no platform asked for
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    started_at REAL NOT NULL, ended_at REAL NOT NULL,
+    answer TEXT NOT NULL                    -- as a platform would have got it
+);
+CREATE TABLE IF NOT EXISTS totals (         -- of all that was answered; and since when (epoch seconds)
+    name TEXT PRIMARY KEY, count INTEGER NOT NULL
+) WITHOUT ROWID;
 """
+# What is counted: how executions and runs ended, then what became of their codes.
+TOTALS = ("success", "partial", "failure", "stored", "known", "kept", "failed")
+
+
+def _facts(text: str | None) -> dict[str, Any]:
+    """Return a JSON object of the journal, an empty one for what a bad disk made of it."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(text or "{}")
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _execution(
+    begun: float,
+    ended: float | None,
+    name: str | None,
+    context: str,
+    answer: str | None,
+    received: int | None,
+) -> ExecutionFacts:
+    told = _facts(answer)
+    facts: ExecutionFacts = {
+        "execution_id": name,
+        "workflow_name": (told or _facts(context)).get("workflow_name"),
+        "accepted_at": iso(datetime.fromtimestamp(begun, UTC)),
+        "ended_at": None if ended is None else iso(datetime.fromtimestamp(ended, UTC)),
+        "delivered": None if received is None else bool(received),
+        "status": told.get("status"),
+        "message": told.get("message"),
+        "result": told.get("result"),
+    }
+    return facts
+
+
+def _add_up(db: sqlite3.Connection, answer: str, now: float) -> None:
+    """Count an answer in the transaction that is open."""
+    facts = _facts(answer)
+    counts = Counter(facts.get("result", {}))
+    outcome = facts.get("status", "failure")
+    if outcome == "success" and counts["failed_count"]:
+        outcome = "partial"
+    new = counts["success_count"] - counts["duplicate_count"]
+    numbers = (new, counts["duplicate_count"], counts["kept_count"], counts["failed_count"])
+    found = {name: 1 for name in TOTALS if name == outcome} | dict(zip(TOTALS[3:], numbers, strict=True))
+    db.execute("INSERT INTO totals VALUES ('since', ?) ON CONFLICT DO NOTHING", (int(now),))
+    add = "INSERT INTO totals VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET count = count + excluded.count"
+    db.executemany(add, [(name, count) for name, count in found.items() if count])
 
 
 # ======================================================================================================
@@ -8612,15 +8714,6 @@ RECEIPT_GRACE_S = 3.0
 STOP_MARGIN_S = 4.0
 
 
-class LastExecution(TypedDict):
-    """What --status shows of the last execution."""
-
-    status: str
-    message: str
-    workflow_name: object
-    at: str
-
-
 class DaemonStatus(TypedDict, total=False):
     """What the daemon tells --status, in a file; times are ISO 8601 UTC."""
 
@@ -8630,9 +8723,31 @@ class DaemonStatus(TypedDict, total=False):
     connected_since: str
     last_contact: str
     stopped: str
-    last_execution: LastExecution
     keys: list[KeyState]
     spool_refused: int
+
+
+def read_status(directory: Path) -> DaemonStatus:
+    """Return what a daemon wrote last; nothing where none ever ran, or another program wrote."""
+    try:
+        told = json.loads((directory / STATUS_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return cast(DaemonStatus, told) if not is_deep(told) and _fits(told, DaemonStatus) else {}
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value from JSON is of a type that stands in DaemonStatus."""
+    if is_typeddict(kind):
+        if not isinstance(value, dict) or not kind.__required_keys__ <= value.keys():
+            return False
+        hints = get_type_hints(kind)
+        return all(_fits(inner, hints[name]) for name, inner in value.items() if name in hints)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(inner, get_args(kind)[0]) for inner in value)
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return kind is object or type(value) is kind
 
 
 class Answered(NamedTuple):
@@ -8908,6 +9023,7 @@ class Executor(threading.Thread):
         self._api_trouble = LogThrottle("Infoway", then="the next execution tries again")
         self._journal_trouble = LogThrottle("journal")
         self._stale_trouble = LogThrottle("trades", then="they are stored all the same")
+        self._refused_before = read_status(settings.state_directory).get("spool_refused", 0)
         self._rng = random.Random()
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._pipeline: Pipeline | None = None
@@ -8965,7 +9081,7 @@ class Executor(threading.Thread):
         try:
             text = self._text_for(self._journal.read(number))
             if text and self._keep_answer(number, text):
-                return Answered(number, text, commands=1, news=self._news(text))
+                return Answered(number, text, commands=1, news=self._news())
         except LostCommand as error:
             log.error("execution %s is not answered: %s", number, error)
             self._forget(number)
@@ -8983,15 +9099,8 @@ class Executor(threading.Thread):
             text = self._execute(command)
         return "" if self._events.is_damaged else text
 
-    def _news(self, text: str) -> DaemonStatus:
-        answer = json.loads(text)
-        last: LastExecution = {
-            "status": answer["status"],
-            "message": answer["message"],
-            "workflow_name": answer.get("workflow_name"),
-            "at": iso(utc_now()),
-        }
-        news: DaemonStatus = {"last_execution": last, "spool_refused": self._events.queue.refused}
+    def _news(self) -> DaemonStatus:
+        news: DaemonStatus = {"spool_refused": self._refused_before + self._events.queue.refused}
         if self._pipeline is not None:
             news["keys"] = self._pipeline.keys.describe()
         return news
@@ -9153,6 +9262,10 @@ class Clerk(threading.Thread):
         self._accepted: deque[str] = deque(maxlen=ANSWERS_KEPT)  # looked at while the journal cannot be asked
         self._received: set[int] = set()  # not noted in the journal yet
         self._status: DaemonStatus = {"version": __version__, "pid": os.getpid(), "platform": "not connected"}
+        before = read_status(settings.state_directory)
+        if "last_contact" in before:
+            self._status["last_contact"] = before["last_contact"]
+        self._status["spool_refused"] = before.get("spool_refused", 0)
         self._trouble = LogThrottle("journal")
         self._status_trouble = LogThrottle("status")
         self._rng = random.Random()
@@ -10195,6 +10308,8 @@ def _is_unused(folder: Path) -> bool:
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 # Up to here the rows wait until they can be aligned and stand in the order asked; beyond, memory is dearer.
 ROWS_ALIGNED = 1000
+# What --executions lists where it is not told how many.
+EXECUTIONS_SHOWN = 20
 # What `td` says, in words.
 SIDES = {0: "-", 1: "buy", 2: "sell"}
 HELP_EXAMPLES = """\
@@ -10206,6 +10321,7 @@ examples:
   stockrt.pyz --check                                        what is wrong, and which setting mends it
 
 exit status: 0 every code stored · 1 any not · 64 usage · 78 settings · 130 interrupted
+of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to this user
 """
 
 
@@ -10260,6 +10376,14 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         "--check-settings", action="store_true", help="check the settings alone: no network, nothing written"
     )
     what.add_argument("--status", action="store_true", help="show daemon, platform, store and API keys")
+    what.add_argument(
+        "--executions",
+        metavar="N",
+        nargs="?",
+        const=EXECUTIONS_SHOWN,
+        type=int,
+        help=f"list the last N executions and --once runs with their failures (default {EXECUTIONS_SHOWN})",
+    )
     what.add_argument("--symbols", metavar="TEXT", help="find instruments by code or name: 茅台, apple, 黄金")
     what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
     what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
@@ -10295,8 +10419,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     options = make_parser().parse_args(argv)
     if options.symbols is not None and not options.symbols.strip():
         raise UsageError("--symbols needs a text: a code or a name, or a part of one; see --help")
-    if options.json and not (options.once or options.status or options.rejects or options.symbols):
-        raise UsageError("--json goes with --once, --status, --rejects or --symbols; see --help")
+    if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
+        raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
+    for_json = (options.once, options.status, options.executions, options.rejects, options.symbols)
+    if options.json and not any(for_json):
+        raise UsageError(
+            "--json goes with --once, --status, --executions, --rejects or --symbols; see --help"
+        )
     for flag in ("codes", "codes_file"):
         if getattr(options, flag) and not options.once and options.backfill is None:
             raise UsageError(f"--{flag.replace('_', '-')} goes with --once or --backfill; see --help")
@@ -10637,6 +10766,7 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
     stop = StopEvent()
     stop_on_signals(stop)
     order: list[str] = []
+    started_at = time.time()
     run = _Run(pipeline, _remembered(read_codes(options), order), stop)
     try:
         finished = run.ended()
@@ -10648,10 +10778,20 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
     if finished:
         pipeline.keys.close()
     status = _close_run(run.report, finished, settings)
+    note_run(settings, started_at, run.report.as_of_now())
     if rows.fault:
         say(f"stockrt: {rows.fault}")
         status = status or EXIT_FAILED
     return status
+
+
+def note_run(settings: Settings, started_at: float, report: Report) -> None:
+    """Keep what came of a run, for --status and --executions; that it cannot be kept costs the run nothing."""
+    try:
+        with contextlib.closing(Journal(settings.state_directory)) as journal:
+            journal.note_run(started_at, report_result({"workflow_name": "--once"}, report, settings))
+    except StoreError as error:
+        log.warning("--status will not know of this run: %s", error)
 
 
 def _remembered(codes: Iterable[str], order: list[str]) -> Iterator[str]:
@@ -10791,10 +10931,15 @@ def _ways(settings: Settings) -> str:
     return ", ".join(ways)
 
 
-class DaemonFacts(TypedDict, total=False):
-    """What --status shows of the daemon."""
+# The exit statuses of --status, as the Linux Standard Base has them for services.
+STATUS_WELL, STATUS_WRONG, STATUS_NOT_RUNNING, STATUS_UNKNOWN = 0, 1, 3, 4
+STATUS_WORDS = {STATUS_WELL: "well", STATUS_WRONG: "something is wrong", STATUS_NOT_RUNNING: "not running"}
 
-    running: bool
+
+class DaemonFacts(TypedDict, total=False):
+    """What --status shows of the daemon; `running` is None where that is not known."""
+
+    running: bool | None
     pid: int | None
     version: str | None
 
@@ -10808,8 +10953,20 @@ class PlatformFacts(TypedDict):
     last_contact: str | None
 
 
+class LastExecution(TypedDict):
+    """What --status shows of the last execution."""
+
+    status: str
+    message: str
+    workflow_name: object
+    at: str
+
+
 class StatusReport(TypedDict):
-    """What --status shows, and prints as JSON."""
+    """What --status shows, and prints as JSON.
+
+    `wrong`: what is, in words. `totals`: what was counted since the first execution, and `since` when; empty before.
+    """
 
     version: str
     daemon: DaemonFacts
@@ -10819,14 +10976,15 @@ class StatusReport(TypedDict):
     spool: QueueFacts | None
     waiting: Waiting
     last_execution: LastExecution | None
+    totals: dict[str, int | str]
     keys: list[KeyUsage]
+    wrong: list[str]
 
 
 def gather_status(settings: Settings) -> StatusReport:
     """Return what --status shows, from the daemon's own words where one runs or ran. Raises StoreError."""
     directory = settings.state_directory
-    told = _read_status(directory)
-    last = told.get("last_execution")
+    told = read_status(directory)
     platform: PlatformFacts = {
         "url": settings.platform_url() or None,
         "state": "no daemon",
@@ -10835,59 +10993,84 @@ def gather_status(settings: Settings) -> StatusReport:
     }
     daemon: DaemonFacts = {"running": daemon_runs(directory)}
     states: Sequence[KeyState] = ()
-    refused = 0
     if daemon["running"]:
         platform["state"] = told.get("platform", "not connected")
         daemon |= {"pid": told.get("pid"), "version": told.get("version")}
-        states, refused = told.get("keys", []), told.get("spool_refused", 0)
+        states = told.get("keys", [])
     module_hash = read_hash(directory)
+    with without_traces(settings) as looked_at, Pipeline(looked_at) as pipeline:
+        spool, keys = pipeline.queued(told.get("spool_refused", 0)), pipeline.usage(states)
+    status: StatusReport = {
+        "version": __version__,
+        "daemon": daemon,
+        "registration": shorten(module_hash) if module_hash else None,
+        "platform": platform,
+        "store": settings.mongodb_shown() or str(directory / SQLITE_NAME),
+        "spool": spool,
+        "waiting": Waiting(executing=0, commands=0, results=0),
+        "last_execution": None,
+        "totals": {},
+        "keys": keys,
+        "wrong": [],
+    }
+    if (directory / JOURNAL_NAME).exists():
+        _ask_journal(directory, status)
+    status["wrong"] += _what_is_wrong(status)
+    return status
+
+
+def _ask_journal(directory: Path, status: StatusReport) -> None:
+    """Fill in what the journal knows. Raises StoreError."""
     with contextlib.closing(Journal(directory)) as journal:
-        waiting = journal.count_waiting(daemon["running"])
-    with Pipeline(settings) as pipeline:
-        return {
-            "version": __version__,
-            "daemon": daemon,
-            "registration": shorten(module_hash) if module_hash else None,
-            "platform": platform,
-            "store": settings.mongodb_shown() or str(directory / SQLITE_NAME),
-            "spool": pipeline.queued(refused),
-            "waiting": waiting,
-            "last_execution": last,
-            "keys": pipeline.usage(states),
+        status["waiting"] = journal.count_waiting(bool(status["daemon"]["running"]))
+        totals, last = journal.totals(), journal.last(1, only_ended=True)
+    if totals:
+        counts = {name: totals.get(name, 0) for name in TOTALS}
+        status["totals"] = {"since": iso_after(totals["since"], 0), **counts}
+    for one in last:
+        status["last_execution"] = {
+            "status": str(one["status"]),
+            "message": str(one["message"]),
+            "workflow_name": one["workflow_name"],
+            "at": str(one["ended_at"]),
         }
+        if one["status"] != "success" and one["delivered"] is not None:
+            status["wrong"].append("the last execution failed")
 
 
-def _read_status(directory: Path) -> DaemonStatus:
-    """Return what a daemon wrote last; nothing where none ever ran, or another program wrote."""
-    try:
-        told = json.loads((directory / STATUS_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return cast(DaemonStatus, told) if not is_deep(told) and _fits(told, DaemonStatus) else {}
+def _what_is_wrong(status: StatusReport) -> list[str]:
+    """Return what is wrong beside what the journal knows of."""
+    wrong = []
+    if status["daemon"]["running"] and status["platform"]["state"] != "connected":
+        wrong.append("no connection to the platform")
+    spool, keys = status["spool"], status["keys"]
+    if spool is not None and spool["trades"]:
+        wrong.append(f"{spool['trades']} trades wait for MongoDB")
+    if spool is not None and spool["rejects"]:
+        wrong.append(f"{spool['rejects']} documents refused by MongoDB")
+    wrong += [f"API key {key['key']} is out" for key in keys if key["state"] == "out"]
+    if keys and all(key["state"] == "resting" for key in keys):
+        wrong.append("every API key rests")
+    return wrong
 
 
-def _fits(value: object, kind: Any) -> bool:
-    """Whether a value from JSON is of a type that stands in DaemonStatus."""
-    if is_typeddict(kind):
-        if not isinstance(value, dict) or not kind.__required_keys__ <= value.keys():
-            return False
-        hints = get_type_hints(kind)
-        return all(_fits(inner, hints[name]) for name, inner in value.items() if name in hints)
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(inner, get_args(kind)[0]) for inner in value)
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    return kind is object or type(value) is kind
+def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = False) -> int:
+    """Print the status for a person, or as one JSON object, and return the exit status: one of the STATUS_*.
 
-
-def run_status(settings: Settings, as_json: bool) -> int:
-    """Print the status for a person, or as one JSON object."""
+    Nothing of it is known where the state is another user's, or `is_service_hidden`.
+    """
+    if is_service_hidden or is_hidden(settings.state_directory):
+        return _show_unknown(as_json)
     status = gather_status(settings)
+    code = STATUS_NOT_RUNNING
+    if status["daemon"]["running"]:
+        code = STATUS_WRONG if status["wrong"] else STATUS_WELL
     if as_json:
         show(settings.redact(json.dumps(status, ensure_ascii=False)))
-        return EXIT_OK
+        return code
     waiting, last = status["waiting"], status["last_execution"]
     lines = [
+        ("status", ": ".join([STATUS_WORDS[code], *filter(None, ["; ".join(status["wrong"])])])),
         ("version", status["version"]),
         ("daemon", _daemon_line(status["daemon"])),
         ("registration", status["registration"] or "none: run --register"),
@@ -10896,14 +11079,73 @@ def run_status(settings: Settings, as_json: bool) -> int:
     ]
     if status["spool"] is not None:
         lines.append(("spool", _spool_line(status["spool"])))
-    lines.append(("waiting", f"{waiting['commands']} commands, {waiting['results']} results to deliver"))
+    words = f"{waiting['commands']} commands, {waiting['results']} results to deliver"
+    if waiting["executing"]:
+        words = f"one executed now, {words}"
+    lines.append(("waiting", words))
     done = "none yet"
     if last is not None:
-        done = f"{last['status']} at {last['at']}: {last['message']}"
+        done = f"{last['status']} at {last['at']}, {last['workflow_name'] or 'without a name'}: {last['message']}"
     lines.append(("last execution", done))
+    if status["totals"]:
+        lines.append(("in all", _totals_line(status["totals"])))
     lines += [("API key", _key_line(key)) for key in status["keys"]]
     show(settings.redact("\n".join(f"{name:<15} {text}" for name, text in lines)))
+    return code
+
+
+def _show_unknown(as_json: bool) -> int:
+    """Say of everything that it is not known: what cannot be looked at is not down, and not unregistered."""
+    why = "this user may not look at it: run as root"
+    if as_json:
+        unknown: dict[str, object] = dict.fromkeys(StatusReport.__annotations__)
+        show(json.dumps(unknown | {"version": __version__, "daemon": {"running": None}, "wrong": [why]}))
+        return STATUS_UNKNOWN
+    lines = [f"{'status':<15} unknown: {why}", f"{'version':<15} {__version__}"]
+    parts = ("daemon", "registration", "platform", "store", "waiting", "last execution", "API key")
+    show("\n".join([*lines, *(f"{part:<15} unknown" for part in parts)]))
+    return STATUS_UNKNOWN
+
+
+def _totals_line(totals: Mapping[str, Any]) -> str:
+    count = sum(totals[name] for name in TOTALS[:3])
+    line = f"{count_words(count, 'execution')} since {totals['since']}"
+    line += f", {totals['partial']} in part, {totals['failure']} failed"
+    line += f"; {count_words(totals['stored'], 'trade')} stored, {totals['known']} already known"
+    return f"{line}, {totals['kept']} kept for MongoDB, {count_words(totals['failed'], 'code')} failed"
+
+
+def run_executions(count: int, settings: Settings, as_json: bool) -> int:
+    """Print the last executions and runs with their failures, oldest first; return the exit status."""
+    if is_hidden(settings.state_directory):
+        raise StoreError(HIDDEN_WORDS)
+    found: list[ExecutionFacts] = []
+    if (settings.state_directory / JOURNAL_NAME).exists():
+        with contextlib.closing(Journal(settings.state_directory)) as journal:
+            found = journal.last(count)
+    for one in found:
+        text = _execution_lines(one)
+        if as_json:
+            text = json.dumps(one, ensure_ascii=False)
+        show(settings.redact(text))
+    if not found and not as_json:
+        show("nothing was executed yet")
     return EXIT_OK
+
+
+def _execution_lines(one: ExecutionFacts) -> str:
+    """Return an execution for a person: when, what, how it ended, and a line for each code that failed."""
+    words = f"{one['ended_at'] or one['accepted_at']}  {one['status'] or 'not ended'}  "
+    words += f"{one['execution_id'] or '-'}  {one['workflow_name'] or '-'}"
+    result = one["result"] or {}
+    if result:
+        words += f"  {result.get('success_count')} of {result.get('total')} codes stored"
+    if one["ended_at"] and one["delivered"] is False:
+        words += ", to be delivered"
+    if one["status"] == "failure":
+        words += f": {one['message']}"
+    failures = result.get("failures", {})
+    return "\n".join([one_line(words, 600), *(f"  {code}: {why}" for code, why in failures.items())])
 
 
 def _daemon_line(daemon: DaemonFacts) -> str:
@@ -11117,7 +11359,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     start_logging(loaded.settings)
     for warning in loaded.warnings:
         log.warning(warning)
-    if hidden and (options.drain or options.rejects):
+    if hidden and (options.drain or options.rejects or options.executions):
         raise StoreError(HIDDEN_WORDS)
     if options.once:
         return run_once(options, loaded.settings)
@@ -11126,7 +11368,9 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if options.register:
         return run_register(loaded.settings, options.force)
     if options.status:
-        return run_status(loaded.settings, options.json)
+        return run_status(loaded.settings, options.json, hidden)
+    if options.executions:
+        return run_executions(options.executions, loaded.settings, options.json)
     if options.symbols:
         return run_symbols(options.symbols, loaded.settings, options.json)
     if options.drain:
