@@ -33,6 +33,7 @@ above it:
     Command journal    accepted commands and their answers on disk
     Daemon             inbox, outbox, and the three threads
     Service manager    notifications, the journal's priorities, metrics
+    Migration          what the older client of the platform left: settings, hash, documents
     Command line       options, rows, commands, `main`
 
 The daemon's threads: the socket's (main) owns link, protocol and outbox, and waits for nothing but its inbox and the
@@ -1094,11 +1095,12 @@ def read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
     """
     folder = environ.get("CREDENTIALS_DIRECTORY")
     names = [setting.name for setting in SETTINGS if folder and setting.secret]
-    found = {name: _read_credential(name, Path(cast(str, folder), name.lower())) for name in names}
+    found = {name: read_credential(name, Path(cast(str, folder), name.lower())) for name in names}
     return {name: text for name, text in found.items() if text}
 
 
-def _read_credential(name: str, path: Path) -> str:
+def read_credential(name: str, path: Path) -> str:
+    """Return the text of a credential's file, '' where it is missing. Raises SettingsError."""
     try:
         return path.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
@@ -1130,7 +1132,7 @@ class Unit(NamedTuple):
     def origins(self) -> dict[str, Mapping[str, str]]:
         """Return where the service has its settings from, the strongest first. Raises SettingsError."""
         found: dict[str, Mapping[str, str]] = {
-            f"credential {path}": {name: _read_credential(name, path)}
+            f"credential {path}": {name: read_credential(name, path)}
             for name, path in self.credentials.items()
         }
         found |= {str(path): read_env_file(path) for path in reversed(self.files)}
@@ -1253,7 +1255,7 @@ def load_settings(
         try:
             values[setting.attribute] = setting.parse(text or setting.default)
         except ValueError:
-            shown = _masked(setting, text)
+            shown = shown_value(setting, text)
             faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
     faults += _contradictions(values)
     if faults:
@@ -1334,12 +1336,23 @@ def _look_up(setting: Setting, origins: Mapping[str, Mapping[str, str]]) -> tupl
     return "", setting.name, ""
 
 
-def _masked(setting: Setting, text: str) -> str:
+def shown_value(setting: Setting, text: str) -> str:
+    """Return the text of a setting as a person may see it, in quotes."""
     if setting.in_small_letters:
         return repr(one_line(mask_userinfo(text), 100))
     if setting.secret and not (setting.attribute == "mongodb_uri" and _USERINFO.match(text)):
         return "'***'"
     return repr(one_line(mask_uri(text), 100))
+
+
+def env_line(name: str, value: str) -> str:
+    """Return the line of an env file that sets a printable text, for systemd and for `read_env_file` alike."""
+    if re.fullmatch(r"[\w.:/@%+,=~-]+", value, re.ASCII):
+        return f"{name}={value}\n"
+    if not set(value) & set("'\\"):
+        return f"{name}='{value}'\n"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}="{escaped}"\n'
 
 
 def _is_unknown(name: str) -> bool:
@@ -4470,7 +4483,7 @@ def is_decimal(text: str) -> bool:
 
 
 def _shown(record: Mapping[str, object], name: str) -> str:
-    return one_line(json.dumps(record[name]), 40) if name in record else "nothing"
+    return one_line(json.dumps(record[name], default=str), 40) if name in record else "nothing"
 
 
 class Bar(NamedTuple):
@@ -4753,7 +4766,7 @@ class InfowayApi:
 
     def symbols(self, kind: str, stop: threading.Event) -> list[Symbol] | Failure:
         """Ask once for a list of symbols; return it, or why it cannot be had. Raises Interrupted."""
-        envelope, failure = self._ask_once(f"{SYMBOLS_PATH}?type={kind}", API_LIMITS, stop)
+        envelope, failure = self._ask_once(f"{SYMBOLS_PATH}?type={kind}", self.limits, stop)
         found = read_symbols(kind, envelope)
         return failure if found is None else found
 
@@ -5164,10 +5177,15 @@ class Directory:
                 found = self._api.symbols(kind, stop)
             except Interrupted as error:
                 return str(error)
-            if isinstance(found, Failure):
-                self._not_before[kind] = self._clock.monotonic() + PLAN_RETRY_S
-                return found.words
-            self._keep(kind, found, today)
+            if not isinstance(found, Failure):
+                self._keep(kind, found, today)
+                continue
+            why = why or found.words
+            # each list more may take as long as one from a server that hangs
+            paused = SYMBOL_TYPES if found.kind is FailureKind.NETWORK else [kind]
+            self._not_before.update(dict.fromkeys(paused, self._clock.monotonic() + PLAN_RETRY_S))
+            if found.kind is not FailureKind.KEY:  # the plan may have the others
+                break
         return why
 
     def search(self, text: str) -> list[Symbol]:
@@ -5370,6 +5388,8 @@ REFUSED_IT = "MongoDB refused it: "
 PROBE_T = 1 << 40  # as wide as the times of trades, and none of them: 2004
 # Most codes trade in the last minutes before a close (auction included): looked at first.
 NEWEST_SPAN_MS = 6 * 60 * 1000
+# Documents that are read at once where a whole collection is: their fields of trades are some 200 kB.
+PAGE = 1000
 Document = dict[str, Any]
 TRADE_FIELDS = Trade._fields
 # Sent as texts, stored as MONGODB_NUMERIC_TYPE says.
@@ -5720,6 +5740,57 @@ class MongoStore:
 
         try:
             return self.collection().find_one({"_id": name}, {"_id": 1}) is not None
+        except PyMongoError as error:
+            raise self._fault(error) from error
+
+    def estimate(self, name: str) -> int:
+        """Return about how many documents a collection has, 0 where it is none. Raises StoreAway."""
+        from pymongo.errors import InvalidName, PyMongoError
+
+        try:
+            return self.collection(name).estimated_document_count()
+        except InvalidName:
+            return 0
+        except PyMongoError as error:
+            raise self._fault(error) from error
+
+    def pages(self, name: str, after: Document) -> Iterator[list[Document]]:
+        """Yield the fields of trades of all documents of a collection, whoever wrote them, in the order of `_id`.
+
+        `after`: the `_id` from which to go on, {} for all. Each page is asked for by itself, so an election costs none
+        of them. Dates are naive, as they stand there. Raises StoreAway.
+        """
+        from pymongo.errors import PyMongoError
+
+        while True:
+            try:
+                found = self._page(name, after)
+            except PyMongoError as error:
+                raise self._fault(error) from error
+            yield [document for document in found if document["_id"] != after.get("_id", ...)]
+            if len(found) < PAGE + bool(after):
+                return
+            after = {"_id": found[-1]["_id"]}
+
+    def _page(self, name: str, after: Document) -> list[Document]:
+        from bson.codec_options import CodecOptions, DatetimeConversion
+
+        options: CodecOptions[Document] = CodecOptions(
+            unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
+        )
+        wanted = dict.fromkeys((*TRADE_FIELDS, "stock_code", "create_time"), 1)
+        cursor = self.collection(name).with_options(codec_options=options).find({}, wanted)
+        if after:  # unlike $gt it goes on to `_id` of another type
+            cursor = cursor.hint([("_id", 1)]).min(list(after.items()))
+        return list(cursor.sort("_id", 1).limit(PAGE + bool(after)))
+
+    def at_moments(self, documents: Iterable[Document]) -> list[Document]:
+        """Return our trades of the codes and times that documents have, one at least. Raises StoreAway."""
+        from pymongo.errors import PyMongoError
+
+        moments = [{name: document[name] for name in ("stock_code", "t")} for document in documents]
+        try:
+            return [*filter(_is_trade, self.collection().find({"$or": moments}))]
         except PyMongoError as error:
             raise self._fault(error) from error
 
@@ -7625,6 +7696,11 @@ class Pipeline:
         self._finaliser = Finaliser(closes_in, self._source, sessions, self._events, self._clock)
         self._backfill = Backfill(closes_in, self._source, file, self._clock)
 
+    @staticmethod
+    def open_mongodb(settings: Settings) -> contextlib.closing[MongoStore]:
+        """Return the collections alone, for work that needs no local file."""
+        return contextlib.closing(MongoStore(settings))
+
     def __enter__(self) -> Self:
         return self
 
@@ -8151,22 +8227,27 @@ def read_hash(directory: Path) -> str:
 
     Raises StoreError when the file cannot be read or holds no hash.
     """
-    path = directory / HASH_NAME
-    for place in (path, OLD_HASH_FILE):
-        try:
-            found = place.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            continue
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise StoreError(f"the module hash {place} cannot be read: {why}; see STATE_DIRECTORY") from None
-        if not _HASH.fullmatch(found):
-            raise StoreError(f"{place} holds no module hash; remove it and run --register")
-        if place is not path:
+    found = hash_in(directory / HASH_NAME)
+    if not found:
+        found = hash_in(OLD_HASH_FILE)
+        if found:
             write_hash(directory, found)
-            log.info("the module hash of an older installation was taken over from %s", place)
-        return found
-    return ""
+            log.info("the module hash of an older installation was taken over from %s", OLD_HASH_FILE)
+    return found
+
+
+def hash_in(place: Path, setting: str = "STATE_DIRECTORY") -> str:
+    """Return the hash that a file holds, '' where there is no file. Raises StoreError, which names the setting."""
+    try:
+        found = place.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise StoreError(f"the module hash {place} cannot be read: {why}; see {setting}") from None
+    if not _HASH.fullmatch(found):
+        raise StoreError(f"{place} holds no module hash; remove it and run --register")
+    return found
 
 
 def write_hash(directory: Path, module_hash: str) -> None:
@@ -10302,6 +10383,392 @@ def _is_unused(folder: Path) -> bool:
 
 
 # ======================================================================================================
+# Migration: what the older client of this platform left
+# ======================================================================================================
+#
+# Promises:
+#   1. Nothing of the older installation is changed: neither its files nor a document of its own.
+#   2. What is set or stored here already stays as it is; each thing that is taken, kept or left out is said in a line.
+#   3. Each trade of the older documents is in `realtime` once, in the form of `to_document`, however often the older
+#      client stored it, and whoever ends this when: begun again it goes on where it was. What is no trade is counted
+#      and named.
+
+# Where the older client kept its settings, below its working directory, and its trades where none was named.
+OLD_ENV_FILE = Path("config/.env")
+OLD_COLLECTION = "stock_data"
+# How far the documents are brought over, until all of them are.
+MIGRATION_NAME = "migration.json"
+# Documents that are named of those which are no trade, or which MongoDB refused.
+EXAMPLES = 5
+# Zones differ by a quarter of an hour at least: clocks that are farther apart than half of that are of two zones.
+SAME_ZONE_S = 450.0
+
+
+def old_settings(directory: Path) -> tuple[dict[str, str], list[str]]:
+    """Return the settings of an older installation, empty ones left out, and a line for each that cannot be read.
+
+    Raises UsageError where there is none.
+    """
+    path = directory / OLD_ENV_FILE
+    try:
+        path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(
+            f"--migrate {directory}: {path} cannot be read: {why}; expected the older client's directory"
+        ) from None
+    found = {name: value.strip() for name, value in read_env_file(path).items() if value.strip()}
+    # no more than that is asked of a file that no systemd reads
+    return found, [f"left out  {fault}" for fault in broken_lines(path) if "expected NAME=value" in fault]
+
+
+def plan_settings(
+    old: Mapping[str, str], there: Mapping[str, str], target: Path
+) -> tuple[dict[str, str], list[str]]:
+    """Return which settings are taken over into `target`, by their names of today, and a line for each of all.
+
+    `there`: what is set already, by any of its names. Raises SettingsError with every value that cannot be taken.
+    """
+    taken, lines, faults = {}, [], []
+    unknown = dict(old)
+    for setting in SETTINGS:
+        given = [name for name in setting.names() if unknown.pop(name, "")]
+        if not given:
+            continue
+        name, shown = given[0], shown_value(setting, old[given[0]])
+        stands = [there[other] for other in setting.names() if there.get(other)]
+        if stands:
+            line = f"kept      {setting.name}: it is set already"
+            if stands[0] != old[name]:
+                line += "; the older one differs"
+        else:
+            try:
+                setting.parse(old[name])
+            except ValueError:
+                faults.append(
+                    f"{name}={shown} (older): expected {setting.expected}; what {target} sets is kept"
+                )
+            taken[setting.name] = old[name]
+            line = f"taken     {setting.name}={shown}"
+            if name != setting.name:
+                line += f", there {name}"
+        lines.append(line)
+    if faults:
+        raise SettingsError(faults)
+    return taken, lines + [f"left out  {one_line(name, 60)}: stockrt has no such setting" for name in unknown]
+
+
+def write_settings(target: Path, taken: Mapping[str, str], source: Path) -> None:
+    """Add settings to an env file, which keeps its lines, mode and owner; a new one is its owner's alone.
+
+    Raises StoreError.
+    """
+    place = Path(os.path.realpath(target))
+    text, mode, owner = "", 0o600, None
+    with disk_trouble(f"{place} cannot be read", "--env-file"), contextlib.suppress(FileNotFoundError):
+        owner = place.stat()
+        mode, text = owner.st_mode & 0o777, place.read_text(encoding="utf-8")
+    if text:
+        text = text.rstrip("\n") + "\n\n"
+    text += f"# From {one_line(source)}:\n" + "".join(env_line(*pair) for pair in taken.items())
+    write_whole(place, text, durable=True, mode=mode, setting="--env-file")
+    if owner is not None and os.geteuid() == 0:
+        with disk_trouble(f"{place} cannot be given to its owner", "--env-file"):
+            os.chown(place, owner.st_uid, owner.st_gid)
+
+
+def plan_hash(directory: Path, state: Path) -> tuple[str, str]:
+    """Return the older installation's module hash, '' where it is not taken over, and a line about it.
+
+    Raises StoreError for a file that cannot be read or holds none.
+    """
+    source, place = directory / OLD_HASH_FILE, state / HASH_NAME
+    found, stands = hash_in(source, "--migrate"), hash_in(place)
+    if not found:
+        return "", f"left out  module hash: {source} is not there; workflows bound to an older one need it"
+    if not stands:
+        return found, f"taken     module hash {shorten(found)} into {place}"
+    line = f"kept      module hash {shorten(stands)}: it is in {place} already"
+    if stands != found:
+        line += f"; workflows may be bound to the older one, {shorten(found)}: "
+        line += f"to take it, stop the service, remove {place} and try again"
+    return "", line
+
+
+def move_installation(
+    directory: Path, target: Path, environ: Mapping[str, str], dry: bool
+) -> tuple[dict[str, str], Settings, list[str]]:
+    """Take settings over into the env file `target`, and the hash; `dry`: write nothing.
+
+    Returns the older settings, what is set from now on, and a line for each thing. Raises StockrtError; nothing is
+    written then, unless it is the disk that fails.
+    """
+    if not os.path.isdir(target.parent):
+        what = "is no directory that can be looked at: sudo ./build_pyz.sh install makes the service's"
+        raise UsageError(f"{target.parent} {what}, --env-file names another file")
+    old, unread = old_settings(directory)
+    there = target if os.path.exists(target) else Path(os.devnull)
+    unit = find_unit(environ, target)
+    held = read_credentials(environ)
+    if unit is not None and unit.is_hidden():
+        unit = None
+    if unit is not None:
+        held = {name: read_credential(name, path) for name, path in unit.credentials.items()}
+    taken, lines = plan_settings(old, read_env_file(there) | held, target)
+    settings = load_settings({**taken, **environ}, there, unit=unit).settings
+    module_hash, line = plan_hash(directory, settings.state_directory)
+    lines += [*unread, line]
+    if settings.realtime_name != OLD_COLLECTION and "MONGODB_COLLECTION_NAME" not in old:
+        changed = f"changed   trades go to the collection {settings.realtime_name}, not to {OLD_COLLECTION} as before"
+        lines.append(f"{changed}; see MONGODB_REALTIME_COLLECTION_NAME")
+    if taken and not dry:
+        write_settings(target, taken, directory / OLD_ENV_FILE)
+    if module_hash and not dry:
+        write_hash(settings.state_directory, module_hash)
+    return old, settings, lines
+
+
+def time_zone(name: str) -> tzinfo:
+    """Return an IANA zone. Raises UsageError for any other name."""
+    from zoneinfo import ZoneInfo
+
+    if name == "UTC":  # needs no data
+        return UTC
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):
+        what = "no such zone on this machine; expected a name such as Asia/Shanghai, of the package tzdata"
+        raise UsageError(f"--time-zone {one_line(name, 60)}: {what}") from None
+
+
+def read_old_trade(found: Mapping[str, Any], latest_ms: int = LATEST_TRADE_MS) -> Trade:
+    """Return the trade that a document of the older client holds, its numbers as texts, without ".0".
+
+    Raises ValueError or InstrumentError with what is wrong with it.
+    """
+    record = {name: _as_sent(name, found[name]) for name in TRADE_FIELDS if name in found}
+    if "s" not in record and "stock_code" in found:
+        record["s"] = found["stock_code"]
+    trade = read_trade(record, "common", latest_ms)  # whose rule looks at the code
+    return trade._replace(s=_code_of(trade.s))
+
+
+def _as_sent(name: str, value: object) -> object:
+    """Return a stored value as the API sends it, if it is of another type."""
+    from bson.decimal128 import Decimal128
+
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)  # BSON's long integers have a class of their own
+    if isinstance(value, Decimal128):
+        return str(value)
+    if isinstance(value, float):
+        text = repr(value).removesuffix(".0")
+        return int(text) if name not in NUMBERS and re.fullmatch(r"\d+", text) else text
+    return value
+
+
+@lru_cache(maxsize=4096)
+def _code_of(text: str) -> str:
+    """Return a code that the API sent, in upper case. Raises InstrumentError for what is none."""
+    try:
+        return parse_code(f"common:{text}").code  # where any code is taken as it is
+    except UnclearCode as unclear:  # one that is not ASCII
+        return unclear.text
+
+
+def first_stored(found: Mapping[str, Any], t: int, zone: tzinfo) -> tuple[datetime, float | None]:
+    """Return when an older document was stored, aware UTC, by its naive `create_time` on the clock of `zone`.
+
+    And by how many seconds that is after its ObjectId was made, None where it cannot be told. A document without a
+    `create_time` was stored when its ObjectId was made, or else at the time of its trade, `t`.
+    """
+    from bson.objectid import ObjectId
+
+    made = found["_id"].generation_time if isinstance(found["_id"], ObjectId) else None
+    told = found.get("create_time")
+    with contextlib.suppress(ValueError, OverflowError):  # no date, or one at the end of all dates
+        if isinstance(told, str):
+            told = datetime.fromisoformat(told)
+        if isinstance(told, datetime):
+            told = told.replace(microsecond=told.microsecond // 1000 * 1000)
+            if told.tzinfo is None:  # an hour of autumn is there twice
+                told = told.replace(tzinfo=zone)
+                later = told.replace(fold=1)
+                if made and abs(later.astimezone(UTC) - made) < abs(told.astimezone(UTC) - made):
+                    told = later
+            at = told.astimezone(UTC)
+            return at, (at - made).total_seconds() if made else None
+    return made or datetime.fromtimestamp(t / 1000, UTC), None
+
+
+@dataclass
+class Migrated:
+    """How far a collection is brought over: the last `_id` that was read, and what became of all until there.
+
+    `numbers`: some hold numbers in place of texts. `examples`: the first of what is no trade or was refused, and why.
+    """
+
+    after: Document = field(default_factory=dict)
+    read: int = 0
+    stored: int = 0
+    no_trade: int = 0
+    refused: int = 0
+    numbers: bool = False
+    examples: list[str] = field(default_factory=list)
+
+    def note(self, name: object, why: object) -> None:
+        """Take an example, if there are not enough."""
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(f"{one_line(name, 60)}: {one_line(why, 200)}")
+
+
+@dataclass
+class Migration:
+    """Brings the older client's documents of a collection into ours: promise 3.
+
+    `dry`: nothing is written. `any_zone`: `zone` holds, whatever the ObjectIds say.
+    """
+
+    store: MongoStore
+    settings: Settings
+    source: str
+    zone: tzinfo
+    dry: bool = False
+    any_zone: bool = False
+    done: Migrated = field(default_factory=Migrated)
+
+    def run(self, stop: threading.Event, events: Events = NO_EVENTS) -> bool:
+        """Bring over what is left, or as much as can be until `stop`; return whether that is all.
+
+        Raises UsageError where the collection has none or the zone is wrong, StoreError where a store is away.
+        """
+        if self.source in (self.settings.close_name, self.settings.license_name):
+            raise UsageError(f"--documents {self.source}: in that collection stockrt keeps what is no trade")
+        total = self.store.estimate(self.source)
+        if not total:
+            raise UsageError(
+                f"--documents {self.source}: no documents in that collection; see MONGODB_DB_NAME"
+            )
+        if self.source == self.store.realtime_name:
+            log.warning("trades go into the collection of the older documents, and stand there beside them")
+        self._recall()
+        for page in self.store.pages(self.source, self.done.after):
+            if stop.is_set():
+                return False
+            self._take(page)
+            self._remember()
+            events.progress(self.done.read, total)
+        if not self.dry:
+            with disk_trouble(f"{self._path()} cannot be removed"):
+                self._path().unlink(missing_ok=True)
+        return True
+
+    def _take(self, page: Sequence[Document]) -> None:
+        done = self.done
+        documents: dict[str, Document] = {}
+        late: list[float] = []
+        latest_ms = int(time.time() * 1000) + MAX_AHEAD_MS
+        bad = 0
+        for found in page:
+            try:
+                trade = read_old_trade(found, latest_ms)
+            except (ValueError, InstrumentError) as error:
+                done.note(found["_id"], error)
+                bad += 1
+                continue
+            done.numbers |= any(not isinstance(found[name], str) for name in NUMBERS)
+            created, seconds = first_stored(found, trade.t, self.zone)
+            if seconds is not None:
+                late.append(seconds)
+            documents.setdefault(identity(trade), to_document(trade, created))
+        self._check_zone(late)
+        if documents and not self.dry:
+            if done.numbers:
+                documents = self._without_other_digits(documents)
+            self._write([*documents.values()])
+        done.no_trade += bad
+        done.read += len(page)
+        for found in page[-1:]:
+            done.after = {"_id": found["_id"]}
+
+    def _write(self, documents: Sequence[Document]) -> None:
+        report = self.store.write(documents)
+        self.done.stored += report.stored
+        self.done.refused += len(report.refused)
+        for name, why in report.refused.items():
+            self.done.note(name, why)
+
+    def _check_zone(self, late: list[float]) -> None:
+        """Raise UsageError where most of some documents cannot have been stored when `create_time` says."""
+        seconds = sorted(late or [0.0])[len(late) // 2]
+        if abs(seconds) > SAME_ZONE_S and not self.any_zone:
+            raise UsageError(
+                f"--time-zone {self.zone}: create_time would be {seconds / 3600:+.1f} h from when the documents were "
+                "made, by their ObjectIds; expected the zone of the clock that wrote them (in a container often UTC); "
+                "with --force it is taken as it is"
+            )
+
+    def _without_other_digits(self, documents: Mapping[str, Document]) -> dict[str, Document]:
+        """Return those whose trade is not there with other digits, as 31.350 is that of the number 31.35."""
+        known = {_same_digits(one): one["_id"] for one in self.store.at_moments(documents.values())}
+        for name, document in documents.items():
+            known.setdefault(_same_digits(document), name)
+        names = {*known.values()}
+        return {name: document for name, document in documents.items() if name in names}
+
+    def _path(self) -> Path:
+        return self.settings.state_directory / MIGRATION_NAME
+
+    def _what(self) -> str:
+        place = f"{self.settings.mongodb_shown()} {self.settings.mongodb_db_name}"
+        return f"{place} {self.source} -> {self.settings.realtime_name}, {self.zone}"
+
+    def _recall(self) -> None:
+        """Go on from where an earlier run was, if it was about the same; what nobody can read begins anew."""
+        from bson import json_util
+
+        if self.dry:
+            return
+        make_state_directory(self.settings.state_directory)
+        with (
+            disk_trouble(f"{self._path()} cannot be read"),
+            contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError),
+        ):
+            options = json_util.JSONOptions(tz_aware=False)
+            told = json_util.loads(self._path().read_text(encoding="utf-8"), json_options=options)
+            if told.pop("what") == self._what():
+                self.done = Migrated(**told)
+
+    def _remember(self) -> None:
+        from bson import json_util
+
+        if not self.dry:
+            write_whole(self._path(), json_util.dumps({"what": self._what()} | vars(self.done)))
+
+    def words(self) -> str:
+        """Return what was done, in a line, and examples of what could not be."""
+        done = self.done
+        trades = done.read - done.no_trade
+        line = f"{count_words(done.read, 'document')} of {self.source} read: "
+        if self.dry:
+            line += f"{count_words(trades, 'trade')}, doubles included, {done.no_trade} no trade; "
+            line += "nothing was written: --dry-run"
+        else:
+            known = trades - done.stored - done.refused
+            line += f"{count_words(done.stored, 'trade')} added to {self.store.realtime_name}, {known} already there, "
+            line += f"{done.no_trade} no trade, {done.refused} refused by MongoDB"
+        return "\n".join([line, *(f"  {example}" for example in done.examples)])
+
+
+def _same_digits(document: Document) -> tuple[object, ...]:
+    """Return what two documents of one trade have in common, however their numbers are written."""
+    from decimal import Decimal
+
+    p, v = (Decimal(str(document[name])) for name in ("p", "v"))
+    return document["s"], document["t"], p, v, document["td"]
+
+
+# ======================================================================================================
 # Command line
 # ======================================================================================================
 
@@ -10388,6 +10855,13 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
     what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
     what.add_argument("--register", action="store_true", help="register at the dispatch platform (once)")
+    what.add_argument(
+        "--migrate",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="take settings and module hash over from the older client's directory, with --documents its documents",
+    )
     what.add_argument("--version", action="version", version=f"stockrt {__version__}")
 
 
@@ -10404,7 +10878,24 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--retry", action="store_true", help="with --drain: what MongoDB refused before, too")
     parser.add_argument(
-        "--force", action="store_true", help="with --register: anew, although a hash is stored"
+        "--documents",
+        nargs="?",
+        const="",
+        metavar="COLLECTION",
+        help=f"with --migrate: bring the older client's documents over (default: its own collection, {OLD_COLLECTION})",
+    )
+    parser.add_argument(
+        "--time-zone",
+        metavar="ZONE",
+        help="with --documents: of the clock that wrote them, such as Asia/Shanghai",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="with --migrate: say what would be done, write nothing"
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="with --register: anew, although a hash is stored; with --documents: this zone, whatever ObjectIds say",
     )
     parser.add_argument(
         "--env-file",
@@ -10435,11 +10926,24 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"--backfill {options.backfill}: expected 1 to {MAX_BARS} sessions; see --help")
     if options.retry and not options.drain:
         raise UsageError("--retry goes with --drain; see --help")
-    if options.force and not options.register:
-        raise UsageError("--force goes with --register; see --help")
+    if options.force and not (options.register or options.documents is not None):
+        raise UsageError("--force goes with --register or --documents; see --help")
+    _check_migration(options)
     if options.once and not (options.codes or options.codes_file):
         raise UsageError("--once needs --codes CODE … or --codes-file FILE; see --help")
     return options
+
+
+def _check_migration(options: argparse.Namespace) -> None:
+    """Raise UsageError for options of --migrate that do not go together."""
+    if options.migrate is None:
+        for flag in ("documents", "time_zone", "dry_run"):
+            if getattr(options, flag) not in (None, False):
+                raise UsageError(f"--{flag.replace('_', '-')} goes with --migrate; see --help")
+    elif not options.migrate and options.documents is None:
+        raise UsageError("--migrate needs the older client's directory, or --documents; see --help")
+    elif (options.documents is None) != (options.time_zone is None):
+        raise UsageError("--documents needs --time-zone ZONE, and the other way round; see --help")
 
 
 def read_codes(options: argparse.Namespace) -> Iterator[str]:
@@ -11350,9 +11854,51 @@ def run_daemon(settings: Settings, environ: Mapping[str, str]) -> int:
     return EXIT_OK
 
 
+def run_migrate(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """Take settings and hash over from the older client's directory, then its documents if they are asked for."""
+    time_zone(options.time_zone or "UTC")
+    here, *_, the_services = ENV_FILE_PLACES
+    target = options.env_file or (the_services if os.geteuid() == 0 else here)
+    old, settings, lines = move_installation(Path(options.migrate), target, environ, options.dry_run)
+    start_logging(settings)
+    show(settings.redact("\n".join(lines)))
+    done = "a service that runs sees changes after its restart"
+    if options.dry_run:
+        done = "nothing was written: --dry-run"
+    say(f"settings: {target}; {done}")
+    if options.documents is None:
+        return EXIT_OK
+    return run_documents(options, settings, old.get("MONGODB_COLLECTION_NAME", OLD_COLLECTION))
+
+
+def run_documents(options: argparse.Namespace, settings: Settings, source: str = OLD_COLLECTION) -> int:
+    """Bring the older client's documents over, say what was done, and return the exit status."""
+    zone = time_zone(options.time_zone)
+    need_mongodb(settings, "there are no older documents")
+    terminal = Terminal(None, "documents", bar_above=0)
+    stop = StopEvent()
+    stop_on_signals(stop)
+    with Pipeline.open_mongodb(settings) as store:
+        migration = Migration(
+            store, settings, options.documents or source, zone, options.dry_run, options.force
+        )
+        try:
+            finished = migration.run(stop, terminal)
+        finally:
+            terminal.close()
+            if migration.done.read:
+                say(settings.redact(migration.words()))
+    if not finished:
+        say("interrupted: the same command goes on where it stopped")
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED if migration.done.refused else EXIT_OK
+
+
 def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run one command line and return its exit status. Raises StockrtError: what the operator must mend."""
     options = parse_arguments(argv)
+    if options.migrate:
+        return run_migrate(options, environ)
     unit = find_unit(environ, options.env_file)
     hidden = unit is not None and unit.is_hidden()
     loaded = load_settings(environ, options.env_file, unit=None if hidden else unit)
@@ -11365,6 +11911,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return run_once(options, loaded.settings)
     if options.backfill is not None:
         return run_backfill(options, loaded.settings)
+    if options.documents is not None:
+        return run_documents(options, loaded.settings)
     if options.register:
         return run_register(loaded.settings, options.force)
     if options.status:

@@ -25,6 +25,8 @@ from kit.mongo import SET_NAME, MongoServer
 from kit.platform_server import PlatformServer
 from kit.systemd_box import Box, BoxError
 
+import stockrt
+
 UNIT = ROOT / "stockrt.service"
 # Most exposure that `systemd-analyze security` may find, in tenths.
 MOST_EXPOSURE = 12
@@ -297,6 +299,52 @@ def test_journal_has_priorities_and_no_times_of_ours(running: Instance) -> None:
     assert {entry["SYSLOG_IDENTIFIER"] for entry in mine} == {"stockrt"}
     assert not [e for e in mine if re.match(r"<\d>|\d\d:\d\d|(INFO|WARNING)", str(e["MESSAGE"]))]
     assert not [e for e in mine if "may not be read" in str(e["MESSAGE"])]
+
+
+def test_migrated_before_its_first_start_it_is_the_older_module(box: Box, installed: str) -> None:
+    """What root's --migrate writes is the service's when that starts: no new module, and files of its own user."""
+    name = "stockrt-moved"
+    instance = make_instance(box, name)
+    ask = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1]).read().decode())"
+    query = "name=old&input_data=%5B%5D&output_data=%5B%5D&modelHash=old"
+    url = f"{instance.platform.url}/module/register?{query}"
+    answer = json.loads(box.run("/usr/bin/python3", "-c", ask, url).stdout)
+    module_hash = answer["result"]["hash"]
+    odd = 'it\'s "A" 股\\B #1 $HOME'  # to systemd it must be the same as to us
+    box.write("/srv/older/config/.env", f"MODULE_DESCRIPTION={stockrt.env_line('', odd)[1:]}SERVER_PORT=1\n")
+    box.write("/srv/older/config/module_hash.txt", module_hash)
+    env_file = f"/etc/stockrt/{name}.env"
+    command = ("/opt/stockrt/stockrt.pyz", "--env-file", env_file, "--migrate", "/srv/older")
+    said = box.run("env", f"STATE_DIRECTORY=/var/lib/{name}", "SHIV_ROOT=/tmp/shiv", *command).stdout
+    assert "kept      SERVER_PORT" in said and f"into /var/lib/{name}/module_hash" in said
+    instance.start()
+    environment = box.run("cat", f"/proc/{instance.show('MainPID')}/environ").stdout
+    assert f"MODULE_DESCRIPTION={odd}" in environment.split("\0")
+    assert instance.platform.connected == [module_hash]
+    assert len(instance.platform.register_calls) == 1
+    owner = box.run(
+        "stat", "-c", "%u", f"/var/lib/private/{name}", f"/var/lib/private/{name}/module_hash"
+    ).stdout
+    assert len(set(owner.split())) == 1 and "0" not in owner.split()
+    instance.ctl("stop")
+
+
+def test_migrated_by_hand_settings_go_where_its_user_may_write(box: Box, installed: str) -> None:
+    """The service's for root, a file in the folder where it was called for anybody else."""
+    box.write("/srv/older/config/.env", "SERVER_PORT=1\n")
+    program = "/opt/stockrt/stockrt.pyz --migrate /srv/older"
+    roots = box.run("env", "SHIV_ROOT=/tmp/shiv", *program.split(), "--dry-run").stderr
+    assert "settings: /etc/stockrt/stockrt.env;" in roots
+    script = f"mkdir /tmp/person && cd /tmp/person && HOME=$PWD {program} && stat -c %a stockrt.env && cat stockrt.env"
+    said = box.run("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", script)
+    assert "settings: stockrt.env;" in said.stderr
+    assert said.stdout.splitlines()[-3:] == ["600", "# From /srv/older/config/.env:", "SERVER_PORT=1"]
+
+
+def test_migrated_by_hand_a_credential_of_the_unit_is_set_already(box: Box, installed: str) -> None:
+    box.write("/srv/keyed/config/.env", "INFOWAY_API_KEY=an-older-key-5\n")
+    said = box.run("/opt/stockrt/stockrt.pyz", "--migrate", "/srv/keyed", "--dry-run").stdout
+    assert "kept      INFOWAY_API_KEY: it is set already; the older one differs\n" in said
 
 
 def test_mongodb_and_tls_work_inside(box: Box, installed: str, mongod: Path) -> None:
