@@ -2635,8 +2635,18 @@ RESCUE_POLL_S = 0.05
 SQLITE_PAGE = 4096
 # A log has a header, and one before each page.
 WAL_HEAD, WAL_FRAME_HEAD = 32, 24
+# What is the same in the headers of all our files (sqlite.org/fileformat2.html#the_database_header): where it stands.
+SQLITE_HEADER = {
+    0: b"SQLite format 3\0" + SQLITE_PAGE.to_bytes(2) + b"\2\2\0\x40\x20\x20",
+    44: (4).to_bytes(4),
+    52: bytes(4) + (1).to_bytes(4),
+}
+# No format of a file of ours is numbered higher.
+HIGHEST_FORMAT = 255
 # What its primary result codes say of a file: SQLITE_CORRUPT and SQLITE_NOTADB.
 SQLITE_DAMAGED = (11, 26)
+# This code of its without a further reason: a byte of the header says that others than we may write to the file.
+SQLITE_READONLY = 8
 # And its words where damage has changed the schema: what is asked of our files is always the same.
 SCHEMA_DAMAGED = re.compile(
     r"no such (?:table|column)|has no column named|unsupported file format|decode to UTF-8"
@@ -2818,7 +2828,7 @@ class LocalFile:
         if any(side.exists() for side in _sides(self._away)):
             return "its rescue was interrupted"
         if self._mark.exists():
-            return one_line(self._mark.read_text(encoding="utf-8", errors="replace"))
+            return one_line(self._mark.read_text(encoding="utf-8", errors="replace")) or "a mark says so"
         if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
             return "its beginning is cut off"  # SQLite would take it for new and drop the log
         if any(_is_forbidden(side) for side in _sides(self.path)):
@@ -2827,26 +2837,45 @@ class LocalFile:
             self._db = _connect_sqlite(self.path)
             if _log_is_torn(self._db, self.path):
                 return "its log is damaged, and transactions lie behind the damage"
-            self._bring_up(self._db)
+            damage = self._bring_up(self._db)
         except _sqlite_errors() as error:
             if not _is_damage(error):
                 raise
+            damage = one_line(error)
+        if damage:
             self._disconnect()
-            return one_line(error)
-        return ""
+        return damage
 
-    def _bring_up(self, db: sqlite3.Connection) -> None:
-        """Bring a file up to the version that this stockrt knows. Raises sqlite3.Error, StoreError."""
+    def _bring_up(self, db: sqlite3.Connection) -> str:
+        """Bring a file up to the version that this stockrt knows, and return what is wrong with it, '' for nothing.
+
+        Raises sqlite3.Error, StoreError.
+        """
         (found,) = db.execute("PRAGMA user_version").fetchone()
+        if found == self._version:
+            return ""
+        is_ours = _tables(db) == self._own_tables()
+        if not 0 <= found <= HIGHEST_FORMAT or (found < self._version and is_ours):
+            return f"its header is damaged: format {found}"
         if found > self._version:
-            raise StoreError(
+            words = (
                 f"{self.path} was written by a newer stockrt (format {found}, this one knows {self._version}); "
                 "use that one, or another STATE_DIRECTORY"
             )
-        if found < self._version:
-            db.executescript(
-                f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;"
-            )
+            if is_ours:
+                words += f"; where there never was a newer one its header is damaged: make an empty file {self._mark}, "
+                words += "and the next start rescues what can be read"
+            raise StoreError(words)
+        db.executescript(f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;")
+        return ""
+
+    def _own_tables(self) -> set[Any]:
+        """Return what `_tables` does of a file that this stockrt has made."""
+        import sqlite3
+
+        with contextlib.closing(sqlite3.connect(":memory:")) as db:
+            db.executescript(self._schema)
+            return _tables(db)
 
     @property
     def _away(self) -> Path:
@@ -2877,7 +2906,8 @@ class LocalFile:
             side.unlink(missing_ok=True)
         with contextlib.closing(_connect_sqlite(fresh)) as db:
             self._bring_up(db)
-            rescued = rescue(self._away, db, self._events)
+            with _header_mended(self._away):
+                rescued = rescue(self._away, db, self._events)
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         self._disconnect()  # not before: the last one to close a damaged log empties it
         self._mark.unlink(missing_ok=True)
@@ -2915,9 +2945,35 @@ def _sqlite_errors() -> tuple[type[Exception], ...]:
 def _is_damage(error: Exception) -> bool:
     if isinstance(error, UnicodeDecodeError):
         return True
-    if getattr(error, "sqlite_errorcode", 0) & 0xFF in SQLITE_DAMAGED:
+    code = getattr(error, "sqlite_errorcode", 0)
+    if code & 0xFF in SQLITE_DAMAGED or code == SQLITE_READONLY:
         return True
     return SCHEMA_DAMAGED.search(str(error)) is not None
+
+
+def _tables(db: sqlite3.Connection) -> set[Any]:
+    """Return what tables and indexes a file has, and of which columns. Raises sqlite3.Error."""
+    return set(db.execute("SELECT type, name, sql FROM sqlite_master").fetchall())
+
+
+@contextlib.contextmanager
+def _header_mended(path: Path) -> Iterator[None]:
+    """Let SQLite read a file of ours whose header is damaged, as long as its first page is one that leads to tables."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # not there, or not for this user
+            file = stack.enter_context(path.open("r+b"))
+            old = file.read(101)
+            if old[100:] in (b"\x05", b"\x0d"):
+                stack.callback(_put, file, {0: old})
+                _put(file, SQLITE_HEADER)
+        yield
+
+
+def _put(file: IO[bytes], pieces: Mapping[int, bytes]) -> None:
+    for place, piece in pieces.items():
+        file.seek(place)
+        file.write(piece)
+    file.flush()
 
 
 def _beside(path: Path, end: str) -> Path:
@@ -2973,7 +3029,12 @@ def _log_is_torn(db: sqlite3.Connection, path: Path) -> bool:
         # Not read from the index file itself: to close it would undo SQLite's locks, which belong to the process.
         with contextlib.closing(sqlite3.connect(path)) as other:
             other.execute("PRAGMA user_version").fetchone()  # opens the log
-            seen = int(other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1])
+            try:
+                seen = int(other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1])
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                    raise
+                seen = _frames_seen(write_ahead_log)  # slower, and takes no room
         # -1: another process is at it, which opened it well
         return 0 <= seen < _transactions_end(write_ahead_log)
     finally:
@@ -2996,6 +3057,23 @@ def _transactions_end(write_ahead_log: Path) -> int:
     return max((number for number, frame in enumerate(frames, 1) if frame == (salts, True)), default=0)
 
 
+def _frames_seen(write_ahead_log: Path) -> int:
+    """Return up to which frame SQLite reads a log: the last one that ends a transaction and has only good ones before."""
+    with write_ahead_log.open("rb") as stream:
+        head = stream.read(WAL_HEAD)
+    checksum = _wal_checksum(head[:24])
+    if head[24:] != checksum:
+        return 0
+    seen = 0
+    for number, frame in enumerate(_blocks(write_ahead_log, WAL_HEAD, WAL_FRAME_HEAD + SQLITE_PAGE), 1):
+        checksum = _wal_checksum(frame[:8] + frame[WAL_FRAME_HEAD:], checksum)
+        if frame[8:24] != head[16:24] + checksum:
+            break
+        if any(frame[4:8]):
+            seen = number
+    return seen
+
+
 def _blocks(path: Path, start: int, size: int) -> Iterator[bytes]:
     """Yield what a file has from a place on, in blocks of a size. Raises OSError."""
     with path.open("rb") as stream:
@@ -3003,11 +3081,11 @@ def _blocks(path: Path, start: int, size: int) -> Iterator[bytes]:
         yield from iter(lambda: stream.read(size), b"")
 
 
-def _wal_checksum(head: bytes) -> bytes:
-    """Return the checksum of the head of a log (sqlite.org/fileformat2.html#checksum_algorithm)."""
-    older = newer = 0
-    for at in range(0, len(head), 4):  # SQLite writes it as the machine orders bytes
-        older, newer = newer, older + newer + int.from_bytes(head[at : at + 4], sys.byteorder) & 0xFFFFFFFF
+def _wal_checksum(data: bytes, before: bytes = bytes(8)) -> bytes:
+    """Return the checksum of a part of a log, behind a part with one (sqlite.org/fileformat2.html#checksum_algorithm)."""
+    older, newer = int.from_bytes(before[:4]), int.from_bytes(before[4:])
+    for at in range(0, len(data), 4):  # SQLite writes it as the machine orders bytes
+        older, newer = newer, older + newer + int.from_bytes(data[at : at + 4], sys.byteorder) & 0xFFFFFFFF
     return older.to_bytes(4) + newer.to_bytes(4)
 
 
