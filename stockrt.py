@@ -2662,10 +2662,13 @@ class LocalFile:
     `events` is told, every call raises StoreError from then on, and the next one to open the file rescues it.
 
     Raises StoreError when the file cannot be used, is in use although it is damaged, or was written by a newer
-    stockrt. Used with `with`, which closes it.
+    stockrt. With `patient` what is no fault of the file, as a lock that another program holds, or a full disk, is
+    raised by each use until one finds it over, and by none waited for here. Used with `with`, which closes it.
     """
 
-    def __init__(self, path: Path, version: int, schema: str, events: Events = NO_EVENTS) -> None:
+    def __init__(
+        self, path: Path, version: int, schema: str, events: Events = NO_EVENTS, patient: bool = False
+    ) -> None:
 
         make_state_directory(path.parent)
         self.path = path
@@ -2679,14 +2682,16 @@ class LocalFile:
         with disk_trouble(f"the lock {lock} cannot be opened"):
             self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
-            with disk_trouble(f"the local file {path} cannot be opened"):
+            with disk_trouble(f"the lock {lock} cannot be used"):
                 keep_owner(lock, path.parent)
-                self._open()
-                self._inode = _inode(path)
+            self._open(0.0 if patient else SQLITE_BUSY_S)
         except BaseException as error:
-            self.close()
             if isinstance(error, _sqlite_errors()):
+                if patient:
+                    return
+                self.close()
                 raise _sqlite_fault(path, error) from error
+            self.close()
             raise
 
     def __enter__(self) -> Self:
@@ -2762,6 +2767,8 @@ class LocalFile:
             if self._fault is not None:
                 raise self._fault
             try:
+                if self._db is None:
+                    self._open_late()
                 yield cast("sqlite3.Connection", self._db)
             except _sqlite_errors() as error:
                 if _is_damage(error):
@@ -2780,11 +2787,30 @@ class LocalFile:
             self._db.close()
         self._db = None
 
-    def _open(self) -> None:
-        """Lock and open the file; a damaged one is set aside first."""
+    def _open_late(self) -> None:
+        """Open what could not be opened at the start. Raises sqlite3.Error, StoreError."""
+        try:
+            self._open(SQLITE_BUSY_S)
+        except StoreError as error:
+            raise self._end_use(error) from error
+
+    def _open(self, wait_s: float) -> None:
+        """Lock and open the file; a damaged one is set aside first. Raises sqlite3.Error, StoreError."""
+        import fcntl
+
+        try:
+            with disk_trouble(f"the local file {self.path} cannot be opened"):
+                self._open_locked(wait_s)
+                self._inode = _inode(self.path)
+        except _sqlite_errors():
+            self._disconnect()
+            fcntl.flock(self._locked, fcntl.LOCK_UN)
+            raise
+
+    def _open_locked(self, wait_s: float) -> None:
         if not self._lock_alone():
             self._lock_shared()
-        damage = self._connect()
+        damage = self._connect(wait_s)
         if damage:
             if not self._lock_alone():
                 raise StoreError(
@@ -2792,7 +2818,7 @@ class LocalFile:
                     "stop that one, and the next start rescues what can be read"
                 )
             self._set_aside(damage)
-            damage = self._connect()
+            damage = self._connect(wait_s)
         if damage:
             raise StoreError(f"the local file {self.path} cannot be used: {damage}; see STATE_DIRECTORY")
         self._lock_shared()
@@ -2819,8 +2845,10 @@ class LocalFile:
                 self._events.progress()
                 time.sleep(RESCUE_POLL_S)
 
-    def _connect(self) -> str:
+    def _connect(self, wait_s: float) -> str:
         """Connect to the file and return what is wrong with it, '' where nothing is.
+
+        Another program that holds its lock is waited for so long, and by each later use for SQLITE_BUSY_S.
 
         With a torn log it stays connected: to close it would empty the log.
         """
@@ -2834,10 +2862,11 @@ class LocalFile:
         if any(_is_forbidden(side) for side in _sides(self.path)):
             return "this user may not read and write it"
         try:
-            self._db = _connect_sqlite(self.path)
+            self._db = _connect_sqlite(self.path, wait_s)
             if _log_is_torn(self._db, self.path):
                 return "its log is damaged, and transactions lie behind the damage"
             damage = self._bring_up(self._db)
+            self._db.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_S * 1000:.0f}")
         except _sqlite_errors() as error:
             if not _is_damage(error):
                 raise
@@ -2915,11 +2944,11 @@ class LocalFile:
         return rescued
 
 
-def _connect_sqlite(path: Path) -> sqlite3.Connection:
+def _connect_sqlite(path: Path, wait_s: float = SQLITE_BUSY_S) -> sqlite3.Connection:
     """Open a file: WAL, and fsynced at every commit. Raises sqlite3.Error."""
     import sqlite3
 
-    db = sqlite3.connect(path, timeout=SQLITE_BUSY_S, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=wait_s, check_same_thread=False)
     try:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
@@ -3058,7 +3087,7 @@ def _transactions_end(write_ahead_log: Path) -> int:
 
 
 def _frames_seen(write_ahead_log: Path) -> int:
-    """Return up to which frame SQLite reads a log: the last one that ends a transaction and has only good ones before."""
+    """Return the last frame up to which SQLite reads a log: it ends a transaction, and all before are good."""
     with write_ahead_log.open("rb") as stream:
         head = stream.read(WAL_HEAD)
     checksum = _wal_checksum(head[:24])
@@ -3082,7 +3111,7 @@ def _blocks(path: Path, start: int, size: int) -> Iterator[bytes]:
 
 
 def _wal_checksum(data: bytes, before: bytes = bytes(8)) -> bytes:
-    """Return the checksum of a part of a log, behind a part with one (sqlite.org/fileformat2.html#checksum_algorithm)."""
+    """Return the checksum of a part of a log, behind one (sqlite.org/fileformat2.html#checksum_algorithm)."""
     older, newer = int.from_bytes(before[:4]), int.from_bytes(before[4:])
     for at in range(0, len(data), 4):  # SQLite writes it as the machine orders bytes
         older, newer = newer, older + newer + int.from_bytes(data[at : at + 4], sys.byteorder) & 0xFFFFFFFF
@@ -7976,12 +8005,18 @@ def _result_words(report: Report) -> str:
     return words
 
 
+# What the message of a result says whose lists were left out.
+WITHOUT_LISTS = "; sent without its lists"
+
+
 def without_lists(text: str) -> str:
     """Return a result that the platform did not take for its size without what makes it long; counts stay."""
     try:
         answer = _json_or_none(text)
+        if WITHOUT_LISTS in answer["message"]:
+            return text
         answer["result"] |= {"failed_stocks": [], "failures": {}}
-        answer["message"] += f"; sent without its lists: {len(text)} bytes were too many for the platform"
+        answer["message"] += f"{WITHOUT_LISTS}: {len(text)} bytes were too many for the platform"
     except (KeyError, TypeError, UsageError):
         return text  # what a bad disk made of it
     if "error" in answer:
@@ -8319,6 +8354,13 @@ class OpenCommand(NamedTuple):
     age_s: float
 
 
+class Undelivered(NamedTuple):
+    """An answer of the journal that the platform has not confirmed: its number, and its length in characters."""
+
+    number: int
+    size: int
+
+
 class Known(NamedTuple):
     """An execution that was accepted before: its number, and its answer, None while there is none."""
 
@@ -8336,10 +8378,17 @@ class Waiting(TypedDict):
 class Journal:
     """Accepted commands and their answers on disk. Every method may be called by any thread, and waits for the disk."""
 
-    def __init__(self, directory: Path, clock: Clock = SYSTEM_CLOCK, events: Events = NO_EVENTS) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        clock: Clock = SYSTEM_CLOCK,
+        events: Events = NO_EVENTS,
+        patient: bool = False,
+    ) -> None:
+        """Open the file; `patient` as for LocalFile."""
         self._clock = clock
         self.path = directory / JOURNAL_NAME
-        self._file = LocalFile(self.path, JOURNAL_VERSION, _JOURNAL_SCHEMA, events)
+        self._file = LocalFile(self.path, JOURNAL_VERSION, _JOURNAL_SCHEMA, events, patient)
 
     def accept(self, commands: Sequence[Command]) -> list[int]:
         """Keep commands, all or none, and return their numbers. Raises StoreError."""
@@ -8377,6 +8426,19 @@ class Journal:
         with self._file.write() as db:
             db.execute(update, (text, self._clock.wall(), number))
 
+    def answer_of(self, number: int) -> str | None:
+        """Return the answer of a command, None where there is none. Raises StoreError."""
+        row = self._file.read_one("SELECT answer FROM executions WHERE number = ?", number)
+        return row and cast("str | None", row[0])
+
+    def shorten(self, numbers: Iterable[int]) -> None:
+        """Keep answers without their lists: the platform takes them in no other way. Raises StoreError."""
+        with self._file.write() as db:
+            for number in numbers:
+                short = without_lists(self.answer_of(number) or "")
+                update = "UPDATE executions SET answer = ? WHERE number = ? AND answer IS NOT NULL"
+                db.execute(update, (short, number))
+
     def received(self, numbers: Sequence[int]) -> None:
         """The platform has these answers: they are not sent again, unless the execution is asked for again.
 
@@ -8410,16 +8472,21 @@ class Journal:
         )
         return Waiting(commands=commands, results=results)
 
-    def unreceived(self) -> list[Known]:
-        """Return the answers that the platform has not confirmed, oldest first; drop stale ones."""
-        wanted = "answer IS NOT NULL AND NOT received"
-        with self._file.write() as db:
-            update = f"UPDATE executions SET received = 1 WHERE {wanted} AND answered_at < ?"  # noqa: S608
-            dropped = db.execute(update, (self._clock.wall() - ANSWER_LIFETIME_S,)).rowcount
-        if dropped:
-            log.warning("%d results could not be delivered within an hour and are dropped", dropped)
-        query = f"SELECT number, answer FROM executions WHERE {wanted} ORDER BY number"  # noqa: S608
-        return [Known(*row) for row in self._file.read_all(query)]
+    def unreceived(self) -> list[Undelivered]:
+        """Return the answers that the platform has not confirmed, oldest first; drop stale ones. Raises StoreError."""
+        query = (
+            "SELECT number, length(answer), answered_at < ? FROM executions "
+            "WHERE answer IS NOT NULL AND NOT received ORDER BY number"
+        )
+        rows = self._file.read_all(query, self._clock.wall() - ANSWER_LIFETIME_S)
+        stale = [number for number, _, is_stale in rows if is_stale]
+        if stale:
+            log.warning("%d results could not be delivered within an hour and are dropped", len(stale))
+            try:
+                self.received(stale)
+            except StoreError as error:  # a later start drops them once more
+                log.warning("that they are dropped cannot be kept: %s", error)
+        return [Undelivered(number, size) for number, size, is_stale in rows if not is_stale]
 
     def close(self) -> None:
         """Close the file."""
@@ -8464,6 +8531,8 @@ JOURNAL_FIRST_S, JOURNAL_CAP_S = 0.5, 5.0
 LOCK_TRIES, LOCK_RETRY_S = 5, 0.05
 # The executor looks at the clock at least so often while nothing comes: a wait is not right when the clock is set.
 LOOK_AROUND_S = 600.0
+# What waits on this machine and could not be taken up at the start is tried again after so long.
+TAKE_UP_AGAIN_S = 30.0
 # Commands that wait behind the running one.
 MAX_QUEUED = 1000
 # Failures that are nobody's but the way to the trades: said as a trouble, whatever the codes.
@@ -8478,6 +8547,9 @@ HARMLESS_BYTES = 64 * 1024
 BREAKS_WITH_LISTS = 2
 # Answers that are sent before frames are read again: a ping must not wait behind a long backlog.
 ANSWERS_AT_ONCE = 20
+# Texts of answers without a receipt that are in memory, in characters, which are bytes here; others are in the
+# journal alone until it is their turn.
+OUTBOX_MOST = 32 * 1024 * 1024
 # SIGTERM, SIGINT: the running execution has this long; what does not end stays in the journal.
 STOP_GRACE_S = 20.0
 # After the last result the platform's receipts are waited for, when the process is about to leave.
@@ -8512,7 +8584,7 @@ class DaemonStatus(TypedDict, total=False):
 class Answered(NamedTuple):
     """To the socket's thread: an answer that is in the journal is to be sent; it ends so many `commands`.
 
-    `again`: its execution was asked for once more.
+    `again`: its execution was asked for once more. `text` is '' for one of `size` that is read from there later.
     """
 
     number: int
@@ -8520,6 +8592,14 @@ class Answered(NamedTuple):
     commands: int = 0
     again: bool = False
     news: DaemonStatus | None = None  # what --status shows of the execution
+    size: int = 0
+
+
+class Recalled(NamedTuple):
+    """To the socket's thread: the text of an answer that was asked for; None where the journal has it no more."""
+
+    number: int
+    text: str | None
 
 
 class Declined(NamedTuple):
@@ -8557,7 +8637,7 @@ class ExecutorLeft(NamedTuple):
     """To the socket's thread: no execution runs, and none will."""
 
 
-Message: TypeAlias = Answered | Declined | Ended | Broken | StopAsked | ExecutorLeft
+Message: TypeAlias = Answered | Recalled | Declined | Ended | Broken | StopAsked | ExecutorLeft
 
 
 class Inbox:
@@ -8600,30 +8680,39 @@ class Inbox:
 class Outgoing(NamedTuple):
     """An answer on its way: its number in the journal (0: not there), and since when (monotonic seconds).
 
-    `refused`: the execution that it refuses, '' where it refuses none, or one without an id.
-    `breaks`: how often the connection ended under it; `is_short`: its lists are left out.
+    `text` is '' where it is to be read from the journal, `size` its length. `refused`: the execution that it refuses,
+    '' where it refuses none, or one without an id. `breaks`: how often the connection ended under it; `is_short`:
+    its lists are left out.
     """
 
     number: int
     text: str
     since: float
+    size: int = 0
     breaks: int = 0
     is_short: bool = False
     refused: str = ""
 
     def shortened(self) -> Outgoing:
         """Return it without its lists."""
-        return self._replace(text=without_lists(self.text), is_short=True)
+        return self._replace(is_short=True).with_text(self.text)
+
+    def with_text(self, text: str) -> Outgoing:
+        """Return it with its text, as far as that is sent; '' leaves it to the journal."""
+        if self.is_short and text:
+            text = without_lists(text)
+        return self._replace(text=text, size=len(text) or self.size)
 
 
 class Outbox:
     """The answers without a receipt: sent in order, and again over the next connection. Pure.
 
-    Receipts name no answer: each is for the oldest that was sent on this connection. All texts are in memory: no
-    more than MAX_QUEUED commands can be open while no connection brings further ones.
+    Receipts name no answer: each is for the oldest that was sent on this connection. Texts beyond `most` characters
+    are left to the journal: `missing` says which are wanted from there, `read` takes them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = OUTBOX_MOST) -> None:
+        self._most = most
         self._to_send: deque[Outgoing] = deque()
         self._sent: deque[Outgoing] = deque()
 
@@ -8636,15 +8725,52 @@ class Outbox:
         """Whether answers wait to be sent."""
         return bool(self._to_send)
 
-    def add(self, number: int, text: str, now: float, again: bool = False) -> None:
-        """Take an answer, unless it is here; `again`: its execution was asked for once more after it was sent."""
+    @property
+    def in_memory(self) -> int:
+        """Characters of the texts that are here."""
+        return sum(len(one.text) for one in (*self._sent, *self._to_send))
+
+    def add(self, number: int, text: str, now: float, again: bool = False, size: int = 0) -> None:
+        """Take an answer, unless it is here; `again`: its execution was asked for once more after it was sent.
+
+        One of the journal whose `text` is '' has `size` characters there.
+        """
         others = self._to_send if again else (*self._to_send, *self._sent)
         if not number or all(one.number != number for one in others):
-            self._to_send.append(Outgoing(number, text, now))
+            self._to_send.append(self._fitting(Outgoing(number, text, now, len(text) or size)))
+
+    def _fitting(self, one: Outgoing) -> Outgoing:
+        """Leave a text to the journal where there are too many."""
+        if one.number and self.in_memory + len(one.text) > self._most:
+            return one._replace(text="")
+        return one
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the answers that come next and whose texts are to be read, one by one or a few."""
+        numbers: list[int] = []
+        size = 0
+        for one in islice(self._to_send, ANSWERS_AT_ONCE):
+            size += one.size
+            if one.text or (numbers and size > HARMLESS_BYTES):
+                break
+            numbers.append(one.number)
+        return numbers
+
+    def read(self, number: int, text: str | None) -> bool:
+        """Take the text of an answer from the journal; return whether it waits for one that is there no more."""
+        wanted = any(one.number == number for one in self._to_send)
+        waiting = (one.with_text(text or "") if one.number == number else one for one in self._to_send)
+        self._to_send = deque(one for one in waiting if one.number != number or one.text)
+        return wanted and not text
 
     def refuse(self, execution_id: str, text: str, now: float) -> None:
-        """Take the answer of a command that is not in the journal."""
-        self._to_send.append(Outgoing(0, text, now, refused=execution_id))
+        """Take the answer of a command that is not in the journal.
+
+        Where there are too many, those that were sent are not sent again.
+        """
+        if self.in_memory + len(text) > self._most:
+            self._sent = deque(one if one.number else one._replace(text="") for one in self._sent)
+        self._to_send.append(Outgoing(0, text, now, len(text), refused=execution_id))
 
     def refuse_again(self, execution_id: str, now: float) -> bool:
         """Whether a command comes once more whose refusal the platform has not confirmed: one answer for both."""
@@ -8653,17 +8779,17 @@ class Outbox:
         since = now - EXECUTION_LIFETIME_S
         if any(one.refused == execution_id and one.since >= since for one in self._to_send):
             return True
-        sent = [one for one in self._sent if one.refused == execution_id and one.since >= since]
+        sent = [one for one in self._sent if one.refused == execution_id and one.since >= since and one.text]
         self._to_send.extend(sent[:1])
         return bool(sent)
 
     def next(self) -> str | None:
-        """Return the text that is to be sent next, None where there is none."""
-        return self._to_send[0].text if self._to_send else None
+        """Return the text that is to be sent next, None where there is none, or it is not here."""
+        return (self._to_send[0].text or None) if self._to_send else None
 
     def note_sent(self) -> None:
         """What `next` returned is on its way."""
-        self._sent.append(self._to_send.popleft())
+        self._sent.append(self._fitting(self._to_send.popleft()))
 
     def note_received(self) -> int:
         """Take a receipt, and return the number of the answer that it is for; 0 where none is in the journal."""
@@ -8676,24 +8802,31 @@ class Outbox:
         """
         if not self._sent:
             return None
-        largest = max(self._sent, key=lambda one: len(one.text))
+        largest = max(self._sent, key=lambda one: one.size)
         self._sent.remove(largest)
         if not largest.is_short:
             self._to_send.append(largest.shortened())
         return largest
 
-    def note_broken(self) -> None:
-        """Take it that the connection ended for another reason: what is long goes again behind the others."""
-        for one in [one for one in self._sent if len(one.text) > HARMLESS_BYTES]:
+    def note_broken(self) -> list[int]:
+        """Take it that the connection ended for another reason: what is long goes again behind the others.
+
+        Return the numbers of those that go without their lists from now on.
+        """
+        shortened: list[int] = []
+        for one in [one for one in self._sent if one.size > HARMLESS_BYTES]:
             self._sent.remove(one)
             breaks = one.breaks + 1
             if breaks >= BREAKS_WITH_LISTS and not one.is_short:
                 one = one.shortened()
+                shortened.append(one.number)
             self._to_send.append(one._replace(breaks=breaks))
+        return shortened
 
     def reconnect(self) -> None:
         """Over a new connection everything without a receipt is sent again, in the same order, and each once."""
-        everything = {one.number or -place: one for place, one in enumerate((*self._sent, *self._to_send), 1)}
+        known = [one for one in (*self._sent, *self._to_send) if one.number or one.text]
+        everything = {one.number or -place: one for place, one in enumerate(known, 1)}
         self._sent.clear()
         self._to_send = deque(everything.values())
 
@@ -8769,6 +8902,13 @@ class Relay(Events):
         self._inbox.put(Broken(error))
 
 
+class Order(NamedTuple):
+    """To the executor: a command of the journal, and why it is answered without being executed, '' where it is not."""
+
+    number: int
+    why_not: str = ""
+
+
 class Executor(threading.Thread):
     """Executes accepted commands one at a time and puts their answers into the journal."""
 
@@ -8783,15 +8923,15 @@ class Executor(threading.Thread):
         self._journal_trouble = LogThrottle("journal")
         self._stale_trouble = LogThrottle("trades", then="they are stored all the same")
         self._rng = random.Random()
-        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._pipeline: Pipeline | None = None
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
         self.stop = threading.Event()  # cuts the running execution short
 
-    def add(self, number: int) -> None:
-        """Execute a command of the journal, after those before it."""
-        self._queue.put(number)
+    def add(self, order: Order) -> None:
+        """Execute or answer a command of the journal, after those before it."""
+        self._queue.put(order)
 
     def leave(self, dropped_because: str = "") -> None:
         """Begin no further execution.
@@ -8809,9 +8949,9 @@ class Executor(threading.Thread):
         """Work until told to leave."""
         try:
             self._move_what_waits()
-            while (number := self._next()) is not None:
+            while (order := self._next()) is not None:
                 self._events.progress()
-                self._inbox.put(self._answer(number))
+                self._inbox.put(self._answer(order))
         except Exception as error:
             self._inbox.put(broken_by(error))
         finally:
@@ -8819,7 +8959,7 @@ class Executor(threading.Thread):
                 self._pipeline.close()
             self._inbox.put(ExecutorLeft())
 
-    def _next(self) -> int | None:
+    def _next(self) -> Order | None:
         """Return the next command, None for the end; closes are made final before it and while none is there."""
         while True:
             wait = self._finalise()
@@ -8827,32 +8967,52 @@ class Executor(threading.Thread):
                 return self._queue.get(timeout=wait)
             except queue.Empty:
                 self._events.progress()
+                if self._pipeline is None:
+                    self._move_what_waits()
 
     def _finalise(self) -> float | None:
         """Make a part of the closes final that are due; return for how many seconds there is no more to do."""
-        if self._pipeline is None or self._leaving.is_set() or self._events.is_damaged:
+        if self._leaving.is_set() or self._events.is_damaged:
             return None
+        if self._pipeline is None:
+            return TAKE_UP_AGAIN_S if self._store_trouble.there else None
         return min(self._pipeline.finalise(self._leaving), LOOK_AROUND_S)
 
-    def _answer(self, number: int) -> Message:
+    def _answer(self, order: Order) -> Message:
         """Execute a command, and return what the socket's thread has to know once the answer is in the journal."""
         try:
-            text = self._text_for(self._journal.read(number))
-            if text and self._keep_answer(number, text):
-                return Answered(number, text, commands=1, news=self._news(text))
+            command = self._read(order.number)
+            text = self._text_for(command, order.why_not) if command else ""
+            if text and self._keep_answer(order.number, text):
+                return Answered(order.number, text, commands=1, news=self._news(text))
         except LostCommand as error:
-            log.error("execution %s is not answered: %s", number, error)
-            self._forget(number)
-        except StoreError as error:  # the journal cannot be read
-            if not self._events.is_damaged:
-                log.error("execution %s is not answered: %s", number, error)
+            log.error("execution %s is not answered: %s", order.number, error)
+            self._forget(order.number)
         return Ended()
 
-    def _text_for(self, command: Accepted) -> str:
+    def _read(self, number: int) -> Accepted | None:
+        """Return a command of the journal, tried until that can be read; None where this ends before."""
+        for delay in backoff(JOURNAL_FIRST_S, JOURNAL_CAP_S, self._rng, growth=1.5):
+            try:
+                command = self._journal.read(number)
+                break
+            except LostCommand:
+                raise
+            except StoreError as error:
+                self._journal_trouble.again(f"execution {number} cannot be read: {error}")
+                self._events.progress()
+                if self._events.is_damaged or self._leaving.wait(delay):
+                    return None  # it is executed at the next start
+        self._journal_trouble.over()
+        return command
+
+    def _text_for(self, command: Accepted, why_not: str) -> str:
         """Return the answer of a command, '' where it stays in the journal for the next start."""
         text = ""
-        if self._leaving.is_set() and self._dropped_because:
-            text = self._unexecuted(command.context, self._dropped_because)
+        if self._leaving.is_set():
+            why_not = why_not or self._dropped_because
+        if why_not:
+            text = self._unexecuted(command.context, why_not)
         elif not (self._leaving.is_set() or self._events.is_damaged):
             text = self._execute(command)
         return "" if self._events.is_damaged else text
@@ -8885,7 +9045,7 @@ class Executor(threading.Thread):
             self._open_pipeline().start_delivery()
         except StockrtError as error:
             if not self._events.is_damaged:
-                log.error("what waits on this machine cannot be taken up: %s", error)
+                self._store_trouble.again(f"what waits on this machine cannot be taken up: {error}")
 
     def _keep_answer(self, number: int, answer: str) -> bool:
         """Put an answer into the journal. On a full disk that is tried until there is room, or this ends."""
@@ -8995,6 +9155,18 @@ class Received(NamedTuple):
     numbers: Sequence[int]
 
 
+class Recall(NamedTuple):
+    """To the clerk: the texts of these answers are wanted."""
+
+    numbers: Sequence[int]
+
+
+class Shorten(NamedTuple):
+    """To the clerk: these answers are kept without their lists."""
+
+    numbers: Sequence[int]
+
+
 class EndExecutor(NamedTuple):
     """To the clerk: no further command comes."""
 
@@ -9005,7 +9177,7 @@ class NoteStatus(NamedTuple):
     news: DaemonStatus
 
 
-ClerkJob: TypeAlias = list[Command] | Received | NoteStatus | EndExecutor | None
+ClerkJob: TypeAlias = list[Command] | Received | Recall | Shorten | NoteStatus | EndExecutor | None
 
 
 class Clerk(threading.Thread):
@@ -9025,12 +9197,15 @@ class Clerk(threading.Thread):
         self._codes_given = self._codes_done = 0  # each counted by one thread alone
         self._declined: dict[str, tuple[float, str]] = {}  # id -> when (monotonic s), and why
         self._accepted: deque[str] = deque(maxlen=ANSWERS_KEPT)  # looked at while the journal cannot be asked
-        self._received: set[int] = set()  # not noted in the journal yet
+        self._is_taken_up = False  # what the journal has of earlier lives
+        # not noted in the journal yet, and not read from it
+        self._received: set[int] = set()
+        self._too_long: set[int] = set()
+        self._wanted: list[int] = []
         self._status: DaemonStatus = {"version": __version__, "pid": os.getpid(), "platform": "not connected"}
         self._trouble = LogThrottle("journal")
         self._status_trouble = LogThrottle("status")
         self._rng = random.Random()
-        self._leaving = threading.Event()
 
     def do(self, job: ClerkJob) -> None:
         """Have something done; returns at once."""
@@ -9043,28 +9218,33 @@ class Clerk(threading.Thread):
         return self._codes_given - self._codes_done
 
     def leave(self) -> None:
-        """End after the jobs that are there, without waiting for a disk that takes nothing."""
-        self._leaving.set()
+        """End after the jobs that are there."""
         self._jobs.put(None)
 
     def run(self) -> None:
         """Work until told to leave."""
         try:
-            self._take_up_journal()
             self._note_status(self._status)
-            while self._work(self._take()):
-                pass
+            going_on = self._work([])
+            while going_on:
+                going_on = self._work(self._take())
         except Exception as error:
             self._inbox.put(broken_by(error))
+        finally:
+            self._executor.end()  # nobody would give it anything, or tell it to end
 
     def _take(self) -> list[ClerkJob]:
-        """Return all that is to be done, once there is something.
+        """Return all that is to be done, once there is something, or it is time to try again what was not done.
 
         Each write may wait long for a disk, or for a program that holds the file's lock: what came meanwhile is done,
         or refused, at once.
         """
         held, self._held = self._held, []
-        return [*(held or [self._jobs.get()]), *self._take_rest()]
+        if not held:
+            is_behind = not self._is_taken_up or self._wanted
+            with contextlib.suppress(queue.Empty):
+                held = [self._jobs.get(timeout=self._rng.uniform(0, JOURNAL_CAP_S) if is_behind else None)]
+        return [*held, *self._take_rest()]
 
     def _take_rest(self) -> list[ClerkJob]:
         return [self._jobs.get() for _ in range(self._jobs.qsize())]
@@ -9072,66 +9252,70 @@ class Clerk(threading.Thread):
     def _work(self, jobs: Sequence[ClerkJob]) -> bool:
         """Do some jobs; return whether further ones are to be done."""
         commands: list[Command] = []
-        received: list[int] = []
         news: DaemonStatus = {}
+        noted = len(self._received) + len(self._too_long)
         for job in jobs:
             if isinstance(job, list):
                 commands += job
             elif isinstance(job, Received):
-                received += job.numbers
+                self._received.update(job.numbers)
+            elif isinstance(job, Shorten):
+                self._too_long.update(job.numbers)
+            elif isinstance(job, Recall):
+                self._wanted += job.numbers
             elif isinstance(job, NoteStatus):
                 news.update(job.news)
         if commands:
             self._accept(commands)
             self._codes_done += _count_codes(commands)
-        if received:
-            self._note_received(received)
+        if not self._is_taken_up or self._wanted or len(self._received) + len(self._too_long) > noted:
+            self._catch_up()
         if news:
             self._note_status(news)
         if any(isinstance(job, EndExecutor) for job in jobs):
             self._executor.end()
         return None not in jobs
 
-    def _take_up_journal(self) -> None:
-        """Have executed what a crash interrupted, if it is young, and sent what has no receipt."""
-        for delay in backoff(JOURNAL_FIRST_S, JOURNAL_CAP_S, self._rng, growth=1.5):
-            try:
-                self._answer_the_old()
-                unanswered, unreceived = self._journal.unanswered(), self._journal.unreceived()
-                break
-            except StoreError as error:
-                self._trouble.again(str(error))
-                if self._leaving.wait(delay):
-                    return
-        self._trouble.over()
-        for one in unreceived:
-            self._inbox.put(Answered(one.number, one.answer or ""))
-        for open_command in unanswered:
-            self._inbox.put(Ended(-1))
-            self._executor.add(open_command.number)
-
-    def _answer_the_old(self) -> None:
-        """Answer what nobody waits for any more. Raises StoreError where that is to be tried again."""
-        for number, age_s in self._journal.unanswered():
-            if age_s >= EXECUTION_LIFETIME_S:
-                self._answer_as_interrupted(number, age_s)
-
-    def _answer_as_interrupted(self, number: int, age_s: float) -> None:
+    def _catch_up(self) -> None:
+        """Do what is still to be done with the journal; what the disk does not take now goes with what comes next."""
         try:
-            context = self._journal.read(number).context
-        except LostCommand as error:
-            log.error("execution %s is not answered: %s", number, error)
-            self._journal.forget(number)
-            return
-        reason = f"interrupted: stockrt was stopped before this was done, {age_s:.0f} s ago"
-        log.warning("execution %s: %s", execution_name(context), reason)
-        self._journal.answer(number, empty_result(context, self._settings.module_name, reason))
+            if not self._is_taken_up:
+                self._take_up_journal()
+            while self._wanted:
+                number = self._wanted[0]
+                self._inbox.put(Recalled(number, self._journal.answer_of(number)))
+                del self._wanted[0]
+            if self._received:
+                self._journal.received(sorted(self._received))
+                self._received.clear()
+            if self._too_long:
+                self._journal.shorten(sorted(self._too_long))
+                self._too_long.clear()
+        except StoreError as error:
+            self._trouble.again(str(error))
+        else:
+            self._trouble.over()
+
+    def _take_up_journal(self) -> None:
+        """Have sent what has no receipt, and executed what a crash interrupted, if it is young. Raises StoreError."""
+        unanswered, unreceived = self._journal.unanswered(), self._journal.unreceived()
+        self._is_taken_up = True
+        for one in unreceived:
+            self._inbox.put(Answered(one.number, "", size=one.size))
+        for number, age_s in unanswered:
+            why_not = ""
+            if age_s >= EXECUTION_LIFETIME_S:  # nobody waits for it any more
+                why_not = f"interrupted: stockrt was stopped before this was done, {age_s:.0f} s ago"
+            self._inbox.put(Ended(-1))
+            self._executor.add(Order(number, why_not))
 
     def _accept(self, commands: Sequence[Command]) -> None:
         """Put commands into the journal, all or none, and have them executed; answer again what was answered."""
         commands = self._without_declined(commands)
         fresh, told = list(commands), list[Message]()
         try:
+            if not self._is_taken_up:  # or what is accepted now would be taken up too
+                self._take_up_journal()
             fresh, told = self._sort(commands)
             numbers = self._journal.accept(fresh) if fresh else []
         except StoreError as error:
@@ -9146,7 +9330,7 @@ class Clerk(threading.Thread):
         for message in told:
             self._inbox.put(message)
         for number in numbers:
-            self._executor.add(number)
+            self._executor.add(Order(number))
 
     def _decline(self, command: Command, reason: str) -> None:
         if command.execution_id:
@@ -9183,17 +9367,6 @@ class Clerk(threading.Thread):
             else:  # it is executed now, or came twice in one breath: one answer
                 told.append(Ended())
         return list(fresh.values()), told
-
-    def _note_received(self, numbers: Iterable[int]) -> None:
-        """Note receipts; those that the disk does not take now go with the next ones."""
-        self._received.update(numbers)
-        try:
-            self._journal.received(sorted(self._received))
-        except StoreError as error:
-            self._trouble.again(str(error))
-        else:
-            self._received.clear()
-            self._trouble.over()
 
     def _note_status(self, news: DaemonStatus) -> None:
         """Write what --status shows; that it cannot be written is no reason to stop working."""
@@ -9238,13 +9411,16 @@ class Daemon:
         self._inbox = Inbox()
         self._outbox = Outbox()
         relay = Relay(events, self._inbox)
-        self._journal = Journal(settings.state_directory, clock, relay)
+        self._journal = Journal(settings.state_directory, clock, relay, patient=True)
         # of its own: it does not wait while the clerk waits for the lock of the file, which others may hold
-        answers = Journal(settings.state_directory, clock, relay)
+        answers = Journal(settings.state_directory, clock, relay, patient=True)
         self._executor = Executor(settings, answers, self._inbox, relay)
         self._clerk = Clerk(settings, self._journal, self._executor, self._inbox)
         self._module_hash = ""
         self._presence: Presence | None = None  # what the last refused handshake meant
+        self._recalled: set[int] = set()  # answers whose texts are on their way from the journal
+        self._dropped = 0  # answers that nobody took within an hour
+        self._drop_trouble = LogThrottle("results", clock, then="so is each that comes to be as old")
         self._open_commands = 0  # accepted, or on their way into the journal, and not ended
         self._executor_left = False
         self._leaving: Leaving | None = None
@@ -9291,7 +9467,7 @@ class Daemon:
             if error.code == TOO_LARGE:
                 self._mend_too_large()
             else:
-                self._outbox.note_broken()
+                self._clerk.do(Shorten(self._outbox.note_broken()))
         finally:
             link.close()
             self._clerk.do(NoteStatus({"platform": "not connected", "last_contact": iso(utc_now())}))
@@ -9302,9 +9478,10 @@ class Daemon:
         result = self._outbox.note_too_large()
         if result is None:
             return
-        what = f"a result of {len(result.text)} bytes is too large for the platform (1009)"
+        what = f"a result of {result.size} bytes is too large for the platform (1009)"
         if not result.is_short:
             log.warning("%s: it is sent again without its lists, after the others", what)
+            self._clerk.do(Shorten([result.number]))
             return
         log.warning("%s without its lists too, and is given up", what)
         self._clerk.do(Received([result.number]))
@@ -9348,7 +9525,8 @@ class Daemon:
         now = self._clock.monotonic()
         stale = self._outbox.drop_older(now - ANSWER_LIFETIME_S)
         if stale:
-            log.warning("%d results could not be delivered within an hour and are dropped", len(stale))
+            self._dropped += len(stale)
+            self._drop_trouble.again(f"{self._dropped} could not be delivered within an hour and are dropped")
             self._clerk.do(Received(stale))
         return self._events.tick(self._open_commands, len(self._outbox))
 
@@ -9415,6 +9593,7 @@ class Daemon:
             else:
                 commands.append(event)
         if received:
+            self._drop_trouble.over()
             self._clerk.do(Received(received))
         self._accept(commands)
         return lost
@@ -9478,9 +9657,13 @@ class Daemon:
             now = self._clock.monotonic()
             if isinstance(message, Answered):
                 self._open_commands -= message.commands
-                self._outbox.add(message.number, message.text, now, message.again)
+                self._outbox.add(message.number, message.text, now, message.again, message.size)
                 if message.news is not None:
                     self._clerk.do(NoteStatus(message.news))
+            elif isinstance(message, Recalled):
+                self._recalled.discard(message.number)
+                if self._outbox.read(message.number, message.text):
+                    log.error("execution %s is not answered: its answer is lost", message.number)
             elif isinstance(message, Declined):
                 self._open_commands -= 1
                 self._refuse(message.command.context, message.reason, message.command.execution_id)
@@ -9499,9 +9682,13 @@ class Daemon:
         for _ in range(ANSWERS_AT_ONCE):
             text = self._outbox.next()
             if text is None:
-                return
+                break
             self._outbox.note_sent()
             self._send_text(link, protocol, text)
+        missing = [number for number in self._outbox.missing() if number not in self._recalled]
+        if missing:
+            self._recalled.update(missing)
+            self._clerk.do(Recall(missing))
 
     def _begin_leaving(self, dropped_because: str = "") -> None:
         if self._leaving is None:

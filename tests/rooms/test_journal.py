@@ -83,7 +83,8 @@ def test_a_command_is_open_until_its_answer_and_the_answer_until_its_receipt(jou
     journal.answer(accepted, "done")
     assert journal.find("a") == (accepted, "done")
     assert journal.unanswered() == []
-    assert journal.unreceived() == [(accepted, "done")]
+    assert journal.unreceived() == [(accepted, len("done"))]
+    assert journal.answer_of(accepted) == "done"
     journal.received([accepted])
     assert journal.unreceived() == []
     assert journal.find("a") == (accepted, "done")
@@ -212,7 +213,8 @@ def test_everything_survives_a_restart(journal: Journal, clock: FakeClock) -> No
     clock.advance(30)
     again = reopened(journal, clock)
     assert again.find("done") == (done, "answer of done")
-    assert again.unreceived() == [(waiting, "answer of waiting")]
+    assert again.unreceived() == [(waiting, len("answer of waiting"))]
+    assert again.answer_of(waiting) == "answer of waiting"
     assert again.unanswered() == [(still_open, 30)]
     assert again.read(still_open).context == {"meta": "\ud800"}
     (later,) = again.accept([command("later")])
