@@ -2663,7 +2663,8 @@ class LocalFile:
 
     Raises StoreError when the file cannot be used, is in use although it is damaged, or was written by a newer
     stockrt. With `patient` what is no fault of the file, as a lock that another program holds, or a full disk, is
-    raised by each use until one finds it over, and by none waited for here. Used with `with`, which closes it.
+    raised by each use until one finds it over, and by none waited for here; without it a file is read on a full
+    disk, too, by this process alone. Used with `with`, which closes it.
     """
 
     def __init__(
@@ -2676,6 +2677,7 @@ class LocalFile:
         self._version = version
         self._schema = schema
         self._events = events
+        self._patient = patient
         self._db: sqlite3.Connection | None = None
         self._fault: StoreError | None = None  # what ended its use
         lock = _beside(path, ".lock")
@@ -2862,7 +2864,7 @@ class LocalFile:
         if any(_is_forbidden(side) for side in _sides(self.path)):
             return "this user may not read and write it"
         try:
-            self._db = _connect_sqlite(self.path, wait_s)
+            self._db = self._connection(wait_s)
             if _log_is_torn(self._db, self.path):
                 return "its log is damaged, and transactions lie behind the damage"
             damage = self._bring_up(self._db)
@@ -2874,6 +2876,15 @@ class LocalFile:
         if damage:
             self._disconnect()
         return damage
+
+    def _connection(self, wait_s: float) -> sqlite3.Connection:
+        try:
+            return _connect_sqlite(self.path, wait_s)
+        except _sqlite_errors():
+            if self._patient or not _is_full(self.path.parent):
+                raise
+        # the index that processes share finds no room
+        return _connect_sqlite(self.path, wait_s, alone=True)
 
     def _bring_up(self, db: sqlite3.Connection) -> str:
         """Bring a file up to the version that this stockrt knows, and return what is wrong with it, '' for nothing.
@@ -2944,12 +2955,14 @@ class LocalFile:
         return rescued
 
 
-def _connect_sqlite(path: Path, wait_s: float = SQLITE_BUSY_S) -> sqlite3.Connection:
-    """Open a file: WAL, and fsynced at every commit. Raises sqlite3.Error."""
+def _connect_sqlite(path: Path, wait_s: float = SQLITE_BUSY_S, alone: bool = False) -> sqlite3.Connection:
+    """Open a file: WAL, and fsynced at every commit; `alone`: no other may meanwhile. Raises sqlite3.Error."""
     import sqlite3
 
     db = sqlite3.connect(path, timeout=wait_s, check_same_thread=False)
     try:
+        if alone:
+            db.execute("PRAGMA locking_mode=EXCLUSIVE")
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         keep_owner(path, path.parent)
@@ -2961,7 +2974,19 @@ def _connect_sqlite(path: Path, wait_s: float = SQLITE_BUSY_S) -> sqlite3.Connec
 
 def _sqlite_fault(path: Path, error: Exception) -> StoreError:
     """Return what an operator must know of a fault of SQLite, or of the disk below it."""
-    return StoreError(f"the local file {path} fails: {error}; see STATE_DIRECTORY")
+    why = f"{error}"
+    if _is_full(path.parent):
+        why = f"the disk is full ({why})"
+    return StoreError(f"the local file {path} fails: {why}; see STATE_DIRECTORY")
+
+
+def _is_full(directory: Path) -> bool:
+    """Whether a disk has no room for a page; SQLite says so of some of its files in other words."""
+    try:
+        found = os.statvfs(directory)
+    except OSError:
+        return False
+    return found.f_bavail * found.f_frsize < SQLITE_PAGE
 
 
 def _sqlite_errors() -> tuple[type[Exception], ...]:
@@ -3354,12 +3379,12 @@ DROP TABLE IF EXISTS calendar;
 """
 
 
-def open_store_file(directory: Path, events: Events = NO_EVENTS) -> LocalFile:
+def open_store_file(directory: Path, events: Events = NO_EVENTS, patient: bool = False) -> LocalFile:
     """Open the file that the store, what waits for MongoDB, the keys' counts and the sessions share: once a process.
 
-    Raises StoreError.
+    `patient` as for LocalFile. Raises StoreError.
     """
-    return LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, _SQLITE_SCHEMA, events)
+    return LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, _SQLITE_SCHEMA, events, patient)
 
 
 # ======================================================================================================
@@ -7479,11 +7504,18 @@ class QueueFacts(TypedDict):
 class Pipeline:
     """Everything that a run needs, opened in one place, last opened first closed; the daemon keeps it between runs.
 
+    `patient` as for LocalFile: the daemon's file is for others, too.
+
     Raises StoreError when the local file cannot be used, SettingsError for a MongoDB string that pymongo refuses.
     """
 
     def __init__(
-        self, settings: Settings, events: Events = NO_EVENTS, demo: bool = False, clock: Clock = SYSTEM_CLOCK
+        self,
+        settings: Settings,
+        events: Events = NO_EVENTS,
+        demo: bool = False,
+        clock: Clock = SYSTEM_CLOCK,
+        patient: bool = False,
     ) -> None:
         self._settings = settings
         self._clock = clock
@@ -7493,7 +7525,7 @@ class Pipeline:
         self._delivery: Delivery | None = None
         self._close_trouble = LogThrottle(CLOSES, then="the trades are stored all the same")
         with contextlib.ExitStack() as opened:
-            file = opened.enter_context(open_store_file(settings.state_directory, self._events))
+            file = opened.enter_context(open_store_file(settings.state_directory, self._events, patient))
             mongo: MongoStore | None = None
             ledger: Ledger = LocalLedger(file)
             if settings.mongodb_uri:
@@ -9106,7 +9138,7 @@ class Executor(threading.Thread):
 
     def _open_pipeline(self) -> Pipeline:
         if self._pipeline is None:
-            self._pipeline = Pipeline(self._settings, self._events)
+            self._pipeline = Pipeline(self._settings, self._events, patient=True)
         return self._pipeline
 
 
@@ -9298,6 +9330,12 @@ class Clerk(threading.Thread):
 
     def _take_up_journal(self) -> None:
         """Have sent what has no receipt, and executed what a crash interrupted, if it is young. Raises StoreError."""
+        for name in self._declined:  # while the journal could not be asked: that was the answer
+            known = self._journal.find(name)
+            if known is not None and known.answer is None:
+                self._journal.forget(known.number)
+            elif known is not None:
+                self._journal.received([known.number])
         unanswered, unreceived = self._journal.unanswered(), self._journal.unreceived()
         self._is_taken_up = True
         for one in unreceived:

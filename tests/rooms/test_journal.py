@@ -272,6 +272,19 @@ def test_a_command_that_the_disk_has_changed_is_lost_by_name(
         journal.read(number)
 
 
+def test_a_result_without_its_lists_is_kept_so(journal: Journal) -> None:
+    first, second, unanswered = journal.accept([command("e1"), command("e2"), command("e3")])
+    text = stockrt.empty_result({}, "m", "no")
+    journal.answer(first, text)
+    journal.answer(second, text)
+    for _ in range(2):
+        journal.shorten([first, unanswered, 0])
+        found = journal.find("e1")
+        assert found is not None and found.answer == stockrt.without_lists(text)
+        assert journal.answer_of(second) == text
+        assert [one.number for one in journal.unanswered()] == [unanswered]
+
+
 def test_two_threads_may_use_it(journal: Journal) -> None:
     errors: list[Exception] = []
 
