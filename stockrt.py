@@ -107,6 +107,7 @@ from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_plus, ur
 if TYPE_CHECKING:  # what a path does not need is imported where it is needed: it costs start time and memory
     import socket
     import sqlite3
+    from http.client import HTTPResponse
 
     from dotenv.parser import Binding
     from pymongo import MongoClient
@@ -2187,6 +2188,11 @@ class Limits(NamedTuple):
     read_s: float
     whole_s: float
 
+    @property
+    def handshakes_s(self) -> float:
+        """For what comes between connecting and the request: a proxy's answer, and TLS."""
+        return min(2 * self.connect_s, self.whole_s)
+
 
 # The API was seen to take many seconds under load; a longer silence is a dead peer.
 API_LIMITS = Limits(5.0, 20.0, 30.0)
@@ -2276,7 +2282,27 @@ def _fault_of_proxy(proxy: Proxy, error: Exception, fault: Response) -> Response
     refused = _TUNNEL_REFUSED.match(str(error))
     if refused:
         return _refused_by_proxy(proxy, int(refused[1]))
-    return fault._replace(fault=f"through the proxy {proxy.shown}: {fault.fault}; see {proxy.setting}")
+    return fault._replace(fault=_through(proxy, fault.fault))
+
+
+def _through(proxy: Proxy, fault: str) -> str:
+    return f"through the proxy {proxy.shown}: {fault}; see {proxy.setting}"
+
+
+@cache
+def _answer_to_connect() -> type[HTTPResponse]:
+    """Return http.client's class of an answer, but one that passes over what only announces one (100 Continue)."""
+    from http.client import HTTPResponse, parse_headers
+
+    class FinalAnswer(HTTPResponse):
+        def _read_status(self) -> tuple[str, int, str]:
+            while True:
+                found: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+                if found[1] >= 200:
+                    return found
+                parse_headers(self.fp)
+
+    return FinalAnswer
 
 
 def _is_of_proxy(response: Response) -> bool:
@@ -2355,7 +2381,12 @@ class HttpConnection:
         self._conn: HTTPConnection | None = None
         self._wire = Wire()
         self._is_over = False
+        self._limit_s = limits.whole_s  # what the deadline leaves
         self.deadline = 0.0
+
+    def named(self, fault: str) -> str:
+        """Return what went wrong behind an open connection, with the proxy that it goes through."""
+        return fault if self._proxy is None else _through(self._proxy, fault)
 
     @property
     def sock(self) -> socket.socket:
@@ -2369,13 +2400,18 @@ class HttpConnection:
             return None
         self.close()
         self._wire = Wire()
-        self.deadline = time.monotonic() + self._limits.whole_s
+        self._limit_to(self._limits.whole_s)
         fault = None
         try:
             if self._is_over:
                 raise TimeoutError("timed out")
             self._conn = self._new_connection()
+            final = self._conn.response_class
+            self._conn.response_class = _answer_to_connect()
             self._conn.connect()
+            self._conn.response_class = final
+            if self._wire.is_cut:  # which http.client takes for the end of a proxy's answer
+                raise TimeoutError("timed out")
             self._conn.timeout = self._limits.read_s
         except _foreign_errors() as error:
             fault = self._fault(error)
@@ -2387,11 +2423,13 @@ class HttpConnection:
 
     def get(self, path: str, headers: Mapping[str, str], most_bytes: int = MAX_ANSWER_BYTES) -> Response:
         """Ask for `path` over the open connection and return the answer, whatever it is, up to so many bytes."""
-        self.deadline = time.monotonic() + self._limits.whole_s
+        self._limit_to(self._limits.whole_s)
         try:
             response = self._exchange(path, headers, most_bytes)
         except _foreign_errors() as error:
             response = self._fault(error)
+            if self._proxy is not None and not self._tunnels:
+                response = _fault_of_proxy(self._proxy, error, response)
         self.deadline = 0.0
         if response.fault:
             self.close()
@@ -2417,6 +2455,10 @@ class HttpConnection:
         """Leave the open socket to the caller."""
         self._conn = None
         self._wire.close()
+
+    def _limit_to(self, seconds: float) -> None:
+        self._limit_s = seconds
+        self.deadline = time.monotonic() + seconds
 
     def _is_open(self) -> bool:
         """Return whether a request can be written at once."""
@@ -2448,6 +2490,7 @@ class HttpConnection:
     def _keep(self, sock: socket.socket) -> socket.socket:
         """Make a new socket one that `abort` can cut; TLS to a proxy that urllib3 does not do is done."""
         self._wire.keep(sock)
+        self._limit_to(min(self._limits.handshakes_s, self.deadline - time.monotonic()))
         proxy = self._proxy
         if proxy is not None and proxy.scheme == "https" and self._tunnels and not self._tls:
             return start_tls(sock, proxy.host)
@@ -2476,7 +2519,7 @@ class HttpConnection:
     def _fault(self, error: Exception) -> Response:
         """Return what an exception means."""
         if self._wire.is_cut or time.monotonic() >= self.deadline:
-            return Response(fault=f"no whole answer within {self._limits.whole_s:.0f} s")
+            return Response(fault=f"no whole answer within {self._limit_s:.0f} s")
         if isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
             return Response(fault=f"the connection broke ({type(error).__name__})")
         return Response(fault=network_words(error), hopeless=_is_about_a_certificate(error))
@@ -2519,6 +2562,10 @@ class StraightSocket:
             self.close()
             return Response(fault=network_words(error))
         return None
+
+    def named(self, fault: str) -> str:
+        """Return what went wrong behind the open connection."""
+        return fault
 
     def abort(self, for_good: bool = True) -> None:
         """Cut the connection under what goes on, so that its thread comes back with a fault."""
@@ -8347,7 +8394,7 @@ def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
         raise DialError(f"the handshake was refused with HTTP {status}", status) from None
     except (WebSocketException, OSError, ValueError) as error:
         way.close()
-        raise DialError(f"cannot connect: {network_words(error)}") from error
+        raise DialError(f"cannot connect: {way.named(network_words(error))}") from error
     way.let_go()
     return ws
 
