@@ -49,8 +49,13 @@ sends it, and the platform's receipt ends it in `Outbox.note_received` and `Jour
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
+# Ctrl-C while the rest is imported, and where a command has nothing to end first, ends quietly.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 if sys.version_info < (3, 11):  # noqa: UP036  (before anything that an older Python could not import)
     raise SystemExit(
         f"stockrt needs Python 3.11 or newer; this is {sys.version.split()[0]} ({sys.executable})"
@@ -66,11 +71,9 @@ import io
 import json
 import logging
 import math
-import os
 import queue
 import random
 import re
-import signal
 import threading
 import time
 from bisect import insort

@@ -945,3 +945,33 @@ def test_check_of_a_good_key_whose_plan_lacks_stocks(
     assert (done.returncode, good) == (0, True), done.stdout
     assert infoway.url in text and "not for stocks" in text
     check_clean(done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("program", "stage"),
+    [(program, stage) for program in ("built", "script") for stage in ("importing", "checking")]
+    + [("built", "unpacking")],
+)
+def test_ctrl_c_before_anything_is_done_ends_quietly(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, program: str, stage: str
+) -> None:
+    reached = tmp_path / "reached"
+    os.mkfifo(reached)
+    blocks = f"import threading\nopen({str(reached)!r}, 'w').close()\nthreading.Event().wait()\n"
+    place = tmp_path / "first"
+    place.mkdir()
+    name = {"unpacking": "shutil", "importing": "argparse", "checking": "sqlite3"}[stage]
+    (place / f"{name}.py").write_text(blocks)
+    environment = clean_env | {"PYTHONPATH": str(place)}
+    if stage == "unpacking":
+        environment["SHIV_ROOT"] = str(tmp_path / "empty")
+    command = [sys.executable, str(pyz if program == "built" else stockrt.__file__), "--check"]
+    with subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        with reached.open():  # opened once the other end is
+            pass
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors == b"" and b"Traceback" not in output
