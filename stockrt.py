@@ -4778,7 +4778,7 @@ class InfowayApi:
     def package(self, key: ApiKey, stop: threading.Event) -> PackageInfo | Failure:
         """Ask once what a key's plan is; return that, or why it cannot be had. Raises Interrupted."""
         try:
-            _, answer = self._ask_once(PACKAGE_PATH, "", PLAN_LIMITS, stop, only=key)
+            _, answer = self.ask_once(PACKAGE_PATH, "", PLAN_LIMITS, stop, only=key)
         except NoKeyError as error:
             return Failure(FailureKind.KEY, str(error))
         info, verdict = judge_package(answer)
@@ -4792,7 +4792,7 @@ class InfowayApi:
     def symbols(self, kind: str, stop: threading.Event) -> list[Symbol] | Failure:
         """Ask once for a list of symbols; return it, or why it cannot be had."""
         try:
-            key, answer = self._ask_once(f"{SYMBOLS_PATH}?type={kind}", "", SYMBOLS_LIMITS, stop)
+            key, answer = self.ask_once(f"{SYMBOLS_PATH}?type={kind}", "", SYMBOLS_LIMITS, stop)
         except (NoKeyError, Interrupted) as error:
             return Failure(FailureKind.KEY, str(error))
         found = None if answer.fault else read_symbols(kind, json_object(answer.body) or {})
@@ -4805,10 +4805,10 @@ class InfowayApi:
             steer(self.keys, key, "", verdict)
         return verdict.failure
 
-    def _ask_once(
+    def ask_once(
         self, path: str, product: str, limits: Limits, stop: threading.Event, only: ApiKey | None = None
     ) -> tuple[ApiKey | None, Response]:
-        """Ask over a connection of its own, and return the key that was used with the answer; None: there is none.
+        """Ask over a connection of its own, and return the key that was used with the answer; None: it was not asked.
 
         As with batches the key is taken when the connection stands. Raises NoKeyError and Interrupted.
         """
@@ -5025,12 +5025,6 @@ def _number_in(data: Mapping[str, Any], name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST_BELIEVED:
         return 0.0
     return float(value)
-
-
-def ask_package(base_url: str, key: ApiKey, proxies: Proxies) -> tuple[PackageInfo | None, Verdict]:
-    """Ask what a key's plan is; return that, or None and what follows from the answer."""
-    answer = get_once(base_url, PACKAGE_PATH, PLAN_LIMITS, proxies, {"apiKey": key.secret})
-    return judge_package(answer)
 
 
 def judge_package(answer: Response) -> tuple[PackageInfo | None, Verdict]:
@@ -7467,35 +7461,53 @@ def store_name(settings: Settings) -> str:
     return "MongoDB" if settings.mongodb_uri else "local store"
 
 
-def check_key(settings: Settings, key: ApiKey) -> list[Check]:
-    """Ask the API for one trade with a key, and say what holds; also of this machine's clock where it is off."""
-    headers = {"apiKey": key.secret}
+def check_key(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list[Check]:
+    """Ask the API for one trade with a key, and say what holds; also of this machine's clock where it is off.
+
+    With `api` each request waits for its turn among those of all who use the key: a service may be one.
+    """
     path = path_of(Batch("stock", "AAPL.US"))
-    response = get_once(settings.api_base_url, path, API_LIMITS, settings.proxies, headers, MAX_BATCH_BYTES)
-    found = [_check_of(key, decide(response, datetime.now(UTC)), settings)]
+    try:
+        response = _ask_with(settings, api, key, path, "stock", API_LIMITS)
+    except StockrtError as error:
+        return [Check(f"API key {key.shown}", False, str(error))]
+    found = [_check_of(api, key, decide(response, datetime.now(UTC)), settings)]
     fault = clock_fault(response, time.time())
     if fault:
         found.append(Check("clock", False, fault))
     return found
 
 
-def _check_of(key: ApiKey, verdict: Verdict, settings: Settings) -> Check:
+def _ask_with(
+    settings: Settings, api: InfowayApi | None, key: ApiKey, path: str, product: str, limits: Limits
+) -> Response:
+    if api is None:
+        headers = {"apiKey": key.secret}
+        return get_once(settings.api_base_url, path, limits, settings.proxies, headers)
+    return api.ask_once(path, product, limits, threading.Event(), key)[1]
+
+
+def _check_of(api: InfowayApi | None, key: ApiKey, verdict: Verdict, settings: Settings) -> Check:
     """Return what an answer says of the key that was used for it, and what its plan is."""
     name = f"API key {key.shown}"
     good = f"accepted by {settings.api_base_url}"
     if verdict.action in (Action.ACCEPT, Action.CODES_UNKNOWN):
-        return Check(name, True, good + _plan_words(settings, key))
+        return Check(name, True, good + _plan_words(settings, api, key))
     # it may serve others: a plan of crypto alone is a good one
     if verdict.action is Action.KEY_LACKS_PRODUCT:
         good += f", but not for stocks: {verdict.failure.words}"
-        return Check(name, True, good + _plan_words(settings, key))
+        return Check(name, True, good + _plan_words(settings, api, key))
     setting = verdict.setting or "INFOWAY_API_BASE_URL"
     return Check(name, False, f"{verdict.failure.words}; see {setting}")
 
 
-def _plan_words(settings: Settings, key: ApiKey) -> str:
+def _plan_words(settings: Settings, api: InfowayApi | None, key: ApiKey) -> str:
     """Ask the API for a key's plan, and say what it is and where that differs from what is set."""
-    info, verdict = ask_package(settings.api_base_url, key, settings.proxies)
+    try:
+        answer = _ask_with(settings, api, key, PACKAGE_PATH, "", PLAN_LIMITS)
+    except StockrtError as error:
+        return f"; its plan cannot be had: {error}"
+    info, verdict = judge_package(answer)
     if info is None:
         words = f"; its plan cannot be had: {verdict.failure.words or 'the answer names none'}"
         if key.plan is PLAN_TO_ASK:
@@ -7586,6 +7598,7 @@ class Pipeline:
             proxies = settings.proxies
             api = InfowayApi(settings.api_base_url, self.keys, proxies, self._events, clock=clock)
             opened.callback(api.close)
+            self.api = api
             self._plans = KeyPlans(file, api)
             self._directory = Directory(file, api)
             self._source: Source = api
@@ -10814,21 +10827,34 @@ def _checks(settings: Settings, source: Path | None) -> Iterator[Check]:
         yield Check("proxy", True, _ways(settings))
     if not settings.api_keys:
         yield Check("API key", False, NO_KEY_HINT)
-    for secret, plan in settings.key_plans():
-        yield from check_key(settings, ApiKey(secret, plan))
-    try:
-        make_state_directory(settings.state_directory)
-        yield Check("state directory", True, f"{settings.state_directory} can be written")
-    except StoreError as error:
-        yield Check("state directory", False, str(error))
-    store = store_name(settings)
-    try:
-        with Pipeline(settings) as pipeline:
-            yield Check(store, True, pipeline.store.check())
-    except StockrtError as error:
-        yield Check(store, False, str(error))
+    with contextlib.ExitStack() as opened:
+        pipeline: Pipeline | StockrtError
+        try:
+            pipeline = opened.enter_context(Pipeline(settings))
+            for key in pipeline.keys.keys:
+                yield from check_key(settings, pipeline.api, key)
+        except StockrtError as error:
+            pipeline = error
+            for secret, plan in settings.key_plans():
+                yield from check_key(settings, None, ApiKey(secret, plan))
+        try:
+            make_state_directory(settings.state_directory)
+            yield Check("state directory", True, f"{settings.state_directory} can be written")
+        except StoreError as error:
+            yield Check("state directory", False, str(error))
+        yield _check_of_store(settings, pipeline)
     if settings.platform_url():
         yield check_platform(settings)
+
+
+def _check_of_store(settings: Settings, pipeline: Pipeline | StockrtError) -> Check:
+    store = store_name(settings)
+    try:
+        if isinstance(pipeline, StockrtError):
+            raise pipeline
+        return Check(store, True, pipeline.store.check())
+    except StockrtError as error:
+        return Check(store, False, str(error))
 
 
 def _ways(settings: Settings) -> str:

@@ -823,7 +823,8 @@ def test_check_of_what_is_good(
     assert all(good for good, _ in lines.values())
     with pymongo.MongoClient[dict[str, Any]](mongo_db[0]) as client:
         database = client[mongo_db[1]]
-        assert sum(database[name].count_documents({}) for name in database.list_collection_names()) == 0
+        names = [name for name in database.list_collection_names() if name != "license_usage"]
+        assert sum(database[name].count_documents({}) for name in names) == 0
     check_clean(done.stdout, done.stderr)
 
 
@@ -887,6 +888,21 @@ def test_check_names_the_setting_of_a_refusal(
     assert done.returncode == 1
     assert setting in check_lines(done)[next(n for n in check_lines(done) if n.startswith("API key"))][1]
     assert infoway.request_count == 1  # one request, no second try
+
+
+@pytest.mark.parametrize("store", ["local", "mongodb"])
+def test_a_check_beside_others_keeps_the_plan_with_them(
+    run_pyz: RunPyz, mongo_db: tuple[str, str], store: str
+) -> None:
+    with InfowayServer(keys=frozenset({KEY}), per_second=1, per_minute=60) as server:
+        env = api_env(server, INFOWAY_PLAN="free")
+        if store == "mongodb":
+            env |= {"MONGODB_HOST": mongo_db[0], "MONGODB_DB_NAME": mongo_db[1]}
+        for args in (("--once", "--codes", "TSLA.US"), ("--check",), ("--check",)):
+            done = run_pyz(*args, env=env)
+            assert done.returncode == 0, done.stdout + done.stderr
+        assert server.request_count >= 5
+        assert server.over_limit == 0
 
 
 def test_check_says_what_the_plan_is_and_where_another_is_set(run_pyz: RunPyz) -> None:
