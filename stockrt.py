@@ -98,7 +98,6 @@ from typing import (
     Self,
     TypeAlias,
     TypedDict,
-    TypeVar,
     cast,
     get_args,
     get_origin,
@@ -120,7 +119,6 @@ if TYPE_CHECKING:  # what a path does not need is imported where it is needed: i
 __version__ = "1.0.0"
 
 log = logging.getLogger("stockrt")
-_T = TypeVar("_T")
 
 
 # ======================================================================================================
@@ -345,10 +343,6 @@ def _items(one: Any) -> Iterable[Any]:
     return one.values() if isinstance(one, dict) else one
 
 
-def _nothing() -> None:
-    """Stand for a callable that nobody gave."""
-
-
 def iso(moment: datetime) -> str:
     """Return a time in UTC as ISO 8601 with milliseconds."""
     return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
@@ -550,34 +544,6 @@ class LogThrottle:
             gc.collect()
         self._said.clear()
         self._count = 0
-
-
-# What is wanted once a day and could not be had is asked for again after this time.
-DAILY_AGAIN_S = 900.0
-
-
-class OnceADay:
-    """When to ask for what is wanted once a day (UTC): where it could not be had again within the hour."""
-
-    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
-        self._clock = clock
-        self._had_on = ""
-        self._again_at = -math.inf  # monotonic
-
-    def is_due(self) -> bool:
-        """Return whether to ask now."""
-        if self._had_on == utc_day(self._clock.wall()):
-            return False
-        return self._clock.monotonic() >= self._again_at
-
-    def note_had(self) -> None:
-        """Note that it was had: it is due tomorrow."""
-        self._had_on = utc_day(self._clock.wall())
-        self._again_at = -math.inf
-
-    def note_failed(self) -> None:
-        """Note that it could not be had."""
-        self._again_at = self._clock.monotonic() + DAILY_AGAIN_S
 
 
 # ======================================================================================================
@@ -5286,6 +5252,34 @@ class Source(Protocol):
         """Let go of connections and threads."""
 
 
+# About what things cost, that a synthetic price is one that its instrument could have: halves of pairs in US dollars,
+# the rest in the currency of their market.
+# fmt: off
+DEMO_USD = {
+    "USD": 1.0, "USDT": 1.0, "USDC": 1.0,
+    "EUR": 1.16, "GBP": 1.33, "JPY": 0.0065, "CNY": 0.14, "CNH": 0.14, "AUD": 0.66, "NZD": 0.58, "CAD": 0.72,
+    "CHF": 1.25, "HKD": 0.128, "SGD": 0.77, "KRW": 0.0007, "TWD": 0.032, "INR": 0.0113, "XAU": 4000.0, "XAG": 48.0,
+    "XPT": 1600.0, "XPD": 1400.0, "BTC": 95_000.0, "ETH": 3300.0, "BNB": 900.0, "SOL": 150.0, "XRP": 2.3,
+    "DOGE": 0.17, "ADA": 0.6, "LTC": 95.0,
+}
+DEMO_PRICES = {
+    "AAPL.US": 270.0, "TSLA.US": 420.0, "MSFT.US": 490.0, "NVDA.US": 185.0, "00700.HK": 620.0, "09988.HK": 155.0,
+    "600519.SH": 1450.0, "000001.SZ": 11.5, "300750.SZ": 380.0, "7203.JP": 3100.0, "005930.KS": 98_000.0,
+    "RELIANCE.IN": 1480.0, "2330.TW": 1450.0, "US500": 6700.0, "HK50": 25_800.0, "USOIL": 60.0, "UKOIL": 64.0,
+}
+# fmt: on
+
+
+def _demo_price(code: str) -> float:
+    """Return about what an instrument costs: by name, by both halves of a pair, else anything up to 400."""
+    for quoted in (*CRYPTO_QUOTES, *CURRENCIES):
+        base = code.removesuffix(quoted)
+        if base != code and base in DEMO_USD and quoted in DEMO_USD:
+            return DEMO_USD[base] / DEMO_USD[quoted]
+    by_chance = 1 + int.from_bytes(hashlib.sha256(code.encode()).digest()[:4], "big") % 40_000 / 100
+    return DEMO_PRICES.get(code, by_chance)
+
+
 class DemoApi:
     """Synthetic trades in the API's own form: no network, no key. One trade per code and minute."""
 
@@ -5308,11 +5302,11 @@ class DemoApi:
 
     def _record(self, code: str) -> dict[str, object]:
         minute = int(self._clock.wall() // 60)
-        base = 1 + int.from_bytes(hashlib.sha256(code.encode()).digest()[:4], "big") % 40_000 / 100
         step = int.from_bytes(hashlib.sha256(f"{code}|{minute}".encode()).digest()[:4], "big")
-        price = round(base * (1 + (step % 2001 - 1000) / 100_000), 3)
+        price = _demo_price(code) * (1 + (step % 2001 - 1000) / 100_000)
+        p = f"{price:.{max(2, 4 - math.floor(math.log10(price)))}f}"
         volume = 1 + step % 500
-        p, vw = f"{price:.3f}", f"{price * volume:.3f}"
+        vw = f"{float(p) * volume:.3f}"
         return {"s": code, "t": minute * 60_000, "p": p, "v": str(volume), "vw": vw, "td": step % 3}
 
 

@@ -17,7 +17,6 @@ from zoneinfo import ZoneInfo
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kit.clock import FakeClock
 from kit.infoway_server import InfowayServer
 from kit.mongo import MongoServer, fresh_database
 
@@ -748,23 +747,6 @@ def test_the_best_of_all_candidates_stands(shared_world: World, closes: list[Clo
 # ------------------------------------------------------------------------------------------------------
 # A run
 # ------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_wanted_once_a_day_is_asked_for_anew_each_day_and_within_the_hour_after_a_failure() -> None:
-    """Whatever was had stays had for the day."""
-    clock = FakeClock(at("UTC", "2025-11-28 22:00") / 1000)
-    daily = stockrt.OnceADay(clock)
-    assert daily.is_due()
-    daily.note_failed()
-    assert not daily.is_due()
-    clock.advance(3599)
-    assert daily.is_due()
-    daily.note_had()
-    assert not daily.is_due()
-    clock.advance(3590)
-    assert not daily.is_due()
-    clock.advance(20)
-    assert daily.is_due()
 
 
 class Hurried(random.Random):

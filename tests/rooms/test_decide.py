@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import format_datetime
@@ -858,6 +859,35 @@ def test_a_document_has_exactly_its_fields() -> None:
     }
     types: dict[str, Any] = {name: type(value) for name, value in document.items()}
     assert types == dict.fromkeys(document, str) | {"t": int, "td": int, "create_time": datetime}
+
+
+@pytest.mark.parametrize(
+    ("code", "low", "high"),
+    [
+        ("USDCNY", 6, 8),
+        ("EURUSD", 1, 1.4),
+        ("USDJPY", 120, 180),
+        ("XAUUSD", 2000, 6000),
+        ("BTCUSDT", 3e4, 3e5),
+        ("ETHBTC", 0.02, 0.06),
+        ("AAPL.US", 150, 400),
+        ("600519.SH", 1000, 2000),
+        ("NEW.US", 0.9, 410),
+    ],
+)
+def test_a_demo_price_is_one_that_its_instrument_could_have(code: str, low: float, high: float) -> None:
+    found = [
+        trade
+        for minute in range(50)
+        for outcome in stockrt.DemoApi(FakeClock(1_750_000_000 + minute * 60.0)).fetch(
+            [stockrt.Batch("stock", code)], threading.Event()
+        )
+        if outcome is not None
+        for trade in outcome.trades
+    ]
+    assert len(found) == 50
+    assert all(low < float(trade.p) < high for trade in found)
+    assert all(abs(float(trade.p) * float(trade.v) - float(trade.vw)) < 0.01 for trade in found)
 
 
 def test_a_demo_document_says_so() -> None:
