@@ -65,6 +65,7 @@ import argparse
 import base64
 import codecs
 import contextlib
+import errno
 import gc
 import hashlib
 import io
@@ -479,6 +480,26 @@ def start_thread(thread: threading.Thread) -> None:
             f"no thread can be started ({error}): too many run, or memory is short; "
             "see TasksMax= and MemoryMax= of the unit, or ulimit -u"
         ) from None
+
+
+def lack_words(error: BaseException) -> str:
+    """Return what this machine is short of where that is what an error says, else ''."""
+    number = getattr(error, "errno", None)
+    if number in (errno.EMFILE, errno.ENFILE):
+        why = os.strerror(number)
+        return f"no file or connection can be opened ({why}); see LimitNOFILE= of the unit, or ulimit -n"
+    if number == errno.ENOMEM or isinstance(error, MemoryError):
+        return "memory is short; see MemoryMax= of the unit"
+    return ""
+
+
+def own_fault(error: BaseException) -> str:
+    """Return what an error is called that is none of ours, and log it whole, unless the machine lacks something."""
+    words = lack_words(error)
+    if not words:
+        log.error("a fault of stockrt itself", exc_info=error)
+        words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
+    return words
 
 
 def shorten(secret: str) -> str:
@@ -2594,6 +2615,8 @@ def start_tls(sock: socket.socket, host: str) -> socket.socket:
 def network_words(error: BaseException) -> str:
     """Return what happened on the network in a few words, without addresses of objects in memory."""
     cause = _root_of(error)
+    if lack_words(cause):
+        return lack_words(cause)
     text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
     text = mask(text, HIDDEN.secrets)  # before something is taken out of the middle
     return one_line(
@@ -2608,18 +2631,20 @@ def _root_of(error: BaseException) -> BaseException:
 
 
 def _is_about_a_certificate(error: BaseException) -> bool:
-    import ssl
-
-    return isinstance(_root_of(error), ssl.SSLCertVerificationError)
+    ssl = sys.modules.get("ssl")  # not imported here: there may be no descriptor for that
+    return ssl is not None and isinstance(_root_of(error), ssl.SSLCertVerificationError)
 
 
 def _foreign_errors() -> tuple[type[Exception], ...]:
     """Return what a request may raise. ValueError, AttributeError: ssl and http.client do when they are cut."""
-    from http.client import HTTPException
+    plain = (OSError, ValueError, AttributeError)
+    try:
+        from http.client import HTTPException
 
-    from urllib3.exceptions import HTTPError
-
-    return HTTPException, HTTPError, OSError, ValueError, AttributeError
+        from urllib3.exceptions import HTTPError
+    except OSError:  # no descriptor to be had: then nothing else was imported before
+        return plain
+    return HTTPException, HTTPError, *plain
 
 
 def _has_nothing_for_us(sock: socket.socket) -> bool:
@@ -2649,6 +2674,8 @@ SQLITE_BUSY_S = 10.0
 RESCUE_POLL_S = 0.05
 # The page size of our files: SQLite's default since 2016.
 SQLITE_PAGE = 4096
+# What SQLite has open at most for a file: the file, its log, the index of that, and the directory.
+SQLITE_FILES = 4
 # A log has a header, and one before each page.
 WAL_HEAD, WAL_FRAME_HEAD = 32, 24
 # What is the same in the headers of all our files (sqlite.org/fileformat2.html#the_database_header): where it stands.
@@ -2993,6 +3020,12 @@ def _sqlite_fault(path: Path, error: Exception) -> StoreError:
     why = f"{error}"
     if _is_full(path.parent):
         why = f"the disk is full ({why})"
+    with contextlib.ExitStack() as opened:
+        try:
+            for _ in range(SQLITE_FILES):  # it does not say why it could not open them
+                opened.callback(os.close, os.open(path.parent, os.O_RDONLY))
+        except OSError as lack:
+            why = lack_words(lack) or why
     return StoreError(f"the local file {path} fails: {why}; see STATE_DIRECTORY")
 
 
@@ -4836,9 +4869,7 @@ class InfowayApi:
         except Interrupted:
             return Outcome(attempt.batch, interrupted=True)
         except Exception as error:
-            log.exception("a fault of stockrt itself while fetching")
-            words = f"a fault of stockrt itself: {type(error).__name__}"
-            return _failed(attempt.batch, Failure(FailureKind.OTHER, words))
+            return _failed(attempt.batch, Failure(FailureKind.OTHER, own_fault(error)))
 
     def _try(self, connection: HttpConnection, attempt: BatchAttempt) -> Outcome | None:
         """Ask once, as soon as a key may be used; return the outcome if the answer is final.
@@ -7187,8 +7218,10 @@ class Delivery:
         if isinstance(error, ClosesLate):
             trouble, cause = self._close_trouble, cast(Exception, error.__cause__)
         elif not isinstance(error, StoreAway):
-            words = f"what waits cannot be moved to it: {type(error).__name__}: {error}"
-        if not isinstance(cause, StoreError) and not trouble.there:
+            words = (
+                f"what waits cannot be moved to it: {lack_words(error) or f'{type(error).__name__}: {error}'}"
+            )
+        if not isinstance(cause, StoreError) and not trouble.there and not lack_words(cause):
             log.error("a fault of stockrt itself", exc_info=cause)
         trouble.again(words)
 
@@ -7437,9 +7470,10 @@ class Collector:
         except StoreError as error:
             self._note_close_fault(str(error))
         except Exception as error:  # the trades are stored, and that is what counts
-            if not self._close_trouble.there:
-                log.error("a fault of stockrt itself", exc_info=error)
-            self._note_close_fault(f"a fault of stockrt itself: {type(error).__name__}")
+            words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
+            if lack_words(error) or not self._close_trouble.there:
+                words = own_fault(error)
+            self._note_close_fault(words)
         else:
             if not self.report.close_error:
                 self._close_trouble.over()
@@ -7693,8 +7727,7 @@ class Pipeline:
         except StoreError as error:
             self._final_trouble.again(str(error))
         except Exception as error:  # it must not cost a trade
-            log.exception("closing prices cannot be made final")
-            self._final_trouble.again(f"a fault of stockrt itself: {type(error).__name__}")
+            self._final_trouble.again(own_fault(error))
         self._finaliser.pause()
         return FINAL_PAUSE_S
 
@@ -8174,12 +8207,13 @@ def write_hash(directory: Path, module_hash: str) -> None:
 
 
 def program_digest() -> str:
-    """Return a digest of this program: a new release registers as a new module."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:32]
+    """Return a digest of this program: a new release registers as a new module. Raises StoreError."""
+    with disk_trouble("this program cannot be read", "its place"):
+        return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:32]
 
 
 def register(settings: Settings) -> str:
-    """Register at the platform and return the hash it gave. Raises RegistrationError."""
+    """Register at the platform and return the hash it gave. Raises RegistrationError, StoreError."""
     query = {
         "name": settings.module_name,
         "description": settings.module_description,
@@ -8383,7 +8417,10 @@ def _close_words(data: bytes) -> str:
 
 def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
     """Open the socket, TLS and the WebSocket, each and all within limits. Raises DialError."""
-    from websocket import WebSocket, WebSocketBadStatusException, WebSocketException
+    try:
+        from websocket import WebSocket, WebSocketBadStatusException, WebSocketException
+    except OSError as error:
+        raise DialError(f"cannot connect: {network_words(error)}") from error
 
     url = settings.platform_url()
     way: HttpConnection | StraightSocket = StraightSocket(url, limits)
@@ -8714,8 +8751,7 @@ def broken_by(error: Exception) -> Broken:
     """Return what a thread says whose work ended with an error; what is no error of ours is logged whole."""
     if isinstance(error, StockrtError):
         return Broken(error)
-    log.exception("a fault of stockrt itself", exc_info=error)
-    return Broken(StockrtError(f"a fault of stockrt itself: {type(error).__name__}; see the log"))
+    return Broken(StockrtError(own_fault(error)))
 
 
 class StopAsked(NamedTuple):
@@ -9132,9 +9168,10 @@ class Executor(threading.Thread):
             return
         try:
             self._open_pipeline().start_delivery()
-        except StockrtError as error:
+        except Exception as error:
+            words = str(error) if isinstance(error, StockrtError) else own_fault(error)
             if not self._events.is_damaged:
-                self._store_trouble.again(f"what waits on this machine cannot be taken up: {error}")
+                self._store_trouble.again(f"what waits on this machine cannot be taken up: {words}")
 
     def _keep_answer(self, number: int, answer: str) -> bool:
         """Put an answer into the journal. On a full disk that is tried until there is room, or this ends."""
@@ -9157,9 +9194,7 @@ class Executor(threading.Thread):
         except StockrtError as error:
             return self._unexecuted(command.context, str(error))
         except Exception as error:
-            log.exception("execution %s failed", execution_name(command.context))
-            reason = f"a fault of stockrt itself: {type(error).__name__}; see its log"
-            return self._unexecuted(command.context, reason)
+            return self._unexecuted(command.context, own_fault(error))
         self._events.executed(report)
         self._log(command.context, report)
         module_name = self._settings.module_name

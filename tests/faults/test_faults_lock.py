@@ -105,7 +105,7 @@ def test_a_slow_disk_holds_up_no_ping(
     world.stop()
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [FILES[0], pytest.param(FILES[1], marks=pytest.mark.long)])
 def test_a_start_beside_a_locked_file_waits_for_it_and_ends_nothing(
     make_world: MakeWorld, mongo_proxy: MongoProxy, manager: ServiceManager, name: str
 ) -> None:
