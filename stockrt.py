@@ -2937,7 +2937,8 @@ class LocalFile:
         (found,) = db.execute("PRAGMA user_version").fetchone()
         if found == self._version:
             return ""
-        is_ours = _tables(db) == self._own_tables()
+        tables = _tables(db)
+        is_ours = bool(tables) and tables == self._own_tables()
         if not 0 <= found <= HIGHEST_FORMAT or (found < self._version and is_ours):
             return f"its header is damaged: format {found}"
         if found > self._version:
