@@ -33,6 +33,7 @@ above it:
     Command journal    accepted commands and their answers on disk
     Daemon             inbox, outbox, and the three threads
     Service manager    notifications, the journal's priorities, metrics
+    Migration          what the older client of the platform left: settings, hash, documents
     Command line       options, rows, commands, `main`
 
 The daemon's threads: the socket's (main) owns link, protocol and outbox, and waits for nothing but its inbox and the
@@ -1133,7 +1134,7 @@ def load_settings(
         try:
             values[setting.attribute] = setting.parse(text or setting.default)
         except ValueError:
-            shown = _masked(setting, text)
+            shown = shown_value(setting, text)
             faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
     faults += _contradictions(values)
     if faults:
@@ -1180,12 +1181,23 @@ def _look_up(setting: Setting, origins: Mapping[str, Mapping[str, str]]) -> tupl
     return "", setting.name, ""
 
 
-def _masked(setting: Setting, text: str) -> str:
+def shown_value(setting: Setting, text: str) -> str:
+    """Return the text of a setting as a person may see it, in quotes."""
     if setting.in_small_letters:
         return repr(one_line(mask_userinfo(text), 100))
     if setting.secret and not (setting.attribute == "mongodb_uri" and _USERINFO.match(text)):
         return "'***'"
     return repr(one_line(mask_uri(text), 100))
+
+
+def env_line(name: str, value: str) -> str:
+    """Return the line of an env file that sets a printable text, for systemd and for `read_env_file` alike."""
+    if re.fullmatch(r"[\w.:/@%+,=~-]+", value, re.ASCII):
+        return f"{name}={value}\n"
+    if not set(value) & set("'\\"):
+        return f"{name}='{value}'\n"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}="{escaped}"\n'
 
 
 def _is_unknown(name: str) -> bool:
@@ -1323,7 +1335,6 @@ CRYPTO_COINS = frozenset("BTC ETH BNB SOL XRP ADA DOGE LTC BCH DOT TRX LINK AVAX
 # The API's codes are far shorter; a longer text is no code, whatever it holds.
 MAX_CODE_LENGTH = 32
 _CODE_ALPHABET = re.compile(r"[A-Z0-9.&^=_-]+")
-_SEPARATORS = re.compile(r"[\s,;，；、]+")  # noqa: RUF001  (Chinese commas are meant)
 
 
 class Instrument(NamedTuple):
@@ -1339,81 +1350,7 @@ class Instrument(NamedTuple):
 
 
 _SUFFIX_PRODUCTS = {suffix: market.product for suffix, market in MARKETS.items()}
-# Most codes come in the API's own form: reading them as a person's typing would give them back as they are.
-_PLAIN_CODE = re.compile(
-    r"[0-9]{6}\.(?:SH|SZ)|(?!00000)[0-9]{5}\.HK|(?!US\.[JKIT])[A-Z0-9]{1,20}\.(?:US|JP|KS|IN|TW)", re.ASCII
-)
-
-
-def split_codes(text: str) -> list[str]:
-    """Return the codes of a text in which commas (Chinese ones too), semicolons or blanks separate them."""
-    return [code for code in _SEPARATORS.split(text) if code]
-
-
-def parse_code(raw: object) -> Instrument:
-    """Return the instrument that a person or the platform meant by `raw` (a text or a whole number).
-
-    `product:CODE` names the product outright, for a code whose form does not tell it (`common:TOPIX.JP`).
-    Raises InstrumentError, which says what to type instead, and of its kinds UnclearCode where a list of what
-    exists could tell; nothing that could change a URL gets through.
-    """
-    text = _code_text(raw)
-    if not text.isascii():
-        import unicodedata
-
-        text = unicodedata.normalize("NFKC", text)
-    text = text.strip().upper()
-    venue, colon, symbol = text.rpartition(":")
-    if not colon:
-        return _read(text)
-    venue, symbol = venue.strip(), symbol.strip()
-    if venue.lower() in PRODUCTS:
-        return _at_product(symbol, venue.lower())
-    return _at_venue(symbol, venue)
-
-
-def market_of(code: str) -> Market | None:
-    """Return the market that `code` is traded at, None when its form does not tell."""
-    name = market_name(code)
-    return MARKETS.get(name) or PRODUCT_MARKETS.get(name)
-
-
-def is_stale(code: str, t: int, now_ms: int) -> bool:
-    """Whether a latest trade at `t` (epoch ms) is old although the code's market was open since."""
-    market = market_of(code)
-    return market is not None and now_ms - t > market.rest_h * 3_600_000
-
-
-def market_name(code: str) -> str:
-    """Return the suffix of a code, or the product of one that has none, '' where its session is not known."""
-    _, dot, suffix = code.rpartition(".")
-    if code in BASE_METALS:
-        return "metals"
-    if dot and suffix in MARKETS:
-        return suffix
-    return "" if code in SESSIONLESS else _bare_product(code)
-
-
-def is_index(code: str) -> bool:
-    """Return whether a code is that of an index, as far as its form tells: its bars may have no volume."""
-    symbol, _, suffix = code.rpartition(".")
-    numbered = (suffix == "SH" and symbol.startswith("000")) or (suffix == "SZ" and symbol.startswith("399"))
-    return numbered or symbol.startswith(".") or (suffix == "HK" and not symbol.isdigit())
-
-
-def _code_text(raw: object) -> str:
-    if isinstance(raw, str):
-        return raw
-    if (
-        isinstance(raw, bool)
-        or not isinstance(raw, int | float)
-        or raw != raw
-        or raw in (float("inf"), float("-inf"))
-    ):
-        raise InstrumentError(f"no code: {one_line(repr(raw), 40)}; expected a text such as AAPL.US")
-    if raw != int(raw):
-        raise InstrumentError(f"no code: {raw!r}; expected a whole number or a text such as 600519.SH")
-    return str(int(raw)) if abs(raw) < 10**MAX_CODE_LENGTH else "9" * (MAX_CODE_LENGTH + 1)
+PRODUCT_SUFFIXES = {product: suffix for suffix, product in _SUFFIX_PRODUCTS.items()}
 
 
 def _safe(code: str) -> str:
@@ -1430,24 +1367,6 @@ def _safe(code: str) -> str:
             "characters that no code has; expected letters, digits and dots such as AAPL.US"
         )
     return code
-
-
-def _at_product(symbol: str, product: str) -> Instrument:
-    """Read what follows `product:`; at `common` and `crypto` and without an exchange it is taken as it is."""
-    code = _safe(symbol)
-    if product in ("common", "crypto"):
-        return Instrument(code, product)
-    if "." not in code and product != "stock":
-        return _at_market(code, PRODUCT_SUFFIXES[product])
-    if "." not in code and not code.isdigit():
-        return Instrument(code, product)
-    instrument = _read(code)
-    if instrument.product != product:
-        raise InstrumentError(f"{instrument.code} is asked at {instrument.product}, not at {product}")
-    return instrument
-
-
-PRODUCT_SUFFIXES = {product: suffix for suffix, product in _SUFFIX_PRODUCTS.items()}
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -1770,6 +1689,98 @@ def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
 
 
 # ------------------------------------------------------------------------------------------------------
+# Codes
+# ------------------------------------------------------------------------------------------------------
+
+_SEPARATORS = re.compile(r"[\s,;，；、]+")  # noqa: RUF001  (Chinese commas are meant)
+
+
+def split_codes(text: str) -> list[str]:
+    """Return the codes of a text in which commas (Chinese ones too), semicolons or blanks separate them."""
+    return [code for code in _SEPARATORS.split(text) if code]
+
+
+def parse_code(raw: object) -> Instrument:
+    """Return the instrument that a person or the platform meant by `raw` (a text or a whole number).
+
+    `product:CODE` names the product outright, for a code whose form does not tell it (`common:TOPIX.JP`).
+    Raises InstrumentError, which says what to type instead, and of its kinds UnclearCode where a list of what
+    exists could tell; nothing that could change a URL gets through.
+    """
+    text = _code_text(raw)
+    if not text.isascii():
+        import unicodedata
+
+        text = unicodedata.normalize("NFKC", text)
+    text = text.strip().upper()
+    venue, colon, symbol = text.rpartition(":")
+    if not colon:
+        return _read(text)
+    venue, symbol = venue.strip(), symbol.strip()
+    if venue.lower() in PRODUCTS:
+        return _at_product(symbol, venue.lower())
+    return _at_venue(symbol, venue)
+
+
+def market_of(code: str) -> Market | None:
+    """Return the market that `code` is traded at, None when its form does not tell."""
+    return market_named(market_name(code))
+
+
+def market_named(name: str) -> Market | None:
+    """Return the market of a name that `market_name` gives, None of ''."""
+    return MARKETS.get(name) or PRODUCT_MARKETS.get(name)
+
+
+def is_stale(code: str, t: int, now_ms: int) -> bool:
+    """Whether a latest trade at `t` (epoch ms) is old although the code's market was open since."""
+    market = market_of(code)
+    return market is not None and now_ms - t > market.rest_h * 3_600_000
+
+
+def market_name(code: str) -> str:
+    """Return the suffix of a code, or the product of one that has none, '' where its session is not known."""
+    _, dot, suffix = code.rpartition(".")
+    if code in BASE_METALS:
+        return "metals"
+    if dot and suffix in MARKETS:
+        return suffix
+    return "" if code in SESSIONLESS else _bare_product(code)
+
+
+def is_index(code: str) -> bool:
+    """Return whether a code is that of an index, as far as its form tells: its bars may have no volume."""
+    symbol, _, suffix = code.rpartition(".")
+    numbered = (suffix == "SH" and symbol.startswith("000")) or (suffix == "SZ" and symbol.startswith("399"))
+    return numbered or symbol.startswith(".") or (suffix == "HK" and not symbol.isdigit())
+
+
+def _code_text(raw: object) -> str:
+    if isinstance(raw, str):
+        return raw
+    if isinstance(raw, bool) or not isinstance(raw, int | float) or raw - raw != 0:  # not finite
+        raise InstrumentError(f"no code: {one_line(repr(raw), 40)}; expected a text such as AAPL.US")
+    if raw != int(raw):
+        raise InstrumentError(f"no code: {raw!r}; expected a whole number or a text such as 600519.SH")
+    return str(int(raw)) if abs(raw) < 10**MAX_CODE_LENGTH else "9" * (MAX_CODE_LENGTH + 1)
+
+
+def _at_product(symbol: str, product: str) -> Instrument:
+    """Read what follows `product:`; at `common` and `crypto` and without an exchange it is taken as it is."""
+    code = _safe(symbol)
+    if product in ("common", "crypto"):
+        return Instrument(code, product)
+    if "." not in code and product != "stock":
+        return _at_market(code, PRODUCT_SUFFIXES[product])
+    if "." not in code and not code.isdigit():
+        return Instrument(code, product)
+    instrument = _read(code)
+    if instrument.product != product:
+        raise InstrumentError(f"{instrument.code} is asked at {instrument.product}, not at {product}")
+    return instrument
+
+
+# ------------------------------------------------------------------------------------------------------
 # Sessions
 # ------------------------------------------------------------------------------------------------------
 
@@ -1858,6 +1869,10 @@ def _session(market: Market, day: date, zone: tzinfo) -> Session:
 # Batches
 # ------------------------------------------------------------------------------------------------------
 
+# Most codes come in the API's own form: reading them as a person's typing would give them back as they are.
+_PLAIN_CODE = re.compile(
+    r"[0-9]{6}\.(?:SH|SZ)|(?!00000)[0-9]{5}\.HK|(?!US\.[JKIT])[A-Z0-9]{1,20}\.(?:US|JP|KS|IN|TW)", re.ASCII
+)
 # The API refuses more with `ret` 505.
 MAX_BATCH = 100
 # The duplicate check keeps codes in buckets of about so many, each one text: a short search for every code.
@@ -1933,14 +1948,13 @@ class BatchPlan:
         """Take one code that is already in the API's form; `typed` is what stood for it."""
         code, product, alternatives = instrument
         self._take(code, product)
-        if alternatives:
-            self.alternatives[code] = alternatives
-            self.asked_as[code] = (
-                typed  # and not what else was typed for it: only this may be the alternatives
-            )
-        if (alternatives or unsure) and typed.upper() != code:
+        if alternatives:  # which only this text may mean, not what else was typed for the code
+            self.alternatives[code], self.asked_as[code] = alternatives, typed
+        if typed.upper() == code:
+            return
+        if alternatives or unsure:
             self.guessed.add(code)
-        if typed and typed.upper() != code:
+        if typed:
             self.asked_as.setdefault(code, typed)
 
     def _take(self, code: str, product: str) -> None:
@@ -2376,7 +2390,9 @@ class HttpConnection:
 
     def named(self, fault: str) -> str:
         """Return what went wrong behind an open connection, with the proxy that it goes through."""
-        return fault if self._proxy is None else _through(self._proxy, fault)
+        if self._proxy is None:
+            return fault
+        return _through(self._proxy, fault)
 
     @property
     def sock(self) -> socket.socket:
@@ -2694,309 +2710,6 @@ SQLITE_READONLY = 8
 SCHEMA_DAMAGED = re.compile(
     r"no such (?:table|column)|has no column named|unsupported file format|decode to UTF-8"
 )
-
-
-class LocalFile:
-    """One of our SQLite files: WAL, fsynced at every commit, crash-only. Every method may be called by any thread.
-
-    Whoever has it open holds its lock (`stockrt.db.lock`) shared. A file that is damaged, or of another user, is
-    set aside when it is opened, and rescued under the lock alone (promise 6): a gigabyte takes a minute, during
-    which `events` is told of progress. Damage that shows later is noted beside the file and ends its use here:
-    `events` is told, every call raises StoreError from then on, and the next one to open the file rescues it.
-
-    Raises StoreError when the file cannot be used, is in use although it is damaged, or was written by a newer
-    stockrt. With `patient` what is no fault of the file, as a lock that another program holds, or a full disk, is
-    raised by each use until one finds it over, and by none waited for here; without it a file is read on a full
-    disk, too, by this process alone. Used with `with`, which closes it.
-    """
-
-    def __init__(
-        self, path: Path, version: int, schema: str, events: Events = NO_EVENTS, patient: bool = False
-    ) -> None:
-
-        make_state_directory(path.parent)
-        self.path = path
-        self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
-        self._version = version
-        self._schema = schema
-        self._events = events
-        self._patient = patient
-        self._db: sqlite3.Connection | None = None
-        self._fault: StoreError | None = None  # what ended its use
-        lock = _beside(path, ".lock")
-        with disk_trouble(f"the lock {lock} cannot be opened"):
-            self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            with disk_trouble(f"the lock {lock} cannot be used"):
-                keep_owner(lock, path.parent)
-            self._open(0.0 if patient else SQLITE_BUSY_S)
-        except BaseException as error:
-            if isinstance(error, _sqlite_errors()):
-                if patient:
-                    return
-                self.close()
-                raise _sqlite_fault(path, error) from error
-            self.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @contextlib.contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection in a transaction that is on disk when the block ends; in another one it is a part of it.
-
-        Raises StoreError.
-        """
-        with self._guarded() as db:
-            if db.in_transaction:
-                yield db
-                return
-            with db:
-                db.execute("BEGIN IMMEDIATE")
-                yield db
-        if self._inode != _inode(self.path):
-            # SQLite would go on writing to a file that nobody can find any more.
-            raise self._end_use(StoreError(f"the local file {self.path} was taken away while it was in use"))
-
-    def read_one(self, query: str, *values: object) -> Any:
-        """Return a query's first row, None without one. Raises StoreError."""
-        with self._guarded() as db:
-            return db.execute(query, values).fetchone()
-
-    def read_all(self, query: str, *values: object) -> list[Any]:
-        """Return a query's rows. Raises StoreError."""
-        with self._guarded() as db:
-            return db.execute(query, values).fetchall()
-
-    def shrink(self) -> None:
-        """Give unused space back to the disk, as far as nobody else reads the file now. Raises StoreError."""
-        self.read_all("VACUUM")
-        self.empty_log()
-
-    def empty_log(self) -> None:
-        """Move the write-ahead log into the file, as far as nobody else reads it now. Raises StoreError."""
-        self.read_all("PRAGMA wal_checkpoint(TRUNCATE)")
-
-    def bytes_beside(self) -> int:
-        """Return the size of what SQLite keeps beside the file, in bytes. Raises StoreError."""
-        with disk_trouble(f"the local file {self.path} cannot be looked at"):
-            return sum(_size_of(side) for side in _sides(self.path)[1:])
-
-    def damaged(self, words: str) -> StoreError:
-        """Note damage that shows while the file is in use, and return what to raise."""
-        try:
-            write_whole(self._mark, words + "\n", durable=True)
-        except StoreError as fault:
-            log.error("the next start may not see that %s is damaged: %s", self.path, fault)
-        then = "the next start sets it aside and rescues what can be read"
-        return self._end_use(StoreError(f"the local file {self.path} is damaged: {words}; {then}"))
-
-    def close(self) -> None:
-        """Close the file, and let its lock go."""
-        with self.lock:
-            self._disconnect()
-            self._fault = self._fault or StoreError(f"the local file {self.path} is closed already")
-            if self._locked >= 0:
-                os.close(self._locked)
-            self._locked = -1
-
-    @contextlib.contextmanager
-    def _guarded(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection to one thread, and turn what SQLite raises into StoreError."""
-
-        with self.lock:
-            if self._fault is not None:
-                raise self._fault
-            try:
-                if self._db is None:
-                    self._open_late()
-                yield cast("sqlite3.Connection", self._db)
-            except _sqlite_errors() as error:
-                if _is_damage(error):
-                    raise self.damaged(one_line(error)) from error
-                raise _sqlite_fault(self.path, error) from error
-
-    def _end_use(self, error: StoreError) -> StoreError:
-        """Let every further call raise an error, tell it, and return it."""
-        with self.lock:
-            self._fault = error
-        self._events.damaged(error)
-        return error
-
-    def _disconnect(self) -> None:
-        if self._db is not None:
-            self._db.close()
-        self._db = None
-
-    def _open_late(self) -> None:
-        """Open what could not be opened at the start. Raises sqlite3.Error, StoreError."""
-        try:
-            self._open(SQLITE_BUSY_S)
-        except StoreError as error:
-            raise self._end_use(error) from error
-
-    def _open(self, wait_s: float) -> None:
-        """Lock and open the file; a damaged one is set aside first. Raises sqlite3.Error, StoreError."""
-        import fcntl
-
-        try:
-            with disk_trouble(f"the local file {self.path} cannot be opened"):
-                self._open_locked(wait_s)
-                self._inode = _inode(self.path)
-        except _sqlite_errors():
-            self._disconnect()
-            fcntl.flock(self._locked, fcntl.LOCK_UN)
-            raise
-
-    def _open_locked(self, wait_s: float) -> None:
-        if not self._lock_alone():
-            self._lock_shared()
-        damage = self._connect(wait_s)
-        if damage:
-            if not self._lock_alone():
-                raise StoreError(
-                    f"the local file {self.path} is damaged ({damage}), and another process has it open: "
-                    "stop that one, and the next start rescues what can be read"
-                )
-            self._set_aside(damage)
-            damage = self._connect(wait_s)
-        if damage:
-            raise StoreError(f"the local file {self.path} cannot be used: {damage}; see STATE_DIRECTORY")
-        self._lock_shared()
-
-    def _lock_alone(self) -> bool:
-        """Try to be the only one who has the file open, and return whether that is so."""
-        import fcntl
-
-        try:
-            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _lock_shared(self) -> None:
-        """Take the lock together with others, once nobody has it alone."""
-        import fcntl
-
-        while True:
-            try:
-                fcntl.flock(self._locked, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                self._events.progress()
-                time.sleep(RESCUE_POLL_S)
-
-    def _connect(self, wait_s: float) -> str:
-        """Connect to the file and return what is wrong with it, '' where nothing is.
-
-        Another program that holds its lock is waited for so long, and by each later use for SQLITE_BUSY_S.
-
-        With a torn log it stays connected: to close it would empty the log.
-        """
-
-        if any(side.exists() for side in _sides(self._away)):
-            return "its rescue was interrupted"
-        if self._mark.exists():
-            return one_line(self._mark.read_text(encoding="utf-8", errors="replace")) or "a mark says so"
-        if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
-            return "its beginning is cut off"  # SQLite would take it for new and drop the log
-        if any(_is_forbidden(side) for side in _sides(self.path)):
-            return "this user may not read and write it"
-        try:
-            self._db = self._connection(wait_s)
-            if _log_is_torn(self._db, self.path):
-                return "its log is damaged, and transactions lie behind the damage"
-            damage = self._bring_up(self._db)
-            self._db.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_S * 1000:.0f}")
-        except _sqlite_errors() as error:
-            if not _is_damage(error):
-                raise
-            damage = one_line(error)
-        if damage:
-            self._disconnect()
-        return damage
-
-    def _connection(self, wait_s: float) -> sqlite3.Connection:
-        try:
-            return _connect_sqlite(self.path, wait_s)
-        except _sqlite_errors():
-            if self._patient or not _is_full(self.path.parent):
-                raise
-        # the index that processes share finds no room
-        return _connect_sqlite(self.path, wait_s, alone=True)
-
-    def _bring_up(self, db: sqlite3.Connection) -> str:
-        """Bring a file up to the version that this stockrt knows, and return what is wrong with it, '' for nothing.
-
-        Raises sqlite3.Error, StoreError.
-        """
-        (found,) = db.execute("PRAGMA user_version").fetchone()
-        if found == self._version:
-            return ""
-        tables = _tables(db)
-        is_ours = bool(tables) and tables == self._own_tables()
-        if not 0 <= found <= HIGHEST_FORMAT or (found < self._version and is_ours):
-            return f"its header is damaged: format {found}"
-        if found > self._version:
-            words = (
-                f"{self.path} was written by a newer stockrt (format {found}, this one knows {self._version}); "
-                "use that one, or another STATE_DIRECTORY"
-            )
-            if is_ours:
-                words += f"; where there never was a newer one its header is damaged: make an empty file {self._mark}, "
-                words += "and the next start rescues what can be read"
-            raise StoreError(words)
-        db.executescript(f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;")
-        return ""
-
-    def _own_tables(self) -> set[Any]:
-        """Return what `_tables` does of a file that this stockrt has made."""
-        import sqlite3
-
-        with contextlib.closing(sqlite3.connect(":memory:")) as db:
-            db.executescript(self._schema)
-            return _tables(db)
-
-    @property
-    def _away(self) -> Path:
-        """The name of a file that is being rescued; what has it after a kill is rescued once more."""
-        return _beside(self.path, ".setting-aside")
-
-    @property
-    def _mark(self) -> Path:
-        """The file that says that damage has shown, and in which words."""
-        return _beside(self.path, ".damaged")
-
-    def _set_aside(self, damage: str) -> None:
-        """Put a new file in the place of the old one, with what can be read of it."""
-        done = "it had been rescued already"
-        if not (self.path.exists() and any(side.exists() for side in _sides(self._away))):
-            _move(self.path, self._away)  # its log alone, where a kill came in between
-            done = f"{self._rescue()} rows of it are rescued"
-        aside = _beside(self.path, f".damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z")
-        _move(self._away, aside)
-        sync_directory(self.path.parent)
-        words = "the local file %s cannot be used: %s; it is set aside as %s, %s"
-        log.error(words, self.path, damage, aside.name, done)
-
-    def _rescue(self) -> int:
-        """Make the new file of what can be read of the old one, and return how many rows that is."""
-        fresh = _beside(self.path, ".rescue")
-        for side in _sides(fresh):
-            side.unlink(missing_ok=True)
-        with contextlib.closing(_connect_sqlite(fresh)) as db:
-            self._bring_up(db)
-            with _header_mended(self._away):
-                rescued = rescue(self._away, db, self._events)
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        self._disconnect()  # not before: the last one to close a damaged log empties it
-        self._mark.unlink(missing_ok=True)
-        fresh.replace(self.path)
-        return rescued
 
 
 def _connect_sqlite(path: Path, wait_s: float = SQLITE_BUSY_S, alone: bool = False) -> sqlite3.Connection:
@@ -3332,6 +3045,314 @@ def _value_at(page: bytes, kind: int, at: int) -> tuple[str | int | None, int]:
     if end > len(page):
         raise ValueError("beyond the page")
     return page[at:end].decode(), end
+
+
+# ------------------------------------------------------------------------------------------------------
+# The file
+# ------------------------------------------------------------------------------------------------------
+
+
+class LocalFile:
+    """One of our SQLite files: WAL, fsynced at every commit, crash-only. Every method may be called by any thread.
+
+    Whoever has it open holds its lock (`stockrt.db.lock`) shared. A file that is damaged, or of another user, is
+    set aside when it is opened, and rescued under the lock alone (promise 6): a gigabyte takes a minute, during
+    which `events` is told of progress. Damage that shows later is noted beside the file and ends its use here:
+    `events` is told, every call raises StoreError from then on, and the next one to open the file rescues it.
+
+    Raises StoreError when the file cannot be used, is in use although it is damaged, or was written by a newer
+    stockrt. With `patient` what is no fault of the file, as a lock that another program holds, or a full disk, is
+    raised by each use until one finds it over, and by none waited for here; without it a file is read on a full
+    disk, too, by this process alone. Used with `with`, which closes it.
+    """
+
+    def __init__(
+        self, path: Path, version: int, schema: str, events: Events = NO_EVENTS, patient: bool = False
+    ) -> None:
+
+        make_state_directory(path.parent)
+        self.path = path
+        self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
+        self._version = version
+        self._schema = schema
+        self._events = events
+        self._patient = patient
+        self._db: sqlite3.Connection | None = None
+        self._fault: StoreError | None = None  # what ended its use
+        lock = _beside(path, ".lock")
+        with disk_trouble(f"the lock {lock} cannot be opened"):
+            self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            with disk_trouble(f"the lock {lock} cannot be used"):
+                keep_owner(lock, path.parent)
+            self._open(0.0 if patient else SQLITE_BUSY_S)
+        except BaseException as error:
+            if isinstance(error, _sqlite_errors()):
+                if patient:
+                    return
+                self.close()
+                raise _sqlite_fault(path, error) from error
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection in a transaction that is on disk when the block ends; in another one it is a part of it.
+
+        Raises StoreError.
+        """
+        with self._guarded() as db:
+            if db.in_transaction:
+                yield db
+                return
+            with db:
+                db.execute("BEGIN IMMEDIATE")
+                yield db
+        if self._inode != _inode(self.path):
+            # SQLite would go on writing to a file that nobody can find any more.
+            raise self._end_use(StoreError(f"the local file {self.path} was taken away while it was in use"))
+
+    def read_one(self, query: str, *values: object) -> Any:
+        """Return a query's first row, None without one. Raises StoreError."""
+        with self._guarded() as db:
+            return db.execute(query, values).fetchone()
+
+    def read_all(self, query: str, *values: object) -> list[Any]:
+        """Return a query's rows. Raises StoreError."""
+        with self._guarded() as db:
+            return db.execute(query, values).fetchall()
+
+    def shrink(self) -> None:
+        """Give unused space back to the disk, as far as nobody else reads the file now. Raises StoreError."""
+        self.read_all("VACUUM")
+        self.empty_log()
+
+    def empty_log(self) -> None:
+        """Move the write-ahead log into the file, as far as nobody else reads it now. Raises StoreError."""
+        self.read_all("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def bytes_beside(self) -> int:
+        """Return the size of what SQLite keeps beside the file, in bytes. Raises StoreError."""
+        with disk_trouble(f"the local file {self.path} cannot be looked at"):
+            return sum(_size_of(side) for side in _sides(self.path)[1:])
+
+    def damaged(self, words: str) -> StoreError:
+        """Note damage that shows while the file is in use, and return what to raise."""
+        try:
+            write_whole(self._mark, words + "\n", durable=True)
+        except StoreError as fault:
+            log.error("the next start may not see that %s is damaged: %s", self.path, fault)
+        then = "the next start sets it aside and rescues what can be read"
+        return self._end_use(StoreError(f"the local file {self.path} is damaged: {words}; {then}"))
+
+    def close(self) -> None:
+        """Close the file, and let its lock go."""
+        with self.lock:
+            self._disconnect()
+            self._fault = self._fault or StoreError(f"the local file {self.path} is closed already")
+            if self._locked >= 0:
+                os.close(self._locked)
+            self._locked = -1
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection to one thread, and turn what SQLite raises into StoreError."""
+
+        with self.lock:
+            if self._fault is not None:
+                raise self._fault
+            try:
+                if self._db is None:
+                    self._open_late()
+                yield cast("sqlite3.Connection", self._db)
+            except _sqlite_errors() as error:
+                if _is_damage(error):
+                    raise self.damaged(one_line(error)) from error
+                raise _sqlite_fault(self.path, error) from error
+
+    def _end_use(self, error: StoreError) -> StoreError:
+        """Let every further call raise an error, tell it, and return it."""
+        with self.lock:
+            self._fault = error
+        self._events.damaged(error)
+        return error
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
+        self._db = None
+
+    def _open_late(self) -> None:
+        """Open what could not be opened at the start. Raises sqlite3.Error, StoreError."""
+        try:
+            self._open(SQLITE_BUSY_S)
+        except StoreError as error:
+            raise self._end_use(error) from error
+
+    def _open(self, wait_s: float) -> None:
+        """Lock and open the file; a damaged one is set aside first. Raises sqlite3.Error, StoreError."""
+        import fcntl
+
+        try:
+            with disk_trouble(f"the local file {self.path} cannot be opened"):
+                self._open_locked(wait_s)
+                self._inode = _inode(self.path)
+        except _sqlite_errors():
+            self._disconnect()
+            fcntl.flock(self._locked, fcntl.LOCK_UN)
+            raise
+
+    def _open_locked(self, wait_s: float) -> None:
+        if not self._lock_alone():
+            self._lock_shared()
+        damage = self._connect(wait_s)
+        if damage:
+            if not self._lock_alone():
+                raise StoreError(
+                    f"the local file {self.path} is damaged ({damage}), and another process has it open: "
+                    "stop that one, and the next start rescues what can be read"
+                )
+            self._set_aside(damage)
+            damage = self._connect(wait_s)
+        if damage:
+            raise StoreError(f"the local file {self.path} cannot be used: {damage}; see STATE_DIRECTORY")
+        self._lock_shared()
+
+    def _lock_alone(self) -> bool:
+        """Try to be the only one who has the file open, and return whether that is so."""
+        import fcntl
+
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _lock_shared(self) -> None:
+        """Take the lock together with others, once nobody has it alone."""
+        import fcntl
+
+        while True:
+            try:
+                fcntl.flock(self._locked, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                self._events.progress()
+                time.sleep(RESCUE_POLL_S)
+
+    def _connect(self, wait_s: float) -> str:
+        """Connect to the file and return what is wrong with it, '' where nothing is.
+
+        Another program that holds its lock is waited for so long, and by each later use for SQLITE_BUSY_S.
+
+        With a torn log it stays connected: to close it would empty the log.
+        """
+
+        if any(side.exists() for side in _sides(self._away)):
+            return "its rescue was interrupted"
+        if self._mark.exists():
+            return one_line(self._mark.read_text(encoding="utf-8", errors="replace")) or "a mark says so"
+        if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
+            return "its beginning is cut off"  # SQLite would take it for new and drop the log
+        if any(_is_forbidden(side) for side in _sides(self.path)):
+            return "this user may not read and write it"
+        try:
+            self._db = self._connection(wait_s)
+            if _log_is_torn(self._db, self.path):
+                return "its log is damaged, and transactions lie behind the damage"
+            damage = self._bring_up(self._db)
+            self._db.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_S * 1000:.0f}")
+        except _sqlite_errors() as error:
+            if not _is_damage(error):
+                raise
+            damage = one_line(error)
+        if damage:
+            self._disconnect()
+        return damage
+
+    def _connection(self, wait_s: float) -> sqlite3.Connection:
+        try:
+            return _connect_sqlite(self.path, wait_s)
+        except _sqlite_errors():
+            if self._patient or not _is_full(self.path.parent):
+                raise
+        # the index that processes share finds no room
+        return _connect_sqlite(self.path, wait_s, alone=True)
+
+    def _bring_up(self, db: sqlite3.Connection) -> str:
+        """Bring a file up to the version that this stockrt knows, and return what is wrong with it, '' for nothing.
+
+        Raises sqlite3.Error, StoreError.
+        """
+        (found,) = db.execute("PRAGMA user_version").fetchone()
+        if found == self._version:
+            return ""
+        tables = _tables(db)
+        is_ours = bool(tables) and tables == self._own_tables()
+        if not 0 <= found <= HIGHEST_FORMAT or (found < self._version and is_ours):
+            return f"its header is damaged: format {found}"
+        if found > self._version:
+            words = (
+                f"{self.path} was written by a newer stockrt (format {found}, this one knows {self._version}); "
+                "use that one, or another STATE_DIRECTORY"
+            )
+            if is_ours:
+                words += f"; where there never was a newer one its header is damaged: make an empty file {self._mark}, "
+                words += "and the next start rescues what can be read"
+            raise StoreError(words)
+        db.executescript(f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;")
+        return ""
+
+    def _own_tables(self) -> set[Any]:
+        """Return what `_tables` does of a file that this stockrt has made."""
+        import sqlite3
+
+        with contextlib.closing(sqlite3.connect(":memory:")) as db:
+            db.executescript(self._schema)
+            return _tables(db)
+
+    @property
+    def _away(self) -> Path:
+        """The name of a file that is being rescued; what has it after a kill is rescued once more."""
+        return _beside(self.path, ".setting-aside")
+
+    @property
+    def _mark(self) -> Path:
+        """The file that says that damage has shown, and in which words."""
+        return _beside(self.path, ".damaged")
+
+    def _set_aside(self, damage: str) -> None:
+        """Put a new file in the place of the old one, with what can be read of it."""
+        done = "it had been rescued already"
+        if not (self.path.exists() and any(side.exists() for side in _sides(self._away))):
+            _move(self.path, self._away)  # its log alone, where a kill came in between
+            done = f"{self._rescue()} rows of it are rescued"
+        aside = _beside(self.path, f".damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z")
+        _move(self._away, aside)
+        sync_directory(self.path.parent)
+        words = "the local file %s cannot be used: %s; it is set aside as %s, %s"
+        log.error(words, self.path, damage, aside.name, done)
+
+    def _rescue(self) -> int:
+        """Make the new file of what can be read of the old one, and return how many rows that is."""
+        fresh = _beside(self.path, ".rescue")
+        for side in _sides(fresh):
+            side.unlink(missing_ok=True)
+        with contextlib.closing(_connect_sqlite(fresh)) as db:
+            self._bring_up(db)
+            with _header_mended(self._away):
+                rescued = rescue(self._away, db, self._events)
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._disconnect()  # not before: the last one to close a damaged log empties it
+        self._mark.unlink(missing_ok=True)
+        fresh.replace(self.path)
+        return rescued
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -4199,8 +4220,6 @@ SYMBOL_TYPES = {
 }
 # Those whose codes have no suffix.
 BARE_TYPES = tuple(name for name, product in SYMBOL_TYPES.items() if product in PRODUCT_MARKETS)
-# A list has up to 15,000 entries, about 2 MB.
-SYMBOLS_LIMITS = API_LIMITS
 # The price list's plan by the name that the API gives it.
 PACKAGE_NAMES = {
     name: plan
@@ -4499,7 +4518,7 @@ def is_decimal(text: str) -> bool:
 
 
 def _shown(record: Mapping[str, object], name: str) -> str:
-    return one_line(json.dumps(record[name]), 40) if name in record else "nothing"
+    return one_line(json.dumps(record[name], default=str), 40) if name in record else "nothing"
 
 
 class Bar(NamedTuple):
@@ -4777,43 +4796,41 @@ class InfowayApi:
 
     def package(self, key: ApiKey, stop: threading.Event) -> PackageInfo | Failure:
         """Ask once what a key's plan is; return that, or why it cannot be had. Raises Interrupted."""
-        try:
-            _, answer = self.ask_once(PACKAGE_PATH, "", PLAN_LIMITS, stop, only=key)
-        except NoKeyError as error:
-            return Failure(FailureKind.KEY, str(error))
-        info, verdict = judge_package(answer)
-        if info is not None:
-            self.keys.trust(key)
-            return info
-        if verdict.action is not Action.KEY_LACKS_PRODUCT:
-            steer(self.keys, key, "", verdict)
-        return verdict.failure
+        envelope, failure = self._learn(PACKAGE_PATH, PLAN_LIMITS, stop, key)
+        return read_package(envelope) or failure
 
     def symbols(self, kind: str, stop: threading.Event) -> list[Symbol] | Failure:
-        """Ask once for a list of symbols; return it, or why it cannot be had."""
+        """Ask once for a list of symbols; return it, or why it cannot be had. Raises Interrupted."""
+        envelope, failure = self._learn(f"{SYMBOLS_PATH}?type={kind}", self.limits, stop)
+        found = read_symbols(kind, envelope)
+        return failure if found is None else found
+
+    def _learn(
+        self, path: str, limits: Limits, stop: threading.Event, only: ApiKey | None = None
+    ) -> tuple[Mapping[str, Any], Failure]:
+        """Ask for what is no batch, tell the key what follows, and return the answer, and why it is none if it is none.
+
+        Raises Interrupted.
+        """
         try:
-            key, answer = self.ask_once(f"{SYMBOLS_PATH}?type={kind}", "", SYMBOLS_LIMITS, stop)
-        except (NoKeyError, Interrupted) as error:
-            return Failure(FailureKind.KEY, str(error))
-        found = None if answer.fault else read_symbols(kind, json_object(answer.body) or {})
-        if found is not None:
-            if key is not None:
-                self.keys.trust(key)
-            return found
-        verdict = decide(answer, datetime.now(UTC))
-        if key is not None and verdict.action is not Action.KEY_LACKS_PRODUCT:
+            key, answer = self.ask_once(path, "", limits, stop, only)
+        except NoKeyError as error:
+            return {}, Failure(FailureKind.KEY, str(error))
+        envelope, verdict = judge(answer)
+        if key is not None and envelope.get("ret") == 200:
+            self.keys.trust(key)
+        elif key is not None and verdict.action is not Action.KEY_LACKS_PRODUCT:
             steer(self.keys, key, "", verdict)
-        return verdict.failure
+        return envelope, verdict.failure
 
     def ask_once(
         self, path: str, product: str, limits: Limits, stop: threading.Event, only: ApiKey | None = None
     ) -> tuple[ApiKey | None, Response]:
         """Ask over a connection of its own, and return the key that was used with the answer; None: it was not asked.
 
-        As with batches the key is taken when the connection stands. Raises NoKeyError and Interrupted.
+        As with batches the key is taken when the connection stands. Raises NoKeyError, Interrupted.
         """
-        connection = HttpConnection(self.base_url, limits, self.proxies)
-        with contextlib.closing(connection):
+        with contextlib.closing(HttpConnection(self.base_url, limits, self.proxies)) as connection:
             with cut_after(limits.whole_s, connection):
                 fault = connection.open()
             if fault is not None:
@@ -5025,10 +5042,10 @@ def _number_in(data: Mapping[str, Any], name: str) -> float:
     return float(value)
 
 
-def judge_package(answer: Response) -> tuple[PackageInfo | None, Verdict]:
-    """Return the plan that an answer tells, None if none, and what follows from it then."""
-    info = None if answer.fault else read_package(json_object(answer.body) or {})
-    return info, decide(answer, datetime.now(UTC))
+def judge(answer: Response) -> tuple[Mapping[str, Any], Verdict]:
+    """Return what an answer holds that is no batch's, nothing of a faulty one, and what follows if it is no good."""
+    envelope = {} if answer.fault else json_object(answer.body) or {}
+    return envelope, decide(answer, datetime.now(UTC))
 
 
 def _failed(batch: Batch, failure: Failure) -> Outcome:
@@ -5049,6 +5066,7 @@ class KeyPlans:
         self._not_before: dict[str, float] = {}  # by digest, monotonic: after a question without an answer
         self._told: dict[str, tuple[str, PackageInfo]] = {}  # by digest: the day, and what was said
         self._no_plan_said: set[str] = set()
+        self.recall()
 
     def of(self, key: ApiKey) -> PackageInfo:
         """Return what the API said of a key last, NO_PACKAGE before it said anything."""
@@ -5056,7 +5074,7 @@ class KeyPlans:
         return NO_PACKAGE if kept is None else kept[1]
 
     def recall(self) -> None:
-        """Let the keys go by what was told before."""
+        """Let the keys go by what was told before, to whichever process."""
         for key in self._to_ask:
             info = self.of(key)
             if info is not NO_PACKAGE:
@@ -5088,17 +5106,17 @@ class KeyPlans:
 
     def _kept(self, key: ApiKey) -> tuple[str, PackageInfo] | None:
         """Return the day on which the API told of a key, and what, None if never."""
-        if key.digest not in self._told:
+        told = self._told.get(key.digest)
+        if told is None or told[0] != utc_day(self._clock.wall()):  # another process may have asked today
             query = "SELECT asked_on, name, per_second, ends FROM key_plan WHERE digest = ?"
             try:
                 row = self._file.read_one(query, key.digest)
             except StoreError as error:
                 log.warning("the plan of a key cannot be read: %s", error)
-                return None
-            if row is None:
-                return None
-            self._told[key.digest] = (row[0], PackageInfo(*row[1:]))
-        return self._told[key.digest]
+                row = None
+            if row is not None:
+                told = self._told[key.digest] = (row[0], PackageInfo(*row[1:]))
+        return told
 
     def _keep(self, key: ApiKey, info: PackageInfo) -> None:
         today = utc_day(self._clock.wall())
@@ -5191,11 +5209,19 @@ class Directory:
             if self._clock.monotonic() < self._not_before.get(kind, -math.inf):
                 why = why or "it was asked for a moment ago, in vain"
                 continue
-            found = self._api.symbols(kind, stop)
-            if isinstance(found, Failure):
-                self._not_before[kind] = self._clock.monotonic() + PLAN_RETRY_S
-                return found.words
-            self._keep(kind, found, today)
+            try:
+                found = self._api.symbols(kind, stop)
+            except Interrupted as error:
+                return str(error)
+            if not isinstance(found, Failure):
+                self._keep(kind, found, today)
+                continue
+            why = why or found.words
+            # each list more may take as long as one from a server that hangs
+            paused = SYMBOL_TYPES if found.kind is FailureKind.NETWORK else [kind]
+            self._not_before.update(dict.fromkeys(paused, self._clock.monotonic() + PLAN_RETRY_S))
+            if found.kind is not FailureKind.KEY:  # the plan may have the others
+                break
         return why
 
     def search(self, text: str) -> list[Symbol]:
@@ -5205,9 +5231,16 @@ class Directory:
         where = " OR ".join(
             f"{column} LIKE ? ESCAPE '\\'" for column in ("code", "name_cn", "name_hk", "name_en")
         )
-        query = f"SELECT type, code, name_cn, name_hk, name_en FROM symbols WHERE {where}"  # noqa: S608
+        query = f"SELECT * FROM symbols WHERE {where}"  # noqa: S608
         found = [Symbol(*row) for row in self._file.read_all(query, *[f"%{escaped}%"] * 4)]
         return sorted(found, key=lambda symbol: (_distance(symbol, wanted), symbol.code, symbol.type))
+
+    def names(self, codes: Collection[str]) -> dict[str, str]:
+        """Return the names of codes as far as their lists are here: nothing is asked for."""
+        found: dict[str, list[str]] = {}
+        for symbol in self._exactly(codes):
+            found.setdefault(symbol.code, []).append(symbol.name)
+        return {code: " / ".join(dict.fromkeys(filter(None, names))) for code, names in found.items()}
 
     def find(self, unclear: UnclearCode, stop: threading.Event) -> Instrument | None:
         """Return what a text means whose form does not tell, None where the lists know nothing of it.
@@ -5255,9 +5288,8 @@ class Directory:
         return [kind for kind in SYMBOL_TYPES if kind in types]
 
     def _exactly(self, codes: Collection[str]) -> list[Symbol]:
-        marks = ", ".join("?" * len(codes))
-        query = f"SELECT type, code, name_cn, name_hk, name_en FROM symbols WHERE code IN ({marks})"  # noqa: S608
-        return [Symbol(*row) for row in self._file.read_all(query, *codes)]
+        query = "SELECT * FROM symbols WHERE code IN (SELECT value FROM json_each(?)) ORDER BY code, type"
+        return [Symbol(*row) for row in self._file.read_all(query, json.dumps([*codes]))]
 
     def _keep(self, kind: str, symbols: Iterable[Symbol], today: str) -> None:
         with self._file.write() as db:
@@ -5388,6 +5420,8 @@ REFUSED_IT = "MongoDB refused it: "
 PROBE_T = 1 << 40  # as wide as the times of trades, and none of them: 2004
 # Most codes trade in the last minutes before a close (auction included): looked at first.
 NEWEST_SPAN_MS = 6 * 60 * 1000
+# Documents that are read at once where a whole collection is: their fields of trades are some 200 kB.
+PAGE = 1000
 Document = dict[str, Any]
 TRADE_FIELDS = Trade._fields
 # Sent as texts, stored as MONGODB_NUMERIC_TYPE says.
@@ -5738,6 +5772,57 @@ class MongoStore:
 
         try:
             return self.collection().find_one({"_id": name}, {"_id": 1}) is not None
+        except PyMongoError as error:
+            raise self._fault(error) from error
+
+    def estimate(self, name: str) -> int:
+        """Return about how many documents a collection has, 0 where it is none. Raises StoreAway."""
+        from pymongo.errors import InvalidName, PyMongoError
+
+        try:
+            return self.collection(name).estimated_document_count()
+        except InvalidName:
+            return 0
+        except PyMongoError as error:
+            raise self._fault(error) from error
+
+    def pages(self, name: str, after: Document) -> Iterator[list[Document]]:
+        """Yield the fields of trades of all documents of a collection, whoever wrote them, in the order of `_id`.
+
+        `after`: the `_id` from which to go on, {} for all. Each page is asked for by itself, so an election costs none
+        of them. Dates are naive, as they stand there. Raises StoreAway.
+        """
+        from pymongo.errors import PyMongoError
+
+        while True:
+            try:
+                found = self._page(name, after)
+            except PyMongoError as error:
+                raise self._fault(error) from error
+            yield [document for document in found if document["_id"] != after.get("_id", ...)]
+            if len(found) < PAGE + bool(after):
+                return
+            after = {"_id": found[-1]["_id"]}
+
+    def _page(self, name: str, after: Document) -> list[Document]:
+        from bson.codec_options import CodecOptions, DatetimeConversion
+
+        options: CodecOptions[Document] = CodecOptions(
+            unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
+        )
+        wanted = dict.fromkeys((*TRADE_FIELDS, "stock_code", "create_time"), 1)
+        cursor = self.collection(name).with_options(codec_options=options).find({}, wanted)
+        if after:  # unlike $gt it goes on to `_id` of another type
+            cursor = cursor.hint([("_id", 1)]).min(list(after.items()))
+        return list(cursor.sort("_id", 1).limit(PAGE + bool(after)))
+
+    def at_moments(self, documents: Iterable[Document]) -> list[Document]:
+        """Return our trades of the codes and times that documents have, one at least. Raises StoreAway."""
+        from pymongo.errors import PyMongoError
+
+        moments = [{name: document[name] for name in ("stock_code", "t")} for document in documents]
+        try:
+            return [*filter(_is_trade, self.collection().find({"$or": moments}))]
         except PyMongoError as error:
             raise self._fault(error) from error
 
@@ -6262,7 +6347,7 @@ class ClosingPrices:
 
 def _session_at(name: str, t: int) -> Session:
     """Return the session of a market, by its name, at `t` (epoch ms)."""
-    market = MARKETS.get(name) or PRODUCT_MARKETS.get(name)
+    market = market_named(name)
     return session_of(market, t) if market else NO_SESSION
 
 
@@ -6805,8 +6890,7 @@ def _json_value(value: object) -> str:
 
 def _session_span(code: str, t: int) -> tuple[int, int]:
     """Return from when to when (epoch ms) the session of a trade goes, of a code without sessions the UTC day."""
-    name = market_name(code)
-    market = MARKETS.get(name) or PRODUCT_MARKETS.get(name)
+    market = market_of(code)
     if market is None:
         return t // DAY_MS * DAY_MS, t // DAY_MS * DAY_MS + DAY_MS
     session = session_of(market, t)
@@ -7360,11 +7444,11 @@ class Collector:
         others = self._plan.alternatives.get(code, ())
         if not others and product != FALLBACK_PRODUCT:
             others = (Instrument(code, FALLBACK_PRODUCT),)
+        asked = self._asked(code)
         if not others:
-            self._unknown.append((unknown, self._asked(code)))
+            self._unknown.append((unknown, asked))
             self._fail([code], UNKNOWN_WORDS, FailureKind.UNKNOWN_CODE)
             return
-        asked = self._asked(code)
         if others[0].code != code:
             self._tried.setdefault(asked, []).append(code)
         self._next_plan.add_instrument(others[0]._replace(alternatives=others[1:]), asked, unsure=True)
@@ -7536,7 +7620,8 @@ def _plan_words(settings: Settings, api: InfowayApi | None, key: ApiKey) -> str:
         answer = _ask_with(settings, api, key, PACKAGE_PATH, "", PLAN_LIMITS)
     except StockrtError as error:
         return f"; its plan cannot be had: {error}"
-    info, verdict = judge_package(answer)
+    envelope, verdict = judge(answer)
+    info = read_package(envelope)
     if info is None:
         words = f"; its plan cannot be had: {verdict.failure.words or 'the answer names none'}"
         if key.plan is PLAN_TO_ASK:
@@ -7629,7 +7714,7 @@ class Pipeline:
             opened.callback(api.close)
             self.api = api
             self._plans = KeyPlans(file, api)
-            self._directory = Directory(file, api)
+            self.directory = Directory(file, api)
             self._source: Source = api
             if demo:
                 self._source = DemoApi()
@@ -7651,6 +7736,11 @@ class Pipeline:
             self.store = self._closing = self._delivery
         self._finaliser = Finaliser(closes_in, self._source, sessions, self._events, self._clock)
         self._backfill = Backfill(closes_in, self._source, file, self._clock)
+
+    @staticmethod
+    def open_mongodb(settings: Settings) -> contextlib.closing[MongoStore]:
+        """Return the collections alone, for work that needs no local file."""
+        return contextlib.closing(MongoStore(settings))
 
     def __enter__(self) -> Self:
         return self
@@ -7674,7 +7764,7 @@ class Pipeline:
         closing, finder = None, None
         if not self._demo:
             self._plans.ask(stop)
-            closing, finder = self._closing, self._directory
+            closing, finder = self._closing, self.directory
         collector = Collector(
             self._source,
             self.store,
@@ -7698,8 +7788,8 @@ class Pipeline:
         if not self._settings.api_keys:
             raise SettingsError([NO_KEY_HINT])
         self._plans.ask(stop)
-        why = self._directory.refresh(SYMBOL_TYPES, stop)
-        return self._directory.search(text), why
+        why = self.directory.refresh(SYMBOL_TYPES, stop)
+        return self.directory.search(text), why
 
     def _tell_keys(self) -> None:
         states = self.keys.describe()
@@ -7750,6 +7840,7 @@ class Pipeline:
         """
         if not self._settings.api_keys:
             raise SettingsError([NO_KEY_HINT])
+        self._plans.ask(stop)
         return self._backfill.run(self._backfill.codes() if codes is None else codes, sessions, stop)
 
     def start_delivery(self) -> None:
@@ -7785,7 +7876,6 @@ class Pipeline:
 
     def usage(self, told: Sequence[KeyState]) -> list[KeyUsage]:
         """Return of each key its plan, what is used and left today, and the state that a running daemon told."""
-        self._plans.recall()
         states = {state["digest"]: state for state in told}
         return [self._usage(key, states.get(key.digest)) for key in self.keys.keys]
 
@@ -8183,22 +8273,27 @@ def read_hash(directory: Path) -> str:
 
     Raises StoreError when the file cannot be read or holds no hash.
     """
-    path = directory / HASH_NAME
-    for place in (path, OLD_HASH_FILE):
-        try:
-            found = place.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            continue
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise StoreError(f"the module hash {place} cannot be read: {why}; see STATE_DIRECTORY") from None
-        if not _HASH.fullmatch(found):
-            raise StoreError(f"{place} holds no module hash; remove it and run --register")
-        if place is not path:
+    found = hash_in(directory / HASH_NAME)
+    if not found:
+        found = hash_in(OLD_HASH_FILE)
+        if found:
             write_hash(directory, found)
-            log.info("the module hash of an older installation was taken over from %s", place)
-        return found
-    return ""
+            log.info("the module hash of an older installation was taken over from %s", OLD_HASH_FILE)
+    return found
+
+
+def hash_in(place: Path, setting: str = "STATE_DIRECTORY") -> str:
+    """Return the hash that a file holds, '' where there is no file. Raises StoreError, which names the setting."""
+    try:
+        found = place.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise StoreError(f"the module hash {place} cannot be read: {why}; see {setting}") from None
+    if not _HASH.fullmatch(found):
+        raise StoreError(f"{place} holds no module hash; remove it and run --register")
+    return found
 
 
 def write_hash(directory: Path, module_hash: str) -> None:
@@ -8911,7 +9006,9 @@ class Outbox:
 
     def next(self) -> str | None:
         """Return the text that is to be sent next, None where there is none, or it is not here."""
-        return (self._to_send[0].text or None) if self._to_send else None
+        if not self._to_send:
+            return None
+        return self._to_send[0].text or None
 
     def note_sent(self) -> None:
         """What `next` returned is on its way."""
@@ -9101,14 +9198,18 @@ class Executor(threading.Thread):
         if self._leaving.is_set() or self._events.is_damaged:
             return None
         if self._pipeline is None:
-            return TAKE_UP_AGAIN_S if self._store_trouble.there else None
+            if self._store_trouble.there:
+                return TAKE_UP_AGAIN_S
+            return None
         return min(self._pipeline.finalise(self._leaving), LOOK_AROUND_S)
 
     def _answer(self, order: Order) -> Message:
         """Execute a command, and return what the socket's thread has to know once the answer is in the journal."""
         try:
+            text = ""
             command = self._read(order.number)
-            text = self._text_for(command, order.why_not) if command else ""
+            if command is not None:
+                text = self._text_for(command, order.why_not)
             if text and self._keep_answer(order.number, text):
                 return Answered(order.number, text, commands=1, news=self._news(text))
         except LostCommand as error:
@@ -9170,7 +9271,9 @@ class Executor(threading.Thread):
         try:
             self._open_pipeline().start_delivery()
         except Exception as error:
-            words = str(error) if isinstance(error, StockrtError) else own_fault(error)
+            words = str(error)
+            if not isinstance(error, StockrtError):
+                words = own_fault(error)
             if not self._events.is_damaged:
                 self._store_trouble.again(f"what waits on this machine cannot be taken up: {words}")
 
@@ -9366,9 +9469,11 @@ class Clerk(threading.Thread):
         """
         held, self._held = self._held, []
         if not held:
-            is_behind = not self._is_taken_up or self._wanted
+            wait_s = None
+            if not self._is_taken_up or self._wanted:
+                wait_s = self._rng.uniform(0, JOURNAL_CAP_S)
             with contextlib.suppress(queue.Empty):
-                held = [self._jobs.get(timeout=self._rng.uniform(0, JOURNAL_CAP_S) if is_behind else None)]
+                held = [self._jobs.get(timeout=wait_s)]
         return [*held, *self._take_rest()]
 
     def _take_rest(self) -> list[ClerkJob]:
@@ -10380,6 +10485,386 @@ def _is_unused(folder: Path) -> bool:
 
 
 # ======================================================================================================
+# Migration: what the older client of this platform left
+# ======================================================================================================
+#
+# Promises:
+#   1. Nothing of the older installation is changed: neither its files nor a document of its own.
+#   2. What is set or stored here already stays as it is; each thing that is taken, kept or left out is said in a line.
+#   3. Each trade of the older documents is in `realtime` once, in the form of `to_document`, however often the older
+#      client stored it, and whoever ends this when: begun again it goes on where it was. What is no trade is counted
+#      and named.
+
+# Where the older client kept its settings, below its working directory, and its trades where none was named.
+OLD_ENV_FILE = Path("config/.env")
+OLD_COLLECTION = "stock_data"
+# How far the documents are brought over, until all of them are.
+MIGRATION_NAME = "migration.json"
+# Documents that are named of those which are no trade, or which MongoDB refused.
+EXAMPLES = 5
+# Zones differ by a quarter of an hour at least: clocks that are farther apart than half of that are of two zones.
+SAME_ZONE_S = 450.0
+
+
+def old_settings(directory: Path) -> tuple[dict[str, str], list[str]]:
+    """Return the settings of an older installation, empty ones left out, and a line for each that cannot be read.
+
+    Raises UsageError where there is none.
+    """
+    path = directory / OLD_ENV_FILE
+    try:
+        path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(
+            f"--migrate {directory}: {path} cannot be read: {why}; expected the older client's directory"
+        ) from None
+    found = {name: value.strip() for name, value in read_env_file(path).items() if value.strip()}
+    # no more than that is asked of a file that no systemd reads
+    return found, [f"left out  {fault}" for fault in broken_lines(path) if "expected NAME=value" in fault]
+
+
+def plan_settings(
+    old: Mapping[str, str], there: Mapping[str, str], target: Path
+) -> tuple[dict[str, str], list[str]]:
+    """Return which settings are taken over into `target`, by their names of today, and a line for each of all.
+
+    `there`: what is set already, by any of its names. Raises SettingsError with every value that cannot be taken.
+    """
+    taken, lines, faults = {}, [], []
+    unknown = dict(old)
+    for setting in SETTINGS:
+        given = [name for name in setting.names() if unknown.pop(name, "")]
+        if not given:
+            continue
+        name, shown = given[0], shown_value(setting, old[given[0]])
+        stands = [there[other] for other in setting.names() if there.get(other)]
+        if stands:
+            line = f"kept      {setting.name}: it is set already"
+            if stands[0] != old[name]:
+                line += "; the older one differs"
+        else:
+            try:
+                setting.parse(old[name])
+            except ValueError:
+                faults.append(
+                    f"{name}={shown} (older): expected {setting.expected}; what {target} sets is kept"
+                )
+            taken[setting.name] = old[name]
+            line = f"taken     {setting.name}={shown}"
+            if name != setting.name:
+                line += f", there {name}"
+        lines.append(line)
+    if faults:
+        raise SettingsError(faults)
+    return taken, lines + [f"left out  {one_line(name, 60)}: stockrt has no such setting" for name in unknown]
+
+
+def write_settings(target: Path, taken: Mapping[str, str], source: Path) -> None:
+    """Add settings to an env file, which keeps its lines, mode and owner; a new one is its owner's alone.
+
+    Raises StoreError.
+    """
+    place = Path(os.path.realpath(target))
+    text, mode, owner = "", 0o600, None
+    with disk_trouble(f"{place} cannot be read", "--env-file"), contextlib.suppress(FileNotFoundError):
+        owner = place.stat()
+        mode, text = owner.st_mode & 0o777, place.read_text(encoding="utf-8")
+    if text:
+        text = text.rstrip("\n") + "\n\n"
+    text += f"# From {one_line(source)}:\n" + "".join(env_line(*pair) for pair in taken.items())
+    write_whole(place, text, durable=True, mode=mode, setting="--env-file")
+    if owner is not None and os.geteuid() == 0:
+        with disk_trouble(f"{place} cannot be given to its owner", "--env-file"):
+            os.chown(place, owner.st_uid, owner.st_gid)
+
+
+def plan_hash(directory: Path, state: Path) -> tuple[str, str]:
+    """Return the older installation's module hash, '' where it is not taken over, and a line about it.
+
+    Raises StoreError for a file that cannot be read or holds none.
+    """
+    source, place = directory / OLD_HASH_FILE, state / HASH_NAME
+    found, stands = hash_in(source, "--migrate"), hash_in(place)
+    if not found:
+        return "", f"left out  module hash: {source} is not there; workflows bound to an older one need it"
+    if not stands:
+        return found, f"taken     module hash {shorten(found)} into {place}"
+    line = f"kept      module hash {shorten(stands)}: it is in {place} already"
+    if stands != found:
+        line += f"; workflows may be bound to the older one, {shorten(found)}: "
+        line += f"to take it, stop the service, remove {place} and try again"
+    return "", line
+
+
+def move_installation(
+    directory: Path, target: Path, environ: Mapping[str, str], dry: bool
+) -> tuple[dict[str, str], Settings, list[str]]:
+    """Take settings over into the env file `target`, and the hash; `dry`: write nothing.
+
+    Returns the older settings, what is set from now on, and a line for each thing. Raises StockrtError; nothing is
+    written then, unless it is the disk that fails.
+    """
+    if not os.path.isdir(target.parent):
+        what = "is no directory that can be looked at: sudo ./build_pyz.sh install makes the service's"
+        raise UsageError(f"{target.parent} {what}, --env-file names another file")
+    old, unread = old_settings(directory)
+    there = target if os.path.exists(target) else Path(os.devnull)
+    taken, lines = plan_settings(old, read_env_file(there) | read_credentials(environ), target)
+    settings = load_settings({**taken, **environ}, there).settings
+    module_hash, line = plan_hash(directory, settings.state_directory)
+    lines += [*unread, line]
+    if settings.realtime_name != OLD_COLLECTION and "MONGODB_COLLECTION_NAME" not in old:
+        changed = f"changed   trades go to the collection {settings.realtime_name}, not to {OLD_COLLECTION} as before"
+        lines.append(f"{changed}; see MONGODB_REALTIME_COLLECTION_NAME")
+    if taken and not dry:
+        write_settings(target, taken, directory / OLD_ENV_FILE)
+    if module_hash and not dry:
+        write_hash(settings.state_directory, module_hash)
+    return old, settings, lines
+
+
+def time_zone(name: str) -> tzinfo:
+    """Return an IANA zone. Raises UsageError for any other name."""
+    from zoneinfo import ZoneInfo
+
+    if name == "UTC":  # needs no data
+        return UTC
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):
+        what = "no such zone on this machine; expected a name such as Asia/Shanghai, of the package tzdata"
+        raise UsageError(f"--time-zone {one_line(name, 60)}: {what}") from None
+
+
+def read_old_trade(found: Mapping[str, Any], latest_ms: int = LATEST_TRADE_MS) -> Trade:
+    """Return the trade that a document of the older client holds, its numbers as texts, without ".0".
+
+    Raises ValueError or InstrumentError with what is wrong with it.
+    """
+    record = {name: _as_sent(name, found[name]) for name in TRADE_FIELDS if name in found}
+    if "s" not in record and "stock_code" in found:
+        record["s"] = found["stock_code"]
+    trade = read_trade(record, "common", latest_ms)  # whose rule looks at the code
+    return trade._replace(s=_code_of(trade.s))
+
+
+def _as_sent(name: str, value: object) -> object:
+    """Return a stored value as the API sends it, if it is of another type."""
+    from bson.decimal128 import Decimal128
+
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)  # BSON's long integers have a class of their own
+    if isinstance(value, Decimal128):
+        return str(value)
+    if isinstance(value, float):
+        text = repr(value).removesuffix(".0")
+        return int(text) if name not in NUMBERS and re.fullmatch(r"\d+", text) else text
+    return value
+
+
+@lru_cache(maxsize=4096)
+def _code_of(text: str) -> str:
+    """Return a code that the API sent, in upper case. Raises InstrumentError for what is none."""
+    try:
+        return parse_code(f"common:{text}").code  # where any code is taken as it is
+    except UnclearCode as unclear:  # one that is not ASCII
+        return unclear.text
+
+
+def first_stored(found: Mapping[str, Any], t: int, zone: tzinfo) -> tuple[datetime, float | None]:
+    """Return when an older document was stored, aware UTC, by its naive `create_time` on the clock of `zone`.
+
+    And by how many seconds that is after its ObjectId was made, None where it cannot be told. A document without a
+    `create_time` was stored when its ObjectId was made, or else at the time of its trade, `t`.
+    """
+    from bson.objectid import ObjectId
+
+    made = found["_id"].generation_time if isinstance(found["_id"], ObjectId) else None
+    told = found.get("create_time")
+    with contextlib.suppress(ValueError, OverflowError):  # no date, or one at the end of all dates
+        if isinstance(told, str):
+            told = datetime.fromisoformat(told)
+        if isinstance(told, datetime):
+            told = told.replace(microsecond=told.microsecond // 1000 * 1000)
+            if told.tzinfo is None:  # an hour of autumn is there twice
+                told = told.replace(tzinfo=zone)
+                later = told.replace(fold=1)
+                if made and abs(later.astimezone(UTC) - made) < abs(told.astimezone(UTC) - made):
+                    told = later
+            at = told.astimezone(UTC)
+            return at, (at - made).total_seconds() if made else None
+    return made or datetime.fromtimestamp(t / 1000, UTC), None
+
+
+@dataclass
+class Migrated:
+    """How far a collection is brought over: the last `_id` that was read, and what became of all until there.
+
+    `numbers`: some hold numbers in place of texts. `examples`: the first of what is no trade or was refused, and why.
+    """
+
+    after: Document = field(default_factory=dict)
+    read: int = 0
+    stored: int = 0
+    no_trade: int = 0
+    refused: int = 0
+    numbers: bool = False
+    examples: list[str] = field(default_factory=list)
+
+    def note(self, name: object, why: object) -> None:
+        """Take an example, if there are not enough."""
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(f"{one_line(name, 60)}: {one_line(why, 200)}")
+
+
+@dataclass
+class Migration:
+    """Brings the older client's documents of a collection into ours: promise 3.
+
+    `dry`: nothing is written. `any_zone`: `zone` holds, whatever the ObjectIds say.
+    """
+
+    store: MongoStore
+    settings: Settings
+    source: str
+    zone: tzinfo
+    dry: bool = False
+    any_zone: bool = False
+    done: Migrated = field(default_factory=Migrated)
+
+    def run(self, stop: threading.Event, events: Events = NO_EVENTS) -> bool:
+        """Bring over what is left, or as much as can be until `stop`; return whether that is all.
+
+        Raises UsageError where the collection has none or the zone is wrong, StoreError where a store is away.
+        """
+        if self.source in (self.settings.close_name, self.settings.license_name):
+            raise UsageError(f"--documents {self.source}: in that collection stockrt keeps what is no trade")
+        total = self.store.estimate(self.source)
+        if not total:
+            raise UsageError(
+                f"--documents {self.source}: no documents in that collection; see MONGODB_DB_NAME"
+            )
+        if self.source == self.store.realtime_name:
+            log.warning("trades go into the collection of the older documents, and stand there beside them")
+        self._recall()
+        for page in self.store.pages(self.source, self.done.after):
+            if stop.is_set():
+                return False
+            self._take(page)
+            self._remember()
+            events.progress(self.done.read, total)
+        if not self.dry:
+            with disk_trouble(f"{self._path()} cannot be removed"):
+                self._path().unlink(missing_ok=True)
+        return True
+
+    def _take(self, page: Sequence[Document]) -> None:
+        done = self.done
+        documents: dict[str, Document] = {}
+        late: list[float] = []
+        latest_ms = int(time.time() * 1000) + MAX_AHEAD_MS
+        bad = 0
+        for found in page:
+            try:
+                trade = read_old_trade(found, latest_ms)
+            except (ValueError, InstrumentError) as error:
+                done.note(found["_id"], error)
+                bad += 1
+                continue
+            done.numbers |= any(not isinstance(found[name], str) for name in NUMBERS)
+            created, seconds = first_stored(found, trade.t, self.zone)
+            if seconds is not None:
+                late.append(seconds)
+            documents.setdefault(identity(trade), to_document(trade, created))
+        self._check_zone(late)
+        if documents and not self.dry:
+            if done.numbers:
+                documents = self._without_other_digits(documents)
+            self._write([*documents.values()])
+        done.no_trade += bad
+        done.read += len(page)
+        for found in page[-1:]:
+            done.after = {"_id": found["_id"]}
+
+    def _write(self, documents: Sequence[Document]) -> None:
+        report = self.store.write(documents)
+        self.done.stored += report.stored
+        self.done.refused += len(report.refused)
+        for name, why in report.refused.items():
+            self.done.note(name, why)
+
+    def _check_zone(self, late: list[float]) -> None:
+        """Raise UsageError where most of some documents cannot have been stored when `create_time` says."""
+        seconds = sorted(late or [0.0])[len(late) // 2]
+        if abs(seconds) > SAME_ZONE_S and not self.any_zone:
+            raise UsageError(
+                f"--time-zone {self.zone}: create_time would be {seconds / 3600:+.1f} h from when the documents were "
+                "made, by their ObjectIds; expected the zone of the clock that wrote them (in a container often UTC); "
+                "with --force it is taken as it is"
+            )
+
+    def _without_other_digits(self, documents: Mapping[str, Document]) -> dict[str, Document]:
+        """Return those whose trade is not there with other digits, as 31.350 is that of the number 31.35."""
+        known = {_same_digits(one): one["_id"] for one in self.store.at_moments(documents.values())}
+        for name, document in documents.items():
+            known.setdefault(_same_digits(document), name)
+        names = {*known.values()}
+        return {name: document for name, document in documents.items() if name in names}
+
+    def _path(self) -> Path:
+        return self.settings.state_directory / MIGRATION_NAME
+
+    def _what(self) -> str:
+        place = f"{self.settings.mongodb_shown()} {self.settings.mongodb_db_name}"
+        return f"{place} {self.source} -> {self.settings.realtime_name}, {self.zone}"
+
+    def _recall(self) -> None:
+        """Go on from where an earlier run was, if it was about the same; what nobody can read begins anew."""
+        from bson import json_util
+
+        if self.dry:
+            return
+        make_state_directory(self.settings.state_directory)
+        with (
+            disk_trouble(f"{self._path()} cannot be read"),
+            contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError),
+        ):
+            options = json_util.JSONOptions(tz_aware=False)
+            told = json_util.loads(self._path().read_text(encoding="utf-8"), json_options=options)
+            if told.pop("what") == self._what():
+                self.done = Migrated(**told)
+
+    def _remember(self) -> None:
+        from bson import json_util
+
+        if not self.dry:
+            write_whole(self._path(), json_util.dumps({"what": self._what()} | vars(self.done)))
+
+    def words(self) -> str:
+        """Return what was done, in a line, and examples of what could not be."""
+        done = self.done
+        trades = done.read - done.no_trade
+        line = f"{count_words(done.read, 'document')} of {self.source} read: "
+        if self.dry:
+            line += f"{count_words(trades, 'trade')}, doubles included, {done.no_trade} no trade; "
+            line += "nothing was written: --dry-run"
+        else:
+            known = trades - done.stored - done.refused
+            line += f"{count_words(done.stored, 'trade')} added to {self.store.realtime_name}, {known} already there, "
+            line += f"{done.no_trade} no trade, {done.refused} refused by MongoDB"
+        return "\n".join([line, *(f"  {example}" for example in done.examples)])
+
+
+def _same_digits(document: Document) -> tuple[object, ...]:
+    """Return what two documents of one trade have in common, however their numbers are written."""
+    from decimal import Decimal
+
+    p, v = (Decimal(str(document[name])) for name in ("p", "v"))
+    return document["s"], document["t"], p, v, document["td"]
+
+
+# ======================================================================================================
 # Command line
 # ======================================================================================================
 
@@ -10407,14 +10892,18 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see --help")
 
 
+def terminal_width(otherwise: int) -> int:
+    """Return the columns of the terminal that stdout is, and where it is none or does not tell another number."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.get_terminal_size(sys.stdout.fileno()).columns or otherwise
+    return otherwise
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """argparse's own, as wide as the terminal; it would import shutil at every start to look (0.5 MB, 3 ms)."""
 
     def __init__(self, prog: str) -> None:
-        width = 80
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # no terminal
-            width = os.get_terminal_size(sys.stdout.fileno()).columns or width
-        super().__init__(prog, width=width - 2)
+        super().__init__(prog, width=terminal_width(otherwise=80) - 2)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -10451,6 +10940,13 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
     what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
     what.add_argument("--register", action="store_true", help="register at the dispatch platform (once)")
+    what.add_argument(
+        "--migrate",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="take settings and module hash over from the older client's directory, with --documents its documents",
+    )
     what.add_argument("--version", action="version", version=f"stockrt {__version__}")
 
 
@@ -10467,7 +10963,24 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--retry", action="store_true", help="with --drain: what MongoDB refused before, too")
     parser.add_argument(
-        "--force", action="store_true", help="with --register: anew, although a hash is stored"
+        "--documents",
+        nargs="?",
+        const="",
+        metavar="COLLECTION",
+        help=f"with --migrate: bring the older client's documents over (default: its own collection, {OLD_COLLECTION})",
+    )
+    parser.add_argument(
+        "--time-zone",
+        metavar="ZONE",
+        help="with --documents: of the clock that wrote them, such as Asia/Shanghai",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="with --migrate: say what would be done, write nothing"
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="with --register: anew, although a hash is stored; with --documents: this zone, whatever ObjectIds say",
     )
     parser.add_argument(
         "--env-file",
@@ -10493,11 +11006,24 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"--backfill {options.backfill}: expected 1 to {MAX_BARS} sessions; see --help")
     if options.retry and not options.drain:
         raise UsageError("--retry goes with --drain; see --help")
-    if options.force and not options.register:
-        raise UsageError("--force goes with --register; see --help")
+    if options.force and not (options.register or options.documents is not None):
+        raise UsageError("--force goes with --register or --documents; see --help")
+    _check_migration(options)
     if options.once and not (options.codes or options.codes_file):
         raise UsageError("--once needs --codes CODE … or --codes-file FILE; see --help")
     return options
+
+
+def _check_migration(options: argparse.Namespace) -> None:
+    """Raise UsageError for options of --migrate that do not go together."""
+    if options.migrate is None:
+        for flag in ("documents", "time_zone", "dry_run"):
+            if getattr(options, flag) not in (None, False):
+                raise UsageError(f"--{flag.replace('_', '-')} goes with --migrate; see --help")
+    elif not options.migrate and options.documents is None:
+        raise UsageError("--migrate needs the older client's directory, or --documents; see --help")
+    elif (options.documents is None) != (options.time_zone is None):
+        raise UsageError("--documents needs --time-zone ZONE, and the other way round; see --help")
 
 
 def read_codes(options: argparse.Namespace) -> Iterator[str]:
@@ -10561,63 +11087,92 @@ COLUMNS = (
     Column("SIDE", 4),
     Column("EXCHANGE TIME", 24),
     Column("AGE", 6, right=True),
+    Column("NAME", 0),
 )
+GAP = "  "
+# Of a line where there is no terminal: no name is cut.
+WIDEST = 1000
 
 
 class Rows:
     """Prints stored trades on `out`: an aligned table in the order asked, or JSON lines.
 
     Beyond ROWS_ALIGNED trades the rows are printed as they come. A reader that went away (`| head`) ends
-    the printing, never the storing.
+    the printing, never the storing. `directory`: where names are looked up; the table has as much of them as fits
+    into `width` columns, and no column for them where there are none.
     """
 
     def __init__(
-        self, out: IO[str], as_json: bool = False, color: bool = False, clock: Clock = SYSTEM_CLOCK
+        self,
+        out: IO[str],
+        as_json: bool = False,
+        color: bool = False,
+        width: int = WIDEST,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._out = out
         self._as_json = as_json
         self._color = color
+        self._width = width
         self._clock = clock
-        self._kept: list[Document] | None = []
+        self._kept: list[Document] = []
+        self._widths: list[int] = []  # of the columns, once they are printed
         self._gone = False
+        self.directory: Directory | None = None
         self.fault = ""  # why rows are missing on `out`, unless its reader just went away
 
     def add(self, documents: Sequence[Document]) -> None:
         """Take documents that were stored."""
         if self._as_json:
             self._print("".join(to_json(document) + "\n" for document in documents))
-        elif self._kept is None:
-            self._table(documents)
-        else:
-            self._kept += documents
-            if len(self._kept) > ROWS_ALIGNED:
-                kept, self._kept = self._kept, None
-                self._header([column.width for column in COLUMNS])
-                self._table(kept)
+            return
+        self._kept += documents
+        if self._widths or len(self._kept) > ROWS_ALIGNED:
+            self._table([column.width for column in COLUMNS])
 
     def finish(self, order: Sequence[str] = ()) -> None:
         """Print what was kept, in the order of the codes in `order`."""
         if self._kept:
             place = {code: -number for number, code in enumerate(reversed(order))}  # the first of duplicates
-            kept = sorted(self._kept, key=lambda d: place.get(d["stock_code"], 1))
-            cells = [row_cells(document, self._clock.wall()) for document in kept]
-            widths = [
-                max(len(column.title), *(len(row[i]) for row in cells)) for i, column in enumerate(COLUMNS)
-            ]
-            self._header(widths)
-            self._print("".join(_aligned(row, widths) for row in cells))
-        self._kept = []
+            self._kept.sort(key=lambda d: place.get(d["stock_code"], 1))
+            self._table()
         self._print("", flush=True)
 
-    def _header(self, widths: Sequence[int]) -> None:
-        line = _aligned([column.title for column in COLUMNS], widths)
-        self._print(f"\033[1m{line[:-1]}\033[0m\n" if self._color else line)
+    def _table(self, fixed: Sequence[int] = ()) -> None:
+        """Print what is kept; what comes first tells the columns, and their widths where those are not `fixed`."""
+        names, now = self._names(), self._clock.wall()
+        rows = [[*row_cells(document, now), names.get(document["stock_code"], "")] for document in self._kept]
+        self._kept = []
+        if not self._widths:
+            titles = [column.title for column in COLUMNS]
+            widths = list(fixed) or [max(map(columns_of, cells)) for cells in zip(titles, *rows, strict=True)]
+            self._widths = self._with_name(widths[:-1], bool(names))
+            line = self._line(titles)
+            self._print(f"\033[1m{line[:-1]}\033[0m\n" if self._color else line)
+        self._print("".join(map(self._line, rows)))
 
-    def _table(self, documents: Sequence[Document]) -> None:
-        widths = [column.width for column in COLUMNS]
-        self._print(
-            "".join(_aligned(row_cells(document, self._clock.wall()), widths) for document in documents)
-        )
+    def _with_name(self, widths: list[int], named: bool) -> list[int]:
+        """Return the widths with that of the names: they have the rest of the line, unless that is too short."""
+        room = self._width - sum(widths) - len(GAP) * len(widths)
+        return [*widths, room] if named and room >= len(COLUMNS[-1].title) else widths
+
+    def _line(self, cells: Sequence[str]) -> str:
+        """Return a line of cells, without the last where there are no names."""
+        *cells, name = cells
+        if len(self._widths) == len(COLUMNS):
+            cells.append(fitting(name, self._widths[-1]))
+        parts = []
+        for cell, width, column in zip(cells, self._widths, COLUMNS, strict=False):
+            blanks = " " * (width - columns_of(cell))
+            parts.append(blanks + cell if column.right else cell + blanks)
+        return GAP.join(parts).rstrip() + "\n"
+
+    def _names(self) -> dict[str, str]:
+        """Return the names of what is kept, as far as they are at hand."""
+        if self.directory is not None:
+            with contextlib.suppress(StoreError):  # no name is worth a row
+                return self.directory.names([document["stock_code"] for document in self._kept])
+        return {}
 
     def _print(self, text: str, flush: bool = False) -> None:
         if self._gone:
@@ -10633,16 +11188,24 @@ class Rows:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # else the exit's flush fails again
 
 
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    parts = [
-        c.rjust(w) if column.right else c.ljust(w)
-        for c, w, column in zip(cells, widths, COLUMNS, strict=True)
-    ]
-    return "  ".join(parts).rstrip() + "\n"
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for each character that is a wide one."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def fitting(text: str, columns: int) -> str:
+    """Return as much of a text as fits into so many columns of a terminal."""
+    while columns_of(text) > columns:
+        text = text[:-1]
+    return text
 
 
 def row_cells(document: Document, now: float) -> list[str]:
-    """Return the cells of a document's row; `now` is epoch seconds."""
+    """Return the cells of a document's row but its name; `now` is epoch seconds."""
     side = SIDES.get(document["td"], str(document["td"]))
     when = exchange_time(document["stock_code"], document["t"])
     age, _ = age_words(now - document["t"] / 1000)
@@ -10780,9 +11343,10 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
         raise UsageError(
             "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out"
         )
-    rows = Rows(sys.stdout, options.json, color=settings.color and sys.stdout.isatty())
+    rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_width(WIDEST))
     terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
+    rows.directory = pipeline.directory
     stop = StopEvent()
     stop_on_signals(stop)
     order: list[str] = []
@@ -10791,7 +11355,9 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
         finished = run.ended()
     finally:
         terminal.close()
-    rows.finish([run.report.read_as.get(code, code) for code in order])
+    if not finished:
+        rows.directory = None  # what hangs may be the file that it is in
+    rows.finish([run.report.read_as.get(code, code.upper()) for code in order])
     if finished:
         pipeline.keys.close()
     status = _close_run(run.report, finished, settings)
@@ -11215,9 +11781,51 @@ def run_daemon(settings: Settings, environ: Mapping[str, str]) -> int:
     return EXIT_OK
 
 
+def run_migrate(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """Take settings and hash over from the older client's directory, then its documents if they are asked for."""
+    time_zone(options.time_zone or "UTC")
+    here, *_, the_services = ENV_FILE_PLACES
+    target = options.env_file or (the_services if os.geteuid() == 0 else here)
+    old, settings, lines = move_installation(Path(options.migrate), target, environ, options.dry_run)
+    start_logging(settings)
+    show(settings.redact("\n".join(lines)))
+    done = "a service that runs sees changes after its restart"
+    if options.dry_run:
+        done = "nothing was written: --dry-run"
+    say(f"settings: {target}; {done}")
+    if options.documents is None:
+        return EXIT_OK
+    return run_documents(options, settings, old.get("MONGODB_COLLECTION_NAME", OLD_COLLECTION))
+
+
+def run_documents(options: argparse.Namespace, settings: Settings, source: str = OLD_COLLECTION) -> int:
+    """Bring the older client's documents over, say what was done, and return the exit status."""
+    zone = time_zone(options.time_zone)
+    need_mongodb(settings, "there are no older documents")
+    terminal = Terminal(None, "documents", bar_above=0)
+    stop = StopEvent()
+    stop_on_signals(stop)
+    with Pipeline.open_mongodb(settings) as store:
+        migration = Migration(
+            store, settings, options.documents or source, zone, options.dry_run, options.force
+        )
+        try:
+            finished = migration.run(stop, terminal)
+        finally:
+            terminal.close()
+            if migration.done.read:
+                say(settings.redact(migration.words()))
+    if not finished:
+        say("interrupted: the same command goes on where it stopped")
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED if migration.done.refused else EXIT_OK
+
+
 def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run one command line and return its exit status. Raises StockrtError: what the operator must mend."""
     options = parse_arguments(argv)
+    if options.migrate:
+        return run_migrate(options, environ)
     loaded = load_settings(environ, options.env_file)
     start_logging(loaded.settings)
     for warning in loaded.warnings:
@@ -11226,6 +11834,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return run_once(options, loaded.settings)
     if options.backfill is not None:
         return run_backfill(options, loaded.settings)
+    if options.documents is not None:
+        return run_documents(options, loaded.settings)
     if options.register:
         return run_register(loaded.settings, options.force)
     if options.status:

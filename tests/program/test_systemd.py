@@ -25,6 +25,8 @@ from kit.mongo import SET_NAME, MongoServer
 from kit.platform_server import PlatformServer
 from kit.systemd_box import Box, BoxError
 
+import stockrt
+
 UNIT = ROOT / "stockrt.service"
 # Most exposure that `systemd-analyze security` may find, in tenths.
 MOST_EXPOSURE = 12
@@ -64,6 +66,12 @@ def test_unit_has_no_fault(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the box
 
 
+def is_over(box: Box, name: str) -> bool:
+    """Whether a unit has ended for good: one that will be started again is `auto-restart`."""
+    shown = box.run("systemctl", "show", "--property=SubState", "--value", name).stdout
+    return shown.strip() in ("dead", "failed")
+
+
 @dataclass
 class Instance:
     """A unit in the box, made from ours, with its own simulators."""
@@ -83,6 +91,10 @@ class Instance:
     def state(self) -> str:
         return self.show("ActiveState")
 
+    @property
+    def is_over(self) -> bool:
+        return is_over(self.box, self.name)
+
     def journal(self, *arguments: str) -> list[dict[str, Any]]:
         text = self.box.run("journalctl", "--output=json", f"--unit={self.name}", *arguments).stdout
         return [json.loads(line) for line in text.splitlines()]
@@ -92,7 +104,7 @@ class Instance:
         mine = [e for e in self.journal("--boot") if e.get("_TRANSPORT") == "stdout"]
         return [str(entry["MESSAGE"]) for entry in mine]
 
-    def wait(self, holds: Callable[[Instance], object], timeout: float = 15, what: str = "") -> None:
+    def wait(self, holds: Callable[[Instance], object], timeout: float = 60, what: str = "") -> None:
         try:
             systemd_box.until(lambda: holds(self), timeout, what or self.name)
         except BoxError as error:
@@ -107,7 +119,7 @@ class Instance:
     def execute(self, codes: list[str] = CODES) -> str:
         return self.platform.execute(codes)
 
-    def result(self, execution_id: str, timeout: float = 15) -> dict[str, Any]:
+    def result(self, execution_id: str, timeout: float = 60) -> dict[str, Any]:
         good = self.platform.wait_for(lambda p: p.results_for(execution_id), timeout)
         assert good, "\n".join(self.said()[-20:])
         return self.platform.results_for(execution_id)[0].data
@@ -201,19 +213,14 @@ def dripping(box: Box, installed: str) -> tuple[Instance, str, float]:
 
 
 @pytest.fixture(scope="module")
-def slow_stop(box: Box, installed: str, helpers: ThreadPoolExecutor) -> tuple[Instance, str, Future[float]]:
+def slow_stop(box: Box, installed: str, helpers: ThreadPoolExecutor) -> tuple[Instance, str, Future[str]]:
     """A stop in the middle of a fetch of 10 s, going on beside the other tests."""
     instance = make_instance(box, "stockrt-slow", latency=lambda request: 10.0 if request.codes else 0.0)
     instance.start()
     execution_id = instance.execute()
     instance.api.wait_for(lambda api: api.in_flight == 1)
 
-    def stop() -> float:
-        began = time.monotonic()
-        instance.ctl("stop")
-        return time.monotonic() - began
-
-    return instance, execution_id, helpers.submit(stop)
+    return instance, execution_id, helpers.submit(instance.ctl, "stop")
 
 
 @pytest.fixture(scope="module")
@@ -267,16 +274,13 @@ def test_starts_executes_and_says_so(service: Instance) -> None:
         )
     )
     data = service.result(execution_id := service.execute())
-    at = time.monotonic()
     assert (data["status"], data["result"]["success_count"]) == ("success", 2)
     assert service.count() == 2
-    time.sleep(1.5)  # the age in the status goes on by itself
-    found = re.fullmatch(
+    pattern = (
         rf"connected to 127\.0\.0\.1:{service.platform.port} · 1 key · "
-        r"last execute 2/2 in \d\.\d s, (\d+) s ago · 0 waiting",
-        service.show("StatusText"),
+        r"last execute 2/2 in \d\.\d s, [1-9]\d* s ago · 0 waiting"
     )
-    assert found and abs(int(found[1]) - (time.monotonic() - at)) <= 1.2, service.show("StatusText")
+    service.wait(lambda i: re.fullmatch(pattern, i.show("StatusText")), what="the age goes on by itself")
     lines = [line for line in service.said() if execution_id in line]
     assert len(lines) == 1, lines
     assert re.fullmatch(
@@ -295,6 +299,46 @@ def test_journal_has_priorities_and_no_times_of_ours(running: Instance) -> None:
     assert {entry["SYSLOG_IDENTIFIER"] for entry in mine} == {"stockrt"}
     assert not [e for e in mine if re.match(r"<\d>|\d\d:\d\d|(INFO|WARNING)", str(e["MESSAGE"]))]
     assert not [e for e in mine if "may not be read" in str(e["MESSAGE"])]
+
+
+def test_migrated_before_its_first_start_it_is_the_older_module(box: Box, installed: str) -> None:
+    """What root's --migrate writes is the service's when that starts: no new module, and files of its own user."""
+    name = "stockrt-moved"
+    instance = make_instance(box, name)
+    ask = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1]).read().decode())"
+    query = "name=old&input_data=%5B%5D&output_data=%5B%5D&modelHash=old"
+    url = f"{instance.platform.url}/module/register?{query}"
+    answer = json.loads(box.run("/usr/bin/python3", "-c", ask, url).stdout)
+    module_hash = answer["result"]["hash"]
+    odd = 'it\'s "A" 股\\B #1 $HOME'  # to systemd it must be the same as to us
+    box.write("/srv/older/config/.env", f"MODULE_DESCRIPTION={stockrt.env_line('', odd)[1:]}SERVER_PORT=1\n")
+    box.write("/srv/older/config/module_hash.txt", module_hash)
+    env_file = f"/etc/stockrt/{name}.env"
+    command = ("/opt/stockrt/stockrt.pyz", "--env-file", env_file, "--migrate", "/srv/older")
+    said = box.run("env", f"STATE_DIRECTORY=/var/lib/{name}", "SHIV_ROOT=/tmp/shiv", *command).stdout
+    assert "kept      SERVER_PORT" in said and f"into /var/lib/{name}/module_hash" in said
+    instance.start()
+    environment = box.run("cat", f"/proc/{instance.show('MainPID')}/environ").stdout
+    assert f"MODULE_DESCRIPTION={odd}" in environment.split("\0")
+    assert instance.platform.connected == [module_hash]
+    assert len(instance.platform.register_calls) == 1
+    owner = box.run(
+        "stat", "-c", "%u", f"/var/lib/private/{name}", f"/var/lib/private/{name}/module_hash"
+    ).stdout
+    assert len(set(owner.split())) == 1 and "0" not in owner.split()
+    instance.ctl("stop")
+
+
+def test_migrated_by_hand_settings_go_where_its_user_may_write(box: Box, installed: str) -> None:
+    """The service's for root, a file in the folder where it was called for anybody else."""
+    box.write("/srv/older/config/.env", "SERVER_PORT=1\n")
+    program = "/opt/stockrt/stockrt.pyz --migrate /srv/older"
+    roots = box.run("env", "SHIV_ROOT=/tmp/shiv", *program.split(), "--dry-run").stderr
+    assert "settings: /etc/stockrt/stockrt.env;" in roots
+    script = f"mkdir /tmp/person && cd /tmp/person && HOME=$PWD {program} && stat -c %a stockrt.env && cat stockrt.env"
+    said = box.run("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", script)
+    assert "settings: stockrt.env;" in said.stderr
+    assert said.stdout.splitlines()[-3:] == ["600", "# From /srv/older/config/.env:", "SERVER_PORT=1"]
 
 
 def test_mongodb_and_tls_work_inside(box: Box, installed: str, mongod: Path) -> None:
@@ -504,14 +548,13 @@ def test_stop_takes_the_time_that_the_daemon_asks_for(service: Instance, box: Bo
     drop_in.unlink()
     box.run("systemctl", "daemon-reload")
     assert (service.state, service.show("Result")) == ("inactive", "success")
-    assert service.result(execution_id, 1)["status"] == "success"
+    assert service.result(execution_id)["status"] == "success"
 
 
 def test_shutdown_by_the_platform_stays_down(running: Instance) -> None:
     restarts = running.show("NRestarts")
     running.platform.shutdown_module()
-    running.wait(lambda i: i.state == "inactive")
-    time.sleep(0.6)  # three times the wait before a restart
+    running.wait(lambda i: i.is_over)
     assert (running.state, running.show("Result"), running.show("NRestarts")) == (
         "inactive",
         "success",
@@ -526,7 +569,7 @@ def test_bad_settings_fail_once_with_the_reason(service: Instance, box: Box) -> 
         box.write("/etc/stockrt/credentials/mongodb_host", f"mongodb://u:{MONGODB_PASSWORD}@h:0/", 0o600)
         service.ctl("stop")
         service.ctl("start", check=False)
-        time.sleep(0.6)
+        service.wait(lambda i: i.is_over)
         assert (service.state, service.show("ExecMainStatus"), service.show("NRestarts")) == (
             "failed",
             "78",
@@ -553,7 +596,7 @@ def test_bad_cache_directory_is_one_line(box: Box, installed: str, options: str,
     box.write(f"/etc/systemd/system/{name}.service.d/test.conf", QUICK + drop_in)
     box.run("systemctl", "daemon-reload")
     box.run("systemctl", "start", name, check=False)
-    time.sleep(0.6)
+    systemd_box.until(lambda: is_over(box, name), 60, f"{name} has ended")
     said = box.run("journalctl", "--output=json", f"--unit={name}", "_TRANSPORT=stdout").stdout.splitlines()
     assert len(said) == 1, said
     entry = json.loads(said[0])
@@ -562,11 +605,11 @@ def test_bad_cache_directory_is_one_line(box: Box, installed: str, options: str,
     assert box.run("systemctl", "is-failed", name).stdout.strip() == "failed"
 
 
-def test_stop_during_a_long_fetch_is_clean(slow_stop: tuple[Instance, str, Future[float]]) -> None:
+def test_stop_during_a_long_fetch_is_clean(slow_stop: tuple[Instance, str, Future[str]]) -> None:
     instance, execution_id, stopping = slow_stop
-    assert stopping.result(30) < 25
+    stopping.result(120)
     assert (instance.state, instance.show("Result")) == ("inactive", "success")
-    assert instance.result(execution_id, 1)["result"]["success_count"] == 2
+    assert instance.result(execution_id)["result"]["success_count"] == 2
     assert instance.count() == 2
 
 
@@ -574,7 +617,7 @@ def test_stop_during_a_long_fetch_is_clean(slow_stop: tuple[Instance, str, Futur
 def test_endless_answer_ends_by_itself(dripping: tuple[Instance, str, float]) -> None:
     """The request's own limit is 30 s; the watchdog's is 2 s here, and stays quiet."""
     instance, execution_id, began = dripping
-    assert instance.result(execution_id, 45)["status"] == "success"
+    assert instance.result(execution_id)["status"] == "success"
     assert time.monotonic() - began > 28
     assert (instance.state, instance.show("NRestarts")) == ("active", "0")
 
