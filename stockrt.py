@@ -5977,6 +5977,17 @@ class MongoStore:
             return True
         return False
 
+    def lacks(self, name: str) -> bool:
+        """Return whether there is no collection by this name, or that cannot be told."""
+        from pymongo import timeout
+        from pymongo.errors import PyMongoError
+
+        with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000), contextlib.suppress(PyMongoError):
+            return name not in self.client[self._settings.mongodb_db_name].list_collection_names(
+                filter={"name": name}
+            )
+        return True
+
     def _is_taken(self, name: str, document: Document) -> bool:
         """Insert a document and return whether the collection has it then."""
         from pymongo.errors import DuplicateKeyError, PyMongoError
@@ -7931,7 +7942,8 @@ class QueueFacts(TypedDict):
 class Pipeline:
     """Everything that a run needs, opened in one place, last opened first closed; the daemon keeps it between runs.
 
-    `patient` as for LocalFile: the daemon's file is for others, too.
+    `patient` as for LocalFile: the daemon's file is for others, too. `only_looks`: requests are counted in MongoDB
+    where somebody counts there already, and no collection is made for it.
 
     Raises StoreError when the local file cannot be used, SettingsError for a MongoDB string that pymongo refuses.
     """
@@ -7943,6 +7955,7 @@ class Pipeline:
         demo: bool = False,
         clock: Clock = SYSTEM_CLOCK,
         patient: bool = False,
+        only_looks: bool = False,
     ) -> None:
         self._settings = settings
         self._clock = clock
@@ -7957,6 +7970,7 @@ class Pipeline:
             ledger: Ledger = LocalLedger(file)
             if settings.mongodb_uri:
                 mongo = opened.enter_context(contextlib.closing(MongoStore(settings)))
+            if mongo is not None and not (only_looks and mongo.lacks(settings.license_name)):
                 ledger = SharedLedger(mongo.collection(settings.license_name), ledger)
             self.keys = KeyPool(settings.key_plans(), ledger)
             opened.callback(self.keys.close)
@@ -11890,40 +11904,23 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
         yield Check("proxy", True, _ways(settings))
     if not settings.api_keys:
         yield Check("API key", False, NO_KEY_HINT)
-    state_directory = _check_state_directory(settings)
     with contextlib.ExitStack() as opened:
-        store = store_name(settings)
+        looked_at, pipeline = settings, None
+        words = ""
         try:
             looked_at = opened.enter_context(without_traces(settings))
-            pipeline = opened.enter_context(Pipeline(looked_at))
+            pipeline = opened.enter_context(Pipeline(looked_at, only_looks=True))
         except StockrtError as error:
-            yield from _check_keys(settings, None)
-            yield state_directory
-            yield Check(store, False, str(error))
-        else:
-            # where no file is nobody counts here, and nothing that would be left is made
-            yield from _check_keys(settings, pipeline if looked_at is settings else None)
-            yield state_directory
-            yield _check_of_store(pipeline, store, looked_at, settings)
+            words = str(error)
+        yield from _check_keys(settings, pipeline)
+        yield _check_state_directory(settings)
+        store = Check(store_name(settings), False, words)
+        if pipeline is not None:
+            store = _check_store(store.name, pipeline)
+        words = store.words.replace(str(looked_at.state_directory), str(settings.state_directory))
+        yield store._replace(words=words)
     if settings.platform_url():
         yield check_platform(settings)
-
-
-def _check_keys(settings: Settings, pipeline: Pipeline | None) -> Iterator[Check]:
-    if pipeline is None:
-        for secret, plan in settings.key_plans():
-            yield from check_key(settings, None, ApiKey(secret, plan))
-        return
-    for key in pipeline.keys.keys:
-        yield from check_key(settings, pipeline.api, key)
-
-
-def _check_of_store(pipeline: Pipeline, store: str, looked_at: Settings, settings: Settings) -> Check:
-    try:
-        words = pipeline.store.check()
-    except StockrtError as error:
-        return Check(store, False, str(error))
-    return Check(store, True, words.replace(str(looked_at.state_directory), str(settings.state_directory)))
 
 
 def _check_state_directory(settings: Settings) -> Check:
@@ -11936,6 +11933,22 @@ def _check_state_directory(settings: Settings) -> Check:
             return Check("state directory", True, words)
     except StoreError as error:
         return Check("state directory", False, str(error))
+
+
+def _check_keys(settings: Settings, pipeline: Pipeline | None) -> Iterator[Check]:
+    if pipeline is None:
+        for secret, plan in settings.key_plans():
+            yield from check_key(settings, None, ApiKey(secret, plan))
+    else:
+        for key in pipeline.keys.keys:
+            yield from check_key(settings, pipeline.api, key)
+
+
+def _check_store(name: str, pipeline: Pipeline) -> Check:
+    try:
+        return Check(name, True, pipeline.store.check())
+    except StockrtError as error:
+        return Check(name, False, str(error))
 
 
 def _ways(settings: Settings) -> str:
