@@ -401,6 +401,11 @@ def first_few(names: Collection[str]) -> str:
     return shown
 
 
+def see(words: str, setting: str) -> str:
+    """Return words with the setting to look at behind them, unless they name one by themselves."""
+    return words if re.search(r"\bsee [A-Z]", words) else f"{words}; see {setting}"
+
+
 @contextlib.contextmanager
 def disk_trouble(what: str, setting: str = "STATE_DIRECTORY") -> Iterator[None]:
     """Raise StoreError in place of an OSError: `what` says which file cannot be what; `setting` names its place."""
@@ -774,6 +779,19 @@ class Settings:
         return f"http{'s' if self.server_tls else ''}://{host}:{self.server_port}"
 
 
+class Needs(NamedTuple):
+    """What a command needs of the settings: a key, the platform (`whole`: all of it or nothing), usable paths."""
+
+    key: bool = False
+    platform: bool = False
+    whole_platform: bool = False
+    paths: bool = False
+
+
+NO_NEEDS = Needs()
+DAEMON_NEEDS = Needs(key=True, platform=True)
+
+
 class LoadedSettings(NamedTuple):
     """The settings, the file they came from (None: the environment alone) and warnings to show."""
 
@@ -798,7 +816,73 @@ def mask_userinfo(url: str) -> str:
 
 def uri_options(uri: str) -> dict[str, str]:
     """Return the options of a MongoDB connection string, names in lower case."""
-    return {name.lower(): value for name, value in parse_qsl(uri.partition("?")[2], keep_blank_values=True)}
+    return {name.lower(): value for name, value in _uri_pairs(uri)}
+
+
+def _uri_pairs(uri: str) -> list[tuple[str, str]]:
+    return parse_qsl(uri.partition("?")[2].replace(";", "&"), keep_blank_values=True)
+
+
+def uri_database(uri: str) -> str:
+    """Return the database that a connection string names for documents, '' without one: `admin` is for logging in."""
+    name = unquote(uri.partition("?")[0].partition("://")[2].rpartition("@")[2].partition("/")[2])
+    return "" if name in ("admin", "config", "local") else name
+
+
+# Files that a MongoDB connection string can name, and options whose values nobody may see.
+_URI_FILES = ("tlscafile", "tlscrlfile", "tlscertificatekeyfile")
+_URI_SECRETS = ("authmechanismproperties", "tlscertificatekeyfilepassword")
+
+
+def uri_faults(uri: str) -> list[str]:
+    """Return the faults of a MongoDB connection string's options, and of the files that they name."""
+    import warnings
+
+    from pymongo import uri_parser
+
+    faults = []
+    password = uri_options(uri).get("tlscertificatekeyfilepassword", "")
+    for name, value in _uri_pairs(uri):
+        shown, words = f"{name}={value}", ""
+        if name.lower() in _URI_SECRETS:
+            shown = name
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                if name.lower() in _URI_FILES:
+                    _try_pem_file(name, value, password)
+                elif not name.lower().startswith("srv"):
+                    uri_parser.parse_uri(f"mongodb://host/?{urlencode({name: value})}", warn=False)
+        except OSError as error:
+            words = f"the file cannot be read: {error.strerror or error}"
+        except Exception as error:  # whatever pymongo says it with
+            words = one_line(error)
+            if words.startswith("Unknown option"):  # its value may be meant to be secret
+                shown, words = name, _unknown_option(name, words)
+            elif shown == name:
+                words = "expected what MongoDB's documentation of connection strings says"
+        if words:
+            faults.append(f"MONGODB_HOST, option {one_line(shown, 100)}: {words}")
+    return faults
+
+
+def _try_pem_file(option: str, path: str, password: str) -> None:
+    """Load a file of certificates as pymongo will. Raises OSError, of which SSLError is one."""
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if option.lower() == "tlscertificatekeyfile":
+        context.load_cert_chain(path, password=password)  # without one OpenSSL would ask the terminal
+    else:
+        context.load_verify_locations(path)
+
+
+def _unknown_option(name: str, words: str) -> str:
+    """Return what to say of an option that pymongo says it does not know, and which ones are like it."""
+    import difflib
+
+    near = difflib.get_close_matches(name.lower(), re.findall(r"\w+", words.partition("(")[2]), n=1)
+    return "MongoDB has no such option" + "".join(f"; did you mean {one}?" for one in near)
 
 
 # As a person writes one; Python's own would read 1_0 as ten, and nan and 1e3 too.
@@ -1047,12 +1131,48 @@ def read_env_file(path: Path) -> dict[str, str]:
 
 
 def broken_lines(path: Path) -> list[str]:
-    """Return a fault for each line of an env file that is no NAME=value."""
+    """Return a fault for each line of an env file that is no NAME=value, or none that means the same to systemd."""
+    faults = []
+    for b in _bindings(path):
+        where = f"{path}, line {_line_number(b)}"
+        if b.error or (b.key is not None and b.value is None):
+            faults.append(f"{where}: expected NAME=value (not shown: it may hold a secret)")
+        elif b.key is not None and not _has_inline_comment(b) and _as_systemd(b) != b.value:
+            faults.append(
+                f"{where}: systemd would read {b.key} otherwise; put the value between double quotes, "
+                'with \\ before each " and \\ in it, and nothing behind it'
+            )
+    return faults
+
+
+def inline_comments(path: Path) -> list[str]:
+    """Return a warning for each line of an env file that has a comment behind a value without quotes."""
     return [
-        f"{path}, line {_line_number(b)}: expected NAME=value (not shown: it may hold a secret)"
+        f"{path}, line {_line_number(b)}: to systemd the comment is a part of {b.key}; put it on a line of its own"
         for b in _bindings(path)
-        if b.error or (b.key is not None and b.value is None)
+        if _has_inline_comment(b)
     ]
+
+
+def _has_inline_comment(binding: Binding) -> bool:
+    text = _text_of(binding)
+    return text[:1] not in ("'", '"') and binding.value is not None and "#" in text[len(binding.value) :]
+
+
+def _text_of(binding: Binding) -> str:
+    return binding.original.string.partition("=")[2].strip(" \t\r\n")
+
+
+def _as_systemd(binding: Binding) -> str:
+    """Return what systemd's EnvironmentFile= reads from a line; what stands behind a value is a part of it."""
+    text = _text_of(binding)
+    if text[:1] == "'":
+        value, _, rest = text[1:].partition("'")
+        return value + rest
+    quoted = re.fullmatch(r'"((?:[^"\\]|\\.)*)"(.*)', text, re.DOTALL)
+    if quoted:
+        return re.sub(r'\\(?:\n|(["\\`$]))', lambda found: found[1] or "", quoted[1]) + quoted[2]
+    return re.sub(r"\\(.)", r"\1", text)
 
 
 def _line_number(binding: Binding) -> int:
@@ -1119,10 +1239,11 @@ def load_settings(
     env_file: Path | None = None,
     places: Iterable[Path] = ENV_FILE_PLACES,
     is_root: bool | None = None,
+    needs: Needs = NO_NEEDS,
 ) -> LoadedSettings:
     """Read and check all settings: credentials are stronger than the environment, that than the file.
 
-    An empty value counts as not set. Raises SettingsError with every fault at once.
+    An empty value counts as not set. Raises SettingsError with every fault at once, what is needed and missing too.
     """
     source, warning = find_env_file(env_file, places)
     from_file = read_env_file(source) if source else {}
@@ -1135,8 +1256,13 @@ def load_settings(
         warnings += [_misspelled(name, "environment") for name in environ if _is_unknown(name)]
     values: dict[str, Any] = dict(_WHEN_UNSET)
     faults = broken_lines(source) if source else []
+    unset = set()
+    if source:
+        warnings += inline_comments(source)
     for setting in SETTINGS:
         where, name, text = _look_up(setting, origins)
+        if not text:
+            unset.add(setting.name)
         if not text and not setting.default:
             continue
         try:
@@ -1144,20 +1270,83 @@ def load_settings(
         except ValueError:
             shown = _masked(setting, text)
             faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
-    faults += _contradictions(values)
-    if faults:
-        raise SettingsError(faults)
+    if "MONGODB_DB_NAME" in unset and uri_database(values.get("mongodb_uri", "")):
+        faults += _take_database(values)
+    faults += _contradictions(values) + _missing(unset, needs)
     is_root = os.geteuid() == 0 if is_root is None else is_root
     values.setdefault("state_directory", default_state_directory(environ, is_root))
+    if needs.paths:
+        faults += _path_faults(values, environ)
+    if faults:
+        raise SettingsError(faults)
     values.setdefault("module_description", "")
     settings = Settings(**values, color=not environ.get("NO_COLOR"))
     HIDDEN.secrets = settings.secrets()
     return LoadedSettings(settings, source, tuple(warnings))
 
 
+def _take_database(values: dict[str, Any]) -> list[str]:
+    """Let the database be the one that the connection string names; return its fault, if it has one."""
+    (setting,) = (one for one in SETTINGS if one.name == "MONGODB_DB_NAME")
+    try:
+        values[setting.attribute] = setting.parse(uri_database(values["mongodb_uri"]))
+    except ValueError:
+        return [f"MONGODB_HOST, the database behind its last /: expected {setting.expected}"]
+    return []
+
+
+def _missing(unset: Collection[str], needs: Needs) -> list[str]:
+    """Return the faults of what a command needs and nothing sets."""
+    faults = []
+    platform = [name for name in ("SERVER_IP", "SERVER_PORT") if name in unset]
+    if platform and (needs.platform or (needs.whole_platform and len(platform) == 1)):
+        faults.append(
+            f"{' and '.join(platform)} not set: the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; "
+            "without a platform use --once --codes …"
+        )
+    if needs.key and "INFOWAY_API_KEY" in unset:
+        faults.append(NO_KEY_HINT)
+    return faults
+
+
+def _path_faults(values: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]:
+    """Try every file and directory that the environment names, without writing; return what is wrong with them."""
+    state: Path = values["state_directory"]
+    there = next(path for path in (state, *state.parents) if os.path.lexists(path))
+    tried = [("STATE_DIRECTORY", f"{there}/.", os.W_OK | os.X_OK)]
+    tried += [(name, environ.get(name, ""), os.R_OK) for name in ("SSL_CERT_FILE", "CREDENTIALS_DIRECTORY")]
+    tried += [("SSL_CERT_DIR", path, os.R_OK) for path in environ.get("SSL_CERT_DIR", "").split(":")]
+    for name, path in (
+        ("METRICS_FILE", str(values.get("metrics_file", ""))),
+        ("SSLKEYLOGFILE", environ.get("SSLKEYLOGFILE", "")),
+    ):
+        is_made_anew = name == "METRICS_FILE" or not os.path.lexists(path)
+        place = f"{os.path.dirname(path) or '.'}/." if path and is_made_anew else path
+        tried.append((name, place, os.W_OK))
+    faults = []
+    for name, place, mode in tried:
+        why = place and _fault_of_place(place, mode)
+        if why:
+            faults.append(f"{name}: {place.removesuffix('/.') or '/'} cannot be used: {why}")
+    return faults
+
+
+def _fault_of_place(place: str, mode: int) -> str:
+    """Return why a file or a directory cannot be used so, '' if it can."""
+    try:
+        os.stat(place)
+    except OSError as error:
+        return error.strerror or str(error)
+    if os.access(place, mode):
+        return ""
+    return f"this user may not {'write' if mode & os.W_OK else 'read'} there"
+
+
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
     """Return the faults of settings that are right one by one, but not together."""
     faults = []
+    if "?" in values.get("mongodb_uri", ""):
+        faults += uri_faults(values["mongodb_uri"])
     taken: dict[str, str] = {}
     for setting in SETTINGS:
         if setting.attribute in ("realtime_name", "close_name", "license_name"):
@@ -1809,7 +1998,7 @@ NO_SESSION = Session("", 0, NEVER, NEVER, NEVER, NEVER, NEVER)
 
 @cache
 def zone_info(name: str) -> tzinfo | None:
-    """Return an IANA zone, None on a machine without time-zone data, which is said once."""
+    """Return an IANA zone, None on a machine without its data, which is said once."""
     from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
     if name == "UTC":  # needs no data
@@ -1818,7 +2007,14 @@ def zone_info(name: str) -> tzinfo | None:
         return ZoneInfo(name)
     except ZoneInfoNotFoundError:
         _say_no_zones()
-        return None
+    except Exception as error:  # of a file that is empty or cut short: ValueError, IndexError, struct.error
+        log.error(
+            "the time-zone data of %s cannot be read (%s): its times are shown in UTC, and no close is kept there; "
+            "install the package tzdata anew, or see PYTHONTZPATH",
+            name,
+            one_line(error),
+        )
+    return None
 
 
 @cache
@@ -2378,7 +2574,7 @@ class HttpConnection:
             self._conn.connect()
             self._conn.timeout = self._limits.read_s
         except _foreign_errors() as error:
-            fault = self._fault(error)
+            fault = self._fault(error, "" if self._proxy else f"{self._host}:{self._port}")
             if self._proxy is not None:
                 fault = _fault_of_proxy(self._proxy, error, fault)
             self.close()
@@ -2391,7 +2587,7 @@ class HttpConnection:
         try:
             response = self._exchange(path, headers, most_bytes)
         except _foreign_errors() as error:
-            response = self._fault(error)
+            response = self._fault(error, f"{self._host}:{self._port}")
         self.deadline = 0.0
         if response.fault:
             self.close()
@@ -2473,13 +2669,14 @@ class HttpConnection:
             return _refused_by_proxy(self._proxy, response.status)
         return response
 
-    def _fault(self, error: Exception) -> Response:
-        """Return what an exception means."""
+    def _fault(self, error: Exception, place: str) -> Response:
+        """Return what an exception means that came from `place`, '' where others say that."""
+        fault, hopeless = network_words(error), _is_about_a_certificate(error)
         if self._wire.is_cut or time.monotonic() >= self.deadline:
-            return Response(fault=f"no whole answer within {self._limits.whole_s:.0f} s")
-        if isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
-            return Response(fault=f"the connection broke ({type(error).__name__})")
-        return Response(fault=network_words(error), hopeless=_is_about_a_certificate(error))
+            fault, hopeless = f"no whole answer within {self._limits.whole_s:.0f} s", False
+        elif isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
+            fault, hopeless = "the connection broke", False
+        return Response(fault=f"{place}: {fault}".removeprefix(": "), hopeless=hopeless)
 
 
 class StraightSocket:
@@ -2517,7 +2714,7 @@ class StraightSocket:
                 self._sock = start_tls(self._sock, self._host)
         except (OSError, ValueError) as error:
             self.close()
-            return Response(fault=network_words(error))
+            return Response(fault=f"{self._host}:{self._port}: {network_words(error)}")
         return None
 
     def abort(self, for_good: bool = True) -> None:
@@ -2575,14 +2772,43 @@ def start_tls(sock: socket.socket, host: str) -> socket.socket:
     return ssl.create_default_context().wrap_socket(sock, server_hostname=host)
 
 
+# By the name of the exception or of one that it is a kind of; whatever else it is keeps the words of whoever raised it.
+_NETWORK_WORDS = {
+    "gaierror": "its name cannot be resolved ({})",
+    "ConnectionRefusedError": "connection refused",
+    "RemoteDisconnected": "the connection was closed without an answer",
+    "ConnectionError": "the connection was cut",
+    "WebSocketConnectionClosedException": "the connection was cut",
+    "TimeoutError": "no answer in time",
+    "WebSocketTimeoutException": "no answer in time",
+    "SSLCertVerificationError": "its certificate is not trusted ({})",
+    "SSLError": "TLS fails ({})",
+    "IncompleteRead": "the answer was cut short",
+    "HTTPException": "its answer is not HTTP ({})",
+}
+_LIBRARY_WORDS = re.compile(
+    r"\[Errno -?\d+\] |\[\w+(?:: \w+)?\] | \(_ssl\.c:\d+\)| \(configured timeouts: [^)]*\)|<[^>]*> *:? *"
+    r"|, (?:full error|Timeout): .*",
+    re.DOTALL,
+)
+
+
 def network_words(error: BaseException) -> str:
-    """Return what happened on the network in a few words, without addresses of objects in memory."""
+    """Return what happened on the network in a few words, without names and numbers that mean something to Python."""
     cause = _root_of(error)
-    text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-    text = mask(text, HIDDEN.secrets)  # before something is taken out of the middle
-    return one_line(
-        f"{type(cause).__name__}: {re.sub(r'<[^>]*> *:? *', '', text) or 'no more is known'}", 200
-    )
+    if isinstance(cause, OSError) and cause.filename:
+        return f"SSLKEYLOGFILE={one_line(cause.filename)} cannot be written: {cause.strerror}"
+    text = getattr(cause, "verify_message", "") or str(cause)
+    text = plain_words(text) or "no more is known"
+    names = (kind.__name__ for kind in type(cause).__mro__)
+    form = next((_NETWORK_WORDS[name] for name in names if name in _NETWORK_WORDS), "{}")
+    return one_line(form.replace("{}", text), 200)
+
+
+def plain_words(text: str) -> str:
+    """Return what a library says of the network without what means something to its authors alone."""
+    # masked before something is taken out of the middle
+    return _LIBRARY_WORDS.sub("", mask(text, HIDDEN.secrets))
 
 
 def _root_of(error: BaseException) -> BaseException:
@@ -3598,7 +3824,7 @@ class KeyPool:
         if not self.keys:
             return "no API key: set INFOWAY_API_KEY"
         reasons = "; ".join(f"key {key.shown}: {self._why_not(key, product, now)}" for key in self.keys)
-        return f"no API key can serve {product} ({reasons}); see INFOWAY_API_KEY"
+        return see(f"no API key can serve {product} ({reasons})", "INFOWAY_API_KEY")
 
     def _why_not(self, key: ApiKey, product: str, now: float) -> str:
         back = iso_after(self._clock.wall(), max(0.0, key.paused_until - now))
@@ -3894,7 +4120,7 @@ class SharedLedger:
             if not last_try and isinstance(error, AutoReconnect) and not error.timeout:
                 raise StoreAway("a connection to the shared counts of API keys broke") from error
             self._away_until = now + LEDGER_RETRY_S
-            words = f"they are away ({type(error).__name__})"
+            words = f"MongoDB is away ({one_line(plain_words(str(error)), 100)})"
             if isinstance(error, OperationFailure) and error.code == UNAUTHORIZED:
                 place = self._collection.full_name
                 words = f"this user may not write to {place}; see MONGODB_LICENSE_COLLECTION_NAME"
@@ -4764,7 +4990,7 @@ def _why_final(attempt: BatchAttempt, verdict: Verdict) -> Failure | None:
     if tries > 1:
         words += f", {tries} tries"
     if hopeless and verdict.setting:
-        words += f"; see {verdict.setting}"
+        words = see(words, verdict.setting)
     return Failure(kind, words)
 
 
@@ -5767,7 +5993,7 @@ class MongoStore:
     def _fault(self, error: Exception) -> StoreAway:
         from pymongo.errors import ConnectionFailure, NotPrimaryError, PyMongoError
 
-        words = one_line(re.split(", full error: |, Timeout:", str(error))[0], 200)
+        words = one_line(plain_words(str(error)), 200)
         lost = isinstance(error, ConnectionFailure) and not isinstance(error, NotPrimaryError)
         lost = lost or (isinstance(error, PyMongoError) and error.timeout)
         return self._away(words, lost and not self._is_unwanted())
@@ -5784,7 +6010,8 @@ class MongoStore:
     ) -> StoreAway:
         words = self._settings.redact(words)
         shown = self._settings.mongodb_shown()
-        return StoreAway(f"MongoDB at {shown} fails: {words}; see MONGODB_HOST", unreachable, words, refused)
+        words_for_all = see(f"MongoDB at {shown} fails: {words}", "MONGODB_HOST")
+        return StoreAway(words_for_all, unreachable, words, refused)
 
 
 def _is_identity_taken(error: Mapping[str, Any]) -> bool:
@@ -7308,7 +7535,7 @@ def _check_of(key: ApiKey, verdict: Verdict, settings: Settings) -> Check:
         good += f", but not for stocks: {verdict.failure.words}"
         return Check(name, True, good + _plan_words(settings, key))
     setting = verdict.setting or "INFOWAY_API_BASE_URL"
-    return Check(name, False, f"{verdict.failure.words}; see {setting}")
+    return Check(name, False, see(verdict.failure.words, setting))
 
 
 def _plan_words(settings: Settings, key: ApiKey) -> str:
@@ -7994,7 +8221,8 @@ def register(settings: Settings) -> str:
     module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
     if envelope.get("code") == "2000" and _HASH.fullmatch(module_hash):
         return module_hash
-    raise RegistrationError(f"not registered at {url}: {_why_not_registered(answer, envelope)}")
+    why = _why_not_registered(answer, envelope).removeprefix(f"{urlsplit(url).netloc}: ")
+    raise RegistrationError(f"not registered at {url}: {why}")
 
 
 def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> str:
@@ -8021,7 +8249,8 @@ def check_platform(settings: Settings) -> Check:
     url = settings.platform_url()
     response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
     if response.fault:
-        words = f"{url} cannot be reached: {response.fault}; see SERVER_IP, SERVER_PORT and SERVER_TLS"
+        why = response.fault.removeprefix(f"{urlsplit(url).netloc}: ")
+        words = see(f"{url} cannot be reached: {why}", "SERVER_IP, SERVER_PORT and SERVER_TLS")
         return Check("platform", False, words)
     if (json_object(response.body) or {}).get("code") != "2000":
         what = f"{url}/module/online answers HTTP {response.status} and is no dispatch platform"
@@ -10748,22 +10977,8 @@ def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     return EXIT_OK if found and not why else EXIT_FAILED
 
 
-def need_platform(settings: Settings) -> None:
-    """Raise SettingsError unless the settings say where the platform is."""
-    needed = {"SERVER_IP": settings.server_host, "SERVER_PORT": settings.server_port}
-    missing = " and ".join(name for name, value in needed.items() if not value)
-    if missing:
-        raise SettingsError(
-            [
-                f"{missing} not set: the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; "
-                "without a platform use --once --codes …"
-            ]
-        )
-
-
 def run_register(settings: Settings, force: bool) -> int:
     """Register at the platform unless a hash is stored, and say what was done."""
-    need_platform(settings)
     place = settings.state_directory / HASH_NAME
     stored = "" if force else read_hash(settings.state_directory)
     if stored:
@@ -10777,23 +10992,33 @@ def run_register(settings: Settings, force: bool) -> int:
     return EXIT_OK
 
 
-def need_daemon_settings(settings: Settings) -> None:
-    """Raise SettingsError unless everything is set that the daemon cannot do without."""
-    need_platform(settings)
-    if not settings.api_keys:
-        raise SettingsError([NO_KEY_HINT])
-
-
 def run_check_settings(loaded: LoadedSettings) -> int:
-    """Say that the settings, which were read by now, are enough for the daemon. Raises SettingsError."""
-    need_daemon_settings(loaded.settings)
-    show(f"ok    settings: from {loaded.source or 'the environment and defaults'}")
+    """Say that the settings, which were read by now, are well, and for what they are enough. Raises SettingsError."""
+    zones = {market.zone for market in (*MARKETS.values(), *PRODUCT_MARKETS.values())}
+    if None in map(zone_info, zones):
+        raise SettingsError(["time zones: see above; install the package tzdata, or see PYTHONTZPATH"])
+    line = f"ok    settings: from {loaded.source or 'the environment and defaults'}"
+    if not loaded.settings.platform_url():
+        line += "; SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon"
+    show(line)
     return EXIT_OK
+
+
+def needs_of(options: argparse.Namespace) -> Needs:
+    """Return what a command needs of the settings."""
+    if options.check_settings:
+        return Needs(key=True, whole_platform=True, paths=True)
+    if options.register:
+        return Needs(platform=True)
+    if options.once or options.symbols or options.backfill is not None:
+        return Needs(key=not options.demo)
+    if options.check or options.status or options.drain or options.rejects:
+        return NO_NEEDS
+    return DAEMON_NEEDS
 
 
 def run_daemon(settings: Settings, environ: Mapping[str, str]) -> int:
     """Run as the platform's module until a signal or the platform ends it; return the exit status."""
-    need_daemon_settings(settings)
     watchdog_s = watchdog_seconds(environ, os.getpid())
     service = Service(settings, Notifier(environ.get("NOTIFY_SOCKET", "")), watchdog_s)
     daemon = Daemon(settings, service)
@@ -10809,7 +11034,7 @@ def run_daemon(settings: Settings, environ: Mapping[str, str]) -> int:
 def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run one command line and return its exit status. Raises StockrtError: what the operator must mend."""
     options = parse_arguments(argv)
-    loaded = load_settings(environ, options.env_file)
+    loaded = load_settings(environ, options.env_file, needs=needs_of(options))
     start_logging(loaded.settings)
     for warning in loaded.warnings:
         log.warning(warning)

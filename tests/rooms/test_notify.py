@@ -337,7 +337,7 @@ def test_faults_of_the_settings_have_a_priority_for_the_journal_only(tmp_path: P
         command = [sys.executable, str(PROGRAM), "--check-settings"]
         done = subprocess.run(command, env=environ, stderr=stream, cwd=tmp_path, timeout=30)
     assert done.returncode == 78
-    assert log.read_text().startswith("<3>stockrt: SERVER_IP" if journal else "stockrt: SERVER_IP")
+    assert log.read_text().startswith("<3>stockrt: INFOWAY" if journal else "stockrt: INFOWAY")
 
 
 def test_secrets_in_frames_are_masked_before_the_frame_is_shortened(
