@@ -80,7 +80,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from enum import Enum, IntEnum
 from functools import cache, lru_cache
-from itertools import islice
+from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
@@ -10237,7 +10237,14 @@ class _Parser(argparse.ArgumentParser):
     """argparse, but a fault is raised as UsageError and the whole exit is ours."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see --help")
+        import difflib
+
+        typed = re.findall(r"[-–—]+\w[\w-]*", message.partition("unrecognized arguments: ")[2])  # noqa: RUF001
+        near = [
+            name for one in typed for name in difflib.get_close_matches(one, self._option_string_actions, n=1)
+        ]
+        meant = f"; did you mean {' '.join(near)}?" if near else ""
+        raise UsageError(f"{message}{meant}; see --help")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -10334,7 +10341,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def read_codes(options: argparse.Namespace) -> Iterator[str]:
-    """Yield the codes of the command line, then those of the file, one by one. Raises UsageError."""
+    """Yield the codes of the command line, then those of the file, one by one; at least one. Raises UsageError."""
+    count = 0
+    for code in _codes_of(options):
+        count += 1
+        yield code
+    if not count:
+        where = f"--codes-file {options.codes_file}" if options.codes_file else "--codes"
+        raise UsageError(f"{where}: no code in it; expected codes such as AAPL.US 600519; see --help")
+
+
+def _codes_of(options: argparse.Namespace) -> Iterator[str]:
     for text in options.codes:
         yield from split_codes(text)
     if not options.codes_file:
@@ -10563,7 +10580,7 @@ class Terminal(Events):
 class _Run(threading.Thread):
     """A run on a thread of its own, so that the main thread stays free for signals."""
 
-    def __init__(self, pipeline: Pipeline, codes: Iterable[str], stop: threading.Event) -> None:
+    def __init__(self, pipeline: Pipeline, codes: Iterator[str], stop: threading.Event) -> None:
         super().__init__(name="stockrt-run", daemon=True)
         self._pipeline = pipeline
         self._codes = codes
@@ -10573,7 +10590,8 @@ class _Run(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._pipeline.run(self._codes, self._stop_event, self.report)
+            first = next(self._codes)  # where there is none, nobody is asked for anything
+            self._pipeline.run(chain((first,), self._codes), self._stop_event, self.report)
             self._pipeline.finalise_all(self._stop_event)
         except BaseException as error:  # handed to the main thread, which raises it again
             self.error = error
@@ -10634,7 +10652,7 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
     return status
 
 
-def _remembered(codes: Iterable[str], order: list[str]) -> Iterator[str]:
+def _remembered(codes: Iterator[str], order: list[str]) -> Iterator[str]:
     """Pass codes on, and keep the first ROWS_ALIGNED of them as they will be shown."""
     for code in codes:
         if len(order) < ROWS_ALIGNED:

@@ -199,3 +199,40 @@ def test_user_without_name_and_home_gets_a_sentence(pyz: Path, tmp_path: Path, h
     (line,) = done.stderr.splitlines()
     assert "cannot unpack itself into" in line and "SHIV_ROOT" in line
     assert (f"{home}/.shiv" if home else "HOME") in line
+
+
+# ------------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("job", [("--once",), ("--backfill", "3")])
+@pytest.mark.parametrize(
+    "codes", [("--codes", ""), ("--codes", " , ，"), ("--codes-file", "-"), ("--codes-file", "e")]
+)
+def test_list_without_a_code_is_a_usage_error_and_nobody_is_asked(
+    run_pyz: RunPyz, infoway: InfowayServer, tmp_path: Path, job: tuple[str, ...], codes: tuple[str, ...]
+) -> None:
+    (tmp_path / "e").write_text("# nothing yet\n\n")
+    done = run_pyz(*job, *codes, env=api_env(infoway, INFOWAY_PLAN=""), input="\n # nothing\n")
+    assert done.returncode == 64, done.stderr
+    assert f"{codes[0]}{' ' + codes[1] if codes[0] == '--codes-file' else ''}: no code in it" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not done.stdout and not infoway.requests
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (("--once", "--cods", "AAPL.US"), "--codes"),
+        (("--chek",), "--check"),
+        (("--check-setting",), "--check-settings"),
+        (("--once", "--demo", "--codes", "A.US", "--jsn"), "--json"),
+        (("—once", "--codes", "A.US"), "--once"),
+        (("--qwertz",), ""),
+    ],
+)
+def test_mistyped_option_gets_the_nearest_one(run_pyz: RunPyz, typed: tuple[str, ...], meant: str) -> None:
+    done = run_pyz(*typed)
+    assert done.returncode == 64
+    (line,) = done.stderr.splitlines()
+    assert (f"did you mean {meant}?" in line) if meant else ("did you mean" not in line), line
