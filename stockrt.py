@@ -371,6 +371,25 @@ def iso_after(now: float, seconds: float) -> str:
     return iso(datetime.fromtimestamp(round(now + seconds), UTC))
 
 
+def local_time(moment: datetime) -> str:
+    """Return a time as people read it: this machine's, with its offset, to the second."""
+    return moment.astimezone().isoformat(" ", "seconds")
+
+
+_UTC_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z")
+
+
+def local_times(text: str) -> str:
+    """Return a text for people with its times, which programs get in UTC, on this machine's clock."""
+
+    def local(found: re.Match[str]) -> str:
+        with contextlib.suppress(ValueError, OverflowError, OSError):  # somebody else's, and no time
+            return local_time(datetime.fromisoformat(found[0]))
+        return found[0]
+
+    return _UTC_TIME.sub(local, text)
+
+
 def age_words(seconds: float) -> tuple[str, float]:
     """Return an age in its largest whole unit (`12 s`, `5 min`, `3 h`, `2 d`), and the age at which that changes."""
     seconds = max(0.0, seconds)
@@ -1280,7 +1299,8 @@ def load_settings(
     if faults:
         raise SettingsError(faults)
     values.setdefault("module_description", "")
-    settings = Settings(**values, color=not environ.get("NO_COLOR"))
+    color = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+    settings = Settings(**values, color=color)
     HIDDEN.secrets = settings.secrets()
     return LoadedSettings(settings, source, tuple(warnings))
 
@@ -1316,13 +1336,12 @@ def _path_faults(values: Mapping[str, Any], environ: Mapping[str, str]) -> list[
     tried = [("STATE_DIRECTORY", f"{there}/.", os.W_OK | os.X_OK)]
     tried += [(name, environ.get(name, ""), os.R_OK) for name in ("SSL_CERT_FILE", "CREDENTIALS_DIRECTORY")]
     tried += [("SSL_CERT_DIR", path, os.R_OK) for path in environ.get("SSL_CERT_DIR", "").split(":")]
-    for name, path in (
-        ("METRICS_FILE", str(values.get("metrics_file", ""))),
-        ("SSLKEYLOGFILE", environ.get("SSLKEYLOGFILE", "")),
-    ):
-        is_made_anew = name == "METRICS_FILE" or not os.path.lexists(path)
-        place = f"{os.path.dirname(path) or '.'}/." if path and is_made_anew else path
-        tried.append((name, place, os.W_OK))
+    metrics, keys = values.get("metrics_file"), environ.get("SSLKEYLOGFILE", "")
+    if metrics:
+        tried.append(("METRICS_FILE", f"{metrics.parent}/.", os.W_OK | os.X_OK))
+    if keys and not os.path.lexists(keys):
+        keys = f"{Path(keys).parent}/."
+    tried.append(("SSLKEYLOGFILE", keys, os.W_OK))
     faults = []
     for name, place, mode in tried:
         why = place and _fault_of_place(place, mode)
@@ -1339,7 +1358,7 @@ def _fault_of_place(place: str, mode: int) -> str:
         return error.strerror or str(error)
     if os.access(place, mode):
         return ""
-    return f"this user may not {'write' if mode & os.W_OK else 'read'} there"
+    return f"this user may not {'read' * (mode == os.R_OK) or 'write'} it"
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
@@ -2254,6 +2273,17 @@ class Report:
         """Whether the latest trade of every code is in the store, and the closes that follow from them."""
         return not self.failures and not self.close_error and self.reached == self.total
 
+    @property
+    def outcome(self) -> str:
+        """How it ended: `success`, `partial`, `failure` or `interrupted`."""
+        if self.interrupted:
+            return "interrupted"
+        if self.complete and self.total:
+            return "success"
+        if self.reached and not self.store_error and not self.queued:
+            return "partial"
+        return "failure"
+
     def as_of_now(self) -> Report:
         """Return what it says now, of a run that another thread may go on with."""
         return replace(self, failures=self.failures.copy(), read_as=self.read_as.copy())
@@ -2303,14 +2333,14 @@ class QueueStats(NamedTuple):
 
 
 class KeyStats(NamedTuple):
-    """What is known of an API key: requests used and left today (None: no limit), its state, when its plan ends.
+    """What is known of an API key: requests used and left today (None: not known; infinite: no limit), its state.
 
-    `digest` stands for the key; `ends` is epoch seconds, 0 where it is not known.
+    `digest` stands for the key; `ends`: when its plan does, epoch seconds, 0 where it is not known.
     """
 
     digest: str
-    used: int
-    left: int | None
+    used: int | None
+    left: float | None
     state: str
     ends: float
 
@@ -2336,6 +2366,9 @@ class Events:
 
     def stored(self, documents: Sequence[dict[str, Any]]) -> None:
         """These documents are in the store, new or not."""
+
+    def kept(self, documents: Sequence[dict[str, Any]]) -> None:
+        """These documents wait on this machine for MongoDB."""
 
     def queue_changed(self, stats: QueueStats) -> None:
         """What waits for MongoDB on this machine changed."""
@@ -3557,8 +3590,8 @@ class Ledger(Protocol):
     ) -> None:
         """Take the requests of a lease off the counts: it was leased today (UTC), and they were not made."""
 
-    def used_today(self, digest: str, now: float) -> int:
-        """Return how many requests of the key were leased today (UTC)."""
+    def used_today(self, digest: str, now: float) -> int | None:
+        """Return how many requests of the key were leased today (UTC), None where that cannot be known."""
 
 
 class NoLedger:
@@ -3573,9 +3606,9 @@ class NoLedger:
     ) -> None:
         """Nothing is counted."""
 
-    def used_today(self, digest: str, now: float) -> int:
+    def used_today(self, digest: str, now: float) -> int | None:
         """Nothing is known."""
-        return 0
+        return None
 
 
 class ApiKey:
@@ -3629,9 +3662,13 @@ class ApiKey:
 
 
 class KeyState(TypedDict):
-    """What the status shows of a key: why it is out or rests, until when (ISO 8601 UTC), what it does not serve."""
+    """What the status shows of a key: why it is out or rests, until when (ISO 8601 UTC), what it does not serve.
+
+    `leased`: requests that are counted today and not made yet.
+    """
 
     digest: str
+    leased: int
     state: Literal["ready", "resting", "out"]
     why: str
     until: str
@@ -3760,12 +3797,16 @@ class KeyPool:
     def _state_of(self, key: ApiKey) -> KeyState:
         not_for = sorted(key.closed_products)
         rest_s = key.paused_until - self._clock.monotonic()
+        leased = 0
+        if key.plan.per_day and key.leased_on == utc_day(self._clock.wall()):
+            leased = max(0, key.lease.requests)
+        state = KeyState(digest=key.digest, leased=leased, state="ready", why="", until="", not_for=not_for)
         if key.dead:
-            return KeyState(digest=key.digest, state="out", why=key.dead, until="", not_for=not_for)
-        if rest_s <= 0:
-            return KeyState(digest=key.digest, state="ready", why="", until="", not_for=not_for)
-        until = iso_after(self._clock.wall(), rest_s)
-        return KeyState(digest=key.digest, state="resting", why=key.paused_why, until=until, not_for=not_for)
+            state |= {"state": "out", "why": key.dead}
+        elif rest_s > 0:
+            until = iso_after(self._clock.wall(), rest_s)
+            state |= {"state": "resting", "why": key.paused_why, "until": until}
+        return state
 
     def _first_ready(self, product: str, now: float, only: ApiKey | None) -> ApiKey | None:
         usable = [key for key in self.keys if not key.refusal(product) and only in (None, key)]
@@ -3974,14 +4015,14 @@ class LocalLedger:
         except StoreError as error:
             log.warning("the counts of a key are not kept: %s", error)
 
-    def used_today(self, digest: str, now: float) -> int:
-        """Return how many requests of the key were leased today."""
+    def used_today(self, digest: str, now: float) -> int | None:
+        """Return how many requests of the key were leased today, None where the file cannot be read."""
         query = "SELECT used FROM key_usage WHERE digest = ? AND day = ?"
         try:
             row = self._file.read_one(query, digest, utc_day(now)) or (0,)
         except StoreError as error:
             log.warning("the day's count of a key cannot be read: %s", error)
-            return 0
+            return None
         return int(row[0])
 
     def _take_slots(self, digest: str, plan: Plan, lease: Lease, now: float, made: Sequence[float]) -> Lease:
@@ -4092,13 +4133,13 @@ class SharedLedger:
                 self._collection.update_one(day, {"$inc": {"used": -lease.requests}})
             self._collection.update_one(minute, update)
 
-    def used_today(self, digest: str, now: float) -> int:
-        """Return how many requests of the key all instances leased today; MongoDB away: those of this one."""
+    def used_today(self, digest: str, now: float) -> int | None:
+        """Return how many requests of the key all instances leased today, None where MongoDB is away."""
         try:
             with self._together():
                 found = self._collection.find_one({"_id": f"{digest}|{utc_day(now)}"})
         except StoreAway:
-            return self._alone.used_today(digest, now)
+            return None
         return int(found["used"]) if found else 0
 
     @contextlib.contextmanager
@@ -6918,6 +6959,7 @@ class Delivery:
         self._failed_alone = 0
         self._changed = threading.Condition()  # what waits, or the next one:
         self._away: tuple[StoreAway, datetime] | None = None  # why MongoDB takes nothing, and since when
+        self._is_silent = False  # whether nothing was delivered while a write waited for its turn
         self._thread = threading.Thread(target=self._run, name="stockrt-delivery", daemon=True)
         self._closing = threading.Event()
         self._woken = threading.Event()  # something came, or this closes
@@ -7012,8 +7054,10 @@ class Delivery:
         try:
             if self.queue.has_trades():
                 self._wake()
+                before = self.queue.trades
                 with self._changed:
                     self._changed.wait_for(lambda: self._away or not self.queue.has_trades(), CATCH_UP_S)
+                self._is_silent = self.queue.trades >= before
                 return self._away is None and not self.queue.has_trades()
         except StoreError as error:
             self._file_trouble.again(str(error))
@@ -7040,15 +7084,14 @@ class Delivery:
         """Return why trades are queued; `before` of them wait longer."""
         away = self._away
         if away is None:
-            return f"{before} others wait for MongoDB before them"
+            words = f"{before} others wait for MongoDB before them"
+            if self._is_silent:
+                words = f"MongoDB did not answer within {CATCH_UP_S:.0f} s; {words}"
+            return words
         error, since = away
-        form = "%H:%M"
-        if utc_now() - since >= timedelta(days=1):
-            form = "%Y-%m-%d %H:%M"
-        clock = f"{since.astimezone():{form}}"
         if error.unreachable:
-            return f"MongoDB unreachable since {clock}"
-        return f"MongoDB takes no writes since {clock} ({error.words})"
+            return f"MongoDB unreachable since {local_time(since)}"
+        return f"MongoDB takes no writes since {local_time(since)} ({error.words})"
 
     def _put_aside(self, documents: Sequence[Document], reasons: Mapping[str, str], collection: str) -> None:
         """Keep what MongoDB rejected; the others of its batch are stored, whatever the local file says."""
@@ -7186,31 +7229,32 @@ class Delivery:
     def _deliver_all(self) -> None:
         """Deliver everything that waits, however long MongoDB is away, and say how much that was."""
         self.moved = self.rejected = 0
-        started = time.monotonic()
+        took = 0.0  # of what moved something: an absence is not counted
         delays, done = self._fresh_delays(), 0
         while not self._closing.is_set():
             self._woken.clear()
+            began = time.monotonic()
             try:
                 self.deliver(self._closing)
-                self._say_delivered(started)
+                self._say_delivered(took + time.monotonic() - began)
                 return
             except Exception as error:  # nobody else looks at this thread
                 self._say_fault(error)
                 if self.moved + self.rejected > done:
+                    took += time.monotonic() - began
                     delays, done = self._fresh_delays(), self.moved + self.rejected
                 wait = self._closing.wait
                 if isinstance(error, ClosesLate):
                     wait = self._woken.wait  # new trades are moved at once
                 wait(next(delays))
 
-    def _say_delivered(self, started: float) -> None:
+    def _say_delivered(self, took: float) -> None:
         if self._closing.is_set():
             return
         self._note_back()
         self._tell()
         self.queue.shrink()
         if self.moved or self.rejected:
-            took = time.monotonic() - started
             words = "%d kept trades moved to MongoDB in %.1f s, %d refused by it"
             log.info(words, self.moved, took, self.rejected)
 
@@ -7479,6 +7523,7 @@ class Collector:
         if written.queued:
             self.report.queued += written.queued
             self.report.queued_because = written.queued_because
+            self._events.kept(documents)
             return
         self.report.stored += written.stored
         self.report.duplicates += written.duplicates
@@ -7568,16 +7613,19 @@ def _limits_words(plan: Plan) -> str:
 
 
 class KeyUsage(TypedDict):
-    """What is known of an API key: requests used and left today (None: no limit), and the key's state.
+    """What is known of an API key: requests used and left today (None: not counted, or not known), and its state.
 
+    `leased_today`: counted by the running daemon, not made yet, and neither used nor missing in what is left.
     `ends`: when its plan ends (ISO 8601 UTC), None where the API has not told; `ends_soon`: so in words, or ''.
     """
 
     key: str
     plan: str
+    per_day: int
     ends: str | None
     ends_soon: str
-    used_today: int
+    used_today: int | None
+    leased_today: int
     left_today: int | None
     state: str
     why: str
@@ -7704,7 +7752,8 @@ class Pipeline:
 
     def _stats(self, key: ApiKey, state: KeyState, usage: KeyUsage) -> KeyStats:
         ends = self._plans.of(key).ends
-        return KeyStats(key.digest, usage["used_today"], usage["left_today"], usage["state"], ends)
+        left = usage["left_today"] if usage["per_day"] else math.inf
+        return KeyStats(key.digest, usage["used_today"], left, usage["state"], ends)
 
     def finalise(self, stop: threading.Event) -> float:
         """Make a part of the closes final that are due, and return after how many seconds there is more to do.
@@ -7788,14 +7837,18 @@ class Pipeline:
 
     def _usage(self, key: ApiKey, told: KeyState | None) -> KeyUsage:
         now = time.time()
-        used = self.keys.ledger.used_today(key.digest, now)
+        counted = None
+        if key.plan.per_day:
+            counted = self.keys.ledger.used_today(key.digest, now)
         info = self._plans.of(key)
         usage: KeyUsage = {
             "key": key.shown,
             "plan": key.plan.name,
+            "per_day": key.plan.per_day,
             "ends": iso_after(info.ends, 0) if info.ends else None,
             "ends_soon": info.end_words(now),
-            "used_today": used,
+            "used_today": counted,
+            "leased_today": 0,
             "left_today": None,
             "state": "ready",
             "why": "",
@@ -7806,8 +7859,10 @@ class Pipeline:
             usage["not_for"] = told["not_for"]
             if told["state"] != "resting" or told["until"] > iso_after(now, 0):  # it was when it was told
                 usage |= {"state": told["state"], "why": told["why"], "until": told["until"]}
-        if key.plan.per_day:
-            usage["left_today"] = max(0, key.plan.per_day - used)
+        if counted is not None:
+            leased = min(counted, told["leased"]) if told else 0
+            left = max(0, key.plan.per_day - counted + leased)
+            usage |= {"used_today": counted - leased, "leased_today": leased, "left_today": left}
         if usage["left_today"] == 0 and usage["state"] == "ready":
             until = iso_after(next_midnight(now), 0)
             usage |= {"state": "resting", "why": day_used_up(key.plan), "until": until}
@@ -8075,18 +8130,20 @@ def make_result(
     ASCII only: a lone surrogate that came in `meta` goes back as it came.
     """
     status = "success" if good else "failure"
+    message = local_times(message)
     answer = {"type": "result", "status": status, **context, "module_name": module_name, "message": message}
     if not good:
         answer["error"] = message
-    return json.dumps(answer | {"result": {"status": status, **result}})
+    return json.dumps(answer | {"result": {"status": status, "status_detail": status, **result}})
 
 
 def report_result(context: Mapping[str, Any], report: Report, settings: Settings) -> str:
     """Return the result of a run: `success` when something is in the store, and nothing waits for it."""
     good = report.reached > 0 and not report.store_error and not report.queued
     listed = islice(report.failures.items(), FAILURES_LISTED)
-    failures = {code: settings.redact(failure.words) for code, failure in listed}
+    failures = {code: settings.redact(local_times(failure.words)) for code, failure in listed}
     result = {
+        "status_detail": report.outcome,
         "total": report.total,
         "success_count": report.reached,
         "duplicate_count": report.duplicates,
@@ -8102,23 +8159,29 @@ def report_result(context: Mapping[str, Any], report: Report, settings: Settings
 
 
 def _result_words(report: Report) -> str:
-    words = f"{report.reached} of {report.total} codes stored"
+    """Return the message: what failed comes first."""
+    stored = f"{report.reached} of {report.total} codes stored"
     if report.store_error:
-        return f"{words}, then the store failed: {report.store_error}"
-    if report.queued and not (report.reached or report.failures):
-        words = report.queued_words()
-    elif report.queued:
-        words += f"; {report.queued_words()}"
+        return f"{stored}, then the store failed: {report.store_error}"
+    words = []
+    if report.failures:
+        words.append(_failed_words(report))
     if report.close_error:
-        words += f", the closing snapshot is not kept: {report.close_error}"
+        words.append(f"the closing snapshot is not kept: {report.close_error}")
+    if report.queued:
+        words.append(report.queued_words())
+    if report.reached or not report.queued:
+        words.append(stored)
     if report.read_as:
-        words += f"; read as: {report.read_as_words()}"
+        words.append(f"read as: {report.read_as_words()}")
     if report.stale:
-        words += f"; {report.stale_words()}"
-    if not report.failures:
-        return words
+        words.append(report.stale_words())
+    return "; ".join(words)
+
+
+def _failed_words(report: Report) -> str:
     named = [f"{code} ({failure.words})" for code, failure in islice(report.failures.items(), FAILURES_NAMED)]
-    words += f"; failed: {', '.join(named)}"
+    words = f"{len(report.failures)} of {report.total} codes failed: {', '.join(named)}"
     more = len(report.failures) - len(named)
     if more:
         words += f" and {more} more"
@@ -9011,7 +9074,7 @@ class Executor(threading.Thread):
     def _news(self, text: str) -> DaemonStatus:
         answer = json.loads(text)
         last: LastExecution = {
-            "status": answer["status"],
+            "status": answer["result"]["status_detail"],
             "message": answer["message"],
             "workflow_name": answer.get("workflow_name"),
             "at": iso(utc_now()),
@@ -9904,7 +9967,12 @@ class Metrics:
         self._metrics = [
             metric._replace(values=shown) if metric.label == "key" else metric for metric in METRICS
         ]
-        self._numbers = {(metric.name, value): 0.0 for metric in self._metrics for value in metric.values}
+        unknown = {"key": math.nan}
+        self._numbers = {
+            (metric.name, value): unknown.get(metric.label, 0.0)
+            for metric in self._metrics
+            for value in metric.values
+        }
         self._buckets = [0] * len(LATENCY_BUCKETS_S)
         self._latencies, self._latency_sum = 0, 0.0
         self.changes = 0
@@ -9933,7 +10001,7 @@ class Metrics:
     def text(self) -> str:
         """Return everything in node_exporter's textfile format."""
         with self._lock:
-            lines = [line for metric in self._metrics if metric.values for line in self._lines(metric)]
+            lines = [line for metric in self._metrics for line in self._lines(metric)]
             lines += [
                 f"# HELP {LATENCY} Time from a request to the whole answer.",
                 f"# TYPE {LATENCY} histogram",
@@ -9945,9 +10013,11 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
     def _lines(self, metric: Metric) -> Iterator[str]:
-        yield f"# HELP {metric.name} {metric.help}"
-        yield f"# TYPE {metric.name} {metric.kind}"
-        for value in metric.values:
+        known = [value for value in metric.values if not math.isnan(self._numbers[metric.name, value])]
+        if known:
+            yield f"# HELP {metric.name} {metric.help}"
+            yield f"# TYPE {metric.name} {metric.kind}"
+        for value in known:
             label = f'{{{metric.label}="{value}"}}' if metric.label else ""
             yield f"{metric.name}{label} {_number_text(self._numbers[metric.name, value])}"
 
@@ -10077,9 +10147,10 @@ class Service(Events):
         """Note what each key has used and left, and how it stands."""
         for key in keys:
             name = key.digest[:DIGEST_SHOWN]
-            left = math.inf if key.left is None else key.left
-            self.metrics.put("stockrt_api_key_requests_today", key.used, name)
-            self.metrics.put("stockrt_api_key_requests_left", left, name)
+            if key.used is not None:
+                self.metrics.put("stockrt_api_key_requests_today", key.used, name)
+            if key.left is not None:
+                self.metrics.put("stockrt_api_key_requests_left", key.left, name)
             self.metrics.put("stockrt_api_key_state", KEY_STATES.index(key.state), name)
             self.metrics.put("stockrt_api_key_end_timestamp_seconds", key.ends, name)
 
@@ -10150,15 +10221,7 @@ class Service(Events):
 
 def outcome_of(report: Report | None) -> str:
     """Return how an execution ended, as the metrics count it."""
-    if report is None:
-        return "refused"
-    if report.interrupted:
-        return "interrupted"
-    if report.complete and report.total:
-        return "success"
-    if report.reached and not report.store_error and not report.queued:
-        return "partial"
-    return "failure"
+    return "refused" if report is None else report.outcome
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -10243,8 +10306,9 @@ class _Parser(argparse.ArgumentParser):
         near = [
             name for one in typed for name in difflib.get_close_matches(one, self._option_string_actions, n=1)
         ]
-        meant = f"; did you mean {' '.join(near)}?" if near else ""
-        raise UsageError(f"{message}{meant}; see --help")
+        if near:
+            message += f"; did you mean {' '.join(near)}?"
+        raise UsageError(f"{message}; see --help")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -10347,7 +10411,7 @@ def read_codes(options: argparse.Namespace) -> Iterator[str]:
         count += 1
         yield code
     if not count:
-        where = f"--codes-file {options.codes_file}" if options.codes_file else "--codes"
+        where = f"--codes-file {options.codes_file or ''}".removesuffix("-file ")
         raise UsageError(f"{where}: no code in it; expected codes such as AAPL.US 600519; see --help")
 
 
@@ -10372,18 +10436,25 @@ class _Redacting(logging.Formatter):
     """Formats a record, tracebacks included, and takes every secret out."""
 
     def __init__(self, settings: Settings, journal: bool = False) -> None:
-        super().__init__("%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+        form = "%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s"
+        super().__init__(form, "%Y-%m-%d %H:%M:%S%z")
         self._settings = settings
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        text = self._settings.redact(super().format(record))
+        text = self._settings.redact(local_times(super().format(record)))
         return for_journal(text, record.levelno) if self._journal else text
+
+
+class _BesideBar(logging.StreamHandler[Any]):
+    def emit(self, record: logging.LogRecord) -> None:
+        with bar_aside():
+            super().emit(record)
 
 
 def start_logging(settings: Settings) -> None:
     """Send this program's messages to stderr, secrets masked; libraries only from warnings on."""
-    handler = logging.StreamHandler()
+    handler = _BesideBar()
     handler.setFormatter(_Redacting(settings, journal=isinstance(sys.stderr, JournalStream)))
     logging.getLogger().handlers = [handler]
     logging.getLogger().setLevel(logging.WARNING)
@@ -10546,35 +10617,86 @@ def stop_on_signals(work: Stoppable) -> None:
     signal.signal(signal.SIGTERM, on_signal)
 
 
-class Terminal(Events):
-    """Shows a run to a person: rows as they are stored, and a bar on a terminal's stderr once it is a long one."""
+# After this time a person wants to see that something goes on, and how often that is drawn anew.
+LONG_RUN_S, DRAW_EVERY_S = 2.0, 0.5
 
-    def __init__(self, rows: Rows | None, unit: str, bar_above: int) -> None:
+
+class Terminal(Events):
+    """Shows a run to a person: rows as they come, and a bar on a terminal's stderr once it is a long one.
+
+    Long is what has more than `bar_above` of its `unit`, or takes LONG_RUN_S. Any thread may call it.
+    """
+
+    def __init__(self, rows: Rows | None = None, unit: str = "", bar_above: float = math.inf) -> None:
         self._rows = rows
         self._unit = unit
         self._bar_above = bar_above
-        self._is_terminal = sys.stderr.isatty()
+        self._done = self._total = 0
         self._bar: Any = None
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._is_terminal = sys.stderr.isatty()
+        if self._is_terminal:
+            with contextlib.suppress(StockrtError):  # no thread is to be had: no bar while nothing happens
+                start_thread(threading.Thread(target=self._draw_again, name="stockrt-bar", daemon=True))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def stored(self, documents: Sequence[Document]) -> None:
         """Print them."""
         if self._rows is not None:
-            self._rows.add(documents)
+            with bar_aside():
+                self._rows.add(documents)
+
+    def kept(self, documents: Sequence[Document]) -> None:
+        """Print them: the closing line says that they wait."""
+        self.stored(documents)
 
     def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
         """Draw the bar."""
-        if self._bar is None and self._is_terminal and total > self._bar_above:
-            from tqdm import tqdm
-
-            unit = f" {self._unit}"
-            self._bar = tqdm(total=total, initial=done, unit=unit, file=sys.stderr, leave=False)
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
+        if total:
+            self._done, self._total = done, total
+        if self._is_terminal and total > self._bar_above:
+            self._draw()
 
     def close(self) -> None:
         """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
+        with self._lock:
+            self._closed.set()
+            if self._bar is not None:
+                self._bar.close()
+
+    def _draw(self) -> None:
+        with self._lock:
+            if self._closed.is_set():
+                return
+            if self._bar is None:
+                from tqdm import tqdm
+
+                unit = f" {self._unit}"
+                form = {" ": "working for {elapsed} (min:s)"}.get(unit)
+                self._bar = tqdm(unit=unit, bar_format=form, file=sys.stderr, leave=False)
+            if self._total:
+                self._bar.total, self._bar.n = self._total, self._done
+            self._bar.refresh()
+
+    def _draw_again(self) -> None:
+        long_at = time.monotonic() + LONG_RUN_S
+        while not self._closed.wait(DRAW_EVERY_S):
+            if time.monotonic() >= long_at:
+                self._draw()
+
+
+@contextlib.contextmanager
+def bar_aside() -> Iterator[None]:
+    """Take a bar away while something is printed."""
+    tqdm = sys.modules.get("tqdm")
+    with tqdm.tqdm.external_write_mode() if tqdm else contextlib.nullcontext():
+        yield
 
 
 class _Run(threading.Thread):
@@ -10609,16 +10731,18 @@ class _Run(threading.Thread):
 
 def say(text: str, level: int = logging.INFO) -> None:
     """Write a message to stderr, for the person at the terminal or for the journal."""
+    text = local_times(text)
     if isinstance(sys.stderr, JournalStream):
         text = for_journal(text, level)
-    with contextlib.suppress(OSError):  # nobody reads it: nothing else can be done
+    with contextlib.suppress(OSError), bar_aside():  # nobody reads it: nothing else can be done
         print(text, file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
     """Print what was asked for to stdout. Raises PrintError."""
     try:
-        print(text, flush=True)
+        with bar_aside():
+            print(text, flush=True)
     except BrokenPipeError:
         raise PrintError from None
     except OSError as error:
@@ -10698,7 +10822,7 @@ def run_check(settings: Settings, source: Path | None) -> int:
     for check in _checks(settings, source):
         failed |= not check.good
         verdict = "ok  " if check.good else "FAIL"
-        show(settings.redact(f"{verdict}  {check.name}: {check.words}"))
+        show(settings.redact(local_times(f"{verdict}  {check.name}: {check.words}")))
     return EXIT_FAILED if failed else EXIT_OK
 
 
@@ -10723,6 +10847,8 @@ def _checks(settings: Settings, source: Path | None) -> Iterator[Check]:
         yield Check(store, False, str(error))
     if settings.platform_url():
         yield check_platform(settings)
+    else:
+        yield Check("platform", True, "SERVER_IP and SERVER_PORT are not set: standalone")
 
 
 def _ways(settings: Settings) -> str:
@@ -10848,13 +10974,15 @@ def run_status(settings: Settings, as_json: bool) -> int:
         done = f"{last['status']} at {last['at']}: {last['message']}"
     lines.append(("last execution", done))
     lines += [("API key", _key_line(key)) for key in status["keys"]]
-    show(settings.redact("\n".join(f"{name:<15} {text}" for name, text in lines)))
+    show(settings.redact(local_times("\n".join(f"{name:<15} {text}" for name, text in lines))))
     return EXIT_OK
 
 
 def _daemon_line(daemon: DaemonFacts) -> str:
     if not daemon["running"]:
         return "not running"
+    if daemon["pid"] is None:
+        return "running, and has told nothing of itself yet"
     return f"running, pid {daemon['pid']}, version {daemon['version']}"
 
 
@@ -10881,10 +11009,7 @@ def _platform_line(platform: PlatformFacts) -> str:
 
 
 def _key_line(key: KeyUsage) -> str:
-    left = f"{key['left_today']} left"
-    if key["left_today"] is None:
-        left = "no daily limit"
-    line = f"{key['key']}  {key['plan']}  {key['used_today']} used today, {left}  {key['state']}"
+    line = f"{key['key']}  {key['plan']}  {_quota_words(key)}  {key['state']}"
     if key["until"]:
         line += f" until {key['until']}"
     if key["why"]:
@@ -10894,6 +11019,17 @@ def _key_line(key: KeyUsage) -> str:
     if key["not_for"]:
         line += f"; not for {', '.join(key['not_for'])}"
     return line
+
+
+def _quota_words(key: KeyUsage) -> str:
+    if not key["per_day"]:
+        return "no daily limit, not counted"
+    if key["used_today"] is None:
+        return "used today: unknown, the counts cannot be read"
+    words = f"{key['used_today']} used today, {key['left_today']} left"
+    if key["leased_today"]:
+        words += f", {key['leased_today']} of them leased by the daemon"
+    return words
 
 
 def need_mongodb(settings: Settings, why: str) -> None:
@@ -10964,7 +11100,7 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
     with Pipeline(settings) as pipeline:
         rejects = pipeline.rejects()
     for reject in rejects:
-        line = "{rejected_at}  {collection}  {_id}: {reason}".format_map(reject)
+        line = local_times("{rejected_at}  {collection}  {_id}: {reason}".format_map(reject))
         if as_json:
             line = json.dumps(reject, ensure_ascii=False)
         show(settings.redact(line))
@@ -11060,21 +11196,27 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return run_once(options, loaded.settings)
     if options.backfill is not None:
         return run_backfill(options, loaded.settings)
+    if options.drain:
+        return run_drain(loaded.settings, options.retry)
+    if needs_of(options) is DAEMON_NEEDS:
+        return run_daemon(loaded.settings, environ)
+    with Terminal():
+        return _run_short(options, loaded)
+
+
+def _run_short(options: argparse.Namespace, loaded: LoadedSettings) -> int:
+    """Run a command that counts nothing."""
     if options.register:
         return run_register(loaded.settings, options.force)
     if options.status:
         return run_status(loaded.settings, options.json)
     if options.symbols:
         return run_symbols(options.symbols, loaded.settings, options.json)
-    if options.drain:
-        return run_drain(loaded.settings, options.retry)
     if options.rejects:
         return run_rejects(loaded.settings, options.json)
     if options.check:
         return run_check(loaded.settings, loaded.source)
-    if options.check_settings:
-        return run_check_settings(loaded)
-    return run_daemon(loaded.settings, environ)
+    return run_check_settings(loaded)
 
 
 def _prepare_streams() -> None:

@@ -29,6 +29,8 @@ N = TypeVar("N", int, float)
 # A wait for something that must happen; long, because a busy machine is slow, not wrong.
 PATIENCE = 30.0
 HASH = "-4611686018427387904"
+# How a time is told to people.
+LOCAL_TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d"
 
 
 def number(short: N, hour: N, quick: N | None = None) -> N:
@@ -139,7 +141,7 @@ class ProcessDaemon:
         program: Path = PROGRAM,
         wrapper: Sequence[str] = (),
     ) -> None:
-        self._environment = {**base, **settings}
+        self.environment = {**base, **settings}
         self._program = program
         self._wrapper = wrapper
         self.state = Path(settings["STATE_DIRECTORY"])
@@ -151,7 +153,7 @@ class ProcessDaemon:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self._wrapper, sys.executable, str(self._program)],
-                env=self._environment,
+                env=self.environment,
                 cwd=self.log_path.parent,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

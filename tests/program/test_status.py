@@ -112,11 +112,11 @@ def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> 
         "waiting": {"commands": 0, "results": 0},
         "last_execution": None,
         "keys": [
-            {"key": "aaa…111", "plan": "free", "ends": None, "ends_soon": "", "used_today": 0,
-             "left_today": 86_400, "state": "ready", "why": "",
+            {"key": "aaa…111", "plan": "free", "per_day": 86_400, "ends": None, "ends_soon": "", "used_today": 0,
+             "leased_today": 0, "left_today": 86_400, "state": "ready", "why": "",
              "until": "", "not_for": []},
-            {"key": "bbb…222", "plan": "pro", "ends": None, "ends_soon": "", "used_today": 0,
-             "left_today": 1_728_000, "state": "ready", "why": "",
+            {"key": "bbb…222", "plan": "pro", "per_day": 1_728_000, "ends": None, "ends_soon": "", "used_today": 0,
+             "leased_today": 0, "left_today": 1_728_000, "state": "ready", "why": "",
              "until": "", "not_for": []},
         ],
     }  # fmt: skip
@@ -186,6 +186,7 @@ LAST: dict[str, object] = {
 }
 KEY_STATE: dict[str, object] = {
     "digest": stockrt.key_digest(FIRST),
+    "leased": 0,
     "state": "out",
     "why": "w",
     "until": "",

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pymongo
 import pytest
-from conftest import RunPyz, unavailable
+from conftest import MakeWorld, RunPyz, unavailable
+from kit.daemons import LOCAL_TIME, until
+from kit.fault_world import World
 from kit.infoway_server import InfowayServer
 from kit.mongo import Unavailable, make_certificates
+from kit.mongo_proxy import MongoProxy
 
-from program.test_once import DEMO, api_env
+from program.test_once import DEMO, api_env, cells, nobody_listens, on_terminal
 
 PLATFORM = {"SERVER_IP": "127.0.0.1", "SERVER_PORT": "8000"}
 STANDALONE = {"INFOWAY_API_KEY": "test-key"}
@@ -236,3 +245,236 @@ def test_mistyped_option_gets_the_nearest_one(run_pyz: RunPyz, typed: tuple[str,
     assert done.returncode == 64
     (line,) = done.stderr.splitlines()
     assert (f"did you mean {meant}?" in line) if meant else ("did you mean" not in line), line
+
+
+# ------------------------------------------------------------------------------------------------------
+# Results and numbers
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def world(make_world: MakeWorld) -> World:
+    """A daemon whose store is the local file."""
+    return make_world("", (), None, ("", ""))
+
+
+def answer_to(world: World, codes: list[str]) -> dict[str, Any]:
+    """Return the platform's result of an execution."""
+    return world.result(world.platform.execute(codes)).data
+
+
+def status_of(world: World, run_pyz: RunPyz, *more: str) -> str:
+    """Return what --status says beside the daemon."""
+    return run_pyz("--status", "--env-file", os.devnull, *more, env=world.daemon.environment).stdout
+
+
+def test_partial_success_is_told_by_its_status_detail_and_names_first_what_failed(
+    world: World, run_pyz: RunPyz
+) -> None:
+    world.start()
+    whole = answer_to(world, ["AAPL.US", "TSLA.US"])
+    assert (whole["status"], whole["result"]["status_detail"]) == ("success", "success")
+    some = answer_to(world, ["AAPL.US", "A?B"])
+    assert (some["status"], some["result"]["status"], some["result"]["status_detail"]) == (
+        "success",
+        "success",
+        "partial",
+    )
+    assert re.match(r"1 of 2 codes failed: A\?B \(.+\); 1 of 2 codes stored$", some["message"])
+    assert until(lambda: "partial at" in status_of(world, run_pyz))
+    none = answer_to(world, ["A?B"])
+    assert (none["status"], none["result"]["status_detail"]) == ("failure", "failure")
+    refused = answer_to(world, [])
+    assert (refused["status"], refused["result"]["status_detail"]) == ("failure", "failure")
+
+
+def test_time_of_a_delivery_is_not_that_of_the_absence_and_its_trades_are_those_that_waited(
+    make_world: MakeWorld, mongo_proxy: MongoProxy
+) -> None:
+    world = make_world(f"{mongo_proxy.uri}&timeoutMS=500&serverSelectionTimeoutMS=500")
+    mongo_proxy.down()
+    world.start()
+    began = time.monotonic()
+    kept = sum(world.result(world.send(size)).data["result"]["kept_count"] for size in (5, 7))
+    assert kept == 12
+    assert until(lambda: time.monotonic() > began + 4)  # the absence is to be longer than a delivery
+    mongo_proxy.up()
+    moved = re.compile(r"(\d+) kept trades moved to MongoDB in ([\d.]+) s, 0 refused")
+    assert until(lambda: moved.search(world.daemon.log))
+    away = time.monotonic() - began
+    counts = [(int(found[1]), float(found[2])) for found in moved.finditer(world.daemon.log)]
+    assert sum(count for count, _ in counts) == kept
+    assert sum(seconds for _, seconds in counts) < away / 2
+
+
+def test_trades_that_wait_and_trades_that_are_moved_are_the_same_number_whatever_closes_there_are(
+    run_pyz: RunPyz, infoway: InfowayServer, mongo_db: tuple[str, str]
+) -> None:
+    away = api_env(infoway, MONGODB_HOST=f"mongodb://127.0.0.1:{nobody_listens()}/?timeoutMS=500")
+    codes = ["AAPL.US", "TSLA.US", "BTCUSDT", "USDCNY", "600519", "700.HK"]
+    run_pyz("--once", "--codes", *codes, env=away)
+    waiting = re.search(r"(\d+) trades wait for MongoDB", run_pyz("--status", env=away).stdout)
+    assert waiting is not None and int(waiting[1]) == 6
+    uri, name = mongo_db
+    back = away | {"MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
+    assert re.match(r"6 moved to \S+; 0 left", run_pyz("--drain", env=back).stderr)
+    with pymongo.MongoClient[dict[str, Any]](uri) as client:
+        assert client[name]["realtime"].count_documents({}) == 6
+        assert client[name]["close"].count_documents({}) > 0
+
+
+def test_quota_shows_what_was_used_and_what_is_leased_apart(make_world: MakeWorld, run_pyz: RunPyz) -> None:
+    world = make_world("", (), None, ("", ""), INFOWAY_PLAN="premium")
+    world.start()
+    answer_to(world, ["AAPL.US"])
+    assert until(lambda: json.loads(status_of(world, run_pyz, "--json"))["last_execution"])
+    (key,) = json.loads(status_of(world, run_pyz, "--json"))["keys"]
+    assert key["used_today"] == 1 and key["leased_today"] > 0
+    assert key["used_today"] + key["left_today"] == 864_000
+    line = f"1 used today, 863999 left, {key['leased_today']} of them leased by the daemon"
+    assert line in status_of(world, run_pyz)
+
+
+def test_unknown_is_not_said_to_be_nought(run_pyz: RunPyz) -> None:
+    away = STANDALONE | {
+        "MONGODB_HOST": f"mongodb://127.0.0.1:{nobody_listens()}/?timeoutMS=500",
+        "INFOWAY_PLAN": "free",
+    }
+    (key,) = json.loads(run_pyz("--status", "--json", env=away).stdout)["keys"]
+    assert (key["used_today"], key["left_today"]) == (None, None)
+    assert "used today: unknown" in run_pyz("--status", env=away).stdout
+    assert "no daily limit, not counted" in run_pyz("--status", env=away | {"INFOWAY_PLAN": "0"}).stdout
+
+
+def test_people_get_local_times_with_their_offset_and_programs_get_utc(
+    world: World, run_pyz: RunPyz, infoway: InfowayServer
+) -> None:
+    world.start()
+    answer_to(world, ["AAPL.US"])
+    assert until(lambda: json.loads(status_of(world, run_pyz, "--json"))["last_execution"])
+    tz = {"TZ": "<+0800>-8"}
+    env = world.daemon.environment | tz
+    people = run_pyz("--status", "--env-file", os.devnull, env=env).stdout
+    programs = run_pyz("--status", "--env-file", os.devnull, "--json", env=env).stdout
+    assert len(re.findall(LOCAL_TIME, people)) == people.count("+08:00") >= 2
+    assert not re.search(r"\d\dZ|\d\d\dZ", people)
+    assert "+08" not in programs and re.search(r'"at": "\d{4}-\d\d-\d\dT[\d:.]+Z"', programs)
+    away = api_env(infoway, MONGODB_HOST=f"mongodb://127.0.0.1:{nobody_listens()}/?timeoutMS=500", **tz)
+    away["STATE_DIRECTORY"] = str(world.folder / "another")
+    said = run_pyz("--once", "--codes", "AAPL.US", env=away).stderr
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+0800 WARNING MongoDB", said, re.M)
+    assert re.search(rf"unreachable since {LOCAL_TIME}$", said, re.M)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The network, and MongoDB away
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_network_errors_name_host_and_port_in_plain_words(run_pyz: RunPyz) -> None:
+    port = nobody_listens()
+    env = {
+        "INFOWAY_API_KEY": "test-key",
+        "INFOWAY_API_BASE_URL": f"http://127.0.0.1:{port}",
+        "MONGODB_HOST": f"mongodb://127.0.0.1:{port}/?timeoutMS=500",
+        "SERVER_IP": "127.0.0.1",
+        "SERVER_PORT": str(port),
+    }
+    done = run_pyz("--check", env=env)
+    assert (
+        done.stdout.count(f"127.0.0.1:{port}") >= 3 and done.stdout.lower().count("connection refused") == 3
+    )
+    once = run_pyz("--once", "--codes", "AAPL.US", env=env)
+    assert f"127.0.0.1:{port}: connection refused" in once.stderr
+    unknown = run_pyz("--check", env=env | {"INFOWAY_API_BASE_URL": "http://nowhere.invalid"})
+    assert "nowhere.invalid:80: its name cannot be resolved" in unknown.stdout
+    for text in (done.stdout, done.stderr, once.stderr, unknown.stdout):
+        assert not re.search(r"Errno|[a-z]Error\b|gaierror|_ssl|configured timeouts", text), text
+        assert not any(line.count("; see ") > 1 for line in text.splitlines()), text
+
+
+def test_fault_of_a_proxy_names_one_setting_to_look_at(run_pyz: RunPyz, infoway: InfowayServer) -> None:
+    proxy = f"http://127.0.0.1:{nobody_listens()}"
+    done = run_pyz("--check", env=api_env(infoway, HTTP_PROXY=proxy))
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert line.count("see ") == 1 and line.endswith("see HTTP_PROXY")
+
+
+def test_check_says_that_no_platform_is_set(run_pyz: RunPyz, infoway: InfowayServer) -> None:
+    done = run_pyz("--check", env=api_env(infoway))
+    assert done.returncode == 0
+    assert "ok    platform: SERVER_IP and SERVER_PORT are not set: standalone\n" in done.stdout
+
+
+def test_once_while_mongodb_is_away_shows_what_is_kept_and_says_so_though_older_trades_wait(
+    run_pyz: RunPyz, infoway: InfowayServer
+) -> None:
+    env = api_env(infoway, MONGODB_HOST=f"mongodb://127.0.0.1:{nobody_listens()}/?timeoutMS=1000")
+    run_pyz("--once", "--codes", "TSLA.US", env=env)
+    env["MONGODB_HOST"] = env["MONGODB_HOST"].partition("?")[0]  # its own limit is 20 s
+    done = run_pyz("--once", "--codes", "AAPL.US", "700.HK", env=env)
+    assert done.returncode == 1
+    assert [row[0] for row in cells(done.stdout)] == ["CODE", "AAPL.US", "00700.HK"]
+    assert "2 trades kept on this machine, MongoDB did not answer within 5 s; 1 others wait" in done.stderr
+    lines = run_pyz("--once", "--json", "--codes", "AAPL.US", env=env).stdout.splitlines()
+    assert [json.loads(line)["s"] for line in lines] == ["AAPL.US"]
+    took = re.search(r"\(([\d.]+) s\)", done.stderr)
+    assert took is not None and float(took[1]) < 20
+
+
+# ------------------------------------------------------------------------------------------------------
+# Terminals
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_no_colour_codes_for_a_dumb_terminal(pyz: Path, clean_env: dict[str, str], tmp_path: Path) -> None:
+    for stream in ("stdout", "stderr"):
+        for term, colours in (("dumb", False), ("xterm", True)):
+            env = clean_env | {"TERM": term}
+            _, shown, other = on_terminal(pyz, env, tmp_path, stream, *DEMO, "AAPL.US", "NOWHERE")
+            assert ("\033" in shown, "\033" in other) == (colours, False)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_an_encoding_cannot_hold_gets_a_stand_in(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, run_pyz: RunPyz, encoding: str
+) -> None:
+    env = {"PYTHONIOENCODING": encoding}
+    before = run_pyz("--once", "--demo", "--cods", "茅台", env=env)
+    assert before.returncode == 64 and "\\u8305\\u53f0" in before.stderr
+    after = run_pyz(*DEMO, "AAPL.US", "茅台", env=env)
+    assert after.returncode == 1 and "\\u8305\\u53f0" in after.stderr and "AAPL.US" in after.stdout
+    for stream in ("stdout", "stderr"):
+        status, shown, other = on_terminal(pyz, clean_env | env, tmp_path, stream, *DEMO, "AAPL.US", "茅台")
+        assert status == 1 and "\\u8305\\u53f0" in shown + other and "AAPL.US" in shown + other
+        assert "Traceback" not in shown + other
+
+
+@pytest.fixture
+def slow_api() -> Iterator[InfowayServer]:
+    """An API that takes its time for an answer."""
+    with InfowayServer(latency=3.5) as server:
+        yield server
+
+
+@pytest.mark.parametrize("job", [("--once", "--codes", "AAPL.US"), ("--check",), ("--status",)])
+def test_run_of_more_than_two_seconds_shows_on_a_terminal_that_it_goes_on(
+    pyz: Path,
+    clean_env: dict[str, str],
+    tmp_path: Path,
+    slow_api: InfowayServer,
+    run_pyz: RunPyz,
+    job: tuple[str, ...],
+) -> None:
+    env = api_env(slow_api)
+    if job == ("--status",):  # what is slow there is a MongoDB that does not answer
+        env |= {"MONGODB_HOST": f"mongodb://127.0.0.1:{nobody_listens()}/", "INFOWAY_PLAN": "free"}
+        env |= {"MONGODB_LICENSE_COLLECTION_NAME": "l"}
+    status, shown, other = on_terminal(pyz, clean_env | env, tmp_path, "stderr", *job)
+    assert status == 0, shown
+    if job[0] == "--once":
+        assert re.search(r"0%\||\d+ codes \[", shown), shown
+        assert "AAPL.US" in other
+    elif job[0] == "--check":
+        assert "working for 00:0" in shown and "\r" not in other
+    assert not re.search("working for|%", run_pyz(*job, env=env).stderr)

@@ -8,7 +8,7 @@ import pytest
 from kit.structure import PROGRAM, Structure
 
 # A ratchet: what is added has to be worth its lines. 6,300 is where this should come to without new promises.
-MOST_LINES = 11_150
+MOST_LINES = 11_300
 MOST_CALLABLES = 15
 # What one in a hundred lines may hold, and what the whole may.
 MOST_INLINE_CONDITIONALS = 1.4
