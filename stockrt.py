@@ -95,7 +95,6 @@ from typing import (
     Self,
     TypeAlias,
     TypedDict,
-    TypeVar,
     cast,
     get_args,
     get_origin,
@@ -116,7 +115,6 @@ if TYPE_CHECKING:  # what a path does not need is imported where it is needed: i
 __version__ = "1.0.0"
 
 log = logging.getLogger("stockrt")
-_T = TypeVar("_T")
 
 
 # ======================================================================================================
@@ -339,10 +337,6 @@ def is_deep(value: object) -> bool:
 
 def _items(one: Any) -> Iterable[Any]:
     return one.values() if isinstance(one, dict) else one
-
-
-def _nothing() -> None:
-    """Stand for a callable that nobody gave."""
 
 
 def iso(moment: datetime) -> str:
@@ -570,34 +564,6 @@ class LogThrottle:
             gc.collect()
         self._said.clear()
         self._count = 0
-
-
-# What is wanted once a day and could not be had is asked for again after this time.
-DAILY_AGAIN_S = 900.0
-
-
-class OnceADay:
-    """When to ask for what is wanted once a day (UTC): where it could not be had again within the hour."""
-
-    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
-        self._clock = clock
-        self._had_on = ""
-        self._again_at = -math.inf  # monotonic
-
-    def is_due(self) -> bool:
-        """Return whether to ask now."""
-        if self._had_on == utc_day(self._clock.wall()):
-            return False
-        return self._clock.monotonic() >= self._again_at
-
-    def note_had(self) -> None:
-        """Note that it was had: it is due tomorrow."""
-        self._had_on = utc_day(self._clock.wall())
-        self._again_at = -math.inf
-
-    def note_failed(self) -> None:
-        """Note that it could not be had."""
-        self._again_at = self._clock.monotonic() + DAILY_AGAIN_S
 
 
 # ======================================================================================================
@@ -1540,7 +1506,6 @@ CRYPTO_COINS = frozenset("BTC ETH BNB SOL XRP ADA DOGE LTC BCH DOT TRX LINK AVAX
 # The API's codes are far shorter; a longer text is no code, whatever it holds.
 MAX_CODE_LENGTH = 32
 _CODE_ALPHABET = re.compile(r"[A-Z0-9.&^=_-]+")
-_SEPARATORS = re.compile(r"[\s,;，；、]+")  # noqa: RUF001  (Chinese commas are meant)
 
 
 class Instrument(NamedTuple):
@@ -1556,81 +1521,7 @@ class Instrument(NamedTuple):
 
 
 _SUFFIX_PRODUCTS = {suffix: market.product for suffix, market in MARKETS.items()}
-# Most codes come in the API's own form: reading them as a person's typing would give them back as they are.
-_PLAIN_CODE = re.compile(
-    r"[0-9]{6}\.(?:SH|SZ)|(?!00000)[0-9]{5}\.HK|(?!US\.[JKIT])[A-Z0-9]{1,20}\.(?:US|JP|KS|IN|TW)", re.ASCII
-)
-
-
-def split_codes(text: str) -> list[str]:
-    """Return the codes of a text in which commas (Chinese ones too), semicolons or blanks separate them."""
-    return [code for code in _SEPARATORS.split(text) if code]
-
-
-def parse_code(raw: object) -> Instrument:
-    """Return the instrument that a person or the platform meant by `raw` (a text or a whole number).
-
-    `product:CODE` names the product outright, for a code whose form does not tell it (`common:TOPIX.JP`).
-    Raises InstrumentError, which says what to type instead, and of its kinds UnclearCode where a list of what
-    exists could tell; nothing that could change a URL gets through.
-    """
-    text = _code_text(raw)
-    if not text.isascii():
-        import unicodedata
-
-        text = unicodedata.normalize("NFKC", text)
-    text = text.strip().upper()
-    venue, colon, symbol = text.rpartition(":")
-    if not colon:
-        return _read(text)
-    venue, symbol = venue.strip(), symbol.strip()
-    if venue.lower() in PRODUCTS:
-        return _at_product(symbol, venue.lower())
-    return _at_venue(symbol, venue)
-
-
-def market_of(code: str) -> Market | None:
-    """Return the market that `code` is traded at, None when its form does not tell."""
-    name = market_name(code)
-    return MARKETS.get(name) or PRODUCT_MARKETS.get(name)
-
-
-def is_stale(code: str, t: int, now_ms: int) -> bool:
-    """Whether a latest trade at `t` (epoch ms) is old although the code's market was open since."""
-    market = market_of(code)
-    return market is not None and now_ms - t > market.rest_h * 3_600_000
-
-
-def market_name(code: str) -> str:
-    """Return the suffix of a code, or the product of one that has none, '' where its session is not known."""
-    _, dot, suffix = code.rpartition(".")
-    if code in BASE_METALS:
-        return "metals"
-    if dot and suffix in MARKETS:
-        return suffix
-    return "" if code in SESSIONLESS else _bare_product(code)
-
-
-def is_index(code: str) -> bool:
-    """Return whether a code is that of an index, as far as its form tells: its bars may have no volume."""
-    symbol, _, suffix = code.rpartition(".")
-    numbered = (suffix == "SH" and symbol.startswith("000")) or (suffix == "SZ" and symbol.startswith("399"))
-    return numbered or symbol.startswith(".") or (suffix == "HK" and not symbol.isdigit())
-
-
-def _code_text(raw: object) -> str:
-    if isinstance(raw, str):
-        return raw
-    if (
-        isinstance(raw, bool)
-        or not isinstance(raw, int | float)
-        or raw != raw
-        or raw in (float("inf"), float("-inf"))
-    ):
-        raise InstrumentError(f"no code: {one_line(repr(raw), 40)}; expected a text such as AAPL.US")
-    if raw != int(raw):
-        raise InstrumentError(f"no code: {raw!r}; expected a whole number or a text such as 600519.SH")
-    return str(int(raw)) if abs(raw) < 10**MAX_CODE_LENGTH else "9" * (MAX_CODE_LENGTH + 1)
+PRODUCT_SUFFIXES = {product: suffix for suffix, product in _SUFFIX_PRODUCTS.items()}
 
 
 def _safe(code: str) -> str:
@@ -1647,24 +1538,6 @@ def _safe(code: str) -> str:
             "characters that no code has; expected letters, digits and dots such as AAPL.US"
         )
     return code
-
-
-def _at_product(symbol: str, product: str) -> Instrument:
-    """Read what follows `product:`; at `common` and `crypto` and without an exchange it is taken as it is."""
-    code = _safe(symbol)
-    if product in ("common", "crypto"):
-        return Instrument(code, product)
-    if "." not in code and product != "stock":
-        return _at_market(code, PRODUCT_SUFFIXES[product])
-    if "." not in code and not code.isdigit():
-        return Instrument(code, product)
-    instrument = _read(code)
-    if instrument.product != product:
-        raise InstrumentError(f"{instrument.code} is asked at {instrument.product}, not at {product}")
-    return instrument
-
-
-PRODUCT_SUFFIXES = {product: suffix for suffix, product in _SUFFIX_PRODUCTS.items()}
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -1987,6 +1860,98 @@ def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
 
 
 # ------------------------------------------------------------------------------------------------------
+# Codes
+# ------------------------------------------------------------------------------------------------------
+
+_SEPARATORS = re.compile(r"[\s,;，；、]+")  # noqa: RUF001  (Chinese commas are meant)
+
+
+def split_codes(text: str) -> list[str]:
+    """Return the codes of a text in which commas (Chinese ones too), semicolons or blanks separate them."""
+    return [code for code in _SEPARATORS.split(text) if code]
+
+
+def parse_code(raw: object) -> Instrument:
+    """Return the instrument that a person or the platform meant by `raw` (a text or a whole number).
+
+    `product:CODE` names the product outright, for a code whose form does not tell it (`common:TOPIX.JP`).
+    Raises InstrumentError, which says what to type instead, and of its kinds UnclearCode where a list of what
+    exists could tell; nothing that could change a URL gets through.
+    """
+    text = _code_text(raw)
+    if not text.isascii():
+        import unicodedata
+
+        text = unicodedata.normalize("NFKC", text)
+    text = text.strip().upper()
+    venue, colon, symbol = text.rpartition(":")
+    if not colon:
+        return _read(text)
+    venue, symbol = venue.strip(), symbol.strip()
+    if venue.lower() in PRODUCTS:
+        return _at_product(symbol, venue.lower())
+    return _at_venue(symbol, venue)
+
+
+def market_of(code: str) -> Market | None:
+    """Return the market that `code` is traded at, None when its form does not tell."""
+    return market_named(market_name(code))
+
+
+def market_named(name: str) -> Market | None:
+    """Return the market of a name that `market_name` gives, None of ''."""
+    return MARKETS.get(name) or PRODUCT_MARKETS.get(name)
+
+
+def is_stale(code: str, t: int, now_ms: int) -> bool:
+    """Whether a latest trade at `t` (epoch ms) is old although the code's market was open since."""
+    market = market_of(code)
+    return market is not None and now_ms - t > market.rest_h * 3_600_000
+
+
+def market_name(code: str) -> str:
+    """Return the suffix of a code, or the product of one that has none, '' where its session is not known."""
+    _, dot, suffix = code.rpartition(".")
+    if code in BASE_METALS:
+        return "metals"
+    if dot and suffix in MARKETS:
+        return suffix
+    return "" if code in SESSIONLESS else _bare_product(code)
+
+
+def is_index(code: str) -> bool:
+    """Return whether a code is that of an index, as far as its form tells: its bars may have no volume."""
+    symbol, _, suffix = code.rpartition(".")
+    numbered = (suffix == "SH" and symbol.startswith("000")) or (suffix == "SZ" and symbol.startswith("399"))
+    return numbered or symbol.startswith(".") or (suffix == "HK" and not symbol.isdigit())
+
+
+def _code_text(raw: object) -> str:
+    if isinstance(raw, str):
+        return raw
+    if isinstance(raw, bool) or not isinstance(raw, int | float) or raw - raw != 0:  # not finite
+        raise InstrumentError(f"no code: {one_line(repr(raw), 40)}; expected a text such as AAPL.US")
+    if raw != int(raw):
+        raise InstrumentError(f"no code: {raw!r}; expected a whole number or a text such as 600519.SH")
+    return str(int(raw)) if abs(raw) < 10**MAX_CODE_LENGTH else "9" * (MAX_CODE_LENGTH + 1)
+
+
+def _at_product(symbol: str, product: str) -> Instrument:
+    """Read what follows `product:`; at `common` and `crypto` and without an exchange it is taken as it is."""
+    code = _safe(symbol)
+    if product in ("common", "crypto"):
+        return Instrument(code, product)
+    if "." not in code and product != "stock":
+        return _at_market(code, PRODUCT_SUFFIXES[product])
+    if "." not in code and not code.isdigit():
+        return Instrument(code, product)
+    instrument = _read(code)
+    if instrument.product != product:
+        raise InstrumentError(f"{instrument.code} is asked at {instrument.product}, not at {product}")
+    return instrument
+
+
+# ------------------------------------------------------------------------------------------------------
 # Sessions
 # ------------------------------------------------------------------------------------------------------
 
@@ -2082,6 +2047,10 @@ def _session(market: Market, day: date, zone: tzinfo) -> Session:
 # Batches
 # ------------------------------------------------------------------------------------------------------
 
+# Most codes come in the API's own form: reading them as a person's typing would give them back as they are.
+_PLAIN_CODE = re.compile(
+    r"[0-9]{6}\.(?:SH|SZ)|(?!00000)[0-9]{5}\.HK|(?!US\.[JKIT])[A-Z0-9]{1,20}\.(?:US|JP|KS|IN|TW)", re.ASCII
+)
 # The API refuses more with `ret` 505.
 MAX_BATCH = 100
 # The duplicate check keeps codes in buckets of about so many, each one text: a short search for every code.
@@ -2157,14 +2126,13 @@ class BatchPlan:
         """Take one code that is already in the API's form; `typed` is what stood for it."""
         code, product, alternatives = instrument
         self._take(code, product)
-        if alternatives:
-            self.alternatives[code] = alternatives
-            self.asked_as[code] = (
-                typed  # and not what else was typed for it: only this may be the alternatives
-            )
-        if (alternatives or unsure) and typed.upper() != code:
+        if alternatives:  # which only this text may mean, not what else was typed for the code
+            self.alternatives[code], self.asked_as[code] = alternatives, typed
+        if typed.upper() == code:
+            return
+        if alternatives or unsure:
             self.guessed.add(code)
-        if typed and typed.upper() != code:
+        if typed:
             self.asked_as.setdefault(code, typed)
 
     def _take(self, code: str, product: str) -> None:
@@ -2902,248 +2870,6 @@ SCHEMA_DAMAGED = re.compile(
 )
 
 
-class LocalFile:
-    """One of our SQLite files: WAL, fsynced at every commit, crash-only. Every method may be called by any thread.
-
-    Whoever has it open holds its lock (`stockrt.db.lock`) shared. A file that is damaged, or of another user, is
-    set aside when it is opened, and rescued under the lock alone (promise 6): a gigabyte takes a minute, during
-    which `events` is told of progress. Damage that shows later is noted beside the file and ends its use here:
-    `events` is told, every call raises StoreError from then on, and the next one to open the file rescues it.
-
-    Raises StoreError when the file cannot be used, is in use although it is damaged, or was written by a newer
-    stockrt. Used with `with`, which closes it.
-    """
-
-    def __init__(self, path: Path, version: int, schema: str, events: Events = NO_EVENTS) -> None:
-
-        make_state_directory(path.parent)
-        self.path = path
-        self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
-        self._version = version
-        self._schema = schema
-        self._events = events
-        self._db: sqlite3.Connection | None = None
-        self._fault: StoreError | None = None  # what ended its use
-        lock = _beside(path, ".lock")
-        with disk_trouble(f"the lock {lock} cannot be opened"):
-            self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            with disk_trouble(f"the local file {path} cannot be opened"):
-                keep_owner(lock, path.parent)
-                self._open()
-                self._inode = _inode(path)
-        except BaseException as error:
-            self.close()
-            if isinstance(error, _sqlite_errors()):
-                raise _sqlite_fault(path, error) from error
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @contextlib.contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection in a transaction that is on disk when the block ends; in another one it is a part of it.
-
-        Raises StoreError.
-        """
-        with self._guarded() as db:
-            if db.in_transaction:
-                yield db
-                return
-            with db:
-                db.execute("BEGIN IMMEDIATE")
-                yield db
-        if self._inode != _inode(self.path):
-            # SQLite would go on writing to a file that nobody can find any more.
-            raise self._end_use(StoreError(f"the local file {self.path} was taken away while it was in use"))
-
-    def read_one(self, query: str, *values: object) -> Any:
-        """Return a query's first row, None without one. Raises StoreError."""
-        with self._guarded() as db:
-            return db.execute(query, values).fetchone()
-
-    def read_all(self, query: str, *values: object) -> list[Any]:
-        """Return a query's rows. Raises StoreError."""
-        with self._guarded() as db:
-            return db.execute(query, values).fetchall()
-
-    def shrink(self) -> None:
-        """Give unused space back to the disk, as far as nobody else reads the file now. Raises StoreError."""
-        self.read_all("VACUUM")
-        self.empty_log()
-
-    def empty_log(self) -> None:
-        """Move the write-ahead log into the file, as far as nobody else reads it now. Raises StoreError."""
-        self.read_all("PRAGMA wal_checkpoint(TRUNCATE)")
-
-    def bytes_beside(self) -> int:
-        """Return the size of what SQLite keeps beside the file, in bytes. Raises StoreError."""
-        with disk_trouble(f"the local file {self.path} cannot be looked at"):
-            return sum(_size_of(side) for side in _sides(self.path)[1:])
-
-    def damaged(self, words: str) -> StoreError:
-        """Note damage that shows while the file is in use, and return what to raise."""
-        try:
-            write_whole(self._mark, words + "\n", durable=True)
-        except StoreError as fault:
-            log.error("the next start may not see that %s is damaged: %s", self.path, fault)
-        then = "the next start sets it aside and rescues what can be read"
-        return self._end_use(StoreError(f"the local file {self.path} is damaged: {words}; {then}"))
-
-    def close(self) -> None:
-        """Close the file, and let its lock go."""
-        with self.lock:
-            self._disconnect()
-            self._fault = self._fault or StoreError(f"the local file {self.path} is closed already")
-            if self._locked >= 0:
-                os.close(self._locked)
-            self._locked = -1
-
-    @contextlib.contextmanager
-    def _guarded(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection to one thread, and turn what SQLite raises into StoreError."""
-
-        with self.lock:
-            if self._fault is not None:
-                raise self._fault
-            try:
-                yield cast("sqlite3.Connection", self._db)
-            except _sqlite_errors() as error:
-                if _is_damage(error):
-                    raise self.damaged(one_line(error)) from error
-                raise _sqlite_fault(self.path, error) from error
-
-    def _end_use(self, error: StoreError) -> StoreError:
-        """Let every further call raise an error, tell it, and return it."""
-        with self.lock:
-            self._fault = error
-        self._events.damaged(error)
-        return error
-
-    def _disconnect(self) -> None:
-        if self._db is not None:
-            self._db.close()
-        self._db = None
-
-    def _open(self) -> None:
-        """Lock and open the file; a damaged one is set aside first."""
-        if not self._lock_alone():
-            self._lock_shared()
-        damage = self._connect()
-        if damage:
-            if not self._lock_alone():
-                raise StoreError(
-                    f"the local file {self.path} is damaged ({damage}), and another process has it open: "
-                    "stop that one, and the next start rescues what can be read"
-                )
-            self._set_aside(damage)
-            damage = self._connect()
-        if damage:
-            raise StoreError(f"the local file {self.path} cannot be used: {damage}; see STATE_DIRECTORY")
-        self._lock_shared()
-
-    def _lock_alone(self) -> bool:
-        """Try to be the only one who has the file open, and return whether that is so."""
-        import fcntl
-
-        try:
-            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _lock_shared(self) -> None:
-        """Take the lock together with others, once nobody has it alone."""
-        import fcntl
-
-        while True:
-            try:
-                fcntl.flock(self._locked, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                self._events.progress()
-                time.sleep(RESCUE_POLL_S)
-
-    def _connect(self) -> str:
-        """Connect to the file and return what is wrong with it, '' where nothing is.
-
-        With a torn log it stays connected: to close it would empty the log.
-        """
-
-        if any(side.exists() for side in _sides(self._away)):
-            return "its rescue was interrupted"
-        if self._mark.exists():
-            return one_line(self._mark.read_text(encoding="utf-8", errors="replace"))
-        if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
-            return "its beginning is cut off"  # SQLite would take it for new and drop the log
-        if any(_is_forbidden(side) for side in _sides(self.path)):
-            return "this user may not read and write it"
-        try:
-            self._db = _connect_sqlite(self.path)
-            if _log_is_torn(self._db, self.path):
-                return "its log is damaged, and transactions lie behind the damage"
-            self._bring_up(self._db)
-        except _sqlite_errors() as error:
-            if not _is_damage(error):
-                raise
-            self._disconnect()
-            return one_line(error)
-        return ""
-
-    def _bring_up(self, db: sqlite3.Connection) -> None:
-        """Bring a file up to the version that this stockrt knows. Raises sqlite3.Error, StoreError."""
-        (found,) = db.execute("PRAGMA user_version").fetchone()
-        if found > self._version:
-            raise StoreError(
-                f"{self.path} was written by a newer stockrt (format {found}, this one knows {self._version}); "
-                "use that one, or another STATE_DIRECTORY"
-            )
-        if found < self._version:
-            db.executescript(
-                f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;"
-            )
-
-    @property
-    def _away(self) -> Path:
-        """The name of a file that is being rescued; what has it after a kill is rescued once more."""
-        return _beside(self.path, ".setting-aside")
-
-    @property
-    def _mark(self) -> Path:
-        """The file that says that damage has shown, and in which words."""
-        return _beside(self.path, ".damaged")
-
-    def _set_aside(self, damage: str) -> None:
-        """Put a new file in the place of the old one, with what can be read of it."""
-        done = "it had been rescued already"
-        if not (self.path.exists() and any(side.exists() for side in _sides(self._away))):
-            _move(self.path, self._away)  # its log alone, where a kill came in between
-            done = f"{self._rescue()} rows of it are rescued"
-        aside = _beside(self.path, f".damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z")
-        _move(self._away, aside)
-        sync_directory(self.path.parent)
-        words = "the local file %s cannot be used: %s; it is set aside as %s, %s"
-        log.error(words, self.path, damage, aside.name, done)
-
-    def _rescue(self) -> int:
-        """Make the new file of what can be read of the old one, and return how many rows that is."""
-        fresh = _beside(self.path, ".rescue")
-        for side in _sides(fresh):
-            side.unlink(missing_ok=True)
-        with contextlib.closing(_connect_sqlite(fresh)) as db:
-            self._bring_up(db)
-            rescued = rescue(self._away, db, self._events)
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        self._disconnect()  # not before: the last one to close a damaged log empties it
-        self._mark.unlink(missing_ok=True)
-        fresh.replace(self.path)
-        return rescued
-
-
 def _connect_sqlite(path: Path) -> sqlite3.Connection:
     """Open a file: WAL, and fsynced at every commit. Raises sqlite3.Error."""
     import sqlite3
@@ -3409,6 +3135,253 @@ def _value_at(page: bytes, kind: int, at: int) -> tuple[str | int | None, int]:
     if end > len(page):
         raise ValueError("beyond the page")
     return page[at:end].decode(), end
+
+
+# ------------------------------------------------------------------------------------------------------
+# The file
+# ------------------------------------------------------------------------------------------------------
+
+
+class LocalFile:
+    """One of our SQLite files: WAL, fsynced at every commit, crash-only. Every method may be called by any thread.
+
+    Whoever has it open holds its lock (`stockrt.db.lock`) shared. A file that is damaged, or of another user, is
+    set aside when it is opened, and rescued under the lock alone (promise 6): a gigabyte takes a minute, during
+    which `events` is told of progress. Damage that shows later is noted beside the file and ends its use here:
+    `events` is told, every call raises StoreError from then on, and the next one to open the file rescues it.
+
+    Raises StoreError when the file cannot be used, is in use although it is damaged, or was written by a newer
+    stockrt. Used with `with`, which closes it.
+    """
+
+    def __init__(self, path: Path, version: int, schema: str, events: Events = NO_EVENTS) -> None:
+
+        make_state_directory(path.parent)
+        self.path = path
+        self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
+        self._version = version
+        self._schema = schema
+        self._events = events
+        self._db: sqlite3.Connection | None = None
+        self._fault: StoreError | None = None  # what ended its use
+        lock = _beside(path, ".lock")
+        with disk_trouble(f"the lock {lock} cannot be opened"):
+            self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            with disk_trouble(f"the local file {path} cannot be opened"):
+                keep_owner(lock, path.parent)
+                self._open()
+                self._inode = _inode(path)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, _sqlite_errors()):
+                raise _sqlite_fault(path, error) from error
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection in a transaction that is on disk when the block ends; in another one it is a part of it.
+
+        Raises StoreError.
+        """
+        with self._guarded() as db:
+            if db.in_transaction:
+                yield db
+                return
+            with db:
+                db.execute("BEGIN IMMEDIATE")
+                yield db
+        if self._inode != _inode(self.path):
+            # SQLite would go on writing to a file that nobody can find any more.
+            raise self._end_use(StoreError(f"the local file {self.path} was taken away while it was in use"))
+
+    def read_one(self, query: str, *values: object) -> Any:
+        """Return a query's first row, None without one. Raises StoreError."""
+        with self._guarded() as db:
+            return db.execute(query, values).fetchone()
+
+    def read_all(self, query: str, *values: object) -> list[Any]:
+        """Return a query's rows. Raises StoreError."""
+        with self._guarded() as db:
+            return db.execute(query, values).fetchall()
+
+    def shrink(self) -> None:
+        """Give unused space back to the disk, as far as nobody else reads the file now. Raises StoreError."""
+        self.read_all("VACUUM")
+        self.empty_log()
+
+    def empty_log(self) -> None:
+        """Move the write-ahead log into the file, as far as nobody else reads it now. Raises StoreError."""
+        self.read_all("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def bytes_beside(self) -> int:
+        """Return the size of what SQLite keeps beside the file, in bytes. Raises StoreError."""
+        with disk_trouble(f"the local file {self.path} cannot be looked at"):
+            return sum(_size_of(side) for side in _sides(self.path)[1:])
+
+    def damaged(self, words: str) -> StoreError:
+        """Note damage that shows while the file is in use, and return what to raise."""
+        try:
+            write_whole(self._mark, words + "\n", durable=True)
+        except StoreError as fault:
+            log.error("the next start may not see that %s is damaged: %s", self.path, fault)
+        then = "the next start sets it aside and rescues what can be read"
+        return self._end_use(StoreError(f"the local file {self.path} is damaged: {words}; {then}"))
+
+    def close(self) -> None:
+        """Close the file, and let its lock go."""
+        with self.lock:
+            self._disconnect()
+            self._fault = self._fault or StoreError(f"the local file {self.path} is closed already")
+            if self._locked >= 0:
+                os.close(self._locked)
+            self._locked = -1
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection to one thread, and turn what SQLite raises into StoreError."""
+
+        with self.lock:
+            if self._fault is not None:
+                raise self._fault
+            try:
+                yield cast("sqlite3.Connection", self._db)
+            except _sqlite_errors() as error:
+                if _is_damage(error):
+                    raise self.damaged(one_line(error)) from error
+                raise _sqlite_fault(self.path, error) from error
+
+    def _end_use(self, error: StoreError) -> StoreError:
+        """Let every further call raise an error, tell it, and return it."""
+        with self.lock:
+            self._fault = error
+        self._events.damaged(error)
+        return error
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
+        self._db = None
+
+    def _open(self) -> None:
+        """Lock and open the file; a damaged one is set aside first."""
+        if not self._lock_alone():
+            self._lock_shared()
+        damage = self._connect()
+        if damage:
+            if not self._lock_alone():
+                raise StoreError(
+                    f"the local file {self.path} is damaged ({damage}), and another process has it open: "
+                    "stop that one, and the next start rescues what can be read"
+                )
+            self._set_aside(damage)
+            damage = self._connect()
+        if damage:
+            raise StoreError(f"the local file {self.path} cannot be used: {damage}; see STATE_DIRECTORY")
+        self._lock_shared()
+
+    def _lock_alone(self) -> bool:
+        """Try to be the only one who has the file open, and return whether that is so."""
+        import fcntl
+
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _lock_shared(self) -> None:
+        """Take the lock together with others, once nobody has it alone."""
+        import fcntl
+
+        while True:
+            try:
+                fcntl.flock(self._locked, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                self._events.progress()
+                time.sleep(RESCUE_POLL_S)
+
+    def _connect(self) -> str:
+        """Connect to the file and return what is wrong with it, '' where nothing is.
+
+        With a torn log it stays connected: to close it would empty the log.
+        """
+
+        if any(side.exists() for side in _sides(self._away)):
+            return "its rescue was interrupted"
+        if self._mark.exists():
+            return one_line(self._mark.read_text(encoding="utf-8", errors="replace"))
+        if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
+            return "its beginning is cut off"  # SQLite would take it for new and drop the log
+        if any(_is_forbidden(side) for side in _sides(self.path)):
+            return "this user may not read and write it"
+        try:
+            self._db = _connect_sqlite(self.path)
+            if _log_is_torn(self._db, self.path):
+                return "its log is damaged, and transactions lie behind the damage"
+            self._bring_up(self._db)
+        except _sqlite_errors() as error:
+            if not _is_damage(error):
+                raise
+            self._disconnect()
+            return one_line(error)
+        return ""
+
+    def _bring_up(self, db: sqlite3.Connection) -> None:
+        """Bring a file up to the version that this stockrt knows. Raises sqlite3.Error, StoreError."""
+        (found,) = db.execute("PRAGMA user_version").fetchone()
+        if found > self._version:
+            raise StoreError(
+                f"{self.path} was written by a newer stockrt (format {found}, this one knows {self._version}); "
+                "use that one, or another STATE_DIRECTORY"
+            )
+        if found < self._version:
+            db.executescript(
+                f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;"
+            )
+
+    @property
+    def _away(self) -> Path:
+        """The name of a file that is being rescued; what has it after a kill is rescued once more."""
+        return _beside(self.path, ".setting-aside")
+
+    @property
+    def _mark(self) -> Path:
+        """The file that says that damage has shown, and in which words."""
+        return _beside(self.path, ".damaged")
+
+    def _set_aside(self, damage: str) -> None:
+        """Put a new file in the place of the old one, with what can be read of it."""
+        done = "it had been rescued already"
+        if not (self.path.exists() and any(side.exists() for side in _sides(self._away))):
+            _move(self.path, self._away)  # its log alone, where a kill came in between
+            done = f"{self._rescue()} rows of it are rescued"
+        aside = _beside(self.path, f".damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z")
+        _move(self._away, aside)
+        sync_directory(self.path.parent)
+        words = "the local file %s cannot be used: %s; it is set aside as %s, %s"
+        log.error(words, self.path, damage, aside.name, done)
+
+    def _rescue(self) -> int:
+        """Make the new file of what can be read of the old one, and return how many rows that is."""
+        fresh = _beside(self.path, ".rescue")
+        for side in _sides(fresh):
+            side.unlink(missing_ok=True)
+        with contextlib.closing(_connect_sqlite(fresh)) as db:
+            self._bring_up(db)
+            rescued = rescue(self._away, db, self._events)
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._disconnect()  # not before: the last one to close a damaged log empties it
+        self._mark.unlink(missing_ok=True)
+        fresh.replace(self.path)
+        return rescued
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -4284,8 +4257,6 @@ SYMBOL_TYPES = {
 }
 # Those whose codes have no suffix.
 BARE_TYPES = tuple(name for name, product in SYMBOL_TYPES.items() if product in PRODUCT_MARKETS)
-# A list has up to 15,000 entries, about 2 MB.
-SYMBOLS_LIMITS = API_LIMITS
 # The price list's plan by the name that the API gives it.
 PACKAGE_NAMES = {
     name: plan
@@ -4862,50 +4833,39 @@ class InfowayApi:
 
     def package(self, key: ApiKey, stop: threading.Event) -> PackageInfo | Failure:
         """Ask once what a key's plan is; return that, or why it cannot be had. Raises Interrupted."""
-        try:
-            _, answer = self._ask_once(PACKAGE_PATH, "", PLAN_LIMITS, stop, only=key)
-        except NoKeyError as error:
-            return Failure(FailureKind.KEY, str(error))
-        info, verdict = judge_package(answer)
-        if info is not None:
-            self.keys.trust(key)
-            return info
-        if verdict.action is not Action.KEY_LACKS_PRODUCT:
-            steer(self.keys, key, "", verdict)
-        return verdict.failure
+        envelope, failure = self._ask_once(PACKAGE_PATH, PLAN_LIMITS, stop, key)
+        return read_package(envelope) or failure
 
     def symbols(self, kind: str, stop: threading.Event) -> list[Symbol] | Failure:
-        """Ask once for a list of symbols; return it, or why it cannot be had."""
-        try:
-            key, answer = self._ask_once(f"{SYMBOLS_PATH}?type={kind}", "", SYMBOLS_LIMITS, stop)
-        except (NoKeyError, Interrupted) as error:
-            return Failure(FailureKind.KEY, str(error))
-        found = None if answer.fault else read_symbols(kind, json_object(answer.body) or {})
-        if found is not None:
-            if key is not None:
-                self.keys.trust(key)
-            return found
-        verdict = decide(answer, datetime.now(UTC))
-        if key is not None and verdict.action is not Action.KEY_LACKS_PRODUCT:
-            steer(self.keys, key, "", verdict)
-        return verdict.failure
+        """Ask once for a list of symbols; return it, or why it cannot be had. Raises Interrupted."""
+        envelope, failure = self._ask_once(f"{SYMBOLS_PATH}?type={kind}", API_LIMITS, stop)
+        found = read_symbols(kind, envelope)
+        return failure if found is None else found
 
     def _ask_once(
-        self, path: str, product: str, limits: Limits, stop: threading.Event, only: ApiKey | None = None
-    ) -> tuple[ApiKey | None, Response]:
-        """Ask over a connection of its own, and return the key that was used with the answer; None: there is none.
+        self, path: str, limits: Limits, stop: threading.Event, only: ApiKey | None = None
+    ) -> tuple[Mapping[str, Any], Failure]:
+        """Ask for what is no batch, over a connection of its own; return the answer, and why it is none if it is none.
 
-        As with batches the key is taken when the connection stands. Raises NoKeyError and Interrupted.
+        As with batches the key is taken when the connection stands, and told what follows. Raises Interrupted.
         """
-        connection = HttpConnection(self.base_url, limits, self.proxies)
-        with contextlib.closing(connection):
+        with contextlib.closing(HttpConnection(self.base_url, limits, self.proxies)) as connection:
             with cut_after(limits.whole_s, connection):
                 fault = connection.open()
             if fault is not None:
-                return None, fault
-            key = self.keys.acquire(product, stop, only)
+                return {}, decide(fault, datetime.now(UTC)).failure
+            try:
+                key = self.keys.acquire("", stop, only)
+            except NoKeyError as error:
+                return {}, Failure(FailureKind.KEY, str(error))
             with cut_after(limits.whole_s, connection):
-                return key, connection.open() or connection.get(path, {"apiKey": key.secret})
+                answer = connection.open() or connection.get(path, {"apiKey": key.secret})
+        envelope, verdict = judge(answer)
+        if envelope.get("ret") == 200:
+            self.keys.trust(key)
+        elif verdict.action is not Action.KEY_LACKS_PRODUCT:
+            steer(self.keys, key, "", verdict)
+        return envelope, verdict.failure
 
     def close(self) -> None:
         """End the threads that wait for work."""
@@ -5114,14 +5074,14 @@ def _number_in(data: Mapping[str, Any], name: str) -> float:
 
 def ask_package(base_url: str, key: ApiKey, proxies: Proxies) -> tuple[PackageInfo | None, Verdict]:
     """Ask what a key's plan is; return that, or None and what follows from the answer."""
-    answer = get_once(base_url, PACKAGE_PATH, PLAN_LIMITS, proxies, {"apiKey": key.secret})
-    return judge_package(answer)
+    envelope, verdict = judge(get_once(base_url, PACKAGE_PATH, PLAN_LIMITS, proxies, {"apiKey": key.secret}))
+    return read_package(envelope), verdict
 
 
-def judge_package(answer: Response) -> tuple[PackageInfo | None, Verdict]:
-    """Return the plan that an answer tells, None if none, and what follows from it then."""
-    info = None if answer.fault else read_package(json_object(answer.body) or {})
-    return info, decide(answer, datetime.now(UTC))
+def judge(answer: Response) -> tuple[Mapping[str, Any], Verdict]:
+    """Return what an answer holds that is no batch's, nothing of a faulty one, and what follows if it is no good."""
+    envelope = {} if answer.fault else json_object(answer.body) or {}
+    return envelope, decide(answer, datetime.now(UTC))
 
 
 def _failed(batch: Batch, failure: Failure) -> Outcome:
@@ -5142,6 +5102,7 @@ class KeyPlans:
         self._not_before: dict[str, float] = {}  # by digest, monotonic: after a question without an answer
         self._told: dict[str, tuple[str, PackageInfo]] = {}  # by digest: the day, and what was said
         self._no_plan_said: set[str] = set()
+        self.recall()
 
     def of(self, key: ApiKey) -> PackageInfo:
         """Return what the API said of a key last, NO_PACKAGE before it said anything."""
@@ -5149,7 +5110,7 @@ class KeyPlans:
         return NO_PACKAGE if kept is None else kept[1]
 
     def recall(self) -> None:
-        """Let the keys go by what was told before."""
+        """Let the keys go by what was told before, to whichever process."""
         for key in self._to_ask:
             info = self.of(key)
             if info is not NO_PACKAGE:
@@ -5181,17 +5142,17 @@ class KeyPlans:
 
     def _kept(self, key: ApiKey) -> tuple[str, PackageInfo] | None:
         """Return the day on which the API told of a key, and what, None if never."""
-        if key.digest not in self._told:
+        told = self._told.get(key.digest)
+        if told is None or told[0] != utc_day(self._clock.wall()):  # another process may have asked today
             query = "SELECT asked_on, name, per_second, ends FROM key_plan WHERE digest = ?"
             try:
                 row = self._file.read_one(query, key.digest)
             except StoreError as error:
                 log.warning("the plan of a key cannot be read: %s", error)
-                return None
-            if row is None:
-                return None
-            self._told[key.digest] = (row[0], PackageInfo(*row[1:]))
-        return self._told[key.digest]
+                row = None
+            if row is not None:
+                told = self._told[key.digest] = (row[0], PackageInfo(*row[1:]))
+        return told
 
     def _keep(self, key: ApiKey, info: PackageInfo) -> None:
         today = utc_day(self._clock.wall())
@@ -5284,7 +5245,10 @@ class Directory:
             if self._clock.monotonic() < self._not_before.get(kind, -math.inf):
                 why = why or "it was asked for a moment ago, in vain"
                 continue
-            found = self._api.symbols(kind, stop)
+            try:
+                found = self._api.symbols(kind, stop)
+            except Interrupted as error:
+                return str(error)
             if isinstance(found, Failure):
                 self._not_before[kind] = self._clock.monotonic() + PLAN_RETRY_S
                 return found.words
@@ -5298,9 +5262,16 @@ class Directory:
         where = " OR ".join(
             f"{column} LIKE ? ESCAPE '\\'" for column in ("code", "name_cn", "name_hk", "name_en")
         )
-        query = f"SELECT type, code, name_cn, name_hk, name_en FROM symbols WHERE {where}"  # noqa: S608
+        query = f"SELECT * FROM symbols WHERE {where}"  # noqa: S608
         found = [Symbol(*row) for row in self._file.read_all(query, *[f"%{escaped}%"] * 4)]
         return sorted(found, key=lambda symbol: (_distance(symbol, wanted), symbol.code, symbol.type))
+
+    def names(self, codes: Collection[str]) -> dict[str, str]:
+        """Return the names of codes as far as their lists are here: nothing is asked for."""
+        found: dict[str, list[str]] = {}
+        for symbol in self._exactly(codes):
+            found.setdefault(symbol.code, []).append(symbol.name)
+        return {code: " / ".join(dict.fromkeys(filter(None, names))) for code, names in found.items()}
 
     def find(self, unclear: UnclearCode, stop: threading.Event) -> Instrument | None:
         """Return what a text means whose form does not tell, None where the lists know nothing of it.
@@ -5348,9 +5319,8 @@ class Directory:
         return [kind for kind in SYMBOL_TYPES if kind in types]
 
     def _exactly(self, codes: Collection[str]) -> list[Symbol]:
-        marks = ", ".join("?" * len(codes))
-        query = f"SELECT type, code, name_cn, name_hk, name_en FROM symbols WHERE code IN ({marks})"  # noqa: S608
-        return [Symbol(*row) for row in self._file.read_all(query, *codes)]
+        query = "SELECT * FROM symbols WHERE code IN (SELECT value FROM json_each(?)) ORDER BY code, type"
+        return [Symbol(*row) for row in self._file.read_all(query, json.dumps([*codes]))]
 
     def _keep(self, kind: str, symbols: Iterable[Symbol], today: str) -> None:
         with self._file.write() as db:
@@ -5377,6 +5347,34 @@ class Source(Protocol):
         """Let go of connections and threads."""
 
 
+# About what things cost, that a synthetic price is one that its instrument could have: halves of pairs in US dollars,
+# the rest in the currency of their market.
+# fmt: off
+DEMO_USD = {
+    "USD": 1.0, "USDT": 1.0, "USDC": 1.0,
+    "EUR": 1.16, "GBP": 1.33, "JPY": 0.0065, "CNY": 0.14, "CNH": 0.14, "AUD": 0.66, "NZD": 0.58, "CAD": 0.72,
+    "CHF": 1.25, "HKD": 0.128, "SGD": 0.77, "KRW": 0.0007, "TWD": 0.032, "INR": 0.0113, "XAU": 4000.0, "XAG": 48.0,
+    "XPT": 1600.0, "XPD": 1400.0, "BTC": 95_000.0, "ETH": 3300.0, "BNB": 900.0, "SOL": 150.0, "XRP": 2.3,
+    "DOGE": 0.17, "ADA": 0.6, "LTC": 95.0,
+}
+DEMO_PRICES = {
+    "AAPL.US": 270.0, "TSLA.US": 420.0, "MSFT.US": 490.0, "NVDA.US": 185.0, "00700.HK": 620.0, "09988.HK": 155.0,
+    "600519.SH": 1450.0, "000001.SZ": 11.5, "300750.SZ": 380.0, "7203.JP": 3100.0, "005930.KS": 98_000.0,
+    "RELIANCE.IN": 1480.0, "2330.TW": 1450.0, "US500": 6700.0, "HK50": 25_800.0, "USOIL": 60.0, "UKOIL": 64.0,
+}
+# fmt: on
+
+
+def _demo_price(code: str) -> float:
+    """Return about what an instrument costs: by name, by both halves of a pair, else anything up to 400."""
+    for quoted in (*CRYPTO_QUOTES, *CURRENCIES):
+        base = code.removesuffix(quoted)
+        if base != code and base in DEMO_USD and quoted in DEMO_USD:
+            return DEMO_USD[base] / DEMO_USD[quoted]
+    by_chance = 1 + int.from_bytes(hashlib.sha256(code.encode()).digest()[:4], "big") % 40_000 / 100
+    return DEMO_PRICES.get(code, by_chance)
+
+
 class DemoApi:
     """Synthetic trades in the API's own form: no network, no key. One trade per code and minute."""
 
@@ -5399,11 +5397,11 @@ class DemoApi:
 
     def _record(self, code: str) -> dict[str, object]:
         minute = int(self._clock.wall() // 60)
-        base = 1 + int.from_bytes(hashlib.sha256(code.encode()).digest()[:4], "big") % 40_000 / 100
         step = int.from_bytes(hashlib.sha256(f"{code}|{minute}".encode()).digest()[:4], "big")
-        price = round(base * (1 + (step % 2001 - 1000) / 100_000), 3)
+        price = _demo_price(code) * (1 + (step % 2001 - 1000) / 100_000)
+        p = f"{price:.{max(2, 4 - math.floor(math.log10(price)))}f}"
         volume = 1 + step % 500
-        p, vw = f"{price:.3f}", f"{price * volume:.3f}"
+        vw = f"{float(p) * volume:.3f}"
         return {"s": code, "t": minute * 60_000, "p": p, "v": str(volume), "vw": vw, "td": step % 3}
 
 
@@ -6328,7 +6326,7 @@ class ClosingPrices:
 
 def _session_at(name: str, t: int) -> Session:
     """Return the session of a market, by its name, at `t` (epoch ms)."""
-    market = MARKETS.get(name) or PRODUCT_MARKETS.get(name)
+    market = market_named(name)
     return session_of(market, t) if market else NO_SESSION
 
 
@@ -6871,8 +6869,7 @@ def _json_value(value: object) -> str:
 
 def _session_span(code: str, t: int) -> tuple[int, int]:
     """Return from when to when (epoch ms) the session of a trade goes, of a code without sessions the UTC day."""
-    name = market_name(code)
-    market = MARKETS.get(name) or PRODUCT_MARKETS.get(name)
+    market = market_of(code)
     if market is None:
         return t // DAY_MS * DAY_MS, t // DAY_MS * DAY_MS + DAY_MS
     session = session_of(market, t)
@@ -7427,11 +7424,11 @@ class Collector:
         others = self._plan.alternatives.get(code, ())
         if not others and product != FALLBACK_PRODUCT:
             others = (Instrument(code, FALLBACK_PRODUCT),)
+        asked = self._asked(code)
         if not others:
-            self._unknown.append((unknown, self._asked(code)))
+            self._unknown.append((unknown, asked))
             self._fail([code], UNKNOWN_WORDS, FailureKind.UNKNOWN_CODE)
             return
-        asked = self._asked(code)
         if others[0].code != code:
             self._tried.setdefault(asked, []).append(code)
         self._next_plan.add_instrument(others[0]._replace(alternatives=others[1:]), asked, unsure=True)
@@ -7673,7 +7670,7 @@ class Pipeline:
             api = InfowayApi(settings.api_base_url, self.keys, proxies, self._events, clock=clock)
             opened.callback(api.close)
             self._plans = KeyPlans(file, api)
-            self._directory = Directory(file, api)
+            self.directory = Directory(file, api)
             self._source: Source = api
             if demo:
                 self._source = DemoApi()
@@ -7718,7 +7715,7 @@ class Pipeline:
         closing, finder = None, None
         if not self._demo:
             self._plans.ask(stop)
-            closing, finder = self._closing, self._directory
+            closing, finder = self._closing, self.directory
         collector = Collector(
             self._source,
             self.store,
@@ -7742,8 +7739,8 @@ class Pipeline:
         if not self._settings.api_keys:
             raise SettingsError([NO_KEY_HINT])
         self._plans.ask(stop)
-        why = self._directory.refresh(SYMBOL_TYPES, stop)
-        return self._directory.search(text), why
+        why = self.directory.refresh(SYMBOL_TYPES, stop)
+        return self.directory.search(text), why
 
     def _tell_keys(self) -> None:
         states = self.keys.describe()
@@ -7796,6 +7793,7 @@ class Pipeline:
         """
         if not self._settings.api_keys:
             raise SettingsError([NO_KEY_HINT])
+        self._plans.ask(stop)
         return self._backfill.run(self._backfill.codes() if codes is None else codes, sessions, stop)
 
     def start_delivery(self) -> None:
@@ -7831,7 +7829,6 @@ class Pipeline:
 
     def usage(self, told: Sequence[KeyState]) -> list[KeyUsage]:
         """Return of each key its plan, what is used and left today, and the state that a running daemon told."""
-        self._plans.recall()
         states = {state["digest"]: state for state in told}
         return [self._usage(key, states.get(key.digest)) for key in self.keys.keys]
 
@@ -10311,14 +10308,18 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see --help")
 
 
+def terminal_width(otherwise: int) -> int:
+    """Return the columns of the terminal that stdout is, and where it is none or does not tell another number."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.get_terminal_size(sys.stdout.fileno()).columns or otherwise
+    return otherwise
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """argparse's own, as wide as the terminal; it would import shutil at every start to look (0.5 MB, 3 ms)."""
 
     def __init__(self, prog: str) -> None:
-        width = 80
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # no terminal
-            width = os.get_terminal_size(sys.stdout.fileno()).columns or width
-        super().__init__(prog, width=width - 2)
+        super().__init__(prog, width=terminal_width(otherwise=80) - 2)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -10482,63 +10483,92 @@ COLUMNS = (
     Column("SIDE", 4),
     Column("EXCHANGE TIME", 24),
     Column("AGE", 6, right=True),
+    Column("NAME", 0),
 )
+GAP = "  "
+# Of a line where there is no terminal: no name is cut.
+WIDEST = 1000
 
 
 class Rows:
     """Prints stored trades on `out`: an aligned table in the order asked, or JSON lines.
 
     Beyond ROWS_ALIGNED trades the rows are printed as they come. A reader that went away (`| head`) ends
-    the printing, never the storing.
+    the printing, never the storing. `directory`: where names are looked up; the table has as much of them as fits
+    into `width` columns, and no column for them where there are none.
     """
 
     def __init__(
-        self, out: IO[str], as_json: bool = False, color: bool = False, clock: Clock = SYSTEM_CLOCK
+        self,
+        out: IO[str],
+        as_json: bool = False,
+        color: bool = False,
+        width: int = WIDEST,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._out = out
         self._as_json = as_json
         self._color = color
+        self._width = width
         self._clock = clock
-        self._kept: list[Document] | None = []
+        self._kept: list[Document] = []
+        self._widths: list[int] = []  # of the columns, once they are printed
         self._gone = False
+        self.directory: Directory | None = None
         self.fault = ""  # why rows are missing on `out`, unless its reader just went away
 
     def add(self, documents: Sequence[Document]) -> None:
         """Take documents that were stored."""
         if self._as_json:
             self._print("".join(to_json(document) + "\n" for document in documents))
-        elif self._kept is None:
-            self._table(documents)
-        else:
-            self._kept += documents
-            if len(self._kept) > ROWS_ALIGNED:
-                kept, self._kept = self._kept, None
-                self._header([column.width for column in COLUMNS])
-                self._table(kept)
+            return
+        self._kept += documents
+        if self._widths or len(self._kept) > ROWS_ALIGNED:
+            self._table([column.width for column in COLUMNS])
 
     def finish(self, order: Sequence[str] = ()) -> None:
         """Print what was kept, in the order of the codes in `order`."""
         if self._kept:
             place = {code: -number for number, code in enumerate(reversed(order))}  # the first of duplicates
-            kept = sorted(self._kept, key=lambda d: place.get(d["stock_code"], 1))
-            cells = [row_cells(document, self._clock.wall()) for document in kept]
-            widths = [
-                max(len(column.title), *(len(row[i]) for row in cells)) for i, column in enumerate(COLUMNS)
-            ]
-            self._header(widths)
-            self._print("".join(_aligned(row, widths) for row in cells))
-        self._kept = []
+            self._kept.sort(key=lambda d: place.get(d["stock_code"], 1))
+            self._table()
         self._print("", flush=True)
 
-    def _header(self, widths: Sequence[int]) -> None:
-        line = _aligned([column.title for column in COLUMNS], widths)
-        self._print(f"\033[1m{line[:-1]}\033[0m\n" if self._color else line)
+    def _table(self, fixed: Sequence[int] = ()) -> None:
+        """Print what is kept; what comes first tells the columns, and their widths where those are not `fixed`."""
+        names, now = self._names(), self._clock.wall()
+        rows = [[*row_cells(document, now), names.get(document["stock_code"], "")] for document in self._kept]
+        self._kept = []
+        if not self._widths:
+            titles = [column.title for column in COLUMNS]
+            widths = list(fixed) or [max(map(columns_of, cells)) for cells in zip(titles, *rows, strict=True)]
+            self._widths = self._with_name(widths[:-1], bool(names))
+            line = self._line(titles)
+            self._print(f"\033[1m{line[:-1]}\033[0m\n" if self._color else line)
+        self._print("".join(map(self._line, rows)))
 
-    def _table(self, documents: Sequence[Document]) -> None:
-        widths = [column.width for column in COLUMNS]
-        self._print(
-            "".join(_aligned(row_cells(document, self._clock.wall()), widths) for document in documents)
-        )
+    def _with_name(self, widths: list[int], named: bool) -> list[int]:
+        """Return the widths with that of the names: they have the rest of the line, unless that is too short."""
+        room = self._width - sum(widths) - len(GAP) * len(widths)
+        return [*widths, room] if named and room >= len(COLUMNS[-1].title) else widths
+
+    def _line(self, cells: Sequence[str]) -> str:
+        """Return a line of cells, without the last where there are no names."""
+        *cells, name = cells
+        if len(self._widths) == len(COLUMNS):
+            cells.append(fitting(name, self._widths[-1]))
+        parts = []
+        for cell, width, column in zip(cells, self._widths, COLUMNS, strict=False):
+            blanks = " " * (width - columns_of(cell))
+            parts.append(blanks + cell if column.right else cell + blanks)
+        return GAP.join(parts).rstrip() + "\n"
+
+    def _names(self) -> dict[str, str]:
+        """Return the names of what is kept, as far as they are at hand."""
+        if self.directory is not None:
+            with contextlib.suppress(StoreError):  # no name is worth a row
+                return self.directory.names([document["stock_code"] for document in self._kept])
+        return {}
 
     def _print(self, text: str, flush: bool = False) -> None:
         if self._gone:
@@ -10554,16 +10584,24 @@ class Rows:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # else the exit's flush fails again
 
 
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    parts = [
-        c.rjust(w) if column.right else c.ljust(w)
-        for c, w, column in zip(cells, widths, COLUMNS, strict=True)
-    ]
-    return "  ".join(parts).rstrip() + "\n"
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for each character that is a wide one."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def fitting(text: str, columns: int) -> str:
+    """Return as much of a text as fits into so many columns of a terminal."""
+    while columns_of(text) > columns:
+        text = text[:-1]
+    return text
 
 
 def row_cells(document: Document, now: float) -> list[str]:
-    """Return the cells of a document's row; `now` is epoch seconds."""
+    """Return the cells of a document's row but its name; `now` is epoch seconds."""
     side = SIDES.get(document["td"], str(document["td"]))
     when = exchange_time(document["stock_code"], document["t"])
     age, _ = age_words(now - document["t"] / 1000)
@@ -10755,9 +10793,10 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
         raise UsageError(
             "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out"
         )
-    rows = Rows(sys.stdout, options.json, color=settings.color and sys.stdout.isatty())
+    rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_width(WIDEST))
     terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
+    rows.directory = pipeline.directory
     stop = StopEvent()
     stop_on_signals(stop)
     order: list[str] = []
@@ -10766,7 +10805,9 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
         finished = run.ended()
     finally:
         terminal.close()
-    rows.finish([run.report.read_as.get(code, code) for code in order])
+    if not finished:
+        rows.directory = None  # what hangs may be the file that it is in
+    rows.finish([run.report.read_as.get(code, code.upper()) for code in order])
     if finished:
         pipeline.keys.close()
     status = _close_run(run.report, finished, settings)

@@ -11,6 +11,7 @@ import io
 import re
 import sys
 import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,23 @@ class Structure:
         """Return where a room uses a `_name` of another."""
         return [use for use in self._uses() if use.name.startswith("_") and use.of != use.room]
 
+    def dead(self) -> list[str]:
+        """Return the functions, classes, constants and methods whose name nothing else in the module says."""
+        named = Counter(_names_in(self.tree))
+        tops = [(node, name) for node in self.tree.body for name in _names_of(node)]
+        methods = [
+            (method, method.name)
+            for node in self.tree.body
+            if isinstance(node, ast.ClassDef)
+            for method in node.body
+            if isinstance(method, FUNCTIONS)
+        ]
+        return [
+            f"{name}, line {node.lineno}"
+            for node, name in (*tops, *methods)
+            if not re.fullmatch("__.*__", name) and named[name] == Counter(_names_in(node))[name]
+        ]
+
     def assemblers(self) -> list[str]:
         """Return the classes and functions that make more than one of the parts of a run."""
         made = {
@@ -111,14 +129,8 @@ class Structure:
 
     def _definitions(self) -> Iterator[tuple[str, int]]:
         for node in self.tree.body:
-            if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
-                yield node.name, node.lineno
-            elif isinstance(node, ast.Assign | ast.AnnAssign):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                for target in targets:
-                    for name in ast.walk(target):
-                        if isinstance(name, ast.Name):
-                            yield name.id, node.lineno
+            for name in _names_of(node):
+                yield name, node.lineno
 
     def _uses(self) -> Iterator[Use]:
         seen = set()
@@ -129,6 +141,25 @@ class Structure:
             if room >= 0 and home >= 0 and room != home and (room, node.id) not in seen:
                 seen.add((room, node.id))
                 yield Use(self.rooms[room], node.id, self.rooms[home], node.lineno)
+
+
+def _names_of(node: ast.stmt) -> Iterator[str]:
+    """Yield the names that a statement at the top of a module gives."""
+    if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+        yield node.name
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        for target in targets:
+            yield from (name.id for name in ast.walk(target) if isinstance(name, ast.Name))
+
+
+def _names_in(tree: ast.AST) -> Iterator[str]:
+    """Yield every name that a piece of code says; not those that it gives to functions and classes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
 
 
 def table(structure: Structure) -> str:
@@ -144,6 +175,7 @@ def table(structure: Structure) -> str:
         ("inline conditionals per 100 lines", f"{per_hundred:.2f}"),
         ("walruses", structure.count(ast.NamedExpr)),
         ("fmt: skip", structure.text.count("# fmt: skip")),
+        ("names that nothing uses", len(structure.dead())),
         ("comments stranded behind a bracket", len(structure.stranded_comments())),
     ]
     rooms = [(title.partition(":")[0], structure.length_of(n)) for n, title in enumerate(structure.rooms)]

@@ -32,7 +32,7 @@ POWER_OFF = signal.SIGRTMIN + 4
 # What nspawn exits with when the box wants to be started again.
 REBOOT_WANTED = 133
 CLONE_NEWNET = 0x40000000
-BOOT_TIMEOUT = 30.0
+BOOT_TIMEOUT = 60.0
 # Units of the machine that have nothing to do in a box.
 MASKED = (
     "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer",

@@ -8,7 +8,6 @@ import io
 import json
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,13 +16,13 @@ from typing import Any
 
 import pytest
 from kit.clock import FakeClock
+from kit.daemons import command_of
 from kit.infoway_server import REFUSALS, InfowayServer
 from kit.platform_server import PlatformServer
 
 import stockrt
 from stockrt import Command, Journal, LocalLedger, Plan, SharedLedger, key_digest, load_settings
 
-PROGRAM = Path(stockrt.__file__).resolve()
 FIRST, OTHER = "aaa-first-key-111", "bbb-other-key-222"
 # A wait for something that must happen; long, because a busy machine is slow, not wrong.
 PATIENCE = 30.0
@@ -42,7 +41,7 @@ class Program:
     def run(self, *arguments: str, status: int = 0) -> str:
         """Run it and return its stdout."""
         done = subprocess.run(
-            [sys.executable, str(PROGRAM), *arguments], env=self.env, cwd=self.folder, capture_output=True,
+            [*command_of(), *arguments], env=self.env, cwd=self.folder, capture_output=True,
             encoding=self.env.get("PYTHONIOENCODING", "utf-8"), timeout=60, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert done.returncode == status, done.stderr
@@ -61,7 +60,7 @@ class Program:
         """Start a daemon and wait until it works."""
         with (self.folder / "log").open("ab") as log:
             self.daemon = subprocess.Popen(
-                [sys.executable, str(PROGRAM)], env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL,
+                command_of(), env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log,
             )  # fmt: skip
         self.until(lambda: stockrt.daemon_runs(self.state) and (self.state / stockrt.STATUS_NAME).exists())
@@ -282,13 +281,13 @@ def test_mongodb_away_is_said_and_costs_no_status(program: Program) -> None:
     """Soon: one try for all keys together, then the local counts."""
     program.env |= {"MONGODB_HOST": "mongodb://user:pass-word-1@127.0.0.1:9/?serverSelectionTimeoutMS=500"}
     program.env |= {
-        "INFOWAY_API_KEY": ",".join(f"key-number-{n}-abc" for n in range(8)),
+        "INFOWAY_API_KEY": ",".join(f"key-number-{n}-abc" for n in range(120)),
         "INFOWAY_PLAN": "free",
     }
     started = time.monotonic()
     found = program.status()
-    assert time.monotonic() - started < 10
-    assert len(found["keys"]) == 8
+    assert time.monotonic() - started < 120 * 0.5 / 2
+    assert len(found["keys"]) == 120
     assert "pass-word-1" not in json.dumps(found)
 
 

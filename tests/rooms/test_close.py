@@ -17,7 +17,6 @@ from zoneinfo import ZoneInfo
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kit.clock import FakeClock
 from kit.infoway_server import InfowayServer
 from kit.mongo import MongoServer, fresh_database
 
@@ -544,7 +543,7 @@ def test_racing_instances_end_in_the_same_document(open_store: Open, tmp_path: P
     def work(number: int) -> None:
         try:
             worlds[number].now_ms = now
-            barrier.wait(10)
+            barrier.wait(60)
             for place in range(len(minutes)):
                 minute = minutes[place if number else -1 - place]
                 t = at("America/New_York", f"{TUE} {minute}")
@@ -750,23 +749,6 @@ def test_the_best_of_all_candidates_stands(shared_world: World, closes: list[Clo
 # ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_wanted_once_a_day_is_asked_for_anew_each_day_and_within_the_hour_after_a_failure() -> None:
-    """Whatever was had stays had for the day."""
-    clock = FakeClock(at("UTC", "2025-11-28 22:00") / 1000)
-    daily = stockrt.OnceADay(clock)
-    assert daily.is_due()
-    daily.note_failed()
-    assert not daily.is_due()
-    clock.advance(3599)
-    assert daily.is_due()
-    daily.note_had()
-    assert not daily.is_due()
-    clock.advance(3590)
-    assert not daily.is_due()
-    clock.advance(20)
-    assert daily.is_due()
-
-
 class Hurried(random.Random):
     """Chance that makes every pause before another try the shortest."""
 
@@ -965,7 +947,7 @@ def test_a_machine_without_time_zone_data_gets_one_clear_line(tmp_path: Path) ->
     """It says what is missing, what follows and what to install; crypto's day is UTC's and needs none."""
     source = os.pathsep.join([str(Path(stockrt.__file__).parent)])
     done = subprocess.run(
-        [sys.executable, "-S", "-c", NO_ZONES, str(tmp_path)], capture_output=True, text=True, timeout=30,
+        [sys.executable, "-S", "-c", NO_ZONES, str(tmp_path)], capture_output=True, text=True, timeout=60,
         env={"PYTHONPATH": source, "PYTHONTZPATH": "", "PATH": os.defpath},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

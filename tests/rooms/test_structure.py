@@ -8,8 +8,10 @@ import pytest
 from kit.structure import PROGRAM, Structure
 
 # A ratchet: what is added has to be worth its lines. 6,300 is where this should come to without new promises.
-MOST_LINES = 11_300
+MOST_LINES = 11_345
 MOST_CALLABLES = 15
+# What nothing in the module calls: methods of io and logging that a stream and a handler of ours answer.
+CALLED_FROM_OUTSIDE = ["writable", "emit"]
 # What one in a hundred lines may hold, and what the whole may.
 MOST_INLINE_CONDITIONALS = 1.4
 MOST_WALRUSES = 11
@@ -37,6 +39,11 @@ def test_a_room_calls_only_rooms_above_it(module: Structure) -> None:
 
 def test_a_name_with_an_underscore_is_its_rooms_alone(module: Structure) -> None:
     assert module.private_uses() == []
+
+
+def test_nothing_stays_that_nothing_uses(module: Structure) -> None:
+    dead = [words.partition(",")[0] for words in module.dead()]
+    assert dead == CALLED_FROM_OUTSIDE
 
 
 def test_a_run_is_put_together_in_one_place(module: Structure) -> None:
@@ -75,4 +82,5 @@ def test_the_measures_see_what_they_are_for() -> None:
     assert {use.name for use in odd.upward_uses()} == {"_g", "h"}
     assert [use.name for use in odd.private_uses()] == ["_g"]
     assert odd.assemblers() == ["f"]
+    assert odd.dead() == ["f, line 4"]
     assert (odd.count(ast.IfExp), odd.count(ast.NamedExpr)) == (1, 1)
