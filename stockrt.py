@@ -10880,12 +10880,13 @@ def _checks(settings: Settings, source: Path | None) -> Iterator[Check]:
         yield Check("state directory", True, f"{settings.state_directory} can be written")
     except StoreError as error:
         yield Check("state directory", False, str(error))
-    store = store_name(settings)
+    store, at_fault = store_name(settings), "local file"
     try:
         with Pipeline(settings) as pipeline:
+            at_fault = store
             yield Check(store, True, pipeline.store.check())
     except StockrtError as error:
-        yield Check(store, False, str(error))
+        yield Check(at_fault, False, str(error))
     if settings.platform_url():
         yield check_platform(settings)
     else:
@@ -11299,7 +11300,7 @@ def main() -> NoReturn:
         status = int(leaving.code or 0)
     except OSError as error:  # whoever met it should have said what was being done
         status = EXIT_FAILED
-        say(f"stockrt: {type(error).__name__}: {error}", logging.ERROR)
+        say(f"stockrt: {error.filename or 'a file'} cannot be used: {error.strerror or error}", logging.ERROR)
     with contextlib.suppress(OSError):  # a reader that went away
         sys.stdout.flush()
     # Not sys.exit: threads that hang on the network must not hold the process up, and pymongo's monitor

@@ -247,6 +247,52 @@ def test_mistyped_option_gets_the_nearest_one(run_pyz: RunPyz, typed: tuple[str,
     assert (f"did you mean {meant}?" in line) if meant else ("did you mean" not in line), line
 
 
+JOBS = {
+    "daemon": (),
+    "status": ("--status",),
+    "check": ("--check",),
+    "once": ("--once", "--demo", "--codes", "AAPL.US"),
+    "register": ("--register",),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "job"),
+    [
+        ("lock", "daemon"), ("lock", "status"), ("executions.db", "daemon"), ("executions.db", "status"),
+        ("executions.db.lock", "daemon"), ("stockrt.db", "status"), ("stockrt.db", "once"), ("stockrt.db", "check"),
+        ("stockrt.db.lock", "once"), ("stockrt.db.lock", "check"), ("module_hash", "register"),
+    ],
+)  # fmt: skip
+def test_file_that_cannot_be_used_is_named_with_what_was_done_to_it(
+    run_pyz: RunPyz, tmp_path: Path, name: str, job: str
+) -> None:
+    place = tmp_path / "state" / name
+    place.mkdir(parents=True)  # a directory in its place: no user can use that, root neither
+    env = STANDALONE | PLATFORM | {"INFOWAY_API_BASE_URL": f"http://127.0.0.1:{nobody_listens()}"}
+    done = run_pyz(*JOBS[job], env=env)
+    assert done.returncode == 1
+    (line,) = [line for line in (done.stdout + done.stderr).splitlines() if str(place) in line]
+    assert re.search(r"cannot be (looked at|taken|opened|read)|fails: unable to open", line), line
+    assert "STATE_DIRECTORY" in line and "Error" not in line and "print" not in line and "another" not in line
+    assert not line.startswith("FAIL") or line.startswith("FAIL  local file: ")
+
+
+@pytest.mark.parametrize("job", ["daemon", "status", "check", "once"])
+def test_file_system_without_locks_is_said_to_be_that_and_no_other_daemon(
+    run_pyz: RunPyz, lock_shim: Path, job: str
+) -> None:
+    env = STANDALONE | PLATFORM | {"INFOWAY_API_BASE_URL": f"http://127.0.0.1:{nobody_listens()}"}
+    done = run_pyz(*JOBS[job], env=env | {"LD_PRELOAD": str(lock_shim)})
+    assert done.returncode == 1
+    said = done.stdout + done.stderr
+    assert (
+        "No locks available; see STATE_DIRECTORY" in said
+        and "another" not in said
+        and "Traceback" not in said
+    )
+
+
 # ------------------------------------------------------------------------------------------------------
 # Results and numbers
 # ------------------------------------------------------------------------------------------------------
