@@ -951,6 +951,7 @@ def _mongodb_uri(value: str) -> str:
     _expect(match is not None)
     assert match is not None  # for the type checker: _expect has raised
     _expect("@" not in (match[2] or "") and (match[2] or "").count(":") <= 1)
+    _expect(not set(match[4] or "") & set("&="))  # options without the ? in front of them
     for host in match[3].split(","):
         parts = re.fullmatch(r"(\[[^\[\]]+\]|[^\[\]:\s]+)(?::(\d+))?", host)
         _expect(parts is not None and (not parts[2] or bool(_port(parts[2]))))

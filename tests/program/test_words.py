@@ -127,6 +127,11 @@ def test_mistyped_options_of_the_uri_are_faults_in_our_words_all_at_once(run_pyz
         assert "hunter2-secret" not in done.stderr
 
 
+def test_options_of_the_uri_without_their_question_mark_are_no_database(run_pyz: RunPyz) -> None:
+    done = run_pyz("--check-settings", env=STANDALONE | {"MONGODB_HOST": "mongodb://h/&retryWrites=true"})
+    assert done.returncode == 78 and "MONGODB_HOST=" in done.stderr and "expected mongodb://" in done.stderr
+
+
 def test_database_of_the_uri_is_the_database(
     run_pyz: RunPyz, mongo_db: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -337,7 +342,7 @@ def test_partial_success_is_told_by_its_status_detail_and_names_first_what_faile
 def test_time_of_a_delivery_is_not_that_of_the_absence_and_its_trades_are_those_that_waited(
     make_world: MakeWorld, mongo_proxy: MongoProxy
 ) -> None:
-    world = make_world(f"{mongo_proxy.uri}&timeoutMS=500&serverSelectionTimeoutMS=500")
+    world = make_world(f"{mongo_proxy.uri}?timeoutMS=500")
     mongo_proxy.down()
     world.start()
     began = time.monotonic()
