@@ -470,6 +470,8 @@ class World:
         """
         self.answered(4 * PATIENCE)
         self.drained()
+        # what the daemon writes to see whether MongoDB takes anything is there for a moment
+        assert until(lambda: all(row["_id"] != stockrt.PROBE for row in self.documents()))
         assert rejects or not self.rejects(), self.rejects()[:3]
         texts: dict[str, set[str]] = {}
         for result in self.platform.results:

@@ -266,7 +266,7 @@ JOBS = {
     [
         ("lock", "daemon"), ("lock", "status"), ("executions.db", "daemon"), ("executions.db", "status"),
         ("executions.db.lock", "daemon"), ("stockrt.db", "status"), ("stockrt.db", "once"), ("stockrt.db", "check"),
-        ("stockrt.db.lock", "once"), ("stockrt.db.lock", "check"), ("module_hash", "register"),
+        ("stockrt.db.lock", "once"),  ("module_hash", "register"),
     ],
 )  # fmt: skip
 def test_file_that_cannot_be_used_is_named_with_what_was_done_to_it(
@@ -522,10 +522,10 @@ def test_run_of_more_than_two_seconds_shows_on_a_terminal_that_it_goes_on(
         env |= {"MONGODB_HOST": f"mongodb://127.0.0.1:{nobody_listens()}/", "INFOWAY_PLAN": "free"}
         env |= {"MONGODB_LICENSE_COLLECTION_NAME": "l"}
     status, shown, other = on_terminal(pyz, clean_env | env, tmp_path, "stderr", *job)
-    assert status == 0, shown
+    assert status == (3 if job == ("--status",) else 0), shown  # no daemon runs
     if job[0] == "--once":
         assert re.search(r"0%\||\d+ codes \[", shown), shown
         assert "AAPL.US" in other
     elif job[0] == "--check":
-        assert "working for 00:0" in shown and "\r" not in other
+        assert re.search("working for 00:0[2-9]", shown) and "\r" not in other
     assert not re.search("working for|%", run_pyz(*job, env=env).stderr)

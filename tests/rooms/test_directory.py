@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from kit.clock import FakeClock
 from kit.daemons import check_paced
-from kit.infoway_server import REFUSALS, InfowayServer
+from kit.infoway_server import REFUSALS, Answer, InfowayServer
 
 from stockrt import (
     PLAN_RETRY_S,
@@ -20,6 +20,7 @@ from stockrt import (
     Instrument,
     InstrumentError,
     KeyPool,
+    Limits,
     LocalFile,
     Plan,
     UnclearCode,
@@ -113,6 +114,26 @@ def test_a_list_that_cannot_be_had_is_not_asked_for_at_once_again(world: World) 
     world.clock.advance(PLAN_RETRY_S)
     world.server.script = ()
     assert world.directory.refresh(SYMBOL_TYPES, world.stop) == ""
+
+
+def test_a_server_that_hangs_is_waited_for_once(world: World) -> None:
+    """Each list more would take as long, and a result wait for all of them."""
+    world.server.script = lambda _: Answer.hang()
+    api = InfowayApi(world.server.url, KeyPool([("test-key", NO_LIMIT)]), limits=Limits(1.0, 0.2, 0.5))
+    directory = Directory(world.file, api, world.clock)
+    for kind in SYMBOL_TYPES:
+        assert directory.refresh([kind], world.stop) != ""
+    assert len(world.types()) == 1
+    world.clock.advance(PLAN_RETRY_S)
+    world.server.script = ()
+    assert directory.refresh(["STOCK_US", "FOREX"], world.stop) == ""
+
+
+def test_a_list_that_a_plan_lacks_costs_no_other(world: World) -> None:
+    world.server.script = lambda request: REFUSALS["ret_514"] if "STOCK_US" in request.path else None
+    assert "No permission" in world.directory.refresh(SYMBOL_TYPES, world.stop)
+    assert world.types() == list(SYMBOL_TYPES)
+    assert world.directory.search("茅台")
 
 
 def test_a_list_that_was_not_had_for_a_stop_is_asked_for_by_the_next(world: World) -> None:

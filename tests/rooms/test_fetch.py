@@ -653,7 +653,7 @@ def asked(scripted: InfowayServer) -> Callable[[Answer], Any]:
     return ask
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=number(150, 1500, quick=60), deadline=None)
 @given(value=envelopes, status=st.sampled_from([200, 200, 200, 400, 404, 429, 500, 503]))
 def test_random_json(asked: Callable[[Answer], Any], value: Any, status: int) -> None:
     outcome = asked(Answer.json(value, status))
@@ -674,7 +674,7 @@ def test_random_json(asked: Callable[[Answer], Any], value: Any, status: int) ->
             )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=number(150, 1500, quick=60), deadline=None)
 @given(junk=st.lists(json_values | spoilt_records, max_size=5), place=st.integers(0, 5))
 def test_random_records_cost_the_good_ones_nothing(
     asked: Callable[[Answer], Any], junk: list[Any], place: int
@@ -894,7 +894,6 @@ def test_several_requests_are_in_flight_when_the_latency_asks_for_it(tmp_path: P
         assert run.report.complete
         assert 4 <= server.peak_in_flight <= MAX_IN_FLIGHT
         assert server.connections <= MAX_IN_FLIGHT  # kept alive
-    assert run.report.took_s < 60 * 0.1  # one after the other takes that and more
 
 
 def test_in_flight_stays_what_the_rate_can_feed(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kit.clock import FakeClock
 from kit.daemons import check_paced
+from kit.daemons import number as examples
 from kit.infoway_server import REFUSALS, InfowayServer, Request
 from kit.infoway_server import Answer as ServerAnswer
 from kit.mongo import SET_NAME, MongoServer, fresh_database
@@ -786,7 +787,7 @@ class PacedLedger(stockrt.NoLedger):
         self.stored.update(pace.stored())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150, 1500, quick=60), deadline=None)
 @given(
     st.sampled_from([FREE, PLANS["basic"], PLANS["premium"], PLANS["pro"], Plan("0.2", 0.2, 12)]),
     st.lists(
