@@ -840,7 +840,7 @@ def test_old_trades_are_said(run_pyz: RunPyz, infoway: InfowayServer) -> None:
     """And stored, as nobody but the exchange knows better."""
     infoway.trades = {"AAPL.US": {"t": int(time.time() - 30 * 86_400) * 1000}}
     done = run_pyz("--once", "--codes", "AAPL.US", "USOIL9", env=api_env(infoway))
-    since = stockrt.iso_after(infoway.record("AAPL.US")["t"] / 1000, 0)
+    since = stockrt.local_times(stockrt.iso_after(infoway.record("AAPL.US")["t"] / 1000, 0))
     assert f"1 of 2 codes: no trade since {since}, though the market was open" in done.stderr
     assert counts(done) == (2, 1, 0, 1)
 
@@ -948,7 +948,7 @@ def test_check_of_what_is_bad(run_pyz: RunPyz, infoway: InfowayServer, tmp_path:
     lines = check_lines(done)
     failed = {name: text for name, (good, text) in lines.items() if not good}
     if name == "state":  # the file in it cannot be opened either
-        failed.pop("local store")
+        failed.pop("local file")
     assert len(failed) == 1 and next(iter(failed)).startswith(check), done.stdout
     assert setting in next(iter(failed.values()))
     assert len(lines) >= 4  # the others were looked at all the same
