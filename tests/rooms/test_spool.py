@@ -952,7 +952,7 @@ def test_status_shows_what_waits(place: Place, run_pyz: RunPyz) -> None:
         x for x in run_pyz("--status", env=environment(place)).stdout.splitlines() if x.startswith("spool")
     )
     assert re.search(
-        r"40 trades wait for MongoDB, \d\.\d MB, the oldest since 2026-08-15T01:02:03\.456Z"
+        rf"40 trades wait for MongoDB, \d\.\d MB, the oldest since {LOCAL_TIME}"
         r", the closes of 3 are still to be made",
         line,
     )
