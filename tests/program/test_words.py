@@ -127,6 +127,18 @@ def test_mistyped_options_of_the_uri_are_faults_in_our_words_all_at_once(run_pyz
         assert "hunter2-secret" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "options", ["tls=true&ssl=false", "tlsInsecure=true&tlsAllowInvalidCertificates=true"]
+)
+def test_options_of_the_uri_that_contradict_each_other_are_a_fault(run_pyz: RunPyz, options: str) -> None:
+    done = run_pyz(
+        "--check-settings", env=STANDALONE | {"MONGODB_HOST": f"mongodb://u:hunter2-secret@h/?{options}"}
+    )
+    assert done.returncode == 78, done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("stockrt: MONGODB_HOST, its options together: ") and "hunter2" not in line
+
+
 def test_options_of_the_uri_without_their_question_mark_are_no_database(run_pyz: RunPyz) -> None:
     done = run_pyz("--check-settings", env=STANDALONE | {"MONGODB_HOST": "mongodb://h/&retryWrites=true"})
     assert done.returncode == 78 and "MONGODB_HOST=" in done.stderr and "expected mongodb://" in done.stderr
