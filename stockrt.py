@@ -1041,9 +1041,8 @@ def _database_name(value: str) -> str:
 
 
 def _collection_name(value: str) -> str:
-    _expect(
-        0 < len(value.encode()) <= 120 and not set(value) & set("$\0") and not value.startswith("system.")
-    )
+    _expect(len(value.encode()) <= 120 and not set(value) & set("$\0") and not value.startswith("system."))
+    _expect(all(value.split(".")))
     return value
 
 
@@ -3169,6 +3168,8 @@ HIGHEST_FORMAT = 255
 # What its primary result codes say of a file: SQLITE_CORRUPT and SQLITE_NOTADB.
 SQLITE_DAMAGED = (11, 26)
 # This code of its without a further reason: a byte of the header says that others than we may write to the file.
+# A log that is shorter than its index says (SQLITE_IOERR_SHORT_READ); in the file itself it takes that for zeros.
+SQLITE_CUT = 522
 SQLITE_READONLY = 8
 # And its words where damage has changed the schema: what is asked of our files is always the same.
 SCHEMA_DAMAGED = re.compile(
@@ -3232,7 +3233,7 @@ def _is_damage(error: Exception) -> bool:
     if isinstance(error, UnicodeDecodeError):
         return True
     code = getattr(error, "sqlite_errorcode", 0)
-    if code & 0xFF in SQLITE_DAMAGED or code == SQLITE_READONLY:
+    if code & 0xFF in SQLITE_DAMAGED or code in (SQLITE_READONLY, SQLITE_CUT):
         return True
     return SCHEMA_DAMAGED.search(str(error)) is not None
 
@@ -3582,9 +3583,8 @@ class LocalFile:
             with db:
                 db.execute("BEGIN IMMEDIATE")
                 yield db
-        if self._inode != _inode(self.path):
-            # SQLite would go on writing to a file that nobody can find any more.
-            raise self._end_use(StoreError(f"the local file {self.path} was taken away while it was in use"))
+        if self._inodes != self._inodes_now():
+            raise self._taken_away()
 
     def read_one(self, query: str, *values: object) -> Any:
         """Return a query's first row, None without one. Raises StoreError."""
@@ -3645,6 +3645,19 @@ class LocalFile:
                 raise _sqlite_fault(self.path, error) from error
 
     def _end_use(self, error: StoreError) -> StoreError:
+    def _inodes_now(self) -> list[tuple[int, int] | None]:
+        """Return which files stand under the names of this one and of what SQLite keeps beside it."""
+        return [_inode(side) for side in _sides(self.path)]
+
+    def _taken_away(self) -> StoreError:
+        """End the use of files that nobody can find any more: SQLite would go on writing to them."""
+        missing = zip(_sides(self.path), self._inodes, self._inodes_now(), strict=True)
+        name = next(side for side, before, now in missing if before != now)
+        error = self._end_use(StoreError(f"the local file {name} was taken away while it was in use"))
+        with self.lock:
+            self._disconnect()  # which brings what its log has into the file, where that is there
+        return error
+
         """Let every further call raise an error, tell it, and return it."""
         with self.lock:
             self._fault = error
@@ -3670,7 +3683,7 @@ class LocalFile:
         try:
             with disk_trouble(f"the local file {self.path} cannot be opened"):
                 self._open_locked(wait_s)
-                self._inode = _inode(self.path)
+                self._inodes = self._inodes_now()
         except _sqlite_errors():
             self._disconnect()
             fcntl.flock(self._locked, fcntl.LOCK_UN)
@@ -3726,8 +3739,9 @@ class LocalFile:
             return "its rescue was interrupted"
         if self._mark.exists():
             return one_line(self._mark.read_text(encoding="utf-8", errors="replace")) or "a mark says so"
-        if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
-            return "its beginning is cut off"  # SQLite would take it for new and drop the log
+        # SQLite would take it for new, a single byte as well, and drop the log
+        if _size_of(self.path) <= 1 and _size_of(_sides(self.path)[1]):
+            return "its beginning is cut off"
         if any(_is_forbidden(side) for side in _sides(self.path)):
             return "this user may not read and write it"
         try:
