@@ -11821,7 +11821,10 @@ class _BesideBar(logging.StreamHandler[Any]):
 
 
 def start_logging(settings: Settings) -> None:
-    """Send this program's messages to stderr, secrets masked; libraries only from warnings on."""
+    """Send this program's messages to stderr, secrets masked; libraries only from warnings on.
+
+    urllib3 only errors: it warns of each answer's odd headers, with a traceback; what counts in them is judged here.
+    """
     handler = _BesideBar()
     handler.setFormatter(_Redacting(settings, journal=isinstance(sys.stderr, JournalStream)))
     logging.getLogger().handlers = [handler]
@@ -11841,6 +11844,7 @@ class Column(NamedTuple):
     width: int
     right: bool = False
 
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 COLUMNS = (
     Column("CODE", 12),
