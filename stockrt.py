@@ -11730,12 +11730,16 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_arguments(argv: Sequence[str]) -> Options:
+# Longer than any name in the API's lists; SQLite takes no pattern of many thousands.
+LONGEST_SOUGHT = 200
+
+
     """Return the options. Raises UsageError for what does not go together."""
     options = Options()
     if argv:  # or the daemon would carry argparse for months (0.6 MB)
         make_parser().parse_args(argv, options)
-    if options.symbols is not None and not options.symbols.strip():
-        raise UsageError("--symbols needs a text: a code or a name, or a part of one; see --help")
+    if options.symbols is not None:
+        _check_symbols(options.symbols)
     if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
         raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
     for_json = (options.once, options.status, options.executions, options.rejects, options.symbols)
@@ -11761,6 +11765,16 @@ def parse_arguments(argv: Sequence[str]) -> Options:
 
 
 def _check_migration(options: Options) -> None:
+def _check_symbols(text: str) -> None:
+    """Raise UsageError for a text that no list can have."""
+    if not text.strip():
+        raise UsageError("--symbols needs a text: a code or a name, or a part of one; see --help")
+    if len(text) > LONGEST_SOUGHT:
+        raise UsageError(f"--symbols: {len(text)} characters; expected at most {LONGEST_SOUGHT}; see --help")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # how Python reads other bytes
+        raise UsageError(f"--symbols {one_line(text, 40)}: it is not UTF-8 text; see --help")
+
+
     """Raise UsageError for options of --migrate that do not go together."""
     if options.migrate is None:
         for flag in ("documents", "time_zone", "dry_run"):
