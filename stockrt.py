@@ -998,7 +998,7 @@ def _api_keys(value: str) -> tuple[str, ...]:
 
 def _base_url(value: str) -> str:
     parts = urlsplit(value)
-    _expect(parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0)
+    _expect(parts.scheme in ("http", "https") and bool(_host(parts.hostname or "")) and parts.port != 0)
     _expect(
         not (parts.query or parts.fragment or "@" in parts.netloc)
         and re.fullmatch(r"[!-~]+", value) is not None
@@ -1056,6 +1056,7 @@ def _host(value: str) -> str:
         re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_-]+)*\.?", bare)
         is not None
     )
+    _expect(max(map(len, bare.split("."))) <= 63)  # more is no name for the DNS
     _expect(not re.fullmatch(r"[\d.]+", bare))  # 10.0.0 or 10.0.0.256: a mistyped address, not a name
     return bare
 
@@ -1139,12 +1140,12 @@ SETTINGS = (
     Setting("MONGODB_DB_NAME", "mongodb_db_name", "forecast_platform",
             "a database name of at most 63 bytes without / \\ . \" $ * < > : | ? or blanks", _database_name),
     Setting("MONGODB_REALTIME_COLLECTION_NAME", "realtime_name", "realtime",
-            "a collection name of at most 120 bytes without $, not system.…", _collection_name,
+            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name,
             old_name="MONGODB_COLLECTION_NAME"),
     Setting("MONGODB_CLOSE_COLLECTION_NAME", "close_name", "close",
-            "a collection name of at most 120 bytes without $, not system.…", _collection_name),
+            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name),
     Setting("MONGODB_LICENSE_COLLECTION_NAME", "license_name", "license_usage",
-            "a collection name of at most 120 bytes without $, not system.…", _collection_name),
+            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name),
     Setting("MONGODB_NUMERIC_TYPE", "numeric_type", "string", "string, decimal or double",
             _one_of("string", "decimal", "double")),
     Setting("SERVER_IP", "server_host", "", "a host name or an address, without http:// and without a port",
