@@ -3168,9 +3168,9 @@ SQLITE_HEADER = {
 HIGHEST_FORMAT = 255
 # What its primary result codes say of a file: SQLITE_CORRUPT and SQLITE_NOTADB.
 SQLITE_DAMAGED = (11, 26)
-# This code of its without a further reason: a byte of the header says that others than we may write to the file.
 # A log that is shorter than its index says (SQLITE_IOERR_SHORT_READ); in the file itself it takes that for zeros.
 SQLITE_CUT = 522
+# This code of its without a further reason: a byte of the header says that others than we may write to the file.
 SQLITE_READONLY = 8
 # And its words where damage has changed the schema: what is asked of our files is always the same.
 SCHEMA_DAMAGED = re.compile(
@@ -3645,7 +3645,6 @@ class LocalFile:
                     raise self.damaged(one_line(error)) from error
                 raise _sqlite_fault(self.path, error) from error
 
-    def _end_use(self, error: StoreError) -> StoreError:
     def _inodes_now(self) -> list[tuple[int, int] | None]:
         """Return which files stand under the names of this one and of what SQLite keeps beside it."""
         return [_inode(side) for side in _sides(self.path)]
@@ -3659,6 +3658,7 @@ class LocalFile:
             self._disconnect()  # which brings what its log has into the file, where that is there
         return error
 
+    def _end_use(self, error: StoreError) -> StoreError:
         """Let every further call raise an error, tell it, and return it."""
         with self.lock:
             self._fault = error
@@ -9076,7 +9076,7 @@ class Link:
     def _limit(self, size: int) -> None:
         if size > MAX_FRAME_BYTES:
             self.close(1009)
-            raise LinkLost(f"a frame of {size} bytes; at most {MAX_FRAME_BYTES} are taken")
+            raise LinkLost(f"lost: a frame of {size} bytes; at most {MAX_FRAME_BYTES} are taken")
 
 
 def _close_words(data: bytes) -> str:
@@ -10250,7 +10250,7 @@ class Clerk(threading.Thread):
                 if command.execution_id in self._accepted:  # it has an answer, or gets one
                     self._inbox.put(Ended())
                 else:
-                    self._decline(command, f"refused: {error}")
+                    self._decline(command, f"cannot be put on disk: {error}")
         else:
             self._accepted.extend(command.execution_id for command in fresh if command.execution_id)
         for message in told:
@@ -11730,11 +11730,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_arguments(argv: Sequence[str]) -> Options:
 # Longer than any name in the API's lists; SQLite takes no pattern of many thousands.
 LONGEST_SOUGHT = 200
 
 
+def parse_arguments(argv: Sequence[str]) -> Options:
     """Return the options. Raises UsageError for what does not go together."""
     options = Options()
     if argv:  # or the daemon would carry argparse for months (0.6 MB)
@@ -11765,7 +11765,6 @@ LONGEST_SOUGHT = 200
     return options
 
 
-def _check_migration(options: Options) -> None:
 def _check_symbols(text: str) -> None:
     """Raise UsageError for a text that no list can have."""
     if not text.strip():
@@ -11776,6 +11775,7 @@ def _check_symbols(text: str) -> None:
         raise UsageError(f"--symbols {one_line(text, 40)}: it is not UTF-8 text; see --help")
 
 
+def _check_migration(options: Options) -> None:
     """Raise UsageError for options of --migrate that do not go together."""
     if options.migrate is None:
         for flag in ("documents", "time_zone", "dry_run"):
@@ -11844,6 +11844,7 @@ def start_logging(settings: Settings) -> None:
     handler.setFormatter(_Redacting(settings, journal=isinstance(sys.stderr, JournalStream)))
     logging.getLogger().handlers = [handler]
     logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
     log.setLevel(settings.log_level.upper())
 
 
@@ -11859,7 +11860,6 @@ class Column(NamedTuple):
     width: int
     right: bool = False
 
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 COLUMNS = (
     Column("CODE", 12),
