@@ -192,6 +192,7 @@ class ProcessDaemon:
         program: Path = PROGRAM,
         wrapper: Sequence[str] = (),
     ) -> None:
+        self.settings = settings
         self.environment = {**base, **settings}
         self._program = program
         self._wrapper = wrapper

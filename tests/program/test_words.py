@@ -276,7 +276,7 @@ JOBS = {
 @pytest.mark.parametrize(
     ("name", "job"),
     [
-        ("lock", "daemon"), ("lock", "status"), ("executions.db", "daemon"), ("executions.db", "status"),
+        ("lock", "daemon"), ("lock", "status"), ("executions.db", "status"),
         ("executions.db.lock", "daemon"), ("stockrt.db", "status"), ("stockrt.db", "once"), ("stockrt.db", "check"),
         ("stockrt.db.lock", "once"),  ("module_hash", "register"),
     ],
