@@ -2866,12 +2866,10 @@ class HttpConnection:
         try:
             response = self._exchange(path, headers, most_bytes)
         except _foreign_errors() as error:
-            place = f"{self._host}:{self._port}"
-            if self._proxy is not None and not self._tunnels:
-                place = ""
-            response = self._fault(error, place)
-            if not place:
-                response = _fault_of_proxy(cast(Proxy, self._proxy), error, response)
+            behind_proxy = self._proxy is not None and not self._tunnels
+            response = self._fault(error, "" if behind_proxy else f"{self._host}:{self._port}")
+            if self._proxy is not None and behind_proxy:
+                response = _fault_of_proxy(self._proxy, error, response)
         self.deadline = 0.0
         if response.fault:
             self.close()

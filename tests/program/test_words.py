@@ -463,6 +463,14 @@ def test_fault_of_a_proxy_names_one_setting_to_look_at(run_pyz: RunPyz, infoway:
     assert line.count("see ") == 1 and line.endswith("see HTTP_PROXY")
 
 
+def test_platform_that_is_away_is_named_once_in_a_line(world: World) -> None:
+    world.start()
+    world.platform.stop()
+    assert until(lambda: "cannot connect" in world.daemon.log)
+    line = next(line for line in world.daemon.log.splitlines() if "cannot connect" in line)
+    assert line.count("127.0.0.1:") == 1 and line.endswith("cannot connect: connection refused; trying again")
+
+
 def test_check_says_that_no_platform_is_set(run_pyz: RunPyz, infoway: InfowayServer) -> None:
     done = run_pyz("--check", env=api_env(infoway))
     assert done.returncode == 0
