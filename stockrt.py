@@ -700,6 +700,7 @@ class Settings:
     all_proxy: Proxy | None = None
     no_proxy: tuple[str, ...] = ()
     color: bool = True
+    old_secrets: tuple[str, ...] = field(default=(), repr=False)  # of settings that these replaced
 
     @property
     def proxies(self) -> Proxies:
@@ -708,7 +709,7 @@ class Settings:
 
     def secrets(self) -> tuple[str, ...]:
         """Return every text that must not be shown."""
-        found = set(self.api_keys)
+        found = {*self.api_keys, *self.old_secrets}
         if self.mongodb_shown() != self.mongodb_uri:
             found.add(self.mongodb_uri)
         match = _USERINFO.search(self.mongodb_uri)
@@ -934,6 +935,7 @@ class Setting(NamedTuple):
     secret: bool = False
     old_name: str = ""
     in_small_letters: bool = False  # its name may be written so as well, and is stronger then
+    at_start: bool = False  # a change needs a restart
 
     def names(self) -> tuple[str, ...]:
         """Return the names under which it is looked for, the strongest first."""
@@ -970,15 +972,15 @@ SETTINGS = (
     Setting("MONGODB_NUMERIC_TYPE", "numeric_type", "string", "string, decimal or double",
             _one_of("string", "decimal", "double")),
     Setting("SERVER_IP", "server_host", "", "a host name or an address, without http:// and without a port",
-            _host),
-    Setting("SERVER_PORT", "server_port", "", "a number from 1 to 65535", _port),
-    Setting("SERVER_TLS", "server_tls", "0", "0 (http, ws) or 1 (https, wss)", _switch),
+            _host, at_start=True),
+    Setting("SERVER_PORT", "server_port", "", "a number from 1 to 65535", _port, at_start=True),
+    Setting("SERVER_TLS", "server_tls", "0", "0 (http, ws) or 1 (https, wss)", _switch, at_start=True),
     Setting("HEARTBEAT_INTERVAL", "heartbeat_s", "10", "seconds from 1 to 3600", _number(1, 3600)),
     Setting("MODULE_NAME", "module_name", "股票实时数据获取模块", "1 to 100 printable characters",
-            _text(1, 100)),
+            _text(1, 100), at_start=True),
     Setting("MODULE_DESCRIPTION", "module_description", "获取股票、外汇、加密货币的最新成交并写入 MongoDB",
-            "at most 500 printable characters", _text(0, 500)),
-    Setting("STATE_DIRECTORY", "state_directory", "", "an absolute path", _directory),
+            "at most 500 printable characters", _text(0, 500), at_start=True),
+    Setting("STATE_DIRECTORY", "state_directory", "", "an absolute path", _directory, at_start=True),
     Setting("SPOOL_MAX_MB", "spool_max_bytes", "1024", "megabytes, a whole number from 1 to 1048576", _megabytes),
     Setting("HTTPS_PROXY", "https_proxy", "", _PROXY_EXPECTED, _proxy("HTTPS_PROXY"), secret=True,
             in_small_letters=True),
@@ -988,7 +990,7 @@ SETTINGS = (
             in_small_letters=True),
     Setting("NO_PROXY", "no_proxy", "", "host names, addresses and blocks such as 10.0.0.0/8, comma-separated, or *",
             _no_proxy, in_small_letters=True),
-    Setting("METRICS_FILE", "metrics_file", "", "an absolute path that ends in .prom", _metrics_file),
+    Setting("METRICS_FILE", "metrics_file", "", "an absolute path that ends in .prom", _metrics_file, at_start=True),
     Setting("LOG_LEVEL", "log_level", "info", "debug, info, warning or error",
             _one_of("debug", "info", "warning", "error")),
 )
@@ -1085,10 +1087,11 @@ def load_settings(
     env_file: Path | None = None,
     places: Iterable[Path] = ENV_FILE_PLACES,
     is_root: bool | None = None,
+    old_secrets: tuple[str, ...] = (),
 ) -> LoadedSettings:
     """Read and check all settings: credentials are stronger than the environment, that than the file.
 
-    An empty value counts as not set. Raises SettingsError with every fault at once.
+    An empty value counts as not set. `old_secrets` stay hidden. Raises SettingsError with every fault at once.
     """
     source, warning = find_env_file(env_file, places)
     from_file = read_env_file(source) if source else {}
@@ -1116,7 +1119,7 @@ def load_settings(
     is_root = os.geteuid() == 0 if is_root is None else is_root
     values.setdefault("state_directory", default_state_directory(environ, is_root))
     values.setdefault("module_description", "")
-    settings = Settings(**values, color=not environ.get("NO_COLOR"))
+    settings = Settings(**values, color=not environ.get("NO_COLOR"), old_secrets=old_secrets)
     HIDDEN.secrets = settings.secrets()
     return LoadedSettings(settings, source, tuple(warnings))
 
@@ -1181,6 +1184,59 @@ def _misspelled(name: str, source: str) -> str:
 NO_KEY_HINT = (
     "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none"
 )
+# The environment of a process stays what it was at its start: `systemctl reload` leaves here, in RUNTIME_DIRECTORY,
+# which is in memory and this user's alone, what a start would get now.
+HANDED_OVER = "environment.json"
+
+
+def handed_over(environ: Mapping[str, str]) -> Path | None:
+    """Return where the service's new environment is left, None where no unit says so."""
+    directory = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    return Path(directory, HANDED_OVER) if directory else None
+
+
+class Renewed(NamedTuple):
+    """Settings that were read anew: the names of those that changed, and of those that would need a restart."""
+
+    settings: Settings
+    changed: tuple[str, ...]
+    need_restart: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+class SettingsSource:
+    """Where the settings of this process come from, to be read anew; the calls are one thread's."""
+
+    def __init__(self, environ: Mapping[str, str], env_file: Path | None = None) -> None:
+        self._environ = environ
+        self._env_file = env_file
+
+    def read_again(self, before: Settings) -> Renewed:
+        """Return the settings as they are now. Raises SettingsError: the ones before stay good."""
+        environ = self._environ
+        place = handed_over(environ)
+        if place is not None and place.exists():
+            environ = self._take(place)
+        new, _, warnings = load_settings(environ, self._env_file, old_secrets=before.secrets())
+        if not new.api_keys:
+            raise SettingsError([NO_KEY_HINT])
+        self._environ = environ
+        changed = [s for s in SETTINGS if getattr(new, s.attribute) != getattr(before, s.attribute)]
+        kept = {s.attribute: getattr(before, s.attribute) for s in changed if s.at_start}
+        return Renewed(
+            replace(new, **kept),
+            tuple(s.name for s in changed if not s.at_start),
+            tuple(s.name for s in changed if s.at_start),
+            warnings,
+        )
+
+    def _take(self, place: Path) -> Mapping[str, str]:
+        try:
+            found = json.loads(place.read_text(encoding="utf-8"))
+            place.unlink()
+        except (OSError, ValueError) as error:
+            raise SettingsError([f"{place}: cannot be read: {error}; is RUNTIME_DIRECTORY right?"]) from None
+        return cast(Mapping[str, str], found)
 
 
 # ======================================================================================================
@@ -2124,6 +2180,12 @@ class Events:
 
     def executed(self, report: Report | None) -> None:
         """An execution ended; None: it was refused or could not begin."""
+
+    def reloading(self) -> None:
+        """The settings are about to be read anew."""
+
+    def reloaded(self, settings: Settings) -> None:
+        """That is over, and these hold: new ones, or those from before where the new ones are faulty."""
 
     def stopping(self, seconds: float) -> None:
         """The daemon leaves, and may need so long for it."""
@@ -8441,11 +8503,23 @@ class StopAsked(NamedTuple):
     """To the socket's thread: a signal asks the process to leave."""
 
 
+class ReloadAsked(NamedTuple):
+    """To the socket's thread: a signal asks for the settings to be read anew."""
+
+
+class SettingsRead(NamedTuple):
+    """To the socket's thread: the settings were read anew, and these hold now."""
+
+    settings: Settings
+
+
 class ExecutorLeft(NamedTuple):
     """To the socket's thread: no execution runs, and none will."""
 
 
-Message: TypeAlias = Answered | Declined | Ended | Broken | StopAsked | ExecutorLeft
+Message: TypeAlias = (
+    Answered | Declined | Ended | Broken | StopAsked | ReloadAsked | SettingsRead | ExecutorLeft
+)
 
 
 class Inbox:
@@ -8657,12 +8731,16 @@ class Relay(Events):
         self._inbox.put(Broken(error))
 
 
+# In place of a command's number, which begins at 1: the executor looks around.
+NO_COMMAND = 0
+
+
 class Executor(threading.Thread):
     """Executes accepted commands one at a time and puts their answers into the journal."""
 
     def __init__(self, settings: Settings, journal: Journal, inbox: Inbox, events: Relay) -> None:
         super().__init__(name="stockrt-executor", daemon=True)
-        self._settings = settings
+        self._settings = self._wanted = settings  # in use, and those to be used next
         self._journal = journal
         self._inbox = inbox
         self._events = events
@@ -8680,6 +8758,11 @@ class Executor(threading.Thread):
     def add(self, number: int) -> None:
         """Execute a command of the journal, after those before it."""
         self._queue.put(number)
+
+    def renew(self, settings: Settings) -> None:
+        """Go over to other settings after the running execution; what waits for MongoDB is tried with them, too."""
+        self._wanted = settings
+        self._queue.put(NO_COMMAND)
 
     def leave(self, dropped_because: str = "") -> None:
         """Begin no further execution.
@@ -8712,9 +8795,14 @@ class Executor(threading.Thread):
         while True:
             wait = self._finalise()
             try:
-                return self._queue.get(timeout=wait)
+                number = self._queue.get(timeout=wait)
             except queue.Empty:
                 self._events.progress()
+                continue
+            if number != NO_COMMAND:
+                return number
+            if not (self._leaving.is_set() or self._events.is_damaged):
+                self._move_what_waits()
 
     def _finalise(self) -> float | None:
         """Make a part of the closes final that are due; return for how many seconds there is no more to do."""
@@ -8833,8 +8921,24 @@ class Executor(threading.Thread):
         return empty_result(context, self._settings.module_name, self._settings.redact(reason))
 
     def _open_pipeline(self) -> Pipeline:
-        if self._pipeline is None:
-            self._pipeline = Pipeline(self._settings, self._events)
+        """Return the pipeline, a new one where the settings were read anew. Raises StockrtError."""
+        wanted, old = self._wanted, self._pipeline
+        if old is not None and wanted is self._settings:
+            return old
+        try:
+            self._pipeline = Pipeline(wanted, self._events)
+        except StockrtError as error:
+            if old is None:
+                raise
+            log.error("the new settings are not used, and those from before stay: %s", error)
+            self._wanted = self._settings
+            return old
+        if old is not None:
+            old.close()
+            old_store, store = store_name(self._settings), store_name(wanted)
+            if old_store != store:
+                self._store_trouble = LogThrottle(store, then="the next execution tries again")
+        self._settings = wanted
         return self._pipeline
 
 
@@ -8893,7 +8997,11 @@ class NoteStatus(NamedTuple):
     news: DaemonStatus
 
 
-ClerkJob: TypeAlias = list[Command] | Received | NoteStatus | EndExecutor | None
+class ReadSettings(NamedTuple):
+    """To the clerk: the settings are to be read anew."""
+
+
+ClerkJob: TypeAlias = list[Command] | Received | NoteStatus | ReadSettings | EndExecutor | None
 
 
 class Clerk(threading.Thread):
@@ -8902,9 +9010,12 @@ class Clerk(threading.Thread):
     What came of it goes to the socket's thread as messages, accepted commands to the executor.
     """
 
-    def __init__(self, settings: Settings, journal: Journal, executor: Executor, inbox: Inbox) -> None:
+    def __init__(
+        self, settings: Settings, journal: Journal, executor: Executor, inbox: Inbox, source: SettingsSource
+    ) -> None:
         super().__init__(name="stockrt-clerk", daemon=True)
         self._settings = settings
+        self._source = source
         self._journal = journal
         self._executor = executor
         self._inbox = inbox
@@ -8976,6 +9087,8 @@ class Clerk(threading.Thread):
             self._note_received(received)
         if news:
             self._note_status(news)
+        if any(isinstance(job, ReadSettings) for job in jobs):
+            self._read_settings()
         if any(isinstance(job, EndExecutor) for job in jobs):
             self._executor.end()
         return None not in jobs
@@ -9093,6 +9206,23 @@ class Clerk(threading.Thread):
         else:
             self._status_trouble.over()
 
+    def _read_settings(self) -> None:
+        """Read the settings anew, and have them used where they are good."""
+        try:
+            renewed = self._source.read_again(self._settings)
+        except SettingsError as error:
+            for fault in error.faults:
+                log.error("the settings stay as they were: %s", fault)
+        else:
+            for warning in renewed.warnings:
+                log.warning(warning)
+            log.info("settings read anew; changed: %s", ", ".join(renewed.changed) or "none")
+            if renewed.need_restart:
+                log.warning("changed, but needs a restart: %s", ", ".join(renewed.need_restart))
+            self._settings = renewed.settings
+            self._executor.renew(renewed.settings)
+        self._inbox.put(SettingsRead(self._settings))
+
 
 def _count_codes(commands: Sequence[Command]) -> int:
     return sum(len(command.codes) for command in commands)
@@ -9114,6 +9244,7 @@ class Daemon:
         settings: Settings,
         events: Events = NO_EVENTS,
         *,
+        source: SettingsSource | None = None,
         rng: random.Random | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -9130,7 +9261,8 @@ class Daemon:
         # of its own: it does not wait while the clerk waits for the lock of the file, which others may hold
         answers = Journal(settings.state_directory, clock, relay)
         self._executor = Executor(settings, answers, self._inbox, relay)
-        self._clerk = Clerk(settings, self._journal, self._executor, self._inbox)
+        source = source or SettingsSource(os.environ)
+        self._clerk = Clerk(settings, self._journal, self._executor, self._inbox, source)
         self._module_hash = ""
         self._presence: Presence | None = None  # what the last refused handshake meant
         self._open_commands = 0  # accepted, or on their way into the journal, and not ended
@@ -9141,6 +9273,10 @@ class Daemon:
     def request_stop(self) -> None:
         """Ask the loop to leave."""
         self._inbox.put(StopAsked())
+
+    def request_reload(self) -> None:
+        """Ask for the settings to be read anew; called from a signal handler, too."""
+        self._inbox.put(ReloadAsked())
 
     def run(self) -> None:
         """Serve the platform until told to stop or shut down. Raises StoreError when a local file is damaged."""
@@ -9379,6 +9515,13 @@ class Daemon:
             elif isinstance(message, Broken):
                 self._broken = self._broken or message.error
                 self._begin_leaving()
+            elif isinstance(message, ReloadAsked):
+                self._events.reloading()
+                self._clerk.do(ReadSettings())
+            elif isinstance(message, SettingsRead):
+                self._settings = message.settings
+                log.setLevel(message.settings.log_level.upper())
+                self._events.reloaded(message.settings)
             else:
                 log.info("stopping: the running execution has %d s", STOP_GRACE_S)
                 self._begin_leaving()
@@ -9637,14 +9780,20 @@ class Metrics:
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
         self._lock = threading.Lock()
-        shown = tuple(dict.fromkeys(digest[:DIGEST_SHOWN] for digest in keys))
-        self._metrics = [
-            metric._replace(values=shown) if metric.label == "key" else metric for metric in METRICS
-        ]
-        self._numbers = {(metric.name, value): 0.0 for metric in self._metrics for value in metric.values}
+        self._metrics: Sequence[Metric] = METRICS
+        self._numbers: dict[tuple[str, str], float] = {}
         self._buckets = [0] * len(LATENCY_BUCKETS_S)
         self._latencies, self._latency_sum = 0, 0.0
         self.changes = 0
+        self.know_keys(keys)
+
+    def know_keys(self, keys: Sequence[str]) -> None:
+        """Count for these API keys, and for no others any more."""
+        shown = tuple(dict.fromkeys(digest[:DIGEST_SHOWN] for digest in keys))
+        with self._lock:
+            self._metrics = [m._replace(values=shown) if m.label == "key" else m for m in METRICS]
+            names = [(metric.name, value) for metric in self._metrics for value in metric.values]
+            self._numbers = {name: self._numbers.get(name, 0.0) for name in names}
 
     def add(self, name: str, value: str = "", by: float = 1) -> None:
         """Count `by` more; `value` is the label's."""
@@ -9769,6 +9918,15 @@ class Service(Events):
         """Tell systemd that the start is over."""
         self._notifier.send(READY=1)
 
+    def reloading(self) -> None:
+        """Tell systemd that the settings are read anew; Type=notify-reload wants to know since when."""
+        self._notifier.send(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+
+    def reloaded(self, settings: Settings) -> None:
+        """Tell systemd that this is over."""
+        self._keys = count_words(len(settings.api_keys), "key")
+        self._notifier.send(READY=1)
+
     def tick(self, unanswered: int, undelivered: int) -> float:
         """Say what changed; return when there will be something to say again."""
         now = self._clock.monotonic()
@@ -9812,6 +9970,7 @@ class Service(Events):
 
     def keys_used(self, keys: Sequence[KeyStats]) -> None:
         """Note what each key has used and left, and how it stands."""
+        self.metrics.know_keys([key.digest for key in keys])
         for key in keys:
             name = key.digest[:DIGEST_SHOWN]
             left = math.inf if key.left is None else key.left
@@ -9956,6 +10115,8 @@ def _is_unused(folder: Path) -> bool:
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 # Up to here the rows wait until they can be aligned and stand in the order asked; beyond, memory is dearer.
 ROWS_ALIGNED = 1000
+# `systemctl reload` waits so long for the daemon to take what it hands over; a disk that hangs holds that up.
+RELOAD_WAIT_S = 20.0
 # What `td` says, in words.
 SIDES = {0: "-", 1: "buy", 2: "sell"}
 HELP_EXAMPLES = """\
@@ -10020,6 +10181,11 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--symbols", metavar="TEXT", help="find instruments by code or name: 茅台, apple, 黄金")
     what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
     what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
+    what.add_argument(
+        "--reload",
+        action="store_true",
+        help="for ExecReload= of the unit: have the daemon read its settings anew",
+    )
     what.add_argument("--register", action="store_true", help="register at the dispatch platform (once)")
     what.add_argument("--version", action="version", version=f"stockrt {__version__}")
 
@@ -10089,22 +10255,21 @@ def read_codes(options: argparse.Namespace) -> Iterator[str]:
 
 
 class _Redacting(logging.Formatter):
-    """Formats a record, tracebacks included, and takes every secret out."""
+    """Formats a record, tracebacks included, and takes every secret out, also of settings that were read anew."""
 
-    def __init__(self, settings: Settings, journal: bool = False) -> None:
+    def __init__(self, journal: bool = False) -> None:
         super().__init__("%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
-        self._settings = settings
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        text = self._settings.redact(super().format(record))
+        text = mask(super().format(record), HIDDEN.secrets)
         return for_journal(text, record.levelno) if self._journal else text
 
 
 def start_logging(settings: Settings) -> None:
     """Send this program's messages to stderr, secrets masked; libraries only from warnings on."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_Redacting(settings, journal=isinstance(sys.stderr, JournalStream)))
+    handler.setFormatter(_Redacting(journal=isinstance(sys.stderr, JournalStream)))
     logging.getLogger().handlers = [handler]
     logging.getLogger().setLevel(logging.WARNING)
     log.setLevel(settings.log_level.upper())
@@ -10264,6 +10429,14 @@ def stop_on_signals(work: Stoppable) -> None:
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
+
+
+def reload_on_hangup(daemon: Daemon) -> None:
+    """Let SIGHUP have the settings read anew; where a person reads stderr it means that the terminal is gone."""
+    on_hangup = daemon.request_reload
+    if os.isatty(2):
+        on_hangup = daemon.request_stop
+    signal.signal(signal.SIGHUP, lambda *_: on_hangup())
 
 
 class Terminal(Events):
@@ -10757,14 +10930,36 @@ def run_check_settings(loaded: LoadedSettings) -> int:
     return EXIT_OK
 
 
-def run_daemon(settings: Settings, environ: Mapping[str, str]) -> int:
+def run_reload(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Hand the unit's new environment, whose settings are good by now, to its daemon, and have it read them."""
+    need_daemon_settings(settings)
+    pid, place = environ.get("MAINPID", ""), handed_over(environ)
+    if place is None or not pid.isdigit():
+        raise UsageError(
+            "--reload is what the unit's ExecReload= calls: type sudo systemctl reload stockrt, "
+            "or, for a daemon without a unit, kill -HUP and its pid"
+        )
+    write_whole(place, json.dumps(dict(environ)), setting="RUNTIME_DIRECTORY")
+    os.kill(int(pid), signal.SIGHUP)
+    deadline = time.monotonic() + RELOAD_WAIT_S
+    while place.exists():
+        if time.monotonic() > deadline:
+            raise StockrtError(
+                f"the daemon has not read its settings within {RELOAD_WAIT_S:.0f} s; see its log"
+            )
+        time.sleep(STOP_POLL_S)
+    return EXIT_OK
+
+
+def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | None) -> int:
     """Run as the platform's module until a signal or the platform ends it; return the exit status."""
     need_daemon_settings(settings)
     watchdog_s = watchdog_seconds(environ, os.getpid())
     service = Service(settings, Notifier(environ.get("NOTIFY_SOCKET", "")), watchdog_s)
-    daemon = Daemon(settings, service)
+    daemon = Daemon(settings, service, source=SettingsSource(environ, env_file))
     clean_cache(environ, Path(__file__).resolve().parent.parent)
     stop_on_signals(daemon)
+    reload_on_hangup(daemon)
     log.info("stockrt %s for %s at %s", __version__, settings.module_name, settings.platform_url())
     daemon.run()
     service.stopped()
@@ -10797,7 +10992,9 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return run_check(loaded.settings, loaded.source)
     if options.check_settings:
         return run_check_settings(loaded)
-    return run_daemon(loaded.settings, environ)
+    if options.reload:
+        return run_reload(loaded.settings, environ)
+    return run_daemon(loaded.settings, environ, options.env_file)
 
 
 def _prepare_streams() -> None:

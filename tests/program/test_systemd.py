@@ -432,6 +432,42 @@ def test_masked_frames_at_debug(service: Instance) -> None:
     assert not [line for line in service.said() if API_KEY in line or module_hash in line]
 
 
+def test_reload_reads_env_file_and_credentials_anew_under_systemd(running: Instance, box: Box) -> None:
+    """Files of root's that the service itself may not read; with a fault in them `systemctl reload` fails."""
+    env_file, credential = "/etc/stockrt/stockrt.env", "/etc/stockrt/credentials/infoway_api_key"
+    good = (box.root / env_file.lstrip("/")).read_text()
+    new_key = "credential-key-2a0f"
+    running.api.keys = {new_key, API_KEY}
+    pid = running.show("MainPID")
+    try:
+        box.write(credential, new_key + "\n", 0o600)
+        box.write(env_file, good + "LOG_LEVEL=debug\n", 0o600)
+        running.ctl("reload")
+        running.wait(lambda i: "settings read anew; changed: INFOWAY_API_KEY, LOG_LEVEL" in i.said())
+        running.wait(lambda i: i.state == "active")
+        assert running.result(running.execute())["status"] == "success"
+        assert running.api.asked("batch_trade")[-1].key == new_key
+        box.write(credential, "another-key-77\n", 0o600)
+        box.write(env_file, good + "LOG_LEVEL=loud\n", 0o600)
+        failed = box.run("systemctl", "reload", "stockrt", check=False)
+        assert failed.returncode != 0
+        assert any("LOG_LEVEL='loud'" in line for line in running.said())
+        assert running.result(running.execute())["status"] == "success"
+        assert running.api.asked("batch_trade")[-1].key == new_key
+        assert (running.state, running.show("MainPID")) == ("active", pid)
+        assert not box.run("ls", "-A", "/run/stockrt").stdout
+    finally:
+        box.write(env_file, good, 0o600)
+        box.write(credential, API_KEY + "\n", 0o600)
+    running.ctl("reload")
+    running.wait(lambda i: i.said().count("settings read anew; changed: INFOWAY_API_KEY, LOG_LEVEL") == 2)
+    assert running.result(running.execute())["status"] == "success"
+    assert running.api.asked("batch_trade")[-1].key == API_KEY
+    assert new_key not in json.dumps(running.journal())
+    running.ctl("stop")
+    assert not box.run("sh", "-c", "ls -d /run/stockrt* || true").stdout
+
+
 def test_registration_by_root_does_not_lock_the_service_out(service: Instance, box: Box) -> None:
     service.ctl("stop")
     place = box.root / "var/lib/private/stockrt/module_hash"

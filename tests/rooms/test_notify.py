@@ -294,11 +294,11 @@ def journal_lines(write: Callable[[io.TextIOBase], object]) -> list[str]:
 
 
 def test_every_line_of_a_traceback_has_its_priority(tmp_path: Path) -> None:
-    secretive = settings(tmp_path, INFOWAY_API_KEY="hush")
+    settings(tmp_path, INFOWAY_API_KEY="hush")
 
     def write(stream: io.TextIOBase) -> None:
         handler = logging.StreamHandler(stream)
-        handler.setFormatter(stockrt._Redacting(secretive, journal=True))
+        handler.setFormatter(stockrt._Redacting(journal=True))
         try:
             raise ValueError("hush\nsecond line")
         except ValueError:
