@@ -8083,6 +8083,10 @@ def ask_presence(settings: Settings, module_hash: str) -> Presence:
 # A server that is away comes back within seconds or hours: quick at first, slowly slower, never above 30 s.
 # With a first delay of up to 1 s and a growth of 1.3 a server that was away for 5 s is met after about 1 s.
 DIAL_FIRST_S, DIAL_CAP_S, DIAL_GROWTH = 1.0, 30.0, 1.3
+# After a kill -9 the server counts our session online for up to 120 s, and looks once a minute: so long it is dialled
+# every second, to be back as soon as it lets go. A second instance with our hash may stay: seldom then, as above.
+OLD_SESSION_S = 190.0
+OLD_SESSION_DIAL_S = (0.5, 1.0)
 # Connecting, TLS and the WebSocket handshake together.
 DIAL_LIMITS = Limits(connect_s=5.0, read_s=10.0, whole_s=10.0)
 # A peer that takes no byte for this long is dead; the kernel buffers far more than a result.
@@ -9264,7 +9268,8 @@ class Daemon:
         source = source or SettingsSource(os.environ)
         self._clerk = Clerk(settings, self._journal, self._executor, self._inbox, source)
         self._module_hash = ""
-        self._presence: Presence | None = None  # what the last refused handshake meant
+        self._presence: Presence | None = None  # what the last refused handshake meant, and since when
+        self._presence_since = clock.monotonic()
         self._open_commands = 0  # accepted, or on their way into the journal, and not ended
         self._executor_left = False
         self._leaving: Leaving | None = None
@@ -9288,7 +9293,7 @@ class Daemon:
         while self._leaving is None:
             if self._connect_and_serve():
                 delays = self._fresh_delays()
-            self._wait_awake(next(delays))
+            self._wait_awake(self._delay(delays))
         self._wait_for_threads()
         if self._broken is not None:
             raise self._broken
@@ -9296,11 +9301,19 @@ class Daemon:
     def _fresh_delays(self) -> Iterator[float]:
         return backoff(DIAL_FIRST_S, DIAL_CAP_S, self._rng, DIAL_GROWTH)
 
+    def _delay(self, delays: Iterator[float]) -> float:
+        """Return for how long to wait before the next dial."""
+        since = self._clock.monotonic() - self._presence_since
+        if self._presence is Presence.ONLINE and since < OLD_SESSION_S:
+            return self._rng.uniform(*OLD_SESSION_DIAL_S)
+        return next(delays)
+
     def _connect_and_serve(self) -> bool:
         """Hold one connection from dial to end; return whether it was useful."""
         link = self._dial()
         if link is None:
             return False
+        self._presence = None
         protocol = PlatformProtocol(self._settings.heartbeat_s, self._clock.monotonic())
         self._outbox.reconnect()
         self._events.connected()
@@ -9352,6 +9365,8 @@ class Daemon:
         """Return what a refused handshake means, '' for once unknown: an old session may have ended meanwhile."""
         presence = ask_presence(self._settings, self._module_hash)
         before, self._presence = self._presence, presence
+        if presence is not before:
+            self._presence_since = self._clock.monotonic()
         once = presence is Presence.UNKNOWN and before is not Presence.UNKNOWN
         return "" if once else presence.value
 

@@ -591,7 +591,7 @@ def test_a_module_still_online_is_told_apart_and_said_once(
     caplog.set_level("INFO")
     platform.refuse_online_for = 3600
     with ThreadDaemon(settings, rng=Hasty()):
-        assert platform.wait_for(lambda s: len(s.dials) >= 20, PATIENCE)
+        assert platform.wait_for(lambda s: len(s.dials) >= 5, PATIENCE)
         (said,) = warnings_of(caplog)
         assert "still counted as online" in said
         assert "old session or a second instance" in said
@@ -600,6 +600,37 @@ def test_a_module_still_online_is_told_apart_and_said_once(
         settled(platform)
         assert until(lambda: "well again" in caplog.text)
     assert {dial.status for dial in platform.dials} == {101, 403}
+
+
+def test_after_a_kill_the_built_file_dials_every_second_until_the_old_session_ends(
+    pyz: Path, clean_env: dict[str, str], infoway: InfowayServer, state: Path
+) -> None:
+    """Its delays would have grown to several seconds meanwhile: it would have dialled some nine times."""
+    with PlatformServer(ping_every=0, zombie_after=20.0, sweep=0.2) as server:
+        server.know(HASH)
+        settings = environment(server.port, infoway.url, state)
+        with ProcessDaemon(clean_env, settings, pyz) as daemon:
+            connected(server)
+            daemon.kill()
+            daemon.start()
+            connected(server, times=2)
+            assert one_answer(server, server.execute(["TSLA.US"]))["status"] == "success"
+        assert len([dial for dial in server.dials if dial.status == 403]) >= 15
+
+
+def test_another_instance_that_stays_online_is_dialled_seldom(
+    platform: PlatformServer, infoway: InfowayServer, settings: stockrt.Settings
+) -> None:
+    clock, rng = FakeClock(), Hasty()
+    daemon = stockrt.Daemon(settings, rng=rng, clock=clock)
+    daemon._presence = stockrt.Presence.ONLINE
+    daemon._presence_since = clock.monotonic()
+    delays = daemon._fresh_delays()
+    assert daemon._delay(delays) == stockrt.OLD_SESSION_DIAL_S[0]
+    clock.advance(stockrt.OLD_SESSION_S)
+    for _ in range(20):
+        daemon._delay(delays)
+    assert rng.ceilings[-1] == stockrt.DIAL_CAP_S
 
 
 def test_an_unknown_hash_is_told_apart_and_said_once_and_a_new_one_is_taken(
