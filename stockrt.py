@@ -80,7 +80,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from enum import Enum, IntEnum
 from functools import cache, lru_cache
-from itertools import islice
+from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
@@ -471,10 +471,15 @@ def start_thread(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError as error:
-        raise StockrtError(
-            f"no thread can be started ({error}): too many run, or memory is short; "
-            "see TasksMax= and MemoryMax= of the unit, or ulimit -u"
-        ) from None
+        raise no_thread(error) from None
+
+
+def no_thread(error: RuntimeError) -> StockrtError:
+    """Return what an operator must know where the system gives no thread."""
+    return StockrtError(
+        f"no thread can be started ({error}): too many run, or memory is short; "
+        "see TasksMax= and MemoryMax= of the unit, or ulimit -u"
+    )
 
 
 def shorten(secret: str) -> str:
@@ -4577,6 +4582,7 @@ class InfowayApi:
         self._events = events
         self._rng = rng or random.Random()
         self._idle: list[_Worker] = []
+        self._held: list[BatchAttempt] = []  # the one that found no thread, until one is free
         self._caution = Caution(None)
         self._latencies: deque[float] = deque(maxlen=20)
 
@@ -4587,6 +4593,7 @@ class InfowayApi:
         """
         self._caution = Caution(self._caution.refused_all())
         todo = (BatchAttempt(batch, stop, self._rng) for batch in batches)
+        self._held.clear()
         done: _Done = queue.SimpleQueue()
         busy: dict[_Worker, Batch] = {}
         looked_at = time.monotonic()
@@ -4675,14 +4682,32 @@ class InfowayApi:
 
     def _hand_out(self, todo: Iterator[BatchAttempt], busy: dict[_Worker, Batch], done: _Done) -> None:
         """Give the workers as much as shall be under way."""
-        for attempt in islice(todo, max(0, self._wanted() - len(busy))):
+        for attempt in islice(chain(self._take_held(), todo), max(0, self._wanted() - len(busy))):
             spared = self._caution.spared(attempt.batch)
             if spared is not None:
                 done.put((None, spared))
                 continue
-            worker = self._idle.pop() if self._idle else _Worker(self)
+            worker = self._free_worker(others=bool(busy))
+            if worker is None:
+                self._held.append(attempt)
+                return
             busy[worker] = attempt.batch
             worker.tasks.put((attempt, done))
+
+    def _take_held(self) -> Iterator[BatchAttempt]:
+        while self._held:
+            yield self._held.pop()
+
+    def _free_worker(self, others: bool) -> _Worker | None:
+        """Return a worker that has nothing to do, None where `others` have to do. Raises StockrtError."""
+        if self._idle:
+            return self._idle.pop()
+        try:
+            return _Worker(self)
+        except StockrtError:
+            if not others:
+                raise
+        return None
 
     def _wanted(self) -> int:
         if self._caution.is_careful:
@@ -5203,6 +5228,8 @@ MONGODB_TIMEOUT_MS = 20_000
 MONGODB_SELECTION_TIMEOUT_MS = 5_000
 # For telling the server that a client leaves.
 MONGODB_GOODBYE_S = 1.0
+# To ask pymongo for a server without waiting for one.
+AT_ONCE_S = 0.001
 DUPLICATE_KEY = 11000
 # What keeps no `_id` apart, or takes no documents at all.
 NO_COLLECTIONS = {"view": "a view", "timeseries": "a time-series collection"}
@@ -5467,6 +5494,7 @@ class MongoStore:
         self.close_name = settings.close_name
         self._plain: set[str] = set()  # collections that were seen to be none of NO_COLLECTIONS
         self._index_due = 0.0  # monotonic
+        self._has_threads = False
 
     def write(self, documents: Sequence[Document], takes: bool = False) -> WriteReport:
         """Insert documents unordered; those whose `_id` is there count as duplicates.
@@ -5743,6 +5771,20 @@ class MongoStore:
             raise SettingsError(
                 [f"MONGODB_HOST={self._settings.mongodb_shown()!r}: {self._settings.redact(one_line(error))}"]
             ) from None
+
+    def start_threads(self) -> None:
+        """Let pymongo start its threads before others take what there are. Raises StockrtError where there are none."""
+        from pymongo import timeout
+        from pymongo.errors import PyMongoError
+
+        if self._has_threads:
+            return
+        try:
+            with timeout(AT_ONCE_S), contextlib.suppress(PyMongoError):  # no server is waited for
+                _ = self.client.address
+        except RuntimeError as error:
+            raise no_thread(error) from None
+        self._has_threads = True
 
     def collection(self, name: str = "") -> MongoCollection[Document]:
         """Return a collection of the database, `realtime` without a name."""
@@ -7482,6 +7524,8 @@ class Pipeline:
             close_trouble=self._close_trouble,
             finder=finder,
         )
+        if self._delivery is not None:
+            self._delivery.mongo.start_threads()
         report = collector.run(codes, stop)
         if self._settings.metrics_file is not None:  # they cost a question to MongoDB
             self._tell_keys()
