@@ -215,16 +215,30 @@ if sys.version_info < ({major}, {minor}):
 
 import os
 
+# What PYTHONPATH names comes last: an older library there must not stand for ours.
+others = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+sys.path.sort(key=others.__contains__)
+
 # Unpacked by an earlier start, and none of shiv's own switches is set: the rest of what shiv does then, without
 # the modules that only its unpacking needs (20 ms and 2 MB of every start).
 name = os.path.basename(os.path.realpath(sys.argv[0])) + "_{build_id}"
-site = os.path.join(os.path.expanduser(os.environ.get("SHIV_ROOT") or "~/.shiv"), name, "site-packages")
-if os.path.isdir(site) and not [n for n in os.environ if n.startswith("SHIV_") and n != "SHIV_ROOT"]:
+folder = os.path.join(os.path.expanduser(os.environ.get("SHIV_ROOT") or "~/.shiv"), name)
+site = os.path.join(folder, "site-packages")
+plain = not [n for n in os.environ if n.startswith("SHIV_") and n != "SHIV_ROOT"]
+if plain and os.path.isdir(site):
     places = [n for n, path in enumerate(sys.path) if path.endswith(("site-packages", "dist-packages"))]
     sys.path.insert((places + [len(sys.path)])[0], site)
-    import stockrt
+    try:
+        import stockrt
+    except ImportError:  # a cleaner of caches has been there
+        sys.path.remove(site)
+        sys.path_importer_cache.clear()
+    else:
+        stockrt.main()
+if plain and os.path.isdir(folder):  # without a part of it: shiv would take it for whole
+    import shutil
 
-    stockrt.main()
+    shutil.rmtree(folder, ignore_errors=True)
 
 import _bootstrap
 

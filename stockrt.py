@@ -466,6 +466,22 @@ def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.
         ceiling = min(cap_s, ceiling * growth)
 
 
+_UNPACKED = re.compile(r".+_[0-9a-f]{16,}")
+
+
+def lost_part(error: ImportError) -> StockrtError:
+    """Return what to end with where a part of this program is gone, and have the next start unpack it anew.
+
+    Cleaners of caches take files away from under a process that runs for months.
+    """
+    site, then = Path(__file__).resolve().parent, "install it anew"
+    if site.name == "site-packages" and _UNPACKED.fullmatch(site.parent.name):
+        then = "the next start unpacks it anew"
+        with contextlib.suppress(OSError):  # gone altogether, or another process was first
+            site.rename(site.with_name(f"lost-{os.urandom(4).hex()}"))
+    return StockrtError(f"a part of the program is gone from {site} ({one_line(error)}): {then}")
+
+
 def start_thread(thread: threading.Thread) -> None:
     """Start a thread. Raises StockrtError where the system gives none."""
     try:
@@ -2174,8 +2190,8 @@ class Events:
     def keys_used(self, keys: Sequence[KeyStats]) -> None:
         """A run is over that may have used these API keys."""
 
-    def damaged(self, error: StoreError) -> None:
-        """A local file is damaged: with these words the process has to end, and its next start rescues the file."""
+    def damaged(self, error: StockrtError) -> None:
+        """A local file or the program is: with these words the process has to end, and its next start mends it."""
 
     def connected(self) -> None:
         """The connection to the platform stands."""
@@ -4740,6 +4756,10 @@ class InfowayApi:
             return _failed(attempt.batch, Failure(FailureKind.KEY, str(error)))
         except Interrupted:
             return Outcome(attempt.batch, interrupted=True)
+        except ImportError as error:
+            lost = lost_part(error)
+            self._events.damaged(lost)
+            return _failed(attempt.batch, Failure(FailureKind.OTHER, str(lost)))
         except Exception as error:
             log.exception("a fault of stockrt itself while fetching")
             words = f"a fault of stockrt itself: {type(error).__name__}"
@@ -7088,6 +7108,9 @@ class Delivery:
             trouble, cause = self._close_trouble, cast(Exception, error.__cause__)
         elif not isinstance(error, StoreAway):
             words = f"what waits cannot be moved to it: {type(error).__name__}: {error}"
+        if isinstance(cause, ImportError):
+            self._events.damaged(lost_part(cause))
+            return
         if not isinstance(cause, StoreError) and not trouble.there:
             log.error("a fault of stockrt itself", exc_info=cause)
         trouble.again(words)
@@ -8543,6 +8566,8 @@ def broken_by(error: Exception) -> Broken:
     """Return what a thread says whose work ended with an error; what is no error of ours is logged whole."""
     if isinstance(error, StockrtError):
         return Broken(error)
+    if isinstance(error, ImportError):
+        return Broken(lost_part(error))
     log.exception("a fault of stockrt itself", exc_info=error)
     return Broken(StockrtError(f"a fault of stockrt itself: {type(error).__name__}; see the log"))
 
@@ -8747,7 +8772,7 @@ class Relay(Events):
         self._events = events
         self._inbox = inbox
         self.queue = QueueStats()
-        self.is_damaged = False  # a local file: nothing is executed or answered any more
+        self.is_damaged = False  # a local file, or the program: nothing is executed or answered any more
 
     def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
         """Pass it on."""
@@ -8773,7 +8798,7 @@ class Relay(Events):
         """Pass it on."""
         self._events.keys_used(keys)
 
-    def damaged(self, error: StoreError) -> None:
+    def damaged(self, error: StockrtError) -> None:
         """Let the daemon end: the next start mends it."""
         self.is_damaged = True
         self._inbox.put(Broken(error))
@@ -8931,6 +8956,9 @@ class Executor(threading.Thread):
             report = self._open_pipeline().run(command.codes, self.stop)
         except StockrtError as error:
             return self._unexecuted(command.context, str(error))
+        except ImportError as error:  # it stays in the journal for the next start
+            self._events.damaged(lost_part(error))
+            return ""
         except Exception as error:
             log.exception("execution %s failed", execution_name(command.context))
             reason = f"a fault of stockrt itself: {type(error).__name__}; see its log"
@@ -10176,6 +10204,8 @@ EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 ROWS_ALIGNED = 1000
 # `systemctl reload` waits so long for the daemon to take what it hands over; a disk that hangs holds that up.
 RELOAD_WAIT_S = 20.0
+# Local files, the platform, MongoDB's servers, and a connection for each request that may be under way.
+DESCRIPTORS_NEEDED = 64 + MAX_IN_FLIGHT
 # What `td` says, in words.
 SIDES = {0: "-", 1: "buy", 2: "sell"}
 HELP_EXAMPLES = """\
@@ -11010,9 +11040,23 @@ def run_reload(settings: Settings, environ: Mapping[str, str]) -> int:
     return EXIT_OK
 
 
+def need_descriptors() -> None:
+    """Raise StockrtError where too few files may be open: it would be connected, and every execution fail."""
+    import resource
+
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < DESCRIPTORS_NEEDED:
+        raise StockrtError(
+            f"only {most} files and sockets may be open, and {DESCRIPTORS_NEEDED} are needed; "
+            "see LimitNOFILE= of the unit, or ulimit -n"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, DESCRIPTORS_NEEDED), most))
+
+
 def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | None) -> int:
     """Run as the platform's module until a signal or the platform ends it; return the exit status."""
     need_daemon_settings(settings)
+    need_descriptors()
     watchdog_s = watchdog_seconds(environ, os.getpid())
     service = Service(settings, Notifier(environ.get("NOTIFY_SOCKET", "")), watchdog_s)
     daemon = Daemon(settings, service, source=SettingsSource(environ, env_file))
@@ -11091,6 +11135,9 @@ def main() -> NoReturn:
         for line in str(error).splitlines():
             say(f"stockrt: {line}", logging.ERROR)
         status = error.exit_code
+    except ImportError as error:
+        status = EXIT_FAILED
+        say(f"stockrt: {lost_part(error)}", logging.ERROR)
     except SystemExit as leaving:  # --help, --version
         status = int(leaving.code or 0)
     except OSError as error:  # whoever met it should have said what was being done
