@@ -430,6 +430,8 @@ say_what_comes() {
     command -v cc >/dev/null || lacking+=("power cuts and a clock that is set: install gcc and libc6-dev")
     command -v unshare >/dev/null && command -v setpriv >/dev/null ||
         lacking+=("names that nobody resolves: install util-linux")
+    command -v prometheus-node-exporter node_exporter >/dev/null ||
+        lacking+=("metrics as the real collector reads them: install prometheus-node-exporter")
     command -v systemd-nspawn >/dev/null || lacking+=("the unit under a real systemd: install systemd-container")
     echo "tests, $form: all of them take some ${minutes[$form]} minutes on 2 processors, 4 GB of memory, 2 GB in ${TMPDIR:-/tmp}"
     [ -d "$build/test" ] || echo "first of all: tools and wheels are fetched into $build (600 MB, a minute more)"

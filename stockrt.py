@@ -9857,16 +9857,22 @@ METRICS = (
 )
 # fmt: on
 LATENCY = "stockrt_api_latency_seconds"
+# The state directory of the one daemon that most machines have: its series stay without a label.
+USUAL_INSTANCE = "stockrt"
 # So much of a key's digest names it.
 DIGEST_SHOWN = 8
 KEY_STATES = ("ready", "resting", "out")
 
 
 class Metrics:
-    """Counts since the start, thread-safe. `changes` grows with every change; `keys`: the digests of API keys."""
+    """Counts since the start, thread-safe. `changes` grows with every change; `keys`: the digests of API keys.
 
-    def __init__(self, keys: Sequence[str] = ()) -> None:
+    With the name of an `instance` every series has it as a label, so that two files beside each other do not collide.
+    """
+
+    def __init__(self, keys: Sequence[str] = (), instance: str = "") -> None:
         self._lock = threading.Lock()
+        self._instance = instance.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
         self._metrics: Sequence[Metric] = METRICS
         self._numbers: dict[tuple[str, str], float] = {}
         self._buckets = [0] * len(LATENCY_BUCKETS_S)
@@ -9913,16 +9919,22 @@ class Metrics:
             ]
             limits = (*map(_number_text, LATENCY_BUCKETS_S), "+Inf")
             counts = (*self._buckets, self._latencies)
-            lines += [f'{LATENCY}_bucket{{le="{le}"}} {n}' for le, n in zip(limits, counts, strict=True)]
-            lines += [f"{LATENCY}_sum {self._latency_sum:.6f}", f"{LATENCY}_count {self._latencies}"]
+            for le, n in zip(limits, counts, strict=True):
+                lines.append(f"{LATENCY}_bucket{self._labels('le', le)} {n}")
+            lines.append(f"{LATENCY}_sum{self._labels()} {self._latency_sum:.6f}")
+            lines.append(f"{LATENCY}_count{self._labels()} {self._latencies}")
         return "\n".join(lines) + "\n"
 
     def _lines(self, metric: Metric) -> Iterator[str]:
         yield f"# HELP {metric.name} {metric.help}"
         yield f"# TYPE {metric.name} {metric.kind}"
         for value in metric.values:
-            label = f'{{{metric.label}="{value}"}}' if metric.label else ""
-            yield f"{metric.name}{label} {_number_text(self._numbers[metric.name, value])}"
+            labels = self._labels(metric.label, value)
+            yield f"{metric.name}{labels} {_number_text(self._numbers[metric.name, value])}"
+
+    def _labels(self, label: str = "", value: str = "") -> str:
+        labels = [f'{n}="{text}"' for n, text in ((label, value), ("instance", self._instance)) if n and text]
+        return f"{{{','.join(labels)}}}" if labels else ""
 
 
 def _number_text(number: float) -> str:
@@ -9985,7 +9997,10 @@ class Service(Events):
         self._notifier = notifier
         self._watchdog_s = watchdog_s
         self._clock = clock
-        self.metrics = Metrics([key_digest(secret) for secret in settings.api_keys])
+        instance = settings.state_directory.name
+        if instance == USUAL_INSTANCE:
+            instance = ""
+        self.metrics = Metrics([key_digest(secret) for secret in settings.api_keys], instance)
         self._file: MetricsFile | None = None
         if settings.metrics_file is not None:
             self._file = MetricsFile(settings.metrics_file, self.metrics, clock)
