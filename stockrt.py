@@ -2680,6 +2680,8 @@ def _has_nothing_for_us(sock: socket.socket) -> bool:
 SQLITE_BUSY_S = 10.0
 # A file that another process rescues is looked at again so often.
 RESCUE_POLL_S = 0.05
+# What a file keeps free on the disk for everybody else.
+DISK_KEPT_FREE = 0.05
 # The page size of our files: SQLite's default since 2016.
 SQLITE_PAGE = 4096
 # A log has a header, and one before each page.
@@ -2769,6 +2771,21 @@ class LocalFile:
     def empty_log(self) -> None:
         """Move the write-ahead log into the file, as far as nobody else reads it now. Raises StoreError."""
         self.read_all("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def pages(self) -> tuple[int, int]:
+        """Return how many pages the file has, and how many of them are unused. Raises StoreError."""
+        (pages,) = self.read_one("PRAGMA page_count")
+        (unused,) = self.read_one("PRAGMA freelist_count")
+        return pages, unused
+
+    def why_no_room(self, more: int) -> str:
+        """Return why so many bytes more are too many for the disk, '' where they are not. Raises StoreError."""
+        with disk_trouble(f"the disk of {self.path} cannot be looked at"):
+            disk = os.statvfs(self.path.parent)
+        if disk.f_bavail * disk.f_frsize - more >= disk.f_blocks * disk.f_frsize * DISK_KEPT_FREE:
+            return ""
+        kept = f"less than {DISK_KEPT_FREE:.0%} free"
+        return f"the disk of {self.path} would have {kept}; see STATE_DIRECTORY"
 
     def bytes_beside(self) -> int:
         """Return the size of what SQLite keeps beside the file, in bytes. Raises StoreError."""
@@ -2976,6 +2993,11 @@ def _beside(path: Path, end: str) -> Path:
 def _sides(path: Path) -> list[Path]:
     """Return a file of SQLite's and what it keeps beside it: the file, the write-ahead log, shared memory."""
     return [_beside(path, end) for end in ("", "-wal", "-shm")]
+
+
+def damaged_files(directory: Path) -> list[Path]:
+    """Return the damaged files that were set aside in a state directory, with what belongs to them."""
+    return sorted(directory.glob("*.db.damaged-*"))
 
 
 def _move(path: Path, target: Path) -> None:
@@ -5380,6 +5402,21 @@ class CloseStore(Protocol):
 # ------------------------------------------------------------------------------------------------------
 
 
+# Of a document beside its `_id`, which is in the file three times: the table's row and two indexes.
+ROW_BYTES = 250
+# A document changes at most so many pages of the file, each of which is in the log then.
+PAGES_PER_ROW = 4
+
+
+def most_growth(file: LocalFile, documents: Collection[Document]) -> int:
+    """Return how many bytes more a file and its log may take with these documents. Raises StoreError."""
+    pages, unused = file.pages()
+    rows = [3 * len(document["_id"]) + ROW_BYTES for document in documents]
+    more = sum(rows) // SQLITE_PAGE + 1
+    logged = (min(pages, PAGES_PER_ROW * len(rows)) + more) * (SQLITE_PAGE + WAL_FRAME_HEAD)
+    return max(0, more - unused) * SQLITE_PAGE + logged
+
+
 class SqliteStore:
     """The embedded store: tables of the local file, readable with the sqlite3 shell."""
 
@@ -5387,9 +5424,16 @@ class SqliteStore:
         self._file = file
 
     def write(self, documents: Sequence[Document]) -> WriteReport:
-        """Store documents in one transaction. Raises StoreError when the file cannot be written."""
-        with self._file.write() as db:
-            return insert_trades(db, documents)
+        """Store documents in one transaction. Raises StoreError when the file or the disk does not take them."""
+        with self._file.lock:
+            more = most_growth(self._file, documents)
+            if self._file.why_no_room(more):
+                self._file.empty_log()  # what the log took is free again
+            why = self._file.why_no_room(more)
+            if why:
+                raise StoreError(why)
+            with self._file.write() as db:
+                return insert_trades(db, documents)
 
     def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
         """Return the newest trade of each code in a span of time. Raises StoreError."""
@@ -6452,14 +6496,8 @@ DELIVERY_FIRST_S, DELIVERY_CAP_S = 1.0, 10.0
 CATCH_UP_S = 5.0
 # A document alone that fails so often, while MongoDB takes another one each time, is rejected by it for good.
 POISON_TRIES = 3
-# What the file keeps free on the disk for everybody else.
-DISK_KEPT_FREE = 0.05
 # An emptied file of more unused bytes than this is shrunk.
 SHRINK_ABOVE = 16 * 1024 * 1024
-# Of a document beside its `_id`, which is in the file three times: the table's row and two indexes.
-ROW_BYTES = 250
-# A document changes at most so many pages of the file, each of which is in the log then.
-PAGES_PER_ROW = 4
 QUEUED_FIELDS = ("_id", *TRADE_FIELDS, "stock_code", "create_time")
 
 
@@ -6509,20 +6547,14 @@ class DeliveryQueue:
 
     def _find_room(self, documents: Collection[Document]) -> None:
         """Raise QueueFull if the file or the disk could come to its limit with these documents."""
-        pages, unused = self._pages()
-        rows = [3 * len(document["_id"]) + ROW_BYTES for document in documents]
-        more = sum(rows) // SQLITE_PAGE + 1
-        logged = (min(pages, PAGES_PER_ROW * len(rows)) + more) * (SQLITE_PAGE + WAL_FRAME_HEAD)
-        grown = max(0, more - unused) * SQLITE_PAGE
-        if pages * SQLITE_PAGE + self._file.bytes_beside() + grown + logged > self._max_bytes:
+        pages, _ = self._file.pages()
+        more = most_growth(self._file, documents)
+        if pages * SQLITE_PAGE + self._file.bytes_beside() + more > self._max_bytes:
             limit = f"its limit of {self._max_bytes >> 20} MB"
             raise QueueFull(f"{self._file.path} has come to {limit}; see SPOOL_MAX_MB")
-        with disk_trouble(f"the disk of {self._file.path} cannot be looked at"):
-            disk = os.statvfs(self._file.path.parent)
-        free = disk.f_bavail * disk.f_frsize - grown - logged
-        if free < disk.f_blocks * disk.f_frsize * DISK_KEPT_FREE:
-            kept = f"less than {DISK_KEPT_FREE:.0%} free"
-            raise QueueFull(f"the disk of {self._file.path} would have {kept}; see STATE_DIRECTORY")
+        why = self._file.why_no_room(more)
+        if why:
+            raise QueueFull(why)
 
     def has_trades(self) -> bool:
         """Return whether trades wait for MongoDB."""
@@ -6615,23 +6647,17 @@ class DeliveryQueue:
             return QueueStats(refused=self.refused)
         oldest = "SELECT create_time FROM realtime WHERE demo IS NULL ORDER BY seq LIMIT 1"
         (since,) = self._file.read_one(oldest) or (None,)
-        pages, unused = self._pages()
+        pages, unused = self._file.pages()
         return QueueStats(self.trades, (pages - unused) * SQLITE_PAGE, since, refused=self.refused)
 
     def shrink(self) -> None:
         """Give the disk back what a long absence of MongoDB took, if that is much."""
         try:
-            _, unused = self._pages()
+            _, unused = self._file.pages()
             if unused * SQLITE_PAGE + self._file.bytes_beside() > SHRINK_ABOVE:
                 self._file.shrink()
         except StoreError as error:
             log.warning("what %s has grown by is not given back this time: %s", self._file.path, error)
-
-    def _pages(self) -> tuple[int, int]:
-        """Return how many pages the file has, and how many of them are unused."""
-        (pages,) = self._file.read_one("PRAGMA page_count")
-        (unused,) = self._file.read_one("PRAGMA freelist_count")
-        return pages, unused
 
 
 def _queued_document(row: Sequence[Any]) -> Document:
@@ -6683,6 +6709,11 @@ class Rejects:
     def count(self) -> int:
         """Return how many there are. Raises StoreError."""
         return int(self._file.read_one("SELECT count(*) FROM rejects")[0])
+
+    def discard(self) -> int:
+        """Forget them all, and return how many that was. Raises StoreError."""
+        with self._file.write() as db:
+            return db.execute("DELETE FROM rejects").rowcount
 
 
 def _json_value(value: object) -> str:
@@ -7631,6 +7662,7 @@ class Pipeline:
         if retry:
             delivery.queue.retry(self._settings.realtime_name)
         delivery.deliver(stop, self._events)
+        delivery.queue.shrink()
 
     def delivered(self) -> tuple[int, int, int]:
         """Return how many trades `deliver` moved, how many MongoDB rejected of them, and how many are left."""
@@ -7640,6 +7672,10 @@ class Pipeline:
     def rejects(self) -> list[Reject]:
         """Return what MongoDB rejected for good, oldest first. Raises StoreError."""
         return [] if self._delivery is None else self._delivery.rejects.all()
+
+    def discard_rejects(self) -> int:
+        """Forget what MongoDB rejected for good, and return how many documents that was. Raises StoreError."""
+        return 0 if self._delivery is None else self._delivery.rejects.discard()
 
     def queued(self, refused: int) -> QueueFacts | None:
         """Return what waits for MongoDB, None where none is set; `refused`: what found no room. Raises StoreError."""
@@ -10307,6 +10343,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--retry", action="store_true", help="with --drain: what MongoDB refused before, too")
     parser.add_argument(
+        "--discard",
+        action="store_true",
+        help="with --rejects: delete them, and damaged files that were set aside",
+    )
+    parser.add_argument(
         "--force", action="store_true", help="with --register: anew, although a hash is stored"
     )
     parser.add_argument(
@@ -10333,6 +10374,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"--backfill {options.backfill}: expected 1 to {MAX_BARS} sessions; see --help")
     if options.retry and not options.drain:
         raise UsageError("--retry goes with --drain; see --help")
+    if options.discard and not options.rejects:
+        raise UsageError("--discard goes with --rejects; see --help")
     if options.force and not options.register:
         raise UsageError("--force goes with --register; see --help")
     if options.once and not (options.codes or options.codes_file):
@@ -10760,6 +10803,7 @@ class StatusReport(TypedDict):
     store: str
     spool: QueueFacts | None
     waiting: Waiting
+    damaged_files: int
     last_execution: LastExecution | None
     keys: list[KeyUsage]
 
@@ -10794,6 +10838,7 @@ def gather_status(settings: Settings) -> StatusReport:
             "store": settings.mongodb_shown() or str(directory / SQLITE_NAME),
             "spool": pipeline.queued(refused),
             "waiting": waiting,
+            "damaged_files": len(damaged_files(directory)),
             "last_execution": last,
             "keys": pipeline.usage(states),
         }
@@ -10839,6 +10884,8 @@ def run_status(settings: Settings, as_json: bool) -> int:
     if status["spool"] is not None:
         lines.append(("spool", _spool_line(status["spool"])))
     lines.append(("waiting", f"{waiting['commands']} commands, {waiting['results']} results to deliver"))
+    if status["damaged_files"]:
+        lines.append(("damaged files", f"{status['damaged_files']}: see --rejects"))
     done = "none yet"
     if last is not None:
         done = f"{last['status']} at {last['at']}: {last['message']}"
@@ -10955,8 +11002,22 @@ def _backfilled_line(row: Backfilled) -> str:
     return f"{row.code:<12}  {row.first}  {row.last}  {row.added} added, {row.there} there before"
 
 
+def discard_rejects(settings: Settings) -> int:
+    """Delete what MongoDB refused for good, and the damaged files that were set aside; say how much that was."""
+    with Pipeline(settings) as pipeline:
+        rejects = pipeline.discard_rejects()
+    files = damaged_files(settings.state_directory)
+    size = sum(path.stat().st_size for path in files)
+    with disk_trouble("a damaged file cannot be deleted"):
+        for path in files:
+            path.unlink()
+    documents = count_words(rejects, "document")
+    say(f"discarded {documents} and {count_words(len(files), 'damaged file')} of {size / 2**20:.1f} MB")
+    return EXIT_OK
+
+
 def run_rejects(settings: Settings, as_json: bool) -> int:
-    """Print what MongoDB refused for good, oldest first."""
+    """Print what MongoDB refused for good, oldest first, and which damaged files were set aside."""
     with Pipeline(settings) as pipeline:
         rejects = pipeline.rejects()
     for reject in rejects:
@@ -10966,6 +11027,8 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
         show(settings.redact(line))
     if not rejects and not as_json:
         show("MongoDB has refused nothing")
+    for path in damaged_files(settings.state_directory):
+        say(f"damaged, rescued and set aside: {path}, {path.stat().st_size / 2**20:.1f} MB")
     return EXIT_OK
 
 
@@ -11104,6 +11167,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return run_symbols(options.symbols, loaded.settings, options.json)
     if options.drain:
         return run_drain(loaded.settings, options.retry)
+    if options.rejects and options.discard:
+        return discard_rejects(loaded.settings)
     if options.rejects:
         return run_rejects(loaded.settings, options.json)
     if options.check:

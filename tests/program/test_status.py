@@ -110,6 +110,7 @@ def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> 
         "store": str(program.state / stockrt.SQLITE_NAME),
         "spool": None,
         "waiting": {"commands": 0, "results": 0},
+        "damaged_files": 0,
         "last_execution": None,
         "keys": [
             {"key": "aaa…111", "plan": "free", "ends": None, "ends_soon": "", "used_today": 0,
