@@ -350,6 +350,19 @@ def utc_now() -> datetime:
     return now.replace(microsecond=now.microsecond // 1000 * 1000)
 
 
+# Before this, in epoch seconds, no clock is right: 2025-01-01. A machine without a battery starts in 1970.
+EARLIEST_S = 1_735_689_600
+
+
+def need_clock(now: float) -> None:
+    """Raise StoreError where the clock of this machine was not set since it started: its times would be stored."""
+    if now < EARLIEST_S:
+        raise StoreError(
+            f"the clock of this machine says {iso_after(now, 0)}: nothing is stored until it is set; "
+            "see timedatectl, and systemd-time-wait-sync.service, which lets the service wait for it"
+        )
+
+
 def utc_day(now: float) -> str:
     """Return the UTC date of epoch seconds, ISO 8601."""
     return datetime.fromtimestamp(now, UTC).date().isoformat()
@@ -7560,10 +7573,11 @@ class Pipeline:
     def run(self, codes: Iterable[object], stop: threading.Event, report: Report | None = None) -> Report:
         """Collect the latest trades of codes; what becomes of it can be seen in `report` meanwhile.
 
-        Raises SettingsError without an API key, StoreError when a local file is damaged.
+        Raises SettingsError without an API key, StoreError when a local file is damaged or the clock not set.
         """
         if not (self._demo or self._settings.api_keys):
             raise SettingsError([NO_KEY_HINT])
+        need_clock(self._clock.wall())
         closing, finder = None, None
         if not self._demo:
             self._plans.ask(stop)
@@ -7614,6 +7628,7 @@ class Pipeline:
             wait = self._finaliser.wait_s()
             if wait > 0 or self._demo:
                 return wait
+            need_clock(self._clock.wall())
             if self._delivery is not None and self._delivery.is_away:
                 self._finaliser.pause()
             else:
@@ -7646,6 +7661,7 @@ class Pipeline:
         """
         if not self._settings.api_keys:
             raise SettingsError([NO_KEY_HINT])
+        need_clock(self._clock.wall())
         return self._backfill.run(self._backfill.codes() if codes is None else codes, sessions, stop)
 
     def start_delivery(self) -> None:
@@ -11141,6 +11157,10 @@ def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | 
     clean_cache(environ, Path(__file__).resolve().parent.parent)
     stop_on_signals(daemon)
     reload_on_hangup(daemon)
+    try:
+        need_clock(time.time())
+    except StoreError as error:  # it may be set at any moment
+        log.warning(str(error))
     log.info("stockrt %s for %s at %s", __version__, settings.module_name, settings.platform_url())
     daemon.run()
     service.stopped()

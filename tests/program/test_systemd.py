@@ -468,6 +468,19 @@ def test_reload_reads_env_file_and_credentials_anew_under_systemd(running: Insta
     assert not box.run("sh", "-c", "ls -d /run/stockrt* || true").stdout
 
 
+def test_starts_after_the_clock_is_set_where_systemd_waits_for_it(service: Instance, box: Box) -> None:
+    waits = "[Unit]\nWants=time-sync.target\nBefore=time-sync.target\n[Service]\nType=oneshot\nExecStart=/bin/sh -c " \
+            "'until [ -e /run/clock-is-set ]; do sleep 0.1; done'\n"  # fmt: skip
+    box.write("/etc/systemd/system/clock.service", waits)
+    box.run("systemctl", "daemon-reload")
+    service.ctl("stop")
+    box.run("systemctl", "start", "--no-block", "clock.service")
+    box.run("systemctl", "start", "--no-block", "stockrt")
+    assert re.search(r"stockrt\.service +start +waiting", box.run("systemctl", "list-jobs").stdout)
+    box.run("touch", "/run/clock-is-set")
+    service.wait(lambda i: i.state == "active" and i.platform.connected)
+
+
 def test_registration_by_root_does_not_lock_the_service_out(service: Instance, box: Box) -> None:
     service.ctl("stop")
     place = box.root / "var/lib/private/stockrt/module_hash"
