@@ -300,6 +300,7 @@ DESTDIR=${DESTDIR-}
 program=/opt/stockrt/stockrt.pyz
 unit=/etc/systemd/system/stockrt.service
 config=/etc/stockrt/stockrt.env
+credentials=/etc/stockrt/credentials
 
 # With DESTDIR the files are for another system: nothing of this one is asked or told.
 systemd_runs() { [ -z "$DESTDIR" ] && [ -d /run/systemd/system ]; }
@@ -353,6 +354,10 @@ install_files() {
     else
         place 600 "$here/stockrt.env.example" "$config"
         echo "installed $DESTDIR$config"
+    fi
+    if [ ! -e "$DESTDIR$credentials" ]; then
+        install -d -m 700 -- "$DESTDIR$credentials"
+        echo "made      $DESTDIR$credentials"
     fi
     if systemd_runs; then
         systemctl daemon-reload
@@ -438,7 +443,7 @@ say_what_comes() {
     for what in "${lacking[@]}"; do echo "skipped here: $what"; done
 } >&2
 
-# Most tests wait for other processes, not for the processor: twice as many at a time as there are processors.
+# Most tests wait for other processes, not for the processor: more at a time than there are processors.
 # pytest's own caches go where everything else does that is made here.
 run_tests() {
     local form=${STOCKRT_TESTS:-quick} arguments=() argument
@@ -459,11 +464,13 @@ run_tests() {
     export HYPOTHESIS_STORAGE_DIRECTORY=$build/hypothesis
     "$bin/ruff" check stockrt.py tests
     "$bin/ruff" format --check stockrt.py tests
-    "$bin/mypy" --strict stockrt.py tests
+    "$bin/mypy" --strict stockrt.py tests &
+    local types=$!
     (build_file fetch_all)
+    wait "$types"
     unset PYTHONDONTWRITEBYTECODE
     PYTHONPYCACHEPREFIX=$build/pycache STOCKRT_TESTS=$form "$bin/python" -m pytest \
-        -n "$((2 * $(nproc)))" --durations 10 tests "${arguments[@]}"
+        -n "$((5 * $(nproc) / 2))" --durations 10 tests "${arguments[@]}"
 }
 
 # The bench starts servers of the tests; what it measures is the file that users get.

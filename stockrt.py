@@ -33,6 +33,7 @@ above it:
     Command journal    accepted commands and their answers on disk
     Daemon             inbox, outbox, and the three threads
     Service manager    notifications, the journal's priorities, metrics
+    Migration          what the older client of the platform left: settings, hash, documents
     Command line       options, rows, commands, `main`
 
 The daemon's threads: the socket's (main) owns link, protocol and outbox, and waits for nothing but its inbox and the
@@ -471,6 +472,26 @@ def keep_owner(path: Path, directory: Path) -> None:
         os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
+def make_for_owner(path: Path) -> None:
+    """Where root works in another user's directory: make an empty file there that is that user's from the beginning.
+
+    What SQLite makes beside a file is its owner's, and root may be killed at any moment. A file of root's that is
+    there is given to that user. Raises OSError.
+    """
+    if os.geteuid() != 0 or path.parent.stat().st_uid == 0:
+        return
+    if not path.exists():
+        new = path.with_name(f".{path.name}.{os.urandom(8).hex()}.new")
+        os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
+        try:
+            keep_owner(new, path.parent)
+            with contextlib.suppress(FileExistsError):  # somebody else was quicker
+                os.link(new, path)
+        finally:
+            new.unlink()
+    keep_owner(path, path.parent)
+
+
 def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.0) -> Iterator[float]:
     """Yield delays in seconds for ever: exponential, capped, with full jitter from the first one on."""
     ceiling = first_s
@@ -776,11 +797,17 @@ class Settings:
 
 
 class LoadedSettings(NamedTuple):
-    """The settings, the file they came from (None: the environment alone) and warnings to show."""
+    """The settings, the file that was read (None: none, of several the strongest), and warnings to show.
+
+    `origins`: all that they came from, in words. `hiding`: names whose values the caller's environment has and the
+    installed service does not see.
+    """
 
     settings: Settings
     source: Path | None
     warnings: tuple[str, ...]
+    origins: str = ""
+    hiding: tuple[str, ...] = ()
 
 
 _USERINFO = re.compile(r"^[a-z+]+://(.*)@", re.IGNORECASE | re.DOTALL)
@@ -1103,17 +1130,128 @@ def read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
     SettingsError.
     """
     folder = environ.get("CREDENTIALS_DIRECTORY")
-    found: dict[str, str] = {}
-    for name in (setting.name for setting in SETTINGS if folder and setting.secret):
-        path = Path(cast(str, folder), name.lower())
-        try:
-            found[name] = path.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            continue
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise SettingsError([f"{name}: the credential {path} cannot be read: {why}"]) from None
+    names = [setting.name for setting in SETTINGS if folder and setting.secret]
+    found = {name: read_credential(name, Path(cast(str, folder), name.lower())) for name in names}
     return {name: text for name, text in found.items() if text}
+
+
+def read_credential(name: str, path: Path) -> str:
+    """Return the text of a credential's file, '' where it is missing. Raises SettingsError."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SettingsError([f"{name}: the credential {path} cannot be read: {why}"]) from None
+
+
+# The unit that `build_pyz.sh install` puts in place, and where systemd looks for it.
+UNIT = "stockrt.service"
+UNIT_PLACES = [
+    Path(place, "systemd/system", UNIT) for place in ("/etc", "/run", "/usr/local/lib", "/usr/lib", "/lib")
+]
+
+
+class Unit(NamedTuple):
+    """What the installed unit gives its service: credentials (setting -> file), variables, files of them.
+
+    The last file is the strongest. `unseen`: credentials that only systemd can read.
+    """
+
+    credentials: dict[str, Path]
+    variables: dict[str, str]
+    files: list[Path]
+    state_directory: Path
+    unseen: list[str]
+
+    def origins(self) -> dict[str, Mapping[str, str]]:
+        """Return where the service has its settings from, the strongest first. Raises SettingsError."""
+        found: dict[str, Mapping[str, str]] = {
+            f"credential {path}": {name: read_credential(name, path)}
+            for name, path in self.credentials.items()
+        }
+        found |= {str(path): read_env_file(path) for path in reversed(self.files)}
+        return found | {UNIT: {"STATE_DIRECTORY": str(self.state_directory)} | self.variables}
+
+    def is_hidden(self) -> bool:
+        """Return whether this user may not look at all of it."""
+        return any(map(is_hidden, (*self.credentials.values(), *self.files, self.state_directory)))
+
+
+def is_hidden(path: Path) -> bool:
+    """Return whether a file, or a directory of ours, is there or may be, that this user may not use."""
+    if os.geteuid() == 0:
+        return False
+    try:
+        mode = os.R_OK
+        if path.is_dir():
+            mode |= os.W_OK | os.X_OK  # to look into SQLite's files takes the right to write beside them
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return not os.access(path, mode)
+
+
+def find_unit(environ: Mapping[str, str], env_file: Path | None) -> Unit | None:
+    """Return the installed unit where a command run by hand means its service, else None.
+
+    It does not where a unit runs it, nor where the caller names a state or settings of their own. Raises SettingsError
+    where a file that the unit demands is missing.
+    """
+    if any(environ.get(name) for name in ("INVOCATION_ID", "STATE_DIRECTORY", "CREDENTIALS_DIRECTORY")):
+        return None
+    place = next(filter(Path.exists, UNIT_PLACES), None)
+    if place is None:
+        return None
+    unit = parse_unit(_unit_text(place))
+    if env_file is not None and env_file.resolve() not in [path.resolve() for path in unit.files]:
+        return None
+    return unit
+
+
+def _unit_text(place: Path) -> str:
+    """Return the unit with its drop-ins as systemctl knows them, the file alone where it is of no help."""
+    import subprocess
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["systemctl", "cat", UNIT]
+        done = subprocess.run(command, capture_output=True, timeout=10, check=True)  # noqa: S603
+        return done.stdout.decode(errors="replace")
+    return place.read_text(encoding="utf-8", errors="replace")
+
+
+def parse_unit(text: str) -> Unit:
+    """Return what a unit with its drop-ins gives its service. A later assignment adds, an empty one takes all back."""
+    import glob
+    import shlex
+
+    found: dict[str, list[str]] = {}
+    for line in re.sub(r"\\\n", " ", text).splitlines():
+        name, equals, value = (part.strip() for part in line.partition("="))
+        if equals and not value:
+            found.pop(name, None)
+        elif equals and name[:1] not in "#;":
+            found.setdefault(name, []).append(value)
+    unit = Unit({}, {}, [], Path("/var/lib", "stockrt"), [])
+    for value in found.get("LoadCredential", ()):
+        name, _, path = value.partition(":")
+        if os.path.isabs(path):
+            unit.credentials[name.upper()] = Path(path)
+        else:
+            unit.unseen.append(name)
+    unit.unseen.extend(value.partition(":")[0] for value in found.get("LoadCredentialEncrypted", ()))
+    for value in found.get("Environment", ()):
+        with contextlib.suppress(ValueError):  # quotes without an end: systemd passes over it, too
+            unit.variables.update(word.partition("=")[::2] for word in shlex.split(value))
+    for value in found.get("EnvironmentFile", ()):
+        path = value.removeprefix("-")
+        is_wanted = path == value or is_hidden(Path(path))  # "-": it may be missing
+        unit.files.extend(map(Path, sorted(glob.glob(path)) or [path] * is_wanted))
+    state = found.get("StateDirectory", ["stockrt"])[0].split()[0].partition(":")[0]
+    return unit._replace(state_directory=Path("/var/lib", state))
 
 
 def load_settings(
@@ -1121,31 +1259,40 @@ def load_settings(
     env_file: Path | None = None,
     places: Iterable[Path] = ENV_FILE_PLACES,
     is_root: bool | None = None,
+    unit: Unit | None = None,
     old_secrets: tuple[str, ...] = (),
 ) -> LoadedSettings:
     """Read and check all settings: credentials are stronger than the environment, that than the file.
 
-    An empty value counts as not set. `old_secrets` stay hidden. Raises SettingsError with every fault at once.
+    With `unit` its files are read in place of the caller's, as its service gets them. An empty value counts as not
+    set. `old_secrets` stay hidden. Raises SettingsError with every fault at once.
     """
-    source, warning = find_env_file(env_file, places)
-    from_file = read_env_file(source) if source else {}
-    origins = {"credential": read_credentials(environ), "environment": environ, str(source): from_file}
-    warnings = []
-    if warning and not is_service(environ):  # else systemd has read it (EnvironmentFile=)
-        warnings.append(warning)
-    warnings += [_misspelled(name, str(source)) for name in from_file if _is_unknown(name)]
+    if unit is None:
+        origins, files, warnings = _caller_origins(environ, env_file, places)
+    else:
+        origins, files, warnings = _service_origins(environ, unit, places)
+    others = {where: found for where, found in origins.items() if where != "environment"}
+    for path in files:
+        warnings += [_misspelled(name, str(path)) for name in origins[str(path)] if _is_unknown(name)]
     if is_service(environ):
         warnings += [_misspelled(name, "environment") for name in environ if _is_unknown(name)]
     values: dict[str, Any] = dict(_WHEN_UNSET)
-    faults = broken_lines(source) if source else []
+    faults = [fault for path in files for fault in broken_lines(path)]
+    used = set()
+    hiding = []
     for setting in SETTINGS:
         where, name, text = _look_up(setting, origins)
+        if text:
+            used.add(where)
+        is_hiding = where == "environment" and text != _look_up(setting, others)[2]
+        if unit is not None and is_hiding and setting.name != "LOG_LEVEL":
+            hiding.append(name)
         if not text and not setting.default:
             continue
         try:
             values[setting.attribute] = setting.parse(text or setting.default)
         except ValueError:
-            shown = _masked(setting, text)
+            shown = shown_value(setting, text)
             faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
     faults += _contradictions(values)
     if faults:
@@ -1155,7 +1302,41 @@ def load_settings(
     values.setdefault("module_description", "")
     settings = Settings(**values, color=not environ.get("NO_COLOR"), old_secrets=old_secrets)
     HIDDEN.secrets = settings.secrets()
-    return LoadedSettings(settings, source, tuple(warnings))
+    if hiding:
+        names = ", ".join(hiding)
+        warnings.append(
+            f"{names}: the environment's is used here; {UNIT} does not see it and has another, or none"
+        )
+    source = files[-1] if files else None
+    words = ", ".join([*filter(used.__contains__, origins), "defaults"])
+    return LoadedSettings(settings, source, tuple(warnings), words, tuple(hiding))
+
+
+def _caller_origins(
+    environ: Mapping[str, str], env_file: Path | None, places: Iterable[Path]
+) -> tuple[dict[str, Mapping[str, str]], list[Path], list[str]]:
+    """Return where settings may be, the strongest first, which of it are files, and warnings. Raises SettingsError."""
+    origins: dict[str, Mapping[str, str]] = {"credential": read_credentials(environ), "environment": environ}
+    source, warning = find_env_file(env_file, places)
+    if source is not None:
+        origins[str(source)] = read_env_file(source)
+    warnings = [warning] if warning and not is_service(environ) else []  # a service's: systemd has read it
+    return origins, [source] if source else [], warnings
+
+
+def _service_origins(
+    environ: Mapping[str, str], unit: Unit, places: Iterable[Path]
+) -> tuple[dict[str, Mapping[str, str]], list[Path], list[str]]:
+    """Return the same of a unit's service, for who runs a command by hand: the environment is still theirs."""
+    service = unit.origins()
+    credentials = {where: found for where, found in service.items() if where.startswith("credential ")}
+    warnings = [f"{UNIT} has a credential {name} that cannot be seen by hand" for name in unit.unseen]
+    other, _ = find_env_file(None, places)
+    if other is not None and other.resolve() not in [path.resolve() for path in unit.files]:
+        warnings.append(
+            f"{other} is left out: the settings are those of {UNIT}; --env-file names another file"
+        )
+    return credentials | {"environment": environ} | service, unit.files, warnings
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
@@ -1192,12 +1373,23 @@ def _look_up(setting: Setting, origins: Mapping[str, Mapping[str, str]]) -> tupl
     return "", setting.name, ""
 
 
-def _masked(setting: Setting, text: str) -> str:
+def shown_value(setting: Setting, text: str) -> str:
+    """Return the text of a setting as a person may see it, in quotes."""
     if setting.in_small_letters:
         return repr(one_line(mask_userinfo(text), 100))
     if setting.secret and not (setting.attribute == "mongodb_uri" and _USERINFO.match(text)):
         return "'***'"
     return repr(one_line(mask_uri(text), 100))
+
+
+def env_line(name: str, value: str) -> str:
+    """Return the line of an env file that sets a printable text, for systemd and for `read_env_file` alike."""
+    if re.fullmatch(r"[\w.:/@%+,=~-]+", value, re.ASCII):
+        return f"{name}={value}\n"
+    if not set(value) & set("'\\"):
+        return f"{name}='{value}'\n"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}="{escaped}"\n'
 
 
 def _is_unknown(name: str) -> bool:
@@ -1251,7 +1443,8 @@ class SettingsSource:
         place = handed_over(environ)
         if place is not None and place.exists():
             environ = self._take(place)
-        new, _, warnings = load_settings(environ, self._env_file, old_secrets=before.secrets())
+        loaded = load_settings(environ, self._env_file, old_secrets=before.secrets())
+        new = loaded.settings
         if not new.api_keys:
             raise SettingsError([NO_KEY_HINT])
         self._environ = environ
@@ -1261,7 +1454,7 @@ class SettingsSource:
             replace(new, **kept),
             tuple(s.name for s in changed if not s.at_start),
             tuple(s.name for s in changed if s.at_start),
-            warnings,
+            loaded.warnings,
         )
 
     def _take(self, place: Path) -> Mapping[str, str]:
@@ -1388,7 +1581,6 @@ CRYPTO_COINS = frozenset("BTC ETH BNB SOL XRP ADA DOGE LTC BCH DOT TRX LINK AVAX
 # The API's codes are far shorter; a longer text is no code, whatever it holds.
 MAX_CODE_LENGTH = 32
 _CODE_ALPHABET = re.compile(r"[A-Z0-9.&^=_-]+")
-_SEPARATORS = re.compile(r"[\s,;，；、]+")  # noqa: RUF001  (Chinese commas are meant)
 
 
 class Instrument(NamedTuple):
@@ -1404,81 +1596,7 @@ class Instrument(NamedTuple):
 
 
 _SUFFIX_PRODUCTS = {suffix: market.product for suffix, market in MARKETS.items()}
-# Most codes come in the API's own form: reading them as a person's typing would give them back as they are.
-_PLAIN_CODE = re.compile(
-    r"[0-9]{6}\.(?:SH|SZ)|(?!00000)[0-9]{5}\.HK|(?!US\.[JKIT])[A-Z0-9]{1,20}\.(?:US|JP|KS|IN|TW)", re.ASCII
-)
-
-
-def split_codes(text: str) -> list[str]:
-    """Return the codes of a text in which commas (Chinese ones too), semicolons or blanks separate them."""
-    return [code for code in _SEPARATORS.split(text) if code]
-
-
-def parse_code(raw: object) -> Instrument:
-    """Return the instrument that a person or the platform meant by `raw` (a text or a whole number).
-
-    `product:CODE` names the product outright, for a code whose form does not tell it (`common:TOPIX.JP`).
-    Raises InstrumentError, which says what to type instead, and of its kinds UnclearCode where a list of what
-    exists could tell; nothing that could change a URL gets through.
-    """
-    text = _code_text(raw)
-    if not text.isascii():
-        import unicodedata
-
-        text = unicodedata.normalize("NFKC", text)
-    text = text.strip().upper()
-    venue, colon, symbol = text.rpartition(":")
-    if not colon:
-        return _read(text)
-    venue, symbol = venue.strip(), symbol.strip()
-    if venue.lower() in PRODUCTS:
-        return _at_product(symbol, venue.lower())
-    return _at_venue(symbol, venue)
-
-
-def market_of(code: str) -> Market | None:
-    """Return the market that `code` is traded at, None when its form does not tell."""
-    name = market_name(code)
-    return MARKETS.get(name) or PRODUCT_MARKETS.get(name)
-
-
-def is_stale(code: str, t: int, now_ms: int) -> bool:
-    """Whether a latest trade at `t` (epoch ms) is old although the code's market was open since."""
-    market = market_of(code)
-    return market is not None and now_ms - t > market.rest_h * 3_600_000
-
-
-def market_name(code: str) -> str:
-    """Return the suffix of a code, or the product of one that has none, '' where its session is not known."""
-    _, dot, suffix = code.rpartition(".")
-    if code in BASE_METALS:
-        return "metals"
-    if dot and suffix in MARKETS:
-        return suffix
-    return "" if code in SESSIONLESS else _bare_product(code)
-
-
-def is_index(code: str) -> bool:
-    """Return whether a code is that of an index, as far as its form tells: its bars may have no volume."""
-    symbol, _, suffix = code.rpartition(".")
-    numbered = (suffix == "SH" and symbol.startswith("000")) or (suffix == "SZ" and symbol.startswith("399"))
-    return numbered or symbol.startswith(".") or (suffix == "HK" and not symbol.isdigit())
-
-
-def _code_text(raw: object) -> str:
-    if isinstance(raw, str):
-        return raw
-    if (
-        isinstance(raw, bool)
-        or not isinstance(raw, int | float)
-        or raw != raw
-        or raw in (float("inf"), float("-inf"))
-    ):
-        raise InstrumentError(f"no code: {one_line(repr(raw), 40)}; expected a text such as AAPL.US")
-    if raw != int(raw):
-        raise InstrumentError(f"no code: {raw!r}; expected a whole number or a text such as 600519.SH")
-    return str(int(raw)) if abs(raw) < 10**MAX_CODE_LENGTH else "9" * (MAX_CODE_LENGTH + 1)
+PRODUCT_SUFFIXES = {product: suffix for suffix, product in _SUFFIX_PRODUCTS.items()}
 
 
 def _safe(code: str) -> str:
@@ -1495,24 +1613,6 @@ def _safe(code: str) -> str:
             "characters that no code has; expected letters, digits and dots such as AAPL.US"
         )
     return code
-
-
-def _at_product(symbol: str, product: str) -> Instrument:
-    """Read what follows `product:`; at `common` and `crypto` and without an exchange it is taken as it is."""
-    code = _safe(symbol)
-    if product in ("common", "crypto"):
-        return Instrument(code, product)
-    if "." not in code and product != "stock":
-        return _at_market(code, PRODUCT_SUFFIXES[product])
-    if "." not in code and not code.isdigit():
-        return Instrument(code, product)
-    instrument = _read(code)
-    if instrument.product != product:
-        raise InstrumentError(f"{instrument.code} is asked at {instrument.product}, not at {product}")
-    return instrument
-
-
-PRODUCT_SUFFIXES = {product: suffix for suffix, product in _SUFFIX_PRODUCTS.items()}
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -1835,6 +1935,98 @@ def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
 
 
 # ------------------------------------------------------------------------------------------------------
+# Codes
+# ------------------------------------------------------------------------------------------------------
+
+_SEPARATORS = re.compile(r"[\s,;，；、]+")  # noqa: RUF001  (Chinese commas are meant)
+
+
+def split_codes(text: str) -> list[str]:
+    """Return the codes of a text in which commas (Chinese ones too), semicolons or blanks separate them."""
+    return [code for code in _SEPARATORS.split(text) if code]
+
+
+def parse_code(raw: object) -> Instrument:
+    """Return the instrument that a person or the platform meant by `raw` (a text or a whole number).
+
+    `product:CODE` names the product outright, for a code whose form does not tell it (`common:TOPIX.JP`).
+    Raises InstrumentError, which says what to type instead, and of its kinds UnclearCode where a list of what
+    exists could tell; nothing that could change a URL gets through.
+    """
+    text = _code_text(raw)
+    if not text.isascii():
+        import unicodedata
+
+        text = unicodedata.normalize("NFKC", text)
+    text = text.strip().upper()
+    venue, colon, symbol = text.rpartition(":")
+    if not colon:
+        return _read(text)
+    venue, symbol = venue.strip(), symbol.strip()
+    if venue.lower() in PRODUCTS:
+        return _at_product(symbol, venue.lower())
+    return _at_venue(symbol, venue)
+
+
+def market_of(code: str) -> Market | None:
+    """Return the market that `code` is traded at, None when its form does not tell."""
+    return market_named(market_name(code))
+
+
+def market_named(name: str) -> Market | None:
+    """Return the market of a name that `market_name` gives, None of ''."""
+    return MARKETS.get(name) or PRODUCT_MARKETS.get(name)
+
+
+def is_stale(code: str, t: int, now_ms: int) -> bool:
+    """Whether a latest trade at `t` (epoch ms) is old although the code's market was open since."""
+    market = market_of(code)
+    return market is not None and now_ms - t > market.rest_h * 3_600_000
+
+
+def market_name(code: str) -> str:
+    """Return the suffix of a code, or the product of one that has none, '' where its session is not known."""
+    _, dot, suffix = code.rpartition(".")
+    if code in BASE_METALS:
+        return "metals"
+    if dot and suffix in MARKETS:
+        return suffix
+    return "" if code in SESSIONLESS else _bare_product(code)
+
+
+def is_index(code: str) -> bool:
+    """Return whether a code is that of an index, as far as its form tells: its bars may have no volume."""
+    symbol, _, suffix = code.rpartition(".")
+    numbered = (suffix == "SH" and symbol.startswith("000")) or (suffix == "SZ" and symbol.startswith("399"))
+    return numbered or symbol.startswith(".") or (suffix == "HK" and not symbol.isdigit())
+
+
+def _code_text(raw: object) -> str:
+    if isinstance(raw, str):
+        return raw
+    if isinstance(raw, bool) or not isinstance(raw, int | float) or raw - raw != 0:  # not finite
+        raise InstrumentError(f"no code: {one_line(repr(raw), 40)}; expected a text such as AAPL.US")
+    if raw != int(raw):
+        raise InstrumentError(f"no code: {raw!r}; expected a whole number or a text such as 600519.SH")
+    return str(int(raw)) if abs(raw) < 10**MAX_CODE_LENGTH else "9" * (MAX_CODE_LENGTH + 1)
+
+
+def _at_product(symbol: str, product: str) -> Instrument:
+    """Read what follows `product:`; at `common` and `crypto` and without an exchange it is taken as it is."""
+    code = _safe(symbol)
+    if product in ("common", "crypto"):
+        return Instrument(code, product)
+    if "." not in code and product != "stock":
+        return _at_market(code, PRODUCT_SUFFIXES[product])
+    if "." not in code and not code.isdigit():
+        return Instrument(code, product)
+    instrument = _read(code)
+    if instrument.product != product:
+        raise InstrumentError(f"{instrument.code} is asked at {instrument.product}, not at {product}")
+    return instrument
+
+
+# ------------------------------------------------------------------------------------------------------
 # Sessions
 # ------------------------------------------------------------------------------------------------------
 
@@ -1923,6 +2115,10 @@ def _session(market: Market, day: date, zone: tzinfo) -> Session:
 # Batches
 # ------------------------------------------------------------------------------------------------------
 
+# Most codes come in the API's own form: reading them as a person's typing would give them back as they are.
+_PLAIN_CODE = re.compile(
+    r"[0-9]{6}\.(?:SH|SZ)|(?!00000)[0-9]{5}\.HK|(?!US\.[JKIT])[A-Z0-9]{1,20}\.(?:US|JP|KS|IN|TW)", re.ASCII
+)
 # The API refuses more with `ret` 505.
 MAX_BATCH = 100
 # The duplicate check keeps codes in buckets of about so many, each one text: a short search for every code.
@@ -1998,14 +2194,13 @@ class BatchPlan:
         """Take one code that is already in the API's form; `typed` is what stood for it."""
         code, product, alternatives = instrument
         self._take(code, product)
-        if alternatives:
-            self.alternatives[code] = alternatives
-            self.asked_as[code] = (
-                typed  # and not what else was typed for it: only this may be the alternatives
-            )
-        if (alternatives or unsure) and typed.upper() != code:
+        if alternatives:  # which only this text may mean, not what else was typed for the code
+            self.alternatives[code], self.asked_as[code] = alternatives, typed
+        if typed.upper() == code:
+            return
+        if alternatives or unsure:
             self.guessed.add(code)
-        if typed and typed.upper() != code:
+        if typed:
             self.asked_as.setdefault(code, typed)
 
     def _take(self, code: str, product: str) -> None:
@@ -2707,272 +2902,18 @@ SCHEMA_DAMAGED = re.compile(
 )
 
 
-class LocalFile:
-    """One of our SQLite files: WAL, fsynced at every commit, crash-only. Every method may be called by any thread.
-
-    Whoever has it open holds its lock (`stockrt.db.lock`) shared. A file that is damaged, or of another user, is
-    set aside when it is opened, and rescued under the lock alone (promise 6): a gigabyte takes a minute, during
-    which `events` is told of progress. Damage that shows later is noted beside the file and ends its use here:
-    `events` is told, every call raises StoreError from then on, and the next one to open the file rescues it.
-
-    Raises StoreError when the file cannot be used, is in use although it is damaged, or was written by a newer
-    stockrt. Used with `with`, which closes it.
-    """
-
-    def __init__(self, path: Path, version: int, schema: str, events: Events = NO_EVENTS) -> None:
-
-        make_state_directory(path.parent)
-        self.path = path
-        self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
-        self._version = version
-        self._schema = schema
-        self._events = events
-        self._db: sqlite3.Connection | None = None
-        self._fault: StoreError | None = None  # what ended its use
-        lock = _beside(path, ".lock")
-        with disk_trouble(f"the lock {lock} cannot be opened"):
-            self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            with disk_trouble(f"the local file {path} cannot be opened"):
-                keep_owner(lock, path.parent)
-                self._open()
-                self._inode = _inode(path)
-        except BaseException as error:
-            self.close()
-            if isinstance(error, _sqlite_errors()):
-                raise _sqlite_fault(path, error) from error
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @contextlib.contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection in a transaction that is on disk when the block ends; in another one it is a part of it.
-
-        Raises StoreError.
-        """
-        with self._guarded() as db:
-            if db.in_transaction:
-                yield db
-                return
-            with db:
-                db.execute("BEGIN IMMEDIATE")
-                yield db
-        if self._inode != _inode(self.path):
-            # SQLite would go on writing to a file that nobody can find any more.
-            raise self._end_use(StoreError(f"the local file {self.path} was taken away while it was in use"))
-
-    def read_one(self, query: str, *values: object) -> Any:
-        """Return a query's first row, None without one. Raises StoreError."""
-        with self._guarded() as db:
-            return db.execute(query, values).fetchone()
-
-    def read_all(self, query: str, *values: object) -> list[Any]:
-        """Return a query's rows. Raises StoreError."""
-        with self._guarded() as db:
-            return db.execute(query, values).fetchall()
-
-    def shrink(self) -> None:
-        """Give unused space back to the disk, as far as nobody else reads the file now. Raises StoreError."""
-        self.read_all("VACUUM")
-        self.empty_log()
-
-    def empty_log(self) -> None:
-        """Move the write-ahead log into the file, as far as nobody else reads it now. Raises StoreError."""
-        self.read_all("PRAGMA wal_checkpoint(TRUNCATE)")
-
-    def pages(self) -> tuple[int, int]:
-        """Return how many pages the file has, and how many of them are unused. Raises StoreError."""
-        (pages,) = self.read_one("PRAGMA page_count")
-        (unused,) = self.read_one("PRAGMA freelist_count")
-        return pages, unused
-
-    def why_no_room(self, more: int) -> str:
-        """Return why so many bytes more are too many for the disk, '' where they are not. Raises StoreError."""
-        with disk_trouble(f"the disk of {self.path} cannot be looked at"):
-            disk = os.statvfs(self.path.parent)
-        if disk.f_bavail * disk.f_frsize - more >= disk.f_blocks * disk.f_frsize * DISK_KEPT_FREE:
-            return ""
-        kept = f"less than {DISK_KEPT_FREE:.0%} free"
-        return f"the disk of {self.path} would have {kept}; see STATE_DIRECTORY"
-
-    def bytes_beside(self) -> int:
-        """Return the size of what SQLite keeps beside the file, in bytes. Raises StoreError."""
-        with disk_trouble(f"the local file {self.path} cannot be looked at"):
-            return sum(_size_of(side) for side in _sides(self.path)[1:])
-
-    def damaged(self, words: str) -> StoreError:
-        """Note damage that shows while the file is in use, and return what to raise."""
-        try:
-            write_whole(self._mark, words + "\n", durable=True)
-        except StoreError as fault:
-            log.error("the next start may not see that %s is damaged: %s", self.path, fault)
-        then = "the next start sets it aside and rescues what can be read"
-        return self._end_use(StoreError(f"the local file {self.path} is damaged: {words}; {then}"))
-
-    def close(self) -> None:
-        """Close the file, and let its lock go."""
-        with self.lock:
-            self._disconnect()
-            self._fault = self._fault or StoreError(f"the local file {self.path} is closed already")
-            if self._locked >= 0:
-                os.close(self._locked)
-            self._locked = -1
-
-    @contextlib.contextmanager
-    def _guarded(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection to one thread, and turn what SQLite raises into StoreError."""
-
-        with self.lock:
-            if self._fault is not None:
-                raise self._fault
-            try:
-                yield cast("sqlite3.Connection", self._db)
-            except _sqlite_errors() as error:
-                if _is_damage(error):
-                    raise self.damaged(one_line(error)) from error
-                raise _sqlite_fault(self.path, error) from error
-
-    def _end_use(self, error: StoreError) -> StoreError:
-        """Let every further call raise an error, tell it, and return it."""
-        with self.lock:
-            self._fault = error
-        self._events.damaged(error)
-        return error
-
-    def _disconnect(self) -> None:
-        if self._db is not None:
-            self._db.close()
-        self._db = None
-
-    def _open(self) -> None:
-        """Lock and open the file; a damaged one is set aside first."""
-        if not self._lock_alone():
-            self._lock_shared()
-        damage = self._connect()
-        if damage:
-            if not self._lock_alone():
-                raise StoreError(
-                    f"the local file {self.path} is damaged ({damage}), and another process has it open: "
-                    "stop that one, and the next start rescues what can be read"
-                )
-            self._set_aside(damage)
-            damage = self._connect()
-        if damage:
-            raise StoreError(f"the local file {self.path} cannot be used: {damage}; see STATE_DIRECTORY")
-        self._lock_shared()
-
-    def _lock_alone(self) -> bool:
-        """Try to be the only one who has the file open, and return whether that is so."""
-        import fcntl
-
-        try:
-            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _lock_shared(self) -> None:
-        """Take the lock together with others, once nobody has it alone."""
-        import fcntl
-
-        while True:
-            try:
-                fcntl.flock(self._locked, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                self._events.progress()
-                time.sleep(RESCUE_POLL_S)
-
-    def _connect(self) -> str:
-        """Connect to the file and return what is wrong with it, '' where nothing is.
-
-        With a torn log it stays connected: to close it would empty the log.
-        """
-
-        if any(side.exists() for side in _sides(self._away)):
-            return "its rescue was interrupted"
-        if self._mark.exists():
-            return one_line(self._mark.read_text(encoding="utf-8", errors="replace"))
-        if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
-            return "its beginning is cut off"  # SQLite would take it for new and drop the log
-        if any(_is_forbidden(side) for side in _sides(self.path)):
-            return "this user may not read and write it"
-        try:
-            self._db = _connect_sqlite(self.path)
-            if _log_is_torn(self._db, self.path):
-                return "its log is damaged, and transactions lie behind the damage"
-            self._bring_up(self._db)
-        except _sqlite_errors() as error:
-            if not _is_damage(error):
-                raise
-            self._disconnect()
-            return one_line(error)
-        return ""
-
-    def _bring_up(self, db: sqlite3.Connection) -> None:
-        """Bring a file up to the version that this stockrt knows. Raises sqlite3.Error, StoreError."""
-        (found,) = db.execute("PRAGMA user_version").fetchone()
-        if found > self._version:
-            raise StoreError(
-                f"{self.path} was written by a newer stockrt (format {found}, this one knows {self._version}); "
-                "use that one, or another STATE_DIRECTORY"
-            )
-        if found < self._version:
-            db.executescript(
-                f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;"
-            )
-
-    @property
-    def _away(self) -> Path:
-        """The name of a file that is being rescued; what has it after a kill is rescued once more."""
-        return _beside(self.path, ".setting-aside")
-
-    @property
-    def _mark(self) -> Path:
-        """The file that says that damage has shown, and in which words."""
-        return _beside(self.path, ".damaged")
-
-    def _set_aside(self, damage: str) -> None:
-        """Put a new file in the place of the old one, with what can be read of it."""
-        done = "it had been rescued already"
-        if not (self.path.exists() and any(side.exists() for side in _sides(self._away))):
-            _move(self.path, self._away)  # its log alone, where a kill came in between
-            done = f"{self._rescue()} rows of it are rescued"
-        aside = _beside(self.path, f".damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z")
-        _move(self._away, aside)
-        sync_directory(self.path.parent)
-        words = "the local file %s cannot be used: %s; it is set aside as %s, %s"
-        log.error(words, self.path, damage, aside.name, done)
-
-    def _rescue(self) -> int:
-        """Make the new file of what can be read of the old one, and return how many rows that is."""
-        fresh = _beside(self.path, ".rescue")
-        for side in _sides(fresh):
-            side.unlink(missing_ok=True)
-        with contextlib.closing(_connect_sqlite(fresh)) as db:
-            self._bring_up(db)
-            rescued = rescue(self._away, db, self._events)
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        self._disconnect()  # not before: the last one to close a damaged log empties it
-        self._mark.unlink(missing_ok=True)
-        fresh.replace(self.path)
-        return rescued
-
-
 def _connect_sqlite(path: Path) -> sqlite3.Connection:
     """Open a file: WAL, and fsynced at every commit. Raises sqlite3.Error."""
     import sqlite3
 
+    make_for_owner(path)
+    for side in _sides(path)[1:]:
+        with contextlib.suppress(FileNotFoundError):  # they come and go
+            keep_owner(side, path.parent)
     db = sqlite3.connect(path, timeout=SQLITE_BUSY_S, check_same_thread=False)
     try:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
-        keep_owner(path, path.parent)
     except BaseException:
         db.close()
         raise
@@ -3234,6 +3175,268 @@ def _value_at(page: bytes, kind: int, at: int) -> tuple[str | int | None, int]:
     if end > len(page):
         raise ValueError("beyond the page")
     return page[at:end].decode(), end
+
+
+# ------------------------------------------------------------------------------------------------------
+# The file
+# ------------------------------------------------------------------------------------------------------
+
+
+class LocalFile:
+    """One of our SQLite files: WAL, fsynced at every commit, crash-only. Every method may be called by any thread.
+
+    Whoever has it open holds its lock (`stockrt.db.lock`) shared. A file that is damaged, or of another user, is
+    set aside when it is opened, and rescued under the lock alone (promise 6): a gigabyte takes a minute, during
+    which `events` is told of progress. Damage that shows later is noted beside the file and ends its use here:
+    `events` is told, every call raises StoreError from then on, and the next one to open the file rescues it.
+
+    Raises StoreError when the file cannot be used, is in use although it is damaged, or was written by a newer
+    stockrt. Used with `with`, which closes it.
+    """
+
+    def __init__(self, path: Path, version: int, schema: str, events: Events = NO_EVENTS) -> None:
+
+        make_state_directory(path.parent)
+        self.path = path
+        self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
+        self._version = version
+        self._schema = schema
+        self._events = events
+        self._db: sqlite3.Connection | None = None
+        self._fault: StoreError | None = None  # what ended its use
+        lock = _beside(path, ".lock")
+        with disk_trouble(f"the lock {lock} cannot be opened"):
+            make_for_owner(lock)
+            self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            with disk_trouble(f"the local file {path} cannot be opened"):
+                self._open()
+                self._inode = _inode(path)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, _sqlite_errors()):
+                raise _sqlite_fault(path, error) from error
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection in a transaction that is on disk when the block ends; in another one it is a part of it.
+
+        Raises StoreError.
+        """
+        with self._guarded() as db:
+            if db.in_transaction:
+                yield db
+                return
+            with db:
+                db.execute("BEGIN IMMEDIATE")
+                yield db
+        if self._inode != _inode(self.path):
+            # SQLite would go on writing to a file that nobody can find any more.
+            raise self._end_use(StoreError(f"the local file {self.path} was taken away while it was in use"))
+
+    def read_one(self, query: str, *values: object) -> Any:
+        """Return a query's first row, None without one. Raises StoreError."""
+        with self._guarded() as db:
+            return db.execute(query, values).fetchone()
+
+    def read_all(self, query: str, *values: object) -> list[Any]:
+        """Return a query's rows. Raises StoreError."""
+        with self._guarded() as db:
+            return db.execute(query, values).fetchall()
+
+    def shrink(self) -> None:
+        """Give unused space back to the disk, as far as nobody else reads the file now. Raises StoreError."""
+        self.read_all("VACUUM")
+        self.empty_log()
+
+    def empty_log(self) -> None:
+        """Move the write-ahead log into the file, as far as nobody else reads it now. Raises StoreError."""
+        self.read_all("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def pages(self) -> tuple[int, int]:
+        """Return how many pages the file has, and how many of them are unused. Raises StoreError."""
+        (pages,) = self.read_one("PRAGMA page_count")
+        (unused,) = self.read_one("PRAGMA freelist_count")
+        return pages, unused
+
+    def why_no_room(self, more: int) -> str:
+        """Return why so many bytes more are too many for the disk, '' where they are not. Raises StoreError."""
+        with disk_trouble(f"the disk of {self.path} cannot be looked at"):
+            disk = os.statvfs(self.path.parent)
+        if disk.f_bavail * disk.f_frsize - more >= disk.f_blocks * disk.f_frsize * DISK_KEPT_FREE:
+            return ""
+        kept = f"less than {DISK_KEPT_FREE:.0%} free"
+        return f"the disk of {self.path} would have {kept}; see STATE_DIRECTORY"
+
+    def bytes_beside(self) -> int:
+        """Return the size of what SQLite keeps beside the file, in bytes. Raises StoreError."""
+        with disk_trouble(f"the local file {self.path} cannot be looked at"):
+            return sum(_size_of(side) for side in _sides(self.path)[1:])
+
+    def damaged(self, words: str) -> StoreError:
+        """Note damage that shows while the file is in use, and return what to raise."""
+        try:
+            write_whole(self._mark, words + "\n", durable=True)
+        except StoreError as fault:
+            log.error("the next start may not see that %s is damaged: %s", self.path, fault)
+        then = "the next start sets it aside and rescues what can be read"
+        return self._end_use(StoreError(f"the local file {self.path} is damaged: {words}; {then}"))
+
+    def close(self) -> None:
+        """Close the file, and let its lock go."""
+        with self.lock:
+            self._disconnect()
+            self._fault = self._fault or StoreError(f"the local file {self.path} is closed already")
+            if self._locked >= 0:
+                os.close(self._locked)
+            self._locked = -1
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection to one thread, and turn what SQLite raises into StoreError."""
+
+        with self.lock:
+            if self._fault is not None:
+                raise self._fault
+            try:
+                yield cast("sqlite3.Connection", self._db)
+            except _sqlite_errors() as error:
+                if _is_damage(error):
+                    raise self.damaged(one_line(error)) from error
+                raise _sqlite_fault(self.path, error) from error
+
+    def _end_use(self, error: StoreError) -> StoreError:
+        """Let every further call raise an error, tell it, and return it."""
+        with self.lock:
+            self._fault = error
+        self._events.damaged(error)
+        return error
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
+        self._db = None
+
+    def _open(self) -> None:
+        """Lock and open the file; a damaged one is set aside first."""
+        if not self._lock_alone():
+            self._lock_shared()
+        damage = self._connect()
+        if damage:
+            if not self._lock_alone():
+                raise StoreError(
+                    f"the local file {self.path} is damaged ({damage}), and another process has it open: "
+                    "stop that one, and the next start rescues what can be read"
+                )
+            self._set_aside(damage)
+            damage = self._connect()
+        if damage:
+            raise StoreError(f"the local file {self.path} cannot be used: {damage}; see STATE_DIRECTORY")
+        self._lock_shared()
+
+    def _lock_alone(self) -> bool:
+        """Try to be the only one who has the file open, and return whether that is so."""
+        import fcntl
+
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _lock_shared(self) -> None:
+        """Take the lock together with others, once nobody has it alone."""
+        import fcntl
+
+        while True:
+            try:
+                fcntl.flock(self._locked, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                self._events.progress()
+                time.sleep(RESCUE_POLL_S)
+
+    def _connect(self) -> str:
+        """Connect to the file and return what is wrong with it, '' where nothing is.
+
+        With a torn log it stays connected: to close it would empty the log.
+        """
+
+        if any(side.exists() for side in _sides(self._away)):
+            return "its rescue was interrupted"
+        if self._mark.exists():
+            return one_line(self._mark.read_text(encoding="utf-8", errors="replace"))
+        if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
+            return "its beginning is cut off"  # SQLite would take it for new and drop the log
+        if any(_is_forbidden(side) for side in _sides(self.path)):
+            return "this user may not read and write it"
+        try:
+            self._db = _connect_sqlite(self.path)
+            if _log_is_torn(self._db, self.path):
+                return "its log is damaged, and transactions lie behind the damage"
+            self._bring_up(self._db)
+        except _sqlite_errors() as error:
+            if not _is_damage(error):
+                raise
+            self._disconnect()
+            return one_line(error)
+        return ""
+
+    def _bring_up(self, db: sqlite3.Connection) -> None:
+        """Bring a file up to the version that this stockrt knows. Raises sqlite3.Error, StoreError."""
+        (found,) = db.execute("PRAGMA user_version").fetchone()
+        if found > self._version:
+            raise StoreError(
+                f"{self.path} was written by a newer stockrt (format {found}, this one knows {self._version}); "
+                "use that one, or another STATE_DIRECTORY"
+            )
+        if found < self._version:
+            db.executescript(
+                f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;"
+            )
+
+    @property
+    def _away(self) -> Path:
+        """The name of a file that is being rescued; what has it after a kill is rescued once more."""
+        return _beside(self.path, ".setting-aside")
+
+    @property
+    def _mark(self) -> Path:
+        """The file that says that damage has shown, and in which words."""
+        return _beside(self.path, ".damaged")
+
+    def _set_aside(self, damage: str) -> None:
+        """Put a new file in the place of the old one, with what can be read of it."""
+        done = "it had been rescued already"
+        if not (self.path.exists() and any(side.exists() for side in _sides(self._away))):
+            _move(self.path, self._away)  # its log alone, where a kill came in between
+            done = f"{self._rescue()} rows of it are rescued"
+        aside = _beside(self.path, f".damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z")
+        _move(self._away, aside)
+        sync_directory(self.path.parent)
+        words = "the local file %s cannot be used: %s; it is set aside as %s, %s"
+        log.error(words, self.path, damage, aside.name, done)
+
+    def _rescue(self) -> int:
+        """Make the new file of what can be read of the old one, and return how many rows that is."""
+        fresh = _beside(self.path, ".rescue")
+        for side in _sides(fresh):
+            side.unlink(missing_ok=True)
+        with contextlib.closing(_connect_sqlite(fresh)) as db:
+            self._bring_up(db)
+            rescued = rescue(self._away, db, self._events)
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._disconnect()  # not before: the last one to close a damaged log empties it
+        self._mark.unlink(missing_ok=True)
+        fresh.replace(self.path)
+        return rescued
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -4101,8 +4304,6 @@ SYMBOL_TYPES = {
 }
 # Those whose codes have no suffix.
 BARE_TYPES = tuple(name for name, product in SYMBOL_TYPES.items() if product in PRODUCT_MARKETS)
-# A list has up to 15,000 entries, about 2 MB.
-SYMBOLS_LIMITS = API_LIMITS
 # The price list's plan by the name that the API gives it.
 PACKAGE_NAMES = {
     name: plan
@@ -4401,7 +4602,7 @@ def is_decimal(text: str) -> bool:
 
 
 def _shown(record: Mapping[str, object], name: str) -> str:
-    return one_line(json.dumps(record[name]), 40) if name in record else "nothing"
+    return one_line(json.dumps(record[name], default=str), 40) if name in record else "nothing"
 
 
 class Bar(NamedTuple):
@@ -4681,50 +4882,39 @@ class InfowayApi:
 
     def package(self, key: ApiKey, stop: threading.Event) -> PackageInfo | Failure:
         """Ask once what a key's plan is; return that, or why it cannot be had. Raises Interrupted."""
-        try:
-            _, answer = self._ask_once(PACKAGE_PATH, "", PLAN_LIMITS, stop, only=key)
-        except NoKeyError as error:
-            return Failure(FailureKind.KEY, str(error))
-        info, verdict = judge_package(answer)
-        if info is not None:
-            self.keys.trust(key)
-            return info
-        if verdict.action is not Action.KEY_LACKS_PRODUCT:
-            steer(self.keys, key, "", verdict)
-        return verdict.failure
+        envelope, failure = self._ask_once(PACKAGE_PATH, PLAN_LIMITS, stop, key)
+        return read_package(envelope) or failure
 
     def symbols(self, kind: str, stop: threading.Event) -> list[Symbol] | Failure:
-        """Ask once for a list of symbols; return it, or why it cannot be had."""
-        try:
-            key, answer = self._ask_once(f"{SYMBOLS_PATH}?type={kind}", "", SYMBOLS_LIMITS, stop)
-        except (NoKeyError, Interrupted) as error:
-            return Failure(FailureKind.KEY, str(error))
-        found = None if answer.fault else read_symbols(kind, json_object(answer.body) or {})
-        if found is not None:
-            if key is not None:
-                self.keys.trust(key)
-            return found
-        verdict = decide(answer, datetime.now(UTC))
-        if key is not None and verdict.action is not Action.KEY_LACKS_PRODUCT:
-            steer(self.keys, key, "", verdict)
-        return verdict.failure
+        """Ask once for a list of symbols; return it, or why it cannot be had. Raises Interrupted."""
+        envelope, failure = self._ask_once(f"{SYMBOLS_PATH}?type={kind}", self.limits, stop)
+        found = read_symbols(kind, envelope)
+        return failure if found is None else found
 
     def _ask_once(
-        self, path: str, product: str, limits: Limits, stop: threading.Event, only: ApiKey | None = None
-    ) -> tuple[ApiKey | None, Response]:
-        """Ask over a connection of its own, and return the key that was used with the answer; None: there is none.
+        self, path: str, limits: Limits, stop: threading.Event, only: ApiKey | None = None
+    ) -> tuple[Mapping[str, Any], Failure]:
+        """Ask for what is no batch, over a connection of its own; return the answer, and why it is none if it is none.
 
-        As with batches the key is taken when the connection stands. Raises NoKeyError and Interrupted.
+        As with batches the key is taken when the connection stands, and told what follows. Raises Interrupted.
         """
-        connection = HttpConnection(self.base_url, limits, self.proxies)
-        with contextlib.closing(connection):
+        with contextlib.closing(HttpConnection(self.base_url, limits, self.proxies)) as connection:
             with cut_after(limits.whole_s, connection):
                 fault = connection.open()
             if fault is not None:
-                return None, fault
-            key = self.keys.acquire(product, stop, only)
+                return {}, decide(fault, datetime.now(UTC)).failure
+            try:
+                key = self.keys.acquire("", stop, only)
+            except NoKeyError as error:
+                return {}, Failure(FailureKind.KEY, str(error))
             with cut_after(limits.whole_s, connection):
-                return key, connection.open() or connection.get(path, {"apiKey": key.secret})
+                answer = connection.open() or connection.get(path, {"apiKey": key.secret})
+        envelope, verdict = judge(answer)
+        if envelope.get("ret") == 200:
+            self.keys.trust(key)
+        elif verdict.action is not Action.KEY_LACKS_PRODUCT:
+            steer(self.keys, key, "", verdict)
+        return envelope, verdict.failure
 
     def close(self) -> None:
         """End the threads that wait for work."""
@@ -4955,14 +5145,14 @@ def _number_in(data: Mapping[str, Any], name: str) -> float:
 
 def ask_package(base_url: str, key: ApiKey, proxies: Proxies) -> tuple[PackageInfo | None, Verdict]:
     """Ask what a key's plan is; return that, or None and what follows from the answer."""
-    answer = get_once(base_url, PACKAGE_PATH, PLAN_LIMITS, proxies, {"apiKey": key.secret})
-    return judge_package(answer)
+    envelope, verdict = judge(get_once(base_url, PACKAGE_PATH, PLAN_LIMITS, proxies, {"apiKey": key.secret}))
+    return read_package(envelope), verdict
 
 
-def judge_package(answer: Response) -> tuple[PackageInfo | None, Verdict]:
-    """Return the plan that an answer tells, None if none, and what follows from it then."""
-    info = None if answer.fault else read_package(json_object(answer.body) or {})
-    return info, decide(answer, datetime.now(UTC))
+def judge(answer: Response) -> tuple[Mapping[str, Any], Verdict]:
+    """Return what an answer holds that is no batch's, nothing of a faulty one, and what follows if it is no good."""
+    envelope = {} if answer.fault else json_object(answer.body) or {}
+    return envelope, decide(answer, datetime.now(UTC))
 
 
 def _failed(batch: Batch, failure: Failure) -> Outcome:
@@ -4983,6 +5173,7 @@ class KeyPlans:
         self._not_before: dict[str, float] = {}  # by digest, monotonic: after a question without an answer
         self._told: dict[str, tuple[str, PackageInfo]] = {}  # by digest: the day, and what was said
         self._no_plan_said: set[str] = set()
+        self.recall()
 
     def of(self, key: ApiKey) -> PackageInfo:
         """Return what the API said of a key last, NO_PACKAGE before it said anything."""
@@ -4990,7 +5181,7 @@ class KeyPlans:
         return NO_PACKAGE if kept is None else kept[1]
 
     def recall(self) -> None:
-        """Let the keys go by what was told before."""
+        """Let the keys go by what was told before, to whichever process."""
         for key in self._to_ask:
             info = self.of(key)
             if info is not NO_PACKAGE:
@@ -5022,17 +5213,17 @@ class KeyPlans:
 
     def _kept(self, key: ApiKey) -> tuple[str, PackageInfo] | None:
         """Return the day on which the API told of a key, and what, None if never."""
-        if key.digest not in self._told:
+        told = self._told.get(key.digest)
+        if told is None or told[0] != utc_day(self._clock.wall()):  # another process may have asked today
             query = "SELECT asked_on, name, per_second, ends FROM key_plan WHERE digest = ?"
             try:
                 row = self._file.read_one(query, key.digest)
             except StoreError as error:
                 log.warning("the plan of a key cannot be read: %s", error)
-                return None
-            if row is None:
-                return None
-            self._told[key.digest] = (row[0], PackageInfo(*row[1:]))
-        return self._told[key.digest]
+                row = None
+            if row is not None:
+                told = self._told[key.digest] = (row[0], PackageInfo(*row[1:]))
+        return told
 
     def _keep(self, key: ApiKey, info: PackageInfo) -> None:
         today = utc_day(self._clock.wall())
@@ -5125,11 +5316,19 @@ class Directory:
             if self._clock.monotonic() < self._not_before.get(kind, -math.inf):
                 why = why or "it was asked for a moment ago, in vain"
                 continue
-            found = self._api.symbols(kind, stop)
-            if isinstance(found, Failure):
-                self._not_before[kind] = self._clock.monotonic() + PLAN_RETRY_S
-                return found.words
-            self._keep(kind, found, today)
+            try:
+                found = self._api.symbols(kind, stop)
+            except Interrupted as error:
+                return str(error)
+            if not isinstance(found, Failure):
+                self._keep(kind, found, today)
+                continue
+            why = why or found.words
+            # each list more may take as long as one from a server that hangs
+            paused = SYMBOL_TYPES if found.kind is FailureKind.NETWORK else [kind]
+            self._not_before.update(dict.fromkeys(paused, self._clock.monotonic() + PLAN_RETRY_S))
+            if found.kind is not FailureKind.KEY:  # the plan may have the others
+                break
         return why
 
     def search(self, text: str) -> list[Symbol]:
@@ -5139,9 +5338,16 @@ class Directory:
         where = " OR ".join(
             f"{column} LIKE ? ESCAPE '\\'" for column in ("code", "name_cn", "name_hk", "name_en")
         )
-        query = f"SELECT type, code, name_cn, name_hk, name_en FROM symbols WHERE {where}"  # noqa: S608
+        query = f"SELECT * FROM symbols WHERE {where}"  # noqa: S608
         found = [Symbol(*row) for row in self._file.read_all(query, *[f"%{escaped}%"] * 4)]
         return sorted(found, key=lambda symbol: (_distance(symbol, wanted), symbol.code, symbol.type))
+
+    def names(self, codes: Collection[str]) -> dict[str, str]:
+        """Return the names of codes as far as their lists are here: nothing is asked for."""
+        found: dict[str, list[str]] = {}
+        for symbol in self._exactly(codes):
+            found.setdefault(symbol.code, []).append(symbol.name)
+        return {code: " / ".join(dict.fromkeys(filter(None, names))) for code, names in found.items()}
 
     def find(self, unclear: UnclearCode, stop: threading.Event) -> Instrument | None:
         """Return what a text means whose form does not tell, None where the lists know nothing of it.
@@ -5189,9 +5395,8 @@ class Directory:
         return [kind for kind in SYMBOL_TYPES if kind in types]
 
     def _exactly(self, codes: Collection[str]) -> list[Symbol]:
-        marks = ", ".join("?" * len(codes))
-        query = f"SELECT type, code, name_cn, name_hk, name_en FROM symbols WHERE code IN ({marks})"  # noqa: S608
-        return [Symbol(*row) for row in self._file.read_all(query, *codes)]
+        query = "SELECT * FROM symbols WHERE code IN (SELECT value FROM json_each(?)) ORDER BY code, type"
+        return [Symbol(*row) for row in self._file.read_all(query, json.dumps([*codes]))]
 
     def _keep(self, kind: str, symbols: Iterable[Symbol], today: str) -> None:
         with self._file.write() as db:
@@ -5218,6 +5423,34 @@ class Source(Protocol):
         """Let go of connections and threads."""
 
 
+# About what things cost, that a synthetic price is one that its instrument could have: halves of pairs in US dollars,
+# the rest in the currency of their market.
+# fmt: off
+DEMO_USD = {
+    "USD": 1.0, "USDT": 1.0, "USDC": 1.0,
+    "EUR": 1.16, "GBP": 1.33, "JPY": 0.0065, "CNY": 0.14, "CNH": 0.14, "AUD": 0.66, "NZD": 0.58, "CAD": 0.72,
+    "CHF": 1.25, "HKD": 0.128, "SGD": 0.77, "KRW": 0.0007, "TWD": 0.032, "INR": 0.0113, "XAU": 4000.0, "XAG": 48.0,
+    "XPT": 1600.0, "XPD": 1400.0, "BTC": 95_000.0, "ETH": 3300.0, "BNB": 900.0, "SOL": 150.0, "XRP": 2.3,
+    "DOGE": 0.17, "ADA": 0.6, "LTC": 95.0,
+}
+DEMO_PRICES = {
+    "AAPL.US": 270.0, "TSLA.US": 420.0, "MSFT.US": 490.0, "NVDA.US": 185.0, "00700.HK": 620.0, "09988.HK": 155.0,
+    "600519.SH": 1450.0, "000001.SZ": 11.5, "300750.SZ": 380.0, "7203.JP": 3100.0, "005930.KS": 98_000.0,
+    "RELIANCE.IN": 1480.0, "2330.TW": 1450.0, "US500": 6700.0, "HK50": 25_800.0, "USOIL": 60.0, "UKOIL": 64.0,
+}
+# fmt: on
+
+
+def _demo_price(code: str) -> float:
+    """Return about what an instrument costs: by name, by both halves of a pair, else anything up to 400."""
+    for quoted in (*CRYPTO_QUOTES, *CURRENCIES):
+        base = code.removesuffix(quoted)
+        if base != code and base in DEMO_USD and quoted in DEMO_USD:
+            return DEMO_USD[base] / DEMO_USD[quoted]
+    by_chance = 1 + int.from_bytes(hashlib.sha256(code.encode()).digest()[:4], "big") % 40_000 / 100
+    return DEMO_PRICES.get(code, by_chance)
+
+
 class DemoApi:
     """Synthetic trades in the API's own form: no network, no key. One trade per code and minute."""
 
@@ -5240,11 +5473,11 @@ class DemoApi:
 
     def _record(self, code: str) -> dict[str, object]:
         minute = int(self._clock.wall() // 60)
-        base = 1 + int.from_bytes(hashlib.sha256(code.encode()).digest()[:4], "big") % 40_000 / 100
         step = int.from_bytes(hashlib.sha256(f"{code}|{minute}".encode()).digest()[:4], "big")
-        price = round(base * (1 + (step % 2001 - 1000) / 100_000), 3)
+        price = _demo_price(code) * (1 + (step % 2001 - 1000) / 100_000)
+        p = f"{price:.{max(2, 4 - math.floor(math.log10(price)))}f}"
         volume = 1 + step % 500
-        p, vw = f"{price:.3f}", f"{price * volume:.3f}"
+        vw = f"{float(p) * volume:.3f}"
         return {"s": code, "t": minute * 60_000, "p": p, "v": str(volume), "vw": vw, "td": step % 3}
 
 
@@ -5292,10 +5525,16 @@ NO_COLLECTIONS = {"view": "a view", "timeseries": "a time-series collection"}
 INDEX_AGAIN_S = 300.0
 # The `_id` of a document that is written and deleted to see whether that works.
 PROBE = "stockrt-check"
+# MongoDB's code for an `_id` that no document may have.
+INVALID_ID = 53
+# What a reader of the latest trades needs.
+INDEX = [("stock_code", 1), ("t", -1)]
 REFUSED_IT = "MongoDB refused it: "
 PROBE_T = 1 << 40  # as wide as the times of trades, and none of them: 2004
 # Most codes trade in the last minutes before a close (auction included): looked at first.
 NEWEST_SPAN_MS = 6 * 60 * 1000
+# Documents that are read at once where a whole collection is: their fields of trades are some 200 kB.
+PAGE = 1000
 Document = dict[str, Any]
 TRADE_FIELDS = Trade._fields
 # Sent as texts, stored as MONGODB_NUMERIC_TYPE says.
@@ -5672,6 +5911,57 @@ class MongoStore:
         except PyMongoError as error:
             raise self._fault(error) from error
 
+    def estimate(self, name: str) -> int:
+        """Return about how many documents a collection has, 0 where it is none. Raises StoreAway."""
+        from pymongo.errors import InvalidName, PyMongoError
+
+        try:
+            return self.collection(name).estimated_document_count()
+        except InvalidName:
+            return 0
+        except PyMongoError as error:
+            raise self._fault(error) from error
+
+    def pages(self, name: str, after: Document) -> Iterator[list[Document]]:
+        """Yield the fields of trades of all documents of a collection, whoever wrote them, in the order of `_id`.
+
+        `after`: the `_id` from which to go on, {} for all. Each page is asked for by itself, so an election costs none
+        of them. Dates are naive, as they stand there. Raises StoreAway.
+        """
+        from pymongo.errors import PyMongoError
+
+        while True:
+            try:
+                found = self._page(name, after)
+            except PyMongoError as error:
+                raise self._fault(error) from error
+            yield [document for document in found if document["_id"] != after.get("_id", ...)]
+            if len(found) < PAGE + bool(after):
+                return
+            after = {"_id": found[-1]["_id"]}
+
+    def _page(self, name: str, after: Document) -> list[Document]:
+        from bson.codec_options import CodecOptions, DatetimeConversion
+
+        options: CodecOptions[Document] = CodecOptions(
+            unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
+        )
+        wanted = dict.fromkeys((*TRADE_FIELDS, "stock_code", "create_time"), 1)
+        cursor = self.collection(name).with_options(codec_options=options).find({}, wanted)
+        if after:  # unlike $gt it goes on to `_id` of another type
+            cursor = cursor.hint([("_id", 1)]).min(list(after.items()))
+        return list(cursor.sort("_id", 1).limit(PAGE + bool(after)))
+
+    def at_moments(self, documents: Iterable[Document]) -> list[Document]:
+        """Return our trades of the codes and times that documents have, one at least. Raises StoreAway."""
+        from pymongo.errors import PyMongoError
+
+        moments = [{name: document[name] for name in ("stock_code", "t")} for document in documents]
+        try:
+            return [*filter(_is_trade, self.collection().find({"$or": moments}))]
+        except PyMongoError as error:
+            raise self._fault(error) from error
+
     def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
         """Return the newest trade of each code in a span of time. Raises StoreError.
 
@@ -5755,7 +6045,7 @@ class MongoStore:
             raise self._fault(error) from error
 
     def check(self) -> str:
-        """Ping, make the index, write to and delete from both collections. Raises StoreError."""
+        """Ping, look for the index, write to and delete from both collections. Raises StoreError."""
         from pymongo import timeout
         from pymongo.errors import PyMongoError
 
@@ -5763,17 +6053,24 @@ class MongoStore:
         try:
             with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000):
                 self.client.admin.command("ping")
-            self._demand_plain(self.realtime_name)
-            self._make_index()
             for name in (self.realtime_name, self.close_name):
                 self._demand_plain(name)
                 self._probe(name)
             # closes are replaced, too: this finds none, and needs the right
             self.collection(self.close_name).update_one({"_id": PROBE}, {"$unset": {"date": ""}})
+            index = self._index_words()
         except PyMongoError as error:
             raise self._fault(error) from error
-        written = f"database {settings.mongodb_db_name} can be written"
-        return f"{settings.mongodb_shown()}: {written}, index on {settings.realtime_name} is there"
+        return f"{settings.mongodb_shown()}: database {settings.mongodb_db_name} can be written, {index}"
+
+    def _index_words(self) -> str:
+        from pymongo.errors import OperationFailure
+
+        with contextlib.suppress(OperationFailure):  # who may not look at indexes
+            keys = [index["key"] for index in self.collection().index_information().values()]
+            if INDEX in keys:
+                return f"index on {self.realtime_name} is there"
+        return f"index on {self.realtime_name} is made with the next trades"
 
     def close(self) -> None:
         """Close the client."""
@@ -5785,8 +6082,9 @@ class MongoStore:
     def _probe(self, name: str) -> None:
         """Let a collection take a document, and leave nothing behind.
 
-        A document that it has is refused for its `_id` alone, when all else is well. Where there is none, one of no
-        use is deleted again; who may not delete gets an error before it is there.
+        A document that it has is refused for its `_id` alone, when all else is well, and where there is no collection
+        yet, one for the form of its `_id`. Where it is empty, one of no use is deleted again; who may not delete gets
+        an error before it is there.
         """
         from pymongo.errors import OperationFailure
 
@@ -5795,9 +6093,22 @@ class MongoStore:
             known = collection.find_one()
             if known is not None and self._is_taken(name, known):
                 return
+            if known is None and not collection.index_information() and self._refuses_form(name):
+                return
         collection.delete_one({"_id": PROBE})
         collection.insert_one(self._probe_of(name))
         collection.delete_one({"_id": PROBE})
+
+    def _refuses_form(self, name: str) -> bool:
+        """Return whether all is well but for an `_id` that no server takes: not even the collection is made then."""
+        from pymongo.errors import OperationFailure
+
+        try:
+            self.collection(name).insert_one({"_id": []})
+        except OperationFailure as error:
+            return error.code == INVALID_ID
+        self.collection(name).delete_one({"_id": []})  # what only speaks as MongoDB does may take it
+        return True
 
     def _probe_of(self, name: str) -> Document:
         """Return a document of no use that looks as a schema may ask it to."""
@@ -5878,7 +6189,7 @@ class MongoStore:
             return
         due = math.inf
         try:
-            self.collection().create_index([("stock_code", 1), ("t", -1)])
+            self.collection().create_index(INDEX)
         except OperationFailure as error:
             words = self._settings.redact(one_line(error))
             log.warning(
@@ -6207,7 +6518,7 @@ class ClosingPrices:
 
 def _session_at(name: str, t: int) -> Session:
     """Return the session of a market, by its name, at `t` (epoch ms)."""
-    market = MARKETS.get(name) or PRODUCT_MARKETS.get(name)
+    market = market_named(name)
     return session_of(market, t) if market else NO_SESSION
 
 
@@ -6737,8 +7048,7 @@ def _json_value(value: object) -> str:
 
 def _session_span(code: str, t: int) -> tuple[int, int]:
     """Return from when to when (epoch ms) the session of a trade goes, of a code without sessions the UTC day."""
-    name = market_name(code)
-    market = MARKETS.get(name) or PRODUCT_MARKETS.get(name)
+    market = market_of(code)
     if market is None:
         return t // DAY_MS * DAY_MS, t // DAY_MS * DAY_MS + DAY_MS
     session = session_of(market, t)
@@ -7293,11 +7603,11 @@ class Collector:
         others = self._plan.alternatives.get(code, ())
         if not others and product != FALLBACK_PRODUCT:
             others = (Instrument(code, FALLBACK_PRODUCT),)
+        asked = self._asked(code)
         if not others:
-            self._unknown.append((unknown, self._asked(code)))
+            self._unknown.append((unknown, asked))
             self._fail([code], UNKNOWN_WORDS, FailureKind.UNKNOWN_CODE)
             return
-        asked = self._asked(code)
         if others[0].code != code:
             self._tried.setdefault(asked, []).append(code)
         self._next_plan.add_instrument(others[0]._replace(alternatives=others[1:]), asked, unsure=True)
@@ -7535,7 +7845,7 @@ class Pipeline:
             api = InfowayApi(settings.api_base_url, self.keys, proxies, self._events, clock=clock)
             opened.callback(api.close)
             self._plans = KeyPlans(file, api)
-            self._directory = Directory(file, api)
+            self.directory = Directory(file, api)
             self._source: Source = api
             if demo:
                 self._source = DemoApi()
@@ -7557,6 +7867,11 @@ class Pipeline:
             self.store = self._closing = self._delivery
         self._finaliser = Finaliser(closes_in, self._source, sessions, self._events, self._clock)
         self._backfill = Backfill(closes_in, self._source, file, self._clock)
+
+    @staticmethod
+    def open_mongodb(settings: Settings) -> contextlib.closing[MongoStore]:
+        """Return the collections alone, for work that needs no local file."""
+        return contextlib.closing(MongoStore(settings))
 
     def __enter__(self) -> Self:
         return self
@@ -7581,7 +7896,7 @@ class Pipeline:
         closing, finder = None, None
         if not self._demo:
             self._plans.ask(stop)
-            closing, finder = self._closing, self._directory
+            closing, finder = self._closing, self.directory
         collector = Collector(
             self._source,
             self.store,
@@ -7607,8 +7922,8 @@ class Pipeline:
         if not self._settings.api_keys:
             raise SettingsError([NO_KEY_HINT])
         self._plans.ask(stop)
-        why = self._directory.refresh(SYMBOL_TYPES, stop)
-        return self._directory.search(text), why
+        why = self.directory.refresh(SYMBOL_TYPES, stop)
+        return self.directory.search(text), why
 
     def _tell_keys(self) -> None:
         states = self.keys.describe()
@@ -7662,6 +7977,7 @@ class Pipeline:
         if not self._settings.api_keys:
             raise SettingsError([NO_KEY_HINT])
         need_clock(self._clock.wall())
+        self._plans.ask(stop)
         return self._backfill.run(self._backfill.codes() if codes is None else codes, sessions, stop)
 
     def start_delivery(self) -> None:
@@ -7702,7 +8018,6 @@ class Pipeline:
 
     def usage(self, told: Sequence[KeyState]) -> list[KeyUsage]:
         """Return of each key its plan, what is used and left today, and the state that a running daemon told."""
-        self._plans.recall()
         states = {state["digest"]: state for state in told}
         return [self._usage(key, states.get(key.digest)) for key in self.keys.keys]
 
@@ -8094,22 +8409,27 @@ def read_hash(directory: Path) -> str:
 
     Raises StoreError when the file cannot be read or holds no hash.
     """
-    path = directory / HASH_NAME
-    for place in (path, OLD_HASH_FILE):
-        try:
-            found = place.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            continue
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise StoreError(f"the module hash {place} cannot be read: {why}; see STATE_DIRECTORY") from None
-        if not _HASH.fullmatch(found):
-            raise StoreError(f"{place} holds no module hash; remove it and run --register")
-        if place is not path:
+    found = hash_in(directory / HASH_NAME)
+    if not found:
+        found = hash_in(OLD_HASH_FILE)
+        if found:
             write_hash(directory, found)
-            log.info("the module hash of an older installation was taken over from %s", place)
-        return found
-    return ""
+            log.info("the module hash of an older installation was taken over from %s", OLD_HASH_FILE)
+    return found
+
+
+def hash_in(place: Path, setting: str = "STATE_DIRECTORY") -> str:
+    """Return the hash that a file holds, '' where there is no file. Raises StoreError, which names the setting."""
+    try:
+        found = place.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise StoreError(f"the module hash {place} cannot be read: {why}; see {setting}") from None
+    if not _HASH.fullmatch(found):
+        raise StoreError(f"{place} holds no module hash; remove it and run --register")
+    return found
 
 
 def write_hash(directory: Path, module_hash: str) -> None:
@@ -8368,8 +8688,8 @@ def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
 #   3. What is given up (answers older than an hour) is said.
 
 JOURNAL_NAME = "executions.db"
-JOURNAL_VERSION = 1
-# Commands whose answers are kept for an `execution_id` that comes again: the last ones.
+JOURNAL_VERSION = 2
+# Commands whose answers are kept for an `execution_id` that comes again, and to be looked at: the last ones.
 ANSWERS_KEPT = 1000
 # The platform has e-mailed the time-out of an execution long before; a later answer would only confuse.
 ANSWER_LIFETIME_S = 3600.0
@@ -8400,10 +8720,27 @@ class Known(NamedTuple):
 
 
 class Waiting(TypedDict):
-    """How many commands wait to be executed, and how many results to be delivered."""
+    """How many commands are executed now, how many wait for that, and how many results to be delivered."""
 
+    executing: int
     commands: int
     results: int
+
+
+class ExecutionFacts(TypedDict):
+    """A command of the journal, or a run without a platform, as --executions shows it; times are ISO 8601 UTC.
+
+    Without an answer yet the last three are None; `delivered` is None where there is no platform.
+    """
+
+    execution_id: str | None
+    workflow_name: object
+    accepted_at: str
+    ended_at: str | None
+    delivered: bool | None
+    status: str | None
+    message: str | None
+    result: dict[str, Any] | None
 
 
 class Journal:
@@ -8447,8 +8784,37 @@ class Journal:
     def answer(self, number: int, text: str) -> None:
         """Keep the answer of a command. Raises StoreError."""
         update = "UPDATE executions SET answer = ?, answered_at = ?, codes = '[]' WHERE number = ?"
+        now = self._clock.wall()
         with self._file.write() as db:
-            db.execute(update, (text, self._clock.wall(), number))
+            db.execute(update, (text, now, number))
+            _add_up(db, text, now)
+
+    def note_run(self, started_at: float, answer: str) -> None:
+        """Keep the answer of a run that no platform asked for, which began then (epoch seconds). Raises StoreError."""
+        now = self._clock.wall()
+        with self._file.write() as db:
+            insert = "INSERT INTO runs (started_at, ended_at, answer) VALUES (?, ?, ?)"
+            db.execute(insert, (started_at, now, answer))
+            db.execute("DELETE FROM runs WHERE number <= (SELECT max(number) FROM runs) - ?", (ANSWERS_KEPT,))
+            _add_up(db, answer, now)
+
+    def last(self, count: int, only_ended: bool = False) -> list[ExecutionFacts]:
+        """Return the last executions and runs, oldest first. Raises StoreError."""
+        query = (
+            "SELECT accepted_at, answered_at AS ended_at, execution_id, context, answer, received FROM executions "
+            "UNION ALL SELECT started_at, ended_at, NULL, '{}', answer, NULL FROM runs"
+        )
+        rows = self._file.read_all(
+            f"SELECT * FROM ({query}) WHERE ended_at IS NOT NULL OR NOT ? "  # noqa: S608
+            "ORDER BY coalesce(ended_at, accepted_at) DESC, accepted_at DESC LIMIT ?",
+            only_ended,
+            count,
+        )
+        return [_execution(*row) for row in reversed(rows)]
+
+    def totals(self) -> dict[str, int]:
+        """Return what was counted, by TOTALS, and `since` when (epoch seconds); nothing yet: empty."""
+        return dict(self._file.read_all("SELECT name, count FROM totals"))
 
     def received(self, numbers: Sequence[int]) -> None:
         """The platform has these answers: they are not sent again, unless the execution is asked for again.
@@ -8457,7 +8823,6 @@ class Journal:
         """
         rows = [(number,) for number in numbers]
         with self._file.write() as db:
-            db.executemany("DELETE FROM executions WHERE number = ? AND execution_id IS NULL", rows)
             db.executemany("UPDATE executions SET received = 1 WHERE number = ?", rows)
             forget = (
                 "DELETE FROM executions WHERE received AND number <= (SELECT max(number) FROM executions) - ?"
@@ -8471,7 +8836,7 @@ class Journal:
         return [OpenCommand(number, now - accepted_at) for number, accepted_at in self._file.read_all(query)]
 
     def count_waiting(self, running: bool) -> Waiting:
-        """Return how many commands wait to be executed and how many results to be delivered.
+        """Return what is executed and what waits for that, or to be delivered.
 
         `running`: a daemon does so, which drops what is too old by itself, whatever the clock was set to meanwhile.
         """
@@ -8481,7 +8846,8 @@ class Journal:
             "FROM executions WHERE answer IS NULL OR NOT received",
             self._clock.wall() - lifetime_s,
         )
-        return Waiting(commands=commands, results=results)
+        executing = min(commands, int(running))  # one at a time, the oldest first
+        return Waiting(executing=executing, commands=commands - executing, results=results)
 
     def unreceived(self) -> list[Known]:
         """Return the answers that the platform has not confirmed, oldest first; drop stale ones."""
@@ -8516,7 +8882,63 @@ CREATE TABLE IF NOT EXISTS executions (
     received INTEGER NOT NULL DEFAULT 0     -- 1: the platform confirmed the answer
 );
 CREATE INDEX IF NOT EXISTS executions_open ON executions (number) WHERE answer IS NULL OR NOT received;
+CREATE TABLE IF NOT EXISTS runs (           -- --once: what no platform asked for
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    started_at REAL NOT NULL, ended_at REAL NOT NULL,
+    answer TEXT NOT NULL                    -- as a platform would have got it
+);
+CREATE TABLE IF NOT EXISTS totals (         -- of all that was answered; and since when (epoch seconds)
+    name TEXT PRIMARY KEY, count INTEGER NOT NULL
+) WITHOUT ROWID;
 """
+# What is counted: how executions and runs ended, then what became of their codes.
+TOTALS = ("success", "partial", "failure", "stored", "known", "kept", "failed")
+
+
+def _facts(text: str | None) -> dict[str, Any]:
+    """Return a JSON object of the journal, an empty one for what a bad disk made of it."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(text or "{}")
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _execution(
+    begun: float,
+    ended: float | None,
+    name: str | None,
+    context: str,
+    answer: str | None,
+    received: int | None,
+) -> ExecutionFacts:
+    told = _facts(answer)
+    facts: ExecutionFacts = {
+        "execution_id": name,
+        "workflow_name": (told or _facts(context)).get("workflow_name"),
+        "accepted_at": iso(datetime.fromtimestamp(begun, UTC)),
+        "ended_at": None if ended is None else iso(datetime.fromtimestamp(ended, UTC)),
+        "delivered": None if received is None else bool(received),
+        "status": told.get("status"),
+        "message": told.get("message"),
+        "result": told.get("result"),
+    }
+    return facts
+
+
+def _add_up(db: sqlite3.Connection, answer: str, now: float) -> None:
+    """Count an answer in the transaction that is open."""
+    facts = _facts(answer)
+    counts = Counter(facts.get("result", {}))
+    outcome = facts.get("status", "failure")
+    if outcome == "success" and counts["failed_count"]:
+        outcome = "partial"
+    new = counts["success_count"] - counts["duplicate_count"]
+    numbers = (new, counts["duplicate_count"], counts["kept_count"], counts["failed_count"])
+    found = {name: 1 for name in TOTALS if name == outcome} | dict(zip(TOTALS[3:], numbers, strict=True))
+    db.execute("INSERT INTO totals VALUES ('since', ?) ON CONFLICT DO NOTHING", (int(now),))
+    add = "INSERT INTO totals VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET count = count + excluded.count"
+    db.executemany(add, [(name, count) for name, count in found.items() if count])
 
 
 # ======================================================================================================
@@ -8559,15 +8981,6 @@ RECEIPT_GRACE_S = 3.0
 STOP_MARGIN_S = 4.0
 
 
-class LastExecution(TypedDict):
-    """What --status shows of the last execution."""
-
-    status: str
-    message: str
-    workflow_name: object
-    at: str
-
-
 class DaemonStatus(TypedDict, total=False):
     """What the daemon tells --status, in a file; times are ISO 8601 UTC."""
 
@@ -8577,9 +8990,31 @@ class DaemonStatus(TypedDict, total=False):
     connected_since: str
     last_contact: str
     stopped: str
-    last_execution: LastExecution
     keys: list[KeyState]
     spool_refused: int
+
+
+def read_status(directory: Path) -> DaemonStatus:
+    """Return what a daemon wrote last; nothing where none ever ran, or another program wrote."""
+    try:
+        told = json.loads((directory / STATUS_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return cast(DaemonStatus, told) if not is_deep(told) and _fits(told, DaemonStatus) else {}
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value from JSON is of a type that stands in DaemonStatus."""
+    if is_typeddict(kind):
+        if not isinstance(value, dict) or not kind.__required_keys__ <= value.keys():
+            return False
+        hints = get_type_hints(kind)
+        return all(_fits(inner, hints[name]) for name, inner in value.items() if name in hints)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(inner, get_args(kind)[0]) for inner in value)
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return kind is object or type(value) is kind
 
 
 class Answered(NamedTuple):
@@ -8873,6 +9308,7 @@ class Executor(threading.Thread):
         self._api_trouble = LogThrottle("Infoway", then="the next execution tries again")
         self._journal_trouble = LogThrottle("journal")
         self._stale_trouble = LogThrottle("trades", then="they are stored all the same")
+        self._refused_before = read_status(settings.state_directory).get("spool_refused", 0)
         self._rng = random.Random()
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._pipeline: Pipeline | None = None
@@ -8940,7 +9376,7 @@ class Executor(threading.Thread):
         try:
             text = self._text_for(self._journal.read(number))
             if text and self._keep_answer(number, text):
-                return Answered(number, text, commands=1, news=self._news(text))
+                return Answered(number, text, commands=1, news=self._news())
         except LostCommand as error:
             log.error("execution %s is not answered: %s", number, error)
             self._forget(number)
@@ -8958,15 +9394,8 @@ class Executor(threading.Thread):
             text = self._execute(command)
         return "" if self._events.is_damaged else text
 
-    def _news(self, text: str) -> DaemonStatus:
-        answer = json.loads(text)
-        last: LastExecution = {
-            "status": answer["status"],
-            "message": answer["message"],
-            "workflow_name": answer.get("workflow_name"),
-            "at": iso(utc_now()),
-        }
-        news: DaemonStatus = {"last_execution": last, "spool_refused": self._events.queue.refused}
+    def _news(self) -> DaemonStatus:
+        news: DaemonStatus = {"spool_refused": self._refused_before + self._events.queue.refused}
         if self._pipeline is not None:
             news["keys"] = self._pipeline.keys.describe()
         return news
@@ -9154,6 +9583,10 @@ class Clerk(threading.Thread):
         self._accepted: deque[str] = deque(maxlen=ANSWERS_KEPT)  # looked at while the journal cannot be asked
         self._received: set[int] = set()  # not noted in the journal yet
         self._status: DaemonStatus = {"version": __version__, "pid": os.getpid(), "platform": "not connected"}
+        before = read_status(settings.state_directory)
+        if "last_contact" in before:
+            self._status["last_contact"] = before["last_contact"]
+        self._status["spool_refused"] = before.get("spool_refused", 0)
         self._trouble = LogThrottle("journal")
         self._status_trouble = LogThrottle("status")
         self._rng = random.Random()
@@ -9736,6 +10169,7 @@ def lock_state_directory(directory: Path) -> IO[str]:
     make_state_directory(directory)
     path = directory / "lock"
     with disk_trouble(f"the lock {path} cannot be taken"):
+        make_for_owner(path)
         lock = path.open("w")
         for _ in range(LOCK_TRIES):
             try:
@@ -10263,6 +10697,392 @@ def _is_unused(folder: Path) -> bool:
 
 
 # ======================================================================================================
+# Migration: what the older client of this platform left
+# ======================================================================================================
+#
+# Promises:
+#   1. Nothing of the older installation is changed: neither its files nor a document of its own.
+#   2. What is set or stored here already stays as it is; each thing that is taken, kept or left out is said in a line.
+#   3. Each trade of the older documents is in `realtime` once, in the form of `to_document`, however often the older
+#      client stored it, and whoever ends this when: begun again it goes on where it was. What is no trade is counted
+#      and named.
+
+# Where the older client kept its settings, below its working directory, and its trades where none was named.
+OLD_ENV_FILE = Path("config/.env")
+OLD_COLLECTION = "stock_data"
+# How far the documents are brought over, until all of them are.
+MIGRATION_NAME = "migration.json"
+# Documents that are named of those which are no trade, or which MongoDB refused.
+EXAMPLES = 5
+# Zones differ by a quarter of an hour at least: clocks that are farther apart than half of that are of two zones.
+SAME_ZONE_S = 450.0
+
+
+def old_settings(directory: Path) -> tuple[dict[str, str], list[str]]:
+    """Return the settings of an older installation, empty ones left out, and a line for each that cannot be read.
+
+    Raises UsageError where there is none.
+    """
+    path = directory / OLD_ENV_FILE
+    try:
+        path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(
+            f"--migrate {directory}: {path} cannot be read: {why}; expected the older client's directory"
+        ) from None
+    found = {name: value.strip() for name, value in read_env_file(path).items() if value.strip()}
+    # no more than that is asked of a file that no systemd reads
+    return found, [f"left out  {fault}" for fault in broken_lines(path) if "expected NAME=value" in fault]
+
+
+def plan_settings(
+    old: Mapping[str, str], there: Mapping[str, str], target: Path
+) -> tuple[dict[str, str], list[str]]:
+    """Return which settings are taken over into `target`, by their names of today, and a line for each of all.
+
+    `there`: what is set already, by any of its names. Raises SettingsError with every value that cannot be taken.
+    """
+    taken, lines, faults = {}, [], []
+    unknown = dict(old)
+    for setting in SETTINGS:
+        given = [name for name in setting.names() if unknown.pop(name, "")]
+        if not given:
+            continue
+        name, shown = given[0], shown_value(setting, old[given[0]])
+        stands = [there[other] for other in setting.names() if there.get(other)]
+        if stands:
+            line = f"kept      {setting.name}: it is set already"
+            if stands[0] != old[name]:
+                line += "; the older one differs"
+        else:
+            try:
+                setting.parse(old[name])
+            except ValueError:
+                faults.append(
+                    f"{name}={shown} (older): expected {setting.expected}; what {target} sets is kept"
+                )
+            taken[setting.name] = old[name]
+            line = f"taken     {setting.name}={shown}"
+            if name != setting.name:
+                line += f", there {name}"
+        lines.append(line)
+    if faults:
+        raise SettingsError(faults)
+    return taken, lines + [f"left out  {one_line(name, 60)}: stockrt has no such setting" for name in unknown]
+
+
+def write_settings(target: Path, taken: Mapping[str, str], source: Path) -> None:
+    """Add settings to an env file, which keeps its lines, mode and owner; a new one is its owner's alone.
+
+    Raises StoreError.
+    """
+    place = Path(os.path.realpath(target))
+    text, mode, owner = "", 0o600, None
+    with disk_trouble(f"{place} cannot be read", "--env-file"), contextlib.suppress(FileNotFoundError):
+        owner = place.stat()
+        mode, text = owner.st_mode & 0o777, place.read_text(encoding="utf-8")
+    if text:
+        text = text.rstrip("\n") + "\n\n"
+    text += f"# From {one_line(source)}:\n" + "".join(env_line(*pair) for pair in taken.items())
+    write_whole(place, text, durable=True, mode=mode, setting="--env-file")
+    if owner is not None and os.geteuid() == 0:
+        with disk_trouble(f"{place} cannot be given to its owner", "--env-file"):
+            os.chown(place, owner.st_uid, owner.st_gid)
+
+
+def plan_hash(directory: Path, state: Path) -> tuple[str, str]:
+    """Return the older installation's module hash, '' where it is not taken over, and a line about it.
+
+    Raises StoreError for a file that cannot be read or holds none.
+    """
+    source, place = directory / OLD_HASH_FILE, state / HASH_NAME
+    found, stands = hash_in(source, "--migrate"), hash_in(place)
+    if not found:
+        return "", f"left out  module hash: {source} is not there; workflows bound to an older one need it"
+    if not stands:
+        return found, f"taken     module hash {shorten(found)} into {place}"
+    line = f"kept      module hash {shorten(stands)}: it is in {place} already"
+    if stands != found:
+        line += f"; workflows may be bound to the older one, {shorten(found)}: "
+        line += f"to take it, stop the service, remove {place} and try again"
+    return "", line
+
+
+def move_installation(
+    directory: Path, target: Path, environ: Mapping[str, str], dry: bool
+) -> tuple[dict[str, str], Settings, list[str]]:
+    """Take settings over into the env file `target`, and the hash; `dry`: write nothing.
+
+    Returns the older settings, what is set from now on, and a line for each thing. Raises StockrtError; nothing is
+    written then, unless it is the disk that fails.
+    """
+    if not os.path.isdir(target.parent):
+        what = "is no directory that can be looked at: sudo ./build_pyz.sh install makes the service's"
+        raise UsageError(f"{target.parent} {what}, --env-file names another file")
+    old, unread = old_settings(directory)
+    there = target if os.path.exists(target) else Path(os.devnull)
+    unit = find_unit(environ, target)
+    held = read_credentials(environ)
+    if unit is not None and unit.is_hidden():
+        unit = None
+    if unit is not None:
+        held = {name: read_credential(name, path) for name, path in unit.credentials.items()}
+    taken, lines = plan_settings(old, read_env_file(there) | held, target)
+    settings = load_settings({**taken, **environ}, there, unit=unit).settings
+    module_hash, line = plan_hash(directory, settings.state_directory)
+    lines += [*unread, line]
+    if settings.realtime_name != OLD_COLLECTION and "MONGODB_COLLECTION_NAME" not in old:
+        changed = f"changed   trades go to the collection {settings.realtime_name}, not to {OLD_COLLECTION} as before"
+        lines.append(f"{changed}; see MONGODB_REALTIME_COLLECTION_NAME")
+    if taken and not dry:
+        write_settings(target, taken, directory / OLD_ENV_FILE)
+    if module_hash and not dry:
+        write_hash(settings.state_directory, module_hash)
+    return old, settings, lines
+
+
+def time_zone(name: str) -> tzinfo:
+    """Return an IANA zone. Raises UsageError for any other name."""
+    from zoneinfo import ZoneInfo
+
+    if name == "UTC":  # needs no data
+        return UTC
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):
+        what = "no such zone on this machine; expected a name such as Asia/Shanghai, of the package tzdata"
+        raise UsageError(f"--time-zone {one_line(name, 60)}: {what}") from None
+
+
+def read_old_trade(found: Mapping[str, Any], latest_ms: int = LATEST_TRADE_MS) -> Trade:
+    """Return the trade that a document of the older client holds, its numbers as texts, without ".0".
+
+    Raises ValueError or InstrumentError with what is wrong with it.
+    """
+    record = {name: _as_sent(name, found[name]) for name in TRADE_FIELDS if name in found}
+    if "s" not in record and "stock_code" in found:
+        record["s"] = found["stock_code"]
+    trade = read_trade(record, "common", latest_ms)  # whose rule looks at the code
+    return trade._replace(s=_code_of(trade.s))
+
+
+def _as_sent(name: str, value: object) -> object:
+    """Return a stored value as the API sends it, if it is of another type."""
+    from bson.decimal128 import Decimal128
+
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)  # BSON's long integers have a class of their own
+    if isinstance(value, Decimal128):
+        return str(value)
+    if isinstance(value, float):
+        text = repr(value).removesuffix(".0")
+        return int(text) if name not in NUMBERS and re.fullmatch(r"\d+", text) else text
+    return value
+
+
+@lru_cache(maxsize=4096)
+def _code_of(text: str) -> str:
+    """Return a code that the API sent, in upper case. Raises InstrumentError for what is none."""
+    try:
+        return parse_code(f"common:{text}").code  # where any code is taken as it is
+    except UnclearCode as unclear:  # one that is not ASCII
+        return unclear.text
+
+
+def first_stored(found: Mapping[str, Any], t: int, zone: tzinfo) -> tuple[datetime, float | None]:
+    """Return when an older document was stored, aware UTC, by its naive `create_time` on the clock of `zone`.
+
+    And by how many seconds that is after its ObjectId was made, None where it cannot be told. A document without a
+    `create_time` was stored when its ObjectId was made, or else at the time of its trade, `t`.
+    """
+    from bson.objectid import ObjectId
+
+    made = found["_id"].generation_time if isinstance(found["_id"], ObjectId) else None
+    told = found.get("create_time")
+    with contextlib.suppress(ValueError, OverflowError):  # no date, or one at the end of all dates
+        if isinstance(told, str):
+            told = datetime.fromisoformat(told)
+        if isinstance(told, datetime):
+            told = told.replace(microsecond=told.microsecond // 1000 * 1000)
+            if told.tzinfo is None:  # an hour of autumn is there twice
+                told = told.replace(tzinfo=zone)
+                later = told.replace(fold=1)
+                if made and abs(later.astimezone(UTC) - made) < abs(told.astimezone(UTC) - made):
+                    told = later
+            at = told.astimezone(UTC)
+            return at, (at - made).total_seconds() if made else None
+    return made or datetime.fromtimestamp(t / 1000, UTC), None
+
+
+@dataclass
+class Migrated:
+    """How far a collection is brought over: the last `_id` that was read, and what became of all until there.
+
+    `numbers`: some hold numbers in place of texts. `examples`: the first of what is no trade or was refused, and why.
+    """
+
+    after: Document = field(default_factory=dict)
+    read: int = 0
+    stored: int = 0
+    no_trade: int = 0
+    refused: int = 0
+    numbers: bool = False
+    examples: list[str] = field(default_factory=list)
+
+    def note(self, name: object, why: object) -> None:
+        """Take an example, if there are not enough."""
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(f"{one_line(name, 60)}: {one_line(why, 200)}")
+
+
+@dataclass
+class Migration:
+    """Brings the older client's documents of a collection into ours: promise 3.
+
+    `dry`: nothing is written. `any_zone`: `zone` holds, whatever the ObjectIds say.
+    """
+
+    store: MongoStore
+    settings: Settings
+    source: str
+    zone: tzinfo
+    dry: bool = False
+    any_zone: bool = False
+    done: Migrated = field(default_factory=Migrated)
+
+    def run(self, stop: threading.Event, events: Events = NO_EVENTS) -> bool:
+        """Bring over what is left, or as much as can be until `stop`; return whether that is all.
+
+        Raises UsageError where the collection has none or the zone is wrong, StoreError where a store is away.
+        """
+        if self.source in (self.settings.close_name, self.settings.license_name):
+            raise UsageError(f"--documents {self.source}: in that collection stockrt keeps what is no trade")
+        total = self.store.estimate(self.source)
+        if not total:
+            raise UsageError(
+                f"--documents {self.source}: no documents in that collection; see MONGODB_DB_NAME"
+            )
+        if self.source == self.store.realtime_name:
+            log.warning("trades go into the collection of the older documents, and stand there beside them")
+        self._recall()
+        for page in self.store.pages(self.source, self.done.after):
+            if stop.is_set():
+                return False
+            self._take(page)
+            self._remember()
+            events.progress(self.done.read, total)
+        if not self.dry:
+            with disk_trouble(f"{self._path()} cannot be removed"):
+                self._path().unlink(missing_ok=True)
+        return True
+
+    def _take(self, page: Sequence[Document]) -> None:
+        done = self.done
+        documents: dict[str, Document] = {}
+        late: list[float] = []
+        latest_ms = int(time.time() * 1000) + MAX_AHEAD_MS
+        bad = 0
+        for found in page:
+            try:
+                trade = read_old_trade(found, latest_ms)
+            except (ValueError, InstrumentError) as error:
+                done.note(found["_id"], error)
+                bad += 1
+                continue
+            done.numbers |= any(not isinstance(found[name], str) for name in NUMBERS)
+            created, seconds = first_stored(found, trade.t, self.zone)
+            if seconds is not None:
+                late.append(seconds)
+            documents.setdefault(identity(trade), to_document(trade, created))
+        self._check_zone(late)
+        if documents and not self.dry:
+            if done.numbers:
+                documents = self._without_other_digits(documents)
+            self._write([*documents.values()])
+        done.no_trade += bad
+        done.read += len(page)
+        for found in page[-1:]:
+            done.after = {"_id": found["_id"]}
+
+    def _write(self, documents: Sequence[Document]) -> None:
+        report = self.store.write(documents)
+        self.done.stored += report.stored
+        self.done.refused += len(report.refused)
+        for name, why in report.refused.items():
+            self.done.note(name, why)
+
+    def _check_zone(self, late: list[float]) -> None:
+        """Raise UsageError where most of some documents cannot have been stored when `create_time` says."""
+        seconds = sorted(late or [0.0])[len(late) // 2]
+        if abs(seconds) > SAME_ZONE_S and not self.any_zone:
+            raise UsageError(
+                f"--time-zone {self.zone}: create_time would be {seconds / 3600:+.1f} h from when the documents were "
+                "made, by their ObjectIds; expected the zone of the clock that wrote them (in a container often UTC); "
+                "with --force it is taken as it is"
+            )
+
+    def _without_other_digits(self, documents: Mapping[str, Document]) -> dict[str, Document]:
+        """Return those whose trade is not there with other digits, as 31.350 is that of the number 31.35."""
+        known = {_same_digits(one): one["_id"] for one in self.store.at_moments(documents.values())}
+        for name, document in documents.items():
+            known.setdefault(_same_digits(document), name)
+        names = {*known.values()}
+        return {name: document for name, document in documents.items() if name in names}
+
+    def _path(self) -> Path:
+        return self.settings.state_directory / MIGRATION_NAME
+
+    def _what(self) -> str:
+        place = f"{self.settings.mongodb_shown()} {self.settings.mongodb_db_name}"
+        return f"{place} {self.source} -> {self.settings.realtime_name}, {self.zone}"
+
+    def _recall(self) -> None:
+        """Go on from where an earlier run was, if it was about the same; what nobody can read begins anew."""
+        from bson import json_util
+
+        if self.dry:
+            return
+        make_state_directory(self.settings.state_directory)
+        with (
+            disk_trouble(f"{self._path()} cannot be read"),
+            contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError),
+        ):
+            options = json_util.JSONOptions(tz_aware=False)
+            told = json_util.loads(self._path().read_text(encoding="utf-8"), json_options=options)
+            if told.pop("what") == self._what():
+                self.done = Migrated(**told)
+
+    def _remember(self) -> None:
+        from bson import json_util
+
+        if not self.dry:
+            write_whole(self._path(), json_util.dumps({"what": self._what()} | vars(self.done)))
+
+    def words(self) -> str:
+        """Return what was done, in a line, and examples of what could not be."""
+        done = self.done
+        trades = done.read - done.no_trade
+        line = f"{count_words(done.read, 'document')} of {self.source} read: "
+        if self.dry:
+            line += f"{count_words(trades, 'trade')}, doubles included, {done.no_trade} no trade; "
+            line += "nothing was written: --dry-run"
+        else:
+            known = trades - done.stored - done.refused
+            line += f"{count_words(done.stored, 'trade')} added to {self.store.realtime_name}, {known} already there, "
+            line += f"{done.no_trade} no trade, {done.refused} refused by MongoDB"
+        return "\n".join([line, *(f"  {example}" for example in done.examples)])
+
+
+def _same_digits(document: Document) -> tuple[object, ...]:
+    """Return what two documents of one trade have in common, however their numbers are written."""
+    from decimal import Decimal
+
+    p, v = (Decimal(str(document[name])) for name in ("p", "v"))
+    return document["s"], document["t"], p, v, document["td"]
+
+
+# ======================================================================================================
 # Command line
 # ======================================================================================================
 
@@ -10273,6 +11093,8 @@ ROWS_ALIGNED = 1000
 RELOAD_WAIT_S = 20.0
 # Local files, the platform, MongoDB's servers, and a connection for each request that may be under way.
 DESCRIPTORS_NEEDED = 64 + MAX_IN_FLIGHT
+# What --executions lists where it is not told how many.
+EXECUTIONS_SHOWN = 20
 # What `td` says, in words.
 SIDES = {0: "-", 1: "buy", 2: "sell"}
 HELP_EXAMPLES = """\
@@ -10284,6 +11106,7 @@ examples:
   stockrt.pyz --check                                        what is wrong, and which setting mends it
 
 exit status: 0 every code stored · 1 any not · 64 usage · 78 settings · 130 interrupted
+of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to this user
 """
 
 
@@ -10294,14 +11117,18 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see --help")
 
 
+def terminal_width(otherwise: int) -> int:
+    """Return the columns of the terminal that stdout is, and where it is none or does not tell another number."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.get_terminal_size(sys.stdout.fileno()).columns or otherwise
+    return otherwise
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """argparse's own, as wide as the terminal; it would import shutil at every start to look (0.5 MB, 3 ms)."""
 
     def __init__(self, prog: str) -> None:
-        width = 80
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # no terminal
-            width = os.get_terminal_size(sys.stdout.fileno()).columns or width
-        super().__init__(prog, width=width - 2)
+        super().__init__(prog, width=terminal_width(otherwise=80) - 2)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -10334,6 +11161,14 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         "--check-settings", action="store_true", help="check the settings alone: no network, nothing written"
     )
     what.add_argument("--status", action="store_true", help="show daemon, platform, store and API keys")
+    what.add_argument(
+        "--executions",
+        metavar="N",
+        nargs="?",
+        const=EXECUTIONS_SHOWN,
+        type=int,
+        help=f"list the last N executions and --once runs with their failures (default {EXECUTIONS_SHOWN})",
+    )
     what.add_argument("--symbols", metavar="TEXT", help="find instruments by code or name: 茅台, apple, 黄金")
     what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
     what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
@@ -10343,6 +11178,13 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         help="for ExecReload= of the unit: have the daemon read its settings anew",
     )
     what.add_argument("--register", action="store_true", help="register at the dispatch platform (once)")
+    what.add_argument(
+        "--migrate",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="take settings and module hash over from the older client's directory, with --documents its documents",
+    )
     what.add_argument("--version", action="version", version=f"stockrt {__version__}")
 
 
@@ -10364,7 +11206,24 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="with --rejects: delete them, and damaged files that were set aside",
     )
     parser.add_argument(
-        "--force", action="store_true", help="with --register: anew, although a hash is stored"
+        "--documents",
+        nargs="?",
+        const="",
+        metavar="COLLECTION",
+        help=f"with --migrate: bring the older client's documents over (default: its own collection, {OLD_COLLECTION})",
+    )
+    parser.add_argument(
+        "--time-zone",
+        metavar="ZONE",
+        help="with --documents: of the clock that wrote them, such as Asia/Shanghai",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="with --migrate: say what would be done, write nothing"
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="with --register: anew, although a hash is stored; with --documents: this zone, whatever ObjectIds say",
     )
     parser.add_argument(
         "--env-file",
@@ -10379,8 +11238,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     options = make_parser().parse_args(argv)
     if options.symbols is not None and not options.symbols.strip():
         raise UsageError("--symbols needs a text: a code or a name, or a part of one; see --help")
-    if options.json and not (options.once or options.status or options.rejects or options.symbols):
-        raise UsageError("--json goes with --once, --status, --rejects or --symbols; see --help")
+    if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
+        raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
+    for_json = (options.once, options.status, options.executions, options.rejects, options.symbols)
+    if options.json and not any(for_json):
+        raise UsageError(
+            "--json goes with --once, --status, --executions, --rejects or --symbols; see --help"
+        )
     for flag in ("codes", "codes_file"):
         if getattr(options, flag) and not options.once and options.backfill is None:
             raise UsageError(f"--{flag.replace('_', '-')} goes with --once or --backfill; see --help")
@@ -10392,11 +11256,24 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("--retry goes with --drain; see --help")
     if options.discard and not options.rejects:
         raise UsageError("--discard goes with --rejects; see --help")
-    if options.force and not options.register:
-        raise UsageError("--force goes with --register; see --help")
+    if options.force and not (options.register or options.documents is not None):
+        raise UsageError("--force goes with --register or --documents; see --help")
+    _check_migration(options)
     if options.once and not (options.codes or options.codes_file):
         raise UsageError("--once needs --codes CODE … or --codes-file FILE; see --help")
     return options
+
+
+def _check_migration(options: argparse.Namespace) -> None:
+    """Raise UsageError for options of --migrate that do not go together."""
+    if options.migrate is None:
+        for flag in ("documents", "time_zone", "dry_run"):
+            if getattr(options, flag) not in (None, False):
+                raise UsageError(f"--{flag.replace('_', '-')} goes with --migrate; see --help")
+    elif not options.migrate and options.documents is None:
+        raise UsageError("--migrate needs the older client's directory, or --documents; see --help")
+    elif (options.documents is None) != (options.time_zone is None):
+        raise UsageError("--documents needs --time-zone ZONE, and the other way round; see --help")
 
 
 def read_codes(options: argparse.Namespace) -> Iterator[str]:
@@ -10459,63 +11336,92 @@ COLUMNS = (
     Column("SIDE", 4),
     Column("EXCHANGE TIME", 24),
     Column("AGE", 6, right=True),
+    Column("NAME", 0),
 )
+GAP = "  "
+# Of a line where there is no terminal: no name is cut.
+WIDEST = 1000
 
 
 class Rows:
     """Prints stored trades on `out`: an aligned table in the order asked, or JSON lines.
 
     Beyond ROWS_ALIGNED trades the rows are printed as they come. A reader that went away (`| head`) ends
-    the printing, never the storing.
+    the printing, never the storing. `directory`: where names are looked up; the table has as much of them as fits
+    into `width` columns, and no column for them where there are none.
     """
 
     def __init__(
-        self, out: IO[str], as_json: bool = False, color: bool = False, clock: Clock = SYSTEM_CLOCK
+        self,
+        out: IO[str],
+        as_json: bool = False,
+        color: bool = False,
+        width: int = WIDEST,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._out = out
         self._as_json = as_json
         self._color = color
+        self._width = width
         self._clock = clock
-        self._kept: list[Document] | None = []
+        self._kept: list[Document] = []
+        self._widths: list[int] = []  # of the columns, once they are printed
         self._gone = False
+        self.directory: Directory | None = None
         self.fault = ""  # why rows are missing on `out`, unless its reader just went away
 
     def add(self, documents: Sequence[Document]) -> None:
         """Take documents that were stored."""
         if self._as_json:
             self._print("".join(to_json(document) + "\n" for document in documents))
-        elif self._kept is None:
-            self._table(documents)
-        else:
-            self._kept += documents
-            if len(self._kept) > ROWS_ALIGNED:
-                kept, self._kept = self._kept, None
-                self._header([column.width for column in COLUMNS])
-                self._table(kept)
+            return
+        self._kept += documents
+        if self._widths or len(self._kept) > ROWS_ALIGNED:
+            self._table([column.width for column in COLUMNS])
 
     def finish(self, order: Sequence[str] = ()) -> None:
         """Print what was kept, in the order of the codes in `order`."""
         if self._kept:
             place = {code: -number for number, code in enumerate(reversed(order))}  # the first of duplicates
-            kept = sorted(self._kept, key=lambda d: place.get(d["stock_code"], 1))
-            cells = [row_cells(document, self._clock.wall()) for document in kept]
-            widths = [
-                max(len(column.title), *(len(row[i]) for row in cells)) for i, column in enumerate(COLUMNS)
-            ]
-            self._header(widths)
-            self._print("".join(_aligned(row, widths) for row in cells))
-        self._kept = []
+            self._kept.sort(key=lambda d: place.get(d["stock_code"], 1))
+            self._table()
         self._print("", flush=True)
 
-    def _header(self, widths: Sequence[int]) -> None:
-        line = _aligned([column.title for column in COLUMNS], widths)
-        self._print(f"\033[1m{line[:-1]}\033[0m\n" if self._color else line)
+    def _table(self, fixed: Sequence[int] = ()) -> None:
+        """Print what is kept; what comes first tells the columns, and their widths where those are not `fixed`."""
+        names, now = self._names(), self._clock.wall()
+        rows = [[*row_cells(document, now), names.get(document["stock_code"], "")] for document in self._kept]
+        self._kept = []
+        if not self._widths:
+            titles = [column.title for column in COLUMNS]
+            widths = list(fixed) or [max(map(columns_of, cells)) for cells in zip(titles, *rows, strict=True)]
+            self._widths = self._with_name(widths[:-1], bool(names))
+            line = self._line(titles)
+            self._print(f"\033[1m{line[:-1]}\033[0m\n" if self._color else line)
+        self._print("".join(map(self._line, rows)))
 
-    def _table(self, documents: Sequence[Document]) -> None:
-        widths = [column.width for column in COLUMNS]
-        self._print(
-            "".join(_aligned(row_cells(document, self._clock.wall()), widths) for document in documents)
-        )
+    def _with_name(self, widths: list[int], named: bool) -> list[int]:
+        """Return the widths with that of the names: they have the rest of the line, unless that is too short."""
+        room = self._width - sum(widths) - len(GAP) * len(widths)
+        return [*widths, room] if named and room >= len(COLUMNS[-1].title) else widths
+
+    def _line(self, cells: Sequence[str]) -> str:
+        """Return a line of cells, without the last where there are no names."""
+        *cells, name = cells
+        if len(self._widths) == len(COLUMNS):
+            cells.append(fitting(name, self._widths[-1]))
+        parts = []
+        for cell, width, column in zip(cells, self._widths, COLUMNS, strict=False):
+            blanks = " " * (width - columns_of(cell))
+            parts.append(blanks + cell if column.right else cell + blanks)
+        return GAP.join(parts).rstrip() + "\n"
+
+    def _names(self) -> dict[str, str]:
+        """Return the names of what is kept, as far as they are at hand."""
+        if self.directory is not None:
+            with contextlib.suppress(StoreError):  # no name is worth a row
+                return self.directory.names([document["stock_code"] for document in self._kept])
+        return {}
 
     def _print(self, text: str, flush: bool = False) -> None:
         if self._gone:
@@ -10531,16 +11437,24 @@ class Rows:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # else the exit's flush fails again
 
 
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    parts = [
-        c.rjust(w) if column.right else c.ljust(w)
-        for c, w, column in zip(cells, widths, COLUMNS, strict=True)
-    ]
-    return "  ".join(parts).rstrip() + "\n"
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for each character that is a wide one."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def fitting(text: str, columns: int) -> str:
+    """Return as much of a text as fits into so many columns of a terminal."""
+    while columns_of(text) > columns:
+        text = text[:-1]
+    return text
 
 
 def row_cells(document: Document, now: float) -> list[str]:
-    """Return the cells of a document's row; `now` is epoch seconds."""
+    """Return the cells of a document's row but its name; `now` is epoch seconds."""
     side = SIDES.get(document["td"], str(document["td"]))
     when = exchange_time(document["stock_code"], document["t"])
     age, _ = age_words(now - document["t"] / 1000)
@@ -10686,25 +11600,39 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
         raise UsageError(
             "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out"
         )
-    rows = Rows(sys.stdout, options.json, color=settings.color and sys.stdout.isatty())
+    rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_width(WIDEST))
     terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
+    rows.directory = pipeline.directory
     stop = StopEvent()
     stop_on_signals(stop)
     order: list[str] = []
+    started_at = time.time()
     run = _Run(pipeline, _remembered(read_codes(options), order), stop)
     try:
         finished = run.ended()
     finally:
         terminal.close()
-    rows.finish([run.report.read_as.get(code, code) for code in order])
+    if not finished:
+        rows.directory = None  # what hangs may be the file that it is in
+    rows.finish([run.report.read_as.get(code, code.upper()) for code in order])
     if finished:
         pipeline.keys.close()
     status = _close_run(run.report, finished, settings)
+    note_run(settings, started_at, run.report.as_of_now())
     if rows.fault:
         say(f"stockrt: {rows.fault}")
         status = status or EXIT_FAILED
     return status
+
+
+def note_run(settings: Settings, started_at: float, report: Report) -> None:
+    """Keep what came of a run, for --status and --executions; that it cannot be kept costs the run nothing."""
+    try:
+        with contextlib.closing(Journal(settings.state_directory)) as journal:
+            journal.note_run(started_at, report_result({"workflow_name": "--once"}, report, settings))
+    except StoreError as error:
+        log.warning("--status will not know of this run: %s", error)
 
 
 def _remembered(codes: Iterable[str], order: list[str]) -> Iterator[str]:
@@ -10747,37 +11675,89 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
     return EXIT_OK if report.complete else EXIT_FAILED
 
 
-def run_check(settings: Settings, source: Path | None) -> int:
+# What is said to who may not see what the service has and does.
+HIDDEN_WORDS = (
+    f"this user may not look at what {UNIT} has: run as root; "
+    "--env-file or STATE_DIRECTORY names settings or a state of your own"
+)
+
+
+def run_check(loaded: LoadedSettings, is_service_hidden: bool) -> int:
     """Check everything that a run needs, print a line each, and return the exit status."""
     failed = False
-    for check in _checks(settings, source):
+    settings = loaded.settings
+    for check in _checks(loaded, is_service_hidden):
         failed |= not check.good
-        verdict = "ok  " if check.good else "FAIL"
-        show(settings.redact(f"{verdict}  {check.name}: {check.words}"))
+        show(settings.redact(_check_line(check)))
     return EXIT_FAILED if failed else EXIT_OK
 
 
-def _checks(settings: Settings, source: Path | None) -> Iterator[Check]:
-    yield Check("settings", True, f"from {source or 'the environment and defaults'}")
+@contextlib.contextmanager
+def without_traces(settings: Settings) -> Iterator[Settings]:
+    """Give settings to look with: where there is no local file yet, one is made beside its place and goes again.
+
+    Raises StoreError when it cannot be made.
+    """
+    directory = settings.state_directory
+    with contextlib.ExitStack() as made:
+        with disk_trouble(f"the state directory {directory} cannot be used"):
+            if not (directory / SQLITE_NAME).exists():
+                from tempfile import TemporaryDirectory
+
+                there = next(path for path in (directory, *directory.parents) if path.exists())
+                scratch = TemporaryDirectory(prefix=".stockrt-", dir=there, ignore_cleanup_errors=True)
+                settings = replace(settings, state_directory=Path(made.enter_context(scratch)))
+        yield settings
+
+
+def _check_line(check: Check) -> str:
+    verdict = "ok  " if check.good else "FAIL"
+    return f"{verdict}  {check.name}: {check.words}"
+
+
+def _check_origins(loaded: LoadedSettings, is_service_hidden: bool) -> Check:
+    """Say where the settings come from, and where that is not what the service has."""
+    words = f"from {loaded.origins}"
+    if loaded.hiding:
+        names = ", ".join(loaded.hiding)
+        words += f"; not as {UNIT} has them: {names} of the environment, which it does not see; unset that to check it"
+    if is_service_hidden:
+        words += f"; what {UNIT} has is not known here: run as root to check it"
+    return Check("settings", not loaded.hiding, words)
+
+
+def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
+    settings = loaded.settings
+    yield _check_origins(loaded, is_service_hidden)
     if settings.proxies.in_use():
         yield Check("proxy", True, _ways(settings))
     if not settings.api_keys:
         yield Check("API key", False, NO_KEY_HINT)
     for secret, plan in settings.key_plans():
         yield from check_key(settings, ApiKey(secret, plan))
-    try:
-        make_state_directory(settings.state_directory)
-        yield Check("state directory", True, f"{settings.state_directory} can be written")
-    except StoreError as error:
-        yield Check("state directory", False, str(error))
+    yield _check_state_directory(settings)
     store = store_name(settings)
     try:
-        with Pipeline(settings) as pipeline:
-            yield Check(store, True, pipeline.store.check())
+        with without_traces(settings) as looked_at, Pipeline(looked_at) as pipeline:
+            words = pipeline.store.check()
+        words = words.replace(str(looked_at.state_directory), str(settings.state_directory))
+        yield Check(store, True, words)
     except StockrtError as error:
         yield Check(store, False, str(error))
     if settings.platform_url():
         yield check_platform(settings)
+
+
+def _check_state_directory(settings: Settings) -> Check:
+    words = f"{settings.state_directory} can be made"
+    try:
+        if settings.state_directory.is_dir():
+            make_state_directory(settings.state_directory)  # looks whether this user may write there
+            words = f"{settings.state_directory} can be written"
+        with without_traces(settings):
+            return Check("state directory", True, words)
+    except StoreError as error:
+        return Check("state directory", False, str(error))
 
 
 def _ways(settings: Settings) -> str:
@@ -10792,10 +11772,15 @@ def _ways(settings: Settings) -> str:
     return ", ".join(ways)
 
 
-class DaemonFacts(TypedDict, total=False):
-    """What --status shows of the daemon."""
+# The exit statuses of --status, as the Linux Standard Base has them for services.
+STATUS_WELL, STATUS_WRONG, STATUS_NOT_RUNNING, STATUS_UNKNOWN = 0, 1, 3, 4
+STATUS_WORDS = {STATUS_WELL: "well", STATUS_WRONG: "something is wrong", STATUS_NOT_RUNNING: "not running"}
 
-    running: bool
+
+class DaemonFacts(TypedDict, total=False):
+    """What --status shows of the daemon; `running` is None where that is not known."""
+
+    running: bool | None
     pid: int | None
     version: str | None
 
@@ -10809,8 +11794,20 @@ class PlatformFacts(TypedDict):
     last_contact: str | None
 
 
+class LastExecution(TypedDict):
+    """What --status shows of the last execution."""
+
+    status: str
+    message: str
+    workflow_name: object
+    at: str
+
+
 class StatusReport(TypedDict):
-    """What --status shows, and prints as JSON."""
+    """What --status shows, and prints as JSON.
+
+    `wrong`: what is, in words. `totals`: what was counted since the first execution, and `since` when; empty before.
+    """
 
     version: str
     daemon: DaemonFacts
@@ -10821,14 +11818,15 @@ class StatusReport(TypedDict):
     waiting: Waiting
     damaged_files: int
     last_execution: LastExecution | None
+    totals: dict[str, int | str]
     keys: list[KeyUsage]
+    wrong: list[str]
 
 
 def gather_status(settings: Settings) -> StatusReport:
     """Return what --status shows, from the daemon's own words where one runs or ran. Raises StoreError."""
     directory = settings.state_directory
-    told = _read_status(directory)
-    last = told.get("last_execution")
+    told = read_status(directory)
     platform: PlatformFacts = {
         "url": settings.platform_url() or None,
         "state": "no daemon",
@@ -10837,60 +11835,85 @@ def gather_status(settings: Settings) -> StatusReport:
     }
     daemon: DaemonFacts = {"running": daemon_runs(directory)}
     states: Sequence[KeyState] = ()
-    refused = 0
     if daemon["running"]:
         platform["state"] = told.get("platform", "not connected")
         daemon |= {"pid": told.get("pid"), "version": told.get("version")}
-        states, refused = told.get("keys", []), told.get("spool_refused", 0)
+        states = told.get("keys", [])
     module_hash = read_hash(directory)
+    with without_traces(settings) as looked_at, Pipeline(looked_at) as pipeline:
+        spool, keys = pipeline.queued(told.get("spool_refused", 0)), pipeline.usage(states)
+    status: StatusReport = {
+        "version": __version__,
+        "daemon": daemon,
+        "registration": shorten(module_hash) if module_hash else None,
+        "platform": platform,
+        "store": settings.mongodb_shown() or str(directory / SQLITE_NAME),
+        "spool": spool,
+        "waiting": Waiting(executing=0, commands=0, results=0),
+        "damaged_files": len(damaged_files(directory)),
+        "last_execution": None,
+        "totals": {},
+        "keys": keys,
+        "wrong": [],
+    }
+    if (directory / JOURNAL_NAME).exists():
+        _ask_journal(directory, status)
+    status["wrong"] += _what_is_wrong(status)
+    return status
+
+
+def _ask_journal(directory: Path, status: StatusReport) -> None:
+    """Fill in what the journal knows. Raises StoreError."""
     with contextlib.closing(Journal(directory)) as journal:
-        waiting = journal.count_waiting(daemon["running"])
-    with Pipeline(settings) as pipeline:
-        return {
-            "version": __version__,
-            "daemon": daemon,
-            "registration": shorten(module_hash) if module_hash else None,
-            "platform": platform,
-            "store": settings.mongodb_shown() or str(directory / SQLITE_NAME),
-            "spool": pipeline.queued(refused),
-            "waiting": waiting,
-            "damaged_files": len(damaged_files(directory)),
-            "last_execution": last,
-            "keys": pipeline.usage(states),
+        status["waiting"] = journal.count_waiting(bool(status["daemon"]["running"]))
+        totals, last = journal.totals(), journal.last(1, only_ended=True)
+    if totals:
+        counts = {name: totals.get(name, 0) for name in TOTALS}
+        status["totals"] = {"since": iso_after(totals["since"], 0), **counts}
+    for one in last:
+        status["last_execution"] = {
+            "status": str(one["status"]),
+            "message": str(one["message"]),
+            "workflow_name": one["workflow_name"],
+            "at": str(one["ended_at"]),
         }
+        if one["status"] != "success" and one["delivered"] is not None:
+            status["wrong"].append("the last execution failed")
 
 
-def _read_status(directory: Path) -> DaemonStatus:
-    """Return what a daemon wrote last; nothing where none ever ran, or another program wrote."""
-    try:
-        told = json.loads((directory / STATUS_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return cast(DaemonStatus, told) if not is_deep(told) and _fits(told, DaemonStatus) else {}
+def _what_is_wrong(status: StatusReport) -> list[str]:
+    """Return what is wrong beside what the journal knows of."""
+    wrong = []
+    if status["daemon"]["running"] and status["platform"]["state"] != "connected":
+        wrong.append("no connection to the platform")
+    spool, keys = status["spool"], status["keys"]
+    if spool is not None and spool["trades"]:
+        wrong.append(f"{spool['trades']} trades wait for MongoDB")
+    if spool is not None and spool["rejects"]:
+        wrong.append(f"{spool['rejects']} documents refused by MongoDB")
+    wrong += [f"API key {key['key']} is out" for key in keys if key["state"] == "out"]
+    if keys and all(key["state"] == "resting" for key in keys):
+        wrong.append("every API key rests")
+    return wrong
 
 
-def _fits(value: object, kind: Any) -> bool:
-    """Whether a value from JSON is of a type that stands in DaemonStatus."""
-    if is_typeddict(kind):
-        if not isinstance(value, dict) or not kind.__required_keys__ <= value.keys():
-            return False
-        hints = get_type_hints(kind)
-        return all(_fits(inner, hints[name]) for name, inner in value.items() if name in hints)
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(inner, get_args(kind)[0]) for inner in value)
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    return kind is object or type(value) is kind
+def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = False) -> int:
+    """Print the status for a person, or as one JSON object, and return the exit status: one of the STATUS_*.
 
-
-def run_status(settings: Settings, as_json: bool) -> int:
-    """Print the status for a person, or as one JSON object."""
+    Nothing of it is known where the state is another user's, or `is_service_hidden`.
+    """
+    if is_service_hidden or is_hidden(settings.state_directory):
+        return _show_unknown(as_json)
     status = gather_status(settings)
+    code = STATUS_NOT_RUNNING
+    if status["daemon"]["running"]:
+        code = STATUS_WRONG if status["wrong"] else STATUS_WELL
     if as_json:
         show(settings.redact(json.dumps(status, ensure_ascii=False)))
-        return EXIT_OK
+        return code
     waiting, last = status["waiting"], status["last_execution"]
     lines = [
+        ("status", ": ".join([STATUS_WORDS[code], *filter(None, ["; ".join(status["wrong"])])])),
         ("version", status["version"]),
         ("daemon", _daemon_line(status["daemon"])),
         ("registration", status["registration"] or "none: run --register"),
@@ -10899,16 +11922,75 @@ def run_status(settings: Settings, as_json: bool) -> int:
     ]
     if status["spool"] is not None:
         lines.append(("spool", _spool_line(status["spool"])))
-    lines.append(("waiting", f"{waiting['commands']} commands, {waiting['results']} results to deliver"))
+    words = f"{waiting['commands']} commands, {waiting['results']} results to deliver"
+    if waiting["executing"]:
+        words = f"one executed now, {words}"
+    lines.append(("waiting", words))
     if status["damaged_files"]:
         lines.append(("damaged files", f"{status['damaged_files']}: see --rejects"))
     done = "none yet"
     if last is not None:
-        done = f"{last['status']} at {last['at']}: {last['message']}"
+        done = f"{last['status']} at {last['at']}, {last['workflow_name'] or 'without a name'}: {last['message']}"
     lines.append(("last execution", done))
+    if status["totals"]:
+        lines.append(("in all", _totals_line(status["totals"])))
     lines += [("API key", _key_line(key)) for key in status["keys"]]
     show(settings.redact("\n".join(f"{name:<15} {text}" for name, text in lines)))
+    return code
+
+
+def _show_unknown(as_json: bool) -> int:
+    """Say of everything that it is not known: what cannot be looked at is not down, and not unregistered."""
+    why = "this user may not look at it: run as root"
+    if as_json:
+        unknown: dict[str, object] = dict.fromkeys(StatusReport.__annotations__)
+        show(json.dumps(unknown | {"version": __version__, "daemon": {"running": None}, "wrong": [why]}))
+        return STATUS_UNKNOWN
+    lines = [f"{'status':<15} unknown: {why}", f"{'version':<15} {__version__}"]
+    parts = ("daemon", "registration", "platform", "store", "waiting", "last execution", "API key")
+    show("\n".join([*lines, *(f"{part:<15} unknown" for part in parts)]))
+    return STATUS_UNKNOWN
+
+
+def _totals_line(totals: Mapping[str, Any]) -> str:
+    count = sum(totals[name] for name in TOTALS[:3])
+    line = f"{count_words(count, 'execution')} since {totals['since']}"
+    line += f", {totals['partial']} in part, {totals['failure']} failed"
+    line += f"; {count_words(totals['stored'], 'trade')} stored, {totals['known']} already known"
+    return f"{line}, {totals['kept']} kept for MongoDB, {count_words(totals['failed'], 'code')} failed"
+
+
+def run_executions(count: int, settings: Settings, as_json: bool) -> int:
+    """Print the last executions and runs with their failures, oldest first; return the exit status."""
+    if is_hidden(settings.state_directory):
+        raise StoreError(HIDDEN_WORDS)
+    found: list[ExecutionFacts] = []
+    if (settings.state_directory / JOURNAL_NAME).exists():
+        with contextlib.closing(Journal(settings.state_directory)) as journal:
+            found = journal.last(count)
+    for one in found:
+        text = _execution_lines(one)
+        if as_json:
+            text = json.dumps(one, ensure_ascii=False)
+        show(settings.redact(text))
+    if not found and not as_json:
+        show("nothing was executed yet")
     return EXIT_OK
+
+
+def _execution_lines(one: ExecutionFacts) -> str:
+    """Return an execution for a person: when, what, how it ended, and a line for each code that failed."""
+    words = f"{one['ended_at'] or one['accepted_at']}  {one['status'] or 'not ended'}  "
+    words += f"{one['execution_id'] or '-'}  {one['workflow_name'] or '-'}"
+    result = one["result"] or {}
+    if result:
+        words += f"  {result.get('success_count')} of {result.get('total')} codes stored"
+    if one["ended_at"] and one["delivered"] is False:
+        words += ", to be delivered"
+    if one["status"] == "failure":
+        words += f": {one['message']}"
+    failures = result.get("failures", {})
+    return "\n".join([one_line(words, 600), *(f"  {code}: {why}" for code, why in failures.items())])
 
 
 def _daemon_line(daemon: DaemonFacts) -> str:
@@ -11106,11 +12188,12 @@ def need_daemon_settings(settings: Settings) -> None:
         raise SettingsError([NO_KEY_HINT])
 
 
-def run_check_settings(loaded: LoadedSettings) -> int:
+def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
     """Say that the settings, which were read by now, are enough for the daemon. Raises SettingsError."""
     need_daemon_settings(loaded.settings)
-    show(f"ok    settings: from {loaded.source or 'the environment and defaults'}")
-    return EXIT_OK
+    check = _check_origins(loaded, is_service_hidden)
+    show(_check_line(check))
+    return EXIT_OK if check.good else EXIT_FAILED
 
 
 def run_reload(settings: Settings, environ: Mapping[str, str]) -> int:
@@ -11168,21 +12251,71 @@ def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | 
     return EXIT_OK
 
 
+def run_migrate(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """Take settings and hash over from the older client's directory, then its documents if they are asked for."""
+    time_zone(options.time_zone or "UTC")
+    here, *_, the_services = ENV_FILE_PLACES
+    target = options.env_file or (the_services if os.geteuid() == 0 else here)
+    old, settings, lines = move_installation(Path(options.migrate), target, environ, options.dry_run)
+    start_logging(settings)
+    show(settings.redact("\n".join(lines)))
+    done = "a service that runs sees changes after its restart"
+    if options.dry_run:
+        done = "nothing was written: --dry-run"
+    say(f"settings: {target}; {done}")
+    if options.documents is None:
+        return EXIT_OK
+    return run_documents(options, settings, old.get("MONGODB_COLLECTION_NAME", OLD_COLLECTION))
+
+
+def run_documents(options: argparse.Namespace, settings: Settings, source: str = OLD_COLLECTION) -> int:
+    """Bring the older client's documents over, say what was done, and return the exit status."""
+    zone = time_zone(options.time_zone)
+    need_mongodb(settings, "there are no older documents")
+    terminal = Terminal(None, "documents", bar_above=0)
+    stop = StopEvent()
+    stop_on_signals(stop)
+    with Pipeline.open_mongodb(settings) as store:
+        migration = Migration(
+            store, settings, options.documents or source, zone, options.dry_run, options.force
+        )
+        try:
+            finished = migration.run(stop, terminal)
+        finally:
+            terminal.close()
+            if migration.done.read:
+                say(settings.redact(migration.words()))
+    if not finished:
+        say("interrupted: the same command goes on where it stopped")
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED if migration.done.refused else EXIT_OK
+
+
 def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run one command line and return its exit status. Raises StockrtError: what the operator must mend."""
     options = parse_arguments(argv)
-    loaded = load_settings(environ, options.env_file)
+    if options.migrate:
+        return run_migrate(options, environ)
+    unit = find_unit(environ, options.env_file)
+    hidden = unit is not None and unit.is_hidden()
+    loaded = load_settings(environ, options.env_file, unit=None if hidden else unit)
     start_logging(loaded.settings)
     for warning in loaded.warnings:
         log.warning(warning)
+    if hidden and (options.drain or options.rejects or options.executions):
+        raise StoreError(HIDDEN_WORDS)
     if options.once:
         return run_once(options, loaded.settings)
     if options.backfill is not None:
         return run_backfill(options, loaded.settings)
+    if options.documents is not None:
+        return run_documents(options, loaded.settings)
     if options.register:
         return run_register(loaded.settings, options.force)
     if options.status:
-        return run_status(loaded.settings, options.json)
+        return run_status(loaded.settings, options.json, hidden)
+    if options.executions:
+        return run_executions(options.executions, loaded.settings, options.json)
     if options.symbols:
         return run_symbols(options.symbols, loaded.settings, options.json)
     if options.drain:
@@ -11192,9 +12325,9 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if options.rejects:
         return run_rejects(loaded.settings, options.json)
     if options.check:
-        return run_check(loaded.settings, loaded.source)
+        return run_check(loaded, hidden)
     if options.check_settings:
-        return run_check_settings(loaded)
+        return run_check_settings(loaded, hidden)
     if options.reload:
         return run_reload(loaded.settings, environ)
     return run_daemon(loaded.settings, environ, options.env_file)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MakeWorld
-from kit.daemons import number, until
+from kit.daemons import PATIENCE, number, until
 from kit.fault_world import QUICK, ServiceManager, World, locked_file
 from kit.mongo_proxy import MongoProxy
 
@@ -24,9 +24,9 @@ def cut_and_connected(world: World) -> None:
     """Cut the connection, and wait until there is another one."""
     dials = len(world.platform.dials)
     world.platform.kill_connections()
-    assert world.platform.wait_for(lambda p: p.connected and len(p.dials) > dials, 30.0), world.daemon.log[
-        -3000:
-    ]
+    assert world.platform.wait_for(lambda p: p.connected and len(p.dials) > dials, PATIENCE), (
+        world.daemon.log[-3000:]
+    )
 
 
 def all_is_there(world: World) -> None:

@@ -65,13 +65,16 @@ def test_an_outage_costs_no_trade_little_memory_and_is_made_up_for_fast(
         world.send(CODES)
     world.answered()
     before = proc_status(world.daemon.pid, "VmRSS")
+    mongo_server.checkpoint()
     over = threading.Event()
     breaker = threading.Thread(target=outage, args=(mongo_server, over), daemon=True)
     with world.load(EVERY_S, CODES):
+        sent, began = len(world.sizes), time.monotonic()
         breaker.start()
         try:
             threading.Event().wait(OUTAGE_S)
         finally:
+            arrived = (len(world.sizes) - sent) * CODES / (time.monotonic() - began)
             over.set()
             breaker.join()
             waiting = len(world.spool())
@@ -84,7 +87,6 @@ def test_an_outage_costs_no_trade_little_memory_and_is_made_up_for_fast(
     assert account.acknowledged == len(world.feed.records), "a code failed"
     assert (peak - before) / 1024 < MEMORY_MIB
     if outage is not _flapping:
-        arrived = CODES / EVERY_S
         assert waiting >= SPOOLED * arrived * OUTAGE_S, "it was not spooled"
         assert waiting / took >= PACE * arrived, f"{waiting} in {took:.1f} s"
 
@@ -194,11 +196,12 @@ def test_elections_under_load_lose_and_double_nothing(
     for member in replica_set.members:
         member.proxy.on_insert = _sometimes_lost(rng)
     world.start()
+    retried = replica_set.retried_writes()
     elect_under_load(world, replica_set, rounds)
     for member in replica_set.members:
         member.proxy.on_insert = lambda insert: None
     balanced("election", rounds, world.final_account(), world.daemon.log)
-    assert replica_set.retried_writes() > 0, "no retryable write was answered from memory"
+    assert replica_set.retried_writes() > retried, "no retryable write was answered from memory"
 
 
 def _sometimes_lost(rng: random.Random) -> Callable[[Insert], Fate | None]:

@@ -432,10 +432,15 @@ class Answer:
     @classmethod
     def gzip_bomb(cls, size: int) -> Answer:
         """A few bytes that unpack to `size`."""
-        packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-        blank = b" " * CHUNK
-        parts = [packer.compress(blank) for _ in range(size // CHUNK)]
-        return cls(200, b"".join(parts) + packer.flush(), headers=(("Content-Encoding", "gzip"),))
+        packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+        blank, blanks = b" " * CHUNK, size // CHUNK
+        packed = packer.compress(blank) + packer.flush(zlib.Z_FULL_FLUSH)  # the same as often as one likes
+        check = 0
+        for _ in range(blanks):
+            check = zlib.crc32(blank, check)
+        end = packer.flush() + struct.pack("<II", check, blanks * CHUNK & 0xFFFFFFFF)
+        body = b"\x1f\x8b\x08" + bytes(7) + packed * blanks + end
+        return cls(200, body, headers=(("Content-Encoding", "gzip"),))
 
     @classmethod
     def hang(cls) -> Answer:
@@ -893,7 +898,7 @@ class InfowayServer:
             answers: Iterator[Answer | None] = iter(script)
             self._next = lambda _: next(answers, None)
 
-    def wait_for(self, predicate: Callable[[InfowayServer], object], timeout: float = 10.0) -> None:
+    def wait_for(self, predicate: Callable[[InfowayServer], object], timeout: float = 60.0) -> None:
         """Return once the predicate holds, asked after each arrival and answer; TimeoutError if it never does."""
         with self._condition:
             if not self._condition.wait_for(lambda: predicate(self), timeout):
@@ -940,6 +945,11 @@ class InfowayServer:
 
     # ----------------------------------------------------------------------------------------- connections
 
+    @property
+    def open_connections(self) -> int:
+        """Return how many of the connections this side has not closed."""
+        return len(self._threads)
+
     def _accept(self, listener: socket.socket) -> None:
         while not self._closing.is_set():
             try:
@@ -969,6 +979,7 @@ class InfowayServer:
                 connection.close()
             with self._condition:
                 del self._threads[threading.current_thread()]
+                self._condition.notify_all()
 
     def _converse(self, connection: socket.socket) -> None:
         """Answer one request after the other until one side has had enough."""

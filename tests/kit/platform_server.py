@@ -1696,7 +1696,7 @@ class PlatformProcess:
         """Where the platform is, without a slash at the end."""
         return f"http://{self.host}:{self.port}"
 
-    def start(self, timeout: float = 10.0) -> Self:
+    def start(self, timeout: float = 60.0) -> Self:
         """Start it, and return when it listens; RuntimeError when it does not."""
         reading, writing = os.pipe()
         command = [sys.executable, str(Path(__file__).resolve()), "--generation", self.generation]
@@ -1730,7 +1730,7 @@ class PlatformProcess:
             process.send_signal(signal.SIGCONT)
             process.send_signal(number)
             try:
-                process.wait(10)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -1777,7 +1777,7 @@ class PlatformProcess:
         """Every e-mail the operator would have got."""
         return read_journal(self.journal_path, Mail)
 
-    def control(self, action: str, arguments: Mapping[str, Any] | None = None, timeout: float = 10.0) -> Any:
+    def control(self, action: str, arguments: Mapping[str, Any] | None = None, timeout: float = 60.0) -> Any:
         """Read (without arguments) or do something under /_control/; ValueError for what it refuses."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
         try:

@@ -46,7 +46,7 @@ NOON = 1_786_708_800  # 2026-08-14 12:00 UTC, a Friday
 @pytest.fixture
 def http() -> Iterator[urllib3.PoolManager]:
     """A client without retries and with short time limits."""
-    with urllib3.PoolManager(retries=False, timeout=5.0) as pool:
+    with urllib3.PoolManager(retries=False, timeout=60.0) as pool:
         yield pool
 
 
@@ -385,7 +385,7 @@ def test_by_hand(http: urllib3.PoolManager) -> None:
         assert get("/stock/batch_kline/8/2/TSLA.US", "k2")["data"] == [{"s": "TSLA.US", "respList": []}]
         assert get("/stock/batch_trade/GONE", "k2")["ret"] == 500
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     for wrong in (["--plan", "gold"], ["--no-trade", "AAPL.US"], ["--suspended", "AAPL.US=no"]):
         done = subprocess.run([*command, *wrong], capture_output=True, text=True)
         assert done.returncode == 2 and wrong[1] in done.stderr

@@ -56,18 +56,22 @@ def candidates() -> Iterator[Path]:
                 yield path.resolve()
 
 
+# Every worker asks every interpreter, so with as little as a Python 2 can do: it has no sys.implementation.
+PROBE = """import sys
+print(getattr(getattr(sys, "implementation", None), "name", "PyPy" in sys.version or "cpython"))
+print("%d %d %d" % sys.version_info[:3])"""
+
+
 def probe(path: Path) -> Python | None:
     """The interpreter at `path`, or None where there is no working CPython."""
-    code = "import platform as p; print(p.python_implementation() + ' ' + p.python_version())"
     try:
-        answer = subprocess.run([path, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+        answer = subprocess.run(
+            [path, "-S", "-E", "-c", PROBE], capture_output=True, text=True, timeout=60, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    name, version = answer.stdout.split()
-    numbers = re.match(r"\d+\.\d+\.\d+", version)
-    return (
-        Python(tuple(map(int, numbers[0].split("."))), str(path)) if name == "CPython" and numbers else None
-    )
+    name, *numbers = answer.stdout.split()
+    return Python(tuple(map(int, numbers)), str(path)) if name == "cpython" else None
 
 
 @cache

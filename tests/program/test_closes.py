@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from conftest import RunPyz
 from kit.daemons import HASH, PATIENCE, ProcessDaemon, environment, until
-from kit.infoway_server import InfowayServer, make_bar
+from kit.infoway_server import PLANS, InfowayServer, make_bar
 from kit.platform_server import PlatformServer
 from kit.shims import WallClock
 
@@ -139,6 +139,20 @@ def test_backfill_without_codes_takes_those_that_are_stored(
     done = run_pyz("--backfill", "3", env=env)
     assert (done.returncode, done.stdout.split()[0]) == (0, "TSLA.US"), done.stderr
     assert len(closes_in(tmp_path / "state")) == 3
+
+
+def test_backfill_goes_by_the_plan_of_the_key(
+    run_pyz: RunPyz, market: InfowayServer, wall_clock: WallClock
+) -> None:
+    """Which is asked for before anything else, once a day."""
+    market.plans["test-key"] = PLANS["premium"]
+    env = once_env(market, wall_clock) | {"INFOWAY_PLAN": ""}
+    for _ in range(2):
+        done = run_pyz("--backfill", "5", "--codes", "TSLA.US", env=env)
+        assert done.returncode == 0, done.stderr
+    resources = [request.resource for request in market.requests]
+    assert resources.index("package/info") == 0 and resources.count("package/info") == 1
+    assert "Premium" in run_pyz("--status", env=env).stdout
 
 
 @pytest.mark.parametrize("days", ["0", "501", "-3", "many"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pty
@@ -24,6 +25,7 @@ from typing import Any
 import pymongo
 import pytest
 from conftest import RunPyz, controlled
+from kit.daemons import number
 from kit.infoway_server import PLANS, REFUSALS, Answer, InfowayServer, Request, make_record
 from kit.mongo import MongoServer
 from kit.platform_server import PlatformServer
@@ -32,7 +34,7 @@ from rooms.test_fetch import HOSTILE, UNKNOWN, check_mixed_requests, mixed_codes
 import stockrt
 
 # For what must end soon: no promise is that slack, no busy machine that slow.
-SOON_S = 15.0
+SOON_S = 60.0
 KEY = "test-key"
 PASSWORD = "hunter2-secret"
 DEMO = ("--once", "--demo", "--codes")
@@ -235,14 +237,15 @@ def test_second_run_without_a_new_trade_stores_nothing(
 
 
 def test_runs_in_a_row_keep_the_plan_together(run_pyz: RunPyz) -> None:
-    """Six on the free plan, as fast as one can type: the API refuses none of their requests."""
+    """On the free plan, as fast as one can type: the API refuses none of their requests."""
+    runs = number(6, 6, quick=3)
     with InfowayServer(keys=frozenset({KEY}), per_second=1, per_minute=60) as server:
-        for _ in range(6):
+        for _ in range(runs):
             done = run_pyz(
                 "--once", "--codes", "TSLA.US", "BTCUSDT", env=api_env(server, INFOWAY_PLAN="free")
             )
             assert done.returncode == 0, done.stderr
-        assert server.request_count >= 12
+        assert server.request_count >= 2 * runs
         assert server.over_limit == 0
 
 
@@ -476,12 +479,9 @@ def started(
 
 
 def end(process: subprocess.Popen[str], number: int = signal.SIGINT) -> tuple[str, str]:
-    """Send the signal and return stdout and stderr; the program must end soon."""
+    """Send the signal and return stdout and stderr; the program must end sooner than any wait for an answer."""
     process.send_signal(number)
-    began = time.monotonic()
-    out, err = process.communicate(timeout=60)
-    assert time.monotonic() - began < 5.0  # a second is promised
-    return out, err
+    return process.communicate(timeout=stockrt.API_LIMITS.read_s)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -549,7 +549,7 @@ def test_interrupted_while_waiting_for_standard_input(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.02)
         process.send_signal(signal.SIGINT)
-        assert process.wait(5.0) == 130
+        assert process.wait(60) == 130
         check_clean(process.stderr.read() if process.stderr else "")
 
 
@@ -616,11 +616,11 @@ def test_nobody_reads(
 
 
 def on_terminal(
-    pyz: Path, env: Mapping[str, str], folder: Path, stream: str, *args: str
+    pyz: Path, env: Mapping[str, str], folder: Path, stream: str, *args: str, columns: int = 80
 ) -> tuple[int, str, str]:
     """Run with `stdout` or `stderr` on a terminal; return the status, what was shown there, and the other."""
     master, slave = pty.openpty()
-    termios.tcsetwinsize(slave, (24, 80))
+    termios.tcsetwinsize(slave, (24, columns))
     with started(pyz, env, *args, cwd=folder, **{stream: slave}) as process:
         os.close(slave)
         shown = b""
@@ -715,13 +715,16 @@ def test_a_number_that_does_not_tell_is_asked_at_both_exchanges(run_pyz: RunPyz,
 
 def test_the_lists_tell_what_a_code_is_and_no_plain_code_waits_for_them(run_pyz: RunPyz, state: Path) -> None:
     with InfowayServer() as server:
-        done = run_pyz("--once", "--codes", "AAPL.US", "ES", "茅台", "QQQQX", env=api_env(server))
+        codes = ("AAPL.US", "ES", "茅台", "QQQQX", "aapl", "005930")
+        done = run_pyz("--once", "--codes", *codes, env=api_env(server))
         resources = [request.resource for request in server.requests if "market" not in request.resource]
         again = run_pyz("--once", "--codes", "ES", "MSFT.US", env=api_env(server))
         lists = [request.resource for request in server.requests].count("common/basic/symbols")
     assert resources[0] == "batch_trade" and lists == 13
-    assert counts(done) == (4, 2, 0, 2)
+    assert counts(done) == (6, 2, 0, 4)
     assert {row["s"] for row in rows_of(state)} == {"AAPL.US", "ES", "MSFT.US"}
+    assert "did you mean AAPL.US (苹果)?" in failures_of(done)["aapl"]
+    assert "did you mean 005930.KS (三星电子)?" in failures_of(done)["005930"]
     assert "did you mean 600519.SH (贵州茅台)?" in failures_of(done)["茅台"]
     assert "QQQQX.US" in failures_of(done)["QQQQX"]
     assert again.returncode == 0, again.stderr
@@ -745,6 +748,80 @@ def test_symbols_finds_by_code_and_name(run_pyz: RunPyz) -> None:
     check_clean(done.stdout, done.stderr, none.stderr)
 
 
+NAMED = {
+    "600519.SH": "贵州茅台",
+    "AAPL.US": "苹果",
+    "MSFT.US": "",  # in no list
+    "RELIANCE.IN": "Reliance Industries Ltd",
+    "BTCUSDT.P": "比特币永续",
+}
+
+
+def test_the_table_has_names_once_the_lists_are_here(run_pyz: RunPyz) -> None:
+    """For which nothing is asked; they stand last, where what looks at columns by their place does not see them."""
+    with InfowayServer() as server:
+        env = api_env(server)
+        before = run_pyz("--once", "--codes", *NAMED, env=env)
+        assert server.asked("common/basic/symbols") == []
+        assert run_pyz("--symbols", "茅台", env=env).returncode == 0
+        asked = server.request_count
+        done = run_pyz("--once", "--codes", *NAMED, env=env)
+        assert server.request_count - asked == len(server.asked("batch_trade")) / 2 == 3
+        many = [f"{n}.US" for n in range(1_100)]
+        long = run_pyz("--once", "--codes-file", "-", env=env, input="\n".join([*NAMED, *many]))
+    assert cells(before.stdout)[0] == TITLES
+    assert cells(done.stdout)[0] == [*TITLES, "NAME"]
+    begin = done.stdout.index("NAME")
+    assert [line[begin:] for line in done.stdout.splitlines()] == ["NAME", *NAMED.values()]
+    assert cells(long.stdout)[0] == [*TITLES, "NAME"]
+    begin = long.stdout.index("NAME")
+    assert {
+        line[:12].strip(): line[begin:] for line in long.stdout.splitlines()[1:]
+    } == NAMED | dict.fromkeys(many, "")
+
+
+@pytest.mark.parametrize(
+    ("room", "shown"),
+    [
+        (25, ["NAME", *NAMED.values()]),
+        (9, ["NAME", "贵州茅台", "苹果", "", "Reliance", "比特币永"]),
+        (4, ["NAME", "贵州", "苹果", "", "Reli", "比特"]),
+        (3, [""] * 6),
+    ],
+)
+def test_a_name_has_what_a_terminal_has_left(
+    pyz: Path, clean_env: dict[str, str], run_pyz: RunPyz, tmp_path: Path, room: int, shown: list[str]
+) -> None:
+    with InfowayServer() as server:
+        env = api_env(server, NO_COLOR="1")
+        assert run_pyz("--symbols", "茅台", env=env).returncode == 0
+        begin = run_pyz("--once", "--codes", *NAMED, env=env).stdout.index("NAME")
+        args = ("--once", "--codes", *NAMED)
+        _, text, _ = on_terminal(pyz, clean_env | env, tmp_path, "stdout", *args, columns=begin + room)
+    assert [line[begin:].rstrip() for line in text.splitlines()] == shown
+
+
+def test_a_code_of_wide_characters_leaves_the_columns_in_their_places(run_pyz: RunPyz) -> None:
+    with InfowayServer() as server:
+        done = run_pyz("--once", "--codes", "es", "币安人生usdt", "AAPL.US", env=api_env(server))
+    titles, future, wide, narrow = done.stdout.splitlines()
+    assert future.startswith("ES  ") and future.endswith("  标普500指数期货")
+    assert wide.startswith("币安人生USDT  ") and wide.endswith("  币安人生")
+    assert narrow.index(" EDT") - 4 == wide.index(" UTC")
+    assert titles.index("EXCHANGE TIME") == narrow.index("2026") == wide.index("2026") + 4
+
+
+def test_rows_are_printed_without_names_that_cannot_be_read(run_pyz: RunPyz, state: Path) -> None:
+    with InfowayServer() as server:
+        assert run_pyz("--symbols", "茅台", env=api_env(server)).returncode == 0
+        with contextlib.closing(sqlite3.connect(state / "stockrt.db")) as db:
+            db.execute("DROP TABLE symbols")
+        done = run_pyz("--once", "--codes", *NAMED, env=api_env(server))
+    assert (done.returncode, counts(done)) == (0, (5, 5, 0, 0))
+    assert [row[0] for row in cells(done.stdout)] == ["CODE", *NAMED]
+    check_clean(done.stdout, done.stderr)
+
+
 def test_a_code_that_failed_is_named_as_it_was_typed(run_pyz: RunPyz) -> None:
     """With what it became; where that is what was typed, the code alone."""
     codes = ("sh600519", "BTC-USDT", "700.hk", "MSFT.US")
@@ -756,6 +833,15 @@ def test_a_code_that_failed_is_named_as_it_was_typed(run_pyz: RunPyz) -> None:
         "700.hk": f"{LISTED.format('腾讯控股')} (700.hk -> 00700.HK)",
         "MSFT.US": NOT_KNOWN,
     }
+
+
+def test_old_trades_are_said(run_pyz: RunPyz, infoway: InfowayServer) -> None:
+    """And stored, as nobody but the exchange knows better."""
+    infoway.trades = {"AAPL.US": {"t": int(time.time() - 30 * 86_400) * 1000}}
+    done = run_pyz("--once", "--codes", "AAPL.US", "USOIL9", env=api_env(infoway))
+    since = stockrt.iso_after(infoway.record("AAPL.US")["t"] / 1000, 0)
+    assert f"1 of 2 codes: no trade since {since}, though the market was open" in done.stderr
+    assert counts(done) == (2, 1, 0, 1)
 
 
 def test_lower_case_in_an_answer_is_the_code_that_was_asked(run_pyz: RunPyz, state: Path) -> None:
@@ -813,6 +899,7 @@ def test_check_of_what_is_good(
     assert all(good for good, _ in check_lines(done).values())
     assert len(check_lines(done)) == 4
     assert [request.resource for request in infoway.requests] == ["batch_trade", "package/info"]
+    assert not state.exists()
     with PlatformServer() as platform:
         env = api_env(infoway, MONGODB_HOST=mongo_db[0], MONGODB_DB_NAME=mongo_db[1])
         env |= {"SERVER_IP": "127.0.0.1", "SERVER_PORT": str(platform.port)}
@@ -822,8 +909,7 @@ def test_check_of_what_is_good(
     assert {"settings", "state directory", "MongoDB", "platform"} <= set(lines)
     assert all(good for good, _ in lines.values())
     with pymongo.MongoClient[dict[str, Any]](mongo_db[0]) as client:
-        database = client[mongo_db[1]]
-        assert sum(database[name].count_documents({}) for name in database.list_collection_names()) == 0
+        assert mongo_db[1] not in client.list_database_names()
     check_clean(done.stdout, done.stderr)
 
 
@@ -911,18 +997,19 @@ def test_check_says_what_the_plan_is_and_where_another_is_set(run_pyz: RunPyz) -
 def test_a_plan_that_is_not_set_is_asked_for_once_a_day(run_pyz: RunPyz, state: Path) -> None:
     """One request more than today's; the rate told holds from the first request on."""
     codes = ",".join(
-        f"C{chr(65 + n // 676)}{chr(65 + n // 26 % 26)}{chr(65 + n % 26)}.US" for n in range(5_000)
+        f"C{chr(65 + n // 676)}{chr(65 + n // 26 % 26)}{chr(65 + n % 26)}.US" for n in range(1_000)
     )
     plan = replace(PLANS["premium"], expires=time.time() + 86_400)
     with InfowayServer(plans={KEY: plan}) as server:
         env = api_env(server, INFOWAY_PLAN="")
         done = run_pyz("--once", "--json", "--codes-file", "-", env=env, input=codes)
-        assert counts(done) == (5_000, 5_000, 0, 0)
-        assert Counter(request.resource for request in server.requests)["batch_trade"] == 50
-        assert [request.resource for request in server.requests].count("package/info") == 1
+        assert counts(done) == (1_000, 1_000, 0, 0)
+        asked = Counter(request.resource for request in server.requests)
+        assert asked == {"package/info": 1, "batch_trade": 10}
         assert "its plan ends at" in done.stderr
-        first, *_, last = [request.at for request in server.asked("batch_trade")]
-        assert last - first < 30  # 50 s by Free's limits
+        times = [request.at for request in server.asked("batch_trade")]
+        pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+        assert min(pauses) < 0.5  # a second by Free's
         again = run_pyz("--once", "--codes", "AAPL.US", env=env)
         assert again.returncode == 0 and "its plan ends at" not in again.stderr
         assert [request.resource for request in server.requests].count("package/info") == 1

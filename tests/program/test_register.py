@@ -16,7 +16,7 @@ from typing import Protocol
 
 import pytest
 from conftest import RunPyz
-from kit.daemons import PATIENCE, PROGRAM, Hasty, ThreadDaemon, environment, settings_for, until
+from kit.daemons import PATIENCE, PROGRAM, Hasty, ThreadDaemon, command_of, environment, settings_for, until
 from kit.platform_server import GENERATIONS, PlatformServer
 
 import stockrt
@@ -70,7 +70,7 @@ def register(
             name = "server" if "server" in request.fixturenames else "new_server"
             port = request.getfixturevalue(name).port
         return subprocess.run(
-            [sys.executable, str(PROGRAM), "--register", *flags],
+            [*command_of(), "--register", *flags],
             env=clean_env | environment(port, "http://127.0.0.1:9", state, **settings),
             cwd=tmp_path,
             stdin=subprocess.DEVNULL,

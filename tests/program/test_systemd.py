@@ -25,6 +25,8 @@ from kit.mongo import SET_NAME, MongoServer
 from kit.platform_server import PlatformServer
 from kit.systemd_box import Box, BoxError
 
+import stockrt
+
 UNIT = ROOT / "stockrt.service"
 # Most exposure that `systemd-analyze security` may find, in tenths.
 MOST_EXPOSURE = 12
@@ -64,6 +66,12 @@ def test_unit_has_no_fault(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the box
 
 
+def is_over(box: Box, name: str) -> bool:
+    """Whether a unit has ended for good: one that will be started again is `auto-restart`."""
+    shown = box.run("systemctl", "show", "--property=SubState", "--value", name).stdout
+    return shown.strip() in ("dead", "failed")
+
+
 @dataclass
 class Instance:
     """A unit in the box, made from ours, with its own simulators."""
@@ -83,6 +91,10 @@ class Instance:
     def state(self) -> str:
         return self.show("ActiveState")
 
+    @property
+    def is_over(self) -> bool:
+        return is_over(self.box, self.name)
+
     def journal(self, *arguments: str) -> list[dict[str, Any]]:
         text = self.box.run("journalctl", "--output=json", f"--unit={self.name}", *arguments).stdout
         return [json.loads(line) for line in text.splitlines()]
@@ -92,7 +104,7 @@ class Instance:
         mine = [e for e in self.journal("--boot") if e.get("_TRANSPORT") == "stdout"]
         return [str(entry["MESSAGE"]) for entry in mine]
 
-    def wait(self, holds: Callable[[Instance], object], timeout: float = 15, what: str = "") -> None:
+    def wait(self, holds: Callable[[Instance], object], timeout: float = 60, what: str = "") -> None:
         try:
             systemd_box.until(lambda: holds(self), timeout, what or self.name)
         except BoxError as error:
@@ -107,7 +119,7 @@ class Instance:
     def execute(self, codes: list[str] = CODES) -> str:
         return self.platform.execute(codes)
 
-    def result(self, execution_id: str, timeout: float = 15) -> dict[str, Any]:
+    def result(self, execution_id: str, timeout: float = 60) -> dict[str, Any]:
         good = self.platform.wait_for(lambda p: p.results_for(execution_id), timeout)
         assert good, "\n".join(self.said()[-20:])
         return self.platform.results_for(execution_id)[0].data
@@ -201,19 +213,14 @@ def dripping(box: Box, installed: str) -> tuple[Instance, str, float]:
 
 
 @pytest.fixture(scope="module")
-def slow_stop(box: Box, installed: str, helpers: ThreadPoolExecutor) -> tuple[Instance, str, Future[float]]:
+def slow_stop(box: Box, installed: str, helpers: ThreadPoolExecutor) -> tuple[Instance, str, Future[str]]:
     """A stop in the middle of a fetch of 10 s, going on beside the other tests."""
     instance = make_instance(box, "stockrt-slow", latency=lambda request: 10.0 if request.codes else 0.0)
     instance.start()
     execution_id = instance.execute()
     instance.api.wait_for(lambda api: api.in_flight == 1)
 
-    def stop() -> float:
-        began = time.monotonic()
-        instance.ctl("stop")
-        return time.monotonic() - began
-
-    return instance, execution_id, helpers.submit(stop)
+    return instance, execution_id, helpers.submit(instance.ctl, "stop")
 
 
 @pytest.fixture(scope="module")
@@ -267,16 +274,13 @@ def test_starts_executes_and_says_so(service: Instance) -> None:
         )
     )
     data = service.result(execution_id := service.execute())
-    at = time.monotonic()
     assert (data["status"], data["result"]["success_count"]) == ("success", 2)
     assert service.count() == 2
-    time.sleep(1.5)  # the age in the status goes on by itself
-    found = re.fullmatch(
+    pattern = (
         rf"connected to 127\.0\.0\.1:{service.platform.port} · 1 key · "
-        r"last execute 2/2 in \d\.\d s, (\d+) s ago · 0 waiting",
-        service.show("StatusText"),
+        r"last execute 2/2 in \d\.\d s, [1-9]\d* s ago · 0 waiting"
     )
-    assert found and abs(int(found[1]) - (time.monotonic() - at)) <= 1.2, service.show("StatusText")
+    service.wait(lambda i: re.fullmatch(pattern, i.show("StatusText")), what="the age goes on by itself")
     lines = [line for line in service.said() if execution_id in line]
     assert len(lines) == 1, lines
     assert re.fullmatch(
@@ -295,6 +299,52 @@ def test_journal_has_priorities_and_no_times_of_ours(running: Instance) -> None:
     assert {entry["SYSLOG_IDENTIFIER"] for entry in mine} == {"stockrt"}
     assert not [e for e in mine if re.match(r"<\d>|\d\d:\d\d|(INFO|WARNING)", str(e["MESSAGE"]))]
     assert not [e for e in mine if "may not be read" in str(e["MESSAGE"])]
+
+
+def test_migrated_before_its_first_start_it_is_the_older_module(box: Box, installed: str) -> None:
+    """What root's --migrate writes is the service's when that starts: no new module, and files of its own user."""
+    name = "stockrt-moved"
+    instance = make_instance(box, name)
+    ask = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1]).read().decode())"
+    query = "name=old&input_data=%5B%5D&output_data=%5B%5D&modelHash=old"
+    url = f"{instance.platform.url}/module/register?{query}"
+    answer = json.loads(box.run("/usr/bin/python3", "-c", ask, url).stdout)
+    module_hash = answer["result"]["hash"]
+    odd = 'it\'s "A" 股\\B #1 $HOME'  # to systemd it must be the same as to us
+    box.write("/srv/older/config/.env", f"MODULE_DESCRIPTION={stockrt.env_line('', odd)[1:]}SERVER_PORT=1\n")
+    box.write("/srv/older/config/module_hash.txt", module_hash)
+    env_file = f"/etc/stockrt/{name}.env"
+    command = ("/opt/stockrt/stockrt.pyz", "--env-file", env_file, "--migrate", "/srv/older")
+    said = box.run("env", f"STATE_DIRECTORY=/var/lib/{name}", "SHIV_ROOT=/tmp/shiv", *command).stdout
+    assert "kept      SERVER_PORT" in said and f"into /var/lib/{name}/module_hash" in said
+    instance.start()
+    environment = box.run("cat", f"/proc/{instance.show('MainPID')}/environ").stdout
+    assert f"MODULE_DESCRIPTION={odd}" in environment.split("\0")
+    assert instance.platform.connected == [module_hash]
+    assert len(instance.platform.register_calls) == 1
+    owner = box.run(
+        "stat", "-c", "%u", f"/var/lib/private/{name}", f"/var/lib/private/{name}/module_hash"
+    ).stdout
+    assert len(set(owner.split())) == 1 and "0" not in owner.split()
+    instance.ctl("stop")
+
+
+def test_migrated_by_hand_settings_go_where_its_user_may_write(box: Box, installed: str) -> None:
+    """The service's for root, a file in the folder where it was called for anybody else."""
+    box.write("/srv/older/config/.env", "SERVER_PORT=1\n")
+    program = "/opt/stockrt/stockrt.pyz --migrate /srv/older"
+    roots = box.run("env", "SHIV_ROOT=/tmp/shiv", *program.split(), "--dry-run").stderr
+    assert "settings: /etc/stockrt/stockrt.env;" in roots
+    script = f"mkdir /tmp/person && cd /tmp/person && HOME=$PWD {program} && stat -c %a stockrt.env && cat stockrt.env"
+    said = box.run("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", script)
+    assert "settings: stockrt.env;" in said.stderr
+    assert said.stdout.splitlines()[-3:] == ["600", "# From /srv/older/config/.env:", "SERVER_PORT=1"]
+
+
+def test_migrated_by_hand_a_credential_of_the_unit_is_set_already(box: Box, installed: str) -> None:
+    box.write("/srv/keyed/config/.env", "INFOWAY_API_KEY=an-older-key-5\n")
+    said = box.run("/opt/stockrt/stockrt.pyz", "--migrate", "/srv/keyed", "--dry-run").stdout
+    assert "kept      INFOWAY_API_KEY: it is set already; the older one differs\n" in said
 
 
 def test_mongodb_and_tls_work_inside(box: Box, installed: str, mongod: Path) -> None:
@@ -494,12 +544,138 @@ def test_registration_by_root_does_not_lock_the_service_out(service: Instance, b
 
 def test_status_by_hand_is_the_services_own(running: Instance, box: Box) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"^sudo (env CREDENTIALS_DIRECTORY=.* --status)$", readme, re.MULTILINE)
+    found = re.search(r"^sudo (/opt/.* --status)\b", readme, re.MULTILINE)
     assert found is not None
+    running.result(running.execute())
     said = box.run("env", "HOME=/root", *found[1].split()).stdout
+    assert re.search(r"^status +well$", said, re.MULTILINE), said
     assert re.search(r"^daemon +running", said, re.MULTILINE), said
     assert re.search(r"^API key .*ready$", said, re.MULTILINE), said
     assert re.search(r"^store +/var/lib/stockrt/stockrt.db$", said, re.MULTILINE), said
+
+
+def by_hand(
+    box: Box, *arguments: str, user: str = "", env: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run the installed program as root, or as another user."""
+    become = ("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups") if user else ()
+    home = "/tmp/another" if user else "/root"
+    return box.run(*become, "env", f"HOME={home}", *env, "/opt/stockrt/stockrt.pyz", *arguments, check=False)
+
+
+def test_by_hand_a_revoked_credential_is_seen_behind_a_good_key_elsewhere(
+    running: Instance, box: Box
+) -> None:
+    """In the unit's env file and in the caller's environment; the line says which source was used."""
+    place = "/etc/stockrt/credentials/infoway_api_key"
+    settings = box.root / "etc/stockrt/stockrt.env"
+    before = settings.read_text()
+    good = by_hand(box, "--check")
+    assert good.returncode == 0, good.stdout
+    assert (
+        f"ok    settings: from credential {place}, /etc/stockrt/stockrt.env, stockrt.service, defaults\n"
+        in (good.stdout)
+    )
+    try:
+        settings.write_text(before + f"INFOWAY_API_KEY={API_KEY}\n")
+        box.write(place, "revoked-key-77\n", 0o600)
+        done = by_hand(box, "--check", env=(f"INFOWAY_API_KEY={API_KEY}",))
+        assert done.returncode == 1
+        assert re.search(r"^FAIL  API key .*401", done.stdout, re.MULTILINE), done.stdout
+        once = by_hand(box, "--once", "--codes", "TSLA.US")
+        assert once.returncode == 1 and "401" in once.stderr
+    finally:
+        box.write(place, API_KEY + "\n", 0o600)
+        settings.write_text(before)
+
+
+def test_by_hand_drop_ins_count_and_what_the_service_does_not_see_is_no_ok(
+    running: Instance, box: Box
+) -> None:
+    drop_in = box.write("/etc/systemd/system/stockrt.service.d/by-hand.conf",
+                        "[Service]\nEnvironment=\"MODULE_NAME=of a drop-in\" NO_PROXY=127.0.0.1\n")  # fmt: skip
+    box.run("systemctl", "daemon-reload")
+    try:
+        assert by_hand(box, "--check").returncode == 0
+        done = by_hand(box, "--check", env=("HTTP_PROXY=http://10.1.1.1:3128", "NO_PROXY=127.0.0.1"))
+        assert done.returncode == 1
+        assert re.search(r"^FAIL  settings: .*not as stockrt\.service has them: HTTP_PROXY ", done.stdout)
+        assert "NO_PROXY of" not in done.stdout
+        own = by_hand(
+            box, "--check-settings", "--env-file", "/dev/null", env=("SERVER_IP=h", "SERVER_PORT=1")
+        )
+        assert own.returncode == 78 and "INFOWAY_API_KEY is not set" in own.stderr
+    finally:
+        drop_in.unlink()
+        box.run("systemctl", "daemon-reload")
+
+
+def test_to_another_user_the_service_is_unknown_and_not_down(running: Instance, box: Box) -> None:
+    box.run("install", "-d", "--owner=65534", "/tmp/another")
+    status = by_hand(box, "--status", user="65534")
+    assert status.returncode == 4
+    assert "status          unknown: this user may not look at it: run as root\n" in status.stdout
+    assert not re.search("not running|no daemon|--register|none yet", status.stdout)
+    for arguments in (("--executions",), ("--rejects",), ("--drain",), ("--drain", "--retry")):
+        done = by_hand(box, *arguments, user="65534")
+        assert (done.returncode, done.stdout) == (1, "") and "run as root" in done.stderr
+    checked = by_hand(box, "--check", user="65534")
+    assert re.search(
+        r"^ok    settings: .*stockrt\.service has is not known here: run as root", checked.stdout
+    )
+    own = by_hand(box, "--once", "--demo", "--codes", "TSLA.US", user="65534")
+    assert own.returncode == 0, own.stderr
+    assert by_hand(box, "--status", user="65534", env=("STATE_DIRECTORY=/var/lib/stockrt",)).returncode == 4
+    there = "/tmp/another/.local/state/stockrt"
+    mine = by_hand(box, "--status", user="65534", env=(f"STATE_DIRECTORY={there}",))
+    assert mine.returncode == 3 and "--once: 1 of 1 codes stored" in mine.stdout
+
+
+def of_root(box: Box) -> list[str]:
+    """Return what in the service's directory is root's."""
+    return [
+        path.name for path in (box.root / "var/lib/private/stockrt").rglob("*") if path.lstat().st_uid == 0
+    ]
+
+
+def test_nothing_of_roots_stays_in_the_services_directory_and_it_goes_on(running: Instance, box: Box) -> None:
+    """Beside the running service, after a kill in the middle, and where root is the first to make the files."""
+    state = box.root / "var/lib/private/stockrt"
+    looks = (("--status",), ("--check",), ("--executions", "5"), ("--check-settings",))
+    once = ("--once", "--codes", "TSLA.US", "AAPL.US")
+    for arguments in (*looks, once):
+        done = by_hand(box, *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert of_root(box) == []
+    assert running.result(running.execute())["status"] == "success"
+    running.ctl("stop")
+    for path in state.glob("*.db*"):
+        path.unlink()
+    (state / "lock").unlink()
+    before = {path.name for path in state.iterdir()}
+    assert [by_hand(box, *arguments).returncode for arguments in looks] == [3, 0, 0, 0]
+    assert {path.name for path in state.iterdir()} == before
+    asked = running.api.request_count
+    running.api.latency = 5.0
+    words = f"echo $$ >/srv/by-hand; exec env HOME=/root /opt/stockrt/stockrt.pyz {' '.join(once)}"
+    in_box = ["nsenter", "--target", str(box.leader), "--all", "sh", "-c", words]
+    killed = subprocess.Popen(in_box, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running.api.wait_for(lambda api: api.request_count > asked)
+    assert of_root(box) == []
+    box.run("kill", "-KILL", (box.root / "srv/by-hand").read_text().strip())
+    killed.wait(15)
+    running.api.latency = 0.0
+    assert {"stockrt.db", "stockrt.db-wal", "stockrt.db-shm"} <= {path.name for path in state.iterdir()}
+    assert of_root(box) == []
+    boot = len(running.said())
+    running.start()
+    assert running.result(running.execute(["BRK.B.US"]))["status"] == "success"
+    assert by_hand(box, *once).returncode == 0
+    assert running.count() == 3
+    assert of_root(box) == []
+    assert not [line for line in running.said()[boot:] if "set aside" in line or "cannot" in line]
+    status = by_hand(box, "--status")
+    assert (status.returncode, "--once: 2 of 2 codes stored" in status.stdout) == (0, True), status.stdout
 
 
 def another_version(pyz: Path, target: Path) -> None:
@@ -553,14 +729,13 @@ def test_stop_takes_the_time_that_the_daemon_asks_for(service: Instance, box: Bo
     drop_in.unlink()
     box.run("systemctl", "daemon-reload")
     assert (service.state, service.show("Result")) == ("inactive", "success")
-    assert service.result(execution_id, 1)["status"] == "success"
+    assert service.result(execution_id)["status"] == "success"
 
 
 def test_shutdown_by_the_platform_stays_down(running: Instance) -> None:
     restarts = running.show("NRestarts")
     running.platform.shutdown_module()
-    running.wait(lambda i: i.state == "inactive")
-    time.sleep(0.6)  # three times the wait before a restart
+    running.wait(lambda i: i.is_over)
     assert (running.state, running.show("Result"), running.show("NRestarts")) == (
         "inactive",
         "success",
@@ -575,7 +750,7 @@ def test_bad_settings_fail_once_with_the_reason(service: Instance, box: Box) -> 
         box.write("/etc/stockrt/credentials/mongodb_host", f"mongodb://u:{MONGODB_PASSWORD}@h:0/", 0o600)
         service.ctl("stop")
         service.ctl("start", check=False)
-        time.sleep(0.6)
+        service.wait(lambda i: i.is_over)
         assert (service.state, service.show("ExecMainStatus"), service.show("NRestarts")) == (
             "failed",
             "78",
@@ -602,7 +777,7 @@ def test_bad_cache_directory_is_one_line(box: Box, installed: str, options: str,
     box.write(f"/etc/systemd/system/{name}.service.d/test.conf", QUICK + drop_in)
     box.run("systemctl", "daemon-reload")
     box.run("systemctl", "start", name, check=False)
-    time.sleep(0.6)
+    systemd_box.until(lambda: is_over(box, name), 60, f"{name} has ended")
     said = box.run("journalctl", "--output=json", f"--unit={name}", "_TRANSPORT=stdout").stdout.splitlines()
     assert len(said) == 1, said
     entry = json.loads(said[0])
@@ -611,11 +786,11 @@ def test_bad_cache_directory_is_one_line(box: Box, installed: str, options: str,
     assert box.run("systemctl", "is-failed", name).stdout.strip() == "failed"
 
 
-def test_stop_during_a_long_fetch_is_clean(slow_stop: tuple[Instance, str, Future[float]]) -> None:
+def test_stop_during_a_long_fetch_is_clean(slow_stop: tuple[Instance, str, Future[str]]) -> None:
     instance, execution_id, stopping = slow_stop
-    assert stopping.result(30) < 25
+    stopping.result(120)
     assert (instance.state, instance.show("Result")) == ("inactive", "success")
-    assert instance.result(execution_id, 1)["result"]["success_count"] == 2
+    assert instance.result(execution_id)["result"]["success_count"] == 2
     assert instance.count() == 2
 
 
@@ -623,7 +798,7 @@ def test_stop_during_a_long_fetch_is_clean(slow_stop: tuple[Instance, str, Futur
 def test_endless_answer_ends_by_itself(dripping: tuple[Instance, str, float]) -> None:
     """The request's own limit is 30 s; the watchdog's is 2 s here, and stays quiet."""
     instance, execution_id, began = dripping
-    assert instance.result(execution_id, 45)["status"] == "success"
+    assert instance.result(execution_id)["status"] == "success"
     assert time.monotonic() - began > 28
     assert (instance.state, instance.show("NRestarts")) == ("active", "0")
 

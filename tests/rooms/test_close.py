@@ -17,6 +17,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kit.daemons import number as examples
 from kit.infoway_server import InfowayServer
 from kit.mongo import MongoServer, fresh_database
 
@@ -543,7 +544,7 @@ def test_racing_instances_end_in_the_same_document(open_store: Open, tmp_path: P
     def work(number: int) -> None:
         try:
             worlds[number].now_ms = now
-            barrier.wait(10)
+            barrier.wait(60)
             for place in range(len(minutes)):
                 minute = minutes[place if number else -1 - place]
                 t = at("America/New_York", f"{TUE} {minute}")
@@ -662,7 +663,11 @@ def session_of_trade(trade: Trade) -> stockrt.Session:
     return session_of(market, trade.t)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(100, 1000, quick=40),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.lists(TRADES, min_size=1, max_size=14), st.data())
 def test_any_order_and_repetition_ends_in_the_same_closes(
     tmp_path_factory: pytest.TempPathFactory, trades: list[Trade], data: st.DataObject
@@ -679,7 +684,11 @@ def test_any_order_and_repetition_ends_in_the_same_closes(
         close(store)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(12, 120, quick=6),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.lists(TRADES, min_size=1, max_size=10), st.data())
 def test_any_order_and_repetition_ends_in_the_same_closes_on_mongodb(
     mongo_db: tuple[str, str], tmp_path_factory: pytest.TempPathFactory,
@@ -723,7 +732,11 @@ def rank(close: Close) -> tuple[Any, ...]:
     return (1, t, p, td)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(80, 800, quick=30),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.lists(CLOSES | FINAL_CLOSES, min_size=1, max_size=6))
 def test_the_best_of_all_candidates_stands(shared_world: World, closes: list[Close]) -> None:
     """Trades and bars, written one by one and all at once."""
@@ -947,7 +960,7 @@ def test_a_machine_without_time_zone_data_gets_one_clear_line(tmp_path: Path) ->
     """It says what is missing, what follows and what to install; crypto's day is UTC's and needs none."""
     source = os.pathsep.join([str(Path(stockrt.__file__).parent)])
     done = subprocess.run(
-        [sys.executable, "-S", "-c", NO_ZONES, str(tmp_path)], capture_output=True, text=True, timeout=30,
+        [sys.executable, "-S", "-c", NO_ZONES, str(tmp_path)], capture_output=True, text=True, timeout=60,
         env={"PYTHONPATH": source, "PYTHONTZPATH": "", "PATH": os.defpath},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

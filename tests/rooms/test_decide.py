@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import format_datetime
@@ -220,34 +221,38 @@ def test_no_ret_and_no_text_stands_in_two_rows() -> None:
     assert not [(one, other) for one, other in itertools.permutations(texts, 2) if one.startswith(other)]
 
 
+SHAPES = tuple(infoway_server.shapes(403))
+# What follows, and which setting an operator is told to look at.
 OF_REFUSALS = {
-    Action.SLOW_DOWN: ("200_rate_limit", "429_json", "429_html", "ret_501"),
-    Action.RETRY: (
-        "ret_500",
-        "500_empty",
-        "500_json",
-        "502_html",
-        "503_html",
-        "503_json",
-        "504_empty",
-        "ret_0",
+    (Action.SLOW_DOWN, "INFOWAY_PLAN"): (
+        "200_rate_limit", "429_json", "429_html", "ret_501", "wrapped_501",
     ),
-    Action.GIVE_UP: ("ret_505", "ret_506", "ret_507", "400_problem", "404_problem"),
-    Action.KEY_DEAD: ("401_token_invalid", "ret_509"),
-    Action.KEY_DAY_OVER: ("ret_502",),
-    Action.KEY_LACKS_PRODUCT: ("ret_514",),
-    Action.CODES_UNKNOWN: ("ret_508", "ret_500_not_exists"),
-}
+    (Action.RETRY, "INFOWAY_API_BASE_URL"): (
+        "ret_500", "500_empty", "500_json", "502_html", "503_html", "503_json", "504_empty", "ret_0", "ret_0_error",
+        "ret_0_records", "200_html_cn", "502_html_cn", *(f"524_{shape}" for shape in SHAPES),
+    ),
+    (Action.GIVE_UP, ""): (
+        "ret_505", "ret_506", "ret_507", "wrapped_505", "wrapped_506", "wrapped_507",
+    ),
+    (Action.GIVE_UP, "INFOWAY_API_BASE_URL"): ("400_problem", "404_problem"),
+    (Action.GIVE_UP, "INFOWAY_API_KEY"): [f"{status}_{shape}" for status in (403, 499) for shape in SHAPES],
+    (Action.KEY_DEAD, "INFOWAY_API_KEY"): (
+        "401_token_invalid", "401_unauthorized", "ret_509", "wrapped_509", "wrapped_no_key", "wrapped_wrong_key",
+    ),
+    (Action.KEY_DAY_OVER, "INFOWAY_PLAN"): ("ret_502", "wrapped_502"),
+    (Action.KEY_LACKS_PRODUCT, "INFOWAY_API_KEY"): ("ret_514", "wrapped_514"),
+    (Action.CODES_UNKNOWN, ""): ("ret_508", "ret_500_not_exists", "wrapped_508"),
+}  # fmt: skip
 
 
-def test_every_refusal_that_the_simulator_knows_leads_to_its_action() -> None:
-    """Word for word as the API gives them."""
-    found: dict[Action, set[str]] = {}
-    for name, refusal in infoway_server.REFUSALS.items():
+def test_every_refusal_that_the_simulator_knows_leads_to_its_action_and_its_setting() -> None:
+    """Word for word as the API gives them, by `ret`, wrapped in 500, and in all the shapes of gateways."""
+    found: dict[tuple[Action, str], set[str]] = {}
+    for name, refusal in infoway_server.EVERY_REFUSAL.items():
         verdict = verdict_on(refusal.body or b"", refusal.status)
         assert verdict.failure.words and not verdict.records
-        found.setdefault(verdict.action, set()).add(name)
-    assert found == {action: set(names) for action, names in OF_REFUSALS.items()}
+        found.setdefault((verdict.action, verdict.setting), set()).add(name)
+    assert found == {follows: set(names) for follows, names in OF_REFUSALS.items()}
 
 
 @pytest.mark.parametrize(
@@ -860,6 +865,35 @@ def test_a_document_has_exactly_its_fields() -> None:
     assert types == dict.fromkeys(document, str) | {"t": int, "td": int, "create_time": datetime}
 
 
+@pytest.mark.parametrize(
+    ("code", "low", "high"),
+    [
+        ("USDCNY", 6, 8),
+        ("EURUSD", 1, 1.4),
+        ("USDJPY", 120, 180),
+        ("XAUUSD", 2000, 6000),
+        ("BTCUSDT", 3e4, 3e5),
+        ("ETHBTC", 0.02, 0.06),
+        ("AAPL.US", 150, 400),
+        ("600519.SH", 1000, 2000),
+        ("NEW.US", 0.9, 410),
+    ],
+)
+def test_a_demo_price_is_one_that_its_instrument_could_have(code: str, low: float, high: float) -> None:
+    found = [
+        trade
+        for minute in range(50)
+        for outcome in stockrt.DemoApi(FakeClock(1_750_000_000 + minute * 60.0)).fetch(
+            [stockrt.Batch("stock", code)], threading.Event()
+        )
+        if outcome is not None
+        for trade in outcome.trades
+    ]
+    assert len(found) == 50
+    assert all(low < float(trade.p) < high for trade in found)
+    assert all(abs(float(trade.p) * float(trade.v) - float(trade.vw)) < 0.01 for trade in found)
+
+
 def test_a_demo_document_says_so() -> None:
     """By one more field, and by nothing else."""
     trade = Trade("AAPL.US", 1786751999691, "305.770", "1", "305.770", 0)
@@ -874,7 +908,7 @@ def test_reading_a_document_gives_its_trade_back(trade: Trade) -> None:
     assert re.fullmatch(r"[^|]+\|\d+\|[^|]+\|[^|]+\|\d", document["_id"])
 
 
-@given(st.from_regex(r"\d{1,19}(\.\d{0,18})?", fullmatch=True).filter(str.isascii))
+@given(st.from_regex(r"[0-9]{1,19}(\.[0-9]{0,18})?", fullmatch=True))
 @example("9" * 17 + "." + "9" * 16)
 def test_the_short_way_for_plain_decimals_takes_no_other(number: str) -> None:
     """A volume that is no text keeps a record from the short way."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from kit.clock import FakeClock
-from kit.infoway_server import REFUSALS, InfowayServer
+from kit.daemons import check_paced
+from kit.infoway_server import REFUSALS, Answer, InfowayServer
 
 from stockrt import (
     PLAN_RETRY_S,
@@ -18,6 +20,7 @@ from stockrt import (
     Instrument,
     InstrumentError,
     KeyPool,
+    Limits,
     LocalFile,
     Plan,
     UnclearCode,
@@ -72,6 +75,34 @@ def test_each_list_is_asked_for_once_a_day_by_all_processes(world: World) -> Non
     assert world.types()[13:] == ["FOREX"]
 
 
+def test_the_lists_are_asked_for_under_the_limits_of_the_key(tmp_path: Path) -> None:
+    def measure(folder: Path) -> tuple[int, float]:
+        keys = KeyPool([("test-key", Plan("x", 10, 600))])
+        with InfowayServer(per_second=10, per_minute=600) as server, open_store_file(folder) as file:
+            began = time.monotonic()
+            directory = Directory(file, InfowayApi(server.url, keys))
+            assert directory.refresh(SYMBOL_TYPES, threading.Event()) == ""
+            assert server.request_count == 13
+            return server.over_limit, time.monotonic() - began
+
+    check_paced(measure, tmp_path, 30)
+
+
+def test_names_are_those_of_the_lists_that_are_here(world: World) -> None:
+    """Nothing is asked for; what two lists have is called by both its names."""
+    twin = {"symbol": "ES", "name_cn": "", "name_hk": "", "name_en": "Eversource", "index": False}
+    world.server.symbols["INDICES"].append(twin)
+    assert world.directory.names(["AAPL.US", "ES"]) == {}
+    assert world.types() == []
+    world.directory.refresh(["STOCK_US", "FUTURES", "INDICES", "STOCK_IN"], world.stop)
+    codes = ["AAPL.US", "ES", "M&M.IN", "7203.JP", *(f"{n}.US" for n in range(40_000))]
+    assert world.directory.names(codes) == {
+        "AAPL.US": "苹果",
+        "ES": "标普500指数期货 / Eversource",
+        "M&M.IN": "Mahindra & Mahindra Ltd",
+    }
+
+
 def test_a_list_that_cannot_be_had_is_not_asked_for_at_once_again(world: World) -> None:
     """What was had before stays."""
     world.directory.refresh(["STOCK_CN"], world.stop)
@@ -83,6 +114,34 @@ def test_a_list_that_cannot_be_had_is_not_asked_for_at_once_again(world: World) 
     world.clock.advance(PLAN_RETRY_S)
     world.server.script = ()
     assert world.directory.refresh(SYMBOL_TYPES, world.stop) == ""
+
+
+def test_a_server_that_hangs_is_waited_for_once(world: World) -> None:
+    """Each list more would take as long, and a result wait for all of them."""
+    world.server.script = lambda _: Answer.hang()
+    api = InfowayApi(world.server.url, KeyPool([("test-key", NO_LIMIT)]), limits=Limits(1.0, 0.2, 0.5))
+    directory = Directory(world.file, api, world.clock)
+    for kind in SYMBOL_TYPES:
+        assert directory.refresh([kind], world.stop) != ""
+    assert len(world.types()) == 1
+    world.clock.advance(PLAN_RETRY_S)
+    world.server.script = ()
+    assert directory.refresh(["STOCK_US", "FOREX"], world.stop) == ""
+
+
+def test_a_list_that_a_plan_lacks_costs_no_other(world: World) -> None:
+    world.server.script = lambda request: REFUSALS["ret_514"] if "STOCK_US" in request.path else None
+    assert "No permission" in world.directory.refresh(SYMBOL_TYPES, world.stop)
+    assert world.types() == list(SYMBOL_TYPES)
+    assert world.directory.search("茅台")
+
+
+def test_a_list_that_was_not_had_for_a_stop_is_asked_for_by_the_next(world: World) -> None:
+    world.stop.set()
+    assert world.directory.refresh(["STOCK_CN"], world.stop) == "stopped"
+    world.stop.clear()
+    assert world.directory.refresh(["STOCK_CN"], world.stop) == ""
+    assert world.types() == ["STOCK_CN"]
 
 
 @pytest.mark.parametrize(

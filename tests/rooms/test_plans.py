@@ -120,8 +120,10 @@ def test_a_key_is_asked_about_once_a_day(file: LocalFile) -> None:
         taken = sum(isinstance(first.pool.try_acquire("stock"), stockrt.ApiKey) for _ in range(20))
         assert taken == 9
         clock.advance(DAY_S)
-        assert first.ask() == [(10, 600, 864_000)]
+        assert first.ask() == second.ask() == first.ask() == [(10, 600, 864_000)]
         assert server.request_count == 2
+        third = Instance(file, server, clock)
+        assert third.limits() == [(10, 600, 864_000)]  # before it asks anything
         server.plans[KEY] = PLANS["basic"]
         clock.advance(DAY_S)
         assert Instance(file, server, clock).ask() == [(2, 120, 172_800)]

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from kit.daemons import PATIENCE
 from kit.infoway_server import Answer, InfowayServer, make_certificate
 from kit.platform_server import PlatformServer
 from kit.proxy_server import ProxyServer
@@ -26,7 +27,6 @@ SHORT = Limits(connect_s=1.0, read_s=0.3, whole_s=0.6)
 # Where only the limit of the whole ends it.
 PATIENT = Limits(connect_s=100.0, read_s=100.0, whole_s=0.5)
 # For what must end soon: no promise is that slack, no busy machine that slow.
-SOON_S = 10.0
 HUSH = "hu%40sh-h%3Aush"  # a password, as a URL has it
 CLEAR = "hu@sh-h:ush"
 
@@ -280,10 +280,8 @@ def test_a_proxy_that_is_none_is_a_fault_of_the_network(
     infoway: InfowayServer, secure: str, http_proxy: ProxyServer, mode: str, scheme: str
 ) -> None:
     http_proxy.mode = mode  # type: ignore[assignment]
-    began = time.monotonic()
     url = secure if scheme == "https" else infoway.url
     answer = ask(url, SHORT, ALL_PROXY=http_proxy.url)
-    assert time.monotonic() - began < SOON_S
     assert answer.fault and answer.kind is FailureKind.NETWORK and not answer.hopeless
 
 
@@ -326,15 +324,15 @@ def test_a_websocket_goes_through_a_tunnel_with_tls_and_without(
         through = {"ALL_PROXY": proxy.url} if way == "proxy" else {}
         link = dial(port, {"SERVER_TLS": "1" if tls else "0", **through})
         link.send_text('{"type": "heartbeat"}')
-        assert platform.wait_for(lambda p: p.frames, SOON_S)
+        assert platform.wait_for(lambda p: p.frames, PATIENCE)
         platform.send_text("hello")
-        deadline = time.monotonic() + SOON_S
+        deadline = time.monotonic() + PATIENCE
         heard: list[str | None] = []
         while "hello" not in heard and time.monotonic() < deadline:
             heard += link.frames()
         assert "hello" in heard
         link.close()
-        assert platform.wait_for(lambda p: not p.connected, SOON_S)
+        assert platform.wait_for(lambda p: not p.connected, PATIENCE)
     assert proxy.targets() == ([f"CONNECT 127.0.0.1:{port}"] if way == "proxy" else [])
 
 
@@ -375,7 +373,7 @@ def test_a_tls_handshake_that_never_ends_is_cut(
     with TlsFront(certificate[0], 1, drips=True) as front:
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        thread.join(SOON_S)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
     assert len(errors) == 1
 
@@ -390,7 +388,7 @@ def test_a_handshake_of_the_api_that_never_ends_is_cut(
         url = f"https://127.0.0.1:{front.port}"
         thread = threading.Thread(target=lambda: done.append(ask(url, PATIENT, **environ)), daemon=True)
         thread.start()
-        thread.join(SOON_S)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
     assert "no whole answer within" in done[0].fault
 
@@ -425,7 +423,7 @@ def test_what_is_no_http_is_a_fault_of_the_network_and_said(
 
 
 def test_an_answer_that_unpacks_to_no_end_takes_no_memory(infoway: InfowayServer) -> None:
-    infoway.script = [Answer.gzip_bomb(1 << 30)]
+    infoway.script = [Answer.gzip_bomb(1 << 28)]
     tracemalloc.start()
     try:
         answer = ask(infoway.url)

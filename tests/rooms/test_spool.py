@@ -134,6 +134,11 @@ class Place(stockrt.Events):
             return [name for (name,) in db.execute("SELECT _id FROM realtime ORDER BY seq")]
 
 
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stockrt, "DELIVERY_FIRST_S", 0.05)
+
+
 @pytest.fixture
 def place(mongo_db: tuple[str, str], tmp_path: Path) -> Place:
     """An empty database and an empty state directory."""
@@ -143,7 +148,8 @@ def place(mongo_db: tuple[str, str], tmp_path: Path) -> Place:
 @pytest.fixture
 def away(mongo_server: MongoServer) -> Iterator[MongoServer]:
     """The server, killed; the test may start it again."""
-    controlled(mongo_server).kill()
+    controlled(mongo_server).checkpoint()
+    mongo_server.kill()
     try:
         yield mongo_server
     finally:
@@ -404,7 +410,7 @@ def test_while_nothing_can_be_written_no_document_is_taken_for_poison(
 ) -> None:
     queued(place.state, make_documents(3))
     with place.opened(MONGODB_HOST=place.environ["MONGODB_HOST"].replace("=1000", "=100")) as store:
-        for _ in range(2 * stockrt.POISON_TRIES):
+        for _ in range(stockrt.POISON_TRIES + 1):
             with pytest.raises(StoreAway):
                 store.deliver(NEVER)
         assert store.rejects.all() == [] and len(place.waiting()) == 3

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -52,8 +51,6 @@ from stockrt import (
     utc_now,
 )
 
-# For what must end soon: no promise is that slack, no busy machine that slow.
-SOON_S = 15.0
 FIELDS = ["_id", "s", "t", "p", "v", "vw", "td", "stock_code", "create_time"]
 SECRET = "hunter2-secret"
 MAX_TIME_EXPIRED = 50
@@ -383,6 +380,9 @@ def test_write_that_is_killed_is_there_at_most_once_when_repeated(place: Place) 
 def test_check_leaves_nothing_behind(place: Place) -> None:
     with opened(place) as store:
         assert "can be written" in store.check()
+        if isinstance(store, Delivery):  # no collection, and so no index either
+            assert store.mongo.client[place.environ["MONGODB_DB_NAME"]].list_collection_names() == []
+            assert "index on realtime is made with the next trades" in store.check()
         store.write(make_documents(2))
         assert "can be written" in store.check()
         assert store.write(make_documents(3)) == WriteReport(1, 2)
@@ -485,9 +485,7 @@ def test_sqlite_reader_does_not_hold_up_a_writer(sqlite_place: SqlitePlace) -> N
         store.write(make_documents(1))
         reader.execute("BEGIN")
         assert reader.execute("SELECT count(*) FROM realtime").fetchone() == (1,)
-        began = time.monotonic()
         assert store.write(make_documents(5)) == WriteReport(4, 1)
-        assert time.monotonic() - began < 5
         assert reader.execute("SELECT count(*) FROM realtime").fetchone() == (1,)
 
 
@@ -644,12 +642,10 @@ def check_numbers(place: MongoPlace, kind: type) -> None:
 
 
 def test_mongo_away_is_said_within_a_time_limit() -> None:
-    uri = f"mongodb://user:{SECRET}@127.0.0.1:{nobody_listens()}/?authSource=admin&timeoutMS=1500"
-    with contextlib.closing(mongo_store(uri)) as store:
-        began = time.monotonic()
-        with pytest.raises(StoreError) as caught:
-            store.write(make_documents(1))
-        assert time.monotonic() - began < SOON_S
+    options = f"authSource=admin&timeoutMS=1000&serverSelectionTimeoutMS={3600 * 1000}"
+    uri = f"mongodb://user:{SECRET}@127.0.0.1:{nobody_listens()}/?{options}"
+    with contextlib.closing(mongo_store(uri)) as store, pytest.raises(StoreError) as caught:
+        store.write(make_documents(1))
     assert "MONGODB_HOST" in str(caught.value) and "refused" in str(caught.value)
     assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
 
@@ -676,10 +672,8 @@ def test_mongo_that_hangs_is_given_up_and_used_again(
     with contextlib.closing(mongo_store(with_options(mongo_place.uri, QUICK), mongo_place.name)) as store:
         assert store.write(make_documents(5)) == WriteReport(5, 0)
         mongo_server.pause()
-        began = time.monotonic()
         with pytest.raises(StoreError, match="MONGODB_HOST"):
             store.write(make_documents(10))
-        assert time.monotonic() - began < SOON_S
         mongo_server.resume()
         done = store.write(make_documents(10))  # what the hanging one took after all is known now
         assert done.stored + done.duplicates == 10 and not done.refused
@@ -690,6 +684,7 @@ def test_mongo_that_was_killed_is_used_again(mongo_server: MongoServer, mongo_pl
     controlled(mongo_server)
     with contextlib.closing(mongo_store(with_options(mongo_place.uri, QUICK), mongo_place.name)) as store:
         assert store.write(make_documents(5)) == WriteReport(5, 0)
+        mongo_server.checkpoint()
         mongo_server.kill()
         with pytest.raises(StoreError, match="MONGODB_HOST"):
             store.write(make_documents(10))
@@ -783,17 +778,35 @@ def test_mongo_collection_of_the_settings(mongo_place: MongoPlace) -> None:
 # ------------------------------------------------------------------------------------- a run over a store
 
 
+class CountingStore:
+    """Counts the writes to a store."""
+
+    def __init__(self, store: MongoStore) -> None:
+        self.writes = 0
+        self._store = store
+
+    def write(self, documents: Sequence[Document]) -> WriteReport:
+        """Write, and count it."""
+        self.writes += 1
+        return self._store.write(documents)
+
+    def check(self) -> str:
+        """As the store behind."""
+        return self._store.check()
+
+
 def test_run_stops_fetching_when_the_store_is_away(infoway: InfowayServer) -> None:
     codes = [f"{600_000 + number}.SH" for number in range(3_000)]
-    uri = f"mongodb://user:{SECRET}@127.0.0.1:{nobody_listens()}/?timeoutMS=2000"
+    uri = f"mongodb://user:{SECRET}@127.0.0.1:{nobody_listens()}/?timeoutMS=1000"
     pool = KeyPool([("test-key", Plan("20", 20, 1200))])
     with (
         contextlib.closing(mongo_store(uri)) as store,
         contextlib.closing(InfowayApi(infoway.url, pool)) as api,
     ):
-        report = Collector(api, store).run(codes, threading.Event())
+        counting = CountingStore(store)
+        report = Collector(api, counting).run(codes, threading.Event())
     assert infoway.request_count < 30  # what is not under way when the store fails is not fetched
-    assert report.took_s < 2 * 2.0  # nor is its time limit waited out twice
+    assert counting.writes == 1  # nor is its time limit waited out twice
     assert set(report.failures) == set(codes) and not report.stored and not report.complete
     assert {kind for kind, _ in report.failures.values()} == {FailureKind.STORE}
     assert all("MONGODB_HOST" in reason for _, reason in report.failures.values())
