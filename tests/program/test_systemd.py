@@ -492,7 +492,8 @@ def test_reload_reads_env_file_and_credentials_anew_under_systemd(running: Insta
     try:
         box.write(credential, new_key + "\n", 0o600)
         box.write(env_file, good + "LOG_LEVEL=debug\n", 0o600)
-        running.ctl("reload")
+        reloaded = box.run("systemctl", "reload", "stockrt", check=False)
+        assert reloaded.returncode == 0, running.said()[-5:]
         running.wait(lambda i: "settings read anew; changed: INFOWAY_API_KEY, LOG_LEVEL" in i.said())
         running.wait(lambda i: i.state == "active")
         assert running.result(running.execute())["status"] == "success"
@@ -759,7 +760,7 @@ def test_bad_settings_fail_once_with_the_reason(service: Instance, box: Box) -> 
     finally:
         box.write("/etc/stockrt/stockrt.env", good, 0o600)
         (box.root / "etc/stockrt/credentials/mongodb_host").unlink()
-    faults = [line for line in service.said() if "expected" in line]
+    faults = [line for line in service.said() if "expected" in line and "LOG_LEVEL" not in line]
     assert [line.partition(":")[2].split("=")[0].strip() for line in faults] == [
         "MONGODB_HOST", "MONGODB_NUMERIC_TYPE", "SERVER_PORT",
     ]  # fmt: skip
