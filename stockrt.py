@@ -268,6 +268,12 @@ class Clock:
         """Return seconds that no setting of the clock changes."""
         return time.monotonic()
 
+    def boot(self) -> str:
+        """Return a name of the time since this machine started, in which `monotonic` counts; '' where it has none."""
+        with contextlib.suppress(OSError):
+            return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return ""
+
 
 SYSTEM_CLOCK = Clock()
 
@@ -8693,6 +8699,8 @@ JOURNAL_VERSION = 2
 ANSWERS_KEPT = 1000
 # The platform has e-mailed the time-out of an execution long before; a later answer would only confuse.
 ANSWER_LIFETIME_S = 3600.0
+# A clock that is so far off from where it was has been set; one that is only corrected slowly has not.
+CLOCK_SET_S = 2.0
 # After this the platform counts an execution as timed out: doing it then helps nobody.
 EXECUTION_LIFETIME_S = 120.0
 
@@ -8759,6 +8767,7 @@ class Journal:
         ]
         insert = "INSERT INTO executions (execution_id, accepted_at, context, codes) VALUES (?, ?, ?, ?)"
         with self._file.write() as db:
+            self._set_right(db)
             return [cast(int, db.execute(insert, row).lastrowid) for row in rows]
 
     def find(self, execution_id: str) -> Known | None:
@@ -8786,6 +8795,7 @@ class Journal:
         update = "UPDATE executions SET answer = ?, answered_at = ?, codes = '[]' WHERE number = ?"
         now = self._clock.wall()
         with self._file.write() as db:
+            self._set_right(db)
             db.execute(update, (text, now, number))
             _add_up(db, text, now)
 
@@ -8832,6 +8842,8 @@ class Journal:
     def unanswered(self) -> list[OpenCommand]:
         """Return the commands without an answer, oldest first."""
         query = "SELECT number, accepted_at FROM executions WHERE answer IS NULL ORDER BY number"
+        with self._file.write() as db:
+            self._set_right(db)
         now = self._clock.wall()
         return [OpenCommand(number, now - accepted_at) for number, accepted_at in self._file.read_all(query)]
 
@@ -8853,6 +8865,7 @@ class Journal:
         """Return the answers that the platform has not confirmed, oldest first; drop stale ones."""
         wanted = "answer IS NOT NULL AND NOT received"
         with self._file.write() as db:
+            self._set_right(db)
             update = f"UPDATE executions SET received = 1 WHERE {wanted} AND answered_at < ?"  # noqa: S608
             dropped = db.execute(update, (self._clock.wall() - ANSWER_LIFETIME_S,)).rowcount
         if dropped:
@@ -8863,6 +8876,30 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _set_right(self, db: sqlite3.Connection) -> None:
+        """Where the clock was set since the last write, let what is open be as old as it is.
+
+        After a restart of the machine that is not known of what a clock stamped that was wrong: it counts as new.
+        """
+        now, boot = self._clock.wall(), self._clock.boot()
+        ahead = now - self._clock.monotonic()
+        last = db.execute("SELECT boot, ahead FROM clock").fetchone()
+        if last is not None and last[0] == boot and abs(ahead - last[1]) < CLOCK_SET_S:
+            return
+        db.execute("DELETE FROM clock")
+        db.execute("INSERT INTO clock VALUES (?, ?)", (boot, ahead))
+        if last is None:
+            return
+        for stamp in ("accepted_at", "answered_at"):
+            new = "?1"
+            if last[0] == boot:
+                new = f"{stamp} + ?2"
+            update = (
+                f"UPDATE executions SET {stamp} = {new} WHERE (answer IS NULL OR NOT received) "  # noqa: S608
+                f"AND (?3 OR NOT {stamp} BETWEEN {EARLIEST_S} AND ?1)"
+            )
+            db.execute(update, (now, ahead - last[1], last[0] == boot))
 
 
 def _journal_id(execution_id: str) -> str | None:
@@ -8890,6 +8927,9 @@ CREATE TABLE IF NOT EXISTS runs (           -- --once: what no platform asked fo
 CREATE TABLE IF NOT EXISTS totals (         -- of all that was answered; and since when (epoch seconds)
     name TEXT PRIMARY KEY, count INTEGER NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS clock (          -- one row: the last write's boot, and by how much its clock was
+    boot TEXT NOT NULL, ahead REAL NOT NULL -- ahead of the seconds since then
+);
 """
 # What is counted: how executions and runs ended, then what became of their codes.
 TOTALS = ("success", "partial", "failure", "stored", "known", "kept", "failed")
