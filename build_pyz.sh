@@ -214,6 +214,11 @@ if sys.version_info < ({major}, {minor}):
     )
 
 import os
+import signal
+
+# Ctrl-C before the program takes signals itself ends quietly, as later.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 # What PYTHONPATH names comes last: an older library there must not stand for ours.
 others = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]

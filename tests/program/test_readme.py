@@ -27,7 +27,7 @@ for row in sqlite3.connect(sys.argv[1]).execute(sys.argv[2]): print(*row, sep="|
 
 
 # Of the build script, the simulators and the fault suite.
-OTHERS_FLAGS = {"--now", "--native", "--port", "--long"}
+OTHERS_FLAGS = {"--now", "--native", "--port", "--long", "--executes"}
 
 
 def blocks(text: str) -> list[str]:
