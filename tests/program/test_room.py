@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import RunPyz, unavailable
 from kit.infoway_server import InfowayServer
+from kit.mongo import MongoServer
 from kit.trades import make_documents
 
 import stockrt
@@ -35,6 +37,13 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", place], check=True)
 
 
+def fill(disk: Path) -> None:
+    """Let not a byte be free."""
+    with contextlib.suppress(OSError), (disk / "others").open("wb", buffering=0) as stream:
+        while stream.write(bytes(4096)):
+            pass
+
+
 def queue_up(state: Path, documents: list[stockrt.Document]) -> None:
     with stockrt.open_store_file(state) as file:
         queue = stockrt.DeliveryQueue(file, 1 << 40)
@@ -56,6 +65,33 @@ def test_the_embedded_store_of_the_built_file_keeps_some_of_the_disk_free(
     assert done.returncode == 1 and "5% free; see STATE_DIRECTORY" in done.stderr, done.stderr[-500:]
     found = os.statvfs(disk)
     assert found.f_bavail >= found.f_blocks * 0.05
+
+
+def test_a_full_disk_lets_the_built_file_tell_its_status_and_drain_to_mongodb(
+    run_pyz: RunPyz, disk: Path, mongo_server: MongoServer, mongo_db: tuple[str, str]
+) -> None:
+    """What is in MongoDB then can be taken out here once there is a little room; nothing is there twice."""
+    uri, name = mongo_db
+    state = disk / "state"
+    queue_up(state, make_documents(500))
+    fill(disk)
+    assert os.statvfs(disk).f_bavail == 0
+    env = {
+        "STATE_DIRECTORY": str(state),
+        "INFOWAY_API_KEY": "k",
+        "MONGODB_HOST": uri,
+        "MONGODB_DB_NAME": name,
+    }
+    told = run_pyz("--status", env=env)
+    assert "500 trades wait for MongoDB" in told.stdout, told.stdout + told.stderr
+    full = run_pyz("--drain", env=env)
+    assert full.returncode == 1 and "the disk is full" in full.stderr, full.stderr
+    stored = mongo_server.client()[name]["realtime"]
+    assert stored.count_documents({}) == 500
+    (disk / "others").unlink()
+    done = run_pyz("--drain", env=env)
+    assert done.returncode == 0 and "; 0 left on this machine" in done.stderr, done.stderr
+    assert stored.count_documents({}) == 500
 
 
 def test_drain_of_the_built_file_gives_the_disk_its_room_back(
