@@ -93,7 +93,7 @@ def test_it_dials_on_where_a_server_drips_its_handshake_too(world: World) -> Non
 @pytest.mark.parametrize("arguments", [(), ("--once", "--codes", "A.US")], ids=["daemon", "once"])
 def test_a_start_without_threads_says_so(world: World, threads: int, arguments: tuple[str, ...]) -> None:
     world.infoway.script = lambda request: Answer.data([])
-    environment = world.daemon._environment | {
+    environment = world.daemon.environment | {
         "METRICS_FILE": str(world.daemon.state.with_name("metrics.prom"))
     }
     done = subprocess.run(
@@ -121,7 +121,7 @@ def test_the_built_file_goes_on_with_fewer_threads_than_it_wants(
     program, codes = place / pyz.name, place / "codes.txt"
     shutil.copy(pyz, program)
     codes.write_text("".join(f"A{n}.US\n" for n in range(3000)))
-    environment = world.daemon._environment | {"SHIV_ROOT": str(world.daemon.state / "shiv")}
+    environment = world.daemon.environment | {"SHIV_ROOT": str(world.daemon.state / "shiv")}
     if store == "mongodb":
         uri, name = request.getfixturevalue("mongo_db")
         environment |= {"MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
