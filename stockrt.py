@@ -3103,7 +3103,7 @@ class StraightSocket:
                 self._sock = start_tls(self._sock, self._host)
         except (OSError, ValueError) as error:
             self.close()
-            return Response(fault=f"{self._host}:{self._port}: {network_words(error)}")
+            return Response(fault=network_words(error))  # who dials names the platform
         return None
 
     def named(self, fault: str) -> str:
