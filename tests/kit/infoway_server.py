@@ -30,6 +30,7 @@ import datetime
 import gzip
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -37,6 +38,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -1619,11 +1621,22 @@ def main(arguments: list[str] | None = None) -> int:
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    with server:
+    try:
+        server.start()
+    except OSError as error:
+        print(
+            f"cannot listen on 127.0.0.1:{server.port}: {os.strerror(error.errno or 0)}; "
+            "end what listens there, or name another port: --port",
+            file=sys.stderr,
+        )
+        return 1
+    try:
         print(server.url, flush=True)
         if server.ca_file:
             print(f"its certificate: {server.ca_file}", flush=True)
         stopped.wait()
+    finally:
+        server.stop()
     print(f"{server.request_count} requests, {server.over_limit} over the limit", flush=True)
     return 0
 
