@@ -1618,9 +1618,14 @@ class PlatformServer(Switches):
     async def _control_read(self, action: str, params: Mapping[str, str]) -> Response:
         """GET; /state?pid=PID&after=VERSION&timeout=SECONDS waits for a newer version of that process.
 
+        /connected?timeout=SECONDS waits for a module, and is the hashes of those that are connected.
         /last_result?timeout=SECONDS waits for a result, and is what the module sent; null: there is none.
         """
         deadline = time.monotonic() + float(params.get("timeout", "0"))
+        if action == "connected":
+            while not self.connected and time.monotonic() < deadline:
+                await self._news.wait(deadline - time.monotonic())
+            return json_response(self.connected)
         if action == "last_result":
             while not self._results and time.monotonic() < deadline:
                 await self._news.wait(deadline - time.monotonic())
@@ -1846,6 +1851,7 @@ from another terminal:
   curl http://127.0.0.1:8000/module/online
   curl -d '{"message": {"type": "execute", "args": {"code_list": ["TSLA.US"]}}}' \\
        http://127.0.0.1:8000/module/send_message
+  curl 'http://127.0.0.1:8000/_control/connected?timeout=60'
   curl -d '{"codes": ["TSLA.US"]}' http://127.0.0.1:8000/_control/execute
   curl -d '{"refuse_online_for": 20}' http://127.0.0.1:8000/_control/switches
   curl -d '{}' http://127.0.0.1:8000/_control/shutdown_module

@@ -589,13 +589,17 @@ def test_a_port_that_is_taken_gives_a_sentence(script: str) -> None:
     assert done.stderr == expected + "end what listens there, or name another port: --port\n"
 
 
-def test_the_last_result_is_waited_for() -> None:
-    """As the README's tour asks for it: what the module sent, and null where nothing came in that time."""
+def test_a_module_and_its_last_result_are_waited_for() -> None:
+    """As the README's tour asks for them; what was not there in that time is said too."""
     with PlatformServer() as platform, ThreadPoolExecutor(1) as pool:
-        url = f"{platform.url}/_control/last_result"
-        assert fetch(url)[1].strip() == "null"
-        client = connect(platform.url, f"hash={registered(platform.url)}")
-        waiting = pool.submit(fetch, f"{url}?timeout=30")
+        control = f"{platform.url}/_control"
+        assert fetch(f"{control}/connected")[1].strip() == "[]"
+        assert fetch(f"{control}/last_result")[1].strip() == "null"
+        module_hash = registered(platform.url)
+        waiting = pool.submit(fetch, f"{control}/connected?timeout=30")
+        client = connect(platform.url, f"hash={module_hash}")
+        assert json.loads(waiting.result(TIMEOUT)[1]) == [module_hash]
+        waiting = pool.submit(fetch, f"{control}/last_result?timeout=30")
         sent = {**RESULT, "meta": {"execution_id": "e1"}, "message": "存储"}
         client.send(json.dumps(sent))
         status, text = waiting.result(TIMEOUT)
