@@ -114,8 +114,9 @@ listed = subprocess.run(
 )
 settings = {}
 for line in listed.stdout.splitlines():
-    place, _, value = line.partition("=")
-    settings[place] = str(ast.literal_eval(value)).split()
+    place, found, value = line.partition("=")
+    if found:
+        settings[place] = str(ast.literal_eval(value)).split()
 for pip_name, uv_name in UV_NAMES.items():
     places = [section + pip_name for section in (":env:.", "install.", "global.")]
     words = next((settings[place] for place in places if settings.get(place)), None)
