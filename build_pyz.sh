@@ -322,6 +322,7 @@ DESTDIR=${DESTDIR-}
 program=/opt/stockrt/stockrt.pyz
 unit=/etc/systemd/system/stockrt.service
 config=/etc/stockrt/stockrt.env
+credentials=/etc/stockrt/credentials
 
 # With DESTDIR the files are for another system: nothing of this one is asked or told.
 systemd_runs() { [ -z "$DESTDIR" ] && [ -d /run/systemd/system ]; }
@@ -375,6 +376,10 @@ install_files() {
     else
         place 600 "$here/stockrt.env.example" "$config"
         echo "installed $DESTDIR$config"
+    fi
+    if [ ! -e "$DESTDIR$credentials" ]; then
+        install -d -m 700 -- "$DESTDIR$credentials"
+        echo "made      $DESTDIR$credentials"
     fi
     if systemd_runs; then
         systemctl daemon-reload

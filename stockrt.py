@@ -459,6 +459,26 @@ def keep_owner(path: Path, directory: Path) -> None:
         os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
+def make_for_owner(path: Path) -> None:
+    """Where root works in another user's directory: make an empty file there that is that user's from the beginning.
+
+    What SQLite makes beside a file is its owner's, and root may be killed at any moment. A file of root's that is
+    there is given to that user. Raises OSError.
+    """
+    if os.geteuid() != 0 or path.parent.stat().st_uid == 0:
+        return
+    if not path.exists():
+        new = path.with_name(f".{path.name}.{os.urandom(8).hex()}.new")
+        os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
+        try:
+            keep_owner(new, path.parent)
+            with contextlib.suppress(FileExistsError):  # somebody else was quicker
+                os.link(new, path)
+        finally:
+            new.unlink()
+    keep_owner(path, path.parent)
+
+
 def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.0) -> Iterator[float]:
     """Yield delays in seconds for ever: exponential, capped, with full jitter from the first one on."""
     ceiling = first_s
@@ -742,11 +762,17 @@ class Settings:
 
 
 class LoadedSettings(NamedTuple):
-    """The settings, the file they came from (None: the environment alone) and warnings to show."""
+    """The settings, the file that was read (None: none, of several the strongest), and warnings to show.
+
+    `origins`: all that they came from, in words. `hiding`: names whose values the caller's environment has and the
+    installed service does not see.
+    """
 
     settings: Settings
     source: Path | None
     warnings: tuple[str, ...]
+    origins: str = ""
+    hiding: tuple[str, ...] = ()
 
 
 _USERINFO = re.compile(r"^[a-z+]+://(.*)@", re.IGNORECASE | re.DOTALL)
@@ -1068,17 +1094,128 @@ def read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
     SettingsError.
     """
     folder = environ.get("CREDENTIALS_DIRECTORY")
-    found: dict[str, str] = {}
-    for name in (setting.name for setting in SETTINGS if folder and setting.secret):
-        path = Path(cast(str, folder), name.lower())
-        try:
-            found[name] = path.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            continue
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise SettingsError([f"{name}: the credential {path} cannot be read: {why}"]) from None
+    names = [setting.name for setting in SETTINGS if folder and setting.secret]
+    found = {name: read_credential(name, Path(cast(str, folder), name.lower())) for name in names}
     return {name: text for name, text in found.items() if text}
+
+
+def read_credential(name: str, path: Path) -> str:
+    """Return the text of a credential's file, '' where it is missing. Raises SettingsError."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SettingsError([f"{name}: the credential {path} cannot be read: {why}"]) from None
+
+
+# The unit that `build_pyz.sh install` puts in place, and where systemd looks for it.
+UNIT = "stockrt.service"
+UNIT_PLACES = [
+    Path(place, "systemd/system", UNIT) for place in ("/etc", "/run", "/usr/local/lib", "/usr/lib", "/lib")
+]
+
+
+class Unit(NamedTuple):
+    """What the installed unit gives its service: credentials (setting -> file), variables, files of them.
+
+    The last file is the strongest. `unseen`: credentials that only systemd can read.
+    """
+
+    credentials: dict[str, Path]
+    variables: dict[str, str]
+    files: list[Path]
+    state_directory: Path
+    unseen: list[str]
+
+    def origins(self) -> dict[str, Mapping[str, str]]:
+        """Return where the service has its settings from, the strongest first. Raises SettingsError."""
+        found: dict[str, Mapping[str, str]] = {
+            f"credential {path}": {name: read_credential(name, path)}
+            for name, path in self.credentials.items()
+        }
+        found |= {str(path): read_env_file(path) for path in reversed(self.files)}
+        return found | {UNIT: {"STATE_DIRECTORY": str(self.state_directory)} | self.variables}
+
+    def is_hidden(self) -> bool:
+        """Return whether this user may not look at all of it."""
+        return any(map(is_hidden, (*self.credentials.values(), *self.files, self.state_directory)))
+
+
+def is_hidden(path: Path) -> bool:
+    """Return whether a file, or a directory of ours, is there or may be, that this user may not use."""
+    if os.geteuid() == 0:
+        return False
+    try:
+        mode = os.R_OK
+        if path.is_dir():
+            mode |= os.W_OK | os.X_OK  # to look into SQLite's files takes the right to write beside them
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return not os.access(path, mode)
+
+
+def find_unit(environ: Mapping[str, str], env_file: Path | None) -> Unit | None:
+    """Return the installed unit where a command run by hand means its service, else None.
+
+    It does not where a unit runs it, nor where the caller names a state or settings of their own. Raises SettingsError
+    where a file that the unit demands is missing.
+    """
+    if any(environ.get(name) for name in ("INVOCATION_ID", "STATE_DIRECTORY", "CREDENTIALS_DIRECTORY")):
+        return None
+    place = next(filter(Path.exists, UNIT_PLACES), None)
+    if place is None:
+        return None
+    unit = parse_unit(_unit_text(place))
+    if env_file is not None and env_file.resolve() not in [path.resolve() for path in unit.files]:
+        return None
+    return unit
+
+
+def _unit_text(place: Path) -> str:
+    """Return the unit with its drop-ins as systemctl knows them, the file alone where it is of no help."""
+    import subprocess
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["systemctl", "cat", UNIT]
+        done = subprocess.run(command, capture_output=True, timeout=10, check=True)  # noqa: S603
+        return done.stdout.decode(errors="replace")
+    return place.read_text(encoding="utf-8", errors="replace")
+
+
+def parse_unit(text: str) -> Unit:
+    """Return what a unit with its drop-ins gives its service. A later assignment adds, an empty one takes all back."""
+    import glob
+    import shlex
+
+    found: dict[str, list[str]] = {}
+    for line in re.sub(r"\\\n", " ", text).splitlines():
+        name, equals, value = (part.strip() for part in line.partition("="))
+        if equals and not value:
+            found.pop(name, None)
+        elif equals and name[:1] not in "#;":
+            found.setdefault(name, []).append(value)
+    unit = Unit({}, {}, [], Path("/var/lib", "stockrt"), [])
+    for value in found.get("LoadCredential", ()):
+        name, _, path = value.partition(":")
+        if os.path.isabs(path):
+            unit.credentials[name.upper()] = Path(path)
+        else:
+            unit.unseen.append(name)
+    unit.unseen.extend(value.partition(":")[0] for value in found.get("LoadCredentialEncrypted", ()))
+    for value in found.get("Environment", ()):
+        with contextlib.suppress(ValueError):  # quotes without an end: systemd passes over it, too
+            unit.variables.update(word.partition("=")[::2] for word in shlex.split(value))
+    for value in found.get("EnvironmentFile", ()):
+        path = value.removeprefix("-")
+        is_wanted = path == value or is_hidden(Path(path))  # "-": it may be missing
+        unit.files.extend(map(Path, sorted(glob.glob(path)) or [path] * is_wanted))
+    state = found.get("StateDirectory", ["stockrt"])[0].split()[0].partition(":")[0]
+    return unit._replace(state_directory=Path("/var/lib", state))
 
 
 def load_settings(
@@ -1086,24 +1223,33 @@ def load_settings(
     env_file: Path | None = None,
     places: Iterable[Path] = ENV_FILE_PLACES,
     is_root: bool | None = None,
+    unit: Unit | None = None,
 ) -> LoadedSettings:
     """Read and check all settings: credentials are stronger than the environment, that than the file.
 
-    An empty value counts as not set. Raises SettingsError with every fault at once.
+    With `unit` its files are read in place of the caller's, as its service gets them. An empty value counts as not
+    set. Raises SettingsError with every fault at once.
     """
-    source, warning = find_env_file(env_file, places)
-    from_file = read_env_file(source) if source else {}
-    origins = {"credential": read_credentials(environ), "environment": environ, str(source): from_file}
-    warnings = []
-    if warning and not is_service(environ):  # else systemd has read it (EnvironmentFile=)
-        warnings.append(warning)
-    warnings += [_misspelled(name, str(source)) for name in from_file if _is_unknown(name)]
+    if unit is None:
+        origins, files, warnings = _caller_origins(environ, env_file, places)
+    else:
+        origins, files, warnings = _service_origins(environ, unit, places)
+    others = {where: found for where, found in origins.items() if where != "environment"}
+    for path in files:
+        warnings += [_misspelled(name, str(path)) for name in origins[str(path)] if _is_unknown(name)]
     if is_service(environ):
         warnings += [_misspelled(name, "environment") for name in environ if _is_unknown(name)]
     values: dict[str, Any] = dict(_WHEN_UNSET)
-    faults = broken_lines(source) if source else []
+    faults = [fault for path in files for fault in broken_lines(path)]
+    used = set()
+    hiding = []
     for setting in SETTINGS:
         where, name, text = _look_up(setting, origins)
+        if text:
+            used.add(where)
+        is_hiding = where == "environment" and text != _look_up(setting, others)[2]
+        if unit is not None and is_hiding and setting.name != "LOG_LEVEL":
+            hiding.append(name)
         if not text and not setting.default:
             continue
         try:
@@ -1119,7 +1265,41 @@ def load_settings(
     values.setdefault("module_description", "")
     settings = Settings(**values, color=not environ.get("NO_COLOR"))
     HIDDEN.secrets = settings.secrets()
-    return LoadedSettings(settings, source, tuple(warnings))
+    if hiding:
+        names = ", ".join(hiding)
+        warnings.append(
+            f"{names}: the environment's is used here; {UNIT} does not see it and has another, or none"
+        )
+    source = files[-1] if files else None
+    words = ", ".join([*filter(used.__contains__, origins), "defaults"])
+    return LoadedSettings(settings, source, tuple(warnings), words, tuple(hiding))
+
+
+def _caller_origins(
+    environ: Mapping[str, str], env_file: Path | None, places: Iterable[Path]
+) -> tuple[dict[str, Mapping[str, str]], list[Path], list[str]]:
+    """Return where settings may be, the strongest first, which of it are files, and warnings. Raises SettingsError."""
+    origins: dict[str, Mapping[str, str]] = {"credential": read_credentials(environ), "environment": environ}
+    source, warning = find_env_file(env_file, places)
+    if source is not None:
+        origins[str(source)] = read_env_file(source)
+    warnings = [warning] if warning and not is_service(environ) else []  # a service's: systemd has read it
+    return origins, [source] if source else [], warnings
+
+
+def _service_origins(
+    environ: Mapping[str, str], unit: Unit, places: Iterable[Path]
+) -> tuple[dict[str, Mapping[str, str]], list[Path], list[str]]:
+    """Return the same of a unit's service, for who runs a command by hand: the environment is still theirs."""
+    service = unit.origins()
+    credentials = {where: found for where, found in service.items() if where.startswith("credential ")}
+    warnings = [f"{UNIT} has a credential {name} that cannot be seen by hand" for name in unit.unseen]
+    other, _ = find_env_file(None, places)
+    if other is not None and other.resolve() not in [path.resolve() for path in unit.files]:
+        warnings.append(
+            f"{other} is left out: the settings are those of {UNIT}; --env-file names another file"
+        )
+    return credentials | {"environment": environ} | service, unit.files, warnings
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
@@ -2627,11 +2807,14 @@ def _connect_sqlite(path: Path) -> sqlite3.Connection:
     """Open a file: WAL, and fsynced at every commit. Raises sqlite3.Error."""
     import sqlite3
 
+    make_for_owner(path)
+    for side in _sides(path)[1:]:
+        with contextlib.suppress(FileNotFoundError):  # they come and go
+            keep_owner(side, path.parent)
     db = sqlite3.connect(path, timeout=SQLITE_BUSY_S, check_same_thread=False)
     try:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
-        keep_owner(path, path.parent)
     except BaseException:
         db.close()
         raise
@@ -2919,10 +3102,10 @@ class LocalFile:
         self._fault: StoreError | None = None  # what ended its use
         lock = _beside(path, ".lock")
         with disk_trouble(f"the lock {lock} cannot be opened"):
+            make_for_owner(lock)
             self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             with disk_trouble(f"the local file {path} cannot be opened"):
-                keep_owner(lock, path.parent)
                 self._open()
                 self._inode = _inode(path)
         except BaseException as error:
@@ -5197,6 +5380,10 @@ NO_COLLECTIONS = {"view": "a view", "timeseries": "a time-series collection"}
 INDEX_AGAIN_S = 300.0
 # The `_id` of a document that is written and deleted to see whether that works.
 PROBE = "stockrt-check"
+# MongoDB's code for an `_id` that no document may have.
+INVALID_ID = 53
+# What a reader of the latest trades needs.
+INDEX = [("stock_code", 1), ("t", -1)]
 REFUSED_IT = "MongoDB refused it: "
 PROBE_T = 1 << 40  # as wide as the times of trades, and none of them: 2004
 # Most codes trade in the last minutes before a close (auction included): looked at first.
@@ -5690,7 +5877,7 @@ class MongoStore:
             raise self._fault(error) from error
 
     def check(self) -> str:
-        """Ping, make the index, write to and delete from both collections. Raises StoreError."""
+        """Ping, look for the index, write to and delete from both collections. Raises StoreError."""
         from pymongo import timeout
         from pymongo.errors import PyMongoError
 
@@ -5698,17 +5885,24 @@ class MongoStore:
         try:
             with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000):
                 self.client.admin.command("ping")
-            self._demand_plain(self.realtime_name)
-            self._make_index()
             for name in (self.realtime_name, self.close_name):
                 self._demand_plain(name)
                 self._probe(name)
             # closes are replaced, too: this finds none, and needs the right
             self.collection(self.close_name).update_one({"_id": PROBE}, {"$unset": {"date": ""}})
+            index = self._index_words()
         except PyMongoError as error:
             raise self._fault(error) from error
-        written = f"database {settings.mongodb_db_name} can be written"
-        return f"{settings.mongodb_shown()}: {written}, index on {settings.realtime_name} is there"
+        return f"{settings.mongodb_shown()}: database {settings.mongodb_db_name} can be written, {index}"
+
+    def _index_words(self) -> str:
+        from pymongo.errors import OperationFailure
+
+        with contextlib.suppress(OperationFailure):  # who may not look at indexes
+            keys = [index["key"] for index in self.collection().index_information().values()]
+            if INDEX in keys:
+                return f"index on {self.realtime_name} is there"
+        return f"index on {self.realtime_name} is made with the next trades"
 
     def close(self) -> None:
         """Close the client."""
@@ -5720,8 +5914,9 @@ class MongoStore:
     def _probe(self, name: str) -> None:
         """Let a collection take a document, and leave nothing behind.
 
-        A document that it has is refused for its `_id` alone, when all else is well. Where there is none, one of no
-        use is deleted again; who may not delete gets an error before it is there.
+        A document that it has is refused for its `_id` alone, when all else is well, and where there is no collection
+        yet, one for the form of its `_id`. Where it is empty, one of no use is deleted again; who may not delete gets
+        an error before it is there.
         """
         from pymongo.errors import OperationFailure
 
@@ -5730,9 +5925,22 @@ class MongoStore:
             known = collection.find_one()
             if known is not None and self._is_taken(name, known):
                 return
+            if known is None and not collection.index_information() and self._refuses_form(name):
+                return
         collection.delete_one({"_id": PROBE})
         collection.insert_one(self._probe_of(name))
         collection.delete_one({"_id": PROBE})
+
+    def _refuses_form(self, name: str) -> bool:
+        """Return whether all is well but for an `_id` that no server takes: not even the collection is made then."""
+        from pymongo.errors import OperationFailure
+
+        try:
+            self.collection(name).insert_one({"_id": []})
+        except OperationFailure as error:
+            return error.code == INVALID_ID
+        self.collection(name).delete_one({"_id": []})  # what only speaks as MongoDB does may take it
+        return True
 
     def _probe_of(self, name: str) -> Document:
         """Return a document of no use that looks as a schema may ask it to."""
@@ -5799,7 +6007,7 @@ class MongoStore:
             return
         due = math.inf
         try:
-            self.collection().create_index([("stock_code", 1), ("t", -1)])
+            self.collection().create_index(INDEX)
         except OperationFailure as error:
             words = self._settings.redact(one_line(error))
             log.warning(
@@ -8294,8 +8502,8 @@ def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
 #   3. What is given up (answers older than an hour) is said.
 
 JOURNAL_NAME = "executions.db"
-JOURNAL_VERSION = 1
-# Commands whose answers are kept for an `execution_id` that comes again: the last ones.
+JOURNAL_VERSION = 2
+# Commands whose answers are kept for an `execution_id` that comes again, and to be looked at: the last ones.
 ANSWERS_KEPT = 1000
 # The platform has e-mailed the time-out of an execution long before; a later answer would only confuse.
 ANSWER_LIFETIME_S = 3600.0
@@ -8326,10 +8534,27 @@ class Known(NamedTuple):
 
 
 class Waiting(TypedDict):
-    """How many commands wait to be executed, and how many results to be delivered."""
+    """How many commands are executed now, how many wait for that, and how many results to be delivered."""
 
+    executing: int
     commands: int
     results: int
+
+
+class ExecutionFacts(TypedDict):
+    """A command of the journal, or a run without a platform, as --executions shows it; times are ISO 8601 UTC.
+
+    Without an answer yet the last three are None; `delivered` is None where there is no platform.
+    """
+
+    execution_id: str | None
+    workflow_name: object
+    accepted_at: str
+    ended_at: str | None
+    delivered: bool | None
+    status: str | None
+    message: str | None
+    result: dict[str, Any] | None
 
 
 class Journal:
@@ -8373,8 +8598,37 @@ class Journal:
     def answer(self, number: int, text: str) -> None:
         """Keep the answer of a command. Raises StoreError."""
         update = "UPDATE executions SET answer = ?, answered_at = ?, codes = '[]' WHERE number = ?"
+        now = self._clock.wall()
         with self._file.write() as db:
-            db.execute(update, (text, self._clock.wall(), number))
+            db.execute(update, (text, now, number))
+            _add_up(db, text, now)
+
+    def note_run(self, started_at: float, answer: str) -> None:
+        """Keep the answer of a run that no platform asked for, which began then (epoch seconds). Raises StoreError."""
+        now = self._clock.wall()
+        with self._file.write() as db:
+            insert = "INSERT INTO runs (started_at, ended_at, answer) VALUES (?, ?, ?)"
+            db.execute(insert, (started_at, now, answer))
+            db.execute("DELETE FROM runs WHERE number <= (SELECT max(number) FROM runs) - ?", (ANSWERS_KEPT,))
+            _add_up(db, answer, now)
+
+    def last(self, count: int, only_ended: bool = False) -> list[ExecutionFacts]:
+        """Return the last executions and runs, oldest first. Raises StoreError."""
+        query = (
+            "SELECT accepted_at, answered_at AS ended_at, execution_id, context, answer, received FROM executions "
+            "UNION ALL SELECT started_at, ended_at, NULL, '{}', answer, NULL FROM runs"
+        )
+        rows = self._file.read_all(
+            f"SELECT * FROM ({query}) WHERE ended_at IS NOT NULL OR NOT ? "  # noqa: S608
+            "ORDER BY coalesce(ended_at, accepted_at) DESC, accepted_at DESC LIMIT ?",
+            only_ended,
+            count,
+        )
+        return [_execution(*row) for row in reversed(rows)]
+
+    def totals(self) -> dict[str, int]:
+        """Return what was counted, by TOTALS, and `since` when (epoch seconds); nothing yet: empty."""
+        return dict(self._file.read_all("SELECT name, count FROM totals"))
 
     def received(self, numbers: Sequence[int]) -> None:
         """The platform has these answers: they are not sent again, unless the execution is asked for again.
@@ -8383,7 +8637,6 @@ class Journal:
         """
         rows = [(number,) for number in numbers]
         with self._file.write() as db:
-            db.executemany("DELETE FROM executions WHERE number = ? AND execution_id IS NULL", rows)
             db.executemany("UPDATE executions SET received = 1 WHERE number = ?", rows)
             forget = (
                 "DELETE FROM executions WHERE received AND number <= (SELECT max(number) FROM executions) - ?"
@@ -8397,7 +8650,7 @@ class Journal:
         return [OpenCommand(number, now - accepted_at) for number, accepted_at in self._file.read_all(query)]
 
     def count_waiting(self, running: bool) -> Waiting:
-        """Return how many commands wait to be executed and how many results to be delivered.
+        """Return what is executed and what waits for that, or to be delivered.
 
         `running`: a daemon does so, which drops what is too old by itself, whatever the clock was set to meanwhile.
         """
@@ -8407,7 +8660,8 @@ class Journal:
             "FROM executions WHERE answer IS NULL OR NOT received",
             self._clock.wall() - lifetime_s,
         )
-        return Waiting(commands=commands, results=results)
+        executing = min(commands, int(running))  # one at a time, the oldest first
+        return Waiting(executing=executing, commands=commands - executing, results=results)
 
     def unreceived(self) -> list[Known]:
         """Return the answers that the platform has not confirmed, oldest first; drop stale ones."""
@@ -8442,7 +8696,63 @@ CREATE TABLE IF NOT EXISTS executions (
     received INTEGER NOT NULL DEFAULT 0     -- 1: the platform confirmed the answer
 );
 CREATE INDEX IF NOT EXISTS executions_open ON executions (number) WHERE answer IS NULL OR NOT received;
+CREATE TABLE IF NOT EXISTS runs (           -- --once: what no platform asked for
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    started_at REAL NOT NULL, ended_at REAL NOT NULL,
+    answer TEXT NOT NULL                    -- as a platform would have got it
+);
+CREATE TABLE IF NOT EXISTS totals (         -- of all that was answered; and since when (epoch seconds)
+    name TEXT PRIMARY KEY, count INTEGER NOT NULL
+) WITHOUT ROWID;
 """
+# What is counted: how executions and runs ended, then what became of their codes.
+TOTALS = ("success", "partial", "failure", "stored", "known", "kept", "failed")
+
+
+def _facts(text: str | None) -> dict[str, Any]:
+    """Return a JSON object of the journal, an empty one for what a bad disk made of it."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(text or "{}")
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _execution(
+    begun: float,
+    ended: float | None,
+    name: str | None,
+    context: str,
+    answer: str | None,
+    received: int | None,
+) -> ExecutionFacts:
+    told = _facts(answer)
+    facts: ExecutionFacts = {
+        "execution_id": name,
+        "workflow_name": (told or _facts(context)).get("workflow_name"),
+        "accepted_at": iso(datetime.fromtimestamp(begun, UTC)),
+        "ended_at": None if ended is None else iso(datetime.fromtimestamp(ended, UTC)),
+        "delivered": None if received is None else bool(received),
+        "status": told.get("status"),
+        "message": told.get("message"),
+        "result": told.get("result"),
+    }
+    return facts
+
+
+def _add_up(db: sqlite3.Connection, answer: str, now: float) -> None:
+    """Count an answer in the transaction that is open."""
+    facts = _facts(answer)
+    counts = Counter(facts.get("result", {}))
+    outcome = facts.get("status", "failure")
+    if outcome == "success" and counts["failed_count"]:
+        outcome = "partial"
+    new = counts["success_count"] - counts["duplicate_count"]
+    numbers = (new, counts["duplicate_count"], counts["kept_count"], counts["failed_count"])
+    found = {name: 1 for name in TOTALS if name == outcome} | dict(zip(TOTALS[3:], numbers, strict=True))
+    db.execute("INSERT INTO totals VALUES ('since', ?) ON CONFLICT DO NOTHING", (int(now),))
+    add = "INSERT INTO totals VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET count = count + excluded.count"
+    db.executemany(add, [(name, count) for name, count in found.items() if count])
 
 
 # ======================================================================================================
@@ -8485,15 +8795,6 @@ RECEIPT_GRACE_S = 3.0
 STOP_MARGIN_S = 4.0
 
 
-class LastExecution(TypedDict):
-    """What --status shows of the last execution."""
-
-    status: str
-    message: str
-    workflow_name: object
-    at: str
-
-
 class DaemonStatus(TypedDict, total=False):
     """What the daemon tells --status, in a file; times are ISO 8601 UTC."""
 
@@ -8503,9 +8804,31 @@ class DaemonStatus(TypedDict, total=False):
     connected_since: str
     last_contact: str
     stopped: str
-    last_execution: LastExecution
     keys: list[KeyState]
     spool_refused: int
+
+
+def read_status(directory: Path) -> DaemonStatus:
+    """Return what a daemon wrote last; nothing where none ever ran, or another program wrote."""
+    try:
+        told = json.loads((directory / STATUS_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return cast(DaemonStatus, told) if not is_deep(told) and _fits(told, DaemonStatus) else {}
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value from JSON is of a type that stands in DaemonStatus."""
+    if is_typeddict(kind):
+        if not isinstance(value, dict) or not kind.__required_keys__ <= value.keys():
+            return False
+        hints = get_type_hints(kind)
+        return all(_fits(inner, hints[name]) for name, inner in value.items() if name in hints)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(inner, get_args(kind)[0]) for inner in value)
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return kind is object or type(value) is kind
 
 
 class Answered(NamedTuple):
@@ -8781,6 +9104,7 @@ class Executor(threading.Thread):
         self._api_trouble = LogThrottle("Infoway", then="the next execution tries again")
         self._journal_trouble = LogThrottle("journal")
         self._stale_trouble = LogThrottle("trades", then="they are stored all the same")
+        self._refused_before = read_status(settings.state_directory).get("spool_refused", 0)
         self._rng = random.Random()
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._pipeline: Pipeline | None = None
@@ -8838,7 +9162,7 @@ class Executor(threading.Thread):
         try:
             text = self._text_for(self._journal.read(number))
             if text and self._keep_answer(number, text):
-                return Answered(number, text, commands=1, news=self._news(text))
+                return Answered(number, text, commands=1, news=self._news())
         except LostCommand as error:
             log.error("execution %s is not answered: %s", number, error)
             self._forget(number)
@@ -8856,15 +9180,8 @@ class Executor(threading.Thread):
             text = self._execute(command)
         return "" if self._events.is_damaged else text
 
-    def _news(self, text: str) -> DaemonStatus:
-        answer = json.loads(text)
-        last: LastExecution = {
-            "status": answer["status"],
-            "message": answer["message"],
-            "workflow_name": answer.get("workflow_name"),
-            "at": iso(utc_now()),
-        }
-        news: DaemonStatus = {"last_execution": last, "spool_refused": self._events.queue.refused}
+    def _news(self) -> DaemonStatus:
+        news: DaemonStatus = {"spool_refused": self._refused_before + self._events.queue.refused}
         if self._pipeline is not None:
             news["keys"] = self._pipeline.keys.describe()
         return news
@@ -9026,6 +9343,10 @@ class Clerk(threading.Thread):
         self._accepted: deque[str] = deque(maxlen=ANSWERS_KEPT)  # looked at while the journal cannot be asked
         self._received: set[int] = set()  # not noted in the journal yet
         self._status: DaemonStatus = {"version": __version__, "pid": os.getpid(), "platform": "not connected"}
+        before = read_status(settings.state_directory)
+        if "last_contact" in before:
+            self._status["last_contact"] = before["last_contact"]
+        self._status["spool_refused"] = before.get("spool_refused", 0)
         self._trouble = LogThrottle("journal")
         self._status_trouble = LogThrottle("status")
         self._rng = random.Random()
@@ -9565,6 +9886,7 @@ def lock_state_directory(directory: Path) -> IO[str]:
     make_state_directory(directory)
     path = directory / "lock"
     with disk_trouble(f"the lock {path} cannot be taken"):
+        make_for_owner(path)
         lock = path.open("w")
         for _ in range(LOCK_TRIES):
             try:
@@ -10186,8 +10508,14 @@ def move_installation(
         raise UsageError(f"{target.parent} {what}, --env-file names another file")
     old, unread = old_settings(directory)
     there = target if os.path.exists(target) else Path(os.devnull)
-    taken, lines = plan_settings(old, read_env_file(there) | read_credentials(environ), target)
-    settings = load_settings({**taken, **environ}, there).settings
+    unit = find_unit(environ, target)
+    held = read_credentials(environ)
+    if unit is not None and unit.is_hidden():
+        unit = None
+    if unit is not None:
+        held = {name: read_credential(name, path) for name, path in unit.credentials.items()}
+    taken, lines = plan_settings(old, read_env_file(there) | held, target)
+    settings = load_settings({**taken, **environ}, there, unit=unit).settings
     module_hash, line = plan_hash(directory, settings.state_directory)
     lines += [*unread, line]
     if settings.realtime_name != OLD_COLLECTION and "MONGODB_COLLECTION_NAME" not in old:
@@ -10447,6 +10775,8 @@ def _same_digits(document: Document) -> tuple[object, ...]:
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 # Up to here the rows wait until they can be aligned and stand in the order asked; beyond, memory is dearer.
 ROWS_ALIGNED = 1000
+# What --executions lists where it is not told how many.
+EXECUTIONS_SHOWN = 20
 # What `td` says, in words.
 SIDES = {0: "-", 1: "buy", 2: "sell"}
 HELP_EXAMPLES = """\
@@ -10458,6 +10788,7 @@ examples:
   stockrt.pyz --check                                        what is wrong, and which setting mends it
 
 exit status: 0 every code stored · 1 any not · 64 usage · 78 settings · 130 interrupted
+of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to this user
 """
 
 
@@ -10512,6 +10843,14 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         "--check-settings", action="store_true", help="check the settings alone: no network, nothing written"
     )
     what.add_argument("--status", action="store_true", help="show daemon, platform, store and API keys")
+    what.add_argument(
+        "--executions",
+        metavar="N",
+        nargs="?",
+        const=EXECUTIONS_SHOWN,
+        type=int,
+        help=f"list the last N executions and --once runs with their failures (default {EXECUTIONS_SHOWN})",
+    )
     what.add_argument("--symbols", metavar="TEXT", help="find instruments by code or name: 茅台, apple, 黄金")
     what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
     what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
@@ -10571,8 +10910,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     options = make_parser().parse_args(argv)
     if options.symbols is not None and not options.symbols.strip():
         raise UsageError("--symbols needs a text: a code or a name, or a part of one; see --help")
-    if options.json and not (options.once or options.status or options.rejects or options.symbols):
-        raise UsageError("--json goes with --once, --status, --rejects or --symbols; see --help")
+    if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
+        raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
+    for_json = (options.once, options.status, options.executions, options.rejects, options.symbols)
+    if options.json and not any(for_json):
+        raise UsageError(
+            "--json goes with --once, --status, --executions, --rejects or --symbols; see --help"
+        )
     for flag in ("codes", "codes_file"):
         if getattr(options, flag) and not options.once and options.backfill is None:
             raise UsageError(f"--{flag.replace('_', '-')} goes with --once or --backfill; see --help")
@@ -10926,6 +11270,7 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
     stop = StopEvent()
     stop_on_signals(stop)
     order: list[str] = []
+    started_at = time.time()
     run = _Run(pipeline, _remembered(read_codes(options), order), stop)
     try:
         finished = run.ended()
@@ -10937,10 +11282,20 @@ def run_once(options: argparse.Namespace, settings: Settings) -> int:
     if finished:
         pipeline.keys.close()
     status = _close_run(run.report, finished, settings)
+    note_run(settings, started_at, run.report.as_of_now())
     if rows.fault:
         say(f"stockrt: {rows.fault}")
         status = status or EXIT_FAILED
     return status
+
+
+def note_run(settings: Settings, started_at: float, report: Report) -> None:
+    """Keep what came of a run, for --status and --executions; that it cannot be kept costs the run nothing."""
+    try:
+        with contextlib.closing(Journal(settings.state_directory)) as journal:
+            journal.note_run(started_at, report_result({"workflow_name": "--once"}, report, settings))
+    except StoreError as error:
+        log.warning("--status will not know of this run: %s", error)
 
 
 def _remembered(codes: Iterable[str], order: list[str]) -> Iterator[str]:
@@ -10983,37 +11338,89 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
     return EXIT_OK if report.complete else EXIT_FAILED
 
 
-def run_check(settings: Settings, source: Path | None) -> int:
+# What is said to who may not see what the service has and does.
+HIDDEN_WORDS = (
+    f"this user may not look at what {UNIT} has: run as root; "
+    "--env-file or STATE_DIRECTORY names settings or a state of your own"
+)
+
+
+def run_check(loaded: LoadedSettings, is_service_hidden: bool) -> int:
     """Check everything that a run needs, print a line each, and return the exit status."""
     failed = False
-    for check in _checks(settings, source):
+    settings = loaded.settings
+    for check in _checks(loaded, is_service_hidden):
         failed |= not check.good
-        verdict = "ok  " if check.good else "FAIL"
-        show(settings.redact(f"{verdict}  {check.name}: {check.words}"))
+        show(settings.redact(_check_line(check)))
     return EXIT_FAILED if failed else EXIT_OK
 
 
-def _checks(settings: Settings, source: Path | None) -> Iterator[Check]:
-    yield Check("settings", True, f"from {source or 'the environment and defaults'}")
+@contextlib.contextmanager
+def without_traces(settings: Settings) -> Iterator[Settings]:
+    """Give settings to look with: where there is no local file yet, one is made beside its place and goes again.
+
+    Raises StoreError when it cannot be made.
+    """
+    directory = settings.state_directory
+    with contextlib.ExitStack() as made:
+        with disk_trouble(f"the state directory {directory} cannot be used"):
+            if not (directory / SQLITE_NAME).exists():
+                from tempfile import TemporaryDirectory
+
+                there = next(path for path in (directory, *directory.parents) if path.exists())
+                scratch = TemporaryDirectory(prefix=".stockrt-", dir=there, ignore_cleanup_errors=True)
+                settings = replace(settings, state_directory=Path(made.enter_context(scratch)))
+        yield settings
+
+
+def _check_line(check: Check) -> str:
+    verdict = "ok  " if check.good else "FAIL"
+    return f"{verdict}  {check.name}: {check.words}"
+
+
+def _check_origins(loaded: LoadedSettings, is_service_hidden: bool) -> Check:
+    """Say where the settings come from, and where that is not what the service has."""
+    words = f"from {loaded.origins}"
+    if loaded.hiding:
+        names = ", ".join(loaded.hiding)
+        words += f"; not as {UNIT} has them: {names} of the environment, which it does not see; unset that to check it"
+    if is_service_hidden:
+        words += f"; what {UNIT} has is not known here: run as root to check it"
+    return Check("settings", not loaded.hiding, words)
+
+
+def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
+    settings = loaded.settings
+    yield _check_origins(loaded, is_service_hidden)
     if settings.proxies.in_use():
         yield Check("proxy", True, _ways(settings))
     if not settings.api_keys:
         yield Check("API key", False, NO_KEY_HINT)
     for secret, plan in settings.key_plans():
         yield from check_key(settings, ApiKey(secret, plan))
-    try:
-        make_state_directory(settings.state_directory)
-        yield Check("state directory", True, f"{settings.state_directory} can be written")
-    except StoreError as error:
-        yield Check("state directory", False, str(error))
+    yield _check_state_directory(settings)
     store = store_name(settings)
     try:
-        with Pipeline(settings) as pipeline:
-            yield Check(store, True, pipeline.store.check())
+        with without_traces(settings) as looked_at, Pipeline(looked_at) as pipeline:
+            words = pipeline.store.check()
+        words = words.replace(str(looked_at.state_directory), str(settings.state_directory))
+        yield Check(store, True, words)
     except StockrtError as error:
         yield Check(store, False, str(error))
     if settings.platform_url():
         yield check_platform(settings)
+
+
+def _check_state_directory(settings: Settings) -> Check:
+    words = f"{settings.state_directory} can be made"
+    try:
+        if settings.state_directory.is_dir():
+            make_state_directory(settings.state_directory)  # looks whether this user may write there
+            words = f"{settings.state_directory} can be written"
+        with without_traces(settings):
+            return Check("state directory", True, words)
+    except StoreError as error:
+        return Check("state directory", False, str(error))
 
 
 def _ways(settings: Settings) -> str:
@@ -11028,10 +11435,15 @@ def _ways(settings: Settings) -> str:
     return ", ".join(ways)
 
 
-class DaemonFacts(TypedDict, total=False):
-    """What --status shows of the daemon."""
+# The exit statuses of --status, as the Linux Standard Base has them for services.
+STATUS_WELL, STATUS_WRONG, STATUS_NOT_RUNNING, STATUS_UNKNOWN = 0, 1, 3, 4
+STATUS_WORDS = {STATUS_WELL: "well", STATUS_WRONG: "something is wrong", STATUS_NOT_RUNNING: "not running"}
 
-    running: bool
+
+class DaemonFacts(TypedDict, total=False):
+    """What --status shows of the daemon; `running` is None where that is not known."""
+
+    running: bool | None
     pid: int | None
     version: str | None
 
@@ -11045,8 +11457,20 @@ class PlatformFacts(TypedDict):
     last_contact: str | None
 
 
+class LastExecution(TypedDict):
+    """What --status shows of the last execution."""
+
+    status: str
+    message: str
+    workflow_name: object
+    at: str
+
+
 class StatusReport(TypedDict):
-    """What --status shows, and prints as JSON."""
+    """What --status shows, and prints as JSON.
+
+    `wrong`: what is, in words. `totals`: what was counted since the first execution, and `since` when; empty before.
+    """
 
     version: str
     daemon: DaemonFacts
@@ -11056,14 +11480,15 @@ class StatusReport(TypedDict):
     spool: QueueFacts | None
     waiting: Waiting
     last_execution: LastExecution | None
+    totals: dict[str, int | str]
     keys: list[KeyUsage]
+    wrong: list[str]
 
 
 def gather_status(settings: Settings) -> StatusReport:
     """Return what --status shows, from the daemon's own words where one runs or ran. Raises StoreError."""
     directory = settings.state_directory
-    told = _read_status(directory)
-    last = told.get("last_execution")
+    told = read_status(directory)
     platform: PlatformFacts = {
         "url": settings.platform_url() or None,
         "state": "no daemon",
@@ -11072,59 +11497,84 @@ def gather_status(settings: Settings) -> StatusReport:
     }
     daemon: DaemonFacts = {"running": daemon_runs(directory)}
     states: Sequence[KeyState] = ()
-    refused = 0
     if daemon["running"]:
         platform["state"] = told.get("platform", "not connected")
         daemon |= {"pid": told.get("pid"), "version": told.get("version")}
-        states, refused = told.get("keys", []), told.get("spool_refused", 0)
+        states = told.get("keys", [])
     module_hash = read_hash(directory)
+    with without_traces(settings) as looked_at, Pipeline(looked_at) as pipeline:
+        spool, keys = pipeline.queued(told.get("spool_refused", 0)), pipeline.usage(states)
+    status: StatusReport = {
+        "version": __version__,
+        "daemon": daemon,
+        "registration": shorten(module_hash) if module_hash else None,
+        "platform": platform,
+        "store": settings.mongodb_shown() or str(directory / SQLITE_NAME),
+        "spool": spool,
+        "waiting": Waiting(executing=0, commands=0, results=0),
+        "last_execution": None,
+        "totals": {},
+        "keys": keys,
+        "wrong": [],
+    }
+    if (directory / JOURNAL_NAME).exists():
+        _ask_journal(directory, status)
+    status["wrong"] += _what_is_wrong(status)
+    return status
+
+
+def _ask_journal(directory: Path, status: StatusReport) -> None:
+    """Fill in what the journal knows. Raises StoreError."""
     with contextlib.closing(Journal(directory)) as journal:
-        waiting = journal.count_waiting(daemon["running"])
-    with Pipeline(settings) as pipeline:
-        return {
-            "version": __version__,
-            "daemon": daemon,
-            "registration": shorten(module_hash) if module_hash else None,
-            "platform": platform,
-            "store": settings.mongodb_shown() or str(directory / SQLITE_NAME),
-            "spool": pipeline.queued(refused),
-            "waiting": waiting,
-            "last_execution": last,
-            "keys": pipeline.usage(states),
+        status["waiting"] = journal.count_waiting(bool(status["daemon"]["running"]))
+        totals, last = journal.totals(), journal.last(1, only_ended=True)
+    if totals:
+        counts = {name: totals.get(name, 0) for name in TOTALS}
+        status["totals"] = {"since": iso_after(totals["since"], 0), **counts}
+    for one in last:
+        status["last_execution"] = {
+            "status": str(one["status"]),
+            "message": str(one["message"]),
+            "workflow_name": one["workflow_name"],
+            "at": str(one["ended_at"]),
         }
+        if one["status"] != "success" and one["delivered"] is not None:
+            status["wrong"].append("the last execution failed")
 
 
-def _read_status(directory: Path) -> DaemonStatus:
-    """Return what a daemon wrote last; nothing where none ever ran, or another program wrote."""
-    try:
-        told = json.loads((directory / STATUS_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return cast(DaemonStatus, told) if not is_deep(told) and _fits(told, DaemonStatus) else {}
+def _what_is_wrong(status: StatusReport) -> list[str]:
+    """Return what is wrong beside what the journal knows of."""
+    wrong = []
+    if status["daemon"]["running"] and status["platform"]["state"] != "connected":
+        wrong.append("no connection to the platform")
+    spool, keys = status["spool"], status["keys"]
+    if spool is not None and spool["trades"]:
+        wrong.append(f"{spool['trades']} trades wait for MongoDB")
+    if spool is not None and spool["rejects"]:
+        wrong.append(f"{spool['rejects']} documents refused by MongoDB")
+    wrong += [f"API key {key['key']} is out" for key in keys if key["state"] == "out"]
+    if keys and all(key["state"] == "resting" for key in keys):
+        wrong.append("every API key rests")
+    return wrong
 
 
-def _fits(value: object, kind: Any) -> bool:
-    """Whether a value from JSON is of a type that stands in DaemonStatus."""
-    if is_typeddict(kind):
-        if not isinstance(value, dict) or not kind.__required_keys__ <= value.keys():
-            return False
-        hints = get_type_hints(kind)
-        return all(_fits(inner, hints[name]) for name, inner in value.items() if name in hints)
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(inner, get_args(kind)[0]) for inner in value)
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    return kind is object or type(value) is kind
+def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = False) -> int:
+    """Print the status for a person, or as one JSON object, and return the exit status: one of the STATUS_*.
 
-
-def run_status(settings: Settings, as_json: bool) -> int:
-    """Print the status for a person, or as one JSON object."""
+    Nothing of it is known where the state is another user's, or `is_service_hidden`.
+    """
+    if is_service_hidden or is_hidden(settings.state_directory):
+        return _show_unknown(as_json)
     status = gather_status(settings)
+    code = STATUS_NOT_RUNNING
+    if status["daemon"]["running"]:
+        code = STATUS_WRONG if status["wrong"] else STATUS_WELL
     if as_json:
         show(settings.redact(json.dumps(status, ensure_ascii=False)))
-        return EXIT_OK
+        return code
     waiting, last = status["waiting"], status["last_execution"]
     lines = [
+        ("status", ": ".join([STATUS_WORDS[code], *filter(None, ["; ".join(status["wrong"])])])),
         ("version", status["version"]),
         ("daemon", _daemon_line(status["daemon"])),
         ("registration", status["registration"] or "none: run --register"),
@@ -11133,14 +11583,73 @@ def run_status(settings: Settings, as_json: bool) -> int:
     ]
     if status["spool"] is not None:
         lines.append(("spool", _spool_line(status["spool"])))
-    lines.append(("waiting", f"{waiting['commands']} commands, {waiting['results']} results to deliver"))
+    words = f"{waiting['commands']} commands, {waiting['results']} results to deliver"
+    if waiting["executing"]:
+        words = f"one executed now, {words}"
+    lines.append(("waiting", words))
     done = "none yet"
     if last is not None:
-        done = f"{last['status']} at {last['at']}: {last['message']}"
+        done = f"{last['status']} at {last['at']}, {last['workflow_name'] or 'without a name'}: {last['message']}"
     lines.append(("last execution", done))
+    if status["totals"]:
+        lines.append(("in all", _totals_line(status["totals"])))
     lines += [("API key", _key_line(key)) for key in status["keys"]]
     show(settings.redact("\n".join(f"{name:<15} {text}" for name, text in lines)))
+    return code
+
+
+def _show_unknown(as_json: bool) -> int:
+    """Say of everything that it is not known: what cannot be looked at is not down, and not unregistered."""
+    why = "this user may not look at it: run as root"
+    if as_json:
+        unknown: dict[str, object] = dict.fromkeys(StatusReport.__annotations__)
+        show(json.dumps(unknown | {"version": __version__, "daemon": {"running": None}, "wrong": [why]}))
+        return STATUS_UNKNOWN
+    lines = [f"{'status':<15} unknown: {why}", f"{'version':<15} {__version__}"]
+    parts = ("daemon", "registration", "platform", "store", "waiting", "last execution", "API key")
+    show("\n".join([*lines, *(f"{part:<15} unknown" for part in parts)]))
+    return STATUS_UNKNOWN
+
+
+def _totals_line(totals: Mapping[str, Any]) -> str:
+    count = sum(totals[name] for name in TOTALS[:3])
+    line = f"{count_words(count, 'execution')} since {totals['since']}"
+    line += f", {totals['partial']} in part, {totals['failure']} failed"
+    line += f"; {count_words(totals['stored'], 'trade')} stored, {totals['known']} already known"
+    return f"{line}, {totals['kept']} kept for MongoDB, {count_words(totals['failed'], 'code')} failed"
+
+
+def run_executions(count: int, settings: Settings, as_json: bool) -> int:
+    """Print the last executions and runs with their failures, oldest first; return the exit status."""
+    if is_hidden(settings.state_directory):
+        raise StoreError(HIDDEN_WORDS)
+    found: list[ExecutionFacts] = []
+    if (settings.state_directory / JOURNAL_NAME).exists():
+        with contextlib.closing(Journal(settings.state_directory)) as journal:
+            found = journal.last(count)
+    for one in found:
+        text = _execution_lines(one)
+        if as_json:
+            text = json.dumps(one, ensure_ascii=False)
+        show(settings.redact(text))
+    if not found and not as_json:
+        show("nothing was executed yet")
     return EXIT_OK
+
+
+def _execution_lines(one: ExecutionFacts) -> str:
+    """Return an execution for a person: when, what, how it ended, and a line for each code that failed."""
+    words = f"{one['ended_at'] or one['accepted_at']}  {one['status'] or 'not ended'}  "
+    words += f"{one['execution_id'] or '-'}  {one['workflow_name'] or '-'}"
+    result = one["result"] or {}
+    if result:
+        words += f"  {result.get('success_count')} of {result.get('total')} codes stored"
+    if one["ended_at"] and one["delivered"] is False:
+        words += ", to be delivered"
+    if one["status"] == "failure":
+        words += f": {one['message']}"
+    failures = result.get("failures", {})
+    return "\n".join([one_line(words, 600), *(f"  {code}: {why}" for code, why in failures.items())])
 
 
 def _daemon_line(daemon: DaemonFacts) -> str:
@@ -11322,11 +11831,12 @@ def need_daemon_settings(settings: Settings) -> None:
         raise SettingsError([NO_KEY_HINT])
 
 
-def run_check_settings(loaded: LoadedSettings) -> int:
+def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
     """Say that the settings, which were read by now, are enough for the daemon. Raises SettingsError."""
     need_daemon_settings(loaded.settings)
-    show(f"ok    settings: from {loaded.source or 'the environment and defaults'}")
-    return EXIT_OK
+    check = _check_origins(loaded, is_service_hidden)
+    show(_check_line(check))
+    return EXIT_OK if check.good else EXIT_FAILED
 
 
 def run_daemon(settings: Settings, environ: Mapping[str, str]) -> int:
@@ -11389,10 +11899,14 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     options = parse_arguments(argv)
     if options.migrate:
         return run_migrate(options, environ)
-    loaded = load_settings(environ, options.env_file)
+    unit = find_unit(environ, options.env_file)
+    hidden = unit is not None and unit.is_hidden()
+    loaded = load_settings(environ, options.env_file, unit=None if hidden else unit)
     start_logging(loaded.settings)
     for warning in loaded.warnings:
         log.warning(warning)
+    if hidden and (options.drain or options.rejects or options.executions):
+        raise StoreError(HIDDEN_WORDS)
     if options.once:
         return run_once(options, loaded.settings)
     if options.backfill is not None:
@@ -11402,7 +11916,9 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if options.register:
         return run_register(loaded.settings, options.force)
     if options.status:
-        return run_status(loaded.settings, options.json)
+        return run_status(loaded.settings, options.json, hidden)
+    if options.executions:
+        return run_executions(options.executions, loaded.settings, options.json)
     if options.symbols:
         return run_symbols(options.symbols, loaded.settings, options.json)
     if options.drain:
@@ -11410,9 +11926,9 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if options.rejects:
         return run_rejects(loaded.settings, options.json)
     if options.check:
-        return run_check(loaded.settings, loaded.source)
+        return run_check(loaded, hidden)
     if options.check_settings:
-        return run_check_settings(loaded)
+        return run_check_settings(loaded, hidden)
     return run_daemon(loaded.settings, environ)
 
 

@@ -771,6 +771,7 @@ class Bench:
             mongo, queue, stockrt.Rejects(file), stockrt.UnsettledTrades(file), closes
         )
         mongo.check()
+        mongo.collection().create_index(stockrt.INDEX)
         began = time.perf_counter()
         for at in range(0, len(documents), CHUNK):
             queue.write(documents[at : at + CHUNK])

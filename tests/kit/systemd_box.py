@@ -92,7 +92,7 @@ class Box:
         self.console = self.base / "console"
         self._mounts: list[Path] = []
         self._nspawn: subprocess.Popen[bytes] | None = None
-        self._leader = 0
+        self.leader = 0
 
     def __enter__(self) -> Self:
         try:
@@ -137,22 +137,22 @@ class Box:
     def reboot(self) -> None:
         """Let it go down and come up, as `systemctl reboot` does."""
         assert self._nspawn is not None
-        os.kill(self._leader, signal.SIGRTMIN + 5)
+        os.kill(self.leader, signal.SIGRTMIN + 5)
         if self._nspawn.wait(BOOT_TIMEOUT) != REBOOT_WANTED:
             raise BoxError(f"the box did not reboot, nspawn says {self._nspawn.returncode}\n{self._said()}")
-        self._leader = 0
+        self.leader = 0
         self.boot()
 
     def close(self) -> None:
         """Power it off and leave nothing behind."""
         if self._nspawn is not None and self._nspawn.poll() is None:
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                if self._leader:
-                    os.kill(self._leader, POWER_OFF)
+                if self.leader:
+                    os.kill(self.leader, POWER_OFF)
                     self._nspawn.wait(15)
             with contextlib.suppress(ProcessLookupError):
-                if self._leader and self._nspawn.poll() is None:
-                    os.kill(self._leader, signal.SIGKILL)  # ends everything in its PID namespace
+                if self.leader and self._nspawn.poll() is None:
+                    os.kill(self.leader, signal.SIGKILL)  # ends everything in its PID namespace
             if self._nspawn.poll() is None:
                 self._nspawn.kill()
             self._nspawn.wait()
@@ -169,7 +169,7 @@ class Box:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in the box, as its root and outside of every unit."""
         done = subprocess.run(
-            ["nsenter", "--target", str(self._leader), "--all", *map(str, command)],
+            ["nsenter", "--target", str(self.leader), "--all", *map(str, command)],
             env=PLAIN,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -194,7 +194,7 @@ class Box:
     def network(self) -> Iterator[None]:
         """Sockets and threads that this thread makes meanwhile are in the box's network."""
         libc = ctypes.CDLL(None, use_errno=True)
-        with open("/proc/thread-self/ns/net") as home, open(f"/proc/{self._leader}/ns/net") as there:
+        with open("/proc/thread-self/ns/net") as home, open(f"/proc/{self.leader}/ns/net") as there:
             _set_namespace(libc, there.fileno())
             try:
                 yield
@@ -229,7 +229,7 @@ class Box:
         children = Path(f"/proc/{self._nspawn.pid}/task/{self._nspawn.pid}/children").read_text().split()
         if not children:
             return False
-        self._leader = int(children[-1])
+        self.leader = int(children[-1])
         state = self.run("systemctl", "is-system-running", check=False).stdout.strip()
         return state in ("running", "degraded")
 
@@ -255,7 +255,7 @@ def main(command: Sequence[str]) -> int:
         print(reason)
         return 1
     with Box() as box:
-        words = ["nsenter", "--target", str(box._leader), "--all", *(command or ["bash"])]
+        words = ["nsenter", "--target", str(box.leader), "--all", *(command or ["bash"])]
         return subprocess.run(words, env=PLAIN | {"TERM": os.environ.get("TERM", "dumb")}).returncode
 
 

@@ -54,6 +54,7 @@ def test_install_puts_three_files(source: Path, tmp_path: Path, pyz: Path, umask
     assert files(there) == PUT | {CONFIGURATION: 0o600}
     assert (there / "opt/stockrt/stockrt.pyz").read_bytes() == pyz.read_bytes()
     assert (there / "etc/stockrt").stat().st_mode & 0o777 == 0o755
+    assert (there / "etc/stockrt/credentials").stat().st_mode & 0o777 == 0o700
 
 
 def test_install_again_replaces_the_program_and_keeps_the_configuration(source: Path, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import contextlib
 import fcntl
 import io
 import json
+import os
+import re
 import sqlite3
 import subprocess
 import threading
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import unprivileged
 from kit.clock import FakeClock
 from kit.daemons import command_of
 from kit.infoway_server import REFUSALS, InfowayServer
@@ -23,6 +26,7 @@ from kit.platform_server import PlatformServer
 import stockrt
 from stockrt import Command, Journal, LocalLedger, Plan, SharedLedger, key_digest, load_settings
 
+WELL, WRONG, NOT_RUNNING, UNKNOWN = 0, 1, 3, 4
 FIRST, OTHER = "aaa-first-key-111", "bbb-other-key-222"
 # A wait for something that must happen; long, because a busy machine is slow, not wrong.
 PATIENCE = 30.0
@@ -38,23 +42,27 @@ class Program:
                     "INFOWAY_PLAN": "free,pro"}  # fmt: skip
         self.daemon: subprocess.Popen[bytes] | None = None
 
-    def run(self, *arguments: str, status: int = 0) -> str:
+    def run(self, *arguments: str, status: int | None = 0) -> str:
         """Run it and return its stdout."""
         done = subprocess.run(
             [*command_of(), *arguments], env=self.env, cwd=self.folder, capture_output=True,
             encoding=self.env.get("PYTHONIOENCODING", "utf-8"), timeout=60, stdin=subprocess.DEVNULL,
         )  # fmt: skip
-        assert done.returncode == status, done.stderr
+        assert status in (None, done.returncode), done.stdout + done.stderr
         assert FIRST not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done.stdout
 
-    def status(self) -> dict[str, Any]:
+    def status(self, status: int = NOT_RUNNING) -> dict[str, Any]:
         """Return what --status --json says."""
-        (line,) = self.run("--status", "--json").splitlines()
+        (line,) = self.run("--status", "--json", status=status).splitlines()
         found = json.loads(line)
         assert isinstance(found, dict)
         return found
+
+    def lines(self, status: int = NOT_RUNNING) -> str:
+        """Return what --status says to a person."""
+        return self.run("--status", status=status)
 
     def start_daemon(self) -> None:
         """Start a daemon and wait until it works."""
@@ -108,8 +116,9 @@ def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> 
         "platform": {"url": None, "state": "no daemon", "connected_since": None, "last_contact": None},
         "store": str(program.state / stockrt.SQLITE_NAME),
         "spool": None,
-        "waiting": {"commands": 0, "results": 0},
+        "waiting": {"executing": 0, "commands": 0, "results": 0},
         "last_execution": None,
+        "totals": {},
         "keys": [
             {"key": "aaa…111", "plan": "free", "ends": None, "ends_soon": "", "used_today": 0,
              "left_today": 86_400, "state": "ready", "why": "",
@@ -118,13 +127,16 @@ def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> 
              "left_today": 1_728_000, "state": "ready", "why": "",
              "until": "", "not_for": []},
         ],
+        "wrong": [],
     }  # fmt: skip
+    assert not program.state.exists()
 
 
 def test_the_lines_for_a_person_say_the_same(program: Program) -> None:
     """One about each; keys by their ends."""
-    text = program.run("--status")
+    text = program.lines()
     lines = lines_of(text)
+    assert lines["status"] == "not running"
     assert lines["version"] == stockrt.__version__
     assert lines["daemon"] == "not running"
     assert lines["registration"] == "none: run --register"
@@ -143,7 +155,7 @@ def test_what_waits_is_counted_and_not_touched(program: Program) -> None:
         numbers = journal.accept([Command(f"e{age}{n}", {}, []) for n in range(3)])
         journal.answer(numbers[0], "{}")
         journal.close()
-    assert program.status()["waiting"] == {"commands": 4, "results": 1}
+    assert program.status()["waiting"] == {"executing": 0, "commands": 4, "results": 1}
     with sqlite3.connect(program.state / stockrt.JOURNAL_NAME) as db:
         found = db.execute("SELECT count(*) FROM executions WHERE answer IS NOT NULL AND NOT received")
         assert found.fetchone() == (2,)
@@ -166,23 +178,17 @@ def test_a_key_whose_day_is_used_up_says_until_when(program: Program) -> None:
     key = program.status()["keys"][0]
     assert (key["used_today"], key["left_today"], key["state"]) == (86_400, 0, "resting")
     assert key["until"].endswith("T00:00:00.000Z")
-    assert "86400 used today, 0 left  resting until " in program.run("--status")
+    assert "86400 used today, 0 left  resting until " in program.lines()
 
 
 def test_keys_without_a_daily_limit_and_none_at_all(program: Program) -> None:
     """A custom plan; no key set."""
     program.env["INFOWAY_PLAN"] = "0"
-    assert "no daily limit" in program.run("--status")
+    assert "no daily limit" in program.lines()
     del program.env["INFOWAY_API_KEY"]
     assert program.status()["keys"] == []
 
 
-LAST: dict[str, object] = {
-    "status": "success",
-    "message": "1 of 1",
-    "workflow_name": "w",
-    "at": "2026-01-01T10:00:00.000Z",
-}
 KEY_STATE: dict[str, object] = {
     "digest": stockrt.key_digest(FIRST),
     "state": "out",
@@ -192,26 +198,26 @@ KEY_STATE: dict[str, object] = {
 }
 
 
+TOLD: dict[str, object] = {"last_contact": "2026-01-01T10:00:00.000Z"}
+
+
 @pytest.mark.parametrize(
     "content",
     [
         *("", "[]", "{", "null", "{}", "[" * 5000),
-        '{"last_execution": ' + '{"a":' * 900 + "1" + "}" * 901,
+        '{"last_contact": "now", "more": ' + '{"a":' * 900 + "1" + "}" * 901,
         *map(
             json.dumps,
             (
-                {"last_execution": "success"},
-                {"last_execution": {}},
-                {"last_execution": LAST | {"message": 7}},
-                {"last_execution": LAST, "keys": [KEY_STATE | {"not_for": 1}]},
-                {"last_execution": LAST, "keys": [{"digest": KEY_STATE["digest"]}]},
-                {"last_execution": LAST, "keys": {"a": 1}},
-                {"last_execution": LAST, "keys": None},
-                {"last_execution": LAST, "keys": [KEY_STATE | {"state": "gone"}]},
-                {"last_execution": LAST, "platform": ["connected"]},
-                {"last_execution": LAST, "spool_refused": "1"},
-                {"last_execution": LAST, "pid": 1.5},
-                {"last_execution": LAST, "connected_since": {}},
+                TOLD | {"keys": [KEY_STATE | {"not_for": 1}]},
+                TOLD | {"keys": [{"digest": KEY_STATE["digest"]}]},
+                TOLD | {"keys": {"a": 1}},
+                TOLD | {"keys": None},
+                TOLD | {"keys": [KEY_STATE | {"state": "gone"}]},
+                TOLD | {"platform": ["connected"]},
+                TOLD | {"spool_refused": "1"},
+                TOLD | {"pid": 1.5},
+                TOLD | {"connected_since": {}},
             ),
         ),
     ],
@@ -227,7 +233,7 @@ def test_a_status_file_of_another_shape_is_as_good_as_none(
     with (program.state / "lock").open("w") as lock:
         if running:
             fcntl.flock(lock, fcntl.LOCK_EX)
-        assert status_in_this_process(program)["last_execution"] is None
+        assert status_in_this_process(program)["platform"]["last_contact"] is None
 
 
 def status_in_this_process(program: Program) -> dict[str, Any]:
@@ -244,22 +250,24 @@ def status_in_this_process(program: Program) -> dict[str, Any]:
 
 def test_what_the_daemon_writes_has_the_shape_that_is_read(program: Program) -> None:
     told = {"version": "1", "pid": 1, "platform": "connected", "connected_since": "x", "last_contact": "x",
-            "stopped": "x", "last_execution": LAST, "keys": [KEY_STATE], "spool_refused": 0}  # fmt: skip
+            "stopped": "x", "keys": [KEY_STATE], "spool_refused": 0}  # fmt: skip
     assert told.keys() == stockrt.DaemonStatus.__annotations__.keys()
     program.state.mkdir()
     (program.state / stockrt.STATUS_NAME).write_text(json.dumps(told))
-    assert status_in_this_process(program)["last_execution"] == LAST
+    assert status_in_this_process(program)["platform"]["last_contact"] == "x"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "gb18030"])
 def test_any_name_of_a_workflow_can_be_printed(program: Program, encoding: str) -> None:
     """Half of a pair of surrogates stands in names that a program cut, and in no encoding."""
     program.env["PYTHONIOENCODING"] = encoding
-    program.state.mkdir()
-    odd = LAST | {"workflow_name": "half \ud83d of \u80a1", "message": "half \udcff of \u80a1 \U0001f600"}
-    (program.state / stockrt.STATUS_NAME).write_text(json.dumps({"last_execution": odd}))
-    assert program.status()["last_execution"] == odd
-    assert "half \\udcff of" in program.run("--status")
+    odd = {"workflow_name": "half \ud83d of \u80a1", "message": "half \udcff of \u80a1 \U0001f600"}
+    journal = Journal(program.state)
+    journal.answer(journal.accept([Command("e", {}, [])])[0], json.dumps({"status": "success"} | odd))
+    journal.close()
+    last = program.status()["last_execution"]
+    assert {name: last[name] for name in odd} == odd
+    assert "half \\udcff of" in program.lines()
 
 
 def test_the_counts_of_all_instances_come_from_mongodb(program: Program, mongo_db: tuple[str, str]) -> None:
@@ -300,11 +308,13 @@ def test_beside_a_daemon_that_cannot_reach_its_platform(program: Program) -> Non
     program.env |= {"SERVER_IP": "127.0.0.1", "SERVER_PORT": "9"}
     program.start_daemon()
     assert program.daemon is not None
-    found = program.status()
+    found = program.status(WRONG)
+    assert found["wrong"] == ["no connection to the platform"]
     assert found["daemon"] == {"running": True, "pid": program.daemon.pid, "version": stockrt.__version__}
     assert found["platform"]["url"] == "http://127.0.0.1:9"
     assert found["platform"]["state"] == "not connected"
-    text = program.run("--status")
+    text = program.lines(WRONG)
+    assert lines_of(text)["status"] == "something is wrong: no connection to the platform"
     assert f"running, pid {program.daemon.pid}, version {stockrt.__version__}" in text
     assert "http://127.0.0.1:9: not connected" in text
     program.daemon.kill()
@@ -340,7 +350,7 @@ def test_two_daemons_do_not_share_a_directory(program: Program) -> None:
 def test_a_daemon_that_has_just_taken_the_lock_has_told_nothing_yet(program: Program) -> None:
     """Its file is not written, or is of the one before."""
     lock = stockrt.lock_state_directory(program.state)
-    found = program.status()
+    found = program.status(WRONG)
     assert found["daemon"] == {"running": True, "pid": None, "version": None}
     assert found["platform"]["state"] == "not connected"
     lock.close()
@@ -353,19 +363,21 @@ def test_beside_a_connected_daemon_the_last_execution_and_the_keys_are_told(prog
         program.env |= {"SERVER_IP": "127.0.0.1", "SERVER_PORT": str(platform.port), "INFOWAY_PLAN": "0",
                         "INFOWAY_API_BASE_URL": api.url}  # fmt: skip
         program.start_daemon()
-        program.until(lambda: program.status()["platform"]["state"] == "connected")
-        found = program.status()
+        program.until(lambda: stockrt.read_status(program.state)["platform"] == "connected")
+        found = program.status(WELL)
         assert found["platform"]["connected_since"]
         assert found["registration"]
+        assert lines_of(program.lines(WELL))["status"] == "well"
         platform.execute([f"A{number}.US" for number in range(300)])
-        program.until(lambda: program.status()["last_execution"])
-        found = program.status()
+        program.until(lambda: "keys" in stockrt.read_status(program.state))
+        found = program.status(WRONG)
+        assert found["wrong"] == ["API key aaa…111 is out"]
         assert found["last_execution"]["status"] == "success"
         assert "300 of 300 codes stored" in found["last_execution"]["message"]
         first, other = found["keys"]
         assert (first["state"], first["why"]) == ("out", "HTTP 401: Token invalid")
         assert other["state"] == "ready"
-        lines = program.run("--status")
+        lines = program.lines(WRONG)
         assert "success at " in lines
         assert "out (HTTP 401: Token invalid)" in lines
         program.stop_daemon()
@@ -374,3 +386,149 @@ def test_beside_a_connected_daemon_the_last_execution_and_the_keys_are_told(prog
         assert after["last_execution"] == found["last_execution"]
         assert after["platform"]["last_contact"]
         assert [key["state"] for key in after["keys"]] == ["ready", "ready"]
+
+
+# ------------------------------------------------------------------------------------------------------
+# What was executed
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_status_remembers_over_a_restart_and_knows_of_runs_by_hand(program: Program) -> None:
+    """The last result, when the platform was heard last, and what was counted; a run counts as an execution does."""
+    with InfowayServer(keys={FIRST, OTHER}) as api:
+        with PlatformServer() as platform:
+            program.env |= {"SERVER_IP": "127.0.0.1", "SERVER_PORT": str(platform.port), "INFOWAY_PLAN": "0",
+                            "INFOWAY_API_BASE_URL": api.url}  # fmt: skip
+            program.start_daemon()
+            program.until(lambda: platform.connected)
+            platform.execute(["TSLA.US", "NOPE", "AAPL.US"])
+            program.until(lambda: platform.results)
+            program.stop_daemon()
+        told = program.state / stockrt.STATUS_NAME
+        told.write_text(json.dumps(json.loads(told.read_text()) | {"spool_refused": 7}))
+        program.start_daemon()
+        program.until(lambda: stockrt.read_status(program.state)["spool_refused"] == 7)
+        after = program.status(WRONG)
+        assert after["wrong"] == ["no connection to the platform"]
+        assert "2 of 3 codes stored; " in after["last_execution"]["message"]
+        assert after["platform"]["last_contact"]
+        counted = {"success": 0, "partial": 1, "failure": 0, "stored": 2, "known": 0, "kept": 0, "failed": 1}
+        assert after["totals"] == {"since": after["totals"]["since"]} | counted
+        program.run("--once", "--codes", "TSLA.US", "700.HK")
+        now = program.status(WRONG)
+        assert now["last_execution"]["workflow_name"] == "--once"
+        assert now["last_execution"]["message"].startswith("2 of 2 codes stored")
+        assert now["totals"]["success"] == 1
+        assert now["totals"]["stored"] + now["totals"]["known"] == 4
+        line = lines_of(program.lines(WRONG))["in all"]
+        assert line.startswith(f"2 executions since {after['totals']['since']}, 1 in part, 0 failed; ")
+
+
+def test_executions_lists_the_last_ones_with_their_failures(program: Program) -> None:
+    """Of the platform, without an id too, and by hand; what waits as well; for a person and for programs."""
+    assert program.run("--executions") == "nothing was executed yet\n"
+    assert program.run("--executions", "--json") == ""
+    assert not program.state.exists()
+    settings = load_settings(program.env, None, (), is_root=False).settings
+    journal = Journal(program.state)
+    for number in range(30):
+        name = "" if number == 3 else f"id-{number}"
+        context = {"workflow_name": f"w{number}", "meta": {"execution_id": name}}
+        (accepted,) = journal.accept([Command(name, context, ["A.US", FIRST])])
+        failures = {"X": stockrt.Failure(stockrt.FailureKind.KEY, f"the key {FIRST} is bad")}
+        report = stockrt.Report(total=2, stored=1, failures=failures)
+        if number < 29:
+            journal.answer(accepted, stockrt.report_result(context, report, settings))
+        if number < 28:
+            journal.received([accepted])
+    journal.close()
+    with InfowayServer(keys={FIRST, OTHER}) as api:
+        program.env |= {"INFOWAY_API_BASE_URL": api.url, "INFOWAY_PLAN": "0"}
+        program.run("--once", "--codes", "AAPL.US", "NOPE", status=1)
+    found = [json.loads(line) for line in program.run("--executions", "100", "--json").splitlines()]
+    assert [one["workflow_name"] for one in found] == [*(f"w{n}" for n in range(29)), "w29", "--once"]
+    assert [one["delivered"] for one in found] == [*[True] * 28, False, False, None]
+    assert [one["execution_id"] for one in found[2:5]] == ["id-2", None, "id-4"]
+    assert (found[29]["status"], found[29]["ended_at"], found[29]["result"]) == (None, None, None)
+    assert found[30]["result"]["failures"].keys() == {"NOPE"}
+    lines = program.run("--executions", "3").splitlines()
+    assert [line[:2] for line in lines] == ["20", "  ", "20", "20", "  "]
+    assert re.search(r"Z  success  id-28  w28  1 of 2 codes stored, to be delivered$", lines[0])
+    assert lines[1] == "  X: the key *** is bad"
+    assert re.search(r"Z  not ended  id-29  w29$", lines[2])
+    assert re.search(r"Z  success  -  --once  1 of 2 codes stored$", lines[3])
+    assert len(program.run("--executions", "--json").splitlines()) == 20
+    for wrong in ("0", "1001", "many"):
+        program.run("--executions", wrong, status=64)
+
+
+def test_what_is_executed_is_told_from_what_waits_for_it(program: Program) -> None:
+    lock = stockrt.lock_state_directory(program.state)
+    journal = Journal(program.state)
+    journal.accept([Command(f"e{n}", {}, []) for n in range(3)])
+    journal.close()
+    assert program.status(WRONG)["waiting"] == {"executing": 1, "commands": 2, "results": 0}
+    assert lines_of(program.lines(WRONG))["waiting"] == "one executed now, 2 commands, 0 results to deliver"
+    lock.close()
+
+
+def test_looking_leaves_nothing_behind(program: Program) -> None:
+    """No directory, no database, no lock; beside what is there neither."""
+    for command in LOOKS:
+        program.run(*command, status=None)
+        assert not program.state.exists()
+    with InfowayServer(keys={FIRST, OTHER}) as api:
+        program.env |= {"INFOWAY_API_BASE_URL": api.url, "INFOWAY_PLAN": "0"}
+        program.run("--once", "--codes", "AAPL.US")
+        program.status()  # takes SQLite's log away, which a run leaves
+        before = contents(program.state)
+        for command in LOOKS:
+            program.run(*command, status=None)
+    assert contents(program.state) == before
+
+
+LOOKS = (("--check",), ("--status",), ("--executions",), ("--check-settings",))
+
+
+def contents(folder: Path) -> dict[str, list[Any]]:
+    """Return what every table of every file has, and which files there are."""
+    found: dict[str, list[Any]] = {path.name: [] for path in folder.iterdir()}
+    for path in folder.glob("*.db"):
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            for table in tables:
+                found[f"{path.name} {table}"] = db.execute(f"SELECT * FROM {table}").fetchall()
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------
+# As another user
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+def test_to_another_user_the_state_is_unknown_and_not_down(program: Program) -> None:
+    """A daemon runs and is registered in a directory that this user may not look into, as systemd makes one."""
+    stockrt.write_hash(program.state, "a" * 32)
+    lock = stockrt.lock_state_directory(program.state)
+    settings = load_settings(program.env, None, (), is_root=False).settings
+    assert said_to_another(settings, as_json=False) == [
+        "status          unknown: this user may not look at it: run as root",
+        f"version         {stockrt.__version__}",
+        *(f"{name:<15} unknown" for name in ("daemon", "registration", "platform", "store", "waiting",
+                                             "last execution", "API key")),
+    ]  # fmt: skip
+    told = json.loads(said_to_another(settings, as_json=True)[0])
+    assert told.keys() == stockrt.StatusReport.__annotations__.keys()
+    assert (told["daemon"], told["registration"], told["waiting"]) == ({"running": None}, None, None)
+    with unprivileged(), pytest.raises(stockrt.StoreError, match="run as root"):
+        stockrt.run_executions(5, settings, as_json=False)
+    lock.close()
+
+
+def said_to_another(settings: stockrt.Settings, as_json: bool) -> list[str]:
+    """What --status says to a user who is neither root nor the owner of the state."""
+    said = io.StringIO()
+    with unprivileged(), contextlib.redirect_stdout(said):
+        assert stockrt.run_status(settings, as_json) == UNKNOWN
+    return said.getvalue().splitlines()

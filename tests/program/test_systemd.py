@@ -341,6 +341,12 @@ def test_migrated_by_hand_settings_go_where_its_user_may_write(box: Box, install
     assert said.stdout.splitlines()[-3:] == ["600", "# From /srv/older/config/.env:", "SERVER_PORT=1"]
 
 
+def test_migrated_by_hand_a_credential_of_the_unit_is_set_already(box: Box, installed: str) -> None:
+    box.write("/srv/keyed/config/.env", "INFOWAY_API_KEY=an-older-key-5\n")
+    said = box.run("/opt/stockrt/stockrt.pyz", "--migrate", "/srv/keyed", "--dry-run").stdout
+    assert "kept      INFOWAY_API_KEY: it is set already; the older one differs\n" in said
+
+
 def test_mongodb_and_tls_work_inside(box: Box, installed: str, mongod: Path) -> None:
     """The connection string is a credential; the authority of the test's certificate comes with the unit."""
     drop_in = f"{QUICK}Environment=SSL_CERT_FILE=/etc/stockrt/ca.pem\n"
@@ -489,12 +495,138 @@ def test_registration_by_root_does_not_lock_the_service_out(service: Instance, b
 
 def test_status_by_hand_is_the_services_own(running: Instance, box: Box) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"^sudo (env CREDENTIALS_DIRECTORY=.* --status)$", readme, re.MULTILINE)
+    found = re.search(r"^sudo (/opt/.* --status)\b", readme, re.MULTILINE)
     assert found is not None
+    running.result(running.execute())
     said = box.run("env", "HOME=/root", *found[1].split()).stdout
+    assert re.search(r"^status +well$", said, re.MULTILINE), said
     assert re.search(r"^daemon +running", said, re.MULTILINE), said
     assert re.search(r"^API key .*ready$", said, re.MULTILINE), said
     assert re.search(r"^store +/var/lib/stockrt/stockrt.db$", said, re.MULTILINE), said
+
+
+def by_hand(
+    box: Box, *arguments: str, user: str = "", env: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run the installed program as root, or as another user."""
+    become = ("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups") if user else ()
+    home = "/tmp/another" if user else "/root"
+    return box.run(*become, "env", f"HOME={home}", *env, "/opt/stockrt/stockrt.pyz", *arguments, check=False)
+
+
+def test_by_hand_a_revoked_credential_is_seen_behind_a_good_key_elsewhere(
+    running: Instance, box: Box
+) -> None:
+    """In the unit's env file and in the caller's environment; the line says which source was used."""
+    place = "/etc/stockrt/credentials/infoway_api_key"
+    settings = box.root / "etc/stockrt/stockrt.env"
+    before = settings.read_text()
+    good = by_hand(box, "--check")
+    assert good.returncode == 0, good.stdout
+    assert (
+        f"ok    settings: from credential {place}, /etc/stockrt/stockrt.env, stockrt.service, defaults\n"
+        in (good.stdout)
+    )
+    try:
+        settings.write_text(before + f"INFOWAY_API_KEY={API_KEY}\n")
+        box.write(place, "revoked-key-77\n", 0o600)
+        done = by_hand(box, "--check", env=(f"INFOWAY_API_KEY={API_KEY}",))
+        assert done.returncode == 1
+        assert re.search(r"^FAIL  API key .*401", done.stdout, re.MULTILINE), done.stdout
+        once = by_hand(box, "--once", "--codes", "TSLA.US")
+        assert once.returncode == 1 and "401" in once.stderr
+    finally:
+        box.write(place, API_KEY + "\n", 0o600)
+        settings.write_text(before)
+
+
+def test_by_hand_drop_ins_count_and_what_the_service_does_not_see_is_no_ok(
+    running: Instance, box: Box
+) -> None:
+    drop_in = box.write("/etc/systemd/system/stockrt.service.d/by-hand.conf",
+                        "[Service]\nEnvironment=\"MODULE_NAME=of a drop-in\" NO_PROXY=127.0.0.1\n")  # fmt: skip
+    box.run("systemctl", "daemon-reload")
+    try:
+        assert by_hand(box, "--check").returncode == 0
+        done = by_hand(box, "--check", env=("HTTP_PROXY=http://10.1.1.1:3128", "NO_PROXY=127.0.0.1"))
+        assert done.returncode == 1
+        assert re.search(r"^FAIL  settings: .*not as stockrt\.service has them: HTTP_PROXY ", done.stdout)
+        assert "NO_PROXY of" not in done.stdout
+        own = by_hand(
+            box, "--check-settings", "--env-file", "/dev/null", env=("SERVER_IP=h", "SERVER_PORT=1")
+        )
+        assert own.returncode == 78 and "INFOWAY_API_KEY is not set" in own.stderr
+    finally:
+        drop_in.unlink()
+        box.run("systemctl", "daemon-reload")
+
+
+def test_to_another_user_the_service_is_unknown_and_not_down(running: Instance, box: Box) -> None:
+    box.run("install", "-d", "--owner=65534", "/tmp/another")
+    status = by_hand(box, "--status", user="65534")
+    assert status.returncode == 4
+    assert "status          unknown: this user may not look at it: run as root\n" in status.stdout
+    assert not re.search("not running|no daemon|--register|none yet", status.stdout)
+    for arguments in (("--executions",), ("--rejects",), ("--drain",), ("--drain", "--retry")):
+        done = by_hand(box, *arguments, user="65534")
+        assert (done.returncode, done.stdout) == (1, "") and "run as root" in done.stderr
+    checked = by_hand(box, "--check", user="65534")
+    assert re.search(
+        r"^ok    settings: .*stockrt\.service has is not known here: run as root", checked.stdout
+    )
+    own = by_hand(box, "--once", "--demo", "--codes", "TSLA.US", user="65534")
+    assert own.returncode == 0, own.stderr
+    assert by_hand(box, "--status", user="65534", env=("STATE_DIRECTORY=/var/lib/stockrt",)).returncode == 4
+    there = "/tmp/another/.local/state/stockrt"
+    mine = by_hand(box, "--status", user="65534", env=(f"STATE_DIRECTORY={there}",))
+    assert mine.returncode == 3 and "--once: 1 of 1 codes stored" in mine.stdout
+
+
+def of_root(box: Box) -> list[str]:
+    """Return what in the service's directory is root's."""
+    return [
+        path.name for path in (box.root / "var/lib/private/stockrt").rglob("*") if path.lstat().st_uid == 0
+    ]
+
+
+def test_nothing_of_roots_stays_in_the_services_directory_and_it_goes_on(running: Instance, box: Box) -> None:
+    """Beside the running service, after a kill in the middle, and where root is the first to make the files."""
+    state = box.root / "var/lib/private/stockrt"
+    looks = (("--status",), ("--check",), ("--executions", "5"), ("--check-settings",))
+    once = ("--once", "--codes", "TSLA.US", "AAPL.US")
+    for arguments in (*looks, once):
+        done = by_hand(box, *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert of_root(box) == []
+    assert running.result(running.execute())["status"] == "success"
+    running.ctl("stop")
+    for path in state.glob("*.db*"):
+        path.unlink()
+    (state / "lock").unlink()
+    before = {path.name for path in state.iterdir()}
+    assert [by_hand(box, *arguments).returncode for arguments in looks] == [3, 0, 0, 0]
+    assert {path.name for path in state.iterdir()} == before
+    asked = running.api.request_count
+    running.api.latency = 5.0
+    words = f"echo $$ >/srv/by-hand; exec env HOME=/root /opt/stockrt/stockrt.pyz {' '.join(once)}"
+    in_box = ["nsenter", "--target", str(box.leader), "--all", "sh", "-c", words]
+    killed = subprocess.Popen(in_box, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running.api.wait_for(lambda api: api.request_count > asked)
+    assert of_root(box) == []
+    box.run("kill", "-KILL", (box.root / "srv/by-hand").read_text().strip())
+    killed.wait(15)
+    running.api.latency = 0.0
+    assert {"stockrt.db", "stockrt.db-wal", "stockrt.db-shm"} <= {path.name for path in state.iterdir()}
+    assert of_root(box) == []
+    boot = len(running.said())
+    running.start()
+    assert running.result(running.execute(["BRK.B.US"]))["status"] == "success"
+    assert by_hand(box, *once).returncode == 0
+    assert running.count() == 3
+    assert of_root(box) == []
+    assert not [line for line in running.said()[boot:] if "set aside" in line or "cannot" in line]
+    status = by_hand(box, "--status")
+    assert (status.returncode, "--once: 2 of 2 codes stored" in status.stdout) == (0, True), status.stdout
 
 
 def another_version(pyz: Path, target: Path) -> None:

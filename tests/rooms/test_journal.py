@@ -206,6 +206,75 @@ def test_answers_older_than_an_hour_are_dropped_with_a_warning(
 # ------------------------------------------------------------------------------------------------------
 
 
+def answer_of(status: str = "success", **counts: int) -> str:
+    numbers = dict.fromkeys(("success_count", "duplicate_count", "kept_count", "failed_count"), 0) | counts
+    return json.dumps({"status": status, "workflow_name": "w", "message": "m", "result": numbers})
+
+
+def test_totals_are_of_everything_since_the_first_answer(journal: Journal, clock: FakeClock) -> None:
+    """Executions as runs, over restarts, and after the answers themselves are forgotten."""
+    assert journal.totals() == {}
+    answers = (
+        answer_of(success_count=5, duplicate_count=2),
+        answer_of(success_count=1, failed_count=3),
+        answer_of("failure", kept_count=4),
+        "no result",
+    )
+    for number_of, text in enumerate(answers):
+        journal.answer(journal.accept([command(f"e{number_of}")])[0], text)
+        clock.advance(100)
+    journal.note_run(NOON, answer_of(success_count=2))
+    again = reopened(journal, clock)
+    assert again.totals() == {
+        "since": int(NOON), "success": 2, "partial": 1, "failure": 2, "stored": 6, "known": 2, "kept": 4, "failed": 3,
+    }  # fmt: skip
+    again.close()
+
+
+def test_the_last_thousand_runs_are_kept_and_push_no_answer_out(
+    journal: Journal, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockrt, "ANSWERS_KEPT", 3)
+    for name in ("a", "", "c"):
+        answered(journal, name, received=True)
+        clock.advance(1)
+    for _ in range(10):
+        journal.note_run(NOON, answer_of())
+        clock.advance(1)
+    journal.received([])
+    assert journal.find("a") is not None
+    answered(journal, "d")
+    assert [one["execution_id"] for one in journal.last(100)] == ["a", None, "c", None, None, None, "d"]
+    assert [one["delivered"] for one in journal.last(100)] == [True, True, True, None, None, None, False]
+    clock.advance(1)
+    journal.accept([command("open")])
+    assert [one["execution_id"] for one in journal.last(1, only_ended=True)] == ["d"]
+    assert [one["execution_id"] for one in journal.last(1)] == ["open"]
+
+
+FORMAT_1 = """
+CREATE TABLE executions (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, execution_id TEXT UNIQUE, accepted_at REAL NOT NULL,
+    context TEXT NOT NULL, codes TEXT NOT NULL, answer TEXT, answered_at REAL, received INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX executions_open ON executions (number) WHERE answer IS NULL OR NOT received;
+INSERT INTO executions VALUES (1, 'old', 1.0, '{"workflow_name": "w"}', '[]', '{"status": "success"}', 2.0, 1);
+INSERT INTO executions VALUES (2, 'open', 3.0, '{}', '["A.US"]', NULL, NULL, 0);
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_journal_of_the_former_format_is_taken_over(tmp_path: Path, clock: FakeClock) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / stockrt.JOURNAL_NAME)) as db:
+        db.executescript(FORMAT_1)
+    with contextlib.closing(Journal(tmp_path, clock)) as journal:
+        assert [(one["execution_id"], one["status"]) for one in journal.last(9)] == [
+            ("old", "success"), ("open", None),
+        ]  # fmt: skip
+        assert [number_of for number_of, _ in journal.unanswered()] == [2]
+        assert journal.totals() == {}
+
+
 def test_everything_survives_a_restart(journal: Journal, clock: FakeClock) -> None:
     done, waiting = answered(journal, "done", received=True), answered(journal, "waiting")
     (still_open,) = journal.accept([command("open", meta="\ud800")])

@@ -66,7 +66,7 @@ def faults_of(
 
 def test_nothing_set_gives_the_defaults_and_needs_no_file() -> None:
     """An empty environment is a working configuration."""
-    settings, source, warnings = load({"HOME": "/home/u"})
+    settings, source, warnings, *_ = load({"HOME": "/home/u"})
     assert source is None
     assert warnings == ()
     assert settings == Settings(
@@ -100,7 +100,7 @@ def test_settings_are_frozen() -> None:
 def test_the_environment_is_stronger_than_the_file_and_the_file_than_the_default(write: WriteFile) -> None:
     """Each setting is taken from the strongest place that has it."""
     file = write("INFOWAY_PLAN=pro\nLOG_LEVEL=debug\n")
-    settings, source, _ = load({"INFOWAY_PLAN": "basic"}, file)
+    settings, source, *_ = load({"INFOWAY_PLAN": "basic"}, file)
     assert (settings.plans[0].name, settings.log_level, settings.numeric_type) == ("basic", "debug", "string")
     assert source == file
 
@@ -109,7 +109,7 @@ def test_a_named_file_replaces_the_usual_places(write: WriteFile) -> None:
     """Files are not merged: the named one alone counts."""
     place = write("LOG_LEVEL=debug\nINFOWAY_PLAN=pro\n", "usual.env")
     named = write("INFOWAY_PLAN=basic\n", "named.env")
-    settings, source, _ = load({}, named, [place])
+    settings, source, *_ = load({}, named, [place])
     assert (settings.plans[0].name, settings.log_level, source) == ("basic", "info", named)
 
 
@@ -120,7 +120,7 @@ def test_the_first_usual_place_that_exists_is_read_alone(tmp_path: Path, write: 
     for number, name in enumerate(relative):
         write(f"MODULE_NAME=place{number}\n" + ("SERVER_PORT=no\n" if number == 3 else ""), name)
     for number, place in enumerate(places[:3]):
-        settings, source, _ = load({}, None, places)
+        settings, source, *_ = load({}, None, places)
         assert (settings.module_name, source) == (f"place{number}", place)
         place.unlink()
     assert len(faults_of({}, None, places)) == 1
@@ -175,7 +175,7 @@ def test_the_old_collection_name_is_weaker_than_the_new_one(
     write: WriteFile, environ: dict[str, str], file: str, expected: str
 ) -> None:
     """In one place the new name wins; the environment wins over the file by either name."""
-    settings, _, warnings = load(environ, write(file))
+    settings, _, warnings, *_ = load(environ, write(file))
     assert settings.realtime_name == expected
     assert warnings == ()
 
@@ -314,7 +314,7 @@ def test_a_usual_place_that_may_not_be_read_is_passed_over_with_a_warning() -> N
         file = Path(folder, "x.env")
         file.touch(0o000)
         with unprivileged():
-            settings, source, warnings = load({"LOG_LEVEL": "debug"}, None, [file])
+            settings, source, warnings, *_ = load({"LOG_LEVEL": "debug"}, None, [file])
     assert (settings.log_level, source, len(warnings)) == ("debug", None, 1)
     assert str(file) in warnings[0]
 
@@ -326,7 +326,7 @@ def test_a_usual_place_behind_a_closed_directory_is_as_not_there() -> None:
         file.write_text("LOG_LEVEL=debug\n")
         os.chmod(folder, 0o000)
         with unprivileged():
-            settings, source, warnings = load({}, None, [file])
+            settings, source, warnings, *_ = load({}, None, [file])
         os.chmod(folder, 0o755)
     assert (settings.log_level, source, warnings) == ("info", None, ())
 
@@ -774,7 +774,7 @@ def test_the_example_loads_without_fault_and_warning() -> None:
 def test_every_line_of_the_example_is_valid_once_its_hash_is_off(write: WriteFile) -> None:
     """What it shows can be typed; where there is a default, it shows the default."""
     shown = write(ENTRY.sub(r"\1=\2", EXAMPLE.read_text("utf-8")))
-    settings, _, warnings = load({}, shown)
+    settings, _, warnings, *_ = load({}, shown)
     assert warnings == ()
     assert stockrt.read_env_file(shown).keys() == set(NAMES)
     for setting in SETTINGS:
@@ -795,3 +795,141 @@ def test_every_setting_of_the_example_is_explained_in_english_and_chinese() -> N
 def test_the_example_mentions_old_names(old_name: str) -> None:
     """Whoever has an old file finds what became of them."""
     assert old_name in EXAMPLE.read_text("utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------
+# The installed unit
+# ------------------------------------------------------------------------------------------------------
+
+
+def parse(text: str) -> stockrt.Unit:
+    return stockrt.parse_unit(text)
+
+
+def test_the_unit_that_is_installed_is_understood() -> None:
+    unit = parse((EXAMPLE.parent / "stockrt.service").read_text())
+    names = {setting.name for setting in SETTINGS if setting.secret and not setting.in_small_letters}
+    folder = Path("/etc/stockrt/credentials")
+    assert unit.credentials == {name: folder / name.lower() for name in names}
+    assert unit.variables == {"SHIV_ROOT": "%C/stockrt"}
+    assert (unit.state_directory, unit.unseen) == (Path("/var/lib/stockrt"), [])
+
+
+def test_drop_ins_of_the_unit_add_and_take_back(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.env", tmp_path / "b.env"
+    first.touch()
+    second.touch()
+    unit = parse(
+        "# /etc/systemd/system/stockrt.service\n[Service]\n#Environment=A=comment\n;Environment=A=comment\n"
+        'Environment=A=1 "B=two words" \\\n  \'C=3\'\nEnvironment=D=never ended"\nEnvironment=A=2\n'
+        "EnvironmentFile=/etc/taken-back\nStateDirectory=other:alias more\n"
+        "LoadCredential=infoway_api_key:/etc/old\n"
+        "# /etc/systemd/system/stockrt.service.d/x.conf\n[Service]\nEnvironmentFile=\n"
+        f"EnvironmentFile={tmp_path}/*.env\n"
+        "EnvironmentFile=-/missing/it/may/be\nEnvironmentFile=/missing/and/a/fault\n"
+        "LoadCredential=infoway_api_key:/etc/new\nLoadCredential=mongodb_host:from-a-store\n"
+        "LoadCredentialEncrypted=http_proxy:/etc/encrypted\n"
+    )
+    assert unit.variables == {"A": "2", "B": "two words", "C": "3"}
+    assert unit.files == [first, second, Path("/missing/and/a/fault")]
+    assert unit.credentials == {"INFOWAY_API_KEY": Path("/etc/new")}
+    assert unit.unseen == ["mongodb_host", "http_proxy"]
+    assert unit.state_directory == Path("/var/lib/other")
+
+
+def unit_of(tmp_path: Path, key: str = "", file: str = "", variables: str = "") -> stockrt.Unit:
+    """A unit with an env file, variables, and an API key in a credential."""
+    (tmp_path / "key").write_text(key)
+    (tmp_path / "unit.env").write_text(file)
+    return parse(
+        f"Environment={variables}\nEnvironmentFile={tmp_path}/unit.env\n"
+        f"LoadCredential=infoway_api_key:{tmp_path}/key\n"
+    )
+
+
+def test_by_hand_the_sources_of_the_unit_count_in_its_order_and_are_named(tmp_path: Path) -> None:
+    """Credentials, then the last env file, then variables; a file that merely lies here does not count."""
+    here = tmp_path / "stockrt.env"
+    here.write_text("MODULE_NAME=here\n")
+    unit = unit_of(tmp_path, "key-of-credential", "INFOWAY_API_KEY=key-of-file\nMODULE_NAME=file\nSERVER_PRT=1\n",
+                   "MODULE_NAME=variable SERVER_IP=10.0.0.9")  # fmt: skip
+    loaded = stockrt.load_settings({}, None, [here], is_root=True, unit=unit)
+    assert loaded.settings.api_keys == ("key-of-credential",)
+    assert (loaded.settings.module_name, loaded.settings.server_host) == ("file", "10.0.0.9")
+    assert loaded.settings.state_directory == Path("/var/lib/stockrt")
+    assert loaded.origins == f"credential {tmp_path}/key, {tmp_path}/unit.env, stockrt.service, defaults"
+    assert not loaded.hiding
+    assert [warning.partition(";")[0] for warning in loaded.warnings] == [
+        f"{here} is left out: the settings are those of stockrt.service",
+        f"{tmp_path}/unit.env: SERVER_PRT is no setting and has no effect",
+    ]
+
+
+def test_an_environment_that_the_service_does_not_see_is_named(tmp_path: Path) -> None:
+    """It counts, as ever; a credential is stronger, and the same value is no other one."""
+    unit = unit_of(tmp_path, "key-of-credential", "SERVER_IP=10.0.0.9\nSERVER_PORT=80\n")
+    environ = {"INFOWAY_API_KEY": "x-key", "SERVER_IP": "10.0.0.8", "SERVER_PORT": "80", "LOG_LEVEL": "debug",
+               "https_proxy": "http://10.0.0.1:1"}  # fmt: skip
+    loaded = stockrt.load_settings(environ, None, (), is_root=True, unit=unit)
+    assert loaded.settings.api_keys == ("key-of-credential",)
+    assert (loaded.settings.server_host, loaded.settings.log_level) == ("10.0.0.8", "debug")
+    assert loaded.hiding == ("SERVER_IP", "https_proxy")
+    assert any("SERVER_IP, https_proxy: the environment's" in warning for warning in loaded.warnings)
+
+
+def test_a_fault_of_the_unit_names_its_file(tmp_path: Path) -> None:
+    unit = unit_of(tmp_path, "key with blanks", "SERVER_PORT=99999\nno assignment\n")
+    with pytest.raises(SettingsError) as caught:
+        stockrt.load_settings({}, None, (), is_root=True, unit=unit)
+    text = str(caught.value)
+    assert f"(credential {tmp_path}/key)" in text and f"({tmp_path}/unit.env)" in text and "line 2" in text
+    assert "key with blanks" not in text
+    (tmp_path / "unit.env").unlink()
+    with pytest.raises(SettingsError, match=r"unit\.env: cannot be read: No such file"):
+        stockrt.load_settings({}, None, (), is_root=True, unit=unit)
+
+
+def test_who_names_a_state_or_settings_of_their_own_does_not_mean_the_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "stockrt.service"
+    monkeypatch.setattr(stockrt, "UNIT_PLACES", [tmp_path / "none", place])
+    monkeypatch.setenv("PATH", str(tmp_path))  # no systemctl: the file itself is read
+    assert stockrt.find_unit({}, None) is None
+    settings = tmp_path / "unit.env"
+    settings.touch()
+    place.write_text(f"[Service]\nEnvironmentFile=-{settings}\n")
+    found = stockrt.find_unit({}, None)
+    assert found is not None and found.files == [settings]
+    assert stockrt.find_unit({}, settings) == found
+    assert stockrt.find_unit({}, tmp_path / "another.env") is None
+    for name in ("STATE_DIRECTORY", "CREDENTIALS_DIRECTORY", "INVOCATION_ID"):
+        assert stockrt.find_unit({name: "/x"}, None) is None
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text("#!/bin/sh\necho 'Environment=A=of-a-drop-in'\n")
+    systemctl.chmod(0o755)
+    found = stockrt.find_unit({}, None)
+    assert found is not None and found.variables == {"A": "of-a-drop-in"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+def test_what_a_user_may_not_look_into_is_hidden_and_what_is_missing_is_not(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        closed, open_one = Path(folder, "closed"), Path(folder, "open")
+        Path(folder).chmod(0o755)
+        closed.mkdir(mode=0o700)
+        open_one.mkdir()
+        (closed / "file").touch()
+        (open_one / "secret").touch(mode=0o600)
+        (open_one / "public").touch(mode=0o644)
+        hidden = [
+            closed,
+            closed / "file",
+            open_one,
+            open_one / "secret",
+        ]  # SQLite's files need a directory to write in
+        seen = [open_one / "public", Path(folder) / "missing", open_one / "public/below"]
+        assert not any(map(stockrt.is_hidden, hidden + seen))
+        with unprivileged():
+            assert all(map(stockrt.is_hidden, hidden))
+            assert not any(map(stockrt.is_hidden, seen))
