@@ -1,33 +1,32 @@
-"""What the README shows is so: its tour is run line by line, its commands and settings exist."""
+"""What the README shows is so: its commands are run, its tour is pasted, its halves say the same."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
 import socket
 import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable
+import termios
+from dataclasses import dataclass
 from pathlib import Path
 
+import pymongo
 import pytest
+from conftest import unavailable
+from kit.mongo import free_port
 
 import stockrt
 
 REPO = Path(__file__).resolve().parents[2]
 README = (REPO / "README.md").read_text(encoding="utf-8")
 ENGLISH, _, CHINESE = README.partition("\n# 中文\n")
-# For a machine without the sqlite3 shell: the same, by Python's own module.
-SQLITE_SHELL = f"""sqlite3() {{ {sys.executable} -c '
-import sqlite3, sys
-for row in sqlite3.connect(sys.argv[1]).execute(sys.argv[2]): print(*row, sep="|")' "$@"; }}
-"""
 
 
-# Of the build script, the simulators and the fault suite.
-OTHERS_FLAGS = {"--now", "--native", "--port", "--long"}
+# Of the build script, systemctl, the simulators, the fault suite and json.tool.
+OTHERS_FLAGS = {"--now", "--native", "--port", "--long", "--quiet", "--no-ensure-ascii"}
 
 
 def blocks(text: str) -> list[str]:
@@ -35,109 +34,118 @@ def blocks(text: str) -> list[str]:
     return re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def tour_of(text: str) -> str:
+    """Return the block that is to be pasted."""
+    tour = re.search(r"<!-- tour.*?```sh\n(.*?)```", text, re.DOTALL)
+    assert tour is not None
+    return tour[1]
 
 
-def until(ready: Callable[[], bool], what: str) -> None:
-    """Wait for what another process does; there is no event to await across the shell."""
-    deadline = time.monotonic() + 60
-    while not ready():
-        assert time.monotonic() < deadline, f"not in 60 s: {what}"
-        time.sleep(0.02)
-
-
-def answers(port: int) -> bool:
-    """Say whether something listens on a port."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-class Shell:
-    """A bash that is given one line after the other, as a person types them."""
+class Terminal:
+    """A bash on a terminal of its own, into which a person pastes."""
 
     def __init__(self, directory: Path, environ: dict[str, str]) -> None:
+        self._ours, theirs = pty.openpty()
+        # what is pasted is not shown again: what is read is what the commands say
+        modes = termios.tcgetattr(theirs)
+        modes[3] &= ~termios.ECHO
+        termios.tcsetattr(theirs, termios.TCSANOW, modes)
         self._bash = subprocess.Popen(
-            ["bash", "-m"],
+            ["bash", "--norc", "--noprofile", "--noediting", "-i"],
             cwd=directory,
-            env=environ,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            env=environ | {"TERM": "dumb", "PS1": "", "PS2": ""},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
+        os.close(theirs)
 
-    def type(self, line: str) -> str:
-        """Type a line and return what is printed until its command has ended."""
-        assert self._bash.stdin is not None
-        assert self._bash.stdout is not None
-        self._bash.stdin.write(f"{line}\necho; echo =ended=\n")
-        self._bash.stdin.flush()
-        printed = ""
-        for out in self._bash.stdout:
-            if out.strip() == "=ended=":
-                return printed
-            printed += out
-        raise AssertionError(f"the shell ended: {printed}")
-
-    def close(self) -> None:
-        """End the shell and what it started."""
-        assert self._bash.stdin is not None
-        self._bash.stdin.write("kill -9 $(jobs -p) 2>/dev/null; exit\n")
-        self._bash.stdin.close()
-        self._bash.wait(60)
+    def paste(self, text: str) -> tuple[int, str]:
+        """Paste, end the shell, and return the exit status of what was pasted last and all that was shown."""
+        os.write(self._ours, f"{text}exit $?\n".encode())
+        shown = b""
+        # the terminal's other end is closed when the shell and all that it started are gone
+        with contextlib.suppress(OSError):
+            while chunk := os.read(self._ours, 65536):
+                shown += chunk
+        os.close(self._ours)
+        return self._bash.wait(60), shown.decode().replace("\r\n", "\n")
 
 
-def test_the_tour_is_as_it_says(pyz: Path, clean_env: dict[str, str], tmp_path: Path) -> None:
-    tour = re.search(r"<!-- tour.*?```sh\n(.*?)```", README, re.DOTALL)
-    assert tour is not None
+@dataclass
+class Tour:
+    """Where the tour is done: the clone as far as it needs it, with ports of its own."""
+
+    directory: Path
+    environ: dict[str, str]
+    api: int
+    platform: int
+
+    def paste(self, block: str, **more: str) -> tuple[int, str]:
+        """Paste the block, its ports replaced as the README says."""
+        block = block.replace("8765", str(self.api)).replace("8000", str(self.platform))
+        return Terminal(self.directory, self.environ | more).paste(block)
+
+
+@pytest.fixture
+def tour(pyz: Path, clean_env: dict[str, str], tmp_path: Path) -> Tour:
+    """An operator's clone, whose own settings must not matter: a store that cannot be reached, a proxy that is none."""
+    if shutil.which("curl") is None:
+        unavailable("no curl: install curl")
     for part in ("tests/kit/infoway_server.py", "tests/kit/platform_server.py"):
         (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPO / part, tmp_path / part)
     shutil.copy(pyz, tmp_path / "stockrt.pyz")
-    api, platform = free_port(), free_port()
-    # What the operator's own settings say must not matter: a store that cannot be reached, a proxy that is none.
-    (tmp_path / "stockrt.env").write_text(
-        "MONGODB_HOST=mongodb://127.0.0.1:1\nHTTP_PROXY=http://127.0.0.1:1\n"
+    wrong = {"MONGODB_HOST": "mongodb://127.0.0.1:1", "HTTP_PROXY": "http://127.0.0.1:1"}
+    (tmp_path / "stockrt.env").write_text("".join(f"{name}={value}\n" for name, value in wrong.items()))
+    return Tour(tmp_path, clean_env | wrong | {"http_proxy": "http://127.0.0.1:1"}, free_port(), free_port())
+
+
+@pytest.mark.parametrize("store", ["file", "MongoDB"])
+def test_the_tour_pasted_as_one_block_is_as_it_says(
+    store: str, tour: Tour, request: pytest.FixtureRequest
+) -> None:
+    block, more = tour_of(ENGLISH), {}
+    if store == "MongoDB":
+        uri, name = request.getfixturevalue("mongo_db")
+        block, more = block.replace("stockrt_tour", name), {"TOUR_MONGODB": uri}
+    status, shown = tour.paste(block, **more)
+    assert status == 0, shown
+    assert shown.count("WARNING") == 1 and "failed 1 (1 invalid_code: XXXX)" in shown
+    assert not re.search(r"Traceback|ERROR|No such", shown), shown
+    result = json.JSONDecoder().raw_decode(shown, shown.index('{\n    "type": "result"'))[0]
+    said = json.loads(re.search(r"```json\n(\{\"type\": \"result\".*?)```", ENGLISH, re.DOTALL)[1])  # type: ignore[index]
+    assert told(result) == told(said)
+    closing = re.search(r"```text\n(total 4, .*) \(", ENGLISH)
+    assert closing is not None and closing[1] in shown
+    assert [line.split()[0] for line in shown.splitlines() if re.match(r"\S+ +[\d.]+ ", line)] == [
+        "TSLA.US", "00700.HK", "600519.SH", "USDCNY"]  # fmt: skip
+    if store == "MongoDB":
+        with pymongo.MongoClient[dict[str, object]](uri) as client:
+            assert client[name]["realtime"].count_documents({}) == 4
+
+
+def told(result: object) -> object:
+    """A result without what differs from run to run, and without what the README leaves out."""
+    if isinstance(result, dict):
+        return {name: told(value) for name, value in result.items() if name != "took_ms"}
+    return (
+        "…"
+        if isinstance(result, str) and re.search(r"…|\d{4}-|^no exchange|[0-9a-f]{8}-", result)
+        else result
     )
-    environ = clean_env | {
-        "PATH": os.environ["PATH"],
-        "TMPDIR": str(tmp_path),
-        "http_proxy": "http://127.0.0.1:1",
-        "ALL_PROXY": "http://127.0.0.1:1",
-    }
-    shell = Shell(tmp_path, environ)
-    printed = {}
 
-    def control(action: str) -> dict[str, object]:
-        with urllib.request.urlopen(f"http://127.0.0.1:{platform}/_control/{action}") as answer:
-            found: dict[str, object] = json.load(answer)
-            return found
 
-    try:
-        if shutil.which("sqlite3") is None:
-            shell.type(SQLITE_SHELL)
-        for line in tour[1].strip().splitlines():
-            printed[line] = shell.type(line.replace("8765", str(api)).replace("8000", str(platform)))
-            if "infoway_server" in line:
-                until(lambda: answers(api), "the market-data API")
-            elif "platform_server" in line:
-                until(lambda: answers(platform), "the platform")
-            elif line.startswith("./stockrt.pyz") and line.endswith("&"):
-                until(lambda: '"online": true' in json.dumps(control("state")) or "connected" in json.dumps(
-                    control("connections")), "the module is connected")  # fmt: skip
-            elif "_control/execute" in line:
-                until(lambda: "success_count" in json.dumps(control("results")), "a result")
-    finally:
-        shell.close()
-    results = next(text for line, text in printed.items() if "_control/results" in line)
-    assert "4 of 5 codes stored" in results
-    rows = next(text for line, text in printed.items() if line.startswith("sqlite3"))
-    assert [row.split("|")[0] for row in rows.split()] == ["TSLA.US", "00700.HK", "600519.SH", "USDCNY"]
+@pytest.mark.parametrize("which", ["api", "platform"])
+def test_the_tour_says_in_a_sentence_that_a_port_is_taken(which: str, tour: Tour) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        setattr(tour, which, taken.getsockname()[1])
+        status, shown = tour.paste(tour_of(ENGLISH))
+    assert status != 0
+    assert f"cannot listen on 127.0.0.1:{getattr(tour, which)}: Address already in use" in shown
+    assert "Traceback" not in shown and "result" not in shown
 
 
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["English", "中文"])
@@ -193,6 +201,5 @@ def test_the_identity_it_shows_is_the_rule() -> None:
 
 
 def test_both_languages_say_the_same() -> None:
-    english = [block for block in blocks(ENGLISH) if "infoway_server" not in block]
-    commands = [re.sub(r"\s+#.*", "", block) for block in english]
+    commands = [re.sub(r"\s+#.*", "", block) for block in blocks(ENGLISH)]
     assert [re.sub(r"\s+#.*", "", block) for block in blocks(CHINESE)] == commands
