@@ -57,12 +57,10 @@ if sys.version_info < (3, 11):  # noqa: UP036  (before anything that an older Py
         f"stockrt needs Python 3.11 or newer; this is {sys.version.split()[0]} ({sys.executable})"
     )
 
-import argparse
 import base64
 import codecs
 import contextlib
 import gc
-import hashlib
 import io
 import json
 import logging
@@ -75,12 +73,11 @@ import signal
 import threading
 import time
 from bisect import insort
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from enum import Enum, IntEnum
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -105,6 +102,7 @@ from typing import (
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_plus, urlencode, urlsplit
 
 if TYPE_CHECKING:  # what a path does not need is imported where it is needed: it costs start time and memory
+    import argparse
     import socket
     import sqlite3
 
@@ -276,17 +274,19 @@ SYSTEM_CLOCK = Clock()
 SHORTEST_SECRET = 4
 
 
+# What html.escape does, without that module's table of two thousand names.
+_HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
+
+
 @lru_cache(maxsize=8)
 def forms_of(secrets: tuple[str, ...]) -> tuple[str, ...]:
     """Return secrets in every form in which a peer may send them back, the longest first."""
-    import html
-
     forms: set[str] = set()
     for secret in secrets:
         quoted = {quote(secret), quote(secret, safe=""), quote_plus(secret)}
         forms |= quoted | {re.sub("%..", lambda found: found[0].lower(), text) for text in quoted}
         forms |= {json.dumps(secret, ensure_ascii=ascii_alone)[1:-1] for ascii_alone in (True, False)}
-        forms |= {secret, repr(secret)[1:-1], html.escape(secret)}
+        forms |= {secret, repr(secret)[1:-1], secret.translate(_HTML)}
     return tuple(sorted((form for form in forms if len(form) >= SHORTEST_SECRET), key=len, reverse=True))
 
 
@@ -326,18 +326,29 @@ def one_line(text: object, limit: int = 300) -> str:
 MAX_DEPTH = 64
 
 
-def is_deep(value: object) -> bool:
-    """Return whether a value from JSON is nested deeper than MAX_DEPTH."""
+def is_deep(value: object, containers: float = math.inf) -> bool:
+    """Return whether a value from JSON is nested deeper than MAX_DEPTH.
+
+    `containers`: no more lists and objects are in it, as its text has no more opening brackets.
+    """
     level: list[Any] = [[value]]
     for _ in range(MAX_DEPTH + 1):
-        level = [inner for one in level for inner in _items(one) if isinstance(inner, (list, dict))]
-        if not level:
+        if not level or containers <= 0:
             return False
-    return True
+        level = [inner for one in level for inner in _items(one) if isinstance(inner, (list, dict))]
+        containers -= len(level)
+    return bool(level)
 
 
 def _items(one: Any) -> Iterable[Any]:
     return one.values() if isinstance(one, dict) else one
+
+
+def sha256(data: bytes) -> str:
+    """Return the digest of some bytes in hexadecimal digits."""
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
 
 
 def iso(moment: datetime) -> str:
@@ -580,8 +591,7 @@ OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_")
 PROXY_PORTS = {"http": 1080, "https": 443}
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What an API key may ask for; 0 means no limit."""
 
     name: str
@@ -607,19 +617,21 @@ PLANS = {
 }
 # A key whose plan the API is asked for; until it has told, the smallest one's limits hold.
 AUTO = "auto"
-PLAN_TO_ASK = replace(PLANS["free"], name=AUTO)
+PLAN_TO_ASK = PLANS["free"]._replace(name=AUTO)
 
 
-@dataclass(frozen=True, slots=True)
-class Proxy:
+class Proxy(NamedTuple):
     """An HTTP proxy, and the setting that names it; `user` and `password` are as the setting has them."""
 
     setting: str
     scheme: str
     host: str
     port: int
-    user: str = field(default="", repr=False)
-    password: str = field(default="", repr=False)
+    user: str = ""
+    password: str = ""
+
+    def __repr__(self) -> str:
+        return f"Proxy({self.setting}, {self.shown})"
 
     @property
     def shown(self) -> str:
@@ -641,8 +653,7 @@ class Proxy:
         return {self.password, unquote(self.password), self.authorization.removeprefix("Basic ")}
 
 
-@dataclass(frozen=True, slots=True)
-class Proxies:
+class Proxies(NamedTuple):
     """Which way a URL is asked for, as curl decides it: the scheme's own proxy, else the one for all, else straight."""
 
     https: Proxy | None = None
@@ -693,14 +704,13 @@ def _is_exempt(entry: str, host: str, port: int) -> bool:
         return False
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """Everything that can be set, checked. Made by `load_settings`; nothing else reads the environment."""
 
-    api_keys: tuple[str, ...] = field(repr=False)
+    api_keys: tuple[str, ...]
     api_base_url: str
     plans: tuple[Plan, ...]
-    mongodb_uri: str = field(repr=False)
+    mongodb_uri: str
     mongodb_db_name: str
     realtime_name: str
     close_name: str
@@ -721,6 +731,14 @@ class Settings:
     all_proxy: Proxy | None = None
     no_proxy: tuple[str, ...] = ()
     color: bool = True
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{name}={value!r}"
+            for name, value in self._asdict().items()
+            if name not in ("api_keys", "mongodb_uri")
+        ]
+        return f"Settings({', '.join(shown)})"
 
     @property
     def proxies(self) -> Proxies:
@@ -1896,10 +1914,10 @@ def is_stale(code: str, t: int, now_ms: int) -> bool:
 def market_name(code: str) -> str:
     """Return the suffix of a code, or the product of one that has none, '' where its session is not known."""
     _, dot, suffix = code.rpartition(".")
-    if code in BASE_METALS:
-        return "metals"
     if dot and suffix in MARKETS:
         return suffix
+    if code in BASE_METALS:
+        return "metals"
     return "" if code in SESSIONLESS else _bare_product(code)
 
 
@@ -2075,7 +2093,7 @@ class BatchPlan:
         self.guessed: set[str] = set()
         self.alternatives: dict[str, tuple[Instrument, ...]] = {}
         self.batches: list[Batch] = []
-        self._open: dict[str, list[str]] = {}
+        self._open: defaultdict[str, list[str]] = defaultdict(list)
         self._seen = [","] * (1 + expected // CODES_PER_BUCKET)
 
     def add(self, codes: Iterable[object]) -> None:
@@ -2113,14 +2131,13 @@ class BatchPlan:
             self.asked_as.setdefault(code, typed)
 
     def _take(self, code: str, product: str) -> None:
-        bucket = hash(code) % len(self._seen)
-        if f",{code}," in self._seen[bucket]:
+        seen, entry = self._seen, code + ","
+        bucket = hash(code) % len(seen)
+        if "," + entry in seen[bucket]:
             return
-        self._seen[bucket] += code + ","
+        seen[bucket] += entry
         self.total += 1
-        waiting = self._open.get(product)
-        if waiting is None:
-            waiting = self._open[product] = []
+        waiting = self._open[product]
         waiting.append(code)
         if len(waiting) == MAX_BATCH:
             self._close(product)
@@ -2182,7 +2199,6 @@ class Check(NamedTuple):
 NAMES_LISTED = 100
 
 
-@dataclass
 class Report:
     """What became of a run. Every distinct code is stored, a duplicate, queued or failed, unless it was interrupted.
 
@@ -2199,14 +2215,17 @@ class Report:
     duplicates: int = 0
     queued: int = 0
     queued_because: str = ""
-    failures: dict[str, Failure] = field(default_factory=dict)
-    read_as: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, Failure]
+    read_as: dict[str, str]
     stale: int = 0
     stale_since: int = 0
     store_error: str = ""
     close_error: str = ""
     interrupted: bool = False
     took_s: float = 0.0
+
+    def __init__(self, **known: Any) -> None:
+        vars(self).update({"failures": {}, "read_as": {}} | known)
 
     @property
     def reached(self) -> int:
@@ -2220,7 +2239,7 @@ class Report:
 
     def as_of_now(self) -> Report:
         """Return what it says now, of a run that another thread may go on with."""
-        return replace(self, failures=self.failures.copy(), read_as=self.read_as.copy())
+        return Report(**vars(self) | {"failures": self.failures.copy(), "read_as": self.read_as.copy()})
 
     def queued_words(self) -> str:
         """Return how many trades wait on this machine, and why."""
@@ -2380,7 +2399,8 @@ def json_object(body: bytes) -> dict[str, Any] | None:
         parsed = _read_json(body)
     except (ValueError, RecursionError):
         return None
-    return parsed if isinstance(parsed, dict) and not is_deep(parsed) else None
+    brackets = body.count(b"[") + body.count(b"{")
+    return parsed if isinstance(parsed, dict) and not is_deep(parsed, brackets) else None
 
 
 def not_json_words(body: bytes, whose: str) -> str:
@@ -2815,6 +2835,8 @@ def _connect_sqlite(path: Path) -> sqlite3.Connection:
     try:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
+        # Debian's SQLite writes zeros over what is deleted: half of the time that a queue takes to be emptied.
+        db.execute("PRAGMA secure_delete=OFF")
     except BaseException:
         db.close()
         raise
@@ -3465,7 +3487,7 @@ class SlidingWindow:
 
 def key_digest(secret: str) -> str:
     """Return what stands for a key wherever counts are kept: never the key."""
-    return hashlib.sha256(secret.encode()).hexdigest()[:16]
+    return sha256(secret.encode())[:16]
 
 
 class Lease(NamedTuple):
@@ -4215,7 +4237,7 @@ EARLIEST_TRADE_MS, LATEST_TRADE_MS = 946_684_800_000, 4_102_444_800_000
 # Decimal128 of MongoDB has 34 significant digits; prices have fewer than twenty.
 _DECIMAL = re.compile(r"-?(?=[\d.]{1,34}(?:[eE]|$))(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,2})?", re.ASCII)
 # Decimals as nearly all trades have them, those of a whole batch in one text.
-_PLAIN_DECIMALS = re.compile(r"(?:\d{1,17}(?:\.\d{1,16})?,)+", re.ASCII)
+_PLAIN_DECIMALS = re.compile(r"(?:\d{1,17}+(?:\.\d{1,16}+)?+,)++", re.ASCII)
 
 
 class Action(Enum):
@@ -4333,10 +4355,11 @@ def _row_of_body(ret: object, text: str) -> Refusal | None:
     for row in REFUSALS:
         if type(ret) is int and ret in row.rets:
             return row
-    for row in REFUSALS:
-        if text.casefold().startswith(tuple(map(str.casefold, row.beginnings))):
-            return row
-    return None
+    begins = text.casefold().startswith
+    return next((row for beginnings, row in _BEGINNINGS if begins(beginnings)), None)
+
+
+_BEGINNINGS = [(tuple(map(str.casefold, row.beginnings)), row) for row in REFUSALS if row.beginnings]
 
 
 def _status_of(response: Response, envelope: Mapping[str, Any]) -> int:
@@ -4443,6 +4466,8 @@ def _why_no_trade(trade: Trade, product: str, latest_ms: int) -> str:
 
 
 _FIELDS_OF = itemgetter(*Trade._fields)
+# What Trade(*fields) does when their number is right, without a call of Python's.
+_TRADE_OF = partial(tuple.__new__, Trade)
 
 
 def _plain_trades(records: Sequence[Any], latest_ms: int) -> list[Trade]:
@@ -4451,7 +4476,7 @@ def _plain_trades(records: Sequence[Any], latest_ms: int) -> list[Trade]:
     What `read_trade` makes of each, in half the time: the fields are looked at column by column.
     """
     try:
-        trades = [Trade(*_FIELDS_OF(record)) for record in records]
+        trades: list[Trade] = [*map(_TRADE_OF, map(_FIELDS_OF, records))]
         s, t, p, v, vw, td = zip(*trades, strict=True)
         decimals = (*p, *v, *vw, "")
         text = ",".join(decimals)
@@ -5304,7 +5329,7 @@ def _demo_price(code: str) -> float:
         base = code.removesuffix(quoted)
         if base != code and base in DEMO_USD and quoted in DEMO_USD:
             return DEMO_USD[base] / DEMO_USD[quoted]
-    by_chance = 1 + int.from_bytes(hashlib.sha256(code.encode()).digest()[:4], "big") % 40_000 / 100
+    by_chance = 1 + int(sha256(code.encode())[:8], 16) % 40_000 / 100
     return DEMO_PRICES.get(code, by_chance)
 
 
@@ -5330,7 +5355,7 @@ class DemoApi:
 
     def _record(self, code: str) -> dict[str, object]:
         minute = int(self._clock.wall() // 60)
-        step = int.from_bytes(hashlib.sha256(f"{code}|{minute}".encode()).digest()[:4], "big")
+        step = int(sha256(f"{code}|{minute}".encode())[:8], 16)
         price = _demo_price(code) * (1 + (step % 2001 - 1000) / 100_000)
         p = f"{price:.{max(2, 4 - math.floor(math.log10(price)))}f}"
         volume = 1 + step % 500
@@ -5408,11 +5433,21 @@ def identity(trade: Trade) -> str:
 def to_document(trade: Trade, created: datetime, demo: bool = False) -> Document:
     """Return the document of a trade, its fields as the API sent them.
 
-    `created` is aware UTC, whole milliseconds (a BSON date has no more).
+    `created` is UTC in whole milliseconds (a BSON date has no more): without a zone the driver need not take it off
+    for each document.
     """
     s, t, p, v, vw, td = trade
-    document: Document = {"_id": identity(trade), "s": s, "t": t, "p": p, "v": v, "vw": vw, "td": td}
-    document |= {"stock_code": s, "create_time": created}
+    document: Document = {
+        "_id": identity(trade),
+        "s": s,
+        "t": t,
+        "p": p,
+        "v": v,
+        "vw": vw,
+        "td": td,
+        "stock_code": s,
+        "create_time": created,
+    }
     if demo:
         document["demo"] = True
     return document
@@ -5695,6 +5730,8 @@ class MongoStore:
 
     def _encode(self, documents: Sequence[Document]) -> tuple[list[Document], dict[str, str]]:
         """Return the documents as they will be stored, and those whose numbers do not fit (`_id` -> why)."""
+        if self._convert is str:
+            return list(documents), {}
         encoded, refused = [], {}
         for document in documents:
             try:
@@ -6192,8 +6229,12 @@ class SessionsFile:
 
     def note(self, sessions: Sequence[OpenSession]) -> None:
         """Keep sessions, unless they are there. Raises StoreError."""
-        query = "SELECT 1 FROM sessions WHERE code = ? AND date = ?"
-        fresh = [one for one in sessions if not self._file.read_one(query, one.code, one.date)]
+        query = (
+            "SELECT key FROM json_each(?) WHERE NOT EXISTS (SELECT 1 FROM sessions "
+            "WHERE code = json_extract(value, '$[0]') AND date = json_extract(value, '$[1]'))"
+        )
+        asked = json.dumps([(one.code, one.date) for one in sessions])
+        fresh = [sessions[number] for (number,) in self._file.read_all(query, asked)]
         if fresh:
             with self._file.write() as db:
                 db.executemany("INSERT OR IGNORE INTO sessions VALUES (?, ?, ?, ?, ?)", fresh)
@@ -6269,10 +6310,11 @@ class ClosingPrices:
             session = sessions.get(market)
             if session is None or not session.start <= t < session.end:
                 session = sessions[market] = _session_at(market, t)
-            if now >= session.close and t >= session.opens and self._settled.get(code) != document["_id"]:
+            day, _, _, opens, close, _, _ = session
+            if now >= close and t >= opens and self._settled.get(code) != document["_id"]:
                 over.append((document, session))
-            if self._noted.get(code) != session.date and session.close < NEVER:
-                traded[code, session.date] = session
+            if self._noted.get(code) != day and close < NEVER:
+                traded[code, day] = session
         closes = self._closes(over)
         refused: Mapping[str, str] = {}
         if closes:
@@ -6630,8 +6672,9 @@ def has_bars(code: str) -> bool:
 # Delivery: what waits on this machine for MongoDB
 # ======================================================================================================
 
-# Documents that go to MongoDB at once when it is back.
-DELIVERY_BATCH = 1000
+# Documents that go to MongoDB at once when it is back: more than WRITE_BATCH, as each batch is taken out of the
+# queue with a commit of its own.
+DELIVERY_BATCH = 2000
 # A MongoDB that is back is met soon: asking it is cheap, and the results say "failure" meanwhile.
 DELIVERY_FIRST_S, DELIVERY_CAP_S = 1.0, 10.0
 # While the queue is emptied a write waits so long for its turn before it queues up itself.
@@ -6822,11 +6865,12 @@ class DeliveryQueue:
 
 def _queued_document(row: Sequence[Any]) -> Document:
     """Return the document of a row. Raises ValueError or TypeError when the disk has changed it."""
-    document: Document = dict(zip(QUEUED_FIELDS, row, strict=True))
-    trade = Trade(*row[1:-2])
-    if document["_id"] != identity(trade) or document["stock_code"] != trade.s:
+    name, *fields, code, created = row
+    trade = Trade(*fields)
+    document = to_document(trade, datetime.fromisoformat(created))
+    if name != document["_id"] or code != trade.s:
         raise ValueError("its fields do not make its _id")
-    return document | {"create_time": datetime.fromisoformat(document["create_time"])}
+    return document
 
 
 class Reject(TypedDict):
@@ -7418,7 +7462,7 @@ class Collector:
     def _take(self, outcome: Outcome) -> None:
         if not self._unwritten:
             self._unwritten_since = self._clock.monotonic()
-        created = utc_now()
+        created = utc_now().replace(tzinfo=None)
         self._unwritten += [to_document(trade, created, self._demo) for trade in outcome.trades]
         for code, failure in outcome.failures.items():
             self._fail([code], failure.words, failure.kind)
@@ -7488,21 +7532,21 @@ class Collector:
 
     def _write(self) -> None:
         documents, self._unwritten = self._unwritten, []
-        codes = [document["stock_code"] for document in documents]
-        if self.report.store_error:  # not tried again in this run: each try may take its whole time limit
-            self._fail(codes, f"fetched, not stored: {self.report.store_error}")
-            return
         try:
+            if self.report.store_error:  # not tried again in this run: each try may take its whole time limit
+                raise StoreError(self.report.store_error)
             written = self._store.write(documents)
         except StoreError as error:
             self.report.store_error = str(error)
-            self._fail(codes, f"fetched, not stored: {error}")
+            self._fail([document["stock_code"] for document in documents], f"fetched, not stored: {error}")
             return
         self._done += len(documents) - len(written.refused)
-        for document in documents:
-            if document["_id"] in written.refused:
-                self._fail([document["stock_code"]], written.refused[document["_id"]])
-        taken = [d for d in documents if d["_id"] not in written.refused]
+        taken = documents
+        if written.refused:
+            taken = [document for document in documents if document["_id"] not in written.refused]
+            for document in documents:
+                if document["_id"] in written.refused:
+                    self._fail([document["stock_code"]], written.refused[document["_id"]])
         if self._plan.guessed:
             self._note_read_as(taken)
         self._note_stale(taken)
@@ -8258,7 +8302,7 @@ def write_hash(directory: Path, module_hash: str) -> None:
 
 def program_digest() -> str:
     """Return a digest of this program: a new release registers as a new module."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:32]
+    return sha256(Path(__file__).read_bytes())[:32]
 
 
 def register(settings: Settings) -> str:
@@ -10601,20 +10645,29 @@ def first_stored(found: Mapping[str, Any], t: int, zone: tzinfo) -> tuple[dateti
     return made or datetime.fromtimestamp(t / 1000, UTC), None
 
 
-@dataclass
 class Migrated:
     """How far a collection is brought over: the last `_id` that was read, and what became of all until there.
 
     `numbers`: some hold numbers in place of texts. `examples`: the first of what is no trade or was refused, and why.
     """
 
-    after: Document = field(default_factory=dict)
-    read: int = 0
-    stored: int = 0
-    no_trade: int = 0
-    refused: int = 0
-    numbers: bool = False
-    examples: list[str] = field(default_factory=list)
+    def __init__(
+        self,
+        after: Mapping[str, Any] = MappingProxyType({}),
+        read: int = 0,
+        stored: int = 0,
+        no_trade: int = 0,
+        refused: int = 0,
+        numbers: bool = False,
+        examples: Sequence[str] = (),
+    ) -> None:
+        self.after = {**after}
+        self.read = read
+        self.stored = stored
+        self.no_trade = no_trade
+        self.refused = refused
+        self.numbers = numbers
+        self.examples = [*examples]
 
     def note(self, name: object, why: object) -> None:
         """Take an example, if there are not enough."""
@@ -10622,20 +10675,28 @@ class Migrated:
             self.examples.append(f"{one_line(name, 60)}: {one_line(why, 200)}")
 
 
-@dataclass
 class Migration:
     """Brings the older client's documents of a collection into ours: promise 3.
 
     `dry`: nothing is written. `any_zone`: `zone` holds, whatever the ObjectIds say.
     """
 
-    store: MongoStore
-    settings: Settings
-    source: str
-    zone: tzinfo
-    dry: bool = False
-    any_zone: bool = False
-    done: Migrated = field(default_factory=Migrated)
+    def __init__(
+        self,
+        store: MongoStore,
+        settings: Settings,
+        source: str,
+        zone: tzinfo,
+        dry: bool = False,
+        any_zone: bool = False,
+    ) -> None:
+        self.store = store
+        self.settings = settings
+        self.source = source
+        self.zone = zone
+        self.dry = dry
+        self.any_zone = any_zone
+        self.done = Migrated()
 
     def run(self, stop: threading.Event, events: Events = NO_EVENTS) -> bool:
         """Bring over what is left, or as much as can be until `stop`; return whether that is all.
@@ -10792,11 +10853,20 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, but a fault is raised as UsageError and the whole exit is ours."""
+class Options:
+    """What the command line asks for; with nothing of it this is the daemon."""
 
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see --help")
+    once = check = check_settings = status = drain = rejects = register = False
+    json = demo = retry = force = dry_run = False
+    backfill: int | None = None
+    executions: int | None = None
+    symbols: str | None = None
+    migrate: str | None = None
+    documents: str | None = None
+    time_zone: str | None = None
+    codes: Sequence[str] = ()
+    codes_file: str | None = None
+    env_file: Path | None = None
 
 
 def terminal_width(otherwise: int) -> int:
@@ -10806,25 +10876,26 @@ def terminal_width(otherwise: int) -> int:
     return otherwise
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """argparse's own, as wide as the terminal; it would import shutil at every start to look (0.5 MB, 3 ms)."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=terminal_width(otherwise=80) - 2)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = _Parser(
+    import argparse
+
+    width = terminal_width(otherwise=80) - 2  # argparse would import shutil at every start to look
+    parser = argparse.ArgumentParser(
         prog="stockrt",
         description="Collects the latest trades of stocks, currency pairs and crypto into MongoDB.",
         epilog=HELP_EXAMPLES,
-        formatter_class=_HelpFormatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=width),
         allow_abbrev=False,
     )
+    parser.error = _refuse_arguments  # type: ignore[method-assign]
     _add_commands(parser)
     _add_options(parser)
     return parser
+
+
+def _refuse_arguments(message: str) -> NoReturn:
+    raise UsageError(f"{message}; see --help")
 
 
 def _add_commands(parser: argparse.ArgumentParser) -> None:
@@ -10866,9 +10937,7 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--codes", nargs="+", metavar="CODE", default=[], help="codes, separated by blanks or commas"
-    )
+    parser.add_argument("--codes", nargs="+", metavar="CODE", help="codes, separated by blanks or commas")
     parser.add_argument("--codes-file", metavar="FILE", help="codes from a file, '-' for standard input")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document a line in place of the table"
@@ -10905,9 +10974,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> Options:
     """Return the options. Raises UsageError for what does not go together."""
-    options = make_parser().parse_args(argv)
+    options = Options()
+    if argv:  # or the daemon would carry argparse for months (0.6 MB)
+        make_parser().parse_args(argv, options)
     if options.symbols is not None and not options.symbols.strip():
         raise UsageError("--symbols needs a text: a code or a name, or a part of one; see --help")
     if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
@@ -10934,7 +11005,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _check_migration(options: argparse.Namespace) -> None:
+def _check_migration(options: Options) -> None:
     """Raise UsageError for options of --migrate that do not go together."""
     if options.migrate is None:
         for flag in ("documents", "time_zone", "dry_run"):
@@ -10946,7 +11017,7 @@ def _check_migration(options: argparse.Namespace) -> None:
         raise UsageError("--documents needs --time-zone ZONE, and the other way round; see --help")
 
 
-def read_codes(options: argparse.Namespace) -> Iterator[str]:
+def read_codes(options: Options) -> Iterator[str]:
     """Yield the codes of the command line, then those of the file, one by one. Raises UsageError."""
     for text in options.codes:
         yield from split_codes(text)
@@ -11257,7 +11328,7 @@ def show(text: str) -> None:
         raise PrintError(f"cannot print: {error.strerror or error}") from None
 
 
-def run_once(options: argparse.Namespace, settings: Settings) -> int:
+def run_once(options: Options, settings: Settings) -> int:
     """Fetch the given codes once and return the exit status."""
     if options.demo and settings.mongodb_uri:
         raise UsageError(
@@ -11369,7 +11440,7 @@ def without_traces(settings: Settings) -> Iterator[Settings]:
 
                 there = next(path for path in (directory, *directory.parents) if path.exists())
                 scratch = TemporaryDirectory(prefix=".stockrt-", dir=there, ignore_cleanup_errors=True)
-                settings = replace(settings, state_directory=Path(made.enter_context(scratch)))
+                settings = settings._replace(state_directory=Path(made.enter_context(scratch)))
         yield settings
 
 
@@ -11726,7 +11797,7 @@ def run_drain(settings: Settings, retry: bool) -> int:
     return EXIT_INTERRUPTED if left and stop.is_set() else EXIT_OK
 
 
-def run_backfill(options: argparse.Namespace, settings: Settings) -> int:
+def run_backfill(options: Options, settings: Settings) -> int:
     """Make closes of the past final, print a row for each code, and return the exit status."""
     codes = list(read_codes(options)) if options.codes or options.codes_file else None
     terminal = Terminal(None, "codes", bar_above=0)
@@ -11734,7 +11805,7 @@ def run_backfill(options: argparse.Namespace, settings: Settings) -> int:
     stop_on_signals(stop)
     done, failed, added = 0, 0, 0
     with Pipeline(settings, terminal) as pipeline:
-        rows = pipeline.backfill(codes, options.backfill, stop)
+        rows = pipeline.backfill(codes, cast(int, options.backfill), stop)
         total = 0
         for row in rows:
             terminal.progress(done, total)
@@ -11854,12 +11925,14 @@ def run_daemon(settings: Settings, environ: Mapping[str, str]) -> int:
     return EXIT_OK
 
 
-def run_migrate(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+def run_migrate(options: Options, environ: Mapping[str, str]) -> int:
     """Take settings and hash over from the older client's directory, then its documents if they are asked for."""
     time_zone(options.time_zone or "UTC")
     here, *_, the_services = ENV_FILE_PLACES
     target = options.env_file or (the_services if os.geteuid() == 0 else here)
-    old, settings, lines = move_installation(Path(options.migrate), target, environ, options.dry_run)
+    old, settings, lines = move_installation(
+        Path(cast(str, options.migrate)), target, environ, options.dry_run
+    )
     start_logging(settings)
     show(settings.redact("\n".join(lines)))
     done = "a service that runs sees changes after its restart"
@@ -11871,9 +11944,9 @@ def run_migrate(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return run_documents(options, settings, old.get("MONGODB_COLLECTION_NAME", OLD_COLLECTION))
 
 
-def run_documents(options: argparse.Namespace, settings: Settings, source: str = OLD_COLLECTION) -> int:
+def run_documents(options: Options, settings: Settings, source: str = OLD_COLLECTION) -> int:
     """Bring the older client's documents over, say what was done, and return the exit status."""
-    zone = time_zone(options.time_zone)
+    zone = time_zone(cast(str, options.time_zone))
     need_mongodb(settings, "there are no older documents")
     terminal = Terminal(None, "documents", bar_above=0)
     stop = StopEvent()

@@ -402,6 +402,16 @@ def test_an_answer_that_is_nested_as_deep_as_it_may_be_is_read() -> None:
     assert json_object(b'{"a":' * 65 + b"1" + b"}" * 65) is None
 
 
+def test_brackets_in_texts_hide_no_depth() -> None:
+    """How many brackets an answer has tells only how much may be in it."""
+    texts = b'"s": "' + b"[{]}" * 200 + b'", '
+    assert json_object(b"{" + texts + b'"a":' + b'{"a":' * 63 + b"1" + b"}" * 64)
+    assert json_object(b"{" + texts + b'"a":' + b'{"a":' * 64 + b"1" + b"}" * 65) is None
+    many = b'"data": [' + b"{}, " * 200
+    assert json_object(b"{" + many + b"[" * 62 + b"]" * 62 + b"]}")
+    assert json_object(b"{" + many + b"[" * 63 + b"]" * 63 + b"]}") is None
+
+
 def test_a_reason_is_one_short_printable_line() -> None:
     """The API's words go to terminals, logs and the platform."""
     reason = verdict_on(said(506, "a\x1b[31m\r\nb" * 1000)).failure.words

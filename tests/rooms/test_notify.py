@@ -90,7 +90,7 @@ def settings(tmp_path: Path, **more: str) -> stockrt.Settings:
 
 
 def report(total: int = 50, **more: object) -> Report:
-    return Report(**({"total": total, "stored": total, "took_s": 0.44} | more))  # type: ignore[arg-type]
+    return Report(**({"total": total, "stored": total, "took_s": 0.44} | more))
 
 
 # --------------------------------------------------------------------------------------------- notifications

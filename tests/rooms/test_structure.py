@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 
 import pytest
 from kit.structure import PROGRAM, Structure
@@ -84,3 +86,17 @@ def test_the_measures_see_what_they_are_for() -> None:
     assert odd.assemblers() == ["f"]
     assert odd.dead() == ["f, line 4"]
     assert (odd.count(ast.IfExp), odd.count(ast.NamedExpr)) == (1, 1)
+
+
+# What a start may do without: each costs milliseconds and memory, and only some ways through the program need it.
+NEEDED_BY_SOME = (
+    "argparse dataclasses dotenv hashlib html inspect pymongo socket sqlite3 ssl tqdm urllib3 websocket"
+)
+
+
+def test_a_daemon_that_begins_loads_nothing_that_only_others_need() -> None:
+    code = "import sys, stockrt; stockrt.parse_arguments([]); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code], cwd=PROGRAM.parent, capture_output=True, text=True, check=True
+    )
+    assert set(done.stdout.split()) & set(NEEDED_BY_SOME.split()) == set()
