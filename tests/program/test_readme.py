@@ -10,13 +10,16 @@ import shutil
 import socket
 import subprocess
 import termios
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pymongo
 import pytest
-from conftest import unavailable
+from conftest import RunPyz, unavailable
+from kit.infoway_server import InfowayServer
 from kit.mongo import free_port
+from kit.platform_server import PlatformServer
 
 import stockrt
 
@@ -28,10 +31,20 @@ ENGLISH, _, CHINESE = README.partition("\n# 中文\n")
 # Of the build script, systemctl, the simulators, the fault suite and json.tool.
 OTHERS_FLAGS = {"--now", "--native", "--port", "--long", "--quiet", "--no-ensure-ascii"}
 
+COMMAND = re.compile(r"(\./|sudo |systemctl |kill |tests/faults/run|/opt/stockrt/|mongosh |pip |chmod )")
+
 
 def blocks(text: str) -> list[str]:
     """Return the shell blocks of a text."""
     return re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+
+
+def commands_of(text: str) -> list[str]:
+    """Return the commands of the shell blocks, and those within sentences, without comments and without the tour."""
+    lines = "".join(block for block in blocks(text) if "<<'TOUR'" not in block).splitlines()
+    typed = [re.sub(r"(^|\s+)#.*", "", line) for line in lines]
+    said = re.findall(r"(?<!`)`([^`]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return [*filter(None, typed), *(" ".join(one.split()) for one in said if COMMAND.match(one))]
 
 
 def tour_of(text: str) -> str:
@@ -154,6 +167,140 @@ def test_the_first_two_commands_build_and_test(text: str) -> None:
         "./build_pyz.sh && ./stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY",
         "./build_pyz.sh test",
     ]
+
+
+# Commands that are run here, in a clone beside simulators and a MongoDB, in the README's order, and what each shows.
+HERE = {
+    "./build_pyz.sh && ./stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY": "total 3, stored 3, ",
+    "cp stockrt.env.example stockrt.env": "",
+    "./stockrt.pyz --check": "ok    MongoDB: ",
+    "./stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT": "total 4, stored 4, already known 0, ",
+    "./stockrt.pyz --symbols 茅台": "600519.SH",
+    "./stockrt.pyz --status": "last execution",
+    "./stockrt.pyz --executions": "--once",
+    "./stockrt.pyz --drain": "0 moved to mongodb://",
+    "./stockrt.pyz --rejects": "MongoDB has refused nothing",
+    "./stockrt.pyz --drain --retry": "0 moved to mongodb://",
+    "./stockrt.pyz --rejects --discard": "",
+    "./stockrt.pyz --backfill 60 --codes-file codes.txt": "1 code, 0 failed, 60 closes added",
+    "./stockrt.pyz --backfill 60": "4 codes, 0 failed, 180 closes added",
+    "./stockrt.pyz --register": "registered 股票实时数据获取模块 at http://",
+}
+# The others: the test that runs them, or why none does.
+BOX = "program/test_systemd.py::"
+INSTALL, BY_HAND = (
+    BOX + "test_install_says_the_next_three_commands",
+    BOX + "test_commands_by_hand_run_as_they_stand",
+)
+MOVED = BOX + "test_backed_up_and_moved_to_another_machine_it_is_the_same_module"
+PACK = "sudo sh -c 'umask 077; tar -czf /root/stockrt.tar.gz -C / etc/stockrt var/lib/private/stockrt"
+ELSEWHERE = {
+    "./build_pyz.sh": "program/test_build.py::test_same_bytes_wherever_it_is_built_and_no_wheel_is_fetched_twice",
+    "./build_pyz.sh --native": "program/test_build.py::test_native_build_runs_here",
+    "./build_pyz.sh lock": "not run: it asks the index for everything; what it writes is compared by test_build.py",
+    "./build_pyz.sh test": "not run: this test is one of those that it runs",
+    "./build_pyz.sh test --long": "not run: this test is one of those that it runs",
+    "./build_pyz.sh bench": "bench/test_bench.py::test_the_short_form_measures_every_row",
+    "tests/faults/run": "not run: each of its tests is a test of every run",
+    "tests/faults/run --long": "not run: it takes an hour",
+    "tests/faults/run --executes 10000": "not run: it takes 20 minutes",
+    "export TOUR_MONGODB=mongodb://127.0.0.1:27017":
+        "program/test_readme.py::test_the_tour_pasted_as_one_block_is_as_it_says",
+    "./build_pyz.sh && sudo ./build_pyz.sh install": INSTALL,
+    "sudo ./build_pyz.sh install": INSTALL,
+    "sudo ./build_pyz.sh uninstall": BOX + "test_uninstall_keeps_configuration_and_state",
+    "sudoedit /etc/stockrt/stockrt.env": "not run: it opens an editor",
+    "sudo systemctl enable --now stockrt": MOVED,
+    "sudo systemctl disable --now stockrt": MOVED,
+    f"{PACK}; systemctl start stockrt'": MOVED,
+    f"{PACK}'": MOVED,
+    "sudo sh -c 'umask 077; tar -xzf /root/stockrt.tar.gz -C /'": MOVED,
+    "sudo systemctl stop stockrt": MOVED,
+    "sudo systemctl start stockrt": BOX + "test_starts_executes_and_says_so",
+    "sudo systemctl restart stockrt": BOX + "test_upgrade_under_load_loses_nothing_and_cleans_up",
+    "sudo systemctl reload stockrt": "run in the box",
+    "systemctl status stockrt": BY_HAND,
+    "sudo /opt/stockrt/stockrt.pyz --check": BY_HAND,
+    "sudo /opt/stockrt/stockrt.pyz --status": BOX + "test_status_by_hand_is_the_services_own",
+    "sudo /opt/stockrt/stockrt.pyz --register": BOX + "test_registration_by_root_does_not_lock_the_service_out",
+    "/opt/stockrt/stockrt.pyz --help": BY_HAND,
+    "sudo journalctl -u stockrt -n 100": BY_HAND,
+    "sudo journalctl -u stockrt -p warning": BY_HAND,
+    "sudo journalctl -fu stockrt": "not run: it follows for ever",
+    "sudo /opt/stockrt/stockrt.pyz --migrate /opt/older --dry-run":
+        "program/test_migrate.py::test_dry_run_says_the_same_and_writes_nothing",
+    "sudo /opt/stockrt/stockrt.pyz --migrate /opt/older":
+        BOX + "test_migrated_before_its_first_start_it_is_the_older_module",
+    "sudo /opt/stockrt/stockrt.pyz --env-file /etc/stockrt/stockrt.env --migrate --documents stock_data"
+    " --time-zone Asia/Shanghai":
+        "program/test_migrate.py::test_doubled_documents_are_brought_over_once_with_the_time_of_the_first",
+    "pip config set global.index-url": "program/test_build.py::test_wheels_come_by_the_mirror_of_pip",
+    # what the bench's table and sentences name
+    "./stockrt.pyz --once": "bench/test_bench.py::test_the_short_form_measures_every_row",
+    "./stockrt.pyz --version": "bench/test_bench.py::test_the_short_form_measures_every_row",
+    "./stockrt.env": "not run: a file",
+    "kill -9": "faults/test_faults_kill.py::test_killed_at_random_moments_it_loses_and_doubles_nothing",
+    "kill -HUP": "run by test_daemon.py",
+    "chmod 1777": BOX + "test_metrics_reach_the_node_exporter",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["English", "中文"])
+def test_every_command_is_run_here_or_elsewhere(text: str) -> None:
+    """Where a test is named for it, there is such a test."""
+    assert [one for one in commands_of(text) if one not in {*HERE, *ELSEWHERE, "./stockrt.pyz"}] == []
+    for place in ELSEWHERE.values():
+        file, found, test = place.partition("::")
+        assert not found or f"def {test}(" in (REPO / "tests" / file).read_text("utf-8"), place
+
+
+def test_its_commands_show_what_it_says(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, mongo_db: tuple[str, str]
+) -> None:
+    """One after the other, as an operator types them, in a clone that is built already."""
+    for path in (pyz, REPO / "stockrt.env.example"):
+        shutil.copy(path, tmp_path / path.name)
+    (tmp_path / "codes.txt").write_text("TSLA.US\n")
+
+    def type_(command: str) -> str:
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=clean_env, stdin=subprocess.DEVNULL,
+                              capture_output=True, encoding="utf-8", timeout=120)  # fmt: skip
+        assert done.returncode in ((0, 3) if command.endswith("--status") else (0,)), done.stderr
+        return done.stdout + done.stderr
+
+    commands = [one for one in commands_of(ENGLISH) if one in HERE]
+    with InfowayServer(epoch_ms=int(time.time() * 1000)) as api, PlatformServer() as platform:
+        settings = {
+            "INFOWAY_API_BASE_URL": api.url, "INFOWAY_API_KEY": "test-key", "INFOWAY_PLAN": "0",
+            "MONGODB_HOST": f"'{mongo_db[0]}'", "MONGODB_DB_NAME": mongo_db[1],
+            "SERVER_IP": "127.0.0.1", "SERVER_PORT": str(platform.port),
+        }  # fmt: skip
+        for command in dict.fromkeys(commands):
+            assert HERE[command] in type_(command.replace("./build_pyz.sh && ", "")), command
+            if command.startswith("cp "):
+                with (tmp_path / "stockrt.env").open("a") as file:
+                    file.writelines(f"{name}={value}\n" for name, value in settings.items())
+        assert "./stockrt.pyz" in commands_of(ENGLISH)
+        with subprocess.Popen([tmp_path / "stockrt.pyz"], cwd=tmp_path, env=clean_env) as daemon:
+            assert platform.wait_for(lambda p: p.connected, timeout=60)
+            daemon.terminate()
+        assert daemon.returncode == 0
+
+
+def test_what_it_unpacks_is_as_large_as_it_says_and_may_be_deleted(
+    run_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path
+) -> None:
+    said = re.search(r"for the first time, less than (\d+) MB for each", ENGLISH)
+    assert said is not None
+    for _ in range(2):
+        done = run_pyz(
+            "--once", "--demo", "--codes", "AAPL.US", env={"SHIV_ROOT": "", "PYTHONDONTWRITEBYTECODE": ""}
+        )
+        assert done.returncode == 0, done.stderr
+        unpacked = tmp_path / ".shiv"
+        size = sum(path.stat().st_size for path in unpacked.rglob("*") if path.is_file())
+        assert 0 < size / 1e6 < int(said[1])
+        shutil.rmtree(unpacked)
 
 
 def test_every_flag_it_names_exists() -> None:

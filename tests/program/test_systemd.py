@@ -783,6 +783,21 @@ def test_runs_again_after_a_reboot(service: Instance, box: Box) -> None:
     assert service.result(service.execute())["status"] == "success"
 
 
+def test_commands_by_hand_run_as_they_stand(running: Instance, box: Box) -> None:
+    """Those of the README that no other test here runs, without their sudo."""
+    shown = {
+        "systemctl status stockrt": "Active: active (running)",
+        "/opt/stockrt/stockrt.pyz --check": "ok    settings: ",
+        "/opt/stockrt/stockrt.pyz --help": "--codes",
+        "journalctl -u stockrt -n 100": "connected to 127.0.0.1:",
+        "journalctl -u stockrt -p warning": "",
+    }
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for command, words in shown.items():
+        assert command in readme
+        assert words in box.run(*command.split()).stdout
+
+
 def as_the_readme_says(box: Box, heading: str) -> list[str]:
     """Return the commands of a section, as the box's root types them in the clone."""
     section = (ROOT / "README.md").read_text("utf-8").partition(f"\n### {heading}\n")[2]
