@@ -250,6 +250,11 @@ if sys.version_info < ({major}, {minor}):
     )
 
 import os
+import signal
+
+# Ctrl-C before the program takes signals itself ends quietly, as later.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 # Unpacked by an earlier start, and none of shiv's own switches is set: the rest of what shiv does then, without
 # the modules that only its unpacking needs (20 ms and 2 MB of every start).

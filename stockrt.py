@@ -50,8 +50,13 @@ sends it, and the platform's receipt ends it in `Outbox.note_received` and `Jour
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
+# Ctrl-C while the rest is imported, and where a command has nothing to end first, ends quietly.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 if sys.version_info < (3, 11):  # noqa: UP036  (before anything that an older Python could not import)
     raise SystemExit(
         f"stockrt needs Python 3.11 or newer; this is {sys.version.split()[0]} ({sys.executable})"
@@ -60,16 +65,15 @@ if sys.version_info < (3, 11):  # noqa: UP036  (before anything that an older Py
 import base64
 import codecs
 import contextlib
+import errno
 import gc
 import io
 import json
 import logging
 import math
-import os
 import queue
 import random
 import re
-import signal
 import threading
 import time
 from bisect import insort
@@ -105,6 +109,7 @@ if TYPE_CHECKING:  # what a path does not need is imported where it is needed: i
     import argparse
     import socket
     import sqlite3
+    from http.client import HTTPResponse
 
     from dotenv.parser import Binding
     from pymongo import MongoClient
@@ -507,6 +512,26 @@ def start_thread(thread: threading.Thread) -> None:
             f"no thread can be started ({error}): too many run, or memory is short; "
             "see TasksMax= and MemoryMax= of the unit, or ulimit -u"
         ) from None
+
+
+def lack_words(error: BaseException) -> str:
+    """Return what this machine is short of where that is what an error says, else ''."""
+    number = getattr(error, "errno", None)
+    if number in (errno.EMFILE, errno.ENFILE):
+        why = os.strerror(number)
+        return f"no file or connection can be opened ({why}); see LimitNOFILE= of the unit, or ulimit -n"
+    if number == errno.ENOMEM or isinstance(error, MemoryError):
+        return "memory is short; see MemoryMax= of the unit"
+    return ""
+
+
+def own_fault(error: BaseException) -> str:
+    """Return what an error is called that is none of ours, and log it whole, unless the machine lacks something."""
+    words = lack_words(error)
+    if not words:
+        log.error("a fault of stockrt itself", exc_info=error)
+        words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
+    return words
 
 
 def shorten(secret: str) -> str:
@@ -2366,6 +2391,11 @@ class Limits(NamedTuple):
     read_s: float
     whole_s: float
 
+    @property
+    def handshakes_s(self) -> float:
+        """For what comes between connecting and the request: a proxy's answer, and TLS."""
+        return min(2 * self.connect_s, self.whole_s)
+
 
 # The API was seen to take many seconds under load; a longer silence is a dead peer.
 API_LIMITS = Limits(5.0, 20.0, 30.0)
@@ -2456,7 +2486,27 @@ def _fault_of_proxy(proxy: Proxy, error: Exception, fault: Response) -> Response
     refused = _TUNNEL_REFUSED.match(str(error))
     if refused:
         return _refused_by_proxy(proxy, int(refused[1]))
-    return fault._replace(fault=f"through the proxy {proxy.shown}: {fault.fault}; see {proxy.setting}")
+    return fault._replace(fault=_through(proxy, fault.fault))
+
+
+def _through(proxy: Proxy, fault: str) -> str:
+    return f"through the proxy {proxy.shown}: {fault}; see {proxy.setting}"
+
+
+@cache
+def _answer_to_connect() -> type[HTTPResponse]:
+    """Return http.client's class of an answer, but one that passes over what only announces one (100 Continue)."""
+    from http.client import HTTPResponse, parse_headers
+
+    class FinalAnswer(HTTPResponse):
+        def _read_status(self) -> tuple[str, int, str]:
+            while True:
+                found: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+                if found[1] >= 200:
+                    return found
+                parse_headers(self.fp)
+
+    return FinalAnswer
 
 
 def _is_of_proxy(response: Response) -> bool:
@@ -2535,7 +2585,14 @@ class HttpConnection:
         self._conn: HTTPConnection | None = None
         self._wire = Wire()
         self._is_over = False
+        self._limit_s = limits.whole_s  # what the deadline leaves
         self.deadline = 0.0
+
+    def named(self, fault: str) -> str:
+        """Return what went wrong behind an open connection, with the proxy that it goes through."""
+        if self._proxy is None:
+            return fault
+        return _through(self._proxy, fault)
 
     @property
     def sock(self) -> socket.socket:
@@ -2549,13 +2606,18 @@ class HttpConnection:
             return None
         self.close()
         self._wire = Wire()
-        self.deadline = time.monotonic() + self._limits.whole_s
+        self._limit_to(self._limits.whole_s)
         fault = None
         try:
             if self._is_over:
                 raise TimeoutError("timed out")
             self._conn = self._new_connection()
+            final = self._conn.response_class
+            self._conn.response_class = _answer_to_connect()
             self._conn.connect()
+            self._conn.response_class = final
+            if self._wire.is_cut:  # which http.client takes for the end of a proxy's answer
+                raise TimeoutError("timed out")
             self._conn.timeout = self._limits.read_s
         except _foreign_errors() as error:
             fault = self._fault(error)
@@ -2567,11 +2629,13 @@ class HttpConnection:
 
     def get(self, path: str, headers: Mapping[str, str], most_bytes: int = MAX_ANSWER_BYTES) -> Response:
         """Ask for `path` over the open connection and return the answer, whatever it is, up to so many bytes."""
-        self.deadline = time.monotonic() + self._limits.whole_s
+        self._limit_to(self._limits.whole_s)
         try:
             response = self._exchange(path, headers, most_bytes)
         except _foreign_errors() as error:
             response = self._fault(error)
+            if self._proxy is not None and not self._tunnels:
+                response = _fault_of_proxy(self._proxy, error, response)
         self.deadline = 0.0
         if response.fault:
             self.close()
@@ -2597,6 +2661,10 @@ class HttpConnection:
         """Leave the open socket to the caller."""
         self._conn = None
         self._wire.close()
+
+    def _limit_to(self, seconds: float) -> None:
+        self._limit_s = seconds
+        self.deadline = time.monotonic() + seconds
 
     def _is_open(self) -> bool:
         """Return whether a request can be written at once."""
@@ -2628,6 +2696,7 @@ class HttpConnection:
     def _keep(self, sock: socket.socket) -> socket.socket:
         """Make a new socket one that `abort` can cut; TLS to a proxy that urllib3 does not do is done."""
         self._wire.keep(sock)
+        self._limit_to(min(self._limits.handshakes_s, self.deadline - time.monotonic()))
         proxy = self._proxy
         if proxy is not None and proxy.scheme == "https" and self._tunnels and not self._tls:
             return start_tls(sock, proxy.host)
@@ -2656,7 +2725,7 @@ class HttpConnection:
     def _fault(self, error: Exception) -> Response:
         """Return what an exception means."""
         if self._wire.is_cut or time.monotonic() >= self.deadline:
-            return Response(fault=f"no whole answer within {self._limits.whole_s:.0f} s")
+            return Response(fault=f"no whole answer within {self._limit_s:.0f} s")
         if isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
             return Response(fault=f"the connection broke ({type(error).__name__})")
         return Response(fault=network_words(error), hopeless=_is_about_a_certificate(error))
@@ -2699,6 +2768,10 @@ class StraightSocket:
             self.close()
             return Response(fault=network_words(error))
         return None
+
+    def named(self, fault: str) -> str:
+        """Return what went wrong behind the open connection."""
+        return fault
 
     def abort(self, for_good: bool = True) -> None:
         """Cut the connection under what goes on, so that its thread comes back with a fault."""
@@ -2758,6 +2831,8 @@ def start_tls(sock: socket.socket, host: str) -> socket.socket:
 def network_words(error: BaseException) -> str:
     """Return what happened on the network in a few words, without addresses of objects in memory."""
     cause = _root_of(error)
+    if lack_words(cause):
+        return lack_words(cause)
     text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
     text = mask(text, HIDDEN.secrets)  # before something is taken out of the middle
     return one_line(
@@ -2772,18 +2847,20 @@ def _root_of(error: BaseException) -> BaseException:
 
 
 def _is_about_a_certificate(error: BaseException) -> bool:
-    import ssl
-
-    return isinstance(_root_of(error), ssl.SSLCertVerificationError)
+    ssl = sys.modules.get("ssl")  # not imported here: there may be no descriptor for that
+    return ssl is not None and isinstance(_root_of(error), ssl.SSLCertVerificationError)
 
 
 def _foreign_errors() -> tuple[type[Exception], ...]:
     """Return what a request may raise. ValueError, AttributeError: ssl and http.client do when they are cut."""
-    from http.client import HTTPException
+    plain = (OSError, ValueError, AttributeError)
+    try:
+        from http.client import HTTPException
 
-    from urllib3.exceptions import HTTPError
-
-    return HTTPException, HTTPError, OSError, ValueError, AttributeError
+        from urllib3.exceptions import HTTPError
+    except OSError:  # no descriptor to be had: then nothing else was imported before
+        return plain
+    return HTTPException, HTTPError, *plain
 
 
 def _has_nothing_for_us(sock: socket.socket) -> bool:
@@ -2813,26 +2890,40 @@ SQLITE_BUSY_S = 10.0
 RESCUE_POLL_S = 0.05
 # The page size of our files: SQLite's default since 2016.
 SQLITE_PAGE = 4096
+# What SQLite has open at most for a file: the file, its log, the index of that, and the directory.
+SQLITE_FILES = 4
 # A log has a header, and one before each page.
 WAL_HEAD, WAL_FRAME_HEAD = 32, 24
+# What is the same in the headers of all our files (sqlite.org/fileformat2.html#the_database_header): where it stands.
+SQLITE_HEADER = {
+    0: b"SQLite format 3\0" + SQLITE_PAGE.to_bytes(2) + b"\2\2\0\x40\x20\x20",
+    44: (4).to_bytes(4),
+    52: bytes(4) + (1).to_bytes(4),
+}
+# No format of a file of ours is numbered higher.
+HIGHEST_FORMAT = 255
 # What its primary result codes say of a file: SQLITE_CORRUPT and SQLITE_NOTADB.
 SQLITE_DAMAGED = (11, 26)
+# This code of its without a further reason: a byte of the header says that others than we may write to the file.
+SQLITE_READONLY = 8
 # And its words where damage has changed the schema: what is asked of our files is always the same.
 SCHEMA_DAMAGED = re.compile(
     r"no such (?:table|column)|has no column named|unsupported file format|decode to UTF-8"
 )
 
 
-def _connect_sqlite(path: Path) -> sqlite3.Connection:
-    """Open a file: WAL, and fsynced at every commit. Raises sqlite3.Error."""
+def _connect_sqlite(path: Path, wait_s: float = SQLITE_BUSY_S, alone: bool = False) -> sqlite3.Connection:
+    """Open a file: WAL, and fsynced at every commit; `alone`: no other may meanwhile. Raises sqlite3.Error."""
     import sqlite3
 
     make_for_owner(path)
     for side in _sides(path)[1:]:
         with contextlib.suppress(FileNotFoundError):  # they come and go
             keep_owner(side, path.parent)
-    db = sqlite3.connect(path, timeout=SQLITE_BUSY_S, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=wait_s, check_same_thread=False)
     try:
+        if alone:
+            db.execute("PRAGMA locking_mode=EXCLUSIVE")
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         # Debian's SQLite writes zeros over what is deleted: half of the time that a queue takes to be emptied.
@@ -2845,7 +2936,25 @@ def _connect_sqlite(path: Path) -> sqlite3.Connection:
 
 def _sqlite_fault(path: Path, error: Exception) -> StoreError:
     """Return what an operator must know of a fault of SQLite, or of the disk below it."""
-    return StoreError(f"the local file {path} fails: {error}; see STATE_DIRECTORY")
+    why = f"{error}"
+    if _is_full(path.parent):
+        why = f"the disk is full ({why})"
+    with contextlib.ExitStack() as opened:
+        try:
+            for _ in range(SQLITE_FILES):  # it does not say why it could not open them
+                opened.callback(os.close, os.open(path.parent, os.O_RDONLY))
+        except OSError as lack:
+            why = lack_words(lack) or why
+    return StoreError(f"the local file {path} fails: {why}; see STATE_DIRECTORY")
+
+
+def _is_full(directory: Path) -> bool:
+    """Whether a disk has no room for a page; SQLite says so of some of its files in other words."""
+    try:
+        found = os.statvfs(directory)
+    except OSError:
+        return False
+    return found.f_bavail * found.f_frsize < SQLITE_PAGE
 
 
 def _sqlite_errors() -> tuple[type[Exception], ...]:
@@ -2858,9 +2967,35 @@ def _sqlite_errors() -> tuple[type[Exception], ...]:
 def _is_damage(error: Exception) -> bool:
     if isinstance(error, UnicodeDecodeError):
         return True
-    if getattr(error, "sqlite_errorcode", 0) & 0xFF in SQLITE_DAMAGED:
+    code = getattr(error, "sqlite_errorcode", 0)
+    if code & 0xFF in SQLITE_DAMAGED or code == SQLITE_READONLY:
         return True
     return SCHEMA_DAMAGED.search(str(error)) is not None
+
+
+def _tables(db: sqlite3.Connection) -> set[Any]:
+    """Return what tables and indexes a file has, and of which columns. Raises sqlite3.Error."""
+    return set(db.execute("SELECT type, name, sql FROM sqlite_master").fetchall())
+
+
+@contextlib.contextmanager
+def _header_mended(path: Path) -> Iterator[None]:
+    """Let SQLite read a file of ours whose header is damaged, as long as its first page is one that leads to tables."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # not there, or not for this user
+            file = stack.enter_context(path.open("r+b"))
+            old = file.read(101)
+            if old[100:] in (b"\x05", b"\x0d"):
+                stack.callback(_put, file, {0: old})
+                _put(file, SQLITE_HEADER)
+        yield
+
+
+def _put(file: IO[bytes], pieces: Mapping[int, bytes]) -> None:
+    for place, piece in pieces.items():
+        file.seek(place)
+        file.write(piece)
+    file.flush()
 
 
 def _beside(path: Path, end: str) -> Path:
@@ -2916,7 +3051,12 @@ def _log_is_torn(db: sqlite3.Connection, path: Path) -> bool:
         # Not read from the index file itself: to close it would undo SQLite's locks, which belong to the process.
         with contextlib.closing(sqlite3.connect(path)) as other:
             other.execute("PRAGMA user_version").fetchone()  # opens the log
-            seen = int(other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1])
+            try:
+                seen = int(other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1])
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                    raise
+                seen = _frames_seen(write_ahead_log)  # slower, and takes no room
         # -1: another process is at it, which opened it well
         return 0 <= seen < _transactions_end(write_ahead_log)
     finally:
@@ -2939,6 +3079,23 @@ def _transactions_end(write_ahead_log: Path) -> int:
     return max((number for number, frame in enumerate(frames, 1) if frame == (salts, True)), default=0)
 
 
+def _frames_seen(write_ahead_log: Path) -> int:
+    """Return the last frame up to which SQLite reads a log: it ends a transaction, and all before are good."""
+    with write_ahead_log.open("rb") as stream:
+        head = stream.read(WAL_HEAD)
+    checksum = _wal_checksum(head[:24])
+    if head[24:] != checksum:
+        return 0
+    seen = 0
+    for number, frame in enumerate(_blocks(write_ahead_log, WAL_HEAD, WAL_FRAME_HEAD + SQLITE_PAGE), 1):
+        checksum = _wal_checksum(frame[:8] + frame[WAL_FRAME_HEAD:], checksum)
+        if frame[8:24] != head[16:24] + checksum:
+            break
+        if any(frame[4:8]):
+            seen = number
+    return seen
+
+
 def _blocks(path: Path, start: int, size: int) -> Iterator[bytes]:
     """Yield what a file has from a place on, in blocks of a size. Raises OSError."""
     with path.open("rb") as stream:
@@ -2946,11 +3103,11 @@ def _blocks(path: Path, start: int, size: int) -> Iterator[bytes]:
         yield from iter(lambda: stream.read(size), b"")
 
 
-def _wal_checksum(head: bytes) -> bytes:
-    """Return the checksum of the head of a log (sqlite.org/fileformat2.html#checksum_algorithm)."""
-    older = newer = 0
-    for at in range(0, len(head), 4):  # SQLite writes it as the machine orders bytes
-        older, newer = newer, older + newer + int.from_bytes(head[at : at + 4], sys.byteorder) & 0xFFFFFFFF
+def _wal_checksum(data: bytes, before: bytes = bytes(8)) -> bytes:
+    """Return the checksum of a part of a log, behind one (sqlite.org/fileformat2.html#checksum_algorithm)."""
+    older, newer = int.from_bytes(before[:4]), int.from_bytes(before[4:])
+    for at in range(0, len(data), 4):  # SQLite writes it as the machine orders bytes
+        older, newer = newer, older + newer + int.from_bytes(data[at : at + 4], sys.byteorder) & 0xFFFFFFFF
     return older.to_bytes(4) + newer.to_bytes(4)
 
 
@@ -3109,10 +3266,14 @@ class LocalFile:
     `events` is told, every call raises StoreError from then on, and the next one to open the file rescues it.
 
     Raises StoreError when the file cannot be used, is in use although it is damaged, or was written by a newer
-    stockrt. Used with `with`, which closes it.
+    stockrt. With `patient` what is no fault of the file, as a lock that another program holds, or a full disk, is
+    raised by each use until one finds it over, and by none waited for here; without it a file is read on a full
+    disk, too, by this process alone. Used with `with`, which closes it.
     """
 
-    def __init__(self, path: Path, version: int, schema: str, events: Events = NO_EVENTS) -> None:
+    def __init__(
+        self, path: Path, version: int, schema: str, events: Events = NO_EVENTS, patient: bool = False
+    ) -> None:
 
         make_state_directory(path.parent)
         self.path = path
@@ -3120,6 +3281,7 @@ class LocalFile:
         self._version = version
         self._schema = schema
         self._events = events
+        self._patient = patient
         self._db: sqlite3.Connection | None = None
         self._fault: StoreError | None = None  # what ended its use
         lock = _beside(path, ".lock")
@@ -3127,13 +3289,14 @@ class LocalFile:
             make_for_owner(lock)
             self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
-            with disk_trouble(f"the local file {path} cannot be opened"):
-                self._open()
-                self._inode = _inode(path)
+            self._open(0.0 if patient else SQLITE_BUSY_S)
         except BaseException as error:
-            self.close()
             if isinstance(error, _sqlite_errors()):
+                if patient:
+                    return
+                self.close()
                 raise _sqlite_fault(path, error) from error
+            self.close()
             raise
 
     def __enter__(self) -> Self:
@@ -3209,6 +3372,8 @@ class LocalFile:
             if self._fault is not None:
                 raise self._fault
             try:
+                if self._db is None:
+                    self._open_late()
                 yield cast("sqlite3.Connection", self._db)
             except _sqlite_errors() as error:
                 if _is_damage(error):
@@ -3227,11 +3392,30 @@ class LocalFile:
             self._db.close()
         self._db = None
 
-    def _open(self) -> None:
-        """Lock and open the file; a damaged one is set aside first."""
+    def _open_late(self) -> None:
+        """Open what could not be opened at the start. Raises sqlite3.Error, StoreError."""
+        try:
+            self._open(SQLITE_BUSY_S)
+        except StoreError as error:
+            raise self._end_use(error) from error
+
+    def _open(self, wait_s: float) -> None:
+        """Lock and open the file; a damaged one is set aside first. Raises sqlite3.Error, StoreError."""
+        import fcntl
+
+        try:
+            with disk_trouble(f"the local file {self.path} cannot be opened"):
+                self._open_locked(wait_s)
+                self._inode = _inode(self.path)
+        except _sqlite_errors():
+            self._disconnect()
+            fcntl.flock(self._locked, fcntl.LOCK_UN)
+            raise
+
+    def _open_locked(self, wait_s: float) -> None:
         if not self._lock_alone():
             self._lock_shared()
-        damage = self._connect()
+        damage = self._connect(wait_s)
         if damage:
             if not self._lock_alone():
                 raise StoreError(
@@ -3239,7 +3423,7 @@ class LocalFile:
                     "stop that one, and the next start rescues what can be read"
                 )
             self._set_aside(damage)
-            damage = self._connect()
+            damage = self._connect(wait_s)
         if damage:
             raise StoreError(f"the local file {self.path} cannot be used: {damage}; see STATE_DIRECTORY")
         self._lock_shared()
@@ -3266,8 +3450,10 @@ class LocalFile:
                 self._events.progress()
                 time.sleep(RESCUE_POLL_S)
 
-    def _connect(self) -> str:
+    def _connect(self, wait_s: float) -> str:
         """Connect to the file and return what is wrong with it, '' where nothing is.
+
+        Another program that holds its lock is waited for so long, and by each later use for SQLITE_BUSY_S.
 
         With a torn log it stays connected: to close it would empty the log.
         """
@@ -3275,35 +3461,65 @@ class LocalFile:
         if any(side.exists() for side in _sides(self._away)):
             return "its rescue was interrupted"
         if self._mark.exists():
-            return one_line(self._mark.read_text(encoding="utf-8", errors="replace"))
+            return one_line(self._mark.read_text(encoding="utf-8", errors="replace")) or "a mark says so"
         if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
             return "its beginning is cut off"  # SQLite would take it for new and drop the log
         if any(_is_forbidden(side) for side in _sides(self.path)):
             return "this user may not read and write it"
         try:
-            self._db = _connect_sqlite(self.path)
+            self._db = self._connection(wait_s)
             if _log_is_torn(self._db, self.path):
                 return "its log is damaged, and transactions lie behind the damage"
-            self._bring_up(self._db)
+            damage = self._bring_up(self._db)
+            self._db.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_S * 1000:.0f}")
         except _sqlite_errors() as error:
             if not _is_damage(error):
                 raise
+            damage = one_line(error)
+        if damage:
             self._disconnect()
-            return one_line(error)
-        return ""
+        return damage
 
-    def _bring_up(self, db: sqlite3.Connection) -> None:
-        """Bring a file up to the version that this stockrt knows. Raises sqlite3.Error, StoreError."""
+    def _connection(self, wait_s: float) -> sqlite3.Connection:
+        try:
+            return _connect_sqlite(self.path, wait_s)
+        except _sqlite_errors():
+            if self._patient or not _is_full(self.path.parent):
+                raise
+        # the index that processes share finds no room
+        return _connect_sqlite(self.path, wait_s, alone=True)
+
+    def _bring_up(self, db: sqlite3.Connection) -> str:
+        """Bring a file up to the version that this stockrt knows, and return what is wrong with it, '' for nothing.
+
+        Raises sqlite3.Error, StoreError.
+        """
         (found,) = db.execute("PRAGMA user_version").fetchone()
+        if found == self._version:
+            return ""
+        tables = _tables(db)
+        is_ours = bool(tables) and tables == self._own_tables()
+        if not 0 <= found <= HIGHEST_FORMAT or (found < self._version and is_ours):
+            return f"its header is damaged: format {found}"
         if found > self._version:
-            raise StoreError(
+            words = (
                 f"{self.path} was written by a newer stockrt (format {found}, this one knows {self._version}); "
                 "use that one, or another STATE_DIRECTORY"
             )
-        if found < self._version:
-            db.executescript(
-                f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;"
-            )
+            if is_ours:
+                words += f"; where there never was a newer one its header is damaged: make an empty file {self._mark}, "
+                words += "and the next start rescues what can be read"
+            raise StoreError(words)
+        db.executescript(f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;")
+        return ""
+
+    def _own_tables(self) -> set[Any]:
+        """Return what `_tables` does of a file that this stockrt has made."""
+        import sqlite3
+
+        with contextlib.closing(sqlite3.connect(":memory:")) as db:
+            db.executescript(self._schema)
+            return _tables(db)
 
     @property
     def _away(self) -> Path:
@@ -3334,7 +3550,8 @@ class LocalFile:
             side.unlink(missing_ok=True)
         with contextlib.closing(_connect_sqlite(fresh)) as db:
             self._bring_up(db)
-            rescued = rescue(self._away, db, self._events)
+            with _header_mended(self._away):
+                rescued = rescue(self._away, db, self._events)
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         self._disconnect()  # not before: the last one to close a damaged log empties it
         self._mark.unlink(missing_ok=True)
@@ -3437,12 +3654,12 @@ DROP TABLE IF EXISTS calendar;
 """
 
 
-def open_store_file(directory: Path, events: Events = NO_EVENTS) -> LocalFile:
+def open_store_file(directory: Path, events: Events = NO_EVENTS, patient: bool = False) -> LocalFile:
     """Open the file that the store, what waits for MongoDB, the keys' counts and the sessions share: once a process.
 
-    Raises StoreError.
+    `patient` as for LocalFile. Raises StoreError.
     """
-    return LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, _SQLITE_SCHEMA, events)
+    return LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, _SQLITE_SCHEMA, events, patient)
 
 
 # ======================================================================================================
@@ -4786,39 +5003,48 @@ class InfowayApi:
 
     def package(self, key: ApiKey, stop: threading.Event) -> PackageInfo | Failure:
         """Ask once what a key's plan is; return that, or why it cannot be had. Raises Interrupted."""
-        envelope, failure = self._ask_once(PACKAGE_PATH, PLAN_LIMITS, stop, key)
+        envelope, failure = self._learn(PACKAGE_PATH, PLAN_LIMITS, stop, key)
         return read_package(envelope) or failure
 
     def symbols(self, kind: str, stop: threading.Event) -> list[Symbol] | Failure:
         """Ask once for a list of symbols; return it, or why it cannot be had. Raises Interrupted."""
-        envelope, failure = self._ask_once(f"{SYMBOLS_PATH}?type={kind}", self.limits, stop)
+        envelope, failure = self._learn(f"{SYMBOLS_PATH}?type={kind}", self.limits, stop)
         found = read_symbols(kind, envelope)
         return failure if found is None else found
 
-    def _ask_once(
+    def _learn(
         self, path: str, limits: Limits, stop: threading.Event, only: ApiKey | None = None
     ) -> tuple[Mapping[str, Any], Failure]:
-        """Ask for what is no batch, over a connection of its own; return the answer, and why it is none if it is none.
+        """Ask for what is no batch, tell the key what follows, and return the answer, and why it is none if it is none.
 
-        As with batches the key is taken when the connection stands, and told what follows. Raises Interrupted.
+        Raises Interrupted.
+        """
+        try:
+            key, answer = self.ask_once(path, "", limits, stop, only)
+        except NoKeyError as error:
+            return {}, Failure(FailureKind.KEY, str(error))
+        envelope, verdict = judge(answer)
+        if key is not None and envelope.get("ret") == 200:
+            self.keys.trust(key)
+        elif key is not None and verdict.action is not Action.KEY_LACKS_PRODUCT:
+            steer(self.keys, key, "", verdict)
+        return envelope, verdict.failure
+
+    def ask_once(
+        self, path: str, product: str, limits: Limits, stop: threading.Event, only: ApiKey | None = None
+    ) -> tuple[ApiKey | None, Response]:
+        """Ask over a connection of its own, and return the key that was used with the answer; None: it was not asked.
+
+        As with batches the key is taken when the connection stands. Raises NoKeyError, Interrupted.
         """
         with contextlib.closing(HttpConnection(self.base_url, limits, self.proxies)) as connection:
             with cut_after(limits.whole_s, connection):
                 fault = connection.open()
             if fault is not None:
-                return {}, decide(fault, datetime.now(UTC)).failure
-            try:
-                key = self.keys.acquire("", stop, only)
-            except NoKeyError as error:
-                return {}, Failure(FailureKind.KEY, str(error))
+                return None, fault
+            key = self.keys.acquire(product, stop, only)
             with cut_after(limits.whole_s, connection):
-                answer = connection.open() or connection.get(path, {"apiKey": key.secret})
-        envelope, verdict = judge(answer)
-        if envelope.get("ret") == 200:
-            self.keys.trust(key)
-        elif verdict.action is not Action.KEY_LACKS_PRODUCT:
-            steer(self.keys, key, "", verdict)
-        return envelope, verdict.failure
+                return key, connection.open() or connection.get(path, {"apiKey": key.secret})
 
     def close(self) -> None:
         """End the threads that wait for work."""
@@ -4868,9 +5094,7 @@ class InfowayApi:
         except Interrupted:
             return Outcome(attempt.batch, interrupted=True)
         except Exception as error:
-            log.exception("a fault of stockrt itself while fetching")
-            words = f"a fault of stockrt itself: {type(error).__name__}"
-            return _failed(attempt.batch, Failure(FailureKind.OTHER, words))
+            return _failed(attempt.batch, Failure(FailureKind.OTHER, own_fault(error)))
 
     def _try(self, connection: HttpConnection, attempt: BatchAttempt) -> Outcome | None:
         """Ask once, as soon as a key may be used; return the outcome if the answer is final.
@@ -5023,12 +5247,6 @@ def _number_in(data: Mapping[str, Any], name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST_BELIEVED:
         return 0.0
     return float(value)
-
-
-def ask_package(base_url: str, key: ApiKey, proxies: Proxies) -> tuple[PackageInfo | None, Verdict]:
-    """Ask what a key's plan is; return that, or None and what follows from the answer."""
-    envelope, verdict = judge(get_once(base_url, PACKAGE_PATH, PLAN_LIMITS, proxies, {"apiKey": key.secret}))
-    return read_package(envelope), verdict
 
 
 def judge(answer: Response) -> tuple[Mapping[str, Any], Verdict]:
@@ -5758,6 +5976,17 @@ class MongoStore:
                 return any(self._is_taken(name, other) for other in self._encode(others[:1])[0])
             return True
         return False
+
+    def lacks(self, name: str) -> bool:
+        """Return whether there is no collection by this name, or that cannot be told."""
+        from pymongo import timeout
+        from pymongo.errors import PyMongoError
+
+        with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000), contextlib.suppress(PyMongoError):
+            return name not in self.client[self._settings.mongodb_db_name].list_collection_names(
+                filter={"name": name}
+            )
+        return True
 
     def _is_taken(self, name: str, document: Document) -> bool:
         """Insert a document and return whether the collection has it then."""
@@ -7336,8 +7565,10 @@ class Delivery:
         if isinstance(error, ClosesLate):
             trouble, cause = self._close_trouble, cast(Exception, error.__cause__)
         elif not isinstance(error, StoreAway):
-            words = f"what waits cannot be moved to it: {type(error).__name__}: {error}"
-        if not isinstance(cause, StoreError) and not trouble.there:
+            words = (
+                f"what waits cannot be moved to it: {lack_words(error) or f'{type(error).__name__}: {error}'}"
+            )
+        if not isinstance(cause, StoreError) and not trouble.there and not lack_words(cause):
             log.error("a fault of stockrt itself", exc_info=cause)
         trouble.again(words)
 
@@ -7586,9 +7817,10 @@ class Collector:
         except StoreError as error:
             self._note_close_fault(str(error))
         except Exception as error:  # the trades are stored, and that is what counts
-            if not self._close_trouble.there:
-                log.error("a fault of stockrt itself", exc_info=error)
-            self._note_close_fault(f"a fault of stockrt itself: {type(error).__name__}")
+            words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
+            if lack_words(error) or not self._close_trouble.there:
+                words = own_fault(error)
+            self._note_close_fault(words)
         else:
             if not self.report.close_error:
                 self._close_trouble.over()
@@ -7604,35 +7836,54 @@ def store_name(settings: Settings) -> str:
     return "MongoDB" if settings.mongodb_uri else "local store"
 
 
-def check_key(settings: Settings, key: ApiKey) -> list[Check]:
-    """Ask the API for one trade with a key, and say what holds; also of this machine's clock where it is off."""
-    headers = {"apiKey": key.secret}
+def check_key(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list[Check]:
+    """Ask the API for one trade with a key, and say what holds; also of this machine's clock where it is off.
+
+    With `api` each request waits for its turn among those of all who use the key: a service may be one.
+    """
     path = path_of(Batch("stock", "AAPL.US"))
-    response = get_once(settings.api_base_url, path, API_LIMITS, settings.proxies, headers, MAX_BATCH_BYTES)
-    found = [_check_of(key, decide(response, datetime.now(UTC)), settings)]
+    try:
+        response = _ask_with(settings, api, key, path, "stock", API_LIMITS)
+    except StockrtError as error:
+        return [Check(f"API key {key.shown}", False, str(error))]
+    found = [_check_of(api, key, decide(response, datetime.now(UTC)), settings)]
     fault = clock_fault(response, time.time())
     if fault:
         found.append(Check("clock", False, fault))
     return found
 
 
-def _check_of(key: ApiKey, verdict: Verdict, settings: Settings) -> Check:
+def _ask_with(
+    settings: Settings, api: InfowayApi | None, key: ApiKey, path: str, product: str, limits: Limits
+) -> Response:
+    if api is None:
+        headers = {"apiKey": key.secret}
+        return get_once(settings.api_base_url, path, limits, settings.proxies, headers)
+    return api.ask_once(path, product, limits, threading.Event(), key)[1]
+
+
+def _check_of(api: InfowayApi | None, key: ApiKey, verdict: Verdict, settings: Settings) -> Check:
     """Return what an answer says of the key that was used for it, and what its plan is."""
     name = f"API key {key.shown}"
     good = f"accepted by {settings.api_base_url}"
     if verdict.action in (Action.ACCEPT, Action.CODES_UNKNOWN):
-        return Check(name, True, good + _plan_words(settings, key))
+        return Check(name, True, good + _plan_words(settings, api, key))
     # it may serve others: a plan of crypto alone is a good one
     if verdict.action is Action.KEY_LACKS_PRODUCT:
         good += f", but not for stocks: {verdict.failure.words}"
-        return Check(name, True, good + _plan_words(settings, key))
+        return Check(name, True, good + _plan_words(settings, api, key))
     setting = verdict.setting or "INFOWAY_API_BASE_URL"
     return Check(name, False, f"{verdict.failure.words}; see {setting}")
 
 
-def _plan_words(settings: Settings, key: ApiKey) -> str:
+def _plan_words(settings: Settings, api: InfowayApi | None, key: ApiKey) -> str:
     """Ask the API for a key's plan, and say what it is and where that differs from what is set."""
-    info, verdict = ask_package(settings.api_base_url, key, settings.proxies)
+    try:
+        answer = _ask_with(settings, api, key, PACKAGE_PATH, "", PLAN_LIMITS)
+    except StockrtError as error:
+        return f"; its plan cannot be had: {error}"
+    envelope, verdict = judge(answer)
+    info = read_package(envelope)
     if info is None:
         words = f"; its plan cannot be had: {verdict.failure.words or 'the answer names none'}"
         if key.plan is PLAN_TO_ASK:
@@ -7691,11 +7942,20 @@ class QueueFacts(TypedDict):
 class Pipeline:
     """Everything that a run needs, opened in one place, last opened first closed; the daemon keeps it between runs.
 
+    `patient` as for LocalFile: the daemon's file is for others, too. `only_looks`: requests are counted in MongoDB
+    where somebody counts there already, and no collection is made for it.
+
     Raises StoreError when the local file cannot be used, SettingsError for a MongoDB string that pymongo refuses.
     """
 
     def __init__(
-        self, settings: Settings, events: Events = NO_EVENTS, demo: bool = False, clock: Clock = SYSTEM_CLOCK
+        self,
+        settings: Settings,
+        events: Events = NO_EVENTS,
+        demo: bool = False,
+        clock: Clock = SYSTEM_CLOCK,
+        patient: bool = False,
+        only_looks: bool = False,
     ) -> None:
         self._settings = settings
         self._clock = clock
@@ -7705,17 +7965,19 @@ class Pipeline:
         self._delivery: Delivery | None = None
         self._close_trouble = LogThrottle(CLOSES, then="the trades are stored all the same")
         with contextlib.ExitStack() as opened:
-            file = opened.enter_context(open_store_file(settings.state_directory, self._events))
+            file = opened.enter_context(open_store_file(settings.state_directory, self._events, patient))
             mongo: MongoStore | None = None
             ledger: Ledger = LocalLedger(file)
             if settings.mongodb_uri:
                 mongo = opened.enter_context(contextlib.closing(MongoStore(settings)))
+            if mongo is not None and not (only_looks and mongo.lacks(settings.license_name)):
                 ledger = SharedLedger(mongo.collection(settings.license_name), ledger)
             self.keys = KeyPool(settings.key_plans(), ledger)
             opened.callback(self.keys.close)
             proxies = settings.proxies
             api = InfowayApi(settings.api_base_url, self.keys, proxies, self._events, clock=clock)
             opened.callback(api.close)
+            self.api = api
             self._plans = KeyPlans(file, api)
             self.directory = Directory(file, api)
             self._source: Source = api
@@ -7821,8 +8083,7 @@ class Pipeline:
         except StoreError as error:
             self._final_trouble.again(str(error))
         except Exception as error:  # it must not cost a trade
-            log.exception("closing prices cannot be made final")
-            self._final_trouble.again(f"a fault of stockrt itself: {type(error).__name__}")
+            self._final_trouble.again(own_fault(error))
         self._finaliser.pause()
         return FINAL_PAUSE_S
 
@@ -8222,12 +8483,18 @@ def _result_words(report: Report) -> str:
     return words
 
 
+# What the message of a result says whose lists were left out.
+WITHOUT_LISTS = "; sent without its lists"
+
+
 def without_lists(text: str) -> str:
     """Return a result that the platform did not take for its size without what makes it long; counts stay."""
     try:
         answer = _json_or_none(text)
+        if WITHOUT_LISTS in answer["message"]:
+            return text
         answer["result"] |= {"failed_stocks": [], "failures": {}}
-        answer["message"] += f"; sent without its lists: {len(text)} bytes were too many for the platform"
+        answer["message"] += f"{WITHOUT_LISTS}: {len(text)} bytes were too many for the platform"
     except (KeyError, TypeError, UsageError):
         return text  # what a bad disk made of it
     if "error" in answer:
@@ -8301,12 +8568,13 @@ def write_hash(directory: Path, module_hash: str) -> None:
 
 
 def program_digest() -> str:
-    """Return a digest of this program: a new release registers as a new module."""
-    return sha256(Path(__file__).read_bytes())[:32]
+    """Return a digest of this program: a new release registers as a new module. Raises StoreError."""
+    with disk_trouble("this program cannot be read", "its place"):
+        return sha256(Path(__file__).read_bytes())[:32]
 
 
 def register(settings: Settings) -> str:
-    """Register at the platform and return the hash it gave. Raises RegistrationError."""
+    """Register at the platform and return the hash it gave. Raises RegistrationError, StoreError."""
     query = {
         "name": settings.module_name,
         "description": settings.module_description,
@@ -8510,7 +8778,10 @@ def _close_words(data: bytes) -> str:
 
 def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
     """Open the socket, TLS and the WebSocket, each and all within limits. Raises DialError."""
-    from websocket import WebSocket, WebSocketBadStatusException, WebSocketException
+    try:
+        from websocket import WebSocket, WebSocketBadStatusException, WebSocketException
+    except OSError as error:
+        raise DialError(f"cannot connect: {network_words(error)}") from error
 
     url = settings.platform_url()
     way: HttpConnection | StraightSocket = StraightSocket(url, limits)
@@ -8531,7 +8802,7 @@ def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
         raise DialError(f"the handshake was refused with HTTP {status}", status) from None
     except (WebSocketException, OSError, ValueError) as error:
         way.close()
-        raise DialError(f"cannot connect: {network_words(error)}") from error
+        raise DialError(f"cannot connect: {way.named(network_words(error))}") from error
     way.let_go()
     return ws
 
@@ -8570,6 +8841,13 @@ class OpenCommand(NamedTuple):
     age_s: float
 
 
+class Undelivered(NamedTuple):
+    """An answer of the journal that the platform has not confirmed: its number, and its length in characters."""
+
+    number: int
+    size: int
+
+
 class Known(NamedTuple):
     """An execution that was accepted before: its number, and its answer, None while there is none."""
 
@@ -8604,10 +8882,17 @@ class ExecutionFacts(TypedDict):
 class Journal:
     """Accepted commands and their answers on disk. Every method may be called by any thread, and waits for the disk."""
 
-    def __init__(self, directory: Path, clock: Clock = SYSTEM_CLOCK, events: Events = NO_EVENTS) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        clock: Clock = SYSTEM_CLOCK,
+        events: Events = NO_EVENTS,
+        patient: bool = False,
+    ) -> None:
+        """Open the file; `patient` as for LocalFile."""
         self._clock = clock
         self.path = directory / JOURNAL_NAME
-        self._file = LocalFile(self.path, JOURNAL_VERSION, _JOURNAL_SCHEMA, events)
+        self._file = LocalFile(self.path, JOURNAL_VERSION, _JOURNAL_SCHEMA, events, patient)
 
     def accept(self, commands: Sequence[Command]) -> list[int]:
         """Keep commands, all or none, and return their numbers. Raises StoreError."""
@@ -8674,6 +8959,19 @@ class Journal:
         """Return what was counted, by TOTALS, and `since` when (epoch seconds); nothing yet: empty."""
         return dict(self._file.read_all("SELECT name, count FROM totals"))
 
+    def answer_of(self, number: int) -> str | None:
+        """Return the answer of a command, None where there is none. Raises StoreError."""
+        row = self._file.read_one("SELECT answer FROM executions WHERE number = ?", number)
+        return row and cast("str | None", row[0])
+
+    def shorten(self, numbers: Iterable[int]) -> None:
+        """Keep answers without their lists: the platform takes them in no other way. Raises StoreError."""
+        with self._file.write() as db:
+            for number in numbers:
+                short = without_lists(self.answer_of(number) or "")
+                update = "UPDATE executions SET answer = ? WHERE number = ? AND answer IS NOT NULL"
+                db.execute(update, (short, number))
+
     def received(self, numbers: Sequence[int]) -> None:
         """The platform has these answers: they are not sent again, unless the execution is asked for again.
 
@@ -8707,16 +9005,21 @@ class Journal:
         executing = min(commands, int(running))  # one at a time, the oldest first
         return Waiting(executing=executing, commands=commands - executing, results=results)
 
-    def unreceived(self) -> list[Known]:
-        """Return the answers that the platform has not confirmed, oldest first; drop stale ones."""
-        wanted = "answer IS NOT NULL AND NOT received"
-        with self._file.write() as db:
-            update = f"UPDATE executions SET received = 1 WHERE {wanted} AND answered_at < ?"  # noqa: S608
-            dropped = db.execute(update, (self._clock.wall() - ANSWER_LIFETIME_S,)).rowcount
-        if dropped:
-            log.warning("%d results could not be delivered within an hour and are dropped", dropped)
-        query = f"SELECT number, answer FROM executions WHERE {wanted} ORDER BY number"  # noqa: S608
-        return [Known(*row) for row in self._file.read_all(query)]
+    def unreceived(self) -> list[Undelivered]:
+        """Return the answers that the platform has not confirmed, oldest first; drop stale ones. Raises StoreError."""
+        query = (
+            "SELECT number, length(answer), answered_at < ? FROM executions "
+            "WHERE answer IS NOT NULL AND NOT received ORDER BY number"
+        )
+        rows = self._file.read_all(query, self._clock.wall() - ANSWER_LIFETIME_S)
+        stale = [number for number, _, is_stale in rows if is_stale]
+        if stale:
+            log.warning("%d results could not be delivered within an hour and are dropped", len(stale))
+            try:
+                self.received(stale)
+            except StoreError as error:  # a later start drops them once more
+                log.warning("that they are dropped cannot be kept: %s", error)
+        return [Undelivered(number, size) for number, size, is_stale in rows if not is_stale]
 
     def close(self) -> None:
         """Close the file."""
@@ -8817,6 +9120,8 @@ JOURNAL_FIRST_S, JOURNAL_CAP_S = 0.5, 5.0
 LOCK_TRIES, LOCK_RETRY_S = 5, 0.05
 # The executor looks at the clock at least so often while nothing comes: a wait is not right when the clock is set.
 LOOK_AROUND_S = 600.0
+# What waits on this machine and could not be taken up at the start is tried again after so long.
+TAKE_UP_AGAIN_S = 30.0
 # Commands that wait behind the running one.
 MAX_QUEUED = 1000
 # Failures that are nobody's but the way to the trades: said as a trouble, whatever the codes.
@@ -8831,6 +9136,9 @@ HARMLESS_BYTES = 64 * 1024
 BREAKS_WITH_LISTS = 2
 # Answers that are sent before frames are read again: a ping must not wait behind a long backlog.
 ANSWERS_AT_ONCE = 20
+# Texts of answers without a receipt that are in memory, in characters, which are bytes here; others are in the
+# journal alone until it is their turn.
+OUTBOX_MOST = 32 * 1024 * 1024
 # SIGTERM, SIGINT: the running execution has this long; what does not end stays in the journal.
 STOP_GRACE_S = 20.0
 # After the last result the platform's receipts are waited for, when the process is about to leave.
@@ -8878,7 +9186,7 @@ def _fits(value: object, kind: Any) -> bool:
 class Answered(NamedTuple):
     """To the socket's thread: an answer that is in the journal is to be sent; it ends so many `commands`.
 
-    `again`: its execution was asked for once more.
+    `again`: its execution was asked for once more. `text` is '' for one of `size` that is read from there later.
     """
 
     number: int
@@ -8886,6 +9194,14 @@ class Answered(NamedTuple):
     commands: int = 0
     again: bool = False
     news: DaemonStatus | None = None  # what --status shows of the execution
+    size: int = 0
+
+
+class Recalled(NamedTuple):
+    """To the socket's thread: the text of an answer that was asked for; None where the journal has it no more."""
+
+    number: int
+    text: str | None
 
 
 class Declined(NamedTuple):
@@ -8911,8 +9227,7 @@ def broken_by(error: Exception) -> Broken:
     """Return what a thread says whose work ended with an error; what is no error of ours is logged whole."""
     if isinstance(error, StockrtError):
         return Broken(error)
-    log.exception("a fault of stockrt itself", exc_info=error)
-    return Broken(StockrtError(f"a fault of stockrt itself: {type(error).__name__}; see the log"))
+    return Broken(StockrtError(own_fault(error)))
 
 
 class StopAsked(NamedTuple):
@@ -8923,7 +9238,7 @@ class ExecutorLeft(NamedTuple):
     """To the socket's thread: no execution runs, and none will."""
 
 
-Message: TypeAlias = Answered | Declined | Ended | Broken | StopAsked | ExecutorLeft
+Message: TypeAlias = Answered | Recalled | Declined | Ended | Broken | StopAsked | ExecutorLeft
 
 
 class Inbox:
@@ -8966,30 +9281,39 @@ class Inbox:
 class Outgoing(NamedTuple):
     """An answer on its way: its number in the journal (0: not there), and since when (monotonic seconds).
 
-    `refused`: the execution that it refuses, '' where it refuses none, or one without an id.
-    `breaks`: how often the connection ended under it; `is_short`: its lists are left out.
+    `text` is '' where it is to be read from the journal, `size` its length. `refused`: the execution that it refuses,
+    '' where it refuses none, or one without an id. `breaks`: how often the connection ended under it; `is_short`:
+    its lists are left out.
     """
 
     number: int
     text: str
     since: float
+    size: int = 0
     breaks: int = 0
     is_short: bool = False
     refused: str = ""
 
     def shortened(self) -> Outgoing:
         """Return it without its lists."""
-        return self._replace(text=without_lists(self.text), is_short=True)
+        return self._replace(is_short=True).with_text(self.text)
+
+    def with_text(self, text: str) -> Outgoing:
+        """Return it with its text, as far as that is sent; '' leaves it to the journal."""
+        if self.is_short and text:
+            text = without_lists(text)
+        return self._replace(text=text, size=len(text) or self.size)
 
 
 class Outbox:
     """The answers without a receipt: sent in order, and again over the next connection. Pure.
 
-    Receipts name no answer: each is for the oldest that was sent on this connection. All texts are in memory: no
-    more than MAX_QUEUED commands can be open while no connection brings further ones.
+    Receipts name no answer: each is for the oldest that was sent on this connection. Texts beyond `most` characters
+    are left to the journal: `missing` says which are wanted from there, `read` takes them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = OUTBOX_MOST) -> None:
+        self._most = most
         self._to_send: deque[Outgoing] = deque()
         self._sent: deque[Outgoing] = deque()
 
@@ -9002,15 +9326,52 @@ class Outbox:
         """Whether answers wait to be sent."""
         return bool(self._to_send)
 
-    def add(self, number: int, text: str, now: float, again: bool = False) -> None:
-        """Take an answer, unless it is here; `again`: its execution was asked for once more after it was sent."""
+    @property
+    def in_memory(self) -> int:
+        """Characters of the texts that are here."""
+        return sum(len(one.text) for one in (*self._sent, *self._to_send))
+
+    def add(self, number: int, text: str, now: float, again: bool = False, size: int = 0) -> None:
+        """Take an answer, unless it is here; `again`: its execution was asked for once more after it was sent.
+
+        One of the journal whose `text` is '' has `size` characters there.
+        """
         others = self._to_send if again else (*self._to_send, *self._sent)
         if not number or all(one.number != number for one in others):
-            self._to_send.append(Outgoing(number, text, now))
+            self._to_send.append(self._fitting(Outgoing(number, text, now, len(text) or size)))
+
+    def _fitting(self, one: Outgoing) -> Outgoing:
+        """Leave a text to the journal where there are too many."""
+        if one.number and self.in_memory + len(one.text) > self._most:
+            return one._replace(text="")
+        return one
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the answers that come next and whose texts are to be read, one by one or a few."""
+        numbers: list[int] = []
+        size = 0
+        for one in islice(self._to_send, ANSWERS_AT_ONCE):
+            size += one.size
+            if one.text or (numbers and size > HARMLESS_BYTES):
+                break
+            numbers.append(one.number)
+        return numbers
+
+    def read(self, number: int, text: str | None) -> bool:
+        """Take the text of an answer from the journal; return whether it waits for one that is there no more."""
+        wanted = any(one.number == number for one in self._to_send)
+        waiting = (one.with_text(text or "") if one.number == number else one for one in self._to_send)
+        self._to_send = deque(one for one in waiting if one.number != number or one.text)
+        return wanted and not text
 
     def refuse(self, execution_id: str, text: str, now: float) -> None:
-        """Take the answer of a command that is not in the journal."""
-        self._to_send.append(Outgoing(0, text, now, refused=execution_id))
+        """Take the answer of a command that is not in the journal.
+
+        Where there are too many, those that were sent are not sent again.
+        """
+        if self.in_memory + len(text) > self._most:
+            self._sent = deque(one if one.number else one._replace(text="") for one in self._sent)
+        self._to_send.append(Outgoing(0, text, now, len(text), refused=execution_id))
 
     def refuse_again(self, execution_id: str, now: float) -> bool:
         """Whether a command comes once more whose refusal the platform has not confirmed: one answer for both."""
@@ -9019,17 +9380,19 @@ class Outbox:
         since = now - EXECUTION_LIFETIME_S
         if any(one.refused == execution_id and one.since >= since for one in self._to_send):
             return True
-        sent = [one for one in self._sent if one.refused == execution_id and one.since >= since]
+        sent = [one for one in self._sent if one.refused == execution_id and one.since >= since and one.text]
         self._to_send.extend(sent[:1])
         return bool(sent)
 
     def next(self) -> str | None:
-        """Return the text that is to be sent next, None where there is none."""
-        return self._to_send[0].text if self._to_send else None
+        """Return the text that is to be sent next, None where there is none, or it is not here."""
+        if not self._to_send:
+            return None
+        return self._to_send[0].text or None
 
     def note_sent(self) -> None:
         """What `next` returned is on its way."""
-        self._sent.append(self._to_send.popleft())
+        self._sent.append(self._fitting(self._to_send.popleft()))
 
     def note_received(self) -> int:
         """Take a receipt, and return the number of the answer that it is for; 0 where none is in the journal."""
@@ -9042,24 +9405,31 @@ class Outbox:
         """
         if not self._sent:
             return None
-        largest = max(self._sent, key=lambda one: len(one.text))
+        largest = max(self._sent, key=lambda one: one.size)
         self._sent.remove(largest)
         if not largest.is_short:
             self._to_send.append(largest.shortened())
         return largest
 
-    def note_broken(self) -> None:
-        """Take it that the connection ended for another reason: what is long goes again behind the others."""
-        for one in [one for one in self._sent if len(one.text) > HARMLESS_BYTES]:
+    def note_broken(self) -> list[int]:
+        """Take it that the connection ended for another reason: what is long goes again behind the others.
+
+        Return the numbers of those that go without their lists from now on.
+        """
+        shortened: list[int] = []
+        for one in [one for one in self._sent if one.size > HARMLESS_BYTES]:
             self._sent.remove(one)
             breaks = one.breaks + 1
             if breaks >= BREAKS_WITH_LISTS and not one.is_short:
                 one = one.shortened()
+                shortened.append(one.number)
             self._to_send.append(one._replace(breaks=breaks))
+        return shortened
 
     def reconnect(self) -> None:
         """Over a new connection everything without a receipt is sent again, in the same order, and each once."""
-        everything = {one.number or -place: one for place, one in enumerate((*self._sent, *self._to_send), 1)}
+        known = [one for one in (*self._sent, *self._to_send) if one.number or one.text]
+        everything = {one.number or -place: one for place, one in enumerate(known, 1)}
         self._sent.clear()
         self._to_send = deque(everything.values())
 
@@ -9135,6 +9505,13 @@ class Relay(Events):
         self._inbox.put(Broken(error))
 
 
+class Order(NamedTuple):
+    """To the executor: a command of the journal, and why it is answered without being executed, '' where it is not."""
+
+    number: int
+    why_not: str = ""
+
+
 class Executor(threading.Thread):
     """Executes accepted commands one at a time and puts their answers into the journal."""
 
@@ -9150,15 +9527,15 @@ class Executor(threading.Thread):
         self._stale_trouble = LogThrottle("trades", then="they are stored all the same")
         self._refused_before = read_status(settings.state_directory).get("spool_refused", 0)
         self._rng = random.Random()
-        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._pipeline: Pipeline | None = None
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
         self.stop = threading.Event()  # cuts the running execution short
 
-    def add(self, number: int) -> None:
-        """Execute a command of the journal, after those before it."""
-        self._queue.put(number)
+    def add(self, order: Order) -> None:
+        """Execute or answer a command of the journal, after those before it."""
+        self._queue.put(order)
 
     def leave(self, dropped_because: str = "") -> None:
         """Begin no further execution.
@@ -9176,9 +9553,9 @@ class Executor(threading.Thread):
         """Work until told to leave."""
         try:
             self._move_what_waits()
-            while (number := self._next()) is not None:
+            while (order := self._next()) is not None:
                 self._events.progress()
-                self._inbox.put(self._answer(number))
+                self._inbox.put(self._answer(order))
         except Exception as error:
             self._inbox.put(broken_by(error))
         finally:
@@ -9186,7 +9563,7 @@ class Executor(threading.Thread):
                 self._pipeline.close()
             self._inbox.put(ExecutorLeft())
 
-    def _next(self) -> int | None:
+    def _next(self) -> Order | None:
         """Return the next command, None for the end; closes are made final before it and while none is there."""
         while True:
             wait = self._finalise()
@@ -9194,32 +9571,56 @@ class Executor(threading.Thread):
                 return self._queue.get(timeout=wait)
             except queue.Empty:
                 self._events.progress()
+                if self._pipeline is None:
+                    self._move_what_waits()
 
     def _finalise(self) -> float | None:
         """Make a part of the closes final that are due; return for how many seconds there is no more to do."""
-        if self._pipeline is None or self._leaving.is_set() or self._events.is_damaged:
+        if self._leaving.is_set() or self._events.is_damaged:
+            return None
+        if self._pipeline is None:
+            if self._store_trouble.there:
+                return TAKE_UP_AGAIN_S
             return None
         return min(self._pipeline.finalise(self._leaving), LOOK_AROUND_S)
 
-    def _answer(self, number: int) -> Message:
+    def _answer(self, order: Order) -> Message:
         """Execute a command, and return what the socket's thread has to know once the answer is in the journal."""
         try:
-            text = self._text_for(self._journal.read(number))
-            if text and self._keep_answer(number, text):
-                return Answered(number, text, commands=1, news=self._news())
+            text = ""
+            command = self._read(order.number)
+            if command is not None:
+                text = self._text_for(command, order.why_not)
+            if text and self._keep_answer(order.number, text):
+                return Answered(order.number, text, commands=1, news=self._news())
         except LostCommand as error:
-            log.error("execution %s is not answered: %s", number, error)
-            self._forget(number)
-        except StoreError as error:  # the journal cannot be read
-            if not self._events.is_damaged:
-                log.error("execution %s is not answered: %s", number, error)
+            log.error("execution %s is not answered: %s", order.number, error)
+            self._forget(order.number)
         return Ended()
 
-    def _text_for(self, command: Accepted) -> str:
+    def _read(self, number: int) -> Accepted | None:
+        """Return a command of the journal, tried until that can be read; None where this ends before."""
+        for delay in backoff(JOURNAL_FIRST_S, JOURNAL_CAP_S, self._rng, growth=1.5):
+            try:
+                command = self._journal.read(number)
+                break
+            except LostCommand:
+                raise
+            except StoreError as error:
+                self._journal_trouble.again(f"execution {number} cannot be read: {error}")
+                self._events.progress()
+                if self._events.is_damaged or self._leaving.wait(delay):
+                    return None  # it is executed at the next start
+        self._journal_trouble.over()
+        return command
+
+    def _text_for(self, command: Accepted, why_not: str) -> str:
         """Return the answer of a command, '' where it stays in the journal for the next start."""
         text = ""
-        if self._leaving.is_set() and self._dropped_because:
-            text = self._unexecuted(command.context, self._dropped_because)
+        if self._leaving.is_set():
+            why_not = why_not or self._dropped_because
+        if why_not:
+            text = self._unexecuted(command.context, why_not)
         elif not (self._leaving.is_set() or self._events.is_damaged):
             text = self._execute(command)
         return "" if self._events.is_damaged else text
@@ -9243,9 +9644,12 @@ class Executor(threading.Thread):
             return
         try:
             self._open_pipeline().start_delivery()
-        except StockrtError as error:
+        except Exception as error:
+            words = str(error)
+            if not isinstance(error, StockrtError):
+                words = own_fault(error)
             if not self._events.is_damaged:
-                log.error("what waits on this machine cannot be taken up: %s", error)
+                self._store_trouble.again(f"what waits on this machine cannot be taken up: {words}")
 
     def _keep_answer(self, number: int, answer: str) -> bool:
         """Put an answer into the journal. On a full disk that is tried until there is room, or this ends."""
@@ -9268,9 +9672,7 @@ class Executor(threading.Thread):
         except StockrtError as error:
             return self._unexecuted(command.context, str(error))
         except Exception as error:
-            log.exception("execution %s failed", execution_name(command.context))
-            reason = f"a fault of stockrt itself: {type(error).__name__}; see its log"
-            return self._unexecuted(command.context, reason)
+            return self._unexecuted(command.context, own_fault(error))
         self._events.executed(report)
         self._log(command.context, report)
         module_name = self._settings.module_name
@@ -9306,7 +9708,7 @@ class Executor(threading.Thread):
 
     def _open_pipeline(self) -> Pipeline:
         if self._pipeline is None:
-            self._pipeline = Pipeline(self._settings, self._events)
+            self._pipeline = Pipeline(self._settings, self._events, patient=True)
         return self._pipeline
 
 
@@ -9355,6 +9757,18 @@ class Received(NamedTuple):
     numbers: Sequence[int]
 
 
+class Recall(NamedTuple):
+    """To the clerk: the texts of these answers are wanted."""
+
+    numbers: Sequence[int]
+
+
+class Shorten(NamedTuple):
+    """To the clerk: these answers are kept without their lists."""
+
+    numbers: Sequence[int]
+
+
 class EndExecutor(NamedTuple):
     """To the clerk: no further command comes."""
 
@@ -9365,7 +9779,7 @@ class NoteStatus(NamedTuple):
     news: DaemonStatus
 
 
-ClerkJob: TypeAlias = list[Command] | Received | NoteStatus | EndExecutor | None
+ClerkJob: TypeAlias = list[Command] | Received | Recall | Shorten | NoteStatus | EndExecutor | None
 
 
 class Clerk(threading.Thread):
@@ -9385,7 +9799,11 @@ class Clerk(threading.Thread):
         self._codes_given = self._codes_done = 0  # each counted by one thread alone
         self._declined: dict[str, tuple[float, str]] = {}  # id -> when (monotonic s), and why
         self._accepted: deque[str] = deque(maxlen=ANSWERS_KEPT)  # looked at while the journal cannot be asked
-        self._received: set[int] = set()  # not noted in the journal yet
+        self._is_taken_up = False  # what the journal has of earlier lives
+        # not noted in the journal yet, and not read from it
+        self._received: set[int] = set()
+        self._too_long: set[int] = set()
+        self._wanted: list[int] = []
         self._status: DaemonStatus = {"version": __version__, "pid": os.getpid(), "platform": "not connected"}
         before = read_status(settings.state_directory)
         if "last_contact" in before:
@@ -9394,7 +9812,6 @@ class Clerk(threading.Thread):
         self._trouble = LogThrottle("journal")
         self._status_trouble = LogThrottle("status")
         self._rng = random.Random()
-        self._leaving = threading.Event()
 
     def do(self, job: ClerkJob) -> None:
         """Have something done; returns at once."""
@@ -9407,28 +9824,35 @@ class Clerk(threading.Thread):
         return self._codes_given - self._codes_done
 
     def leave(self) -> None:
-        """End after the jobs that are there, without waiting for a disk that takes nothing."""
-        self._leaving.set()
+        """End after the jobs that are there."""
         self._jobs.put(None)
 
     def run(self) -> None:
         """Work until told to leave."""
         try:
-            self._take_up_journal()
             self._note_status(self._status)
-            while self._work(self._take()):
-                pass
+            going_on = self._work([])
+            while going_on:
+                going_on = self._work(self._take())
         except Exception as error:
             self._inbox.put(broken_by(error))
+        finally:
+            self._executor.end()  # nobody would give it anything, or tell it to end
 
     def _take(self) -> list[ClerkJob]:
-        """Return all that is to be done, once there is something.
+        """Return all that is to be done, once there is something, or it is time to try again what was not done.
 
         Each write may wait long for a disk, or for a program that holds the file's lock: what came meanwhile is done,
         or refused, at once.
         """
         held, self._held = self._held, []
-        return [*(held or [self._jobs.get()]), *self._take_rest()]
+        if not held:
+            wait_s = None
+            if not self._is_taken_up or self._wanted:
+                wait_s = self._rng.uniform(0, JOURNAL_CAP_S)
+            with contextlib.suppress(queue.Empty):
+                held = [self._jobs.get(timeout=wait_s)]
+        return [*held, *self._take_rest()]
 
     def _take_rest(self) -> list[ClerkJob]:
         return [self._jobs.get() for _ in range(self._jobs.qsize())]
@@ -9436,66 +9860,76 @@ class Clerk(threading.Thread):
     def _work(self, jobs: Sequence[ClerkJob]) -> bool:
         """Do some jobs; return whether further ones are to be done."""
         commands: list[Command] = []
-        received: list[int] = []
         news: DaemonStatus = {}
+        noted = len(self._received) + len(self._too_long)
         for job in jobs:
             if isinstance(job, list):
                 commands += job
             elif isinstance(job, Received):
-                received += job.numbers
+                self._received.update(job.numbers)
+            elif isinstance(job, Shorten):
+                self._too_long.update(job.numbers)
+            elif isinstance(job, Recall):
+                self._wanted += job.numbers
             elif isinstance(job, NoteStatus):
                 news.update(job.news)
         if commands:
             self._accept(commands)
             self._codes_done += _count_codes(commands)
-        if received:
-            self._note_received(received)
+        if not self._is_taken_up or self._wanted or len(self._received) + len(self._too_long) > noted:
+            self._catch_up()
         if news:
             self._note_status(news)
         if any(isinstance(job, EndExecutor) for job in jobs):
             self._executor.end()
         return None not in jobs
 
-    def _take_up_journal(self) -> None:
-        """Have executed what a crash interrupted, if it is young, and sent what has no receipt."""
-        for delay in backoff(JOURNAL_FIRST_S, JOURNAL_CAP_S, self._rng, growth=1.5):
-            try:
-                self._answer_the_old()
-                unanswered, unreceived = self._journal.unanswered(), self._journal.unreceived()
-                break
-            except StoreError as error:
-                self._trouble.again(str(error))
-                if self._leaving.wait(delay):
-                    return
-        self._trouble.over()
-        for one in unreceived:
-            self._inbox.put(Answered(one.number, one.answer or ""))
-        for open_command in unanswered:
-            self._inbox.put(Ended(-1))
-            self._executor.add(open_command.number)
-
-    def _answer_the_old(self) -> None:
-        """Answer what nobody waits for any more. Raises StoreError where that is to be tried again."""
-        for number, age_s in self._journal.unanswered():
-            if age_s >= EXECUTION_LIFETIME_S:
-                self._answer_as_interrupted(number, age_s)
-
-    def _answer_as_interrupted(self, number: int, age_s: float) -> None:
+    def _catch_up(self) -> None:
+        """Do what is still to be done with the journal; what the disk does not take now goes with what comes next."""
         try:
-            context = self._journal.read(number).context
-        except LostCommand as error:
-            log.error("execution %s is not answered: %s", number, error)
-            self._journal.forget(number)
-            return
-        reason = f"interrupted: stockrt was stopped before this was done, {age_s:.0f} s ago"
-        log.warning("execution %s: %s", execution_name(context), reason)
-        self._journal.answer(number, empty_result(context, self._settings.module_name, reason))
+            if not self._is_taken_up:
+                self._take_up_journal()
+            while self._wanted:
+                number = self._wanted[0]
+                self._inbox.put(Recalled(number, self._journal.answer_of(number)))
+                del self._wanted[0]
+            if self._received:
+                self._journal.received(sorted(self._received))
+                self._received.clear()
+            if self._too_long:
+                self._journal.shorten(sorted(self._too_long))
+                self._too_long.clear()
+        except StoreError as error:
+            self._trouble.again(str(error))
+        else:
+            self._trouble.over()
+
+    def _take_up_journal(self) -> None:
+        """Have sent what has no receipt, and executed what a crash interrupted, if it is young. Raises StoreError."""
+        for name in self._declined:  # while the journal could not be asked: that was the answer
+            known = self._journal.find(name)
+            if known is not None and known.answer is None:
+                self._journal.forget(known.number)
+            elif known is not None:
+                self._journal.received([known.number])
+        unanswered, unreceived = self._journal.unanswered(), self._journal.unreceived()
+        self._is_taken_up = True
+        for one in unreceived:
+            self._inbox.put(Answered(one.number, "", size=one.size))
+        for number, age_s in unanswered:
+            why_not = ""
+            if age_s >= EXECUTION_LIFETIME_S:  # nobody waits for it any more
+                why_not = f"interrupted: stockrt was stopped before this was done, {age_s:.0f} s ago"
+            self._inbox.put(Ended(-1))
+            self._executor.add(Order(number, why_not))
 
     def _accept(self, commands: Sequence[Command]) -> None:
         """Put commands into the journal, all or none, and have them executed; answer again what was answered."""
         commands = self._without_declined(commands)
         fresh, told = list(commands), list[Message]()
         try:
+            if not self._is_taken_up:  # or what is accepted now would be taken up too
+                self._take_up_journal()
             fresh, told = self._sort(commands)
             numbers = self._journal.accept(fresh) if fresh else []
         except StoreError as error:
@@ -9510,7 +9944,7 @@ class Clerk(threading.Thread):
         for message in told:
             self._inbox.put(message)
         for number in numbers:
-            self._executor.add(number)
+            self._executor.add(Order(number))
 
     def _decline(self, command: Command, reason: str) -> None:
         if command.execution_id:
@@ -9547,17 +9981,6 @@ class Clerk(threading.Thread):
             else:  # it is executed now, or came twice in one breath: one answer
                 told.append(Ended())
         return list(fresh.values()), told
-
-    def _note_received(self, numbers: Iterable[int]) -> None:
-        """Note receipts; those that the disk does not take now go with the next ones."""
-        self._received.update(numbers)
-        try:
-            self._journal.received(sorted(self._received))
-        except StoreError as error:
-            self._trouble.again(str(error))
-        else:
-            self._received.clear()
-            self._trouble.over()
 
     def _note_status(self, news: DaemonStatus) -> None:
         """Write what --status shows; that it cannot be written is no reason to stop working."""
@@ -9602,13 +10025,16 @@ class Daemon:
         self._inbox = Inbox()
         self._outbox = Outbox()
         relay = Relay(events, self._inbox)
-        self._journal = Journal(settings.state_directory, clock, relay)
+        self._journal = Journal(settings.state_directory, clock, relay, patient=True)
         # of its own: it does not wait while the clerk waits for the lock of the file, which others may hold
-        answers = Journal(settings.state_directory, clock, relay)
+        answers = Journal(settings.state_directory, clock, relay, patient=True)
         self._executor = Executor(settings, answers, self._inbox, relay)
         self._clerk = Clerk(settings, self._journal, self._executor, self._inbox)
         self._module_hash = ""
         self._presence: Presence | None = None  # what the last refused handshake meant
+        self._recalled: set[int] = set()  # answers whose texts are on their way from the journal
+        self._dropped = 0  # answers that nobody took within an hour
+        self._drop_trouble = LogThrottle("results", clock, then="so is each that comes to be as old")
         self._open_commands = 0  # accepted, or on their way into the journal, and not ended
         self._executor_left = False
         self._leaving: Leaving | None = None
@@ -9655,7 +10081,7 @@ class Daemon:
             if error.code == TOO_LARGE:
                 self._mend_too_large()
             else:
-                self._outbox.note_broken()
+                self._clerk.do(Shorten(self._outbox.note_broken()))
         finally:
             link.close()
             self._clerk.do(NoteStatus({"platform": "not connected", "last_contact": iso(utc_now())}))
@@ -9666,9 +10092,10 @@ class Daemon:
         result = self._outbox.note_too_large()
         if result is None:
             return
-        what = f"a result of {len(result.text)} bytes is too large for the platform (1009)"
+        what = f"a result of {result.size} bytes is too large for the platform (1009)"
         if not result.is_short:
             log.warning("%s: it is sent again without its lists, after the others", what)
+            self._clerk.do(Shorten([result.number]))
             return
         log.warning("%s without its lists too, and is given up", what)
         self._clerk.do(Received([result.number]))
@@ -9712,7 +10139,8 @@ class Daemon:
         now = self._clock.monotonic()
         stale = self._outbox.drop_older(now - ANSWER_LIFETIME_S)
         if stale:
-            log.warning("%d results could not be delivered within an hour and are dropped", len(stale))
+            self._dropped += len(stale)
+            self._drop_trouble.again(f"{self._dropped} could not be delivered within an hour and are dropped")
             self._clerk.do(Received(stale))
         return self._events.tick(self._open_commands, len(self._outbox))
 
@@ -9779,6 +10207,7 @@ class Daemon:
             else:
                 commands.append(event)
         if received:
+            self._drop_trouble.over()
             self._clerk.do(Received(received))
         self._accept(commands)
         return lost
@@ -9842,9 +10271,13 @@ class Daemon:
             now = self._clock.monotonic()
             if isinstance(message, Answered):
                 self._open_commands -= message.commands
-                self._outbox.add(message.number, message.text, now, message.again)
+                self._outbox.add(message.number, message.text, now, message.again, message.size)
                 if message.news is not None:
                     self._clerk.do(NoteStatus(message.news))
+            elif isinstance(message, Recalled):
+                self._recalled.discard(message.number)
+                if self._outbox.read(message.number, message.text):
+                    log.error("execution %s is not answered: its answer is lost", message.number)
             elif isinstance(message, Declined):
                 self._open_commands -= 1
                 self._refuse(message.command.context, message.reason, message.command.execution_id)
@@ -9863,9 +10296,13 @@ class Daemon:
         for _ in range(ANSWERS_AT_ONCE):
             text = self._outbox.next()
             if text is None:
-                return
+                break
             self._outbox.note_sent()
             self._send_text(link, protocol, text)
+        missing = [number for number in self._outbox.missing() if number not in self._recalled]
+        if missing:
+            self._recalled.update(missing)
+            self._clerk.do(Recall(missing))
 
     def _begin_leaving(self, dropped_because: str = "") -> None:
         if self._leaving is None:
@@ -11467,17 +11904,21 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
         yield Check("proxy", True, _ways(settings))
     if not settings.api_keys:
         yield Check("API key", False, NO_KEY_HINT)
-    for secret, plan in settings.key_plans():
-        yield from check_key(settings, ApiKey(secret, plan))
-    yield _check_state_directory(settings)
-    store = store_name(settings)
-    try:
-        with without_traces(settings) as looked_at, Pipeline(looked_at) as pipeline:
-            words = pipeline.store.check()
-        words = words.replace(str(looked_at.state_directory), str(settings.state_directory))
-        yield Check(store, True, words)
-    except StockrtError as error:
-        yield Check(store, False, str(error))
+    with contextlib.ExitStack() as opened:
+        looked_at, pipeline = settings, None
+        words = ""
+        try:
+            looked_at = opened.enter_context(without_traces(settings))
+            pipeline = opened.enter_context(Pipeline(looked_at, only_looks=True))
+        except StockrtError as error:
+            words = str(error)
+        yield from _check_keys(settings, pipeline)
+        yield _check_state_directory(settings)
+        store = Check(store_name(settings), False, words)
+        if pipeline is not None:
+            store = _check_store(store.name, pipeline)
+        words = store.words.replace(str(looked_at.state_directory), str(settings.state_directory))
+        yield store._replace(words=words)
     if settings.platform_url():
         yield check_platform(settings)
 
@@ -11492,6 +11933,22 @@ def _check_state_directory(settings: Settings) -> Check:
             return Check("state directory", True, words)
     except StoreError as error:
         return Check("state directory", False, str(error))
+
+
+def _check_keys(settings: Settings, pipeline: Pipeline | None) -> Iterator[Check]:
+    if pipeline is None:
+        for secret, plan in settings.key_plans():
+            yield from check_key(settings, None, ApiKey(secret, plan))
+    else:
+        for key in pipeline.keys.keys:
+            yield from check_key(settings, pipeline.api, key)
+
+
+def _check_store(name: str, pipeline: Pipeline) -> Check:
+    try:
+        return Check(name, True, pipeline.store.check())
+    except StockrtError as error:
+        return Check(name, False, str(error))
 
 
 def _ways(settings: Settings) -> str:

@@ -14,8 +14,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import NOBODY, MakeWorld, unavailable
-from kit.daemons import number, until
+from conftest import NOBODY, MakeWorld, RunPyz, unavailable
+from kit.daemons import PATIENCE, number, until
 from kit.fault_world import QUICK, Account, World, balanced, seeded, settle
 from kit.mongo_proxy import MongoProxy
 
@@ -362,6 +362,53 @@ def _said(world: World, executions: list[str]) -> bool:
     """Whether it answered them all, or wrote that an answer has to wait until there is room for it."""
     answered = all(world.platform.results_for(one) for one in executions)
     return answered or "cannot be kept" in world.daemon.log
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+def test_a_start_on_a_full_disk_loses_nothing_and_answers(
+    tiny_disk: TinyDisk, make_world: MakeWorld, mongo_proxy: MongoProxy, run_pyz: RunPyz, end: str
+) -> None:
+    world = make_world(mongo_proxy.uri + QUICK)
+    mongo_proxy.down()
+    world.start()
+    for _ in range(3):
+        world.result(world.send(50))
+    spooled = len(world.spool())
+    world.infoway.latency = lambda request: 60.0
+    interrupted = world.send()
+    world.infoway.wait_for(lambda api: api.request_count >= 4, PATIENCE)
+    world.kill()
+    if (
+        end == "stopped"
+    ):  # as a clean end leaves them: without a log, and without the index that processes share
+        for name in ("stockrt.db", "executions.db"):
+            with closing(sqlite3.connect(world.state / name)) as db:
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert not list(world.state.glob("*-shm"))
+    world.infoway.latency = 0.0
+    tiny_disk.fill()
+    mongo_proxy.up()
+    settings = world.daemon.settings
+    for command in ("--status", "--drain"):
+        done = run_pyz(command, env=settings)
+        words = done.stdout + done.stderr
+        assert "Traceback" not in words
+        if command == "--status":
+            assert f"{spooled} trades wait" in words, words
+            continue
+        assert done.returncode == 0 or "the disk is full" in words, words
+    mongo_proxy.down()
+    with world.pinged(2.0):
+        world.start()
+        full = world.result(world.send())
+        assert full.status == "failure" and "see STATE_DIRECTORY" in full.data["message"], full.text
+        tiny_disk.make_room()
+        assert until(lambda: world.result(world.send()).data["result"].get("kept_count") == 5)
+    mongo_proxy.up()
+    assert world.result(interrupted)
+    balanced("disk_full", 1, world.final_account(), world.daemon.log)
+    assert "Traceback" not in world.daemon.log
+    world.stop()
 
 
 def test_the_spool_leaves_others_a_twentieth_of_the_disk(

@@ -103,3 +103,45 @@ def test_a_slow_disk_holds_up_no_ping(
     all_is_there(world)
     assert until(lambda: world.alive)
     world.stop()
+
+
+@pytest.mark.parametrize("name", [FILES[0], pytest.param(FILES[1], marks=pytest.mark.long)])
+def test_a_start_beside_a_locked_file_waits_for_it_and_ends_nothing(
+    make_world: MakeWorld, mongo_proxy: MongoProxy, manager: ServiceManager, name: str
+) -> None:
+    world = make_world(mongo_proxy.uri + QUICK, **manager.settings(WATCHDOG_S))
+    world.start()
+    world.send()
+    world.answered()
+    world.kill()  # what it wrote last is in the log
+    with locked_file(world.state / name), world.pinged(SOON_S):
+        world.start()
+        refused = world.result(world.send())
+        assert refused.status == "failure" and name in refused.data["message"], refused.text
+        world.platform.kill_connections()
+        world.connected()
+    assert until(lambda: world.result(world.send()).status == "success")
+    assert manager.longest_silence() < WATCHDOG_S
+    assert world.alive and "Traceback" not in world.daemon.log
+    all_is_there(world)
+    world.stop()
+
+
+def test_what_waits_is_taken_up_once_the_lock_is_gone(make_world: MakeWorld, mongo_proxy: MongoProxy) -> None:
+    world = make_world(mongo_proxy.uri + QUICK)
+    mongo_proxy.down()
+    world.start()
+    world.result(world.send())
+    world.infoway.latency = lambda request: 60.0
+    interrupted = world.send()
+    world.infoway.wait_for(lambda api: api.request_count >= 2, PATIENCE)
+    world.kill()
+    mongo_proxy.up()
+    world.infoway.latency = 0.0
+    with locked_file(world.state / "executions.db"):
+        world.start()
+        # the platform asks for it again meanwhile, and the refusal is its answer
+        assert world.result(interrupted).status == "failure"
+    assert until(lambda: world.result(world.send()).status == "success")
+    all_is_there(world)
+    world.stop()

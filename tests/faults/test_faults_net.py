@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import MakeWorld, unavailable
 from kit.daemons import PATIENCE, number, until
-from kit.fault_world import QUICK, ServiceManager, World, balanced, elect_under_load
+from kit.fault_world import QUICK, ServiceManager, World, balanced, elect_under_load, proc_status
+from kit.infoway_server import Answer, Request
 from kit.mongo import SET_NAME, ReplicaSet
 from kit.mongo_proxy import MongoProxy
 from kit.name_server import ZONE, NameServer, NoNamespace
@@ -177,3 +180,33 @@ def test_a_replica_set_behind_an_srv_record_survives_elections(
     elect_under_load(world, replica_set, rounds)
     balanced("election_srv", rounds, world.final_account(), world.daemon.log)
     assert f"_mongodb._tcp.db.{ZONE} SRV" in name_server.asked
+
+
+def test_a_ping_is_answered_while_four_answers_of_16_megabytes_come(make_world: MakeWorld) -> None:
+    world = make_world()
+    held = threading.Event()
+
+    def held_back(request: Request) -> float:
+        held.wait(PATIENCE)
+        return 0.0
+
+    world.start()
+    world.infoway.latency = 0.3  # so that it asks several at a time from now on
+    world.result(world.send(200))
+    before = proc_status(world.daemon.pid, "VmHWM")
+    record = {"s": "NOBODY.US", "t": 1, "p": "1", "v": "1", "vw": "1", "td": 0}
+    huge = Answer.data([record] * ((16 << 20) // len(json.dumps(record))))
+    world.feed.trouble = lambda: huge
+    world.infoway.latency = held_back
+    execution_id = world.send(1000)
+    world.infoway.wait_for(lambda api: api.in_flight >= 4, PATIENCE)
+    with world.pinged(number(3.0, 1.0), every_s=0.02):
+        assert world.platform.wait_for(lambda p: len(p.pings) > 5, PATIENCE)
+        held.set()
+        told = world.result(execution_id)
+    assert "more than 1 MiB" in told.text, told.text[:2000]
+    assert proc_status(world.daemon.pid, "VmHWM") - before < 64 * 1024
+    world.feed.trouble = lambda: None
+    world.infoway.latency = 0.0
+    assert world.result(world.send(200)).status == "success"
+    world.stop()

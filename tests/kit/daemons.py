@@ -190,6 +190,7 @@ class ProcessDaemon:
         program: Path = PROGRAM,
         wrapper: Sequence[str] = (),
     ) -> None:
+        self.settings = settings
         self._environment = {**base, **settings}
         self._program = program
         self._wrapper = wrapper

@@ -28,8 +28,9 @@ from kit.tls import tie
 # Where the proxy listens in a namespace of its own: nobody else is there.
 NAMESPACE_PORT = 3128
 MAX_HEAD = 65536
+GOES_ON = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
-Mode = Literal["pass", "hang", "garbage", "close"]
+Mode = Literal["pass", "hang", "garbage", "close", "promise", "announce", "drip"]
 
 # Runs in the new namespace: has loopback there, listens, hands the listener to the proxy outside, becomes the command.
 INSIDE = """
@@ -63,7 +64,9 @@ class ProxyServer:
     """The proxy, a thread for each connection; `requests` are what it was asked, refused ones included.
 
     `password` ("user:password"): asked for. `status`: every request is answered with it. `mode`: what becomes
-    of a connection at all. `context`: it is an https:// proxy. `opened`: connections that it took.
+    of a connection at all; one with a request is closed after it was said to go on ("promise"), goes on after two
+    answers that are none ("announce"), or is answered a byte at a time without end ("drip"). `context`: it is an
+    https:// proxy. `opened`: connections that it took.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class ProxyServer:
         self.mode = mode
         self.requests: list[Passed] = []
         self.opened = 0
+        self._ended = threading.Event()
         self._context = context
         self._sockets: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -102,6 +106,7 @@ class ProxyServer:
 
     def close(self) -> None:
         """Cut everything."""
+        self._ended.set()
         for one in list(self._sockets):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
@@ -181,11 +186,21 @@ class ProxyServer:
         if refusal:
             client.sendall(refusal)
             return
+        if self.mode == "promise":
+            if passed.method == "CONNECT":
+                client.sendall(GOES_ON)
+            return
+        if self.mode == "announce":
+            client.sendall(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: <x>\r\n\r\n")
+        if self.mode == "drip":
+            client.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+            while not self._ended.wait(0.05):
+                client.sendall(b"x")
         if passed.method == "CONNECT":
             host, _, port = passed.target.rpartition(":")
             server = self._reach(client, host.strip("[]"), int(port))
             if server is not None:
-                client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                client.sendall(GOES_ON)
                 tie(client, server)
             return
         parts = urlsplit(passed.target)

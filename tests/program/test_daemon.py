@@ -922,6 +922,76 @@ def test_a_command_that_the_disk_has_changed_keeps_no_other_from_its_answer(
     journal.close()
 
 
+def test_a_command_that_cannot_be_read_at_first_is_tried_again(
+    platform: PlatformServer, settings: stockrt.Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = iter(range(3))
+    real = stockrt.Journal.read
+
+    def read(self: Journal, number: int) -> stockrt.Accepted:
+        for _ in failures:
+            raise stockrt.StoreError("not now")
+        return real(self, number)
+
+    monkeypatch.setattr(stockrt.Journal, "read", read)
+    with ThreadDaemon(settings):
+        connected(platform)
+        execution_id = platform.execute(["A.US"])
+        answered(platform, execution_id)
+    assert next(failures, None) is None
+
+
+@pytest.mark.parametrize("broken", [stockrt.Clerk, stockrt.Executor], ids=["clerk", "executor"])
+def test_a_thread_that_ends_by_an_error_ends_the_daemon_at_once(
+    platform: PlatformServer, settings: stockrt.Settings, monkeypatch: pytest.MonkeyPatch, broken: type
+) -> None:
+    monkeypatch.setattr(stockrt, "STOP_GRACE_S", 20 * PATIENCE)  # which a running execution would have
+    running = ThreadDaemon(settings)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(monkeypatch.context()).setattr(
+            broken, {"Clerk": "_accept", "Executor": "_answer"}[broken.__name__], wrong
+        )
+        stack.callback(running.daemon.request_stop)
+        running.thread.start()
+        connected(platform)
+        platform.execute(["A.US"])
+        assert running.ended()
+    assert isinstance(running.error, stockrt.StockrtError) and "a fault of stockrt itself" in str(
+        running.error
+    )
+    assert running.error.exit_code == 1
+
+
+def wrong(*_: object) -> None:
+    """Fail as nobody has foreseen."""
+    raise KeyError("wrong")
+
+
+def test_answers_beyond_what_fits_into_memory_come_from_the_journal(
+    platform: PlatformServer, settings: stockrt.Settings, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockrt.Outbox.__init__, "__defaults__", (2000,))
+    ids = [f"e{n}" for n in range(30)]
+    journal = Journal(state)
+    for name in ids:
+        context = {"meta": {"execution_id": name}}
+        (accepted,) = journal.accept([Command(name, context, ["A.US"])])
+        journal.answer(accepted, stockrt.empty_result(context, "m", f"answer of {name}"))
+    journal.close()
+    platform.send_receipts = False
+    with ThreadDaemon(settings) as running:
+        answered(platform, *ids)
+        ids += [platform.execute(["A.US"]) for _ in range(10)]
+        answered(platform, *ids)
+        assert running.daemon._outbox.in_memory <= 2000
+        platform.send_receipts = True
+        platform.kill_connections()
+        answered(platform, *ids, times=2)
+        assert platform.wait_for(lambda s: not running.daemon._outbox, PATIENCE)
+    texts = {one: {result.text for result in platform.results_for(one)} for one in ids}
+    assert {len(found) for found in texts.values()} == {1}
+
+
 def test_results_older_than_an_hour_are_dropped_with_a_warning(
     platform: PlatformServer, settings: stockrt.Settings, state: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -960,7 +1030,12 @@ def test_the_journal_of_a_server_that_never_confirms_forgets_without_a_new_conne
     assert stockrt.ANSWERS_KEPT <= len(kept) <= stockrt.ANSWERS_KEPT + 600
     assert kept[-1] == "3-599"
     assert (state / stockrt.JOURNAL_NAME).stat().st_size <= size + 64 * 1024
-    assert sum("600 results" in text for text in warnings_of(caplog)) == 4
+    assert sum("could not be delivered" in text for text in warnings_of(caplog)) == 4
+    caplog.clear()
+    for late in range(100):  # one after the other
+        daemon._outbox.add(100_000 + late, "answer", clock.monotonic() - stockrt.ANSWER_LIFETIME_S - 1)
+        daemon._tick()
+    assert len(warnings_of(caplog)) <= 1
     daemon._clerk.leave()
     daemon._clerk.join()
 

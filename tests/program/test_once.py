@@ -975,6 +975,21 @@ def test_check_names_the_setting_of_a_refusal(
     assert infoway.request_count == 1  # one request, no second try
 
 
+@pytest.mark.parametrize("store", ["local", "mongodb"])
+def test_a_check_beside_others_keeps_the_plan_with_them(
+    run_pyz: RunPyz, mongo_db: tuple[str, str], store: str
+) -> None:
+    with InfowayServer(keys=frozenset({KEY}), per_second=1, per_minute=60) as server:
+        env = api_env(server, INFOWAY_PLAN="free")
+        if store == "mongodb":
+            env |= {"MONGODB_HOST": mongo_db[0], "MONGODB_DB_NAME": mongo_db[1]}
+        for args in (("--once", "--codes", "TSLA.US"), ("--check",), ("--check",)):
+            done = run_pyz(*args, env=env)
+            assert done.returncode == 0, done.stdout + done.stderr
+        assert server.request_count >= 5
+        assert server.over_limit == 0
+
+
 def test_check_says_what_the_plan_is_and_where_another_is_set(run_pyz: RunPyz) -> None:
     plan = replace(PLANS["premium"], expires=time.time() + 3 * 86_400 + 600)
     name = "API key ***"
@@ -1032,3 +1047,33 @@ def test_check_of_a_good_key_whose_plan_lacks_stocks(
     assert (done.returncode, good) == (0, True), done.stdout
     assert infoway.url in text and "not for stocks" in text
     check_clean(done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("program", "stage"),
+    [(program, stage) for program in ("built", "script") for stage in ("importing", "checking")]
+    + [("built", "unpacking")],
+)
+def test_ctrl_c_before_anything_is_done_ends_quietly(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, program: str, stage: str
+) -> None:
+    reached = tmp_path / "reached"
+    os.mkfifo(reached)
+    blocks = f"import threading\nopen({str(reached)!r}, 'w').close()\nthreading.Event().wait()\n"
+    place = tmp_path / "first"
+    place.mkdir()
+    name = {"unpacking": "shutil", "importing": "argparse", "checking": "sqlite3"}[stage]
+    (place / f"{name}.py").write_text(blocks)
+    environment = clean_env | {"PYTHONPATH": str(place)}
+    if stage == "unpacking":
+        environment["SHIV_ROOT"] = str(tmp_path / "empty")
+    command = [sys.executable, str(pyz if program == "built" else stockrt.__file__), "--check"]
+    with subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        with reached.open():  # opened once the other end is
+            pass
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors == b"" and b"Traceback" not in output

@@ -29,7 +29,7 @@ ENGLISH, _, CHINESE = README.partition("\n# 中文\n")
 
 
 # Of the build script, systemctl, the simulators, the fault suite and json.tool.
-OTHERS_FLAGS = {"--now", "--native", "--port", "--long", "--quiet", "--no-ensure-ascii"}
+OTHERS_FLAGS = {"--now", "--native", "--port", "--long", "--quiet", "--no-ensure-ascii", "--executes"}
 
 COMMAND = re.compile(r"(\./|sudo |systemctl |kill |tests/faults/run|/opt/stockrt/|mongosh |pip |chmod )")
 

@@ -83,7 +83,8 @@ def test_a_command_is_open_until_its_answer_and_the_answer_until_its_receipt(jou
     journal.answer(accepted, "done")
     assert journal.find("a") == (accepted, "done")
     assert journal.unanswered() == []
-    assert journal.unreceived() == [(accepted, "done")]
+    assert journal.unreceived() == [(accepted, len("done"))]
+    assert journal.answer_of(accepted) == "done"
     journal.received([accepted])
     assert journal.unreceived() == []
     assert journal.find("a") == (accepted, "done")
@@ -281,7 +282,8 @@ def test_everything_survives_a_restart(journal: Journal, clock: FakeClock) -> No
     clock.advance(30)
     again = reopened(journal, clock)
     assert again.find("done") == (done, "answer of done")
-    assert again.unreceived() == [(waiting, "answer of waiting")]
+    assert again.unreceived() == [(waiting, len("answer of waiting"))]
+    assert again.answer_of(waiting) == "answer of waiting"
     assert again.unanswered() == [(still_open, 30)]
     assert again.read(still_open).context == {"meta": "\ud800"}
     (later,) = again.accept([command("later")])
@@ -337,6 +339,19 @@ def test_a_command_that_the_disk_has_changed_is_lost_by_name(
     assert journal.unanswered() == [] and journal.find("e1") is None
     with pytest.raises(stockrt.LostCommand):
         journal.read(number)
+
+
+def test_a_result_without_its_lists_is_kept_so(journal: Journal) -> None:
+    first, second, unanswered = journal.accept([command("e1"), command("e2"), command("e3")])
+    text = stockrt.empty_result({}, "m", "no")
+    journal.answer(first, text)
+    journal.answer(second, text)
+    for _ in range(2):
+        journal.shorten([first, unanswered, 0])
+        found = journal.find("e1")
+        assert found is not None and found.answer == stockrt.without_lists(text)
+        assert journal.answer_of(second) == text
+        assert [one.number for one in journal.unanswered()] == [unanswered]
 
 
 def test_two_threads_may_use_it(journal: Journal) -> None:

@@ -28,6 +28,7 @@ from kit.trades import make_documents
 import stockrt
 from stockrt import (
     Close,
+    Command,
     DeliveryQueue,
     Document,
     Journal,
@@ -462,6 +463,75 @@ def test_a_command_is_rescued_though_the_name_of_a_column_is_damaged(tmp_path: P
     assert numbers[0] == 1 and known == stockrt.Known(1, None)
     with contextlib.closing(Journal(tmp_path)) as journal:
         assert journal.read(1).codes == ["A.US"]
+
+
+def usable(path: Path, commands: int) -> str:
+    """Use a journal as a start does; return what it says where it cannot be used."""
+    try:
+        with contextlib.closing(Journal(path)) as journal:
+            assert len(journal.unanswered()) == commands
+            (number,) = journal.accept([Command("", {}, ["A.US"])])
+            journal.forget(number)
+    except StoreError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("flip", [0xFF, 0x01], ids=hex)
+def test_no_byte_of_a_header_that_is_damaged_keeps_a_file_from_being_used(tmp_path: Path, flip: int) -> None:
+    with contextlib.closing(Journal(tmp_path)) as journal:
+        journal.accept([Command(f"e{number}", {}, ["A.US"]) for number in range(3)])
+    whole = journal.path.read_bytes()
+    for at in range(100):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        damaged = bytearray(whole)
+        damaged[at] ^= flip
+        (folder / journal.path.name).write_bytes(damaged)
+        said = usable(folder, 3)
+        if "newer stockrt" in said:
+            assert "make an empty file" in said
+            (folder / f"{journal.path.name}.damaged").touch()
+        elif said:
+            assert "the next start" in said, (at, said)
+        assert usable(folder, 3) == "", at
+
+
+@pytest.mark.parametrize("file", [stockrt.JOURNAL_NAME, stockrt.SQLITE_NAME])
+@pytest.mark.parametrize("found", [7, 99, 255])
+def test_a_file_that_a_newer_stockrt_has_made_is_refused_by_name_and_left_alone(
+    tmp_path: Path, file: str, found: int
+) -> None:
+    opening = Journal if file == stockrt.JOURNAL_NAME else stockrt.open_store_file
+    with contextlib.closing(opening(tmp_path)):
+        pass
+    with contextlib.closing(sqlite3.connect(tmp_path / file)) as db:
+        db.executescript(f"CREATE TABLE later (name TEXT); PRAGMA user_version = {found};")
+    before = (tmp_path / file).read_bytes()
+    with pytest.raises(StoreError, match="newer stockrt") as refused:
+        opening(tmp_path)
+    assert "damaged" not in str(refused.value)
+    assert (tmp_path / file).read_bytes() == before and not list(tmp_path.glob("*.damaged*"))
+
+
+def test_a_lower_format_in_a_damaged_header_makes_no_close_anew(tmp_path: Path) -> None:
+    row = "('A.US|2026-01-02', '2026-01-02', 'A', 1, '1', '1', '1', 0, 'A.US', 0, 1, 2, 3, 2, 5, 6, 'x', 'x')"
+    columns = (
+        "_id, date, s, t, p, v, vw, td, stock_code, after_hours, open, high, low, close, volume, turnover, "
+        "create_time, update_time"
+    )
+    with contextlib.closing(stockrt.open_store_file(tmp_path)) as file, file.write() as db:
+        db.execute(f"INSERT INTO close ({columns}) VALUES {row}")
+    damage_at(file.path, 63, 4)
+    with contextlib.closing(stockrt.open_store_file(tmp_path)) as file:
+        assert file.read_all("SELECT open, close FROM close") == [("1", "2")]
+
+
+def damage_at(path: Path, place: int, value: int) -> None:
+    """Write one byte."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(bytes([value]))
 
 
 def test_a_file_that_others_have_open_is_not_rescued_under_their_hands(tmp_path: Path) -> None:

@@ -198,3 +198,68 @@ def test_no_answer_is_lost_or_comes_before_an_older_one(steps: list[str]) -> Non
         assert on_this_connection == sorted(on_this_connection)
     outbox.reconnect()
     assert {int(text) for text in sent(outbox)} | (confirmed - {0}) == set(range(1, added + 1))
+
+
+def test_texts_beyond_the_limit_are_read_from_the_journal_when_it_is_their_turn() -> None:
+    journal = {number: f"{number}" * 40 for number in range(1, 10)}
+    outbox = Outbox(most=100)
+    for number, text in journal.items():
+        outbox.add(number, text, 1.0)
+        assert outbox.in_memory <= 100
+    got: list[str] = []
+    for _ in range(2):
+        while outbox.has_unsent:
+            for number in outbox.missing():
+                assert not outbox.read(number, journal[number])
+            got += sent(outbox)
+            assert outbox.in_memory <= 100
+        outbox.reconnect()
+    assert got == [*journal.values(), *journal.values()]
+
+
+def test_few_texts_are_read_at_a_time_and_one_of_any_size() -> None:
+    outbox = Outbox(most=0)
+    for number in range(1, 100):
+        outbox.add(number, "", 1.0, size=stockrt.HARMLESS_BYTES * 10 if number == 1 else 10_000)
+    assert outbox.missing() == [1]
+    outbox.read(1, "x")
+    assert outbox.missing() == [] and sent(outbox) == ["x"]
+    assert outbox.missing() == [2, 3, 4, 5, 6, 7]
+
+
+def test_what_the_journal_has_no_more_keeps_no_other_back() -> None:
+    outbox = Outbox(most=0)
+    outbox.add(1, "", 1.0, size=5)
+    outbox.add(2, "", 1.0, size=5)
+    assert outbox.read(1, None)
+    assert not outbox.read(1, None)  # nobody waits for it
+    assert outbox.missing() == [2]
+
+
+def test_refusals_beyond_the_limit_are_not_sent_again() -> None:
+    outbox = Outbox(most=100)
+    for number in range(10):
+        outbox.refuse(f"e{number}", "no" * 20, 1.0)
+        sent(outbox)
+        assert outbox.in_memory <= 100
+    assert not outbox.refuse_again("e0", 1.0)
+    assert outbox.refuse_again("e9", 1.0)
+    assert len(outbox) == 11
+    outbox.reconnect()
+    assert 0 < len(sent(outbox)) <= 3
+
+
+def test_a_result_that_lost_its_lists_stays_so_where_it_is_read_again() -> None:
+    text = stockrt.empty_result({}, "m", "x" * stockrt.HARMLESS_BYTES)
+    outbox = Outbox(most=0)
+    outbox.add(1, text, 1.0)
+    assert outbox.missing() == [1]
+    for _ in range(stockrt.BREAKS_WITH_LISTS):
+        outbox.read(1, text)
+        sent(outbox)
+        shortened = outbox.note_broken()
+        outbox.reconnect()
+    assert shortened == [1]
+    outbox.read(1, text)
+    (short,) = sent(outbox)
+    assert short == stockrt.without_lists(text) == stockrt.without_lists(short) != text

@@ -285,6 +285,52 @@ def test_a_proxy_that_is_none_is_a_fault_of_the_network(
     assert answer.fault and answer.kind is FailureKind.NETWORK and not answer.hopeless
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_closes_what_it_said_goes_on_is_named(
+    infoway: InfowayServer, secure: str, http_proxy: ProxyServer, scheme: str
+) -> None:
+    http_proxy.mode = "promise"
+    answer = ask(secure if scheme == "https" else infoway.url, SHORT, ALL_PROXY=http_proxy.url)
+    assert answer.kind is FailureKind.NETWORK and not answer.hopeless
+    assert f"through the proxy {http_proxy.url}" in answer.fault and answer.fault.endswith("see ALL_PROXY")
+
+
+def test_an_answer_that_only_announces_one_is_not_the_proxys_last(secure: str, proxy: ProxyServer) -> None:
+    proxy.mode = "announce"
+    assert ask(secure, HTTPS_PROXY=proxy.url).status == 200
+
+
+def test_a_server_behind_a_tunnel_that_announces_an_answer_is_a_fault_as_without_one(
+    secure: str, infoway: InfowayServer, proxy: ProxyServer
+) -> None:
+    infoway.script = [Answer.raw(103, b"")]
+    assert "announces an answer" in ask(secure, SHORT, HTTPS_PROXY=proxy.url).fault
+
+
+@pytest.mark.parametrize("what", ["api", "platform"])
+def test_a_proxy_that_drips_its_answer_is_cut_before_a_request_would_be(
+    secure: str, http_proxy: ProxyServer, platform: PlatformServer, what: str
+) -> None:
+    """The time of opening a connection holds over the proxy's answer too."""
+    http_proxy.mode = "drip"
+    limits = stockrt.Limits(connect_s=0.3, read_s=60.0, whole_s=120.0)
+    if what == "platform":
+        with pytest.raises(stockrt.DialError, match="no whole answer within") as caught:
+            dial(platform.port, {"ALL_PROXY": http_proxy.url}, limits._replace(whole_s=0.6))
+        assert http_proxy.url in str(caught.value)
+        return
+    connection = HttpConnection(secure, limits, load(ALL_PROXY=http_proxy.url).proxies)
+    opened: list[Response | None] = []
+    thread = threading.Thread(target=lambda: opened.append(connection.open()), daemon=True)
+    thread.start()
+    while thread.is_alive():  # as the API's client watches it
+        thread.join(0.05)
+        if connection.deadline and time.monotonic() >= connection.deadline:
+            connection.abort()
+    (fault,) = opened
+    assert fault is not None and "no whole answer within 1 s" in fault.fault and http_proxy.url in fault.fault
+
+
 def test_no_proxy_is_used_where_none_is_set(infoway: InfowayServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the process has beside its settings does not count."""
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
@@ -346,6 +392,15 @@ def test_a_proxy_that_refuses_a_websocket_is_named(
     with pytest.raises(stockrt.DialError, match=rf"the proxy .*{words}.*HTTP_PROXY") as caught:
         dial(platform.port, {"HTTP_PROXY": http_proxy.url})
     assert caught.value.status == 0  # which is the platform's
+
+
+@pytest.mark.parametrize("tls", ["0", "1"])
+def test_a_proxy_that_closes_the_way_to_a_websocket_is_named(
+    platform: PlatformServer, http_proxy: ProxyServer, tls: str
+) -> None:
+    http_proxy.mode = "promise"
+    with pytest.raises(stockrt.DialError, match=r"through the proxy .*; see ALL_PROXY"):
+        dial(platform.port, {"SERVER_TLS": tls, "ALL_PROXY": http_proxy.url})
 
 
 def test_a_platform_that_refuses_behind_a_proxy_has_its_own_status(
