@@ -271,7 +271,7 @@ import _bootstrap
 
 try:
     _bootstrap.bootstrap()
-except OSError as error:
+except (OSError, RuntimeError) as error:  # RuntimeError: nobody tells where the home of this user is
     if "stockrt" in sys.modules:  # unpacked, and begun: not the cache's fault
         raise
     stderr = os.fstat(2)
@@ -279,7 +279,11 @@ except OSError as error:
     sys.stderr.write(
         "%sstockrt: cannot unpack itself into %s: %s; make room there and let this user write it, "
         "or name another directory in SHIV_ROOT\\n"
-        % ("<3>" if journal else "", os.environ.get("SHIV_ROOT", "~/.shiv"), error.strerror or error)
+        % (
+            "<3>" if journal else "",
+            os.path.dirname(os.path.dirname(site)),
+            getattr(error, "strerror", None) or "it has no home directory: neither HOME nor its name tells one",
+        )
     )
     sys.exit(78)
 """

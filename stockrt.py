@@ -82,7 +82,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from enum import Enum, IntEnum
 from functools import cache, lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
@@ -382,6 +382,25 @@ def iso_after(now: float, seconds: float) -> str:
     return iso(datetime.fromtimestamp(round(now + seconds), UTC))
 
 
+def local_time(moment: datetime) -> str:
+    """Return a time as people read it: this machine's, with its offset, to the second."""
+    return moment.astimezone().isoformat(" ", "seconds")
+
+
+_UTC_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z")
+
+
+def local_times(text: str) -> str:
+    """Return a text for people with its times, which programs get in UTC, on this machine's clock."""
+
+    def local(found: re.Match[str]) -> str:
+        with contextlib.suppress(ValueError, OverflowError, OSError):  # somebody else's, and no time
+            return local_time(datetime.fromisoformat(found[0]))
+        return found[0]
+
+    return _UTC_TIME.sub(local, text)
+
+
 def age_words(seconds: float) -> tuple[str, float]:
     """Return an age in its largest whole unit (`12 s`, `5 min`, `3 h`, `2 d`), and the age at which that changes."""
     seconds = max(0.0, seconds)
@@ -410,6 +429,11 @@ def first_few(names: Collection[str]) -> str:
     if len(names) > NAMES_SHOWN:
         shown += " …"
     return shown
+
+
+def see(words: str, setting: str) -> str:
+    """Return words with the setting to look at behind them, unless they name one by themselves."""
+    return words if re.search(r"\bsee [A-Z]", words) else f"{words}; see {setting}"
 
 
 @contextlib.contextmanager
@@ -804,6 +828,19 @@ class Settings(NamedTuple):
         return f"http{'s' if self.server_tls else ''}://{host}:{self.server_port}"
 
 
+class Needs(NamedTuple):
+    """What a command needs of the settings: a key, the platform (`whole`: all of it or nothing), usable paths."""
+
+    key: bool = False
+    platform: bool = False
+    whole_platform: bool = False
+    paths: bool = False
+
+
+NO_NEEDS = Needs()
+DAEMON_NEEDS = Needs(key=True, platform=True)
+
+
 class LoadedSettings(NamedTuple):
     """The settings, the file that was read (None: none, of several the strongest), and warnings to show.
 
@@ -834,7 +871,78 @@ def mask_userinfo(url: str) -> str:
 
 def uri_options(uri: str) -> dict[str, str]:
     """Return the options of a MongoDB connection string, names in lower case."""
-    return {name.lower(): value for name, value in parse_qsl(uri.partition("?")[2], keep_blank_values=True)}
+    return {name.lower(): value for name, value in _uri_pairs(uri)}
+
+
+def _uri_pairs(uri: str) -> list[tuple[str, str]]:
+    return parse_qsl(uri.partition("?")[2].replace(";", "&"), keep_blank_values=True)
+
+
+def uri_database(uri: str) -> str:
+    """Return the database that a connection string names for documents, '' without one: `admin` is for logging in."""
+    name = unquote(uri.partition("?")[0].partition("://")[2].rpartition("@")[2].partition("/")[2])
+    return "" if name in ("admin", "config", "local") else name
+
+
+# Files that a MongoDB connection string can name, and options whose values nobody may see.
+_URI_FILES = ("tlscafile", "tlscrlfile", "tlscertificatekeyfile")
+_URI_SECRETS = ("authmechanismproperties", "tlscertificatekeyfilepassword")
+
+
+def uri_faults(uri: str) -> list[str]:
+    """Return the faults of a MongoDB connection string's options, and of the files that they name."""
+    import warnings
+
+    from pymongo import uri_parser
+
+    faults = []
+    password = uri_options(uri).get("tlscertificatekeyfilepassword", "")
+    for name, value in _uri_pairs(uri):
+        shown, words = f"{name}={value}", ""
+        if name.lower() in _URI_SECRETS:
+            shown = name
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                if name.lower() in _URI_FILES:
+                    _try_pem_file(name, value, password)
+                elif not name.lower().startswith("srv"):
+                    uri_parser.parse_uri(f"mongodb://host/?{urlencode({name: value})}", warn=False)
+        except OSError as error:
+            words = f"the file cannot be read: {error.strerror or error}"
+        except Exception as error:  # whatever pymongo says it with
+            words = one_line(error)
+            if words.startswith("Unknown option"):  # its value may be meant to be secret
+                shown, words = name, _unknown_option(name, words)
+            elif shown == name:
+                words = "expected what MongoDB's documentation of connection strings says"
+        if words:
+            faults.append(f"MONGODB_HOST, option {one_line(shown, 100)}: {words}")
+    if not faults and uri.startswith("mongodb://"):  # else the DNS would be asked
+        try:
+            uri_parser.parse_uri(uri, warn=False)
+        except Exception as error:
+            faults.append(f"MONGODB_HOST, its options together: {one_line(error)}")
+    return faults
+
+
+def _try_pem_file(option: str, path: str, password: str) -> None:
+    """Load a file of certificates as pymongo will. Raises OSError, of which SSLError is one."""
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if option.lower() == "tlscertificatekeyfile":
+        context.load_cert_chain(path, password=password)  # without one OpenSSL would ask the terminal
+    else:
+        context.load_verify_locations(path)
+
+
+def _unknown_option(name: str, words: str) -> str:
+    """Return what to say of an option that pymongo says it does not know, and which ones are like it."""
+    import difflib
+
+    near = difflib.get_close_matches(name.lower(), re.findall(r"\w+", words.partition("(")[2]), n=1)
+    return "MongoDB has no such option" + "".join(f"; did you mean {one}?" for one in near)
 
 
 # As a person writes one; Python's own would read 1_0 as ten, and nan and 1e3 too.
@@ -918,6 +1026,7 @@ def _mongodb_uri(value: str) -> str:
     _expect(match is not None)
     assert match is not None  # for the type checker: _expect has raised
     _expect("@" not in (match[2] or "") and (match[2] or "").count(":") <= 1)
+    _expect(not set(match[4] or "") & set("&="))  # options without the ? in front of them
     for host in match[3].split(","):
         parts = re.fullmatch(r"(\[[^\[\]]+\]|[^\[\]:\s]+)(?::(\d+))?", host)
         _expect(parts is not None and (not parts[2] or bool(_port(parts[2]))))
@@ -1083,12 +1192,48 @@ def read_env_file(path: Path) -> dict[str, str]:
 
 
 def broken_lines(path: Path) -> list[str]:
-    """Return a fault for each line of an env file that is no NAME=value."""
+    """Return a fault for each line of an env file that is no NAME=value, or none that means the same to systemd."""
+    faults = []
+    for b in _bindings(path):
+        where = f"{path}, line {_line_number(b)}"
+        if b.error or (b.key is not None and b.value is None):
+            faults.append(f"{where}: expected NAME=value (not shown: it may hold a secret)")
+        elif b.key is not None and not _has_inline_comment(b) and _as_systemd(b) != b.value:
+            faults.append(
+                f"{where}: systemd would read {b.key} otherwise; put the value between double quotes, "
+                'with \\ before each " and \\ in it, and nothing behind it'
+            )
+    return faults
+
+
+def inline_comments(path: Path) -> list[str]:
+    """Return a warning for each line of an env file that has a comment behind a value without quotes."""
     return [
-        f"{path}, line {_line_number(b)}: expected NAME=value (not shown: it may hold a secret)"
+        f"{path}, line {_line_number(b)}: to systemd the comment is a part of {b.key}; put it on a line of its own"
         for b in _bindings(path)
-        if b.error or (b.key is not None and b.value is None)
+        if _has_inline_comment(b)
     ]
+
+
+def _has_inline_comment(binding: Binding) -> bool:
+    text = _text_of(binding)
+    return text[:1] not in ("'", '"') and binding.value is not None and "#" in text[len(binding.value) :]
+
+
+def _text_of(binding: Binding) -> str:
+    return binding.original.string.partition("=")[2].strip(" \t\r\n")
+
+
+def _as_systemd(binding: Binding) -> str:
+    """Return what systemd's EnvironmentFile= reads from a line; what stands behind a value is a part of it."""
+    text = _text_of(binding)
+    if text[:1] == "'":
+        value, _, rest = text[1:].partition("'")
+        return value + rest
+    quoted = re.fullmatch(r'"((?:[^"\\]|\\.)*)"(.*)', text, re.DOTALL)
+    if quoted:
+        return re.sub(r'\\(?:\n|(["\\`$]))', lambda found: found[1] or "", quoted[1]) + quoted[2]
+    return re.sub(r"\\(.)", r"\1", text)
 
 
 def _line_number(binding: Binding) -> int:
@@ -1267,11 +1412,12 @@ def load_settings(
     places: Iterable[Path] = ENV_FILE_PLACES,
     is_root: bool | None = None,
     unit: Unit | None = None,
+    needs: Needs = NO_NEEDS,
 ) -> LoadedSettings:
     """Read and check all settings: credentials are stronger than the environment, that than the file.
 
     With `unit` its files are read in place of the caller's, as its service gets them. An empty value counts as not
-    set. Raises SettingsError with every fault at once.
+    set. Raises SettingsError with every fault at once, what is needed and missing too.
     """
     if unit is None:
         origins, files, warnings = _caller_origins(environ, env_file, places)
@@ -1284,12 +1430,15 @@ def load_settings(
         warnings += [_misspelled(name, "environment") for name in environ if _is_unknown(name)]
     values: dict[str, Any] = dict(_WHEN_UNSET)
     faults = [fault for path in files for fault in broken_lines(path)]
-    used = set()
+    warnings += [warning for path in files for warning in inline_comments(path)]
+    used, unset = set(), set()
     hiding = []
     for setting in SETTINGS:
         where, name, text = _look_up(setting, origins)
         if text:
             used.add(where)
+        else:
+            unset.add(setting.name)
         is_hiding = where == "environment" and text != _look_up(setting, others)[2]
         if unit is not None and is_hiding and setting.name != "LOG_LEVEL":
             hiding.append(name)
@@ -1300,13 +1449,18 @@ def load_settings(
         except ValueError:
             shown = shown_value(setting, text)
             faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
-    faults += _contradictions(values)
-    if faults:
-        raise SettingsError(faults)
+    if "MONGODB_DB_NAME" in unset and uri_database(values.get("mongodb_uri", "")):
+        faults += _take_database(values)
+    faults += _contradictions(values) + _missing(unset, needs)
     is_root = os.geteuid() == 0 if is_root is None else is_root
     values.setdefault("state_directory", default_state_directory(environ, is_root))
+    if needs.paths:
+        faults += _path_faults(values, environ)
+    if faults:
+        raise SettingsError(faults)
     values.setdefault("module_description", "")
-    settings = Settings(**values, color=not environ.get("NO_COLOR"))
+    color = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+    settings = Settings(**values, color=color)
     HIDDEN.secrets = settings.secrets()
     if hiding:
         names = ", ".join(hiding)
@@ -1345,9 +1499,67 @@ def _service_origins(
     return credentials | {"environment": environ} | service, unit.files, warnings
 
 
+def _take_database(values: dict[str, Any]) -> list[str]:
+    """Let the database be the one that the connection string names; return its fault, if it has one."""
+    (setting,) = (one for one in SETTINGS if one.name == "MONGODB_DB_NAME")
+    try:
+        values[setting.attribute] = setting.parse(uri_database(values["mongodb_uri"]))
+    except ValueError:
+        return [f"MONGODB_HOST, the database behind its last /: expected {setting.expected}"]
+    return []
+
+
+def _missing(unset: Collection[str], needs: Needs) -> list[str]:
+    """Return the faults of what a command needs and nothing sets."""
+    faults = []
+    platform = [name for name in ("SERVER_IP", "SERVER_PORT") if name in unset]
+    if platform and (needs.platform or (needs.whole_platform and len(platform) == 1)):
+        faults.append(
+            f"{' and '.join(platform)} not set: the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; "
+            "without a platform use --once --codes …"
+        )
+    if needs.key and "INFOWAY_API_KEY" in unset:
+        faults.append(NO_KEY_HINT)
+    return faults
+
+
+def _path_faults(values: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]:
+    """Try every file and directory that the environment names, without writing; return what is wrong with them."""
+    state: Path = values["state_directory"]
+    there = next(path for path in (state, *state.parents) if os.path.lexists(path))
+    tried = [("STATE_DIRECTORY", f"{there}/.", os.W_OK | os.X_OK)]
+    tried += [(name, environ.get(name, ""), os.R_OK) for name in ("SSL_CERT_FILE", "CREDENTIALS_DIRECTORY")]
+    tried += [("SSL_CERT_DIR", path, os.R_OK) for path in environ.get("SSL_CERT_DIR", "").split(":")]
+    metrics, keys = values.get("metrics_file"), environ.get("SSLKEYLOGFILE", "")
+    if metrics:
+        tried.append(("METRICS_FILE", f"{metrics.parent}/.", os.W_OK | os.X_OK))
+    if keys and not os.path.lexists(keys):
+        keys = f"{Path(keys).parent}/."
+    tried.append(("SSLKEYLOGFILE", keys, os.W_OK))
+    faults = []
+    for name, place, mode in tried:
+        why = place and _fault_of_place(place, mode)
+        if why:
+            faults.append(f"{name}: {place.removesuffix('/.') or '/'} cannot be used: {why}")
+    return faults
+
+
+def _fault_of_place(place: str, mode: int) -> str:
+    """Return why a file or a directory cannot be used so, '' if it can."""
+    try:
+        os.stat(place)
+    except OSError as error:
+        return error.strerror or str(error)
+    if os.access(place, mode):
+        return ""
+    return f"this user may not {'read' * (mode == os.R_OK) or 'write'} it"
+
+
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
     """Return the faults of settings that are right one by one, but not together."""
     faults = []
+    if "?" in values.get("mongodb_uri", ""):
+        faults += uri_faults(values["mongodb_uri"])
     taken: dict[str, str] = {}
     for setting in SETTINGS:
         if setting.attribute in ("realtime_name", "close_name", "license_name"):
@@ -2009,7 +2221,7 @@ NO_SESSION = Session("", 0, NEVER, NEVER, NEVER, NEVER, NEVER)
 
 @cache
 def zone_info(name: str) -> tzinfo | None:
-    """Return an IANA zone, None on a machine without time-zone data, which is said once."""
+    """Return an IANA zone, None on a machine without its data, which is said once."""
     from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
     if name == "UTC":  # needs no data
@@ -2018,7 +2230,14 @@ def zone_info(name: str) -> tzinfo | None:
         return ZoneInfo(name)
     except ZoneInfoNotFoundError:
         _say_no_zones()
-        return None
+    except Exception as error:  # of a file that is empty or cut short: ValueError, IndexError, struct.error
+        log.error(
+            "the time-zone data of %s cannot be read (%s): its times are shown in UTC, and no close is kept there; "
+            "install the package tzdata anew, or see PYTHONTZPATH",
+            name,
+            one_line(error),
+        )
+    return None
 
 
 @cache
@@ -2262,6 +2481,17 @@ class Report:
         """Whether the latest trade of every code is in the store, and the closes that follow from them."""
         return not self.failures and not self.close_error and self.reached == self.total
 
+    @property
+    def outcome(self) -> str:
+        """How it ended: `success`, `partial`, `failure` or `interrupted`."""
+        if self.interrupted:
+            return "interrupted"
+        if self.complete and self.total:
+            return "success"
+        if self.reached and not self.store_error and not self.queued:
+            return "partial"
+        return "failure"
+
     def as_of_now(self) -> Report:
         """Return what it says now, of a run that another thread may go on with."""
         return Report(**vars(self) | {"failures": self.failures.copy(), "read_as": self.read_as.copy()})
@@ -2311,14 +2541,14 @@ class QueueStats(NamedTuple):
 
 
 class KeyStats(NamedTuple):
-    """What is known of an API key: requests used and left today (None: no limit), its state, when its plan ends.
+    """What is known of an API key: requests used and left today (None: not known; infinite: no limit), its state.
 
-    `digest` stands for the key; `ends` is epoch seconds, 0 where it is not known.
+    `digest` stands for the key; `ends`: when its plan does, epoch seconds, 0 where it is not known.
     """
 
     digest: str
-    used: int
-    left: int | None
+    used: int | None
+    left: float | None
     state: str
     ends: float
 
@@ -2344,6 +2574,9 @@ class Events:
 
     def stored(self, documents: Sequence[dict[str, Any]]) -> None:
         """These documents are in the store, new or not."""
+
+    def kept(self, documents: Sequence[dict[str, Any]]) -> None:
+        """These documents wait on this machine for MongoDB."""
 
     def queue_changed(self, stats: QueueStats) -> None:
         """What waits for MongoDB on this machine changed."""
@@ -2620,7 +2853,7 @@ class HttpConnection:
                 raise TimeoutError("timed out")
             self._conn.timeout = self._limits.read_s
         except _foreign_errors() as error:
-            fault = self._fault(error)
+            fault = self._fault(error, "" if self._proxy else f"{self._host}:{self._port}")
             if self._proxy is not None:
                 fault = _fault_of_proxy(self._proxy, error, fault)
             self.close()
@@ -2633,8 +2866,9 @@ class HttpConnection:
         try:
             response = self._exchange(path, headers, most_bytes)
         except _foreign_errors() as error:
-            response = self._fault(error)
-            if self._proxy is not None and not self._tunnels:
+            behind_proxy = self._proxy is not None and not self._tunnels
+            response = self._fault(error, "" if behind_proxy else f"{self._host}:{self._port}")
+            if self._proxy is not None and behind_proxy:
                 response = _fault_of_proxy(self._proxy, error, response)
         self.deadline = 0.0
         if response.fault:
@@ -2722,13 +2956,14 @@ class HttpConnection:
             return _refused_by_proxy(self._proxy, response.status)
         return response
 
-    def _fault(self, error: Exception) -> Response:
-        """Return what an exception means."""
+    def _fault(self, error: Exception, place: str) -> Response:
+        """Return what an exception means that came from `place`, '' where others say that."""
+        fault, hopeless = network_words(error), _is_about_a_certificate(error)
         if self._wire.is_cut or time.monotonic() >= self.deadline:
-            return Response(fault=f"no whole answer within {self._limit_s:.0f} s")
-        if isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
-            return Response(fault=f"the connection broke ({type(error).__name__})")
-        return Response(fault=network_words(error), hopeless=_is_about_a_certificate(error))
+            fault, hopeless = f"no whole answer within {self._limit_s:.0f} s", False
+        elif isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
+            fault, hopeless = "the connection broke", False
+        return Response(fault=f"{place}: {fault}".removeprefix(": "), hopeless=hopeless)
 
 
 class StraightSocket:
@@ -2766,7 +3001,7 @@ class StraightSocket:
                 self._sock = start_tls(self._sock, self._host)
         except (OSError, ValueError) as error:
             self.close()
-            return Response(fault=network_words(error))
+            return Response(fault=f"{self._host}:{self._port}: {network_words(error)}")
         return None
 
     def named(self, fault: str) -> str:
@@ -2828,16 +3063,45 @@ def start_tls(sock: socket.socket, host: str) -> socket.socket:
     return ssl.create_default_context().wrap_socket(sock, server_hostname=host)
 
 
+# By the name of the exception or of one that it is a kind of; whatever else it is keeps the words of whoever raised it.
+_NETWORK_WORDS = {
+    "gaierror": "its name cannot be resolved ({})",
+    "ConnectionRefusedError": "connection refused",
+    "RemoteDisconnected": "the connection was closed without an answer",
+    "ConnectionError": "the connection was cut",
+    "WebSocketConnectionClosedException": "the connection was cut",
+    "TimeoutError": "no answer in time",
+    "WebSocketTimeoutException": "no answer in time",
+    "SSLCertVerificationError": "its certificate is not trusted ({})",
+    "SSLError": "TLS fails ({})",
+    "IncompleteRead": "the answer was cut short",
+    "HTTPException": "its answer is not HTTP ({})",
+}
+_LIBRARY_WORDS = re.compile(
+    r"\[Errno -?\d+\] |\[\w+(?:: \w+)?\] | \(_ssl\.c:\d+\)| \(configured timeouts: [^)]*\)|<[^>]*> *:? *"
+    r"|, (?:full error|Timeout): .*",
+    re.DOTALL,
+)
+
+
 def network_words(error: BaseException) -> str:
-    """Return what happened on the network in a few words, without addresses of objects in memory."""
+    """Return what happened on the network in a few words, without names and numbers that mean something to Python."""
     cause = _root_of(error)
     if lack_words(cause):
         return lack_words(cause)
-    text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-    text = mask(text, HIDDEN.secrets)  # before something is taken out of the middle
-    return one_line(
-        f"{type(cause).__name__}: {re.sub(r'<[^>]*> *:? *', '', text) or 'no more is known'}", 200
-    )
+    if isinstance(cause, OSError) and cause.filename:
+        return f"SSLKEYLOGFILE={one_line(cause.filename)} cannot be written: {cause.strerror}"
+    text = getattr(cause, "verify_message", "") or str(cause)
+    text = plain_words(text) or "no more is known"
+    names = (kind.__name__ for kind in type(cause).__mro__)
+    form = next((_NETWORK_WORDS[name] for name in names if name in _NETWORK_WORDS), "{}")
+    return one_line(form.replace("{}", text), 200)
+
+
+def plain_words(text: str) -> str:
+    """Return what a library says of the network without what means something to its authors alone."""
+    # masked before something is taken out of the middle
+    return _LIBRARY_WORDS.sub("", mask(text, HIDDEN.secrets))
 
 
 def _root_of(error: BaseException) -> BaseException:
@@ -3738,8 +4002,8 @@ class Ledger(Protocol):
     ) -> None:
         """Take the requests of a lease off the counts: it was leased today (UTC), and they were not made."""
 
-    def used_today(self, digest: str, now: float) -> int:
-        """Return how many requests of the key were leased today (UTC)."""
+    def used_today(self, digest: str, now: float) -> int | None:
+        """Return how many requests of the key were leased today (UTC), None where that cannot be known."""
 
 
 class NoLedger:
@@ -3754,9 +4018,9 @@ class NoLedger:
     ) -> None:
         """Nothing is counted."""
 
-    def used_today(self, digest: str, now: float) -> int:
+    def used_today(self, digest: str, now: float) -> int | None:
         """Nothing is known."""
-        return 0
+        return None
 
 
 class ApiKey:
@@ -3810,9 +4074,13 @@ class ApiKey:
 
 
 class KeyState(TypedDict):
-    """What the status shows of a key: why it is out or rests, until when (ISO 8601 UTC), what it does not serve."""
+    """What the status shows of a key: why it is out or rests, until when (ISO 8601 UTC), what it does not serve.
+
+    `leased`: requests that are counted today and not made yet.
+    """
 
     digest: str
+    leased: int
     state: Literal["ready", "resting", "out"]
     why: str
     until: str
@@ -3941,12 +4209,16 @@ class KeyPool:
     def _state_of(self, key: ApiKey) -> KeyState:
         not_for = sorted(key.closed_products)
         rest_s = key.paused_until - self._clock.monotonic()
+        leased = 0
+        if key.plan.per_day and key.leased_on == utc_day(self._clock.wall()):
+            leased = max(0, key.lease.requests)
+        state = KeyState(digest=key.digest, leased=leased, state="ready", why="", until="", not_for=not_for)
         if key.dead:
-            return KeyState(digest=key.digest, state="out", why=key.dead, until="", not_for=not_for)
-        if rest_s <= 0:
-            return KeyState(digest=key.digest, state="ready", why="", until="", not_for=not_for)
-        until = iso_after(self._clock.wall(), rest_s)
-        return KeyState(digest=key.digest, state="resting", why=key.paused_why, until=until, not_for=not_for)
+            state |= {"state": "out", "why": key.dead}
+        elif rest_s > 0:
+            until = iso_after(self._clock.wall(), rest_s)
+            state |= {"state": "resting", "why": key.paused_why, "until": until}
+        return state
 
     def _first_ready(self, product: str, now: float, only: ApiKey | None) -> ApiKey | None:
         usable = [key for key in self.keys if not key.refusal(product) and only in (None, key)]
@@ -4005,7 +4277,7 @@ class KeyPool:
         if not self.keys:
             return "no API key: set INFOWAY_API_KEY"
         reasons = "; ".join(f"key {key.shown}: {self._why_not(key, product, now)}" for key in self.keys)
-        return f"no API key can serve {product} ({reasons}); see INFOWAY_API_KEY"
+        return see(f"no API key can serve {product} ({reasons})", "INFOWAY_API_KEY")
 
     def _why_not(self, key: ApiKey, product: str, now: float) -> str:
         back = iso_after(self._clock.wall(), max(0.0, key.paused_until - now))
@@ -4155,14 +4427,14 @@ class LocalLedger:
         except StoreError as error:
             log.warning("the counts of a key are not kept: %s", error)
 
-    def used_today(self, digest: str, now: float) -> int:
-        """Return how many requests of the key were leased today."""
+    def used_today(self, digest: str, now: float) -> int | None:
+        """Return how many requests of the key were leased today, None where the file cannot be read."""
         query = "SELECT used FROM key_usage WHERE digest = ? AND day = ?"
         try:
             row = self._file.read_one(query, digest, utc_day(now)) or (0,)
         except StoreError as error:
             log.warning("the day's count of a key cannot be read: %s", error)
-            return 0
+            return None
         return int(row[0])
 
     def _take_slots(self, digest: str, plan: Plan, lease: Lease, now: float, made: Sequence[float]) -> Lease:
@@ -4273,13 +4545,13 @@ class SharedLedger:
                 self._collection.update_one(day, {"$inc": {"used": -lease.requests}})
             self._collection.update_one(minute, update)
 
-    def used_today(self, digest: str, now: float) -> int:
-        """Return how many requests of the key all instances leased today; MongoDB away: those of this one."""
+    def used_today(self, digest: str, now: float) -> int | None:
+        """Return how many requests of the key all instances leased today, None where MongoDB is away."""
         try:
             with self._together():
                 found = self._collection.find_one({"_id": f"{digest}|{utc_day(now)}"})
         except StoreAway:
-            return self._alone.used_today(digest, now)
+            return None
         return int(found["used"]) if found else 0
 
     @contextlib.contextmanager
@@ -4301,7 +4573,7 @@ class SharedLedger:
             if not last_try and isinstance(error, AutoReconnect) and not error.timeout:
                 raise StoreAway("a connection to the shared counts of API keys broke") from error
             self._away_until = now + LEDGER_RETRY_S
-            words = f"they are away ({type(error).__name__})"
+            words = f"MongoDB is away ({one_line(plain_words(str(error)), 100)})"
             if isinstance(error, OperationFailure) and error.code == UNAUTHORIZED:
                 place = self._collection.full_name
                 words = f"this user may not write to {place}; see MONGODB_LICENSE_COLLECTION_NAME"
@@ -5168,7 +5440,7 @@ def _why_final(attempt: BatchAttempt, verdict: Verdict) -> Failure | None:
     if tries > 1:
         words += f", {tries} tries"
     if hopeless and verdict.setting:
-        words += f"; see {verdict.setting}"
+        words = see(words, verdict.setting)
     return Failure(kind, words)
 
 
@@ -6309,7 +6581,7 @@ class MongoStore:
     def _fault(self, error: Exception) -> StoreAway:
         from pymongo.errors import ConnectionFailure, NotPrimaryError, PyMongoError
 
-        words = one_line(re.split(", full error: |, Timeout:", str(error))[0], 200)
+        words = one_line(plain_words(str(error)), 200)
         lost = isinstance(error, ConnectionFailure) and not isinstance(error, NotPrimaryError)
         lost = lost or (isinstance(error, PyMongoError) and error.timeout)
         return self._away(words, lost and not self._is_unwanted())
@@ -6326,7 +6598,8 @@ class MongoStore:
     ) -> StoreAway:
         words = self._settings.redact(words)
         shown = self._settings.mongodb_shown()
-        return StoreAway(f"MongoDB at {shown} fails: {words}; see MONGODB_HOST", unreachable, words, refused)
+        words_for_all = see(f"MongoDB at {shown} fails: {words}", "MONGODB_HOST")
+        return StoreAway(words_for_all, unreachable, words, refused)
 
 
 def _is_identity_taken(error: Mapping[str, Any]) -> bool:
@@ -7239,6 +7512,7 @@ class Delivery:
         self._failed_alone = 0
         self._changed = threading.Condition()  # what waits, or the next one:
         self._away: tuple[StoreAway, datetime] | None = None  # why MongoDB takes nothing, and since when
+        self._is_silent = False  # whether nothing was delivered while a write waited for its turn
         self._thread = threading.Thread(target=self._run, name="stockrt-delivery", daemon=True)
         self._closing = threading.Event()
         self._woken = threading.Event()  # something came, or this closes
@@ -7333,8 +7607,10 @@ class Delivery:
         try:
             if self.queue.has_trades():
                 self._wake()
+                before = self.queue.trades
                 with self._changed:
                     self._changed.wait_for(lambda: self._away or not self.queue.has_trades(), CATCH_UP_S)
+                self._is_silent = self.queue.trades >= before
                 return self._away is None and not self.queue.has_trades()
         except StoreError as error:
             self._file_trouble.again(str(error))
@@ -7361,15 +7637,14 @@ class Delivery:
         """Return why trades are queued; `before` of them wait longer."""
         away = self._away
         if away is None:
-            return f"{before} others wait for MongoDB before them"
+            words = f"{before} others wait for MongoDB before them"
+            if self._is_silent:
+                words = f"MongoDB did not answer within {CATCH_UP_S:.0f} s; {words}"
+            return words
         error, since = away
-        form = "%H:%M"
-        if utc_now() - since >= timedelta(days=1):
-            form = "%Y-%m-%d %H:%M"
-        clock = f"{since.astimezone():{form}}"
         if error.unreachable:
-            return f"MongoDB unreachable since {clock}"
-        return f"MongoDB takes no writes since {clock} ({error.words})"
+            return f"MongoDB unreachable since {local_time(since)}"
+        return f"MongoDB takes no writes since {local_time(since)} ({error.words})"
 
     def _put_aside(self, documents: Sequence[Document], reasons: Mapping[str, str], collection: str) -> None:
         """Keep what MongoDB rejected; the others of its batch are stored, whatever the local file says."""
@@ -7507,31 +7782,32 @@ class Delivery:
     def _deliver_all(self) -> None:
         """Deliver everything that waits, however long MongoDB is away, and say how much that was."""
         self.moved = self.rejected = 0
-        started = time.monotonic()
+        took = 0.0  # of what moved something: an absence is not counted
         delays, done = self._fresh_delays(), 0
         while not self._closing.is_set():
             self._woken.clear()
+            began = time.monotonic()
             try:
                 self.deliver(self._closing)
-                self._say_delivered(started)
+                self._say_delivered(took + time.monotonic() - began)
                 return
             except Exception as error:  # nobody else looks at this thread
                 self._say_fault(error)
                 if self.moved + self.rejected > done:
+                    took += time.monotonic() - began
                     delays, done = self._fresh_delays(), self.moved + self.rejected
                 wait = self._closing.wait
                 if isinstance(error, ClosesLate):
                     wait = self._woken.wait  # new trades are moved at once
                 wait(next(delays))
 
-    def _say_delivered(self, started: float) -> None:
+    def _say_delivered(self, took: float) -> None:
         if self._closing.is_set():
             return
         self._note_back()
         self._tell()
         self.queue.shrink()
         if self.moved or self.rejected:
-            took = time.monotonic() - started
             words = "%d kept trades moved to MongoDB in %.1f s, %d refused by it"
             log.info(words, self.moved, took, self.rejected)
 
@@ -7802,6 +8078,7 @@ class Collector:
         if written.queued:
             self.report.queued += written.queued
             self.report.queued_because = written.queued_because
+            self._events.kept(documents)
             return
         self.report.stored += written.stored
         self.report.duplicates += written.duplicates
@@ -7873,7 +8150,7 @@ def _check_of(api: InfowayApi | None, key: ApiKey, verdict: Verdict, settings: S
         good += f", but not for stocks: {verdict.failure.words}"
         return Check(name, True, good + _plan_words(settings, api, key))
     setting = verdict.setting or "INFOWAY_API_BASE_URL"
-    return Check(name, False, f"{verdict.failure.words}; see {setting}")
+    return Check(name, False, see(verdict.failure.words, setting))
 
 
 def _plan_words(settings: Settings, api: InfowayApi | None, key: ApiKey) -> str:
@@ -7911,16 +8188,19 @@ def _limits_words(plan: Plan) -> str:
 
 
 class KeyUsage(TypedDict):
-    """What is known of an API key: requests used and left today (None: no limit), and the key's state.
+    """What is known of an API key: requests used and left today (None: not counted, or not known), and its state.
 
+    `leased_today`: counted by the running daemon, not made yet, and neither used nor missing in what is left.
     `ends`: when its plan ends (ISO 8601 UTC), None where the API has not told; `ends_soon`: so in words, or ''.
     """
 
     key: str
     plan: str
+    per_day: int
     ends: str | None
     ends_soon: str
-    used_today: int
+    used_today: int | None
+    leased_today: int
     left_today: int | None
     state: str
     why: str
@@ -8063,7 +8343,8 @@ class Pipeline:
 
     def _stats(self, key: ApiKey, state: KeyState, usage: KeyUsage) -> KeyStats:
         ends = self._plans.of(key).ends
-        return KeyStats(key.digest, usage["used_today"], usage["left_today"], usage["state"], ends)
+        left = usage["left_today"] if usage["per_day"] else math.inf
+        return KeyStats(key.digest, usage["used_today"], left, usage["state"], ends)
 
     def finalise(self, stop: threading.Event) -> float:
         """Make a part of the closes final that are due, and return after how many seconds there is more to do.
@@ -8146,14 +8427,18 @@ class Pipeline:
 
     def _usage(self, key: ApiKey, told: KeyState | None) -> KeyUsage:
         now = time.time()
-        used = self.keys.ledger.used_today(key.digest, now)
+        counted = None
+        if key.plan.per_day:
+            counted = self.keys.ledger.used_today(key.digest, now)
         info = self._plans.of(key)
         usage: KeyUsage = {
             "key": key.shown,
             "plan": key.plan.name,
+            "per_day": key.plan.per_day,
             "ends": iso_after(info.ends, 0) if info.ends else None,
             "ends_soon": info.end_words(now),
-            "used_today": used,
+            "used_today": counted,
+            "leased_today": 0,
             "left_today": None,
             "state": "ready",
             "why": "",
@@ -8164,8 +8449,10 @@ class Pipeline:
             usage["not_for"] = told["not_for"]
             if told["state"] != "resting" or told["until"] > iso_after(now, 0):  # it was when it was told
                 usage |= {"state": told["state"], "why": told["why"], "until": told["until"]}
-        if key.plan.per_day:
-            usage["left_today"] = max(0, key.plan.per_day - used)
+        if counted is not None:
+            leased = min(counted, told["leased"]) if told else 0
+            left = max(0, key.plan.per_day - counted + leased)
+            usage |= {"used_today": counted - leased, "leased_today": leased, "left_today": left}
         if usage["left_today"] == 0 and usage["state"] == "ready":
             until = iso_after(next_midnight(now), 0)
             usage |= {"state": "resting", "why": day_used_up(key.plan), "until": until}
@@ -8433,18 +8720,20 @@ def make_result(
     ASCII only: a lone surrogate that came in `meta` goes back as it came.
     """
     status = "success" if good else "failure"
+    message = local_times(message)
     answer = {"type": "result", "status": status, **context, "module_name": module_name, "message": message}
     if not good:
         answer["error"] = message
-    return json.dumps(answer | {"result": {"status": status, **result}})
+    return json.dumps(answer | {"result": {"status": status, "status_detail": status, **result}})
 
 
 def report_result(context: Mapping[str, Any], report: Report, settings: Settings) -> str:
     """Return the result of a run: `success` when something is in the store, and nothing waits for it."""
     good = report.reached > 0 and not report.store_error and not report.queued
     listed = islice(report.failures.items(), FAILURES_LISTED)
-    failures = {code: settings.redact(failure.words) for code, failure in listed}
+    failures = {code: settings.redact(local_times(failure.words)) for code, failure in listed}
     result = {
+        "status_detail": report.outcome,
         "total": report.total,
         "success_count": report.reached,
         "duplicate_count": report.duplicates,
@@ -8460,23 +8749,29 @@ def report_result(context: Mapping[str, Any], report: Report, settings: Settings
 
 
 def _result_words(report: Report) -> str:
-    words = f"{report.reached} of {report.total} codes stored"
+    """Return the message: what failed comes first."""
+    stored = f"{report.reached} of {report.total} codes stored"
     if report.store_error:
-        return f"{words}, then the store failed: {report.store_error}"
-    if report.queued and not (report.reached or report.failures):
-        words = report.queued_words()
-    elif report.queued:
-        words += f"; {report.queued_words()}"
+        return f"{stored}, then the store failed: {report.store_error}"
+    words = []
+    if report.failures:
+        words.append(_failed_words(report))
     if report.close_error:
-        words += f", the closing snapshot is not kept: {report.close_error}"
+        words.append(f"the closing snapshot is not kept: {report.close_error}")
+    if report.queued:
+        words.append(report.queued_words())
+    if report.reached or not report.queued:
+        words.append(stored)
     if report.read_as:
-        words += f"; read as: {report.read_as_words()}"
+        words.append(f"read as: {report.read_as_words()}")
     if report.stale:
-        words += f"; {report.stale_words()}"
-    if not report.failures:
-        return words
+        words.append(report.stale_words())
+    return "; ".join(words)
+
+
+def _failed_words(report: Report) -> str:
     named = [f"{code} ({failure.words})" for code, failure in islice(report.failures.items(), FAILURES_NAMED)]
-    words += f"; failed: {', '.join(named)}"
+    words = f"{len(report.failures)} of {report.total} codes failed: {', '.join(named)}"
     more = len(report.failures) - len(named)
     if more:
         words += f" and {more} more"
@@ -8591,7 +8886,8 @@ def register(settings: Settings) -> str:
     module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
     if envelope.get("code") == "2000" and _HASH.fullmatch(module_hash):
         return module_hash
-    raise RegistrationError(f"not registered at {url}: {_why_not_registered(answer, envelope)}")
+    why = _why_not_registered(answer, envelope).removeprefix(f"{urlsplit(url).netloc}: ")
+    raise RegistrationError(f"not registered at {url}: {why}")
 
 
 def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> str:
@@ -8618,7 +8914,8 @@ def check_platform(settings: Settings) -> Check:
     url = settings.platform_url()
     response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
     if response.fault:
-        words = f"{url} cannot be reached: {response.fault}; see SERVER_IP, SERVER_PORT and SERVER_TLS"
+        why = response.fault.removeprefix(f"{urlsplit(url).netloc}: ")
+        words = see(f"{url} cannot be reached: {why}", "SERVER_IP, SERVER_PORT and SERVER_TLS")
         return Check("platform", False, words)
     if (json_object(response.body) or {}).get("code") != "2000":
         what = f"{url}/module/online answers HTTP {response.status} and is no dispatch platform"
@@ -10555,7 +10852,12 @@ class Metrics:
         self._metrics = [
             metric._replace(values=shown) if metric.label == "key" else metric for metric in METRICS
         ]
-        self._numbers = {(metric.name, value): 0.0 for metric in self._metrics for value in metric.values}
+        unknown = {"key": math.nan}
+        self._numbers = {
+            (metric.name, value): unknown.get(metric.label, 0.0)
+            for metric in self._metrics
+            for value in metric.values
+        }
         self._buckets = [0] * len(LATENCY_BUCKETS_S)
         self._latencies, self._latency_sum = 0, 0.0
         self.changes = 0
@@ -10584,7 +10886,7 @@ class Metrics:
     def text(self) -> str:
         """Return everything in node_exporter's textfile format."""
         with self._lock:
-            lines = [line for metric in self._metrics if metric.values for line in self._lines(metric)]
+            lines = [line for metric in self._metrics for line in self._lines(metric)]
             lines += [
                 f"# HELP {LATENCY} Time from a request to the whole answer.",
                 f"# TYPE {LATENCY} histogram",
@@ -10596,9 +10898,11 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
     def _lines(self, metric: Metric) -> Iterator[str]:
-        yield f"# HELP {metric.name} {metric.help}"
-        yield f"# TYPE {metric.name} {metric.kind}"
-        for value in metric.values:
+        known = [value for value in metric.values if not math.isnan(self._numbers[metric.name, value])]
+        if known:
+            yield f"# HELP {metric.name} {metric.help}"
+            yield f"# TYPE {metric.name} {metric.kind}"
+        for value in known:
             label = f'{{{metric.label}="{value}"}}' if metric.label else ""
             yield f"{metric.name}{label} {_number_text(self._numbers[metric.name, value])}"
 
@@ -10728,9 +11032,10 @@ class Service(Events):
         """Note what each key has used and left, and how it stands."""
         for key in keys:
             name = key.digest[:DIGEST_SHOWN]
-            left = math.inf if key.left is None else key.left
-            self.metrics.put("stockrt_api_key_requests_today", key.used, name)
-            self.metrics.put("stockrt_api_key_requests_left", left, name)
+            if key.used is not None:
+                self.metrics.put("stockrt_api_key_requests_today", key.used, name)
+            if key.left is not None:
+                self.metrics.put("stockrt_api_key_requests_left", key.left, name)
             self.metrics.put("stockrt_api_key_state", KEY_STATES.index(key.state), name)
             self.metrics.put("stockrt_api_key_end_timestamp_seconds", key.ends, name)
 
@@ -10801,15 +11106,7 @@ class Service(Events):
 
 def outcome_of(report: Report | None) -> str:
     """Return how an execution ended, as the metrics count it."""
-    if report is None:
-        return "refused"
-    if report.interrupted:
-        return "interrupted"
-    if report.complete and report.total:
-        return "success"
-    if report.reached and not report.store_error and not report.queued:
-        return "partial"
-    return "failure"
+    return "refused" if report is None else report.outcome
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -11332,6 +11629,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _refuse_arguments(message: str) -> NoReturn:
+    import difflib
+
+    flags = ["--help", *(f"--{name.replace('_', '-')}" for name in vars(Options) if not name.startswith("_"))]
+    typed = re.findall(r"[-–—]+\w[\w-]*", message.partition("unrecognized arguments: ")[2])  # noqa: RUF001
+    near = [flag for one in typed for flag in difflib.get_close_matches(one, flags, n=1)]
+    if near:
+        message += f"; did you mean {' '.join(near)}?"
     raise UsageError(f"{message}; see --help")
 
 
@@ -11455,7 +11759,17 @@ def _check_migration(options: Options) -> None:
 
 
 def read_codes(options: Options) -> Iterator[str]:
-    """Yield the codes of the command line, then those of the file, one by one. Raises UsageError."""
+    """Yield the codes of the command line, then those of the file, one by one; at least one. Raises UsageError."""
+    count = 0
+    for code in _codes_of(options):
+        count += 1
+        yield code
+    if not count:
+        where = f"--codes-file {options.codes_file or ''}".removesuffix("-file ")
+        raise UsageError(f"{where}: no code in it; expected codes such as AAPL.US 600519; see --help")
+
+
+def _codes_of(options: Options) -> Iterator[str]:
     for text in options.codes:
         yield from split_codes(text)
     if not options.codes_file:
@@ -11476,18 +11790,25 @@ class _Redacting(logging.Formatter):
     """Formats a record, tracebacks included, and takes every secret out."""
 
     def __init__(self, settings: Settings, journal: bool = False) -> None:
-        super().__init__("%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+        form = "%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s"
+        super().__init__(form, "%Y-%m-%d %H:%M:%S%z")
         self._settings = settings
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        text = self._settings.redact(super().format(record))
+        text = self._settings.redact(local_times(super().format(record)))
         return for_journal(text, record.levelno) if self._journal else text
+
+
+class _BesideBar(logging.StreamHandler[Any]):
+    def emit(self, record: logging.LogRecord) -> None:
+        with bar_aside():
+            super().emit(record)
 
 
 def start_logging(settings: Settings) -> None:
     """Send this program's messages to stderr, secrets masked; libraries only from warnings on."""
-    handler = logging.StreamHandler()
+    handler = _BesideBar()
     handler.setFormatter(_Redacting(settings, journal=isinstance(sys.stderr, JournalStream)))
     logging.getLogger().handlers = [handler]
     logging.getLogger().setLevel(logging.WARNING)
@@ -11687,41 +12008,94 @@ def stop_on_signals(work: Stoppable) -> None:
     signal.signal(signal.SIGTERM, on_signal)
 
 
-class Terminal(Events):
-    """Shows a run to a person: rows as they are stored, and a bar on a terminal's stderr once it is a long one."""
+# After this time a person wants to see that something goes on, and how often that is drawn anew.
+LONG_RUN_S, DRAW_EVERY_S = 2.0, 0.5
 
-    def __init__(self, rows: Rows | None, unit: str, bar_above: int) -> None:
+
+class Terminal(Events):
+    """Shows a run to a person: rows as they come, and a bar on a terminal's stderr once it is a long one.
+
+    Long is what has more than `bar_above` of its `unit`, or takes LONG_RUN_S. Any thread may call it.
+    """
+
+    def __init__(self, rows: Rows | None = None, unit: str = "", bar_above: float = math.inf) -> None:
         self._rows = rows
         self._unit = unit
         self._bar_above = bar_above
-        self._is_terminal = sys.stderr.isatty()
+        self._done = self._total = 0
+        self._began = time.time()
         self._bar: Any = None
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._is_terminal = sys.stderr.isatty()
+        if self._is_terminal:
+            with contextlib.suppress(StockrtError):  # no thread is to be had: no bar while nothing happens
+                start_thread(threading.Thread(target=self._draw_again, name="stockrt-bar", daemon=True))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def stored(self, documents: Sequence[Document]) -> None:
         """Print them."""
         if self._rows is not None:
-            self._rows.add(documents)
+            with bar_aside():
+                self._rows.add(documents)
+
+    def kept(self, documents: Sequence[Document]) -> None:
+        """Print them: the closing line says that they wait."""
+        self.stored(documents)
 
     def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
         """Draw the bar."""
-        if self._bar is None and self._is_terminal and total > self._bar_above:
-            from tqdm import tqdm
-
-            unit = f" {self._unit}"
-            self._bar = tqdm(total=total, initial=done, unit=unit, file=sys.stderr, leave=False)
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
+        if total:
+            self._done, self._total = done, total
+        if self._is_terminal and total > self._bar_above:
+            self._draw()
 
     def close(self) -> None:
         """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
+        with self._lock:
+            self._closed.set()
+            if self._bar is not None:
+                self._bar.close()
+
+    def _draw(self) -> None:
+        with self._lock:
+            if self._closed.is_set():
+                return
+            if self._bar is None:
+                from tqdm import tqdm
+
+                unit = f" {self._unit}"
+                form = {" ": "working for {elapsed} (min:s)"}.get(unit)
+                self._bar = tqdm(unit=unit, bar_format=form, file=sys.stderr, leave=False, delay=1e-9)
+                self._bar.start_t = self._began
+            if self._total:
+                self._bar.total, self._bar.n = self._total, self._done
+            self._bar.refresh()
+
+    def _draw_again(self) -> None:
+        long_at = time.monotonic() + LONG_RUN_S
+        while not self._closed.wait(DRAW_EVERY_S):
+            if time.monotonic() >= long_at:
+                self._draw()
+
+
+@contextlib.contextmanager
+def bar_aside() -> Iterator[None]:
+    """Take a bar away while something is printed."""
+    tqdm = sys.modules.get("tqdm")
+    with tqdm.tqdm.external_write_mode() if tqdm else contextlib.nullcontext():
+        yield
 
 
 class _Run(threading.Thread):
     """A run on a thread of its own, so that the main thread stays free for signals."""
 
-    def __init__(self, pipeline: Pipeline, codes: Iterable[str], stop: threading.Event) -> None:
+    def __init__(self, pipeline: Pipeline, codes: Iterator[str], stop: threading.Event) -> None:
         super().__init__(name="stockrt-run", daemon=True)
         self._pipeline = pipeline
         self._codes = codes
@@ -11731,7 +12105,8 @@ class _Run(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._pipeline.run(self._codes, self._stop_event, self.report)
+            first = next(self._codes)  # where there is none, nobody is asked for anything
+            self._pipeline.run(chain((first,), self._codes), self._stop_event, self.report)
             self._pipeline.finalise_all(self._stop_event)
         except BaseException as error:  # handed to the main thread, which raises it again
             self.error = error
@@ -11749,16 +12124,18 @@ class _Run(threading.Thread):
 
 def say(text: str, level: int = logging.INFO) -> None:
     """Write a message to stderr, for the person at the terminal or for the journal."""
+    text = local_times(text)
     if isinstance(sys.stderr, JournalStream):
         text = for_journal(text, level)
-    with contextlib.suppress(OSError):  # nobody reads it: nothing else can be done
+    with contextlib.suppress(OSError), bar_aside():  # nobody reads it: nothing else can be done
         print(text, file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
     """Print what was asked for to stdout. Raises PrintError."""
     try:
-        print(text, flush=True)
+        with bar_aside():
+            print(text, flush=True)
     except BrokenPipeError:
         raise PrintError from None
     except OSError as error:
@@ -11806,7 +12183,7 @@ def note_run(settings: Settings, started_at: float, report: Report) -> None:
         log.warning("--status will not know of this run: %s", error)
 
 
-def _remembered(codes: Iterable[str], order: list[str]) -> Iterator[str]:
+def _remembered(codes: Iterator[str], order: list[str]) -> Iterator[str]:
     """Pass codes on, and keep the first ROWS_ALIGNED of them as they will be shown."""
     for code in codes:
         if len(order) < ROWS_ALIGNED:
@@ -11883,7 +12260,7 @@ def without_traces(settings: Settings) -> Iterator[Settings]:
 
 def _check_line(check: Check) -> str:
     verdict = "ok  " if check.good else "FAIL"
-    return f"{verdict}  {check.name}: {check.words}"
+    return local_times(f"{verdict}  {check.name}: {check.words}")
 
 
 def _check_origins(loaded: LoadedSettings, is_service_hidden: bool) -> Check:
@@ -11914,13 +12291,15 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
             words = str(error)
         yield from _check_keys(settings, pipeline)
         yield _check_state_directory(settings)
-        store = Check(store_name(settings), False, words)
+        store = Check("local file", False, words)
         if pipeline is not None:
-            store = _check_store(store.name, pipeline)
+            store = _check_store(store_name(settings), pipeline)
         words = store.words.replace(str(looked_at.state_directory), str(settings.state_directory))
         yield store._replace(words=words)
     if settings.platform_url():
         yield check_platform(settings)
+    else:
+        yield Check("platform", True, "SERVER_IP and SERVER_PORT are not set: standalone")
 
 
 def _check_state_directory(settings: Settings) -> Check:
@@ -12061,13 +12440,20 @@ def _ask_journal(directory: Path, status: StatusReport) -> None:
         status["totals"] = {"since": iso_after(totals["since"], 0), **counts}
     for one in last:
         status["last_execution"] = {
-            "status": str(one["status"]),
+            "status": _whole_or_partial(one),
             "message": str(one["message"]),
             "workflow_name": one["workflow_name"],
             "at": str(one["ended_at"]),
         }
         if one["status"] != "success" and one["delivered"] is not None:
             status["wrong"].append("the last execution failed")
+
+
+def _whole_or_partial(one: ExecutionFacts) -> str:
+    """Return how an execution ended; an answer of an older version tells no more than its status."""
+    if isinstance(one["result"], dict) and "status_detail" in one["result"]:
+        return str(one["result"]["status_detail"])
+    return str(one["status"] or "not ended")
 
 
 def _what_is_wrong(status: StatusReport) -> list[str]:
@@ -12122,7 +12508,7 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
     if status["totals"]:
         lines.append(("in all", _totals_line(status["totals"])))
     lines += [("API key", _key_line(key)) for key in status["keys"]]
-    show(settings.redact("\n".join(f"{name:<15} {text}" for name, text in lines)))
+    show(settings.redact(local_times("\n".join(f"{name:<15} {text}" for name, text in lines))))
     return code
 
 
@@ -12156,7 +12542,7 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
         with contextlib.closing(Journal(settings.state_directory)) as journal:
             found = journal.last(count)
     for one in found:
-        text = _execution_lines(one)
+        text = local_times(_execution_lines(one))
         if as_json:
             text = json.dumps(one, ensure_ascii=False)
         show(settings.redact(text))
@@ -12167,7 +12553,7 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
 
 def _execution_lines(one: ExecutionFacts) -> str:
     """Return an execution for a person: when, what, how it ended, and a line for each code that failed."""
-    words = f"{one['ended_at'] or one['accepted_at']}  {one['status'] or 'not ended'}  "
+    words = f"{one['ended_at'] or one['accepted_at']}  {_whole_or_partial(one)}  "
     words += f"{one['execution_id'] or '-'}  {one['workflow_name'] or '-'}"
     result = one["result"] or {}
     if result:
@@ -12183,6 +12569,8 @@ def _execution_lines(one: ExecutionFacts) -> str:
 def _daemon_line(daemon: DaemonFacts) -> str:
     if not daemon["running"]:
         return "not running"
+    if daemon["pid"] is None:
+        return "running, and has told nothing of itself yet"
     return f"running, pid {daemon['pid']}, version {daemon['version']}"
 
 
@@ -12209,10 +12597,7 @@ def _platform_line(platform: PlatformFacts) -> str:
 
 
 def _key_line(key: KeyUsage) -> str:
-    left = f"{key['left_today']} left"
-    if key["left_today"] is None:
-        left = "no daily limit"
-    line = f"{key['key']}  {key['plan']}  {key['used_today']} used today, {left}  {key['state']}"
+    line = f"{key['key']}  {key['plan']}  {_quota_words(key)}  {key['state']}"
     if key["until"]:
         line += f" until {key['until']}"
     if key["why"]:
@@ -12222,6 +12607,17 @@ def _key_line(key: KeyUsage) -> str:
     if key["not_for"]:
         line += f"; not for {', '.join(key['not_for'])}"
     return line
+
+
+def _quota_words(key: KeyUsage) -> str:
+    if not key["per_day"]:
+        return "no daily limit, not counted"
+    if key["used_today"] is None:
+        return "used today: unknown, the counts cannot be read"
+    words = f"{key['used_today']} used today, {key['left_today']} left"
+    if key["leased_today"]:
+        words += f", {key['leased_today']} of them leased by the daemon"
+    return words
 
 
 def need_mongodb(settings: Settings, why: str) -> None:
@@ -12292,7 +12688,7 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
     with Pipeline(settings) as pipeline:
         rejects = pipeline.rejects()
     for reject in rejects:
-        line = "{rejected_at}  {collection}  {_id}: {reason}".format_map(reject)
+        line = local_times("{rejected_at}  {collection}  {_id}: {reason}".format_map(reject))
         if as_json:
             line = json.dumps(reject, ensure_ascii=False)
         show(settings.redact(line))
@@ -12323,22 +12719,8 @@ def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     return EXIT_OK if found and not why else EXIT_FAILED
 
 
-def need_platform(settings: Settings) -> None:
-    """Raise SettingsError unless the settings say where the platform is."""
-    needed = {"SERVER_IP": settings.server_host, "SERVER_PORT": settings.server_port}
-    missing = " and ".join(name for name, value in needed.items() if not value)
-    if missing:
-        raise SettingsError(
-            [
-                f"{missing} not set: the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; "
-                "without a platform use --once --codes …"
-            ]
-        )
-
-
 def run_register(settings: Settings, force: bool) -> int:
     """Register at the platform unless a hash is stored, and say what was done."""
-    need_platform(settings)
     place = settings.state_directory / HASH_NAME
     stored = "" if force else read_hash(settings.state_directory)
     if stored:
@@ -12352,24 +12734,35 @@ def run_register(settings: Settings, force: bool) -> int:
     return EXIT_OK
 
 
-def need_daemon_settings(settings: Settings) -> None:
-    """Raise SettingsError unless everything is set that the daemon cannot do without."""
-    need_platform(settings)
-    if not settings.api_keys:
-        raise SettingsError([NO_KEY_HINT])
-
-
 def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
-    """Say that the settings, which were read by now, are enough for the daemon. Raises SettingsError."""
-    need_daemon_settings(loaded.settings)
+    """Say that the settings, which were read by now, are well, and for what they are enough. Raises SettingsError."""
+    zones = {market.zone for market in (*MARKETS.values(), *PRODUCT_MARKETS.values())}
+    if None in map(zone_info, zones):
+        raise SettingsError(["time zones: see above; install the package tzdata, or see PYTHONTZPATH"])
     check = _check_origins(loaded, is_service_hidden)
+    if not loaded.settings.platform_url():
+        standalone = "SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon"
+        check = check._replace(words=f"{check.words}; {standalone}")
     show(_check_line(check))
     return EXIT_OK if check.good else EXIT_FAILED
 
 
+def needs_of(options: Options) -> Needs:
+    """Return what a command needs of the settings."""
+    if options.check_settings:
+        return Needs(key=True, whole_platform=True, paths=True)
+    if options.register:
+        return Needs(platform=True)
+    if options.once or options.symbols or options.backfill is not None:
+        return Needs(key=not options.demo)
+    others = ("check", "status", "executions", "drain", "rejects")
+    if options.documents is not None or any(getattr(options, name) for name in others):
+        return NO_NEEDS
+    return DAEMON_NEEDS
+
+
 def run_daemon(settings: Settings, environ: Mapping[str, str]) -> int:
     """Run as the platform's module until a signal or the platform ends it; return the exit status."""
-    need_daemon_settings(settings)
     watchdog_s = watchdog_seconds(environ, os.getpid())
     service = Service(settings, Notifier(environ.get("NOTIFY_SOCKET", "")), watchdog_s)
     daemon = Daemon(settings, service)
@@ -12431,7 +12824,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return run_migrate(options, environ)
     unit = find_unit(environ, options.env_file)
     hidden = unit is not None and unit.is_hidden()
-    loaded = load_settings(environ, options.env_file, unit=None if hidden else unit)
+    needs = needs_of(options)
+    loaded = load_settings(environ, options.env_file, unit=None if hidden else unit, needs=needs)
     start_logging(loaded.settings)
     for warning in loaded.warnings:
         log.warning(warning)
@@ -12443,6 +12837,16 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return run_backfill(options, loaded.settings)
     if options.documents is not None:
         return run_documents(options, loaded.settings)
+    if options.drain:
+        return run_drain(loaded.settings, options.retry)
+    if needs is DAEMON_NEEDS:
+        return run_daemon(loaded.settings, environ)
+    with Terminal():
+        return _run_short(options, loaded, hidden)
+
+
+def _run_short(options: Options, loaded: LoadedSettings, hidden: bool) -> int:
+    """Run a command that counts nothing; `hidden`: this user may not look at what the service has."""
     if options.register:
         return run_register(loaded.settings, options.force)
     if options.status:
@@ -12451,15 +12855,11 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return run_executions(options.executions, loaded.settings, options.json)
     if options.symbols:
         return run_symbols(options.symbols, loaded.settings, options.json)
-    if options.drain:
-        return run_drain(loaded.settings, options.retry)
     if options.rejects:
         return run_rejects(loaded.settings, options.json)
     if options.check:
         return run_check(loaded, hidden)
-    if options.check_settings:
-        return run_check_settings(loaded, hidden)
-    return run_daemon(loaded.settings, environ)
+    return run_check_settings(loaded, hidden)
 
 
 def _prepare_streams() -> None:
@@ -12501,7 +12901,7 @@ def main() -> NoReturn:
         status = int(leaving.code or 0)
     except OSError as error:  # whoever met it should have said what was being done
         status = EXIT_FAILED
-        say(f"stockrt: {type(error).__name__}: {error}", logging.ERROR)
+        say(f"stockrt: {error.filename or 'a file'} cannot be used: {error.strerror or error}", logging.ERROR)
     with contextlib.suppress(OSError):  # a reader that went away
         sys.stdout.flush()
     # Not sys.exit: threads that hang on the network must not hold the process up, and pymongo's monitor

@@ -307,6 +307,12 @@ def disk_shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def lock_shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that lets no process lock a file."""
+    return _shim("shim_lock", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def _clock_shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _shim("shim_clock", tmp_path_factory)
 

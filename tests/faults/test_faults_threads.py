@@ -93,7 +93,7 @@ def test_it_dials_on_where_a_server_drips_its_handshake_too(world: World) -> Non
 @pytest.mark.parametrize("arguments", [(), ("--once", "--codes", "A.US")], ids=["daemon", "once"])
 def test_a_start_without_threads_says_so(world: World, threads: int, arguments: tuple[str, ...]) -> None:
     world.infoway.script = lambda request: Answer.data([])
-    environment = world.daemon._environment | {
+    environment = world.daemon.environment | {
         "METRICS_FILE": str(world.daemon.state.with_name("metrics.prom"))
     }
     done = subprocess.run(

@@ -32,6 +32,8 @@ N = TypeVar("N", int, float)
 # A wait for something that must happen; long, because a busy machine is slow, not wrong.
 PATIENCE = 60.0
 HASH = "-4611686018427387904"
+# How a time is told to people.
+LOCAL_TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d"
 
 
 @functools.cache
@@ -191,7 +193,7 @@ class ProcessDaemon:
         wrapper: Sequence[str] = (),
     ) -> None:
         self.settings = settings
-        self._environment = {**base, **settings}
+        self.environment = {**base, **settings}
         self._program = program
         self._wrapper = wrapper
         self.state = Path(settings["STATE_DIRECTORY"])
@@ -203,7 +205,7 @@ class ProcessDaemon:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self._wrapper, *command_of(self._program)],
-                env=self._environment,
+                env=self.environment,
                 cwd=self.log_path.parent,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

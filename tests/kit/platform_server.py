@@ -1293,7 +1293,8 @@ class PlatformServer(Switches):
         with self._condition:
             self._bad_frames.append(frame)
             self._changed()
-        self._say(f"WARNING: not JSON ← {shown(frame.text)}")
+        asked = " (a module asks so once which generation this is)" if frame.text == "heartbeat" else ""
+        self._say(f"not JSON ← {shown(frame.text)}{asked}")
 
     def _received_result(self, link: Link, frame: Frame, data: dict[str, Any]) -> None:
         """A result: into the journal first, then the receipt."""

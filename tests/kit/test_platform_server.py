@@ -276,6 +276,19 @@ def test_the_newer_server_complains_about_what_is_not_json(server: PlatformServe
     assert [frame.text for frame in server.bad_frames] == ["heartbeat"]
 
 
+def test_the_log_of_a_tour_alarms_nobody_over_the_question_of_a_module() -> None:
+    said: list[str] = []
+    with PlatformServer(ping_every=0, log=said.append) as server:
+        server.know("-7")
+        client = connect(server.url, "hash=-7")
+        client.send("heartbeat")
+        assert json.loads(client.recv()) == NOT_JSON
+        assert server.wait_for(
+            lambda _: any("not JSON ← heartbeat (a module asks so once" in line for line in said), 5
+        )
+    assert not any("WARNING" in line for line in said)
+
+
 def test_the_older_server_confirms_heartbeats_and_never_pings(old_server: PlatformServer) -> None:
     old_server.ping_every = 0.01
     client = connect(old_server.url, "hash=-7")

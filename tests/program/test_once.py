@@ -25,7 +25,7 @@ from typing import Any
 import pymongo
 import pytest
 from conftest import RunPyz, controlled
-from kit.daemons import number
+from kit.daemons import LOCAL_TIME, number
 from kit.infoway_server import PLANS, REFUSALS, Answer, InfowayServer, Request, make_record
 from kit.mongo import MongoServer
 from kit.platform_server import PlatformServer
@@ -333,10 +333,10 @@ def test_mongodb_away(run_pyz: RunPyz, infoway: InfowayServer, state: Path) -> N
     assert done.returncode == 1
     assert counts(done) == (2, 0, 0, 1)
     assert re.search(
-        r"; 1 trade kept on this machine, MongoDB unreachable since \d\d:\d\d$", done.stderr, re.M
+        rf"; 1 trade kept on this machine, MongoDB unreachable since {LOCAL_TIME}$", done.stderr, re.M
     )
     assert "MONGODB_HOST" in done.stderr
-    assert not done.stdout  # what is not stored is not shown as if it were
+    assert [row[0] for row in cells(done.stdout)] == ["CODE", "AAPL.US"]
     assert len(rows_of(state)) == 1
     check_clean(done.stderr)
 
@@ -396,7 +396,8 @@ def test_no_flag_says_what_the_daemon_needs(run_pyz: RunPyz) -> None:
     done = run_pyz()
     assert done.returncode == 78
     assert "SERVER_IP" in done.stderr and "SERVER_PORT" in done.stderr and "--once" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert "INFOWAY_API_KEY" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
 
 
 def test_no_key(run_pyz: RunPyz, state: Path) -> None:
@@ -418,7 +419,7 @@ def test_all_faults_of_the_settings_at_once(run_pyz: RunPyz) -> None:
         assert done.returncode == 78
         assert all(name in done.stderr for name in env)
         assert "gold" in done.stderr and "70000" in done.stderr
-        assert len(done.stderr.splitlines()) == 4
+        assert len(done.stderr.splitlines()) == 4 + (args == ())  # for the daemon SERVER_IP is missing
         check_clean(done.stdout, done.stderr)
 
 
@@ -839,7 +840,7 @@ def test_old_trades_are_said(run_pyz: RunPyz, infoway: InfowayServer) -> None:
     """And stored, as nobody but the exchange knows better."""
     infoway.trades = {"AAPL.US": {"t": int(time.time() - 30 * 86_400) * 1000}}
     done = run_pyz("--once", "--codes", "AAPL.US", "USOIL9", env=api_env(infoway))
-    since = stockrt.iso_after(infoway.record("AAPL.US")["t"] / 1000, 0)
+    since = stockrt.local_times(stockrt.iso_after(infoway.record("AAPL.US")["t"] / 1000, 0))
     assert f"1 of 2 codes: no trade since {since}, though the market was open" in done.stderr
     assert counts(done) == (2, 1, 0, 1)
 
@@ -897,7 +898,7 @@ def test_check_of_what_is_good(
     done = run_pyz("--check", env=api_env(infoway))
     assert done.returncode == 0, done.stdout
     assert all(good for good, _ in check_lines(done).values())
-    assert len(check_lines(done)) == 4
+    assert len(check_lines(done)) == 5
     assert [request.resource for request in infoway.requests] == ["batch_trade", "package/info"]
     assert not state.exists()
     with PlatformServer() as platform:
@@ -947,7 +948,7 @@ def test_check_of_what_is_bad(run_pyz: RunPyz, infoway: InfowayServer, tmp_path:
     lines = check_lines(done)
     failed = {name: text for name, (good, text) in lines.items() if not good}
     if name == "state":  # the file in it cannot be opened either
-        failed.pop("local store")
+        failed.pop("local file")
     assert len(failed) == 1 and next(iter(failed)).startswith(check), done.stdout
     assert setting in next(iter(failed.values()))
     assert len(lines) >= 4  # the others were looked at all the same

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from conftest import unprivileged
 from kit.clock import FakeClock
-from kit.daemons import command_of
+from kit.daemons import LOCAL_TIME, command_of
 from kit.infoway_server import REFUSALS, InfowayServer
 from kit.platform_server import PlatformServer
 
@@ -120,11 +120,11 @@ def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> 
         "last_execution": None,
         "totals": {},
         "keys": [
-            {"key": "aaa…111", "plan": "free", "ends": None, "ends_soon": "", "used_today": 0,
-             "left_today": 86_400, "state": "ready", "why": "",
+            {"key": "aaa…111", "plan": "free", "per_day": 86_400, "ends": None, "ends_soon": "", "used_today": 0,
+             "leased_today": 0, "left_today": 86_400, "state": "ready", "why": "",
              "until": "", "not_for": []},
-            {"key": "bbb…222", "plan": "pro", "ends": None, "ends_soon": "", "used_today": 0,
-             "left_today": 1_728_000, "state": "ready", "why": "",
+            {"key": "bbb…222", "plan": "pro", "per_day": 1_728_000, "ends": None, "ends_soon": "", "used_today": 0,
+             "leased_today": 0, "left_today": 1_728_000, "state": "ready", "why": "",
              "until": "", "not_for": []},
         ],
         "wrong": [],
@@ -191,6 +191,7 @@ def test_keys_without_a_daily_limit_and_none_at_all(program: Program) -> None:
 
 KEY_STATE: dict[str, object] = {
     "digest": stockrt.key_digest(FIRST),
+    "leased": 0,
     "state": "out",
     "why": "w",
     "until": "",
@@ -410,7 +411,8 @@ def test_status_remembers_over_a_restart_and_knows_of_runs_by_hand(program: Prog
         program.until(lambda: stockrt.read_status(program.state)["spool_refused"] == 7)
         after = program.status(WRONG)
         assert after["wrong"] == ["no connection to the platform"]
-        assert "2 of 3 codes stored; " in after["last_execution"]["message"]
+        assert after["last_execution"]["message"].startswith("1 of 3 codes failed: NOPE (")
+        assert after["last_execution"]["status"] == "partial"
         assert after["platform"]["last_contact"]
         counted = {"success": 0, "partial": 1, "failure": 0, "stored": 2, "known": 0, "kept": 0, "failed": 1}
         assert after["totals"] == {"since": after["totals"]["since"]} | counted
@@ -421,7 +423,8 @@ def test_status_remembers_over_a_restart_and_knows_of_runs_by_hand(program: Prog
         assert now["totals"]["success"] == 1
         assert now["totals"]["stored"] + now["totals"]["known"] == 4
         line = lines_of(program.lines(WRONG))["in all"]
-        assert line.startswith(f"2 executions since {after['totals']['since']}, 1 in part, 0 failed; ")
+        since = stockrt.local_times(after["totals"]["since"])
+        assert line.startswith(f"2 executions since {since}, 1 in part, 0 failed; ")
 
 
 def test_executions_lists_the_last_ones_with_their_failures(program: Program) -> None:
@@ -453,10 +456,10 @@ def test_executions_lists_the_last_ones_with_their_failures(program: Program) ->
     assert found[30]["result"]["failures"].keys() == {"NOPE"}
     lines = program.run("--executions", "3").splitlines()
     assert [line[:2] for line in lines] == ["20", "  ", "20", "20", "  "]
-    assert re.search(r"Z  success  id-28  w28  1 of 2 codes stored, to be delivered$", lines[0])
+    assert re.match(rf"{LOCAL_TIME}  partial  id-28  w28  1 of 2 codes stored, to be delivered$", lines[0])
     assert lines[1] == "  X: the key *** is bad"
-    assert re.search(r"Z  not ended  id-29  w29$", lines[2])
-    assert re.search(r"Z  success  -  --once  1 of 2 codes stored$", lines[3])
+    assert re.match(rf"{LOCAL_TIME}  not ended  id-29  w29$", lines[2])
+    assert re.match(rf"{LOCAL_TIME}  partial  -  --once  1 of 2 codes stored$", lines[3])
     assert len(program.run("--executions", "--json").splitlines()) == 20
     for wrong in ("0", "1001", "many"):
         program.run("--executions", wrong, status=64)

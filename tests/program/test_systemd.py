@@ -24,6 +24,7 @@ from kit.infoway_server import Answer, InfowayServer
 from kit.mongo import SET_NAME, MongoServer
 from kit.platform_server import PlatformServer
 from kit.systemd_box import Box, BoxError
+from rooms.test_settings import SYSTEMD_READS
 
 import stockrt
 
@@ -716,6 +717,15 @@ def test_bad_settings_fail_once_with_the_reason(service: Instance, box: Box) -> 
     ]  # fmt: skip
     assert "(credential)" in faults[0] and "(environment)" in faults[2]
     assert MONGODB_PASSWORD not in json.dumps(service.journal())
+
+
+def test_values_of_an_env_file_are_what_the_tests_of_the_settings_take_them_for(box: Box) -> None:
+    names = [f"V{number}" for number in range(len(SYSTEMD_READS))]
+    lines = [f"{name}{line.removeprefix('A')}" for name, line in zip(names, SYSTEMD_READS, strict=True)]
+    box.write("/srv/values.env", "\n".join(lines) + "\n")
+    unit = ("systemd-run", "--wait", "--pipe", "--quiet", "-p", "EnvironmentFile=/srv/values.env")
+    read = dict(line.split("=", 1) for line in box.run(*unit, "env").stdout.splitlines())
+    assert [read[name] for name in names] == list(SYSTEMD_READS.values())
 
 
 @pytest.mark.parametrize(

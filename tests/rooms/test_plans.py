@@ -116,7 +116,7 @@ def test_a_key_is_asked_about_once_a_day(file: LocalFile) -> None:
         assert first.limits() == [(1, 60, 86_400)]
         assert first.ask() == first.ask() == second.ask() == [(10, 600, 864_000)]
         assert [request.resource for request in server.requests] == ["package/info"]
-        assert first.pool.ledger.used_today(first.pool.keys[0].digest, clock.wall()) >= 1
+        assert (first.pool.ledger.used_today(first.pool.keys[0].digest, clock.wall()) or 0) >= 1
         taken = sum(isinstance(first.pool.try_acquire("stock"), stockrt.ApiKey) for _ in range(20))
         assert taken == 9
         clock.advance(DAY_S)

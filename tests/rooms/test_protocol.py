@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -575,9 +575,10 @@ def test_trades_that_wait_are_a_failure_with_their_count_and_reason() -> None:
     )
     assert some["status"] == "failure"
     assert some["message"] == (
-        "2 of 4 codes stored; 1 trade kept on this machine, MongoDB unreachable since 10:04; "
-        "failed: X (no exchange given)"
+        "1 of 4 codes failed: X (no exchange given); 1 trade kept on this machine, MongoDB unreachable since 10:04; "
+        "2 of 4 codes stored"
     )
+    assert some["result"]["status_detail"] == "failure"
 
 
 def test_a_success_holds_what_both_generations_read() -> None:
@@ -591,6 +592,7 @@ def test_a_success_holds_what_both_generations_read() -> None:
         "message": "3 of 3 codes stored",
         "result": {
             "status": "success",
+            "status_detail": "success",
             "total": 3,
             "success_count": 3,
             "duplicate_count": 1,
@@ -613,7 +615,8 @@ def test_a_result_says_what_a_number_was_read_as_that_does_not_tell() -> None:
 
 def test_a_result_says_how_many_trades_are_old() -> None:
     answer = result_of(Report(total=50, stored=50, stale=12, stale_since=1_786_752_000_000))
-    words = "12 of 50 codes: no trade since 2026-08-15T00:00:00.000Z, though the market was open"
+    since = datetime.fromtimestamp(1_786_752_000, UTC).astimezone().isoformat(" ", "seconds")
+    words = f"12 of 50 codes: no trade since {since}, though the market was open"
     assert answer["message"] == f"50 of 50 codes stored; {words}"
     assert answer["result"]["stale_count"] == 12
 
@@ -628,7 +631,8 @@ def test_a_partial_success_names_what_failed() -> None:
         )
     )
     assert (answer["status"], "error" in answer) == ("success", False)
-    assert "XXXX.US (unknown to the API)" in answer["message"]
+    assert answer["message"] == "1 of 3 codes failed: XXXX.US (unknown to the API); 2 of 3 codes stored"
+    assert answer["result"]["status_detail"] == "partial"
     result = answer["result"]
     assert (result["status"], result["total"], result["success_count"]) == ("success", 3, 2)
     assert (result["failed_count"], result["failed_stocks"]) == (1, ["XXXX.US"])

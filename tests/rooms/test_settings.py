@@ -240,12 +240,75 @@ def test_a_value_in_the_file_is_taken_as_it_stands(write: WriteFile, line: str, 
 
 
 @hypothesis.given(st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=40))
-def test_any_password_can_be_written_between_single_quotes(password: str) -> None:
-    """Backslash and single quote are escaped with a backslash; everything else stands as it is."""
-    line = "A='" + password.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def test_any_password_can_be_written_between_double_quotes(password: str) -> None:
+    """Backslash and double quote are escaped with a backslash; everything else stands as it is, to systemd too."""
+    line = 'A="' + password.replace("\\", "\\\\").replace('"', '\\"') + '"'
     with tempfile.NamedTemporaryFile(suffix=".env") as file:
         Path(file.name).write_text(line, encoding="utf-8", newline="")
         assert stockrt.read_env_file(Path(file.name)) == {"A": password}
+        assert stockrt.broken_lines(Path(file.name)) == []
+
+
+# What systemd 252 made of each with EnvironmentFile=: test_systemd asks the one in the box the same.
+SYSTEMD_READS = {
+    "A=plain": "plain",
+    "A=p$w#x": "p$w#x",
+    "A=it's": "it's",
+    "A='p #w'": "p #w",
+    "A=' x '": " x ",
+    'A="p #w"': "p #w",
+    r'A="a\"b"': 'a"b',
+    r"A='a\nb'": r"a\nb",
+    r'A="a\nb"': r"a\nb",
+    r"A='a\\b'": r"a\\b",
+    r"A='it\'s'": r"it\s'",
+    r'A="\$x"': "$x",
+    r"A=a\b": "ab",
+    "A='x' # comment": "x# comment",
+    'A="x" # comment': "x# comment",
+}
+
+
+@pytest.mark.parametrize("line", SYSTEMD_READS)
+def test_a_value_of_the_file_means_the_same_to_systemd_or_is_a_fault(write: WriteFile, line: str) -> None:
+    file = write(f"B=1\n{line}\n")
+    same = stockrt.read_env_file(file)["A"] == SYSTEMD_READS[line]
+    assert len(stockrt.broken_lines(file)) == (not same)
+    if not same:
+        (fault,) = faults_of({}, file)
+        assert f"{file}, line 2: systemd would read A otherwise" in fault
+        assert "it" not in fault.partition("otherwise")[0].partition("line 2")[2]  # its value is not shown
+
+
+def test_a_comment_behind_a_value_without_quotes_is_warned_of(write: WriteFile) -> None:
+    loaded = load({}, write("LOG_LEVEL=debug # for a day\nSERVER_IP=h\n"))
+    assert loaded.settings.log_level == "debug"
+    (warning,) = loaded.warnings
+    assert "line 1: to systemd the comment is a part of LOG_LEVEL" in warning
+
+
+@pytest.mark.parametrize(
+    ("uri", "more", "name"),
+    [
+        ("mongodb://h/", {}, "forecast_platform"),
+        ("mongodb://h", {}, "forecast_platform"),
+        ("mongodb://h/stocks", {}, "stocks"),
+        ("mongodb://u:p@h1,h2:1/stocks?replicaSet=r", {}, "stocks"),
+        ("mongodb+srv://h.example.com/st%2Docks", {}, "st-ocks"),
+        ("mongodb://h/stocks", {"MONGODB_DB_NAME": "other"}, "other"),
+        ("mongodb://u:p@h/admin", {}, "forecast_platform"),  # where the user is
+        ("mongodb://h/?appName=a/b", {}, "forecast_platform"),
+    ],
+)
+def test_the_database_of_the_uri_counts_unless_another_is_set(
+    uri: str, more: dict[str, str], name: str
+) -> None:
+    assert load({"MONGODB_HOST": uri, **more}).settings.mongodb_db_name == name
+
+
+def test_a_database_of_the_uri_that_cannot_be_one_is_a_fault() -> None:
+    (fault,) = faults_of({"MONGODB_HOST": "mongodb://u:hunter22@h/a$b"})
+    assert fault.startswith("MONGODB_HOST, the database behind its last /: expected a database name")
 
 
 def test_a_password_with_dollar_hash_and_quotes_arrives_whole(write: WriteFile) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 import pymongo
 import pytest
 from conftest import RunPyz, controlled, unavailable
-from kit.daemons import PATIENCE, ThreadDaemon, settings_for, until
+from kit.daemons import LOCAL_TIME, PATIENCE, ThreadDaemon, settings_for, until
 from kit.infoway_server import InfowayServer
 from kit.mongo import INTERRUPTED_AT_SHUTDOWN, ON_COLLECTIONS, UNAUTHORIZED, MongoServer
 from kit.mongo_proxy import Fate, MongoProxy, Without
@@ -188,7 +188,7 @@ def test_what_mongodb_does_not_take_waits_and_arrives(place: Place, away: MongoS
     with place.opened() as store:
         report = store.write(make_documents(12))
         assert (report.stored, report.duplicates, report.queued, dict(report.refused)) == (0, 0, 12, {})
-        assert re.fullmatch(r"MongoDB unreachable since \d\d:\d\d", report.queued_because)
+        assert re.fullmatch(rf"MongoDB unreachable since {LOCAL_TIME}", report.queued_because)
         assert place.waiting() == [d["_id"] for d in make_documents(12)]
         away.restart()
         store.start()
@@ -354,7 +354,7 @@ def test_a_name_that_the_dns_does_not_know_now_is_a_mongodb_that_is_away(tmp_pat
     with place.opened() as store:
         report = store.write(make_documents(2))
     assert report.queued == 2 and re.fullmatch(
-        r"MongoDB takes no writes since \d\d:\d\d \(.+\)", report.queued_because
+        rf"MongoDB takes no writes since {LOCAL_TIME} \(.+\)", report.queued_because
     )
 
 
@@ -952,7 +952,7 @@ def test_status_shows_what_waits(place: Place, run_pyz: RunPyz) -> None:
         x for x in run_pyz("--status", env=environment(place)).stdout.splitlines() if x.startswith("spool")
     )
     assert re.search(
-        r"40 trades wait for MongoDB, \d\.\d MB, the oldest since 2026-08-15T01:02:03\.456Z"
+        rf"40 trades wait for MongoDB, \d\.\d MB, the oldest since {LOCAL_TIME}"
         r", the closes of 3 are still to be made",
         line,
     )
@@ -982,9 +982,7 @@ def test_the_result_says_what_waits_and_since_when(
         platform.execute(codes, execution_id="e2")
         assert platform.wait_for(lambda s: s.results_for("e2"), PATIENCE)
     answers = [platform.results_for(name)[0] for name in ("e1", "e2")]
-    words = (
-        r"1[23] trades kept on this machine, MongoDB unreachable since \d\d:\d\d(?:; .*no trade since .*)?"
-    )
+    words = rf"1[23] trades kept on this machine, MongoDB unreachable since {LOCAL_TIME}(?:; .*no trade since .*)?"
     assert all(re.fullmatch(words, answer.data["message"]) for answer in answers)
     assert all(answer.status == answer.data["status"] == "failure" for answer in answers)
     result = answers[0].data["result"]
