@@ -458,11 +458,22 @@ ensure_test_env() {
     stamp "$here/tests/requirements.txt" >"$venv/stamp"
 }
 
+# As tests/kit/mongo.py looks for it: the wheel's mongod is for Linux on x86_64 and needs two libraries of the system.
+has_mongod() {
+    [ -n "${MONGODB_TEST_URI-}" ] || command -v mongod >/dev/null || {
+        [ "$(uname -sm)" = "Linux x86_64" ] &&
+            "$python" -c 'import ctypes; ctypes.CDLL("libcurl.so.4"), ctypes.CDLL("libssl.so.3")' 2>/dev/null
+    }
+}
+
 # What the tests of this machine need, take and cannot try: said before anything of it begins.
 say_what_comes() {
     local form=$1 lacking=()
     local -A minutes=([quick]=3 [long]=5 [hour]=60)
     [ "$(id -u)" = 0 ] || lacking+=("full disks, files of other users and the systemd unit: run as root")
+    has_mongod || lacking+=("everything with MongoDB: install mongod, or libcurl4 and libssl3, or set MONGODB_TEST_URI")
+    [ -z "${MONGODB_TEST_URI-}" ] || lacking+=("what kills or pauses the server of MONGODB_TEST_URI: unset it")
+    command -v curl >/dev/null || lacking+=("the README's tour: install curl")
     command -v cc >/dev/null || lacking+=("power cuts and a clock that is set: install gcc and libc6-dev")
     command -v unshare >/dev/null && command -v setpriv >/dev/null ||
         lacking+=("names that nobody resolves: install util-linux")

@@ -347,6 +347,78 @@ def test_the_identity_it_shows_is_the_rule() -> None:
     assert document["_id"] == stockrt.identity(trade)
 
 
+def without_blocks(text: str) -> str:
+    """Return a text without its code blocks."""
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def spans(text: str) -> list[str]:
+    """Return what stands as code within sentences, sorted: commands, settings, messages."""
+    return sorted(" ".join(one.split()) for one in re.findall(r"`([^`]+)`", text))
+
+
+def all_blocks(text: str) -> list[tuple[str, str]]:
+    """Return each code block's language and text, without comments."""
+    found = re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
+    return [(language, re.sub(r"(?m)(^|\s+)#.*$", "", block)) for language, block in found]
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Return the tables, of each row what is code in it."""
+    lines = "\n".join(line if line.startswith("|") else "" for line in without_blocks(text).splitlines())
+    return [[spans(row) for row in table.splitlines()] for table in re.split(r"\n\n+", lines.strip())]
+
+
+def sections(text: str) -> list[tuple[int, list[str]]]:
+    """Return each section's depth and all that is code in its sentences and tables."""
+    parts = re.split(r"(?m)^(#+) .*$", without_blocks(text))
+    return [(len(mark), spans(body)) for mark, body in zip(parts[1::2], parts[2::2], strict=True)]
+
+
 def test_both_languages_say_the_same() -> None:
-    commands = [re.sub(r"\s+#.*", "", block) for block in blocks(ENGLISH)]
-    assert [re.sub(r"\s+#.*", "", block) for block in blocks(CHINESE)] == commands
+    """The same blocks in the same order, the same tables, the same sections with the same names in them."""
+    chinese = f"# 中文\n{CHINESE}"
+    assert all_blocks(chinese) == all_blocks(ENGLISH)
+    assert tables(chinese) == tables(ENGLISH)
+    assert len(sections(chinese)) == len(sections(ENGLISH))
+    for here, there in zip(sections(ENGLISH), sections(chinese), strict=True):
+        assert (here[0], sorted(set(here[1]))) == (there[0], sorted(set(there[1])))
+
+
+def test_the_chinese_half_uses_one_word_for_one_thing() -> None:
+    """The spool is 暂存队列; 集合竞价 is the auction, and 集合 alone is a collection."""
+    prose = without_blocks(CHINESE)
+    assert prose.count("暂存队列") > 5
+    assert re.findall(r".{4}(?:缓冲|缓存队列|本地队列|假脱机|排空|暂存文件|暂存区).{4}", prose) == []
+    assert [line for line in CHINESE.splitlines() if "竞价" in line and "集合竞价" not in line] == []
+    assert all("auction" in line for line in ENGLISH.splitlines() if "| of the last trade between" in line)
+
+
+def test_the_plans_it_lists_are_those_that_the_program_keeps_to() -> None:
+    listed = {
+        name: tuple(int(number.replace(",", "")) for number in numbers)
+        for name, *numbers in re.findall(r"\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|", ENGLISH)
+    }
+    plans = stockrt.PLANS.values()
+    assert listed == {plan.name: (plan.per_second, plan.per_minute, plan.per_day) for plan in plans}
+
+
+def test_what_the_tests_lack_is_said_before_they_start(tmp_path: Path) -> None:
+    """The functions of the build script that say it, on a machine with next to nothing."""
+    script = (REPO / "build_pyz.sh").read_text("utf-8")
+    functions = "\n".join(re.findall(r"(?ms)^(?:has_mongod|say_what_comes)\(\) \{.*?^\}.*?$", script))
+    for name in ("bash", "id", "uname"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    said = subprocess.run(
+        ["bash", "-c", f"build={tmp_path}/none python=none\n{functions}\nsay_what_comes quick"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    assert "3 minutes on 2 processors, 4 GB of memory, 2 GB in /tmp" in said and "600 MB" in said
+    table = re.search(r"\n\| missing \|.*?\n\n", ENGLISH, re.DOTALL)
+    assert table is not None
+    for row in table[0].strip().splitlines()[2:]:
+        missing = row.split("|")[1]
+        assert "root" in missing or any(name in said for name in re.findall(r"[\w-]{4,}", missing)), row
