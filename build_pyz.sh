@@ -256,16 +256,30 @@ import signal
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+# What PYTHONPATH names comes last: an older library there must not stand for ours.
+others = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+sys.path.sort(key=others.__contains__)
+
 # Unpacked by an earlier start, and none of shiv's own switches is set: the rest of what shiv does then, without
 # the modules that only its unpacking needs (20 ms and 2 MB of every start).
 name = os.path.basename(os.path.realpath(sys.argv[0])) + "_{build_id}"
-site = os.path.join(os.path.expanduser(os.environ.get("SHIV_ROOT") or "~/.shiv"), name, "site-packages")
-if os.path.isdir(site) and not [n for n in os.environ if n.startswith("SHIV_") and n != "SHIV_ROOT"]:
+folder = os.path.join(os.path.expanduser(os.environ.get("SHIV_ROOT") or "~/.shiv"), name)
+site = os.path.join(folder, "site-packages")
+plain = not [n for n in os.environ if n.startswith("SHIV_") and n != "SHIV_ROOT"]
+if plain and os.path.isdir(site):
     places = [n for n, path in enumerate(sys.path) if path.endswith(("site-packages", "dist-packages"))]
     sys.path.insert((places + [len(sys.path)])[0], site)
-    import stockrt
+    try:
+        import stockrt
+    except ImportError:  # a cleaner of caches has been there
+        sys.path.remove(site)
+        sys.path_importer_cache.clear()
+    else:
+        stockrt.main()
+if plain and os.path.isdir(folder):  # without a part of it: shiv would take it for whole
+    import shutil
 
-    stockrt.main()
+    shutil.rmtree(folder, ignore_errors=True)
 
 import _bootstrap
 
@@ -477,6 +491,8 @@ say_what_comes() {
     command -v cc >/dev/null || lacking+=("power cuts and a clock that is set: install gcc and libc6-dev")
     command -v unshare >/dev/null && command -v setpriv >/dev/null ||
         lacking+=("names that nobody resolves: install util-linux")
+    command -v prometheus-node-exporter node_exporter >/dev/null ||
+        lacking+=("metrics as the real collector reads them: install prometheus-node-exporter")
     command -v systemd-nspawn >/dev/null || lacking+=("the unit under a real systemd: install systemd-container")
     echo "tests, $form: all of them take some ${minutes[$form]} minutes on 2 processors, 4 GB of memory, 2 GB in ${TMPDIR:-/tmp}"
     [ -d "$build/test" ] || echo "first of all: tools and wheels are fetched into $build (600 MB, a minute more)"

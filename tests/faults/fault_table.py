@@ -70,7 +70,10 @@ FAULTS = {
         "spool file: random bytes of its log overwritten (crash-only)",
         "暂存队列文件：日志中随机字节被改写（crash-only）",
     ),
-    "file_foreign": ("spool file of another user, or without permissions", "暂存队列文件属于其他用户或无权限"),
+    "file_foreign": (
+        "spool file of another user, or without permissions",
+        "暂存队列文件属于其他用户或无权限",
+    ),
     "file_old": ("spool file of an older version", "旧版本的暂存队列文件"),
     "disk_full": ("no space left on the disk", "磁盘已满"),
     "disk_share": ("the spool comes to 5 % free on the disk", "暂存队列使磁盘仅余 5 %"),
