@@ -385,6 +385,14 @@ def test_both_languages_say_the_same() -> None:
         assert (here[0], sorted(set(here[1]))) == (there[0], sorted(set(there[1])))
 
 
+def test_every_link_within_it_leads_somewhere() -> None:
+    headings = re.findall(r"(?m)^#+ (.*)$", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(#([^)]+)\)", README)
+    assert len(links) > 20
+    assert [link for link in links if link not in anchors] == []
+
+
 def test_the_chinese_half_uses_one_word_for_one_thing() -> None:
     """The spool is 暂存队列; 集合竞价 is the auction, and 集合 alone is a collection."""
     prose = without_blocks(CHINESE)
