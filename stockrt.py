@@ -2389,7 +2389,7 @@ _PLAIN_CODE = re.compile(
 # The API refuses more with `ret` 505.
 MAX_BATCH = 100
 # The duplicate check keeps codes in buckets of about so many, each one text: a short search for every code.
-CODES_PER_BUCKET = 6
+CODES_PER_BUCKET = 10
 # Where nobody knows how many codes will come.
 MANY_CODES = 100_000
 

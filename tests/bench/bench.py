@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import os
 import platform
+import py_compile
 import re
 import statistics
 import subprocess
@@ -926,6 +927,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.write_readme and (options.short or options.only):
         parser.error("--write-readme is for a full run")
+    py_compile.compile(str(ROOT / "stockrt.py"), doraise=True)  # as a program has it that was started before
     with tempfile.TemporaryDirectory(prefix="stockrt-bench-") as folder:
         bench = Bench(
             SHORT if options.short else FULL,
