@@ -271,6 +271,12 @@ class Clock:
         """Return seconds that no setting of the clock changes."""
         return time.monotonic()
 
+    def boot(self) -> str:
+        """Return a name of the time since this machine started, in which `monotonic` counts; '' where it has none."""
+        with contextlib.suppress(OSError):
+            return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return ""
+
 
 SYSTEM_CLOCK = Clock()
 
@@ -365,6 +371,19 @@ def utc_now() -> datetime:
     """Return the time now, aware UTC, cut to whole milliseconds."""
     now = datetime.now(UTC)
     return now.replace(microsecond=now.microsecond // 1000 * 1000)
+
+
+# Before this, in epoch seconds, no clock is right: 2025-01-01. A machine without a battery starts in 1970.
+EARLIEST_S = 1_735_689_600
+
+
+def need_clock(now: float) -> None:
+    """Raise StoreError where the clock of this machine was not set since it started: its times would be stored."""
+    if now < EARLIEST_S:
+        raise StoreError(
+            f"the clock of this machine says {iso_after(now, 0)}: nothing is stored until it is set; "
+            "see timedatectl, and systemd-time-wait-sync.service, which lets the service wait for it"
+        )
 
 
 def utc_day(now: float) -> str:
@@ -527,15 +546,36 @@ def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.
         ceiling = min(cap_s, ceiling * growth)
 
 
+_UNPACKED = re.compile(r".+_[0-9a-f]{16,}")
+
+
+def lost_part(error: ImportError) -> StockrtError:
+    """Return what to end with where a part of this program is gone, and have the next start unpack it anew.
+
+    Cleaners of caches take files away from under a process that runs for months.
+    """
+    site, then = Path(__file__).resolve().parent, "install it anew"
+    if site.name == "site-packages" and _UNPACKED.fullmatch(site.parent.name):
+        then = "the next start unpacks it anew"
+        with contextlib.suppress(OSError):  # gone altogether, or another process was first
+            site.rename(site.with_name(f"lost-{os.urandom(4).hex()}"))
+    return StockrtError(f"a part of the program is gone from {site} ({one_line(error)}): {then}")
+
+
 def start_thread(thread: threading.Thread) -> None:
     """Start a thread. Raises StockrtError where the system gives none."""
     try:
         thread.start()
     except RuntimeError as error:
-        raise StockrtError(
-            f"no thread can be started ({error}): too many run, or memory is short; "
-            "see TasksMax= and MemoryMax= of the unit, or ulimit -u"
-        ) from None
+        raise no_thread(error) from None
+
+
+def no_thread(error: RuntimeError) -> StockrtError:
+    """Return what an operator must know where the system gives no thread."""
+    return StockrtError(
+        f"no thread can be started ({error}): too many run, or memory is short; "
+        "see TasksMax= and MemoryMax= of the unit, or ulimit -u"
+    )
 
 
 def lack_words(error: BaseException) -> str:
@@ -780,12 +820,13 @@ class Settings(NamedTuple):
     all_proxy: Proxy | None = None
     no_proxy: tuple[str, ...] = ()
     color: bool = True
+    old_secrets: tuple[str, ...] = ()  # of settings that these replaced
 
     def __repr__(self) -> str:
         shown = [
             f"{name}={value!r}"
             for name, value in self._asdict().items()
-            if name not in ("api_keys", "mongodb_uri")
+            if name not in ("api_keys", "mongodb_uri", "old_secrets")
         ]
         return f"Settings({', '.join(shown)})"
 
@@ -796,7 +837,7 @@ class Settings(NamedTuple):
 
     def secrets(self) -> tuple[str, ...]:
         """Return every text that must not be shown."""
-        found = set(self.api_keys)
+        found = {*self.api_keys, *self.old_secrets}
         if self.mongodb_shown() != self.mongodb_uri:
             found.add(self.mongodb_uri)
         match = _USERINFO.search(self.mongodb_uri)
@@ -1113,6 +1154,7 @@ class Setting(NamedTuple):
     secret: bool = False
     old_name: str = ""
     in_small_letters: bool = False  # its name may be written so as well, and is stronger then
+    at_start: bool = False  # a change needs a restart
 
     def names(self) -> tuple[str, ...]:
         """Return the names under which it is looked for, the strongest first."""
@@ -1149,15 +1191,15 @@ SETTINGS = (
     Setting("MONGODB_NUMERIC_TYPE", "numeric_type", "string", "string, decimal or double",
             _one_of("string", "decimal", "double")),
     Setting("SERVER_IP", "server_host", "", "a host name or an address, without http:// and without a port",
-            _host),
-    Setting("SERVER_PORT", "server_port", "", "a number from 1 to 65535", _port),
-    Setting("SERVER_TLS", "server_tls", "0", "0 (http, ws) or 1 (https, wss)", _switch),
+            _host, at_start=True),
+    Setting("SERVER_PORT", "server_port", "", "a number from 1 to 65535", _port, at_start=True),
+    Setting("SERVER_TLS", "server_tls", "0", "0 (http, ws) or 1 (https, wss)", _switch, at_start=True),
     Setting("HEARTBEAT_INTERVAL", "heartbeat_s", "10", "seconds from 1 to 3600", _number(1, 3600)),
     Setting("MODULE_NAME", "module_name", "股票实时数据获取模块", "1 to 100 printable characters",
-            _text(1, 100)),
+            _text(1, 100), at_start=True),
     Setting("MODULE_DESCRIPTION", "module_description", "获取股票、外汇、加密货币的最新成交并写入 MongoDB",
-            "at most 500 printable characters", _text(0, 500)),
-    Setting("STATE_DIRECTORY", "state_directory", "", "an absolute path", _directory),
+            "at most 500 printable characters", _text(0, 500), at_start=True),
+    Setting("STATE_DIRECTORY", "state_directory", "", "an absolute path", _directory, at_start=True),
     Setting("SPOOL_MAX_MB", "spool_max_bytes", "1024", "megabytes, a whole number from 1 to 1048576", _megabytes),
     Setting("HTTPS_PROXY", "https_proxy", "", _PROXY_EXPECTED, _proxy("HTTPS_PROXY"), secret=True,
             in_small_letters=True),
@@ -1167,7 +1209,7 @@ SETTINGS = (
             in_small_letters=True),
     Setting("NO_PROXY", "no_proxy", "", "host names, addresses and blocks such as 10.0.0.0/8, comma-separated, or *",
             _no_proxy, in_small_letters=True),
-    Setting("METRICS_FILE", "metrics_file", "", "an absolute path that ends in .prom", _metrics_file),
+    Setting("METRICS_FILE", "metrics_file", "", "an absolute path that ends in .prom", _metrics_file, at_start=True),
     Setting("LOG_LEVEL", "log_level", "info", "debug, info, warning or error",
             _one_of("debug", "info", "warning", "error")),
 )
@@ -1413,11 +1455,12 @@ def load_settings(
     is_root: bool | None = None,
     unit: Unit | None = None,
     needs: Needs = NO_NEEDS,
+    old_secrets: tuple[str, ...] = (),
 ) -> LoadedSettings:
     """Read and check all settings: credentials are stronger than the environment, that than the file.
 
     With `unit` its files are read in place of the caller's, as its service gets them. An empty value counts as not
-    set. Raises SettingsError with every fault at once, what is needed and missing too.
+    set. `old_secrets` stay hidden. Raises SettingsError with every fault at once, what is needed and missing too.
     """
     if unit is None:
         origins, files, warnings = _caller_origins(environ, env_file, places)
@@ -1460,7 +1503,7 @@ def load_settings(
         raise SettingsError(faults)
     values.setdefault("module_description", "")
     color = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
-    settings = Settings(**values, color=color)
+    settings = Settings(**values, color=color, old_secrets=old_secrets)
     HIDDEN.secrets = settings.secrets()
     if hiding:
         names = ", ".join(hiding)
@@ -1628,6 +1671,59 @@ def _misspelled(name: str, source: str) -> str:
 NO_KEY_HINT = (
     "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none"
 )
+# The environment of a process stays what it was at its start: `systemctl reload` leaves here, in RUNTIME_DIRECTORY,
+# which is in memory and this user's alone, what a start would get now.
+HANDED_OVER = "environment.json"
+
+
+def handed_over(environ: Mapping[str, str]) -> Path | None:
+    """Return where the service's new environment is left, None where no unit says so."""
+    directory = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    return Path(directory, HANDED_OVER) if directory else None
+
+
+class Renewed(NamedTuple):
+    """Settings that were read anew: the names of those that changed, and of those that would need a restart."""
+
+    settings: Settings
+    changed: tuple[str, ...]
+    need_restart: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+class SettingsSource:
+    """Where the settings of this process come from, to be read anew; the calls are one thread's."""
+
+    def __init__(self, environ: Mapping[str, str], env_file: Path | None = None) -> None:
+        self._environ = environ
+        self._env_file = env_file
+
+    def read_again(self, before: Settings) -> Renewed:
+        """Return the settings as they are now. Raises SettingsError: the ones before stay good."""
+        environ = self._environ
+        place = handed_over(environ)
+        if place is not None and place.exists():
+            environ = self._take(place)
+        secrets = before.secrets()
+        loaded = load_settings(environ, self._env_file, needs=DAEMON_NEEDS, old_secrets=secrets)
+        new = loaded.settings
+        self._environ = environ
+        changed = [s for s in SETTINGS if getattr(new, s.attribute) != getattr(before, s.attribute)]
+        kept = {s.attribute: getattr(before, s.attribute) for s in changed if s.at_start}
+        return Renewed(
+            new._replace(**kept),
+            tuple(s.name for s in changed if not s.at_start),
+            tuple(s.name for s in changed if s.at_start),
+            loaded.warnings,
+        )
+
+    def _take(self, place: Path) -> Mapping[str, str]:
+        try:
+            found = json.loads(place.read_text(encoding="utf-8"))
+            place.unlink()
+        except (OSError, ValueError) as error:
+            raise SettingsError([f"{place}: cannot be read: {error}; is RUNTIME_DIRECTORY right?"]) from None
+        return cast(Mapping[str, str], found)
 
 
 # ======================================================================================================
@@ -2293,7 +2389,7 @@ _PLAIN_CODE = re.compile(
 # The API refuses more with `ret` 505.
 MAX_BATCH = 100
 # The duplicate check keeps codes in buckets of about so many, each one text: a short search for every code.
-CODES_PER_BUCKET = 6
+CODES_PER_BUCKET = 10
 # Where nobody knows how many codes will come.
 MANY_CODES = 100_000
 
@@ -2584,8 +2680,8 @@ class Events:
     def keys_used(self, keys: Sequence[KeyStats]) -> None:
         """A run is over that may have used these API keys."""
 
-    def damaged(self, error: StoreError) -> None:
-        """A local file is damaged: with these words the process has to end, and its next start rescues the file."""
+    def damaged(self, error: StockrtError) -> None:
+        """A local file or the program is: with these words the process has to end, and its next start mends it."""
 
     def connected(self) -> None:
         """The connection to the platform stands."""
@@ -2595,6 +2691,12 @@ class Events:
 
     def executed(self, report: Report | None) -> None:
         """An execution ended; None: it was refused or could not begin."""
+
+    def reloading(self) -> None:
+        """The settings are about to be read anew."""
+
+    def reloaded(self, settings: Settings) -> None:
+        """That is over, and these hold: new ones, or those from before where the new ones are faulty."""
 
     def stopping(self, seconds: float) -> None:
         """The daemon leaves, and may need so long for it."""
@@ -3001,7 +3103,7 @@ class StraightSocket:
                 self._sock = start_tls(self._sock, self._host)
         except (OSError, ValueError) as error:
             self.close()
-            return Response(fault=f"{self._host}:{self._port}: {network_words(error)}")
+            return Response(fault=network_words(error))  # who dials names the platform
         return None
 
     def named(self, fault: str) -> str:
@@ -3152,6 +3254,8 @@ def _has_nothing_for_us(sock: socket.socket) -> bool:
 SQLITE_BUSY_S = 10.0
 # A file that another process rescues is looked at again so often.
 RESCUE_POLL_S = 0.05
+# What a file keeps free on the disk for everybody else.
+DISK_KEPT_FREE = 0.05
 # The page size of our files: SQLite's default since 2016.
 SQLITE_PAGE = 4096
 # What SQLite has open at most for a file: the file, its log, the index of that, and the directory.
@@ -3271,6 +3375,11 @@ def _beside(path: Path, end: str) -> Path:
 def _sides(path: Path) -> list[Path]:
     """Return a file of SQLite's and what it keeps beside it: the file, the write-ahead log, shared memory."""
     return [_beside(path, end) for end in ("", "-wal", "-shm")]
+
+
+def damaged_files(directory: Path) -> list[Path]:
+    """Return the damaged files that were set aside in a state directory, with what belongs to them."""
+    return sorted(directory.glob("*.db.damaged-*"))
 
 
 def _move(path: Path, target: Path) -> None:
@@ -3605,6 +3714,21 @@ class LocalFile:
     def empty_log(self) -> None:
         """Move the write-ahead log into the file, as far as nobody else reads it now. Raises StoreError."""
         self.read_all("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def pages(self) -> tuple[int, int]:
+        """Return how many pages the file has, and how many of them are unused. Raises StoreError."""
+        (pages,) = self.read_one("PRAGMA page_count")
+        (unused,) = self.read_one("PRAGMA freelist_count")
+        return pages, unused
+
+    def why_no_room(self, more: int) -> str:
+        """Return why so many bytes more are too many for the disk, '' where they are not. Raises StoreError."""
+        with disk_trouble(f"the disk of {self.path} cannot be looked at"):
+            disk = os.statvfs(self.path.parent)
+        if disk.f_bavail * disk.f_frsize - more >= disk.f_blocks * disk.f_frsize * DISK_KEPT_FREE:
+            return ""
+        kept = f"less than {DISK_KEPT_FREE:.0%} free"
+        return f"the disk of {self.path} would have {kept}; see STATE_DIRECTORY"
 
     def bytes_beside(self) -> int:
         """Return the size of what SQLite keeps beside the file, in bytes. Raises StoreError."""
@@ -5244,6 +5368,7 @@ class InfowayApi:
         self._events = events
         self._rng = rng or random.Random()
         self._idle: list[_Worker] = []
+        self._held: list[BatchAttempt] = []  # the one that found no thread, until one is free
         self._caution = Caution(None)
         self._latencies: deque[float] = deque(maxlen=20)
 
@@ -5254,6 +5379,7 @@ class InfowayApi:
         """
         self._caution = Caution(self._caution.refused_all())
         todo = (BatchAttempt(batch, stop, self._rng) for batch in batches)
+        self._held.clear()
         done: _Done = queue.SimpleQueue()
         busy: dict[_Worker, Batch] = {}
         looked_at = time.monotonic()
@@ -5340,14 +5466,32 @@ class InfowayApi:
 
     def _hand_out(self, todo: Iterator[BatchAttempt], busy: dict[_Worker, Batch], done: _Done) -> None:
         """Give the workers as much as shall be under way."""
-        for attempt in islice(todo, max(0, self._wanted() - len(busy))):
+        for attempt in islice(chain(self._take_held(), todo), max(0, self._wanted() - len(busy))):
             spared = self._caution.spared(attempt.batch)
             if spared is not None:
                 done.put((None, spared))
                 continue
-            worker = self._idle.pop() if self._idle else _Worker(self)
+            worker = self._free_worker(others=bool(busy))
+            if worker is None:
+                self._held.append(attempt)
+                return
             busy[worker] = attempt.batch
             worker.tasks.put((attempt, done))
+
+    def _take_held(self) -> Iterator[BatchAttempt]:
+        while self._held:
+            yield self._held.pop()
+
+    def _free_worker(self, others: bool) -> _Worker | None:
+        """Return a worker that has nothing to do, None where `others` have to do. Raises StockrtError."""
+        if self._idle:
+            return self._idle.pop()
+        try:
+            return _Worker(self)
+        except StockrtError:
+            if not others:
+                raise
+        return None
 
     def _wanted(self) -> int:
         if self._caution.is_careful:
@@ -5380,6 +5524,10 @@ class InfowayApi:
             return _failed(attempt.batch, Failure(FailureKind.KEY, str(error)))
         except Interrupted:
             return Outcome(attempt.batch, interrupted=True)
+        except ImportError as error:
+            lost = lost_part(error)
+            self._events.damaged(lost)
+            return _failed(attempt.batch, Failure(FailureKind.OTHER, str(lost)))
         except Exception as error:
             return _failed(attempt.batch, Failure(FailureKind.OTHER, own_fault(error)))
 
@@ -5903,6 +6051,8 @@ MONGODB_TIMEOUT_MS = 20_000
 MONGODB_SELECTION_TIMEOUT_MS = 5_000
 # For telling the server that a client leaves.
 MONGODB_GOODBYE_S = 1.0
+# To ask pymongo for a server without waiting for one.
+AT_ONCE_S = 0.001
 DUPLICATE_KEY = 11000
 # What keeps no `_id` apart, or takes no documents at all.
 NO_COLLECTIONS = {"view": "a view", "timeseries": "a time-series collection"}
@@ -6049,6 +6199,21 @@ class CloseStore(Protocol):
 # ------------------------------------------------------------------------------------------------------
 
 
+# Of a document beside its `_id`, which is in the file three times: the table's row and two indexes.
+ROW_BYTES = 250
+# A document changes at most so many pages of the file, each of which is in the log then.
+PAGES_PER_ROW = 4
+
+
+def most_growth(file: LocalFile, documents: Collection[Document]) -> int:
+    """Return how many bytes more a file and its log may take with these documents. Raises StoreError."""
+    pages, unused = file.pages()
+    rows = [3 * len(document["_id"]) + ROW_BYTES for document in documents]
+    more = sum(rows) // SQLITE_PAGE + 1
+    logged = (min(pages, PAGES_PER_ROW * len(rows)) + more) * (SQLITE_PAGE + WAL_FRAME_HEAD)
+    return max(0, more - unused) * SQLITE_PAGE + logged
+
+
 class SqliteStore:
     """The embedded store: tables of the local file, readable with the sqlite3 shell."""
 
@@ -6056,9 +6221,16 @@ class SqliteStore:
         self._file = file
 
     def write(self, documents: Sequence[Document]) -> WriteReport:
-        """Store documents in one transaction. Raises StoreError when the file cannot be written."""
-        with self._file.write() as db:
-            return insert_trades(db, documents)
+        """Store documents in one transaction. Raises StoreError when the file or the disk does not take them."""
+        with self._file.lock:
+            more = most_growth(self._file, documents)
+            if self._file.why_no_room(more):
+                self._file.empty_log()  # what the log took is free again
+            why = self._file.why_no_room(more)
+            if why:
+                raise StoreError(why)
+            with self._file.write() as db:
+                return insert_trades(db, documents)
 
     def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
         """Return the newest trade of each code in a span of time. Raises StoreError."""
@@ -6183,6 +6355,7 @@ class MongoStore:
         self.close_name = settings.close_name
         self._plain: set[str] = set()  # collections that were seen to be none of NO_COLLECTIONS
         self._index_due = 0.0  # monotonic
+        self._has_threads = False
 
     def write(self, documents: Sequence[Document], takes: bool = False) -> WriteReport:
         """Insert documents unordered; those whose `_id` is there count as duplicates.
@@ -6544,6 +6717,20 @@ class MongoStore:
             raise SettingsError(
                 [f"MONGODB_HOST={self._settings.mongodb_shown()!r}: {self._settings.redact(one_line(error))}"]
             ) from None
+
+    def start_threads(self) -> None:
+        """Let pymongo start its threads before others take what there are. Raises StockrtError where there are none."""
+        from pymongo import timeout
+        from pymongo.errors import PyMongoError
+
+        if self._has_threads:
+            return
+        try:
+            with timeout(AT_ONCE_S), contextlib.suppress(PyMongoError):  # no server is waited for
+                _ = self.client.address
+        except RuntimeError as error:
+            raise no_thread(error) from None
+        self._has_threads = True
 
     def collection(self, name: str = "") -> MongoCollection[Document]:
         """Return a collection of the database, `realtime` without a name."""
@@ -7198,14 +7385,8 @@ DELIVERY_FIRST_S, DELIVERY_CAP_S = 1.0, 10.0
 CATCH_UP_S = 5.0
 # A document alone that fails so often, while MongoDB takes another one each time, is rejected by it for good.
 POISON_TRIES = 3
-# What the file keeps free on the disk for everybody else.
-DISK_KEPT_FREE = 0.05
 # An emptied file of more unused bytes than this is shrunk.
 SHRINK_ABOVE = 16 * 1024 * 1024
-# Of a document beside its `_id`, which is in the file three times: the table's row and two indexes.
-ROW_BYTES = 250
-# A document changes at most so many pages of the file, each of which is in the log then.
-PAGES_PER_ROW = 4
 QUEUED_FIELDS = ("_id", *TRADE_FIELDS, "stock_code", "create_time")
 
 
@@ -7255,20 +7436,14 @@ class DeliveryQueue:
 
     def _find_room(self, documents: Collection[Document]) -> None:
         """Raise QueueFull if the file or the disk could come to its limit with these documents."""
-        pages, unused = self._pages()
-        rows = [3 * len(document["_id"]) + ROW_BYTES for document in documents]
-        more = sum(rows) // SQLITE_PAGE + 1
-        logged = (min(pages, PAGES_PER_ROW * len(rows)) + more) * (SQLITE_PAGE + WAL_FRAME_HEAD)
-        grown = max(0, more - unused) * SQLITE_PAGE
-        if pages * SQLITE_PAGE + self._file.bytes_beside() + grown + logged > self._max_bytes:
+        pages, _ = self._file.pages()
+        more = most_growth(self._file, documents)
+        if pages * SQLITE_PAGE + self._file.bytes_beside() + more > self._max_bytes:
             limit = f"its limit of {self._max_bytes >> 20} MB"
             raise QueueFull(f"{self._file.path} has come to {limit}; see SPOOL_MAX_MB")
-        with disk_trouble(f"the disk of {self._file.path} cannot be looked at"):
-            disk = os.statvfs(self._file.path.parent)
-        free = disk.f_bavail * disk.f_frsize - grown - logged
-        if free < disk.f_blocks * disk.f_frsize * DISK_KEPT_FREE:
-            kept = f"less than {DISK_KEPT_FREE:.0%} free"
-            raise QueueFull(f"the disk of {self._file.path} would have {kept}; see STATE_DIRECTORY")
+        why = self._file.why_no_room(more)
+        if why:
+            raise QueueFull(why)
 
     def has_trades(self) -> bool:
         """Return whether trades wait for MongoDB."""
@@ -7361,23 +7536,17 @@ class DeliveryQueue:
             return QueueStats(refused=self.refused)
         oldest = "SELECT create_time FROM realtime WHERE demo IS NULL ORDER BY seq LIMIT 1"
         (since,) = self._file.read_one(oldest) or (None,)
-        pages, unused = self._pages()
+        pages, unused = self._file.pages()
         return QueueStats(self.trades, (pages - unused) * SQLITE_PAGE, since, refused=self.refused)
 
     def shrink(self) -> None:
         """Give the disk back what a long absence of MongoDB took, if that is much."""
         try:
-            _, unused = self._pages()
+            _, unused = self._file.pages()
             if unused * SQLITE_PAGE + self._file.bytes_beside() > SHRINK_ABOVE:
                 self._file.shrink()
         except StoreError as error:
             log.warning("what %s has grown by is not given back this time: %s", self._file.path, error)
-
-    def _pages(self) -> tuple[int, int]:
-        """Return how many pages the file has, and how many of them are unused."""
-        (pages,) = self._file.read_one("PRAGMA page_count")
-        (unused,) = self._file.read_one("PRAGMA freelist_count")
-        return pages, unused
 
 
 def _queued_document(row: Sequence[Any]) -> Document:
@@ -7430,6 +7599,11 @@ class Rejects:
     def count(self) -> int:
         """Return how many there are. Raises StoreError."""
         return int(self._file.read_one("SELECT count(*) FROM rejects")[0])
+
+    def discard(self) -> int:
+        """Forget them all, and return how many that was. Raises StoreError."""
+        with self._file.write() as db:
+            return db.execute("DELETE FROM rejects").rowcount
 
 
 def _json_value(value: object) -> str:
@@ -7859,6 +8033,9 @@ class Delivery:
             words = (
                 f"what waits cannot be moved to it: {lack_words(error) or f'{type(error).__name__}: {error}'}"
             )
+        if isinstance(cause, ImportError):
+            self._events.damaged(lost_part(cause))
+            return
         if not isinstance(cause, StoreError) and not trouble.there and not lack_words(cause):
             log.error("a fault of stockrt itself", exc_info=cause)
         trouble.again(words)
@@ -8317,10 +8494,11 @@ class Pipeline:
     def run(self, codes: Iterable[object], stop: threading.Event, report: Report | None = None) -> Report:
         """Collect the latest trades of codes; what becomes of it can be seen in `report` meanwhile.
 
-        Raises SettingsError without an API key, StoreError when a local file is damaged.
+        Raises SettingsError without an API key, StoreError when a local file is damaged or the clock not set.
         """
         if not (self._demo or self._settings.api_keys):
             raise SettingsError([NO_KEY_HINT])
+        need_clock(self._clock.wall())
         closing, finder = None, None
         if not self._demo:
             self._plans.ask(stop)
@@ -8335,6 +8513,8 @@ class Pipeline:
             close_trouble=self._close_trouble,
             finder=finder,
         )
+        if self._delivery is not None:
+            self._delivery.mongo.start_threads()
         report = collector.run(codes, stop)
         if self._settings.metrics_file is not None:  # they cost a question to MongoDB
             self._tell_keys()
@@ -8370,6 +8550,7 @@ class Pipeline:
             wait = self._finaliser.wait_s()
             if wait > 0 or self._demo:
                 return wait
+            need_clock(self._clock.wall())
             if self._delivery is not None and self._delivery.is_away:
                 self._finaliser.pause()
             else:
@@ -8401,6 +8582,7 @@ class Pipeline:
         """
         if not self._settings.api_keys:
             raise SettingsError([NO_KEY_HINT])
+        need_clock(self._clock.wall())
         self._plans.ask(stop)
         return self._backfill.run(self._backfill.codes() if codes is None else codes, sessions, stop)
 
@@ -8418,6 +8600,7 @@ class Pipeline:
         if retry:
             delivery.queue.retry(self._settings.realtime_name)
         delivery.deliver(stop, self._events)
+        delivery.queue.shrink()
 
     def delivered(self) -> tuple[int, int, int]:
         """Return how many trades `deliver` moved, how many MongoDB rejected of them, and how many are left."""
@@ -8427,6 +8610,10 @@ class Pipeline:
     def rejects(self) -> list[Reject]:
         """Return what MongoDB rejected for good, oldest first. Raises StoreError."""
         return [] if self._delivery is None else self._delivery.rejects.all()
+
+    def discard_rejects(self) -> int:
+        """Forget what MongoDB rejected for good, and return how many documents that was. Raises StoreError."""
+        return 0 if self._delivery is None else self._delivery.rejects.discard()
 
     def queued(self, refused: int) -> QueueFacts | None:
         """Return what waits for MongoDB, None where none is set; `refused`: what found no room. Raises StoreError."""
@@ -8964,6 +9151,10 @@ def ask_presence(settings: Settings, module_hash: str) -> Presence:
 # A server that is away comes back within seconds or hours: quick at first, slowly slower, never above 30 s.
 # With a first delay of up to 1 s and a growth of 1.3 a server that was away for 5 s is met after about 1 s.
 DIAL_FIRST_S, DIAL_CAP_S, DIAL_GROWTH = 1.0, 30.0, 1.3
+# After a kill -9 the server counts our session online for up to 120 s, and looks once a minute: so long it is dialled
+# every second, to be back as soon as it lets go. A second instance with our hash may stay: seldom then, as above.
+OLD_SESSION_S = 190.0
+OLD_SESSION_DIAL_S = (0.5, 1.0)
 # Connecting, TLS and the WebSocket handshake together.
 DIAL_LIMITS = Limits(connect_s=5.0, read_s=10.0, whole_s=10.0)
 # A peer that takes no byte for this long is dead; the kernel buffers far more than a result.
@@ -9134,6 +9325,8 @@ JOURNAL_VERSION = 2
 ANSWERS_KEPT = 1000
 # The platform has e-mailed the time-out of an execution long before; a later answer would only confuse.
 ANSWER_LIFETIME_S = 3600.0
+# A clock that is so far off from where it was has been set; one that is only corrected slowly has not.
+CLOCK_SET_S = 2.0
 # After this the platform counts an execution as timed out: doing it then helps nobody.
 EXECUTION_LIFETIME_S = 120.0
 
@@ -9214,6 +9407,7 @@ class Journal:
         ]
         insert = "INSERT INTO executions (execution_id, accepted_at, context, codes) VALUES (?, ?, ?, ?)"
         with self._file.write() as db:
+            self._set_right(writes=True)
             return [cast(int, db.execute(insert, row).lastrowid) for row in rows]
 
     def find(self, execution_id: str) -> Known | None:
@@ -9241,6 +9435,7 @@ class Journal:
         update = "UPDATE executions SET answer = ?, answered_at = ?, codes = '[]' WHERE number = ?"
         now = self._clock.wall()
         with self._file.write() as db:
+            self._set_right(writes=True)
             db.execute(update, (text, now, number))
             _add_up(db, text, now)
 
@@ -9300,6 +9495,7 @@ class Journal:
     def unanswered(self) -> list[OpenCommand]:
         """Return the commands without an answer, oldest first."""
         query = "SELECT number, accepted_at FROM executions WHERE answer IS NULL ORDER BY number"
+        self._set_right()
         now = self._clock.wall()
         return [OpenCommand(number, now - accepted_at) for number, accepted_at in self._file.read_all(query)]
 
@@ -9323,6 +9519,7 @@ class Journal:
             "SELECT number, length(answer), answered_at < ? FROM executions "
             "WHERE answer IS NOT NULL AND NOT received ORDER BY number"
         )
+        self._set_right()
         rows = self._file.read_all(query, self._clock.wall() - ANSWER_LIFETIME_S)
         stale = [number for number, _, is_stale in rows if is_stale]
         if stale:
@@ -9336,6 +9533,34 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _set_right(self, writes: bool = False) -> None:
+        """Where the clock was set since the last write, let what is open be as old as it is. Raises StoreError.
+
+        After a restart of the machine that is not known of what a clock stamped that was wrong: it counts as new.
+        Nothing is written by who only reads where there is nothing to set right.
+        """
+        now, boot = self._clock.wall(), self._clock.boot()
+        ahead = now - self._clock.monotonic()
+        last = self._file.read_one("SELECT boot, ahead FROM clock")
+        if last is None and not writes:
+            return
+        if last is not None and last[0] == boot and abs(ahead - last[1]) < CLOCK_SET_S:
+            return
+        with self._file.write() as db:
+            db.execute("DELETE FROM clock")
+            db.execute("INSERT INTO clock VALUES (?, ?)", (boot, ahead))
+            if last is None:
+                return
+            for stamp in ("accepted_at", "answered_at"):
+                new = "?1"
+                if last[0] == boot:
+                    new = f"{stamp} + ?2"
+                update = (
+                    f"UPDATE executions SET {stamp} = {new} WHERE (answer IS NULL OR NOT received) "  # noqa: S608
+                    f"AND (?3 OR NOT {stamp} BETWEEN {EARLIEST_S} AND ?1)"
+                )
+                db.execute(update, (now, ahead - last[1], last[0] == boot))
 
 
 def _journal_id(execution_id: str) -> str | None:
@@ -9363,6 +9588,9 @@ CREATE TABLE IF NOT EXISTS runs (           -- --once: what no platform asked fo
 CREATE TABLE IF NOT EXISTS totals (         -- of all that was answered; and since when (epoch seconds)
     name TEXT PRIMARY KEY, count INTEGER NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS clock (          -- one row: the last write's boot, and by how much its clock was
+    boot TEXT NOT NULL, ahead REAL NOT NULL -- ahead of the seconds since then
+);
 """
 # What is counted: how executions and runs ended, then what became of their codes.
 TOTALS = ("success", "partial", "failure", "stored", "known", "kept", "failed")
@@ -9539,6 +9767,8 @@ def broken_by(error: Exception) -> Broken:
     """Return what a thread says whose work ended with an error; what is no error of ours is logged whole."""
     if isinstance(error, StockrtError):
         return Broken(error)
+    if isinstance(error, ImportError):
+        return Broken(lost_part(error))
     return Broken(StockrtError(own_fault(error)))
 
 
@@ -9546,11 +9776,23 @@ class StopAsked(NamedTuple):
     """To the socket's thread: a signal asks the process to leave."""
 
 
+class ReloadAsked(NamedTuple):
+    """To the socket's thread: a signal asks for the settings to be read anew."""
+
+
+class SettingsRead(NamedTuple):
+    """To the socket's thread: the settings were read anew, and these hold now."""
+
+    settings: Settings
+
+
 class ExecutorLeft(NamedTuple):
     """To the socket's thread: no execution runs, and none will."""
 
 
-Message: TypeAlias = Answered | Recalled | Declined | Ended | Broken | StopAsked | ExecutorLeft
+Message: TypeAlias = (
+    Answered | Recalled | Declined | Ended | Broken | StopAsked | ReloadAsked | SettingsRead | ExecutorLeft
+)
 
 
 class Inbox:
@@ -9785,7 +10027,7 @@ class Relay(Events):
         self._events = events
         self._inbox = inbox
         self.queue = QueueStats()
-        self.is_damaged = False  # a local file: nothing is executed or answered any more
+        self.is_damaged = False  # a local file, or the program: nothing is executed or answered any more
 
     def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
         """Pass it on."""
@@ -9811,7 +10053,7 @@ class Relay(Events):
         """Pass it on."""
         self._events.keys_used(keys)
 
-    def damaged(self, error: StoreError) -> None:
+    def damaged(self, error: StockrtError) -> None:
         """Let the daemon end: the next start mends it."""
         self.is_damaged = True
         self._inbox.put(Broken(error))
@@ -9824,12 +10066,16 @@ class Order(NamedTuple):
     why_not: str = ""
 
 
+# In place of a command, whose number begins at 1: the executor looks around.
+NO_COMMAND = Order(0)
+
+
 class Executor(threading.Thread):
     """Executes accepted commands one at a time and puts their answers into the journal."""
 
     def __init__(self, settings: Settings, journal: Journal, inbox: Inbox, events: Relay) -> None:
         super().__init__(name="stockrt-executor", daemon=True)
-        self._settings = settings
+        self._settings = self._wanted = settings  # in use, and those to be used next
         self._journal = journal
         self._inbox = inbox
         self._events = events
@@ -9848,6 +10094,11 @@ class Executor(threading.Thread):
     def add(self, order: Order) -> None:
         """Execute or answer a command of the journal, after those before it."""
         self._queue.put(order)
+
+    def renew(self, settings: Settings) -> None:
+        """Go over to other settings after the running execution; what waits for MongoDB is tried with them, too."""
+        self._wanted = settings
+        self._queue.put(NO_COMMAND)
 
     def leave(self, dropped_because: str = "") -> None:
         """Begin no further execution.
@@ -9880,11 +10131,16 @@ class Executor(threading.Thread):
         while True:
             wait = self._finalise()
             try:
-                return self._queue.get(timeout=wait)
+                order = self._queue.get(timeout=wait)
             except queue.Empty:
                 self._events.progress()
                 if self._pipeline is None:
                     self._move_what_waits()
+                continue
+            if order != NO_COMMAND:
+                return order
+            if not (self._leaving.is_set() or self._events.is_damaged):
+                self._move_what_waits()
 
     def _finalise(self) -> float | None:
         """Make a part of the closes final that are due; return for how many seconds there is no more to do."""
@@ -9956,6 +10212,8 @@ class Executor(threading.Thread):
             return
         try:
             self._open_pipeline().start_delivery()
+        except ImportError as error:
+            self._events.damaged(lost_part(error))
         except Exception as error:
             words = str(error)
             if not isinstance(error, StockrtError):
@@ -9983,6 +10241,9 @@ class Executor(threading.Thread):
             report = self._open_pipeline().run(command.codes, self.stop)
         except StockrtError as error:
             return self._unexecuted(command.context, str(error))
+        except ImportError as error:  # it stays in the journal for the next start
+            self._events.damaged(lost_part(error))
+            return ""
         except Exception as error:
             return self._unexecuted(command.context, own_fault(error))
         self._events.executed(report)
@@ -10019,8 +10280,24 @@ class Executor(threading.Thread):
         return empty_result(context, self._settings.module_name, self._settings.redact(reason))
 
     def _open_pipeline(self) -> Pipeline:
-        if self._pipeline is None:
-            self._pipeline = Pipeline(self._settings, self._events, patient=True)
+        """Return the pipeline, a new one where the settings were read anew. Raises StockrtError."""
+        wanted, old = self._wanted, self._pipeline
+        if old is not None and wanted is self._settings:
+            return old
+        try:
+            self._pipeline = Pipeline(wanted, self._events, patient=True)
+        except StockrtError as error:
+            if old is None:
+                raise
+            log.error("the new settings are not used, and those from before stay: %s", error)
+            self._wanted = self._settings
+            return old
+        if old is not None:
+            old.close()
+            old_store, store = store_name(self._settings), store_name(wanted)
+            if old_store != store:
+                self._store_trouble = LogThrottle(store, then="the next execution tries again")
+        self._settings = wanted
         return self._pipeline
 
 
@@ -10091,7 +10368,13 @@ class NoteStatus(NamedTuple):
     news: DaemonStatus
 
 
-ClerkJob: TypeAlias = list[Command] | Received | Recall | Shorten | NoteStatus | EndExecutor | None
+class ReadSettings(NamedTuple):
+    """To the clerk: the settings are to be read anew."""
+
+
+ClerkJob: TypeAlias = (
+    list[Command] | Received | Recall | Shorten | NoteStatus | ReadSettings | EndExecutor | None
+)
 
 
 class Clerk(threading.Thread):
@@ -10100,9 +10383,12 @@ class Clerk(threading.Thread):
     What came of it goes to the socket's thread as messages, accepted commands to the executor.
     """
 
-    def __init__(self, settings: Settings, journal: Journal, executor: Executor, inbox: Inbox) -> None:
+    def __init__(
+        self, settings: Settings, journal: Journal, executor: Executor, inbox: Inbox, source: SettingsSource
+    ) -> None:
         super().__init__(name="stockrt-clerk", daemon=True)
         self._settings = settings
+        self._source = source
         self._journal = journal
         self._executor = executor
         self._inbox = inbox
@@ -10192,6 +10478,8 @@ class Clerk(threading.Thread):
             self._catch_up()
         if news:
             self._note_status(news)
+        if any(isinstance(job, ReadSettings) for job in jobs):
+            self._read_settings()
         if any(isinstance(job, EndExecutor) for job in jobs):
             self._executor.end()
         return None not in jobs
@@ -10304,6 +10592,23 @@ class Clerk(threading.Thread):
         else:
             self._status_trouble.over()
 
+    def _read_settings(self) -> None:
+        """Read the settings anew, and have them used where they are good."""
+        try:
+            renewed = self._source.read_again(self._settings)
+        except SettingsError as error:
+            for fault in error.faults:
+                log.error("the settings stay as they were: %s", fault)
+        else:
+            for warning in renewed.warnings:
+                log.warning(warning)
+            log.info("settings read anew; changed: %s", ", ".join(renewed.changed) or "none")
+            if renewed.need_restart:
+                log.warning("changed, but needs a restart: %s", ", ".join(renewed.need_restart))
+            self._settings = renewed.settings
+            self._executor.renew(renewed.settings)
+        self._inbox.put(SettingsRead(self._settings))
+
 
 def _count_codes(commands: Sequence[Command]) -> int:
     return sum(len(command.codes) for command in commands)
@@ -10325,6 +10630,7 @@ class Daemon:
         settings: Settings,
         events: Events = NO_EVENTS,
         *,
+        source: SettingsSource | None = None,
         rng: random.Random | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -10341,9 +10647,11 @@ class Daemon:
         # of its own: it does not wait while the clerk waits for the lock of the file, which others may hold
         answers = Journal(settings.state_directory, clock, relay, patient=True)
         self._executor = Executor(settings, answers, self._inbox, relay)
-        self._clerk = Clerk(settings, self._journal, self._executor, self._inbox)
+        source = source or SettingsSource(os.environ)
+        self._clerk = Clerk(settings, self._journal, self._executor, self._inbox, source)
         self._module_hash = ""
-        self._presence: Presence | None = None  # what the last refused handshake meant
+        self._presence: Presence | None = None  # what the last refused handshake meant, and since when
+        self._presence_since = clock.monotonic()
         self._recalled: set[int] = set()  # answers whose texts are on their way from the journal
         self._dropped = 0  # answers that nobody took within an hour
         self._drop_trouble = LogThrottle("results", clock, then="so is each that comes to be as old")
@@ -10356,6 +10664,10 @@ class Daemon:
         """Ask the loop to leave."""
         self._inbox.put(StopAsked())
 
+    def request_reload(self) -> None:
+        """Ask for the settings to be read anew; called from a signal handler, too."""
+        self._inbox.put(ReloadAsked())
+
     def run(self) -> None:
         """Serve the platform until told to stop or shut down. Raises StoreError when a local file is damaged."""
         start_thread(self._executor)
@@ -10366,7 +10678,7 @@ class Daemon:
         while self._leaving is None:
             if self._connect_and_serve():
                 delays = self._fresh_delays()
-            self._wait_awake(next(delays))
+            self._wait_awake(self._delay(delays))
         self._wait_for_threads()
         if self._broken is not None:
             raise self._broken
@@ -10374,11 +10686,19 @@ class Daemon:
     def _fresh_delays(self) -> Iterator[float]:
         return backoff(DIAL_FIRST_S, DIAL_CAP_S, self._rng, DIAL_GROWTH)
 
+    def _delay(self, delays: Iterator[float]) -> float:
+        """Return for how long to wait before the next dial."""
+        since = self._clock.monotonic() - self._presence_since
+        if self._presence is Presence.ONLINE and since < OLD_SESSION_S:
+            return self._rng.uniform(*OLD_SESSION_DIAL_S)
+        return next(delays)
+
     def _connect_and_serve(self) -> bool:
         """Hold one connection from dial to end; return whether it was useful."""
         link = self._dial()
         if link is None:
             return False
+        self._presence = None
         protocol = PlatformProtocol(self._settings.heartbeat_s, self._clock.monotonic())
         self._outbox.reconnect()
         self._events.connected()
@@ -10431,6 +10751,8 @@ class Daemon:
         """Return what a refused handshake means, '' for once unknown: an old session may have ended meanwhile."""
         presence = ask_presence(self._settings, self._module_hash)
         before, self._presence = self._presence, presence
+        if presence is not before:
+            self._presence_since = self._clock.monotonic()
         once = presence is Presence.UNKNOWN and before is not Presence.UNKNOWN
         return "" if once else presence.value
 
@@ -10600,6 +10922,13 @@ class Daemon:
             elif isinstance(message, Broken):
                 self._broken = self._broken or message.error
                 self._begin_leaving()
+            elif isinstance(message, ReloadAsked):
+                self._events.reloading()
+                self._clerk.do(ReadSettings())
+            elif isinstance(message, SettingsRead):
+                self._settings = message.settings
+                log.setLevel(message.settings.log_level.upper())
+                self._events.reloaded(message.settings)
             else:
                 log.info("stopping: the running execution has %d s", STOP_GRACE_S)
                 self._begin_leaving()
@@ -10853,29 +11182,40 @@ METRICS = (
 )
 # fmt: on
 LATENCY = "stockrt_api_latency_seconds"
+# The state directory of the one daemon that most machines have: its series stay without a label.
+USUAL_INSTANCE = "stockrt"
 # So much of a key's digest names it.
 DIGEST_SHOWN = 8
 KEY_STATES = ("ready", "resting", "out")
 
 
 class Metrics:
-    """Counts since the start, thread-safe. `changes` grows with every change; `keys`: the digests of API keys."""
+    """Counts since the start, thread-safe. `changes` grows with every change; `keys`: the digests of API keys.
 
-    def __init__(self, keys: Sequence[str] = ()) -> None:
+    With the name of an `instance` every series has it as a label, so that two files beside each other do not collide.
+    """
+
+    def __init__(self, keys: Sequence[str] = (), instance: str = "") -> None:
         self._lock = threading.Lock()
-        shown = tuple(dict.fromkeys(digest[:DIGEST_SHOWN] for digest in keys))
-        self._metrics = [
-            metric._replace(values=shown) if metric.label == "key" else metric for metric in METRICS
-        ]
-        unknown = {"key": math.nan}
-        self._numbers = {
-            (metric.name, value): unknown.get(metric.label, 0.0)
-            for metric in self._metrics
-            for value in metric.values
-        }
+        self._instance = instance.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        self._metrics: Sequence[Metric] = METRICS
+        self._numbers: dict[tuple[str, str], float] = {}
         self._buckets = [0] * len(LATENCY_BUCKETS_S)
         self._latencies, self._latency_sum = 0, 0.0
         self.changes = 0
+        self.know_keys(keys)
+
+    def know_keys(self, keys: Sequence[str]) -> None:
+        """Count for these API keys, and for no others any more."""
+        shown = tuple(dict.fromkeys(digest[:DIGEST_SHOWN] for digest in keys))
+        with self._lock:
+            self._metrics = [m._replace(values=shown) if m.label == "key" else m for m in METRICS]
+            unknown = {"key": math.nan}
+            self._numbers = {
+                (metric.name, value): self._numbers.get((metric.name, value), unknown.get(metric.label, 0.0))
+                for metric in self._metrics
+                for value in metric.values
+            }
 
     def add(self, name: str, value: str = "", by: float = 1) -> None:
         """Count `by` more; `value` is the label's."""
@@ -10908,8 +11248,10 @@ class Metrics:
             ]
             limits = (*map(_number_text, LATENCY_BUCKETS_S), "+Inf")
             counts = (*self._buckets, self._latencies)
-            lines += [f'{LATENCY}_bucket{{le="{le}"}} {n}' for le, n in zip(limits, counts, strict=True)]
-            lines += [f"{LATENCY}_sum {self._latency_sum:.6f}", f"{LATENCY}_count {self._latencies}"]
+            for le, n in zip(limits, counts, strict=True):
+                lines.append(f"{LATENCY}_bucket{self._labels('le', le)} {n}")
+            lines.append(f"{LATENCY}_sum{self._labels()} {self._latency_sum:.6f}")
+            lines.append(f"{LATENCY}_count{self._labels()} {self._latencies}")
         return "\n".join(lines) + "\n"
 
     def _lines(self, metric: Metric) -> Iterator[str]:
@@ -10918,8 +11260,12 @@ class Metrics:
             yield f"# HELP {metric.name} {metric.help}"
             yield f"# TYPE {metric.name} {metric.kind}"
         for value in known:
-            label = f'{{{metric.label}="{value}"}}' if metric.label else ""
-            yield f"{metric.name}{label} {_number_text(self._numbers[metric.name, value])}"
+            labels = self._labels(metric.label, value)
+            yield f"{metric.name}{labels} {_number_text(self._numbers[metric.name, value])}"
+
+    def _labels(self, label: str = "", value: str = "") -> str:
+        labels = [f'{n}="{text}"' for n, text in ((label, value), ("instance", self._instance)) if n and text]
+        return f"{{{','.join(labels)}}}" if labels else ""
 
 
 def _number_text(number: float) -> str:
@@ -10982,7 +11328,10 @@ class Service(Events):
         self._notifier = notifier
         self._watchdog_s = watchdog_s
         self._clock = clock
-        self.metrics = Metrics([key_digest(secret) for secret in settings.api_keys])
+        instance = settings.state_directory.name
+        if instance == USUAL_INSTANCE:
+            instance = ""
+        self.metrics = Metrics([key_digest(secret) for secret in settings.api_keys], instance)
         self._file: MetricsFile | None = None
         if settings.metrics_file is not None:
             self._file = MetricsFile(settings.metrics_file, self.metrics, clock)
@@ -11000,6 +11349,15 @@ class Service(Events):
 
     def started(self) -> None:
         """Tell systemd that the start is over."""
+        self._notifier.send(READY=1)
+
+    def reloading(self) -> None:
+        """Tell systemd that the settings are read anew; Type=notify-reload wants to know since when."""
+        self._notifier.send(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+
+    def reloaded(self, settings: Settings) -> None:
+        """Tell systemd that this is over."""
+        self._keys = count_words(len(settings.api_keys), "key")
         self._notifier.send(READY=1)
 
     def tick(self, unanswered: int, undelivered: int) -> float:
@@ -11045,6 +11403,7 @@ class Service(Events):
 
     def keys_used(self, keys: Sequence[KeyStats]) -> None:
         """Note what each key has used and left, and how it stands."""
+        self.metrics.know_keys([key.digest for key in keys])
         for key in keys:
             name = key.digest[:DIGEST_SHOWN]
             if key.used is not None:
@@ -11585,6 +11944,10 @@ def _same_digits(document: Document) -> tuple[object, ...]:
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 # Up to here the rows wait until they can be aligned and stand in the order asked; beyond, memory is dearer.
 ROWS_ALIGNED = 1000
+# `systemctl reload` waits so long for the daemon to take what it hands over; a disk that hangs holds that up.
+RELOAD_WAIT_S = 20.0
+# Local files, the platform, MongoDB's servers, and a connection for each request that may be under way.
+DESCRIPTORS_NEEDED = 64 + MAX_IN_FLIGHT
 # What --executions lists where it is not told how many.
 EXECUTIONS_SHOWN = 20
 # What `td` says, in words.
@@ -11605,8 +11968,8 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
 class Options:
     """What the command line asks for; with nothing of it this is the daemon."""
 
-    once = check = check_settings = status = drain = rejects = register = False
-    json = demo = retry = force = dry_run = False
+    once = check = check_settings = status = drain = rejects = reload = register = False
+    json = demo = retry = discard = force = dry_run = False
     backfill: int | None = None
     executions: int | None = None
     symbols: str | None = None
@@ -11681,6 +12044,11 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--symbols", metavar="TEXT", help="find instruments by code or name: 茅台, apple, 黄金")
     what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
     what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
+    what.add_argument(
+        "--reload",
+        action="store_true",
+        help="for ExecReload= of the unit: have the daemon read its settings anew",
+    )
     what.add_argument("--register", action="store_true", help="register at the dispatch platform (once)")
     what.add_argument(
         "--migrate",
@@ -11702,6 +12070,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--demo", action="store_true", help="synthetic trades: no network, no key, embedded store"
     )
     parser.add_argument("--retry", action="store_true", help="with --drain: what MongoDB refused before, too")
+    parser.add_argument(
+        "--discard",
+        action="store_true",
+        help="with --rejects: delete them, and damaged files that were set aside",
+    )
     parser.add_argument(
         "--documents",
         nargs="?",
@@ -11757,6 +12130,8 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         raise UsageError(f"--backfill {options.backfill}: expected 1 to {MAX_BARS} sessions; see --help")
     if options.retry and not options.drain:
         raise UsageError("--retry goes with --drain; see --help")
+    if options.discard and not options.rejects:
+        raise UsageError("--discard goes with --rejects; see --help")
     if options.force and not (options.register or options.documents is not None):
         raise UsageError("--force goes with --register or --documents; see --help")
     _check_migration(options)
@@ -11816,16 +12191,15 @@ def _codes_of(options: Options) -> Iterator[str]:
 
 
 class _Redacting(logging.Formatter):
-    """Formats a record, tracebacks included, and takes every secret out."""
+    """Formats a record, tracebacks included, and takes every secret out, also of settings that were read anew."""
 
-    def __init__(self, settings: Settings, journal: bool = False) -> None:
+    def __init__(self, journal: bool = False) -> None:
         form = "%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s"
         super().__init__(form, "%Y-%m-%d %H:%M:%S%z")
-        self._settings = settings
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        text = self._settings.redact(local_times(super().format(record)))
+        text = mask(local_times(super().format(record)), HIDDEN.secrets)
         return for_journal(text, record.levelno) if self._journal else text
 
 
@@ -11841,7 +12215,7 @@ def start_logging(settings: Settings) -> None:
     urllib3 only errors: it warns of each answer's odd headers, with a traceback; what counts in them is judged here.
     """
     handler = _BesideBar()
-    handler.setFormatter(_Redacting(settings, journal=isinstance(sys.stderr, JournalStream)))
+    handler.setFormatter(_Redacting(journal=isinstance(sys.stderr, JournalStream)))
     logging.getLogger().handlers = [handler]
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
@@ -12039,6 +12413,14 @@ def stop_on_signals(work: Stoppable) -> None:
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
+
+
+def reload_on_hangup(daemon: Daemon) -> None:
+    """Let SIGHUP have the settings read anew; where a person reads stderr it means that the terminal is gone."""
+    on_hangup = daemon.request_reload
+    if os.isatty(2):
+        on_hangup = daemon.request_stop
+    signal.signal(signal.SIGHUP, lambda *_: on_hangup())
 
 
 # After this time a person wants to see that something goes on, and how often that is drawn anew.
@@ -12419,6 +12801,7 @@ class StatusReport(TypedDict):
     store: str
     spool: QueueFacts | None
     waiting: Waiting
+    damaged_files: int
     last_execution: LastExecution | None
     totals: dict[str, int | str]
     keys: list[KeyUsage]
@@ -12452,6 +12835,7 @@ def gather_status(settings: Settings) -> StatusReport:
         "store": settings.mongodb_shown() or str(directory / SQLITE_NAME),
         "spool": spool,
         "waiting": Waiting(executing=0, commands=0, results=0),
+        "damaged_files": len(damaged_files(directory)),
         "last_execution": None,
         "totals": {},
         "keys": keys,
@@ -12534,6 +12918,8 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
     if waiting["executing"]:
         words = f"one executed now, {words}"
     lines.append(("waiting", words))
+    if status["damaged_files"]:
+        lines.append(("damaged files", f"{status['damaged_files']}: see --rejects"))
     done = "none yet"
     if last is not None:
         done = f"{last['status']} at {last['at']}, {last['workflow_name'] or 'without a name'}: {last['message']}"
@@ -12716,8 +13102,22 @@ def _backfilled_line(row: Backfilled) -> str:
     return f"{row.code:<12}  {row.first}  {row.last}  {row.added} added, {row.there} there before"
 
 
+def discard_rejects(settings: Settings) -> int:
+    """Delete what MongoDB refused for good, and the damaged files that were set aside; say how much that was."""
+    with Pipeline(settings) as pipeline:
+        rejects = pipeline.discard_rejects()
+    files = damaged_files(settings.state_directory)
+    size = sum(path.stat().st_size for path in files)
+    with disk_trouble("a damaged file cannot be deleted"):
+        for path in files:
+            path.unlink()
+    documents = count_words(rejects, "document")
+    say(f"discarded {documents} and {count_words(len(files), 'damaged file')} of {size / 2**20:.1f} MB")
+    return EXIT_OK
+
+
 def run_rejects(settings: Settings, as_json: bool) -> int:
-    """Print what MongoDB refused for good, oldest first."""
+    """Print what MongoDB refused for good, oldest first, and which damaged files were set aside."""
     with Pipeline(settings) as pipeline:
         rejects = pipeline.rejects()
     for reject in rejects:
@@ -12727,6 +13127,8 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
         show(settings.redact(line))
     if not rejects and not as_json:
         show("MongoDB has refused nothing")
+    for path in damaged_files(settings.state_directory):
+        say(f"damaged, rescued and set aside: {path}, {path.stat().st_size / 2**20:.1f} MB")
     return EXIT_OK
 
 
@@ -12794,13 +13196,52 @@ def needs_of(options: Options) -> Needs:
     return DAEMON_NEEDS
 
 
-def run_daemon(settings: Settings, environ: Mapping[str, str]) -> int:
+def run_reload(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Hand the unit's new environment, whose settings are good by now, to its daemon, and have it read them."""
+    pid, place = environ.get("MAINPID", ""), handed_over(environ)
+    if place is None or not pid.isdigit():
+        raise UsageError(
+            "--reload is what the unit's ExecReload= calls: type sudo systemctl reload stockrt, "
+            "or, for a daemon without a unit, kill -HUP and its pid"
+        )
+    write_whole(place, json.dumps(dict(environ)), setting="RUNTIME_DIRECTORY")
+    os.kill(int(pid), signal.SIGHUP)
+    deadline = time.monotonic() + RELOAD_WAIT_S
+    while place.exists():
+        if time.monotonic() > deadline:
+            raise StockrtError(
+                f"the daemon has not read its settings within {RELOAD_WAIT_S:.0f} s; see its log"
+            )
+        time.sleep(STOP_POLL_S)
+    return EXIT_OK
+
+
+def need_descriptors() -> None:
+    """Raise StockrtError where too few files may be open: it would be connected, and every execution fail."""
+    import resource
+
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < DESCRIPTORS_NEEDED:
+        raise StockrtError(
+            f"only {most} files and sockets may be open, and {DESCRIPTORS_NEEDED} are needed; "
+            "see LimitNOFILE= of the unit, or ulimit -n"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, DESCRIPTORS_NEEDED), most))
+
+
+def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | None) -> int:
     """Run as the platform's module until a signal or the platform ends it; return the exit status."""
+    need_descriptors()
     watchdog_s = watchdog_seconds(environ, os.getpid())
     service = Service(settings, Notifier(environ.get("NOTIFY_SOCKET", "")), watchdog_s)
-    daemon = Daemon(settings, service)
+    daemon = Daemon(settings, service, source=SettingsSource(environ, env_file))
     clean_cache(environ, Path(__file__).resolve().parent.parent)
     stop_on_signals(daemon)
+    reload_on_hangup(daemon)
+    try:
+        need_clock(time.time())
+    except StoreError as error:  # it may be set at any moment
+        log.warning(str(error))
     log.info("stockrt %s for %s at %s", __version__, settings.module_name, settings.platform_url())
     daemon.run()
     service.stopped()
@@ -12872,8 +13313,10 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return run_documents(options, loaded.settings)
     if options.drain:
         return run_drain(loaded.settings, options.retry)
+    if options.reload:
+        return run_reload(loaded.settings, environ)
     if needs is DAEMON_NEEDS:
-        return run_daemon(loaded.settings, environ)
+        return run_daemon(loaded.settings, environ, options.env_file)
     with Terminal():
         return _run_short(options, loaded, hidden)
 
@@ -12888,6 +13331,8 @@ def _run_short(options: Options, loaded: LoadedSettings, hidden: bool) -> int:
         return run_executions(options.executions, loaded.settings, options.json)
     if options.symbols:
         return run_symbols(options.symbols, loaded.settings, options.json)
+    if options.rejects and options.discard:
+        return discard_rejects(loaded.settings)
     if options.rejects:
         return run_rejects(loaded.settings, options.json)
     if options.check:
@@ -12930,6 +13375,9 @@ def main() -> NoReturn:
         for line in str(error).splitlines():
             say(f"stockrt: {line}", logging.ERROR)
         status = error.exit_code
+    except ImportError as error:
+        status = EXIT_FAILED
+        say(f"stockrt: {lost_part(error)}", logging.ERROR)
     except SystemExit as leaving:  # --help, --version
         status = int(leaving.code or 0)
     except OSError as error:  # whoever met it should have said what was being done

@@ -110,3 +110,30 @@ def test_a_start_without_threads_says_so(world: World, threads: int, arguments: 
         (line,) = done.stderr.splitlines()[-1:]
         assert line.startswith("stockrt: no thread can be started") and "TasksMax" in line
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("store", ["sqlite", "mongodb"])
+def test_the_built_file_goes_on_with_fewer_threads_than_it_wants(
+    store: str, world: World, pyz: Path, request: pytest.FixtureRequest
+) -> None:
+    """Six threads for 3,000 codes: it wanted more workers than it could start, and stored nothing."""
+    place = world.daemon.state.parent
+    program, codes = place / pyz.name, place / "codes.txt"
+    shutil.copy(pyz, program)
+    codes.write_text("".join(f"A{n}.US\n" for n in range(3000)))
+    environment = world.daemon.environment | {"SHIV_ROOT": str(world.daemon.state / "shiv")}
+    if store == "mongodb":
+        uri, name = request.getfixturevalue("mongo_db")
+        environment |= {"MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
+    world.infoway.latency = 0.05
+    done = subprocess.run(
+        ["prlimit", "--nproc=6", *UNPRIVILEGED, sys.executable, program, "--once", "--codes-file", codes],
+        env=environment,
+        cwd=world.daemon.state,
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+        check=False,
+    )
+    assert "total 3000, stored 3000, already known 0, failed 0" in done.stderr, done.stderr[-3000:]
+    assert done.returncode == 0

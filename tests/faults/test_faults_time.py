@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 from conftest import MakeWorld
@@ -78,3 +79,23 @@ def test_a_minute_that_was_used_up_before_the_clock_went_back_is_over(
     told = world.result(world.send(10), 20)
     assert told.data["result"]["success_count"] == 10, told.text
     balanced("clock", 1, world.final_account(), world.daemon.log)
+
+
+def test_a_machine_that_starts_in_1970_says_so_and_stores_no_such_time(
+    make_world: MakeWorld, wall_clock: WallClock, pyz: Path
+) -> None:
+    """Executions fail with a sentence until the clock is set, and then succeed, in the same built file."""
+    world = make_world(**wall_clock.environment)
+    world.daemon._program = pyz
+    wall_clock.step(-int(time.time()) + 60)
+    try:
+        world.start()
+        told = world.result(world.send(2))
+        assert told.status == "failure" and "the clock of this machine says 1970-01-01" in told.text
+        assert "the clock of this machine says 1970-01-01" in world.daemon.log
+    finally:
+        wall_clock.step(0)
+    assert world.result(world.send(2)).status == "success"
+    with world.client() as client:
+        (oldest, *_) = client[world.database]["realtime"].find().sort("create_time", 1)
+    assert oldest["create_time"].year > 2020

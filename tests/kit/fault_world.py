@@ -41,6 +41,8 @@ AHEAD_MS = 23 * 3600 * 1000
 # Enough of them to fail fast where MongoDB is away; the default is 20 s.
 QUICK = "?timeoutMS=1500"
 MAX_CODES = 1000
+# What stands beside a local file that is damaged: the mark, the file on its way aside, and the new one.
+RESCUE_FILES = (".damaged", ".setting-aside", ".rescue")
 # A load stops at so many commands without an answer: the daemon refuses those above a thousand.
 BACKLOG = 200
 
@@ -435,12 +437,17 @@ class World:
         with copied(self.spool_path) as path:
             return read(path)
 
+    def in_rescue(self) -> bool:
+        """Whether the local file waits to be rescued, or is being so: then what it keeps stands elsewhere."""
+        beside = (self.spool_path.with_name(f"stockrt.db{end}") for end in RESCUE_FILES)
+        return any(path.exists() for path in beside)
+
     def drained(self, timeout: float = 2 * PATIENCE) -> None:
         """Wait until nothing waits for MongoDB any more, in a file that can be read."""
 
         def is_drained() -> bool:
             try:
-                return not self.spool()
+                return self.spool_path.exists() and not self.in_rescue() and not self.spool()
             except sqlite3.Error:
                 return False
 

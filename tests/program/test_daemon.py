@@ -597,7 +597,7 @@ def test_a_module_still_online_is_told_apart_and_said_once(
     caplog.set_level("INFO")
     platform.refuse_online_for = 3600
     with ThreadDaemon(settings, rng=Hasty()):
-        assert platform.wait_for(lambda s: len(s.dials) >= 20, PATIENCE)
+        assert platform.wait_for(lambda s: len(s.dials) >= 5, PATIENCE)
         (said,) = warnings_of(caplog)
         assert "still counted as online" in said
         assert "old session or a second instance" in said
@@ -606,6 +606,37 @@ def test_a_module_still_online_is_told_apart_and_said_once(
         settled(platform)
         assert until(lambda: "well again" in caplog.text)
     assert {dial.status for dial in platform.dials} == {101, 403}
+
+
+def test_after_a_kill_the_built_file_dials_every_second_until_the_old_session_ends(
+    pyz: Path, clean_env: dict[str, str], infoway: InfowayServer, state: Path
+) -> None:
+    """Its delays would have grown to several seconds meanwhile: it would have dialled some nine times."""
+    with PlatformServer(ping_every=0, zombie_after=20.0, sweep=0.2) as server:
+        server.know(HASH)
+        settings = environment(server.port, infoway.url, state)
+        with ProcessDaemon(clean_env, settings, pyz) as daemon:
+            connected(server)
+            daemon.kill()
+            daemon.start()
+            connected(server, times=2)
+            assert one_answer(server, server.execute(["TSLA.US"]))["status"] == "success"
+        assert len([dial for dial in server.dials if dial.status == 403]) >= 15
+
+
+def test_another_instance_that_stays_online_is_dialled_seldom(
+    platform: PlatformServer, infoway: InfowayServer, settings: stockrt.Settings
+) -> None:
+    clock, rng = FakeClock(), Hasty()
+    daemon = stockrt.Daemon(settings, rng=rng, clock=clock)
+    daemon._presence = stockrt.Presence.ONLINE
+    daemon._presence_since = clock.monotonic()
+    delays = daemon._fresh_delays()
+    assert daemon._delay(delays) == stockrt.OLD_SESSION_DIAL_S[0]
+    clock.advance(stockrt.OLD_SESSION_S)
+    for _ in range(20):
+        daemon._delay(delays)
+    assert rng.ceilings[-1] == stockrt.DIAL_CAP_S
 
 
 def test_an_unknown_hash_is_told_apart_and_said_once_and_a_new_one_is_taken(
@@ -871,7 +902,7 @@ def test_after_a_crash_the_young_are_executed_and_the_old_are_answered_as_interr
 ) -> None:
     ages = {"old": 121.0, "older": 3000.0, "young": 60.0, "younger": 0.0}
     for name, age in ages.items():
-        journal = Journal(state, FakeClock(time.time() - age))
+        journal = Journal(state, FakeClock(time.time() - age, time.monotonic() - age))
         journal.accept([Command(name, {"meta": {"execution_id": name}}, [f"{name.upper()}.US"])])
         journal.close()
     with ThreadDaemon(settings):
@@ -911,7 +942,7 @@ def test_a_command_that_the_disk_has_changed_keeps_no_other_from_its_answer(
     platform: PlatformServer, settings: stockrt.Settings, state: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for age in (3000.0, 0.0):
-        journal = Journal(state, FakeClock(time.time() - age))
+        journal = Journal(state, FakeClock(time.time() - age, time.monotonic() - age))
         for name in (f"lost {age}", f"well {age}"):
             journal.accept([Command(name, {"meta": {"execution_id": name}}, ["A.US"])])
         journal.close()
@@ -999,7 +1030,7 @@ def test_results_older_than_an_hour_are_dropped_with_a_warning(
     platform: PlatformServer, settings: stockrt.Settings, state: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, age in {"old": 3601.0, "young": 3500.0}.items():
-        journal = Journal(state, FakeClock(time.time() - age))
+        journal = Journal(state, FakeClock(time.time() - age, time.monotonic() - age))
         (accepted,) = journal.accept([Command(name, {"meta": {"execution_id": name}}, ["A.US"])])
         journal.answer(accepted, stockrt.empty_result({"meta": {"execution_id": name}}, "m", "x"))
         journal.close()
@@ -1071,6 +1102,35 @@ def test_the_clock_set_in_the_middle_of_an_execution_drops_no_result(
     assert until(lambda: journalled(state, where="NOT received") == [])
     assert "dropped" not in daemon.log
     assert all(len(found) == 1 for found in texts_by_id(platform.results).values())
+
+
+def test_a_clock_set_right_before_a_restart_makes_nothing_old_in_the_built_file(
+    platform: PlatformServer,
+    pyz: Path,
+    clean_env: dict[str, str],
+    infoway: InfowayServer,
+    gate: Gate,
+    wall_clock: WallClock,
+    state: Path,
+) -> None:
+    """The machine was three hours behind: an answer is sent again, a command executed, as young as they are."""
+    wall_clock.step(-3 * 3600)
+    platform.send_receipts = False
+    settings = environment(platform.port, infoway.url, state) | wall_clock.environment
+    with ProcessDaemon(clean_env, settings, pyz) as daemon:
+        connected(platform)
+        failed = platform.execute(["920002.BJ"])
+        answered(platform, failed)
+        running = platform.execute(["A.US"])
+        gate.reached()
+        settled(platform)
+        daemon.kill()
+        wall_clock.step(0)
+        gate.open()
+        daemon.start()
+        answered(platform, failed, times=2)
+        assert one_answer(platform, running)["status"] == "success"
+        assert "dropped" not in daemon.log and "interrupted" not in daemon.log
 
 
 @pytest.mark.parametrize("store", ["sqlite", pytest.param("mongodb", marks=pytest.mark.long)])

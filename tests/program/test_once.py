@@ -25,7 +25,7 @@ from typing import Any
 import pymongo
 import pytest
 from conftest import RunPyz, controlled
-from kit.daemons import LOCAL_TIME, number
+from kit.daemons import LOCAL_TIME, PATIENCE, number, until
 from kit.infoway_server import PLANS, REFUSALS, Answer, InfowayServer, Request, make_record
 from kit.mongo import MongoServer
 from kit.platform_server import PlatformServer
@@ -1054,6 +1054,19 @@ def test_check_of_a_good_key_whose_plan_lacks_stocks(
     check_clean(done.stdout, done.stderr)
 
 
+WAITS_AT_AN_IMPORT = """
+import sys, threading
+
+class Waits:
+    def find_spec(self, name, *_):
+        if name == {name!r}:
+            open({reached!r}, "w").close()
+            threading.Event().wait()
+
+sys.meta_path.insert(0, Waits())
+"""
+
+
 @pytest.mark.parametrize(
     ("program", "stage"),
     [(program, stage) for program in ("built", "script") for stage in ("importing", "checking")]
@@ -1063,12 +1076,10 @@ def test_ctrl_c_before_anything_is_done_ends_quietly(
     pyz: Path, clean_env: dict[str, str], tmp_path: Path, program: str, stage: str
 ) -> None:
     reached = tmp_path / "reached"
-    os.mkfifo(reached)
-    blocks = f"import threading\nopen({str(reached)!r}, 'w').close()\nthreading.Event().wait()\n"
     place = tmp_path / "first"
     place.mkdir()
     name = {"unpacking": "shutil", "importing": "argparse", "checking": "sqlite3"}[stage]
-    (place / f"{name}.py").write_text(blocks)
+    (place / "sitecustomize.py").write_text(WAITS_AT_AN_IMPORT.format(name=name, reached=str(reached)))
     environment = clean_env | {"PYTHONPATH": str(place)}
     if stage == "unpacking":
         environment["SHIV_ROOT"] = str(tmp_path / "empty")
@@ -1076,9 +1087,9 @@ def test_ctrl_c_before_anything_is_done_ends_quietly(
     with subprocess.Popen(
         command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        with reached.open():  # opened once the other end is
-            pass
+        there = until(reached.exists, PATIENCE)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
+    assert there
     assert process.returncode == 130, errors
     assert errors == b"" and b"Traceback" not in output

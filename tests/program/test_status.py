@@ -117,6 +117,7 @@ def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> 
         "store": str(program.state / stockrt.SQLITE_NAME),
         "spool": None,
         "waiting": {"executing": 0, "commands": 0, "results": 0},
+        "damaged_files": 0,
         "last_execution": None,
         "totals": {},
         "keys": [
@@ -151,7 +152,7 @@ def test_what_waits_is_counted_and_not_touched(program: Program) -> None:
     """Commands without an answer, answers without a receipt; those given up for their age are none."""
     now = time.time()
     for age in (0.0, stockrt.ANSWER_LIFETIME_S + 60):
-        journal = Journal(program.state, FakeClock(now - age))
+        journal = Journal(program.state, FakeClock(now - age, 1e6 - age))
         numbers = journal.accept([Command(f"e{age}{n}", {}, []) for n in range(3)])
         journal.answer(numbers[0], "{}")
         journal.close()

@@ -483,6 +483,56 @@ def test_masked_frames_at_debug(service: Instance) -> None:
     assert not [line for line in service.said() if API_KEY in line or module_hash in line]
 
 
+def test_reload_reads_env_file_and_credentials_anew_under_systemd(running: Instance, box: Box) -> None:
+    """Files of root's that the service itself may not read; with a fault in them `systemctl reload` fails."""
+    env_file, credential = "/etc/stockrt/stockrt.env", "/etc/stockrt/credentials/infoway_api_key"
+    good = (box.root / env_file.lstrip("/")).read_text()
+    new_key = "credential-key-2a0f"
+    running.api.keys = {new_key, API_KEY}
+    pid = running.show("MainPID")
+    try:
+        box.write(credential, new_key + "\n", 0o600)
+        box.write(env_file, good + "LOG_LEVEL=debug\n", 0o600)
+        reloaded = box.run("systemctl", "reload", "stockrt", check=False)
+        assert reloaded.returncode == 0, running.said()[-5:]
+        running.wait(lambda i: "settings read anew; changed: INFOWAY_API_KEY, LOG_LEVEL" in i.said())
+        running.wait(lambda i: i.state == "active")
+        assert running.result(running.execute())["status"] == "success"
+        assert running.api.asked("batch_trade")[-1].key == new_key
+        box.write(credential, "another-key-77\n", 0o600)
+        box.write(env_file, good + "LOG_LEVEL=loud\n", 0o600)
+        failed = box.run("systemctl", "reload", "stockrt", check=False)
+        assert failed.returncode != 0
+        assert any("LOG_LEVEL='loud'" in line for line in running.said())
+        assert running.result(running.execute())["status"] == "success"
+        assert running.api.asked("batch_trade")[-1].key == new_key
+        assert (running.state, running.show("MainPID")) == ("active", pid)
+        assert not box.run("ls", "-A", "/run/stockrt").stdout
+    finally:
+        box.write(env_file, good, 0o600)
+        box.write(credential, API_KEY + "\n", 0o600)
+    running.ctl("reload")
+    running.wait(lambda i: i.said().count("settings read anew; changed: INFOWAY_API_KEY, LOG_LEVEL") == 2)
+    assert running.result(running.execute())["status"] == "success"
+    assert running.api.asked("batch_trade")[-1].key == API_KEY
+    assert new_key not in json.dumps(running.journal())
+    running.ctl("stop")
+    assert not box.run("sh", "-c", "ls -d /run/stockrt* || true").stdout
+
+
+def test_starts_after_the_clock_is_set_where_systemd_waits_for_it(service: Instance, box: Box) -> None:
+    waits = "[Unit]\nWants=time-sync.target\nBefore=time-sync.target\n[Service]\nType=oneshot\nExecStart=/bin/sh -c " \
+            "'until [ -e /run/clock-is-set ]; do sleep 0.1; done'\n"  # fmt: skip
+    box.write("/etc/systemd/system/clock.service", waits)
+    box.run("systemctl", "daemon-reload")
+    service.ctl("stop")
+    box.run("systemctl", "start", "--no-block", "clock.service")
+    box.run("systemctl", "start", "--no-block", "stockrt")
+    assert re.search(r"stockrt\.service +start +waiting", box.run("systemctl", "list-jobs").stdout)
+    box.run("touch", "/run/clock-is-set")
+    service.wait(lambda i: i.state == "active" and i.platform.connected)
+
+
 def test_registration_by_root_does_not_lock_the_service_out(service: Instance, box: Box) -> None:
     service.ctl("stop")
     place = box.root / "var/lib/private/stockrt/module_hash"
@@ -711,7 +761,7 @@ def test_bad_settings_fail_once_with_the_reason(service: Instance, box: Box) -> 
     finally:
         box.write("/etc/stockrt/stockrt.env", good, 0o600)
         (box.root / "etc/stockrt/credentials/mongodb_host").unlink()
-    faults = [line for line in service.said() if "expected" in line]
+    faults = [line for line in service.said() if "expected" in line and "LOG_LEVEL" not in line]
     assert [line.partition(":")[2].split("=")[0].strip() for line in faults] == [
         "MONGODB_HOST", "MONGODB_NUMERIC_TYPE", "SERVER_PORT",
     ]  # fmt: skip
@@ -767,9 +817,10 @@ def test_endless_answer_ends_by_itself(dripping: tuple[Instance, str, float]) ->
 def test_metrics_reach_the_node_exporter(dripping: tuple[Instance, str, float], box: Box) -> None:
     """Written after the execution that took 30 s, so without any wait; readable by everybody."""
     path = box.root / METRICS.lstrip("/").replace("stockrt.prom", "stockrt-drip.prom")
-    dripping[0].wait(lambda i: 'outcome="success"} 1' in path.read_text(), 60, "metrics")
+    label = ',instance="stockrt-drip"'
+    dripping[0].wait(lambda i: f'outcome="success"{label}}} 1' in path.read_text(), 60, "metrics")
     assert path.stat().st_mode & 0o777 == 0o644
-    text = path.read_text()
+    text = path.read_text().replace(label, "").replace(f"{{{label[1:]}}}", "")
     assert "stockrt_trades_stored_total 2\n" in text
     assert 'stockrt_api_requests_total{answer="no_answer"} 1\n' in text
     assert 'stockrt_api_requests_total{answer="accept"} 1\n' in text
@@ -791,6 +842,60 @@ def test_runs_again_after_a_reboot(service: Instance, box: Box) -> None:
     service.wait(lambda i: i.platform.connected)
     assert service.state == "active"
     assert service.result(service.execute())["status"] == "success"
+
+
+def test_commands_by_hand_run_as_they_stand(running: Instance, box: Box) -> None:
+    """Those of the README that no other test here runs, without their sudo."""
+    shown = {
+        "systemctl status stockrt": "Active: active (running)",
+        "/opt/stockrt/stockrt.pyz --check": "ok    settings: ",
+        "/opt/stockrt/stockrt.pyz --help": "--codes",
+        "journalctl -u stockrt -n 100": "connected to 127.0.0.1:",
+        "journalctl -u stockrt -p warning": "",
+    }
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for command, words in shown.items():
+        assert command in readme
+        assert words in box.run(*command.split()).stdout
+
+
+def as_the_readme_says(box: Box, heading: str) -> list[str]:
+    """Return the commands of a section, as the box's root types them in the clone."""
+    section = (ROOT / "README.md").read_text("utf-8").partition(f"\n### {heading}\n")[2]
+    block = section.partition("```sh\n")[2].partition("```")[0]
+    return [
+        re.sub(r"\s+#.*", "", line).replace("sudo ", "").replace("./build_pyz.sh && ", "")
+        for line in block.splitlines()
+    ]
+
+
+def test_backed_up_and_moved_to_another_machine_it_is_the_same_module(running: Instance, box: Box) -> None:
+    """The commands of the README; the other machine is this one without a trace of ours."""
+    running.result(running.execute())
+    known, stored = running.platform.connected, running.count()
+    kept = "/root/stockrt.tar.gz"
+
+    def type_(*commands: str) -> None:
+        for command in commands:
+            box.run("/bin/bash", "-c", f"cd /srv/stockrt && {command}")
+
+    type_(*as_the_readme_says(box, "Back-up"))
+    running.wait(lambda i: i.platform.connected == known, what="connected again after the back-up")
+    assert box.run("stat", "-c", "%a", kept).stdout.strip() == "600"
+    type_(f"rm {kept}")
+    moving = as_the_readme_says(box, "Moving to another machine")
+    there = next(number for number, line in enumerate(moving) if line == "./build_pyz.sh install")
+    type_(*moving[:there])
+    assert running.state == "inactive"
+    install(box, "uninstall")
+    type_("rm -r /etc/stockrt /var/lib/private /var/lib/stockrt")
+    registered = len(running.platform.register_calls)
+    type_(*moving[there:])
+    running.wait(lambda i: i.platform.connected == known, what="connected on the other machine")
+    assert len(running.platform.register_calls) == registered
+    assert running.count() == stored > 0
+    assert running.result(running.execute())["status"] == "success"
+    assert box.run("stat", "-c", "%a", "/var/lib/private").stdout.strip() == "700"
 
 
 def test_uninstall_keeps_configuration_and_state(running: Instance, box: Box) -> None:

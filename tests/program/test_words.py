@@ -276,7 +276,7 @@ JOBS = {
 @pytest.mark.parametrize(
     ("name", "job"),
     [
-        ("lock", "daemon"), ("lock", "status"), ("executions.db", "daemon"), ("executions.db", "status"),
+        ("lock", "daemon"), ("lock", "status"), ("executions.db", "status"),
         ("executions.db.lock", "daemon"), ("stockrt.db", "status"), ("stockrt.db", "once"), ("stockrt.db", "check"),
         ("stockrt.db.lock", "once"),  ("module_hash", "register"),
     ],
@@ -461,6 +461,14 @@ def test_fault_of_a_proxy_names_one_setting_to_look_at(run_pyz: RunPyz, infoway:
     done = run_pyz("--check", env=api_env(infoway, HTTP_PROXY=proxy))
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
     assert line.count("see ") == 1 and line.endswith("see HTTP_PROXY")
+
+
+def test_platform_that_is_away_is_named_once_in_a_line(world: World) -> None:
+    world.start()
+    world.platform.stop()
+    assert until(lambda: "cannot connect" in world.daemon.log)
+    line = next(line for line in world.daemon.log.splitlines() if "cannot connect" in line)
+    assert line.count("127.0.0.1:") == 1 and line.endswith("cannot connect: connection refused; trying again")
 
 
 def test_check_says_that_no_platform_is_set(run_pyz: RunPyz, infoway: InfowayServer) -> None:

@@ -114,13 +114,13 @@ class Heard(stockrt.Events):
 
     def __init__(self) -> None:
         self.signs = 0
-        self.damages: list[StoreError] = []
+        self.damages: list[stockrt.StockrtError] = []
 
     def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
         """Count."""
         self.signs += 1
 
-    def damaged(self, error: StoreError) -> None:
+    def damaged(self, error: stockrt.StockrtError) -> None:
         """Remember."""
         self.damages.append(error)
 

@@ -84,7 +84,7 @@ def settings(tmp_path: Path, **more: str) -> stockrt.Settings:
         "INFOWAY_API_KEY": "key-number-one,key-number-two",
         "SERVER_IP": "10.0.0.5",
         "SERVER_PORT": "8080",
-        "STATE_DIRECTORY": str(tmp_path / "state"),
+        "STATE_DIRECTORY": str(tmp_path / "stockrt"),
     }
     return stockrt.load_settings(environ | more, None, (), is_root=False).settings
 
@@ -212,7 +212,7 @@ class Life:
             "PATH": os.environ["PATH"], "LANG": "C.UTF-8",
             "INFOWAY_API_KEY": "test-key", "INFOWAY_API_BASE_URL": self.api.url, "INFOWAY_PLAN": "0",
             "SERVER_IP": "127.0.0.1", "SERVER_PORT": str(self.platform.port),
-            "STATE_DIRECTORY": str(tmp_path / "state"), "NOTIFY_SOCKET": manager.address,
+            "STATE_DIRECTORY": str(tmp_path / "stockrt"), "NOTIFY_SOCKET": manager.address,
         }  # fmt: skip
         with self.log.open("w") as log:
             found = os.fstat(log.fileno())
@@ -293,11 +293,11 @@ def journal_lines(write: Callable[[io.TextIOBase], object]) -> list[str]:
 
 
 def test_every_line_of_a_traceback_has_its_priority(tmp_path: Path) -> None:
-    secretive = settings(tmp_path, INFOWAY_API_KEY="hush")
+    settings(tmp_path, INFOWAY_API_KEY="hush")
 
     def write(stream: io.TextIOBase) -> None:
         handler = logging.StreamHandler(stream)
-        handler.setFormatter(stockrt._Redacting(secretive, journal=True))
+        handler.setFormatter(stockrt._Redacting(journal=True))
         try:
             raise ValueError("hush\nsecond line")
         except ValueError:

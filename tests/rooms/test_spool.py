@@ -1003,7 +1003,9 @@ def test_the_result_says_what_waits_and_since_when(
 
 
 def test_the_metrics_say_what_waits(place: Place) -> None:
-    settings = settings_for(1, "http://127.0.0.1:1", place.state, **place.environ)
+    settings = settings_for(
+        1, "http://127.0.0.1:1", place.state, **place.environ | {"STATE_DIRECTORY": "/x/stockrt"}
+    )
     service = stockrt.Service(settings, stockrt.Notifier())
     service.queue_changed(QueueStats(trades=40, bytes=8192, oldest=None, rejects=2, refused=7))
     lines = service.metrics.text().splitlines()
