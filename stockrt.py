@@ -13251,7 +13251,8 @@ def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | 
 
 def run_migrate(options: Options, environ: Mapping[str, str]) -> int:
     """Take settings and hash over from the older client's directory, then its documents if they are asked for."""
-    time_zone(options.time_zone or "UTC")
+    if options.time_zone is not None:
+        time_zone(options.time_zone)
     here, *_, the_services = ENV_FILE_PLACES
     target = options.env_file or (the_services if os.geteuid() == 0 else here)
     old, settings, lines = move_installation(
