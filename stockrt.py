@@ -9279,6 +9279,29 @@ def _close_words(data: bytes) -> str:
     )
 
 
+# As of any HTTP answer's head.
+MAX_HANDSHAKE_BYTES = 65536
+
+
+class _ShortAnswer:
+    """A socket for a handshake alone: its library takes an answer of any length, and as much as that announces."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._left = MAX_HANDSHAKE_BYTES
+
+    def recv(self, size: int) -> bytes:
+        """Receive at most so many bytes. Raises OSError."""
+        if not self._left:
+            raise OSError(f"an answer of more than {MAX_HANDSHAKE_BYTES} bytes")
+        received = self._sock.recv(min(size, self._left))
+        self._left -= len(received)
+        return received
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
 def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
     """Open the socket, TLS and the WebSocket, each and all within limits. Raises DialError."""
     try:
@@ -9298,7 +9321,8 @@ def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
             ws: Any = WebSocket(skip_utf8_validation=True, enable_multithread=False)
             way.sock.settimeout(limits.read_s)
             address = f"{url.replace('http', 'ws', 1)}/websocket?hash={module_hash}"
-            ws.connect(address, socket=way.sock, redirect_limit=0)
+            ws.connect(address, socket=_ShortAnswer(way.sock), redirect_limit=0)
+            ws.sock = way.sock
     except WebSocketBadStatusException as error:
         way.close()
         status = error.status_code
