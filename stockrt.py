@@ -6434,14 +6434,14 @@ class MongoStore:
         return True
 
     def _is_taken(self, name: str, document: Document) -> bool:
-        """Insert a document and return whether the collection has it then."""
-        from pymongo.errors import DuplicateKeyError, PyMongoError
+        """Insert a document and return whether the collection has it then. Raises PyMongoError where nobody knows."""
+        from pymongo.errors import DuplicateKeyError, OperationFailure
 
         try:
             self.collection(name).insert_one(document)
         except DuplicateKeyError as error:
             return _is_identity_taken(error.details or {})
-        except PyMongoError:
+        except OperationFailure:
             return False
         return True
 
@@ -6639,8 +6639,10 @@ class MongoStore:
             if known is None and not collection.index_information() and self._refuses_form(name):
                 return
         collection.delete_one({"_id": PROBE})
-        collection.insert_one(self._probe_of(name))
-        collection.delete_one({"_id": PROBE})
+        try:
+            collection.insert_one(self._probe_of(name))
+        finally:  # it may be there although its answer was lost
+            collection.delete_one({"_id": PROBE})
 
     def _refuses_form(self, name: str) -> bool:
         """Return whether all is well but for an `_id` that no server takes: not even the collection is made then."""
