@@ -1919,13 +1919,17 @@ SHENZHEN_000 = """
 850-852 856 858-863 866 868-869 875-878 880-883 885-890 892-893 895 897-903 905-906 908-913 915-923
 925-933 935-939 948-953 955-963 965-973 975-983 985 987-990 993 995-999
 """
-_SHENZHEN_000 = frozenset(
-    number
-    for first, _, last in (span.partition("-") for span in SHENZHEN_000.split())
-    for number in range(int(first), int(last or first) + 1)
-)
 # SSE 50, STAR 50, CSI 1000, CSI 500: typed as an index as often as the share of the same number.
 FOLLOWED_INDICES = frozenset("000016 000688 000852 000905".split())
+
+
+@cache
+def _shenzhen_000() -> frozenset[int]:
+    """Return the numbers of SHENZHEN_000, which a daemon that is asked for none of them does without."""
+    spans = (span.partition("-") for span in SHENZHEN_000.split())
+    return frozenset(
+        number for first, _, last in spans for number in range(int(first), int(last or first) + 1)
+    )
 
 
 def _mainland(number: str) -> tuple[str, ...]:
@@ -1933,7 +1937,7 @@ def _mainland(number: str) -> tuple[str, ...]:
     if number.startswith("000"):
         if number in FOLLOWED_INDICES:
             return ("SZ", "SH")
-        return ("SZ",) if int(number) in _SHENZHEN_000 else ("SH", "SZ")
+        return ("SZ",) if int(number) in _shenzhen_000() else ("SH", "SZ")
     return next((_RANGES[number[:n]] for n in (4, 3, 2, 1) if number[:n] in _RANGES), ())
 
 
@@ -4906,7 +4910,8 @@ REFUSALS = (
     Refusal(Action.SLOW_DOWN, FailureKind.API, "INFOWAY_PLAN", (429, 501), _RATE_TEXTS, (429,)),
     Refusal(Action.CODES_UNKNOWN, FailureKind.UNKNOWN_CODE, "", (508,), ("All product not exists",)),
     Refusal(Action.GIVE_UP, FailureKind.API, "", (505, 506, 507), _REQUEST_TEXTS),
-    Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=(408, *range(500, 1000))),
+    Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=(408,)),
+    Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=range(500, 1000)),
     Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_KEY", (403, 499), (), (403, 499), _GATEWAY),
     Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=range(400, 500)),
     Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_BASE_URL", (), (), range(300, 400), _REDIRECTION),
