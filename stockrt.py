@@ -1039,7 +1039,7 @@ def _api_keys(value: str) -> tuple[str, ...]:
 
 def _base_url(value: str) -> str:
     parts = urlsplit(value)
-    _expect(parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0)
+    _expect(parts.scheme in ("http", "https") and bool(_host(parts.hostname or "")) and parts.port != 0)
     _expect(
         not (parts.query or parts.fragment or "@" in parts.netloc)
         and re.fullmatch(r"[!-~]+", value) is not None
@@ -1082,9 +1082,8 @@ def _database_name(value: str) -> str:
 
 
 def _collection_name(value: str) -> str:
-    _expect(
-        0 < len(value.encode()) <= 120 and not set(value) & set("$\0") and not value.startswith("system.")
-    )
+    _expect(len(value.encode()) <= 120 and not set(value) & set("$\0") and not value.startswith("system."))
+    _expect(all(value.split(".")))
     return value
 
 
@@ -1098,6 +1097,7 @@ def _host(value: str) -> str:
         re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_-]+)*\.?", bare)
         is not None
     )
+    _expect(max(map(len, bare.split("."))) <= 63)  # more is no name for the DNS
     _expect(not re.fullmatch(r"[\d.]+", bare))  # 10.0.0 or 10.0.0.256: a mistyped address, not a name
     return bare
 
@@ -1182,12 +1182,12 @@ SETTINGS = (
     Setting("MONGODB_DB_NAME", "mongodb_db_name", "forecast_platform",
             "a database name of at most 63 bytes without / \\ . \" $ * < > : | ? or blanks", _database_name),
     Setting("MONGODB_REALTIME_COLLECTION_NAME", "realtime_name", "realtime",
-            "a collection name of at most 120 bytes without $, not system.…", _collection_name,
+            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name,
             old_name="MONGODB_COLLECTION_NAME"),
     Setting("MONGODB_CLOSE_COLLECTION_NAME", "close_name", "close",
-            "a collection name of at most 120 bytes without $, not system.…", _collection_name),
+            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name),
     Setting("MONGODB_LICENSE_COLLECTION_NAME", "license_name", "license_usage",
-            "a collection name of at most 120 bytes without $, not system.…", _collection_name),
+            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name),
     Setting("MONGODB_NUMERIC_TYPE", "numeric_type", "string", "string, decimal or double",
             _one_of("string", "decimal", "double")),
     Setting("SERVER_IP", "server_host", "", "a host name or an address, without http:// and without a port",
@@ -3276,6 +3276,8 @@ SQLITE_HEADER = {
 HIGHEST_FORMAT = 255
 # What its primary result codes say of a file: SQLITE_CORRUPT and SQLITE_NOTADB.
 SQLITE_DAMAGED = (11, 26)
+# A log that is shorter than its index says (SQLITE_IOERR_SHORT_READ); in the file itself it takes that for zeros.
+SQLITE_CUT = 522
 # This code of its without a further reason: a byte of the header says that others than we may write to the file.
 SQLITE_READONLY = 8
 # And its words where damage has changed the schema: what is asked of our files is always the same.
@@ -3340,7 +3342,7 @@ def _is_damage(error: Exception) -> bool:
     if isinstance(error, UnicodeDecodeError):
         return True
     code = getattr(error, "sqlite_errorcode", 0)
-    if code & 0xFF in SQLITE_DAMAGED or code == SQLITE_READONLY:
+    if code & 0xFF in SQLITE_DAMAGED or code in (SQLITE_READONLY, SQLITE_CUT):
         return True
     return SCHEMA_DAMAGED.search(str(error)) is not None
 
@@ -3695,9 +3697,8 @@ class LocalFile:
             with db:
                 db.execute("BEGIN IMMEDIATE")
                 yield db
-        if self._inode != _inode(self.path):
-            # SQLite would go on writing to a file that nobody can find any more.
-            raise self._end_use(StoreError(f"the local file {self.path} was taken away while it was in use"))
+        if self._inodes != self._inodes_now():
+            raise self._taken_away()
 
     def read_one(self, query: str, *values: object) -> Any:
         """Return a query's first row, None without one. Raises StoreError."""
@@ -3772,6 +3773,19 @@ class LocalFile:
                     raise self.damaged(one_line(error)) from error
                 raise _sqlite_fault(self.path, error) from error
 
+    def _inodes_now(self) -> list[tuple[int, int] | None]:
+        """Return which files stand under the names of this one and of what SQLite keeps beside it."""
+        return [_inode(side) for side in _sides(self.path)]
+
+    def _taken_away(self) -> StoreError:
+        """End the use of files that nobody can find any more: SQLite would go on writing to them."""
+        missing = zip(_sides(self.path), self._inodes, self._inodes_now(), strict=True)
+        name = next(side for side, before, now in missing if before != now)
+        error = self._end_use(StoreError(f"the local file {name} was taken away while it was in use"))
+        with self.lock:
+            self._disconnect()  # which brings what its log has into the file, where that is there
+        return error
+
     def _end_use(self, error: StoreError) -> StoreError:
         """Let every further call raise an error, tell it, and return it."""
         with self.lock:
@@ -3798,7 +3812,7 @@ class LocalFile:
         try:
             with disk_trouble(f"the local file {self.path} cannot be opened"):
                 self._open_locked(wait_s)
-                self._inode = _inode(self.path)
+                self._inodes = self._inodes_now()
         except _sqlite_errors():
             self._disconnect()
             fcntl.flock(self._locked, fcntl.LOCK_UN)
@@ -3854,8 +3868,9 @@ class LocalFile:
             return "its rescue was interrupted"
         if self._mark.exists():
             return one_line(self._mark.read_text(encoding="utf-8", errors="replace")) or "a mark says so"
-        if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
-            return "its beginning is cut off"  # SQLite would take it for new and drop the log
+        # SQLite would take it for new, a single byte as well, and drop the log
+        if _size_of(self.path) <= 1 and _size_of(_sides(self.path)[1]):
+            return "its beginning is cut off"
         if any(_is_forbidden(side) for side in _sides(self.path)):
             return "this user may not read and write it"
         try:
@@ -9259,7 +9274,7 @@ class Link:
     def _limit(self, size: int) -> None:
         if size > MAX_FRAME_BYTES:
             self.close(1009)
-            raise LinkLost(f"a frame of {size} bytes; at most {MAX_FRAME_BYTES} are taken")
+            raise LinkLost(f"lost: a frame of {size} bytes; at most {MAX_FRAME_BYTES} are taken")
 
 
 def _close_words(data: bytes) -> str:
@@ -10530,7 +10545,7 @@ class Clerk(threading.Thread):
                 if command.execution_id in self._accepted:  # it has an answer, or gets one
                     self._inbox.put(Ended())
                 else:
-                    self._decline(command, f"refused: {error}")
+                    self._decline(command, f"cannot be put on disk: {error}")
         else:
             self._accepted.extend(command.execution_id for command in fresh if command.execution_id)
         for message in told:
@@ -12095,13 +12110,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# Longer than any name in the API's lists; SQLite takes no pattern of many thousands.
+LONGEST_SOUGHT = 200
+
+
 def parse_arguments(argv: Sequence[str]) -> Options:
     """Return the options. Raises UsageError for what does not go together."""
     options = Options()
     if argv:  # or the daemon would carry argparse for months (0.6 MB)
         make_parser().parse_args(argv, options)
-    if options.symbols is not None and not options.symbols.strip():
-        raise UsageError("--symbols needs a text: a code or a name, or a part of one; see --help")
+    if options.symbols is not None:
+        _check_symbols(options.symbols)
     if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
         raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
     for_json = (options.once, options.status, options.executions, options.rejects, options.symbols)
@@ -12126,6 +12145,16 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     if options.once and not (options.codes or options.codes_file):
         raise UsageError("--once needs --codes CODE … or --codes-file FILE; see --help")
     return options
+
+
+def _check_symbols(text: str) -> None:
+    """Raise UsageError for a text that no list can have."""
+    if not text.strip():
+        raise UsageError("--symbols needs a text: a code or a name, or a part of one; see --help")
+    if len(text) > LONGEST_SOUGHT:
+        raise UsageError(f"--symbols: {len(text)} characters; expected at most {LONGEST_SOUGHT}; see --help")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # how Python reads other bytes
+        raise UsageError(f"--symbols {one_line(text, 40)}: it is not UTF-8 text; see --help")
 
 
 def _check_migration(options: Options) -> None:
@@ -12188,11 +12217,15 @@ class _BesideBar(logging.StreamHandler[Any]):
 
 
 def start_logging(settings: Settings) -> None:
-    """Send this program's messages to stderr, secrets masked; libraries only from warnings on."""
+    """Send this program's messages to stderr, secrets masked; libraries only from warnings on.
+
+    urllib3 only errors: it warns of each answer's odd headers, with a traceback; what counts in them is judged here.
+    """
     handler = _BesideBar()
     handler.setFormatter(_Redacting(journal=isinstance(sys.stderr, JournalStream)))
     logging.getLogger().handlers = [handler]
     logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
     log.setLevel(settings.log_level.upper())
 
 
