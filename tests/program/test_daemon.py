@@ -1136,7 +1136,7 @@ def test_commands_are_answered_while_the_server_is_killed_again_and_again(
     store: str, request: pytest.FixtureRequest, infoway: InfowayServer, start_daemon: StartDaemon, state: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    commands, kills, size = number(100, 200, quick=40), number(8, 20, quick=4), 3
+    commands, kills, size = number(100, 200, quick=30), number(8, 20, quick=3), 3
     more, documents = _store(store, request, state)
     infoway.latency = 0.02
     rng = random.Random(5)
@@ -1198,7 +1198,7 @@ def _store(
 def test_killed_again_and_again_it_answers_everything_it_accepted(
     store: str, request: pytest.FixtureRequest, infoway: InfowayServer, start_daemon: StartDaemon, state: Path
 ) -> None:
-    kills, size = number(12, 50, quick=5), 5
+    kills, size = number(12, 50, quick=4), 5
     more, documents = _store(store, request, state)
     infoway.latency = 0.02
     rng = random.Random(7)

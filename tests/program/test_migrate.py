@@ -628,7 +628,15 @@ def test_mongodb_away_in_the_middle_it_goes_on_from_there(
     assert place.db["realtime"].count_documents({}) == 1500
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"what": 1, "more": 2}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"what": 1, "more": 2}',
+        *(pytest.param(text, marks=pytest.mark.long) for text in ("{", "{}")),
+    ],
+)
 def test_a_damaged_note_of_how_far_it_is_begins_anew(
     run_pyz: RunPyz, place: Place, tmp_path: Path, text: str
 ) -> None:
