@@ -6432,8 +6432,7 @@ class MongoStore:
         from pymongo import timeout
         from pymongo.errors import OperationFailure, PyMongoError
 
-        limit = min(MONGODB_SELECTION_TIMEOUT_MS / 1000, self.client.options.timeout or math.inf)
-        with timeout(limit), contextlib.suppress(PyMongoError, StoreAway):
+        with timeout(self._looking_s()), contextlib.suppress(PyMongoError, StoreAway):
             self._demand_plain(name)
             try:
                 self._probe(name)
@@ -6447,11 +6446,15 @@ class MongoStore:
         from pymongo import timeout
         from pymongo.errors import PyMongoError
 
-        with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000), contextlib.suppress(PyMongoError):
+        with timeout(self._looking_s()), contextlib.suppress(PyMongoError):
             return name not in self.client[self._settings.mongodb_db_name].list_collection_names(
                 filter={"name": name}
             )
         return True
+
+    def _looking_s(self) -> float:
+        """Return for how long, in seconds, a server is looked for: a shorter limit of the URI holds."""
+        return min(MONGODB_SELECTION_TIMEOUT_MS / 1000, self.client.options.timeout or math.inf)
 
     def _is_taken(self, name: str, document: Document) -> bool:
         """Insert a document and return whether the collection has it then. Raises PyMongoError where nobody knows."""
@@ -6614,7 +6617,7 @@ class MongoStore:
 
         settings = self._settings
         try:
-            with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000):
+            with timeout(self._looking_s()):
                 self.client.admin.command("ping")
             for name in (self.realtime_name, self.close_name):
                 self._demand_plain(name)
