@@ -655,7 +655,8 @@ class LogThrottle:
     def over(self) -> None:
         """The trouble is over, if there was one."""
         if self._count:
-            log.info("%s: well again after %d tries", self._what, self._count)
+            tries = "1 try" if self._count == 1 else f"{self._count} tries"
+            log.info("%s: well again after %s", self._what, tries)
             # Exceptions and the frames they came through hold each other: left alone they stay for hours, and
             # the next trouble's come on top. A hundred outages took 7 MB more than without this.
             gc.collect()
@@ -1491,6 +1492,8 @@ def load_settings(
             values[setting.attribute] = setting.parse(text or setting.default)
         except ValueError:
             shown = shown_value(setting, text)
+            if where == "environment" and is_service(environ):
+                where = f"environment, which {UNIT} sets"
             faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
     if "MONGODB_DB_NAME" in unset and uri_database(values.get("mongodb_uri", "")):
         faults += _take_database(values)
@@ -7791,7 +7794,7 @@ class Delivery:
         line = self.mongo.check()
         waiting = self.queue.stats().trades
         if waiting:
-            line += f", {waiting} trades wait here for it"
+            line += f", {count_words(waiting, 'trade')} kept here for it"
         return line
 
     def close(self) -> None:
@@ -12204,13 +12207,14 @@ class _Redacting(logging.Formatter):
     """Formats a record, tracebacks included, and takes every secret out, also of settings that were read anew."""
 
     def __init__(self, journal: bool = False) -> None:
-        form = "%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s"
-        super().__init__(form, "%Y-%m-%d %H:%M:%S%z")
+        super().__init__("%(message)s" if journal else "%(levelname)s %(message)s")
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
         text = mask(local_times(super().format(record)), HIDDEN.secrets)
-        return for_journal(text, record.levelno) if self._journal else text
+        if self._journal:
+            return for_journal(text, record.levelno)
+        return f"{local_time(datetime.fromtimestamp(record.created, UTC))} {text}"
 
 
 class _BesideBar(logging.StreamHandler[Any]):
@@ -12890,9 +12894,9 @@ def _what_is_wrong(status: StatusReport) -> list[str]:
         wrong.append("no connection to the platform")
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
-        wrong.append(f"{spool['trades']} trades wait for MongoDB")
+        wrong.append(_waiting_words(spool["trades"]))
     if spool is not None and spool["rejects"]:
-        wrong.append(f"{spool['rejects']} documents refused by MongoDB")
+        wrong.append(f"{count_words(spool['rejects'], 'document')} refused by MongoDB")
     wrong += [f"API key {key['key']} is out" for key in keys if key["state"] == "out"]
     if keys and all(key["state"] == "resting" for key in keys):
         wrong.append("every API key rests")
@@ -13003,8 +13007,12 @@ def _daemon_line(daemon: DaemonFacts) -> str:
     return f"running, pid {daemon['pid']}, version {daemon['version']}"
 
 
+def _waiting_words(trades: int) -> str:
+    return f"{count_words(trades, 'trade')} {'waits' if trades == 1 else 'wait'} for MongoDB"
+
+
 def _spool_line(spool: QueueFacts) -> str:
-    line = f"{spool['trades']} trades wait for MongoDB"
+    line = _waiting_words(spool["trades"])
     if spool["trades"]:
         line += f", {spool['bytes'] / 2**20:.1f} MB, the oldest since {spool['oldest']}"
     if spool["refused"]:
