@@ -655,7 +655,8 @@ class LogThrottle:
     def over(self) -> None:
         """The trouble is over, if there was one."""
         if self._count:
-            log.info("%s: well again after %d tries", self._what, self._count)
+            tries = "1 try" if self._count == 1 else f"{self._count} tries"
+            log.info("%s: well again after %s", self._what, tries)
             # Exceptions and the frames they came through hold each other: left alone they stay for hours, and
             # the next trouble's come on top. A hundred outages took 7 MB more than without this.
             gc.collect()
@@ -1491,6 +1492,8 @@ def load_settings(
             values[setting.attribute] = setting.parse(text or setting.default)
         except ValueError:
             shown = shown_value(setting, text)
+            if where == "environment" and is_service(environ):
+                where = f"environment, which {UNIT} sets"
             faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
     if "MONGODB_DB_NAME" in unset and uri_database(values.get("mongodb_uri", "")):
         faults += _take_database(values)
@@ -1919,13 +1922,17 @@ SHENZHEN_000 = """
 850-852 856 858-863 866 868-869 875-878 880-883 885-890 892-893 895 897-903 905-906 908-913 915-923
 925-933 935-939 948-953 955-963 965-973 975-983 985 987-990 993 995-999
 """
-_SHENZHEN_000 = frozenset(
-    number
-    for first, _, last in (span.partition("-") for span in SHENZHEN_000.split())
-    for number in range(int(first), int(last or first) + 1)
-)
 # SSE 50, STAR 50, CSI 1000, CSI 500: typed as an index as often as the share of the same number.
 FOLLOWED_INDICES = frozenset("000016 000688 000852 000905".split())
+
+
+@cache
+def _shenzhen_000() -> frozenset[int]:
+    """Return the numbers of SHENZHEN_000, which a daemon that is asked for none of them does without."""
+    spans = (span.partition("-") for span in SHENZHEN_000.split())
+    return frozenset(
+        number for first, _, last in spans for number in range(int(first), int(last or first) + 1)
+    )
 
 
 def _mainland(number: str) -> tuple[str, ...]:
@@ -1933,7 +1940,7 @@ def _mainland(number: str) -> tuple[str, ...]:
     if number.startswith("000"):
         if number in FOLLOWED_INDICES:
             return ("SZ", "SH")
-        return ("SZ",) if int(number) in _SHENZHEN_000 else ("SH", "SZ")
+        return ("SZ",) if int(number) in _shenzhen_000() else ("SH", "SZ")
     return next((_RANGES[number[:n]] for n in (4, 3, 2, 1) if number[:n] in _RANGES), ())
 
 
@@ -4921,7 +4928,8 @@ REFUSALS = (
     Refusal(Action.SLOW_DOWN, FailureKind.API, "INFOWAY_PLAN", (429, 501), _RATE_TEXTS, (429,)),
     Refusal(Action.CODES_UNKNOWN, FailureKind.UNKNOWN_CODE, "", (508,), ("All product not exists",)),
     Refusal(Action.GIVE_UP, FailureKind.API, "", (505, 506, 507), _REQUEST_TEXTS),
-    Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=(408, *range(500, 1000))),
+    Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=(408,)),
+    Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=range(500, 1000)),
     Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_KEY", (403, 499), (), (403, 499), _GATEWAY),
     Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=range(400, 500)),
     Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_BASE_URL", (), (), range(300, 400), _REDIRECTION),
@@ -6427,8 +6435,7 @@ class MongoStore:
         from pymongo import timeout
         from pymongo.errors import OperationFailure, PyMongoError
 
-        limit = min(MONGODB_SELECTION_TIMEOUT_MS / 1000, self.client.options.timeout or math.inf)
-        with timeout(limit), contextlib.suppress(PyMongoError, StoreAway):
+        with timeout(self._looking_s()), contextlib.suppress(PyMongoError, StoreAway):
             self._demand_plain(name)
             try:
                 self._probe(name)
@@ -6442,21 +6449,25 @@ class MongoStore:
         from pymongo import timeout
         from pymongo.errors import PyMongoError
 
-        with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000), contextlib.suppress(PyMongoError):
+        with timeout(self._looking_s()), contextlib.suppress(PyMongoError):
             return name not in self.client[self._settings.mongodb_db_name].list_collection_names(
                 filter={"name": name}
             )
         return True
 
+    def _looking_s(self) -> float:
+        """Return for how long, in seconds, a server is looked for: a shorter limit of the URI holds."""
+        return min(MONGODB_SELECTION_TIMEOUT_MS / 1000, self.client.options.timeout or math.inf)
+
     def _is_taken(self, name: str, document: Document) -> bool:
-        """Insert a document and return whether the collection has it then."""
-        from pymongo.errors import DuplicateKeyError, PyMongoError
+        """Insert a document and return whether the collection has it then. Raises PyMongoError where nobody knows."""
+        from pymongo.errors import DuplicateKeyError, OperationFailure
 
         try:
             self.collection(name).insert_one(document)
         except DuplicateKeyError as error:
             return _is_identity_taken(error.details or {})
-        except PyMongoError:
+        except OperationFailure:
             return False
         return True
 
@@ -6609,7 +6620,7 @@ class MongoStore:
 
         settings = self._settings
         try:
-            with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000):
+            with timeout(self._looking_s()):
                 self.client.admin.command("ping")
             for name in (self.realtime_name, self.close_name):
                 self._demand_plain(name)
@@ -6654,8 +6665,10 @@ class MongoStore:
             if known is None and not collection.index_information() and self._refuses_form(name):
                 return
         collection.delete_one({"_id": PROBE})
-        collection.insert_one(self._probe_of(name))
-        collection.delete_one({"_id": PROBE})
+        try:
+            collection.insert_one(self._probe_of(name))
+        finally:  # it may be there although its answer was lost
+            collection.delete_one({"_id": PROBE})
 
     def _refuses_form(self, name: str) -> bool:
         """Return whether all is well but for an `_id` that no server takes: not even the collection is made then."""
@@ -7781,7 +7794,7 @@ class Delivery:
         line = self.mongo.check()
         waiting = self.queue.stats().trades
         if waiting:
-            line += f", {waiting} trades wait here for it"
+            line += f", {count_words(waiting, 'trade')} kept here for it"
         return line
 
     def close(self) -> None:
@@ -12218,13 +12231,14 @@ class _Redacting(logging.Formatter):
     """Formats a record, tracebacks included, and takes every secret out, also of settings that were read anew."""
 
     def __init__(self, journal: bool = False) -> None:
-        form = "%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s"
-        super().__init__(form, "%Y-%m-%d %H:%M:%S%z")
+        super().__init__("%(message)s" if journal else "%(levelname)s %(message)s")
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
         text = mask(local_times(super().format(record)), HIDDEN.secrets)
-        return for_journal(text, record.levelno) if self._journal else text
+        if self._journal:
+            return for_journal(text, record.levelno)
+        return f"{local_time(datetime.fromtimestamp(record.created, UTC))} {text}"
 
 
 class _BesideBar(logging.StreamHandler[Any]):
@@ -12904,9 +12918,9 @@ def _what_is_wrong(status: StatusReport) -> list[str]:
         wrong.append("no connection to the platform")
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
-        wrong.append(f"{spool['trades']} trades wait for MongoDB")
+        wrong.append(_waiting_words(spool["trades"]))
     if spool is not None and spool["rejects"]:
-        wrong.append(f"{spool['rejects']} documents refused by MongoDB")
+        wrong.append(f"{count_words(spool['rejects'], 'document')} refused by MongoDB")
     wrong += [f"API key {key['key']} is out" for key in keys if key["state"] == "out"]
     if keys and all(key["state"] == "resting" for key in keys):
         wrong.append("every API key rests")
@@ -13017,8 +13031,12 @@ def _daemon_line(daemon: DaemonFacts) -> str:
     return f"running, pid {daemon['pid']}, version {daemon['version']}"
 
 
+def _waiting_words(trades: int) -> str:
+    return f"{count_words(trades, 'trade')} {'waits' if trades == 1 else 'wait'} for MongoDB"
+
+
 def _spool_line(spool: QueueFacts) -> str:
-    line = f"{spool['trades']} trades wait for MongoDB"
+    line = _waiting_words(spool["trades"])
     if spool["trades"]:
         line += f", {spool['bytes'] / 2**20:.1f} MB, the oldest since {spool['oldest']}"
     if spool["refused"]:

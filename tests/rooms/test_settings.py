@@ -631,6 +631,12 @@ def test_a_bad_value_is_a_fault_that_says_what_is_expected(name: str, text: str)
     assert len(fault) < 400
 
 
+def test_a_fault_in_what_the_unit_sets_is_not_looked_for_in_the_shell() -> None:
+    """Its EnvironmentFile= has become the environment by then."""
+    (fault,) = faults_of({"LOG_LEVEL": "verbose", "INVOCATION_ID": "1", "STATE_DIRECTORY": "/tmp"})
+    assert fault.startswith("LOG_LEVEL='verbose' (environment, which stockrt.service sets): expected ")
+
+
 def test_a_fault_shows_what_came() -> None:
     """What is no secret is quoted."""
     assert faults_of({"LOG_LEVEL": "verbose"}) == (
