@@ -46,8 +46,9 @@ environment:
   DESTDIR            put in front of every path that (un)install writes    (default: none)
 
 The run-time dependencies are declared at the top of stockrt.py, the test tools in
-tests/requirements.in; after a change there run "./build_pyz.sh lock". pip's settings of index-url
-and cert also hold for uv, unless uv's own are set.
+tests/requirements.in; after a change there run "./build_pyz.sh lock". pip's settings of where packages
+come from (PIP_INDEX_URL, PIP_CONFIG_FILE, pip.conf …: index-url, extra-index-url, find-links, no-index,
+trusted-host, cert, proxy) hold for the whole build, unless uv's own are set.
 TEXT
 }
 
@@ -90,24 +91,59 @@ ensure_tools() {
     tell_uv_of_pip
 }
 
-pip_setting() {
-    "$build/tool/bin/python" -I -m pip config get "$1" 2>/dev/null || true
+# What pip's settings (environment, files; of its own sections [install] is stronger than [global]) say about where
+# packages come from, as uv's variables; what is set for uv itself is left as it is.
+pip_settings_for_uv() {
+    "$build/tool/bin/python" -I - <<'PYTHON'
+import ast
+import os
+import subprocess
+import sys
+
+UV_NAMES = {
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "trusted-host": "UV_INSECURE_HOST",
+    "cert": "SSL_CERT_FILE",
+    "proxy": "ALL_PROXY",
+    "no-index": "no_index",
+}
+listed = subprocess.run(
+    [sys.executable, "-I", "-m", "pip", "config", "list"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+)
+settings = {}
+for line in listed.stdout.splitlines():
+    place, found, value = line.partition("=")
+    if found:
+        settings[place] = str(ast.literal_eval(value)).split()
+for pip_name, uv_name in UV_NAMES.items():
+    places = [section + pip_name for section in (":env:.", "install.", "global.")]
+    words = next((settings[place] for place in places if settings.get(place)), None)
+    if words is None or os.environ.get(uv_name):
+        continue
+    print(f"{uv_name}={(',' if pip_name == 'find-links' else ' ').join(words)}")
+    if pip_name == "extra-index-url":  # as pip has it, all indexes are equal; the locked hashes vouch for what comes
+        print("UV_INDEX_STRATEGY=unsafe-best-match")
+PYTHON
 }
 
 # uv does not read pip's settings; on a machine behind a mirror or an own authority only pip's exist.
 tell_uv_of_pip() {
-    local index cert bundle
-    index=$(pip_setting global.index-url)
-    cert=$(pip_setting global.cert)
-    [ -z "$index" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"
-    [ -z "$cert" ] || export SSL_CERT_FILE="${SSL_CERT_FILE:-$cert}"
+    local setting bundle
+    while IFS= read -r setting; do
+        export "${setting?}"
+    done < <(pip_settings_for_uv)
     for bundle in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt; do
         [ ! -s "$bundle" ] || export UV_SYSTEM_CERTS="${UV_SYSTEM_CERTS:-true}"
     done
 }
 
+# uv has no variable for "no-index".
 uv() {
-    "$build/tool/bin/uv" --quiet "$@"
+    local more=()
+    [ "$1" != pip ] || [[ ! ${no_index-} =~ ^(1|true|yes|on|y|t)$ ]] || more=(--no-index)
+    "$build/tool/bin/uv" --quiet "${@:1:2}" "${more[@]}" "${@:3}"
 }
 
 # ----------------------------------------------------------------------------------------- build
@@ -164,7 +200,7 @@ import sys
 from pathlib import Path
 
 # They differ from wheel to wheel, or from machine to machine, and nothing needs them at run time.
-LEFT_OUT = {"RECORD", "WHEEL", "INSTALLER", "REQUESTED", "direct_url.json", ".lock"}
+LEFT_OUT = {"RECORD", "WHEEL", "INSTALLER", "REQUESTED", "direct_url.json", ".lock", "uv_cache.json"}
 LEFT_OUT_SUFFIXES = {".pyc", ".c", ".h"}
 
 work = Path(sys.argv[1])
@@ -436,11 +472,22 @@ ensure_test_env() {
     stamp "$here/tests/requirements.txt" >"$venv/stamp"
 }
 
+# As tests/kit/mongo.py looks for it: the wheel's mongod is for Linux on x86_64 and needs two libraries of the system.
+has_mongod() {
+    [ -n "${MONGODB_TEST_URI-}" ] || command -v mongod >/dev/null || {
+        [ "$(uname -sm)" = "Linux x86_64" ] &&
+            "$python" -c 'import ctypes; ctypes.CDLL("libcurl.so.4"), ctypes.CDLL("libssl.so.3")' 2>/dev/null
+    }
+}
+
 # What the tests of this machine need, take and cannot try: said before anything of it begins.
 say_what_comes() {
     local form=$1 lacking=()
     local -A minutes=([quick]=3 [long]=5 [hour]=60)
     [ "$(id -u)" = 0 ] || lacking+=("full disks, files of other users and the systemd unit: run as root")
+    has_mongod || lacking+=("everything with MongoDB: install mongod, or libcurl4 and libssl3, or set MONGODB_TEST_URI")
+    [ -z "${MONGODB_TEST_URI-}" ] || lacking+=("what kills or pauses the server of MONGODB_TEST_URI: unset it")
+    command -v curl >/dev/null || lacking+=("the README's tour: install curl")
     command -v cc >/dev/null || lacking+=("power cuts and a clock that is set: install gcc and libc6-dev")
     command -v unshare >/dev/null && command -v setpriv >/dev/null ||
         lacking+=("names that nobody resolves: install util-linux")

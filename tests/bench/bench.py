@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import os
 import platform
+import py_compile
 import re
 import statistics
 import subprocess
@@ -482,7 +483,7 @@ class Bench:
         over = asked = 0
         for shared, words, chinese in (
             (True, f"rate-limited ({PER_SECOND}/s, {requests} requests): wall",
-             f"限速（每秒 {PER_SECOND} 次，{requests} 次请求）：耗时"),
+             f"限频（每秒 {PER_SECOND} 次，{requests} 次请求）：耗时"),
             (False, "  counted on this machine alone, without MongoDB", "  不用 MongoDB，只在本机计数"),
         ):  # fmt: skip
             walls, refused = self._limited_walls(requests, {} if shared else {"mongodb": ""})
@@ -492,7 +493,7 @@ class Bench:
                 "x the least possible", f"{spread(walls, 2)} s where {requests} requests take {least:.0f} s at least",
             ))  # fmt: skip
         self.rows.append(Row(
-            "rate-limited: answers over the limit", "限速：超限应答数", over, 0, False, "", f"of {asked}",
+            "rate-limited: answers over the limit", "限频：超限应答数", over, 0, False, "", f"of {asked}",
         ))  # fmt: skip
 
     def _limited_walls(self, requests: int, more: dict[str, str]) -> tuple[list[float], int]:
@@ -693,7 +694,7 @@ class Bench:
                 writes[name].append(written)
                 drains[name].append(drained)
         self.rows.append(Row(
-            "spool: write in transactions of 100, fsync excluded", "本地暂存：每 100 笔一个事务写入，不计 fsync",
+            "spool: write in transactions of 100, fsync excluded", "暂存队列：每 100 笔一个事务写入，不计 fsync",
             statistics.median(writes["in memory"]), 50_000, True, "trades/s",
             "; ".join(f"{name} {spread(found)}" for name, found in writes.items()),
         ))  # fmt: skip
@@ -706,7 +707,7 @@ class Bench:
     def _drain_to_real_server(self) -> None:
         from kit.mongo import Unavailable, find_server, fresh_database
 
-        names = "spool: drain from disk into a real server", "本地暂存：从磁盘排空到真实服务器"
+        names = "spool: drain from disk into a real server", "暂存队列：从磁盘补传到真实服务器"
         speeds: dict[str, list[float]] = {"insert_many": [], "drain": []}
         try:
             server = find_server()
@@ -813,6 +814,47 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
+# The words of targets, results and details, longer ones first. floor, sdk, ours and insert_many are names.
+IN_CHINESE = (
+    (r"(.*) s where (\d+) requests take (\d+) s at least", r"\1 秒，\2 次请求至少需要 \3 秒"),
+    (r"peaks (.*) and (.*)", r"峰值 \1 与 \2"),
+    (r"of (\d+)$", r"共 \1 次应答"),
+    (r"looked at for (\d+) s", r"观察 \1 秒"),
+    (r"x floor with (\d+) threads", r"倍 floor（\1 线程）"),
+    (r"x the floor's own p50", "倍 floor 自身的 p50"),
+    (r"x the floor's own", "倍 floor 自身"),
+    (r"the floor's fetch and insert", "floor 查询并写入："),
+    (r"x the least possible", "倍理论最短耗时"),
+    (r"x insert_many of 1,000", "倍 insert_many（每批 1,000 笔）"),
+    (r"x python3", "倍 python3"),
+    (r" x floor", " 倍 floor"),
+    (r" x\b", " 倍"),
+    (r"MB more", "MB"),
+    (r" s a minute", " 秒/分钟"),
+    (r"µs and ", "µs 与 "),
+    (r" trades/s", " 笔/秒"),
+    (r"\bin memory\b", "内存"),
+    (r"\bon disk\b", "磁盘"),
+    (r"\bdrain\b", "补传"),
+    (r"\bnot measured\b", "未测量"),
+    (r"\bMISSED\b", "（未达标）"),
+    (r"(?<=\)) s\b", " 秒"),
+    (r"(\d+) cores", r"\1 核"),
+    (r"\bload (?=\d)", "负载 "),
+    (r" (?=（)", ""),
+    (r"(?<=：) ", ""),
+    (r"; ", "；"),
+    (r": (?=insert_many)", "："),
+)
+
+
+def in_chinese(cell: str) -> str:
+    """Return a cell of the table, or the line under it, in Chinese."""
+    for english, chinese in IN_CHINESE:
+        cell = re.sub(english, chinese, cell)
+    return cell
+
+
 def markdown(rows: Sequence[Row], chinese: bool) -> str:
     """Return the table for the README, with the machine's kind under it."""
     heads = (
@@ -827,8 +869,9 @@ def markdown(rows: Sequence[Row], chinese: bool) -> str:
         name = ("… " if told else "") + re.sub(
             r"(\./stockrt\.pyz --\w+|python3 -c .*)", r"`\1`", name.strip()
         )
-        lines.append(f"| {name} | {row.target} | {row.shown} | {row.detail} |")
-    return "\n".join([*lines, "", machine()])
+        cells = (row.target, row.shown, row.detail)
+        lines.append(f"| {name} | {' | '.join(map(in_chinese, cells) if chinese else cells)} |")
+    return "\n".join([*lines, "", in_chinese(machine()) if chinese else machine()])
 
 
 MARKS = re.compile(r"(<!-- bench (en|zh) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -884,6 +927,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.write_readme and (options.short or options.only):
         parser.error("--write-readme is for a full run")
+    py_compile.compile(str(ROOT / "stockrt.py"), doraise=True)  # as a program has it that was started before
     with tempfile.TemporaryDirectory(prefix="stockrt-bench-") as folder:
         bench = Bench(
             SHORT if options.short else FULL,

@@ -42,6 +42,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "ismaster": HELLO,
     "find": {"cursor": {"firstBatch": [], "id": 0, "ns": "null.null"}, "ok": 1.0},
     "listCollections": {"cursor": {"firstBatch": [], "id": 0, "ns": "null.null"}, "ok": 1.0},
+    "listIndexes": {"cursor": {"firstBatch": [], "id": 0, "ns": "null.null"}, "ok": 1.0},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -98,7 +99,17 @@ def test_the_tables_stand_between_their_marks() -> None:
 
 
 def test_the_readme_has_both_tables() -> None:
-    assert [mark[1] for mark in bench.MARKS.findall(bench.README.read_text("utf-8"))] == ["en", "zh"]
+    """Of one run: each cell of the Chinese one is the English one's in Chinese, and no English word is left."""
+    found = {mark[2]: mark[0].strip() for mark in bench.MARKS.finditer(bench.README.read_text("utf-8"))}
+    assert [*found] == ["en", "zh"]
+    english, chinese = (text.splitlines()[3:-1] for text in found.values())
+    assert bench.in_chinese(english.pop()) == chinese.pop()
+    for line, ours in zip(filter(None, english), filter(None, chinese), strict=True):
+        cells = [bench.in_chinese(cell) for cell in line[2:-2].split(" | ")[1:]]
+        shown = ours[2:-2].split(" | ")[1:]
+        assert shown == cells
+        names = r"python3 -c '[^']*'|floor|sdk|ours|insert_many|MongoDB|MB|ms|p50"
+        assert re.findall(r"[A-Za-z]{2,}", re.sub(names, "", " ".join(shown))) == []
 
 
 # ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 FAULTS = {
     "kill": (
         "kill -9 at a random moment of writing, spooling, draining",
-        "写入、暂存、补传中随机时刻 kill -9",
+        "写入、放入暂存队列、补传时随机 kill -9",
     ),
     "power": (
         "power cut: whatever was not synced is dropped, in part or whole",
@@ -52,29 +52,32 @@ FAULTS = {
     "foreign_index": ("a unique index of the operator forbids a trade", "运维人员的唯一索引拒绝某笔成交"),
     "file_overwritten": (
         "spool file: random bytes overwritten (crash-only)",
-        "暂存文件：随机字节被改写（crash-only）",
+        "暂存队列文件：随机字节被改写（crash-only）",
     ),
     "file_cut_short": (
         "spool file: cut short (crash-only)",
-        "暂存文件：被截短（crash-only）",
+        "暂存队列文件：被截短（crash-only）",
     ),
     "file_beginning_overwritten": (
         "spool file: its beginning overwritten (crash-only)",
-        "暂存文件：开头被改写（crash-only）",
+        "暂存队列文件：开头被改写（crash-only）",
     ),
     "file_inner_pages_overwritten": (
         "spool file: all inner pages overwritten (crash-only)",
-        "暂存文件：全部内部页被改写（crash-only）",
+        "暂存队列文件：全部内部页被改写（crash-only）",
     ),
     "file_log": (
         "spool file: random bytes of its log overwritten (crash-only)",
-        "暂存文件：日志中随机字节被改写（crash-only）",
+        "暂存队列文件：日志中随机字节被改写（crash-only）",
     ),
-    "file_foreign": ("spool file of another user, or without permissions", "暂存文件属于其他用户或无权限"),
-    "file_old": ("spool file of an older version", "旧版本的暂存文件"),
+    "file_foreign": (
+        "spool file of another user, or without permissions",
+        "暂存队列文件属于其他用户或无权限",
+    ),
+    "file_old": ("spool file of an older version", "旧版本的暂存队列文件"),
     "disk_full": ("no space left on the disk", "磁盘已满"),
-    "disk_share": ("the spool comes to 5 % free on the disk", "暂存使磁盘仅余 5 %"),
-    "cap": ("the spool comes to SPOOL_MAX_MB", "暂存达到 SPOOL_MAX_MB"),
+    "disk_share": ("the spool comes to 5 % free on the disk", "暂存队列使磁盘仅余 5%"),
+    "cap": ("the spool comes to SPOOL_MAX_MB", "暂存队列达到 SPOOL_MAX_MB"),
     "clock": ("the clock set an hour forward or back", "系统时钟拨快或拨慢一小时"),
     "dns": ("DNS hangs: platform, API and MongoDB", "DNS 无响应：平台、API、MongoDB"),
     "packets": ("an address swallows packets: platform, API, MongoDB", "地址丢弃数据包：平台、API、MongoDB"),

@@ -123,7 +123,7 @@ def test_an_address_that_swallows_packets_is_said_and_survived(
         if whose == "platform":
             world.platform.stop()
             with swallowed(world.platform.port):
-                assert until(lambda: "timed out" in world.daemon.log[said:]), world.daemon.log[said:]  # noqa: B023
+                assert until(lambda: "no answer in time" in world.daemon.log[said:]), world.daemon.log[said:]  # noqa: B023
             world.platform.start()
             world.connected()
         elif whose == "api":

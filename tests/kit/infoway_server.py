@@ -30,6 +30,7 @@ import datetime
 import gzip
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -37,6 +38,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -50,6 +52,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import parse_qs, unquote
 from zoneinfo import ZoneInfo
+
+# Of the codes that the README shows; thousandths.
+USUAL_PRICES = {
+    "TSLA.US": 423_000,
+    "AAPL.US": 267_000,
+    "00700.HK": 621_000,
+    "600519.SH": 1_450_000,
+    "USDCNY": 7_100,
+    "BTCUSDT": 91_000_000,
+}
 
 MAX_CODES = 100  # per request, as the API has it
 MAX_BARS = 500  # of one code
@@ -1340,7 +1352,7 @@ def make_record(code: str, tick: int, epoch_ms: int = EPOCH_MS) -> Record:
     """Return the trade of this code at this tick."""
     seed = zlib.crc32(code.encode())
     step = zlib.crc32(f"{code}#{tick}".encode())
-    price = 1_000 + seed % 900_000 + step % 1_000  # thousandths
+    price = _usual(code) + step % min(1_000, _usual(code) // 100)  # thousandths
     scale = 5 if code.endswith(("USDT", "USDC")) else 0  # crypto trades fractions
     volume = 1 + step // 1_000 % 10_000
     return {
@@ -1404,9 +1416,14 @@ def is_index(code: str) -> bool:
     return code.startswith(".") or code in INDICES or re.fullmatch(r"399\d{3}\.SZ", code) is not None
 
 
+def _usual(code: str) -> int:
+    """Return about what it costs, in thousandths: of a few codes as it is, of the others whatever their name gives."""
+    return USUAL_PRICES.get(code, 1_000 + zlib.crc32(code.encode()) % 900_000)
+
+
 def _prices(code: str, day: datetime.date) -> tuple[int, int, int, int]:
     """Return open, high, low and close of this day, in thousandths."""
-    base = 1_000 + zlib.crc32(code.encode()) % 900_000
+    base = _usual(code)
     swing = max(base // 25, 20)
     opening, closing, above, below = (zlib.crc32(f"{code}@{day}{what}".encode()) for what in "ochl")
     first, last = (base - swing // 2 + number % swing for number in (opening, closing))
@@ -1619,11 +1636,22 @@ def main(arguments: list[str] | None = None) -> int:
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    with server:
+    try:
+        server.start()
+    except OSError as error:
+        print(
+            f"cannot listen on 127.0.0.1:{server.port}: {os.strerror(error.errno or 0)}; "
+            "end what listens there, or name another port: --port",
+            file=sys.stderr,
+        )
+        return 1
+    try:
         print(server.url, flush=True)
         if server.ca_file:
             print(f"its certificate: {server.ca_file}", flush=True)
         stopped.wait()
+    finally:
+        server.stop()
     print(f"{server.request_count} requests, {server.over_limit} over the limit", flush=True)
     return 0
 

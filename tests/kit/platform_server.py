@@ -1617,9 +1617,21 @@ class PlatformServer(Switches):
             return json_response({"error": f"{type(error).__name__}: {error}"}, 400)
 
     async def _control_read(self, action: str, params: Mapping[str, str]) -> Response:
-        """GET; /state?pid=PID&after=VERSION&timeout=SECONDS waits for a newer version of that process."""
+        """GET; /state?pid=PID&after=VERSION&timeout=SECONDS waits for a newer version of that process.
+
+        /connected?timeout=SECONDS waits for a module, and is the hashes of those that are connected.
+        /last_result?timeout=SECONDS waits for a result, and is what the module sent; null: there is none.
+        """
+        deadline = time.monotonic() + float(params.get("timeout", "0"))
+        if action == "connected":
+            while not self.connected and time.monotonic() < deadline:
+                await self._news.wait(deadline - time.monotonic())
+            return json_response(self.connected)
+        if action == "last_result":
+            while not self._results and time.monotonic() < deadline:
+                await self._news.wait(deadline - time.monotonic())
+            return json_response(self._results[-1].data if self._results else None)
         if action == "state":
-            deadline = time.monotonic() + float(params.get("timeout", "0"))
             after = int(params.get("after", "-1")) if params.get("pid") == str(os.getpid()) else -1
             while self._version <= after and time.monotonic() < deadline:
                 await self._news.wait(deadline - time.monotonic())
@@ -1637,7 +1649,9 @@ class PlatformServer(Switches):
             "pings": lambda: self.pings,
         }
         if action not in lists:
-            raise ValueError(f"nothing to read at {action!r}; there are: state, switches, {', '.join(lists)}")
+            raise ValueError(
+                f"nothing to read at {action!r}; there are: state, switches, last_result, {', '.join(lists)}"
+            )
         return json_response([asdict(one) for one in lists[action]()])
 
     def _control_do(self, action: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -1838,10 +1852,12 @@ from another terminal:
   curl http://127.0.0.1:8000/module/online
   curl -d '{"message": {"type": "execute", "args": {"code_list": ["TSLA.US"]}}}' \\
        http://127.0.0.1:8000/module/send_message
+  curl 'http://127.0.0.1:8000/_control/connected?timeout=60'
   curl -d '{"codes": ["TSLA.US"]}' http://127.0.0.1:8000/_control/execute
   curl -d '{"refuse_online_for": 20}' http://127.0.0.1:8000/_control/switches
   curl -d '{}' http://127.0.0.1:8000/_control/shutdown_module
   curl http://127.0.0.1:8000/_control/results
+  curl 'http://127.0.0.1:8000/_control/last_result?timeout=60'
 
 switches (with what they are unless set):
 """
@@ -1916,7 +1932,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         server.start()
     except OSError as error:
         print(
-            f"cannot listen on {options.host}:{options.port}: {os.strerror(error.errno or 0)}; try --port",
+            f"cannot listen on {options.host}:{options.port}: {os.strerror(error.errno or 0)}; "
+            "end what listens there, or name another port: --port",
             file=sys.stderr,
         )
         return 1

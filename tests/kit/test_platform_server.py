@@ -13,6 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -588,3 +589,32 @@ def test_by_hand_until_ctrl_c() -> None:
         log = process.stdout.read()
         assert process.wait(TIMEOUT) == 0
     assert "stopped: " in log.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script", ["platform_server.py", "infoway_server.py"])
+def test_a_port_that_is_taken_gives_a_sentence(script: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, str(Path(__file__).with_name(script)), "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    expected = f"cannot listen on 127.0.0.1:{port}: Address already in use; "
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == expected + "end what listens there, or name another port: --port\n"
+
+
+def test_a_module_and_its_last_result_are_waited_for() -> None:
+    """As the README's tour asks for them; what was not there in that time is said too."""
+    with PlatformServer() as platform, ThreadPoolExecutor(1) as pool:
+        control = f"{platform.url}/_control"
+        assert fetch(f"{control}/connected")[1].strip() == "[]"
+        assert fetch(f"{control}/last_result")[1].strip() == "null"
+        module_hash = registered(platform.url)
+        waiting = pool.submit(fetch, f"{control}/connected?timeout=30")
+        client = connect(platform.url, f"hash={module_hash}")
+        assert json.loads(waiting.result(TIMEOUT)[1]) == [module_hash]
+        waiting = pool.submit(fetch, f"{control}/last_result?timeout=30")
+        sent = {**RESULT, "meta": {"execution_id": "e1"}, "message": "存储"}
+        client.send(json.dumps(sent))
+        status, text = waiting.result(TIMEOUT)
+        assert (status, json.loads(text)) == (200, sent)
+        cut(client)

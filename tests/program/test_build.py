@@ -293,31 +293,96 @@ def test_native_build_runs_here(tmp_path: Path) -> None:
     assert run_in_file(python, folder / "stockrt.pyz", tmp_path / "shiv", code) == "True True\n"
 
 
-@pytest.mark.parametrize(
-    ("way", "begins"), [("mirror", "GET /simple/"), ("proxy", "CONNECT mirror.invalid:443 ")]
-)
-def test_wheels_come_by_the_mirror_of_pip_and_the_proxy(way: str, begins: str, tmp_path: Path) -> None:
-    """Every request goes where the operator's settings say."""
-    folder, tools = copy_sources(tmp_path / "sources"), tmp_path / "build"
+# How an operator names a mirror to pip: {url} is the mirror, {file} a configuration file of pip with what follows.
+MIRRORS = {
+    "pip.conf": ({"HOME": "{home}"}, "[global]\nindex-url = {url}/simple\n"),
+    "pip.conf, install": (
+        {"HOME": "{home}"},
+        "[global]\nindex-url = http://127.0.0.1:1\n[install]\nindex-url = {url}/simple\n",
+    ),
+    "PIP_CONFIG_FILE": ({"PIP_CONFIG_FILE": "{file}"}, "[global]\nindex-url = {url}/simple\n"),
+    "PIP_INDEX_URL": (
+        {"HOME": "{home}", "PIP_INDEX_URL": "{url}/simple"},
+        "[global]\nindex-url = http://127.0.0.1:1\n",
+    ),
+    "PIP_EXTRA_INDEX_URL": (
+        {"PIP_INDEX_URL": "{url}/simple", "PIP_EXTRA_INDEX_URL": "{url}/simple/more"},
+        "",
+    ),
+    "PIP_PROXY": (
+        {"PIP_INDEX_URL": "http://mirror.invalid/simple", "PIP_PROXY": "{url}", "NO_PROXY": ""},
+        "",
+    ),
+}
+
+
+def tools_alone(tmp_path: Path) -> dict[str, str]:
+    """An environment in which nothing but the tools is there yet, and nothing says where packages come from."""
+    tools = tmp_path / "build"
     tools.mkdir()
     (tools / "tool").symlink_to(BUILD_DIR / "tool")
-    env = {"STOCKRT_BUILD_DIR": str(tools), "UV_NO_CACHE": "true", "UV_HTTP_RETRIES": "0"}
+    silent = ("UV_DEFAULT_INDEX", "UV_INDEX", "UV_FIND_LINKS", "PIP_FIND_LINKS", "PIP_INDEX_URL",
+              "PIP_EXTRA_INDEX_URL", "XDG_CONFIG_HOME")  # fmt: skip
+    nothing = dict.fromkeys(silent, "") | {"HOME": str(tmp_path), "NO_PROXY": "*"}
+    return {"STOCKRT_BUILD_DIR": str(tools), "UV_NO_CACHE": "true", "UV_HTTP_RETRIES": "0", **nothing}
+
+
+@pytest.mark.parametrize("way", MIRRORS)
+def test_wheels_come_by_the_mirror_of_pip(way: str, tmp_path: Path) -> None:
+    """Whatever names a mirror for pip holds for uv too: every request goes where the operator's settings say."""
+    folder, env = copy_sources(tmp_path / "sources"), tools_alone(tmp_path)
+    variables, text = MIRRORS[way]
+    settings = tmp_path / "home/.config/pip/pip.conf"
+    settings.parent.mkdir(parents=True)
     with refuser() as (url, asked):
-        if way == "mirror":
-            settings = tmp_path / "home/.config/pip/pip.conf"
-            settings.parent.mkdir(parents=True)
-            settings.write_text(f"[global]\nindex-url = {url}/simple\n")
-            env |= {
-                "NO_PROXY": "*",
-                "HOME": str(tmp_path / "home"),
-                "XDG_CONFIG_HOME": "",
-                "UV_DEFAULT_INDEX": "",
-            }
-        else:
-            env |= {"NO_PROXY": "", "HTTPS_PROXY": url, "UV_DEFAULT_INDEX": "https://mirror.invalid/simple"}
+        settings.write_text(text.format(url=url))
+        for name, value in variables.items():
+            env[name] = value.format(url=url, home=tmp_path / "home", file=settings)
         run = build(folder, "--native", env=env)
     assert run.returncode != 0
+    begins = "GET http://mirror.invalid/simple/" if way == "PIP_PROXY" else "GET /simple/"
     assert asked and all(line.startswith(begins) for line in asked), (asked, run.stderr)
+    assert way != "PIP_EXTRA_INDEX_URL" or any("/simple/more/" in line for line in asked)
+
+
+def test_wheels_come_by_the_proxy(tmp_path: Path) -> None:
+    """HTTPS_PROXY holds for the build as for everything else."""
+    folder, env = copy_sources(tmp_path / "sources"), tools_alone(tmp_path)
+    with refuser() as (url, asked):
+        env |= {"NO_PROXY": "", "HTTPS_PROXY": url, "UV_DEFAULT_INDEX": "https://mirror.invalid/simple"}
+        run = build(folder, "--native", env=env)
+    assert run.returncode != 0
+    assert asked and all(line.startswith("CONNECT mirror.invalid:443 ") for line in asked), (
+        asked,
+        run.stderr,
+    )
+
+
+def test_a_folder_of_wheels_is_enough(tmp_path: Path) -> None:
+    """Without any network: pip's no-index and find-links, and the same bytes as from an index."""
+    wheels = [str(tmp_path / "wheels"), "-r", str(ROOT / "requirements.txt")]
+    pip = [
+        str(BUILD_DIR / "tool/bin/python"),
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--require-hashes",
+        "-d",
+    ]
+    subprocess.run([*pip, *wheels], check=True, timeout=120)
+    folder, env = copy_sources(tmp_path / "sources"), tools_alone(tmp_path)
+    mine = build(copy_sources(tmp_path / "mine"), "--native")
+    env |= {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": wheels[0],
+        "HTTPS_PROXY": "http://127.0.0.1:1",
+        "NO_PROXY": "",
+    }
+    run = build(folder, "--native", env=env)
+    assert (mine.returncode, run.returncode) == (0, 0), run.stderr
+    assert digest(folder / "stockrt.pyz") == digest(tmp_path / "mine/stockrt.pyz")
 
 
 def test_wheel_that_no_hash_vouches_for_stops_the_build(tmp_path: Path) -> None:

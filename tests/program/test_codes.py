@@ -168,7 +168,7 @@ def server() -> Iterator[InfowayServer]:
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
     """The state directory of a daemon that is registered."""
-    directory = tmp_path / "state"
+    directory = tmp_path / "stockrt"  # a name that is no label of its metrics
     stockrt.write_hash(directory, HASH)
     return directory
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import signal
@@ -390,8 +391,9 @@ def test_garbage_is_survived(platform: PlatformServer, settings: stockrt.Setting
 
 
 def test_a_frame_of_ten_mebibytes_is_refused_and_survived(
-    platform: PlatformServer, settings: stockrt.Settings
+    platform: PlatformServer, settings: stockrt.Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING)
     with ThreadDaemon(settings, rng=Hasty()):
         connected(platform)
         for fragment in (0, 65536):
@@ -407,6 +409,7 @@ def test_a_frame_of_ten_mebibytes_is_refused_and_survived(
             platform.resend(execution_id)  # it had gone to a connection with a great frame on its way
         assert one_answer(platform, execution_id)["status"] == "success"
     assert 1009 in {dial.close_code for dial in platform.dials}
+    assert "connection lost: a frame of 10485" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------

@@ -745,7 +745,11 @@ def test_symbols_finds_by_code_and_name(run_pyz: RunPyz) -> None:
         assert server.request_count == 13
         none = run_pyz("--symbols", "no such thing", env=api_env(server))
         assert none.returncode == 1 and "no such thing" in none.stderr and none.stdout == ""
-        assert run_pyz("--symbols", " ", env=api_env(server)).returncode == 64
+        for odd in (" ", "a" * 100_000, "\udcff"):
+            refused = run_pyz("--symbols", odd, env=api_env(server))
+            assert refused.returncode == 64 and refused.stderr.startswith("stockrt: --symbols"), (
+                refused.stderr
+            )
     check_clean(done.stdout, done.stderr, none.stderr)
 
 

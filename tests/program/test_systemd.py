@@ -765,7 +765,7 @@ def test_bad_settings_fail_once_with_the_reason(service: Instance, box: Box) -> 
     assert [line.partition(":")[2].split("=")[0].strip() for line in faults] == [
         "MONGODB_HOST", "MONGODB_NUMERIC_TYPE", "SERVER_PORT",
     ]  # fmt: skip
-    assert "(credential)" in faults[0] and "(environment)" in faults[2]
+    assert "(credential)" in faults[0] and "(environment, which stockrt.service sets)" in faults[2]
     assert MONGODB_PASSWORD not in json.dumps(service.journal())
 
 
@@ -842,6 +842,60 @@ def test_runs_again_after_a_reboot(service: Instance, box: Box) -> None:
     service.wait(lambda i: i.platform.connected)
     assert service.state == "active"
     assert service.result(service.execute())["status"] == "success"
+
+
+def test_commands_by_hand_run_as_they_stand(running: Instance, box: Box) -> None:
+    """Those of the README that no other test here runs, without their sudo."""
+    shown = {
+        "systemctl status stockrt": "Active: active (running)",
+        "/opt/stockrt/stockrt.pyz --check": "ok    settings: ",
+        "/opt/stockrt/stockrt.pyz --help": "--codes",
+        "journalctl -u stockrt -n 100": "connected to 127.0.0.1:",
+        "journalctl -u stockrt -p warning": "",
+    }
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for command, words in shown.items():
+        assert command in readme
+        assert words in box.run(*command.split()).stdout
+
+
+def as_the_readme_says(box: Box, heading: str) -> list[str]:
+    """Return the commands of a section, as the box's root types them in the clone."""
+    section = (ROOT / "README.md").read_text("utf-8").partition(f"\n### {heading}\n")[2]
+    block = section.partition("```sh\n")[2].partition("```")[0]
+    return [
+        re.sub(r"\s+#.*", "", line).replace("sudo ", "").replace("./build_pyz.sh && ", "")
+        for line in block.splitlines()
+    ]
+
+
+def test_backed_up_and_moved_to_another_machine_it_is_the_same_module(running: Instance, box: Box) -> None:
+    """The commands of the README; the other machine is this one without a trace of ours."""
+    running.result(running.execute())
+    known, stored = running.platform.connected, running.count()
+    kept = "/root/stockrt.tar.gz"
+
+    def type_(*commands: str) -> None:
+        for command in commands:
+            box.run("/bin/bash", "-c", f"cd /srv/stockrt && {command}")
+
+    type_(*as_the_readme_says(box, "Back-up"))
+    running.wait(lambda i: i.platform.connected == known, what="connected again after the back-up")
+    assert box.run("stat", "-c", "%a", kept).stdout.strip() == "600"
+    type_(f"rm {kept}")
+    moving = as_the_readme_says(box, "Moving to another machine")
+    there = next(number for number, line in enumerate(moving) if line == "./build_pyz.sh install")
+    type_(*moving[:there])
+    assert running.state == "inactive"
+    install(box, "uninstall")
+    type_("rm -r /etc/stockrt /var/lib/private /var/lib/stockrt")
+    registered = len(running.platform.register_calls)
+    type_(*moving[there:])
+    running.wait(lambda i: i.platform.connected == known, what="connected on the other machine")
+    assert len(running.platform.register_calls) == registered
+    assert running.count() == stored > 0
+    assert running.result(running.execute())["status"] == "success"
+    assert box.run("stat", "-c", "%a", "/var/lib/private").stdout.strip() == "700"
 
 
 def test_uninstall_keeps_configuration_and_state(running: Instance, box: Box) -> None:

@@ -387,6 +387,14 @@ def test_trades_that_wait_and_trades_that_are_moved_are_the_same_number_whatever
         assert client[name]["close"].count_documents({}) > 0
 
 
+def test_a_single_trade_that_waits_is_told_in_the_singular(run_pyz: RunPyz, infoway: InfowayServer) -> None:
+    away = api_env(infoway, MONGODB_HOST=f"mongodb://127.0.0.1:{nobody_listens()}/?timeoutMS=500")
+    run_pyz("--once", "--codes", "AAPL.US", env=away)
+    shown = run_pyz("--status", env=away).stdout
+    assert shown.splitlines()[0].endswith("not running: 1 trade waits for MongoDB")
+    assert "1 trade waits for MongoDB, " in shown
+
+
 def test_quota_shows_what_was_used_and_what_is_leased_apart(make_world: MakeWorld, run_pyz: RunPyz) -> None:
     world = make_world("", (), None, ("", ""), INFOWAY_PLAN="premium")
     world.start()
@@ -426,7 +434,7 @@ def test_people_get_local_times_with_their_offset_and_programs_get_utc(
     away = api_env(infoway, MONGODB_HOST=f"mongodb://127.0.0.1:{nobody_listens()}/?timeoutMS=500", **tz)
     away["STATE_DIRECTORY"] = str(world.folder / "another")
     said = run_pyz("--once", "--codes", "AAPL.US", env=away).stderr
-    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+0800 WARNING MongoDB", said, re.M)
+    assert re.search(rf"^{LOCAL_TIME} WARNING MongoDB", said, re.M)
     assert re.search(rf"unreachable since {LOCAL_TIME}$", said, re.M)
 
 
