@@ -585,7 +585,7 @@ for minute in range(30, 60):
 """
 
 
-# In short: two instances race in MongoDB in the next test and in rooms/test_final.py.
+# In short: two instances race in MongoDB in a test above and in rooms/test_final.py.
 @pytest.mark.parametrize("kind", ["sqlite", pytest.param("mongodb", marks=pytest.mark.long)])
 def test_racing_processes_end_in_the_same_document(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
