@@ -219,7 +219,8 @@ def test_a_damaged_file_is_set_aside_and_rescued(
     assert rows in (len(found) - 1, len(found))  # the last one was written before or after
 
 
-def test_a_long_rescue_gives_signs_of_life(tmp_path: Path) -> None:
+def test_a_long_rescue_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stockrt, "RESCUED_AT_ONCE", 500)
     many = 2 * stockrt.RESCUED_AT_ONCE + 100
     spoiled(tmp_path, lambda path: overwrite(path, 0, 100), many)
     heard = Heard()
