@@ -450,9 +450,9 @@ def first_few(names: Collection[str]) -> str:
     return shown
 
 
-def see(words: str, setting: str) -> str:
-    """Return words with the setting to look at behind them, unless they name one by themselves."""
-    return words if re.search(r"\bsee [A-Z]", words) else f"{words}; see {setting}"
+def see(words: str, cause: str) -> str:
+    """Return words with the setting, or whatever else, to look at behind them, unless they name one by themselves."""
+    return words if re.search(r"\bsee [A-Z]", words) else f"{words}; see {cause}"
 
 
 @contextlib.contextmanager
@@ -6788,7 +6788,10 @@ class MongoStore:
     ) -> StoreAway:
         words = self._settings.redact(words)
         shown = self._settings.mongodb_shown()
-        words_for_all = see(f"MongoDB at {shown} fails: {words}", "MONGODB_HOST")
+        cause = "MONGODB_HOST"
+        if "failed validation" in words:
+            cause = f"the validators of {self.realtime_name} and {self.close_name}"
+        words_for_all = see(f"MongoDB at {shown} fails: {words}", cause)
         return StoreAway(words_for_all, unreachable, words, refused)
 
 
