@@ -4298,12 +4298,12 @@ class KeyPool:
             self._changed.notify_all()
 
     def retire(self, key: ApiKey, why: str) -> None:
-        """Never use a key again."""
+        """Never use a key again, until settings are read anew."""
         with self._changed:
             if key.dead:
                 return
             key.dead = why
-            log.error("API key %s is out: %s; mend INFOWAY_API_KEY and restart", key.shown, why)
+            log.error("API key %s is out: %s; mend INFOWAY_API_KEY, then reload or restart", key.shown, why)
             self._changed.notify_all()
 
     def close_product(self, key: ApiKey, product: str, why: str) -> None:
