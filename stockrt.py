@@ -450,9 +450,9 @@ def first_few(names: Collection[str]) -> str:
     return shown
 
 
-def see(words: str, setting: str) -> str:
-    """Return words with the setting to look at behind them, unless they name one by themselves."""
-    return words if re.search(r"\bsee [A-Z]", words) else f"{words}; see {setting}"
+def see(words: str, cause: str) -> str:
+    """Return words with the setting, or whatever else, to look at behind them, unless they name one by themselves."""
+    return words if re.search(r"\bsee [A-Z]", words) else f"{words}; see {cause}"
 
 
 @contextlib.contextmanager
@@ -4298,12 +4298,12 @@ class KeyPool:
             self._changed.notify_all()
 
     def retire(self, key: ApiKey, why: str) -> None:
-        """Never use a key again."""
+        """Never use a key again, until settings are read anew."""
         with self._changed:
             if key.dead:
                 return
             key.dead = why
-            log.error("API key %s is out: %s; mend INFOWAY_API_KEY and restart", key.shown, why)
+            log.error("API key %s is out: %s; mend INFOWAY_API_KEY, then reload or restart", key.shown, why)
             self._changed.notify_all()
 
     def close_product(self, key: ApiKey, product: str, why: str) -> None:
@@ -6813,7 +6813,10 @@ class MongoStore:
     ) -> StoreAway:
         words = self._settings.redact(words)
         shown = self._settings.mongodb_shown()
-        words_for_all = see(f"MongoDB at {shown} fails: {words}", "MONGODB_HOST")
+        cause = "MONGODB_HOST"
+        if "failed validation" in words:
+            cause = f"the validators of {self.realtime_name} and {self.close_name}"
+        words_for_all = see(f"MongoDB at {shown} fails: {words}", cause)
         return StoreAway(words_for_all, unreachable, words, refused)
 
 
