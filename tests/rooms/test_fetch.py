@@ -124,6 +124,13 @@ def read_back(folder: Path) -> dict[str, Record]:
     return stored
 
 
+def has_stored(folder: Path) -> bool:
+    """Return whether the store's file has a trade."""
+    with contextlib.suppress(sqlite3.Error):
+        return (folder / "stockrt.db").exists() and bool(read_back(folder))
+    return False
+
+
 def check_truth(run: Run, server: InfowayServer, codes: Sequence[str]) -> None:
     """Every code is stored as the API has it or named as failed, never both, and the counts say so."""
     report = run.report
@@ -1198,6 +1205,7 @@ def test_stop_ends_a_run_under_a_hanging_server(
         thread = threading.Thread(target=lambda: ended.append(collect(api, codes, tmp_path, stop)))
         thread.start()
         infoway.wait_for(lambda it: it.request_count >= 2)
+        assert until(lambda: has_stored(tmp_path))
         stop.set()
         thread.join(PATIENCE)
         assert not thread.is_alive()
@@ -1220,6 +1228,7 @@ def test_stop_ends_a_request_over_a_connection_that_stood(
         thread = threading.Thread(target=lambda: ended.append(collect(api, codes, tmp_path, stop)))
         thread.start()
         infoway.wait_for(lambda it: len(it.requests) >= 2)
+        assert until(lambda: has_stored(tmp_path))
         stop.set()
         thread.join(PATIENCE)
         assert not thread.is_alive()
