@@ -11650,7 +11650,8 @@ def move_installation(
     if unit is not None and unit.is_hidden():
         unit = None
     if unit is not None:
-        held = {name: read_credential(name, path) for name, path in unit.credentials.items()}
+        found = {name: read_credential(name, path) for name, path in unit.credentials.items()}
+        held = {name: text for name, text in found.items() if text}  # an absent one hides nothing of the file
     taken, lines = plan_settings(old, read_env_file(there) | held, target)
     settings = load_settings({**taken, **environ}, there, unit=unit).settings
     module_hash, line = plan_hash(directory, settings.state_directory)
@@ -11804,7 +11805,8 @@ class Migration:
                 f"--documents {self.source}: no documents in that collection; see MONGODB_DB_NAME"
             )
         if self.source == self.store.realtime_name:
-            log.warning("trades go into the collection of the older documents, and stand there beside them")
+            words = "trades go into the collection of the older documents, and stand there beside them"
+            log.warning("%s; MONGODB_REALTIME_COLLECTION_NAME names another", words)
         self._recall()
         for page in self.store.pages(self.source, self.done.after):
             if stop.is_set():
