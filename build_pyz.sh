@@ -406,8 +406,10 @@ install_files() {
     fi
     if systemd_runs; then
         systemctl daemon-reload
-        ! systemctl --quiet is-active stockrt ||
+        if systemctl --quiet is-active stockrt; then
             echo "the running daemon is still the old one until: sudo systemctl restart stockrt"
+            return
+        fi
     fi
     cat <<TEXT
 next:

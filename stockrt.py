@@ -1497,10 +1497,13 @@ def load_settings(
     faults += _contradictions(values) + _missing(unset, needs)
     is_root = os.geteuid() == 0 if is_root is None else is_root
     values.setdefault("state_directory", default_state_directory(environ, is_root))
+            if where == "environment" and is_service(environ):
+                where = "environment or EnvironmentFile= of the unit"
     if needs.paths:
         faults += _path_faults(values, environ)
     if faults:
-        raise SettingsError(faults)
+        # a misspelled name, or a file that was left out, is why a setting is missing
+        raise SettingsError(faults + warnings)
     values.setdefault("module_description", "")
     color = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
     settings = Settings(**values, color=color, old_secrets=old_secrets)

@@ -418,6 +418,16 @@ def test_a_misspelled_name_in_the_file_is_warned_of_with_the_nearest(
     assert SECRET not in warning
 
 
+def test_a_misspelled_name_is_said_with_the_faults_that_follow_from_it(write: WriteFile) -> None:
+    """What is missing is missing because of it."""
+    file = write("INFOWAY_APIKEY=x\n")
+    with pytest.raises(SettingsError) as caught:
+        stockrt.load_settings({}, file, (), is_root=False, needs=stockrt.Needs(key=True))
+    missing, misspelled = caught.value.faults
+    assert missing.startswith("INFOWAY_API_KEY is not set")
+    assert "INFOWAY_APIKEY is no setting" in misspelled and "did you mean INFOWAY_API_KEY?" in misspelled
+
+
 def test_names_of_others_are_no_concern_of_ours(write: WriteFile) -> None:
     """Only our prefixes, only in the file."""
     file = write("PATH=/bin\nCOMPOSE_PROJECT_NAME=x\nMYSERVER_IP=x\n")
@@ -630,6 +640,12 @@ def test_a_fault_shows_what_came() -> None:
     assert faults_of({"LOG_LEVEL": "verbose"}) == (
         "LOG_LEVEL='verbose' (environment): expected debug, info, warning or error",
     )
+
+
+def test_a_fault_of_a_service_names_what_its_environment_is_made_of() -> None:
+    """systemd reads the env file for it: nobody has set a variable by hand."""
+    (fault,) = faults_of({"LOG_LEVEL": "loud", "INVOCATION_ID": "1", "STATE_DIRECTORY": "/var/lib/stockrt"})
+    assert fault.startswith("LOG_LEVEL='loud' (environment or EnvironmentFile= of the unit): ")
 
 
 def test_all_faults_are_reported_at_once(write: WriteFile) -> None:
