@@ -438,6 +438,11 @@ def count_words(count: int, word: str) -> str:
     return f"{count} {word}"
 
 
+def waiting_words(count: int, word: str = "trade") -> str:
+    """Return how many of something wait: `1 trade waits`, `2 trades wait`."""
+    return f"{count_words(count, word)} {'waits' if count == 1 else 'wait'}"
+
+
 # Names that a line of the log holds of many.
 NAMES_SHOWN = 5
 
@@ -655,7 +660,8 @@ class LogThrottle:
     def over(self) -> None:
         """The trouble is over, if there was one."""
         if self._count:
-            log.info("%s: well again after %d tries", self._what, self._count)
+            tries = f"{self._count} tries" if self._count > 1 else "1 try"
+            log.info("%s: well again after %s", self._what, tries)
             # Exceptions and the frames they came through hold each other: left alone they stay for hours, and
             # the next trouble's come on top. A hundred outages took 7 MB more than without this.
             gc.collect()
@@ -6256,7 +6262,7 @@ class SqliteStore:
             db.execute("CREATE TABLE probe (x)")
             db.execute("ROLLBACK TO probe")
             (trades,) = db.execute("SELECT count(*) FROM realtime").fetchone()
-        return f"{self._file.path} can be written, {trades} trades in it"
+        return f"{self._file.path} can be written, {count_words(trades, 'trade')} in it"
 
 
 def insert_trades(db: sqlite3.Connection, documents: Sequence[Document]) -> WriteReport:
@@ -7769,7 +7775,7 @@ class Delivery:
         line = self.mongo.check()
         waiting = self.queue.stats().trades
         if waiting:
-            line += f", {waiting} trades wait here for it"
+            line += f", {waiting_words(waiting)} here for it"
         return line
 
     def close(self) -> None:
@@ -7800,24 +7806,24 @@ class Delivery:
         try:
             report = self.queue.write(documents)
         except StoreError as error:
-            raise StoreError(f"{self._because(0)}, and {error}") from error
+            raise StoreError(f"{self._because(before)}, and {error}") from error
         finally:
             self._tell()
         self._wake()
         return WriteReport(
             refused=report.refused,
             queued=len(documents) - len(report.refused),
-            queued_because=self._because(before),
+            queued_because=self._because(before - report.duplicates),
         )
 
-    def _because(self, before: int) -> str:
-        """Return why trades are queued; `before` of them wait longer."""
+    def _because(self, others: int) -> str:
+        """Return why trades are queued, before which `others` wait."""
         away = self._away
         if away is None:
-            words = f"{before} others wait for MongoDB before them"
-            if self._is_silent:
-                words = f"MongoDB did not answer within {CATCH_UP_S:.0f} s; {words}"
-            return words
+            words = [f"MongoDB did not answer within {CATCH_UP_S:.0f} s"] if self._is_silent else []
+            if others or not words:
+                words.append(f"{waiting_words(others, 'other')} for MongoDB before them")
+            return "; ".join(words)
         error, since = away
         if error.unreachable:
             return f"MongoDB unreachable since {local_time(since)}"
@@ -7985,8 +7991,8 @@ class Delivery:
         self._tell()
         self.queue.shrink()
         if self.moved or self.rejected:
-            words = "%d kept trades moved to MongoDB in %.1f s, %d refused by it"
-            log.info(words, self.moved, took, self.rejected)
+            words = "%s moved to MongoDB in %.1f s, %d refused by it"
+            log.info(words, count_words(self.moved, "kept trade"), took, self.rejected)
 
     def _fresh_delays(self) -> Iterator[float]:
         return backoff(DELIVERY_FIRST_S, DELIVERY_CAP_S, self._rng)
@@ -12852,7 +12858,7 @@ def _what_is_wrong(status: StatusReport) -> list[str]:
         wrong.append("no connection to the platform")
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
-        wrong.append(f"{spool['trades']} trades wait for MongoDB")
+        wrong.append(f"{waiting_words(spool['trades'])} for MongoDB")
     if spool is not None and spool["rejects"]:
         wrong.append(f"{spool['rejects']} documents refused by MongoDB")
     wrong += [f"API key {key['key']} is out" for key in keys if key["state"] == "out"]
@@ -12966,7 +12972,7 @@ def _daemon_line(daemon: DaemonFacts) -> str:
 
 
 def _spool_line(spool: QueueFacts) -> str:
-    line = f"{spool['trades']} trades wait for MongoDB"
+    line = f"{waiting_words(spool['trades'])} for MongoDB"
     if spool["trades"]:
         line += f", {spool['bytes'] / 2**20:.1f} MB, the oldest since {spool['oldest']}"
     if spool["refused"]:
