@@ -1497,14 +1497,14 @@ def load_settings(
             values[setting.attribute] = setting.parse(text or setting.default)
         except ValueError:
             shown = shown_value(setting, text)
+            if where == "environment" and is_service(environ):
+                where = "environment or EnvironmentFile= of the unit"
             faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
     if "MONGODB_DB_NAME" in unset and uri_database(values.get("mongodb_uri", "")):
         faults += _take_database(values)
     faults += _contradictions(values) + _missing(unset, needs)
     is_root = os.geteuid() == 0 if is_root is None else is_root
     values.setdefault("state_directory", default_state_directory(environ, is_root))
-            if where == "environment" and is_service(environ):
-                where = "environment or EnvironmentFile= of the unit"
     if needs.paths:
         faults += _path_faults(values, environ)
     if faults:
@@ -1590,13 +1590,13 @@ def _path_faults(values: Mapping[str, Any], environ: Mapping[str, str]) -> list[
     tried.append(("SSLKEYLOGFILE", keys, os.W_OK))
     faults = []
     for name, place, mode in tried:
-        why = place and _fault_of_place(place, mode)
+        why = place and fault_of_place(place, mode)
         if why:
             faults.append(f"{name}: {place.removesuffix('/.') or '/'} cannot be used: {why}")
     return faults
 
 
-def _fault_of_place(place: str, mode: int) -> str:
+def fault_of_place(place: str, mode: int) -> str:
     """Return why a file or a directory cannot be used so, '' if it can."""
     try:
         os.stat(place)
@@ -4290,7 +4290,7 @@ class KeyPool:
             if key.dead:
                 return
             key.dead = why
-            log.error("API key %s is out: %s; mend INFOWAY_API_KEY and restart", key.shown, why)
+            log.error("API key %s is out: %s; mend INFOWAY_API_KEY and reload a daemon", key.shown, why)
             self._changed.notify_all()
 
     def close_product(self, key: ApiKey, product: str, why: str) -> None:
@@ -5809,6 +5809,9 @@ class Symbol(NamedTuple):
         return self.code if plain[:2] == (self.code, product) else f"{product}:{self.code}"
 
 
+ASKED_IN_VAIN = "it was asked for a moment ago, in vain"
+
+
 def read_symbols(kind: str, envelope: Mapping[str, Any]) -> list[Symbol] | None:
     """Return the entries of a list of some type, None when an answer holds none of that form."""
     data = envelope.get("data")
@@ -5843,7 +5846,7 @@ class Directory:
             if kept.get(kind) == today:
                 continue
             if self._clock.monotonic() < self._not_before.get(kind, -math.inf):
-                why = why or "it was asked for a moment ago, in vain"
+                why = why or ASKED_IN_VAIN
                 continue
             try:
                 found = self._api.symbols(kind, stop)
@@ -5886,7 +5889,7 @@ class Directory:
         guesses = [parse_code(code) for code in unclear.guesses]
         is_name = not unclear.text.isascii()
         why = self.refresh(SYMBOL_TYPES if is_name else self._types_of(guesses), stop)
-        if why:
+        if why and why != ASKED_IN_VAIN:  # which was said then
             log.warning("the symbol lists cannot be had: %s", why)
         exact = self._exactly({unclear.text, *(guess.code for guess in guesses)})
         if len(exact) == 1 and exact[0].code == unclear.text:
@@ -9092,8 +9095,8 @@ def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> str:
         return f"{answer.fault}; is the platform up, and are SERVER_IP, SERVER_PORT and SERVER_TLS right?"
     if code == "3005":
         return (
-            "it has a module of this name, description and program already (3005), and its hash is not here; "
-            f"put it into {HASH_NAME} in STATE_DIRECTORY, or change MODULE_DESCRIPTION and try again"
+            "it has a module of this name, description and program already (3005), whose hash belongs into "
+            f"{HASH_NAME} in STATE_DIRECTORY; for another module change MODULE_DESCRIPTION and try again"
         )
     if code == "3002":
         return "it found the data invalid (3002); see MODULE_NAME and MODULE_DESCRIPTION"
@@ -11406,6 +11409,8 @@ class Service(Events):
                 self.metrics.put("stockrt_api_key_requests_left", key.left, name)
             self.metrics.put("stockrt_api_key_state", KEY_STATES.index(key.state), name)
             self.metrics.put("stockrt_api_key_end_timestamp_seconds", key.ends, name)
+        out = sum(key.state == "out" for key in keys)
+        self._keys = count_words(len(keys), "key") + f", {out} out" * (out > 0)
 
     def executed(self, report: Report | None) -> None:
         """Count an execution and what it did."""
@@ -12667,6 +12672,9 @@ def _check_origins(loaded: LoadedSettings, is_service_hidden: bool) -> Check:
     return Check("settings", not loaded.hiding, words)
 
 
+NO_DAEMON = "SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon"
+
+
 def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
     settings = loaded.settings
     yield _check_origins(loaded, is_service_hidden)
@@ -12689,10 +12697,15 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
             store = _check_store(store_name(settings), pipeline)
         words = store.words.replace(str(looked_at.state_directory), str(settings.state_directory))
         yield store._replace(words=words)
+    if settings.metrics_file:
+        place = settings.metrics_file.parent
+        why = fault_of_place(f"{place}/.", os.W_OK | os.X_OK)
+        if why:
+            yield Check("METRICS_FILE", False, f"{place} cannot be used: {why}")
     if settings.platform_url():
         yield check_platform(settings)
     else:
-        yield Check("platform", True, "SERVER_IP and SERVER_PORT are not set: standalone")
+        yield Check("platform", True, NO_DAEMON)
 
 
 def _check_state_directory(settings: Settings) -> Check:
@@ -12952,13 +12965,15 @@ def _execution_lines(one: ExecutionFacts) -> str:
     """Return an execution for a person: when, what, how it ended, and a line for each code that failed."""
     words = f"{one['ended_at'] or one['accepted_at']}  {_whole_or_partial(one)}  "
     words += f"{one['execution_id'] or '-'}  {one['workflow_name'] or '-'}"
-    result = one["result"] or {}
+    result, message = one["result"] or {}, one["message"] or ""
     if result:
-        words += f"  {result.get('success_count')} of {result.get('total')} codes stored"
+        stored = f"{result.get('success_count')} of {result.get('total')} codes stored"
+        words += f"  {stored}"
+        message = message.replace(f"; {stored}", "")  # once is enough
     if one["ended_at"] and one["delivered"] is False:
         words += ", to be delivered"
     if one["status"] == "failure":
-        words += f": {one['message']}"
+        words += f": {message}"
     failures = result.get("failures", {})
     return "\n".join([one_line(words, 600), *(f"  {code}: {why}" for code, why in failures.items())])
 
@@ -13154,8 +13169,7 @@ def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
         raise SettingsError(["time zones: see above; install the package tzdata, or see PYTHONTZPATH"])
     check = _check_origins(loaded, is_service_hidden)
     if not loaded.settings.platform_url():
-        standalone = "SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon"
-        check = check._replace(words=f"{check.words}; {standalone}")
+        check = check._replace(words=f"{check.words}; {NO_DAEMON}")
     show(_check_line(check))
     return EXIT_OK if check.good else EXIT_FAILED
 

@@ -481,6 +481,7 @@ def test_each_key_has_its_metrics(tmp_path: Path) -> None:
     service.keys_used(
         [KeyStats(first, 7, 93, "resting", 1_800_000_000.0), KeyStats(other, None, math.inf, "out", 0.0)]
     )
+    assert "· 2 keys, 1 out ·" in service.status(0)[0]
     lines = service.metrics.text().splitlines()
     samples = [line for line in lines if "_api_key_" in line and not line.startswith("#")]
     assert samples == [
