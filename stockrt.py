@@ -660,7 +660,7 @@ class LogThrottle:
     def over(self) -> None:
         """The trouble is over, if there was one."""
         if self._count:
-            tries = f"{self._count} tries" if self._count > 1 else "1 try"
+            tries = "1 try" if self._count == 1 else f"{self._count} tries"
             log.info("%s: well again after %s", self._what, tries)
             # Exceptions and the frames they came through hold each other: left alone they stay for hours, and
             # the next trouble's come on top. A hundred outages took 7 MB more than without this.
@@ -1045,7 +1045,7 @@ def _api_keys(value: str) -> tuple[str, ...]:
 
 def _base_url(value: str) -> str:
     parts = urlsplit(value)
-    _expect(parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0)
+    _expect(parts.scheme in ("http", "https") and bool(_host(parts.hostname or "")) and parts.port != 0)
     _expect(
         not (parts.query or parts.fragment or "@" in parts.netloc)
         and re.fullmatch(r"[!-~]+", value) is not None
@@ -1088,9 +1088,8 @@ def _database_name(value: str) -> str:
 
 
 def _collection_name(value: str) -> str:
-    _expect(
-        0 < len(value.encode()) <= 120 and not set(value) & set("$\0") and not value.startswith("system.")
-    )
+    _expect(len(value.encode()) <= 120 and not set(value) & set("$\0") and not value.startswith("system."))
+    _expect(all(value.split(".")))
     return value
 
 
@@ -1104,6 +1103,7 @@ def _host(value: str) -> str:
         re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_-]+)*\.?", bare)
         is not None
     )
+    _expect(max(map(len, bare.split("."))) <= 63)  # more is no name for the DNS
     _expect(not re.fullmatch(r"[\d.]+", bare))  # 10.0.0 or 10.0.0.256: a mistyped address, not a name
     return bare
 
@@ -1188,12 +1188,12 @@ SETTINGS = (
     Setting("MONGODB_DB_NAME", "mongodb_db_name", "forecast_platform",
             "a database name of at most 63 bytes without / \\ . \" $ * < > : | ? or blanks", _database_name),
     Setting("MONGODB_REALTIME_COLLECTION_NAME", "realtime_name", "realtime",
-            "a collection name of at most 120 bytes without $, not system.…", _collection_name,
+            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name,
             old_name="MONGODB_COLLECTION_NAME"),
     Setting("MONGODB_CLOSE_COLLECTION_NAME", "close_name", "close",
-            "a collection name of at most 120 bytes without $, not system.…", _collection_name),
+            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name),
     Setting("MONGODB_LICENSE_COLLECTION_NAME", "license_name", "license_usage",
-            "a collection name of at most 120 bytes without $, not system.…", _collection_name),
+            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name),
     Setting("MONGODB_NUMERIC_TYPE", "numeric_type", "string", "string, decimal or double",
             _one_of("string", "decimal", "double")),
     Setting("SERVER_IP", "server_host", "", "a host name or an address, without http:// and without a port",
@@ -1498,7 +1498,7 @@ def load_settings(
         except ValueError:
             shown = shown_value(setting, text)
             if where == "environment" and is_service(environ):
-                where = "environment or EnvironmentFile= of the unit"
+                where = f"environment, which {UNIT} sets"
             faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
     if "MONGODB_DB_NAME" in unset and uri_database(values.get("mongodb_uri", "")):
         faults += _take_database(values)
@@ -1928,13 +1928,17 @@ SHENZHEN_000 = """
 850-852 856 858-863 866 868-869 875-878 880-883 885-890 892-893 895 897-903 905-906 908-913 915-923
 925-933 935-939 948-953 955-963 965-973 975-983 985 987-990 993 995-999
 """
-_SHENZHEN_000 = frozenset(
-    number
-    for first, _, last in (span.partition("-") for span in SHENZHEN_000.split())
-    for number in range(int(first), int(last or first) + 1)
-)
 # SSE 50, STAR 50, CSI 1000, CSI 500: typed as an index as often as the share of the same number.
 FOLLOWED_INDICES = frozenset("000016 000688 000852 000905".split())
+
+
+@cache
+def _shenzhen_000() -> frozenset[int]:
+    """Return the numbers of SHENZHEN_000, which a daemon that is asked for none of them does without."""
+    spans = (span.partition("-") for span in SHENZHEN_000.split())
+    return frozenset(
+        number for first, _, last in spans for number in range(int(first), int(last or first) + 1)
+    )
 
 
 def _mainland(number: str) -> tuple[str, ...]:
@@ -1942,7 +1946,7 @@ def _mainland(number: str) -> tuple[str, ...]:
     if number.startswith("000"):
         if number in FOLLOWED_INDICES:
             return ("SZ", "SH")
-        return ("SZ",) if int(number) in _SHENZHEN_000 else ("SH", "SZ")
+        return ("SZ",) if int(number) in _shenzhen_000() else ("SH", "SZ")
     return next((_RANGES[number[:n]] for n in (4, 3, 2, 1) if number[:n] in _RANGES), ())
 
 
@@ -2398,7 +2402,7 @@ _PLAIN_CODE = re.compile(
 # The API refuses more with `ret` 505.
 MAX_BATCH = 100
 # The duplicate check keeps codes in buckets of about so many, each one text: a short search for every code.
-CODES_PER_BUCKET = 6
+CODES_PER_BUCKET = 10
 # Where nobody knows how many codes will come.
 MANY_CODES = 100_000
 
@@ -3281,6 +3285,8 @@ SQLITE_HEADER = {
 HIGHEST_FORMAT = 255
 # What its primary result codes say of a file: SQLITE_CORRUPT and SQLITE_NOTADB.
 SQLITE_DAMAGED = (11, 26)
+# A log that is shorter than its index says (SQLITE_IOERR_SHORT_READ); in the file itself it takes that for zeros.
+SQLITE_CUT = 522
 # This code of its without a further reason: a byte of the header says that others than we may write to the file.
 SQLITE_READONLY = 8
 # And its words where damage has changed the schema: what is asked of our files is always the same.
@@ -3345,7 +3351,7 @@ def _is_damage(error: Exception) -> bool:
     if isinstance(error, UnicodeDecodeError):
         return True
     code = getattr(error, "sqlite_errorcode", 0)
-    if code & 0xFF in SQLITE_DAMAGED or code == SQLITE_READONLY:
+    if code & 0xFF in SQLITE_DAMAGED or code in (SQLITE_READONLY, SQLITE_CUT):
         return True
     return SCHEMA_DAMAGED.search(str(error)) is not None
 
@@ -3700,9 +3706,8 @@ class LocalFile:
             with db:
                 db.execute("BEGIN IMMEDIATE")
                 yield db
-        if self._inode != _inode(self.path):
-            # SQLite would go on writing to a file that nobody can find any more.
-            raise self._end_use(StoreError(f"the local file {self.path} was taken away while it was in use"))
+        if self._inodes != self._inodes_now():
+            raise self._taken_away()
 
     def read_one(self, query: str, *values: object) -> Any:
         """Return a query's first row, None without one. Raises StoreError."""
@@ -3777,6 +3782,19 @@ class LocalFile:
                     raise self.damaged(one_line(error)) from error
                 raise _sqlite_fault(self.path, error) from error
 
+    def _inodes_now(self) -> list[tuple[int, int] | None]:
+        """Return which files stand under the names of this one and of what SQLite keeps beside it."""
+        return [_inode(side) for side in _sides(self.path)]
+
+    def _taken_away(self) -> StoreError:
+        """End the use of files that nobody can find any more: SQLite would go on writing to them."""
+        missing = zip(_sides(self.path), self._inodes, self._inodes_now(), strict=True)
+        name = next(side for side, before, now in missing if before != now)
+        error = self._end_use(StoreError(f"the local file {name} was taken away while it was in use"))
+        with self.lock:
+            self._disconnect()  # which brings what its log has into the file, where that is there
+        return error
+
     def _end_use(self, error: StoreError) -> StoreError:
         """Let every further call raise an error, tell it, and return it."""
         with self.lock:
@@ -3803,7 +3821,7 @@ class LocalFile:
         try:
             with disk_trouble(f"the local file {self.path} cannot be opened"):
                 self._open_locked(wait_s)
-                self._inode = _inode(self.path)
+                self._inodes = self._inodes_now()
         except _sqlite_errors():
             self._disconnect()
             fcntl.flock(self._locked, fcntl.LOCK_UN)
@@ -3859,8 +3877,9 @@ class LocalFile:
             return "its rescue was interrupted"
         if self._mark.exists():
             return one_line(self._mark.read_text(encoding="utf-8", errors="replace")) or "a mark says so"
-        if not _size_of(self.path) and _size_of(_sides(self.path)[1]):
-            return "its beginning is cut off"  # SQLite would take it for new and drop the log
+        # SQLite would take it for new, a single byte as well, and drop the log
+        if _size_of(self.path) <= 1 and _size_of(_sides(self.path)[1]):
+            return "its beginning is cut off"
         if any(_is_forbidden(side) for side in _sides(self.path)):
             return "this user may not read and write it"
         try:
@@ -4915,7 +4934,8 @@ REFUSALS = (
     Refusal(Action.SLOW_DOWN, FailureKind.API, "INFOWAY_PLAN", (429, 501), _RATE_TEXTS, (429,)),
     Refusal(Action.CODES_UNKNOWN, FailureKind.UNKNOWN_CODE, "", (508,), ("All product not exists",)),
     Refusal(Action.GIVE_UP, FailureKind.API, "", (505, 506, 507), _REQUEST_TEXTS),
-    Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=(408, *range(500, 1000))),
+    Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=(408,)),
+    Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=range(500, 1000)),
     Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_KEY", (403, 499), (), (403, 499), _GATEWAY),
     Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=range(400, 500)),
     Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_BASE_URL", (), (), range(300, 400), _REDIRECTION),
@@ -6424,8 +6444,7 @@ class MongoStore:
         from pymongo import timeout
         from pymongo.errors import OperationFailure, PyMongoError
 
-        limit = min(MONGODB_SELECTION_TIMEOUT_MS / 1000, self.client.options.timeout or math.inf)
-        with timeout(limit), contextlib.suppress(PyMongoError, StoreAway):
+        with timeout(self._looking_s()), contextlib.suppress(PyMongoError, StoreAway):
             self._demand_plain(name)
             try:
                 self._probe(name)
@@ -6439,21 +6458,25 @@ class MongoStore:
         from pymongo import timeout
         from pymongo.errors import PyMongoError
 
-        with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000), contextlib.suppress(PyMongoError):
+        with timeout(self._looking_s()), contextlib.suppress(PyMongoError):
             return name not in self.client[self._settings.mongodb_db_name].list_collection_names(
                 filter={"name": name}
             )
         return True
 
+    def _looking_s(self) -> float:
+        """Return for how long, in seconds, a server is looked for: a shorter limit of the URI holds."""
+        return min(MONGODB_SELECTION_TIMEOUT_MS / 1000, self.client.options.timeout or math.inf)
+
     def _is_taken(self, name: str, document: Document) -> bool:
-        """Insert a document and return whether the collection has it then."""
-        from pymongo.errors import DuplicateKeyError, PyMongoError
+        """Insert a document and return whether the collection has it then. Raises PyMongoError where nobody knows."""
+        from pymongo.errors import DuplicateKeyError, OperationFailure
 
         try:
             self.collection(name).insert_one(document)
         except DuplicateKeyError as error:
             return _is_identity_taken(error.details or {})
-        except PyMongoError:
+        except OperationFailure:
             return False
         return True
 
@@ -6606,7 +6629,7 @@ class MongoStore:
 
         settings = self._settings
         try:
-            with timeout(MONGODB_SELECTION_TIMEOUT_MS / 1000):
+            with timeout(self._looking_s()):
                 self.client.admin.command("ping")
             for name in (self.realtime_name, self.close_name):
                 self._demand_plain(name)
@@ -6651,8 +6674,10 @@ class MongoStore:
             if known is None and not collection.index_information() and self._refuses_form(name):
                 return
         collection.delete_one({"_id": PROBE})
-        collection.insert_one(self._probe_of(name))
-        collection.delete_one({"_id": PROBE})
+        try:
+            collection.insert_one(self._probe_of(name))
+        finally:  # it may be there although its answer was lost
+            collection.delete_one({"_id": PROBE})
 
     def _refuses_form(self, name: str) -> bool:
         """Return whether all is well but for an `_id` that no server takes: not even the collection is made then."""
@@ -7778,7 +7803,7 @@ class Delivery:
         line = self.mongo.check()
         waiting = self.queue.stats().trades
         if waiting:
-            line += f", {waiting_words(waiting)} here for it"
+            line += f", {count_words(waiting, 'trade')} kept here for it"
         return line
 
     def close(self) -> None:
@@ -9264,7 +9289,7 @@ class Link:
     def _limit(self, size: int) -> None:
         if size > MAX_FRAME_BYTES:
             self.close(1009)
-            raise LinkLost(f"a frame of {size} bytes; at most {MAX_FRAME_BYTES} are taken")
+            raise LinkLost(f"lost: a frame of {size} bytes; at most {MAX_FRAME_BYTES} are taken")
 
 
 def _close_words(data: bytes) -> str:
@@ -10535,7 +10560,7 @@ class Clerk(threading.Thread):
                 if command.execution_id in self._accepted:  # it has an answer, or gets one
                     self._inbox.put(Ended())
                 else:
-                    self._decline(command, f"refused: {error}")
+                    self._decline(command, f"cannot be put on disk: {error}")
         else:
             self._accepted.extend(command.execution_id for command in fresh if command.execution_id)
         for message in told:
@@ -12104,13 +12129,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# Longer than any name in the API's lists; SQLite takes no pattern of many thousands.
+LONGEST_SOUGHT = 200
+
+
 def parse_arguments(argv: Sequence[str]) -> Options:
     """Return the options. Raises UsageError for what does not go together."""
     options = Options()
     if argv:  # or the daemon would carry argparse for months (0.6 MB)
         make_parser().parse_args(argv, options)
-    if options.symbols is not None and not options.symbols.strip():
-        raise UsageError("--symbols needs a text: a code or a name, or a part of one; see --help")
+    if options.symbols is not None:
+        _check_symbols(options.symbols)
     if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
         raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
     for_json = (options.once, options.status, options.executions, options.rejects, options.symbols)
@@ -12135,6 +12164,16 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     if options.once and not (options.codes or options.codes_file):
         raise UsageError("--once needs --codes CODE … or --codes-file FILE; see --help")
     return options
+
+
+def _check_symbols(text: str) -> None:
+    """Raise UsageError for a text that no list can have."""
+    if not text.strip():
+        raise UsageError("--symbols needs a text: a code or a name, or a part of one; see --help")
+    if len(text) > LONGEST_SOUGHT:
+        raise UsageError(f"--symbols: {len(text)} characters; expected at most {LONGEST_SOUGHT}; see --help")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # how Python reads other bytes
+        raise UsageError(f"--symbols {one_line(text, 40)}: it is not UTF-8 text; see --help")
 
 
 def _check_migration(options: Options) -> None:
@@ -12181,13 +12220,14 @@ class _Redacting(logging.Formatter):
     """Formats a record, tracebacks included, and takes every secret out, also of settings that were read anew."""
 
     def __init__(self, journal: bool = False) -> None:
-        form = "%(message)s" if journal else "%(asctime)s %(levelname)s %(message)s"
-        super().__init__(form, "%Y-%m-%d %H:%M:%S%z")
+        super().__init__("%(message)s" if journal else "%(levelname)s %(message)s")
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
         text = mask(local_times(super().format(record)), HIDDEN.secrets)
-        return for_journal(text, record.levelno) if self._journal else text
+        if self._journal:
+            return for_journal(text, record.levelno)
+        return f"{local_time(datetime.fromtimestamp(record.created, UTC))} {text}"
 
 
 class _BesideBar(logging.StreamHandler[Any]):
@@ -12197,11 +12237,15 @@ class _BesideBar(logging.StreamHandler[Any]):
 
 
 def start_logging(settings: Settings) -> None:
-    """Send this program's messages to stderr, secrets masked; libraries only from warnings on."""
+    """Send this program's messages to stderr, secrets masked; libraries only from warnings on.
+
+    urllib3 only errors: it warns of each answer's odd headers, with a traceback; what counts in them is judged here.
+    """
     handler = _BesideBar()
     handler.setFormatter(_Redacting(journal=isinstance(sys.stderr, JournalStream)))
     logging.getLogger().handlers = [handler]
     logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
     log.setLevel(settings.log_level.upper())
 
 
@@ -12873,7 +12917,7 @@ def _what_is_wrong(status: StatusReport) -> list[str]:
     if spool is not None and spool["trades"]:
         wrong.append(f"{waiting_words(spool['trades'])} for MongoDB")
     if spool is not None and spool["rejects"]:
-        wrong.append(f"{spool['rejects']} documents refused by MongoDB")
+        wrong.append(f"{count_words(spool['rejects'], 'document')} refused by MongoDB")
     wrong += [f"API key {key['key']} is out" for key in keys if key["state"] == "out"]
     if keys and all(key["state"] == "resting" for key in keys):
         wrong.append("every API key rests")

@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import os
 import platform
+import py_compile
 import re
 import statistics
 import subprocess
@@ -482,7 +483,7 @@ class Bench:
         over = asked = 0
         for shared, words, chinese in (
             (True, f"rate-limited ({PER_SECOND}/s, {requests} requests): wall",
-             f"限速（每秒 {PER_SECOND} 次，{requests} 次请求）：耗时"),
+             f"限频（每秒 {PER_SECOND} 次，{requests} 次请求）：耗时"),
             (False, "  counted on this machine alone, without MongoDB", "  不用 MongoDB，只在本机计数"),
         ):  # fmt: skip
             walls, refused = self._limited_walls(requests, {} if shared else {"mongodb": ""})
@@ -492,7 +493,7 @@ class Bench:
                 "x the least possible", f"{spread(walls, 2)} s where {requests} requests take {least:.0f} s at least",
             ))  # fmt: skip
         self.rows.append(Row(
-            "rate-limited: answers over the limit", "限速：超限应答数", over, 0, False, "", f"of {asked}",
+            "rate-limited: answers over the limit", "限频：超限应答数", over, 0, False, "", f"of {asked}",
         ))  # fmt: skip
 
     def _limited_walls(self, requests: int, more: dict[str, str]) -> tuple[list[float], int]:
@@ -926,6 +927,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.write_readme and (options.short or options.only):
         parser.error("--write-readme is for a full run")
+    py_compile.compile(str(ROOT / "stockrt.py"), doraise=True)  # as a program has it that was started before
     with tempfile.TemporaryDirectory(prefix="stockrt-bench-") as folder:
         bench = Bench(
             SHORT if options.short else FULL,

@@ -77,6 +77,7 @@ def test_what_was_not_measured_is_said_and_misses_nothing() -> None:
     assert (row.missed, row.shown, row.used) == (False, "not measured", None)
 
 
+@pytest.mark.long  # drawn by the bench alone
 def test_the_same_numbers_give_the_same_picture(tmp_path: Path) -> None:
     speeds = {"no latency": {"floor": [1.0, 2.0], "sdk": [0.5], "ours": [3.0, 4.0]}}
     first, second, other = (tmp_path / name for name in ("first.svg", "second.svg", "other.svg"))

@@ -76,7 +76,7 @@ FAULTS = {
     ),
     "file_old": ("spool file of an older version", "旧版本的暂存队列文件"),
     "disk_full": ("no space left on the disk", "磁盘已满"),
-    "disk_share": ("the spool comes to 5 % free on the disk", "暂存队列使磁盘仅余 5 %"),
+    "disk_share": ("the spool comes to 5 % free on the disk", "暂存队列使磁盘仅余 5%"),
     "cap": ("the spool comes to SPOOL_MAX_MB", "暂存队列达到 SPOOL_MAX_MB"),
     "clock": ("the clock set an hour forward or back", "系统时钟拨快或拨慢一小时"),
     "dns": ("DNS hangs: platform, API and MongoDB", "DNS 无响应：平台、API、MongoDB"),

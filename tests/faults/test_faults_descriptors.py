@@ -14,6 +14,9 @@ from kit.fault_world import World
 
 from faults.test_faults_lock import cut_and_connected
 
+# How many more files, and where the trades go.
+QUICK = {(2, "local"), (6, "mongodb")}
+
 
 @contextlib.contextmanager
 def no_more_files(pid: int, more: int) -> Iterator[None]:
@@ -39,9 +42,13 @@ def said(world: World) -> str:
     return log
 
 
-@pytest.mark.parametrize("store", ["local", "mongodb"])
 @pytest.mark.parametrize(
-    "more", [2, 6, *(pytest.param(n, marks=pytest.mark.long) for n in (0, 1, 3, 4, 8, 10))]
+    ("more", "store"),
+    [
+        pytest.param(more, store, marks=() if (more, store) in QUICK else pytest.mark.long)
+        for more in (0, 1, 2, 3, 4, 6, 8, 10)
+        for store in ("local", "mongodb")
+    ],
 )
 def test_without_descriptors_each_command_is_answered_in_words(
     make_world: MakeWorld, store: str, more: int

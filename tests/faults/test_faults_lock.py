@@ -105,7 +105,8 @@ def test_a_slow_disk_holds_up_no_ping(
     world.stop()
 
 
-@pytest.mark.parametrize("name", [FILES[0], pytest.param(FILES[1], marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", FILES)
 def test_a_start_beside_a_locked_file_waits_for_it_and_ends_nothing(
     make_world: MakeWorld, mongo_proxy: MongoProxy, manager: ServiceManager, name: str
 ) -> None:
@@ -127,8 +128,11 @@ def test_a_start_beside_a_locked_file_waits_for_it_and_ends_nothing(
     world.stop()
 
 
-def test_what_waits_is_taken_up_once_the_lock_is_gone(make_world: MakeWorld, mongo_proxy: MongoProxy) -> None:
-    world = make_world(mongo_proxy.uri + QUICK)
+def test_what_waits_is_taken_up_once_the_lock_is_gone(
+    make_world: MakeWorld, mongo_proxy: MongoProxy, manager: ServiceManager
+) -> None:
+    """In short as well: a start beside a locked file waits for it, is connected and ends nothing."""
+    world = make_world(mongo_proxy.uri + QUICK, **manager.settings(WATCHDOG_S))
     mongo_proxy.down()
     world.start()
     world.result(world.send())
@@ -141,7 +145,10 @@ def test_what_waits_is_taken_up_once_the_lock_is_gone(make_world: MakeWorld, mon
     with locked_file(world.state / "executions.db"):
         world.start()
         # the platform asks for it again meanwhile, and the refusal is its answer
-        assert world.result(interrupted).status == "failure"
+        refused = world.result(interrupted)
+        assert refused.status == "failure" and "executions.db" in refused.data["message"], refused.text
     assert until(lambda: world.result(world.send()).status == "success")
+    assert manager.longest_silence() < WATCHDOG_S
+    assert world.alive and "Traceback" not in world.daemon.log
     all_is_there(world)
     world.stop()

@@ -89,7 +89,7 @@ def test_it_dials_on_where_a_server_drips_its_handshake_too(world: World) -> Non
     world.stop()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3], ids="{} at most".format)
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.long), 3], ids="{} at most".format)
 @pytest.mark.parametrize("arguments", [(), ("--once", "--codes", "A.US")], ids=["daemon", "once"])
 def test_a_start_without_threads_says_so(world: World, threads: int, arguments: tuple[str, ...]) -> None:
     world.infoway.script = lambda request: Answer.data([])

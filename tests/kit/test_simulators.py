@@ -396,6 +396,7 @@ def test_mongo_commands_fail_as_long_as_they_are_told_to(
         assert one.find_one({"_id": "applied"}) is not None
 
 
+@pytest.mark.long  # in short: what elects under load, in the tests of faults
 def test_three_members_elect_another_and_take_the_first_back(
     replica_set: ReplicaSet, replica_db: tuple[str, str]
 ) -> None:

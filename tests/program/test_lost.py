@@ -58,7 +58,10 @@ def lose_the_module(place: Path) -> None:
     shutil.rmtree(unpacked(place) / "__pycache__", ignore_errors=True)
 
 
-@pytest.mark.parametrize("lose", [lose_everything, lose_a_library, lose_files_and_keep_folders])
+@pytest.mark.parametrize(
+    "lose",
+    [lose_everything, pytest.param(lose_a_library, marks=pytest.mark.long), lose_files_and_keep_folders],
+)
 def test_a_daemon_whose_unpacked_program_vanished_ends_and_the_next_start_executes(
     lose: Callable[[Path], None],
     pyz: Path,
@@ -83,7 +86,17 @@ def test_a_daemon_whose_unpacked_program_vanished_ends_and_the_next_start_execut
         assert [result.data["status"] for result in platform.results_for(execution)] == ["success"]
 
 
-@pytest.mark.parametrize("lose", [lose_everything, lose_files_and_keep_folders, lose_the_module])
+# The daemon's next start, above, is that of a file that lost the others.
+@pytest.mark.parametrize(
+    "lose",
+    [
+        lose_the_module,
+        *(
+            pytest.param(lose, marks=pytest.mark.long)
+            for lose in (lose_everything, lose_files_and_keep_folders)
+        ),
+    ],
+)
 def test_the_built_file_starts_after_its_unpacked_program_vanished(
     lose: Callable[[Path], None], pyz: Path, clean_env: dict[str, str], place: Path
 ) -> None:

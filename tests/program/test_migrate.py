@@ -431,8 +431,18 @@ def test_a_trade_that_the_service_has_already_stays_as_it_is(run_pyz: RunPyz, pl
     assert place.trades()[0] == ours
 
 
-@pytest.mark.parametrize("numeric", ["string", "decimal", "double"])
-@pytest.mark.parametrize("texts_first", [True, False])
+@pytest.mark.parametrize(
+    ("numeric", "texts_first"),
+    [
+        ("string", True),
+        ("decimal", False),
+        ("double", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (("string", False), ("decimal", True), ("double", False))
+        ),
+    ],
+)
 def test_one_trade_as_number_and_as_text_is_one(
     run_pyz: RunPyz, place: Place, numeric: str, texts_first: bool
 ) -> None:
@@ -523,7 +533,7 @@ def test_settings_and_documents_in_one_go(run_pyz: RunPyz, place: Place, old: Ol
     ("change", "collection", "status", "words"),
     [
         ({"MONGODB_HOST": ""}, "stock_data", 78, "MONGODB_HOST not set: there are no older documents"),
-        ({"MONGODB_HOST": "mongodb://127.0.0.1:1/"}, "stock_data", 1, "see MONGODB_HOST"),
+        ({"MONGODB_HOST": "mongodb://127.0.0.1:1/?timeoutMS=500"}, "stock_data", 1, "see MONGODB_HOST"),
         ({}, "stock_data", 64, "--documents stock_data: no documents in that collection"),
         ({}, "a$b", 64, "--documents a$b: no documents in that collection"),
         ({}, "close", 64, "--documents close: in that collection stockrt keeps what is no trade"),
@@ -558,7 +568,9 @@ def read_so_far(state: Path) -> int:
         return 0
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "signal_number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_ended_in_the_middle_and_begun_again_nothing_is_lost_or_doubled(
     signal_number: signal.Signals,
     run_pyz: RunPyz,
@@ -616,7 +628,15 @@ def test_mongodb_away_in_the_middle_it_goes_on_from_there(
     assert place.db["realtime"].count_documents({}) == 1500
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"what": 1, "more": 2}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"what": 1, "more": 2}',
+        *(pytest.param(text, marks=pytest.mark.long) for text in ("{", "{}")),
+    ],
+)
 def test_a_damaged_note_of_how_far_it_is_begins_anew(
     run_pyz: RunPyz, place: Place, tmp_path: Path, text: str
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -181,9 +182,12 @@ def test_a_proxy_that_fails_is_named_with_its_setting(
     url = proxy.url_at(port, given)
     proxy.status = 502 if fault == "502" else 0
     env = {**base, "https_proxy": url, "HTTP_PROXY": url}
-    checked = run_pyz("--check", env=env)
-    fetched = run_pyz("--once", "--codes", "AAPL.US", env=env)
-    registered = run_pyz("--register", env=env)
+    with ThreadPoolExecutor(3) as pool:  # each waits between its tries
+        runs = [
+            pool.submit(run_pyz, *args, env=env)
+            for args in (("--check",), ("--once", "--codes", "AAPL.US"), ("--register",))
+        ]
+        checked, fetched, registered = (run.result() for run in runs)
     words = {"dead": "refused", "password": "asks for a user and a password", "502": "HTTP 502"}[fault]
     bad = [line for line in checked.stdout.splitlines() if line.startswith("FAIL")]
     assert checked.returncode == 1 and len(bad) == 2, checked.stdout

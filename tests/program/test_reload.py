@@ -135,7 +135,7 @@ def test_what_waits_goes_to_the_mongodb_of_the_new_settings_from_the_built_file(
     """What a wrong MongoDB has let wait moves without an execution, once the settings name the right one."""
     uri, name = mongo_db
     keep = {"INFOWAY_API_KEY": OLD_KEY, "MONGODB_DB_NAME": name}
-    write_settings(tmp_path, **keep, MONGODB_HOST="mongodb://127.0.0.1:1")
+    write_settings(tmp_path, **keep, MONGODB_HOST="mongodb://127.0.0.1:1/?timeoutMS=500")
     daemon.signal(signal.SIGHUP)
     said(daemon, "changed: MONGODB_HOST, MONGODB_DB_NAME\n")
     execution = platform.execute(["TSLA.US"])

@@ -16,7 +16,7 @@ from kit.trades import make_documents
 
 import stockrt
 
-AWAY = "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=200"
+AWAY = "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=200&timeoutMS=500"
 
 
 @pytest.fixture

@@ -766,7 +766,7 @@ def test_bad_settings_fail_once_with_the_reason(service: Instance, box: Box) -> 
     assert [line.partition(":")[2].split("=")[0].strip() for line in faults] == [
         "MONGODB_HOST", "MONGODB_NUMERIC_TYPE", "SERVER_PORT",
     ]  # fmt: skip
-    assert "(credential)" in faults[0] and "(environment or EnvironmentFile= of the unit)" in faults[2]
+    assert "(credential)" in faults[0] and "(environment, which stockrt.service sets)" in faults[2]
     assert MONGODB_PASSWORD not in json.dumps(service.journal())
 
 

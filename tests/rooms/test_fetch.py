@@ -653,7 +653,7 @@ def asked(scripted: InfowayServer) -> Callable[[Answer], Any]:
     return ask
 
 
-@settings(max_examples=number(150, 1500, quick=60), deadline=None)
+@settings(max_examples=number(150, 1500, quick=40), deadline=None)
 @given(value=envelopes, status=st.sampled_from([200, 200, 200, 400, 404, 429, 500, 503]))
 def test_random_json(asked: Callable[[Answer], Any], value: Any, status: int) -> None:
     outcome = asked(Answer.json(value, status))
@@ -674,7 +674,7 @@ def test_random_json(asked: Callable[[Answer], Any], value: Any, status: int) ->
             )
 
 
-@settings(max_examples=number(150, 1500, quick=60), deadline=None)
+@settings(max_examples=number(150, 1500, quick=40), deadline=None)
 @given(junk=st.lists(json_values | spoilt_records, max_size=5), place=st.integers(0, 5))
 def test_random_records_cost_the_good_ones_nothing(
     asked: Callable[[Answer], Any], junk: list[Any], place: int
@@ -1319,7 +1319,7 @@ print(os.waitstatus_to_exitcode(status), usage.ru_maxrss)
 """
 
 
-MANY = number(100_000, 100_000, quick=40_000)
+MANY = number(100_000, 100_000, quick=25_000)
 
 
 def test_memory_does_not_grow_with_the_number_of_codes(

@@ -463,7 +463,7 @@ DEEDS = st.one_of(
 
 
 @settings(
-    max_examples=examples(40, 400, quick=16),
+    max_examples=examples(40, 400, quick=10),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

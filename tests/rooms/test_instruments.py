@@ -251,7 +251,9 @@ def test_every_range_has_its_number_above() -> None:
 
 def test_a_number_that_was_a_share_never_falls_to_an_index_but_for_the_four() -> None:
     """An index in place of a company that is gone would be taken for its price."""
-    unclear = {n for n in range(1000) if len(stockrt._mainland(f"{n:06}")) > 1 and n in stockrt._SHENZHEN_000}
+    unclear = {
+        n for n in range(1000) if len(stockrt._mainland(f"{n:06}")) > 1 and n in stockrt._shenzhen_000()
+    }
     assert unclear == {16, 688, 852, 905}
 
 

@@ -295,10 +295,12 @@ def test_long_codes_are_rescued_too(tmp_path: Path) -> None:
         assert queue.oldest(10).documents == [short, long]
 
 
-def test_the_log_is_rescued_where_the_file_is_gone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [b"", b"S"])
+def test_the_log_is_rescued_where_the_file_is_gone(tmp_path: Path, left: bytes) -> None:
+    """SQLite takes a file of one byte for an empty one too."""
     path = spoiled(tmp_path, lambda path: None, count=500)
     (tmp_path / "kept-wal").rename(beside(path, "-wal"))
-    path.write_bytes(b"")
+    path.write_bytes(left)
     with queue_in(tmp_path) as queue:
         assert queue.oldest(1000).documents == make_documents(500)
 
@@ -610,6 +612,37 @@ def test_what_goes_into_a_file_that_was_taken_away_does_not_count(tmp_path: Path
     with queue_in(tmp_path) as queue:
         assert queue.write(make_documents(2)).stored == 2
     assert not [*tmp_path.glob("*.damaged*")], "the one that is there is sound"
+
+
+@pytest.mark.parametrize("end", ["-wal", "-shm"])
+def test_what_goes_into_a_log_that_was_taken_away_does_not_count_and_is_not_lost(
+    tmp_path: Path, end: str
+) -> None:
+    """Whoever opens the file next makes another log, and two programs that do not see each other write."""
+    heard = Heard()
+    with queue_in(tmp_path, heard) as queue:
+        queue.write(make_documents(3))
+        tmp_path.joinpath(f"stockrt.db{end}").unlink()
+        with pytest.raises(StoreError, match=f"{end} was taken away"):
+            queue.write(make_documents(5))
+        with queue_in(tmp_path) as another:  # before the first has ended
+            assert another.write(make_documents(7)).duplicates == 5
+    assert len(heard.damages) == 1
+    assert not [*tmp_path.glob("*.damaged*")]
+
+
+def test_a_log_that_is_cut_in_use_is_damage(tmp_path: Path) -> None:
+    """Or each use would fail for ever, where the next start finds a file that is sound."""
+    heard = Heard()
+    with open_store_file(tmp_path, heard) as file:
+        SqliteStore(file).write(make_documents(3))
+        file.read_all("PRAGMA shrink_memory")
+        os.truncate(tmp_path / "stockrt.db-wal", 0)
+        with pytest.raises(StoreError, match=r"stockrt\.db is damaged"):
+            file.read_all("SELECT * FROM realtime")
+    assert len(heard.damages) == 1
+    with queue_in(tmp_path) as queue:
+        queue.write(make_documents(2))
 
 
 def test_what_is_counted_while_others_write_is_right(tmp_path: Path) -> None:

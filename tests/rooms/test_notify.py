@@ -17,6 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -283,7 +284,21 @@ def test_idle_says_nothing_that_is_not_asked_for(tmp_path: Path, path_manager: M
         assert len(path_manager.heard(3.0)) <= 2
 
 
+def test_a_trouble_of_a_single_try_is_told_in_the_singular(caplog: pytest.LogCaptureFixture) -> None:
+    trouble = LogThrottle("MongoDB", FakeClock(), then="later")
+    with caplog.at_level(logging.INFO, "stockrt"):
+        trouble.again("refused")
+        trouble.over()
+    assert caplog.records[-1].getMessage() == "MongoDB: well again after 1 try"
+
+
 # --------------------------------------------------------------------------------------------------- journal
+
+
+def test_a_line_of_the_log_has_its_time_as_every_other_time_for_people() -> None:
+    record = logging.LogRecord("x", logging.WARNING, "f", 1, "it failed", (), None)
+    line = stockrt._Redacting().format(record)
+    assert line == f"{stockrt.local_time(datetime.fromtimestamp(record.created, UTC))} WARNING it failed"
 
 
 def journal_lines(write: Callable[[io.TextIOBase], object]) -> list[str]:

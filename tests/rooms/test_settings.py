@@ -520,6 +520,8 @@ BAD: list[tuple[str, str]] = [
     ("INFOWAY_API_BASE_URL", "https://h/?q"),
     ("INFOWAY_API_BASE_URL", "https://h/#f"),
     ("INFOWAY_API_BASE_URL", "https://h/a b"),
+    ("INFOWAY_API_BASE_URL", "https://data..infoway.io"),
+    ("INFOWAY_API_BASE_URL", f"https://{'h' * 64}.infoway.io"),
     ("INFOWAY_PLAN", "gold"),
     ("INFOWAY_PLAN", "-1"),
     ("INFOWAY_PLAN", "nan"),
@@ -561,6 +563,9 @@ BAD: list[tuple[str, str]] = [
     ("MONGODB_DB_NAME", "é" * 32),
     ("MONGODB_REALTIME_COLLECTION_NAME", "a$b"),
     ("MONGODB_REALTIME_COLLECTION_NAME", "system.users"),
+    ("MONGODB_REALTIME_COLLECTION_NAME", ".realtime"),
+    ("MONGODB_CLOSE_COLLECTION_NAME", "close."),
+    ("MONGODB_LICENSE_COLLECTION_NAME", "a..b"),
     ("MONGODB_CLOSE_COLLECTION_NAME", "x" * 121),
     ("MONGODB_LICENSE_COLLECTION_NAME", "x" * 121),
     ("MONGODB_NUMERIC_TYPE", "float"),
@@ -568,6 +573,7 @@ BAD: list[tuple[str, str]] = [
     ("SERVER_IP", "platform:8080"),
     ("SERVER_IP", "10.0.0"),
     ("SERVER_IP", "10.0.0.256"),
+    ("SERVER_IP", f"{'h' * 64}.example.com"),
     ("SERVER_IP", "a/b"),
     ("SERVER_IP", "a..b"),
     ("SERVER_IP", "-a"),
@@ -635,17 +641,17 @@ def test_a_bad_value_is_a_fault_that_says_what_is_expected(name: str, text: str)
     assert len(fault) < 400
 
 
+def test_a_fault_in_what_the_unit_sets_is_not_looked_for_in_the_shell() -> None:
+    """Its EnvironmentFile= has become the environment by then."""
+    (fault,) = faults_of({"LOG_LEVEL": "verbose", "INVOCATION_ID": "1", "STATE_DIRECTORY": "/tmp"})
+    assert fault.startswith("LOG_LEVEL='verbose' (environment, which stockrt.service sets): expected ")
+
+
 def test_a_fault_shows_what_came() -> None:
     """What is no secret is quoted."""
     assert faults_of({"LOG_LEVEL": "verbose"}) == (
         "LOG_LEVEL='verbose' (environment): expected debug, info, warning or error",
     )
-
-
-def test_a_fault_of_a_service_names_what_its_environment_is_made_of() -> None:
-    """systemd reads the env file for it: nobody has set a variable by hand."""
-    (fault,) = faults_of({"LOG_LEVEL": "loud", "INVOCATION_ID": "1", "STATE_DIRECTORY": "/var/lib/stockrt"})
-    assert fault.startswith("LOG_LEVEL='loud' (environment or EnvironmentFile= of the unit): ")
 
 
 def test_all_faults_are_reported_at_once(write: WriteFile) -> None:

@@ -27,7 +27,7 @@ from conftest import RunPyz, controlled, unavailable
 from kit.daemons import LOCAL_TIME, PATIENCE, ThreadDaemon, settings_for, until
 from kit.infoway_server import InfowayServer
 from kit.mongo import INTERRUPTED_AT_SHUTDOWN, ON_COLLECTIONS, UNAUTHORIZED, MongoServer
-from kit.mongo_proxy import Fate, MongoProxy, Without
+from kit.mongo_proxy import STEPPED_DOWN, Afterwards, Fate, MongoProxy, Without
 from kit.platform_server import PlatformServer
 from kit.trades import CREATED, by_id, make_documents, settings_of
 
@@ -482,6 +482,21 @@ def test_a_poison_document_is_put_aside_whatever_else_the_user_may_write(
         assert store.is_empty()
         assert [r["_id"] for r in store.rejects.all()] == [poison]
     assert place.documents() == by_id([d for d in documents if d["_id"] != poison])
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_what_is_written_to_see_whether_mongodb_takes_anything_never_stays(
+    place: Place, mongo_proxy: MongoProxy, there: int
+) -> None:
+    """Each insert is applied, and its answer is that the server has stepped down."""
+    documents = make_documents(3)
+    with place.opened(MONGODB_HOST=quick(mongo_proxy.uri)) as store:
+        store.mongo.write(documents[:there])
+        mongo_proxy.on_insert = lambda _: Afterwards(STEPPED_DOWN)
+        assert not store.mongo.takes_another("realtime")
+        mongo_proxy.on_insert = lambda _: None
+        assert store.mongo.takes_another("realtime")
+    assert place.documents() == by_id(documents[:there])
 
 
 def test_a_second_absence_is_told_from_its_own_beginning(

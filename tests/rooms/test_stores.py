@@ -25,6 +25,7 @@ from bson.decimal128 import Decimal128
 from bson.int64 import Int64
 from conftest import controlled, unprivileged
 from kit.clock import FakeClock
+from kit.daemons import PATIENCE
 from kit.infoway_server import InfowayServer, make_record
 from kit.mongo import UNAUTHORIZED, MongoServer
 from kit.trades import CREATED, by_id, make_documents, make_trades, settings_of
@@ -656,6 +657,21 @@ def test_mongo_check_says_that_it_is_away(monkeypatch: pytest.MonkeyPatch) -> No
     with contextlib.closing(mongo_store(uri)) as store, pytest.raises(StoreError) as caught:
         store.check()
     assert "MONGODB_HOST" in str(caught.value) and SECRET not in str(caught.value)
+
+
+def test_a_shorter_limit_of_the_uri_holds_for_a_look_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stockrt, "MONGODB_SELECTION_TIMEOUT_MS", 3_600_000)
+    with contextlib.closing(mongo_store(f"mongodb://127.0.0.1:{nobody_listens()}/?timeoutMS=300")) as store:
+
+        def look() -> None:
+            assert store.lacks("license_usage") and not store.takes_another("realtime")
+            with pytest.raises(StoreError):
+                store.check()
+            looked.set()
+
+        looked = threading.Event()
+        threading.Thread(target=look, daemon=True).start()
+        assert looked.wait(PATIENCE)
 
 
 def test_mongo_options_that_do_not_go_together_are_a_fault_of_the_settings() -> None:
