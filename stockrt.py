@@ -2693,6 +2693,9 @@ class Events:
     def keys_used(self, keys: Sequence[KeyStats]) -> None:
         """A run is over that may have used these API keys."""
 
+    def keys_out(self, out: int, of: int) -> None:
+        """A run is over, and so many of the API keys are not used again."""
+
     def damaged(self, error: StockrtError) -> None:
         """A local file or the program is: with these words the process has to end, and its next start mends it."""
 
@@ -8538,6 +8541,7 @@ class Pipeline:
         if self._delivery is not None:
             self._delivery.mongo.start_threads()
         report = collector.run(codes, stop)
+        self._events.keys_out(sum(bool(key.dead) for key in self.keys.keys), len(self.keys.keys))
         if self._settings.metrics_file is not None:  # they cost a question to MongoDB
             self._tell_keys()
         return report
@@ -10075,6 +10079,10 @@ class Relay(Events):
         """Pass it on."""
         self._events.keys_used(keys)
 
+    def keys_out(self, out: int, of: int) -> None:
+        """Pass it on."""
+        self._events.keys_out(out, of)
+
     def damaged(self, error: StockrtError) -> None:
         """Let the daemon end: the next start mends it."""
         self.is_damaged = True
@@ -11434,8 +11442,10 @@ class Service(Events):
                 self.metrics.put("stockrt_api_key_requests_left", key.left, name)
             self.metrics.put("stockrt_api_key_state", KEY_STATES.index(key.state), name)
             self.metrics.put("stockrt_api_key_end_timestamp_seconds", key.ends, name)
-        out = sum(key.state == "out" for key in keys)
-        self._keys = count_words(len(keys), "key") + f", {out} out" * (out > 0)
+
+    def keys_out(self, out: int, of: int) -> None:
+        """Note how many keys are not used again."""
+        self._keys = count_words(of, "key") + f", {out} out" * (out > 0)
 
     def executed(self, report: Report | None) -> None:
         """Count an execution and what it did."""
