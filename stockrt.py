@@ -455,9 +455,9 @@ def first_few(names: Collection[str]) -> str:
     return shown
 
 
-def see(words: str, setting: str) -> str:
-    """Return words with the setting to look at behind them, unless they name one by themselves."""
-    return words if re.search(r"\bsee [A-Z]", words) else f"{words}; see {setting}"
+def see(words: str, cause: str) -> str:
+    """Return words with the setting, or whatever else, to look at behind them, unless they name one by themselves."""
+    return words if re.search(r"\bsee [A-Z]", words) else f"{words}; see {cause}"
 
 
 @contextlib.contextmanager
@@ -4307,12 +4307,12 @@ class KeyPool:
             self._changed.notify_all()
 
     def retire(self, key: ApiKey, why: str) -> None:
-        """Never use a key again."""
+        """Never use a key again, until settings are read anew."""
         with self._changed:
             if key.dead:
                 return
             key.dead = why
-            log.error("API key %s is out: %s; mend INFOWAY_API_KEY and reload a daemon", key.shown, why)
+            log.error("API key %s is out: %s; mend INFOWAY_API_KEY, then reload or restart", key.shown, why)
             self._changed.notify_all()
 
     def close_product(self, key: ApiKey, product: str, why: str) -> None:
@@ -6825,7 +6825,10 @@ class MongoStore:
     ) -> StoreAway:
         words = self._settings.redact(words)
         shown = self._settings.mongodb_shown()
-        words_for_all = see(f"MongoDB at {shown} fails: {words}", "MONGODB_HOST")
+        cause = "MONGODB_HOST"
+        if "failed validation" in words:
+            cause = f"the validators of {self.realtime_name} and {self.close_name}"
+        words_for_all = see(f"MongoDB at {shown} fails: {words}", cause)
         return StoreAway(words_for_all, unreachable, words, refused)
 
 
@@ -9305,6 +9308,29 @@ def _close_words(data: bytes) -> str:
     )
 
 
+# As of any HTTP answer's head.
+MAX_HANDSHAKE_BYTES = 65536
+
+
+class _ShortAnswer:
+    """A socket for a handshake alone: its library takes an answer of any length, and as much as that announces."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._left = MAX_HANDSHAKE_BYTES
+
+    def recv(self, size: int) -> bytes:
+        """Receive at most so many bytes. Raises OSError."""
+        if not self._left:
+            raise OSError(f"an answer of more than {MAX_HANDSHAKE_BYTES} bytes")
+        received = self._sock.recv(min(size, self._left))
+        self._left -= len(received)
+        return received
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
 def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
     """Open the socket, TLS and the WebSocket, each and all within limits. Raises DialError."""
     try:
@@ -9324,7 +9350,8 @@ def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
             ws: Any = WebSocket(skip_utf8_validation=True, enable_multithread=False)
             way.sock.settimeout(limits.read_s)
             address = f"{url.replace('http', 'ws', 1)}/websocket?hash={module_hash}"
-            ws.connect(address, socket=way.sock, redirect_limit=0)
+            ws.connect(address, socket=_ShortAnswer(way.sock), redirect_limit=0)
+            ws.sock = way.sock
     except WebSocketBadStatusException as error:
         way.close()
         status = error.status_code
@@ -13297,7 +13324,8 @@ def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | 
 
 def run_migrate(options: Options, environ: Mapping[str, str]) -> int:
     """Take settings and hash over from the older client's directory, then its documents if they are asked for."""
-    time_zone(options.time_zone or "UTC")
+    if options.time_zone is not None:
+        time_zone(options.time_zone)
     here, *_, the_services = ENV_FILE_PLACES
     target = options.env_file or (the_services if os.geteuid() == 0 else here)
     old, settings, lines = move_installation(

@@ -1258,6 +1258,39 @@ def test_a_redirected_handshake_is_no_connection(infoway: InfowayServer, state: 
         server.join(PATIENCE)
 
 
+def test_a_handshake_is_answered_with_what_is_too_long(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its library would take all memory for it."""
+    dials: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    dials.append(connection)
+                    head = connection.recv(65536)
+                    if b"/websocket" in head:
+                        connection.sendall(b"y" * 200_000)
+                        connection.shutdown(socket.SHUT_WR)
+                    else:
+                        connection.sendall(
+                            b'HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n{"code": "2000", "result": []}'
+                        )
+
+        threading.Thread(target=serve, daemon=True).start()
+        settings = settings_for(listener.getsockname()[1], "http://127.0.0.1:1", tmp_path / "state")
+        stockrt.make_state_directory(settings.state_directory)
+        stockrt.write_hash(settings.state_directory, HASH)
+        with ThreadDaemon(settings, rng=Hasty()):
+            assert until(lambda: len(dials) > 5)
+        listener.shutdown(socket.SHUT_RDWR)
+    for connection in dials:
+        connection.close()
+    assert "cannot connect: an answer of more than 65536 bytes" in caplog.text
+
+
 def test_a_connection_is_made_where_no_thread_can_be_started(
     platform: PlatformServer, settings: stockrt.Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -342,6 +342,7 @@ def test_what_cannot_be_taken_over_is_said_and_nothing_is_written(
             ["--migrate", "--documents", "--time-zone", "Asia/Nowhere"],
             "expected a name such as Asia/Shanghai",
         ),
+        (["--migrate", ".", "--documents", "--time-zone", ""], "expected a name such as Asia/Shanghai"),
         (["--migrate", "--once"], "not allowed with"),
     ],
     ids=" ".join,

@@ -88,6 +88,20 @@ def test_keys_and_log_level_change_between_two_executions_in_the_built_file(
     assert OLD_KEY not in daemon.log and NEW_KEY not in daemon.log
 
 
+def test_a_key_that_was_out_is_tried_again_after_a_reload_as_the_log_says(
+    daemon: ProcessDaemon, platform: PlatformServer, api: InfowayServer
+) -> None:
+    """Also the same key, whose plan the operator has renewed."""
+    api.keys = {NEW_KEY}
+    refused = platform.execute(["TSLA.US"])
+    said(daemon, "is out: HTTP 401: Token invalid; mend INFOWAY_API_KEY, then reload or restart\n")
+    assert platform.wait_for(lambda p: p.results_for(refused), PATIENCE)
+    api.keys = {OLD_KEY}
+    daemon.signal(signal.SIGHUP)
+    said(daemon, "settings read anew; changed: none\n")
+    succeeded(platform, platform.execute(["TSLA.US"]))
+
+
 def until_set(api: InfowayServer) -> Callable[[], None]:
     """Hold the API's answers back until what is returned is called."""
     import threading

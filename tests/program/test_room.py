@@ -118,7 +118,7 @@ def test_rejects_and_damaged_files_are_counted_and_discarded_by_the_built_file(
     with stockrt.open_store_file(state) as file:
         stockrt.Rejects(file).add(documents, {d["_id"]: "too large" for d in documents}, "realtime")
     (state / stockrt.JOURNAL_NAME).write_bytes(b"no database at all" * 1000)
-    env = {"STATE_DIRECTORY": str(state), "INFOWAY_API_KEY": "k", "MONGODB_HOST": AWAY}
+    env = {"STATE_DIRECTORY": str(state), "INFOWAY_API_KEY": "k", "INFOWAY_PLAN": "0", "MONGODB_HOST": AWAY}
     for _ in range(2):  # the first one sets the damaged file aside
         told = run_pyz("--status", env=env).stdout
     assert "3 refused by it: see --rejects" in told and "damaged files" in told

@@ -219,7 +219,8 @@ def test_a_damaged_file_is_set_aside_and_rescued(
     assert rows in (len(found) - 1, len(found))  # the last one was written before or after
 
 
-def test_a_long_rescue_gives_signs_of_life(tmp_path: Path) -> None:
+def test_a_long_rescue_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stockrt, "RESCUED_AT_ONCE", 500)
     many = 2 * stockrt.RESCUED_AT_ONCE + 100
     spoiled(tmp_path, lambda path: overwrite(path, 0, 100), many)
     heard = Heard()
@@ -726,8 +727,9 @@ def test_a_daemon_whose_journal_is_damaged_ends_and_its_next_start_rescues(
         assert re.search(r"^stockrt: the local file \S+executions\.db is damaged", daemon.log, re.M)
         (refusal,) = platform.results_for("e1")
         assert refusal.status == "failure" and "executions.db is damaged" in refusal.data["message"]
+        dials = len(platform.dials)  # the platform may not have noticed the end of the first connection
         daemon.start()
-        assert platform.wait_for(lambda s: s.connected, PATIENCE)
+        assert platform.wait_for(lambda s: s.connected and len(s.dials) > dials, PATIENCE)
         platform.execute(["AAPL.US"], execution_id="e2")
         assert platform.wait_for(lambda s: s.results_for("e2"), PATIENCE)
     set_aside(state)

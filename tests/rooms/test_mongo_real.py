@@ -234,6 +234,18 @@ def cheap_only(place: Place) -> None:
         collection.database.create_collection(collection.name, validator={"$jsonSchema": schema})
 
 
+def test_a_validator_that_takes_nothing_is_not_looked_for_in_the_connection_string(place: Place) -> None:
+    with place.collection() as collection:
+        collection.database.create_collection(
+            collection.name, validator={"$jsonSchema": {"required": ["price"]}}
+        )
+    with (
+        place.opened() as store,
+        pytest.raises(StoreError, match=r"validation; see the validators of realtime and close$"),
+    ):
+        store.mongo.check()
+
+
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("known", [True, False], ids=["trades are there", "the collection is empty"])
 def test_a_schema_that_refuses_one_trade_alone_rejects_it(place: Place, known: bool) -> None:
