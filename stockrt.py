@@ -438,6 +438,11 @@ def count_words(count: int, word: str) -> str:
     return f"{count} {word}"
 
 
+def waiting_words(count: int, word: str = "trade") -> str:
+    """Return how many of something wait: `1 trade waits`, `2 trades wait`."""
+    return f"{count_words(count, word)} {'waits' if count == 1 else 'wait'}"
+
+
 # Names that a line of the log holds of many.
 NAMES_SHOWN = 5
 
@@ -1503,7 +1508,8 @@ def load_settings(
     if needs.paths:
         faults += _path_faults(values, environ)
     if faults:
-        raise SettingsError(faults)
+        # a misspelled name, or a file that was left out, is why a setting is missing
+        raise SettingsError(faults + warnings)
     values.setdefault("module_description", "")
     color = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
     settings = Settings(**values, color=color, old_secrets=old_secrets)
@@ -1584,13 +1590,13 @@ def _path_faults(values: Mapping[str, Any], environ: Mapping[str, str]) -> list[
     tried.append(("SSLKEYLOGFILE", keys, os.W_OK))
     faults = []
     for name, place, mode in tried:
-        why = place and _fault_of_place(place, mode)
+        why = place and fault_of_place(place, mode)
         if why:
             faults.append(f"{name}: {place.removesuffix('/.') or '/'} cannot be used: {why}")
     return faults
 
 
-def _fault_of_place(place: str, mode: int) -> str:
+def fault_of_place(place: str, mode: int) -> str:
     """Return why a file or a directory cannot be used so, '' if it can."""
     try:
         os.stat(place)
@@ -2686,6 +2692,9 @@ class Events:
 
     def keys_used(self, keys: Sequence[KeyStats]) -> None:
         """A run is over that may have used these API keys."""
+
+    def keys_out(self, out: int, of: int) -> None:
+        """A run is over, and so many of the API keys are not used again."""
 
     def damaged(self, error: StockrtError) -> None:
         """A local file or the program is: with these words the process has to end, and its next start mends it."""
@@ -5823,6 +5832,9 @@ class Symbol(NamedTuple):
         return self.code if plain[:2] == (self.code, product) else f"{product}:{self.code}"
 
 
+ASKED_IN_VAIN = "it was asked for a moment ago, in vain"
+
+
 def read_symbols(kind: str, envelope: Mapping[str, Any]) -> list[Symbol] | None:
     """Return the entries of a list of some type, None when an answer holds none of that form."""
     data = envelope.get("data")
@@ -5857,7 +5869,7 @@ class Directory:
             if kept.get(kind) == today:
                 continue
             if self._clock.monotonic() < self._not_before.get(kind, -math.inf):
-                why = why or "it was asked for a moment ago, in vain"
+                why = why or ASKED_IN_VAIN
                 continue
             try:
                 found = self._api.symbols(kind, stop)
@@ -5900,7 +5912,7 @@ class Directory:
         guesses = [parse_code(code) for code in unclear.guesses]
         is_name = not unclear.text.isascii()
         why = self.refresh(SYMBOL_TYPES if is_name else self._types_of(guesses), stop)
-        if why:
+        if why and why != ASKED_IN_VAIN:  # which was said then
             log.warning("the symbol lists cannot be had: %s", why)
         exact = self._exactly({unclear.text, *(guess.code for guess in guesses)})
         if len(exact) == 1 and exact[0].code == unclear.text:
@@ -6276,7 +6288,7 @@ class SqliteStore:
             db.execute("CREATE TABLE probe (x)")
             db.execute("ROLLBACK TO probe")
             (trades,) = db.execute("SELECT count(*) FROM realtime").fetchone()
-        return f"{self._file.path} can be written, {trades} trades in it"
+        return f"{self._file.path} can be written, {count_words(trades, 'trade')} in it"
 
 
 def insert_trades(db: sqlite3.Connection, documents: Sequence[Document]) -> WriteReport:
@@ -7828,24 +7840,24 @@ class Delivery:
         try:
             report = self.queue.write(documents)
         except StoreError as error:
-            raise StoreError(f"{self._because(0)}, and {error}") from error
+            raise StoreError(f"{self._because(before)}, and {error}") from error
         finally:
             self._tell()
         self._wake()
         return WriteReport(
             refused=report.refused,
             queued=len(documents) - len(report.refused),
-            queued_because=self._because(before),
+            queued_because=self._because(before - report.duplicates),
         )
 
-    def _because(self, before: int) -> str:
-        """Return why trades are queued; `before` of them wait longer."""
+    def _because(self, others: int) -> str:
+        """Return why trades are queued, before which `others` wait."""
         away = self._away
         if away is None:
-            words = f"{before} others wait for MongoDB before them"
-            if self._is_silent:
-                words = f"MongoDB did not answer within {CATCH_UP_S:.0f} s; {words}"
-            return words
+            words = [f"MongoDB did not answer within {CATCH_UP_S:.0f} s"] if self._is_silent else []
+            if others or not words:
+                words.append(f"{waiting_words(others, 'other')} for MongoDB before them")
+            return "; ".join(words)
         error, since = away
         if error.unreachable:
             return f"MongoDB unreachable since {local_time(since)}"
@@ -8013,8 +8025,8 @@ class Delivery:
         self._tell()
         self.queue.shrink()
         if self.moved or self.rejected:
-            words = "%d kept trades moved to MongoDB in %.1f s, %d refused by it"
-            log.info(words, self.moved, took, self.rejected)
+            words = "%s moved to MongoDB in %.1f s, %d refused by it"
+            log.info(words, count_words(self.moved, "kept trade"), took, self.rejected)
 
     def _fresh_delays(self) -> Iterator[float]:
         return backoff(DELIVERY_FIRST_S, DELIVERY_CAP_S, self._rng)
@@ -8532,6 +8544,7 @@ class Pipeline:
         if self._delivery is not None:
             self._delivery.mongo.start_threads()
         report = collector.run(codes, stop)
+        self._events.keys_out(sum(bool(key.dead) for key in self.keys.keys), len(self.keys.keys))
         if self._settings.metrics_file is not None:  # they cost a question to MongoDB
             self._tell_keys()
         return report
@@ -9114,8 +9127,8 @@ def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> str:
         return f"{answer.fault}; is the platform up, and are SERVER_IP, SERVER_PORT and SERVER_TLS right?"
     if code == "3005":
         return (
-            "it has a module of this name, description and program already (3005), and its hash is not here; "
-            f"put it into {HASH_NAME} in STATE_DIRECTORY, or change MODULE_DESCRIPTION and try again"
+            "it has a module of this name, description and program already (3005), whose hash belongs into "
+            f"{HASH_NAME} in STATE_DIRECTORY; for another module change MODULE_DESCRIPTION and try again"
         )
     if code == "3002":
         return "it found the data invalid (3002); see MODULE_NAME and MODULE_DESCRIPTION"
@@ -10092,6 +10105,10 @@ class Relay(Events):
     def keys_used(self, keys: Sequence[KeyStats]) -> None:
         """Pass it on."""
         self._events.keys_used(keys)
+
+    def keys_out(self, out: int, of: int) -> None:
+        """Pass it on."""
+        self._events.keys_out(out, of)
 
     def damaged(self, error: StockrtError) -> None:
         """Let the daemon end: the next start mends it."""
@@ -11453,6 +11470,10 @@ class Service(Events):
             self.metrics.put("stockrt_api_key_state", KEY_STATES.index(key.state), name)
             self.metrics.put("stockrt_api_key_end_timestamp_seconds", key.ends, name)
 
+    def keys_out(self, out: int, of: int) -> None:
+        """Note how many keys are not used again."""
+        self._keys = count_words(of, "key") + f", {out} out" * (out > 0)
+
     def executed(self, report: Report | None) -> None:
         """Count an execution and what it did."""
         self.metrics.add("stockrt_executions_total", outcome_of(report))
@@ -11705,7 +11726,8 @@ def move_installation(
     if unit is not None and unit.is_hidden():
         unit = None
     if unit is not None:
-        held = {name: read_credential(name, path) for name, path in unit.credentials.items()}
+        found = {name: read_credential(name, path) for name, path in unit.credentials.items()}
+        held = {name: text for name, text in found.items() if text}  # an absent one hides nothing of the file
     taken, lines = plan_settings(old, read_env_file(there) | held, target)
     settings = load_settings({**taken, **environ}, there, unit=unit).settings
     module_hash, line = plan_hash(directory, settings.state_directory)
@@ -11859,7 +11881,8 @@ class Migration:
                 f"--documents {self.source}: no documents in that collection; see MONGODB_DB_NAME"
             )
         if self.source == self.store.realtime_name:
-            log.warning("trades go into the collection of the older documents, and stand there beside them")
+            words = "trades go into the collection of the older documents, and stand there beside them"
+            log.warning("%s; MONGODB_REALTIME_COLLECTION_NAME names another", words)
         self._recall()
         for page in self.store.pages(self.source, self.done.after):
             if stop.is_set():
@@ -12730,6 +12753,9 @@ def _check_origins(loaded: LoadedSettings, is_service_hidden: bool) -> Check:
     return Check("settings", not loaded.hiding, words)
 
 
+NO_DAEMON = "SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon"
+
+
 def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
     settings = loaded.settings
     yield _check_origins(loaded, is_service_hidden)
@@ -12752,10 +12778,15 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
             store = _check_store(store_name(settings), pipeline)
         words = store.words.replace(str(looked_at.state_directory), str(settings.state_directory))
         yield store._replace(words=words)
+    if settings.metrics_file:
+        place = settings.metrics_file.parent
+        why = fault_of_place(f"{place}/.", os.W_OK | os.X_OK)
+        if why:
+            yield Check("METRICS_FILE", False, f"{place} cannot be used: {why}")
     if settings.platform_url():
         yield check_platform(settings)
     else:
-        yield Check("platform", True, "SERVER_IP and SERVER_PORT are not set: standalone")
+        yield Check("platform", True, NO_DAEMON)
 
 
 def _check_state_directory(settings: Settings) -> Check:
@@ -12921,7 +12952,7 @@ def _what_is_wrong(status: StatusReport) -> list[str]:
         wrong.append("no connection to the platform")
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
-        wrong.append(_waiting_words(spool["trades"]))
+        wrong.append(f"{waiting_words(spool['trades'])} for MongoDB")
     if spool is not None and spool["rejects"]:
         wrong.append(f"{count_words(spool['rejects'], 'document')} refused by MongoDB")
     wrong += [f"API key {key['key']} is out" for key in keys if key["state"] == "out"]
@@ -13015,13 +13046,15 @@ def _execution_lines(one: ExecutionFacts) -> str:
     """Return an execution for a person: when, what, how it ended, and a line for each code that failed."""
     words = f"{one['ended_at'] or one['accepted_at']}  {_whole_or_partial(one)}  "
     words += f"{one['execution_id'] or '-'}  {one['workflow_name'] or '-'}"
-    result = one["result"] or {}
+    result, message = one["result"] or {}, one["message"] or ""
     if result:
-        words += f"  {result.get('success_count')} of {result.get('total')} codes stored"
+        stored = f"{result.get('success_count')} of {result.get('total')} codes stored"
+        words += f"  {stored}"
+        message = message.replace(f"; {stored}", "")  # once is enough
     if one["ended_at"] and one["delivered"] is False:
         words += ", to be delivered"
     if one["status"] == "failure":
-        words += f": {one['message']}"
+        words += f": {message}"
     failures = result.get("failures", {})
     return "\n".join([one_line(words, 600), *(f"  {code}: {why}" for code, why in failures.items())])
 
@@ -13034,12 +13067,8 @@ def _daemon_line(daemon: DaemonFacts) -> str:
     return f"running, pid {daemon['pid']}, version {daemon['version']}"
 
 
-def _waiting_words(trades: int) -> str:
-    return f"{count_words(trades, 'trade')} {'waits' if trades == 1 else 'wait'} for MongoDB"
-
-
 def _spool_line(spool: QueueFacts) -> str:
-    line = _waiting_words(spool["trades"])
+    line = f"{waiting_words(spool['trades'])} for MongoDB"
     if spool["trades"]:
         line += f", {spool['bytes'] / 2**20:.1f} MB, the oldest since {spool['oldest']}"
     if spool["refused"]:
@@ -13221,8 +13250,7 @@ def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
         raise SettingsError(["time zones: see above; install the package tzdata, or see PYTHONTZPATH"])
     check = _check_origins(loaded, is_service_hidden)
     if not loaded.settings.platform_url():
-        standalone = "SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon"
-        check = check._replace(words=f"{check.words}; {standalone}")
+        check = check._replace(words=f"{check.words}; {NO_DAEMON}")
     show(_check_line(check))
     return EXIT_OK if check.good else EXIT_FAILED
 

@@ -157,7 +157,7 @@ def test_what_waits_goes_to_the_mongodb_of_the_new_settings_from_the_built_file(
     assert platform.results_for(execution)[0].data["result"]["kept_count"] == 1
     write_settings(tmp_path, **keep, MONGODB_HOST=uri)
     daemon.signal(signal.SIGHUP)
-    said(daemon, "1 kept trades moved to MongoDB")
+    said(daemon, "1 kept trade moved to MongoDB")
     assert mongo_server.client()[name]["realtime"].count_documents({}) == 1
 
 

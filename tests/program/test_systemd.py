@@ -508,6 +508,10 @@ def test_reload_reads_env_file_and_credentials_anew_under_systemd(running: Insta
         assert running.api.asked("batch_trade")[-1].key == new_key
         assert (running.state, running.show("MainPID")) == ("active", pid)
         assert not box.run("ls", "-A", "/run/stockrt").stdout
+        box.write(env_file, good + "LOG_LEVEL=debug\n", 0o600)
+        running.ctl("reload")  # with a key that the API refuses
+        assert running.result(running.execute())["status"] == "failure"
+        running.wait(lambda i: "· 1 key, 1 out ·" in i.show("StatusText"))
     finally:
         box.write(env_file, good, 0o600)
         box.write(credential, API_KEY + "\n", 0o600)

@@ -363,7 +363,7 @@ def test_time_of_a_delivery_is_not_that_of_the_absence_and_its_trades_are_those_
     assert kept == 12
     assert until(lambda: time.monotonic() > began + 4)  # the absence is to be longer than a delivery
     mongo_proxy.up()
-    moved = re.compile(r"(\d+) kept trades moved to MongoDB in ([\d.]+) s, 0 refused")
+    moved = re.compile(r"(\d+) kept trades? moved to MongoDB in ([\d.]+) s, 0 refused")
     assert until(lambda: moved.search(world.daemon.log))
     away = time.monotonic() - began
     counts = [(int(found[1]), float(found[2])) for found in moved.finditer(world.daemon.log)]
@@ -488,22 +488,31 @@ def test_platform_that_is_away_is_named_once_in_a_line(world: World) -> None:
     assert line.count("127.0.0.1:") == 1 and line.endswith("cannot connect: connection refused; trying again")
 
 
+def test_check_looks_at_the_directory_of_the_metrics(run_pyz: RunPyz, infoway: InfowayServer) -> None:
+    done = run_pyz("--check", env=api_env(infoway, METRICS_FILE="/nowhere/stockrt.prom"))
+    assert done.returncode == 1
+    assert "FAIL  METRICS_FILE: /nowhere cannot be used: No such file or directory\n" in done.stdout
+
+
 def test_check_says_that_no_platform_is_set(run_pyz: RunPyz, infoway: InfowayServer) -> None:
     done = run_pyz("--check", env=api_env(infoway))
     assert done.returncode == 0
-    assert "ok    platform: SERVER_IP and SERVER_PORT are not set: standalone\n" in done.stdout
+    assert (
+        "ok    platform: SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon\n"
+        in done.stdout
+    )
 
 
 def test_once_while_mongodb_is_away_shows_what_is_kept_and_says_so_though_older_trades_wait(
     run_pyz: RunPyz, infoway: InfowayServer
 ) -> None:
     env = api_env(infoway, MONGODB_HOST=f"mongodb://127.0.0.1:{nobody_listens()}/?timeoutMS=1000")
-    run_pyz("--once", "--codes", "TSLA.US", env=env)
+    run_pyz("--once", "--codes", "TSLA.US", "NVDA.US", env=env)
     env["MONGODB_HOST"] = env["MONGODB_HOST"].partition("?")[0]  # its own limit is 20 s
-    done = run_pyz("--once", "--codes", "AAPL.US", "700.HK", env=env)
+    done = run_pyz("--once", "--codes", "AAPL.US", "700.HK", "TSLA.US", env=env)
     assert done.returncode == 1
-    assert [row[0] for row in cells(done.stdout)] == ["CODE", "AAPL.US", "00700.HK"]
-    assert "2 trades kept on this machine, MongoDB did not answer within 5 s; 1 others wait" in done.stderr
+    assert [row[0] for row in cells(done.stdout)] == ["CODE", "AAPL.US", "00700.HK", "TSLA.US"]
+    assert "3 trades kept on this machine, MongoDB did not answer within 5 s; 1 other waits" in done.stderr
     env["MONGODB_HOST"] += "?timeoutMS=500"
     lines = run_pyz("--once", "--json", "--codes", "AAPL.US", env=env).stdout.splitlines()
     assert [json.loads(line)["s"] for line in lines] == ["AAPL.US"]

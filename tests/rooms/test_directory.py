@@ -187,6 +187,19 @@ def test_what_stays_unclear_proposes_what_exists(world: World, typed: str, propo
     assert proposed in str(caught.value)
 
 
+def test_that_the_lists_cannot_be_had_is_said_once_for_many_codes(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.server.script = lambda _: REFUSALS["502_html"]
+    for typed in ("AAPL", "MSFT", "茅台"):
+        assert world.find(typed) is None
+    (said,) = [record.getMessage() for record in caplog.records if "lists cannot be had" in record.message]
+    assert "502" in said
+    world.clock.advance(PLAN_RETRY_S)
+    world.find("AAPL")
+    assert len([record for record in caplog.records if "lists cannot be had" in record.message]) == 2
+
+
 def test_two_that_are_called_alike_are_both_proposed(world: World) -> None:
     world.server.symbols["STOCK_US"].append(
         {"symbol": "ES.US", "name_cn": "永源能源", "name_hk": "", "name_en": "", "index": False}

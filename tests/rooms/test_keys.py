@@ -134,7 +134,7 @@ def test_a_dead_key_is_out_for_good_and_this_is_said_once(
         pool.retire(pool.keys[0], words)
     (record,) = caplog.records
     assert record.levelname == "ERROR"
-    assert f"aaa…111 is out: {reason}" in record.getMessage()
+    assert f"aaa…111 is out: {reason}; mend INFOWAY_API_KEY, then reload or restart" in record.getMessage()
     assert FIRST not in record.getMessage()
     clock.advance(10 * 86400)
     assert {try_key(pool, product) for product in ("stock", "crypto") for _ in range(5)} == {OTHER}

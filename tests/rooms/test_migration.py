@@ -23,6 +23,7 @@ from stockrt import (
     UsageError,
     env_line,
     first_stored,
+    move_installation,
     old_settings,
     plan_hash,
     plan_settings,
@@ -52,6 +53,24 @@ def test_what_is_set_stays_under_whichever_of_its_names(name: str) -> None:
     taken, lines = plan_settings({"MONGODB_COLLECTION_NAME": "quotes"}, {name: "mine"}, TARGET)
     assert taken == {}
     assert lines == ["kept      MONGODB_REALTIME_COLLECTION_NAME: it is set already; the older one differs"]
+
+
+def test_a_credential_that_is_not_there_hides_nothing_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key of the env file stays the service's: an older one below it would be stronger."""
+    target, older, absent = tmp_path / "stockrt.env", tmp_path / "older", tmp_path / "infoway_api_key"
+    target.write_text("INFOWAY_API_KEY=key-of-today\n")
+    (older / "config").mkdir(parents=True)
+    (older / "config/.env").write_text("INFOWAY_API_KEY=older-key\n")
+    unit = tmp_path / "stockrt.service"
+    unit.write_text(f"[Service]\nEnvironmentFile={target}\nLoadCredential=infoway_api_key:{absent}\n")
+    monkeypatch.setattr(stockrt, "UNIT_PLACES", [unit])
+    monkeypatch.setenv("PATH", str(tmp_path))  # no systemctl: the file itself is read
+    _, settings, lines = move_installation(older, target, {}, dry=False)
+    assert "kept      INFOWAY_API_KEY: it is set already; the older one differs" in lines
+    assert target.read_text() == "INFOWAY_API_KEY=key-of-today\n"
+    assert settings.api_keys == ("key-of-today",)
 
 
 def test_a_setting_that_is_the_same_here_is_not_said_to_differ() -> None:

@@ -488,6 +488,13 @@ def test_metrics_are_in_the_textfile_format() -> None:
     assert 'stockrt_api_latency_seconds_bucket{le="+Inf"} 2' in lines
 
 
+def test_the_status_line_counts_the_keys_that_are_out(tmp_path: Path) -> None:
+    service = Service(settings(tmp_path, INFOWAY_API_KEY="first-key-here,other-key-here"), Notifier())
+    for out, words in ((0, "· 2 keys ·"), (1, "· 2 keys, 1 out ·"), (0, "· 2 keys ·")):
+        service.keys_out(out, 2)
+        assert words in service.status(0)[0]
+
+
 def test_each_key_has_its_metrics(tmp_path: Path) -> None:
     """By the first characters of its digest, never by the key."""
     service = Service(settings(tmp_path, INFOWAY_API_KEY="first-key-here,other-key-here"), Notifier())

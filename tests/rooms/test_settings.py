@@ -418,6 +418,16 @@ def test_a_misspelled_name_in_the_file_is_warned_of_with_the_nearest(
     assert SECRET not in warning
 
 
+def test_a_misspelled_name_is_said_with_the_faults_that_follow_from_it(write: WriteFile) -> None:
+    """What is missing is missing because of it."""
+    file = write("INFOWAY_APIKEY=x\n")
+    with pytest.raises(SettingsError) as caught:
+        stockrt.load_settings({}, file, (), is_root=False, needs=stockrt.Needs(key=True))
+    missing, misspelled = caught.value.faults
+    assert missing.startswith("INFOWAY_API_KEY is not set")
+    assert "INFOWAY_APIKEY is no setting" in misspelled and "did you mean INFOWAY_API_KEY?" in misspelled
+
+
 def test_names_of_others_are_no_concern_of_ours(write: WriteFile) -> None:
     """Only our prefixes, only in the file."""
     file = write("PATH=/bin\nCOMPOSE_PROJECT_NAME=x\nMYSERVER_IP=x\n")
