@@ -528,7 +528,7 @@ run_tests() {
     wait "$types"
     unset PYTHONDONTWRITEBYTECODE
     PYTHONPYCACHEPREFIX=$build/pycache STOCKRT_TESTS=$form "$bin/python" -m pytest \
-        -n "$((7 * $(nproc) / 2))" --durations 10 tests "${arguments[@]}"
+        -n "$((4 * $(nproc)))" --durations 10 tests "${arguments[@]}"
 }
 
 # The bench starts servers of the tests; what it measures is the file that users get.

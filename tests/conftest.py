@@ -37,7 +37,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.pop("PYTHONPYCACHEPREFIX", None)
 
 # A busy machine is slow, not wrong.
-hypothesis.settings.register_profile("stockrt", deadline=None, max_examples=number(100, 1000, quick=30))
+hypothesis.settings.register_profile("stockrt", deadline=None, max_examples=number(100, 1000, quick=20))
 hypothesis.settings.load_profile("stockrt")
 
 

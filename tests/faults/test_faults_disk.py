@@ -104,7 +104,14 @@ def inner_pages_overwritten(path: Path, rng: random.Random) -> set[int]:
     return touched
 
 
-DAMAGES = (overwritten, cut_short, beginning_overwritten, inner_pages_overwritten)
+DAMAGES = (
+    overwritten,
+    pytest.param(cut_short, marks=pytest.mark.long),
+    pytest.param(
+        beginning_overwritten, marks=pytest.mark.long
+    ),  # of a header test_local_file tries every byte
+    inner_pages_overwritten,
+)
 
 
 @pytest.fixture
@@ -364,7 +371,7 @@ def _said(world: World, executions: list[str]) -> bool:
     return answered or "cannot be kept" in world.daemon.log
 
 
-@pytest.mark.parametrize("end", ["killed", "stopped"])
+@pytest.mark.parametrize("end", ["killed", pytest.param("stopped", marks=pytest.mark.long)])
 def test_a_start_on_a_full_disk_loses_nothing_and_answers(
     tiny_disk: TinyDisk, make_world: MakeWorld, mongo_proxy: MongoProxy, run_pyz: RunPyz, end: str
 ) -> None:

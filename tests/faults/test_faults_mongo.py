@@ -55,7 +55,11 @@ def _flapping(server: MongoServer, over: threading.Event) -> None:
         over.wait(FLAP_S)
 
 
-@pytest.mark.parametrize("outage", [_down, _hanging, _flapping], ids=["down", "hanging", "flapping"])
+@pytest.mark.parametrize(
+    "outage",
+    [_down, _hanging, pytest.param(_flapping, marks=pytest.mark.long)],
+    ids=["down", "hanging", "flapping"],
+)
 def test_an_outage_costs_no_trade_little_memory_and_is_made_up_for_fast(
     outage: Callable[[MongoServer, threading.Event], None], mongo_server: MongoServer, make_world: MakeWorld
 ) -> None:

@@ -358,6 +358,7 @@ def test_wheels_come_by_the_proxy(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long  # that what is set for pip holds for the build is tried by the mirrors
 def test_a_folder_of_wheels_is_enough(tmp_path: Path) -> None:
     """Without any network: pip's no-index and find-links, and the same bytes as from an index."""
     wheels = [str(tmp_path / "wheels"), "-r", str(ROOT / "requirements.txt")]

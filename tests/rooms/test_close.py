@@ -665,7 +665,7 @@ def session_of_trade(trade: Trade) -> stockrt.Session:
 
 
 @settings(
-    max_examples=examples(100, 1000, quick=40),
+    max_examples=examples(100, 1000, quick=20),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -734,7 +734,7 @@ def rank(close: Close) -> tuple[Any, ...]:
 
 
 @settings(
-    max_examples=examples(80, 800, quick=30),
+    max_examples=examples(80, 800, quick=20),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

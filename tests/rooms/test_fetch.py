@@ -660,7 +660,7 @@ def asked(scripted: InfowayServer) -> Callable[[Answer], Any]:
     return ask
 
 
-@settings(max_examples=number(150, 1500, quick=40), deadline=None)
+@settings(max_examples=number(150, 1500, quick=20), deadline=None)
 @given(value=envelopes, status=st.sampled_from([200, 200, 200, 400, 404, 429, 500, 503]))
 def test_random_json(asked: Callable[[Answer], Any], value: Any, status: int) -> None:
     outcome = asked(Answer.json(value, status))
@@ -681,7 +681,7 @@ def test_random_json(asked: Callable[[Answer], Any], value: Any, status: int) ->
             )
 
 
-@settings(max_examples=number(150, 1500, quick=40), deadline=None)
+@settings(max_examples=number(150, 1500, quick=20), deadline=None)
 @given(junk=st.lists(json_values | spoilt_records, max_size=5), place=st.integers(0, 5))
 def test_random_records_cost_the_good_ones_nothing(
     asked: Callable[[Answer], Any], junk: list[Any], place: int

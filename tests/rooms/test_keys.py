@@ -787,7 +787,7 @@ class PacedLedger(stockrt.NoLedger):
         self.stored.update(pace.stored())
 
 
-@settings(max_examples=examples(150, 1500, quick=40), deadline=None)
+@settings(max_examples=examples(150, 1500, quick=20), deadline=None)
 @given(
     st.sampled_from([FREE, PLANS["basic"], PLANS["premium"], PLANS["pro"], Plan("0.2", 0.2, 12)]),
     st.lists(
