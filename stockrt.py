@@ -1472,37 +1472,17 @@ def load_settings(
         origins, files, warnings = _caller_origins(environ, env_file, places)
     else:
         origins, files, warnings = _service_origins(environ, unit, places)
-    others = {where: found for where, found in origins.items() if where != "environment"}
     for path in files:
         warnings += [_misspelled(name, str(path)) for name in origins[str(path)] if _is_unknown(name)]
     if is_service(environ):
         warnings += [_misspelled(name, "environment") for name in environ if _is_unknown(name)]
-    values: dict[str, Any] = dict(_WHEN_UNSET)
-    faults = [fault for path in files for fault in broken_lines(path)]
     warnings += [warning for path in files for warning in inline_comments(path)]
-    used, unset = set(), set()
-    hiding = []
-    for setting in SETTINGS:
-        where, name, text = _look_up(setting, origins)
-        if text:
-            used.add(where)
-        else:
-            unset.add(setting.name)
-        is_hiding = where == "environment" and text != _look_up(setting, others)[2]
-        if unit is not None and is_hiding and setting.name != "LOG_LEVEL":
-            hiding.append(name)
-        if not text and not setting.default:
-            continue
-        try:
-            values[setting.attribute] = setting.parse(text or setting.default)
-        except ValueError:
-            shown = shown_value(setting, text)
-            if where == "environment" and is_service(environ):
-                where = f"environment, which {UNIT} sets"
-            faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
-    if "MONGODB_DB_NAME" in unset and uri_database(values.get("mongodb_uri", "")):
+    read = _read_values(environ, origins, unit)
+    values = read.values
+    faults = [fault for path in files for fault in broken_lines(path)] + read.faults
+    if "MONGODB_DB_NAME" in read.unset and uri_database(values.get("mongodb_uri", "")):
         faults += _take_database(values)
-    faults += _contradictions(values) + _missing(unset, needs)
+    faults += _contradictions(values) + _missing(read.unset, needs)
     is_root = os.geteuid() == 0 if is_root is None else is_root
     values.setdefault("state_directory", default_state_directory(environ, is_root))
     if needs.paths:
@@ -1514,14 +1494,51 @@ def load_settings(
     color = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
     settings = Settings(**values, color=color, old_secrets=old_secrets)
     HIDDEN.secrets = settings.secrets()
-    if hiding:
-        names = ", ".join(hiding)
+    if read.hiding:
+        names = ", ".join(read.hiding)
         warnings.append(
             f"{names}: the environment's is used here; {UNIT} does not see it and has another, or none"
         )
     source = files[-1] if files else None
-    words = ", ".join([*filter(used.__contains__, origins), "defaults"])
-    return LoadedSettings(settings, source, tuple(warnings), words, tuple(hiding))
+    words = ", ".join([*filter(read.used.__contains__, origins), "defaults"])
+    return LoadedSettings(settings, source, tuple(warnings), words, tuple(read.hiding))
+
+
+class _Read(NamedTuple):
+    """What was read: values by attribute, faults, origins in use, settings without a text, and what a unit lacks."""
+
+    values: dict[str, Any]
+    faults: list[str]
+    used: set[str]
+    unset: set[str]
+    hiding: list[str]
+
+
+def _read_values(
+    environ: Mapping[str, str], origins: Mapping[str, Mapping[str, str]], unit: Unit | None
+) -> _Read:
+    """Look every setting up and parse it; with `unit` note what the environment alone has, or has otherwise."""
+    read = _Read(dict(_WHEN_UNSET), [], set(), set(), [])
+    others = {where: found for where, found in origins.items() if where != "environment"}
+    for setting in SETTINGS:
+        where, name, text = _look_up(setting, origins)
+        if text:
+            read.used.add(where)
+        else:
+            read.unset.add(setting.name)
+        is_hiding = where == "environment" and text != _look_up(setting, others)[2]
+        if unit is not None and is_hiding and setting.name != "LOG_LEVEL":
+            read.hiding.append(name)
+        if not text and not setting.default:
+            continue
+        try:
+            read.values[setting.attribute] = setting.parse(text or setting.default)
+        except ValueError:
+            shown = shown_value(setting, text)
+            if where == "environment" and is_service(environ):
+                where = f"environment, which {UNIT} sets"
+            read.faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
+    return read
 
 
 def _caller_origins(
@@ -12267,6 +12284,14 @@ class _Redacting(logging.Formatter):
         return f"{local_time(datetime.fromtimestamp(record.created, UTC))} {text}"
 
 
+@contextlib.contextmanager
+def bar_aside() -> Iterator[None]:
+    """Take a bar away while something is printed."""
+    tqdm = sys.modules.get("tqdm")
+    with tqdm.tqdm.external_write_mode() if tqdm else contextlib.nullcontext():
+        yield
+
+
 class _BesideBar(logging.StreamHandler[Any]):
     def emit(self, record: logging.LogRecord) -> None:
         with bar_aside():
@@ -12284,6 +12309,26 @@ def start_logging(settings: Settings) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     log.setLevel(settings.log_level.upper())
+
+
+def say(text: str, level: int = logging.INFO) -> None:
+    """Write a message to stderr, for the person at the terminal or for the journal."""
+    text = local_times(text)
+    if isinstance(sys.stderr, JournalStream):
+        text = for_journal(text, level)
+    with contextlib.suppress(OSError), bar_aside():  # nobody reads it: nothing else can be done
+        print(text, file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print what was asked for to stdout. Raises PrintError."""
+    try:
+        with bar_aside():
+            print(text, flush=True)
+    except BrokenPipeError:
+        raise PrintError from None
+    except OSError as error:
+        raise PrintError(f"cannot print: {error.strerror or error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -12563,14 +12608,6 @@ class Terminal(Events):
                 self._draw()
 
 
-@contextlib.contextmanager
-def bar_aside() -> Iterator[None]:
-    """Take a bar away while something is printed."""
-    tqdm = sys.modules.get("tqdm")
-    with tqdm.tqdm.external_write_mode() if tqdm else contextlib.nullcontext():
-        yield
-
-
 class _Run(threading.Thread):
     """A run on a thread of its own, so that the main thread stays free for signals."""
 
@@ -12599,26 +12636,6 @@ class _Run(threading.Thread):
         if self.error is not None:
             raise self.error
         return not self.is_alive()
-
-
-def say(text: str, level: int = logging.INFO) -> None:
-    """Write a message to stderr, for the person at the terminal or for the journal."""
-    text = local_times(text)
-    if isinstance(sys.stderr, JournalStream):
-        text = for_journal(text, level)
-    with contextlib.suppress(OSError), bar_aside():  # nobody reads it: nothing else can be done
-        print(text, file=sys.stderr, flush=True)
-
-
-def show(text: str) -> None:
-    """Print what was asked for to stdout. Raises PrintError."""
-    try:
-        with bar_aside():
-            print(text, flush=True)
-    except BrokenPipeError:
-        raise PrintError from None
-    except OSError as error:
-        raise PrintError(f"cannot print: {error.strerror or error}") from None
 
 
 def run_once(options: Options, settings: Settings) -> int:

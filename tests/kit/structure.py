@@ -18,6 +18,8 @@ from pathlib import Path
 
 PROGRAM = Path(__file__).resolve().parents[2] / "stockrt.py"
 BANNER = re.compile(r"^# ={20,}\n# (.+)\n# ={20,}$", re.MULTILINE)
+# The parts of a room as well.
+ANY_BANNER = re.compile(r"^# [=-]{20,}\n# (.+)\n# [=-]{20,}$", re.MULTILINE)
 # What a run is put together from; the one room that makes them is Run.
 PARTS = {
     "MongoStore",
@@ -40,16 +42,17 @@ class Use:
     name: str
     of: str
     line: int
+    is_upward: bool = False  # of a later one
 
 
 class Structure:
     """One module, measured."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, banner: re.Pattern[str] = BANNER) -> None:
         self.text = text
         self.lines = text.count("\n")
         self.tree = ast.parse(text)
-        found = [(text.count("\n", 0, m.start()) + 1, m[1]) for m in BANNER.finditer(text)]
+        found = [(text.count("\n", 0, m.start()) + 1, m[1]) for m in banner.finditer(text)]
         self.starts = [line for line, _ in found]
         self.rooms = [title for _, title in found]
         self.homes = {name: self.room_at(line) for name, line in self._definitions()}
@@ -73,7 +76,7 @@ class Structure:
 
     def upward_uses(self) -> list[Use]:
         """Return where a room uses a name of a later one, annotations included."""
-        return [use for use in self._uses() if self.rooms.index(use.of) > self.rooms.index(use.room)]
+        return [use for use in self._uses() if use.is_upward]
 
     def private_uses(self) -> list[Use]:
         """Return where a room uses a `_name` of another."""
@@ -140,7 +143,7 @@ class Structure:
             room, home = self.room_at(node.lineno), self.homes[node.id]
             if room >= 0 and home >= 0 and room != home and (room, node.id) not in seen:
                 seen.add((room, node.id))
-                yield Use(self.rooms[room], node.id, self.rooms[home], node.lineno)
+                yield Use(self.rooms[room], node.id, self.rooms[home], node.lineno, home > room)
 
 
 def _names_of(node: ast.stmt) -> Iterator[str]:

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from kit.structure import PROGRAM, Structure
+from kit.structure import ANY_BANNER, PROGRAM, Structure
 
 # A ratchet: what is added has to be worth its lines. 6,300 is where this should come to without new promises.
-MOST_LINES = 13_468
+MOST_LINES = 13_490
 MOST_CALLABLES = 15
 # What nothing in the module calls: methods of io and logging that a stream and a handler of ours answer.
 CALLED_FROM_OUTSIDE = ["writable", "emit"]
@@ -37,6 +37,10 @@ def test_parts_are_tied_by_plain_calls_and_values(module: Structure) -> None:
 
 def test_a_room_calls_only_rooms_above_it(module: Structure) -> None:
     assert module.upward_uses() == []
+
+
+def test_a_part_of_a_room_calls_only_parts_above_it(module: Structure) -> None:
+    assert Structure(module.text, ANY_BANNER).upward_uses() == []
 
 
 def test_a_name_with_an_underscore_is_its_rooms_alone(module: Structure) -> None:
