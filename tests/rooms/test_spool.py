@@ -484,14 +484,16 @@ def test_a_poison_document_is_put_aside_whatever_else_the_user_may_write(
     assert place.documents() == by_id([d for d in documents if d["_id"] != poison])
 
 
-@pytest.mark.parametrize("there", [0, 1])
+@pytest.mark.parametrize(("written", "there"), [(0, 0), (1, 0), (1, 1)], ids=["none", "emptied", "one"])
 def test_what_is_written_to_see_whether_mongodb_takes_anything_never_stays(
-    place: Place, mongo_proxy: MongoProxy, there: int
+    place: Place, mongo_proxy: MongoProxy, written: int, there: int
 ) -> None:
     """Each insert is applied, and its answer is that the server has stepped down."""
     documents = make_documents(3)
     with place.opened(MONGODB_HOST=quick(mongo_proxy.uri)) as store:
-        store.mongo.write(documents[:there])
+        store.mongo.write(documents[:written])
+        if not there:
+            store.mongo.collection().delete_many({})
         mongo_proxy.on_insert = lambda _: Afterwards(STEPPED_DOWN)
         assert not store.mongo.takes_another("realtime")
         mongo_proxy.on_insert = lambda _: None
