@@ -466,7 +466,9 @@ def disk_trouble(what: str, setting: str = "STATE_DIRECTORY") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"{what}: {error.strerror or error}; see {setting}") from error
+        # the place is not at fault where this process may open nothing more
+        why = lack_words(error) or f"{error.strerror or error}; see {setting}"
+        raise StoreError(f"{what}: {why}") from error
 
 
 def write_whole(

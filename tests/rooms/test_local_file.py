@@ -955,3 +955,11 @@ def test_closes_of_an_older_format_are_rescued(tmp_path: Path) -> None:
     beside(path, ".damaged").write_text("a test says so")
     with open_store_file(tmp_path) as file:
         assert file.read_all("SELECT stock_code, p FROM close") == [("TSLA.US", "9.5")]
+
+
+@pytest.mark.parametrize(
+    ("number", "setting"), [(errno.EMFILE, "LimitNOFILE"), (errno.EACCES, "STATE_DIRECTORY")]
+)
+def test_a_file_that_cannot_be_opened_names_what_has_to_change(number: int, setting: str) -> None:
+    with pytest.raises(StoreError, match=setting), stockrt.disk_trouble("the lock a cannot be opened"):
+        raise OSError(number, os.strerror(number))
