@@ -2761,6 +2761,30 @@ class KeyStats(NamedTuple):
     ends: float
 
 
+class CollectStats(NamedTuple):
+    """What collecting without pause does now; the counts are since the start of the process.
+
+    `connections` of `connections_wanted` stand; `codes`: subscribed; `polled`: asked for over REST instead, as the
+    key's plan allows no more; `per_second`: trades of the last seconds; `delay_p50_ms`, `delay_p99_ms`: from a
+    trade's arrival until it is durable (NaN where none came lately); `gaps_today`: of this UTC day.
+    """
+
+    connections: int = 0
+    connections_wanted: int = 0
+    codes: int = 0
+    polled: int = 0
+    per_second: float = 0.0
+    delay_p50_ms: float = math.nan
+    delay_p99_ms: float = math.nan
+    gaps_today: int = 0
+    trades: int = 0
+    stored: int = 0
+    duplicates: int = 0
+    dropped: int = 0  # what was pushed and not asked for, or was no trade
+    missed_beats: int = 0
+    trouble: str = ""
+
+
 class Events:
     """What a run and the daemon tell of themselves; this one does not listen. Never raises, whatever the thread."""
 
@@ -2794,6 +2818,9 @@ class Events:
 
     def keys_out(self, out: int, of: int) -> None:
         """A run is over, and so many of the API keys are not used again."""
+
+    def collecting(self, stats: CollectStats) -> None:
+        """Collecting without pause goes on; told about once a second while something comes, else more seldom."""
 
     def damaged(self, error: StockrtError) -> None:
         """A local file or the program is: with these words the process has to end, and its next start mends it."""
