@@ -94,10 +94,7 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path, caplog: pytest.Log
     before = watched.list.codes()
     watched.clock.advance(LOOK_EVERY_S)
     assert watched.list.codes() is before
-    assert said(caplog, logging.INFO) == [
-        "COLLECT_CODES: 3 codes",
-        "COLLECT_CODES: 2 codes; 1 new, 2 gone",
-    ]
+    assert said(caplog, logging.INFO) == ["COLLECT_CODES: 2 codes, 1 new, 2 gone"]
 
 
 def test_who_asks_for_it_sees_a_change_at_once(tmp_path: Path) -> None:
@@ -322,7 +319,7 @@ def test_shares_are_the_same_at_every_instance_and_version() -> None:
 def test_a_share_without_a_code_is_said(caplog: pytest.LogCaptureFixture) -> None:
     shares = [f"{number}/2" for number in (1, 2) if share_of("AAPL.US", 2) != number]
     assert Watched(settings_of("AAPL.US", COLLECT_SHARE=shares[0])).codes() == []
-    assert said(caplog) == [f"COLLECT_CODES: 0 codes of 1, the share {shares[0]}"]
+    assert said(caplog) == [f"COLLECT_CODES: none of 1 code is in the share {shares[0]}"]
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -590,8 +587,9 @@ def watching(infoway: InfowayServer, tmp_path: Path, file: Path) -> Iterator[Ope
 
 
 def test_a_poller_polls_at_every_beat_and_tells_what_it_did(
-    watching: Opened, infoway: InfowayServer, file: Path
+    watching: Opened, infoway: InfowayServer, file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     file.write_text("AAPL.US 600519 GONE.US")
     infoway.unknown = {"GONE.US"}
     with Polling(watching, 0.05) as polling:
@@ -603,6 +601,9 @@ def test_a_poller_polls_at_every_beat_and_tells_what_it_did(
         infoway.bump()
         assert until(lambda: polling.poller.stats().stored == 4)
     assert (second.trouble, second.connections_wanted, second.codes) == ("", 0, 0)
+    assert [line for line in said(caplog, logging.INFO) if "every" in line and "polled" in line] == [
+        "3 codes polled every 0.05 s"
+    ]
 
 
 def test_codes_that_fail_are_said_once_and_not_at_each_beat(
