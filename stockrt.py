@@ -9054,7 +9054,6 @@ class WatchList:
             is_now = (found.st_mtime_ns, found.st_size, found.st_ino)
             if self._codes is not None and is_now == self._file_was:
                 return None
-            self._file_was = None
             with path.open(encoding="utf-8-sig") as lines:
                 codes = list(codes_in(lines))
         except (OSError, UnicodeDecodeError) as error:

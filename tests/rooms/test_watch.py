@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
@@ -469,7 +470,7 @@ def test_a_poll_goes_on_beside_a_run(opened: Opened, infoway: InfowayServer) -> 
     assert opened.heard.turns == before
 
 
-def test_polls_take_turns_and_one_that_waits_can_be_stopped(opened: Opened, infoway: InfowayServer) -> None:
+def test_a_poll_that_waits_for_its_turn_can_be_stopped(opened: Opened, infoway: InfowayServer) -> None:
     hold = Hold(infoway, "HELD.US")
     first = opened.start(opened.pipeline.poll, "HELD.US")
     assert hold.reached.wait(PATIENCE)
@@ -480,6 +481,16 @@ def test_polls_take_turns_and_one_that_waits_can_be_stopped(opened: Opened, info
     hold.release()
     first.join(PATIENCE)
     assert opened.pipeline.poll(["AAPL.US"], opened.stop).stored == 1
+
+
+def test_no_two_polls_ask_at_the_same_time(opened: Opened, infoway: InfowayServer) -> None:
+    infoway.latency = 0.03
+    for number in range(4):
+        opened.start(opened.pipeline.poll, f"Q{number}X.US")
+    for thread in opened.threads:
+        thread.join(PATIENCE)
+    assert sum(report.stored for report in opened.reports) == 4
+    assert infoway.peak_in_flight == 1
 
 
 def test_a_poll_and_a_run_keep_the_limits_of_a_key_together(tmp_path: Path) -> None:
@@ -661,6 +672,26 @@ def test_missed_beats_are_counted_and_said_once_and_polls_never_overlap(
     (line,) = [line for line in said(caplog) if "skipped" in line]
     assert line.startswith("collecting: a poll took 0.")
     assert "longer than COLLECT_EVERY=0.05 allows; beats are skipped, never two polls at once" in line
+
+
+def test_beats_that_are_missed_now_and_then_are_said_once_until_none_was_for_a_while(
+    watching: Opened,
+    infoway: InfowayServer,
+    file: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.INFO)
+    file.write_text("AAPL.US")
+    every_other = itertools.cycle([0.08, 0.0])
+    infoway.latency = lambda _: next(every_other)
+    monkeypatch.setattr(stockrt, "TROUBLE_AGAIN_S", 0.2)
+    with Polling(watching, 0.05) as polling:
+        polling.told(8)
+        assert [line for line in said(caplog, logging.INFO) if "well again" in line] == []
+        infoway.latency = 0.0
+        assert until(lambda: any("collecting: well again" in line for line in said(caplog, logging.INFO)))
+    assert len([line for line in said(caplog) if "skipped" in line]) == 1
 
 
 def test_a_poll_that_hangs_is_cut_when_it_leaves(
