@@ -13375,8 +13375,6 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
             store = _check_store(store_name(settings), pipeline)
         words = store.words.replace(str(looked_at.state_directory), str(settings.state_directory))
         yield store._replace(words=words)
-        if pipeline is not None and settings.collect_codes:
-            yield _check_codes(settings, pipeline)
     if settings.metrics_file:
         place = settings.metrics_file.parent
         why = fault_of_place(f"{place}/.", os.W_OK | os.X_OK)
@@ -13414,17 +13412,6 @@ def _check_store(name: str, pipeline: Pipeline) -> Check:
         return Check(name, True, pipeline.store.check())
     except StockrtError as error:
         return Check(name, False, str(error))
-
-
-def _check_codes(settings: Settings, pipeline: Pipeline) -> Check:
-    """Say how many codes COLLECT_CODES names for this instance."""
-    number, shares = settings.collect_share
-    name = f"COLLECT_CODES, share {number}/{shares}" if shares > 1 else "COLLECT_CODES"
-    try:
-        codes = WatchList(settings, pipeline.mongo).codes()
-    except StockrtError as error:
-        return Check(name, False, str(error).removeprefix("COLLECT_CODES: "))
-    return Check(name, bool(codes), count_words(len(codes), "code"))
 
 
 def _ways(settings: Settings) -> str:

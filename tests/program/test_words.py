@@ -531,18 +531,6 @@ def test_check_looks_at_the_directory_of_the_metrics(run_pyz: RunPyz, infoway: I
     assert "FAIL  METRICS_FILE: /nowhere cannot be used: No such file or directory\n" in done.stdout
 
 
-def test_check_looks_at_the_codes_to_collect(run_pyz: RunPyz, infoway: InfowayServer, tmp_path: Path) -> None:
-    (tmp_path / "codes").write_text("AAPL.US 700.HK")
-    done = run_pyz("--check", env=api_env(infoway, COLLECT_CODES="@codes"))
-    assert done.returncode == 0, done.stdout
-    assert "ok    COLLECT_CODES: 2 codes\n" in done.stdout
-    done = run_pyz("--check", env=api_env(infoway, COLLECT_CODES="@nowhere", COLLECT_SHARE="1/3"))
-    assert done.returncode == 1
-    assert (
-        "FAIL  COLLECT_CODES, share 1/3: nowhere cannot be read: No such file or directory\n" in done.stdout
-    )
-
-
 def test_check_says_that_no_platform_is_set(run_pyz: RunPyz, infoway: InfowayServer) -> None:
     done = run_pyz("--check", env=api_env(infoway))
     assert done.returncode == 0
