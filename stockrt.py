@@ -2785,6 +2785,44 @@ class CollectStats(NamedTuple):
     trouble: str = ""
 
 
+# Of a trouble that stands in one line with others.
+TROUBLE_SHOWN = 120
+
+
+def collect_words(stats: CollectStats) -> str:
+    """Return what collecting does now, for a status line."""
+    parts = []
+    if stats.connections_wanted:
+        parts.append(f"{stats.connections} of {count_words(stats.connections_wanted, 'connection')}")
+        parts.append(f"{count_words(stats.codes, 'code')} subscribed")
+    if stats.polled:
+        parts.append(f"{count_words(stats.polled, 'code')} polled")
+    if parts:
+        parts.append(f"{stats.per_second:.{int(stats.per_second < 10)}f} trades/s")
+    if not math.isnan(stats.delay_p99_ms):
+        parts.append(f"stored after {stats.delay_p50_ms:.0f} ms (p99 {stats.delay_p99_ms:.0f} ms)")
+    if stats.gaps_today:
+        parts.append(f"{count_words(stats.gaps_today, 'gap')} today")
+    if stats.missed_beats:
+        parts.append(f"{count_words(stats.missed_beats, 'beat')} missed")
+    if stats.trouble:
+        parts.append(one_line(stats.trouble, TROUBLE_SHOWN))
+    return ", ".join(parts) or "begins"
+
+
+def steady(stats: CollectStats) -> tuple[object, ...]:
+    """Return of it what does not change all the time while trades come."""
+    return (
+        stats.connections,
+        stats.connections_wanted,
+        stats.codes,
+        stats.polled,
+        stats.gaps_today,
+        stats.missed_beats,
+        stats.trouble,
+    )
+
+
 class Events:
     """What a run and the daemon tell of themselves; this one does not listen. Never raises, whatever the thread."""
 
@@ -9833,10 +9871,14 @@ def _add_up(db: sqlite3.Connection, answer: str, now: float) -> None:
 #      but a damaged one, which the next start mends.
 
 STATUS_NAME = "status.json"
+# What the state of the platform is to a daemon that collects without one.
+NO_NEED = "not needed"
 # A full disk is looked at again after so long: waiting for room costs nothing, an answer that waits does.
 JOURNAL_FIRST_S, JOURNAL_CAP_S = 0.5, 5.0
 # --status holds the lock for the blink of an eye to see whether somebody else does.
 LOCK_TRIES, LOCK_RETRY_S = 5, 0.05
+# What changes all the time is in the status file no older than this, as long as it changes.
+STATUS_EVERY_S = 10.0
 # The executor looks at the clock at least so often while nothing comes: a wait is not right when the clock is set.
 LOOK_AROUND_S = 600.0
 # What waits on this machine and could not be taken up at the start is tried again after so long.
@@ -9866,6 +9908,26 @@ RECEIPT_GRACE_S = 3.0
 STOP_MARGIN_S = 4.0
 
 
+class CollectFacts(TypedDict, total=False):
+    """What the daemon tells of collecting, and `at` when: CollectStats, without what is not known."""
+
+    at: str
+    connections: int
+    connections_wanted: int
+    codes: int
+    polled: int
+    per_second: float
+    delay_p50_ms: float
+    delay_p99_ms: float
+    gaps_today: int
+    trades: int
+    stored: int
+    duplicates: int
+    dropped: int
+    missed_beats: int
+    trouble: str
+
+
 class DaemonStatus(TypedDict, total=False):
     """What the daemon tells --status, in a file; times are ISO 8601 UTC."""
 
@@ -9877,6 +9939,7 @@ class DaemonStatus(TypedDict, total=False):
     stopped: str
     keys: list[KeyState]
     spool_refused: int
+    collecting: CollectFacts
 
 
 def read_status(directory: Path) -> DaemonStatus:
@@ -9900,6 +9963,12 @@ def _fits(value: object, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     return kind is object or type(value) is kind
+
+
+def collect_facts(stats: CollectStats) -> CollectFacts:
+    """Return what the status file has of collecting."""
+    known = {name: value for name, value in stats._asdict().items() if value == value}
+    return cast(CollectFacts, known | {"at": iso(utc_now())})
 
 
 class Answered(NamedTuple):
@@ -9969,8 +10038,23 @@ class ExecutorLeft(NamedTuple):
     """To the socket's thread: no execution runs, and none will."""
 
 
+class Collected(NamedTuple):
+    """To the socket's thread: collecting goes on like this."""
+
+    stats: CollectStats
+
+
 Message: TypeAlias = (
-    Answered | Recalled | Declined | Ended | Broken | StopAsked | ReloadAsked | SettingsRead | ExecutorLeft
+    Answered
+    | Recalled
+    | Declined
+    | Ended
+    | Broken
+    | StopAsked
+    | ReloadAsked
+    | SettingsRead
+    | ExecutorLeft
+    | Collected
 )
 
 
@@ -10002,13 +10086,16 @@ class Inbox:
         return [self._messages.get() for _ in range(self._messages.qsize())]
 
     def wait(self, seconds: float, *descriptors: int) -> None:
-        """Wait until a message or something at one of the descriptors is there, or the time is over."""
+        """Wait until a message or something at one of the descriptors is there, or the time, if it ends, is over."""
         import select
 
         poll = select.poll()
         for descriptor in (self._woken.fileno(), *descriptors):
             poll.register(descriptor, select.POLLIN)
-        poll.poll(math.ceil(max(0.0, seconds) * 1000))
+        timeout_ms = None
+        if seconds < math.inf:
+            timeout_ms = math.ceil(max(0.0, seconds) * 1000)
+        poll.poll(timeout_ms)
 
 
 class Outgoing(NamedTuple):
@@ -10206,6 +10293,7 @@ class Relay(Events):
         self._events = events
         self._inbox = inbox
         self.queue = QueueStats()
+        self.collect = CollectStats()
         self.is_damaged = False  # a local file, or the program: nothing is executed or answered any more
 
     def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
@@ -10235,6 +10323,12 @@ class Relay(Events):
     def keys_out(self, out: int, of: int) -> None:
         """Pass it on."""
         self._events.keys_out(out, of)
+
+    def collecting(self, stats: CollectStats) -> None:
+        """Pass it on."""
+        self.collect = stats
+        self._events.collecting(stats)
+        self._inbox.put(Collected(stats))
 
     def damaged(self, error: StockrtError) -> None:
         """Let the daemon end: the next start mends it."""
@@ -10586,6 +10680,8 @@ class Clerk(threading.Thread):
         self._too_long: set[int] = set()
         self._wanted: list[int] = []
         self._status: DaemonStatus = {"version": __version__, "pid": os.getpid(), "platform": "not connected"}
+        if not settings.platform_url():
+            self._status["platform"] = NO_NEED
         before = read_status(settings.state_directory)
         if "last_contact" in before:
             self._status["last_contact"] = before["last_contact"]
@@ -10840,6 +10936,8 @@ class Daemon:
         self._drop_trouble = LogThrottle("results", clock, then="so is each that comes to be as old")
         self._open_commands = 0  # accepted, or on their way into the journal, and not ended
         self._executor_left = False
+        self._collect = self._collect_noted = CollectStats()
+        self._collect_noted_at = -math.inf
         self._leaving: Leaving | None = None
         self._broken: StockrtError | None = None
 
@@ -10852,13 +10950,19 @@ class Daemon:
         self._inbox.put(ReloadAsked())
 
     def run(self) -> None:
-        """Serve the platform until told to stop or shut down. Raises StoreError when a local file is damaged."""
+        """Serve the platform, if there is one, until told to stop or shut down.
+
+        Raises StoreError when a local file is damaged, SettingsError where nothing is left to do with these settings.
+        """
         start_thread(self._executor)
         start_thread(self._clerk)
         self._tick()  # before the start is over, the status is said
         self._events.started()
         delays = self._fresh_delays()
         while self._leaving is None:
+            if not self._settings.platform_url():
+                self._wait_awake(math.inf)
+                continue
             if self._connect_and_serve():
                 delays = self._fresh_delays()
             self._wait_awake(self._delay(delays))
@@ -10959,7 +11063,22 @@ class Daemon:
             self._dropped += len(stale)
             self._drop_trouble.again(f"{self._dropped} could not be delivered within an hour and are dropped")
             self._clerk.do(Received(stale))
-        return self._events.tick(self._open_commands, len(self._outbox))
+        return min(self._note_collecting(now), self._events.tick(self._open_commands, len(self._outbox)))
+
+    def _note_collecting(self, now: float) -> float:
+        """Have the status file say how collecting goes on, seldom where no more than its numbers change.
+
+        Return when that is due.
+        """
+        stats, noted = self._collect, self._collect_noted
+        if stats is noted:
+            return math.inf
+        due = self._collect_noted_at + STATUS_EVERY_S
+        if now < due and steady(stats) == steady(noted):
+            return due
+        self._collect_noted, self._collect_noted_at = stats, now
+        self._clerk.do(NoteStatus({"collecting": collect_facts(stats)}))
+        return math.inf
 
     def _serve(self, link: Link, protocol: PlatformProtocol) -> None:
         """Move frames and answers until the connection is lost (LinkLost) or the process may leave."""
@@ -11100,6 +11219,8 @@ class Daemon:
                 self._refuse(message.command.context, message.reason, message.command.execution_id)
             elif isinstance(message, Ended):
                 self._open_commands -= message.commands
+            elif isinstance(message, Collected):
+                self._collect = message.stats
             elif isinstance(message, ExecutorLeft):
                 self._executor_left = True
             elif isinstance(message, Broken):
@@ -11111,6 +11232,8 @@ class Daemon:
             elif isinstance(message, SettingsRead):
                 self._settings = message.settings
                 log.setLevel(message.settings.log_level.upper())
+                if not message.settings.collects:
+                    self._clerk.do(NoteStatus({"collecting": {}}))
                 self._events.reloaded(message.settings)
             else:
                 log.info("stopping: the running execution has %d s", STOP_GRACE_S)
@@ -11222,6 +11345,8 @@ def lock_state_directory(directory: Path) -> IO[str]:
 NOTIFY_TIMEOUT_S = 1.0
 # A scraper comes every 15 s or more seldom.
 METRICS_EVERY_S = 10.0
+# Rates and delays change all the time: the status line has them no older than this.
+RATES_EVERY_S = 5.0
 # A good answer takes a tenth of a second, one under load seconds; 30 s is the limit of a request.
 LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0)
 
@@ -11330,6 +11455,14 @@ class Metric(NamedTuple):
     label: str = ""
     values: tuple[str, ...] = ("",)
 
+    def at_first(self) -> float:
+        """Return where it stands before anything is told: what may never be known, or done, is left out."""
+        return math.nan if self.label == "key" or self.name.startswith(COLLECT_METRICS) else 0.0
+
+
+# What the names begin with of what collecting without pause tells.
+COLLECT_METRICS = "stockrt_collect_"
+
 
 API_ANSWERS = (*(action.name.lower() for action in Action), "no_answer")
 OUTCOMES = ("success", "partial", "failure", "interrupted", "refused")
@@ -11342,8 +11475,8 @@ METRICS = (
     Metric("stockrt_executions_total", "counter", "Commands of the platform that ended.", "outcome", OUTCOMES),
     Metric("stockrt_last_success_timestamp_seconds", "gauge",
            "Unix time of the last execution that stored every code, 0 before the first."),
-    Metric("stockrt_trades_stored_total", "counter", "Trades that were new in the store."),
-    Metric("stockrt_trades_duplicate_total", "counter", "Trades that were in the store before."),
+    Metric("stockrt_trades_stored_total", "counter", "Trades of executions that were new in the store."),
+    Metric("stockrt_trades_duplicate_total", "counter", "Trades of executions that were there before."),
     Metric("stockrt_codes_failed_total", "counter", "Codes without a stored trade.", "reason",
            tuple(kind.value for kind in FailureKind)),
     Metric("stockrt_codes_stale", "gauge",
@@ -11362,6 +11495,18 @@ METRICS = (
     Metric("stockrt_api_key_state", "gauge", "The key's state: 0 ready, 1 resting, 2 out.", "key", ()),
     Metric("stockrt_api_key_end_timestamp_seconds", "gauge",
            "Unix time at which the key's plan ends, 0 where it is not known.", "key", ()),
+    Metric("stockrt_collect_connections", "gauge", "Connections to the stream that stand."),
+    Metric("stockrt_collect_connections_wanted", "gauge", "Connections to the stream that shall stand."),
+    Metric("stockrt_collect_codes", "gauge", "Codes subscribed on the stream."),
+    Metric("stockrt_collect_polled_codes", "gauge", "Codes that are polled over REST."),
+    Metric("stockrt_collect_trades_total", "counter", "Trades that came while collecting."),
+    Metric("stockrt_collect_stored_total", "counter", "Of them, those that were new in the store."),
+    Metric("stockrt_collect_duplicate_total", "counter", "Of them, those that were in the store before."),
+    Metric("stockrt_collect_dropped_total", "counter", "What was pushed and not asked for, or was no trade."),
+    Metric("stockrt_collect_gaps_today", "gauge", "Gaps of this UTC day."),
+    Metric("stockrt_collect_missed_beats_total", "counter", "Polls left out as one before was still going on."),
+    Metric("stockrt_collect_delay_seconds", "gauge", "Time from a trade's arrival until it was durable, lately.",
+           "quantile", ("0.5", "0.99")),
 )
 # fmt: on
 LATENCY = "stockrt_api_latency_seconds"
@@ -11393,9 +11538,8 @@ class Metrics:
         shown = tuple(dict.fromkeys(digest[:DIGEST_SHOWN] for digest in keys))
         with self._lock:
             self._metrics = [m._replace(values=shown) if m.label == "key" else m for m in METRICS]
-            unknown = {"key": math.nan}
             self._numbers = {
-                (metric.name, value): self._numbers.get((metric.name, value), unknown.get(metric.label, 0.0))
+                (metric.name, value): self._numbers.get((metric.name, value), metric.at_first())
                 for metric in self._metrics
                 for value in metric.values
             }
@@ -11407,9 +11551,10 @@ class Metrics:
             self.changes += bool(by)
 
     def put(self, name: str, number: float, value: str = "") -> None:
-        """Let a gauge stand at `number`."""
+        """Let a gauge, or what somebody else counts, stand at `number`; NaN: it is not known."""
         with self._lock:
-            self.changes += self._numbers[name, value] != number
+            before = self._numbers[name, value]
+            self.changes += before != number and not (math.isnan(before) and math.isnan(number))
             self._numbers[name, value] = number
 
     def took(self, seconds: float) -> None:
@@ -11520,7 +11665,12 @@ class Service(Events):
             self._file = MetricsFile(settings.metrics_file, self.metrics, clock)
         self._peer = f"{settings.server_host}:{settings.server_port}"
         self._keys = count_words(len(settings.api_keys), "key")
+        self._has_platform = bool(settings.platform_url())
         self._link = f"connecting to {self._peer}"
+        self._collects = settings.collects
+        self._collect = CollectStats()
+        self._collect_shown, self._collect_steady = "", steady(self._collect)
+        self._collect_shown_at = -math.inf
         self._waits = False  # whether trades wait for MongoDB
         self._last: tuple[str, float] | None = None  # what the last execution did, and when (monotonic)
         self._unanswered = self._undelivered = 0
@@ -11529,6 +11679,9 @@ class Service(Events):
         self._leaving = False
         self.metrics.put("stockrt_info", 1, __version__)
         self.metrics.put("stockrt_start_time_seconds", round(clock.wall(), 3))
+        if not self._has_platform:
+            self.metrics.put("stockrt_platform_connected", math.nan)
+            self.metrics.put("stockrt_platform_connections_total", math.nan)
 
     def started(self) -> None:
         """Tell systemd that the start is over."""
@@ -11541,6 +11694,13 @@ class Service(Events):
     def reloaded(self, settings: Settings) -> None:
         """Tell systemd that this is over."""
         self._keys = count_words(len(settings.api_keys), "key")
+        self._collects = settings.collects
+        if not self._collects:
+            self._collect = CollectStats()
+            for metric in METRICS:
+                if metric.name.startswith(COLLECT_METRICS):
+                    for value in metric.values:
+                        self.metrics.put(metric.name, math.nan, value)
         self._notifier.send(READY=1)
 
     def tick(self, unanswered: int, undelivered: int) -> float:
@@ -11600,6 +11760,27 @@ class Service(Events):
         """Note how many keys are not used again."""
         self._keys = count_words(of, "key") + f", {out} out" * (out > 0)
 
+    def collecting(self, stats: CollectStats) -> None:
+        """Note how collecting goes on."""
+        if not self._collects:  # a last word after a reload that ended it
+            return
+        self._collect = stats
+        for name, number in (
+            ("connections", stats.connections),
+            ("connections_wanted", stats.connections_wanted),
+            ("codes", stats.codes),
+            ("polled_codes", stats.polled),
+            ("trades_total", stats.trades),
+            ("stored_total", stats.stored),
+            ("duplicate_total", stats.duplicates),
+            ("dropped_total", stats.dropped),
+            ("gaps_today", stats.gaps_today),
+            ("missed_beats_total", stats.missed_beats),
+        ):
+            self.metrics.put(COLLECT_METRICS + name, number)
+        for quantile, milliseconds in (("0.5", stats.delay_p50_ms), ("0.99", stats.delay_p99_ms)):
+            self.metrics.put(f"{COLLECT_METRICS}delay_seconds", milliseconds / 1000, quantile)
+
     def executed(self, report: Report | None) -> None:
         """Count an execution and what it did."""
         self.metrics.add("stockrt_executions_total", outcome_of(report))
@@ -11622,7 +11803,10 @@ class Service(Events):
 
     def stopped(self) -> None:
         """Leave the last numbers in the file."""
-        self.metrics.put("stockrt_platform_connected", 0)
+        if self._has_platform:
+            self.metrics.put("stockrt_platform_connected", 0)
+        if self._collects:
+            self.metrics.put("stockrt_collect_connections", 0)
         if self._file is not None:
             self._file.write()
 
@@ -11638,20 +11822,34 @@ class Service(Events):
         """Return the status line and until when it is true, if nothing happens."""
         until = math.inf
         parts = ["stopping"] if self._leaving else []
-        parts += [self._link, self._keys]
-        if self._last is None:
-            parts.append("no execute yet")
-        else:
+        if self._has_platform:
+            parts.append(self._link)
+        if self._collects:
+            until = self._look_at_collecting(now)
+            parts.append(self._collect_shown)
+        parts.append(self._keys)
+        if self._last is not None:
             did, at = self._last
             age, changes = age_words(now - at)
             parts.append(f"last execute {did}, {age} ago")
-            until = at + changes
-        parts.append(f"{self._unanswered} waiting")
+            until = min(until, at + changes)
+        elif self._has_platform:
+            parts.append("no execute yet")
+        if self._has_platform:
+            parts.append(f"{self._unanswered} waiting")
         if self._waits:
             parts.append("trades wait for MongoDB")
         if self._undelivered:
             parts.append(f"{self._undelivered} to deliver")
         return " · ".join(parts), until
+
+    def _look_at_collecting(self, now: float) -> float:
+        """Take over what is shown of collecting, rates and delays not too often; return when to look again."""
+        words, due = f"collecting: {collect_words(self._collect)}", self._collect_shown_at + RATES_EVERY_S
+        if now >= due or steady(self._collect) != self._collect_steady:
+            self._collect_shown, self._collect_shown_at = words, now
+            self._collect_steady = steady(self._collect)
+        return due if words != self._collect_shown else math.inf
 
     def _pat_watchdog(self, now: float) -> float:
         """Send WATCHDOG=1 twice in the time that systemd gives, while the executor works."""
@@ -12990,6 +13188,7 @@ class LastExecution(TypedDict):
 class StatusReport(TypedDict):
     """What --status shows, and prints as JSON.
 
+    `collecting`: what the daemon told last of collecting without pause, None where nothing is to be collected.
     `wrong`: what is, in words. `totals`: what was counted since the first execution, and `since` when; empty before.
     """
 
@@ -13001,6 +13200,7 @@ class StatusReport(TypedDict):
     spool: QueueFacts | None
     waiting: Waiting
     damaged_files: int
+    collecting: dict[str, object] | None
     last_execution: LastExecution | None
     totals: dict[str, int | str]
     keys: list[KeyUsage]
@@ -13035,11 +13235,14 @@ def gather_status(settings: Settings) -> StatusReport:
         "spool": spool,
         "waiting": Waiting(executing=0, commands=0, results=0),
         "damaged_files": len(damaged_files(directory)),
+        "collecting": None,
         "last_execution": None,
         "totals": {},
         "keys": keys,
         "wrong": [],
     }
+    if settings.collects or (daemon["running"] and told.get("collecting")):
+        status["collecting"] = dict.fromkeys(CollectFacts.__annotations__) | told.get("collecting", {})
     if (directory / JOURNAL_NAME).exists():
         _ask_journal(directory, status)
     status["wrong"] += _what_is_wrong(status)
@@ -13075,8 +13278,10 @@ def _whole_or_partial(one: ExecutionFacts) -> str:
 def _what_is_wrong(status: StatusReport) -> list[str]:
     """Return what is wrong beside what the journal knows of."""
     wrong = []
-    if status["daemon"]["running"] and status["platform"]["state"] != "connected":
+    if status["daemon"]["running"] and status["platform"]["state"] not in ("connected", NO_NEED):
         wrong.append("no connection to the platform")
+    if status["daemon"]["running"] and status["collecting"] is not None:
+        wrong += _collect_faults(status["collecting"])
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
         wrong.append(f"{waiting_words(spool['trades'])} for MongoDB")
@@ -13086,6 +13291,39 @@ def _what_is_wrong(status: StatusReport) -> list[str]:
     if keys and all(key["state"] == "resting" for key in keys):
         wrong.append("every API key rests")
     return wrong
+
+
+def _collect_stats(facts: Mapping[str, Any]) -> CollectStats:
+    """Return what the daemon told of collecting as it told it."""
+    known = {name: facts[name] for name in CollectStats._fields if facts.get(name) is not None}
+    return CollectStats(**known)
+
+
+def _collect_faults(facts: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with collecting by what the daemon told last."""
+    stats = _collect_stats(facts)
+    if stats.trouble:
+        return [f"collecting: {one_line(stats.trouble, TROUBLE_SHOWN)}"]
+    if stats.connections < stats.connections_wanted:
+        return [
+            f"{stats.connections} of {count_words(stats.connections_wanted, 'connection')} to the stream stand"
+        ]
+    if facts["at"] is None:
+        return ["collecting has not begun"]
+    return []
+
+
+def _collect_line(facts: Mapping[str, Any]) -> str:
+    """Return what is collected, in all and now, for a person."""
+    stats = _collect_stats(facts)
+    line = collect_words(stats)
+    if facts["at"] is not None:
+        line += (
+            f", at {facts['at']}; since the start {count_words(stats.trades, 'trade')}, {stats.stored} new"
+        )
+    if stats.dropped:
+        line += f", {stats.dropped} dropped"
+    return line
 
 
 def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = False) -> int:
@@ -13107,10 +13345,12 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
         ("status", ": ".join([STATUS_WORDS[code], *filter(None, ["; ".join(status["wrong"])])])),
         ("version", status["version"]),
         ("daemon", _daemon_line(status["daemon"])),
-        ("registration", status["registration"] or "none: run --register"),
+        ("registration", status["registration"] or _unregistered(settings)),
         ("platform", _platform_line(status["platform"])),
-        ("store", status["store"]),
     ]
+    if status["collecting"] is not None:
+        lines.append(("collecting", _collect_line(status["collecting"])))
+    lines.append(("store", status["store"]))
     if status["spool"] is not None:
         lines.append(("spool", _spool_line(status["spool"])))
     words = f"{waiting['commands']} commands, {waiting['results']} results to deliver"
@@ -13128,6 +13368,12 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
     lines += [("API key", _key_line(key)) for key in status["keys"]]
     show(settings.redact(local_times("\n".join(f"{name:<15} {text}" for name, text in lines))))
     return code
+
+
+def _unregistered(settings: Settings) -> str:
+    if settings.collects and not settings.platform_url():
+        return "none: no platform is set"
+    return "none: run --register"
 
 
 def _show_unknown(as_json: bool) -> int:
@@ -13431,7 +13677,10 @@ def need_descriptors() -> None:
 
 
 def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | None) -> int:
-    """Run as the platform's module until a signal or the platform ends it; return the exit status."""
+    """Run as the platform's module, or as one that collects, until a signal or the platform ends it.
+
+    Return the exit status.
+    """
     need_descriptors()
     watchdog_s = watchdog_seconds(environ, os.getpid())
     service = Service(settings, Notifier(environ.get("NOTIFY_SOCKET", "")), watchdog_s)
@@ -13443,7 +13692,10 @@ def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | 
         need_clock(time.time())
     except StoreError as error:  # it may be set at any moment
         log.warning(str(error))
-    log.info("stockrt %s for %s at %s", __version__, settings.module_name, settings.platform_url())
+    work = "collects without a platform"
+    if settings.platform_url():
+        work = f"for {settings.module_name} at {settings.platform_url()}"
+    log.info("stockrt %s %s", __version__, work)
     daemon.run()
     service.stopped()
     log.info("stopped")

@@ -118,6 +118,7 @@ def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> 
         "spool": None,
         "waiting": {"executing": 0, "commands": 0, "results": 0},
         "damaged_files": 0,
+        "collecting": None,
         "last_execution": None,
         "totals": {},
         "keys": [
@@ -252,11 +253,49 @@ def status_in_this_process(program: Program) -> dict[str, Any]:
 
 def test_what_the_daemon_writes_has_the_shape_that_is_read(program: Program) -> None:
     told = {"version": "1", "pid": 1, "platform": "connected", "connected_since": "x", "last_contact": "x",
-            "stopped": "x", "keys": [KEY_STATE], "spool_refused": 0}  # fmt: skip
+            "stopped": "x", "keys": [KEY_STATE], "spool_refused": 0,
+            "collecting": stockrt.collect_facts(stockrt.CollectStats())}  # fmt: skip
     assert told.keys() == stockrt.DaemonStatus.__annotations__.keys()
     program.state.mkdir()
     (program.state / stockrt.STATUS_NAME).write_text(json.dumps(told))
     assert status_in_this_process(program)["platform"]["last_contact"] == "x"
+
+
+STREAM = stockrt.CollectStats(
+    connections=2, connections_wanted=2, codes=800, per_second=41.6, trades=900, stored=880
+)
+
+
+@pytest.mark.parametrize(
+    ("stats", "wrong"),
+    [
+        (STREAM, []),
+        (STREAM._replace(connections=1), ["1 of 2 connections to the stream stand"]),
+        (STREAM._replace(trouble="stream: HTTP 401"), ["collecting: stream: HTTP 401"]),
+        (None, ["collecting has not begun"]),
+    ],
+)
+def test_a_service_that_collects_is_well_without_a_platform(
+    program: Program, stats: stockrt.CollectStats | None, wrong: list[str]
+) -> None:
+    """From what its daemon told last; what is not known is null."""
+    program.env |= {"COLLECT": "stream", "COLLECT_CODES": "AAPL.US"}
+    told: dict[str, object] = {"platform": stockrt.NO_NEED, "pid": 7, "version": "1"}
+    if stats is not None:
+        told["collecting"] = stockrt.collect_facts(stats)
+    with stockrt.lock_state_directory(program.state):
+        (program.state / stockrt.STATUS_NAME).write_text(json.dumps(told))
+        found = program.status(WRONG if wrong else WELL)
+        lines = lines_of(program.lines(WRONG if wrong else WELL))
+    assert found["wrong"] == wrong and found["platform"]["state"] == "not needed"
+    assert lines["platform"] == "none set: not needed" and "register" not in lines["registration"]
+    assert found["collecting"]["delay_p50_ms"] is None
+    if stats is None:
+        assert (lines["collecting"], found["collecting"]["codes"]) == ("begins", None)
+    else:
+        assert found["collecting"]["codes"] == 800
+        assert re.match(r"\d of 2 connections, 800 codes subscribed, 42 trades/s", lines["collecting"])
+        assert re.search(rf", at {LOCAL_TIME}; since the start 900 trades, 880 new$", lines["collecting"])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "gb18030"])
