@@ -3600,7 +3600,7 @@ def _rescue_table(damaged: Path, db: sqlite3.Connection, name: str) -> int:
             row = {column: value for column, value in found.items() if column in known}
             if len(found) == len(known) > len(row):  # a column whose name is damaged is known by its place
                 row = dict(zip(known, found.values(), strict=True))
-            columns, places = ", ".join(row), ", ".join("?" * len(row))
+            columns, places = '"' + '", "'.join(row) + '"', ", ".join("?" * len(row))
             insert = f"INSERT OR IGNORE INTO {name} ({columns}) VALUES ({places})"  # noqa: S608
             db.execute(insert, tuple(row.values()))
     return db.total_changes - before
@@ -3709,7 +3709,13 @@ class LocalFile:
     """
 
     def __init__(
-        self, path: Path, version: int, schema: str, events: Events = NO_EVENTS, patient: bool = False
+        self,
+        path: Path,
+        version: int,
+        schema: str,
+        events: Events = NO_EVENTS,
+        patient: bool = False,
+        additions: tuple[int, str] = (HIGHEST_FORMAT, ""),
     ) -> None:
 
         make_state_directory(path.parent)
@@ -3717,6 +3723,8 @@ class LocalFile:
         self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
         self._version = version
         self._schema = schema
+        # from which format on these statements alone bring a file up to the version
+        self._additions = additions
         self._events = events
         self._patient = patient
         self._db: sqlite3.Connection | None = None
@@ -3975,7 +3983,10 @@ class LocalFile:
                 words += f"; where there never was a newer one its header is damaged: make an empty file {self._mark}, "
                 words += "and the next start rescues what can be read"
             raise StoreError(words)
-        db.executescript(f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;")
+        since, script = self._additions
+        if found < since:
+            script = self._schema
+        db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {self._version}; COMMIT;")
         return ""
 
     def _own_tables(self) -> set[Any]:
@@ -4029,9 +4040,9 @@ class LocalFile:
 # ------------------------------------------------------------------------------------------------------
 
 SQLITE_NAME = "stockrt.db"
-SQLITE_VERSION = 6
+SQLITE_VERSION = 7
 # IF NOT EXISTS: two processes may open a new file at the same moment.
-_SQLITE_SCHEMA = """
+_SQLITE_TABLES = """
 CREATE TABLE IF NOT EXISTS realtime (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of arrival
     _id TEXT NOT NULL UNIQUE,
@@ -4051,6 +4062,59 @@ CREATE TABLE IF NOT EXISTS rejects (        -- what MongoDB refused for good
     rejected_at TEXT NOT NULL,              -- UTC, ISO 8601
     UNIQUE (collection, _id)
 );
+CREATE TABLE IF NOT EXISTS sessions (       -- of which closes are to be made final, and the newest that are
+    code TEXT, date TEXT,
+    stage INTEGER NOT NULL,                 -- see Stage
+    due INTEGER NOT NULL,                   -- epoch seconds: then it is looked at
+    tries INTEGER NOT NULL,
+    PRIMARY KEY (code, date)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS sessions_due ON sessions (due) WHERE stage < 3;
+CREATE TABLE IF NOT EXISTS backfilled (     -- what --backfill has asked for
+    code TEXT PRIMARY KEY,
+    first TEXT NOT NULL, last TEXT NOT NULL,  -- the dates between which everything is final
+    asked INTEGER NOT NULL, closes INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS unsettled (      -- trades that MongoDB has, whose closes could not be made
+    _id TEXT PRIMARY KEY,
+    s TEXT NOT NULL, t INTEGER NOT NULL,
+    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
+    stock_code TEXT NOT NULL,
+    create_time TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS stream_gaps (    -- when the stream did not bring every trade
+    _id TEXT PRIMARY KEY,                   -- instance|product|from
+    instance TEXT NOT NULL, product TEXT NOT NULL,
+    codes TEXT NOT NULL,                    -- a JSON list
+    "from" INTEGER NOT NULL, "to" INTEGER,  -- epoch ms by the clock of this machine; NULL: it goes on
+    why TEXT NOT NULL,
+    create_time TEXT NOT NULL,              -- UTC, ISO 8601
+    delivered INTEGER NOT NULL DEFAULT 0    -- whether MongoDB has it as it stands here
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_usage (
+    digest TEXT, day TEXT, used INTEGER NOT NULL, PRIMARY KEY (digest, day)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_pace (
+    digest TEXT PRIMARY KEY, pace TEXT NOT NULL  -- JSON: Pace.stored
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS symbols (        -- what exists, by the API's lists
+    type TEXT NOT NULL, code TEXT NOT NULL,
+    name_cn TEXT NOT NULL, name_hk TEXT NOT NULL, name_en TEXT NOT NULL,
+    PRIMARY KEY (code, type)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS symbol_lists (
+    type TEXT PRIMARY KEY, asked_on TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_plan (       -- what the API said of each key last
+    digest TEXT PRIMARY KEY, asked_on TEXT NOT NULL,
+    name TEXT NOT NULL, per_second REAL NOT NULL,
+    ends REAL NOT NULL                      -- epoch seconds, 0: not told
+) WITHOUT ROWID;
+DROP TABLE IF EXISTS calendar;
+"""
+# A file without final closes, of an older format or new. From format 5 on it has them, and they stay as they are.
+_CLOSES_SINCE = 5
+_SQLITE_CLOSES = """
 CREATE TABLE IF NOT EXISTS close (          -- as it was up to format 4
     _id TEXT PRIMARY KEY,
     date TEXT NOT NULL,
@@ -4076,46 +4140,6 @@ INSERT INTO new_close (_id, date, s, t, p, v, vw, td, stock_code, after_hours, p
     FROM close;
 DROP TABLE close;
 ALTER TABLE new_close RENAME TO close;
-CREATE TABLE IF NOT EXISTS sessions (       -- of which closes are to be made final, and the newest that are
-    code TEXT, date TEXT,
-    stage INTEGER NOT NULL,                 -- see Stage
-    due INTEGER NOT NULL,                   -- epoch seconds: then it is looked at
-    tries INTEGER NOT NULL,
-    PRIMARY KEY (code, date)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS sessions_due ON sessions (due) WHERE stage < 3;
-CREATE TABLE IF NOT EXISTS backfilled (     -- what --backfill has asked for
-    code TEXT PRIMARY KEY,
-    first TEXT NOT NULL, last TEXT NOT NULL,  -- the dates between which everything is final
-    asked INTEGER NOT NULL, closes INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS unsettled (      -- trades that MongoDB has, whose closes could not be made
-    _id TEXT PRIMARY KEY,
-    s TEXT NOT NULL, t INTEGER NOT NULL,
-    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
-    stock_code TEXT NOT NULL,
-    create_time TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS key_usage (
-    digest TEXT, day TEXT, used INTEGER NOT NULL, PRIMARY KEY (digest, day)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS key_pace (
-    digest TEXT PRIMARY KEY, pace TEXT NOT NULL  -- JSON: Pace.stored
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS symbols (        -- what exists, by the API's lists
-    type TEXT NOT NULL, code TEXT NOT NULL,
-    name_cn TEXT NOT NULL, name_hk TEXT NOT NULL, name_en TEXT NOT NULL,
-    PRIMARY KEY (code, type)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS symbol_lists (
-    type TEXT PRIMARY KEY, asked_on TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS key_plan (       -- what the API said of each key last
-    digest TEXT PRIMARY KEY, asked_on TEXT NOT NULL,
-    name TEXT NOT NULL, per_second REAL NOT NULL,
-    ends REAL NOT NULL                      -- epoch seconds, 0: not told
-) WITHOUT ROWID;
-DROP TABLE IF EXISTS calendar;
 """
 
 
@@ -4124,7 +4148,8 @@ def open_store_file(directory: Path, events: Events = NO_EVENTS, patient: bool =
 
     `patient` as for LocalFile. Raises StoreError.
     """
-    return LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, _SQLITE_SCHEMA, events, patient)
+    schema, additions = _SQLITE_TABLES + _SQLITE_CLOSES, (_CLOSES_SINCE, _SQLITE_TABLES)
+    return LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, schema, events, patient, additions)
 
 
 # ======================================================================================================
