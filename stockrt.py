@@ -683,7 +683,12 @@ ENV_FILE_PLACES = (
     Path("/etc/stockrt/stockrt.env"),
 )
 # Names with these beginnings are ours: an unknown one in the file is a misspelling worth a warning.
-OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_")
+OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_", "COLLECT_")
+# What COLLECT_CODES says for the codes of the collection MONGODB_WATCH_COLLECTION_NAME.
+WATCH = "watch"
+# Of these one may be set: how the daemon collects by itself.
+COLLECTING = ("COLLECT", "COLLECT_EVERY")
+MOST_SHARES = 100
 # Where a proxy listens whose setting names no port: curl's.
 PROXY_PORTS = {"http": 1080, "https": 443}
 
@@ -829,6 +834,14 @@ class Settings(NamedTuple):
     no_proxy: tuple[str, ...] = ()
     color: bool = True
     old_secrets: tuple[str, ...] = ()  # of settings that these replaced
+    collect: str = ""
+    collect_every_s: float = 0.0  # 0: no poll
+    collect_codes: str = ""
+    collect_share: tuple[int, int] = (1, 1)
+    stream_url: str = "wss://data.infoway.io/ws"
+    watch_name: str = "stock_watch"
+    gap_name: str = "stream_gaps"
+    keep_days: int = 0  # 0: for ever
 
     def __repr__(self) -> str:
         shown = [
@@ -837,6 +850,11 @@ class Settings(NamedTuple):
             if name not in ("api_keys", "mongodb_uri", "old_secrets")
         ]
         return f"Settings({', '.join(shown)})"
+
+    @property
+    def collects(self) -> bool:
+        """Whether the daemon is to collect by itself, with a platform or without."""
+        return bool(self.collect or self.collect_every_s)
 
     @property
     def proxies(self) -> Proxies:
@@ -878,16 +896,20 @@ class Settings(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a command needs of the settings: a key, the platform (`whole`: all of it or nothing), usable paths."""
+    """What a command needs of the settings: a key, the platform (`whole`: all of it or nothing), usable paths.
+
+    `collect`: what the daemon collects by itself, which stands for a platform where that is not set at all.
+    """
 
     key: bool = False
     platform: bool = False
     whole_platform: bool = False
     paths: bool = False
+    collect: bool = False
 
 
 NO_NEEDS = Needs()
-DAEMON_NEEDS = Needs(key=True, platform=True)
+DAEMON_NEEDS = Needs(key=True, platform=True, collect=True)
 
 
 class LoadedSettings(NamedTuple):
@@ -1029,9 +1051,12 @@ def _one_of(*words: str) -> Callable[[str], str]:
     return parse
 
 
-def _port(value: str) -> int:
-    _expect(value.isascii() and value.isdigit() and 1 <= int(value) <= 65535)
-    return int(value)
+def _whole_number(low: int, high: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        _expect(value.isascii() and value.isdigit() and low <= int(value) <= high)
+        return int(value)
+
+    return parse
 
 
 def _switch(value: str) -> bool:
@@ -1045,14 +1070,17 @@ def _api_keys(value: str) -> tuple[str, ...]:
     return keys
 
 
-def _base_url(value: str) -> str:
-    parts = urlsplit(value)
-    _expect(parts.scheme in ("http", "https") and bool(_host(parts.hostname or "")) and parts.port != 0)
-    _expect(
-        not (parts.query or parts.fragment or "@" in parts.netloc)
-        and re.fullmatch(r"[!-~]+", value) is not None
-    )
-    return value.rstrip("/")
+def _url(*schemes: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        parts = urlsplit(value)
+        _expect(parts.scheme in schemes and bool(_host(parts.hostname or "")) and parts.port != 0)
+        _expect(
+            not (parts.query or parts.fragment or "@" in parts.netloc)
+            and re.fullmatch(r"[!-~]+", value) is not None
+        )
+        return value.rstrip("/")
+
+    return parse
 
 
 def _plans(value: str) -> tuple[Plan, ...]:
@@ -1078,7 +1106,7 @@ def _mongodb_uri(value: str) -> str:
     _expect(not set(match[4] or "") & set("&="))  # options without the ? in front of them
     for host in match[3].split(","):
         parts = re.fullmatch(r"(\[[^\[\]]+\]|[^\[\]:\s]+)(?::(\d+))?", host)
-        _expect(parts is not None and (not parts[2] or bool(_port(parts[2]))))
+        _expect(parts is not None and (not parts[2] or bool(_whole_number(1, 65535)(parts[2]))))
     # unacknowledged writes could not be counted as stored; MongoDB's URIs may separate options by ; too
     _expect(not re.search(r"(?i)(?:^|[&;])w=[+-]?0+(?:[&;]|$)", unquote(value.partition("?")[2])))
     return value
@@ -1135,8 +1163,21 @@ def _no_proxy(value: str) -> tuple[str, ...]:
 
 def _megabytes(value: str) -> int:
     """Return the bytes of a number of megabytes (2^20 each)."""
-    _expect(value.isascii() and value.isdigit() and 1 <= int(value) <= 1 << 20)
-    return int(value) << 20
+    return _whole_number(1, 1 << 20)(value) << 20
+
+
+def _collect_codes(value: str) -> str:
+    """Return what says which codes to collect: WATCH in small letters, else as it is."""
+    _expect("".join(value.split()).isprintable() and any(map(str.isalnum, value)))
+    return WATCH if value.lower() == WATCH else value
+
+
+def _share(value: str) -> tuple[int, int]:
+    """Return which share of how many: 2/3 -> (2, 3)."""
+    match = re.fullmatch(r"(\d{1,3})\s*/\s*(\d{1,3})", value, re.ASCII)
+    _expect(match is not None and 1 <= int(match[1]) <= int(match[2]) <= MOST_SHARES)
+    assert match is not None  # for the type checker: _expect has raised
+    return int(match[1]), int(match[2])
 
 
 def _directory(value: str) -> Path:
@@ -1175,12 +1216,20 @@ _PROXY_EXPECTED = (
     "SOCKS is not supported"
 )
 
+_COLLECT_EXPECTED = (
+    "codes such as AAPL.US 600519.SH, or @ and the name of a file of codes, or watch: the codes of the collection "
+    "MONGODB_WATCH_COLLECTION_NAME"
+)
+_COLLECTION_EXPECTED = "a collection name of at most 120 bytes without $ and needless dots, not system.…"
+
 # fmt: off
 SETTINGS = (
     Setting("INFOWAY_API_KEY", "api_keys", "", "one or several keys, comma-separated, ASCII without blanks",
             _api_keys, secret=True),
     Setting("INFOWAY_API_BASE_URL", "api_base_url", "https://data.infoway.io", "an http:// or https:// URL",
-            _base_url),
+            _url("http", "https")),
+    Setting("INFOWAY_STREAM_URL", "stream_url", "wss://data.infoway.io/ws",
+            "a ws:// or wss:// URL without user, query or fragment", _url("ws", "wss")),
     Setting("INFOWAY_PLAN", "plans", AUTO,
             "auto, free, basic, premium, pro, or requests per second as a number (0: no limit, else 0.017 or more: one "
             "a minute); one for all keys, or one for each, comma-separated", _plans),
@@ -1190,17 +1239,28 @@ SETTINGS = (
     Setting("MONGODB_DB_NAME", "mongodb_db_name", "forecast_platform",
             "a database name of at most 63 bytes without / \\ . \" $ * < > : | ? or blanks", _database_name),
     Setting("MONGODB_REALTIME_COLLECTION_NAME", "realtime_name", "realtime",
-            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name,
-            old_name="MONGODB_COLLECTION_NAME"),
+            _COLLECTION_EXPECTED, _collection_name, old_name="MONGODB_COLLECTION_NAME"),
     Setting("MONGODB_CLOSE_COLLECTION_NAME", "close_name", "close",
-            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name),
+            _COLLECTION_EXPECTED, _collection_name),
     Setting("MONGODB_LICENSE_COLLECTION_NAME", "license_name", "license_usage",
-            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name),
+            _COLLECTION_EXPECTED, _collection_name),
+    Setting("MONGODB_WATCH_COLLECTION_NAME", "watch_name", "stock_watch",
+            _COLLECTION_EXPECTED, _collection_name),
+    Setting("MONGODB_GAP_COLLECTION_NAME", "gap_name", "stream_gaps",
+            _COLLECTION_EXPECTED, _collection_name),
     Setting("MONGODB_NUMERIC_TYPE", "numeric_type", "string", "string, decimal or double",
             _one_of("string", "decimal", "double")),
+    Setting("COLLECT", "collect", "", "stream, or nothing", _one_of("stream")),
+    Setting("COLLECT_EVERY", "collect_every_s", "", "seconds from 1 to 86400", _number(1, 86_400)),
+    Setting("COLLECT_CODES", "collect_codes", "", _COLLECT_EXPECTED, _collect_codes),
+    Setting("COLLECT_SHARE", "collect_share", "1/1",
+            f"which share of how many, such as 1/3, of at most {MOST_SHARES}", _share),
+    Setting("KEEP_DAYS", "keep_days", "", "days, a whole number from 1 to 36500, or nothing: for ever",
+            _whole_number(1, 36_500)),
     Setting("SERVER_IP", "server_host", "", "a host name or an address, without http:// and without a port",
             _host, at_start=True),
-    Setting("SERVER_PORT", "server_port", "", "a number from 1 to 65535", _port, at_start=True),
+    Setting("SERVER_PORT", "server_port", "", "a number from 1 to 65535", _whole_number(1, 65535),
+            at_start=True),
     Setting("SERVER_TLS", "server_tls", "0", "0 (http, ws) or 1 (https, wss)", _switch, at_start=True),
     Setting("HEARTBEAT_INTERVAL", "heartbeat_s", "10", "seconds from 1 to 3600", _number(1, 3600)),
     Setting("MODULE_NAME", "module_name", "股票实时数据获取模块", "1 to 100 printable characters",
@@ -1484,7 +1544,7 @@ def load_settings(
     faults = [fault for path in files for fault in broken_lines(path)] + read.faults
     if "MONGODB_DB_NAME" in read.unset and uri_database(values.get("mongodb_uri", "")):
         faults += _take_database(values)
-    faults += _contradictions(values) + _missing(read.unset, needs)
+    faults += _contradictions(values) + _missing(read.unset, needs, values)
     is_root = os.geteuid() == 0 if is_root is None else is_root
     values.setdefault("state_directory", default_state_directory(environ, is_root))
     if needs.paths:
@@ -1580,17 +1640,29 @@ def _take_database(values: dict[str, Any]) -> list[str]:
     return []
 
 
-def _missing(unset: Collection[str], needs: Needs) -> list[str]:
+def _missing(unset: Collection[str], needs: Needs, values: Mapping[str, Any]) -> list[str]:
     """Return the faults of what a command needs and nothing sets."""
     faults = []
     platform = [name for name in ("SERVER_IP", "SERVER_PORT") if name in unset]
-    if platform and (needs.platform or (needs.whole_platform and len(platform) == 1)):
-        faults.append(
-            f"{' and '.join(platform)} not set: the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; "
-            "without a platform use --once --codes …"
-        )
+    collecting = [name for name in COLLECTING if needs.collect and name not in unset]
+    if len(platform) == 1 and (needs.platform or needs.whole_platform):
+        faults.append(f"{platform[0]} not set: {_PLATFORM_EXPECTED}")
+    elif platform and needs.platform and not collecting:
+        faults.append(f"{' and '.join(platform)} not set: {_PLATFORM_EXPECTED}")
     if needs.key and "INFOWAY_API_KEY" in unset:
         faults.append(NO_KEY_HINT)
+    if collecting and "COLLECT_CODES" in unset:
+        faults.append(
+            f"COLLECT_CODES is not set, and {' and '.join(collecting)} would collect nothing: "
+            f"expected {_COLLECT_EXPECTED}"
+        )
+    if len(collecting) == len(COLLECTING):
+        faults.append(
+            "COLLECT and COLLECT_EVERY are both set: choose one, COLLECT=stream for every trade (what the key's plan "
+            "has no room for is polled by itself), or COLLECT_EVERY for the latest trade every so many seconds"
+        )
+    if needs.collect and values.get("collect_codes") == WATCH and "MONGODB_HOST" in unset:
+        faults.append(WATCH_NEEDS_MONGODB)
     return faults
 
 
@@ -1633,7 +1705,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         faults += uri_faults(values["mongodb_uri"])
     taken: dict[str, str] = {}
     for setting in SETTINGS:
-        if setting.attribute in ("realtime_name", "close_name", "license_name"):
+        if setting.parse is _collection_name:
             name = values.get(setting.attribute, "")
             if name in taken:
                 faults.append(f"{setting.name}={name!r}: expected another name than {taken[name]} has")
@@ -1696,6 +1768,14 @@ def _misspelled(name: str, source: str) -> str:
     return f"{source}: {name} is no setting and has no effect; did you mean {near[0]}?"
 
 
+_PLATFORM_EXPECTED = (
+    "the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; without a platform use --once --codes …, "
+    "or let it collect by itself: COLLECT=stream or COLLECT_EVERY, and COLLECT_CODES"
+)
+WATCH_NEEDS_MONGODB = (
+    "COLLECT_CODES=watch without MONGODB_HOST: the watch list is a collection of MongoDB; set MONGODB_HOST, or name "
+    "the codes, or @ and a file of them"
+)
 NO_KEY_HINT = (
     "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none"
 )
@@ -12825,6 +12905,7 @@ def _check_origins(loaded: LoadedSettings, is_service_hidden: bool) -> Check:
 
 
 NO_DAEMON = "SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon"
+NO_PLATFORM = "SERVER_IP and SERVER_PORT are not set: the daemon collects by itself, without a platform"
 
 
 def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
@@ -12857,7 +12938,7 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
     if settings.platform_url():
         yield check_platform(settings)
     else:
-        yield Check("platform", True, NO_DAEMON)
+        yield Check("platform", True, NO_PLATFORM if settings.collects else NO_DAEMON)
 
 
 def _check_state_directory(settings: Settings) -> Check:
@@ -13321,7 +13402,8 @@ def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
         raise SettingsError(["time zones: see above; install the package tzdata, or see PYTHONTZPATH"])
     check = _check_origins(loaded, is_service_hidden)
     if not loaded.settings.platform_url():
-        check = check._replace(words=f"{check.words}; {NO_DAEMON}")
+        words = NO_PLATFORM if loaded.settings.collects else NO_DAEMON
+        check = check._replace(words=f"{check.words}; {words}")
     show(_check_line(check))
     return EXIT_OK if check.good else EXIT_FAILED
 
@@ -13329,7 +13411,7 @@ def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
 def needs_of(options: Options) -> Needs:
     """Return what a command needs of the settings."""
     if options.check_settings:
-        return Needs(key=True, whole_platform=True, paths=True)
+        return Needs(key=True, whole_platform=True, paths=True, collect=True)
     if options.register:
         return Needs(platform=True)
     if options.once or options.symbols or options.backfill is not None:
