@@ -6767,6 +6767,17 @@ class MongoStore:
         except PyMongoError as error:
             raise self._fault(error) from error
 
+    def write_gaps(self, documents: Sequence[Document]) -> None:
+        """Write times in which the stream did not bring every trade, as they are now. Raises StoreAway."""
+        from pymongo import ReplaceOne
+        from pymongo.errors import PyMongoError
+
+        updates = [ReplaceOne({"_id": one["_id"]}, one, upsert=True) for one in documents]
+        try:
+            self.collection(self._settings.gap_name).bulk_write(updates, ordered=False)
+        except PyMongoError as error:
+            raise self._fault(error) from error
+
     def codes(self) -> list[str]:
         """Return every code in `realtime`. Raises StoreError."""
         from pymongo.errors import PyMongoError
@@ -7905,6 +7916,18 @@ class Delivery:
         """Store documents, or queue them: behind those that wait, and whatever fails but for their own fault."""
         if not self._is_caught_up():
             return self._queue_up(documents)
+        return self._write_now(documents)
+
+    def write_soon(self, documents: Sequence[Document], within_s: float) -> WriteReport:
+        """Store documents as `write` does, but wait for nothing longer than that; 0: queue them. Raises StoreError."""
+        from pymongo import timeout
+
+        if not within_s or self._has_waiting():
+            return self._queue_up(documents)
+        with timeout(min(within_s, self.mongo.client.options.timeout or math.inf)):
+            return self._write_now(documents)
+
+    def _write_now(self, documents: Sequence[Document]) -> WriteReport:
         try:
             report = self.mongo.write(documents)
         except StoreAway as error:
@@ -7985,6 +8008,16 @@ class Delivery:
         else:
             self._file_trouble.over()
         return True
+
+    def _has_waiting(self) -> bool:
+        """Whether trades wait; none do where the file cannot say."""
+        try:
+            has_trades = self.queue.has_trades()
+        except StoreError as error:
+            self._file_trouble.again(str(error))
+            return False
+        self._file_trouble.over()
+        return has_trades
 
     def _queue_up(self, documents: Sequence[Document]) -> WriteReport:
         before = self.queue.trades
@@ -8220,6 +8253,115 @@ class Delivery:
         trouble.again(words)
 
 
+# ------------------------------------------------------------------------------------------------------
+# Gaps of the stream
+# ------------------------------------------------------------------------------------------------------
+
+# Gaps that MongoDB has and that are over stay in the local file for so long; where there is no MongoDB all of them do.
+GAPS_KEPT_S = 30 * DAY_S
+# Gaps that go to MongoDB at once: each may name thousands of codes.
+GAPS_AT_ONCE = 20
+
+
+class NotedGap(NamedTuple):
+    """A time in which the stream did not bring every trade of some codes, as both stores have it.
+
+    `since` and `until` are times at which pushes arrived, epoch ms by the clock of this machine: the time of a trade
+    lies a little before. `until` None: it goes on. `instance` is the one that missed them; another may have them.
+    """
+
+    key: str
+    instance: str
+    product: str
+    codes: tuple[str, ...]
+    since: int
+    until: int | None
+    why: str
+    create_time: str
+
+    def document(self) -> Document:
+        """Return its document in MongoDB."""
+        return {
+            "_id": self.key,
+            "instance": self.instance,
+            "product": self.product,
+            "codes": [*self.codes],
+            "from": self.since,
+            "to": self.until,
+            "why": self.why,
+            "create_time": datetime.fromisoformat(self.create_time),
+        }
+
+
+class Gaps:
+    """When the stream did not bring every trade: in the local file first, and in MongoDB as soon as it takes them.
+
+    Any thread may call it. Raises StoreError.
+    """
+
+    def __init__(self, file: LocalFile, mongo: MongoStore | None) -> None:
+        self._file = file
+        self._mongo = mongo
+
+    def note(
+        self,
+        instance: str,
+        product: str,
+        codes: Iterable[str],
+        since: int,
+        why: str,
+        until: int | None = None,
+    ) -> NotedGap:
+        """Note a new gap. Where two of a product would begin in the same millisecond one begins a little before."""
+        created = iso(utc_now())
+        gap = NotedGap("", instance, product, tuple(sorted(codes)), since, until, why, created)
+        insert = (
+            'INSERT INTO stream_gaps (_id, instance, product, codes, "from", "to", why, create_time) '
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+        )
+        with self._file.write() as db:
+            while True:
+                gap = gap._replace(key=f"{instance}|{product}|{gap.since}")
+                row = gap._replace(codes=json.dumps(gap.codes))  # type: ignore[arg-type]
+                if db.execute(insert, row).rowcount:
+                    return gap
+                gap = gap._replace(since=gap.since - 1)
+
+    def change(self, gap: NotedGap) -> None:
+        """Keep what a gap has become: its codes, its end, why it is."""
+        update = 'UPDATE stream_gaps SET codes = ?, "to" = ?, why = ?, delivered = 0 WHERE _id = ?'
+        with self._file.write() as db:
+            db.execute(update, (json.dumps(gap.codes), gap.until, gap.why, gap.key))
+
+    def open(self) -> list[NotedGap]:
+        """Return those that go on."""
+        return self._some('"to" IS NULL')
+
+    def count_since(self, moment: str) -> int:
+        """Return how many were noted since a time (ISO 8601 UTC)."""
+        return int(self._file.read_one("SELECT count(*) FROM stream_gaps WHERE create_time >= ?", moment)[0])
+
+    def deliver(self) -> bool:
+        """Bring some that are new or have changed to MongoDB, if there is one; return whether there were any."""
+        if self._mongo is None:
+            return False
+        gaps = self._some(f"NOT delivered LIMIT {GAPS_AT_ONCE}")
+        if not gaps:
+            return False
+        self._mongo.write_gaps([gap.document() for gap in gaps])
+        mark = 'UPDATE stream_gaps SET delivered = 1 WHERE _id = ? AND codes = ? AND "to" IS ? AND why = ?'
+        forget = 'DELETE FROM stream_gaps WHERE delivered AND "to" < ?'
+        with self._file.write() as db:
+            db.executemany(mark, [(gap.key, json.dumps(gap.codes), gap.until, gap.why) for gap in gaps])
+            db.execute(forget, ((time.time() - GAPS_KEPT_S) * 1000,))
+        return True
+
+    def _some(self, which: str) -> list[NotedGap]:
+        names = '_id, instance, product, codes, "from", "to", why, create_time'
+        rows = self._file.read_all(f"SELECT {names} FROM stream_gaps WHERE {which}")  # noqa: S608
+        return [NotedGap(*row)._replace(codes=tuple(json.loads(row[3]))) for row in rows]
+
+
 # ======================================================================================================
 # Run: codes in, report out
 # ======================================================================================================
@@ -8256,6 +8398,50 @@ class Settler(Protocol):
         """Write them. Raises StoreError."""
 
 
+class Keeper:
+    """What follows where documents were written: listeners are told, closes are made.
+
+    The same for trades that were asked for and for those that were pushed. Any thread may call it.
+    """
+
+    def __init__(self, closing: Settler | None, events: Events, trouble: LogThrottle) -> None:
+        self._closing = closing
+        self._events = events
+        self._trouble = trouble
+
+    def follow(self, written: WriteReport, documents: Sequence[Document], stop: threading.Event) -> str:
+        """Tell of documents that a store has, and make their closes; return why those cannot be made, '' if they can.
+
+        The closes of what is queued are made when it arrives.
+        """
+        if written.queued:
+            self._events.kept(documents)
+            return ""
+        self._events.stored(documents)
+        return self._settle(documents, stop)
+
+    def _settle(self, documents: Sequence[Document], stop: threading.Event) -> str:
+        """Keep the closing prices; that it fails costs no trade."""
+        if self._closing is None:
+            return ""
+        try:
+            self._closing.settle(documents, stop)
+        except StoreError as error:
+            return str(error)
+        except Exception as error:  # the trades are stored, and that is what counts
+            if lack_words(error) or not self._trouble.there:
+                return own_fault(error)
+            return f"a fault of stockrt itself: {type(error).__name__}; see the log"
+        return ""
+
+
+def taken_of(documents: Sequence[Document], written: WriteReport) -> Sequence[Document]:
+    """Return those of the documents that a store has not refused."""
+    if not written.refused:
+        return documents
+    return [document for document in documents if document["_id"] not in written.refused]
+
+
 class Collector:
     """One run: fetches, checks, stores, counts. `run` is called once.
 
@@ -8277,11 +8463,11 @@ class Collector:
     ) -> None:
         self._source = source
         self._store = store
-        self._closing = closing
         self._events = events
         self._demo = demo
         self._clock = clock
         self._close_trouble = close_trouble or LogThrottle(CLOSES, clock)
+        self._keeper = Keeper(closing, events, self._close_trouble)
         self._unwritten: list[Document] = []
         self._unwritten_since = 0.0
         self._finder = finder
@@ -8419,9 +8605,8 @@ class Collector:
             self._fail([document["stock_code"] for document in documents], f"fetched, not stored: {error}")
             return
         self._done += len(documents) - len(written.refused)
-        taken = documents
+        taken = taken_of(documents, written)
         if written.refused:
-            taken = [document for document in documents if document["_id"] not in written.refused]
             for document in documents:
                 if document["_id"] in written.refused:
                     self._fail([document["stock_code"]], written.refused[document["_id"]])
@@ -8445,38 +8630,20 @@ class Collector:
                 self.report.read_as[self._asked(code)] = code
 
     def _count(self, written: WriteReport, documents: Sequence[Document]) -> None:
-        """Count what a write did; the closes of what is queued are made when it arrives."""
+        """Count what a write did, and let follow what does; that closes fail is said, not at every run."""
         if written.queued:
             self.report.queued += written.queued
             self.report.queued_because = written.queued_because
-            self._events.kept(documents)
-            return
-        self.report.stored += written.stored
-        self.report.duplicates += written.duplicates
-        self._events.stored(documents)
-        self._settle(documents)
-
-    def _settle(self, documents: Sequence[Document]) -> None:
-        """Keep the closing prices; that it fails is said, not at every run, and costs no trade."""
-        if self._closing is None:
-            return
-        try:
-            self._closing.settle(documents, self._stop)
-        except StoreError as error:
-            self._note_close_fault(str(error))
-        except Exception as error:  # the trades are stored, and that is what counts
-            words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
-            if lack_words(error) or not self._close_trouble.there:
-                words = own_fault(error)
-            self._note_close_fault(words)
         else:
+            self.report.stored += written.stored
+            self.report.duplicates += written.duplicates
+        close_error = self._keeper.follow(written, documents, self._stop)
+        if close_error:
             if not self.report.close_error:
-                self._close_trouble.over()
-
-    def _note_close_fault(self, words: str) -> None:
-        if not self.report.close_error:
-            self._close_trouble.again(words)
-        self.report.close_error = words
+                self._close_trouble.again(close_error)
+            self.report.close_error = close_error
+        elif not written.queued and not self.report.close_error:
+            self._close_trouble.over()
 
 
 def store_name(settings: Settings) -> str:
@@ -8629,6 +8796,7 @@ class Pipeline:
             api = InfowayApi(settings.api_base_url, self.keys, proxies, self._events, clock=clock)
             opened.callback(api.close)
             self.api = api
+            self.gaps = Gaps(file, mongo)
             self._plans = KeyPlans(file, api)
             self.directory = Directory(file, api)
             self._source: Source = api
@@ -8650,6 +8818,7 @@ class Pipeline:
             queue, rejects, unsettled = DeliveryQueue(file, limit), Rejects(file), UnsettledTrades(file)
             self._delivery = Delivery(closes_in, queue, rejects, unsettled, closes, self._events)
             self.store = self._closing = self._delivery
+        self._keeper = Keeper(self._closing, self._events, self._close_trouble)
         self._finaliser = Finaliser(closes_in, self._source, sessions, self._events, self._clock)
         self._backfill = Backfill(closes_in, self._source, file, self._clock)
 
@@ -8699,6 +8868,23 @@ class Pipeline:
         if self._settings.metrics_file is not None:  # they cost a question to MongoDB
             self._tell_keys()
         return report
+
+    def put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
+        """Store documents that were pushed, and let follow what does: within about that time, 0: at once.
+
+        MongoDB gets them then, or the queue on this machine does. Raises StoreError when nothing of it is stored.
+        """
+        if self._delivery is None:
+            written = self.store.write(documents)
+        else:
+            self._delivery.mongo.start_threads()
+            written = self._delivery.write_soon(documents, within_s)
+        close_error = self._keeper.follow(written, taken_of(documents, written), threading.Event())
+        if close_error:
+            self._close_trouble.again(close_error)
+        elif not written.queued:
+            self._close_trouble.over()
+        return written
 
     def symbols(self, text: str, stop: threading.Event) -> tuple[list[Symbol], str]:
         """Return the instruments whose code or name holds a text, and why a list is missing, '' where none is.
