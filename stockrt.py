@@ -28,6 +28,7 @@ above it:
     Closing prices     which trade is the close of a session
     Delivery           what waits on this machine for MongoDB, and the one loop that delivers it
     Run                codes in, report out: everything above put together in one place
+    Collection         what is collected without anybody asking, and when
     Platform protocol  text in, events out: pure
     Platform link      registration, presence, the WebSocket
     Command journal    accepted commands and their answers on disk
@@ -622,8 +623,23 @@ SMALL_TROUBLE_AGAIN_S = 6 * 3600.0
 TROUBLE_KINDS = 16
 
 
+@contextlib.contextmanager
+def turn(lock: threading.Lock, stop: threading.Event) -> Iterator[None]:
+    """Hold a lock in the body. Raises Interrupted where `stop` is set before it is free."""
+    while not lock.acquire(timeout=STOP_POLL_S):
+        if stop.is_set():
+            raise Interrupted("stopped")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class LogThrottle:
-    """Says a repeating trouble when it begins or changes, every few minutes with a count, and when it ends."""
+    """Says a repeating trouble when it begins or changes, every few minutes with a count, and when it ends.
+
+    Any thread may call it.
+    """
 
     def __init__(
         self,
@@ -646,9 +662,10 @@ class LogThrottle:
         kind = re.sub(r"\d+", "#", reason)  # seconds and bytes that differ make no new reason
         if kind not in self._said and len(self._said) >= TROUBLE_KINDS:
             kind = ""
-        if kind not in self._said:
+        said_at = self._said.get(kind)
+        if said_at is None:
             log.warning("%s: %s; %s", self._what, reason, self._then)
-        elif now - self._said[kind] >= self._again_s:
+        elif now - said_at >= self._again_s:
             log.warning("%s: still %s (%d tries)", self._what, reason, self._count)
         else:
             return
@@ -2318,6 +2335,12 @@ def split_codes(text: str) -> list[str]:
     return [code for code in _SEPARATORS.split(text) if code]
 
 
+def codes_in(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the codes of a file's lines; a # begins a comment."""
+    for line in lines:  # the mark of a file on standard input is not decoded away
+        yield from split_codes(line.partition("#")[0].lstrip("\ufeff"))
+
+
 def parse_code(raw: object) -> Instrument:
     """Return the instrument that a person or the platform meant by `raw` (a text or a whole number).
 
@@ -2639,6 +2662,16 @@ class Failure(NamedTuple):
     words: str
 
 
+def failed_words(failures: Mapping[str, Failure], total: int) -> str:
+    """Return how many of how many codes failed, and of the first few why."""
+    named = [f"{code} ({failure.words})" for code, failure in islice(failures.items(), FAILURES_NAMED)]
+    words = f"{len(failures)} of {total} codes failed: {', '.join(named)}"
+    more = len(failures) - len(named)
+    if more:
+        words += f" and {more} more"
+    return words
+
+
 class Check(NamedTuple):
     """What `--check` found of one thing."""
 
@@ -2647,8 +2680,9 @@ class Check(NamedTuple):
     words: str
 
 
-# Codes that a report names beside its failures.
+# Codes that a report names beside its failures, and failures that one line names.
 NAMES_LISTED = 100
+FAILURES_NAMED = 3
 
 
 class Report:
@@ -5865,7 +5899,7 @@ def _failed(batch: Batch, failure: Failure) -> Outcome:
 class KeyPlans:
     """The plans of the keys for which none is set: as the API tells them once a day, kept in the local file.
 
-    One caller at a time. What cannot be had now is the plan told last, and before any the smallest one.
+    Any thread may ask; they take turns. What cannot be had now is the plan told last, and before any the smallest one.
     """
 
     def __init__(self, file: LocalFile, api: InfowayApi, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -5876,6 +5910,7 @@ class KeyPlans:
         self._not_before: dict[str, float] = {}  # by digest, monotonic: after a question without an answer
         self._told: dict[str, tuple[str, PackageInfo]] = {}  # by digest: the day, and what was said
         self._no_plan_said: set[str] = set()
+        self._asking = threading.Lock()
         self.recall()
 
     def of(self, key: ApiKey) -> PackageInfo:
@@ -5892,14 +5927,15 @@ class KeyPlans:
 
     def ask(self, stop: threading.Event) -> None:
         """Ask for what was not told today, before a run."""
-        self.recall()
+        with contextlib.suppress(Interrupted), turn(self._asking, stop):
+            self.recall()
+            self._ask_what_is_due(stop)
+
+    def _ask_what_is_due(self, stop: threading.Event) -> None:
         for key in self._to_ask:
             if not self._is_due(key):
                 continue
-            try:
-                found = self._api.package(key, stop)
-            except Interrupted:
-                return
+            found = self._api.package(key, stop)
             if isinstance(found, PackageInfo):
                 self._keep(key, found)
                 continue
@@ -6003,7 +6039,7 @@ def read_symbols(kind: str, envelope: Mapping[str, Any]) -> list[Symbol] | None:
 class Directory:
     """Which instruments exist: the API's symbol lists, each asked for when something needs it, once a day at most.
 
-    They are kept in the local file, for all processes. One caller at a time. Raises StoreError.
+    They are kept in the local file, for all processes. Any thread may ask; they take turns. Raises StoreError.
     """
 
     def __init__(self, file: LocalFile, api: InfowayApi, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -6011,9 +6047,18 @@ class Directory:
         self._api = api
         self._clock = clock
         self._not_before: dict[str, float] = {}  # by type, monotonic: after a question without an answer
+        self._asking = threading.Lock()
 
     def refresh(self, types: Iterable[str], stop: threading.Event) -> str:
         """Ask for those of the lists that were not had today; return why one cannot be had, '' if all are here."""
+        try:
+            with turn(self._asking, stop):
+                return self._refresh(types, stop)
+        except Interrupted as error:
+            return str(error)
+
+    def _refresh(self, types: Iterable[str], stop: threading.Event) -> str:
+        """Do so. Raises Interrupted."""
         today, why = utc_day(self._clock.wall()), ""
         kept = dict(self._file.read_all("SELECT type, asked_on FROM symbol_lists"))
         for kind in types:
@@ -6022,10 +6067,7 @@ class Directory:
             if self._clock.monotonic() < self._not_before.get(kind, -math.inf):
                 why = why or ASKED_IN_VAIN
                 continue
-            try:
-                found = self._api.symbols(kind, stop)
-            except Interrupted as error:
-                return str(error)
+            found = self._api.symbols(kind, stop)
             if not isinstance(found, Failure):
                 self._keep(kind, found, today)
                 continue
@@ -6785,6 +6827,17 @@ class MongoStore:
         try:
             return sorted(filter(None, map(str, self.collection().distinct("stock_code"))))
         except PyMongoError as error:
+            raise self._fault(error) from error
+
+    def field(self, name: str, field: str, most: int) -> list[object]:
+        """Return a field of up to `most` documents of a collection, None for one that lacks it. Raises StoreAway."""
+        from bson.errors import BSONError
+        from pymongo.errors import PyMongoError
+
+        try:
+            found = self.collection(name).find({}, {"_id": 0, field: 1}).limit(most)
+            return [document.get(field) for document in found]
+        except (PyMongoError, BSONError) as error:
             raise self._fault(error) from error
 
     def check(self) -> str:
@@ -8550,13 +8603,7 @@ class Collector:
 
     def _look_up(self, plan: BatchPlan, finder: Finder) -> None:
         """Have looked up what the forms of some codes do not tell; what is found is asked next."""
-        for shown, unclear in plan.unclear.items():
-            found, why = None, plan.invalid[shown]
-            if not self._stop.is_set():
-                try:
-                    found = finder.find(unclear, self._stop)
-                except InstrumentError as error:
-                    why = str(error)
+        for shown, found, why in looked_up(plan, finder, self._stop):
             if found is None:
                 self._fail([shown], why, FailureKind.INVALID_CODE)
             else:
@@ -8644,6 +8691,20 @@ class Collector:
             self.report.close_error = close_error
         elif not written.queued and not self.report.close_error:
             self._close_trouble.over()
+
+
+def looked_up(
+    plan: BatchPlan, finder: Finder, stop: threading.Event
+) -> Iterator[tuple[str, Instrument | None, str]]:
+    """Yield of each code whose form does not tell what it means what the lists know it as, or why nothing."""
+    for shown, unclear in plan.unclear.items():
+        found, why = None, plan.invalid[shown]
+        if not stop.is_set():
+            try:
+                found = finder.find(unclear, stop)
+            except InstrumentError as error:
+                why = str(error)
+        yield shown, found, why
 
 
 def store_name(settings: Settings) -> str:
@@ -8757,6 +8818,21 @@ class QueueFacts(TypedDict):
     unsettled: int
 
 
+class _Aside(Events):
+    """Passes on what a run stores, not how it goes on: by that the executor is watched, whose run is another one."""
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+
+    def stored(self, documents: Sequence[Document]) -> None:
+        """Pass it on."""
+        self._events.stored(documents)
+
+    def kept(self, documents: Sequence[Document]) -> None:
+        """Pass it on."""
+        self._events.kept(documents)
+
+
 class Pipeline:
     """Everything that a run needs, opened in one place, last opened first closed; the daemon keeps it between runs.
 
@@ -8784,10 +8860,11 @@ class Pipeline:
         self._close_trouble = LogThrottle(CLOSES, then="the trades are stored all the same")
         with contextlib.ExitStack() as opened:
             file = opened.enter_context(open_store_file(settings.state_directory, self._events, patient))
-            mongo: MongoStore | None = None
+            self.mongo: MongoStore | None = None
             ledger: Ledger = LocalLedger(file)
             if settings.mongodb_uri:
-                mongo = opened.enter_context(contextlib.closing(MongoStore(settings)))
+                self.mongo = opened.enter_context(contextlib.closing(MongoStore(settings)))
+            mongo = self.mongo
             if mongo is not None and not (only_looks and mongo.lacks(settings.license_name)):
                 ledger = SharedLedger(mongo.collection(settings.license_name), ledger)
             self.keys = KeyPool(settings.key_plans(), ledger)
@@ -8803,6 +8880,8 @@ class Pipeline:
             if demo:
                 self._source = DemoApi()
             self._open_store(file, mongo)
+            self._polled: InfowayApi | None = None  # made at first use
+            self._polling = threading.Lock()
             self._opened = opened.pop_all()
 
     def _open_store(self, file: LocalFile, mongo: MongoStore | None) -> None:
@@ -8844,6 +8923,42 @@ class Pipeline:
 
         Raises SettingsError without an API key, StoreError when a local file is damaged or the clock not set.
         """
+        return self._collect(self._source, self._events, codes, stop, report)
+
+    def poll(self, codes: Iterable[object], stop: threading.Event) -> Report:
+        """Collect as `run` does, beside it and over connections of its own, without telling how it goes on.
+
+        Any thread may call it; they take turns. It has to be over before this is closed. Raises as `run` does.
+        """
+        try:
+            with turn(self._polling, stop):
+                return self._collect(self._source_beside(), _Aside(self._events), codes, stop)
+        except Interrupted:
+            return Report(interrupted=True)
+
+    def _source_beside(self) -> Source:
+        """Return what can be asked while a run asks."""
+        if self._demo:
+            return self._source
+        if self._polled is None:
+            self._polled = InfowayApi(
+                self._settings.api_base_url,
+                self.keys,
+                self._settings.proxies,
+                self._events,
+                clock=self._clock,
+            )
+            self._opened.callback(self._polled.close)
+        return self._polled
+
+    def _collect(
+        self,
+        source: Source,
+        events: Events,
+        codes: Iterable[object],
+        stop: threading.Event,
+        report: Report | None = None,
+    ) -> Report:
         if not (self._demo or self._settings.api_keys):
             raise SettingsError([NO_KEY_HINT])
         need_clock(self._clock.wall())
@@ -8852,10 +8967,10 @@ class Pipeline:
             self._plans.ask(stop)
             closing, finder = self._closing, self.directory
         collector = Collector(
-            self._source,
+            source,
             self.store,
             closing,
-            self._events,
+            events,
             demo=self._demo,
             report=report,
             close_trouble=self._close_trouble,
@@ -9028,6 +9143,346 @@ class Pipeline:
 
 
 # ======================================================================================================
+# Collection: what is collected without anybody asking, and when
+# ======================================================================================================
+
+# ------------------------------------------------------------------------------------------------------
+# What: the codes of COLLECT_CODES
+# ------------------------------------------------------------------------------------------------------
+
+# A file or a collection of codes is looked at again after so long, seconds.
+LOOK_EVERY_S = 60.0
+# As many codes as a command may have, and a file that holds no more of them.
+MOST_COLLECTED = 100_000
+MOST_CODES_BYTES = 16 * 1024 * 1024
+NO_CODES = (
+    'no codes are named: expected code_list, a list such as ["AAPL.US"], or COLLECT_CODES in the settings of this '
+    "module, for commands without codes"
+)
+
+
+class WatchList:
+    """The codes of COLLECT_CODES, of which this instance takes its share; a file or a collection is looked at again.
+
+    Any thread may call it. What cannot be read, or holds no code any more, leaves the codes from before, and is said.
+    """
+
+    def __init__(self, settings: Settings, mongo: MongoStore | None, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._settings = settings
+        self._mongo = mongo
+        self._clock = clock
+        self._codes: tuple[str, ...] | None = None
+        self._look_at = -math.inf
+        self._file_was: tuple[int, int, int] | None = None
+        self._odd_said = False
+        self._trouble = LogThrottle("COLLECT_CODES", clock, then="the codes from before stay")
+        self._lock = threading.Lock()
+
+    def codes(self, fresh: bool = False) -> Sequence[str]:
+        """Return this instance's codes as they were typed, the same object until they change; `fresh`: as of now.
+
+        Raises StockrtError while there are none from before.
+        """
+        with self._lock:
+            if fresh or self._codes is None or self._clock.monotonic() >= self._look_at:
+                self._look()
+            return self._codes or ()
+
+    def wait_s(self) -> float:
+        """Return after how many seconds `codes` looks again; infinite where that is of no use."""
+        return max(0.0, self._look_at - self._clock.monotonic())
+
+    def _look(self) -> None:
+        self._look_at = math.inf
+        if self._settings.collect_codes[:1] == "@" or self._settings.collect_codes == WATCH:
+            self._look_at = self._clock.monotonic() + LOOK_EVERY_S
+        try:
+            found = self._read()
+        except StockrtError as error:
+            if self._codes is None:
+                raise StockrtError(f"COLLECT_CODES: {error}") from None
+            self._trouble.again(str(error))
+        else:
+            self._trouble.over()
+            if found is not None:
+                self._take(found)
+
+    def _read(self) -> Collection[str] | None:
+        """Return the codes of all shares, None for those from before. Raises StockrtError."""
+        text = place = self._settings.collect_codes
+        found: list[str] | None
+        if text == WATCH:
+            place = f"{self._settings.mongodb_db_name}.{self._settings.watch_name}"
+            found = self._read_collection(place)
+        elif text[:1] == "@":
+            place = text[1:]
+            found = self._read_file(Path(place))
+        elif text:
+            found = split_codes(text)
+        else:
+            raise StockrtError(NO_CODES)
+        if found is None:
+            return None
+        codes = dict.fromkeys(found)
+        if not codes:
+            raise StockrtError(f"no code in {place}; expected codes such as AAPL.US 600519.SH")
+        if len(codes) > MOST_COLLECTED:
+            raise StockrtError(f"{place} has more than {MOST_COLLECTED} codes")
+        return codes
+
+    def _read_collection(self, place: str) -> list[str]:
+        if self._mongo is None:
+            raise StockrtError(WATCH_NEEDS_MONGODB)
+        try:
+            values = self._mongo.field(self._settings.watch_name, "code", MOST_COLLECTED + 1)
+        except StoreAway as error:
+            raise StockrtError(f"{place} cannot be read: {error}") from error
+        if len(values) > MOST_COLLECTED:
+            raise StockrtError(f"{place} has more than {MOST_COLLECTED} documents")
+        texts = [value for value in values if isinstance(value, str) and split_codes(value)]
+        odd = len(values) - len(texts)
+        if odd and not self._odd_said:
+            words = "COLLECT_CODES: %d of %s in %s have no text in the field code, and are passed over"
+            log.warning(words, odd, count_words(len(values), "document"), place)
+        self._odd_said = bool(odd)
+        return [code for text in texts for code in split_codes(text)]
+
+    def _read_file(self, path: Path) -> list[str] | None:
+        """Return what a file holds, None where it has not changed. Raises StockrtError."""
+        import stat
+
+        try:
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise StockrtError(f"{path} is no plain file")
+            if found.st_size > MOST_CODES_BYTES:
+                raise StockrtError(
+                    f"{path} has {found.st_size} bytes; expected codes such as AAPL.US 600519.SH"
+                )
+            is_now = (found.st_mtime_ns, found.st_size, found.st_ino)
+            if self._codes is not None and is_now == self._file_was:
+                return None
+            self._file_was = None
+            with path.open(encoding="utf-8-sig") as lines:
+                codes = list(codes_in(lines))
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise StockrtError(f"{path} cannot be read: {why}") from None
+        if codes:
+            self._file_was = is_now
+        return codes
+
+    def _take(self, listed: Collection[str]) -> None:
+        """Go over to what of a new list is in the share, and say what changed."""
+        number, shares = self._settings.collect_share
+        codes = [code for code in listed if share_of(code, shares) == number]
+        before, now = set(self._codes or ()), set(codes)
+        if self._codes is not None and before == now:
+            return
+        words = count_words(len(codes), "code")
+        if shares > 1:
+            words += f" of {len(listed)}, the share {number}/{shares}"
+        if self._codes is not None:
+            words += f"; {len(now - before)} new, {len(before - now)} gone"
+        log.log(logging.INFO if codes else logging.WARNING, "COLLECT_CODES: %s", words)
+        self._codes = tuple(codes)
+
+
+def share_of(code: str, shares: int) -> int:
+    """Return in which of so many shares a code is, from 1 on, the same one in whichever notation it is typed.
+
+    It is the first 32 bits of the SHA-256 of the API's form, modulo the number of shares, plus 1.
+    """
+    if shares == 1:
+        return 1
+    try:
+        form = parse_code(code).code
+    except UnclearCode as error:
+        form = error.text  # what a list may know it as
+    except InstrumentError:
+        form = code
+    return int(sha256(form.encode("utf-8", "backslashreplace"))[:8], 16) % shares + 1
+
+
+class Resolved(NamedTuple):
+    """Instruments by how they were asked for, each once; and of the codes that are none in which words."""
+
+    instruments: dict[str, Instrument]
+    refused: dict[str, str]
+
+
+def resolve(codes: Iterable[object], finder: Finder | None, stop: threading.Event) -> Resolved:
+    """Return what codes mean, by the rules of a run, as far as their forms and the lists tell. Raises StoreError."""
+    plan = BatchPlan()
+    plan.add(codes)
+    refused = dict(plan.invalid)
+    if finder is not None:
+        for shown, found, why in looked_up(plan, finder, stop):
+            refused[shown] = why
+            if found is not None:
+                del refused[shown]
+                plan.add_instrument(found, shown)
+    instruments = {
+        plan.asked_as.get(code, code): Instrument(code, batch.product, plan.alternatives.get(code, ()))
+        for batch in plan.finish()
+        for code in batch.split()
+    }
+    return Resolved(instruments, refused)
+
+
+# ------------------------------------------------------------------------------------------------------
+# When: on a fixed beat
+# ------------------------------------------------------------------------------------------------------
+
+# Failures that are nobody's but the way to the trades: said as a trouble, whatever the codes.
+TROUBLES = frozenset({FailureKind.NETWORK, FailureKind.API, FailureKind.KEY, FailureKind.OTHER})
+# Those of a code itself.
+OF_THE_CODE = frozenset({FailureKind.INVALID_CODE, FailureKind.UNKNOWN_CODE, FailureKind.BAD_RECORD})
+
+
+class Troubles:
+    """What runs meet and no single code is to blame for, said as it begins, goes on and ends.
+
+    `then`: what comes after a run that met some.
+    """
+
+    def __init__(self, settings: Settings, then: str) -> None:
+        self.store = LogThrottle(store_name(settings), then=then)
+        self._api = LogThrottle("Infoway", then=then)
+        self._stale = LogThrottle("trades", then="they are stored all the same")
+
+    def note(self, report: Report) -> str:
+        """Say which begin or end with a run; return what it met, '' for nothing."""
+        away = next((failure.words for failure in report.failures.values() if failure.kind in TROUBLES), "")
+        found = ((self.store, report.store_error), (self._stale, report.stale_words()), (self._api, away))
+        for trouble, words in found:
+            if words:
+                trouble.again(words)
+            elif report.reached:
+                trouble.over()
+        return report.store_error or away
+
+
+class Beat:
+    """When a poll begins: on a grid from the first one on, which no poll's length shifts. Never two at once.
+
+    A beat that comes while a poll goes on is missed. Times are monotonic seconds. Pure.
+    """
+
+    def __init__(self, every_s: float, now: float) -> None:
+        self._every_s = every_s
+        self._first_at = now
+        self._next = 0  # the number of the next beat
+
+    def wait_s(self, now: float) -> float:
+        """Return after how many seconds the next beat comes."""
+        return max(0.0, self._first_at + self._next * self._every_s - now)
+
+    def done(self, now: float) -> int:
+        """Take it that the poll of the last beat is over; return how many beats were missed."""
+        this = self._next
+        self._next = max(this + 1, math.ceil((now - self._first_at) / self._every_s))
+        return self._next - this - 1
+
+
+class Poller(threading.Thread):
+    """Polls the codes of a watch list every COLLECT_EVERY seconds until told to leave."""
+
+    def __init__(
+        self, pipeline: Pipeline, settings: Settings, watch: WatchList, events: Events = NO_EVENTS
+    ) -> None:
+        super().__init__(name="stockrt-poll", daemon=True)
+        self._pipeline = pipeline
+        self._every_s = settings.collect_every_s
+        self._watch = watch
+        self._events = events
+        then = "the next beat tries again"
+        self._troubles = Troubles(settings, then)
+        self._poll_trouble = LogThrottle("collecting", then=then)
+        self._code_trouble = LogThrottle("collecting", then="they are asked for at every beat")
+        self._beat_trouble = LogThrottle("collecting", then="beats are skipped, never two polls at once")
+        self._in_time = 0  # polls without a missed beat since
+        self._stats = CollectStats()
+        self._leaving = threading.Event()
+
+    def leave(self) -> None:
+        """End; of a poll that goes on what was fetched is stored."""
+        self._leaving.set()
+
+    def stats(self) -> CollectStats:
+        """Return what it did so far."""
+        return self._stats
+
+    def run(self) -> None:
+        """Work until told to leave."""
+        beat = Beat(self._every_s, time.monotonic())
+        while not self._leaving.wait(beat.wait_s(time.monotonic())):
+            began = time.monotonic()
+            report = self._poll()
+            now = time.monotonic()
+            self._note_beats(beat.done(now), now - began)
+            self._count(report)
+            self._events.collecting(self._stats)
+
+    def _poll(self) -> Report:
+        """Poll once; what keeps it from that is said, and the report's `store_error`."""
+        try:
+            report = self._pipeline.poll(self._watch.codes(), self._leaving)
+        except ImportError as error:
+            lost = lost_part(error)
+            self._events.damaged(lost)
+            words = str(lost)
+        except StockrtError as error:
+            words = str(error)
+        except Exception as error:  # nobody else looks at this thread
+            words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
+            if lack_words(error) or not self._poll_trouble.there:
+                words = own_fault(error)
+        else:
+            if not report.interrupted:
+                self._poll_trouble.over()
+                self._note_codes(report)
+            return report
+        self._poll_trouble.again(words)
+        return Report(store_error=words, interrupted=True)
+
+    def _note_codes(self, report: Report) -> None:
+        failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
+        if failed:
+            self._code_trouble.again(failed_words(failed, report.total))
+        elif report.reached:
+            self._code_trouble.over()
+
+    def _note_beats(self, missed: int, took_s: float) -> None:
+        """Say that beats are missed, and that it is over once none was for a while: else each would be said."""
+        if missed:
+            self._in_time = 0
+            self._stats = self._stats._replace(missed_beats=self._stats.missed_beats + missed)
+            self._beat_trouble.again(
+                f"a poll took {took_s:.1f} s, longer than COLLECT_EVERY={self._every_s:g} allows"
+            )
+            return
+        self._in_time += 1
+        if self._in_time * self._every_s >= TROUBLE_AGAIN_S:
+            self._beat_trouble.over()
+
+    def _count(self, report: Report) -> None:
+        before = self._stats
+        trouble = report.store_error
+        if not report.interrupted:
+            trouble = self._troubles.note(report)
+        new = report.stored + report.queued
+        self._stats = before._replace(
+            polled=report.total or before.polled,
+            per_second=new / self._every_s,
+            trades=before.trades + new + report.duplicates,
+            stored=before.stored + new,
+            duplicates=before.duplicates + report.duplicates,
+            trouble=trouble,
+        )
+
+
+# ======================================================================================================
 # Platform protocol: text in, events out
 # ======================================================================================================
 
@@ -9040,13 +9495,15 @@ TEXT_KEEPALIVE_S = 45.0
 SILENT_HEARTBEATS = 2
 # The names under which a workflow may hold its codes: today's, the documentation's, the command line's.
 CODE_ARGUMENTS = ("code_list", "stock_list", "codes")
-# Failures that a result explains, and those of them that its message names.
+# Failures that a result explains.
 FAILURES_LISTED = 100
-FAILURES_NAMED = 3
 
 
 class Command(NamedTuple):
-    """An `execute` that was understood. `context` is what the answer repeats: meta, workflow_id, …"""
+    """An `execute` that was understood. `context` is what the answer repeats: meta, workflow_id, …
+
+    Without `codes` it means those of COLLECT_CODES.
+    """
 
     execution_id: str
     context: dict[str, Any]
@@ -9237,25 +9694,21 @@ def read_context(message: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def read_args(args: object) -> list[object]:
-    """Return the codes in an execute's `args`, whatever shape a person gave them. Raises UsageError."""
+    """Return the codes in an execute's `args`, whatever shape a person gave them, [] where none are named.
+
+    None are named by what is missing, null or blank. An empty list is another thing: whatever made it found nothing
+    to ask for, and is not to get everything. Raises UsageError.
+    """
     if isinstance(args, str) and args.strip()[:1] in ("{", "["):
-        args = _json_or_none(args)
-        if is_deep(args):
-            raise UsageError(_TOO_DEEP)
+        args = _parsed_args(args)
     if isinstance(args, dict):
-        filled = [name for name in CODE_ARGUMENTS if args.get(name) not in (None, "", [])]
-        if not filled:
-            came = one_line(", ".join(map(str, args)) or "nothing", 80)
-            raise UsageError(
-                f'args holds no codes: expected code_list, a list such as ["AAPL.US"]; got {came}'
-            )
-        args = args[filled[0]]
+        args = _named_codes(args)
+    if _is_blank(args):
+        return []
     if isinstance(args, int | float) and not isinstance(args, bool):
         args = [args]
     if not isinstance(args, str | list):
-        raise UsageError(
-            f'args holds no codes: expected code_list, a list such as ["AAPL.US"]; got {_json_kind(args)}'
-        )
+        raise _no_codes(one_line(json.dumps(args), 60))
     codes = _flat(args if isinstance(args, list) else [args])
     if not codes:
         raise UsageError('code_list is empty: expected codes such as ["AAPL.US"]')
@@ -9266,6 +9719,34 @@ def read_args(args: object) -> list[object]:
     return codes
 
 
+def _parsed_args(text: str) -> object:
+    """Return what a text holds that looks like JSON. Raises UsageError."""
+    found = _json_or_none(text)
+    if is_deep(found):
+        raise UsageError(_TOO_DEEP)
+    if found is None:
+        raise _no_codes(one_line(text, 60))
+    return found
+
+
+def _named_codes(args: Mapping[str, object]) -> object:
+    """Return what stands under a name for codes, None where that is blank. Raises UsageError."""
+    named = [args[name] for name in CODE_ARGUMENTS if name in args]
+    filled = [value for value in named if not _is_blank(value)]
+    if not (named or all(map(_is_blank, args.values()))):  # a misspelled name may stand for it
+        raise _no_codes(one_line(", ".join(map(str, args)), 80))
+    return next((value for value in filled if value != []), filled[0] if filled else None)
+
+
+def _is_blank(value: object) -> bool:
+    """Whether somebody left a value out: it is null, or a text without a code."""
+    return value is None or (isinstance(value, str) and not split_codes(value))
+
+
+def _no_codes(came: str) -> UsageError:
+    return UsageError(f'args holds no codes: expected code_list, a list such as ["AAPL.US"]; got {came}')
+
+
 def _flat(items: Sequence[object]) -> list[object]:
     """Return codes one by one: a person also types several into one element. Blank elements are none."""
     with contextlib.suppress(TypeError):  # as nearly always: texts alone
@@ -9274,10 +9755,6 @@ def _flat(items: Sequence[object]) -> list[object]:
     for item in items:
         codes += split_codes(item) if isinstance(item, str) else [item]
     return codes
-
-
-def _json_kind(value: object) -> str:
-    return "nothing" if value is None else one_line(json.dumps(value), 60)
 
 
 def make_result(
@@ -9323,7 +9800,7 @@ def _result_words(report: Report) -> str:
         return f"{stored}, then the store failed: {report.store_error}"
     words = []
     if report.failures:
-        words.append(_failed_words(report))
+        words.append(failed_words(report.failures, report.total))
     if report.close_error:
         words.append(f"the closing snapshot is not kept: {report.close_error}")
     if report.queued:
@@ -9335,15 +9812,6 @@ def _result_words(report: Report) -> str:
     if report.stale:
         words.append(report.stale_words())
     return "; ".join(words)
-
-
-def _failed_words(report: Report) -> str:
-    named = [f"{code} ({failure.words})" for code, failure in islice(report.failures.items(), FAILURES_NAMED)]
-    words = f"{len(report.failures)} of {report.total} codes failed: {', '.join(named)}"
-    more = len(report.failures) - len(named)
-    if more:
-        words += f" and {more} more"
-    return words
 
 
 # What the message of a result says whose lists were left out.
@@ -10050,12 +10518,12 @@ JOURNAL_FIRST_S, JOURNAL_CAP_S = 0.5, 5.0
 LOCK_TRIES, LOCK_RETRY_S = 5, 0.05
 # The executor looks at the clock at least so often while nothing comes: a wait is not right when the clock is set.
 LOOK_AROUND_S = 600.0
+# What follows an execution that met a trouble.
+RETRIED = "the next execution tries again"
 # What waits on this machine and could not be taken up at the start is tried again after so long.
 TAKE_UP_AGAIN_S = 30.0
 # Commands that wait behind the running one.
 MAX_QUEUED = 1000
-# Failures that are nobody's but the way to the trades: said as a trouble, whatever the codes.
-TROUBLES = frozenset({FailureKind.NETWORK, FailureKind.API, FailureKind.KEY, FailureKind.OTHER})
 # Codes that may wait in memory for a disk that hangs: about 100 MB.
 MAX_CODES_UNWRITTEN = 10 * MAX_CODES_PER_COMMAND
 # What a server closes the connection with over a message that is too large.
@@ -10473,14 +10941,13 @@ class Executor(threading.Thread):
         self._journal = journal
         self._inbox = inbox
         self._events = events
-        self._store_trouble = LogThrottle(store_name(settings), then="the next execution tries again")
-        self._api_trouble = LogThrottle("Infoway", then="the next execution tries again")
+        self._troubles = Troubles(settings, RETRIED)
         self._journal_trouble = LogThrottle("journal")
-        self._stale_trouble = LogThrottle("trades", then="they are stored all the same")
         self._refused_before = read_status(settings.state_directory).get("spool_refused", 0)
         self._rng = random.Random()
         self._queue: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._pipeline: Pipeline | None = None
+        self._watch: WatchList | None = None  # for commands without codes
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
         self.stop = threading.Event()  # cuts the running execution short
@@ -10541,7 +11008,7 @@ class Executor(threading.Thread):
         if self._leaving.is_set() or self._events.is_damaged:
             return None
         if self._pipeline is None:
-            if self._store_trouble.there:
+            if self._troubles.store.there:
                 return TAKE_UP_AGAIN_S
             return None
         return min(self._pipeline.finalise(self._leaving), LOOK_AROUND_S)
@@ -10613,7 +11080,7 @@ class Executor(threading.Thread):
             if not isinstance(error, StockrtError):
                 words = own_fault(error)
             if not self._events.is_damaged:
-                self._store_trouble.again(f"what waits on this machine cannot be taken up: {words}")
+                self._troubles.store.again(f"what waits on this machine cannot be taken up: {words}")
 
     def _keep_answer(self, number: int, answer: str) -> bool:
         """Put an answer into the journal. On a full disk that is tried until there is room, or this ends."""
@@ -10632,7 +11099,8 @@ class Executor(threading.Thread):
     def _execute(self, command: Accepted) -> str:
         """Return the answer of a command, '' when it was cut short and stays in the journal."""
         try:
-            report = self._open_pipeline().run(command.codes, self.stop)
+            pipeline = self._open_pipeline()
+            report = pipeline.run(command.codes or self._codes_to_watch(pipeline), self.stop)
         except StockrtError as error:
             return self._unexecuted(command.context, str(error))
         except ImportError as error:  # it stays in the journal for the next start
@@ -10649,24 +11117,21 @@ class Executor(threading.Thread):
             return empty_result(command.context, module_name, self._dropped_because)
         return ""
 
+    def _codes_to_watch(self, pipeline: Pipeline) -> Sequence[str]:
+        """Return the codes of a command that names none: those of COLLECT_CODES as of now. Raises StockrtError."""
+        if self._watch is None:
+            self._watch = WatchList(self._settings, pipeline.mongo)
+        codes = self._watch.codes(fresh=True)
+        if not codes:
+            number, shares = self._settings.collect_share
+            raise StockrtError(f"none of the codes of COLLECT_CODES is in the share {number}/{shares}")
+        return codes
+
     def _log(self, context: Mapping[str, Any], report: Report) -> None:
         """Say what an execution did, and what troubles begin or end with it."""
         level = logging.INFO if report.complete else logging.WARNING
         log.log(level, execution_line(context, report))
-        reached = report.stored + report.duplicates
-        if report.store_error:
-            self._store_trouble.again(report.store_error)
-        elif reached:
-            self._store_trouble.over()
-        if report.stale:
-            self._stale_trouble.again(report.stale_words())
-        elif reached:
-            self._stale_trouble.over()
-        away = next((failure for failure in report.failures.values() if failure.kind in TROUBLES), None)
-        if away is not None:
-            self._api_trouble.again(away.words)
-        elif reached:
-            self._api_trouble.over()
+        self._troubles.note(report)
 
     def _unexecuted(self, context: Mapping[str, Any], reason: str) -> str:
         log.warning("%s; not executed: %s", execution_line(context, Report()), reason)
@@ -10688,10 +11153,9 @@ class Executor(threading.Thread):
             return old
         if old is not None:
             old.close()
-            old_store, store = store_name(self._settings), store_name(wanted)
-            if old_store != store:
-                self._store_trouble = LogThrottle(store, then="the next execution tries again")
-        self._settings = wanted
+            if store_name(self._settings) != store_name(wanted):
+                self._troubles = Troubles(wanted, RETRIED)
+        self._settings, self._watch = wanted, None
         return self._pipeline
 
 
@@ -10925,6 +11389,9 @@ class Clerk(threading.Thread):
             if not self._is_taken_up:  # or what is accepted now would be taken up too
                 self._take_up_journal()
             fresh, told = self._sort(commands)
+            if not self._settings.collect_codes:
+                told += [Declined(command, NO_CODES) for command in fresh if not command.codes]
+                fresh = [command for command in fresh if command.codes]
             numbers = self._journal.accept(fresh) if fresh else []
         except StoreError as error:
             numbers = []
@@ -12583,8 +13050,7 @@ def _codes_of(options: Options) -> Iterator[str]:
         if options.codes_file != "-":
             stream = open(options.codes_file, encoding="utf-8-sig")  # noqa: SIM115  (closed below)
         with stream:
-            for line in stream:  # the mark of a file on standard input is not decoded away
-                yield from split_codes(line.partition("#")[0].lstrip("\ufeff"))
+            yield from codes_in(stream)
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"--codes-file {options.codes_file}: cannot be read: {why}") from None
