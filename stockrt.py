@@ -3752,7 +3752,7 @@ def _rescue_table(damaged: Path, db: sqlite3.Connection, name: str) -> int:
             row = {column: value for column, value in found.items() if column in known}
             if len(found) == len(known) > len(row):  # a column whose name is damaged is known by its place
                 row = dict(zip(known, found.values(), strict=True))
-            columns, places = ", ".join(row), ", ".join("?" * len(row))
+            columns, places = '"' + '", "'.join(row) + '"', ", ".join("?" * len(row))
             insert = f"INSERT OR IGNORE INTO {name} ({columns}) VALUES ({places})"  # noqa: S608
             db.execute(insert, tuple(row.values()))
     return db.total_changes - before
@@ -3861,7 +3861,13 @@ class LocalFile:
     """
 
     def __init__(
-        self, path: Path, version: int, schema: str, events: Events = NO_EVENTS, patient: bool = False
+        self,
+        path: Path,
+        version: int,
+        schema: str,
+        events: Events = NO_EVENTS,
+        patient: bool = False,
+        additions: tuple[int, str] = (HIGHEST_FORMAT, ""),
     ) -> None:
 
         make_state_directory(path.parent)
@@ -3869,6 +3875,8 @@ class LocalFile:
         self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
         self._version = version
         self._schema = schema
+        # from which format on these statements alone bring a file up to the version
+        self._additions = additions
         self._events = events
         self._patient = patient
         self._db: sqlite3.Connection | None = None
@@ -4127,7 +4135,10 @@ class LocalFile:
                 words += f"; where there never was a newer one its header is damaged: make an empty file {self._mark}, "
                 words += "and the next start rescues what can be read"
             raise StoreError(words)
-        db.executescript(f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;")
+        since, script = self._additions
+        if found < since:
+            script = self._schema
+        db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {self._version}; COMMIT;")
         return ""
 
     def _own_tables(self) -> set[Any]:
@@ -4181,9 +4192,9 @@ class LocalFile:
 # ------------------------------------------------------------------------------------------------------
 
 SQLITE_NAME = "stockrt.db"
-SQLITE_VERSION = 6
+SQLITE_VERSION = 7
 # IF NOT EXISTS: two processes may open a new file at the same moment.
-_SQLITE_SCHEMA = """
+_SQLITE_TABLES = """
 CREATE TABLE IF NOT EXISTS realtime (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of arrival
     _id TEXT NOT NULL UNIQUE,
@@ -4203,6 +4214,59 @@ CREATE TABLE IF NOT EXISTS rejects (        -- what MongoDB refused for good
     rejected_at TEXT NOT NULL,              -- UTC, ISO 8601
     UNIQUE (collection, _id)
 );
+CREATE TABLE IF NOT EXISTS sessions (       -- of which closes are to be made final, and the newest that are
+    code TEXT, date TEXT,
+    stage INTEGER NOT NULL,                 -- see Stage
+    due INTEGER NOT NULL,                   -- epoch seconds: then it is looked at
+    tries INTEGER NOT NULL,
+    PRIMARY KEY (code, date)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS sessions_due ON sessions (due) WHERE stage < 3;
+CREATE TABLE IF NOT EXISTS backfilled (     -- what --backfill has asked for
+    code TEXT PRIMARY KEY,
+    first TEXT NOT NULL, last TEXT NOT NULL,  -- the dates between which everything is final
+    asked INTEGER NOT NULL, closes INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS unsettled (      -- trades that MongoDB has, whose closes could not be made
+    _id TEXT PRIMARY KEY,
+    s TEXT NOT NULL, t INTEGER NOT NULL,
+    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
+    stock_code TEXT NOT NULL,
+    create_time TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS stream_gaps (    -- when the stream did not bring every trade
+    _id TEXT PRIMARY KEY,                   -- instance|product|from
+    instance TEXT NOT NULL, product TEXT NOT NULL,
+    codes TEXT NOT NULL,                    -- a JSON list
+    "from" INTEGER NOT NULL, "to" INTEGER,  -- epoch ms by the clock of this machine; NULL: it goes on
+    why TEXT NOT NULL,
+    create_time TEXT NOT NULL,              -- UTC, ISO 8601
+    delivered INTEGER NOT NULL DEFAULT 0    -- whether MongoDB has it as it stands here
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_usage (
+    digest TEXT, day TEXT, used INTEGER NOT NULL, PRIMARY KEY (digest, day)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_pace (
+    digest TEXT PRIMARY KEY, pace TEXT NOT NULL  -- JSON: Pace.stored
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS symbols (        -- what exists, by the API's lists
+    type TEXT NOT NULL, code TEXT NOT NULL,
+    name_cn TEXT NOT NULL, name_hk TEXT NOT NULL, name_en TEXT NOT NULL,
+    PRIMARY KEY (code, type)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS symbol_lists (
+    type TEXT PRIMARY KEY, asked_on TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_plan (       -- what the API said of each key last
+    digest TEXT PRIMARY KEY, asked_on TEXT NOT NULL,
+    name TEXT NOT NULL, per_second REAL NOT NULL,
+    ends REAL NOT NULL                      -- epoch seconds, 0: not told
+) WITHOUT ROWID;
+DROP TABLE IF EXISTS calendar;
+"""
+# A file without final closes, of an older format or new. From format 5 on it has them, and they stay as they are.
+_CLOSES_SINCE = 5
+_SQLITE_CLOSES = """
 CREATE TABLE IF NOT EXISTS close (          -- as it was up to format 4
     _id TEXT PRIMARY KEY,
     date TEXT NOT NULL,
@@ -4228,46 +4292,6 @@ INSERT INTO new_close (_id, date, s, t, p, v, vw, td, stock_code, after_hours, p
     FROM close;
 DROP TABLE close;
 ALTER TABLE new_close RENAME TO close;
-CREATE TABLE IF NOT EXISTS sessions (       -- of which closes are to be made final, and the newest that are
-    code TEXT, date TEXT,
-    stage INTEGER NOT NULL,                 -- see Stage
-    due INTEGER NOT NULL,                   -- epoch seconds: then it is looked at
-    tries INTEGER NOT NULL,
-    PRIMARY KEY (code, date)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS sessions_due ON sessions (due) WHERE stage < 3;
-CREATE TABLE IF NOT EXISTS backfilled (     -- what --backfill has asked for
-    code TEXT PRIMARY KEY,
-    first TEXT NOT NULL, last TEXT NOT NULL,  -- the dates between which everything is final
-    asked INTEGER NOT NULL, closes INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS unsettled (      -- trades that MongoDB has, whose closes could not be made
-    _id TEXT PRIMARY KEY,
-    s TEXT NOT NULL, t INTEGER NOT NULL,
-    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
-    stock_code TEXT NOT NULL,
-    create_time TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS key_usage (
-    digest TEXT, day TEXT, used INTEGER NOT NULL, PRIMARY KEY (digest, day)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS key_pace (
-    digest TEXT PRIMARY KEY, pace TEXT NOT NULL  -- JSON: Pace.stored
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS symbols (        -- what exists, by the API's lists
-    type TEXT NOT NULL, code TEXT NOT NULL,
-    name_cn TEXT NOT NULL, name_hk TEXT NOT NULL, name_en TEXT NOT NULL,
-    PRIMARY KEY (code, type)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS symbol_lists (
-    type TEXT PRIMARY KEY, asked_on TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS key_plan (       -- what the API said of each key last
-    digest TEXT PRIMARY KEY, asked_on TEXT NOT NULL,
-    name TEXT NOT NULL, per_second REAL NOT NULL,
-    ends REAL NOT NULL                      -- epoch seconds, 0: not told
-) WITHOUT ROWID;
-DROP TABLE IF EXISTS calendar;
 """
 
 
@@ -4276,7 +4300,8 @@ def open_store_file(directory: Path, events: Events = NO_EVENTS, patient: bool =
 
     `patient` as for LocalFile. Raises StoreError.
     """
-    return LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, _SQLITE_SCHEMA, events, patient)
+    schema, additions = _SQLITE_TABLES + _SQLITE_CLOSES, (_CLOSES_SINCE, _SQLITE_TABLES)
+    return LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, schema, events, patient, additions)
 
 
 # ======================================================================================================
@@ -6822,6 +6847,17 @@ class MongoStore:
         except PyMongoError as error:
             raise self._fault(error) from error
 
+    def write_gaps(self, documents: Sequence[Document]) -> None:
+        """Write times in which the stream did not bring every trade, as they are now. Raises StoreAway."""
+        from pymongo import ReplaceOne
+        from pymongo.errors import PyMongoError
+
+        updates = [ReplaceOne({"_id": one["_id"]}, one, upsert=True) for one in documents]
+        try:
+            self.collection(self._settings.gap_name).bulk_write(updates, ordered=False)
+        except PyMongoError as error:
+            raise self._fault(error) from error
+
     def codes(self) -> list[str]:
         """Return every code in `realtime`. Raises StoreError."""
         from pymongo.errors import PyMongoError
@@ -7971,6 +8007,18 @@ class Delivery:
         """Store documents, or queue them: behind those that wait, and whatever fails but for their own fault."""
         if not self._is_caught_up():
             return self._queue_up(documents)
+        return self._write_now(documents)
+
+    def write_soon(self, documents: Sequence[Document], within_s: float) -> WriteReport:
+        """Store documents as `write` does, but wait for nothing longer than that; 0: queue them. Raises StoreError."""
+        from pymongo import timeout
+
+        if not within_s or self._has_waiting():
+            return self._queue_up(documents)
+        with timeout(min(within_s, self.mongo.client.options.timeout or math.inf)):
+            return self._write_now(documents)
+
+    def _write_now(self, documents: Sequence[Document]) -> WriteReport:
         try:
             report = self.mongo.write(documents)
         except StoreAway as error:
@@ -8051,6 +8099,16 @@ class Delivery:
         else:
             self._file_trouble.over()
         return True
+
+    def _has_waiting(self) -> bool:
+        """Whether trades wait; none do where the file cannot say."""
+        try:
+            has_trades = self.queue.has_trades()
+        except StoreError as error:
+            self._file_trouble.again(str(error))
+            return False
+        self._file_trouble.over()
+        return has_trades
 
     def _queue_up(self, documents: Sequence[Document]) -> WriteReport:
         before = self.queue.trades
@@ -8286,6 +8344,115 @@ class Delivery:
         trouble.again(words)
 
 
+# ------------------------------------------------------------------------------------------------------
+# Gaps of the stream
+# ------------------------------------------------------------------------------------------------------
+
+# Gaps that MongoDB has and that are over stay in the local file for so long; where there is no MongoDB all of them do.
+GAPS_KEPT_S = 30 * DAY_S
+# Gaps that go to MongoDB at once: each may name thousands of codes.
+GAPS_AT_ONCE = 20
+
+
+class NotedGap(NamedTuple):
+    """A time in which the stream did not bring every trade of some codes, as both stores have it.
+
+    `since` and `until` are times at which pushes arrived, epoch ms by the clock of this machine: the time of a trade
+    lies a little before. `until` None: it goes on. `instance` is the one that missed them; another may have them.
+    """
+
+    key: str
+    instance: str
+    product: str
+    codes: tuple[str, ...]
+    since: int
+    until: int | None
+    why: str
+    create_time: str
+
+    def document(self) -> Document:
+        """Return its document in MongoDB."""
+        return {
+            "_id": self.key,
+            "instance": self.instance,
+            "product": self.product,
+            "codes": [*self.codes],
+            "from": self.since,
+            "to": self.until,
+            "why": self.why,
+            "create_time": datetime.fromisoformat(self.create_time),
+        }
+
+
+class Gaps:
+    """When the stream did not bring every trade: in the local file first, and in MongoDB as soon as it takes them.
+
+    Any thread may call it. Raises StoreError.
+    """
+
+    def __init__(self, file: LocalFile, mongo: MongoStore | None) -> None:
+        self._file = file
+        self._mongo = mongo
+
+    def note(
+        self,
+        instance: str,
+        product: str,
+        codes: Iterable[str],
+        since: int,
+        why: str,
+        until: int | None = None,
+    ) -> NotedGap:
+        """Note a new gap. Where two of a product would begin in the same millisecond one begins a little before."""
+        created = iso(utc_now())
+        gap = NotedGap("", instance, product, tuple(sorted(codes)), since, until, why, created)
+        insert = (
+            'INSERT INTO stream_gaps (_id, instance, product, codes, "from", "to", why, create_time) '
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+        )
+        with self._file.write() as db:
+            while True:
+                gap = gap._replace(key=f"{instance}|{product}|{gap.since}")
+                row = gap._replace(codes=json.dumps(gap.codes))  # type: ignore[arg-type]
+                if db.execute(insert, row).rowcount:
+                    return gap
+                gap = gap._replace(since=gap.since - 1)
+
+    def change(self, gap: NotedGap) -> None:
+        """Keep what a gap has become: its codes, its end, why it is."""
+        update = 'UPDATE stream_gaps SET codes = ?, "to" = ?, why = ?, delivered = 0 WHERE _id = ?'
+        with self._file.write() as db:
+            db.execute(update, (json.dumps(gap.codes), gap.until, gap.why, gap.key))
+
+    def open(self) -> list[NotedGap]:
+        """Return those that go on."""
+        return self._some('"to" IS NULL')
+
+    def count_since(self, moment: str) -> int:
+        """Return how many were noted since a time (ISO 8601 UTC)."""
+        return int(self._file.read_one("SELECT count(*) FROM stream_gaps WHERE create_time >= ?", moment)[0])
+
+    def deliver(self) -> bool:
+        """Bring some that are new or have changed to MongoDB, if there is one; return whether there were any."""
+        if self._mongo is None:
+            return False
+        gaps = self._some(f"NOT delivered LIMIT {GAPS_AT_ONCE}")
+        if not gaps:
+            return False
+        self._mongo.write_gaps([gap.document() for gap in gaps])
+        mark = 'UPDATE stream_gaps SET delivered = 1 WHERE _id = ? AND codes = ? AND "to" IS ? AND why = ?'
+        forget = 'DELETE FROM stream_gaps WHERE delivered AND "to" < ?'
+        with self._file.write() as db:
+            db.executemany(mark, [(gap.key, json.dumps(gap.codes), gap.until, gap.why) for gap in gaps])
+            db.execute(forget, ((time.time() - GAPS_KEPT_S) * 1000,))
+        return True
+
+    def _some(self, which: str) -> list[NotedGap]:
+        names = '_id, instance, product, codes, "from", "to", why, create_time'
+        rows = self._file.read_all(f"SELECT {names} FROM stream_gaps WHERE {which}")  # noqa: S608
+        return [NotedGap(*row)._replace(codes=tuple(json.loads(row[3]))) for row in rows]
+
+
 # ======================================================================================================
 # Run: codes in, report out
 # ======================================================================================================
@@ -8322,6 +8489,50 @@ class Settler(Protocol):
         """Write them. Raises StoreError."""
 
 
+class Keeper:
+    """What follows where documents were written: listeners are told, closes are made.
+
+    The same for trades that were asked for and for those that were pushed. Any thread may call it.
+    """
+
+    def __init__(self, closing: Settler | None, events: Events, trouble: LogThrottle) -> None:
+        self._closing = closing
+        self._events = events
+        self._trouble = trouble
+
+    def follow(self, written: WriteReport, documents: Sequence[Document], stop: threading.Event) -> str:
+        """Tell of documents that a store has, and make their closes; return why those cannot be made, '' if they can.
+
+        The closes of what is queued are made when it arrives.
+        """
+        if written.queued:
+            self._events.kept(documents)
+            return ""
+        self._events.stored(documents)
+        return self._settle(documents, stop)
+
+    def _settle(self, documents: Sequence[Document], stop: threading.Event) -> str:
+        """Keep the closing prices; that it fails costs no trade."""
+        if self._closing is None:
+            return ""
+        try:
+            self._closing.settle(documents, stop)
+        except StoreError as error:
+            return str(error)
+        except Exception as error:  # the trades are stored, and that is what counts
+            if lack_words(error) or not self._trouble.there:
+                return own_fault(error)
+            return f"a fault of stockrt itself: {type(error).__name__}; see the log"
+        return ""
+
+
+def taken_of(documents: Sequence[Document], written: WriteReport) -> Sequence[Document]:
+    """Return those of the documents that a store has not refused."""
+    if not written.refused:
+        return documents
+    return [document for document in documents if document["_id"] not in written.refused]
+
+
 class Collector:
     """One run: fetches, checks, stores, counts. `run` is called once.
 
@@ -8343,11 +8554,11 @@ class Collector:
     ) -> None:
         self._source = source
         self._store = store
-        self._closing = closing
         self._events = events
         self._demo = demo
         self._clock = clock
         self._close_trouble = close_trouble or LogThrottle(CLOSES, clock)
+        self._keeper = Keeper(closing, events, self._close_trouble)
         self._unwritten: list[Document] = []
         self._unwritten_since = 0.0
         self._finder = finder
@@ -8479,9 +8690,8 @@ class Collector:
             self._fail([document["stock_code"] for document in documents], f"fetched, not stored: {error}")
             return
         self._done += len(documents) - len(written.refused)
-        taken = documents
+        taken = taken_of(documents, written)
         if written.refused:
-            taken = [document for document in documents if document["_id"] not in written.refused]
             for document in documents:
                 if document["_id"] in written.refused:
                     self._fail([document["stock_code"]], written.refused[document["_id"]])
@@ -8505,38 +8715,20 @@ class Collector:
                 self.report.read_as[self._asked(code)] = code
 
     def _count(self, written: WriteReport, documents: Sequence[Document]) -> None:
-        """Count what a write did; the closes of what is queued are made when it arrives."""
+        """Count what a write did, and let follow what does; that closes fail is said, not at every run."""
         if written.queued:
             self.report.queued += written.queued
             self.report.queued_because = written.queued_because
-            self._events.kept(documents)
-            return
-        self.report.stored += written.stored
-        self.report.duplicates += written.duplicates
-        self._events.stored(documents)
-        self._settle(documents)
-
-    def _settle(self, documents: Sequence[Document]) -> None:
-        """Keep the closing prices; that it fails is said, not at every run, and costs no trade."""
-        if self._closing is None:
-            return
-        try:
-            self._closing.settle(documents, self._stop)
-        except StoreError as error:
-            self._note_close_fault(str(error))
-        except Exception as error:  # the trades are stored, and that is what counts
-            words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
-            if lack_words(error) or not self._close_trouble.there:
-                words = own_fault(error)
-            self._note_close_fault(words)
         else:
+            self.report.stored += written.stored
+            self.report.duplicates += written.duplicates
+        close_error = self._keeper.follow(written, documents, self._stop)
+        if close_error:
             if not self.report.close_error:
-                self._close_trouble.over()
-
-    def _note_close_fault(self, words: str) -> None:
-        if not self.report.close_error:
-            self._close_trouble.again(words)
-        self.report.close_error = words
+                self._close_trouble.again(close_error)
+            self.report.close_error = close_error
+        elif not written.queued and not self.report.close_error:
+            self._close_trouble.over()
 
 
 def looked_up(
@@ -8719,6 +8911,7 @@ class Pipeline:
             api = InfowayApi(settings.api_base_url, self.keys, proxies, self._events, clock=clock)
             opened.callback(api.close)
             self.api = api
+            self.gaps = Gaps(file, mongo)
             self._plans = KeyPlans(file, api)
             self.directory = Directory(file, api)
             self._source: Source = api
@@ -8742,6 +8935,7 @@ class Pipeline:
             queue, rejects, unsettled = DeliveryQueue(file, limit), Rejects(file), UnsettledTrades(file)
             self._delivery = Delivery(closes_in, queue, rejects, unsettled, closes, self._events)
             self.store = self._closing = self._delivery
+        self._keeper = Keeper(self._closing, self._events, self._close_trouble)
         self._finaliser = Finaliser(closes_in, self._source, sessions, self._events, self._clock)
         self._backfill = Backfill(closes_in, self._source, file, self._clock)
 
@@ -8827,6 +9021,23 @@ class Pipeline:
         if self._settings.metrics_file is not None:  # they cost a question to MongoDB
             self._tell_keys()
         return report
+
+    def put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
+        """Store documents that were pushed, and let follow what does: within about that time, 0: at once.
+
+        MongoDB gets them then, or the queue on this machine does. Raises StoreError when nothing of it is stored.
+        """
+        if self._delivery is None:
+            written = self.store.write(documents)
+        else:
+            self._delivery.mongo.start_threads()
+            written = self._delivery.write_soon(documents, within_s)
+        close_error = self._keeper.follow(written, taken_of(documents, written), threading.Event())
+        if close_error:
+            self._close_trouble.again(close_error)
+        elif not written.queued:
+            self._close_trouble.over()
+        return written
 
     def symbols(self, text: str, stop: threading.Event) -> tuple[list[Symbol], str]:
         """Return the instruments whose code or name holds a text, and why a list is missing, '' where none is.
