@@ -77,7 +77,7 @@ import random
 import re
 import threading
 import time
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from datetime import UTC, date, datetime, timedelta, tzinfo
@@ -544,6 +544,32 @@ def make_for_owner(path: Path) -> None:
         finally:
             new.unlink()
     keep_owner(path, path.parent)
+
+
+# Who only looks whether a lock is held holds it for the blink of an eye.
+LOCK_TRIES, LOCK_RETRY_S = 5, 0.05
+
+
+def lock_in(directory: Path, name: str, who: str) -> IO[str]:
+    """Return an open lock file of a state directory. Raises StoreError if another one holds it, who is named."""
+    import fcntl
+
+    make_state_directory(directory)
+    path = directory / name
+    with disk_trouble(f"the lock {path} cannot be taken"):
+        make_for_owner(path)
+        lock = path.open("w")
+        for _ in range(LOCK_TRIES):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            except BlockingIOError:
+                time.sleep(LOCK_RETRY_S)
+            except OSError:
+                lock.close()
+                raise
+    lock.close()
+    raise StoreError(f"{who} in {directory}; stop it, or give this one its own STATE_DIRECTORY")
 
 
 def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.0) -> Iterator[float]:
@@ -6698,6 +6724,12 @@ class MongoStore:
             )
         return True
 
+    def within(self, seconds: float) -> contextlib.AbstractContextManager[object]:
+        """Let what is done in the body take so long at most: a shorter limit of the URI holds."""
+        from pymongo import timeout
+
+        return timeout(min(seconds, self.client.options.timeout or math.inf))
+
     def _looking_s(self) -> float:
         """Return for how long, in seconds, a server is looked for: a shorter limit of the URI holds."""
         return min(MONGODB_SELECTION_TIMEOUT_MS / 1000, self.client.options.timeout or math.inf)
@@ -8009,14 +8041,15 @@ class Delivery:
             return self._queue_up(documents)
         return self._write_now(documents)
 
-    def write_soon(self, documents: Sequence[Document], within_s: float) -> WriteReport:
-        """Store documents as `write` does, but wait for nothing longer than that; 0: queue them. Raises StoreError."""
-        from pymongo import timeout
+    def write_soon(self, documents: Sequence[Document]) -> WriteReport:
+        """Store documents as `write` does, but wait for no turn: behind others they are queued at once."""
+        if self._has_waiting():
+            return self.keep(documents)
+        return self._write_now(documents)
 
-        if not within_s or self._has_waiting():
-            return self._queue_up(documents)
-        with timeout(min(within_s, self.mongo.client.options.timeout or math.inf)):
-            return self._write_now(documents)
+    def keep(self, documents: Sequence[Document]) -> WriteReport:
+        """Queue documents, whether or not MongoDB would take them. Raises StoreError."""
+        return self._queue_up(documents)
 
     def _write_now(self, documents: Sequence[Document]) -> WriteReport:
         try:
@@ -8394,27 +8427,18 @@ class Gaps:
         self._file = file
         self._mongo = mongo
 
-    def note(
-        self,
-        instance: str,
-        product: str,
-        codes: Iterable[str],
-        since: int,
-        why: str,
-        until: int | None = None,
-    ) -> NotedGap:
-        """Note a new gap. Where two of a product would begin in the same millisecond one begins a little before."""
-        created = iso(utc_now())
-        gap = NotedGap("", instance, product, tuple(sorted(codes)), since, until, why, created)
+    def note(self, gap: NotedGap) -> NotedGap:
+        """Note a new gap, and return it with its `_id`. Of two that begin in one moment one begins a little before."""
         insert = (
             'INSERT INTO stream_gaps (_id, instance, product, codes, "from", "to", why, create_time) '
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
         )
+        gap = gap._replace(create_time=iso(utc_now()))
+        codes = json.dumps(gap.codes)
         with self._file.write() as db:
             while True:
-                gap = gap._replace(key=f"{instance}|{product}|{gap.since}")
-                row = gap._replace(codes=json.dumps(gap.codes))  # type: ignore[arg-type]
-                if db.execute(insert, row).rowcount:
+                gap = gap._replace(key=f"{gap.instance}|{gap.product}|{gap.since}")
+                if db.execute(insert, (*gap[:3], codes, *gap[4:])).rowcount:
                     return gap
                 gap = gap._replace(since=gap.since - 1)
 
@@ -9025,19 +9049,31 @@ class Pipeline:
     def put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
         """Store documents that were pushed, and let follow what does: within about that time, 0: at once.
 
-        MongoDB gets them then, or the queue on this machine does. Raises StoreError when nothing of it is stored.
+        MongoDB has them then, or the queue on this machine. Raises StoreError when nothing of it is stored.
         """
-        if self._delivery is None:
-            written = self.store.write(documents)
-        else:
-            self._delivery.mongo.start_threads()
-            written = self._delivery.write_soon(documents, within_s)
+        delivery = self._delivery
+        if delivery is None:
+            return self._follow(self.store.write(documents), documents)
+        if not within_s:
+            return self._follow(delivery.keep(documents), documents)
+        delivery.mongo.start_threads()
+        with delivery.mongo.within(within_s):
+            return self._follow(delivery.write_soon(documents), documents)
+
+    def _follow(self, written: WriteReport, documents: Sequence[Document]) -> WriteReport:
         close_error = self._keeper.follow(written, taken_of(documents, written), threading.Event())
         if close_error:
             self._close_trouble.again(close_error)
         elif not written.queued:
             self._close_trouble.over()
         return written
+
+    def stream_limits(self, stop: threading.Event) -> dict[str, StreamLimits]:
+        """Return what the stream allows each key, by its digest; keys that serve no more are left out."""
+        self._plans.ask(stop)
+        return {
+            key.digest: stream_limits(self._plans.of(key), key.plan) for key in self.keys.keys if not key.dead
+        }
 
     def symbols(self, text: str, stop: threading.Event) -> tuple[list[Symbol], str]:
         """Return the instruments whose code or name holds a text, and why a list is missing, '' where none is.
@@ -9518,6 +9554,1147 @@ class Poller(threading.Thread):
             duplicates=before.duplicates + report.duplicates,
             trouble=trouble,
         )
+
+
+# ------------------------------------------------------------------------------------------------------
+# Where the stream is incomplete
+# ------------------------------------------------------------------------------------------------------
+#
+# The way of a push: `StreamConnection.read` gives its trade to a Feed, a thread for each connection; `Intake.add` takes
+# it, and the intake's thread writes it with others to the store, or to what waits for MongoDB. `Coverage` knows of each
+# code whether its pushes come, notes gaps, and marks in the state directory up to when everything is kept: so the next
+# start knows since when something is missing, however this one ends. The Planner looks after the list of codes, spreads
+# them over connections, and asks over REST for what the stream does not bring.
+
+CODES_NAME, MARK_NAME = "collecting.codes", "collecting.mark"
+
+
+class Pushes(NamedTuple):
+    """Trades of a product that came together: when, in epoch ms and monotonic seconds.
+
+    `since`: epoch ms, what comes later by both its arrival and its own time was not among those before.
+    """
+
+    product: str
+    trades: Sequence[Trade]
+    since: int
+    arrived_ms: int
+    arrived: float
+
+
+class Group(NamedTuple):
+    """Codes of a product of which everything is kept that came up to a moment (epoch ms)."""
+
+    product: str
+    until: int
+    codes: Sequence[str]
+
+
+class Left(NamedTuple):
+    """What the last process that collected here has left: who it was, of what it kept everything, and how it ended."""
+
+    instance: str = ""
+    version: int = 0
+    groups: Sequence[Group] = ()
+    stopped: bool = False
+
+
+class MarkFiles:
+    """Up to when everything is kept, in the state directory: which codes, and a small file that follows the time.
+
+    The codes are on disk when they are written; of the times older ones may stand there after a power cut, and then a
+    gap only begins earlier.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._codes = directory / CODES_NAME
+        self._mark = directory / MARK_NAME
+
+    def read(self) -> Left:
+        """Return what the last process has left. Raises StoreError."""
+        codes = self._object(self._codes)
+        mark = self._object(self._mark)
+        try:
+            groups = [Group(product, until, names) for product, until, names in codes.get("groups", ())]
+            version, stopped = int(codes.get("version", 0)), False
+            if mark.get("version") == version:
+                stopped = bool(mark["stopped"])
+                groups = [
+                    one._replace(until=max(one.until, int(until)))
+                    for one, until in zip(groups, mark["until"], strict=True)
+                ]
+            return Left(str(codes.get("instance", "")), version, groups, stopped)
+        except (KeyError, TypeError, ValueError) as error:
+            log.error(
+                "%s is damaged (%s): a gap before this start is not noted", self._codes, one_line(error, 80)
+            )
+            return Left()
+
+    @staticmethod
+    def _object(path: Path) -> dict[str, Any]:
+        with disk_trouble(f"{path} cannot be read"), contextlib.suppress(FileNotFoundError):
+            return json_object(path.read_bytes()) or {}
+        return {}
+
+    def write_codes(self, left: Left) -> None:
+        """Keep of which codes everything is kept. Raises StoreError."""
+        facts = {"instance": left.instance, "version": left.version, "groups": left.groups}
+        write_whole(self._codes, json.dumps(facts), durable=True)
+
+    def write_mark(self, left: Left) -> None:
+        """Keep up to when everything of them is kept. Raises StoreError."""
+        until = [group.until for group in left.groups]
+        write_whole(
+            self._mark, json.dumps({"version": left.version, "until": until, "stopped": left.stopped})
+        )
+
+
+class Part:
+    """What one connection is to bring: codes of a product, those that are subscribed, and when it brought something.
+
+    `heard`: epoch ms; what it brought up to then was handed on, and `seen` is that of a moment at which the intake was
+    looked at afterwards. Only the thread of the connection changes `heard`.
+    """
+
+    def __init__(self, product: str, now_ms: int) -> None:
+        self.product = product
+        self.codes: frozenset[str] = frozenset()
+        self.acked: set[str] = set()
+        self.heard = self.seen = now_ms
+
+
+class OpenGap:
+    """A gap in memory: `missing` are those of its codes that are not subscribed again; `is_kept` as it is now."""
+
+    def __init__(self, gap: NotedGap, missing: Iterable[str], is_kept: bool = False) -> None:
+        self.gap = gap
+        self.missing = set(missing)
+        self.is_kept = is_kept
+        self.last = 0  # of refused pushes: when the last one came
+
+
+class Coverage:
+    """Knows of each code of the stream whether its pushes come, or since when not. Any thread may call it.
+
+    A code is missing from the last sign of a connection that was lost (or the mark of a process that ended) until it
+    is subscribed again. What cannot be noted now is noted later, and the mark stays behind it until then.
+    """
+
+    def __init__(self, gaps: Gaps, directory: Path, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.news = threading.Event()  # there is something to be fetched, or to be planned anew
+        self._gaps = gaps
+        self._files = MarkFiles(directory)
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._parts: list[Part] = []
+        self._open: list[OpenGap] = []
+        self._ended: list[OpenGap] = []  # subscribed again, and not fetched yet
+        self._refused: dict[str, OpenGap] = {}  # by product: pushes that the store does not take now
+        self._back: set[str] = set()
+        self._wanted: Mapping[str, Collection[str]] = {}
+        self._left = Left()
+        self._durable = 0
+        self._is_closed = False
+        self._trouble = LogThrottle("stream_gaps", clock, then="it is noted as soon as that works")
+
+    def begin(self, wanted: Mapping[str, Collection[str]]) -> None:
+        """Take over what the last process left: its open gaps, and a new one since its mark. Raises StoreError.
+
+        `wanted` as for `want`.
+        """
+        with self._lock:
+            self._wanted = wanted
+            left = self._files.read()
+            self._left = left._replace(instance=left.instance or _new_instance(), stopped=False)
+            now = self._now_ms()
+            known: set[tuple[str, str]] = set()
+            for gap in self._gaps.open():
+                missing = {*gap.codes} & {*wanted.get(gap.product, ())}
+                known |= {(gap.product, code) for code in missing}
+                self._open.append(OpenGap(gap, missing, is_kept=True))
+            self._durable = now
+            self._end_gaps()
+            why = "stockrt was stopped" if left.stopped else "stockrt ended without notice"
+            since: dict[tuple[str, int], set[str]] = {}
+            for product, until, codes in left.groups:
+                lost = {code for code in codes if (product, code) not in known} & {*wanted.get(product, ())}
+                since.setdefault((product, until), set()).update(lost)
+            for (product, until), lost in since.items():
+                self._lose(product, lost, until, why)
+            self._complete(self._ended)
+
+    def want(self, wanted: Mapping[str, Collection[str]]) -> None:
+        """Have it which codes are to be collected, by product: of others nothing is missing from now on."""
+        with self._lock:
+            self._wanted = wanted
+            for one in self._open:
+                one.missing &= {*wanted.get(one.gap.product, ())}
+            self._end_gaps()
+
+    def add(self, product: str) -> Part:
+        """Return the part of a new connection."""
+        with self._lock:
+            part = Part(product, self._now_ms())
+            self._parts.append(part)
+            return part
+
+    def expect(self, part: Part, codes: Iterable[str]) -> None:
+        """Have it that a connection is to bring these codes, and no others.
+
+        Called before they are subscribed: if this process ends then, the next one knows of them.
+        """
+        with self._lock:
+            codes = frozenset(codes)
+            gone = part.acked - codes
+            part.codes = codes
+            part.acked -= gone
+            moved = gone & {*self._wanted.get(part.product, ())}
+            self._lose(part.product, moved, part.heard, "moved to another connection")
+            self._write_codes()
+
+    def drop(self, part: Part) -> None:
+        """Have it that a connection is not used any more."""
+        with self._lock:
+            self.expect(part, ())
+            self._parts.remove(part)
+
+    def acked(self, part: Part, codes: Iterable[str]) -> None:
+        """Codes are subscribed: from now on everything of them comes."""
+        with self._lock:
+            part.heard = self._now_ms()
+            fresh = part.codes & {*codes} - part.acked
+            part.acked |= fresh
+            for one in self._open:
+                if one.gap.product == part.product:
+                    one.missing -= fresh
+            self._end_gaps()
+            self._back |= fresh
+            self._write_codes()
+        self.news.set()
+
+    def lost(self, part: Part, why: str) -> None:
+        """A connection is over: what it brought is missing since its last sign."""
+        with self._lock:
+            acked, part.acked = part.acked, set()
+            self._lose(part.product, acked, part.heard, why)
+            self._write_codes()
+
+    def refused(self, part: Part, codes: Iterable[str], why: str) -> None:
+        """The stream does not take codes of a connection; those that came before or are missing are so for this."""
+        with self._lock:
+            codes = {*codes}
+            acked = part.acked & codes
+            part.acked -= acked
+            self._lose(part.product, acked, part.heard, why)
+            for one in [one for one in self._open if one.gap.product == part.product]:
+                self._split(one, codes - acked, why)
+            self._write_codes()
+        self.news.set()
+
+    def not_stored(self, pushes: Pushes, codes: Collection[str], why: str) -> None:
+        """The store took none of these pushes, or not those of these codes: until it takes some again."""
+        with self._lock:
+            one = self._refused.get(pushes.product)
+            if one is None:
+                one = self._refused[pushes.product] = self._new(pushes.product, (), pushes.since, why)
+            one.last = max(one.last, pushes.arrived_ms)
+            fresh = {*codes} - one.missing
+            if fresh:
+                one.missing |= fresh
+                one.gap = one.gap._replace(codes=tuple(sorted(one.missing)))
+                one.is_kept = False
+                self._keep([one])
+
+    def stored(self) -> None:
+        """The store takes pushes again."""
+        with self._lock:
+            for product, one in [*self._refused.items()]:
+                one.gap = one.gap._replace(until=one.last)
+                one.is_kept = False
+                self._keep([one])
+                if one.is_kept:
+                    del self._refused[product]
+
+    def take_back(self) -> set[str]:
+        """Return the codes that were subscribed since this was asked last: their latest trades are to be fetched."""
+        with self._lock:
+            back, self._back = self._back, set()
+            return back
+
+    def ended(self) -> list[OpenGap]:
+        """Return the gaps whose codes are subscribed again."""
+        with self._lock:
+            return [*self._ended]
+
+    def complete(self, gaps: Iterable[OpenGap]) -> None:
+        """Note that gaps are over."""
+        with self._lock:
+            self._complete(gaps)
+
+    def missing(self) -> int:
+        """Return how many gaps go on."""
+        with self._lock:
+            return len(self._open) + len(self._ended) + len(self._refused)
+
+    def subscribed(self) -> dict[str, set[str]]:
+        """Return the codes whose pushes come now, by product."""
+        with self._lock:
+            found: dict[str, set[str]] = {}
+            for part in self._parts:
+                found.setdefault(part.product, set()).update(part.acked)
+            return found
+
+    def look(self) -> None:
+        """Look up to when connections have handed on what they brought; then the intake is to be asked, then `mark`."""
+        with self._lock:
+            for part in self._parts:
+                part.seen = part.heard
+
+    def mark(self, durable_ms: int, stopped: bool = False) -> None:
+        """Keep in the state directory up to when everything is kept: what came before a moment (epoch ms)."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._durable = max(self._durable, durable_ms)
+            self._keep([*self._refused.values(), *self._open, *self._ended])
+            if not self._write_codes():
+                return
+            self._left = self._left._replace(groups=self._groups(), stopped=stopped)
+            try:
+                self._files.write_mark(self._left)
+            except StoreError as error:
+                self._trouble.again(str(error))
+
+    def close(self, durable_ms: int) -> None:
+        """Leave: gaps that are over are noted, and nothing is from now on, whatever thread is late."""
+        with self._lock:
+            self.stored()
+            self._complete(self._ended)
+            self.mark(durable_ms, stopped=True)
+            self._is_closed = True
+
+    # under the lock
+
+    def _now_ms(self) -> int:
+        return int(self._clock.wall() * 1000)
+
+    def _new(self, product: str, codes: Collection[str], since: int, why: str) -> OpenGap:
+        gap = NotedGap("", self._left.instance, product, tuple(sorted(codes)), since, None, why, "")
+        return OpenGap(gap, codes)
+
+    def _lose(self, product: str, codes: Collection[str], since: int, why: str) -> None:
+        """Note that codes are missing."""
+        if codes and not self._is_closed:
+            one = self._new(product, codes, since, why)
+            self._open.append(one)
+            self._keep([one])
+
+    def _split(self, one: OpenGap, codes: set[str], why: str) -> None:
+        """Give codes that stay missing for another reason a gap of their own."""
+        here = one.missing & codes
+        if not here:
+            return
+        rest = {*one.gap.codes} - here
+        if not rest:
+            one.gap = one.gap._replace(why=why)
+        else:
+            one.gap = one.gap._replace(codes=tuple(sorted(rest)))
+            one.missing -= here
+            self._lose(one.gap.product, here, one.gap.since, why)
+        one.is_kept = False
+        self._keep([one])
+        self._end_gaps()
+
+    def _end_gaps(self) -> None:
+        """Set those apart in which nothing is missing any more."""
+        now = self._now_ms()
+        for one in [one for one in self._open if not one.missing]:
+            one.gap = one.gap._replace(until=now)
+            self._open.remove(one)
+            self._ended.append(one)
+
+    def _complete(self, gaps: Iterable[OpenGap]) -> None:
+        for one in [*gaps]:
+            one.is_kept = False
+            self._keep([one])
+            if one.is_kept and one in self._ended:
+                self._ended.remove(one)
+
+    def _keep(self, gaps: Iterable[OpenGap]) -> None:
+        """Have gaps in the local file as they are now."""
+        for one in gaps:
+            if one.is_kept or self._is_closed:
+                continue
+            try:
+                if one.gap.key:
+                    self._gaps.change(one.gap)
+                else:
+                    one.gap = self._gaps.note(one.gap)
+            except StoreError as error:
+                self._trouble.again(str(error))
+                return
+            one.is_kept = True
+            self._trouble.over()
+
+    def _groups(self) -> list[Group]:
+        """Return of which codes everything is kept up to when; gaps that are not noted yet hold it back."""
+        groups = []
+        gone: dict[str, set[str]] = {}
+        for one in self._open:
+            gone.setdefault(one.gap.product, set()).update(one.missing)
+        for part in self._parts:
+            codes = part.codes - (gone.get(part.product, set()) - part.acked)
+            groups.append(Group(part.product, min(self._durable, part.seen), sorted(codes)))
+        groups += [
+            Group(one.gap.product, one.gap.since, one.gap.codes)
+            for one in (*self._open, *self._refused.values())
+            if not one.is_kept
+        ]
+        return groups
+
+    def _write_codes(self) -> bool:
+        """Keep of which codes everything is kept, where that has changed; return whether it stands there."""
+        groups = self._groups()
+        if [(one.product, one.codes) for one in groups] == [
+            (one.product, one.codes) for one in self._left.groups
+        ]:
+            return True
+        if self._is_closed:
+            return False
+        left = self._left._replace(groups=groups, version=self._left.version + 1)
+        try:
+            self._files.write_codes(left)
+        except StoreError as error:
+            self._trouble.again(str(error))
+            return False
+        self._left = left
+        return True
+
+
+def _new_instance() -> str:
+    """Return a name for what collects with this state directory."""
+    return f"{one_line(os.uname().nodename, 60).replace('|', '-')}-{os.urandom(3).hex()}"
+
+
+# ------------------------------------------------------------------------------------------------------
+# From the connections to the store
+# ------------------------------------------------------------------------------------------------------
+
+# What is pushed is on its way to the store after this time at the latest.
+PUSHES_WAIT_S = 0.1
+# Trades that wait in memory at most: then no more is read from the connections.
+MOST_PENDING = 20_000
+# When more wait, and the oldest of them for longer, MongoDB is slower than the market: this machine's disk takes them.
+CROWDED, CROWDED_S = 10_000, 1.0
+# MongoDB has so long to take a batch of pushes before the disk does, and as this process leaves.
+PUSHES_TAKEN_S, PUSHES_TAKEN_LAST_S = 2.0, 0.5
+# The mark is written so often while trades come, and while none do.
+MARK_S, MARK_SILENT_S = 1.0, 30.0
+# Delays and rates are those of the last one or two spans of this length.
+LATELY_S = 15.0
+
+
+class Delays:
+    """How long something took lately: counts in classes that grow by a fifth, of the span of time now and the last."""
+
+    BOUNDS = tuple(1.2**power for power in range(70))  # milliseconds, up to about five minutes
+
+    def __init__(self, now: float) -> None:
+        self._begun = now
+        self._counts = [0] * (len(self.BOUNDS) + 1)
+        self._before = self._counts.copy()
+        self._before_begun = now
+
+    def add(self, milliseconds: float, count: int) -> None:
+        """Count some that took so long."""
+        self._counts[bisect_left(self.BOUNDS, milliseconds)] += count
+
+    def turn(self, now: float) -> None:
+        """Begin a new span when the one now is over."""
+        if now - self._begun >= LATELY_S:
+            self._before, self._before_begun = self._counts, self._begun
+            if now - self._begun >= 2 * LATELY_S:  # and one in between, in which nobody looked
+                self._before, self._before_begun = [0] * len(self._counts), now - LATELY_S
+            self._counts = [0] * len(self._before)
+            self._begun = now
+
+    def per_second(self, now: float) -> float:
+        """Return how many there were a second."""
+        return (sum(self._before) + sum(self._counts)) / max(1.0, now - self._before_begun)
+
+    def within(self, part: float) -> float:
+        """Return within which time (milliseconds) that part of them was done with, NaN where there were none."""
+        counts = [*map(sum, zip(self._before, self._counts, strict=True))]
+        left = sum(counts) * part
+        if not left:
+            return math.nan
+        for bound, count in zip((*self.BOUNDS, math.inf), counts, strict=True):
+            left -= count
+            if left <= 0:
+                return bound
+        return math.inf
+
+
+class Intake:
+    """Takes what connections bring, and writes it from a thread of its own. Any thread may call it.
+
+    What waits in memory is bounded: `add` takes its time where the embedded store, or the disk, is slower than the
+    market; where MongoDB is, what waits goes to the disk. What the store does not take is counted, said and noted as
+    a gap.
+    """
+
+    def __init__(self, pipeline: Pipeline, coverage: Coverage, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.came = threading.Event()  # something did, or is to be looked at
+        self.trades = self.stored = self.duplicates = self.refused = self.dropped = 0
+        self.trouble = ""
+        self._pipeline = pipeline
+        self._coverage = coverage
+        self._clock = clock
+        self._changed = threading.Condition()  # what follows:
+        self._pending: deque[Pushes] = deque()
+        self._waiting = 0  # trades of those
+        self._written: list[Pushes] = []  # they are on their way to the store
+        self._is_closing = False
+        self._delays = Delays(clock.monotonic())
+        then = "what is pushed meanwhile is missing, see stream_gaps"
+        self._trouble = LogThrottle("the stream's trades", clock, then=then)
+        self._thread = threading.Thread(target=self._run, name="stockrt-intake", daemon=True)
+
+    def start(self) -> None:
+        """Begin to write. Raises StockrtError where there is no thread."""
+        start_thread(self._thread)
+
+    def add(self, product: str, trades: Sequence[Trade]) -> int:
+        """Take trades that have just come, and return up to when (epoch ms) nothing of their connection is missing.
+
+        Waits while too many wait.
+        """
+        arrived_ms, arrived = int(self._clock.wall() * 1000), self._clock.monotonic()
+        for at in range(0, len(trades), WRITE_BATCH):
+            some = trades[at : at + WRITE_BATCH]
+            self._add(Pushes(product, some, _moment(some[0], arrived_ms), arrived_ms, arrived))
+        return _moment(trades[-1], arrived_ms)
+
+    def _add(self, pushes: Pushes) -> None:
+        with self._changed:
+            while self._waiting >= MOST_PENDING and not self._is_closing:
+                self._changed.wait()
+            before = self._waiting
+            self._pending.append(pushes)
+            self._waiting += len(pushes.trades)
+            self.trades += len(pushes.trades)
+            if not before or before < WRITE_BATCH <= self._waiting:
+                self._changed.notify_all()
+        self.came.set()
+
+    def drop(self, count: int) -> None:
+        """Count pushes that are of no use."""
+        with self._changed:
+            self.dropped += count
+
+    def lately(self) -> tuple[float, float, float]:
+        """Return how long half and 99 of 100 trades took lately until they were durable (ms), and trades a second."""
+        with self._changed:
+            now = self._clock.monotonic()
+            self._delays.turn(now)
+            return self._delays.within(0.5), self._delays.within(0.99), self._delays.per_second(now)
+
+    def durable_ms(self) -> int:
+        """Return before which moment (epoch ms) everything that came is in the store, or noted as missing."""
+        with self._changed:
+            now = int(self._clock.wall() * 1000)
+            return min((pushes.since - 1 for pushes in (*self._written, *self._pending)), default=now)
+
+    def close(self, within_s: float) -> None:
+        """Write what is there, and end; what cannot be written within that time is missing since the mark."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join(within_s)
+
+    # its thread
+
+    def _run(self) -> None:
+        while True:
+            batch, within_s = self._next()
+            if not batch:
+                return
+            self._write(batch, within_s)
+            with self._changed:
+                self._written = []
+
+    def _next(self) -> tuple[list[Pushes], float]:
+        """Return what is to be written next, and how long MongoDB has for it, once it is time; nothing at the end."""
+        with self._changed:
+            while not self._pending and not self._is_closing:
+                self._changed.wait()
+            self._await_more()
+            size = 0
+            while self._pending and size + len(self._pending[0].trades) <= WRITE_BATCH:
+                self._written.append(self._pending.popleft())
+                size += len(self._written[-1].trades)
+            within_s = PUSHES_TAKEN_S
+            if self._is_closing:
+                within_s = PUSHES_TAKEN_LAST_S
+            waited = self._clock.monotonic() - self._written[0].arrived if size else 0.0
+            if self._waiting > CROWDED and waited > CROWDED_S:
+                within_s = 0.0
+            self._waiting -= size
+            self._changed.notify_all()
+            return self._written, within_s
+
+    def _await_more(self) -> None:
+        """Wait until a batch is full, or its first trade has waited long enough."""
+        while self._pending and self._waiting < WRITE_BATCH and not self._is_closing:
+            left = self._pending[0].arrived + PUSHES_WAIT_S - self._clock.monotonic()
+            if left <= 0:
+                return
+            self._changed.wait(left)
+
+    def _write(self, batch: Sequence[Pushes], within_s: float) -> None:
+        created = utc_now().replace(tzinfo=None)
+        documents = [to_document(trade, created) for pushes in batch for trade in pushes.trades]
+        try:
+            written = self._put(documents, within_s)
+        except StoreError as error:
+            self._refuse(batch, None, str(error))
+            return
+        except Exception as error:  # nobody else looks at this thread
+            self._refuse(batch, None, own_fault(error))
+            return
+        self.stored += written.stored + written.queued
+        self.duplicates += written.duplicates
+        if written.refused:
+            self._refuse(batch, written.refused, next(iter(written.refused.values())))
+        elif self.trouble:
+            self.trouble = ""
+            self._trouble.over()
+            self._coverage.stored()
+        now = self._clock.monotonic()
+        with self._changed:
+            for pushes in batch:
+                self._delays.add((now - pushes.arrived) * 1000, len(pushes.trades))
+
+    def _put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
+        try:
+            return self._pipeline.put(documents, within_s)
+        except StoreError:
+            if within_s:
+                raise
+        return self._pipeline.put(documents, PUSHES_TAKEN_S)  # the disk is full, and MongoDB only slow
+
+    def _refuse(self, batch: Sequence[Pushes], refused: Mapping[str, str] | None, why: str) -> None:
+        """Count, say and note as missing what the store does not take; `refused`: by `_id`, None for everything."""
+        names: set[str] = set()
+        for pushes in batch:
+            gone = [trade.s for trade in pushes.trades if refused is None or identity(trade) in refused]
+            self.refused += len(gone)
+            names |= {*gone}
+            if gone:
+                self._coverage.not_stored(pushes, {*gone}, f"not stored: {why}")
+        self.trouble = f"{first_few(sorted(names))} not stored: {why}"
+        self._trouble.again(self.trouble)
+
+
+# A trade this much older than its push says nothing of when it was pushed.
+OLD_PUSH_MS = 60_000
+
+
+def _moment(trade: Trade, arrived_ms: int) -> int:
+    """Return since when (epoch ms), by its arrival and its own time, what comes after a trade is to be looked for."""
+    t = trade.t
+    if t % 1000 == 999:  # of whole seconds
+        t -= 999
+    if arrived_ms - t > OLD_PUSH_MS:
+        return arrived_ms
+    return min(t, arrived_ms)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The stream's connections
+# ------------------------------------------------------------------------------------------------------
+
+# As to the platform: quick at first, slowly slower.
+STREAM_FIRST_S, STREAM_CAP_S, STREAM_GROWTH = 1.0, 30.0, 1.3
+# A connection that stood so long was a good one: the next is dialled quickly again.
+STREAM_GOOD_S = 60.0
+# So long at most it is waited for what a connection brings: its thread is woken when there is something to do.
+STREAM_READ_S = 600.0
+
+
+class Feed(threading.Thread):
+    """One connection to the stream with its thread: dials, hands on what comes, dials again; until told to leave.
+
+    `end`: why it does so no more by itself.
+    """
+
+    def __init__(
+        self,
+        allotment: Allotment,
+        connection: StreamConnection,
+        coverage: Coverage,
+        intake: Intake,
+        events: Events,
+    ) -> None:
+        super().__init__(name=f"stockrt-stream-{allotment.product}", daemon=True)
+        self.allotment = allotment
+        self.part = coverage.add(allotment.product)
+        self.state = "connecting"
+        self.why = ""
+        self.since = time.monotonic()
+        self.end: StreamEnd | None = None
+        self._connection = connection
+        self._coverage = coverage
+        self._intake = intake
+        self._events = events
+        self._leaving = threading.Event()
+        self._trouble = LogThrottle(f"stream {allotment.product}", then="dialling again")
+        self._refusal = LogThrottle(f"stream {allotment.product}", then="polled instead")
+        self._odd = LogThrottle(f"stream {allotment.product}", then="passed over")
+
+    def want(self, allotment: Allotment) -> None:
+        """Bring these codes from now on."""
+        self.allotment = allotment
+        self._coverage.expect(self.part, allotment.codes)
+        self._connection.want(allotment.codes)
+
+    def leave(self) -> None:
+        """End, soon."""
+        self._leaving.set()
+        self._connection.wake()
+
+    def run(self) -> None:
+        """Work until told to leave, or the stream says that it is of no use."""
+        delays = self._fresh_delays()
+        while not self._leaving.is_set():
+            self._turn("connecting")
+            end = self._serve()
+            self._connection.close()
+            if end is None:
+                return
+            self._coverage.lost(self.part, end.words)
+            self.why = end.words
+            if end.action is StreamAction.NEVER:
+                self._turn("given up")
+                log.error("stream %s: %s; its codes are polled instead", self.allotment.product, end.words)
+                self.end = end
+                self._coverage.news.set()
+                return
+            self._trouble.again(end.words)
+            if self.state == "connected" and time.monotonic() - self.since >= STREAM_GOOD_S:
+                delays = self._fresh_delays()
+            self._turn("waiting")
+            self._leaving.wait(end.wait_s if end.action is StreamAction.WAIT else next(delays))
+
+    def _fresh_delays(self) -> Iterator[float]:
+        return backoff(STREAM_FIRST_S, STREAM_CAP_S, random.Random(), STREAM_GROWTH)
+
+    def _turn(self, state: str) -> None:
+        self.state, self.since = state, time.monotonic()
+        self._intake.came.set()
+
+    def _serve(self) -> StreamEnd | None:
+        """Dial, and hand on what comes until the connection is over; None: told to leave."""
+        try:
+            end = self._connection.open()
+            if end is None:
+                self._turn("connected")
+            while end is None and not self._leaving.is_set():
+                end = self._take(self._connection.read(time.monotonic() + STREAM_READ_S))
+        except ImportError as error:
+            lost = lost_part(error)
+            self._events.damaged(lost)
+            return StreamEnd(str(lost), StreamAction.DIAL_AGAIN)
+        except Exception as error:  # nobody else looks at this thread
+            return StreamEnd(own_fault(error), StreamAction.DIAL_AGAIN)
+        return end
+
+    def _take(self, received: Received) -> StreamEnd | None:
+        """Hand on what has come, and return the end of the connection if that is in it."""
+        if received.trades:
+            sign = self._intake.add(self.part.product, received.trades)
+            self.part.heard = max(self.part.heard, sign)
+        if received.dropped:
+            self._intake.drop(received.dropped)
+            self._odd.again(received.why)
+        for event in received.events:
+            if isinstance(event, StreamEnd):
+                return event
+            self._note(event)
+        return None
+
+    def _note(self, event: StreamEvent) -> None:
+        if isinstance(event, Subscribed):
+            self._coverage.acked(self.part, event.codes)
+            self._intake.came.set()
+            self.why = ""
+            self._trouble.over()
+        elif isinstance(event, CodesRefused):
+            self.why = event.words
+            self._coverage.refused(self.part, event.codes, event.words)
+            self._refusal.again(
+                f"{count_words(len(event.codes), 'code')}, {first_few(event.codes)}: {event.words}"
+            )
+        elif isinstance(event, Said):
+            self._odd.again(event.words)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The whole of it
+# ------------------------------------------------------------------------------------------------------
+
+# What the stream does not bring is polled this often, or seldom enough that a day's quota lasts.
+POLL_INSTEAD_S = 10.0
+# Codes of a connection that has just been dialled, or dropped, are not polled yet.
+POLL_SOON_S = 10.0
+# Subscriptions come in frames: what is fetched after them is fetched together.
+BACK_TOGETHER_S = 0.5
+# What fails is tried again.
+PLAN_AGAIN_S = 10.0
+# How long leaving may take: for what connections and requests are at, and for what waits to be written.
+LEAVE_POLL_S, LEAVE_INTAKE_S = 0.7, 1.1
+
+
+class Planner(threading.Thread):
+    """Spreads the codes over connections, fetches what was missed, and polls what the stream does not bring."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        settings: Settings,
+        watch: WatchList,
+        coverage: Coverage,
+        intake: Intake,
+        events: Events,
+    ) -> None:
+        super().__init__(name="stockrt-collect", daemon=True)
+        self.feeds: list[Feed] = []
+        self.polled = 0
+        self.missed_beats = 0
+        self.trouble = ""
+        self._pipeline = pipeline
+        self._settings = settings
+        self._watch = watch
+        self._coverage = coverage
+        self._intake = intake
+        self._events = events
+        self._stop = threading.Event()
+        self._listed: Sequence[str] | None = None
+        self._wanted: dict[str, list[str]] = {}  # by product
+        self._has_begun = False
+        self._never: dict[str, set[str]] = {}  # by key: products, '' for all of them
+        self._beat = Beat(POLL_INSTEAD_S, time.monotonic())
+        self._gaps_at = 0.0  # monotonic
+        self._rest_said = ""
+        then = "trying again"
+        self._trouble = LogThrottle("collecting", then=then)
+        self._troubles = Troubles(settings, then)
+        self._code_trouble = LogThrottle("collecting", then="they are asked for again")
+        self._gap_trouble = LogThrottle(
+            "stream_gaps", then="they are kept on this machine until MongoDB takes them"
+        )
+
+    def leave(self) -> None:
+        """End, soon; of a poll that goes on what was fetched is stored."""
+        self._stop.set()
+        self._coverage.news.set()
+
+    def run(self) -> None:
+        """Work until told to leave."""
+        while not self._stop.is_set():
+            wait_s, words = PLAN_AGAIN_S, ""
+            try:
+                wait_s = self._work()
+            except ImportError as error:
+                lost = lost_part(error)
+                self._events.damaged(lost)
+                words = str(lost)
+            except StockrtError as error:
+                words = str(error)
+            except Exception as error:  # nobody else looks at this thread
+                words = own_fault(error)
+            if self._stop.is_set():
+                return
+            if words:
+                self._trouble.again(words)
+            else:
+                self._trouble.over()
+            self.trouble = words
+            if self._coverage.news.wait(wait_s):
+                self._coverage.news.clear()
+                self._stop.wait(BACK_TOGETHER_S)
+
+    def _work(self) -> float:
+        """Do what is to be done now, and return after how many seconds to look again. Raises StockrtError."""
+        need_clock(time.time())
+        self._plan()
+        ended = self._coverage.ended()
+        back = self._coverage.take_back()
+        if back:
+            self._poll(sorted(back))
+        self._coverage.complete(ended)
+        waits = [self._watch.wait_s(), self._poll_instead(), self._deliver_gaps()]
+        return min(waits)
+
+    def _plan(self) -> None:
+        """Look at the list, and spread the codes where it has changed or a connection is of no use any more."""
+        codes = self._watch.codes()
+        over = [feed for feed in self.feeds if feed.end is not None]
+        if codes is self._listed and not over:
+            return
+        if codes is not self._listed:
+            self._read(codes)
+        for feed in over:
+            self._never.setdefault(feed.allotment.key, set()).add(
+                "" if feed.end.whole_key else feed.allotment.product
+            )
+            self._coverage.drop(feed.part)
+            self.feeds.remove(feed)
+        self._spread()
+        self._listed = codes
+
+    def _read(self, codes: Sequence[str]) -> None:
+        """Find out what the codes mean."""
+        found = resolve(codes, self._pipeline.directory, self._stop)
+        if found.refused:
+            words = [f"{code}: {why}" for code, why in islice(found.refused.items(), NAMES_SHOWN)]
+            log.error("%s not collected: %s", count_words(len(found.refused), "code"), "; ".join(words))
+        wanted: dict[str, list[str]] = {}
+        for instrument in found.instruments.values():
+            wanted.setdefault(instrument.product, []).append(instrument.code)
+        if not self._has_begun:
+            self._coverage.begin(wanted)
+            self._has_begun = True
+        self._coverage.want(wanted)
+        self._wanted = wanted
+
+    def _spread(self) -> None:
+        """Let connections bring what they can."""
+        limits = {
+            digest: one._replace(not_for=one.not_for | self._never.get(digest, set()))
+            for digest, one in self._pipeline.stream_limits(self._stop).items()
+            if "" not in self._never.get(digest, ())
+        }
+        before = [feed.allotment for feed in self.feeds]
+        allotments, rest = allot(self._wanted, limits, before)
+        kept: list[Feed] = []
+        for feed in self.feeds:
+            found = next((one for one in allotments if _goes_on(feed.allotment, one)), None)
+            if found is None:
+                feed.leave()
+                self._coverage.drop(feed.part)
+                continue
+            allotments.remove(found)
+            kept.append(feed)
+            if found != feed.allotment:
+                feed.want(found)
+        self.feeds = kept
+        for allotment in allotments:
+            self.feeds.append(self._begin(allotment))
+        self._say_rest(rest)
+
+    def _begin(self, allotment: Allotment) -> Feed:
+        """Start a connection. Raises StockrtError where there is no thread, or this ends."""
+        settings, product = self._settings, allotment.product
+        secret = next(key.secret for key in self._pipeline.keys.keys if key.digest == allotment.key)
+        if self._stop.is_set():
+            raise Interrupted("stopped")
+        connection = StreamConnection(settings.stream_url, product, secret, settings.proxies)
+        feed = Feed(allotment, connection, self._coverage, self._intake, self._events)
+        feed.want(allotment)
+        start_thread(feed)
+        return feed
+
+    def _say_rest(self, rest: Mapping[str, Sequence[str]]) -> None:
+        """Say what connections bring, and how many codes they do not."""
+        streamed = sum(len(feed.allotment.codes) for feed in self.feeds)
+        words = f"{count_words(streamed, 'code')} over {count_words(len(self.feeds), 'connection')}"
+        left = sum(map(len, rest.values()))
+        if left:
+            by_product = ", ".join(f"{len(codes)} {product}" for product, codes in rest.items() if codes)
+            words += f"; {count_words(left, 'code')} polled instead, more than the keys' plans allow ({by_product})"
+        if words != self._rest_said:
+            self._rest_said = words
+            log.log(logging.WARNING if left else logging.INFO, "stream: %s", words)
+
+    # over REST
+
+    def _instead(self) -> list[str]:
+        """Return the codes that no connection brings now, but for those that one is about to."""
+        now = time.monotonic()
+        held = self._coverage.subscribed()
+        for feed in self.feeds:
+            if feed.state != "given up" and now - feed.since < POLL_SOON_S:
+                held.setdefault(feed.allotment.product, set()).update(feed.allotment.codes)
+        return [
+            code
+            for product, codes in self._wanted.items()
+            for code in codes
+            if code not in held.get(product, ())
+        ]
+
+    def _poll_instead(self) -> float:
+        """Poll on the beat what the stream does not bring; return after how many seconds the next beat comes."""
+        now = time.monotonic()
+        codes = self._instead()
+        self.polled = len(codes)
+        wait_s = self._beat.wait_s(now)
+        if wait_s > 0 or not codes:
+            return max(wait_s, 1.0) if self.polled or self._is_waiting() else math.inf
+        self._poll(codes)
+        self.missed_beats += self._beat.done(time.monotonic())
+        return self._beat.wait_s(time.monotonic())
+
+    def _is_waiting(self) -> bool:
+        """Whether a connection that does not stand may have to be polled for soon."""
+        return any(
+            feed.state != "connected" or len(feed.part.acked) < len(feed.part.codes) for feed in self.feeds
+        )
+
+    def _poll(self, codes: Sequence[str]) -> None:
+        report = self._pipeline.poll(codes, self._stop)
+        if report.interrupted:
+            return
+        self._troubles.note(report)
+        failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
+        if failed:
+            self._code_trouble.again(failed_words(failed, report.total))
+
+    def _deliver_gaps(self) -> float:
+        """Bring gaps to MongoDB; return after how many seconds to try again."""
+        now = time.monotonic()
+        if now < self._gaps_at:
+            return self._gaps_at - now
+        try:
+            while self._pipeline.gaps.deliver() and not self._stop.is_set():
+                pass
+        except StoreAway as error:
+            self._gap_trouble.again(str(error))
+            self._gaps_at = now + PLAN_AGAIN_S
+            return PLAN_AGAIN_S
+        self._gap_trouble.over()
+        return math.inf
+
+
+def _goes_on(before: Allotment, now: Allotment) -> bool:
+    """Whether an allotment is that of a connection that stands."""
+    same = (before.key, before.product) == (now.key, now.product)
+    return same and not {*before.codes}.isdisjoint(now.codes)
+
+
+class Collecting:
+    """Collecting without pause: the stream, or a poll on a fixed beat, as COLLECT and COLLECT_EVERY say.
+
+    `start` raises StockrtError where that cannot be; `close` takes about two seconds at most. The pipeline stays open
+    from before the one until after the other. One process in each state directory collects from the stream.
+    """
+
+    def __init__(self, pipeline: Pipeline, settings: Settings, events: Events = NO_EVENTS) -> None:
+        self._pipeline = pipeline
+        self._settings = settings
+        self._events = events
+        watch = WatchList(settings, pipeline.mongo)
+        self._poller = Poller(pipeline, settings, watch, events)
+        self._coverage = Coverage(pipeline.gaps, settings.state_directory)
+        self._intake = Intake(pipeline, self._coverage)
+        self._planner = Planner(pipeline, settings, watch, self._coverage, self._intake, events)
+        self._clerk = threading.Thread(target=self._look_after, name="stockrt-mark", daemon=True)
+        self._stop = threading.Event()
+        self._lock: IO[str] | None = None
+        self._gaps_today = 0
+
+    def start(self) -> None:
+        """Begin. Raises StockrtError."""
+        if not self._settings.api_keys:
+            raise SettingsError([NO_KEY_HINT])
+        if self._settings.collect_codes == WATCH and self._pipeline.mongo is None:
+            raise SettingsError([WATCH_NEEDS_MONGODB])
+        try:
+            if self._settings.collect:
+                who = "another stockrt collects from the stream"
+                self._lock = lock_in(self._settings.state_directory, "collecting.lock", who)
+                self._intake.start()
+                start_thread(self._planner)
+                start_thread(self._clerk)
+            else:
+                start_thread(self._poller)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End: what was pushed is stored, or waits for MongoDB on this machine."""
+        self._stop.set()
+        self._intake.came.set()
+        self._planner.leave()
+        self._poller.leave()
+        for feed in self._planner.feeds:
+            feed.leave()
+        until = time.monotonic() + LEAVE_POLL_S
+        for thread in (*self._planner.feeds, self._planner, self._poller):
+            if thread.ident is not None:
+                thread.join(max(0.0, until - time.monotonic()))
+        self._intake.close(LEAVE_INTAKE_S)
+        if self._lock is not None:
+            self._coverage.look()
+            self._coverage.close(self._intake.durable_ms())
+            self._lock.close()
+            self._lock = None
+
+    def stats(self) -> CollectStats:
+        """Return what it does now."""
+        if not self._settings.collect:
+            return self._poller.stats()
+        feeds, intake = [*self._planner.feeds], self._intake
+        p50, p99, per_second = intake.lately()
+        troubles = (self._planner.trouble, intake.trouble, *(feed.why for feed in feeds))
+        return CollectStats(
+            connections=sum(feed.state == "connected" for feed in feeds),
+            connections_wanted=len(feeds),
+            codes=sum(len(feed.part.acked) for feed in feeds),
+            polled=self._planner.polled,
+            per_second=per_second,
+            delay_p50_ms=p50,
+            delay_p99_ms=p99,
+            gaps_today=self._gaps_today,
+            trades=intake.trades,
+            stored=intake.stored,
+            duplicates=intake.duplicates,
+            dropped=intake.dropped,
+            missed_beats=self._planner.missed_beats,
+            trouble=next(filter(None, troubles), ""),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what it does now as JSON has it: the stats, each connection, and how many gaps go on."""
+        facts = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in self.stats()._asdict().items()
+        }
+        streams = [
+            {
+                "product": feed.part.product,
+                "codes": len(feed.part.codes),
+                "subscribed": len(feed.part.acked),
+                "state": feed.state,
+                "why": feed.why,
+            }
+            for feed in self._planner.feeds
+        ]
+        return facts | {"streams": streams, "gaps_open": self._coverage.missing()}
+
+    def _look_after(self) -> None:
+        """Write the mark, and tell how it goes on."""
+        while not self._stop.is_set():
+            self._intake.came.wait(MARK_SILENT_S)
+            self._intake.came.clear()
+            self._coverage.look()
+            self._coverage.mark(self._intake.durable_ms())
+            with contextlib.suppress(StoreError):  # said by whoever notes one
+                self._gaps_today = self._pipeline.gaps.count_since(utc_day(time.time()))
+            self._events.collecting(self.stats())
+            self._stop.wait(MARK_S)
 
 
 # ======================================================================================================
@@ -10554,8 +11731,6 @@ STATUS_NAME = "status.json"
 NO_NEED = "not needed"
 # A full disk is looked at again after so long: waiting for room costs nothing, an answer that waits does.
 JOURNAL_FIRST_S, JOURNAL_CAP_S = 0.5, 5.0
-# --status holds the lock for the blink of an eye to see whether somebody else does.
-LOCK_TRIES, LOCK_RETRY_S = 5, 0.05
 # What changes all the time is in the status file no older than this, as long as it changes.
 STATUS_EVERY_S = 10.0
 # The executor looks at the clock at least so often while nothing comes: a wait is not right when the clock is set.
@@ -11987,26 +13162,7 @@ def daemon_runs(directory: Path) -> bool:
 
 def lock_state_directory(directory: Path) -> IO[str]:
     """Return the open lock file of the one daemon of this directory. Raises StoreError if another holds it."""
-    import fcntl
-
-    make_state_directory(directory)
-    path = directory / "lock"
-    with disk_trouble(f"the lock {path} cannot be taken"):
-        make_for_owner(path)
-        lock = path.open("w")
-        for _ in range(LOCK_TRIES):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return lock
-            except BlockingIOError:
-                time.sleep(LOCK_RETRY_S)
-            except OSError:
-                lock.close()
-                raise
-    lock.close()
-    raise StoreError(
-        f"another stockrt daemon works in {directory}; stop it, or give this one its own STATE_DIRECTORY"
-    )
+    return lock_in(directory, "lock", "another stockrt daemon works")
 
 
 # ======================================================================================================
