@@ -6264,10 +6264,11 @@ def _demo_price(code: str) -> float:
 
 
 class DemoApi:
-    """Synthetic trades in the API's own form: no network, no key. One trade per code and minute."""
+    """Synthetic trades in the API's own form: no network, no key. One trade per code and `step_s`, whole seconds."""
 
-    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(self, clock: Clock = SYSTEM_CLOCK, step_s: int = 60) -> None:
         self._clock = clock
+        self._step_s = step_s
 
     def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
         """Yield an Outcome for each batch, read from an answer like a real one."""
@@ -6284,13 +6285,20 @@ class DemoApi:
         """Nothing is open."""
 
     def _record(self, code: str) -> dict[str, object]:
-        minute = int(self._clock.wall() // 60)
-        step = int(sha256(f"{code}|{minute}".encode())[:8], 16)
+        number = int(self._clock.wall() // self._step_s)
+        step = int(sha256(f"{code}|{number}".encode())[:8], 16)
         price = _demo_price(code) * (1 + (step % 2001 - 1000) / 100_000)
         p = f"{price:.{max(2, 4 - math.floor(math.log10(price)))}f}"
         volume = 1 + step % 500
         vw = f"{float(p) * volume:.3f}"
-        return {"s": code, "t": minute * 60_000, "p": p, "v": str(volume), "vw": vw, "td": step % 3}
+        return {
+            "s": code,
+            "t": number * self._step_s * 1000,
+            "p": p,
+            "v": str(volume),
+            "vw": vw,
+            "td": step % 3,
+        }
 
 
 # ======================================================================================================
@@ -8940,7 +8948,7 @@ class Pipeline:
             self.directory = Directory(file, api)
             self._source: Source = api
             if demo:
-                self._source = DemoApi()
+                self._source = DemoApi(clock, int(settings.collect_every_s) or 60)
             self._open_store(file, mongo)
             self._polled: InfowayApi | None = None  # made at first use
             self._polling = threading.Lock()
@@ -11762,8 +11770,21 @@ RECEIPT_GRACE_S = 3.0
 STOP_MARGIN_S = 4.0
 
 
+class StreamFacts(TypedDict):
+    """What the daemon tells of a connection to the stream."""
+
+    product: str
+    codes: int
+    subscribed: int
+    state: str
+    why: str
+
+
 class CollectFacts(TypedDict, total=False):
-    """What the daemon tells of collecting, and `at` when: CollectStats, without what is not known."""
+    """What the daemon tells of collecting, and `at` when: CollectStats, and more where it goes on; None: not known.
+
+    `streams`: of each connection its product, how many codes it is for, how many are subscribed, its state and why.
+    """
 
     at: str
     connections: int
@@ -11771,8 +11792,8 @@ class CollectFacts(TypedDict, total=False):
     codes: int
     polled: int
     per_second: float
-    delay_p50_ms: float
-    delay_p99_ms: float
+    delay_p50_ms: object
+    delay_p99_ms: object
     gaps_today: int
     trades: int
     stored: int
@@ -11780,6 +11801,8 @@ class CollectFacts(TypedDict, total=False):
     dropped: int
     missed_beats: int
     trouble: str
+    streams: list[StreamFacts]
+    gaps_open: int
 
 
 class DaemonStatus(TypedDict, total=False):
@@ -11819,10 +11842,9 @@ def _fits(value: object, kind: Any) -> bool:
     return kind is object or type(value) is kind
 
 
-def collect_facts(stats: CollectStats) -> CollectFacts:
-    """Return what the status file has of collecting."""
-    known = {name: value for name, value in stats._asdict().items() if value == value}
-    return cast(CollectFacts, known | {"at": iso(utc_now())})
+def collect_facts(told: Mapping[str, Any]) -> CollectFacts:
+    """Return what the status file has of collecting: what is told of it now."""
+    return cast(CollectFacts, {"at": iso(utc_now()), **told})
 
 
 class Answered(NamedTuple):
@@ -12217,6 +12239,10 @@ class Executor(threading.Thread):
         self._queue: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._pipeline: Pipeline | None = None
         self._watch: WatchList | None = None  # for commands without codes
+        self._collecting: Collecting | None = None
+        # when (monotonic) it is begun, or tried again: infinite where only new settings help
+        self._collect_at = 0.0
+        self._collect_trouble = LogThrottle("collecting")
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
         self.stop = threading.Event()  # cuts the running execution short
@@ -12228,7 +12254,15 @@ class Executor(threading.Thread):
     def renew(self, settings: Settings) -> None:
         """Go over to other settings after the running execution; what waits for MongoDB is tried with them, too."""
         self._wanted = settings
+        self._collect_at = 0.0
         self._queue.put(NO_COMMAND)
+
+    def collecting_facts(self) -> CollectFacts:
+        """Return what --status shows of collecting; called by any thread."""
+        collecting = self._collecting
+        if collecting is not None:
+            return collect_facts(collecting.describe())
+        return collect_facts({"trouble": self._events.collect.trouble})
 
     def leave(self, dropped_because: str = "") -> None:
         """Begin no further execution.
@@ -12252,6 +12286,7 @@ class Executor(threading.Thread):
         except Exception as error:
             self._inbox.put(broken_by(error))
         finally:
+            self._end_collecting()
             if self._pipeline is not None:
                 self._pipeline.close()
             self._inbox.put(ExecutorLeft())
@@ -12259,7 +12294,7 @@ class Executor(threading.Thread):
     def _next(self) -> Order | None:
         """Return the next command, None for the end; closes are made final before it and while none is there."""
         while True:
-            wait = self._finalise()
+            wait = self._wait_s()
             try:
                 order = self._queue.get(timeout=wait)
             except queue.Empty:
@@ -12271,6 +12306,62 @@ class Executor(threading.Thread):
                 return order
             if not (self._leaving.is_set() or self._events.is_damaged):
                 self._move_what_waits()
+
+    def _wait_s(self) -> float | None:
+        """Do what is due beside the commands, and return for how many seconds there is nothing more to do."""
+        self._collect()
+        wait = self._finalise()
+        if self._collecting is not None or self._collect_at == math.inf:
+            return wait
+        return TAKE_UP_AGAIN_S if wait is None else min(wait, TAKE_UP_AGAIN_S)
+
+    def _collect(self) -> None:
+        """Begin to collect without pause where that is wanted; what stands in the way is said, and tried again."""
+        if self._leaving.is_set() or self._events.is_damaged:
+            return
+        if not self._wanted.collects:
+            self._collect_at = math.inf
+            return
+        if self._collecting is not None or time.monotonic() < self._collect_at:
+            return
+        self._collect_at = time.monotonic() + TAKE_UP_AGAIN_S
+        try:
+            pipeline = self._open_pipeline()
+            pipeline.start_delivery()
+            collecting = Collecting(pipeline, self._settings, self._events)
+            collecting.start()
+        except ImportError as error:
+            self._events.damaged(lost_part(error))
+        except Exception as error:
+            self._note_not_collecting(error)
+        else:
+            self._collecting = collecting
+            self._collect_trouble.over()
+
+    def _note_not_collecting(self, error: Exception) -> None:
+        """Say why collecting does not begin. What no time mends ends a daemon that has nothing else to do."""
+        if isinstance(error, SettingsError):
+            self._collect_at = math.inf
+            if not self._settings.platform_url():
+                self._inbox.put(Broken(error))
+        words = str(error)
+        if not isinstance(error, StockrtError):
+            words = own_fault(error)
+        if not self._events.is_damaged:
+            self._collect_trouble.again(words)
+            self._events.collecting(CollectStats(trouble=words))
+
+    def _end_collecting(self) -> None:
+        collecting, self._collecting = self._collecting, None
+        if collecting is None:
+            return
+        try:
+            collecting.close()
+        except Exception as error:  # what it could not write down counts as a gap
+            words = str(error)
+            if not isinstance(error, StockrtError):
+                words = own_fault(error)
+            log.error("collecting: did not end well: %s", words)
 
     def _finalise(self) -> float | None:
         """Make a part of the closes final that are due; return for how many seconds there is no more to do."""
@@ -12410,7 +12501,8 @@ class Executor(threading.Thread):
     def _open_pipeline(self) -> Pipeline:
         """Return the pipeline, a new one where the settings were read anew. Raises StockrtError."""
         wanted, old = self._wanted, self._pipeline
-        if old is not None and wanted is self._settings:
+        if old is not None and (wanted is self._settings or self._may_go_on(wanted)):
+            self._settings = wanted
             return old
         try:
             self._pipeline = Pipeline(wanted, self._events, patient=True)
@@ -12421,11 +12513,24 @@ class Executor(threading.Thread):
             self._wanted = self._settings
             return old
         if old is not None:
+            self._end_collecting()
             old.close()
             if store_name(self._settings) != store_name(wanted):
                 self._troubles = Troubles(wanted, RETRIED)
         self._settings, self._watch = wanted, None
         return self._pipeline
+
+    def _may_go_on(self, wanted: Settings) -> bool:
+        """Whether collecting goes well and new settings change nothing of it: each new connection leaves a gap."""
+        stats = self._events.collect
+        if self._collecting is None or stats.trouble or stats.connections < stats.connections_wanted:
+            return False
+        pipeline = cast(Pipeline, self._pipeline)
+        if any(key.dead for key in pipeline.keys.keys):  # an operator may have mended it
+            return False
+        return self._settings == wanted._replace(
+            log_level=self._settings.log_level, old_secrets=self._settings.old_secrets
+        )
 
 
 def execution_name(context: Mapping[str, Any]) -> str:
@@ -12930,7 +13035,7 @@ class Daemon:
         if now < due and steady(stats) == steady(noted):
             return due
         self._collect_noted, self._collect_noted_at = stats, now
-        self._clerk.do(NoteStatus({"collecting": collect_facts(stats)}))
+        self._clerk.do(NoteStatus({"collecting": self._executor.collecting_facts()}))
         return math.inf
 
     def _serve(self, link: Link, protocol: PlatformProtocol) -> None:
@@ -13089,7 +13194,10 @@ class Daemon:
                     self._clerk.do(NoteStatus({"collecting": {}}))
                 self._events.reloaded(message.settings)
             else:
-                log.info("stopping: the running execution has %d s", STOP_GRACE_S)
+                words = "stopping"
+                if self._settings.platform_url():
+                    words += f": the running execution has {STOP_GRACE_S:.0f} s"
+                log.info(words)
                 self._begin_leaving()
 
     def _send_answers(self, link: Link, protocol: PlatformProtocol) -> None:
@@ -14178,6 +14286,7 @@ examples:
   stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY   synthetic trades: no key, no network
   stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   real ones: INFOWAY_API_KEY must be set
   stockrt.pyz --once --codes-file codes.txt --json           one JSON document a line on stdout
+  stockrt.pyz --collect --codes TSLA.US BTCUSDT              every trade as it is made, until Ctrl-C
   stockrt.pyz --backfill 60 --codes-file codes.txt           closes of the last 60 sessions, to begin with
   stockrt.pyz --check                                        what is wrong, and which setting mends it
 
@@ -14189,9 +14298,10 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
 class Options:
     """What the command line asks for; with nothing of it this is the daemon."""
 
-    once = check = check_settings = status = drain = rejects = reload = register = False
+    once = collect = check = check_settings = status = drain = rejects = reload = register = False
     json = demo = retry = discard = force = dry_run = False
     backfill: int | None = None
+    every: str | None = None
     executions: int | None = None
     symbols: str | None = None
     migrate: str | None = None
@@ -14244,6 +14354,11 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         "--once", action="store_true", help="fetch the given codes once, store them, print them"
     )
     what.add_argument(
+        "--collect",
+        action="store_true",
+        help="store and print every trade of the given codes, or of COLLECT_CODES, until Ctrl-C",
+    )
+    what.add_argument(
         "--backfill",
         metavar="DAYS",
         type=int,
@@ -14284,6 +14399,9 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codes", nargs="+", metavar="CODE", help="codes, separated by blanks or commas")
     parser.add_argument("--codes-file", metavar="FILE", help="codes from a file, '-' for standard input")
+    parser.add_argument(
+        "--every", metavar="S", help="with --collect: ask every S seconds, in place of the stream"
+    )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document a line in place of the table"
     )
@@ -14337,16 +14455,21 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         _check_symbols(options.symbols)
     if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
         raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
-    for_json = (options.once, options.status, options.executions, options.rejects, options.symbols)
+    fetches = options.once or options.collect
+    for_json = (fetches, options.status, options.executions, options.rejects, options.symbols)
     if options.json and not any(for_json):
         raise UsageError(
-            "--json goes with --once, --status, --executions, --rejects or --symbols; see --help"
+            "--json goes with --once, --collect, --status, --executions, --rejects or --symbols; see --help"
         )
     for flag in ("codes", "codes_file"):
-        if getattr(options, flag) and not options.once and options.backfill is None:
-            raise UsageError(f"--{flag.replace('_', '-')} goes with --once or --backfill; see --help")
-    if options.demo and not options.once:
-        raise UsageError("--demo goes with --once; see --help")
+        if getattr(options, flag) and not fetches and options.backfill is None:
+            raise UsageError(
+                f"--{flag.replace('_', '-')} goes with --once, --collect or --backfill; see --help"
+            )
+    if options.demo and not fetches:
+        raise UsageError("--demo goes with --once or --collect; see --help")
+    if options.every is not None and not options.collect:
+        raise UsageError("--every goes with --collect; see --help")
     if options.backfill is not None and not 1 <= options.backfill <= MAX_BARS:
         raise UsageError(f"--backfill {options.backfill}: expected 1 to {MAX_BARS} sessions; see --help")
     if options.retry and not options.drain:
@@ -14503,8 +14626,8 @@ class Rows:
     """Prints stored trades on `out`: an aligned table in the order asked, or JSON lines.
 
     Beyond ROWS_ALIGNED trades the rows are printed as they come. A reader that went away (`| head`) ends
-    the printing, never the storing. `directory`: where names are looked up; the table has as much of them as fits
-    into `width` columns, and no column for them where there are none.
+    the printing, never the storing. `is_live`: the first rows are printed at once, too. `directory`: where names are
+    looked up; the table has as much of them as fits into `width` columns, and no column for them where there are none.
     """
 
     def __init__(
@@ -14514,7 +14637,9 @@ class Rows:
         color: bool = False,
         width: int = WIDEST,
         clock: Clock = SYSTEM_CLOCK,
+        is_live: bool = False,
     ) -> None:
+        self._is_live = is_live
         self._out = out
         self._as_json = as_json
         self._color = color
@@ -14522,17 +14647,17 @@ class Rows:
         self._clock = clock
         self._kept: list[Document] = []
         self._widths: list[int] = []  # of the columns, once they are printed
-        self._gone = False
+        self.is_gone = False  # what reads them
         self.directory: Directory | None = None
         self.fault = ""  # why rows are missing on `out`, unless its reader just went away
 
     def add(self, documents: Sequence[Document]) -> None:
         """Take documents that were stored."""
         if self._as_json:
-            self._print("".join(to_json(document) + "\n" for document in documents))
+            self._print("".join(to_json(document) + "\n" for document in documents), self._is_live)
             return
         self._kept += documents
-        if self._widths or len(self._kept) > ROWS_ALIGNED:
+        if self._is_live or self._widths or len(self._kept) > ROWS_ALIGNED:
             self._table([column.width for column in COLUMNS])
 
     def finish(self, order: Sequence[str] = ()) -> None:
@@ -14554,7 +14679,7 @@ class Rows:
             self._widths = self._with_name(widths[:-1], bool(names))
             line = self._line(titles)
             self._print(f"\033[1m{line[:-1]}\033[0m\n" if self._color else line)
-        self._print("".join(map(self._line, rows)))
+        self._print("".join(map(self._line, rows)), self._is_live)
 
     def _with_name(self, widths: list[int], named: bool) -> list[int]:
         """Return the widths with that of the names: they have the rest of the line, unless that is too short."""
@@ -14580,14 +14705,14 @@ class Rows:
         return {}
 
     def _print(self, text: str, flush: bool = False) -> None:
-        if self._gone:
+        if self.is_gone:
             return
         try:
             self._out.write(text)
             if flush:
                 self._out.flush()
         except OSError as error:
-            self._gone = True
+            self.is_gone = True
             if not isinstance(error, BrokenPipeError):
                 self.fault = f"the rows cannot be printed: {error.strerror}"
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # else the exit's flush fails again
@@ -14778,12 +14903,17 @@ class _Run(threading.Thread):
         return not self.is_alive()
 
 
-def run_once(options: Options, settings: Settings) -> int:
-    """Fetch the given codes once and return the exit status."""
+def _refuse_demo_in_mongodb(options: Options, settings: Settings) -> None:
+    """Raise UsageError where synthetic trades would go among real ones."""
     if options.demo and settings.mongodb_uri:
         raise UsageError(
             "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out"
         )
+
+
+def run_once(options: Options, settings: Settings) -> int:
+    """Fetch the given codes once and return the exit status."""
+    _refuse_demo_in_mongodb(options, settings)
     rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_width(WIDEST))
     terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
@@ -14857,6 +14987,144 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
     if report.interrupted or not finished:
         return EXIT_INTERRUPTED
     return EXIT_OK if report.complete else EXIT_FAILED
+
+
+# Batches of at most a thousand rows that wait for a slow reader of stdout; beyond, it is waited for.
+BATCHES_UNREAD = 20
+# While no trade comes it is seen after so long that the reader went away.
+READER_LOOK_S = 1.0
+# After the end a slow reader has so long for the last rows.
+LAST_ROWS_S = 2.0
+# So often there are synthetic trades.
+DEMO_EVERY_S = 1.0
+
+
+def reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    import select
+
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+class Ticks(Events):
+    """Prints trades as they are stored, those that wait for MongoDB, too, on a thread of its own.
+
+    The latest trade of a code that comes once more is not printed again. A reader that went away sets `stop`.
+    """
+
+    def __init__(self, rows: Rows, stop: threading.Event) -> None:
+        self._rows = rows
+        self._stop = stop
+        self._batches: queue.Queue[Sequence[Document]] = queue.Queue(BATCHES_UNREAD)
+        self._latest: dict[str, str] = {}  # code -> _id
+        self._is_ending = threading.Event()
+        self._thread = threading.Thread(target=self._print, name="stockrt-rows", daemon=True)
+        start_thread(self._thread)
+
+    def stored(self, documents: Sequence[Document]) -> None:
+        """Have them printed."""
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._batches.put(documents, timeout=STOP_POLL_S)
+                return
+        with contextlib.suppress(queue.Full):  # nobody reads, and the end must not wait for it
+            self._batches.put_nowait(documents)
+
+    def kept(self, documents: Sequence[Document]) -> None:
+        """Have them printed: when MongoDB has them they are not told again."""
+        self.stored(documents)
+
+    def close(self) -> None:
+        """Print the last rows, as far as they are read."""
+        self._is_ending.set()
+        self.stored(())
+        self._thread.join(LAST_ROWS_S)
+
+    def _print(self) -> None:
+        while not (self._is_ending.is_set() and self._batches.empty()):
+            documents: Sequence[Document] = ()
+            with contextlib.suppress(queue.Empty):
+                documents = self._batches.get(timeout=READER_LOOK_S)
+            self._rows.add([document for document in documents if self._is_new(document)])
+            if self._rows.is_gone or reader_is_gone():
+                self._rows.is_gone = True
+                self._stop.set()
+
+    def _is_new(self, document: Document) -> bool:
+        code, name = document["stock_code"], document["_id"]
+        before = self._latest.get(code)
+        self._latest[code] = name
+        return bool(name != before)
+
+
+def run_collect(options: Options, settings: Settings) -> int:
+    """Collect without pause until a signal, or until nobody reads the rows, and return the exit status."""
+    settings = _settings_to_collect(options, settings)
+    rows = Rows(
+        sys.stdout,
+        options.json,
+        settings.color and sys.stdout.isatty(),
+        terminal_width(WIDEST),
+        is_live=True,
+    )
+    stop = StopEvent()
+    stop_on_signals(stop)
+    started_at = time.monotonic()
+    ticks = Ticks(rows, stop)
+    with Pipeline(settings, ticks, options.demo) as pipeline:
+        rows.directory = pipeline.directory
+        collecting = Collecting(pipeline, settings, ticks)
+        collecting.start()
+        pipeline.start_delivery()
+        try:
+            while not stop.is_set():
+                stop.wait(min(pipeline.finalise(stop), LOOK_AROUND_S))
+        finally:
+            collecting.close()
+            ticks.close()
+    if rows.fault:
+        raise PrintError(rows.fault)
+    if rows.is_gone:
+        return EXIT_OK
+    say(_collected_line(collecting.stats(), time.monotonic() - started_at))
+    return EXIT_INTERRUPTED
+
+
+def _settings_to_collect(options: Options, settings: Settings) -> Settings:
+    """Return the settings with what the command line says of collecting. Raises UsageError."""
+    _refuse_demo_in_mongodb(options, settings)
+    if options.codes or options.codes_file:
+        settings = settings._replace(collect_codes=" ".join(read_codes(options)))
+    elif not settings.collect_codes:
+        raise UsageError("--collect needs --codes CODE …, --codes-file FILE, or COLLECT_CODES; see --help")
+    every_s = 0.0
+    if options.every is not None:
+        every_s = _seconds_of(options.every)
+    elif options.demo:
+        every_s = DEMO_EVERY_S
+    return settings._replace(collect="" if every_s else "stream", collect_every_s=every_s)
+
+
+def _seconds_of(text: str) -> float:
+    (setting,) = (one for one in SETTINGS if one.name == "COLLECT_EVERY")
+    try:
+        return cast(float, setting.parse(text))
+    except ValueError:
+        raise UsageError(f"--every {one_line(text, 40)}: expected {setting.expected}; see --help") from None
+
+
+def _collected_line(stats: CollectStats, took_s: float) -> str:
+    line = f"trades {stats.trades}, stored {stats.stored}, already known {stats.duplicates} ({took_s:.1f} s)"
+    kept = stats.trades - stats.stored - stats.duplicates
+    if kept > 0:
+        line += f"; {waiting_words(kept)} for MongoDB"
+    if stats.dropped:
+        line += f"; {stats.dropped} pushed and not asked for, or no trades"
+    if stats.gaps_today:
+        line += f"; {count_words(stats.gaps_today, 'gap')} today"
+    return line
 
 
 # What is said to who may not see what the service has and does.
@@ -15033,7 +15301,7 @@ class StatusReport(TypedDict):
     spool: QueueFacts | None
     waiting: Waiting
     damaged_files: int
-    collecting: dict[str, object] | None
+    collecting: dict[str, Any] | None
     last_execution: LastExecution | None
     totals: dict[str, int | str]
     keys: list[KeyUsage]
@@ -15183,6 +15451,10 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
     ]
     if status["collecting"] is not None:
         lines.append(("collecting", _collect_line(status["collecting"])))
+        streams: Sequence[StreamFacts] = status["collecting"]["streams"] or ()
+        lines += [
+            ("stream", _stream_line(one)) for one in streams if one["why"] or one["state"] != "connected"
+        ]
     lines.append(("store", status["store"]))
     if status["spool"] is not None:
         lines.append(("spool", _spool_line(status["spool"])))
@@ -15201,6 +15473,13 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
     lines += [("API key", _key_line(key)) for key in status["keys"]]
     show(settings.redact(local_times("\n".join(f"{name:<15} {text}" for name, text in lines))))
     return code
+
+
+def _stream_line(stream: StreamFacts) -> str:
+    line = f"{stream['product']}: {stream['subscribed']} of {count_words(stream['codes'], 'code')}, {stream['state']}"
+    if stream["why"]:
+        line += f": {one_line(stream['why'], TROUBLE_SHOWN)}"
+    return line
 
 
 def _unregistered(settings: Settings) -> str:
@@ -15468,7 +15747,7 @@ def needs_of(options: Options) -> Needs:
         return Needs(key=True, whole_platform=True, paths=True, collect=True)
     if options.register:
         return Needs(platform=True)
-    if options.once or options.symbols or options.backfill is not None:
+    if options.once or options.collect or options.symbols or options.backfill is not None:
         return Needs(key=not options.demo)
     others = ("check", "status", "executions", "drain", "rejects")
     if options.documents is not None or any(getattr(options, name) for name in others):
@@ -15594,6 +15873,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         raise StoreError(HIDDEN_WORDS)
     if options.once:
         return run_once(options, loaded.settings)
+    if options.collect:
+        return run_collect(options, loaded.settings)
     if options.backfill is not None:
         return run_backfill(options, loaded.settings)
     if options.documents is not None:
