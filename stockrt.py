@@ -8995,6 +8995,11 @@ class Pipeline:
         """
         return self._collect(self._source, self._events, codes, stop, report)
 
+    def need_key(self) -> None:
+        """Raise SettingsError where trades are to be asked for without an API key."""
+        if not (self._demo or self._settings.api_keys):
+            raise SettingsError([NO_KEY_HINT])
+
     def poll(self, codes: Iterable[object], stop: threading.Event) -> Report:
         """Collect as `run` does, beside it and over connections of its own, without telling how it goes on.
 
@@ -9029,8 +9034,7 @@ class Pipeline:
         stop: threading.Event,
         report: Report | None = None,
     ) -> Report:
-        if not (self._demo or self._settings.api_keys):
-            raise SettingsError([NO_KEY_HINT])
+        self.need_key()
         need_clock(self._clock.wall())
         closing, finder = None, None
         if not self._demo:
@@ -10614,8 +10618,7 @@ class Collecting:
 
     def start(self) -> None:
         """Begin. Raises StockrtError."""
-        if not self._settings.api_keys:
-            raise SettingsError([NO_KEY_HINT])
+        self._pipeline.need_key()
         if self._settings.collect_codes == WATCH and self._pipeline.mongo is None:
             raise SettingsError([WATCH_NEEDS_MONGODB])
         try:
