@@ -12319,40 +12319,44 @@ class Executor(threading.Thread):
         return TAKE_UP_AGAIN_S if wait is None else min(wait, TAKE_UP_AGAIN_S)
 
     def _collect(self) -> None:
-        """Begin to collect without pause where that is wanted; what stands in the way is said, and tried again."""
+        """Begin to collect without pause where that is wanted, anew with new settings; what fails is tried again."""
         if self._leaving.is_set() or self._events.is_damaged:
             return
         if not self._wanted.collects:
             self._collect_at = math.inf
             return
-        if self._collecting is not None or time.monotonic() < self._collect_at:
+        goes_on = self._collecting is not None and self._wanted is self._settings
+        if goes_on or time.monotonic() < self._collect_at:
             return
         self._collect_at = time.monotonic() + TAKE_UP_AGAIN_S
         try:
             pipeline = self._open_pipeline()
             pipeline.start_delivery()
-            collecting = Collecting(pipeline, self._settings, self._events)
-            collecting.start()
+            if self._collecting is None:
+                collecting = Collecting(pipeline, self._settings, self._events)
+                collecting.start()
+                self._collecting = collecting
         except ImportError as error:
             self._events.damaged(lost_part(error))
         except Exception as error:
             self._note_not_collecting(error)
         else:
-            self._collecting = collecting
             self._collect_trouble.over()
 
     def _note_not_collecting(self, error: Exception) -> None:
         """Say why collecting does not begin. What no time mends ends a daemon that has nothing else to do."""
+        words = str(error)
         if isinstance(error, SettingsError):
             self._collect_at = math.inf
             if not self._settings.platform_url():
                 self._inbox.put(Broken(error))
-        words = str(error)
-        if not isinstance(error, StockrtError):
-            words = own_fault(error)
-        if not self._events.is_damaged:
+                return
+            log.error("collecting: %s; mend that, then reload or restart", words)
+        elif not self._events.is_damaged:
+            if not isinstance(error, StockrtError):
+                words = own_fault(error)
             self._collect_trouble.again(words)
-            self._events.collecting(CollectStats(trouble=words))
+        self._events.collecting(CollectStats(trouble=words))
 
     def _end_collecting(self) -> None:
         collecting, self._collecting = self._collecting, None
@@ -12431,8 +12435,11 @@ class Executor(threading.Thread):
             log.error("execution %s stays in the journal: %s", number, error)
 
     def _move_what_waits(self) -> None:
-        """Take up what waits since the last start, for MongoDB or a daily bar, without waiting for an execution."""
-        if not (self._settings.state_directory / SQLITE_NAME).exists():
+        """Take up what waits since the last start, for MongoDB or a daily bar, without waiting for an execution.
+
+        Where trades are collected without pause, that does it.
+        """
+        if self._wanted.collects or not (self._settings.state_directory / SQLITE_NAME).exists():
             return
         try:
             self._open_pipeline().start_delivery()
@@ -15407,7 +15414,7 @@ def _collect_faults(facts: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with collecting by what the daemon told last."""
     stats = _collect_stats(facts)
     if stats.trouble:
-        return [f"collecting: {one_line(stats.trouble, TROUBLE_SHOWN)}"]
+        return [f"collecting: {one_line(stats.trouble)}"]
     if stats.connections < stats.connections_wanted:
         return [
             f"{stats.connections} of {count_words(stats.connections_wanted, 'connection')} to the stream stand"

@@ -171,6 +171,41 @@ def test_without_a_platform_and_without_anything_to_collect_both_ways_are_named(
         assert name in done.stderr
 
 
+def test_a_fault_of_the_settings_that_only_the_start_finds_ends_it(daemon: ProcessDaemon) -> None:
+    """With its sentence alone and the status that systemd does not start again."""
+    daemon.environment["MONGODB_HOST"] = "mongodb+srv://a.b.example.com:27017/"
+    for _ in range(2):  # the second time with a local file
+        before = len(daemon.log) if daemon.log_path.exists() else 0
+        daemon.start()
+        assert daemon.wait() == SETTINGS_FAULT, daemon.log
+        begun, *said = daemon.log[before:].splitlines()
+        assert "collects without a platform" in begun
+        assert said == [
+            "stockrt: MONGODB_HOST='mongodb+srv://a.b.example.com:27017/': "
+            "mongodb+srv:// URIs must not include a port number"
+        ]
+
+
+def test_what_time_mends_is_said_and_tried_again(
+    daemon: ProcessDaemon, manager: Manager, run_pyz: RunPyz, tmp_path: Path
+) -> None:
+    """Another one collects from the stream there; a reload tries at once, time does by itself."""
+    daemon.environment["COLLECT"] = daemon.settings["COLLECT"] = "stream"
+    del daemon.environment["COLLECT_EVERY"], daemon.settings["COLLECT_EVERY"]
+    other = stockrt.lock_in(daemon.state, "collecting.lock", "")
+    daemon.start()
+    words = f"another stockrt collects from the stream in {daemon.state}; stop it"
+    check(lambda: manager.status.startswith(f"collecting: {words[:60]}"), daemon)
+    assert f"WARNING collecting: {words}" in daemon.log
+    status = run_pyz("--status", "--json", env=daemon.settings)
+    (wrong,) = json.loads(status.stdout)["wrong"]
+    assert status.returncode == WRONG and wrong.startswith(f"collecting: {words}")
+    other.close()
+    daemon.signal(signal.SIGHUP)
+    check(lambda: manager.status.startswith("collecting: 1 of 1 connection, 2 codes subscribed"), daemon)
+    assert "collecting: well again after 1 try" in daemon.log
+
+
 def test_with_a_platform_it_does_both(
     daemon: ProcessDaemon, vendor: Vendor, manager: Manager, run_pyz: RunPyz
 ) -> None:
