@@ -15005,6 +15005,11 @@ BATCHES_UNREAD = 20
 READER_LOOK_S = 1.0
 # After the end a slow reader has so long for the last rows.
 LAST_ROWS_S = 2.0
+NO_STREAM_HINT = (
+    "the stream serves none of these codes to INFOWAY_API_KEY: the key's plan has no stream, or none of these products "
+    "(see above; --check names the plan, INFOWAY_PLAN where the API does not tell it); "
+    "--collect --every 10 asks for their latest trades every 10 s instead"
+)
 # So often there are synthetic trades.
 DEMO_EVERY_S = 1.0
 
@@ -15090,7 +15095,8 @@ def run_collect(options: Options, settings: Settings) -> int:
         pipeline.start_delivery()
         try:
             while not stop.is_set():
-                stop.wait(min(pipeline.finalise(stop), LOOK_AROUND_S))
+                stop.wait(min(pipeline.finalise(stop), READER_LOOK_S))
+                need_stream(settings, collecting.stats())
         finally:
             collecting.close()
             ticks.close()
@@ -15102,11 +15108,17 @@ def run_collect(options: Options, settings: Settings) -> int:
     return EXIT_INTERRUPTED
 
 
+def need_stream(settings: Settings, stats: CollectStats) -> None:
+    """Raise SettingsError where every trade is asked for, and the keys' plans let the stream bring none."""
+    if settings.collect and stats.polled and not stats.connections_wanted:
+        raise SettingsError([NO_STREAM_HINT])
+
+
 def _settings_to_collect(options: Options, settings: Settings) -> Settings:
     """Return the settings with what the command line says of collecting. Raises UsageError."""
     _refuse_demo_in_mongodb(options, settings)
     if options.codes or options.codes_file:
-        settings = settings._replace(collect_codes=" ".join(read_codes(options)))
+        settings = settings._replace(collect_codes=" ".join(read_codes(options)), collect_share=(1, 1))
     elif not settings.collect_codes:
         raise UsageError("--collect needs --codes CODE …, --codes-file FILE, or COLLECT_CODES; see --help")
     every_s = 0.0
@@ -15214,6 +15226,8 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
             store = _check_store(store_name(settings), pipeline)
         words = store.words.replace(str(looked_at.state_directory), str(settings.state_directory))
         yield store._replace(words=words)
+        if pipeline is not None and settings.collects:
+            yield from _check_collecting(settings, pipeline)
     if settings.metrics_file:
         place = settings.metrics_file.parent
         why = fault_of_place(f"{place}/.", os.W_OK | os.X_OK)
@@ -15244,6 +15258,48 @@ def _check_keys(settings: Settings, pipeline: Pipeline | None) -> Iterator[Check
     else:
         for key in pipeline.keys.keys:
             yield from check_key(settings, pipeline.api, key)
+
+
+def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]:
+    """Say what is to be collected, and whether the stream takes each key for it.
+
+    A connection may count against the key's limit for minutes after its end: none is made where the daemon has some.
+    """
+    stop = threading.Event()
+    try:
+        codes = WatchList(settings, pipeline.mongo).codes()
+        products = [one.product for one in resolve(codes, None, stop).instruments.values()]
+    except StockrtError as error:
+        yield Check("codes", False, str(error))
+        return
+    yield Check("codes", bool(codes), f"{count_words(len(codes), 'code')} to collect")
+    if not (settings.collect and products):
+        return
+    told = read_status(settings.state_directory).get("collecting", {})
+    if told.get("connections_wanted") and daemon_runs(settings.state_directory):
+        facts = dict.fromkeys(CollectFacts.__annotations__) | told
+        faults = _collect_faults(facts)
+        yield Check("stream", not faults, "; ".join(faults) or f"the daemon has it: {_collect_line(facts)}")
+        return
+    limits = pipeline.stream_limits(stop)
+    for key in pipeline.keys.keys:
+        yield _check_stream(settings, key, products[0], limits.get(key.digest))
+
+
+def _check_stream(settings: Settings, key: ApiKey, product: str, limits: StreamLimits | None) -> Check:
+    name = f"stream, API key {key.shown}"
+    if limits is None or not limits.connections:
+        return Check(name, False, "its plan has none: COLLECT_EVERY asks for the latest trades instead")
+    connection = StreamConnection(settings.stream_url, product, key.secret, settings.proxies)
+    end = connection.open()
+    connection.close()
+    if end is not None:
+        return Check(name, False, end.words)
+    words = f"{settings.stream_url} takes it for {product}: {count_words(limits.connections, 'connection')}"
+    words += f", {limits.per_connection} codes each, {limits.in_all} in all"
+    if limits.connections == 1:
+        words += "; where it still counts, a service that begins now waits for up to three minutes (429)"
+    return Check(name, True, words)
 
 
 def _check_store(name: str, pipeline: Pipeline) -> Check:
