@@ -10130,9 +10130,9 @@ class Intake:
         if written.refused:
             self._refuse(batch, written.refused, next(iter(written.refused.values())))
         elif self.trouble:
-            self.trouble = ""
-            self._trouble.over()
             self._coverage.stored()
+            self._trouble.over()
+            self.trouble = ""
         now = self._clock.monotonic()
         with self._changed:
             for pushes in batch:
