@@ -6514,10 +6514,22 @@ def insert_trades(db: sqlite3.Connection, documents: Sequence[Document]) -> Writ
     """Store documents in the transaction that is open, and name those that SQLite does not take."""
     import sqlite3
 
+    db.execute("SAVEPOINT trades")
+    try:
+        stored = max(0, db.executemany(_SQLITE_INSERT, map(_trade_row_demo, documents)).rowcount)
+    except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError):
+        db.execute("ROLLBACK TO trades")
+        return _insert_one_by_one(db, documents)
+    return WriteReport(stored, len(documents) - stored)
+
+
+def _insert_one_by_one(db: sqlite3.Connection, documents: Sequence[Document]) -> WriteReport:
+    import sqlite3
+
     stored, refused = 0, {}
     for document in documents:
         try:
-            stored += db.execute(_SQLITE_INSERT, (*trade_row(document), document.get("demo"))).rowcount
+            stored += db.execute(_SQLITE_INSERT, _trade_row_demo(document)).rowcount
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError) as error:
             refused[document["_id"]] = f"the local store refused it: {one_line(error, 200)}"
     return WriteReport(stored, len(documents) - stored - len(refused), refused)
@@ -6525,10 +6537,16 @@ def insert_trades(db: sqlite3.Connection, documents: Sequence[Document]) -> Writ
 
 def trade_row(document: Document) -> tuple[Any, ...]:
     """Return the columns of a trade: its `_id`, what the API sent, `stock_code` and `create_time`."""
-    names = ("_id", *TRADE_FIELDS, "stock_code")
-    return (*(document[name] for name in names), iso(document["create_time"]))
+    return (*_ROW_OF(document), _created(document["create_time"]))
 
 
+def _trade_row_demo(document: Document) -> tuple[Any, ...]:
+    return (*_ROW_OF(document), _created(document["create_time"]), document.get("demo"))
+
+
+_ROW_OF = itemgetter("_id", *TRADE_FIELDS, "stock_code")
+# Those of a batch are all the same.
+_created = lru_cache(maxsize=16)(iso)
 _SQLITE_INSERT = (
     "INSERT INTO realtime (_id, s, t, p, v, vw, td, stock_code, create_time, demo) "
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (_id) DO NOTHING"

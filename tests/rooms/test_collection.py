@@ -145,7 +145,9 @@ def test_after_a_kill_what_is_missing_begins_at_the_mark(place: Place) -> None:
         heard(coverage, part, clock)
         marked = ms(clock.now)
         clock.now += 7
-    with coverage_in(place, clock, *CODES[1:]) as coverage:  # of the first code nothing is to be collected any more
+    with coverage_in(
+        place, clock, *CODES[1:]
+    ) as coverage:  # of the first code nothing is to be collected any more
         assert place.spans() == [([*CODES[1:3]], marked, None)]
         assert place.gaps()[0]["why"] == "stockrt ended without notice"
         instance = place.gaps()[0]["instance"]
@@ -262,7 +264,9 @@ def test_a_gap_that_cannot_be_noted_holds_the_mark_back_until_it_is(
         since = part.heard
         other = sqlite3.connect(place.directory / stockrt.SQLITE_NAME)
         with contextlib.closing(other):
-            other.execute("ALTER TABLE stream_gaps RENAME COLUMN why TO because")  # no change of damage: it comes back
+            other.execute(
+                "ALTER TABLE stream_gaps RENAME COLUMN why TO because"
+            )  # no change of damage: it comes back
             clock.now += 10
             coverage.lost(part, "the connection was lost")
             assert "stream_gaps" in caplog.text
@@ -308,7 +312,12 @@ def test_gaps_go_to_mongodb_as_they_become(place: Place, mongo_db: tuple[str, st
         coverage.lost(part, "the connection was lost")
         assert pipeline.gaps.deliver() and not pipeline.gaps.deliver()
         (gap,) = found.find()
-        assert (gap["product"], gap["codes"], gap["from"], gap["to"]) == ("crypto", [*CODES], part.heard, None)
+        assert (gap["product"], gap["codes"], gap["from"], gap["to"]) == (
+            "crypto",
+            [*CODES],
+            part.heard,
+            None,
+        )
         coverage.acked(part, CODES)
         coverage.complete(coverage.ended())
         assert pipeline.gaps.deliver() and not pipeline.gaps.deliver()
