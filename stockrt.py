@@ -6305,8 +6305,8 @@ INVALID_ID = 53
 INDEX = [("stock_code", 1), ("t", -1)]
 REFUSED_IT = "MongoDB refused it: "
 PROBE_T = 1 << 40  # as wide as the times of trades, and none of them: 2004
-# Most codes trade in the last minutes before a close (auction included): looked at first.
-NEWEST_SPAN_MS = 6 * 60 * 1000
+# Codes that trade much trade in the last seconds before a close, and of those every tick may be there: looked at first.
+NEWEST_SPAN_MS = 10 * 1000
 # Documents that are read at once where a whole collection is: their fields of trades are some 200 kB.
 PAGE = 1000
 Document = dict[str, Any]
@@ -6789,7 +6789,7 @@ class MongoStore:
     def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
         """Return the newest trade of each code in a span of time. Raises StoreError.
 
-        Looks at the last minutes for all codes in one request, then at a longer time for those that are
+        Looks at the last seconds for all codes in one request, then at a longer time for those that are
         missing: few requests, and few documents even where a code has thousands of trades a day. What another
         program has put there and is no trade is passed over.
         """
@@ -9549,7 +9549,7 @@ class Poller(threading.Thread):
 CODES_NAME, MARK_NAME = "collecting.codes", "collecting.mark"
 
 
-class Pushes(NamedTuple):
+class Parcel(NamedTuple):
     """Trades of a product that came together: when, in epoch ms and monotonic seconds.
 
     `since`: epoch ms, what comes later by both its arrival and its own time was not among those before.
@@ -9640,7 +9640,18 @@ class Part:
         self.product = product
         self.codes: frozenset[str] = frozenset()
         self.acked: set[str] = set()
+        self.silent: set[str] = set()  # those that are subscribed anew for saying nothing
+        self.silent_since = 0  # epoch ms
         self.heard = self.seen = now_ms
+
+
+class Silence(NamedTuple):
+    """A time in which an open market said nothing of some codes, up to when they were subscribed anew; epoch ms."""
+
+    product: str
+    codes: Sequence[str]
+    since: int
+    until: int
 
 
 class OpenGap:
@@ -9669,6 +9680,7 @@ class Coverage:
         self._parts: list[Part] = []
         self._open: list[OpenGap] = []
         self._ended: list[OpenGap] = []  # subscribed again, and not fetched yet
+        self._silent: list[Silence] = []
         self._refused: dict[str, OpenGap] = {}  # by product: pushes that the store does not take now
         self._back: set[str] = set()
         self._wanted: Mapping[str, Collection[str]] = {}
@@ -9748,6 +9760,10 @@ class Coverage:
                 if one.gap.product == part.product:
                     one.missing -= fresh
             self._end_gaps()
+            again = part.silent & {*codes}
+            part.silent -= again
+            if again:
+                self._silent.append(Silence(part.product, sorted(again), part.silent_since, part.heard))
             self._back |= fresh
             self._write_codes()
         self.news.set()
@@ -9755,7 +9771,7 @@ class Coverage:
     def lost(self, part: Part, why: str) -> None:
         """A connection is over: what it brought is missing since its last sign."""
         with self._lock:
-            acked, part.acked = part.acked, set()
+            acked, part.acked, part.silent = part.acked, set(), set()
             self._lose(part.product, acked, part.heard, why)
             self._write_codes()
 
@@ -9771,13 +9787,33 @@ class Coverage:
             self._write_codes()
         self.news.set()
 
-    def not_stored(self, pushes: Pushes, codes: Collection[str], why: str) -> None:
-        """The store took none of these pushes, or not those of these codes: until it takes some again."""
+    def silent(self, part: Part, codes: Iterable[str]) -> None:
+        """An open market says nothing, and these codes are subscribed anew: whether they are missing is to be seen."""
         with self._lock:
-            one = self._refused.get(pushes.product)
+            part.silent = part.acked & {*codes}
+            part.silent_since = part.heard
+
+    def take_silent(self) -> list[Silence]:
+        """Return the silences that are over: trades that are fetched now and were not pushed tell gaps of them."""
+        with self._lock:
+            silences, self._silent = self._silent, []
+            return silences
+
+    def was_deaf(self, silence: Silence) -> None:
+        """In a silence there were trades that were not pushed."""
+        with self._lock:
+            why = "nothing was pushed although there were trades"
+            one = self._new(silence.product, silence.codes, silence.since, why)
+            one.gap = one.gap._replace(until=silence.until)
+            self._ended.append(one)
+
+    def not_stored(self, parcel: Parcel, codes: Collection[str], why: str) -> None:
+        """The store took none of these pushes, or not those of some codes: they are missing until it takes some again."""
+        with self._lock:
+            one = self._refused.get(parcel.product)
             if one is None:
-                one = self._refused[pushes.product] = self._new(pushes.product, (), pushes.since, why)
-            one.last = max(one.last, pushes.arrived_ms)
+                one = self._refused[parcel.product] = self._new(parcel.product, (), parcel.since, why)
+            one.last = max(one.last, parcel.arrived_ms)
             fresh = {*codes} - one.missing
             if fresh:
                 one.missing |= fresh
@@ -9915,6 +9951,7 @@ class Coverage:
                 return
             one.is_kept = True
             self._trouble.over()
+            self.news.set()
 
     def _groups(self) -> list[Group]:
         """Return of which codes everything is kept up to when; gaps that are not noted yet hold it back."""
@@ -10031,9 +10068,9 @@ class Intake:
         self._coverage = coverage
         self._clock = clock
         self._changed = threading.Condition()  # what follows:
-        self._pending: deque[Pushes] = deque()
+        self._pending: deque[Parcel] = deque()
         self._waiting = 0  # trades of those
-        self._written: list[Pushes] = []  # they are on their way to the store
+        self._written: list[Parcel] = []  # they are on their way to the store
         self._is_closing = False
         self._delays = Delays(clock.monotonic())
         then = "what is pushed meanwhile is missing, see stream_gaps"
@@ -10052,17 +10089,17 @@ class Intake:
         arrived_ms, arrived = int(self._clock.wall() * 1000), self._clock.monotonic()
         for at in range(0, len(trades), WRITE_BATCH):
             some = trades[at : at + WRITE_BATCH]
-            self._add(Pushes(product, some, _moment(some[0], arrived_ms), arrived_ms, arrived))
+            self._add(Parcel(product, some, _moment(some[0], arrived_ms), arrived_ms, arrived))
         return _moment(trades[-1], arrived_ms)
 
-    def _add(self, pushes: Pushes) -> None:
+    def _add(self, parcel: Parcel) -> None:
         with self._changed:
             while self._waiting >= MOST_PENDING and not self._is_closing:
                 self._changed.wait()
             before = self._waiting
-            self._pending.append(pushes)
-            self._waiting += len(pushes.trades)
-            self.trades += len(pushes.trades)
+            self._pending.append(parcel)
+            self._waiting += len(parcel.trades)
+            self.trades += len(parcel.trades)
             if not before or before < WRITE_BATCH <= self._waiting:
                 self._changed.notify_all()
         self.came.set()
@@ -10083,7 +10120,7 @@ class Intake:
         """Return before which moment (epoch ms) everything that came is in the store, or noted as missing."""
         with self._changed:
             now = int(self._clock.wall() * 1000)
-            return min((pushes.since - 1 for pushes in (*self._written, *self._pending)), default=now)
+            return min((parcel.since - 1 for parcel in (*self._written, *self._pending)), default=now)
 
     def close(self, within_s: float) -> None:
         """Write what is there, and end; what cannot be written within that time is missing since the mark."""
@@ -10104,7 +10141,7 @@ class Intake:
             with self._changed:
                 self._written = []
 
-    def _next(self) -> tuple[list[Pushes], float]:
+    def _next(self) -> tuple[list[Parcel], float]:
         """Return what is to be written next, and how long MongoDB has for it, once it is time; nothing at the end."""
         with self._changed:
             while not self._pending and not self._is_closing:
@@ -10132,9 +10169,9 @@ class Intake:
                 return
             self._changed.wait(left)
 
-    def _write(self, batch: Sequence[Pushes], within_s: float) -> None:
+    def _write(self, batch: Sequence[Parcel], within_s: float) -> None:
         created = utc_now().replace(tzinfo=None)
-        documents = [to_document(trade, created) for pushes in batch for trade in pushes.trades]
+        documents = [to_document(trade, created) for parcel in batch for trade in parcel.trades]
         try:
             written = self._put(documents, within_s)
         except StoreError as error:
@@ -10153,8 +10190,8 @@ class Intake:
             self.trouble = ""
         now = self._clock.monotonic()
         with self._changed:
-            for pushes in batch:
-                self._delays.add((now - pushes.arrived) * 1000, len(pushes.trades))
+            for parcel in batch:
+                self._delays.add((now - parcel.arrived) * 1000, len(parcel.trades))
 
     def _put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
         try:
@@ -10164,15 +10201,15 @@ class Intake:
                 raise
         return self._pipeline.put(documents, PUSHES_TAKEN_S)  # the disk is full, and MongoDB only slow
 
-    def _refuse(self, batch: Sequence[Pushes], refused: Mapping[str, str] | None, why: str) -> None:
+    def _refuse(self, batch: Sequence[Parcel], refused: Mapping[str, str] | None, why: str) -> None:
         """Count, say and note as missing what the store does not take; `refused`: by `_id`, None for everything."""
         names: set[str] = set()
-        for pushes in batch:
-            gone = [trade.s for trade in pushes.trades if refused is None or identity(trade) in refused]
+        for parcel in batch:
+            gone = [trade.s for trade in parcel.trades if refused is None or identity(trade) in refused]
             self.refused += len(gone)
             names |= {*gone}
             if gone:
-                self._coverage.not_stored(pushes, {*gone}, f"not stored: {why}")
+                self._coverage.not_stored(parcel, {*gone}, f"not stored: {why}")
         self.trouble = f"{first_few(sorted(names))} not stored: {why}"
         self._trouble.again(self.trouble)
 
@@ -10290,7 +10327,7 @@ class Feed(threading.Thread):
             return StreamEnd(own_fault(error), StreamAction.DIAL_AGAIN)
         return end
 
-    def _take(self, received: Received) -> StreamEnd | None:
+    def _take(self, received: Pushes) -> StreamEnd | None:
         """Hand on what has come, and return the end of the connection if that is in it."""
         if received.trades:
             sign = self._intake.add(self.part.product, received.trades)
@@ -10316,6 +10353,9 @@ class Feed(threading.Thread):
             self._refusal.again(
                 f"{count_words(len(event.codes), 'code')}, {first_few(event.codes)}: {event.words}"
             )
+        elif isinstance(event, Silent):
+            self._coverage.silent(self.part, event.codes)
+            self._odd.again(f"nothing was pushed for {event.seconds:.0f} s: subscribed anew")
         elif isinstance(event, Said):
             self._odd.again(event.words)
 
@@ -10326,12 +10366,13 @@ class Feed(threading.Thread):
 
 # What the stream does not bring is polled this often, or seldom enough that a day's quota lasts.
 POLL_INSTEAD_S = 10.0
+POLL_SHARE = 0.5
 # Codes of a connection that has just been dialled, or dropped, are not polled yet.
 POLL_SOON_S = 10.0
 # Subscriptions come in frames: what is fetched after them is fetched together.
 BACK_TOGETHER_S = 0.5
-# What fails is tried again.
-PLAN_AGAIN_S = 10.0
+# What fails is tried again; and without any news it is looked around.
+PLAN_AGAIN_S, PLAN_LOOK_S = 10.0, 600.0
 # How long leaving may take: for what connections and requests are at, and for what waits to be written.
 LEAVE_POLL_S, LEAVE_INTAKE_S = 0.7, 1.1
 
@@ -10351,7 +10392,6 @@ class Planner(threading.Thread):
         super().__init__(name="stockrt-collect", daemon=True)
         self.feeds: list[Feed] = []
         self.polled = 0
-        self.missed_beats = 0
         self.trouble = ""
         self._pipeline = pipeline
         self._settings = settings
@@ -10363,8 +10403,9 @@ class Planner(threading.Thread):
         self._listed: Sequence[str] | None = None
         self._wanted: dict[str, list[str]] = {}  # by product
         self._has_begun = False
-        self._never: dict[str, set[str]] = {}  # by key: products, '' for all of them
-        self._beat = Beat(POLL_INSTEAD_S, time.monotonic())
+        self._never: dict[str, dict[str, str]] = {}  # by key and product, '' for all of them: why it is of no use
+        self._back: set[str] = set()  # codes whose latest trades are to be fetched
+        self._poll_at = 0.0  # monotonic
         self._gaps_at = 0.0  # monotonic
         self._rest_said = ""
         then = "trying again"
@@ -10374,6 +10415,10 @@ class Planner(threading.Thread):
         self._gap_trouble = LogThrottle(
             "stream_gaps", then="they are kept on this machine until MongoDB takes them"
         )
+
+    def given_up(self) -> list[str]:
+        """Return why keys are of no use for the stream, or for a product of it."""
+        return [words for whys in [*self._never.values()] for words in [*whys.values()]]
 
     def leave(self) -> None:
         """End, soon; of a poll that goes on what was fetched is stored."""
@@ -10410,25 +10455,27 @@ class Planner(threading.Thread):
         need_clock(time.time())
         self._plan()
         ended = self._coverage.ended()
-        back = self._coverage.take_back()
-        if back:
-            self._poll(sorted(back))
+        self._back |= self._coverage.take_back()
+        if self._back:
+            self._poll(sorted(self._back))
+            self._back.clear()
+        for silence in self._coverage.take_silent():
+            if self._poll(silence.codes):
+                self._coverage.was_deaf(silence)
         self._coverage.complete(ended)
-        waits = [self._watch.wait_s(), self._poll_instead(), self._deliver_gaps()]
-        return min(waits)
+        return min(self._watch.wait_s(), self._poll_instead(), self._deliver_gaps(), PLAN_LOOK_S)
 
     def _plan(self) -> None:
         """Look at the list, and spread the codes where it has changed or a connection is of no use any more."""
         codes = self._watch.codes()
-        over = [feed for feed in self.feeds if feed.end is not None]
+        over = [(feed, feed.end) for feed in self.feeds if feed.end is not None]
         if codes is self._listed and not over:
             return
         if codes is not self._listed:
             self._read(codes)
-        for feed in over:
-            self._never.setdefault(feed.allotment.key, set()).add(
-                "" if feed.end.whole_key else feed.allotment.product
-            )
+        for feed, end in over:
+            what = "" if end.whole_key else feed.allotment.product
+            self._never.setdefault(feed.allotment.key, {})[what] = end.words
             self._coverage.drop(feed.part)
             self.feeds.remove(feed)
         self._spread()
@@ -10452,7 +10499,7 @@ class Planner(threading.Thread):
     def _spread(self) -> None:
         """Let connections bring what they can."""
         limits = {
-            digest: one._replace(not_for=one.not_for | self._never.get(digest, set()))
+            digest: one._replace(not_for=one.not_for | self._never.get(digest, {}).keys())
             for digest, one in self._pipeline.stream_limits(self._stop).items()
             if "" not in self._never.get(digest, ())
         }
@@ -10483,7 +10530,11 @@ class Planner(threading.Thread):
         connection = StreamConnection(settings.stream_url, product, secret, settings.proxies)
         feed = Feed(allotment, connection, self._coverage, self._intake, self._events)
         feed.want(allotment)
-        start_thread(feed)
+        try:
+            start_thread(feed)
+        except StockrtError:
+            self._coverage.drop(feed.part)
+            raise
         return feed
 
     def _say_rest(self, rest: Mapping[str, Sequence[str]]) -> None:
@@ -10515,31 +10566,41 @@ class Planner(threading.Thread):
         ]
 
     def _poll_instead(self) -> float:
-        """Poll on the beat what the stream does not bring; return after how many seconds the next beat comes."""
-        now = time.monotonic()
+        """Poll now and then what the stream does not bring; return after how many seconds to look again."""
         codes = self._instead()
         self.polled = len(codes)
-        wait_s = self._beat.wait_s(now)
-        if wait_s > 0 or not codes:
-            return max(wait_s, 1.0) if self.polled or self._is_waiting() else math.inf
-        self._poll(codes)
-        self.missed_beats += self._beat.done(time.monotonic())
-        return self._beat.wait_s(time.monotonic())
+        wait_s = math.inf
+        if codes:
+            now = time.monotonic()
+            if now >= self._poll_at:
+                self._poll(codes)
+                self._poll_at = now + self._pause_s(len(codes))
+            wait_s = max(0.0, self._poll_at - time.monotonic())
+        if self._is_waiting():
+            wait_s = min(wait_s, 1.0)
+        return wait_s
+
+    def _pause_s(self, codes: int) -> float:
+        """Return in how many seconds so many codes are polled again: a day's quota has to last, for others too."""
+        plans = [key.plan for key in self._pipeline.keys.keys if not key.dead]
+        if not plans or not all(plan.per_day for plan in plans):
+            return POLL_INSTEAD_S
+        requests = codes / MAX_BATCH + len(self._wanted)
+        return max(POLL_INSTEAD_S, requests * DAY_S / sum(plan.per_day for plan in plans) / POLL_SHARE)
 
     def _is_waiting(self) -> bool:
-        """Whether a connection that does not stand may have to be polled for soon."""
-        return any(
-            feed.state != "connected" or len(feed.part.acked) < len(feed.part.codes) for feed in self.feeds
-        )
+        """Whether codes of a connection that does not stand may have to be polled soon."""
+        return any(len(feed.part.acked) < len(feed.part.codes) for feed in self.feeds)
 
-    def _poll(self, codes: Sequence[str]) -> None:
+    def _poll(self, codes: Sequence[str]) -> int:
+        """Fetch the latest trades of codes, and return how many are new. Raises StockrtError."""
         report = self._pipeline.poll(codes, self._stop)
-        if report.interrupted:
-            return
-        self._troubles.note(report)
-        failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
-        if failed:
-            self._code_trouble.again(failed_words(failed, report.total))
+        if not report.interrupted:
+            self._troubles.note(report)
+            failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
+            if failed:
+                self._code_trouble.again(failed_words(failed, report.total))
+        return report.stored + report.queued
 
     def _deliver_gaps(self) -> float:
         """Bring gaps to MongoDB; return after how many seconds to try again."""
@@ -10628,7 +10689,7 @@ class Collecting:
             return self._poller.stats()
         feeds, intake = [*self._planner.feeds], self._intake
         p50, p99, per_second = intake.lately()
-        troubles = (self._planner.trouble, intake.trouble, *(feed.why for feed in feeds))
+        troubles = (self._planner.trouble, intake.trouble, *(feed.why for feed in feeds), *self._planner.given_up())
         return CollectStats(
             connections=sum(feed.state == "connected" for feed in feeds),
             connections_wanted=len(feeds),
@@ -10642,7 +10703,6 @@ class Collecting:
             stored=intake.stored,
             duplicates=intake.duplicates,
             dropped=intake.dropped,
-            missed_beats=self._planner.missed_beats,
             trouble=next(filter(None, troubles), ""),
         )
 

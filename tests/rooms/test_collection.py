@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import stockrt
+from kit.infoway_server import PLANS
 from kit.mongo_proxy import MongoProxy
+from kit.stream_server import Gap, Vendor, uncovered
 from kit.trades import settings_of
 from pymongo import MongoClient
 from stockrt import Coverage, Events, Gaps, Intake, Pipeline, Trade
@@ -248,8 +250,8 @@ def test_what_the_store_does_not_take_is_one_gap_until_it_does(place: Place) -> 
         connected(coverage, *CODES)
         began = ms(clock.now)
         for at in range(3):
-            pushes = stockrt.Pushes("crypto", trades_of(2), began + 10 * at, began + 10 * at + 5, 0.0)
-            coverage.not_stored(pushes, {CODES[at]}, "not stored: the disk is full")
+            parcel = stockrt.Parcel("crypto", trades_of(2), began + 10 * at, began + 10 * at + 5, 0.0)
+            coverage.not_stored(parcel, {CODES[at]}, "not stored: the disk is full")
         assert place.spans() == [([*CODES[:3]], began, None)]
         coverage.stored()
         assert place.spans() == [([*CODES[:3]], began, began + 25)]
@@ -480,3 +482,191 @@ def test_a_mongodb_that_is_slower_than_the_market_is_not_waited_for(
         wait_for("they are there", lambda: client[mongo_db[1]].realtime.count_documents({}) == 8000)
         wait_for("they are counted", lambda: intake.stored == 8000)
     assert listener.waiting and ids(trades) == sorted({*listener.known, *listener.waiting})
+
+
+# ------------------------------------------------------------------------------------------- with connections
+
+
+class Process(Listener):
+    """Collects what a vendor pushes, as the daemon does, and looks at what is stored."""
+
+    def __init__(self, place: Place, vendor: Vendor, **environ: str) -> None:
+        super().__init__()
+        self.place = place
+        self.vendor = vendor
+        self.environ = place.environ | vendor.settings | {"COLLECT": "stream"} | environ
+        self.stats = stockrt.CollectStats()
+        self._opened = contextlib.ExitStack()
+
+    def __enter__(self) -> Process:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def collecting(self, stats: stockrt.CollectStats) -> None:
+        """Note how it goes on."""
+        self.stats = stats
+
+    def start(self) -> None:
+        """Open what is needed, and begin."""
+        settings = settings_of(self.environ)
+        self.pipeline = self._opened.enter_context(Pipeline(settings, self))
+        self.it = stockrt.Collecting(self.pipeline, settings, self)
+        self._opened.callback(self.it.close)
+        self.it.start()
+
+    def stop(self) -> float:
+        """End, and return how long it took to be collecting no more."""
+        began = time.monotonic()
+        self.it.close()
+        took = time.monotonic() - began
+        self._opened.close()
+        return took
+
+    def is_subscribed(self) -> bool:
+        """Whether every code of the setting is, and it is known here."""
+        codes = self.environ["COLLECT_CODES"].split()
+        return len(self.vendor.stream.subscribed) == self.it.stats().codes == len(codes)
+
+    def has_all(self) -> bool:
+        """Whether everything is stored that was pushed."""
+        return not self.vendor.stream.missing({*self.place.stored()})
+
+    def uncovered(self) -> list[Any]:
+        """Return what was pushed while subscribed, is not stored, and not known as missing either."""
+        gaps = [
+            Gap(gap["product"], frozenset(gap["codes"]), gap["from"] - 1000, (gap["to"] or 1 << 60) + 1000)
+            for gap in self.place.gaps()
+        ]
+        return uncovered(self.vendor.stream.missing({*self.place.stored()}), gaps)
+
+
+@pytest.fixture
+def vendor() -> Iterator[Vendor]:
+    """Pushes a few trades a second of every code, with the limits of the largest plan."""
+    with Vendor(plans={"test-key": PLANS["pro"]}, rate=20.0) as server:
+        yield server
+
+
+def test_every_push_is_stored_once_and_the_latest_trades_are_fetched(place: Place, vendor: Vendor) -> None:
+    codes = " ".join((*CODES, "AAPL.US", "600000.SH"))
+    with Process(place, vendor, COLLECT_CODES=codes) as process:
+        wait_for("all are subscribed", process.is_subscribed)
+        wait_for("much was pushed", lambda: vendor.stream.pushed_count > 300)
+        stats = process.it.stats()
+        assert (stats.connections, stats.connections_wanted, stats.codes) == (2, 2, 6)
+        assert stats.polled == 0 and stats.trouble == ""
+        vendor.stream.rate = 0.0
+        wait_for("everything is stored", process.has_all)
+        wait_for("the latest were fetched", lambda: len(vendor.rest.requests) >= 2)
+        assert {*place.stored()} <= vendor.stream.made() and place.gaps() == []
+        facts = process.it.describe()
+        assert {one["product"]: one["subscribed"] for one in facts["streams"]} == {"crypto": 4, "stock": 2}
+        assert json.loads(json.dumps(facts))["gaps_open"] == 0
+    assert process.stats.trades > 300 and vendor.stream.violations == []
+
+
+@pytest.mark.parametrize("cut", ["fin", "rst", "mid_frame", "close"])
+def test_a_cut_leaves_a_gap_that_covers_what_is_missing(place: Place, vendor: Vendor, cut: str) -> None:
+    with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
+        wait_for("all are subscribed", process.is_subscribed)
+        wait_for("much was pushed", lambda: vendor.stream.pushed_count > 100)
+        asked = len(vendor.rest.requests)
+        vendor.stream.cut(cut)
+        wait_for("the gap is noted, and over", lambda: [gap for gap in place.gaps() if gap["to"]])
+        assert process.is_subscribed() and len(vendor.rest.requests) > asked
+        before = vendor.stream.pushed_count
+        wait_for("pushes come again", lambda: vendor.stream.pushed_count > before + 50)
+        vendor.stream.rate = 0.0
+        wait_for("everything is stored or known as missing", lambda: not process.uncovered())
+        (gap,) = place.gaps()
+        assert gap["codes"] == [*CODES] and 0 < gap["to"] - gap["from"] < WAIT_S * 1000
+        assert {*place.stored()} <= vendor.stream.made()
+
+
+def test_a_stop_is_quick_loses_nothing_and_leaves_a_gap_for_the_next_start(place: Place, vendor: Vendor) -> None:
+    process = Process(place, vendor, COLLECT_CODES=" ".join(CODES))
+    process.start()
+    wait_for("all are subscribed", process.is_subscribed)
+    wait_for("much was pushed", lambda: vendor.stream.pushed_count > 100)
+    assert process.stop() < WAIT_S / 10
+    assert place.gaps() == []
+    with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
+        wait_for("the gap is over", lambda: [gap for gap in place.gaps() if gap["to"]])
+        vendor.stream.rate = 0.0
+        wait_for("everything is stored or known as missing", lambda: not process.uncovered())
+        (gap,) = place.gaps()
+        assert (gap["codes"], gap["why"]) == ([*CODES], "stockrt was stopped")
+
+
+def test_what_a_plan_does_not_allow_is_polled_instead(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    codes = [f"{chr(65 + n)}{chr(65 + n)}USDT" for n in range(12)]
+    with (
+        Vendor(plans={"test-key": PLANS["free"]}, rate=5.0, market=codes) as vendor,
+        Process(place, vendor, COLLECT_CODES=" ".join(codes)) as process,
+    ):
+        wait_for("as many are subscribed as may be", lambda: process.it.stats().codes == 10)
+        polled = {*codes} - {*vendor.stream.subscribed}
+        wait_for("the others are polled", lambda: {name.split("|")[0] for name in place.stored()} >= polled)
+        assert process.it.stats().polled == len(polled) == 2
+        assert "2 codes polled instead" in caplog.text and vendor.stream.violations == []
+
+
+def test_a_key_that_the_stream_refuses_is_not_dialled_with_again(
+    place: Place, vendor: Vendor, caplog: pytest.LogCaptureFixture
+) -> None:
+    vendor.stream.refuse_handshakes(*[401] * 50)
+    with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
+        wait_for("it is said", lambda: "401" in process.it.stats().trouble)
+        wait_for("the codes are polled", lambda: process.it.stats().polled == len(CODES))
+        wait_for("the codes are stored", lambda: len({name.split("|")[0] for name in place.stored()}) == len(CODES))
+        assert process.it.stats().connections_wanted == 0
+        assert caplog.text.count("401") == 1 and "polled instead" in caplog.text
+        assert len(vendor.stream.connections) == 1
+
+
+def test_a_change_of_the_watch_list_takes_effect_without_a_restart(
+    place: Place, vendor: Vendor, mongo_db: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockrt, "LOOK_EVERY_S", 0.2)
+    client: MongoClient[dict[str, Any]]
+    with MongoClient(mongo_db[0]) as client:
+        watch, realtime = client[mongo_db[1]].stock_watch, client[mongo_db[1]].realtime
+        watch.insert_many([{"code": code} for code in CODES[:2]])
+        environ = {"COLLECT_CODES": "watch", "MONGODB_HOST": mongo_db[0], "MONGODB_DB_NAME": mongo_db[1]}
+        with Process(place, vendor, **environ) as process:
+            wait_for("they are subscribed", lambda: {*vendor.stream.subscribed} == {*CODES[:2]})
+            watch.delete_one({"code": CODES[0]})
+            watch.insert_one({"code": CODES[3]})
+            wait_for("they are subscribed", lambda: {*vendor.stream.subscribed} == {CODES[1], CODES[3]})
+            wait_for("it is stored", lambda: realtime.find_one({"s": CODES[3]}))
+            assert process.it.stats().connections == 1 and place.gaps() == []
+
+
+def test_one_process_in_a_state_directory_collects(place: Place, vendor: Vendor) -> None:
+    with (
+        Process(place, vendor, COLLECT_CODES=CODES[0]) as process,
+        pytest.raises(stockrt.StoreError, match="another stockrt collects from the stream in"),
+    ):
+        stockrt.Collecting(process.pipeline, settings_of(process.environ)).start()
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [({"INFOWAY_API_KEY": ""}, "INFOWAY_API_KEY"), ({"COLLECT_CODES": "watch"}, "MONGODB_HOST")],
+)
+def test_what_cannot_be_collected_is_said(place: Place, vendor: Vendor, environ: dict[str, str], words: str) -> None:
+    process = Process(place, vendor, COLLECT_CODES=CODES[0], **environ)
+    process.environ |= environ
+    with pytest.raises(stockrt.SettingsError, match=words):
+        process.start()
+    process.stop()
+
+
+def test_without_a_stream_the_codes_are_polled_on_a_beat(place: Place, vendor: Vendor) -> None:
+    environ = {"COLLECT": "", "COLLECT_EVERY": "1", "COLLECT_CODES": " ".join(CODES)}
+    with Process(place, vendor, **environ) as process:
+        wait_for("they are polled", lambda: process.stats.polled == len(CODES) and process.stats.stored)
+        assert vendor.stream.connections == []
