@@ -10399,7 +10399,7 @@ class Planner(threading.Thread):
         self._coverage = coverage
         self._intake = intake
         self._events = events
-        self._stop = threading.Event()
+        self._leaving = threading.Event()
         self._listed: Sequence[str] | None = None
         self._wanted: dict[str, list[str]] = {}  # by product
         self._has_begun = False
@@ -10422,12 +10422,12 @@ class Planner(threading.Thread):
 
     def leave(self) -> None:
         """End, soon; of a poll that goes on what was fetched is stored."""
-        self._stop.set()
+        self._leaving.set()
         self._coverage.news.set()
 
     def run(self) -> None:
         """Work until told to leave."""
-        while not self._stop.is_set():
+        while not self._leaving.is_set():
             wait_s, words = PLAN_AGAIN_S, ""
             try:
                 wait_s = self._work()
@@ -10439,7 +10439,7 @@ class Planner(threading.Thread):
                 words = str(error)
             except Exception as error:  # nobody else looks at this thread
                 words = own_fault(error)
-            if self._stop.is_set():
+            if self._leaving.is_set():
                 return
             if words:
                 self._trouble.again(words)
@@ -10448,7 +10448,7 @@ class Planner(threading.Thread):
             self.trouble = words
             if self._coverage.news.wait(wait_s):
                 self._coverage.news.clear()
-                self._stop.wait(BACK_TOGETHER_S)
+                self._leaving.wait(BACK_TOGETHER_S)
 
     def _work(self) -> float:
         """Do what is to be done now, and return after how many seconds to look again. Raises StockrtError."""
@@ -10483,7 +10483,7 @@ class Planner(threading.Thread):
 
     def _read(self, codes: Sequence[str]) -> None:
         """Find out what the codes mean."""
-        found = resolve(codes, self._pipeline.directory, self._stop)
+        found = resolve(codes, self._pipeline.directory, self._leaving)
         if found.refused:
             words = [f"{code}: {why}" for code, why in islice(found.refused.items(), NAMES_SHOWN)]
             log.error("%s not collected: %s", count_words(len(found.refused), "code"), "; ".join(words))
@@ -10500,7 +10500,7 @@ class Planner(threading.Thread):
         """Let connections bring what they can."""
         limits = {
             digest: one._replace(not_for=one.not_for | self._never.get(digest, {}).keys())
-            for digest, one in self._pipeline.stream_limits(self._stop).items()
+            for digest, one in self._pipeline.stream_limits(self._leaving).items()
             if "" not in self._never.get(digest, ())
         }
         before = [feed.allotment for feed in self.feeds]
@@ -10525,7 +10525,7 @@ class Planner(threading.Thread):
         """Start a connection. Raises StockrtError where there is no thread, or this ends."""
         settings, product = self._settings, allotment.product
         secret = next(key.secret for key in self._pipeline.keys.keys if key.digest == allotment.key)
-        if self._stop.is_set():
+        if self._leaving.is_set():
             raise Interrupted("stopped")
         connection = StreamConnection(settings.stream_url, product, secret, settings.proxies)
         feed = Feed(allotment, connection, self._coverage, self._intake, self._events)
@@ -10594,7 +10594,7 @@ class Planner(threading.Thread):
 
     def _poll(self, codes: Sequence[str]) -> int:
         """Fetch the latest trades of codes, and return how many are new. Raises StockrtError."""
-        report = self._pipeline.poll(codes, self._stop)
+        report = self._pipeline.poll(codes, self._leaving)
         if not report.interrupted:
             self._troubles.note(report)
             failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
@@ -10608,7 +10608,7 @@ class Planner(threading.Thread):
         if now < self._gaps_at:
             return self._gaps_at - now
         try:
-            while self._pipeline.gaps.deliver() and not self._stop.is_set():
+            while self._pipeline.gaps.deliver() and not self._leaving.is_set():
                 pass
         except StoreAway as error:
             self._gap_trouble.again(str(error))

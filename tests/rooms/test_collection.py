@@ -658,7 +658,7 @@ def test_one_process_in_a_state_directory_collects(place: Place, vendor: Vendor)
     [({"INFOWAY_API_KEY": ""}, "INFOWAY_API_KEY"), ({"COLLECT_CODES": "watch"}, "MONGODB_HOST")],
 )
 def test_what_cannot_be_collected_is_said(place: Place, vendor: Vendor, environ: dict[str, str], words: str) -> None:
-    process = Process(place, vendor, COLLECT_CODES=CODES[0], **environ)
+    process = Process(place, vendor, **{"COLLECT_CODES": CODES[0]} | environ)
     process.environ |= environ
     with pytest.raises(stockrt.SettingsError, match=words):
         process.start()
