@@ -21,6 +21,7 @@ above it:
     Instruments        what a person typed -> (code, product); sessions of the markets; batches
     Events             what runs and the daemon tell of themselves: reports, failures, the class of listeners
     HTTP               one connection, straight or through a proxy; limits; JSON
+    WebSocket          an open one, straight or through a proxy; its frames
     Local files        a SQLite file of ours, crash-only; its rescue
     Quota              API keys, their windows, the count of a day here or with all instances
     Infoway            answers decided in one table, records read, the client that asks several at a time
@@ -29,7 +30,7 @@ above it:
     Delivery           what waits on this machine for MongoDB, and the one loop that delivers it
     Run                codes in, report out: everything above put together in one place
     Platform protocol  text in, events out: pure
-    Platform link      registration, presence, the WebSocket
+    Platform link      registration, presence, the WebSocket's address
     Command journal    accepted commands and their answers on disk
     Daemon             inbox, outbox, and the three threads
     Service manager    notifications, the journal's priorities, metrics
@@ -143,8 +144,8 @@ class StockrtError(Exception):
     │   └── LostCommand     a command of the journal that nobody can read any more
     ├── RegistrationError   the platform did not register the module; says what to do
     ├── PrintError          what was asked for cannot be printed
-    ├── DialError           no connection to the platform could be made
-    └── LinkLost            the connection to the platform is gone
+    ├── DialError           no WebSocket could be opened
+    └── LinkLost            an open WebSocket is gone
 
     Each message says what came, what was expected and which setting or flag changes it.
     """
@@ -240,11 +241,12 @@ class PrintError(StockrtError):
 
 
 class DialError(StockrtError):
-    """No connection could be made; `status` is the HTTP status of a refused handshake, 0 without one."""
+    """No connection could be made; `status`, `body`: of the HTTP answer that refused the handshake, 0 without one."""
 
-    def __init__(self, message: str, status: int = 0) -> None:
+    def __init__(self, message: str, status: int = 0, body: bytes = b"") -> None:
         super().__init__(message)
         self.status = status
+        self.body = body
 
 
 class LinkLost(StockrtError):
@@ -3279,6 +3281,242 @@ def _has_nothing_for_us(sock: socket.socket) -> bool:
     finally:
         sock.settimeout(timeout)
     return False
+
+
+# ======================================================================================================
+# WebSocket
+# ======================================================================================================
+
+# Connecting, TLS and the WebSocket handshake together.
+DIAL_LIMITS = Limits(connect_s=5.0, read_s=10.0, whole_s=10.0)
+# A peer that takes no byte for this long is dead; the kernel buffers far more than a result.
+SEND_TIMEOUT_S = 5.0
+# Frames that are handled before results are sent and signals looked at.
+FRAMES_AT_ONCE = 100
+# And their bytes: to understand 4 MB takes a tenth of a second, and a ping may wait behind.
+FRAME_BYTES_AT_ONCE = 1024 * 1024
+# As of any HTTP answer's head.
+MAX_HANDSHAKE_BYTES = 65536
+# What one call of the kernel's gives: at a hundred bytes a frame it is the calls that take the time.
+READ_BYTES = 65536
+# The first byte of a text frame that is a whole message.
+WHOLE_TEXT = 0x81
+
+
+class WebSocket:
+    """An open WebSocket that never blocks in reading; `fileno` is for select. Raises LinkLost from every call.
+
+    `url`: ws:// or wss://, as http:// or https:// too; what is secret in its query is told to nobody but the server.
+    `max_bytes`: a longer message is refused with close code 1009. Raises DialError where it cannot be opened.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        limits: Limits = DIAL_LIMITS,
+        proxies: Proxies = NO_PROXIES,
+        headers: Mapping[str, str] = MappingProxyType({}),
+        *,
+        max_bytes: int,
+    ) -> None:
+        self._ws = _dial(url, limits, proxies, headers)
+        self._ws.frame_buffer.recv = self._read_ahead
+        self._sock: socket.socket = self._ws.sock
+        self._sock.settimeout(0)
+        self._max_bytes = max_bytes
+        self.has_more = True  # whether frames may wait that no poll would tell of
+        self._unfinished = 0  # bytes of a frame whose rest is still to come
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._sock.fileno()
+
+    def frames(self) -> Iterator[str | None]:
+        """Yield what has come: a text frame's text, or None for a frame that only shows that the peer lives."""
+        from websocket import ABNF
+
+        self.has_more = True
+        count = size = 0
+        while count < FRAMES_AT_ONCE and size < FRAME_BYTES_AT_ONCE:
+            texts = self._texts_at_hand(FRAMES_AT_ONCE - count, FRAME_BYTES_AT_ONCE - size)
+            if texts:
+                count += len(texts)
+                size += sum(map(len, texts))
+                for data in texts:
+                    yield data.decode("utf-8", "replace")
+                continue
+            frame = self._next_frame()
+            if frame is None:
+                self.has_more = False
+                if self._long_frame_grew():
+                    yield None
+                return
+            opcode, data = frame
+            count += 1
+            size += len(data)
+            if opcode == ABNF.OPCODE_PING:
+                self._send(data, ABNF.OPCODE_PONG)
+            yield data.decode("utf-8", "replace") if opcode == ABNF.OPCODE_TEXT else None
+
+    def _texts_at_hand(self, most: int, most_bytes: int) -> list[bytes]:
+        """Return the plain text frames at the front of what was read ahead: the library takes ten times as long."""
+        buffer = self._ws.frame_buffer
+        if buffer.header is not None or self._ws.cont_frame.recving_frames or not buffer.recv_buffer:
+            return []
+        data = b"".join(buffer.recv_buffer)
+        texts: list[bytes] = []
+        at, end = 0, len(data)
+        while at + 4 <= end and data[at] == WHOLE_TEXT and len(texts) < most and at < most_bytes:
+            start, length = at + 2, data[at + 1]
+            if length == 126:
+                start, length = at + 4, data[at + 2] << 8 | data[at + 3]
+            # masked, longer than most, too long or not here yet: the library's
+            if data[at + 1] > 126 or length > self._max_bytes or start + length > end:
+                break
+            at = start + length
+            texts.append(data[start:at])
+        buffer.recv_buffer = [data[at:]]
+        return texts
+
+    def _read_ahead(self, _wanted: int) -> bytes:
+        """Read whatever there is: the library keeps what it does not need yet."""
+        data = self._sock.recv(READ_BYTES)
+        if not data:
+            raise LinkLost("lost: the connection was cut")
+        return data
+
+    def _long_frame_grew(self) -> bool:
+        """Whether more of an unfinished frame has come: its sender is slow, not silent."""
+        before, self._unfinished = self._unfinished, sum(map(len, self._ws.frame_buffer.recv_buffer))
+        return self._unfinished > before
+
+    def send_text(self, text: str) -> None:
+        """Send a text frame."""
+        from websocket import ABNF
+
+        self._send(text.encode(), ABNF.OPCODE_TEXT)
+
+    def ping(self) -> None:
+        """Send a WebSocket ping."""
+        from websocket import ABNF
+
+        self._send(b"", ABNF.OPCODE_PING)
+
+    def close(self, code: int = 1000) -> None:
+        """Say goodbye if the peer still listens, and close."""
+        from websocket import ABNF
+
+        with contextlib.suppress(LinkLost):
+            self._send(code.to_bytes(2, "big"), ABNF.OPCODE_CLOSE)
+        self._ws.shutdown()
+
+    def _send(self, data: bytes, opcode: int) -> None:
+        from websocket import WebSocketException
+
+        try:
+            self._sock.settimeout(SEND_TIMEOUT_S)
+            try:
+                self._ws.send(data, opcode)
+            finally:
+                self._sock.settimeout(0)
+        except (WebSocketException, OSError) as error:
+            raise LinkLost(f"sending failed: {network_words(error)}") from error
+
+    def _next_frame(self) -> tuple[int, bytes] | None:
+        """Return the next whole message, or control frame, None when no more has come."""
+        import ssl
+
+        from websocket import ABNF, WebSocketException
+
+        ws = self._ws
+        try:
+            while True:
+                frame = ws.recv_frame()
+                if frame.opcode == ABNF.OPCODE_CLOSE:
+                    code = int.from_bytes(frame.data[:2], "big")
+                    raise LinkLost(f"closed by the server{_close_words(frame.data)}", code)
+                if frame.opcode in (ABNF.OPCODE_PING, ABNF.OPCODE_PONG):
+                    return frame.opcode, bytes(frame.data)
+                ws.cont_frame.validate(frame)
+                ws.cont_frame.add(frame)
+                self._limit(len(ws.cont_frame.cont_data[1]))
+                if ws.cont_frame.is_fire(frame):
+                    opcode, whole = ws.cont_frame.extract(frame)
+                    return opcode, bytes(whole.data)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            self._limit(ws.frame_buffer.length or 0)  # the length of a frame whose rest is still to come
+            return None
+        except (WebSocketException, OSError, ValueError) as error:
+            raise LinkLost(f"lost: {network_words(error)}") from error
+
+    def _limit(self, size: int) -> None:
+        if size > self._max_bytes:
+            self.close(1009)
+            raise LinkLost(f"lost: a frame of {size} bytes; at most {self._max_bytes} are taken")
+
+
+def _close_words(data: bytes) -> str:
+    code = int.from_bytes(data[:2], "big") if len(data) >= 2 else 0
+    return (
+        f" (code {code}{' ' + one_line(data[2:].decode('utf-8', 'replace'), 80) if data[2:] else ''})"
+        if code
+        else ""
+    )
+
+
+class _ShortAnswer:
+    """A socket for a handshake alone: its library takes an answer of any length, and as much as that announces."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._left = MAX_HANDSHAKE_BYTES
+
+    def recv(self, size: int) -> bytes:
+        """Receive at most so many bytes. Raises OSError."""
+        if not self._left:
+            raise OSError(f"an answer of more than {MAX_HANDSHAKE_BYTES} bytes")
+        received = self._sock.recv(min(size, self._left))
+        self._left -= len(received)
+        return received
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+def _dial(url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]) -> Any:
+    """Open the socket, TLS and the WebSocket, each and all within limits. Raises DialError."""
+    try:
+        from websocket import WebSocket as Client
+        from websocket import WebSocketBadStatusException, WebSocketException
+    except OSError as error:
+        raise DialError(f"cannot connect: {network_words(error)}") from error
+
+    parts = urlsplit(url)
+    tls = "s" * (parts.scheme in ("https", "wss"))
+    base = f"http{tls}://{parts.netloc}"
+    way: HttpConnection | StraightSocket = StraightSocket(base, limits)
+    if proxies.for_url(base) is not None:
+        way = HttpConnection(base, limits, proxies, tunnel=True)
+    try:
+        with cut_after(limits.whole_s, way):
+            fault = way.open()
+            if fault is not None:
+                raise DialError(f"cannot connect: {fault.fault}")
+            ws: Any = Client(skip_utf8_validation=True, enable_multithread=False)
+            way.sock.settimeout(limits.read_s)
+            address = parts._replace(scheme=f"ws{tls}").geturl()
+            ws.connect(address, socket=_ShortAnswer(way.sock), redirect_limit=0, header=dict(headers))
+            ws.sock = way.sock
+    except WebSocketBadStatusException as error:
+        way.close()
+        status = error.status_code
+        words = f"the handshake was refused with HTTP {status}"
+        raise DialError(words, status, error.resp_body or b"") from None
+    except (WebSocketException, OSError, ValueError) as error:
+        way.close()
+        raise DialError(f"cannot connect: {way.named(network_words(error))}") from error
+    way.let_go()
+    return ws
 
 
 # ======================================================================================================
@@ -9193,7 +9431,7 @@ def ask_presence(settings: Settings, module_hash: str) -> Presence:
 
 
 # ------------------------------------------------------------------------------------------------------
-# WebSocket
+# Dialling
 # ------------------------------------------------------------------------------------------------------
 
 # A server that is away comes back within seconds or hours: quick at first, slowly slower, never above 30 s.
@@ -9203,183 +9441,14 @@ DIAL_FIRST_S, DIAL_CAP_S, DIAL_GROWTH = 1.0, 30.0, 1.3
 # every second, to be back as soon as it lets go. A second instance with our hash may stay: seldom then, as above.
 OLD_SESSION_S = 190.0
 OLD_SESSION_DIAL_S = (0.5, 1.0)
-# Connecting, TLS and the WebSocket handshake together.
-DIAL_LIMITS = Limits(connect_s=5.0, read_s=10.0, whole_s=10.0)
-# A peer that takes no byte for this long is dead; the kernel buffers far more than a result.
-SEND_TIMEOUT_S = 5.0
-# Frames that are handled before results are sent and signals looked at.
-FRAMES_AT_ONCE = 100
-# And their bytes: to understand 4 MB takes a tenth of a second, and a ping may wait behind.
-FRAME_BYTES_AT_ONCE = 1024 * 1024
 
 
-class Link:
-    """An open WebSocket that never blocks in reading; `fileno` is for select. Raises LinkLost from every call."""
+class Link(WebSocket):
+    """The WebSocket to the platform."""
 
     def __init__(self, settings: Settings, module_hash: str, limits: Limits = DIAL_LIMITS) -> None:
-        self._ws = _dial(settings, module_hash, limits)
-        self._sock: socket.socket = self._ws.sock
-        self._sock.settimeout(0)
-        self.has_more = True  # whether frames may wait that no poll would tell of
-        self._unfinished = 0  # bytes of a frame whose rest is still to come
-
-    def fileno(self) -> int:
-        """Return the socket's descriptor."""
-        return self._sock.fileno()
-
-    def frames(self) -> Iterator[str | None]:
-        """Yield what has come: a text frame's text, or None for a frame that only shows that the peer lives."""
-        from websocket import ABNF
-
-        self.has_more = True
-        size = 0
-        for _ in range(FRAMES_AT_ONCE):
-            if size >= FRAME_BYTES_AT_ONCE:
-                return
-            frame = self._next_frame()
-            if frame is None:
-                self.has_more = False
-                if self._long_frame_grew():
-                    yield None
-                return
-            opcode, data = frame
-            size += len(data)
-            if opcode == ABNF.OPCODE_PING:
-                self._send(data, ABNF.OPCODE_PONG)
-            yield data.decode("utf-8", "replace") if opcode == ABNF.OPCODE_TEXT else None
-
-    def _long_frame_grew(self) -> bool:
-        """Whether more of an unfinished frame has come: its sender is slow, not silent."""
-        before, self._unfinished = self._unfinished, sum(map(len, self._ws.frame_buffer.recv_buffer))
-        return self._unfinished > before
-
-    def send_text(self, text: str) -> None:
-        """Send a text frame."""
-        from websocket import ABNF
-
-        self._send(text.encode(), ABNF.OPCODE_TEXT)
-
-    def ping(self) -> None:
-        """Send a WebSocket ping."""
-        from websocket import ABNF
-
-        self._send(b"", ABNF.OPCODE_PING)
-
-    def close(self, code: int = 1000) -> None:
-        """Say goodbye if the peer still listens, and close."""
-        from websocket import ABNF
-
-        with contextlib.suppress(LinkLost):
-            self._send(code.to_bytes(2, "big"), ABNF.OPCODE_CLOSE)
-        self._ws.shutdown()
-
-    def _send(self, data: bytes, opcode: int) -> None:
-        from websocket import WebSocketException
-
-        try:
-            self._sock.settimeout(SEND_TIMEOUT_S)
-            try:
-                self._ws.send(data, opcode)
-            finally:
-                self._sock.settimeout(0)
-        except (WebSocketException, OSError) as error:
-            raise LinkLost(f"sending failed: {network_words(error)}") from error
-
-    def _next_frame(self) -> tuple[int, bytes] | None:
-        """Return the next whole message, or control frame, None when no more has come."""
-        import ssl
-
-        from websocket import ABNF, WebSocketException
-
-        ws = self._ws
-        try:
-            while True:
-                frame = ws.recv_frame()
-                if frame.opcode == ABNF.OPCODE_CLOSE:
-                    code = int.from_bytes(frame.data[:2], "big")
-                    raise LinkLost(f"closed by the server{_close_words(frame.data)}", code)
-                if frame.opcode in (ABNF.OPCODE_PING, ABNF.OPCODE_PONG):
-                    return frame.opcode, bytes(frame.data)
-                ws.cont_frame.validate(frame)
-                ws.cont_frame.add(frame)
-                self._limit(len(ws.cont_frame.cont_data[1]))
-                if ws.cont_frame.is_fire(frame):
-                    opcode, whole = ws.cont_frame.extract(frame)
-                    return opcode, bytes(whole.data)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            self._limit(ws.frame_buffer.length or 0)  # the length of a frame whose rest is still to come
-            return None
-        except (WebSocketException, OSError, ValueError) as error:
-            raise LinkLost(f"lost: {network_words(error)}") from error
-
-    def _limit(self, size: int) -> None:
-        if size > MAX_FRAME_BYTES:
-            self.close(1009)
-            raise LinkLost(f"lost: a frame of {size} bytes; at most {MAX_FRAME_BYTES} are taken")
-
-
-def _close_words(data: bytes) -> str:
-    code = int.from_bytes(data[:2], "big") if len(data) >= 2 else 0
-    return (
-        f" (code {code}{' ' + one_line(data[2:].decode('utf-8', 'replace'), 80) if data[2:] else ''})"
-        if code
-        else ""
-    )
-
-
-# As of any HTTP answer's head.
-MAX_HANDSHAKE_BYTES = 65536
-
-
-class _ShortAnswer:
-    """A socket for a handshake alone: its library takes an answer of any length, and as much as that announces."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._left = MAX_HANDSHAKE_BYTES
-
-    def recv(self, size: int) -> bytes:
-        """Receive at most so many bytes. Raises OSError."""
-        if not self._left:
-            raise OSError(f"an answer of more than {MAX_HANDSHAKE_BYTES} bytes")
-        received = self._sock.recv(min(size, self._left))
-        self._left -= len(received)
-        return received
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
-
-
-def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
-    """Open the socket, TLS and the WebSocket, each and all within limits. Raises DialError."""
-    try:
-        from websocket import WebSocket, WebSocketBadStatusException, WebSocketException
-    except OSError as error:
-        raise DialError(f"cannot connect: {network_words(error)}") from error
-
-    url = settings.platform_url()
-    way: HttpConnection | StraightSocket = StraightSocket(url, limits)
-    if settings.proxies.for_url(url) is not None:
-        way = HttpConnection(url, limits, settings.proxies, tunnel=True)
-    try:
-        with cut_after(limits.whole_s, way):
-            fault = way.open()
-            if fault is not None:
-                raise DialError(f"cannot connect: {fault.fault}")
-            ws: Any = WebSocket(skip_utf8_validation=True, enable_multithread=False)
-            way.sock.settimeout(limits.read_s)
-            address = f"{url.replace('http', 'ws', 1)}/websocket?hash={module_hash}"
-            ws.connect(address, socket=_ShortAnswer(way.sock), redirect_limit=0)
-            ws.sock = way.sock
-    except WebSocketBadStatusException as error:
-        way.close()
-        status = error.status_code
-        raise DialError(f"the handshake was refused with HTTP {status}", status) from None
-    except (WebSocketException, OSError, ValueError) as error:
-        way.close()
-        raise DialError(f"cannot connect: {way.named(network_words(error))}") from error
-    way.let_go()
-    return ws
+        address = f"{settings.platform_url()}/websocket?hash={module_hash}"
+        super().__init__(address, limits, settings.proxies, max_bytes=MAX_FRAME_BYTES)
 
 
 # ======================================================================================================
