@@ -13,7 +13,7 @@ import socket
 import threading
 from typing import Self
 
-from kit.platform_server import accept_key, masked
+from kit.websocket_wire import accept_key, masked
 
 WAIT_S = 60.0
 

@@ -501,7 +501,7 @@ def test_no_byte_of_a_header_that_is_damaged_keeps_a_file_from_being_used(tmp_pa
 
 
 @pytest.mark.parametrize("file", [stockrt.JOURNAL_NAME, stockrt.SQLITE_NAME])
-@pytest.mark.parametrize("found", [7, 99, 255])
+@pytest.mark.parametrize("found", [8, 99, 255])
 def test_a_file_that_a_newer_stockrt_has_made_is_refused_by_name_and_left_alone(
     tmp_path: Path, file: str, found: int
 ) -> None:

@@ -9,14 +9,15 @@ import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from kit.daemons import PATIENCE
 from kit.infoway_server import make_certificate
-from kit.platform_server import BINARY, CLOSE, PING, PONG, TEXT, frame_bytes
 from kit.proxy_server import ProxyServer
 from kit.raw_websocket import RawWebSocket
 from kit.tls import TlsFront
+from kit.websocket_wire import BINARY, CLOSE, PING, PONG, TEXT, frame_bytes
 
 import stockrt
 from stockrt import DialError, LinkLost, Proxies, WebSocket
@@ -143,7 +144,7 @@ def test_garbage_ends_the_connection_and_nothing_else(server: RawWebSocket, seed
 def secret(monkeypatch: pytest.MonkeyPatch) -> str:
     """A key as it stands in the settings: what is told is masked by it."""
     monkeypatch.setattr(stockrt.HIDDEN, "secrets", (SECRET,))
-    return stockrt.quote(SECRET, safe="")
+    return quote(SECRET, safe="")
 
 
 REFUSALS = [
