@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import stockrt
 from kit.infoway_server import PLANS
 from kit.mongo_proxy import MongoProxy
 from kit.stream_server import Gap, Vendor, uncovered
 from kit.trades import settings_of
 from pymongo import MongoClient
+
+import stockrt
 from stockrt import Coverage, Events, Gaps, Intake, Pipeline, Trade
 
 WAIT_S = 60.0
@@ -566,7 +567,9 @@ def test_every_push_is_stored_once_and_the_latest_trades_are_fetched(place: Plac
         facts = process.it.describe()
         assert {one["product"]: one["subscribed"] for one in facts["streams"]} == {"crypto": 4, "stock": 2}
         assert json.loads(json.dumps(facts))["gaps_open"] == 0
-        wait_for("it is told", lambda: process.stats.trades > 300 and not math.isnan(process.stats.delay_p99_ms))
+        wait_for(
+            "it is told", lambda: process.stats.trades > 300 and not math.isnan(process.stats.delay_p99_ms)
+        )
     assert vendor.stream.violations == []
 
 
@@ -588,7 +591,9 @@ def test_a_cut_leaves_a_gap_that_covers_what_is_missing(place: Place, vendor: Ve
         assert {*place.stored()} <= vendor.stream.made()
 
 
-def test_a_stop_is_quick_loses_nothing_and_leaves_a_gap_for_the_next_start(place: Place, vendor: Vendor) -> None:
+def test_a_stop_is_quick_loses_nothing_and_leaves_a_gap_for_the_next_start(
+    place: Place, vendor: Vendor
+) -> None:
     process = Process(place, vendor, COLLECT_CODES=" ".join(CODES))
     process.start()
     wait_for("all are subscribed", process.is_subscribed)
@@ -623,7 +628,9 @@ def test_a_key_that_the_stream_refuses_is_not_dialled_with_again(
     with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
         wait_for("it is said", lambda: "401" in process.it.stats().trouble)
         wait_for("the codes are polled", lambda: process.it.stats().polled == len(CODES))
-        wait_for("the codes are stored", lambda: len({name.split("|")[0] for name in place.stored()}) == len(CODES))
+        wait_for(
+            "the codes are stored", lambda: len({name.split("|")[0] for name in place.stored()}) == len(CODES)
+        )
         assert process.it.stats().connections_wanted == 0
         assert caplog.text.count("401") == 1 and "polled instead" in caplog.text
         assert len(vendor.stream.connections) == 1
@@ -659,7 +666,9 @@ def test_one_process_in_a_state_directory_collects(place: Place, vendor: Vendor)
     ("environ", "words"),
     [({"INFOWAY_API_KEY": ""}, "INFOWAY_API_KEY"), ({"COLLECT_CODES": "watch"}, "MONGODB_HOST")],
 )
-def test_what_cannot_be_collected_is_said(place: Place, vendor: Vendor, environ: dict[str, str], words: str) -> None:
+def test_what_cannot_be_collected_is_said(
+    place: Place, vendor: Vendor, environ: dict[str, str], words: str
+) -> None:
     process = Process(place, vendor, **{"COLLECT_CODES": CODES[0]} | environ)
     process.environ |= environ
     with pytest.raises(stockrt.SettingsError, match=words):
