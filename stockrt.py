@@ -12766,6 +12766,8 @@ JOURNAL_FIRST_S, JOURNAL_CAP_S = 0.5, 5.0
 STATUS_EVERY_S = 10.0
 # The executor looks at the clock at least so often while nothing comes: a wait is not right when the clock is set.
 LOOK_AROUND_S = 600.0
+# While trades are collected, closes come to be due of which nothing tells.
+COLLECT_LOOK_S = 60.0
 # What follows an execution that met a trouble.
 RETRIED = "the next execution tries again"
 # What waits on this machine and could not be taken up at the start is tried again after so long.
@@ -13326,9 +13328,12 @@ class Executor(threading.Thread):
         """Do what is due beside the commands, and return for how many seconds there is nothing more to do."""
         self._collect()
         wait = self._finalise()
-        if self._collecting is not None or self._collect_at == math.inf:
+        if self._collect_at == math.inf:
             return wait
-        return TAKE_UP_AGAIN_S if wait is None else min(wait, TAKE_UP_AGAIN_S)
+        most = TAKE_UP_AGAIN_S
+        if self._collecting is not None:
+            most = COLLECT_LOOK_S
+        return most if wait is None else min(wait, most)
 
     def _collect(self) -> None:
         """Begin to collect without pause where that is wanted, anew with new settings; what fails is tried again."""
@@ -15299,6 +15304,8 @@ ROWS_ALIGNED = 1000
 RELOAD_WAIT_S = 20.0
 # Local files, the platform, MongoDB's servers, and a connection for each request that may be under way.
 DESCRIPTORS_NEEDED = 64 + MAX_IN_FLIGHT
+# Of each key as many connections to the stream as the greatest plan has, each with what wakes it.
+DESCRIPTORS_OF_A_KEY = 3 * STREAM_LIMITS["pro"].connections
 # What --executions lists where it is not told how many.
 EXECUTIONS_SHOWN = 20
 # What `td` says, in words.
@@ -16013,6 +16020,8 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
 
 # Batches of at most a thousand rows that wait for a slow reader of stdout; beyond, it is waited for.
 BATCHES_UNREAD = 20
+# So many rows are known to be printed.
+ROWS_REMEMBERED = 20_000
 # While no trade comes it is seen after so long that the reader went away.
 READER_LOOK_S = 1.0
 # After the end a slow reader has so long for the last rows.
@@ -16038,7 +16047,7 @@ def reader_is_gone() -> bool:
 class Ticks(Events):
     """Prints trades as they are stored, those that wait for MongoDB, too, on a thread of its own.
 
-    The latest trade of a code that comes once more is not printed again. A reader that went away sets `stop`.
+    What was printed just before, or is the latest of its code, is not printed again. A reader that went away sets `stop`.
     """
 
     def __init__(self, rows: Rows, stop: threading.Event) -> None:
@@ -16046,6 +16055,7 @@ class Ticks(Events):
         self._stop = stop
         self._batches: queue.Queue[Sequence[Document]] = queue.Queue(BATCHES_UNREAD)
         self._latest: dict[str, str] = {}  # code -> _id
+        self._recent: dict[str, None] = {}  # _id of the last rows
         self._is_ending = threading.Event()
         self._thread = threading.Thread(target=self._print, name="stockrt-rows", daemon=True)
         start_thread(self._thread)
@@ -16069,6 +16079,10 @@ class Ticks(Events):
         self.stored(())
         self._thread.join(LAST_ROWS_S)
 
+    def is_held_up(self) -> bool:
+        """Whether rows are left that nobody reads."""
+        return self._thread.is_alive()
+
     def _print(self) -> None:
         while not (self._is_ending.is_set() and self._batches.empty()):
             documents: Sequence[Document] = ()
@@ -16080,15 +16094,21 @@ class Ticks(Events):
                 self._stop.set()
 
     def _is_new(self, document: Document) -> bool:
+        """Whether a trade was not printed; what a poll brings was pushed just before, or is the latest for long."""
         code, name = document["stock_code"], document["_id"]
-        before = self._latest.get(code)
-        self._latest[code] = name
-        return bool(name != before)
+        is_new = name != self._latest.get(code) and name not in self._recent
+        if is_new:
+            self._latest[code] = name
+            self._recent[name] = None
+            if len(self._recent) > ROWS_REMEMBERED:
+                del self._recent[next(iter(self._recent))]
+        return is_new
 
 
 def run_collect(options: Options, settings: Settings) -> int:
     """Collect without pause until a signal, or until nobody reads the rows, and return the exit status."""
     settings = _settings_to_collect(options, settings)
+    need_descriptors(settings)
     rows = Rows(
         sys.stdout,
         options.json,
@@ -16117,6 +16137,9 @@ def run_collect(options: Options, settings: Settings) -> int:
     if rows.is_gone:
         return EXIT_OK
     say(_collected_line(collecting.stats(), time.monotonic() - started_at))
+    if ticks.is_held_up():  # the exit's flush would wait for the reader
+        say("not all rows were read")
+        os._exit(EXIT_INTERRUPTED)
     return EXIT_INTERRUPTED
 
 
@@ -16327,7 +16350,10 @@ def _check_store(name: str, pipeline: Pipeline) -> Check:
 def _ways(settings: Settings) -> str:
     """Return what is asked through which proxy, and what straight."""
     ways = []
-    for what, url in (("the API", settings.api_base_url), ("the platform", settings.platform_url())):
+    asked = [("the API", settings.api_base_url), ("the platform", settings.platform_url())]
+    if settings.collect:
+        asked.insert(1, ("the stream", "http" + settings.stream_url.removeprefix("ws")))
+    for what, url in asked:
         proxy = settings.proxies.for_url(url)
         if proxy is not None:
             ways.append(f"{what} through {proxy.shown} ({proxy.setting})")
@@ -16858,17 +16884,20 @@ def run_reload(settings: Settings, environ: Mapping[str, str]) -> int:
     return EXIT_OK
 
 
-def need_descriptors() -> None:
+def need_descriptors(settings: Settings) -> None:
     """Raise StockrtError where too few files may be open: it would be connected, and every execution fail."""
     import resource
 
+    needed = DESCRIPTORS_NEEDED
+    if settings.collect:
+        needed += DESCRIPTORS_OF_A_KEY * len(settings.api_keys)
     few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most < DESCRIPTORS_NEEDED:
+    if most < needed:
         raise StockrtError(
-            f"only {most} files and sockets may be open, and {DESCRIPTORS_NEEDED} are needed; "
+            f"only {most} files and sockets may be open, and {needed} are needed; "
             "see LimitNOFILE= of the unit, or ulimit -n"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, DESCRIPTORS_NEEDED), most))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, needed), most))
 
 
 def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | None) -> int:
@@ -16876,7 +16905,7 @@ def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | 
 
     Return the exit status.
     """
-    need_descriptors()
+    need_descriptors(settings)
     watchdog_s = watchdog_seconds(environ, os.getpid())
     service = Service(settings, Notifier(environ.get("NOTIFY_SOCKET", "")), watchdog_s)
     daemon = Daemon(settings, service, source=SettingsSource(environ, env_file))

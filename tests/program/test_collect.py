@@ -26,6 +26,7 @@ import stockrt
 WELL, WRONG = 0, 1
 CODES = ("BTCUSDT", "ETHUSDT")  # their market is never closed
 OTHER = "SOLUSDT"
+MORE_THAN_WAITS = 1000 * (stockrt.BATCHES_UNREAD + 10)
 SETTINGS_FAULT = 78
 COLLECTED = re.compile(r"^trades (\d+), stored (\d+), already known (\d+) \(\d+\.\d s\)", re.MULTILINE)
 
@@ -396,6 +397,23 @@ def test_the_stream_shows_each_trade_as_it_is_stored(
     assert status == stockrt.EXIT_INTERRUPTED and trades == stored + known
     assert len({*shown}) == len(shown) and {*shown} == ids_of(tmp_path / "state")
     assert vendor.stream.missing(shown) == []
+
+
+def test_a_slow_reader_is_waited_for_and_held_up_it_ends(
+    start_collect: StartCollect, vendor: Vendor, tmp_path: Path
+) -> None:
+    """More than fits between store and reader: no line is left out; nobody who reads keeps it from its end."""
+    collect = start_collect("--json", "--codes", *CODES, **vendor.settings)
+    vendor.stream.wait_for(lambda s: {*s.subscribed} >= {*CODES}, PATIENCE)
+    vendor.stream.burst(MORE_THAN_WAITS, CODES)
+    assert until(lambda: len(rows_of(tmp_path / "state")) > MORE_THAN_WAITS // 3)
+    shown = {json.loads(collect.line())["_id"] for _ in range(MORE_THAN_WAITS)}
+    assert len(shown) == MORE_THAN_WAITS
+    assert shown >= {push.identity for push in vendor.stream.pushes()}
+    vendor.stream.burst(MORE_THAN_WAITS, CODES)
+    assert until(lambda: len(rows_of(tmp_path / "state")) > MORE_THAN_WAITS * 4 // 3)
+    collect.process.send_signal(signal.SIGINT)
+    assert collect.process.wait(PATIENCE) == stockrt.EXIT_INTERRUPTED
 
 
 @pytest.mark.parametrize("refused_by", ["handshake", "answer"])
