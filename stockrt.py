@@ -7003,7 +7003,7 @@ class StreamProtocol:
         decode = NUMBERS_AS_TEXT.raw_decode
         records: list[Any] = []
         others: list[str] = []
-        for text in texts:
+        for text in map(str.strip, texts):
             try:
                 frame, end = decode(text)
                 if frame["code"] == PUSH and end == len(text):
@@ -7018,7 +7018,9 @@ class StreamProtocol:
             trades = [trade for one in records for trade in self._judged(one, latest_ms, bad)]
         events = [event for text in others for event in self._understand(text, now, bad)]
         if trades:
-            self._heard_at, self._silence_s = now, SILENCE_S
+            self._heard_at = now
+            if self._silence_s > SILENCE_S:
+                self._silence_s, self._silent_at = SILENCE_S, now + SILENCE_S
         return Pushes(trades, events, len(bad), next(iter(bad), ""))
 
     def _judged(self, record: object, latest_ms: int, bad: list[str]) -> Iterator[Trade]:
@@ -7037,7 +7039,7 @@ class StreamProtocol:
 
     def _understand(self, text: str, now: float, bad: list[str]) -> Iterator[StreamEvent]:
         """Yield what follows from a text that is no push; where it means nothing, say so in `bad`."""
-        words = text.strip()
+        words = text
         failed = words.casefold().startswith("subscribe fail")
         if failed:
             words = words.partition(":")[2].strip()
