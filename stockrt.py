@@ -7123,8 +7123,8 @@ def _is_number(value: object) -> bool:
 # Retention: KEEP_DAYS
 # ------------------------------------------------------------------------------------------------------
 
-# What is too old is looked for again after this time, and sooner where closes are still to be made of it.
-KEEP_EVERY_S, KEEP_AGAIN_S = 3600.0, 60.0
+# What is too old is looked for again after this time; sooner where closes are to be made of it, or no server is met.
+KEEP_EVERY_S, KEEP_AGAIN_S = 3600.0, 300.0
 # Trades that are looked at and deleted in one transaction, 0.1 s on a slow disk, and the pause in which others write.
 EXPIRED_AT_ONCE, EXPIRED_PAUSE_S = 500, 0.2
 # A file is written anew to give back what is unused, but not one of more than this: nobody writes to it meanwhile.
