@@ -9922,6 +9922,8 @@ class Gaps:
 
 # MongoDB takes batches of a thousand a third faster than batches of a hundred; bounded, so that memory is.
 WRITE_BATCH = 1000
+# A commit to this disk costs as much for a thousand trades of many codes as for these: the same pages are written.
+COMMIT_BATCH = 5000
 # What is said to fail where closes cannot be made.
 CLOSES = "closing snapshot"
 # What was fetched is on its way to the store after this time at the latest.
@@ -10496,6 +10498,11 @@ class Pipeline:
         if self._settings.metrics_file is not None:  # they cost a question to MongoDB
             self._tell_keys()
         return report
+
+    @property
+    def put_at_once(self) -> int:
+        """How many documents are best put at once where so many wait."""
+        return COMMIT_BATCH if self._delivery is None else WRITE_BATCH
 
     def put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
         """Store documents that were pushed, and let follow what does: within about that time, 0: at once.
@@ -11663,7 +11670,7 @@ class Intake:
                 self._changed.wait()
             self._await_more()
             size = 0
-            while self._pending and size + len(self._pending[0].trades) <= WRITE_BATCH:
+            while self._pending and size + len(self._pending[0].trades) <= self._pipeline.put_at_once:
                 self._written.append(self._pending.popleft())
                 size += len(self._written[-1].trades)
             within_s = PUSHES_TAKEN_S
