@@ -173,15 +173,14 @@ def test_closes_final_and_provisional_and_the_one_that_a_change_is_told_against(
 
 def test_gaps_are_told_from_this_machine_and_from_mongodb_each_once(place: Place) -> None:
     with place.reader() as reader:
-        assert reader.gaps([MAOTAI], 0, NEVER) == []  # no table, no collection
+        assert reader.gaps([MAOTAI], 0, NEVER) == []
     gaps = [
         Gap("stock", (MAOTAI, TENCENT), TEN, TEN + MINUTE, "connection lost"),
         Gap("stock", (MAOTAI,), TEN + 5 * MINUTE, None, "stopped"),
     ]
     with place.file.write() as db:
-        db.execute(GAPS)
-        rows = [(gap.product, json.dumps(gap.codes), gap.start, gap.end, gap.why) for gap in gaps]
-        db.executemany("INSERT INTO stream_gaps VALUES (?, ?, ?, ?, ?)", rows)
+        rows = [(gap.start, gap.product, json.dumps(gap.codes), gap.start, gap.end, gap.why) for gap in gaps]
+        db.executemany(ADD_GAP, rows)
     if isinstance(place.store, MongoStore):
         first = gaps[0]
         document: Document = {
