@@ -36,6 +36,7 @@ above it:
     Daemon             inbox, outbox, and the three threads
     Service manager    notifications, the journal's priorities, metrics
     Migration          what the older client of the platform left: settings, hash, documents
+    Views              what is stored, as tables, pages and files
     Command line       options, rows, commands, `main`
 
 The daemon's threads: the socket's (main) owns link, protocol and outbox, and waits for nothing but its inbox and the
@@ -13338,6 +13339,342 @@ def _same_digits(document: Document) -> tuple[object, ...]:
 
 
 # ======================================================================================================
+# Views: what is stored, for people and for other programs
+# ======================================================================================================
+
+# Steps of a session in a sparkline, and the heights of its bars.
+SPARKS, BARS = 20, "▁▂▃▄▅▆▇█"
+# What --show lists where nothing says which codes.
+CODES_SHOWN = 50
+DAY_MS = 24 * 60 * 60 * 1000
+# Of a name in a table on a terminal.
+NAME_COLUMNS = 20
+# Where red is the colour of what rises. In Hong Kong, Macau and Singapore green is, as in the West.
+RED_RISES = re.compile(r"(?:zh(?!_(?:HK|MO|SG))|ja|ko)(?:_|\.|@|$)", re.IGNORECASE)
+RED, GREEN, LIT = "31", "32", "7"
+# Between two columns.
+GAP = "  "
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for each character that is a wide one."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def fitting(text: str, columns: int) -> str:
+    """Return as much of a text as fits into so many columns of a terminal."""
+    while columns_of(text) > columns:
+        text = text[:-1]
+    return text
+
+
+def locale_name(environ: Mapping[str, str]) -> str:
+    """Return the reader's locale, as POSIX has it: the first of three variables that is not empty."""
+    names = ("LC_ALL", "LC_MESSAGES", "LANG")
+    return next(filter(None, (environ.get(name, "") for name in names)), "")
+
+
+def is_chinese(environ: Mapping[str, str]) -> bool:
+    """Return whether the reader's language is Chinese."""
+    return locale_name(environ).lower().startswith("zh")
+
+
+def rise_and_fall(environ: Mapping[str, str], up: str | None) -> tuple[str, str]:
+    """Return the colours of what rises and what falls: `up`, red or green, else as the reader's locale has it."""
+    red_rises = up == "red"
+    if up is None:
+        red_rises = RED_RISES.match(locale_name(environ)) is not None
+    return (RED, GREEN) if red_rises else (GREEN, RED)
+
+
+class TradingSpan(NamedTuple):
+    """The part of a market's day that a trade belongs to (epoch ms, half open), and the day's date."""
+
+    date: str
+    since: int
+    until: int
+
+
+def trading_span(code: str, t: int) -> TradingSpan:
+    """Return the regular session that a trade belongs to, or follows: the hours before it are their own span.
+
+    Where the session is not known, or rests, it is the exchange's day, else that of UTC.
+    """
+    market = market_of(code)
+    session = NO_SESSION
+    if market is not None:
+        session = session_of(market, t)
+    if session is NO_SESSION:
+        start = t - t % DAY_MS
+        return TradingSpan(
+            datetime.fromtimestamp(start / 1000, UTC).date().isoformat(), start, start + DAY_MS
+        )
+    if session.opens == NEVER:
+        return TradingSpan(session.date, session.start, session.end)
+    if t < session.opens:
+        return TradingSpan(session.date, session.start, session.opens)
+    return TradingSpan(session.date, session.opens, session.until + 1)
+
+
+class Quote(NamedTuple):
+    """What is known of a code: its latest trade, what its session came to, and what it is compared with.
+
+    `candles`: the session in SPARKS steps, those without trades missing. `reference`: the last final close before
+    the session. What is not known is None, or ''.
+    """
+
+    code: str
+    name: str
+    trade: StoredTrade
+    span: TradingSpan
+    candles: tuple[Candle, ...]
+    reference: StoredClose | None
+
+    @property
+    def change(self) -> float | None:
+        """By how many per cent the price differs from the reference."""
+        if self.reference is None or not float(self.reference.p):
+            return None
+        before = float(self.reference.p)
+        return (float(self.trade.p) - before) / abs(before) * 100
+
+    @property
+    def session(self) -> Candle | None:
+        """The session in one step."""
+        if not self.candles:
+            return None
+        from decimal import Decimal
+
+        high = max((candle.high for candle in self.candles), key=float)
+        low = min((candle.low for candle in self.candles), key=float)
+        volume = format(sum(Decimal(candle.volume) for candle in self.candles), "f")
+        count = sum(candle.trades for candle in self.candles)
+        first, last = self.candles[0], self.candles[-1]
+        return Candle(self.span.since, first.open, high, low, last.close, volume, count)
+
+    def spark(self) -> list[float | None]:
+        """Return the price at each step's end, up to that of the last trade; None before the first."""
+        step = step_of(self.span)
+        closes = {(candle.t - self.span.since) // step: float(candle.close) for candle in self.candles}
+        points: list[float | None] = []
+        for number in range(max(closes, default=-1) + 1):
+            before = points[-1] if points else None
+            points.append(closes.get(number, before))
+        return points
+
+    def document(self, now: float) -> dict[str, object]:
+        """Return all of it for a program; `now` in epoch seconds."""
+        session, reference = self.session, self.reference
+        facts: dict[str, object] = {
+            "code": self.code,
+            "name": self.name or None,
+            "price": self.trade.p,
+            "t": self.trade.t,
+            "age_s": round(now - self.trade.t / 1000, 3),
+            "change_percent": None if self.change is None else round(self.change, 4),
+            "reference_close": None if reference is None else reference.p,
+            "reference_date": None if reference is None else reference.date,
+            "session": self.span.date,
+        }
+        for name in ("open", "high", "low", "volume"):
+            facts[name] = getattr(session, name, None)
+        return facts | {"spark": self.spark()}
+
+
+def step_of(span: TradingSpan) -> int:
+    """Return the length of a step of a sparkline (ms)."""
+    return -((span.since - span.until) // SPARKS)
+
+
+def quotes(reader: Reader, codes: Sequence[str], english: bool = False) -> list[Quote]:
+    """Return what a store has of codes, in their order; one without a trade is missing. Raises StoreError."""
+    last = reader.last(codes)
+    spans = {code: trading_span(code, trade.t) for code, trade in last.items()}
+    candles: dict[str, list[Candle]] = {}
+    for span in set(spans.values()):
+        together = [code for code, its in spans.items() if its == span]
+        candles |= reader.candles(together, span.since, span.until, step_of(span))
+    finals = reader.last_finals({code: span.date for code, span in spans.items()})
+    names = reader.names(last, english)
+    return [
+        Quote(
+            code, names.get(code, ""), last[code], spans[code], tuple(candles.get(code, ())), finals.get(code)
+        )
+        for code in dict.fromkeys(codes)
+        if code in last
+    ]
+
+
+def in_order(found: Sequence[Quote], by: str) -> list[Quote]:
+    """Return quotes by `code`, by `change` (what rose most first, what has none last), or as `asked`."""
+    if by == "change":
+        return sorted(
+            found, key=lambda quote: -math.inf if quote.change is None else quote.change, reverse=True
+        )
+    if by == "code":
+        return sorted(found, key=lambda quote: quote.code)
+    return list(found)
+
+
+class ViewColumn(NamedTuple):
+    """A column of a table. A narrow terminal loses those with a number, in the order of these."""
+
+    title: str
+    right: bool = False
+    given_up: int = 0
+
+
+QUOTE_COLUMNS = (
+    ViewColumn("CODE"),
+    ViewColumn("NAME", given_up=6),
+    ViewColumn("LAST", right=True),
+    ViewColumn("CHANGE", right=True),
+    ViewColumn("OPEN", right=True, given_up=1),
+    ViewColumn("HIGH", right=True, given_up=3),
+    ViewColumn("LOW", right=True, given_up=2),
+    ViewColumn("VOLUME", right=True, given_up=4),
+    ViewColumn("AGE", right=True, given_up=7),
+    ViewColumn("SESSION", given_up=5),
+)
+LAST_COLUMN, CHANGE_COLUMN, AGE_COLUMN = 2, 3, 8
+
+
+class QuoteTable:
+    """Lays quotes out as lines of a terminal. `colors`: of what rises and what falls, () for none.
+
+    Without a `width` no column is lost and no name cut.
+    """
+
+    def __init__(self, width: int | None, colors: Sequence[str] = (), encoding: str = "utf-8") -> None:
+        self._width = width
+        self._colors = colors
+        self._bars = BARS
+        try:
+            BARS.encode(encoding)
+        except (UnicodeError, LookupError):
+            self._bars = ""
+        self._before: dict[str, list[str]] = {}
+
+    def lines(self, found: Sequence[Quote], now: float, lit: bool = False) -> list[str]:
+        """Return the title and a line for each quote; `lit`: cells that changed since the last call are."""
+        rows = {quote.code: self._cells(quote, now) for quote in found}
+        titles = [column.title for column in QUOTE_COLUMNS]
+        widths = [max(map(columns_of, cells)) for cells in zip(titles, *rows.values(), strict=True)]
+        filled = [any(cells) for cells in zip(*rows.values(), strict=True)] or [True] * len(titles)
+        kept = self._kept(widths, filled)
+        title = self._line(titles, widths, kept, {})
+        lines = [f"\033[1m{title}\033[0m" if self._colors else title]
+        for one in found:
+            cells = rows[one.code]
+            paints = self._paints(one)
+            if lit and self._colors:
+                before = self._before.get(one.code, cells)
+                changed = [n for n in range(len(cells)) if n != AGE_COLUMN and cells[n] != before[n]]
+                paints |= {n: f"{LIT};{paints[n]}" if n in paints else LIT for n in changed}
+            lines.append(self._line(cells, widths, kept, paints))
+        self._before = rows
+        return lines
+
+    def _cells(self, quote: Quote, now: float) -> list[str]:
+        session, price = quote.session, quote.trade.p
+        change = "-" if quote.change is None else signed_percent(quote.change)
+        opened = high = low = volume = "-"
+        if session is not None:
+            opened, high, low = (with_decimals_of(price, text) for text in session[1:4])
+            volume = short_number(session.volume)
+        name = quote.name
+        if self._width is not None:
+            name = fitting(name, NAME_COLUMNS).rstrip()
+        age = age_or_ahead(now - quote.trade.t / 1000)
+        return [
+            quote.code,
+            name,
+            price,
+            change,
+            opened,
+            high,
+            low,
+            volume,
+            age,
+            sparkline(quote.spark(), self._bars),
+        ]
+
+    def _kept(self, widths: Sequence[int], filled: Sequence[bool]) -> list[int]:
+        """Return which columns there are: those that hold something, as far as the terminal is wide enough."""
+        kept = [number for number, holds in enumerate(filled) if holds]
+        for _, lost in sorted(
+            (column.given_up, n) for n, column in enumerate(QUOTE_COLUMNS) if column.given_up
+        ):
+            needed = sum(widths[number] for number in kept) + len(GAP) * (len(kept) - 1)
+            if self._width is not None and needed > self._width and lost in kept:
+                kept.remove(lost)
+        return kept
+
+    def _paints(self, quote: Quote) -> dict[int, str]:
+        if not self._colors or not quote.change:
+            return {}
+        rises, falls = self._colors
+        return dict.fromkeys((LAST_COLUMN, CHANGE_COLUMN), rises if quote.change > 0 else falls)
+
+    def _line(
+        self, cells: Sequence[str], widths: Sequence[int], kept: Sequence[int], paints: Mapping[int, str]
+    ) -> str:
+        parts = []
+        for number in kept:
+            cell, blanks = cells[number], " " * (widths[number] - columns_of(cells[number]))
+            if number in paints and cell:
+                cell = f"\033[{paints[number]}m{cell}\033[0m"
+            parts.append(blanks + cell if QUOTE_COLUMNS[number].right else cell + blanks)
+        return GAP.join(parts).rstrip()
+
+
+def signed_percent(change: float) -> str:
+    """Return a change with its sign, which says what a colour alone would not."""
+    text = f"{change:+.2f}%"
+    return text.replace("+", "").replace("-", "") if float(text[:-1]) == 0 else text
+
+
+def with_decimals_of(price: str, text: str) -> str:
+    """Return a price with at least as many decimals as another one has."""
+    missing = len(price.partition(".")[2]) - len(text.partition(".")[2])
+    if missing <= 0 or not set(price + text) <= set("-.0123456789"):
+        return text
+    return text + "." * ("." not in text) + "0" * missing
+
+
+def short_number(text: str) -> str:
+    """Return a number in six columns or so."""
+    number = float(text)
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if abs(number) >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:,.0f}" if abs(number) >= 1000 or number.is_integer() else f"{number:.4g}"
+
+
+def age_or_ahead(seconds: float) -> str:
+    """Return an age in words, and of what is ahead of this clock by more than a moment how far."""
+    if seconds < -1:
+        return f"in {age_words(-seconds)[0]}"
+    return age_words(seconds)[0]
+
+
+def sparkline(points: Sequence[float | None], bars: str = BARS) -> str:
+    """Return points as bars between the lowest and the highest of them, a blank for None."""
+    known = [point for point in points if point is not None]
+    if not (known and bars):
+        return ""
+    low, high = min(known), max(known)
+    if low == high:
+        return "".join(" " if point is None else bars[len(bars) // 2] for point in points)
+    scale = (len(bars) - 1) / (high - low)
+    return "".join(" " if point is None else bars[round((point - low) * scale)] for point in points)
+
+
+# ======================================================================================================
 # Command line
 # ======================================================================================================
 
@@ -13372,6 +13709,9 @@ class Options:
     json = demo = retry = discard = force = dry_run = False
     backfill: int | None = None
     executions: int | None = None
+    show: Sequence[str] | None = None
+    sort: str | None = None
+    up: str | None = None
     symbols: str | None = None
     migrate: str | None = None
     documents: str | None = None
@@ -13441,6 +13781,13 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=f"list the last N executions and --once runs with their failures (default {EXECUTIONS_SHOWN})",
     )
+    what.add_argument(
+        "--show",
+        nargs="*",
+        metavar="CODE",
+        help="show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, "
+        f"else the {CODES_SHOWN} that traded last",
+    )
     what.add_argument("--symbols", metavar="TEXT", help="find instruments by code or name: 茅台, apple, 黄金")
     what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
     what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
@@ -13468,6 +13815,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--demo", action="store_true", help="synthetic trades: no network, no key, embedded store"
+    )
+    parser.add_argument(
+        "--sort", choices=("code", "change", "asked"), help="with --show: the order of its lines (code)"
+    )
+    parser.add_argument(
+        "--up",
+        choices=("red", "green"),
+        help="with --show: the colour of what rises, in place of the one of your locale",
     )
     parser.add_argument("--retry", action="store_true", help="with --drain: what MongoDB refused before, too")
     parser.add_argument(
@@ -13517,15 +13872,18 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
         raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
     for_json = (options.once, options.status, options.executions, options.rejects, options.symbols)
-    if options.json and not any(for_json):
+    if options.json and not any(for_json) and options.show is None:
         raise UsageError(
-            "--json goes with --once, --status, --executions, --rejects or --symbols; see --help"
+            "--json goes with --once, --show, --status, --executions, --rejects or --symbols; see --help"
         )
     for flag in ("codes", "codes_file"):
         if getattr(options, flag) and not options.once and options.backfill is None:
             raise UsageError(f"--{flag.replace('_', '-')} goes with --once or --backfill; see --help")
-    if options.demo and not options.once:
-        raise UsageError("--demo goes with --once; see --help")
+    if options.demo and not options.once and options.show is None:
+        raise UsageError("--demo goes with --once or --show; see --help")
+    for flag in ("sort", "up"):
+        if getattr(options, flag) and options.show is None:
+            raise UsageError(f"--{flag} goes with --show; see --help")
     if options.backfill is not None and not 1 <= options.backfill <= MAX_BARS:
         raise UsageError(f"--backfill {options.backfill}: expected 1 to {MAX_BARS} sessions; see --help")
     if options.retry and not options.drain:
@@ -13673,7 +14031,6 @@ COLUMNS = (
     Column("AGE", 6, right=True),
     Column("NAME", 0),
 )
-GAP = "  "
 # Of a line where there is no terminal: no name is cut.
 WIDEST = 1000
 
@@ -13770,22 +14127,6 @@ class Rows:
             if not isinstance(error, BrokenPipeError):
                 self.fault = f"the rows cannot be printed: {error.strerror}"
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # else the exit's flush fails again
-
-
-def columns_of(text: str) -> int:
-    """Return how many columns of a terminal a text takes: two for each character that is a wide one."""
-    if text.isascii():
-        return len(text)
-    import unicodedata
-
-    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
-
-
-def fitting(text: str, columns: int) -> str:
-    """Return as much of a text as fits into so many columns of a terminal."""
-    while columns_of(text) > columns:
-        text = text[:-1]
-    return text
 
 
 def row_cells(document: Document, now: float) -> list[str]:
@@ -14565,6 +14906,71 @@ def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     return EXIT_OK if found and not why else EXIT_FAILED
 
 
+def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
+    """Print what is stored of codes; exit status 1 where there is none of one that was asked for, or nothing at all."""
+    with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
+        codes, missing = codes_to_show(options, settings, reader)
+        found = in_order(quotes(reader, codes, not is_chinese(environ)), options.sort or "code")
+    now = time.time()
+    if options.json:
+        for one in found:
+            show(json.dumps(one.document(now), ensure_ascii=False))
+    elif found:
+        show("\n".join(quote_table(settings, environ, options.up).lines(found, now)))
+    for words in (*missing, *_what_lacks(found, options.demo)):
+        say(words)
+    return EXIT_FAILED if missing or not found else EXIT_OK
+
+
+def quote_table(settings: Settings, environ: Mapping[str, str], up: str | None) -> QuoteTable:
+    """Return a table for what stdout is."""
+    width: int | None = None
+    colors: Sequence[str] = ()
+    if sys.stdout.isatty():
+        width = terminal_width(80)
+        if settings.color:
+            colors = rise_and_fall(environ, up)
+    return QuoteTable(width, colors, sys.stdout.encoding)
+
+
+def codes_to_show(options: Options, settings: Settings, reader: Reader) -> tuple[list[str], list[str]]:
+    """Return the codes that are meant, as far as there are trades of them, and a sentence for each other one.
+
+    Raises StockrtError.
+    """
+    typed = [code for text in options.show or () for code in split_codes(text)]
+    if not typed and settings.collect_codes and not options.demo:
+        with Pipeline.open_mongodb(settings) if settings.mongodb_uri else contextlib.nullcontext() as store:
+            typed = [*WatchList(settings, store).codes()]
+    if not typed:
+        return reader.newest_codes(CODES_SHOWN), []
+    meant: dict[str, list[str]] = {}
+    missing = []
+    for code in dict.fromkeys(typed):
+        try:
+            instrument = parse_code(code)
+        except UnclearCode as error:
+            meant[code] = [error.text, *error.guesses]
+        except InstrumentError as error:
+            missing.append(f"{one_line(code, 40)}: {error}")
+        else:
+            meant[code] = [instrument.code, *(other.code for other in instrument.alternatives)]
+    there = reader.last({code for codes in meant.values() for code in codes})
+    found = {code: [one for one in codes if one in there] for code, codes in meant.items()}
+    missing += [
+        f"{one_line(code, 40)}: no trade of it is stored" for code, codes in found.items() if not codes
+    ]
+    return [code for codes in found.values() for code in codes[:1]], missing
+
+
+def _what_lacks(found: Sequence[Quote], demo: bool) -> Iterator[str]:
+    """Yield what is not there to be shown, and how to get it."""
+    if not found:
+        yield "no trade is stored yet: see --once, or --show --demo for those of --once --demo"
+    elif not demo and all(one.reference is None for one in found):
+        yield "no final close is stored that a change could be told against: --backfill 5 brings some"
+
+
 def run_register(settings: Settings, force: bool) -> int:
     """Register at the platform unless a hash is stored, and say what was done."""
     place = settings.state_directory / HASH_NAME
@@ -14602,7 +15008,8 @@ def needs_of(options: Options) -> Needs:
     if options.once or options.symbols or options.backfill is not None:
         return Needs(key=not options.demo)
     others = ("check", "status", "executions", "drain", "rejects")
-    if options.documents is not None or any(getattr(options, name) for name in others):
+    looks = options.documents is not None or options.show is not None
+    if looks or any(getattr(options, name) for name in others):
         return NO_NEEDS
     return DAEMON_NEEDS
 
@@ -14715,7 +15122,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     start_logging(loaded.settings)
     for warning in loaded.warnings:
         log.warning(warning)
-    if hidden and (options.drain or options.rejects or options.executions):
+    looks = options.drain or options.rejects or options.executions or options.show is not None
+    if hidden and looks:
         raise StoreError(HIDDEN_WORDS)
     if options.once:
         return run_once(options, loaded.settings)
@@ -14730,6 +15138,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if needs is DAEMON_NEEDS:
         return run_daemon(loaded.settings, environ, options.env_file)
     with Terminal():
+        if options.show is not None:
+            return run_show(options, loaded.settings, environ)
         return _run_short(options, loaded, hidden)
 
 

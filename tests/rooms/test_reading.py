@@ -37,7 +37,10 @@ DAY = "2026-08-14"
 TEN = int(datetime(2026, 8, 14, 2, 0, tzinfo=UTC).timestamp()) * 1000  # ten o'clock in Shanghai
 MINUTE = 60_000
 MAOTAI, TENCENT, BITCOIN = "600519.SH", "00700.HK", "BTCUSDT"
-GAPS = 'CREATE TABLE IF NOT EXISTS stream_gaps (product TEXT, codes TEXT, "from" INTEGER, "to" INTEGER, why TEXT)'
+ADD_GAP = (
+    'INSERT INTO stream_gaps (_id, instance, product, codes, "from", "to", why, create_time) '
+    "VALUES (?, '', ?, ?, ?, ?, ?, '')"
+)
 
 
 class Place:
