@@ -8584,6 +8584,14 @@ def _without_zeros(text: str) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def with_decimals_of(price: str, text: str) -> str:
+    """Return a price with at least as many decimals as another one has."""
+    missing = len(price.partition(".")[2]) - len(text.partition(".")[2])
+    if missing <= 0 or not set(price + text) <= set("-.0123456789"):
+        return text
+    return text + "." * ("." not in text) + "0" * missing
+
+
 def _spans_of(code: str, since: int, until: int) -> Iterator[tuple[str, str]]:
     """Yield spans in which all `_id` are of the trades of a code in a span of time; their ends are no `_id`."""
     for first, behind in EQUALLY_LONG_MS:
@@ -8764,7 +8772,8 @@ def _sqlite_candle(row: Sequence[Any]) -> Candle:
     t, opened, high, low, close, whole, billionths, trades = row
     more, rest = divmod(billionths, 10**9)
     volume = _without_zeros(f"{whole + more}.{rest:09d}")
-    return Candle(t, opened, number_text(high), number_text(low), close, volume, trades)
+    highest, lowest = (with_decimals_of(opened, number_text(number)) for number in (high, low))
+    return Candle(t, opened, highest, lowest, close, volume, trades)
 
 
 def _sqlite_close(row: Sequence[Any]) -> StoredClose:
@@ -13404,9 +13413,8 @@ def _same_digits(document: Document) -> tuple[object, ...]:
 SPARKS, BARS = 20, "▁▂▃▄▅▆▇█"
 # What --show lists where nothing says which codes.
 CODES_SHOWN = 50
-DAY_MS = 24 * 60 * 60 * 1000
-# Of a name in a table on a terminal.
-NAME_COLUMNS = 20
+# Of a name in a table on a terminal: as many columns at most, and where it is narrow at least.
+NAME_COLUMNS, NAME_LEAST = 20, 8
 # Where red is the colour of what rises. In Hong Kong, Macau and Singapore green is, as in the West.
 RED_RISES = re.compile(r"(?:zh(?!_(?:HK|MO|SG))|ja|ko)(?:_|\.|@|$)", re.IGNORECASE)
 RED, GREEN, LIT = "31", "32", "7"
@@ -13598,7 +13606,7 @@ QUOTE_COLUMNS = (
     ViewColumn("AGE", right=True, given_up=6),
     ViewColumn("SESSION", given_up=4),
 )
-LAST_COLUMN, CHANGE_COLUMN, AGE_COLUMN = 2, 3, 8
+NAME_COLUMN, LAST_COLUMN, CHANGE_COLUMN, AGE_COLUMN = 1, 2, 3, 8
 
 
 class QuoteTable:
@@ -13624,6 +13632,11 @@ class QuoteTable:
         widths = [max(map(columns_of, cells)) for cells in zip(titles, *rows.values(), strict=True)]
         filled = [any(cells) for cells in zip(*rows.values(), strict=True)] or [True] * len(titles)
         kept = self._kept(widths, filled)
+        if self._width is not None and NAME_COLUMN in kept:
+            over = max(0, _needed(widths, kept) - self._width)
+            widths[NAME_COLUMN] -= over
+            for cells in rows.values():
+                cells[NAME_COLUMN] = fitting(cells[NAME_COLUMN], widths[NAME_COLUMN]).rstrip()
         title = self._line(titles, widths, kept, {})
         lines = [f"\033[1m{title}\033[0m" if self._colors else title]
         for one in found:
@@ -13664,9 +13677,10 @@ class QuoteTable:
     def _kept(self, widths: Sequence[int], filled: Sequence[bool]) -> list[int]:
         """Return which columns there are: those that hold something, as far as the terminal is wide enough."""
         kept = [number for number, holds in enumerate(filled) if holds]
+        least = list(widths)
+        least[NAME_COLUMN] = min(widths[NAME_COLUMN], NAME_LEAST)
         for turn in sorted({column.given_up for column in QUOTE_COLUMNS if column.given_up}):
-            needed = sum(widths[number] for number in kept) + len(GAP) * (len(kept) - 1)
-            if self._width is not None and needed > self._width:
+            if self._width is not None and _needed(least, kept) > self._width:
                 kept = [number for number in kept if QUOTE_COLUMNS[number].given_up != turn]
         return kept
 
@@ -13688,18 +13702,15 @@ class QuoteTable:
         return GAP.join(parts).rstrip()
 
 
+def _needed(widths: Sequence[int], kept: Sequence[int]) -> int:
+    """Return how wide a line is that has some of the columns."""
+    return sum(widths[number] for number in kept) + len(GAP) * (len(kept) - 1)
+
+
 def signed_percent(change: float) -> str:
     """Return a change with its sign, which says what a colour alone would not."""
     text = f"{change:+.2f}%"
     return text.replace("+", "").replace("-", "") if float(text[:-1]) == 0 else text
-
-
-def with_decimals_of(price: str, text: str) -> str:
-    """Return a price with at least as many decimals as another one has."""
-    missing = len(price.partition(".")[2]) - len(text.partition(".")[2])
-    if missing <= 0 or not set(price + text) <= set("-.0123456789"):
-        return text
-    return text + "." * ("." not in text) + "0" * missing
 
 
 def short_number(text: str) -> str:
@@ -13737,9 +13748,7 @@ def sparkline(points: Sequence[float | None], bars: str = BARS) -> str:
 # How an export is written, by the end of its file's name.
 EXPORT_FORMS = (".csv", ".jsonl")
 # What an export of closes has of each.
-CLOSE_NAMES = (
-    "stock_code", "date", "close", "final", "after_hours", "open", "high", "low", "volume", "turnover", "t",
-)  # fmt: skip
+CLOSE_NAMES = tuple("stock_code date close final after_hours open high low volume turnover t".split())
 TRADE_NAMES = ("_id", *StoredTrade._fields[1:])
 
 
@@ -15160,11 +15169,14 @@ def codes_to_show(options: Options, settings: Settings, reader: Reader) -> tuple
             typed = [*WatchList(settings, store).codes()]
     if not typed:
         return reader.newest_codes(CODES_SHOWN), []
-    return codes_meant(typed, reader.codes())
+    return codes_meant(typed, reader.codes(), reader)
 
 
-def codes_meant(typed: Iterable[str], stored: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return which of the stored codes are meant, and a sentence for what means none of them."""
+def codes_meant(typed: Iterable[str], stored: Collection[str], reader: Reader) -> tuple[list[str], list[str]]:
+    """Return which of the stored codes are meant, by code or by name, and a sentence for what means none of them.
+
+    Raises StoreError.
+    """
     there, found, missing = set(stored), [], []
     for code in dict.fromkeys(typed):
         try:
@@ -15172,6 +15184,8 @@ def codes_meant(typed: Iterable[str], stored: Iterable[str]) -> tuple[list[str],
             meant = [instrument.code, *(other.code for other in instrument.alternatives)]
         except UnclearCode as error:
             meant = [error.text, *error.guesses]
+            if not error.text.isascii():
+                meant += [one for one, name in reader.names(stored).items() if error.text in name.upper()]
         except InstrumentError as error:
             missing.append(f"{one_line(code, 40)}: {error}")
             continue
@@ -15200,7 +15214,7 @@ def run_export(options: Options, settings: Settings) -> int:
             export = Export(None, *span_of(options), options.closes)
             missing: list[str] = []
             if options.codes or options.codes_file:
-                codes, missing = codes_meant(read_codes(options), export.codes_in(reader))
+                codes, missing = codes_meant(read_codes(options), export.codes_in(reader), reader)
                 export = export._replace(codes=codes)
             lines = ExportLines(export.names, options.json or place.endswith(".jsonl"))
             if place == "-":
