@@ -41,14 +41,12 @@ from kit.infoway_server import Answer, InfowayServer, Request
 from kit.platform_server import (
     FAILURE_STATUSES,
     GENERATIONS,
-    TEXT,
     PlatformProcess,
     PlatformServer,
     Result,
-    accept_key,
-    frame_bytes,
 )
 from kit.shims import WallClock
+from kit.websocket_wire import TEXT, accept_key, frame_bytes
 
 import stockrt
 from stockrt import Command, Journal
