@@ -718,7 +718,8 @@ class Bench:
                 statistics.median(shown), 0.5, False, "s", f"{spread(shown, 2)} s, the start of the program included"),
             Row(f"--export of all of it from {name}", f"从 {name} 中全部 --export",
                 statistics.median(speeds), 100_000, True, "rows/s", f"{spread(speeds)} rows/s"),
-            Row(f"  its memory's peak, {name}, against that of a fifth", f"  内存峰值（{name}），与只导出五分之一时相比",
+            Row(f"  its memory's peak, {name}, against that of a fifth",
+                f"  内存峰值（{name}），与只导出五分之一时相比",
                 max(peaks) / small, 1.1, False, "x", f"{max(peaks) / MB:.0f} MB"),
         ]  # fmt: skip
 
