@@ -95,6 +95,7 @@ from typing import (
     IO,
     TYPE_CHECKING,
     Any,
+    ClassVar,
     Literal,
     NamedTuple,
     NoReturn,
@@ -10668,9 +10669,11 @@ class Pipeline:
         sessions = SessionsFile(file)
         closes_in: SqliteStore | MongoStore = mongo or SqliteStore(file)
         closes = ClosingPrices(closes_in, sessions, self._clock)
+        self.reader: Reader = SqliteReader(file, self._demo)
         if isinstance(closes_in, SqliteStore):
             self.store, self._closing = closes_in, closes
         else:
+            self.reader = MongoReader(closes_in, file, self._settings.gap_name)
             limit = self._settings.spool_max_bytes
             queue, rejects, unsettled = DeliveryQueue(file, limit), Rejects(file), UnsettledTrades(file)
             self._delivery = Delivery(closes_in, queue, rejects, unsettled, closes, self._events)
@@ -15902,6 +15905,8 @@ NAME_COLUMNS, NAME_LEAST = 20, 8
 # Where red is the colour of what rises. In Hong Kong, Macau and Singapore green is, as in the West.
 RED_RISES = re.compile(r"(?:zh(?!_(?:HK|MO|SG))|ja|ko)(?:_|\.|@|$)", re.IGNORECASE)
 RED, GREEN, LIT = "31", "32", "7"
+# A cell that changed is lit for so long.
+LIT_S = 0.8
 # Between two columns.
 GAP = "  "
 
@@ -16035,6 +16040,34 @@ class Quote(NamedTuple):
         return facts | {"spark": self.spark()}
 
 
+def with_trade(quote: Quote, trade: StoredTrade) -> Quote:
+    """Return what a quote becomes by a trade; by one that is not later than the latest nothing else."""
+    if (trade.t, trade.id) <= (quote.trade.t, quote.trade.id):
+        return quote
+    span, candles, reference = quote.span, quote.candles, quote.reference
+    if not span.since <= trade.t < span.until:
+        span = trading_span(quote.code, trade.t)
+    if span != quote.span:
+        candles = ()
+    if span.date != quote.span.date:
+        reference = None
+    if span.since <= trade.t < span.until:
+        candles = _with_trade(candles, trade, trade.t - (trade.t - span.since) % step_of(span))
+    return quote._replace(trade=trade, span=span, candles=candles, reference=reference)
+
+
+def _with_trade(candles: tuple[Candle, ...], trade: StoredTrade, start: int) -> tuple[Candle, ...]:
+    """Return candles with a trade that comes after theirs, in the step that begins at `start`."""
+    from decimal import Decimal
+
+    if not candles or candles[-1].t != start:
+        return (*candles, Candle(start, trade.p, trade.p, trade.p, trade.p, trade.v, 1))
+    *before, last = candles
+    high, low = max(last.high, trade.p, key=float), min(last.low, trade.p, key=float)
+    volume = format(Decimal(last.volume) + Decimal(trade.v), "f")
+    return (*before, Candle(start, last.open, high, low, trade.p, volume, last.trades + 1))
+
+
 def step_of(span: TradingSpan) -> int:
     """Return the length of a step of a sparkline (ms)."""
     return -((span.since - span.until) // SPARKS)
@@ -16100,7 +16133,7 @@ class QuoteTable:
     """
 
     def __init__(self, width: int | None, colors: Sequence[str] = (), encoding: str = "utf-8") -> None:
-        self._width = width
+        self.width = width
         self._colors = colors
         self._bars = BARS
         try:
@@ -16108,16 +16141,17 @@ class QuoteTable:
         except (UnicodeError, LookupError):
             self._bars = ""
         self._before: dict[str, list[str]] = {}
+        self._lit_until: dict[tuple[str, int], float] = {}  # by code and column
 
     def lines(self, found: Sequence[Quote], now: float, lit: bool = False) -> list[str]:
-        """Return the title and a line for each quote; `lit`: cells that changed since the last call are."""
+        """Return the title and a line for each quote; `lit`: cells that changed of late are."""
         rows = {quote.code: self._cells(quote, now) for quote in found}
         titles = [column.title for column in QUOTE_COLUMNS]
         widths = [max(map(columns_of, cells)) for cells in zip(titles, *rows.values(), strict=True)]
         filled = [any(cells) for cells in zip(*rows.values(), strict=True)] or [True] * len(titles)
         kept = self._kept(widths, filled)
-        if self._width is not None and NAME_COLUMN in kept:
-            over = max(0, _needed(widths, kept) - self._width)
+        if self.width is not None and NAME_COLUMN in kept:
+            over = max(0, _needed(widths, kept) - self.width)
             widths[NAME_COLUMN] -= over
             for cells in rows.values():
                 cells[NAME_COLUMN] = fitting(cells[NAME_COLUMN], widths[NAME_COLUMN]).rstrip()
@@ -16127,12 +16161,18 @@ class QuoteTable:
             cells = rows[one.code]
             paints = self._paints(one)
             if lit and self._colors:
-                before = self._before.get(one.code, cells)
-                changed = [n for n in range(len(cells)) if n != AGE_COLUMN and cells[n] != before[n]]
-                paints |= {n: f"{LIT};{paints[n]}" if n in paints else LIT for n in changed}
+                for number in self._changed(one.code, cells, now):
+                    paints[number] = f"{LIT};{paints[number]}" if number in paints else LIT
             lines.append(self._line(cells, widths, kept, paints))
         self._before = rows
         return lines
+
+    def _changed(self, code: str, cells: Sequence[str], now: float) -> list[int]:
+        """Return which cells of a line changed in the last LIT_S, the age left out."""
+        for number, (before, cell) in enumerate(zip(self._before.get(code, cells), cells, strict=True)):
+            if before != cell and number != AGE_COLUMN:
+                self._lit_until[code, number] = now + LIT_S
+        return [number for number in range(len(cells)) if self._lit_until.get((code, number), now) > now]
 
     def _cells(self, quote: Quote, now: float) -> list[str]:
         session, price = quote.session, quote.trade.p
@@ -16142,7 +16182,7 @@ class QuoteTable:
             opened, high, low = (with_decimals_of(price, text) for text in session[1:4])
             volume = short_number(session.volume)
         name = quote.name
-        if self._width is not None:
+        if self.width is not None:
             name = fitting(name, NAME_COLUMNS).rstrip()
         age = age_or_ahead(now - quote.trade.t / 1000)
         return [
@@ -16164,7 +16204,7 @@ class QuoteTable:
         least = list(widths)
         least[NAME_COLUMN] = min(widths[NAME_COLUMN], NAME_LEAST)
         for turn in sorted({column.given_up for column in QUOTE_COLUMNS if column.given_up}):
-            if self._width is not None and _needed(least, kept) > self._width:
+            if self.width is not None and _needed(least, kept) > self.width:
                 kept = [number for number in kept if QUOTE_COLUMNS[number].given_up != turn]
         return kept
 
@@ -16686,11 +16726,54 @@ class _Redacting(logging.Formatter):
         return f"{local_time(datetime.fromtimestamp(record.created, UTC))} {text}"
 
 
+class Screen:
+    """Lines that stand at the end of a terminal and are drawn anew in their place. Any thread may call it."""
+
+    standing: ClassVar[list[Screen]] = []
+
+    def __init__(self, out: IO[str]) -> None:
+        self._out = out
+        self._height = 0
+        self._lock = threading.RLock()
+        self.standing.append(self)
+
+    def draw(self, lines: Sequence[str], anew: bool = False) -> None:
+        """Put lines in the place of those before; `anew`: the terminal may have broken them. Raises OSError."""
+        with self._lock:
+            if self not in self.standing:
+                return
+            to_their_place = f"\033[{self._height}F" if self._height else ""
+            if anew:
+                to_their_place = "\033[H\033[2J"
+            self._out.write(to_their_place + "".join(f"{line}\033[K\n" for line in lines) + "\033[J")
+            self._out.flush()
+            self._height = len(lines)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the lines away while something else is printed; they come back below it."""
+        with self._lock:
+            if self._height:
+                self._out.write(f"\033[{self._height}F\033[J")
+                self._out.flush()
+            self._height = 0
+            yield
+
+    def leave(self) -> None:
+        """Let the lines stay where they are from now on."""
+        with self._lock:
+            self.standing.remove(self)
+
+
 @contextlib.contextmanager
 def bar_aside() -> Iterator[None]:
-    """Take a bar away while something is printed."""
+    """Take away what is drawn on the terminal, a bar or a table, while something is printed."""
     tqdm = sys.modules.get("tqdm")
-    with tqdm.tqdm.external_write_mode() if tqdm else contextlib.nullcontext():
+    with contextlib.ExitStack() as aside:
+        for screen in Screen.standing:
+            aside.enter_context(screen.aside())
+        if tqdm:
+            aside.enter_context(tqdm.tqdm.external_write_mode())
         yield
 
 
@@ -16786,6 +16869,8 @@ class Rows:
         self._kept: list[Document] = []
         self._widths: list[int] = []  # of the columns, once they are printed
         self.is_gone = False  # what reads them
+        self.look_s = READER_LOOK_S
+        self.status = ""  # which rows do not show
         self.directory: Directory | None = None
         self.fault = ""  # why rows are missing on `out`, unless its reader just went away
 
@@ -17113,6 +17198,10 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
 
 # Batches of at most a thousand rows that wait for a slow reader of stdout; beyond, it is waited for.
 BATCHES_UNREAD = 20
+# A live table is drawn so often at most; beside its rows stand the title, what does not fit, the status, the cursor.
+REDRAW_S, LINES_BESIDE = 0.2, 4
+# The store is looked at again for it after this time, and so many trades may come meanwhile.
+READ_AGAIN_S, TRADES_MEANWHILE = 2.0, 20_000
 # While no trade comes it is seen after so long that the reader went away.
 READER_LOOK_S = 1.0
 # After the end a slow reader has so long for the last rows.
@@ -17135,13 +17224,116 @@ def reader_is_gone() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+class LiveTable:
+    """The table of --show on a terminal, drawn anew as trades come; Ticks uses it as it does Rows.
+
+    What the store has of a code, and what its change is told against, is read on a thread of its own, which may have
+    to wait for MongoDB: no trade waits for it.
+    """
+
+    def __init__(self, table: QuoteTable, by: str, english: bool) -> None:
+        self.is_gone = False  # the terminal
+        self.fault = ""
+        self.look_s = REDRAW_S
+        self.status = ""
+        self._table = table
+        self._by = by
+        self._english = english
+        self._quotes: dict[str, Quote] = {}
+        self._unread: set[str] = set()  # codes of which the store is to be looked at
+        self._meanwhile: deque[StoredTrade] = deque(maxlen=TRADES_MEANWHILE)  # what came since it is
+        self._due = 0.0  # monotonic
+        self._lock = threading.Lock()
+        self._screen = Screen(sys.stdout)
+        self._woken = threading.Event()
+
+    def begin(self, reader: Reader, codes: Iterable[str]) -> None:
+        """Show what there is of codes, and what comes. Raises StockrtError where there is no thread."""
+        self._unread.update(codes)
+        self._woken.set()
+        start_thread(threading.Thread(target=self._read, args=(reader,), name="stockrt-table", daemon=True))
+
+    def add(self, documents: Sequence[Document]) -> None:
+        """Take documents that were stored, and draw, unless that was done just now."""
+        with self._lock:
+            for document in documents:
+                fields = [document[name] for name in ("_id", *TRADE_FIELDS, "stock_code")]
+                self._take(StoredTrade._make((*fields, "")))
+        if time.monotonic() >= self._due and not self.is_gone:
+            self._draw()
+
+    def close(self) -> None:
+        """Draw what came last, and let it stand."""
+        if not self.is_gone:
+            self._draw()
+        self._screen.leave()
+
+    def _take(self, trade: StoredTrade) -> None:
+        code = trade.stock_code
+        self._meanwhile.append(trade)
+        before = self._quotes.get(code)
+        if before is None:
+            span = trading_span(code, trade.t)
+            before = Quote(code, "", trade._replace(t=0), span, (), None)
+        after = with_trade(before, trade)
+        if code not in self._quotes or after.span.date != before.span.date:
+            self._unread.add(code)
+            self._woken.set()
+        self._quotes[code] = after
+
+    def _draw(self) -> None:
+        with self._lock:
+            found = in_order(list(self._quotes.values()), self._by)
+        try:
+            width, height = os.get_terminal_size(sys.stdout.fileno())
+            room = max(1, height - LINES_BESIDE)
+            is_resized = width != self._table.width
+            self._table.width = width
+            lines = self._table.lines(found[:room], time.time(), lit=True)
+            if len(found) > room:
+                lines.append(f"… {count_words(len(found) - room, 'more code')}")
+            self._screen.draw([*lines, fitting(self.status, width)], anew=is_resized)
+        except OSError:
+            self.is_gone = True
+        self._due = time.monotonic() + REDRAW_S
+
+    def _read(self, reader: Reader) -> None:
+        """Look at the store for the codes of which that is to be done, for as long as the process lives."""
+        while True:
+            self._woken.wait()
+            self._woken.clear()
+            with self._lock:
+                codes = sorted(self._unread)
+                self._meanwhile.clear()
+            try:
+                found = quotes(reader, codes, self._english)
+            except StoreError as error:  # it is said by those who store
+                log.debug("the table does without the store: %s", error)
+                self._woken.set()
+            else:
+                self._put(codes, found)
+            time.sleep(READ_AGAIN_S)
+
+    def _put(self, codes: Collection[str], found: Sequence[Quote]) -> None:
+        """Take what the store has, and what came since it was asked."""
+        with self._lock:
+            self._unread.difference_update(codes)
+            for one in found:
+                for trade in self._meanwhile:
+                    if trade.stock_code == one.code:
+                        one = with_trade(one, trade)
+                if one.code in self._quotes:  # what waits for MongoDB
+                    one = with_trade(one, self._quotes[one.code].trade)
+                self._quotes[one.code] = one
+
+
 class Ticks(Events):
     """Prints trades as they are stored, those that wait for MongoDB, too, on a thread of its own.
 
     The latest trade of a code that comes once more is not printed again. A reader that went away sets `stop`.
     """
 
-    def __init__(self, rows: Rows, stop: threading.Event) -> None:
+    def __init__(self, rows: Rows | LiveTable, stop: threading.Event) -> None:
         self._rows = rows
         self._stop = stop
         self._batches: queue.Queue[Sequence[Document]] = queue.Queue(BATCHES_UNREAD)
@@ -17163,6 +17355,10 @@ class Ticks(Events):
         """Have them printed: when MongoDB has them they are not told again."""
         self.stored(documents)
 
+    def collecting(self, stats: CollectStats) -> None:
+        """Have it said below the table, where there is one."""
+        self._rows.status = collect_words(stats)
+
     def close(self) -> None:
         """Print the last rows, as far as they are read."""
         self._is_ending.set()
@@ -17173,7 +17369,7 @@ class Ticks(Events):
         while not (self._is_ending.is_set() and self._batches.empty()):
             documents: Sequence[Document] = ()
             with contextlib.suppress(queue.Empty):
-                documents = self._batches.get(timeout=READER_LOOK_S)
+                documents = self._batches.get(timeout=self._rows.look_s)
             self._rows.add([document for document in documents if self._is_new(document)])
             if self._rows.is_gone or reader_is_gone():
                 self._rows.is_gone = True
@@ -17186,24 +17382,24 @@ class Ticks(Events):
         return bool(name != before)
 
 
-def run_collect(options: Options, settings: Settings) -> int:
+def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
     """Collect without pause until a signal, or until nobody reads the rows, and return the exit status."""
     settings = _settings_to_collect(options, settings)
-    rows = Rows(
-        sys.stdout,
-        options.json,
-        settings.color and sys.stdout.isatty(),
-        terminal_width(WIDEST),
-        is_live=True,
-    )
+    rows: Rows | LiveTable = Rows(sys.stdout, options.json, is_live=True)
+    if sys.stdout.isatty() and environ.get("TERM", "dumb") != "dumb" and not options.json:
+        table = quote_table(settings, environ, options.up)
+        rows = LiveTable(table, options.sort or "code", not is_chinese(environ))
     stop = StopEvent()
     stop_on_signals(stop)
     started_at = time.monotonic()
     ticks = Ticks(rows, stop)
     with Pipeline(settings, ticks, options.demo) as pipeline:
-        rows.directory = pipeline.directory
+        if isinstance(rows, Rows):
+            rows.directory = pipeline.directory
         collecting = Collecting(pipeline, settings, ticks)
         collecting.start()
+        if isinstance(rows, LiveTable):
+            rows.begin(pipeline.reader, _plain_codes(settings.collect_codes))
         pipeline.start_delivery()
         try:
             while not stop.is_set():
@@ -17212,12 +17408,24 @@ def run_collect(options: Options, settings: Settings) -> int:
         finally:
             collecting.close()
             ticks.close()
+            if isinstance(rows, LiveTable):
+                rows.close()
     if rows.fault:
         raise PrintError(rows.fault)
     if rows.is_gone:
         return EXIT_OK
     say(_collected_line(collecting.stats(), time.monotonic() - started_at))
     return EXIT_INTERRUPTED
+
+
+def _plain_codes(text: str) -> list[str]:
+    """Return the codes of COLLECT_CODES as they are stored; those of a file or a collection show when they trade."""
+    found = []
+    if text[:1] != "@" and text != WATCH:
+        for code in split_codes(text):
+            with contextlib.suppress(InstrumentError):
+                found.append(parse_code(code).code)
+    return found
 
 
 def need_stream(settings: Settings, stats: CollectStats) -> None:
@@ -18192,7 +18400,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if options.once:
         return run_once(options, loaded.settings)
     if options.collect:
-        return run_collect(options, loaded.settings)
+        return run_collect(options, loaded.settings, environ)
     if options.backfill is not None:
         return run_backfill(options, loaded.settings)
     if options.documents is not None:
