@@ -17318,13 +17318,13 @@ class LiveTable:
         """Take what the store has, and what came since it was asked."""
         with self._lock:
             self._unread.difference_update(codes)
-            for one in found:
-                for trade in self._meanwhile:
-                    if trade.stock_code == one.code:
-                        one = with_trade(one, trade)
-                if one.code in self._quotes:  # what waits for MongoDB
-                    one = with_trade(one, self._quotes[one.code].trade)
-                self._quotes[one.code] = one
+            read = {one.code: one for one in found}
+            for trade in self._meanwhile:
+                if trade.stock_code in read:
+                    read[trade.stock_code] = with_trade(read[trade.stock_code], trade)
+            for code, one in read.items():
+                before = self._quotes.get(code, one)
+                self._quotes[code] = with_trade(one, before.trade)  # it may wait for MongoDB
 
 
 class Ticks(Events):
