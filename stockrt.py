@@ -17217,6 +17217,10 @@ COLUMNS = (
 WIDEST = 1000
 
 
+# While no trade comes it is seen after so long that the reader went away.
+READER_LOOK_S = 1.0
+
+
 class Rows:
     """Prints stored trades on `out`: an aligned table in the order asked, or JSON lines.
 
@@ -17577,8 +17581,6 @@ BATCHES_UNREAD = 20
 REDRAW_S, LINES_BESIDE = 0.2, 4
 # The store is looked at again for it after this time, and so many trades may come meanwhile.
 READ_AGAIN_S, TRADES_MEANWHILE = 2.0, 20_000
-# While no trade comes it is seen after so long that the reader went away.
-READER_LOOK_S = 1.0
 # After the end a slow reader has so long for the last rows.
 LAST_ROWS_S = 2.0
 NO_STREAM_HINT = (
