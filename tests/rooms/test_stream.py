@@ -796,6 +796,35 @@ def test_trades_come_through_and_codes_change_at_once(vendor: Vendor) -> None:
     assert vendor.stream.violations == []
 
 
+def test_codes_that_another_thread_wants_are_asked_for_before_anything_else_is_due(
+    server: RawWebSocket,
+) -> None:
+    connection = StreamConnection(server.url, "stock", KEY)
+    assert connection.open() is None
+    threading.Timer(0.05, connection.want, (US[:1],)).start()
+    reading = threading.Thread(target=connection.read, args=(time.monotonic() + PATIENCE,))
+    reading.start()
+    assert asked(server)["code"] == 10000  # and no heartbeat before it
+    connection.wake()
+    reading.join(PATIENCE)
+    connection.close()
+
+
+def test_dialling_again_and_again_makes_no_more_frames_a_minute(server: RawWebSocket) -> None:
+    connection = StreamConnection(server.url, "stock", KEY)
+    connection.want(US[:600])
+    for _ in range(9):  # times six frames
+        assert connection.open() is None
+        connection.read(time.monotonic())
+        connection.close()
+    sent, ends = 0, 0
+    while ends < 9:
+        opcode, _ = server.next_frame()
+        sent += opcode == TEXT
+        ends += opcode == -1
+    assert sent == stockrt.ASKS_PER_MINUTE
+
+
 def test_a_thread_that_waits_is_woken(server: RawWebSocket) -> None:
     connection = StreamConnection(server.url, "stock", KEY)
     assert connection.open() is None
