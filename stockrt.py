@@ -12497,8 +12497,10 @@ POLL_SHARE = 0.5
 POLL_SOON_S = 10.0
 # Subscriptions come in frames: what is fetched after them is fetched together.
 BACK_TOGETHER_S = 0.5
-# What fails is tried again; and without any news it is looked around.
-PLAN_AGAIN_S, PLAN_LOOK_S = 10.0, 600.0
+# What fails is tried again.
+PLAN_AGAIN_S = 10.0
+# What the keys allow may have changed, or could not be had before.
+LIMITS_AGAIN_S = 300.0
 # How long leaving may take: for what connections and requests are at, and for what waits to be written.
 LEAVE_POLL_S, LEAVE_INTAKE_S = 0.7, 1.1
 
@@ -12528,13 +12530,15 @@ class Planner(threading.Thread):
         self._leaving = threading.Event()
         self._listed: Sequence[str] | None = None
         self._wanted: dict[str, list[str]] = {}  # by product
-        self._has_begun = False
+        self._has_begun = self._is_spread = False
         self._never: dict[
             str, dict[str, str]
         ] = {}  # by key and product, '' for all of them: why it is of no use
         self._back: set[str] = set()  # codes whose latest trades are to be fetched
-        self._poll_at = 0.0  # monotonic
-        self._gaps_at = 0.0  # monotonic
+        self._limits: dict[str, StreamLimits] = {}  # by key
+        self._limits_at = 0.0  # monotonic, as are:
+        self._poll_at = 0.0
+        self._gaps_at = 0.0
         self._rest_said = ""
         then = "trying again"
         self._trouble = LogThrottle("collecting", then=then)
@@ -12591,23 +12595,34 @@ class Planner(threading.Thread):
             if self._poll(silence.codes):
                 self._coverage.was_deaf(silence)
         self._coverage.complete(ended)
-        return min(self._watch.wait_s(), self._poll_instead(), self._deliver_gaps(), PLAN_LOOK_S)
+        return min(self._watch.wait_s(), self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
 
     def _plan(self) -> None:
         """Look at the list, and spread the codes where it has changed or a connection is of no use any more."""
         codes = self._watch.codes()
         over = [(feed, feed.end) for feed in self.feeds if feed.end is not None]
-        if codes is self._listed and not over:
+        if self._look_at_limits() or over or codes is not self._listed:
+            self._is_spread = False
+        if self._is_spread:
             return
         if codes is not self._listed:
             self._read(codes)
+            self._listed = codes
         for feed, end in over:
             what = "" if end.whole_key else feed.allotment.product
             self._never.setdefault(feed.allotment.key, {})[what] = end.words
             self._coverage.drop(feed.part)
             self.feeds.remove(feed)
         self._spread()
-        self._listed = codes
+        self._is_spread = True
+
+    def _look_at_limits(self) -> bool:
+        """Ask now and then what keys allow, and return whether that has changed."""
+        now, before = time.monotonic(), self._limits
+        if now >= self._limits_at:
+            self._limits = self._pipeline.stream_limits(self._leaving)
+            self._limits_at = now + LIMITS_AGAIN_S
+        return self._limits != before
 
     def _read(self, codes: Sequence[str]) -> None:
         """Find out what the codes mean."""
@@ -12628,7 +12643,7 @@ class Planner(threading.Thread):
         """Let connections bring what they can."""
         limits = {
             digest: one._replace(not_for=one.not_for | self._never.get(digest, {}).keys())
-            for digest, one in self._pipeline.stream_limits(self._leaving).items()
+            for digest, one in self._limits.items()
             if "" not in self._never.get(digest, ())
         }
         before = [feed.allotment for feed in self.feeds]
