@@ -17796,7 +17796,7 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
         try:
             while not stop.is_set():
                 stop.wait(min(pipeline.finalise(stop), READER_LOOK_S))
-                need_stream(settings, collecting.stats())
+                _need_use(settings, pipeline, collecting.stats())
         finally:
             collecting.close()
             ticks.close()
@@ -17820,8 +17820,11 @@ def _plain_codes(text: str) -> list[str]:
     return found
 
 
-def need_stream(settings: Settings, stats: CollectStats) -> None:
-    """Raise SettingsError where every trade is asked for, and the keys' plans let the stream bring none."""
+def _need_use(settings: Settings, pipeline: Pipeline, stats: CollectStats) -> None:
+    """Raise SettingsError where no key serves, or every trade is asked for and the stream brings none with them."""
+    dead = [key.dead for key in pipeline.keys.keys if key.dead]
+    if dead and len(dead) == len(pipeline.keys.keys):
+        raise SettingsError([f"INFOWAY_API_KEY: no key can be used any more: {dead[0]}"])
     if settings.collect and stats.polled and not stats.connections_wanted:
         raise SettingsError([NO_STREAM_HINT])
 
@@ -18194,12 +18197,11 @@ def _collect_faults(facts: Mapping[str, Any]) -> list[str]:
 
 def _collect_line(facts: Mapping[str, Any]) -> str:
     """Return what is collected, in all and now, for a person."""
+    if facts["at"] is None:
+        return "nothing now"
     stats = _collect_stats(facts)
-    line = collect_words(stats)
-    if facts["at"] is not None:
-        line += (
-            f", at {facts['at']}; since the start {count_words(stats.trades, 'trade')}, {stats.stored} new"
-        )
+    line = f"{collect_words(stats)}, at {facts['at']}"
+    line += f"; since the start {count_words(stats.trades, 'trade')}, {stats.stored} new"
     if stats.dropped:
         line += f", {stats.dropped} dropped"
     return line
@@ -18228,8 +18230,11 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
         ("platform", _platform_line(status["platform"])),
     ]
     if status["collecting"] is not None:
-        lines.append(("collecting", _collect_line(status["collecting"])))
-        streams: Sequence[StreamFacts] = status["collecting"]["streams"] or ()
+        facts: Mapping[str, Any] = status["collecting"]
+        if not status["daemon"]["running"]:
+            facts = dict.fromkeys(facts)
+        lines.append(("collecting", _collect_line(facts)))
+        streams: Sequence[StreamFacts] = facts["streams"] or ()
         lines += [
             ("stream", _stream_line(one)) for one in streams if one["why"] or one["state"] != "connected"
         ]
