@@ -18056,7 +18056,7 @@ def _ways(settings: Settings) -> str:
         asked.insert(1, ("the stream", "http" + settings.stream_url.removeprefix("ws")))
     for what, url in asked:
         proxy = settings.proxies.for_url(url)
-        if proxy is not None:
+        if url and proxy is not None:
             ways.append(f"{what} through {proxy.shown} ({proxy.setting})")
         elif url:
             ways.append(f"{what} straight")

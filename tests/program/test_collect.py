@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -399,6 +400,20 @@ def test_the_stream_shows_each_trade_as_it_is_stored(
     assert vendor.stream.missing(shown) == []
 
 
+def test_what_a_poll_brings_once_more_is_no_row_again(tmp_path: Path) -> None:
+    """Neither the latest of a code, for however long, nor what was pushed just before."""
+    trades = [stockrt.Trade("BTCUSDT", t, "1.0", "2", "2.0", 0) for t in range(3)]
+    first, second, third = (stockrt.to_document(trade, datetime(2026, 11, 28)) for trade in trades)
+    with (tmp_path / "rows").open("w+") as out:
+        ticks = stockrt.Ticks(stockrt.Rows(out, as_json=True, is_live=True), threading.Event())
+        for documents in ([first, second], [second, first], [third], [second, third], [third]):
+            ticks.stored(documents)
+        ticks.close()
+        out.seek(0)
+        shown = [json.loads(line)["t"] for line in out]
+    assert shown == [0, 1, 2] and not ticks.is_held_up()
+
+
 def test_a_slow_reader_is_waited_for_and_held_up_it_ends(
     start_collect: StartCollect, vendor: Vendor, tmp_path: Path
 ) -> None:
@@ -460,6 +475,9 @@ def test_check_says_what_the_stream_allows(run_pyz: RunPyz, vendor: Vendor) -> N
     assert checked().endswith("9 connections, 600 codes each, 5000 in all")
     vendor.stream.refuse_handshakes(401)
     assert re.search("^FAIL  stream, .*401", checked())
+    env |= {"HTTP_PROXY": "http://proxy.example:3128", "NO_PROXY": "127.0.0.1"}
+    proxy = run_pyz("--check", env=env).stdout
+    assert "proxy: the API straight, the stream straight\n" in proxy
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(start_collect: StartCollect) -> None:
