@@ -400,18 +400,22 @@ def test_the_stream_shows_each_trade_as_it_is_stored(
     assert vendor.stream.missing(shown) == []
 
 
-def test_what_a_poll_brings_once_more_is_no_row_again(tmp_path: Path) -> None:
+def test_what_a_poll_brings_once_more_is_no_row_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither the latest of a code, for however long, nor what was pushed just before."""
-    trades = [stockrt.Trade("BTCUSDT", t, "1.0", "2", "2.0", 0) for t in range(3)]
-    first, second, third = (stockrt.to_document(trade, datetime(2026, 11, 28)) for trade in trades)
+    monkeypatch.setattr(stockrt, "ROWS_REMEMBERED", 3)
+    codes = [CODES[0]] * 3 + [CODES[1]] * 3
+    trades = [stockrt.Trade(code, t, "1.0", "2", "2.0", 0) for t, code in enumerate(codes)]
+    documents = [stockrt.to_document(trade, datetime(2026, 11, 28)) for trade in trades]
     with (tmp_path / "rows").open("w+") as out:
         ticks = stockrt.Ticks(stockrt.Rows(out, as_json=True, is_live=True), threading.Event())
-        for documents in ([first, second], [second, first], [third], [second, third], [third]):
-            ticks.stored(documents)
+        for numbers in ([0, 1], [1, 0], [2], [1, 2], [2], [3, 4, 5], [2], [5]):
+            ticks.stored([documents[number] for number in numbers])
         ticks.close()
         out.seek(0)
         shown = [json.loads(line)["t"] for line in out]
-    assert shown == [0, 1, 2] and not ticks.is_held_up()
+    assert shown == [0, 1, 2, 3, 4, 5] and not ticks.is_held_up()
 
 
 def test_a_slow_reader_is_waited_for_and_held_up_it_ends(
