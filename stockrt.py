@@ -12198,10 +12198,17 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         _check_symbols(options.symbols)
     if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
         raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
-    for_json = (options.once, options.status, options.executions, options.rejects, options.symbols)
+    for_json = (
+        options.once,
+        options.check,
+        options.status,
+        options.executions,
+        options.rejects,
+        options.symbols,
+    )
     if options.json and not any(for_json):
         raise UsageError(
-            "--json goes with --once, --status, --executions, --rejects or --symbols; see --help"
+            "--json goes with --once, --check, --status, --executions, --rejects or --symbols; see --help"
         )
     for flag in ("codes", "codes_file"):
         if getattr(options, flag) and not options.once and options.backfill is None:
@@ -12728,13 +12735,17 @@ HIDDEN_WORDS = (
 )
 
 
-def run_check(loaded: LoadedSettings, is_service_hidden: bool) -> int:
-    """Check everything that a run needs, print a line each, and return the exit status."""
+def run_check(loaded: LoadedSettings, is_service_hidden: bool, as_json: bool) -> int:
+    """Check everything that a run needs, print a line or a JSON document each, and return the exit status."""
     failed = False
     settings = loaded.settings
     for check in _checks(loaded, is_service_hidden):
         failed |= not check.good
-        show(settings.redact(_check_line(check)))
+        check = check._replace(words=settings.redact(check.words))
+        line = _check_line(check)
+        if as_json:
+            line = json.dumps(check._asdict(), ensure_ascii=False)
+        show(line)
     return EXIT_FAILED if failed else EXIT_OK
 
 
@@ -12850,7 +12861,12 @@ def _ways(settings: Settings) -> str:
 
 # The exit statuses of --status, as the Linux Standard Base has them for services.
 STATUS_WELL, STATUS_WRONG, STATUS_NOT_RUNNING, STATUS_UNKNOWN = 0, 1, 3, 4
-STATUS_WORDS = {STATUS_WELL: "well", STATUS_WRONG: "something is wrong", STATUS_NOT_RUNNING: "not running"}
+STATUS_WORDS = {
+    STATUS_WELL: "well",
+    STATUS_WRONG: "something is wrong",
+    STATUS_NOT_RUNNING: "not running",
+    STATUS_UNKNOWN: "unknown",
+}
 
 
 class DaemonFacts(TypedDict, total=False):
@@ -12882,9 +12898,10 @@ class LastExecution(TypedDict):
 class StatusReport(TypedDict):
     """What --status shows, and prints as JSON.
 
-    `wrong`: what is, in words. `totals`: what was counted since the first execution, and `since` when; empty before.
+    `status`: one of STATUS_WORDS. `wrong`: what is, in words, and `to_do` what mends it. `totals`: what was counted since the first execution, and `since` when; empty before.
     """
 
+    status: str
     version: str
     daemon: DaemonFacts
     registration: str | None
@@ -12897,6 +12914,14 @@ class StatusReport(TypedDict):
     totals: dict[str, int | str]
     keys: list[KeyUsage]
     wrong: list[str]
+    to_do: list[str]
+
+
+class Trouble(NamedTuple):
+    """What is wrong, and what a person can do about it."""
+
+    what: str
+    to_do: str
 
 
 def gather_status(settings: Settings) -> StatusReport:
@@ -12919,6 +12944,7 @@ def gather_status(settings: Settings) -> StatusReport:
     with without_traces(settings) as looked_at, Pipeline(looked_at) as pipeline:
         spool, keys = pipeline.queued(told.get("spool_refused", 0)), pipeline.usage(states)
     status: StatusReport = {
+        "status": "",
         "version": __version__,
         "daemon": daemon,
         "registration": shorten(module_hash) if module_hash else None,
@@ -12931,15 +12957,30 @@ def gather_status(settings: Settings) -> StatusReport:
         "totals": {},
         "keys": keys,
         "wrong": [],
+        "to_do": [],
     }
+    troubles: list[Trouble] = []
     if (directory / JOURNAL_NAME).exists():
-        _ask_journal(directory, status)
-    status["wrong"] += _what_is_wrong(status)
+        troubles = _ask_journal(directory, status)
+    troubles += _what_is_wrong(status)
+    status["wrong"] = [trouble.what for trouble in troubles]
+    status["to_do"] = list(dict.fromkeys(trouble.to_do for trouble in troubles))
+    status["status"] = STATUS_WORDS[STATUS_WRONG if troubles else STATUS_WELL]
+    if not daemon["running"]:
+        status["status"] = STATUS_WORDS[STATUS_NOT_RUNNING]
+        status["to_do"].insert(0, _how_to_start(settings))
     return status
 
 
-def _ask_journal(directory: Path, status: StatusReport) -> None:
-    """Fill in what the journal knows. Raises StoreError."""
+def _how_to_start(settings: Settings) -> str:
+    if not settings.platform_url():
+        return "nothing for --once; a daemon needs SERVER_IP and SERVER_PORT"
+    return f"start it: sudo systemctl start {UNIT.removesuffix('.service')}, or stockrt.pyz without a command"
+
+
+def _ask_journal(directory: Path, status: StatusReport) -> list[Trouble]:
+    """Fill in what the journal knows, and return what is wrong by it. Raises StoreError."""
+    troubles = []
     with contextlib.closing(Journal(directory)) as journal:
         status["waiting"] = journal.count_waiting(bool(status["daemon"]["running"]))
         totals, last = journal.totals(), journal.last(1, only_ended=True)
@@ -12954,7 +12995,8 @@ def _ask_journal(directory: Path, status: StatusReport) -> None:
             "at": str(one["ended_at"]),
         }
         if one["status"] != "success" and one["delivered"] is not None:
-            status["wrong"].append("the last execution failed")
+            troubles.append(Trouble("the last execution failed", "see --executions 1"))
+    return troubles
 
 
 def _whole_or_partial(one: ExecutionFacts) -> str:
@@ -12964,19 +13006,23 @@ def _whole_or_partial(one: ExecutionFacts) -> str:
     return str(one["status"] or "not ended")
 
 
-def _what_is_wrong(status: StatusReport) -> list[str]:
+def _what_is_wrong(status: StatusReport) -> list[Trouble]:
     """Return what is wrong beside what the journal knows of."""
     wrong = []
     if status["daemon"]["running"] and status["platform"]["state"] != "connected":
-        wrong.append("no connection to the platform")
+        to_do = "see --check and the daemon's log; it tries again by itself"
+        wrong.append(Trouble("no connection to the platform", to_do))
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
-        wrong.append(f"{waiting_words(spool['trades'])} for MongoDB")
+        to_do = "see --check; they follow when MongoDB takes them, at once with --drain"
+        wrong.append(Trouble(f"{waiting_words(spool['trades'])} for MongoDB", to_do))
     if spool is not None and spool["rejects"]:
-        wrong.append(f"{count_words(spool['rejects'], 'document')} refused by MongoDB")
-    wrong += [f"API key {key['key']} is out" for key in keys if key["state"] == "out"]
+        words = f"{count_words(spool['rejects'], 'document')} refused by MongoDB"
+        wrong.append(Trouble(words, "see --rejects; then --drain --retry or --rejects --discard"))
+    to_do = "see its line below; renew its plan or replace it in INFOWAY_API_KEY"
+    wrong += [Trouble(f"API key {key['key']} is out", to_do) for key in keys if key["state"] == "out"]
     if keys and all(key["state"] == "resting" for key in keys):
-        wrong.append("every API key rests")
+        wrong.append(Trouble("every API key rests", "wait, or add another key to INFOWAY_API_KEY"))
     return wrong
 
 
@@ -12988,15 +13034,13 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
     if is_service_hidden or is_hidden(settings.state_directory):
         return _show_unknown(as_json)
     status = gather_status(settings)
-    code = STATUS_NOT_RUNNING
-    if status["daemon"]["running"]:
-        code = STATUS_WRONG if status["wrong"] else STATUS_WELL
+    code = next(code for code, words in STATUS_WORDS.items() if words == status["status"])
     if as_json:
         show(settings.redact(json.dumps(status, ensure_ascii=False)))
         return code
     waiting, last = status["waiting"], status["last_execution"]
     lines = [
-        ("status", ": ".join([STATUS_WORDS[code], *filter(None, ["; ".join(status["wrong"])])])),
+        ("status", _status_line(status)),
         ("version", status["version"]),
         ("daemon", _daemon_line(status["daemon"])),
         ("registration", status["registration"] or "none: run --register"),
@@ -13022,14 +13066,25 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
     return code
 
 
+def _status_line(status: StatusReport) -> str:
+    """Return whether all is well, and if not, what is wrong and what to do."""
+    line = status["status"]
+    if status["wrong"]:
+        line += f": {'; '.join(status['wrong'])}"
+    if status["to_do"]:
+        line += f". To do: {'; '.join(status['to_do'])}"
+    return line
+
+
 def _show_unknown(as_json: bool) -> int:
     """Say of everything that it is not known: what cannot be looked at is not down, and not unregistered."""
-    why = "this user may not look at it: run as root"
+    why, to_do = "this user may not look at it", "run as root"
     if as_json:
+        known = {"status": STATUS_WORDS[STATUS_UNKNOWN], "version": __version__, "daemon": {"running": None}}
         unknown: dict[str, object] = dict.fromkeys(StatusReport.__annotations__)
-        show(json.dumps(unknown | {"version": __version__, "daemon": {"running": None}, "wrong": [why]}))
+        show(json.dumps(unknown | known | {"wrong": [why], "to_do": [to_do]}))
         return STATUS_UNKNOWN
-    lines = [f"{'status':<15} unknown: {why}", f"{'version':<15} {__version__}"]
+    lines = [f"{'status':<15} unknown: {why}. To do: {to_do}", f"{'version':<15} {__version__}"]
     parts = ("daemon", "registration", "platform", "store", "waiting", "last execution", "API key")
     show("\n".join([*lines, *(f"{part:<15} unknown" for part in parts)]))
     return STATUS_UNKNOWN
@@ -13429,7 +13484,7 @@ def _run_short(options: Options, loaded: LoadedSettings, hidden: bool) -> int:
     if options.rejects:
         return run_rejects(loaded.settings, options.json)
     if options.check:
-        return run_check(loaded, hidden)
+        return run_check(loaded, hidden, options.json)
     return run_check_settings(loaded, hidden)
 
 
