@@ -12898,7 +12898,8 @@ class LastExecution(TypedDict):
 class StatusReport(TypedDict):
     """What --status shows, and prints as JSON.
 
-    `status`: one of STATUS_WORDS. `wrong`: what is, in words, and `to_do` what mends it. `totals`: what was counted since the first execution, and `since` when; empty before.
+    `status`: one of STATUS_WORDS. `wrong`: what is, in words, and `to_do` what mends it. `totals`: what was counted
+    since the first execution, and `since` when; empty before.
     """
 
     status: str
