@@ -34,6 +34,7 @@ above it:
     Daemon             inbox, outbox, and the three threads
     Service manager    notifications, the journal's priorities, metrics
     Migration          what the older client of the platform left: settings, hash, documents
+    Views              the dashboard
     Command line       options, rows, commands, `main`
 
 The daemon's threads: the socket's (main) owns link, protocol and outbox, and waits for nothing but its inbox and the
@@ -11258,6 +11259,7 @@ METRICS = (
 )
 # fmt: on
 LATENCY = "stockrt_api_latency_seconds"
+LATENCY_HELP = "Time from a request to the whole answer."
 # The state directory of the one daemon that most machines have: its series stay without a label.
 USUAL_INSTANCE = "stockrt"
 # So much of a key's digest names it.
@@ -11319,7 +11321,7 @@ class Metrics:
         with self._lock:
             lines = [line for metric in self._metrics for line in self._lines(metric)]
             lines += [
-                f"# HELP {LATENCY} Time from a request to the whole answer.",
+                f"# HELP {LATENCY} {LATENCY_HELP}",
                 f"# TYPE {LATENCY} histogram",
             ]
             limits = (*map(_number_text, LATENCY_BUCKETS_S), "+Inf")
@@ -12020,6 +12022,155 @@ def _same_digits(document: Document) -> tuple[object, ...]:
 
 
 # ======================================================================================================
+# Views: what is in the stores and in the metrics, for the eye
+# ======================================================================================================
+
+# ------------------------------------------------------------------------------------------------------
+# The dashboard
+# ------------------------------------------------------------------------------------------------------
+
+
+class Panel(NamedTuple):
+    """A panel of the Grafana dashboard; `queries`: PromQL and what names its lines; `states`: the words of 0, 1 …"""
+
+    title: str
+    kind: str
+    unit: str
+    queries: tuple[tuple[str, str], ...]
+    states: tuple[str, ...] = ()
+
+
+# Of two daemons on one machine the second has its name in the other label; see the README's section on metrics.
+_WHOSE = "{{instance}} {{exported_instance}}"
+
+
+def _line(expression: str, legend: str = _WHOSE) -> tuple[str, str]:
+    return expression, legend
+
+
+def _share(percent: int) -> tuple[str, str]:
+    """Return the query of the time within which so many per cent of the API's answers came."""
+    rates = f"sum by (le) (rate({LATENCY}_bucket[$__rate_interval]))"
+    return f"histogram_quantile({percent / 100}, {rates})", f"{percent} %"
+
+
+def _counted(metric: str, label: str = "") -> tuple[str, str]:
+    """Return the query of what a counter counted lately, by its label."""
+    increase = f"(increase({metric}[$__rate_interval]))"
+    return (f"sum by ({label}) {increase}", f"{{{{{label}}}}}") if label else (f"sum {increase}", metric)
+
+
+# fmt: off
+PANELS = (
+    Panel("Connected to the platform", "stat", "short", (_line("stockrt_platform_connected"),), ("no", "yes")),
+    Panel("Version", "stat", "short", (_line("stockrt_info", "{{version}}"),)),
+    Panel("Running since", "stat", "dateTimeFromNow", (_line("stockrt_start_time_seconds * 1000"),)),
+    Panel("Last execution that stored every code", "stat", "dateTimeFromNow",
+          (_line("(stockrt_last_success_timestamp_seconds > 0) * 1000"),)),
+    Panel("Executions", "timeseries", "short", (_counted("stockrt_executions_total", "outcome"),)),
+    Panel("Trades", "timeseries", "short",
+          (_counted("stockrt_trades_stored_total"), _counted("stockrt_trades_duplicate_total"))),
+    Panel("Codes that failed", "timeseries", "short", (_counted("stockrt_codes_failed_total", "reason"),)),
+    Panel("Codes without a new trade although their market was open", "timeseries", "short",
+          (_line("stockrt_codes_stale"),)),
+    Panel("Waiting in the daemon", "timeseries", "short",
+          (_line("stockrt_waiting_executions", f"executions {_WHOSE}"),
+           _line("stockrt_waiting_results", f"results {_WHOSE}"),
+           _line("stockrt_waiting_documents", f"documents {_WHOSE}"))),
+    Panel("Connections made to the platform", "timeseries", "short",
+          (_counted("stockrt_platform_connections_total"),)),
+    Panel("Requests to the API", "timeseries", "short", (_counted("stockrt_api_requests_total", "answer"),)),
+    Panel("Time until the API's answer", "timeseries", "s",
+          (_share(50), _share(95), _share(99),
+           _line(f"sum(rate({LATENCY}_sum[$__rate_interval])) / sum(rate({LATENCY}_count[$__rate_interval]))",
+                 "mean"))),
+    Panel("Requests of each key today", "timeseries", "short",
+          (_line("stockrt_api_key_requests_today", "{{key}} used"),
+           _line("stockrt_api_key_requests_left", "{{key}} left"))),
+    Panel("State of each key", "state-timeline", "short", (_line("stockrt_api_key_state", "{{key}}"),), KEY_STATES),
+    Panel("End of each key's plan", "stat", "dateTimeFromNow",
+          (_line("(stockrt_api_key_end_timestamp_seconds > 0) * 1000", "{{key}}"),)),
+    Panel("Documents that MongoDB refused", "stat", "short", (_line("stockrt_spool_rejects"),)),
+    Panel("Trades that wait for MongoDB", "timeseries", "short", (_line("stockrt_spool_trades"),)),
+    Panel("Bytes that wait for MongoDB", "timeseries", "bytes", (_line("stockrt_spool_bytes"),)),
+    Panel("Trades that found no room", "timeseries", "short", (_counted("stockrt_spool_refused_total"),)),
+)
+# fmt: on
+# Columns and rows of Grafana's grid, of which a line has 24 columns.
+_PANEL_SIZES = {"stat": (6, 4), "timeseries": (12, 8), "state-timeline": (12, 4)}
+_GRID_COLUMNS = 24
+# Grafana brings older models up to date by themselves when they are imported.
+_GRAFANA_SCHEMA = 39
+_METRIC_NAME = re.compile(r"\bstockrt_[a-z_]+")
+
+
+def dashboard() -> dict[str, Any]:
+    """Return a Grafana dashboard over the metrics, as its import takes it; data source and instances are variables."""
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    instances = "label_values(stockrt_info, instance)"
+    of_instance: dict[str, Any] = {
+        "name": "instance",
+        "label": "Instance",
+        "type": "query",
+        "datasource": source,
+    }
+    variables = [
+        {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"},
+        of_instance
+        | {"query": {"query": instances, "refId": "instances"}, "definition": instances}
+        | {"refresh": 2, "multi": True, "includeAll": True, "current": {"text": "All", "value": "$__all"}},
+    ]
+    about = {"uid": "stockrt", "title": "stockrt", "tags": ["stockrt"], "schemaVersion": _GRAFANA_SCHEMA}
+    times = {"timezone": "browser", "refresh": "30s", "time": {"from": "now-24h", "to": "now"}}
+    return (
+        about | times | {"editable": True, "templating": {"list": variables}, "panels": list(_placed(source))}
+    )
+
+
+def _placed(source: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield the panels one beside the other, as many as a line has room for."""
+    x = y = below = 0
+    for number, panel in enumerate(PANELS, start=1):
+        width, height = _PANEL_SIZES[panel.kind]
+        if x + width > _GRID_COLUMNS:
+            x, y = 0, below
+        place = {"x": x, "y": y, "w": width, "h": height}
+        x, below = x + width, max(below, y + height)
+        yield {"id": number, "gridPos": place, "datasource": source} | _panel_model(panel, source)
+
+
+def _panel_model(panel: Panel, source: Mapping[str, str]) -> dict[str, Any]:
+    targets = [
+        {
+            "refId": chr(ord("A") + place),
+            "datasource": source,
+            "expr": _METRIC_NAME.sub(r'\g<0>{instance=~"$instance"}', expression),
+            "legendFormat": legend,
+        }
+        for place, (expression, legend) in enumerate(panel.queries)
+    ]
+    words = {str(number): {"text": text, "index": number} for number, text in enumerate(panel.states)}
+    defaults: dict[str, Any] = {
+        "unit": panel.unit,
+        "mappings": [{"type": "value", "options": words}] * bool(words),
+    }
+    model: dict[str, Any] = {"title": panel.title, "type": panel.kind, "targets": targets}
+    if panel.kind == "stat" and panel.unit == "short" and not panel.states:
+        model["options"] = {"textMode": "value_and_name"}
+    return model | {
+        "description": _help(panel),
+        "fieldConfig": {"defaults": defaults, "overrides": []},
+    }
+
+
+def _help(panel: Panel) -> str:
+    """Return what the metrics of a panel say of themselves."""
+    helps = {metric.name: metric.help for metric in METRICS} | {f"{LATENCY}_bucket": LATENCY_HELP}
+    names = _METRIC_NAME.findall(" ".join(expression for expression, _ in panel.queries))
+    return " ".join(helps[name] for name in dict.fromkeys(names) if name in helps)
+
+
+# ======================================================================================================
 # Command line
 # ======================================================================================================
 
@@ -12051,6 +12202,7 @@ class Options:
     """What the command line asks for; with nothing of it this is the daemon."""
 
     once = check = check_settings = status = drain = rejects = reload = register = False
+    grafana = False
     json = demo = retry = discard = force = dry_run = False
     backfill: int | None = None
     executions: int | None = None
@@ -12138,6 +12290,9 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         const="",
         metavar="DIR",
         help="take settings and module hash over from the older client's directory, with --documents its documents",
+    )
+    what.add_argument(
+        "--grafana", action="store_true", help="print a Grafana dashboard over the metrics of METRICS_FILE"
     )
     what.add_argument("--version", action="version", version=f"stockrt {__version__}")
 
@@ -13443,6 +13598,9 @@ def run_documents(options: Options, settings: Settings, source: str = OLD_COLLEC
 def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run one command line and return its exit status. Raises StockrtError: what the operator must mend."""
     options = parse_arguments(argv)
+    if options.grafana:
+        show(json.dumps(dashboard(), indent=2))
+        return EXIT_OK
     if options.migrate:
         return run_migrate(options, environ)
     unit = find_unit(environ, options.env_file)

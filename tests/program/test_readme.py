@@ -184,6 +184,7 @@ HERE = {
     "./stockrt.pyz --rejects --discard": "",
     "./stockrt.pyz --backfill 60 --codes-file codes.txt": "1 code, 0 failed, 60 closes added",
     "./stockrt.pyz --backfill 60": "4 codes, 0 failed, 180 closes added",
+    "./stockrt.pyz --grafana": '"title": "stockrt"',
     "./stockrt.pyz --register": "registered 股票实时数据获取模块 at http://",
 }
 # The others: the test that runs them, or why none does.
