@@ -2,6 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
+#     "plotext>=5.3,<6",
 #     "pymongo>=4.10",
 #     "python-dotenv>=1.0",
 #     "tqdm>=4.66",
