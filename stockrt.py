@@ -28,6 +28,7 @@ above it:
     Stores             the contract and its promises; SQLite, MongoDB
     Closing prices     which trade is the close of a session
     Delivery           what waits on this machine for MongoDB, and the one loop that delivers it
+    Reading            what the views read from both stores: last trades, candles, closes, gaps, names
     Run                codes in, report out: everything above put together in one place
     Platform protocol  text in, events out: pure
     Platform link      registration, presence, the WebSocket
@@ -5870,6 +5871,23 @@ def read_symbols(kind: str, envelope: Mapping[str, Any]) -> list[Symbol] | None:
     return found
 
 
+def kept_symbols(file: LocalFile, codes: Collection[str]) -> list[Symbol]:
+    """Return the entries of codes in the lists that are kept in the local file. Raises StoreError."""
+    query = "SELECT * FROM symbols WHERE code IN (SELECT value FROM json_each(?)) ORDER BY code, type"
+    return [Symbol(*row) for row in file.read_all(query, json.dumps([*codes]))]
+
+
+def symbol_names(file: LocalFile, codes: Collection[str], english: bool = False) -> dict[str, str]:
+    """Return the names of codes as far as their lists are kept in the local file. Raises StoreError."""
+    found: dict[str, list[str]] = {}
+    for symbol in kept_symbols(file, codes):
+        name = symbol.name
+        if english:
+            name = symbol.name_en or name
+        found.setdefault(symbol.code, []).append(name)
+    return {code: " / ".join(dict.fromkeys(filter(None, names))) for code, names in found.items()}
+
+
 class Directory:
     """Which instruments exist: the API's symbol lists, each asked for when something needs it, once a day at most.
 
@@ -5920,10 +5938,7 @@ class Directory:
 
     def names(self, codes: Collection[str]) -> dict[str, str]:
         """Return the names of codes as far as their lists are here: nothing is asked for."""
-        found: dict[str, list[str]] = {}
-        for symbol in self._exactly(codes):
-            found.setdefault(symbol.code, []).append(symbol.name)
-        return {code: " / ".join(dict.fromkeys(filter(None, names))) for code, names in found.items()}
+        return symbol_names(self._file, codes)
 
     def find(self, unclear: UnclearCode, stop: threading.Event) -> Instrument | None:
         """Return what a text means whose form does not tell, None where the lists know nothing of it.
@@ -5935,7 +5950,7 @@ class Directory:
         why = self.refresh(SYMBOL_TYPES if is_name else self._types_of(guesses), stop)
         if why and why != ASKED_IN_VAIN:  # which was said then
             log.warning("the symbol lists cannot be had: %s", why)
-        exact = self._exactly({unclear.text, *(guess.code for guess in guesses)})
+        exact = kept_symbols(self._file, {unclear.text, *(guess.code for guess in guesses)})
         if len(exact) == 1 and exact[0].code == unclear.text:
             return Instrument(exact[0].code, SYMBOL_TYPES[exact[0].type])
         if not exact and is_name:
@@ -5955,7 +5970,7 @@ class Directory:
             types = [kind for kind in types if SYMBOL_TYPES[kind] == market.product]
         if self.refresh(types, stop):
             return ""
-        found = [symbol for symbol in self._exactly([unknown.code]) if symbol.type in types]
+        found = [symbol for symbol in kept_symbols(self._file, [unknown.code]) if symbol.type in types]
         if found:
             name = found[0].name or found[0].code
             return f"the API lists it as {name}, but has no trade of it, or not for this key's plan"
@@ -5969,10 +5984,6 @@ class Directory:
             if suffix in MARKETS:
                 types.add(f"STOCK_{'CN' if suffix in ('SH', 'SZ') else suffix}")
         return [kind for kind in SYMBOL_TYPES if kind in types]
-
-    def _exactly(self, codes: Collection[str]) -> list[Symbol]:
-        query = "SELECT * FROM symbols WHERE code IN (SELECT value FROM json_each(?)) ORDER BY code, type"
-        return [Symbol(*row) for row in self._file.read_all(query, json.dumps([*codes]))]
 
     def _keep(self, kind: str, symbols: Iterable[Symbol], today: str) -> None:
         with self._file.write() as db:
@@ -6560,7 +6571,7 @@ class MongoStore:
 
         moments = [{name: document[name] for name in ("stock_code", "t")} for document in documents]
         try:
-            return [*filter(_is_trade, self.collection().find({"$or": moments}))]
+            return [*filter(is_trade, self.collection().find({"$or": moments}))]
         except PyMongoError as error:
             raise self._fault(error) from error
 
@@ -6580,7 +6591,7 @@ class MongoStore:
             while missing and until >= since:
                 first = max(since, until - span)
                 wanted = {"stock_code": {"$in": missing}, "t": {"$gte": first, "$lte": until}}
-                for document in filter(_is_trade, self.collection().find(wanted)):
+                for document in filter(is_trade, self.collection().find(wanted)):
                     code = document["stock_code"]
                     if code not in found or _order(found[code]) < _order(document):
                         found[code] = document
@@ -6764,6 +6775,17 @@ class MongoStore:
                 [f"MONGODB_HOST={self._settings.mongodb_shown()!r}: {self._settings.redact(one_line(error))}"]
             ) from None
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Raise StoreAway in place of whatever pymongo raises in the block."""
+        from bson.errors import BSONError
+        from pymongo.errors import PyMongoError
+
+        try:
+            yield
+        except (PyMongoError, BSONError) as error:
+            raise self._fault(error) from error
+
     def start_threads(self) -> None:
         """Let pymongo start its threads before others take what there are. Raises StockrtError where there are none."""
         from pymongo import timeout
@@ -6906,7 +6928,7 @@ def _order(document: Document) -> tuple[Any, ...]:
     return tuple((isinstance(value, str), value) for value in plain)
 
 
-def _is_trade(document: Document) -> bool:
+def is_trade(document: Document) -> bool:
     """Return whether a document of the collection is a trade that stockrt stored; other programs may write there."""
     times = [document.get(name) for name in ("t", "td")]
     numbers = [document.get(name) for name in ("p", "v", "vw")]
@@ -8091,6 +8113,505 @@ class Delivery:
 
 
 # ======================================================================================================
+# Reading: what the views read from both stores
+# ======================================================================================================
+#
+# Times are epoch milliseconds, spans are half open (since <= t < until), numbers exact decimal texts whatever type
+# MONGODB_NUMERIC_TYPE gave them. An `_id` begins with code and time: the order of `_id`, of which each store has an
+# index, is that of codes and, of each code, that of times, as long as those have as many digits.
+
+# Trades that are read at once: 5 MB.
+TRADES_READ = 5_000
+# A close from before so many days is none that a change could be told against.
+REFERENCE_DAYS = 31
+# Codes of one question about closes or candles.
+CODES_ASKED = 50
+GAP_TABLE = "stream_gaps"
+# Spans in which all times of trades have as many digits.
+EQUALLY_LONG_MS = ((EARLIEST_TRADE_MS, 10**12), (10**12, 10**13))
+# What no code has, nor an `_id`: it comes behind them.
+BEHIND = "~"
+
+
+class StoredTrade(NamedTuple):
+    """A document of `realtime`, its fields in their order; `create_time` as ISO 8601 UTC."""
+
+    id: str
+    s: str
+    t: int
+    p: str
+    v: str
+    vw: str
+    td: int
+    stock_code: str
+    create_time: str
+
+
+class Candle(NamedTuple):
+    """What the trades of a span come to; `t` is its beginning, `trades` how many there are."""
+
+    t: int
+    open: str
+    high: str
+    low: str
+    close: str
+    volume: str
+    trades: int
+
+
+class StoredClose(NamedTuple):
+    """A document of `close`. `p` is the close; what only a final one has is '' in another."""
+
+    code: str
+    date: str
+    t: int
+    p: str
+    is_final: bool
+    after_hours: bool
+    open: str
+    high: str
+    low: str
+    volume: str
+    turnover: str
+
+
+class Gap(NamedTuple):
+    """A span in which the stream missed what was traded of some codes; `end` is None while it lasts."""
+
+    product: str
+    codes: tuple[str, ...]
+    start: int
+    end: int | None
+    why: str
+
+
+class Reader(Protocol):
+    """What the views read from a store; it writes nothing. Its methods raise StoreError."""
+
+    def codes(self) -> list[str]:
+        """Return every code of which there is a trade, sorted."""
+
+    def newest_codes(self, limit: int) -> list[str]:
+        """Return the codes that traded last, the latest first."""
+
+    def last(self, codes: Collection[str]) -> dict[str, StoredTrade]:
+        """Return the latest trade of each code; a code without one is missing."""
+
+    def trades(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[list[StoredTrade]]:
+        """Yield trades, some thousand at once, code by code and each code's by time; None: of all codes."""
+
+    def candles(
+        self, codes: Collection[str], since: int, until: int, step_ms: int
+    ) -> dict[str, list[Candle]]:
+        """Return what was traded in each step from `since` on; a step without trades is missing, and so is a code."""
+
+    def closes(self, codes: Collection[str], first: str, last: str) -> dict[str, list[StoredClose]]:
+        """Return the closes from one date to another (ISO, both included) by date, provisional ones too."""
+
+    def last_finals(self, before: Mapping[str, str]) -> dict[str, StoredClose]:
+        """Return of each code the newest final close before a date, REFERENCE_DAYS back at most."""
+
+    def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
+        """Return the gaps that reach into a span of time, in the order in which they began."""
+
+    def names(self, codes: Collection[str], english: bool = False) -> dict[str, str]:
+        """Return the names of codes, as far as the API's lists are on this machine."""
+
+
+def number_text(value: object) -> str:
+    """Return a stored number as a decimal text: a text as it stands, of other types all digits that they have."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return _without_zeros(_without_exponent(repr(value)))
+    return _without_exponent(str(value))
+
+
+def _without_exponent(text: str) -> str:
+    """Return a decimal text in which digits stand for themselves."""
+    from decimal import Decimal
+
+    return format(Decimal(text), "f") if "e" in text.lower() else text
+
+
+def _without_zeros(text: str) -> str:
+    """Return a decimal text without zeros behind its decimals."""
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _spans_of(code: str, since: int, until: int) -> Iterator[tuple[str, str]]:
+    """Yield spans in which all `_id` are of the trades of a code in a span of time; their ends are no `_id`."""
+    for first, behind in EQUALLY_LONG_MS:
+        low, high = max(since, first), min(until, behind)
+        if low < high:
+            yield f"{code}|{low}", f"{code}|{high - 1}{BEHIND}"
+
+
+def _dates_before(day: str) -> list[str]:
+    """Return the REFERENCE_DAYS dates before one."""
+    last = date.fromisoformat(day)
+    return [(last - timedelta(days=days)).isoformat() for days in range(1, REFERENCE_DAYS + 1)]
+
+
+def _newest_finals(before: Mapping[str, str], found: Iterable[StoredClose]) -> dict[str, StoredClose]:
+    newest: dict[str, StoredClose] = {}
+    for close in sorted(found, key=itemgetter(1)):
+        if close.is_final and close.date < before[close.code]:
+            newest[close.code] = close
+    return newest
+
+
+def _by_code(closes: Iterable[StoredClose]) -> dict[str, list[StoredClose]]:
+    found: dict[str, list[StoredClose]] = {}
+    for close in sorted(closes):
+        found.setdefault(close.code, []).append(close)
+    return found
+
+
+def _parts(codes: Iterable[str]) -> Iterator[list[str]]:
+    """Yield codes, CODES_ASKED at once."""
+    every = list(codes)
+    for at in range(0, len(every), CODES_ASKED):
+        yield every[at : at + CODES_ASKED]
+
+
+class _FileReader:
+    """What is in the local file whichever the store is."""
+
+    def __init__(self, file: LocalFile) -> None:
+        self._file = file
+
+    def names(self, codes: Collection[str], english: bool = False) -> dict[str, str]:
+        """Return the names of codes, as far as the API's lists are on this machine. Raises StoreError."""
+        return symbol_names(self._file, codes, english)
+
+    def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
+        """Return the gaps that are noted in the local file. Raises StoreError."""
+        if self._file.read_one("SELECT 1 FROM sqlite_master WHERE name = ?", GAP_TABLE) is None:
+            return []
+        query = (
+            f'SELECT product, codes, "from", "to", why FROM {GAP_TABLE} '  # noqa: S608
+            'WHERE "from" < ? AND ifnull("to", ?) > ? ORDER BY "from"'
+        )
+        rows = self._file.read_all(query, until, NEVER, since)
+        found = [Gap(product, tuple(json.loads(names)), *rest) for product, names, *rest in rows]
+        return _touching(found, codes)
+
+
+def _touching(gaps: Iterable[Gap], codes: Collection[str]) -> list[Gap]:
+    wanted = set(codes)
+    return [gap for gap in gaps if not wanted.isdisjoint(gap.codes)]
+
+
+# Text columns hold what the API sent; a sum of volumes is exact to nine decimals.
+_SQLITE_CANDLES = """
+WITH found AS (
+    SELECT (t - ?2) / ?4 AS step, min(t) AS first, max(t) AS last,
+           max(CAST(p AS REAL)) AS high, min(CAST(p AS REAL)) AS low,
+           sum(CAST(v AS INTEGER)) AS whole,
+           sum(CAST(round((CAST(v AS REAL) - CAST(v AS INTEGER)) * 1e9) AS INTEGER)) AS billionths,
+           count(*) AS trades
+    FROM realtime WHERE stock_code = ?1 AND t >= ?2 AND t < ?3 AND demo IS ?5 GROUP BY step
+)
+SELECT ?2 + step * ?4,
+    (SELECT p FROM realtime WHERE stock_code = ?1 AND t = first AND demo IS ?5 ORDER BY _id LIMIT 1),
+    high, low,
+    (SELECT p FROM realtime WHERE stock_code = ?1 AND t = last AND demo IS ?5 ORDER BY _id DESC LIMIT 1),
+    whole, billionths, trades
+FROM found ORDER BY step
+"""
+# Each code of the index in its turn, not each trade.
+_SQLITE_CODES = """
+WITH RECURSIVE every(code) AS (
+    SELECT min(stock_code) FROM realtime
+    UNION ALL
+    SELECT (SELECT min(stock_code) FROM realtime WHERE stock_code > code) FROM every WHERE code IS NOT NULL
+)
+SELECT code, (SELECT t FROM realtime WHERE stock_code = code AND demo IS ? ORDER BY t DESC LIMIT 1) AS newest
+FROM every WHERE newest IS NOT NULL
+"""
+_TRADE_COLUMNS = ", ".join(("_id", *StoredTrade._fields[1:]))
+_CLOSE_COLUMNS = "stock_code, date, t, p, close IS NOT NULL, after_hours, open, high, low, volume, turnover"
+
+
+class SqliteReader(_FileReader):
+    """Reads the embedded store: its synthetic trades alone (`demo`), or the others alone."""
+
+    def __init__(self, file: LocalFile, demo: bool = False) -> None:
+        super().__init__(file)
+        self._demo = 1 if demo else None
+
+    def codes(self) -> list[str]:
+        """Return every code of which there is a trade, sorted. Raises StoreError."""
+        return [code for code, _ in self._file.read_all(_SQLITE_CODES, self._demo)]
+
+    def newest_codes(self, limit: int) -> list[str]:
+        """Return the codes that traded last, the latest first. Raises StoreError."""
+        query = f"{_SQLITE_CODES} ORDER BY newest DESC, code LIMIT ?"
+        return [code for code, _ in self._file.read_all(query, self._demo, limit)]
+
+    def last(self, codes: Collection[str]) -> dict[str, StoredTrade]:
+        """Return the latest trade of each code. Raises StoreError."""
+        query = (
+            f"SELECT {_TRADE_COLUMNS} FROM realtime WHERE stock_code = ? AND demo IS ? "  # noqa: S608
+            "ORDER BY t DESC, _id DESC LIMIT 1"
+        )
+        rows = [self._file.read_one(query, code, self._demo) for code in codes]
+        return {row[-2]: StoredTrade(*row) for row in rows if row}
+
+    def trades(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[list[StoredTrade]]:
+        """Yield trades, some thousand at once, in the order of `_id`. Raises StoreError."""
+        if codes is None and since <= 0 and until >= NEVER:
+            yield from self._between("", BEHIND)
+            return
+        for code in sorted(self.codes() if codes is None else set(codes), key="{}|".format):
+            for low, high in _spans_of(code, since, until):
+                yield from self._between(low, high)
+
+    def _between(self, after: str, until: str) -> Iterator[list[StoredTrade]]:
+        query = (
+            f"SELECT {_TRADE_COLUMNS} FROM realtime WHERE _id > ? AND _id < ? AND demo IS ? "  # noqa: S608
+            f"ORDER BY _id LIMIT {TRADES_READ}"
+        )
+        while True:
+            rows = self._file.read_all(query, after, until, self._demo)
+            if rows:
+                yield [*map(StoredTrade._make, rows)]
+            if len(rows) < TRADES_READ:
+                return
+            after = rows[-1][0]
+
+    def candles(
+        self, codes: Collection[str], since: int, until: int, step_ms: int
+    ) -> dict[str, list[Candle]]:
+        """Return what was traded in each step. Raises StoreError."""
+        found = {}
+        for code in codes:
+            rows = self._file.read_all(_SQLITE_CANDLES, code, since, until, step_ms, self._demo)
+            if rows:
+                found[code] = [*map(_sqlite_candle, rows)]
+        return found
+
+    def closes(self, codes: Collection[str], first: str, last: str) -> dict[str, list[StoredClose]]:
+        """Return the closes between two dates, both included. Raises StoreError."""
+        query = f"SELECT {_CLOSE_COLUMNS} FROM close WHERE _id BETWEEN ? AND ?"  # noqa: S608
+        spans = [(f"{code}|{first}", f"{code}|{last}") for code in codes]
+        return _by_code(_sqlite_close(row) for span in spans for row in self._file.read_all(query, *span))
+
+    def last_finals(self, before: Mapping[str, str]) -> dict[str, StoredClose]:
+        """Return the newest final close of each code before a date. Raises StoreError."""
+        keys = [f"{code}|{day}" for code, until in before.items() for day in _dates_before(until)]
+        query = f"SELECT {_CLOSE_COLUMNS} FROM close WHERE _id IN (SELECT value FROM json_each(?))"  # noqa: S608
+        return _newest_finals(before, map(_sqlite_close, self._file.read_all(query, json.dumps(keys))))
+
+
+def _sqlite_candle(row: Sequence[Any]) -> Candle:
+    t, opened, high, low, close, whole, billionths, trades = row
+    more, rest = divmod(billionths, 10**9)
+    volume = _without_zeros(f"{whole + more}.{rest:09d}")
+    return Candle(t, opened, number_text(high), number_text(low), close, volume, trades)
+
+
+def _sqlite_close(row: Sequence[Any]) -> StoredClose:
+    code, day, t, p, is_final, after_hours, *bar = row
+    return StoredClose(code, day, t, p, bool(is_final), bool(after_hours), *(text or "" for text in bar))
+
+
+class MongoReader(_FileReader):
+    """Reads MongoDB, names and what else is on this machine from the local file.
+
+    What another program has put into the collections and is no trade is passed over.
+    """
+
+    def __init__(self, store: MongoStore, file: LocalFile, gap_name: str) -> None:
+        super().__init__(file)
+        self._store = store
+        self._gap_name = gap_name
+
+    def codes(self) -> list[str]:
+        """Return every code of which there is a trade, sorted. Raises StoreError."""
+        return sorted(code for code, _ in self._newest({}))
+
+    def newest_codes(self, limit: int) -> list[str]:
+        """Return the codes that traded last, the latest first. Raises StoreError."""
+        found = sorted((-t, code) for code, t in self._newest({}))
+        return [code for _, code in found[:limit]]
+
+    def last(self, codes: Collection[str]) -> dict[str, StoredTrade]:
+        """Return the latest trade of each code. Raises StoreError."""
+        moments = [{"stock_code": code, "t": t} for code, t in self._newest({"$in": [*codes]})]
+        if not moments:
+            return {}
+        found = {one.s: one for one in sorted(_stored_trades(self._store.at_moments(moments)))}
+        for moment in moments:
+            code = moment["stock_code"]
+            if code not in found:  # what another program has put there is the latest
+                found |= {one.s: one for one in self._last_by_id(str(code))}
+        return found
+
+    def _last_by_id(self, code: str) -> list[StoredTrade]:
+        wanted = {
+            "_id": {"$gt": f"{code}|", "$lt": f"{code}|{BEHIND}"},
+            "stock_code": code,
+            "vw": {"$ne": None},
+        }
+        with self._store.reading():
+            return _stored_trades(list(self._store.collection().find(wanted).sort("_id", -1).limit(1)))
+
+    def _newest(self, wanted: Mapping[str, object]) -> list[tuple[str, int]]:
+        """Return codes with the time of their latest trade: the index gives one of each without reading the others."""
+        pipeline: list[dict[str, Any]] = [
+            {"$match": {"stock_code": wanted or {"$gt": ""}, "t": {"$gte": 0, "$lt": NEVER}}},
+            {"$sort": dict(INDEX)},
+            {"$group": {"_id": "$stock_code", "t": {"$first": "$t"}}},
+        ]
+        with self._store.reading():
+            found = self._store.collection().aggregate(pipeline, allowDiskUse=True)
+            return [(one["_id"], int(one["t"])) for one in found]
+
+    def trades(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[list[StoredTrade]]:
+        """Yield trades, some thousand at once, in the order of `_id`. Raises StoreError."""
+        if codes is None and since <= 0 and until >= NEVER:
+            yield from self._between("", BEHIND)
+            return
+        for code in sorted(self.codes() if codes is None else set(codes), key="{}|".format):
+            for low, high in _spans_of(code, since, until):
+                yield from self._between(low, high)
+
+    def _between(self, low: str, high: str) -> Iterator[list[StoredTrade]]:
+        from bson import decode_all
+        from bson.codec_options import CodecOptions, DatetimeConversion
+
+        options: CodecOptions[Document] = CodecOptions(
+            unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
+        )
+        with self._store.reading():
+            wanted = {"_id": {"$gt": low, "$lt": high}}
+            cursor = self._store.collection().find_raw_batches(
+                wanted, batch_size=TRADES_READ, sort=[("_id", 1)]
+            )
+            for batch in cast(Iterable[bytes], cursor):
+                trades = _stored_trades(decode_all(batch, options))
+                if trades:
+                    yield trades
+
+    def candles(
+        self, codes: Collection[str], since: int, until: int, step_ms: int
+    ) -> dict[str, list[Candle]]:
+        """Return what was traded in each step. Raises StoreError."""
+        found: dict[str, list[Candle]] = {}
+        for part in _parts(codes):
+            pipeline = _mongo_candles(part, since, until, step_ms)
+            with self._store.reading():
+                for one in self._store.collection().aggregate(pipeline, allowDiskUse=True):
+                    found.setdefault(one["_id"]["code"], []).append(_mongo_candle(one))
+        return {code: sorted(candles) for code, candles in found.items()}
+
+    def closes(self, codes: Collection[str], first: str, last: str) -> dict[str, list[StoredClose]]:
+        """Return the closes between two dates, both included. Raises StoreError."""
+        found: list[StoredClose] = []
+        for part in _parts(codes):
+            spans = [{"_id": {"$gte": f"{code}|{first}", "$lte": f"{code}|{last}"}} for code in part]
+            found += self._closes({"$or": spans})
+        return _by_code(found)
+
+    def last_finals(self, before: Mapping[str, str]) -> dict[str, StoredClose]:
+        """Return the newest final close of each code before a date. Raises StoreError."""
+        found: list[StoredClose] = []
+        for part in _parts(before):
+            keys = [f"{code}|{day}" for code in part for day in _dates_before(before[code])]
+            found += self._closes({"_id": {"$in": keys}, "close": {"$ne": None}})
+        return _newest_finals(before, found)
+
+    def _closes(self, wanted: Mapping[str, object]) -> list[StoredClose]:
+        with self._store.reading():
+            return [*map(_mongo_close, self._store.collection(self._store.close_name).find(wanted))]
+
+    def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
+        """Return the gaps that MongoDB has, and those of this machine that it has not yet. Raises StoreError."""
+        wanted = {"from": {"$lt": until}, "$or": [{"to": None}, {"to": {"$gt": since}}]}
+        with self._store.reading():
+            documents = list(self._store.collection(self._gap_name).find(wanted))
+        found = {gap[:3]: gap for gap in super().gaps(codes, since, until)}
+        there = [
+            Gap(one["product"], tuple(one["codes"]), one["from"], one.get("to"), one["why"])
+            for one in documents
+        ]
+        found |= {gap[:3]: gap for gap in _touching(there, codes)}
+        return sorted(found.values(), key=lambda gap: gap.start)
+
+
+_trade_fields: itemgetter[Any] = itemgetter(*("_id", *StoredTrade._fields[1:]))
+
+
+def _stored_trades(documents: Sequence[Document]) -> list[StoredTrade]:
+    """Return those documents that are trades; where all have texts as numbers, which is the rule, in few steps."""
+    with contextlib.suppress(KeyError):
+        fields = [*map(_trade_fields, documents)]
+        ids, s, t, p, v, vw, *_ = columns = [*zip(*fields, strict=True)] or [()] * len(StoredTrade._fields)
+        begins = map("{}|{}|".format, s, t)
+        if {*map(type, chain(ids, p, v, vw))} <= {str} and all(map(str.startswith, ids, begins)):
+            times = {moment: _iso_text(moment) for moment in {*columns[-1]}}
+            return [StoredTrade._make((*row[:-1], times[row[-1]])) for row in fields]
+    trades = []
+    for document in filter(is_trade, documents):
+        *fields, created = (document.get(name) for name in ("_id", *StoredTrade._fields[1:]))
+        for number in (3, 4, 5):
+            fields[number] = number_text(fields[number])
+        trades.append(StoredTrade._make((*fields, _iso_text(created))))
+    return trades
+
+
+def _iso_text(moment: object) -> str:
+    """Return a BSON date as ISO 8601 UTC, and what is none, or far from our time, as a text."""
+    if not isinstance(moment, datetime):
+        return one_line(moment)
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return iso(moment)
+
+
+def _mongo_candles(codes: Sequence[str], since: int, until: int, step_ms: int) -> list[dict[str, Any]]:
+    """Return the aggregation that makes candles; the order of `_id` says what came first."""
+
+    def number(name: str) -> dict[str, Any]:
+        return {"$convert": {"input": f"${name}", "to": "decimal", "onError": None, "onNull": None}}
+
+    spans = [span for code in codes for span in _spans_of(code, since, until)]
+    into_it = {"$mod": [{"$subtract": ["$t", since]}, step_ms]}
+    return [
+        {"$match": {"$or": [{"_id": {"$gt": low, "$lt": high}} for low, high in spans]}},
+        {"$match": {"p": {"$type": ["string", "number"]}, "t": {"$type": "number"}}},
+        {"$sort": {"_id": 1}},
+        {
+            "$group": {
+                "_id": {"code": "$stock_code", "t": {"$subtract": ["$t", into_it]}},
+                "open": {"$first": "$p"},
+                "high": {"$max": number("p")},
+                "low": {"$min": number("p")},
+                "close": {"$last": "$p"},
+                "volume": {"$sum": number("v")},
+                "trades": {"$sum": 1},
+            }
+        },
+    ]
+
+
+def _mongo_candle(one: Document) -> Candle:
+    first, high, low, last = (number_text(one[name]) for name in ("open", "high", "low", "close"))
+    volume = _without_zeros(number_text(one["volume"]))
+    return Candle(int(one["_id"]["t"]), first, high, low, last, volume, one["trades"])
+
+
+def _mongo_close(document: Document) -> StoredClose:
+    is_final = document.get("close") is not None
+    names = ("open", "high", "low", "volume", "turnover")
+    bar = [number_text(document[name]) if document.get(name) is not None else "" for name in names]
+    code, day, p = document["stock_code"], document["date"], number_text(document["p"])
+    return StoredClose(code, day, int(document["t"]), p, is_final, bool(document.get("after_hours")), *bar)
+
+
+# ======================================================================================================
 # Run: codes in, report out
 # ======================================================================================================
 
@@ -8527,6 +9048,20 @@ class Pipeline:
     def open_mongodb(settings: Settings) -> contextlib.closing[MongoStore]:
         """Return the collections alone, for work that needs no local file."""
         return contextlib.closing(MongoStore(settings))
+
+    @staticmethod
+    @contextlib.contextmanager
+    def open_reader(settings: Settings, demo: bool = False) -> Iterator[Reader]:
+        """Give what the views read from: it writes nothing. `demo`: synthetic trades alone, which are never in MongoDB.
+
+        Raises StoreError.
+        """
+        with open_store_file(settings.state_directory) as file:
+            if demo or not settings.mongodb_uri:
+                yield SqliteReader(file, demo)
+                return
+            with Pipeline.open_mongodb(settings) as store:
+                yield MongoReader(store, file, getattr(settings, "gap_name", GAP_TABLE))
 
     def __enter__(self) -> Self:
         return self
