@@ -36,7 +36,7 @@ above it:
     Daemon             inbox, outbox, and the three threads
     Service manager    notifications, the journal's priorities, metrics
     Migration          what the older client of the platform left: settings, hash, documents
-    Views              the dashboard
+    Views              charts for a terminal and for a page, the page, the dashboard
     Command line       options, rows, commands, `main`
 
 The daemon's threads: the socket's (main) owns link, protocol and outbox, and waits for nothing but its inbox and the
@@ -289,7 +289,7 @@ SHORTEST_SECRET = 4
 
 
 # What html.escape does, without that module's table of two thousand names.
-_HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
+HTML_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
 
 
 @lru_cache(maxsize=8)
@@ -300,7 +300,7 @@ def forms_of(secrets: tuple[str, ...]) -> tuple[str, ...]:
         quoted = {quote(secret), quote(secret, safe=""), quote_plus(secret)}
         forms |= quoted | {re.sub("%..", lambda found: found[0].lower(), text) for text in quoted}
         forms |= {json.dumps(secret, ensure_ascii=ascii_alone)[1:-1] for ascii_alone in (True, False)}
-        forms |= {secret, repr(secret)[1:-1], secret.translate(_HTML)}
+        forms |= {secret, repr(secret)[1:-1], secret.translate(HTML_ESCAPES)}
     return tuple(sorted((form for form in forms if len(form) >= SHORTEST_SECRET), key=len, reverse=True))
 
 
@@ -2233,7 +2233,7 @@ def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
 # Codes
 # ------------------------------------------------------------------------------------------------------
 
-_SEPARATORS = re.compile(r"[\s,;，；、]+")  # noqa: RUF001  (Chinese commas are meant)
+_SEPARATORS = re.compile(r"[\s,;，；、]+")
 
 
 def split_codes(text: str) -> list[str]:
@@ -6061,7 +6061,8 @@ class DemoApi:
     def _record(self, code: str) -> dict[str, object]:
         minute = int(self._clock.wall() // 60)
         step = int(sha256(f"{code}|{minute}".encode())[:8], 16)
-        price = _demo_price(code) * (1 + (step % 2001 - 1000) / 100_000)
+        tides = 0.6 * math.sin(minute / 97 + len(code)) + 0.3 * math.sin(minute / 23 + ord(code[0]))
+        price = _demo_price(code) * (1 + (tides + (step % 2001 - 1000) / 10_000) / 100)
         p = f"{price:.{max(2, 4 - math.floor(math.log10(price)))}f}"
         volume = 1 + step % 500
         vw = f"{float(p) * volume:.3f}"
@@ -12562,6 +12563,612 @@ def _same_digits(document: Document) -> tuple[object, ...]:
 # ======================================================================================================
 
 # ------------------------------------------------------------------------------------------------------
+# Charts
+# ------------------------------------------------------------------------------------------------------
+
+DAILY = "1d"
+# The steps of candles in milliseconds, and how many days they go back where nobody says since when.
+STEPS = {"1m": 60_000, "5m": 300_000, "1h": 3_600_000, DAILY: DAY_MS}
+DAYS_BACK = {"1m": 1, "5m": 7, "1h": 60, DAILY: 500}
+# Steps without a trade are left out (a night would be most of the chart); of a gap of the stream so many are shown.
+GAP_SLOTS = 5
+
+
+class Slot(NamedTuple):
+    """A step of a chart, from `t` (epoch ms) on: what was traded, and whether the stream missed some of it."""
+
+    t: int
+    candle: Candle | None
+    is_gap: bool = False
+
+
+class Chart(NamedTuple):
+    """The newest steps of a code by time. `left_out`: candles before them; `gaps`: of the stream, in its span."""
+
+    code: str
+    step: str
+    slots: Sequence[Slot] = ()
+    gaps: Sequence[Gap] = ()
+    left_out: int = 0
+
+
+class Span(NamedTuple):
+    """What of the stores is asked for: [since, until), epoch ms; None: as far back as a step goes, up to the last."""
+
+    since: int | None = None
+    until: int | None = None
+
+
+def zone_of(code: str) -> tzinfo:
+    """Return the zone of a code's exchange; UTC where the machine has no time-zone data, or nobody knows the market."""
+    market = market_of(code)
+    return (zone_info(market.zone) if market else None) or UTC
+
+
+def exchange_time(code: str, t: int) -> str:
+    """Return a moment on the exchange's clock; on UTC where the machine has no time-zone data."""
+    return datetime.fromtimestamp(t / 1000, zone_of(code)).strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
+def midnight(code: str, t: int) -> int:
+    """Return when the exchange-local date of a moment began, epoch ms."""
+    then = datetime.fromtimestamp(t // 1000, zone_of(code))
+    return int(then.replace(hour=0, minute=0, second=0).timestamp()) * 1000
+
+
+def read_charts(
+    reader: Reader, last: Mapping[str, StoredTrade], step: str, span: Span, now: float, room: int
+) -> dict[str, Chart]:
+    """Return a chart of each code of which there is a trade, of at most `room` steps. Raises StoreError."""
+    if step == DAILY:
+        return _daily_charts(reader, list(last), span, now, room)
+    until = span.until or max((trade.t for trade in last.values()), default=0) + 1
+    begins: defaultdict[int, list[str]] = defaultdict(list)
+    for code, trade in last.items():
+        begins[_begin_of(code, step, span, min(trade.t, until - 1))].append(code)
+    charts = {}
+    for since, codes in begins.items():
+        candles = reader.candles(codes, since, until, STEPS[step])
+        gaps = reader.gaps(codes, since, min(span.until or NEVER, int(now * 1000)))
+        for code in codes:
+            missed = [gap for gap in gaps if code in gap.codes]
+            slots = slots_of(candles.get(code, []), missed, since, STEPS[step], int(now * 1000))
+            charts[code] = newest_steps(Chart(code, step, slots, missed), room)
+    return charts
+
+
+def _begin_of(code: str, step: str, span: Span, end: int) -> int:
+    """Return where the first step begins, aligned on the exchange's clock."""
+    if span.since is None:
+        return midnight(code, end - (DAYS_BACK[step] - 1) * DAY_MS)
+    return span.since - (span.since - midnight(code, span.since)) % STEPS[step]
+
+
+def slots_of(
+    candles: Sequence[Candle], gaps: Sequence[Gap], since: int, step_ms: int, now_ms: int
+) -> list[Slot]:
+    """Return the steps that were traded in, and the first few of every gap of the stream; steps begin at `since`."""
+    slots = {candle.t: Slot(candle.t, candle) for candle in candles}
+    for gap in gaps:
+        end = max(gap.end or now_ms, gap.start + 1)
+        first = max(gap.start, since)
+        first -= (first - since) % step_ms
+        for t, slot in slots.items():
+            if first <= t < end:
+                slots[t] = slot._replace(is_gap=True)
+        empty = (t for t in range(first, end, step_ms) if t not in slots)
+        slots |= {t: Slot(t, None, is_gap=True) for t in islice(empty, GAP_SLOTS)}
+    return [slots[t] for t in sorted(slots)]
+
+
+def _daily_charts(
+    reader: Reader, codes: Sequence[str], span: Span, now: float, room: int
+) -> dict[str, Chart]:
+    """Return the charts of final closes; what is provisional is no candle."""
+    until = span.until or int(now * 1000) + DAY_MS
+    since = span.since or until - DAYS_BACK[DAILY] * DAY_MS
+    first, last = (datetime.fromtimestamp(t // 1000, UTC).date().isoformat() for t in (since, until))
+    closes = reader.closes(codes, first, last)
+    return {
+        code: newest_steps(Chart(code, DAILY, _daily_slots(code, closes.get(code, []))), room)
+        for code in codes
+    }
+
+
+def _daily_slots(code: str, closes: Sequence[StoredClose]) -> list[Slot]:
+    slots = []
+    for close in closes:
+        if close.is_final:
+            day = datetime.fromisoformat(close.date).replace(tzinfo=zone_of(code))
+            t = int(day.timestamp()) * 1000
+            slots.append(Slot(t, Candle(t, close.open, close.high, close.low, close.p, close.volume, 0)))
+    return slots
+
+
+def newest_steps(chart: Chart, room: int) -> Chart:
+    """Return a chart without the steps that there is no room for, at least one candle kept where it has any."""
+    slots = chart.slots
+    traded = [place for place, slot in enumerate(slots) if slot.candle]
+    if traded and traded[-1] < len(slots) - room:
+        slots = slots[: traded[-1] + 1]
+    left_out = sum(slot.candle is not None for slot in slots[:-room])
+    return chart._replace(slots=slots[-room:], left_out=chart.left_out + left_out)
+
+
+def time_ticks(chart: Chart, most: int) -> list[tuple[int, str]]:
+    """Return at most so many places of a chart with their times on the exchange's clock; a date where it is another."""
+    zone, date = zone_of(chart.code), ""
+    ticks = []
+    for place in range(0, len(chart.slots), -(-len(chart.slots) // most) or 1):
+        then = datetime.fromtimestamp(chart.slots[place].t // 1000, zone)
+        words = f"{then:%Y-%m-%d}"
+        if chart.step != DAILY:
+            words = f"{then:%H:%M}" if f"{then:%m-%d}" == date else f"{then:%m-%d %H:%M}"
+        date = f"{then:%m-%d}"
+        ticks.append((place, words))
+    return ticks
+
+
+def price_range(candles: Iterable[Candle]) -> tuple[float, float]:
+    """Return the lowest and the highest price of at least one candle, a little apart where they are the same."""
+    lows, highs = zip(*((float(candle.low), float(candle.high)) for candle in candles), strict=True)
+    low, high = min(lows), max(highs)
+    margin = (abs(low) / 100 or 1.0) * (low == high)
+    return low - margin, high + margin
+
+
+def price_marks(candles: Sequence[Candle]) -> dict[float, str]:
+    """Return five prices from the lowest to the highest, each with its words: as many decimals as the prices have."""
+    low, high = price_range(candles)
+    decimals = min(8, max(len(candle.close.partition(".")[2]) for candle in candles))
+    return {price: f"{price:.{decimals}f}" for price in (low + (high - low) * part / 4 for part in range(5))}
+
+
+# A chart names so many of its gaps, and counts the others.
+GAPS_TOLD = 5
+
+
+def gap_words(code: str, gap: Gap) -> str:
+    """Return when the stream missed what was traded of a code, and why."""
+    end = "now" if gap.end is None else exchange_time(code, gap.end)
+    return f"{exchange_time(code, gap.start)} – {end} ({one_line(gap.why, 80)})"
+
+
+# ------------------------------------------------------------------------------------------------------
+# Candles in a terminal
+# ------------------------------------------------------------------------------------------------------
+
+# Columns of a label of the time axis and what keeps it from the next; lines of the volume below the candles.
+TICK_COLUMNS = 14
+VOLUME_LINES = 6
+# What short_number returns, mostly.
+VOLUME_COLUMNS = 5
+# More columns between two candles would only tear them apart.
+WIDEST_STEP = 3
+# Without colours too what rises differs from what falls.
+BODIES = {"up": "█", "down": "▒", "same": "┼"}
+
+
+def direction(candle: Candle) -> str:
+    """Return whether the price went `up`, `down` or stayed the `same`."""
+    first, last = float(candle.open), float(candle.close)
+    return "same" if first == last else "up" if last > first else "down"
+
+
+def short_number(number: float) -> str:
+    """Return a number with three digits and K, M …"""
+    sizes = " KMGTPE"
+    power = min(int(math.log10(number) // 3), len(sizes) - 1) if number >= 1000 else 0
+    return f"{number / 1000**power:.3g}{sizes[power]}".strip()
+
+
+def draw_chart(chart: Chart, width: int, height: int, up: str, color: bool) -> tuple[str, Chart]:
+    """Return candles and volume for a terminal of so many columns and lines, and what of the chart they show.
+
+    The chart has a candle. `up`: `red` or `green`.
+    """
+    every = [slot.candle for slot in chart.slots if slot.candle]
+    label = max(VOLUME_COLUMNS, *map(len, price_marks(every).values()))
+    chart = newest_steps(chart, max(1, width - label - 2))
+    candles = [slot.candle for slot in chart.slots if slot.candle]
+    step = max(1, min(WIDEST_STEP, (width - label - 2) // len(chart.slots)))
+    columns = max(len(chart.slots) * step, TICK_COLUMNS)
+    colors = {"up": up, "down": {"red": "green", "green": "red"}[up], "same": "default"}
+    marks = price_marks(candles)
+    plot = _field(columns, height - VOLUME_LINES, marks, label)
+    for place, slot in enumerate(chart.slots):
+        if slot.is_gap:
+            _column(plot, place * step, (min(marks), max(marks)), "░", "gray")
+        if slot.candle:
+            candle, kind = slot.candle, direction(slot.candle)
+            _column(plot, place * step, (float(candle.low), float(candle.high)), "│", colors[kind])
+            _column(plot, place * step, (float(candle.open), float(candle.close)), BODIES[kind], colors[kind])
+    drawn = plot.build()
+    most = max(float(candle.volume) for candle in candles) or 1.0
+    plot = _field(columns, VOLUME_LINES, {0.0: "0", most: short_number(most)}, label)
+    for place, slot in enumerate(chart.slots):
+        if slot.candle and float(slot.candle.volume):
+            kind = direction(slot.candle)
+            _column(plot, place * step, (0.0, float(slot.candle.volume)), "█", colors[kind])
+    ticks = time_ticks(chart, columns // TICK_COLUMNS)
+    plot.xticks([place * step for place, _ in ticks], [words for _, words in ticks])
+    drawn += plot.build()
+    return str(drawn if color else plot.uncolorize(drawn)), chart
+
+
+def _field(columns: int, lines: int, marks: Mapping[float, str], label: int) -> Any:
+    """Begin a field whose columns are the places 0, 1 … and whose axis has these marks; return plotext."""
+    import plotext  # type: ignore[import-untyped]
+
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.limit_size(False, False)
+    plotext.plot_size(label + 2 + columns, lines)
+    plotext.xlim(0, columns - 1)
+    plotext.ylim(min(marks), max(marks))
+    plotext.yticks(list(marks), [words.rjust(label) for words in marks.values()])
+    plotext.xticks([])
+    return plotext
+
+
+def _column(plot: Any, place: int, span: tuple[float, float], marker: str, color: str) -> None:
+    plot.plot([place, place], span, marker=marker, color=color)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The page
+# ------------------------------------------------------------------------------------------------------
+
+# Steps of a chart on the page, and sessions of the history of closes: 50 codes stay far below 1 MB.
+PAGE_STEPS = 120
+PAGE_CLOSES = 250
+# The drawing's units: all whole, so that a path is short.
+DRAWING_WIDTH = 800
+PLOT_WIDTH, PRICE_HEIGHT, VOLUME_HEIGHT, CLOSES_HEIGHT = 720, 180, 40, 80
+WIDEST_CANDLE = 24
+# Red is up for who reads Chinese, green for others, unless --up says so.
+DRAWING_STYLE = """
+:root{--bg:#fff;--ink:#1b1f24;--dim:#667085;--line:#e4e7ec;--gap:#f2c94c;--red:#c8102e;--green:#0a7d3c}
+:root,:root[data-up=green]{--up:var(--green);--down:var(--red)}
+:root[lang=zh]:not([data-up=green]),:root[data-up=red]{--up:var(--red);--down:var(--green)}
+@media (prefers-color-scheme:dark){:root{--bg:#12151a;--ink:#e6e9ee;--dim:#98a2b3;--line:#2a2f38;--gap:#7a6210;
+--red:#ff6b6b;--green:#3ddc84}}
+@media print{:root{--bg:#fff;--ink:#000;--dim:#444;--line:#bbb;--gap:#ddd;--red:#c8102e;--green:#0a7d3c}}
+svg{font:15px/1.5 system-ui,"PingFang SC","Microsoft YaHei","Noto Sans CJK SC",sans-serif;background:var(--bg)}
+svg text{fill:var(--dim);font-size:12px}svg .axis{stroke:var(--line)}svg .gap{fill:var(--gap);opacity:.5}
+svg .up{stroke:var(--up);fill:var(--bg)}svg .down{stroke:var(--down);fill:var(--down)}
+svg .same{stroke:var(--dim);fill:var(--dim)}svg .line{stroke:var(--ink);fill:none}
+"""
+PAGE_STYLE = """
+:root[lang=en] .zh,:root[lang=zh] .en{display:none}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:72rem;padding:1rem;background:var(--bg);color:var(--ink);
+font:15px/1.5 system-ui,"PingFang SC","Microsoft YaHei","Noto Sans CJK SC",sans-serif}
+h1{font-size:1.3rem;margin:0}h2{font-size:1.1rem;margin:2rem 0 0}p{margin:.2rem 0;color:var(--dim)}
+header{display:flex;flex-wrap:wrap;gap:0 1rem;align-items:baseline}header p{flex-basis:100%}
+button{font:inherit;color:inherit;background:none;border:0;padding:.2rem .5rem;cursor:pointer}
+button:focus-visible,a:focus-visible{outline:2px solid var(--ink)}
+#language{margin-left:auto;border:1px solid var(--line);border-radius:.3rem}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;width:100%;margin-top:1rem;font-variant-numeric:tabular-nums}
+th,td{padding:.2rem .5rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+th:first-child,td:first-child,.name{text-align:left!important}
+th{padding:0;font-weight:600}th[aria-sort=ascending] button::after{content:" ▲"}
+th[aria-sort=descending] button::after{content:" ▼"}
+a{color:inherit}.up{color:var(--up)}.down{color:var(--down)}
+figure{margin:.5rem 0}figcaption{color:var(--dim);font-size:.85rem}
+svg{display:block;width:100%;height:auto}svg.spark{width:5rem;margin-left:auto}
+@media (max-width:40rem){.more{display:none}body{padding:.5rem}th button,td{padding:.2rem}svg text{font-size:20px}}
+@media print{body{font-size:11px;padding:0}#language{display:none}section{break-inside:avoid}}
+"""
+PAGE_SCRIPT = """
+"use strict";
+const root = document.documentElement;
+const known = navigator.languages.map((tag) => tag.slice(0, 2)).find((tag) => tag === "zh" || tag === "en");
+root.lang = known || root.lang;
+function sort(head) {
+  const down = head.getAttribute("aria-sort") === "ascending";
+  for (const other of head.parentNode.querySelectorAll("[aria-sort]")) other.setAttribute("aria-sort", "none");
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  const body = head.closest("table").tBodies[0];
+  const value = (row) => row.cells[head.cellIndex].dataset.v ?? row.cells[head.cellIndex].innerText;
+  const compare = (a, b) => (a - b) || (isNaN(a - b) ? a.localeCompare(b, root.lang) : 0);
+  const rows = [...body.rows].filter((row) => value(row) !== "");
+  const without = [...body.rows].filter((row) => value(row) === "");
+  rows.sort((a, b) => (down ? -1 : 1) * compare(value(a), value(b)));
+  body.append(...rows, ...without);
+}
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button && button.id === "language") root.lang = root.lang === "zh" ? "en" : "zh";
+  else if (button) sort(button.closest("th"));
+});
+"""
+
+
+def both(english: str, chinese: str) -> str:
+    """Return words of ours in both languages; the page shows the reader's."""
+    return f'<span class="en" lang="en">{english}</span><span class="zh" lang="zh">{chinese}</span>'
+
+
+class PageColumn(NamedTuple):
+    """A column of the page's overview; `css`: how it is shown, `more` not on a phone."""
+
+    english: str
+    chinese: str
+    css: str = ""
+    sorts: bool = True
+
+
+PAGE_COLUMNS = (
+    PageColumn("Code", "代码"),
+    PageColumn("Name", "名称", "name"),
+    PageColumn("Last", "最新价"),
+    PageColumn("Change", "涨跌幅"),
+    PageColumn("Session", "走势", "more", sorts=False),
+    PageColumn("Open", "开盘", "more"),
+    PageColumn("High", "最高", "more"),
+    PageColumn("Low", "最低", "more"),
+    PageColumn("Volume", "成交量", "more"),
+    PageColumn("Exchange time", "交易所时间", "more"),
+)
+
+
+class Quote(NamedTuple):
+    """Stand-in until show's."""
+
+    code: str
+    name: str
+    last: StoredTrade
+    change_percent: float | None
+    open: str
+    high: str
+    low: str
+    volume: str
+    spark: list[float | None]
+
+
+class Page(NamedTuple):
+    """What the page shows: quotes as asked, of each code its chart and its final closes, and `names` in Chinese.
+
+    `made`: when, epoch seconds; `store`: where it is from; `up`: the colour of what rises, '' as the reader has it.
+    """
+
+    quotes: Sequence[Quote]
+    names: Mapping[str, str]
+    charts: Mapping[str, Chart]
+    closes: Mapping[str, Sequence[StoredClose]]
+    made: float
+    store: str
+    is_chinese: bool = False
+    up: str = ""
+
+
+def draw_page(page: Page) -> str:
+    """Return the page: all of it in one text, nothing from elsewhere, whatever a name or a reason holds."""
+    from base64 import b64encode
+    from hashlib import sha256
+
+    style = DRAWING_STYLE + PAGE_STYLE
+    hashes = [b64encode(sha256(text.encode()).digest()).decode() for text in (style, PAGE_SCRIPT)]
+    policy = "default-src 'none';style-src 'sha256-{}';script-src 'sha256-{}';img-src data:".format(*hashes)
+    language = "zh" if page.is_chinese else "en"
+    color = f' data-up="{page.up}"' * bool(page.up)
+    head = (
+        f'<!doctype html>\n<html lang="{language}"{color}>\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n<title>stockrt</title>\n<link rel="icon" href="data:,">\n'
+        f"<style>{style}</style>\n<script>{PAGE_SCRIPT}</script>\n</head>\n<body>\n"
+    )
+    parts = [head, _page_header(page), _overview(page), *(_section(page, quote) for quote in page.quotes)]
+    return "".join(parts) + "</body>\n</html>\n"
+
+
+def _page_header(page: Page) -> str:
+    when = html_text(local_time(datetime.fromtimestamp(page.made, UTC)))
+    store = html_text(page.store)
+    count = len(page.quotes)
+    return (
+        '<header><h1>stockrt</h1><button type="button" id="language">'
+        '<span class="en" lang="zh">中文</span><span class="zh" lang="en">English</span></button><p>'
+        + both(
+            f"{count_words(count, 'code')} of {store}, as of {when}",
+            f"{store} 中的 {count} 个代码，截至 {when}",
+        )
+        + "</p></header>\n"
+    )
+
+
+def _overview(page: Page) -> str:
+    if not page.quotes:
+        empty = both(
+            "There is no trade in the store yet: --once, --collect or the platform's commands bring some.",
+            "库中还没有成交：用 --once、--collect 或由平台下发的命令获取。",
+        )
+        return f"<p>{empty}</p>\n"
+    heads = "".join(map(_head, PAGE_COLUMNS))
+    rows = "".join(_row(page, quote) for quote in page.quotes)
+    return (
+        f'<div class="wide"><table><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
+    )
+
+
+def _head(column: PageColumn) -> str:
+    title, state = both(column.english, column.chinese), ""
+    if column.sorts:
+        title, state = f'<button type="button">{title}</button>', ' aria-sort="none"'
+    return f'<th scope="col" class="{column.css}"{state}>{title}</th>'
+
+
+def _row(page: Page, quote: Quote) -> str:
+    change = quote.change_percent
+    cells = [
+        (f'<a href="#{html_text(quote.code)}">{html_text(quote.code)}</a>', quote.code),
+        (_name(page, quote), None),
+        (html_text(quote.last.p), quote.last.p),
+        ("", "") if change is None else (f"{change:+.2f} %", f"{change:.6f}"),
+        (_spark(quote.spark), ""),
+        *((html_text(text), text) for text in (quote.open, quote.high, quote.low, quote.volume)),
+        (html_text(exchange_time(quote.code, quote.last.t)), str(quote.last.t)),
+    ]
+    row = ""
+    for column, (content, value) in zip(PAGE_COLUMNS, cells, strict=True):
+        css = column.css
+        if column.english in ("Last", "Change") and change:
+            css = "up" if change > 0 else "down"
+        key = "" if value is None else f' data-v="{html_text(value)}"'
+        row += f"<td{f' class={css}' * bool(css)}{key}>{content}</td>"
+    return f"<tr>{row}</tr>\n"
+
+
+def _name(page: Page, quote: Quote) -> str:
+    """Return an instrument's name, as far as it is known, in the reader's language."""
+    english, chinese = html_text(quote.name), html_text(page.names.get(quote.code, quote.name))
+    return both(english, chinese) if english != chinese else english
+
+
+def html_text(text: str) -> str:
+    """Return any text as HTML that shows it, within an attribute as well."""
+    return one_line(text).translate(HTML_ESCAPES)
+
+
+def _spark(prices: Sequence[float | None]) -> str:
+    """Return the course of a session as a small line without an axis."""
+    known = [(place, price) for place, price in enumerate(prices) if price is not None]
+    if len(known) < 2:
+        return ""
+    low, high = min(price for _, price in known), max(price for _, price in known)
+    points = " ".join(f"{place * 4},{_height(price, low, high, 18) + 1}" for place, price in known)
+    return f'<svg class="spark" viewBox="0 0 {4 * len(prices)} 20"><polyline class="line" points="{points}"/></svg>'
+
+
+def _height(price: float, low: float, high: float, of: int) -> int:
+    """Return how far below the top of a drawing of that height a price is."""
+    return round((high - price) / (high - low or 1) * of)
+
+
+def _section(page: Page, quote: Quote) -> str:
+    """Return what the page has of one code: candles, volume, gaps, the history of closes; or what there is not."""
+    code = html_text(quote.code)
+    parts = [f'<section id="{code}"><h2>{code} {_name(page, quote)}</h2>\n']
+    chart = page.charts.get(quote.code, Chart(quote.code, ""))
+    if any(slot.candle for slot in chart.slots):
+        parts.append(_figure(_chart_drawing(chart), _chart_caption(chart)))
+    else:
+        parts.append(f"<p>{both('No trades in this time.', '这段时间没有成交。')}</p>\n")
+    finals = [close for close in page.closes.get(quote.code, ()) if close.is_final][-PAGE_CLOSES:]
+    if finals:
+        parts.append(_figure(_closes_drawing(finals), _closes_caption(finals)))
+    else:
+        words = both(
+            "No final close yet: --backfill 60 fetches some.", "还没有最终收盘价：可用 --backfill 60 获取。"
+        )
+        parts.append(f"<p>{words}</p>\n")
+    return "".join(parts) + "</section>\n"
+
+
+def _figure(drawing: str, caption: str) -> str:
+    return f"<figure>{drawing}<figcaption>{caption}</figcaption></figure>\n"
+
+
+def _chart_drawing(chart: Chart) -> str:
+    candles = [slot.candle for slot in chart.slots if slot.candle]
+    low, high = price_range(candles)
+    most = max(float(candle.volume) for candle in candles) or 1.0
+    step = min(WIDEST_CANDLE, PLOT_WIDTH // len(chart.slots))
+    width, bottom = max(1, step - 2), PRICE_HEIGHT + VOLUME_HEIGHT + 10
+    paths: defaultdict[str, list[str]] = defaultdict(list)
+    for place, slot in enumerate(chart.slots):
+        if slot.candle is None:
+            continue
+        top, end, begin, foot = (
+            _height(float(price), low, high, PRICE_HEIGHT)
+            for price in (slot.candle.high, slot.candle.close, slot.candle.open, slot.candle.low)
+        )
+        volume = round(float(slot.candle.volume) / most * VOLUME_HEIGHT)
+        left, upper, lower = place * step + 1, min(begin, end), max(begin, end)
+        middle, body = left + width // 2, max(1, lower - upper)
+        drawn = f"M{middle} {top}V{upper}M{middle} {lower}V{foot}M{left} {upper}h{width}v{body}h-{width}z"
+        if volume:
+            drawn += f"M{left} {bottom}h{width}v-{volume}h-{width}z"
+        paths[direction(slot.candle)].append(drawn)
+    parts = [*_price_axis(candles), *_gap_marks(chart, step, bottom)]
+    parts += [f'<path class="{kind}" d="{"".join(drawn)}"/>' for kind, drawn in sorted(paths.items())]
+    for number, (place, words) in enumerate(time_ticks(chart, 6)):
+        css = ' class="more"' * (number % 2)
+        parts.append(f'<text x="{place * step + 1}" y="{bottom + 20}"{css}>{words}</text>')
+    return _svg(chart.code, bottom + 26, parts)
+
+
+def _svg(code: str, height: int, parts: Iterable[str]) -> str:
+    box = f"0 -16 {DRAWING_WIDTH} {height + 16}"
+    return f'<svg viewBox="{box}" role="img" aria-label="{html_text(code)}">{"".join(parts)}</svg>'
+
+
+def _price_axis(candles: Sequence[Candle]) -> Iterator[str]:
+    for part, words in enumerate(price_marks(candles).values()):
+        y = PRICE_HEIGHT - PRICE_HEIGHT * part // 4
+        yield f'<path class="axis" d="M0 {y}H{PLOT_WIDTH}"/><text x="{PLOT_WIDTH + 4}" y="{y + 4}">{words}</text>'
+
+
+def _gap_marks(chart: Chart, step: int, height: int) -> Iterator[str]:
+    for place, slot in enumerate(chart.slots):
+        if slot.is_gap:
+            yield f'<rect class="gap" x="{place * step}" y="0" width="{step}" height="{height}"/>'
+
+
+def _chart_caption(chart: Chart) -> str:
+    zone = f"{datetime.fromtimestamp(chart.slots[-1].t // 1000, zone_of(chart.code)):%Z}"
+    words = both(
+        f"Candles of {chart.step} and volume, times in {zone}", f"{chart.step} K 线与成交量，时间为 {zone}"
+    )
+    for gap in chart.gaps[:GAPS_TOLD]:
+        told = html_text(gap_words(chart.code, gap))
+        words += "<br>" + both(f"gap: {told}", f"缺口：{told}")
+    more = len(chart.gaps) - GAPS_TOLD
+    if more > 0:
+        words += "<br>" + both(f"and {count_words(more, 'gap')} more", f"另有 {more} 处缺口")
+    return words
+
+
+def _closes_drawing(finals: Sequence[StoredClose]) -> str:
+    prices = [float(close.p) for close in finals]
+    low, high = min(prices), max(prices)
+    step = PLOT_WIDTH / max(1, len(prices) - 1)
+    points = " ".join(
+        f"{round(place * step)},{_height(price, low, high, CLOSES_HEIGHT)}"
+        for place, price in enumerate(prices)
+    )
+    marks = "".join(
+        f'<text x="{PLOT_WIDTH + 4}" y="{y}">{price_text}</text>'
+        for y, price_text in (
+            (4, max(finals, key=_close_of).p),
+            (CLOSES_HEIGHT + 4, min(finals, key=_close_of).p),
+        )
+    )
+    ends = (
+        f'<text y="{CLOSES_HEIGHT + 20}">{finals[0].date}</text>'
+        f'<text x="{PLOT_WIDTH}" y="{CLOSES_HEIGHT + 20}" text-anchor="end">{finals[-1].date}</text>'
+    )
+    return _svg(
+        finals[0].code, CLOSES_HEIGHT + 26, [f'<polyline class="line" points="{points}"/>', marks, ends]
+    )
+
+
+def _close_of(close: StoredClose) -> float:
+    return float(close.p)
+
+
+def _closes_caption(finals: Sequence[StoredClose]) -> str:
+    count = len(finals)
+    return both(
+        f"{count_words(count, 'final close')}, the last one {finals[-1].p}",
+        f"{count} 个最终收盘价，最新 {finals[-1].p}",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------
 # The dashboard
 # ------------------------------------------------------------------------------------------------------
 
@@ -12780,7 +13387,7 @@ def _refuse_arguments(message: str) -> NoReturn:
     import difflib
 
     flags = ["--help", *(f"--{name.replace('_', '-')}" for name in vars(Options) if not name.startswith("_"))]
-    typed = re.findall(r"[-–—]+\w[\w-]*", message.partition("unrecognized arguments: ")[2])  # noqa: RUF001
+    typed = re.findall(r"[-–—]+\w[\w-]*", message.partition("unrecognized arguments: ")[2])
     near = [flag for one in typed for flag in difflib.get_close_matches(one, flags, n=1)]
     if near:
         message += f"; did you mean {' '.join(near)}?"
@@ -13175,13 +13782,6 @@ def row_cells(document: Document, now: float) -> list[str]:
     when = exchange_time(document["stock_code"], document["t"])
     age, _ = age_words(now - document["t"] / 1000)
     return [document["stock_code"], document["p"], document["v"], document["vw"], side, when, age]
-
-
-def exchange_time(code: str, t: int) -> str:
-    """Return a trade's time on the exchange's clock; on UTC where the machine has no time-zone data."""
-    market = market_of(code)
-    zone = (zone_info(market.zone) if market else None) or UTC
-    return datetime.fromtimestamp(t / 1000, zone).strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
 def to_json(document: Document) -> str:

@@ -1,4 +1,4 @@
-"""A headless Chromium over its DevTools protocol: opens a page, clicks, types, looks, and hears what it complains of."""
+"""A headless Chromium, driven over its DevTools protocol: opens a page, clicks, types, hears its complaints."""
 
 from __future__ import annotations
 
@@ -118,7 +118,11 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 600,
         )
 
     def tell(self, expression: str) -> Any:
@@ -131,14 +135,19 @@ class Browser:
         """Click with the mouse on the middle of an element."""
         element = f"document.querySelector({json.dumps(selector)})"
         self.tell(f"{element}.scrollIntoView({{block: 'center'}})")
-        place = self.tell(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({element}.getBoundingClientRect())")
+        middle = "({x, y, width, height}) => [x + width / 2, y + height / 2]"
+        place = self.tell(f"({middle})({element}.getBoundingClientRect())")
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)
+            self.call(
+                "Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1
+            )
 
     def press(self, key: str, code: int) -> None:
         """Press a key, such as Enter (13)."""
         text = {"text": "\r"} if key == "Enter" else {}
-        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, **text)
+        self.call(
+            "Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, **text
+        )
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
 
     def picture(self, path: Path) -> None:
