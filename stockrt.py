@@ -12709,6 +12709,11 @@ def time_ticks(chart: Chart, most: int) -> list[tuple[int, str]]:
     return ticks
 
 
+def zone_words(chart: Chart) -> str:
+    """Return what the exchange's clock is called at the end of a chart."""
+    return f"{datetime.fromtimestamp(chart.slots[-1].t // 1000, zone_of(chart.code)):%Z}"
+
+
 def price_range(candles: Iterable[Candle]) -> tuple[float, float]:
     """Return the lowest and the highest price of at least one candle, a little apart where they are the same."""
     lows, highs = zip(*((float(candle.low), float(candle.high)) for candle in candles), strict=True)
@@ -12944,6 +12949,21 @@ class Page(NamedTuple):
     up: str = ""
 
 
+def read_page(reader: Reader, quotes: Sequence[Quote], step: str, span: Span, now: float, store: str) -> Page:
+    """Return the page of these quotes, whose names are English. Raises StoreError."""
+    last = {quote.code: quote.last for quote in quotes}
+    until = datetime.fromtimestamp((span.until or now * 1000) / 1000, UTC).date() + timedelta(days=1)
+    first = until - timedelta(days=DAYS_BACK[DAILY])
+    return Page(
+        quotes,
+        reader.names(list(last)),
+        read_charts(reader, last, step, span, now, PAGE_STEPS),
+        reader.closes(list(last), first.isoformat(), until.isoformat()),
+        now,
+        store,
+    )
+
+
 def draw_page(page: Page) -> str:
     """Return the page: all of it in one text, nothing from elsewhere, whatever a name or a reason holds."""
     from base64 import b64encode
@@ -13119,7 +13139,7 @@ def _gap_marks(chart: Chart, step: int, height: int) -> Iterator[str]:
 
 
 def _chart_caption(chart: Chart) -> str:
-    zone = f"{datetime.fromtimestamp(chart.slots[-1].t // 1000, zone_of(chart.code)):%Z}"
+    zone = zone_words(chart)
     words = both(
         f"Candles of {chart.step} and volume, times in {zone}", f"{chart.step} K 线与成交量，时间为 {zone}"
     )
@@ -13166,6 +13186,14 @@ def _closes_caption(finals: Sequence[StoredClose]) -> str:
         f"{count_words(count, 'final close')}, the last one {finals[-1].p}",
         f"{count} 个最终收盘价，最新 {finals[-1].p}",
     )
+
+
+def draw_picture(chart: Chart, up: str) -> str:
+    """Return the candles of a code as an SVG file of its own; `up`: `red` or `green`. The chart has a candle."""
+    title = html_text(f"{chart.code} {chart.step}, {zone_words(chart)}")
+    drawing = _chart_drawing(chart).partition(">")
+    begin = drawing[0].replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" data-up="{up}" ')
+    return f'{begin}><style>{DRAWING_STYLE}</style><text y="-4">{title}</text>{drawing[2]}\n'
 
 
 # ------------------------------------------------------------------------------------------------------
