@@ -30,13 +30,14 @@ above it:
     Delivery           what waits on this machine for MongoDB, and the one loop that delivers it
     Reading            what the views read from both stores: last trades, candles, closes, gaps, names
     Run                codes in, report out: everything above put together in one place
+    Collection         what is collected without anybody asking, and when
     Platform protocol  text in, events out: pure
     Platform link      registration, presence, the WebSocket
     Command journal    accepted commands and their answers on disk
     Daemon             inbox, outbox, and the three threads
     Service manager    notifications, the journal's priorities, metrics
     Migration          what the older client of the platform left: settings, hash, documents
-    Views              charts for a terminal and for a page, the page, the dashboard
+    Views              what is stored, as tables, charts and pages; the dashboard
     Command line       options, rows, commands, `main`
 
 The daemon's threads: the socket's (main) owns link, protocol and outbox, and waits for nothing but its inbox and the
@@ -625,8 +626,23 @@ SMALL_TROUBLE_AGAIN_S = 6 * 3600.0
 TROUBLE_KINDS = 16
 
 
+@contextlib.contextmanager
+def turn(lock: threading.Lock, stop: threading.Event) -> Iterator[None]:
+    """Hold a lock in the body. Raises Interrupted where `stop` is set before it is free."""
+    while not lock.acquire(timeout=STOP_POLL_S):
+        if stop.is_set():
+            raise Interrupted("stopped")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class LogThrottle:
-    """Says a repeating trouble when it begins or changes, every few minutes with a count, and when it ends."""
+    """Says a repeating trouble when it begins or changes, every few minutes with a count, and when it ends.
+
+    Any thread may call it.
+    """
 
     def __init__(
         self,
@@ -649,9 +665,10 @@ class LogThrottle:
         kind = re.sub(r"\d+", "#", reason)  # seconds and bytes that differ make no new reason
         if kind not in self._said and len(self._said) >= TROUBLE_KINDS:
             kind = ""
-        if kind not in self._said:
+        said_at = self._said.get(kind)
+        if said_at is None:
             log.warning("%s: %s; %s", self._what, reason, self._then)
-        elif now - self._said[kind] >= self._again_s:
+        elif now - said_at >= self._again_s:
             log.warning("%s: still %s (%d tries)", self._what, reason, self._count)
         else:
             return
@@ -686,7 +703,12 @@ ENV_FILE_PLACES = (
     Path("/etc/stockrt/stockrt.env"),
 )
 # Names with these beginnings are ours: an unknown one in the file is a misspelling worth a warning.
-OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_")
+OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_", "COLLECT_")
+# What COLLECT_CODES says for the codes of the collection MONGODB_WATCH_COLLECTION_NAME.
+WATCH = "watch"
+# Of these one may be set: how the daemon collects by itself.
+COLLECTING = ("COLLECT", "COLLECT_EVERY")
+MOST_SHARES = 100
 # Where a proxy listens whose setting names no port: curl's.
 PROXY_PORTS = {"http": 1080, "https": 443}
 
@@ -832,6 +854,14 @@ class Settings(NamedTuple):
     no_proxy: tuple[str, ...] = ()
     color: bool = True
     old_secrets: tuple[str, ...] = ()  # of settings that these replaced
+    collect: str = ""
+    collect_every_s: float = 0.0  # 0: no poll
+    collect_codes: str = ""
+    collect_share: tuple[int, int] = (1, 1)
+    stream_url: str = "wss://data.infoway.io/ws"
+    watch_name: str = "stock_watch"
+    gap_name: str = "stream_gaps"
+    keep_days: int = 0  # 0: for ever
 
     def __repr__(self) -> str:
         shown = [
@@ -840,6 +870,11 @@ class Settings(NamedTuple):
             if name not in ("api_keys", "mongodb_uri", "old_secrets")
         ]
         return f"Settings({', '.join(shown)})"
+
+    @property
+    def collects(self) -> bool:
+        """Whether the daemon is to collect by itself, with a platform or without."""
+        return bool(self.collect or self.collect_every_s)
 
     @property
     def proxies(self) -> Proxies:
@@ -881,16 +916,20 @@ class Settings(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a command needs of the settings: a key, the platform (`whole`: all of it or nothing), usable paths."""
+    """What a command needs of the settings: a key, the platform (`whole`: all of it or nothing), usable paths.
+
+    `collect`: what the daemon collects by itself, which stands for a platform where that is not set at all.
+    """
 
     key: bool = False
     platform: bool = False
     whole_platform: bool = False
     paths: bool = False
+    collect: bool = False
 
 
 NO_NEEDS = Needs()
-DAEMON_NEEDS = Needs(key=True, platform=True)
+DAEMON_NEEDS = Needs(key=True, platform=True, collect=True)
 
 
 class LoadedSettings(NamedTuple):
@@ -1032,9 +1071,12 @@ def _one_of(*words: str) -> Callable[[str], str]:
     return parse
 
 
-def _port(value: str) -> int:
-    _expect(value.isascii() and value.isdigit() and 1 <= int(value) <= 65535)
-    return int(value)
+def _whole_number(low: int, high: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        _expect(value.isascii() and value.isdigit() and low <= int(value) <= high)
+        return int(value)
+
+    return parse
 
 
 def _switch(value: str) -> bool:
@@ -1048,14 +1090,17 @@ def _api_keys(value: str) -> tuple[str, ...]:
     return keys
 
 
-def _base_url(value: str) -> str:
-    parts = urlsplit(value)
-    _expect(parts.scheme in ("http", "https") and bool(_host(parts.hostname or "")) and parts.port != 0)
-    _expect(
-        not (parts.query or parts.fragment or "@" in parts.netloc)
-        and re.fullmatch(r"[!-~]+", value) is not None
-    )
-    return value.rstrip("/")
+def _url(*schemes: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        parts = urlsplit(value)
+        _expect(parts.scheme in schemes and bool(_host(parts.hostname or "")) and parts.port != 0)
+        _expect(
+            not (parts.query or parts.fragment or "@" in parts.netloc)
+            and re.fullmatch(r"[!-~]+", value) is not None
+        )
+        return value.rstrip("/")
+
+    return parse
 
 
 def _plans(value: str) -> tuple[Plan, ...]:
@@ -1081,7 +1126,7 @@ def _mongodb_uri(value: str) -> str:
     _expect(not set(match[4] or "") & set("&="))  # options without the ? in front of them
     for host in match[3].split(","):
         parts = re.fullmatch(r"(\[[^\[\]]+\]|[^\[\]:\s]+)(?::(\d+))?", host)
-        _expect(parts is not None and (not parts[2] or bool(_port(parts[2]))))
+        _expect(parts is not None and (not parts[2] or bool(_whole_number(1, 65535)(parts[2]))))
     # unacknowledged writes could not be counted as stored; MongoDB's URIs may separate options by ; too
     _expect(not re.search(r"(?i)(?:^|[&;])w=[+-]?0+(?:[&;]|$)", unquote(value.partition("?")[2])))
     return value
@@ -1138,8 +1183,21 @@ def _no_proxy(value: str) -> tuple[str, ...]:
 
 def _megabytes(value: str) -> int:
     """Return the bytes of a number of megabytes (2^20 each)."""
-    _expect(value.isascii() and value.isdigit() and 1 <= int(value) <= 1 << 20)
-    return int(value) << 20
+    return _whole_number(1, 1 << 20)(value) << 20
+
+
+def _collect_codes(value: str) -> str:
+    """Return what says which codes to collect: WATCH in small letters, else as it is."""
+    _expect("".join(value.split()).isprintable() and any(map(str.isalnum, value)))
+    return WATCH if value.lower() == WATCH else value
+
+
+def _share(value: str) -> tuple[int, int]:
+    """Return which share of how many: 2/3 -> (2, 3)."""
+    match = re.fullmatch(r"(\d{1,3})\s*/\s*(\d{1,3})", value, re.ASCII)
+    _expect(match is not None and 1 <= int(match[1]) <= int(match[2]) <= MOST_SHARES)
+    assert match is not None  # for the type checker: _expect has raised
+    return int(match[1]), int(match[2])
 
 
 def _directory(value: str) -> Path:
@@ -1178,12 +1236,20 @@ _PROXY_EXPECTED = (
     "SOCKS is not supported"
 )
 
+_COLLECT_EXPECTED = (
+    "codes such as AAPL.US 600519.SH, or @ and the name of a file of codes, or watch: the codes of the collection "
+    "MONGODB_WATCH_COLLECTION_NAME"
+)
+_COLLECTION_EXPECTED = "a collection name of at most 120 bytes without $ and needless dots, not system.…"
+
 # fmt: off
 SETTINGS = (
     Setting("INFOWAY_API_KEY", "api_keys", "", "one or several keys, comma-separated, ASCII without blanks",
             _api_keys, secret=True),
     Setting("INFOWAY_API_BASE_URL", "api_base_url", "https://data.infoway.io", "an http:// or https:// URL",
-            _base_url),
+            _url("http", "https")),
+    Setting("INFOWAY_STREAM_URL", "stream_url", "wss://data.infoway.io/ws",
+            "a ws:// or wss:// URL without user, query or fragment", _url("ws", "wss")),
     Setting("INFOWAY_PLAN", "plans", AUTO,
             "auto, free, basic, premium, pro, or requests per second as a number (0: no limit, else 0.017 or more: one "
             "a minute); one for all keys, or one for each, comma-separated", _plans),
@@ -1193,17 +1259,28 @@ SETTINGS = (
     Setting("MONGODB_DB_NAME", "mongodb_db_name", "forecast_platform",
             "a database name of at most 63 bytes without / \\ . \" $ * < > : | ? or blanks", _database_name),
     Setting("MONGODB_REALTIME_COLLECTION_NAME", "realtime_name", "realtime",
-            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name,
-            old_name="MONGODB_COLLECTION_NAME"),
+            _COLLECTION_EXPECTED, _collection_name, old_name="MONGODB_COLLECTION_NAME"),
     Setting("MONGODB_CLOSE_COLLECTION_NAME", "close_name", "close",
-            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name),
+            _COLLECTION_EXPECTED, _collection_name),
     Setting("MONGODB_LICENSE_COLLECTION_NAME", "license_name", "license_usage",
-            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name),
+            _COLLECTION_EXPECTED, _collection_name),
+    Setting("MONGODB_WATCH_COLLECTION_NAME", "watch_name", "stock_watch",
+            _COLLECTION_EXPECTED, _collection_name),
+    Setting("MONGODB_GAP_COLLECTION_NAME", "gap_name", "stream_gaps",
+            _COLLECTION_EXPECTED, _collection_name),
     Setting("MONGODB_NUMERIC_TYPE", "numeric_type", "string", "string, decimal or double",
             _one_of("string", "decimal", "double")),
+    Setting("COLLECT", "collect", "", "stream, or nothing", _one_of("stream")),
+    Setting("COLLECT_EVERY", "collect_every_s", "", "seconds from 1 to 86400", _number(1, 86_400)),
+    Setting("COLLECT_CODES", "collect_codes", "", _COLLECT_EXPECTED, _collect_codes),
+    Setting("COLLECT_SHARE", "collect_share", "1/1",
+            f"which share of how many, such as 1/3, of at most {MOST_SHARES}", _share),
+    Setting("KEEP_DAYS", "keep_days", "", "days, a whole number from 1 to 36500, or nothing: for ever",
+            _whole_number(1, 36_500)),
     Setting("SERVER_IP", "server_host", "", "a host name or an address, without http:// and without a port",
             _host, at_start=True),
-    Setting("SERVER_PORT", "server_port", "", "a number from 1 to 65535", _port, at_start=True),
+    Setting("SERVER_PORT", "server_port", "", "a number from 1 to 65535", _whole_number(1, 65535),
+            at_start=True),
     Setting("SERVER_TLS", "server_tls", "0", "0 (http, ws) or 1 (https, wss)", _switch, at_start=True),
     Setting("HEARTBEAT_INTERVAL", "heartbeat_s", "10", "seconds from 1 to 3600", _number(1, 3600)),
     Setting("MODULE_NAME", "module_name", "股票实时数据获取模块", "1 to 100 printable characters",
@@ -1487,7 +1564,7 @@ def load_settings(
     faults = [fault for path in files for fault in broken_lines(path)] + read.faults
     if "MONGODB_DB_NAME" in read.unset and uri_database(values.get("mongodb_uri", "")):
         faults += _take_database(values)
-    faults += _contradictions(values) + _missing(read.unset, needs)
+    faults += _contradictions(values) + _missing(read.unset, needs, values)
     is_root = os.geteuid() == 0 if is_root is None else is_root
     values.setdefault("state_directory", default_state_directory(environ, is_root))
     if needs.paths:
@@ -1583,17 +1660,29 @@ def _take_database(values: dict[str, Any]) -> list[str]:
     return []
 
 
-def _missing(unset: Collection[str], needs: Needs) -> list[str]:
+def _missing(unset: Collection[str], needs: Needs, values: Mapping[str, Any]) -> list[str]:
     """Return the faults of what a command needs and nothing sets."""
     faults = []
     platform = [name for name in ("SERVER_IP", "SERVER_PORT") if name in unset]
-    if platform and (needs.platform or (needs.whole_platform and len(platform) == 1)):
-        faults.append(
-            f"{' and '.join(platform)} not set: the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; "
-            "without a platform use --once --codes …"
-        )
+    collecting = [name for name in COLLECTING if needs.collect and name not in unset]
+    if len(platform) == 1 and (needs.platform or needs.whole_platform):
+        faults.append(f"{platform[0]} not set: {_PLATFORM_EXPECTED}")
+    elif platform and needs.platform and not collecting:
+        faults.append(f"{' and '.join(platform)} not set: {_PLATFORM_EXPECTED}")
     if needs.key and "INFOWAY_API_KEY" in unset:
         faults.append(NO_KEY_HINT)
+    if collecting and "COLLECT_CODES" in unset:
+        faults.append(
+            f"COLLECT_CODES is not set, and {' and '.join(collecting)} would collect nothing: "
+            f"expected {_COLLECT_EXPECTED}"
+        )
+    if len(collecting) == len(COLLECTING):
+        faults.append(
+            "COLLECT and COLLECT_EVERY are both set: choose one, COLLECT=stream for every trade (what the key's plan "
+            "has no room for is polled by itself), or COLLECT_EVERY for the latest trade every so many seconds"
+        )
+    if needs.collect and values.get("collect_codes") == WATCH and "MONGODB_HOST" in unset:
+        faults.append(WATCH_NEEDS_MONGODB)
     return faults
 
 
@@ -1636,7 +1725,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         faults += uri_faults(values["mongodb_uri"])
     taken: dict[str, str] = {}
     for setting in SETTINGS:
-        if setting.attribute in ("realtime_name", "close_name", "license_name"):
+        if setting.parse is _collection_name:
             name = values.get(setting.attribute, "")
             if name in taken:
                 faults.append(f"{setting.name}={name!r}: expected another name than {taken[name]} has")
@@ -1699,6 +1788,14 @@ def _misspelled(name: str, source: str) -> str:
     return f"{source}: {name} is no setting and has no effect; did you mean {near[0]}?"
 
 
+_PLATFORM_EXPECTED = (
+    "the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; without a platform use --once --codes …, "
+    "or let it collect by itself: COLLECT=stream or COLLECT_EVERY, and COLLECT_CODES"
+)
+WATCH_NEEDS_MONGODB = (
+    "COLLECT_CODES=watch without MONGODB_HOST: the watch list is a collection of MongoDB; set MONGODB_HOST, or name "
+    "the codes, or @ and a file of them"
+)
 NO_KEY_HINT = (
     "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none"
 )
@@ -2241,6 +2338,12 @@ def split_codes(text: str) -> list[str]:
     return [code for code in _SEPARATORS.split(text) if code]
 
 
+def codes_in(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the codes of a file's lines; a # begins a comment."""
+    for line in lines:  # the mark of a file on standard input is not decoded away
+        yield from split_codes(line.partition("#")[0].lstrip("\ufeff"))
+
+
 def parse_code(raw: object) -> Instrument:
     """Return the instrument that a person or the platform meant by `raw` (a text or a whole number).
 
@@ -2562,6 +2665,16 @@ class Failure(NamedTuple):
     words: str
 
 
+def failed_words(failures: Mapping[str, Failure], total: int) -> str:
+    """Return how many of how many codes failed, and of the first few why."""
+    named = [f"{code} ({failure.words})" for code, failure in islice(failures.items(), FAILURES_NAMED)]
+    words = f"{len(failures)} of {total} codes failed: {', '.join(named)}"
+    more = len(failures) - len(named)
+    if more:
+        words += f" and {more} more"
+    return words
+
+
 class Check(NamedTuple):
     """What `--check` found of one thing."""
 
@@ -2570,8 +2683,9 @@ class Check(NamedTuple):
     words: str
 
 
-# Codes that a report names beside its failures.
+# Codes that a report names beside its failures, and failures that one line names.
 NAMES_LISTED = 100
+FAILURES_NAMED = 3
 
 
 class Report:
@@ -2684,6 +2798,30 @@ class KeyStats(NamedTuple):
     ends: float
 
 
+class CollectStats(NamedTuple):
+    """What collecting without pause does now; the counts are since the start of the process.
+
+    `connections` of `connections_wanted` stand; `codes`: subscribed; `polled`: asked for over REST instead, as the
+    key's plan allows no more; `per_second`: trades of the last seconds; `delay_p50_ms`, `delay_p99_ms`: from a
+    trade's arrival until it is durable (NaN where none came lately); `gaps_today`: of this UTC day.
+    """
+
+    connections: int = 0
+    connections_wanted: int = 0
+    codes: int = 0
+    polled: int = 0
+    per_second: float = 0.0
+    delay_p50_ms: float = math.nan
+    delay_p99_ms: float = math.nan
+    gaps_today: int = 0
+    trades: int = 0
+    stored: int = 0
+    duplicates: int = 0
+    dropped: int = 0  # what was pushed and not asked for, or was no trade
+    missed_beats: int = 0
+    trouble: str = ""
+
+
 class Events:
     """What a run and the daemon tell of themselves; this one does not listen. Never raises, whatever the thread."""
 
@@ -2717,6 +2855,9 @@ class Events:
 
     def keys_out(self, out: int, of: int) -> None:
         """A run is over, and so many of the API keys are not used again."""
+
+    def collecting(self, stats: CollectStats) -> None:
+        """Collecting without pause goes on; told about once a second while something comes, else more seldom."""
 
     def damaged(self, error: StockrtError) -> None:
         """A local file or the program is: with these words the process has to end, and its next start mends it."""
@@ -3576,7 +3717,7 @@ def _rescue_table(damaged: Path, db: sqlite3.Connection, name: str) -> int:
             row = {column: value for column, value in found.items() if column in known}
             if len(found) == len(known) > len(row):  # a column whose name is damaged is known by its place
                 row = dict(zip(known, found.values(), strict=True))
-            columns, places = ", ".join(row), ", ".join("?" * len(row))
+            columns, places = '"' + '", "'.join(row) + '"', ", ".join("?" * len(row))
             insert = f"INSERT OR IGNORE INTO {name} ({columns}) VALUES ({places})"  # noqa: S608
             db.execute(insert, tuple(row.values()))
     return db.total_changes - before
@@ -3685,7 +3826,13 @@ class LocalFile:
     """
 
     def __init__(
-        self, path: Path, version: int, schema: str, events: Events = NO_EVENTS, patient: bool = False
+        self,
+        path: Path,
+        version: int,
+        schema: str,
+        events: Events = NO_EVENTS,
+        patient: bool = False,
+        additions: tuple[int, str] = (HIGHEST_FORMAT, ""),
     ) -> None:
 
         make_state_directory(path.parent)
@@ -3693,6 +3840,8 @@ class LocalFile:
         self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
         self._version = version
         self._schema = schema
+        # from which format on these statements alone bring a file up to the version
+        self._additions = additions
         self._events = events
         self._patient = patient
         self._db: sqlite3.Connection | None = None
@@ -3951,7 +4100,10 @@ class LocalFile:
                 words += f"; where there never was a newer one its header is damaged: make an empty file {self._mark}, "
                 words += "and the next start rescues what can be read"
             raise StoreError(words)
-        db.executescript(f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;")
+        since, script = self._additions
+        if found < since:
+            script = self._schema
+        db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {self._version}; COMMIT;")
         return ""
 
     def _own_tables(self) -> set[Any]:
@@ -4005,9 +4157,9 @@ class LocalFile:
 # ------------------------------------------------------------------------------------------------------
 
 SQLITE_NAME = "stockrt.db"
-SQLITE_VERSION = 6
+SQLITE_VERSION = 7
 # IF NOT EXISTS: two processes may open a new file at the same moment.
-_SQLITE_SCHEMA = """
+_SQLITE_TABLES = """
 CREATE TABLE IF NOT EXISTS realtime (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of arrival
     _id TEXT NOT NULL UNIQUE,
@@ -4027,6 +4179,59 @@ CREATE TABLE IF NOT EXISTS rejects (        -- what MongoDB refused for good
     rejected_at TEXT NOT NULL,              -- UTC, ISO 8601
     UNIQUE (collection, _id)
 );
+CREATE TABLE IF NOT EXISTS sessions (       -- of which closes are to be made final, and the newest that are
+    code TEXT, date TEXT,
+    stage INTEGER NOT NULL,                 -- see Stage
+    due INTEGER NOT NULL,                   -- epoch seconds: then it is looked at
+    tries INTEGER NOT NULL,
+    PRIMARY KEY (code, date)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS sessions_due ON sessions (due) WHERE stage < 3;
+CREATE TABLE IF NOT EXISTS backfilled (     -- what --backfill has asked for
+    code TEXT PRIMARY KEY,
+    first TEXT NOT NULL, last TEXT NOT NULL,  -- the dates between which everything is final
+    asked INTEGER NOT NULL, closes INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS unsettled (      -- trades that MongoDB has, whose closes could not be made
+    _id TEXT PRIMARY KEY,
+    s TEXT NOT NULL, t INTEGER NOT NULL,
+    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
+    stock_code TEXT NOT NULL,
+    create_time TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS stream_gaps (    -- when the stream did not bring every trade
+    _id TEXT PRIMARY KEY,                   -- instance|product|from
+    instance TEXT NOT NULL, product TEXT NOT NULL,
+    codes TEXT NOT NULL,                    -- a JSON list
+    "from" INTEGER NOT NULL, "to" INTEGER,  -- epoch ms by the clock of this machine; NULL: it goes on
+    why TEXT NOT NULL,
+    create_time TEXT NOT NULL,              -- UTC, ISO 8601
+    delivered INTEGER NOT NULL DEFAULT 0    -- whether MongoDB has it as it stands here
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_usage (
+    digest TEXT, day TEXT, used INTEGER NOT NULL, PRIMARY KEY (digest, day)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_pace (
+    digest TEXT PRIMARY KEY, pace TEXT NOT NULL  -- JSON: Pace.stored
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS symbols (        -- what exists, by the API's lists
+    type TEXT NOT NULL, code TEXT NOT NULL,
+    name_cn TEXT NOT NULL, name_hk TEXT NOT NULL, name_en TEXT NOT NULL,
+    PRIMARY KEY (code, type)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS symbol_lists (
+    type TEXT PRIMARY KEY, asked_on TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_plan (       -- what the API said of each key last
+    digest TEXT PRIMARY KEY, asked_on TEXT NOT NULL,
+    name TEXT NOT NULL, per_second REAL NOT NULL,
+    ends REAL NOT NULL                      -- epoch seconds, 0: not told
+) WITHOUT ROWID;
+DROP TABLE IF EXISTS calendar;
+"""
+# A file without final closes, of an older format or new. From format 5 on it has them, and they stay as they are.
+_CLOSES_SINCE = 5
+_SQLITE_CLOSES = """
 CREATE TABLE IF NOT EXISTS close (          -- as it was up to format 4
     _id TEXT PRIMARY KEY,
     date TEXT NOT NULL,
@@ -4052,46 +4257,6 @@ INSERT INTO new_close (_id, date, s, t, p, v, vw, td, stock_code, after_hours, p
     FROM close;
 DROP TABLE close;
 ALTER TABLE new_close RENAME TO close;
-CREATE TABLE IF NOT EXISTS sessions (       -- of which closes are to be made final, and the newest that are
-    code TEXT, date TEXT,
-    stage INTEGER NOT NULL,                 -- see Stage
-    due INTEGER NOT NULL,                   -- epoch seconds: then it is looked at
-    tries INTEGER NOT NULL,
-    PRIMARY KEY (code, date)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS sessions_due ON sessions (due) WHERE stage < 3;
-CREATE TABLE IF NOT EXISTS backfilled (     -- what --backfill has asked for
-    code TEXT PRIMARY KEY,
-    first TEXT NOT NULL, last TEXT NOT NULL,  -- the dates between which everything is final
-    asked INTEGER NOT NULL, closes INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS unsettled (      -- trades that MongoDB has, whose closes could not be made
-    _id TEXT PRIMARY KEY,
-    s TEXT NOT NULL, t INTEGER NOT NULL,
-    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
-    stock_code TEXT NOT NULL,
-    create_time TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS key_usage (
-    digest TEXT, day TEXT, used INTEGER NOT NULL, PRIMARY KEY (digest, day)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS key_pace (
-    digest TEXT PRIMARY KEY, pace TEXT NOT NULL  -- JSON: Pace.stored
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS symbols (        -- what exists, by the API's lists
-    type TEXT NOT NULL, code TEXT NOT NULL,
-    name_cn TEXT NOT NULL, name_hk TEXT NOT NULL, name_en TEXT NOT NULL,
-    PRIMARY KEY (code, type)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS symbol_lists (
-    type TEXT PRIMARY KEY, asked_on TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS key_plan (       -- what the API said of each key last
-    digest TEXT PRIMARY KEY, asked_on TEXT NOT NULL,
-    name TEXT NOT NULL, per_second REAL NOT NULL,
-    ends REAL NOT NULL                      -- epoch seconds, 0: not told
-) WITHOUT ROWID;
-DROP TABLE IF EXISTS calendar;
 """
 
 
@@ -4100,7 +4265,8 @@ def open_store_file(directory: Path, events: Events = NO_EVENTS, patient: bool =
 
     `patient` as for LocalFile. Raises StoreError.
     """
-    return LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, _SQLITE_SCHEMA, events, patient)
+    schema, additions = _SQLITE_TABLES + _SQLITE_CLOSES, (_CLOSES_SINCE, _SQLITE_TABLES)
+    return LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, schema, events, patient, additions)
 
 
 # ======================================================================================================
@@ -5736,7 +5902,7 @@ def _failed(batch: Batch, failure: Failure) -> Outcome:
 class KeyPlans:
     """The plans of the keys for which none is set: as the API tells them once a day, kept in the local file.
 
-    One caller at a time. What cannot be had now is the plan told last, and before any the smallest one.
+    Any thread may ask; they take turns. What cannot be had now is the plan told last, and before any the smallest one.
     """
 
     def __init__(self, file: LocalFile, api: InfowayApi, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -5747,6 +5913,7 @@ class KeyPlans:
         self._not_before: dict[str, float] = {}  # by digest, monotonic: after a question without an answer
         self._told: dict[str, tuple[str, PackageInfo]] = {}  # by digest: the day, and what was said
         self._no_plan_said: set[str] = set()
+        self._asking = threading.Lock()
         self.recall()
 
     def of(self, key: ApiKey) -> PackageInfo:
@@ -5763,14 +5930,15 @@ class KeyPlans:
 
     def ask(self, stop: threading.Event) -> None:
         """Ask for what was not told today, before a run."""
-        self.recall()
+        with contextlib.suppress(Interrupted), turn(self._asking, stop):
+            self.recall()
+            self._ask_what_is_due(stop)
+
+    def _ask_what_is_due(self, stop: threading.Event) -> None:
         for key in self._to_ask:
             if not self._is_due(key):
                 continue
-            try:
-                found = self._api.package(key, stop)
-            except Interrupted:
-                return
+            found = self._api.package(key, stop)
             if isinstance(found, PackageInfo):
                 self._keep(key, found)
                 continue
@@ -5891,7 +6059,7 @@ def symbol_names(file: LocalFile, codes: Collection[str], english: bool = False)
 class Directory:
     """Which instruments exist: the API's symbol lists, each asked for when something needs it, once a day at most.
 
-    They are kept in the local file, for all processes. One caller at a time. Raises StoreError.
+    They are kept in the local file, for all processes. Any thread may ask; they take turns. Raises StoreError.
     """
 
     def __init__(self, file: LocalFile, api: InfowayApi, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -5899,9 +6067,18 @@ class Directory:
         self._api = api
         self._clock = clock
         self._not_before: dict[str, float] = {}  # by type, monotonic: after a question without an answer
+        self._asking = threading.Lock()
 
     def refresh(self, types: Iterable[str], stop: threading.Event) -> str:
         """Ask for those of the lists that were not had today; return why one cannot be had, '' if all are here."""
+        try:
+            with turn(self._asking, stop):
+                return self._refresh(types, stop)
+        except Interrupted as error:
+            return str(error)
+
+    def _refresh(self, types: Iterable[str], stop: threading.Event) -> str:
+        """Do so. Raises Interrupted."""
         today, why = utc_day(self._clock.wall()), ""
         kept = dict(self._file.read_all("SELECT type, asked_on FROM symbol_lists"))
         for kind in types:
@@ -5910,10 +6087,7 @@ class Directory:
             if self._clock.monotonic() < self._not_before.get(kind, -math.inf):
                 why = why or ASKED_IN_VAIN
                 continue
-            try:
-                found = self._api.symbols(kind, stop)
-            except Interrupted as error:
-                return str(error)
+            found = self._api.symbols(kind, stop)
             if not isinstance(found, Failure):
                 self._keep(kind, found, today)
                 continue
@@ -6649,6 +6823,17 @@ class MongoStore:
         except PyMongoError as error:
             raise self._fault(error) from error
 
+    def write_gaps(self, documents: Sequence[Document]) -> None:
+        """Write times in which the stream did not bring every trade, as they are now. Raises StoreAway."""
+        from pymongo import ReplaceOne
+        from pymongo.errors import PyMongoError
+
+        updates = [ReplaceOne({"_id": one["_id"]}, one, upsert=True) for one in documents]
+        try:
+            self.collection(self._settings.gap_name).bulk_write(updates, ordered=False)
+        except PyMongoError as error:
+            raise self._fault(error) from error
+
     def codes(self) -> list[str]:
         """Return every code in `realtime`. Raises StoreError."""
         from pymongo.errors import PyMongoError
@@ -6656,6 +6841,17 @@ class MongoStore:
         try:
             return sorted(filter(None, map(str, self.collection().distinct("stock_code"))))
         except PyMongoError as error:
+            raise self._fault(error) from error
+
+    def field(self, name: str, field: str, most: int) -> list[object]:
+        """Return a field of up to `most` documents of a collection, None for one that lacks it. Raises StoreAway."""
+        from bson.errors import BSONError
+        from pymongo.errors import PyMongoError
+
+        try:
+            found = self.collection(name).find({}, {"_id": 0, field: 1}).limit(most)
+            return [document.get(field) for document in found]
+        except (PyMongoError, BSONError) as error:
             raise self._fault(error) from error
 
     def check(self) -> str:
@@ -7798,6 +7994,18 @@ class Delivery:
         """Store documents, or queue them: behind those that wait, and whatever fails but for their own fault."""
         if not self._is_caught_up():
             return self._queue_up(documents)
+        return self._write_now(documents)
+
+    def write_soon(self, documents: Sequence[Document], within_s: float) -> WriteReport:
+        """Store documents as `write` does, but wait for nothing longer than that; 0: queue them. Raises StoreError."""
+        from pymongo import timeout
+
+        if not within_s or self._has_waiting():
+            return self._queue_up(documents)
+        with timeout(min(within_s, self.mongo.client.options.timeout or math.inf)):
+            return self._write_now(documents)
+
+    def _write_now(self, documents: Sequence[Document]) -> WriteReport:
         try:
             report = self.mongo.write(documents)
         except StoreAway as error:
@@ -7878,6 +8086,16 @@ class Delivery:
         else:
             self._file_trouble.over()
         return True
+
+    def _has_waiting(self) -> bool:
+        """Whether trades wait; none do where the file cannot say."""
+        try:
+            has_trades = self.queue.has_trades()
+        except StoreError as error:
+            self._file_trouble.again(str(error))
+            return False
+        self._file_trouble.over()
+        return has_trades
 
     def _queue_up(self, documents: Sequence[Document]) -> WriteReport:
         before = self.queue.trades
@@ -8113,6 +8331,115 @@ class Delivery:
         trouble.again(words)
 
 
+# ------------------------------------------------------------------------------------------------------
+# Gaps of the stream
+# ------------------------------------------------------------------------------------------------------
+
+# Gaps that MongoDB has and that are over stay in the local file for so long; where there is no MongoDB all of them do.
+GAPS_KEPT_S = 30 * DAY_S
+# Gaps that go to MongoDB at once: each may name thousands of codes.
+GAPS_AT_ONCE = 20
+
+
+class NotedGap(NamedTuple):
+    """A time in which the stream did not bring every trade of some codes, as both stores have it.
+
+    `since` and `until` are times at which pushes arrived, epoch ms by the clock of this machine: the time of a trade
+    lies a little before. `until` None: it goes on. `instance` is the one that missed them; another may have them.
+    """
+
+    key: str
+    instance: str
+    product: str
+    codes: tuple[str, ...]
+    since: int
+    until: int | None
+    why: str
+    create_time: str
+
+    def document(self) -> Document:
+        """Return its document in MongoDB."""
+        return {
+            "_id": self.key,
+            "instance": self.instance,
+            "product": self.product,
+            "codes": [*self.codes],
+            "from": self.since,
+            "to": self.until,
+            "why": self.why,
+            "create_time": datetime.fromisoformat(self.create_time),
+        }
+
+
+class Gaps:
+    """When the stream did not bring every trade: in the local file first, and in MongoDB as soon as it takes them.
+
+    Any thread may call it. Raises StoreError.
+    """
+
+    def __init__(self, file: LocalFile, mongo: MongoStore | None) -> None:
+        self._file = file
+        self._mongo = mongo
+
+    def note(
+        self,
+        instance: str,
+        product: str,
+        codes: Iterable[str],
+        since: int,
+        why: str,
+        until: int | None = None,
+    ) -> NotedGap:
+        """Note a new gap. Where two of a product would begin in the same millisecond one begins a little before."""
+        created = iso(utc_now())
+        gap = NotedGap("", instance, product, tuple(sorted(codes)), since, until, why, created)
+        insert = (
+            'INSERT INTO stream_gaps (_id, instance, product, codes, "from", "to", why, create_time) '
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+        )
+        with self._file.write() as db:
+            while True:
+                gap = gap._replace(key=f"{instance}|{product}|{gap.since}")
+                row = gap._replace(codes=json.dumps(gap.codes))  # type: ignore[arg-type]
+                if db.execute(insert, row).rowcount:
+                    return gap
+                gap = gap._replace(since=gap.since - 1)
+
+    def change(self, gap: NotedGap) -> None:
+        """Keep what a gap has become: its codes, its end, why it is."""
+        update = 'UPDATE stream_gaps SET codes = ?, "to" = ?, why = ?, delivered = 0 WHERE _id = ?'
+        with self._file.write() as db:
+            db.execute(update, (json.dumps(gap.codes), gap.until, gap.why, gap.key))
+
+    def open(self) -> list[NotedGap]:
+        """Return those that go on."""
+        return self._some('"to" IS NULL')
+
+    def count_since(self, moment: str) -> int:
+        """Return how many were noted since a time (ISO 8601 UTC)."""
+        return int(self._file.read_one("SELECT count(*) FROM stream_gaps WHERE create_time >= ?", moment)[0])
+
+    def deliver(self) -> bool:
+        """Bring some that are new or have changed to MongoDB, if there is one; return whether there were any."""
+        if self._mongo is None:
+            return False
+        gaps = self._some(f"NOT delivered LIMIT {GAPS_AT_ONCE}")
+        if not gaps:
+            return False
+        self._mongo.write_gaps([gap.document() for gap in gaps])
+        mark = 'UPDATE stream_gaps SET delivered = 1 WHERE _id = ? AND codes = ? AND "to" IS ? AND why = ?'
+        forget = 'DELETE FROM stream_gaps WHERE delivered AND "to" < ?'
+        with self._file.write() as db:
+            db.executemany(mark, [(gap.key, json.dumps(gap.codes), gap.until, gap.why) for gap in gaps])
+            db.execute(forget, ((time.time() - GAPS_KEPT_S) * 1000,))
+        return True
+
+    def _some(self, which: str) -> list[NotedGap]:
+        names = '_id, instance, product, codes, "from", "to", why, create_time'
+        rows = self._file.read_all(f"SELECT {names} FROM stream_gaps WHERE {which}")  # noqa: S608
+        return [NotedGap(*row)._replace(codes=tuple(json.loads(row[3]))) for row in rows]
+
+
 # ======================================================================================================
 # Reading: what the views read from both stores
 # ======================================================================================================
@@ -8127,7 +8454,6 @@ TRADES_READ = 5_000
 REFERENCE_DAYS = 31
 # Codes of one question about closes or candles.
 CODES_ASKED = 50
-GAP_TABLE = "stream_gaps"
 # Spans in which all times of trades have as many digits.
 EQUALLY_LONG_MS = ((EARLIEST_TRADE_MS, 10**12), (10**12, 10**13))
 # What no code has, nor an `_id`: it comes behind them.
@@ -8288,10 +8614,8 @@ class _FileReader:
 
     def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
         """Return the gaps that are noted in the local file. Raises StoreError."""
-        if self._file.read_one("SELECT 1 FROM sqlite_master WHERE name = ?", GAP_TABLE) is None:
-            return []
         query = (
-            f'SELECT product, codes, "from", "to", why FROM {GAP_TABLE} '  # noqa: S608
+            'SELECT product, codes, "from", "to", why FROM stream_gaps '
             'WHERE "from" < ? AND ifnull("to", ?) > ? ORDER BY "from"'
         )
         rows = self._file.read_all(query, until, NEVER, since)
@@ -8533,12 +8857,13 @@ class MongoReader(_FileReader):
         wanted = {"from": {"$lt": until}, "$or": [{"to": None}, {"to": {"$gt": since}}]}
         with self._store.reading():
             documents = list(self._store.collection(self._gap_name).find(wanted))
-        found = {gap[:3]: gap for gap in super().gaps(codes, since, until)}
         there = [
             Gap(one["product"], tuple(one["codes"]), one["from"], one.get("to"), one["why"])
             for one in documents
         ]
-        found |= {gap[:3]: gap for gap in _touching(there, codes)}
+        # of one that both have this machine knows best how it stands
+        every = [*_touching(there, codes), *super().gaps(codes, since, until)]
+        found = {gap[:3]: gap for gap in every}
         return sorted(found.values(), key=lambda gap: gap.start)
 
 
@@ -8648,6 +8973,50 @@ class Settler(Protocol):
         """Write them. Raises StoreError."""
 
 
+class Keeper:
+    """What follows where documents were written: listeners are told, closes are made.
+
+    The same for trades that were asked for and for those that were pushed. Any thread may call it.
+    """
+
+    def __init__(self, closing: Settler | None, events: Events, trouble: LogThrottle) -> None:
+        self._closing = closing
+        self._events = events
+        self._trouble = trouble
+
+    def follow(self, written: WriteReport, documents: Sequence[Document], stop: threading.Event) -> str:
+        """Tell of documents that a store has, and make their closes; return why those cannot be made, '' if they can.
+
+        The closes of what is queued are made when it arrives.
+        """
+        if written.queued:
+            self._events.kept(documents)
+            return ""
+        self._events.stored(documents)
+        return self._settle(documents, stop)
+
+    def _settle(self, documents: Sequence[Document], stop: threading.Event) -> str:
+        """Keep the closing prices; that it fails costs no trade."""
+        if self._closing is None:
+            return ""
+        try:
+            self._closing.settle(documents, stop)
+        except StoreError as error:
+            return str(error)
+        except Exception as error:  # the trades are stored, and that is what counts
+            if lack_words(error) or not self._trouble.there:
+                return own_fault(error)
+            return f"a fault of stockrt itself: {type(error).__name__}; see the log"
+        return ""
+
+
+def taken_of(documents: Sequence[Document], written: WriteReport) -> Sequence[Document]:
+    """Return those of the documents that a store has not refused."""
+    if not written.refused:
+        return documents
+    return [document for document in documents if document["_id"] not in written.refused]
+
+
 class Collector:
     """One run: fetches, checks, stores, counts. `run` is called once.
 
@@ -8669,11 +9038,11 @@ class Collector:
     ) -> None:
         self._source = source
         self._store = store
-        self._closing = closing
         self._events = events
         self._demo = demo
         self._clock = clock
         self._close_trouble = close_trouble or LogThrottle(CLOSES, clock)
+        self._keeper = Keeper(closing, events, self._close_trouble)
         self._unwritten: list[Document] = []
         self._unwritten_since = 0.0
         self._finder = finder
@@ -8756,13 +9125,7 @@ class Collector:
 
     def _look_up(self, plan: BatchPlan, finder: Finder) -> None:
         """Have looked up what the forms of some codes do not tell; what is found is asked next."""
-        for shown, unclear in plan.unclear.items():
-            found, why = None, plan.invalid[shown]
-            if not self._stop.is_set():
-                try:
-                    found = finder.find(unclear, self._stop)
-                except InstrumentError as error:
-                    why = str(error)
+        for shown, found, why in looked_up(plan, finder, self._stop):
             if found is None:
                 self._fail([shown], why, FailureKind.INVALID_CODE)
             else:
@@ -8811,9 +9174,8 @@ class Collector:
             self._fail([document["stock_code"] for document in documents], f"fetched, not stored: {error}")
             return
         self._done += len(documents) - len(written.refused)
-        taken = documents
+        taken = taken_of(documents, written)
         if written.refused:
-            taken = [document for document in documents if document["_id"] not in written.refused]
             for document in documents:
                 if document["_id"] in written.refused:
                     self._fail([document["stock_code"]], written.refused[document["_id"]])
@@ -8837,38 +9199,34 @@ class Collector:
                 self.report.read_as[self._asked(code)] = code
 
     def _count(self, written: WriteReport, documents: Sequence[Document]) -> None:
-        """Count what a write did; the closes of what is queued are made when it arrives."""
+        """Count what a write did, and let follow what does; that closes fail is said, not at every run."""
         if written.queued:
             self.report.queued += written.queued
             self.report.queued_because = written.queued_because
-            self._events.kept(documents)
-            return
-        self.report.stored += written.stored
-        self.report.duplicates += written.duplicates
-        self._events.stored(documents)
-        self._settle(documents)
-
-    def _settle(self, documents: Sequence[Document]) -> None:
-        """Keep the closing prices; that it fails is said, not at every run, and costs no trade."""
-        if self._closing is None:
-            return
-        try:
-            self._closing.settle(documents, self._stop)
-        except StoreError as error:
-            self._note_close_fault(str(error))
-        except Exception as error:  # the trades are stored, and that is what counts
-            words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
-            if lack_words(error) or not self._close_trouble.there:
-                words = own_fault(error)
-            self._note_close_fault(words)
         else:
+            self.report.stored += written.stored
+            self.report.duplicates += written.duplicates
+        close_error = self._keeper.follow(written, documents, self._stop)
+        if close_error:
             if not self.report.close_error:
-                self._close_trouble.over()
+                self._close_trouble.again(close_error)
+            self.report.close_error = close_error
+        elif not written.queued and not self.report.close_error:
+            self._close_trouble.over()
 
-    def _note_close_fault(self, words: str) -> None:
-        if not self.report.close_error:
-            self._close_trouble.again(words)
-        self.report.close_error = words
+
+def looked_up(
+    plan: BatchPlan, finder: Finder, stop: threading.Event
+) -> Iterator[tuple[str, Instrument | None, str]]:
+    """Yield of each code whose form does not tell what it means what the lists know it as, or why nothing."""
+    for shown, unclear in plan.unclear.items():
+        found, why = None, plan.invalid[shown]
+        if not stop.is_set():
+            try:
+                found = finder.find(unclear, stop)
+            except InstrumentError as error:
+                why = str(error)
+        yield shown, found, why
 
 
 def store_name(settings: Settings) -> str:
@@ -8982,6 +9340,21 @@ class QueueFacts(TypedDict):
     unsettled: int
 
 
+class _Aside(Events):
+    """Passes on what a run stores, not how it goes on: by that the executor is watched, whose run is another one."""
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+
+    def stored(self, documents: Sequence[Document]) -> None:
+        """Pass it on."""
+        self._events.stored(documents)
+
+    def kept(self, documents: Sequence[Document]) -> None:
+        """Pass it on."""
+        self._events.kept(documents)
+
+
 class Pipeline:
     """Everything that a run needs, opened in one place, last opened first closed; the daemon keeps it between runs.
 
@@ -9009,10 +9382,11 @@ class Pipeline:
         self._close_trouble = LogThrottle(CLOSES, then="the trades are stored all the same")
         with contextlib.ExitStack() as opened:
             file = opened.enter_context(open_store_file(settings.state_directory, self._events, patient))
-            mongo: MongoStore | None = None
+            self.mongo: MongoStore | None = None
             ledger: Ledger = LocalLedger(file)
             if settings.mongodb_uri:
-                mongo = opened.enter_context(contextlib.closing(MongoStore(settings)))
+                self.mongo = opened.enter_context(contextlib.closing(MongoStore(settings)))
+            mongo = self.mongo
             if mongo is not None and not (only_looks and mongo.lacks(settings.license_name)):
                 ledger = SharedLedger(mongo.collection(settings.license_name), ledger)
             self.keys = KeyPool(settings.key_plans(), ledger)
@@ -9021,12 +9395,15 @@ class Pipeline:
             api = InfowayApi(settings.api_base_url, self.keys, proxies, self._events, clock=clock)
             opened.callback(api.close)
             self.api = api
+            self.gaps = Gaps(file, mongo)
             self._plans = KeyPlans(file, api)
             self.directory = Directory(file, api)
             self._source: Source = api
             if demo:
                 self._source = DemoApi()
             self._open_store(file, mongo)
+            self._polled: InfowayApi | None = None  # made at first use
+            self._polling = threading.Lock()
             self._opened = opened.pop_all()
 
     def _open_store(self, file: LocalFile, mongo: MongoStore | None) -> None:
@@ -9042,6 +9419,7 @@ class Pipeline:
             queue, rejects, unsettled = DeliveryQueue(file, limit), Rejects(file), UnsettledTrades(file)
             self._delivery = Delivery(closes_in, queue, rejects, unsettled, closes, self._events)
             self.store = self._closing = self._delivery
+        self._keeper = Keeper(self._closing, self._events, self._close_trouble)
         self._finaliser = Finaliser(closes_in, self._source, sessions, self._events, self._clock)
         self._backfill = Backfill(closes_in, self._source, file, self._clock)
 
@@ -9062,7 +9440,7 @@ class Pipeline:
                 yield SqliteReader(file, demo)
                 return
             with Pipeline.open_mongodb(settings) as store:
-                yield MongoReader(store, file, getattr(settings, "gap_name", GAP_TABLE))
+                yield MongoReader(store, file, settings.gap_name)
 
     def __enter__(self) -> Self:
         return self
@@ -9081,6 +9459,42 @@ class Pipeline:
 
         Raises SettingsError without an API key, StoreError when a local file is damaged or the clock not set.
         """
+        return self._collect(self._source, self._events, codes, stop, report)
+
+    def poll(self, codes: Iterable[object], stop: threading.Event) -> Report:
+        """Collect as `run` does, beside it and over connections of its own, without telling how it goes on.
+
+        Any thread may call it; they take turns. It has to be over before this is closed. Raises as `run` does.
+        """
+        try:
+            with turn(self._polling, stop):
+                return self._collect(self._source_beside(), _Aside(self._events), codes, stop)
+        except Interrupted:
+            return Report(interrupted=True)
+
+    def _source_beside(self) -> Source:
+        """Return what can be asked while a run asks."""
+        if self._demo:
+            return self._source
+        if self._polled is None:
+            self._polled = InfowayApi(
+                self._settings.api_base_url,
+                self.keys,
+                self._settings.proxies,
+                self._events,
+                clock=self._clock,
+            )
+            self._opened.callback(self._polled.close)
+        return self._polled
+
+    def _collect(
+        self,
+        source: Source,
+        events: Events,
+        codes: Iterable[object],
+        stop: threading.Event,
+        report: Report | None = None,
+    ) -> Report:
         if not (self._demo or self._settings.api_keys):
             raise SettingsError([NO_KEY_HINT])
         need_clock(self._clock.wall())
@@ -9089,10 +9503,10 @@ class Pipeline:
             self._plans.ask(stop)
             closing, finder = self._closing, self.directory
         collector = Collector(
-            self._source,
+            source,
             self.store,
             closing,
-            self._events,
+            events,
             demo=self._demo,
             report=report,
             close_trouble=self._close_trouble,
@@ -9105,6 +9519,23 @@ class Pipeline:
         if self._settings.metrics_file is not None:  # they cost a question to MongoDB
             self._tell_keys()
         return report
+
+    def put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
+        """Store documents that were pushed, and let follow what does: within about that time, 0: at once.
+
+        MongoDB gets them then, or the queue on this machine does. Raises StoreError when nothing of it is stored.
+        """
+        if self._delivery is None:
+            written = self.store.write(documents)
+        else:
+            self._delivery.mongo.start_threads()
+            written = self._delivery.write_soon(documents, within_s)
+        close_error = self._keeper.follow(written, taken_of(documents, written), threading.Event())
+        if close_error:
+            self._close_trouble.again(close_error)
+        elif not written.queued:
+            self._close_trouble.over()
+        return written
 
     def symbols(self, text: str, stop: threading.Event) -> tuple[list[Symbol], str]:
         """Return the instruments whose code or name holds a text, and why a list is missing, '' where none is.
@@ -9248,6 +9679,346 @@ class Pipeline:
 
 
 # ======================================================================================================
+# Collection: what is collected without anybody asking, and when
+# ======================================================================================================
+
+# ------------------------------------------------------------------------------------------------------
+# What: the codes of COLLECT_CODES
+# ------------------------------------------------------------------------------------------------------
+
+# A file or a collection of codes is looked at again after so long, seconds.
+LOOK_EVERY_S = 60.0
+# As many codes as a command may have, and a file that holds no more of them.
+MOST_COLLECTED = 100_000
+MOST_CODES_BYTES = 16 * 1024 * 1024
+NO_CODES = (
+    'no codes are named: expected code_list, a list such as ["AAPL.US"], or COLLECT_CODES in the settings of this '
+    "module, for commands without codes"
+)
+
+
+class WatchList:
+    """The codes of COLLECT_CODES, of which this instance takes its share; a file or a collection is looked at again.
+
+    Any thread may call it. What cannot be read, or holds no code any more, leaves the codes from before, and is said.
+    """
+
+    def __init__(self, settings: Settings, mongo: MongoStore | None, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._settings = settings
+        self._mongo = mongo
+        self._clock = clock
+        self._codes: tuple[str, ...] | None = None
+        self._look_at = -math.inf
+        self._file_was: tuple[int, int, int] | None = None
+        self._odd_said = False
+        self._trouble = LogThrottle("COLLECT_CODES", clock, then="the codes from before stay")
+        self._lock = threading.Lock()
+
+    def codes(self, fresh: bool = False) -> Sequence[str]:
+        """Return this instance's codes as they were typed, the same object until they change; `fresh`: as of now.
+
+        Raises StockrtError while there are none from before.
+        """
+        with self._lock:
+            if fresh or self._codes is None or self._clock.monotonic() >= self._look_at:
+                self._look()
+            return self._codes or ()
+
+    def wait_s(self) -> float:
+        """Return after how many seconds `codes` looks again; infinite where that is of no use."""
+        return max(0.0, self._look_at - self._clock.monotonic())
+
+    def _look(self) -> None:
+        self._look_at = math.inf
+        if self._settings.collect_codes[:1] == "@" or self._settings.collect_codes == WATCH:
+            self._look_at = self._clock.monotonic() + LOOK_EVERY_S
+        try:
+            found = self._read()
+        except StockrtError as error:
+            if self._codes is None:
+                raise StockrtError(f"COLLECT_CODES: {error}") from None
+            self._trouble.again(str(error))
+        else:
+            self._trouble.over()
+            if found is not None:
+                self._take(found)
+
+    def _read(self) -> Collection[str] | None:
+        """Return the codes of all shares, None for those from before. Raises StockrtError."""
+        text = place = self._settings.collect_codes
+        found: list[str] | None
+        if text == WATCH:
+            place = f"{self._settings.mongodb_db_name}.{self._settings.watch_name}"
+            found = self._read_collection(place)
+        elif text[:1] == "@":
+            place = text[1:]
+            found = self._read_file(Path(place))
+        elif text:
+            found = split_codes(text)
+        else:
+            raise StockrtError(NO_CODES)
+        if found is None:
+            return None
+        codes = dict.fromkeys(found)
+        if not codes:
+            raise StockrtError(f"no code in {place}; expected codes such as AAPL.US 600519.SH")
+        if len(codes) > MOST_COLLECTED:
+            raise StockrtError(f"{place} has more than {MOST_COLLECTED} codes")
+        return codes
+
+    def _read_collection(self, place: str) -> list[str]:
+        if self._mongo is None:
+            raise StockrtError(WATCH_NEEDS_MONGODB)
+        try:
+            values = self._mongo.field(self._settings.watch_name, "code", MOST_COLLECTED + 1)
+        except StoreAway as error:
+            raise StockrtError(f"{place} cannot be read: {error}") from error
+        if len(values) > MOST_COLLECTED:
+            raise StockrtError(f"{place} has more than {MOST_COLLECTED} documents")
+        texts = [value for value in values if isinstance(value, str) and split_codes(value)]
+        odd = len(values) - len(texts)
+        if odd and not self._odd_said:
+            words = "COLLECT_CODES: %d of %s in %s have no text in the field code, and are passed over"
+            log.warning(words, odd, count_words(len(values), "document"), place)
+        self._odd_said = bool(odd)
+        return [code for text in texts for code in split_codes(text)]
+
+    def _read_file(self, path: Path) -> list[str] | None:
+        """Return what a file holds, None where it has not changed. Raises StockrtError."""
+        import stat
+
+        try:
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise StockrtError(f"{path} is no plain file")
+            if found.st_size > MOST_CODES_BYTES:
+                raise StockrtError(
+                    f"{path} has {found.st_size} bytes; expected codes such as AAPL.US 600519.SH"
+                )
+            is_now = (found.st_mtime_ns, found.st_size, found.st_ino)
+            if self._codes is not None and is_now == self._file_was:
+                return None
+            self._file_was = None
+            with path.open(encoding="utf-8-sig") as lines:
+                codes = list(codes_in(lines))
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise StockrtError(f"{path} cannot be read: {why}") from None
+        if codes:
+            self._file_was = is_now
+        return codes
+
+    def _take(self, listed: Collection[str]) -> None:
+        """Go over to what of a new list is in the share, and say what changed."""
+        number, shares = self._settings.collect_share
+        codes = [code for code in listed if share_of(code, shares) == number]
+        before, now = set(self._codes or ()), set(codes)
+        if self._codes is not None and before == now:
+            return
+        words = count_words(len(codes), "code")
+        if shares > 1:
+            words += f" of {len(listed)}, the share {number}/{shares}"
+        if self._codes is not None:
+            words += f"; {len(now - before)} new, {len(before - now)} gone"
+        log.log(logging.INFO if codes else logging.WARNING, "COLLECT_CODES: %s", words)
+        self._codes = tuple(codes)
+
+
+def share_of(code: str, shares: int) -> int:
+    """Return in which of so many shares a code is, from 1 on, the same one in whichever notation it is typed.
+
+    It is the first 32 bits of the SHA-256 of the API's form, modulo the number of shares, plus 1.
+    """
+    if shares == 1:
+        return 1
+    try:
+        form = parse_code(code).code
+    except UnclearCode as error:
+        form = error.text  # what a list may know it as
+    except InstrumentError:
+        form = code
+    return int(sha256(form.encode("utf-8", "backslashreplace"))[:8], 16) % shares + 1
+
+
+class Resolved(NamedTuple):
+    """Instruments by how they were asked for, each once; and of the codes that are none in which words."""
+
+    instruments: dict[str, Instrument]
+    refused: dict[str, str]
+
+
+def resolve(codes: Iterable[object], finder: Finder | None, stop: threading.Event) -> Resolved:
+    """Return what codes mean, by the rules of a run, as far as their forms and the lists tell. Raises StoreError."""
+    plan = BatchPlan()
+    plan.add(codes)
+    refused = dict(plan.invalid)
+    if finder is not None:
+        for shown, found, why in looked_up(plan, finder, stop):
+            refused[shown] = why
+            if found is not None:
+                del refused[shown]
+                plan.add_instrument(found, shown)
+    instruments = {
+        plan.asked_as.get(code, code): Instrument(code, batch.product, plan.alternatives.get(code, ()))
+        for batch in plan.finish()
+        for code in batch.split()
+    }
+    return Resolved(instruments, refused)
+
+
+# ------------------------------------------------------------------------------------------------------
+# When: on a fixed beat
+# ------------------------------------------------------------------------------------------------------
+
+# Failures that are nobody's but the way to the trades: said as a trouble, whatever the codes.
+TROUBLES = frozenset({FailureKind.NETWORK, FailureKind.API, FailureKind.KEY, FailureKind.OTHER})
+# Those of a code itself.
+OF_THE_CODE = frozenset({FailureKind.INVALID_CODE, FailureKind.UNKNOWN_CODE, FailureKind.BAD_RECORD})
+
+
+class Troubles:
+    """What runs meet and no single code is to blame for, said as it begins, goes on and ends.
+
+    `then`: what comes after a run that met some.
+    """
+
+    def __init__(self, settings: Settings, then: str) -> None:
+        self.store = LogThrottle(store_name(settings), then=then)
+        self._api = LogThrottle("Infoway", then=then)
+        self._stale = LogThrottle("trades", then="they are stored all the same")
+
+    def note(self, report: Report) -> str:
+        """Say which begin or end with a run; return what it met, '' for nothing."""
+        away = next((failure.words for failure in report.failures.values() if failure.kind in TROUBLES), "")
+        found = ((self.store, report.store_error), (self._stale, report.stale_words()), (self._api, away))
+        for trouble, words in found:
+            if words:
+                trouble.again(words)
+            elif report.reached:
+                trouble.over()
+        return report.store_error or away
+
+
+class Beat:
+    """When a poll begins: on a grid from the first one on, which no poll's length shifts. Never two at once.
+
+    A beat that comes while a poll goes on is missed. Times are monotonic seconds. Pure.
+    """
+
+    def __init__(self, every_s: float, now: float) -> None:
+        self._every_s = every_s
+        self._first_at = now
+        self._next = 0  # the number of the next beat
+
+    def wait_s(self, now: float) -> float:
+        """Return after how many seconds the next beat comes."""
+        return max(0.0, self._first_at + self._next * self._every_s - now)
+
+    def done(self, now: float) -> int:
+        """Take it that the poll of the last beat is over; return how many beats were missed."""
+        this = self._next
+        self._next = max(this + 1, math.ceil((now - self._first_at) / self._every_s))
+        return self._next - this - 1
+
+
+class Poller(threading.Thread):
+    """Polls the codes of a watch list every COLLECT_EVERY seconds until told to leave."""
+
+    def __init__(
+        self, pipeline: Pipeline, settings: Settings, watch: WatchList, events: Events = NO_EVENTS
+    ) -> None:
+        super().__init__(name="stockrt-poll", daemon=True)
+        self._pipeline = pipeline
+        self._every_s = settings.collect_every_s
+        self._watch = watch
+        self._events = events
+        then = "the next beat tries again"
+        self._troubles = Troubles(settings, then)
+        self._poll_trouble = LogThrottle("collecting", then=then)
+        self._code_trouble = LogThrottle("collecting", then="they are asked for at every beat")
+        self._beat_trouble = LogThrottle("collecting", then="beats are skipped, never two polls at once")
+        self._in_time = 0  # polls without a missed beat since
+        self._stats = CollectStats()
+        self._leaving = threading.Event()
+
+    def leave(self) -> None:
+        """End; of a poll that goes on what was fetched is stored."""
+        self._leaving.set()
+
+    def stats(self) -> CollectStats:
+        """Return what it did so far."""
+        return self._stats
+
+    def run(self) -> None:
+        """Work until told to leave."""
+        beat = Beat(self._every_s, time.monotonic())
+        while not self._leaving.wait(beat.wait_s(time.monotonic())):
+            began = time.monotonic()
+            report = self._poll()
+            now = time.monotonic()
+            self._note_beats(beat.done(now), now - began)
+            self._count(report)
+            self._events.collecting(self._stats)
+
+    def _poll(self) -> Report:
+        """Poll once; what keeps it from that is said, and the report's `store_error`."""
+        try:
+            report = self._pipeline.poll(self._watch.codes(), self._leaving)
+        except ImportError as error:
+            lost = lost_part(error)
+            self._events.damaged(lost)
+            words = str(lost)
+        except StockrtError as error:
+            words = str(error)
+        except Exception as error:  # nobody else looks at this thread
+            words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
+            if lack_words(error) or not self._poll_trouble.there:
+                words = own_fault(error)
+        else:
+            if not report.interrupted:
+                self._poll_trouble.over()
+                self._note_codes(report)
+            return report
+        self._poll_trouble.again(words)
+        return Report(store_error=words, interrupted=True)
+
+    def _note_codes(self, report: Report) -> None:
+        failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
+        if failed:
+            self._code_trouble.again(failed_words(failed, report.total))
+        elif report.reached:
+            self._code_trouble.over()
+
+    def _note_beats(self, missed: int, took_s: float) -> None:
+        """Say that beats are missed, and that it is over once none was for a while: else each would be said."""
+        if missed:
+            self._in_time = 0
+            self._stats = self._stats._replace(missed_beats=self._stats.missed_beats + missed)
+            self._beat_trouble.again(
+                f"a poll took {took_s:.1f} s, longer than COLLECT_EVERY={self._every_s:g} allows"
+            )
+            return
+        self._in_time += 1
+        if self._in_time * self._every_s >= TROUBLE_AGAIN_S:
+            self._beat_trouble.over()
+
+    def _count(self, report: Report) -> None:
+        before = self._stats
+        trouble = report.store_error
+        if not report.interrupted:
+            trouble = self._troubles.note(report)
+        new = report.stored + report.queued
+        self._stats = before._replace(
+            polled=report.total or before.polled,
+            per_second=new / self._every_s,
+            trades=before.trades + new + report.duplicates,
+            stored=before.stored + new,
+            duplicates=before.duplicates + report.duplicates,
+            trouble=trouble,
+        )
+
+
+# ======================================================================================================
 # Platform protocol: text in, events out
 # ======================================================================================================
 
@@ -9260,13 +10031,15 @@ TEXT_KEEPALIVE_S = 45.0
 SILENT_HEARTBEATS = 2
 # The names under which a workflow may hold its codes: today's, the documentation's, the command line's.
 CODE_ARGUMENTS = ("code_list", "stock_list", "codes")
-# Failures that a result explains, and those of them that its message names.
+# Failures that a result explains.
 FAILURES_LISTED = 100
-FAILURES_NAMED = 3
 
 
 class Command(NamedTuple):
-    """An `execute` that was understood. `context` is what the answer repeats: meta, workflow_id, …"""
+    """An `execute` that was understood. `context` is what the answer repeats: meta, workflow_id, …
+
+    Without `codes` it means those of COLLECT_CODES.
+    """
 
     execution_id: str
     context: dict[str, Any]
@@ -9457,25 +10230,21 @@ def read_context(message: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def read_args(args: object) -> list[object]:
-    """Return the codes in an execute's `args`, whatever shape a person gave them. Raises UsageError."""
+    """Return the codes in an execute's `args`, whatever shape a person gave them, [] where none are named.
+
+    None are named by what is missing, null or blank. An empty list is another thing: whatever made it found nothing
+    to ask for, and is not to get everything. Raises UsageError.
+    """
     if isinstance(args, str) and args.strip()[:1] in ("{", "["):
-        args = _json_or_none(args)
-        if is_deep(args):
-            raise UsageError(_TOO_DEEP)
+        args = _parsed_args(args)
     if isinstance(args, dict):
-        filled = [name for name in CODE_ARGUMENTS if args.get(name) not in (None, "", [])]
-        if not filled:
-            came = one_line(", ".join(map(str, args)) or "nothing", 80)
-            raise UsageError(
-                f'args holds no codes: expected code_list, a list such as ["AAPL.US"]; got {came}'
-            )
-        args = args[filled[0]]
+        args = _named_codes(args)
+    if _is_blank(args):
+        return []
     if isinstance(args, int | float) and not isinstance(args, bool):
         args = [args]
     if not isinstance(args, str | list):
-        raise UsageError(
-            f'args holds no codes: expected code_list, a list such as ["AAPL.US"]; got {_json_kind(args)}'
-        )
+        raise _no_codes(one_line(json.dumps(args), 60))
     codes = _flat(args if isinstance(args, list) else [args])
     if not codes:
         raise UsageError('code_list is empty: expected codes such as ["AAPL.US"]')
@@ -9486,6 +10255,34 @@ def read_args(args: object) -> list[object]:
     return codes
 
 
+def _parsed_args(text: str) -> object:
+    """Return what a text holds that looks like JSON. Raises UsageError."""
+    found = _json_or_none(text)
+    if is_deep(found):
+        raise UsageError(_TOO_DEEP)
+    if found is None:
+        raise _no_codes(one_line(text, 60))
+    return found
+
+
+def _named_codes(args: Mapping[str, object]) -> object:
+    """Return what stands under a name for codes, None where that is blank. Raises UsageError."""
+    named = [args[name] for name in CODE_ARGUMENTS if name in args]
+    filled = [value for value in named if not _is_blank(value)]
+    if not (named or all(map(_is_blank, args.values()))):  # a misspelled name may stand for it
+        raise _no_codes(one_line(", ".join(map(str, args)), 80))
+    return next((value for value in filled if value != []), filled[0] if filled else None)
+
+
+def _is_blank(value: object) -> bool:
+    """Whether somebody left a value out: it is null, or a text without a code."""
+    return value is None or (isinstance(value, str) and not split_codes(value))
+
+
+def _no_codes(came: str) -> UsageError:
+    return UsageError(f'args holds no codes: expected code_list, a list such as ["AAPL.US"]; got {came}')
+
+
 def _flat(items: Sequence[object]) -> list[object]:
     """Return codes one by one: a person also types several into one element. Blank elements are none."""
     with contextlib.suppress(TypeError):  # as nearly always: texts alone
@@ -9494,10 +10291,6 @@ def _flat(items: Sequence[object]) -> list[object]:
     for item in items:
         codes += split_codes(item) if isinstance(item, str) else [item]
     return codes
-
-
-def _json_kind(value: object) -> str:
-    return "nothing" if value is None else one_line(json.dumps(value), 60)
 
 
 def make_result(
@@ -9543,7 +10336,7 @@ def _result_words(report: Report) -> str:
         return f"{stored}, then the store failed: {report.store_error}"
     words = []
     if report.failures:
-        words.append(_failed_words(report))
+        words.append(failed_words(report.failures, report.total))
     if report.close_error:
         words.append(f"the closing snapshot is not kept: {report.close_error}")
     if report.queued:
@@ -9555,15 +10348,6 @@ def _result_words(report: Report) -> str:
     if report.stale:
         words.append(report.stale_words())
     return "; ".join(words)
-
-
-def _failed_words(report: Report) -> str:
-    named = [f"{code} ({failure.words})" for code, failure in islice(report.failures.items(), FAILURES_NAMED)]
-    words = f"{len(report.failures)} of {report.total} codes failed: {', '.join(named)}"
-    more = len(report.failures) - len(named)
-    if more:
-        words += f" and {more} more"
-    return words
 
 
 # What the message of a result says whose lists were left out.
@@ -10270,12 +11054,12 @@ JOURNAL_FIRST_S, JOURNAL_CAP_S = 0.5, 5.0
 LOCK_TRIES, LOCK_RETRY_S = 5, 0.05
 # The executor looks at the clock at least so often while nothing comes: a wait is not right when the clock is set.
 LOOK_AROUND_S = 600.0
+# What follows an execution that met a trouble.
+RETRIED = "the next execution tries again"
 # What waits on this machine and could not be taken up at the start is tried again after so long.
 TAKE_UP_AGAIN_S = 30.0
 # Commands that wait behind the running one.
 MAX_QUEUED = 1000
-# Failures that are nobody's but the way to the trades: said as a trouble, whatever the codes.
-TROUBLES = frozenset({FailureKind.NETWORK, FailureKind.API, FailureKind.KEY, FailureKind.OTHER})
 # Codes that may wait in memory for a disk that hangs: about 100 MB.
 MAX_CODES_UNWRITTEN = 10 * MAX_CODES_PER_COMMAND
 # What a server closes the connection with over a message that is too large.
@@ -10693,14 +11477,13 @@ class Executor(threading.Thread):
         self._journal = journal
         self._inbox = inbox
         self._events = events
-        self._store_trouble = LogThrottle(store_name(settings), then="the next execution tries again")
-        self._api_trouble = LogThrottle("Infoway", then="the next execution tries again")
+        self._troubles = Troubles(settings, RETRIED)
         self._journal_trouble = LogThrottle("journal")
-        self._stale_trouble = LogThrottle("trades", then="they are stored all the same")
         self._refused_before = read_status(settings.state_directory).get("spool_refused", 0)
         self._rng = random.Random()
         self._queue: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._pipeline: Pipeline | None = None
+        self._watch: WatchList | None = None  # for commands without codes
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
         self.stop = threading.Event()  # cuts the running execution short
@@ -10761,7 +11544,7 @@ class Executor(threading.Thread):
         if self._leaving.is_set() or self._events.is_damaged:
             return None
         if self._pipeline is None:
-            if self._store_trouble.there:
+            if self._troubles.store.there:
                 return TAKE_UP_AGAIN_S
             return None
         return min(self._pipeline.finalise(self._leaving), LOOK_AROUND_S)
@@ -10833,7 +11616,7 @@ class Executor(threading.Thread):
             if not isinstance(error, StockrtError):
                 words = own_fault(error)
             if not self._events.is_damaged:
-                self._store_trouble.again(f"what waits on this machine cannot be taken up: {words}")
+                self._troubles.store.again(f"what waits on this machine cannot be taken up: {words}")
 
     def _keep_answer(self, number: int, answer: str) -> bool:
         """Put an answer into the journal. On a full disk that is tried until there is room, or this ends."""
@@ -10852,7 +11635,8 @@ class Executor(threading.Thread):
     def _execute(self, command: Accepted) -> str:
         """Return the answer of a command, '' when it was cut short and stays in the journal."""
         try:
-            report = self._open_pipeline().run(command.codes, self.stop)
+            pipeline = self._open_pipeline()
+            report = pipeline.run(command.codes or self._codes_to_watch(pipeline), self.stop)
         except StockrtError as error:
             return self._unexecuted(command.context, str(error))
         except ImportError as error:  # it stays in the journal for the next start
@@ -10869,24 +11653,21 @@ class Executor(threading.Thread):
             return empty_result(command.context, module_name, self._dropped_because)
         return ""
 
+    def _codes_to_watch(self, pipeline: Pipeline) -> Sequence[str]:
+        """Return the codes of a command that names none: those of COLLECT_CODES as of now. Raises StockrtError."""
+        if self._watch is None:
+            self._watch = WatchList(self._settings, pipeline.mongo)
+        codes = self._watch.codes(fresh=True)
+        if not codes:
+            number, shares = self._settings.collect_share
+            raise StockrtError(f"none of the codes of COLLECT_CODES is in the share {number}/{shares}")
+        return codes
+
     def _log(self, context: Mapping[str, Any], report: Report) -> None:
         """Say what an execution did, and what troubles begin or end with it."""
         level = logging.INFO if report.complete else logging.WARNING
         log.log(level, execution_line(context, report))
-        reached = report.stored + report.duplicates
-        if report.store_error:
-            self._store_trouble.again(report.store_error)
-        elif reached:
-            self._store_trouble.over()
-        if report.stale:
-            self._stale_trouble.again(report.stale_words())
-        elif reached:
-            self._stale_trouble.over()
-        away = next((failure for failure in report.failures.values() if failure.kind in TROUBLES), None)
-        if away is not None:
-            self._api_trouble.again(away.words)
-        elif reached:
-            self._api_trouble.over()
+        self._troubles.note(report)
 
     def _unexecuted(self, context: Mapping[str, Any], reason: str) -> str:
         log.warning("%s; not executed: %s", execution_line(context, Report()), reason)
@@ -10908,10 +11689,9 @@ class Executor(threading.Thread):
             return old
         if old is not None:
             old.close()
-            old_store, store = store_name(self._settings), store_name(wanted)
-            if old_store != store:
-                self._store_trouble = LogThrottle(store, then="the next execution tries again")
-        self._settings = wanted
+            if store_name(self._settings) != store_name(wanted):
+                self._troubles = Troubles(wanted, RETRIED)
+        self._settings, self._watch = wanted, None
         return self._pipeline
 
 
@@ -11145,6 +11925,9 @@ class Clerk(threading.Thread):
             if not self._is_taken_up:  # or what is accepted now would be taken up too
                 self._take_up_journal()
             fresh, told = self._sort(commands)
+            if not self._settings.collect_codes:
+                told += [Declined(command, NO_CODES) for command in fresh if not command.codes]
+                fresh = [command for command in fresh if command.codes]
             numbers = self._journal.accept(fresh) if fresh else []
         except StoreError as error:
             numbers = []
@@ -12559,8 +13342,339 @@ def _same_digits(document: Document) -> tuple[object, ...]:
 
 
 # ======================================================================================================
-# Views: what is in the stores and in the metrics, for the eye
+# Views: what is stored, for people and for other programs
 # ======================================================================================================
+
+# Steps of a session in a sparkline, and the heights of its bars.
+SPARKS, BARS = 20, "▁▂▃▄▅▆▇█"
+# What --show lists where nothing says which codes.
+CODES_SHOWN = 50
+# Of a name in a table on a terminal.
+NAME_COLUMNS = 20
+# Where red is the colour of what rises. In Hong Kong, Macau and Singapore green is, as in the West.
+RED_RISES = re.compile(r"(?:zh(?!_(?:HK|MO|SG))|ja|ko)(?:_|\.|@|$)", re.IGNORECASE)
+RED, GREEN, LIT = "31", "32", "7"
+# Between two columns.
+GAP = "  "
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for each character that is a wide one."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def fitting(text: str, columns: int) -> str:
+    """Return as much of a text as fits into so many columns of a terminal."""
+    while columns_of(text) > columns:
+        text = text[:-1]
+    return text
+
+
+def locale_name(environ: Mapping[str, str]) -> str:
+    """Return the reader's locale, as POSIX has it: the first of three variables that is not empty."""
+    names = ("LC_ALL", "LC_MESSAGES", "LANG")
+    return next(filter(None, (environ.get(name, "") for name in names)), "")
+
+
+def is_chinese(environ: Mapping[str, str]) -> bool:
+    """Return whether the reader's language is Chinese."""
+    return locale_name(environ).lower().startswith("zh")
+
+
+def rise_and_fall(environ: Mapping[str, str], up: str | None) -> tuple[str, str]:
+    """Return the colours of what rises and what falls: `up`, red or green, else as the reader's locale has it."""
+    red_rises = up == "red"
+    if up is None:
+        red_rises = RED_RISES.match(locale_name(environ)) is not None
+    return (RED, GREEN) if red_rises else (GREEN, RED)
+
+
+class TradingSpan(NamedTuple):
+    """The part of a market's day that a trade belongs to (epoch ms, half open), and the day's date."""
+
+    date: str
+    since: int
+    until: int
+
+
+def trading_span(code: str, t: int) -> TradingSpan:
+    """Return the regular session that a trade belongs to, or follows: the hours before it are their own span.
+
+    Where the session is not known, or rests, it is the exchange's day, else that of UTC.
+    """
+    market = market_of(code)
+    session = NO_SESSION
+    if market is not None:
+        session = session_of(market, t)
+    if session is NO_SESSION:
+        start = t - t % DAY_MS
+        return TradingSpan(
+            datetime.fromtimestamp(start / 1000, UTC).date().isoformat(), start, start + DAY_MS
+        )
+    if session.opens == NEVER:
+        return TradingSpan(session.date, session.start, session.end)
+    if t < session.opens:
+        return TradingSpan(session.date, session.start, session.opens)
+    return TradingSpan(session.date, session.opens, session.until + 1)
+
+
+class Quote(NamedTuple):
+    """What is known of a code: its latest trade, what its session came to, and what it is compared with.
+
+    `candles`: the session in SPARKS steps, those without trades missing. `reference`: the last final close before
+    the session. What is not known is None, or ''.
+    """
+
+    code: str
+    name: str
+    trade: StoredTrade
+    span: TradingSpan
+    candles: tuple[Candle, ...]
+    reference: StoredClose | None
+
+    @property
+    def change(self) -> float | None:
+        """By how many per cent the price differs from the reference."""
+        if self.reference is None or not float(self.reference.p):
+            return None
+        before = float(self.reference.p)
+        return (float(self.trade.p) - before) / abs(before) * 100
+
+    @property
+    def session(self) -> Candle | None:
+        """The session in one step."""
+        if not self.candles:
+            return None
+        from decimal import Decimal
+
+        high = max((candle.high for candle in self.candles), key=float)
+        low = min((candle.low for candle in self.candles), key=float)
+        volume = format(sum(Decimal(candle.volume) for candle in self.candles), "f")
+        count = sum(candle.trades for candle in self.candles)
+        first, last = self.candles[0], self.candles[-1]
+        return Candle(self.span.since, first.open, high, low, last.close, volume, count)
+
+    def spark(self) -> list[float | None]:
+        """Return the price at each step's end, up to that of the last trade; None before the first."""
+        step = step_of(self.span)
+        closes = {(candle.t - self.span.since) // step: float(candle.close) for candle in self.candles}
+        points: list[float | None] = []
+        for number in range(max(closes, default=-1) + 1):
+            before = points[-1] if points else None
+            points.append(closes.get(number, before))
+        return points
+
+    def document(self, now: float) -> dict[str, object]:
+        """Return all of it for a program; `now` in epoch seconds."""
+        session, reference = self.session, self.reference
+        facts: dict[str, object] = {
+            "code": self.code,
+            "name": self.name or None,
+            "price": self.trade.p,
+            "t": self.trade.t,
+            "age_s": round(now - self.trade.t / 1000, 3),
+            "change_percent": None if self.change is None else round(self.change, 4),
+            "reference_close": None if reference is None else reference.p,
+            "reference_date": None if reference is None else reference.date,
+            "session": self.span.date,
+        }
+        for name in ("open", "high", "low", "volume"):
+            facts[name] = getattr(session, name, None)
+        return facts | {"spark": self.spark()}
+
+
+def step_of(span: TradingSpan) -> int:
+    """Return the length of a step of a sparkline (ms)."""
+    return -((span.since - span.until) // SPARKS)
+
+
+def quotes(reader: Reader, codes: Sequence[str], english: bool = False) -> list[Quote]:
+    """Return what a store has of codes, in their order; one without a trade is missing. Raises StoreError."""
+    last = reader.last(codes)
+    spans = {code: trading_span(code, trade.t) for code, trade in last.items()}
+    candles: dict[str, list[Candle]] = {}
+    for span in set(spans.values()):
+        together = [code for code, its in spans.items() if its == span]
+        candles |= reader.candles(together, span.since, span.until, step_of(span))
+    finals = reader.last_finals({code: span.date for code, span in spans.items()})
+    names = reader.names(last, english)
+    return [
+        Quote(
+            code, names.get(code, ""), last[code], spans[code], tuple(candles.get(code, ())), finals.get(code)
+        )
+        for code in dict.fromkeys(codes)
+        if code in last
+    ]
+
+
+def in_order(found: Sequence[Quote], by: str) -> list[Quote]:
+    """Return quotes by `code`, by `change` (what rose most first, what has none last), or as `asked`."""
+    if by == "change":
+        return sorted(
+            found, key=lambda quote: -math.inf if quote.change is None else quote.change, reverse=True
+        )
+    if by == "code":
+        return sorted(found, key=lambda quote: quote.code)
+    return list(found)
+
+
+class ViewColumn(NamedTuple):
+    """A column of a table. A narrow terminal loses those with a number, in the order of these."""
+
+    title: str
+    right: bool = False
+    given_up: int = 0
+
+
+QUOTE_COLUMNS = (
+    ViewColumn("CODE"),
+    ViewColumn("NAME", given_up=6),
+    ViewColumn("LAST", right=True),
+    ViewColumn("CHANGE", right=True),
+    ViewColumn("OPEN", right=True, given_up=1),
+    ViewColumn("HIGH", right=True, given_up=3),
+    ViewColumn("LOW", right=True, given_up=2),
+    ViewColumn("VOLUME", right=True, given_up=4),
+    ViewColumn("AGE", right=True, given_up=7),
+    ViewColumn("SESSION", given_up=5),
+)
+LAST_COLUMN, CHANGE_COLUMN, AGE_COLUMN = 2, 3, 8
+
+
+class QuoteTable:
+    """Lays quotes out as lines of a terminal. `colors`: of what rises and what falls, () for none.
+
+    Without a `width` no column is lost and no name cut.
+    """
+
+    def __init__(self, width: int | None, colors: Sequence[str] = (), encoding: str = "utf-8") -> None:
+        self._width = width
+        self._colors = colors
+        self._bars = BARS
+        try:
+            BARS.encode(encoding)
+        except (UnicodeError, LookupError):
+            self._bars = ""
+        self._before: dict[str, list[str]] = {}
+
+    def lines(self, found: Sequence[Quote], now: float, lit: bool = False) -> list[str]:
+        """Return the title and a line for each quote; `lit`: cells that changed since the last call are."""
+        rows = {quote.code: self._cells(quote, now) for quote in found}
+        titles = [column.title for column in QUOTE_COLUMNS]
+        widths = [max(map(columns_of, cells)) for cells in zip(titles, *rows.values(), strict=True)]
+        filled = [any(cells) for cells in zip(*rows.values(), strict=True)] or [True] * len(titles)
+        kept = self._kept(widths, filled)
+        title = self._line(titles, widths, kept, {})
+        lines = [f"\033[1m{title}\033[0m" if self._colors else title]
+        for one in found:
+            cells = rows[one.code]
+            paints = self._paints(one)
+            if lit and self._colors:
+                before = self._before.get(one.code, cells)
+                changed = [n for n in range(len(cells)) if n != AGE_COLUMN and cells[n] != before[n]]
+                paints |= {n: f"{LIT};{paints[n]}" if n in paints else LIT for n in changed}
+            lines.append(self._line(cells, widths, kept, paints))
+        self._before = rows
+        return lines
+
+    def _cells(self, quote: Quote, now: float) -> list[str]:
+        session, price = quote.session, quote.trade.p
+        change = "-" if quote.change is None else signed_percent(quote.change)
+        opened = high = low = volume = "-"
+        if session is not None:
+            opened, high, low = (with_decimals_of(price, text) for text in session[1:4])
+            volume = short_number(session.volume)
+        name = quote.name
+        if self._width is not None:
+            name = fitting(name, NAME_COLUMNS).rstrip()
+        age = age_or_ahead(now - quote.trade.t / 1000)
+        return [
+            quote.code,
+            name,
+            price,
+            change,
+            opened,
+            high,
+            low,
+            volume,
+            age,
+            sparkline(quote.spark(), self._bars),
+        ]
+
+    def _kept(self, widths: Sequence[int], filled: Sequence[bool]) -> list[int]:
+        """Return which columns there are: those that hold something, as far as the terminal is wide enough."""
+        kept = [number for number, holds in enumerate(filled) if holds]
+        for _, lost in sorted(
+            (column.given_up, n) for n, column in enumerate(QUOTE_COLUMNS) if column.given_up
+        ):
+            needed = sum(widths[number] for number in kept) + len(GAP) * (len(kept) - 1)
+            if self._width is not None and needed > self._width and lost in kept:
+                kept.remove(lost)
+        return kept
+
+    def _paints(self, quote: Quote) -> dict[int, str]:
+        if not self._colors or not quote.change:
+            return {}
+        rises, falls = self._colors
+        return dict.fromkeys((LAST_COLUMN, CHANGE_COLUMN), rises if quote.change > 0 else falls)
+
+    def _line(
+        self, cells: Sequence[str], widths: Sequence[int], kept: Sequence[int], paints: Mapping[int, str]
+    ) -> str:
+        parts = []
+        for number in kept:
+            cell, blanks = cells[number], " " * (widths[number] - columns_of(cells[number]))
+            if number in paints and cell:
+                cell = f"\033[{paints[number]}m{cell}\033[0m"
+            parts.append(blanks + cell if QUOTE_COLUMNS[number].right else cell + blanks)
+        return GAP.join(parts).rstrip()
+
+
+def signed_percent(change: float) -> str:
+    """Return a change with its sign, which says what a colour alone would not."""
+    text = f"{change:+.2f}%"
+    return text.replace("+", "").replace("-", "") if float(text[:-1]) == 0 else text
+
+
+def with_decimals_of(price: str, text: str) -> str:
+    """Return a price with at least as many decimals as another one has."""
+    missing = len(price.partition(".")[2]) - len(text.partition(".")[2])
+    if missing <= 0 or not set(price + text) <= set("-.0123456789"):
+        return text
+    return text + "." * ("." not in text) + "0" * missing
+
+
+def short_number(text: str) -> str:
+    """Return a number in six columns or so."""
+    number = float(text)
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if abs(number) >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:,.0f}" if abs(number) >= 1000 or number.is_integer() else f"{number:.4g}"
+
+
+def age_or_ahead(seconds: float) -> str:
+    """Return an age in words, and of what is ahead of this clock by more than a moment how far."""
+    if seconds < -1:
+        return f"in {age_words(-seconds)[0]}"
+    return age_words(seconds)[0]
+
+
+def sparkline(points: Sequence[float | None], bars: str = BARS) -> str:
+    """Return points as bars between the lowest and the highest of them, a blank for None."""
+    known = [point for point in points if point is not None]
+    if not (known and bars):
+        return ""
+    low, high = min(known), max(known)
+    if low == high:
+        return "".join(" " if point is None else bars[len(bars) // 2] for point in points)
+    scale = (len(bars) - 1) / (high - low)
+    return "".join(" " if point is None else bars[round((point - low) * scale)] for point in points)
+
 
 # ------------------------------------------------------------------------------------------------------
 # Charts
@@ -12591,6 +13705,12 @@ class Chart(NamedTuple):
     gaps: Sequence[Gap] = ()
     left_out: int = 0
 
+    def documents(self) -> Iterator[dict[str, object]]:
+        """Yield the candles for a program; `gap`: the stream missed some of it."""
+        for slot in self.slots:
+            if slot.candle:
+                yield {"code": self.code, "step": self.step, **slot.candle._asdict(), "gap": slot.is_gap}
+
 
 class Span(NamedTuple):
     """What of the stores is asked for: [since, until), epoch ms; None: as far back as a step goes, up to the last."""
@@ -12619,9 +13739,7 @@ def midnight(code: str, t: int) -> int:
 def read_charts(
     reader: Reader, last: Mapping[str, StoredTrade], step: str, span: Span, now: float, room: int
 ) -> dict[str, Chart]:
-    """Return a chart of each code of which there is a trade, of at most `room` steps. Raises StoreError."""
-    if step == DAILY:
-        return _daily_charts(reader, list(last), span, now, room)
+    """Return a chart of each code, whose last trades these are, of at most `room` steps. Raises StoreError."""
     until = span.until or max((trade.t for trade in last.values()), default=0) + 1
     begins: defaultdict[int, list[str]] = defaultdict(list)
     for code, trade in last.items():
@@ -12661,18 +13779,23 @@ def slots_of(
     return [slots[t] for t in sorted(slots)]
 
 
-def _daily_charts(
-    reader: Reader, codes: Sequence[str], span: Span, now: float, room: int
+def read_daily_charts(
+    reader: Reader, codes: Collection[str], span: Span, now: float, room: int
 ) -> dict[str, Chart]:
-    """Return the charts of final closes; what is provisional is no candle."""
-    until = span.until or int(now * 1000) + DAY_MS
-    since = span.since or until - DAYS_BACK[DAILY] * DAY_MS
-    first, last = (datetime.fromtimestamp(t // 1000, UTC).date().isoformat() for t in (since, until))
-    closes = reader.closes(codes, first, last)
+    """Return the charts of final closes; what is provisional is no candle. Raises StoreError."""
+    closes = reader.closes(codes, *_dates_of(span, now))
     return {
         code: newest_steps(Chart(code, DAILY, _daily_slots(code, closes.get(code, []))), room)
         for code in codes
     }
+
+
+def _dates_of(span: Span, now: float) -> tuple[str, str]:
+    """Return the first and the last date of a span, a day more at its end: it begins anywhere on earth."""
+    until = span.until or int(now * 1000) + DAY_MS
+    since = span.since or until - DAYS_BACK[DAILY] * DAY_MS
+    first, last = (datetime.fromtimestamp(t // 1000, UTC).date().isoformat() for t in (since, until))
+    return first, last
 
 
 def _daily_slots(code: str, closes: Sequence[StoredClose]) -> list[Slot]:
@@ -12733,6 +13856,38 @@ def price_marks(candles: Sequence[Candle]) -> dict[float, str]:
 GAPS_TOLD = 5
 
 
+def chart_title(chart: Chart, name: str) -> str:
+    """Return what a chart is of: code, name, step, its first and its last step."""
+    first, last = (exchange_time(chart.code, chart.slots[place].t) for place in (0, -1))
+    if chart.step == DAILY:
+        first, last = first[:10], last[:10]
+    return "  ".join(filter(None, (chart.code, one_line(name), chart.step, f"{first} – {last}")))
+
+
+def chart_notes(chart: Chart) -> Iterator[str]:
+    """Yield what is to be said below a chart: its last candle, gaps, and what is not on it."""
+    candle = [slot.candle for slot in chart.slots if slot.candle][-1]
+    names = ("open", "high", "low", "close", "volume")
+    yield "last: " + "  ".join(f"{name} {getattr(candle, name)}" for name in names)
+    for gap in chart.gaps[-GAPS_TOLD:]:
+        yield f"░ gap: {gap_words(chart.code, gap)}"
+    if len(chart.gaps) > GAPS_TOLD:
+        yield f"░ and {count_words(len(chart.gaps) - GAPS_TOLD, 'gap')} before them"
+    if chart.left_out:
+        yield f"{count_words(chart.left_out, 'candle')} before them left out: a wider terminal, --from or a longer step"
+
+
+def what_is_there(chart: Chart, last: StoredTrade | None) -> str:
+    """Return why a chart has no candle, and what there is in its place."""
+    if chart.step == DAILY:
+        words = f"{chart.code}: no final close is stored: --backfill 60 --codes {chart.code} brings some"
+    else:
+        words = f"{chart.code}: no trade in this time"
+    if last is None:
+        return f"{words}; no trade of it is stored"
+    return f"{words}; the last trade is of {exchange_time(chart.code, last.t)}"
+
+
 def gap_words(code: str, gap: Gap) -> str:
     """Return when the stream missed what was traded of a code, and why."""
     end = "now" if gap.end is None else exchange_time(code, gap.end)
@@ -12746,6 +13901,8 @@ def gap_words(code: str, gap: Gap) -> str:
 # Columns of a label of the time axis and what keeps it from the next; lines of the volume below the candles.
 TICK_COLUMNS = 14
 VOLUME_LINES = 6
+# What a chart leaves of a terminal to its title, its notes and the next prompt.
+CAPTION_LINES = 4
 # What short_number returns, mostly.
 VOLUME_COLUMNS = 5
 # More columns between two candles would only tear them apart.
@@ -12758,13 +13915,6 @@ def direction(candle: Candle) -> str:
     """Return whether the price went `up`, `down` or stayed the `same`."""
     first, last = float(candle.open), float(candle.close)
     return "same" if first == last else "up" if last > first else "down"
-
-
-def short_number(number: float) -> str:
-    """Return a number with three digits and K, M …"""
-    sizes = " KMGTPE"
-    power = min(int(math.log10(number) // 3), len(sizes) - 1) if number >= 1000 else 0
-    return f"{number / 1000**power:.3g}{sizes[power]}".strip()
 
 
 def draw_chart(chart: Chart, width: int, height: int, up: str, color: bool) -> tuple[str, Chart]:
@@ -12790,7 +13940,7 @@ def draw_chart(chart: Chart, width: int, height: int, up: str, color: bool) -> t
             _column(plot, place * step, (float(candle.open), float(candle.close)), BODIES[kind], colors[kind])
     drawn = plot.build()
     most = max(float(candle.volume) for candle in candles) or 1.0
-    plot = _field(columns, VOLUME_LINES, {0.0: "0", most: short_number(most)}, label)
+    plot = _field(columns, VOLUME_LINES, {0.0: "0", most: short_number(str(most))}, label)
     for place, slot in enumerate(chart.slots):
         if slot.candle and float(slot.candle.volume):
             kind = direction(slot.candle)
@@ -12831,11 +13981,9 @@ PAGE_CLOSES = 250
 DRAWING_WIDTH = 800
 PLOT_WIDTH, PRICE_HEIGHT, VOLUME_HEIGHT, CLOSES_HEIGHT = 720, 180, 40, 80
 WIDEST_CANDLE = 24
-# Red is up for who reads Chinese, green for others, unless --up says so.
 DRAWING_STYLE = """
 :root{--bg:#fff;--ink:#1b1f24;--dim:#667085;--line:#e4e7ec;--gap:#f2c94c;--red:#c8102e;--green:#0a7d3c}
-:root,:root[data-up=green]{--up:var(--green);--down:var(--red)}
-:root[lang=zh]:not([data-up=green]),:root[data-up=red]{--up:var(--red);--down:var(--green)}
+:root{--up:var(--green);--down:var(--red)}:root[data-up=red]{--up:var(--red);--down:var(--green)}
 @media (prefers-color-scheme:dark){:root{--bg:#12151a;--ink:#e6e9ee;--dim:#98a2b3;--line:#2a2f38;--gap:#7a6210;
 --red:#ff6b6b;--green:#3ddc84}}
 @media print{:root{--bg:#fff;--ink:#000;--dim:#444;--line:#bbb;--gap:#ddd;--red:#c8102e;--green:#0a7d3c}}
@@ -12866,11 +14014,14 @@ svg{display:block;width:100%;height:auto}svg.spark{width:5rem;margin-left:auto}
 @media (max-width:40rem){.more{display:none}body{padding:.5rem}th button,td{padding:.2rem}svg text{font-size:20px}}
 @media print{body{font-size:11px;padding:0}#language{display:none}section{break-inside:avoid}}
 """
+# Red is up where the reader's language has it so: as RED_RISES.
 PAGE_SCRIPT = """
 "use strict";
 const root = document.documentElement;
 const known = navigator.languages.map((tag) => tag.slice(0, 2)).find((tag) => tag === "zh" || tag === "en");
 root.lang = known || root.lang;
+if (!("fixed" in root.dataset) && navigator.language)
+  root.dataset.up = /^(zh(?!-(HK|MO|SG|Hant-HK))|ja|ko)\\b/i.test(navigator.language) ? "red" : "green";
 function sort(head) {
   const down = head.getAttribute("aria-sort") === "ascending";
   for (const other of head.parentNode.querySelectorAll("[aria-sort]")) other.setAttribute("aria-sort", "none");
@@ -12919,24 +14070,10 @@ PAGE_COLUMNS = (
 )
 
 
-class Quote(NamedTuple):
-    """Stand-in until show's."""
-
-    code: str
-    name: str
-    last: StoredTrade
-    change_percent: float | None
-    open: str
-    high: str
-    low: str
-    volume: str
-    spark: list[float | None]
-
-
 class Page(NamedTuple):
     """What the page shows: quotes as asked, of each code its chart and its final closes, and `names` in Chinese.
 
-    `made`: when, epoch seconds; `store`: where it is from; `up`: the colour of what rises, '' as the reader has it.
+    `made`: when, epoch seconds; `store`: where it is from; `up`: the colour of what rises, everybody's if `is_fixed`.
     """
 
     quotes: Sequence[Quote]
@@ -12946,19 +14083,21 @@ class Page(NamedTuple):
     made: float
     store: str
     is_chinese: bool = False
-    up: str = ""
+    up: str = "green"
+    is_fixed: bool = False
 
 
-def read_page(reader: Reader, quotes: Sequence[Quote], step: str, span: Span, now: float, store: str) -> Page:
+def read_page(reader: Reader, found: Sequence[Quote], step: str, span: Span, now: float, store: str) -> Page:
     """Return the page of these quotes, whose names are English. Raises StoreError."""
-    last = {quote.code: quote.last for quote in quotes}
-    until = datetime.fromtimestamp((span.until or now * 1000) / 1000, UTC).date() + timedelta(days=1)
-    first = until - timedelta(days=DAYS_BACK[DAILY])
+    last = {quote.code: quote.trade for quote in found}
+    charts = read_daily_charts(reader, last, span, now, PAGE_STEPS)
+    if step != DAILY:
+        charts = read_charts(reader, last, step, span, now, PAGE_STEPS)
     return Page(
-        quotes,
+        found,
         reader.names(list(last)),
-        read_charts(reader, last, step, span, now, PAGE_STEPS),
-        reader.closes(list(last), first.isoformat(), until.isoformat()),
+        charts,
+        reader.closes(list(last), *_dates_of(Span(until=span.until), now)),
         now,
         store,
     )
@@ -12973,7 +14112,7 @@ def draw_page(page: Page) -> str:
     hashes = [b64encode(sha256(text.encode()).digest()).decode() for text in (style, PAGE_SCRIPT)]
     policy = "default-src 'none';style-src 'sha256-{}';script-src 'sha256-{}';img-src data:".format(*hashes)
     language = "zh" if page.is_chinese else "en"
-    color = f' data-up="{page.up}"' * bool(page.up)
+    color = f' data-up="{page.up}"' + " data-fixed" * page.is_fixed
     head = (
         f'<!doctype html>\n<html lang="{language}"{color}>\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
@@ -13022,15 +14161,17 @@ def _head(column: PageColumn) -> str:
 
 
 def _row(page: Page, quote: Quote) -> str:
-    change = quote.change_percent
+    change, session = quote.change, ("", "", "", "")
+    if quote.session is not None:
+        session = (*quote.session[1:4], quote.session.volume)
     cells = [
         (f'<a href="#{html_text(quote.code)}">{html_text(quote.code)}</a>', quote.code),
         (_name(page, quote), None),
-        (html_text(quote.last.p), quote.last.p),
-        ("", "") if change is None else (f"{change:+.2f} %", f"{change:.6f}"),
-        (_spark(quote.spark), ""),
-        *((html_text(text), text) for text in (quote.open, quote.high, quote.low, quote.volume)),
-        (html_text(exchange_time(quote.code, quote.last.t)), str(quote.last.t)),
+        (html_text(quote.trade.p), quote.trade.p),
+        ("–", "") if change is None else (signed_percent(change), f"{change:.6f}"),
+        (_spark(quote.spark()), ""),
+        *((html_text(text), text) for text in session),
+        (html_text(exchange_time(quote.code, quote.trade.t)), str(quote.trade.t)),
     ]
     row = ""
     for column, (content, value) in zip(PAGE_COLUMNS, cells, strict=True):
@@ -13219,7 +14360,7 @@ def _line(expression: str, legend: str = _WHOSE) -> tuple[str, str]:
     return expression, legend
 
 
-def _share(percent: int) -> tuple[str, str]:
+def _quantile(percent: int) -> tuple[str, str]:
     """Return the query of the time within which so many per cent of the API's answers came."""
     rates = f"sum by (le) (rate({LATENCY}_bucket[$__rate_interval]))"
     return f"histogram_quantile({percent / 100}, {rates})", f"{percent} %"
@@ -13252,7 +14393,7 @@ PANELS = (
           (_counted("stockrt_platform_connections_total"),)),
     Panel("Requests to the API", "timeseries", "short", (_counted("stockrt_api_requests_total", "answer"),)),
     Panel("Time until the API's answer", "timeseries", "s",
-          (_share(50), _share(95), _share(99),
+          (_quantile(50), _quantile(95), _quantile(99),
            _line(f"sum(rate({LATENCY}_sum[$__rate_interval])) / sum(rate({LATENCY}_count[$__rate_interval]))",
                  "mean"))),
     Panel("Requests of each key today", "timeseries", "short",
@@ -13374,9 +14515,14 @@ class Options:
 
     once = check = check_settings = status = drain = rejects = reload = register = False
     grafana = False
+    chart: str | None = None
+    html: str | None = None
     json = demo = retry = discard = force = dry_run = False
     backfill: int | None = None
     executions: int | None = None
+    show: Sequence[str] | None = None
+    sort: str | None = None
+    up: str | None = None
     symbols: str | None = None
     migrate: str | None = None
     documents: str | None = None
@@ -13390,6 +14536,13 @@ def terminal_width(otherwise: int) -> int:
     """Return the columns of the terminal that stdout is, and where it is none or does not tell another number."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return os.get_terminal_size(sys.stdout.fileno()).columns or otherwise
+    return otherwise
+
+
+def terminal_height(otherwise: int) -> int:
+    """Return the lines of the terminal that stdout is, and where it is none or does not tell another number."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.get_terminal_size(sys.stdout.fileno()).lines or otherwise
     return otherwise
 
 
@@ -13446,6 +14599,13 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=f"list the last N executions and --once runs with their failures (default {EXECUTIONS_SHOWN})",
     )
+    what.add_argument(
+        "--show",
+        nargs="*",
+        metavar="CODE",
+        help="show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, "
+        f"else the {CODES_SHOWN} that traded last",
+    )
     what.add_argument("--symbols", metavar="TEXT", help="find instruments by code or name: 茅台, apple, 黄金")
     what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
     what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
@@ -13476,6 +14636,24 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--demo", action="store_true", help="synthetic trades: no network, no key, embedded store"
+    )
+    parser.add_argument(
+        "--chart",
+        choices=tuple(STEPS),
+        help="with --show: candles and volume; with --html: of which step (5m)",
+    )
+    parser.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write what --show has as one page, or candles of one code as a picture where FILE ends in .svg",
+    )
+    parser.add_argument(
+        "--sort", choices=("code", "change", "asked"), help="with --show: the order of its lines (code)"
+    )
+    parser.add_argument(
+        "--up",
+        choices=("red", "green"),
+        help="with --show: the colour of what rises, in place of the one of your locale",
     )
     parser.add_argument("--retry", action="store_true", help="with --drain: what MongoDB refused before, too")
     parser.add_argument(
@@ -13518,6 +14696,8 @@ LONGEST_SOUGHT = 200
 def parse_arguments(argv: Sequence[str]) -> Options:
     """Return the options. Raises UsageError for what does not go together."""
     options = Options()
+    if "--show" not in argv and any(word.partition("=")[0] == "--html" for word in argv):
+        argv = ["--show", *argv]  # a page is what it shows
     if argv:  # or the daemon would carry argparse for months (0.6 MB)
         make_parser().parse_args(argv, options)
     if options.symbols is not None:
@@ -13532,15 +14712,21 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         options.rejects,
         options.symbols,
     )
-    if options.json and not any(for_json):
+    if options.json and not any(for_json) and options.show is None:
         raise UsageError(
-            "--json goes with --once, --check, --status, --executions, --rejects or --symbols; see --help"
+            "--json goes with --once, --show, --check, --status, --executions, --rejects or --symbols; see --help"
         )
+    if options.json and options.html is not None:
+        raise UsageError("--json does not go with --html; see --help")
     for flag in ("codes", "codes_file"):
-        if getattr(options, flag) and not options.once and options.backfill is None:
-            raise UsageError(f"--{flag.replace('_', '-')} goes with --once or --backfill; see --help")
-    if options.demo and not options.once:
-        raise UsageError("--demo goes with --once; see --help")
+        takes_codes = options.once or options.backfill is not None or options.show is not None
+        if getattr(options, flag) and not takes_codes:
+            raise UsageError(f"--{flag.replace('_', '-')} goes with --once, --backfill or --show; see --help")
+    if options.demo and not options.once and options.show is None:
+        raise UsageError("--demo goes with --once or --show; see --help")
+    for flag in ("sort", "up", "chart"):
+        if getattr(options, flag) and options.show is None:
+            raise UsageError(f"--{flag} goes with --show; see --help")
     if options.backfill is not None and not 1 <= options.backfill <= MAX_BARS:
         raise UsageError(f"--backfill {options.backfill}: expected 1 to {MAX_BARS} sessions; see --help")
     if options.retry and not options.drain:
@@ -13598,8 +14784,7 @@ def _codes_of(options: Options) -> Iterator[str]:
         if options.codes_file != "-":
             stream = open(options.codes_file, encoding="utf-8-sig")  # noqa: SIM115  (closed below)
         with stream:
-            for line in stream:  # the mark of a file on standard input is not decoded away
-                yield from split_codes(line.partition("#")[0].lstrip("\ufeff"))
+            yield from codes_in(stream)
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"--codes-file {options.codes_file}: cannot be read: {why}") from None
@@ -13689,7 +14874,6 @@ COLUMNS = (
     Column("AGE", 6, right=True),
     Column("NAME", 0),
 )
-GAP = "  "
 # Of a line where there is no terminal: no name is cut.
 WIDEST = 1000
 
@@ -13786,22 +14970,6 @@ class Rows:
             if not isinstance(error, BrokenPipeError):
                 self.fault = f"the rows cannot be printed: {error.strerror}"
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # else the exit's flush fails again
-
-
-def columns_of(text: str) -> int:
-    """Return how many columns of a terminal a text takes: two for each character that is a wide one."""
-    if text.isascii():
-        return len(text)
-    import unicodedata
-
-    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
-
-
-def fitting(text: str, columns: int) -> str:
-    """Return as much of a text as fits into so many columns of a terminal."""
-    while columns_of(text) > columns:
-        text = text[:-1]
-    return text
 
 
 def row_cells(document: Document, now: float) -> list[str]:
@@ -14103,6 +15271,7 @@ def _check_origins(loaded: LoadedSettings, is_service_hidden: bool) -> Check:
 
 
 NO_DAEMON = "SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon"
+NO_PLATFORM = "SERVER_IP and SERVER_PORT are not set: the daemon collects by itself, without a platform"
 
 
 def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
@@ -14135,7 +15304,7 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
     if settings.platform_url():
         yield check_platform(settings)
     else:
-        yield Check("platform", True, NO_DAEMON)
+        yield Check("platform", True, NO_PLATFORM if settings.collects else NO_DAEMON)
 
 
 def _check_state_directory(settings: Settings) -> Check:
@@ -14622,6 +15791,136 @@ def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     return EXIT_OK if found and not why else EXIT_FAILED
 
 
+def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
+    """Print what is stored of codes; exit status 1 where there is none of one that was asked for, or nothing at all."""
+    with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
+        codes, missing = codes_to_show(options, settings, reader)
+        found = in_order(quotes(reader, codes, not is_chinese(environ)), options.sort or "code")
+    now = time.time()
+    if options.json:
+        for one in found:
+            show(json.dumps(one.document(now), ensure_ascii=False))
+    elif found:
+        show("\n".join(quote_table(settings, environ, options.up).lines(found, now)))
+    for words in (*missing, *_what_lacks(found, options.demo)):
+        say(words)
+    return EXIT_FAILED if missing or not found else EXIT_OK
+
+
+def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
+    """Print candles of codes; exit status 1 where there are none of one that was asked for, or nothing at all."""
+    now, span, step = time.time(), Span(), cast(str, options.chart)
+    width, height = terminal_width(80), terminal_height(24)
+    with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
+        codes, missing = codes_to_show(options, settings, reader)
+        last = reader.last(codes)
+        charts = read_daily_charts(reader, codes, span, now, width)
+        if step != DAILY:
+            charts = read_charts(reader, last, step, span, now, width)
+        names = reader.names(codes, not is_chinese(environ))
+    rise, _ = rise_and_fall(environ, options.up)
+    up, color = {RED: "red", GREEN: "green"}[rise], settings.color and sys.stdout.isatty()
+    for code, chart in charts.items():
+        if not any(slot.candle for slot in chart.slots):
+            missing.append(what_is_there(chart, last.get(code)))
+        elif options.json:
+            show("\n".join(json.dumps(document) for document in chart.documents()))
+        else:
+            drawn, chart = draw_chart(chart, width, height - CAPTION_LINES, up, color)
+            show(f"{chart_title(chart, names.get(code, ''))}\n{drawn.rstrip()}")
+            for words in chart_notes(chart):
+                show(words)
+    for words in missing:
+        say(words)
+    return EXIT_FAILED if missing or not charts else EXIT_OK
+
+
+def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
+    """Write the page, or one code's picture, whole or not at all; exit status 1 where it lacks what was asked for."""
+    now, span, step = time.time(), Span(), options.chart or "5m"
+    rise, _ = rise_and_fall(environ, options.up)
+    up = {RED: "red", GREEN: "green"}[rise]
+    with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
+        codes, missing = codes_to_show(options, settings, reader)
+        found = in_order(quotes(reader, codes, english=True), options.sort or "code")
+        store = settings.mongodb_shown() or SQLITE_NAME
+        page = read_page(reader, found, step, span, now, store)
+    page = page._replace(is_chinese=is_chinese(environ), up=up, is_fixed=options.up is not None)
+    path = Path(cast(str, options.html))
+    text = draw_page(page)
+    if path.suffix == ".svg":
+        text = draw_picture(_only_chart(page), up)
+    # a web server is another user
+    write_whole(path, text, mode=0o644, setting="--html")
+    for words in missing:
+        say(words)
+    say(f"{path}: {count_words(len(found), 'code')}, {len(text.encode()) / 1000:.0f} kB")
+    return EXIT_FAILED if missing or not found else EXIT_OK
+
+
+def _only_chart(page: Page) -> Chart:
+    """Return the one chart that a picture has room for. Raises UsageError."""
+    charts = [chart for chart in page.charts.values() if any(slot.candle for slot in chart.slots)]
+    if len(charts) != 1:
+        raise UsageError(
+            f"--html FILE.svg: a picture is of one code, and here are candles of {len(charts)}; see --show"
+        )
+    return charts[0]
+
+
+def quote_table(settings: Settings, environ: Mapping[str, str], up: str | None) -> QuoteTable:
+    """Return a table for what stdout is."""
+    width: int | None = None
+    colors: Sequence[str] = ()
+    if sys.stdout.isatty():
+        width = terminal_width(80)
+        if settings.color:
+            colors = rise_and_fall(environ, up)
+    return QuoteTable(width, colors, sys.stdout.encoding)
+
+
+def codes_to_show(options: Options, settings: Settings, reader: Reader) -> tuple[list[str], list[str]]:
+    """Return the codes that are meant, as far as there are trades of them, and a sentence for each other one.
+
+    Raises StockrtError.
+    """
+    typed = [code for text in options.show or () for code in split_codes(text)]
+    typed += _codes_of(options)
+    if not typed and settings.collect_codes and not options.demo:
+        with Pipeline.open_mongodb(settings) if settings.mongodb_uri else contextlib.nullcontext() as store:
+            typed = [*WatchList(settings, store).codes()]
+    if not typed:
+        return reader.newest_codes(CODES_SHOWN), []
+    meant: dict[str, list[str]] = {}
+    missing = []
+    for code in dict.fromkeys(typed):
+        try:
+            instrument = parse_code(code)
+        except UnclearCode as error:
+            meant[code] = [error.text, *error.guesses]
+        except InstrumentError as error:
+            missing.append(f"{one_line(code, 40)}: {error}")
+        else:
+            meant[code] = [instrument.code, *(other.code for other in instrument.alternatives)]
+    every = {code for codes in meant.values() for code in codes}
+    there: Collection[str] = reader.last(every)
+    if options.chart == DAILY and options.html is None:
+        there = {*there, *reader.closes(every, "", BEHIND)}
+    found = {code: [one for one in codes if one in there] for code, codes in meant.items()}
+    missing += [
+        f"{one_line(code, 40)}: no trade of it is stored" for code, codes in found.items() if not codes
+    ]
+    return [code for codes in found.values() for code in codes[:1]], missing
+
+
+def _what_lacks(found: Sequence[Quote], demo: bool) -> Iterator[str]:
+    """Yield what is not there to be shown, and how to get it."""
+    if not found:
+        yield "no trade is stored yet: see --once, or --show --demo for those of --once --demo"
+    elif not demo and all(one.reference is None for one in found):
+        yield "no final close is stored that a change could be told against: --backfill 5 brings some"
+
+
 def run_register(settings: Settings, force: bool) -> int:
     """Register at the platform unless a hash is stored, and say what was done."""
     place = settings.state_directory / HASH_NAME
@@ -14644,7 +15943,8 @@ def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
         raise SettingsError(["time zones: see above; install the package tzdata, or see PYTHONTZPATH"])
     check = _check_origins(loaded, is_service_hidden)
     if not loaded.settings.platform_url():
-        check = check._replace(words=f"{check.words}; {NO_DAEMON}")
+        words = NO_PLATFORM if loaded.settings.collects else NO_DAEMON
+        check = check._replace(words=f"{check.words}; {words}")
     show(_check_line(check))
     return EXIT_OK if check.good else EXIT_FAILED
 
@@ -14652,13 +15952,14 @@ def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
 def needs_of(options: Options) -> Needs:
     """Return what a command needs of the settings."""
     if options.check_settings:
-        return Needs(key=True, whole_platform=True, paths=True)
+        return Needs(key=True, whole_platform=True, paths=True, collect=True)
     if options.register:
         return Needs(platform=True)
     if options.once or options.symbols or options.backfill is not None:
         return Needs(key=not options.demo)
     others = ("check", "status", "executions", "drain", "rejects")
-    if options.documents is not None or any(getattr(options, name) for name in others):
+    looks = options.documents is not None or options.show is not None
+    if looks or any(getattr(options, name) for name in others):
         return NO_NEEDS
     return DAEMON_NEEDS
 
@@ -14774,7 +16075,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     start_logging(loaded.settings)
     for warning in loaded.warnings:
         log.warning(warning)
-    if hidden and (options.drain or options.rejects or options.executions):
+    looks = options.drain or options.rejects or options.executions or options.show is not None
+    if hidden and looks:
         raise StoreError(HIDDEN_WORDS)
     if options.once:
         return run_once(options, loaded.settings)
@@ -14789,6 +16091,12 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if needs is DAEMON_NEEDS:
         return run_daemon(loaded.settings, environ, options.env_file)
     with Terminal():
+        if options.html is not None:
+            return run_page(options, loaded.settings, environ)
+        if options.chart is not None:
+            return run_chart(options, loaded.settings, environ)
+        if options.show is not None:
+            return run_show(options, loaded.settings, environ)
         return _run_short(options, loaded, hidden)
 
 

@@ -37,7 +37,10 @@ DAY = "2026-08-14"
 TEN = int(datetime(2026, 8, 14, 2, 0, tzinfo=UTC).timestamp()) * 1000  # ten o'clock in Shanghai
 MINUTE = 60_000
 MAOTAI, TENCENT, BITCOIN = "600519.SH", "00700.HK", "BTCUSDT"
-GAPS = 'CREATE TABLE IF NOT EXISTS stream_gaps (product TEXT, codes TEXT, "from" INTEGER, "to" INTEGER, why TEXT)'
+ADD_GAP = (
+    'INSERT INTO stream_gaps (_id, instance, product, codes, "from", "to", why, create_time) '
+    "VALUES (?, '', ?, ?, ?, ?, ?, '')"
+)
 
 
 class Place:
@@ -173,15 +176,14 @@ def test_closes_final_and_provisional_and_the_one_that_a_change_is_told_against(
 
 def test_gaps_are_told_from_this_machine_and_from_mongodb_each_once(place: Place) -> None:
     with place.reader() as reader:
-        assert reader.gaps([MAOTAI], 0, NEVER) == []  # no table, no collection
+        assert reader.gaps([MAOTAI], 0, NEVER) == []
     gaps = [
         Gap("stock", (MAOTAI, TENCENT), TEN, TEN + MINUTE, "connection lost"),
         Gap("stock", (MAOTAI,), TEN + 5 * MINUTE, None, "stopped"),
     ]
     with place.file.write() as db:
-        db.execute(GAPS)
-        rows = [(gap.product, json.dumps(gap.codes), gap.start, gap.end, gap.why) for gap in gaps]
-        db.executemany("INSERT INTO stream_gaps VALUES (?, ?, ?, ?, ?)", rows)
+        rows = [(gap.start, gap.product, json.dumps(gap.codes), gap.start, gap.end, gap.why) for gap in gaps]
+        db.executemany(ADD_GAP, rows)
     if isinstance(place.store, MongoStore):
         first = gaps[0]
         document: Document = {

@@ -33,6 +33,7 @@ from stockrt import (
     draw_chart,
     open_store_file,
     read_charts,
+    read_daily_charts,
     session_of,
     slots_of,
     to_document,
@@ -67,6 +68,8 @@ class Place:
     ) -> dict[str, Chart]:
         """Return what is drawn of codes."""
         with Pipeline.open_reader(self.settings) as reader:
+            if step == "1d":
+                return read_daily_charts(reader, codes, span or Span(), NOON / 1000, room)
             return read_charts(reader, reader.last(codes), step, span or Span(), NOON / 1000, room)
 
 
@@ -195,13 +198,6 @@ def test_a_gap_is_a_column_of_its_own_colour() -> None:
     chart = Chart(AAPL, "1m", [*RISES_AND_FALLS.slots, Slot(NOON + 5 * MINUTE, None, is_gap=True)])
     lines = draw_chart(chart, 60, 20, "red", color=False)[0].splitlines()
     assert sum("░" in line for line in lines) == 20 - 6 - 2  # of all lines of prices
-
-
-@pytest.mark.parametrize(
-    ("number", "words"), [(0.5, "0.5"), (999, "999"), (89_312, "89.3K"), (1.5e7, "15M"), (1e30, "1e+12E")]
-)
-def test_a_large_number_is_short(number: float, words: str) -> None:
-    assert stockrt.short_number(number) == words
 
 
 # ------------------------------------------------------------------------------------------------------
