@@ -13832,11 +13832,6 @@ def time_ticks(chart: Chart, most: int) -> list[tuple[int, str]]:
     return ticks
 
 
-def zone_words(chart: Chart) -> str:
-    """Return what the exchange's clock is called at the end of a chart."""
-    return f"{datetime.fromtimestamp(chart.slots[-1].t // 1000, zone_of(chart.code)):%Z}"
-
-
 def price_range(candles: Iterable[Candle]) -> tuple[float, float]:
     """Return the lowest and the highest price of at least one candle, a little apart where they are the same."""
     lows, highs = zip(*((float(candle.low), float(candle.high)) for candle in candles), strict=True)
@@ -13856,12 +13851,17 @@ def price_marks(candles: Sequence[Candle]) -> dict[float, str]:
 GAPS_TOLD = 5
 
 
-def chart_title(chart: Chart, name: str) -> str:
-    """Return what a chart is of: code, name, step, its first and its last step."""
+def chart_span(chart: Chart) -> str:
+    """Return when the first and the last step of a chart began, on the exchange's clock."""
     first, last = (exchange_time(chart.code, chart.slots[place].t) for place in (0, -1))
     if chart.step == DAILY:
         first, last = first[:10], last[:10]
-    return "  ".join(filter(None, (chart.code, one_line(name), chart.step, f"{first} – {last}")))
+    return f"{first} – {last}"
+
+
+def chart_title(chart: Chart, name: str) -> str:
+    """Return what a chart is of: code, name, step, its first and its last step."""
+    return "  ".join(filter(None, (chart.code, one_line(name), chart.step, chart_span(chart))))
 
 
 def chart_notes(chart: Chart) -> Iterator[str]:
@@ -13978,9 +13978,11 @@ def _column(plot: Any, place: int, span: tuple[float, float], marker: str, color
 PAGE_STEPS = 120
 PAGE_CLOSES = 250
 # The drawing's units: all whole, so that a path is short.
-DRAWING_WIDTH = 800
+DRAWING_WIDTH = 820
 PLOT_WIDTH, PRICE_HEIGHT, VOLUME_HEIGHT, CLOSES_HEIGHT = 720, 180, 40, 80
 WIDEST_CANDLE = 24
+# Of a time below it, and what keeps it from the next.
+TICK_WIDTH = 120
 DRAWING_STYLE = """
 :root{--bg:#fff;--ink:#1b1f24;--dim:#667085;--line:#e4e7ec;--gap:#f2c94c;--red:#c8102e;--green:#0a7d3c}
 :root{--up:var(--green);--down:var(--red)}:root[data-up=red]{--up:var(--red);--down:var(--green)}
@@ -14002,7 +14004,7 @@ header{display:flex;flex-wrap:wrap;gap:0 1rem;align-items:baseline}header p{flex
 button{font:inherit;color:inherit;background:none;border:0;padding:.2rem .5rem;cursor:pointer}
 button:focus-visible,a:focus-visible{outline:2px solid var(--ink)}
 #language{margin-left:auto;border:1px solid var(--line);border-radius:.3rem}
-.wide{overflow-x:auto}
+.wide{overflow-x:auto}.name{max-width:14rem;overflow:hidden;text-overflow:ellipsis}
 table{border-collapse:collapse;width:100%;margin-top:1rem;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .5rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child,.name{text-align:left!important}
@@ -14256,7 +14258,7 @@ def _chart_drawing(chart: Chart) -> str:
         paths[direction(slot.candle)].append(drawn)
     parts = [*_price_axis(candles), *_gap_marks(chart, step, bottom)]
     parts += [f'<path class="{kind}" d="{"".join(drawn)}"/>' for kind, drawn in sorted(paths.items())]
-    for number, (place, words) in enumerate(time_ticks(chart, 6)):
+    for number, (place, words) in enumerate(time_ticks(chart, max(1, len(chart.slots) * step // TICK_WIDTH))):
         css = ' class="more"' * (number % 2)
         parts.append(f'<text x="{place * step + 1}" y="{bottom + 20}"{css}>{words}</text>')
     return _svg(chart.code, bottom + 26, parts)
@@ -14280,10 +14282,8 @@ def _gap_marks(chart: Chart, step: int, height: int) -> Iterator[str]:
 
 
 def _chart_caption(chart: Chart) -> str:
-    zone = zone_words(chart)
-    words = both(
-        f"Candles of {chart.step} and volume, times in {zone}", f"{chart.step} K 线与成交量，时间为 {zone}"
-    )
+    span = chart_span(chart)
+    words = both(f"{chart.step} candles and volume, {span}", f"{chart.step} K 线与成交量，{span}")
     for gap in chart.gaps[:GAPS_TOLD]:
         told = html_text(gap_words(chart.code, gap))
         words += "<br>" + both(f"gap: {told}", f"缺口：{told}")
@@ -14331,7 +14331,7 @@ def _closes_caption(finals: Sequence[StoredClose]) -> str:
 
 def draw_picture(chart: Chart, up: str) -> str:
     """Return the candles of a code as an SVG file of its own; `up`: `red` or `green`. The chart has a candle."""
-    title = html_text(f"{chart.code} {chart.step}, {zone_words(chart)}")
+    title = html_text(f"{chart.code}  {chart.step}  {chart_span(chart)}")
     drawing = _chart_drawing(chart).partition(">")
     begin = drawing[0].replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" data-up="{up}" ')
     return f'{begin}><style>{DRAWING_STYLE}</style><text y="-4">{title}</text>{drawing[2]}\n'
