@@ -66,12 +66,32 @@ class Size(NamedTuple):
     limited_requests: int
     idle_s: float
     spooled: int
+    stored: int
 
 
 FULL = Size(
-    rounds=21, codes=5_000, many_codes=100_000, executes=300, limited_requests=50, idle_s=60, spooled=20_000
+    rounds=21,
+    codes=5_000,
+    many_codes=100_000,
+    executes=300,
+    limited_requests=50,
+    idle_s=60,
+    spooled=20_000,
+    stored=1_000_000,
 )
-SHORT = Size(rounds=2, codes=300, many_codes=2_000, executes=4, limited_requests=12, idle_s=1, spooled=500)
+SHORT = Size(
+    rounds=2,
+    codes=300,
+    many_codes=2_000,
+    executes=4,
+    limited_requests=12,
+    idle_s=1,
+    spooled=500,
+    stored=3_000,
+)
+# Sessions whose closes are stored of the codes that are looked at, and how many those are.
+SESSIONS = 250
+SHOWN_CODES = 50
 FEW_CODES = 1_000  # what `many_codes` is compared with
 EXECUTE_CODES = 50
 LATENCY_MS = 50
@@ -326,7 +346,7 @@ class Bench:
     def run(self) -> None:
         """Measure everything."""
         for measure in (self.throughput, self.closed_markets, self.real_server, self.latency, self.rate_limit,
-                        self.idle, self.executes, self.waits, self.many_codes, self.spool):  # fmt: skip
+                        self.idle, self.executes, self.waits, self.many_codes, self.spool, self.views):  # fmt: skip
             self.say(f"{measure.__name__.replace('_', ' ')} …")
             measure()
 
@@ -784,6 +804,82 @@ class Bench:
         mongo.close()
         file.close()
         return len(documents) / (written - began), len(documents) / (drained - written)
+
+    # --- views ---------------------------------------------------------------------------------------
+
+    def views(self) -> None:
+        """What a person waits for who looks at a full store."""
+        for title, chinese, environ in self._filled_stores():
+            codes = make_codes("SH", SHOWN_CODES)
+            times = [
+                self._took(environ, "--html", "page.html", "--codes", *codes)
+                for _ in range(max(2, self.size.rounds // 4))
+            ]
+            size = (self.folder / "page.html").stat().st_size
+            if size > MB:
+                raise RuntimeError(f"the page of {SHOWN_CODES} codes has {size} bytes")
+            self.rows.append(Row(
+                f"--html of {SHOWN_CODES} codes, {self.size.stored:,} trades in {title}",
+                f"--html，{SHOWN_CODES} 个代码，{chinese}中有 {self.size.stored:,} 笔成交",
+                statistics.median(times), 3.0, False, "s", f"{spread(times, 2)} s",
+            ))  # fmt: skip
+
+    def _took(self, environ: dict[str, str], *arguments: str) -> float:
+        """Return the seconds of one run of the program."""
+        began = time.perf_counter()
+        command = [sys.executable, str(self.pyz), *arguments]
+        subprocess.run(command, env=environ, cwd=self.folder, check=True, capture_output=True)
+        return time.perf_counter() - began
+
+    def _filled_stores(self) -> Iterator[tuple[str, str, dict[str, str]]]:
+        """Fill each store with a session of many codes and closes of some, and yield its names and its environment."""
+        from kit.mongo import Unavailable, find_server, fresh_database
+
+        import stockrt
+
+        environ = self._environ() | {"MONGODB_HOST": ""}
+        self._warm(environ)
+        with stockrt.open_store_file(Path(environ["STATE_DIRECTORY"])) as file:
+            self._fill(stockrt.SqliteStore(file))
+        yield "SQLite", " SQLite ", environ
+        try:
+            server = find_server()
+        except Unavailable:
+            return
+        with server, fresh_database(server) as (uri, name):
+            environ = self._environ() | {"MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
+            settings = stockrt.load_settings(environ, None, (), is_root=False).settings
+            with contextlib.closing(stockrt.MongoStore(settings)) as store:
+                self._fill(store)
+            yield "MongoDB", " MongoDB ", environ
+
+    def _fill(self, store: Any) -> None:
+        import stockrt
+
+        codes = make_codes("SH", self.size.codes)
+        market = stockrt.MARKETS["SH"]
+        last = datetime(2026, 11, 27, tzinfo=UTC).date()
+        session = stockrt.session_on(market, last)
+        rounds = self.size.stored // len(codes)
+        created = stockrt.utc_now()
+        for number in range(rounds):
+            t = session.opens + (session.close - session.opens) * number // rounds
+            cents, volume = f"{number % 100:02}", str(100 + number)
+            store.write([
+                stockrt.to_document(
+                    stockrt.Trade(code, t + place % 1000, f"{10 + (place + number * 7) % 90}.{cents}", volume, "1", 1),
+                    created,
+                )
+                for place, code in enumerate(codes)
+            ])  # fmt: skip
+        for days in range(1, SESSIONS):
+            past = stockrt.session_on(market, last - timedelta(days=days))
+            if past.close != stockrt.NEVER:
+                price = f"{20 + days % 30}.50"
+                store.write_closes([
+                    stockrt.bar_close(stockrt.Bar(code, past.close, price, price, price, price, "1000", "1"), past)
+                    for code in codes[:SHOWN_CODES]
+                ])  # fmt: skip
 
 
 def _trades(speeds: dict[str, list[float]]) -> str:
