@@ -483,14 +483,28 @@ def write_whole(
     `durable`: it is on disk when this returns; else it may be the old one after a power cut. `setting` is the
     one that a failure names.
     """
+    with whole_file(path, durable=durable, mode=mode, setting=setting) as stream:
+        stream.write(text.encode())
+
+
+@contextlib.contextmanager
+def whole_file(
+    path: Path, *, durable: bool = False, mode: int | None = None, setting: str = "STATE_DIRECTORY"
+) -> Iterator[IO[bytes]]:
+    """Give a stream whose bytes are the file once the block has ended, and nothing where it ends in an error.
+
+    Without a `mode` the file has the one that the user's umask leaves. Raises StoreError, as `write_whole`.
+    """
     # A name that nobody can guess: no other user puts a link there before us.
     new = path.with_name(f".{path.name}.{os.urandom(8).hex()}.new")
     with disk_trouble(f"{path} cannot be written", setting):
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        descriptor = os.open(new, flags, 0o666 if mode is None else mode)
         try:
-            with open(descriptor, "w", encoding="utf-8") as stream:
-                os.fchmod(descriptor, mode)
-                stream.write(text)
+            with open(descriptor, "wb") as stream:
+                if mode is not None:
+                    os.fchmod(descriptor, mode)
+                yield stream
                 stream.flush()
                 if durable:
                     os.fsync(descriptor)
@@ -8518,6 +8532,12 @@ class Reader(Protocol):
     def codes(self) -> list[str]:
         """Return every code of which there is a trade, sorted."""
 
+    def close_codes(self) -> list[str]:
+        """Return every code of which there is a close, sorted."""
+
+    def estimate(self) -> int:
+        """Return about how many trades there are."""
+
     def newest_codes(self, limit: int) -> list[str]:
         """Return the codes that traded last, the latest first."""
 
@@ -8595,8 +8615,8 @@ def _by_code(closes: Iterable[StoredClose]) -> dict[str, list[StoredClose]]:
     return found
 
 
-def _parts(codes: Iterable[str]) -> Iterator[list[str]]:
-    """Yield codes, CODES_ASKED at once."""
+def _parts(codes: Iterable[Any]) -> Iterator[list[Any]]:
+    """Yield codes, or what there is of each, CODES_ASKED at once."""
     every = list(codes)
     for at in range(0, len(every), CODES_ASKED):
         yield every[at : at + CODES_ASKED]
@@ -8668,7 +8688,19 @@ class SqliteReader(_FileReader):
 
     def codes(self) -> list[str]:
         """Return every code of which there is a trade, sorted. Raises StoreError."""
-        return [code for code, _ in self._file.read_all(_SQLITE_CODES, self._demo)]
+        return sorted(code for code, _ in self._file.read_all(_SQLITE_CODES, self._demo))
+
+    def close_codes(self) -> list[str]:
+        """Return every code of which there is a close, sorted. Raises StoreError."""
+        query = "SELECT DISTINCT stock_code FROM close ORDER BY stock_code"
+        return [code for (code,) in self._file.read_all(query)]
+
+    def estimate(self) -> int:
+        """Return about how many trades there are: each has a number. Raises StoreError."""
+        first, last = self._file.read_one(
+            "SELECT (SELECT min(seq) FROM realtime), (SELECT max(seq) FROM realtime)"
+        )
+        return 0 if last is None else int(last - first + 1)
 
     def newest_codes(self, limit: int) -> list[str]:
         """Return the codes that traded last, the latest first. Raises StoreError."""
@@ -8757,6 +8789,19 @@ class MongoReader(_FileReader):
         """Return every code of which there is a trade, sorted. Raises StoreError."""
         return sorted(code for code, _ in self._newest({}))
 
+    def close_codes(self) -> list[str]:
+        """Return every code of which there is a close, sorted. Raises StoreError."""
+        pipeline = [{"$group": {"_id": "$stock_code"}}]
+        with self._store.reading():
+            found = list(
+                self._store.collection(self._store.close_name).aggregate(pipeline, allowDiskUse=True)
+            )
+        return sorted(one["_id"] for one in found if isinstance(one["_id"], str))
+
+    def estimate(self) -> int:
+        """Return about how many trades there are. Raises StoreError."""
+        return self._store.estimate(self._store.realtime_name)
+
     def newest_codes(self, limit: int) -> list[str]:
         """Return the codes that traded last, the latest first. Raises StoreError."""
         found = sorted((-t, code) for code, t in self._newest({}))
@@ -8765,9 +8810,9 @@ class MongoReader(_FileReader):
     def last(self, codes: Collection[str]) -> dict[str, StoredTrade]:
         """Return the latest trade of each code. Raises StoreError."""
         moments = [{"stock_code": code, "t": t} for code, t in self._newest({"$in": [*codes]})]
-        if not moments:
-            return {}
-        found = {one.s: one for one in sorted(_stored_trades(self._store.at_moments(moments)))}
+        found: dict[str, StoredTrade] = {}
+        for part in _parts(moments):
+            found |= {one.s: one for one in sorted(_stored_trades(self._store.at_moments(part)))}
         for moment in moments:
             code = moment["stock_code"]
             if code not in found:  # what another program has put there is the latest
@@ -8796,29 +8841,42 @@ class MongoReader(_FileReader):
 
     def trades(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[list[StoredTrade]]:
         """Yield trades, some thousand at once, in the order of `_id`. Raises StoreError."""
-        if codes is None and since <= 0 and until >= NEVER:
-            yield from self._between("", BEHIND)
-            return
-        for code in sorted(self.codes() if codes is None else set(codes), key="{}|".format):
-            for low, high in _spans_of(code, since, until):
-                yield from self._between(low, high)
+        from concurrent.futures import ThreadPoolExecutor
 
-    def _between(self, low: str, high: str) -> Iterator[list[StoredTrade]]:
         from bson import decode_all
         from bson.codec_options import CodecOptions, DatetimeConversion
 
         options: CodecOptions[Document] = CodecOptions(
             unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
         )
-        with self._store.reading():
+        batches = self._batches(codes, since, until)
+        ahead = ThreadPoolExecutor(1, "stockrt-read")  # the server is not idle while a batch is made use of
+        try:
+            coming = ahead.submit(next, batches, None)
+            while True:
+                with self._store.reading():
+                    batch = coming.result()
+                if batch is None:
+                    return
+                coming = ahead.submit(next, batches, None)
+                trades = _stored_trades(decode_all(batch, options))
+                if trades:
+                    yield trades
+        finally:
+            ahead.shutdown(wait=False)
+
+    def _batches(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[bytes]:
+        """Yield documents as the server sends them. Raises PyMongoError."""
+        spans: Iterable[tuple[str, str]] = [("", BEHIND)]
+        if codes is not None or since > 0 or until < NEVER:
+            every = sorted(self.codes() if codes is None else set(codes), key="{}|".format)
+            spans = (span for code in every for span in _spans_of(code, since, until))
+        for low, high in spans:
             wanted = {"_id": {"$gt": low, "$lt": high}}
             cursor = self._store.collection().find_raw_batches(
                 wanted, batch_size=TRADES_READ, sort=[("_id", 1)]
             )
-            for batch in cast(Iterable[bytes], cursor):
-                trades = _stored_trades(decode_all(batch, options))
-                if trades:
-                    yield trades
+            yield from cast(Iterable[bytes], cursor)
 
     def candles(
         self, codes: Collection[str], since: int, until: int, step_ms: int
@@ -13523,7 +13581,7 @@ def in_order(found: Sequence[Quote], by: str) -> list[Quote]:
 
 
 class ViewColumn(NamedTuple):
-    """A column of a table. A narrow terminal loses those with a number, in the order of these."""
+    """A column of a table. A narrow terminal loses those with a number, in the order of these, equal ones together."""
 
     title: str
     right: bool = False
@@ -13532,15 +13590,15 @@ class ViewColumn(NamedTuple):
 
 QUOTE_COLUMNS = (
     ViewColumn("CODE"),
-    ViewColumn("NAME", given_up=6),
+    ViewColumn("NAME", given_up=5),
     ViewColumn("LAST", right=True),
     ViewColumn("CHANGE", right=True),
     ViewColumn("OPEN", right=True, given_up=1),
-    ViewColumn("HIGH", right=True, given_up=3),
+    ViewColumn("HIGH", right=True, given_up=2),
     ViewColumn("LOW", right=True, given_up=2),
-    ViewColumn("VOLUME", right=True, given_up=4),
-    ViewColumn("AGE", right=True, given_up=7),
-    ViewColumn("SESSION", given_up=5),
+    ViewColumn("VOLUME", right=True, given_up=3),
+    ViewColumn("AGE", right=True, given_up=6),
+    ViewColumn("SESSION", given_up=4),
 )
 LAST_COLUMN, CHANGE_COLUMN, AGE_COLUMN = 2, 3, 8
 
@@ -13608,12 +13666,10 @@ class QuoteTable:
     def _kept(self, widths: Sequence[int], filled: Sequence[bool]) -> list[int]:
         """Return which columns there are: those that hold something, as far as the terminal is wide enough."""
         kept = [number for number, holds in enumerate(filled) if holds]
-        for _, lost in sorted(
-            (column.given_up, n) for n, column in enumerate(QUOTE_COLUMNS) if column.given_up
-        ):
+        for turn in sorted({column.given_up for column in QUOTE_COLUMNS if column.given_up}):
             needed = sum(widths[number] for number in kept) + len(GAP) * (len(kept) - 1)
-            if self._width is not None and needed > self._width and lost in kept:
-                kept.remove(lost)
+            if self._width is not None and needed > self._width:
+                kept = [number for number in kept if QUOTE_COLUMNS[number].given_up != turn]
         return kept
 
     def _paints(self, quote: Quote) -> dict[int, str]:
@@ -13677,6 +13733,95 @@ def sparkline(points: Sequence[float | None], bars: str = BARS) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------
+# Export
+# ------------------------------------------------------------------------------------------------------
+
+# How an export is written, by the end of its file's name.
+EXPORT_FORMS = (".csv", ".jsonl")
+# What an export of closes has of each.
+CLOSE_NAMES = (
+    "stock_code", "date", "close", "final", "after_hours", "open", "high", "low", "volume", "turnover", "t",
+)  # fmt: skip
+TRADE_NAMES = ("_id", *StoredTrade._fields[1:])
+
+
+class Export(NamedTuple):
+    """What is exported: trades, or closes, of some codes (None: of all), from one moment to another (ms, half open)."""
+
+    codes: Sequence[str] | None
+    since: int
+    until: int
+    closes: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the fields of its rows are called."""
+        return CLOSE_NAMES if self.closes else TRADE_NAMES
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all that there is."""
+        return self.codes is None and self.since <= 0 and self.until >= NEVER
+
+    def codes_in(self, reader: Reader) -> Sequence[str]:
+        """Return the codes, all of them where none are named. Raises StoreError."""
+        if self.codes is not None:
+            return self.codes
+        return reader.close_codes() if self.closes else reader.codes()
+
+    def rows(self, reader: Reader) -> Iterator[Sequence[Sequence[Any]]]:
+        """Yield rows, some thousand at once, code by code. Raises StoreError."""
+        if not self.closes:
+            yield from reader.trades(None if self.is_whole else self.codes_in(reader), self.since, self.until)
+            return
+        first, last = date_at(self.since), date_at(self.until - 1)
+        codes = sorted(self.codes_in(reader))
+        for at in range(0, len(codes), CODES_ASKED):
+            found = reader.closes(codes[at : at + CODES_ASKED], first, last)
+            yield [close_row(close) for code in sorted(found) for close in found[code]]
+
+
+def date_at(t: int) -> str:
+    """Return the UTC date of a time (ms), the first or the last of all that ISO 8601 has for what is beyond them."""
+    if t >= LATEST_TRADE_MS:
+        return date.max.isoformat()
+    return datetime.fromtimestamp(max(t, 0) / 1000, UTC).date().isoformat()
+
+
+def close_row(close: StoredClose) -> Sequence[Any]:
+    """Return what an export has of a close, in the order of CLOSE_NAMES."""
+    code, day, t, p, *rest = close
+    return (code, day, p, *rest, t)
+
+
+class ExportLines:
+    """Makes the lines of an export: CSV with a head, or a JSON document a line."""
+
+    def __init__(self, names: Sequence[str], as_json: bool) -> None:
+        import csv
+
+        self._names = names
+        self._as_json = as_json
+        self._encode = json.JSONEncoder(ensure_ascii=False).encode
+        self._text = io.StringIO()
+        self._writer = csv.writer(self._text, lineterminator="\n")
+
+    def head(self) -> bytes:
+        """Return what comes before all rows."""
+        return b"" if self._as_json else self.of([self._names])
+
+    def of(self, rows: Sequence[Sequence[Any]]) -> bytes:
+        """Return the lines of rows."""
+        if self._as_json:
+            documents = (dict(zip(self._names, row, strict=True)) for row in rows)
+            return "".join(f"{self._encode(document)}\n" for document in documents).encode(errors="stockrt")
+        self._text.seek(0)
+        self._text.truncate()
+        self._writer.writerows(rows)
+        return self._text.getvalue().encode(errors="stockrt")
+
+
+# ------------------------------------------------------------------------------------------------------
 # Charts
 # ------------------------------------------------------------------------------------------------------
 
@@ -13713,10 +13858,10 @@ class Chart(NamedTuple):
 
 
 class Span(NamedTuple):
-    """What of the stores is asked for: [since, until), epoch ms; None: as far back as a step goes, up to the last."""
+    """What of the stores is asked for: since <= t < until, epoch ms; from 0 on: as far back as a step goes."""
 
-    since: int | None = None
-    until: int | None = None
+    since: int = 0
+    until: int = NEVER
 
 
 def zone_of(code: str) -> tzinfo:
@@ -13740,14 +13885,14 @@ def read_charts(
     reader: Reader, last: Mapping[str, StoredTrade], step: str, span: Span, now: float, room: int
 ) -> dict[str, Chart]:
     """Return a chart of each code, whose last trades these are, of at most `room` steps. Raises StoreError."""
-    until = span.until or max((trade.t for trade in last.values()), default=0) + 1
+    until = min(span.until, max((trade.t for trade in last.values()), default=0) + 1)
     begins: defaultdict[int, list[str]] = defaultdict(list)
     for code, trade in last.items():
         begins[_begin_of(code, step, span, min(trade.t, until - 1))].append(code)
     charts = {}
     for since, codes in begins.items():
         candles = reader.candles(codes, since, until, STEPS[step])
-        gaps = reader.gaps(codes, since, min(span.until or NEVER, int(now * 1000)))
+        gaps = reader.gaps(codes, since, min(span.until, int(now * 1000)))
         for code in codes:
             missed = [gap for gap in gaps if code in gap.codes]
             slots = slots_of(candles.get(code, []), missed, since, STEPS[step], int(now * 1000))
@@ -13757,7 +13902,7 @@ def read_charts(
 
 def _begin_of(code: str, step: str, span: Span, end: int) -> int:
     """Return where the first step begins, aligned on the exchange's clock."""
-    if span.since is None:
+    if span.since <= 0:
         return midnight(code, end - (DAYS_BACK[step] - 1) * DAY_MS)
     return span.since - (span.since - midnight(code, span.since)) % STEPS[step]
 
@@ -13792,7 +13937,7 @@ def read_daily_charts(
 
 def _dates_of(span: Span, now: float) -> tuple[str, str]:
     """Return the first and the last date of a span, a day more at its end: it begins anywhere on earth."""
-    until = span.until or int(now * 1000) + DAY_MS
+    until = min(span.until, int(now * 1000) + DAY_MS)
     since = span.since or until - DAYS_BACK[DAILY] * DAY_MS
     first, last = (datetime.fromtimestamp(t // 1000, UTC).date().isoformat() for t in (since, until))
     return first, last
@@ -14523,6 +14668,10 @@ class Options:
     show: Sequence[str] | None = None
     sort: str | None = None
     up: str | None = None
+    export: str | None = None
+    closes = False
+    from_: str | None = None
+    to: str | None = None
     symbols: str | None = None
     migrate: str | None = None
     documents: str | None = None
@@ -14606,6 +14755,12 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         help="show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, "
         f"else the {CODES_SHOWN} that traded last",
     )
+    what.add_argument(
+        "--export",
+        metavar="FILE",
+        help="write what is stored, of all codes or those of --codes, into FILE.csv or FILE.jsonl, which it "
+        "replaces, or '-': standard output",
+    )
     what.add_argument("--symbols", metavar="TEXT", help="find instruments by code or name: 茅台, apple, 黄金")
     what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
     what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
@@ -14646,6 +14801,19 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--html",
         metavar="FILE",
         help="write what --show has as one page, or candles of one code as a picture where FILE ends in .svg",
+    )
+    parser.add_argument(
+        "--closes", action="store_true", help="with --export: the closing prices in place of the trades"
+    )
+    parser.add_argument(
+        "--from",
+        dest="from_",
+        metavar="TIME",
+        help="with --chart, --html or --export: since this date or time, ISO 8601, such as 2026-08-14 or "
+        "2026-08-14T09:30+08:00; without an offset it is UTC",
+    )
+    parser.add_argument(
+        "--to", metavar="TIME", help="as --from: before this time, or up to this date, the date included"
     )
     parser.add_argument(
         "--sort", choices=("code", "change", "asked"), help="with --show: the order of its lines (code)"
@@ -14712,18 +14880,22 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         options.rejects,
         options.symbols,
     )
-    if options.json and not any(for_json) and options.show is None:
+    if options.json and not any(for_json) and options.show is None and options.export != "-":
         raise UsageError(
-            "--json goes with --once, --show, --check, --status, --executions, --rejects or --symbols; see --help"
+            "--json goes with --once, --show, --export -, --check, --status, --executions, --rejects or --symbols; "
+            "see --help"
         )
     if options.json and options.html is not None:
         raise UsageError("--json does not go with --html; see --help")
     for flag in ("codes", "codes_file"):
-        takes_codes = options.once or options.backfill is not None or options.show is not None
-        if getattr(options, flag) and not takes_codes:
-            raise UsageError(f"--{flag.replace('_', '-')} goes with --once, --backfill or --show; see --help")
-    if options.demo and not options.once and options.show is None:
-        raise UsageError("--demo goes with --once or --show; see --help")
+        of_codes = options.once or options.backfill is not None or options.export or options.show is not None
+        if getattr(options, flag) and not of_codes:
+            raise UsageError(
+                f"--{flag.replace('_', '-')} goes with --once, --backfill, --show or --export; see --help"
+            )
+    if options.demo and not options.once and options.show is None and options.export is None:
+        raise UsageError("--demo goes with --once, --show or --export; see --help")
+    _check_export(options)
     for flag in ("sort", "up", "chart"):
         if getattr(options, flag) and options.show is None:
             raise UsageError(f"--{flag} goes with --show; see --help")
@@ -14739,6 +14911,52 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     if options.once and not (options.codes or options.codes_file):
         raise UsageError("--once needs --codes CODE … or --codes-file FILE; see --help")
     return options
+
+
+def _check_export(options: Options) -> None:
+    """Raise UsageError for options of --export that do not go together."""
+    if options.export is None:
+        if options.closes:
+            raise UsageError("--closes goes with --export; see --help")
+        for flag in ("from_", "to"):
+            if getattr(options, flag) and options.chart is None and options.html is None:
+                raise UsageError(f"--{flag.strip('_')} goes with --chart, --html or --export; see --help")
+    elif options.export != "-" and not options.export.endswith(EXPORT_FORMS):
+        raise UsageError(
+            f"--export {one_line(options.export, 100)}: expected a name that ends with .csv or .jsonl, or -; see --help"
+        )
+    span_of(options)
+
+
+def span_of(options: Options) -> tuple[int, int]:
+    """Return the moments of --from and --to (epoch ms, half open); without them all of time. Raises UsageError."""
+    since, until = 0, NEVER
+    if options.from_ is not None:
+        since, _ = _moment_of("--from", options.from_)
+    if options.to is not None:
+        start, length = _moment_of("--to", options.to)
+        until = start + length
+    if since >= until:
+        raise UsageError(f"--from {options.from_} --to {options.to}: nothing lies between them; see --help")
+    return since, until
+
+
+def _moment_of(flag: str, text: str) -> tuple[int, int]:
+    """Return a moment (ms), and the length of a day where a date was given, else 0. Raises UsageError."""
+    length = 0
+    try:
+        with contextlib.suppress(ValueError):
+            date.fromisoformat(text)
+            length = DAY_MS
+        moment = datetime.fromisoformat(text)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        return round(moment.timestamp() * 1000), length
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f"{flag} {one_line(text, 40)}: expected a date such as 2026-08-14 or a time such as "
+            "2026-08-14T09:30+08:00; see --help"
+        ) from None
 
 
 def _check_symbols(text: str) -> None:
@@ -15809,7 +16027,7 @@ def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -
 
 def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
     """Print candles of codes; exit status 1 where there are none of one that was asked for, or nothing at all."""
-    now, span, step = time.time(), Span(), cast(str, options.chart)
+    now, span, step = time.time(), Span(*span_of(options)), cast(str, options.chart)
     width, height = terminal_width(80), terminal_height(24)
     with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
         codes, missing = codes_to_show(options, settings, reader)
@@ -15837,7 +16055,7 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
 
 def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
     """Write the page, or one code's picture, whole or not at all; exit status 1 where it lacks what was asked for."""
-    now, span, step = time.time(), Span(), options.chart or "5m"
+    now, span, step = time.time(), Span(*span_of(options)), options.chart or "5m"
     rise, _ = rise_and_fall(environ, options.up)
     up = {RED: "red", GREEN: "green"}[rise]
     with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
@@ -15891,26 +16109,29 @@ def codes_to_show(options: Options, settings: Settings, reader: Reader) -> tuple
             typed = [*WatchList(settings, store).codes()]
     if not typed:
         return reader.newest_codes(CODES_SHOWN), []
-    meant: dict[str, list[str]] = {}
-    missing = []
+    stored = set(reader.codes())
+    if options.chart == DAILY and options.html is None:
+        stored.update(reader.close_codes())
+    return codes_meant(typed, stored)
+
+
+def codes_meant(typed: Iterable[str], stored: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return which of the stored codes are meant, and a sentence for what means none of them."""
+    there, found, missing = set(stored), [], []
     for code in dict.fromkeys(typed):
         try:
             instrument = parse_code(code)
+            meant = [instrument.code, *(other.code for other in instrument.alternatives)]
         except UnclearCode as error:
-            meant[code] = [error.text, *error.guesses]
+            meant = [error.text, *error.guesses]
         except InstrumentError as error:
             missing.append(f"{one_line(code, 40)}: {error}")
-        else:
-            meant[code] = [instrument.code, *(other.code for other in instrument.alternatives)]
-    every = {code for codes in meant.values() for code in codes}
-    there: Collection[str] = reader.last(every)
-    if options.chart == DAILY and options.html is None:
-        there = {*there, *reader.closes(every, "", BEHIND)}
-    found = {code: [one for one in codes if one in there] for code, codes in meant.items()}
-    missing += [
-        f"{one_line(code, 40)}: no trade of it is stored" for code, codes in found.items() if not codes
-    ]
-    return [code for codes in found.values() for code in codes[:1]], missing
+            continue
+        stored_ones = [one for one in meant if one in there]
+        found += stored_ones[:1]
+        if not stored_ones:
+            missing.append(f"{one_line(code, 40)}: nothing of it is stored")
+    return list(dict.fromkeys(found)), missing
 
 
 def _what_lacks(found: Sequence[Quote], demo: bool) -> Iterator[str]:
@@ -15919,6 +16140,71 @@ def _what_lacks(found: Sequence[Quote], demo: bool) -> Iterator[str]:
         yield "no trade is stored yet: see --once, or --show --demo for those of --once --demo"
     elif not demo and all(one.reference is None for one in found):
         yield "no final close is stored that a change could be told against: --backfill 5 brings some"
+
+
+def run_export(options: Options, settings: Settings) -> int:
+    """Write what is stored into a file, whole or not at all, or to stdout; return the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    place = cast(str, options.export)
+    try:
+        with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
+            export = Export(None, *span_of(options), options.closes)
+            missing: list[str] = []
+            if options.codes or options.codes_file:
+                codes, missing = codes_meant(read_codes(options), export.codes_in(reader))
+                export = export._replace(codes=codes)
+            lines = ExportLines(export.names, options.json or place.endswith(".jsonl"))
+            if place == "-":
+                count = _to_stdout(lines, export, reader)
+            else:
+                with whole_file(Path(place), durable=True, setting="--export") as stream:
+                    count = _write_export(lines, export, reader, stream)
+    except KeyboardInterrupt:
+        say("interrupted: no file was written")
+        return EXIT_INTERRUPTED
+    for words in missing:
+        say(words)
+    what = "close" if options.closes else "trade"
+    say(f"{count_words(count, what)} written to {'standard output' if place == '-' else place}")
+    return EXIT_FAILED if missing else EXIT_OK
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _to_stdout(lines: ExportLines, export: Export, reader: Reader) -> int:
+    """Write an export to stdout, return how many rows it has. Raises PrintError, without words for a reader gone."""
+    try:
+        count = _write_export(lines, export, reader, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit's flush fails again
+        if isinstance(error, BrokenPipeError):
+            raise PrintError from None
+        raise PrintError(f"cannot print: {error.strerror or error}") from None
+    return count
+
+
+def _write_export(lines: ExportLines, export: Export, reader: Reader, stream: IO[bytes]) -> int:
+    """Write an export into a stream, and return how many rows it has. Raises OSError, StoreError."""
+    count, done, last_code = 0, 0, ""
+    unit, total = "codes", 0
+    if export.is_whole and not export.closes:
+        unit, total = "trades", reader.estimate()
+    else:
+        total = len(export.codes_in(reader))
+    code_at = export.names.index("stock_code")
+    with Terminal(None, unit, bar_above=0) as terminal:
+        stream.write(lines.head())
+        for rows in export.rows(reader):
+            stream.write(lines.of(rows))
+            count += len(rows)
+            done += len({row[code_at] for row in rows} - {last_code})
+            last_code = rows[-1][code_at] if rows else last_code
+            terminal.progress(min(count if unit == "trades" else done, total), total)
+    return count
 
 
 def run_register(settings: Settings, force: bool) -> int:
@@ -15958,7 +16244,7 @@ def needs_of(options: Options) -> Needs:
     if options.once or options.symbols or options.backfill is not None:
         return Needs(key=not options.demo)
     others = ("check", "status", "executions", "drain", "rejects")
-    looks = options.documents is not None or options.show is not None
+    looks = options.documents is not None or options.show is not None or options.export
     if looks or any(getattr(options, name) for name in others):
         return NO_NEEDS
     return DAEMON_NEEDS
@@ -16075,8 +16361,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     start_logging(loaded.settings)
     for warning in loaded.warnings:
         log.warning(warning)
-    looks = options.drain or options.rejects or options.executions or options.show is not None
-    if hidden and looks:
+    looks = options.show is not None or options.export
+    if hidden and (options.drain or options.rejects or options.executions or looks):
         raise StoreError(HIDDEN_WORDS)
     if options.once:
         return run_once(options, loaded.settings)
@@ -16084,6 +16370,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return run_backfill(options, loaded.settings)
     if options.documents is not None:
         return run_documents(options, loaded.settings)
+    if options.export:
+        return run_export(options, loaded.settings)
     if options.drain:
         return run_drain(loaded.settings, options.retry)
     if options.reload:

@@ -214,6 +214,8 @@ def test_candles_are_drawn_in_the_terminal(run_pyz: RunPyz, state: Path) -> None
     assert any(line.startswith("00700.HK  Tencent  5m  ") for line in lines)
     assert "\033" not in done.stdout
     assert max(map(len, lines)) <= 120
+    done = run_pyz("--show", AAPL, "--chart", "5m", "--from", "2026-11-27T15:00", "--to", "2026-11-27T16:00")
+    assert "  5m  2026-11-27 10:00:00 EST – 2026-11-27 10:55:00 EST\n" in done.stdout
     done = run_pyz("--show", TENCENT, "--chart", "1d", env={"LANG": "zh_CN.UTF-8"})
     assert "00700.HK  腾讯控股  1d  2026-09-29 – 2026-11-26" in done.stdout
     assert "last: open 659.5  high 659.5  low 659.5  close 659.5  volume 1000" in done.stdout
@@ -233,7 +235,7 @@ def test_what_is_not_there_is_said_with_what_is(run_pyz: RunPyz, state: Path) ->
     done = run_pyz("--show", MAOTAI, "9988.HK", "--chart", "1d")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [
-        "9988.HK: no trade of it is stored",
+        "9988.HK: nothing of it is stored",
         "600519.SH: no final close is stored: --backfill 60 --codes 600519.SH brings some; "
         "the last trade is of 2025-10-23 22:30:00 CST",
     ]

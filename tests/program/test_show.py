@@ -1,0 +1,80 @@
+"""`--show`: what is stored, from the store alone; each lack is a sentence, and looking leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import RunPyz
+
+from stockrt import SqliteStore, Trade, open_store_file, to_document, utc_now
+
+
+@pytest.fixture
+def put(tmp_path: Path) -> Callable[..., None]:
+    """Store trades of these codes, some seconds old, in the state directory that `run_pyz` gives the program."""
+
+    def store(*codes: str, demo: bool = False) -> None:
+        with open_store_file(tmp_path / "state") as file:
+            t = int(time.time() * 1000) - 5000
+            trades = [Trade(code, t - n, "12.50", "100", "1250", 1) for n, code in enumerate(codes)]
+            SqliteStore(file).write([to_document(trade, utc_now(), demo) for trade in trades])
+
+    return store
+
+
+def test_it_shows_the_codes_that_are_asked_for_and_says_what_it_lacks(
+    run_pyz: RunPyz, put: Callable[..., None]
+) -> None:
+    put("600519.SH", "00700.HK", "AAPL.US")
+    done = run_pyz("--show", "aapl.us,700.HK", "600036", "--sort", "asked")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["CODE", "AAPL.US", "00700.HK"]
+    assert "600036: nothing of it is stored" in done.stderr
+    assert "no final close is stored" in done.stderr
+    assert done.returncode == 1
+
+
+def test_without_codes_those_of_the_watch_list_else_the_latest(
+    run_pyz: RunPyz, put: Callable[..., None]
+) -> None:
+    put("600519.SH", "00700.HK")
+    all_of_them = run_pyz("--show", "--json")
+    listed = run_pyz("--show", "--json", env={"COLLECT_CODES": "700.HK"})
+    assert [json.loads(line)["code"] for line in all_of_them.stdout.splitlines()] == ["00700.HK", "600519.SH"]
+    assert [json.loads(line)["code"] for line in listed.stdout.splitlines()] == ["00700.HK"]
+    one = json.loads(listed.stdout)
+    assert (one["price"], one["change_percent"], listed.returncode) == ("12.50", None, 0)
+    assert 0 < one["age_s"] < 600
+
+
+def test_synthetic_trades_are_shown_apart(run_pyz: RunPyz, put: Callable[..., None]) -> None:
+    put("600519.SH", demo=True)
+    real, synthetic = run_pyz("--show"), run_pyz("--show", "--demo")
+    assert (real.returncode, real.stdout) == (1, "")
+    assert "no trade is stored yet" in real.stderr
+    assert "--show --demo" in real.stderr
+    assert synthetic.stdout.splitlines()[1].startswith("600519.SH")
+
+
+def test_an_empty_store_says_so_and_looking_leaves_nothing_behind(run_pyz: RunPyz, tmp_path: Path) -> None:
+    done = run_pyz("--show")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no trade is stored yet" in done.stderr
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_mongodb_that_is_away_is_a_sentence(run_pyz: RunPyz) -> None:
+    done = run_pyz("--show", env={"MONGODB_HOST": "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=200"})
+    assert done.returncode == 1
+    assert "stockrt: MongoDB at mongodb://127.0.0.1:1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flags", [("--sort", "code"), ("--up", "red")])
+def test_what_belongs_to_it_goes_with_nothing_else(run_pyz: RunPyz, flags: tuple[str, str]) -> None:
+    done = run_pyz("--status", *flags)
+    assert (done.returncode, done.stdout) == (64, "")
+    assert f"{flags[0]} goes with --show" in done.stderr
