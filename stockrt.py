@@ -80,7 +80,7 @@ import random
 import re
 import threading
 import time
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from datetime import UTC, date, datetime, timedelta, tzinfo
@@ -561,6 +561,32 @@ def make_for_owner(path: Path) -> None:
         finally:
             new.unlink()
     keep_owner(path, path.parent)
+
+
+# Who only looks whether a lock is held holds it for the blink of an eye.
+LOCK_TRIES, LOCK_RETRY_S = 5, 0.05
+
+
+def lock_in(directory: Path, name: str, who: str) -> IO[str]:
+    """Return an open lock file of a state directory. Raises StoreError if another one holds it, who is named."""
+    import fcntl
+
+    make_state_directory(directory)
+    path = directory / name
+    with disk_trouble(f"the lock {path} cannot be taken"):
+        make_for_owner(path)
+        lock = path.open("w")
+        for _ in range(LOCK_TRIES):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            except BlockingIOError:
+                time.sleep(LOCK_RETRY_S)
+            except OSError:
+                lock.close()
+                raise
+    lock.close()
+    raise StoreError(f"{who} in {directory}; stop it, or give this one its own STATE_DIRECTORY")
 
 
 def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.0) -> Iterator[float]:
@@ -2834,6 +2860,44 @@ class CollectStats(NamedTuple):
     dropped: int = 0  # what was pushed and not asked for, or was no trade
     missed_beats: int = 0
     trouble: str = ""
+
+
+# Of a trouble that stands in one line with others.
+TROUBLE_SHOWN = 120
+
+
+def collect_words(stats: CollectStats) -> str:
+    """Return what collecting does now, for a status line."""
+    parts = []
+    if stats.connections_wanted:
+        parts.append(f"{stats.connections} of {count_words(stats.connections_wanted, 'connection')}")
+        parts.append(f"{count_words(stats.codes, 'code')} subscribed")
+    if stats.polled:
+        parts.append(f"{count_words(stats.polled, 'code')} polled")
+    if parts:
+        parts.append(f"{stats.per_second:.{int(stats.per_second < 10)}f} trades/s")
+    if not math.isnan(stats.delay_p99_ms):
+        parts.append(f"stored after {stats.delay_p50_ms:.0f} ms (p99 {stats.delay_p99_ms:.0f} ms)")
+    if stats.gaps_today:
+        parts.append(f"{count_words(stats.gaps_today, 'gap')} today")
+    if stats.missed_beats:
+        parts.append(f"{count_words(stats.missed_beats, 'beat')} missed")
+    if stats.trouble:
+        parts.append(one_line(stats.trouble, TROUBLE_SHOWN))
+    return ", ".join(parts) or "begins"
+
+
+def steady(stats: CollectStats) -> tuple[object, ...]:
+    """Return of it what does not change all the time while trades come."""
+    return (
+        stats.connections,
+        stats.connections_wanted,
+        stats.codes,
+        stats.polled,
+        stats.gaps_today,
+        stats.missed_beats,
+        stats.trouble,
+    )
 
 
 class Events:
@@ -6227,10 +6291,11 @@ def _demo_price(code: str) -> float:
 
 
 class DemoApi:
-    """Synthetic trades in the API's own form: no network, no key. One trade per code and minute."""
+    """Synthetic trades in the API's own form: no network, no key. One trade per code and `step_s`, whole seconds."""
 
-    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(self, clock: Clock = SYSTEM_CLOCK, step_s: int = 60) -> None:
         self._clock = clock
+        self._step_s = step_s
 
     def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
         """Yield an Outcome for each batch, read from an answer like a real one."""
@@ -6247,14 +6312,22 @@ class DemoApi:
         """Nothing is open."""
 
     def _record(self, code: str) -> dict[str, object]:
-        minute = int(self._clock.wall() // 60)
-        step = int(sha256(f"{code}|{minute}".encode())[:8], 16)
+        number = int(self._clock.wall() // self._step_s)
+        step = int(sha256(f"{code}|{number}".encode())[:8], 16)
+        minute = number * self._step_s / 60
         tides = 0.6 * math.sin(minute / 97 + len(code)) + 0.3 * math.sin(minute / 23 + ord(code[0]))
         price = _demo_price(code) * (1 + (tides + (step % 2001 - 1000) / 10_000) / 100)
         p = f"{price:.{max(2, 4 - math.floor(math.log10(price)))}f}"
         volume = 1 + step % 500
         vw = f"{float(p) * volume:.3f}"
-        return {"s": code, "t": minute * 60_000, "p": p, "v": str(volume), "vw": vw, "td": step % 3}
+        return {
+            "s": code,
+            "t": number * self._step_s * 1000,
+            "p": p,
+            "v": str(volume),
+            "vw": vw,
+            "td": step % 3,
+        }
 
 
 # ======================================================================================================
@@ -6687,6 +6760,12 @@ class MongoStore:
                 filter={"name": name}
             )
         return True
+
+    def within(self, seconds: float) -> contextlib.AbstractContextManager[object]:
+        """Let what is done in the body take so long at most: a shorter limit of the URI holds."""
+        from pymongo import timeout
+
+        return timeout(min(seconds, self.client.options.timeout or math.inf))
 
     def _looking_s(self) -> float:
         """Return for how long, in seconds, a server is looked for: a shorter limit of the URI holds."""
@@ -8010,14 +8089,15 @@ class Delivery:
             return self._queue_up(documents)
         return self._write_now(documents)
 
-    def write_soon(self, documents: Sequence[Document], within_s: float) -> WriteReport:
-        """Store documents as `write` does, but wait for nothing longer than that; 0: queue them. Raises StoreError."""
-        from pymongo import timeout
+    def write_soon(self, documents: Sequence[Document]) -> WriteReport:
+        """Store documents as `write` does, but wait for no turn: behind others they are queued at once."""
+        if self._has_waiting():
+            return self.keep(documents)
+        return self._write_now(documents)
 
-        if not within_s or self._has_waiting():
-            return self._queue_up(documents)
-        with timeout(min(within_s, self.mongo.client.options.timeout or math.inf)):
-            return self._write_now(documents)
+    def keep(self, documents: Sequence[Document]) -> WriteReport:
+        """Queue documents, whether or not MongoDB would take them. Raises StoreError."""
+        return self._queue_up(documents)
 
     def _write_now(self, documents: Sequence[Document]) -> WriteReport:
         try:
@@ -8395,27 +8475,18 @@ class Gaps:
         self._file = file
         self._mongo = mongo
 
-    def note(
-        self,
-        instance: str,
-        product: str,
-        codes: Iterable[str],
-        since: int,
-        why: str,
-        until: int | None = None,
-    ) -> NotedGap:
-        """Note a new gap. Where two of a product would begin in the same millisecond one begins a little before."""
-        created = iso(utc_now())
-        gap = NotedGap("", instance, product, tuple(sorted(codes)), since, until, why, created)
+    def note(self, gap: NotedGap) -> NotedGap:
+        """Note a new gap, and return it with its `_id`. Of two that begin in one moment one begins a little before."""
         insert = (
             'INSERT INTO stream_gaps (_id, instance, product, codes, "from", "to", why, create_time) '
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
         )
+        gap = gap._replace(create_time=iso(utc_now()))
+        codes = json.dumps(gap.codes)
         with self._file.write() as db:
             while True:
-                gap = gap._replace(key=f"{instance}|{product}|{gap.since}")
-                row = gap._replace(codes=json.dumps(gap.codes))  # type: ignore[arg-type]
-                if db.execute(insert, row).rowcount:
+                gap = gap._replace(key=f"{gap.instance}|{gap.product}|{gap.since}")
+                if db.execute(insert, (*gap[:3], codes, *gap[4:])).rowcount:
                     return gap
                 gap = gap._replace(since=gap.since - 1)
 
@@ -9458,7 +9529,7 @@ class Pipeline:
             self.directory = Directory(file, api)
             self._source: Source = api
             if demo:
-                self._source = DemoApi()
+                self._source = DemoApi(clock, int(settings.collect_every_s) or 60)
             self._open_store(file, mongo)
             self._polled: InfowayApi | None = None  # made at first use
             self._polling = threading.Lock()
@@ -9519,6 +9590,11 @@ class Pipeline:
         """
         return self._collect(self._source, self._events, codes, stop, report)
 
+    def need_key(self) -> None:
+        """Raise SettingsError where trades are to be asked for without an API key."""
+        if not (self._demo or self._settings.api_keys):
+            raise SettingsError([NO_KEY_HINT])
+
     def poll(self, codes: Iterable[object], stop: threading.Event) -> Report:
         """Collect as `run` does, beside it and over connections of its own, without telling how it goes on.
 
@@ -9553,8 +9629,7 @@ class Pipeline:
         stop: threading.Event,
         report: Report | None = None,
     ) -> Report:
-        if not (self._demo or self._settings.api_keys):
-            raise SettingsError([NO_KEY_HINT])
+        self.need_key()
         need_clock(self._clock.wall())
         closing, finder = None, None
         if not self._demo:
@@ -9581,19 +9656,31 @@ class Pipeline:
     def put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
         """Store documents that were pushed, and let follow what does: within about that time, 0: at once.
 
-        MongoDB gets them then, or the queue on this machine does. Raises StoreError when nothing of it is stored.
+        MongoDB has them then, or the queue on this machine. Raises StoreError when nothing of it is stored.
         """
-        if self._delivery is None:
-            written = self.store.write(documents)
-        else:
-            self._delivery.mongo.start_threads()
-            written = self._delivery.write_soon(documents, within_s)
+        delivery = self._delivery
+        if delivery is None:
+            return self._follow(self.store.write(documents), documents)
+        if not within_s:
+            return self._follow(delivery.keep(documents), documents)
+        delivery.mongo.start_threads()
+        with delivery.mongo.within(within_s):
+            return self._follow(delivery.write_soon(documents), documents)
+
+    def _follow(self, written: WriteReport, documents: Sequence[Document]) -> WriteReport:
         close_error = self._keeper.follow(written, taken_of(documents, written), threading.Event())
         if close_error:
             self._close_trouble.again(close_error)
         elif not written.queued:
             self._close_trouble.over()
         return written
+
+    def stream_limits(self, stop: threading.Event) -> dict[str, StreamLimits]:
+        """Return what the stream allows each key, by its digest; keys that serve no more are left out."""
+        self._plans.ask(stop)
+        return {
+            key.digest: stream_limits(self._plans.of(key), key.plan) for key in self.keys.keys if not key.dead
+        }
 
     def symbols(self, text: str, stop: threading.Event) -> tuple[list[Symbol], str]:
         """Return the instruments whose code or name holds a text, and why a list is missing, '' where none is.
@@ -10074,6 +10161,1146 @@ class Poller(threading.Thread):
             duplicates=before.duplicates + report.duplicates,
             trouble=trouble,
         )
+
+
+# ------------------------------------------------------------------------------------------------------
+# Where the stream is incomplete
+# ------------------------------------------------------------------------------------------------------
+#
+# The way of a push: `StreamConnection.read` gives its trade to a Feed, a thread for each connection; `Intake.add` takes
+# it, and the intake's thread writes it with others to the store, or to what waits for MongoDB. `Coverage` knows of each
+# code whether its pushes come, notes gaps, and marks in the state directory up to when everything is kept: so the next
+# start knows since when something is missing, however this one ends. The Planner looks after the list of codes, spreads
+# them over connections, and asks over REST for what the stream does not bring.
+
+CODES_NAME, MARK_NAME = "collecting.codes", "collecting.mark"
+
+
+class Pushes(NamedTuple):
+    """Trades of a product that came together: when, in epoch ms and monotonic seconds.
+
+    `since`: epoch ms, what comes later by both its arrival and its own time was not among those before.
+    """
+
+    product: str
+    trades: Sequence[Trade]
+    since: int
+    arrived_ms: int
+    arrived: float
+
+
+class Group(NamedTuple):
+    """Codes of a product of which everything is kept that came up to a moment (epoch ms)."""
+
+    product: str
+    until: int
+    codes: Sequence[str]
+
+
+class Left(NamedTuple):
+    """What the last process that collected here has left: who it was, of what it kept everything, and how it ended."""
+
+    instance: str = ""
+    version: int = 0
+    groups: Sequence[Group] = ()
+    stopped: bool = False
+
+
+class MarkFiles:
+    """Up to when everything is kept, in the state directory: which codes, and a small file that follows the time.
+
+    The codes are on disk when they are written; of the times older ones may stand there after a power cut, and then a
+    gap only begins earlier.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._codes = directory / CODES_NAME
+        self._mark = directory / MARK_NAME
+
+    def read(self) -> Left:
+        """Return what the last process has left. Raises StoreError."""
+        codes = self._object(self._codes)
+        mark = self._object(self._mark)
+        try:
+            groups = [Group(product, until, names) for product, until, names in codes.get("groups", ())]
+            version, stopped = int(codes.get("version", 0)), False
+            if mark.get("version") == version:
+                stopped = bool(mark["stopped"])
+                groups = [
+                    one._replace(until=max(one.until, int(until)))
+                    for one, until in zip(groups, mark["until"], strict=True)
+                ]
+            return Left(str(codes.get("instance", "")), version, groups, stopped)
+        except (KeyError, TypeError, ValueError) as error:
+            log.error(
+                "%s is damaged (%s): a gap before this start is not noted", self._codes, one_line(error, 80)
+            )
+            return Left()
+
+    @staticmethod
+    def _object(path: Path) -> dict[str, Any]:
+        with disk_trouble(f"{path} cannot be read"), contextlib.suppress(FileNotFoundError):
+            return json_object(path.read_bytes()) or {}
+        return {}
+
+    def write_codes(self, left: Left) -> None:
+        """Keep of which codes everything is kept. Raises StoreError."""
+        facts = {"instance": left.instance, "version": left.version, "groups": left.groups}
+        write_whole(self._codes, json.dumps(facts), durable=True)
+
+    def write_mark(self, left: Left) -> None:
+        """Keep up to when everything of them is kept. Raises StoreError."""
+        until = [group.until for group in left.groups]
+        write_whole(
+            self._mark, json.dumps({"version": left.version, "until": until, "stopped": left.stopped})
+        )
+
+
+class Part:
+    """What one connection is to bring: codes of a product, those that are subscribed, and when it brought something.
+
+    `heard`: epoch ms; what it brought up to then was handed on, and `seen` is that of a moment at which the intake was
+    looked at afterwards. Only the thread of the connection changes `heard`.
+    """
+
+    def __init__(self, product: str, now_ms: int) -> None:
+        self.product = product
+        self.codes: frozenset[str] = frozenset()
+        self.acked: set[str] = set()
+        self.heard = self.seen = now_ms
+
+
+class OpenGap:
+    """A gap in memory: `missing` are those of its codes that are not subscribed again; `is_kept` as it is now."""
+
+    def __init__(self, gap: NotedGap, missing: Iterable[str], is_kept: bool = False) -> None:
+        self.gap = gap
+        self.missing = set(missing)
+        self.is_kept = is_kept
+        self.last = 0  # of refused pushes: when the last one came
+
+
+class Coverage:
+    """Knows of each code of the stream whether its pushes come, or since when not. Any thread may call it.
+
+    A code is missing from the last sign of a connection that was lost (or the mark of a process that ended) until it
+    is subscribed again. What cannot be noted now is noted later, and the mark stays behind it until then.
+    """
+
+    def __init__(self, gaps: Gaps, directory: Path, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.news = threading.Event()  # there is something to be fetched, or to be planned anew
+        self._gaps = gaps
+        self._files = MarkFiles(directory)
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._parts: list[Part] = []
+        self._open: list[OpenGap] = []
+        self._ended: list[OpenGap] = []  # subscribed again, and not fetched yet
+        self._refused: dict[str, OpenGap] = {}  # by product: pushes that the store does not take now
+        self._back: set[str] = set()
+        self._wanted: Mapping[str, Collection[str]] = {}
+        self._left = Left()
+        self._durable = 0
+        self._is_closed = False
+        self._trouble = LogThrottle("stream_gaps", clock, then="it is noted as soon as that works")
+
+    def begin(self, wanted: Mapping[str, Collection[str]]) -> None:
+        """Take over what the last process left: its open gaps, and a new one since its mark. Raises StoreError.
+
+        `wanted` as for `want`.
+        """
+        with self._lock:
+            self._wanted = wanted
+            left = self._files.read()
+            self._left = left._replace(instance=left.instance or _new_instance(), stopped=False)
+            now = self._now_ms()
+            known: set[tuple[str, str]] = set()
+            for gap in self._gaps.open():
+                missing = {*gap.codes} & {*wanted.get(gap.product, ())}
+                known |= {(gap.product, code) for code in missing}
+                self._open.append(OpenGap(gap, missing, is_kept=True))
+            self._durable = now
+            self._end_gaps()
+            why = "stockrt was stopped" if left.stopped else "stockrt ended without notice"
+            since: dict[tuple[str, int], set[str]] = {}
+            for product, until, codes in left.groups:
+                lost = {code for code in codes if (product, code) not in known} & {*wanted.get(product, ())}
+                since.setdefault((product, until), set()).update(lost)
+            for (product, until), lost in since.items():
+                self._lose(product, lost, until, why)
+            self._complete(self._ended)
+
+    def want(self, wanted: Mapping[str, Collection[str]]) -> None:
+        """Have it which codes are to be collected, by product: of others nothing is missing from now on."""
+        with self._lock:
+            self._wanted = wanted
+            for one in self._open:
+                one.missing &= {*wanted.get(one.gap.product, ())}
+            self._end_gaps()
+
+    def add(self, product: str) -> Part:
+        """Return the part of a new connection."""
+        with self._lock:
+            part = Part(product, self._now_ms())
+            self._parts.append(part)
+            return part
+
+    def expect(self, part: Part, codes: Iterable[str]) -> None:
+        """Have it that a connection is to bring these codes, and no others.
+
+        Called before they are subscribed: if this process ends then, the next one knows of them.
+        """
+        with self._lock:
+            codes = frozenset(codes)
+            gone = part.acked - codes
+            part.codes = codes
+            part.acked -= gone
+            moved = gone & {*self._wanted.get(part.product, ())}
+            self._lose(part.product, moved, part.heard, "moved to another connection")
+            self._write_codes()
+
+    def drop(self, part: Part) -> None:
+        """Have it that a connection is not used any more."""
+        with self._lock:
+            self.expect(part, ())
+            self._parts.remove(part)
+
+    def acked(self, part: Part, codes: Iterable[str]) -> None:
+        """Codes are subscribed: from now on everything of them comes."""
+        with self._lock:
+            part.heard = self._now_ms()
+            fresh = part.codes & {*codes} - part.acked
+            part.acked |= fresh
+            for one in self._open:
+                if one.gap.product == part.product:
+                    one.missing -= fresh
+            self._end_gaps()
+            self._back |= fresh
+            self._write_codes()
+        self.news.set()
+
+    def lost(self, part: Part, why: str) -> None:
+        """A connection is over: what it brought is missing since its last sign."""
+        with self._lock:
+            acked, part.acked = part.acked, set()
+            self._lose(part.product, acked, part.heard, why)
+            self._write_codes()
+
+    def refused(self, part: Part, codes: Iterable[str], why: str) -> None:
+        """The stream does not take codes of a connection; those that came before or are missing are so for this."""
+        with self._lock:
+            codes = {*codes}
+            acked = part.acked & codes
+            part.acked -= acked
+            self._lose(part.product, acked, part.heard, why)
+            for one in [one for one in self._open if one.gap.product == part.product]:
+                self._split(one, codes - acked, why)
+            self._write_codes()
+        self.news.set()
+
+    def not_stored(self, pushes: Pushes, codes: Collection[str], why: str) -> None:
+        """The store took none of these pushes, or not those of these codes: until it takes some again."""
+        with self._lock:
+            one = self._refused.get(pushes.product)
+            if one is None:
+                one = self._refused[pushes.product] = self._new(pushes.product, (), pushes.since, why)
+            one.last = max(one.last, pushes.arrived_ms)
+            fresh = {*codes} - one.missing
+            if fresh:
+                one.missing |= fresh
+                one.gap = one.gap._replace(codes=tuple(sorted(one.missing)))
+                one.is_kept = False
+                self._keep([one])
+
+    def stored(self) -> None:
+        """The store takes pushes again."""
+        with self._lock:
+            for product, one in [*self._refused.items()]:
+                one.gap = one.gap._replace(until=one.last)
+                one.is_kept = False
+                self._keep([one])
+                if one.is_kept:
+                    del self._refused[product]
+
+    def take_back(self) -> set[str]:
+        """Return the codes that were subscribed since this was asked last: their latest trades are to be fetched."""
+        with self._lock:
+            back, self._back = self._back, set()
+            return back
+
+    def ended(self) -> list[OpenGap]:
+        """Return the gaps whose codes are subscribed again."""
+        with self._lock:
+            return [*self._ended]
+
+    def complete(self, gaps: Iterable[OpenGap]) -> None:
+        """Note that gaps are over."""
+        with self._lock:
+            self._complete(gaps)
+
+    def missing(self) -> int:
+        """Return how many gaps go on."""
+        with self._lock:
+            return len(self._open) + len(self._ended) + len(self._refused)
+
+    def subscribed(self) -> dict[str, set[str]]:
+        """Return the codes whose pushes come now, by product."""
+        with self._lock:
+            found: dict[str, set[str]] = {}
+            for part in self._parts:
+                found.setdefault(part.product, set()).update(part.acked)
+            return found
+
+    def look(self) -> None:
+        """Look up to when connections have handed on what they brought; then the intake is to be asked, then `mark`."""
+        with self._lock:
+            for part in self._parts:
+                part.seen = part.heard
+
+    def mark(self, durable_ms: int, stopped: bool = False) -> None:
+        """Keep in the state directory up to when everything is kept: what came before a moment (epoch ms)."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._durable = max(self._durable, durable_ms)
+            self._keep([*self._refused.values(), *self._open, *self._ended])
+            if not self._write_codes():
+                return
+            self._left = self._left._replace(groups=self._groups(), stopped=stopped)
+            try:
+                self._files.write_mark(self._left)
+            except StoreError as error:
+                self._trouble.again(str(error))
+
+    def close(self, durable_ms: int) -> None:
+        """Leave: gaps that are over are noted, and nothing is from now on, whatever thread is late."""
+        with self._lock:
+            self.stored()
+            self._complete(self._ended)
+            self.mark(durable_ms, stopped=True)
+            self._is_closed = True
+
+    # under the lock
+
+    def _now_ms(self) -> int:
+        return int(self._clock.wall() * 1000)
+
+    def _new(self, product: str, codes: Collection[str], since: int, why: str) -> OpenGap:
+        gap = NotedGap("", self._left.instance, product, tuple(sorted(codes)), since, None, why, "")
+        return OpenGap(gap, codes)
+
+    def _lose(self, product: str, codes: Collection[str], since: int, why: str) -> None:
+        """Note that codes are missing."""
+        if codes and not self._is_closed:
+            one = self._new(product, codes, since, why)
+            self._open.append(one)
+            self._keep([one])
+
+    def _split(self, one: OpenGap, codes: set[str], why: str) -> None:
+        """Give codes that stay missing for another reason a gap of their own."""
+        here = one.missing & codes
+        if not here:
+            return
+        rest = {*one.gap.codes} - here
+        if not rest:
+            one.gap = one.gap._replace(why=why)
+        else:
+            one.gap = one.gap._replace(codes=tuple(sorted(rest)))
+            one.missing -= here
+            self._lose(one.gap.product, here, one.gap.since, why)
+        one.is_kept = False
+        self._keep([one])
+        self._end_gaps()
+
+    def _end_gaps(self) -> None:
+        """Set those apart in which nothing is missing any more."""
+        now = self._now_ms()
+        for one in [one for one in self._open if not one.missing]:
+            one.gap = one.gap._replace(until=now)
+            self._open.remove(one)
+            self._ended.append(one)
+
+    def _complete(self, gaps: Iterable[OpenGap]) -> None:
+        for one in [*gaps]:
+            one.is_kept = False
+            self._keep([one])
+            if one.is_kept and one in self._ended:
+                self._ended.remove(one)
+
+    def _keep(self, gaps: Iterable[OpenGap]) -> None:
+        """Have gaps in the local file as they are now."""
+        for one in gaps:
+            if one.is_kept or self._is_closed:
+                continue
+            try:
+                if one.gap.key:
+                    self._gaps.change(one.gap)
+                else:
+                    one.gap = self._gaps.note(one.gap)
+            except StoreError as error:
+                self._trouble.again(str(error))
+                return
+            one.is_kept = True
+            self._trouble.over()
+
+    def _groups(self) -> list[Group]:
+        """Return of which codes everything is kept up to when; gaps that are not noted yet hold it back."""
+        groups = []
+        gone: dict[str, set[str]] = {}
+        for one in self._open:
+            gone.setdefault(one.gap.product, set()).update(one.missing)
+        for part in self._parts:
+            codes = part.codes - (gone.get(part.product, set()) - part.acked)
+            groups.append(Group(part.product, min(self._durable, part.seen), sorted(codes)))
+        groups += [
+            Group(one.gap.product, one.gap.since, one.gap.codes)
+            for one in (*self._open, *self._refused.values())
+            if not one.is_kept
+        ]
+        return groups
+
+    def _write_codes(self) -> bool:
+        """Keep of which codes everything is kept, where that has changed; return whether it stands there."""
+        groups = self._groups()
+        if [(one.product, one.codes) for one in groups] == [
+            (one.product, one.codes) for one in self._left.groups
+        ]:
+            return True
+        if self._is_closed:
+            return False
+        left = self._left._replace(groups=groups, version=self._left.version + 1)
+        try:
+            self._files.write_codes(left)
+        except StoreError as error:
+            self._trouble.again(str(error))
+            return False
+        self._left = left
+        return True
+
+
+def _new_instance() -> str:
+    """Return a name for what collects with this state directory."""
+    return f"{one_line(os.uname().nodename, 60).replace('|', '-')}-{os.urandom(3).hex()}"
+
+
+# ------------------------------------------------------------------------------------------------------
+# From the connections to the store
+# ------------------------------------------------------------------------------------------------------
+
+# What is pushed is on its way to the store after this time at the latest.
+PUSHES_WAIT_S = 0.1
+# Trades that wait in memory at most: then no more is read from the connections.
+MOST_PENDING = 20_000
+# When more wait, and the oldest of them for longer, MongoDB is slower than the market: this machine's disk takes them.
+CROWDED, CROWDED_S = 10_000, 1.0
+# MongoDB has so long to take a batch of pushes before the disk does, and as this process leaves.
+PUSHES_TAKEN_S, PUSHES_TAKEN_LAST_S = 2.0, 0.5
+# The mark is written so often while trades come, and while none do.
+MARK_S, MARK_SILENT_S = 1.0, 30.0
+# Delays and rates are those of the last one or two spans of this length.
+LATELY_S = 15.0
+
+
+class Delays:
+    """How long something took lately: counts in classes that grow by a fifth, of the span of time now and the last."""
+
+    BOUNDS = tuple(1.2**power for power in range(70))  # milliseconds, up to about five minutes
+
+    def __init__(self, now: float) -> None:
+        self._begun = now
+        self._counts = [0] * (len(self.BOUNDS) + 1)
+        self._before = self._counts.copy()
+        self._before_begun = now
+
+    def add(self, milliseconds: float, count: int) -> None:
+        """Count some that took so long."""
+        self._counts[bisect_left(self.BOUNDS, milliseconds)] += count
+
+    def turn(self, now: float) -> None:
+        """Begin a new span when the one now is over."""
+        if now - self._begun >= LATELY_S:
+            self._before, self._before_begun = self._counts, self._begun
+            if now - self._begun >= 2 * LATELY_S:  # and one in between, in which nobody looked
+                self._before, self._before_begun = [0] * len(self._counts), now - LATELY_S
+            self._counts = [0] * len(self._before)
+            self._begun = now
+
+    def per_second(self, now: float) -> float:
+        """Return how many there were a second."""
+        return (sum(self._before) + sum(self._counts)) / max(1.0, now - self._before_begun)
+
+    def within(self, part: float) -> float:
+        """Return within which time (milliseconds) that part of them was done with, NaN where there were none."""
+        counts = [*map(sum, zip(self._before, self._counts, strict=True))]
+        left = sum(counts) * part
+        if not left:
+            return math.nan
+        for bound, count in zip((*self.BOUNDS, math.inf), counts, strict=True):
+            left -= count
+            if left <= 0:
+                return bound
+        return math.inf
+
+
+class Intake:
+    """Takes what connections bring, and writes it from a thread of its own. Any thread may call it.
+
+    What waits in memory is bounded: `add` takes its time where the embedded store, or the disk, is slower than the
+    market; where MongoDB is, what waits goes to the disk. What the store does not take is counted, said and noted as
+    a gap.
+    """
+
+    def __init__(self, pipeline: Pipeline, coverage: Coverage, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.came = threading.Event()  # something did, or is to be looked at
+        self.trades = self.stored = self.duplicates = self.refused = self.dropped = 0
+        self.trouble = ""
+        self._pipeline = pipeline
+        self._coverage = coverage
+        self._clock = clock
+        self._changed = threading.Condition()  # what follows:
+        self._pending: deque[Pushes] = deque()
+        self._waiting = 0  # trades of those
+        self._written: list[Pushes] = []  # they are on their way to the store
+        self._is_closing = False
+        self._delays = Delays(clock.monotonic())
+        then = "what is pushed meanwhile is missing, see stream_gaps"
+        self._trouble = LogThrottle("the stream's trades", clock, then=then)
+        self._thread = threading.Thread(target=self._run, name="stockrt-intake", daemon=True)
+
+    def start(self) -> None:
+        """Begin to write. Raises StockrtError where there is no thread."""
+        start_thread(self._thread)
+
+    def add(self, product: str, trades: Sequence[Trade]) -> int:
+        """Take trades that have just come, and return up to when (epoch ms) nothing of their connection is missing.
+
+        Waits while too many wait.
+        """
+        arrived_ms, arrived = int(self._clock.wall() * 1000), self._clock.monotonic()
+        for at in range(0, len(trades), WRITE_BATCH):
+            some = trades[at : at + WRITE_BATCH]
+            self._add(Pushes(product, some, _moment(some[0], arrived_ms), arrived_ms, arrived))
+        return _moment(trades[-1], arrived_ms)
+
+    def _add(self, pushes: Pushes) -> None:
+        with self._changed:
+            while self._waiting >= MOST_PENDING and not self._is_closing:
+                self._changed.wait()
+            before = self._waiting
+            self._pending.append(pushes)
+            self._waiting += len(pushes.trades)
+            self.trades += len(pushes.trades)
+            if not before or before < WRITE_BATCH <= self._waiting:
+                self._changed.notify_all()
+        self.came.set()
+
+    def drop(self, count: int) -> None:
+        """Count pushes that are of no use."""
+        with self._changed:
+            self.dropped += count
+
+    def lately(self) -> tuple[float, float, float]:
+        """Return how long half and 99 of 100 trades took lately until they were durable (ms), and trades a second."""
+        with self._changed:
+            now = self._clock.monotonic()
+            self._delays.turn(now)
+            return self._delays.within(0.5), self._delays.within(0.99), self._delays.per_second(now)
+
+    def durable_ms(self) -> int:
+        """Return before which moment (epoch ms) everything that came is in the store, or noted as missing."""
+        with self._changed:
+            now = int(self._clock.wall() * 1000)
+            return min((pushes.since - 1 for pushes in (*self._written, *self._pending)), default=now)
+
+    def close(self, within_s: float) -> None:
+        """Write what is there, and end; what cannot be written within that time is missing since the mark."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join(within_s)
+
+    # its thread
+
+    def _run(self) -> None:
+        while True:
+            batch, within_s = self._next()
+            if not batch:
+                return
+            self._write(batch, within_s)
+            with self._changed:
+                self._written = []
+
+    def _next(self) -> tuple[list[Pushes], float]:
+        """Return what is to be written next, and how long MongoDB has for it, once it is time; nothing at the end."""
+        with self._changed:
+            while not self._pending and not self._is_closing:
+                self._changed.wait()
+            self._await_more()
+            size = 0
+            while self._pending and size + len(self._pending[0].trades) <= WRITE_BATCH:
+                self._written.append(self._pending.popleft())
+                size += len(self._written[-1].trades)
+            within_s = PUSHES_TAKEN_S
+            if self._is_closing:
+                within_s = PUSHES_TAKEN_LAST_S
+            waited = self._clock.monotonic() - self._written[0].arrived if size else 0.0
+            if self._waiting > CROWDED and waited > CROWDED_S:
+                within_s = 0.0
+            self._waiting -= size
+            self._changed.notify_all()
+            return self._written, within_s
+
+    def _await_more(self) -> None:
+        """Wait until a batch is full, or its first trade has waited long enough."""
+        while self._pending and self._waiting < WRITE_BATCH and not self._is_closing:
+            left = self._pending[0].arrived + PUSHES_WAIT_S - self._clock.monotonic()
+            if left <= 0:
+                return
+            self._changed.wait(left)
+
+    def _write(self, batch: Sequence[Pushes], within_s: float) -> None:
+        created = utc_now().replace(tzinfo=None)
+        documents = [to_document(trade, created) for pushes in batch for trade in pushes.trades]
+        try:
+            written = self._put(documents, within_s)
+        except StoreError as error:
+            self._refuse(batch, None, str(error))
+            return
+        except Exception as error:  # nobody else looks at this thread
+            self._refuse(batch, None, own_fault(error))
+            return
+        self.stored += written.stored + written.queued
+        self.duplicates += written.duplicates
+        if written.refused:
+            self._refuse(batch, written.refused, next(iter(written.refused.values())))
+        elif self.trouble:
+            self.trouble = ""
+            self._trouble.over()
+            self._coverage.stored()
+        now = self._clock.monotonic()
+        with self._changed:
+            for pushes in batch:
+                self._delays.add((now - pushes.arrived) * 1000, len(pushes.trades))
+
+    def _put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
+        try:
+            return self._pipeline.put(documents, within_s)
+        except StoreError:
+            if within_s:
+                raise
+        return self._pipeline.put(documents, PUSHES_TAKEN_S)  # the disk is full, and MongoDB only slow
+
+    def _refuse(self, batch: Sequence[Pushes], refused: Mapping[str, str] | None, why: str) -> None:
+        """Count, say and note as missing what the store does not take; `refused`: by `_id`, None for everything."""
+        names: set[str] = set()
+        for pushes in batch:
+            gone = [trade.s for trade in pushes.trades if refused is None or identity(trade) in refused]
+            self.refused += len(gone)
+            names |= {*gone}
+            if gone:
+                self._coverage.not_stored(pushes, {*gone}, f"not stored: {why}")
+        self.trouble = f"{first_few(sorted(names))} not stored: {why}"
+        self._trouble.again(self.trouble)
+
+
+# A trade this much older than its push says nothing of when it was pushed.
+OLD_PUSH_MS = 60_000
+
+
+def _moment(trade: Trade, arrived_ms: int) -> int:
+    """Return since when (epoch ms), by its arrival and its own time, what comes after a trade is to be looked for."""
+    t = trade.t
+    if t % 1000 == 999:  # of whole seconds
+        t -= 999
+    if arrived_ms - t > OLD_PUSH_MS:
+        return arrived_ms
+    return min(t, arrived_ms)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The stream's connections
+# ------------------------------------------------------------------------------------------------------
+
+# As to the platform: quick at first, slowly slower.
+STREAM_FIRST_S, STREAM_CAP_S, STREAM_GROWTH = 1.0, 30.0, 1.3
+# A connection that stood so long was a good one: the next is dialled quickly again.
+STREAM_GOOD_S = 60.0
+# So long at most it is waited for what a connection brings: its thread is woken when there is something to do.
+STREAM_READ_S = 600.0
+
+
+class Feed(threading.Thread):
+    """One connection to the stream with its thread: dials, hands on what comes, dials again; until told to leave.
+
+    `end`: why it does so no more by itself.
+    """
+
+    def __init__(
+        self,
+        allotment: Allotment,
+        connection: StreamConnection,
+        coverage: Coverage,
+        intake: Intake,
+        events: Events,
+    ) -> None:
+        super().__init__(name=f"stockrt-stream-{allotment.product}", daemon=True)
+        self.allotment = allotment
+        self.part = coverage.add(allotment.product)
+        self.state = "connecting"
+        self.why = ""
+        self.since = time.monotonic()
+        self.end: StreamEnd | None = None
+        self._connection = connection
+        self._coverage = coverage
+        self._intake = intake
+        self._events = events
+        self._leaving = threading.Event()
+        self._trouble = LogThrottle(f"stream {allotment.product}", then="dialling again")
+        self._refusal = LogThrottle(f"stream {allotment.product}", then="polled instead")
+        self._odd = LogThrottle(f"stream {allotment.product}", then="passed over")
+
+    def want(self, allotment: Allotment) -> None:
+        """Bring these codes from now on."""
+        self.allotment = allotment
+        self._coverage.expect(self.part, allotment.codes)
+        self._connection.want(allotment.codes)
+
+    def leave(self) -> None:
+        """End, soon."""
+        self._leaving.set()
+        self._connection.wake()
+
+    def run(self) -> None:
+        """Work until told to leave, or the stream says that it is of no use."""
+        delays = self._fresh_delays()
+        while not self._leaving.is_set():
+            self._turn("connecting")
+            end = self._serve()
+            self._connection.close()
+            if end is None:
+                return
+            self._coverage.lost(self.part, end.words)
+            self.why = end.words
+            if end.action is StreamAction.NEVER:
+                self._turn("given up")
+                log.error("stream %s: %s; its codes are polled instead", self.allotment.product, end.words)
+                self.end = end
+                self._coverage.news.set()
+                return
+            self._trouble.again(end.words)
+            if self.state == "connected" and time.monotonic() - self.since >= STREAM_GOOD_S:
+                delays = self._fresh_delays()
+            self._turn("waiting")
+            self._leaving.wait(end.wait_s if end.action is StreamAction.WAIT else next(delays))
+
+    def _fresh_delays(self) -> Iterator[float]:
+        return backoff(STREAM_FIRST_S, STREAM_CAP_S, random.Random(), STREAM_GROWTH)
+
+    def _turn(self, state: str) -> None:
+        self.state, self.since = state, time.monotonic()
+        self._intake.came.set()
+
+    def _serve(self) -> StreamEnd | None:
+        """Dial, and hand on what comes until the connection is over; None: told to leave."""
+        try:
+            end = self._connection.open()
+            if end is None:
+                self._turn("connected")
+            while end is None and not self._leaving.is_set():
+                end = self._take(self._connection.read(time.monotonic() + STREAM_READ_S))
+        except ImportError as error:
+            lost = lost_part(error)
+            self._events.damaged(lost)
+            return StreamEnd(str(lost), StreamAction.DIAL_AGAIN)
+        except Exception as error:  # nobody else looks at this thread
+            return StreamEnd(own_fault(error), StreamAction.DIAL_AGAIN)
+        return end
+
+    def _take(self, received: Received) -> StreamEnd | None:
+        """Hand on what has come, and return the end of the connection if that is in it."""
+        if received.trades:
+            sign = self._intake.add(self.part.product, received.trades)
+            self.part.heard = max(self.part.heard, sign)
+        if received.dropped:
+            self._intake.drop(received.dropped)
+            self._odd.again(received.why)
+        for event in received.events:
+            if isinstance(event, StreamEnd):
+                return event
+            self._note(event)
+        return None
+
+    def _note(self, event: StreamEvent) -> None:
+        if isinstance(event, Subscribed):
+            self._coverage.acked(self.part, event.codes)
+            self._intake.came.set()
+            self.why = ""
+            self._trouble.over()
+        elif isinstance(event, CodesRefused):
+            self.why = event.words
+            self._coverage.refused(self.part, event.codes, event.words)
+            self._refusal.again(
+                f"{count_words(len(event.codes), 'code')}, {first_few(event.codes)}: {event.words}"
+            )
+        elif isinstance(event, Said):
+            self._odd.again(event.words)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The whole of it
+# ------------------------------------------------------------------------------------------------------
+
+# What the stream does not bring is polled this often, or seldom enough that a day's quota lasts.
+POLL_INSTEAD_S = 10.0
+# Codes of a connection that has just been dialled, or dropped, are not polled yet.
+POLL_SOON_S = 10.0
+# Subscriptions come in frames: what is fetched after them is fetched together.
+BACK_TOGETHER_S = 0.5
+# What fails is tried again.
+PLAN_AGAIN_S = 10.0
+# How long leaving may take: for what connections and requests are at, and for what waits to be written.
+LEAVE_POLL_S, LEAVE_INTAKE_S = 0.7, 1.1
+
+
+class Planner(threading.Thread):
+    """Spreads the codes over connections, fetches what was missed, and polls what the stream does not bring."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        settings: Settings,
+        watch: WatchList,
+        coverage: Coverage,
+        intake: Intake,
+        events: Events,
+    ) -> None:
+        super().__init__(name="stockrt-collect", daemon=True)
+        self.feeds: list[Feed] = []
+        self.polled = 0
+        self.missed_beats = 0
+        self.trouble = ""
+        self._pipeline = pipeline
+        self._settings = settings
+        self._watch = watch
+        self._coverage = coverage
+        self._intake = intake
+        self._events = events
+        self._stop = threading.Event()
+        self._listed: Sequence[str] | None = None
+        self._wanted: dict[str, list[str]] = {}  # by product
+        self._has_begun = False
+        self._never: dict[str, set[str]] = {}  # by key: products, '' for all of them
+        self._beat = Beat(POLL_INSTEAD_S, time.monotonic())
+        self._gaps_at = 0.0  # monotonic
+        self._rest_said = ""
+        then = "trying again"
+        self._trouble = LogThrottle("collecting", then=then)
+        self._troubles = Troubles(settings, then)
+        self._code_trouble = LogThrottle("collecting", then="they are asked for again")
+        self._gap_trouble = LogThrottle(
+            "stream_gaps", then="they are kept on this machine until MongoDB takes them"
+        )
+
+    def leave(self) -> None:
+        """End, soon; of a poll that goes on what was fetched is stored."""
+        self._stop.set()
+        self._coverage.news.set()
+
+    def run(self) -> None:
+        """Work until told to leave."""
+        while not self._stop.is_set():
+            wait_s, words = PLAN_AGAIN_S, ""
+            try:
+                wait_s = self._work()
+            except ImportError as error:
+                lost = lost_part(error)
+                self._events.damaged(lost)
+                words = str(lost)
+            except StockrtError as error:
+                words = str(error)
+            except Exception as error:  # nobody else looks at this thread
+                words = own_fault(error)
+            if self._stop.is_set():
+                return
+            if words:
+                self._trouble.again(words)
+            else:
+                self._trouble.over()
+            self.trouble = words
+            if self._coverage.news.wait(wait_s):
+                self._coverage.news.clear()
+                self._stop.wait(BACK_TOGETHER_S)
+
+    def _work(self) -> float:
+        """Do what is to be done now, and return after how many seconds to look again. Raises StockrtError."""
+        need_clock(time.time())
+        self._plan()
+        ended = self._coverage.ended()
+        back = self._coverage.take_back()
+        if back:
+            self._poll(sorted(back))
+        self._coverage.complete(ended)
+        waits = [self._watch.wait_s(), self._poll_instead(), self._deliver_gaps()]
+        return min(waits)
+
+    def _plan(self) -> None:
+        """Look at the list, and spread the codes where it has changed or a connection is of no use any more."""
+        codes = self._watch.codes()
+        over = [feed for feed in self.feeds if feed.end is not None]
+        if codes is self._listed and not over:
+            return
+        if codes is not self._listed:
+            self._read(codes)
+        for feed in over:
+            self._never.setdefault(feed.allotment.key, set()).add(
+                "" if feed.end.whole_key else feed.allotment.product
+            )
+            self._coverage.drop(feed.part)
+            self.feeds.remove(feed)
+        self._spread()
+        self._listed = codes
+
+    def _read(self, codes: Sequence[str]) -> None:
+        """Find out what the codes mean."""
+        found = resolve(codes, self._pipeline.directory, self._stop)
+        if found.refused:
+            words = [f"{code}: {why}" for code, why in islice(found.refused.items(), NAMES_SHOWN)]
+            log.error("%s not collected: %s", count_words(len(found.refused), "code"), "; ".join(words))
+        wanted: dict[str, list[str]] = {}
+        for instrument in found.instruments.values():
+            wanted.setdefault(instrument.product, []).append(instrument.code)
+        if not self._has_begun:
+            self._coverage.begin(wanted)
+            self._has_begun = True
+        self._coverage.want(wanted)
+        self._wanted = wanted
+
+    def _spread(self) -> None:
+        """Let connections bring what they can."""
+        limits = {
+            digest: one._replace(not_for=one.not_for | self._never.get(digest, set()))
+            for digest, one in self._pipeline.stream_limits(self._stop).items()
+            if "" not in self._never.get(digest, ())
+        }
+        before = [feed.allotment for feed in self.feeds]
+        allotments, rest = allot(self._wanted, limits, before)
+        kept: list[Feed] = []
+        for feed in self.feeds:
+            found = next((one for one in allotments if _goes_on(feed.allotment, one)), None)
+            if found is None:
+                feed.leave()
+                self._coverage.drop(feed.part)
+                continue
+            allotments.remove(found)
+            kept.append(feed)
+            if found != feed.allotment:
+                feed.want(found)
+        self.feeds = kept
+        for allotment in allotments:
+            self.feeds.append(self._begin(allotment))
+        self._say_rest(rest)
+
+    def _begin(self, allotment: Allotment) -> Feed:
+        """Start a connection. Raises StockrtError where there is no thread, or this ends."""
+        settings, product = self._settings, allotment.product
+        secret = next(key.secret for key in self._pipeline.keys.keys if key.digest == allotment.key)
+        if self._stop.is_set():
+            raise Interrupted("stopped")
+        connection = StreamConnection(settings.stream_url, product, secret, settings.proxies)
+        feed = Feed(allotment, connection, self._coverage, self._intake, self._events)
+        feed.want(allotment)
+        start_thread(feed)
+        return feed
+
+    def _say_rest(self, rest: Mapping[str, Sequence[str]]) -> None:
+        """Say what connections bring, and how many codes they do not."""
+        streamed = sum(len(feed.allotment.codes) for feed in self.feeds)
+        words = f"{count_words(streamed, 'code')} over {count_words(len(self.feeds), 'connection')}"
+        left = sum(map(len, rest.values()))
+        if left:
+            by_product = ", ".join(f"{len(codes)} {product}" for product, codes in rest.items() if codes)
+            words += f"; {count_words(left, 'code')} polled instead, more than the keys' plans allow ({by_product})"
+        if words != self._rest_said:
+            self._rest_said = words
+            log.log(logging.WARNING if left else logging.INFO, "stream: %s", words)
+
+    # over REST
+
+    def _instead(self) -> list[str]:
+        """Return the codes that no connection brings now, but for those that one is about to."""
+        now = time.monotonic()
+        held = self._coverage.subscribed()
+        for feed in self.feeds:
+            if feed.state != "given up" and now - feed.since < POLL_SOON_S:
+                held.setdefault(feed.allotment.product, set()).update(feed.allotment.codes)
+        return [
+            code
+            for product, codes in self._wanted.items()
+            for code in codes
+            if code not in held.get(product, ())
+        ]
+
+    def _poll_instead(self) -> float:
+        """Poll on the beat what the stream does not bring; return after how many seconds the next beat comes."""
+        now = time.monotonic()
+        codes = self._instead()
+        self.polled = len(codes)
+        wait_s = self._beat.wait_s(now)
+        if wait_s > 0 or not codes:
+            return max(wait_s, 1.0) if self.polled or self._is_waiting() else math.inf
+        self._poll(codes)
+        self.missed_beats += self._beat.done(time.monotonic())
+        return self._beat.wait_s(time.monotonic())
+
+    def _is_waiting(self) -> bool:
+        """Whether a connection that does not stand may have to be polled for soon."""
+        return any(
+            feed.state != "connected" or len(feed.part.acked) < len(feed.part.codes) for feed in self.feeds
+        )
+
+    def _poll(self, codes: Sequence[str]) -> None:
+        report = self._pipeline.poll(codes, self._stop)
+        if report.interrupted:
+            return
+        self._troubles.note(report)
+        failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
+        if failed:
+            self._code_trouble.again(failed_words(failed, report.total))
+
+    def _deliver_gaps(self) -> float:
+        """Bring gaps to MongoDB; return after how many seconds to try again."""
+        now = time.monotonic()
+        if now < self._gaps_at:
+            return self._gaps_at - now
+        try:
+            while self._pipeline.gaps.deliver() and not self._stop.is_set():
+                pass
+        except StoreAway as error:
+            self._gap_trouble.again(str(error))
+            self._gaps_at = now + PLAN_AGAIN_S
+            return PLAN_AGAIN_S
+        self._gap_trouble.over()
+        return math.inf
+
+
+def _goes_on(before: Allotment, now: Allotment) -> bool:
+    """Whether an allotment is that of a connection that stands."""
+    same = (before.key, before.product) == (now.key, now.product)
+    return same and not {*before.codes}.isdisjoint(now.codes)
+
+
+class Collecting:
+    """Collecting without pause: the stream, or a poll on a fixed beat, as COLLECT and COLLECT_EVERY say.
+
+    `start` raises StockrtError where that cannot be; `close` takes about two seconds at most. The pipeline stays open
+    from before the one until after the other. One process in each state directory collects from the stream.
+    """
+
+    def __init__(self, pipeline: Pipeline, settings: Settings, events: Events = NO_EVENTS) -> None:
+        self._pipeline = pipeline
+        self._settings = settings
+        self._events = events
+        watch = WatchList(settings, pipeline.mongo)
+        self._poller = Poller(pipeline, settings, watch, events)
+        self._coverage = Coverage(pipeline.gaps, settings.state_directory)
+        self._intake = Intake(pipeline, self._coverage)
+        self._planner = Planner(pipeline, settings, watch, self._coverage, self._intake, events)
+        self._clerk = threading.Thread(target=self._look_after, name="stockrt-mark", daemon=True)
+        self._stop = threading.Event()
+        self._lock: IO[str] | None = None
+        self._gaps_today = 0
+
+    def start(self) -> None:
+        """Begin. Raises StockrtError."""
+        self._pipeline.need_key()
+        if self._settings.collect_codes == WATCH and self._pipeline.mongo is None:
+            raise SettingsError([WATCH_NEEDS_MONGODB])
+        try:
+            if self._settings.collect:
+                who = "another stockrt collects from the stream"
+                self._lock = lock_in(self._settings.state_directory, "collecting.lock", who)
+                self._intake.start()
+                start_thread(self._planner)
+                start_thread(self._clerk)
+            else:
+                start_thread(self._poller)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End: what was pushed is stored, or waits for MongoDB on this machine."""
+        self._stop.set()
+        self._intake.came.set()
+        self._planner.leave()
+        self._poller.leave()
+        for feed in self._planner.feeds:
+            feed.leave()
+        until = time.monotonic() + LEAVE_POLL_S
+        for thread in (*self._planner.feeds, self._planner, self._poller):
+            if thread.ident is not None:
+                thread.join(max(0.0, until - time.monotonic()))
+        self._intake.close(LEAVE_INTAKE_S)
+        if self._lock is not None:
+            self._coverage.look()
+            self._coverage.close(self._intake.durable_ms())
+            self._lock.close()
+            self._lock = None
+
+    def stats(self) -> CollectStats:
+        """Return what it does now."""
+        if not self._settings.collect:
+            return self._poller.stats()
+        feeds, intake = [*self._planner.feeds], self._intake
+        p50, p99, per_second = intake.lately()
+        troubles = (self._planner.trouble, intake.trouble, *(feed.why for feed in feeds))
+        return CollectStats(
+            connections=sum(feed.state == "connected" for feed in feeds),
+            connections_wanted=len(feeds),
+            codes=sum(len(feed.part.acked) for feed in feeds),
+            polled=self._planner.polled,
+            per_second=per_second,
+            delay_p50_ms=p50,
+            delay_p99_ms=p99,
+            gaps_today=self._gaps_today,
+            trades=intake.trades,
+            stored=intake.stored,
+            duplicates=intake.duplicates,
+            dropped=intake.dropped,
+            missed_beats=self._planner.missed_beats,
+            trouble=next(filter(None, troubles), ""),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what it does now as JSON has it: the stats, each connection, and how many gaps go on."""
+        facts = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in self.stats()._asdict().items()
+        }
+        streams = [
+            {
+                "product": feed.part.product,
+                "codes": len(feed.part.codes),
+                "subscribed": len(feed.part.acked),
+                "state": feed.state,
+                "why": feed.why,
+            }
+            for feed in self._planner.feeds
+        ]
+        return facts | {"streams": streams, "gaps_open": self._coverage.missing()}
+
+    def _look_after(self) -> None:
+        """Write the mark, and tell how it goes on."""
+        while not self._stop.is_set():
+            self._intake.came.wait(MARK_SILENT_S)
+            self._intake.came.clear()
+            self._coverage.look()
+            self._coverage.mark(self._intake.durable_ms())
+            with contextlib.suppress(StoreError):  # said by whoever notes one
+                self._gaps_today = self._pipeline.gaps.count_since(utc_day(time.time()))
+            self._events.collecting(self.stats())
+            self._stop.wait(MARK_S)
 
 
 # ======================================================================================================
@@ -11106,10 +12333,12 @@ def _add_up(db: sqlite3.Connection, answer: str, now: float) -> None:
 #      but a damaged one, which the next start mends.
 
 STATUS_NAME = "status.json"
+# What the state of the platform is to a daemon that collects without one.
+NO_NEED = "not needed"
 # A full disk is looked at again after so long: waiting for room costs nothing, an answer that waits does.
 JOURNAL_FIRST_S, JOURNAL_CAP_S = 0.5, 5.0
-# --status holds the lock for the blink of an eye to see whether somebody else does.
-LOCK_TRIES, LOCK_RETRY_S = 5, 0.05
+# What changes all the time is in the status file no older than this, as long as it changes.
+STATUS_EVERY_S = 10.0
 # The executor looks at the clock at least so often while nothing comes: a wait is not right when the clock is set.
 LOOK_AROUND_S = 600.0
 # What follows an execution that met a trouble.
@@ -11139,6 +12368,41 @@ RECEIPT_GRACE_S = 3.0
 STOP_MARGIN_S = 4.0
 
 
+class StreamFacts(TypedDict):
+    """What the daemon tells of a connection to the stream."""
+
+    product: str
+    codes: int
+    subscribed: int
+    state: str
+    why: str
+
+
+class CollectFacts(TypedDict, total=False):
+    """What the daemon tells of collecting, and `at` when: CollectStats, and more where it goes on; None: not known.
+
+    `streams`: of each connection its product, how many codes it is for, how many are subscribed, its state and why.
+    """
+
+    at: str
+    connections: int
+    connections_wanted: int
+    codes: int
+    polled: int
+    per_second: float
+    delay_p50_ms: object
+    delay_p99_ms: object
+    gaps_today: int
+    trades: int
+    stored: int
+    duplicates: int
+    dropped: int
+    missed_beats: int
+    trouble: str
+    streams: list[StreamFacts]
+    gaps_open: int
+
+
 class DaemonStatus(TypedDict, total=False):
     """What the daemon tells --status, in a file; times are ISO 8601 UTC."""
 
@@ -11150,6 +12414,7 @@ class DaemonStatus(TypedDict, total=False):
     stopped: str
     keys: list[KeyState]
     spool_refused: int
+    collecting: CollectFacts
 
 
 def read_status(directory: Path) -> DaemonStatus:
@@ -11173,6 +12438,11 @@ def _fits(value: object, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     return kind is object or type(value) is kind
+
+
+def collect_facts(told: Mapping[str, Any]) -> CollectFacts:
+    """Return what the status file has of collecting: what is told of it now."""
+    return cast(CollectFacts, {"at": iso(utc_now()), **told})
 
 
 class Answered(NamedTuple):
@@ -11242,8 +12512,23 @@ class ExecutorLeft(NamedTuple):
     """To the socket's thread: no execution runs, and none will."""
 
 
+class Collected(NamedTuple):
+    """To the socket's thread: collecting goes on like this."""
+
+    stats: CollectStats
+
+
 Message: TypeAlias = (
-    Answered | Recalled | Declined | Ended | Broken | StopAsked | ReloadAsked | SettingsRead | ExecutorLeft
+    Answered
+    | Recalled
+    | Declined
+    | Ended
+    | Broken
+    | StopAsked
+    | ReloadAsked
+    | SettingsRead
+    | ExecutorLeft
+    | Collected
 )
 
 
@@ -11275,13 +12560,16 @@ class Inbox:
         return [self._messages.get() for _ in range(self._messages.qsize())]
 
     def wait(self, seconds: float, *descriptors: int) -> None:
-        """Wait until a message or something at one of the descriptors is there, or the time is over."""
+        """Wait until a message or something at one of the descriptors is there, or the time, if it ends, is over."""
         import select
 
         poll = select.poll()
         for descriptor in (self._woken.fileno(), *descriptors):
             poll.register(descriptor, select.POLLIN)
-        poll.poll(math.ceil(max(0.0, seconds) * 1000))
+        timeout_ms = None
+        if seconds < math.inf:
+            timeout_ms = math.ceil(max(0.0, seconds) * 1000)
+        poll.poll(timeout_ms)
 
 
 class Outgoing(NamedTuple):
@@ -11479,6 +12767,7 @@ class Relay(Events):
         self._events = events
         self._inbox = inbox
         self.queue = QueueStats()
+        self.collect = CollectStats()
         self.is_damaged = False  # a local file, or the program: nothing is executed or answered any more
 
     def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
@@ -11508,6 +12797,12 @@ class Relay(Events):
     def keys_out(self, out: int, of: int) -> None:
         """Pass it on."""
         self._events.keys_out(out, of)
+
+    def collecting(self, stats: CollectStats) -> None:
+        """Pass it on."""
+        self.collect = stats
+        self._events.collecting(stats)
+        self._inbox.put(Collected(stats))
 
     def damaged(self, error: StockrtError) -> None:
         """Let the daemon end: the next start mends it."""
@@ -11542,6 +12837,10 @@ class Executor(threading.Thread):
         self._queue: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._pipeline: Pipeline | None = None
         self._watch: WatchList | None = None  # for commands without codes
+        self._collecting: Collecting | None = None
+        # when (monotonic) it is begun, or tried again: infinite where only new settings help
+        self._collect_at = 0.0
+        self._collect_trouble = LogThrottle("collecting")
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
         self.stop = threading.Event()  # cuts the running execution short
@@ -11553,7 +12852,15 @@ class Executor(threading.Thread):
     def renew(self, settings: Settings) -> None:
         """Go over to other settings after the running execution; what waits for MongoDB is tried with them, too."""
         self._wanted = settings
+        self._collect_at = 0.0
         self._queue.put(NO_COMMAND)
+
+    def collecting_facts(self) -> CollectFacts:
+        """Return what --status shows of collecting; called by any thread."""
+        collecting = self._collecting
+        if collecting is not None:
+            return collect_facts(collecting.describe())
+        return collect_facts({"trouble": self._events.collect.trouble})
 
     def leave(self, dropped_because: str = "") -> None:
         """Begin no further execution.
@@ -11577,6 +12884,7 @@ class Executor(threading.Thread):
         except Exception as error:
             self._inbox.put(broken_by(error))
         finally:
+            self._end_collecting()
             if self._pipeline is not None:
                 self._pipeline.close()
             self._inbox.put(ExecutorLeft())
@@ -11584,7 +12892,7 @@ class Executor(threading.Thread):
     def _next(self) -> Order | None:
         """Return the next command, None for the end; closes are made final before it and while none is there."""
         while True:
-            wait = self._finalise()
+            wait = self._wait_s()
             try:
                 order = self._queue.get(timeout=wait)
             except queue.Empty:
@@ -11596,6 +12904,66 @@ class Executor(threading.Thread):
                 return order
             if not (self._leaving.is_set() or self._events.is_damaged):
                 self._move_what_waits()
+
+    def _wait_s(self) -> float | None:
+        """Do what is due beside the commands, and return for how many seconds there is nothing more to do."""
+        self._collect()
+        wait = self._finalise()
+        if self._collecting is not None or self._collect_at == math.inf:
+            return wait
+        return TAKE_UP_AGAIN_S if wait is None else min(wait, TAKE_UP_AGAIN_S)
+
+    def _collect(self) -> None:
+        """Begin to collect without pause where that is wanted, anew with new settings; what fails is tried again."""
+        if self._leaving.is_set() or self._events.is_damaged:
+            return
+        if not self._wanted.collects:
+            self._collect_at = math.inf
+            return
+        goes_on = self._collecting is not None and self._wanted is self._settings
+        if goes_on or time.monotonic() < self._collect_at:
+            return
+        self._collect_at = time.monotonic() + TAKE_UP_AGAIN_S
+        try:
+            pipeline = self._open_pipeline()
+            pipeline.start_delivery()
+            if self._collecting is None:
+                collecting = Collecting(pipeline, self._settings, self._events)
+                collecting.start()
+                self._collecting = collecting
+        except ImportError as error:
+            self._events.damaged(lost_part(error))
+        except Exception as error:
+            self._note_not_collecting(error)
+        else:
+            self._collect_trouble.over()
+
+    def _note_not_collecting(self, error: Exception) -> None:
+        """Say why collecting does not begin. What no time mends ends a daemon that has nothing else to do."""
+        words = str(error)
+        if isinstance(error, SettingsError):
+            self._collect_at = math.inf
+            if not self._settings.platform_url():
+                self._inbox.put(Broken(error))
+                return
+            log.error("collecting: %s; mend that, then reload or restart", words)
+        elif not self._events.is_damaged:
+            if not isinstance(error, StockrtError):
+                words = own_fault(error)
+            self._collect_trouble.again(words)
+        self._events.collecting(CollectStats(trouble=words))
+
+    def _end_collecting(self) -> None:
+        collecting, self._collecting = self._collecting, None
+        if collecting is None:
+            return
+        try:
+            collecting.close()
+        except Exception as error:  # what it could not write down counts as a gap
+            words = str(error)
+            if not isinstance(error, StockrtError):
+                words = own_fault(error)
+            log.error("collecting: did not end well: %s", words)
 
     def _finalise(self) -> float | None:
         """Make a part of the closes final that are due; return for how many seconds there is no more to do."""
@@ -11662,8 +13030,11 @@ class Executor(threading.Thread):
             log.error("execution %s stays in the journal: %s", number, error)
 
     def _move_what_waits(self) -> None:
-        """Take up what waits since the last start, for MongoDB or a daily bar, without waiting for an execution."""
-        if not (self._settings.state_directory / SQLITE_NAME).exists():
+        """Take up what waits since the last start, for MongoDB or a daily bar, without waiting for an execution.
+
+        Where trades are collected without pause, that does it.
+        """
+        if self._wanted.collects or not (self._settings.state_directory / SQLITE_NAME).exists():
             return
         try:
             self._open_pipeline().start_delivery()
@@ -11735,7 +13106,8 @@ class Executor(threading.Thread):
     def _open_pipeline(self) -> Pipeline:
         """Return the pipeline, a new one where the settings were read anew. Raises StockrtError."""
         wanted, old = self._wanted, self._pipeline
-        if old is not None and wanted is self._settings:
+        if old is not None and (wanted is self._settings or self._may_go_on(wanted)):
+            self._settings = wanted
             return old
         try:
             self._pipeline = Pipeline(wanted, self._events, patient=True)
@@ -11746,11 +13118,24 @@ class Executor(threading.Thread):
             self._wanted = self._settings
             return old
         if old is not None:
+            self._end_collecting()
             old.close()
             if store_name(self._settings) != store_name(wanted):
                 self._troubles = Troubles(wanted, RETRIED)
         self._settings, self._watch = wanted, None
         return self._pipeline
+
+    def _may_go_on(self, wanted: Settings) -> bool:
+        """Whether collecting goes well and new settings change nothing of it: each new connection leaves a gap."""
+        stats = self._events.collect
+        if self._collecting is None or stats.trouble or stats.connections < stats.connections_wanted:
+            return False
+        pipeline = cast(Pipeline, self._pipeline)
+        if any(key.dead for key in pipeline.keys.keys):  # an operator may have mended it
+            return False
+        return self._settings == wanted._replace(
+            log_level=self._settings.log_level, old_secrets=self._settings.old_secrets
+        )
 
 
 def execution_name(context: Mapping[str, Any]) -> str:
@@ -11855,6 +13240,8 @@ class Clerk(threading.Thread):
         self._too_long: set[int] = set()
         self._wanted: list[int] = []
         self._status: DaemonStatus = {"version": __version__, "pid": os.getpid(), "platform": "not connected"}
+        if not settings.platform_url():
+            self._status["platform"] = NO_NEED
         before = read_status(settings.state_directory)
         if "last_contact" in before:
             self._status["last_contact"] = before["last_contact"]
@@ -12112,6 +13499,8 @@ class Daemon:
         self._drop_trouble = LogThrottle("results", clock, then="so is each that comes to be as old")
         self._open_commands = 0  # accepted, or on their way into the journal, and not ended
         self._executor_left = False
+        self._collect = self._collect_noted = CollectStats()
+        self._collect_noted_at = -math.inf
         self._leaving: Leaving | None = None
         self._broken: StockrtError | None = None
 
@@ -12124,13 +13513,19 @@ class Daemon:
         self._inbox.put(ReloadAsked())
 
     def run(self) -> None:
-        """Serve the platform until told to stop or shut down. Raises StoreError when a local file is damaged."""
+        """Serve the platform, if there is one, until told to stop or shut down.
+
+        Raises StoreError when a local file is damaged, SettingsError where nothing is left to do with these settings.
+        """
         start_thread(self._executor)
         start_thread(self._clerk)
         self._tick()  # before the start is over, the status is said
         self._events.started()
         delays = self._fresh_delays()
         while self._leaving is None:
+            if not self._settings.platform_url():
+                self._wait_awake(math.inf)
+                continue
             if self._connect_and_serve():
                 delays = self._fresh_delays()
             self._wait_awake(self._delay(delays))
@@ -12231,7 +13626,22 @@ class Daemon:
             self._dropped += len(stale)
             self._drop_trouble.again(f"{self._dropped} could not be delivered within an hour and are dropped")
             self._clerk.do(Received(stale))
-        return self._events.tick(self._open_commands, len(self._outbox))
+        return min(self._note_collecting(now), self._events.tick(self._open_commands, len(self._outbox)))
+
+    def _note_collecting(self, now: float) -> float:
+        """Have the status file say how collecting goes on, seldom where no more than its numbers change.
+
+        Return when that is due.
+        """
+        stats, noted = self._collect, self._collect_noted
+        if stats is noted:
+            return math.inf
+        due = self._collect_noted_at + STATUS_EVERY_S
+        if now < due and steady(stats) == steady(noted):
+            return due
+        self._collect_noted, self._collect_noted_at = stats, now
+        self._clerk.do(NoteStatus({"collecting": self._executor.collecting_facts()}))
+        return math.inf
 
     def _serve(self, link: Link, protocol: PlatformProtocol) -> None:
         """Move frames and answers until the connection is lost (LinkLost) or the process may leave."""
@@ -12372,6 +13782,8 @@ class Daemon:
                 self._refuse(message.command.context, message.reason, message.command.execution_id)
             elif isinstance(message, Ended):
                 self._open_commands -= message.commands
+            elif isinstance(message, Collected):
+                self._collect = message.stats
             elif isinstance(message, ExecutorLeft):
                 self._executor_left = True
             elif isinstance(message, Broken):
@@ -12383,9 +13795,14 @@ class Daemon:
             elif isinstance(message, SettingsRead):
                 self._settings = message.settings
                 log.setLevel(message.settings.log_level.upper())
+                if not message.settings.collects:
+                    self._clerk.do(NoteStatus({"collecting": {}}))
                 self._events.reloaded(message.settings)
             else:
-                log.info("stopping: the running execution has %d s", STOP_GRACE_S)
+                words = "stopping"
+                if self._settings.platform_url():
+                    words += f": the running execution has {STOP_GRACE_S:.0f} s"
+                log.info(words)
                 self._begin_leaving()
 
     def _send_answers(self, link: Link, protocol: PlatformProtocol) -> None:
@@ -12458,26 +13875,7 @@ def daemon_runs(directory: Path) -> bool:
 
 def lock_state_directory(directory: Path) -> IO[str]:
     """Return the open lock file of the one daemon of this directory. Raises StoreError if another holds it."""
-    import fcntl
-
-    make_state_directory(directory)
-    path = directory / "lock"
-    with disk_trouble(f"the lock {path} cannot be taken"):
-        make_for_owner(path)
-        lock = path.open("w")
-        for _ in range(LOCK_TRIES):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return lock
-            except BlockingIOError:
-                time.sleep(LOCK_RETRY_S)
-            except OSError:
-                lock.close()
-                raise
-    lock.close()
-    raise StoreError(
-        f"another stockrt daemon works in {directory}; stop it, or give this one its own STATE_DIRECTORY"
-    )
+    return lock_in(directory, "lock", "another stockrt daemon works")
 
 
 # ======================================================================================================
@@ -12494,6 +13892,8 @@ def lock_state_directory(directory: Path) -> IO[str]:
 NOTIFY_TIMEOUT_S = 1.0
 # A scraper comes every 15 s or more seldom.
 METRICS_EVERY_S = 10.0
+# Rates and delays change all the time: the status line has them no older than this.
+RATES_EVERY_S = 5.0
 # A good answer takes a tenth of a second, one under load seconds; 30 s is the limit of a request.
 LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0)
 
@@ -12602,6 +14002,14 @@ class Metric(NamedTuple):
     label: str = ""
     values: tuple[str, ...] = ("",)
 
+    def at_first(self) -> float:
+        """Return where it stands before anything is told: what may never be known, or done, is left out."""
+        return math.nan if self.label == "key" or self.name.startswith(COLLECT_METRICS) else 0.0
+
+
+# What the names begin with of what collecting without pause tells.
+COLLECT_METRICS = "stockrt_collect_"
+
 
 API_ANSWERS = (*(action.name.lower() for action in Action), "no_answer")
 OUTCOMES = ("success", "partial", "failure", "interrupted", "refused")
@@ -12614,8 +14022,8 @@ METRICS = (
     Metric("stockrt_executions_total", "counter", "Commands of the platform that ended.", "outcome", OUTCOMES),
     Metric("stockrt_last_success_timestamp_seconds", "gauge",
            "Unix time of the last execution that stored every code, 0 before the first."),
-    Metric("stockrt_trades_stored_total", "counter", "Trades that were new in the store."),
-    Metric("stockrt_trades_duplicate_total", "counter", "Trades that were in the store before."),
+    Metric("stockrt_trades_stored_total", "counter", "Trades of executions that were new in the store."),
+    Metric("stockrt_trades_duplicate_total", "counter", "Trades of executions that were there before."),
     Metric("stockrt_codes_failed_total", "counter", "Codes without a stored trade.", "reason",
            tuple(kind.value for kind in FailureKind)),
     Metric("stockrt_codes_stale", "gauge",
@@ -12634,6 +14042,18 @@ METRICS = (
     Metric("stockrt_api_key_state", "gauge", "The key's state: 0 ready, 1 resting, 2 out.", "key", ()),
     Metric("stockrt_api_key_end_timestamp_seconds", "gauge",
            "Unix time at which the key's plan ends, 0 where it is not known.", "key", ()),
+    Metric("stockrt_collect_connections", "gauge", "Connections to the stream that stand."),
+    Metric("stockrt_collect_connections_wanted", "gauge", "Connections to the stream that shall stand."),
+    Metric("stockrt_collect_codes", "gauge", "Codes subscribed on the stream."),
+    Metric("stockrt_collect_polled_codes", "gauge", "Codes that are polled over REST."),
+    Metric("stockrt_collect_trades_total", "counter", "Trades that came while collecting."),
+    Metric("stockrt_collect_stored_total", "counter", "Of them, those that were new in the store."),
+    Metric("stockrt_collect_duplicate_total", "counter", "Of them, those that were in the store before."),
+    Metric("stockrt_collect_dropped_total", "counter", "What was pushed and not asked for, or was no trade."),
+    Metric("stockrt_collect_gaps_today", "gauge", "Gaps of this UTC day."),
+    Metric("stockrt_collect_missed_beats_total", "counter", "Polls left out as one before was still going on."),
+    Metric("stockrt_collect_delay_seconds", "gauge", "Time from a trade's arrival until it was durable, lately.",
+           "quantile", ("0.5", "0.99")),
 )
 # fmt: on
 LATENCY = "stockrt_api_latency_seconds"
@@ -12666,9 +14086,8 @@ class Metrics:
         shown = tuple(dict.fromkeys(digest[:DIGEST_SHOWN] for digest in keys))
         with self._lock:
             self._metrics = [m._replace(values=shown) if m.label == "key" else m for m in METRICS]
-            unknown = {"key": math.nan}
             self._numbers = {
-                (metric.name, value): self._numbers.get((metric.name, value), unknown.get(metric.label, 0.0))
+                (metric.name, value): self._numbers.get((metric.name, value), metric.at_first())
                 for metric in self._metrics
                 for value in metric.values
             }
@@ -12680,9 +14099,10 @@ class Metrics:
             self.changes += bool(by)
 
     def put(self, name: str, number: float, value: str = "") -> None:
-        """Let a gauge stand at `number`."""
+        """Let a gauge, or what somebody else counts, stand at `number`; NaN: it is not known."""
         with self._lock:
-            self.changes += self._numbers[name, value] != number
+            before = self._numbers[name, value]
+            self.changes += before != number and not (math.isnan(before) and math.isnan(number))
             self._numbers[name, value] = number
 
     def took(self, seconds: float) -> None:
@@ -12793,7 +14213,12 @@ class Service(Events):
             self._file = MetricsFile(settings.metrics_file, self.metrics, clock)
         self._peer = f"{settings.server_host}:{settings.server_port}"
         self._keys = count_words(len(settings.api_keys), "key")
+        self._has_platform = bool(settings.platform_url())
         self._link = f"connecting to {self._peer}"
+        self._collects = settings.collects
+        self._collect = CollectStats()
+        self._collect_shown, self._collect_steady = "", steady(self._collect)
+        self._collect_shown_at = -math.inf
         self._waits = False  # whether trades wait for MongoDB
         self._last: tuple[str, float] | None = None  # what the last execution did, and when (monotonic)
         self._unanswered = self._undelivered = 0
@@ -12802,6 +14227,9 @@ class Service(Events):
         self._leaving = False
         self.metrics.put("stockrt_info", 1, __version__)
         self.metrics.put("stockrt_start_time_seconds", round(clock.wall(), 3))
+        if not self._has_platform:
+            self.metrics.put("stockrt_platform_connected", math.nan)
+            self.metrics.put("stockrt_platform_connections_total", math.nan)
 
     def started(self) -> None:
         """Tell systemd that the start is over."""
@@ -12814,6 +14242,13 @@ class Service(Events):
     def reloaded(self, settings: Settings) -> None:
         """Tell systemd that this is over."""
         self._keys = count_words(len(settings.api_keys), "key")
+        self._collects = settings.collects
+        if not self._collects:
+            self._collect = CollectStats()
+            for metric in METRICS:
+                if metric.name.startswith(COLLECT_METRICS):
+                    for value in metric.values:
+                        self.metrics.put(metric.name, math.nan, value)
         self._notifier.send(READY=1)
 
     def tick(self, unanswered: int, undelivered: int) -> float:
@@ -12873,6 +14308,27 @@ class Service(Events):
         """Note how many keys are not used again."""
         self._keys = count_words(of, "key") + f", {out} out" * (out > 0)
 
+    def collecting(self, stats: CollectStats) -> None:
+        """Note how collecting goes on."""
+        if not self._collects:  # a last word after a reload that ended it
+            return
+        self._collect = stats
+        for name, number in (
+            ("connections", stats.connections),
+            ("connections_wanted", stats.connections_wanted),
+            ("codes", stats.codes),
+            ("polled_codes", stats.polled),
+            ("trades_total", stats.trades),
+            ("stored_total", stats.stored),
+            ("duplicate_total", stats.duplicates),
+            ("dropped_total", stats.dropped),
+            ("gaps_today", stats.gaps_today),
+            ("missed_beats_total", stats.missed_beats),
+        ):
+            self.metrics.put(COLLECT_METRICS + name, number)
+        for quantile, milliseconds in (("0.5", stats.delay_p50_ms), ("0.99", stats.delay_p99_ms)):
+            self.metrics.put(f"{COLLECT_METRICS}delay_seconds", milliseconds / 1000, quantile)
+
     def executed(self, report: Report | None) -> None:
         """Count an execution and what it did."""
         self.metrics.add("stockrt_executions_total", outcome_of(report))
@@ -12895,7 +14351,10 @@ class Service(Events):
 
     def stopped(self) -> None:
         """Leave the last numbers in the file."""
-        self.metrics.put("stockrt_platform_connected", 0)
+        if self._has_platform:
+            self.metrics.put("stockrt_platform_connected", 0)
+        if self._collects:
+            self.metrics.put("stockrt_collect_connections", 0)
         if self._file is not None:
             self._file.write()
 
@@ -12911,20 +14370,34 @@ class Service(Events):
         """Return the status line and until when it is true, if nothing happens."""
         until = math.inf
         parts = ["stopping"] if self._leaving else []
-        parts += [self._link, self._keys]
-        if self._last is None:
-            parts.append("no execute yet")
-        else:
+        if self._has_platform:
+            parts.append(self._link)
+        if self._collects:
+            until = self._look_at_collecting(now)
+            parts.append(self._collect_shown)
+        parts.append(self._keys)
+        if self._last is not None:
             did, at = self._last
             age, changes = age_words(now - at)
             parts.append(f"last execute {did}, {age} ago")
-            until = at + changes
-        parts.append(f"{self._unanswered} waiting")
+            until = min(until, at + changes)
+        elif self._has_platform:
+            parts.append("no execute yet")
+        if self._has_platform:
+            parts.append(f"{self._unanswered} waiting")
         if self._waits:
             parts.append("trades wait for MongoDB")
         if self._undelivered:
             parts.append(f"{self._undelivered} to deliver")
         return " · ".join(parts), until
+
+    def _look_at_collecting(self, now: float) -> float:
+        """Take over what is shown of collecting, rates and delays not too often; return when to look again."""
+        words, due = f"collecting: {collect_words(self._collect)}", self._collect_shown_at + RATES_EVERY_S
+        if now >= due or steady(self._collect) != self._collect_steady:
+            self._collect_shown, self._collect_shown_at = words, now
+            self._collect_steady = steady(self._collect)
+        return due if words != self._collect_shown else math.inf
 
     def _pat_watchdog(self, now: float) -> float:
         """Send WATCHDOG=1 twice in the time that systemd gives, while the executor works."""
@@ -14551,6 +16024,19 @@ PANELS = (
     Panel("Trades that wait for MongoDB", "timeseries", "short", (_line("stockrt_spool_trades"),)),
     Panel("Bytes that wait for MongoDB", "timeseries", "bytes", (_line("stockrt_spool_bytes"),)),
     Panel("Trades that found no room", "timeseries", "short", (_counted("stockrt_spool_refused_total"),)),
+    Panel("Connections to the stream", "timeseries", "short",
+          (_line("stockrt_collect_connections", f"standing {_WHOSE}"),
+           _line("stockrt_collect_connections_wanted", f"wanted {_WHOSE}"))),
+    Panel("Codes that are collected without pause", "timeseries", "short",
+          (_line("stockrt_collect_codes", f"subscribed {_WHOSE}"),
+           _line("stockrt_collect_polled_codes", f"polled {_WHOSE}"))),
+    Panel("Trades collected without pause", "timeseries", "short",
+          (_counted("stockrt_collect_trades_total"), _counted("stockrt_collect_stored_total"),
+           _counted("stockrt_collect_duplicate_total"), _counted("stockrt_collect_dropped_total"))),
+    Panel("Time until a collected trade is durable", "timeseries", "s",
+          (_line("stockrt_collect_delay_seconds", f"{{{{quantile}}}} {_WHOSE}"),)),
+    Panel("Gaps of the stream today", "stat", "short", (_line("stockrt_collect_gaps_today"),)),
+    Panel("Polls that were left out", "timeseries", "short", (_counted("stockrt_collect_missed_beats_total"),)),
 )
 # fmt: on
 # Columns and rows of Grafana's grid, of which a line has 24 columns.
@@ -14647,6 +16133,7 @@ examples:
   stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY   synthetic trades: no key, no network
   stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   real ones: INFOWAY_API_KEY must be set
   stockrt.pyz --once --codes-file codes.txt --json           one JSON document a line on stdout
+  stockrt.pyz --collect --codes TSLA.US BTCUSDT              every trade as it is made, until Ctrl-C
   stockrt.pyz --backfill 60 --codes-file codes.txt           closes of the last 60 sessions, to begin with
   stockrt.pyz --check                                        what is wrong, and which setting mends it
 
@@ -14658,12 +16145,13 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
 class Options:
     """What the command line asks for; with nothing of it this is the daemon."""
 
-    once = check = check_settings = status = drain = rejects = reload = register = False
+    once = collect = check = check_settings = status = drain = rejects = reload = register = False
     grafana = False
     chart: str | None = None
     html: str | None = None
     json = demo = retry = discard = force = dry_run = False
     backfill: int | None = None
+    every: str | None = None
     executions: int | None = None
     show: Sequence[str] | None = None
     sort: str | None = None
@@ -14730,6 +16218,11 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         "--once", action="store_true", help="fetch the given codes once, store them, print them"
     )
     what.add_argument(
+        "--collect",
+        action="store_true",
+        help="store and print every trade of the given codes, or of COLLECT_CODES, until Ctrl-C",
+    )
+    what.add_argument(
         "--backfill",
         metavar="DAYS",
         type=int,
@@ -14786,6 +16279,9 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codes", nargs="+", metavar="CODE", help="codes, separated by blanks or commas")
     parser.add_argument("--codes-file", metavar="FILE", help="codes from a file, '-' for standard input")
+    parser.add_argument(
+        "--every", metavar="S", help="with --collect: ask every S seconds, in place of the stream"
+    )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document a line in place of the table"
     )
@@ -14872,8 +16368,9 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         _check_symbols(options.symbols)
     if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
         raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
+    fetches = options.once or options.collect
     for_json = (
-        options.once,
+        fetches,
         options.check,
         options.status,
         options.executions,
@@ -14882,19 +16379,21 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     )
     if options.json and not any(for_json) and options.show is None and options.export != "-":
         raise UsageError(
-            "--json goes with --once, --show, --export -, --check, --status, --executions, --rejects or --symbols; "
-            "see --help"
+            "--json goes with --once, --collect, --show, --export -, --check, --status, --executions, --rejects or "
+            "--symbols; see --help"
         )
     if options.json and options.html is not None:
         raise UsageError("--json does not go with --html; see --help")
     for flag in ("codes", "codes_file"):
-        of_codes = options.once or options.backfill is not None or options.export or options.show is not None
+        of_codes = fetches or options.backfill is not None or options.export or options.show is not None
         if getattr(options, flag) and not of_codes:
             raise UsageError(
-                f"--{flag.replace('_', '-')} goes with --once, --backfill, --show or --export; see --help"
+                f"--{flag.replace('_', '-')} goes with --once, --collect, --backfill, --show or --export; see --help"
             )
-    if options.demo and not options.once and options.show is None and options.export is None:
-        raise UsageError("--demo goes with --once, --show or --export; see --help")
+    if options.demo and not fetches and options.show is None and options.export is None:
+        raise UsageError("--demo goes with --once, --collect, --show or --export; see --help")
+    if options.every is not None and not options.collect:
+        raise UsageError("--every goes with --collect; see --help")
     _check_export(options)
     for flag in ("sort", "up", "chart"):
         if getattr(options, flag) and options.show is None:
@@ -15100,8 +16599,8 @@ class Rows:
     """Prints stored trades on `out`: an aligned table in the order asked, or JSON lines.
 
     Beyond ROWS_ALIGNED trades the rows are printed as they come. A reader that went away (`| head`) ends
-    the printing, never the storing. `directory`: where names are looked up; the table has as much of them as fits
-    into `width` columns, and no column for them where there are none.
+    the printing, never the storing. `is_live`: the first rows are printed at once, too. `directory`: where names are
+    looked up; the table has as much of them as fits into `width` columns, and no column for them where there are none.
     """
 
     def __init__(
@@ -15111,7 +16610,9 @@ class Rows:
         color: bool = False,
         width: int = WIDEST,
         clock: Clock = SYSTEM_CLOCK,
+        is_live: bool = False,
     ) -> None:
+        self._is_live = is_live
         self._out = out
         self._as_json = as_json
         self._color = color
@@ -15119,17 +16620,17 @@ class Rows:
         self._clock = clock
         self._kept: list[Document] = []
         self._widths: list[int] = []  # of the columns, once they are printed
-        self._gone = False
+        self.is_gone = False  # what reads them
         self.directory: Directory | None = None
         self.fault = ""  # why rows are missing on `out`, unless its reader just went away
 
     def add(self, documents: Sequence[Document]) -> None:
         """Take documents that were stored."""
         if self._as_json:
-            self._print("".join(to_json(document) + "\n" for document in documents))
+            self._print("".join(to_json(document) + "\n" for document in documents), self._is_live)
             return
         self._kept += documents
-        if self._widths or len(self._kept) > ROWS_ALIGNED:
+        if self._is_live or self._widths or len(self._kept) > ROWS_ALIGNED:
             self._table([column.width for column in COLUMNS])
 
     def finish(self, order: Sequence[str] = ()) -> None:
@@ -15151,7 +16652,7 @@ class Rows:
             self._widths = self._with_name(widths[:-1], bool(names))
             line = self._line(titles)
             self._print(f"\033[1m{line[:-1]}\033[0m\n" if self._color else line)
-        self._print("".join(map(self._line, rows)))
+        self._print("".join(map(self._line, rows)), self._is_live)
 
     def _with_name(self, widths: list[int], named: bool) -> list[int]:
         """Return the widths with that of the names: they have the rest of the line, unless that is too short."""
@@ -15177,14 +16678,14 @@ class Rows:
         return {}
 
     def _print(self, text: str, flush: bool = False) -> None:
-        if self._gone:
+        if self.is_gone:
             return
         try:
             self._out.write(text)
             if flush:
                 self._out.flush()
         except OSError as error:
-            self._gone = True
+            self.is_gone = True
             if not isinstance(error, BrokenPipeError):
                 self.fault = f"the rows cannot be printed: {error.strerror}"
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # else the exit's flush fails again
@@ -15352,12 +16853,17 @@ class _Run(threading.Thread):
         return not self.is_alive()
 
 
-def run_once(options: Options, settings: Settings) -> int:
-    """Fetch the given codes once and return the exit status."""
+def _refuse_demo_in_mongodb(options: Options, settings: Settings) -> None:
+    """Raise UsageError where synthetic trades would go among real ones."""
     if options.demo and settings.mongodb_uri:
         raise UsageError(
             "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out"
         )
+
+
+def run_once(options: Options, settings: Settings) -> int:
+    """Fetch the given codes once and return the exit status."""
+    _refuse_demo_in_mongodb(options, settings)
     rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_width(WIDEST))
     terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
@@ -15431,6 +16937,156 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
     if report.interrupted or not finished:
         return EXIT_INTERRUPTED
     return EXIT_OK if report.complete else EXIT_FAILED
+
+
+# Batches of at most a thousand rows that wait for a slow reader of stdout; beyond, it is waited for.
+BATCHES_UNREAD = 20
+# While no trade comes it is seen after so long that the reader went away.
+READER_LOOK_S = 1.0
+# After the end a slow reader has so long for the last rows.
+LAST_ROWS_S = 2.0
+NO_STREAM_HINT = (
+    "the stream serves none of these codes to INFOWAY_API_KEY: the key's plan has no stream, or none of these products "
+    "(see above; --check names the plan, INFOWAY_PLAN where the API does not tell it); "
+    "--collect --every 10 asks for their latest trades every 10 s instead"
+)
+# So often there are synthetic trades.
+DEMO_EVERY_S = 1.0
+
+
+def reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    import select
+
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+class Ticks(Events):
+    """Prints trades as they are stored, those that wait for MongoDB, too, on a thread of its own.
+
+    The latest trade of a code that comes once more is not printed again. A reader that went away sets `stop`.
+    """
+
+    def __init__(self, rows: Rows, stop: threading.Event) -> None:
+        self._rows = rows
+        self._stop = stop
+        self._batches: queue.Queue[Sequence[Document]] = queue.Queue(BATCHES_UNREAD)
+        self._latest: dict[str, str] = {}  # code -> _id
+        self._is_ending = threading.Event()
+        self._thread = threading.Thread(target=self._print, name="stockrt-rows", daemon=True)
+        start_thread(self._thread)
+
+    def stored(self, documents: Sequence[Document]) -> None:
+        """Have them printed."""
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._batches.put(documents, timeout=STOP_POLL_S)
+                return
+        with contextlib.suppress(queue.Full):  # nobody reads, and the end must not wait for it
+            self._batches.put_nowait(documents)
+
+    def kept(self, documents: Sequence[Document]) -> None:
+        """Have them printed: when MongoDB has them they are not told again."""
+        self.stored(documents)
+
+    def close(self) -> None:
+        """Print the last rows, as far as they are read."""
+        self._is_ending.set()
+        self.stored(())
+        self._thread.join(LAST_ROWS_S)
+
+    def _print(self) -> None:
+        while not (self._is_ending.is_set() and self._batches.empty()):
+            documents: Sequence[Document] = ()
+            with contextlib.suppress(queue.Empty):
+                documents = self._batches.get(timeout=READER_LOOK_S)
+            self._rows.add([document for document in documents if self._is_new(document)])
+            if self._rows.is_gone or reader_is_gone():
+                self._rows.is_gone = True
+                self._stop.set()
+
+    def _is_new(self, document: Document) -> bool:
+        code, name = document["stock_code"], document["_id"]
+        before = self._latest.get(code)
+        self._latest[code] = name
+        return bool(name != before)
+
+
+def run_collect(options: Options, settings: Settings) -> int:
+    """Collect without pause until a signal, or until nobody reads the rows, and return the exit status."""
+    settings = _settings_to_collect(options, settings)
+    rows = Rows(
+        sys.stdout,
+        options.json,
+        settings.color and sys.stdout.isatty(),
+        terminal_width(WIDEST),
+        is_live=True,
+    )
+    stop = StopEvent()
+    stop_on_signals(stop)
+    started_at = time.monotonic()
+    ticks = Ticks(rows, stop)
+    with Pipeline(settings, ticks, options.demo) as pipeline:
+        rows.directory = pipeline.directory
+        collecting = Collecting(pipeline, settings, ticks)
+        collecting.start()
+        pipeline.start_delivery()
+        try:
+            while not stop.is_set():
+                stop.wait(min(pipeline.finalise(stop), READER_LOOK_S))
+                need_stream(settings, collecting.stats())
+        finally:
+            collecting.close()
+            ticks.close()
+    if rows.fault:
+        raise PrintError(rows.fault)
+    if rows.is_gone:
+        return EXIT_OK
+    say(_collected_line(collecting.stats(), time.monotonic() - started_at))
+    return EXIT_INTERRUPTED
+
+
+def need_stream(settings: Settings, stats: CollectStats) -> None:
+    """Raise SettingsError where every trade is asked for, and the keys' plans let the stream bring none."""
+    if settings.collect and stats.polled and not stats.connections_wanted:
+        raise SettingsError([NO_STREAM_HINT])
+
+
+def _settings_to_collect(options: Options, settings: Settings) -> Settings:
+    """Return the settings with what the command line says of collecting. Raises UsageError."""
+    _refuse_demo_in_mongodb(options, settings)
+    if options.codes or options.codes_file:
+        settings = settings._replace(collect_codes=" ".join(read_codes(options)), collect_share=(1, 1))
+    elif not settings.collect_codes:
+        raise UsageError("--collect needs --codes CODE …, --codes-file FILE, or COLLECT_CODES; see --help")
+    every_s = 0.0
+    if options.every is not None:
+        every_s = _seconds_of(options.every)
+    elif options.demo:
+        every_s = DEMO_EVERY_S
+    return settings._replace(collect="" if every_s else "stream", collect_every_s=every_s)
+
+
+def _seconds_of(text: str) -> float:
+    (setting,) = (one for one in SETTINGS if one.name == "COLLECT_EVERY")
+    try:
+        return cast(float, setting.parse(text))
+    except ValueError:
+        raise UsageError(f"--every {one_line(text, 40)}: expected {setting.expected}; see --help") from None
+
+
+def _collected_line(stats: CollectStats, took_s: float) -> str:
+    line = f"trades {stats.trades}, stored {stats.stored}, already known {stats.duplicates} ({took_s:.1f} s)"
+    kept = stats.trades - stats.stored - stats.duplicates
+    if kept > 0:
+        line += f"; {waiting_words(kept)} for MongoDB"
+    if stats.dropped:
+        line += f"; {stats.dropped} pushed and not asked for, or no trades"
+    if stats.gaps_today:
+        line += f"; {count_words(stats.gaps_today, 'gap')} today"
+    return line
 
 
 # What is said to who may not see what the service has and does.
@@ -15514,6 +17170,8 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
             store = _check_store(store_name(settings), pipeline)
         words = store.words.replace(str(looked_at.state_directory), str(settings.state_directory))
         yield store._replace(words=words)
+        if pipeline is not None and settings.collects:
+            yield from _check_collecting(settings, pipeline)
     if settings.metrics_file:
         place = settings.metrics_file.parent
         why = fault_of_place(f"{place}/.", os.W_OK | os.X_OK)
@@ -15544,6 +17202,48 @@ def _check_keys(settings: Settings, pipeline: Pipeline | None) -> Iterator[Check
     else:
         for key in pipeline.keys.keys:
             yield from check_key(settings, pipeline.api, key)
+
+
+def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]:
+    """Say what is to be collected, and whether the stream takes each key for it.
+
+    A connection may count against the key's limit for minutes after its end: none is made where the daemon has some.
+    """
+    stop = threading.Event()
+    try:
+        codes = WatchList(settings, pipeline.mongo).codes()
+        products = [one.product for one in resolve(codes, None, stop).instruments.values()]
+    except StockrtError as error:
+        yield Check("codes", False, str(error))
+        return
+    yield Check("codes", bool(codes), f"{count_words(len(codes), 'code')} to collect")
+    if not (settings.collect and products):
+        return
+    told = read_status(settings.state_directory).get("collecting", {})
+    if told.get("connections_wanted") and daemon_runs(settings.state_directory):
+        facts = dict.fromkeys(CollectFacts.__annotations__) | told
+        faults = _collect_faults(facts)
+        yield Check("stream", not faults, "; ".join(faults) or f"the daemon has it: {_collect_line(facts)}")
+        return
+    limits = pipeline.stream_limits(stop)
+    for key in pipeline.keys.keys:
+        yield _check_stream(settings, key, products[0], limits.get(key.digest))
+
+
+def _check_stream(settings: Settings, key: ApiKey, product: str, limits: StreamLimits | None) -> Check:
+    name = f"stream, API key {key.shown}"
+    if limits is None or not limits.connections:
+        return Check(name, False, "its plan has none: COLLECT_EVERY asks for the latest trades instead")
+    connection = StreamConnection(settings.stream_url, product, key.secret, settings.proxies)
+    end = connection.open()
+    connection.close()
+    if end is not None:
+        return Check(name, False, end.words)
+    words = f"{settings.stream_url} takes it for {product}: {count_words(limits.connections, 'connection')}"
+    words += f", {limits.per_connection} codes each, {limits.in_all} in all"
+    if limits.connections == 1:
+        words += "; where it still counts, a service that begins now waits for up to three minutes (429)"
+    return Check(name, True, words)
 
 
 def _check_store(name: str, pipeline: Pipeline) -> Check:
@@ -15604,7 +17304,8 @@ class LastExecution(TypedDict):
 class StatusReport(TypedDict):
     """What --status shows, and prints as JSON.
 
-    `status`: one of STATUS_WORDS. `wrong`: what is, in words, and `to_do` what mends it. `totals`: what was counted
+    `status`: one of STATUS_WORDS. `collecting`: what the daemon told last of collecting without pause, None where
+    nothing is to be collected. `wrong`: what is, in words, and `to_do` what mends it. `totals`: what was counted
     since the first execution, and `since` when; empty before.
     """
 
@@ -15617,6 +17318,7 @@ class StatusReport(TypedDict):
     spool: QueueFacts | None
     waiting: Waiting
     damaged_files: int
+    collecting: dict[str, Any] | None
     last_execution: LastExecution | None
     totals: dict[str, int | str]
     keys: list[KeyUsage]
@@ -15660,6 +17362,7 @@ def gather_status(settings: Settings) -> StatusReport:
         "spool": spool,
         "waiting": Waiting(executing=0, commands=0, results=0),
         "damaged_files": len(damaged_files(directory)),
+        "collecting": None,
         "last_execution": None,
         "totals": {},
         "keys": keys,
@@ -15667,6 +17370,8 @@ def gather_status(settings: Settings) -> StatusReport:
         "to_do": [],
     }
     troubles: list[Trouble] = []
+    if settings.collects or (daemon["running"] and told.get("collecting")):
+        status["collecting"] = dict.fromkeys(CollectFacts.__annotations__) | told.get("collecting", {})
     if (directory / JOURNAL_NAME).exists():
         troubles = _ask_journal(directory, status)
     troubles += _what_is_wrong(status)
@@ -15680,8 +17385,8 @@ def gather_status(settings: Settings) -> StatusReport:
 
 
 def _how_to_start(settings: Settings) -> str:
-    if not settings.platform_url():
-        return "nothing for --once; a daemon needs SERVER_IP and SERVER_PORT"
+    if not settings.platform_url() and not settings.collects:
+        return "nothing for --once; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"
     return f"start it: sudo systemctl start {UNIT.removesuffix('.service')}, or stockrt.pyz without a command"
 
 
@@ -15716,9 +17421,11 @@ def _whole_or_partial(one: ExecutionFacts) -> str:
 def _what_is_wrong(status: StatusReport) -> list[Trouble]:
     """Return what is wrong beside what the journal knows of."""
     wrong = []
-    if status["daemon"]["running"] and status["platform"]["state"] != "connected":
+    if status["daemon"]["running"] and status["platform"]["state"] not in ("connected", NO_NEED):
         to_do = "see --check and the daemon's log; it tries again by itself"
         wrong.append(Trouble("no connection to the platform", to_do))
+    if status["daemon"]["running"] and status["collecting"] is not None:
+        wrong += _collect_faults(status["collecting"])
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
         to_do = "see --check; they follow when MongoDB takes them, at once with --drain"
@@ -15731,6 +17438,39 @@ def _what_is_wrong(status: StatusReport) -> list[Trouble]:
     if keys and all(key["state"] == "resting" for key in keys):
         wrong.append(Trouble("every API key rests", "wait, or add another key to INFOWAY_API_KEY"))
     return wrong
+
+
+def _collect_stats(facts: Mapping[str, Any]) -> CollectStats:
+    """Return what the daemon told of collecting as it told it."""
+    known = {name: facts[name] for name in CollectStats._fields if facts.get(name) is not None}
+    return CollectStats(**known)
+
+
+def _collect_faults(facts: Mapping[str, Any]) -> list[Trouble]:
+    """Return what is wrong with collecting by what the daemon told last."""
+    stats = _collect_stats(facts)
+    to_do = "see --check and the daemon's log; it tries again by itself"
+    if stats.trouble:
+        return [Trouble(f"collecting: {one_line(stats.trouble)}", to_do)]
+    if stats.connections < stats.connections_wanted:
+        wanted = count_words(stats.connections_wanted, "connection")
+        return [Trouble(f"{stats.connections} of {wanted} to the stream stand", to_do)]
+    if facts["at"] is None:
+        return [Trouble("collecting has not begun", to_do)]
+    return []
+
+
+def _collect_line(facts: Mapping[str, Any]) -> str:
+    """Return what is collected, in all and now, for a person."""
+    stats = _collect_stats(facts)
+    line = collect_words(stats)
+    if facts["at"] is not None:
+        line += (
+            f", at {facts['at']}; since the start {count_words(stats.trades, 'trade')}, {stats.stored} new"
+        )
+    if stats.dropped:
+        line += f", {stats.dropped} dropped"
+    return line
 
 
 def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = False) -> int:
@@ -15750,10 +17490,16 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
         ("status", _status_line(status)),
         ("version", status["version"]),
         ("daemon", _daemon_line(status["daemon"])),
-        ("registration", status["registration"] or "none: run --register"),
+        ("registration", status["registration"] or _unregistered(settings)),
         ("platform", _platform_line(status["platform"])),
-        ("store", status["store"]),
     ]
+    if status["collecting"] is not None:
+        lines.append(("collecting", _collect_line(status["collecting"])))
+        streams: Sequence[StreamFacts] = status["collecting"]["streams"] or ()
+        lines += [
+            ("stream", _stream_line(one)) for one in streams if one["why"] or one["state"] != "connected"
+        ]
+    lines.append(("store", status["store"]))
     if status["spool"] is not None:
         lines.append(("spool", _spool_line(status["spool"])))
     words = f"{waiting['commands']} commands, {waiting['results']} results to deliver"
@@ -15781,6 +17527,19 @@ def _status_line(status: StatusReport) -> str:
     if status["to_do"]:
         line += f". To do: {'; '.join(status['to_do'])}"
     return line
+
+
+def _stream_line(stream: StreamFacts) -> str:
+    line = f"{stream['product']}: {stream['subscribed']} of {count_words(stream['codes'], 'code')}, {stream['state']}"
+    if stream["why"]:
+        line += f": {one_line(stream['why'], TROUBLE_SHOWN)}"
+    return line
+
+
+def _unregistered(settings: Settings) -> str:
+    if settings.collects and not settings.platform_url():
+        return "none: no platform is set"
+    return "none: run --register"
 
 
 def _show_unknown(as_json: bool) -> int:
@@ -16241,7 +18000,7 @@ def needs_of(options: Options) -> Needs:
         return Needs(key=True, whole_platform=True, paths=True, collect=True)
     if options.register:
         return Needs(platform=True)
-    if options.once or options.symbols or options.backfill is not None:
+    if options.once or options.collect or options.symbols or options.backfill is not None:
         return Needs(key=not options.demo)
     others = ("check", "status", "executions", "drain", "rejects")
     looks = options.documents is not None or options.show is not None or options.export
@@ -16284,7 +18043,10 @@ def need_descriptors() -> None:
 
 
 def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | None) -> int:
-    """Run as the platform's module until a signal or the platform ends it; return the exit status."""
+    """Run as the platform's module, or as one that collects, until a signal or the platform ends it.
+
+    Return the exit status.
+    """
     need_descriptors()
     watchdog_s = watchdog_seconds(environ, os.getpid())
     service = Service(settings, Notifier(environ.get("NOTIFY_SOCKET", "")), watchdog_s)
@@ -16296,7 +18058,10 @@ def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | 
         need_clock(time.time())
     except StoreError as error:  # it may be set at any moment
         log.warning(str(error))
-    log.info("stockrt %s for %s at %s", __version__, settings.module_name, settings.platform_url())
+    work = "collects without a platform"
+    if settings.platform_url():
+        work = f"for {settings.module_name} at {settings.platform_url()}"
+    log.info("stockrt %s %s", __version__, work)
     daemon.run()
     service.stopped()
     log.info("stopped")
@@ -16366,6 +18131,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         raise StoreError(HIDDEN_WORDS)
     if options.once:
         return run_once(options, loaded.settings)
+    if options.collect:
+        return run_collect(options, loaded.settings)
     if options.backfill is not None:
         return run_backfill(options, loaded.settings)
     if options.documents is not None:

@@ -15,8 +15,8 @@ from conftest import MakeWorld, RunPyz
 from kit.daemons import number
 from kit.fault_world import QUICK, Account, World, balanced, rejects_of, rows_of, seeded, settle, spool_of
 from kit.mongo_proxy import MongoProxy
-from kit.platform_server import masked
 from kit.shims import Disk, Event, read_events
+from kit.websocket_wire import masked
 
 # As an insert holds them.
 TRADE = re.compile(rb"E\d{5}X\d{3}\.US\|\d+\|[\d.]+\|\d+\|\d")

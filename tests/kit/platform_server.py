@@ -27,8 +27,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
-import binascii
 import contextlib
 import hashlib
 import http.client
@@ -45,12 +43,31 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import EllipsisType, FrameType, TracebackType
 from typing import Any, Self, TypeVar
+
+if not __package__:  # run by hand
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kit.websocket_wire import (
+    ABNORMAL,
+    BINARY,
+    CLOSE,
+    PING,
+    PONG,
+    Messages,
+    ProtocolError,
+    close_payload,
+    frame_bytes,
+    handshake_answer,
+    parse_close,
+    text_frames,
+    websocket_key,
+)
 
 # ---------------------------------------------------------------------------------------------------------
 # Constants
@@ -67,16 +84,14 @@ MAX_HEAD = 64 * 1024
 BIG_FRAME = 10 * 1024 * 1024
 # The server's limit on a module's description and hash.
 MAX_DESCRIPTION = 500
+# How much is taken from a socket at once.
+MAX_READ = 64 * 1024
 # How many connections may wait to be accepted, as when a hundred modules come back at once.
 BACKLOG = 1024
 # How long a peer may take to answer a close frame before the connection is cut.
 CLOSE_TIMEOUT = 1.0
 # How much of a frame a line of the log shows.
 LOG_TEXT = 160
-
-WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-TEXT, BINARY, CLOSE, PING, PONG = 0x1, 0x2, 0x8, 0x9, 0xA
-ABNORMAL = 1006  # never on the wire: the connection ended without a close frame
 
 NOT_JSON = {"status": "error", "message": "JSON格式错误，请发送有效的 JSON 格式消息"}
 CLOSING_MESSAGE = "模块正在关闭"
@@ -299,107 +314,19 @@ class Ping:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# RFC 6455
+# WebSocket
 # ---------------------------------------------------------------------------------------------------------
-
-
-class ProtocolError(Exception):
-    """The client broke the WebSocket protocol; `code` is what it is closed with."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def accept_key(key: str) -> str:
-    """The Sec-WebSocket-Accept that belongs to a Sec-WebSocket-Key."""
-    return base64.b64encode(hashlib.sha1((key + WEBSOCKET_GUID).encode()).digest()).decode()
-
-
-def masked(payload: bytes, mask: bytes) -> bytes:
-    """The payload with the mask put on or taken off."""
-    size = len(payload)
-    stream = (mask * (size // 4 + 1))[:size]
-    return (int.from_bytes(payload, "big") ^ int.from_bytes(stream, "big")).to_bytes(size, "big")
-
-
-def frame_bytes(opcode: int, payload: bytes, final: bool = True) -> bytes:
-    """One frame as a server sends it: without a mask."""
-    first = opcode | (0x80 if final else 0)
-    size = len(payload)
-    if size < 126:
-        return struct.pack("!BB", first, size) + payload
-    if size < 1 << 16:
-        return struct.pack("!BBH", first, 126, size) + payload
-    return struct.pack("!BBQ", first, 127, size) + payload
-
-
-def text_frames(text: str, fragment: int = 0) -> Iterator[bytes]:
-    """The frame of a text, or its fragments of at most `fragment` bytes."""
-    payload = text.encode()
-    if fragment <= 0 or len(payload) <= fragment:
-        yield frame_bytes(TEXT, payload)
-        return
-    for start in range(0, len(payload), fragment):
-        final = start + fragment >= len(payload)
-        yield frame_bytes(0 if start else TEXT, payload[start : start + fragment], final)
-
-
-async def read_frame(reader: asyncio.StreamReader, limit: int) -> tuple[bool, int, bytes]:
-    """The next frame as (final, opcode, payload); raises ProtocolError for what a client must not send."""
-    first, second = await reader.readexactly(2)
-    final, opcode, size = bool(first & 0x80), first & 0x0F, second & 0x7F
-    if first & 0x70:
-        raise ProtocolError(1002, "a reserved bit is set and no extension was agreed on")
-    if not second & 0x80:
-        raise ProtocolError(1002, "a frame from the client is not masked")
-    if opcode not in (0, TEXT, BINARY, CLOSE, PING, PONG):
-        raise ProtocolError(1002, f"unknown opcode {opcode}")
-    if opcode >= CLOSE and (size > 125 or not final):
-        raise ProtocolError(1002, "a control frame is fragmented or longer than 125 bytes")
-    if size == 126:
-        (size,) = struct.unpack("!H", await reader.readexactly(2))
-    elif size == 127:
-        (size,) = struct.unpack("!Q", await reader.readexactly(8))
-    if size > limit:
-        raise ProtocolError(1009, f"a frame of {size} bytes; the limit is {limit}")
-    mask = await reader.readexactly(4)
-    return final, opcode, masked(await reader.readexactly(size), mask)
 
 
 async def read_messages(
     reader: asyncio.StreamReader, limit: Callable[[], int]
 ) -> AsyncIterator[tuple[int, bytes]]:
-    """Whole messages as (opcode, payload), fragments put together, control frames as they come between."""
-    parts: list[bytes] = []
-    kind = 0
-    while True:
-        final, opcode, payload = await read_frame(reader, limit())
-        if opcode >= CLOSE:
-            yield opcode, payload
-            continue
-        if bool(opcode) == bool(kind):
-            raise ProtocolError(1002, "a new message inside a fragmented one, or a fragment without a start")
-        kind = kind or opcode
-        parts.append(payload)
-        if sum(map(len, parts)) > limit():
-            raise ProtocolError(1009, f"a message of more than {limit()} bytes")
-        if final:
-            whole, message = kind, b"".join(parts)
-            kind, parts = 0, []
-            yield whole, message
-
-
-def close_payload(code: int, reason: str = "") -> bytes:
-    """The payload of a close frame."""
-    return struct.pack("!H", code) + reason.encode()[:123]
-
-
-def parse_close(payload: bytes) -> tuple[int, str]:
-    """The code and the reason of a close frame; 1005 when it has none."""
-    if len(payload) < 2:
-        return 1005, ""
-    return int.from_bytes(payload[:2], "big"), payload[2:].decode("utf-8", "replace")
+    """Whole messages as (opcode, payload); raises ProtocolError, and IncompleteReadError at the end."""
+    messages = Messages(limit)
+    while data := await reader.read(MAX_READ):
+        for message in messages.feed(data):
+            yield message
+    raise asyncio.IncompleteReadError(b"", None)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -480,21 +407,6 @@ async def read_request(reader: asyncio.StreamReader) -> Request:
         raise ValueError(f"a body of {size} bytes")
     path, _, query = target.partition("?")
     return Request(method, path, query, headers, await reader.readexactly(size))
-
-
-def websocket_key(request: Request) -> str | None:
-    """The key of a sound request for a WebSocket, else None."""
-    headers = request.headers
-    upgrade = [token.strip().lower() for token in headers.get("connection", "").split(",")]
-    key = headers.get("sec-websocket-key", "")
-    try:
-        sound = len(base64.b64decode(key, validate=True)) == 16
-    except (binascii.Error, ValueError):
-        sound = False
-    asked = (
-        request.method == "GET" and headers.get("upgrade", "").lower() == "websocket" and "upgrade" in upgrade
-    )
-    return key if asked and sound and headers.get("sec-websocket-version") == "13" else None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1124,7 +1036,7 @@ class PlatformServer(Switches):
     ) -> None:
         """The handshake, and what follows when it is granted."""
         await asyncio.sleep(self.slow_handshake)
-        key = websocket_key(request)
+        key = websocket_key(request.method, request.headers)
         module_hash = request.query.rpartition("hash=")[2] if "hash=" in request.query else ""
         connection.module_hash = module_hash
         why = "no WebSocket handshake" if key is None else self._refused(module_hash)
@@ -1144,8 +1056,7 @@ class PlatformServer(Switches):
             writer.write(Response(connection.status, b"", "text/plain").to_bytes())
             return
         self._say(f"connected {shortened(module_hash)} (session {shortened(session.session_id)})")
-        head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        link.write(f"{head}Sec-WebSocket-Accept: {accept_key(key)}\r\n\r\n".encode())
+        link.write(handshake_answer(key))
         pingers = [self._spawn(self._ping_loop(link, kind)) for kind in ("json", "ws")]
         try:
             await self._converse(link, reader)

@@ -41,14 +41,12 @@ from kit.infoway_server import Answer, InfowayServer, Request
 from kit.platform_server import (
     FAILURE_STATUSES,
     GENERATIONS,
-    TEXT,
     PlatformProcess,
     PlatformServer,
     Result,
-    accept_key,
-    frame_bytes,
 )
 from kit.shims import WallClock
+from kit.websocket_wire import TEXT, accept_key, frame_bytes
 
 import stockrt
 from stockrt import Command, Journal
@@ -283,6 +281,24 @@ def test_what_cannot_be_understood_is_answered_with_a_failure(
     assert all(answer["error"] for answer in answers)
     assert len(platform.mailed) == 4
     assert platform.results[-1].status == "success"
+
+
+def test_a_command_without_codes_takes_this_instances_share(
+    platform: PlatformServer, infoway: InfowayServer, state: Path
+) -> None:
+    """Where none of the codes is in it, that is said."""
+    place = stockrt.share_of("AAPL.US", 2)
+    for share, status in ((place, "success"), (3 - place, "failure")):
+        settings = settings_for(
+            platform.port, infoway.url, state, COLLECT_CODES="aapl.us", COLLECT_SHARE=f"{share}/2"
+        )
+        before = len(platform.dials)
+        with ThreadDaemon(settings):
+            connected(platform, before + 1)
+            answer = one_answer(platform, platform.execute(None))
+        assert answer["status"] == status
+    assert answer["error"] == f"none of the codes of COLLECT_CODES is in the share {3 - place}/2"
+    assert stored(state) == ["AAPL.US"]
 
 
 def test_partial_and_total_failures_are_said(

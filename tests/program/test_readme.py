@@ -107,9 +107,8 @@ def tour(pyz: Path, clean_env: dict[str, str], tmp_path: Path) -> Tour:
     """An operator's clone, whose own settings must not matter: a store that cannot be reached, a proxy that is none."""
     if shutil.which("curl") is None:
         unavailable("no curl: install curl")
-    for part in ("tests/kit/infoway_server.py", "tests/kit/platform_server.py"):
-        (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPO / part, tmp_path / part)
+    (tmp_path / "tests").mkdir()
+    shutil.copytree(REPO / "tests/kit", tmp_path / "tests/kit")
     shutil.copy(pyz, tmp_path / "stockrt.pyz")
     wrong = {"MONGODB_HOST": "mongodb://127.0.0.1:1", "HTTP_PROXY": "http://127.0.0.1:1"}
     (tmp_path / "stockrt.env").write_text("".join(f"{name}={value}\n" for name, value in wrong.items()))
