@@ -22,9 +22,11 @@ above it:
     Instruments        what a person typed -> (code, product); sessions of the markets; batches
     Events             what runs and the daemon tell of themselves: reports, failures, the class of listeners
     HTTP               one connection, straight or through a proxy; limits; JSON
+    WebSocket          an open one, straight or through a proxy; its frames
     Local files        a SQLite file of ours, crash-only; its rescue
     Quota              API keys, their windows, the count of a day here or with all instances
     Infoway            answers decided in one table, records read, the client that asks several at a time
+    Stream             the WebSocket of every trade: limits, errors, the protocol (pure), the connection
     Stores             the contract and its promises; SQLite, MongoDB
     Closing prices     which trade is the close of a session
     Delivery           what waits on this machine for MongoDB, and the one loop that delivers it
@@ -32,7 +34,7 @@ above it:
     Run                codes in, report out: everything above put together in one place
     Collection         what is collected without anybody asking, and when
     Platform protocol  text in, events out: pure
-    Platform link      registration, presence, the WebSocket
+    Platform link      registration, presence, the WebSocket's address
     Command journal    accepted commands and their answers on disk
     Daemon             inbox, outbox, and the three threads
     Service manager    notifications, the journal's priorities, metrics
@@ -147,8 +149,8 @@ class StockrtError(Exception):
     │   └── LostCommand     a command of the journal that nobody can read any more
     ├── RegistrationError   the platform did not register the module; says what to do
     ├── PrintError          what was asked for cannot be printed
-    ├── DialError           no connection to the platform could be made
-    └── LinkLost            the connection to the platform is gone
+    ├── DialError           no WebSocket could be opened
+    └── LinkLost            an open WebSocket is gone
 
     Each message says what came, what was expected and which setting or flag changes it.
     """
@@ -244,11 +246,12 @@ class PrintError(StockrtError):
 
 
 class DialError(StockrtError):
-    """No connection could be made; `status` is the HTTP status of a refused handshake, 0 without one."""
+    """No connection could be made; `status`, `body`: of the HTTP answer that refused the handshake, 0 without one."""
 
-    def __init__(self, message: str, status: int = 0) -> None:
+    def __init__(self, message: str, status: int = 0, body: bytes = b"") -> None:
         super().__init__(message)
         self.status = status
+        self.body = body
 
 
 class LinkLost(StockrtError):
@@ -2531,6 +2534,15 @@ def session_of(market: Market, t: int) -> Session:
     return _session(market, datetime.fromtimestamp(t // 1000, zone).date(), zone) if zone else NO_SESSION
 
 
+def opened_at(market: Market, now_ms: int) -> int:
+    """Return since when (epoch ms) a market is open by its regular hours, NEVER while it is not.
+
+    Holidays and lunch breaks are not known here.
+    """
+    session = session_of(market, now_ms)
+    return session.opens if session.opens <= now_ms <= session.until else NEVER
+
+
 def session_on(market: Market, day: date) -> Session:
     """Return the session of an exchange-local date; NO_SESSION without time-zone data."""
     zone = zone_info(market.zone)
@@ -3039,12 +3051,12 @@ def not_json_words(body: bytes, whose: str) -> str:
     return f"{len(body)} bytes that are not {whose} JSON"
 
 
-_NUMBERS_AS_TEXT = json.JSONDecoder(parse_float=str, parse_constant=str)
+NUMBERS_AS_TEXT = json.JSONDecoder(parse_float=str, parse_constant=str)
 
 
 def _read_json(body: bytes) -> Any:
     try:
-        return _NUMBERS_AS_TEXT.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
+        return NUMBERS_AS_TEXT.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
     except json.JSONDecodeError:
         raise
     except ValueError:  # a number of thousands of digits, which Python does not read: slower, as its text
@@ -3501,6 +3513,262 @@ def _has_nothing_for_us(sock: socket.socket) -> bool:
     finally:
         sock.settimeout(timeout)
     return False
+
+
+# ======================================================================================================
+# WebSocket
+# ======================================================================================================
+
+# Connecting, TLS and the WebSocket handshake together.
+DIAL_LIMITS = Limits(connect_s=5.0, read_s=10.0, whole_s=10.0)
+# A peer that takes no byte for this long is dead; the kernel buffers far more than a result.
+SEND_TIMEOUT_S = 5.0
+# Frames that are handled before results are sent and signals looked at.
+FRAMES_AT_ONCE = 100
+# And their bytes: to understand 4 MB takes a tenth of a second, and a ping may wait behind.
+FRAME_BYTES_AT_ONCE = 1024 * 1024
+# As of any HTTP answer's head.
+MAX_HANDSHAKE_BYTES = 65536
+# What one call of the kernel's gives: at a hundred bytes a frame it is the calls that take the time.
+READ_BYTES = 65536
+# The first byte of a text frame that is a whole message.
+WHOLE_TEXT = 0x81
+
+
+class WebSocket:
+    """An open WebSocket that never blocks in reading; `fileno` is for select. Raises LinkLost from every call.
+
+    `url`: ws:// or wss://, as http:// or https:// too; what is secret in its query is told to nobody but the server.
+    `max_bytes`: a longer message is refused with close code 1009. Raises DialError where it cannot be opened.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        limits: Limits = DIAL_LIMITS,
+        proxies: Proxies = NO_PROXIES,
+        headers: Mapping[str, str] = MappingProxyType({}),
+        *,
+        max_bytes: int,
+    ) -> None:
+        self._ws = _dial(url, limits, proxies, headers)
+        self._ws.frame_buffer.recv = self._read_ahead
+        self._sock: socket.socket = self._ws.sock
+        self._sock.settimeout(0)
+        self._max_bytes = max_bytes
+        self.has_more = True  # whether frames may wait that no poll would tell of
+        self._unfinished = 0  # bytes of a frame whose rest is still to come
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._sock.fileno()
+
+    def give_up_after(self, seconds: float) -> None:
+        """Have the system end the connection where nothing confirms for so long what was sent; Linux does."""
+        import socket
+
+        with contextlib.suppress(AttributeError, OSError):
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+
+    def frames(self) -> Iterator[str | None]:
+        """Yield what has come: a text frame's text, or None for a frame that only shows that the peer lives."""
+        from websocket import ABNF
+
+        self.has_more = True
+        count = size = 0
+        while count < FRAMES_AT_ONCE and size < FRAME_BYTES_AT_ONCE:
+            texts = self._texts_at_hand(FRAMES_AT_ONCE - count, FRAME_BYTES_AT_ONCE - size)
+            if texts:
+                count += len(texts)
+                size += sum(map(len, texts))
+                for data in texts:
+                    yield data.decode("utf-8", "replace")
+                continue
+            frame = self._next_frame()
+            if frame is None:
+                self.has_more = False
+                if self._long_frame_grew():
+                    yield None
+                return
+            opcode, data = frame
+            count += 1
+            size += len(data)
+            if opcode == ABNF.OPCODE_PING:
+                self._send(data, ABNF.OPCODE_PONG)
+            yield data.decode("utf-8", "replace") if opcode == ABNF.OPCODE_TEXT else None
+
+    def _texts_at_hand(self, most: int, most_bytes: int) -> list[bytes]:
+        """Return the plain text frames at the front of what was read ahead: the library takes ten times as long."""
+        buffer = self._ws.frame_buffer
+        if buffer.header is not None or self._ws.cont_frame.recving_frames or not buffer.recv_buffer:
+            return []
+        data = b"".join(buffer.recv_buffer)
+        texts: list[bytes] = []
+        at, end = 0, len(data)
+        while at + 4 <= end and data[at] == WHOLE_TEXT and len(texts) < most and at < most_bytes:
+            start, length = at + 2, data[at + 1]
+            if length == 126:
+                start, length = at + 4, data[at + 2] << 8 | data[at + 3]
+            # masked, longer than most, too long or not here yet: the library's
+            if data[at + 1] > 126 or length > self._max_bytes or start + length > end:
+                break
+            at = start + length
+            texts.append(data[start:at])
+        buffer.recv_buffer = [data[at:]]
+        return texts
+
+    def _read_ahead(self, _wanted: int) -> bytes:
+        """Read whatever there is: the library keeps what it does not need yet."""
+        data = self._sock.recv(READ_BYTES)
+        if not data:
+            raise LinkLost("lost: the connection was cut")
+        return data
+
+    def _long_frame_grew(self) -> bool:
+        """Whether more of an unfinished frame has come: its sender is slow, not silent."""
+        before, self._unfinished = self._unfinished, sum(map(len, self._ws.frame_buffer.recv_buffer))
+        return self._unfinished > before
+
+    def send_text(self, text: str) -> None:
+        """Send a text frame."""
+        from websocket import ABNF
+
+        self._send(text.encode(), ABNF.OPCODE_TEXT)
+
+    def ping(self) -> None:
+        """Send a WebSocket ping."""
+        from websocket import ABNF
+
+        self._send(b"", ABNF.OPCODE_PING)
+
+    def close(self, code: int = 1000) -> None:
+        """Say goodbye if the peer still listens, and close."""
+        from websocket import ABNF
+
+        with contextlib.suppress(LinkLost):
+            self._send(code.to_bytes(2, "big"), ABNF.OPCODE_CLOSE)
+        self._ws.shutdown()
+
+    def _send(self, data: bytes, opcode: int) -> None:
+        from websocket import WebSocketException
+
+        try:
+            self._sock.settimeout(SEND_TIMEOUT_S)
+            try:
+                self._ws.send(data, opcode)
+            finally:
+                self._sock.settimeout(0)
+        except (WebSocketException, OSError) as error:
+            raise LinkLost(f"sending failed: {network_words(error)}") from error
+
+    def _next_frame(self) -> tuple[int, bytes] | None:
+        """Return the next whole message, or control frame, None when no more has come."""
+        import ssl
+
+        from websocket import ABNF, WebSocketException
+
+        ws = self._ws
+        try:
+            while True:
+                frame = ws.recv_frame()
+                if frame.opcode == ABNF.OPCODE_CLOSE:
+                    code = int.from_bytes(frame.data[:2], "big")
+                    raise LinkLost(f"closed by the server{_close_words(frame.data)}", code)
+                if frame.opcode in (ABNF.OPCODE_PING, ABNF.OPCODE_PONG):
+                    return frame.opcode, bytes(frame.data)
+                ws.cont_frame.validate(frame)
+                ws.cont_frame.add(frame)
+                self._limit(len(ws.cont_frame.cont_data[1]))
+                if ws.cont_frame.is_fire(frame):
+                    opcode, whole = ws.cont_frame.extract(frame)
+                    return opcode, bytes(whole.data)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            self._limit(ws.frame_buffer.length or 0)  # the length of a frame whose rest is still to come
+            return None
+        except (WebSocketException, OSError, ValueError) as error:
+            raise LinkLost(f"lost: {network_words(error)}") from error
+
+    def _limit(self, size: int) -> None:
+        if size > self._max_bytes:
+            self.close(1009)
+            raise LinkLost(f"lost: a frame of {size} bytes; at most {self._max_bytes} are taken")
+
+
+def wait_readable(seconds: float, *descriptors: int) -> None:
+    """Wait until there is something to read at one of the descriptors, or the time, if it ends, is over."""
+    import select
+
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    timeout_ms = None
+    if seconds < math.inf:
+        timeout_ms = math.ceil(max(0.0, seconds) * 1000)
+    poll.poll(timeout_ms)
+
+
+def _close_words(data: bytes) -> str:
+    code = int.from_bytes(data[:2], "big") if len(data) >= 2 else 0
+    return (
+        f" (code {code}{' ' + one_line(data[2:].decode('utf-8', 'replace'), 80) if data[2:] else ''})"
+        if code
+        else ""
+    )
+
+
+class _ShortAnswer:
+    """A socket for a handshake alone: its library takes an answer of any length, and as much as that announces."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._left = MAX_HANDSHAKE_BYTES
+
+    def recv(self, size: int) -> bytes:
+        """Receive at most so many bytes. Raises OSError."""
+        if not self._left:
+            raise OSError(f"an answer of more than {MAX_HANDSHAKE_BYTES} bytes")
+        received = self._sock.recv(min(size, self._left))
+        self._left -= len(received)
+        return received
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+def _dial(url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]) -> Any:
+    """Open the socket, TLS and the WebSocket, each and all within limits. Raises DialError."""
+    try:
+        from websocket import WebSocket as Client
+        from websocket import WebSocketBadStatusException, WebSocketException
+    except OSError as error:
+        raise DialError(f"cannot connect: {network_words(error)}") from error
+
+    parts = urlsplit(url)
+    tls = "s" * (parts.scheme in ("https", "wss"))
+    base = f"http{tls}://{parts.netloc}"
+    way: HttpConnection | StraightSocket = StraightSocket(base, limits)
+    if proxies.for_url(base) is not None:
+        way = HttpConnection(base, limits, proxies, tunnel=True)
+    try:
+        with cut_after(limits.whole_s, way):
+            fault = way.open()
+            if fault is not None:
+                raise DialError(f"cannot connect: {fault.fault}")
+            ws: Any = Client(skip_utf8_validation=True, enable_multithread=False)
+            way.sock.settimeout(limits.read_s)
+            address = parts._replace(scheme=f"ws{tls}").geturl()
+            ws.connect(address, socket=_ShortAnswer(way.sock), redirect_limit=0, header=dict(headers))
+            ws.sock = way.sock
+    except WebSocketBadStatusException as error:
+        way.close()
+        status = error.status_code
+        words = f"the handshake was refused with HTTP {status}"
+        raise DialError(words, status, error.resp_body or b"") from None
+    except (WebSocketException, OSError, ValueError) as error:
+        way.close()
+        raise DialError(f"cannot connect: {way.named(network_words(error))}") from error
+    way.let_go()
+    return ws
 
 
 # ======================================================================================================
@@ -4300,11 +4568,13 @@ CREATE TABLE IF NOT EXISTS symbols (        -- what exists, by the API's lists
 CREATE TABLE IF NOT EXISTS symbol_lists (
     type TEXT PRIMARY KEY, asked_on TEXT NOT NULL
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS key_plan (       -- what the API said of each key last
+CREATE TABLE IF NOT EXISTS key_package (    -- what the API said of each key last
     digest TEXT PRIMARY KEY, asked_on TEXT NOT NULL,
     name TEXT NOT NULL, per_second REAL NOT NULL,
-    ends REAL NOT NULL                      -- epoch seconds, 0: not told
+    ends REAL NOT NULL,                     -- epoch seconds, 0: not told
+    connections INTEGER, per_connection INTEGER, in_all INTEGER -- of the stream, NULL: not told
 ) WITHOUT ROWID;
+DROP TABLE IF EXISTS key_plan;
 DROP TABLE IF EXISTS calendar;
 """
 # A file without final closes, of an older format or new. From format 5 on it has them, and they stay as they are.
@@ -5381,7 +5651,7 @@ _FIELDS_OF = itemgetter(*Trade._fields)
 _TRADE_OF = partial(tuple.__new__, Trade)
 
 
-def _plain_trades(records: Sequence[Any], latest_ms: int) -> list[Trade]:
+def plain_trades(records: Sequence[Any], latest_ms: int) -> list[Trade]:
     """Return the trades of records that are all as they nearly always are, [] where one is not.
 
     What `read_trade` makes of each, in half the time: the fields are looked at column by column.
@@ -5496,7 +5766,7 @@ def read_records(batch: Batch, records: Sequence[object], now: float = math.inf)
         return read_bars(batch, records)
     asked = dict.fromkeys(batch.split())
     latest_ms = int(min(now * 1000 + MAX_AHEAD_MS, LATEST_TRADE_MS - 1))
-    trades = _plain_trades(records, latest_ms)
+    trades = plain_trades(records, latest_ms)
     if len(trades) == len(asked) and asked.keys() == {trade.s for trade in trades}:
         return Outcome(batch, trades)  # as nearly always: each code that was asked for, once
     newest: dict[str, Trade] = {}
@@ -5916,11 +6186,17 @@ def path_of(batch: Batch) -> str:
 
 
 class PackageInfo(NamedTuple):
-    """What the API says of a key: its plan's name, requests a second, and its end (epoch seconds, 0: not told)."""
+    """What the API says of a key: its plan's name, requests a second, and its end (epoch seconds, 0: not told).
+
+    Of the stream, None where not told: connections, codes on each of them, codes on all.
+    """
 
     name: str
     per_second: float
     ends: float = 0.0
+    connections: int | None = None
+    per_connection: int | None = None
+    in_all: int | None = None
 
     def plan(self) -> Plan:
         """Return the limits: of the minute and the day those of the price list by the name, else by the rate."""
@@ -5956,7 +6232,8 @@ def read_package(envelope: Mapping[str, Any]) -> PackageInfo | None:
     if not 0 <= ends <= LATEST_TRADE_MS / 1000:
         ends = 0.0
     shown = one_line(name, 40) if isinstance(name, str) and name.strip() else "unnamed"
-    return PackageInfo(shown, rate, ends)
+    stream = (_count_in(data, field) for field in ("maxWsConNum", "maxNum", "allWsNum"))
+    return PackageInfo(shown, rate, ends, *stream)
 
 
 def _number_in(data: Mapping[str, Any], name: str) -> float:
@@ -5965,6 +6242,16 @@ def _number_in(data: Mapping[str, Any], name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST_BELIEVED:
         return 0.0
     return float(value)
+
+
+def _count_in(data: Mapping[str, Any], name: str) -> int | None:
+    """Return a count of an answer, None where there is none."""
+    told = (
+        name in data
+        and type(data[name]) in (int, str)
+        and re.fullmatch(r"\d{1,9}", str(data[name]), re.ASCII)
+    )
+    return int(data[name]) if told else None
 
 
 def judge(answer: Response) -> tuple[Mapping[str, Any], Verdict]:
@@ -6035,7 +6322,10 @@ class KeyPlans:
         """Return the day on which the API told of a key, and what, None if never."""
         told = self._told.get(key.digest)
         if told is None or told[0] != utc_day(self._clock.wall()):  # another process may have asked today
-            query = "SELECT asked_on, name, per_second, ends FROM key_plan WHERE digest = ?"
+            query = (
+                "SELECT asked_on, name, per_second, ends, connections, per_connection, in_all "
+                "FROM key_package WHERE digest = ?"
+            )
             try:
                 row = self._file.read_one(query, key.digest)
             except StoreError as error:
@@ -6054,9 +6344,8 @@ class KeyPlans:
             log.warning("API key %s: %s", key.shown, ending)
         try:
             with self._file.write() as db:
-                db.execute(
-                    "INSERT OR REPLACE INTO key_plan VALUES (?, ?, ?, ?, ?)", (key.digest, today, *info)
-                )
+                row = (key.digest, today, *info)
+                db.execute("INSERT OR REPLACE INTO key_package VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
         except StoreError as error:
             log.warning("the plan of a key is not kept: %s", error)
 
@@ -6331,6 +6620,817 @@ class DemoApi:
 
 
 # ======================================================================================================
+# Stream
+# ======================================================================================================
+#
+# Promises:
+#   1. No connection sends more than 60 frames in any minute, of whatever kind; a refusal is never hammered at.
+#   2. What was asked for is acked, asked for again, named as refused, or the end of the connection.
+#   3. What is handed on was asked for and is a trade by the same rules as an answer's record; the rest is counted.
+#   4. The key stands in the address alone: no log, no error, no proxy's line holds it.
+
+# What frames are, by their `code`.
+SUBSCRIBE, SUBSCRIBED, PUSH = 10000, 10001, 10002
+HEARTBEAT, UNSUBSCRIBE, UNSUBSCRIBED = 10010, 11000, 11010
+WELCOME = 200
+# Numbers from here on are kinds of frames; lower ones say how something went.
+LOWEST_KIND = 1000
+# Codes of one frame, as many as users send.
+CODES_PER_FRAME = 100
+HEARTBEAT_S = 30.0
+# The API cuts off beyond 60 frames a minute, and bans. Two or three of a minute's are heartbeats, some pongs, and
+# what goes out evenly may arrive in a bunch.
+ASKS_PER_MINUTE = 45
+# What is not acked in this time is asked again, so often in all.
+ACK_S, ASK_TRIES = 8.0, 3
+# After a reconnect the old connection's codes count for up to three minutes.
+LATER_S, LATER_TRIES = 60.0, 3
+# Connections of a process that ended count for so long.
+OLD_CONNECTIONS_S = (120.0, 180.0)
+FRAME_RATE_S = (60.0, 90.0)
+# A market that is open and says nothing for so long is subscribed anew; on holidays, and in lunch breaks, which are
+# not known here, twice as long each time.
+SILENCE_S, SILENCE_CAP_S = 90.0, 1440.0
+# What is sent and not confirmed by the peer's system for so long ends a connection: heartbeats are not answered.
+UNCONFIRMED_S = 60.0
+# A push has a hundred bytes, the longest text that was seen two hundred.
+MAX_STREAM_BYTES = 1024 * 1024
+# Trades that are handed on at once.
+MOST_AT_ONCE = 1000
+# Frames of which it is known that an error is about them, and not about a later one.
+TRACES_KEPT = 200
+# Error words are shown up to this length.
+SAID_LENGTH = 160
+
+
+# ------------------------------------------------------------------------------------------------------
+# Limits, and the spreading of codes
+# ------------------------------------------------------------------------------------------------------
+
+
+class StreamLimits(NamedTuple):
+    """What a key may have open: connections, codes on each, codes on all; `not_for`: products that it is refused."""
+
+    connections: int
+    per_connection: int
+    in_all: int
+    not_for: frozenset[str] = frozenset()
+
+
+# By the plan's name: Infoway's price list.
+STREAM_LIMITS = {
+    "free": StreamLimits(1, 10, 10),
+    "basic": StreamLimits(1, 200, 200),
+    "premium": StreamLimits(2, 600, 800),
+    "pro": StreamLimits(9, 600, 5000),
+}
+
+
+def stream_limits(info: PackageInfo, plan: Plan) -> StreamLimits:
+    """Return a key's limits: as the API told them, else those of its plan's name, else of its rate."""
+    name = PACKAGE_NAMES.get(plan.name.casefold(), "")
+    if name not in STREAM_LIMITS:
+        within = [one for one, listed in PLANS.items() if 0 < listed.per_second <= plan.per_second]
+        # a rate of 0 has no limit
+        name = max(within, key=_rate_listed, default="free") if plan.per_second else "pro"
+    listed = STREAM_LIMITS[name]
+    told = (info.connections, info.per_connection, info.in_all)
+    found = [one if said is None else said for said, one in zip(told, listed[:3], strict=True)]
+    return StreamLimits(found[0], found[1], found[2])
+
+
+def _rate_listed(name: str) -> float:
+    return PLANS[name].per_second
+
+
+class Allotment(NamedTuple):
+    """One connection: the key's digest, the product, the codes."""
+
+    key: str
+    product: str
+    codes: tuple[str, ...]
+
+
+def allot(
+    codes: Mapping[str, Sequence[str]],
+    keys: Mapping[str, StreamLimits],
+    before: Sequence[Allotment] = (),
+) -> tuple[list[Allotment], dict[str, list[str]]]:
+    """Spread codes, by product, over connections within the limits of keys, by digest; return the rest, too.
+
+    As few connections as will do, the same ones each time. `before`: those that stand. Their codes stay where they
+    are, and they come first, unless more find room when all are spread anew.
+    """
+    kept, rest = _spread(codes, keys, before)
+    if before and rest:
+        anew = _spread(codes, keys, ())
+        if _count(anew[1]) < _count(rest):
+            return anew
+    return kept, rest
+
+
+def _count(rest: Mapping[str, Sequence[str]]) -> int:
+    return sum(map(len, rest.values()))
+
+
+def _spread(
+    codes: Mapping[str, Sequence[str]], keys: Mapping[str, StreamLimits], before: Sequence[Allotment]
+) -> tuple[list[Allotment], dict[str, list[str]]]:
+    left = {product: dict.fromkeys(some) for product, some in codes.items()}
+    room = {key: [limits.connections, limits.in_all] for key, limits in keys.items()}
+    found: list[tuple[str, str, list[str]]] = []
+
+    def take(key: str, chosen: list[str], wanted: Iterable[str], product: str) -> None:
+        most = min(keys[key].per_connection - len(chosen), room[key][1])
+        new = list(islice(wanted, max(0, most)))
+        for code in new:
+            del left[product][code]
+        room[key][1] -= len(new)
+        chosen += new
+
+    def open_one(key: str, product: str, wanted: Iterable[str]) -> None:
+        chosen: list[str] = []
+        take(key, chosen, wanted, product)
+        if chosen:
+            room[key][0] -= 1
+            found.append((key, product, chosen))
+
+    for one in before:
+        limits, here = keys.get(one.key), left.get(one.product, {})
+        if limits and room[one.key][0] > 0 and one.product not in limits.not_for:
+            open_one(one.key, one.product, [code for code in one.codes if code in here])
+    for key, product, chosen in found:
+        take(key, chosen, list(left[product]), product)
+    while True:
+        # the most codes at once, with the key that has the least room for more
+        places = [
+            (min(len(some), keys[key].per_connection, in_all), -in_all, key, product)
+            for key, (connections, in_all) in room.items()
+            for product, some in left.items()
+            if connections > 0 and product not in keys[key].not_for
+        ]
+        most = max(places, key=itemgetter(0, 1), default=(0, 0, "", ""))
+        if most[0] <= 0:
+            break
+        open_one(most[2], most[3], list(left[most[3]]))
+    rest = {product: [*some] for product, some in left.items() if some}
+    return [Allotment(key, product, tuple(chosen)) for key, product, chosen in found], rest
+
+
+# ------------------------------------------------------------------------------------------------------
+# Errors
+# ------------------------------------------------------------------------------------------------------
+
+
+class StreamAction(Enum):
+    """What to do after an error of the stream."""
+
+    DIAL_AGAIN = "dial again"
+    WAIT = "wait, then dial again"
+    NEVER = "do not dial again with this key"
+    LESS = "leave the frame's codes out"
+    LATER = "ask for the frame's codes again later, and leave them out in the end"
+    HALVE = "ask for each half of the frame's codes, until the wrong ones are found"
+    ASK_AGAIN = "ask again as if nothing had been answered"
+
+
+class StreamError(NamedTuple):
+    """A row of the table of errors: its number, what follows, what it means, and how it is said without a number.
+
+    `setting`: what an operator looks at. `whole_key`: the key is of no use for other products either. `wait_s`:
+    between which times a wait is.
+    """
+
+    code: int
+    action: StreamAction
+    means: str
+    setting: str
+    prose: str = ""
+    whole_key: bool = False
+    wait_s: tuple[float, float] = (0.0, 0.0)
+
+
+_DIAL, _WAIT, _NEVER = StreamAction.DIAL_AGAIN, StreamAction.WAIT, StreamAction.NEVER
+_KEY = "INFOWAY_API_KEY"
+# Of several rows whose words are in a text the first one counts. 401, 403 and 429 are those of the handshake.
+STREAM_ERRORS = (
+    StreamError(
+        516,
+        StreamAction.LATER,
+        "too many codes on all connections of the key",
+        "INFOWAY_PLAN",
+        r"total number of .*exceed",
+    ),
+    StreamError(
+        512,
+        _WAIT,
+        "too many connections of the key",
+        "INFOWAY_PLAN",
+        r"connections? .*exceed",
+        False,
+        OLD_CONNECTIONS_S,
+    ),
+    StreamError(
+        505, StreamAction.LESS, "too many codes on one connection", "INFOWAY_PLAN", r"quantity exceed"
+    ),
+    StreamError(
+        501,
+        _WAIT,
+        "more than 60 frames a minute",
+        "COLLECT_CODES",
+        r"frequency|rate limit",
+        False,
+        FRAME_RATE_S,
+    ),
+    StreamError(508, _NEVER, "the key's plan has ended", _KEY, r"expired", True),
+    StreamError(509, _NEVER, "the key is not valid", _KEY, r"key (?:does )?not exist|token invalid", True),
+    StreamError(517, _NEVER, "the key is not valid", _KEY, r"key error|unauthorized|key is required", True),
+    StreamError(518, _NEVER, "the key is not valid", _KEY, r"key verif", True),
+    StreamError(510, _NEVER, "the key is disabled", _KEY, r"key .*disabled", True),
+    StreamError(511, _NEVER, "the key is banned", _KEY, r"\bbanned\b", True),
+    StreamError(
+        519, _NEVER, "the key's plan lacks this product", _KEY, r"\b(?:no|not have|without) permission"
+    ),
+    StreamError(521, StreamAction.HALVE, "not in the free plan", "INFOWAY_PLAN", r"free plan"),
+    StreamError(520, StreamAction.HALVE, "codes of another product", "COLLECT_CODES", r"suffix"),
+    StreamError(
+        506, StreamAction.HALVE, "codes of a form that it does not take", "COLLECT_CODES", r"param error"
+    ),
+    StreamError(
+        507, StreamAction.HALVE, "codes of a form that it does not take", "COLLECT_CODES", r"param lost"
+    ),
+    StreamError(513, _DIAL, "a heartbeat did not reach it", "INFOWAY_STREAM_URL", r"heart ?beat"),
+    StreamError(401, _NEVER, "the key is not valid, or its plan lacks this product", _KEY),
+    StreamError(
+        403,
+        _WAIT,
+        "a refusal of the gateway: the key, the region or its risk control",
+        _KEY,
+        "",
+        False,
+        OLD_CONNECTIONS_S,
+    ),
+    StreamError(
+        429,
+        _WAIT,
+        "too many connections of the key, or one that just ended still counts",
+        "INFOWAY_PLAN",
+        "",
+        False,
+        OLD_CONNECTIONS_S,
+    ),
+)
+# What no row is for.
+UNKNOWN_ERROR = StreamError(0, StreamAction.ASK_AGAIN, "", "")
+_PROSE = [(re.compile(row.prose, re.IGNORECASE), row) for row in STREAM_ERRORS if row.prose]
+_BY_CODE = {row.code: row for row in STREAM_ERRORS}
+_NUMBER = re.compile(r"(?<!\d)(?:401|403|429|5\d\d)(?!\d)")
+
+
+def stream_error(code: object, text: str) -> StreamError:
+    """Return the row of an error: by its number, else by one in its text, else by its words."""
+    if type(code) is int and code in _BY_CODE:
+        return _BY_CODE[code]
+    found = _NUMBER.search(text)
+    if found and int(found[0]) in _BY_CODE:
+        return _BY_CODE[int(found[0])]
+    return next((row for prose, row in _PROSE if prose.search(text)), UNKNOWN_ERROR)
+
+
+def _error_words(row: StreamError, said: str) -> str:
+    if not row.means:
+        return said
+    return see(f"{said}: {row.means}", row.setting)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The protocol
+# ------------------------------------------------------------------------------------------------------
+
+
+class SendText(NamedTuple):
+    """A text frame to send now."""
+
+    text: str
+
+
+class Subscribed(NamedTuple):
+    """These codes' frame was acked, which says nothing of each of them."""
+
+    codes: tuple[str, ...]
+
+
+class CodesRefused(NamedTuple):
+    """These codes are not subscribed, nor asked for again until they are dropped and wanted anew."""
+
+    codes: tuple[str, ...]
+    words: str
+
+
+class Silent(NamedTuple):
+    """Nothing came for so many seconds although a market of these codes is open: they are asked for anew."""
+
+    codes: tuple[str, ...]
+    seconds: float
+
+
+class Said(NamedTuple):
+    """Something for the log alone."""
+
+    words: str
+
+
+class StreamEnd(NamedTuple):
+    """The connection is over, and what follows. `wait_s`: no dial before; `whole_key`: none for other products."""
+
+    words: str
+    action: StreamAction
+    wait_s: float = 0.0
+    whole_key: bool = False
+
+
+StreamEvent: TypeAlias = SendText | Subscribed | CodesRefused | Silent | Said | StreamEnd
+
+
+class Pushes(NamedTuple):
+    """What has come: trades in the order of arrival, events, and how much was dropped, with why of the first."""
+
+    trades: list[Trade]
+    events: list[StreamEvent]
+    dropped: int = 0
+    why: str = ""
+
+
+class _Standing(Enum):
+    """How it stands with a code that was asked for."""
+
+    ASKED = 1
+    ON = 2
+    DROPPING = 3
+    REFUSED = 4
+
+
+class _Ask:
+    """A frame's codes, until it is acked or given up: to be sent at `at`, or sent and to be acked by `due`."""
+
+    def __init__(self, subscribes: bool, codes: Sequence[str], at: float) -> None:
+        self.subscribes = subscribes
+        self.codes = tuple(codes)
+        self.at = at
+        self.due = math.inf
+        self.traces: set[str] = set()  # one of each try: an ack may be late
+        self.tries = 0
+        self.put_off = 0  # how often it was refused for now
+        self.why = ""  # what was said to the last try
+
+
+class StreamProtocol:
+    """One connection's conversation about one product.
+
+    The caller passes in every text (`receive`), calls `tick` no later than `next_tick` and after each `receive`,
+    and does what the events say, at once. `now` is monotonic seconds, `wall_ms` epoch milliseconds; `asks` are
+    the frames of connections before this one, which count in the same minute.
+    """
+
+    def __init__(
+        self, product: str, now: float, rng: random.Random, asks: SlidingWindow | None = None
+    ) -> None:
+        self._product = product
+        self._rng = rng
+        self._window = asks or SlidingWindow(ASKS_PER_MINUTE, 60.0)
+        self._wanted: dict[str, None] = {}
+        self._standing: dict[str, _Standing] = {}
+        self._markets: list[Market] = []
+        self._is_to_do = False  # whether what is wanted and what stands may differ
+        self._asks: list[_Ask] = []
+        # traces of frames that are answered, and of heartbeats
+        self._past: deque[str] = deque(maxlen=TRACES_KEPT)
+        self._beat_at = now + HEARTBEAT_S
+        self._heard_at = now
+        self._silence_s = SILENCE_S
+        self._silent_at = now + SILENCE_S
+
+    @property
+    def subscribed(self) -> int:
+        """How many codes are subscribed now."""
+        return sum(standing is _Standing.ON for standing in self._standing.values())
+
+    def want(self, codes: Iterable[str]) -> None:
+        """Have these codes, and no others, from now on."""
+        self._wanted = dict.fromkeys(codes)
+        markets = {name: market_named(name) for name in {market_name(code) for code in self._wanted}}
+        self._markets = [market for market in markets.values() if market is not None]
+        self._is_to_do = True
+
+    # what comes
+
+    def receive(self, texts: Iterable[str], now: float, latest_ms: int) -> Pushes:
+        """Take in the texts of frames; no trade is later than `latest_ms`."""
+        decode = NUMBERS_AS_TEXT.raw_decode
+        records: list[Any] = []
+        others: list[str] = []
+        for text in texts:
+            try:
+                frame, end = decode(text)
+                if frame["code"] == PUSH and end == len(text):
+                    records.append(frame["data"])
+                    continue
+            except (ValueError, KeyError, TypeError, RecursionError):
+                pass  # no push as nearly all are: looked at below
+            others.append(text)
+        trades = plain_trades(records, latest_ms)
+        bad: list[str] = []
+        if len(trades) != len(records) or not {trade.s for trade in trades} <= self._wanted.keys():
+            trades = [trade for one in records for trade in self._judged(one, latest_ms, bad)]
+        events = [event for text in others for event in self._understand(text, now, bad)]
+        if trades:
+            self._heard_at, self._silence_s = now, SILENCE_S
+        return Pushes(trades, events, len(bad), next(iter(bad), ""))
+
+    def _judged(self, record: object, latest_ms: int, bad: list[str]) -> Iterator[Trade]:
+        """Yield the trade that a push holds; if it is none, or nobody's, say why in `bad`."""
+        try:
+            trade = read_trade(record, self._product, latest_ms)
+        except ValueError as error:
+            bad.append(str(error))
+            return
+        if trade.s not in self._wanted:  # seen in lower case
+            trade = trade._replace(s=trade.s.upper())
+        if trade.s in self._wanted:
+            yield trade
+        else:
+            bad.append(f"{one_line(trade.s, 40)} was not asked for")
+
+    def _understand(self, text: str, now: float, bad: list[str]) -> Iterator[StreamEvent]:
+        """Yield what follows from a text that is no push; where it means nothing, say so in `bad`."""
+        words = text.strip()
+        failed = words.casefold().startswith("subscribe fail")
+        if failed:
+            words = words.partition(":")[2].strip()
+        frame = json_object(words.encode())
+        if frame is None and words[:1] in ("{", "["):
+            bad.append(not_json_words(text.encode(), "the stream's"))
+        elif frame is None:
+            yield from self._hear_words(one_line(words, SAID_LENGTH), failed, now)
+        else:
+            yield from self._hear(frame, now, bad)
+
+    def _hear(self, frame: Mapping[str, Any], now: float, bad: list[str]) -> Iterator[StreamEvent]:
+        kind, trace = frame.get("code"), frame.get("trace") or frame.get("traceId")
+        ask = (
+            next((ask for ask in self._asks if trace in ask.traces), None) if isinstance(trace, str) else None
+        )
+        if kind in (SUBSCRIBED, UNSUBSCRIBED):
+            if ask is not None:  # else it is one of an earlier try, or of one that was given up
+                yield from self._acked(ask)
+        elif kind == PUSH:
+            bad.append("a push without its data")
+        elif kind in (WELCOME, HEARTBEAT):
+            return
+        elif type(kind) is int and kind >= LOWEST_KIND:
+            bad.append(f"a frame of kind {kind}")
+        else:
+            number = f" {one_line(repr(kind), 40)}" if kind is not None else ""
+            said = f"the stream says{number}: {words_of(frame) or 'nothing more'}"
+            if ask is None and trace not in self._past:
+                ask = self._oldest()
+            yield from self._failed(stream_error(kind, words_of(frame)), said, ask, now)
+
+    def _hear_words(self, said: str, failed: bool, now: float) -> Iterator[StreamEvent]:
+        """Take in what is no JSON: a greeting, or an error in words."""
+        row = stream_error(None, said)
+        if row is UNKNOWN_ERROR and not failed:
+            log.debug("the stream says: %s", said)
+            return
+        yield from self._failed(row, f"the stream says: {said}", self._oldest(), now)
+
+    def _oldest(self) -> _Ask | None:
+        """Return what an error without a trace is about: the first that was sent and is not answered."""
+        sent = [ask for ask in self._asks if ask.subscribes and ask.due < math.inf]
+        return min(sent, key=lambda ask: ask.due, default=None)
+
+    def _acked(self, ask: _Ask) -> Iterator[StreamEvent]:
+        self._drop(ask)
+        self._is_to_do = True
+        if not ask.subscribes:
+            self._forget(ask.codes)
+            return
+        self._standing |= dict.fromkeys(ask.codes, _Standing.ON)
+        yield Subscribed(self._still_wanted(ask.codes))
+
+    def _failed(self, row: StreamError, said: str, ask: _Ask | None, now: float) -> Iterator[StreamEvent]:
+        words = _error_words(row, said)
+        if row.action in (_DIAL, _WAIT, _NEVER):
+            yield StreamEnd(words, row.action, self._rng.uniform(*row.wait_s), row.whole_key)
+        elif ask is None:
+            yield Said(words)
+        elif row.action is StreamAction.ASK_AGAIN or not ask.subscribes:
+            ask.why = words
+        elif row.action is StreamAction.LATER and ask.put_off < LATER_TRIES:
+            ask.put_off += 1
+            ask.at, ask.due, ask.tries = now + LATER_S, math.inf, 0
+        elif row.action is StreamAction.HALVE and len(ask.codes) > 1:
+            self._drop(ask)
+            middle = len(ask.codes) // 2
+            self._asks += [_Ask(True, half, now) for half in (ask.codes[:middle], ask.codes[middle:])]
+        else:
+            yield from self._refused(ask, words)
+
+    def _refused(self, ask: _Ask, words: str) -> Iterator[StreamEvent]:
+        self._drop(ask)
+        self._is_to_do = True
+        self._standing |= dict.fromkeys(ask.codes, _Standing.REFUSED)
+        codes = self._still_wanted(ask.codes)
+        if codes:
+            yield CodesRefused(codes, words)
+
+    def _drop(self, ask: _Ask) -> None:
+        self._asks.remove(ask)
+        self._past.extend(ask.traces)
+
+    def _still_wanted(self, codes: Iterable[str]) -> tuple[str, ...]:
+        return tuple(code for code in codes if code in self._wanted)
+
+    def _forget(self, codes: Iterable[str]) -> None:
+        for code in codes:
+            self._standing.pop(code, None)
+
+    # what is due
+
+    def next_tick(self) -> float:
+        """Return when `tick` is wanted, monotonic seconds; in the past: now."""
+        times = [self._beat_at, self._silent_at, *(ask.due for ask in self._asks)]
+        ready = min((ask.at for ask in self._asks if self._may_go(ask)), default=math.inf)
+        return 0.0 if self._is_to_do else min(*times, max(ready, self._window.ready_at(0.0)))
+
+    def tick(self, now: float, wall_ms: int) -> list[StreamEvent]:
+        """Return what is to be done now."""
+        events: list[StreamEvent] = []
+        if now >= self._beat_at:
+            self._beat_at = now + HEARTBEAT_S
+            trace = self._trace()
+            self._past.append(trace)
+            events.append(SendText(json.dumps({"code": HEARTBEAT, "trace": trace})))
+        for ask in [ask for ask in self._asks if ask.due <= now]:
+            events += self._overdue(ask, now)
+        if now >= self._silent_at:
+            events += self._silence(now, wall_ms)
+        if self._is_to_do:
+            self._plan(now)
+        return events + self._send_asks(now)
+
+    def _trace(self) -> str:
+        return f"{self._rng.getrandbits(128):032x}"
+
+    def _overdue(self, ask: _Ask, now: float) -> Iterator[StreamEvent]:
+        """Ask again, or give up: on the codes if something was answered, else on the connection."""
+        if ask.tries < ASK_TRIES:
+            ask.at, ask.due = now, math.inf
+        elif ask.why and ask.subscribes:
+            yield from self._refused(ask, ask.why)
+        elif ask.why:  # what cannot be unsubscribed goes on, and is dropped here
+            self._drop(ask)
+            self._forget(ask.codes)
+            yield Said(ask.why)
+        else:
+            words = f"no ack within {ASK_TRIES * ACK_S:.0f} s to {ASK_TRIES} frames"
+            yield StreamEnd(see(words, "INFOWAY_STREAM_URL"), _DIAL)
+
+    def _silence(self, now: float, wall_ms: int) -> Iterator[StreamEvent]:
+        """Ask anew for what is subscribed where an open market says nothing for too long."""
+        opened = min((opened_at(market, wall_ms) for market in self._markets), default=NEVER)
+        if opened > wall_ms:
+            self._heard_at, self._silence_s, opened = now, SILENCE_S, wall_ms
+        since = max(self._heard_at, now - (wall_ms - opened) / 1000)
+        on = [code for code, standing in self._standing.items() if standing is _Standing.ON]
+        on = [*self._still_wanted(on)]
+        if now - since >= self._silence_s and on and not self._asks:
+            yield Silent(tuple(on), now - since)
+            self._asks += [_Ask(True, codes, now) for codes in _in_frames(on)]
+            self._silence_s = min(SILENCE_CAP_S, 2 * self._silence_s)
+            self._heard_at = since = now
+        self._silent_at = max(since + self._silence_s, now + ACK_S)
+
+    def _plan(self, now: float) -> None:
+        """Make frames of the difference between what is wanted and what stands."""
+        self._is_to_do = False
+        unwanted = [code for code in self._standing if code not in self._wanted]
+        self._forget([code for code in unwanted if self._standing[code] is _Standing.REFUSED])
+        drop = [code for code in unwanted if self._standing.get(code) is _Standing.ON]
+        add = [code for code in self._wanted if code not in self._standing]
+        self._standing |= dict.fromkeys(drop, _Standing.DROPPING) | dict.fromkeys(add, _Standing.ASKED)
+        self._asks += [_Ask(False, codes, now) for codes in _in_frames(drop)]
+        self._asks += [_Ask(True, codes, now) for codes in _in_frames(add)]
+
+    def _may_go(self, ask: _Ask) -> bool:
+        """Whether a frame need not wait for codes that are to make room first."""
+        return not ask.subscribes or all(other.subscribes for other in self._asks)
+
+    def _send_asks(self, now: float) -> list[StreamEvent]:
+        sent: list[StreamEvent] = []
+        for ask in [ask for ask in self._asks if ask.at <= now and self._may_go(ask)]:
+            if ask.subscribes and not ask.tries:  # what is no more wanted was never asked for
+                self._forget(code for code in ask.codes if code not in self._wanted)
+                ask.codes = self._still_wanted(ask.codes)
+            if not ask.codes:
+                self._drop(ask)
+            elif self._window.ready_at(now) <= now:
+                self._window.take(now)
+                sent.append(SendText(self._frame_of(ask, now)))
+        return sent
+
+    def _frame_of(self, ask: _Ask, now: float) -> str:
+        trace = self._trace()
+        ask.traces.add(trace)
+        ask.tries += 1
+        ask.at, ask.due, ask.why = math.inf, now + ACK_S, ""
+        kind = SUBSCRIBE if ask.subscribes else UNSUBSCRIBE
+        return json.dumps({"code": kind, "trace": trace, "data": {"codes": ",".join(ask.codes)}})
+
+
+def _in_frames(codes: Sequence[str]) -> list[Sequence[str]]:
+    return [codes[at : at + CODES_PER_FRAME] for at in range(0, len(codes), CODES_PER_FRAME)]
+
+
+# ------------------------------------------------------------------------------------------------------
+# The connection
+# ------------------------------------------------------------------------------------------------------
+
+
+def refused_dial(error: DialError, rng: random.Random) -> StreamEnd:
+    """Return what follows where the stream could not be dialled."""
+    text = error.body.decode("utf-8", "replace").strip()
+    envelope = json_object(error.body) or {}
+    said = words_of(envelope) or (text if text == NO_KEY_TEXT else "")
+    words = f"{error}: {said}" if said else str(error)
+    row = _BY_CODE.get(error.status, UNKNOWN_ERROR)
+    if error.status == 401 and text and text != NO_KEY_TEXT and type(envelope.get("code")) is not int:
+        words += ", not in the API's words: as from a gateway or a login page on the way"
+        row = _BY_CODE[403]._replace(means="", setting="INFOWAY_STREAM_URL")
+    if row is UNKNOWN_ERROR:
+        return StreamEnd(see(words, "INFOWAY_STREAM_URL"), _DIAL)
+    words = see(f"{words}: {row.means}".removesuffix(": "), row.setting)
+    return StreamEnd(words, row.action, rng.uniform(*row.wait_s))
+
+
+def _end_of(error: LinkLost) -> StreamEnd:
+    """Return what follows where a connection is lost: a close may say why, as an error does."""
+    words = f"connection {error}"
+    row = stream_error(None, words) if error.code else UNKNOWN_ERROR
+    if row.action not in (_WAIT, _NEVER):
+        return StreamEnd(words, _DIAL)
+    return StreamEnd(_error_words(row, words), row.action, 0.0, row.whole_key)
+
+
+class StreamConnection:
+    """The stream of one product with one key: opened again as often as wanted, used by one thread.
+
+    `want` and `wake` are for any thread.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        product: str,
+        secret: str,
+        proxies: Proxies = NO_PROXIES,
+        rng: random.Random | None = None,
+        limits: Limits = DIAL_LIMITS,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        query = urlencode({"business": product, "apikey": secret})
+        self._address = f"{url}{'&' if '?' in url else '?'}{query}"
+        self._product = product
+        self._proxies = proxies
+        self._rng = rng or random.Random()
+        self._limits = limits
+        self._clock = clock
+        self._asks = SlidingWindow(ASKS_PER_MINUTE, 60.0)
+        self._wanted: tuple[str, ...] = ()
+        self._told: tuple[str, ...] | None = None  # what the protocol was told of it
+        self._link: WebSocket | None = None
+        self._protocol = StreamProtocol(product, clock.monotonic(), self._rng, self._asks)
+        self._lock = threading.Lock()  # over the pipe, which is there while the link is
+        self._pipe: tuple[int, int] | None = None
+        self._is_woken = False
+
+    @property
+    def subscribed(self) -> int:
+        """How many codes are subscribed now."""
+        return self._protocol.subscribed if self._link else 0
+
+    def want(self, codes: Iterable[str]) -> None:
+        """Have these codes, and no others, from now on, or from when it is open."""
+        self._wanted = tuple(codes)
+        self._rouse()
+
+    def wake(self) -> None:
+        """Have `read` return at once, now or the next time."""
+        self._is_woken = True
+        self._rouse()
+
+    def _rouse(self) -> None:
+        with self._lock, contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
+            if self._pipe:
+                os.write(self._pipe[1], b".")
+
+    def open(self) -> StreamEnd | None:
+        """Dial; return why that is in vain and what follows, None where it stands."""
+        headers = {"User-Agent": f"stockrt/{__version__}"}
+        try:
+            pipe = os.pipe()
+        except OSError as error:
+            return StreamEnd(network_words(error), _DIAL)
+        for descriptor in pipe:
+            os.set_blocking(descriptor, False)
+        with self._lock:
+            self._pipe = pipe
+        try:
+            link = WebSocket(self._address, self._limits, self._proxies, headers, max_bytes=MAX_STREAM_BYTES)
+        except DialError as error:
+            self.close()
+            return refused_dial(error, self._rng)
+        link.give_up_after(UNCONFIRMED_S)
+        self._protocol = StreamProtocol(self._product, self._clock.monotonic(), self._rng, self._asks)
+        self._link, self._told = link, None
+        return None
+
+    def close(self) -> None:
+        """Say goodbye, and close; what is open no more is left as it is."""
+        if self._link is not None:
+            self._link.close()
+        self._link = None
+        with self._lock:
+            pipe, self._pipe = self._pipe or (), None
+            for descriptor in pipe:
+                os.close(descriptor)
+
+    def read(self, until: float) -> Pushes:
+        """Return what has come, waiting for something until `until` (monotonic seconds), or until woken.
+
+        An end of the connection is the last event, and what came before it is there.
+        """
+        assert self._link is not None and self._pipe is not None
+        while True:
+            pushes = self._exchange(self._link)
+            if pushes.trades or pushes.events or pushes.dropped or self._is_woken:
+                self._is_woken = False
+                return pushes
+            now = self._clock.monotonic()
+            if now >= until:
+                return pushes
+            wait_s = min(until, self._protocol.next_tick()) - now
+            if not self._link.has_more and wait_s > 0:
+                wait_readable(wait_s, self._link.fileno(), self._pipe[0])
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._pipe[0], READ_BYTES)
+
+    def _exchange(self, link: WebSocket) -> Pushes:
+        """Send what is due, and return what has come."""
+        if self._told != self._wanted:
+            self._told = self._wanted
+            self._protocol.want(self._told)
+        pushes, lost = self._take(link)
+        events = pushes.events
+        if not lost and not any(isinstance(event, StreamEnd) for event in events):
+            now, wall_ms = self._clock.monotonic(), int(self._clock.wall() * 1000)
+            due = self._protocol.tick(now, wall_ms)
+            events += [event for event in due if not isinstance(event, SendText)]
+            try:
+                for event in due:
+                    if isinstance(event, SendText):
+                        link.send_text(event.text)
+            except LinkLost as error:
+                last, lost = self._take(link)  # what came before counts, and may say why
+                lost = lost or _end_of(error)
+                pushes = Pushes(
+                    pushes.trades + last.trades,
+                    events + last.events,
+                    pushes.dropped + last.dropped,
+                    pushes.why or last.why,
+                )
+        if lost and not any(isinstance(event, StreamEnd) for event in pushes.events):
+            pushes.events.append(lost)
+        return pushes
+
+    def _take(self, link: WebSocket) -> tuple[Pushes, StreamEnd | None]:
+        """Return what has come, and the end of the connection behind it, if that has come, too."""
+        texts: list[str] = []
+        lost: StreamEnd | None = None
+        try:
+            while len(texts) < MOST_AT_ONCE:
+                for text in link.frames():
+                    if text is not None:
+                        texts.append(text)
+                if not link.has_more:
+                    break
+        except LinkLost as error:
+            lost = _end_of(error)
+        latest_ms = int(min(self._clock.wall() * 1000 + MAX_AHEAD_MS, LATEST_TRADE_MS - 1))
+        return self._protocol.receive(texts, self._clock.monotonic(), latest_ms), lost
+
+
+# ======================================================================================================
 # Stores
 # ======================================================================================================
 #
@@ -6380,8 +7480,8 @@ INVALID_ID = 53
 INDEX = [("stock_code", 1), ("t", -1)]
 REFUSED_IT = "MongoDB refused it: "
 PROBE_T = 1 << 40  # as wide as the times of trades, and none of them: 2004
-# Most codes trade in the last minutes before a close (auction included): looked at first.
-NEWEST_SPAN_MS = 6 * 60 * 1000
+# Codes that trade much trade in the last seconds before a close, and of those every tick may be there: looked at first.
+NEWEST_SPAN_MS = 10 * 1000
 # Documents that are read at once where a whole collection is: their fields of trades are some 200 kB.
 PAGE = 1000
 Document = dict[str, Any]
@@ -6589,10 +7689,22 @@ def insert_trades(db: sqlite3.Connection, documents: Sequence[Document]) -> Writ
     """Store documents in the transaction that is open, and name those that SQLite does not take."""
     import sqlite3
 
+    db.execute("SAVEPOINT trades")
+    try:
+        stored = max(0, db.executemany(_SQLITE_INSERT, map(_trade_row_demo, documents)).rowcount)
+    except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError):
+        db.execute("ROLLBACK TO trades")
+        return _insert_one_by_one(db, documents)
+    return WriteReport(stored, len(documents) - stored)
+
+
+def _insert_one_by_one(db: sqlite3.Connection, documents: Sequence[Document]) -> WriteReport:
+    import sqlite3
+
     stored, refused = 0, {}
     for document in documents:
         try:
-            stored += db.execute(_SQLITE_INSERT, (*trade_row(document), document.get("demo"))).rowcount
+            stored += db.execute(_SQLITE_INSERT, _trade_row_demo(document)).rowcount
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError) as error:
             refused[document["_id"]] = f"the local store refused it: {one_line(error, 200)}"
     return WriteReport(stored, len(documents) - stored - len(refused), refused)
@@ -6600,10 +7712,16 @@ def insert_trades(db: sqlite3.Connection, documents: Sequence[Document]) -> Writ
 
 def trade_row(document: Document) -> tuple[Any, ...]:
     """Return the columns of a trade: its `_id`, what the API sent, `stock_code` and `create_time`."""
-    names = ("_id", *TRADE_FIELDS, "stock_code")
-    return (*(document[name] for name in names), iso(document["create_time"]))
+    return (*_ROW_OF(document), _created(document["create_time"]))
 
 
+def _trade_row_demo(document: Document) -> tuple[Any, ...]:
+    return (*_ROW_OF(document), _created(document["create_time"]), document.get("demo"))
+
+
+_ROW_OF = itemgetter("_id", *TRADE_FIELDS, "stock_code")
+# Those of a batch are all the same.
+_created = lru_cache(maxsize=16)(iso)
 _SQLITE_INSERT = (
     "INSERT INTO realtime (_id, s, t, p, v, vw, td, stock_code, create_time, demo) "
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (_id) DO NOTHING"
@@ -6846,7 +7964,7 @@ class MongoStore:
     def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
         """Return the newest trade of each code in a span of time. Raises StoreError.
 
-        Looks at the last minutes for all codes in one request, then at a longer time for those that are
+        Looks at the last seconds for all codes in one request, then at a longer time for those that are
         missing: few requests, and few documents even where a code has thousands of trades a day. What another
         program has put there and is no trade is passed over.
         """
@@ -10176,7 +11294,7 @@ class Poller(threading.Thread):
 CODES_NAME, MARK_NAME = "collecting.codes", "collecting.mark"
 
 
-class Pushes(NamedTuple):
+class Parcel(NamedTuple):
     """Trades of a product that came together: when, in epoch ms and monotonic seconds.
 
     `since`: epoch ms, what comes later by both its arrival and its own time was not among those before.
@@ -10267,7 +11385,18 @@ class Part:
         self.product = product
         self.codes: frozenset[str] = frozenset()
         self.acked: set[str] = set()
+        self.silent: set[str] = set()  # those that are subscribed anew for saying nothing
+        self.silent_since = 0  # epoch ms
         self.heard = self.seen = now_ms
+
+
+class Silence(NamedTuple):
+    """A time in which an open market said nothing of some codes, up to when they were subscribed anew; epoch ms."""
+
+    product: str
+    codes: Sequence[str]
+    since: int
+    until: int
 
 
 class OpenGap:
@@ -10296,6 +11425,7 @@ class Coverage:
         self._parts: list[Part] = []
         self._open: list[OpenGap] = []
         self._ended: list[OpenGap] = []  # subscribed again, and not fetched yet
+        self._silent: list[Silence] = []
         self._refused: dict[str, OpenGap] = {}  # by product: pushes that the store does not take now
         self._back: set[str] = set()
         self._wanted: Mapping[str, Collection[str]] = {}
@@ -10375,6 +11505,10 @@ class Coverage:
                 if one.gap.product == part.product:
                     one.missing -= fresh
             self._end_gaps()
+            again = part.silent & {*codes}
+            part.silent -= again
+            if again:
+                self._silent.append(Silence(part.product, sorted(again), part.silent_since, part.heard))
             self._back |= fresh
             self._write_codes()
         self.news.set()
@@ -10382,7 +11516,7 @@ class Coverage:
     def lost(self, part: Part, why: str) -> None:
         """A connection is over: what it brought is missing since its last sign."""
         with self._lock:
-            acked, part.acked = part.acked, set()
+            acked, part.acked, part.silent = part.acked, set(), set()
             self._lose(part.product, acked, part.heard, why)
             self._write_codes()
 
@@ -10398,13 +11532,33 @@ class Coverage:
             self._write_codes()
         self.news.set()
 
-    def not_stored(self, pushes: Pushes, codes: Collection[str], why: str) -> None:
-        """The store took none of these pushes, or not those of these codes: until it takes some again."""
+    def silent(self, part: Part, codes: Iterable[str]) -> None:
+        """An open market says nothing, and these codes are subscribed anew: whether they are missing is to be seen."""
         with self._lock:
-            one = self._refused.get(pushes.product)
+            part.silent = part.acked & {*codes}
+            part.silent_since = part.heard
+
+    def take_silent(self) -> list[Silence]:
+        """Return the silences that are over: trades that are fetched now and were not pushed tell gaps of them."""
+        with self._lock:
+            silences, self._silent = self._silent, []
+            return silences
+
+    def was_deaf(self, silence: Silence) -> None:
+        """In a silence there were trades that were not pushed."""
+        with self._lock:
+            why = "nothing was pushed although there were trades"
+            one = self._new(silence.product, silence.codes, silence.since, why)
+            one.gap = one.gap._replace(until=silence.until)
+            self._ended.append(one)
+
+    def not_stored(self, parcel: Parcel, codes: Collection[str], why: str) -> None:
+        """The store took none of these pushes, or not those of some codes: missing until it takes some again."""
+        with self._lock:
+            one = self._refused.get(parcel.product)
             if one is None:
-                one = self._refused[pushes.product] = self._new(pushes.product, (), pushes.since, why)
-            one.last = max(one.last, pushes.arrived_ms)
+                one = self._refused[parcel.product] = self._new(parcel.product, (), parcel.since, why)
+            one.last = max(one.last, parcel.arrived_ms)
             fresh = {*codes} - one.missing
             if fresh:
                 one.missing |= fresh
@@ -10542,6 +11696,7 @@ class Coverage:
                 return
             one.is_kept = True
             self._trouble.over()
+            self.news.set()
 
     def _groups(self) -> list[Group]:
         """Return of which codes everything is kept up to when; gaps that are not noted yet hold it back."""
@@ -10658,9 +11813,9 @@ class Intake:
         self._coverage = coverage
         self._clock = clock
         self._changed = threading.Condition()  # what follows:
-        self._pending: deque[Pushes] = deque()
+        self._pending: deque[Parcel] = deque()
         self._waiting = 0  # trades of those
-        self._written: list[Pushes] = []  # they are on their way to the store
+        self._written: list[Parcel] = []  # they are on their way to the store
         self._is_closing = False
         self._delays = Delays(clock.monotonic())
         then = "what is pushed meanwhile is missing, see stream_gaps"
@@ -10679,17 +11834,17 @@ class Intake:
         arrived_ms, arrived = int(self._clock.wall() * 1000), self._clock.monotonic()
         for at in range(0, len(trades), WRITE_BATCH):
             some = trades[at : at + WRITE_BATCH]
-            self._add(Pushes(product, some, _moment(some[0], arrived_ms), arrived_ms, arrived))
+            self._add(Parcel(product, some, _moment(some[0], arrived_ms), arrived_ms, arrived))
         return _moment(trades[-1], arrived_ms)
 
-    def _add(self, pushes: Pushes) -> None:
+    def _add(self, parcel: Parcel) -> None:
         with self._changed:
             while self._waiting >= MOST_PENDING and not self._is_closing:
                 self._changed.wait()
             before = self._waiting
-            self._pending.append(pushes)
-            self._waiting += len(pushes.trades)
-            self.trades += len(pushes.trades)
+            self._pending.append(parcel)
+            self._waiting += len(parcel.trades)
+            self.trades += len(parcel.trades)
             if not before or before < WRITE_BATCH <= self._waiting:
                 self._changed.notify_all()
         self.came.set()
@@ -10710,7 +11865,7 @@ class Intake:
         """Return before which moment (epoch ms) everything that came is in the store, or noted as missing."""
         with self._changed:
             now = int(self._clock.wall() * 1000)
-            return min((pushes.since - 1 for pushes in (*self._written, *self._pending)), default=now)
+            return min((parcel.since - 1 for parcel in (*self._written, *self._pending)), default=now)
 
     def close(self, within_s: float) -> None:
         """Write what is there, and end; what cannot be written within that time is missing since the mark."""
@@ -10731,7 +11886,7 @@ class Intake:
             with self._changed:
                 self._written = []
 
-    def _next(self) -> tuple[list[Pushes], float]:
+    def _next(self) -> tuple[list[Parcel], float]:
         """Return what is to be written next, and how long MongoDB has for it, once it is time; nothing at the end."""
         with self._changed:
             while not self._pending and not self._is_closing:
@@ -10759,9 +11914,9 @@ class Intake:
                 return
             self._changed.wait(left)
 
-    def _write(self, batch: Sequence[Pushes], within_s: float) -> None:
+    def _write(self, batch: Sequence[Parcel], within_s: float) -> None:
         created = utc_now().replace(tzinfo=None)
-        documents = [to_document(trade, created) for pushes in batch for trade in pushes.trades]
+        documents = [to_document(trade, created) for parcel in batch for trade in parcel.trades]
         try:
             written = self._put(documents, within_s)
         except StoreError as error:
@@ -10775,13 +11930,13 @@ class Intake:
         if written.refused:
             self._refuse(batch, written.refused, next(iter(written.refused.values())))
         elif self.trouble:
-            self.trouble = ""
-            self._trouble.over()
             self._coverage.stored()
+            self._trouble.over()
+            self.trouble = ""
         now = self._clock.monotonic()
         with self._changed:
-            for pushes in batch:
-                self._delays.add((now - pushes.arrived) * 1000, len(pushes.trades))
+            for parcel in batch:
+                self._delays.add((now - parcel.arrived) * 1000, len(parcel.trades))
 
     def _put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
         try:
@@ -10791,15 +11946,15 @@ class Intake:
                 raise
         return self._pipeline.put(documents, PUSHES_TAKEN_S)  # the disk is full, and MongoDB only slow
 
-    def _refuse(self, batch: Sequence[Pushes], refused: Mapping[str, str] | None, why: str) -> None:
+    def _refuse(self, batch: Sequence[Parcel], refused: Mapping[str, str] | None, why: str) -> None:
         """Count, say and note as missing what the store does not take; `refused`: by `_id`, None for everything."""
         names: set[str] = set()
-        for pushes in batch:
-            gone = [trade.s for trade in pushes.trades if refused is None or identity(trade) in refused]
+        for parcel in batch:
+            gone = [trade.s for trade in parcel.trades if refused is None or identity(trade) in refused]
             self.refused += len(gone)
             names |= {*gone}
             if gone:
-                self._coverage.not_stored(pushes, {*gone}, f"not stored: {why}")
+                self._coverage.not_stored(parcel, {*gone}, f"not stored: {why}")
         self.trouble = f"{first_few(sorted(names))} not stored: {why}"
         self._trouble.again(self.trouble)
 
@@ -10917,7 +12072,7 @@ class Feed(threading.Thread):
             return StreamEnd(own_fault(error), StreamAction.DIAL_AGAIN)
         return end
 
-    def _take(self, received: Received) -> StreamEnd | None:
+    def _take(self, received: Pushes) -> StreamEnd | None:
         """Hand on what has come, and return the end of the connection if that is in it."""
         if received.trades:
             sign = self._intake.add(self.part.product, received.trades)
@@ -10943,6 +12098,9 @@ class Feed(threading.Thread):
             self._refusal.again(
                 f"{count_words(len(event.codes), 'code')}, {first_few(event.codes)}: {event.words}"
             )
+        elif isinstance(event, Silent):
+            self._coverage.silent(self.part, event.codes)
+            self._odd.again(f"nothing was pushed for {event.seconds:.0f} s: subscribed anew")
         elif isinstance(event, Said):
             self._odd.again(event.words)
 
@@ -10953,12 +12111,13 @@ class Feed(threading.Thread):
 
 # What the stream does not bring is polled this often, or seldom enough that a day's quota lasts.
 POLL_INSTEAD_S = 10.0
+POLL_SHARE = 0.5
 # Codes of a connection that has just been dialled, or dropped, are not polled yet.
 POLL_SOON_S = 10.0
 # Subscriptions come in frames: what is fetched after them is fetched together.
 BACK_TOGETHER_S = 0.5
-# What fails is tried again.
-PLAN_AGAIN_S = 10.0
+# What fails is tried again; and without any news it is looked around.
+PLAN_AGAIN_S, PLAN_LOOK_S = 10.0, 600.0
 # How long leaving may take: for what connections and requests are at, and for what waits to be written.
 LEAVE_POLL_S, LEAVE_INTAKE_S = 0.7, 1.1
 
@@ -10978,7 +12137,6 @@ class Planner(threading.Thread):
         super().__init__(name="stockrt-collect", daemon=True)
         self.feeds: list[Feed] = []
         self.polled = 0
-        self.missed_beats = 0
         self.trouble = ""
         self._pipeline = pipeline
         self._settings = settings
@@ -10986,12 +12144,15 @@ class Planner(threading.Thread):
         self._coverage = coverage
         self._intake = intake
         self._events = events
-        self._stop = threading.Event()
+        self._leaving = threading.Event()
         self._listed: Sequence[str] | None = None
         self._wanted: dict[str, list[str]] = {}  # by product
         self._has_begun = False
-        self._never: dict[str, set[str]] = {}  # by key: products, '' for all of them
-        self._beat = Beat(POLL_INSTEAD_S, time.monotonic())
+        self._never: dict[
+            str, dict[str, str]
+        ] = {}  # by key and product, '' for all of them: why it is of no use
+        self._back: set[str] = set()  # codes whose latest trades are to be fetched
+        self._poll_at = 0.0  # monotonic
         self._gaps_at = 0.0  # monotonic
         self._rest_said = ""
         then = "trying again"
@@ -11002,14 +12163,18 @@ class Planner(threading.Thread):
             "stream_gaps", then="they are kept on this machine until MongoDB takes them"
         )
 
+    def given_up(self) -> list[str]:
+        """Return why keys are of no use for the stream, or for a product of it."""
+        return [words for whys in [*self._never.values()] for words in [*whys.values()]]
+
     def leave(self) -> None:
         """End, soon; of a poll that goes on what was fetched is stored."""
-        self._stop.set()
+        self._leaving.set()
         self._coverage.news.set()
 
     def run(self) -> None:
         """Work until told to leave."""
-        while not self._stop.is_set():
+        while not self._leaving.is_set():
             wait_s, words = PLAN_AGAIN_S, ""
             try:
                 wait_s = self._work()
@@ -11021,7 +12186,7 @@ class Planner(threading.Thread):
                 words = str(error)
             except Exception as error:  # nobody else looks at this thread
                 words = own_fault(error)
-            if self._stop.is_set():
+            if self._leaving.is_set():
                 return
             if words:
                 self._trouble.again(words)
@@ -11030,32 +12195,34 @@ class Planner(threading.Thread):
             self.trouble = words
             if self._coverage.news.wait(wait_s):
                 self._coverage.news.clear()
-                self._stop.wait(BACK_TOGETHER_S)
+                self._leaving.wait(BACK_TOGETHER_S)
 
     def _work(self) -> float:
         """Do what is to be done now, and return after how many seconds to look again. Raises StockrtError."""
         need_clock(time.time())
         self._plan()
         ended = self._coverage.ended()
-        back = self._coverage.take_back()
-        if back:
-            self._poll(sorted(back))
+        self._back |= self._coverage.take_back()
+        if self._back:
+            self._poll(sorted(self._back))
+            self._back.clear()
+        for silence in self._coverage.take_silent():
+            if self._poll(silence.codes):
+                self._coverage.was_deaf(silence)
         self._coverage.complete(ended)
-        waits = [self._watch.wait_s(), self._poll_instead(), self._deliver_gaps()]
-        return min(waits)
+        return min(self._watch.wait_s(), self._poll_instead(), self._deliver_gaps(), PLAN_LOOK_S)
 
     def _plan(self) -> None:
         """Look at the list, and spread the codes where it has changed or a connection is of no use any more."""
         codes = self._watch.codes()
-        over = [feed for feed in self.feeds if feed.end is not None]
+        over = [(feed, feed.end) for feed in self.feeds if feed.end is not None]
         if codes is self._listed and not over:
             return
         if codes is not self._listed:
             self._read(codes)
-        for feed in over:
-            self._never.setdefault(feed.allotment.key, set()).add(
-                "" if feed.end.whole_key else feed.allotment.product
-            )
+        for feed, end in over:
+            what = "" if end.whole_key else feed.allotment.product
+            self._never.setdefault(feed.allotment.key, {})[what] = end.words
             self._coverage.drop(feed.part)
             self.feeds.remove(feed)
         self._spread()
@@ -11063,7 +12230,7 @@ class Planner(threading.Thread):
 
     def _read(self, codes: Sequence[str]) -> None:
         """Find out what the codes mean."""
-        found = resolve(codes, self._pipeline.directory, self._stop)
+        found = resolve(codes, self._pipeline.directory, self._leaving)
         if found.refused:
             words = [f"{code}: {why}" for code, why in islice(found.refused.items(), NAMES_SHOWN)]
             log.error("%s not collected: %s", count_words(len(found.refused), "code"), "; ".join(words))
@@ -11079,8 +12246,8 @@ class Planner(threading.Thread):
     def _spread(self) -> None:
         """Let connections bring what they can."""
         limits = {
-            digest: one._replace(not_for=one.not_for | self._never.get(digest, set()))
-            for digest, one in self._pipeline.stream_limits(self._stop).items()
+            digest: one._replace(not_for=one.not_for | self._never.get(digest, {}).keys())
+            for digest, one in self._pipeline.stream_limits(self._leaving).items()
             if "" not in self._never.get(digest, ())
         }
         before = [feed.allotment for feed in self.feeds]
@@ -11105,12 +12272,16 @@ class Planner(threading.Thread):
         """Start a connection. Raises StockrtError where there is no thread, or this ends."""
         settings, product = self._settings, allotment.product
         secret = next(key.secret for key in self._pipeline.keys.keys if key.digest == allotment.key)
-        if self._stop.is_set():
+        if self._leaving.is_set():
             raise Interrupted("stopped")
         connection = StreamConnection(settings.stream_url, product, secret, settings.proxies)
         feed = Feed(allotment, connection, self._coverage, self._intake, self._events)
         feed.want(allotment)
-        start_thread(feed)
+        try:
+            start_thread(feed)
+        except StockrtError:
+            self._coverage.drop(feed.part)
+            raise
         return feed
 
     def _say_rest(self, rest: Mapping[str, Sequence[str]]) -> None:
@@ -11142,31 +12313,41 @@ class Planner(threading.Thread):
         ]
 
     def _poll_instead(self) -> float:
-        """Poll on the beat what the stream does not bring; return after how many seconds the next beat comes."""
-        now = time.monotonic()
+        """Poll now and then what the stream does not bring; return after how many seconds to look again."""
         codes = self._instead()
         self.polled = len(codes)
-        wait_s = self._beat.wait_s(now)
-        if wait_s > 0 or not codes:
-            return max(wait_s, 1.0) if self.polled or self._is_waiting() else math.inf
-        self._poll(codes)
-        self.missed_beats += self._beat.done(time.monotonic())
-        return self._beat.wait_s(time.monotonic())
+        wait_s = math.inf
+        if codes:
+            now = time.monotonic()
+            if now >= self._poll_at:
+                self._poll(codes)
+                self._poll_at = now + self._pause_s(len(codes))
+            wait_s = max(0.0, self._poll_at - time.monotonic())
+        if self._is_waiting():
+            wait_s = min(wait_s, 1.0)
+        return wait_s
+
+    def _pause_s(self, codes: int) -> float:
+        """Return in how many seconds so many codes are polled again: a day's quota has to last, for others too."""
+        plans = [key.plan for key in self._pipeline.keys.keys if not key.dead]
+        if not plans or not all(plan.per_day for plan in plans):
+            return POLL_INSTEAD_S
+        requests = codes / MAX_BATCH + len(self._wanted)
+        return max(POLL_INSTEAD_S, requests * DAY_S / sum(plan.per_day for plan in plans) / POLL_SHARE)
 
     def _is_waiting(self) -> bool:
-        """Whether a connection that does not stand may have to be polled for soon."""
-        return any(
-            feed.state != "connected" or len(feed.part.acked) < len(feed.part.codes) for feed in self.feeds
-        )
+        """Whether codes of a connection that does not stand may have to be polled soon."""
+        return any(len(feed.part.acked) < len(feed.part.codes) for feed in self.feeds)
 
-    def _poll(self, codes: Sequence[str]) -> None:
-        report = self._pipeline.poll(codes, self._stop)
-        if report.interrupted:
-            return
-        self._troubles.note(report)
-        failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
-        if failed:
-            self._code_trouble.again(failed_words(failed, report.total))
+    def _poll(self, codes: Sequence[str]) -> int:
+        """Fetch the latest trades of codes, and return how many are new. Raises StockrtError."""
+        report = self._pipeline.poll(codes, self._leaving)
+        if not report.interrupted:
+            self._troubles.note(report)
+            failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
+            if failed:
+                self._code_trouble.again(failed_words(failed, report.total))
+        return report.stored + report.queued
 
     def _deliver_gaps(self) -> float:
         """Bring gaps to MongoDB; return after how many seconds to try again."""
@@ -11174,7 +12355,7 @@ class Planner(threading.Thread):
         if now < self._gaps_at:
             return self._gaps_at - now
         try:
-            while self._pipeline.gaps.deliver() and not self._stop.is_set():
+            while self._pipeline.gaps.deliver() and not self._leaving.is_set():
                 pass
         except StoreAway as error:
             self._gap_trouble.again(str(error))
@@ -11254,7 +12435,12 @@ class Collecting:
             return self._poller.stats()
         feeds, intake = [*self._planner.feeds], self._intake
         p50, p99, per_second = intake.lately()
-        troubles = (self._planner.trouble, intake.trouble, *(feed.why for feed in feeds))
+        troubles = (
+            self._planner.trouble,
+            intake.trouble,
+            *(feed.why for feed in feeds),
+            *self._planner.given_up(),
+        )
         return CollectStats(
             connections=sum(feed.state == "connected" for feed in feeds),
             connections_wanted=len(feeds),
@@ -11268,7 +12454,6 @@ class Collecting:
             stored=intake.stored,
             duplicates=intake.duplicates,
             dropped=intake.dropped,
-            missed_beats=self._planner.missed_beats,
             trouble=next(filter(None, troubles), ""),
         )
 
@@ -11800,7 +12985,7 @@ def ask_presence(settings: Settings, module_hash: str) -> Presence:
 
 
 # ------------------------------------------------------------------------------------------------------
-# WebSocket
+# Dialling
 # ------------------------------------------------------------------------------------------------------
 
 # A server that is away comes back within seconds or hours: quick at first, slowly slower, never above 30 s.
@@ -11810,183 +12995,14 @@ DIAL_FIRST_S, DIAL_CAP_S, DIAL_GROWTH = 1.0, 30.0, 1.3
 # every second, to be back as soon as it lets go. A second instance with our hash may stay: seldom then, as above.
 OLD_SESSION_S = 190.0
 OLD_SESSION_DIAL_S = (0.5, 1.0)
-# Connecting, TLS and the WebSocket handshake together.
-DIAL_LIMITS = Limits(connect_s=5.0, read_s=10.0, whole_s=10.0)
-# A peer that takes no byte for this long is dead; the kernel buffers far more than a result.
-SEND_TIMEOUT_S = 5.0
-# Frames that are handled before results are sent and signals looked at.
-FRAMES_AT_ONCE = 100
-# And their bytes: to understand 4 MB takes a tenth of a second, and a ping may wait behind.
-FRAME_BYTES_AT_ONCE = 1024 * 1024
 
 
-class Link:
-    """An open WebSocket that never blocks in reading; `fileno` is for select. Raises LinkLost from every call."""
+class Link(WebSocket):
+    """The WebSocket to the platform."""
 
     def __init__(self, settings: Settings, module_hash: str, limits: Limits = DIAL_LIMITS) -> None:
-        self._ws = _dial(settings, module_hash, limits)
-        self._sock: socket.socket = self._ws.sock
-        self._sock.settimeout(0)
-        self.has_more = True  # whether frames may wait that no poll would tell of
-        self._unfinished = 0  # bytes of a frame whose rest is still to come
-
-    def fileno(self) -> int:
-        """Return the socket's descriptor."""
-        return self._sock.fileno()
-
-    def frames(self) -> Iterator[str | None]:
-        """Yield what has come: a text frame's text, or None for a frame that only shows that the peer lives."""
-        from websocket import ABNF
-
-        self.has_more = True
-        size = 0
-        for _ in range(FRAMES_AT_ONCE):
-            if size >= FRAME_BYTES_AT_ONCE:
-                return
-            frame = self._next_frame()
-            if frame is None:
-                self.has_more = False
-                if self._long_frame_grew():
-                    yield None
-                return
-            opcode, data = frame
-            size += len(data)
-            if opcode == ABNF.OPCODE_PING:
-                self._send(data, ABNF.OPCODE_PONG)
-            yield data.decode("utf-8", "replace") if opcode == ABNF.OPCODE_TEXT else None
-
-    def _long_frame_grew(self) -> bool:
-        """Whether more of an unfinished frame has come: its sender is slow, not silent."""
-        before, self._unfinished = self._unfinished, sum(map(len, self._ws.frame_buffer.recv_buffer))
-        return self._unfinished > before
-
-    def send_text(self, text: str) -> None:
-        """Send a text frame."""
-        from websocket import ABNF
-
-        self._send(text.encode(), ABNF.OPCODE_TEXT)
-
-    def ping(self) -> None:
-        """Send a WebSocket ping."""
-        from websocket import ABNF
-
-        self._send(b"", ABNF.OPCODE_PING)
-
-    def close(self, code: int = 1000) -> None:
-        """Say goodbye if the peer still listens, and close."""
-        from websocket import ABNF
-
-        with contextlib.suppress(LinkLost):
-            self._send(code.to_bytes(2, "big"), ABNF.OPCODE_CLOSE)
-        self._ws.shutdown()
-
-    def _send(self, data: bytes, opcode: int) -> None:
-        from websocket import WebSocketException
-
-        try:
-            self._sock.settimeout(SEND_TIMEOUT_S)
-            try:
-                self._ws.send(data, opcode)
-            finally:
-                self._sock.settimeout(0)
-        except (WebSocketException, OSError) as error:
-            raise LinkLost(f"sending failed: {network_words(error)}") from error
-
-    def _next_frame(self) -> tuple[int, bytes] | None:
-        """Return the next whole message, or control frame, None when no more has come."""
-        import ssl
-
-        from websocket import ABNF, WebSocketException
-
-        ws = self._ws
-        try:
-            while True:
-                frame = ws.recv_frame()
-                if frame.opcode == ABNF.OPCODE_CLOSE:
-                    code = int.from_bytes(frame.data[:2], "big")
-                    raise LinkLost(f"closed by the server{_close_words(frame.data)}", code)
-                if frame.opcode in (ABNF.OPCODE_PING, ABNF.OPCODE_PONG):
-                    return frame.opcode, bytes(frame.data)
-                ws.cont_frame.validate(frame)
-                ws.cont_frame.add(frame)
-                self._limit(len(ws.cont_frame.cont_data[1]))
-                if ws.cont_frame.is_fire(frame):
-                    opcode, whole = ws.cont_frame.extract(frame)
-                    return opcode, bytes(whole.data)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            self._limit(ws.frame_buffer.length or 0)  # the length of a frame whose rest is still to come
-            return None
-        except (WebSocketException, OSError, ValueError) as error:
-            raise LinkLost(f"lost: {network_words(error)}") from error
-
-    def _limit(self, size: int) -> None:
-        if size > MAX_FRAME_BYTES:
-            self.close(1009)
-            raise LinkLost(f"lost: a frame of {size} bytes; at most {MAX_FRAME_BYTES} are taken")
-
-
-def _close_words(data: bytes) -> str:
-    code = int.from_bytes(data[:2], "big") if len(data) >= 2 else 0
-    return (
-        f" (code {code}{' ' + one_line(data[2:].decode('utf-8', 'replace'), 80) if data[2:] else ''})"
-        if code
-        else ""
-    )
-
-
-# As of any HTTP answer's head.
-MAX_HANDSHAKE_BYTES = 65536
-
-
-class _ShortAnswer:
-    """A socket for a handshake alone: its library takes an answer of any length, and as much as that announces."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._left = MAX_HANDSHAKE_BYTES
-
-    def recv(self, size: int) -> bytes:
-        """Receive at most so many bytes. Raises OSError."""
-        if not self._left:
-            raise OSError(f"an answer of more than {MAX_HANDSHAKE_BYTES} bytes")
-        received = self._sock.recv(min(size, self._left))
-        self._left -= len(received)
-        return received
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
-
-
-def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
-    """Open the socket, TLS and the WebSocket, each and all within limits. Raises DialError."""
-    try:
-        from websocket import WebSocket, WebSocketBadStatusException, WebSocketException
-    except OSError as error:
-        raise DialError(f"cannot connect: {network_words(error)}") from error
-
-    url = settings.platform_url()
-    way: HttpConnection | StraightSocket = StraightSocket(url, limits)
-    if settings.proxies.for_url(url) is not None:
-        way = HttpConnection(url, limits, settings.proxies, tunnel=True)
-    try:
-        with cut_after(limits.whole_s, way):
-            fault = way.open()
-            if fault is not None:
-                raise DialError(f"cannot connect: {fault.fault}")
-            ws: Any = WebSocket(skip_utf8_validation=True, enable_multithread=False)
-            way.sock.settimeout(limits.read_s)
-            address = f"{url.replace('http', 'ws', 1)}/websocket?hash={module_hash}"
-            ws.connect(address, socket=_ShortAnswer(way.sock), redirect_limit=0)
-            ws.sock = way.sock
-    except WebSocketBadStatusException as error:
-        way.close()
-        status = error.status_code
-        raise DialError(f"the handshake was refused with HTTP {status}", status) from None
-    except (WebSocketException, OSError, ValueError) as error:
-        way.close()
-        raise DialError(f"cannot connect: {way.named(network_words(error))}") from error
-    way.let_go()
-    return ws
+        address = f"{settings.platform_url()}/websocket?hash={module_hash}"
+        super().__init__(address, limits, settings.proxies, max_bytes=MAX_FRAME_BYTES)
 
 
 # ======================================================================================================
@@ -12561,15 +13577,7 @@ class Inbox:
 
     def wait(self, seconds: float, *descriptors: int) -> None:
         """Wait until a message or something at one of the descriptors is there, or the time, if it ends, is over."""
-        import select
-
-        poll = select.poll()
-        for descriptor in (self._woken.fileno(), *descriptors):
-            poll.register(descriptor, select.POLLIN)
-        timeout_ms = None
-        if seconds < math.inf:
-            timeout_ms = math.ceil(max(0.0, seconds) * 1000)
-        poll.poll(timeout_ms)
+        wait_readable(seconds, self._woken.fileno(), *descriptors)
 
 
 class Outgoing(NamedTuple):
@@ -15212,9 +16220,7 @@ def sparkline(points: Sequence[float | None], bars: str = BARS) -> str:
 # How an export is written, by the end of its file's name.
 EXPORT_FORMS = (".csv", ".jsonl")
 # What an export of closes has of each.
-CLOSE_NAMES = (
-    "stock_code", "date", "close", "final", "after_hours", "open", "high", "low", "volume", "turnover", "t",
-)  # fmt: skip
+CLOSE_NAMES = tuple("stock_code date close final after_hours open high low volume turnover t".split())
 TRADE_NAMES = ("_id", *StoredTrade._fields[1:])
 
 
@@ -17222,7 +18228,7 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
     told = read_status(settings.state_directory).get("collecting", {})
     if told.get("connections_wanted") and daemon_runs(settings.state_directory):
         facts = dict.fromkeys(CollectFacts.__annotations__) | told
-        faults = _collect_faults(facts)
+        faults = [trouble.what for trouble in _collect_faults(facts)]
         yield Check("stream", not faults, "; ".join(faults) or f"the daemon has it: {_collect_line(facts)}")
         return
     limits = pipeline.stream_limits(stop)
