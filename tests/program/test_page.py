@@ -6,6 +6,7 @@ import json
 import os
 import re
 import stat
+import threading
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,11 +14,24 @@ from xml.etree import ElementTree
 import pytest
 from conftest import RunPyz, unavailable
 from kit.browser import Browser, NoBrowser
+from kit.clock import FakeClock
 from kit.trades import CREATED
 
 import stockrt
-from stockrt import Bar, SqliteStore, Trade, bar_close, open_store_file, session_on, to_document
+from stockrt import (
+    Bar,
+    Batch,
+    DemoApi,
+    SqliteStore,
+    Trade,
+    bar_close,
+    open_store_file,
+    session_on,
+    to_document,
+)
 
+PICTURE = Path(__file__).with_name("demo.svg")
+README = PICTURE.parents[2] / "README.md"
 OPEN = int(datetime(2026, 11, 27, 14, 30, tzinfo=UTC).timestamp()) * 1000  # half past nine in New York
 MINUTE = 60_000
 AAPL, MAOTAI, TENCENT, BITCOIN = "AAPL.US", "600519.SH", "00700.HK", "BTCUSDT"
@@ -198,6 +212,22 @@ def test_a_picture_is_of_one_code(run_pyz: RunPyz, state: Path, tmp_path: Path) 
     done = run_pyz("--html", "more.svg")
     assert done.returncode == 64 and "a picture is of one code, and here are candles of 4" in done.stderr
     assert not (tmp_path / "more.svg").exists()
+
+
+def test_the_readmes_picture_is_what_its_command_draws(run_pyz: RunPyz, tmp_path: Path) -> None:
+    """Of a session of --demo, one trade a minute, as it is stored by running that long."""
+    (tmp_path / "state").mkdir()
+    with open_store_file(tmp_path / "state") as file:
+        for minute in range(390):
+            demo = DemoApi(FakeClock(OPEN / 1000 + 60.0 * minute))
+            for outcome in filter(None, demo.fetch([Batch("stock", "TSLA.US")], threading.Event())):
+                SqliteStore(file).write([to_document(one, CREATED, demo=True) for one in outcome.trades])
+    command = "./stockrt.pyz --html demo.svg --demo --codes TSLA.US"
+    assert README.read_text("utf-8").count(f"{command}\n") == 2
+    done = run_pyz(*command.split()[1:])
+    assert done.returncode == 0, done.stderr
+    drawn = (tmp_path / "demo.svg").read_text("utf-8")
+    assert drawn == PICTURE.read_text("utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------
