@@ -17141,6 +17141,7 @@ examples:
   stockrt.pyz --once --codes-file codes.txt --json           one JSON document a line on stdout
   stockrt.pyz --collect --codes TSLA.US BTCUSDT              every trade as it is made, until Ctrl-C
   stockrt.pyz --backfill 60 --codes-file codes.txt           closes of the last 60 sessions, to begin with
+  stockrt.pyz --html stocks.html                             what is stored, and charts of it, as one page
   stockrt.pyz --check                                        what is wrong, and which setting mends it
 
 exit status: 0 every code stored · 1 any not · 64 usage · 78 settings · 130 interrupted
@@ -18790,8 +18791,21 @@ def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -
     return EXIT_FAILED if missing or not found else EXIT_OK
 
 
+def need_blocks(options: Options, encoding: str) -> None:
+    """Raise UsageError where stdout cannot show what a chart is drawn with."""
+    try:
+        "█▒│░".encode(encoding)
+    except UnicodeError:
+        if not options.json:
+            raise UsageError(
+                f"--chart: stdout is {encoding}, which has no blocks to draw with: set LANG to a UTF-8 locale, or "
+                "see --json and --html"
+            ) from None
+
+
 def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
     """Print candles of codes; exit status 1 where there are none of one that was asked for, or nothing at all."""
+    need_blocks(options, sys.stdout.encoding)
     now, span, step = time.time(), Span(*span_of(options)), cast(str, options.chart)
     width, height = terminal_width(80), terminal_height(24)
     with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:

@@ -261,6 +261,14 @@ def test_candles_are_json_for_programs(run_pyz: RunPyz, state: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_terminal_that_cannot_show_blocks_is_told_so(run_pyz: RunPyz, state: Path) -> None:
+    env = {"PYTHONIOENCODING": "gb2312"}
+    done = run_pyz("--show", AAPL, "--chart", "5m", env=env)
+    assert (done.returncode, done.stdout) == (64, "")
+    assert "stdout is gb2312" in done.stderr and "--html" in done.stderr
+    assert run_pyz("--show", AAPL, "--chart", "5m", "--json", env=env).returncode == 0
+
+
 def test_what_is_not_there_is_said_with_what_is(run_pyz: RunPyz, state: Path) -> None:
     done = run_pyz("--show", MAOTAI, "9988.HK", "--chart", "1d")
     assert (done.returncode, done.stdout) == (1, "")

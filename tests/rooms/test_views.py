@@ -21,6 +21,7 @@ from stockrt import (
     Bar,
     Candle,
     Chart,
+    Close,
     Gap,
     LocalFile,
     Pipeline,
@@ -62,6 +63,12 @@ class Place:
         assert market is not None
         bar = Bar(code, t, price, price, price, price, "1000", "1")
         SqliteStore(self.file).write_closes([bar_close(bar, session_of(market, t))])
+
+    def provisional(self, code: str, t: int, price: str) -> None:
+        """Store the close of a session whose bar has not come."""
+        document = to_document(Trade(code, t, price, "1", "1", 1), CREATED)
+        day = session_of(stockrt.MARKETS["US"], t).date
+        SqliteStore(self.file).write_closes([Close(document, day, provisional=True)])
 
     def charts(
         self, codes: Sequence[str], step: str, span: Span | None = None, room: int = 100
@@ -148,6 +155,7 @@ def test_days_are_final_closes(place: Place) -> None:
     place.put(BITCOIN, (NOON, "5"))
     for days in (3, 2, 1):
         place.close(AAPL, NOON - days * 86_400_000, f"10{days}.5")
+    place.provisional(AAPL, NOON, "100.5")
     charts = place.charts([AAPL, BITCOIN], "1d")
     assert [slot.candle.close for slot in charts[AAPL].slots if slot.candle] == ["103.5", "102.5", "101.5"]
     assert [words for _, words in stockrt.time_ticks(charts[AAPL], 9)] == [
