@@ -16638,7 +16638,8 @@ a{color:inherit}.up{color:var(--up)}.down{color:var(--down)}
 figure{margin:.5rem 0}figcaption{color:var(--dim);font-size:.85rem}
 svg{display:block;width:100%;height:auto}svg.spark{width:5rem;margin-left:auto}
 @media (max-width:40rem){.more{display:none}body{padding:.5rem}th button,td{padding:.2rem}svg text{font-size:20px}}
-@media print{body{font-size:11px;padding:0}#language{display:none}section{break-inside:avoid}}
+@media print{html{font-size:10px}body{font-size:10px;padding:0}#language{display:none}section{break-inside:avoid}
+.wide{overflow:visible}.name{max-width:9rem}th button,td{padding:.1rem .3rem}}
 """
 # Red is up where the reader's language has it so: as RED_RISES.
 PAGE_SCRIPT = """

@@ -134,7 +134,8 @@ def test_the_page_as_its_readers_see_it(run_pyz: RunPyz, state: Path, tmp_path: 
         browser.picture(tmp_path / "dark.png")
         browser.click("#language")
         assert browser.tell("document.documentElement.lang") == "en"
-        browser.look(dark=True, media="print")
+        browser.look(width=718, dark=True, media="print")  # A4
+        assert browser.tell("document.querySelector('table').scrollWidth") <= 718
         assert browser.tell("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert browser.tell("document.querySelector('#language').offsetParent") is None
         browser.picture(tmp_path / "print.png")

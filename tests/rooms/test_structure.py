@@ -93,9 +93,7 @@ def test_the_measures_see_what_they_are_for() -> None:
 
 
 # What a start may do without: each costs milliseconds and memory, and only some ways through the program need it.
-NEEDED_BY_SOME = (
-    "argparse dataclasses dotenv hashlib html inspect pymongo socket sqlite3 ssl tqdm urllib3 websocket"
-)
+NEEDED_BY_SOME = "argparse dataclasses dotenv hashlib html inspect plotext pymongo socket sqlite3 ssl tqdm urllib3 websocket"
 
 
 def test_a_daemon_that_begins_loads_nothing_that_only_others_need() -> None:
