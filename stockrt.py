@@ -1735,6 +1735,9 @@ def _path_faults(values: Mapping[str, Any], environ: Mapping[str, str]) -> list[
     there = next(path for path in (state, *state.parents) if os.path.lexists(path))
     tried = [("STATE_DIRECTORY", f"{there}/.", os.W_OK | os.X_OK)]
     tried += [(name, environ.get(name, ""), os.R_OK) for name in ("SSL_CERT_FILE", "CREDENTIALS_DIRECTORY")]
+    codes = values.get("collect_codes", "")
+    if codes[:1] == "@":
+        tried.append(("COLLECT_CODES", codes[1:], os.R_OK))
     tried += [("SSL_CERT_DIR", path, os.R_OK) for path in environ.get("SSL_CERT_DIR", "").split(":")]
     metrics, keys = values.get("metrics_file"), environ.get("SSLKEYLOGFILE", "")
     if metrics:
@@ -11061,7 +11064,6 @@ class WatchList:
             is_now = (found.st_mtime_ns, found.st_size, found.st_ino)
             if self._codes is not None and is_now == self._file_was:
                 return None
-            self._file_was = None
             with path.open(encoding="utf-8-sig") as lines:
                 codes = list(codes_in(lines))
         except (OSError, UnicodeDecodeError) as error:
@@ -11072,18 +11074,18 @@ class WatchList:
         return codes
 
     def _take(self, listed: Collection[str]) -> None:
-        """Go over to what of a new list is in the share, and say what changed."""
+        """Go over to what of a new list is in the share, and say what changed, or that it is nothing."""
         number, shares = self._settings.collect_share
         codes = [code for code in listed if share_of(code, shares) == number]
         before, now = set(self._codes or ()), set(codes)
         if self._codes is not None and before == now:
             return
-        words = count_words(len(codes), "code")
-        if shares > 1:
-            words += f" of {len(listed)}, the share {number}/{shares}"
-        if self._codes is not None:
-            words += f"; {len(now - before)} new, {len(before - now)} gone"
-        log.log(logging.INFO if codes else logging.WARNING, "COLLECT_CODES: %s", words)
+        if not codes:
+            words = "COLLECT_CODES: none of %s is in the share %d/%d"
+            log.warning(words, count_words(len(listed), "code"), number, shares)
+        elif self._codes is not None:
+            words = "COLLECT_CODES: %s, %d new, %d gone"
+            log.info(words, count_words(len(codes), "code"), len(now - before), len(before - now))
         self._codes = tuple(codes)
 
 
@@ -11267,6 +11269,8 @@ class Poller(threading.Thread):
 
     def _count(self, report: Report) -> None:
         before = self._stats
+        if report.total and not before.polled:
+            log.info("%s polled every %g s", count_words(report.total, "code"), self._every_s)
         trouble = report.store_error
         if not report.interrupted:
             trouble = self._troubles.note(report)

@@ -315,7 +315,7 @@ def test_every_flag_it_names_exists() -> None:
 
 def test_every_setting_it_names_exists() -> None:
     names = {name for setting in stockrt.SETTINGS for name in setting.names()}
-    named = set(re.findall(r"\b(?:INFOWAY|MONGODB|SERVER)_[A-Z_]+", README))
+    named = set(re.findall(r"\b(?:INFOWAY|MONGODB|SERVER|COLLECT)_[A-Z_]+", README))
     assert named - names - {"MONGODB_TEST_URI"} == set()
 
 

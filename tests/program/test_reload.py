@@ -168,7 +168,7 @@ def test_a_command_without_codes_means_the_watch_list_in_the_built_file(
 ) -> None:
     """As it stands at that moment; without COLLECT_CODES it is refused, and one with an empty list always."""
     uri, name = mongo_db
-    assert "COLLECT_CODES in the settings of this module" in answer(platform, None)["error"]
+    assert answer(platform, None)["error"] == stockrt.NO_CODES
     mongo = {"MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
     write_settings(tmp_path, INFOWAY_API_KEY=OLD_KEY, COLLECT_CODES="watch", **mongo)
     daemon.signal(signal.SIGHUP)
@@ -189,6 +189,10 @@ def test_a_command_without_codes_means_the_watch_list_in_the_built_file(
     assert "3 of 3 codes stored" in third["message"]
     assert stored == {"AAPL.US", "600519.SH", "BTCUSDT"}
     assert "code_list is empty" in answer(platform, [])["error"]
+    write_settings(tmp_path, INFOWAY_API_KEY=OLD_KEY, COLLECT_CODES="MSFT.US", **mongo)
+    daemon.signal(signal.SIGHUP)
+    said(daemon, "changed: COLLECT_CODES\n")
+    assert answer(platform, None)["result"]["total"] == 1
 
 
 def answer(platform: PlatformServer, codes: object, **how: Any) -> dict[str, Any]:
