@@ -96,6 +96,7 @@ from typing import (
     IO,
     TYPE_CHECKING,
     Any,
+    ClassVar,
     Literal,
     NamedTuple,
     NoReturn,
@@ -9778,6 +9779,14 @@ def _without_zeros(text: str) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def with_decimals_of(price: str, text: str) -> str:
+    """Return a price with at least as many decimals as another one has."""
+    missing = len(price.partition(".")[2]) - len(text.partition(".")[2])
+    if missing <= 0 or not set(price + text) <= set("-.0123456789"):
+        return text
+    return text + "." * ("." not in text) + "0" * missing
+
+
 def _spans_of(code: str, since: int, until: int) -> Iterator[tuple[str, str]]:
     """Yield spans in which all `_id` are of the trades of a code in a span of time; their ends are no `_id`."""
     for first, behind in EQUALLY_LONG_MS:
@@ -9958,7 +9967,8 @@ def _sqlite_candle(row: Sequence[Any]) -> Candle:
     t, opened, high, low, close, whole, billionths, trades = row
     more, rest = divmod(billionths, 10**9)
     volume = _without_zeros(f"{whole + more}.{rest:09d}")
-    return Candle(t, opened, number_text(high), number_text(low), close, volume, trades)
+    highest, lowest = (with_decimals_of(opened, number_text(number)) for number in (high, low))
+    return Candle(t, opened, highest, lowest, close, volume, trades)
 
 
 def _sqlite_close(row: Sequence[Any]) -> StoredClose:
@@ -10662,9 +10672,11 @@ class Pipeline:
         sessions = SessionsFile(file)
         closes_in: SqliteStore | MongoStore = mongo or SqliteStore(file)
         closes = ClosingPrices(closes_in, sessions, self._clock)
+        self.reader: Reader = SqliteReader(file, self._demo)
         if isinstance(closes_in, SqliteStore):
             self.store, self._closing = closes_in, closes
         else:
+            self.reader = MongoReader(closes_in, file, self._settings.gap_name)
             limit = self._settings.spool_max_bytes
             queue, rejects, unsettled = DeliveryQueue(file, limit), Rejects(file), UnsettledTrades(file)
             self._delivery = Delivery(closes_in, queue, rejects, unsettled, closes, self._events)
@@ -15892,11 +15904,13 @@ def _same_digits(document: Document) -> tuple[object, ...]:
 SPARKS, BARS = 20, "▁▂▃▄▅▆▇█"
 # What --show lists where nothing says which codes.
 CODES_SHOWN = 50
-# Of a name in a table on a terminal.
-NAME_COLUMNS = 20
+# Of a name in a table on a terminal: as many columns at most, and where it is narrow at least.
+NAME_COLUMNS, NAME_LEAST = 20, 8
 # Where red is the colour of what rises. In Hong Kong, Macau and Singapore green is, as in the West.
 RED_RISES = re.compile(r"(?:zh(?!_(?:HK|MO|SG))|ja|ko)(?:_|\.|@|$)", re.IGNORECASE)
 RED, GREEN, LIT = "31", "32", "7"
+# A cell that changed is lit for so long.
+LIT_S = 0.8
 # Between two columns.
 GAP = "  "
 
@@ -16030,6 +16044,34 @@ class Quote(NamedTuple):
         return facts | {"spark": self.spark()}
 
 
+def with_trade(quote: Quote, trade: StoredTrade) -> Quote:
+    """Return what a quote becomes by a trade; by one that is not later than the latest nothing else."""
+    if (trade.t, trade.id) <= (quote.trade.t, quote.trade.id):
+        return quote
+    span, candles, reference = quote.span, quote.candles, quote.reference
+    if not span.since <= trade.t < span.until:
+        span = trading_span(quote.code, trade.t)
+    if span != quote.span:
+        candles = ()
+    if span.date != quote.span.date:
+        reference = None
+    if span.since <= trade.t < span.until:
+        candles = _with_trade(candles, trade, trade.t - (trade.t - span.since) % step_of(span))
+    return quote._replace(trade=trade, span=span, candles=candles, reference=reference)
+
+
+def _with_trade(candles: tuple[Candle, ...], trade: StoredTrade, start: int) -> tuple[Candle, ...]:
+    """Return candles with a trade that comes after theirs, in the step that begins at `start`."""
+    from decimal import Decimal
+
+    if not candles or candles[-1].t != start:
+        return (*candles, Candle(start, trade.p, trade.p, trade.p, trade.p, trade.v, 1))
+    *before, last = candles
+    high, low = max(last.high, trade.p, key=float), min(last.low, trade.p, key=float)
+    volume = format(Decimal(last.volume) + Decimal(trade.v), "f")
+    return (*before, Candle(start, last.open, high, low, trade.p, volume, last.trades + 1))
+
+
 def step_of(span: TradingSpan) -> int:
     """Return the length of a step of a sparkline (ms)."""
     return -((span.since - span.until) // SPARKS)
@@ -16085,7 +16127,7 @@ QUOTE_COLUMNS = (
     ViewColumn("AGE", right=True, given_up=6),
     ViewColumn("SESSION", given_up=4),
 )
-LAST_COLUMN, CHANGE_COLUMN, AGE_COLUMN = 2, 3, 8
+NAME_COLUMN, LAST_COLUMN, CHANGE_COLUMN, AGE_COLUMN = 1, 2, 3, 8
 
 
 class QuoteTable:
@@ -16095,7 +16137,7 @@ class QuoteTable:
     """
 
     def __init__(self, width: int | None, colors: Sequence[str] = (), encoding: str = "utf-8") -> None:
-        self._width = width
+        self.width = width
         self._colors = colors
         self._bars = BARS
         try:
@@ -16103,26 +16145,38 @@ class QuoteTable:
         except (UnicodeError, LookupError):
             self._bars = ""
         self._before: dict[str, list[str]] = {}
+        self._lit_until: dict[tuple[str, int], float] = {}  # by code and column
 
     def lines(self, found: Sequence[Quote], now: float, lit: bool = False) -> list[str]:
-        """Return the title and a line for each quote; `lit`: cells that changed since the last call are."""
+        """Return the title and a line for each quote; `lit`: cells that changed of late are."""
         rows = {quote.code: self._cells(quote, now) for quote in found}
         titles = [column.title for column in QUOTE_COLUMNS]
         widths = [max(map(columns_of, cells)) for cells in zip(titles, *rows.values(), strict=True)]
         filled = [any(cells) for cells in zip(*rows.values(), strict=True)] or [True] * len(titles)
         kept = self._kept(widths, filled)
+        if self.width is not None and NAME_COLUMN in kept:
+            over = max(0, _needed(widths, kept) - self.width)
+            widths[NAME_COLUMN] -= over
+            for cells in rows.values():
+                cells[NAME_COLUMN] = fitting(cells[NAME_COLUMN], widths[NAME_COLUMN]).rstrip()
         title = self._line(titles, widths, kept, {})
         lines = [f"\033[1m{title}\033[0m" if self._colors else title]
         for one in found:
             cells = rows[one.code]
             paints = self._paints(one)
             if lit and self._colors:
-                before = self._before.get(one.code, cells)
-                changed = [n for n in range(len(cells)) if n != AGE_COLUMN and cells[n] != before[n]]
-                paints |= {n: f"{LIT};{paints[n]}" if n in paints else LIT for n in changed}
+                for number in self._changed(one.code, cells, now):
+                    paints[number] = f"{LIT};{paints[number]}" if number in paints else LIT
             lines.append(self._line(cells, widths, kept, paints))
         self._before = rows
         return lines
+
+    def _changed(self, code: str, cells: Sequence[str], now: float) -> list[int]:
+        """Return which cells of a line changed in the last LIT_S, the age left out."""
+        for number, (before, cell) in enumerate(zip(self._before.get(code, cells), cells, strict=True)):
+            if before != cell and number != AGE_COLUMN:
+                self._lit_until[code, number] = now + LIT_S
+        return [number for number in range(len(cells)) if self._lit_until.get((code, number), now) > now]
 
     def _cells(self, quote: Quote, now: float) -> list[str]:
         session, price = quote.session, quote.trade.p
@@ -16132,7 +16186,7 @@ class QuoteTable:
             opened, high, low = (with_decimals_of(price, text) for text in session[1:4])
             volume = short_number(session.volume)
         name = quote.name
-        if self._width is not None:
+        if self.width is not None:
             name = fitting(name, NAME_COLUMNS).rstrip()
         age = age_or_ahead(now - quote.trade.t / 1000)
         return [
@@ -16151,9 +16205,10 @@ class QuoteTable:
     def _kept(self, widths: Sequence[int], filled: Sequence[bool]) -> list[int]:
         """Return which columns there are: those that hold something, as far as the terminal is wide enough."""
         kept = [number for number, holds in enumerate(filled) if holds]
+        least = list(widths)
+        least[NAME_COLUMN] = min(widths[NAME_COLUMN], NAME_LEAST)
         for turn in sorted({column.given_up for column in QUOTE_COLUMNS if column.given_up}):
-            needed = sum(widths[number] for number in kept) + len(GAP) * (len(kept) - 1)
-            if self._width is not None and needed > self._width:
+            if self.width is not None and _needed(least, kept) > self.width:
                 kept = [number for number in kept if QUOTE_COLUMNS[number].given_up != turn]
         return kept
 
@@ -16175,18 +16230,15 @@ class QuoteTable:
         return GAP.join(parts).rstrip()
 
 
+def _needed(widths: Sequence[int], kept: Sequence[int]) -> int:
+    """Return how wide a line is that has some of the columns."""
+    return sum(widths[number] for number in kept) + len(GAP) * (len(kept) - 1)
+
+
 def signed_percent(change: float) -> str:
     """Return a change with its sign, which says what a colour alone would not."""
     text = f"{change:+.2f}%"
     return text.replace("+", "").replace("-", "") if float(text[:-1]) == 0 else text
-
-
-def with_decimals_of(price: str, text: str) -> str:
-    """Return a price with at least as many decimals as another one has."""
-    missing = len(price.partition(".")[2]) - len(text.partition(".")[2])
-    if missing <= 0 or not set(price + text) <= set("-.0123456789"):
-        return text
-    return text + "." * ("." not in text) + "0" * missing
 
 
 def short_number(text: str) -> str:
@@ -17365,6 +17417,32 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# Which commands, or what else, each flag goes with.
+GOES_WITH = {
+    "json": ("once", "collect", "show", "export", "check", "status", "executions", "rejects", "symbols"),
+    "codes": ("once", "collect", "backfill", "show", "export"),
+    "codes_file": ("once", "collect", "backfill", "show", "export"),
+    "demo": ("once", "collect", "show", "export"),
+    "every": ("collect",),
+    "sort": ("show", "collect"),
+    "up": ("show", "collect"),
+    "closes": ("export",),
+    "chart": ("show",),
+    "from_": ("export", "chart", "html"),
+    "to": ("export", "chart", "html"),
+    "retry": ("drain",),
+    "discard": ("rejects",),
+    "force": ("register", "documents"),
+    "documents": ("migrate",),
+    "time_zone": ("migrate",),
+    "dry_run": ("migrate",),
+}
+
+
+def _is_given(options: Options, name: str) -> bool:
+    return getattr(options, name) not in (None, False, ())
+
+
 # Longer than any name in the API's lists; SQLite takes no pattern of many thousands.
 LONGEST_SOUGHT = 200
 
@@ -17380,44 +17458,16 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         _check_symbols(options.symbols)
     if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
         raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
-    fetches = options.once or options.collect
-    for_json = (
-        fetches,
-        options.check,
-        options.status,
-        options.executions,
-        options.rejects,
-        options.symbols,
-    )
-    if options.json and not any(for_json) and options.show is None and options.export != "-":
-        raise UsageError(
-            "--json goes with --once, --collect, --show, --export -, --check, --status, --executions, --rejects or "
-            "--symbols; see --help"
-        )
     if options.json and options.html is not None:
         raise UsageError("--json does not go with --html; see --help")
-    for flag in ("codes", "codes_file"):
-        of_codes = fetches or options.backfill is not None or options.export or options.show is not None
-        if getattr(options, flag) and not of_codes:
-            raise UsageError(
-                f"--{flag.replace('_', '-')} goes with --once, --collect, --backfill, --show or --export; see --help"
-            )
-    if options.demo and not fetches and options.show is None and options.export is None:
-        raise UsageError("--demo goes with --once, --collect, --show or --export; see --help")
-    if options.every is not None and not options.collect:
-        raise UsageError("--every goes with --collect; see --help")
+    for flag, commands in GOES_WITH.items():
+        if _is_given(options, flag) and not any(_is_given(options, name) for name in commands):
+            names = [f"--{name.strip('_').replace('_', '-')}" for name in (*commands, flag)]
+            words = " or ".join(filter(None, [", ".join(names[:-2]), names[-2]]))
+            raise UsageError(f"{names[-1]} goes with {words}; see --help")
     _check_export(options)
-    for flag in ("sort", "up", "chart"):
-        if getattr(options, flag) and options.show is None:
-            raise UsageError(f"--{flag} goes with --show; see --help")
     if options.backfill is not None and not 1 <= options.backfill <= MAX_BARS:
         raise UsageError(f"--backfill {options.backfill}: expected 1 to {MAX_BARS} sessions; see --help")
-    if options.retry and not options.drain:
-        raise UsageError("--retry goes with --drain; see --help")
-    if options.discard and not options.rejects:
-        raise UsageError("--discard goes with --rejects; see --help")
-    if options.force and not (options.register or options.documents is not None):
-        raise UsageError("--force goes with --register or --documents; see --help")
     _check_migration(options)
     if options.once and not (options.codes or options.codes_file):
         raise UsageError("--once needs --codes CODE … or --codes-file FILE; see --help")
@@ -17426,16 +17476,14 @@ def parse_arguments(argv: Sequence[str]) -> Options:
 
 def _check_export(options: Options) -> None:
     """Raise UsageError for options of --export that do not go together."""
-    if options.export is None:
-        if options.closes:
-            raise UsageError("--closes goes with --export; see --help")
-        for flag in ("from_", "to"):
-            if getattr(options, flag) and options.chart is None and options.html is None:
-                raise UsageError(f"--{flag.strip('_')} goes with --chart, --html or --export; see --help")
-    elif options.export != "-" and not options.export.endswith(EXPORT_FORMS):
-        raise UsageError(
-            f"--export {one_line(options.export, 100)}: expected a name that ends with .csv or .jsonl, or -; see --help"
-        )
+    if options.export is not None and options.export != "-":
+        if not options.export.endswith(EXPORT_FORMS):
+            raise UsageError(
+                f"--export {one_line(options.export, 100)}: expected a name that ends with .csv or .jsonl, or -; "
+                "see --help"
+            )
+        if options.json:
+            raise UsageError("--json goes with --export -, a file has the form of its name; see --help")
     span_of(options)
 
 
@@ -17483,12 +17531,10 @@ def _check_symbols(text: str) -> None:
 def _check_migration(options: Options) -> None:
     """Raise UsageError for options of --migrate that do not go together."""
     if options.migrate is None:
-        for flag in ("documents", "time_zone", "dry_run"):
-            if getattr(options, flag) not in (None, False):
-                raise UsageError(f"--{flag.replace('_', '-')} goes with --migrate; see --help")
-    elif not options.migrate and options.documents is None:
+        return
+    if not options.migrate and options.documents is None:
         raise UsageError("--migrate needs the older client's directory, or --documents; see --help")
-    elif (options.documents is None) != (options.time_zone is None):
+    if (options.documents is None) != (options.time_zone is None):
         raise UsageError("--documents needs --time-zone ZONE, and the other way round; see --help")
 
 
@@ -17533,11 +17579,54 @@ class _Redacting(logging.Formatter):
         return f"{local_time(datetime.fromtimestamp(record.created, UTC))} {text}"
 
 
+class Screen:
+    """Lines that stand at the end of a terminal and are drawn anew in their place. Any thread may call it."""
+
+    standing: ClassVar[list[Screen]] = []
+
+    def __init__(self, out: IO[str]) -> None:
+        self._out = out
+        self._height = 0
+        self._lock = threading.RLock()
+        self.standing.append(self)
+
+    def draw(self, lines: Sequence[str], anew: bool = False) -> None:
+        """Put lines in the place of those before; `anew`: the terminal may have broken them. Raises OSError."""
+        with self._lock:
+            if self not in self.standing:
+                return
+            to_their_place = f"\033[{self._height}F" if self._height else ""
+            if anew:
+                to_their_place = "\033[H\033[2J"
+            self._out.write(to_their_place + "".join(f"{line}\033[K\n" for line in lines) + "\033[J")
+            self._out.flush()
+            self._height = len(lines)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the lines away while something else is printed; they come back below it."""
+        with self._lock:
+            if self._height:
+                self._out.write(f"\033[{self._height}F\033[J")
+                self._out.flush()
+            self._height = 0
+            yield
+
+    def leave(self) -> None:
+        """Let the lines stay where they are from now on."""
+        with self._lock:
+            self.standing.remove(self)
+
+
 @contextlib.contextmanager
 def bar_aside() -> Iterator[None]:
-    """Take a bar away while something is printed."""
+    """Take away what is drawn on the terminal, a bar or a table, while something is printed."""
     tqdm = sys.modules.get("tqdm")
-    with tqdm.tqdm.external_write_mode() if tqdm else contextlib.nullcontext():
+    with contextlib.ExitStack() as aside:
+        for screen in Screen.standing:
+            aside.enter_context(screen.aside())
+        if tqdm:
+            aside.enter_context(tqdm.tqdm.external_write_mode())
         yield
 
 
@@ -17633,6 +17722,8 @@ class Rows:
         self._kept: list[Document] = []
         self._widths: list[int] = []  # of the columns, once they are printed
         self.is_gone = False  # what reads them
+        self.look_s = READER_LOOK_S
+        self.status = ""  # which rows do not show
         self.directory: Directory | None = None
         self.fault = ""  # why rows are missing on `out`, unless its reader just went away
 
@@ -17953,6 +18044,10 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
 
 # Batches of at most a thousand rows that wait for a slow reader of stdout; beyond, it is waited for.
 BATCHES_UNREAD = 20
+# A live table is drawn so often at most; beside its rows stand the title, what does not fit, the status, the cursor.
+REDRAW_S, LINES_BESIDE = 0.2, 4
+# The store is looked at again for it after this time, and so many trades may come meanwhile.
+READ_AGAIN_S, TRADES_MEANWHILE = 2.0, 20_000
 # While no trade comes it is seen after so long that the reader went away.
 READER_LOOK_S = 1.0
 # After the end a slow reader has so long for the last rows.
@@ -17975,13 +18070,116 @@ def reader_is_gone() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+class LiveTable:
+    """The table of --show on a terminal, drawn anew as trades come; Ticks uses it as it does Rows.
+
+    What the store has of a code, and what its change is told against, is read on a thread of its own, which may have
+    to wait for MongoDB: no trade waits for it.
+    """
+
+    def __init__(self, table: QuoteTable, by: str, english: bool) -> None:
+        self.is_gone = False  # the terminal
+        self.fault = ""
+        self.look_s = REDRAW_S
+        self.status = ""
+        self._table = table
+        self._by = by
+        self._english = english
+        self._quotes: dict[str, Quote] = {}
+        self._unread: set[str] = set()  # codes of which the store is to be looked at
+        self._meanwhile: deque[StoredTrade] = deque(maxlen=TRADES_MEANWHILE)  # what came since it is
+        self._due = 0.0  # monotonic
+        self._lock = threading.Lock()
+        self._screen = Screen(sys.stdout)
+        self._woken = threading.Event()
+
+    def begin(self, reader: Reader, codes: Iterable[str]) -> None:
+        """Show what there is of codes, and what comes. Raises StockrtError where there is no thread."""
+        self._unread.update(codes)
+        self._woken.set()
+        start_thread(threading.Thread(target=self._read, args=(reader,), name="stockrt-table", daemon=True))
+
+    def add(self, documents: Sequence[Document]) -> None:
+        """Take documents that were stored, and draw, unless that was done just now."""
+        with self._lock:
+            for document in documents:
+                fields = [document[name] for name in ("_id", *TRADE_FIELDS, "stock_code")]
+                self._take(StoredTrade._make((*fields, "")))
+        if time.monotonic() >= self._due and not self.is_gone:
+            self._draw()
+
+    def close(self) -> None:
+        """Draw what came last, and let it stand."""
+        if not self.is_gone:
+            self._draw()
+        self._screen.leave()
+
+    def _take(self, trade: StoredTrade) -> None:
+        code = trade.stock_code
+        self._meanwhile.append(trade)
+        before = self._quotes.get(code)
+        if before is None:
+            span = trading_span(code, trade.t)
+            before = Quote(code, "", trade._replace(t=0), span, (), None)
+        after = with_trade(before, trade)
+        if code not in self._quotes or after.span.date != before.span.date:
+            self._unread.add(code)
+            self._woken.set()
+        self._quotes[code] = after
+
+    def _draw(self) -> None:
+        with self._lock:
+            found = in_order(list(self._quotes.values()), self._by)
+        try:
+            width, height = os.get_terminal_size(sys.stdout.fileno())
+            room = max(1, height - LINES_BESIDE)
+            is_resized = width != self._table.width
+            self._table.width = width
+            lines = self._table.lines(found[:room], time.time(), lit=True)
+            if len(found) > room:
+                lines.append(f"… {count_words(len(found) - room, 'more code')}")
+            self._screen.draw([*lines, fitting(self.status, width)], anew=is_resized)
+        except OSError:
+            self.is_gone = True
+        self._due = time.monotonic() + REDRAW_S
+
+    def _read(self, reader: Reader) -> None:
+        """Look at the store for the codes of which that is to be done, for as long as the process lives."""
+        while True:
+            self._woken.wait()
+            self._woken.clear()
+            with self._lock:
+                codes = sorted(self._unread)
+                self._meanwhile.clear()
+            try:
+                found = quotes(reader, codes, self._english)
+            except StoreError as error:  # it is said by those who store
+                log.debug("the table does without the store: %s", error)
+                self._woken.set()
+            else:
+                self._put(codes, found)
+            time.sleep(READ_AGAIN_S)
+
+    def _put(self, codes: Collection[str], found: Sequence[Quote]) -> None:
+        """Take what the store has, and what came since it was asked."""
+        with self._lock:
+            self._unread.difference_update(codes)
+            for one in found:
+                for trade in self._meanwhile:
+                    if trade.stock_code == one.code:
+                        one = with_trade(one, trade)
+                if one.code in self._quotes:  # what waits for MongoDB
+                    one = with_trade(one, self._quotes[one.code].trade)
+                self._quotes[one.code] = one
+
+
 class Ticks(Events):
     """Prints trades as they are stored, those that wait for MongoDB, too, on a thread of its own.
 
     The latest trade of a code that comes once more is not printed again. A reader that went away sets `stop`.
     """
 
-    def __init__(self, rows: Rows, stop: threading.Event) -> None:
+    def __init__(self, rows: Rows | LiveTable, stop: threading.Event) -> None:
         self._rows = rows
         self._stop = stop
         self._batches: queue.Queue[Sequence[Document]] = queue.Queue(BATCHES_UNREAD)
@@ -18003,6 +18201,10 @@ class Ticks(Events):
         """Have them printed: when MongoDB has them they are not told again."""
         self.stored(documents)
 
+    def collecting(self, stats: CollectStats) -> None:
+        """Have it said below the table, where there is one."""
+        self._rows.status = collect_words(stats)
+
     def close(self) -> None:
         """Print the last rows, as far as they are read."""
         self._is_ending.set()
@@ -18013,7 +18215,7 @@ class Ticks(Events):
         while not (self._is_ending.is_set() and self._batches.empty()):
             documents: Sequence[Document] = ()
             with contextlib.suppress(queue.Empty):
-                documents = self._batches.get(timeout=READER_LOOK_S)
+                documents = self._batches.get(timeout=self._rows.look_s)
             self._rows.add([document for document in documents if self._is_new(document)])
             if self._rows.is_gone or reader_is_gone():
                 self._rows.is_gone = True
@@ -18026,24 +18228,24 @@ class Ticks(Events):
         return bool(name != before)
 
 
-def run_collect(options: Options, settings: Settings) -> int:
+def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
     """Collect without pause until a signal, or until nobody reads the rows, and return the exit status."""
     settings = _settings_to_collect(options, settings)
-    rows = Rows(
-        sys.stdout,
-        options.json,
-        settings.color and sys.stdout.isatty(),
-        terminal_width(WIDEST),
-        is_live=True,
-    )
+    rows: Rows | LiveTable = Rows(sys.stdout, options.json, is_live=True)
+    if sys.stdout.isatty() and environ.get("TERM", "dumb") != "dumb" and not options.json:
+        table = quote_table(settings, environ, options.up)
+        rows = LiveTable(table, options.sort or "code", not is_chinese(environ))
     stop = StopEvent()
     stop_on_signals(stop)
     started_at = time.monotonic()
     ticks = Ticks(rows, stop)
     with Pipeline(settings, ticks, options.demo) as pipeline:
-        rows.directory = pipeline.directory
+        if isinstance(rows, Rows):
+            rows.directory = pipeline.directory
         collecting = Collecting(pipeline, settings, ticks)
         collecting.start()
+        if isinstance(rows, LiveTable):
+            rows.begin(pipeline.reader, _plain_codes(settings.collect_codes))
         pipeline.start_delivery()
         try:
             while not stop.is_set():
@@ -18052,12 +18254,24 @@ def run_collect(options: Options, settings: Settings) -> int:
         finally:
             collecting.close()
             ticks.close()
+            if isinstance(rows, LiveTable):
+                rows.close()
     if rows.fault:
         raise PrintError(rows.fault)
     if rows.is_gone:
         return EXIT_OK
     say(_collected_line(collecting.stats(), time.monotonic() - started_at))
     return EXIT_INTERRUPTED
+
+
+def _plain_codes(text: str) -> list[str]:
+    """Return the codes of COLLECT_CODES as they are stored; those of a file or a collection show when they trade."""
+    found = []
+    if text[:1] != "@" and text != WATCH:
+        for code in split_codes(text):
+            with contextlib.suppress(InstrumentError):
+                found.append(parse_code(code).code)
+    return found
 
 
 def need_stream(settings: Settings, stats: CollectStats) -> None:
@@ -18896,11 +19110,14 @@ def codes_to_show(options: Options, settings: Settings, reader: Reader) -> tuple
     stored = set(reader.codes())
     if options.chart == DAILY and options.html is None:
         stored.update(reader.close_codes())
-    return codes_meant(typed, stored)
+    return codes_meant(typed, stored, reader)
 
 
-def codes_meant(typed: Iterable[str], stored: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return which of the stored codes are meant, and a sentence for what means none of them."""
+def codes_meant(typed: Iterable[str], stored: Collection[str], reader: Reader) -> tuple[list[str], list[str]]:
+    """Return which of the stored codes are meant, by code or by name, and a sentence for what means none of them.
+
+    Raises StoreError.
+    """
     there, found, missing = set(stored), [], []
     for code in dict.fromkeys(typed):
         try:
@@ -18908,6 +19125,8 @@ def codes_meant(typed: Iterable[str], stored: Iterable[str]) -> tuple[list[str],
             meant = [instrument.code, *(other.code for other in instrument.alternatives)]
         except UnclearCode as error:
             meant = [error.text, *error.guesses]
+            if not error.text.isascii():
+                meant += [one for one, name in reader.names(stored).items() if error.text in name.upper()]
         except InstrumentError as error:
             missing.append(f"{one_line(code, 40)}: {error}")
             continue
@@ -18936,7 +19155,7 @@ def run_export(options: Options, settings: Settings) -> int:
             export = Export(None, *span_of(options), options.closes)
             missing: list[str] = []
             if options.codes or options.codes_file:
-                codes, missing = codes_meant(read_codes(options), export.codes_in(reader))
+                codes, missing = codes_meant(read_codes(options), export.codes_in(reader), reader)
                 export = export._replace(codes=codes)
             lines = ExportLines(export.names, options.json or place.endswith(".jsonl"))
             if place == "-":
@@ -19157,7 +19376,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if options.once:
         return run_once(options, loaded.settings)
     if options.collect:
-        return run_collect(options, loaded.settings)
+        return run_collect(options, loaded.settings, environ)
     if options.backfill is not None:
         return run_backfill(options, loaded.settings)
     if options.documents is not None:

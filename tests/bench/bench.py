@@ -66,38 +66,19 @@ class Size(NamedTuple):
     limited_requests: int
     idle_s: float
     spooled: int
-    stored: int
 
 
 FULL = Size(
-    rounds=21,
-    codes=5_000,
-    many_codes=100_000,
-    executes=300,
-    limited_requests=50,
-    idle_s=60,
-    spooled=20_000,
-    stored=1_000_000,
+    rounds=21, codes=5_000, many_codes=100_000, executes=300, limited_requests=50, idle_s=60, spooled=20_000
 )
-SHORT = Size(
-    rounds=2,
-    codes=300,
-    many_codes=2_000,
-    executes=4,
-    limited_requests=12,
-    idle_s=1,
-    spooled=500,
-    stored=3_000,
-)
-# Sessions whose closes are stored of the codes that are looked at, and how many those are.
-SESSIONS = 250
-SHOWN_CODES = 50
+SHORT = Size(rounds=2, codes=300, many_codes=2_000, executes=4, limited_requests=12, idle_s=1, spooled=500)
 FEW_CODES = 1_000  # what `many_codes` is compared with
 EXECUTE_CODES = 50
 LATENCY_MS = 50
 FLOOR_THREADS = 8
 PER_SECOND = 10
 MODULE_HASH = "1234567890"
+SHOWN_CODES = 50
 
 
 @dataclass
@@ -346,7 +327,7 @@ class Bench:
     def run(self) -> None:
         """Measure everything."""
         for measure in (self.throughput, self.closed_markets, self.real_server, self.latency, self.rate_limit,
-                        self.idle, self.executes, self.waits, self.many_codes, self.spool, self.views):  # fmt: skip
+                        self.idle, self.executes, self.waits, self.many_codes, self.views, self.spool):  # fmt: skip
             self.say(f"{measure.__name__.replace('_', ' ')} …")
             measure()
 
@@ -700,6 +681,100 @@ class Bench:
                 f"{spread(times['few'], 2, 1e6)} µs and {spread(times['many'], 2, 1e6)} µs"),
         ]  # fmt: skip
 
+    def views(self) -> None:
+        """What is stored, shown and exported by the program as a process of its own, from both stores."""
+        from kit.mongo import Unavailable, find_server, fresh_database
+
+        embedded = self._environ() | {"MONGODB_HOST": ""}
+        self._warm(embedded)
+        self._views_of("SQLite", embedded, self._fill_sqlite)
+        try:
+            server = find_server()
+        except Unavailable as error:
+            self.rows.append(Row(f"views of MongoDB: {error}", f"MongoDB 的视图：{error}", None))
+            return
+        with server, fresh_database(server) as (uri, database):
+            environ = self._environ() | {"MONGODB_HOST": uri, "MONGODB_DB_NAME": database}
+            self._views_of("MongoDB", environ, self._fill_mongodb)
+
+    def _views_of(self, name: str, environ: dict[str, str], fill: Callable[[dict[str, str]], int]) -> None:
+        stored = fill(environ)
+        codes = make_codes(self.market, self.size.codes)
+        few = codes[:: max(1, len(codes) // SHOWN_CODES)][:SHOWN_CODES]
+        rounds = max(2, self.size.rounds // 3)
+        shown = [self._timed(environ, "--show", *few)[0] for _ in range(rounds)]
+        pages = [self._timed(environ, "--html", "page.html", "--codes", *few)[0] for _ in range(rounds)]
+        size = (self.folder / "page.html").stat().st_size
+        file = self.folder / "all.csv"
+        exports = [self._timed(environ, "--export", str(file)) for _ in range(max(2, rounds // 2))]
+        with file.open("rb") as lines:
+            if sum(1 for _ in lines) != stored + 1:
+                raise RuntimeError("the export does not have every trade")
+        file.unlink()
+        peaks = [peak for _, peak in exports]
+        _, small = self._timed(environ, "--export", str(file), "--codes", *codes[: len(codes) // 5])
+        speeds = [stored / wall for wall, _ in exports]
+        self.rows += [
+            Row(f"--show of {SHOWN_CODES} codes, {stored:,} trades in {name}",
+                f"--show {SHOWN_CODES} 个代码，{name} 中有 {stored:,} 笔成交",
+                statistics.median(shown), 0.5, False, "s", f"{spread(shown, 2)} s, the start of the program included"),
+            Row(f"--html of {SHOWN_CODES} codes, from {name}", f"--html {SHOWN_CODES} 个代码，来自 {name}",
+                statistics.median(pages), 3.0, False, "s", f"{spread(pages, 2)} s; {size / MB:.2f} MB"),
+            Row(f"--export of all of it from {name}", f"从 {name} 中全部 --export",
+                statistics.median(speeds), 100_000, True, "rows/s", f"{spread(speeds)} rows/s"),
+            Row(f"  its memory's peak, {name}, against that of a fifth",
+                f"  内存峰值（{name}），与只导出五分之一时相比",
+                max(peaks) / small, 1.1, False, "x", f"{max(peaks) / MB:.0f} MB"),
+        ]  # fmt: skip
+
+    def _timed(self, environ: dict[str, str], *arguments: str) -> tuple[float, int]:
+        """Return how long the program takes (s), and its memory's peak (bytes)."""
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, str(self.pyz), *arguments],
+            env=environ, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        _, status, used = os.wait4(process.pid, 0)
+        took = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"{arguments[0]} ends with {process.returncode}")
+        return took, used.ru_maxrss * 1024
+
+    def _day(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield the documents of a day of all codes, as they would have come: a minute of all of them at once."""
+        import stockrt
+
+        created = stockrt.utc_now()
+        codes = make_codes(self.market, self.size.codes)
+        began = int(time.time() * 1000) - 24 * 3_600_000
+        for minute in range(200 if self.size is FULL else 20):
+            yield [
+                stockrt.to_document(
+                    stockrt.Trade(code, began + minute * 60_000 + n % 50_000, f"{100 + (n * minute) % 97}.{n % 100:02}",
+                                  f"{n + 1}00", "36691.252", n % 3), created)
+                for n, code in enumerate(codes)
+            ]  # fmt: skip
+
+    def _fill_sqlite(self, environ: dict[str, str]) -> int:
+        """Store a day in the embedded store, and return how many trades that is."""
+        import stockrt
+
+        stored = 0
+        with stockrt.open_store_file(Path(environ["STATE_DIRECTORY"])) as file:
+            for documents in self._day():
+                with file.write() as db:
+                    stored += stockrt.insert_trades(db, documents).stored
+        return stored
+
+    def _fill_mongodb(self, environ: dict[str, str]) -> int:
+        """Store a day in MongoDB, and return how many trades that is."""
+        import stockrt
+
+        store = stockrt.MongoStore(stockrt.load_settings(environ, None, (), is_root=False).settings)
+        with contextlib.closing(store):
+            return sum(store.write(documents).stored for documents in self._day())
+
     def spool(self) -> None:
         """The local file: written in transactions of 100, in memory (an fsync costs nothing) and on the disk."""
         places = {"in memory": Path("/dev/shm"), "on disk": self.folder}
@@ -804,82 +879,6 @@ class Bench:
         mongo.close()
         file.close()
         return len(documents) / (written - began), len(documents) / (drained - written)
-
-    # --- views ---------------------------------------------------------------------------------------
-
-    def views(self) -> None:
-        """What a person waits for who looks at a full store."""
-        for title, chinese, environ in self._filled_stores():
-            codes = make_codes("SH", SHOWN_CODES)
-            times = [
-                self._took(environ, "--html", "page.html", "--codes", *codes)
-                for _ in range(max(2, self.size.rounds // 4))
-            ]
-            size = (self.folder / "page.html").stat().st_size
-            if size > MB:
-                raise RuntimeError(f"the page of {SHOWN_CODES} codes has {size} bytes")
-            self.rows.append(Row(
-                f"--html of {SHOWN_CODES} codes, {self.size.stored:,} trades in {title}",
-                f"--html，{SHOWN_CODES} 个代码，{chinese}中有 {self.size.stored:,} 笔成交",
-                statistics.median(times), 3.0, False, "s", f"{spread(times, 2)} s",
-            ))  # fmt: skip
-
-    def _took(self, environ: dict[str, str], *arguments: str) -> float:
-        """Return the seconds of one run of the program."""
-        began = time.perf_counter()
-        command = [sys.executable, str(self.pyz), *arguments]
-        subprocess.run(command, env=environ, cwd=self.folder, check=True, capture_output=True)
-        return time.perf_counter() - began
-
-    def _filled_stores(self) -> Iterator[tuple[str, str, dict[str, str]]]:
-        """Fill each store with a session of many codes and closes of some, and yield its names and its environment."""
-        from kit.mongo import Unavailable, find_server, fresh_database
-
-        import stockrt
-
-        environ = self._environ() | {"MONGODB_HOST": ""}
-        self._warm(environ)
-        with stockrt.open_store_file(Path(environ["STATE_DIRECTORY"])) as file:
-            self._fill(stockrt.SqliteStore(file))
-        yield "SQLite", " SQLite ", environ
-        try:
-            server = find_server()
-        except Unavailable:
-            return
-        with server, fresh_database(server) as (uri, name):
-            environ = self._environ() | {"MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
-            settings = stockrt.load_settings(environ, None, (), is_root=False).settings
-            with contextlib.closing(stockrt.MongoStore(settings)) as store:
-                self._fill(store)
-            yield "MongoDB", " MongoDB ", environ
-
-    def _fill(self, store: Any) -> None:
-        import stockrt
-
-        codes = make_codes("SH", self.size.codes)
-        market = stockrt.MARKETS["SH"]
-        last = datetime(2026, 11, 27, tzinfo=UTC).date()
-        session = stockrt.session_on(market, last)
-        rounds = self.size.stored // len(codes)
-        created = stockrt.utc_now()
-        for number in range(rounds):
-            t = session.opens + (session.close - session.opens) * number // rounds
-            cents, volume = f"{number % 100:02}", str(100 + number)
-            store.write([
-                stockrt.to_document(
-                    stockrt.Trade(code, t + place % 1000, f"{10 + (place + number * 7) % 90}.{cents}", volume, "1", 1),
-                    created,
-                )
-                for place, code in enumerate(codes)
-            ])  # fmt: skip
-        for days in range(1, SESSIONS):
-            past = stockrt.session_on(market, last - timedelta(days=days))
-            if past.close != stockrt.NEVER:
-                price = f"{20 + days % 30}.50"
-                store.write_closes([
-                    stockrt.bar_close(stockrt.Bar(code, past.close, price, price, price, price, "1000", "1"), past)
-                    for code in codes[:SHOWN_CODES]
-                ])  # fmt: skip
 
 
 def _trades(speeds: dict[str, list[float]]) -> str:

@@ -196,7 +196,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(
         (("--export", "a.csv", "--from", "2026-08-14", "--to", "2026-08-13"), "nothing lies between them"),
         (("--export", "a.csv", "--json"), "--json goes with"),
         (("--once", "--codes", "A.US", "--closes"), "--closes goes with --export"),
-        (("--status", "--from", "2026-08-14"), "--from goes with --chart, --html or --export"),
+        (("--status", "--from", "2026-08-14"), "--from goes with --export"),
     ],
 )
 def test_what_cannot_be_meant_is_said(run_pyz: RunPyz, arguments: tuple[str, ...], words: str) -> None:

@@ -37,6 +37,17 @@ def test_it_shows_the_codes_that_are_asked_for_and_says_what_it_lacks(
     assert done.returncode == 1
 
 
+def test_a_name_finds_what_is_stored(run_pyz: RunPyz, put: Callable[..., None], tmp_path: Path) -> None:
+    put("600519.SH", "00700.HK")
+    with open_store_file(tmp_path / "state") as file, file.write() as db:
+        db.execute("INSERT INTO symbols VALUES ('STOCK_CN', '600519.SH', '贵州茅台', '', 'Kweichow Moutai')")
+    done = run_pyz("--show", "茅台", "五粮液", "--json", env={"LANG": "zh_CN.UTF-8"})
+    assert [(one["code"], one["name"]) for one in map(json.loads, done.stdout.splitlines())] == [
+        ("600519.SH", "贵州茅台")
+    ]
+    assert "五粮液: nothing of it is stored" in done.stderr
+
+
 def test_without_codes_those_of_the_watch_list_else_the_latest(
     run_pyz: RunPyz, put: Callable[..., None]
 ) -> None:
