@@ -257,7 +257,7 @@ def test_candles_are_json_for_programs(run_pyz: RunPyz, state: Path) -> None:
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [one["gap"] for one in found].count(True) == 0
     assert found[0] == {
-        "code": AAPL, "step": "5m", "t": OPEN, "open": "270.0", "high": "274.4", "low": "270",
+        "code": AAPL, "step": "5m", "t": OPEN, "open": "270.0", "high": "274.4", "low": "270.0",
         "close": "274.4", "volume": "500", "trades": 5, "gap": False,
     }  # fmt: skip
 
