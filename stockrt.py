@@ -3785,6 +3785,8 @@ SQLITE_BUSY_S = 10.0
 RESCUE_POLL_S = 0.05
 # What a file keeps free on the disk for everybody else.
 DISK_KEPT_FREE = 0.05
+# A file of more unused bytes than this is shrunk.
+SHRINK_ABOVE = 16 * 1024 * 1024
 # The page size of our files: SQLite's default since 2016.
 SQLITE_PAGE = 4096
 # What SQLite has open at most for a file: the file, its log, the index of that, and the directory.
@@ -7033,7 +7035,7 @@ class StreamProtocol:
         decode = NUMBERS_AS_TEXT.raw_decode
         records: list[Any] = []
         others: list[str] = []
-        for text in texts:
+        for text in map(str.strip, texts):
             try:
                 frame, end = decode(text)
                 if frame["code"] == PUSH and end == len(text):
@@ -7048,7 +7050,9 @@ class StreamProtocol:
             trades = [trade for one in records for trade in self._judged(one, latest_ms, bad)]
         events = [event for text in others for event in self._understand(text, now, bad)]
         if trades:
-            self._heard_at, self._silence_s = now, SILENCE_S
+            self._heard_at = now
+            if self._silence_s > SILENCE_S:
+                self._silence_s, self._silent_at = SILENCE_S, now + SILENCE_S
         return Pushes(trades, events, len(bad), next(iter(bad), ""))
 
     def _judged(self, record: object, latest_ms: int, bad: list[str]) -> Iterator[Trade]:
@@ -7067,7 +7071,7 @@ class StreamProtocol:
 
     def _understand(self, text: str, now: float, bad: list[str]) -> Iterator[StreamEvent]:
         """Yield what follows from a text that is no push; where it means nothing, say so in `bad`."""
-        words = text.strip()
+        words = text
         failed = words.casefold().startswith("subscribe fail")
         if failed:
             words = words.partition(":")[2].strip()
@@ -7482,6 +7486,8 @@ PROBE = "stockrt-check"
 INVALID_ID = 53
 # What a reader of the latest trades needs.
 INDEX = [("stock_code", 1), ("t", -1)]
+# What KEEP_DAYS makes, known by its name: one of another name is somebody else's.
+TTL_INDEX, TTL_KEY = "stockrt_keep_days", [("create_time", 1)]
 REFUSED_IT = "MongoDB refused it: "
 PROBE_T = 1 << 40  # as wide as the times of trades, and none of them: 2004
 # Codes that trade much trade in the last seconds before a close, and of those every tick may be there: looked at first.
@@ -7774,6 +7780,17 @@ NOT_THE_DOCUMENTS_FAULT = frozenset(
         "11602 13388 13435 13436 14031".split(),
     )
 )
+
+
+class TtlIndex(NamedTuple):
+    """An index by which MongoDB removes documents of `realtime`: so many seconds after the time in a field.
+
+    None: it removes nothing, and is where ours would be.
+    """
+
+    name: str
+    field: str
+    seconds: int | None
 
 
 class MongoStore:
@@ -8088,6 +8105,78 @@ class MongoStore:
             raise self._fault(error) from error
         return f"{settings.mongodb_shown()}: database {settings.mongodb_db_name} can be written, {index}"
 
+    def ttl_indexes(self) -> list[TtlIndex]:
+        """Return the indexes by which MongoDB removes documents of `realtime`, or could. Raises StoreAway."""
+        from pymongo import timeout
+
+        with self._faults(), timeout(self._looking_s()):
+            found = self.collection().index_information()
+        return [
+            TtlIndex(name, index["key"][0][0], index.get("expireAfterSeconds"))
+            for name, index in found.items()
+            if "expireAfterSeconds" in index or index["key"] == TTL_KEY
+        ]
+
+    @property
+    def is_met(self) -> bool:
+        """Whether a server is there, as far as is known without waiting for one."""
+        return bool(self.client.nodes)
+
+    def count_older(self, before: datetime) -> int | None:
+        """Return how many documents are older by `create_time`, None where that takes long. Raises StoreAway."""
+        from pymongo import timeout
+        from pymongo.errors import PyMongoError
+
+        with self._faults(), timeout(self._looking_s()):
+            try:
+                return self.collection().count_documents({"create_time": {"$lt": before}})
+            except PyMongoError as error:
+                if error.timeout and self.is_met:
+                    return None
+                raise
+
+    def oldest(self) -> list[str]:
+        """Return the earliest `create_time` (ISO 8601 UTC), nothing where there is none. Raises StoreAway."""
+        with self._faults():
+            found = self.collection().find({"create_time": {"$type": "date"}}).sort(TTL_KEY).limit(1)
+            return [iso(document["create_time"]) for document in found]
+
+    def make_ttl_index(self, seconds: int, wait_s: float) -> None:
+        """Have MongoDB remove documents so long after their `create_time`. Raises StoreAway, also after `wait_s`."""
+        from pymongo import timeout
+
+        with self._faults(), timeout(wait_s):
+            self.collection().create_index(TTL_KEY, name=TTL_INDEX, expireAfterSeconds=seconds)
+
+    def change_ttl_index(self, seconds: int) -> bool:
+        """Change that time, and return whether the role of the user allows it. Raises StoreAway."""
+        from pymongo.errors import OperationFailure
+
+        change = {"name": TTL_INDEX, "expireAfterSeconds": seconds}
+        with self._faults():
+            try:
+                self.collection().database.command("collMod", self.realtime_name, index=change)
+            except OperationFailure as error:
+                if error.code != UNAUTHORIZED:
+                    raise
+                return False
+        return True
+
+    def drop_ttl_index(self) -> None:
+        """Have MongoDB remove nothing by our index any more. Raises StoreAway."""
+        with self._faults():
+            self.collection().drop_index(TTL_INDEX)
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Raise StoreAway in place of what pymongo raises."""
+        from pymongo.errors import PyMongoError
+
+        try:
+            yield
+        except PyMongoError as error:
+            raise self._fault(error) from error
+
     def _index_words(self) -> str:
         from pymongo.errors import OperationFailure
 
@@ -8359,6 +8448,229 @@ def _is_number(value: object) -> bool:
     if isinstance(value, str):
         return is_decimal(value)
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Retention: KEEP_DAYS
+# ------------------------------------------------------------------------------------------------------
+
+# What is too old is looked for again after this time; sooner where closes are to be made of it, or no server is met.
+KEEP_EVERY_S, KEEP_AGAIN_S = 3600.0, 300.0
+# Trades that are looked at and deleted in one transaction, 0.1 s on a slow disk, and the pause in which others write.
+EXPIRED_AT_ONCE, EXPIRED_PAUSE_S = 500, 0.2
+# A file is written anew to give back what is unused, but not one of more than this: nobody writes to it meanwhile.
+REWRITTEN_MOST = 256 * 1024 * 1024
+# As long as a market's longest holidays: a clock that is further ahead of the newest trade is not believed.
+LONGEST_REST_S = 14 * 24 * 3600
+# A time that is no further ahead than this is none of a clock that was ahead.
+CLOCKS_DIFFER_S = 60.0
+# The greatest number that MongoDB takes for it.
+TTL_MOST_S = (1 << 31) - 1
+# For an index on a collection of any size, where somebody waits for it.
+TTL_BUILD_S = 24 * 3600.0
+
+
+class Retention(Protocol):
+    """What removes trades older than KEEP_DAYS from `realtime`. One thread at a time."""
+
+    def step(self) -> float:
+        """Do the next part, and return after how many seconds there is more to do. Raises StoreError."""
+
+    def apply(self) -> str:
+        """Have done at once what is asked for explicitly, and return what is in the way, or ''. Raises StoreError."""
+
+    def words(self) -> str:
+        """Return what holds, for --check. Raises StoreError."""
+
+
+class SqliteRetention:
+    """Deletes what is older than KEEP_DAYS from the embedded store, in the order in which it came, step by step.
+
+    A step is one transaction, so a kill costs nothing. Trades that came while the clock was ahead are passed over, and
+    what came behind them goes in time, or stays twice as long at most. A clock that is ahead deletes nothing
+    (LONGEST_REST_S). Nothing is deleted while closes are to be made of it. Space is given back where that is much and
+    takes seconds; what is not is taken up by the next trades.
+    """
+
+    def __init__(self, file: LocalFile, days: int, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._file = file
+        self._days = days
+        self._clock = clock
+        self._passed = 0  # the last row that was looked at in this round
+        self._deleted = 0
+
+    def step(self, goes_on: bool = False) -> float:
+        """Delete what is old among the next rows; a round ends with rows that are not, unless it `goes_on`."""
+        if not self._days:
+            return math.inf
+        if self._closes_wait():
+            return KEEP_AGAIN_S
+        query = "SELECT seq, create_time FROM realtime WHERE seq > ? ORDER BY seq LIMIT ?"
+        rows = self._file.read_all(query, self._passed, EXPIRED_AT_ONCE)
+        before, now = self._bounds()
+        if any(created < before for _, created in rows):
+            if self._file.why_no_room(EXPIRED_AT_ONCE * PAGES_PER_ROW * SQLITE_PAGE):
+                self._file.empty_log()  # at the limit it is what keeps the next step from its room
+            with self._file.write() as db:
+                delete = "DELETE FROM realtime WHERE seq BETWEEN ? AND ? AND create_time < ?"
+                self._deleted += db.execute(delete, (rows[0][0], rows[-1][0], before)).rowcount
+        if rows and (goes_on or not any(before <= created <= now for _, created in rows)):
+            self._passed = rows[-1][0]
+            return EXPIRED_PAUSE_S
+        self._end_round()
+        return KEEP_EVERY_S
+
+    def apply(self) -> str:
+        """Look at every row."""
+        while self.step(goes_on=True) <= EXPIRED_PAUSE_S:
+            pass
+        return "closes are still to be made of older trades" if self._closes_wait() else ""
+
+    def words(self) -> str:
+        """Return for how long trades are kept, and of when the oldest is."""
+        words = ["kept for ever"]
+        if self._days:
+            words = [f"kept for {count_words(self._days, 'day')}"]
+        found = self._file.read_one("SELECT create_time FROM realtime ORDER BY seq LIMIT 1")
+        return ", ".join([*words, *(f"the oldest of {created}" for created in found or ())])
+
+    def _closes_wait(self) -> bool:
+        """Whether trades of a session that is over are still to be looked at: Stage.LOOK_BACK is 0."""
+        query = "SELECT EXISTS (SELECT 1 FROM sessions WHERE stage < 3 AND stage = 0 AND due <= ?)"
+        return bool(self._file.read_one(query, int(self._clock.wall()))[0])
+
+    def _bounds(self) -> tuple[str, str]:
+        """Return the first time that is not too old, and the time now, as they stand in `create_time`."""
+        query = "SELECT max(t) FROM (SELECT t FROM realtime ORDER BY seq DESC LIMIT ?)"
+        newest = self._file.read_one(query, EXPIRED_AT_ONCE)[0] or 0
+        now = self._clock.wall()
+        sure = datetime.fromtimestamp(min(now, newest / 1000 + LONGEST_REST_S), UTC)
+        return iso(sure - timedelta(days=self._days)), iso_after(now, CLOCKS_DIFFER_S)
+
+    def _end_round(self) -> None:
+        deleted, self._passed, self._deleted = self._deleted, 0, 0
+        if not deleted:
+            return
+        words = "%s older than KEEP_DAYS=%d deleted from %s"
+        log.info(words, count_words(deleted, "trade"), self._days, self._file.path)
+        pages, unused = self._file.pages()
+        used = (pages - unused) * SQLITE_PAGE
+        # half of it at least: else each round would write it anew
+        is_much = unused * SQLITE_PAGE > max(SHRINK_ABOVE, used)
+        if is_much and used <= REWRITTEN_MOST and not self._file.why_no_room(used):
+            self._file.shrink()
+
+
+class MongoRetention:
+    """Has MongoDB remove trades older than KEEP_DAYS, by a TTL index of ours on `create_time`.
+
+    The index is made on its own where that removes nothing at once; where older documents are there, somebody must ask
+    for it (`apply`), as they may be more than whoever set KEEP_DAYS knows of. It is changed and dropped as the setting
+    is. Indexes of others are left alone. What MongoDB refuses, or waits to be asked for, is said once.
+    """
+
+    def __init__(self, mongo: MongoStore, days: int) -> None:
+        self._mongo = mongo
+        self._days = days
+        self._seconds = min(days * 24 * 3600, TTL_MOST_S)
+        self._older = ""  # what would be removed at once, when that was counted
+        self._said = ""
+        self._is_there = False  # our index, when it was looked for
+
+    def step(self) -> float:
+        """Have the index be as KEEP_DAYS says, as far as nobody need be asked; no server is waited for."""
+        if not self._mongo.is_met:
+            return KEEP_AGAIN_S
+        try:
+            why = self._arrange()
+        except StoreAway as error:
+            if error.unreachable:
+                raise
+            why = f"{REFUSED_IT}{error.words}"
+        if why and why != self._said and (self._days or self._is_there):
+            log.warning("KEEP_DAYS=%s has no effect: %s", self._days or "", why)
+        self._said = why
+        return KEEP_EVERY_S if self._days else math.inf
+
+    def apply(self) -> str:
+        """Have the index be as KEEP_DAYS says, also where older documents go then."""
+        return self._arrange(is_asked_for=True)
+
+    def words(self) -> str:
+        """Return for how long trades are kept, and by which index."""
+        try:
+            mine, others = self._indexes()
+        except StoreAway as error:
+            if error.unreachable:
+                raise
+            return f"who keeps them for how long cannot be seen ({error.words})"
+        words = [f"kept for {_span_words(mine.seconds if mine else None)}"]
+        if mine is not None:
+            words += [f"the oldest of {created}" for created in self._mongo.oldest()]
+            if mine.seconds != self._seconds:
+                words.append(f"KEEP_DAYS={self._days or ''} holds with the next run")
+        elif self._days:
+            why = self._why_not_on_its_own(others) or "its index is made with the next run"
+            words.append(f"KEEP_DAYS={self._days} has no effect yet: {why}")
+        words += [f"but {_other_words(index)}" for index in others if index.seconds is not None]
+        return ", ".join(words)
+
+    def _indexes(self) -> tuple[TtlIndex | None, list[TtlIndex]]:
+        """Return our index, and those of others."""
+        found = self._mongo.ttl_indexes()
+        mine = next((index for index in found if index.name == TTL_INDEX), None)
+        self._is_there = mine is not None
+        return mine, [index for index in found if index is not mine]
+
+    def _arrange(self, is_asked_for: bool = False) -> str:
+        """Have the index be as KEEP_DAYS says, and return why it is not, or ''. Raises StoreAway."""
+        mine, others = self._indexes()
+        wanted = count_words(self._days, "day") if self._days else "ever"
+        limit = TTL_BUILD_S if is_asked_for else MONGODB_TIMEOUT_MS / 1000
+        if mine is None and self._days:
+            why = self._why_not_on_its_own(others, is_asked_for)
+            if why:
+                return why
+            self._mongo.make_ttl_index(self._seconds, limit)
+            log.info("MongoDB keeps trades in %s for %s", self._mongo.realtime_name, wanted)
+        elif mine is not None and mine.seconds != self._seconds:
+            if not self._days:
+                self._mongo.drop_ttl_index()
+            elif not self._mongo.change_ttl_index(self._seconds):  # readWrite may not, but drop and make it
+                self._mongo.drop_ttl_index()
+                self._mongo.make_ttl_index(self._seconds, limit)
+            words = "MongoDB keeps trades in %s for %s now, not for %s: KEEP_DAYS is %s"
+            was = _span_words(mine.seconds)
+            log.warning(words, self._mongo.realtime_name, wanted, was, self._days or "not set")
+        return ""
+
+    def _why_not_on_its_own(self, others: Sequence[TtlIndex], is_asked_for: bool = False) -> str:
+        """Return why our index is not made without more ado, '' where it is."""
+        for index in others:
+            if index.field == "create_time":
+                return f"{_other_words(index)}: drop that one first"
+        if not (is_asked_for or self._older):
+            count = self._mongo.count_older(utc_now() - timedelta(seconds=self._seconds))
+            words = "too many documents to be counted quickly"
+            if count is not None:
+                words = f"{count_words(count, 'document')} older than that"
+            if count != 0:
+                self._older = f"{self._mongo.realtime_name} holds {words}, which --retain removes"
+        return "" if is_asked_for else self._older
+
+
+def _span_words(seconds: int | None) -> str:
+    if seconds is None:
+        return "ever"
+    days = seconds / (24 * 3600)
+    return count_words(int(days), "day") if days.is_integer() else f"{seconds} s"
+
+
+def _other_words(index: TtlIndex) -> str:
+    words = f"an index of others, {index.name} on {index.field}, "
+    if index.seconds is None:
+        return words + "is where that of KEEP_DAYS would be"
+    return words + f"removes documents after {_span_words(index.seconds)}"
 
 
 # ======================================================================================================
@@ -8868,8 +9180,6 @@ DELIVERY_FIRST_S, DELIVERY_CAP_S = 1.0, 10.0
 CATCH_UP_S = 5.0
 # A document alone that fails so often, while MongoDB takes another one each time, is rejected by it for good.
 POISON_TRIES = 3
-# An emptied file of more unused bytes than this is shrunk.
-SHRINK_ABOVE = 16 * 1024 * 1024
 QUEUED_FIELDS = ("_id", *TRADE_FIELDS, "stock_code", "create_time")
 
 
@@ -10203,12 +10513,16 @@ def _mongo_close(document: Document) -> StoredClose:
 
 # MongoDB takes batches of a thousand a third faster than batches of a hundred; bounded, so that memory is.
 WRITE_BATCH = 1000
+# A commit to this disk costs as much for a thousand trades of many codes as for these: the same pages are written.
+COMMIT_BATCH = 5000
 # What is said to fail where closes cannot be made.
 CLOSES = "closing snapshot"
 # What was fetched is on its way to the store after this time at the latest.
 WRITE_AFTER_S = 0.5
 
 
+# What --once gives to KEEP_DAYS at its end.
+KEEP_ONCE_S = 2.0
 # A trade no older than this is stale at no market.
 FRESH_MS = 3_600_000
 
@@ -10640,6 +10954,8 @@ class Pipeline:
         self._demo = demo
         self._delivery: Delivery | None = None
         self._close_trouble = LogThrottle(CLOSES, then="the trades are stored all the same")
+        self._keep_trouble = LogThrottle("KEEP_DAYS", then="older trades stay until it works")
+        self._keep_due = 0.0  # monotonic
         with contextlib.ExitStack() as opened:
             file = opened.enter_context(open_store_file(settings.state_directory, self._events, patient))
             self.mongo: MongoStore | None = None
@@ -10682,6 +10998,10 @@ class Pipeline:
             self._delivery = Delivery(closes_in, queue, rejects, unsettled, closes, self._events)
             self.store = self._closing = self._delivery
         self._keeper = Keeper(self._closing, self._events, self._close_trouble)
+        days = self._settings.keep_days
+        self._retention: Retention = SqliteRetention(file, days, self._clock)
+        if mongo is not None:  # what waits for it in the local file stays
+            self._retention = MongoRetention(mongo, days)
         self._finaliser = Finaliser(closes_in, self._source, sessions, self._events, self._clock)
         self._backfill = Backfill(closes_in, self._source, file, self._clock)
 
@@ -10786,6 +11106,11 @@ class Pipeline:
             self._tell_keys()
         return report
 
+    @property
+    def put_at_once(self) -> int:
+        """How many documents are best put at once where so many wait."""
+        return COMMIT_BATCH if self._delivery is None else WRITE_BATCH
+
     def put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
         """Store documents that were pushed, and let follow what does: within about that time, 0: at once.
 
@@ -10863,6 +11188,49 @@ class Pipeline:
         """Make all closes final whose bars can be had now, or until `stop` is set."""
         while not stop.is_set() and self.finalise(stop) == 0:
             pass
+
+    def retain(self) -> float:
+        """Do a part of what KEEP_DAYS asks for, if that is due; return after how many seconds there is more to do.
+
+        Infinite for never. What fails is said and tried again; never raises.
+        """
+        now = self._clock.monotonic()
+        if self._demo:
+            return math.inf
+        if now < self._keep_due:
+            return self._keep_due - now
+        wait = FINAL_PAUSE_S
+        try:
+            need_clock(self._clock.wall())
+            if self._delivery is None or not self._delivery.is_away:
+                wait = self._retention.step()
+            self._keep_trouble.over()
+        except StoreError as error:
+            self._keep_trouble.again(str(error))
+        except Exception as error:  # it must not cost a trade
+            self._keep_trouble.again(own_fault(error))
+        self._keep_due = self._clock.monotonic() + wait
+        return wait
+
+    def retain_some(self, stop: threading.Event) -> None:
+        """Do what KEEP_DAYS asks for, as far as that is a matter of seconds, or until `stop` is set."""
+        until = self._clock.monotonic() + KEEP_ONCE_S
+        wait = self.retain()
+        while wait <= EXPIRED_PAUSE_S and self._clock.monotonic() < until and not stop.wait(wait):
+            wait = self.retain()
+
+    def apply_retention(self) -> str:
+        """Remove what is older than KEEP_DAYS, and return what is in the way of that, or ''. Raises StoreError."""
+        need_clock(self._clock.wall())
+        return self._retention.apply()
+
+    def kept(self) -> str:
+        """Return for how long trades are kept. Raises StoreError."""
+        return f"trades {self._retention.words()}"
+
+    def check_store(self) -> str:
+        """Try what a run needs of the store, and say for how long trades are kept. Raises StoreError."""
+        return f"{self.store.check()}, {self.kept()}"
 
     def _settle_final(self, refused: Sequence[RefusedClose]) -> None:
         if self._delivery is not None:
@@ -11909,7 +12277,7 @@ class Intake:
                 self._changed.wait()
             self._await_more()
             size = 0
-            while self._pending and size + len(self._pending[0].trades) <= WRITE_BATCH:
+            while self._pending and size + len(self._pending[0].trades) <= self._pipeline.put_at_once:
                 self._written.append(self._pending.popleft())
                 size += len(self._written[-1].trades)
             within_s = PUSHES_TAKEN_S
@@ -13997,7 +14365,8 @@ class Executor(threading.Thread):
             if self._troubles.store.there:
                 return TAKE_UP_AGAIN_S
             return None
-        return min(self._pipeline.finalise(self._leaving), LOOK_AROUND_S)
+        wait = self._pipeline.finalise(self._leaving)
+        return min(wait, self._pipeline.retain(), LOOK_AROUND_S)
 
     def _answer(self, order: Order) -> Message:
         """Execute a command, and return what the socket's thread has to know once the answer is in the journal."""
@@ -17209,7 +17578,7 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
 class Options:
     """What the command line asks for; with nothing of it this is the daemon."""
 
-    once = collect = check = check_settings = status = drain = rejects = reload = register = False
+    once = collect = check = check_settings = status = drain = retain = rejects = reload = register = False
     grafana = False
     chart: str | None = None
     html: str | None = None
@@ -17320,6 +17689,11 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--symbols", metavar="TEXT", help="find instruments by code or name: 茅台, apple, 黄金")
     what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
+    what.add_argument(
+        "--retain",
+        action="store_true",
+        help="remove now what is older than KEEP_DAYS, also what --check names",
+    )
     what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
     what.add_argument(
         "--reload",
@@ -17942,6 +18316,7 @@ class _Run(threading.Thread):
             first = next(self._codes)  # where there is none, nobody is asked for anything
             self._pipeline.run(chain((first,), self._codes), self._stop_event, self.report)
             self._pipeline.finalise_all(self._stop_event)
+            self._pipeline.retain_some(self._stop_event)
         except BaseException as error:  # handed to the main thread, which raises it again
             self.error = error
 
@@ -18164,13 +18539,13 @@ class LiveTable:
         """Take what the store has, and what came since it was asked."""
         with self._lock:
             self._unread.difference_update(codes)
-            for one in found:
-                for trade in self._meanwhile:
-                    if trade.stock_code == one.code:
-                        one = with_trade(one, trade)
-                if one.code in self._quotes:  # what waits for MongoDB
-                    one = with_trade(one, self._quotes[one.code].trade)
-                self._quotes[one.code] = one
+            read = {one.code: one for one in found}
+            for trade in self._meanwhile:
+                if trade.stock_code in read:
+                    read[trade.stock_code] = with_trade(read[trade.stock_code], trade)
+            for code, one in read.items():
+                before = self._quotes.get(code, one)
+                self._quotes[code] = with_trade(one, before.trade)  # it may wait for MongoDB
 
 
 class Ticks(Events):
@@ -18474,7 +18849,7 @@ def _check_stream(settings: Settings, key: ApiKey, product: str, limits: StreamL
 
 def _check_store(name: str, pipeline: Pipeline) -> Check:
     try:
-        return Check(name, True, pipeline.store.check())
+        return Check(name, True, pipeline.check_store())
     except StockrtError as error:
         return Check(name, False, str(error))
 
@@ -18909,6 +19284,16 @@ def run_drain(settings: Settings, retry: bool) -> int:
     return EXIT_INTERRUPTED if left and stop.is_set() else EXIT_OK
 
 
+def run_retain(settings: Settings) -> int:
+    """Remove trades older than KEEP_DAYS, and say what is kept. Raises StoreError where something is in the way."""
+    with Pipeline(settings) as pipeline:
+        why = pipeline.apply_retention()
+        if why:
+            raise StoreError(f"KEEP_DAYS={settings.keep_days or ''} has no effect: {why}")
+        say(local_times(f"{store_name(settings)}: {pipeline.kept()}"))
+    return EXIT_OK
+
+
 def run_backfill(options: Options, settings: Settings) -> int:
     """Make closes of the past final, print a row for each code, and return the exit status."""
     codes = list(read_codes(options)) if options.codes or options.codes_file else None
@@ -19246,7 +19631,7 @@ def needs_of(options: Options) -> Needs:
         return Needs(platform=True)
     if options.once or options.collect or options.symbols or options.backfill is not None:
         return Needs(key=not options.demo)
-    others = ("check", "status", "executions", "drain", "rejects")
+    others = ("check", "status", "executions", "drain", "retain", "rejects")
     looks = options.documents is not None or options.show is not None or options.export
     if looks or any(getattr(options, name) for name in others):
         return NO_NEEDS
@@ -19336,6 +19721,11 @@ def run_documents(options: Options, settings: Settings, source: str = OLD_COLLEC
     """Bring the older client's documents over, say what was done, and return the exit status."""
     zone = time_zone(cast(str, options.time_zone))
     need_mongodb(settings, "there are no older documents")
+    if settings.keep_days:
+        words = (
+            "KEEP_DAYS=%d: MongoDB removes what is older from %s again, once that holds there; see --check"
+        )
+        log.warning(words, settings.keep_days, settings.realtime_name)
     terminal = Terminal(None, "documents", bar_above=0)
     stop = StopEvent()
     stop_on_signals(stop)
@@ -19371,7 +19761,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     for warning in loaded.warnings:
         log.warning(warning)
     looks = options.show is not None or options.export
-    if hidden and (options.drain or options.rejects or options.executions or looks):
+    if hidden and (options.drain or options.retain or options.rejects or options.executions or looks):
         raise StoreError(HIDDEN_WORDS)
     if options.once:
         return run_once(options, loaded.settings)
@@ -19381,6 +19771,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return run_backfill(options, loaded.settings)
     if options.documents is not None:
         return run_documents(options, loaded.settings)
+    if options.retain:
+        return run_retain(loaded.settings)
     if options.export:
         return run_export(options, loaded.settings)
     if options.drain:

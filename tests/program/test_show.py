@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import RunPyz
+from kit.daemons import PATIENCE
 
 from stockrt import SqliteStore, Trade, open_store_file, to_document, utc_now
 
@@ -89,3 +99,67 @@ def test_what_belongs_to_it_goes_with_nothing_else(run_pyz: RunPyz, flags: tuple
     done = run_pyz("--status", *flags)
     assert (done.returncode, done.stdout) == (64, "")
     assert f"{flags[0]} goes with --show" in done.stderr
+
+
+class Pane:
+    """What a terminal shows of what a program writes, as far as lines are drawn anew in their place."""
+
+    def __init__(self) -> None:
+        self.lines = [""]
+        self.draws = 0
+        self.row = 0
+
+    def take(self, text: str) -> None:
+        """Take what was written."""
+        for part in re.findall(r"\033\[[\d;]*[A-Za-z]|\n|[^\033\r\n]+", text):
+            if part == "\n":
+                self.row += 1
+                self.lines += [""] * (self.row + 1 - len(self.lines))
+                self.lines[self.row] = ""  # each line is written anew, or below all others
+            elif re.fullmatch(r"\033\[\d+F", part):
+                self.row -= int(part[2:-1])
+                self.lines[self.row] = ""
+                self.draws += 1
+            elif part == "\033[J":
+                del self.lines[self.row + 1 :]
+            elif not part.startswith("\033"):
+                self.lines[self.row] += part
+
+
+def test_on_a_terminal_collect_draws_the_table_in_its_place(
+    pyz: Path, clean_env: dict[str, str], put: Callable[..., None]
+) -> None:
+    put("600519.SH", demo=True)  # a code that nothing is collected of now, and that is not asked for
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 90, 0, 0))
+    command = ["--collect", "--demo", "--codes", "BTCUSDT", "ETHUSDT", "XXXX.US"]
+    began = time.monotonic()
+    pane = Pane()
+    with subprocess.Popen(
+        [sys.executable, str(pyz), *command],
+        env=clean_env | {"TERM": "xterm", "LANG": "zh_CN.UTF-8"},
+        stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, start_new_session=True,
+    ) as collect:  # fmt: skip
+        os.close(theirs)
+        text = b""
+        stopped = False
+        while True:
+            assert time.monotonic() - began < PATIENCE
+            try:
+                chunk = os.read(ours, 65536)
+            except OSError:  # its other end is closed
+                break
+            text += chunk
+            if not stopped and text.count(b"F\033[1mCODE") > 4 and b"trades/s" in text:
+                collect.send_signal(signal.SIGINT)
+                stopped = True
+        took = time.monotonic() - began
+    os.close(ours)
+    pane.take(text.decode())
+    assert collect.returncode == 130
+    shown = [line.split()[0] for line in pane.lines if line]
+    start = shown.index("CODE")
+    assert shown[start : start + 5] == ["CODE", "BTCUSDT", "ETHUSDT", "XXXX.US", "3"]  # of "3 codes polled"
+    assert shown.count("CODE") == 1
+    assert pane.lines[-2].startswith("trades ")
+    assert 4 < pane.draws <= took * 5 + 2

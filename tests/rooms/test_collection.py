@@ -18,6 +18,7 @@ from kit.mongo_proxy import MongoProxy
 from kit.stream_server import Gap, Vendor, uncovered
 from kit.trades import settings_of
 from pymongo import MongoClient
+from pymongo.collection import Collection
 
 import stockrt
 from stockrt import Coverage, Events, Gaps, Intake, Pipeline, Trade
@@ -309,7 +310,7 @@ def test_gaps_go_to_mongodb_as_they_become(place: Place, mongo_db: tuple[str, st
     environ = place.environ | {"MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
     client: MongoClient[dict[str, Any]]
     with Pipeline(settings_of(environ)) as pipeline, MongoClient(uri) as client:
-        found = client[name].stream_gaps
+        found: Collection[dict[str, Any]] = client[name].stream_gaps
         coverage = Coverage(pipeline.gaps, place.directory, clock)
         coverage.begin({"crypto": CODES})
         part = connected(coverage, *CODES)
@@ -437,7 +438,8 @@ def test_trades_that_find_no_room_are_said_and_missing(
         wait_for("it is stored", lambda: not intake.trouble)
         assert place.gaps()[0]["to"] is not None
         with MongoClient(mongo_db[0]) as client:
-            stored = {found["_id"] for found in client[name].realtime.find({}, {"_id": 1})}
+            realtime: Collection[dict[str, Any]] = client[name].realtime
+            stored = {found["_id"] for found in realtime.find({}, {"_id": 1})}
         assert len(stored) == intake.stored and stored < {*ids(trades + more)}
 
 
@@ -452,7 +454,7 @@ def test_while_mongodb_is_away_the_disk_takes_what_is_pushed_and_it_arrives_once
         Pipeline(settings_of(environ), listener) as pipeline,
         intake_of(pipeline, place) as intake,
     ):
-        realtime = client[mongo_db[1]].realtime
+        realtime: Collection[dict[str, Any]] = client[mongo_db[1]].realtime
         intake.add("crypto", trades[:500])
         wait_for("they are in MongoDB", lambda: realtime.count_documents({}) == 500)
         mongo_proxy.down()
@@ -642,7 +644,8 @@ def test_a_change_of_the_watch_list_takes_effect_without_a_restart(
     monkeypatch.setattr(stockrt, "LOOK_EVERY_S", 0.2)
     client: MongoClient[dict[str, Any]]
     with MongoClient(mongo_db[0]) as client:
-        watch, realtime = client[mongo_db[1]].stock_watch, client[mongo_db[1]].realtime
+        watch: Collection[dict[str, Any]] = client[mongo_db[1]].stock_watch
+        realtime: Collection[dict[str, Any]] = client[mongo_db[1]].realtime
         watch.insert_many([{"code": code} for code in CODES[:2]])
         environ = {"COLLECT_CODES": "watch", "MONGODB_HOST": mongo_db[0], "MONGODB_DB_NAME": mongo_db[1]}
         with Process(place, vendor, **environ) as process:

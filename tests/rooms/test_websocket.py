@@ -216,6 +216,10 @@ def test_through_tls_no_frame_stays_behind(
     with TlsFront(context, server.port) as front:
         link = WebSocket(f"wss://127.0.0.1:{front.port}/ws", max_bytes=MOST)
         server.send(frame_bytes(TEXT, b"x" * 120) * 3_000)
-        assert len(read(link, 3_000)) == 3_000
+        texts = 0
+        deadline = time.monotonic() + PATIENCE
+        while texts < 3_000 and time.monotonic() < deadline:
+            texts += sum(text is not None for text in read(link, 1))
+        assert texts == 3_000
         assert not link.has_more or not list(link.frames())
         link.close()
