@@ -18066,6 +18066,8 @@ COLUMNS = (
     Column("AGE", 6, right=True),
     Column("NAME", 0),
 )
+# While no trade comes it is seen after so long that the reader went away.
+READER_LOOK_S = 1.0
 # Of a line where there is no terminal: no name is cut.
 WIDEST = 1000
 
@@ -18423,8 +18425,6 @@ BATCHES_UNREAD = 20
 REDRAW_S, LINES_BESIDE = 0.2, 4
 # The store is looked at again for it after this time, and so many trades may come meanwhile.
 READ_AGAIN_S, TRADES_MEANWHILE = 2.0, 20_000
-# While no trade comes it is seen after so long that the reader went away.
-READER_LOOK_S = 1.0
 # After the end a slow reader has so long for the last rows.
 LAST_ROWS_S = 2.0
 NO_STREAM_HINT = (
