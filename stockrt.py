@@ -16950,8 +16950,8 @@ def gap_words(code: str, gap: Gap) -> str:
 # Columns of a label of the time axis and what keeps it from the next; lines of the volume below the candles.
 TICK_COLUMNS = 14
 VOLUME_LINES = 6
-# What a chart leaves of a terminal to its title, its notes and the next prompt.
-CAPTION_LINES = 4
+# What a chart leaves of a terminal to its title, its notes and the next prompt, and what it needs of a low one.
+CAPTION_LINES, LEAST_LINES = 4, 14
 # What short_number returns, mostly.
 VOLUME_COLUMNS = 5
 # More columns between two candles would only tear them apart.
@@ -17237,7 +17237,8 @@ def _row(page: Page, quote: Quote) -> str:
 
 def _name(page: Page, quote: Quote) -> str:
     """Return an instrument's name, as far as it is known, in the reader's language."""
-    english, chinese = html_text(quote.name), html_text(page.names.get(quote.code, quote.name))
+    known = page.names.get(quote.code, "")
+    english, chinese = html_text(quote.name or known), html_text(known or quote.name)
     return both(english, chinese) if english != chinese else english
 
 
@@ -19427,7 +19428,7 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
         elif options.json:
             show("\n".join(json.dumps(document) for document in chart.documents()))
         else:
-            drawn, chart = draw_chart(chart, width, height - CAPTION_LINES, up, color)
+            drawn, chart = draw_chart(chart, width, max(LEAST_LINES, height - CAPTION_LINES), up, color)
             show(f"{chart_title(chart, names.get(code, ''))}\n{drawn.rstrip()}")
             for words in chart_notes(chart):
                 show(words)
