@@ -12500,8 +12500,10 @@ POLL_SHARE = 0.5
 POLL_SOON_S = 10.0
 # Subscriptions come in frames: what is fetched after them is fetched together.
 BACK_TOGETHER_S = 0.5
-# What fails is tried again; and without any news it is looked around.
-PLAN_AGAIN_S, PLAN_LOOK_S = 10.0, 600.0
+# What fails is tried again.
+PLAN_AGAIN_S = 10.0
+# What the keys allow may have changed, or could not be had before.
+LIMITS_AGAIN_S = 300.0
 # How long leaving may take: for what connections and requests are at, and for what waits to be written.
 LEAVE_POLL_S, LEAVE_INTAKE_S = 0.7, 1.1
 
@@ -12531,13 +12533,15 @@ class Planner(threading.Thread):
         self._leaving = threading.Event()
         self._listed: Sequence[str] | None = None
         self._wanted: dict[str, list[str]] = {}  # by product
-        self._has_begun = False
+        self._has_begun = self._is_spread = False
         self._never: dict[
             str, dict[str, str]
         ] = {}  # by key and product, '' for all of them: why it is of no use
         self._back: set[str] = set()  # codes whose latest trades are to be fetched
-        self._poll_at = 0.0  # monotonic
-        self._gaps_at = 0.0  # monotonic
+        self._limits: dict[str, StreamLimits] = {}  # by key
+        self._limits_at = 0.0  # monotonic, as are:
+        self._poll_at = 0.0
+        self._gaps_at = 0.0
         self._rest_said = ""
         then = "trying again"
         self._trouble = LogThrottle("collecting", then=then)
@@ -12594,23 +12598,34 @@ class Planner(threading.Thread):
             if self._poll(silence.codes):
                 self._coverage.was_deaf(silence)
         self._coverage.complete(ended)
-        return min(self._watch.wait_s(), self._poll_instead(), self._deliver_gaps(), PLAN_LOOK_S)
+        return min(self._watch.wait_s(), self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
 
     def _plan(self) -> None:
         """Look at the list, and spread the codes where it has changed or a connection is of no use any more."""
         codes = self._watch.codes()
         over = [(feed, feed.end) for feed in self.feeds if feed.end is not None]
-        if codes is self._listed and not over:
+        if self._look_at_limits() or over or codes is not self._listed:
+            self._is_spread = False
+        if self._is_spread:
             return
         if codes is not self._listed:
             self._read(codes)
+            self._listed = codes
         for feed, end in over:
             what = "" if end.whole_key else feed.allotment.product
             self._never.setdefault(feed.allotment.key, {})[what] = end.words
             self._coverage.drop(feed.part)
             self.feeds.remove(feed)
         self._spread()
-        self._listed = codes
+        self._is_spread = True
+
+    def _look_at_limits(self) -> bool:
+        """Ask now and then what keys allow, and return whether that has changed."""
+        now, before = time.monotonic(), self._limits
+        if now >= self._limits_at:
+            self._limits = self._pipeline.stream_limits(self._leaving)
+            self._limits_at = now + LIMITS_AGAIN_S
+        return self._limits != before
 
     def _read(self, codes: Sequence[str]) -> None:
         """Find out what the codes mean."""
@@ -12631,7 +12646,7 @@ class Planner(threading.Thread):
         """Let connections bring what they can."""
         limits = {
             digest: one._replace(not_for=one.not_for | self._never.get(digest, {}).keys())
-            for digest, one in self._pipeline.stream_limits(self._leaving).items()
+            for digest, one in self._limits.items()
             if "" not in self._never.get(digest, ())
         }
         before = [feed.allotment for feed in self.feeds]
@@ -18073,6 +18088,10 @@ READER_LOOK_S = 1.0
 WIDEST = 1000
 
 
+# While no trade comes it is seen after so long that the reader went away.
+READER_LOOK_S = 1.0
+
+
 class Rows:
     """Prints stored trades on `out`: an aligned table in the order asked, or JSON lines.
 
@@ -18626,7 +18645,7 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
         try:
             while not stop.is_set():
                 stop.wait(min(pipeline.finalise(stop), READER_LOOK_S))
-                need_stream(settings, collecting.stats())
+                _need_use(settings, pipeline, collecting.stats())
         finally:
             collecting.close()
             ticks.close()
@@ -18650,8 +18669,11 @@ def _plain_codes(text: str) -> list[str]:
     return found
 
 
-def need_stream(settings: Settings, stats: CollectStats) -> None:
-    """Raise SettingsError where every trade is asked for, and the keys' plans let the stream bring none."""
+def _need_use(settings: Settings, pipeline: Pipeline, stats: CollectStats) -> None:
+    """Raise SettingsError where no key serves, or every trade is asked for and the stream brings none with them."""
+    dead = [key.dead for key in pipeline.keys.keys if key.dead]
+    if dead and len(dead) == len(pipeline.keys.keys):
+        raise SettingsError([f"INFOWAY_API_KEY: no key can be used any more: {dead[0]}"])
     if settings.collect and stats.polled and not stats.connections_wanted:
         raise SettingsError([NO_STREAM_HINT])
 
@@ -19064,12 +19086,11 @@ def _collect_faults(facts: Mapping[str, Any]) -> list[Trouble]:
 
 def _collect_line(facts: Mapping[str, Any]) -> str:
     """Return what is collected, in all and now, for a person."""
+    if facts["at"] is None:
+        return "nothing now"
     stats = _collect_stats(facts)
-    line = collect_words(stats)
-    if facts["at"] is not None:
-        line += (
-            f", at {facts['at']}; since the start {count_words(stats.trades, 'trade')}, {stats.stored} new"
-        )
+    line = f"{collect_words(stats)}, at {facts['at']}"
+    line += f"; since the start {count_words(stats.trades, 'trade')}, {stats.stored} new"
     if stats.dropped:
         line += f", {stats.dropped} dropped"
     return line
@@ -19096,8 +19117,11 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
         ("platform", _platform_line(status["platform"])),
     ]
     if status["collecting"] is not None:
-        lines.append(("collecting", _collect_line(status["collecting"])))
-        streams: Sequence[StreamFacts] = status["collecting"]["streams"] or ()
+        facts: Mapping[str, Any] = status["collecting"]
+        if not status["daemon"]["running"]:
+            facts = dict.fromkeys(facts)
+        lines.append(("collecting", _collect_line(facts)))
+        streams: Sequence[StreamFacts] = facts["streams"] or ()
         lines += [
             ("stream", _stream_line(one)) for one in streams if one["why"] or one["state"] != "connected"
         ]

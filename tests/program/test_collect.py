@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import RunPyz
 from kit.daemons import HASH, PATIENCE, ProcessDaemon, until
+from kit.infoway_server import PLANS
 from kit.platform_server import PlatformServer
 from kit.stream_server import Vendor, identity
 
@@ -158,7 +159,9 @@ def test_a_daemon_without_a_platform_is_a_service_of_its_own(
     daemon.signal(signal.SIGTERM)
     assert daemon.wait() == 0, daemon.log
     assert "STOPPING=1" in "\n".join(manager.heard) and daemon.log.endswith("stopped\n")
-    assert not re.search("WARNING|ERROR|Traceback|dial|execution", daemon.log), daemon.log
+    busy = "longer than COLLECT_EVERY=1 allows"  # a busy machine is slow, not wrong
+    said = [line for line in daemon.log.splitlines() if busy not in line]
+    assert not re.search("WARNING|ERROR|Traceback|dial|execution", "\n".join(said)), daemon.log
     metrics = Path(daemon.settings["METRICS_FILE"]).read_text()
     assert '\nstockrt_collect_polled_codes{instance="state"} 1\n' in metrics and "_platform_" not in metrics
     assert run_pyz("--status", env=daemon.settings).returncode == 3
@@ -186,24 +189,79 @@ def test_a_fault_of_the_settings_that_only_the_start_finds_ends_it(daemon: Proce
         ]
 
 
+@pytest.fixture
+def streaming(daemon: ProcessDaemon) -> ProcessDaemon:
+    """The same daemon, which takes the stream."""
+    for settings in (daemon.environment, daemon.settings):
+        assert isinstance(settings, dict)
+        del settings["COLLECT_EVERY"]
+        settings["COLLECT"] = "stream"
+    return daemon
+
+
+SUBSCRIBED = "collecting: 1 of 1 connection, {} subscribed, "
+
+
+def subscribed(daemon: ProcessDaemon, manager: Manager, codes: str = "2 codes") -> None:
+    """Wait until STATUS says so."""
+    check(lambda: manager.status.startswith(SUBSCRIBED.format(codes)), daemon)
+
+
+def ids_of(state: Path) -> set[str]:
+    """Return the identities of what is stored."""
+    return {name for _, name in rows_of(state)}
+
+
+def test_the_stream_of_a_daemon_goes_on_over_a_reload_that_changes_nothing_of_it(
+    streaming: ProcessDaemon, manager: Manager, vendor: Vendor, run_pyz: RunPyz, tmp_path: Path
+) -> None:
+    """Every push is in the store; other codes are subscribed to over a new connection; a cut is said and mended."""
+    streaming.start()
+    subscribed(streaming, manager)
+    pushed = {*vendor.stream.trade(*CODES)}
+    check(lambda: pushed <= ids_of(streaming.state), streaming)
+    write_settings(tmp_path, COLLECT_CODES=" ".join(CODES), LOG_LEVEL="warning")
+    streaming.signal(signal.SIGHUP)
+    check(lambda: "changed: LOG_LEVEL\n" in streaming.log, streaming)
+    pushed |= {*vendor.stream.trade(*CODES)}
+    check(lambda: pushed <= ids_of(streaming.state), streaming)
+    assert len(vendor.stream.connections) == 1
+
+    write_settings(tmp_path, COLLECT_CODES=f"{' '.join(CODES)} {OTHER}", LOG_LEVEL="info")
+    streaming.signal(signal.SIGHUP)
+    subscribed(streaming, manager, "3 codes")
+    pushed |= {*vendor.stream.trade(OTHER)}
+    check(lambda: pushed <= ids_of(streaming.state), streaming)
+    assert len(vendor.stream.connections) == 2
+
+    vendor.stream.refuse_handshakes(429)
+    vendor.stream.cut("rst")
+    check(lambda: "0 of 1 connection" in manager.status and "429" in manager.status, streaming)
+    check(lambda: run_pyz("--status", env=streaming.settings).returncode == WRONG, streaming)
+    lines = run_pyz("--status", env=streaming.settings).stdout
+    assert re.search("^stream          crypto: 0 of 3 codes, waiting: .*429", lines, re.M), lines
+    streaming.signal(signal.SIGTERM)
+    assert streaming.wait() == 0, streaming.log
+    assert vendor.stream.missing(ids_of(streaming.state)) == [] and vendor.stream.violations == []
+    assert "Traceback" not in streaming.log and "test-key" not in streaming.log
+
+
 def test_what_time_mends_is_said_and_tried_again(
-    daemon: ProcessDaemon, manager: Manager, run_pyz: RunPyz, tmp_path: Path
+    streaming: ProcessDaemon, manager: Manager, run_pyz: RunPyz
 ) -> None:
     """Another one collects from the stream there; a reload tries at once, time does by itself."""
-    daemon.environment["COLLECT"] = daemon.settings["COLLECT"] = "stream"
-    del daemon.environment["COLLECT_EVERY"], daemon.settings["COLLECT_EVERY"]
-    other = stockrt.lock_in(daemon.state, "collecting.lock", "")
-    daemon.start()
-    words = f"another stockrt collects from the stream in {daemon.state}; stop it"
-    check(lambda: manager.status.startswith(f"collecting: {words[:60]}"), daemon)
-    assert f"WARNING collecting: {words}" in daemon.log
-    status = run_pyz("--status", "--json", env=daemon.settings)
+    other = stockrt.lock_in(streaming.state, "collecting.lock", "")
+    streaming.start()
+    words = f"another stockrt collects from the stream in {streaming.state}; stop it"
+    check(lambda: manager.status.startswith(f"collecting: {words[:60]}"), streaming)
+    assert f"WARNING collecting: {words}" in streaming.log
+    status = run_pyz("--status", "--json", env=streaming.settings)
     (wrong,) = json.loads(status.stdout)["wrong"]
     assert status.returncode == WRONG and wrong.startswith(f"collecting: {words}")
     other.close()
-    daemon.signal(signal.SIGHUP)
-    check(lambda: manager.status.startswith("collecting: 1 of 1 connection, 2 codes subscribed"), daemon)
-    assert "collecting: well again after 1 try" in daemon.log
+    streaming.signal(signal.SIGHUP)
+    subscribed(streaming, manager)
+    assert "collecting: well again after 1 try" in streaming.log
 
 
 def test_with_a_platform_it_does_both(
@@ -317,6 +375,73 @@ def test_json_is_a_document_a_line_as_it_is_stored(
     found += map(json.loads, rest.splitlines())
     assert len({one["_id"] for one in found}) == len(found)
     assert [one["_id"] for one in found] == [name for _, name in rows_of(tmp_path / "state")]
+
+
+def test_the_stream_shows_each_trade_as_it_is_stored(
+    start_collect: StartCollect, vendor: Vendor, tmp_path: Path
+) -> None:
+    """What comes while nobody listens is a gap; a second one beside it in the same state directory is refused."""
+    collect = start_collect("--json", "--codes", *CODES, **vendor.settings)
+    vendor.stream.wait_for(lambda s: {*s.subscribed} >= {*CODES}, PATIENCE)
+    pushed = [name for _ in range(3) for name in vendor.stream.trade(*CODES)]
+    shown: list[str] = []
+    while not {*pushed} <= {*shown}:
+        shown.append(json.loads(collect.line())["_id"])
+    second = start_collect("--codes", *CODES, **vendor.settings)
+    status, _, said = second.end(None)
+    assert status == 1 and "another stockrt collects from the stream in " in said
+    status, rest, said = collect.end()
+    shown += [json.loads(line)["_id"] for line in rest.splitlines()]
+    trades, stored, known = map(int, COLLECTED.findall(said)[0])
+    assert status == stockrt.EXIT_INTERRUPTED and trades == stored + known
+    assert len({*shown}) == len(shown) and {*shown} == ids_of(tmp_path / "state")
+    assert vendor.stream.missing(shown) == []
+
+
+@pytest.mark.parametrize("refused_by", ["handshake", "answer"])
+def test_a_key_for_rest_alone_is_told_what_it_may_do(
+    start_collect: StartCollect, vendor: Vendor, refused_by: str
+) -> None:
+    if refused_by == "handshake":
+        vendor.stream.refuse_handshakes(*[401] * 9)
+    else:
+        vendor.stream.refuse(519, 9)
+    status, _, said = start_collect("--codes", *CODES, **vendor.settings).end(None)
+    assert status == SETTINGS_FAULT, said
+    last = said.splitlines()[-1]
+    assert last.startswith("stockrt: the stream serves none of these codes to INFOWAY_API_KEY")
+    assert "INFOWAY_PLAN" in last and "--collect --every 10" in last
+    assert ("401" if refused_by == "handshake" else "519") in said and "test-key" not in said
+
+
+def test_a_key_that_nobody_takes_ends_it(start_collect: StartCollect, vendor: Vendor) -> None:
+    for every in ((), ("--every", "1")):
+        env = vendor.settings | {"INFOWAY_API_KEY": "wrong-key-1"}
+        status, _, said = start_collect(*every, "--codes", *CODES, **env).end(None)
+        assert status == SETTINGS_FAULT and "wrong-key-1" not in said
+        assert "stockrt: INFOWAY_API_KEY: no key can be used any more: HTTP 401: Token invalid" in said
+
+
+def test_check_says_what_the_stream_allows(run_pyz: RunPyz, vendor: Vendor) -> None:
+    """Of a key with one connection also that this one may still count; a refusal with its words."""
+    env = vendor.settings | {"COLLECT": "stream", "COLLECT_CODES": " ".join(CODES)}
+
+    def checked() -> str:
+        done = run_pyz("--check", env=env)
+        (line,) = [line for line in done.stdout.splitlines() if line[6:].startswith("stream")]
+        assert (done.returncode == 0) == line.startswith("ok"), done.stdout
+        return line
+
+    vendor.rest.plans = {"test-key": PLANS["free"]}
+    assert re.search(
+        r"^ok    stream, API key \S+: ws://\S+ takes it for crypto: 1 connection, 10 codes each, 10 in all; .*429",
+        checked(),
+    )
+    assert [one.end for one in vendor.stream.connections] != [""]
+    vendor.rest.plans = {"test-key": PLANS["pro"]}
+    assert checked().endswith("9 connections, 600 codes each, 5000 in all")
+    vendor.stream.refuse_handshakes(401)
+    assert re.search("^FAIL  stream, .*401", checked())
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(start_collect: StartCollect) -> None:

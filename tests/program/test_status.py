@@ -296,7 +296,7 @@ def test_a_service_that_collects_is_well_without_a_platform(
     assert lines["platform"] == "none set: not needed" and "register" not in lines["registration"]
     assert found["collecting"]["delay_p50_ms"] is None
     if told is None:
-        assert (lines["collecting"], found["collecting"]["codes"]) == ("begins", None)
+        assert (lines["collecting"], found["collecting"]["codes"]) == ("nothing now", None)
         return
     assert found["collecting"]["codes"] == 800
     assert re.match(r"\d of 2 connections, 800 codes subscribed, 42 trades/s", lines["collecting"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit.infoway_server import PLANS
+from kit.infoway_server import PLANS, REFUSALS
 from kit.mongo_proxy import MongoProxy
 from kit.stream_server import Gap, Vendor, uncovered
 from kit.trades import settings_of
@@ -621,6 +621,20 @@ def test_what_a_plan_does_not_allow_is_polled_instead(place: Place, caplog: pyte
         wait_for("the others are polled", lambda: {name.split("|")[0] for name in place.stored()} >= polled)
         assert process.it.stats().polled == len(polled) == 2
         assert "2 codes polled instead" in caplog.text and vendor.stream.violations == []
+
+
+def test_a_plan_that_is_told_late_gives_the_codes_their_connections(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockrt, "PLAN_RETRY_S", 0.1)
+    monkeypatch.setattr(stockrt, "LIMITS_AGAIN_S", 0.1)
+    codes = [f"{chr(65 + n)}{chr(65 + n)}USDT" for n in range(12)]
+    with Vendor(plans={"test-key": PLANS["pro"]}) as vendor:
+        vendor.rest.script = [REFUSALS["500_json"]]
+        with Process(place, vendor, COLLECT_CODES=" ".join(codes)) as process:
+            wait_for("the smallest plan holds", lambda: process.it.stats().codes == 10)
+            wait_for("all are subscribed", process.is_subscribed)
+            assert place.gaps() == []
 
 
 def test_a_key_that_the_stream_refuses_is_not_dialled_with_again(

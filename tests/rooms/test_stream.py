@@ -304,7 +304,8 @@ def test_each_code_has_one_row_and_each_row_a_test() -> None:
     codes = [row.code for row in STREAM_ERRORS]
     assert len(codes) == len(set(codes))
     assert set(codes) == {*ENDS, 505, 506, 507, 516, 520, 521}
-    assert all(row.means and row.setting for row in STREAM_ERRORS)
+    settings = {setting.name for setting in stockrt.SETTINGS}
+    assert all(row.means and row.setting in settings for row in STREAM_ERRORS)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -794,6 +795,35 @@ def test_trades_come_through_and_codes_change_at_once(vendor: Vendor) -> None:
     assert vendor.stream.subscribed == {*US[200:300]}
     connection.close()
     assert vendor.stream.violations == []
+
+
+def test_codes_that_another_thread_wants_are_asked_for_before_anything_else_is_due(
+    server: RawWebSocket,
+) -> None:
+    connection = StreamConnection(server.url, "stock", KEY)
+    assert connection.open() is None
+    threading.Timer(0.05, connection.want, (US[:1],)).start()
+    reading = threading.Thread(target=connection.read, args=(time.monotonic() + PATIENCE,))
+    reading.start()
+    assert asked(server)["code"] == 10000  # and no heartbeat before it
+    connection.wake()
+    reading.join(PATIENCE)
+    connection.close()
+
+
+def test_dialling_again_and_again_makes_no_more_frames_a_minute(server: RawWebSocket) -> None:
+    connection = StreamConnection(server.url, "stock", KEY)
+    connection.want(US[:600])
+    for _ in range(9):  # times six frames
+        assert connection.open() is None
+        connection.read(time.monotonic())
+        connection.close()
+    sent, ends = 0, 0
+    while ends < 9:
+        opcode, _ = server.next_frame()
+        sent += opcode == TEXT
+        ends += opcode == -1
+    assert sent == stockrt.ASKS_PER_MINUTE
 
 
 def test_a_thread_that_waits_is_woken(server: RawWebSocket) -> None:

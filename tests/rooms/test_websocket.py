@@ -126,6 +126,14 @@ def test_a_message_that_is_too_long_is_refused(server: RawWebSocket, as_one: boo
     assert [text for text in got if text] == ["ok"]
 
 
+def test_a_message_within_another_is_no_message(server: RawWebSocket) -> None:
+    link = WebSocket(server.url, max_bytes=MOST)
+    begun = frame_bytes(TEXT, b"begun", final=False)
+    server.send(begun + frame_bytes(PING, b"") + frame_bytes(TEXT, b"whole") * 2)
+    with pytest.raises(LinkLost, match="Illegal frame"):
+        read(link, 2)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_garbage_ends_the_connection_and_nothing_else(server: RawWebSocket, seed: int) -> None:
     link = WebSocket(server.url, max_bytes=MOST)
