@@ -10111,12 +10111,8 @@ def _dates_before(day: str) -> list[str]:
     return [(last - timedelta(days=days)).isoformat() for days in range(1, REFERENCE_DAYS + 1)]
 
 
-def _newest_finals(before: Mapping[str, str], found: Iterable[StoredClose]) -> dict[str, StoredClose]:
-    newest: dict[str, StoredClose] = {}
-    for close in sorted(found, key=itemgetter(1)):
-        if close.is_final and close.date < before[close.code]:
-            newest[close.code] = close
-    return newest
+def _newest_finals(found: Iterable[StoredClose]) -> dict[str, StoredClose]:
+    return {close.code: close for close in sorted(found) if close.is_final}
 
 
 def _by_code(closes: Iterable[StoredClose]) -> dict[str, list[StoredClose]]:
@@ -10270,7 +10266,7 @@ class SqliteReader(_FileReader):
         """Return the newest final close of each code before a date. Raises StoreError."""
         keys = [f"{code}|{day}" for code, until in before.items() for day in _dates_before(until)]
         query = f"SELECT {_CLOSE_COLUMNS} FROM close WHERE _id IN (SELECT value FROM json_each(?))"  # noqa: S608
-        return _newest_finals(before, map(_sqlite_close, self._file.read_all(query, json.dumps(keys))))
+        return _newest_finals(map(_sqlite_close, self._file.read_all(query, json.dumps(keys))))
 
 
 def _sqlite_candle(row: Sequence[Any]) -> Candle:
@@ -10416,7 +10412,7 @@ class MongoReader(_FileReader):
         for part in _parts(before):
             keys = [f"{code}|{day}" for code in part for day in _dates_before(before[code])]
             found += self._closes({"_id": {"$in": keys}, "close": {"$ne": None}})
-        return _newest_finals(before, found)
+        return _newest_finals(found)
 
     def _closes(self, wanted: Mapping[str, object]) -> list[StoredClose]:
         with self._store.reading():
@@ -19574,7 +19570,7 @@ def run_export(options: Options, settings: Settings) -> int:
                 with whole_file(Path(place), durable=True, setting="--export") as stream:
                     count = _write_export(lines, export, reader, stream)
     except KeyboardInterrupt:
-        say("interrupted: no file was written")
+        say("interrupted" if place == "-" else "interrupted: no file was written")
         return EXIT_INTERRUPTED
     for words in missing:
         say(words)
