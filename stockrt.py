@@ -16744,7 +16744,8 @@ DAILY = "1d"
 # The steps of candles in milliseconds, and how many days they go back where nobody says since when.
 STEPS = {"1m": 60_000, "5m": 300_000, "1h": 3_600_000, DAILY: DAY_MS}
 DAYS_BACK = {"1m": 1, "5m": 7, "1h": 60, DAILY: 500}
-# Steps without a trade are left out (a night would be most of the chart); of a gap of the stream so many are shown.
+# Steps without a trade are left out (a night would be most of the chart); where the stream missed something, so many
+# between two with a trade are shown.
 GAP_SLOTS = 5
 
 
@@ -16825,7 +16826,7 @@ def _begin_of(code: str, step: str, span: Span, end: int) -> int:
 def slots_of(
     candles: Sequence[Candle], gaps: Sequence[Gap], since: int, step_ms: int, now_ms: int
 ) -> list[Slot]:
-    """Return the steps that were traded in, and the first few of every gap of the stream; steps begin at `since`."""
+    """Return the steps that were traded in, and between them the first few of gaps; steps begin at `since`."""
     slots = {candle.t: Slot(candle.t, candle) for candle in candles}
     for gap in gaps:
         end = max(gap.end or now_ms, gap.start + 1)
@@ -16836,7 +16837,12 @@ def slots_of(
                 slots[t] = slot._replace(is_gap=True)
         empty = (t for t in range(first, end, step_ms) if t not in slots)
         slots |= {t: Slot(t, None, is_gap=True) for t in islice(empty, GAP_SLOTS)}
-    return [slots[t] for t in sorted(slots)]
+    shown: list[Slot] = []
+    for t in sorted(slots):
+        before = shown[-GAP_SLOTS:]
+        if slots[t].candle or len(before) < GAP_SLOTS or any(slot.candle for slot in before):
+            shown.append(slots[t])
+    return shown
 
 
 def read_daily_charts(
@@ -16851,8 +16857,8 @@ def read_daily_charts(
 
 
 def _dates_of(span: Span, now: float) -> tuple[str, str]:
-    """Return the first and the last date of a span, a day more at its end: it begins anywhere on earth."""
-    until = min(span.until, int(now * 1000) + DAY_MS)
+    """Return the first and the last date of a span; tomorrow has begun somewhere on earth."""
+    until = min(span.until - 1, int(now * 1000) + DAY_MS)
     since = span.since or until - DAYS_BACK[DAILY] * DAY_MS
     first, last = (datetime.fromtimestamp(t // 1000, UTC).date().isoformat() for t in (since, until))
     return first, last
@@ -16875,7 +16881,9 @@ def newest_steps(chart: Chart, room: int) -> Chart:
     if traded and traded[-1] < len(slots) - room:
         slots = slots[: traded[-1] + 1]
     left_out = sum(slot.candle is not None for slot in slots[:-room])
-    return chart._replace(slots=slots[-room:], left_out=chart.left_out + left_out)
+    slots = slots[-room:]
+    gaps = [gap for gap in chart.gaps if gap.end is None or not slots or gap.end > slots[0].t]
+    return chart._replace(slots=slots, gaps=gaps, left_out=chart.left_out + left_out)
 
 
 def time_ticks(chart: Chart, most: int) -> list[tuple[int, str]]:
@@ -17346,12 +17354,12 @@ def _gap_marks(chart: Chart, step: int, height: int) -> Iterator[str]:
 def _chart_caption(chart: Chart) -> str:
     span = chart_span(chart)
     words = both(f"{chart.step} candles and volume, {span}", f"{chart.step} K 线与成交量，{span}")
-    for gap in chart.gaps[:GAPS_TOLD]:
+    for gap in chart.gaps[-GAPS_TOLD:]:
         told = html_text(gap_words(chart.code, gap))
         words += "<br>" + both(f"gap: {told}", f"缺口：{told}")
     more = len(chart.gaps) - GAPS_TOLD
     if more > 0:
-        words += "<br>" + both(f"and {count_words(more, 'gap')} more", f"另有 {more} 处缺口")
+        words += "<br>" + both(f"and {count_words(more, 'gap')} before them", f"此前另有 {more} 处缺口")
     return words
 
 
@@ -17363,20 +17371,15 @@ def _closes_drawing(finals: Sequence[StoredClose]) -> str:
         f"{round(place * step)},{_height(price, low, high, CLOSES_HEIGHT)}"
         for place, price in enumerate(prices)
     )
-    marks = "".join(
-        f'<text x="{PLOT_WIDTH + 4}" y="{y}">{price_text}</text>'
-        for y, price_text in (
-            (4, max(finals, key=_close_of).p),
-            (CLOSES_HEIGHT + 4, min(finals, key=_close_of).p),
-        )
-    )
-    ends = (
-        f'<text y="{CLOSES_HEIGHT + 20}">{finals[0].date}</text>'
-        f'<text x="{PLOT_WIDTH}" y="{CLOSES_HEIGHT + 20}" text-anchor="end">{finals[-1].date}</text>'
-    )
-    return _svg(
-        finals[0].code, CLOSES_HEIGHT + 26, [f'<polyline class="line" points="{points}"/>', marks, ends]
-    )
+    lowest, highest = (html_text(end(finals, key=_close_of).p) for end in (min, max))
+    parts = [
+        f'<polyline class="line" points="{points}"/>',
+        f'<text x="{PLOT_WIDTH + 4}" y="4">{highest}</text>',
+        f'<text x="{PLOT_WIDTH + 4}" y="{CLOSES_HEIGHT + 4}">{lowest}</text>',
+        f'<text y="{CLOSES_HEIGHT + 20}">{html_text(finals[0].date)}</text>',
+        f'<text x="{PLOT_WIDTH}" y="{CLOSES_HEIGHT + 20}" text-anchor="end">{html_text(finals[-1].date)}</text>',
+    ]
+    return _svg(finals[0].code, CLOSES_HEIGHT + 26, parts)
 
 
 def _close_of(close: StoredClose) -> float:
@@ -17384,10 +17387,9 @@ def _close_of(close: StoredClose) -> float:
 
 
 def _closes_caption(finals: Sequence[StoredClose]) -> str:
-    count = len(finals)
+    count, last = len(finals), html_text(finals[-1].p)
     return both(
-        f"{count_words(count, 'final close')}, the last one {finals[-1].p}",
-        f"{count} 个最终收盘价，最新 {finals[-1].p}",
+        f"{count_words(count, 'final close')}, the last one {last}", f"{count} 个最终收盘价，最新 {last}"
     )
 
 

@@ -107,6 +107,19 @@ def test_steps_without_trades_are_left_out_but_the_first_of_a_gap_are_shown() ->
     assert [slot.candle is None for slot in slots] == [False, False, False, *[True] * 5, False]
 
 
+def test_many_gaps_after_the_last_trade_push_no_candle_out() -> None:
+    """A stream that was cut each night while a share rests; a gap before the chart is not told with it."""
+    candles = [candle(NOON + n * MINUTE, 1, 2) for n in range(60)]
+    gaps = [
+        Gap("stock", (AAPL,), NOON + n * 86_400_000, NOON + n * 86_400_000 + 9 * MINUTE, "cut")
+        for n in range(200)
+    ]
+    slots = slots_of(candles, gaps, NOON, MINUTE, NOON + 300 * 86_400_000)
+    assert [slot.candle for slot in slots] == [*candles, *[None] * 5]
+    chart = stockrt.newest_steps(Chart(AAPL, "1m", slots, gaps), 40)
+    assert (len(chart.slots), chart.left_out, chart.gaps) == (40, 25, gaps[1:])
+
+
 def test_a_gap_that_lasts_goes_on_until_now_and_a_short_one_marks_its_step() -> None:
     candles = [candle(NOON, 1, 2)]
     open_still = Gap("stock", (AAPL,), NOON + 90_000, None, "cut")
@@ -164,6 +177,9 @@ def test_days_are_final_closes(place: Place) -> None:
         "2026-11-26",
     ]
     assert charts[BITCOIN].slots == []
+    two_days = Span(NOON - 3 * 86_400_000 - 17 * 3_600_000, NOON - 86_400_000 - 17 * 3_600_000)
+    slots = place.charts([AAPL], "1d", two_days)[AAPL].slots
+    assert [slot.candle.close for slot in slots if slot.candle] == ["103.5", "102.5"]
 
 
 # ------------------------------------------------------------------------------------------------------
