@@ -18017,7 +18017,7 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
     told = read_status(settings.state_directory).get("collecting", {})
     if told.get("connections_wanted") and daemon_runs(settings.state_directory):
         facts = dict.fromkeys(CollectFacts.__annotations__) | told
-        faults = _collect_faults(facts)
+        faults = _collect_faults(settings, facts)
         yield Check("stream", not faults, "; ".join(faults) or f"the daemon has it: {_collect_line(facts)}")
         return
     limits = pipeline.stream_limits(stop)
@@ -18154,7 +18154,7 @@ def gather_status(settings: Settings) -> StatusReport:
         status["collecting"] = dict.fromkeys(CollectFacts.__annotations__) | told.get("collecting", {})
     if (directory / JOURNAL_NAME).exists():
         _ask_journal(directory, status)
-    status["wrong"] += _what_is_wrong(status)
+    status["wrong"] += _what_is_wrong(settings, status)
     return status
 
 
@@ -18184,13 +18184,13 @@ def _whole_or_partial(one: ExecutionFacts) -> str:
     return str(one["status"] or "not ended")
 
 
-def _what_is_wrong(status: StatusReport) -> list[str]:
+def _what_is_wrong(settings: Settings, status: StatusReport) -> list[str]:
     """Return what is wrong beside what the journal knows of."""
     wrong = []
     if status["daemon"]["running"] and status["platform"]["state"] not in ("connected", NO_NEED):
         wrong.append("no connection to the platform")
     if status["daemon"]["running"] and status["collecting"] is not None:
-        wrong += _collect_faults(status["collecting"])
+        wrong += _collect_faults(settings, status["collecting"])
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
         wrong.append(f"{waiting_words(spool['trades'])} for MongoDB")
@@ -18208,7 +18208,7 @@ def _collect_stats(facts: Mapping[str, Any]) -> CollectStats:
     return CollectStats(**known)
 
 
-def _collect_faults(facts: Mapping[str, Any]) -> list[str]:
+def _collect_faults(settings: Settings, facts: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with collecting by what the daemon told last."""
     stats = _collect_stats(facts)
     if stats.trouble:
@@ -18219,6 +18219,9 @@ def _collect_faults(facts: Mapping[str, Any]) -> list[str]:
         ]
     if facts["at"] is None:
         return ["collecting has not begun"]
+    if settings.collect and stats.polled and not stats.connections_wanted:
+        polled = count_words(stats.polled, "code")
+        return [f"the stream brings nothing, {polled} polled instead: see the log, and --check"]
     return []
 
 
