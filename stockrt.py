@@ -18588,6 +18588,7 @@ class Ticks(Events):
         self._batches: queue.Queue[Sequence[Document]] = queue.Queue(BATCHES_UNREAD)
         self._latest: dict[str, str] = {}  # code -> _id
         self._recent: dict[str, None] = {}  # _id of the last rows
+        self.waiting = 0  # trades, for MongoDB
         self._is_ending = threading.Event()
         self._thread = threading.Thread(target=self._print, name="stockrt-rows", daemon=True)
         start_thread(self._thread)
@@ -18604,6 +18605,10 @@ class Ticks(Events):
     def kept(self, documents: Sequence[Document]) -> None:
         """Have them printed: when MongoDB has them they are not told again."""
         self.stored(documents)
+
+    def queue_changed(self, stats: QueueStats) -> None:
+        """Note how many wait for MongoDB."""
+        self.waiting = stats.trades
 
     def collecting(self, stats: CollectStats) -> None:
         """Have it said below the table, where there is one."""
@@ -18674,7 +18679,7 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
         raise PrintError(rows.fault)
     if rows.is_gone:
         return EXIT_OK
-    say(_collected_line(collecting.stats(), time.monotonic() - started_at))
+    say(_collected_line(collecting.stats(), ticks.waiting, time.monotonic() - started_at))
     if ticks.is_held_up():  # the exit's flush would wait for the reader
         say("not all rows were read")
         os._exit(EXIT_INTERRUPTED)
@@ -18723,11 +18728,10 @@ def _seconds_of(text: str) -> float:
         raise UsageError(f"--every {one_line(text, 40)}: expected {setting.expected}; see --help") from None
 
 
-def _collected_line(stats: CollectStats, took_s: float) -> str:
+def _collected_line(stats: CollectStats, waiting: int, took_s: float) -> str:
     line = f"trades {stats.trades}, stored {stats.stored}, already known {stats.duplicates} ({took_s:.1f} s)"
-    kept = stats.trades - stats.stored - stats.duplicates
-    if kept > 0:
-        line += f"; {waiting_words(kept)} for MongoDB"
+    if waiting:
+        line += f"; {waiting_words(waiting)} on this machine for MongoDB"
     if stats.dropped:
         line += f"; {stats.dropped} pushed and not asked for, or no trades"
     if stats.gaps_today:
