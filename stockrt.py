@@ -12519,6 +12519,7 @@ class Planner(threading.Thread):
         super().__init__(name="stockrt-collect", daemon=True)
         self.feeds: list[Feed] = []
         self.polled = 0
+        self.stored = self.duplicates = 0  # of the trades that were asked for
         self.trouble = ""
         self._pipeline = pipeline
         self._settings = settings
@@ -12742,6 +12743,8 @@ class Planner(threading.Thread):
             failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
             if failed:
                 self._code_trouble.again(failed_words(failed, report.total))
+        self.stored += report.stored + report.queued
+        self.duplicates += report.duplicates
         return report.stored + report.queued
 
     def _deliver_gaps(self) -> float:
@@ -12845,9 +12848,9 @@ class Collecting:
             delay_p50_ms=p50,
             delay_p99_ms=p99,
             gaps_today=self._gaps_today,
-            trades=intake.trades,
-            stored=intake.stored,
-            duplicates=intake.duplicates,
+            trades=intake.trades + self._planner.stored + self._planner.duplicates,
+            stored=intake.stored + self._planner.stored,
+            duplicates=intake.duplicates + self._planner.duplicates,
             dropped=intake.dropped,
             trouble=next(filter(None, troubles), ""),
         )

@@ -396,6 +396,7 @@ def test_the_stream_shows_each_trade_as_it_is_stored(
     shown += [json.loads(line)["_id"] for line in rest.splitlines()]
     trades, stored, known = map(int, COLLECTED.findall(said)[0])
     assert status == stockrt.EXIT_INTERRUPTED and trades == stored + known
+    assert stored == len(shown)  # those that were there before came over REST
     assert len({*shown}) == len(shown) and {*shown} == ids_of(tmp_path / "state")
     assert vendor.stream.missing(shown) == []
 
