@@ -10125,10 +10125,9 @@ class Pipeline:
             self._tell_keys()
         return report
 
-    @property
-    def put_at_once(self) -> int:
-        """How many documents are best put at once where so many wait."""
-        return COMMIT_BATCH if self._delivery is None else WRITE_BATCH
+    def put_at_once(self, within_s: float) -> int:
+        """Return how many documents are best put at once where so many wait; `within_s` as for `put`."""
+        return COMMIT_BATCH if self._delivery is None or not within_s else WRITE_BATCH
 
     def put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
         """Store documents that were pushed, and let follow what does: within about that time, 0: at once.
@@ -11107,7 +11106,7 @@ PUSHES_WAIT_S = 0.1
 MOST_PENDING = 20_000
 # When more wait, and the oldest of them for longer, MongoDB is slower than the market: this machine's disk takes them.
 CROWDED, CROWDED_S = 10_000, 1.0
-# MongoDB has so long to take a batch of pushes before the disk does, and as this process leaves.
+# MongoDB has so long to take a batch of pushes before the disk does; as this process leaves too, where few wait.
 PUSHES_TAKEN_S, PUSHES_TAKEN_LAST_S = 2.0, 0.5
 # The mark is written so often while trades come, and while none do.
 MARK_S, MARK_SILENT_S = 1.0, 30.0
@@ -11175,7 +11174,7 @@ class Intake:
         self._pending: deque[Parcel] = deque()
         self._waiting = 0  # trades of those
         self._written: list[Parcel] = []  # they are on their way to the store
-        self._is_closing = False
+        self._is_closing = self._is_over = False
         self._delays = Delays(clock.monotonic())
         then = "what is pushed meanwhile is missing, see stream_gaps"
         self._trouble = LogThrottle("the stream's trades", clock, then=then)
@@ -11233,11 +11232,12 @@ class Intake:
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join(within_s)
+        self._is_over = True
 
     # its thread
 
     def _run(self) -> None:
-        while True:
+        while not self._is_over:
             batch, within_s = self._next()
             if not batch:
                 return
@@ -11251,19 +11251,22 @@ class Intake:
             while not self._pending and not self._is_closing:
                 self._changed.wait()
             self._await_more()
-            size = 0
-            while self._pending and size + len(self._pending[0].trades) <= self._pipeline.put_at_once:
+            within_s = self._time_for_mongodb()
+            most, size = self._pipeline.put_at_once(within_s), 0
+            while self._pending and size + len(self._pending[0].trades) <= most:
                 self._written.append(self._pending.popleft())
                 size += len(self._written[-1].trades)
-            within_s = PUSHES_TAKEN_S
-            if self._is_closing:
-                within_s = PUSHES_TAKEN_LAST_S
-            waited = self._clock.monotonic() - self._written[0].arrived if size else 0.0
-            if self._waiting > CROWDED and waited > CROWDED_S:
-                within_s = 0.0
             self._waiting -= size
             self._changed.notify_all()
             return self._written, within_s
+
+    def _time_for_mongodb(self) -> float:
+        """Return how many seconds it has: none where more waits than there is time for."""
+        if self._is_closing:
+            return PUSHES_TAKEN_LAST_S if self._waiting <= 2 * WRITE_BATCH else 0.0
+        if self._waiting > CROWDED and self._clock.monotonic() - self._pending[0].arrived > CROWDED_S:
+            return 0.0
+        return PUSHES_TAKEN_S
 
     def _await_more(self) -> None:
         """Wait until a batch is full, or its first trade has waited long enough."""
@@ -11307,6 +11310,8 @@ class Intake:
 
     def _refuse(self, batch: Sequence[Parcel], refused: Mapping[str, str] | None, why: str) -> None:
         """Count, say and note as missing what the store does not take; `refused`: by `_id`, None for everything."""
+        if self._is_over:  # the store is closed, and it is missing since the mark
+            return
         names: set[str] = set()
         for parcel in batch:
             gone = [trade.s for trade in parcel.trades if refused is None or identity(trade) in refused]
