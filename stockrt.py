@@ -29,6 +29,7 @@ above it:
     Stores             the contract and its promises; SQLite, MongoDB
     Closing prices     which trade is the close of a session
     Delivery           what waits on this machine for MongoDB, and the one loop that delivers it
+    Reading            what the views read from both stores: last trades, candles, closes, gaps, names
     Run                codes in, report out: everything above put together in one place
     Collection         what is collected without anybody asking, and when
     Platform protocol  text in, events out: pure
@@ -37,6 +38,7 @@ above it:
     Daemon             inbox, outbox, and the three threads
     Service manager    notifications, the journal's priorities, metrics
     Migration          what the older client of the platform left: settings, hash, documents
+    Views              what is stored, as tables, pages and files
     Command line       options, rows, commands, `main`
 
 The daemon's threads: the socket's (main) owns link, protocol and outbox, and waits for nothing but its inbox and the
@@ -93,6 +95,7 @@ from typing import (
     IO,
     TYPE_CHECKING,
     Any,
+    ClassVar,
     Literal,
     NamedTuple,
     NoReturn,
@@ -483,14 +486,28 @@ def write_whole(
     `durable`: it is on disk when this returns; else it may be the old one after a power cut. `setting` is the
     one that a failure names.
     """
+    with whole_file(path, durable=durable, mode=mode, setting=setting) as stream:
+        stream.write(text.encode())
+
+
+@contextlib.contextmanager
+def whole_file(
+    path: Path, *, durable: bool = False, mode: int | None = None, setting: str = "STATE_DIRECTORY"
+) -> Iterator[IO[bytes]]:
+    """Give a stream whose bytes are the file once the block has ended, and nothing where it ends in an error.
+
+    Without a `mode` the file has the one that the user's umask leaves. Raises StoreError, as `write_whole`.
+    """
     # A name that nobody can guess: no other user puts a link there before us.
     new = path.with_name(f".{path.name}.{os.urandom(8).hex()}.new")
     with disk_trouble(f"{path} cannot be written", setting):
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        descriptor = os.open(new, flags, 0o666 if mode is None else mode)
         try:
-            with open(descriptor, "w", encoding="utf-8") as stream:
-                os.fchmod(descriptor, mode)
-                stream.write(text)
+            with open(descriptor, "wb") as stream:
+                if mode is not None:
+                    os.fchmod(descriptor, mode)
+                yield stream
                 stream.flush()
                 if durable:
                     os.fsync(descriptor)
@@ -1718,6 +1735,9 @@ def _path_faults(values: Mapping[str, Any], environ: Mapping[str, str]) -> list[
     there = next(path for path in (state, *state.parents) if os.path.lexists(path))
     tried = [("STATE_DIRECTORY", f"{there}/.", os.W_OK | os.X_OK)]
     tried += [(name, environ.get(name, ""), os.R_OK) for name in ("SSL_CERT_FILE", "CREDENTIALS_DIRECTORY")]
+    codes = values.get("collect_codes", "")
+    if codes[:1] == "@":
+        tried.append(("COLLECT_CODES", codes[1:], os.R_OK))
     tried += [("SSL_CERT_DIR", path, os.R_OK) for path in environ.get("SSL_CERT_DIR", "").split(":")]
     metrics, keys = values.get("metrics_file"), environ.get("SSLKEYLOGFILE", "")
     if metrics:
@@ -2857,6 +2877,44 @@ class CollectStats(NamedTuple):
     trouble: str = ""
 
 
+# Of a trouble that stands in one line with others.
+TROUBLE_SHOWN = 120
+
+
+def collect_words(stats: CollectStats) -> str:
+    """Return what collecting does now, for a status line."""
+    parts = []
+    if stats.connections_wanted:
+        parts.append(f"{stats.connections} of {count_words(stats.connections_wanted, 'connection')}")
+        parts.append(f"{count_words(stats.codes, 'code')} subscribed")
+    if stats.polled:
+        parts.append(f"{count_words(stats.polled, 'code')} polled")
+    if parts:
+        parts.append(f"{stats.per_second:.{int(stats.per_second < 10)}f} trades/s")
+    if not math.isnan(stats.delay_p99_ms):
+        parts.append(f"stored after {stats.delay_p50_ms:.0f} ms (p99 {stats.delay_p99_ms:.0f} ms)")
+    if stats.gaps_today:
+        parts.append(f"{count_words(stats.gaps_today, 'gap')} today")
+    if stats.missed_beats:
+        parts.append(f"{count_words(stats.missed_beats, 'beat')} missed")
+    if stats.trouble:
+        parts.append(one_line(stats.trouble, TROUBLE_SHOWN))
+    return ", ".join(parts) or "begins"
+
+
+def steady(stats: CollectStats) -> tuple[object, ...]:
+    """Return of it what does not change all the time while trades come."""
+    return (
+        stats.connections,
+        stats.connections_wanted,
+        stats.codes,
+        stats.polled,
+        stats.gaps_today,
+        stats.missed_beats,
+        stats.trouble,
+    )
+
+
 class Events:
     """What a run and the daemon tell of themselves; this one does not listen. Never raises, whatever the thread."""
 
@@ -3640,13 +3698,16 @@ class WebSocket:
 
 
 def wait_readable(seconds: float, *descriptors: int) -> None:
-    """Wait until there is something to read at one of the descriptors, or the time is over."""
+    """Wait until there is something to read at one of the descriptors, or the time, if it ends, is over."""
     import select
 
     poll = select.poll()
     for descriptor in descriptors:
         poll.register(descriptor, select.POLLIN)
-    poll.poll(math.ceil(max(0.0, seconds) * 1000))
+    timeout_ms = None
+    if seconds < math.inf:
+        timeout_ms = math.ceil(max(0.0, seconds) * 1000)
+    poll.poll(timeout_ms)
 
 
 def _close_words(data: bytes) -> str:
@@ -3723,6 +3784,8 @@ SQLITE_BUSY_S = 10.0
 RESCUE_POLL_S = 0.05
 # What a file keeps free on the disk for everybody else.
 DISK_KEPT_FREE = 0.05
+# A file of more unused bytes than this is shrunk.
+SHRINK_ABOVE = 16 * 1024 * 1024
 # The page size of our files: SQLite's default since 2016.
 SQLITE_PAGE = 4096
 # What SQLite has open at most for a file: the file, its log, the index of that, and the directory.
@@ -6348,6 +6411,23 @@ def read_symbols(kind: str, envelope: Mapping[str, Any]) -> list[Symbol] | None:
     return found
 
 
+def kept_symbols(file: LocalFile, codes: Collection[str]) -> list[Symbol]:
+    """Return the entries of codes in the lists that are kept in the local file. Raises StoreError."""
+    query = "SELECT * FROM symbols WHERE code IN (SELECT value FROM json_each(?)) ORDER BY code, type"
+    return [Symbol(*row) for row in file.read_all(query, json.dumps([*codes]))]
+
+
+def symbol_names(file: LocalFile, codes: Collection[str], english: bool = False) -> dict[str, str]:
+    """Return the names of codes as far as their lists are kept in the local file. Raises StoreError."""
+    found: dict[str, list[str]] = {}
+    for symbol in kept_symbols(file, codes):
+        name = symbol.name
+        if english:
+            name = symbol.name_en or name
+        found.setdefault(symbol.code, []).append(name)
+    return {code: " / ".join(dict.fromkeys(filter(None, names))) for code, names in found.items()}
+
+
 class Directory:
     """Which instruments exist: the API's symbol lists, each asked for when something needs it, once a day at most.
 
@@ -6404,10 +6484,7 @@ class Directory:
 
     def names(self, codes: Collection[str]) -> dict[str, str]:
         """Return the names of codes as far as their lists are here: nothing is asked for."""
-        found: dict[str, list[str]] = {}
-        for symbol in self._exactly(codes):
-            found.setdefault(symbol.code, []).append(symbol.name)
-        return {code: " / ".join(dict.fromkeys(filter(None, names))) for code, names in found.items()}
+        return symbol_names(self._file, codes)
 
     def find(self, unclear: UnclearCode, stop: threading.Event) -> Instrument | None:
         """Return what a text means whose form does not tell, None where the lists know nothing of it.
@@ -6419,7 +6496,7 @@ class Directory:
         why = self.refresh(SYMBOL_TYPES if is_name else self._types_of(guesses), stop)
         if why and why != ASKED_IN_VAIN:  # which was said then
             log.warning("the symbol lists cannot be had: %s", why)
-        exact = self._exactly({unclear.text, *(guess.code for guess in guesses)})
+        exact = kept_symbols(self._file, {unclear.text, *(guess.code for guess in guesses)})
         if len(exact) == 1 and exact[0].code == unclear.text:
             return Instrument(exact[0].code, SYMBOL_TYPES[exact[0].type])
         if not exact and is_name:
@@ -6439,7 +6516,7 @@ class Directory:
             types = [kind for kind in types if SYMBOL_TYPES[kind] == market.product]
         if self.refresh(types, stop):
             return ""
-        found = [symbol for symbol in self._exactly([unknown.code]) if symbol.type in types]
+        found = [symbol for symbol in kept_symbols(self._file, [unknown.code]) if symbol.type in types]
         if found:
             name = found[0].name or found[0].code
             return f"the API lists it as {name}, but has no trade of it, or not for this key's plan"
@@ -6453,10 +6530,6 @@ class Directory:
             if suffix in MARKETS:
                 types.add(f"STOCK_{'CN' if suffix in ('SH', 'SZ') else suffix}")
         return [kind for kind in SYMBOL_TYPES if kind in types]
-
-    def _exactly(self, codes: Collection[str]) -> list[Symbol]:
-        query = "SELECT * FROM symbols WHERE code IN (SELECT value FROM json_each(?)) ORDER BY code, type"
-        return [Symbol(*row) for row in self._file.read_all(query, json.dumps([*codes]))]
 
     def _keep(self, kind: str, symbols: Iterable[Symbol], today: str) -> None:
         with self._file.write() as db:
@@ -6512,10 +6585,11 @@ def _demo_price(code: str) -> float:
 
 
 class DemoApi:
-    """Synthetic trades in the API's own form: no network, no key. One trade per code and minute."""
+    """Synthetic trades in the API's own form: no network, no key. One trade per code and `step_s`, whole seconds."""
 
-    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(self, clock: Clock = SYSTEM_CLOCK, step_s: int = 60) -> None:
         self._clock = clock
+        self._step_s = step_s
 
     def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
         """Yield an Outcome for each batch, read from an answer like a real one."""
@@ -6532,13 +6606,20 @@ class DemoApi:
         """Nothing is open."""
 
     def _record(self, code: str) -> dict[str, object]:
-        minute = int(self._clock.wall() // 60)
-        step = int(sha256(f"{code}|{minute}".encode())[:8], 16)
+        number = int(self._clock.wall() // self._step_s)
+        step = int(sha256(f"{code}|{number}".encode())[:8], 16)
         price = _demo_price(code) * (1 + (step % 2001 - 1000) / 100_000)
         p = f"{price:.{max(2, 4 - math.floor(math.log10(price)))}f}"
         volume = 1 + step % 500
         vw = f"{float(p) * volume:.3f}"
-        return {"s": code, "t": minute * 60_000, "p": p, "v": str(volume), "vw": vw, "td": step % 3}
+        return {
+            "s": code,
+            "t": number * self._step_s * 1000,
+            "p": p,
+            "v": str(volume),
+            "vw": vw,
+            "td": step % 3,
+        }
 
 
 # ======================================================================================================
@@ -6951,7 +7032,7 @@ class StreamProtocol:
         decode = NUMBERS_AS_TEXT.raw_decode
         records: list[Any] = []
         others: list[str] = []
-        for text in texts:
+        for text in map(str.strip, texts):
             try:
                 frame, end = decode(text)
                 if frame["code"] == PUSH and end == len(text):
@@ -6966,7 +7047,9 @@ class StreamProtocol:
             trades = [trade for one in records for trade in self._judged(one, latest_ms, bad)]
         events = [event for text in others for event in self._understand(text, now, bad)]
         if trades:
-            self._heard_at, self._silence_s = now, SILENCE_S
+            self._heard_at = now
+            if self._silence_s > SILENCE_S:
+                self._silence_s, self._silent_at = SILENCE_S, now + SILENCE_S
         return Pushes(trades, events, len(bad), next(iter(bad), ""))
 
     def _judged(self, record: object, latest_ms: int, bad: list[str]) -> Iterator[Trade]:
@@ -6985,7 +7068,7 @@ class StreamProtocol:
 
     def _understand(self, text: str, now: float, bad: list[str]) -> Iterator[StreamEvent]:
         """Yield what follows from a text that is no push; where it means nothing, say so in `bad`."""
-        words = text.strip()
+        words = text
         failed = words.casefold().startswith("subscribe fail")
         if failed:
             words = words.partition(":")[2].strip()
@@ -7400,6 +7483,8 @@ PROBE = "stockrt-check"
 INVALID_ID = 53
 # What a reader of the latest trades needs.
 INDEX = [("stock_code", 1), ("t", -1)]
+# What KEEP_DAYS makes, known by its name: one of another name is somebody else's.
+TTL_INDEX, TTL_KEY = "stockrt_keep_days", [("create_time", 1)]
 REFUSED_IT = "MongoDB refused it: "
 PROBE_T = 1 << 40  # as wide as the times of trades, and none of them: 2004
 # Codes that trade much trade in the last seconds before a close, and of those every tick may be there: looked at first.
@@ -7694,6 +7779,17 @@ NOT_THE_DOCUMENTS_FAULT = frozenset(
 )
 
 
+class TtlIndex(NamedTuple):
+    """An index by which MongoDB removes documents of `realtime`: so many seconds after the time in a field.
+
+    None: it removes nothing, and is where ours would be.
+    """
+
+    name: str
+    field: str
+    seconds: int | None
+
+
 class MongoStore:
     """The collections of a MongoDB; one client per process, connected at first use. Thread-safe."""
 
@@ -7879,7 +7975,7 @@ class MongoStore:
 
         moments = [{name: document[name] for name in ("stock_code", "t")} for document in documents]
         try:
-            return [*filter(_is_trade, self.collection().find({"$or": moments}))]
+            return [*filter(is_trade, self.collection().find({"$or": moments}))]
         except PyMongoError as error:
             raise self._fault(error) from error
 
@@ -7899,7 +7995,7 @@ class MongoStore:
             while missing and until >= since:
                 first = max(since, until - span)
                 wanted = {"stock_code": {"$in": missing}, "t": {"$gte": first, "$lte": until}}
-                for document in filter(_is_trade, self.collection().find(wanted)):
+                for document in filter(is_trade, self.collection().find(wanted)):
                     code = document["stock_code"]
                     if code not in found or _order(found[code]) < _order(document):
                         found[code] = document
@@ -8006,6 +8102,78 @@ class MongoStore:
             raise self._fault(error) from error
         return f"{settings.mongodb_shown()}: database {settings.mongodb_db_name} can be written, {index}"
 
+    def ttl_indexes(self) -> list[TtlIndex]:
+        """Return the indexes by which MongoDB removes documents of `realtime`, or could. Raises StoreAway."""
+        from pymongo import timeout
+
+        with self._faults(), timeout(self._looking_s()):
+            found = self.collection().index_information()
+        return [
+            TtlIndex(name, index["key"][0][0], index.get("expireAfterSeconds"))
+            for name, index in found.items()
+            if "expireAfterSeconds" in index or index["key"] == TTL_KEY
+        ]
+
+    @property
+    def is_met(self) -> bool:
+        """Whether a server is there, as far as is known without waiting for one."""
+        return bool(self.client.nodes)
+
+    def count_older(self, before: datetime) -> int | None:
+        """Return how many documents are older by `create_time`, None where that takes long. Raises StoreAway."""
+        from pymongo import timeout
+        from pymongo.errors import PyMongoError
+
+        with self._faults(), timeout(self._looking_s()):
+            try:
+                return self.collection().count_documents({"create_time": {"$lt": before}})
+            except PyMongoError as error:
+                if error.timeout and self.is_met:
+                    return None
+                raise
+
+    def oldest(self) -> list[str]:
+        """Return the earliest `create_time` (ISO 8601 UTC), nothing where there is none. Raises StoreAway."""
+        with self._faults():
+            found = self.collection().find({"create_time": {"$type": "date"}}).sort(TTL_KEY).limit(1)
+            return [iso(document["create_time"]) for document in found]
+
+    def make_ttl_index(self, seconds: int, wait_s: float) -> None:
+        """Have MongoDB remove documents so long after their `create_time`. Raises StoreAway, also after `wait_s`."""
+        from pymongo import timeout
+
+        with self._faults(), timeout(wait_s):
+            self.collection().create_index(TTL_KEY, name=TTL_INDEX, expireAfterSeconds=seconds)
+
+    def change_ttl_index(self, seconds: int) -> bool:
+        """Change that time, and return whether the role of the user allows it. Raises StoreAway."""
+        from pymongo.errors import OperationFailure
+
+        change = {"name": TTL_INDEX, "expireAfterSeconds": seconds}
+        with self._faults():
+            try:
+                self.collection().database.command("collMod", self.realtime_name, index=change)
+            except OperationFailure as error:
+                if error.code != UNAUTHORIZED:
+                    raise
+                return False
+        return True
+
+    def drop_ttl_index(self) -> None:
+        """Have MongoDB remove nothing by our index any more. Raises StoreAway."""
+        with self._faults():
+            self.collection().drop_index(TTL_INDEX)
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Raise StoreAway in place of what pymongo raises."""
+        from pymongo.errors import PyMongoError
+
+        try:
+            yield
+        except PyMongoError as error:
+            raise self._fault(error) from error
+
     def _index_words(self) -> str:
         from pymongo.errors import OperationFailure
 
@@ -8104,6 +8272,17 @@ class MongoStore:
             raise SettingsError(
                 [f"MONGODB_HOST={self._settings.mongodb_shown()!r}: {self._settings.redact(one_line(error))}"]
             ) from None
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Raise StoreAway in place of whatever pymongo raises in the block."""
+        from bson.errors import BSONError
+        from pymongo.errors import PyMongoError
+
+        try:
+            yield
+        except (PyMongoError, BSONError) as error:
+            raise self._fault(error) from error
 
     def start_threads(self) -> None:
         """Let pymongo start its threads before others take what there are. Raises StockrtError where there are none."""
@@ -8247,7 +8426,7 @@ def _order(document: Document) -> tuple[Any, ...]:
     return tuple((isinstance(value, str), value) for value in plain)
 
 
-def _is_trade(document: Document) -> bool:
+def is_trade(document: Document) -> bool:
     """Return whether a document of the collection is a trade that stockrt stored; other programs may write there."""
     times = [document.get(name) for name in ("t", "td")]
     numbers = [document.get(name) for name in ("p", "v", "vw")]
@@ -8266,6 +8445,229 @@ def _is_number(value: object) -> bool:
     if isinstance(value, str):
         return is_decimal(value)
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Retention: KEEP_DAYS
+# ------------------------------------------------------------------------------------------------------
+
+# What is too old is looked for again after this time; sooner where closes are to be made of it, or no server is met.
+KEEP_EVERY_S, KEEP_AGAIN_S = 3600.0, 300.0
+# Trades that are looked at and deleted in one transaction, 0.1 s on a slow disk, and the pause in which others write.
+EXPIRED_AT_ONCE, EXPIRED_PAUSE_S = 500, 0.2
+# A file is written anew to give back what is unused, but not one of more than this: nobody writes to it meanwhile.
+REWRITTEN_MOST = 256 * 1024 * 1024
+# As long as a market's longest holidays: a clock that is further ahead of the newest trade is not believed.
+LONGEST_REST_S = 14 * 24 * 3600
+# A time that is no further ahead than this is none of a clock that was ahead.
+CLOCKS_DIFFER_S = 60.0
+# The greatest number that MongoDB takes for it.
+TTL_MOST_S = (1 << 31) - 1
+# For an index on a collection of any size, where somebody waits for it.
+TTL_BUILD_S = 24 * 3600.0
+
+
+class Retention(Protocol):
+    """What removes trades older than KEEP_DAYS from `realtime`. One thread at a time."""
+
+    def step(self) -> float:
+        """Do the next part, and return after how many seconds there is more to do. Raises StoreError."""
+
+    def apply(self) -> str:
+        """Have done at once what is asked for explicitly, and return what is in the way, or ''. Raises StoreError."""
+
+    def words(self) -> str:
+        """Return what holds, for --check. Raises StoreError."""
+
+
+class SqliteRetention:
+    """Deletes what is older than KEEP_DAYS from the embedded store, in the order in which it came, step by step.
+
+    A step is one transaction, so a kill costs nothing. Trades that came while the clock was ahead are passed over, and
+    what came behind them goes in time, or stays twice as long at most. A clock that is ahead deletes nothing
+    (LONGEST_REST_S). Nothing is deleted while closes are to be made of it. Space is given back where that is much and
+    takes seconds; what is not is taken up by the next trades.
+    """
+
+    def __init__(self, file: LocalFile, days: int, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._file = file
+        self._days = days
+        self._clock = clock
+        self._passed = 0  # the last row that was looked at in this round
+        self._deleted = 0
+
+    def step(self, goes_on: bool = False) -> float:
+        """Delete what is old among the next rows; a round ends with rows that are not, unless it `goes_on`."""
+        if not self._days:
+            return math.inf
+        if self._closes_wait():
+            return KEEP_AGAIN_S
+        query = "SELECT seq, create_time FROM realtime WHERE seq > ? ORDER BY seq LIMIT ?"
+        rows = self._file.read_all(query, self._passed, EXPIRED_AT_ONCE)
+        before, now = self._bounds()
+        if any(created < before for _, created in rows):
+            if self._file.why_no_room(EXPIRED_AT_ONCE * PAGES_PER_ROW * SQLITE_PAGE):
+                self._file.empty_log()  # at the limit it is what keeps the next step from its room
+            with self._file.write() as db:
+                delete = "DELETE FROM realtime WHERE seq BETWEEN ? AND ? AND create_time < ?"
+                self._deleted += db.execute(delete, (rows[0][0], rows[-1][0], before)).rowcount
+        if rows and (goes_on or not any(before <= created <= now for _, created in rows)):
+            self._passed = rows[-1][0]
+            return EXPIRED_PAUSE_S
+        self._end_round()
+        return KEEP_EVERY_S
+
+    def apply(self) -> str:
+        """Look at every row."""
+        while self.step(goes_on=True) <= EXPIRED_PAUSE_S:
+            pass
+        return "closes are still to be made of older trades" if self._closes_wait() else ""
+
+    def words(self) -> str:
+        """Return for how long trades are kept, and of when the oldest is."""
+        words = ["kept for ever"]
+        if self._days:
+            words = [f"kept for {count_words(self._days, 'day')}"]
+        found = self._file.read_one("SELECT create_time FROM realtime ORDER BY seq LIMIT 1")
+        return ", ".join([*words, *(f"the oldest of {created}" for created in found or ())])
+
+    def _closes_wait(self) -> bool:
+        """Whether trades of a session that is over are still to be looked at: Stage.LOOK_BACK is 0."""
+        query = "SELECT EXISTS (SELECT 1 FROM sessions WHERE stage < 3 AND stage = 0 AND due <= ?)"
+        return bool(self._file.read_one(query, int(self._clock.wall()))[0])
+
+    def _bounds(self) -> tuple[str, str]:
+        """Return the first time that is not too old, and the time now, as they stand in `create_time`."""
+        query = "SELECT max(t) FROM (SELECT t FROM realtime ORDER BY seq DESC LIMIT ?)"
+        newest = self._file.read_one(query, EXPIRED_AT_ONCE)[0] or 0
+        now = self._clock.wall()
+        sure = datetime.fromtimestamp(min(now, newest / 1000 + LONGEST_REST_S), UTC)
+        return iso(sure - timedelta(days=self._days)), iso_after(now, CLOCKS_DIFFER_S)
+
+    def _end_round(self) -> None:
+        deleted, self._passed, self._deleted = self._deleted, 0, 0
+        if not deleted:
+            return
+        words = "%s older than KEEP_DAYS=%d deleted from %s"
+        log.info(words, count_words(deleted, "trade"), self._days, self._file.path)
+        pages, unused = self._file.pages()
+        used = (pages - unused) * SQLITE_PAGE
+        # half of it at least: else each round would write it anew
+        is_much = unused * SQLITE_PAGE > max(SHRINK_ABOVE, used)
+        if is_much and used <= REWRITTEN_MOST and not self._file.why_no_room(used):
+            self._file.shrink()
+
+
+class MongoRetention:
+    """Has MongoDB remove trades older than KEEP_DAYS, by a TTL index of ours on `create_time`.
+
+    The index is made on its own where that removes nothing at once; where older documents are there, somebody must ask
+    for it (`apply`), as they may be more than whoever set KEEP_DAYS knows of. It is changed and dropped as the setting
+    is. Indexes of others are left alone. What MongoDB refuses, or waits to be asked for, is said once.
+    """
+
+    def __init__(self, mongo: MongoStore, days: int) -> None:
+        self._mongo = mongo
+        self._days = days
+        self._seconds = min(days * 24 * 3600, TTL_MOST_S)
+        self._older = ""  # what would be removed at once, when that was counted
+        self._said = ""
+        self._is_there = False  # our index, when it was looked for
+
+    def step(self) -> float:
+        """Have the index be as KEEP_DAYS says, as far as nobody need be asked; no server is waited for."""
+        if not self._mongo.is_met:
+            return KEEP_AGAIN_S
+        try:
+            why = self._arrange()
+        except StoreAway as error:
+            if error.unreachable:
+                raise
+            why = f"{REFUSED_IT}{error.words}"
+        if why and why != self._said and (self._days or self._is_there):
+            log.warning("KEEP_DAYS=%s has no effect: %s", self._days or "", why)
+        self._said = why
+        return KEEP_EVERY_S if self._days else math.inf
+
+    def apply(self) -> str:
+        """Have the index be as KEEP_DAYS says, also where older documents go then."""
+        return self._arrange(is_asked_for=True)
+
+    def words(self) -> str:
+        """Return for how long trades are kept, and by which index."""
+        try:
+            mine, others = self._indexes()
+        except StoreAway as error:
+            if error.unreachable:
+                raise
+            return f"who keeps them for how long cannot be seen ({error.words})"
+        words = [f"kept for {_span_words(mine.seconds if mine else None)}"]
+        if mine is not None:
+            words += [f"the oldest of {created}" for created in self._mongo.oldest()]
+            if mine.seconds != self._seconds:
+                words.append(f"KEEP_DAYS={self._days or ''} holds with the next run")
+        elif self._days:
+            why = self._why_not_on_its_own(others) or "its index is made with the next run"
+            words.append(f"KEEP_DAYS={self._days} has no effect yet: {why}")
+        words += [f"but {_other_words(index)}" for index in others if index.seconds is not None]
+        return ", ".join(words)
+
+    def _indexes(self) -> tuple[TtlIndex | None, list[TtlIndex]]:
+        """Return our index, and those of others."""
+        found = self._mongo.ttl_indexes()
+        mine = next((index for index in found if index.name == TTL_INDEX), None)
+        self._is_there = mine is not None
+        return mine, [index for index in found if index is not mine]
+
+    def _arrange(self, is_asked_for: bool = False) -> str:
+        """Have the index be as KEEP_DAYS says, and return why it is not, or ''. Raises StoreAway."""
+        mine, others = self._indexes()
+        wanted = count_words(self._days, "day") if self._days else "ever"
+        limit = TTL_BUILD_S if is_asked_for else MONGODB_TIMEOUT_MS / 1000
+        if mine is None and self._days:
+            why = self._why_not_on_its_own(others, is_asked_for)
+            if why:
+                return why
+            self._mongo.make_ttl_index(self._seconds, limit)
+            log.info("MongoDB keeps trades in %s for %s", self._mongo.realtime_name, wanted)
+        elif mine is not None and mine.seconds != self._seconds:
+            if not self._days:
+                self._mongo.drop_ttl_index()
+            elif not self._mongo.change_ttl_index(self._seconds):  # readWrite may not, but drop and make it
+                self._mongo.drop_ttl_index()
+                self._mongo.make_ttl_index(self._seconds, limit)
+            words = "MongoDB keeps trades in %s for %s now, not for %s: KEEP_DAYS is %s"
+            was = _span_words(mine.seconds)
+            log.warning(words, self._mongo.realtime_name, wanted, was, self._days or "not set")
+        return ""
+
+    def _why_not_on_its_own(self, others: Sequence[TtlIndex], is_asked_for: bool = False) -> str:
+        """Return why our index is not made without more ado, '' where it is."""
+        for index in others:
+            if index.field == "create_time":
+                return f"{_other_words(index)}: drop that one first"
+        if not (is_asked_for or self._older):
+            count = self._mongo.count_older(utc_now() - timedelta(seconds=self._seconds))
+            words = "too many documents to be counted quickly"
+            if count is not None:
+                words = f"{count_words(count, 'document')} older than that"
+            if count != 0:
+                self._older = f"{self._mongo.realtime_name} holds {words}, which --retain removes"
+        return "" if is_asked_for else self._older
+
+
+def _span_words(seconds: int | None) -> str:
+    if seconds is None:
+        return "ever"
+    days = seconds / (24 * 3600)
+    return count_words(int(days), "day") if days.is_integer() else f"{seconds} s"
+
+
+def _other_words(index: TtlIndex) -> str:
+    words = f"an index of others, {index.name} on {index.field}, "
+    if index.seconds is None:
+        return words + "is where that of KEEP_DAYS would be"
+    return words + f"removes documents after {_span_words(index.seconds)}"
 
 
 # ======================================================================================================
@@ -8775,8 +9177,6 @@ DELIVERY_FIRST_S, DELIVERY_CAP_S = 1.0, 10.0
 CATCH_UP_S = 5.0
 # A document alone that fails so often, while MongoDB takes another one each time, is rejected by it for good.
 POISON_TRIES = 3
-# An emptied file of more unused bytes than this is shrunk.
-SHRINK_ABOVE = 16 * 1024 * 1024
 QUEUED_FIELDS = ("_id", *TRADE_FIELDS, "stock_code", "create_time")
 
 
@@ -9555,6 +9955,556 @@ class Gaps:
 
 
 # ======================================================================================================
+# Reading: what the views read from both stores
+# ======================================================================================================
+#
+# Times are epoch milliseconds, spans are half open (since <= t < until), numbers exact decimal texts whatever type
+# MONGODB_NUMERIC_TYPE gave them. An `_id` begins with code and time: the order of `_id`, of which each store has an
+# index, is that of codes and, of each code, that of times, as long as those have as many digits.
+
+# Trades that are read at once: 5 MB.
+TRADES_READ = 5_000
+# A close from before so many days is none that a change could be told against.
+REFERENCE_DAYS = 31
+# Codes of one question about closes or candles.
+CODES_ASKED = 50
+# Spans in which all times of trades have as many digits.
+EQUALLY_LONG_MS = ((EARLIEST_TRADE_MS, 10**12), (10**12, 10**13))
+# What no code has, nor an `_id`: it comes behind them.
+BEHIND = "~"
+
+
+class StoredTrade(NamedTuple):
+    """A document of `realtime`, its fields in their order; `create_time` as ISO 8601 UTC."""
+
+    id: str
+    s: str
+    t: int
+    p: str
+    v: str
+    vw: str
+    td: int
+    stock_code: str
+    create_time: str
+
+
+class Candle(NamedTuple):
+    """What the trades of a span come to; `t` is its beginning, `trades` how many there are."""
+
+    t: int
+    open: str
+    high: str
+    low: str
+    close: str
+    volume: str
+    trades: int
+
+
+class StoredClose(NamedTuple):
+    """A document of `close`. `p` is the close; what only a final one has is '' in another."""
+
+    code: str
+    date: str
+    t: int
+    p: str
+    is_final: bool
+    after_hours: bool
+    open: str
+    high: str
+    low: str
+    volume: str
+    turnover: str
+
+
+class Gap(NamedTuple):
+    """A span in which the stream missed what was traded of some codes; `end` is None while it lasts."""
+
+    product: str
+    codes: tuple[str, ...]
+    start: int
+    end: int | None
+    why: str
+
+
+class Reader(Protocol):
+    """What the views read from a store; it writes nothing. Its methods raise StoreError."""
+
+    def codes(self) -> list[str]:
+        """Return every code of which there is a trade, sorted."""
+
+    def close_codes(self) -> list[str]:
+        """Return every code of which there is a close, sorted."""
+
+    def estimate(self) -> int:
+        """Return about how many trades there are."""
+
+    def newest_codes(self, limit: int) -> list[str]:
+        """Return the codes that traded last, the latest first."""
+
+    def last(self, codes: Collection[str]) -> dict[str, StoredTrade]:
+        """Return the latest trade of each code; a code without one is missing."""
+
+    def trades(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[list[StoredTrade]]:
+        """Yield trades, some thousand at once, code by code and each code's by time; None: of all codes."""
+
+    def candles(
+        self, codes: Collection[str], since: int, until: int, step_ms: int
+    ) -> dict[str, list[Candle]]:
+        """Return what was traded in each step from `since` on; a step without trades is missing, and so is a code."""
+
+    def closes(self, codes: Collection[str], first: str, last: str) -> dict[str, list[StoredClose]]:
+        """Return the closes from one date to another (ISO, both included) by date, provisional ones too."""
+
+    def last_finals(self, before: Mapping[str, str]) -> dict[str, StoredClose]:
+        """Return of each code the newest final close before a date, REFERENCE_DAYS back at most."""
+
+    def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
+        """Return the gaps that reach into a span of time, in the order in which they began."""
+
+    def names(self, codes: Collection[str], english: bool = False) -> dict[str, str]:
+        """Return the names of codes, as far as the API's lists are on this machine."""
+
+
+def number_text(value: object) -> str:
+    """Return a stored number as a decimal text: a text as it stands, of other types all digits that they have."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return _without_zeros(_without_exponent(repr(value)))
+    return _without_exponent(str(value))
+
+
+def _without_exponent(text: str) -> str:
+    """Return a decimal text in which digits stand for themselves."""
+    from decimal import Decimal
+
+    return format(Decimal(text), "f") if "e" in text.lower() else text
+
+
+def _without_zeros(text: str) -> str:
+    """Return a decimal text without zeros behind its decimals."""
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def with_decimals_of(price: str, text: str) -> str:
+    """Return a price with at least as many decimals as another one has."""
+    missing = len(price.partition(".")[2]) - len(text.partition(".")[2])
+    if missing <= 0 or not set(price + text) <= set("-.0123456789"):
+        return text
+    return text + "." * ("." not in text) + "0" * missing
+
+
+def _spans_of(code: str, since: int, until: int) -> Iterator[tuple[str, str]]:
+    """Yield spans in which all `_id` are of the trades of a code in a span of time; their ends are no `_id`."""
+    for first, behind in EQUALLY_LONG_MS:
+        low, high = max(since, first), min(until, behind)
+        if low < high:
+            yield f"{code}|{low}", f"{code}|{high - 1}{BEHIND}"
+
+
+def _dates_before(day: str) -> list[str]:
+    """Return the REFERENCE_DAYS dates before one."""
+    last = date.fromisoformat(day)
+    return [(last - timedelta(days=days)).isoformat() for days in range(1, REFERENCE_DAYS + 1)]
+
+
+def _newest_finals(before: Mapping[str, str], found: Iterable[StoredClose]) -> dict[str, StoredClose]:
+    newest: dict[str, StoredClose] = {}
+    for close in sorted(found, key=itemgetter(1)):
+        if close.is_final and close.date < before[close.code]:
+            newest[close.code] = close
+    return newest
+
+
+def _by_code(closes: Iterable[StoredClose]) -> dict[str, list[StoredClose]]:
+    found: dict[str, list[StoredClose]] = {}
+    for close in sorted(closes):
+        found.setdefault(close.code, []).append(close)
+    return found
+
+
+def _parts(codes: Iterable[Any]) -> Iterator[list[Any]]:
+    """Yield codes, or what there is of each, CODES_ASKED at once."""
+    every = list(codes)
+    for at in range(0, len(every), CODES_ASKED):
+        yield every[at : at + CODES_ASKED]
+
+
+class _FileReader:
+    """What is in the local file whichever the store is."""
+
+    def __init__(self, file: LocalFile) -> None:
+        self._file = file
+
+    def names(self, codes: Collection[str], english: bool = False) -> dict[str, str]:
+        """Return the names of codes, as far as the API's lists are on this machine. Raises StoreError."""
+        return symbol_names(self._file, codes, english)
+
+    def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
+        """Return the gaps that are noted in the local file. Raises StoreError."""
+        query = (
+            'SELECT product, codes, "from", "to", why FROM stream_gaps '
+            'WHERE "from" < ? AND ifnull("to", ?) > ? ORDER BY "from"'
+        )
+        rows = self._file.read_all(query, until, NEVER, since)
+        found = [Gap(product, tuple(json.loads(names)), *rest) for product, names, *rest in rows]
+        return _touching(found, codes)
+
+
+def _touching(gaps: Iterable[Gap], codes: Collection[str]) -> list[Gap]:
+    wanted = set(codes)
+    return [gap for gap in gaps if not wanted.isdisjoint(gap.codes)]
+
+
+# Text columns hold what the API sent; a sum of volumes is exact to nine decimals.
+_SQLITE_CANDLES = """
+WITH found AS (
+    SELECT (t - ?2) / ?4 AS step, min(t) AS first, max(t) AS last,
+           max(CAST(p AS REAL)) AS high, min(CAST(p AS REAL)) AS low,
+           sum(CAST(v AS INTEGER)) AS whole,
+           sum(CAST(round((CAST(v AS REAL) - CAST(v AS INTEGER)) * 1e9) AS INTEGER)) AS billionths,
+           count(*) AS trades
+    FROM realtime WHERE stock_code = ?1 AND t >= ?2 AND t < ?3 AND demo IS ?5 GROUP BY step
+)
+SELECT ?2 + step * ?4,
+    (SELECT p FROM realtime WHERE stock_code = ?1 AND t = first AND demo IS ?5 ORDER BY _id LIMIT 1),
+    high, low,
+    (SELECT p FROM realtime WHERE stock_code = ?1 AND t = last AND demo IS ?5 ORDER BY _id DESC LIMIT 1),
+    whole, billionths, trades
+FROM found ORDER BY step
+"""
+# Each code of the index in its turn, not each trade.
+_SQLITE_CODES = """
+WITH RECURSIVE every(code) AS (
+    SELECT min(stock_code) FROM realtime
+    UNION ALL
+    SELECT (SELECT min(stock_code) FROM realtime WHERE stock_code > code) FROM every WHERE code IS NOT NULL
+)
+SELECT code, (SELECT t FROM realtime WHERE stock_code = code AND demo IS ? ORDER BY t DESC LIMIT 1) AS newest
+FROM every WHERE newest IS NOT NULL
+"""
+_TRADE_COLUMNS = ", ".join(("_id", *StoredTrade._fields[1:]))
+_CLOSE_COLUMNS = "stock_code, date, t, p, close IS NOT NULL, after_hours, open, high, low, volume, turnover"
+
+
+class SqliteReader(_FileReader):
+    """Reads the embedded store: its synthetic trades alone (`demo`), or the others alone."""
+
+    def __init__(self, file: LocalFile, demo: bool = False) -> None:
+        super().__init__(file)
+        self._demo = 1 if demo else None
+
+    def codes(self) -> list[str]:
+        """Return every code of which there is a trade, sorted. Raises StoreError."""
+        return sorted(code for code, _ in self._file.read_all(_SQLITE_CODES, self._demo))
+
+    def close_codes(self) -> list[str]:
+        """Return every code of which there is a close, sorted. Raises StoreError."""
+        query = "SELECT DISTINCT stock_code FROM close ORDER BY stock_code"
+        return [code for (code,) in self._file.read_all(query)]
+
+    def estimate(self) -> int:
+        """Return about how many trades there are: each has a number. Raises StoreError."""
+        first, last = self._file.read_one(
+            "SELECT (SELECT min(seq) FROM realtime), (SELECT max(seq) FROM realtime)"
+        )
+        return 0 if last is None else int(last - first + 1)
+
+    def newest_codes(self, limit: int) -> list[str]:
+        """Return the codes that traded last, the latest first. Raises StoreError."""
+        query = f"{_SQLITE_CODES} ORDER BY newest DESC, code LIMIT ?"
+        return [code for code, _ in self._file.read_all(query, self._demo, limit)]
+
+    def last(self, codes: Collection[str]) -> dict[str, StoredTrade]:
+        """Return the latest trade of each code. Raises StoreError."""
+        query = (
+            f"SELECT {_TRADE_COLUMNS} FROM realtime WHERE stock_code = ? AND demo IS ? "  # noqa: S608
+            "ORDER BY t DESC, _id DESC LIMIT 1"
+        )
+        rows = [self._file.read_one(query, code, self._demo) for code in codes]
+        return {row[-2]: StoredTrade(*row) for row in rows if row}
+
+    def trades(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[list[StoredTrade]]:
+        """Yield trades, some thousand at once, in the order of `_id`. Raises StoreError."""
+        if codes is None and since <= 0 and until >= NEVER:
+            yield from self._between("", BEHIND)
+            return
+        for code in sorted(self.codes() if codes is None else set(codes), key="{}|".format):
+            for low, high in _spans_of(code, since, until):
+                yield from self._between(low, high)
+
+    def _between(self, after: str, until: str) -> Iterator[list[StoredTrade]]:
+        query = (
+            f"SELECT {_TRADE_COLUMNS} FROM realtime WHERE _id > ? AND _id < ? AND demo IS ? "  # noqa: S608
+            f"ORDER BY _id LIMIT {TRADES_READ}"
+        )
+        while True:
+            rows = self._file.read_all(query, after, until, self._demo)
+            if rows:
+                yield [*map(StoredTrade._make, rows)]
+            if len(rows) < TRADES_READ:
+                return
+            after = rows[-1][0]
+
+    def candles(
+        self, codes: Collection[str], since: int, until: int, step_ms: int
+    ) -> dict[str, list[Candle]]:
+        """Return what was traded in each step. Raises StoreError."""
+        found = {}
+        for code in codes:
+            rows = self._file.read_all(_SQLITE_CANDLES, code, since, until, step_ms, self._demo)
+            if rows:
+                found[code] = [*map(_sqlite_candle, rows)]
+        return found
+
+    def closes(self, codes: Collection[str], first: str, last: str) -> dict[str, list[StoredClose]]:
+        """Return the closes between two dates, both included. Raises StoreError."""
+        query = f"SELECT {_CLOSE_COLUMNS} FROM close WHERE _id BETWEEN ? AND ?"  # noqa: S608
+        spans = [(f"{code}|{first}", f"{code}|{last}") for code in codes]
+        return _by_code(_sqlite_close(row) for span in spans for row in self._file.read_all(query, *span))
+
+    def last_finals(self, before: Mapping[str, str]) -> dict[str, StoredClose]:
+        """Return the newest final close of each code before a date. Raises StoreError."""
+        keys = [f"{code}|{day}" for code, until in before.items() for day in _dates_before(until)]
+        query = f"SELECT {_CLOSE_COLUMNS} FROM close WHERE _id IN (SELECT value FROM json_each(?))"  # noqa: S608
+        return _newest_finals(before, map(_sqlite_close, self._file.read_all(query, json.dumps(keys))))
+
+
+def _sqlite_candle(row: Sequence[Any]) -> Candle:
+    t, opened, high, low, close, whole, billionths, trades = row
+    more, rest = divmod(billionths, 10**9)
+    volume = _without_zeros(f"{whole + more}.{rest:09d}")
+    highest, lowest = (with_decimals_of(opened, number_text(number)) for number in (high, low))
+    return Candle(t, opened, highest, lowest, close, volume, trades)
+
+
+def _sqlite_close(row: Sequence[Any]) -> StoredClose:
+    code, day, t, p, is_final, after_hours, *bar = row
+    return StoredClose(code, day, t, p, bool(is_final), bool(after_hours), *(text or "" for text in bar))
+
+
+class MongoReader(_FileReader):
+    """Reads MongoDB, names and what else is on this machine from the local file.
+
+    What another program has put into the collections and is no trade is passed over.
+    """
+
+    def __init__(self, store: MongoStore, file: LocalFile, gap_name: str) -> None:
+        super().__init__(file)
+        self._store = store
+        self._gap_name = gap_name
+
+    def codes(self) -> list[str]:
+        """Return every code of which there is a trade, sorted. Raises StoreError."""
+        return sorted(code for code, _ in self._newest({}))
+
+    def close_codes(self) -> list[str]:
+        """Return every code of which there is a close, sorted. Raises StoreError."""
+        pipeline = [{"$group": {"_id": "$stock_code"}}]
+        with self._store.reading():
+            found = list(
+                self._store.collection(self._store.close_name).aggregate(pipeline, allowDiskUse=True)
+            )
+        return sorted(one["_id"] for one in found if isinstance(one["_id"], str))
+
+    def estimate(self) -> int:
+        """Return about how many trades there are. Raises StoreError."""
+        return self._store.estimate(self._store.realtime_name)
+
+    def newest_codes(self, limit: int) -> list[str]:
+        """Return the codes that traded last, the latest first. Raises StoreError."""
+        found = sorted((-t, code) for code, t in self._newest({}))
+        return [code for _, code in found[:limit]]
+
+    def last(self, codes: Collection[str]) -> dict[str, StoredTrade]:
+        """Return the latest trade of each code. Raises StoreError."""
+        moments = [{"stock_code": code, "t": t} for code, t in self._newest({"$in": [*codes]})]
+        found: dict[str, StoredTrade] = {}
+        for part in _parts(moments):
+            found |= {one.s: one for one in sorted(_stored_trades(self._store.at_moments(part)))}
+        for moment in moments:
+            code = moment["stock_code"]
+            if code not in found:  # what another program has put there is the latest
+                found |= {one.s: one for one in self._last_by_id(str(code))}
+        return found
+
+    def _last_by_id(self, code: str) -> list[StoredTrade]:
+        wanted = {
+            "_id": {"$gt": f"{code}|", "$lt": f"{code}|{BEHIND}"},
+            "stock_code": code,
+            "vw": {"$ne": None},
+        }
+        with self._store.reading():
+            return _stored_trades(list(self._store.collection().find(wanted).sort("_id", -1).limit(1)))
+
+    def _newest(self, wanted: Mapping[str, object]) -> list[tuple[str, int]]:
+        """Return codes with the time of their latest trade: the index gives one of each without reading the others."""
+        pipeline: list[dict[str, Any]] = [
+            {"$match": {"stock_code": wanted or {"$gt": ""}, "t": {"$gte": 0, "$lt": NEVER}}},
+            {"$sort": dict(INDEX)},
+            {"$group": {"_id": "$stock_code", "t": {"$first": "$t"}}},
+        ]
+        with self._store.reading():
+            found = self._store.collection().aggregate(pipeline, allowDiskUse=True)
+            return [(one["_id"], int(one["t"])) for one in found]
+
+    def trades(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[list[StoredTrade]]:
+        """Yield trades, some thousand at once, in the order of `_id`. Raises StoreError."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        from bson import decode_all
+        from bson.codec_options import CodecOptions, DatetimeConversion
+
+        options: CodecOptions[Document] = CodecOptions(
+            unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
+        )
+        batches = self._batches(codes, since, until)
+        ahead = ThreadPoolExecutor(1, "stockrt-read")  # the server is not idle while a batch is made use of
+        try:
+            coming = ahead.submit(next, batches, None)
+            while True:
+                with self._store.reading():
+                    batch = coming.result()
+                if batch is None:
+                    return
+                coming = ahead.submit(next, batches, None)
+                trades = _stored_trades(decode_all(batch, options))
+                if trades:
+                    yield trades
+        finally:
+            ahead.shutdown(wait=False)
+
+    def _batches(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[bytes]:
+        """Yield documents as the server sends them. Raises PyMongoError."""
+        spans: Iterable[tuple[str, str]] = [("", BEHIND)]
+        if codes is not None or since > 0 or until < NEVER:
+            every = sorted(self.codes() if codes is None else set(codes), key="{}|".format)
+            spans = (span for code in every for span in _spans_of(code, since, until))
+        for low, high in spans:
+            wanted = {"_id": {"$gt": low, "$lt": high}}
+            cursor = self._store.collection().find_raw_batches(
+                wanted, batch_size=TRADES_READ, sort=[("_id", 1)]
+            )
+            yield from cast(Iterable[bytes], cursor)
+
+    def candles(
+        self, codes: Collection[str], since: int, until: int, step_ms: int
+    ) -> dict[str, list[Candle]]:
+        """Return what was traded in each step. Raises StoreError."""
+        found: dict[str, list[Candle]] = {}
+        for part in _parts(codes):
+            pipeline = _mongo_candles(part, since, until, step_ms)
+            with self._store.reading():
+                for one in self._store.collection().aggregate(pipeline, allowDiskUse=True):
+                    found.setdefault(one["_id"]["code"], []).append(_mongo_candle(one))
+        return {code: sorted(candles) for code, candles in found.items()}
+
+    def closes(self, codes: Collection[str], first: str, last: str) -> dict[str, list[StoredClose]]:
+        """Return the closes between two dates, both included. Raises StoreError."""
+        found: list[StoredClose] = []
+        for part in _parts(codes):
+            spans = [{"_id": {"$gte": f"{code}|{first}", "$lte": f"{code}|{last}"}} for code in part]
+            found += self._closes({"$or": spans})
+        return _by_code(found)
+
+    def last_finals(self, before: Mapping[str, str]) -> dict[str, StoredClose]:
+        """Return the newest final close of each code before a date. Raises StoreError."""
+        found: list[StoredClose] = []
+        for part in _parts(before):
+            keys = [f"{code}|{day}" for code in part for day in _dates_before(before[code])]
+            found += self._closes({"_id": {"$in": keys}, "close": {"$ne": None}})
+        return _newest_finals(before, found)
+
+    def _closes(self, wanted: Mapping[str, object]) -> list[StoredClose]:
+        with self._store.reading():
+            return [*map(_mongo_close, self._store.collection(self._store.close_name).find(wanted))]
+
+    def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
+        """Return the gaps that MongoDB has, and those of this machine that it has not yet. Raises StoreError."""
+        wanted = {"from": {"$lt": until}, "$or": [{"to": None}, {"to": {"$gt": since}}]}
+        with self._store.reading():
+            documents = list(self._store.collection(self._gap_name).find(wanted))
+        there = [
+            Gap(one["product"], tuple(one["codes"]), one["from"], one.get("to"), one["why"])
+            for one in documents
+        ]
+        # of one that both have this machine knows best how it stands
+        every = [*_touching(there, codes), *super().gaps(codes, since, until)]
+        found = {gap[:3]: gap for gap in every}
+        return sorted(found.values(), key=lambda gap: gap.start)
+
+
+_trade_fields: itemgetter[Any] = itemgetter(*("_id", *StoredTrade._fields[1:]))
+
+
+def _stored_trades(documents: Sequence[Document]) -> list[StoredTrade]:
+    """Return those documents that are trades; where all have texts as numbers, which is the rule, in few steps."""
+    with contextlib.suppress(KeyError):
+        fields = [*map(_trade_fields, documents)]
+        ids, s, t, p, v, vw, *_ = columns = [*zip(*fields, strict=True)] or [()] * len(StoredTrade._fields)
+        begins = map("{}|{}|".format, s, t)
+        if {*map(type, chain(ids, p, v, vw))} <= {str} and all(map(str.startswith, ids, begins)):
+            times = {moment: _iso_text(moment) for moment in {*columns[-1]}}
+            return [StoredTrade._make((*row[:-1], times[row[-1]])) for row in fields]
+    trades = []
+    for document in filter(is_trade, documents):
+        *fields, created = (document.get(name) for name in ("_id", *StoredTrade._fields[1:]))
+        for number in (3, 4, 5):
+            fields[number] = number_text(fields[number])
+        trades.append(StoredTrade._make((*fields, _iso_text(created))))
+    return trades
+
+
+def _iso_text(moment: object) -> str:
+    """Return a BSON date as ISO 8601 UTC, and what is none, or far from our time, as a text."""
+    if not isinstance(moment, datetime):
+        return one_line(moment)
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return iso(moment)
+
+
+def _mongo_candles(codes: Sequence[str], since: int, until: int, step_ms: int) -> list[dict[str, Any]]:
+    """Return the aggregation that makes candles; the order of `_id` says what came first."""
+
+    def number(name: str) -> dict[str, Any]:
+        return {"$convert": {"input": f"${name}", "to": "decimal", "onError": None, "onNull": None}}
+
+    spans = [span for code in codes for span in _spans_of(code, since, until)]
+    into_it = {"$mod": [{"$subtract": ["$t", since]}, step_ms]}
+    return [
+        {"$match": {"$or": [{"_id": {"$gt": low, "$lt": high}} for low, high in spans]}},
+        {"$match": {"p": {"$type": ["string", "number"]}, "t": {"$type": "number"}}},
+        {"$sort": {"_id": 1}},
+        {
+            "$group": {
+                "_id": {"code": "$stock_code", "t": {"$subtract": ["$t", into_it]}},
+                "open": {"$first": "$p"},
+                "high": {"$max": number("p")},
+                "low": {"$min": number("p")},
+                "close": {"$last": "$p"},
+                "volume": {"$sum": number("v")},
+                "trades": {"$sum": 1},
+            }
+        },
+    ]
+
+
+def _mongo_candle(one: Document) -> Candle:
+    first, high, low, last = (number_text(one[name]) for name in ("open", "high", "low", "close"))
+    volume = _without_zeros(number_text(one["volume"]))
+    return Candle(int(one["_id"]["t"]), first, high, low, last, volume, one["trades"])
+
+
+def _mongo_close(document: Document) -> StoredClose:
+    is_final = document.get("close") is not None
+    names = ("open", "high", "low", "volume", "turnover")
+    bar = [number_text(document[name]) if document.get(name) is not None else "" for name in names]
+    code, day, p = document["stock_code"], document["date"], number_text(document["p"])
+    return StoredClose(code, day, int(document["t"]), p, is_final, bool(document.get("after_hours")), *bar)
+
+
+# ======================================================================================================
 # Run: codes in, report out
 # ======================================================================================================
 
@@ -9568,6 +10518,8 @@ CLOSES = "closing snapshot"
 WRITE_AFTER_S = 0.5
 
 
+# What --once gives to KEEP_DAYS at its end.
+KEEP_ONCE_S = 2.0
 # A trade no older than this is stale at no market.
 FRESH_MS = 3_600_000
 
@@ -9999,6 +10951,8 @@ class Pipeline:
         self._demo = demo
         self._delivery: Delivery | None = None
         self._close_trouble = LogThrottle(CLOSES, then="the trades are stored all the same")
+        self._keep_trouble = LogThrottle("KEEP_DAYS", then="older trades stay until it works")
+        self._keep_due = 0.0  # monotonic
         with contextlib.ExitStack() as opened:
             file = opened.enter_context(open_store_file(settings.state_directory, self._events, patient))
             self.mongo: MongoStore | None = None
@@ -10019,7 +10973,7 @@ class Pipeline:
             self.directory = Directory(file, api)
             self._source: Source = api
             if demo:
-                self._source = DemoApi()
+                self._source = DemoApi(clock, int(settings.collect_every_s) or 60)
             self._open_store(file, mongo)
             self._polled: InfowayApi | None = None  # made at first use
             self._polling = threading.Lock()
@@ -10031,14 +10985,20 @@ class Pipeline:
         sessions = SessionsFile(file)
         closes_in: SqliteStore | MongoStore = mongo or SqliteStore(file)
         closes = ClosingPrices(closes_in, sessions, self._clock)
+        self.reader: Reader = SqliteReader(file, self._demo)
         if isinstance(closes_in, SqliteStore):
             self.store, self._closing = closes_in, closes
         else:
+            self.reader = MongoReader(closes_in, file, self._settings.gap_name)
             limit = self._settings.spool_max_bytes
             queue, rejects, unsettled = DeliveryQueue(file, limit), Rejects(file), UnsettledTrades(file)
             self._delivery = Delivery(closes_in, queue, rejects, unsettled, closes, self._events)
             self.store = self._closing = self._delivery
         self._keeper = Keeper(self._closing, self._events, self._close_trouble)
+        days = self._settings.keep_days
+        self._retention: Retention = SqliteRetention(file, days, self._clock)
+        if mongo is not None:  # what waits for it in the local file stays
+            self._retention = MongoRetention(mongo, days)
         self._finaliser = Finaliser(closes_in, self._source, sessions, self._events, self._clock)
         self._backfill = Backfill(closes_in, self._source, file, self._clock)
 
@@ -10046,6 +11006,20 @@ class Pipeline:
     def open_mongodb(settings: Settings) -> contextlib.closing[MongoStore]:
         """Return the collections alone, for work that needs no local file."""
         return contextlib.closing(MongoStore(settings))
+
+    @staticmethod
+    @contextlib.contextmanager
+    def open_reader(settings: Settings, demo: bool = False) -> Iterator[Reader]:
+        """Give what the views read from: it writes nothing. `demo`: synthetic trades alone, which are never in MongoDB.
+
+        Raises StoreError.
+        """
+        with open_store_file(settings.state_directory) as file:
+            if demo or not settings.mongodb_uri:
+                yield SqliteReader(file, demo)
+                return
+            with Pipeline.open_mongodb(settings) as store:
+                yield MongoReader(store, file, settings.gap_name)
 
     def __enter__(self) -> Self:
         return self
@@ -10065,6 +11039,11 @@ class Pipeline:
         Raises SettingsError without an API key, StoreError when a local file is damaged or the clock not set.
         """
         return self._collect(self._source, self._events, codes, stop, report)
+
+    def need_key(self) -> None:
+        """Raise SettingsError where trades are to be asked for without an API key."""
+        if not (self._demo or self._settings.api_keys):
+            raise SettingsError([NO_KEY_HINT])
 
     def poll(self, codes: Iterable[object], stop: threading.Event) -> Report:
         """Collect as `run` does, beside it and over connections of its own, without telling how it goes on.
@@ -10100,8 +11079,7 @@ class Pipeline:
         stop: threading.Event,
         report: Report | None = None,
     ) -> Report:
-        if not (self._demo or self._settings.api_keys):
-            raise SettingsError([NO_KEY_HINT])
+        self.need_key()
         need_clock(self._clock.wall())
         closing, finder = None, None
         if not self._demo:
@@ -10206,6 +11184,49 @@ class Pipeline:
         """Make all closes final whose bars can be had now, or until `stop` is set."""
         while not stop.is_set() and self.finalise(stop) == 0:
             pass
+
+    def retain(self) -> float:
+        """Do a part of what KEEP_DAYS asks for, if that is due; return after how many seconds there is more to do.
+
+        Infinite for never. What fails is said and tried again; never raises.
+        """
+        now = self._clock.monotonic()
+        if self._demo:
+            return math.inf
+        if now < self._keep_due:
+            return self._keep_due - now
+        wait = FINAL_PAUSE_S
+        try:
+            need_clock(self._clock.wall())
+            if self._delivery is None or not self._delivery.is_away:
+                wait = self._retention.step()
+            self._keep_trouble.over()
+        except StoreError as error:
+            self._keep_trouble.again(str(error))
+        except Exception as error:  # it must not cost a trade
+            self._keep_trouble.again(own_fault(error))
+        self._keep_due = self._clock.monotonic() + wait
+        return wait
+
+    def retain_some(self, stop: threading.Event) -> None:
+        """Do what KEEP_DAYS asks for, as far as that is a matter of seconds, or until `stop` is set."""
+        until = self._clock.monotonic() + KEEP_ONCE_S
+        wait = self.retain()
+        while wait <= EXPIRED_PAUSE_S and self._clock.monotonic() < until and not stop.wait(wait):
+            wait = self.retain()
+
+    def apply_retention(self) -> str:
+        """Remove what is older than KEEP_DAYS, and return what is in the way of that, or ''. Raises StoreError."""
+        need_clock(self._clock.wall())
+        return self._retention.apply()
+
+    def kept(self) -> str:
+        """Return for how long trades are kept. Raises StoreError."""
+        return f"trades {self._retention.words()}"
+
+    def check_store(self) -> str:
+        """Try what a run needs of the store, and say for how long trades are kept. Raises StoreError."""
+        return f"{self.store.check()}, {self.kept()}"
 
     def _settle_final(self, refused: Sequence[RefusedClose]) -> None:
         if self._delivery is not None:
@@ -10419,7 +11440,6 @@ class WatchList:
             is_now = (found.st_mtime_ns, found.st_size, found.st_ino)
             if self._codes is not None and is_now == self._file_was:
                 return None
-            self._file_was = None
             with path.open(encoding="utf-8-sig") as lines:
                 codes = list(codes_in(lines))
         except (OSError, UnicodeDecodeError) as error:
@@ -10430,18 +11450,18 @@ class WatchList:
         return codes
 
     def _take(self, listed: Collection[str]) -> None:
-        """Go over to what of a new list is in the share, and say what changed."""
+        """Go over to what of a new list is in the share, and say what changed, or that it is nothing."""
         number, shares = self._settings.collect_share
         codes = [code for code in listed if share_of(code, shares) == number]
         before, now = set(self._codes or ()), set(codes)
         if self._codes is not None and before == now:
             return
-        words = count_words(len(codes), "code")
-        if shares > 1:
-            words += f" of {len(listed)}, the share {number}/{shares}"
-        if self._codes is not None:
-            words += f"; {len(now - before)} new, {len(before - now)} gone"
-        log.log(logging.INFO if codes else logging.WARNING, "COLLECT_CODES: %s", words)
+        if not codes:
+            words = "COLLECT_CODES: none of %s is in the share %d/%d"
+            log.warning(words, count_words(len(listed), "code"), number, shares)
+        elif self._codes is not None:
+            words = "COLLECT_CODES: %s, %d new, %d gone"
+            log.info(words, count_words(len(codes), "code"), len(now - before), len(before - now))
         self._codes = tuple(codes)
 
 
@@ -10625,6 +11645,8 @@ class Poller(threading.Thread):
 
     def _count(self, report: Report) -> None:
         before = self._stats
+        if report.total and not before.polled:
+            log.info("%s polled every %g s", count_words(report.total, "code"), self._every_s)
         trouble = report.store_error
         if not report.interrupted:
             trouble = self._troubles.note(report)
@@ -11773,8 +12795,7 @@ class Collecting:
 
     def start(self) -> None:
         """Begin. Raises StockrtError."""
-        if not self._settings.api_keys:
-            raise SettingsError([NO_KEY_HINT])
+        self._pipeline.need_key()
         if self._settings.collect_codes == WATCH and self._pipeline.mongo is None:
             raise SettingsError([WATCH_NEEDS_MONGODB])
         try:
@@ -12729,8 +13750,12 @@ def _add_up(db: sqlite3.Connection, answer: str, now: float) -> None:
 #      but a damaged one, which the next start mends.
 
 STATUS_NAME = "status.json"
+# What the state of the platform is to a daemon that collects without one.
+NO_NEED = "not needed"
 # A full disk is looked at again after so long: waiting for room costs nothing, an answer that waits does.
 JOURNAL_FIRST_S, JOURNAL_CAP_S = 0.5, 5.0
+# What changes all the time is in the status file no older than this, as long as it changes.
+STATUS_EVERY_S = 10.0
 # The executor looks at the clock at least so often while nothing comes: a wait is not right when the clock is set.
 LOOK_AROUND_S = 600.0
 # What follows an execution that met a trouble.
@@ -12760,6 +13785,41 @@ RECEIPT_GRACE_S = 3.0
 STOP_MARGIN_S = 4.0
 
 
+class StreamFacts(TypedDict):
+    """What the daemon tells of a connection to the stream."""
+
+    product: str
+    codes: int
+    subscribed: int
+    state: str
+    why: str
+
+
+class CollectFacts(TypedDict, total=False):
+    """What the daemon tells of collecting, and `at` when: CollectStats, and more where it goes on; None: not known.
+
+    `streams`: of each connection its product, how many codes it is for, how many are subscribed, its state and why.
+    """
+
+    at: str
+    connections: int
+    connections_wanted: int
+    codes: int
+    polled: int
+    per_second: float
+    delay_p50_ms: object
+    delay_p99_ms: object
+    gaps_today: int
+    trades: int
+    stored: int
+    duplicates: int
+    dropped: int
+    missed_beats: int
+    trouble: str
+    streams: list[StreamFacts]
+    gaps_open: int
+
+
 class DaemonStatus(TypedDict, total=False):
     """What the daemon tells --status, in a file; times are ISO 8601 UTC."""
 
@@ -12771,6 +13831,7 @@ class DaemonStatus(TypedDict, total=False):
     stopped: str
     keys: list[KeyState]
     spool_refused: int
+    collecting: CollectFacts
 
 
 def read_status(directory: Path) -> DaemonStatus:
@@ -12794,6 +13855,11 @@ def _fits(value: object, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     return kind is object or type(value) is kind
+
+
+def collect_facts(told: Mapping[str, Any]) -> CollectFacts:
+    """Return what the status file has of collecting: what is told of it now."""
+    return cast(CollectFacts, {"at": iso(utc_now()), **told})
 
 
 class Answered(NamedTuple):
@@ -12863,8 +13929,23 @@ class ExecutorLeft(NamedTuple):
     """To the socket's thread: no execution runs, and none will."""
 
 
+class Collected(NamedTuple):
+    """To the socket's thread: collecting goes on like this."""
+
+    stats: CollectStats
+
+
 Message: TypeAlias = (
-    Answered | Recalled | Declined | Ended | Broken | StopAsked | ReloadAsked | SettingsRead | ExecutorLeft
+    Answered
+    | Recalled
+    | Declined
+    | Ended
+    | Broken
+    | StopAsked
+    | ReloadAsked
+    | SettingsRead
+    | ExecutorLeft
+    | Collected
 )
 
 
@@ -12896,7 +13977,7 @@ class Inbox:
         return [self._messages.get() for _ in range(self._messages.qsize())]
 
     def wait(self, seconds: float, *descriptors: int) -> None:
-        """Wait until a message or something at one of the descriptors is there, or the time is over."""
+        """Wait until a message or something at one of the descriptors is there, or the time, if it ends, is over."""
         wait_readable(seconds, self._woken.fileno(), *descriptors)
 
 
@@ -13095,6 +14176,7 @@ class Relay(Events):
         self._events = events
         self._inbox = inbox
         self.queue = QueueStats()
+        self.collect = CollectStats()
         self.is_damaged = False  # a local file, or the program: nothing is executed or answered any more
 
     def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
@@ -13124,6 +14206,12 @@ class Relay(Events):
     def keys_out(self, out: int, of: int) -> None:
         """Pass it on."""
         self._events.keys_out(out, of)
+
+    def collecting(self, stats: CollectStats) -> None:
+        """Pass it on."""
+        self.collect = stats
+        self._events.collecting(stats)
+        self._inbox.put(Collected(stats))
 
     def damaged(self, error: StockrtError) -> None:
         """Let the daemon end: the next start mends it."""
@@ -13158,6 +14246,10 @@ class Executor(threading.Thread):
         self._queue: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._pipeline: Pipeline | None = None
         self._watch: WatchList | None = None  # for commands without codes
+        self._collecting: Collecting | None = None
+        # when (monotonic) it is begun, or tried again: infinite where only new settings help
+        self._collect_at = 0.0
+        self._collect_trouble = LogThrottle("collecting")
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
         self.stop = threading.Event()  # cuts the running execution short
@@ -13169,7 +14261,15 @@ class Executor(threading.Thread):
     def renew(self, settings: Settings) -> None:
         """Go over to other settings after the running execution; what waits for MongoDB is tried with them, too."""
         self._wanted = settings
+        self._collect_at = 0.0
         self._queue.put(NO_COMMAND)
+
+    def collecting_facts(self) -> CollectFacts:
+        """Return what --status shows of collecting; called by any thread."""
+        collecting = self._collecting
+        if collecting is not None:
+            return collect_facts(collecting.describe())
+        return collect_facts({"trouble": self._events.collect.trouble})
 
     def leave(self, dropped_because: str = "") -> None:
         """Begin no further execution.
@@ -13193,6 +14293,7 @@ class Executor(threading.Thread):
         except Exception as error:
             self._inbox.put(broken_by(error))
         finally:
+            self._end_collecting()
             if self._pipeline is not None:
                 self._pipeline.close()
             self._inbox.put(ExecutorLeft())
@@ -13200,7 +14301,7 @@ class Executor(threading.Thread):
     def _next(self) -> Order | None:
         """Return the next command, None for the end; closes are made final before it and while none is there."""
         while True:
-            wait = self._finalise()
+            wait = self._wait_s()
             try:
                 order = self._queue.get(timeout=wait)
             except queue.Empty:
@@ -13213,6 +14314,66 @@ class Executor(threading.Thread):
             if not (self._leaving.is_set() or self._events.is_damaged):
                 self._move_what_waits()
 
+    def _wait_s(self) -> float | None:
+        """Do what is due beside the commands, and return for how many seconds there is nothing more to do."""
+        self._collect()
+        wait = self._finalise()
+        if self._collecting is not None or self._collect_at == math.inf:
+            return wait
+        return TAKE_UP_AGAIN_S if wait is None else min(wait, TAKE_UP_AGAIN_S)
+
+    def _collect(self) -> None:
+        """Begin to collect without pause where that is wanted, anew with new settings; what fails is tried again."""
+        if self._leaving.is_set() or self._events.is_damaged:
+            return
+        if not self._wanted.collects:
+            self._collect_at = math.inf
+            return
+        goes_on = self._collecting is not None and self._wanted is self._settings
+        if goes_on or time.monotonic() < self._collect_at:
+            return
+        self._collect_at = time.monotonic() + TAKE_UP_AGAIN_S
+        try:
+            pipeline = self._open_pipeline()
+            pipeline.start_delivery()
+            if self._collecting is None:
+                collecting = Collecting(pipeline, self._settings, self._events)
+                collecting.start()
+                self._collecting = collecting
+        except ImportError as error:
+            self._events.damaged(lost_part(error))
+        except Exception as error:
+            self._note_not_collecting(error)
+        else:
+            self._collect_trouble.over()
+
+    def _note_not_collecting(self, error: Exception) -> None:
+        """Say why collecting does not begin. What no time mends ends a daemon that has nothing else to do."""
+        words = str(error)
+        if isinstance(error, SettingsError):
+            self._collect_at = math.inf
+            if not self._settings.platform_url():
+                self._inbox.put(Broken(error))
+                return
+            log.error("collecting: %s; mend that, then reload or restart", words)
+        elif not self._events.is_damaged:
+            if not isinstance(error, StockrtError):
+                words = own_fault(error)
+            self._collect_trouble.again(words)
+        self._events.collecting(CollectStats(trouble=words))
+
+    def _end_collecting(self) -> None:
+        collecting, self._collecting = self._collecting, None
+        if collecting is None:
+            return
+        try:
+            collecting.close()
+        except Exception as error:  # what it could not write down counts as a gap
+            words = str(error)
+            if not isinstance(error, StockrtError):
+                words = own_fault(error)
+            log.error("collecting: did not end well: %s", words)
+
     def _finalise(self) -> float | None:
         """Make a part of the closes final that are due; return for how many seconds there is no more to do."""
         if self._leaving.is_set() or self._events.is_damaged:
@@ -13221,7 +14382,8 @@ class Executor(threading.Thread):
             if self._troubles.store.there:
                 return TAKE_UP_AGAIN_S
             return None
-        return min(self._pipeline.finalise(self._leaving), LOOK_AROUND_S)
+        wait = self._pipeline.finalise(self._leaving)
+        return min(wait, self._pipeline.retain(), LOOK_AROUND_S)
 
     def _answer(self, order: Order) -> Message:
         """Execute a command, and return what the socket's thread has to know once the answer is in the journal."""
@@ -13278,8 +14440,11 @@ class Executor(threading.Thread):
             log.error("execution %s stays in the journal: %s", number, error)
 
     def _move_what_waits(self) -> None:
-        """Take up what waits since the last start, for MongoDB or a daily bar, without waiting for an execution."""
-        if not (self._settings.state_directory / SQLITE_NAME).exists():
+        """Take up what waits since the last start, for MongoDB or a daily bar, without waiting for an execution.
+
+        Where trades are collected without pause, that does it.
+        """
+        if self._wanted.collects or not (self._settings.state_directory / SQLITE_NAME).exists():
             return
         try:
             self._open_pipeline().start_delivery()
@@ -13351,7 +14516,8 @@ class Executor(threading.Thread):
     def _open_pipeline(self) -> Pipeline:
         """Return the pipeline, a new one where the settings were read anew. Raises StockrtError."""
         wanted, old = self._wanted, self._pipeline
-        if old is not None and wanted is self._settings:
+        if old is not None and (wanted is self._settings or self._may_go_on(wanted)):
+            self._settings = wanted
             return old
         try:
             self._pipeline = Pipeline(wanted, self._events, patient=True)
@@ -13362,11 +14528,24 @@ class Executor(threading.Thread):
             self._wanted = self._settings
             return old
         if old is not None:
+            self._end_collecting()
             old.close()
             if store_name(self._settings) != store_name(wanted):
                 self._troubles = Troubles(wanted, RETRIED)
         self._settings, self._watch = wanted, None
         return self._pipeline
+
+    def _may_go_on(self, wanted: Settings) -> bool:
+        """Whether collecting goes well and new settings change nothing of it: each new connection leaves a gap."""
+        stats = self._events.collect
+        if self._collecting is None or stats.trouble or stats.connections < stats.connections_wanted:
+            return False
+        pipeline = cast(Pipeline, self._pipeline)
+        if any(key.dead for key in pipeline.keys.keys):  # an operator may have mended it
+            return False
+        return self._settings == wanted._replace(
+            log_level=self._settings.log_level, old_secrets=self._settings.old_secrets
+        )
 
 
 def execution_name(context: Mapping[str, Any]) -> str:
@@ -13471,6 +14650,8 @@ class Clerk(threading.Thread):
         self._too_long: set[int] = set()
         self._wanted: list[int] = []
         self._status: DaemonStatus = {"version": __version__, "pid": os.getpid(), "platform": "not connected"}
+        if not settings.platform_url():
+            self._status["platform"] = NO_NEED
         before = read_status(settings.state_directory)
         if "last_contact" in before:
             self._status["last_contact"] = before["last_contact"]
@@ -13728,6 +14909,8 @@ class Daemon:
         self._drop_trouble = LogThrottle("results", clock, then="so is each that comes to be as old")
         self._open_commands = 0  # accepted, or on their way into the journal, and not ended
         self._executor_left = False
+        self._collect = self._collect_noted = CollectStats()
+        self._collect_noted_at = -math.inf
         self._leaving: Leaving | None = None
         self._broken: StockrtError | None = None
 
@@ -13740,13 +14923,19 @@ class Daemon:
         self._inbox.put(ReloadAsked())
 
     def run(self) -> None:
-        """Serve the platform until told to stop or shut down. Raises StoreError when a local file is damaged."""
+        """Serve the platform, if there is one, until told to stop or shut down.
+
+        Raises StoreError when a local file is damaged, SettingsError where nothing is left to do with these settings.
+        """
         start_thread(self._executor)
         start_thread(self._clerk)
         self._tick()  # before the start is over, the status is said
         self._events.started()
         delays = self._fresh_delays()
         while self._leaving is None:
+            if not self._settings.platform_url():
+                self._wait_awake(math.inf)
+                continue
             if self._connect_and_serve():
                 delays = self._fresh_delays()
             self._wait_awake(self._delay(delays))
@@ -13847,7 +15036,22 @@ class Daemon:
             self._dropped += len(stale)
             self._drop_trouble.again(f"{self._dropped} could not be delivered within an hour and are dropped")
             self._clerk.do(Received(stale))
-        return self._events.tick(self._open_commands, len(self._outbox))
+        return min(self._note_collecting(now), self._events.tick(self._open_commands, len(self._outbox)))
+
+    def _note_collecting(self, now: float) -> float:
+        """Have the status file say how collecting goes on, seldom where no more than its numbers change.
+
+        Return when that is due.
+        """
+        stats, noted = self._collect, self._collect_noted
+        if stats is noted:
+            return math.inf
+        due = self._collect_noted_at + STATUS_EVERY_S
+        if now < due and steady(stats) == steady(noted):
+            return due
+        self._collect_noted, self._collect_noted_at = stats, now
+        self._clerk.do(NoteStatus({"collecting": self._executor.collecting_facts()}))
+        return math.inf
 
     def _serve(self, link: Link, protocol: PlatformProtocol) -> None:
         """Move frames and answers until the connection is lost (LinkLost) or the process may leave."""
@@ -13988,6 +15192,8 @@ class Daemon:
                 self._refuse(message.command.context, message.reason, message.command.execution_id)
             elif isinstance(message, Ended):
                 self._open_commands -= message.commands
+            elif isinstance(message, Collected):
+                self._collect = message.stats
             elif isinstance(message, ExecutorLeft):
                 self._executor_left = True
             elif isinstance(message, Broken):
@@ -13999,9 +15205,14 @@ class Daemon:
             elif isinstance(message, SettingsRead):
                 self._settings = message.settings
                 log.setLevel(message.settings.log_level.upper())
+                if not message.settings.collects:
+                    self._clerk.do(NoteStatus({"collecting": {}}))
                 self._events.reloaded(message.settings)
             else:
-                log.info("stopping: the running execution has %d s", STOP_GRACE_S)
+                words = "stopping"
+                if self._settings.platform_url():
+                    words += f": the running execution has {STOP_GRACE_S:.0f} s"
+                log.info(words)
                 self._begin_leaving()
 
     def _send_answers(self, link: Link, protocol: PlatformProtocol) -> None:
@@ -14091,6 +15302,8 @@ def lock_state_directory(directory: Path) -> IO[str]:
 NOTIFY_TIMEOUT_S = 1.0
 # A scraper comes every 15 s or more seldom.
 METRICS_EVERY_S = 10.0
+# Rates and delays change all the time: the status line has them no older than this.
+RATES_EVERY_S = 5.0
 # A good answer takes a tenth of a second, one under load seconds; 30 s is the limit of a request.
 LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0)
 
@@ -14199,6 +15412,14 @@ class Metric(NamedTuple):
     label: str = ""
     values: tuple[str, ...] = ("",)
 
+    def at_first(self) -> float:
+        """Return where it stands before anything is told: what may never be known, or done, is left out."""
+        return math.nan if self.label == "key" or self.name.startswith(COLLECT_METRICS) else 0.0
+
+
+# What the names begin with of what collecting without pause tells.
+COLLECT_METRICS = "stockrt_collect_"
+
 
 API_ANSWERS = (*(action.name.lower() for action in Action), "no_answer")
 OUTCOMES = ("success", "partial", "failure", "interrupted", "refused")
@@ -14211,8 +15432,8 @@ METRICS = (
     Metric("stockrt_executions_total", "counter", "Commands of the platform that ended.", "outcome", OUTCOMES),
     Metric("stockrt_last_success_timestamp_seconds", "gauge",
            "Unix time of the last execution that stored every code, 0 before the first."),
-    Metric("stockrt_trades_stored_total", "counter", "Trades that were new in the store."),
-    Metric("stockrt_trades_duplicate_total", "counter", "Trades that were in the store before."),
+    Metric("stockrt_trades_stored_total", "counter", "Trades of executions that were new in the store."),
+    Metric("stockrt_trades_duplicate_total", "counter", "Trades of executions that were there before."),
     Metric("stockrt_codes_failed_total", "counter", "Codes without a stored trade.", "reason",
            tuple(kind.value for kind in FailureKind)),
     Metric("stockrt_codes_stale", "gauge",
@@ -14231,6 +15452,18 @@ METRICS = (
     Metric("stockrt_api_key_state", "gauge", "The key's state: 0 ready, 1 resting, 2 out.", "key", ()),
     Metric("stockrt_api_key_end_timestamp_seconds", "gauge",
            "Unix time at which the key's plan ends, 0 where it is not known.", "key", ()),
+    Metric("stockrt_collect_connections", "gauge", "Connections to the stream that stand."),
+    Metric("stockrt_collect_connections_wanted", "gauge", "Connections to the stream that shall stand."),
+    Metric("stockrt_collect_codes", "gauge", "Codes subscribed on the stream."),
+    Metric("stockrt_collect_polled_codes", "gauge", "Codes that are polled over REST."),
+    Metric("stockrt_collect_trades_total", "counter", "Trades that came while collecting."),
+    Metric("stockrt_collect_stored_total", "counter", "Of them, those that were new in the store."),
+    Metric("stockrt_collect_duplicate_total", "counter", "Of them, those that were in the store before."),
+    Metric("stockrt_collect_dropped_total", "counter", "What was pushed and not asked for, or was no trade."),
+    Metric("stockrt_collect_gaps_today", "gauge", "Gaps of this UTC day."),
+    Metric("stockrt_collect_missed_beats_total", "counter", "Polls left out as one before was still going on."),
+    Metric("stockrt_collect_delay_seconds", "gauge", "Time from a trade's arrival until it was durable, lately.",
+           "quantile", ("0.5", "0.99")),
 )
 # fmt: on
 LATENCY = "stockrt_api_latency_seconds"
@@ -14262,9 +15495,8 @@ class Metrics:
         shown = tuple(dict.fromkeys(digest[:DIGEST_SHOWN] for digest in keys))
         with self._lock:
             self._metrics = [m._replace(values=shown) if m.label == "key" else m for m in METRICS]
-            unknown = {"key": math.nan}
             self._numbers = {
-                (metric.name, value): self._numbers.get((metric.name, value), unknown.get(metric.label, 0.0))
+                (metric.name, value): self._numbers.get((metric.name, value), metric.at_first())
                 for metric in self._metrics
                 for value in metric.values
             }
@@ -14276,9 +15508,10 @@ class Metrics:
             self.changes += bool(by)
 
     def put(self, name: str, number: float, value: str = "") -> None:
-        """Let a gauge stand at `number`."""
+        """Let a gauge, or what somebody else counts, stand at `number`; NaN: it is not known."""
         with self._lock:
-            self.changes += self._numbers[name, value] != number
+            before = self._numbers[name, value]
+            self.changes += before != number and not (math.isnan(before) and math.isnan(number))
             self._numbers[name, value] = number
 
     def took(self, seconds: float) -> None:
@@ -14389,7 +15622,12 @@ class Service(Events):
             self._file = MetricsFile(settings.metrics_file, self.metrics, clock)
         self._peer = f"{settings.server_host}:{settings.server_port}"
         self._keys = count_words(len(settings.api_keys), "key")
+        self._has_platform = bool(settings.platform_url())
         self._link = f"connecting to {self._peer}"
+        self._collects = settings.collects
+        self._collect = CollectStats()
+        self._collect_shown, self._collect_steady = "", steady(self._collect)
+        self._collect_shown_at = -math.inf
         self._waits = False  # whether trades wait for MongoDB
         self._last: tuple[str, float] | None = None  # what the last execution did, and when (monotonic)
         self._unanswered = self._undelivered = 0
@@ -14398,6 +15636,9 @@ class Service(Events):
         self._leaving = False
         self.metrics.put("stockrt_info", 1, __version__)
         self.metrics.put("stockrt_start_time_seconds", round(clock.wall(), 3))
+        if not self._has_platform:
+            self.metrics.put("stockrt_platform_connected", math.nan)
+            self.metrics.put("stockrt_platform_connections_total", math.nan)
 
     def started(self) -> None:
         """Tell systemd that the start is over."""
@@ -14410,6 +15651,13 @@ class Service(Events):
     def reloaded(self, settings: Settings) -> None:
         """Tell systemd that this is over."""
         self._keys = count_words(len(settings.api_keys), "key")
+        self._collects = settings.collects
+        if not self._collects:
+            self._collect = CollectStats()
+            for metric in METRICS:
+                if metric.name.startswith(COLLECT_METRICS):
+                    for value in metric.values:
+                        self.metrics.put(metric.name, math.nan, value)
         self._notifier.send(READY=1)
 
     def tick(self, unanswered: int, undelivered: int) -> float:
@@ -14469,6 +15717,27 @@ class Service(Events):
         """Note how many keys are not used again."""
         self._keys = count_words(of, "key") + f", {out} out" * (out > 0)
 
+    def collecting(self, stats: CollectStats) -> None:
+        """Note how collecting goes on."""
+        if not self._collects:  # a last word after a reload that ended it
+            return
+        self._collect = stats
+        for name, number in (
+            ("connections", stats.connections),
+            ("connections_wanted", stats.connections_wanted),
+            ("codes", stats.codes),
+            ("polled_codes", stats.polled),
+            ("trades_total", stats.trades),
+            ("stored_total", stats.stored),
+            ("duplicate_total", stats.duplicates),
+            ("dropped_total", stats.dropped),
+            ("gaps_today", stats.gaps_today),
+            ("missed_beats_total", stats.missed_beats),
+        ):
+            self.metrics.put(COLLECT_METRICS + name, number)
+        for quantile, milliseconds in (("0.5", stats.delay_p50_ms), ("0.99", stats.delay_p99_ms)):
+            self.metrics.put(f"{COLLECT_METRICS}delay_seconds", milliseconds / 1000, quantile)
+
     def executed(self, report: Report | None) -> None:
         """Count an execution and what it did."""
         self.metrics.add("stockrt_executions_total", outcome_of(report))
@@ -14491,7 +15760,10 @@ class Service(Events):
 
     def stopped(self) -> None:
         """Leave the last numbers in the file."""
-        self.metrics.put("stockrt_platform_connected", 0)
+        if self._has_platform:
+            self.metrics.put("stockrt_platform_connected", 0)
+        if self._collects:
+            self.metrics.put("stockrt_collect_connections", 0)
         if self._file is not None:
             self._file.write()
 
@@ -14507,20 +15779,34 @@ class Service(Events):
         """Return the status line and until when it is true, if nothing happens."""
         until = math.inf
         parts = ["stopping"] if self._leaving else []
-        parts += [self._link, self._keys]
-        if self._last is None:
-            parts.append("no execute yet")
-        else:
+        if self._has_platform:
+            parts.append(self._link)
+        if self._collects:
+            until = self._look_at_collecting(now)
+            parts.append(self._collect_shown)
+        parts.append(self._keys)
+        if self._last is not None:
             did, at = self._last
             age, changes = age_words(now - at)
             parts.append(f"last execute {did}, {age} ago")
-            until = at + changes
-        parts.append(f"{self._unanswered} waiting")
+            until = min(until, at + changes)
+        elif self._has_platform:
+            parts.append("no execute yet")
+        if self._has_platform:
+            parts.append(f"{self._unanswered} waiting")
         if self._waits:
             parts.append("trades wait for MongoDB")
         if self._undelivered:
             parts.append(f"{self._undelivered} to deliver")
         return " · ".join(parts), until
+
+    def _look_at_collecting(self, now: float) -> float:
+        """Take over what is shown of collecting, rates and delays not too often; return when to look again."""
+        words, due = f"collecting: {collect_words(self._collect)}", self._collect_shown_at + RATES_EVERY_S
+        if now >= due or steady(self._collect) != self._collect_steady:
+            self._collect_shown, self._collect_shown_at = words, now
+            self._collect_steady = steady(self._collect)
+        return due if words != self._collect_shown else math.inf
 
     def _pat_watchdog(self, now: float) -> float:
         """Send WATCHDOG=1 twice in the time that systemd gives, while the executor works."""
@@ -14996,6 +16282,466 @@ def _same_digits(document: Document) -> tuple[object, ...]:
 
 
 # ======================================================================================================
+# Views: what is stored, for people and for other programs
+# ======================================================================================================
+
+# Steps of a session in a sparkline, and the heights of its bars.
+SPARKS, BARS = 20, "▁▂▃▄▅▆▇█"
+# What --show lists where nothing says which codes.
+CODES_SHOWN = 50
+# Of a name in a table on a terminal: as many columns at most, and where it is narrow at least.
+NAME_COLUMNS, NAME_LEAST = 20, 8
+# Where red is the colour of what rises. In Hong Kong, Macau and Singapore green is, as in the West.
+RED_RISES = re.compile(r"(?:zh(?!_(?:HK|MO|SG))|ja|ko)(?:_|\.|@|$)", re.IGNORECASE)
+RED, GREEN, LIT = "31", "32", "7"
+# A cell that changed is lit for so long.
+LIT_S = 0.8
+# Between two columns.
+GAP = "  "
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for each character that is a wide one."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def fitting(text: str, columns: int) -> str:
+    """Return as much of a text as fits into so many columns of a terminal."""
+    while columns_of(text) > columns:
+        text = text[:-1]
+    return text
+
+
+def locale_name(environ: Mapping[str, str]) -> str:
+    """Return the reader's locale, as POSIX has it: the first of three variables that is not empty."""
+    names = ("LC_ALL", "LC_MESSAGES", "LANG")
+    return next(filter(None, (environ.get(name, "") for name in names)), "")
+
+
+def is_chinese(environ: Mapping[str, str]) -> bool:
+    """Return whether the reader's language is Chinese."""
+    return locale_name(environ).lower().startswith("zh")
+
+
+def rise_and_fall(environ: Mapping[str, str], up: str | None) -> tuple[str, str]:
+    """Return the colours of what rises and what falls: `up`, red or green, else as the reader's locale has it."""
+    red_rises = up == "red"
+    if up is None:
+        red_rises = RED_RISES.match(locale_name(environ)) is not None
+    return (RED, GREEN) if red_rises else (GREEN, RED)
+
+
+class TradingSpan(NamedTuple):
+    """The part of a market's day that a trade belongs to (epoch ms, half open), and the day's date."""
+
+    date: str
+    since: int
+    until: int
+
+
+def trading_span(code: str, t: int) -> TradingSpan:
+    """Return the regular session that a trade belongs to, or follows: the hours before it are their own span.
+
+    Where the session is not known, or rests, it is the exchange's day, else that of UTC.
+    """
+    market = market_of(code)
+    session = NO_SESSION
+    if market is not None:
+        session = session_of(market, t)
+    if session is NO_SESSION:
+        start = t - t % DAY_MS
+        return TradingSpan(
+            datetime.fromtimestamp(start / 1000, UTC).date().isoformat(), start, start + DAY_MS
+        )
+    if session.opens == NEVER:
+        return TradingSpan(session.date, session.start, session.end)
+    if t < session.opens:
+        return TradingSpan(session.date, session.start, session.opens)
+    return TradingSpan(session.date, session.opens, session.until + 1)
+
+
+class Quote(NamedTuple):
+    """What is known of a code: its latest trade, what its session came to, and what it is compared with.
+
+    `candles`: the session in SPARKS steps, those without trades missing. `reference`: the last final close before
+    the session. What is not known is None, or ''.
+    """
+
+    code: str
+    name: str
+    trade: StoredTrade
+    span: TradingSpan
+    candles: tuple[Candle, ...]
+    reference: StoredClose | None
+
+    @property
+    def change(self) -> float | None:
+        """By how many per cent the price differs from the reference."""
+        if self.reference is None or not float(self.reference.p):
+            return None
+        before = float(self.reference.p)
+        return (float(self.trade.p) - before) / abs(before) * 100
+
+    @property
+    def session(self) -> Candle | None:
+        """The session in one step."""
+        if not self.candles:
+            return None
+        from decimal import Decimal
+
+        high = max((candle.high for candle in self.candles), key=float)
+        low = min((candle.low for candle in self.candles), key=float)
+        volume = format(sum(Decimal(candle.volume) for candle in self.candles), "f")
+        count = sum(candle.trades for candle in self.candles)
+        first, last = self.candles[0], self.candles[-1]
+        return Candle(self.span.since, first.open, high, low, last.close, volume, count)
+
+    def spark(self) -> list[float | None]:
+        """Return the price at each step's end, up to that of the last trade; None before the first."""
+        step = step_of(self.span)
+        closes = {(candle.t - self.span.since) // step: float(candle.close) for candle in self.candles}
+        points: list[float | None] = []
+        for number in range(max(closes, default=-1) + 1):
+            before = points[-1] if points else None
+            points.append(closes.get(number, before))
+        return points
+
+    def document(self, now: float) -> dict[str, object]:
+        """Return all of it for a program; `now` in epoch seconds."""
+        session, reference = self.session, self.reference
+        facts: dict[str, object] = {
+            "code": self.code,
+            "name": self.name or None,
+            "price": self.trade.p,
+            "t": self.trade.t,
+            "age_s": round(now - self.trade.t / 1000, 3),
+            "change_percent": None if self.change is None else round(self.change, 4),
+            "reference_close": None if reference is None else reference.p,
+            "reference_date": None if reference is None else reference.date,
+            "session": self.span.date,
+        }
+        for name in ("open", "high", "low", "volume"):
+            facts[name] = getattr(session, name, None)
+        return facts | {"spark": self.spark()}
+
+
+def with_trade(quote: Quote, trade: StoredTrade) -> Quote:
+    """Return what a quote becomes by a trade; by one that is not later than the latest nothing else."""
+    if (trade.t, trade.id) <= (quote.trade.t, quote.trade.id):
+        return quote
+    span, candles, reference = quote.span, quote.candles, quote.reference
+    if not span.since <= trade.t < span.until:
+        span = trading_span(quote.code, trade.t)
+    if span != quote.span:
+        candles = ()
+    if span.date != quote.span.date:
+        reference = None
+    if span.since <= trade.t < span.until:
+        candles = _with_trade(candles, trade, trade.t - (trade.t - span.since) % step_of(span))
+    return quote._replace(trade=trade, span=span, candles=candles, reference=reference)
+
+
+def _with_trade(candles: tuple[Candle, ...], trade: StoredTrade, start: int) -> tuple[Candle, ...]:
+    """Return candles with a trade that comes after theirs, in the step that begins at `start`."""
+    from decimal import Decimal
+
+    if not candles or candles[-1].t != start:
+        return (*candles, Candle(start, trade.p, trade.p, trade.p, trade.p, trade.v, 1))
+    *before, last = candles
+    high, low = max(last.high, trade.p, key=float), min(last.low, trade.p, key=float)
+    volume = format(Decimal(last.volume) + Decimal(trade.v), "f")
+    return (*before, Candle(start, last.open, high, low, trade.p, volume, last.trades + 1))
+
+
+def step_of(span: TradingSpan) -> int:
+    """Return the length of a step of a sparkline (ms)."""
+    return -((span.since - span.until) // SPARKS)
+
+
+def quotes(reader: Reader, codes: Sequence[str], english: bool = False) -> list[Quote]:
+    """Return what a store has of codes, in their order; one without a trade is missing. Raises StoreError."""
+    last = reader.last(codes)
+    spans = {code: trading_span(code, trade.t) for code, trade in last.items()}
+    candles: dict[str, list[Candle]] = {}
+    for span in set(spans.values()):
+        together = [code for code, its in spans.items() if its == span]
+        candles |= reader.candles(together, span.since, span.until, step_of(span))
+    finals = reader.last_finals({code: span.date for code, span in spans.items()})
+    names = reader.names(last, english)
+    return [
+        Quote(
+            code, names.get(code, ""), last[code], spans[code], tuple(candles.get(code, ())), finals.get(code)
+        )
+        for code in dict.fromkeys(codes)
+        if code in last
+    ]
+
+
+def in_order(found: Sequence[Quote], by: str) -> list[Quote]:
+    """Return quotes by `code`, by `change` (what rose most first, what has none last), or as `asked`."""
+    if by == "change":
+        return sorted(
+            found, key=lambda quote: -math.inf if quote.change is None else quote.change, reverse=True
+        )
+    if by == "code":
+        return sorted(found, key=lambda quote: quote.code)
+    return list(found)
+
+
+class ViewColumn(NamedTuple):
+    """A column of a table. A narrow terminal loses those with a number, in the order of these, equal ones together."""
+
+    title: str
+    right: bool = False
+    given_up: int = 0
+
+
+QUOTE_COLUMNS = (
+    ViewColumn("CODE"),
+    ViewColumn("NAME", given_up=5),
+    ViewColumn("LAST", right=True),
+    ViewColumn("CHANGE", right=True),
+    ViewColumn("OPEN", right=True, given_up=1),
+    ViewColumn("HIGH", right=True, given_up=2),
+    ViewColumn("LOW", right=True, given_up=2),
+    ViewColumn("VOLUME", right=True, given_up=3),
+    ViewColumn("AGE", right=True, given_up=6),
+    ViewColumn("SESSION", given_up=4),
+)
+NAME_COLUMN, LAST_COLUMN, CHANGE_COLUMN, AGE_COLUMN = 1, 2, 3, 8
+
+
+class QuoteTable:
+    """Lays quotes out as lines of a terminal. `colors`: of what rises and what falls, () for none.
+
+    Without a `width` no column is lost and no name cut.
+    """
+
+    def __init__(self, width: int | None, colors: Sequence[str] = (), encoding: str = "utf-8") -> None:
+        self.width = width
+        self._colors = colors
+        self._bars = BARS
+        try:
+            BARS.encode(encoding)
+        except (UnicodeError, LookupError):
+            self._bars = ""
+        self._before: dict[str, list[str]] = {}
+        self._lit_until: dict[tuple[str, int], float] = {}  # by code and column
+
+    def lines(self, found: Sequence[Quote], now: float, lit: bool = False) -> list[str]:
+        """Return the title and a line for each quote; `lit`: cells that changed of late are."""
+        rows = {quote.code: self._cells(quote, now) for quote in found}
+        titles = [column.title for column in QUOTE_COLUMNS]
+        widths = [max(map(columns_of, cells)) for cells in zip(titles, *rows.values(), strict=True)]
+        filled = [any(cells) for cells in zip(*rows.values(), strict=True)] or [True] * len(titles)
+        kept = self._kept(widths, filled)
+        if self.width is not None and NAME_COLUMN in kept:
+            over = max(0, _needed(widths, kept) - self.width)
+            widths[NAME_COLUMN] -= over
+            for cells in rows.values():
+                cells[NAME_COLUMN] = fitting(cells[NAME_COLUMN], widths[NAME_COLUMN]).rstrip()
+        title = self._line(titles, widths, kept, {})
+        lines = [f"\033[1m{title}\033[0m" if self._colors else title]
+        for one in found:
+            cells = rows[one.code]
+            paints = self._paints(one)
+            if lit and self._colors:
+                for number in self._changed(one.code, cells, now):
+                    paints[number] = f"{LIT};{paints[number]}" if number in paints else LIT
+            lines.append(self._line(cells, widths, kept, paints))
+        self._before = rows
+        return lines
+
+    def _changed(self, code: str, cells: Sequence[str], now: float) -> list[int]:
+        """Return which cells of a line changed in the last LIT_S, the age left out."""
+        for number, (before, cell) in enumerate(zip(self._before.get(code, cells), cells, strict=True)):
+            if before != cell and number != AGE_COLUMN:
+                self._lit_until[code, number] = now + LIT_S
+        return [number for number in range(len(cells)) if self._lit_until.get((code, number), now) > now]
+
+    def _cells(self, quote: Quote, now: float) -> list[str]:
+        session, price = quote.session, quote.trade.p
+        change = "-" if quote.change is None else signed_percent(quote.change)
+        opened = high = low = volume = "-"
+        if session is not None:
+            opened, high, low = (with_decimals_of(price, text) for text in session[1:4])
+            volume = short_number(session.volume)
+        name = quote.name
+        if self.width is not None:
+            name = fitting(name, NAME_COLUMNS).rstrip()
+        age = age_or_ahead(now - quote.trade.t / 1000)
+        return [
+            quote.code,
+            name,
+            price,
+            change,
+            opened,
+            high,
+            low,
+            volume,
+            age,
+            sparkline(quote.spark(), self._bars),
+        ]
+
+    def _kept(self, widths: Sequence[int], filled: Sequence[bool]) -> list[int]:
+        """Return which columns there are: those that hold something, as far as the terminal is wide enough."""
+        kept = [number for number, holds in enumerate(filled) if holds]
+        least = list(widths)
+        least[NAME_COLUMN] = min(widths[NAME_COLUMN], NAME_LEAST)
+        for turn in sorted({column.given_up for column in QUOTE_COLUMNS if column.given_up}):
+            if self.width is not None and _needed(least, kept) > self.width:
+                kept = [number for number in kept if QUOTE_COLUMNS[number].given_up != turn]
+        return kept
+
+    def _paints(self, quote: Quote) -> dict[int, str]:
+        if not self._colors or not quote.change:
+            return {}
+        rises, falls = self._colors
+        return dict.fromkeys((LAST_COLUMN, CHANGE_COLUMN), rises if quote.change > 0 else falls)
+
+    def _line(
+        self, cells: Sequence[str], widths: Sequence[int], kept: Sequence[int], paints: Mapping[int, str]
+    ) -> str:
+        parts = []
+        for number in kept:
+            cell, blanks = cells[number], " " * (widths[number] - columns_of(cells[number]))
+            if number in paints and cell:
+                cell = f"\033[{paints[number]}m{cell}\033[0m"
+            parts.append(blanks + cell if QUOTE_COLUMNS[number].right else cell + blanks)
+        return GAP.join(parts).rstrip()
+
+
+def _needed(widths: Sequence[int], kept: Sequence[int]) -> int:
+    """Return how wide a line is that has some of the columns."""
+    return sum(widths[number] for number in kept) + len(GAP) * (len(kept) - 1)
+
+
+def signed_percent(change: float) -> str:
+    """Return a change with its sign, which says what a colour alone would not."""
+    text = f"{change:+.2f}%"
+    return text.replace("+", "").replace("-", "") if float(text[:-1]) == 0 else text
+
+
+def short_number(text: str) -> str:
+    """Return a number in six columns or so."""
+    number = float(text)
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if abs(number) >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:,.0f}" if abs(number) >= 1000 or number.is_integer() else f"{number:.4g}"
+
+
+def age_or_ahead(seconds: float) -> str:
+    """Return an age in words, and of what is ahead of this clock by more than a moment how far."""
+    if seconds < -1:
+        return f"in {age_words(-seconds)[0]}"
+    return age_words(seconds)[0]
+
+
+def sparkline(points: Sequence[float | None], bars: str = BARS) -> str:
+    """Return points as bars between the lowest and the highest of them, a blank for None."""
+    known = [point for point in points if point is not None]
+    if not (known and bars):
+        return ""
+    low, high = min(known), max(known)
+    if low == high:
+        return "".join(" " if point is None else bars[len(bars) // 2] for point in points)
+    scale = (len(bars) - 1) / (high - low)
+    return "".join(" " if point is None else bars[round((point - low) * scale)] for point in points)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Export
+# ------------------------------------------------------------------------------------------------------
+
+# How an export is written, by the end of its file's name.
+EXPORT_FORMS = (".csv", ".jsonl")
+# What an export of closes has of each.
+CLOSE_NAMES = tuple("stock_code date close final after_hours open high low volume turnover t".split())
+TRADE_NAMES = ("_id", *StoredTrade._fields[1:])
+
+
+class Export(NamedTuple):
+    """What is exported: trades, or closes, of some codes (None: of all), from one moment to another (ms, half open)."""
+
+    codes: Sequence[str] | None
+    since: int
+    until: int
+    closes: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the fields of its rows are called."""
+        return CLOSE_NAMES if self.closes else TRADE_NAMES
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all that there is."""
+        return self.codes is None and self.since <= 0 and self.until >= NEVER
+
+    def codes_in(self, reader: Reader) -> Sequence[str]:
+        """Return the codes, all of them where none are named. Raises StoreError."""
+        if self.codes is not None:
+            return self.codes
+        return reader.close_codes() if self.closes else reader.codes()
+
+    def rows(self, reader: Reader) -> Iterator[Sequence[Sequence[Any]]]:
+        """Yield rows, some thousand at once, code by code. Raises StoreError."""
+        if not self.closes:
+            yield from reader.trades(None if self.is_whole else self.codes_in(reader), self.since, self.until)
+            return
+        first, last = date_at(self.since), date_at(self.until - 1)
+        codes = sorted(self.codes_in(reader))
+        for at in range(0, len(codes), CODES_ASKED):
+            found = reader.closes(codes[at : at + CODES_ASKED], first, last)
+            yield [close_row(close) for code in sorted(found) for close in found[code]]
+
+
+def date_at(t: int) -> str:
+    """Return the UTC date of a time (ms), the first or the last of all that ISO 8601 has for what is beyond them."""
+    if t >= LATEST_TRADE_MS:
+        return date.max.isoformat()
+    return datetime.fromtimestamp(max(t, 0) / 1000, UTC).date().isoformat()
+
+
+def close_row(close: StoredClose) -> Sequence[Any]:
+    """Return what an export has of a close, in the order of CLOSE_NAMES."""
+    code, day, t, p, *rest = close
+    return (code, day, p, *rest, t)
+
+
+class ExportLines:
+    """Makes the lines of an export: CSV with a head, or a JSON document a line."""
+
+    def __init__(self, names: Sequence[str], as_json: bool) -> None:
+        import csv
+
+        self._names = names
+        self._as_json = as_json
+        self._encode = json.JSONEncoder(ensure_ascii=False).encode
+        self._text = io.StringIO()
+        self._writer = csv.writer(self._text, lineterminator="\n")
+
+    def head(self) -> bytes:
+        """Return what comes before all rows."""
+        return b"" if self._as_json else self.of([self._names])
+
+    def of(self, rows: Sequence[Sequence[Any]]) -> bytes:
+        """Return the lines of rows."""
+        if self._as_json:
+            documents = (dict(zip(self._names, row, strict=True)) for row in rows)
+            return "".join(f"{self._encode(document)}\n" for document in documents).encode(errors="stockrt")
+        self._text.seek(0)
+        self._text.truncate()
+        self._writer.writerows(rows)
+        return self._text.getvalue().encode(errors="stockrt")
+
+
+# ======================================================================================================
 # Command line
 # ======================================================================================================
 
@@ -15015,6 +16761,7 @@ examples:
   stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY   synthetic trades: no key, no network
   stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   real ones: INFOWAY_API_KEY must be set
   stockrt.pyz --once --codes-file codes.txt --json           one JSON document a line on stdout
+  stockrt.pyz --collect --codes TSLA.US BTCUSDT              every trade as it is made, until Ctrl-C
   stockrt.pyz --backfill 60 --codes-file codes.txt           closes of the last 60 sessions, to begin with
   stockrt.pyz --check                                        what is wrong, and which setting mends it
 
@@ -15026,10 +16773,18 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
 class Options:
     """What the command line asks for; with nothing of it this is the daemon."""
 
-    once = check = check_settings = status = drain = rejects = reload = register = False
+    once = collect = check = check_settings = status = drain = retain = rejects = reload = register = False
     json = demo = retry = discard = force = dry_run = False
     backfill: int | None = None
+    every: str | None = None
     executions: int | None = None
+    show: Sequence[str] | None = None
+    sort: str | None = None
+    up: str | None = None
+    export: str | None = None
+    closes = False
+    from_: str | None = None
+    to: str | None = None
     symbols: str | None = None
     migrate: str | None = None
     documents: str | None = None
@@ -15081,6 +16836,11 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         "--once", action="store_true", help="fetch the given codes once, store them, print them"
     )
     what.add_argument(
+        "--collect",
+        action="store_true",
+        help="store and print every trade of the given codes, or of COLLECT_CODES, until Ctrl-C",
+    )
+    what.add_argument(
         "--backfill",
         metavar="DAYS",
         type=int,
@@ -15099,8 +16859,26 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=f"list the last N executions and --once runs with their failures (default {EXECUTIONS_SHOWN})",
     )
+    what.add_argument(
+        "--show",
+        nargs="*",
+        metavar="CODE",
+        help="show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, "
+        f"else the {CODES_SHOWN} that traded last",
+    )
+    what.add_argument(
+        "--export",
+        metavar="FILE",
+        help="write what is stored, of all codes or those of --codes, into FILE.csv or FILE.jsonl, which it "
+        "replaces, or '-': standard output",
+    )
     what.add_argument("--symbols", metavar="TEXT", help="find instruments by code or name: 茅台, apple, 黄金")
     what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
+    what.add_argument(
+        "--retain",
+        action="store_true",
+        help="remove now what is older than KEEP_DAYS, also what --check names",
+    )
     what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
     what.add_argument(
         "--reload",
@@ -15122,10 +16900,34 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codes", nargs="+", metavar="CODE", help="codes, separated by blanks or commas")
     parser.add_argument("--codes-file", metavar="FILE", help="codes from a file, '-' for standard input")
     parser.add_argument(
+        "--every", metavar="S", help="with --collect: ask every S seconds, in place of the stream"
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print one JSON document a line in place of the table"
     )
     parser.add_argument(
         "--demo", action="store_true", help="synthetic trades: no network, no key, embedded store"
+    )
+    parser.add_argument(
+        "--closes", action="store_true", help="with --export: the closing prices in place of the trades"
+    )
+    parser.add_argument(
+        "--from",
+        dest="from_",
+        metavar="TIME",
+        help="with --export: since this date or time, ISO 8601, such as 2026-08-14 or 2026-08-14T09:30+08:00; "
+        "without an offset it is UTC",
+    )
+    parser.add_argument(
+        "--to", metavar="TIME", help="with --export: before this time, or up to this date, the date included"
+    )
+    parser.add_argument(
+        "--sort", choices=("code", "change", "asked"), help="with --show: the order of its lines (code)"
+    )
+    parser.add_argument(
+        "--up",
+        choices=("red", "green"),
+        help="with --show: the colour of what rises, in place of the one of your locale",
     )
     parser.add_argument("--retry", action="store_true", help="with --drain: what MongoDB refused before, too")
     parser.add_argument(
@@ -15161,6 +16963,31 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# Which commands, or what else, each flag goes with.
+GOES_WITH = {
+    "json": ("once", "collect", "show", "export", "status", "executions", "rejects", "symbols"),
+    "codes": ("once", "collect", "backfill", "export"),
+    "codes_file": ("once", "collect", "backfill", "export"),
+    "demo": ("once", "collect", "show", "export"),
+    "every": ("collect",),
+    "sort": ("show", "collect"),
+    "up": ("show", "collect"),
+    "closes": ("export",),
+    "from_": ("export",),
+    "to": ("export",),
+    "retry": ("drain",),
+    "discard": ("rejects",),
+    "force": ("register", "documents"),
+    "documents": ("migrate",),
+    "time_zone": ("migrate",),
+    "dry_run": ("migrate",),
+}
+
+
+def _is_given(options: Options, name: str) -> bool:
+    return getattr(options, name) not in (None, False, ())
+
+
 # Longer than any name in the API's lists; SQLite takes no pattern of many thousands.
 LONGEST_SOUGHT = 200
 
@@ -15174,28 +17001,62 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         _check_symbols(options.symbols)
     if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
         raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
-    for_json = (options.once, options.status, options.executions, options.rejects, options.symbols)
-    if options.json and not any(for_json):
-        raise UsageError(
-            "--json goes with --once, --status, --executions, --rejects or --symbols; see --help"
-        )
-    for flag in ("codes", "codes_file"):
-        if getattr(options, flag) and not options.once and options.backfill is None:
-            raise UsageError(f"--{flag.replace('_', '-')} goes with --once or --backfill; see --help")
-    if options.demo and not options.once:
-        raise UsageError("--demo goes with --once; see --help")
+    for flag, commands in GOES_WITH.items():
+        if _is_given(options, flag) and not any(_is_given(options, name) for name in commands):
+            names = [f"--{name.strip('_').replace('_', '-')}" for name in (*commands, flag)]
+            words = " or ".join(filter(None, [", ".join(names[:-2]), names[-2]]))
+            raise UsageError(f"{names[-1]} goes with {words}; see --help")
+    _check_export(options)
     if options.backfill is not None and not 1 <= options.backfill <= MAX_BARS:
         raise UsageError(f"--backfill {options.backfill}: expected 1 to {MAX_BARS} sessions; see --help")
-    if options.retry and not options.drain:
-        raise UsageError("--retry goes with --drain; see --help")
-    if options.discard and not options.rejects:
-        raise UsageError("--discard goes with --rejects; see --help")
-    if options.force and not (options.register or options.documents is not None):
-        raise UsageError("--force goes with --register or --documents; see --help")
     _check_migration(options)
     if options.once and not (options.codes or options.codes_file):
         raise UsageError("--once needs --codes CODE … or --codes-file FILE; see --help")
     return options
+
+
+def _check_export(options: Options) -> None:
+    """Raise UsageError for options of --export that do not go together."""
+    if options.export is not None and options.export != "-":
+        if not options.export.endswith(EXPORT_FORMS):
+            raise UsageError(
+                f"--export {one_line(options.export, 100)}: expected a name that ends with .csv or .jsonl, or -; "
+                "see --help"
+            )
+        if options.json:
+            raise UsageError("--json goes with --export -, a file has the form of its name; see --help")
+    span_of(options)
+
+
+def span_of(options: Options) -> tuple[int, int]:
+    """Return the moments of --from and --to (epoch ms, half open); without them all of time. Raises UsageError."""
+    since, until = 0, NEVER
+    if options.from_ is not None:
+        since, _ = _moment_of("--from", options.from_)
+    if options.to is not None:
+        start, length = _moment_of("--to", options.to)
+        until = start + length
+    if since >= until:
+        raise UsageError(f"--from {options.from_} --to {options.to}: nothing lies between them; see --help")
+    return since, until
+
+
+def _moment_of(flag: str, text: str) -> tuple[int, int]:
+    """Return a moment (ms), and the length of a day where a date was given, else 0. Raises UsageError."""
+    length = 0
+    try:
+        with contextlib.suppress(ValueError):
+            date.fromisoformat(text)
+            length = DAY_MS
+        moment = datetime.fromisoformat(text)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        return round(moment.timestamp() * 1000), length
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f"{flag} {one_line(text, 40)}: expected a date such as 2026-08-14 or a time such as "
+            "2026-08-14T09:30+08:00; see --help"
+        ) from None
 
 
 def _check_symbols(text: str) -> None:
@@ -15211,12 +17072,10 @@ def _check_symbols(text: str) -> None:
 def _check_migration(options: Options) -> None:
     """Raise UsageError for options of --migrate that do not go together."""
     if options.migrate is None:
-        for flag in ("documents", "time_zone", "dry_run"):
-            if getattr(options, flag) not in (None, False):
-                raise UsageError(f"--{flag.replace('_', '-')} goes with --migrate; see --help")
-    elif not options.migrate and options.documents is None:
+        return
+    if not options.migrate and options.documents is None:
         raise UsageError("--migrate needs the older client's directory, or --documents; see --help")
-    elif (options.documents is None) != (options.time_zone is None):
+    if (options.documents is None) != (options.time_zone is None):
         raise UsageError("--documents needs --time-zone ZONE, and the other way round; see --help")
 
 
@@ -15261,11 +17120,54 @@ class _Redacting(logging.Formatter):
         return f"{local_time(datetime.fromtimestamp(record.created, UTC))} {text}"
 
 
+class Screen:
+    """Lines that stand at the end of a terminal and are drawn anew in their place. Any thread may call it."""
+
+    standing: ClassVar[list[Screen]] = []
+
+    def __init__(self, out: IO[str]) -> None:
+        self._out = out
+        self._height = 0
+        self._lock = threading.RLock()
+        self.standing.append(self)
+
+    def draw(self, lines: Sequence[str], anew: bool = False) -> None:
+        """Put lines in the place of those before; `anew`: the terminal may have broken them. Raises OSError."""
+        with self._lock:
+            if self not in self.standing:
+                return
+            to_their_place = f"\033[{self._height}F" if self._height else ""
+            if anew:
+                to_their_place = "\033[H\033[2J"
+            self._out.write(to_their_place + "".join(f"{line}\033[K\n" for line in lines) + "\033[J")
+            self._out.flush()
+            self._height = len(lines)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the lines away while something else is printed; they come back below it."""
+        with self._lock:
+            if self._height:
+                self._out.write(f"\033[{self._height}F\033[J")
+                self._out.flush()
+            self._height = 0
+            yield
+
+    def leave(self) -> None:
+        """Let the lines stay where they are from now on."""
+        with self._lock:
+            self.standing.remove(self)
+
+
 @contextlib.contextmanager
 def bar_aside() -> Iterator[None]:
-    """Take a bar away while something is printed."""
+    """Take away what is drawn on the terminal, a bar or a table, while something is printed."""
     tqdm = sys.modules.get("tqdm")
-    with tqdm.tqdm.external_write_mode() if tqdm else contextlib.nullcontext():
+    with contextlib.ExitStack() as aside:
+        for screen in Screen.standing:
+            aside.enter_context(screen.aside())
+        if tqdm:
+            aside.enter_context(tqdm.tqdm.external_write_mode())
         yield
 
 
@@ -15331,17 +17233,20 @@ COLUMNS = (
     Column("AGE", 6, right=True),
     Column("NAME", 0),
 )
-GAP = "  "
 # Of a line where there is no terminal: no name is cut.
 WIDEST = 1000
+
+
+# While no trade comes it is seen after so long that the reader went away.
+READER_LOOK_S = 1.0
 
 
 class Rows:
     """Prints stored trades on `out`: an aligned table in the order asked, or JSON lines.
 
     Beyond ROWS_ALIGNED trades the rows are printed as they come. A reader that went away (`| head`) ends
-    the printing, never the storing. `directory`: where names are looked up; the table has as much of them as fits
-    into `width` columns, and no column for them where there are none.
+    the printing, never the storing. `is_live`: the first rows are printed at once, too. `directory`: where names are
+    looked up; the table has as much of them as fits into `width` columns, and no column for them where there are none.
     """
 
     def __init__(
@@ -15351,7 +17256,9 @@ class Rows:
         color: bool = False,
         width: int = WIDEST,
         clock: Clock = SYSTEM_CLOCK,
+        is_live: bool = False,
     ) -> None:
+        self._is_live = is_live
         self._out = out
         self._as_json = as_json
         self._color = color
@@ -15359,17 +17266,19 @@ class Rows:
         self._clock = clock
         self._kept: list[Document] = []
         self._widths: list[int] = []  # of the columns, once they are printed
-        self._gone = False
+        self.is_gone = False  # what reads them
+        self.look_s = READER_LOOK_S
+        self.status = ""  # which rows do not show
         self.directory: Directory | None = None
         self.fault = ""  # why rows are missing on `out`, unless its reader just went away
 
     def add(self, documents: Sequence[Document]) -> None:
         """Take documents that were stored."""
         if self._as_json:
-            self._print("".join(to_json(document) + "\n" for document in documents))
+            self._print("".join(to_json(document) + "\n" for document in documents), self._is_live)
             return
         self._kept += documents
-        if self._widths or len(self._kept) > ROWS_ALIGNED:
+        if self._is_live or self._widths or len(self._kept) > ROWS_ALIGNED:
             self._table([column.width for column in COLUMNS])
 
     def finish(self, order: Sequence[str] = ()) -> None:
@@ -15391,7 +17300,7 @@ class Rows:
             self._widths = self._with_name(widths[:-1], bool(names))
             line = self._line(titles)
             self._print(f"\033[1m{line[:-1]}\033[0m\n" if self._color else line)
-        self._print("".join(map(self._line, rows)))
+        self._print("".join(map(self._line, rows)), self._is_live)
 
     def _with_name(self, widths: list[int], named: bool) -> list[int]:
         """Return the widths with that of the names: they have the rest of the line, unless that is too short."""
@@ -15417,33 +17326,17 @@ class Rows:
         return {}
 
     def _print(self, text: str, flush: bool = False) -> None:
-        if self._gone:
+        if self.is_gone:
             return
         try:
             self._out.write(text)
             if flush:
                 self._out.flush()
         except OSError as error:
-            self._gone = True
+            self.is_gone = True
             if not isinstance(error, BrokenPipeError):
                 self.fault = f"the rows cannot be printed: {error.strerror}"
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # else the exit's flush fails again
-
-
-def columns_of(text: str) -> int:
-    """Return how many columns of a terminal a text takes: two for each character that is a wide one."""
-    if text.isascii():
-        return len(text)
-    import unicodedata
-
-    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
-
-
-def fitting(text: str, columns: int) -> str:
-    """Return as much of a text as fits into so many columns of a terminal."""
-    while columns_of(text) > columns:
-        text = text[:-1]
-    return text
 
 
 def row_cells(document: Document, now: float) -> list[str]:
@@ -15601,6 +17494,7 @@ class _Run(threading.Thread):
             first = next(self._codes)  # where there is none, nobody is asked for anything
             self._pipeline.run(chain((first,), self._codes), self._stop_event, self.report)
             self._pipeline.finalise_all(self._stop_event)
+            self._pipeline.retain_some(self._stop_event)
         except BaseException as error:  # handed to the main thread, which raises it again
             self.error = error
 
@@ -15615,12 +17509,17 @@ class _Run(threading.Thread):
         return not self.is_alive()
 
 
-def run_once(options: Options, settings: Settings) -> int:
-    """Fetch the given codes once and return the exit status."""
+def _refuse_demo_in_mongodb(options: Options, settings: Settings) -> None:
+    """Raise UsageError where synthetic trades would go among real ones."""
     if options.demo and settings.mongodb_uri:
         raise UsageError(
             "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out"
         )
+
+
+def run_once(options: Options, settings: Settings) -> int:
+    """Fetch the given codes once and return the exit status."""
+    _refuse_demo_in_mongodb(options, settings)
     rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_width(WIDEST))
     terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
@@ -15694,6 +17593,280 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
     if report.interrupted or not finished:
         return EXIT_INTERRUPTED
     return EXIT_OK if report.complete else EXIT_FAILED
+
+
+# Batches of at most a thousand rows that wait for a slow reader of stdout; beyond, it is waited for.
+BATCHES_UNREAD = 20
+# A live table is drawn so often at most; beside its rows stand the title, what does not fit, the status, the cursor.
+REDRAW_S, LINES_BESIDE = 0.2, 4
+# The store is looked at again for it after this time, and so many trades may come meanwhile.
+READ_AGAIN_S, TRADES_MEANWHILE = 2.0, 20_000
+# After the end a slow reader has so long for the last rows.
+LAST_ROWS_S = 2.0
+NO_STREAM_HINT = (
+    "the stream serves none of these codes to INFOWAY_API_KEY: the key's plan has no stream, or none of these products "
+    "(see above; --check names the plan, INFOWAY_PLAN where the API does not tell it); "
+    "--collect --every 10 asks for their latest trades every 10 s instead"
+)
+# So often there are synthetic trades.
+DEMO_EVERY_S = 1.0
+
+
+def reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    import select
+
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+class LiveTable:
+    """The table of --show on a terminal, drawn anew as trades come; Ticks uses it as it does Rows.
+
+    What the store has of a code, and what its change is told against, is read on a thread of its own, which may have
+    to wait for MongoDB: no trade waits for it.
+    """
+
+    def __init__(self, table: QuoteTable, by: str, english: bool) -> None:
+        self.is_gone = False  # the terminal
+        self.fault = ""
+        self.look_s = REDRAW_S
+        self.status = ""
+        self._table = table
+        self._by = by
+        self._english = english
+        self._quotes: dict[str, Quote] = {}
+        self._unread: set[str] = set()  # codes of which the store is to be looked at
+        self._meanwhile: deque[StoredTrade] = deque(maxlen=TRADES_MEANWHILE)  # what came since it is
+        self._due = 0.0  # monotonic
+        self._lock = threading.Lock()
+        self._screen = Screen(sys.stdout)
+        self._woken = threading.Event()
+
+    def begin(self, reader: Reader, codes: Iterable[str]) -> None:
+        """Show what there is of codes, and what comes. Raises StockrtError where there is no thread."""
+        self._unread.update(codes)
+        self._woken.set()
+        start_thread(threading.Thread(target=self._read, args=(reader,), name="stockrt-table", daemon=True))
+
+    def add(self, documents: Sequence[Document]) -> None:
+        """Take documents that were stored, and draw, unless that was done just now."""
+        with self._lock:
+            for document in documents:
+                fields = [document[name] for name in ("_id", *TRADE_FIELDS, "stock_code")]
+                self._take(StoredTrade._make((*fields, "")))
+        if time.monotonic() >= self._due and not self.is_gone:
+            self._draw()
+
+    def close(self) -> None:
+        """Draw what came last, and let it stand."""
+        if not self.is_gone:
+            self._draw()
+        self._screen.leave()
+
+    def _take(self, trade: StoredTrade) -> None:
+        code = trade.stock_code
+        self._meanwhile.append(trade)
+        before = self._quotes.get(code)
+        if before is None:
+            span = trading_span(code, trade.t)
+            before = Quote(code, "", trade._replace(t=0), span, (), None)
+        after = with_trade(before, trade)
+        if code not in self._quotes or after.span.date != before.span.date:
+            self._unread.add(code)
+            self._woken.set()
+        self._quotes[code] = after
+
+    def _draw(self) -> None:
+        with self._lock:
+            found = in_order(list(self._quotes.values()), self._by)
+        try:
+            width, height = os.get_terminal_size(sys.stdout.fileno())
+            room = max(1, height - LINES_BESIDE)
+            is_resized = width != self._table.width
+            self._table.width = width
+            lines = self._table.lines(found[:room], time.time(), lit=True)
+            if len(found) > room:
+                lines.append(f"… {count_words(len(found) - room, 'more code')}")
+            self._screen.draw([*lines, fitting(self.status, width)], anew=is_resized)
+        except OSError:
+            self.is_gone = True
+        self._due = time.monotonic() + REDRAW_S
+
+    def _read(self, reader: Reader) -> None:
+        """Look at the store for the codes of which that is to be done, for as long as the process lives."""
+        while True:
+            self._woken.wait()
+            self._woken.clear()
+            with self._lock:
+                codes = sorted(self._unread)
+                self._meanwhile.clear()
+            try:
+                found = quotes(reader, codes, self._english)
+            except StoreError as error:  # it is said by those who store
+                log.debug("the table does without the store: %s", error)
+                self._woken.set()
+            else:
+                self._put(codes, found)
+            time.sleep(READ_AGAIN_S)
+
+    def _put(self, codes: Collection[str], found: Sequence[Quote]) -> None:
+        """Take what the store has, and what came since it was asked."""
+        with self._lock:
+            self._unread.difference_update(codes)
+            read = {one.code: one for one in found}
+            for trade in self._meanwhile:
+                if trade.stock_code in read:
+                    read[trade.stock_code] = with_trade(read[trade.stock_code], trade)
+            for code, one in read.items():
+                before = self._quotes.get(code, one)
+                self._quotes[code] = with_trade(one, before.trade)  # it may wait for MongoDB
+
+
+class Ticks(Events):
+    """Prints trades as they are stored, those that wait for MongoDB, too, on a thread of its own.
+
+    The latest trade of a code that comes once more is not printed again. A reader that went away sets `stop`.
+    """
+
+    def __init__(self, rows: Rows | LiveTable, stop: threading.Event) -> None:
+        self._rows = rows
+        self._stop = stop
+        self._batches: queue.Queue[Sequence[Document]] = queue.Queue(BATCHES_UNREAD)
+        self._latest: dict[str, str] = {}  # code -> _id
+        self._is_ending = threading.Event()
+        self._thread = threading.Thread(target=self._print, name="stockrt-rows", daemon=True)
+        start_thread(self._thread)
+
+    def stored(self, documents: Sequence[Document]) -> None:
+        """Have them printed."""
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._batches.put(documents, timeout=STOP_POLL_S)
+                return
+        with contextlib.suppress(queue.Full):  # nobody reads, and the end must not wait for it
+            self._batches.put_nowait(documents)
+
+    def kept(self, documents: Sequence[Document]) -> None:
+        """Have them printed: when MongoDB has them they are not told again."""
+        self.stored(documents)
+
+    def collecting(self, stats: CollectStats) -> None:
+        """Have it said below the table, where there is one."""
+        self._rows.status = collect_words(stats)
+
+    def close(self) -> None:
+        """Print the last rows, as far as they are read."""
+        self._is_ending.set()
+        self.stored(())
+        self._thread.join(LAST_ROWS_S)
+
+    def _print(self) -> None:
+        while not (self._is_ending.is_set() and self._batches.empty()):
+            documents: Sequence[Document] = ()
+            with contextlib.suppress(queue.Empty):
+                documents = self._batches.get(timeout=self._rows.look_s)
+            self._rows.add([document for document in documents if self._is_new(document)])
+            if self._rows.is_gone or reader_is_gone():
+                self._rows.is_gone = True
+                self._stop.set()
+
+    def _is_new(self, document: Document) -> bool:
+        code, name = document["stock_code"], document["_id"]
+        before = self._latest.get(code)
+        self._latest[code] = name
+        return bool(name != before)
+
+
+def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
+    """Collect without pause until a signal, or until nobody reads the rows, and return the exit status."""
+    settings = _settings_to_collect(options, settings)
+    rows: Rows | LiveTable = Rows(sys.stdout, options.json, is_live=True)
+    if sys.stdout.isatty() and environ.get("TERM", "dumb") != "dumb" and not options.json:
+        table = quote_table(settings, environ, options.up)
+        rows = LiveTable(table, options.sort or "code", not is_chinese(environ))
+    stop = StopEvent()
+    stop_on_signals(stop)
+    started_at = time.monotonic()
+    ticks = Ticks(rows, stop)
+    with Pipeline(settings, ticks, options.demo) as pipeline:
+        if isinstance(rows, Rows):
+            rows.directory = pipeline.directory
+        collecting = Collecting(pipeline, settings, ticks)
+        collecting.start()
+        if isinstance(rows, LiveTable):
+            rows.begin(pipeline.reader, _plain_codes(settings.collect_codes))
+        pipeline.start_delivery()
+        try:
+            while not stop.is_set():
+                stop.wait(min(pipeline.finalise(stop), READER_LOOK_S))
+                _need_use(settings, pipeline, collecting.stats())
+        finally:
+            collecting.close()
+            ticks.close()
+            if isinstance(rows, LiveTable):
+                rows.close()
+    if rows.fault:
+        raise PrintError(rows.fault)
+    if rows.is_gone:
+        return EXIT_OK
+    say(_collected_line(collecting.stats(), time.monotonic() - started_at))
+    return EXIT_INTERRUPTED
+
+
+def _plain_codes(text: str) -> list[str]:
+    """Return the codes of COLLECT_CODES as they are stored; those of a file or a collection show when they trade."""
+    found = []
+    if text[:1] != "@" and text != WATCH:
+        for code in split_codes(text):
+            with contextlib.suppress(InstrumentError):
+                found.append(parse_code(code).code)
+    return found
+
+
+def _need_use(settings: Settings, pipeline: Pipeline, stats: CollectStats) -> None:
+    """Raise SettingsError where no key serves, or every trade is asked for and the stream brings none with them."""
+    dead = [key.dead for key in pipeline.keys.keys if key.dead]
+    if dead and len(dead) == len(pipeline.keys.keys):
+        raise SettingsError([f"INFOWAY_API_KEY: no key can be used any more: {dead[0]}"])
+    if settings.collect and stats.polled and not stats.connections_wanted:
+        raise SettingsError([NO_STREAM_HINT])
+
+
+def _settings_to_collect(options: Options, settings: Settings) -> Settings:
+    """Return the settings with what the command line says of collecting. Raises UsageError."""
+    _refuse_demo_in_mongodb(options, settings)
+    if options.codes or options.codes_file:
+        settings = settings._replace(collect_codes=" ".join(read_codes(options)), collect_share=(1, 1))
+    elif not settings.collect_codes:
+        raise UsageError("--collect needs --codes CODE …, --codes-file FILE, or COLLECT_CODES; see --help")
+    every_s = 0.0
+    if options.every is not None:
+        every_s = _seconds_of(options.every)
+    elif options.demo:
+        every_s = DEMO_EVERY_S
+    return settings._replace(collect="" if every_s else "stream", collect_every_s=every_s)
+
+
+def _seconds_of(text: str) -> float:
+    (setting,) = (one for one in SETTINGS if one.name == "COLLECT_EVERY")
+    try:
+        return cast(float, setting.parse(text))
+    except ValueError:
+        raise UsageError(f"--every {one_line(text, 40)}: expected {setting.expected}; see --help") from None
+
+
+def _collected_line(stats: CollectStats, took_s: float) -> str:
+    line = f"trades {stats.trades}, stored {stats.stored}, already known {stats.duplicates} ({took_s:.1f} s)"
+    kept = stats.trades - stats.stored - stats.duplicates
+    if kept > 0:
+        line += f"; {waiting_words(kept)} for MongoDB"
+    if stats.dropped:
+        line += f"; {stats.dropped} pushed and not asked for, or no trades"
+    if stats.gaps_today:
+        line += f"; {count_words(stats.gaps_today, 'gap')} today"
+    return line
 
 
 # What is said to who may not see what the service has and does.
@@ -15773,6 +17946,8 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
             store = _check_store(store_name(settings), pipeline)
         words = store.words.replace(str(looked_at.state_directory), str(settings.state_directory))
         yield store._replace(words=words)
+        if pipeline is not None and settings.collects:
+            yield from _check_collecting(settings, pipeline)
     if settings.metrics_file:
         place = settings.metrics_file.parent
         why = fault_of_place(f"{place}/.", os.W_OK | os.X_OK)
@@ -15805,9 +17980,51 @@ def _check_keys(settings: Settings, pipeline: Pipeline | None) -> Iterator[Check
             yield from check_key(settings, pipeline.api, key)
 
 
+def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]:
+    """Say what is to be collected, and whether the stream takes each key for it.
+
+    A connection may count against the key's limit for minutes after its end: none is made where the daemon has some.
+    """
+    stop = threading.Event()
+    try:
+        codes = WatchList(settings, pipeline.mongo).codes()
+        products = [one.product for one in resolve(codes, None, stop).instruments.values()]
+    except StockrtError as error:
+        yield Check("codes", False, str(error))
+        return
+    yield Check("codes", bool(codes), f"{count_words(len(codes), 'code')} to collect")
+    if not (settings.collect and products):
+        return
+    told = read_status(settings.state_directory).get("collecting", {})
+    if told.get("connections_wanted") and daemon_runs(settings.state_directory):
+        facts = dict.fromkeys(CollectFacts.__annotations__) | told
+        faults = _collect_faults(facts)
+        yield Check("stream", not faults, "; ".join(faults) or f"the daemon has it: {_collect_line(facts)}")
+        return
+    limits = pipeline.stream_limits(stop)
+    for key in pipeline.keys.keys:
+        yield _check_stream(settings, key, products[0], limits.get(key.digest))
+
+
+def _check_stream(settings: Settings, key: ApiKey, product: str, limits: StreamLimits | None) -> Check:
+    name = f"stream, API key {key.shown}"
+    if limits is None or not limits.connections:
+        return Check(name, False, "its plan has none: COLLECT_EVERY asks for the latest trades instead")
+    connection = StreamConnection(settings.stream_url, product, key.secret, settings.proxies)
+    end = connection.open()
+    connection.close()
+    if end is not None:
+        return Check(name, False, end.words)
+    words = f"{settings.stream_url} takes it for {product}: {count_words(limits.connections, 'connection')}"
+    words += f", {limits.per_connection} codes each, {limits.in_all} in all"
+    if limits.connections == 1:
+        words += "; where it still counts, a service that begins now waits for up to three minutes (429)"
+    return Check(name, True, words)
+
+
 def _check_store(name: str, pipeline: Pipeline) -> Check:
     try:
-        return Check(name, True, pipeline.store.check())
+        return Check(name, True, pipeline.check_store())
     except StockrtError as error:
         return Check(name, False, str(error))
 
@@ -15858,6 +18075,7 @@ class LastExecution(TypedDict):
 class StatusReport(TypedDict):
     """What --status shows, and prints as JSON.
 
+    `collecting`: what the daemon told last of collecting without pause, None where nothing is to be collected.
     `wrong`: what is, in words. `totals`: what was counted since the first execution, and `since` when; empty before.
     """
 
@@ -15869,6 +18087,7 @@ class StatusReport(TypedDict):
     spool: QueueFacts | None
     waiting: Waiting
     damaged_files: int
+    collecting: dict[str, Any] | None
     last_execution: LastExecution | None
     totals: dict[str, int | str]
     keys: list[KeyUsage]
@@ -15903,11 +18122,14 @@ def gather_status(settings: Settings) -> StatusReport:
         "spool": spool,
         "waiting": Waiting(executing=0, commands=0, results=0),
         "damaged_files": len(damaged_files(directory)),
+        "collecting": None,
         "last_execution": None,
         "totals": {},
         "keys": keys,
         "wrong": [],
     }
+    if settings.collects or (daemon["running"] and told.get("collecting")):
+        status["collecting"] = dict.fromkeys(CollectFacts.__annotations__) | told.get("collecting", {})
     if (directory / JOURNAL_NAME).exists():
         _ask_journal(directory, status)
     status["wrong"] += _what_is_wrong(status)
@@ -15943,8 +18165,10 @@ def _whole_or_partial(one: ExecutionFacts) -> str:
 def _what_is_wrong(status: StatusReport) -> list[str]:
     """Return what is wrong beside what the journal knows of."""
     wrong = []
-    if status["daemon"]["running"] and status["platform"]["state"] != "connected":
+    if status["daemon"]["running"] and status["platform"]["state"] not in ("connected", NO_NEED):
         wrong.append("no connection to the platform")
+    if status["daemon"]["running"] and status["collecting"] is not None:
+        wrong += _collect_faults(status["collecting"])
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
         wrong.append(f"{waiting_words(spool['trades'])} for MongoDB")
@@ -15954,6 +18178,38 @@ def _what_is_wrong(status: StatusReport) -> list[str]:
     if keys and all(key["state"] == "resting" for key in keys):
         wrong.append("every API key rests")
     return wrong
+
+
+def _collect_stats(facts: Mapping[str, Any]) -> CollectStats:
+    """Return what the daemon told of collecting as it told it."""
+    known = {name: facts[name] for name in CollectStats._fields if facts.get(name) is not None}
+    return CollectStats(**known)
+
+
+def _collect_faults(facts: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with collecting by what the daemon told last."""
+    stats = _collect_stats(facts)
+    if stats.trouble:
+        return [f"collecting: {one_line(stats.trouble)}"]
+    if stats.connections < stats.connections_wanted:
+        return [
+            f"{stats.connections} of {count_words(stats.connections_wanted, 'connection')} to the stream stand"
+        ]
+    if facts["at"] is None:
+        return ["collecting has not begun"]
+    return []
+
+
+def _collect_line(facts: Mapping[str, Any]) -> str:
+    """Return what is collected, in all and now, for a person."""
+    if facts["at"] is None:
+        return "nothing now"
+    stats = _collect_stats(facts)
+    line = f"{collect_words(stats)}, at {facts['at']}"
+    line += f"; since the start {count_words(stats.trades, 'trade')}, {stats.stored} new"
+    if stats.dropped:
+        line += f", {stats.dropped} dropped"
+    return line
 
 
 def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = False) -> int:
@@ -15975,10 +18231,19 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
         ("status", ": ".join([STATUS_WORDS[code], *filter(None, ["; ".join(status["wrong"])])])),
         ("version", status["version"]),
         ("daemon", _daemon_line(status["daemon"])),
-        ("registration", status["registration"] or "none: run --register"),
+        ("registration", status["registration"] or _unregistered(settings)),
         ("platform", _platform_line(status["platform"])),
-        ("store", status["store"]),
     ]
+    if status["collecting"] is not None:
+        facts: Mapping[str, Any] = status["collecting"]
+        if not status["daemon"]["running"]:
+            facts = dict.fromkeys(facts)
+        lines.append(("collecting", _collect_line(facts)))
+        streams: Sequence[StreamFacts] = facts["streams"] or ()
+        lines += [
+            ("stream", _stream_line(one)) for one in streams if one["why"] or one["state"] != "connected"
+        ]
+    lines.append(("store", status["store"]))
     if status["spool"] is not None:
         lines.append(("spool", _spool_line(status["spool"])))
     words = f"{waiting['commands']} commands, {waiting['results']} results to deliver"
@@ -15996,6 +18261,19 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
     lines += [("API key", _key_line(key)) for key in status["keys"]]
     show(settings.redact(local_times("\n".join(f"{name:<15} {text}" for name, text in lines))))
     return code
+
+
+def _stream_line(stream: StreamFacts) -> str:
+    line = f"{stream['product']}: {stream['subscribed']} of {count_words(stream['codes'], 'code')}, {stream['state']}"
+    if stream["why"]:
+        line += f": {one_line(stream['why'], TROUBLE_SHOWN)}"
+    return line
+
+
+def _unregistered(settings: Settings) -> str:
+    if settings.collects and not settings.platform_url():
+        return "none: no platform is set"
+    return "none: run --register"
 
 
 def _show_unknown(as_json: bool) -> int:
@@ -16138,6 +18416,16 @@ def run_drain(settings: Settings, retry: bool) -> int:
     return EXIT_INTERRUPTED if left and stop.is_set() else EXIT_OK
 
 
+def run_retain(settings: Settings) -> int:
+    """Remove trades older than KEEP_DAYS, and say what is kept. Raises StoreError where something is in the way."""
+    with Pipeline(settings) as pipeline:
+        why = pipeline.apply_retention()
+        if why:
+            raise StoreError(f"KEEP_DAYS={settings.keep_days or ''} has no effect: {why}")
+        say(local_times(f"{store_name(settings)}: {pipeline.kept()}"))
+    return EXIT_OK
+
+
 def run_backfill(options: Options, settings: Settings) -> int:
     """Make closes of the past final, print a row for each code, and return the exit status."""
     codes = list(read_codes(options)) if options.codes or options.codes_file else None
@@ -16223,6 +18511,144 @@ def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     return EXIT_OK if found and not why else EXIT_FAILED
 
 
+def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
+    """Print what is stored of codes; exit status 1 where there is none of one that was asked for, or nothing at all."""
+    with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
+        codes, missing = codes_to_show(options, settings, reader)
+        found = in_order(quotes(reader, codes, not is_chinese(environ)), options.sort or "code")
+    now = time.time()
+    if options.json:
+        for one in found:
+            show(json.dumps(one.document(now), ensure_ascii=False))
+    elif found:
+        show("\n".join(quote_table(settings, environ, options.up).lines(found, now)))
+    for words in (*missing, *_what_lacks(found, options.demo)):
+        say(words)
+    return EXIT_FAILED if missing or not found else EXIT_OK
+
+
+def quote_table(settings: Settings, environ: Mapping[str, str], up: str | None) -> QuoteTable:
+    """Return a table for what stdout is."""
+    width: int | None = None
+    colors: Sequence[str] = ()
+    if sys.stdout.isatty():
+        width = terminal_width(80)
+        if settings.color:
+            colors = rise_and_fall(environ, up)
+    return QuoteTable(width, colors, sys.stdout.encoding)
+
+
+def codes_to_show(options: Options, settings: Settings, reader: Reader) -> tuple[list[str], list[str]]:
+    """Return the codes that are meant, as far as there are trades of them, and a sentence for each other one.
+
+    Raises StockrtError.
+    """
+    typed = [code for text in options.show or () for code in split_codes(text)]
+    if not typed and settings.collect_codes and not options.demo:
+        with Pipeline.open_mongodb(settings) if settings.mongodb_uri else contextlib.nullcontext() as store:
+            typed = [*WatchList(settings, store).codes()]
+    if not typed:
+        return reader.newest_codes(CODES_SHOWN), []
+    return codes_meant(typed, reader.codes(), reader)
+
+
+def codes_meant(typed: Iterable[str], stored: Collection[str], reader: Reader) -> tuple[list[str], list[str]]:
+    """Return which of the stored codes are meant, by code or by name, and a sentence for what means none of them.
+
+    Raises StoreError.
+    """
+    there, found, missing = set(stored), [], []
+    for code in dict.fromkeys(typed):
+        try:
+            instrument = parse_code(code)
+            meant = [instrument.code, *(other.code for other in instrument.alternatives)]
+        except UnclearCode as error:
+            meant = [error.text, *error.guesses]
+            if not error.text.isascii():
+                meant += [one for one, name in reader.names(stored).items() if error.text in name.upper()]
+        except InstrumentError as error:
+            missing.append(f"{one_line(code, 40)}: {error}")
+            continue
+        stored_ones = [one for one in meant if one in there]
+        found += stored_ones[:1]
+        if not stored_ones:
+            missing.append(f"{one_line(code, 40)}: nothing of it is stored")
+    return list(dict.fromkeys(found)), missing
+
+
+def _what_lacks(found: Sequence[Quote], demo: bool) -> Iterator[str]:
+    """Yield what is not there to be shown, and how to get it."""
+    if not found:
+        yield "no trade is stored yet: see --once, or --show --demo for those of --once --demo"
+    elif not demo and all(one.reference is None for one in found):
+        yield "no final close is stored that a change could be told against: --backfill 5 brings some"
+
+
+def run_export(options: Options, settings: Settings) -> int:
+    """Write what is stored into a file, whole or not at all, or to stdout; return the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    place = cast(str, options.export)
+    try:
+        with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
+            export = Export(None, *span_of(options), options.closes)
+            missing: list[str] = []
+            if options.codes or options.codes_file:
+                codes, missing = codes_meant(read_codes(options), export.codes_in(reader), reader)
+                export = export._replace(codes=codes)
+            lines = ExportLines(export.names, options.json or place.endswith(".jsonl"))
+            if place == "-":
+                count = _to_stdout(lines, export, reader)
+            else:
+                with whole_file(Path(place), durable=True, setting="--export") as stream:
+                    count = _write_export(lines, export, reader, stream)
+    except KeyboardInterrupt:
+        say("interrupted: no file was written")
+        return EXIT_INTERRUPTED
+    for words in missing:
+        say(words)
+    what = "close" if options.closes else "trade"
+    say(f"{count_words(count, what)} written to {'standard output' if place == '-' else place}")
+    return EXIT_FAILED if missing else EXIT_OK
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _to_stdout(lines: ExportLines, export: Export, reader: Reader) -> int:
+    """Write an export to stdout, return how many rows it has. Raises PrintError, without words for a reader gone."""
+    try:
+        count = _write_export(lines, export, reader, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit's flush fails again
+        if isinstance(error, BrokenPipeError):
+            raise PrintError from None
+        raise PrintError(f"cannot print: {error.strerror or error}") from None
+    return count
+
+
+def _write_export(lines: ExportLines, export: Export, reader: Reader, stream: IO[bytes]) -> int:
+    """Write an export into a stream, and return how many rows it has. Raises OSError, StoreError."""
+    count, done, last_code = 0, 0, ""
+    unit, total = "codes", 0
+    if export.is_whole and not export.closes:
+        unit, total = "trades", reader.estimate()
+    else:
+        total = len(export.codes_in(reader))
+    code_at = export.names.index("stock_code")
+    with Terminal(None, unit, bar_above=0) as terminal:
+        stream.write(lines.head())
+        for rows in export.rows(reader):
+            stream.write(lines.of(rows))
+            count += len(rows)
+            done += len({row[code_at] for row in rows} - {last_code})
+            last_code = rows[-1][code_at] if rows else last_code
+            terminal.progress(min(count if unit == "trades" else done, total), total)
+    return count
+
+
 def run_register(settings: Settings, force: bool) -> int:
     """Register at the platform unless a hash is stored, and say what was done."""
     place = settings.state_directory / HASH_NAME
@@ -16257,10 +18683,11 @@ def needs_of(options: Options) -> Needs:
         return Needs(key=True, whole_platform=True, paths=True, collect=True)
     if options.register:
         return Needs(platform=True)
-    if options.once or options.symbols or options.backfill is not None:
+    if options.once or options.collect or options.symbols or options.backfill is not None:
         return Needs(key=not options.demo)
-    others = ("check", "status", "executions", "drain", "rejects")
-    if options.documents is not None or any(getattr(options, name) for name in others):
+    others = ("check", "status", "executions", "drain", "retain", "rejects")
+    looks = options.documents is not None or options.show is not None or options.export
+    if looks or any(getattr(options, name) for name in others):
         return NO_NEEDS
     return DAEMON_NEEDS
 
@@ -16299,7 +18726,10 @@ def need_descriptors() -> None:
 
 
 def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | None) -> int:
-    """Run as the platform's module until a signal or the platform ends it; return the exit status."""
+    """Run as the platform's module, or as one that collects, until a signal or the platform ends it.
+
+    Return the exit status.
+    """
     need_descriptors()
     watchdog_s = watchdog_seconds(environ, os.getpid())
     service = Service(settings, Notifier(environ.get("NOTIFY_SOCKET", "")), watchdog_s)
@@ -16311,7 +18741,10 @@ def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | 
         need_clock(time.time())
     except StoreError as error:  # it may be set at any moment
         log.warning(str(error))
-    log.info("stockrt %s for %s at %s", __version__, settings.module_name, settings.platform_url())
+    work = "collects without a platform"
+    if settings.platform_url():
+        work = f"for {settings.module_name} at {settings.platform_url()}"
+    log.info("stockrt %s %s", __version__, work)
     daemon.run()
     service.stopped()
     log.info("stopped")
@@ -16342,6 +18775,11 @@ def run_documents(options: Options, settings: Settings, source: str = OLD_COLLEC
     """Bring the older client's documents over, say what was done, and return the exit status."""
     zone = time_zone(cast(str, options.time_zone))
     need_mongodb(settings, "there are no older documents")
+    if settings.keep_days:
+        words = (
+            "KEEP_DAYS=%d: MongoDB removes what is older from %s again, once that holds there; see --check"
+        )
+        log.warning(words, settings.keep_days, settings.realtime_name)
     terminal = Terminal(None, "documents", bar_above=0)
     stop = StopEvent()
     stop_on_signals(stop)
@@ -16373,14 +18811,21 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     start_logging(loaded.settings)
     for warning in loaded.warnings:
         log.warning(warning)
-    if hidden and (options.drain or options.rejects or options.executions):
+    looks = options.show is not None or options.export
+    if hidden and (options.drain or options.retain or options.rejects or options.executions or looks):
         raise StoreError(HIDDEN_WORDS)
     if options.once:
         return run_once(options, loaded.settings)
+    if options.collect:
+        return run_collect(options, loaded.settings, environ)
     if options.backfill is not None:
         return run_backfill(options, loaded.settings)
     if options.documents is not None:
         return run_documents(options, loaded.settings)
+    if options.retain:
+        return run_retain(loaded.settings)
+    if options.export:
+        return run_export(options, loaded.settings)
     if options.drain:
         return run_drain(loaded.settings, options.retry)
     if options.reload:
@@ -16388,6 +18833,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if needs is DAEMON_NEEDS:
         return run_daemon(loaded.settings, environ, options.env_file)
     with Terminal():
+        if options.show is not None:
+            return run_show(options, loaded.settings, environ)
         return _run_short(options, loaded, hidden)
 
 
