@@ -12425,7 +12425,6 @@ class Feed(threading.Thread):
             self.why = end.words
             if end.action is StreamAction.NEVER:
                 self._turn("given up")
-                log.error("stream %s: %s; its codes are polled instead", self.allotment.product, end.words)
                 self.end = end
                 self._coverage.news.set()
                 return
@@ -12615,7 +12614,11 @@ class Planner(threading.Thread):
             self._listed = codes
         for feed, end in over:
             what = "" if end.whole_key else feed.allotment.product
-            self._never.setdefault(feed.allotment.key, {})[what] = end.words
+            never = self._never.setdefault(feed.allotment.key, {})
+            if what not in never:
+                words = "stream %s: %s; what no other key brings is polled instead"
+                log.error(words, feed.allotment.product, end.words)
+            never[what] = end.words
             self._coverage.drop(feed.part)
             self.feeds.remove(feed)
         self._spread()

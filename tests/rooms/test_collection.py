@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -410,7 +411,7 @@ def test_the_embedded_store_holds_the_connections_back(place: Place) -> None:
         for at in range(0, len(trades), 500):
             intake.add("crypto", trades[at : at + 500])
             most = max(most, intake.trades - intake.stored)
-        assert most <= stockrt.MOST_PENDING + 500 + stockrt.WRITE_BATCH
+        assert most <= stockrt.MOST_PENDING + 500 + stockrt.COMMIT_BATCH
     assert place.stored() == ids(trades)
 
 
@@ -593,6 +594,44 @@ def test_a_cut_leaves_a_gap_that_covers_what_is_missing(place: Place, vendor: Ve
         assert {*place.stored()} <= vendor.stream.made()
 
 
+@pytest.mark.parametrize("trades_go_on", [True, False], ids=["deaf", "quiet"])
+def test_a_silence_in_which_there_were_trades_is_a_gap(
+    place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch, trades_go_on: bool
+) -> None:
+    """The connection lives, and says nothing: what is fetched afterwards tells whether there was something to say."""
+    monkeypatch.setattr(stockrt, "SILENCE_S", 1.0)
+    monkeypatch.setattr(stockrt, "ACK_S", 1.0)
+    with Process(place, vendor, COLLECT_CODES=CODES[0]) as process:
+        wait_for("it is subscribed", process.is_subscribed)
+        wait_for("much was pushed", lambda: vendor.stream.pushed_count > 10)
+        vendor.stream.rate = 0.0
+        wait_for("everything is stored", process.has_all)
+        asked = len(vendor.rest.requests)
+        if trades_go_on:
+            vendor.stream.new_trade(CODES[0])
+            wait_for("the gap is noted", place.gaps)
+            (gap,) = place.gaps()
+            assert gap["codes"] == [CODES[0]] and gap["from"] < gap["to"] and "although" in gap["why"]
+        else:
+            wait_for("it is fetched anew", lambda: len(vendor.rest.requests) > asked)
+            assert place.gaps() == []
+        assert len(vendor.stream.connections) == 1
+
+
+def test_much_that_waits_at_the_end_is_kept_in_time(place: Place, mongo_db: tuple[str, str]) -> None:
+    environ = place.environ | {"MONGODB_HOST": mongo_db[0], "MONGODB_DB_NAME": mongo_db[1]}
+    trades = trades_of(stockrt.MOST_PENDING)
+    client: MongoClient[dict[str, Any]]
+    with MongoClient(mongo_db[0]) as client, Pipeline(settings_of(environ)) as pipeline:
+        with intake_of(pipeline, place) as intake:
+            for at in range(0, len(trades), 1000):
+                intake.add("crypto", trades[at : at + 1000])
+            intake.close(WAIT_S)
+            assert intake.stored == len(trades) and intake.refused == 0
+        realtime: Collection[dict[str, Any]] = client[mongo_db[1]].realtime
+        wait_for("all of it arrives", lambda: realtime.count_documents({}) == len(trades))
+
+
 def test_a_stop_is_quick_loses_nothing_and_leaves_a_gap_for_the_next_start(
     place: Place, vendor: Vendor
 ) -> None:
@@ -638,18 +677,21 @@ def test_a_plan_that_is_told_late_gives_the_codes_their_connections(
 
 
 def test_a_key_that_the_stream_refuses_is_not_dialled_with_again(
-    place: Place, vendor: Vendor, caplog: pytest.LogCaptureFixture
+    place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    vendor.stream.refuse_handshakes(*[401] * 50)
-    with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
-        wait_for("it is said", lambda: "401" in process.it.stats().trouble)
-        wait_for("the codes are polled", lambda: process.it.stats().polled == len(CODES))
-        wait_for(
-            "the codes are stored", lambda: len({name.split("|")[0] for name in place.stored()}) == len(CODES)
-        )
-        assert process.it.stats().connections_wanted == 0
-        assert caplog.text.count("401") == 1 and "polled instead" in caplog.text
-        assert len(vendor.stream.connections) == 1
+    """One line, however many connections were to be; and each of them was dialled once."""
+    plan = replace(PLANS["pro"], sockets=2, symbols_per_socket=2, symbols=4)
+    with Vendor(plans={"test-key": plan}, market=CODES, rate=5.0) as vendor:
+        vendor.stream.refuse_handshakes(*[401] * 50)
+        with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
+            wait_for("it is said", lambda: "401" in process.it.stats().trouble)
+            wait_for("the codes are polled", lambda: process.it.stats().polled == len(CODES))
+            wait_for(
+                "the codes are stored", lambda: len({name.split("|")[0] for name in place.stored()}) == 4
+            )
+            assert process.it.stats().connections_wanted == 0
+            assert caplog.text.count("401") == 1 and "polled instead" in caplog.text
+            assert len(vendor.stream.connections) == 2
 
 
 def test_a_change_of_the_watch_list_takes_effect_without_a_restart(
