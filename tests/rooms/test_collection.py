@@ -160,10 +160,11 @@ def test_after_a_kill_what_is_missing_begins_at_the_mark(place: Place) -> None:
     clock.now += 5
     with coverage_in(place, clock, *CODES[1:]) as coverage:  # killed again before anything was subscribed
         assert place.spans() == [([*CODES[1:3]], marked, None)]
-        connected(coverage, *CODES[1:])
+        part = connected(coverage, *CODES[1:])
         coverage.complete(coverage.ended())
         assert place.spans() == [([*CODES[1:3]], marked, ms(clock.now))]
-        assert place.gaps()[0]["instance"] == instance
+        coverage.lost(part, "the connection was lost")
+        assert [gap["instance"] for gap in place.gaps()] == [instance] * 2
 
 
 def test_a_clean_stop_leaves_a_gap_too(place: Place) -> None:
@@ -467,6 +468,29 @@ def test_while_mongodb_is_away_the_disk_takes_what_is_pushed_and_it_arrives_once
         wait_for("they are in MongoDB", lambda: realtime.count_documents({}) == 3000)
         assert ids(trades) == sorted(found["_id"] for found in realtime.find({}, {"_id": 1}))
     assert intake.refused == 0
+
+
+def test_what_is_pushed_waits_for_no_turn_behind_what_waits_already(
+    place: Place, mongo_db: tuple[str, str], mongo_proxy: MongoProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unlike a run, which may wait a while for the queue to be delivered."""
+    monkeypatch.setattr(stockrt, "CATCH_UP_S", 3600.0)
+    environ = place.environ | {"MONGODB_HOST": mongo_proxy.uri, "MONGODB_DB_NAME": mongo_db[1]}
+    trades, listener = trades_of(300), Listener()
+    client: MongoClient[dict[str, Any]]
+    with (
+        MongoClient(mongo_db[0]) as client,
+        Pipeline(settings_of(environ), listener) as pipeline,
+        intake_of(pipeline, place) as intake,
+    ):
+        assert isinstance(pipeline.store, stockrt.Delivery)
+        pipeline.store.keep([stockrt.to_document(trade, stockrt.utc_now()) for trade in trades[:100]])
+        mongo_proxy.hang()
+        intake.add("crypto", trades[100:])
+        wait_for("they are on the disk", lambda: listener.waiting == [*map(stockrt.identity, trades[100:])])
+        mongo_proxy.resume()
+        realtime: Collection[dict[str, Any]] = client[mongo_db[1]].realtime
+        wait_for("they are in MongoDB", lambda: realtime.count_documents({}) == 300)
 
 
 def test_a_mongodb_that_is_slower_than_the_market_is_not_waited_for(
