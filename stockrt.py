@@ -11686,6 +11686,10 @@ class Parcel(NamedTuple):
     arrived: float
 
 
+# A time that lies so much before one from earlier: the clock was set back.
+CLOCK_SET_MS = 60_000
+
+
 class Group(NamedTuple):
     """Codes of a product of which everything is kept that came up to a moment (epoch ms)."""
 
@@ -11724,8 +11728,7 @@ class MarkFiles:
             if mark.get("version") == version:
                 stopped = bool(mark["stopped"])
                 groups = [
-                    one._replace(until=max(one.until, int(until)))
-                    for one, until in zip(groups, mark["until"], strict=True)
+                    one._replace(until=int(until)) for one, until in zip(groups, mark["until"], strict=True)
                 ]
             return Left(str(codes.get("instance", "")), version, groups, stopped)
         except (KeyError, TypeError, ValueError) as error:
@@ -11930,6 +11933,7 @@ class Coverage:
             one = self._new(silence.product, silence.codes, silence.since, why)
             one.gap = one.gap._replace(until=silence.until)
             self._ended.append(one)
+        self.news.set()
 
     def not_stored(self, parcel: Parcel, codes: Collection[str], why: str) -> None:
         """The store took none of these pushes, or not those of some codes: missing until it takes some again."""
@@ -11995,7 +11999,8 @@ class Coverage:
         with self._lock:
             if self._is_closed:
                 return
-            self._durable = max(self._durable, durable_ms)
+            if not self._durable - CLOCK_SET_MS < durable_ms < self._durable:
+                self._durable = durable_ms
             self._keep([*self._refused.values(), *self._open, *self._ended])
             if not self._write_codes():
                 return
@@ -12302,7 +12307,7 @@ class Intake:
         documents = [to_document(trade, created) for parcel in batch for trade in parcel.trades]
         try:
             written = self._put(documents, within_s)
-        except StoreError as error:
+        except StockrtError as error:
             self._refuse(batch, None, str(error))
             return
         except Exception as error:  # nobody else looks at this thread
@@ -12459,8 +12464,9 @@ class Feed(threading.Thread):
     def _take(self, received: Pushes) -> StreamEnd | None:
         """Hand on what has come, and return the end of the connection if that is in it."""
         if received.trades:
-            sign = self._intake.add(self.part.product, received.trades)
-            self.part.heard = max(self.part.heard, sign)
+            sign, before = self._intake.add(self.part.product, received.trades), self.part.heard
+            # not back to a trade that was older than the last one, unless the clock was set back
+            self.part.heard = sign if sign < before - OLD_PUSH_MS else max(before, sign)
         if received.dropped:
             self._intake.drop(received.dropped)
             self._odd.again(received.why)
@@ -12590,6 +12596,14 @@ class Planner(threading.Thread):
         need_clock(time.time())
         self._plan()
         ended = self._coverage.ended()
+        try:
+            self._fetch_back()
+        finally:  # their codes are subscribed, whatever the API says now
+            self._coverage.complete(ended)
+        return min(self._watch.wait_s(), self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
+
+    def _fetch_back(self) -> None:
+        """Fetch the latest trades of codes that were subscribed since the last time. Raises StockrtError."""
         self._back |= self._coverage.take_back()
         if self._back:
             self._poll(sorted(self._back))
@@ -12597,8 +12611,6 @@ class Planner(threading.Thread):
         for silence in self._coverage.take_silent():
             if self._poll(silence.codes):
                 self._coverage.was_deaf(silence)
-        self._coverage.complete(ended)
-        return min(self._watch.wait_s(), self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
 
     def _plan(self) -> None:
         """Look at the list, and spread the codes where it has changed or a connection is of no use any more."""
