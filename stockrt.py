@@ -12529,6 +12529,7 @@ class Planner(threading.Thread):
         super().__init__(name="stockrt-collect", daemon=True)
         self.feeds: list[Feed] = []
         self.polled = 0
+        self.stored = self.duplicates = 0  # of the trades that were asked for
         self.trouble = ""
         self._pipeline = pipeline
         self._settings = settings
@@ -12762,6 +12763,8 @@ class Planner(threading.Thread):
             failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
             if failed:
                 self._code_trouble.again(failed_words(failed, report.total))
+        self.stored += report.stored + report.queued
+        self.duplicates += report.duplicates
         return report.stored + report.queued
 
     def _deliver_gaps(self) -> float:
@@ -12865,9 +12868,9 @@ class Collecting:
             delay_p50_ms=p50,
             delay_p99_ms=p99,
             gaps_today=self._gaps_today,
-            trades=intake.trades,
-            stored=intake.stored,
-            duplicates=intake.duplicates,
+            trades=intake.trades + self._planner.stored + self._planner.duplicates,
+            stored=intake.stored + self._planner.stored,
+            duplicates=intake.duplicates + self._planner.duplicates,
             dropped=intake.dropped,
             trouble=next(filter(None, troubles), ""),
         )
@@ -18608,6 +18611,7 @@ class Ticks(Events):
         self._batches: queue.Queue[Sequence[Document]] = queue.Queue(BATCHES_UNREAD)
         self._latest: dict[str, str] = {}  # code -> _id
         self._recent: dict[str, None] = {}  # _id of the last rows
+        self.waiting = 0  # trades, for MongoDB
         self._is_ending = threading.Event()
         self._thread = threading.Thread(target=self._print, name="stockrt-rows", daemon=True)
         start_thread(self._thread)
@@ -18624,6 +18628,10 @@ class Ticks(Events):
     def kept(self, documents: Sequence[Document]) -> None:
         """Have them printed: when MongoDB has them they are not told again."""
         self.stored(documents)
+
+    def queue_changed(self, stats: QueueStats) -> None:
+        """Note how many wait for MongoDB."""
+        self.waiting = stats.trades
 
     def collecting(self, stats: CollectStats) -> None:
         """Have it said below the table, where there is one."""
@@ -18694,7 +18702,7 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
         raise PrintError(rows.fault)
     if rows.is_gone:
         return EXIT_OK
-    say(_collected_line(collecting.stats(), time.monotonic() - started_at))
+    say(_collected_line(collecting.stats(), ticks.waiting, time.monotonic() - started_at))
     if ticks.is_held_up():  # the exit's flush would wait for the reader
         say("not all rows were read")
         os._exit(EXIT_INTERRUPTED)
@@ -18743,11 +18751,10 @@ def _seconds_of(text: str) -> float:
         raise UsageError(f"--every {one_line(text, 40)}: expected {setting.expected}; see --help") from None
 
 
-def _collected_line(stats: CollectStats, took_s: float) -> str:
+def _collected_line(stats: CollectStats, waiting: int, took_s: float) -> str:
     line = f"trades {stats.trades}, stored {stats.stored}, already known {stats.duplicates} ({took_s:.1f} s)"
-    kept = stats.trades - stats.stored - stats.duplicates
-    if kept > 0:
-        line += f"; {waiting_words(kept)} for MongoDB"
+    if waiting:
+        line += f"; {waiting_words(waiting)} on this machine for MongoDB"
     if stats.dropped:
         line += f"; {stats.dropped} pushed and not asked for, or no trades"
     if stats.gaps_today:
@@ -18888,7 +18895,7 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
     told = read_status(settings.state_directory).get("collecting", {})
     if told.get("connections_wanted") and daemon_runs(settings.state_directory):
         facts = dict.fromkeys(CollectFacts.__annotations__) | told
-        faults = [trouble.what for trouble in _collect_faults(facts)]
+        faults = [trouble.what for trouble in _collect_faults(settings, facts)]
         yield Check("stream", not faults, "; ".join(faults) or f"the daemon has it: {_collect_line(facts)}")
         return
     limits = pipeline.stream_limits(stop)
@@ -19043,7 +19050,7 @@ def gather_status(settings: Settings) -> StatusReport:
         status["collecting"] = dict.fromkeys(CollectFacts.__annotations__) | told.get("collecting", {})
     if (directory / JOURNAL_NAME).exists():
         troubles = _ask_journal(directory, status)
-    troubles += _what_is_wrong(status)
+    troubles += _what_is_wrong(settings, status)
     status["wrong"] = [trouble.what for trouble in troubles]
     status["to_do"] = list(dict.fromkeys(trouble.to_do for trouble in troubles))
     status["status"] = STATUS_WORDS[STATUS_WRONG if troubles else STATUS_WELL]
@@ -19087,14 +19094,14 @@ def _whole_or_partial(one: ExecutionFacts) -> str:
     return str(one["status"] or "not ended")
 
 
-def _what_is_wrong(status: StatusReport) -> list[Trouble]:
+def _what_is_wrong(settings: Settings, status: StatusReport) -> list[Trouble]:
     """Return what is wrong beside what the journal knows of."""
     wrong = []
     if status["daemon"]["running"] and status["platform"]["state"] not in ("connected", NO_NEED):
         to_do = "see --check and the daemon's log; it tries again by itself"
         wrong.append(Trouble("no connection to the platform", to_do))
     if status["daemon"]["running"] and status["collecting"] is not None:
-        wrong += _collect_faults(status["collecting"])
+        wrong += _collect_faults(settings, status["collecting"])
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
         to_do = "see --check; they follow when MongoDB takes them, at once with --drain"
@@ -19115,7 +19122,7 @@ def _collect_stats(facts: Mapping[str, Any]) -> CollectStats:
     return CollectStats(**known)
 
 
-def _collect_faults(facts: Mapping[str, Any]) -> list[Trouble]:
+def _collect_faults(settings: Settings, facts: Mapping[str, Any]) -> list[Trouble]:
     """Return what is wrong with collecting by what the daemon told last."""
     stats = _collect_stats(facts)
     to_do = "see --check and the daemon's log; it tries again by itself"
@@ -19126,6 +19133,9 @@ def _collect_faults(facts: Mapping[str, Any]) -> list[Trouble]:
         return [Trouble(f"{stats.connections} of {wanted} to the stream stand", to_do)]
     if facts["at"] is None:
         return [Trouble("collecting has not begun", to_do)]
+    if settings.collect and stats.polled and not stats.connections_wanted:
+        words = f"the stream brings nothing, {count_words(stats.polled, 'code')} polled instead"
+        return [Trouble(words, "see --check and the daemon's log; COLLECT_EVERY polls without a stream")]
     return []
 
 
