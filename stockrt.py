@@ -9962,8 +9962,8 @@ class Gaps:
 # MONGODB_NUMERIC_TYPE gave them. An `_id` begins with code and time: the order of `_id`, of which each store has an
 # index, is that of codes and, of each code, that of times, as long as those have as many digits.
 
-# Trades that are read at once: 5 MB.
-TRADES_READ = 5_000
+# Trades that are read at once: 2 MB. More take longer, each, as they leave the caches of the processor.
+TRADES_READ = 2_000
 # A close from before so many days is none that a change could be told against.
 REFERENCE_DAYS = 31
 # Codes of one question about closes or candles.
