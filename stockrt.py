@@ -9965,8 +9965,8 @@ class Gaps:
 # MONGODB_NUMERIC_TYPE gave them. An `_id` begins with code and time: the order of `_id`, of which each store has an
 # index, is that of codes and, of each code, that of times, as long as those have as many digits.
 
-# Trades that are read at once: 5 MB.
-TRADES_READ = 5_000
+# Trades that are read at once: 2 MB. More take longer, each, as they leave the caches of the processor.
+TRADES_READ = 2_000
 # A close from before so many days is none that a change could be told against.
 REFERENCE_DAYS = 31
 # Codes of one question about closes or candles.
@@ -10444,7 +10444,8 @@ def _stored_trades(documents: Sequence[Document]) -> list[StoredTrade]:
         begins = map("{}|{}|".format, s, t)
         if {*map(type, chain(ids, p, v, vw))} <= {str} and all(map(str.startswith, ids, begins)):
             times = {moment: _iso_text(moment) for moment in {*columns[-1]}}
-            return [StoredTrade._make((*row[:-1], times[row[-1]])) for row in fields]
+            texts = map(times.__getitem__, columns[-1])
+            return [*map(StoredTrade._make, zip(*columns[:-1], texts, strict=True))]
     trades = []
     for document in filter(is_trade, documents):
         *fields, created = (document.get(name) for name in ("_id", *StoredTrade._fields[1:]))
@@ -10457,7 +10458,7 @@ def _stored_trades(documents: Sequence[Document]) -> list[StoredTrade]:
 def _iso_text(moment: object) -> str:
     """Return a BSON date as ISO 8601 UTC, and what is none, or far from our time, as a text."""
     if not isinstance(moment, datetime):
-        return one_line(moment)
+        return "" if moment is None else one_line(moment)
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return iso(moment)
@@ -16741,13 +16742,10 @@ class ExportLines:
     """Makes the lines of an export: CSV with a head, or a JSON document a line."""
 
     def __init__(self, names: Sequence[str], as_json: bool) -> None:
-        import csv
-
         self._names = names
         self._as_json = as_json
         self._encode = json.JSONEncoder(ensure_ascii=False).encode
-        self._text = io.StringIO()
-        self._writer = csv.writer(self._text, lineterminator="\n")
+        self._plain = ",".join(["%s"] * len(names)) + "\n"
 
     def head(self) -> bytes:
         """Return what comes before all rows."""
@@ -16758,10 +16756,22 @@ class ExportLines:
         if self._as_json:
             documents = (dict(zip(self._names, row, strict=True)) for row in rows)
             return "".join(f"{self._encode(document)}\n" for document in documents).encode(errors="stockrt")
-        self._text.seek(0)
-        self._text.truncate()
-        self._writer.writerows(rows)
-        return self._text.getvalue().encode(errors="stockrt")
+        text = "".join([self._plain % (*row,) for row in rows])
+        if not self._is_plain(text, len(rows)):
+            text = self._quoted(rows)
+        return text.encode(errors="stockrt")
+
+    def _is_plain(self, text: str, count: int) -> bool:
+        """Whether so many lines are as a CSV writer makes them, which takes thrice the time for what is rare."""
+        has_others = '"' in text or "\r" in text or text.count("\n") != count
+        return not has_others and text.count(",") == count * self._plain.count(",")
+
+    def _quoted(self, rows: Sequence[Sequence[Any]]) -> str:
+        import csv
+
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
+        return text.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -19572,32 +19582,41 @@ def codes_to_show(options: Options, settings: Settings, reader: Reader) -> tuple
             typed = [*WatchList(settings, store).codes()]
     if not typed:
         return reader.newest_codes(CODES_SHOWN), []
-    stored = set(reader.codes())
+    stored = None
     if options.chart == DAILY and options.html is None:
-        stored.update(reader.close_codes())
-    return codes_meant(typed, stored, reader)
+        stored = {*reader.codes(), *reader.close_codes()}
+    return codes_meant(typed, reader, stored)
 
 
-def codes_meant(typed: Iterable[str], stored: Collection[str], reader: Reader) -> tuple[list[str], list[str]]:
+def codes_meant(
+    typed: Iterable[str], reader: Reader, stored: Collection[str] | None = None
+) -> tuple[list[str], list[str]]:
     """Return which of the stored codes are meant, by code or by name, and a sentence for what means none of them.
 
-    Raises StoreError.
+    `stored`: of which there is something; None: of which there are trades. Raises StoreError.
     """
-    there, found, missing = set(stored), [], []
+    meant: dict[str, list[str]] = {}
+    missing = []
     for code in dict.fromkeys(typed):
         try:
             instrument = parse_code(code)
-            meant = [instrument.code, *(other.code for other in instrument.alternatives)]
         except UnclearCode as error:
-            meant = [error.text, *error.guesses]
+            meant[code] = [error.text, *error.guesses]
             if not error.text.isascii():
-                meant += [one for one, name in reader.names(stored).items() if error.text in name.upper()]
+                names = reader.names(reader.codes() if stored is None else stored)
+                meant[code] += [one for one, name in names.items() if error.text in name.upper()]
         except InstrumentError as error:
             missing.append(f"{one_line(code, 40)}: {error}")
-            continue
-        stored_ones = [one for one in meant if one in there]
-        found += stored_ones[:1]
-        if not stored_ones:
+        else:
+            meant[code] = [instrument.code, *(other.code for other in instrument.alternatives)]
+    there = stored
+    if there is None:
+        there = reader.last(list(dict.fromkeys(chain.from_iterable(meant.values()))))
+    found = []
+    for code, ones in meant.items():
+        of_it = [one for one in ones if one in there]
+        found += of_it[:1]
+        if not of_it:
             missing.append(f"{one_line(code, 40)}: nothing of it is stored")
     return list(dict.fromkeys(found)), missing
 
@@ -19620,7 +19639,7 @@ def run_export(options: Options, settings: Settings) -> int:
             export = Export(None, *span_of(options), options.closes)
             missing: list[str] = []
             if options.codes or options.codes_file:
-                codes, missing = codes_meant(read_codes(options), export.codes_in(reader), reader)
+                codes, missing = codes_meant(read_codes(options), reader, set(export.codes_in(reader)))
                 export = export._replace(codes=codes)
             lines = ExportLines(export.names, options.json or place.endswith(".jsonl"))
             if place == "-":
