@@ -211,18 +211,48 @@ def mongod() -> Path:
         unavailable(str(error))
 
 
+class ThreeMembers:
+    """A replica set, from the first test that needs it up to the first that does not: heartbeats cost."""
+
+    def __init__(self, mongod: Path) -> None:
+        self._mongod = mongod
+        self._running = contextlib.ExitStack()
+        self._members: ReplicaSet | None = None
+
+    def started(self) -> ReplicaSet:
+        """Return the members, all well."""
+        if self._members is None:
+            self._members = self._running.enter_context(ReplicaSet(self._mongod))
+        self._members.ensure_running()
+        return self._members
+
+    def close(self) -> None:
+        """End them, if they run."""
+        self._running.close()
+        self._members = None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """End the three members when the next test does without them."""
+    members = getattr(item, "funcargs", {}).get("_three_members")
+    yield
+    if members is not None and "_three_members" not in getattr(nextitem, "fixturenames", ()):
+        members.close()
+
+
 @pytest.fixture(scope="session")
-def _three_members(mongod: Path) -> Iterator[ReplicaSet]:
-    with ReplicaSet(mongod) as members:
+def _three_members(mongod: Path) -> Iterator[ThreeMembers]:
+    with contextlib.closing(ThreeMembers(mongod)) as members:
         yield members
 
 
 @pytest.fixture
-def replica_set(_three_members: ReplicaSet) -> Iterator[ReplicaSet]:
+def replica_set(_three_members: ThreeMembers) -> Iterator[ReplicaSet]:
     """Three members, all well when the test begins; it may kill, stop, cut off and bring back any of them."""
-    _three_members.ensure_running()
-    yield _three_members
-    _three_members.ensure_running()
+    members = _three_members.started()
+    yield members
+    members.ensure_running()
 
 
 @pytest.fixture
