@@ -15,6 +15,7 @@ import hypothesis
 import pytest
 from kit.daemons import EXTENT, number
 from kit.fault_world import ServiceManager, World
+from kit.forked import Forked
 from kit.infoway_server import InfowayServer
 from kit.mongo import (
     GuardedServer,
@@ -161,7 +162,7 @@ def clean_env(tmp_path: Path, shiv_root: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def run_pyz(pyz: Path, clean_env: dict[str, str], tmp_path: Path) -> RunPyz:
+def start_pyz(pyz: Path, clean_env: dict[str, str], tmp_path: Path) -> RunPyz:
     """Run the program in an empty folder (no settings file is found by chance) and return what came of it."""
 
     def run(
@@ -179,6 +180,45 @@ def run_pyz(pyz: Path, clean_env: dict[str, str], tmp_path: Path) -> RunPyz:
             encoding="utf-8",
             timeout=timeout,
             **({"stdin": subprocess.DEVNULL} if input is None else {"input": input}),
+        )
+
+    return run
+
+
+# What an interpreter, the file's unpacking or the loader reads when a process starts.
+READ_AT_A_START = re.compile("PYTHON|SHIV_|LD_|LANG|LC_")
+
+
+@pytest.fixture(scope="session")
+def _forked(pyz: Path, shiv_root: Path) -> Iterator[Forked]:
+    with Forked(pyz, shiv_root) as program:
+        yield program
+
+
+@pytest.fixture
+def run_pyz(start_pyz: RunPyz) -> RunPyz:
+    """Run the program as `start_pyz` does; a file whose tests are about no start has `run_forked` by this name."""
+    return start_pyz
+
+
+@pytest.fixture
+def run_forked(
+    start_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
+) -> RunPyz:
+    """Run the program as `start_pyz` does; the quick run forks it from a process that has it loaded, where it can."""
+
+    def run(
+        *args: str | Path,
+        env: Mapping[str, str] | None = None,
+        input: str | None = None,  # noqa: A002 - named as in subprocess.run
+        timeout: float = 60,
+        cwd: Path | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        if EXTENT != "quick" or any(map(READ_AT_A_START.match, env or ())):
+            return start_pyz(*args, env=env, input=input, timeout=timeout, cwd=cwd)
+        program: Forked = request.getfixturevalue("_forked")
+        return program.run(
+            [*map(str, args)], clean_env | dict(env or {}), cwd or tmp_path, input or "", timeout
         )
 
     return run

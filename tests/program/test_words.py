@@ -31,6 +31,12 @@ STANDALONE = {"INFOWAY_API_KEY": "test-key"}
 NAMELESS = 61_000 + os.getpid() % 4_000
 
 
+@pytest.fixture
+def run_pyz(run_forked: RunPyz) -> RunPyz:
+    """What is tested here is not how the program starts."""
+    return run_forked
+
+
 # ------------------------------------------------------------------------------------------------------
 # Paths and options that an environment or a URI names
 # ------------------------------------------------------------------------------------------------------
@@ -292,7 +298,7 @@ def test_list_without_a_code_is_a_usage_error_and_nobody_is_asked(
         (("--check-setting",), "--check-settings"),
         (("--once", "--demo", "--codes", "A.US", "--jsn"), "--json"),
         (("—once", "--codes", "A.US"), "--once"),
-        (("--qwertz",), ""),
+        (("--jjjj",), ""),
     ],
 )
 def test_mistyped_option_gets_the_nearest_one(run_pyz: RunPyz, typed: tuple[str, ...], meant: str) -> None:
