@@ -113,15 +113,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 class OneByOne(LoadScopeScheduling):  # type: ignore[misc]
     """Each test is for whichever worker is free, but the files that share something dear are for one of them."""
 
-    # The bench in short, and a booted box.
-    whole = ("bench/test_bench.py", "program/test_systemd.py")
-    # These share three members. Only names are known here; one that is missed costs another three, and nothing else.
+    # The bench in short, a booted box, a server with users, and a large file that is parsed.
+    whole = (
+        "bench/test_bench.py",
+        "program/test_systemd.py",
+        "rooms/test_mongo_real.py",
+        "rooms/test_structure.py",
+    )
+    # These share three members, and a server with users. Only names are known here; one that is missed costs others of
+    # those, and nothing else.
     elections = re.compile("elect|primar")
+    roles = re.compile("_role_")
 
     def _split_scope(self, nodeid: str) -> str:
         file, _, name = nodeid.partition("::")
         if self.elections.search(name.partition("[")[0]):
             return "elections"
+        if self.roles.search(name.partition("[")[0]):
+            file = file.rpartition("/")[0] + "/test_mongo_real.py"
         return file if file.endswith(self.whole) else nodeid
 
 
@@ -143,8 +152,13 @@ def pyz() -> Path:
 @pytest.fixture(scope="session")
 def shiv_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the program unpacks itself, once for all tests of all workers."""
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shiv"
+    return shared_folder(tmp_path_factory, "shiv")
+
+
+def shared_folder(folders: pytest.TempPathFactory, name: str) -> Path:
+    """Return a folder that all workers have."""
+    base = folders.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     shared.mkdir(exist_ok=True)
     return shared
 
@@ -202,9 +216,7 @@ def run_pyz(start_pyz: RunPyz) -> RunPyz:
 
 
 @pytest.fixture
-def run_forked(
-    start_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
-) -> RunPyz:
+def run_forked(start_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path, _forked: Forked) -> RunPyz:
     """Run the program as `start_pyz` does; the quick run forks it from a process that has it loaded, where it can."""
 
     def run(
@@ -216,10 +228,8 @@ def run_forked(
     ) -> subprocess.CompletedProcess[str]:
         if EXTENT != "quick" or any(map(READ_AT_A_START.match, env or ())):
             return start_pyz(*args, env=env, input=input, timeout=timeout, cwd=cwd)
-        program: Forked = request.getfixturevalue("_forked")
-        return program.run(
-            [*map(str, args)], clean_env | dict(env or {}), cwd or tmp_path, input or "", timeout
-        )
+        arguments = [*map(str, args)]
+        return _forked.run(arguments, clean_env | dict(env or {}), cwd or tmp_path, input or "", timeout)
 
     return run
 
@@ -309,7 +319,7 @@ def standalone(mongod: Path) -> Iterator[MongoServer]:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def guarded(mongod: Path) -> Iterator[GuardedServer]:
     """A server that lets nobody in but its users."""
     with GuardedServer(mongod) as server:
@@ -412,7 +422,10 @@ def wall_clock(_clock_shim: Path, tmp_path_factory: pytest.TempPathFactory) -> W
 
 
 def _shim(name: str, folders: pytest.TempPathFactory) -> Path:
+    shared = shared_folder(folders, name)
+    if (shared / f"{name}.so").exists():
+        return shared / f"{name}.so"
     try:
-        return build_shim(name, folders.mktemp(name))
+        return build_shim(name, folders.mktemp(name)).replace(shared / f"{name}.so")
     except NoCompiler as error:
         unavailable(str(error))

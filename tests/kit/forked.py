@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -70,30 +71,39 @@ while True:
 
 
 class Forked:
-    """A process that has the built file loaded; any thread may call `run`."""
+    """A process that has the built file loaded, started by the first run; any thread may call `run`."""
 
     def __init__(self, pyz: Path, shiv_root: Path) -> None:
         self._pyz = pyz
+        self._shiv_root = shiv_root
+        self._lock = threading.Lock()
+        self._server: subprocess.Popen[bytes] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="stockrt-forked-")
         self._address = f"{self._folder.name}/socket"
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(self._address)
-            listener.listen(64)
-            env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": self._folder.name, "LANG": "C.UTF-8"}
-            self._server = subprocess.Popen(
-                [sys.executable, str(pyz), "-c", SERVER, str(listener.fileno())],
-                env=env | {"SHIV_ROOT": str(shiv_root), "SHIV_INTERPRETER": "1"},
-                stdin=subprocess.DEVNULL,
-                pass_fds=[listener.fileno()],
-            )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.kill()
-        self._server.wait()
+        if self._server is not None:
+            self._server.kill()
+            self._server.wait()
         self._folder.cleanup()
+
+    def _start(self) -> None:
+        """Start the process, unless it runs."""
+        with self._lock, socket.socket(socket.AF_UNIX) as listener:
+            if self._server is not None:
+                return
+            listener.bind(self._address)
+            listener.listen(64)
+            env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": self._folder.name, "LANG": "C.UTF-8"}
+            self._server = subprocess.Popen(
+                [sys.executable, str(self._pyz), "-c", SERVER, str(listener.fileno())],
+                env=env | {"SHIV_ROOT": str(self._shiv_root), "SHIV_INTERPRETER": "1"},
+                stdin=subprocess.DEVNULL,
+                pass_fds=[listener.fileno()],
+            )
 
     def run(
         self,
@@ -123,6 +133,7 @@ class Forked:
     def _ask(
         self, arguments: Sequence[str], env: Mapping[str, str], cwd: Path, streams: list[int], timeout: float
     ) -> int:
+        self._start()
         asked = json.dumps({"arguments": arguments, "env": dict(env), "cwd": str(cwd)}) + "\n"
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(timeout)
