@@ -699,6 +699,10 @@ Bars = list[Any] | Callable[[float], list[Any]]  # as sent, newest first; or a f
 Script = Callable[[Request], Answer | None] | Iterable[Answer | None]
 
 
+# A busy machine lets a thread of ours read one request so much later than it came, and the next one at once.
+LATE_S = 0.1
+
+
 class _Window:
     """The requests of one key: told of each, says whether it is within the limits. Refused ones do not count."""
 
@@ -707,7 +711,7 @@ class _Window:
 
     def admit(self, now: float) -> bool:
         for _, seconds, times in self._windows:
-            while times and times[0] <= now - seconds:
+            while times and times[0] <= now - seconds + LATE_S:
                 times.popleft()
         if any(len(times) >= limit for limit, _, times in self._windows):
             return False
