@@ -413,7 +413,7 @@ install_files() {
     fi
     cat <<TEXT
 next:
-  sudoedit $config                  # SERVER_IP, SERVER_PORT, INFOWAY_API_KEY
+  sudoedit $config                  # INFOWAY_API_KEY; SERVER_IP, SERVER_PORT, or COLLECT, COLLECT_CODES
   sudo systemctl enable --now stockrt
   systemctl status stockrt
 TEXT

@@ -21,19 +21,24 @@ above it:
     Instruments        what a person typed -> (code, product); sessions of the markets; batches
     Events             what runs and the daemon tell of themselves: reports, failures, the class of listeners
     HTTP               one connection, straight or through a proxy; limits; JSON
+    WebSocket          an open one, straight or through a proxy; its frames
     Local files        a SQLite file of ours, crash-only; its rescue
     Quota              API keys, their windows, the count of a day here or with all instances
     Infoway            answers decided in one table, records read, the client that asks several at a time
+    Stream             the WebSocket of every trade: limits, errors, the protocol (pure), the connection
     Stores             the contract and its promises; SQLite, MongoDB
     Closing prices     which trade is the close of a session
     Delivery           what waits on this machine for MongoDB, and the one loop that delivers it
+    Reading            what the views read from both stores: last trades, candles, closes, gaps, names
     Run                codes in, report out: everything above put together in one place
+    Collection         what is collected without anybody asking, and when
     Platform protocol  text in, events out: pure
-    Platform link      registration, presence, the WebSocket
+    Platform link      registration, presence, the WebSocket's address
     Command journal    accepted commands and their answers on disk
     Daemon             inbox, outbox, and the three threads
     Service manager    notifications, the journal's priorities, metrics
     Migration          what the older client of the platform left: settings, hash, documents
+    Views              what is stored, as tables, pages and files
     Command line       options, rows, commands, `main`
 
 The daemon's threads: the socket's (main) owns link, protocol and outbox, and waits for nothing but its inbox and the
@@ -76,7 +81,7 @@ import random
 import re
 import threading
 import time
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from datetime import UTC, date, datetime, timedelta, tzinfo
@@ -90,6 +95,7 @@ from typing import (
     IO,
     TYPE_CHECKING,
     Any,
+    ClassVar,
     Literal,
     NamedTuple,
     NoReturn,
@@ -143,8 +149,8 @@ class StockrtError(Exception):
     │   └── LostCommand     a command of the journal that nobody can read any more
     ├── RegistrationError   the platform did not register the module; says what to do
     ├── PrintError          what was asked for cannot be printed
-    ├── DialError           no connection to the platform could be made
-    └── LinkLost            the connection to the platform is gone
+    ├── DialError           no WebSocket could be opened
+    └── LinkLost            an open WebSocket is gone
 
     Each message says what came, what was expected and which setting or flag changes it.
     """
@@ -240,11 +246,12 @@ class PrintError(StockrtError):
 
 
 class DialError(StockrtError):
-    """No connection could be made; `status` is the HTTP status of a refused handshake, 0 without one."""
+    """No connection could be made; `status`, `body`: of the HTTP answer that refused the handshake, 0 without one."""
 
-    def __init__(self, message: str, status: int = 0) -> None:
+    def __init__(self, message: str, status: int = 0, body: bytes = b"") -> None:
         super().__init__(message)
         self.status = status
+        self.body = body
 
 
 class LinkLost(StockrtError):
@@ -479,14 +486,28 @@ def write_whole(
     `durable`: it is on disk when this returns; else it may be the old one after a power cut. `setting` is the
     one that a failure names.
     """
+    with whole_file(path, durable=durable, mode=mode, setting=setting) as stream:
+        stream.write(text.encode())
+
+
+@contextlib.contextmanager
+def whole_file(
+    path: Path, *, durable: bool = False, mode: int | None = None, setting: str = "STATE_DIRECTORY"
+) -> Iterator[IO[bytes]]:
+    """Give a stream whose bytes are the file once the block has ended, and nothing where it ends in an error.
+
+    Without a `mode` the file has the one that the user's umask leaves. Raises StoreError, as `write_whole`.
+    """
     # A name that nobody can guess: no other user puts a link there before us.
     new = path.with_name(f".{path.name}.{os.urandom(8).hex()}.new")
     with disk_trouble(f"{path} cannot be written", setting):
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        descriptor = os.open(new, flags, 0o666 if mode is None else mode)
         try:
-            with open(descriptor, "w", encoding="utf-8") as stream:
-                os.fchmod(descriptor, mode)
-                stream.write(text)
+            with open(descriptor, "wb") as stream:
+                if mode is not None:
+                    os.fchmod(descriptor, mode)
+                yield stream
                 stream.flush()
                 if durable:
                     os.fsync(descriptor)
@@ -543,6 +564,32 @@ def make_for_owner(path: Path) -> None:
         finally:
             new.unlink()
     keep_owner(path, path.parent)
+
+
+# Who only looks whether a lock is held holds it for the blink of an eye.
+LOCK_TRIES, LOCK_RETRY_S = 5, 0.05
+
+
+def lock_in(directory: Path, name: str, who: str) -> IO[str]:
+    """Return an open lock file of a state directory. Raises StoreError if another one holds it, who is named."""
+    import fcntl
+
+    make_state_directory(directory)
+    path = directory / name
+    with disk_trouble(f"the lock {path} cannot be taken"):
+        make_for_owner(path)
+        lock = path.open("w")
+        for _ in range(LOCK_TRIES):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            except BlockingIOError:
+                time.sleep(LOCK_RETRY_S)
+            except OSError:
+                lock.close()
+                raise
+    lock.close()
+    raise StoreError(f"{who} in {directory}; stop it, or give this one its own STATE_DIRECTORY")
 
 
 def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.0) -> Iterator[float]:
@@ -622,8 +669,23 @@ SMALL_TROUBLE_AGAIN_S = 6 * 3600.0
 TROUBLE_KINDS = 16
 
 
+@contextlib.contextmanager
+def turn(lock: threading.Lock, stop: threading.Event) -> Iterator[None]:
+    """Hold a lock in the body. Raises Interrupted where `stop` is set before it is free."""
+    while not lock.acquire(timeout=STOP_POLL_S):
+        if stop.is_set():
+            raise Interrupted("stopped")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class LogThrottle:
-    """Says a repeating trouble when it begins or changes, every few minutes with a count, and when it ends."""
+    """Says a repeating trouble when it begins or changes, every few minutes with a count, and when it ends.
+
+    Any thread may call it.
+    """
 
     def __init__(
         self,
@@ -646,9 +708,10 @@ class LogThrottle:
         kind = re.sub(r"\d+", "#", reason)  # seconds and bytes that differ make no new reason
         if kind not in self._said and len(self._said) >= TROUBLE_KINDS:
             kind = ""
-        if kind not in self._said:
+        said_at = self._said.get(kind)
+        if said_at is None:
             log.warning("%s: %s; %s", self._what, reason, self._then)
-        elif now - self._said[kind] >= self._again_s:
+        elif now - said_at >= self._again_s:
             log.warning("%s: still %s (%d tries)", self._what, reason, self._count)
         else:
             return
@@ -683,7 +746,12 @@ ENV_FILE_PLACES = (
     Path("/etc/stockrt/stockrt.env"),
 )
 # Names with these beginnings are ours: an unknown one in the file is a misspelling worth a warning.
-OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_")
+OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_", "COLLECT_")
+# What COLLECT_CODES says for the codes of the collection MONGODB_WATCH_COLLECTION_NAME.
+WATCH = "watch"
+# Of these one may be set: how the daemon collects by itself.
+COLLECTING = ("COLLECT", "COLLECT_EVERY")
+MOST_SHARES = 100
 # Where a proxy listens whose setting names no port: curl's.
 PROXY_PORTS = {"http": 1080, "https": 443}
 
@@ -829,6 +897,14 @@ class Settings(NamedTuple):
     no_proxy: tuple[str, ...] = ()
     color: bool = True
     old_secrets: tuple[str, ...] = ()  # of settings that these replaced
+    collect: str = ""
+    collect_every_s: float = 0.0  # 0: no poll
+    collect_codes: str = ""
+    collect_share: tuple[int, int] = (1, 1)
+    stream_url: str = "wss://data.infoway.io/ws"
+    watch_name: str = "stock_watch"
+    gap_name: str = "stream_gaps"
+    keep_days: int = 0  # 0: for ever
 
     def __repr__(self) -> str:
         shown = [
@@ -837,6 +913,11 @@ class Settings(NamedTuple):
             if name not in ("api_keys", "mongodb_uri", "old_secrets")
         ]
         return f"Settings({', '.join(shown)})"
+
+    @property
+    def collects(self) -> bool:
+        """Whether the daemon is to collect by itself, with a platform or without."""
+        return bool(self.collect or self.collect_every_s)
 
     @property
     def proxies(self) -> Proxies:
@@ -878,16 +959,20 @@ class Settings(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a command needs of the settings: a key, the platform (`whole`: all of it or nothing), usable paths."""
+    """What a command needs of the settings: a key, the platform (`whole`: all of it or nothing), usable paths.
+
+    `collect`: what the daemon collects by itself, which stands for a platform where that is not set at all.
+    """
 
     key: bool = False
     platform: bool = False
     whole_platform: bool = False
     paths: bool = False
+    collect: bool = False
 
 
 NO_NEEDS = Needs()
-DAEMON_NEEDS = Needs(key=True, platform=True)
+DAEMON_NEEDS = Needs(key=True, platform=True, collect=True)
 
 
 class LoadedSettings(NamedTuple):
@@ -1029,9 +1114,12 @@ def _one_of(*words: str) -> Callable[[str], str]:
     return parse
 
 
-def _port(value: str) -> int:
-    _expect(value.isascii() and value.isdigit() and 1 <= int(value) <= 65535)
-    return int(value)
+def _whole_number(low: int, high: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        _expect(value.isascii() and value.isdigit() and low <= int(value) <= high)
+        return int(value)
+
+    return parse
 
 
 def _switch(value: str) -> bool:
@@ -1045,14 +1133,17 @@ def _api_keys(value: str) -> tuple[str, ...]:
     return keys
 
 
-def _base_url(value: str) -> str:
-    parts = urlsplit(value)
-    _expect(parts.scheme in ("http", "https") and bool(_host(parts.hostname or "")) and parts.port != 0)
-    _expect(
-        not (parts.query or parts.fragment or "@" in parts.netloc)
-        and re.fullmatch(r"[!-~]+", value) is not None
-    )
-    return value.rstrip("/")
+def _url(*schemes: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        parts = urlsplit(value)
+        _expect(parts.scheme in schemes and bool(_host(parts.hostname or "")) and parts.port != 0)
+        _expect(
+            not (parts.query or parts.fragment or "@" in parts.netloc)
+            and re.fullmatch(r"[!-~]+", value) is not None
+        )
+        return value.rstrip("/")
+
+    return parse
 
 
 def _plans(value: str) -> tuple[Plan, ...]:
@@ -1078,7 +1169,7 @@ def _mongodb_uri(value: str) -> str:
     _expect(not set(match[4] or "") & set("&="))  # options without the ? in front of them
     for host in match[3].split(","):
         parts = re.fullmatch(r"(\[[^\[\]]+\]|[^\[\]:\s]+)(?::(\d+))?", host)
-        _expect(parts is not None and (not parts[2] or bool(_port(parts[2]))))
+        _expect(parts is not None and (not parts[2] or bool(_whole_number(1, 65535)(parts[2]))))
     # unacknowledged writes could not be counted as stored; MongoDB's URIs may separate options by ; too
     _expect(not re.search(r"(?i)(?:^|[&;])w=[+-]?0+(?:[&;]|$)", unquote(value.partition("?")[2])))
     return value
@@ -1135,8 +1226,21 @@ def _no_proxy(value: str) -> tuple[str, ...]:
 
 def _megabytes(value: str) -> int:
     """Return the bytes of a number of megabytes (2^20 each)."""
-    _expect(value.isascii() and value.isdigit() and 1 <= int(value) <= 1 << 20)
-    return int(value) << 20
+    return _whole_number(1, 1 << 20)(value) << 20
+
+
+def _collect_codes(value: str) -> str:
+    """Return what says which codes to collect: WATCH in small letters, else as it is."""
+    _expect("".join(value.split()).isprintable() and any(map(str.isalnum, value)))
+    return WATCH if value.lower() == WATCH else value
+
+
+def _share(value: str) -> tuple[int, int]:
+    """Return which share of how many: 2/3 -> (2, 3)."""
+    match = re.fullmatch(r"(\d{1,3})\s*/\s*(\d{1,3})", value, re.ASCII)
+    _expect(match is not None and 1 <= int(match[1]) <= int(match[2]) <= MOST_SHARES)
+    assert match is not None  # for the type checker: _expect has raised
+    return int(match[1]), int(match[2])
 
 
 def _directory(value: str) -> Path:
@@ -1175,12 +1279,20 @@ _PROXY_EXPECTED = (
     "SOCKS is not supported"
 )
 
+_COLLECT_EXPECTED = (
+    "codes such as AAPL.US 600519.SH, or @ and the name of a file of codes, or watch: the codes of the collection "
+    "MONGODB_WATCH_COLLECTION_NAME"
+)
+_COLLECTION_EXPECTED = "a collection name of at most 120 bytes without $ and needless dots, not system.…"
+
 # fmt: off
 SETTINGS = (
     Setting("INFOWAY_API_KEY", "api_keys", "", "one or several keys, comma-separated, ASCII without blanks",
             _api_keys, secret=True),
     Setting("INFOWAY_API_BASE_URL", "api_base_url", "https://data.infoway.io", "an http:// or https:// URL",
-            _base_url),
+            _url("http", "https")),
+    Setting("INFOWAY_STREAM_URL", "stream_url", "wss://data.infoway.io/ws",
+            "a ws:// or wss:// URL without user, query or fragment", _url("ws", "wss")),
     Setting("INFOWAY_PLAN", "plans", AUTO,
             "auto, free, basic, premium, pro, or requests per second as a number (0: no limit, else 0.017 or more: one "
             "a minute); one for all keys, or one for each, comma-separated", _plans),
@@ -1190,17 +1302,28 @@ SETTINGS = (
     Setting("MONGODB_DB_NAME", "mongodb_db_name", "forecast_platform",
             "a database name of at most 63 bytes without / \\ . \" $ * < > : | ? or blanks", _database_name),
     Setting("MONGODB_REALTIME_COLLECTION_NAME", "realtime_name", "realtime",
-            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name,
-            old_name="MONGODB_COLLECTION_NAME"),
+            _COLLECTION_EXPECTED, _collection_name, old_name="MONGODB_COLLECTION_NAME"),
     Setting("MONGODB_CLOSE_COLLECTION_NAME", "close_name", "close",
-            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name),
+            _COLLECTION_EXPECTED, _collection_name),
     Setting("MONGODB_LICENSE_COLLECTION_NAME", "license_name", "license_usage",
-            "a collection name of at most 120 bytes without $ and needless dots, not system.…", _collection_name),
+            _COLLECTION_EXPECTED, _collection_name),
+    Setting("MONGODB_WATCH_COLLECTION_NAME", "watch_name", "stock_watch",
+            _COLLECTION_EXPECTED, _collection_name),
+    Setting("MONGODB_GAP_COLLECTION_NAME", "gap_name", "stream_gaps",
+            _COLLECTION_EXPECTED, _collection_name),
     Setting("MONGODB_NUMERIC_TYPE", "numeric_type", "string", "string, decimal or double",
             _one_of("string", "decimal", "double")),
+    Setting("COLLECT", "collect", "", "stream, or nothing", _one_of("stream")),
+    Setting("COLLECT_EVERY", "collect_every_s", "", "seconds from 1 to 86400", _number(1, 86_400)),
+    Setting("COLLECT_CODES", "collect_codes", "", _COLLECT_EXPECTED, _collect_codes),
+    Setting("COLLECT_SHARE", "collect_share", "1/1",
+            f"which share of how many, such as 1/3, of at most {MOST_SHARES}", _share),
+    Setting("KEEP_DAYS", "keep_days", "", "days, a whole number from 1 to 36500, or nothing: for ever",
+            _whole_number(1, 36_500)),
     Setting("SERVER_IP", "server_host", "", "a host name or an address, without http:// and without a port",
             _host, at_start=True),
-    Setting("SERVER_PORT", "server_port", "", "a number from 1 to 65535", _port, at_start=True),
+    Setting("SERVER_PORT", "server_port", "", "a number from 1 to 65535", _whole_number(1, 65535),
+            at_start=True),
     Setting("SERVER_TLS", "server_tls", "0", "0 (http, ws) or 1 (https, wss)", _switch, at_start=True),
     Setting("HEARTBEAT_INTERVAL", "heartbeat_s", "10", "seconds from 1 to 3600", _number(1, 3600)),
     Setting("MODULE_NAME", "module_name", "股票实时数据获取模块", "1 to 100 printable characters",
@@ -1484,7 +1607,7 @@ def load_settings(
     faults = [fault for path in files for fault in broken_lines(path)] + read.faults
     if "MONGODB_DB_NAME" in read.unset and uri_database(values.get("mongodb_uri", "")):
         faults += _take_database(values)
-    faults += _contradictions(values) + _missing(read.unset, needs)
+    faults += _contradictions(values) + _missing(read.unset, needs, values)
     is_root = os.geteuid() == 0 if is_root is None else is_root
     values.setdefault("state_directory", default_state_directory(environ, is_root))
     if needs.paths:
@@ -1580,17 +1703,29 @@ def _take_database(values: dict[str, Any]) -> list[str]:
     return []
 
 
-def _missing(unset: Collection[str], needs: Needs) -> list[str]:
+def _missing(unset: Collection[str], needs: Needs, values: Mapping[str, Any]) -> list[str]:
     """Return the faults of what a command needs and nothing sets."""
     faults = []
     platform = [name for name in ("SERVER_IP", "SERVER_PORT") if name in unset]
-    if platform and (needs.platform or (needs.whole_platform and len(platform) == 1)):
-        faults.append(
-            f"{' and '.join(platform)} not set: the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; "
-            "without a platform use --once --codes …"
-        )
+    collecting = [name for name in COLLECTING if needs.collect and name not in unset]
+    if len(platform) == 1 and (needs.platform or needs.whole_platform):
+        faults.append(f"{platform[0]} not set: {_PLATFORM_EXPECTED}")
+    elif platform and needs.platform and not collecting:
+        faults.append(f"{' and '.join(platform)} not set: {_PLATFORM_EXPECTED}")
     if needs.key and "INFOWAY_API_KEY" in unset:
         faults.append(NO_KEY_HINT)
+    if collecting and "COLLECT_CODES" in unset:
+        faults.append(
+            f"COLLECT_CODES is not set, and {' and '.join(collecting)} would collect nothing: "
+            f"expected {_COLLECT_EXPECTED}"
+        )
+    if len(collecting) == len(COLLECTING):
+        faults.append(
+            "COLLECT and COLLECT_EVERY are both set: choose one, COLLECT=stream for every trade (what the key's plan "
+            "has no room for is polled by itself), or COLLECT_EVERY for the latest trade every so many seconds"
+        )
+    if needs.collect and values.get("collect_codes") == WATCH and "MONGODB_HOST" in unset:
+        faults.append(WATCH_NEEDS_MONGODB)
     return faults
 
 
@@ -1600,6 +1735,9 @@ def _path_faults(values: Mapping[str, Any], environ: Mapping[str, str]) -> list[
     there = next(path for path in (state, *state.parents) if os.path.lexists(path))
     tried = [("STATE_DIRECTORY", f"{there}/.", os.W_OK | os.X_OK)]
     tried += [(name, environ.get(name, ""), os.R_OK) for name in ("SSL_CERT_FILE", "CREDENTIALS_DIRECTORY")]
+    codes = values.get("collect_codes", "")
+    if codes[:1] == "@":
+        tried.append(("COLLECT_CODES", codes[1:], os.R_OK))
     tried += [("SSL_CERT_DIR", path, os.R_OK) for path in environ.get("SSL_CERT_DIR", "").split(":")]
     metrics, keys = values.get("metrics_file"), environ.get("SSLKEYLOGFILE", "")
     if metrics:
@@ -1633,7 +1771,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         faults += uri_faults(values["mongodb_uri"])
     taken: dict[str, str] = {}
     for setting in SETTINGS:
-        if setting.attribute in ("realtime_name", "close_name", "license_name"):
+        if setting.parse is _collection_name:
             name = values.get(setting.attribute, "")
             if name in taken:
                 faults.append(f"{setting.name}={name!r}: expected another name than {taken[name]} has")
@@ -1696,6 +1834,14 @@ def _misspelled(name: str, source: str) -> str:
     return f"{source}: {name} is no setting and has no effect; did you mean {near[0]}?"
 
 
+_PLATFORM_EXPECTED = (
+    "the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; without a platform use --once --codes …, "
+    "or let it collect by itself: COLLECT=stream or COLLECT_EVERY, and COLLECT_CODES"
+)
+WATCH_NEEDS_MONGODB = (
+    "COLLECT_CODES=watch without MONGODB_HOST: the watch list is a collection of MongoDB; set MONGODB_HOST, or name "
+    "the codes, or @ and a file of them"
+)
 NO_KEY_HINT = (
     "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none"
 )
@@ -2238,6 +2384,12 @@ def split_codes(text: str) -> list[str]:
     return [code for code in _SEPARATORS.split(text) if code]
 
 
+def codes_in(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the codes of a file's lines; a # begins a comment."""
+    for line in lines:  # the mark of a file on standard input is not decoded away
+        yield from split_codes(line.partition("#")[0].lstrip("\ufeff"))
+
+
 def parse_code(raw: object) -> Instrument:
     """Return the instrument that a person or the platform meant by `raw` (a text or a whole number).
 
@@ -2383,6 +2535,15 @@ def session_of(market: Market, t: int) -> Session:
     """
     zone = zone_info(market.zone)
     return _session(market, datetime.fromtimestamp(t // 1000, zone).date(), zone) if zone else NO_SESSION
+
+
+def opened_at(market: Market, now_ms: int) -> int:
+    """Return since when (epoch ms) a market is open by its regular hours, NEVER while it is not.
+
+    Holidays and lunch breaks are not known here.
+    """
+    session = session_of(market, now_ms)
+    return session.opens if session.opens <= now_ms <= session.until else NEVER
 
 
 def session_on(market: Market, day: date) -> Session:
@@ -2559,6 +2720,16 @@ class Failure(NamedTuple):
     words: str
 
 
+def failed_words(failures: Mapping[str, Failure], total: int) -> str:
+    """Return how many of how many codes failed, and of the first few why."""
+    named = [f"{code} ({failure.words})" for code, failure in islice(failures.items(), FAILURES_NAMED)]
+    words = f"{len(failures)} of {total} codes failed: {', '.join(named)}"
+    more = len(failures) - len(named)
+    if more:
+        words += f" and {more} more"
+    return words
+
+
 class Check(NamedTuple):
     """What `--check` found of one thing."""
 
@@ -2567,8 +2738,9 @@ class Check(NamedTuple):
     words: str
 
 
-# Codes that a report names beside its failures.
+# Codes that a report names beside its failures, and failures that one line names.
 NAMES_LISTED = 100
+FAILURES_NAMED = 3
 
 
 class Report:
@@ -2681,6 +2853,68 @@ class KeyStats(NamedTuple):
     ends: float
 
 
+class CollectStats(NamedTuple):
+    """What collecting without pause does now; the counts are since the start of the process.
+
+    `connections` of `connections_wanted` stand; `codes`: subscribed; `polled`: asked for over REST instead, as the
+    key's plan allows no more; `per_second`: trades of the last seconds; `delay_p50_ms`, `delay_p99_ms`: from a
+    trade's arrival until it is durable (NaN where none came lately); `gaps_today`: of this UTC day.
+    """
+
+    connections: int = 0
+    connections_wanted: int = 0
+    codes: int = 0
+    polled: int = 0
+    per_second: float = 0.0
+    delay_p50_ms: float = math.nan
+    delay_p99_ms: float = math.nan
+    gaps_today: int = 0
+    trades: int = 0
+    stored: int = 0
+    duplicates: int = 0
+    dropped: int = 0  # what was pushed and not asked for, or was no trade
+    missed_beats: int = 0
+    trouble: str = ""
+
+
+# Of a trouble that stands in one line with others.
+TROUBLE_SHOWN = 120
+
+
+def collect_words(stats: CollectStats) -> str:
+    """Return what collecting does now, for a status line."""
+    parts = []
+    if stats.connections_wanted:
+        parts.append(f"{stats.connections} of {count_words(stats.connections_wanted, 'connection')}")
+        parts.append(f"{count_words(stats.codes, 'code')} subscribed")
+    if stats.polled:
+        parts.append(f"{count_words(stats.polled, 'code')} polled")
+    if parts:
+        parts.append(f"{stats.per_second:.{int(stats.per_second < 10)}f} trades/s")
+    if not math.isnan(stats.delay_p99_ms):
+        parts.append(f"stored after {stats.delay_p50_ms:.0f} ms (p99 {stats.delay_p99_ms:.0f} ms)")
+    if stats.gaps_today:
+        parts.append(f"{count_words(stats.gaps_today, 'gap')} today")
+    if stats.missed_beats:
+        parts.append(f"{count_words(stats.missed_beats, 'beat')} missed")
+    if stats.trouble:
+        parts.append(one_line(stats.trouble, TROUBLE_SHOWN))
+    return ", ".join(parts) or "begins"
+
+
+def steady(stats: CollectStats) -> tuple[object, ...]:
+    """Return of it what does not change all the time while trades come."""
+    return (
+        stats.connections,
+        stats.connections_wanted,
+        stats.codes,
+        stats.polled,
+        stats.gaps_today,
+        stats.missed_beats,
+        stats.trouble,
+    )
+
+
 class Events:
     """What a run and the daemon tell of themselves; this one does not listen. Never raises, whatever the thread."""
 
@@ -2714,6 +2948,9 @@ class Events:
 
     def keys_out(self, out: int, of: int) -> None:
         """A run is over, and so many of the API keys are not used again."""
+
+    def collecting(self, stats: CollectStats) -> None:
+        """Collecting without pause goes on; told about once a second while something comes, else more seldom."""
 
     def damaged(self, error: StockrtError) -> None:
         """A local file or the program is: with these words the process has to end, and its next start mends it."""
@@ -2817,12 +3054,12 @@ def not_json_words(body: bytes, whose: str) -> str:
     return f"{len(body)} bytes that are not {whose} JSON"
 
 
-_NUMBERS_AS_TEXT = json.JSONDecoder(parse_float=str, parse_constant=str)
+NUMBERS_AS_TEXT = json.JSONDecoder(parse_float=str, parse_constant=str)
 
 
 def _read_json(body: bytes) -> Any:
     try:
-        return _NUMBERS_AS_TEXT.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
+        return NUMBERS_AS_TEXT.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
     except json.JSONDecodeError:
         raise
     except ValueError:  # a number of thousands of digits, which Python does not read: slower, as its text
@@ -3282,6 +3519,262 @@ def _has_nothing_for_us(sock: socket.socket) -> bool:
 
 
 # ======================================================================================================
+# WebSocket
+# ======================================================================================================
+
+# Connecting, TLS and the WebSocket handshake together.
+DIAL_LIMITS = Limits(connect_s=5.0, read_s=10.0, whole_s=10.0)
+# A peer that takes no byte for this long is dead; the kernel buffers far more than a result.
+SEND_TIMEOUT_S = 5.0
+# Frames that are handled before results are sent and signals looked at.
+FRAMES_AT_ONCE = 100
+# And their bytes: to understand 4 MB takes a tenth of a second, and a ping may wait behind.
+FRAME_BYTES_AT_ONCE = 1024 * 1024
+# As of any HTTP answer's head.
+MAX_HANDSHAKE_BYTES = 65536
+# What one call of the kernel's gives: at a hundred bytes a frame it is the calls that take the time.
+READ_BYTES = 65536
+# The first byte of a text frame that is a whole message.
+WHOLE_TEXT = 0x81
+
+
+class WebSocket:
+    """An open WebSocket that never blocks in reading; `fileno` is for select. Raises LinkLost from every call.
+
+    `url`: ws:// or wss://, as http:// or https:// too; what is secret in its query is told to nobody but the server.
+    `max_bytes`: a longer message is refused with close code 1009. Raises DialError where it cannot be opened.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        limits: Limits = DIAL_LIMITS,
+        proxies: Proxies = NO_PROXIES,
+        headers: Mapping[str, str] = MappingProxyType({}),
+        *,
+        max_bytes: int,
+    ) -> None:
+        self._ws = _dial(url, limits, proxies, headers)
+        self._ws.frame_buffer.recv = self._read_ahead
+        self._sock: socket.socket = self._ws.sock
+        self._sock.settimeout(0)
+        self._max_bytes = max_bytes
+        self.has_more = True  # whether frames may wait that no poll would tell of
+        self._unfinished = 0  # bytes of a frame whose rest is still to come
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._sock.fileno()
+
+    def give_up_after(self, seconds: float) -> None:
+        """Have the system end the connection where nothing confirms for so long what was sent; Linux does."""
+        import socket
+
+        with contextlib.suppress(AttributeError, OSError):
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+
+    def frames(self) -> Iterator[str | None]:
+        """Yield what has come: a text frame's text, or None for a frame that only shows that the peer lives."""
+        from websocket import ABNF
+
+        self.has_more = True
+        count = size = 0
+        while count < FRAMES_AT_ONCE and size < FRAME_BYTES_AT_ONCE:
+            texts = self._texts_at_hand(FRAMES_AT_ONCE - count, FRAME_BYTES_AT_ONCE - size)
+            if texts:
+                count += len(texts)
+                size += sum(map(len, texts))
+                for data in texts:
+                    yield data.decode("utf-8", "replace")
+                continue
+            frame = self._next_frame()
+            if frame is None:
+                self.has_more = False
+                if self._long_frame_grew():
+                    yield None
+                return
+            opcode, data = frame
+            count += 1
+            size += len(data)
+            if opcode == ABNF.OPCODE_PING:
+                self._send(data, ABNF.OPCODE_PONG)
+            yield data.decode("utf-8", "replace") if opcode == ABNF.OPCODE_TEXT else None
+
+    def _texts_at_hand(self, most: int, most_bytes: int) -> list[bytes]:
+        """Return the plain text frames at the front of what was read ahead: the library takes ten times as long."""
+        buffer = self._ws.frame_buffer
+        if buffer.header is not None or self._ws.cont_frame.recving_frames or not buffer.recv_buffer:
+            return []
+        data = b"".join(buffer.recv_buffer)
+        texts: list[bytes] = []
+        at, end = 0, len(data)
+        while at + 4 <= end and data[at] == WHOLE_TEXT and len(texts) < most and at < most_bytes:
+            start, length = at + 2, data[at + 1]
+            if length == 126:
+                start, length = at + 4, data[at + 2] << 8 | data[at + 3]
+            # masked, longer than most, too long or not here yet: the library's
+            if data[at + 1] > 126 or length > self._max_bytes or start + length > end:
+                break
+            at = start + length
+            texts.append(data[start:at])
+        buffer.recv_buffer = [data[at:]]
+        return texts
+
+    def _read_ahead(self, _wanted: int) -> bytes:
+        """Read whatever there is: the library keeps what it does not need yet."""
+        data = self._sock.recv(READ_BYTES)
+        if not data:
+            raise LinkLost("lost: the connection was cut")
+        return data
+
+    def _long_frame_grew(self) -> bool:
+        """Whether more of an unfinished frame has come: its sender is slow, not silent."""
+        before, self._unfinished = self._unfinished, sum(map(len, self._ws.frame_buffer.recv_buffer))
+        return self._unfinished > before
+
+    def send_text(self, text: str) -> None:
+        """Send a text frame."""
+        from websocket import ABNF
+
+        self._send(text.encode(), ABNF.OPCODE_TEXT)
+
+    def ping(self) -> None:
+        """Send a WebSocket ping."""
+        from websocket import ABNF
+
+        self._send(b"", ABNF.OPCODE_PING)
+
+    def close(self, code: int = 1000) -> None:
+        """Say goodbye if the peer still listens, and close."""
+        from websocket import ABNF
+
+        with contextlib.suppress(LinkLost):
+            self._send(code.to_bytes(2, "big"), ABNF.OPCODE_CLOSE)
+        self._ws.shutdown()
+
+    def _send(self, data: bytes, opcode: int) -> None:
+        from websocket import WebSocketException
+
+        try:
+            self._sock.settimeout(SEND_TIMEOUT_S)
+            try:
+                self._ws.send(data, opcode)
+            finally:
+                self._sock.settimeout(0)
+        except (WebSocketException, OSError) as error:
+            raise LinkLost(f"sending failed: {network_words(error)}") from error
+
+    def _next_frame(self) -> tuple[int, bytes] | None:
+        """Return the next whole message, or control frame, None when no more has come."""
+        import ssl
+
+        from websocket import ABNF, WebSocketException
+
+        ws = self._ws
+        try:
+            while True:
+                frame = ws.recv_frame()
+                if frame.opcode == ABNF.OPCODE_CLOSE:
+                    code = int.from_bytes(frame.data[:2], "big")
+                    raise LinkLost(f"closed by the server{_close_words(frame.data)}", code)
+                if frame.opcode in (ABNF.OPCODE_PING, ABNF.OPCODE_PONG):
+                    return frame.opcode, bytes(frame.data)
+                ws.cont_frame.validate(frame)
+                ws.cont_frame.add(frame)
+                self._limit(len(ws.cont_frame.cont_data[1]))
+                if ws.cont_frame.is_fire(frame):
+                    opcode, whole = ws.cont_frame.extract(frame)
+                    return opcode, bytes(whole.data)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            self._limit(ws.frame_buffer.length or 0)  # the length of a frame whose rest is still to come
+            return None
+        except (WebSocketException, OSError, ValueError) as error:
+            raise LinkLost(f"lost: {network_words(error)}") from error
+
+    def _limit(self, size: int) -> None:
+        if size > self._max_bytes:
+            self.close(1009)
+            raise LinkLost(f"lost: a frame of {size} bytes; at most {self._max_bytes} are taken")
+
+
+def wait_readable(seconds: float, *descriptors: int) -> None:
+    """Wait until there is something to read at one of the descriptors, or the time, if it ends, is over."""
+    import select
+
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    timeout_ms = None
+    if seconds < math.inf:
+        timeout_ms = math.ceil(max(0.0, seconds) * 1000)
+    poll.poll(timeout_ms)
+
+
+def _close_words(data: bytes) -> str:
+    code = int.from_bytes(data[:2], "big") if len(data) >= 2 else 0
+    return (
+        f" (code {code}{' ' + one_line(data[2:].decode('utf-8', 'replace'), 80) if data[2:] else ''})"
+        if code
+        else ""
+    )
+
+
+class _ShortAnswer:
+    """A socket for a handshake alone: its library takes an answer of any length, and as much as that announces."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._left = MAX_HANDSHAKE_BYTES
+
+    def recv(self, size: int) -> bytes:
+        """Receive at most so many bytes. Raises OSError."""
+        if not self._left:
+            raise OSError(f"an answer of more than {MAX_HANDSHAKE_BYTES} bytes")
+        received = self._sock.recv(min(size, self._left))
+        self._left -= len(received)
+        return received
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+def _dial(url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]) -> Any:
+    """Open the socket, TLS and the WebSocket, each and all within limits. Raises DialError."""
+    try:
+        from websocket import WebSocket as Client
+        from websocket import WebSocketBadStatusException, WebSocketException
+    except OSError as error:
+        raise DialError(f"cannot connect: {network_words(error)}") from error
+
+    parts = urlsplit(url)
+    tls = "s" * (parts.scheme in ("https", "wss"))
+    base = f"http{tls}://{parts.netloc}"
+    way: HttpConnection | StraightSocket = StraightSocket(base, limits)
+    if proxies.for_url(base) is not None:
+        way = HttpConnection(base, limits, proxies, tunnel=True)
+    try:
+        with cut_after(limits.whole_s, way):
+            fault = way.open()
+            if fault is not None:
+                raise DialError(f"cannot connect: {fault.fault}")
+            ws: Any = Client(skip_utf8_validation=True, enable_multithread=False)
+            way.sock.settimeout(limits.read_s)
+            address = parts._replace(scheme=f"ws{tls}").geturl()
+            ws.connect(address, socket=_ShortAnswer(way.sock), redirect_limit=0, header=dict(headers))
+            ws.sock = way.sock
+    except WebSocketBadStatusException as error:
+        way.close()
+        status = error.status_code
+        words = f"the handshake was refused with HTTP {status}"
+        raise DialError(words, status, error.resp_body or b"") from None
+    except (WebSocketException, OSError, ValueError) as error:
+        way.close()
+        raise DialError(f"cannot connect: {way.named(network_words(error))}") from error
+    way.let_go()
+    return ws
+
+
+# ======================================================================================================
 # Local files
 # ======================================================================================================
 
@@ -3291,6 +3784,8 @@ SQLITE_BUSY_S = 10.0
 RESCUE_POLL_S = 0.05
 # What a file keeps free on the disk for everybody else.
 DISK_KEPT_FREE = 0.05
+# A file of more unused bytes than this is shrunk.
+SHRINK_ABOVE = 16 * 1024 * 1024
 # The page size of our files: SQLite's default since 2016.
 SQLITE_PAGE = 4096
 # What SQLite has open at most for a file: the file, its log, the index of that, and the directory.
@@ -3573,7 +4068,7 @@ def _rescue_table(damaged: Path, db: sqlite3.Connection, name: str) -> int:
             row = {column: value for column, value in found.items() if column in known}
             if len(found) == len(known) > len(row):  # a column whose name is damaged is known by its place
                 row = dict(zip(known, found.values(), strict=True))
-            columns, places = ", ".join(row), ", ".join("?" * len(row))
+            columns, places = '"' + '", "'.join(row) + '"', ", ".join("?" * len(row))
             insert = f"INSERT OR IGNORE INTO {name} ({columns}) VALUES ({places})"  # noqa: S608
             db.execute(insert, tuple(row.values()))
     return db.total_changes - before
@@ -3682,7 +4177,13 @@ class LocalFile:
     """
 
     def __init__(
-        self, path: Path, version: int, schema: str, events: Events = NO_EVENTS, patient: bool = False
+        self,
+        path: Path,
+        version: int,
+        schema: str,
+        events: Events = NO_EVENTS,
+        patient: bool = False,
+        additions: tuple[int, str] = (HIGHEST_FORMAT, ""),
     ) -> None:
 
         make_state_directory(path.parent)
@@ -3690,6 +4191,8 @@ class LocalFile:
         self.lock = threading.RLock()  # held for every use: by a thread that needs several at one moment, too
         self._version = version
         self._schema = schema
+        # from which format on these statements alone bring a file up to the version
+        self._additions = additions
         self._events = events
         self._patient = patient
         self._db: sqlite3.Connection | None = None
@@ -3948,7 +4451,10 @@ class LocalFile:
                 words += f"; where there never was a newer one its header is damaged: make an empty file {self._mark}, "
                 words += "and the next start rescues what can be read"
             raise StoreError(words)
-        db.executescript(f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;")
+        since, script = self._additions
+        if found < since:
+            script = self._schema
+        db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {self._version}; COMMIT;")
         return ""
 
     def _own_tables(self) -> set[Any]:
@@ -4002,9 +4508,9 @@ class LocalFile:
 # ------------------------------------------------------------------------------------------------------
 
 SQLITE_NAME = "stockrt.db"
-SQLITE_VERSION = 6
+SQLITE_VERSION = 7
 # IF NOT EXISTS: two processes may open a new file at the same moment.
-_SQLITE_SCHEMA = """
+_SQLITE_TABLES = """
 CREATE TABLE IF NOT EXISTS realtime (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of arrival
     _id TEXT NOT NULL UNIQUE,
@@ -4024,6 +4530,61 @@ CREATE TABLE IF NOT EXISTS rejects (        -- what MongoDB refused for good
     rejected_at TEXT NOT NULL,              -- UTC, ISO 8601
     UNIQUE (collection, _id)
 );
+CREATE TABLE IF NOT EXISTS sessions (       -- of which closes are to be made final, and the newest that are
+    code TEXT, date TEXT,
+    stage INTEGER NOT NULL,                 -- see Stage
+    due INTEGER NOT NULL,                   -- epoch seconds: then it is looked at
+    tries INTEGER NOT NULL,
+    PRIMARY KEY (code, date)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS sessions_due ON sessions (due) WHERE stage < 3;
+CREATE TABLE IF NOT EXISTS backfilled (     -- what --backfill has asked for
+    code TEXT PRIMARY KEY,
+    first TEXT NOT NULL, last TEXT NOT NULL,  -- the dates between which everything is final
+    asked INTEGER NOT NULL, closes INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS unsettled (      -- trades that MongoDB has, whose closes could not be made
+    _id TEXT PRIMARY KEY,
+    s TEXT NOT NULL, t INTEGER NOT NULL,
+    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
+    stock_code TEXT NOT NULL,
+    create_time TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS stream_gaps (    -- when the stream did not bring every trade
+    _id TEXT PRIMARY KEY,                   -- instance|product|from
+    instance TEXT NOT NULL, product TEXT NOT NULL,
+    codes TEXT NOT NULL,                    -- a JSON list
+    "from" INTEGER NOT NULL, "to" INTEGER,  -- epoch ms by the clock of this machine; NULL: it goes on
+    why TEXT NOT NULL,
+    create_time TEXT NOT NULL,              -- UTC, ISO 8601
+    delivered INTEGER NOT NULL DEFAULT 0    -- whether MongoDB has it as it stands here
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_usage (
+    digest TEXT, day TEXT, used INTEGER NOT NULL, PRIMARY KEY (digest, day)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_pace (
+    digest TEXT PRIMARY KEY, pace TEXT NOT NULL  -- JSON: Pace.stored
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS symbols (        -- what exists, by the API's lists
+    type TEXT NOT NULL, code TEXT NOT NULL,
+    name_cn TEXT NOT NULL, name_hk TEXT NOT NULL, name_en TEXT NOT NULL,
+    PRIMARY KEY (code, type)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS symbol_lists (
+    type TEXT PRIMARY KEY, asked_on TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS key_package (    -- what the API said of each key last
+    digest TEXT PRIMARY KEY, asked_on TEXT NOT NULL,
+    name TEXT NOT NULL, per_second REAL NOT NULL,
+    ends REAL NOT NULL,                     -- epoch seconds, 0: not told
+    connections INTEGER, per_connection INTEGER, in_all INTEGER -- of the stream, NULL: not told
+) WITHOUT ROWID;
+DROP TABLE IF EXISTS key_plan;
+DROP TABLE IF EXISTS calendar;
+"""
+# A file without final closes, of an older format or new. From format 5 on it has them, and they stay as they are.
+_CLOSES_SINCE = 5
+_SQLITE_CLOSES = """
 CREATE TABLE IF NOT EXISTS close (          -- as it was up to format 4
     _id TEXT PRIMARY KEY,
     date TEXT NOT NULL,
@@ -4049,46 +4610,6 @@ INSERT INTO new_close (_id, date, s, t, p, v, vw, td, stock_code, after_hours, p
     FROM close;
 DROP TABLE close;
 ALTER TABLE new_close RENAME TO close;
-CREATE TABLE IF NOT EXISTS sessions (       -- of which closes are to be made final, and the newest that are
-    code TEXT, date TEXT,
-    stage INTEGER NOT NULL,                 -- see Stage
-    due INTEGER NOT NULL,                   -- epoch seconds: then it is looked at
-    tries INTEGER NOT NULL,
-    PRIMARY KEY (code, date)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS sessions_due ON sessions (due) WHERE stage < 3;
-CREATE TABLE IF NOT EXISTS backfilled (     -- what --backfill has asked for
-    code TEXT PRIMARY KEY,
-    first TEXT NOT NULL, last TEXT NOT NULL,  -- the dates between which everything is final
-    asked INTEGER NOT NULL, closes INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS unsettled (      -- trades that MongoDB has, whose closes could not be made
-    _id TEXT PRIMARY KEY,
-    s TEXT NOT NULL, t INTEGER NOT NULL,
-    p TEXT NOT NULL, v TEXT NOT NULL, vw TEXT NOT NULL, td INTEGER NOT NULL,
-    stock_code TEXT NOT NULL,
-    create_time TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS key_usage (
-    digest TEXT, day TEXT, used INTEGER NOT NULL, PRIMARY KEY (digest, day)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS key_pace (
-    digest TEXT PRIMARY KEY, pace TEXT NOT NULL  -- JSON: Pace.stored
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS symbols (        -- what exists, by the API's lists
-    type TEXT NOT NULL, code TEXT NOT NULL,
-    name_cn TEXT NOT NULL, name_hk TEXT NOT NULL, name_en TEXT NOT NULL,
-    PRIMARY KEY (code, type)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS symbol_lists (
-    type TEXT PRIMARY KEY, asked_on TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS key_plan (       -- what the API said of each key last
-    digest TEXT PRIMARY KEY, asked_on TEXT NOT NULL,
-    name TEXT NOT NULL, per_second REAL NOT NULL,
-    ends REAL NOT NULL                      -- epoch seconds, 0: not told
-) WITHOUT ROWID;
-DROP TABLE IF EXISTS calendar;
 """
 
 
@@ -4097,7 +4618,8 @@ def open_store_file(directory: Path, events: Events = NO_EVENTS, patient: bool =
 
     `patient` as for LocalFile. Raises StoreError.
     """
-    return LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, _SQLITE_SCHEMA, events, patient)
+    schema, additions = _SQLITE_TABLES + _SQLITE_CLOSES, (_CLOSES_SINCE, _SQLITE_TABLES)
+    return LocalFile(directory / SQLITE_NAME, SQLITE_VERSION, schema, events, patient, additions)
 
 
 # ======================================================================================================
@@ -5134,7 +5656,7 @@ _FIELDS_OF = itemgetter(*Trade._fields)
 _TRADE_OF = partial(tuple.__new__, Trade)
 
 
-def _plain_trades(records: Sequence[Any], latest_ms: int) -> list[Trade]:
+def plain_trades(records: Sequence[Any], latest_ms: int) -> list[Trade]:
     """Return the trades of records that are all as they nearly always are, [] where one is not.
 
     What `read_trade` makes of each, in half the time: the fields are looked at column by column.
@@ -5249,7 +5771,7 @@ def read_records(batch: Batch, records: Sequence[object], now: float = math.inf)
         return read_bars(batch, records)
     asked = dict.fromkeys(batch.split())
     latest_ms = int(min(now * 1000 + MAX_AHEAD_MS, LATEST_TRADE_MS - 1))
-    trades = _plain_trades(records, latest_ms)
+    trades = plain_trades(records, latest_ms)
     if len(trades) == len(asked) and asked.keys() == {trade.s for trade in trades}:
         return Outcome(batch, trades)  # as nearly always: each code that was asked for, once
     newest: dict[str, Trade] = {}
@@ -5669,11 +6191,17 @@ def path_of(batch: Batch) -> str:
 
 
 class PackageInfo(NamedTuple):
-    """What the API says of a key: its plan's name, requests a second, and its end (epoch seconds, 0: not told)."""
+    """What the API says of a key: its plan's name, requests a second, and its end (epoch seconds, 0: not told).
+
+    Of the stream, None where not told: connections, codes on each of them, codes on all.
+    """
 
     name: str
     per_second: float
     ends: float = 0.0
+    connections: int | None = None
+    per_connection: int | None = None
+    in_all: int | None = None
 
     def plan(self) -> Plan:
         """Return the limits: of the minute and the day those of the price list by the name, else by the rate."""
@@ -5709,7 +6237,8 @@ def read_package(envelope: Mapping[str, Any]) -> PackageInfo | None:
     if not 0 <= ends <= LATEST_TRADE_MS / 1000:
         ends = 0.0
     shown = one_line(name, 40) if isinstance(name, str) and name.strip() else "unnamed"
-    return PackageInfo(shown, rate, ends)
+    stream = (_count_in(data, field) for field in ("maxWsConNum", "maxNum", "allWsNum"))
+    return PackageInfo(shown, rate, ends, *stream)
 
 
 def _number_in(data: Mapping[str, Any], name: str) -> float:
@@ -5718,6 +6247,16 @@ def _number_in(data: Mapping[str, Any], name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST_BELIEVED:
         return 0.0
     return float(value)
+
+
+def _count_in(data: Mapping[str, Any], name: str) -> int | None:
+    """Return a count of an answer, None where there is none."""
+    told = (
+        name in data
+        and type(data[name]) in (int, str)
+        and re.fullmatch(r"\d{1,9}", str(data[name]), re.ASCII)
+    )
+    return int(data[name]) if told else None
 
 
 def judge(answer: Response) -> tuple[Mapping[str, Any], Verdict]:
@@ -5733,7 +6272,7 @@ def _failed(batch: Batch, failure: Failure) -> Outcome:
 class KeyPlans:
     """The plans of the keys for which none is set: as the API tells them once a day, kept in the local file.
 
-    One caller at a time. What cannot be had now is the plan told last, and before any the smallest one.
+    Any thread may ask; they take turns. What cannot be had now is the plan told last, and before any the smallest one.
     """
 
     def __init__(self, file: LocalFile, api: InfowayApi, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -5744,6 +6283,7 @@ class KeyPlans:
         self._not_before: dict[str, float] = {}  # by digest, monotonic: after a question without an answer
         self._told: dict[str, tuple[str, PackageInfo]] = {}  # by digest: the day, and what was said
         self._no_plan_said: set[str] = set()
+        self._asking = threading.Lock()
         self.recall()
 
     def of(self, key: ApiKey) -> PackageInfo:
@@ -5760,14 +6300,15 @@ class KeyPlans:
 
     def ask(self, stop: threading.Event) -> None:
         """Ask for what was not told today, before a run."""
-        self.recall()
+        with contextlib.suppress(Interrupted), turn(self._asking, stop):
+            self.recall()
+            self._ask_what_is_due(stop)
+
+    def _ask_what_is_due(self, stop: threading.Event) -> None:
         for key in self._to_ask:
             if not self._is_due(key):
                 continue
-            try:
-                found = self._api.package(key, stop)
-            except Interrupted:
-                return
+            found = self._api.package(key, stop)
             if isinstance(found, PackageInfo):
                 self._keep(key, found)
                 continue
@@ -5786,7 +6327,10 @@ class KeyPlans:
         """Return the day on which the API told of a key, and what, None if never."""
         told = self._told.get(key.digest)
         if told is None or told[0] != utc_day(self._clock.wall()):  # another process may have asked today
-            query = "SELECT asked_on, name, per_second, ends FROM key_plan WHERE digest = ?"
+            query = (
+                "SELECT asked_on, name, per_second, ends, connections, per_connection, in_all "
+                "FROM key_package WHERE digest = ?"
+            )
             try:
                 row = self._file.read_one(query, key.digest)
             except StoreError as error:
@@ -5805,9 +6349,8 @@ class KeyPlans:
             log.warning("API key %s: %s", key.shown, ending)
         try:
             with self._file.write() as db:
-                db.execute(
-                    "INSERT OR REPLACE INTO key_plan VALUES (?, ?, ?, ?, ?)", (key.digest, today, *info)
-                )
+                row = (key.digest, today, *info)
+                db.execute("INSERT OR REPLACE INTO key_package VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
         except StoreError as error:
             log.warning("the plan of a key is not kept: %s", error)
 
@@ -5868,10 +6411,27 @@ def read_symbols(kind: str, envelope: Mapping[str, Any]) -> list[Symbol] | None:
     return found
 
 
+def kept_symbols(file: LocalFile, codes: Collection[str]) -> list[Symbol]:
+    """Return the entries of codes in the lists that are kept in the local file. Raises StoreError."""
+    query = "SELECT * FROM symbols WHERE code IN (SELECT value FROM json_each(?)) ORDER BY code, type"
+    return [Symbol(*row) for row in file.read_all(query, json.dumps([*codes]))]
+
+
+def symbol_names(file: LocalFile, codes: Collection[str], english: bool = False) -> dict[str, str]:
+    """Return the names of codes as far as their lists are kept in the local file. Raises StoreError."""
+    found: dict[str, list[str]] = {}
+    for symbol in kept_symbols(file, codes):
+        name = symbol.name
+        if english:
+            name = symbol.name_en or name
+        found.setdefault(symbol.code, []).append(name)
+    return {code: " / ".join(dict.fromkeys(filter(None, names))) for code, names in found.items()}
+
+
 class Directory:
     """Which instruments exist: the API's symbol lists, each asked for when something needs it, once a day at most.
 
-    They are kept in the local file, for all processes. One caller at a time. Raises StoreError.
+    They are kept in the local file, for all processes. Any thread may ask; they take turns. Raises StoreError.
     """
 
     def __init__(self, file: LocalFile, api: InfowayApi, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -5879,9 +6439,18 @@ class Directory:
         self._api = api
         self._clock = clock
         self._not_before: dict[str, float] = {}  # by type, monotonic: after a question without an answer
+        self._asking = threading.Lock()
 
     def refresh(self, types: Iterable[str], stop: threading.Event) -> str:
         """Ask for those of the lists that were not had today; return why one cannot be had, '' if all are here."""
+        try:
+            with turn(self._asking, stop):
+                return self._refresh(types, stop)
+        except Interrupted as error:
+            return str(error)
+
+    def _refresh(self, types: Iterable[str], stop: threading.Event) -> str:
+        """Do so. Raises Interrupted."""
         today, why = utc_day(self._clock.wall()), ""
         kept = dict(self._file.read_all("SELECT type, asked_on FROM symbol_lists"))
         for kind in types:
@@ -5890,10 +6459,7 @@ class Directory:
             if self._clock.monotonic() < self._not_before.get(kind, -math.inf):
                 why = why or ASKED_IN_VAIN
                 continue
-            try:
-                found = self._api.symbols(kind, stop)
-            except Interrupted as error:
-                return str(error)
+            found = self._api.symbols(kind, stop)
             if not isinstance(found, Failure):
                 self._keep(kind, found, today)
                 continue
@@ -5918,10 +6484,7 @@ class Directory:
 
     def names(self, codes: Collection[str]) -> dict[str, str]:
         """Return the names of codes as far as their lists are here: nothing is asked for."""
-        found: dict[str, list[str]] = {}
-        for symbol in self._exactly(codes):
-            found.setdefault(symbol.code, []).append(symbol.name)
-        return {code: " / ".join(dict.fromkeys(filter(None, names))) for code, names in found.items()}
+        return symbol_names(self._file, codes)
 
     def find(self, unclear: UnclearCode, stop: threading.Event) -> Instrument | None:
         """Return what a text means whose form does not tell, None where the lists know nothing of it.
@@ -5933,7 +6496,7 @@ class Directory:
         why = self.refresh(SYMBOL_TYPES if is_name else self._types_of(guesses), stop)
         if why and why != ASKED_IN_VAIN:  # which was said then
             log.warning("the symbol lists cannot be had: %s", why)
-        exact = self._exactly({unclear.text, *(guess.code for guess in guesses)})
+        exact = kept_symbols(self._file, {unclear.text, *(guess.code for guess in guesses)})
         if len(exact) == 1 and exact[0].code == unclear.text:
             return Instrument(exact[0].code, SYMBOL_TYPES[exact[0].type])
         if not exact and is_name:
@@ -5953,7 +6516,7 @@ class Directory:
             types = [kind for kind in types if SYMBOL_TYPES[kind] == market.product]
         if self.refresh(types, stop):
             return ""
-        found = [symbol for symbol in self._exactly([unknown.code]) if symbol.type in types]
+        found = [symbol for symbol in kept_symbols(self._file, [unknown.code]) if symbol.type in types]
         if found:
             name = found[0].name or found[0].code
             return f"the API lists it as {name}, but has no trade of it, or not for this key's plan"
@@ -5967,10 +6530,6 @@ class Directory:
             if suffix in MARKETS:
                 types.add(f"STOCK_{'CN' if suffix in ('SH', 'SZ') else suffix}")
         return [kind for kind in SYMBOL_TYPES if kind in types]
-
-    def _exactly(self, codes: Collection[str]) -> list[Symbol]:
-        query = "SELECT * FROM symbols WHERE code IN (SELECT value FROM json_each(?)) ORDER BY code, type"
-        return [Symbol(*row) for row in self._file.read_all(query, json.dumps([*codes]))]
 
     def _keep(self, kind: str, symbols: Iterable[Symbol], today: str) -> None:
         with self._file.write() as db:
@@ -6026,10 +6585,11 @@ def _demo_price(code: str) -> float:
 
 
 class DemoApi:
-    """Synthetic trades in the API's own form: no network, no key. One trade per code and minute."""
+    """Synthetic trades in the API's own form: no network, no key. One trade per code and `step_s`, whole seconds."""
 
-    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(self, clock: Clock = SYSTEM_CLOCK, step_s: int = 60) -> None:
         self._clock = clock
+        self._step_s = step_s
 
     def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
         """Yield an Outcome for each batch, read from an answer like a real one."""
@@ -6046,13 +6606,833 @@ class DemoApi:
         """Nothing is open."""
 
     def _record(self, code: str) -> dict[str, object]:
-        minute = int(self._clock.wall() // 60)
-        step = int(sha256(f"{code}|{minute}".encode())[:8], 16)
+        number = int(self._clock.wall() // self._step_s)
+        step = int(sha256(f"{code}|{number}".encode())[:8], 16)
         price = _demo_price(code) * (1 + (step % 2001 - 1000) / 100_000)
         p = f"{price:.{max(2, 4 - math.floor(math.log10(price)))}f}"
         volume = 1 + step % 500
         vw = f"{float(p) * volume:.3f}"
-        return {"s": code, "t": minute * 60_000, "p": p, "v": str(volume), "vw": vw, "td": step % 3}
+        return {
+            "s": code,
+            "t": number * self._step_s * 1000,
+            "p": p,
+            "v": str(volume),
+            "vw": vw,
+            "td": step % 3,
+        }
+
+
+# ======================================================================================================
+# Stream
+# ======================================================================================================
+#
+# Promises:
+#   1. No connection sends more than 60 frames in any minute, of whatever kind; a refusal is never hammered at.
+#   2. What was asked for is acked, asked for again, named as refused, or the end of the connection.
+#   3. What is handed on was asked for and is a trade by the same rules as an answer's record; the rest is counted.
+#   4. The key stands in the address alone: no log, no error, no proxy's line holds it.
+
+# What frames are, by their `code`.
+SUBSCRIBE, SUBSCRIBED, PUSH = 10000, 10001, 10002
+HEARTBEAT, UNSUBSCRIBE, UNSUBSCRIBED = 10010, 11000, 11010
+WELCOME = 200
+# Numbers from here on are kinds of frames; lower ones say how something went.
+LOWEST_KIND = 1000
+# Codes of one frame, as many as users send.
+CODES_PER_FRAME = 100
+HEARTBEAT_S = 30.0
+# The API cuts off beyond 60 frames a minute, and bans. Two or three of a minute's are heartbeats, some pongs, and
+# what goes out evenly may arrive in a bunch.
+ASKS_PER_MINUTE = 45
+# What is not acked in this time is asked again, so often in all.
+ACK_S, ASK_TRIES = 8.0, 3
+# After a reconnect the old connection's codes count for up to three minutes.
+LATER_S, LATER_TRIES = 60.0, 3
+# Connections of a process that ended count for so long.
+OLD_CONNECTIONS_S = (120.0, 180.0)
+FRAME_RATE_S = (60.0, 90.0)
+# A market that is open and says nothing for so long is subscribed anew; on holidays, and in lunch breaks, which are
+# not known here, twice as long each time.
+SILENCE_S, SILENCE_CAP_S = 90.0, 1440.0
+# What is sent and not confirmed by the peer's system for so long ends a connection: heartbeats are not answered.
+UNCONFIRMED_S = 60.0
+# A push has a hundred bytes, the longest text that was seen two hundred.
+MAX_STREAM_BYTES = 1024 * 1024
+# Trades that are handed on at once.
+MOST_AT_ONCE = 1000
+# Frames of which it is known that an error is about them, and not about a later one.
+TRACES_KEPT = 200
+# Error words are shown up to this length.
+SAID_LENGTH = 160
+
+
+# ------------------------------------------------------------------------------------------------------
+# Limits, and the spreading of codes
+# ------------------------------------------------------------------------------------------------------
+
+
+class StreamLimits(NamedTuple):
+    """What a key may have open: connections, codes on each, codes on all; `not_for`: products that it is refused."""
+
+    connections: int
+    per_connection: int
+    in_all: int
+    not_for: frozenset[str] = frozenset()
+
+
+# By the plan's name: Infoway's price list.
+STREAM_LIMITS = {
+    "free": StreamLimits(1, 10, 10),
+    "basic": StreamLimits(1, 200, 200),
+    "premium": StreamLimits(2, 600, 800),
+    "pro": StreamLimits(9, 600, 5000),
+}
+
+
+def stream_limits(info: PackageInfo, plan: Plan) -> StreamLimits:
+    """Return a key's limits: as the API told them, else those of its plan's name, else of its rate."""
+    name = PACKAGE_NAMES.get(plan.name.casefold(), "")
+    if name not in STREAM_LIMITS:
+        within = [one for one, listed in PLANS.items() if 0 < listed.per_second <= plan.per_second]
+        # a rate of 0 has no limit
+        name = max(within, key=_rate_listed, default="free") if plan.per_second else "pro"
+    listed = STREAM_LIMITS[name]
+    told = (info.connections, info.per_connection, info.in_all)
+    found = [one if said is None else said for said, one in zip(told, listed[:3], strict=True)]
+    return StreamLimits(found[0], found[1], found[2])
+
+
+def _rate_listed(name: str) -> float:
+    return PLANS[name].per_second
+
+
+class Allotment(NamedTuple):
+    """One connection: the key's digest, the product, the codes."""
+
+    key: str
+    product: str
+    codes: tuple[str, ...]
+
+
+def allot(
+    codes: Mapping[str, Sequence[str]],
+    keys: Mapping[str, StreamLimits],
+    before: Sequence[Allotment] = (),
+) -> tuple[list[Allotment], dict[str, list[str]]]:
+    """Spread codes, by product, over connections within the limits of keys, by digest; return the rest, too.
+
+    As few connections as will do, the same ones each time. `before`: those that stand. Their codes stay where they
+    are, and they come first, unless more find room when all are spread anew.
+    """
+    kept, rest = _spread(codes, keys, before)
+    if before and rest:
+        anew = _spread(codes, keys, ())
+        if _count(anew[1]) < _count(rest):
+            return anew
+    return kept, rest
+
+
+def _count(rest: Mapping[str, Sequence[str]]) -> int:
+    return sum(map(len, rest.values()))
+
+
+def _spread(
+    codes: Mapping[str, Sequence[str]], keys: Mapping[str, StreamLimits], before: Sequence[Allotment]
+) -> tuple[list[Allotment], dict[str, list[str]]]:
+    left = {product: dict.fromkeys(some) for product, some in codes.items()}
+    room = {key: [limits.connections, limits.in_all] for key, limits in keys.items()}
+    found: list[tuple[str, str, list[str]]] = []
+
+    def take(key: str, chosen: list[str], wanted: Iterable[str], product: str) -> None:
+        most = min(keys[key].per_connection - len(chosen), room[key][1])
+        new = list(islice(wanted, max(0, most)))
+        for code in new:
+            del left[product][code]
+        room[key][1] -= len(new)
+        chosen += new
+
+    def open_one(key: str, product: str, wanted: Iterable[str]) -> None:
+        chosen: list[str] = []
+        take(key, chosen, wanted, product)
+        if chosen:
+            room[key][0] -= 1
+            found.append((key, product, chosen))
+
+    for one in before:
+        limits, here = keys.get(one.key), left.get(one.product, {})
+        if limits and room[one.key][0] > 0 and one.product not in limits.not_for:
+            open_one(one.key, one.product, [code for code in one.codes if code in here])
+    for key, product, chosen in found:
+        take(key, chosen, list(left[product]), product)
+    while True:
+        # the most codes at once, with the key that has the least room for more
+        places = [
+            (min(len(some), keys[key].per_connection, in_all), -in_all, key, product)
+            for key, (connections, in_all) in room.items()
+            for product, some in left.items()
+            if connections > 0 and product not in keys[key].not_for
+        ]
+        most = max(places, key=itemgetter(0, 1), default=(0, 0, "", ""))
+        if most[0] <= 0:
+            break
+        open_one(most[2], most[3], list(left[most[3]]))
+    rest = {product: [*some] for product, some in left.items() if some}
+    return [Allotment(key, product, tuple(chosen)) for key, product, chosen in found], rest
+
+
+# ------------------------------------------------------------------------------------------------------
+# Errors
+# ------------------------------------------------------------------------------------------------------
+
+
+class StreamAction(Enum):
+    """What to do after an error of the stream."""
+
+    DIAL_AGAIN = "dial again"
+    WAIT = "wait, then dial again"
+    NEVER = "do not dial again with this key"
+    LESS = "leave the frame's codes out"
+    LATER = "ask for the frame's codes again later, and leave them out in the end"
+    HALVE = "ask for each half of the frame's codes, until the wrong ones are found"
+    ASK_AGAIN = "ask again as if nothing had been answered"
+
+
+class StreamError(NamedTuple):
+    """A row of the table of errors: its number, what follows, what it means, and how it is said without a number.
+
+    `setting`: what an operator looks at. `whole_key`: the key is of no use for other products either. `wait_s`:
+    between which times a wait is.
+    """
+
+    code: int
+    action: StreamAction
+    means: str
+    setting: str
+    prose: str = ""
+    whole_key: bool = False
+    wait_s: tuple[float, float] = (0.0, 0.0)
+
+
+_DIAL, _WAIT, _NEVER = StreamAction.DIAL_AGAIN, StreamAction.WAIT, StreamAction.NEVER
+_KEY = "INFOWAY_API_KEY"
+# Of several rows whose words are in a text the first one counts. 401, 403 and 429 are those of the handshake.
+STREAM_ERRORS = (
+    StreamError(
+        516,
+        StreamAction.LATER,
+        "too many codes on all connections of the key",
+        "INFOWAY_PLAN",
+        r"total number of .*exceed",
+    ),
+    StreamError(
+        512,
+        _WAIT,
+        "too many connections of the key",
+        "INFOWAY_PLAN",
+        r"connections? .*exceed",
+        False,
+        OLD_CONNECTIONS_S,
+    ),
+    StreamError(
+        505, StreamAction.LESS, "too many codes on one connection", "INFOWAY_PLAN", r"quantity exceed"
+    ),
+    StreamError(
+        501,
+        _WAIT,
+        "more than 60 frames a minute",
+        "COLLECT_CODES",
+        r"frequency|rate limit",
+        False,
+        FRAME_RATE_S,
+    ),
+    StreamError(508, _NEVER, "the key's plan has ended", _KEY, r"expired", True),
+    StreamError(509, _NEVER, "the key is not valid", _KEY, r"key (?:does )?not exist|token invalid", True),
+    StreamError(517, _NEVER, "the key is not valid", _KEY, r"key error|unauthorized|key is required", True),
+    StreamError(518, _NEVER, "the key is not valid", _KEY, r"key verif", True),
+    StreamError(510, _NEVER, "the key is disabled", _KEY, r"key .*disabled", True),
+    StreamError(511, _NEVER, "the key is banned", _KEY, r"\bbanned\b", True),
+    StreamError(
+        519, _NEVER, "the key's plan lacks this product", _KEY, r"\b(?:no|not have|without) permission"
+    ),
+    StreamError(521, StreamAction.HALVE, "not in the free plan", "INFOWAY_PLAN", r"free plan"),
+    StreamError(520, StreamAction.HALVE, "codes of another product", "COLLECT_CODES", r"suffix"),
+    StreamError(
+        506, StreamAction.HALVE, "codes of a form that it does not take", "COLLECT_CODES", r"param error"
+    ),
+    StreamError(
+        507, StreamAction.HALVE, "codes of a form that it does not take", "COLLECT_CODES", r"param lost"
+    ),
+    StreamError(513, _DIAL, "a heartbeat did not reach it", "INFOWAY_STREAM_URL", r"heart ?beat"),
+    StreamError(401, _NEVER, "the key is not valid, or its plan lacks this product", _KEY),
+    StreamError(
+        403,
+        _WAIT,
+        "a refusal of the gateway: the key, the region or its risk control",
+        _KEY,
+        "",
+        False,
+        OLD_CONNECTIONS_S,
+    ),
+    StreamError(
+        429,
+        _WAIT,
+        "too many connections of the key, or one that just ended still counts",
+        "INFOWAY_PLAN",
+        "",
+        False,
+        OLD_CONNECTIONS_S,
+    ),
+)
+# What no row is for.
+UNKNOWN_ERROR = StreamError(0, StreamAction.ASK_AGAIN, "", "")
+_PROSE = [(re.compile(row.prose, re.IGNORECASE), row) for row in STREAM_ERRORS if row.prose]
+_BY_CODE = {row.code: row for row in STREAM_ERRORS}
+_NUMBER = re.compile(r"(?<!\d)(?:401|403|429|5\d\d)(?!\d)")
+
+
+def stream_error(code: object, text: str) -> StreamError:
+    """Return the row of an error: by its number, else by one in its text, else by its words."""
+    if type(code) is int and code in _BY_CODE:
+        return _BY_CODE[code]
+    found = _NUMBER.search(text)
+    if found and int(found[0]) in _BY_CODE:
+        return _BY_CODE[int(found[0])]
+    return next((row for prose, row in _PROSE if prose.search(text)), UNKNOWN_ERROR)
+
+
+def _error_words(row: StreamError, said: str) -> str:
+    if not row.means:
+        return said
+    return see(f"{said}: {row.means}", row.setting)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The protocol
+# ------------------------------------------------------------------------------------------------------
+
+
+class SendText(NamedTuple):
+    """A text frame to send now."""
+
+    text: str
+
+
+class Subscribed(NamedTuple):
+    """These codes' frame was acked, which says nothing of each of them."""
+
+    codes: tuple[str, ...]
+
+
+class CodesRefused(NamedTuple):
+    """These codes are not subscribed, nor asked for again until they are dropped and wanted anew."""
+
+    codes: tuple[str, ...]
+    words: str
+
+
+class Silent(NamedTuple):
+    """Nothing came for so many seconds although a market of these codes is open: they are asked for anew."""
+
+    codes: tuple[str, ...]
+    seconds: float
+
+
+class Said(NamedTuple):
+    """Something for the log alone."""
+
+    words: str
+
+
+class StreamEnd(NamedTuple):
+    """The connection is over, and what follows. `wait_s`: no dial before; `whole_key`: none for other products."""
+
+    words: str
+    action: StreamAction
+    wait_s: float = 0.0
+    whole_key: bool = False
+
+
+StreamEvent: TypeAlias = SendText | Subscribed | CodesRefused | Silent | Said | StreamEnd
+
+
+class Pushes(NamedTuple):
+    """What has come: trades in the order of arrival, events, and how much was dropped, with why of the first."""
+
+    trades: list[Trade]
+    events: list[StreamEvent]
+    dropped: int = 0
+    why: str = ""
+
+
+class _Standing(Enum):
+    """How it stands with a code that was asked for."""
+
+    ASKED = 1
+    ON = 2
+    DROPPING = 3
+    REFUSED = 4
+
+
+class _Ask:
+    """A frame's codes, until it is acked or given up: to be sent at `at`, or sent and to be acked by `due`."""
+
+    def __init__(self, subscribes: bool, codes: Sequence[str], at: float) -> None:
+        self.subscribes = subscribes
+        self.codes = tuple(codes)
+        self.at = at
+        self.due = math.inf
+        self.traces: set[str] = set()  # one of each try: an ack may be late
+        self.tries = 0
+        self.put_off = 0  # how often it was refused for now
+        self.why = ""  # what was said to the last try
+
+
+class StreamProtocol:
+    """One connection's conversation about one product.
+
+    The caller passes in every text (`receive`), calls `tick` no later than `next_tick` and after each `receive`,
+    and does what the events say, at once. `now` is monotonic seconds, `wall_ms` epoch milliseconds; `asks` are
+    the frames of connections before this one, which count in the same minute.
+    """
+
+    def __init__(
+        self, product: str, now: float, rng: random.Random, asks: SlidingWindow | None = None
+    ) -> None:
+        self._product = product
+        self._rng = rng
+        self._window = asks or SlidingWindow(ASKS_PER_MINUTE, 60.0)
+        self._wanted: dict[str, None] = {}
+        self._standing: dict[str, _Standing] = {}
+        self._markets: list[Market] = []
+        self._is_to_do = False  # whether what is wanted and what stands may differ
+        self._asks: list[_Ask] = []
+        # traces of frames that are answered, and of heartbeats
+        self._past: deque[str] = deque(maxlen=TRACES_KEPT)
+        self._beat_at = now + HEARTBEAT_S
+        self._heard_at = now
+        self._silence_s = SILENCE_S
+        self._silent_at = now + SILENCE_S
+
+    @property
+    def subscribed(self) -> int:
+        """How many codes are subscribed now."""
+        return sum(standing is _Standing.ON for standing in self._standing.values())
+
+    def want(self, codes: Iterable[str]) -> None:
+        """Have these codes, and no others, from now on."""
+        self._wanted = dict.fromkeys(codes)
+        markets = {name: market_named(name) for name in {market_name(code) for code in self._wanted}}
+        self._markets = [market for market in markets.values() if market is not None]
+        self._is_to_do = True
+
+    # what comes
+
+    def receive(self, texts: Iterable[str], now: float, latest_ms: int) -> Pushes:
+        """Take in the texts of frames; no trade is later than `latest_ms`."""
+        decode = NUMBERS_AS_TEXT.raw_decode
+        records: list[Any] = []
+        others: list[str] = []
+        for text in map(str.strip, texts):
+            try:
+                frame, end = decode(text)
+                if frame["code"] == PUSH and end == len(text):
+                    records.append(frame["data"])
+                    continue
+            except (ValueError, KeyError, TypeError, RecursionError):
+                pass  # no push as nearly all are: looked at below
+            others.append(text)
+        trades = plain_trades(records, latest_ms)
+        bad: list[str] = []
+        if len(trades) != len(records) or not {trade.s for trade in trades} <= self._wanted.keys():
+            trades = [trade for one in records for trade in self._judged(one, latest_ms, bad)]
+        events = [event for text in others for event in self._understand(text, now, bad)]
+        if trades:
+            self._heard_at = now
+            if self._silence_s > SILENCE_S:
+                self._silence_s, self._silent_at = SILENCE_S, now + SILENCE_S
+        return Pushes(trades, events, len(bad), next(iter(bad), ""))
+
+    def _judged(self, record: object, latest_ms: int, bad: list[str]) -> Iterator[Trade]:
+        """Yield the trade that a push holds; if it is none, or nobody's, say why in `bad`."""
+        try:
+            trade = read_trade(record, self._product, latest_ms)
+        except ValueError as error:
+            bad.append(str(error))
+            return
+        if trade.s not in self._wanted:  # seen in lower case
+            trade = trade._replace(s=trade.s.upper())
+        if trade.s in self._wanted:
+            yield trade
+        else:
+            bad.append(f"{one_line(trade.s, 40)} was not asked for")
+
+    def _understand(self, text: str, now: float, bad: list[str]) -> Iterator[StreamEvent]:
+        """Yield what follows from a text that is no push; where it means nothing, say so in `bad`."""
+        words = text
+        failed = words.casefold().startswith("subscribe fail")
+        if failed:
+            words = words.partition(":")[2].strip()
+        frame = json_object(words.encode())
+        if frame is None and words[:1] in ("{", "["):
+            bad.append(not_json_words(text.encode(), "the stream's"))
+        elif frame is None:
+            yield from self._hear_words(one_line(words, SAID_LENGTH), failed, now)
+        else:
+            yield from self._hear(frame, now, bad)
+
+    def _hear(self, frame: Mapping[str, Any], now: float, bad: list[str]) -> Iterator[StreamEvent]:
+        kind, trace = frame.get("code"), frame.get("trace") or frame.get("traceId")
+        ask = (
+            next((ask for ask in self._asks if trace in ask.traces), None) if isinstance(trace, str) else None
+        )
+        if kind in (SUBSCRIBED, UNSUBSCRIBED):
+            if ask is not None:  # else it is one of an earlier try, or of one that was given up
+                yield from self._acked(ask)
+        elif kind == PUSH:
+            bad.append("a push without its data")
+        elif kind in (WELCOME, HEARTBEAT):
+            return
+        elif type(kind) is int and kind >= LOWEST_KIND:
+            bad.append(f"a frame of kind {kind}")
+        else:
+            number = f" {one_line(repr(kind), 40)}" if kind is not None else ""
+            said = f"the stream says{number}: {words_of(frame) or 'nothing more'}"
+            if ask is None and trace not in self._past:
+                ask = self._oldest()
+            yield from self._failed(stream_error(kind, words_of(frame)), said, ask, now)
+
+    def _hear_words(self, said: str, failed: bool, now: float) -> Iterator[StreamEvent]:
+        """Take in what is no JSON: a greeting, or an error in words."""
+        row = stream_error(None, said)
+        if row is UNKNOWN_ERROR and not failed:
+            log.debug("the stream says: %s", said)
+            return
+        yield from self._failed(row, f"the stream says: {said}", self._oldest(), now)
+
+    def _oldest(self) -> _Ask | None:
+        """Return what an error without a trace is about: the first that was sent and is not answered."""
+        sent = [ask for ask in self._asks if ask.subscribes and ask.due < math.inf]
+        return min(sent, key=lambda ask: ask.due, default=None)
+
+    def _acked(self, ask: _Ask) -> Iterator[StreamEvent]:
+        self._drop(ask)
+        self._is_to_do = True
+        if not ask.subscribes:
+            self._forget(ask.codes)
+            return
+        self._standing |= dict.fromkeys(ask.codes, _Standing.ON)
+        yield Subscribed(self._still_wanted(ask.codes))
+
+    def _failed(self, row: StreamError, said: str, ask: _Ask | None, now: float) -> Iterator[StreamEvent]:
+        words = _error_words(row, said)
+        if row.action in (_DIAL, _WAIT, _NEVER):
+            yield StreamEnd(words, row.action, self._rng.uniform(*row.wait_s), row.whole_key)
+        elif ask is None:
+            yield Said(words)
+        elif row.action is StreamAction.ASK_AGAIN or not ask.subscribes:
+            ask.why = words
+        elif row.action is StreamAction.LATER and ask.put_off < LATER_TRIES:
+            ask.put_off += 1
+            ask.at, ask.due, ask.tries = now + LATER_S, math.inf, 0
+        elif row.action is StreamAction.HALVE and len(ask.codes) > 1:
+            self._drop(ask)
+            middle = len(ask.codes) // 2
+            self._asks += [_Ask(True, half, now) for half in (ask.codes[:middle], ask.codes[middle:])]
+        else:
+            yield from self._refused(ask, words)
+
+    def _refused(self, ask: _Ask, words: str) -> Iterator[StreamEvent]:
+        self._drop(ask)
+        self._is_to_do = True
+        self._standing |= dict.fromkeys(ask.codes, _Standing.REFUSED)
+        codes = self._still_wanted(ask.codes)
+        if codes:
+            yield CodesRefused(codes, words)
+
+    def _drop(self, ask: _Ask) -> None:
+        self._asks.remove(ask)
+        self._past.extend(ask.traces)
+
+    def _still_wanted(self, codes: Iterable[str]) -> tuple[str, ...]:
+        return tuple(code for code in codes if code in self._wanted)
+
+    def _forget(self, codes: Iterable[str]) -> None:
+        for code in codes:
+            self._standing.pop(code, None)
+
+    # what is due
+
+    def next_tick(self) -> float:
+        """Return when `tick` is wanted, monotonic seconds; in the past: now."""
+        times = [self._beat_at, self._silent_at, *(ask.due for ask in self._asks)]
+        ready = min((ask.at for ask in self._asks if self._may_go(ask)), default=math.inf)
+        return 0.0 if self._is_to_do else min(*times, max(ready, self._window.ready_at(0.0)))
+
+    def tick(self, now: float, wall_ms: int) -> list[StreamEvent]:
+        """Return what is to be done now."""
+        events: list[StreamEvent] = []
+        if now >= self._beat_at:
+            self._beat_at = now + HEARTBEAT_S
+            trace = self._trace()
+            self._past.append(trace)
+            events.append(SendText(json.dumps({"code": HEARTBEAT, "trace": trace})))
+        for ask in [ask for ask in self._asks if ask.due <= now]:
+            events += self._overdue(ask, now)
+        if now >= self._silent_at:
+            events += self._silence(now, wall_ms)
+        if self._is_to_do:
+            self._plan(now)
+        return events + self._send_asks(now)
+
+    def _trace(self) -> str:
+        return f"{self._rng.getrandbits(128):032x}"
+
+    def _overdue(self, ask: _Ask, now: float) -> Iterator[StreamEvent]:
+        """Ask again, or give up: on the codes if something was answered, else on the connection."""
+        if ask.tries < ASK_TRIES:
+            ask.at, ask.due = now, math.inf
+        elif ask.why and ask.subscribes:
+            yield from self._refused(ask, ask.why)
+        elif ask.why:  # what cannot be unsubscribed goes on, and is dropped here
+            self._drop(ask)
+            self._forget(ask.codes)
+            yield Said(ask.why)
+        else:
+            words = f"no ack within {ASK_TRIES * ACK_S:.0f} s to {ASK_TRIES} frames"
+            yield StreamEnd(see(words, "INFOWAY_STREAM_URL"), _DIAL)
+
+    def _silence(self, now: float, wall_ms: int) -> Iterator[StreamEvent]:
+        """Ask anew for what is subscribed where an open market says nothing for too long."""
+        opened = min((opened_at(market, wall_ms) for market in self._markets), default=NEVER)
+        if opened > wall_ms:
+            self._heard_at, self._silence_s, opened = now, SILENCE_S, wall_ms
+        since = max(self._heard_at, now - (wall_ms - opened) / 1000)
+        on = [code for code, standing in self._standing.items() if standing is _Standing.ON]
+        on = [*self._still_wanted(on)]
+        if now - since >= self._silence_s and on and not self._asks:
+            yield Silent(tuple(on), now - since)
+            self._asks += [_Ask(True, codes, now) for codes in _in_frames(on)]
+            self._silence_s = min(SILENCE_CAP_S, 2 * self._silence_s)
+            self._heard_at = since = now
+        self._silent_at = max(since + self._silence_s, now + ACK_S)
+
+    def _plan(self, now: float) -> None:
+        """Make frames of the difference between what is wanted and what stands."""
+        self._is_to_do = False
+        unwanted = [code for code in self._standing if code not in self._wanted]
+        self._forget([code for code in unwanted if self._standing[code] is _Standing.REFUSED])
+        drop = [code for code in unwanted if self._standing.get(code) is _Standing.ON]
+        add = [code for code in self._wanted if code not in self._standing]
+        self._standing |= dict.fromkeys(drop, _Standing.DROPPING) | dict.fromkeys(add, _Standing.ASKED)
+        self._asks += [_Ask(False, codes, now) for codes in _in_frames(drop)]
+        self._asks += [_Ask(True, codes, now) for codes in _in_frames(add)]
+
+    def _may_go(self, ask: _Ask) -> bool:
+        """Whether a frame need not wait for codes that are to make room first."""
+        return not ask.subscribes or all(other.subscribes for other in self._asks)
+
+    def _send_asks(self, now: float) -> list[StreamEvent]:
+        sent: list[StreamEvent] = []
+        for ask in [ask for ask in self._asks if ask.at <= now and self._may_go(ask)]:
+            if ask.subscribes and not ask.tries:  # what is no more wanted was never asked for
+                self._forget(code for code in ask.codes if code not in self._wanted)
+                ask.codes = self._still_wanted(ask.codes)
+            if not ask.codes:
+                self._drop(ask)
+            elif self._window.ready_at(now) <= now:
+                self._window.take(now)
+                sent.append(SendText(self._frame_of(ask, now)))
+        return sent
+
+    def _frame_of(self, ask: _Ask, now: float) -> str:
+        trace = self._trace()
+        ask.traces.add(trace)
+        ask.tries += 1
+        ask.at, ask.due, ask.why = math.inf, now + ACK_S, ""
+        kind = SUBSCRIBE if ask.subscribes else UNSUBSCRIBE
+        return json.dumps({"code": kind, "trace": trace, "data": {"codes": ",".join(ask.codes)}})
+
+
+def _in_frames(codes: Sequence[str]) -> list[Sequence[str]]:
+    return [codes[at : at + CODES_PER_FRAME] for at in range(0, len(codes), CODES_PER_FRAME)]
+
+
+# ------------------------------------------------------------------------------------------------------
+# The connection
+# ------------------------------------------------------------------------------------------------------
+
+
+def refused_dial(error: DialError, rng: random.Random) -> StreamEnd:
+    """Return what follows where the stream could not be dialled."""
+    text = error.body.decode("utf-8", "replace").strip()
+    envelope = json_object(error.body) or {}
+    said = words_of(envelope) or (text if text == NO_KEY_TEXT else "")
+    words = f"{error}: {said}" if said else str(error)
+    row = _BY_CODE.get(error.status, UNKNOWN_ERROR)
+    if error.status == 401 and text and text != NO_KEY_TEXT and type(envelope.get("code")) is not int:
+        words += ", not in the API's words: as from a gateway or a login page on the way"
+        row = _BY_CODE[403]._replace(means="", setting="INFOWAY_STREAM_URL")
+    if row is UNKNOWN_ERROR:
+        return StreamEnd(see(words, "INFOWAY_STREAM_URL"), _DIAL)
+    words = see(f"{words}: {row.means}".removesuffix(": "), row.setting)
+    return StreamEnd(words, row.action, rng.uniform(*row.wait_s))
+
+
+def _end_of(error: LinkLost) -> StreamEnd:
+    """Return what follows where a connection is lost: a close may say why, as an error does."""
+    words = f"connection {error}"
+    row = stream_error(None, words) if error.code else UNKNOWN_ERROR
+    if row.action not in (_WAIT, _NEVER):
+        return StreamEnd(words, _DIAL)
+    return StreamEnd(_error_words(row, words), row.action, 0.0, row.whole_key)
+
+
+class StreamConnection:
+    """The stream of one product with one key: opened again as often as wanted, used by one thread.
+
+    `want` and `wake` are for any thread.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        product: str,
+        secret: str,
+        proxies: Proxies = NO_PROXIES,
+        rng: random.Random | None = None,
+        limits: Limits = DIAL_LIMITS,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        query = urlencode({"business": product, "apikey": secret})
+        self._address = f"{url}{'&' if '?' in url else '?'}{query}"
+        self._product = product
+        self._proxies = proxies
+        self._rng = rng or random.Random()
+        self._limits = limits
+        self._clock = clock
+        self._asks = SlidingWindow(ASKS_PER_MINUTE, 60.0)
+        self._wanted: tuple[str, ...] = ()
+        self._told: tuple[str, ...] | None = None  # what the protocol was told of it
+        self._link: WebSocket | None = None
+        self._protocol = StreamProtocol(product, clock.monotonic(), self._rng, self._asks)
+        self._lock = threading.Lock()  # over the pipe, which is there while the link is
+        self._pipe: tuple[int, int] | None = None
+        self._is_woken = False
+
+    @property
+    def subscribed(self) -> int:
+        """How many codes are subscribed now."""
+        return self._protocol.subscribed if self._link else 0
+
+    def want(self, codes: Iterable[str]) -> None:
+        """Have these codes, and no others, from now on, or from when it is open."""
+        self._wanted = tuple(codes)
+        self._rouse()
+
+    def wake(self) -> None:
+        """Have `read` return at once, now or the next time."""
+        self._is_woken = True
+        self._rouse()
+
+    def _rouse(self) -> None:
+        with self._lock, contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
+            if self._pipe:
+                os.write(self._pipe[1], b".")
+
+    def open(self) -> StreamEnd | None:
+        """Dial; return why that is in vain and what follows, None where it stands."""
+        headers = {"User-Agent": f"stockrt/{__version__}"}
+        try:
+            pipe = os.pipe()
+        except OSError as error:
+            return StreamEnd(network_words(error), _DIAL)
+        for descriptor in pipe:
+            os.set_blocking(descriptor, False)
+        with self._lock:
+            self._pipe = pipe
+        try:
+            link = WebSocket(self._address, self._limits, self._proxies, headers, max_bytes=MAX_STREAM_BYTES)
+        except DialError as error:
+            self.close()
+            return refused_dial(error, self._rng)
+        link.give_up_after(UNCONFIRMED_S)
+        self._protocol = StreamProtocol(self._product, self._clock.monotonic(), self._rng, self._asks)
+        self._link, self._told = link, None
+        return None
+
+    def close(self) -> None:
+        """Say goodbye, and close; what is open no more is left as it is."""
+        if self._link is not None:
+            self._link.close()
+        self._link = None
+        with self._lock:
+            pipe, self._pipe = self._pipe or (), None
+            for descriptor in pipe:
+                os.close(descriptor)
+
+    def read(self, until: float) -> Pushes:
+        """Return what has come, waiting for something until `until` (monotonic seconds), or until woken.
+
+        An end of the connection is the last event, and what came before it is there.
+        """
+        assert self._link is not None and self._pipe is not None
+        while True:
+            pushes = self._exchange(self._link)
+            if pushes.trades or pushes.events or pushes.dropped or self._is_woken:
+                self._is_woken = False
+                return pushes
+            now = self._clock.monotonic()
+            if now >= until:
+                return pushes
+            wait_s = min(until, self._protocol.next_tick()) - now
+            if not self._link.has_more and wait_s > 0:
+                wait_readable(wait_s, self._link.fileno(), self._pipe[0])
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._pipe[0], READ_BYTES)
+
+    def _exchange(self, link: WebSocket) -> Pushes:
+        """Send what is due, and return what has come."""
+        if self._told != self._wanted:
+            self._told = self._wanted
+            self._protocol.want(self._told)
+        pushes, lost = self._take(link)
+        events = pushes.events
+        if not lost and not any(isinstance(event, StreamEnd) for event in events):
+            now, wall_ms = self._clock.monotonic(), int(self._clock.wall() * 1000)
+            due = self._protocol.tick(now, wall_ms)
+            events += [event for event in due if not isinstance(event, SendText)]
+            try:
+                for event in due:
+                    if isinstance(event, SendText):
+                        link.send_text(event.text)
+            except LinkLost as error:
+                last, lost = self._take(link)  # what came before counts, and may say why
+                lost = lost or _end_of(error)
+                pushes = Pushes(
+                    pushes.trades + last.trades,
+                    events + last.events,
+                    pushes.dropped + last.dropped,
+                    pushes.why or last.why,
+                )
+        if lost and not any(isinstance(event, StreamEnd) for event in pushes.events):
+            pushes.events.append(lost)
+        return pushes
+
+    def _take(self, link: WebSocket) -> tuple[Pushes, StreamEnd | None]:
+        """Return what has come, and the end of the connection behind it, if that has come, too."""
+        texts: list[str] = []
+        lost: StreamEnd | None = None
+        try:
+            while len(texts) < MOST_AT_ONCE:
+                for text in link.frames():
+                    if text is not None:
+                        texts.append(text)
+                if not link.has_more:
+                    break
+        except LinkLost as error:
+            lost = _end_of(error)
+        latest_ms = int(min(self._clock.wall() * 1000 + MAX_AHEAD_MS, LATEST_TRADE_MS - 1))
+        return self._protocol.receive(texts, self._clock.monotonic(), latest_ms), lost
 
 
 # ======================================================================================================
@@ -6103,10 +7483,12 @@ PROBE = "stockrt-check"
 INVALID_ID = 53
 # What a reader of the latest trades needs.
 INDEX = [("stock_code", 1), ("t", -1)]
+# What KEEP_DAYS makes, known by its name: one of another name is somebody else's.
+TTL_INDEX, TTL_KEY = "stockrt_keep_days", [("create_time", 1)]
 REFUSED_IT = "MongoDB refused it: "
 PROBE_T = 1 << 40  # as wide as the times of trades, and none of them: 2004
-# Most codes trade in the last minutes before a close (auction included): looked at first.
-NEWEST_SPAN_MS = 6 * 60 * 1000
+# Codes that trade much trade in the last seconds before a close, and of those every tick may be there: looked at first.
+NEWEST_SPAN_MS = 10 * 1000
 # Documents that are read at once where a whole collection is: their fields of trades are some 200 kB.
 PAGE = 1000
 Document = dict[str, Any]
@@ -6314,10 +7696,22 @@ def insert_trades(db: sqlite3.Connection, documents: Sequence[Document]) -> Writ
     """Store documents in the transaction that is open, and name those that SQLite does not take."""
     import sqlite3
 
+    db.execute("SAVEPOINT trades")
+    try:
+        stored = max(0, db.executemany(_SQLITE_INSERT, map(_trade_row_demo, documents)).rowcount)
+    except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError):
+        db.execute("ROLLBACK TO trades")
+        return _insert_one_by_one(db, documents)
+    return WriteReport(stored, len(documents) - stored)
+
+
+def _insert_one_by_one(db: sqlite3.Connection, documents: Sequence[Document]) -> WriteReport:
+    import sqlite3
+
     stored, refused = 0, {}
     for document in documents:
         try:
-            stored += db.execute(_SQLITE_INSERT, (*trade_row(document), document.get("demo"))).rowcount
+            stored += db.execute(_SQLITE_INSERT, _trade_row_demo(document)).rowcount
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError) as error:
             refused[document["_id"]] = f"the local store refused it: {one_line(error, 200)}"
     return WriteReport(stored, len(documents) - stored - len(refused), refused)
@@ -6325,10 +7719,16 @@ def insert_trades(db: sqlite3.Connection, documents: Sequence[Document]) -> Writ
 
 def trade_row(document: Document) -> tuple[Any, ...]:
     """Return the columns of a trade: its `_id`, what the API sent, `stock_code` and `create_time`."""
-    names = ("_id", *TRADE_FIELDS, "stock_code")
-    return (*(document[name] for name in names), iso(document["create_time"]))
+    return (*_ROW_OF(document), _created(document["create_time"]))
 
 
+def _trade_row_demo(document: Document) -> tuple[Any, ...]:
+    return (*_ROW_OF(document), _created(document["create_time"]), document.get("demo"))
+
+
+_ROW_OF = itemgetter("_id", *TRADE_FIELDS, "stock_code")
+# Those of a batch are all the same.
+_created = lru_cache(maxsize=16)(iso)
 _SQLITE_INSERT = (
     "INSERT INTO realtime (_id, s, t, p, v, vw, td, stock_code, create_time, demo) "
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (_id) DO NOTHING"
@@ -6377,6 +7777,17 @@ NOT_THE_DOCUMENTS_FAULT = frozenset(
         "11602 13388 13435 13436 14031".split(),
     )
 )
+
+
+class TtlIndex(NamedTuple):
+    """An index by which MongoDB removes documents of `realtime`: so many seconds after the time in a field.
+
+    None: it removes nothing, and is where ours would be.
+    """
+
+    name: str
+    field: str
+    seconds: int | None
 
 
 class MongoStore:
@@ -6486,6 +7897,12 @@ class MongoStore:
             )
         return True
 
+    def within(self, seconds: float) -> contextlib.AbstractContextManager[object]:
+        """Let what is done in the body take so long at most: a shorter limit of the URI holds."""
+        from pymongo import timeout
+
+        return timeout(min(seconds, self.client.options.timeout or math.inf))
+
     def _looking_s(self) -> float:
         """Return for how long, in seconds, a server is looked for: a shorter limit of the URI holds."""
         return min(MONGODB_SELECTION_TIMEOUT_MS / 1000, self.client.options.timeout or math.inf)
@@ -6558,14 +7975,14 @@ class MongoStore:
 
         moments = [{name: document[name] for name in ("stock_code", "t")} for document in documents]
         try:
-            return [*filter(_is_trade, self.collection().find({"$or": moments}))]
+            return [*filter(is_trade, self.collection().find({"$or": moments}))]
         except PyMongoError as error:
             raise self._fault(error) from error
 
     def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
         """Return the newest trade of each code in a span of time. Raises StoreError.
 
-        Looks at the last minutes for all codes in one request, then at a longer time for those that are
+        Looks at the last seconds for all codes in one request, then at a longer time for those that are
         missing: few requests, and few documents even where a code has thousands of trades a day. What another
         program has put there and is no trade is passed over.
         """
@@ -6578,7 +7995,7 @@ class MongoStore:
             while missing and until >= since:
                 first = max(since, until - span)
                 wanted = {"stock_code": {"$in": missing}, "t": {"$gte": first, "$lte": until}}
-                for document in filter(_is_trade, self.collection().find(wanted)):
+                for document in filter(is_trade, self.collection().find(wanted)):
                     code = document["stock_code"]
                     if code not in found or _order(found[code]) < _order(document):
                         found[code] = document
@@ -6635,6 +8052,17 @@ class MongoStore:
         except PyMongoError as error:
             raise self._fault(error) from error
 
+    def write_gaps(self, documents: Sequence[Document]) -> None:
+        """Write times in which the stream did not bring every trade, as they are now. Raises StoreAway."""
+        from pymongo import ReplaceOne
+        from pymongo.errors import PyMongoError
+
+        updates = [ReplaceOne({"_id": one["_id"]}, one, upsert=True) for one in documents]
+        try:
+            self.collection(self._settings.gap_name).bulk_write(updates, ordered=False)
+        except PyMongoError as error:
+            raise self._fault(error) from error
+
     def codes(self) -> list[str]:
         """Return every code in `realtime`. Raises StoreError."""
         from pymongo.errors import PyMongoError
@@ -6642,6 +8070,17 @@ class MongoStore:
         try:
             return sorted(filter(None, map(str, self.collection().distinct("stock_code"))))
         except PyMongoError as error:
+            raise self._fault(error) from error
+
+    def field(self, name: str, field: str, most: int) -> list[object]:
+        """Return a field of up to `most` documents of a collection, None for one that lacks it. Raises StoreAway."""
+        from bson.errors import BSONError
+        from pymongo.errors import PyMongoError
+
+        try:
+            found = self.collection(name).find({}, {"_id": 0, field: 1}).limit(most)
+            return [document.get(field) for document in found]
+        except (PyMongoError, BSONError) as error:
             raise self._fault(error) from error
 
     def check(self) -> str:
@@ -6662,6 +8101,78 @@ class MongoStore:
         except PyMongoError as error:
             raise self._fault(error) from error
         return f"{settings.mongodb_shown()}: database {settings.mongodb_db_name} can be written, {index}"
+
+    def ttl_indexes(self) -> list[TtlIndex]:
+        """Return the indexes by which MongoDB removes documents of `realtime`, or could. Raises StoreAway."""
+        from pymongo import timeout
+
+        with self._faults(), timeout(self._looking_s()):
+            found = self.collection().index_information()
+        return [
+            TtlIndex(name, index["key"][0][0], index.get("expireAfterSeconds"))
+            for name, index in found.items()
+            if "expireAfterSeconds" in index or index["key"] == TTL_KEY
+        ]
+
+    @property
+    def is_met(self) -> bool:
+        """Whether a server is there, as far as is known without waiting for one."""
+        return bool(self.client.nodes)
+
+    def count_older(self, before: datetime) -> int | None:
+        """Return how many documents are older by `create_time`, None where that takes long. Raises StoreAway."""
+        from pymongo import timeout
+        from pymongo.errors import PyMongoError
+
+        with self._faults(), timeout(self._looking_s()):
+            try:
+                return self.collection().count_documents({"create_time": {"$lt": before}})
+            except PyMongoError as error:
+                if error.timeout and self.is_met:
+                    return None
+                raise
+
+    def oldest(self) -> list[str]:
+        """Return the earliest `create_time` (ISO 8601 UTC), nothing where there is none. Raises StoreAway."""
+        with self._faults():
+            found = self.collection().find({"create_time": {"$type": "date"}}).sort(TTL_KEY).limit(1)
+            return [iso(document["create_time"]) for document in found]
+
+    def make_ttl_index(self, seconds: int, wait_s: float) -> None:
+        """Have MongoDB remove documents so long after their `create_time`. Raises StoreAway, also after `wait_s`."""
+        from pymongo import timeout
+
+        with self._faults(), timeout(wait_s):
+            self.collection().create_index(TTL_KEY, name=TTL_INDEX, expireAfterSeconds=seconds)
+
+    def change_ttl_index(self, seconds: int) -> bool:
+        """Change that time, and return whether the role of the user allows it. Raises StoreAway."""
+        from pymongo.errors import OperationFailure
+
+        change = {"name": TTL_INDEX, "expireAfterSeconds": seconds}
+        with self._faults():
+            try:
+                self.collection().database.command("collMod", self.realtime_name, index=change)
+            except OperationFailure as error:
+                if error.code != UNAUTHORIZED:
+                    raise
+                return False
+        return True
+
+    def drop_ttl_index(self) -> None:
+        """Have MongoDB remove nothing by our index any more. Raises StoreAway."""
+        with self._faults():
+            self.collection().drop_index(TTL_INDEX)
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Raise StoreAway in place of what pymongo raises."""
+        from pymongo.errors import PyMongoError
+
+        try:
+            yield
+        except PyMongoError as error:
+            raise self._fault(error) from error
 
     def _index_words(self) -> str:
         from pymongo.errors import OperationFailure
@@ -6761,6 +8272,17 @@ class MongoStore:
             raise SettingsError(
                 [f"MONGODB_HOST={self._settings.mongodb_shown()!r}: {self._settings.redact(one_line(error))}"]
             ) from None
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Raise StoreAway in place of whatever pymongo raises in the block."""
+        from bson.errors import BSONError
+        from pymongo.errors import PyMongoError
+
+        try:
+            yield
+        except (PyMongoError, BSONError) as error:
+            raise self._fault(error) from error
 
     def start_threads(self) -> None:
         """Let pymongo start its threads before others take what there are. Raises StockrtError where there are none."""
@@ -6904,7 +8426,7 @@ def _order(document: Document) -> tuple[Any, ...]:
     return tuple((isinstance(value, str), value) for value in plain)
 
 
-def _is_trade(document: Document) -> bool:
+def is_trade(document: Document) -> bool:
     """Return whether a document of the collection is a trade that stockrt stored; other programs may write there."""
     times = [document.get(name) for name in ("t", "td")]
     numbers = [document.get(name) for name in ("p", "v", "vw")]
@@ -6923,6 +8445,229 @@ def _is_number(value: object) -> bool:
     if isinstance(value, str):
         return is_decimal(value)
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Retention: KEEP_DAYS
+# ------------------------------------------------------------------------------------------------------
+
+# What is too old is looked for again after this time; sooner where closes are to be made of it, or no server is met.
+KEEP_EVERY_S, KEEP_AGAIN_S = 3600.0, 300.0
+# Trades that are looked at and deleted in one transaction, 0.1 s on a slow disk, and the pause in which others write.
+EXPIRED_AT_ONCE, EXPIRED_PAUSE_S = 500, 0.2
+# A file is written anew to give back what is unused, but not one of more than this: nobody writes to it meanwhile.
+REWRITTEN_MOST = 256 * 1024 * 1024
+# As long as a market's longest holidays: a clock that is further ahead of the newest trade is not believed.
+LONGEST_REST_S = 14 * 24 * 3600
+# A time that is no further ahead than this is none of a clock that was ahead.
+CLOCKS_DIFFER_S = 60.0
+# The greatest number that MongoDB takes for it.
+TTL_MOST_S = (1 << 31) - 1
+# For an index on a collection of any size, where somebody waits for it.
+TTL_BUILD_S = 24 * 3600.0
+
+
+class Retention(Protocol):
+    """What removes trades older than KEEP_DAYS from `realtime`. One thread at a time."""
+
+    def step(self) -> float:
+        """Do the next part, and return after how many seconds there is more to do. Raises StoreError."""
+
+    def apply(self) -> str:
+        """Have done at once what is asked for explicitly, and return what is in the way, or ''. Raises StoreError."""
+
+    def words(self) -> str:
+        """Return what holds, for --check. Raises StoreError."""
+
+
+class SqliteRetention:
+    """Deletes what is older than KEEP_DAYS from the embedded store, in the order in which it came, step by step.
+
+    A step is one transaction, so a kill costs nothing. Trades that came while the clock was ahead are passed over, and
+    what came behind them goes in time, or stays twice as long at most. A clock that is ahead deletes nothing
+    (LONGEST_REST_S). Nothing is deleted while closes are to be made of it. Space is given back where that is much and
+    takes seconds; what is not is taken up by the next trades.
+    """
+
+    def __init__(self, file: LocalFile, days: int, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._file = file
+        self._days = days
+        self._clock = clock
+        self._passed = 0  # the last row that was looked at in this round
+        self._deleted = 0
+
+    def step(self, goes_on: bool = False) -> float:
+        """Delete what is old among the next rows; a round ends with rows that are not, unless it `goes_on`."""
+        if not self._days:
+            return math.inf
+        if self._closes_wait():
+            return KEEP_AGAIN_S
+        query = "SELECT seq, create_time FROM realtime WHERE seq > ? ORDER BY seq LIMIT ?"
+        rows = self._file.read_all(query, self._passed, EXPIRED_AT_ONCE)
+        before, now = self._bounds()
+        if any(created < before for _, created in rows):
+            if self._file.why_no_room(EXPIRED_AT_ONCE * PAGES_PER_ROW * SQLITE_PAGE):
+                self._file.empty_log()  # at the limit it is what keeps the next step from its room
+            with self._file.write() as db:
+                delete = "DELETE FROM realtime WHERE seq BETWEEN ? AND ? AND create_time < ?"
+                self._deleted += db.execute(delete, (rows[0][0], rows[-1][0], before)).rowcount
+        if rows and (goes_on or not any(before <= created <= now for _, created in rows)):
+            self._passed = rows[-1][0]
+            return EXPIRED_PAUSE_S
+        self._end_round()
+        return KEEP_EVERY_S
+
+    def apply(self) -> str:
+        """Look at every row."""
+        while self.step(goes_on=True) <= EXPIRED_PAUSE_S:
+            pass
+        return "closes are still to be made of older trades" if self._closes_wait() else ""
+
+    def words(self) -> str:
+        """Return for how long trades are kept, and of when the oldest is."""
+        words = ["kept for ever"]
+        if self._days:
+            words = [f"kept for {count_words(self._days, 'day')}"]
+        found = self._file.read_one("SELECT create_time FROM realtime ORDER BY seq LIMIT 1")
+        return ", ".join([*words, *(f"the oldest of {created}" for created in found or ())])
+
+    def _closes_wait(self) -> bool:
+        """Whether trades of a session that is over are still to be looked at: Stage.LOOK_BACK is 0."""
+        query = "SELECT EXISTS (SELECT 1 FROM sessions WHERE stage < 3 AND stage = 0 AND due <= ?)"
+        return bool(self._file.read_one(query, int(self._clock.wall()))[0])
+
+    def _bounds(self) -> tuple[str, str]:
+        """Return the first time that is not too old, and the time now, as they stand in `create_time`."""
+        query = "SELECT max(t) FROM (SELECT t FROM realtime ORDER BY seq DESC LIMIT ?)"
+        newest = self._file.read_one(query, EXPIRED_AT_ONCE)[0] or 0
+        now = self._clock.wall()
+        sure = datetime.fromtimestamp(min(now, newest / 1000 + LONGEST_REST_S), UTC)
+        return iso(sure - timedelta(days=self._days)), iso_after(now, CLOCKS_DIFFER_S)
+
+    def _end_round(self) -> None:
+        deleted, self._passed, self._deleted = self._deleted, 0, 0
+        if not deleted:
+            return
+        words = "%s older than KEEP_DAYS=%d deleted from %s"
+        log.info(words, count_words(deleted, "trade"), self._days, self._file.path)
+        pages, unused = self._file.pages()
+        used = (pages - unused) * SQLITE_PAGE
+        # half of it at least: else each round would write it anew
+        is_much = unused * SQLITE_PAGE > max(SHRINK_ABOVE, used)
+        if is_much and used <= REWRITTEN_MOST and not self._file.why_no_room(used):
+            self._file.shrink()
+
+
+class MongoRetention:
+    """Has MongoDB remove trades older than KEEP_DAYS, by a TTL index of ours on `create_time`.
+
+    The index is made on its own where that removes nothing at once; where older documents are there, somebody must ask
+    for it (`apply`), as they may be more than whoever set KEEP_DAYS knows of. It is changed and dropped as the setting
+    is. Indexes of others are left alone. What MongoDB refuses, or waits to be asked for, is said once.
+    """
+
+    def __init__(self, mongo: MongoStore, days: int) -> None:
+        self._mongo = mongo
+        self._days = days
+        self._seconds = min(days * 24 * 3600, TTL_MOST_S)
+        self._older = ""  # what would be removed at once, when that was counted
+        self._said = ""
+        self._is_there = False  # our index, when it was looked for
+
+    def step(self) -> float:
+        """Have the index be as KEEP_DAYS says, as far as nobody need be asked; no server is waited for."""
+        if not self._mongo.is_met:
+            return KEEP_AGAIN_S
+        try:
+            why = self._arrange()
+        except StoreAway as error:
+            if error.unreachable:
+                raise
+            why = f"{REFUSED_IT}{error.words}"
+        if why and why != self._said and (self._days or self._is_there):
+            log.warning("KEEP_DAYS=%s has no effect: %s", self._days or "", why)
+        self._said = why
+        return KEEP_EVERY_S if self._days else math.inf
+
+    def apply(self) -> str:
+        """Have the index be as KEEP_DAYS says, also where older documents go then."""
+        return self._arrange(is_asked_for=True)
+
+    def words(self) -> str:
+        """Return for how long trades are kept, and by which index."""
+        try:
+            mine, others = self._indexes()
+        except StoreAway as error:
+            if error.unreachable:
+                raise
+            return f"who keeps them for how long cannot be seen ({error.words})"
+        words = [f"kept for {_span_words(mine.seconds if mine else None)}"]
+        if mine is not None:
+            words += [f"the oldest of {created}" for created in self._mongo.oldest()]
+            if mine.seconds != self._seconds:
+                words.append(f"KEEP_DAYS={self._days or ''} holds with the next run")
+        elif self._days:
+            why = self._why_not_on_its_own(others) or "its index is made with the next run"
+            words.append(f"KEEP_DAYS={self._days} has no effect yet: {why}")
+        words += [f"but {_other_words(index)}" for index in others if index.seconds is not None]
+        return ", ".join(words)
+
+    def _indexes(self) -> tuple[TtlIndex | None, list[TtlIndex]]:
+        """Return our index, and those of others."""
+        found = self._mongo.ttl_indexes()
+        mine = next((index for index in found if index.name == TTL_INDEX), None)
+        self._is_there = mine is not None
+        return mine, [index for index in found if index is not mine]
+
+    def _arrange(self, is_asked_for: bool = False) -> str:
+        """Have the index be as KEEP_DAYS says, and return why it is not, or ''. Raises StoreAway."""
+        mine, others = self._indexes()
+        wanted = count_words(self._days, "day") if self._days else "ever"
+        limit = TTL_BUILD_S if is_asked_for else MONGODB_TIMEOUT_MS / 1000
+        if mine is None and self._days:
+            why = self._why_not_on_its_own(others, is_asked_for)
+            if why:
+                return why
+            self._mongo.make_ttl_index(self._seconds, limit)
+            log.info("MongoDB keeps trades in %s for %s", self._mongo.realtime_name, wanted)
+        elif mine is not None and mine.seconds != self._seconds:
+            if not self._days:
+                self._mongo.drop_ttl_index()
+            elif not self._mongo.change_ttl_index(self._seconds):  # readWrite may not, but drop and make it
+                self._mongo.drop_ttl_index()
+                self._mongo.make_ttl_index(self._seconds, limit)
+            words = "MongoDB keeps trades in %s for %s now, not for %s: KEEP_DAYS is %s"
+            was = _span_words(mine.seconds)
+            log.warning(words, self._mongo.realtime_name, wanted, was, self._days or "not set")
+        return ""
+
+    def _why_not_on_its_own(self, others: Sequence[TtlIndex], is_asked_for: bool = False) -> str:
+        """Return why our index is not made without more ado, '' where it is."""
+        for index in others:
+            if index.field == "create_time":
+                return f"{_other_words(index)}: drop that one first"
+        if not (is_asked_for or self._older):
+            count = self._mongo.count_older(utc_now() - timedelta(seconds=self._seconds))
+            words = "too many documents to be counted quickly"
+            if count is not None:
+                words = f"{count_words(count, 'document')} older than that"
+            if count != 0:
+                self._older = f"{self._mongo.realtime_name} holds {words}, which --retain removes"
+        return "" if is_asked_for else self._older
+
+
+def _span_words(seconds: int | None) -> str:
+    if seconds is None:
+        return "ever"
+    days = seconds / (24 * 3600)
+    return count_words(int(days), "day") if days.is_integer() else f"{seconds} s"
+
+
+def _other_words(index: TtlIndex) -> str:
+    words = f"an index of others, {index.name} on {index.field}, "
+    if index.seconds is None:
+        return words + "is where that of KEEP_DAYS would be"
+    return words + f"removes documents after {_span_words(index.seconds)}"
 
 
 # ======================================================================================================
@@ -7432,8 +9177,6 @@ DELIVERY_FIRST_S, DELIVERY_CAP_S = 1.0, 10.0
 CATCH_UP_S = 5.0
 # A document alone that fails so often, while MongoDB takes another one each time, is rejected by it for good.
 POISON_TRIES = 3
-# An emptied file of more unused bytes than this is shrunk.
-SHRINK_ABOVE = 16 * 1024 * 1024
 QUEUED_FIELDS = ("_id", *TRADE_FIELDS, "stock_code", "create_time")
 
 
@@ -7773,6 +9516,19 @@ class Delivery:
         """Store documents, or queue them: behind those that wait, and whatever fails but for their own fault."""
         if not self._is_caught_up():
             return self._queue_up(documents)
+        return self._write_now(documents)
+
+    def write_soon(self, documents: Sequence[Document]) -> WriteReport:
+        """Store documents as `write` does, but wait for no turn: behind others they are queued at once."""
+        if self._has_waiting():
+            return self.keep(documents)
+        return self._write_now(documents)
+
+    def keep(self, documents: Sequence[Document]) -> WriteReport:
+        """Queue documents, whether or not MongoDB would take them. Raises StoreError."""
+        return self._queue_up(documents)
+
+    def _write_now(self, documents: Sequence[Document]) -> WriteReport:
         try:
             report = self.mongo.write(documents)
         except StoreAway as error:
@@ -7853,6 +9609,16 @@ class Delivery:
         else:
             self._file_trouble.over()
         return True
+
+    def _has_waiting(self) -> bool:
+        """Whether trades wait; none do where the file cannot say."""
+        try:
+            has_trades = self.queue.has_trades()
+        except StoreError as error:
+            self._file_trouble.again(str(error))
+            return False
+        self._file_trouble.over()
+        return has_trades
 
     def _queue_up(self, documents: Sequence[Document]) -> WriteReport:
         before = self.queue.trades
@@ -8088,18 +9854,672 @@ class Delivery:
         trouble.again(words)
 
 
+# ------------------------------------------------------------------------------------------------------
+# Gaps of the stream
+# ------------------------------------------------------------------------------------------------------
+
+# Gaps that MongoDB has and that are over stay in the local file for so long; where there is no MongoDB all of them do.
+GAPS_KEPT_S = 30 * DAY_S
+# Gaps that go to MongoDB at once: each may name thousands of codes.
+GAPS_AT_ONCE = 20
+
+
+class NotedGap(NamedTuple):
+    """A time in which the stream did not bring every trade of some codes, as both stores have it.
+
+    `since` and `until` are times at which pushes arrived, epoch ms by the clock of this machine: the time of a trade
+    lies a little before. `until` None: it goes on. `instance` is the one that missed them; another may have them.
+    """
+
+    key: str
+    instance: str
+    product: str
+    codes: tuple[str, ...]
+    since: int
+    until: int | None
+    why: str
+    create_time: str
+
+    def document(self) -> Document:
+        """Return its document in MongoDB."""
+        return {
+            "_id": self.key,
+            "instance": self.instance,
+            "product": self.product,
+            "codes": [*self.codes],
+            "from": self.since,
+            "to": self.until,
+            "why": self.why,
+            "create_time": datetime.fromisoformat(self.create_time),
+        }
+
+
+class Gaps:
+    """When the stream did not bring every trade: in the local file first, and in MongoDB as soon as it takes them.
+
+    Any thread may call it. Raises StoreError.
+    """
+
+    def __init__(self, file: LocalFile, mongo: MongoStore | None) -> None:
+        self._file = file
+        self._mongo = mongo
+
+    def note(self, gap: NotedGap) -> NotedGap:
+        """Note a new gap, and return it with its `_id`. Of two that begin in one moment one begins a little before."""
+        insert = (
+            'INSERT INTO stream_gaps (_id, instance, product, codes, "from", "to", why, create_time) '
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+        )
+        gap = gap._replace(create_time=iso(utc_now()))
+        codes = json.dumps(gap.codes)
+        with self._file.write() as db:
+            while True:
+                gap = gap._replace(key=f"{gap.instance}|{gap.product}|{gap.since}")
+                if db.execute(insert, (*gap[:3], codes, *gap[4:])).rowcount:
+                    return gap
+                gap = gap._replace(since=gap.since - 1)
+
+    def change(self, gap: NotedGap) -> None:
+        """Keep what a gap has become: its codes, its end, why it is."""
+        update = 'UPDATE stream_gaps SET codes = ?, "to" = ?, why = ?, delivered = 0 WHERE _id = ?'
+        with self._file.write() as db:
+            db.execute(update, (json.dumps(gap.codes), gap.until, gap.why, gap.key))
+
+    def open(self) -> list[NotedGap]:
+        """Return those that go on."""
+        return self._some('"to" IS NULL')
+
+    def count_since(self, moment: str) -> int:
+        """Return how many were noted since a time (ISO 8601 UTC)."""
+        return int(self._file.read_one("SELECT count(*) FROM stream_gaps WHERE create_time >= ?", moment)[0])
+
+    def deliver(self) -> bool:
+        """Bring some that are new or have changed to MongoDB, if there is one; return whether there were any."""
+        if self._mongo is None:
+            return False
+        gaps = self._some(f"NOT delivered LIMIT {GAPS_AT_ONCE}")
+        if not gaps:
+            return False
+        self._mongo.write_gaps([gap.document() for gap in gaps])
+        mark = 'UPDATE stream_gaps SET delivered = 1 WHERE _id = ? AND codes = ? AND "to" IS ? AND why = ?'
+        forget = 'DELETE FROM stream_gaps WHERE delivered AND "to" < ?'
+        with self._file.write() as db:
+            db.executemany(mark, [(gap.key, json.dumps(gap.codes), gap.until, gap.why) for gap in gaps])
+            db.execute(forget, ((time.time() - GAPS_KEPT_S) * 1000,))
+        return True
+
+    def _some(self, which: str) -> list[NotedGap]:
+        names = '_id, instance, product, codes, "from", "to", why, create_time'
+        rows = self._file.read_all(f"SELECT {names} FROM stream_gaps WHERE {which}")  # noqa: S608
+        return [NotedGap(*row)._replace(codes=tuple(json.loads(row[3]))) for row in rows]
+
+
+# ======================================================================================================
+# Reading: what the views read from both stores
+# ======================================================================================================
+#
+# Times are epoch milliseconds, spans are half open (since <= t < until), numbers exact decimal texts whatever type
+# MONGODB_NUMERIC_TYPE gave them. An `_id` begins with code and time: the order of `_id`, of which each store has an
+# index, is that of codes and, of each code, that of times, as long as those have as many digits.
+
+# Trades that are read at once: 5 MB.
+TRADES_READ = 5_000
+# A close from before so many days is none that a change could be told against.
+REFERENCE_DAYS = 31
+# Codes of one question about closes or candles.
+CODES_ASKED = 50
+# Spans in which all times of trades have as many digits.
+EQUALLY_LONG_MS = ((EARLIEST_TRADE_MS, 10**12), (10**12, 10**13))
+# What no code has, nor an `_id`: it comes behind them.
+BEHIND = "~"
+
+
+class StoredTrade(NamedTuple):
+    """A document of `realtime`, its fields in their order; `create_time` as ISO 8601 UTC."""
+
+    id: str
+    s: str
+    t: int
+    p: str
+    v: str
+    vw: str
+    td: int
+    stock_code: str
+    create_time: str
+
+
+class Candle(NamedTuple):
+    """What the trades of a span come to; `t` is its beginning, `trades` how many there are."""
+
+    t: int
+    open: str
+    high: str
+    low: str
+    close: str
+    volume: str
+    trades: int
+
+
+class StoredClose(NamedTuple):
+    """A document of `close`. `p` is the close; what only a final one has is '' in another."""
+
+    code: str
+    date: str
+    t: int
+    p: str
+    is_final: bool
+    after_hours: bool
+    open: str
+    high: str
+    low: str
+    volume: str
+    turnover: str
+
+
+class Gap(NamedTuple):
+    """A span in which the stream missed what was traded of some codes; `end` is None while it lasts."""
+
+    product: str
+    codes: tuple[str, ...]
+    start: int
+    end: int | None
+    why: str
+
+
+class Reader(Protocol):
+    """What the views read from a store; it writes nothing. Its methods raise StoreError."""
+
+    def codes(self) -> list[str]:
+        """Return every code of which there is a trade, sorted."""
+
+    def close_codes(self) -> list[str]:
+        """Return every code of which there is a close, sorted."""
+
+    def estimate(self) -> int:
+        """Return about how many trades there are."""
+
+    def newest_codes(self, limit: int) -> list[str]:
+        """Return the codes that traded last, the latest first."""
+
+    def last(self, codes: Collection[str]) -> dict[str, StoredTrade]:
+        """Return the latest trade of each code; a code without one is missing."""
+
+    def trades(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[list[StoredTrade]]:
+        """Yield trades, some thousand at once, code by code and each code's by time; None: of all codes."""
+
+    def candles(
+        self, codes: Collection[str], since: int, until: int, step_ms: int
+    ) -> dict[str, list[Candle]]:
+        """Return what was traded in each step from `since` on; a step without trades is missing, and so is a code."""
+
+    def closes(self, codes: Collection[str], first: str, last: str) -> dict[str, list[StoredClose]]:
+        """Return the closes from one date to another (ISO, both included) by date, provisional ones too."""
+
+    def last_finals(self, before: Mapping[str, str]) -> dict[str, StoredClose]:
+        """Return of each code the newest final close before a date, REFERENCE_DAYS back at most."""
+
+    def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
+        """Return the gaps that reach into a span of time, in the order in which they began."""
+
+    def names(self, codes: Collection[str], english: bool = False) -> dict[str, str]:
+        """Return the names of codes, as far as the API's lists are on this machine."""
+
+
+def number_text(value: object) -> str:
+    """Return a stored number as a decimal text: a text as it stands, of other types all digits that they have."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return _without_zeros(_without_exponent(repr(value)))
+    return _without_exponent(str(value))
+
+
+def _without_exponent(text: str) -> str:
+    """Return a decimal text in which digits stand for themselves."""
+    from decimal import Decimal
+
+    return format(Decimal(text), "f") if "e" in text.lower() else text
+
+
+def _without_zeros(text: str) -> str:
+    """Return a decimal text without zeros behind its decimals."""
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def with_decimals_of(price: str, text: str) -> str:
+    """Return a price with at least as many decimals as another one has."""
+    missing = len(price.partition(".")[2]) - len(text.partition(".")[2])
+    if missing <= 0 or not set(price + text) <= set("-.0123456789"):
+        return text
+    return text + "." * ("." not in text) + "0" * missing
+
+
+def _spans_of(code: str, since: int, until: int) -> Iterator[tuple[str, str]]:
+    """Yield spans in which all `_id` are of the trades of a code in a span of time; their ends are no `_id`."""
+    for first, behind in EQUALLY_LONG_MS:
+        low, high = max(since, first), min(until, behind)
+        if low < high:
+            yield f"{code}|{low}", f"{code}|{high - 1}{BEHIND}"
+
+
+def _dates_before(day: str) -> list[str]:
+    """Return the REFERENCE_DAYS dates before one."""
+    last = date.fromisoformat(day)
+    return [(last - timedelta(days=days)).isoformat() for days in range(1, REFERENCE_DAYS + 1)]
+
+
+def _newest_finals(before: Mapping[str, str], found: Iterable[StoredClose]) -> dict[str, StoredClose]:
+    newest: dict[str, StoredClose] = {}
+    for close in sorted(found, key=itemgetter(1)):
+        if close.is_final and close.date < before[close.code]:
+            newest[close.code] = close
+    return newest
+
+
+def _by_code(closes: Iterable[StoredClose]) -> dict[str, list[StoredClose]]:
+    found: dict[str, list[StoredClose]] = {}
+    for close in sorted(closes):
+        found.setdefault(close.code, []).append(close)
+    return found
+
+
+def _parts(codes: Iterable[Any]) -> Iterator[list[Any]]:
+    """Yield codes, or what there is of each, CODES_ASKED at once."""
+    every = list(codes)
+    for at in range(0, len(every), CODES_ASKED):
+        yield every[at : at + CODES_ASKED]
+
+
+class _FileReader:
+    """What is in the local file whichever the store is."""
+
+    def __init__(self, file: LocalFile) -> None:
+        self._file = file
+
+    def names(self, codes: Collection[str], english: bool = False) -> dict[str, str]:
+        """Return the names of codes, as far as the API's lists are on this machine. Raises StoreError."""
+        return symbol_names(self._file, codes, english)
+
+    def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
+        """Return the gaps that are noted in the local file. Raises StoreError."""
+        query = (
+            'SELECT product, codes, "from", "to", why FROM stream_gaps '
+            'WHERE "from" < ? AND ifnull("to", ?) > ? ORDER BY "from"'
+        )
+        rows = self._file.read_all(query, until, NEVER, since)
+        found = [Gap(product, tuple(json.loads(names)), *rest) for product, names, *rest in rows]
+        return _touching(found, codes)
+
+
+def _touching(gaps: Iterable[Gap], codes: Collection[str]) -> list[Gap]:
+    wanted = set(codes)
+    return [gap for gap in gaps if not wanted.isdisjoint(gap.codes)]
+
+
+# Text columns hold what the API sent; a sum of volumes is exact to nine decimals.
+_SQLITE_CANDLES = """
+WITH found AS (
+    SELECT (t - ?2) / ?4 AS step, min(t) AS first, max(t) AS last,
+           max(CAST(p AS REAL)) AS high, min(CAST(p AS REAL)) AS low,
+           sum(CAST(v AS INTEGER)) AS whole,
+           sum(CAST(round((CAST(v AS REAL) - CAST(v AS INTEGER)) * 1e9) AS INTEGER)) AS billionths,
+           count(*) AS trades
+    FROM realtime WHERE stock_code = ?1 AND t >= ?2 AND t < ?3 AND demo IS ?5 GROUP BY step
+)
+SELECT ?2 + step * ?4,
+    (SELECT p FROM realtime WHERE stock_code = ?1 AND t = first AND demo IS ?5 ORDER BY _id LIMIT 1),
+    high, low,
+    (SELECT p FROM realtime WHERE stock_code = ?1 AND t = last AND demo IS ?5 ORDER BY _id DESC LIMIT 1),
+    whole, billionths, trades
+FROM found ORDER BY step
+"""
+# Each code of the index in its turn, not each trade.
+_SQLITE_CODES = """
+WITH RECURSIVE every(code) AS (
+    SELECT min(stock_code) FROM realtime
+    UNION ALL
+    SELECT (SELECT min(stock_code) FROM realtime WHERE stock_code > code) FROM every WHERE code IS NOT NULL
+)
+SELECT code, (SELECT t FROM realtime WHERE stock_code = code AND demo IS ? ORDER BY t DESC LIMIT 1) AS newest
+FROM every WHERE newest IS NOT NULL
+"""
+_TRADE_COLUMNS = ", ".join(("_id", *StoredTrade._fields[1:]))
+_CLOSE_COLUMNS = "stock_code, date, t, p, close IS NOT NULL, after_hours, open, high, low, volume, turnover"
+
+
+class SqliteReader(_FileReader):
+    """Reads the embedded store: its synthetic trades alone (`demo`), or the others alone."""
+
+    def __init__(self, file: LocalFile, demo: bool = False) -> None:
+        super().__init__(file)
+        self._demo = 1 if demo else None
+
+    def codes(self) -> list[str]:
+        """Return every code of which there is a trade, sorted. Raises StoreError."""
+        return sorted(code for code, _ in self._file.read_all(_SQLITE_CODES, self._demo))
+
+    def close_codes(self) -> list[str]:
+        """Return every code of which there is a close, sorted. Raises StoreError."""
+        query = "SELECT DISTINCT stock_code FROM close ORDER BY stock_code"
+        return [code for (code,) in self._file.read_all(query)]
+
+    def estimate(self) -> int:
+        """Return about how many trades there are: each has a number. Raises StoreError."""
+        first, last = self._file.read_one(
+            "SELECT (SELECT min(seq) FROM realtime), (SELECT max(seq) FROM realtime)"
+        )
+        return 0 if last is None else int(last - first + 1)
+
+    def newest_codes(self, limit: int) -> list[str]:
+        """Return the codes that traded last, the latest first. Raises StoreError."""
+        query = f"{_SQLITE_CODES} ORDER BY newest DESC, code LIMIT ?"
+        return [code for code, _ in self._file.read_all(query, self._demo, limit)]
+
+    def last(self, codes: Collection[str]) -> dict[str, StoredTrade]:
+        """Return the latest trade of each code. Raises StoreError."""
+        query = (
+            f"SELECT {_TRADE_COLUMNS} FROM realtime WHERE stock_code = ? AND demo IS ? "  # noqa: S608
+            "ORDER BY t DESC, _id DESC LIMIT 1"
+        )
+        rows = [self._file.read_one(query, code, self._demo) for code in codes]
+        return {row[-2]: StoredTrade(*row) for row in rows if row}
+
+    def trades(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[list[StoredTrade]]:
+        """Yield trades, some thousand at once, in the order of `_id`. Raises StoreError."""
+        if codes is None and since <= 0 and until >= NEVER:
+            yield from self._between("", BEHIND)
+            return
+        for code in sorted(self.codes() if codes is None else set(codes), key="{}|".format):
+            for low, high in _spans_of(code, since, until):
+                yield from self._between(low, high)
+
+    def _between(self, after: str, until: str) -> Iterator[list[StoredTrade]]:
+        query = (
+            f"SELECT {_TRADE_COLUMNS} FROM realtime WHERE _id > ? AND _id < ? AND demo IS ? "  # noqa: S608
+            f"ORDER BY _id LIMIT {TRADES_READ}"
+        )
+        while True:
+            rows = self._file.read_all(query, after, until, self._demo)
+            if rows:
+                yield [*map(StoredTrade._make, rows)]
+            if len(rows) < TRADES_READ:
+                return
+            after = rows[-1][0]
+
+    def candles(
+        self, codes: Collection[str], since: int, until: int, step_ms: int
+    ) -> dict[str, list[Candle]]:
+        """Return what was traded in each step. Raises StoreError."""
+        found = {}
+        for code in codes:
+            rows = self._file.read_all(_SQLITE_CANDLES, code, since, until, step_ms, self._demo)
+            if rows:
+                found[code] = [*map(_sqlite_candle, rows)]
+        return found
+
+    def closes(self, codes: Collection[str], first: str, last: str) -> dict[str, list[StoredClose]]:
+        """Return the closes between two dates, both included. Raises StoreError."""
+        query = f"SELECT {_CLOSE_COLUMNS} FROM close WHERE _id BETWEEN ? AND ?"  # noqa: S608
+        spans = [(f"{code}|{first}", f"{code}|{last}") for code in codes]
+        return _by_code(_sqlite_close(row) for span in spans for row in self._file.read_all(query, *span))
+
+    def last_finals(self, before: Mapping[str, str]) -> dict[str, StoredClose]:
+        """Return the newest final close of each code before a date. Raises StoreError."""
+        keys = [f"{code}|{day}" for code, until in before.items() for day in _dates_before(until)]
+        query = f"SELECT {_CLOSE_COLUMNS} FROM close WHERE _id IN (SELECT value FROM json_each(?))"  # noqa: S608
+        return _newest_finals(before, map(_sqlite_close, self._file.read_all(query, json.dumps(keys))))
+
+
+def _sqlite_candle(row: Sequence[Any]) -> Candle:
+    t, opened, high, low, close, whole, billionths, trades = row
+    more, rest = divmod(billionths, 10**9)
+    volume = _without_zeros(f"{whole + more}.{rest:09d}")
+    highest, lowest = (with_decimals_of(opened, number_text(number)) for number in (high, low))
+    return Candle(t, opened, highest, lowest, close, volume, trades)
+
+
+def _sqlite_close(row: Sequence[Any]) -> StoredClose:
+    code, day, t, p, is_final, after_hours, *bar = row
+    return StoredClose(code, day, t, p, bool(is_final), bool(after_hours), *(text or "" for text in bar))
+
+
+class MongoReader(_FileReader):
+    """Reads MongoDB, names and what else is on this machine from the local file.
+
+    What another program has put into the collections and is no trade is passed over.
+    """
+
+    def __init__(self, store: MongoStore, file: LocalFile, gap_name: str) -> None:
+        super().__init__(file)
+        self._store = store
+        self._gap_name = gap_name
+
+    def codes(self) -> list[str]:
+        """Return every code of which there is a trade, sorted. Raises StoreError."""
+        return sorted(code for code, _ in self._newest({}))
+
+    def close_codes(self) -> list[str]:
+        """Return every code of which there is a close, sorted. Raises StoreError."""
+        pipeline = [{"$group": {"_id": "$stock_code"}}]
+        with self._store.reading():
+            found = list(
+                self._store.collection(self._store.close_name).aggregate(pipeline, allowDiskUse=True)
+            )
+        return sorted(one["_id"] for one in found if isinstance(one["_id"], str))
+
+    def estimate(self) -> int:
+        """Return about how many trades there are. Raises StoreError."""
+        return self._store.estimate(self._store.realtime_name)
+
+    def newest_codes(self, limit: int) -> list[str]:
+        """Return the codes that traded last, the latest first. Raises StoreError."""
+        found = sorted((-t, code) for code, t in self._newest({}))
+        return [code for _, code in found[:limit]]
+
+    def last(self, codes: Collection[str]) -> dict[str, StoredTrade]:
+        """Return the latest trade of each code. Raises StoreError."""
+        moments = [{"stock_code": code, "t": t} for code, t in self._newest({"$in": [*codes]})]
+        found: dict[str, StoredTrade] = {}
+        for part in _parts(moments):
+            found |= {one.s: one for one in sorted(_stored_trades(self._store.at_moments(part)))}
+        for moment in moments:
+            code = moment["stock_code"]
+            if code not in found:  # what another program has put there is the latest
+                found |= {one.s: one for one in self._last_by_id(str(code))}
+        return found
+
+    def _last_by_id(self, code: str) -> list[StoredTrade]:
+        wanted = {
+            "_id": {"$gt": f"{code}|", "$lt": f"{code}|{BEHIND}"},
+            "stock_code": code,
+            "vw": {"$ne": None},
+        }
+        with self._store.reading():
+            return _stored_trades(list(self._store.collection().find(wanted).sort("_id", -1).limit(1)))
+
+    def _newest(self, wanted: Mapping[str, object]) -> list[tuple[str, int]]:
+        """Return codes with the time of their latest trade: the index gives one of each without reading the others."""
+        pipeline: list[dict[str, Any]] = [
+            {"$match": {"stock_code": wanted or {"$gt": ""}, "t": {"$gte": 0, "$lt": NEVER}}},
+            {"$sort": dict(INDEX)},
+            {"$group": {"_id": "$stock_code", "t": {"$first": "$t"}}},
+        ]
+        with self._store.reading():
+            found = self._store.collection().aggregate(pipeline, allowDiskUse=True)
+            return [(one["_id"], int(one["t"])) for one in found]
+
+    def trades(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[list[StoredTrade]]:
+        """Yield trades, some thousand at once, in the order of `_id`. Raises StoreError."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        from bson import decode_all
+        from bson.codec_options import CodecOptions, DatetimeConversion
+
+        options: CodecOptions[Document] = CodecOptions(
+            unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
+        )
+        batches = self._batches(codes, since, until)
+        ahead = ThreadPoolExecutor(1, "stockrt-read")  # the server is not idle while a batch is made use of
+        try:
+            coming = ahead.submit(next, batches, None)
+            while True:
+                with self._store.reading():
+                    batch = coming.result()
+                if batch is None:
+                    return
+                coming = ahead.submit(next, batches, None)
+                trades = _stored_trades(decode_all(batch, options))
+                if trades:
+                    yield trades
+        finally:
+            ahead.shutdown(wait=False)
+
+    def _batches(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[bytes]:
+        """Yield documents as the server sends them. Raises PyMongoError."""
+        spans: Iterable[tuple[str, str]] = [("", BEHIND)]
+        if codes is not None or since > 0 or until < NEVER:
+            every = sorted(self.codes() if codes is None else set(codes), key="{}|".format)
+            spans = (span for code in every for span in _spans_of(code, since, until))
+        for low, high in spans:
+            wanted = {"_id": {"$gt": low, "$lt": high}}
+            cursor = self._store.collection().find_raw_batches(
+                wanted, batch_size=TRADES_READ, sort=[("_id", 1)]
+            )
+            yield from cast(Iterable[bytes], cursor)
+
+    def candles(
+        self, codes: Collection[str], since: int, until: int, step_ms: int
+    ) -> dict[str, list[Candle]]:
+        """Return what was traded in each step. Raises StoreError."""
+        found: dict[str, list[Candle]] = {}
+        for part in _parts(codes):
+            pipeline = _mongo_candles(part, since, until, step_ms)
+            with self._store.reading():
+                for one in self._store.collection().aggregate(pipeline, allowDiskUse=True):
+                    found.setdefault(one["_id"]["code"], []).append(_mongo_candle(one))
+        return {code: sorted(candles) for code, candles in found.items()}
+
+    def closes(self, codes: Collection[str], first: str, last: str) -> dict[str, list[StoredClose]]:
+        """Return the closes between two dates, both included. Raises StoreError."""
+        found: list[StoredClose] = []
+        for part in _parts(codes):
+            spans = [{"_id": {"$gte": f"{code}|{first}", "$lte": f"{code}|{last}"}} for code in part]
+            found += self._closes({"$or": spans})
+        return _by_code(found)
+
+    def last_finals(self, before: Mapping[str, str]) -> dict[str, StoredClose]:
+        """Return the newest final close of each code before a date. Raises StoreError."""
+        found: list[StoredClose] = []
+        for part in _parts(before):
+            keys = [f"{code}|{day}" for code in part for day in _dates_before(before[code])]
+            found += self._closes({"_id": {"$in": keys}, "close": {"$ne": None}})
+        return _newest_finals(before, found)
+
+    def _closes(self, wanted: Mapping[str, object]) -> list[StoredClose]:
+        with self._store.reading():
+            return [*map(_mongo_close, self._store.collection(self._store.close_name).find(wanted))]
+
+    def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
+        """Return the gaps that MongoDB has, and those of this machine that it has not yet. Raises StoreError."""
+        wanted = {"from": {"$lt": until}, "$or": [{"to": None}, {"to": {"$gt": since}}]}
+        with self._store.reading():
+            documents = list(self._store.collection(self._gap_name).find(wanted))
+        there = [
+            Gap(one["product"], tuple(one["codes"]), one["from"], one.get("to"), one["why"])
+            for one in documents
+        ]
+        # of one that both have this machine knows best how it stands
+        every = [*_touching(there, codes), *super().gaps(codes, since, until)]
+        found = {gap[:3]: gap for gap in every}
+        return sorted(found.values(), key=lambda gap: gap.start)
+
+
+_trade_fields: itemgetter[Any] = itemgetter(*("_id", *StoredTrade._fields[1:]))
+
+
+def _stored_trades(documents: Sequence[Document]) -> list[StoredTrade]:
+    """Return those documents that are trades; where all have texts as numbers, which is the rule, in few steps."""
+    with contextlib.suppress(KeyError):
+        fields = [*map(_trade_fields, documents)]
+        ids, s, t, p, v, vw, *_ = columns = [*zip(*fields, strict=True)] or [()] * len(StoredTrade._fields)
+        begins = map("{}|{}|".format, s, t)
+        if {*map(type, chain(ids, p, v, vw))} <= {str} and all(map(str.startswith, ids, begins)):
+            times = {moment: _iso_text(moment) for moment in {*columns[-1]}}
+            return [StoredTrade._make((*row[:-1], times[row[-1]])) for row in fields]
+    trades = []
+    for document in filter(is_trade, documents):
+        *fields, created = (document.get(name) for name in ("_id", *StoredTrade._fields[1:]))
+        for number in (3, 4, 5):
+            fields[number] = number_text(fields[number])
+        trades.append(StoredTrade._make((*fields, _iso_text(created))))
+    return trades
+
+
+def _iso_text(moment: object) -> str:
+    """Return a BSON date as ISO 8601 UTC, and what is none, or far from our time, as a text."""
+    if not isinstance(moment, datetime):
+        return one_line(moment)
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return iso(moment)
+
+
+def _mongo_candles(codes: Sequence[str], since: int, until: int, step_ms: int) -> list[dict[str, Any]]:
+    """Return the aggregation that makes candles; the order of `_id` says what came first."""
+
+    def number(name: str) -> dict[str, Any]:
+        return {"$convert": {"input": f"${name}", "to": "decimal", "onError": None, "onNull": None}}
+
+    spans = [span for code in codes for span in _spans_of(code, since, until)]
+    into_it = {"$mod": [{"$subtract": ["$t", since]}, step_ms]}
+    return [
+        {"$match": {"$or": [{"_id": {"$gt": low, "$lt": high}} for low, high in spans]}},
+        {"$match": {"p": {"$type": ["string", "number"]}, "t": {"$type": "number"}}},
+        {"$sort": {"_id": 1}},
+        {
+            "$group": {
+                "_id": {"code": "$stock_code", "t": {"$subtract": ["$t", into_it]}},
+                "open": {"$first": "$p"},
+                "high": {"$max": number("p")},
+                "low": {"$min": number("p")},
+                "close": {"$last": "$p"},
+                "volume": {"$sum": number("v")},
+                "trades": {"$sum": 1},
+            }
+        },
+    ]
+
+
+def _mongo_candle(one: Document) -> Candle:
+    first, high, low, last = (number_text(one[name]) for name in ("open", "high", "low", "close"))
+    volume = _without_zeros(number_text(one["volume"]))
+    return Candle(int(one["_id"]["t"]), first, high, low, last, volume, one["trades"])
+
+
+def _mongo_close(document: Document) -> StoredClose:
+    is_final = document.get("close") is not None
+    names = ("open", "high", "low", "volume", "turnover")
+    bar = [number_text(document[name]) if document.get(name) is not None else "" for name in names]
+    code, day, p = document["stock_code"], document["date"], number_text(document["p"])
+    return StoredClose(code, day, int(document["t"]), p, is_final, bool(document.get("after_hours")), *bar)
+
+
 # ======================================================================================================
 # Run: codes in, report out
 # ======================================================================================================
 
 # MongoDB takes batches of a thousand a third faster than batches of a hundred; bounded, so that memory is.
 WRITE_BATCH = 1000
+# A commit to this disk costs as much for a thousand trades of many codes as for these: the same pages are written.
+COMMIT_BATCH = 5000
 # What is said to fail where closes cannot be made.
 CLOSES = "closing snapshot"
 # What was fetched is on its way to the store after this time at the latest.
 WRITE_AFTER_S = 0.5
 
 
+# What --once gives to KEEP_DAYS at its end.
+KEEP_ONCE_S = 2.0
 # A trade no older than this is stale at no market.
 FRESH_MS = 3_600_000
 
@@ -8124,6 +10544,50 @@ class Settler(Protocol):
         """Write them. Raises StoreError."""
 
 
+class Keeper:
+    """What follows where documents were written: listeners are told, closes are made.
+
+    The same for trades that were asked for and for those that were pushed. Any thread may call it.
+    """
+
+    def __init__(self, closing: Settler | None, events: Events, trouble: LogThrottle) -> None:
+        self._closing = closing
+        self._events = events
+        self._trouble = trouble
+
+    def follow(self, written: WriteReport, documents: Sequence[Document], stop: threading.Event) -> str:
+        """Tell of documents that a store has, and make their closes; return why those cannot be made, '' if they can.
+
+        The closes of what is queued are made when it arrives.
+        """
+        if written.queued:
+            self._events.kept(documents)
+            return ""
+        self._events.stored(documents)
+        return self._settle(documents, stop)
+
+    def _settle(self, documents: Sequence[Document], stop: threading.Event) -> str:
+        """Keep the closing prices; that it fails costs no trade."""
+        if self._closing is None:
+            return ""
+        try:
+            self._closing.settle(documents, stop)
+        except StoreError as error:
+            return str(error)
+        except Exception as error:  # the trades are stored, and that is what counts
+            if lack_words(error) or not self._trouble.there:
+                return own_fault(error)
+            return f"a fault of stockrt itself: {type(error).__name__}; see the log"
+        return ""
+
+
+def taken_of(documents: Sequence[Document], written: WriteReport) -> Sequence[Document]:
+    """Return those of the documents that a store has not refused."""
+    if not written.refused:
+        return documents
+    return [document for document in documents if document["_id"] not in written.refused]
+
+
 class Collector:
     """One run: fetches, checks, stores, counts. `run` is called once.
 
@@ -8145,11 +10609,11 @@ class Collector:
     ) -> None:
         self._source = source
         self._store = store
-        self._closing = closing
         self._events = events
         self._demo = demo
         self._clock = clock
         self._close_trouble = close_trouble or LogThrottle(CLOSES, clock)
+        self._keeper = Keeper(closing, events, self._close_trouble)
         self._unwritten: list[Document] = []
         self._unwritten_since = 0.0
         self._finder = finder
@@ -8232,13 +10696,7 @@ class Collector:
 
     def _look_up(self, plan: BatchPlan, finder: Finder) -> None:
         """Have looked up what the forms of some codes do not tell; what is found is asked next."""
-        for shown, unclear in plan.unclear.items():
-            found, why = None, plan.invalid[shown]
-            if not self._stop.is_set():
-                try:
-                    found = finder.find(unclear, self._stop)
-                except InstrumentError as error:
-                    why = str(error)
+        for shown, found, why in looked_up(plan, finder, self._stop):
             if found is None:
                 self._fail([shown], why, FailureKind.INVALID_CODE)
             else:
@@ -8287,9 +10745,8 @@ class Collector:
             self._fail([document["stock_code"] for document in documents], f"fetched, not stored: {error}")
             return
         self._done += len(documents) - len(written.refused)
-        taken = documents
+        taken = taken_of(documents, written)
         if written.refused:
-            taken = [document for document in documents if document["_id"] not in written.refused]
             for document in documents:
                 if document["_id"] in written.refused:
                     self._fail([document["stock_code"]], written.refused[document["_id"]])
@@ -8313,38 +10770,34 @@ class Collector:
                 self.report.read_as[self._asked(code)] = code
 
     def _count(self, written: WriteReport, documents: Sequence[Document]) -> None:
-        """Count what a write did; the closes of what is queued are made when it arrives."""
+        """Count what a write did, and let follow what does; that closes fail is said, not at every run."""
         if written.queued:
             self.report.queued += written.queued
             self.report.queued_because = written.queued_because
-            self._events.kept(documents)
-            return
-        self.report.stored += written.stored
-        self.report.duplicates += written.duplicates
-        self._events.stored(documents)
-        self._settle(documents)
-
-    def _settle(self, documents: Sequence[Document]) -> None:
-        """Keep the closing prices; that it fails is said, not at every run, and costs no trade."""
-        if self._closing is None:
-            return
-        try:
-            self._closing.settle(documents, self._stop)
-        except StoreError as error:
-            self._note_close_fault(str(error))
-        except Exception as error:  # the trades are stored, and that is what counts
-            words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
-            if lack_words(error) or not self._close_trouble.there:
-                words = own_fault(error)
-            self._note_close_fault(words)
         else:
+            self.report.stored += written.stored
+            self.report.duplicates += written.duplicates
+        close_error = self._keeper.follow(written, documents, self._stop)
+        if close_error:
             if not self.report.close_error:
-                self._close_trouble.over()
+                self._close_trouble.again(close_error)
+            self.report.close_error = close_error
+        elif not written.queued and not self.report.close_error:
+            self._close_trouble.over()
 
-    def _note_close_fault(self, words: str) -> None:
-        if not self.report.close_error:
-            self._close_trouble.again(words)
-        self.report.close_error = words
+
+def looked_up(
+    plan: BatchPlan, finder: Finder, stop: threading.Event
+) -> Iterator[tuple[str, Instrument | None, str]]:
+    """Yield of each code whose form does not tell what it means what the lists know it as, or why nothing."""
+    for shown, unclear in plan.unclear.items():
+        found, why = None, plan.invalid[shown]
+        if not stop.is_set():
+            try:
+                found = finder.find(unclear, stop)
+            except InstrumentError as error:
+                why = str(error)
+        yield shown, found, why
 
 
 def store_name(settings: Settings) -> str:
@@ -8458,6 +10911,21 @@ class QueueFacts(TypedDict):
     unsettled: int
 
 
+class _Aside(Events):
+    """Passes on what a run stores, not how it goes on: by that the executor is watched, whose run is another one."""
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+
+    def stored(self, documents: Sequence[Document]) -> None:
+        """Pass it on."""
+        self._events.stored(documents)
+
+    def kept(self, documents: Sequence[Document]) -> None:
+        """Pass it on."""
+        self._events.kept(documents)
+
+
 class Pipeline:
     """Everything that a run needs, opened in one place, last opened first closed; the daemon keeps it between runs.
 
@@ -8483,12 +10951,15 @@ class Pipeline:
         self._demo = demo
         self._delivery: Delivery | None = None
         self._close_trouble = LogThrottle(CLOSES, then="the trades are stored all the same")
+        self._keep_trouble = LogThrottle("KEEP_DAYS", then="older trades stay until it works")
+        self._keep_due = 0.0  # monotonic
         with contextlib.ExitStack() as opened:
             file = opened.enter_context(open_store_file(settings.state_directory, self._events, patient))
-            mongo: MongoStore | None = None
+            self.mongo: MongoStore | None = None
             ledger: Ledger = LocalLedger(file)
             if settings.mongodb_uri:
-                mongo = opened.enter_context(contextlib.closing(MongoStore(settings)))
+                self.mongo = opened.enter_context(contextlib.closing(MongoStore(settings)))
+            mongo = self.mongo
             if mongo is not None and not (only_looks and mongo.lacks(settings.license_name)):
                 ledger = SharedLedger(mongo.collection(settings.license_name), ledger)
             self.keys = KeyPool(settings.key_plans(), ledger)
@@ -8497,12 +10968,15 @@ class Pipeline:
             api = InfowayApi(settings.api_base_url, self.keys, proxies, self._events, clock=clock)
             opened.callback(api.close)
             self.api = api
+            self.gaps = Gaps(file, mongo)
             self._plans = KeyPlans(file, api)
             self.directory = Directory(file, api)
             self._source: Source = api
             if demo:
-                self._source = DemoApi()
+                self._source = DemoApi(clock, int(settings.collect_every_s) or 60)
             self._open_store(file, mongo)
+            self._polled: InfowayApi | None = None  # made at first use
+            self._polling = threading.Lock()
             self._opened = opened.pop_all()
 
     def _open_store(self, file: LocalFile, mongo: MongoStore | None) -> None:
@@ -8511,13 +10985,20 @@ class Pipeline:
         sessions = SessionsFile(file)
         closes_in: SqliteStore | MongoStore = mongo or SqliteStore(file)
         closes = ClosingPrices(closes_in, sessions, self._clock)
+        self.reader: Reader = SqliteReader(file, self._demo)
         if isinstance(closes_in, SqliteStore):
             self.store, self._closing = closes_in, closes
         else:
+            self.reader = MongoReader(closes_in, file, self._settings.gap_name)
             limit = self._settings.spool_max_bytes
             queue, rejects, unsettled = DeliveryQueue(file, limit), Rejects(file), UnsettledTrades(file)
             self._delivery = Delivery(closes_in, queue, rejects, unsettled, closes, self._events)
             self.store = self._closing = self._delivery
+        self._keeper = Keeper(self._closing, self._events, self._close_trouble)
+        days = self._settings.keep_days
+        self._retention: Retention = SqliteRetention(file, days, self._clock)
+        if mongo is not None:  # what waits for it in the local file stays
+            self._retention = MongoRetention(mongo, days)
         self._finaliser = Finaliser(closes_in, self._source, sessions, self._events, self._clock)
         self._backfill = Backfill(closes_in, self._source, file, self._clock)
 
@@ -8525,6 +11006,20 @@ class Pipeline:
     def open_mongodb(settings: Settings) -> contextlib.closing[MongoStore]:
         """Return the collections alone, for work that needs no local file."""
         return contextlib.closing(MongoStore(settings))
+
+    @staticmethod
+    @contextlib.contextmanager
+    def open_reader(settings: Settings, demo: bool = False) -> Iterator[Reader]:
+        """Give what the views read from: it writes nothing. `demo`: synthetic trades alone, which are never in MongoDB.
+
+        Raises StoreError.
+        """
+        with open_store_file(settings.state_directory) as file:
+            if demo or not settings.mongodb_uri:
+                yield SqliteReader(file, demo)
+                return
+            with Pipeline.open_mongodb(settings) as store:
+                yield MongoReader(store, file, settings.gap_name)
 
     def __enter__(self) -> Self:
         return self
@@ -8543,18 +11038,58 @@ class Pipeline:
 
         Raises SettingsError without an API key, StoreError when a local file is damaged or the clock not set.
         """
+        return self._collect(self._source, self._events, codes, stop, report)
+
+    def need_key(self) -> None:
+        """Raise SettingsError where trades are to be asked for without an API key."""
         if not (self._demo or self._settings.api_keys):
             raise SettingsError([NO_KEY_HINT])
+
+    def poll(self, codes: Iterable[object], stop: threading.Event) -> Report:
+        """Collect as `run` does, beside it and over connections of its own, without telling how it goes on.
+
+        Any thread may call it; they take turns. It has to be over before this is closed. Raises as `run` does.
+        """
+        try:
+            with turn(self._polling, stop):
+                return self._collect(self._source_beside(), _Aside(self._events), codes, stop)
+        except Interrupted:
+            return Report(interrupted=True)
+
+    def _source_beside(self) -> Source:
+        """Return what can be asked while a run asks."""
+        if self._demo:
+            return self._source
+        if self._polled is None:
+            self._polled = InfowayApi(
+                self._settings.api_base_url,
+                self.keys,
+                self._settings.proxies,
+                self._events,
+                clock=self._clock,
+            )
+            self._opened.callback(self._polled.close)
+        return self._polled
+
+    def _collect(
+        self,
+        source: Source,
+        events: Events,
+        codes: Iterable[object],
+        stop: threading.Event,
+        report: Report | None = None,
+    ) -> Report:
+        self.need_key()
         need_clock(self._clock.wall())
         closing, finder = None, None
         if not self._demo:
             self._plans.ask(stop)
             closing, finder = self._closing, self.directory
         collector = Collector(
-            self._source,
+            source,
             self.store,
             closing,
-            self._events,
+            events,
             demo=self._demo,
             report=report,
             close_trouble=self._close_trouble,
@@ -8567,6 +11102,40 @@ class Pipeline:
         if self._settings.metrics_file is not None:  # they cost a question to MongoDB
             self._tell_keys()
         return report
+
+    @property
+    def put_at_once(self) -> int:
+        """How many documents are best put at once where so many wait."""
+        return COMMIT_BATCH if self._delivery is None else WRITE_BATCH
+
+    def put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
+        """Store documents that were pushed, and let follow what does: within about that time, 0: at once.
+
+        MongoDB has them then, or the queue on this machine. Raises StoreError when nothing of it is stored.
+        """
+        delivery = self._delivery
+        if delivery is None:
+            return self._follow(self.store.write(documents), documents)
+        if not within_s:
+            return self._follow(delivery.keep(documents), documents)
+        delivery.mongo.start_threads()
+        with delivery.mongo.within(within_s):
+            return self._follow(delivery.write_soon(documents), documents)
+
+    def _follow(self, written: WriteReport, documents: Sequence[Document]) -> WriteReport:
+        close_error = self._keeper.follow(written, taken_of(documents, written), threading.Event())
+        if close_error:
+            self._close_trouble.again(close_error)
+        elif not written.queued:
+            self._close_trouble.over()
+        return written
+
+    def stream_limits(self, stop: threading.Event) -> dict[str, StreamLimits]:
+        """Return what the stream allows each key, by its digest; keys that serve no more are left out."""
+        self._plans.ask(stop)
+        return {
+            key.digest: stream_limits(self._plans.of(key), key.plan) for key in self.keys.keys if not key.dead
+        }
 
     def symbols(self, text: str, stop: threading.Event) -> tuple[list[Symbol], str]:
         """Return the instruments whose code or name holds a text, and why a list is missing, '' where none is.
@@ -8616,6 +11185,49 @@ class Pipeline:
         """Make all closes final whose bars can be had now, or until `stop` is set."""
         while not stop.is_set() and self.finalise(stop) == 0:
             pass
+
+    def retain(self) -> float:
+        """Do a part of what KEEP_DAYS asks for, if that is due; return after how many seconds there is more to do.
+
+        Infinite for never. What fails is said and tried again; never raises.
+        """
+        now = self._clock.monotonic()
+        if self._demo:
+            return math.inf
+        if now < self._keep_due:
+            return self._keep_due - now
+        wait = FINAL_PAUSE_S
+        try:
+            need_clock(self._clock.wall())
+            if self._delivery is None or not self._delivery.is_away:
+                wait = self._retention.step()
+            self._keep_trouble.over()
+        except StoreError as error:
+            self._keep_trouble.again(str(error))
+        except Exception as error:  # it must not cost a trade
+            self._keep_trouble.again(own_fault(error))
+        self._keep_due = self._clock.monotonic() + wait
+        return wait
+
+    def retain_some(self, stop: threading.Event) -> None:
+        """Do what KEEP_DAYS asks for, as far as that is a matter of seconds, or until `stop` is set."""
+        until = self._clock.monotonic() + KEEP_ONCE_S
+        wait = self.retain()
+        while wait <= EXPIRED_PAUSE_S and self._clock.monotonic() < until and not stop.wait(wait):
+            wait = self.retain()
+
+    def apply_retention(self) -> str:
+        """Remove what is older than KEEP_DAYS, and return what is in the way of that, or ''. Raises StoreError."""
+        need_clock(self._clock.wall())
+        return self._retention.apply()
+
+    def kept(self) -> str:
+        """Return for how long trades are kept. Raises StoreError."""
+        return f"trades {self._retention.words()}"
+
+    def check_store(self) -> str:
+        """Try what a run needs of the store, and say for how long trades are kept. Raises StoreError."""
+        return f"{self.store.check()}, {self.kept()}"
 
     def _settle_final(self, refused: Sequence[RefusedClose]) -> None:
         if self._delivery is not None:
@@ -8710,6 +11322,1569 @@ class Pipeline:
 
 
 # ======================================================================================================
+# Collection: what is collected without anybody asking, and when
+# ======================================================================================================
+
+# ------------------------------------------------------------------------------------------------------
+# What: the codes of COLLECT_CODES
+# ------------------------------------------------------------------------------------------------------
+
+# A file or a collection of codes is looked at again after so long, seconds.
+LOOK_EVERY_S = 60.0
+# As many codes as a command may have, and a file that holds no more of them.
+MOST_COLLECTED = 100_000
+MOST_CODES_BYTES = 16 * 1024 * 1024
+NO_CODES = (
+    'no codes are named: expected code_list, a list such as ["AAPL.US"], or COLLECT_CODES in the settings of this '
+    "module, for commands without codes"
+)
+
+
+class WatchList:
+    """The codes of COLLECT_CODES, of which this instance takes its share; a file or a collection is looked at again.
+
+    Any thread may call it. What cannot be read, or holds no code any more, leaves the codes from before, and is said.
+    """
+
+    def __init__(self, settings: Settings, mongo: MongoStore | None, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._settings = settings
+        self._mongo = mongo
+        self._clock = clock
+        self._codes: tuple[str, ...] | None = None
+        self._look_at = -math.inf
+        self._file_was: tuple[int, int, int] | None = None
+        self._odd_said = False
+        self._trouble = LogThrottle("COLLECT_CODES", clock, then="the codes from before stay")
+        self._lock = threading.Lock()
+
+    def codes(self, fresh: bool = False) -> Sequence[str]:
+        """Return this instance's codes as they were typed, the same object until they change; `fresh`: as of now.
+
+        Raises StockrtError while there are none from before.
+        """
+        with self._lock:
+            if fresh or self._codes is None or self._clock.monotonic() >= self._look_at:
+                self._look()
+            return self._codes or ()
+
+    def wait_s(self) -> float:
+        """Return after how many seconds `codes` looks again; infinite where that is of no use."""
+        return max(0.0, self._look_at - self._clock.monotonic())
+
+    def _look(self) -> None:
+        self._look_at = math.inf
+        if self._settings.collect_codes[:1] == "@" or self._settings.collect_codes == WATCH:
+            self._look_at = self._clock.monotonic() + LOOK_EVERY_S
+        try:
+            found = self._read()
+        except StockrtError as error:
+            if self._codes is None:
+                raise StockrtError(f"COLLECT_CODES: {error}") from None
+            self._trouble.again(str(error))
+        else:
+            self._trouble.over()
+            if found is not None:
+                self._take(found)
+
+    def _read(self) -> Collection[str] | None:
+        """Return the codes of all shares, None for those from before. Raises StockrtError."""
+        text = place = self._settings.collect_codes
+        found: list[str] | None
+        if text == WATCH:
+            place = f"{self._settings.mongodb_db_name}.{self._settings.watch_name}"
+            found = self._read_collection(place)
+        elif text[:1] == "@":
+            place = text[1:]
+            found = self._read_file(Path(place))
+        elif text:
+            found = split_codes(text)
+        else:
+            raise StockrtError(NO_CODES)
+        if found is None:
+            return None
+        codes = dict.fromkeys(found)
+        if not codes:
+            raise StockrtError(f"no code in {place}; expected codes such as AAPL.US 600519.SH")
+        if len(codes) > MOST_COLLECTED:
+            raise StockrtError(f"{place} has more than {MOST_COLLECTED} codes")
+        return codes
+
+    def _read_collection(self, place: str) -> list[str]:
+        if self._mongo is None:
+            raise StockrtError(WATCH_NEEDS_MONGODB)
+        try:
+            values = self._mongo.field(self._settings.watch_name, "code", MOST_COLLECTED + 1)
+        except StoreAway as error:
+            raise StockrtError(f"{place} cannot be read: {error}") from error
+        if len(values) > MOST_COLLECTED:
+            raise StockrtError(f"{place} has more than {MOST_COLLECTED} documents")
+        texts = [value for value in values if isinstance(value, str) and split_codes(value)]
+        odd = len(values) - len(texts)
+        if odd and not self._odd_said:
+            words = "COLLECT_CODES: %d of %s in %s have no text in the field code, and are passed over"
+            log.warning(words, odd, count_words(len(values), "document"), place)
+        self._odd_said = bool(odd)
+        return [code for text in texts for code in split_codes(text)]
+
+    def _read_file(self, path: Path) -> list[str] | None:
+        """Return what a file holds, None where it has not changed. Raises StockrtError."""
+        import stat
+
+        try:
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise StockrtError(f"{path} is no plain file")
+            if found.st_size > MOST_CODES_BYTES:
+                raise StockrtError(
+                    f"{path} has {found.st_size} bytes; expected codes such as AAPL.US 600519.SH"
+                )
+            is_now = (found.st_mtime_ns, found.st_size, found.st_ino)
+            if self._codes is not None and is_now == self._file_was:
+                return None
+            with path.open(encoding="utf-8-sig") as lines:
+                codes = list(codes_in(lines))
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise StockrtError(f"{path} cannot be read: {why}") from None
+        if codes:
+            self._file_was = is_now
+        return codes
+
+    def _take(self, listed: Collection[str]) -> None:
+        """Go over to what of a new list is in the share, and say what changed, or that it is nothing."""
+        number, shares = self._settings.collect_share
+        codes = [code for code in listed if share_of(code, shares) == number]
+        before, now = set(self._codes or ()), set(codes)
+        if self._codes is not None and before == now:
+            return
+        if not codes:
+            words = "COLLECT_CODES: none of %s is in the share %d/%d"
+            log.warning(words, count_words(len(listed), "code"), number, shares)
+        elif self._codes is not None:
+            words = "COLLECT_CODES: %s, %d new, %d gone"
+            log.info(words, count_words(len(codes), "code"), len(now - before), len(before - now))
+        self._codes = tuple(codes)
+
+
+def share_of(code: str, shares: int) -> int:
+    """Return in which of so many shares a code is, from 1 on, the same one in whichever notation it is typed.
+
+    It is the first 32 bits of the SHA-256 of the API's form, modulo the number of shares, plus 1.
+    """
+    if shares == 1:
+        return 1
+    try:
+        form = parse_code(code).code
+    except UnclearCode as error:
+        form = error.text  # what a list may know it as
+    except InstrumentError:
+        form = code
+    return int(sha256(form.encode("utf-8", "backslashreplace"))[:8], 16) % shares + 1
+
+
+class Resolved(NamedTuple):
+    """Instruments by how they were asked for, each once; and of the codes that are none in which words."""
+
+    instruments: dict[str, Instrument]
+    refused: dict[str, str]
+
+
+def resolve(codes: Iterable[object], finder: Finder | None, stop: threading.Event) -> Resolved:
+    """Return what codes mean, by the rules of a run, as far as their forms and the lists tell. Raises StoreError."""
+    plan = BatchPlan()
+    plan.add(codes)
+    refused = dict(plan.invalid)
+    if finder is not None:
+        for shown, found, why in looked_up(plan, finder, stop):
+            refused[shown] = why
+            if found is not None:
+                del refused[shown]
+                plan.add_instrument(found, shown)
+    instruments = {
+        plan.asked_as.get(code, code): Instrument(code, batch.product, plan.alternatives.get(code, ()))
+        for batch in plan.finish()
+        for code in batch.split()
+    }
+    return Resolved(instruments, refused)
+
+
+# ------------------------------------------------------------------------------------------------------
+# When: on a fixed beat
+# ------------------------------------------------------------------------------------------------------
+
+# Failures that are nobody's but the way to the trades: said as a trouble, whatever the codes.
+TROUBLES = frozenset({FailureKind.NETWORK, FailureKind.API, FailureKind.KEY, FailureKind.OTHER})
+# Those of a code itself.
+OF_THE_CODE = frozenset({FailureKind.INVALID_CODE, FailureKind.UNKNOWN_CODE, FailureKind.BAD_RECORD})
+
+
+class Troubles:
+    """What runs meet and no single code is to blame for, said as it begins, goes on and ends.
+
+    `then`: what comes after a run that met some.
+    """
+
+    def __init__(self, settings: Settings, then: str) -> None:
+        self.store = LogThrottle(store_name(settings), then=then)
+        self._api = LogThrottle("Infoway", then=then)
+        self._stale = LogThrottle("trades", then="they are stored all the same")
+
+    def note(self, report: Report) -> str:
+        """Say which begin or end with a run; return what it met, '' for nothing."""
+        away = next((failure.words for failure in report.failures.values() if failure.kind in TROUBLES), "")
+        found = ((self.store, report.store_error), (self._stale, report.stale_words()), (self._api, away))
+        for trouble, words in found:
+            if words:
+                trouble.again(words)
+            elif report.reached:
+                trouble.over()
+        return report.store_error or away
+
+
+class Beat:
+    """When a poll begins: on a grid from the first one on, which no poll's length shifts. Never two at once.
+
+    A beat that comes while a poll goes on is missed. Times are monotonic seconds. Pure.
+    """
+
+    def __init__(self, every_s: float, now: float) -> None:
+        self._every_s = every_s
+        self._first_at = now
+        self._next = 0  # the number of the next beat
+
+    def wait_s(self, now: float) -> float:
+        """Return after how many seconds the next beat comes."""
+        return max(0.0, self._first_at + self._next * self._every_s - now)
+
+    def done(self, now: float) -> int:
+        """Take it that the poll of the last beat is over; return how many beats were missed."""
+        this = self._next
+        self._next = max(this + 1, math.ceil((now - self._first_at) / self._every_s))
+        return self._next - this - 1
+
+
+class Poller(threading.Thread):
+    """Polls the codes of a watch list every COLLECT_EVERY seconds until told to leave."""
+
+    def __init__(
+        self, pipeline: Pipeline, settings: Settings, watch: WatchList, events: Events = NO_EVENTS
+    ) -> None:
+        super().__init__(name="stockrt-poll", daemon=True)
+        self._pipeline = pipeline
+        self._every_s = settings.collect_every_s
+        self._watch = watch
+        self._events = events
+        then = "the next beat tries again"
+        self._troubles = Troubles(settings, then)
+        self._poll_trouble = LogThrottle("collecting", then=then)
+        self._code_trouble = LogThrottle("collecting", then="they are asked for at every beat")
+        self._beat_trouble = LogThrottle("collecting", then="beats are skipped, never two polls at once")
+        self._in_time = 0  # polls without a missed beat since
+        self._stats = CollectStats()
+        self._leaving = threading.Event()
+
+    def leave(self) -> None:
+        """End; of a poll that goes on what was fetched is stored."""
+        self._leaving.set()
+
+    def stats(self) -> CollectStats:
+        """Return what it did so far."""
+        return self._stats
+
+    def run(self) -> None:
+        """Work until told to leave."""
+        beat = Beat(self._every_s, time.monotonic())
+        while not self._leaving.wait(beat.wait_s(time.monotonic())):
+            began = time.monotonic()
+            report = self._poll()
+            now = time.monotonic()
+            self._note_beats(beat.done(now), now - began)
+            self._count(report)
+            self._events.collecting(self._stats)
+
+    def _poll(self) -> Report:
+        """Poll once; what keeps it from that is said, and the report's `store_error`."""
+        try:
+            report = self._pipeline.poll(self._watch.codes(), self._leaving)
+        except ImportError as error:
+            lost = lost_part(error)
+            self._events.damaged(lost)
+            words = str(lost)
+        except StockrtError as error:
+            words = str(error)
+        except Exception as error:  # nobody else looks at this thread
+            words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
+            if lack_words(error) or not self._poll_trouble.there:
+                words = own_fault(error)
+        else:
+            if not report.interrupted:
+                self._poll_trouble.over()
+                self._note_codes(report)
+            return report
+        self._poll_trouble.again(words)
+        return Report(store_error=words, interrupted=True)
+
+    def _note_codes(self, report: Report) -> None:
+        failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
+        if failed:
+            self._code_trouble.again(failed_words(failed, report.total))
+        elif report.reached:
+            self._code_trouble.over()
+
+    def _note_beats(self, missed: int, took_s: float) -> None:
+        """Say that beats are missed, and that it is over once none was for a while: else each would be said."""
+        if missed:
+            self._in_time = 0
+            self._stats = self._stats._replace(missed_beats=self._stats.missed_beats + missed)
+            self._beat_trouble.again(
+                f"a poll took {took_s:.1f} s, longer than COLLECT_EVERY={self._every_s:g} allows"
+            )
+            return
+        self._in_time += 1
+        if self._in_time * self._every_s >= TROUBLE_AGAIN_S:
+            self._beat_trouble.over()
+
+    def _count(self, report: Report) -> None:
+        before = self._stats
+        if report.total and not before.polled:
+            log.info("%s polled every %g s", count_words(report.total, "code"), self._every_s)
+        trouble = report.store_error
+        if not report.interrupted:
+            trouble = self._troubles.note(report)
+        new = report.stored + report.queued
+        self._stats = before._replace(
+            polled=report.total or before.polled,
+            per_second=new / self._every_s,
+            trades=before.trades + new + report.duplicates,
+            stored=before.stored + new,
+            duplicates=before.duplicates + report.duplicates,
+            trouble=trouble,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------
+# Where the stream is incomplete
+# ------------------------------------------------------------------------------------------------------
+#
+# The way of a push: `StreamConnection.read` gives its trade to a Feed, a thread for each connection; `Intake.add` takes
+# it, and the intake's thread writes it with others to the store, or to what waits for MongoDB. `Coverage` knows of each
+# code whether its pushes come, notes gaps, and marks in the state directory up to when everything is kept: so the next
+# start knows since when something is missing, however this one ends. The Planner looks after the list of codes, spreads
+# them over connections, and asks over REST for what the stream does not bring.
+
+CODES_NAME, MARK_NAME = "collecting.codes", "collecting.mark"
+
+
+class Parcel(NamedTuple):
+    """Trades of a product that came together: when, in epoch ms and monotonic seconds.
+
+    `since`: epoch ms, what comes later by both its arrival and its own time was not among those before.
+    """
+
+    product: str
+    trades: Sequence[Trade]
+    since: int
+    arrived_ms: int
+    arrived: float
+
+
+class Group(NamedTuple):
+    """Codes of a product of which everything is kept that came up to a moment (epoch ms)."""
+
+    product: str
+    until: int
+    codes: Sequence[str]
+
+
+class Left(NamedTuple):
+    """What the last process that collected here has left: who it was, of what it kept everything, and how it ended."""
+
+    instance: str = ""
+    version: int = 0
+    groups: Sequence[Group] = ()
+    stopped: bool = False
+
+
+class MarkFiles:
+    """Up to when everything is kept, in the state directory: which codes, and a small file that follows the time.
+
+    The codes are on disk when they are written; of the times older ones may stand there after a power cut, and then a
+    gap only begins earlier.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._codes = directory / CODES_NAME
+        self._mark = directory / MARK_NAME
+
+    def read(self) -> Left:
+        """Return what the last process has left. Raises StoreError."""
+        codes = self._object(self._codes)
+        mark = self._object(self._mark)
+        try:
+            groups = [Group(product, until, names) for product, until, names in codes.get("groups", ())]
+            version, stopped = int(codes.get("version", 0)), False
+            if mark.get("version") == version:
+                stopped = bool(mark["stopped"])
+                groups = [
+                    one._replace(until=max(one.until, int(until)))
+                    for one, until in zip(groups, mark["until"], strict=True)
+                ]
+            return Left(str(codes.get("instance", "")), version, groups, stopped)
+        except (KeyError, TypeError, ValueError) as error:
+            log.error(
+                "%s is damaged (%s): a gap before this start is not noted", self._codes, one_line(error, 80)
+            )
+            return Left()
+
+    @staticmethod
+    def _object(path: Path) -> dict[str, Any]:
+        with disk_trouble(f"{path} cannot be read"), contextlib.suppress(FileNotFoundError):
+            return json_object(path.read_bytes()) or {}
+        return {}
+
+    def write_codes(self, left: Left) -> None:
+        """Keep of which codes everything is kept. Raises StoreError."""
+        facts = {"instance": left.instance, "version": left.version, "groups": left.groups}
+        write_whole(self._codes, json.dumps(facts), durable=True)
+
+    def write_mark(self, left: Left) -> None:
+        """Keep up to when everything of them is kept. Raises StoreError."""
+        until = [group.until for group in left.groups]
+        write_whole(
+            self._mark, json.dumps({"version": left.version, "until": until, "stopped": left.stopped})
+        )
+
+
+class Part:
+    """What one connection is to bring: codes of a product, those that are subscribed, and when it brought something.
+
+    `heard`: epoch ms; what it brought up to then was handed on, and `seen` is that of a moment at which the intake was
+    looked at afterwards. Only the thread of the connection changes `heard`.
+    """
+
+    def __init__(self, product: str, now_ms: int) -> None:
+        self.product = product
+        self.codes: frozenset[str] = frozenset()
+        self.acked: set[str] = set()
+        self.silent: set[str] = set()  # those that are subscribed anew for saying nothing
+        self.silent_since = 0  # epoch ms
+        self.heard = self.seen = now_ms
+
+
+class Silence(NamedTuple):
+    """A time in which an open market said nothing of some codes, up to when they were subscribed anew; epoch ms."""
+
+    product: str
+    codes: Sequence[str]
+    since: int
+    until: int
+
+
+class OpenGap:
+    """A gap in memory: `missing` are those of its codes that are not subscribed again; `is_kept` as it is now."""
+
+    def __init__(self, gap: NotedGap, missing: Iterable[str], is_kept: bool = False) -> None:
+        self.gap = gap
+        self.missing = set(missing)
+        self.is_kept = is_kept
+        self.last = 0  # of refused pushes: when the last one came
+
+
+class Coverage:
+    """Knows of each code of the stream whether its pushes come, or since when not. Any thread may call it.
+
+    A code is missing from the last sign of a connection that was lost (or the mark of a process that ended) until it
+    is subscribed again. What cannot be noted now is noted later, and the mark stays behind it until then.
+    """
+
+    def __init__(self, gaps: Gaps, directory: Path, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.news = threading.Event()  # there is something to be fetched, or to be planned anew
+        self._gaps = gaps
+        self._files = MarkFiles(directory)
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._parts: list[Part] = []
+        self._open: list[OpenGap] = []
+        self._ended: list[OpenGap] = []  # subscribed again, and not fetched yet
+        self._silent: list[Silence] = []
+        self._refused: dict[str, OpenGap] = {}  # by product: pushes that the store does not take now
+        self._back: set[str] = set()
+        self._wanted: Mapping[str, Collection[str]] = {}
+        self._left = Left()
+        self._durable = 0
+        self._is_closed = False
+        self._trouble = LogThrottle("stream_gaps", clock, then="it is noted as soon as that works")
+
+    def begin(self, wanted: Mapping[str, Collection[str]]) -> None:
+        """Take over what the last process left: its open gaps, and a new one since its mark. Raises StoreError.
+
+        `wanted` as for `want`.
+        """
+        with self._lock:
+            self._wanted = wanted
+            left = self._files.read()
+            self._left = left._replace(instance=left.instance or _new_instance(), stopped=False)
+            now = self._now_ms()
+            known: set[tuple[str, str]] = set()
+            for gap in self._gaps.open():
+                missing = {*gap.codes} & {*wanted.get(gap.product, ())}
+                known |= {(gap.product, code) for code in missing}
+                self._open.append(OpenGap(gap, missing, is_kept=True))
+            self._durable = now
+            self._end_gaps()
+            why = "stockrt was stopped" if left.stopped else "stockrt ended without notice"
+            since: dict[tuple[str, int], set[str]] = {}
+            for product, until, codes in left.groups:
+                lost = {code for code in codes if (product, code) not in known} & {*wanted.get(product, ())}
+                since.setdefault((product, until), set()).update(lost)
+            for (product, until), lost in since.items():
+                self._lose(product, lost, until, why)
+            self._complete(self._ended)
+
+    def want(self, wanted: Mapping[str, Collection[str]]) -> None:
+        """Have it which codes are to be collected, by product: of others nothing is missing from now on."""
+        with self._lock:
+            self._wanted = wanted
+            for one in self._open:
+                one.missing &= {*wanted.get(one.gap.product, ())}
+            self._end_gaps()
+
+    def add(self, product: str) -> Part:
+        """Return the part of a new connection."""
+        with self._lock:
+            part = Part(product, self._now_ms())
+            self._parts.append(part)
+            return part
+
+    def expect(self, part: Part, codes: Iterable[str]) -> None:
+        """Have it that a connection is to bring these codes, and no others.
+
+        Called before they are subscribed: if this process ends then, the next one knows of them.
+        """
+        with self._lock:
+            codes = frozenset(codes)
+            gone = part.acked - codes
+            part.codes = codes
+            part.acked -= gone
+            moved = gone & {*self._wanted.get(part.product, ())}
+            self._lose(part.product, moved, part.heard, "moved to another connection")
+            self._write_codes()
+
+    def drop(self, part: Part) -> None:
+        """Have it that a connection is not used any more."""
+        with self._lock:
+            self.expect(part, ())
+            self._parts.remove(part)
+
+    def acked(self, part: Part, codes: Iterable[str]) -> None:
+        """Codes are subscribed: from now on everything of them comes."""
+        with self._lock:
+            part.heard = self._now_ms()
+            fresh = part.codes & {*codes} - part.acked
+            part.acked |= fresh
+            for one in self._open:
+                if one.gap.product == part.product:
+                    one.missing -= fresh
+            self._end_gaps()
+            again = part.silent & {*codes}
+            part.silent -= again
+            if again:
+                self._silent.append(Silence(part.product, sorted(again), part.silent_since, part.heard))
+            self._back |= fresh
+            self._write_codes()
+        self.news.set()
+
+    def lost(self, part: Part, why: str) -> None:
+        """A connection is over: what it brought is missing since its last sign."""
+        with self._lock:
+            acked, part.acked, part.silent = part.acked, set(), set()
+            self._lose(part.product, acked, part.heard, why)
+            self._write_codes()
+
+    def refused(self, part: Part, codes: Iterable[str], why: str) -> None:
+        """The stream does not take codes of a connection; those that came before or are missing are so for this."""
+        with self._lock:
+            codes = {*codes}
+            acked = part.acked & codes
+            part.acked -= acked
+            self._lose(part.product, acked, part.heard, why)
+            for one in [one for one in self._open if one.gap.product == part.product]:
+                self._split(one, codes - acked, why)
+            self._write_codes()
+        self.news.set()
+
+    def silent(self, part: Part, codes: Iterable[str]) -> None:
+        """An open market says nothing, and these codes are subscribed anew: whether they are missing is to be seen."""
+        with self._lock:
+            part.silent = part.acked & {*codes}
+            part.silent_since = part.heard
+
+    def take_silent(self) -> list[Silence]:
+        """Return the silences that are over: trades that are fetched now and were not pushed tell gaps of them."""
+        with self._lock:
+            silences, self._silent = self._silent, []
+            return silences
+
+    def was_deaf(self, silence: Silence) -> None:
+        """In a silence there were trades that were not pushed."""
+        with self._lock:
+            why = "nothing was pushed although there were trades"
+            one = self._new(silence.product, silence.codes, silence.since, why)
+            one.gap = one.gap._replace(until=silence.until)
+            self._ended.append(one)
+
+    def not_stored(self, parcel: Parcel, codes: Collection[str], why: str) -> None:
+        """The store took none of these pushes, or not those of some codes: missing until it takes some again."""
+        with self._lock:
+            one = self._refused.get(parcel.product)
+            if one is None:
+                one = self._refused[parcel.product] = self._new(parcel.product, (), parcel.since, why)
+            one.last = max(one.last, parcel.arrived_ms)
+            fresh = {*codes} - one.missing
+            if fresh:
+                one.missing |= fresh
+                one.gap = one.gap._replace(codes=tuple(sorted(one.missing)))
+                one.is_kept = False
+                self._keep([one])
+
+    def stored(self) -> None:
+        """The store takes pushes again."""
+        with self._lock:
+            for product, one in [*self._refused.items()]:
+                one.gap = one.gap._replace(until=one.last)
+                one.is_kept = False
+                self._keep([one])
+                if one.is_kept:
+                    del self._refused[product]
+
+    def take_back(self) -> set[str]:
+        """Return the codes that were subscribed since this was asked last: their latest trades are to be fetched."""
+        with self._lock:
+            back, self._back = self._back, set()
+            return back
+
+    def ended(self) -> list[OpenGap]:
+        """Return the gaps whose codes are subscribed again."""
+        with self._lock:
+            return [*self._ended]
+
+    def complete(self, gaps: Iterable[OpenGap]) -> None:
+        """Note that gaps are over."""
+        with self._lock:
+            self._complete(gaps)
+
+    def missing(self) -> int:
+        """Return how many gaps go on."""
+        with self._lock:
+            return len(self._open) + len(self._ended) + len(self._refused)
+
+    def subscribed(self) -> dict[str, set[str]]:
+        """Return the codes whose pushes come now, by product."""
+        with self._lock:
+            found: dict[str, set[str]] = {}
+            for part in self._parts:
+                found.setdefault(part.product, set()).update(part.acked)
+            return found
+
+    def look(self) -> None:
+        """Look up to when connections have handed on what they brought; then the intake is to be asked, then `mark`."""
+        with self._lock:
+            for part in self._parts:
+                part.seen = part.heard
+
+    def mark(self, durable_ms: int, stopped: bool = False) -> None:
+        """Keep in the state directory up to when everything is kept: what came before a moment (epoch ms)."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._durable = max(self._durable, durable_ms)
+            self._keep([*self._refused.values(), *self._open, *self._ended])
+            if not self._write_codes():
+                return
+            self._left = self._left._replace(groups=self._groups(), stopped=stopped)
+            try:
+                self._files.write_mark(self._left)
+            except StoreError as error:
+                self._trouble.again(str(error))
+
+    def close(self, durable_ms: int) -> None:
+        """Leave: gaps that are over are noted, and nothing is from now on, whatever thread is late."""
+        with self._lock:
+            self.stored()
+            self._complete(self._ended)
+            self.mark(durable_ms, stopped=True)
+            self._is_closed = True
+
+    # under the lock
+
+    def _now_ms(self) -> int:
+        return int(self._clock.wall() * 1000)
+
+    def _new(self, product: str, codes: Collection[str], since: int, why: str) -> OpenGap:
+        gap = NotedGap("", self._left.instance, product, tuple(sorted(codes)), since, None, why, "")
+        return OpenGap(gap, codes)
+
+    def _lose(self, product: str, codes: Collection[str], since: int, why: str) -> None:
+        """Note that codes are missing."""
+        if codes and not self._is_closed:
+            one = self._new(product, codes, since, why)
+            self._open.append(one)
+            self._keep([one])
+
+    def _split(self, one: OpenGap, codes: set[str], why: str) -> None:
+        """Give codes that stay missing for another reason a gap of their own."""
+        here = one.missing & codes
+        if not here:
+            return
+        rest = {*one.gap.codes} - here
+        if not rest:
+            one.gap = one.gap._replace(why=why)
+        else:
+            one.gap = one.gap._replace(codes=tuple(sorted(rest)))
+            one.missing -= here
+            self._lose(one.gap.product, here, one.gap.since, why)
+        one.is_kept = False
+        self._keep([one])
+        self._end_gaps()
+
+    def _end_gaps(self) -> None:
+        """Set those apart in which nothing is missing any more."""
+        now = self._now_ms()
+        for one in [one for one in self._open if not one.missing]:
+            one.gap = one.gap._replace(until=now)
+            self._open.remove(one)
+            self._ended.append(one)
+
+    def _complete(self, gaps: Iterable[OpenGap]) -> None:
+        for one in [*gaps]:
+            one.is_kept = False
+            self._keep([one])
+            if one.is_kept and one in self._ended:
+                self._ended.remove(one)
+
+    def _keep(self, gaps: Iterable[OpenGap]) -> None:
+        """Have gaps in the local file as they are now."""
+        for one in gaps:
+            if one.is_kept or self._is_closed:
+                continue
+            try:
+                if one.gap.key:
+                    self._gaps.change(one.gap)
+                else:
+                    one.gap = self._gaps.note(one.gap)
+            except StoreError as error:
+                self._trouble.again(str(error))
+                return
+            one.is_kept = True
+            self._trouble.over()
+            self.news.set()
+
+    def _groups(self) -> list[Group]:
+        """Return of which codes everything is kept up to when; gaps that are not noted yet hold it back."""
+        groups = []
+        gone: dict[str, set[str]] = {}
+        for one in self._open:
+            gone.setdefault(one.gap.product, set()).update(one.missing)
+        for part in self._parts:
+            codes = part.codes - (gone.get(part.product, set()) - part.acked)
+            groups.append(Group(part.product, min(self._durable, part.seen), sorted(codes)))
+        groups += [
+            Group(one.gap.product, one.gap.since, one.gap.codes)
+            for one in (*self._open, *self._refused.values())
+            if not one.is_kept
+        ]
+        return groups
+
+    def _write_codes(self) -> bool:
+        """Keep of which codes everything is kept, where that has changed; return whether it stands there."""
+        groups = self._groups()
+        if [(one.product, one.codes) for one in groups] == [
+            (one.product, one.codes) for one in self._left.groups
+        ]:
+            return True
+        if self._is_closed:
+            return False
+        left = self._left._replace(groups=groups, version=self._left.version + 1)
+        try:
+            self._files.write_codes(left)
+        except StoreError as error:
+            self._trouble.again(str(error))
+            return False
+        self._left = left
+        return True
+
+
+def _new_instance() -> str:
+    """Return a name for what collects with this state directory."""
+    return f"{one_line(os.uname().nodename, 60).replace('|', '-')}-{os.urandom(3).hex()}"
+
+
+# ------------------------------------------------------------------------------------------------------
+# From the connections to the store
+# ------------------------------------------------------------------------------------------------------
+
+# What is pushed is on its way to the store after this time at the latest.
+PUSHES_WAIT_S = 0.1
+# Trades that wait in memory at most: then no more is read from the connections.
+MOST_PENDING = 20_000
+# When more wait, and the oldest of them for longer, MongoDB is slower than the market: this machine's disk takes them.
+CROWDED, CROWDED_S = 10_000, 1.0
+# MongoDB has so long to take a batch of pushes before the disk does, and as this process leaves.
+PUSHES_TAKEN_S, PUSHES_TAKEN_LAST_S = 2.0, 0.5
+# The mark is written so often while trades come, and while none do.
+MARK_S, MARK_SILENT_S = 1.0, 30.0
+# Delays and rates are those of the last one or two spans of this length.
+LATELY_S = 15.0
+
+
+class Delays:
+    """How long something took lately: counts in classes that grow by a fifth, of the span of time now and the last."""
+
+    BOUNDS = tuple(1.2**power for power in range(70))  # milliseconds, up to about five minutes
+
+    def __init__(self, now: float) -> None:
+        self._begun = now
+        self._counts = [0] * (len(self.BOUNDS) + 1)
+        self._before = self._counts.copy()
+        self._before_begun = now
+
+    def add(self, milliseconds: float, count: int) -> None:
+        """Count some that took so long."""
+        self._counts[bisect_left(self.BOUNDS, milliseconds)] += count
+
+    def turn(self, now: float) -> None:
+        """Begin a new span when the one now is over."""
+        if now - self._begun >= LATELY_S:
+            self._before, self._before_begun = self._counts, self._begun
+            if now - self._begun >= 2 * LATELY_S:  # and one in between, in which nobody looked
+                self._before, self._before_begun = [0] * len(self._counts), now - LATELY_S
+            self._counts = [0] * len(self._before)
+            self._begun = now
+
+    def per_second(self, now: float) -> float:
+        """Return how many there were a second."""
+        return (sum(self._before) + sum(self._counts)) / max(1.0, now - self._before_begun)
+
+    def within(self, part: float) -> float:
+        """Return within which time (milliseconds) that part of them was done with, NaN where there were none."""
+        counts = [*map(sum, zip(self._before, self._counts, strict=True))]
+        left = sum(counts) * part
+        if not left:
+            return math.nan
+        for bound, count in zip((*self.BOUNDS, math.inf), counts, strict=True):
+            left -= count
+            if left <= 0:
+                return bound
+        return math.inf
+
+
+class Intake:
+    """Takes what connections bring, and writes it from a thread of its own. Any thread may call it.
+
+    What waits in memory is bounded: `add` takes its time where the embedded store, or the disk, is slower than the
+    market; where MongoDB is, what waits goes to the disk. What the store does not take is counted, said and noted as
+    a gap.
+    """
+
+    def __init__(self, pipeline: Pipeline, coverage: Coverage, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.came = threading.Event()  # something did, or is to be looked at
+        self.trades = self.stored = self.duplicates = self.refused = self.dropped = 0
+        self.trouble = ""
+        self._pipeline = pipeline
+        self._coverage = coverage
+        self._clock = clock
+        self._changed = threading.Condition()  # what follows:
+        self._pending: deque[Parcel] = deque()
+        self._waiting = 0  # trades of those
+        self._written: list[Parcel] = []  # they are on their way to the store
+        self._is_closing = False
+        self._delays = Delays(clock.monotonic())
+        then = "what is pushed meanwhile is missing, see stream_gaps"
+        self._trouble = LogThrottle("the stream's trades", clock, then=then)
+        self._thread = threading.Thread(target=self._run, name="stockrt-intake", daemon=True)
+
+    def start(self) -> None:
+        """Begin to write. Raises StockrtError where there is no thread."""
+        start_thread(self._thread)
+
+    def add(self, product: str, trades: Sequence[Trade]) -> int:
+        """Take trades that have just come, and return up to when (epoch ms) nothing of their connection is missing.
+
+        Waits while too many wait.
+        """
+        arrived_ms, arrived = int(self._clock.wall() * 1000), self._clock.monotonic()
+        for at in range(0, len(trades), WRITE_BATCH):
+            some = trades[at : at + WRITE_BATCH]
+            self._add(Parcel(product, some, _moment(some[0], arrived_ms), arrived_ms, arrived))
+        return _moment(trades[-1], arrived_ms)
+
+    def _add(self, parcel: Parcel) -> None:
+        with self._changed:
+            while self._waiting >= MOST_PENDING and not self._is_closing:
+                self._changed.wait()
+            before = self._waiting
+            self._pending.append(parcel)
+            self._waiting += len(parcel.trades)
+            self.trades += len(parcel.trades)
+            if not before or before < WRITE_BATCH <= self._waiting:
+                self._changed.notify_all()
+        self.came.set()
+
+    def drop(self, count: int) -> None:
+        """Count pushes that are of no use."""
+        with self._changed:
+            self.dropped += count
+
+    def lately(self) -> tuple[float, float, float]:
+        """Return how long half and 99 of 100 trades took lately until they were durable (ms), and trades a second."""
+        with self._changed:
+            now = self._clock.monotonic()
+            self._delays.turn(now)
+            return self._delays.within(0.5), self._delays.within(0.99), self._delays.per_second(now)
+
+    def durable_ms(self) -> int:
+        """Return before which moment (epoch ms) everything that came is in the store, or noted as missing."""
+        with self._changed:
+            now = int(self._clock.wall() * 1000)
+            return min((parcel.since - 1 for parcel in (*self._written, *self._pending)), default=now)
+
+    def close(self, within_s: float) -> None:
+        """Write what is there, and end; what cannot be written within that time is missing since the mark."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join(within_s)
+
+    # its thread
+
+    def _run(self) -> None:
+        while True:
+            batch, within_s = self._next()
+            if not batch:
+                return
+            self._write(batch, within_s)
+            with self._changed:
+                self._written = []
+
+    def _next(self) -> tuple[list[Parcel], float]:
+        """Return what is to be written next, and how long MongoDB has for it, once it is time; nothing at the end."""
+        with self._changed:
+            while not self._pending and not self._is_closing:
+                self._changed.wait()
+            self._await_more()
+            size = 0
+            while self._pending and size + len(self._pending[0].trades) <= self._pipeline.put_at_once:
+                self._written.append(self._pending.popleft())
+                size += len(self._written[-1].trades)
+            within_s = PUSHES_TAKEN_S
+            if self._is_closing:
+                within_s = PUSHES_TAKEN_LAST_S
+            waited = self._clock.monotonic() - self._written[0].arrived if size else 0.0
+            if self._waiting > CROWDED and waited > CROWDED_S:
+                within_s = 0.0
+            self._waiting -= size
+            self._changed.notify_all()
+            return self._written, within_s
+
+    def _await_more(self) -> None:
+        """Wait until a batch is full, or its first trade has waited long enough."""
+        while self._pending and self._waiting < WRITE_BATCH and not self._is_closing:
+            left = self._pending[0].arrived + PUSHES_WAIT_S - self._clock.monotonic()
+            if left <= 0:
+                return
+            self._changed.wait(left)
+
+    def _write(self, batch: Sequence[Parcel], within_s: float) -> None:
+        created = utc_now().replace(tzinfo=None)
+        documents = [to_document(trade, created) for parcel in batch for trade in parcel.trades]
+        try:
+            written = self._put(documents, within_s)
+        except StoreError as error:
+            self._refuse(batch, None, str(error))
+            return
+        except Exception as error:  # nobody else looks at this thread
+            self._refuse(batch, None, own_fault(error))
+            return
+        self.stored += written.stored + written.queued
+        self.duplicates += written.duplicates
+        if written.refused:
+            self._refuse(batch, written.refused, next(iter(written.refused.values())))
+        elif self.trouble:
+            self._coverage.stored()
+            self._trouble.over()
+            self.trouble = ""
+        now = self._clock.monotonic()
+        with self._changed:
+            for parcel in batch:
+                self._delays.add((now - parcel.arrived) * 1000, len(parcel.trades))
+
+    def _put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
+        try:
+            return self._pipeline.put(documents, within_s)
+        except StoreError:
+            if within_s:
+                raise
+        return self._pipeline.put(documents, PUSHES_TAKEN_S)  # the disk is full, and MongoDB only slow
+
+    def _refuse(self, batch: Sequence[Parcel], refused: Mapping[str, str] | None, why: str) -> None:
+        """Count, say and note as missing what the store does not take; `refused`: by `_id`, None for everything."""
+        names: set[str] = set()
+        for parcel in batch:
+            gone = [trade.s for trade in parcel.trades if refused is None or identity(trade) in refused]
+            self.refused += len(gone)
+            names |= {*gone}
+            if gone:
+                self._coverage.not_stored(parcel, {*gone}, f"not stored: {why}")
+        self.trouble = f"{first_few(sorted(names))} not stored: {why}"
+        self._trouble.again(self.trouble)
+
+
+# A trade this much older than its push says nothing of when it was pushed.
+OLD_PUSH_MS = 60_000
+
+
+def _moment(trade: Trade, arrived_ms: int) -> int:
+    """Return since when (epoch ms), by its arrival and its own time, what comes after a trade is to be looked for."""
+    t = trade.t
+    if t % 1000 == 999:  # of whole seconds
+        t -= 999
+    if arrived_ms - t > OLD_PUSH_MS:
+        return arrived_ms
+    return min(t, arrived_ms)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The stream's connections
+# ------------------------------------------------------------------------------------------------------
+
+# As to the platform: quick at first, slowly slower.
+STREAM_FIRST_S, STREAM_CAP_S, STREAM_GROWTH = 1.0, 30.0, 1.3
+# A connection that stood so long was a good one: the next is dialled quickly again.
+STREAM_GOOD_S = 60.0
+# So long at most it is waited for what a connection brings: its thread is woken when there is something to do.
+STREAM_READ_S = 600.0
+
+
+class Feed(threading.Thread):
+    """One connection to the stream with its thread: dials, hands on what comes, dials again; until told to leave.
+
+    `end`: why it does so no more by itself.
+    """
+
+    def __init__(
+        self,
+        allotment: Allotment,
+        connection: StreamConnection,
+        coverage: Coverage,
+        intake: Intake,
+        events: Events,
+    ) -> None:
+        super().__init__(name=f"stockrt-stream-{allotment.product}", daemon=True)
+        self.allotment = allotment
+        self.part = coverage.add(allotment.product)
+        self.state = "connecting"
+        self.why = ""
+        self.since = time.monotonic()
+        self.end: StreamEnd | None = None
+        self._connection = connection
+        self._coverage = coverage
+        self._intake = intake
+        self._events = events
+        self._leaving = threading.Event()
+        self._trouble = LogThrottle(f"stream {allotment.product}", then="dialling again")
+        self._refusal = LogThrottle(f"stream {allotment.product}", then="polled instead")
+        self._odd = LogThrottle(f"stream {allotment.product}", then="passed over")
+
+    def want(self, allotment: Allotment) -> None:
+        """Bring these codes from now on."""
+        self.allotment = allotment
+        self._coverage.expect(self.part, allotment.codes)
+        self._connection.want(allotment.codes)
+
+    def leave(self) -> None:
+        """End, soon."""
+        self._leaving.set()
+        self._connection.wake()
+
+    def run(self) -> None:
+        """Work until told to leave, or the stream says that it is of no use."""
+        delays = self._fresh_delays()
+        while not self._leaving.is_set():
+            self._turn("connecting")
+            end = self._serve()
+            self._connection.close()
+            if end is None:
+                return
+            self._coverage.lost(self.part, end.words)
+            self.why = end.words
+            if end.action is StreamAction.NEVER:
+                self._turn("given up")
+                log.error("stream %s: %s; its codes are polled instead", self.allotment.product, end.words)
+                self.end = end
+                self._coverage.news.set()
+                return
+            self._trouble.again(end.words)
+            if self.state == "connected" and time.monotonic() - self.since >= STREAM_GOOD_S:
+                delays = self._fresh_delays()
+            self._turn("waiting")
+            self._leaving.wait(end.wait_s if end.action is StreamAction.WAIT else next(delays))
+
+    def _fresh_delays(self) -> Iterator[float]:
+        return backoff(STREAM_FIRST_S, STREAM_CAP_S, random.Random(), STREAM_GROWTH)
+
+    def _turn(self, state: str) -> None:
+        self.state, self.since = state, time.monotonic()
+        self._intake.came.set()
+
+    def _serve(self) -> StreamEnd | None:
+        """Dial, and hand on what comes until the connection is over; None: told to leave."""
+        try:
+            end = self._connection.open()
+            if end is None:
+                self._turn("connected")
+            while end is None and not self._leaving.is_set():
+                end = self._take(self._connection.read(time.monotonic() + STREAM_READ_S))
+        except ImportError as error:
+            lost = lost_part(error)
+            self._events.damaged(lost)
+            return StreamEnd(str(lost), StreamAction.DIAL_AGAIN)
+        except Exception as error:  # nobody else looks at this thread
+            return StreamEnd(own_fault(error), StreamAction.DIAL_AGAIN)
+        return end
+
+    def _take(self, received: Pushes) -> StreamEnd | None:
+        """Hand on what has come, and return the end of the connection if that is in it."""
+        if received.trades:
+            sign = self._intake.add(self.part.product, received.trades)
+            self.part.heard = max(self.part.heard, sign)
+        if received.dropped:
+            self._intake.drop(received.dropped)
+            self._odd.again(received.why)
+        for event in received.events:
+            if isinstance(event, StreamEnd):
+                return event
+            self._note(event)
+        return None
+
+    def _note(self, event: StreamEvent) -> None:
+        if isinstance(event, Subscribed):
+            self._coverage.acked(self.part, event.codes)
+            self._intake.came.set()
+            self.why = ""
+            self._trouble.over()
+        elif isinstance(event, CodesRefused):
+            self.why = event.words
+            self._coverage.refused(self.part, event.codes, event.words)
+            self._refusal.again(
+                f"{count_words(len(event.codes), 'code')}, {first_few(event.codes)}: {event.words}"
+            )
+        elif isinstance(event, Silent):
+            self._coverage.silent(self.part, event.codes)
+            self._odd.again(f"nothing was pushed for {event.seconds:.0f} s: subscribed anew")
+        elif isinstance(event, Said):
+            self._odd.again(event.words)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The whole of it
+# ------------------------------------------------------------------------------------------------------
+
+# What the stream does not bring is polled this often, or seldom enough that a day's quota lasts.
+POLL_INSTEAD_S = 10.0
+POLL_SHARE = 0.5
+# Codes of a connection that has just been dialled, or dropped, are not polled yet.
+POLL_SOON_S = 10.0
+# Subscriptions come in frames: what is fetched after them is fetched together.
+BACK_TOGETHER_S = 0.5
+# What fails is tried again.
+PLAN_AGAIN_S = 10.0
+# What the keys allow may have changed, or could not be had before.
+LIMITS_AGAIN_S = 300.0
+# How long leaving may take: for what connections and requests are at, and for what waits to be written.
+LEAVE_POLL_S, LEAVE_INTAKE_S = 0.7, 1.1
+
+
+class Planner(threading.Thread):
+    """Spreads the codes over connections, fetches what was missed, and polls what the stream does not bring."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        settings: Settings,
+        watch: WatchList,
+        coverage: Coverage,
+        intake: Intake,
+        events: Events,
+    ) -> None:
+        super().__init__(name="stockrt-collect", daemon=True)
+        self.feeds: list[Feed] = []
+        self.polled = 0
+        self.trouble = ""
+        self._pipeline = pipeline
+        self._settings = settings
+        self._watch = watch
+        self._coverage = coverage
+        self._intake = intake
+        self._events = events
+        self._leaving = threading.Event()
+        self._listed: Sequence[str] | None = None
+        self._wanted: dict[str, list[str]] = {}  # by product
+        self._has_begun = self._is_spread = False
+        self._never: dict[
+            str, dict[str, str]
+        ] = {}  # by key and product, '' for all of them: why it is of no use
+        self._back: set[str] = set()  # codes whose latest trades are to be fetched
+        self._limits: dict[str, StreamLimits] = {}  # by key
+        self._limits_at = 0.0  # monotonic, as are:
+        self._poll_at = 0.0
+        self._gaps_at = 0.0
+        self._rest_said = ""
+        then = "trying again"
+        self._trouble = LogThrottle("collecting", then=then)
+        self._troubles = Troubles(settings, then)
+        self._code_trouble = LogThrottle("collecting", then="they are asked for again")
+        self._gap_trouble = LogThrottle(
+            "stream_gaps", then="they are kept on this machine until MongoDB takes them"
+        )
+
+    def given_up(self) -> list[str]:
+        """Return why keys are of no use for the stream, or for a product of it."""
+        return [words for whys in [*self._never.values()] for words in [*whys.values()]]
+
+    def leave(self) -> None:
+        """End, soon; of a poll that goes on what was fetched is stored."""
+        self._leaving.set()
+        self._coverage.news.set()
+
+    def run(self) -> None:
+        """Work until told to leave."""
+        while not self._leaving.is_set():
+            wait_s, words = PLAN_AGAIN_S, ""
+            try:
+                wait_s = self._work()
+            except ImportError as error:
+                lost = lost_part(error)
+                self._events.damaged(lost)
+                words = str(lost)
+            except StockrtError as error:
+                words = str(error)
+            except Exception as error:  # nobody else looks at this thread
+                words = own_fault(error)
+            if self._leaving.is_set():
+                return
+            if words:
+                self._trouble.again(words)
+            else:
+                self._trouble.over()
+            self.trouble = words
+            if self._coverage.news.wait(wait_s):
+                self._coverage.news.clear()
+                self._leaving.wait(BACK_TOGETHER_S)
+
+    def _work(self) -> float:
+        """Do what is to be done now, and return after how many seconds to look again. Raises StockrtError."""
+        need_clock(time.time())
+        self._plan()
+        ended = self._coverage.ended()
+        self._back |= self._coverage.take_back()
+        if self._back:
+            self._poll(sorted(self._back))
+            self._back.clear()
+        for silence in self._coverage.take_silent():
+            if self._poll(silence.codes):
+                self._coverage.was_deaf(silence)
+        self._coverage.complete(ended)
+        return min(self._watch.wait_s(), self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
+
+    def _plan(self) -> None:
+        """Look at the list, and spread the codes where it has changed or a connection is of no use any more."""
+        codes = self._watch.codes()
+        over = [(feed, feed.end) for feed in self.feeds if feed.end is not None]
+        if self._look_at_limits() or over or codes is not self._listed:
+            self._is_spread = False
+        if self._is_spread:
+            return
+        if codes is not self._listed:
+            self._read(codes)
+            self._listed = codes
+        for feed, end in over:
+            what = "" if end.whole_key else feed.allotment.product
+            self._never.setdefault(feed.allotment.key, {})[what] = end.words
+            self._coverage.drop(feed.part)
+            self.feeds.remove(feed)
+        self._spread()
+        self._is_spread = True
+
+    def _look_at_limits(self) -> bool:
+        """Ask now and then what keys allow, and return whether that has changed."""
+        now, before = time.monotonic(), self._limits
+        if now >= self._limits_at:
+            self._limits = self._pipeline.stream_limits(self._leaving)
+            self._limits_at = now + LIMITS_AGAIN_S
+        return self._limits != before
+
+    def _read(self, codes: Sequence[str]) -> None:
+        """Find out what the codes mean."""
+        found = resolve(codes, self._pipeline.directory, self._leaving)
+        if found.refused:
+            words = [f"{code}: {why}" for code, why in islice(found.refused.items(), NAMES_SHOWN)]
+            log.error("%s not collected: %s", count_words(len(found.refused), "code"), "; ".join(words))
+        wanted: dict[str, list[str]] = {}
+        for instrument in found.instruments.values():
+            wanted.setdefault(instrument.product, []).append(instrument.code)
+        if not self._has_begun:
+            self._coverage.begin(wanted)
+            self._has_begun = True
+        self._coverage.want(wanted)
+        self._wanted = wanted
+
+    def _spread(self) -> None:
+        """Let connections bring what they can."""
+        limits = {
+            digest: one._replace(not_for=one.not_for | self._never.get(digest, {}).keys())
+            for digest, one in self._limits.items()
+            if "" not in self._never.get(digest, ())
+        }
+        before = [feed.allotment for feed in self.feeds]
+        allotments, rest = allot(self._wanted, limits, before)
+        kept: list[Feed] = []
+        for feed in self.feeds:
+            found = next((one for one in allotments if _goes_on(feed.allotment, one)), None)
+            if found is None:
+                feed.leave()
+                self._coverage.drop(feed.part)
+                continue
+            allotments.remove(found)
+            kept.append(feed)
+            if found != feed.allotment:
+                feed.want(found)
+        self.feeds = kept
+        for allotment in allotments:
+            self.feeds.append(self._begin(allotment))
+        self._say_rest(rest)
+
+    def _begin(self, allotment: Allotment) -> Feed:
+        """Start a connection. Raises StockrtError where there is no thread, or this ends."""
+        settings, product = self._settings, allotment.product
+        secret = next(key.secret for key in self._pipeline.keys.keys if key.digest == allotment.key)
+        if self._leaving.is_set():
+            raise Interrupted("stopped")
+        connection = StreamConnection(settings.stream_url, product, secret, settings.proxies)
+        feed = Feed(allotment, connection, self._coverage, self._intake, self._events)
+        feed.want(allotment)
+        try:
+            start_thread(feed)
+        except StockrtError:
+            self._coverage.drop(feed.part)
+            raise
+        return feed
+
+    def _say_rest(self, rest: Mapping[str, Sequence[str]]) -> None:
+        """Say what connections bring, and how many codes they do not."""
+        streamed = sum(len(feed.allotment.codes) for feed in self.feeds)
+        words = f"{count_words(streamed, 'code')} over {count_words(len(self.feeds), 'connection')}"
+        left = sum(map(len, rest.values()))
+        if left:
+            by_product = ", ".join(f"{len(codes)} {product}" for product, codes in rest.items() if codes)
+            words += f"; {count_words(left, 'code')} polled instead, more than the keys' plans allow ({by_product})"
+        if words != self._rest_said:
+            self._rest_said = words
+            log.log(logging.WARNING if left else logging.INFO, "stream: %s", words)
+
+    # over REST
+
+    def _instead(self) -> list[str]:
+        """Return the codes that no connection brings now, but for those that one is about to."""
+        now = time.monotonic()
+        held = self._coverage.subscribed()
+        for feed in self.feeds:
+            if feed.state != "given up" and now - feed.since < POLL_SOON_S:
+                held.setdefault(feed.allotment.product, set()).update(feed.allotment.codes)
+        return [
+            code
+            for product, codes in self._wanted.items()
+            for code in codes
+            if code not in held.get(product, ())
+        ]
+
+    def _poll_instead(self) -> float:
+        """Poll now and then what the stream does not bring; return after how many seconds to look again."""
+        codes = self._instead()
+        self.polled = len(codes)
+        wait_s = math.inf
+        if codes:
+            now = time.monotonic()
+            if now >= self._poll_at:
+                self._poll(codes)
+                self._poll_at = now + self._pause_s(len(codes))
+            wait_s = max(0.0, self._poll_at - time.monotonic())
+        if self._is_waiting():
+            wait_s = min(wait_s, 1.0)
+        return wait_s
+
+    def _pause_s(self, codes: int) -> float:
+        """Return in how many seconds so many codes are polled again: a day's quota has to last, for others too."""
+        plans = [key.plan for key in self._pipeline.keys.keys if not key.dead]
+        if not plans or not all(plan.per_day for plan in plans):
+            return POLL_INSTEAD_S
+        requests = codes / MAX_BATCH + len(self._wanted)
+        return max(POLL_INSTEAD_S, requests * DAY_S / sum(plan.per_day for plan in plans) / POLL_SHARE)
+
+    def _is_waiting(self) -> bool:
+        """Whether codes of a connection that does not stand may have to be polled soon."""
+        return any(len(feed.part.acked) < len(feed.part.codes) for feed in self.feeds)
+
+    def _poll(self, codes: Sequence[str]) -> int:
+        """Fetch the latest trades of codes, and return how many are new. Raises StockrtError."""
+        report = self._pipeline.poll(codes, self._leaving)
+        if not report.interrupted:
+            self._troubles.note(report)
+            failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
+            if failed:
+                self._code_trouble.again(failed_words(failed, report.total))
+        return report.stored + report.queued
+
+    def _deliver_gaps(self) -> float:
+        """Bring gaps to MongoDB; return after how many seconds to try again."""
+        now = time.monotonic()
+        if now < self._gaps_at:
+            return self._gaps_at - now
+        try:
+            while self._pipeline.gaps.deliver() and not self._leaving.is_set():
+                pass
+        except StoreAway as error:
+            self._gap_trouble.again(str(error))
+            self._gaps_at = now + PLAN_AGAIN_S
+            return PLAN_AGAIN_S
+        self._gap_trouble.over()
+        return math.inf
+
+
+def _goes_on(before: Allotment, now: Allotment) -> bool:
+    """Whether an allotment is that of a connection that stands."""
+    same = (before.key, before.product) == (now.key, now.product)
+    return same and not {*before.codes}.isdisjoint(now.codes)
+
+
+class Collecting:
+    """Collecting without pause: the stream, or a poll on a fixed beat, as COLLECT and COLLECT_EVERY say.
+
+    `start` raises StockrtError where that cannot be; `close` takes about two seconds at most. The pipeline stays open
+    from before the one until after the other. One process in each state directory collects from the stream.
+    """
+
+    def __init__(self, pipeline: Pipeline, settings: Settings, events: Events = NO_EVENTS) -> None:
+        self._pipeline = pipeline
+        self._settings = settings
+        self._events = events
+        watch = WatchList(settings, pipeline.mongo)
+        self._poller = Poller(pipeline, settings, watch, events)
+        self._coverage = Coverage(pipeline.gaps, settings.state_directory)
+        self._intake = Intake(pipeline, self._coverage)
+        self._planner = Planner(pipeline, settings, watch, self._coverage, self._intake, events)
+        self._clerk = threading.Thread(target=self._look_after, name="stockrt-mark", daemon=True)
+        self._stop = threading.Event()
+        self._lock: IO[str] | None = None
+        self._gaps_today = 0
+
+    def start(self) -> None:
+        """Begin. Raises StockrtError."""
+        self._pipeline.need_key()
+        if self._settings.collect_codes == WATCH and self._pipeline.mongo is None:
+            raise SettingsError([WATCH_NEEDS_MONGODB])
+        try:
+            if self._settings.collect:
+                who = "another stockrt collects from the stream"
+                self._lock = lock_in(self._settings.state_directory, "collecting.lock", who)
+                self._intake.start()
+                start_thread(self._planner)
+                start_thread(self._clerk)
+            else:
+                start_thread(self._poller)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End: what was pushed is stored, or waits for MongoDB on this machine."""
+        self._stop.set()
+        self._intake.came.set()
+        self._planner.leave()
+        self._poller.leave()
+        for feed in self._planner.feeds:
+            feed.leave()
+        until = time.monotonic() + LEAVE_POLL_S
+        for thread in (*self._planner.feeds, self._planner, self._poller):
+            if thread.ident is not None:
+                thread.join(max(0.0, until - time.monotonic()))
+        self._intake.close(LEAVE_INTAKE_S)
+        if self._lock is not None:
+            self._coverage.look()
+            self._coverage.close(self._intake.durable_ms())
+            self._lock.close()
+            self._lock = None
+
+    def stats(self) -> CollectStats:
+        """Return what it does now."""
+        if not self._settings.collect:
+            return self._poller.stats()
+        feeds, intake = [*self._planner.feeds], self._intake
+        p50, p99, per_second = intake.lately()
+        troubles = (
+            self._planner.trouble,
+            intake.trouble,
+            *(feed.why for feed in feeds),
+            *self._planner.given_up(),
+        )
+        return CollectStats(
+            connections=sum(feed.state == "connected" for feed in feeds),
+            connections_wanted=len(feeds),
+            codes=sum(len(feed.part.acked) for feed in feeds),
+            polled=self._planner.polled,
+            per_second=per_second,
+            delay_p50_ms=p50,
+            delay_p99_ms=p99,
+            gaps_today=self._gaps_today,
+            trades=intake.trades,
+            stored=intake.stored,
+            duplicates=intake.duplicates,
+            dropped=intake.dropped,
+            trouble=next(filter(None, troubles), ""),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what it does now as JSON has it: the stats, each connection, and how many gaps go on."""
+        facts = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in self.stats()._asdict().items()
+        }
+        streams = [
+            {
+                "product": feed.part.product,
+                "codes": len(feed.part.codes),
+                "subscribed": len(feed.part.acked),
+                "state": feed.state,
+                "why": feed.why,
+            }
+            for feed in self._planner.feeds
+        ]
+        return facts | {"streams": streams, "gaps_open": self._coverage.missing()}
+
+    def _look_after(self) -> None:
+        """Write the mark, and tell how it goes on."""
+        while not self._stop.is_set():
+            self._intake.came.wait(MARK_SILENT_S)
+            self._intake.came.clear()
+            self._coverage.look()
+            self._coverage.mark(self._intake.durable_ms())
+            with contextlib.suppress(StoreError):  # said by whoever notes one
+                self._gaps_today = self._pipeline.gaps.count_since(utc_day(time.time()))
+            self._events.collecting(self.stats())
+            self._stop.wait(MARK_S)
+
+
+# ======================================================================================================
 # Platform protocol: text in, events out
 # ======================================================================================================
 
@@ -8722,13 +12897,15 @@ TEXT_KEEPALIVE_S = 45.0
 SILENT_HEARTBEATS = 2
 # The names under which a workflow may hold its codes: today's, the documentation's, the command line's.
 CODE_ARGUMENTS = ("code_list", "stock_list", "codes")
-# Failures that a result explains, and those of them that its message names.
+# Failures that a result explains.
 FAILURES_LISTED = 100
-FAILURES_NAMED = 3
 
 
 class Command(NamedTuple):
-    """An `execute` that was understood. `context` is what the answer repeats: meta, workflow_id, …"""
+    """An `execute` that was understood. `context` is what the answer repeats: meta, workflow_id, …
+
+    Without `codes` it means those of COLLECT_CODES.
+    """
 
     execution_id: str
     context: dict[str, Any]
@@ -8919,25 +13096,21 @@ def read_context(message: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def read_args(args: object) -> list[object]:
-    """Return the codes in an execute's `args`, whatever shape a person gave them. Raises UsageError."""
+    """Return the codes in an execute's `args`, whatever shape a person gave them, [] where none are named.
+
+    None are named by what is missing, null or blank. An empty list is another thing: whatever made it found nothing
+    to ask for, and is not to get everything. Raises UsageError.
+    """
     if isinstance(args, str) and args.strip()[:1] in ("{", "["):
-        args = _json_or_none(args)
-        if is_deep(args):
-            raise UsageError(_TOO_DEEP)
+        args = _parsed_args(args)
     if isinstance(args, dict):
-        filled = [name for name in CODE_ARGUMENTS if args.get(name) not in (None, "", [])]
-        if not filled:
-            came = one_line(", ".join(map(str, args)) or "nothing", 80)
-            raise UsageError(
-                f'args holds no codes: expected code_list, a list such as ["AAPL.US"]; got {came}'
-            )
-        args = args[filled[0]]
+        args = _named_codes(args)
+    if _is_blank(args):
+        return []
     if isinstance(args, int | float) and not isinstance(args, bool):
         args = [args]
     if not isinstance(args, str | list):
-        raise UsageError(
-            f'args holds no codes: expected code_list, a list such as ["AAPL.US"]; got {_json_kind(args)}'
-        )
+        raise _no_codes(one_line(json.dumps(args), 60))
     codes = _flat(args if isinstance(args, list) else [args])
     if not codes:
         raise UsageError('code_list is empty: expected codes such as ["AAPL.US"]')
@@ -8948,6 +13121,34 @@ def read_args(args: object) -> list[object]:
     return codes
 
 
+def _parsed_args(text: str) -> object:
+    """Return what a text holds that looks like JSON. Raises UsageError."""
+    found = _json_or_none(text)
+    if is_deep(found):
+        raise UsageError(_TOO_DEEP)
+    if found is None:
+        raise _no_codes(one_line(text, 60))
+    return found
+
+
+def _named_codes(args: Mapping[str, object]) -> object:
+    """Return what stands under a name for codes, None where that is blank. Raises UsageError."""
+    named = [args[name] for name in CODE_ARGUMENTS if name in args]
+    filled = [value for value in named if not _is_blank(value)]
+    if not (named or all(map(_is_blank, args.values()))):  # a misspelled name may stand for it
+        raise _no_codes(one_line(", ".join(map(str, args)), 80))
+    return next((value for value in filled if value != []), filled[0] if filled else None)
+
+
+def _is_blank(value: object) -> bool:
+    """Whether somebody left a value out: it is null, or a text without a code."""
+    return value is None or (isinstance(value, str) and not split_codes(value))
+
+
+def _no_codes(came: str) -> UsageError:
+    return UsageError(f'args holds no codes: expected code_list, a list such as ["AAPL.US"]; got {came}')
+
+
 def _flat(items: Sequence[object]) -> list[object]:
     """Return codes one by one: a person also types several into one element. Blank elements are none."""
     with contextlib.suppress(TypeError):  # as nearly always: texts alone
@@ -8956,10 +13157,6 @@ def _flat(items: Sequence[object]) -> list[object]:
     for item in items:
         codes += split_codes(item) if isinstance(item, str) else [item]
     return codes
-
-
-def _json_kind(value: object) -> str:
-    return "nothing" if value is None else one_line(json.dumps(value), 60)
 
 
 def make_result(
@@ -9005,7 +13202,7 @@ def _result_words(report: Report) -> str:
         return f"{stored}, then the store failed: {report.store_error}"
     words = []
     if report.failures:
-        words.append(_failed_words(report))
+        words.append(failed_words(report.failures, report.total))
     if report.close_error:
         words.append(f"the closing snapshot is not kept: {report.close_error}")
     if report.queued:
@@ -9017,15 +13214,6 @@ def _result_words(report: Report) -> str:
     if report.stale:
         words.append(report.stale_words())
     return "; ".join(words)
-
-
-def _failed_words(report: Report) -> str:
-    named = [f"{code} ({failure.words})" for code, failure in islice(report.failures.items(), FAILURES_NAMED)]
-    words = f"{len(report.failures)} of {report.total} codes failed: {', '.join(named)}"
-    more = len(report.failures) - len(named)
-    if more:
-        words += f" and {more} more"
-    return words
 
 
 # What the message of a result says whose lists were left out.
@@ -9193,7 +13381,7 @@ def ask_presence(settings: Settings, module_hash: str) -> Presence:
 
 
 # ------------------------------------------------------------------------------------------------------
-# WebSocket
+# Dialling
 # ------------------------------------------------------------------------------------------------------
 
 # A server that is away comes back within seconds or hours: quick at first, slowly slower, never above 30 s.
@@ -9203,183 +13391,14 @@ DIAL_FIRST_S, DIAL_CAP_S, DIAL_GROWTH = 1.0, 30.0, 1.3
 # every second, to be back as soon as it lets go. A second instance with our hash may stay: seldom then, as above.
 OLD_SESSION_S = 190.0
 OLD_SESSION_DIAL_S = (0.5, 1.0)
-# Connecting, TLS and the WebSocket handshake together.
-DIAL_LIMITS = Limits(connect_s=5.0, read_s=10.0, whole_s=10.0)
-# A peer that takes no byte for this long is dead; the kernel buffers far more than a result.
-SEND_TIMEOUT_S = 5.0
-# Frames that are handled before results are sent and signals looked at.
-FRAMES_AT_ONCE = 100
-# And their bytes: to understand 4 MB takes a tenth of a second, and a ping may wait behind.
-FRAME_BYTES_AT_ONCE = 1024 * 1024
 
 
-class Link:
-    """An open WebSocket that never blocks in reading; `fileno` is for select. Raises LinkLost from every call."""
+class Link(WebSocket):
+    """The WebSocket to the platform."""
 
     def __init__(self, settings: Settings, module_hash: str, limits: Limits = DIAL_LIMITS) -> None:
-        self._ws = _dial(settings, module_hash, limits)
-        self._sock: socket.socket = self._ws.sock
-        self._sock.settimeout(0)
-        self.has_more = True  # whether frames may wait that no poll would tell of
-        self._unfinished = 0  # bytes of a frame whose rest is still to come
-
-    def fileno(self) -> int:
-        """Return the socket's descriptor."""
-        return self._sock.fileno()
-
-    def frames(self) -> Iterator[str | None]:
-        """Yield what has come: a text frame's text, or None for a frame that only shows that the peer lives."""
-        from websocket import ABNF
-
-        self.has_more = True
-        size = 0
-        for _ in range(FRAMES_AT_ONCE):
-            if size >= FRAME_BYTES_AT_ONCE:
-                return
-            frame = self._next_frame()
-            if frame is None:
-                self.has_more = False
-                if self._long_frame_grew():
-                    yield None
-                return
-            opcode, data = frame
-            size += len(data)
-            if opcode == ABNF.OPCODE_PING:
-                self._send(data, ABNF.OPCODE_PONG)
-            yield data.decode("utf-8", "replace") if opcode == ABNF.OPCODE_TEXT else None
-
-    def _long_frame_grew(self) -> bool:
-        """Whether more of an unfinished frame has come: its sender is slow, not silent."""
-        before, self._unfinished = self._unfinished, sum(map(len, self._ws.frame_buffer.recv_buffer))
-        return self._unfinished > before
-
-    def send_text(self, text: str) -> None:
-        """Send a text frame."""
-        from websocket import ABNF
-
-        self._send(text.encode(), ABNF.OPCODE_TEXT)
-
-    def ping(self) -> None:
-        """Send a WebSocket ping."""
-        from websocket import ABNF
-
-        self._send(b"", ABNF.OPCODE_PING)
-
-    def close(self, code: int = 1000) -> None:
-        """Say goodbye if the peer still listens, and close."""
-        from websocket import ABNF
-
-        with contextlib.suppress(LinkLost):
-            self._send(code.to_bytes(2, "big"), ABNF.OPCODE_CLOSE)
-        self._ws.shutdown()
-
-    def _send(self, data: bytes, opcode: int) -> None:
-        from websocket import WebSocketException
-
-        try:
-            self._sock.settimeout(SEND_TIMEOUT_S)
-            try:
-                self._ws.send(data, opcode)
-            finally:
-                self._sock.settimeout(0)
-        except (WebSocketException, OSError) as error:
-            raise LinkLost(f"sending failed: {network_words(error)}") from error
-
-    def _next_frame(self) -> tuple[int, bytes] | None:
-        """Return the next whole message, or control frame, None when no more has come."""
-        import ssl
-
-        from websocket import ABNF, WebSocketException
-
-        ws = self._ws
-        try:
-            while True:
-                frame = ws.recv_frame()
-                if frame.opcode == ABNF.OPCODE_CLOSE:
-                    code = int.from_bytes(frame.data[:2], "big")
-                    raise LinkLost(f"closed by the server{_close_words(frame.data)}", code)
-                if frame.opcode in (ABNF.OPCODE_PING, ABNF.OPCODE_PONG):
-                    return frame.opcode, bytes(frame.data)
-                ws.cont_frame.validate(frame)
-                ws.cont_frame.add(frame)
-                self._limit(len(ws.cont_frame.cont_data[1]))
-                if ws.cont_frame.is_fire(frame):
-                    opcode, whole = ws.cont_frame.extract(frame)
-                    return opcode, bytes(whole.data)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            self._limit(ws.frame_buffer.length or 0)  # the length of a frame whose rest is still to come
-            return None
-        except (WebSocketException, OSError, ValueError) as error:
-            raise LinkLost(f"lost: {network_words(error)}") from error
-
-    def _limit(self, size: int) -> None:
-        if size > MAX_FRAME_BYTES:
-            self.close(1009)
-            raise LinkLost(f"lost: a frame of {size} bytes; at most {MAX_FRAME_BYTES} are taken")
-
-
-def _close_words(data: bytes) -> str:
-    code = int.from_bytes(data[:2], "big") if len(data) >= 2 else 0
-    return (
-        f" (code {code}{' ' + one_line(data[2:].decode('utf-8', 'replace'), 80) if data[2:] else ''})"
-        if code
-        else ""
-    )
-
-
-# As of any HTTP answer's head.
-MAX_HANDSHAKE_BYTES = 65536
-
-
-class _ShortAnswer:
-    """A socket for a handshake alone: its library takes an answer of any length, and as much as that announces."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._left = MAX_HANDSHAKE_BYTES
-
-    def recv(self, size: int) -> bytes:
-        """Receive at most so many bytes. Raises OSError."""
-        if not self._left:
-            raise OSError(f"an answer of more than {MAX_HANDSHAKE_BYTES} bytes")
-        received = self._sock.recv(min(size, self._left))
-        self._left -= len(received)
-        return received
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
-
-
-def _dial(settings: Settings, module_hash: str, limits: Limits) -> Any:
-    """Open the socket, TLS and the WebSocket, each and all within limits. Raises DialError."""
-    try:
-        from websocket import WebSocket, WebSocketBadStatusException, WebSocketException
-    except OSError as error:
-        raise DialError(f"cannot connect: {network_words(error)}") from error
-
-    url = settings.platform_url()
-    way: HttpConnection | StraightSocket = StraightSocket(url, limits)
-    if settings.proxies.for_url(url) is not None:
-        way = HttpConnection(url, limits, settings.proxies, tunnel=True)
-    try:
-        with cut_after(limits.whole_s, way):
-            fault = way.open()
-            if fault is not None:
-                raise DialError(f"cannot connect: {fault.fault}")
-            ws: Any = WebSocket(skip_utf8_validation=True, enable_multithread=False)
-            way.sock.settimeout(limits.read_s)
-            address = f"{url.replace('http', 'ws', 1)}/websocket?hash={module_hash}"
-            ws.connect(address, socket=_ShortAnswer(way.sock), redirect_limit=0)
-            ws.sock = way.sock
-    except WebSocketBadStatusException as error:
-        way.close()
-        status = error.status_code
-        raise DialError(f"the handshake was refused with HTTP {status}", status) from None
-    except (WebSocketException, OSError, ValueError) as error:
-        way.close()
-        raise DialError(f"cannot connect: {way.named(network_words(error))}") from error
-    way.let_go()
-    return ws
+        address = f"{settings.platform_url()}/websocket?hash={module_hash}"
+        super().__init__(address, limits, settings.proxies, max_bytes=MAX_FRAME_BYTES)
 
 
 # ======================================================================================================
@@ -9726,18 +13745,20 @@ def _add_up(db: sqlite3.Connection, answer: str, now: float) -> None:
 #      but a damaged one, which the next start mends.
 
 STATUS_NAME = "status.json"
+# What the state of the platform is to a daemon that collects without one.
+NO_NEED = "not needed"
 # A full disk is looked at again after so long: waiting for room costs nothing, an answer that waits does.
 JOURNAL_FIRST_S, JOURNAL_CAP_S = 0.5, 5.0
-# --status holds the lock for the blink of an eye to see whether somebody else does.
-LOCK_TRIES, LOCK_RETRY_S = 5, 0.05
+# What changes all the time is in the status file no older than this, as long as it changes.
+STATUS_EVERY_S = 10.0
 # The executor looks at the clock at least so often while nothing comes: a wait is not right when the clock is set.
 LOOK_AROUND_S = 600.0
+# What follows an execution that met a trouble.
+RETRIED = "the next execution tries again"
 # What waits on this machine and could not be taken up at the start is tried again after so long.
 TAKE_UP_AGAIN_S = 30.0
 # Commands that wait behind the running one.
 MAX_QUEUED = 1000
-# Failures that are nobody's but the way to the trades: said as a trouble, whatever the codes.
-TROUBLES = frozenset({FailureKind.NETWORK, FailureKind.API, FailureKind.KEY, FailureKind.OTHER})
 # Codes that may wait in memory for a disk that hangs: about 100 MB.
 MAX_CODES_UNWRITTEN = 10 * MAX_CODES_PER_COMMAND
 # What a server closes the connection with over a message that is too large.
@@ -9759,6 +13780,41 @@ RECEIPT_GRACE_S = 3.0
 STOP_MARGIN_S = 4.0
 
 
+class StreamFacts(TypedDict):
+    """What the daemon tells of a connection to the stream."""
+
+    product: str
+    codes: int
+    subscribed: int
+    state: str
+    why: str
+
+
+class CollectFacts(TypedDict, total=False):
+    """What the daemon tells of collecting, and `at` when: CollectStats, and more where it goes on; None: not known.
+
+    `streams`: of each connection its product, how many codes it is for, how many are subscribed, its state and why.
+    """
+
+    at: str
+    connections: int
+    connections_wanted: int
+    codes: int
+    polled: int
+    per_second: float
+    delay_p50_ms: object
+    delay_p99_ms: object
+    gaps_today: int
+    trades: int
+    stored: int
+    duplicates: int
+    dropped: int
+    missed_beats: int
+    trouble: str
+    streams: list[StreamFacts]
+    gaps_open: int
+
+
 class DaemonStatus(TypedDict, total=False):
     """What the daemon tells --status, in a file; times are ISO 8601 UTC."""
 
@@ -9770,6 +13826,7 @@ class DaemonStatus(TypedDict, total=False):
     stopped: str
     keys: list[KeyState]
     spool_refused: int
+    collecting: CollectFacts
 
 
 def read_status(directory: Path) -> DaemonStatus:
@@ -9793,6 +13850,11 @@ def _fits(value: object, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     return kind is object or type(value) is kind
+
+
+def collect_facts(told: Mapping[str, Any]) -> CollectFacts:
+    """Return what the status file has of collecting: what is told of it now."""
+    return cast(CollectFacts, {"at": iso(utc_now()), **told})
 
 
 class Answered(NamedTuple):
@@ -9862,8 +13924,23 @@ class ExecutorLeft(NamedTuple):
     """To the socket's thread: no execution runs, and none will."""
 
 
+class Collected(NamedTuple):
+    """To the socket's thread: collecting goes on like this."""
+
+    stats: CollectStats
+
+
 Message: TypeAlias = (
-    Answered | Recalled | Declined | Ended | Broken | StopAsked | ReloadAsked | SettingsRead | ExecutorLeft
+    Answered
+    | Recalled
+    | Declined
+    | Ended
+    | Broken
+    | StopAsked
+    | ReloadAsked
+    | SettingsRead
+    | ExecutorLeft
+    | Collected
 )
 
 
@@ -9895,13 +13972,8 @@ class Inbox:
         return [self._messages.get() for _ in range(self._messages.qsize())]
 
     def wait(self, seconds: float, *descriptors: int) -> None:
-        """Wait until a message or something at one of the descriptors is there, or the time is over."""
-        import select
-
-        poll = select.poll()
-        for descriptor in (self._woken.fileno(), *descriptors):
-            poll.register(descriptor, select.POLLIN)
-        poll.poll(math.ceil(max(0.0, seconds) * 1000))
+        """Wait until a message or something at one of the descriptors is there, or the time, if it ends, is over."""
+        wait_readable(seconds, self._woken.fileno(), *descriptors)
 
 
 class Outgoing(NamedTuple):
@@ -10099,6 +14171,7 @@ class Relay(Events):
         self._events = events
         self._inbox = inbox
         self.queue = QueueStats()
+        self.collect = CollectStats()
         self.is_damaged = False  # a local file, or the program: nothing is executed or answered any more
 
     def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
@@ -10129,6 +14202,12 @@ class Relay(Events):
         """Pass it on."""
         self._events.keys_out(out, of)
 
+    def collecting(self, stats: CollectStats) -> None:
+        """Pass it on."""
+        self.collect = stats
+        self._events.collecting(stats)
+        self._inbox.put(Collected(stats))
+
     def damaged(self, error: StockrtError) -> None:
         """Let the daemon end: the next start mends it."""
         self.is_damaged = True
@@ -10155,14 +14234,17 @@ class Executor(threading.Thread):
         self._journal = journal
         self._inbox = inbox
         self._events = events
-        self._store_trouble = LogThrottle(store_name(settings), then="the next execution tries again")
-        self._api_trouble = LogThrottle("Infoway", then="the next execution tries again")
+        self._troubles = Troubles(settings, RETRIED)
         self._journal_trouble = LogThrottle("journal")
-        self._stale_trouble = LogThrottle("trades", then="they are stored all the same")
         self._refused_before = read_status(settings.state_directory).get("spool_refused", 0)
         self._rng = random.Random()
         self._queue: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._pipeline: Pipeline | None = None
+        self._watch: WatchList | None = None  # for commands without codes
+        self._collecting: Collecting | None = None
+        # when (monotonic) it is begun, or tried again: infinite where only new settings help
+        self._collect_at = 0.0
+        self._collect_trouble = LogThrottle("collecting")
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
         self.stop = threading.Event()  # cuts the running execution short
@@ -10174,7 +14256,15 @@ class Executor(threading.Thread):
     def renew(self, settings: Settings) -> None:
         """Go over to other settings after the running execution; what waits for MongoDB is tried with them, too."""
         self._wanted = settings
+        self._collect_at = 0.0
         self._queue.put(NO_COMMAND)
+
+    def collecting_facts(self) -> CollectFacts:
+        """Return what --status shows of collecting; called by any thread."""
+        collecting = self._collecting
+        if collecting is not None:
+            return collect_facts(collecting.describe())
+        return collect_facts({"trouble": self._events.collect.trouble})
 
     def leave(self, dropped_because: str = "") -> None:
         """Begin no further execution.
@@ -10198,6 +14288,7 @@ class Executor(threading.Thread):
         except Exception as error:
             self._inbox.put(broken_by(error))
         finally:
+            self._end_collecting()
             if self._pipeline is not None:
                 self._pipeline.close()
             self._inbox.put(ExecutorLeft())
@@ -10205,7 +14296,7 @@ class Executor(threading.Thread):
     def _next(self) -> Order | None:
         """Return the next command, None for the end; closes are made final before it and while none is there."""
         while True:
-            wait = self._finalise()
+            wait = self._wait_s()
             try:
                 order = self._queue.get(timeout=wait)
             except queue.Empty:
@@ -10218,15 +14309,76 @@ class Executor(threading.Thread):
             if not (self._leaving.is_set() or self._events.is_damaged):
                 self._move_what_waits()
 
+    def _wait_s(self) -> float | None:
+        """Do what is due beside the commands, and return for how many seconds there is nothing more to do."""
+        self._collect()
+        wait = self._finalise()
+        if self._collecting is not None or self._collect_at == math.inf:
+            return wait
+        return TAKE_UP_AGAIN_S if wait is None else min(wait, TAKE_UP_AGAIN_S)
+
+    def _collect(self) -> None:
+        """Begin to collect without pause where that is wanted, anew with new settings; what fails is tried again."""
+        if self._leaving.is_set() or self._events.is_damaged:
+            return
+        if not self._wanted.collects:
+            self._collect_at = math.inf
+            return
+        goes_on = self._collecting is not None and self._wanted is self._settings
+        if goes_on or time.monotonic() < self._collect_at:
+            return
+        self._collect_at = time.monotonic() + TAKE_UP_AGAIN_S
+        try:
+            pipeline = self._open_pipeline()
+            pipeline.start_delivery()
+            if self._collecting is None:
+                collecting = Collecting(pipeline, self._settings, self._events)
+                collecting.start()
+                self._collecting = collecting
+        except ImportError as error:
+            self._events.damaged(lost_part(error))
+        except Exception as error:
+            self._note_not_collecting(error)
+        else:
+            self._collect_trouble.over()
+
+    def _note_not_collecting(self, error: Exception) -> None:
+        """Say why collecting does not begin. What no time mends ends a daemon that has nothing else to do."""
+        words = str(error)
+        if isinstance(error, SettingsError):
+            self._collect_at = math.inf
+            if not self._settings.platform_url():
+                self._inbox.put(Broken(error))
+                return
+            log.error("collecting: %s; mend that, then reload or restart", words)
+        elif not self._events.is_damaged:
+            if not isinstance(error, StockrtError):
+                words = own_fault(error)
+            self._collect_trouble.again(words)
+        self._events.collecting(CollectStats(trouble=words))
+
+    def _end_collecting(self) -> None:
+        collecting, self._collecting = self._collecting, None
+        if collecting is None:
+            return
+        try:
+            collecting.close()
+        except Exception as error:  # what it could not write down counts as a gap
+            words = str(error)
+            if not isinstance(error, StockrtError):
+                words = own_fault(error)
+            log.error("collecting: did not end well: %s", words)
+
     def _finalise(self) -> float | None:
         """Make a part of the closes final that are due; return for how many seconds there is no more to do."""
         if self._leaving.is_set() or self._events.is_damaged:
             return None
         if self._pipeline is None:
-            if self._store_trouble.there:
+            if self._troubles.store.there:
                 return TAKE_UP_AGAIN_S
             return None
-        return min(self._pipeline.finalise(self._leaving), LOOK_AROUND_S)
+        wait = self._pipeline.finalise(self._leaving)
+        return min(wait, self._pipeline.retain(), LOOK_AROUND_S)
 
     def _answer(self, order: Order) -> Message:
         """Execute a command, and return what the socket's thread has to know once the answer is in the journal."""
@@ -10283,8 +14435,11 @@ class Executor(threading.Thread):
             log.error("execution %s stays in the journal: %s", number, error)
 
     def _move_what_waits(self) -> None:
-        """Take up what waits since the last start, for MongoDB or a daily bar, without waiting for an execution."""
-        if not (self._settings.state_directory / SQLITE_NAME).exists():
+        """Take up what waits since the last start, for MongoDB or a daily bar, without waiting for an execution.
+
+        Where trades are collected without pause, that does it.
+        """
+        if self._wanted.collects or not (self._settings.state_directory / SQLITE_NAME).exists():
             return
         try:
             self._open_pipeline().start_delivery()
@@ -10295,7 +14450,7 @@ class Executor(threading.Thread):
             if not isinstance(error, StockrtError):
                 words = own_fault(error)
             if not self._events.is_damaged:
-                self._store_trouble.again(f"what waits on this machine cannot be taken up: {words}")
+                self._troubles.store.again(f"what waits on this machine cannot be taken up: {words}")
 
     def _keep_answer(self, number: int, answer: str) -> bool:
         """Put an answer into the journal. On a full disk that is tried until there is room, or this ends."""
@@ -10314,7 +14469,8 @@ class Executor(threading.Thread):
     def _execute(self, command: Accepted) -> str:
         """Return the answer of a command, '' when it was cut short and stays in the journal."""
         try:
-            report = self._open_pipeline().run(command.codes, self.stop)
+            pipeline = self._open_pipeline()
+            report = pipeline.run(command.codes or self._codes_to_watch(pipeline), self.stop)
         except StockrtError as error:
             return self._unexecuted(command.context, str(error))
         except ImportError as error:  # it stays in the journal for the next start
@@ -10331,24 +14487,21 @@ class Executor(threading.Thread):
             return empty_result(command.context, module_name, self._dropped_because)
         return ""
 
+    def _codes_to_watch(self, pipeline: Pipeline) -> Sequence[str]:
+        """Return the codes of a command that names none: those of COLLECT_CODES as of now. Raises StockrtError."""
+        if self._watch is None:
+            self._watch = WatchList(self._settings, pipeline.mongo)
+        codes = self._watch.codes(fresh=True)
+        if not codes:
+            number, shares = self._settings.collect_share
+            raise StockrtError(f"none of the codes of COLLECT_CODES is in the share {number}/{shares}")
+        return codes
+
     def _log(self, context: Mapping[str, Any], report: Report) -> None:
         """Say what an execution did, and what troubles begin or end with it."""
         level = logging.INFO if report.complete else logging.WARNING
         log.log(level, execution_line(context, report))
-        reached = report.stored + report.duplicates
-        if report.store_error:
-            self._store_trouble.again(report.store_error)
-        elif reached:
-            self._store_trouble.over()
-        if report.stale:
-            self._stale_trouble.again(report.stale_words())
-        elif reached:
-            self._stale_trouble.over()
-        away = next((failure for failure in report.failures.values() if failure.kind in TROUBLES), None)
-        if away is not None:
-            self._api_trouble.again(away.words)
-        elif reached:
-            self._api_trouble.over()
+        self._troubles.note(report)
 
     def _unexecuted(self, context: Mapping[str, Any], reason: str) -> str:
         log.warning("%s; not executed: %s", execution_line(context, Report()), reason)
@@ -10358,7 +14511,8 @@ class Executor(threading.Thread):
     def _open_pipeline(self) -> Pipeline:
         """Return the pipeline, a new one where the settings were read anew. Raises StockrtError."""
         wanted, old = self._wanted, self._pipeline
-        if old is not None and wanted is self._settings:
+        if old is not None and (wanted is self._settings or self._may_go_on(wanted)):
+            self._settings = wanted
             return old
         try:
             self._pipeline = Pipeline(wanted, self._events, patient=True)
@@ -10369,12 +14523,24 @@ class Executor(threading.Thread):
             self._wanted = self._settings
             return old
         if old is not None:
+            self._end_collecting()
             old.close()
-            old_store, store = store_name(self._settings), store_name(wanted)
-            if old_store != store:
-                self._store_trouble = LogThrottle(store, then="the next execution tries again")
-        self._settings = wanted
+            if store_name(self._settings) != store_name(wanted):
+                self._troubles = Troubles(wanted, RETRIED)
+        self._settings, self._watch = wanted, None
         return self._pipeline
+
+    def _may_go_on(self, wanted: Settings) -> bool:
+        """Whether collecting goes well and new settings change nothing of it: each new connection leaves a gap."""
+        stats = self._events.collect
+        if self._collecting is None or stats.trouble or stats.connections < stats.connections_wanted:
+            return False
+        pipeline = cast(Pipeline, self._pipeline)
+        if any(key.dead for key in pipeline.keys.keys):  # an operator may have mended it
+            return False
+        return self._settings == wanted._replace(
+            log_level=self._settings.log_level, old_secrets=self._settings.old_secrets
+        )
 
 
 def execution_name(context: Mapping[str, Any]) -> str:
@@ -10479,6 +14645,8 @@ class Clerk(threading.Thread):
         self._too_long: set[int] = set()
         self._wanted: list[int] = []
         self._status: DaemonStatus = {"version": __version__, "pid": os.getpid(), "platform": "not connected"}
+        if not settings.platform_url():
+            self._status["platform"] = NO_NEED
         before = read_status(settings.state_directory)
         if "last_contact" in before:
             self._status["last_contact"] = before["last_contact"]
@@ -10607,6 +14775,9 @@ class Clerk(threading.Thread):
             if not self._is_taken_up:  # or what is accepted now would be taken up too
                 self._take_up_journal()
             fresh, told = self._sort(commands)
+            if not self._settings.collect_codes:
+                told += [Declined(command, NO_CODES) for command in fresh if not command.codes]
+                fresh = [command for command in fresh if command.codes]
             numbers = self._journal.accept(fresh) if fresh else []
         except StoreError as error:
             numbers = []
@@ -10733,6 +14904,8 @@ class Daemon:
         self._drop_trouble = LogThrottle("results", clock, then="so is each that comes to be as old")
         self._open_commands = 0  # accepted, or on their way into the journal, and not ended
         self._executor_left = False
+        self._collect = self._collect_noted = CollectStats()
+        self._collect_noted_at = -math.inf
         self._leaving: Leaving | None = None
         self._broken: StockrtError | None = None
 
@@ -10745,13 +14918,19 @@ class Daemon:
         self._inbox.put(ReloadAsked())
 
     def run(self) -> None:
-        """Serve the platform until told to stop or shut down. Raises StoreError when a local file is damaged."""
+        """Serve the platform, if there is one, until told to stop or shut down.
+
+        Raises StoreError when a local file is damaged, SettingsError where nothing is left to do with these settings.
+        """
         start_thread(self._executor)
         start_thread(self._clerk)
         self._tick()  # before the start is over, the status is said
         self._events.started()
         delays = self._fresh_delays()
         while self._leaving is None:
+            if not self._settings.platform_url():
+                self._wait_awake(math.inf)
+                continue
             if self._connect_and_serve():
                 delays = self._fresh_delays()
             self._wait_awake(self._delay(delays))
@@ -10852,7 +15031,22 @@ class Daemon:
             self._dropped += len(stale)
             self._drop_trouble.again(f"{self._dropped} could not be delivered within an hour and are dropped")
             self._clerk.do(Received(stale))
-        return self._events.tick(self._open_commands, len(self._outbox))
+        return min(self._note_collecting(now), self._events.tick(self._open_commands, len(self._outbox)))
+
+    def _note_collecting(self, now: float) -> float:
+        """Have the status file say how collecting goes on, seldom where no more than its numbers change.
+
+        Return when that is due.
+        """
+        stats, noted = self._collect, self._collect_noted
+        if stats is noted:
+            return math.inf
+        due = self._collect_noted_at + STATUS_EVERY_S
+        if now < due and steady(stats) == steady(noted):
+            return due
+        self._collect_noted, self._collect_noted_at = stats, now
+        self._clerk.do(NoteStatus({"collecting": self._executor.collecting_facts()}))
+        return math.inf
 
     def _serve(self, link: Link, protocol: PlatformProtocol) -> None:
         """Move frames and answers until the connection is lost (LinkLost) or the process may leave."""
@@ -10993,6 +15187,8 @@ class Daemon:
                 self._refuse(message.command.context, message.reason, message.command.execution_id)
             elif isinstance(message, Ended):
                 self._open_commands -= message.commands
+            elif isinstance(message, Collected):
+                self._collect = message.stats
             elif isinstance(message, ExecutorLeft):
                 self._executor_left = True
             elif isinstance(message, Broken):
@@ -11004,9 +15200,14 @@ class Daemon:
             elif isinstance(message, SettingsRead):
                 self._settings = message.settings
                 log.setLevel(message.settings.log_level.upper())
+                if not message.settings.collects:
+                    self._clerk.do(NoteStatus({"collecting": {}}))
                 self._events.reloaded(message.settings)
             else:
-                log.info("stopping: the running execution has %d s", STOP_GRACE_S)
+                words = "stopping"
+                if self._settings.platform_url():
+                    words += f": the running execution has {STOP_GRACE_S:.0f} s"
+                log.info(words)
                 self._begin_leaving()
 
     def _send_answers(self, link: Link, protocol: PlatformProtocol) -> None:
@@ -11079,26 +15280,7 @@ def daemon_runs(directory: Path) -> bool:
 
 def lock_state_directory(directory: Path) -> IO[str]:
     """Return the open lock file of the one daemon of this directory. Raises StoreError if another holds it."""
-    import fcntl
-
-    make_state_directory(directory)
-    path = directory / "lock"
-    with disk_trouble(f"the lock {path} cannot be taken"):
-        make_for_owner(path)
-        lock = path.open("w")
-        for _ in range(LOCK_TRIES):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return lock
-            except BlockingIOError:
-                time.sleep(LOCK_RETRY_S)
-            except OSError:
-                lock.close()
-                raise
-    lock.close()
-    raise StoreError(
-        f"another stockrt daemon works in {directory}; stop it, or give this one its own STATE_DIRECTORY"
-    )
+    return lock_in(directory, "lock", "another stockrt daemon works")
 
 
 # ======================================================================================================
@@ -11115,6 +15297,8 @@ def lock_state_directory(directory: Path) -> IO[str]:
 NOTIFY_TIMEOUT_S = 1.0
 # A scraper comes every 15 s or more seldom.
 METRICS_EVERY_S = 10.0
+# Rates and delays change all the time: the status line has them no older than this.
+RATES_EVERY_S = 5.0
 # A good answer takes a tenth of a second, one under load seconds; 30 s is the limit of a request.
 LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0)
 
@@ -11223,6 +15407,14 @@ class Metric(NamedTuple):
     label: str = ""
     values: tuple[str, ...] = ("",)
 
+    def at_first(self) -> float:
+        """Return where it stands before anything is told: what may never be known, or done, is left out."""
+        return math.nan if self.label == "key" or self.name.startswith(COLLECT_METRICS) else 0.0
+
+
+# What the names begin with of what collecting without pause tells.
+COLLECT_METRICS = "stockrt_collect_"
+
 
 API_ANSWERS = (*(action.name.lower() for action in Action), "no_answer")
 OUTCOMES = ("success", "partial", "failure", "interrupted", "refused")
@@ -11235,8 +15427,8 @@ METRICS = (
     Metric("stockrt_executions_total", "counter", "Commands of the platform that ended.", "outcome", OUTCOMES),
     Metric("stockrt_last_success_timestamp_seconds", "gauge",
            "Unix time of the last execution that stored every code, 0 before the first."),
-    Metric("stockrt_trades_stored_total", "counter", "Trades that were new in the store."),
-    Metric("stockrt_trades_duplicate_total", "counter", "Trades that were in the store before."),
+    Metric("stockrt_trades_stored_total", "counter", "Trades of executions that were new in the store."),
+    Metric("stockrt_trades_duplicate_total", "counter", "Trades of executions that were there before."),
     Metric("stockrt_codes_failed_total", "counter", "Codes without a stored trade.", "reason",
            tuple(kind.value for kind in FailureKind)),
     Metric("stockrt_codes_stale", "gauge",
@@ -11255,6 +15447,18 @@ METRICS = (
     Metric("stockrt_api_key_state", "gauge", "The key's state: 0 ready, 1 resting, 2 out.", "key", ()),
     Metric("stockrt_api_key_end_timestamp_seconds", "gauge",
            "Unix time at which the key's plan ends, 0 where it is not known.", "key", ()),
+    Metric("stockrt_collect_connections", "gauge", "Connections to the stream that stand."),
+    Metric("stockrt_collect_connections_wanted", "gauge", "Connections to the stream that shall stand."),
+    Metric("stockrt_collect_codes", "gauge", "Codes subscribed on the stream."),
+    Metric("stockrt_collect_polled_codes", "gauge", "Codes that are polled over REST."),
+    Metric("stockrt_collect_trades_total", "counter", "Trades that came while collecting."),
+    Metric("stockrt_collect_stored_total", "counter", "Of them, those that were new in the store."),
+    Metric("stockrt_collect_duplicate_total", "counter", "Of them, those that were in the store before."),
+    Metric("stockrt_collect_dropped_total", "counter", "What was pushed and not asked for, or was no trade."),
+    Metric("stockrt_collect_gaps_today", "gauge", "Gaps of this UTC day."),
+    Metric("stockrt_collect_missed_beats_total", "counter", "Polls left out as one before was still going on."),
+    Metric("stockrt_collect_delay_seconds", "gauge", "Time from a trade's arrival until it was durable, lately.",
+           "quantile", ("0.5", "0.99")),
 )
 # fmt: on
 LATENCY = "stockrt_api_latency_seconds"
@@ -11286,9 +15490,8 @@ class Metrics:
         shown = tuple(dict.fromkeys(digest[:DIGEST_SHOWN] for digest in keys))
         with self._lock:
             self._metrics = [m._replace(values=shown) if m.label == "key" else m for m in METRICS]
-            unknown = {"key": math.nan}
             self._numbers = {
-                (metric.name, value): self._numbers.get((metric.name, value), unknown.get(metric.label, 0.0))
+                (metric.name, value): self._numbers.get((metric.name, value), metric.at_first())
                 for metric in self._metrics
                 for value in metric.values
             }
@@ -11300,9 +15503,10 @@ class Metrics:
             self.changes += bool(by)
 
     def put(self, name: str, number: float, value: str = "") -> None:
-        """Let a gauge stand at `number`."""
+        """Let a gauge, or what somebody else counts, stand at `number`; NaN: it is not known."""
         with self._lock:
-            self.changes += self._numbers[name, value] != number
+            before = self._numbers[name, value]
+            self.changes += before != number and not (math.isnan(before) and math.isnan(number))
             self._numbers[name, value] = number
 
     def took(self, seconds: float) -> None:
@@ -11413,7 +15617,12 @@ class Service(Events):
             self._file = MetricsFile(settings.metrics_file, self.metrics, clock)
         self._peer = f"{settings.server_host}:{settings.server_port}"
         self._keys = count_words(len(settings.api_keys), "key")
+        self._has_platform = bool(settings.platform_url())
         self._link = f"connecting to {self._peer}"
+        self._collects = settings.collects
+        self._collect = CollectStats()
+        self._collect_shown, self._collect_steady = "", steady(self._collect)
+        self._collect_shown_at = -math.inf
         self._waits = False  # whether trades wait for MongoDB
         self._last: tuple[str, float] | None = None  # what the last execution did, and when (monotonic)
         self._unanswered = self._undelivered = 0
@@ -11422,6 +15631,9 @@ class Service(Events):
         self._leaving = False
         self.metrics.put("stockrt_info", 1, __version__)
         self.metrics.put("stockrt_start_time_seconds", round(clock.wall(), 3))
+        if not self._has_platform:
+            self.metrics.put("stockrt_platform_connected", math.nan)
+            self.metrics.put("stockrt_platform_connections_total", math.nan)
 
     def started(self) -> None:
         """Tell systemd that the start is over."""
@@ -11434,6 +15646,13 @@ class Service(Events):
     def reloaded(self, settings: Settings) -> None:
         """Tell systemd that this is over."""
         self._keys = count_words(len(settings.api_keys), "key")
+        self._collects = settings.collects
+        if not self._collects:
+            self._collect = CollectStats()
+            for metric in METRICS:
+                if metric.name.startswith(COLLECT_METRICS):
+                    for value in metric.values:
+                        self.metrics.put(metric.name, math.nan, value)
         self._notifier.send(READY=1)
 
     def tick(self, unanswered: int, undelivered: int) -> float:
@@ -11493,6 +15712,27 @@ class Service(Events):
         """Note how many keys are not used again."""
         self._keys = count_words(of, "key") + f", {out} out" * (out > 0)
 
+    def collecting(self, stats: CollectStats) -> None:
+        """Note how collecting goes on."""
+        if not self._collects:  # a last word after a reload that ended it
+            return
+        self._collect = stats
+        for name, number in (
+            ("connections", stats.connections),
+            ("connections_wanted", stats.connections_wanted),
+            ("codes", stats.codes),
+            ("polled_codes", stats.polled),
+            ("trades_total", stats.trades),
+            ("stored_total", stats.stored),
+            ("duplicate_total", stats.duplicates),
+            ("dropped_total", stats.dropped),
+            ("gaps_today", stats.gaps_today),
+            ("missed_beats_total", stats.missed_beats),
+        ):
+            self.metrics.put(COLLECT_METRICS + name, number)
+        for quantile, milliseconds in (("0.5", stats.delay_p50_ms), ("0.99", stats.delay_p99_ms)):
+            self.metrics.put(f"{COLLECT_METRICS}delay_seconds", milliseconds / 1000, quantile)
+
     def executed(self, report: Report | None) -> None:
         """Count an execution and what it did."""
         self.metrics.add("stockrt_executions_total", outcome_of(report))
@@ -11515,7 +15755,10 @@ class Service(Events):
 
     def stopped(self) -> None:
         """Leave the last numbers in the file."""
-        self.metrics.put("stockrt_platform_connected", 0)
+        if self._has_platform:
+            self.metrics.put("stockrt_platform_connected", 0)
+        if self._collects:
+            self.metrics.put("stockrt_collect_connections", 0)
         if self._file is not None:
             self._file.write()
 
@@ -11531,20 +15774,34 @@ class Service(Events):
         """Return the status line and until when it is true, if nothing happens."""
         until = math.inf
         parts = ["stopping"] if self._leaving else []
-        parts += [self._link, self._keys]
-        if self._last is None:
-            parts.append("no execute yet")
-        else:
+        if self._has_platform:
+            parts.append(self._link)
+        if self._collects:
+            until = self._look_at_collecting(now)
+            parts.append(self._collect_shown)
+        parts.append(self._keys)
+        if self._last is not None:
             did, at = self._last
             age, changes = age_words(now - at)
             parts.append(f"last execute {did}, {age} ago")
-            until = at + changes
-        parts.append(f"{self._unanswered} waiting")
+            until = min(until, at + changes)
+        elif self._has_platform:
+            parts.append("no execute yet")
+        if self._has_platform:
+            parts.append(f"{self._unanswered} waiting")
         if self._waits:
             parts.append("trades wait for MongoDB")
         if self._undelivered:
             parts.append(f"{self._undelivered} to deliver")
         return " · ".join(parts), until
+
+    def _look_at_collecting(self, now: float) -> float:
+        """Take over what is shown of collecting, rates and delays not too often; return when to look again."""
+        words, due = f"collecting: {collect_words(self._collect)}", self._collect_shown_at + RATES_EVERY_S
+        if now >= due or steady(self._collect) != self._collect_steady:
+            self._collect_shown, self._collect_shown_at = words, now
+            self._collect_steady = steady(self._collect)
+        return due if words != self._collect_shown else math.inf
 
     def _pat_watchdog(self, now: float) -> float:
         """Send WATCHDOG=1 twice in the time that systemd gives, while the executor works."""
@@ -12020,6 +16277,466 @@ def _same_digits(document: Document) -> tuple[object, ...]:
 
 
 # ======================================================================================================
+# Views: what is stored, for people and for other programs
+# ======================================================================================================
+
+# Steps of a session in a sparkline, and the heights of its bars.
+SPARKS, BARS = 20, "▁▂▃▄▅▆▇█"
+# What --show lists where nothing says which codes.
+CODES_SHOWN = 50
+# Of a name in a table on a terminal: as many columns at most, and where it is narrow at least.
+NAME_COLUMNS, NAME_LEAST = 20, 8
+# Where red is the colour of what rises. In Hong Kong, Macau and Singapore green is, as in the West.
+RED_RISES = re.compile(r"(?:zh(?!_(?:HK|MO|SG))|ja|ko)(?:_|\.|@|$)", re.IGNORECASE)
+RED, GREEN, LIT = "31", "32", "7"
+# A cell that changed is lit for so long.
+LIT_S = 0.8
+# Between two columns.
+GAP = "  "
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for each character that is a wide one."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def fitting(text: str, columns: int) -> str:
+    """Return as much of a text as fits into so many columns of a terminal."""
+    while columns_of(text) > columns:
+        text = text[:-1]
+    return text
+
+
+def locale_name(environ: Mapping[str, str]) -> str:
+    """Return the reader's locale, as POSIX has it: the first of three variables that is not empty."""
+    names = ("LC_ALL", "LC_MESSAGES", "LANG")
+    return next(filter(None, (environ.get(name, "") for name in names)), "")
+
+
+def is_chinese(environ: Mapping[str, str]) -> bool:
+    """Return whether the reader's language is Chinese."""
+    return locale_name(environ).lower().startswith("zh")
+
+
+def rise_and_fall(environ: Mapping[str, str], up: str | None) -> tuple[str, str]:
+    """Return the colours of what rises and what falls: `up`, red or green, else as the reader's locale has it."""
+    red_rises = up == "red"
+    if up is None:
+        red_rises = RED_RISES.match(locale_name(environ)) is not None
+    return (RED, GREEN) if red_rises else (GREEN, RED)
+
+
+class TradingSpan(NamedTuple):
+    """The part of a market's day that a trade belongs to (epoch ms, half open), and the day's date."""
+
+    date: str
+    since: int
+    until: int
+
+
+def trading_span(code: str, t: int) -> TradingSpan:
+    """Return the regular session that a trade belongs to, or follows: the hours before it are their own span.
+
+    Where the session is not known, or rests, it is the exchange's day, else that of UTC.
+    """
+    market = market_of(code)
+    session = NO_SESSION
+    if market is not None:
+        session = session_of(market, t)
+    if session is NO_SESSION:
+        start = t - t % DAY_MS
+        return TradingSpan(
+            datetime.fromtimestamp(start / 1000, UTC).date().isoformat(), start, start + DAY_MS
+        )
+    if session.opens == NEVER:
+        return TradingSpan(session.date, session.start, session.end)
+    if t < session.opens:
+        return TradingSpan(session.date, session.start, session.opens)
+    return TradingSpan(session.date, session.opens, session.until + 1)
+
+
+class Quote(NamedTuple):
+    """What is known of a code: its latest trade, what its session came to, and what it is compared with.
+
+    `candles`: the session in SPARKS steps, those without trades missing. `reference`: the last final close before
+    the session. What is not known is None, or ''.
+    """
+
+    code: str
+    name: str
+    trade: StoredTrade
+    span: TradingSpan
+    candles: tuple[Candle, ...]
+    reference: StoredClose | None
+
+    @property
+    def change(self) -> float | None:
+        """By how many per cent the price differs from the reference."""
+        if self.reference is None or not float(self.reference.p):
+            return None
+        before = float(self.reference.p)
+        return (float(self.trade.p) - before) / abs(before) * 100
+
+    @property
+    def session(self) -> Candle | None:
+        """The session in one step."""
+        if not self.candles:
+            return None
+        from decimal import Decimal
+
+        high = max((candle.high for candle in self.candles), key=float)
+        low = min((candle.low for candle in self.candles), key=float)
+        volume = format(sum(Decimal(candle.volume) for candle in self.candles), "f")
+        count = sum(candle.trades for candle in self.candles)
+        first, last = self.candles[0], self.candles[-1]
+        return Candle(self.span.since, first.open, high, low, last.close, volume, count)
+
+    def spark(self) -> list[float | None]:
+        """Return the price at each step's end, up to that of the last trade; None before the first."""
+        step = step_of(self.span)
+        closes = {(candle.t - self.span.since) // step: float(candle.close) for candle in self.candles}
+        points: list[float | None] = []
+        for number in range(max(closes, default=-1) + 1):
+            before = points[-1] if points else None
+            points.append(closes.get(number, before))
+        return points
+
+    def document(self, now: float) -> dict[str, object]:
+        """Return all of it for a program; `now` in epoch seconds."""
+        session, reference = self.session, self.reference
+        facts: dict[str, object] = {
+            "code": self.code,
+            "name": self.name or None,
+            "price": self.trade.p,
+            "t": self.trade.t,
+            "age_s": round(now - self.trade.t / 1000, 3),
+            "change_percent": None if self.change is None else round(self.change, 4),
+            "reference_close": None if reference is None else reference.p,
+            "reference_date": None if reference is None else reference.date,
+            "session": self.span.date,
+        }
+        for name in ("open", "high", "low", "volume"):
+            facts[name] = getattr(session, name, None)
+        return facts | {"spark": self.spark()}
+
+
+def with_trade(quote: Quote, trade: StoredTrade) -> Quote:
+    """Return what a quote becomes by a trade; by one that is not later than the latest nothing else."""
+    if (trade.t, trade.id) <= (quote.trade.t, quote.trade.id):
+        return quote
+    span, candles, reference = quote.span, quote.candles, quote.reference
+    if not span.since <= trade.t < span.until:
+        span = trading_span(quote.code, trade.t)
+    if span != quote.span:
+        candles = ()
+    if span.date != quote.span.date:
+        reference = None
+    if span.since <= trade.t < span.until:
+        candles = _with_trade(candles, trade, trade.t - (trade.t - span.since) % step_of(span))
+    return quote._replace(trade=trade, span=span, candles=candles, reference=reference)
+
+
+def _with_trade(candles: tuple[Candle, ...], trade: StoredTrade, start: int) -> tuple[Candle, ...]:
+    """Return candles with a trade that comes after theirs, in the step that begins at `start`."""
+    from decimal import Decimal
+
+    if not candles or candles[-1].t != start:
+        return (*candles, Candle(start, trade.p, trade.p, trade.p, trade.p, trade.v, 1))
+    *before, last = candles
+    high, low = max(last.high, trade.p, key=float), min(last.low, trade.p, key=float)
+    volume = format(Decimal(last.volume) + Decimal(trade.v), "f")
+    return (*before, Candle(start, last.open, high, low, trade.p, volume, last.trades + 1))
+
+
+def step_of(span: TradingSpan) -> int:
+    """Return the length of a step of a sparkline (ms)."""
+    return -((span.since - span.until) // SPARKS)
+
+
+def quotes(reader: Reader, codes: Sequence[str], english: bool = False) -> list[Quote]:
+    """Return what a store has of codes, in their order; one without a trade is missing. Raises StoreError."""
+    last = reader.last(codes)
+    spans = {code: trading_span(code, trade.t) for code, trade in last.items()}
+    candles: dict[str, list[Candle]] = {}
+    for span in set(spans.values()):
+        together = [code for code, its in spans.items() if its == span]
+        candles |= reader.candles(together, span.since, span.until, step_of(span))
+    finals = reader.last_finals({code: span.date for code, span in spans.items()})
+    names = reader.names(last, english)
+    return [
+        Quote(
+            code, names.get(code, ""), last[code], spans[code], tuple(candles.get(code, ())), finals.get(code)
+        )
+        for code in dict.fromkeys(codes)
+        if code in last
+    ]
+
+
+def in_order(found: Sequence[Quote], by: str) -> list[Quote]:
+    """Return quotes by `code`, by `change` (what rose most first, what has none last), or as `asked`."""
+    if by == "change":
+        return sorted(
+            found, key=lambda quote: -math.inf if quote.change is None else quote.change, reverse=True
+        )
+    if by == "code":
+        return sorted(found, key=lambda quote: quote.code)
+    return list(found)
+
+
+class ViewColumn(NamedTuple):
+    """A column of a table. A narrow terminal loses those with a number, in the order of these, equal ones together."""
+
+    title: str
+    right: bool = False
+    given_up: int = 0
+
+
+QUOTE_COLUMNS = (
+    ViewColumn("CODE"),
+    ViewColumn("NAME", given_up=5),
+    ViewColumn("LAST", right=True),
+    ViewColumn("CHANGE", right=True),
+    ViewColumn("OPEN", right=True, given_up=1),
+    ViewColumn("HIGH", right=True, given_up=2),
+    ViewColumn("LOW", right=True, given_up=2),
+    ViewColumn("VOLUME", right=True, given_up=3),
+    ViewColumn("AGE", right=True, given_up=6),
+    ViewColumn("SESSION", given_up=4),
+)
+NAME_COLUMN, LAST_COLUMN, CHANGE_COLUMN, AGE_COLUMN = 1, 2, 3, 8
+
+
+class QuoteTable:
+    """Lays quotes out as lines of a terminal. `colors`: of what rises and what falls, () for none.
+
+    Without a `width` no column is lost and no name cut.
+    """
+
+    def __init__(self, width: int | None, colors: Sequence[str] = (), encoding: str = "utf-8") -> None:
+        self.width = width
+        self._colors = colors
+        self._bars = BARS
+        try:
+            BARS.encode(encoding)
+        except (UnicodeError, LookupError):
+            self._bars = ""
+        self._before: dict[str, list[str]] = {}
+        self._lit_until: dict[tuple[str, int], float] = {}  # by code and column
+
+    def lines(self, found: Sequence[Quote], now: float, lit: bool = False) -> list[str]:
+        """Return the title and a line for each quote; `lit`: cells that changed of late are."""
+        rows = {quote.code: self._cells(quote, now) for quote in found}
+        titles = [column.title for column in QUOTE_COLUMNS]
+        widths = [max(map(columns_of, cells)) for cells in zip(titles, *rows.values(), strict=True)]
+        filled = [any(cells) for cells in zip(*rows.values(), strict=True)] or [True] * len(titles)
+        kept = self._kept(widths, filled)
+        if self.width is not None and NAME_COLUMN in kept:
+            over = max(0, _needed(widths, kept) - self.width)
+            widths[NAME_COLUMN] -= over
+            for cells in rows.values():
+                cells[NAME_COLUMN] = fitting(cells[NAME_COLUMN], widths[NAME_COLUMN]).rstrip()
+        title = self._line(titles, widths, kept, {})
+        lines = [f"\033[1m{title}\033[0m" if self._colors else title]
+        for one in found:
+            cells = rows[one.code]
+            paints = self._paints(one)
+            if lit and self._colors:
+                for number in self._changed(one.code, cells, now):
+                    paints[number] = f"{LIT};{paints[number]}" if number in paints else LIT
+            lines.append(self._line(cells, widths, kept, paints))
+        self._before = rows
+        return lines
+
+    def _changed(self, code: str, cells: Sequence[str], now: float) -> list[int]:
+        """Return which cells of a line changed in the last LIT_S, the age left out."""
+        for number, (before, cell) in enumerate(zip(self._before.get(code, cells), cells, strict=True)):
+            if before != cell and number != AGE_COLUMN:
+                self._lit_until[code, number] = now + LIT_S
+        return [number for number in range(len(cells)) if self._lit_until.get((code, number), now) > now]
+
+    def _cells(self, quote: Quote, now: float) -> list[str]:
+        session, price = quote.session, quote.trade.p
+        change = "-" if quote.change is None else signed_percent(quote.change)
+        opened = high = low = volume = "-"
+        if session is not None:
+            opened, high, low = (with_decimals_of(price, text) for text in session[1:4])
+            volume = short_number(session.volume)
+        name = quote.name
+        if self.width is not None:
+            name = fitting(name, NAME_COLUMNS).rstrip()
+        age = age_or_ahead(now - quote.trade.t / 1000)
+        return [
+            quote.code,
+            name,
+            price,
+            change,
+            opened,
+            high,
+            low,
+            volume,
+            age,
+            sparkline(quote.spark(), self._bars),
+        ]
+
+    def _kept(self, widths: Sequence[int], filled: Sequence[bool]) -> list[int]:
+        """Return which columns there are: those that hold something, as far as the terminal is wide enough."""
+        kept = [number for number, holds in enumerate(filled) if holds]
+        least = list(widths)
+        least[NAME_COLUMN] = min(widths[NAME_COLUMN], NAME_LEAST)
+        for turn in sorted({column.given_up for column in QUOTE_COLUMNS if column.given_up}):
+            if self.width is not None and _needed(least, kept) > self.width:
+                kept = [number for number in kept if QUOTE_COLUMNS[number].given_up != turn]
+        return kept
+
+    def _paints(self, quote: Quote) -> dict[int, str]:
+        if not self._colors or not quote.change:
+            return {}
+        rises, falls = self._colors
+        return dict.fromkeys((LAST_COLUMN, CHANGE_COLUMN), rises if quote.change > 0 else falls)
+
+    def _line(
+        self, cells: Sequence[str], widths: Sequence[int], kept: Sequence[int], paints: Mapping[int, str]
+    ) -> str:
+        parts = []
+        for number in kept:
+            cell, blanks = cells[number], " " * (widths[number] - columns_of(cells[number]))
+            if number in paints and cell:
+                cell = f"\033[{paints[number]}m{cell}\033[0m"
+            parts.append(blanks + cell if QUOTE_COLUMNS[number].right else cell + blanks)
+        return GAP.join(parts).rstrip()
+
+
+def _needed(widths: Sequence[int], kept: Sequence[int]) -> int:
+    """Return how wide a line is that has some of the columns."""
+    return sum(widths[number] for number in kept) + len(GAP) * (len(kept) - 1)
+
+
+def signed_percent(change: float) -> str:
+    """Return a change with its sign, which says what a colour alone would not."""
+    text = f"{change:+.2f}%"
+    return text.replace("+", "").replace("-", "") if float(text[:-1]) == 0 else text
+
+
+def short_number(text: str) -> str:
+    """Return a number in six columns or so."""
+    number = float(text)
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if abs(number) >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:,.0f}" if abs(number) >= 1000 or number.is_integer() else f"{number:.4g}"
+
+
+def age_or_ahead(seconds: float) -> str:
+    """Return an age in words, and of what is ahead of this clock by more than a moment how far."""
+    if seconds < -1:
+        return f"in {age_words(-seconds)[0]}"
+    return age_words(seconds)[0]
+
+
+def sparkline(points: Sequence[float | None], bars: str = BARS) -> str:
+    """Return points as bars between the lowest and the highest of them, a blank for None."""
+    known = [point for point in points if point is not None]
+    if not (known and bars):
+        return ""
+    low, high = min(known), max(known)
+    if low == high:
+        return "".join(" " if point is None else bars[len(bars) // 2] for point in points)
+    scale = (len(bars) - 1) / (high - low)
+    return "".join(" " if point is None else bars[round((point - low) * scale)] for point in points)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Export
+# ------------------------------------------------------------------------------------------------------
+
+# How an export is written, by the end of its file's name.
+EXPORT_FORMS = (".csv", ".jsonl")
+# What an export of closes has of each.
+CLOSE_NAMES = tuple("stock_code date close final after_hours open high low volume turnover t".split())
+TRADE_NAMES = ("_id", *StoredTrade._fields[1:])
+
+
+class Export(NamedTuple):
+    """What is exported: trades, or closes, of some codes (None: of all), from one moment to another (ms, half open)."""
+
+    codes: Sequence[str] | None
+    since: int
+    until: int
+    closes: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the fields of its rows are called."""
+        return CLOSE_NAMES if self.closes else TRADE_NAMES
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all that there is."""
+        return self.codes is None and self.since <= 0 and self.until >= NEVER
+
+    def codes_in(self, reader: Reader) -> Sequence[str]:
+        """Return the codes, all of them where none are named. Raises StoreError."""
+        if self.codes is not None:
+            return self.codes
+        return reader.close_codes() if self.closes else reader.codes()
+
+    def rows(self, reader: Reader) -> Iterator[Sequence[Sequence[Any]]]:
+        """Yield rows, some thousand at once, code by code. Raises StoreError."""
+        if not self.closes:
+            yield from reader.trades(None if self.is_whole else self.codes_in(reader), self.since, self.until)
+            return
+        first, last = date_at(self.since), date_at(self.until - 1)
+        codes = sorted(self.codes_in(reader))
+        for at in range(0, len(codes), CODES_ASKED):
+            found = reader.closes(codes[at : at + CODES_ASKED], first, last)
+            yield [close_row(close) for code in sorted(found) for close in found[code]]
+
+
+def date_at(t: int) -> str:
+    """Return the UTC date of a time (ms), the first or the last of all that ISO 8601 has for what is beyond them."""
+    if t >= LATEST_TRADE_MS:
+        return date.max.isoformat()
+    return datetime.fromtimestamp(max(t, 0) / 1000, UTC).date().isoformat()
+
+
+def close_row(close: StoredClose) -> Sequence[Any]:
+    """Return what an export has of a close, in the order of CLOSE_NAMES."""
+    code, day, t, p, *rest = close
+    return (code, day, p, *rest, t)
+
+
+class ExportLines:
+    """Makes the lines of an export: CSV with a head, or a JSON document a line."""
+
+    def __init__(self, names: Sequence[str], as_json: bool) -> None:
+        import csv
+
+        self._names = names
+        self._as_json = as_json
+        self._encode = json.JSONEncoder(ensure_ascii=False).encode
+        self._text = io.StringIO()
+        self._writer = csv.writer(self._text, lineterminator="\n")
+
+    def head(self) -> bytes:
+        """Return what comes before all rows."""
+        return b"" if self._as_json else self.of([self._names])
+
+    def of(self, rows: Sequence[Sequence[Any]]) -> bytes:
+        """Return the lines of rows."""
+        if self._as_json:
+            documents = (dict(zip(self._names, row, strict=True)) for row in rows)
+            return "".join(f"{self._encode(document)}\n" for document in documents).encode(errors="stockrt")
+        self._text.seek(0)
+        self._text.truncate()
+        self._writer.writerows(rows)
+        return self._text.getvalue().encode(errors="stockrt")
+
+
+# ======================================================================================================
 # Command line
 # ======================================================================================================
 
@@ -12039,6 +16756,7 @@ examples:
   stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY   synthetic trades: no key, no network
   stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   real ones: INFOWAY_API_KEY must be set
   stockrt.pyz --once --codes-file codes.txt --json           one JSON document a line on stdout
+  stockrt.pyz --collect --codes TSLA.US BTCUSDT              every trade as it is made, until Ctrl-C
   stockrt.pyz --backfill 60 --codes-file codes.txt           closes of the last 60 sessions, to begin with
   stockrt.pyz --check                                        what is wrong, and which setting mends it
 
@@ -12050,10 +16768,18 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
 class Options:
     """What the command line asks for; with nothing of it this is the daemon."""
 
-    once = check = check_settings = status = drain = rejects = reload = register = False
+    once = collect = check = check_settings = status = drain = retain = rejects = reload = register = False
     json = demo = retry = discard = force = dry_run = False
     backfill: int | None = None
+    every: str | None = None
     executions: int | None = None
+    show: Sequence[str] | None = None
+    sort: str | None = None
+    up: str | None = None
+    export: str | None = None
+    closes = False
+    from_: str | None = None
+    to: str | None = None
     symbols: str | None = None
     migrate: str | None = None
     documents: str | None = None
@@ -12105,6 +16831,11 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         "--once", action="store_true", help="fetch the given codes once, store them, print them"
     )
     what.add_argument(
+        "--collect",
+        action="store_true",
+        help="store and print every trade of the given codes, or of COLLECT_CODES, until Ctrl-C",
+    )
+    what.add_argument(
         "--backfill",
         metavar="DAYS",
         type=int,
@@ -12123,8 +16854,26 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=f"list the last N executions and --once runs with their failures (default {EXECUTIONS_SHOWN})",
     )
+    what.add_argument(
+        "--show",
+        nargs="*",
+        metavar="CODE",
+        help="show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, "
+        f"else the {CODES_SHOWN} that traded last",
+    )
+    what.add_argument(
+        "--export",
+        metavar="FILE",
+        help="write what is stored, of all codes or those of --codes, into FILE.csv or FILE.jsonl, which it "
+        "replaces, or '-': standard output",
+    )
     what.add_argument("--symbols", metavar="TEXT", help="find instruments by code or name: 茅台, apple, 黄金")
     what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
+    what.add_argument(
+        "--retain",
+        action="store_true",
+        help="remove now what is older than KEEP_DAYS, also what --check names",
+    )
     what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
     what.add_argument(
         "--reload",
@@ -12146,10 +16895,34 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codes", nargs="+", metavar="CODE", help="codes, separated by blanks or commas")
     parser.add_argument("--codes-file", metavar="FILE", help="codes from a file, '-' for standard input")
     parser.add_argument(
+        "--every", metavar="S", help="with --collect: ask every S seconds, in place of the stream"
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print one JSON document a line in place of the table"
     )
     parser.add_argument(
         "--demo", action="store_true", help="synthetic trades: no network, no key, embedded store"
+    )
+    parser.add_argument(
+        "--closes", action="store_true", help="with --export: the closing prices in place of the trades"
+    )
+    parser.add_argument(
+        "--from",
+        dest="from_",
+        metavar="TIME",
+        help="with --export: since this date or time, ISO 8601, such as 2026-08-14 or 2026-08-14T09:30+08:00; "
+        "without an offset it is UTC",
+    )
+    parser.add_argument(
+        "--to", metavar="TIME", help="with --export: before this time, or up to this date, the date included"
+    )
+    parser.add_argument(
+        "--sort", choices=("code", "change", "asked"), help="with --show: the order of its lines (code)"
+    )
+    parser.add_argument(
+        "--up",
+        choices=("red", "green"),
+        help="with --show: the colour of what rises, in place of the one of your locale",
     )
     parser.add_argument("--retry", action="store_true", help="with --drain: what MongoDB refused before, too")
     parser.add_argument(
@@ -12185,6 +16958,31 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# Which commands, or what else, each flag goes with.
+GOES_WITH = {
+    "json": ("once", "collect", "show", "export", "status", "executions", "rejects", "symbols"),
+    "codes": ("once", "collect", "backfill", "export"),
+    "codes_file": ("once", "collect", "backfill", "export"),
+    "demo": ("once", "collect", "show", "export"),
+    "every": ("collect",),
+    "sort": ("show", "collect"),
+    "up": ("show", "collect"),
+    "closes": ("export",),
+    "from_": ("export",),
+    "to": ("export",),
+    "retry": ("drain",),
+    "discard": ("rejects",),
+    "force": ("register", "documents"),
+    "documents": ("migrate",),
+    "time_zone": ("migrate",),
+    "dry_run": ("migrate",),
+}
+
+
+def _is_given(options: Options, name: str) -> bool:
+    return getattr(options, name) not in (None, False, ())
+
+
 # Longer than any name in the API's lists; SQLite takes no pattern of many thousands.
 LONGEST_SOUGHT = 200
 
@@ -12198,28 +16996,62 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         _check_symbols(options.symbols)
     if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
         raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
-    for_json = (options.once, options.status, options.executions, options.rejects, options.symbols)
-    if options.json and not any(for_json):
-        raise UsageError(
-            "--json goes with --once, --status, --executions, --rejects or --symbols; see --help"
-        )
-    for flag in ("codes", "codes_file"):
-        if getattr(options, flag) and not options.once and options.backfill is None:
-            raise UsageError(f"--{flag.replace('_', '-')} goes with --once or --backfill; see --help")
-    if options.demo and not options.once:
-        raise UsageError("--demo goes with --once; see --help")
+    for flag, commands in GOES_WITH.items():
+        if _is_given(options, flag) and not any(_is_given(options, name) for name in commands):
+            names = [f"--{name.strip('_').replace('_', '-')}" for name in (*commands, flag)]
+            words = " or ".join(filter(None, [", ".join(names[:-2]), names[-2]]))
+            raise UsageError(f"{names[-1]} goes with {words}; see --help")
+    _check_export(options)
     if options.backfill is not None and not 1 <= options.backfill <= MAX_BARS:
         raise UsageError(f"--backfill {options.backfill}: expected 1 to {MAX_BARS} sessions; see --help")
-    if options.retry and not options.drain:
-        raise UsageError("--retry goes with --drain; see --help")
-    if options.discard and not options.rejects:
-        raise UsageError("--discard goes with --rejects; see --help")
-    if options.force and not (options.register or options.documents is not None):
-        raise UsageError("--force goes with --register or --documents; see --help")
     _check_migration(options)
     if options.once and not (options.codes or options.codes_file):
         raise UsageError("--once needs --codes CODE … or --codes-file FILE; see --help")
     return options
+
+
+def _check_export(options: Options) -> None:
+    """Raise UsageError for options of --export that do not go together."""
+    if options.export is not None and options.export != "-":
+        if not options.export.endswith(EXPORT_FORMS):
+            raise UsageError(
+                f"--export {one_line(options.export, 100)}: expected a name that ends with .csv or .jsonl, or -; "
+                "see --help"
+            )
+        if options.json:
+            raise UsageError("--json goes with --export -, a file has the form of its name; see --help")
+    span_of(options)
+
+
+def span_of(options: Options) -> tuple[int, int]:
+    """Return the moments of --from and --to (epoch ms, half open); without them all of time. Raises UsageError."""
+    since, until = 0, NEVER
+    if options.from_ is not None:
+        since, _ = _moment_of("--from", options.from_)
+    if options.to is not None:
+        start, length = _moment_of("--to", options.to)
+        until = start + length
+    if since >= until:
+        raise UsageError(f"--from {options.from_} --to {options.to}: nothing lies between them; see --help")
+    return since, until
+
+
+def _moment_of(flag: str, text: str) -> tuple[int, int]:
+    """Return a moment (ms), and the length of a day where a date was given, else 0. Raises UsageError."""
+    length = 0
+    try:
+        with contextlib.suppress(ValueError):
+            date.fromisoformat(text)
+            length = DAY_MS
+        moment = datetime.fromisoformat(text)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        return round(moment.timestamp() * 1000), length
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f"{flag} {one_line(text, 40)}: expected a date such as 2026-08-14 or a time such as "
+            "2026-08-14T09:30+08:00; see --help"
+        ) from None
 
 
 def _check_symbols(text: str) -> None:
@@ -12235,12 +17067,10 @@ def _check_symbols(text: str) -> None:
 def _check_migration(options: Options) -> None:
     """Raise UsageError for options of --migrate that do not go together."""
     if options.migrate is None:
-        for flag in ("documents", "time_zone", "dry_run"):
-            if getattr(options, flag) not in (None, False):
-                raise UsageError(f"--{flag.replace('_', '-')} goes with --migrate; see --help")
-    elif not options.migrate and options.documents is None:
+        return
+    if not options.migrate and options.documents is None:
         raise UsageError("--migrate needs the older client's directory, or --documents; see --help")
-    elif (options.documents is None) != (options.time_zone is None):
+    if (options.documents is None) != (options.time_zone is None):
         raise UsageError("--documents needs --time-zone ZONE, and the other way round; see --help")
 
 
@@ -12265,8 +17095,7 @@ def _codes_of(options: Options) -> Iterator[str]:
         if options.codes_file != "-":
             stream = open(options.codes_file, encoding="utf-8-sig")  # noqa: SIM115  (closed below)
         with stream:
-            for line in stream:  # the mark of a file on standard input is not decoded away
-                yield from split_codes(line.partition("#")[0].lstrip("\ufeff"))
+            yield from codes_in(stream)
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"--codes-file {options.codes_file}: cannot be read: {why}") from None
@@ -12286,11 +17115,54 @@ class _Redacting(logging.Formatter):
         return f"{local_time(datetime.fromtimestamp(record.created, UTC))} {text}"
 
 
+class Screen:
+    """Lines that stand at the end of a terminal and are drawn anew in their place. Any thread may call it."""
+
+    standing: ClassVar[list[Screen]] = []
+
+    def __init__(self, out: IO[str]) -> None:
+        self._out = out
+        self._height = 0
+        self._lock = threading.RLock()
+        self.standing.append(self)
+
+    def draw(self, lines: Sequence[str], anew: bool = False) -> None:
+        """Put lines in the place of those before; `anew`: the terminal may have broken them. Raises OSError."""
+        with self._lock:
+            if self not in self.standing:
+                return
+            to_their_place = f"\033[{self._height}F" if self._height else ""
+            if anew:
+                to_their_place = "\033[H\033[2J"
+            self._out.write(to_their_place + "".join(f"{line}\033[K\n" for line in lines) + "\033[J")
+            self._out.flush()
+            self._height = len(lines)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the lines away while something else is printed; they come back below it."""
+        with self._lock:
+            if self._height:
+                self._out.write(f"\033[{self._height}F\033[J")
+                self._out.flush()
+            self._height = 0
+            yield
+
+    def leave(self) -> None:
+        """Let the lines stay where they are from now on."""
+        with self._lock:
+            self.standing.remove(self)
+
+
 @contextlib.contextmanager
 def bar_aside() -> Iterator[None]:
-    """Take a bar away while something is printed."""
+    """Take away what is drawn on the terminal, a bar or a table, while something is printed."""
     tqdm = sys.modules.get("tqdm")
-    with tqdm.tqdm.external_write_mode() if tqdm else contextlib.nullcontext():
+    with contextlib.ExitStack() as aside:
+        for screen in Screen.standing:
+            aside.enter_context(screen.aside())
+        if tqdm:
+            aside.enter_context(tqdm.tqdm.external_write_mode())
         yield
 
 
@@ -12356,17 +17228,20 @@ COLUMNS = (
     Column("AGE", 6, right=True),
     Column("NAME", 0),
 )
-GAP = "  "
 # Of a line where there is no terminal: no name is cut.
 WIDEST = 1000
+
+
+# While no trade comes it is seen after so long that the reader went away.
+READER_LOOK_S = 1.0
 
 
 class Rows:
     """Prints stored trades on `out`: an aligned table in the order asked, or JSON lines.
 
     Beyond ROWS_ALIGNED trades the rows are printed as they come. A reader that went away (`| head`) ends
-    the printing, never the storing. `directory`: where names are looked up; the table has as much of them as fits
-    into `width` columns, and no column for them where there are none.
+    the printing, never the storing. `is_live`: the first rows are printed at once, too. `directory`: where names are
+    looked up; the table has as much of them as fits into `width` columns, and no column for them where there are none.
     """
 
     def __init__(
@@ -12376,7 +17251,9 @@ class Rows:
         color: bool = False,
         width: int = WIDEST,
         clock: Clock = SYSTEM_CLOCK,
+        is_live: bool = False,
     ) -> None:
+        self._is_live = is_live
         self._out = out
         self._as_json = as_json
         self._color = color
@@ -12384,17 +17261,19 @@ class Rows:
         self._clock = clock
         self._kept: list[Document] = []
         self._widths: list[int] = []  # of the columns, once they are printed
-        self._gone = False
+        self.is_gone = False  # what reads them
+        self.look_s = READER_LOOK_S
+        self.status = ""  # which rows do not show
         self.directory: Directory | None = None
         self.fault = ""  # why rows are missing on `out`, unless its reader just went away
 
     def add(self, documents: Sequence[Document]) -> None:
         """Take documents that were stored."""
         if self._as_json:
-            self._print("".join(to_json(document) + "\n" for document in documents))
+            self._print("".join(to_json(document) + "\n" for document in documents), self._is_live)
             return
         self._kept += documents
-        if self._widths or len(self._kept) > ROWS_ALIGNED:
+        if self._is_live or self._widths or len(self._kept) > ROWS_ALIGNED:
             self._table([column.width for column in COLUMNS])
 
     def finish(self, order: Sequence[str] = ()) -> None:
@@ -12416,7 +17295,7 @@ class Rows:
             self._widths = self._with_name(widths[:-1], bool(names))
             line = self._line(titles)
             self._print(f"\033[1m{line[:-1]}\033[0m\n" if self._color else line)
-        self._print("".join(map(self._line, rows)))
+        self._print("".join(map(self._line, rows)), self._is_live)
 
     def _with_name(self, widths: list[int], named: bool) -> list[int]:
         """Return the widths with that of the names: they have the rest of the line, unless that is too short."""
@@ -12442,33 +17321,17 @@ class Rows:
         return {}
 
     def _print(self, text: str, flush: bool = False) -> None:
-        if self._gone:
+        if self.is_gone:
             return
         try:
             self._out.write(text)
             if flush:
                 self._out.flush()
         except OSError as error:
-            self._gone = True
+            self.is_gone = True
             if not isinstance(error, BrokenPipeError):
                 self.fault = f"the rows cannot be printed: {error.strerror}"
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # else the exit's flush fails again
-
-
-def columns_of(text: str) -> int:
-    """Return how many columns of a terminal a text takes: two for each character that is a wide one."""
-    if text.isascii():
-        return len(text)
-    import unicodedata
-
-    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
-
-
-def fitting(text: str, columns: int) -> str:
-    """Return as much of a text as fits into so many columns of a terminal."""
-    while columns_of(text) > columns:
-        text = text[:-1]
-    return text
 
 
 def row_cells(document: Document, now: float) -> list[str]:
@@ -12626,6 +17489,7 @@ class _Run(threading.Thread):
             first = next(self._codes)  # where there is none, nobody is asked for anything
             self._pipeline.run(chain((first,), self._codes), self._stop_event, self.report)
             self._pipeline.finalise_all(self._stop_event)
+            self._pipeline.retain_some(self._stop_event)
         except BaseException as error:  # handed to the main thread, which raises it again
             self.error = error
 
@@ -12640,12 +17504,17 @@ class _Run(threading.Thread):
         return not self.is_alive()
 
 
-def run_once(options: Options, settings: Settings) -> int:
-    """Fetch the given codes once and return the exit status."""
+def _refuse_demo_in_mongodb(options: Options, settings: Settings) -> None:
+    """Raise UsageError where synthetic trades would go among real ones."""
     if options.demo and settings.mongodb_uri:
         raise UsageError(
             "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out"
         )
+
+
+def run_once(options: Options, settings: Settings) -> int:
+    """Fetch the given codes once and return the exit status."""
+    _refuse_demo_in_mongodb(options, settings)
     rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_width(WIDEST))
     terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
@@ -12721,6 +17590,280 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
     return EXIT_OK if report.complete else EXIT_FAILED
 
 
+# Batches of at most a thousand rows that wait for a slow reader of stdout; beyond, it is waited for.
+BATCHES_UNREAD = 20
+# A live table is drawn so often at most; beside its rows stand the title, what does not fit, the status, the cursor.
+REDRAW_S, LINES_BESIDE = 0.2, 4
+# The store is looked at again for it after this time, and so many trades may come meanwhile.
+READ_AGAIN_S, TRADES_MEANWHILE = 2.0, 20_000
+# After the end a slow reader has so long for the last rows.
+LAST_ROWS_S = 2.0
+NO_STREAM_HINT = (
+    "the stream serves none of these codes to INFOWAY_API_KEY: the key's plan has no stream, or none of these products "
+    "(see above; --check names the plan, INFOWAY_PLAN where the API does not tell it); "
+    "--collect --every 10 asks for their latest trades every 10 s instead"
+)
+# So often there are synthetic trades.
+DEMO_EVERY_S = 1.0
+
+
+def reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    import select
+
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+class LiveTable:
+    """The table of --show on a terminal, drawn anew as trades come; Ticks uses it as it does Rows.
+
+    What the store has of a code, and what its change is told against, is read on a thread of its own, which may have
+    to wait for MongoDB: no trade waits for it.
+    """
+
+    def __init__(self, table: QuoteTable, by: str, english: bool) -> None:
+        self.is_gone = False  # the terminal
+        self.fault = ""
+        self.look_s = REDRAW_S
+        self.status = ""
+        self._table = table
+        self._by = by
+        self._english = english
+        self._quotes: dict[str, Quote] = {}
+        self._unread: set[str] = set()  # codes of which the store is to be looked at
+        self._meanwhile: deque[StoredTrade] = deque(maxlen=TRADES_MEANWHILE)  # what came since it is
+        self._due = 0.0  # monotonic
+        self._lock = threading.Lock()
+        self._screen = Screen(sys.stdout)
+        self._woken = threading.Event()
+
+    def begin(self, reader: Reader, codes: Iterable[str]) -> None:
+        """Show what there is of codes, and what comes. Raises StockrtError where there is no thread."""
+        self._unread.update(codes)
+        self._woken.set()
+        start_thread(threading.Thread(target=self._read, args=(reader,), name="stockrt-table", daemon=True))
+
+    def add(self, documents: Sequence[Document]) -> None:
+        """Take documents that were stored, and draw, unless that was done just now."""
+        with self._lock:
+            for document in documents:
+                fields = [document[name] for name in ("_id", *TRADE_FIELDS, "stock_code")]
+                self._take(StoredTrade._make((*fields, "")))
+        if time.monotonic() >= self._due and not self.is_gone:
+            self._draw()
+
+    def close(self) -> None:
+        """Draw what came last, and let it stand."""
+        if not self.is_gone:
+            self._draw()
+        self._screen.leave()
+
+    def _take(self, trade: StoredTrade) -> None:
+        code = trade.stock_code
+        self._meanwhile.append(trade)
+        before = self._quotes.get(code)
+        if before is None:
+            span = trading_span(code, trade.t)
+            before = Quote(code, "", trade._replace(t=0), span, (), None)
+        after = with_trade(before, trade)
+        if code not in self._quotes or after.span.date != before.span.date:
+            self._unread.add(code)
+            self._woken.set()
+        self._quotes[code] = after
+
+    def _draw(self) -> None:
+        with self._lock:
+            found = in_order(list(self._quotes.values()), self._by)
+        try:
+            width, height = os.get_terminal_size(sys.stdout.fileno())
+            room = max(1, height - LINES_BESIDE)
+            is_resized = width != self._table.width
+            self._table.width = width
+            lines = self._table.lines(found[:room], time.time(), lit=True)
+            if len(found) > room:
+                lines.append(f"… {count_words(len(found) - room, 'more code')}")
+            self._screen.draw([*lines, fitting(self.status, width)], anew=is_resized)
+        except OSError:
+            self.is_gone = True
+        self._due = time.monotonic() + REDRAW_S
+
+    def _read(self, reader: Reader) -> None:
+        """Look at the store for the codes of which that is to be done, for as long as the process lives."""
+        while True:
+            self._woken.wait()
+            self._woken.clear()
+            with self._lock:
+                codes = sorted(self._unread)
+                self._meanwhile.clear()
+            try:
+                found = quotes(reader, codes, self._english)
+            except StoreError as error:  # it is said by those who store
+                log.debug("the table does without the store: %s", error)
+                self._woken.set()
+            else:
+                self._put(codes, found)
+            time.sleep(READ_AGAIN_S)
+
+    def _put(self, codes: Collection[str], found: Sequence[Quote]) -> None:
+        """Take what the store has, and what came since it was asked."""
+        with self._lock:
+            self._unread.difference_update(codes)
+            read = {one.code: one for one in found}
+            for trade in self._meanwhile:
+                if trade.stock_code in read:
+                    read[trade.stock_code] = with_trade(read[trade.stock_code], trade)
+            for code, one in read.items():
+                before = self._quotes.get(code, one)
+                self._quotes[code] = with_trade(one, before.trade)  # it may wait for MongoDB
+
+
+class Ticks(Events):
+    """Prints trades as they are stored, those that wait for MongoDB, too, on a thread of its own.
+
+    The latest trade of a code that comes once more is not printed again. A reader that went away sets `stop`.
+    """
+
+    def __init__(self, rows: Rows | LiveTable, stop: threading.Event) -> None:
+        self._rows = rows
+        self._stop = stop
+        self._batches: queue.Queue[Sequence[Document]] = queue.Queue(BATCHES_UNREAD)
+        self._latest: dict[str, str] = {}  # code -> _id
+        self._is_ending = threading.Event()
+        self._thread = threading.Thread(target=self._print, name="stockrt-rows", daemon=True)
+        start_thread(self._thread)
+
+    def stored(self, documents: Sequence[Document]) -> None:
+        """Have them printed."""
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._batches.put(documents, timeout=STOP_POLL_S)
+                return
+        with contextlib.suppress(queue.Full):  # nobody reads, and the end must not wait for it
+            self._batches.put_nowait(documents)
+
+    def kept(self, documents: Sequence[Document]) -> None:
+        """Have them printed: when MongoDB has them they are not told again."""
+        self.stored(documents)
+
+    def collecting(self, stats: CollectStats) -> None:
+        """Have it said below the table, where there is one."""
+        self._rows.status = collect_words(stats)
+
+    def close(self) -> None:
+        """Print the last rows, as far as they are read."""
+        self._is_ending.set()
+        self.stored(())
+        self._thread.join(LAST_ROWS_S)
+
+    def _print(self) -> None:
+        while not (self._is_ending.is_set() and self._batches.empty()):
+            documents: Sequence[Document] = ()
+            with contextlib.suppress(queue.Empty):
+                documents = self._batches.get(timeout=self._rows.look_s)
+            self._rows.add([document for document in documents if self._is_new(document)])
+            if self._rows.is_gone or reader_is_gone():
+                self._rows.is_gone = True
+                self._stop.set()
+
+    def _is_new(self, document: Document) -> bool:
+        code, name = document["stock_code"], document["_id"]
+        before = self._latest.get(code)
+        self._latest[code] = name
+        return bool(name != before)
+
+
+def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
+    """Collect without pause until a signal, or until nobody reads the rows, and return the exit status."""
+    settings = _settings_to_collect(options, settings)
+    rows: Rows | LiveTable = Rows(sys.stdout, options.json, is_live=True)
+    if sys.stdout.isatty() and environ.get("TERM", "dumb") != "dumb" and not options.json:
+        table = quote_table(settings, environ, options.up)
+        rows = LiveTable(table, options.sort or "code", not is_chinese(environ))
+    stop = StopEvent()
+    stop_on_signals(stop)
+    started_at = time.monotonic()
+    ticks = Ticks(rows, stop)
+    with Pipeline(settings, ticks, options.demo) as pipeline:
+        if isinstance(rows, Rows):
+            rows.directory = pipeline.directory
+        collecting = Collecting(pipeline, settings, ticks)
+        collecting.start()
+        if isinstance(rows, LiveTable):
+            rows.begin(pipeline.reader, _plain_codes(settings.collect_codes))
+        pipeline.start_delivery()
+        try:
+            while not stop.is_set():
+                stop.wait(min(pipeline.finalise(stop), READER_LOOK_S))
+                _need_use(settings, pipeline, collecting.stats())
+        finally:
+            collecting.close()
+            ticks.close()
+            if isinstance(rows, LiveTable):
+                rows.close()
+    if rows.fault:
+        raise PrintError(rows.fault)
+    if rows.is_gone:
+        return EXIT_OK
+    say(_collected_line(collecting.stats(), time.monotonic() - started_at))
+    return EXIT_INTERRUPTED
+
+
+def _plain_codes(text: str) -> list[str]:
+    """Return the codes of COLLECT_CODES as they are stored; those of a file or a collection show when they trade."""
+    found = []
+    if text[:1] != "@" and text != WATCH:
+        for code in split_codes(text):
+            with contextlib.suppress(InstrumentError):
+                found.append(parse_code(code).code)
+    return found
+
+
+def _need_use(settings: Settings, pipeline: Pipeline, stats: CollectStats) -> None:
+    """Raise SettingsError where no key serves, or every trade is asked for and the stream brings none with them."""
+    dead = [key.dead for key in pipeline.keys.keys if key.dead]
+    if dead and len(dead) == len(pipeline.keys.keys):
+        raise SettingsError([f"INFOWAY_API_KEY: no key can be used any more: {dead[0]}"])
+    if settings.collect and stats.polled and not stats.connections_wanted:
+        raise SettingsError([NO_STREAM_HINT])
+
+
+def _settings_to_collect(options: Options, settings: Settings) -> Settings:
+    """Return the settings with what the command line says of collecting. Raises UsageError."""
+    _refuse_demo_in_mongodb(options, settings)
+    if options.codes or options.codes_file:
+        settings = settings._replace(collect_codes=" ".join(read_codes(options)), collect_share=(1, 1))
+    elif not settings.collect_codes:
+        raise UsageError("--collect needs --codes CODE …, --codes-file FILE, or COLLECT_CODES; see --help")
+    every_s = 0.0
+    if options.every is not None:
+        every_s = _seconds_of(options.every)
+    elif options.demo:
+        every_s = DEMO_EVERY_S
+    return settings._replace(collect="" if every_s else "stream", collect_every_s=every_s)
+
+
+def _seconds_of(text: str) -> float:
+    (setting,) = (one for one in SETTINGS if one.name == "COLLECT_EVERY")
+    try:
+        return cast(float, setting.parse(text))
+    except ValueError:
+        raise UsageError(f"--every {one_line(text, 40)}: expected {setting.expected}; see --help") from None
+
+
+def _collected_line(stats: CollectStats, took_s: float) -> str:
+    line = f"trades {stats.trades}, stored {stats.stored}, already known {stats.duplicates} ({took_s:.1f} s)"
+    kept = stats.trades - stats.stored - stats.duplicates
+    if kept > 0:
+        line += f"; {waiting_words(kept)} for MongoDB"
+    if stats.dropped:
+        line += f"; {stats.dropped} pushed and not asked for, or no trades"
+    if stats.gaps_today:
+        line += f"; {count_words(stats.gaps_today, 'gap')} today"
+    return line
+
+
 # What is said to who may not see what the service has and does.
 HIDDEN_WORDS = (
     f"this user may not look at what {UNIT} has: run as root; "
@@ -12773,6 +17916,7 @@ def _check_origins(loaded: LoadedSettings, is_service_hidden: bool) -> Check:
 
 
 NO_DAEMON = "SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon"
+NO_PLATFORM = "SERVER_IP and SERVER_PORT are not set: the daemon collects by itself, without a platform"
 
 
 def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
@@ -12797,6 +17941,8 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
             store = _check_store(store_name(settings), pipeline)
         words = store.words.replace(str(looked_at.state_directory), str(settings.state_directory))
         yield store._replace(words=words)
+        if pipeline is not None and settings.collects:
+            yield from _check_collecting(settings, pipeline)
     if settings.metrics_file:
         place = settings.metrics_file.parent
         why = fault_of_place(f"{place}/.", os.W_OK | os.X_OK)
@@ -12805,7 +17951,7 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
     if settings.platform_url():
         yield check_platform(settings)
     else:
-        yield Check("platform", True, NO_DAEMON)
+        yield Check("platform", True, NO_PLATFORM if settings.collects else NO_DAEMON)
 
 
 def _check_state_directory(settings: Settings) -> Check:
@@ -12829,9 +17975,51 @@ def _check_keys(settings: Settings, pipeline: Pipeline | None) -> Iterator[Check
             yield from check_key(settings, pipeline.api, key)
 
 
+def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]:
+    """Say what is to be collected, and whether the stream takes each key for it.
+
+    A connection may count against the key's limit for minutes after its end: none is made where the daemon has some.
+    """
+    stop = threading.Event()
+    try:
+        codes = WatchList(settings, pipeline.mongo).codes()
+        products = [one.product for one in resolve(codes, None, stop).instruments.values()]
+    except StockrtError as error:
+        yield Check("codes", False, str(error))
+        return
+    yield Check("codes", bool(codes), f"{count_words(len(codes), 'code')} to collect")
+    if not (settings.collect and products):
+        return
+    told = read_status(settings.state_directory).get("collecting", {})
+    if told.get("connections_wanted") and daemon_runs(settings.state_directory):
+        facts = dict.fromkeys(CollectFacts.__annotations__) | told
+        faults = _collect_faults(facts)
+        yield Check("stream", not faults, "; ".join(faults) or f"the daemon has it: {_collect_line(facts)}")
+        return
+    limits = pipeline.stream_limits(stop)
+    for key in pipeline.keys.keys:
+        yield _check_stream(settings, key, products[0], limits.get(key.digest))
+
+
+def _check_stream(settings: Settings, key: ApiKey, product: str, limits: StreamLimits | None) -> Check:
+    name = f"stream, API key {key.shown}"
+    if limits is None or not limits.connections:
+        return Check(name, False, "its plan has none: COLLECT_EVERY asks for the latest trades instead")
+    connection = StreamConnection(settings.stream_url, product, key.secret, settings.proxies)
+    end = connection.open()
+    connection.close()
+    if end is not None:
+        return Check(name, False, end.words)
+    words = f"{settings.stream_url} takes it for {product}: {count_words(limits.connections, 'connection')}"
+    words += f", {limits.per_connection} codes each, {limits.in_all} in all"
+    if limits.connections == 1:
+        words += "; where it still counts, a service that begins now waits for up to three minutes (429)"
+    return Check(name, True, words)
+
+
 def _check_store(name: str, pipeline: Pipeline) -> Check:
     try:
-        return Check(name, True, pipeline.store.check())
+        return Check(name, True, pipeline.check_store())
     except StockrtError as error:
         return Check(name, False, str(error))
 
@@ -12882,6 +18070,7 @@ class LastExecution(TypedDict):
 class StatusReport(TypedDict):
     """What --status shows, and prints as JSON.
 
+    `collecting`: what the daemon told last of collecting without pause, None where nothing is to be collected.
     `wrong`: what is, in words. `totals`: what was counted since the first execution, and `since` when; empty before.
     """
 
@@ -12893,6 +18082,7 @@ class StatusReport(TypedDict):
     spool: QueueFacts | None
     waiting: Waiting
     damaged_files: int
+    collecting: dict[str, Any] | None
     last_execution: LastExecution | None
     totals: dict[str, int | str]
     keys: list[KeyUsage]
@@ -12927,11 +18117,14 @@ def gather_status(settings: Settings) -> StatusReport:
         "spool": spool,
         "waiting": Waiting(executing=0, commands=0, results=0),
         "damaged_files": len(damaged_files(directory)),
+        "collecting": None,
         "last_execution": None,
         "totals": {},
         "keys": keys,
         "wrong": [],
     }
+    if settings.collects or (daemon["running"] and told.get("collecting")):
+        status["collecting"] = dict.fromkeys(CollectFacts.__annotations__) | told.get("collecting", {})
     if (directory / JOURNAL_NAME).exists():
         _ask_journal(directory, status)
     status["wrong"] += _what_is_wrong(status)
@@ -12967,8 +18160,10 @@ def _whole_or_partial(one: ExecutionFacts) -> str:
 def _what_is_wrong(status: StatusReport) -> list[str]:
     """Return what is wrong beside what the journal knows of."""
     wrong = []
-    if status["daemon"]["running"] and status["platform"]["state"] != "connected":
+    if status["daemon"]["running"] and status["platform"]["state"] not in ("connected", NO_NEED):
         wrong.append("no connection to the platform")
+    if status["daemon"]["running"] and status["collecting"] is not None:
+        wrong += _collect_faults(status["collecting"])
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
         wrong.append(f"{waiting_words(spool['trades'])} for MongoDB")
@@ -12978,6 +18173,38 @@ def _what_is_wrong(status: StatusReport) -> list[str]:
     if keys and all(key["state"] == "resting" for key in keys):
         wrong.append("every API key rests")
     return wrong
+
+
+def _collect_stats(facts: Mapping[str, Any]) -> CollectStats:
+    """Return what the daemon told of collecting as it told it."""
+    known = {name: facts[name] for name in CollectStats._fields if facts.get(name) is not None}
+    return CollectStats(**known)
+
+
+def _collect_faults(facts: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with collecting by what the daemon told last."""
+    stats = _collect_stats(facts)
+    if stats.trouble:
+        return [f"collecting: {one_line(stats.trouble)}"]
+    if stats.connections < stats.connections_wanted:
+        return [
+            f"{stats.connections} of {count_words(stats.connections_wanted, 'connection')} to the stream stand"
+        ]
+    if facts["at"] is None:
+        return ["collecting has not begun"]
+    return []
+
+
+def _collect_line(facts: Mapping[str, Any]) -> str:
+    """Return what is collected, in all and now, for a person."""
+    if facts["at"] is None:
+        return "nothing now"
+    stats = _collect_stats(facts)
+    line = f"{collect_words(stats)}, at {facts['at']}"
+    line += f"; since the start {count_words(stats.trades, 'trade')}, {stats.stored} new"
+    if stats.dropped:
+        line += f", {stats.dropped} dropped"
+    return line
 
 
 def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = False) -> int:
@@ -12999,10 +18226,19 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
         ("status", ": ".join([STATUS_WORDS[code], *filter(None, ["; ".join(status["wrong"])])])),
         ("version", status["version"]),
         ("daemon", _daemon_line(status["daemon"])),
-        ("registration", status["registration"] or "none: run --register"),
+        ("registration", status["registration"] or _unregistered(settings)),
         ("platform", _platform_line(status["platform"])),
-        ("store", status["store"]),
     ]
+    if status["collecting"] is not None:
+        facts: Mapping[str, Any] = status["collecting"]
+        if not status["daemon"]["running"]:
+            facts = dict.fromkeys(facts)
+        lines.append(("collecting", _collect_line(facts)))
+        streams: Sequence[StreamFacts] = facts["streams"] or ()
+        lines += [
+            ("stream", _stream_line(one)) for one in streams if one["why"] or one["state"] != "connected"
+        ]
+    lines.append(("store", status["store"]))
     if status["spool"] is not None:
         lines.append(("spool", _spool_line(status["spool"])))
     words = f"{waiting['commands']} commands, {waiting['results']} results to deliver"
@@ -13020,6 +18256,19 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
     lines += [("API key", _key_line(key)) for key in status["keys"]]
     show(settings.redact(local_times("\n".join(f"{name:<15} {text}" for name, text in lines))))
     return code
+
+
+def _stream_line(stream: StreamFacts) -> str:
+    line = f"{stream['product']}: {stream['subscribed']} of {count_words(stream['codes'], 'code')}, {stream['state']}"
+    if stream["why"]:
+        line += f": {one_line(stream['why'], TROUBLE_SHOWN)}"
+    return line
+
+
+def _unregistered(settings: Settings) -> str:
+    if settings.collects and not settings.platform_url():
+        return "none: no platform is set"
+    return "none: run --register"
 
 
 def _show_unknown(as_json: bool) -> int:
@@ -13162,6 +18411,16 @@ def run_drain(settings: Settings, retry: bool) -> int:
     return EXIT_INTERRUPTED if left and stop.is_set() else EXIT_OK
 
 
+def run_retain(settings: Settings) -> int:
+    """Remove trades older than KEEP_DAYS, and say what is kept. Raises StoreError where something is in the way."""
+    with Pipeline(settings) as pipeline:
+        why = pipeline.apply_retention()
+        if why:
+            raise StoreError(f"KEEP_DAYS={settings.keep_days or ''} has no effect: {why}")
+        say(local_times(f"{store_name(settings)}: {pipeline.kept()}"))
+    return EXIT_OK
+
+
 def run_backfill(options: Options, settings: Settings) -> int:
     """Make closes of the past final, print a row for each code, and return the exit status."""
     codes = list(read_codes(options)) if options.codes or options.codes_file else None
@@ -13247,6 +18506,144 @@ def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     return EXIT_OK if found and not why else EXIT_FAILED
 
 
+def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
+    """Print what is stored of codes; exit status 1 where there is none of one that was asked for, or nothing at all."""
+    with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
+        codes, missing = codes_to_show(options, settings, reader)
+        found = in_order(quotes(reader, codes, not is_chinese(environ)), options.sort or "code")
+    now = time.time()
+    if options.json:
+        for one in found:
+            show(json.dumps(one.document(now), ensure_ascii=False))
+    elif found:
+        show("\n".join(quote_table(settings, environ, options.up).lines(found, now)))
+    for words in (*missing, *_what_lacks(found, options.demo)):
+        say(words)
+    return EXIT_FAILED if missing or not found else EXIT_OK
+
+
+def quote_table(settings: Settings, environ: Mapping[str, str], up: str | None) -> QuoteTable:
+    """Return a table for what stdout is."""
+    width: int | None = None
+    colors: Sequence[str] = ()
+    if sys.stdout.isatty():
+        width = terminal_width(80)
+        if settings.color:
+            colors = rise_and_fall(environ, up)
+    return QuoteTable(width, colors, sys.stdout.encoding)
+
+
+def codes_to_show(options: Options, settings: Settings, reader: Reader) -> tuple[list[str], list[str]]:
+    """Return the codes that are meant, as far as there are trades of them, and a sentence for each other one.
+
+    Raises StockrtError.
+    """
+    typed = [code for text in options.show or () for code in split_codes(text)]
+    if not typed and settings.collect_codes and not options.demo:
+        with Pipeline.open_mongodb(settings) if settings.mongodb_uri else contextlib.nullcontext() as store:
+            typed = [*WatchList(settings, store).codes()]
+    if not typed:
+        return reader.newest_codes(CODES_SHOWN), []
+    return codes_meant(typed, reader.codes(), reader)
+
+
+def codes_meant(typed: Iterable[str], stored: Collection[str], reader: Reader) -> tuple[list[str], list[str]]:
+    """Return which of the stored codes are meant, by code or by name, and a sentence for what means none of them.
+
+    Raises StoreError.
+    """
+    there, found, missing = set(stored), [], []
+    for code in dict.fromkeys(typed):
+        try:
+            instrument = parse_code(code)
+            meant = [instrument.code, *(other.code for other in instrument.alternatives)]
+        except UnclearCode as error:
+            meant = [error.text, *error.guesses]
+            if not error.text.isascii():
+                meant += [one for one, name in reader.names(stored).items() if error.text in name.upper()]
+        except InstrumentError as error:
+            missing.append(f"{one_line(code, 40)}: {error}")
+            continue
+        stored_ones = [one for one in meant if one in there]
+        found += stored_ones[:1]
+        if not stored_ones:
+            missing.append(f"{one_line(code, 40)}: nothing of it is stored")
+    return list(dict.fromkeys(found)), missing
+
+
+def _what_lacks(found: Sequence[Quote], demo: bool) -> Iterator[str]:
+    """Yield what is not there to be shown, and how to get it."""
+    if not found:
+        yield "no trade is stored yet: see --once, or --show --demo for those of --once --demo"
+    elif not demo and all(one.reference is None for one in found):
+        yield "no final close is stored that a change could be told against: --backfill 5 brings some"
+
+
+def run_export(options: Options, settings: Settings) -> int:
+    """Write what is stored into a file, whole or not at all, or to stdout; return the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    place = cast(str, options.export)
+    try:
+        with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
+            export = Export(None, *span_of(options), options.closes)
+            missing: list[str] = []
+            if options.codes or options.codes_file:
+                codes, missing = codes_meant(read_codes(options), export.codes_in(reader), reader)
+                export = export._replace(codes=codes)
+            lines = ExportLines(export.names, options.json or place.endswith(".jsonl"))
+            if place == "-":
+                count = _to_stdout(lines, export, reader)
+            else:
+                with whole_file(Path(place), durable=True, setting="--export") as stream:
+                    count = _write_export(lines, export, reader, stream)
+    except KeyboardInterrupt:
+        say("interrupted: no file was written")
+        return EXIT_INTERRUPTED
+    for words in missing:
+        say(words)
+    what = "close" if options.closes else "trade"
+    say(f"{count_words(count, what)} written to {'standard output' if place == '-' else place}")
+    return EXIT_FAILED if missing else EXIT_OK
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _to_stdout(lines: ExportLines, export: Export, reader: Reader) -> int:
+    """Write an export to stdout, return how many rows it has. Raises PrintError, without words for a reader gone."""
+    try:
+        count = _write_export(lines, export, reader, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit's flush fails again
+        if isinstance(error, BrokenPipeError):
+            raise PrintError from None
+        raise PrintError(f"cannot print: {error.strerror or error}") from None
+    return count
+
+
+def _write_export(lines: ExportLines, export: Export, reader: Reader, stream: IO[bytes]) -> int:
+    """Write an export into a stream, and return how many rows it has. Raises OSError, StoreError."""
+    count, done, last_code = 0, 0, ""
+    unit, total = "codes", 0
+    if export.is_whole and not export.closes:
+        unit, total = "trades", reader.estimate()
+    else:
+        total = len(export.codes_in(reader))
+    code_at = export.names.index("stock_code")
+    with Terminal(None, unit, bar_above=0) as terminal:
+        stream.write(lines.head())
+        for rows in export.rows(reader):
+            stream.write(lines.of(rows))
+            count += len(rows)
+            done += len({row[code_at] for row in rows} - {last_code})
+            last_code = rows[-1][code_at] if rows else last_code
+            terminal.progress(min(count if unit == "trades" else done, total), total)
+    return count
+
+
 def run_register(settings: Settings, force: bool) -> int:
     """Register at the platform unless a hash is stored, and say what was done."""
     place = settings.state_directory / HASH_NAME
@@ -13269,7 +18666,8 @@ def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
         raise SettingsError(["time zones: see above; install the package tzdata, or see PYTHONTZPATH"])
     check = _check_origins(loaded, is_service_hidden)
     if not loaded.settings.platform_url():
-        check = check._replace(words=f"{check.words}; {NO_DAEMON}")
+        words = NO_PLATFORM if loaded.settings.collects else NO_DAEMON
+        check = check._replace(words=f"{check.words}; {words}")
     show(_check_line(check))
     return EXIT_OK if check.good else EXIT_FAILED
 
@@ -13277,13 +18675,14 @@ def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
 def needs_of(options: Options) -> Needs:
     """Return what a command needs of the settings."""
     if options.check_settings:
-        return Needs(key=True, whole_platform=True, paths=True)
+        return Needs(key=True, whole_platform=True, paths=True, collect=True)
     if options.register:
         return Needs(platform=True)
-    if options.once or options.symbols or options.backfill is not None:
+    if options.once or options.collect or options.symbols or options.backfill is not None:
         return Needs(key=not options.demo)
-    others = ("check", "status", "executions", "drain", "rejects")
-    if options.documents is not None or any(getattr(options, name) for name in others):
+    others = ("check", "status", "executions", "drain", "retain", "rejects")
+    looks = options.documents is not None or options.show is not None or options.export
+    if looks or any(getattr(options, name) for name in others):
         return NO_NEEDS
     return DAEMON_NEEDS
 
@@ -13322,7 +18721,10 @@ def need_descriptors() -> None:
 
 
 def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | None) -> int:
-    """Run as the platform's module until a signal or the platform ends it; return the exit status."""
+    """Run as the platform's module, or as one that collects, until a signal or the platform ends it.
+
+    Return the exit status.
+    """
     need_descriptors()
     watchdog_s = watchdog_seconds(environ, os.getpid())
     service = Service(settings, Notifier(environ.get("NOTIFY_SOCKET", "")), watchdog_s)
@@ -13334,7 +18736,10 @@ def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | 
         need_clock(time.time())
     except StoreError as error:  # it may be set at any moment
         log.warning(str(error))
-    log.info("stockrt %s for %s at %s", __version__, settings.module_name, settings.platform_url())
+    work = "collects without a platform"
+    if settings.platform_url():
+        work = f"for {settings.module_name} at {settings.platform_url()}"
+    log.info("stockrt %s %s", __version__, work)
     daemon.run()
     service.stopped()
     log.info("stopped")
@@ -13365,6 +18770,11 @@ def run_documents(options: Options, settings: Settings, source: str = OLD_COLLEC
     """Bring the older client's documents over, say what was done, and return the exit status."""
     zone = time_zone(cast(str, options.time_zone))
     need_mongodb(settings, "there are no older documents")
+    if settings.keep_days:
+        words = (
+            "KEEP_DAYS=%d: MongoDB removes what is older from %s again, once that holds there; see --check"
+        )
+        log.warning(words, settings.keep_days, settings.realtime_name)
     terminal = Terminal(None, "documents", bar_above=0)
     stop = StopEvent()
     stop_on_signals(stop)
@@ -13396,14 +18806,21 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     start_logging(loaded.settings)
     for warning in loaded.warnings:
         log.warning(warning)
-    if hidden and (options.drain or options.rejects or options.executions):
+    looks = options.show is not None or options.export
+    if hidden and (options.drain or options.retain or options.rejects or options.executions or looks):
         raise StoreError(HIDDEN_WORDS)
     if options.once:
         return run_once(options, loaded.settings)
+    if options.collect:
+        return run_collect(options, loaded.settings, environ)
     if options.backfill is not None:
         return run_backfill(options, loaded.settings)
     if options.documents is not None:
         return run_documents(options, loaded.settings)
+    if options.retain:
+        return run_retain(loaded.settings)
+    if options.export:
+        return run_export(options, loaded.settings)
     if options.drain:
         return run_drain(loaded.settings, options.retry)
     if options.reload:
@@ -13411,6 +18828,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if needs is DAEMON_NEEDS:
         return run_daemon(loaded.settings, environ, options.env_file)
     with Terminal():
+        if options.show is not None:
+            return run_show(options, loaded.settings, environ)
         return _run_short(options, loaded, hidden)
 
 

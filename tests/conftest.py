@@ -75,6 +75,24 @@ def unavailable(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """Yield a disk of this size."""
+    disk = folder / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0:
+        unavailable("only root may mount a small disk")
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if done.returncode:
+        unavailable(f"a small disk cannot be mounted: {done.stderr}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 def controlled(server: MongoServer) -> MongoServer:
     """Return a server that the tests may kill, pause and let fail; skip where it is someone else's."""
     if not server.controllable:

@@ -78,6 +78,7 @@ LATENCY_MS = 50
 FLOOR_THREADS = 8
 PER_SECOND = 10
 MODULE_HASH = "1234567890"
+SHOWN_CODES = 50
 
 
 @dataclass
@@ -326,7 +327,7 @@ class Bench:
     def run(self) -> None:
         """Measure everything."""
         for measure in (self.throughput, self.closed_markets, self.real_server, self.latency, self.rate_limit,
-                        self.idle, self.executes, self.waits, self.many_codes, self.spool):  # fmt: skip
+                        self.idle, self.executes, self.waits, self.many_codes, self.views, self.spool):  # fmt: skip
             self.say(f"{measure.__name__.replace('_', ' ')} …")
             measure()
 
@@ -679,6 +680,96 @@ class Bench:
                 ratio, 1.1, False, "x",
                 f"{spread(times['few'], 2, 1e6)} µs and {spread(times['many'], 2, 1e6)} µs"),
         ]  # fmt: skip
+
+    def views(self) -> None:
+        """What is stored, shown and exported by the program as a process of its own, from both stores."""
+        from kit.mongo import Unavailable, find_server, fresh_database
+
+        embedded = self._environ() | {"MONGODB_HOST": ""}
+        self._warm(embedded)
+        self._views_of("SQLite", embedded, self._fill_sqlite)
+        try:
+            server = find_server()
+        except Unavailable as error:
+            self.rows.append(Row(f"views of MongoDB: {error}", f"MongoDB 的视图：{error}", None))
+            return
+        with server, fresh_database(server) as (uri, database):
+            environ = self._environ() | {"MONGODB_HOST": uri, "MONGODB_DB_NAME": database}
+            self._views_of("MongoDB", environ, self._fill_mongodb)
+
+    def _views_of(self, name: str, environ: dict[str, str], fill: Callable[[dict[str, str]], int]) -> None:
+        stored = fill(environ)
+        codes = make_codes(self.market, self.size.codes)
+        few = codes[:: max(1, len(codes) // SHOWN_CODES)][:SHOWN_CODES]
+        rounds = max(2, self.size.rounds // 3)
+        shown = [self._timed(environ, "--show", *few)[0] for _ in range(rounds)]
+        file = self.folder / "all.csv"
+        exports = [self._timed(environ, "--export", str(file)) for _ in range(max(2, rounds // 2))]
+        with file.open("rb") as lines:
+            if sum(1 for _ in lines) != stored + 1:
+                raise RuntimeError("the export does not have every trade")
+        file.unlink()
+        peaks = [peak for _, peak in exports]
+        _, small = self._timed(environ, "--export", str(file), "--codes", *codes[: len(codes) // 5])
+        speeds = [stored / wall for wall, _ in exports]
+        self.rows += [
+            Row(f"--show of {SHOWN_CODES} codes, {stored:,} trades in {name}",
+                f"--show {SHOWN_CODES} 个代码，{name} 中有 {stored:,} 笔成交",
+                statistics.median(shown), 0.5, False, "s", f"{spread(shown, 2)} s, the start of the program included"),
+            Row(f"--export of all of it from {name}", f"从 {name} 中全部 --export",
+                statistics.median(speeds), 100_000, True, "rows/s", f"{spread(speeds)} rows/s"),
+            Row(f"  its memory's peak, {name}, against that of a fifth",
+                f"  内存峰值（{name}），与只导出五分之一时相比",
+                max(peaks) / small, 1.1, False, "x", f"{max(peaks) / MB:.0f} MB"),
+        ]  # fmt: skip
+
+    def _timed(self, environ: dict[str, str], *arguments: str) -> tuple[float, int]:
+        """Return how long the program takes (s), and its memory's peak (bytes)."""
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, str(self.pyz), *arguments],
+            env=environ, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        _, status, used = os.wait4(process.pid, 0)
+        took = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"{arguments[0]} ends with {process.returncode}")
+        return took, used.ru_maxrss * 1024
+
+    def _day(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield the documents of a day of all codes, as they would have come: a minute of all of them at once."""
+        import stockrt
+
+        created = stockrt.utc_now()
+        codes = make_codes(self.market, self.size.codes)
+        began = int(time.time() * 1000) - 24 * 3_600_000
+        for minute in range(200 if self.size is FULL else 20):
+            yield [
+                stockrt.to_document(
+                    stockrt.Trade(code, began + minute * 60_000 + n % 50_000, f"{100 + (n * minute) % 97}.{n % 100:02}",
+                                  f"{n + 1}00", "36691.252", n % 3), created)
+                for n, code in enumerate(codes)
+            ]  # fmt: skip
+
+    def _fill_sqlite(self, environ: dict[str, str]) -> int:
+        """Store a day in the embedded store, and return how many trades that is."""
+        import stockrt
+
+        stored = 0
+        with stockrt.open_store_file(Path(environ["STATE_DIRECTORY"])) as file:
+            for documents in self._day():
+                with file.write() as db:
+                    stored += stockrt.insert_trades(db, documents).stored
+        return stored
+
+    def _fill_mongodb(self, environ: dict[str, str]) -> int:
+        """Store a day in MongoDB, and return how many trades that is."""
+        import stockrt
+
+        store = stockrt.MongoStore(stockrt.load_settings(environ, None, (), is_root=False).settings)
+        with contextlib.closing(store):
+            return sum(store.write(documents).stored for documents in self._day())
 
     def spool(self) -> None:
         """The local file: written in transactions of 100, in memory (an fsync costs nothing) and on the disk."""

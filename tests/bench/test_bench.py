@@ -43,7 +43,9 @@ def short_run(pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleName
      "into the null MongoDB", "counted on this machine alone",
      "throughput, API latency 50 ms", "rate-limited (10/s", "answers over the limit", "no latency: p50", "p99",
      "./stockrt.pyz --once with MongoDB", "./stockrt.pyz --version", "idle and connected, nothing executed yet",
-     "after the executes", "CPU while idle", "memory at", "time per code", "spool: write", "spool: drain"],
+     "after the executes", "CPU while idle", "memory at", "time per code",
+     "trades in SQLite", "trades in MongoDB", "all of it from SQLite", "all of it from MongoDB",
+     "spool: write", "spool: drain"],
 )  # fmt: skip
 def test_the_short_form_measures_every_row(short_run: SimpleNamespace, row: str) -> None:
     (line,) = [line for line in short_run.table.splitlines() if row in line]

@@ -62,6 +62,7 @@ OPTIONS = (
     "--wiredTigerCacheSizeGB=0.25",
     "--setParameter=enableTestCommands=1",  # fail points
     "--setParameter=diagnosticDataCollectionEnabled=false",
+    "--setParameter=ttlMonitorSleepSecs=1",  # a minute, else
     "--wiredTigerEngineConfigString=log=(file_max=8MB,prealloc=false)",  # a recovery reads a whole file
 )
 # An election within seconds, of a primary that is dead or hangs; the default takes ten times as long.

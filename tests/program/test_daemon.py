@@ -283,6 +283,24 @@ def test_what_cannot_be_understood_is_answered_with_a_failure(
     assert platform.results[-1].status == "success"
 
 
+def test_a_command_without_codes_takes_this_instances_share(
+    platform: PlatformServer, infoway: InfowayServer, state: Path
+) -> None:
+    """Where none of the codes is in it, that is said."""
+    place = stockrt.share_of("AAPL.US", 2)
+    for share, status in ((place, "success"), (3 - place, "failure")):
+        settings = settings_for(
+            platform.port, infoway.url, state, COLLECT_CODES="aapl.us", COLLECT_SHARE=f"{share}/2"
+        )
+        before = len(platform.dials)
+        with ThreadDaemon(settings):
+            connected(platform, before + 1)
+            answer = one_answer(platform, platform.execute(None))
+        assert answer["status"] == status
+    assert answer["error"] == f"none of the codes of COLLECT_CODES is in the share {3 - place}/2"
+    assert stored(state) == ["AAPL.US"]
+
+
 def test_partial_and_total_failures_are_said(
     platform: PlatformServer, settings: stockrt.Settings, infoway: InfowayServer
 ) -> None:

@@ -233,6 +233,17 @@ ELSEWHERE = {
     "sudo /opt/stockrt/stockrt.pyz --env-file /etc/stockrt/stockrt.env --migrate --documents stock_data"
     " --time-zone Asia/Shanghai":
         "program/test_migrate.py::test_doubled_documents_are_brought_over_once_with_the_time_of_the_first",
+    "./stockrt.pyz --show": "program/test_show.py::test_without_codes_those_of_the_watch_list_else_the_latest",
+    "./stockrt.pyz --show 600519 700.HK 苹果 --sort asked": "program/test_show.py::test_a_name_finds_what_is_stored",
+    "./stockrt.pyz --show --demo": "program/test_show.py::test_synthetic_trades_are_shown_apart",
+    "./stockrt.pyz --export all.csv":
+        "program/test_export.py::test_everything_is_exported_in_order_as_csv_and_as_json",
+    "./stockrt.pyz --export maotai.jsonl --codes 600519 --from 2026-08-14 --to 2026-08-14T07:00":
+        "program/test_export.py::test_a_part_is_what_its_dates_and_codes_say",
+    "./stockrt.pyz --export closes.csv --closes":
+        "program/test_export.py::test_closes_are_exported_with_what_only_final_ones_have",
+    "./stockrt.pyz --export - --json --codes BTCUSDT":
+        "program/test_export.py::test_a_code_of_which_there_is_nothing_is_said_and_the_others_are_written",
     "pip config set global.index-url": "program/test_build.py::test_wheels_come_by_the_mirror_of_pip",
     # what the bench's table and sentences name
     "./stockrt.pyz --once": "bench/test_bench.py::test_the_short_form_measures_every_row",
@@ -310,7 +321,7 @@ def test_every_flag_it_names_exists() -> None:
 
 def test_every_setting_it_names_exists() -> None:
     names = {name for setting in stockrt.SETTINGS for name in setting.names()}
-    named = set(re.findall(r"\b(?:INFOWAY|MONGODB|SERVER)_[A-Z_]+", README))
+    named = set(re.findall(r"\b(?:INFOWAY|MONGODB|SERVER|COLLECT)_[A-Z_]+", README))
     assert named - names - {"MONGODB_TEST_URI"} == set()
 
 

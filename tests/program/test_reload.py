@@ -6,7 +6,9 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pymongo
 import pytest
 from conftest import RunPyz
 from kit.daemons import HASH, PATIENCE, ProcessDaemon, environment, until
@@ -159,6 +161,46 @@ def test_what_waits_goes_to_the_mongodb_of_the_new_settings_from_the_built_file(
     daemon.signal(signal.SIGHUP)
     said(daemon, "1 kept trade moved to MongoDB")
     assert mongo_server.client()[name]["realtime"].count_documents({}) == 1
+
+
+def test_a_command_without_codes_means_the_watch_list_in_the_built_file(
+    daemon: ProcessDaemon, platform: PlatformServer, mongo_db: tuple[str, str], tmp_path: Path
+) -> None:
+    """As it stands at that moment; without COLLECT_CODES it is refused, and one with an empty list always."""
+    uri, name = mongo_db
+    assert answer(platform, None)["error"] == stockrt.NO_CODES
+    mongo = {"MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
+    write_settings(tmp_path, INFOWAY_API_KEY=OLD_KEY, COLLECT_CODES="watch", **mongo)
+    daemon.signal(signal.SIGHUP)
+    said(daemon, "changed: MONGODB_HOST, MONGODB_DB_NAME, COLLECT_CODES\n")
+    assert f"COLLECT_CODES: no code in {name}.stock_watch; expected " in answer(platform, None)["error"]
+    with pymongo.MongoClient[dict[str, Any]](uri) as client:
+        watch = client[name]["stock_watch"]
+        watch.insert_many([{"code": "AAPL.US"}, {"code": "600519"}, {"code": 5}])
+        assert answer(platform, None, args_key=None)["result"]["total"] == 2
+        watch.insert_one({"code": "BTCUSDT"})
+        third = answer(platform, "")
+        stored = set(client[name]["realtime"].distinct("stock_code"))
+    assert (third["status"], third["result"]["total"], third["result"]["duplicate_count"]) == (
+        "success",
+        3,
+        2,
+    )
+    assert "3 of 3 codes stored" in third["message"]
+    assert stored == {"AAPL.US", "600519.SH", "BTCUSDT"}
+    assert "code_list is empty" in answer(platform, [])["error"]
+    write_settings(tmp_path, INFOWAY_API_KEY=OLD_KEY, COLLECT_CODES="MSFT.US", **mongo)
+    daemon.signal(signal.SIGHUP)
+    said(daemon, "changed: COLLECT_CODES\n")
+    assert answer(platform, None)["result"]["total"] == 1
+
+
+def answer(platform: PlatformServer, codes: object, **how: Any) -> dict[str, Any]:
+    """Have these codes executed, and return the result."""
+    execution_id = platform.execute(codes, **how)
+    assert platform.wait_for(lambda p: p.results_for(execution_id), PATIENCE)
+    (result,) = platform.results_for(execution_id)
+    return result.data
 
 
 def test_reload_by_hand_says_what_to_type_in_the_built_file(

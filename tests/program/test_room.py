@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import RunPyz, unavailable
+from conftest import RunPyz, small_disk
 from kit.infoway_server import InfowayServer
 from kit.mongo import MongoServer
 from kit.trades import make_documents
@@ -22,19 +21,8 @@ AWAY = "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=200&timeoutMS=500"
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 8 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if os.geteuid() != 0:
-        unavailable("only root may mount a small disk")
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8M", "tmpfs", place], capture_output=True, text=True
-    )
-    if done.returncode:
-        unavailable(f"a small disk cannot be mounted: {done.stderr}")
-    try:
+    with small_disk(tmp_path, "8M") as place:
         yield place
-    finally:
-        subprocess.run(["umount", "-l", place], check=True)
 
 
 def fill(disk: Path) -> None:

@@ -118,6 +118,7 @@ def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> 
         "spool": None,
         "waiting": {"executing": 0, "commands": 0, "results": 0},
         "damaged_files": 0,
+        "collecting": None,
         "last_execution": None,
         "totals": {},
         "keys": [
@@ -250,13 +251,55 @@ def status_in_this_process(program: Program) -> dict[str, Any]:
     return found
 
 
+LOST = {"product": "crypto", "codes": 1, "subscribed": 0, "state": "waiting", "why": "429: too many"}
+STREAM: dict[str, object] = stockrt.CollectStats(
+    connections=2, connections_wanted=2, codes=800, per_second=41.6, trades=900, stored=880
+)._asdict() | {"delay_p50_ms": None, "delay_p99_ms": None}
+
+
 def test_what_the_daemon_writes_has_the_shape_that_is_read(program: Program) -> None:
     told = {"version": "1", "pid": 1, "platform": "connected", "connected_since": "x", "last_contact": "x",
-            "stopped": "x", "keys": [KEY_STATE], "spool_refused": 0}  # fmt: skip
+            "stopped": "x", "keys": [KEY_STATE], "spool_refused": 0,
+            "collecting": stockrt.collect_facts(STREAM | {"streams": [LOST], "gaps_open": 1})}  # fmt: skip
     assert told.keys() == stockrt.DaemonStatus.__annotations__.keys()
     program.state.mkdir()
     (program.state / stockrt.STATUS_NAME).write_text(json.dumps(told))
     assert status_in_this_process(program)["platform"]["last_contact"] == "x"
+
+
+@pytest.mark.parametrize(
+    ("told", "wrong"),
+    [
+        ({}, []),
+        ({"connections": 1, "streams": [LOST]}, ["1 of 2 connections to the stream stand"]),
+        ({"trouble": "stream: HTTP 401"}, ["collecting: stream: HTTP 401"]),
+        (None, ["collecting has not begun"]),
+    ],
+)
+def test_a_service_that_collects_is_well_without_a_platform(
+    program: Program, told: dict[str, object] | None, wrong: list[str]
+) -> None:
+    """From what its daemon told last; what is not known is null."""
+    program.env |= {"COLLECT": "stream", "COLLECT_CODES": "AAPL.US"}
+    status: dict[str, object] = {"platform": stockrt.NO_NEED, "pid": 7, "version": "1"}
+    if told is not None:
+        status["collecting"] = stockrt.collect_facts(STREAM | told)
+    with stockrt.lock_state_directory(program.state):
+        (program.state / stockrt.STATUS_NAME).write_text(json.dumps(status))
+        found = program.status(WRONG if wrong else WELL)
+        lines = lines_of(program.lines(WRONG if wrong else WELL))
+    assert found["wrong"] == wrong and found["platform"]["state"] == "not needed"
+    assert lines["platform"] == "none set: not needed" and "register" not in lines["registration"]
+    assert found["collecting"]["delay_p50_ms"] is None
+    if told is None:
+        assert (lines["collecting"], found["collecting"]["codes"]) == ("nothing now", None)
+        return
+    assert found["collecting"]["codes"] == 800
+    assert re.match(r"\d of 2 connections, 800 codes subscribed, 42 trades/s", lines["collecting"])
+    assert re.search(rf", at {LOCAL_TIME}; since the start 900 trades, 880 new$", lines["collecting"])
+    assert lines.get("stream") == (
+        "crypto: 0 of 1 code, waiting: 429: too many" if "streams" in told else None
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "gb18030"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import re
@@ -11,7 +12,7 @@ import struct
 import subprocess
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from kit import systemd_box
 from kit.infoway_server import Answer, InfowayServer
 from kit.mongo import SET_NAME, MongoServer
 from kit.platform_server import PlatformServer
+from kit.stream_server import Vendor, identity
 from kit.systemd_box import Box, BoxError
 from rooms.test_settings import SYSTEMD_READS
 
@@ -365,6 +367,67 @@ def test_mongodb_and_tls_work_inside(box: Box, installed: str, mongod: Path) -> 
             instance.ctl("stop")
             instance.platform.stop()
             instance.api.stop()
+
+
+@pytest.fixture
+def vendor(box: Box) -> Iterator[Vendor]:
+    """The whole API, inside the box; each code is traded at all times."""
+    with contextlib.ExitStack() as stack:
+        with box.network():
+            made = stack.enter_context(Vendor(keys={API_KEY}))
+        yield made
+
+
+def test_without_a_platform_it_collects_from_install_to_the_gap_of_a_stop(
+    box: Box, installed: str, vendor: Vendor
+) -> None:
+    """Every trade that was pushed is in the store, what came while it was down is a gap, the journal is quiet."""
+    name, codes = "stockrt-alone", ("BTCUSDT", "ETHUSDT")
+    urls = "".join(f"{key}={value}\n" for key, value in vendor.settings.items() if key != "INFOWAY_API_KEY")
+    derive_unit(box, name)
+    collect = f"COLLECT=stream\nCOLLECT_CODES='{' '.join(codes)}'\n"
+    box.write(f"/etc/stockrt/{name}.env", f"{urls}{collect}INFOWAY_PLAN=pro\n", 0o600)
+    box.write(f"/etc/systemd/system/{name}.service.d/test.conf", QUICK)
+    box.run("systemctl", "daemon-reload")
+
+    def show(what: str) -> str:
+        return box.run("systemctl", "show", f"--property={what}", "--value", name).stdout.strip()
+
+    def asked(query: str) -> list[list[Any]]:
+        code = "import json, sqlite3, sys; db = sqlite3.connect(sys.argv[1])\n"
+        code += "print(json.dumps(db.execute(sys.argv[2]).fetchall()))"
+        path = f"/var/lib/private/{name}/stockrt.db"
+        return list(json.loads(box.run("/usr/bin/python3", "-c", code, path, query).stdout))
+
+    def subscribed() -> bool:
+        return show("StatusText").startswith("collecting: 1 of 1 connection, 2 codes subscribed")
+
+    def stored(ids: Collection[str]) -> bool:
+        return {*ids} <= {row[0] for row in asked("SELECT _id FROM realtime")}
+
+    def said(*arguments: str) -> str:
+        return box.run("journalctl", "--output=cat", f"--unit={name}", *arguments).stdout
+
+    box.run("systemctl", "start", name)
+    systemd_box.until(subscribed, 60, "subscribed")
+    first = vendor.stream.trade(*codes)
+    systemd_box.until(lambda: stored(first), 60, "stored")
+    box.run("systemctl", "stop", name)
+    assert (show("ActiveState"), show("Result")) == ("inactive", "success")
+    missed = identity(vendor.stream.new_trade(codes[0]))
+    latest = identity(vendor.stream.new_trade(codes[0]))
+    box.run("systemctl", "start", name)
+    systemd_box.until(subscribed, 60, "subscribed again")
+    systemd_box.until(lambda: stored([latest]), 60, "the latest trade after the gap is asked for")
+    second = vendor.stream.trade(*codes)
+    systemd_box.until(lambda: stored(second), 60, "stored again")
+    assert not stored([missed])
+    (gap,) = asked('SELECT product, codes, "from", "to", why FROM stream_gaps')
+    assert gap[0] == "crypto" and json.loads(gap[1]) == [*codes] and gap[4]
+    assert gap[2] <= int(missed.split("|")[1]) <= gap[3]
+    assert (show("ActiveState"), show("NRestarts")) == ("active", "0")
+    assert said("--priority=warning", "_TRANSPORT=stdout") == "" and "Traceback" not in said()
+    box.run("systemctl", "stop", name)
 
 
 def test_killed_comes_back_and_answers_what_it_had_accepted(running: Instance) -> None:

@@ -45,6 +45,7 @@ NAMELESS = 61_000 + os.getpid() % 4_000
         ("SSL_CERT_DIR", "{nowhere}"),
         ("SSLKEYLOGFILE", "{nowhere}/keys"),
         ("CREDENTIALS_DIRECTORY", "{nowhere}"),
+        ("COLLECT_CODES", "@{nowhere}/codes"),
         ("MONGODB_HOST", "mongodb://127.0.0.1/x?tls=true&tlsCAFile={nowhere}"),
         ("MONGODB_HOST", "mongodb://127.0.0.1/x?tls=true&tlsCRLFile={nowhere}"),
         ("MONGODB_HOST", "mongodb://127.0.0.1/x?tls=true&tlsCertificateKeyFile={nowhere}"),
@@ -65,6 +66,7 @@ def test_path_that_cannot_be_used_is_named_with_its_setting_by_check_settings(
 
 
 def test_paths_that_can_be_used_are_well(run_pyz: RunPyz, tmp_path: Path) -> None:
+    (tmp_path / "codes").write_text("AAPL.US")
     try:
         authority = str(make_certificates(tmp_path)[0])
     except Unavailable as error:
@@ -74,6 +76,7 @@ def test_paths_that_can_be_used_are_well(run_pyz: RunPyz, tmp_path: Path) -> Non
         "SSL_CERT_FILE": authority,
         "SSL_CERT_DIR": str(tmp_path),
         "SSLKEYLOGFILE": str(tmp_path / "keys"),
+        "COLLECT_CODES": f"@{tmp_path / 'codes'}",
         "MONGODB_HOST": f"mongodb://127.0.0.1/x?tls=true&tlsCAFile={authority}",
     }
     done = run_pyz("--check-settings", env=STANDALONE | env)
@@ -177,6 +180,40 @@ def test_faults_of_values_and_what_is_missing_are_said_together(run_pyz: RunPyz,
         assert len(done.stderr.splitlines()) == 4, done.stderr
     done = run_pyz("--once", "--codes", "AAPL.US", env={"LOG_LEVEL": "loud"})
     assert done.returncode == 78 and len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"COLLECT": "stream"},
+            "COLLECT_CODES is not set, and COLLECT would collect nothing: expected codes ",
+        ),
+        (
+            {"COLLECT": "stream", "COLLECT_EVERY": "10", "COLLECT_CODES": "AAPL.US"},
+            "COLLECT and COLLECT_EVERY are both set: choose one, ",
+        ),
+        ({"COLLECT_CODES": "watch"}, "COLLECT_CODES=watch without MONGODB_HOST: "),
+        ({"COLLECT_SHARE": "3/2"}, "COLLECT_SHARE='3/2' (environment): expected which share of how many, "),
+    ],
+)
+def test_what_cannot_be_collected_is_said_before_the_daemon_starts(
+    run_pyz: RunPyz, settings: dict[str, str], words: str
+) -> None:
+    for args in (["--check-settings"], []):
+        done = run_pyz(*args, env=STANDALONE | PLATFORM | settings)
+        assert done.returncode == 78, done.stdout
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"stockrt: {words}")
+
+
+def test_check_settings_tells_of_a_daemon_that_collects_without_a_platform(run_pyz: RunPyz) -> None:
+    settings = STANDALONE | {"COLLECT_EVERY": "10", "COLLECT_CODES": "AAPL.US"}
+    done = run_pyz("--check-settings", env=settings)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("not set: the daemon collects by itself, without a platform\n")
+    done = run_pyz("--check-settings", env=settings | {"INFOWAY_API_KEY": ""})
+    assert (done.returncode, done.stderr[:32]) == (78, "stockrt: INFOWAY_API_KEY is not ")
 
 
 def test_check_settings_tells_a_standalone_run_from_the_daemon(run_pyz: RunPyz) -> None:

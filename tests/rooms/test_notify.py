@@ -30,6 +30,7 @@ from kit.platform_server import PlatformServer
 
 import stockrt
 from stockrt import (
+    CollectStats,
     Failure,
     FailureKind,
     KeyStats,
@@ -155,6 +156,53 @@ def test_status_says_what_is_true(tmp_path: Path) -> None:
         "not connected to 10.0.0.5:8080: connection refused · 2 keys · "
         "last execute 50/50 in 0.4 s, 12 s ago · 3 waiting · 2 to deliver"
     )
+
+
+NO_PLATFORM = {"SERVER_IP": "", "SERVER_PORT": "", "COLLECT": "stream", "COLLECT_CODES": "AAPL.US"}
+STREAM = CollectStats(
+    connections=2, connections_wanted=2, codes=800, polled=4200, per_second=812.4, delay_p50_ms=35.2,
+    delay_p99_ms=120.9, gaps_today=1, trades=5000, stored=4990, duplicates=10, dropped=3, missed_beats=2,
+)  # fmt: skip
+
+
+def test_status_says_what_is_collected(tmp_path: Path) -> None:
+    """A daemon without a platform speaks of none; what is said of rates is a few seconds old at most."""
+    clock = FakeClock()
+    service = Service(settings(tmp_path, **NO_PLATFORM), Notifier(), clock=clock)
+    assert service.status(clock.now_monotonic) == ("collecting: begins · 2 keys", math.inf)
+    service.collecting(STREAM)
+    words = (
+        "collecting: 2 of 2 connections, 800 codes subscribed, 4200 codes polled, {} trades/s, "
+        "stored after 35 ms (p99 121 ms), 1 gap today, 2 beats missed · 2 keys"
+    )
+    assert service.status(clock.now_monotonic) == (words.format(812), math.inf)
+    clock.advance(1)
+    service.collecting(STREAM._replace(per_second=3.14))
+    line, until = service.status(clock.now_monotonic)
+    assert (line, round(until)) == (words.format(812), 1005)
+    clock.advance(4.1)
+    assert service.status(clock.now_monotonic) == (words.format(3.1), math.inf)
+    service.collecting(STREAM._replace(connections=1, per_second=2, trouble="stream: refused"))
+    line, _ = service.status(clock.now_monotonic)
+    assert line.startswith("collecting: 1 of 2 connections,") and ", stream: refused · 2 keys" in line
+
+
+def test_status_names_what_stands_in_the_way_of_collecting(tmp_path: Path) -> None:
+    """Beside a platform, too; after a reload that ended it nothing of it stays."""
+    clock = FakeClock()
+    both = settings(tmp_path, COLLECT_EVERY="10", COLLECT_CODES="AAPL.US")
+    service = Service(both, Notifier(), clock=clock)
+    service.collecting(CollectStats(trouble="MongoDB is away " * 20))
+    line, _ = service.status(clock.now_monotonic)
+    assert line.startswith("connecting to 10.0.0.5:8080 · collecting: MongoDB is away MongoDB")
+    assert line.endswith(" · 2 keys · no execute yet · 0 waiting") and len(line) < 300
+    service.collecting(CollectStats(polled=2))
+    assert " · collecting: 2 codes polled, 0.0 trades/s · " in service.status(clock.now_monotonic)[0]
+    assert "stockrt_collect_polled_codes 2\n" in service.metrics.text()
+    service.reloaded(both._replace(collect_every_s=0.0))
+    service.collecting(CollectStats(polled=2))
+    assert "collect" not in service.status(clock.now_monotonic)[0]
+    assert "stockrt_collect" not in service.metrics.text()
 
 
 def test_watchdog_needs_both_loops(tmp_path: Path, manager: Manager) -> None:
@@ -517,6 +565,33 @@ def test_each_key_has_its_metrics(tmp_path: Path) -> None:
     ]
     assert all(SAMPLE.fullmatch(line) for line in samples)
     assert "key-here" not in service.metrics.text()
+
+
+def test_collecting_has_its_metrics(tmp_path: Path) -> None:
+    """What is not known, and a platform where none is set, is left out; the same numbers again are no change."""
+    service = Service(settings(tmp_path, **NO_PLATFORM), Notifier())
+    assert "stockrt_collect" not in service.metrics.text() and "_platform_" not in service.metrics.text()
+
+    def samples() -> dict[str, str]:
+        lines = [line for line in service.metrics.text().splitlines() if line.startswith("stockrt_collect_")]
+        assert all(SAMPLE.fullmatch(line) for line in lines), lines
+        return dict(line.removeprefix("stockrt_collect_").split() for line in lines)
+
+    service.collecting(STREAM)
+    assert samples() == {
+        "connections": "2", "connections_wanted": "2", "codes": "800", "polled_codes": "4200",
+        "trades_total": "5000", "stored_total": "4990", "duplicate_total": "10", "dropped_total": "3",
+        "gaps_today": "1", "missed_beats_total": "2",
+        'delay_seconds{quantile="0.5"}': "0.035", 'delay_seconds{quantile="0.99"}': "0.121",
+    }  # fmt: skip
+    unknown = STREAM._replace(delay_p50_ms=math.nan, delay_p99_ms=float("nan"))
+    service.collecting(unknown)
+    changes = service.metrics.changes
+    service.collecting(unknown._replace(delay_p50_ms=float("nan")))
+    assert service.metrics.changes == changes
+    assert not [name for name in samples() if "delay" in name]
+    service.stopped()
+    assert samples()["connections"] == "0" and "_platform_" not in service.metrics.text()
 
 
 def test_metrics_file_is_written_seldom_and_only_when_something_changed(tmp_path: Path) -> None:

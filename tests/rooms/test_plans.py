@@ -124,6 +124,7 @@ def test_a_key_is_asked_about_once_a_day(file: LocalFile) -> None:
         assert server.request_count == 2
         third = Instance(file, server, clock)
         assert third.limits() == [(10, 600, 864_000)]  # before it asks anything
+        assert third.plans.of(third.pool.keys[0])[3:] == (2, 600, 800)  # of the stream
         server.plans[KEY] = PLANS["basic"]
         clock.advance(DAY_S)
         assert Instance(file, server, clock).ask() == [(2, 120, 172_800)]

@@ -156,7 +156,7 @@ def test_no_execute_raises_and_each_is_taken_or_refused(meta: Any, args: Any, mo
     assert isinstance(event, Command | Refused)
     assert json.dumps(event.context["meta"]) == json.dumps(meta)
     if isinstance(event, Command):
-        assert event.codes
+        assert event.codes or names_nothing(args)
     else:
         event.reason.encode()
         assert "\n" not in event.reason
@@ -249,6 +249,7 @@ def test_codes_are_read_from_every_name_and_shape(name: str, value: object, code
         ({"code_list": [], "codes": ["A.US"]}, ["A.US"]),
         ({"code_list": "", "codes": ["A.US"]}, ["A.US"]),
         ({"code_list": ["A.US"], "codes": ["B.US"]}, ["A.US"]),
+        ({"code_list": " , ", "codes": ["A.US"]}, ["A.US"]),
     ],
 )
 def test_args_in_other_shapes_are_read_too(args: object, codes: list[object]) -> None:
@@ -258,18 +259,17 @@ def test_args_in_other_shapes_are_read_too(args: object, codes: list[object]) ->
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (None, "got nothing"),
-        ({}, "got nothing"),
         (True, "got true"),
         ({"code_list": True}, "got true"),
         ({"code_list": {"a": 1}}, 'got {"a": 1}'),
         ({"symbols": ["A.US"]}, "got symbols"),
-        ({"code_list": None}, "got code_list"),
+        ({"symbols": ["A.US"], "every": None}, "got symbols, every"),
         ([], "code_list is empty"),
-        ("", "code_list is empty"),
+        ("[]", "code_list is empty"),
+        ({"code_list": []}, "code_list is empty"),
+        ({"code_list": [], "stock_list": None}, "code_list is empty"),
         ({"code_list": [" ", ""]}, "code_list is empty"),
-        ({"code_list": " , "}, "code_list is empty"),
-        ("{broken", "got nothing"),
+        ("{broken", "got {broken"),
     ],
 )
 def test_args_without_codes_are_refused_with_what_came_and_what_was_expected(
@@ -280,10 +280,39 @@ def test_args_without_codes_are_refused_with_what_came_and_what_was_expected(
     assert "code_list" in reason
 
 
-def test_missing_args_are_refused() -> None:
-    (event,) = receive(json.dumps(execute()))
-    assert isinstance(event, Refused)
-    assert "got nothing" in event.reason
+@pytest.mark.parametrize(
+    "args",
+    [
+        None,
+        {},
+        "",
+        "{}",
+        {"code_list": None},
+        {"code_list": ""},
+        {"codes": " , "},
+        {"code_list": None, "every": 5},
+        {"symbols": ""},
+    ],
+)
+def test_args_that_were_left_blank_name_no_codes(args: object) -> None:
+    """It means the codes of COLLECT_CODES; an empty list does not."""
+    assert codes_of(args) == []
+
+
+def test_missing_args_name_no_codes() -> None:
+    (event,) = receive(json.dumps({"message": {"type": "execute"}}))
+    assert isinstance(event, Command)
+    assert event.codes == []
+
+
+def names_nothing(args: Any) -> bool:
+    """Whether nothing in `args` could be meant to be a code, nor to be a list of them."""
+    if isinstance(args, str) and args.strip()[:1] in ("{", "["):
+        args = json.loads(args)
+    if not isinstance(args, dict):
+        return args is None or (isinstance(args, str) and not stockrt.split_codes(args))
+    named = [args[name] for name in ("code_list", "stock_list", "codes") if name in args]
+    return all(names_nothing(value) for value in named or args.values() if not isinstance(value, dict))
 
 
 def test_a_hundred_thousand_codes_are_taken_and_one_more_is_not() -> None:
@@ -302,7 +331,7 @@ def test_a_hundred_thousand_codes_of_the_greatest_length_fit_into_a_frame() -> N
 @given(any_json)
 def test_read_args_returns_codes_or_says_why_not(args: Any) -> None:
     try:
-        assert stockrt.read_args(args)
+        assert stockrt.read_args(args) or names_nothing(args)
     except UsageError as error:
         assert "expected" in str(error)
 

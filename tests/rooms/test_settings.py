@@ -88,6 +88,14 @@ def test_nothing_set_gives_the_defaults_and_needs_no_file() -> None:
         state_directory=Path("/home/u/.local/state/stockrt"),
         log_level="info",
         color=True,
+        collect="",
+        collect_every_s=0,
+        collect_codes="",
+        collect_share=(1, 1),
+        stream_url="wss://data.infoway.io/ws",
+        watch_name="stock_watch",
+        gap_name="stream_gaps",
+        keep_days=0,
     )
 
 
@@ -470,6 +478,23 @@ GOOD: list[tuple[str, str, object]] = [
     ("MONGODB_REALTIME_COLLECTION_NAME", "a.b-c", "a.b-c"),
     ("MONGODB_CLOSE_COLLECTION_NAME", "x" * 120, "x" * 120),
     ("MONGODB_LICENSE_COLLECTION_NAME", "x" * 120, "x" * 120),
+    ("MONGODB_WATCH_COLLECTION_NAME", "watch.list", "watch.list"),
+    ("MONGODB_GAP_COLLECTION_NAME", "gaps", "gaps"),
+    ("INFOWAY_STREAM_URL", "ws://127.0.0.1:8766", "ws://127.0.0.1:8766"),
+    ("INFOWAY_STREAM_URL", "wss://proxy.example.com/infoway/ws", "wss://proxy.example.com/infoway/ws"),
+    ("COLLECT", "Stream", "stream"),
+    ("COLLECT_EVERY", "1", 1.0),
+    ("COLLECT_EVERY", "2.5", 2.5),
+    ("COLLECT_EVERY", "86400", 86400.0),
+    ("COLLECT_CODES", "AAPL.US，700.HK\n茅台", ...),
+    ("COLLECT_CODES", "@my codes.txt", ...),
+    ("COLLECT_CODES", "@/etc/stockrt/codes", ...),
+    ("COLLECT_CODES", "Watch", "watch"),
+    ("COLLECT_SHARE", "1/3", (1, 3)),
+    ("COLLECT_SHARE", "2 / 2", (2, 2)),
+    ("COLLECT_SHARE", "100/100", (100, 100)),
+    ("KEEP_DAYS", "1", 1),
+    ("KEEP_DAYS", "36500", 36500),
     ("MONGODB_NUMERIC_TYPE", "Decimal", "decimal"),
     ("MONGODB_NUMERIC_TYPE", "double", "double"),
     ("SERVER_IP", "10.0.0.5", "10.0.0.5"),
@@ -568,6 +593,31 @@ BAD: list[tuple[str, str]] = [
     ("MONGODB_LICENSE_COLLECTION_NAME", "a..b"),
     ("MONGODB_CLOSE_COLLECTION_NAME", "x" * 121),
     ("MONGODB_LICENSE_COLLECTION_NAME", "x" * 121),
+    ("MONGODB_WATCH_COLLECTION_NAME", "a$b"),
+    ("MONGODB_GAP_COLLECTION_NAME", "system.gaps"),
+    ("INFOWAY_STREAM_URL", "https://data.infoway.io/ws"),
+    ("INFOWAY_STREAM_URL", "wss://data.infoway.io/ws?business=stock"),
+    ("INFOWAY_STREAM_URL", "wss://u:p@data.infoway.io/ws"),
+    ("INFOWAY_STREAM_URL", "data.infoway.io/ws"),
+    ("COLLECT", "poll"),
+    ("COLLECT", "1"),
+    ("COLLECT_EVERY", "0"),
+    ("COLLECT_EVERY", "0.9"),
+    ("COLLECT_EVERY", "86401"),
+    ("COLLECT_EVERY", "10s"),
+    ("COLLECT_CODES", "@"),
+    ("COLLECT_CODES", ",;"),
+    ("COLLECT_CODES", "AAPL.US\0"),
+    ("COLLECT_SHARE", "0/3"),
+    ("COLLECT_SHARE", "4/3"),
+    ("COLLECT_SHARE", "1/101"),
+    ("COLLECT_SHARE", "1"),
+    ("COLLECT_SHARE", "1/0"),
+    ("COLLECT_SHARE", "１/３"),
+    ("KEEP_DAYS", "0"),
+    ("KEEP_DAYS", "1.5"),
+    ("KEEP_DAYS", "36501"),
+    ("KEEP_DAYS", "-1"),
     ("MONGODB_NUMERIC_TYPE", "float"),
     ("SERVER_IP", "http://platform"),
     ("SERVER_IP", "platform:8080"),
@@ -696,6 +746,66 @@ def test_the_two_collections_must_differ(environ: dict[str, str]) -> None:
     (fault,) = faults_of(environ)
     assert "MONGODB_CLOSE_COLLECTION_NAME" in fault
     assert "MONGODB_REALTIME_COLLECTION_NAME" in fault
+
+
+@pytest.mark.parametrize("name", ["MONGODB_WATCH_COLLECTION_NAME", "MONGODB_GAP_COLLECTION_NAME"])
+@pytest.mark.parametrize("other", ["realtime", "close", "license_usage"])
+def test_watch_list_and_gaps_have_collections_of_their_own(name: str, other: str) -> None:
+    (fault,) = faults_of({name: other})
+    assert fault.startswith(f"{name}='{other}': expected another name than MONGODB_")
+
+
+# ------------------------------------------------------------------------------------------------------
+# What collecting by itself needs
+# ------------------------------------------------------------------------------------------------------
+
+KEY = {"INFOWAY_API_KEY": SECRET}
+PLATFORM = {"SERVER_IP": "127.0.0.1", "SERVER_PORT": "80"}
+
+
+def needs(environ: Mapping[str, str]) -> str:
+    """Return what the daemon misses, '' where it may start."""
+    try:
+        stockrt.load_settings(environ, None, (), is_root=False, needs=stockrt.DAEMON_NEEDS)
+    except SettingsError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("how", [{"COLLECT": "stream"}, {"COLLECT_EVERY": "10"}], ids=["stream", "poll"])
+def test_a_daemon_that_collects_needs_no_platform(how: dict[str, str]) -> None:
+    """It needs a key and codes; half a platform is a mistake as ever."""
+    good = KEY | how | {"COLLECT_CODES": "AAPL.US"}
+    (name,) = how
+    assert needs(good) == ""
+    assert needs(good | PLATFORM) == ""
+    assert needs(good | {"SERVER_IP": "127.0.0.1"}).startswith("SERVER_PORT not set: the daemon needs ")
+    assert needs(good | {"INFOWAY_API_KEY": ""}).startswith("INFOWAY_API_KEY is not set: ")
+    fault = needs(good | {"COLLECT_CODES": ""})
+    assert fault.startswith(
+        f"COLLECT_CODES is not set, and {name} would collect nothing: expected codes such as "
+    )
+
+
+def test_a_daemon_without_a_platform_and_with_nothing_to_collect_is_told_of_both_ways() -> None:
+    """A list of codes alone is what commands of a platform mean that name none."""
+    fault = needs(KEY | {"COLLECT_CODES": "AAPL.US"})
+    assert fault.startswith("SERVER_IP and SERVER_PORT not set: ")
+    assert "COLLECT=stream or COLLECT_EVERY, and COLLECT_CODES" in fault
+    assert needs(KEY | PLATFORM | {"COLLECT_CODES": "AAPL.US", "COLLECT_SHARE": "1/3"}) == ""
+    assert needs(KEY | PLATFORM | {"COLLECT_SHARE": "1/3"}) == ""
+
+
+def test_of_stream_and_poll_one_is_chosen() -> None:
+    fault = needs(KEY | {"COLLECT": "stream", "COLLECT_EVERY": "10", "COLLECT_CODES": "AAPL.US"})
+    assert fault.startswith("COLLECT and COLLECT_EVERY are both set: choose one, ")
+
+
+def test_a_watch_list_is_in_mongodb() -> None:
+    watch = KEY | PLATFORM | {"COLLECT_CODES": "watch"}
+    assert needs(watch | {"MONGODB_HOST": "mongodb://127.0.0.1"}) == ""
+    assert needs(watch) == stockrt.WATCH_NEEDS_MONGODB
+    assert load(watch).settings.collect_codes == "watch"  # --status and others need it not
 
 
 @pytest.mark.parametrize(

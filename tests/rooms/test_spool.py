@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pymongo
 import pytest
-from conftest import RunPyz, controlled, unavailable
+from conftest import RunPyz, controlled, small_disk
 from kit.daemons import LOCAL_TIME, PATIENCE, ThreadDaemon, settings_for, until
 from kit.infoway_server import InfowayServer
 from kit.mongo import INTERRUPTED_AT_SHUTDOWN, ON_COLLECTIONS, UNAUTHORIZED, MongoServer
@@ -815,24 +815,6 @@ def test_the_disk_keeps_some_room(tmp_path: Path) -> None:
         found = os.statvfs(disk)
         assert found.f_bavail >= found.f_blocks * 0.05
         assert queue.count() == first
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """Yield a disk of this size."""
-    disk = folder / "disk"
-    disk.mkdir()
-    if os.geteuid() != 0:
-        unavailable("only root may mount a small disk")
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True, text=True
-    )
-    if done.returncode:
-        unavailable(f"a small disk cannot be mounted: {done.stderr}")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_what_a_long_absence_took_is_given_back(place: Place) -> None:
