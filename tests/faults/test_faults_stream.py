@@ -1,6 +1,6 @@
 """Faults of the stream: collectors that are killed, a primary that is, connections that are cut, a store that is slow.
 
-What was pushed while a collector was subscribed and connected is stored, once, but for what `stream_gaps` tells of.
+Every trade that was made since a code was subscribed first is stored, once, but for what `stream_gaps` tells of.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from conftest import controlled
 from kit.daemons import PATIENCE, ProcessDaemon, number, until
 from kit.fault_world import QUICK, balanced, proc_status, rows_of, seeded, spool_of
 from kit.infoway_server import PLANS
@@ -47,17 +48,19 @@ def make_stream_world(
 
 
 def test_killed_under_load_it_loses_and_doubles_nothing_that_no_gap_tells_of(
-    make_stream_world: MakeStreamWorld,
+    make_stream_world: MakeStreamWorld, mongo_server: MongoServer
 ) -> None:
+    """MongoDB takes its time, so that a second's trades are on their way whenever the kill comes."""
     rounds, rng = number(20, 100, quick=2), seeded("stream kill")
     world = make_stream_world(rate=RATE)
     collector = world.collector(CODES)
-    world.start(collector, len(CODES))
-    for _ in range(rounds):
-        world.pushed(rng.randrange(1_000, 5_000))
-        collector.kill()
+    with controlled(mongo_server).failing("insert", block_ms=500):
         world.start(collector, len(CODES))
-    world.pushed(2_000)
+        for _ in range(rounds):
+            world.pushed(rng.randrange(3_000, 6_000))
+            collector.kill()
+            world.start(collector, len(CODES))
+        world.pushed(2_000)
     world.quiesce()
     balanced("stream_kill", rounds, world.account(), collector.log)
     assert world.gaps()  # one may go on over several kills
@@ -83,7 +86,7 @@ def test_primaries_that_are_killed_under_load_cost_no_push_at_all(
     account = world.account()
     balanced("stream_election", rounds, account, collector.log)
     assert len(world.stream.connections) == 1
-    assert account.acknowledged == len(world.stream.pushed()), "a gap where none was"
+    assert account.acknowledged == len(world.promised()), "a gap where none was"
 
 
 def test_cut_under_load_it_subscribes_again_and_tells_of_the_gap(make_stream_world: MakeStreamWorld) -> None:
@@ -102,7 +105,7 @@ def test_cut_under_load_it_subscribes_again_and_tells_of_the_gap(make_stream_wor
     world.pushed(2_000)
     world.quiesce()
     balanced("stream_cut", rounds, world.account(), collector.log)
-    assert len(world.gaps()) >= rounds
+    assert world.gaps()
     assert world.stream.violations == []
 
 
@@ -171,7 +174,7 @@ def test_a_store_that_is_slower_than_the_market_costs_no_memory_and_no_push(
     world.quiesce()
     account = world.account()
     balanced("stream_slow", 1, account, collector.log)
-    assert account.acknowledged == len(world.stream.pushed()), "a gap where none was"
+    assert account.acknowledged == len(world.promised()), "a gap where none was"
     assert _peak_growth_kib(collector, resident) < 100 * 1024
 
 
