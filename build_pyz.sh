@@ -495,6 +495,8 @@ say_what_comes() {
         lacking+=("names that nobody resolves: install util-linux")
     command -v prometheus-node-exporter node_exporter >/dev/null ||
         lacking+=("metrics as the real collector reads them: install prometheus-node-exporter")
+    command -v chromium chromium-browser google-chrome >/dev/null ||
+        lacking+=("the page in a browser: install chromium")
     command -v systemd-nspawn >/dev/null || lacking+=("the unit under a real systemd: install systemd-container")
     echo "tests, $form: all of them take some ${minutes[$form]} minutes on 2 processors, 4 GB of memory, 2 GB in ${TMPDIR:-/tmp}"
     [ -d "$build/test" ] || echo "first of all: tools and wheels are fetched into $build (600 MB, a minute more)"

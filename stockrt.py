@@ -2,6 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
+#     "plotext>=5.3,<6",
 #     "pymongo>=4.10",
 #     "python-dotenv>=1.0",
 #     "tqdm>=4.66",
@@ -38,7 +39,7 @@ above it:
     Daemon             inbox, outbox, and the three threads
     Service manager    notifications, the journal's priorities, metrics
     Migration          what the older client of the platform left: settings, hash, documents
-    Views              what is stored, as tables, pages and files
+    Views              what is stored, as tables, charts and pages; the dashboard
     Command line       options, rows, commands, `main`
 
 The daemon's threads: the socket's (main) owns link, protocol and outbox, and waits for nothing but its inbox and the
@@ -293,7 +294,7 @@ SHORTEST_SECRET = 4
 
 
 # What html.escape does, without that module's table of two thousand names.
-_HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
+HTML_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
 
 
 @lru_cache(maxsize=8)
@@ -304,7 +305,7 @@ def forms_of(secrets: tuple[str, ...]) -> tuple[str, ...]:
         quoted = {quote(secret), quote(secret, safe=""), quote_plus(secret)}
         forms |= quoted | {re.sub("%..", lambda found: found[0].lower(), text) for text in quoted}
         forms |= {json.dumps(secret, ensure_ascii=ascii_alone)[1:-1] for ascii_alone in (True, False)}
-        forms |= {secret, repr(secret)[1:-1], secret.translate(_HTML)}
+        forms |= {secret, repr(secret)[1:-1], secret.translate(HTML_ESCAPES)}
     return tuple(sorted((form for form in forms if len(form) >= SHORTEST_SECRET), key=len, reverse=True))
 
 
@@ -2376,7 +2377,7 @@ def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
 # Codes
 # ------------------------------------------------------------------------------------------------------
 
-_SEPARATORS = re.compile(r"[\s,;，；、]+")  # noqa: RUF001  (Chinese commas are meant)
+_SEPARATORS = re.compile(r"[\s,;，；、]+")
 
 
 def split_codes(text: str) -> list[str]:
@@ -6608,7 +6609,9 @@ class DemoApi:
     def _record(self, code: str) -> dict[str, object]:
         number = int(self._clock.wall() // self._step_s)
         step = int(sha256(f"{code}|{number}".encode())[:8], 16)
-        price = _demo_price(code) * (1 + (step % 2001 - 1000) / 100_000)
+        minute = number * self._step_s / 60
+        tides = 0.6 * math.sin(minute / 97 + len(code)) + 0.3 * math.sin(minute / 23 + ord(code[0]))
+        price = _demo_price(code) * (1 + (tides + (step % 2001 - 1000) / 10_000) / 100)
         p = f"{price:.{max(2, 4 - math.floor(math.log10(price)))}f}"
         volume = 1 + step % 500
         vw = f"{float(p) * volume:.3f}"
@@ -10108,12 +10111,8 @@ def _dates_before(day: str) -> list[str]:
     return [(last - timedelta(days=days)).isoformat() for days in range(1, REFERENCE_DAYS + 1)]
 
 
-def _newest_finals(before: Mapping[str, str], found: Iterable[StoredClose]) -> dict[str, StoredClose]:
-    newest: dict[str, StoredClose] = {}
-    for close in sorted(found, key=itemgetter(1)):
-        if close.is_final and close.date < before[close.code]:
-            newest[close.code] = close
-    return newest
+def _newest_finals(found: Iterable[StoredClose]) -> dict[str, StoredClose]:
+    return {close.code: close for close in sorted(found) if close.is_final}
 
 
 def _by_code(closes: Iterable[StoredClose]) -> dict[str, list[StoredClose]]:
@@ -10267,7 +10266,7 @@ class SqliteReader(_FileReader):
         """Return the newest final close of each code before a date. Raises StoreError."""
         keys = [f"{code}|{day}" for code, until in before.items() for day in _dates_before(until)]
         query = f"SELECT {_CLOSE_COLUMNS} FROM close WHERE _id IN (SELECT value FROM json_each(?))"  # noqa: S608
-        return _newest_finals(before, map(_sqlite_close, self._file.read_all(query, json.dumps(keys))))
+        return _newest_finals(map(_sqlite_close, self._file.read_all(query, json.dumps(keys))))
 
 
 def _sqlite_candle(row: Sequence[Any]) -> Candle:
@@ -10413,7 +10412,7 @@ class MongoReader(_FileReader):
         for part in _parts(before):
             keys = [f"{code}|{day}" for code in part for day in _dates_before(before[code])]
             found += self._closes({"_id": {"$in": keys}, "close": {"$ne": None}})
-        return _newest_finals(before, found)
+        return _newest_finals(found)
 
     def _closes(self, wanted: Mapping[str, object]) -> list[StoredClose]:
         with self._store.reading():
@@ -13753,6 +13752,8 @@ JOURNAL_FIRST_S, JOURNAL_CAP_S = 0.5, 5.0
 STATUS_EVERY_S = 10.0
 # The executor looks at the clock at least so often while nothing comes: a wait is not right when the clock is set.
 LOOK_AROUND_S = 600.0
+# While trades are collected, closes come to be due of which nothing tells.
+COLLECT_LOOK_S = 60.0
 # What follows an execution that met a trouble.
 RETRIED = "the next execution tries again"
 # What waits on this machine and could not be taken up at the start is tried again after so long.
@@ -14313,9 +14314,12 @@ class Executor(threading.Thread):
         """Do what is due beside the commands, and return for how many seconds there is nothing more to do."""
         self._collect()
         wait = self._finalise()
-        if self._collecting is not None or self._collect_at == math.inf:
+        if self._collect_at == math.inf:
             return wait
-        return TAKE_UP_AGAIN_S if wait is None else min(wait, TAKE_UP_AGAIN_S)
+        most = TAKE_UP_AGAIN_S
+        if self._collecting is not None:
+            most = COLLECT_LOOK_S
+        return most if wait is None else min(wait, most)
 
     def _collect(self) -> None:
         """Begin to collect without pause where that is wanted, anew with new settings; what fails is tried again."""
@@ -15462,6 +15466,7 @@ METRICS = (
 )
 # fmt: on
 LATENCY = "stockrt_api_latency_seconds"
+LATENCY_HELP = "Time from a request to the whole answer."
 # The state directory of the one daemon that most machines have: its series stay without a label.
 USUAL_INSTANCE = "stockrt"
 # So much of a key's digest names it.
@@ -15523,7 +15528,7 @@ class Metrics:
         with self._lock:
             lines = [line for metric in self._metrics for line in self._lines(metric)]
             lines += [
-                f"# HELP {LATENCY} Time from a request to the whole answer.",
+                f"# HELP {LATENCY} {LATENCY_HELP}",
                 f"# TYPE {LATENCY} histogram",
             ]
             limits = (*map(_number_text, LATENCY_BUCKETS_S), "+Inf")
@@ -16736,6 +16741,829 @@ class ExportLines:
         return self._text.getvalue().encode(errors="stockrt")
 
 
+# ------------------------------------------------------------------------------------------------------
+# Charts
+# ------------------------------------------------------------------------------------------------------
+
+DAILY = "1d"
+# The steps of candles in milliseconds, and how many days they go back where nobody says since when.
+STEPS = {"1m": 60_000, "5m": 300_000, "1h": 3_600_000, DAILY: DAY_MS}
+DAYS_BACK = {"1m": 1, "5m": 7, "1h": 60, DAILY: 500}
+# Steps without a trade are left out (a night would be most of the chart); where the stream missed something, so many
+# between two with a trade are shown.
+GAP_SLOTS = 5
+
+
+class Slot(NamedTuple):
+    """A step of a chart, from `t` (epoch ms) on: what was traded, and whether the stream missed some of it."""
+
+    t: int
+    candle: Candle | None
+    is_gap: bool = False
+
+
+class Chart(NamedTuple):
+    """The newest steps of a code by time. `left_out`: candles before them; `gaps`: of the stream, in its span."""
+
+    code: str
+    step: str
+    slots: Sequence[Slot] = ()
+    gaps: Sequence[Gap] = ()
+    left_out: int = 0
+
+    def documents(self) -> Iterator[dict[str, object]]:
+        """Yield the candles for a program; `gap`: the stream missed some of it."""
+        for slot in self.slots:
+            if slot.candle:
+                yield {"code": self.code, "step": self.step, **slot.candle._asdict(), "gap": slot.is_gap}
+
+
+class Span(NamedTuple):
+    """What of the stores is asked for: since <= t < until, epoch ms; from 0 on: as far back as a step goes."""
+
+    since: int = 0
+    until: int = NEVER
+
+
+def zone_of(code: str) -> tzinfo:
+    """Return the zone of a code's exchange; UTC where the machine has no time-zone data, or nobody knows the market."""
+    market = market_of(code)
+    return (zone_info(market.zone) if market else None) or UTC
+
+
+def exchange_time(code: str, t: int) -> str:
+    """Return a moment on the exchange's clock; on UTC where the machine has no time-zone data."""
+    return datetime.fromtimestamp(t / 1000, zone_of(code)).strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
+def midnight(code: str, t: int) -> int:
+    """Return when the exchange-local date of a moment began, epoch ms."""
+    then = datetime.fromtimestamp(t // 1000, zone_of(code))
+    return int(then.replace(hour=0, minute=0, second=0).timestamp()) * 1000
+
+
+def read_charts(
+    reader: Reader, last: Mapping[str, StoredTrade], step: str, span: Span, now: float, room: int
+) -> dict[str, Chart]:
+    """Return a chart of each code, whose last trades these are, of at most `room` steps. Raises StoreError."""
+    until = min(span.until, max((trade.t for trade in last.values()), default=0) + 1)
+    begins: defaultdict[int, list[str]] = defaultdict(list)
+    for code, trade in last.items():
+        begins[_begin_of(code, step, span, min(trade.t, until - 1))].append(code)
+    charts = {}
+    for since, codes in begins.items():
+        candles = reader.candles(codes, since, until, STEPS[step])
+        gaps = reader.gaps(codes, since, min(span.until, int(now * 1000)))
+        for code in codes:
+            missed = [gap for gap in gaps if code in gap.codes]
+            slots = slots_of(candles.get(code, []), missed, since, STEPS[step], int(now * 1000))
+            charts[code] = newest_steps(Chart(code, step, slots, missed), room)
+    return charts
+
+
+def _begin_of(code: str, step: str, span: Span, end: int) -> int:
+    """Return where the first step begins, aligned on the exchange's clock."""
+    if span.since <= 0:
+        return midnight(code, end - (DAYS_BACK[step] - 1) * DAY_MS)
+    return span.since - (span.since - midnight(code, span.since)) % STEPS[step]
+
+
+def slots_of(
+    candles: Sequence[Candle], gaps: Sequence[Gap], since: int, step_ms: int, now_ms: int
+) -> list[Slot]:
+    """Return the steps that were traded in, and between them the first few of gaps; steps begin at `since`."""
+    slots = {candle.t: Slot(candle.t, candle) for candle in candles}
+    for gap in gaps:
+        end = max(gap.end or now_ms, gap.start + 1)
+        first = max(gap.start, since)
+        first -= (first - since) % step_ms
+        for t, slot in slots.items():
+            if first <= t < end:
+                slots[t] = slot._replace(is_gap=True)
+        empty = (t for t in range(first, end, step_ms) if t not in slots)
+        slots |= {t: Slot(t, None, is_gap=True) for t in islice(empty, GAP_SLOTS)}
+    shown: list[Slot] = []
+    for t in sorted(slots):
+        before = shown[-GAP_SLOTS:]
+        if slots[t].candle or len(before) < GAP_SLOTS or any(slot.candle for slot in before):
+            shown.append(slots[t])
+    return shown
+
+
+def read_daily_charts(
+    reader: Reader, codes: Collection[str], span: Span, now: float, room: int
+) -> dict[str, Chart]:
+    """Return the charts of final closes; what is provisional is no candle. Raises StoreError."""
+    closes = reader.closes(codes, *_dates_of(span, now))
+    return {
+        code: newest_steps(Chart(code, DAILY, _daily_slots(code, closes.get(code, []))), room)
+        for code in codes
+    }
+
+
+def _dates_of(span: Span, now: float) -> tuple[str, str]:
+    """Return the first and the last date of a span; tomorrow has begun somewhere on earth."""
+    until = min(span.until - 1, int(now * 1000) + DAY_MS)
+    since = span.since or until - DAYS_BACK[DAILY] * DAY_MS
+    first, last = (datetime.fromtimestamp(t // 1000, UTC).date().isoformat() for t in (since, until))
+    return first, last
+
+
+def _daily_slots(code: str, closes: Sequence[StoredClose]) -> list[Slot]:
+    slots = []
+    for close in closes:
+        if close.is_final:
+            day = datetime.fromisoformat(close.date).replace(tzinfo=zone_of(code))
+            t = int(day.timestamp()) * 1000
+            slots.append(Slot(t, Candle(t, close.open, close.high, close.low, close.p, close.volume, 0)))
+    return slots
+
+
+def newest_steps(chart: Chart, room: int) -> Chart:
+    """Return a chart without the steps that there is no room for, at least one candle kept where it has any."""
+    slots = chart.slots
+    traded = [place for place, slot in enumerate(slots) if slot.candle]
+    if traded and traded[-1] < len(slots) - room:
+        slots = slots[: traded[-1] + 1]
+    left_out = sum(slot.candle is not None for slot in slots[:-room])
+    slots = slots[-room:]
+    gaps = [gap for gap in chart.gaps if gap.end is None or not slots or gap.end > slots[0].t]
+    return chart._replace(slots=slots, gaps=gaps, left_out=chart.left_out + left_out)
+
+
+def time_ticks(chart: Chart, most: int) -> list[tuple[int, str]]:
+    """Return at most so many places of a chart with their times on the exchange's clock; a date where it is another."""
+    zone, date = zone_of(chart.code), ""
+    ticks = []
+    for place in range(0, len(chart.slots), -(-len(chart.slots) // most) or 1):
+        then = datetime.fromtimestamp(chart.slots[place].t // 1000, zone)
+        words = f"{then:%Y-%m-%d}"
+        if chart.step != DAILY:
+            words = f"{then:%H:%M}" if f"{then:%m-%d}" == date else f"{then:%m-%d %H:%M}"
+        date = f"{then:%m-%d}"
+        ticks.append((place, words))
+    return ticks
+
+
+def price_range(candles: Iterable[Candle]) -> tuple[float, float]:
+    """Return the lowest and the highest price of at least one candle, a little apart where they are the same."""
+    lows, highs = zip(*((float(candle.low), float(candle.high)) for candle in candles), strict=True)
+    low, high = min(lows), max(highs)
+    margin = (abs(low) / 100 or 1.0) * (low == high)
+    return low - margin, high + margin
+
+
+def price_marks(candles: Sequence[Candle]) -> dict[float, str]:
+    """Return five prices from the lowest to the highest, each with its words: as many decimals as the prices have."""
+    low, high = price_range(candles)
+    decimals = min(8, max(len(candle.close.partition(".")[2]) for candle in candles))
+    return {price: f"{price:.{decimals}f}" for price in (low + (high - low) * part / 4 for part in range(5))}
+
+
+# A chart names so many of its gaps, and counts the others.
+GAPS_TOLD = 5
+
+
+def chart_span(chart: Chart) -> str:
+    """Return when the first and the last step of a chart began, on the exchange's clock."""
+    first, last = (exchange_time(chart.code, chart.slots[place].t) for place in (0, -1))
+    if chart.step == DAILY:
+        first, last = first[:10], last[:10]
+    return f"{first} – {last}"
+
+
+def chart_title(chart: Chart, name: str) -> str:
+    """Return what a chart is of: code, name, step, its first and its last step."""
+    return "  ".join(filter(None, (chart.code, one_line(name), chart.step, chart_span(chart))))
+
+
+def chart_notes(chart: Chart) -> Iterator[str]:
+    """Yield what is to be said below a chart: its last candle, gaps, and what is not on it."""
+    candle = [slot.candle for slot in chart.slots if slot.candle][-1]
+    names = ("open", "high", "low", "close", "volume")
+    yield "last: " + "  ".join(f"{name} {getattr(candle, name)}" for name in names)
+    for gap in chart.gaps[-GAPS_TOLD:]:
+        yield f"░ gap: {gap_words(chart.code, gap)}"
+    if len(chart.gaps) > GAPS_TOLD:
+        yield f"░ and {count_words(len(chart.gaps) - GAPS_TOLD, 'gap')} before them"
+    if chart.left_out:
+        yield f"{count_words(chart.left_out, 'candle')} before them left out: a wider terminal, --from or a longer step"
+
+
+def what_is_there(chart: Chart, last: StoredTrade | None) -> str:
+    """Return why a chart has no candle, and what there is in its place."""
+    if chart.step == DAILY:
+        words = f"{chart.code}: no final close is stored: --backfill 60 --codes {chart.code} brings some"
+    else:
+        words = f"{chart.code}: no trade in this time"
+    if last is None:
+        return f"{words}; no trade of it is stored"
+    return f"{words}; the last trade is of {exchange_time(chart.code, last.t)}"
+
+
+def gap_words(code: str, gap: Gap) -> str:
+    """Return when the stream missed what was traded of a code, and why."""
+    end = "now" if gap.end is None else exchange_time(code, gap.end)
+    return f"{exchange_time(code, gap.start)} – {end} ({one_line(gap.why, 80)})"
+
+
+# ------------------------------------------------------------------------------------------------------
+# Candles in a terminal
+# ------------------------------------------------------------------------------------------------------
+
+# Columns of a label of the time axis and what keeps it from the next; lines of the volume below the candles.
+TICK_COLUMNS = 14
+VOLUME_LINES = 6
+# What a chart leaves of a terminal to its title, its notes and the next prompt, and what it needs of a low one.
+CAPTION_LINES, LEAST_LINES = 4, 14
+# What short_number returns, mostly.
+VOLUME_COLUMNS = 5
+# More columns between two candles would only tear them apart.
+WIDEST_STEP = 3
+# Without colours too what rises differs from what falls.
+BODIES = {"up": "█", "down": "▒", "same": "┼"}
+
+
+def direction(candle: Candle) -> str:
+    """Return whether the price went `up`, `down` or stayed the `same`."""
+    first, last = float(candle.open), float(candle.close)
+    return "same" if first == last else "up" if last > first else "down"
+
+
+def draw_chart(chart: Chart, width: int, height: int, up: str, color: bool) -> tuple[str, Chart]:
+    """Return candles and volume for a terminal of so many columns and lines, and what of the chart they show.
+
+    The chart has a candle. `up`: `red` or `green`.
+    """
+    every = [slot.candle for slot in chart.slots if slot.candle]
+    label = max(VOLUME_COLUMNS, *map(len, price_marks(every).values()))
+    chart = newest_steps(chart, max(1, width - label - 2))
+    candles = [slot.candle for slot in chart.slots if slot.candle]
+    step = max(1, min(WIDEST_STEP, (width - label - 2) // len(chart.slots)))
+    columns = max(len(chart.slots) * step, TICK_COLUMNS)
+    colors = {"up": up, "down": {"red": "green", "green": "red"}[up], "same": "default"}
+    marks = price_marks(candles)
+    plot = _field(columns, height - VOLUME_LINES, marks, label)
+    for place, slot in enumerate(chart.slots):
+        if slot.is_gap:
+            _column(plot, place * step, (min(marks), max(marks)), "░", "gray")
+        if slot.candle:
+            candle, kind = slot.candle, direction(slot.candle)
+            _column(plot, place * step, (float(candle.low), float(candle.high)), "│", colors[kind])
+            _column(plot, place * step, (float(candle.open), float(candle.close)), BODIES[kind], colors[kind])
+    drawn = plot.build()
+    most = max(float(candle.volume) for candle in candles) or 1.0
+    plot = _field(columns, VOLUME_LINES, {0.0: "0", most: short_number(str(most))}, label)
+    for place, slot in enumerate(chart.slots):
+        if slot.candle and float(slot.candle.volume):
+            kind = direction(slot.candle)
+            _column(plot, place * step, (0.0, float(slot.candle.volume)), "█", colors[kind])
+    ticks = time_ticks(chart, columns // TICK_COLUMNS)
+    plot.xticks([place * step for place, _ in ticks], [words for _, words in ticks])
+    drawn += plot.build()
+    return str(drawn if color else plot.uncolorize(drawn)), chart
+
+
+def _field(columns: int, lines: int, marks: Mapping[float, str], label: int) -> Any:
+    """Begin a field whose columns are the places 0, 1 … and whose axis has these marks; return plotext."""
+    import plotext  # type: ignore[import-untyped]
+
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.limit_size(False, False)
+    plotext.plot_size(label + 2 + columns, lines)
+    plotext.xlim(0, columns - 1)
+    plotext.ylim(min(marks), max(marks))
+    plotext.yticks(list(marks), [words.rjust(label) for words in marks.values()])
+    plotext.xticks([])
+    return plotext
+
+
+def _column(plot: Any, place: int, span: tuple[float, float], marker: str, color: str) -> None:
+    plot.plot([place, place], span, marker=marker, color=color)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The page
+# ------------------------------------------------------------------------------------------------------
+
+# Steps of a chart on the page, and sessions of the history of closes: 50 codes stay far below 1 MB.
+PAGE_STEPS = 120
+PAGE_CLOSES = 250
+# The drawing's units: all whole, so that a path is short.
+DRAWING_WIDTH = 820
+PLOT_WIDTH, PRICE_HEIGHT, VOLUME_HEIGHT, CLOSES_HEIGHT = 720, 180, 40, 80
+WIDEST_CANDLE = 24
+# Of a time below it, and what keeps it from the next.
+TICK_WIDTH = 120
+DRAWING_STYLE = """
+:root{--bg:#fff;--ink:#1b1f24;--dim:#667085;--line:#e4e7ec;--gap:#f2c94c;--red:#c8102e;--green:#0a7d3c}
+:root{--up:var(--green);--down:var(--red)}:root[data-up=red]{--up:var(--red);--down:var(--green)}
+@media (prefers-color-scheme:dark){:root{--bg:#12151a;--ink:#e6e9ee;--dim:#98a2b3;--line:#2a2f38;--gap:#7a6210;
+--red:#ff6b6b;--green:#3ddc84}}
+@media print{:root{--bg:#fff;--ink:#000;--dim:#444;--line:#bbb;--gap:#ddd;--red:#c8102e;--green:#0a7d3c}}
+svg{font:15px/1.5 system-ui,"PingFang SC","Microsoft YaHei","Noto Sans CJK SC",sans-serif;background:var(--bg)}
+svg text{fill:var(--dim);font-size:12px}svg .axis{stroke:var(--line)}svg .gap{fill:var(--gap);opacity:.5}
+svg .up{stroke:var(--up);fill:var(--bg)}svg .down{stroke:var(--down);fill:var(--down)}
+svg .same{stroke:var(--dim);fill:var(--dim)}svg .line{stroke:var(--ink);fill:none}
+"""
+PAGE_STYLE = """
+:root[lang=en] .zh,:root[lang=zh] .en{display:none}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:72rem;padding:1rem;background:var(--bg);color:var(--ink);
+font:15px/1.5 system-ui,"PingFang SC","Microsoft YaHei","Noto Sans CJK SC",sans-serif}
+h1{font-size:1.3rem;margin:0}h2{font-size:1.1rem;margin:2rem 0 0}p{margin:.2rem 0;color:var(--dim)}
+header{display:flex;flex-wrap:wrap;gap:0 1rem;align-items:baseline}header p{flex-basis:100%}
+button{font:inherit;color:inherit;background:none;border:0;padding:.2rem .5rem;cursor:pointer}
+button:focus-visible,a:focus-visible{outline:2px solid var(--ink)}
+#language{margin-left:auto;border:1px solid var(--line);border-radius:.3rem}
+.wide{overflow-x:auto}.name{max-width:14rem;overflow:hidden;text-overflow:ellipsis}
+table{border-collapse:collapse;width:100%;margin-top:1rem;font-variant-numeric:tabular-nums}
+th,td{padding:.2rem .5rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+th:first-child,td:first-child,.name{text-align:left!important}
+th{padding:0;font-weight:600}th[aria-sort=ascending] button::after{content:" ▲"}
+th[aria-sort=descending] button::after{content:" ▼"}
+a{color:inherit}.up{color:var(--up)}.down{color:var(--down)}
+figure{margin:.5rem 0}figcaption{color:var(--dim);font-size:.85rem}
+svg{display:block;width:100%;height:auto}svg.spark{width:5rem;margin-left:auto}
+@media (max-width:40rem){.more{display:none}body{padding:.5rem}th button,td{padding:.2rem}svg text{font-size:20px}}
+@media print{html{font-size:10px}body{font-size:10px;padding:0}#language{display:none}section{break-inside:avoid}
+.wide{overflow:visible}.name{max-width:9rem}th button,td{padding:.1rem .3rem}}
+"""
+# Red is up where the reader's language has it so: as RED_RISES.
+PAGE_SCRIPT = """
+"use strict";
+const root = document.documentElement;
+const known = navigator.languages.map((tag) => tag.slice(0, 2)).find((tag) => tag === "zh" || tag === "en");
+root.lang = known || root.lang;
+if (!("fixed" in root.dataset) && navigator.language)
+  root.dataset.up = /^(zh(?!-(HK|MO|SG|Hant-HK))|ja|ko)\\b/i.test(navigator.language) ? "red" : "green";
+function sort(head) {
+  const down = head.getAttribute("aria-sort") === "ascending";
+  for (const other of head.parentNode.querySelectorAll("[aria-sort]")) other.setAttribute("aria-sort", "none");
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  const body = head.closest("table").tBodies[0];
+  const value = (row) => row.cells[head.cellIndex].dataset.v ?? row.cells[head.cellIndex].innerText;
+  const compare = (a, b) => (a - b) || (isNaN(a - b) ? a.localeCompare(b, root.lang) : 0);
+  const rows = [...body.rows].filter((row) => value(row) !== "");
+  const without = [...body.rows].filter((row) => value(row) === "");
+  rows.sort((a, b) => (down ? -1 : 1) * compare(value(a), value(b)));
+  body.append(...rows, ...without);
+}
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button && button.id === "language") root.lang = root.lang === "zh" ? "en" : "zh";
+  else if (button) sort(button.closest("th"));
+});
+"""
+
+
+def both(english: str, chinese: str) -> str:
+    """Return words of ours in both languages; the page shows the reader's."""
+    return f'<span class="en" lang="en">{english}</span><span class="zh" lang="zh">{chinese}</span>'
+
+
+class PageColumn(NamedTuple):
+    """A column of the page's overview; `css`: how it is shown, `more` not on a phone."""
+
+    english: str
+    chinese: str
+    css: str = ""
+    sorts: bool = True
+
+
+PAGE_COLUMNS = (
+    PageColumn("Code", "代码"),
+    PageColumn("Name", "名称", "name"),
+    PageColumn("Last", "最新价"),
+    PageColumn("Change", "涨跌幅"),
+    PageColumn("Session", "走势", "more", sorts=False),
+    PageColumn("Open", "开盘", "more"),
+    PageColumn("High", "最高", "more"),
+    PageColumn("Low", "最低", "more"),
+    PageColumn("Volume", "成交量", "more"),
+    PageColumn("Exchange time", "交易所时间", "more"),
+)
+
+
+class Page(NamedTuple):
+    """What the page shows: quotes as asked, of each code its chart and its final closes, and `names` in Chinese.
+
+    `made`: when, epoch seconds; `store`: where it is from; `up`: the colour of what rises, everybody's if `is_fixed`.
+    """
+
+    quotes: Sequence[Quote]
+    names: Mapping[str, str]
+    charts: Mapping[str, Chart]
+    closes: Mapping[str, Sequence[StoredClose]]
+    made: float
+    store: str
+    is_chinese: bool = False
+    up: str = "green"
+    is_fixed: bool = False
+
+
+def read_page(reader: Reader, found: Sequence[Quote], step: str, span: Span, now: float, store: str) -> Page:
+    """Return the page of these quotes, whose names are English. Raises StoreError."""
+    last = {quote.code: quote.trade for quote in found}
+    charts = read_daily_charts(reader, last, span, now, PAGE_STEPS)
+    if step != DAILY:
+        charts = read_charts(reader, last, step, span, now, PAGE_STEPS)
+    return Page(
+        found,
+        reader.names(list(last)),
+        charts,
+        reader.closes(list(last), *_dates_of(Span(until=span.until), now)),
+        now,
+        store,
+    )
+
+
+def draw_page(page: Page) -> str:
+    """Return the page: all of it in one text, nothing from elsewhere, whatever a name or a reason holds."""
+    from base64 import b64encode
+    from hashlib import sha256
+
+    style = DRAWING_STYLE + PAGE_STYLE
+    hashes = [b64encode(sha256(text.encode()).digest()).decode() for text in (style, PAGE_SCRIPT)]
+    policy = "default-src 'none';style-src 'sha256-{}';script-src 'sha256-{}';img-src data:".format(*hashes)
+    language = "zh" if page.is_chinese else "en"
+    color = f' data-up="{page.up}"' + " data-fixed" * page.is_fixed
+    head = (
+        f'<!doctype html>\n<html lang="{language}"{color}>\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n<title>stockrt</title>\n<link rel="icon" href="data:,">\n'
+        f"<style>{style}</style>\n<script>{PAGE_SCRIPT}</script>\n</head>\n<body>\n"
+    )
+    parts = [head, _page_header(page), _overview(page), *(_section(page, quote) for quote in page.quotes)]
+    return "".join(parts) + "</body>\n</html>\n"
+
+
+def _page_header(page: Page) -> str:
+    when = html_text(local_time(datetime.fromtimestamp(page.made, UTC)))
+    store = html_text(page.store)
+    count = len(page.quotes)
+    return (
+        '<header><h1>stockrt</h1><button type="button" id="language">'
+        '<span class="en" lang="zh">中文</span><span class="zh" lang="en">English</span></button><p>'
+        + both(
+            f"{count_words(count, 'code')} of {store}, as of {when}",
+            f"{store} 中的 {count} 个代码，截至 {when}",
+        )
+        + "</p></header>\n"
+    )
+
+
+def _overview(page: Page) -> str:
+    if not page.quotes:
+        empty = both(
+            "There is no trade in the store yet: --once, --collect or the platform's commands bring some.",
+            "库中还没有成交：用 --once、--collect 或由平台下发的命令获取。",
+        )
+        return f"<p>{empty}</p>\n"
+    heads = "".join(map(_head, PAGE_COLUMNS))
+    rows = "".join(_row(page, quote) for quote in page.quotes)
+    return (
+        f'<div class="wide"><table><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
+    )
+
+
+def _head(column: PageColumn) -> str:
+    title, state = both(column.english, column.chinese), ""
+    if column.sorts:
+        title, state = f'<button type="button">{title}</button>', ' aria-sort="none"'
+    return f'<th scope="col" class="{column.css}"{state}>{title}</th>'
+
+
+def _row(page: Page, quote: Quote) -> str:
+    change, session = quote.change, ("", "", "", "")
+    if quote.session is not None:
+        session = (*quote.session[1:4], quote.session.volume)
+    cells = [
+        (f'<a href="#{html_text(quote.code)}">{html_text(quote.code)}</a>', quote.code),
+        (_name(page, quote), None),
+        (html_text(quote.trade.p), quote.trade.p),
+        ("–", "") if change is None else (signed_percent(change), f"{change:.6f}"),
+        (_spark(quote.spark()), ""),
+        *((html_text(text), text) for text in session),
+        (html_text(exchange_time(quote.code, quote.trade.t)), str(quote.trade.t)),
+    ]
+    row = ""
+    for column, (content, value) in zip(PAGE_COLUMNS, cells, strict=True):
+        css = column.css
+        if column.english in ("Last", "Change") and change:
+            css = "up" if change > 0 else "down"
+        key = "" if value is None else f' data-v="{html_text(value)}"'
+        row += f"<td{f' class={css}' * bool(css)}{key}>{content}</td>"
+    return f"<tr>{row}</tr>\n"
+
+
+def _name(page: Page, quote: Quote) -> str:
+    """Return an instrument's name, as far as it is known, in the reader's language."""
+    known = page.names.get(quote.code, "")
+    english, chinese = html_text(quote.name or known), html_text(known or quote.name)
+    return both(english, chinese) if english != chinese else english
+
+
+def html_text(text: str) -> str:
+    """Return any text as HTML that shows it, within an attribute as well."""
+    return one_line(text).translate(HTML_ESCAPES)
+
+
+def _spark(prices: Sequence[float | None]) -> str:
+    """Return the course of a session as a small line without an axis."""
+    known = [(place, price) for place, price in enumerate(prices) if price is not None]
+    if len(known) < 2:
+        return ""
+    low, high = min(price for _, price in known), max(price for _, price in known)
+    points = " ".join(f"{place * 4},{_height(price, low, high, 18) + 1}" for place, price in known)
+    return f'<svg class="spark" viewBox="0 0 {4 * len(prices)} 20"><polyline class="line" points="{points}"/></svg>'
+
+
+def _height(price: float, low: float, high: float, of: int) -> int:
+    """Return how far below the top of a drawing of that height a price is."""
+    return round((high - price) / (high - low or 1) * of)
+
+
+def _section(page: Page, quote: Quote) -> str:
+    """Return what the page has of one code: candles, volume, gaps, the history of closes; or what there is not."""
+    code = html_text(quote.code)
+    parts = [f'<section id="{code}"><h2>{code} {_name(page, quote)}</h2>\n']
+    chart = page.charts.get(quote.code, Chart(quote.code, ""))
+    if any(slot.candle for slot in chart.slots):
+        parts.append(_figure(_chart_drawing(chart), _chart_caption(chart)))
+    else:
+        parts.append(f"<p>{both('No trades in this time.', '这段时间没有成交。')}</p>\n")
+    finals = [close for close in page.closes.get(quote.code, ()) if close.is_final][-PAGE_CLOSES:]
+    if finals:
+        parts.append(_figure(_closes_drawing(finals), _closes_caption(finals)))
+    else:
+        words = both(
+            "No final close yet: --backfill 60 fetches some.", "还没有最终收盘价：可用 --backfill 60 获取。"
+        )
+        parts.append(f"<p>{words}</p>\n")
+    return "".join(parts) + "</section>\n"
+
+
+def _figure(drawing: str, caption: str) -> str:
+    return f"<figure>{drawing}<figcaption>{caption}</figcaption></figure>\n"
+
+
+def _chart_drawing(chart: Chart) -> str:
+    candles = [slot.candle for slot in chart.slots if slot.candle]
+    low, high = price_range(candles)
+    most = max(float(candle.volume) for candle in candles) or 1.0
+    step = min(WIDEST_CANDLE, PLOT_WIDTH // len(chart.slots))
+    width, bottom = max(1, step - 2), PRICE_HEIGHT + VOLUME_HEIGHT + 10
+    paths: defaultdict[str, list[str]] = defaultdict(list)
+    for place, slot in enumerate(chart.slots):
+        if slot.candle is None:
+            continue
+        top, end, begin, foot = (
+            _height(float(price), low, high, PRICE_HEIGHT)
+            for price in (slot.candle.high, slot.candle.close, slot.candle.open, slot.candle.low)
+        )
+        volume = round(float(slot.candle.volume) / most * VOLUME_HEIGHT)
+        left, upper, lower = place * step + 1, min(begin, end), max(begin, end)
+        middle, body = left + width // 2, max(1, lower - upper)
+        drawn = f"M{middle} {top}V{upper}M{middle} {lower}V{foot}M{left} {upper}h{width}v{body}h-{width}z"
+        if volume:
+            drawn += f"M{left} {bottom}h{width}v-{volume}h-{width}z"
+        paths[direction(slot.candle)].append(drawn)
+    parts = [*_price_axis(candles), *_gap_marks(chart, step, bottom)]
+    parts += [f'<path class="{kind}" d="{"".join(drawn)}"/>' for kind, drawn in sorted(paths.items())]
+    for number, (place, words) in enumerate(time_ticks(chart, max(1, len(chart.slots) * step // TICK_WIDTH))):
+        css = ' class="more"' * (number % 2)
+        parts.append(f'<text x="{place * step + 1}" y="{bottom + 20}"{css}>{words}</text>')
+    return _svg(chart.code, bottom + 26, parts)
+
+
+def _svg(code: str, height: int, parts: Iterable[str]) -> str:
+    box = f"0 -16 {DRAWING_WIDTH} {height + 16}"
+    return f'<svg viewBox="{box}" role="img" aria-label="{html_text(code)}">{"".join(parts)}</svg>'
+
+
+def _price_axis(candles: Sequence[Candle]) -> Iterator[str]:
+    for part, words in enumerate(price_marks(candles).values()):
+        y = PRICE_HEIGHT - PRICE_HEIGHT * part // 4
+        yield f'<path class="axis" d="M0 {y}H{PLOT_WIDTH}"/><text x="{PLOT_WIDTH + 4}" y="{y + 4}">{words}</text>'
+
+
+def _gap_marks(chart: Chart, step: int, height: int) -> Iterator[str]:
+    for place, slot in enumerate(chart.slots):
+        if slot.is_gap:
+            yield f'<rect class="gap" x="{place * step}" y="0" width="{step}" height="{height}"/>'
+
+
+def _chart_caption(chart: Chart) -> str:
+    span = chart_span(chart)
+    words = both(f"{chart.step} candles and volume, {span}", f"{chart.step} K 线与成交量，{span}")
+    for gap in chart.gaps[-GAPS_TOLD:]:
+        told = html_text(gap_words(chart.code, gap))
+        words += "<br>" + both(f"gap: {told}", f"缺口：{told}")
+    more = len(chart.gaps) - GAPS_TOLD
+    if more > 0:
+        words += "<br>" + both(f"and {count_words(more, 'gap')} before them", f"此前另有 {more} 处缺口")
+    return words
+
+
+def _closes_drawing(finals: Sequence[StoredClose]) -> str:
+    prices = [float(close.p) for close in finals]
+    low, high = min(prices), max(prices)
+    step = PLOT_WIDTH / max(1, len(prices) - 1)
+    points = " ".join(
+        f"{round(place * step)},{_height(price, low, high, CLOSES_HEIGHT)}"
+        for place, price in enumerate(prices)
+    )
+    lowest, highest = (html_text(end(finals, key=_close_of).p) for end in (min, max))
+    parts = [
+        f'<polyline class="line" points="{points}"/>',
+        f'<text x="{PLOT_WIDTH + 4}" y="4">{highest}</text>',
+        f'<text x="{PLOT_WIDTH + 4}" y="{CLOSES_HEIGHT + 4}">{lowest}</text>',
+        f'<text y="{CLOSES_HEIGHT + 20}">{html_text(finals[0].date)}</text>',
+        f'<text x="{PLOT_WIDTH}" y="{CLOSES_HEIGHT + 20}" text-anchor="end">{html_text(finals[-1].date)}</text>',
+    ]
+    return _svg(finals[0].code, CLOSES_HEIGHT + 26, parts)
+
+
+def _close_of(close: StoredClose) -> float:
+    return float(close.p)
+
+
+def _closes_caption(finals: Sequence[StoredClose]) -> str:
+    count, last = len(finals), html_text(finals[-1].p)
+    return both(
+        f"{count_words(count, 'final close')}, the last one {last}", f"{count} 个最终收盘价，最新 {last}"
+    )
+
+
+def draw_picture(chart: Chart, up: str) -> str:
+    """Return the candles of a code as an SVG file of its own; `up`: `red` or `green`. The chart has a candle."""
+    title = html_text(f"{chart.code}  {chart.step}  {chart_span(chart)}")
+    drawing = _chart_drawing(chart).partition(">")
+    begin = drawing[0].replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" data-up="{up}" ')
+    return f'{begin}><style>{DRAWING_STYLE}</style><text y="-4">{title}</text>{drawing[2]}\n'
+
+
+# ------------------------------------------------------------------------------------------------------
+# The dashboard
+# ------------------------------------------------------------------------------------------------------
+
+
+class Panel(NamedTuple):
+    """A panel of the Grafana dashboard; `queries`: PromQL and what names its lines; `states`: the words of 0, 1 …"""
+
+    title: str
+    kind: str
+    unit: str
+    queries: tuple[tuple[str, str], ...]
+    states: tuple[str, ...] = ()
+
+
+# Of two daemons on one machine the second has its name in the other label; see the README's section on metrics.
+_WHOSE = "{{instance}} {{exported_instance}}"
+
+
+def _line(expression: str, legend: str = _WHOSE) -> tuple[str, str]:
+    return expression, legend
+
+
+def _quantile(percent: int) -> tuple[str, str]:
+    """Return the query of the time within which so many per cent of the API's answers came."""
+    rates = f"sum by (le) (rate({LATENCY}_bucket[$__rate_interval]))"
+    return f"histogram_quantile({percent / 100}, {rates})", f"{percent} %"
+
+
+def _counted(metric: str, label: str = "") -> tuple[str, str]:
+    """Return the query of what a counter counted lately, by its label."""
+    increase = f"(increase({metric}[$__rate_interval]))"
+    return (f"sum by ({label}) {increase}", f"{{{{{label}}}}}") if label else (f"sum {increase}", metric)
+
+
+# fmt: off
+PANELS = (
+    Panel("Connected to the platform", "stat", "short", (_line("stockrt_platform_connected"),), ("no", "yes")),
+    Panel("Version", "stat", "short", (_line("stockrt_info", "{{version}}"),)),
+    Panel("Running since", "stat", "dateTimeFromNow", (_line("stockrt_start_time_seconds * 1000"),)),
+    Panel("Last execution that stored every code", "stat", "dateTimeFromNow",
+          (_line("(stockrt_last_success_timestamp_seconds > 0) * 1000"),)),
+    Panel("Executions", "timeseries", "short", (_counted("stockrt_executions_total", "outcome"),)),
+    Panel("Trades", "timeseries", "short",
+          (_counted("stockrt_trades_stored_total"), _counted("stockrt_trades_duplicate_total"))),
+    Panel("Codes that failed", "timeseries", "short", (_counted("stockrt_codes_failed_total", "reason"),)),
+    Panel("Codes without a new trade although their market was open", "timeseries", "short",
+          (_line("stockrt_codes_stale"),)),
+    Panel("Waiting in the daemon", "timeseries", "short",
+          (_line("stockrt_waiting_executions", f"executions {_WHOSE}"),
+           _line("stockrt_waiting_results", f"results {_WHOSE}"),
+           _line("stockrt_waiting_documents", f"documents {_WHOSE}"))),
+    Panel("Connections made to the platform", "timeseries", "short",
+          (_counted("stockrt_platform_connections_total"),)),
+    Panel("Requests to the API", "timeseries", "short", (_counted("stockrt_api_requests_total", "answer"),)),
+    Panel("Time until the API's answer", "timeseries", "s",
+          (_quantile(50), _quantile(95), _quantile(99),
+           _line(f"sum(rate({LATENCY}_sum[$__rate_interval])) / sum(rate({LATENCY}_count[$__rate_interval]))",
+                 "mean"))),
+    Panel("Requests of each key today", "timeseries", "short",
+          (_line("stockrt_api_key_requests_today", "{{key}} used"),
+           _line("stockrt_api_key_requests_left", "{{key}} left"))),
+    Panel("State of each key", "state-timeline", "short", (_line("stockrt_api_key_state", "{{key}}"),), KEY_STATES),
+    Panel("End of each key's plan", "stat", "dateTimeFromNow",
+          (_line("(stockrt_api_key_end_timestamp_seconds > 0) * 1000", "{{key}}"),)),
+    Panel("Documents that MongoDB refused", "stat", "short", (_line("stockrt_spool_rejects"),)),
+    Panel("Trades that wait for MongoDB", "timeseries", "short", (_line("stockrt_spool_trades"),)),
+    Panel("Bytes that wait for MongoDB", "timeseries", "bytes", (_line("stockrt_spool_bytes"),)),
+    Panel("Trades that found no room", "timeseries", "short", (_counted("stockrt_spool_refused_total"),)),
+    Panel("Connections to the stream", "timeseries", "short",
+          (_line("stockrt_collect_connections", f"standing {_WHOSE}"),
+           _line("stockrt_collect_connections_wanted", f"wanted {_WHOSE}"))),
+    Panel("Codes that are collected without pause", "timeseries", "short",
+          (_line("stockrt_collect_codes", f"subscribed {_WHOSE}"),
+           _line("stockrt_collect_polled_codes", f"polled {_WHOSE}"))),
+    Panel("Trades collected without pause", "timeseries", "short",
+          (_counted("stockrt_collect_trades_total"), _counted("stockrt_collect_stored_total"),
+           _counted("stockrt_collect_duplicate_total"), _counted("stockrt_collect_dropped_total"))),
+    Panel("Time until a collected trade is durable", "timeseries", "s",
+          (_line("stockrt_collect_delay_seconds", f"{{{{quantile}}}} {_WHOSE}"),)),
+    Panel("Gaps of the stream today", "stat", "short", (_line("stockrt_collect_gaps_today"),)),
+    Panel("Polls that were left out", "timeseries", "short", (_counted("stockrt_collect_missed_beats_total"),)),
+)
+# fmt: on
+# Columns and rows of Grafana's grid, of which a line has 24 columns.
+_PANEL_SIZES = {"stat": (6, 4), "timeseries": (12, 8), "state-timeline": (12, 4)}
+_GRID_COLUMNS = 24
+# Grafana brings older models up to date by themselves when they are imported.
+_GRAFANA_SCHEMA = 39
+_METRIC_NAME = re.compile(r"\bstockrt_[a-z_]+")
+
+
+def dashboard() -> dict[str, Any]:
+    """Return a Grafana dashboard over the metrics, as its import takes it; data source and instances are variables."""
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    instances = "label_values(stockrt_info, instance)"
+    of_instance: dict[str, Any] = {
+        "name": "instance",
+        "label": "Instance",
+        "type": "query",
+        "datasource": source,
+    }
+    variables = [
+        {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"},
+        of_instance
+        | {"query": {"query": instances, "refId": "instances"}, "definition": instances}
+        | {"refresh": 2, "multi": True, "includeAll": True, "current": {"text": "All", "value": "$__all"}},
+    ]
+    about = {"uid": "stockrt", "title": "stockrt", "tags": ["stockrt"], "schemaVersion": _GRAFANA_SCHEMA}
+    times = {"timezone": "browser", "refresh": "30s", "time": {"from": "now-24h", "to": "now"}}
+    return (
+        about | times | {"editable": True, "templating": {"list": variables}, "panels": list(_placed(source))}
+    )
+
+
+def _placed(source: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield the panels one beside the other, as many as a line has room for."""
+    x = y = below = 0
+    for number, panel in enumerate(PANELS, start=1):
+        width, height = _PANEL_SIZES[panel.kind]
+        if x + width > _GRID_COLUMNS:
+            x, y = 0, below
+        place = {"x": x, "y": y, "w": width, "h": height}
+        x, below = x + width, max(below, y + height)
+        yield {"id": number, "gridPos": place, "datasource": source} | _panel_model(panel, source)
+
+
+def _panel_model(panel: Panel, source: Mapping[str, str]) -> dict[str, Any]:
+    targets = [
+        {
+            "refId": chr(ord("A") + place),
+            "datasource": source,
+            "expr": _METRIC_NAME.sub(r'\g<0>{instance=~"$instance"}', expression),
+            "legendFormat": legend,
+        }
+        for place, (expression, legend) in enumerate(panel.queries)
+    ]
+    words = {str(number): {"text": text, "index": number} for number, text in enumerate(panel.states)}
+    defaults: dict[str, Any] = {
+        "unit": panel.unit,
+        "mappings": [{"type": "value", "options": words}] * bool(words),
+    }
+    model: dict[str, Any] = {"title": panel.title, "type": panel.kind, "targets": targets}
+    if panel.kind == "stat" and panel.unit == "short" and not panel.states:
+        model["options"] = {"textMode": "value_and_name"}
+    return model | {
+        "description": _help(panel),
+        "fieldConfig": {"defaults": defaults, "overrides": []},
+    }
+
+
+def _help(panel: Panel) -> str:
+    """Return what the metrics of a panel say of themselves."""
+    helps = {metric.name: metric.help for metric in METRICS} | {f"{LATENCY}_bucket": LATENCY_HELP}
+    names = _METRIC_NAME.findall(" ".join(expression for expression, _ in panel.queries))
+    return " ".join(helps[name] for name in dict.fromkeys(names) if name in helps)
+
+
 # ======================================================================================================
 # Command line
 # ======================================================================================================
@@ -16747,6 +17575,8 @@ ROWS_ALIGNED = 1000
 RELOAD_WAIT_S = 20.0
 # Local files, the platform, MongoDB's servers, and a connection for each request that may be under way.
 DESCRIPTORS_NEEDED = 64 + MAX_IN_FLIGHT
+# Of each key as many connections to the stream as the greatest plan has, each with what wakes it.
+DESCRIPTORS_OF_A_KEY = 3 * STREAM_LIMITS["pro"].connections
 # What --executions lists where it is not told how many.
 EXECUTIONS_SHOWN = 20
 # What `td` says, in words.
@@ -16758,6 +17588,7 @@ examples:
   stockrt.pyz --once --codes-file codes.txt --json           one JSON document a line on stdout
   stockrt.pyz --collect --codes TSLA.US BTCUSDT              every trade as it is made, until Ctrl-C
   stockrt.pyz --backfill 60 --codes-file codes.txt           closes of the last 60 sessions, to begin with
+  stockrt.pyz --html stocks.html                             what is stored, and charts of it, as one page
   stockrt.pyz --check                                        what is wrong, and which setting mends it
 
 exit status: 0 every code stored · 1 any not · 64 usage · 78 settings · 130 interrupted
@@ -16769,6 +17600,9 @@ class Options:
     """What the command line asks for; with nothing of it this is the daemon."""
 
     once = collect = check = check_settings = status = drain = retain = rejects = reload = register = False
+    grafana = False
+    chart: str | None = None
+    html: str | None = None
     json = demo = retry = discard = force = dry_run = False
     backfill: int | None = None
     every: str | None = None
@@ -16796,6 +17630,13 @@ def terminal_width(otherwise: int) -> int:
     return otherwise
 
 
+def terminal_height(otherwise: int) -> int:
+    """Return the lines of the terminal that stdout is, and where it is none or does not tell another number."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.get_terminal_size(sys.stdout.fileno()).lines or otherwise
+    return otherwise
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     import argparse
@@ -16818,7 +17659,7 @@ def _refuse_arguments(message: str) -> NoReturn:
     import difflib
 
     flags = ["--help", *(f"--{name.replace('_', '-')}" for name in vars(Options) if not name.startswith("_"))]
-    typed = re.findall(r"[-–—]+\w[\w-]*", message.partition("unrecognized arguments: ")[2])  # noqa: RUF001
+    typed = re.findall(r"[-–—]+\w[\w-]*", message.partition("unrecognized arguments: ")[2])
     near = [flag for one in typed for flag in difflib.get_close_matches(one, flags, n=1)]
     if near:
         message += f"; did you mean {' '.join(near)}?"
@@ -16888,6 +17729,9 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="take settings and module hash over from the older client's directory, with --documents its documents",
     )
+    what.add_argument(
+        "--grafana", action="store_true", help="print a Grafana dashboard over the metrics of METRICS_FILE"
+    )
     what.add_argument("--version", action="version", version=f"stockrt {__version__}")
 
 
@@ -16904,17 +17748,27 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--demo", action="store_true", help="synthetic trades: no network, no key, embedded store"
     )
     parser.add_argument(
+        "--chart",
+        choices=tuple(STEPS),
+        help="with --show: candles and volume; with --html: of which step (5m)",
+    )
+    parser.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write what --show has as one page, or candles of one code as a picture where FILE ends in .svg",
+    )
+    parser.add_argument(
         "--closes", action="store_true", help="with --export: the closing prices in place of the trades"
     )
     parser.add_argument(
         "--from",
         dest="from_",
         metavar="TIME",
-        help="with --export: since this date or time, ISO 8601, such as 2026-08-14 or 2026-08-14T09:30+08:00; "
-        "without an offset it is UTC",
+        help="with --chart, --html or --export: since this date or time, ISO 8601, such as 2026-08-14 or "
+        "2026-08-14T09:30+08:00; without an offset it is UTC",
     )
     parser.add_argument(
-        "--to", metavar="TIME", help="with --export: before this time, or up to this date, the date included"
+        "--to", metavar="TIME", help="as --from: before this time, or up to this date, the date included"
     )
     parser.add_argument(
         "--sort", choices=("code", "change", "asked"), help="with --show: the order of its lines (code)"
@@ -16960,16 +17814,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 # Which commands, or what else, each flag goes with.
 GOES_WITH = {
-    "json": ("once", "collect", "show", "export", "status", "executions", "rejects", "symbols"),
-    "codes": ("once", "collect", "backfill", "export"),
-    "codes_file": ("once", "collect", "backfill", "export"),
+    "json": ("once", "collect", "show", "export", "check", "status", "executions", "rejects", "symbols"),
+    "codes": ("once", "collect", "backfill", "show", "export"),
+    "codes_file": ("once", "collect", "backfill", "show", "export"),
     "demo": ("once", "collect", "show", "export"),
     "every": ("collect",),
     "sort": ("show", "collect"),
     "up": ("show", "collect"),
     "closes": ("export",),
-    "from_": ("export",),
-    "to": ("export",),
+    "chart": ("show",),
+    "from_": ("export", "chart", "html"),
+    "to": ("export", "chart", "html"),
     "retry": ("drain",),
     "discard": ("rejects",),
     "force": ("register", "documents"),
@@ -16990,12 +17845,16 @@ LONGEST_SOUGHT = 200
 def parse_arguments(argv: Sequence[str]) -> Options:
     """Return the options. Raises UsageError for what does not go together."""
     options = Options()
+    if "--show" not in argv and any(word.partition("=")[0] == "--html" for word in argv):
+        argv = ["--show", *argv]  # a page is what it shows
     if argv:  # or the daemon would carry argparse for months (0.6 MB)
         make_parser().parse_args(argv, options)
     if options.symbols is not None:
         _check_symbols(options.symbols)
     if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
         raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
+    if options.json and options.html is not None:
+        raise UsageError("--json does not go with --html; see --help")
     for flag, commands in GOES_WITH.items():
         if _is_given(options, flag) and not any(_is_given(options, name) for name in commands):
             names = [f"--{name.strip('_').replace('_', '-')}" for name in (*commands, flag)]
@@ -17228,6 +18087,8 @@ COLUMNS = (
     Column("AGE", 6, right=True),
     Column("NAME", 0),
 )
+# While no trade comes it is seen after so long that the reader went away.
+READER_LOOK_S = 1.0
 # Of a line where there is no terminal: no name is cut.
 WIDEST = 1000
 
@@ -17340,13 +18201,6 @@ def row_cells(document: Document, now: float) -> list[str]:
     when = exchange_time(document["stock_code"], document["t"])
     age, _ = age_words(now - document["t"] / 1000)
     return [document["stock_code"], document["p"], document["v"], document["vw"], side, when, age]
-
-
-def exchange_time(code: str, t: int) -> str:
-    """Return a trade's time on the exchange's clock; on UTC where the machine has no time-zone data."""
-    market = market_of(code)
-    zone = (zone_info(market.zone) if market else None) or UTC
-    return datetime.fromtimestamp(t / 1000, zone).strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
 def to_json(document: Document) -> str:
@@ -17592,6 +18446,8 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
 
 # Batches of at most a thousand rows that wait for a slow reader of stdout; beyond, it is waited for.
 BATCHES_UNREAD = 20
+# So many rows are known to be printed.
+ROWS_REMEMBERED = 20_000
 # A live table is drawn so often at most; beside its rows stand the title, what does not fit, the status, the cursor.
 REDRAW_S, LINES_BESIDE = 0.2, 4
 # The store is looked at again for it after this time, and so many trades may come meanwhile.
@@ -17722,7 +18578,8 @@ class LiveTable:
 class Ticks(Events):
     """Prints trades as they are stored, those that wait for MongoDB, too, on a thread of its own.
 
-    The latest trade of a code that comes once more is not printed again. A reader that went away sets `stop`.
+    What was printed just before, or is the latest of its code, is not printed again. A reader that went away sets
+    `stop`.
     """
 
     def __init__(self, rows: Rows | LiveTable, stop: threading.Event) -> None:
@@ -17730,6 +18587,7 @@ class Ticks(Events):
         self._stop = stop
         self._batches: queue.Queue[Sequence[Document]] = queue.Queue(BATCHES_UNREAD)
         self._latest: dict[str, str] = {}  # code -> _id
+        self._recent: dict[str, None] = {}  # _id of the last rows
         self._is_ending = threading.Event()
         self._thread = threading.Thread(target=self._print, name="stockrt-rows", daemon=True)
         start_thread(self._thread)
@@ -17757,6 +18615,10 @@ class Ticks(Events):
         self.stored(())
         self._thread.join(LAST_ROWS_S)
 
+    def is_held_up(self) -> bool:
+        """Whether rows are left that nobody reads."""
+        return self._thread.is_alive()
+
     def _print(self) -> None:
         while not (self._is_ending.is_set() and self._batches.empty()):
             documents: Sequence[Document] = ()
@@ -17768,15 +18630,21 @@ class Ticks(Events):
                 self._stop.set()
 
     def _is_new(self, document: Document) -> bool:
+        """Whether a trade was not printed; what a poll brings was pushed just before, or is the latest for long."""
         code, name = document["stock_code"], document["_id"]
-        before = self._latest.get(code)
-        self._latest[code] = name
-        return bool(name != before)
+        is_new = name != self._latest.get(code) and name not in self._recent
+        if is_new:
+            self._latest[code] = name
+            self._recent[name] = None
+            if len(self._recent) > ROWS_REMEMBERED:
+                del self._recent[next(iter(self._recent))]
+        return is_new
 
 
 def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
     """Collect without pause until a signal, or until nobody reads the rows, and return the exit status."""
     settings = _settings_to_collect(options, settings)
+    need_descriptors(settings)
     rows: Rows | LiveTable = Rows(sys.stdout, options.json, is_live=True)
     if sys.stdout.isatty() and environ.get("TERM", "dumb") != "dumb" and not options.json:
         table = quote_table(settings, environ, options.up)
@@ -17807,6 +18675,9 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
     if rows.is_gone:
         return EXIT_OK
     say(_collected_line(collecting.stats(), time.monotonic() - started_at))
+    if ticks.is_held_up():  # the exit's flush would wait for the reader
+        say("not all rows were read")
+        os._exit(EXIT_INTERRUPTED)
     return EXIT_INTERRUPTED
 
 
@@ -17871,13 +18742,17 @@ HIDDEN_WORDS = (
 )
 
 
-def run_check(loaded: LoadedSettings, is_service_hidden: bool) -> int:
-    """Check everything that a run needs, print a line each, and return the exit status."""
+def run_check(loaded: LoadedSettings, is_service_hidden: bool, as_json: bool) -> int:
+    """Check everything that a run needs, print a line or a JSON document each, and return the exit status."""
     failed = False
     settings = loaded.settings
     for check in _checks(loaded, is_service_hidden):
         failed |= not check.good
-        show(settings.redact(_check_line(check)))
+        check = check._replace(words=settings.redact(check.words))
+        line = _check_line(check)
+        if as_json:
+            line = json.dumps(check._asdict(), ensure_ascii=False)
+        show(line)
     return EXIT_FAILED if failed else EXIT_OK
 
 
@@ -17993,7 +18868,7 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
     told = read_status(settings.state_directory).get("collecting", {})
     if told.get("connections_wanted") and daemon_runs(settings.state_directory):
         facts = dict.fromkeys(CollectFacts.__annotations__) | told
-        faults = _collect_faults(facts)
+        faults = [trouble.what for trouble in _collect_faults(facts)]
         yield Check("stream", not faults, "; ".join(faults) or f"the daemon has it: {_collect_line(facts)}")
         return
     limits = pipeline.stream_limits(stop)
@@ -18027,9 +18902,12 @@ def _check_store(name: str, pipeline: Pipeline) -> Check:
 def _ways(settings: Settings) -> str:
     """Return what is asked through which proxy, and what straight."""
     ways = []
-    for what, url in (("the API", settings.api_base_url), ("the platform", settings.platform_url())):
+    asked = [("the API", settings.api_base_url), ("the platform", settings.platform_url())]
+    if settings.collect:
+        asked.insert(1, ("the stream", "http" + settings.stream_url.removeprefix("ws")))
+    for what, url in asked:
         proxy = settings.proxies.for_url(url)
-        if proxy is not None:
+        if url and proxy is not None:
             ways.append(f"{what} through {proxy.shown} ({proxy.setting})")
         elif url:
             ways.append(f"{what} straight")
@@ -18038,7 +18916,12 @@ def _ways(settings: Settings) -> str:
 
 # The exit statuses of --status, as the Linux Standard Base has them for services.
 STATUS_WELL, STATUS_WRONG, STATUS_NOT_RUNNING, STATUS_UNKNOWN = 0, 1, 3, 4
-STATUS_WORDS = {STATUS_WELL: "well", STATUS_WRONG: "something is wrong", STATUS_NOT_RUNNING: "not running"}
+STATUS_WORDS = {
+    STATUS_WELL: "well",
+    STATUS_WRONG: "something is wrong",
+    STATUS_NOT_RUNNING: "not running",
+    STATUS_UNKNOWN: "unknown",
+}
 
 
 class DaemonFacts(TypedDict, total=False):
@@ -18070,10 +18953,12 @@ class LastExecution(TypedDict):
 class StatusReport(TypedDict):
     """What --status shows, and prints as JSON.
 
-    `collecting`: what the daemon told last of collecting without pause, None where nothing is to be collected.
-    `wrong`: what is, in words. `totals`: what was counted since the first execution, and `since` when; empty before.
+    `status`: one of STATUS_WORDS. `collecting`: what the daemon told last of collecting without pause, None where
+    nothing is to be collected. `wrong`: what is, in words, and `to_do` what mends it. `totals`: what was counted
+    since the first execution, and `since` when; empty before.
     """
 
+    status: str
     version: str
     daemon: DaemonFacts
     registration: str | None
@@ -18087,6 +18972,14 @@ class StatusReport(TypedDict):
     totals: dict[str, int | str]
     keys: list[KeyUsage]
     wrong: list[str]
+    to_do: list[str]
+
+
+class Trouble(NamedTuple):
+    """What is wrong, and what a person can do about it."""
+
+    what: str
+    to_do: str
 
 
 def gather_status(settings: Settings) -> StatusReport:
@@ -18109,6 +19002,7 @@ def gather_status(settings: Settings) -> StatusReport:
     with without_traces(settings) as looked_at, Pipeline(looked_at) as pipeline:
         spool, keys = pipeline.queued(told.get("spool_refused", 0)), pipeline.usage(states)
     status: StatusReport = {
+        "status": "",
         "version": __version__,
         "daemon": daemon,
         "registration": shorten(module_hash) if module_hash else None,
@@ -18122,17 +19016,32 @@ def gather_status(settings: Settings) -> StatusReport:
         "totals": {},
         "keys": keys,
         "wrong": [],
+        "to_do": [],
     }
+    troubles: list[Trouble] = []
     if settings.collects or (daemon["running"] and told.get("collecting")):
         status["collecting"] = dict.fromkeys(CollectFacts.__annotations__) | told.get("collecting", {})
     if (directory / JOURNAL_NAME).exists():
-        _ask_journal(directory, status)
-    status["wrong"] += _what_is_wrong(status)
+        troubles = _ask_journal(directory, status)
+    troubles += _what_is_wrong(status)
+    status["wrong"] = [trouble.what for trouble in troubles]
+    status["to_do"] = list(dict.fromkeys(trouble.to_do for trouble in troubles))
+    status["status"] = STATUS_WORDS[STATUS_WRONG if troubles else STATUS_WELL]
+    if not daemon["running"]:
+        status["status"] = STATUS_WORDS[STATUS_NOT_RUNNING]
+        status["to_do"].insert(0, _how_to_start(settings))
     return status
 
 
-def _ask_journal(directory: Path, status: StatusReport) -> None:
-    """Fill in what the journal knows. Raises StoreError."""
+def _how_to_start(settings: Settings) -> str:
+    if not settings.platform_url() and not settings.collects:
+        return "nothing for --once; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"
+    return f"start it: sudo systemctl start {UNIT.removesuffix('.service')}, or stockrt.pyz without a command"
+
+
+def _ask_journal(directory: Path, status: StatusReport) -> list[Trouble]:
+    """Fill in what the journal knows, and return what is wrong by it. Raises StoreError."""
+    troubles = []
     with contextlib.closing(Journal(directory)) as journal:
         status["waiting"] = journal.count_waiting(bool(status["daemon"]["running"]))
         totals, last = journal.totals(), journal.last(1, only_ended=True)
@@ -18147,7 +19056,8 @@ def _ask_journal(directory: Path, status: StatusReport) -> None:
             "at": str(one["ended_at"]),
         }
         if one["status"] != "success" and one["delivered"] is not None:
-            status["wrong"].append("the last execution failed")
+            troubles.append(Trouble("the last execution failed", "see --executions 1"))
+    return troubles
 
 
 def _whole_or_partial(one: ExecutionFacts) -> str:
@@ -18157,21 +19067,25 @@ def _whole_or_partial(one: ExecutionFacts) -> str:
     return str(one["status"] or "not ended")
 
 
-def _what_is_wrong(status: StatusReport) -> list[str]:
+def _what_is_wrong(status: StatusReport) -> list[Trouble]:
     """Return what is wrong beside what the journal knows of."""
     wrong = []
     if status["daemon"]["running"] and status["platform"]["state"] not in ("connected", NO_NEED):
-        wrong.append("no connection to the platform")
+        to_do = "see --check and the daemon's log; it tries again by itself"
+        wrong.append(Trouble("no connection to the platform", to_do))
     if status["daemon"]["running"] and status["collecting"] is not None:
         wrong += _collect_faults(status["collecting"])
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
-        wrong.append(f"{waiting_words(spool['trades'])} for MongoDB")
+        to_do = "see --check; they follow when MongoDB takes them, at once with --drain"
+        wrong.append(Trouble(f"{waiting_words(spool['trades'])} for MongoDB", to_do))
     if spool is not None and spool["rejects"]:
-        wrong.append(f"{count_words(spool['rejects'], 'document')} refused by MongoDB")
-    wrong += [f"API key {key['key']} is out" for key in keys if key["state"] == "out"]
+        words = f"{count_words(spool['rejects'], 'document')} refused by MongoDB"
+        wrong.append(Trouble(words, "see --rejects; then --drain --retry or --rejects --discard"))
+    to_do = "see its line below; renew its plan or replace it in INFOWAY_API_KEY"
+    wrong += [Trouble(f"API key {key['key']} is out", to_do) for key in keys if key["state"] == "out"]
     if keys and all(key["state"] == "resting" for key in keys):
-        wrong.append("every API key rests")
+        wrong.append(Trouble("every API key rests", "wait, or add another key to INFOWAY_API_KEY"))
     return wrong
 
 
@@ -18181,17 +19095,17 @@ def _collect_stats(facts: Mapping[str, Any]) -> CollectStats:
     return CollectStats(**known)
 
 
-def _collect_faults(facts: Mapping[str, Any]) -> list[str]:
+def _collect_faults(facts: Mapping[str, Any]) -> list[Trouble]:
     """Return what is wrong with collecting by what the daemon told last."""
     stats = _collect_stats(facts)
+    to_do = "see --check and the daemon's log; it tries again by itself"
     if stats.trouble:
-        return [f"collecting: {one_line(stats.trouble)}"]
+        return [Trouble(f"collecting: {one_line(stats.trouble)}", to_do)]
     if stats.connections < stats.connections_wanted:
-        return [
-            f"{stats.connections} of {count_words(stats.connections_wanted, 'connection')} to the stream stand"
-        ]
+        wanted = count_words(stats.connections_wanted, "connection")
+        return [Trouble(f"{stats.connections} of {wanted} to the stream stand", to_do)]
     if facts["at"] is None:
-        return ["collecting has not begun"]
+        return [Trouble("collecting has not begun", to_do)]
     return []
 
 
@@ -18215,15 +19129,13 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
     if is_service_hidden or is_hidden(settings.state_directory):
         return _show_unknown(as_json)
     status = gather_status(settings)
-    code = STATUS_NOT_RUNNING
-    if status["daemon"]["running"]:
-        code = STATUS_WRONG if status["wrong"] else STATUS_WELL
+    code = next(code for code, words in STATUS_WORDS.items() if words == status["status"])
     if as_json:
         show(settings.redact(json.dumps(status, ensure_ascii=False)))
         return code
     waiting, last = status["waiting"], status["last_execution"]
     lines = [
-        ("status", ": ".join([STATUS_WORDS[code], *filter(None, ["; ".join(status["wrong"])])])),
+        ("status", _status_line(status)),
         ("version", status["version"]),
         ("daemon", _daemon_line(status["daemon"])),
         ("registration", status["registration"] or _unregistered(settings)),
@@ -18258,6 +19170,16 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
     return code
 
 
+def _status_line(status: StatusReport) -> str:
+    """Return whether all is well, and if not, what is wrong and what to do."""
+    line = status["status"]
+    if status["wrong"]:
+        line += f": {'; '.join(status['wrong'])}"
+    if status["to_do"]:
+        line += f". To do: {'; '.join(status['to_do'])}"
+    return line
+
+
 def _stream_line(stream: StreamFacts) -> str:
     line = f"{stream['product']}: {stream['subscribed']} of {count_words(stream['codes'], 'code')}, {stream['state']}"
     if stream["why"]:
@@ -18273,12 +19195,13 @@ def _unregistered(settings: Settings) -> str:
 
 def _show_unknown(as_json: bool) -> int:
     """Say of everything that it is not known: what cannot be looked at is not down, and not unregistered."""
-    why = "this user may not look at it: run as root"
+    why, to_do = "this user may not look at it", "run as root"
     if as_json:
+        known = {"status": STATUS_WORDS[STATUS_UNKNOWN], "version": __version__, "daemon": {"running": None}}
         unknown: dict[str, object] = dict.fromkeys(StatusReport.__annotations__)
-        show(json.dumps(unknown | {"version": __version__, "daemon": {"running": None}, "wrong": [why]}))
+        show(json.dumps(unknown | known | {"wrong": [why], "to_do": [to_do]}))
         return STATUS_UNKNOWN
-    lines = [f"{'status':<15} unknown: {why}", f"{'version':<15} {__version__}"]
+    lines = [f"{'status':<15} unknown: {why}. To do: {to_do}", f"{'version':<15} {__version__}"]
     parts = ("daemon", "registration", "platform", "store", "waiting", "last execution", "API key")
     show("\n".join([*lines, *(f"{part:<15} unknown" for part in parts)]))
     return STATUS_UNKNOWN
@@ -18522,6 +19445,80 @@ def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -
     return EXIT_FAILED if missing or not found else EXIT_OK
 
 
+def need_blocks(options: Options, encoding: str) -> None:
+    """Raise UsageError where stdout cannot show what a chart is drawn with."""
+    try:
+        "█▒│░".encode(encoding)
+    except UnicodeError:
+        if not options.json:
+            raise UsageError(
+                f"--chart: stdout is {encoding}, which has no blocks to draw with: set LANG to a UTF-8 locale, or "
+                "see --json and --html"
+            ) from None
+
+
+def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
+    """Print candles of codes; exit status 1 where there are none of one that was asked for, or nothing at all."""
+    need_blocks(options, sys.stdout.encoding)
+    now, span, step = time.time(), Span(*span_of(options)), cast(str, options.chart)
+    width, height = terminal_width(80), terminal_height(24)
+    with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
+        codes, missing = codes_to_show(options, settings, reader)
+        last = reader.last(codes)
+        charts = read_daily_charts(reader, codes, span, now, width)
+        if step != DAILY:
+            charts = read_charts(reader, last, step, span, now, width)
+        names = reader.names(codes, not is_chinese(environ))
+    rise, _ = rise_and_fall(environ, options.up)
+    up, color = {RED: "red", GREEN: "green"}[rise], settings.color and sys.stdout.isatty()
+    for code, chart in charts.items():
+        if not any(slot.candle for slot in chart.slots):
+            missing.append(what_is_there(chart, last.get(code)))
+        elif options.json:
+            show("\n".join(json.dumps(document) for document in chart.documents()))
+        else:
+            drawn, chart = draw_chart(chart, width, max(LEAST_LINES, height - CAPTION_LINES), up, color)
+            show(f"{chart_title(chart, names.get(code, ''))}\n{drawn.rstrip()}")
+            for words in chart_notes(chart):
+                show(words)
+    for words in missing:
+        say(words)
+    return EXIT_FAILED if missing or not charts else EXIT_OK
+
+
+def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
+    """Write the page, or one code's picture, whole or not at all; exit status 1 where it lacks what was asked for."""
+    now, span, step = time.time(), Span(*span_of(options)), options.chart or "5m"
+    rise, _ = rise_and_fall(environ, options.up)
+    up = {RED: "red", GREEN: "green"}[rise]
+    with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
+        codes, missing = codes_to_show(options, settings, reader)
+        found = in_order(quotes(reader, codes, english=True), options.sort or "code")
+        store = settings.mongodb_shown() or SQLITE_NAME
+        page = read_page(reader, found, step, span, now, store)
+    page = page._replace(is_chinese=is_chinese(environ), up=up, is_fixed=options.up is not None)
+    path = Path(cast(str, options.html))
+    text = draw_page(page)
+    if path.suffix == ".svg":
+        text = draw_picture(_only_chart(page), up)
+    # a web server is another user
+    write_whole(path, text, mode=0o644, setting="--html")
+    for words in missing:
+        say(words)
+    say(f"{path}: {count_words(len(found), 'code')}, {len(text.encode()) / 1000:.0f} kB")
+    return EXIT_FAILED if missing or not found else EXIT_OK
+
+
+def _only_chart(page: Page) -> Chart:
+    """Return the one chart that a picture has room for. Raises UsageError."""
+    charts = [chart for chart in page.charts.values() if any(slot.candle for slot in chart.slots)]
+    if len(charts) != 1:
+        raise UsageError(
+            f"--html FILE.svg: a picture is of one code, and here are candles of {len(charts)}; see --show"
+        )
+    return charts[0]
+
+
 def quote_table(settings: Settings, environ: Mapping[str, str], up: str | None) -> QuoteTable:
     """Return a table for what stdout is."""
     width: int | None = None
@@ -18539,12 +19536,16 @@ def codes_to_show(options: Options, settings: Settings, reader: Reader) -> tuple
     Raises StockrtError.
     """
     typed = [code for text in options.show or () for code in split_codes(text)]
+    typed += _codes_of(options)
     if not typed and settings.collect_codes and not options.demo:
         with Pipeline.open_mongodb(settings) if settings.mongodb_uri else contextlib.nullcontext() as store:
             typed = [*WatchList(settings, store).codes()]
     if not typed:
         return reader.newest_codes(CODES_SHOWN), []
-    return codes_meant(typed, reader.codes(), reader)
+    stored = set(reader.codes())
+    if options.chart == DAILY and options.html is None:
+        stored.update(reader.close_codes())
+    return codes_meant(typed, stored, reader)
 
 
 def codes_meant(typed: Iterable[str], stored: Collection[str], reader: Reader) -> tuple[list[str], list[str]]:
@@ -18598,7 +19599,7 @@ def run_export(options: Options, settings: Settings) -> int:
                 with whole_file(Path(place), durable=True, setting="--export") as stream:
                     count = _write_export(lines, export, reader, stream)
     except KeyboardInterrupt:
-        say("interrupted: no file was written")
+        say("interrupted" if place == "-" else "interrupted: no file was written")
         return EXIT_INTERRUPTED
     for words in missing:
         say(words)
@@ -18707,17 +19708,20 @@ def run_reload(settings: Settings, environ: Mapping[str, str]) -> int:
     return EXIT_OK
 
 
-def need_descriptors() -> None:
+def need_descriptors(settings: Settings) -> None:
     """Raise StockrtError where too few files may be open: it would be connected, and every execution fail."""
     import resource
 
+    needed = DESCRIPTORS_NEEDED
+    if settings.collect:
+        needed += DESCRIPTORS_OF_A_KEY * len(settings.api_keys)
     few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most < DESCRIPTORS_NEEDED:
+    if most < needed:
         raise StockrtError(
-            f"only {most} files and sockets may be open, and {DESCRIPTORS_NEEDED} are needed; "
+            f"only {most} files and sockets may be open, and {needed} are needed; "
             "see LimitNOFILE= of the unit, or ulimit -n"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, DESCRIPTORS_NEEDED), most))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, needed), most))
 
 
 def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | None) -> int:
@@ -18725,7 +19729,7 @@ def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | 
 
     Return the exit status.
     """
-    need_descriptors()
+    need_descriptors(settings)
     watchdog_s = watchdog_seconds(environ, os.getpid())
     service = Service(settings, Notifier(environ.get("NOTIFY_SOCKET", "")), watchdog_s)
     daemon = Daemon(settings, service, source=SettingsSource(environ, env_file))
@@ -18797,6 +19801,9 @@ def run_documents(options: Options, settings: Settings, source: str = OLD_COLLEC
 def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run one command line and return its exit status. Raises StockrtError: what the operator must mend."""
     options = parse_arguments(argv)
+    if options.grafana:
+        show(json.dumps(dashboard(), indent=2))
+        return EXIT_OK
     if options.migrate:
         return run_migrate(options, environ)
     unit = find_unit(environ, options.env_file)
@@ -18828,6 +19835,10 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if needs is DAEMON_NEEDS:
         return run_daemon(loaded.settings, environ, options.env_file)
     with Terminal():
+        if options.html is not None:
+            return run_page(options, loaded.settings, environ)
+        if options.chart is not None:
+            return run_chart(options, loaded.settings, environ)
         if options.show is not None:
             return run_show(options, loaded.settings, environ)
         return _run_short(options, loaded, hidden)
@@ -18848,7 +19859,7 @@ def _run_short(options: Options, loaded: LoadedSettings, hidden: bool) -> int:
     if options.rejects:
         return run_rejects(loaded.settings, options.json)
     if options.check:
-        return run_check(loaded, hidden)
+        return run_check(loaded, hidden, options.json)
     return run_check_settings(loaded, hidden)
 
 

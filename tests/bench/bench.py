@@ -744,6 +744,8 @@ class Bench:
         few = codes[:: max(1, len(codes) // SHOWN_CODES)][:SHOWN_CODES]
         rounds = max(2, self.size.rounds // 3)
         shown = [self._timed(environ, "--show", *few)[0] for _ in range(rounds)]
+        pages = [self._timed(environ, "--html", "page.html", "--codes", *few)[0] for _ in range(rounds)]
+        size = (self.folder / "page.html").stat().st_size
         file = self.folder / "all.csv"
         exports = [self._timed(environ, "--export", str(file)) for _ in range(max(2, rounds // 2))]
         with file.open("rb") as lines:
@@ -757,6 +759,8 @@ class Bench:
             Row(f"--show of {SHOWN_CODES} codes, {stored:,} trades in {name}",
                 f"--show {SHOWN_CODES} 个代码，{name} 中有 {stored:,} 笔成交",
                 statistics.median(shown), 0.5, False, "s", f"{spread(shown, 2)} s, the start of the program included"),
+            Row(f"--html of {SHOWN_CODES} codes, from {name}", f"--html {SHOWN_CODES} 个代码，来自 {name}",
+                statistics.median(pages), 3.0, False, "s", f"{spread(pages, 2)} s; {size / MB:.2f} MB"),
             Row(f"--export of all of it from {name}", f"从 {name} 中全部 --export",
                 statistics.median(speeds), 100_000, True, "rows/s", f"{spread(speeds)} rows/s"),
             Row(f"  its memory's peak, {name}, against that of a fifth",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -82,6 +83,23 @@ def test_the_daemon_makes_closes_final_without_a_further_execute(
             assert until(lambda: is_final(state, "TSLA.US") and is_final(state, "AAPL.US")), daemon.log
             assert "Traceback" not in daemon.log
     assert [one.path for one in market.asked("batch_kline")] == ["/stock/batch_kline/8/2/AAPL.US,TSLA.US"]
+
+
+def test_a_daemon_that_collects_makes_closes_final_meanwhile(
+    clean_env: dict[str, str], tmp_path: Path, market: InfowayServer, wall_clock: WallClock
+) -> None:
+    """It looks every minute, and when its settings are read anew."""
+    state = tmp_path / "state"
+    set_clock(wall_clock, f"{THU} 16:29:55")
+    collect = {"COLLECT_EVERY": "1", "COLLECT_CODES": "TSLA.US", "SERVER_IP": "", "SERVER_PORT": ""}
+    settings = environment(1, market.url, state, **wall_clock.environment) | collect
+    with ProcessDaemon(clean_env, settings) as daemon:
+        assert until(lambda: closes_in(state)), daemon.log
+        assert not is_final(state, "TSLA.US")
+        set_clock(wall_clock, f"{THU} 16:30:05")
+        daemon.signal(signal.SIGHUP)
+        assert until(lambda: is_final(state, "TSLA.US")), daemon.log
+        assert "Traceback" not in daemon.log
 
 
 def once_env(market: InfowayServer, wall_clock: WallClock) -> dict[str, str]:

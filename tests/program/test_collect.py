@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ import stockrt
 WELL, WRONG = 0, 1
 CODES = ("BTCUSDT", "ETHUSDT")  # their market is never closed
 OTHER = "SOLUSDT"
+MORE_THAN_WAITS = 1000 * (stockrt.BATCHES_UNREAD + 10)
 SETTINGS_FAULT = 78
 COLLECTED = re.compile(r"^trades (\d+), stored (\d+), already known (\d+) \(\d+\.\d s\)", re.MULTILINE)
 
@@ -398,6 +400,41 @@ def test_the_stream_shows_each_trade_as_it_is_stored(
     assert vendor.stream.missing(shown) == []
 
 
+def test_what_a_poll_brings_once_more_is_no_row_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the latest of a code, for however long, nor what was pushed just before."""
+    monkeypatch.setattr(stockrt, "ROWS_REMEMBERED", 3)
+    codes = [CODES[0]] * 3 + [CODES[1]] * 3
+    trades = [stockrt.Trade(code, t, "1.0", "2", "2.0", 0) for t, code in enumerate(codes)]
+    documents = [stockrt.to_document(trade, datetime(2026, 11, 28)) for trade in trades]
+    with (tmp_path / "rows").open("w+") as out:
+        ticks = stockrt.Ticks(stockrt.Rows(out, as_json=True, is_live=True), threading.Event())
+        for numbers in ([0, 1], [1, 0], [2], [1, 2], [2], [3, 4, 5], [2], [5]):
+            ticks.stored([documents[number] for number in numbers])
+        ticks.close()
+        out.seek(0)
+        shown = [json.loads(line)["t"] for line in out]
+    assert shown == [0, 1, 2, 3, 4, 5] and not ticks.is_held_up()
+
+
+def test_a_slow_reader_is_waited_for_and_held_up_it_ends(
+    start_collect: StartCollect, vendor: Vendor, tmp_path: Path
+) -> None:
+    """More than fits between store and reader: no line is left out; nobody who reads keeps it from its end."""
+    collect = start_collect("--json", "--codes", *CODES, **vendor.settings)
+    vendor.stream.wait_for(lambda s: {*s.subscribed} >= {*CODES}, PATIENCE)
+    vendor.stream.burst(MORE_THAN_WAITS, CODES)
+    assert until(lambda: len(rows_of(tmp_path / "state")) > MORE_THAN_WAITS // 3)
+    shown = {json.loads(collect.line())["_id"] for _ in range(MORE_THAN_WAITS)}
+    assert len(shown) == MORE_THAN_WAITS
+    assert shown >= {push.identity for push in vendor.stream.pushes()}
+    vendor.stream.burst(MORE_THAN_WAITS, CODES)
+    assert until(lambda: len(rows_of(tmp_path / "state")) > MORE_THAN_WAITS * 4 // 3)
+    collect.process.send_signal(signal.SIGINT)
+    assert collect.process.wait(PATIENCE) == stockrt.EXIT_INTERRUPTED
+
+
 @pytest.mark.parametrize("refused_by", ["handshake", "answer"])
 def test_a_key_for_rest_alone_is_told_what_it_may_do(
     start_collect: StartCollect, vendor: Vendor, refused_by: str
@@ -442,6 +479,9 @@ def test_check_says_what_the_stream_allows(run_pyz: RunPyz, vendor: Vendor) -> N
     assert checked().endswith("9 connections, 600 codes each, 5000 in all")
     vendor.stream.refuse_handshakes(401)
     assert re.search("^FAIL  stream, .*401", checked())
+    env |= {"HTTP_PROXY": "http://proxy.example:3128", "NO_PROXY": "127.0.0.1"}
+    proxy = run_pyz("--check", env=env).stdout
+    assert "proxy: the API straight, the stream straight\n" in proxy
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(start_collect: StartCollect) -> None:

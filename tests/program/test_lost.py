@@ -136,3 +136,18 @@ def test_the_built_file_does_not_connect_with_too_few_descriptors(
     assert done.returncode == 1
     assert "only 24 files and sockets may be open" in done.stderr and "LimitNOFILE=" in done.stderr
     assert platform.dials == []
+
+
+def test_the_built_file_has_a_descriptor_for_each_connection_to_the_stream(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path
+) -> None:
+    """Of every key as many as the greatest plan allows."""
+    codes = {"COLLECT": "stream", "COLLECT_CODES": "AAPL.US", "INFOWAY_API_KEY": "a-first-key,another-key"}
+    most = stockrt.DESCRIPTORS_NEEDED + stockrt.DESCRIPTORS_OF_A_KEY * 2 - 1
+    few = ["sh", "-c", f'ulimit -n {most}; exec "$@"', "sh", sys.executable, str(pyz)]
+    for command in (few, [*few, "--collect"]):
+        done = subprocess.run(
+            command, env=clean_env | codes, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
+        )
+        assert done.returncode == 1
+        assert f"only {most} files and sockets may be open, and {most + 1} are needed" in done.stderr

@@ -916,6 +916,21 @@ def test_check_of_what_is_good(
     check_clean(done.stdout, done.stderr)
 
 
+def test_check_says_the_same_as_json_lines(run_pyz: RunPyz, infoway: InfowayServer) -> None:
+    """One document a check; exit status and words are those of the lines for a person, times aside."""
+    env = api_env(infoway, METRICS_FILE="/nowhere/stockrt.prom")
+    time_of = re.compile(r"\d{4}-\d\d-\d\d[T ][\d:]+[^\s;]*")
+    lines = check_lines(run_pyz("--check", env=env))
+    done = run_pyz("--check", "--json", env=env)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (done.returncode, done.stderr) == (1, "")
+    said = {name: (good, time_of.sub("TIME", words)) for name, (good, words) in lines.items()}
+    assert {one["name"]: (one["good"], time_of.sub("TIME", one["words"])) for one in found} == said
+    assert "2100-01-01T00:00:00.000Z" in done.stdout  # as programs have times
+    assert [one["name"] for one in found if not one["good"]] == ["METRICS_FILE"]
+    check_clean(done.stdout, done.stderr)
+
+
 BAD: dict[str, tuple[str, str, dict[str, str]]] = {
     # name: (the check that fails, the setting that it names, the environment)
     "no_key": ("API key", "INFOWAY_API_KEY", {"INFOWAY_API_KEY": ""}),

@@ -183,6 +183,11 @@ HERE = {
     "./stockrt.pyz --rejects --discard": "",
     "./stockrt.pyz --backfill 60 --codes-file codes.txt": "1 code, 0 failed, 60 closes added",
     "./stockrt.pyz --backfill 60": "4 codes, 0 failed, 180 closes added",
+    "./stockrt.pyz --html demo.svg --demo --codes TSLA.US": "demo.svg: 1 code, ",
+    "./stockrt.pyz --show TSLA.US --chart 5m": "last: open ",
+    "./stockrt.pyz --show TSLA.US --chart 1h --from 2026-08-01": "last: open ",
+    "./stockrt.pyz --html stocks.html": "stocks.html: 4 codes, ",
+    "./stockrt.pyz --grafana": '"title": "stockrt"',
     "./stockrt.pyz --register": "registered 股票实时数据获取模块 at http://",
 }
 # The others: the test that runs them, or why none does.

@@ -110,6 +110,7 @@ def lines_of(text: str) -> dict[str, str]:
 def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> None:
     """Nothing ever ran here."""
     assert program.status() == {
+        "status": "not running",
         "version": stockrt.__version__,
         "daemon": {"running": False},
         "registration": None,
@@ -130,6 +131,7 @@ def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> 
              "until": "", "not_for": []},
         ],
         "wrong": [],
+        "to_do": ["nothing for --once; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"],
     }  # fmt: skip
     assert not program.state.exists()
 
@@ -138,7 +140,9 @@ def test_the_lines_for_a_person_say_the_same(program: Program) -> None:
     """One about each; keys by their ends."""
     text = program.lines()
     lines = lines_of(text)
-    assert lines["status"] == "not running"
+    assert lines["status"] == (
+        "not running. To do: nothing for --once; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"
+    )
     assert lines["version"] == stockrt.__version__
     assert lines["daemon"] == "not running"
     assert lines["registration"] == "none: run --register"
@@ -359,13 +363,18 @@ def test_beside_a_daemon_that_cannot_reach_its_platform(program: Program) -> Non
     assert found["platform"]["url"] == "http://127.0.0.1:9"
     assert found["platform"]["state"] == "not connected"
     text = program.lines(WRONG)
-    assert lines_of(text)["status"] == "something is wrong: no connection to the platform"
+    assert text.startswith(
+        "status          something is wrong: no connection to the platform. "
+        "To do: see --check and the daemon's log; it tries again by itself\n"
+    )
     assert f"running, pid {program.daemon.pid}, version {stockrt.__version__}" in text
     assert "http://127.0.0.1:9: not connected" in text
     program.daemon.kill()
     program.daemon.wait()
     assert program.status()["daemon"] == {"running": False}
-    assert program.status()["platform"]["state"] == "no daemon"
+    after = program.status()
+    assert after["platform"]["state"] == "no daemon"
+    assert after["to_do"] == ["start it: sudo systemctl start stockrt, or stockrt.pyz without a command"]
 
 
 def test_asking_for_the_status_keeps_no_daemon_from_starting(program: Program) -> None:
@@ -410,6 +419,7 @@ def test_beside_a_connected_daemon_the_last_execution_and_the_keys_are_told(prog
         program.start_daemon()
         program.until(lambda: stockrt.read_status(program.state)["platform"] == "connected")
         found = program.status(WELL)
+        assert (found["status"], found["wrong"], found["to_do"]) == ("well", [], [])
         assert found["platform"]["connected_since"]
         assert found["registration"]
         assert lines_of(program.lines(WELL))["status"] == "well"
@@ -417,6 +427,7 @@ def test_beside_a_connected_daemon_the_last_execution_and_the_keys_are_told(prog
         program.until(lambda: "keys" in stockrt.read_status(program.state))
         found = program.status(WRONG)
         assert found["wrong"] == ["API key aaa…111 is out"]
+        assert found["to_do"] == ["see its line below; renew its plan or replace it in INFOWAY_API_KEY"]
         assert found["last_execution"]["status"] == "success"
         assert "300 of 300 codes stored" in found["last_execution"]["message"]
         first, other = found["keys"]
@@ -563,7 +574,7 @@ def test_to_another_user_the_state_is_unknown_and_not_down(program: Program) -> 
     lock = stockrt.lock_state_directory(program.state)
     settings = load_settings(program.env, None, (), is_root=False).settings
     assert said_to_another(settings, as_json=False) == [
-        "status          unknown: this user may not look at it: run as root",
+        "status          unknown: this user may not look at it. To do: run as root",
         f"version         {stockrt.__version__}",
         *(f"{name:<15} unknown" for name in ("daemon", "registration", "platform", "store", "waiting",
                                              "last execution", "API key")),
@@ -571,6 +582,7 @@ def test_to_another_user_the_state_is_unknown_and_not_down(program: Program) -> 
     told = json.loads(said_to_another(settings, as_json=True)[0])
     assert told.keys() == stockrt.StatusReport.__annotations__.keys()
     assert (told["daemon"], told["registration"], told["waiting"]) == ({"running": None}, None, None)
+    assert (told["status"], told["to_do"]) == ("unknown", ["run as root"])
     with unprivileged(), pytest.raises(stockrt.StoreError, match="run as root"):
         stockrt.run_executions(5, settings, as_json=False)
     lock.close()

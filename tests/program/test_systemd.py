@@ -683,7 +683,7 @@ def test_to_another_user_the_service_is_unknown_and_not_down(running: Instance, 
     box.run("install", "-d", "--owner=65534", "/tmp/another")
     status = by_hand(box, "--status", user="65534")
     assert status.returncode == 4
-    assert "status          unknown: this user may not look at it: run as root\n" in status.stdout
+    assert "status          unknown: this user may not look at it. To do: run as root\n" in status.stdout
     assert not re.search("not running|no daemon|--register|none yet", status.stdout)
     for arguments in (("--executions",), ("--rejects",), ("--drain",), ("--drain", "--retry")):
         done = by_hand(box, *arguments, user="65534")

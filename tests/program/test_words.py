@@ -292,7 +292,7 @@ def test_list_without_a_code_is_a_usage_error_and_nobody_is_asked(
         (("--check-setting",), "--check-settings"),
         (("--once", "--demo", "--codes", "A.US", "--jsn"), "--json"),
         (("—once", "--codes", "A.US"), "--once"),
-        (("--qwertz",), ""),
+        (("--zyxwvu",), ""),
     ],
 )
 def test_mistyped_option_gets_the_nearest_one(run_pyz: RunPyz, typed: tuple[str, ...], meant: str) -> None:
@@ -428,7 +428,7 @@ def test_a_single_trade_that_waits_is_told_in_the_singular(run_pyz: RunPyz, info
     away = api_env(infoway, MONGODB_HOST=f"mongodb://127.0.0.1:{nobody_listens()}/?timeoutMS=500")
     run_pyz("--once", "--codes", "AAPL.US", env=away)
     shown = run_pyz("--status", env=away).stdout
-    assert shown.splitlines()[0].endswith("not running: 1 trade waits for MongoDB")
+    assert " not running: 1 trade waits for MongoDB. To do: " in shown.splitlines()[0]
     assert "1 trade waits for MongoDB, " in shown
 
 

@@ -163,13 +163,15 @@ def test_closes_final_and_provisional_and_the_one_that_a_change_is_told_against(
     )
     with place.reader() as reader:
         found = reader.closes([MAOTAI, TENCENT], "2026-08-13", DAY)
-        finals = reader.last_finals({MAOTAI: DAY, TENCENT: DAY})
+        finals = reader.last_finals({MAOTAI: "2026-08-15", TENCENT: DAY})
+        before = reader.last_finals({MAOTAI: "2026-08-13"})
         long_ago = reader.last_finals({MAOTAI: "2026-08-12"})
     assert [(one.date, one.p, one.is_final, one.volume) for one in found[MAOTAI]] == [
         ("2026-08-13", "11", True, "1000"),
         (DAY, "12", False, ""),
     ]
     assert [(one.code, one.date, one.p) for one in finals.values()] == [(MAOTAI, "2026-08-13", "11")]
+    assert before[MAOTAI].p == "10"
     assert [*found] == [MAOTAI]
     assert not long_ago
 

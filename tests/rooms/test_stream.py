@@ -304,7 +304,8 @@ def test_each_code_has_one_row_and_each_row_a_test() -> None:
     codes = [row.code for row in STREAM_ERRORS]
     assert len(codes) == len(set(codes))
     assert set(codes) == {*ENDS, 505, 506, 507, 516, 520, 521}
-    assert all(row.means and row.setting for row in STREAM_ERRORS)
+    settings = {setting.name for setting in stockrt.SETTINGS}
+    assert all(row.means and row.setting in settings for row in STREAM_ERRORS)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -10,7 +10,7 @@ import pytest
 from kit.structure import ANY_BANNER, PROGRAM, Structure
 
 # A ratchet: what is added has to be worth its lines. 6,300 is where this should come to without new promises.
-MOST_LINES = 18_920
+MOST_LINES = 19_930
 MOST_CALLABLES = 15
 # What nothing in the module calls: methods of io and logging that a stream and a handler of ours answer.
 CALLED_FROM_OUTSIDE = ["writable", "emit"]
@@ -94,7 +94,8 @@ def test_the_measures_see_what_they_are_for() -> None:
 
 # What a start may do without: each costs milliseconds and memory, and only some ways through the program need it.
 NEEDED_BY_SOME = (
-    "argparse dataclasses dotenv hashlib html inspect pymongo socket sqlite3 ssl tqdm urllib3 websocket"
+    "argparse dataclasses dotenv hashlib html inspect plotext pymongo socket sqlite3 ssl tqdm urllib3 "
+    "websocket"
 )
 
 
