@@ -17656,25 +17656,19 @@ class Options:
     env_file: Path | None = None
 
 
-def terminal_width(otherwise: int) -> int:
-    """Return the columns of the terminal that stdout is, and where it is none or does not tell another number."""
+def terminal_size(columns: int = 80, lines: int = 24) -> tuple[int, int]:
+    """Return the columns and lines of the terminal that stdout is; where it is none or does not tell, others."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.get_terminal_size(sys.stdout.fileno()).columns or otherwise
-    return otherwise
-
-
-def terminal_height(otherwise: int) -> int:
-    """Return the lines of the terminal that stdout is, and where it is none or does not tell another number."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.get_terminal_size(sys.stdout.fileno()).lines or otherwise
-    return otherwise
+        found = os.get_terminal_size(sys.stdout.fileno())
+        return found.columns or columns, found.lines or lines
+    return columns, lines
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     import argparse
 
-    width = terminal_width(otherwise=80) - 2  # argparse would import shutil at every start to look
+    width = terminal_size()[0] - 2  # argparse would import shutil at every start to look
     parser = argparse.ArgumentParser(
         prog="stockrt",
         description="Collects the latest trades of stocks, currency pairs and crypto into MongoDB.",
@@ -17683,9 +17677,14 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.error = _refuse_arguments  # type: ignore[method-assign]
-    _add_commands(parser)
+    _add_commands(parser.add_mutually_exclusive_group())
     _add_options(parser)
     return parser
+
+
+def _flag(to: Any, name: str, text: str, **how: Any) -> None:
+    """Add a flag with its help; one of which nothing else is said takes no value."""
+    to.add_argument(name, help=text, **(how or {"action": "store_true"}))
 
 
 def _refuse_arguments(message: str) -> NoReturn:
@@ -17699,150 +17698,80 @@ def _refuse_arguments(message: str) -> NoReturn:
     raise UsageError(f"{message}; see --help")
 
 
-def _add_commands(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--once", action="store_true", help="fetch the given codes once, store them, print them"
+def _add_commands(what: Any) -> None:
+    days = "fetch the final closes of the last DAYS sessions (up to 500) of the given codes, or of all stored ones"
+    executions = (
+        f"list the last N executions and --once runs with their failures (default {EXECUTIONS_SHOWN})"
     )
-    what.add_argument(
-        "--collect",
-        action="store_true",
-        help="store and print every trade of the given codes, or of COLLECT_CODES, until Ctrl-C",
+    showing = (
+        "show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, "
+        f"else the {CODES_SHOWN} that traded last"
     )
-    what.add_argument(
-        "--backfill",
-        metavar="DAYS",
-        type=int,
-        help="fetch the final closes of the last DAYS sessions (up to 500) of the given codes, or of all stored ones",
+    exporting = (
+        "write what is stored, of all codes or those of --codes, into FILE.csv or FILE.jsonl, which it replaces, "
+        "or '-': standard output"
     )
-    what.add_argument("--check", action="store_true", help="check settings, keys, store and platform")
-    what.add_argument(
-        "--check-settings", action="store_true", help="check the settings alone: no network, nothing written"
+    moving = (
+        "take settings and module hash over from the older client's directory, with --documents its documents"
     )
-    what.add_argument("--status", action="store_true", help="show daemon, platform, store and API keys")
-    what.add_argument(
-        "--executions",
-        metavar="N",
-        nargs="?",
-        const=EXECUTIONS_SHOWN,
-        type=int,
-        help=f"list the last N executions and --once runs with their failures (default {EXECUTIONS_SHOWN})",
+    _flag(what, "--once", "fetch the given codes once, store them, print them")
+    _flag(
+        what, "--collect", "store and print every trade of the given codes, or of COLLECT_CODES, until Ctrl-C"
     )
-    what.add_argument(
-        "--show",
-        nargs="*",
-        metavar="CODE",
-        help="show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, "
-        f"else the {CODES_SHOWN} that traded last",
-    )
-    what.add_argument(
-        "--export",
-        metavar="FILE",
-        help="write what is stored, of all codes or those of --codes, into FILE.csv or FILE.jsonl, which it "
-        "replaces, or '-': standard output",
-    )
-    what.add_argument("--symbols", metavar="TEXT", help="find instruments by code or name: 茅台, apple, 黄金")
-    what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
-    what.add_argument(
-        "--retain",
-        action="store_true",
-        help="remove now what is older than KEEP_DAYS, also what --check names",
-    )
-    what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
-    what.add_argument(
-        "--reload",
-        action="store_true",
-        help="for ExecReload= of the unit: have the daemon read its settings anew",
-    )
-    what.add_argument("--register", action="store_true", help="register at the dispatch platform (once)")
-    what.add_argument(
-        "--migrate",
-        nargs="?",
-        const="",
-        metavar="DIR",
-        help="take settings and module hash over from the older client's directory, with --documents its documents",
-    )
-    what.add_argument(
-        "--grafana", action="store_true", help="print a Grafana dashboard over the metrics of METRICS_FILE"
-    )
+    _flag(what, "--backfill", days, metavar="DAYS", type=int)
+    _flag(what, "--check", "check settings, keys, store and platform")
+    _flag(what, "--check-settings", "check the settings alone: no network, nothing written")
+    _flag(what, "--status", "show daemon, platform, store and API keys")
+    _flag(what, "--executions", executions, metavar="N", nargs="?", const=EXECUTIONS_SHOWN, type=int)
+    _flag(what, "--show", showing, nargs="*", metavar="CODE")
+    _flag(what, "--export", exporting, metavar="FILE")
+    _flag(what, "--symbols", "find instruments by code or name: 茅台, apple, 黄金", metavar="TEXT")
+    _flag(what, "--drain", "move now what waits on this machine for MongoDB")
+    _flag(what, "--retain", "remove now what is older than KEEP_DAYS, also what --check names")
+    _flag(what, "--rejects", "list what MongoDB refused for good, and why")
+    _flag(what, "--reload", "for ExecReload= of the unit: have the daemon read its settings anew")
+    _flag(what, "--register", "register at the dispatch platform (once)")
+    _flag(what, "--migrate", moving, nargs="?", const="", metavar="DIR")
+    _flag(what, "--grafana", "print a Grafana dashboard over the metrics of METRICS_FILE")
     what.add_argument("--version", action="version", version=f"stockrt {__version__}")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--codes", nargs="+", metavar="CODE", help="codes, separated by blanks or commas")
-    parser.add_argument("--codes-file", metavar="FILE", help="codes from a file, '-' for standard input")
-    parser.add_argument(
-        "--every", metavar="S", help="with --collect: ask every S seconds, in place of the stream"
+    page = "write what --show has as one page, or candles of one code as a picture where FILE ends in .svg"
+    since = (
+        "with --chart, --html or --export: since this date or time, ISO 8601, such as 2026-08-14 or "
+        "2026-08-14T09:30+08:00; without an offset it is UTC"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document a line in place of the table"
-    )
-    parser.add_argument(
-        "--demo", action="store_true", help="synthetic trades: no network, no key, embedded store"
-    )
-    parser.add_argument(
-        "--chart",
-        choices=tuple(STEPS),
-        help="with --show: candles and volume; with --html: of which step (5m)",
-    )
-    parser.add_argument(
-        "--html",
-        metavar="FILE",
-        help="write what --show has as one page, or candles of one code as a picture where FILE ends in .svg",
-    )
-    parser.add_argument(
-        "--closes", action="store_true", help="with --export: the closing prices in place of the trades"
-    )
-    parser.add_argument(
-        "--from",
-        dest="from_",
-        metavar="TIME",
-        help="with --chart, --html or --export: since this date or time, ISO 8601, such as 2026-08-14 or "
-        "2026-08-14T09:30+08:00; without an offset it is UTC",
-    )
-    parser.add_argument(
-        "--to", metavar="TIME", help="as --from: before this time, or up to this date, the date included"
-    )
-    parser.add_argument(
-        "--sort", choices=("code", "change", "asked"), help="with --show: the order of its lines (code)"
-    )
-    parser.add_argument(
-        "--up",
-        choices=("red", "green"),
-        help="with --show: the colour of what rises, in place of the one of your locale",
-    )
-    parser.add_argument("--retry", action="store_true", help="with --drain: what MongoDB refused before, too")
-    parser.add_argument(
-        "--discard",
-        action="store_true",
-        help="with --rejects: delete them, and damaged files that were set aside",
-    )
-    parser.add_argument(
-        "--documents",
-        nargs="?",
-        const="",
-        metavar="COLLECTION",
-        help=f"with --migrate: bring the older client's documents over (default: its own collection, {OLD_COLLECTION})",
-    )
-    parser.add_argument(
+    documents = f"with --migrate: bring the older client's documents over (default: its own collection, {OLD_COLLECTION})"
+    force = "with --register: anew, although a hash is stored; with --documents: this zone, whatever ObjectIds say"
+    places = "settings; default: " + ", ".join(map(str, ENV_FILE_PLACES))
+    until = "as --from: before this time, or up to this date, the date included"
+    charts = "with --show: candles and volume; with --html: of which step (5m)"
+    rising = "with --show: the colour of what rises, in place of the one of your locale"
+    _flag(parser, "--codes", "codes, separated by blanks or commas", nargs="+", metavar="CODE")
+    _flag(parser, "--codes-file", "codes from a file, '-' for standard input", metavar="FILE")
+    _flag(parser, "--every", "with --collect: ask every S seconds, in place of the stream", metavar="S")
+    _flag(parser, "--json", "print one JSON document a line in place of the table")
+    _flag(parser, "--demo", "synthetic trades: no network, no key, embedded store")
+    _flag(parser, "--chart", charts, choices=tuple(STEPS))
+    _flag(parser, "--html", page, metavar="FILE")
+    _flag(parser, "--closes", "with --export: the closing prices in place of the trades")
+    _flag(parser, "--from", since, dest="from_", metavar="TIME")
+    _flag(parser, "--to", until, metavar="TIME")
+    _flag(parser, "--sort", "with --show: the order of its lines (code)", choices=("code", "change", "asked"))
+    _flag(parser, "--up", rising, choices=("red", "green"))
+    _flag(parser, "--retry", "with --drain: what MongoDB refused before, too")
+    _flag(parser, "--discard", "with --rejects: delete them, and damaged files that were set aside")
+    _flag(parser, "--documents", documents, nargs="?", const="", metavar="COLLECTION")
+    _flag(
+        parser,
         "--time-zone",
+        "with --documents: of the clock that wrote them, such as Asia/Shanghai",
         metavar="ZONE",
-        help="with --documents: of the clock that wrote them, such as Asia/Shanghai",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="with --migrate: say what would be done, write nothing"
-    )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="with --register: anew, although a hash is stored; with --documents: this zone, whatever ObjectIds say",
-    )
-    parser.add_argument(
-        "--env-file",
-        metavar="FILE",
-        type=Path,
-        help="settings; default: " + ", ".join(map(str, ENV_FILE_PLACES)),
-    )
+    _flag(parser, "--dry-run", "with --migrate: say what would be done, write nothing")
+    _flag(parser, "--force", force)
+    _flag(parser, "--env-file", places, metavar="FILE", type=Path)
 
 
 # Which commands, or what else, each flag goes with.
@@ -18126,10 +18055,6 @@ READER_LOOK_S = 1.0
 WIDEST = 1000
 
 
-# While no trade comes it is seen after so long that the reader went away.
-READER_LOOK_S = 1.0
-
-
 class Rows:
     """Prints stored trades on `out`: an aligned table in the order asked, or JSON lines.
 
@@ -18402,7 +18327,7 @@ def _refuse_demo_in_mongodb(options: Options, settings: Settings) -> None:
 def run_once(options: Options, settings: Settings) -> int:
     """Fetch the given codes once and return the exit status."""
     _refuse_demo_in_mongodb(options, settings)
-    rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_width(WIDEST))
+    rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_size(WIDEST)[0])
     terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
     rows.directory = pipeline.directory
@@ -19501,7 +19426,7 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
     """Print candles of codes; exit status 1 where there are none of one that was asked for, or nothing at all."""
     need_blocks(options, sys.stdout.encoding)
     now, span, step = time.time(), Span(*span_of(options)), cast(str, options.chart)
-    width, height = terminal_width(80), terminal_height(24)
+    width, height = terminal_size()
     with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         last = reader.last(codes)
@@ -19564,7 +19489,7 @@ def quote_table(settings: Settings, environ: Mapping[str, str], up: str | None) 
     width: int | None = None
     colors: Sequence[str] = ()
     if sys.stdout.isatty():
-        width = terminal_width(80)
+        width = terminal_size()[0]
         if settings.color:
             colors = rise_and_fall(environ, up)
     return QuoteTable(width, colors, sys.stdout.encoding)
