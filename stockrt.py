@@ -17742,7 +17742,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "with --chart, --html or --export: since this date or time, ISO 8601, such as 2026-08-14 or "
         "2026-08-14T09:30+08:00; without an offset it is UTC"
     )
-    documents = f"with --migrate: bring the older client's documents over (default: its own collection, {OLD_COLLECTION})"
+    documents = (
+        "with --migrate: bring the older client's documents over (default: its own collection, "
+        f"{OLD_COLLECTION})"
+    )
     force = "with --register: anew, although a hash is stored; with --documents: this zone, whatever ObjectIds say"
     places = "settings; default: " + ", ".join(map(str, ENV_FILE_PLACES))
     until = "as --from: before this time, or up to this date, the date included"
