@@ -11103,10 +11103,9 @@ class Pipeline:
             self._tell_keys()
         return report
 
-    @property
-    def put_at_once(self) -> int:
-        """How many documents are best put at once where so many wait."""
-        return COMMIT_BATCH if self._delivery is None else WRITE_BATCH
+    def put_at_once(self, within_s: float) -> int:
+        """Return how many documents are best put at once where so many wait; `within_s` as for `put`."""
+        return COMMIT_BATCH if self._delivery is None or not within_s else WRITE_BATCH
 
     def put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
         """Store documents that were pushed, and let follow what does: within about that time, 0: at once.
@@ -11688,6 +11687,10 @@ class Parcel(NamedTuple):
     arrived: float
 
 
+# A time that lies so much before one from earlier: the clock was set back.
+CLOCK_SET_MS = 60_000
+
+
 class Group(NamedTuple):
     """Codes of a product of which everything is kept that came up to a moment (epoch ms)."""
 
@@ -11726,8 +11729,7 @@ class MarkFiles:
             if mark.get("version") == version:
                 stopped = bool(mark["stopped"])
                 groups = [
-                    one._replace(until=max(one.until, int(until)))
-                    for one, until in zip(groups, mark["until"], strict=True)
+                    one._replace(until=int(until)) for one, until in zip(groups, mark["until"], strict=True)
                 ]
             return Left(str(codes.get("instance", "")), version, groups, stopped)
         except (KeyError, TypeError, ValueError) as error:
@@ -11932,6 +11934,7 @@ class Coverage:
             one = self._new(silence.product, silence.codes, silence.since, why)
             one.gap = one.gap._replace(until=silence.until)
             self._ended.append(one)
+        self.news.set()
 
     def not_stored(self, parcel: Parcel, codes: Collection[str], why: str) -> None:
         """The store took none of these pushes, or not those of some codes: missing until it takes some again."""
@@ -11997,7 +12000,8 @@ class Coverage:
         with self._lock:
             if self._is_closed:
                 return
-            self._durable = max(self._durable, durable_ms)
+            if not self._durable - CLOCK_SET_MS < durable_ms < self._durable:
+                self._durable = durable_ms
             self._keep([*self._refused.values(), *self._open, *self._ended])
             if not self._write_codes():
                 return
@@ -12129,7 +12133,7 @@ PUSHES_WAIT_S = 0.1
 MOST_PENDING = 20_000
 # When more wait, and the oldest of them for longer, MongoDB is slower than the market: this machine's disk takes them.
 CROWDED, CROWDED_S = 10_000, 1.0
-# MongoDB has so long to take a batch of pushes before the disk does, and as this process leaves.
+# MongoDB has so long to take a batch of pushes before the disk does; as this process leaves too, where few wait.
 PUSHES_TAKEN_S, PUSHES_TAKEN_LAST_S = 2.0, 0.5
 # The mark is written so often while trades come, and while none do.
 MARK_S, MARK_SILENT_S = 1.0, 30.0
@@ -12197,7 +12201,7 @@ class Intake:
         self._pending: deque[Parcel] = deque()
         self._waiting = 0  # trades of those
         self._written: list[Parcel] = []  # they are on their way to the store
-        self._is_closing = False
+        self._is_closing = self._is_over = False
         self._delays = Delays(clock.monotonic())
         then = "what is pushed meanwhile is missing, see stream_gaps"
         self._trouble = LogThrottle("the stream's trades", clock, then=then)
@@ -12255,11 +12259,12 @@ class Intake:
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join(within_s)
+        self._is_over = True
 
     # its thread
 
     def _run(self) -> None:
-        while True:
+        while not self._is_over:
             batch, within_s = self._next()
             if not batch:
                 return
@@ -12273,19 +12278,22 @@ class Intake:
             while not self._pending and not self._is_closing:
                 self._changed.wait()
             self._await_more()
-            size = 0
-            while self._pending and size + len(self._pending[0].trades) <= self._pipeline.put_at_once:
+            within_s = self._time_for_mongodb()
+            most, size = self._pipeline.put_at_once(within_s), 0
+            while self._pending and size + len(self._pending[0].trades) <= most:
                 self._written.append(self._pending.popleft())
                 size += len(self._written[-1].trades)
-            within_s = PUSHES_TAKEN_S
-            if self._is_closing:
-                within_s = PUSHES_TAKEN_LAST_S
-            waited = self._clock.monotonic() - self._written[0].arrived if size else 0.0
-            if self._waiting > CROWDED and waited > CROWDED_S:
-                within_s = 0.0
             self._waiting -= size
             self._changed.notify_all()
             return self._written, within_s
+
+    def _time_for_mongodb(self) -> float:
+        """Return how many seconds it has: none where more waits than there is time for."""
+        if self._is_closing:
+            return PUSHES_TAKEN_LAST_S if self._waiting <= 2 * WRITE_BATCH else 0.0
+        if self._waiting > CROWDED and self._clock.monotonic() - self._pending[0].arrived > CROWDED_S:
+            return 0.0
+        return PUSHES_TAKEN_S
 
     def _await_more(self) -> None:
         """Wait until a batch is full, or its first trade has waited long enough."""
@@ -12300,7 +12308,7 @@ class Intake:
         documents = [to_document(trade, created) for parcel in batch for trade in parcel.trades]
         try:
             written = self._put(documents, within_s)
-        except StoreError as error:
+        except StockrtError as error:
             self._refuse(batch, None, str(error))
             return
         except Exception as error:  # nobody else looks at this thread
@@ -12329,6 +12337,8 @@ class Intake:
 
     def _refuse(self, batch: Sequence[Parcel], refused: Mapping[str, str] | None, why: str) -> None:
         """Count, say and note as missing what the store does not take; `refused`: by `_id`, None for everything."""
+        if self._is_over:  # the store is closed, and it is missing since the mark
+            return
         names: set[str] = set()
         for parcel in batch:
             gone = [trade.s for trade in parcel.trades if refused is None or identity(trade) in refused]
@@ -12420,7 +12430,6 @@ class Feed(threading.Thread):
             self.why = end.words
             if end.action is StreamAction.NEVER:
                 self._turn("given up")
-                log.error("stream %s: %s; its codes are polled instead", self.allotment.product, end.words)
                 self.end = end
                 self._coverage.news.set()
                 return
@@ -12456,8 +12465,9 @@ class Feed(threading.Thread):
     def _take(self, received: Pushes) -> StreamEnd | None:
         """Hand on what has come, and return the end of the connection if that is in it."""
         if received.trades:
-            sign = self._intake.add(self.part.product, received.trades)
-            self.part.heard = max(self.part.heard, sign)
+            sign, before = self._intake.add(self.part.product, received.trades), self.part.heard
+            # not back to a trade that was older than the last one, unless the clock was set back
+            self.part.heard = sign if sign < before - OLD_PUSH_MS else max(before, sign)
         if received.dropped:
             self._intake.drop(received.dropped)
             self._odd.again(received.why)
@@ -12520,6 +12530,7 @@ class Planner(threading.Thread):
         super().__init__(name="stockrt-collect", daemon=True)
         self.feeds: list[Feed] = []
         self.polled = 0
+        self.stored = self.duplicates = 0  # of the trades that were asked for
         self.trouble = ""
         self._pipeline = pipeline
         self._settings = settings
@@ -12587,6 +12598,14 @@ class Planner(threading.Thread):
         need_clock(time.time())
         self._plan()
         ended = self._coverage.ended()
+        try:
+            self._fetch_back()
+        finally:  # their codes are subscribed, whatever the API says now
+            self._coverage.complete(ended)
+        return min(self._watch.wait_s(), self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
+
+    def _fetch_back(self) -> None:
+        """Fetch the latest trades of codes that were subscribed since the last time. Raises StockrtError."""
         self._back |= self._coverage.take_back()
         if self._back:
             self._poll(sorted(self._back))
@@ -12594,8 +12613,6 @@ class Planner(threading.Thread):
         for silence in self._coverage.take_silent():
             if self._poll(silence.codes):
                 self._coverage.was_deaf(silence)
-        self._coverage.complete(ended)
-        return min(self._watch.wait_s(), self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
 
     def _plan(self) -> None:
         """Look at the list, and spread the codes where it has changed or a connection is of no use any more."""
@@ -12610,7 +12627,11 @@ class Planner(threading.Thread):
             self._listed = codes
         for feed, end in over:
             what = "" if end.whole_key else feed.allotment.product
-            self._never.setdefault(feed.allotment.key, {})[what] = end.words
+            never = self._never.setdefault(feed.allotment.key, {})
+            if what not in never:
+                words = "stream %s: %s; what no other key brings is polled instead"
+                log.error(words, feed.allotment.product, end.words)
+            never[what] = end.words
             self._coverage.drop(feed.part)
             self.feeds.remove(feed)
         self._spread()
@@ -12743,6 +12764,8 @@ class Planner(threading.Thread):
             failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
             if failed:
                 self._code_trouble.again(failed_words(failed, report.total))
+        self.stored += report.stored + report.queued
+        self.duplicates += report.duplicates
         return report.stored + report.queued
 
     def _deliver_gaps(self) -> float:
@@ -12846,9 +12869,9 @@ class Collecting:
             delay_p50_ms=p50,
             delay_p99_ms=p99,
             gaps_today=self._gaps_today,
-            trades=intake.trades,
-            stored=intake.stored,
-            duplicates=intake.duplicates,
+            trades=intake.trades + self._planner.stored + self._planner.duplicates,
+            stored=intake.stored + self._planner.stored,
+            duplicates=intake.duplicates + self._planner.duplicates,
             dropped=intake.dropped,
             trouble=next(filter(None, troubles), ""),
         )
@@ -17633,25 +17656,19 @@ class Options:
     env_file: Path | None = None
 
 
-def terminal_width(otherwise: int) -> int:
-    """Return the columns of the terminal that stdout is, and where it is none or does not tell another number."""
+def terminal_size(columns: int = 80, lines: int = 24) -> tuple[int, int]:
+    """Return the columns and lines of the terminal that stdout is; where it is none or does not tell, others."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.get_terminal_size(sys.stdout.fileno()).columns or otherwise
-    return otherwise
-
-
-def terminal_height(otherwise: int) -> int:
-    """Return the lines of the terminal that stdout is, and where it is none or does not tell another number."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.get_terminal_size(sys.stdout.fileno()).lines or otherwise
-    return otherwise
+        found = os.get_terminal_size(sys.stdout.fileno())
+        return found.columns or columns, found.lines or lines
+    return columns, lines
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     import argparse
 
-    width = terminal_width(otherwise=80) - 2  # argparse would import shutil at every start to look
+    width = terminal_size()[0] - 2  # argparse would import shutil at every start to look
     parser = argparse.ArgumentParser(
         prog="stockrt",
         description="Collects the latest trades of stocks, currency pairs and crypto into MongoDB.",
@@ -17660,9 +17677,14 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.error = _refuse_arguments  # type: ignore[method-assign]
-    _add_commands(parser)
+    _add_commands(parser.add_mutually_exclusive_group())
     _add_options(parser)
     return parser
+
+
+def _flag(to: Any, name: str, text: str, **how: Any) -> None:
+    """Add a flag with its help; one of which nothing else is said takes no value."""
+    to.add_argument(name, help=text, **(how or {"action": "store_true"}))
 
 
 def _refuse_arguments(message: str) -> NoReturn:
@@ -17676,150 +17698,83 @@ def _refuse_arguments(message: str) -> NoReturn:
     raise UsageError(f"{message}; see --help")
 
 
-def _add_commands(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--once", action="store_true", help="fetch the given codes once, store them, print them"
+def _add_commands(what: Any) -> None:
+    days = "fetch the final closes of the last DAYS sessions (up to 500) of the given codes, or of all stored ones"
+    executions = (
+        f"list the last N executions and --once runs with their failures (default {EXECUTIONS_SHOWN})"
     )
-    what.add_argument(
-        "--collect",
-        action="store_true",
-        help="store and print every trade of the given codes, or of COLLECT_CODES, until Ctrl-C",
+    showing = (
+        "show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, "
+        f"else the {CODES_SHOWN} that traded last"
     )
-    what.add_argument(
-        "--backfill",
-        metavar="DAYS",
-        type=int,
-        help="fetch the final closes of the last DAYS sessions (up to 500) of the given codes, or of all stored ones",
+    exporting = (
+        "write what is stored, of all codes or those of --codes, into FILE.csv or FILE.jsonl, which it replaces, "
+        "or '-': standard output"
     )
-    what.add_argument("--check", action="store_true", help="check settings, keys, store and platform")
-    what.add_argument(
-        "--check-settings", action="store_true", help="check the settings alone: no network, nothing written"
+    moving = (
+        "take settings and module hash over from the older client's directory, with --documents its documents"
     )
-    what.add_argument("--status", action="store_true", help="show daemon, platform, store and API keys")
-    what.add_argument(
-        "--executions",
-        metavar="N",
-        nargs="?",
-        const=EXECUTIONS_SHOWN,
-        type=int,
-        help=f"list the last N executions and --once runs with their failures (default {EXECUTIONS_SHOWN})",
+    _flag(what, "--once", "fetch the given codes once, store them, print them")
+    _flag(
+        what, "--collect", "store and print every trade of the given codes, or of COLLECT_CODES, until Ctrl-C"
     )
-    what.add_argument(
-        "--show",
-        nargs="*",
-        metavar="CODE",
-        help="show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, "
-        f"else the {CODES_SHOWN} that traded last",
-    )
-    what.add_argument(
-        "--export",
-        metavar="FILE",
-        help="write what is stored, of all codes or those of --codes, into FILE.csv or FILE.jsonl, which it "
-        "replaces, or '-': standard output",
-    )
-    what.add_argument("--symbols", metavar="TEXT", help="find instruments by code or name: 茅台, apple, 黄金")
-    what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
-    what.add_argument(
-        "--retain",
-        action="store_true",
-        help="remove now what is older than KEEP_DAYS, also what --check names",
-    )
-    what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
-    what.add_argument(
-        "--reload",
-        action="store_true",
-        help="for ExecReload= of the unit: have the daemon read its settings anew",
-    )
-    what.add_argument("--register", action="store_true", help="register at the dispatch platform (once)")
-    what.add_argument(
-        "--migrate",
-        nargs="?",
-        const="",
-        metavar="DIR",
-        help="take settings and module hash over from the older client's directory, with --documents its documents",
-    )
-    what.add_argument(
-        "--grafana", action="store_true", help="print a Grafana dashboard over the metrics of METRICS_FILE"
-    )
+    _flag(what, "--backfill", days, metavar="DAYS", type=int)
+    _flag(what, "--check", "check settings, keys, store and platform")
+    _flag(what, "--check-settings", "check the settings alone: no network, nothing written")
+    _flag(what, "--status", "show daemon, platform, store and API keys")
+    _flag(what, "--executions", executions, metavar="N", nargs="?", const=EXECUTIONS_SHOWN, type=int)
+    _flag(what, "--show", showing, nargs="*", metavar="CODE")
+    _flag(what, "--export", exporting, metavar="FILE")
+    _flag(what, "--symbols", "find instruments by code or name: 茅台, apple, 黄金", metavar="TEXT")
+    _flag(what, "--drain", "move now what waits on this machine for MongoDB")
+    _flag(what, "--retain", "remove now what is older than KEEP_DAYS, also what --check names")
+    _flag(what, "--rejects", "list what MongoDB refused for good, and why")
+    _flag(what, "--reload", "for ExecReload= of the unit: have the daemon read its settings anew")
+    _flag(what, "--register", "register at the dispatch platform (once)")
+    _flag(what, "--migrate", moving, nargs="?", const="", metavar="DIR")
+    _flag(what, "--grafana", "print a Grafana dashboard over the metrics of METRICS_FILE")
     what.add_argument("--version", action="version", version=f"stockrt {__version__}")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--codes", nargs="+", metavar="CODE", help="codes, separated by blanks or commas")
-    parser.add_argument("--codes-file", metavar="FILE", help="codes from a file, '-' for standard input")
-    parser.add_argument(
-        "--every", metavar="S", help="with --collect: ask every S seconds, in place of the stream"
+    page = "write what --show has as one page, or candles of one code as a picture where FILE ends in .svg"
+    since = (
+        "with --chart, --html or --export: since this date or time, ISO 8601, such as 2026-08-14 or "
+        "2026-08-14T09:30+08:00; without an offset it is UTC"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document a line in place of the table"
+    documents = (
+        "with --migrate: bring the older client's documents over (default: its own collection, "
+        f"{OLD_COLLECTION})"
     )
-    parser.add_argument(
-        "--demo", action="store_true", help="synthetic trades: no network, no key, embedded store"
-    )
-    parser.add_argument(
-        "--chart",
-        choices=tuple(STEPS),
-        help="with --show: candles and volume; with --html: of which step (5m)",
-    )
-    parser.add_argument(
-        "--html",
-        metavar="FILE",
-        help="write what --show has as one page, or candles of one code as a picture where FILE ends in .svg",
-    )
-    parser.add_argument(
-        "--closes", action="store_true", help="with --export: the closing prices in place of the trades"
-    )
-    parser.add_argument(
-        "--from",
-        dest="from_",
-        metavar="TIME",
-        help="with --chart, --html or --export: since this date or time, ISO 8601, such as 2026-08-14 or "
-        "2026-08-14T09:30+08:00; without an offset it is UTC",
-    )
-    parser.add_argument(
-        "--to", metavar="TIME", help="as --from: before this time, or up to this date, the date included"
-    )
-    parser.add_argument(
-        "--sort", choices=("code", "change", "asked"), help="with --show: the order of its lines (code)"
-    )
-    parser.add_argument(
-        "--up",
-        choices=("red", "green"),
-        help="with --show: the colour of what rises, in place of the one of your locale",
-    )
-    parser.add_argument("--retry", action="store_true", help="with --drain: what MongoDB refused before, too")
-    parser.add_argument(
-        "--discard",
-        action="store_true",
-        help="with --rejects: delete them, and damaged files that were set aside",
-    )
-    parser.add_argument(
-        "--documents",
-        nargs="?",
-        const="",
-        metavar="COLLECTION",
-        help=f"with --migrate: bring the older client's documents over (default: its own collection, {OLD_COLLECTION})",
-    )
-    parser.add_argument(
+    force = "with --register: anew, although a hash is stored; with --documents: this zone, whatever ObjectIds say"
+    places = "settings; default: " + ", ".join(map(str, ENV_FILE_PLACES))
+    until = "as --from: before this time, or up to this date, the date included"
+    charts = "with --show: candles and volume; with --html: of which step (5m)"
+    rising = "with --show: the colour of what rises, in place of the one of your locale"
+    _flag(parser, "--codes", "codes, separated by blanks or commas", nargs="+", metavar="CODE")
+    _flag(parser, "--codes-file", "codes from a file, '-' for standard input", metavar="FILE")
+    _flag(parser, "--every", "with --collect: ask every S seconds, in place of the stream", metavar="S")
+    _flag(parser, "--json", "print one JSON document a line in place of the table")
+    _flag(parser, "--demo", "synthetic trades: no network, no key, embedded store")
+    _flag(parser, "--chart", charts, choices=tuple(STEPS))
+    _flag(parser, "--html", page, metavar="FILE")
+    _flag(parser, "--closes", "with --export: the closing prices in place of the trades")
+    _flag(parser, "--from", since, dest="from_", metavar="TIME")
+    _flag(parser, "--to", until, metavar="TIME")
+    _flag(parser, "--sort", "with --show: the order of its lines (code)", choices=("code", "change", "asked"))
+    _flag(parser, "--up", rising, choices=("red", "green"))
+    _flag(parser, "--retry", "with --drain: what MongoDB refused before, too")
+    _flag(parser, "--discard", "with --rejects: delete them, and damaged files that were set aside")
+    _flag(parser, "--documents", documents, nargs="?", const="", metavar="COLLECTION")
+    _flag(
+        parser,
         "--time-zone",
+        "with --documents: of the clock that wrote them, such as Asia/Shanghai",
         metavar="ZONE",
-        help="with --documents: of the clock that wrote them, such as Asia/Shanghai",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="with --migrate: say what would be done, write nothing"
-    )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="with --register: anew, although a hash is stored; with --documents: this zone, whatever ObjectIds say",
-    )
-    parser.add_argument(
-        "--env-file",
-        metavar="FILE",
-        type=Path,
-        help="settings; default: " + ", ".join(map(str, ENV_FILE_PLACES)),
-    )
+    _flag(parser, "--dry-run", "with --migrate: say what would be done, write nothing")
+    _flag(parser, "--force", force)
+    _flag(parser, "--env-file", places, metavar="FILE", type=Path)
 
 
 # Which commands, or what else, each flag goes with.
@@ -18103,10 +18058,6 @@ READER_LOOK_S = 1.0
 WIDEST = 1000
 
 
-# While no trade comes it is seen after so long that the reader went away.
-READER_LOOK_S = 1.0
-
-
 class Rows:
     """Prints stored trades on `out`: an aligned table in the order asked, or JSON lines.
 
@@ -18379,7 +18330,7 @@ def _refuse_demo_in_mongodb(options: Options, settings: Settings) -> None:
 def run_once(options: Options, settings: Settings) -> int:
     """Fetch the given codes once and return the exit status."""
     _refuse_demo_in_mongodb(options, settings)
-    rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_width(WIDEST))
+    rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_size(WIDEST)[0])
     terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
     rows.directory = pipeline.directory
@@ -18598,6 +18549,7 @@ class Ticks(Events):
         self._batches: queue.Queue[Sequence[Document]] = queue.Queue(BATCHES_UNREAD)
         self._latest: dict[str, str] = {}  # code -> _id
         self._recent: dict[str, None] = {}  # _id of the last rows
+        self.waiting = 0  # trades, for MongoDB
         self._is_ending = threading.Event()
         self._thread = threading.Thread(target=self._print, name="stockrt-rows", daemon=True)
         start_thread(self._thread)
@@ -18614,6 +18566,10 @@ class Ticks(Events):
     def kept(self, documents: Sequence[Document]) -> None:
         """Have them printed: when MongoDB has them they are not told again."""
         self.stored(documents)
+
+    def queue_changed(self, stats: QueueStats) -> None:
+        """Note how many wait for MongoDB."""
+        self.waiting = stats.trades
 
     def collecting(self, stats: CollectStats) -> None:
         """Have it said below the table, where there is one."""
@@ -18684,7 +18640,7 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
         raise PrintError(rows.fault)
     if rows.is_gone:
         return EXIT_OK
-    say(_collected_line(collecting.stats(), time.monotonic() - started_at))
+    say(_collected_line(collecting.stats(), ticks.waiting, time.monotonic() - started_at))
     if ticks.is_held_up():  # the exit's flush would wait for the reader
         say("not all rows were read")
         os._exit(EXIT_INTERRUPTED)
@@ -18733,11 +18689,10 @@ def _seconds_of(text: str) -> float:
         raise UsageError(f"--every {one_line(text, 40)}: expected {setting.expected}; see --help") from None
 
 
-def _collected_line(stats: CollectStats, took_s: float) -> str:
+def _collected_line(stats: CollectStats, waiting: int, took_s: float) -> str:
     line = f"trades {stats.trades}, stored {stats.stored}, already known {stats.duplicates} ({took_s:.1f} s)"
-    kept = stats.trades - stats.stored - stats.duplicates
-    if kept > 0:
-        line += f"; {waiting_words(kept)} for MongoDB"
+    if waiting:
+        line += f"; {waiting_words(waiting)} on this machine for MongoDB"
     if stats.dropped:
         line += f"; {stats.dropped} pushed and not asked for, or no trades"
     if stats.gaps_today:
@@ -18878,7 +18833,7 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
     told = read_status(settings.state_directory).get("collecting", {})
     if told.get("connections_wanted") and daemon_runs(settings.state_directory):
         facts = dict.fromkeys(CollectFacts.__annotations__) | told
-        faults = [trouble.what for trouble in _collect_faults(facts)]
+        faults = [trouble.what for trouble in _collect_faults(settings, facts)]
         yield Check("stream", not faults, "; ".join(faults) or f"the daemon has it: {_collect_line(facts)}")
         return
     limits = pipeline.stream_limits(stop)
@@ -19033,7 +18988,7 @@ def gather_status(settings: Settings) -> StatusReport:
         status["collecting"] = dict.fromkeys(CollectFacts.__annotations__) | told.get("collecting", {})
     if (directory / JOURNAL_NAME).exists():
         troubles = _ask_journal(directory, status)
-    troubles += _what_is_wrong(status)
+    troubles += _what_is_wrong(settings, status)
     status["wrong"] = [trouble.what for trouble in troubles]
     status["to_do"] = list(dict.fromkeys(trouble.to_do for trouble in troubles))
     status["status"] = STATUS_WORDS[STATUS_WRONG if troubles else STATUS_WELL]
@@ -19077,14 +19032,14 @@ def _whole_or_partial(one: ExecutionFacts) -> str:
     return str(one["status"] or "not ended")
 
 
-def _what_is_wrong(status: StatusReport) -> list[Trouble]:
+def _what_is_wrong(settings: Settings, status: StatusReport) -> list[Trouble]:
     """Return what is wrong beside what the journal knows of."""
     wrong = []
     if status["daemon"]["running"] and status["platform"]["state"] not in ("connected", NO_NEED):
         to_do = "see --check and the daemon's log; it tries again by itself"
         wrong.append(Trouble("no connection to the platform", to_do))
     if status["daemon"]["running"] and status["collecting"] is not None:
-        wrong += _collect_faults(status["collecting"])
+        wrong += _collect_faults(settings, status["collecting"])
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
         to_do = "see --check; they follow when MongoDB takes them, at once with --drain"
@@ -19105,7 +19060,7 @@ def _collect_stats(facts: Mapping[str, Any]) -> CollectStats:
     return CollectStats(**known)
 
 
-def _collect_faults(facts: Mapping[str, Any]) -> list[Trouble]:
+def _collect_faults(settings: Settings, facts: Mapping[str, Any]) -> list[Trouble]:
     """Return what is wrong with collecting by what the daemon told last."""
     stats = _collect_stats(facts)
     to_do = "see --check and the daemon's log; it tries again by itself"
@@ -19116,6 +19071,9 @@ def _collect_faults(facts: Mapping[str, Any]) -> list[Trouble]:
         return [Trouble(f"{stats.connections} of {wanted} to the stream stand", to_do)]
     if facts["at"] is None:
         return [Trouble("collecting has not begun", to_do)]
+    if settings.collect and stats.polled and not stats.connections_wanted:
+        words = f"the stream brings nothing, {count_words(stats.polled, 'code')} polled instead"
+        return [Trouble(words, "see --check and the daemon's log; COLLECT_EVERY polls without a stream")]
     return []
 
 
@@ -19471,7 +19429,7 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
     """Print candles of codes; exit status 1 where there are none of one that was asked for, or nothing at all."""
     need_blocks(options, sys.stdout.encoding)
     now, span, step = time.time(), Span(*span_of(options)), cast(str, options.chart)
-    width, height = terminal_width(80), terminal_height(24)
+    width, height = terminal_size()
     with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         last = reader.last(codes)
@@ -19534,7 +19492,7 @@ def quote_table(settings: Settings, environ: Mapping[str, str], up: str | None) 
     width: int | None = None
     colors: Sequence[str] = ()
     if sys.stdout.isatty():
-        width = terminal_width(80)
+        width = terminal_size()[0]
         if settings.color:
             colors = rise_and_fall(environ, up)
     return QuoteTable(width, colors, sys.stdout.encoding)
