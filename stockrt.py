@@ -9961,8 +9961,8 @@ class Gaps:
 # MONGODB_NUMERIC_TYPE gave them. An `_id` begins with code and time: the order of `_id`, of which each store has an
 # index, is that of codes and, of each code, that of times, as long as those have as many digits.
 
-# Trades that are read at once: 5 MB.
-TRADES_READ = 5_000
+# Trades that are read at once: 2 MB. More take longer, each, as they leave the caches of the processor.
+TRADES_READ = 2_000
 # A close from before so many days is none that a change could be told against.
 REFERENCE_DAYS = 31
 # Codes of one question about closes or candles.
@@ -10399,7 +10399,8 @@ def _stored_trades(documents: Sequence[Document]) -> list[StoredTrade]:
         begins = map("{}|{}|".format, s, t)
         if {*map(type, chain(ids, p, v, vw))} <= {str} and all(map(str.startswith, ids, begins)):
             times = {moment: _iso_text(moment) for moment in {*columns[-1]}}
-            return [StoredTrade._make((*row[:-1], times[row[-1]])) for row in fields]
+            texts = map(times.__getitem__, columns[-1])
+            return [*map(StoredTrade._make, zip(*columns[:-1], texts, strict=True))]
     trades = []
     for document in filter(is_trade, documents):
         *fields, created = (document.get(name) for name in ("_id", *StoredTrade._fields[1:]))
@@ -10412,7 +10413,7 @@ def _stored_trades(documents: Sequence[Document]) -> list[StoredTrade]:
 def _iso_text(moment: object) -> str:
     """Return a BSON date as ISO 8601 UTC, and what is none, or far from our time, as a text."""
     if not isinstance(moment, datetime):
-        return one_line(moment)
+        return "" if moment is None else one_line(moment)
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return iso(moment)
@@ -11057,10 +11058,9 @@ class Pipeline:
             self._tell_keys()
         return report
 
-    @property
-    def put_at_once(self) -> int:
-        """How many documents are best put at once where so many wait."""
-        return COMMIT_BATCH if self._delivery is None else WRITE_BATCH
+    def put_at_once(self, within_s: float) -> int:
+        """Return how many documents are best put at once where so many wait; `within_s` as for `put`."""
+        return COMMIT_BATCH if self._delivery is None or not within_s else WRITE_BATCH
 
     def put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
         """Store documents that were pushed, and let follow what does: within about that time, 0: at once.
@@ -11642,6 +11642,10 @@ class Parcel(NamedTuple):
     arrived: float
 
 
+# A time that lies so much before one from earlier: the clock was set back.
+CLOCK_SET_MS = 60_000
+
+
 class Group(NamedTuple):
     """Codes of a product of which everything is kept that came up to a moment (epoch ms)."""
 
@@ -11680,8 +11684,7 @@ class MarkFiles:
             if mark.get("version") == version:
                 stopped = bool(mark["stopped"])
                 groups = [
-                    one._replace(until=max(one.until, int(until)))
-                    for one, until in zip(groups, mark["until"], strict=True)
+                    one._replace(until=int(until)) for one, until in zip(groups, mark["until"], strict=True)
                 ]
             return Left(str(codes.get("instance", "")), version, groups, stopped)
         except (KeyError, TypeError, ValueError) as error:
@@ -11886,6 +11889,7 @@ class Coverage:
             one = self._new(silence.product, silence.codes, silence.since, why)
             one.gap = one.gap._replace(until=silence.until)
             self._ended.append(one)
+        self.news.set()
 
     def not_stored(self, parcel: Parcel, codes: Collection[str], why: str) -> None:
         """The store took none of these pushes, or not those of some codes: missing until it takes some again."""
@@ -11951,7 +11955,8 @@ class Coverage:
         with self._lock:
             if self._is_closed:
                 return
-            self._durable = max(self._durable, durable_ms)
+            if not self._durable - CLOCK_SET_MS < durable_ms < self._durable:
+                self._durable = durable_ms
             self._keep([*self._refused.values(), *self._open, *self._ended])
             if not self._write_codes():
                 return
@@ -12083,7 +12088,7 @@ PUSHES_WAIT_S = 0.1
 MOST_PENDING = 20_000
 # When more wait, and the oldest of them for longer, MongoDB is slower than the market: this machine's disk takes them.
 CROWDED, CROWDED_S = 10_000, 1.0
-# MongoDB has so long to take a batch of pushes before the disk does, and as this process leaves.
+# MongoDB has so long to take a batch of pushes before the disk does; as this process leaves too, where few wait.
 PUSHES_TAKEN_S, PUSHES_TAKEN_LAST_S = 2.0, 0.5
 # The mark is written so often while trades come, and while none do.
 MARK_S, MARK_SILENT_S = 1.0, 30.0
@@ -12151,7 +12156,7 @@ class Intake:
         self._pending: deque[Parcel] = deque()
         self._waiting = 0  # trades of those
         self._written: list[Parcel] = []  # they are on their way to the store
-        self._is_closing = False
+        self._is_closing = self._is_over = False
         self._delays = Delays(clock.monotonic())
         then = "what is pushed meanwhile is missing, see stream_gaps"
         self._trouble = LogThrottle("the stream's trades", clock, then=then)
@@ -12209,11 +12214,12 @@ class Intake:
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join(within_s)
+        self._is_over = True
 
     # its thread
 
     def _run(self) -> None:
-        while True:
+        while not self._is_over:
             batch, within_s = self._next()
             if not batch:
                 return
@@ -12227,19 +12233,22 @@ class Intake:
             while not self._pending and not self._is_closing:
                 self._changed.wait()
             self._await_more()
-            size = 0
-            while self._pending and size + len(self._pending[0].trades) <= self._pipeline.put_at_once:
+            within_s = self._time_for_mongodb()
+            most, size = self._pipeline.put_at_once(within_s), 0
+            while self._pending and size + len(self._pending[0].trades) <= most:
                 self._written.append(self._pending.popleft())
                 size += len(self._written[-1].trades)
-            within_s = PUSHES_TAKEN_S
-            if self._is_closing:
-                within_s = PUSHES_TAKEN_LAST_S
-            waited = self._clock.monotonic() - self._written[0].arrived if size else 0.0
-            if self._waiting > CROWDED and waited > CROWDED_S:
-                within_s = 0.0
             self._waiting -= size
             self._changed.notify_all()
             return self._written, within_s
+
+    def _time_for_mongodb(self) -> float:
+        """Return how many seconds it has: none where more waits than there is time for."""
+        if self._is_closing:
+            return PUSHES_TAKEN_LAST_S if self._waiting <= 2 * WRITE_BATCH else 0.0
+        if self._waiting > CROWDED and self._clock.monotonic() - self._pending[0].arrived > CROWDED_S:
+            return 0.0
+        return PUSHES_TAKEN_S
 
     def _await_more(self) -> None:
         """Wait until a batch is full, or its first trade has waited long enough."""
@@ -12254,7 +12263,7 @@ class Intake:
         documents = [to_document(trade, created) for parcel in batch for trade in parcel.trades]
         try:
             written = self._put(documents, within_s)
-        except StoreError as error:
+        except StockrtError as error:
             self._refuse(batch, None, str(error))
             return
         except Exception as error:  # nobody else looks at this thread
@@ -12283,6 +12292,8 @@ class Intake:
 
     def _refuse(self, batch: Sequence[Parcel], refused: Mapping[str, str] | None, why: str) -> None:
         """Count, say and note as missing what the store does not take; `refused`: by `_id`, None for everything."""
+        if self._is_over:  # the store is closed, and it is missing since the mark
+            return
         names: set[str] = set()
         for parcel in batch:
             gone = [trade.s for trade in parcel.trades if refused is None or identity(trade) in refused]
@@ -12374,7 +12385,6 @@ class Feed(threading.Thread):
             self.why = end.words
             if end.action is StreamAction.NEVER:
                 self._turn("given up")
-                log.error("stream %s: %s; its codes are polled instead", self.allotment.product, end.words)
                 self.end = end
                 self._coverage.news.set()
                 return
@@ -12410,8 +12420,9 @@ class Feed(threading.Thread):
     def _take(self, received: Pushes) -> StreamEnd | None:
         """Hand on what has come, and return the end of the connection if that is in it."""
         if received.trades:
-            sign = self._intake.add(self.part.product, received.trades)
-            self.part.heard = max(self.part.heard, sign)
+            sign, before = self._intake.add(self.part.product, received.trades), self.part.heard
+            # not back to a trade that was older than the last one, unless the clock was set back
+            self.part.heard = sign if sign < before - OLD_PUSH_MS else max(before, sign)
         if received.dropped:
             self._intake.drop(received.dropped)
             self._odd.again(received.why)
@@ -12474,6 +12485,7 @@ class Planner(threading.Thread):
         super().__init__(name="stockrt-collect", daemon=True)
         self.feeds: list[Feed] = []
         self.polled = 0
+        self.stored = self.duplicates = 0  # of the trades that were asked for
         self.trouble = ""
         self._pipeline = pipeline
         self._settings = settings
@@ -12541,6 +12553,14 @@ class Planner(threading.Thread):
         need_clock(time.time())
         self._plan()
         ended = self._coverage.ended()
+        try:
+            self._fetch_back()
+        finally:  # their codes are subscribed, whatever the API says now
+            self._coverage.complete(ended)
+        return min(self._watch.wait_s(), self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
+
+    def _fetch_back(self) -> None:
+        """Fetch the latest trades of codes that were subscribed since the last time. Raises StockrtError."""
         self._back |= self._coverage.take_back()
         if self._back:
             self._poll(sorted(self._back))
@@ -12548,8 +12568,6 @@ class Planner(threading.Thread):
         for silence in self._coverage.take_silent():
             if self._poll(silence.codes):
                 self._coverage.was_deaf(silence)
-        self._coverage.complete(ended)
-        return min(self._watch.wait_s(), self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
 
     def _plan(self) -> None:
         """Look at the list, and spread the codes where it has changed or a connection is of no use any more."""
@@ -12564,7 +12582,11 @@ class Planner(threading.Thread):
             self._listed = codes
         for feed, end in over:
             what = "" if end.whole_key else feed.allotment.product
-            self._never.setdefault(feed.allotment.key, {})[what] = end.words
+            never = self._never.setdefault(feed.allotment.key, {})
+            if what not in never:
+                words = "stream %s: %s; what no other key brings is polled instead"
+                log.error(words, feed.allotment.product, end.words)
+            never[what] = end.words
             self._coverage.drop(feed.part)
             self.feeds.remove(feed)
         self._spread()
@@ -12697,6 +12719,8 @@ class Planner(threading.Thread):
             failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
             if failed:
                 self._code_trouble.again(failed_words(failed, report.total))
+        self.stored += report.stored + report.queued
+        self.duplicates += report.duplicates
         return report.stored + report.queued
 
     def _deliver_gaps(self) -> float:
@@ -12800,9 +12824,9 @@ class Collecting:
             delay_p50_ms=p50,
             delay_p99_ms=p99,
             gaps_today=self._gaps_today,
-            trades=intake.trades,
-            stored=intake.stored,
-            duplicates=intake.duplicates,
+            trades=intake.trades + self._planner.stored + self._planner.duplicates,
+            stored=intake.stored + self._planner.stored,
+            duplicates=intake.duplicates + self._planner.duplicates,
             dropped=intake.dropped,
             trouble=next(filter(None, troubles), ""),
         )
@@ -16627,7 +16651,7 @@ TRADE_NAMES = ("_id", *StoredTrade._fields[1:])
 
 
 class Export(NamedTuple):
-    """What is exported of codes: trades, or closes, of a span of time; `is_whole`: all of all codes."""
+    """What is exported: trades, or closes, of codes and a span of time; `is_whole`: of all codes, all of them."""
 
     codes: Sequence[str]
     span: Span
@@ -16656,11 +16680,21 @@ class Export(NamedTuple):
             encode = json.JSONEncoder(ensure_ascii=False).encode
             documents = (dict(zip(self.names, row, strict=True)) for row in rows)
             return "".join(f"{encode(document)}\n" for document in documents).encode(errors="stockrt")
-        import csv
+        return csv_lines(rows).encode(errors="stockrt")
 
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        return text.getvalue().encode(errors="stockrt")
+
+def csv_lines(rows: Sequence[Sequence[Any]]) -> str:
+    """Return rows, all of one length, as CSV."""
+    form = ",".join(["%s"] * len(rows[0])) + "\n" if rows else ""
+    text = "".join([form % (*row,) for row in rows])
+    has_others = '"' in text or "\r" in text or text.count("\n") != len(rows)
+    if not has_others and text.count(",") == len(rows) * form.count(","):
+        return text
+    import csv  # which takes thrice the time, for what is rare
+
+    quoted = io.StringIO()
+    csv.writer(quoted, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
+    return quoted.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -17085,7 +17119,7 @@ class Page(NamedTuple):
 def read_page(reader: Reader, found: Sequence[Quote], step: str, span: Span, now: float, store: str) -> Page:
     """Return the page of these quotes, whose names are English. Raises StoreError."""
     last = {quote.code: quote.trade for quote in found}
-    charts = read_charts(reader, last, last, step, span, now, PAGE_STEPS)
+    charts = read_charts(reader, [*last], last, step, span, now, PAGE_STEPS)
     return Page(
         found,
         reader.names(list(last)),
@@ -17622,8 +17656,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "with --chart, --html or --export: since this date or time, ISO 8601, such as 2026-08-14 or "
         "2026-08-14T09:30+08:00; without an offset it is UTC"
     )
-    documents = "with --migrate: bring the older client's documents over (default: its own collection, "
-    documents += f"{OLD_COLLECTION})"
+    documents = (
+        "with --migrate: bring the older client's documents over (default: its own collection, "
+        f"{OLD_COLLECTION})"
+    )
     force = "with --register: anew, although a hash is stored; with --documents: this zone, whatever ObjectIds say"
     places = "settings; default: " + ", ".join(map(str, ENV_FILE_PLACES))
     until = "as --from: before this time, or up to this date, the date included"
@@ -18415,6 +18451,7 @@ class Ticks(Events):
         self._batches: queue.Queue[Sequence[Document]] = queue.Queue(BATCHES_UNREAD)
         self._latest: dict[str, str] = {}  # code -> _id
         self._recent: dict[str, None] = {}  # _id of the last rows
+        self.waiting = 0  # trades, for MongoDB
         self._is_ending = threading.Event()
         self._thread = threading.Thread(target=self._print, name="stockrt-rows", daemon=True)
         start_thread(self._thread)
@@ -18431,6 +18468,10 @@ class Ticks(Events):
     def kept(self, documents: Sequence[Document]) -> None:
         """Have them printed: when MongoDB has them they are not told again."""
         self.stored(documents)
+
+    def queue_changed(self, stats: QueueStats) -> None:
+        """Note how many wait for MongoDB."""
+        self.waiting = stats.trades
 
     def collecting(self, stats: CollectStats) -> None:
         """Have it said below the table, where there is one."""
@@ -18501,7 +18542,7 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
         raise PrintError(rows.fault)
     if rows.is_gone:
         return EXIT_OK
-    say(_collected_line(collecting.stats(), time.monotonic() - started_at))
+    say(_collected_line(collecting.stats(), ticks.waiting, time.monotonic() - started_at))
     if ticks.is_held_up():  # the exit's flush would wait for the reader
         say("not all rows were read")
         os._exit(EXIT_INTERRUPTED)
@@ -18550,11 +18591,10 @@ def _seconds_of(text: str) -> float:
         raise UsageError(f"--every {one_line(text, 40)}: expected {setting.expected}; see --help") from None
 
 
-def _collected_line(stats: CollectStats, took_s: float) -> str:
+def _collected_line(stats: CollectStats, waiting: int, took_s: float) -> str:
     line = f"trades {stats.trades}, stored {stats.stored}, already known {stats.duplicates} ({took_s:.1f} s)"
-    kept = stats.trades - stats.stored - stats.duplicates
-    if kept > 0:
-        line += f"; {waiting_words(kept)} for MongoDB"
+    if waiting:
+        line += f"; {waiting_words(waiting)} on this machine for MongoDB"
     if stats.dropped:
         line += f"; {stats.dropped} pushed and not asked for, or no trades"
     if stats.gaps_today:
@@ -18695,7 +18735,7 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
     told = read_status(settings.state_directory).get("collecting", {})
     if told.get("connections_wanted") and daemon_runs(settings.state_directory):
         facts = dict.fromkeys(CollectFacts.__annotations__) | told
-        faults = [trouble.what for trouble in _collect_faults(facts)]
+        faults = [trouble.what for trouble in _collect_faults(settings, facts)]
         yield Check("stream", not faults, "; ".join(faults) or f"the daemon has it: {_collect_line(facts)}")
         return
     limits = pipeline.stream_limits(stop)
@@ -18850,7 +18890,7 @@ def gather_status(settings: Settings) -> StatusReport:
         status["collecting"] = dict.fromkeys(CollectFacts.__annotations__) | told.get("collecting", {})
     if (directory / JOURNAL_NAME).exists():
         troubles = _ask_journal(directory, status)
-    troubles += _what_is_wrong(status)
+    troubles += _what_is_wrong(settings, status)
     status["wrong"] = [trouble.what for trouble in troubles]
     status["to_do"] = list(dict.fromkeys(trouble.to_do for trouble in troubles))
     status["status"] = STATUS_WORDS[STATUS_WRONG if troubles else STATUS_WELL]
@@ -18894,14 +18934,14 @@ def _whole_or_partial(one: ExecutionFacts) -> str:
     return str(one["status"] or "not ended")
 
 
-def _what_is_wrong(status: StatusReport) -> list[Trouble]:
+def _what_is_wrong(settings: Settings, status: StatusReport) -> list[Trouble]:
     """Return what is wrong beside what the journal knows of."""
     wrong = []
     if status["daemon"]["running"] and status["platform"]["state"] not in ("connected", NO_NEED):
         to_do = "see --check and the daemon's log; it tries again by itself"
         wrong.append(Trouble("no connection to the platform", to_do))
     if status["daemon"]["running"] and status["collecting"] is not None:
-        wrong += _collect_faults(status["collecting"])
+        wrong += _collect_faults(settings, status["collecting"])
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
         to_do = "see --check; they follow when MongoDB takes them, at once with --drain"
@@ -18922,7 +18962,7 @@ def _collect_stats(facts: Mapping[str, Any]) -> CollectStats:
     return CollectStats(**known)
 
 
-def _collect_faults(facts: Mapping[str, Any]) -> list[Trouble]:
+def _collect_faults(settings: Settings, facts: Mapping[str, Any]) -> list[Trouble]:
     """Return what is wrong with collecting by what the daemon told last."""
     stats = _collect_stats(facts)
     to_do = "see --check and the daemon's log; it tries again by itself"
@@ -18933,6 +18973,9 @@ def _collect_faults(facts: Mapping[str, Any]) -> list[Trouble]:
         return [Trouble(f"{stats.connections} of {wanted} to the stream stand", to_do)]
     if facts["at"] is None:
         return [Trouble("collecting has not begun", to_do)]
+    if settings.collect and stats.polled and not stats.connections_wanted:
+        words = f"the stream brings nothing, {count_words(stats.polled, 'code')} polled instead"
+        return [Trouble(words, "see --check and the daemon's log; COLLECT_EVERY polls without a stream")]
     return []
 
 
@@ -19363,32 +19406,41 @@ def codes_to_show(options: Options, settings: Settings, reader: Reader) -> tuple
             typed = [*WatchList(settings, store).codes()]
     if not typed:
         return reader.newest_codes(CODES_SHOWN), []
-    stored = set(reader.codes())
+    stored = None
     if options.chart == DAILY and options.html is None:
-        stored.update(reader.close_codes())
-    return codes_meant(typed, stored, reader)
+        stored = {*reader.codes(), *reader.close_codes()}
+    return codes_meant(typed, reader, stored)
 
 
-def codes_meant(typed: Iterable[str], stored: Collection[str], reader: Reader) -> tuple[list[str], list[str]]:
+def codes_meant(
+    typed: Iterable[str], reader: Reader, stored: Collection[str] | None = None
+) -> tuple[list[str], list[str]]:
     """Return which of the stored codes are meant, by code or by name, and a sentence for what means none of them.
 
-    Raises StoreError.
+    `stored`: of which there is something; None: of which there are trades. Raises StoreError.
     """
-    there, found, missing = set(stored), [], []
+    meant: dict[str, list[str]] = {}
+    missing = []
     for code in dict.fromkeys(typed):
         try:
             instrument = parse_code(code)
-            meant = [instrument.code, *(other.code for other in instrument.alternatives)]
         except UnclearCode as error:
-            meant = [error.text, *error.guesses]
+            meant[code] = [error.text, *error.guesses]
             if not error.text.isascii():
-                meant += [one for one, name in reader.names(stored).items() if error.text in name.upper()]
+                names = reader.names(reader.codes() if stored is None else stored)
+                meant[code] += [one for one, name in names.items() if error.text in name.upper()]
         except InstrumentError as error:
             missing.append(f"{one_line(code, 40)}: {error}")
-            continue
-        stored_ones = [one for one in meant if one in there]
-        found += stored_ones[:1]
-        if not stored_ones:
+        else:
+            meant[code] = [instrument.code, *(other.code for other in instrument.alternatives)]
+    there = stored
+    if there is None:
+        there = reader.last(list(dict.fromkeys(chain.from_iterable(meant.values()))))
+    found = []
+    for code, ones in meant.items():
+        of_it = [one for one in ones if one in there]
+        found += of_it[:1]
+        if not of_it:
             missing.append(f"{one_line(code, 40)}: nothing of it is stored")
     return list(dict.fromkeys(found)), missing
 
@@ -19409,13 +19461,14 @@ def run_export(options: Options, settings: Settings) -> int:
     try:
         with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
             missing: list[str] = []
-            codes = reader.close_codes() if options.closes else reader.codes()
-            is_chosen = bool(options.codes or options.codes_file)
-            if is_chosen:
-                codes, missing = codes_meant(read_codes(options), codes, reader)
-            span, as_json = span_of(options), options.json or place.endswith(".jsonl")
+            codes: Sequence[str] = ()
+            span, is_chosen = span_of(options), bool(options.codes or options.codes_file)
             is_whole = not (is_chosen or options.closes) and span == Span()
-            export = Export(codes, span, options.closes, is_whole, as_json)
+            if not is_whole:
+                codes = reader.close_codes() if options.closes else reader.codes()
+            if is_chosen:
+                codes, missing = codes_meant(read_codes(options), reader, set(codes))
+            export = Export(codes, span, options.closes, is_whole, options.json or place.endswith(".jsonl"))
             if place == "-":
                 count = _to_stdout(export, reader)
             else:

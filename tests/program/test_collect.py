@@ -396,8 +396,24 @@ def test_the_stream_shows_each_trade_as_it_is_stored(
     shown += [json.loads(line)["_id"] for line in rest.splitlines()]
     trades, stored, known = map(int, COLLECTED.findall(said)[0])
     assert status == stockrt.EXIT_INTERRUPTED and trades == stored + known
+    assert stored == len(shown)  # those that were there before came over REST
     assert len({*shown}) == len(shown) and {*shown} == ids_of(tmp_path / "state")
     assert vendor.stream.missing(shown) == []
+
+
+def test_what_waits_for_mongodb_is_printed_and_counted(start_collect: StartCollect, vendor: Vendor) -> None:
+    """It is durable on this machine; when MongoDB has it, it is no row again."""
+    env = vendor.settings | {"MONGODB_HOST": "mongodb://127.0.0.1:1/?timeoutMS=300"}
+    collect = start_collect("--json", "--codes", *CODES, **env)
+    vendor.stream.wait_for(lambda s: {*s.subscribed} >= {*CODES}, PATIENCE)
+    wanted = {*vendor.stream.trade(*CODES)}
+    shown: set[str] = set()
+    while not wanted <= shown:
+        shown.add(json.loads(collect.line())["_id"])
+    status, rest, said = collect.end()
+    shown |= {json.loads(line)["_id"] for line in rest.splitlines()}
+    assert status == stockrt.EXIT_INTERRUPTED
+    assert f"; {len(shown)} trades wait on this machine for MongoDB" in said.splitlines()[-1], said
 
 
 def test_what_a_poll_brings_once_more_is_no_row_again(

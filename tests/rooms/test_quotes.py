@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -23,6 +25,7 @@ from stockrt import (
     bar_close,
     color_of_rise,
     columns_of,
+    csv_lines,
     identity,
     in_order,
     is_chinese,
@@ -254,3 +257,10 @@ def test_a_sparkline_has_the_lowest_and_the_highest_bar() -> None:
 
 def test_a_terminal_that_has_no_bars_gets_none(tmp_path: Path) -> None:
     assert QuoteTable(None, encoding="latin-1").lines(_several(tmp_path), NOW)[0].split()[-1] == "AGE"
+
+
+def test_csv_is_what_a_csv_reader_reads_whatever_the_texts_are() -> None:
+    rows = [("a", "1", True), ("b,c", "2", False), ('"d"', "3\r", 4), ("e\nf", "", 5)]
+    for some in (rows, rows[:1], rows[1:2], rows[2:3], rows[3:]):
+        text = csv_lines(some)
+        assert list(csv.reader(io.StringIO(text, newline=""))) == [[str(one) for one in row] for row in some]

@@ -344,7 +344,7 @@ def test_two_processes_write_the_same_trades_at_once(place: Place) -> None:
 def test_many_processes_open_a_new_place_at_once(place: Place) -> None:
     trades = make_trades(5)
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(Writer(place, trades, "open-late")) for _ in range(6)]
+        writers = [stack.enter_context(Writer(place, trades, "open-late")) for _ in range(4)]
         for writer in writers:
             writer.wait_ready()
         for writer in writers:
@@ -745,9 +745,9 @@ stockrt.Pipeline(settings).store.write([stockrt.to_document(trade, stockrt.utc_n
     ("options", "concern", "most_ms"),
     [
         ("", {"w": "majority"}, 20_000),
-        ("w=1", {"w": 1}, 20_000),
+        pytest.param("w=1", {"w": 1}, 20_000, marks=pytest.mark.long),
         ("W=1&journal=true", {"w": 1, "j": True}, 20_000),
-        ("timeoutMS=3000", {"w": "majority"}, 3_000),
+        pytest.param("timeoutMS=3000", {"w": "majority"}, 3_000, marks=pytest.mark.long),
         ("timeoutms=3000&w=majority", {"w": "majority"}, 3_000),
     ],
 )
