@@ -6793,18 +6793,26 @@ class StreamAction(Enum):
 
     DIAL_AGAIN = "dial again"
     WAIT = "wait, then dial again"
-    NEVER = "do not dial again with this key"
+    NEVER = "do not dial again for this product with this key"
+    KEY_OUT = "do not dial again with this key"
     LESS = "leave the frame's codes out"
     LATER = "ask for the frame's codes again later, and leave them out in the end"
     HALVE = "ask for each half of the frame's codes, until the wrong ones are found"
     ASK_AGAIN = "ask again as if nothing had been answered"
 
 
+class StreamEnd(NamedTuple):
+    """The connection is over, and what follows. `wait_s`: where that is a wait, no dial before."""
+
+    words: str
+    action: StreamAction
+    wait_s: float = 0.0
+
+
 class StreamError(NamedTuple):
     """A row of the table of errors: its number, what follows, what it means, and how it is said without a number.
 
-    `setting`: what an operator looks at. `whole_key`: the key is of no use for other products either. `wait_s`:
-    between which times a wait is.
+    `setting`: what an operator looks at. `wait_s`: between which times a wait is.
     """
 
     code: int
@@ -6812,80 +6820,41 @@ class StreamError(NamedTuple):
     means: str
     setting: str
     prose: str = ""
-    whole_key: bool = False
-    wait_s: tuple[float, float] = (0.0, 0.0)
+    wait_s: tuple[float, float] = OLD_CONNECTIONS_S
 
 
 _DIAL, _WAIT, _NEVER = StreamAction.DIAL_AGAIN, StreamAction.WAIT, StreamAction.NEVER
-_KEY = "INFOWAY_API_KEY"
+_OUT, _LESS, _LATER, _HALVE = StreamAction.KEY_OUT, StreamAction.LESS, StreamAction.LATER, StreamAction.HALVE
+_KEY, _PLAN, _CODES, _URL = "INFOWAY_API_KEY", "INFOWAY_PLAN", "COLLECT_CODES", "INFOWAY_STREAM_URL"
+_BAD_KEY, _BAD_CODES = "the key is not valid", "codes of a form that it does not take"
+_MANY = "too many connections of the key"
 # Of several rows whose words are in a text the first one counts. 401, 403 and 429 are those of the handshake.
 STREAM_ERRORS = (
     StreamError(
-        516,
-        StreamAction.LATER,
-        "too many codes on all connections of the key",
-        "INFOWAY_PLAN",
-        r"total number of .*exceed",
+        516, _LATER, "too many codes on all connections of the key", _PLAN, r"total number of .*exceed"
     ),
-    StreamError(
-        512,
-        _WAIT,
-        "too many connections of the key",
-        "INFOWAY_PLAN",
-        r"connections? .*exceed",
-        False,
-        OLD_CONNECTIONS_S,
-    ),
-    StreamError(
-        505, StreamAction.LESS, "too many codes on one connection", "INFOWAY_PLAN", r"quantity exceed"
-    ),
-    StreamError(
-        501,
-        _WAIT,
-        "more than 60 frames a minute",
-        "COLLECT_CODES",
-        r"frequency|rate limit",
-        False,
-        FRAME_RATE_S,
-    ),
-    StreamError(508, _NEVER, "the key's plan has ended", _KEY, r"expired", True),
-    StreamError(509, _NEVER, "the key is not valid", _KEY, r"key (?:does )?not exist|token invalid", True),
-    StreamError(517, _NEVER, "the key is not valid", _KEY, r"key error|unauthorized|key is required", True),
-    StreamError(518, _NEVER, "the key is not valid", _KEY, r"key verif", True),
-    StreamError(510, _NEVER, "the key is disabled", _KEY, r"key .*disabled", True),
-    StreamError(511, _NEVER, "the key is banned", _KEY, r"\bbanned\b", True),
+    StreamError(512, _WAIT, _MANY, _PLAN, r"connections? .*exceed"),
+    StreamError(505, _LESS, "too many codes on one connection", _PLAN, r"quantity exceed"),
+    StreamError(501, _WAIT, "more than 60 frames a minute", _CODES, r"frequency|rate limit", FRAME_RATE_S),
+    StreamError(508, _OUT, "the key's plan has ended", _KEY, r"expired"),
+    StreamError(509, _OUT, _BAD_KEY, _KEY, r"key (?:does )?not exist|token invalid"),
+    StreamError(517, _OUT, _BAD_KEY, _KEY, r"key error|unauthorized|key is required"),
+    StreamError(518, _OUT, _BAD_KEY, _KEY, r"key verif"),
+    StreamError(510, _OUT, "the key is disabled", _KEY, r"key .*disabled"),
+    StreamError(511, _OUT, "the key is banned", _KEY, r"\bbanned\b"),
     StreamError(
         519, _NEVER, "the key's plan lacks this product", _KEY, r"\b(?:no|not have|without) permission"
     ),
-    StreamError(521, StreamAction.HALVE, "not in the free plan", "INFOWAY_PLAN", r"free plan"),
-    StreamError(520, StreamAction.HALVE, "codes of another product", "COLLECT_CODES", r"suffix"),
-    StreamError(
-        506, StreamAction.HALVE, "codes of a form that it does not take", "COLLECT_CODES", r"param error"
-    ),
-    StreamError(
-        507, StreamAction.HALVE, "codes of a form that it does not take", "COLLECT_CODES", r"param lost"
-    ),
-    StreamError(513, _DIAL, "a heartbeat did not reach it", "INFOWAY_STREAM_URL", r"heart ?beat"),
-    StreamError(401, _NEVER, "the key is not valid, or its plan lacks this product", _KEY),
-    StreamError(
-        403,
-        _WAIT,
-        "a refusal of the gateway: the key, the region or its risk control",
-        _KEY,
-        "",
-        False,
-        OLD_CONNECTIONS_S,
-    ),
-    StreamError(
-        429,
-        _WAIT,
-        "too many connections of the key, or one that just ended still counts",
-        "INFOWAY_PLAN",
-        "",
-        False,
-        OLD_CONNECTIONS_S,
-    ),
+    StreamError(521, _HALVE, "not in the free plan", _PLAN, r"free plan"),
+    StreamError(520, _HALVE, "codes of another product", _CODES, r"suffix"),
+    StreamError(506, _HALVE, _BAD_CODES, _CODES, r"param error"),
+    StreamError(507, _HALVE, _BAD_CODES, _CODES, r"param lost"),
+    StreamError(513, _DIAL, "a heartbeat did not reach it", _URL, r"heart ?beat"),
+    StreamError(401, _NEVER, f"{_BAD_KEY}, or its plan lacks this product", _KEY),
+    StreamError(403, _WAIT, "a refusal of the gateway: the key, the region or its risk control", _KEY),
+    StreamError(429, _WAIT, f"{_MANY}, or one that just ended still counts", _PLAN),
 )
+_IN_VAIN = (_WAIT, _NEVER, _OUT)
 # What no row is for.
 UNKNOWN_ERROR = StreamError(0, StreamAction.ASK_AGAIN, "", "")
 _PROSE = [(re.compile(row.prose, re.IGNORECASE), row) for row in STREAM_ERRORS if row.prose]
@@ -6901,6 +6870,10 @@ def stream_error(code: object, text: str) -> StreamError:
     if found and int(found[0]) in _BY_CODE:
         return _BY_CODE[int(found[0])]
     return next((row for prose, row in _PROSE if prose.search(text)), UNKNOWN_ERROR)
+
+
+def _end_by(row: StreamError, words: str, rng: random.Random) -> StreamEnd:
+    return StreamEnd(words, row.action, rng.uniform(*row.wait_s) if row.action is _WAIT else 0.0)
 
 
 def _error_words(row: StreamError, said: str) -> str:
@@ -6944,15 +6917,6 @@ class Said(NamedTuple):
     """Something for the log alone."""
 
     words: str
-
-
-class StreamEnd(NamedTuple):
-    """The connection is over, and what follows. `wait_s`: no dial before; `whole_key`: none for other products."""
-
-    words: str
-    action: StreamAction
-    wait_s: float = 0.0
-    whole_key: bool = False
 
 
 StreamEvent: TypeAlias = SendText | Subscribed | CodesRefused | Silent | Said | StreamEnd
@@ -7128,16 +7092,16 @@ class StreamProtocol:
 
     def _failed(self, row: StreamError, said: str, ask: _Ask | None, now: float) -> Iterator[StreamEvent]:
         words = _error_words(row, said)
-        if row.action in (_DIAL, _WAIT, _NEVER):
-            yield StreamEnd(words, row.action, self._rng.uniform(*row.wait_s), row.whole_key)
+        if row.action is _DIAL or row.action in _IN_VAIN:
+            yield _end_by(row, words, self._rng)
         elif ask is None:
             yield Said(words)
         elif row.action is StreamAction.ASK_AGAIN or not ask.subscribes:
             ask.why = words
-        elif row.action is StreamAction.LATER and ask.put_off < LATER_TRIES:
+        elif row.action is _LATER and ask.put_off < LATER_TRIES:
             ask.put_off += 1
             ask.at, ask.due, ask.tries = now + LATER_S, math.inf, 0
-        elif row.action is StreamAction.HALVE and len(ask.codes) > 1:
+        elif row.action is _HALVE and len(ask.codes) > 1:
             self._drop(ask)
             middle = len(ask.codes) // 2
             self._asks += [_Ask(True, half, now) for half in (ask.codes[:middle], ask.codes[middle:])]
@@ -7202,7 +7166,7 @@ class StreamProtocol:
             yield Said(ask.why)
         else:
             words = f"no ack within {ASK_TRIES * ACK_S:.0f} s to {ASK_TRIES} frames"
-            yield StreamEnd(see(words, "INFOWAY_STREAM_URL"), _DIAL)
+            yield StreamEnd(see(words, _URL), _DIAL)
 
     def _silence(self, now: float, wall_ms: int) -> Iterator[StreamEvent]:
         """Ask anew for what is subscribed where an open market says nothing for too long."""
@@ -7270,20 +7234,20 @@ def refused_dial(error: DialError, rng: random.Random) -> StreamEnd:
     row = _BY_CODE.get(error.status, UNKNOWN_ERROR)
     if error.status == 401 and text and text != NO_KEY_TEXT and type(envelope.get("code")) is not int:
         words += ", not in the API's words: as from a gateway or a login page on the way"
-        row = _BY_CODE[403]._replace(means="", setting="INFOWAY_STREAM_URL")
+        row = _BY_CODE[403]._replace(means="", setting=_URL)
     if row is UNKNOWN_ERROR:
-        return StreamEnd(see(words, "INFOWAY_STREAM_URL"), _DIAL)
+        return StreamEnd(see(words, _URL), _DIAL)
     words = see(f"{words}: {row.means}".removesuffix(": "), row.setting)
-    return StreamEnd(words, row.action, rng.uniform(*row.wait_s))
+    return _end_by(row, words, rng)
 
 
-def _end_of(error: LinkLost) -> StreamEnd:
+def _end_of(error: LinkLost, rng: random.Random) -> StreamEnd:
     """Return what follows where a connection is lost: a close may say why, as an error does."""
     words = f"connection {error}"
     row = stream_error(None, words) if error.code else UNKNOWN_ERROR
-    if row.action not in (_WAIT, _NEVER):
+    if row.action not in _IN_VAIN:
         return StreamEnd(words, _DIAL)
-    return StreamEnd(_error_words(row, words), row.action, 0.0, row.whole_key)
+    return _end_by(row, _error_words(row, words), rng)
 
 
 class StreamConnection:
@@ -7406,7 +7370,7 @@ class StreamConnection:
                         link.send_text(event.text)
             except LinkLost as error:
                 last, lost = self._take(link)  # what came before counts, and may say why
-                lost = lost or _end_of(error)
+                lost = lost or _end_of(error, self._rng)
                 pushes = Pushes(
                     pushes.trades + last.trades,
                     events + last.events,
@@ -7429,7 +7393,7 @@ class StreamConnection:
                 if not link.has_more:
                     break
         except LinkLost as error:
-            lost = _end_of(error)
+            lost = _end_of(error, self._rng)
         latest_ms = int(min(self._clock.wall() * 1000 + MAX_AHEAD_MS, LATEST_TRADE_MS - 1))
         return self._protocol.receive(texts, self._clock.monotonic(), latest_ms), lost
 
@@ -12383,7 +12347,7 @@ class Feed(threading.Thread):
                 return
             self._coverage.lost(self.part, end.words)
             self.why = end.words
-            if end.action is StreamAction.NEVER:
+            if end.action in (StreamAction.NEVER, StreamAction.KEY_OUT):
                 self._turn("given up")
                 self.end = end
                 self._coverage.news.set()
@@ -12581,7 +12545,7 @@ class Planner(threading.Thread):
             self._read(codes)
             self._listed = codes
         for feed, end in over:
-            what = "" if end.whole_key else feed.allotment.product
+            what = "" if end.action is StreamAction.KEY_OUT else feed.allotment.product
             never = self._never.setdefault(feed.allotment.key, {})
             if what not in never:
                 words = "stream %s: %s; what no other key brings is polled instead"
