@@ -44,7 +44,8 @@ above it:
 
 The daemon's threads: the socket's (main) owns link, protocol and outbox, and waits for nothing but its inbox and the
 socket; the clerk owns the writing of journal and status file; the executor owns the pipeline, whose workers
-ask the API and whose delivery thread moves what waits.
+ask the API and whose delivery thread moves what waits, and the collecting, whose threads bring what is pushed.
+Without a platform there is no link: the main thread waits for its inbox alone.
 
 A command's way: `Link.frames` gives its text, `PlatformProtocol.receive` makes a Command of it, `Daemon._accept`
 hands that to the clerk, `Clerk._accept` puts it into the journal and hands its number to the executor.
@@ -14204,7 +14205,7 @@ class Executor(threading.Thread):
         self._queue.put(NO_COMMAND)
 
     def collecting_facts(self) -> CollectFacts:
-        """Return what --status shows of collecting; called by any thread."""
+        """Return what --status shows of collecting; called by any thread that may wait for the disk."""
         collecting = self._collecting
         if collecting is not None:
             return collect_facts(collecting.describe())
@@ -14557,12 +14558,24 @@ class NoteStatus(NamedTuple):
     news: DaemonStatus
 
 
+class NoteCollecting(NamedTuple):
+    """To the clerk: --status shall show how collecting goes on, which may wait for the disk to be told."""
+
+
 class ReadSettings(NamedTuple):
     """To the clerk: the settings are to be read anew."""
 
 
 ClerkJob: TypeAlias = (
-    list[Command] | Received | Recall | Shorten | NoteStatus | ReadSettings | EndExecutor | None
+    list[Command]
+    | Received
+    | Recall
+    | Shorten
+    | NoteStatus
+    | NoteCollecting
+    | ReadSettings
+    | EndExecutor
+    | None
 )
 
 
@@ -14662,6 +14675,8 @@ class Clerk(threading.Thread):
                 self._wanted += job.numbers
             elif isinstance(job, NoteStatus):
                 news.update(job.news)
+            elif isinstance(job, NoteCollecting):
+                news["collecting"] = self._executor.collecting_facts()
         if commands:
             self._accept(commands)
             self._codes_done += _count_codes(commands)
@@ -14992,7 +15007,7 @@ class Daemon:
         if now < due and steady(stats) == steady(noted):
             return due
         self._collect_noted, self._collect_noted_at = stats, now
-        self._clerk.do(NoteStatus({"collecting": self._executor.collecting_facts()}))
+        self._clerk.do(NoteCollecting())
         return math.inf
 
     def _serve(self, link: Link, protocol: PlatformProtocol) -> None:
