@@ -44,7 +44,8 @@ above it:
 
 The daemon's threads: the socket's (main) owns link, protocol and outbox, and waits for nothing but its inbox and the
 socket; the clerk owns the writing of journal and status file; the executor owns the pipeline, whose workers
-ask the API and whose delivery thread moves what waits.
+ask the API and whose delivery thread moves what waits, and the collecting, whose threads bring what is pushed.
+Without a platform there is no link: the main thread waits for its inbox alone.
 
 A command's way: `Link.frames` gives its text, `PlatformProtocol.receive` makes a Command of it, `Daemon._accept`
 hands that to the clerk, `Clerk._accept` puts it into the journal and hands its number to the executor.
@@ -426,6 +427,12 @@ def local_times(text: str) -> str:
         return found[0]
 
     return _UTC_TIME.sub(local, text)
+
+
+def parts_of(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Yield some values, so many at once."""
+    for at in range(0, len(values), size):
+        yield values[at : at + size]
 
 
 def age_words(seconds: float) -> tuple[str, float]:
@@ -6698,15 +6705,13 @@ def stream_limits(info: PackageInfo, plan: Plan) -> StreamLimits:
     if name not in STREAM_LIMITS:
         within = [one for one, listed in PLANS.items() if 0 < listed.per_second <= plan.per_second]
         # a rate of 0 has no limit
-        name = max(within, key=_rate_listed, default="free") if plan.per_second else "pro"
+        name = (
+            max(within, key=lambda one: PLANS[one].per_second, default="free") if plan.per_second else "pro"
+        )
     listed = STREAM_LIMITS[name]
     told = (info.connections, info.per_connection, info.in_all)
     found = [one if said is None else said for said, one in zip(told, listed[:3], strict=True)]
     return StreamLimits(found[0], found[1], found[2])
-
-
-def _rate_listed(name: str) -> float:
-    return PLANS[name].per_second
 
 
 class Allotment(NamedTuple):
@@ -6730,13 +6735,9 @@ def allot(
     kept, rest = _spread(codes, keys, before)
     if before and rest:
         anew = _spread(codes, keys, ())
-        if _count(anew[1]) < _count(rest):
+        if sum(map(len, anew[1].values())) < sum(map(len, rest.values())):
             return anew
     return kept, rest
-
-
-def _count(rest: Mapping[str, Sequence[str]]) -> int:
-    return sum(map(len, rest.values()))
 
 
 def _spread(
@@ -6793,18 +6794,26 @@ class StreamAction(Enum):
 
     DIAL_AGAIN = "dial again"
     WAIT = "wait, then dial again"
-    NEVER = "do not dial again with this key"
+    NEVER = "do not dial again for this product with this key"
+    KEY_OUT = "do not dial again with this key"
     LESS = "leave the frame's codes out"
     LATER = "ask for the frame's codes again later, and leave them out in the end"
     HALVE = "ask for each half of the frame's codes, until the wrong ones are found"
     ASK_AGAIN = "ask again as if nothing had been answered"
 
 
+class StreamEnd(NamedTuple):
+    """The connection is over, and what follows. `wait_s`: where that is a wait, no dial before."""
+
+    words: str
+    action: StreamAction
+    wait_s: float = 0.0
+
+
 class StreamError(NamedTuple):
     """A row of the table of errors: its number, what follows, what it means, and how it is said without a number.
 
-    `setting`: what an operator looks at. `whole_key`: the key is of no use for other products either. `wait_s`:
-    between which times a wait is.
+    `setting`: what an operator looks at. `wait_s`: between which times a wait is.
     """
 
     code: int
@@ -6812,80 +6821,41 @@ class StreamError(NamedTuple):
     means: str
     setting: str
     prose: str = ""
-    whole_key: bool = False
-    wait_s: tuple[float, float] = (0.0, 0.0)
+    wait_s: tuple[float, float] = OLD_CONNECTIONS_S
 
 
 _DIAL, _WAIT, _NEVER = StreamAction.DIAL_AGAIN, StreamAction.WAIT, StreamAction.NEVER
-_KEY = "INFOWAY_API_KEY"
+_OUT, _LESS, _LATER, _HALVE = StreamAction.KEY_OUT, StreamAction.LESS, StreamAction.LATER, StreamAction.HALVE
+_KEY, _PLAN, _CODES, _URL = "INFOWAY_API_KEY", "INFOWAY_PLAN", "COLLECT_CODES", "INFOWAY_STREAM_URL"
+_BAD_KEY, _BAD_CODES = "the key is not valid", "codes of a form that it does not take"
+_MANY = "too many connections of the key"
 # Of several rows whose words are in a text the first one counts. 401, 403 and 429 are those of the handshake.
 STREAM_ERRORS = (
     StreamError(
-        516,
-        StreamAction.LATER,
-        "too many codes on all connections of the key",
-        "INFOWAY_PLAN",
-        r"total number of .*exceed",
+        516, _LATER, "too many codes on all connections of the key", _PLAN, r"total number of .*exceed"
     ),
-    StreamError(
-        512,
-        _WAIT,
-        "too many connections of the key",
-        "INFOWAY_PLAN",
-        r"connections? .*exceed",
-        False,
-        OLD_CONNECTIONS_S,
-    ),
-    StreamError(
-        505, StreamAction.LESS, "too many codes on one connection", "INFOWAY_PLAN", r"quantity exceed"
-    ),
-    StreamError(
-        501,
-        _WAIT,
-        "more than 60 frames a minute",
-        "COLLECT_CODES",
-        r"frequency|rate limit",
-        False,
-        FRAME_RATE_S,
-    ),
-    StreamError(508, _NEVER, "the key's plan has ended", _KEY, r"expired", True),
-    StreamError(509, _NEVER, "the key is not valid", _KEY, r"key (?:does )?not exist|token invalid", True),
-    StreamError(517, _NEVER, "the key is not valid", _KEY, r"key error|unauthorized|key is required", True),
-    StreamError(518, _NEVER, "the key is not valid", _KEY, r"key verif", True),
-    StreamError(510, _NEVER, "the key is disabled", _KEY, r"key .*disabled", True),
-    StreamError(511, _NEVER, "the key is banned", _KEY, r"\bbanned\b", True),
+    StreamError(512, _WAIT, _MANY, _PLAN, r"connections? .*exceed"),
+    StreamError(505, _LESS, "too many codes on one connection", _PLAN, r"quantity exceed"),
+    StreamError(501, _WAIT, "more than 60 frames a minute", _CODES, r"frequency|rate limit", FRAME_RATE_S),
+    StreamError(508, _OUT, "the key's plan has ended", _KEY, r"expired"),
+    StreamError(509, _OUT, _BAD_KEY, _KEY, r"key (?:does )?not exist|token invalid"),
+    StreamError(517, _OUT, _BAD_KEY, _KEY, r"key error|unauthorized|key is required"),
+    StreamError(518, _OUT, _BAD_KEY, _KEY, r"key verif"),
+    StreamError(510, _OUT, "the key is disabled", _KEY, r"key .*disabled"),
+    StreamError(511, _OUT, "the key is banned", _KEY, r"\bbanned\b"),
     StreamError(
         519, _NEVER, "the key's plan lacks this product", _KEY, r"\b(?:no|not have|without) permission"
     ),
-    StreamError(521, StreamAction.HALVE, "not in the free plan", "INFOWAY_PLAN", r"free plan"),
-    StreamError(520, StreamAction.HALVE, "codes of another product", "COLLECT_CODES", r"suffix"),
-    StreamError(
-        506, StreamAction.HALVE, "codes of a form that it does not take", "COLLECT_CODES", r"param error"
-    ),
-    StreamError(
-        507, StreamAction.HALVE, "codes of a form that it does not take", "COLLECT_CODES", r"param lost"
-    ),
-    StreamError(513, _DIAL, "a heartbeat did not reach it", "INFOWAY_STREAM_URL", r"heart ?beat"),
-    StreamError(401, _NEVER, "the key is not valid, or its plan lacks this product", _KEY),
-    StreamError(
-        403,
-        _WAIT,
-        "a refusal of the gateway: the key, the region or its risk control",
-        _KEY,
-        "",
-        False,
-        OLD_CONNECTIONS_S,
-    ),
-    StreamError(
-        429,
-        _WAIT,
-        "too many connections of the key, or one that just ended still counts",
-        "INFOWAY_PLAN",
-        "",
-        False,
-        OLD_CONNECTIONS_S,
-    ),
+    StreamError(521, _HALVE, "not in the free plan", _PLAN, r"free plan"),
+    StreamError(520, _HALVE, "codes of another product", _CODES, r"suffix"),
+    StreamError(506, _HALVE, _BAD_CODES, _CODES, r"param error"),
+    StreamError(507, _HALVE, _BAD_CODES, _CODES, r"param lost"),
+    StreamError(513, _DIAL, "a heartbeat did not reach it", _URL, r"heart ?beat"),
+    StreamError(401, _NEVER, f"{_BAD_KEY}, or its plan lacks this product", _KEY),
+    StreamError(403, _WAIT, "a refusal of the gateway: the key, the region or its risk control", _KEY),
+    StreamError(429, _WAIT, f"{_MANY}, or one that just ended still counts", _PLAN),
 )
+_IN_VAIN = (_WAIT, _NEVER, _OUT)
 # What no row is for.
 UNKNOWN_ERROR = StreamError(0, StreamAction.ASK_AGAIN, "", "")
 _PROSE = [(re.compile(row.prose, re.IGNORECASE), row) for row in STREAM_ERRORS if row.prose]
@@ -6901,6 +6871,10 @@ def stream_error(code: object, text: str) -> StreamError:
     if found and int(found[0]) in _BY_CODE:
         return _BY_CODE[int(found[0])]
     return next((row for prose, row in _PROSE if prose.search(text)), UNKNOWN_ERROR)
+
+
+def _end_by(row: StreamError, words: str, rng: random.Random) -> StreamEnd:
+    return StreamEnd(words, row.action, rng.uniform(*row.wait_s) if row.action is _WAIT else 0.0)
 
 
 def _error_words(row: StreamError, said: str) -> str:
@@ -6944,15 +6918,6 @@ class Said(NamedTuple):
     """Something for the log alone."""
 
     words: str
-
-
-class StreamEnd(NamedTuple):
-    """The connection is over, and what follows. `wait_s`: no dial before; `whole_key`: none for other products."""
-
-    words: str
-    action: StreamAction
-    wait_s: float = 0.0
-    whole_key: bool = False
 
 
 StreamEvent: TypeAlias = SendText | Subscribed | CodesRefused | Silent | Said | StreamEnd
@@ -7128,16 +7093,16 @@ class StreamProtocol:
 
     def _failed(self, row: StreamError, said: str, ask: _Ask | None, now: float) -> Iterator[StreamEvent]:
         words = _error_words(row, said)
-        if row.action in (_DIAL, _WAIT, _NEVER):
-            yield StreamEnd(words, row.action, self._rng.uniform(*row.wait_s), row.whole_key)
+        if row.action is _DIAL or row.action in _IN_VAIN:
+            yield _end_by(row, words, self._rng)
         elif ask is None:
             yield Said(words)
         elif row.action is StreamAction.ASK_AGAIN or not ask.subscribes:
             ask.why = words
-        elif row.action is StreamAction.LATER and ask.put_off < LATER_TRIES:
+        elif row.action is _LATER and ask.put_off < LATER_TRIES:
             ask.put_off += 1
             ask.at, ask.due, ask.tries = now + LATER_S, math.inf, 0
-        elif row.action is StreamAction.HALVE and len(ask.codes) > 1:
+        elif row.action is _HALVE and len(ask.codes) > 1:
             self._drop(ask)
             middle = len(ask.codes) // 2
             self._asks += [_Ask(True, half, now) for half in (ask.codes[:middle], ask.codes[middle:])]
@@ -7202,7 +7167,7 @@ class StreamProtocol:
             yield Said(ask.why)
         else:
             words = f"no ack within {ASK_TRIES * ACK_S:.0f} s to {ASK_TRIES} frames"
-            yield StreamEnd(see(words, "INFOWAY_STREAM_URL"), _DIAL)
+            yield StreamEnd(see(words, _URL), _DIAL)
 
     def _silence(self, now: float, wall_ms: int) -> Iterator[StreamEvent]:
         """Ask anew for what is subscribed where an open market says nothing for too long."""
@@ -7214,7 +7179,7 @@ class StreamProtocol:
         on = [*self._still_wanted(on)]
         if now - since >= self._silence_s and on and not self._asks:
             yield Silent(tuple(on), now - since)
-            self._asks += [_Ask(True, codes, now) for codes in _in_frames(on)]
+            self._asks += [_Ask(True, codes, now) for codes in parts_of(on, CODES_PER_FRAME)]
             self._silence_s = min(SILENCE_CAP_S, 2 * self._silence_s)
             self._heard_at = since = now
         self._silent_at = max(since + self._silence_s, now + ACK_S)
@@ -7227,8 +7192,8 @@ class StreamProtocol:
         drop = [code for code in unwanted if self._standing.get(code) is _Standing.ON]
         add = [code for code in self._wanted if code not in self._standing]
         self._standing |= dict.fromkeys(drop, _Standing.DROPPING) | dict.fromkeys(add, _Standing.ASKED)
-        self._asks += [_Ask(False, codes, now) for codes in _in_frames(drop)]
-        self._asks += [_Ask(True, codes, now) for codes in _in_frames(add)]
+        self._asks += [_Ask(False, codes, now) for codes in parts_of(drop, CODES_PER_FRAME)]
+        self._asks += [_Ask(True, codes, now) for codes in parts_of(add, CODES_PER_FRAME)]
 
     def _may_go(self, ask: _Ask) -> bool:
         """Whether a frame need not wait for codes that are to make room first."""
@@ -7256,10 +7221,6 @@ class StreamProtocol:
         return json.dumps({"code": kind, "trace": trace, "data": {"codes": ",".join(ask.codes)}})
 
 
-def _in_frames(codes: Sequence[str]) -> list[Sequence[str]]:
-    return [codes[at : at + CODES_PER_FRAME] for at in range(0, len(codes), CODES_PER_FRAME)]
-
-
 # ------------------------------------------------------------------------------------------------------
 # The connection
 # ------------------------------------------------------------------------------------------------------
@@ -7274,20 +7235,20 @@ def refused_dial(error: DialError, rng: random.Random) -> StreamEnd:
     row = _BY_CODE.get(error.status, UNKNOWN_ERROR)
     if error.status == 401 and text and text != NO_KEY_TEXT and type(envelope.get("code")) is not int:
         words += ", not in the API's words: as from a gateway or a login page on the way"
-        row = _BY_CODE[403]._replace(means="", setting="INFOWAY_STREAM_URL")
+        row = _BY_CODE[403]._replace(means="", setting=_URL)
     if row is UNKNOWN_ERROR:
-        return StreamEnd(see(words, "INFOWAY_STREAM_URL"), _DIAL)
+        return StreamEnd(see(words, _URL), _DIAL)
     words = see(f"{words}: {row.means}".removesuffix(": "), row.setting)
-    return StreamEnd(words, row.action, rng.uniform(*row.wait_s))
+    return _end_by(row, words, rng)
 
 
-def _end_of(error: LinkLost) -> StreamEnd:
+def _end_of(error: LinkLost, rng: random.Random) -> StreamEnd:
     """Return what follows where a connection is lost: a close may say why, as an error does."""
     words = f"connection {error}"
     row = stream_error(None, words) if error.code else UNKNOWN_ERROR
-    if row.action not in (_WAIT, _NEVER):
+    if row.action not in _IN_VAIN:
         return StreamEnd(words, _DIAL)
-    return StreamEnd(_error_words(row, words), row.action, 0.0, row.whole_key)
+    return _end_by(row, _error_words(row, words), rng)
 
 
 class StreamConnection:
@@ -7410,7 +7371,7 @@ class StreamConnection:
                         link.send_text(event.text)
             except LinkLost as error:
                 last, lost = self._take(link)  # what came before counts, and may say why
-                lost = lost or _end_of(error)
+                lost = lost or _end_of(error, self._rng)
                 pushes = Pushes(
                     pushes.trades + last.trades,
                     events + last.events,
@@ -7433,7 +7394,7 @@ class StreamConnection:
                 if not link.has_more:
                     break
         except LinkLost as error:
-            lost = _end_of(error)
+            lost = _end_of(error, self._rng)
         latest_ms = int(min(self._clock.wall() * 1000 + MAX_AHEAD_MS, LATEST_TRADE_MS - 1))
         return self._protocol.receive(texts, self._clock.monotonic(), latest_ms), lost
 
@@ -8258,6 +8219,8 @@ class MongoStore:
         self._plain.add(name)
 
     def _connect(self) -> MongoClient[Document]:
+        import linecache
+
         from pymongo import MongoClient
         from pymongo.errors import PyMongoError
 
@@ -8275,6 +8238,9 @@ class MongoStore:
             raise SettingsError(
                 [f"MONGODB_HOST={self._settings.mongodb_shown()!r}: {self._settings.redact(one_line(error))}"]
             ) from None
+        finally:
+            # a client keeps the text of the stack that it was made on: every line of this file would stay in memory
+            linecache.clearcache()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -9965,8 +9931,8 @@ class Gaps:
 # MONGODB_NUMERIC_TYPE gave them. An `_id` begins with code and time: the order of `_id`, of which each store has an
 # index, is that of codes and, of each code, that of times, as long as those have as many digits.
 
-# Trades that are read at once: 5 MB.
-TRADES_READ = 5_000
+# Trades that are read at once: 2 MB. More take longer, each, as they leave the caches of the processor.
+TRADES_READ = 2_000
 # A close from before so many days is none that a change could be told against.
 REFERENCE_DAYS = 31
 # Codes of one question about closes or candles.
@@ -10029,45 +9995,6 @@ class Gap(NamedTuple):
     why: str
 
 
-class Reader(Protocol):
-    """What the views read from a store; it writes nothing. Its methods raise StoreError."""
-
-    def codes(self) -> list[str]:
-        """Return every code of which there is a trade, sorted."""
-
-    def close_codes(self) -> list[str]:
-        """Return every code of which there is a close, sorted."""
-
-    def estimate(self) -> int:
-        """Return about how many trades there are."""
-
-    def newest_codes(self, limit: int) -> list[str]:
-        """Return the codes that traded last, the latest first."""
-
-    def last(self, codes: Collection[str]) -> dict[str, StoredTrade]:
-        """Return the latest trade of each code; a code without one is missing."""
-
-    def trades(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[list[StoredTrade]]:
-        """Yield trades, some thousand at once, code by code and each code's by time; None: of all codes."""
-
-    def candles(
-        self, codes: Collection[str], since: int, until: int, step_ms: int
-    ) -> dict[str, list[Candle]]:
-        """Return what was traded in each step from `since` on; a step without trades is missing, and so is a code."""
-
-    def closes(self, codes: Collection[str], first: str, last: str) -> dict[str, list[StoredClose]]:
-        """Return the closes from one date to another (ISO, both included) by date, provisional ones too."""
-
-    def last_finals(self, before: Mapping[str, str]) -> dict[str, StoredClose]:
-        """Return of each code the newest final close before a date, REFERENCE_DAYS back at most."""
-
-    def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
-        """Return the gaps that reach into a span of time, in the order in which they began."""
-
-    def names(self, codes: Collection[str], english: bool = False) -> dict[str, str]:
-        """Return the names of codes, as far as the API's lists are on this machine."""
-
-
 def number_text(value: object) -> str:
     """Return a stored number as a decimal text: a text as it stands, of other types all digits that they have."""
     if isinstance(value, str):
@@ -10122,15 +10049,8 @@ def _by_code(closes: Iterable[StoredClose]) -> dict[str, list[StoredClose]]:
     return found
 
 
-def _parts(codes: Iterable[Any]) -> Iterator[list[Any]]:
-    """Yield codes, or what there is of each, CODES_ASKED at once."""
-    every = list(codes)
-    for at in range(0, len(every), CODES_ASKED):
-        yield every[at : at + CODES_ASKED]
-
-
 class _FileReader:
-    """What is in the local file whichever the store is."""
+    """What the views read from the local file whichever the store is; it writes nothing."""
 
     def __init__(self, file: LocalFile) -> None:
         self._file = file
@@ -10203,7 +10123,7 @@ class SqliteReader(_FileReader):
         return [code for (code,) in self._file.read_all(query)]
 
     def estimate(self) -> int:
-        """Return about how many trades there are: each has a number. Raises StoreError."""
+        """Return about how many trades there are. Raises StoreError."""
         first, last = self._file.read_one(
             "SELECT (SELECT min(seq) FROM realtime), (SELECT max(seq) FROM realtime)"
         )
@@ -10215,7 +10135,7 @@ class SqliteReader(_FileReader):
         return [code for code, _ in self._file.read_all(query, self._demo, limit)]
 
     def last(self, codes: Collection[str]) -> dict[str, StoredTrade]:
-        """Return the latest trade of each code. Raises StoreError."""
+        """Return the latest trade of each code; one without any is missing. Raises StoreError."""
         query = (
             f"SELECT {_TRADE_COLUMNS} FROM realtime WHERE stock_code = ? AND demo IS ? "  # noqa: S608
             "ORDER BY t DESC, _id DESC LIMIT 1"
@@ -10224,7 +10144,7 @@ class SqliteReader(_FileReader):
         return {row[-2]: StoredTrade(*row) for row in rows if row}
 
     def trades(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[list[StoredTrade]]:
-        """Yield trades, some thousand at once, in the order of `_id`. Raises StoreError."""
+        """Yield trades of codes (None: of all), some thousand at once, in the order of `_id`. Raises StoreError."""
         if codes is None and since <= 0 and until >= NEVER:
             yield from self._between("", BEHIND)
             return
@@ -10248,7 +10168,10 @@ class SqliteReader(_FileReader):
     def candles(
         self, codes: Collection[str], since: int, until: int, step_ms: int
     ) -> dict[str, list[Candle]]:
-        """Return what was traded in each step. Raises StoreError."""
+        """Return what was traded in each step from `since` on; steps and codes without any are missing.
+
+        Raises StoreError.
+        """
         found = {}
         for code in codes:
             rows = self._file.read_all(_SQLITE_CANDLES, code, since, until, step_ms, self._demo)
@@ -10257,13 +10180,13 @@ class SqliteReader(_FileReader):
         return found
 
     def closes(self, codes: Collection[str], first: str, last: str) -> dict[str, list[StoredClose]]:
-        """Return the closes between two dates, both included. Raises StoreError."""
+        """Return the closes, provisional ones too, between two ISO dates, both included, by date. Raises StoreError."""
         query = f"SELECT {_CLOSE_COLUMNS} FROM close WHERE _id BETWEEN ? AND ?"  # noqa: S608
         spans = [(f"{code}|{first}", f"{code}|{last}") for code in codes]
         return _by_code(_sqlite_close(row) for span in spans for row in self._file.read_all(query, *span))
 
     def last_finals(self, before: Mapping[str, str]) -> dict[str, StoredClose]:
-        """Return the newest final close of each code before a date. Raises StoreError."""
+        """Return the newest final close of each code before a date, REFERENCE_DAYS back at most. Raises StoreError."""
         keys = [f"{code}|{day}" for code, until in before.items() for day in _dates_before(until)]
         query = f"SELECT {_CLOSE_COLUMNS} FROM close WHERE _id IN (SELECT value FROM json_each(?))"  # noqa: S608
         return _newest_finals(map(_sqlite_close, self._file.read_all(query, json.dumps(keys))))
@@ -10319,7 +10242,7 @@ class MongoReader(_FileReader):
         """Return the latest trade of each code. Raises StoreError."""
         moments = [{"stock_code": code, "t": t} for code, t in self._newest({"$in": [*codes]})]
         found: dict[str, StoredTrade] = {}
-        for part in _parts(moments):
+        for part in parts_of(moments, CODES_ASKED):
             found |= {one.s: one for one in sorted(_stored_trades(self._store.at_moments(part)))}
         for moment in moments:
             code = moment["stock_code"]
@@ -10391,7 +10314,7 @@ class MongoReader(_FileReader):
     ) -> dict[str, list[Candle]]:
         """Return what was traded in each step. Raises StoreError."""
         found: dict[str, list[Candle]] = {}
-        for part in _parts(codes):
+        for part in parts_of([*codes], CODES_ASKED):
             pipeline = _mongo_candles(part, since, until, step_ms)
             with self._store.reading():
                 for one in self._store.collection().aggregate(pipeline, allowDiskUse=True):
@@ -10401,7 +10324,7 @@ class MongoReader(_FileReader):
     def closes(self, codes: Collection[str], first: str, last: str) -> dict[str, list[StoredClose]]:
         """Return the closes between two dates, both included. Raises StoreError."""
         found: list[StoredClose] = []
-        for part in _parts(codes):
+        for part in parts_of([*codes], CODES_ASKED):
             spans = [{"_id": {"$gte": f"{code}|{first}", "$lte": f"{code}|{last}"}} for code in part]
             found += self._closes({"$or": spans})
         return _by_code(found)
@@ -10409,7 +10332,7 @@ class MongoReader(_FileReader):
     def last_finals(self, before: Mapping[str, str]) -> dict[str, StoredClose]:
         """Return the newest final close of each code before a date. Raises StoreError."""
         found: list[StoredClose] = []
-        for part in _parts(before):
+        for part in parts_of([*before], CODES_ASKED):
             keys = [f"{code}|{day}" for code in part for day in _dates_before(before[code])]
             found += self._closes({"_id": {"$in": keys}, "close": {"$ne": None}})
         return _newest_finals(found)
@@ -10433,6 +10356,8 @@ class MongoReader(_FileReader):
         return sorted(found.values(), key=lambda gap: gap.start)
 
 
+Reader: TypeAlias = SqliteReader | MongoReader
+
 _trade_fields: itemgetter[Any] = itemgetter(*("_id", *StoredTrade._fields[1:]))
 
 
@@ -10444,7 +10369,8 @@ def _stored_trades(documents: Sequence[Document]) -> list[StoredTrade]:
         begins = map("{}|{}|".format, s, t)
         if {*map(type, chain(ids, p, v, vw))} <= {str} and all(map(str.startswith, ids, begins)):
             times = {moment: _iso_text(moment) for moment in {*columns[-1]}}
-            return [StoredTrade._make((*row[:-1], times[row[-1]])) for row in fields]
+            texts = map(times.__getitem__, columns[-1])
+            return [*map(StoredTrade._make, zip(*columns[:-1], texts, strict=True))]
     trades = []
     for document in filter(is_trade, documents):
         *fields, created = (document.get(name) for name in ("_id", *StoredTrade._fields[1:]))
@@ -10457,7 +10383,7 @@ def _stored_trades(documents: Sequence[Document]) -> list[StoredTrade]:
 def _iso_text(moment: object) -> str:
     """Return a BSON date as ISO 8601 UTC, and what is none, or far from our time, as a text."""
     if not isinstance(moment, datetime):
-        return one_line(moment)
+        return "" if moment is None else one_line(moment)
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return iso(moment)
@@ -11102,10 +11028,9 @@ class Pipeline:
             self._tell_keys()
         return report
 
-    @property
-    def put_at_once(self) -> int:
-        """How many documents are best put at once where so many wait."""
-        return COMMIT_BATCH if self._delivery is None else WRITE_BATCH
+    def put_at_once(self, within_s: float) -> int:
+        """Return how many documents are best put at once where so many wait; `within_s` as for `put`."""
+        return COMMIT_BATCH if self._delivery is None or not within_s else WRITE_BATCH
 
     def put(self, documents: Sequence[Document], within_s: float) -> WriteReport:
         """Store documents that were pushed, and let follow what does: within about that time, 0: at once.
@@ -11938,6 +11863,7 @@ class Coverage:
             one = self._new(silence.product, silence.codes, silence.since, why)
             one.gap = one.gap._replace(until=silence.until)
             self._ended.append(one)
+        self.news.set()
 
     def not_stored(self, parcel: Parcel, codes: Collection[str], why: str) -> None:
         """The store took none of these pushes, or not those of some codes: missing until it takes some again."""
@@ -12142,7 +12068,7 @@ PUSHES_WAIT_S = 0.1
 MOST_PENDING = 20_000
 # When more wait, and the oldest of them for longer, MongoDB is slower than the market: this machine's disk takes them.
 CROWDED, CROWDED_S = 10_000, 1.0
-# MongoDB has so long to take a batch of pushes before the disk does, and as this process leaves.
+# MongoDB has so long to take a batch of pushes before the disk does; as this process leaves too, where few wait.
 PUSHES_TAKEN_S, PUSHES_TAKEN_LAST_S = 2.0, 0.5
 # The mark is written so often while trades come, and while none do.
 MARK_S, MARK_SILENT_S = 1.0, 30.0
@@ -12210,7 +12136,7 @@ class Intake:
         self._pending: deque[Parcel] = deque()
         self._waiting = 0  # trades of those
         self._written: list[Parcel] = []  # they are on their way to the store
-        self._is_closing = False
+        self._is_closing = self._is_over = False
         self._delays = Delays(clock.monotonic())
         then = "what is pushed meanwhile is missing, see stream_gaps"
         self._trouble = LogThrottle("the stream's trades", clock, then=then)
@@ -12269,11 +12195,12 @@ class Intake:
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join(within_s)
+        self._is_over = True
 
     # its thread
 
     def _run(self) -> None:
-        while True:
+        while not self._is_over:
             batch, within_s = self._next()
             if not batch:
                 return
@@ -12287,19 +12214,22 @@ class Intake:
             while not self._pending and not self._is_closing:
                 self._changed.wait()
             self._await_more()
-            size = 0
-            while self._pending and size + len(self._pending[0].trades) <= self._pipeline.put_at_once:
+            within_s = self._time_for_mongodb()
+            most, size = self._pipeline.put_at_once(within_s), 0
+            while self._pending and size + len(self._pending[0].trades) <= most:
                 self._written.append(self._pending.popleft())
                 size += len(self._written[-1].trades)
-            within_s = PUSHES_TAKEN_S
-            if self._is_closing:
-                within_s = PUSHES_TAKEN_LAST_S
-            waited = self._clock.monotonic() - self._written[0].arrived if size else 0.0
-            if self._waiting > CROWDED and waited > CROWDED_S:
-                within_s = 0.0
             self._waiting -= size
             self._changed.notify_all()
             return self._written, within_s
+
+    def _time_for_mongodb(self) -> float:
+        """Return how many seconds it has: none where more waits than there is time for."""
+        if self._is_closing:
+            return PUSHES_TAKEN_LAST_S if self._waiting <= 2 * WRITE_BATCH else 0.0
+        if self._waiting > CROWDED and self._clock.monotonic() - self._pending[0].arrived > CROWDED_S:
+            return 0.0
+        return PUSHES_TAKEN_S
 
     def _await_more(self) -> None:
         """Wait until a batch is full, or its first trade has waited long enough."""
@@ -12314,7 +12244,7 @@ class Intake:
         documents = [to_document(trade, created) for parcel in batch for trade in parcel.trades]
         try:
             written = self._put(documents, within_s)
-        except StoreError as error:
+        except StockrtError as error:
             self._refuse(batch, None, str(error))
             return
         except Exception as error:  # nobody else looks at this thread
@@ -12343,6 +12273,8 @@ class Intake:
 
     def _refuse(self, batch: Sequence[Parcel], refused: Mapping[str, str] | None, why: str) -> None:
         """Count, say and note as missing what the store does not take; `refused`: by `_id`, None for everything."""
+        if self._is_over:  # the store is closed, and it is missing since the mark
+            return
         names: set[str] = set()
         for parcel in batch:
             gone = [trade.s for trade in parcel.trades if refused is None or identity(trade) in refused]
@@ -12432,9 +12364,8 @@ class Feed(threading.Thread):
                 return
             self._coverage.lost(self.part, end.words)
             self.why = end.words
-            if end.action is StreamAction.NEVER:
+            if end.action in (StreamAction.NEVER, StreamAction.KEY_OUT):
                 self._turn("given up")
-                log.error("stream %s: %s; its codes are polled instead", self.allotment.product, end.words)
                 self.end = end
                 self._coverage.news.set()
                 return
@@ -12538,6 +12469,7 @@ class Planner(threading.Thread):
         super().__init__(name="stockrt-collect", daemon=True)
         self.feeds: list[Feed] = []
         self.polled = 0
+        self.stored = self.duplicates = 0  # of the trades that were asked for
         self.trouble = ""
         self._pipeline = pipeline
         self._settings = settings
@@ -12624,13 +12556,12 @@ class Planner(threading.Thread):
         if (self._back or self._silences) and now >= self._back_at:
             if self._back:
                 _, self._back = self._poll(sorted(self._back))
-            silences, self._silences = self._silences, []
-            for silence in silences:
+            for silence in [*self._silences]:
                 new, failed = self._poll(silence.codes)
                 if new:
                     self._coverage.was_deaf(silence)
-                elif failed:
-                    self._silences.append(silence)
+                if new or not failed:
+                    self._silences.remove(silence)
             if self._back or self._silences:
                 self._back_at = now + self._pause_s(len(self._back))
         return max(0.0, self._back_at - time.monotonic()) if self._back or self._silences else math.inf
@@ -12647,8 +12578,12 @@ class Planner(threading.Thread):
             self._read(codes)
             self._listed = codes
         for feed, end in over:
-            what = "" if end.whole_key else feed.allotment.product
-            self._never.setdefault(feed.allotment.key, {})[what] = end.words
+            what = "" if end.action is StreamAction.KEY_OUT else feed.allotment.product
+            never = self._never.setdefault(feed.allotment.key, {})
+            if what not in never:
+                words = "stream %s: %s; what no other key brings is polled instead"
+                log.error(words, feed.allotment.product, end.words)
+            never[what] = end.words
             self._coverage.drop(feed.part)
             self.feeds.remove(feed)
         self._spread()
@@ -12793,6 +12728,8 @@ class Planner(threading.Thread):
             failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
             if failed:
                 self._code_trouble.again(failed_words(failed, report.total))
+        self.stored += report.stored + report.queued
+        self.duplicates += report.duplicates
         return report.stored + report.queued, unknown
 
     def _deliver_gaps(self) -> float:
@@ -12900,9 +12837,9 @@ class Collecting:
             delay_p50_ms=p50,
             delay_p99_ms=p99,
             gaps_today=self._gaps_today,
-            trades=intake.trades,
-            stored=intake.stored,
-            duplicates=intake.duplicates,
+            trades=intake.trades + self._planner.stored + self._planner.duplicates,
+            stored=intake.stored + self._planner.stored,
+            duplicates=intake.duplicates + self._planner.duplicates,
             dropped=intake.dropped,
             trouble=next(filter(None, troubles), ""),
         )
@@ -14316,7 +14253,7 @@ class Executor(threading.Thread):
         self._queue.put(NO_COMMAND)
 
     def collecting_facts(self) -> CollectFacts:
-        """Return what --status shows of collecting; called by any thread."""
+        """Return what --status shows of collecting; called by any thread that may wait for the disk."""
         collecting = self._collecting
         if collecting is not None:
             return collect_facts(collecting.describe())
@@ -14669,12 +14606,24 @@ class NoteStatus(NamedTuple):
     news: DaemonStatus
 
 
+class NoteCollecting(NamedTuple):
+    """To the clerk: --status shall show how collecting goes on, which may wait for the disk to be told."""
+
+
 class ReadSettings(NamedTuple):
     """To the clerk: the settings are to be read anew."""
 
 
 ClerkJob: TypeAlias = (
-    list[Command] | Received | Recall | Shorten | NoteStatus | ReadSettings | EndExecutor | None
+    list[Command]
+    | Received
+    | Recall
+    | Shorten
+    | NoteStatus
+    | NoteCollecting
+    | ReadSettings
+    | EndExecutor
+    | None
 )
 
 
@@ -14774,6 +14723,8 @@ class Clerk(threading.Thread):
                 self._wanted += job.numbers
             elif isinstance(job, NoteStatus):
                 news.update(job.news)
+            elif isinstance(job, NoteCollecting):
+                news["collecting"] = self._executor.collecting_facts()
         if commands:
             self._accept(commands)
             self._codes_done += _count_codes(commands)
@@ -15104,7 +15055,7 @@ class Daemon:
         if now < due and steady(stats) == steady(noted):
             return due
         self._collect_noted, self._collect_noted_at = stats, now
-        self._clerk.do(NoteStatus({"collecting": self._executor.collecting_facts()}))
+        self._clerk.do(NoteCollecting())
         return math.inf
 
     def _serve(self, link: Link, protocol: PlatformProtocol) -> None:
@@ -16348,11 +16299,14 @@ CODES_SHOWN = 50
 NAME_COLUMNS, NAME_LEAST = 20, 8
 # Where red is the colour of what rises. In Hong Kong, Macau and Singapore green is, as in the West.
 RED_RISES = re.compile(r"(?:zh(?!_(?:HK|MO|SG))|ja|ko)(?:_|\.|@|$)", re.IGNORECASE)
-RED, GREEN, LIT = "31", "32", "7"
+# How a terminal is told.
+PAINTS, LIT = {"red": "31", "green": "32"}, "7"
+OTHER_COLOR = {"red": "green", "green": "red"}
 # A cell that changed is lit for so long.
 LIT_S = 0.8
 # Between two columns.
 GAP = "  "
+NO_PAINTS: Mapping[int, str] = MappingProxyType({})
 
 
 def columns_of(text: str) -> int:
@@ -16382,12 +16336,21 @@ def is_chinese(environ: Mapping[str, str]) -> bool:
     return locale_name(environ).lower().startswith("zh")
 
 
-def rise_and_fall(environ: Mapping[str, str], up: str | None) -> tuple[str, str]:
-    """Return the colours of what rises and what falls: `up`, red or green, else as the reader's locale has it."""
-    red_rises = up == "red"
-    if up is None:
-        red_rises = RED_RISES.match(locale_name(environ)) is not None
-    return (RED, GREEN) if red_rises else (GREEN, RED)
+def color_of_rise(environ: Mapping[str, str], up: str | None) -> str:
+    """Return the colour of what rises, `red` or `green`: `up`, else as the reader's locale has it."""
+    return up or ("red" if RED_RISES.match(locale_name(environ)) else "green")
+
+
+def date_at(t: int) -> str:
+    """Return the UTC date of a time (ms), the first or the last of all that ISO 8601 has for what is beyond them."""
+    return utc_day(max(t, 0) / 1000) if t < LATEST_TRADE_MS else date.max.isoformat()
+
+
+class Span(NamedTuple):
+    """What of the stores is asked for: since <= t < until, epoch ms; from 0 on: as far back as a step goes."""
+
+    since: int = 0
+    until: int = NEVER
 
 
 class TradingSpan(NamedTuple):
@@ -16409,9 +16372,7 @@ def trading_span(code: str, t: int) -> TradingSpan:
         session = session_of(market, t)
     if session is NO_SESSION:
         start = t - t % DAY_MS
-        return TradingSpan(
-            datetime.fromtimestamp(start / 1000, UTC).date().isoformat(), start, start + DAY_MS
-        )
+        return TradingSpan(date_at(t), start, start + DAY_MS)
     if session.opens == NEVER:
         return TradingSpan(session.date, session.start, session.end)
     if t < session.opens:
@@ -16444,16 +16405,7 @@ class Quote(NamedTuple):
     @property
     def session(self) -> Candle | None:
         """The session in one step."""
-        if not self.candles:
-            return None
-        from decimal import Decimal
-
-        high = max((candle.high for candle in self.candles), key=float)
-        low = min((candle.low for candle in self.candles), key=float)
-        volume = format(sum(Decimal(candle.volume) for candle in self.candles), "f")
-        count = sum(candle.trades for candle in self.candles)
-        first, last = self.candles[0], self.candles[-1]
-        return Candle(self.span.since, first.open, high, low, last.close, volume, count)
+        return joined(self.candles)._replace(t=self.span.since) if self.candles else None
 
     def spark(self) -> list[float | None]:
         """Return the price at each step's end, up to that of the last trade; None before the first."""
@@ -16496,20 +16448,25 @@ def with_trade(quote: Quote, trade: StoredTrade) -> Quote:
     if span.date != quote.span.date:
         reference = None
     if span.since <= trade.t < span.until:
-        candles = _with_trade(candles, trade, trade.t - (trade.t - span.since) % step_of(span))
+        start = trade.t - (trade.t - span.since) % step_of(span)
+        new = Candle(start, trade.p, trade.p, trade.p, trade.p, trade.v, 1)
+        if candles and candles[-1].t == start:
+            candles, new = candles[:-1], joined((candles[-1], new))
+        candles = (*candles, new)
     return quote._replace(trade=trade, span=span, candles=candles, reference=reference)
 
 
-def _with_trade(candles: tuple[Candle, ...], trade: StoredTrade, start: int) -> tuple[Candle, ...]:
-    """Return candles with a trade that comes after theirs, in the step that begins at `start`."""
+def joined(candles: Sequence[Candle]) -> Candle:
+    """Return candles, at least one, as one."""
     from decimal import Decimal
 
-    if not candles or candles[-1].t != start:
-        return (*candles, Candle(start, trade.p, trade.p, trade.p, trade.p, trade.v, 1))
-    *before, last = candles
-    high, low = max(last.high, trade.p, key=float), min(last.low, trade.p, key=float)
-    volume = format(Decimal(last.volume) + Decimal(trade.v), "f")
-    return (*before, Candle(start, last.open, high, low, trade.p, volume, last.trades + 1))
+    high = max((candle.high for candle in candles), key=float)
+    low = min((candle.low for candle in candles), key=float)
+    volume = format(sum(Decimal(candle.volume) for candle in candles), "f")
+    first, last = candles[0], candles[-1]
+    return Candle(
+        first.t, first.open, high, low, last.close, volume, sum(candle.trades for candle in candles)
+    )
 
 
 def step_of(span: TradingSpan) -> int:
@@ -16538,47 +16495,69 @@ def quotes(reader: Reader, codes: Sequence[str], english: bool = False) -> list[
 
 def in_order(found: Sequence[Quote], by: str) -> list[Quote]:
     """Return quotes by `code`, by `change` (what rose most first, what has none last), or as `asked`."""
-    if by == "change":
-        return sorted(
-            found, key=lambda quote: -math.inf if quote.change is None else quote.change, reverse=True
-        )
     if by == "code":
-        return sorted(found, key=lambda quote: quote.code)
+        return sorted(found)
+    if by == "change":
+        return sorted(found, key=_rise, reverse=True)
     return list(found)
 
 
-class ViewColumn(NamedTuple):
-    """A column of a table. A narrow terminal loses those with a number, in the order of these, equal ones together."""
+def _rise(quote: Quote) -> float:
+    return -math.inf if quote.change is None else quote.change
+
+
+class Column(NamedTuple):
+    """A column of a table; `width` counts where lines are printed before all are known.
+
+    A narrow terminal loses the columns with a number `given_up`, in the order of these, equal ones together.
+    """
 
     title: str
     right: bool = False
+    width: int = 0
     given_up: int = 0
 
 
+def line_of(
+    columns: Sequence[Column],
+    cells: Sequence[str],
+    widths: Sequence[int],
+    paints: Mapping[int, str] = NO_PAINTS,
+) -> str:
+    """Return the line of a table; `paints`: by place, how a cell is shown."""
+    parts = []
+    for place, (column, cell, width) in enumerate(zip(columns, cells, widths, strict=True)):
+        blanks = " " * (width - columns_of(cell))
+        if cell and place in paints:
+            cell = f"\033[{paints[place]}m{cell}\033[0m"
+        parts.append(blanks + cell if column.right else cell + blanks)
+    return GAP.join(parts).rstrip()
+
+
 QUOTE_COLUMNS = (
-    ViewColumn("CODE"),
-    ViewColumn("NAME", given_up=5),
-    ViewColumn("LAST", right=True),
-    ViewColumn("CHANGE", right=True),
-    ViewColumn("OPEN", right=True, given_up=1),
-    ViewColumn("HIGH", right=True, given_up=2),
-    ViewColumn("LOW", right=True, given_up=2),
-    ViewColumn("VOLUME", right=True, given_up=3),
-    ViewColumn("AGE", right=True, given_up=6),
-    ViewColumn("SESSION", given_up=4),
+    Column("CODE"),
+    Column("NAME", given_up=5),
+    Column("LAST", right=True),
+    Column("CHANGE", right=True),
+    Column("OPEN", right=True, given_up=1),
+    Column("HIGH", right=True, given_up=2),
+    Column("LOW", right=True, given_up=2),
+    Column("VOLUME", right=True, given_up=3),
+    Column("AGE", right=True, given_up=6),
+    Column("SESSION", given_up=4),
 )
 NAME_COLUMN, LAST_COLUMN, CHANGE_COLUMN, AGE_COLUMN = 1, 2, 3, 8
 
 
 class QuoteTable:
-    """Lays quotes out as lines of a terminal. `colors`: of what rises and what falls, () for none.
+    """Lays quotes out as lines of a terminal. `up`: the colour of what rises, '' for no colours.
 
     Without a `width` no column is lost and no name cut.
     """
 
-    def __init__(self, width: int | None, colors: Sequence[str] = (), encoding: str = "utf-8") -> None:
+    def __init__(self, width: int | None, up: str = "", encoding: str = "utf-8") -> None:
         self.width = width
-        self._colors = colors
+        self._up = up
         self._bars = BARS
         try:
             BARS.encode(encoding)
@@ -16599,15 +16578,15 @@ class QuoteTable:
             widths[NAME_COLUMN] -= over
             for cells in rows.values():
                 cells[NAME_COLUMN] = fitting(cells[NAME_COLUMN], widths[NAME_COLUMN]).rstrip()
-        title = self._line(titles, widths, kept, {})
-        lines = [f"\033[1m{title}\033[0m" if self._colors else title]
+        columns, widths = [QUOTE_COLUMNS[place] for place in kept], [widths[place] for place in kept]
+        title = line_of(columns, [column.title for column in columns], widths)
+        lines = [f"\033[1m{title}\033[0m" if self._up else title]
         for one in found:
-            cells = rows[one.code]
-            paints = self._paints(one)
-            if lit and self._colors:
-                for number in self._changed(one.code, cells, now):
-                    paints[number] = f"{LIT};{paints[number]}" if number in paints else LIT
-            lines.append(self._line(cells, widths, kept, paints))
+            cells, paints = rows[one.code], self._paints(one)
+            for place in self._changed(one.code, cells, now) if lit and self._up else ():
+                paints[place] = ";".join(filter(None, (LIT, paints.get(place))))
+            shown = {number: paints[place] for number, place in enumerate(kept) if place in paints}
+            lines.append(line_of(columns, [cells[place] for place in kept], widths, shown))
         self._before = rows
         return lines
 
@@ -16628,19 +16607,8 @@ class QuoteTable:
         name = quote.name
         if self.width is not None:
             name = fitting(name, NAME_COLUMNS).rstrip()
-        age = age_or_ahead(now - quote.trade.t / 1000)
-        return [
-            quote.code,
-            name,
-            price,
-            change,
-            opened,
-            high,
-            low,
-            volume,
-            age,
-            sparkline(quote.spark(), self._bars),
-        ]
+        age, spark = age_or_ahead(now - quote.trade.t / 1000), sparkline(quote.spark(), self._bars)
+        return [quote.code, name, price, change, opened, high, low, volume, age, spark]
 
     def _kept(self, widths: Sequence[int], filled: Sequence[bool]) -> list[int]:
         """Return which columns there are: those that hold something, as far as the terminal is wide enough."""
@@ -16653,21 +16621,10 @@ class QuoteTable:
         return kept
 
     def _paints(self, quote: Quote) -> dict[int, str]:
-        if not self._colors or not quote.change:
+        if not self._up or not quote.change:
             return {}
-        rises, falls = self._colors
-        return dict.fromkeys((LAST_COLUMN, CHANGE_COLUMN), rises if quote.change > 0 else falls)
-
-    def _line(
-        self, cells: Sequence[str], widths: Sequence[int], kept: Sequence[int], paints: Mapping[int, str]
-    ) -> str:
-        parts = []
-        for number in kept:
-            cell, blanks = cells[number], " " * (widths[number] - columns_of(cells[number]))
-            if number in paints and cell:
-                cell = f"\033[{paints[number]}m{cell}\033[0m"
-            parts.append(blanks + cell if QUOTE_COLUMNS[number].right else cell + blanks)
-        return GAP.join(parts).rstrip()
+        color = self._up if quote.change > 0 else OTHER_COLOR[self._up]
+        return dict.fromkeys((LAST_COLUMN, CHANGE_COLUMN), PAINTS[color])
 
 
 def _needed(widths: Sequence[int], kept: Sequence[int]) -> int:
@@ -16721,79 +16678,50 @@ TRADE_NAMES = ("_id", *StoredTrade._fields[1:])
 
 
 class Export(NamedTuple):
-    """What is exported: trades, or closes, of some codes (None: of all), from one moment to another (ms, half open)."""
+    """What is exported: trades, or closes, of codes and a span of time; `is_whole`: of all codes, all of them."""
 
-    codes: Sequence[str] | None
-    since: int
-    until: int
-    closes: bool = False
+    codes: Sequence[str]
+    span: Span
+    closes: bool
+    is_whole: bool
+    as_json: bool
 
     @property
     def names(self) -> tuple[str, ...]:
         """What the fields of its rows are called."""
         return CLOSE_NAMES if self.closes else TRADE_NAMES
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is all that there is."""
-        return self.codes is None and self.since <= 0 and self.until >= NEVER
-
-    def codes_in(self, reader: Reader) -> Sequence[str]:
-        """Return the codes, all of them where none are named. Raises StoreError."""
-        if self.codes is not None:
-            return self.codes
-        return reader.close_codes() if self.closes else reader.codes()
-
     def rows(self, reader: Reader) -> Iterator[Sequence[Sequence[Any]]]:
         """Yield rows, some thousand at once, code by code. Raises StoreError."""
         if not self.closes:
-            yield from reader.trades(None if self.is_whole else self.codes_in(reader), self.since, self.until)
+            yield from reader.trades(None if self.is_whole else self.codes, *self.span)
             return
-        first, last = date_at(self.since), date_at(self.until - 1)
-        codes = sorted(self.codes_in(reader))
-        for at in range(0, len(codes), CODES_ASKED):
-            found = reader.closes(codes[at : at + CODES_ASKED], first, last)
-            yield [close_row(close) for code in sorted(found) for close in found[code]]
+        for codes in parts_of(sorted(self.codes), CODES_ASKED):
+            found = reader.closes(codes, date_at(self.span.since), date_at(self.span.until - 1))
+            closes = (close for code in codes for close in found.get(code, ()))
+            yield [(code, day, p, *rest, t) for code, day, t, p, *rest in closes]
+
+    def lines(self, rows: Sequence[Sequence[Any]]) -> bytes:
+        """Return rows as lines: of CSV, or a JSON document each."""
+        if self.as_json:
+            encode = json.JSONEncoder(ensure_ascii=False).encode
+            documents = (dict(zip(self.names, row, strict=True)) for row in rows)
+            return "".join(f"{encode(document)}\n" for document in documents).encode(errors="stockrt")
+        return csv_lines(rows).encode(errors="stockrt")
 
 
-def date_at(t: int) -> str:
-    """Return the UTC date of a time (ms), the first or the last of all that ISO 8601 has for what is beyond them."""
-    if t >= LATEST_TRADE_MS:
-        return date.max.isoformat()
-    return datetime.fromtimestamp(max(t, 0) / 1000, UTC).date().isoformat()
+def csv_lines(rows: Sequence[Sequence[Any]]) -> str:
+    """Return rows, all of one length, as CSV."""
+    form = ",".join(["%s"] * len(rows[0])) + "\n" if rows else ""
+    text = "".join([form % (*row,) for row in rows])
+    has_others = '"' in text or "\r" in text or text.count("\n") != len(rows)
+    if not has_others and text.count(",") == len(rows) * form.count(","):
+        return text
+    import csv  # which takes thrice the time, for what is rare
 
-
-def close_row(close: StoredClose) -> Sequence[Any]:
-    """Return what an export has of a close, in the order of CLOSE_NAMES."""
-    code, day, t, p, *rest = close
-    return (code, day, p, *rest, t)
-
-
-class ExportLines:
-    """Makes the lines of an export: CSV with a head, or a JSON document a line."""
-
-    def __init__(self, names: Sequence[str], as_json: bool) -> None:
-        import csv
-
-        self._names = names
-        self._as_json = as_json
-        self._encode = json.JSONEncoder(ensure_ascii=False).encode
-        self._text = io.StringIO()
-        self._writer = csv.writer(self._text, lineterminator="\n")
-
-    def head(self) -> bytes:
-        """Return what comes before all rows."""
-        return b"" if self._as_json else self.of([self._names])
-
-    def of(self, rows: Sequence[Sequence[Any]]) -> bytes:
-        """Return the lines of rows."""
-        if self._as_json:
-            documents = (dict(zip(self._names, row, strict=True)) for row in rows)
-            return "".join(f"{self._encode(document)}\n" for document in documents).encode(errors="stockrt")
-        self._text.seek(0)
-        self._text.truncate()
-        self._writer.writerows(rows)
-        return self._text.getvalue().encode(errors="stockrt")
+    quoted = io.StringIO()
+    csv.writer(quoted, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
+    return quoted.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -16826,18 +16754,16 @@ class Chart(NamedTuple):
     gaps: Sequence[Gap] = ()
     left_out: int = 0
 
+    @property
+    def candles(self) -> list[Candle]:
+        """Those of its steps that were traded in."""
+        return [slot.candle for slot in self.slots if slot.candle]
+
     def documents(self) -> Iterator[dict[str, object]]:
         """Yield the candles for a program; `gap`: the stream missed some of it."""
         for slot in self.slots:
             if slot.candle:
                 yield {"code": self.code, "step": self.step, **slot.candle._asdict(), "gap": slot.is_gap}
-
-
-class Span(NamedTuple):
-    """What of the stores is asked for: since <= t < until, epoch ms; from 0 on: as far back as a step goes."""
-
-    since: int = 0
-    until: int = NEVER
 
 
 def zone_of(code: str) -> tzinfo:
@@ -16858,21 +16784,34 @@ def midnight(code: str, t: int) -> int:
 
 
 def read_charts(
-    reader: Reader, last: Mapping[str, StoredTrade], step: str, span: Span, now: float, room: int
+    reader: Reader,
+    codes: Collection[str],
+    last: Mapping[str, StoredTrade],
+    step: str,
+    span: Span,
+    now: float,
+    room: int,
 ) -> dict[str, Chart]:
-    """Return a chart of each code, whose last trades these are, of at most `room` steps. Raises StoreError."""
+    """Return a chart of each code of at most `room` steps, daily ones of final closes; `last`: their last trades.
+
+    Raises StoreError.
+    """
+    if step == DAILY:
+        closes = reader.closes(codes, *_dates_of(span, now))
+        slots = {code: _daily_slots(code, closes.get(code, [])) for code in codes}
+        return {code: newest_steps(Chart(code, DAILY, slots[code]), room) for code in codes}
     until = min(span.until, max((trade.t for trade in last.values()), default=0) + 1)
     begins: defaultdict[int, list[str]] = defaultdict(list)
     for code, trade in last.items():
         begins[_begin_of(code, step, span, min(trade.t, until - 1))].append(code)
     charts = {}
-    for since, codes in begins.items():
-        candles = reader.candles(codes, since, until, STEPS[step])
-        gaps = reader.gaps(codes, since, min(span.until, int(now * 1000)))
-        for code in codes:
+    for since, together in begins.items():
+        candles = reader.candles(together, since, until, STEPS[step])
+        gaps = reader.gaps(together, since, min(span.until, int(now * 1000)))
+        for code in together:
             missed = [gap for gap in gaps if code in gap.codes]
-            slots = slots_of(candles.get(code, []), missed, since, STEPS[step], int(now * 1000))
-            charts[code] = newest_steps(Chart(code, step, slots, missed), room)
+            steps = slots_of(candles.get(code, []), missed, since, STEPS[step], int(now * 1000))
+            charts[code] = newest_steps(Chart(code, step, steps, missed), room)
     return charts
 
 
@@ -16905,23 +16844,10 @@ def slots_of(
     return shown
 
 
-def read_daily_charts(
-    reader: Reader, codes: Collection[str], span: Span, now: float, room: int
-) -> dict[str, Chart]:
-    """Return the charts of final closes; what is provisional is no candle. Raises StoreError."""
-    closes = reader.closes(codes, *_dates_of(span, now))
-    return {
-        code: newest_steps(Chart(code, DAILY, _daily_slots(code, closes.get(code, []))), room)
-        for code in codes
-    }
-
-
 def _dates_of(span: Span, now: float) -> tuple[str, str]:
     """Return the first and the last date of a span; tomorrow has begun somewhere on earth."""
     until = min(span.until - 1, int(now * 1000) + DAY_MS)
-    since = span.since or until - DAYS_BACK[DAILY] * DAY_MS
-    first, last = (datetime.fromtimestamp(t // 1000, UTC).date().isoformat() for t in (since, until))
-    return first, last
+    return date_at(span.since or until - DAYS_BACK[DAILY] * DAY_MS), date_at(until)
 
 
 def _daily_slots(code: str, closes: Sequence[StoredClose]) -> list[Slot]:
@@ -16994,7 +16920,7 @@ def chart_title(chart: Chart, name: str) -> str:
 
 def chart_notes(chart: Chart) -> Iterator[str]:
     """Yield what is to be said below a chart: its last candle, gaps, and what is not on it."""
-    candle = [slot.candle for slot in chart.slots if slot.candle][-1]
+    candle = chart.candles[-1]
     names = ("open", "high", "low", "close", "volume")
     yield "last: " + "  ".join(f"{name} {getattr(candle, name)}" for name in names)
     for gap in chart.gaps[-GAPS_TOLD:]:
@@ -17050,13 +16976,12 @@ def draw_chart(chart: Chart, width: int, height: int, up: str, color: bool) -> t
 
     The chart has a candle. `up`: `red` or `green`.
     """
-    every = [slot.candle for slot in chart.slots if slot.candle]
-    label = max(VOLUME_COLUMNS, *map(len, price_marks(every).values()))
+    label = max(VOLUME_COLUMNS, *map(len, price_marks(chart.candles).values()))
     chart = newest_steps(chart, max(1, width - label - 2))
-    candles = [slot.candle for slot in chart.slots if slot.candle]
+    candles = chart.candles
     step = max(1, min(WIDEST_STEP, (width - label - 2) // len(chart.slots)))
     columns = max(len(chart.slots) * step, TICK_COLUMNS)
-    colors = {"up": up, "down": {"red": "green", "green": "red"}[up], "same": "default"}
+    colors = {"up": up, "down": OTHER_COLOR[up], "same": "default"}
     marks = price_marks(candles)
     plot = _field(columns, height - VOLUME_LINES, marks, label)
     for place, slot in enumerate(chart.slots):
@@ -17221,9 +17146,7 @@ class Page(NamedTuple):
 def read_page(reader: Reader, found: Sequence[Quote], step: str, span: Span, now: float, store: str) -> Page:
     """Return the page of these quotes, whose names are English. Raises StoreError."""
     last = {quote.code: quote.trade for quote in found}
-    charts = read_daily_charts(reader, last, span, now, PAGE_STEPS)
-    if step != DAILY:
-        charts = read_charts(reader, last, step, span, now, PAGE_STEPS)
+    charts = read_charts(reader, [*last], last, step, span, now, PAGE_STEPS)
     return Page(
         found,
         reader.names(list(last)),
@@ -17346,7 +17269,7 @@ def _section(page: Page, quote: Quote) -> str:
     code = html_text(quote.code)
     parts = [f'<section id="{code}"><h2>{code} {_name(page, quote)}</h2>\n']
     chart = page.charts.get(quote.code, Chart(quote.code, ""))
-    if any(slot.candle for slot in chart.slots):
+    if chart.candles:
         parts.append(_figure(_chart_drawing(chart), _chart_caption(chart)))
     else:
         parts.append(f"<p>{both('No trades in this time.', '这段时间没有成交。')}</p>\n")
@@ -17366,7 +17289,7 @@ def _figure(drawing: str, caption: str) -> str:
 
 
 def _chart_drawing(chart: Chart) -> str:
-    candles = [slot.candle for slot in chart.slots if slot.candle]
+    candles = chart.candles
     low, high = price_range(candles)
     most = max(float(candle.volume) for candle in candles) or 1.0
     step = min(WIDEST_CANDLE, PLOT_WIDTH // len(chart.slots))
@@ -17431,7 +17354,7 @@ def _closes_drawing(finals: Sequence[StoredClose]) -> str:
         f"{round(place * step)},{_height(price, low, high, CLOSES_HEIGHT)}"
         for place, price in enumerate(prices)
     )
-    lowest, highest = (html_text(end(finals, key=_close_of).p) for end in (min, max))
+    lowest, highest = (html_text(finals[prices.index(price)].p) for price in (low, high))
     parts = [
         f'<polyline class="line" points="{points}"/>',
         f'<text x="{PLOT_WIDTH + 4}" y="4">{highest}</text>',
@@ -17440,10 +17363,6 @@ def _closes_drawing(finals: Sequence[StoredClose]) -> str:
         f'<text x="{PLOT_WIDTH}" y="{CLOSES_HEIGHT + 20}" text-anchor="end">{html_text(finals[-1].date)}</text>',
     ]
     return _svg(finals[0].code, CLOSES_HEIGHT + 26, parts)
-
-
-def _close_of(close: StoredClose) -> float:
-    return float(close.p)
 
 
 def _closes_caption(finals: Sequence[StoredClose]) -> str:
@@ -17678,25 +17597,19 @@ class Options:
     env_file: Path | None = None
 
 
-def terminal_width(otherwise: int) -> int:
-    """Return the columns of the terminal that stdout is, and where it is none or does not tell another number."""
+def terminal_size(columns: int = 80, lines: int = 24) -> tuple[int, int]:
+    """Return the columns and lines of the terminal that stdout is; where it is none or does not tell, others."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.get_terminal_size(sys.stdout.fileno()).columns or otherwise
-    return otherwise
-
-
-def terminal_height(otherwise: int) -> int:
-    """Return the lines of the terminal that stdout is, and where it is none or does not tell another number."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.get_terminal_size(sys.stdout.fileno()).lines or otherwise
-    return otherwise
+        found = os.get_terminal_size(sys.stdout.fileno())
+        return found.columns or columns, found.lines or lines
+    return columns, lines
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     import argparse
 
-    width = terminal_width(otherwise=80) - 2  # argparse would import shutil at every start to look
+    width = terminal_size()[0] - 2  # argparse would import shutil at every start to look
     parser = argparse.ArgumentParser(
         prog="stockrt",
         description="Collects the latest trades of stocks, currency pairs and crypto into MongoDB.",
@@ -17705,9 +17618,14 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.error = _refuse_arguments  # type: ignore[method-assign]
-    _add_commands(parser)
+    _add_commands(parser.add_mutually_exclusive_group())
     _add_options(parser)
     return parser
+
+
+def _flag(to: Any, name: str, text: str, **how: Any) -> None:
+    """Add a flag with its help; one of which nothing else is said takes no value."""
+    to.add_argument(name, help=text, **(how or {"action": "store_true"}))
 
 
 def _refuse_arguments(message: str) -> NoReturn:
@@ -17721,150 +17639,83 @@ def _refuse_arguments(message: str) -> NoReturn:
     raise UsageError(f"{message}; see --help")
 
 
-def _add_commands(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--once", action="store_true", help="fetch the given codes once, store them, print them"
+def _add_commands(what: Any) -> None:
+    days = "fetch the final closes of the last DAYS sessions (up to 500) of the given codes, or of all stored ones"
+    executions = (
+        f"list the last N executions and --once runs with their failures (default {EXECUTIONS_SHOWN})"
     )
-    what.add_argument(
-        "--collect",
-        action="store_true",
-        help="store and print every trade of the given codes, or of COLLECT_CODES, until Ctrl-C",
+    showing = (
+        "show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, "
+        f"else the {CODES_SHOWN} that traded last"
     )
-    what.add_argument(
-        "--backfill",
-        metavar="DAYS",
-        type=int,
-        help="fetch the final closes of the last DAYS sessions (up to 500) of the given codes, or of all stored ones",
+    exporting = (
+        "write what is stored, of all codes or those of --codes, into FILE.csv or FILE.jsonl, which it replaces, "
+        "or '-': standard output"
     )
-    what.add_argument("--check", action="store_true", help="check settings, keys, store and platform")
-    what.add_argument(
-        "--check-settings", action="store_true", help="check the settings alone: no network, nothing written"
+    moving = (
+        "take settings and module hash over from the older client's directory, with --documents its documents"
     )
-    what.add_argument("--status", action="store_true", help="show daemon, platform, store and API keys")
-    what.add_argument(
-        "--executions",
-        metavar="N",
-        nargs="?",
-        const=EXECUTIONS_SHOWN,
-        type=int,
-        help=f"list the last N executions and --once runs with their failures (default {EXECUTIONS_SHOWN})",
+    _flag(what, "--once", "fetch the given codes once, store them, print them")
+    _flag(
+        what, "--collect", "store and print every trade of the given codes, or of COLLECT_CODES, until Ctrl-C"
     )
-    what.add_argument(
-        "--show",
-        nargs="*",
-        metavar="CODE",
-        help="show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, "
-        f"else the {CODES_SHOWN} that traded last",
-    )
-    what.add_argument(
-        "--export",
-        metavar="FILE",
-        help="write what is stored, of all codes or those of --codes, into FILE.csv or FILE.jsonl, which it "
-        "replaces, or '-': standard output",
-    )
-    what.add_argument("--symbols", metavar="TEXT", help="find instruments by code or name: 茅台, apple, 黄金")
-    what.add_argument("--drain", action="store_true", help="move now what waits on this machine for MongoDB")
-    what.add_argument(
-        "--retain",
-        action="store_true",
-        help="remove now what is older than KEEP_DAYS, also what --check names",
-    )
-    what.add_argument("--rejects", action="store_true", help="list what MongoDB refused for good, and why")
-    what.add_argument(
-        "--reload",
-        action="store_true",
-        help="for ExecReload= of the unit: have the daemon read its settings anew",
-    )
-    what.add_argument("--register", action="store_true", help="register at the dispatch platform (once)")
-    what.add_argument(
-        "--migrate",
-        nargs="?",
-        const="",
-        metavar="DIR",
-        help="take settings and module hash over from the older client's directory, with --documents its documents",
-    )
-    what.add_argument(
-        "--grafana", action="store_true", help="print a Grafana dashboard over the metrics of METRICS_FILE"
-    )
+    _flag(what, "--backfill", days, metavar="DAYS", type=int)
+    _flag(what, "--check", "check settings, keys, store and platform")
+    _flag(what, "--check-settings", "check the settings alone: no network, nothing written")
+    _flag(what, "--status", "show daemon, platform, store and API keys")
+    _flag(what, "--executions", executions, metavar="N", nargs="?", const=EXECUTIONS_SHOWN, type=int)
+    _flag(what, "--show", showing, nargs="*", metavar="CODE")
+    _flag(what, "--export", exporting, metavar="FILE")
+    _flag(what, "--symbols", "find instruments by code or name: 茅台, apple, 黄金", metavar="TEXT")
+    _flag(what, "--drain", "move now what waits on this machine for MongoDB")
+    _flag(what, "--retain", "remove now what is older than KEEP_DAYS, also what --check names")
+    _flag(what, "--rejects", "list what MongoDB refused for good, and why")
+    _flag(what, "--reload", "for ExecReload= of the unit: have the daemon read its settings anew")
+    _flag(what, "--register", "register at the dispatch platform (once)")
+    _flag(what, "--migrate", moving, nargs="?", const="", metavar="DIR")
+    _flag(what, "--grafana", "print a Grafana dashboard over the metrics of METRICS_FILE")
     what.add_argument("--version", action="version", version=f"stockrt {__version__}")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--codes", nargs="+", metavar="CODE", help="codes, separated by blanks or commas")
-    parser.add_argument("--codes-file", metavar="FILE", help="codes from a file, '-' for standard input")
-    parser.add_argument(
-        "--every", metavar="S", help="with --collect: ask every S seconds, in place of the stream"
+    page = "write what --show has as one page, or candles of one code as a picture where FILE ends in .svg"
+    since = (
+        "with --chart, --html or --export: since this date or time, ISO 8601, such as 2026-08-14 or "
+        "2026-08-14T09:30+08:00; without an offset it is UTC"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document a line in place of the table"
+    documents = (
+        "with --migrate: bring the older client's documents over (default: its own collection, "
+        f"{OLD_COLLECTION})"
     )
-    parser.add_argument(
-        "--demo", action="store_true", help="synthetic trades: no network, no key, embedded store"
-    )
-    parser.add_argument(
-        "--chart",
-        choices=tuple(STEPS),
-        help="with --show: candles and volume; with --html: of which step (5m)",
-    )
-    parser.add_argument(
-        "--html",
-        metavar="FILE",
-        help="write what --show has as one page, or candles of one code as a picture where FILE ends in .svg",
-    )
-    parser.add_argument(
-        "--closes", action="store_true", help="with --export: the closing prices in place of the trades"
-    )
-    parser.add_argument(
-        "--from",
-        dest="from_",
-        metavar="TIME",
-        help="with --chart, --html or --export: since this date or time, ISO 8601, such as 2026-08-14 or "
-        "2026-08-14T09:30+08:00; without an offset it is UTC",
-    )
-    parser.add_argument(
-        "--to", metavar="TIME", help="as --from: before this time, or up to this date, the date included"
-    )
-    parser.add_argument(
-        "--sort", choices=("code", "change", "asked"), help="with --show: the order of its lines (code)"
-    )
-    parser.add_argument(
-        "--up",
-        choices=("red", "green"),
-        help="with --show: the colour of what rises, in place of the one of your locale",
-    )
-    parser.add_argument("--retry", action="store_true", help="with --drain: what MongoDB refused before, too")
-    parser.add_argument(
-        "--discard",
-        action="store_true",
-        help="with --rejects: delete them, and damaged files that were set aside",
-    )
-    parser.add_argument(
-        "--documents",
-        nargs="?",
-        const="",
-        metavar="COLLECTION",
-        help=f"with --migrate: bring the older client's documents over (default: its own collection, {OLD_COLLECTION})",
-    )
-    parser.add_argument(
+    force = "with --register: anew, although a hash is stored; with --documents: this zone, whatever ObjectIds say"
+    places = "settings; default: " + ", ".join(map(str, ENV_FILE_PLACES))
+    until = "as --from: before this time, or up to this date, the date included"
+    charts = "with --show: candles and volume; with --html: of which step (5m)"
+    rising = "with --show: the colour of what rises, in place of the one of your locale"
+    _flag(parser, "--codes", "codes, separated by blanks or commas", nargs="+", metavar="CODE")
+    _flag(parser, "--codes-file", "codes from a file, '-' for standard input", metavar="FILE")
+    _flag(parser, "--every", "with --collect: ask every S seconds, in place of the stream", metavar="S")
+    _flag(parser, "--json", "print one JSON document a line in place of the table")
+    _flag(parser, "--demo", "synthetic trades: no network, no key, embedded store")
+    _flag(parser, "--chart", charts, choices=tuple(STEPS))
+    _flag(parser, "--html", page, metavar="FILE")
+    _flag(parser, "--closes", "with --export: the closing prices in place of the trades")
+    _flag(parser, "--from", since, dest="from_", metavar="TIME")
+    _flag(parser, "--to", until, metavar="TIME")
+    _flag(parser, "--sort", "with --show: the order of its lines (code)", choices=("code", "change", "asked"))
+    _flag(parser, "--up", rising, choices=("red", "green"))
+    _flag(parser, "--retry", "with --drain: what MongoDB refused before, too")
+    _flag(parser, "--discard", "with --rejects: delete them, and damaged files that were set aside")
+    _flag(parser, "--documents", documents, nargs="?", const="", metavar="COLLECTION")
+    _flag(
+        parser,
         "--time-zone",
+        "with --documents: of the clock that wrote them, such as Asia/Shanghai",
         metavar="ZONE",
-        help="with --documents: of the clock that wrote them, such as Asia/Shanghai",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="with --migrate: say what would be done, write nothing"
-    )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="with --register: anew, although a hash is stored; with --documents: this zone, whatever ObjectIds say",
-    )
-    parser.add_argument(
-        "--env-file",
-        metavar="FILE",
-        type=Path,
-        help="settings; default: " + ", ".join(map(str, ENV_FILE_PLACES)),
-    )
+    _flag(parser, "--dry-run", "with --migrate: say what would be done, write nothing")
+    _flag(parser, "--force", force)
+    _flag(parser, "--env-file", places, metavar="FILE", type=Path)
 
 
 # Which commands, or what else, each flag goes with.
@@ -17937,7 +17788,7 @@ def _check_export(options: Options) -> None:
     span_of(options)
 
 
-def span_of(options: Options) -> tuple[int, int]:
+def span_of(options: Options) -> Span:
     """Return the moments of --from and --to (epoch ms, half open); without them all of time. Raises UsageError."""
     since, until = 0, NEVER
     if options.from_ is not None:
@@ -17947,7 +17798,7 @@ def span_of(options: Options) -> tuple[int, int]:
         until = start + length
     if since >= until:
         raise UsageError(f"--from {options.from_} --to {options.to}: nothing lies between them; see --help")
-    return since, until
+    return Span(since, until)
 
 
 def _moment_of(flag: str, text: str) -> tuple[int, int]:
@@ -18124,32 +17975,20 @@ def show(text: str) -> None:
 # ------------------------------------------------------------------------------------------------------
 
 
-class Column(NamedTuple):
-    """A column of the table; `width` counts when rows are printed before all are known."""
-
-    title: str
-    width: int
-    right: bool = False
-
-
-COLUMNS = (
-    Column("CODE", 12),
-    Column("PRICE", 14, right=True),
-    Column("VOLUME", 14, right=True),
-    Column("TURNOVER", 18, right=True),
-    Column("SIDE", 4),
-    Column("EXCHANGE TIME", 24),
-    Column("AGE", 6, right=True),
-    Column("NAME", 0),
+TRADE_COLUMNS = (
+    Column("CODE", width=12),
+    Column("PRICE", right=True, width=14),
+    Column("VOLUME", right=True, width=14),
+    Column("TURNOVER", right=True, width=18),
+    Column("SIDE", width=4),
+    Column("EXCHANGE TIME", width=24),
+    Column("AGE", right=True, width=6),
+    Column("NAME"),
 )
 # While no trade comes it is seen after so long that the reader went away.
 READER_LOOK_S = 1.0
 # Of a line where there is no terminal: no name is cut.
 WIDEST = 1000
-
-
-# While no trade comes it is seen after so long that the reader went away.
-READER_LOOK_S = 1.0
 
 
 class Rows:
@@ -18190,7 +18029,7 @@ class Rows:
             return
         self._kept += documents
         if self._is_live or self._widths or len(self._kept) > ROWS_ALIGNED:
-            self._table([column.width for column in COLUMNS])
+            self._table([column.width for column in TRADE_COLUMNS])
 
     def finish(self, order: Sequence[str] = ()) -> None:
         """Print what was kept, in the order of the codes in `order`."""
@@ -18206,7 +18045,7 @@ class Rows:
         rows = [[*row_cells(document, now), names.get(document["stock_code"], "")] for document in self._kept]
         self._kept = []
         if not self._widths:
-            titles = [column.title for column in COLUMNS]
+            titles = [column.title for column in TRADE_COLUMNS]
             widths = list(fixed) or [max(map(columns_of, cells)) for cells in zip(titles, *rows, strict=True)]
             self._widths = self._with_name(widths[:-1], bool(names))
             line = self._line(titles)
@@ -18216,18 +18055,14 @@ class Rows:
     def _with_name(self, widths: list[int], named: bool) -> list[int]:
         """Return the widths with that of the names: they have the rest of the line, unless that is too short."""
         room = self._width - sum(widths) - len(GAP) * len(widths)
-        return [*widths, room] if named and room >= len(COLUMNS[-1].title) else widths
+        return [*widths, room] if named and room >= len(TRADE_COLUMNS[-1].title) else widths
 
     def _line(self, cells: Sequence[str]) -> str:
         """Return a line of cells, without the last where there are no names."""
         *cells, name = cells
-        if len(self._widths) == len(COLUMNS):
+        if len(self._widths) == len(TRADE_COLUMNS):
             cells.append(fitting(name, self._widths[-1]))
-        parts = []
-        for cell, width, column in zip(cells, self._widths, COLUMNS, strict=False):
-            blanks = " " * (width - columns_of(cell))
-            parts.append(blanks + cell if column.right else cell + blanks)
-        return GAP.join(parts).rstrip() + "\n"
+        return line_of(TRADE_COLUMNS[: len(cells)], cells, self._widths) + "\n"
 
     def _names(self) -> dict[str, str]:
         """Return the names of what is kept, as far as they are at hand."""
@@ -18424,7 +18259,7 @@ def _refuse_demo_in_mongodb(options: Options, settings: Settings) -> None:
 def run_once(options: Options, settings: Settings) -> int:
     """Fetch the given codes once and return the exit status."""
     _refuse_demo_in_mongodb(options, settings)
-    rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_width(WIDEST))
+    rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_size(WIDEST)[0])
     terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
     rows.directory = pipeline.directory
@@ -18643,6 +18478,7 @@ class Ticks(Events):
         self._batches: queue.Queue[Sequence[Document]] = queue.Queue(BATCHES_UNREAD)
         self._latest: dict[str, str] = {}  # code -> _id
         self._recent: dict[str, None] = {}  # _id of the last rows
+        self.waiting = 0  # trades, for MongoDB
         self._is_ending = threading.Event()
         self._thread = threading.Thread(target=self._print, name="stockrt-rows", daemon=True)
         start_thread(self._thread)
@@ -18659,6 +18495,10 @@ class Ticks(Events):
     def kept(self, documents: Sequence[Document]) -> None:
         """Have them printed: when MongoDB has them they are not told again."""
         self.stored(documents)
+
+    def queue_changed(self, stats: QueueStats) -> None:
+        """Note how many wait for MongoDB."""
+        self.waiting = stats.trades
 
     def collecting(self, stats: CollectStats) -> None:
         """Have it said below the table, where there is one."""
@@ -18729,7 +18569,7 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
         raise PrintError(rows.fault)
     if rows.is_gone:
         return EXIT_OK
-    say(_collected_line(collecting.stats(), time.monotonic() - started_at))
+    say(_collected_line(collecting.stats(), ticks.waiting, time.monotonic() - started_at))
     if ticks.is_held_up():  # the exit's flush would wait for the reader
         say("not all rows were read")
         os._exit(EXIT_INTERRUPTED)
@@ -18778,11 +18618,10 @@ def _seconds_of(text: str) -> float:
         raise UsageError(f"--every {one_line(text, 40)}: expected {setting.expected}; see --help") from None
 
 
-def _collected_line(stats: CollectStats, took_s: float) -> str:
+def _collected_line(stats: CollectStats, waiting: int, took_s: float) -> str:
     line = f"trades {stats.trades}, stored {stats.stored}, already known {stats.duplicates} ({took_s:.1f} s)"
-    kept = stats.trades - stats.stored - stats.duplicates
-    if kept > 0:
-        line += f"; {waiting_words(kept)} for MongoDB"
+    if waiting:
+        line += f"; {waiting_words(waiting)} on this machine for MongoDB"
     if stats.dropped:
         line += f"; {stats.dropped} pushed and not asked for, or no trades"
     if stats.gaps_today:
@@ -18923,7 +18762,7 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
     told = read_status(settings.state_directory).get("collecting", {})
     if told.get("connections_wanted") and daemon_runs(settings.state_directory):
         facts = dict.fromkeys(CollectFacts.__annotations__) | told
-        faults = [trouble.what for trouble in _collect_faults(facts)]
+        faults = [trouble.what for trouble in _collect_faults(settings, facts)]
         yield Check("stream", not faults, "; ".join(faults) or f"the daemon has it: {_collect_line(facts)}")
         return
     limits = pipeline.stream_limits(stop)
@@ -19078,7 +18917,7 @@ def gather_status(settings: Settings) -> StatusReport:
         status["collecting"] = dict.fromkeys(CollectFacts.__annotations__) | told.get("collecting", {})
     if (directory / JOURNAL_NAME).exists():
         troubles = _ask_journal(directory, status)
-    troubles += _what_is_wrong(status)
+    troubles += _what_is_wrong(settings, status)
     status["wrong"] = [trouble.what for trouble in troubles]
     status["to_do"] = list(dict.fromkeys(trouble.to_do for trouble in troubles))
     status["status"] = STATUS_WORDS[STATUS_WRONG if troubles else STATUS_WELL]
@@ -19122,14 +18961,14 @@ def _whole_or_partial(one: ExecutionFacts) -> str:
     return str(one["status"] or "not ended")
 
 
-def _what_is_wrong(status: StatusReport) -> list[Trouble]:
+def _what_is_wrong(settings: Settings, status: StatusReport) -> list[Trouble]:
     """Return what is wrong beside what the journal knows of."""
     wrong = []
     if status["daemon"]["running"] and status["platform"]["state"] not in ("connected", NO_NEED):
         to_do = "see --check and the daemon's log; it tries again by itself"
         wrong.append(Trouble("no connection to the platform", to_do))
     if status["daemon"]["running"] and status["collecting"] is not None:
-        wrong += _collect_faults(status["collecting"])
+        wrong += _collect_faults(settings, status["collecting"])
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
         to_do = "see --check; they follow when MongoDB takes them, at once with --drain"
@@ -19150,7 +18989,7 @@ def _collect_stats(facts: Mapping[str, Any]) -> CollectStats:
     return CollectStats(**known)
 
 
-def _collect_faults(facts: Mapping[str, Any]) -> list[Trouble]:
+def _collect_faults(settings: Settings, facts: Mapping[str, Any]) -> list[Trouble]:
     """Return what is wrong with collecting by what the daemon told last."""
     stats = _collect_stats(facts)
     to_do = "see --check and the daemon's log; it tries again by itself"
@@ -19161,6 +19000,9 @@ def _collect_faults(facts: Mapping[str, Any]) -> list[Trouble]:
         return [Trouble(f"{stats.connections} of {wanted} to the stream stand", to_do)]
     if facts["at"] is None:
         return [Trouble("collecting has not begun", to_do)]
+    if settings.collect and stats.polled and not stats.connections_wanted:
+        words = f"the stream brings nothing, {count_words(stats.polled, 'code')} polled instead"
+        return [Trouble(words, "see --check and the daemon's log; COLLECT_EVERY polls without a stream")]
     return []
 
 
@@ -19515,19 +19357,16 @@ def need_blocks(options: Options, encoding: str) -> None:
 def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
     """Print candles of codes; exit status 1 where there are none of one that was asked for, or nothing at all."""
     need_blocks(options, sys.stdout.encoding)
-    now, span, step = time.time(), Span(*span_of(options)), cast(str, options.chart)
-    width, height = terminal_width(80), terminal_height(24)
+    now, span, step = time.time(), span_of(options), cast(str, options.chart)
+    width, height = terminal_size()
     with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         last = reader.last(codes)
-        charts = read_daily_charts(reader, codes, span, now, width)
-        if step != DAILY:
-            charts = read_charts(reader, last, step, span, now, width)
+        charts = read_charts(reader, codes, last, step, span, now, width)
         names = reader.names(codes, not is_chinese(environ))
-    rise, _ = rise_and_fall(environ, options.up)
-    up, color = {RED: "red", GREEN: "green"}[rise], settings.color and sys.stdout.isatty()
+    up, color = color_of_rise(environ, options.up), settings.color and sys.stdout.isatty()
     for code, chart in charts.items():
-        if not any(slot.candle for slot in chart.slots):
+        if not chart.candles:
             missing.append(what_is_there(chart, last.get(code)))
         elif options.json:
             show("\n".join(json.dumps(document) for document in chart.documents()))
@@ -19543,9 +19382,8 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
 
 def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
     """Write the page, or one code's picture, whole or not at all; exit status 1 where it lacks what was asked for."""
-    now, span, step = time.time(), Span(*span_of(options)), options.chart or "5m"
-    rise, _ = rise_and_fall(environ, options.up)
-    up = {RED: "red", GREEN: "green"}[rise]
+    now, span, step = time.time(), span_of(options), options.chart or "5m"
+    up = color_of_rise(environ, options.up)
     with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         found = in_order(quotes(reader, codes, english=True), options.sort or "code")
@@ -19566,7 +19404,7 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
 
 def _only_chart(page: Page) -> Chart:
     """Return the one chart that a picture has room for. Raises UsageError."""
-    charts = [chart for chart in page.charts.values() if any(slot.candle for slot in chart.slots)]
+    charts = [chart for chart in page.charts.values() if chart.candles]
     if len(charts) != 1:
         raise UsageError(
             f"--html FILE.svg: a picture is of one code, and here are candles of {len(charts)}; see --show"
@@ -19576,13 +19414,11 @@ def _only_chart(page: Page) -> Chart:
 
 def quote_table(settings: Settings, environ: Mapping[str, str], up: str | None) -> QuoteTable:
     """Return a table for what stdout is."""
-    width: int | None = None
-    colors: Sequence[str] = ()
+    width, rise = None, ""
     if sys.stdout.isatty():
-        width = terminal_width(80)
-        if settings.color:
-            colors = rise_and_fall(environ, up)
-    return QuoteTable(width, colors, sys.stdout.encoding)
+        width, _ = terminal_size()
+        rise = color_of_rise(environ, up) if settings.color else ""
+    return QuoteTable(width, rise, sys.stdout.encoding)
 
 
 def codes_to_show(options: Options, settings: Settings, reader: Reader) -> tuple[list[str], list[str]]:
@@ -19597,32 +19433,41 @@ def codes_to_show(options: Options, settings: Settings, reader: Reader) -> tuple
             typed = [*WatchList(settings, store).codes()]
     if not typed:
         return reader.newest_codes(CODES_SHOWN), []
-    stored = set(reader.codes())
+    stored = None
     if options.chart == DAILY and options.html is None:
-        stored.update(reader.close_codes())
-    return codes_meant(typed, stored, reader)
+        stored = {*reader.codes(), *reader.close_codes()}
+    return codes_meant(typed, reader, stored)
 
 
-def codes_meant(typed: Iterable[str], stored: Collection[str], reader: Reader) -> tuple[list[str], list[str]]:
+def codes_meant(
+    typed: Iterable[str], reader: Reader, stored: Collection[str] | None = None
+) -> tuple[list[str], list[str]]:
     """Return which of the stored codes are meant, by code or by name, and a sentence for what means none of them.
 
-    Raises StoreError.
+    `stored`: of which there is something; None: of which there are trades. Raises StoreError.
     """
-    there, found, missing = set(stored), [], []
+    meant: dict[str, list[str]] = {}
+    missing = []
     for code in dict.fromkeys(typed):
         try:
             instrument = parse_code(code)
-            meant = [instrument.code, *(other.code for other in instrument.alternatives)]
         except UnclearCode as error:
-            meant = [error.text, *error.guesses]
+            meant[code] = [error.text, *error.guesses]
             if not error.text.isascii():
-                meant += [one for one, name in reader.names(stored).items() if error.text in name.upper()]
+                names = reader.names(reader.codes() if stored is None else stored)
+                meant[code] += [one for one, name in names.items() if error.text in name.upper()]
         except InstrumentError as error:
             missing.append(f"{one_line(code, 40)}: {error}")
-            continue
-        stored_ones = [one for one in meant if one in there]
-        found += stored_ones[:1]
-        if not stored_ones:
+        else:
+            meant[code] = [instrument.code, *(other.code for other in instrument.alternatives)]
+    there = stored
+    if there is None:
+        there = reader.last(list(dict.fromkeys(chain.from_iterable(meant.values()))))
+    found = []
+    for code, ones in meant.items():
+        of_it = [one for one in ones if one in there]
+        found += of_it[:1]
+        if not of_it:
             missing.append(f"{one_line(code, 40)}: nothing of it is stored")
     return list(dict.fromkeys(found)), missing
 
@@ -19642,17 +19487,20 @@ def run_export(options: Options, settings: Settings) -> int:
     place = cast(str, options.export)
     try:
         with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
-            export = Export(None, *span_of(options), options.closes)
             missing: list[str] = []
-            if options.codes or options.codes_file:
-                codes, missing = codes_meant(read_codes(options), export.codes_in(reader), reader)
-                export = export._replace(codes=codes)
-            lines = ExportLines(export.names, options.json or place.endswith(".jsonl"))
+            codes: Sequence[str] = ()
+            span, is_chosen = span_of(options), bool(options.codes or options.codes_file)
+            is_whole = not (is_chosen or options.closes) and span == Span()
+            if not is_whole:
+                codes = reader.close_codes() if options.closes else reader.codes()
+            if is_chosen:
+                codes, missing = codes_meant(read_codes(options), reader, set(codes))
+            export = Export(codes, span, options.closes, is_whole, options.json or place.endswith(".jsonl"))
             if place == "-":
-                count = _to_stdout(lines, export, reader)
+                count = _to_stdout(export, reader)
             else:
                 with whole_file(Path(place), durable=True, setting="--export") as stream:
-                    count = _write_export(lines, export, reader, stream)
+                    count = _write_export(export, reader, stream)
     except KeyboardInterrupt:
         say("interrupted" if place == "-" else "interrupted: no file was written")
         return EXIT_INTERRUPTED
@@ -19667,10 +19515,10 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _to_stdout(lines: ExportLines, export: Export, reader: Reader) -> int:
+def _to_stdout(export: Export, reader: Reader) -> int:
     """Write an export to stdout, return how many rows it has. Raises PrintError, without words for a reader gone."""
     try:
-        count = _write_export(lines, export, reader, sys.stdout.buffer)
+        count = _write_export(export, reader, sys.stdout.buffer)
         sys.stdout.buffer.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit's flush fails again
@@ -19680,23 +19528,22 @@ def _to_stdout(lines: ExportLines, export: Export, reader: Reader) -> int:
     return count
 
 
-def _write_export(lines: ExportLines, export: Export, reader: Reader, stream: IO[bytes]) -> int:
+def _write_export(export: Export, reader: Reader, stream: IO[bytes]) -> int:
     """Write an export into a stream, and return how many rows it has. Raises OSError, StoreError."""
     count, done, last_code = 0, 0, ""
-    unit, total = "codes", 0
-    if export.is_whole and not export.closes:
+    unit, total = "codes", len(export.codes)
+    if export.is_whole:
         unit, total = "trades", reader.estimate()
-    else:
-        total = len(export.codes_in(reader))
     code_at = export.names.index("stock_code")
     with Terminal(None, unit, bar_above=0) as terminal:
-        stream.write(lines.head())
+        if not export.as_json:
+            stream.write(export.lines([export.names]))
         for rows in export.rows(reader):
-            stream.write(lines.of(rows))
+            stream.write(export.lines(rows))
             count += len(rows)
             done += len({row[code_at] for row in rows} - {last_code})
             last_code = rows[-1][code_at] if rows else last_code
-            terminal.progress(min(count if unit == "trades" else done, total), total)
+            terminal.progress(min(count if export.is_whole else done, total), total)
     return count
 
 

@@ -15,6 +15,7 @@ import hypothesis
 import pytest
 from kit.daemons import EXTENT, number
 from kit.fault_world import ServiceManager, World
+from kit.forked import Forked
 from kit.infoway_server import InfowayServer
 from kit.mongo import (
     GuardedServer,
@@ -112,15 +113,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 class OneByOne(LoadScopeScheduling):  # type: ignore[misc]
     """Each test is for whichever worker is free, but the files that share something dear are for one of them."""
 
-    # The bench in short, and a booted box.
-    whole = ("bench/test_bench.py", "program/test_systemd.py")
-    # These share three members. Only names are known here; one that is missed costs another three, and nothing else.
+    # The bench in short, a booted box, a server with users, and a large file that is parsed.
+    whole = (
+        "bench/test_bench.py",
+        "program/test_systemd.py",
+        "rooms/test_mongo_real.py",
+        "rooms/test_structure.py",
+    )
+    # These share three members, and a server with users. Only names are known here; one that is missed costs others of
+    # those, and nothing else.
     elections = re.compile("elect|primar")
+    roles = re.compile("_role_")
 
     def _split_scope(self, nodeid: str) -> str:
         file, _, name = nodeid.partition("::")
         if self.elections.search(name.partition("[")[0]):
             return "elections"
+        if self.roles.search(name.partition("[")[0]):
+            file = file.rpartition("/")[0] + "/test_mongo_real.py"
         return file if file.endswith(self.whole) else nodeid
 
 
@@ -142,8 +152,13 @@ def pyz() -> Path:
 @pytest.fixture(scope="session")
 def shiv_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the program unpacks itself, once for all tests of all workers."""
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shiv"
+    return shared_folder(tmp_path_factory, "shiv")
+
+
+def shared_folder(folders: pytest.TempPathFactory, name: str) -> Path:
+    """Return a folder that all workers have."""
+    base = folders.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     shared.mkdir(exist_ok=True)
     return shared
 
@@ -161,7 +176,7 @@ def clean_env(tmp_path: Path, shiv_root: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def run_pyz(pyz: Path, clean_env: dict[str, str], tmp_path: Path) -> RunPyz:
+def start_pyz(pyz: Path, clean_env: dict[str, str], tmp_path: Path) -> RunPyz:
     """Run the program in an empty folder (no settings file is found by chance) and return what came of it."""
 
     def run(
@@ -180,6 +195,41 @@ def run_pyz(pyz: Path, clean_env: dict[str, str], tmp_path: Path) -> RunPyz:
             timeout=timeout,
             **({"stdin": subprocess.DEVNULL} if input is None else {"input": input}),
         )
+
+    return run
+
+
+# What an interpreter, the file's unpacking or the loader reads when a process starts.
+READ_AT_A_START = re.compile("PYTHON|SHIV_|LD_|LANG|LC_")
+
+
+@pytest.fixture(scope="session")
+def _forked(pyz: Path, shiv_root: Path) -> Iterator[Forked]:
+    with Forked(pyz, shiv_root) as program:
+        yield program
+
+
+@pytest.fixture
+def run_pyz(start_pyz: RunPyz) -> RunPyz:
+    """Run the program as `start_pyz` does; a file whose tests are about no start has `run_forked` by this name."""
+    return start_pyz
+
+
+@pytest.fixture
+def run_forked(start_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path, _forked: Forked) -> RunPyz:
+    """Run the program as `start_pyz` does; the quick run forks it from a process that has it loaded, where it can."""
+
+    def run(
+        *args: str | Path,
+        env: Mapping[str, str] | None = None,
+        input: str | None = None,  # noqa: A002 - named as in subprocess.run
+        timeout: float = 60,
+        cwd: Path | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        if EXTENT != "quick" or any(map(READ_AT_A_START.match, env or ())):
+            return start_pyz(*args, env=env, input=input, timeout=timeout, cwd=cwd)
+        arguments = [*map(str, args)]
+        return _forked.run(arguments, clean_env | dict(env or {}), cwd or tmp_path, input or "", timeout)
 
     return run
 
@@ -211,18 +261,48 @@ def mongod() -> Path:
         unavailable(str(error))
 
 
+class ThreeMembers:
+    """A replica set, from the first test that needs it up to the first that does not: heartbeats cost."""
+
+    def __init__(self, mongod: Path) -> None:
+        self._mongod = mongod
+        self._running = contextlib.ExitStack()
+        self._members: ReplicaSet | None = None
+
+    def started(self) -> ReplicaSet:
+        """Return the members, all well."""
+        if self._members is None:
+            self._members = self._running.enter_context(ReplicaSet(self._mongod))
+        self._members.ensure_running()
+        return self._members
+
+    def close(self) -> None:
+        """End them, if they run."""
+        self._running.close()
+        self._members = None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """End the three members when the next test does without them."""
+    members = getattr(item, "funcargs", {}).get("_three_members")
+    yield
+    if members is not None and "_three_members" not in getattr(nextitem, "fixturenames", ()):
+        members.close()
+
+
 @pytest.fixture(scope="session")
-def _three_members(mongod: Path) -> Iterator[ReplicaSet]:
-    with ReplicaSet(mongod) as members:
+def _three_members(mongod: Path) -> Iterator[ThreeMembers]:
+    with contextlib.closing(ThreeMembers(mongod)) as members:
         yield members
 
 
 @pytest.fixture
-def replica_set(_three_members: ReplicaSet) -> Iterator[ReplicaSet]:
+def replica_set(_three_members: ThreeMembers) -> Iterator[ReplicaSet]:
     """Three members, all well when the test begins; it may kill, stop, cut off and bring back any of them."""
-    _three_members.ensure_running()
-    yield _three_members
-    _three_members.ensure_running()
+    members = _three_members.started()
+    yield members
+    members.ensure_running()
 
 
 @pytest.fixture
@@ -239,7 +319,7 @@ def standalone(mongod: Path) -> Iterator[MongoServer]:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def guarded(mongod: Path) -> Iterator[GuardedServer]:
     """A server that lets nobody in but its users."""
     with GuardedServer(mongod) as server:
@@ -342,7 +422,10 @@ def wall_clock(_clock_shim: Path, tmp_path_factory: pytest.TempPathFactory) -> W
 
 
 def _shim(name: str, folders: pytest.TempPathFactory) -> Path:
+    shared = shared_folder(folders, name)
+    if (shared / f"{name}.so").exists():
+        return shared / f"{name}.so"
     try:
-        return build_shim(name, folders.mktemp(name))
+        return build_shim(name, folders.mktemp(name)).replace(shared / f"{name}.so")
     except NoCompiler as error:
         unavailable(str(error))

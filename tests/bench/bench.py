@@ -22,6 +22,7 @@ import os
 import platform
 import py_compile
 import re
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,8 @@ ROOT = TESTS.parent
 for folder in (ROOT, TESTS):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+from bench.quick_stream import Feed  # noqa: E402 - found by the path above
 
 KEY = "test-key"
 CHUNK = 100  # codes a request, as the API has it
@@ -66,12 +69,19 @@ class Size(NamedTuple):
     limited_requests: int
     idle_s: float
     spooled: int
+    pushes: int
+    pushed_s: float
+    burst: int
 
 
 FULL = Size(
-    rounds=21, codes=5_000, many_codes=100_000, executes=300, limited_requests=50, idle_s=60, spooled=20_000
-)
-SHORT = Size(rounds=2, codes=300, many_codes=2_000, executes=4, limited_requests=12, idle_s=1, spooled=500)
+    rounds=21, codes=5_000, many_codes=100_000, executes=300, limited_requests=50, idle_s=60, spooled=20_000,
+    pushes=100_000, pushed_s=30, burst=200_000,
+)  # fmt: skip
+SHORT = Size(
+    rounds=2, codes=300, many_codes=2_000, executes=4, limited_requests=12, idle_s=1, spooled=500,
+    pushes=3_000, pushed_s=1, burst=5_000,
+)  # fmt: skip
 FEW_CODES = 1_000  # what `many_codes` is compared with
 EXECUTE_CODES = 50
 LATENCY_MS = 50
@@ -79,6 +89,12 @@ FLOOR_THREADS = 8
 PER_SECOND = 10
 MODULE_HASH = "1234567890"
 SHOWN_CODES = 50
+STREAM_CODES = 200
+STREAM_RATE = 2_000  # trades a second, of all of them
+SILENT_CODES, SILENT_CONNECTIONS = 5_000, 9
+BATCH = 1_000  # pushes that the bare loop inserts at once
+POLL_S, SETTLED_S = 0.01, 1.0
+PATIENCE_S = 120.0
 
 
 @dataclass
@@ -218,6 +234,28 @@ class Ours:
         self.pipeline.keys.describe()
 
 
+def collect_bare(url: str, mongodb: str, codes: Sequence[str]) -> None:
+    """What anyone would write first for the stream, until it is killed: websocket-client, json, insert_many."""
+    import pymongo
+    import websocket
+
+    trades = pymongo.MongoClient[dict[str, Any]](mongodb).bench.floor
+    ws = websocket.create_connection(f"{url}?business=crypto&apikey={KEY}")
+    ws.recv()
+    for at in range(0, len(codes), CHUNK):
+        ws.send(
+            json.dumps({"code": 10000, "trace": str(at), "data": {"codes": ",".join(codes[at : at + CHUNK])}})
+        )
+        ws.recv()
+    batch = []
+    while True:
+        record = json.loads(ws.recv())["data"]
+        batch.append({**record, "stock_code": record["s"], "create_time": datetime.now(UTC)})
+        if len(batch) == BATCH:
+            trades.insert_many(batch)
+            batch.clear()
+
+
 CONTENDERS: dict[str, Callable[..., Contender]] = {"floor": Floor, "sdk": Sdk, "ours": Ours}
 
 
@@ -327,7 +365,9 @@ class Bench:
     def run(self) -> None:
         """Measure everything."""
         for measure in (self.throughput, self.closed_markets, self.real_server, self.latency, self.rate_limit,
-                        self.idle, self.executes, self.waits, self.many_codes, self.views, self.spool):  # fmt: skip
+                        self.idle, self.executes, self.waits, self.many_codes, self.views, self.spool,
+                        self.stream, self.stream_on_file, self.stream_delay, self.stream_silent,
+                        self.stream_burst):  # fmt: skip
             self.say(f"{measure.__name__.replace('_', ' ')} …")
             measure()
 
@@ -583,11 +623,12 @@ class Bench:
         return environ
 
     @contextlib.contextmanager
-    def _daemon(self, environ: dict[str, str], port: int) -> Iterator[subprocess.Popen[bytes]]:
+    def _daemon(self, environ: dict[str, str], port: int = 0) -> Iterator[subprocess.Popen[bytes]]:
+        """Run the daemon; 0: it has no platform."""
         with (self.folder / "daemon.log").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, str(self.pyz)],
-                env=environ | {"SERVER_PORT": str(port)},
+                env=environ | ({"SERVER_PORT": str(port)} if port else {}),
                 cwd=self.folder,
                 stdout=log,
                 stderr=log,
@@ -880,6 +921,235 @@ class Bench:
         file.close()
         return len(documents) / (written - began), len(documents) / (drained - written)
 
+    # --- the stream ------------------------------------------------------------------------------------
+
+    def stream(self) -> None:
+        """One connection into the null MongoDB, against a bare loop: as fast as the socket gives them."""
+        feeds, nulls = ([self._feed(), self._feed()], [self._own_null(), self._own_null()])
+        codes = stream_codes(STREAM_CODES)
+        process = multiprocessing.get_context("spawn").Process(
+            target=collect_bare, args=(feeds[0].url, nulls[0], codes), daemon=True
+        )
+        process.start()
+        speeds: dict[str, list[float]] = {"floor": [], "ours": []}
+        try:
+            with self._collector(feeds[1], codes, MONGODB_HOST=nulls[1]):
+                counters = [feed_counter(null) for null in nulls]
+                for feed in feeds:
+                    feed.wait(STREAM_CODES)
+                _settled(counters[1], STREAM_CODES)
+                for number in range(max(2, self.size.rounds * 5 // 7) + 1):
+                    for name, feed, counter in zip(speeds, feeds, counters, strict=True):
+                        speed = _pushed(feed, counter, self.size.pushes)
+                        if number:
+                            speeds[name].append(speed)
+        finally:
+            process.kill()
+            process.join()
+        self.speeds["the stream"] = speeds
+        self.rows.append(Row(
+            "stream: one connection into the null MongoDB", "推送流：单个连接写入空 MongoDB",
+            self._compare(speeds), 1.0, True, "x floor", _trades(speeds),
+        ))  # fmt: skip
+
+    def stream_on_file(self) -> None:
+        """The same into the embedded store."""
+        feed = self._feed()
+        codes = stream_codes(STREAM_CODES)
+        with self._collector(feed, codes, MONGODB_HOST="") as collector:
+            feed.wait(STREAM_CODES)
+            counter = FileCounter(collector.state / "stockrt.db")
+            _settled(counter, STREAM_CODES)
+            speeds = [
+                _pushed(feed, counter, self.size.pushes) for _ in range(max(2, self.size.rounds // 3) + 1)
+            ]
+        self.rows.append(Row(
+            "stream: one connection into the embedded store", "推送流：单个连接写入内置存储",
+            statistics.median(speeds[1:]), 20_000, True, "trades/s", f"{spread(speeds[1:])} trades/s",
+        ))  # fmt: skip
+
+    def stream_delay(self) -> None:
+        """From the push to the moment at which a reader of a real server is shown the trade as durable."""
+        from kit.mongo import Unavailable, find_server, fresh_database
+
+        names = (f"stream: push to durable, {STREAM_RATE:,} trades/s, real server", "推送流：从推送到落盘")
+        chinese = f"推送流：从推送到落盘，每秒 {STREAM_RATE:,} 笔，真实服务器"
+        try:
+            server = find_server()
+        except Unavailable:
+            self.rows += [Row(f"{names[0]}: {what}", f"{chinese}：{what}", None, limit, False, "ms")
+                          for what, limit in (("p50", 150), ("p99", 400))]  # fmt: skip
+            return
+        feed, codes = self._feed(), stream_codes(STREAM_CODES)
+        with (
+            server,
+            fresh_database(server) as (uri, database),
+            self._collector(feed, codes, MONGODB_HOST=uri, MONGODB_DB_NAME=database),
+        ):
+            feed.wait(STREAM_CODES)
+            delays = _delays(feed, uri, database, self.size.pushed_s)
+        detail = f"{spread(delays, 0)} ms of {len(delays):,} trades"
+        self.rows += [
+            Row(
+                f"{names[0]}: {what}",
+                f"{chinese}：{what}",
+                percentile(delays, share),
+                limit,
+                False,
+                "ms",
+                told,
+            )
+            for what, share, limit, told in (("p50", 0.5, 150, detail), ("p99", 0.99, 400, ""))
+        ]
+
+    def stream_silent(self) -> None:
+        """Many codes on all connections of a plan, and nothing comes: memory and processor time."""
+        feed = self._feed("pro")
+        codes = make_codes(closed_market(datetime.now(UTC)), SILENT_CODES)
+        with self._collector(feed, codes) as collector:
+            if (connections := feed.wait(SILENT_CODES)) != SILENT_CONNECTIONS:
+                raise RuntimeError(f"{connections} connections")
+            time.sleep(min(10.0, self.size.idle_s))  # what a start leaves to be done is done
+            before, began = _cpu_seconds(collector.pid), time.monotonic()
+            time.sleep(self.size.idle_s)
+            used = (_cpu_seconds(collector.pid) - before) * 60 / (time.monotonic() - began)
+            resident = _memory(collector.pid, "VmRSS")
+        words = f"{SILENT_CODES:,} codes on {SILENT_CONNECTIONS} connections, market silent"
+        chinese = f"{SILENT_CONNECTIONS} 个连接订阅 {SILENT_CODES:,} 个代码，行情静默"
+        self.rows += [
+            Row(f"stream: resident memory, {words}", f"推送流：{chinese}，常驻内存", resident / MB, 45, False, "MB"),
+            Row(f"stream: CPU, {words}", f"推送流：{chinese}，CPU 时间", used, 0.05, False, "s a minute",
+                f"looked at for {self.size.idle_s:.0f} s"),
+        ]  # fmt: skip
+
+    def stream_burst(self) -> None:
+        """Far more at once than is stored in a second: none lost, and memory that does not grow with it."""
+        feed, null, codes = self._feed(), self._own_null(), stream_codes(STREAM_CODES)
+        with self._collector(feed, codes, MONGODB_HOST=null) as collector:
+            feed.wait(STREAM_CODES)
+            counter = feed_counter(null)
+            _settled(counter, STREAM_CODES)  # a last trade of each, asked for over REST
+            _pushed(feed, counter, BATCH)  # warm
+            before, count = _memory(collector.pid, "VmRSS"), counter.count()
+            speed = _pushed(feed, counter, self.size.burst)
+            lost = count + self.size.burst - _settled(counter, count + self.size.burst)
+            grown = _memory(collector.pid, "VmHWM") - before
+        words, chinese = f"stream: a burst of {self.size.burst:,}", f"推送流：突发 {self.size.burst:,} 笔"
+        self.rows += [
+            Row(f"{words}: lost", f"{chinese}：丢失", lost, 0, False, "", f"{speed:,.0f} trades/s"),
+            Row(f"{words}: memory", f"{chinese}：内存增量", grown / MB, 60, False, "MB more"),
+        ]
+
+    def _feed(self, plan: str = "") -> Feed:
+        feed = Feed(plan)
+        self._open.callback(feed.close)
+        return feed
+
+    def _own_null(self) -> str:
+        return f"mongodb://127.0.0.1:{self._serve('null_mongo')}/"
+
+    @contextlib.contextmanager
+    def _collector(self, feed: Feed, codes: Sequence[str], **more: str) -> Iterator[Collector]:
+        """Let the built file collect the stream as a daemon without a platform."""
+        file = self.folder / f"codes{self._states}"
+        file.write_text("\n".join(codes))
+        environ = self._environ() | feed.settings | {"COLLECT": "stream", "COLLECT_CODES": f"@{file}"} | more
+        del environ["INFOWAY_PLAN"]
+        self._warm(environ)
+        with self._daemon(environ) as process:
+            yield Collector(process.pid, Path(environ["STATE_DIRECTORY"]))
+
+
+class Collector(NamedTuple):
+    """A running collector."""
+
+    pid: int
+    state: Path
+
+
+class Counter(Protocol):
+    """Tells how many trades a store has."""
+
+    def count(self) -> int:
+        """Return their number."""
+
+
+class FileCounter:
+    """Of an embedded store; the number of its last row costs no look at the others."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def count(self) -> int:
+        """Return their number."""
+        with contextlib.closing(sqlite3.connect(f"file:{self._path}?mode=ro", uri=True, timeout=30)) as db:
+            return int(db.execute("SELECT coalesce(max(seq), 0) FROM realtime").fetchone()[0])
+
+
+def feed_counter(mongodb: str) -> Counter:
+    """Return what counts the documents of a null MongoDB."""
+    import pymongo
+
+    collection = pymongo.MongoClient[dict[str, Any]](mongodb).bench.all
+
+    class NullCounter:
+        def count(self) -> int:
+            return collection.estimated_document_count()
+
+    return NullCounter()
+
+
+def _pushed(feed: Feed, counter: Counter, number: int) -> float:
+    """Push so many trades at once, and return how many a second were stored. Raises RuntimeError: not all were."""
+    before = counter.count()
+    began = feed.burst(number)
+    while (left := before + number - counter.count()) > 0:
+        if time.monotonic() > began + PATIENCE_S:
+            raise RuntimeError(f"{left} of {number} pushes are not stored")
+        time.sleep(POLL_S)
+    return number / (time.monotonic() - began)
+
+
+def _settled(counter: Counter, number: int) -> int:
+    """Wait until a store has so many trades and gets no more, and return how many it has."""
+    seen = -1
+    until = time.monotonic() + PATIENCE_S
+    while ((count := counter.count()) < number or count != seen) and time.monotonic() < until:
+        seen = count
+        time.sleep(SETTLED_S)
+    return count
+
+
+def _delays(feed: Feed, uri: str, database: str, seconds: float) -> list[float]:
+    """Return the milliseconds from each push to when it is told as durable, of so many seconds of pushing."""
+    import pymongo
+
+    delays: list[float] = []
+    with pymongo.MongoClient[dict[str, Any]](uri) as client:
+        stages: list[dict[str, Any]] = [
+            {"$match": {"operationType": "insert"}},
+            {"$project": {"fullDocument.t": 1}},
+        ]
+        with client[database]["realtime"].watch(stages, max_await_time_ms=50, batch_size=1000) as changes:
+            feed.rate(STREAM_RATE / STREAM_CODES)
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                change = changes.try_next()
+                if change is not None:
+                    delays.append(time.time() * 1000 - change["fullDocument"]["t"])
+            feed.rate(0)
+    return delays[len(delays) // 10 :]  # warm
+
+
+def stream_codes(number: int) -> list[str]:
+    """Return codes of the market that never closes."""
+    return [f"S{n:04d}USDT" for n in range(number)]
+
+
+def closed_market(now: datetime) -> str:
+    """Return a market, `US` or `SH`, that is closed now, and before and after its hours too."""
+    return "US" if now.astimezone(UTC).hour in range(1, 8) else "SH"
+
 
 def _trades(speeds: dict[str, list[float]]) -> str:
     return "; ".join(f"{name} {spread(found)}" for name, found in speeds.items()) + " trades/s"
@@ -914,6 +1184,7 @@ IN_CHINESE = (
     (r"(.*) s where (\d+) requests take (\d+) s at least", r"\1 秒，\2 次请求至少需要 \3 秒"),
     (r"peaks (.*) and (.*)", r"峰值 \1 与 \2"),
     (r"of (\d+)$", r"共 \1 次应答"),
+    (r" ms of ([\d,]+) trades", r" 毫秒，共 \1 笔"),
     (r"looked at for (\d+) s", r"观察 \1 秒"),
     (r"x floor with (\d+) threads", r"倍 floor（\1 线程）"),
     (r"x the floor's own p50", "倍 floor 自身的 p50"),

@@ -3,8 +3,8 @@
     python tests/bench/null_mongo.py        # prints the port it listens on, ends when its input does
 
 It answers what a driver says: hello, OP_MSG commands (an insert with the number of its documents, a find
-with none), and the OP_QUERY that opens a connection. Each connection has a thread; an insert costs it one
-look at the length of each document.
+with none, a count with the number of all that ever were inserted), and the OP_QUERY that opens a connection.
+Each connection has a thread; an insert costs it one look at the length of each document.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ class NullMongo:
             with self._lock:
                 self.documents += documents
             return bson.encode({"n": documents, "ok": 1.0})
+        if command == "count":
+            return bson.encode({"n": self.documents, "ok": 1.0})
         if command in ("update", "delete"):
             return bson.encode({"n": documents, "nModified": documents, "ok": 1.0})
         return self._answers.get(command) or bson.encode({"ok": 1.0})

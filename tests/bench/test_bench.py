@@ -40,13 +40,15 @@ def short_run(pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleName
 @pytest.mark.parametrize(
     "row",
     ["throughput, no latency", "CPU per 100,000 trades", "its close written too", "into a real server:",
-     "into the null MongoDB", "counted on this machine alone",
-     "throughput, API latency 50 ms", "rate-limited (10/s", "answers over the limit", "no latency: p50", "p99",
+     "  into the null MongoDB", "counted on this machine alone", "50 codes: p99",
+     "throughput, API latency 50 ms", "rate-limited (10/s", "answers over the limit", "no latency: p50",
      "./stockrt.pyz --once with MongoDB", "./stockrt.pyz --version", "idle and connected, nothing executed yet",
      "after the executes", "CPU while idle", "memory at", "time per code",
      "trades in SQLite", "trades in MongoDB",
      "codes, from SQLite", "codes, from MongoDB", "all of it from SQLite", "all of it from MongoDB",
-     "spool: write", "spool: drain"],
+     "spool: write", "spool: drain",
+     "stream: one connection into the null", "stream: one connection into the embedded", "real server: p50",
+     "real server: p99", "stream: resident memory", "stream: CPU", ": lost", "burst of 5,000: memory"],
 )  # fmt: skip
 def test_the_short_form_measures_every_row(short_run: SimpleNamespace, row: str) -> None:
     (line,) = [line for line in short_run.table.splitlines() if row in line]

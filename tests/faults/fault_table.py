@@ -82,6 +82,24 @@ FAULTS = {
     "dns": ("DNS hangs: platform, API and MongoDB", "DNS 无响应：平台、API、MongoDB"),
     "packets": ("an address swallows packets: platform, API, MongoDB", "地址丢弃数据包：平台、API、MongoDB"),
     "silence": ("the connection to the platform dies in silence", "与平台的连接无声中断"),
+    "stream_kill": (
+        "stream: kill -9 of the collector under 2,000 trades a second",
+        "推送流：每秒 2,000 笔成交下对采集进程 kill -9",
+    ),
+    "stream_cut": (
+        "stream: the connection cut under 2,000 trades a second",
+        "推送流：每秒 2,000 笔成交下切断连接",
+    ),
+    "stream_election": (
+        "stream: MongoDB's primary killed under 2,000 trades a second",
+        "推送流：每秒 2,000 笔成交下杀死 MongoDB 主节点",
+    ),
+    "stream_two": (
+        "stream: two collectors with the same codes, cut in turn",
+        "推送流：两个采集进程采集相同代码，轮流断开",
+    ),
+    "stream_shares": ("stream: shares of the codes that overlap", "推送流：代码份额相互重叠"),
+    "stream_slow": ("stream: MongoDB slower than the market", "推送流：MongoDB 慢于行情"),
     "soak": ("soak: {minutes} min of random faults under load", "持续 {minutes} 分钟的随机故障"),
 }
 HEADS = (("fault", "rounds", "trades", "lost", "doubled"), ("故障", "轮数", "成交", "丢失", "重复"))

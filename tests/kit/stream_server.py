@@ -116,6 +116,7 @@ CHUNK = 256 * 1024
 MAX_WAITING = 256 * 1024 * 1024
 # `burst` waits while more than this does.
 BURST_WAITING = 4 * 1024 * 1024
+BURST_S = 600.0
 BLOCK = 500  # pushes that a burst hands over at once
 STEP_S = 0.01  # of the market
 HANDSHAKE_S = 30.0
@@ -149,6 +150,20 @@ def product_knows(product: str, code: str) -> bool:
 def identity(record: Mapping[str, Any]) -> str:
     """The `_id` that a trade must have."""
     return "{s}|{t}|{p}|{v}|{td}".format_map(record)
+
+
+def record_of(name: str) -> Record:
+    """The trade with this identity, of those that StreamServer makes."""
+    code, t, price, volume, direction = name.split("|")
+    turnover = int(price.replace(".", "")) * int(volume)
+    return {
+        "s": code,
+        "t": int(t),
+        "p": price,
+        "v": volume,
+        "vw": f"{turnover // 1000}.{turnover % 1000:03d}",
+        "td": int(direction),
+    }
 
 
 def push_text(record: Mapping[str, Any]) -> str:
@@ -733,17 +748,12 @@ class StreamServer(Switches):
         """Make a trade of now, as no other one is, and push it to nobody."""
         with self.lock:
             self.made_count = count = self.made_count + 1
-            price, volume = 1_000 + count * 7 % 999_000, 1 + count % 999_983
-            record = {
-                "s": code,
-                "t": int(time.time() * 1000) + self.ahead_ms,
-                "p": f"{price // 1000}.{price % 1000:03d}",
-                "v": str(volume),
-                "vw": f"{price * volume // 1000}.{price * volume % 1000:03d}",
-                "td": count % 3,
-            }
+            at = int(time.time() * 1000) + self.ahead_ms
+            price = 1_000 + count * 7 % 999_000
+            name = f"{code}|{at}|{price // 1000}.{price % 1000:03d}|{1 + count % 999_983}|{count % 3}"
+            record = record_of(name)
             self._latest[code] = record
-            self._made.append(identity(record))
+            self._made.append(name)
             return record
 
     def trade(self, *codes: str) -> list[str]:
@@ -754,30 +764,46 @@ class StreamServer(Switches):
 
     def push(self, records: Iterable[Record]) -> None:
         """Push these records to whoever is subscribed to them."""
-        blocks: dict[Peer, Block] = {}
         with self.lock:
-            for record in records:
-                listeners = self._listeners.get(record["s"])
-                if not listeners or self.silent:
-                    continue
-                frames = self._frames(record)
-                for peer in listeners:
-                    if peer.info.codes.get(record["s"]):
-                        block = blocks.setdefault(peer, Block())
-                        for frame, name in frames:
-                            block.add(frame, name)
-            for peer, block in blocks.items():
+            for peer, block in self._blocks(records).items():
                 peer.queue(block)
 
-    def burst(self, count: int, codes: Sequence[str] = ()) -> None:
+    def _blocks(self, records: Iterable[Record]) -> dict[Peer, Block]:
+        """What each connection is sent of these records."""
+        blocks: dict[Peer, Block] = {}
+        for record in records if not self.silent else ():
+            listeners = self._listeners.get(record["s"])
+            if not listeners:
+                continue
+            frames = self._frames(record)
+            for peer in listeners:
+                if peer.info.codes.get(record["s"]):
+                    block = blocks.setdefault(peer, Block())
+                    for frame, name in frames:
+                        block.add(frame, name)
+        return blocks
+
+    def burst(self, count: int, codes: Sequence[str] = ()) -> float:
         """Push so many trades, of these or all subscribed codes in turn, as fast as the sockets take them.
 
-        Returns when they are queued and less than BURST_WAITING is left of them.
+        They are made before: returned is when the first one was queued (time.monotonic()). That is when all of them
+        are queued, and less than BURST_WAITING is left of them.
         """
         names = itertools.cycle(codes or sorted(self.subscribed))
-        for start in range(0, count, BLOCK):
-            self.push([self.new_trade(next(names)) for _ in range(min(BLOCK, count - start))])
-            self.wait_for(lambda it: all(peer.waiting < BURST_WAITING for peer in it._peers.values()))
+        with self.lock:
+            made = [
+                self._blocks([self.new_trade(next(names)) for _ in range(min(BLOCK, count - start))])
+                for start in range(0, count, BLOCK)
+            ]
+        began = time.monotonic()
+        for blocks in made:
+            with self.lock:
+                for peer, block in blocks.items():
+                    peer.queue(block)
+            self.wait_for(
+                lambda it: all(peer.waiting < BURST_WAITING for peer in it._peers.values()), BURST_S
+            )
+        return began
 
     def cut(self, how: str = "fin", connection: int | None = None) -> None:
         """End this or every connection in one of CUTS' ways, and return when it has ended."""

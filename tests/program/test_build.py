@@ -87,9 +87,13 @@ def one_of_each_minor(found: list[Python]) -> list[Python]:
 
 
 def as_parameters(found: list[Python], lacking: str) -> list[Any]:
-    """Test parameters, or one that says why there is nothing to test."""
+    """Test parameters, those that are not the newest 3.X for the long form, or one that says why there are none."""
     skip = pytest.param(None, marks=pytest.mark.skip(reason=lacking), id="none")
-    return [pytest.param(python, id=str(python)) for python in found] or [skip]
+    newest = one_of_each_minor(found)
+    return [
+        pytest.param(python, id=str(python), marks=() if python in newest else pytest.mark.long)
+        for python in found
+    ] or [skip]
 
 
 NEW = as_parameters([p for p in pythons() if p.version >= OLDEST], "no CPython 3.11 or newer outside")
@@ -327,7 +331,13 @@ def tools_alone(tmp_path: Path) -> dict[str, str]:
     return {"STOCKRT_BUILD_DIR": str(tools), "UV_NO_CACHE": "true", "UV_HTTP_RETRIES": "0", **nothing}
 
 
-@pytest.mark.parametrize("way", MIRRORS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=pytest.mark.long) if way in ("pip.conf", "PIP_CONFIG_FILE") else way
+        for way in MIRRORS
+    ],
+)
 def test_wheels_come_by_the_mirror_of_pip(way: str, tmp_path: Path) -> None:
     """Whatever names a mirror for pip holds for uv too: every request goes where the operator's settings say."""
     folder, env = copy_sources(tmp_path / "sources"), tools_alone(tmp_path)

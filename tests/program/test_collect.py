@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RunPyz
-from kit.daemons import HASH, PATIENCE, ProcessDaemon, until
+from kit.daemons import HASH, PATIENCE, ProcessDaemon, ThreadDaemon, settings_for, until
 from kit.infoway_server import PLANS
 from kit.platform_server import PlatformServer
 from kit.stream_server import Vendor, identity
@@ -290,6 +290,40 @@ def test_with_a_platform_it_does_both(
         assert daemon.wait() == 0, daemon.log
 
 
+def answers(platform: PlatformServer) -> bool:
+    """Ping the daemon, and return whether it answers."""
+    before = len(platform.pings)
+    platform.ping_now()
+    good = platform.wait_for(lambda p: len(p.pings) > before and all(one.answered for one in p.pings), 20)
+    return bool(good)
+
+
+def test_no_disk_that_collecting_waits_for_keeps_a_ping_waiting(
+    vendor: Vendor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How collecting goes on is told to the status file by the thread that may wait for a disk."""
+    monkeypatch.setattr(stockrt, "STATUS_EVERY_S", 3600.0)
+    state = tmp_path / "state"
+    stockrt.write_hash(state, HASH)
+    more = vendor.settings | {"COLLECT": "stream", "COLLECT_CODES": " ".join(CODES)}
+    with PlatformServer(ping_every=0, zombies=False) as platform:
+        platform.know(HASH)
+        loaded = settings_for(platform.port, vendor.rest.url, state, **more)
+        with ThreadDaemon(loaded) as running:
+            daemon = running.daemon
+            vendor.stream.wait_for(lambda s: {*s.subscribed} >= {*CODES}, PATIENCE)
+            assert platform.wait_for(lambda p: p.connected, PATIENCE)
+            vendor.stream.rate = 20.0
+            assert until(lambda: daemon._collect is not daemon._collect_noted and daemon._collect.trades > 10)
+            collecting = daemon._executor._collecting
+            assert collecting is not None
+            with collecting._coverage._lock:  # as while it writes
+                monkeypatch.setattr(stockrt, "STATUS_EVERY_S", 0.0)
+                for _ in range(3):
+                    assert answers(platform), "the thread of the socket waits for the disk"
+            assert until(lambda: stockrt.read_status(state)["collecting"]["trades"] > 10)
+
+
 # ---------------------------------------------------------------------------------------------- the terminal
 
 
@@ -396,8 +430,24 @@ def test_the_stream_shows_each_trade_as_it_is_stored(
     shown += [json.loads(line)["_id"] for line in rest.splitlines()]
     trades, stored, known = map(int, COLLECTED.findall(said)[0])
     assert status == stockrt.EXIT_INTERRUPTED and trades == stored + known
+    assert stored == len(shown)  # those that were there before came over REST
     assert len({*shown}) == len(shown) and {*shown} == ids_of(tmp_path / "state")
     assert vendor.stream.missing(shown) == []
+
+
+def test_what_waits_for_mongodb_is_printed_and_counted(start_collect: StartCollect, vendor: Vendor) -> None:
+    """It is durable on this machine; when MongoDB has it, it is no row again."""
+    env = vendor.settings | {"MONGODB_HOST": "mongodb://127.0.0.1:1/?timeoutMS=300"}
+    collect = start_collect("--json", "--codes", *CODES, **env)
+    vendor.stream.wait_for(lambda s: {*s.subscribed} >= {*CODES}, PATIENCE)
+    wanted = {*vendor.stream.trade(*CODES)}
+    shown: set[str] = set()
+    while not wanted <= shown:
+        shown.add(json.loads(collect.line())["_id"])
+    status, rest, said = collect.end()
+    shown |= {json.loads(line)["_id"] for line in rest.splitlines()}
+    assert status == stockrt.EXIT_INTERRUPTED
+    assert f"; {len(shown)} trades wait on this machine for MongoDB" in said.splitlines()[-1], said
 
 
 def test_what_a_poll_brings_once_more_is_no_row_again(

@@ -543,7 +543,7 @@ stockrt.Daemon(settings, rng=Hasty()).run()
 """
 
 
-@pytest.mark.parametrize("close_code", [1000, 1006])
+@pytest.mark.parametrize("close_code", [1000, pytest.param(1006, marks=pytest.mark.long)])
 def test_a_thousand_connections_that_are_closed_at_once_leave_nothing_behind(
     close_code: int, infoway: InfowayServer, state: Path, clean_env: dict[str, str]
 ) -> None:

@@ -150,7 +150,7 @@ def told(result: object) -> object:
     )
 
 
-@pytest.mark.parametrize("which", ["api", "platform"])
+@pytest.mark.parametrize("which", [pytest.param("api", marks=pytest.mark.long), "platform"])
 def test_the_tour_says_in_a_sentence_that_a_port_is_taken(which: str, tour: Tour) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         setattr(tour, which, taken.getsockname()[1])

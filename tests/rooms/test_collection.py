@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +160,11 @@ def test_after_a_kill_what_is_missing_begins_at_the_mark(place: Place) -> None:
     clock.now += 5
     with coverage_in(place, clock, *CODES[1:]) as coverage:  # killed again before anything was subscribed
         assert place.spans() == [([*CODES[1:3]], marked, None)]
-        connected(coverage, *CODES[1:])
+        part = connected(coverage, *CODES[1:])
         coverage.complete(coverage.ended())
         assert place.spans() == [([*CODES[1:3]], marked, ms(clock.now))]
-        assert place.gaps()[0]["instance"] == instance
+        coverage.lost(part, "the connection was lost")
+        assert [gap["instance"] for gap in place.gaps()] == [instance] * 2
 
 
 def test_a_clean_stop_leaves_a_gap_too(place: Place) -> None:
@@ -202,6 +204,17 @@ def test_the_mark_does_not_pass_what_waits_to_be_written(place: Place) -> None:
         waits = ms(clock.now) - 4000
     with coverage_in(place, clock, *CODES):
         assert place.spans() == [([*CODES], waits, None)]
+
+
+def test_a_clock_that_is_set_back_takes_the_mark_along(place: Place) -> None:
+    clock = Clock()
+    with coverage_in(place, clock, *CODES) as coverage:
+        part = connected(coverage, *CODES)
+        heard(coverage, part, clock)
+        clock.now -= 3600
+        heard(coverage, part, clock)
+    with coverage_in(place, clock, *CODES):
+        assert place.spans() == [([*CODES], ms(clock.now), None)]
 
 
 def test_codes_that_are_not_wanted_any_more_keep_no_gap_open(place: Place) -> None:
@@ -513,13 +526,36 @@ def test_while_mongodb_is_away_the_disk_takes_what_is_pushed_and_it_arrives_once
         wait_for("they are in MongoDB", lambda: realtime.count_documents({}) == 500)
         mongo_proxy.down()
         intake.add("crypto", trades[400:2000])
-        wait_for("they are on the disk", lambda: len(listener.waiting) == 1600)
+        wait_for("they are on the disk", lambda: {*ids(trades[500:2000])} <= {*listener.waiting})
         assert intake.lately()[1] < WAIT_S * 1000 and place.gaps() == []
         mongo_proxy.up()
         intake.add("crypto", trades[2000:])
         wait_for("they are in MongoDB", lambda: realtime.count_documents({}) == 3000)
         assert ids(trades) == sorted(found["_id"] for found in realtime.find({}, {"_id": 1}))
     assert intake.refused == 0
+
+
+def test_what_is_pushed_waits_for_no_turn_behind_what_waits_already(
+    place: Place, mongo_db: tuple[str, str], mongo_proxy: MongoProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unlike a run, which may wait a while for the queue to be delivered."""
+    monkeypatch.setattr(stockrt, "CATCH_UP_S", 3600.0)
+    environ = place.environ | {"MONGODB_HOST": mongo_proxy.uri, "MONGODB_DB_NAME": mongo_db[1]}
+    trades, listener = trades_of(300), Listener()
+    client: MongoClient[dict[str, Any]]
+    with (
+        MongoClient(mongo_db[0]) as client,
+        Pipeline(settings_of(environ), listener) as pipeline,
+        intake_of(pipeline, place) as intake,
+    ):
+        assert isinstance(pipeline.store, stockrt.Delivery)
+        pipeline.store.keep([stockrt.to_document(trade, stockrt.utc_now()) for trade in trades[:100]])
+        mongo_proxy.hang()
+        intake.add("crypto", trades[100:])
+        wait_for("they are on the disk", lambda: listener.waiting == [*map(stockrt.identity, trades[100:])])
+        mongo_proxy.resume()
+        realtime: Collection[dict[str, Any]] = client[mongo_db[1]].realtime
+        wait_for("they are in MongoDB", lambda: realtime.count_documents({}) == 300)
 
 
 def test_a_mongodb_that_is_slower_than_the_market_is_not_waited_for(
@@ -648,6 +684,44 @@ def test_a_cut_leaves_a_gap_that_covers_what_is_missing(place: Place, vendor: Ve
         assert {*place.stored()} <= vendor.stream.made()
 
 
+@pytest.mark.parametrize("trades_go_on", [True, False], ids=["deaf", "quiet"])
+def test_a_silence_in_which_there_were_trades_is_a_gap(
+    place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch, trades_go_on: bool
+) -> None:
+    """The connection lives, and says nothing: what is fetched afterwards tells whether there was something to say."""
+    monkeypatch.setattr(stockrt, "SILENCE_S", 1.0)
+    monkeypatch.setattr(stockrt, "ACK_S", 1.0)
+    with Process(place, vendor, COLLECT_CODES=CODES[0]) as process:
+        wait_for("it is subscribed", process.is_subscribed)
+        wait_for("much was pushed", lambda: vendor.stream.pushed_count > 10)
+        vendor.stream.rate = 0.0
+        wait_for("everything is stored", process.has_all)
+        asked = len(vendor.rest.requests)
+        if trades_go_on:
+            vendor.stream.new_trade(CODES[0])
+            wait_for("the gap is noted", place.gaps)
+            (gap,) = place.gaps()
+            assert gap["codes"] == [CODES[0]] and gap["from"] < gap["to"] and "although" in gap["why"]
+        else:
+            wait_for("it is fetched anew", lambda: len(vendor.rest.requests) > asked)
+            assert place.gaps() == []
+        assert len(vendor.stream.connections) == 1
+
+
+def test_much_that_waits_at_the_end_is_kept_in_time(place: Place, mongo_db: tuple[str, str]) -> None:
+    environ = place.environ | {"MONGODB_HOST": mongo_db[0], "MONGODB_DB_NAME": mongo_db[1]}
+    trades = trades_of(stockrt.MOST_PENDING)
+    client: MongoClient[dict[str, Any]]
+    with MongoClient(mongo_db[0]) as client, Pipeline(settings_of(environ)) as pipeline:
+        with intake_of(pipeline, place) as intake:
+            for at in range(0, len(trades), 1000):
+                intake.add("crypto", trades[at : at + 1000])
+            intake.close(WAIT_S)
+            assert intake.stored == len(trades) and intake.refused == 0
+        realtime: Collection[dict[str, Any]] = client[mongo_db[1]].realtime
+        wait_for("all of it arrives", lambda: realtime.count_documents({}) == len(trades))
+
+
 def test_a_stop_is_quick_loses_nothing_and_leaves_a_gap_for_the_next_start(
     place: Place, vendor: Vendor
 ) -> None:
@@ -693,18 +767,21 @@ def test_a_plan_that_is_told_late_gives_the_codes_their_connections(
 
 
 def test_a_key_that_the_stream_refuses_is_not_dialled_with_again(
-    place: Place, vendor: Vendor, caplog: pytest.LogCaptureFixture
+    place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    vendor.stream.refuse_handshakes(*[401] * 50)
-    with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
-        wait_for("it is said", lambda: "401" in process.it.stats().trouble)
-        wait_for("the codes are polled", lambda: process.it.stats().polled == len(CODES))
-        wait_for(
-            "the codes are stored", lambda: len({name.split("|")[0] for name in place.stored()}) == len(CODES)
-        )
-        assert process.it.stats().connections_wanted == 0
-        assert caplog.text.count("401") == 1 and "polled instead" in caplog.text
-        assert len(vendor.stream.connections) == 1
+    """One line, however many connections were to be; and each of them was dialled once."""
+    plan = replace(PLANS["pro"], sockets=2, symbols_per_socket=2, symbols=4)
+    with Vendor(plans={"test-key": plan}, market=CODES, rate=5.0) as vendor:
+        vendor.stream.refuse_handshakes(*[401] * 50)
+        with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
+            wait_for("it is said", lambda: "401" in process.it.stats().trouble)
+            wait_for("the codes are polled", lambda: process.it.stats().polled == len(CODES))
+            wait_for(
+                "the codes are stored", lambda: len({name.split("|")[0] for name in place.stored()}) == 4
+            )
+            assert process.it.stats().connections_wanted == 0
+            assert caplog.text.count("401") == 1 and "polled instead" in caplog.text
+            assert len(vendor.stream.connections) == 2
 
 
 def test_a_change_of_the_watch_list_takes_effect_without_a_restart(

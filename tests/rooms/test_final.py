@@ -400,7 +400,7 @@ class Broken:
 
 def test_two_instances_racing_end_in_the_same(make: MakeWorld, place: Place, tmp_path: Path) -> None:
     """Each has its own notes; with MongoDB they write the same collection, without it the same file."""
-    codes = [f"R{number}.US" for number in range(150)]
+    codes = [f"R{number}.US" for number in range(examples(150, 150, quick=50))]
     with (
         make(epoch_ms=round(at(NEW_YORK, f"{THU} 15:59:50") * 1000)) as world,
         contextlib.ExitStack() as stack,
@@ -532,17 +532,17 @@ def rows_of(pipeline: Pipeline, codes: Sequence[str] | None, count: int) -> list
 
 
 def test_a_backfill_asks_once_for_each_code_and_never_again(make: MakeWorld) -> None:
-    """A fresh store, 60 sessions of 50 codes: 50 requests, 3,000 documents; then none."""
-    codes = [f"A{number}.US" for number in range(50)]
+    """A fresh store, 60 sessions of many codes: a request for each; then none."""
+    codes = [f"A{number}.US" for number in range(examples(50, 50, quick=20))]
     with make() as world:
         world.go_to(f"{THU} 12:00")
         with world.instance() as pipeline:
             rows = rows_of(pipeline, codes, 60)
-        assert len(world.bars_asked()) == 50 and len(world.closes()) == 3000
+        assert len(world.bars_asked()) == len(codes) and len(world.closes()) == 60 * len(codes)
         assert {(row.last, row.added, row.there, row.why) for row in rows} == {(WED, 60, 0, "")}
         with world.instance() as pipeline:
             rows = rows_of(pipeline, codes, 60) + rows_of(pipeline, codes[:3], 20)
-        assert len(world.bars_asked()) == 50 and len(world.closes()) == 3000
+        assert len(world.bars_asked()) == len(codes) and len(world.closes()) == 60 * len(codes)
         assert {(row.last, row.added, row.there, row.why) for row in rows} == {(WED, 0, 60, "")}
         world.go_to(f"{THU} 17:00")
         with world.instance() as pipeline:

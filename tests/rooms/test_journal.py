@@ -156,17 +156,23 @@ def test_the_last_thousand_answers_are_kept(journal: Journal) -> None:
     assert [found for found, _ in journal.unanswered()] == [still_open]
 
 
-def test_short_lives_forget_too(journal: Journal, clock: FakeClock) -> None:
-    for n in range(1010):
+def test_short_lives_forget_too(journal: Journal, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stockrt, "ANSWERS_KEPT", 20)
+    for n in range(60):
         answered(journal, f"e{n}", received=True)
-        if not n % 50:
+        if not n % 5:
             journal.close()
             journal = Journal(journal.path.parent, clock)
-    assert sum(journal.find(f"e{n}") is not None for n in range(1010)) <= 1000 + 50
+    assert [n for n in range(60) if journal.find(f"e{n}")] == list(range(40, 60))
     journal.close()
 
 
-def test_an_answer_costs_the_same_however_many_are_kept(journal: Journal) -> None:
+def test_an_answer_costs_the_same_however_many_are_kept(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockrt, "ANSWERS_KEPT", number(1000, 1000, quick=200))
+    most = stockrt.ANSWERS_KEPT * 6 // 5
+
     def steps() -> int:
         """Return the steps of SQLite's machine from a command to its answer, in tens."""
         taken: list[int] = []
@@ -178,9 +184,9 @@ def test_an_answer_costs_the_same_however_many_are_kept(journal: Journal) -> Non
         return len(taken)
 
     found: list[int] = []
-    for n in range(1200):
+    for n in range(most):
         answered(journal, f"e{n}", received=True)
-        if n in (10, 1199):
+        if n in (10, most - 1):
             found.append(steps())
     assert found[1] <= found[0] * 1.5
 

@@ -251,7 +251,9 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("steps", range(12))
+@pytest.mark.parametrize(
+    "steps", [pytest.param(n, marks=pytest.mark.long) if n in (1, 3, 6, 10) else n for n in range(12)]
+)
 def test_a_kill_at_any_step_of_a_rescue_loses_nothing(tmp_path: Path, steps: int) -> None:
     path = spoiled(tmp_path, lambda path: None, count=1000)
     for side in ("-wal", "-shm"):
