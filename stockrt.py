@@ -11644,28 +11644,39 @@ class MarkFiles:
 
     def read(self) -> Left:
         """Return what the last process has left. Raises StoreError."""
-        codes = self._object(self._codes)
-        mark = self._object(self._mark)
         try:
-            groups = [Group(product, until, names) for product, until, names in codes.get("groups", ())]
-            version, stopped = int(codes.get("version", 0)), False
-            if mark.get("version") == version:
-                stopped = bool(mark["stopped"])
-                groups = [
-                    one._replace(until=int(until)) for one, until in zip(groups, mark["until"], strict=True)
-                ]
-            return Left(str(codes.get("instance", "")), version, groups, stopped)
-        except (KeyError, TypeError, ValueError) as error:
-            log.error(
-                "%s is damaged (%s): a gap before this start is not noted", self._codes, one_line(error, 80)
-            )
+            codes = self._object(self._codes)
+            groups = [
+                Group(product, int(until), [*names]) for product, until, names in codes.get("groups", ())
+            ]
+            left = Left(str(codes.get("instance", "")), int(codes.get("version", 0)), groups)
+        except (TypeError, ValueError) as error:
+            self._say(self._codes, error, "a gap before this start is not noted")
             return Left()
+        try:
+            mark = self._object(self._mark)
+            if mark.get("version") != left.version:
+                return left
+            times = [int(until) for until in mark["until"]]
+            groups = [one._replace(until=until) for one, until in zip(groups, times, strict=True)]
+            return left._replace(groups=groups, stopped=bool(mark["stopped"]))
+        except (KeyError, TypeError, ValueError) as error:
+            self._say(self._mark, error, "a gap before this start begins too early")
+            return left
 
     @staticmethod
     def _object(path: Path) -> dict[str, Any]:
+        """Return what a file holds, nothing where there is none. Raises StoreError, ValueError for no object."""
         with disk_trouble(f"{path} cannot be read"), contextlib.suppress(FileNotFoundError):
-            return json_object(path.read_bytes()) or {}
+            found = json_object(path.read_bytes())
+            if found is None:
+                raise ValueError("no JSON object")
+            return found
         return {}
+
+    @staticmethod
+    def _say(path: Path, error: Exception, then: str) -> None:
+        log.error("%s is damaged (%s): %s", path, one_line(error, 80), then)
 
     def write_codes(self, left: Left) -> None:
         """Keep of which codes everything is kept. Raises StoreError."""

@@ -297,15 +297,26 @@ def test_a_gap_that_cannot_be_noted_holds_the_mark_back_until_it_is(
         assert place.spans() == [([*CODES], since, None)]
 
 
+@pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("name", [stockrt.CODES_NAME, stockrt.MARK_NAME])
-def test_a_mark_that_is_damaged_is_said(place: Place, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mark_that_is_damaged_is_said(
+    place: Place, name: str, cut: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     clock = Clock()
     with coverage_in(place, clock, *CODES) as coverage:
-        heard(coverage, connected(coverage, *CODES), clock)
+        part = connected(coverage, *CODES)
+        heard(coverage, part, clock)
+        since = ms(clock.now)
+        clock.now += 10
+        heard(coverage, part, clock)
     path = place.directory / name
-    path.write_text(path.read_text().replace('"until"', '"since"').replace('"groups": [[', '"groups": [[1, '))
+    text = path.read_text().replace('"until"', '"since"').replace('"groups": [[', '"groups": [[1, ')
+    path.write_bytes(text[:30].encode() + b"\xff" if cut else text.encode())
     with coverage_in(place, clock, *CODES):
         assert "damaged" in caplog.text
+        if name == stockrt.MARK_NAME:  # what is missing is known all the same
+            ((codes, begins, _),) = place.spans()
+            assert codes == [*CODES] and begins <= since
 
 
 def test_what_the_last_process_left_stays_until_it_was_read(place: Place) -> None:
