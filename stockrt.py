@@ -12701,7 +12701,9 @@ class Planner(threading.Thread):
     def _poll_instead(self) -> float:
         """Poll now and then what the stream does not bring; return after how many seconds to look again."""
         codes = self._instead()
-        self.polled = len(codes)
+        if len(codes) != self.polled:
+            self.polled = len(codes)
+            self._intake.came.set()  # it is to be told now
         wait_s = math.inf
         if codes:
             now = time.monotonic()

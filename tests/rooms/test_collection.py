@@ -814,6 +814,16 @@ def test_a_change_of_the_watch_list_takes_effect_without_a_restart(
             assert process.it.stats().connections == 1 and place.gaps() == []
 
 
+def test_that_codes_are_polled_instead_is_told_at_once(
+    place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockrt, "MARK_SILENT_S", 1000.0)
+    monkeypatch.setattr(stockrt, "POLL_SOON_S", 3.0)
+    vendor.stream.refuse_handshakes(429)
+    with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
+        wait_for("it is told", lambda: process.stats.polled == len(CODES))
+
+
 def test_what_cannot_be_fetched_after_a_gap_is_fetched_later(
     place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
