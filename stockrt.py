@@ -12326,7 +12326,7 @@ STREAM_READ_S = 600.0
 class Feed(threading.Thread):
     """One connection to the stream with its thread: dials, hands on what comes, dials again; until told to leave.
 
-    `end`: why it does so no more by itself.
+    `end`: why it does so no more by itself. `missing_since`: when its codes were lost last, or others were wanted.
     """
 
     def __init__(
@@ -12342,7 +12342,7 @@ class Feed(threading.Thread):
         self.part = coverage.add(allotment.product)
         self.state = "connecting"
         self.why = ""
-        self.since = time.monotonic()
+        self.since = self.missing_since = time.monotonic()
         self.end: StreamEnd | None = None
         self._connection = connection
         self._coverage = coverage
@@ -12356,6 +12356,7 @@ class Feed(threading.Thread):
     def want(self, allotment: Allotment) -> None:
         """Bring these codes from now on."""
         self.allotment = allotment
+        self.missing_since = time.monotonic()
         self._coverage.expect(self.part, allotment.codes)
         self._connection.want(allotment.codes)
 
@@ -12373,6 +12374,8 @@ class Feed(threading.Thread):
             self._connection.close()
             if end is None:
                 return
+            if self.part.acked:
+                self.missing_since = time.monotonic()
             self._coverage.lost(self.part, end.words)
             self.why = end.words
             if end.action in (StreamAction.NEVER, StreamAction.KEY_OUT):
@@ -12689,7 +12692,7 @@ class Planner(threading.Thread):
         now = time.monotonic()
         held = self._coverage.subscribed()
         for feed in self.feeds:
-            if feed.state != "given up" and now - feed.since < POLL_SOON_S:
+            if feed.state != "given up" and now - feed.missing_since < POLL_SOON_S:
                 held.setdefault(feed.allotment.product, set()).update(feed.allotment.codes)
         return [
             code

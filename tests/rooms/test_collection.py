@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from kit.infoway_server import PLANS, REFUSALS
 from kit.mongo_proxy import MongoProxy
-from kit.stream_server import Gap, Vendor, identity, uncovered
+from kit.stream_server import REFUSE_BY_RESET, Gap, Vendor, identity, uncovered
 from kit.trades import settings_of
 from pymongo import MongoClient
 from pymongo.collection import Collection
@@ -822,6 +822,17 @@ def test_that_codes_are_polled_instead_is_told_at_once(
     vendor.stream.refuse_handshakes(429)
     with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
         wait_for("it is told", lambda: process.stats.polled == len(CODES))
+
+
+def test_codes_are_polled_however_often_it_is_dialled_in_vain(
+    place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockrt, "STREAM_CAP_S", 0.5)
+    monkeypatch.setattr(stockrt, "POLL_SOON_S", 3.0)
+    vendor.stream.refuse_handshakes(*[REFUSE_BY_RESET] * 1000)
+    with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
+        wait_for("they are polled", lambda: process.it.stats().polled == len(CODES))
+        assert len(vendor.stream.connections) > 2
 
 
 def test_what_cannot_be_fetched_after_a_gap_is_fetched_later(
