@@ -44,7 +44,8 @@ above it:
 
 The daemon's threads: the socket's (main) owns link, protocol and outbox, and waits for nothing but its inbox and the
 socket; the clerk owns the writing of journal and status file; the executor owns the pipeline, whose workers
-ask the API and whose delivery thread moves what waits.
+ask the API and whose delivery thread moves what waits, and the collecting, whose threads bring what is pushed.
+Without a platform there is no link: the main thread waits for its inbox alone.
 
 A command's way: `Link.frames` gives its text, `PlatformProtocol.receive` makes a Command of it, `Daemon._accept`
 hands that to the clerk, `Clerk._accept` puts it into the journal and hands its number to the executor.
@@ -426,6 +427,12 @@ def local_times(text: str) -> str:
         return found[0]
 
     return _UTC_TIME.sub(local, text)
+
+
+def parts_of(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Yield some values, so many at once."""
+    for at in range(0, len(values), size):
+        yield values[at : at + size]
 
 
 def age_words(seconds: float) -> tuple[str, float]:
@@ -6698,15 +6705,13 @@ def stream_limits(info: PackageInfo, plan: Plan) -> StreamLimits:
     if name not in STREAM_LIMITS:
         within = [one for one, listed in PLANS.items() if 0 < listed.per_second <= plan.per_second]
         # a rate of 0 has no limit
-        name = max(within, key=_rate_listed, default="free") if plan.per_second else "pro"
+        name = (
+            max(within, key=lambda one: PLANS[one].per_second, default="free") if plan.per_second else "pro"
+        )
     listed = STREAM_LIMITS[name]
     told = (info.connections, info.per_connection, info.in_all)
     found = [one if said is None else said for said, one in zip(told, listed[:3], strict=True)]
     return StreamLimits(found[0], found[1], found[2])
-
-
-def _rate_listed(name: str) -> float:
-    return PLANS[name].per_second
 
 
 class Allotment(NamedTuple):
@@ -6730,13 +6735,9 @@ def allot(
     kept, rest = _spread(codes, keys, before)
     if before and rest:
         anew = _spread(codes, keys, ())
-        if _count(anew[1]) < _count(rest):
+        if sum(map(len, anew[1].values())) < sum(map(len, rest.values())):
             return anew
     return kept, rest
-
-
-def _count(rest: Mapping[str, Sequence[str]]) -> int:
-    return sum(map(len, rest.values()))
 
 
 def _spread(
@@ -6793,18 +6794,26 @@ class StreamAction(Enum):
 
     DIAL_AGAIN = "dial again"
     WAIT = "wait, then dial again"
-    NEVER = "do not dial again with this key"
+    NEVER = "do not dial again for this product with this key"
+    KEY_OUT = "do not dial again with this key"
     LESS = "leave the frame's codes out"
     LATER = "ask for the frame's codes again later, and leave them out in the end"
     HALVE = "ask for each half of the frame's codes, until the wrong ones are found"
     ASK_AGAIN = "ask again as if nothing had been answered"
 
 
+class StreamEnd(NamedTuple):
+    """The connection is over, and what follows. `wait_s`: where that is a wait, no dial before."""
+
+    words: str
+    action: StreamAction
+    wait_s: float = 0.0
+
+
 class StreamError(NamedTuple):
     """A row of the table of errors: its number, what follows, what it means, and how it is said without a number.
 
-    `setting`: what an operator looks at. `whole_key`: the key is of no use for other products either. `wait_s`:
-    between which times a wait is.
+    `setting`: what an operator looks at. `wait_s`: between which times a wait is.
     """
 
     code: int
@@ -6812,80 +6821,41 @@ class StreamError(NamedTuple):
     means: str
     setting: str
     prose: str = ""
-    whole_key: bool = False
-    wait_s: tuple[float, float] = (0.0, 0.0)
+    wait_s: tuple[float, float] = OLD_CONNECTIONS_S
 
 
 _DIAL, _WAIT, _NEVER = StreamAction.DIAL_AGAIN, StreamAction.WAIT, StreamAction.NEVER
-_KEY = "INFOWAY_API_KEY"
+_OUT, _LESS, _LATER, _HALVE = StreamAction.KEY_OUT, StreamAction.LESS, StreamAction.LATER, StreamAction.HALVE
+_KEY, _PLAN, _CODES, _URL = "INFOWAY_API_KEY", "INFOWAY_PLAN", "COLLECT_CODES", "INFOWAY_STREAM_URL"
+_BAD_KEY, _BAD_CODES = "the key is not valid", "codes of a form that it does not take"
+_MANY = "too many connections of the key"
 # Of several rows whose words are in a text the first one counts. 401, 403 and 429 are those of the handshake.
 STREAM_ERRORS = (
     StreamError(
-        516,
-        StreamAction.LATER,
-        "too many codes on all connections of the key",
-        "INFOWAY_PLAN",
-        r"total number of .*exceed",
+        516, _LATER, "too many codes on all connections of the key", _PLAN, r"total number of .*exceed"
     ),
-    StreamError(
-        512,
-        _WAIT,
-        "too many connections of the key",
-        "INFOWAY_PLAN",
-        r"connections? .*exceed",
-        False,
-        OLD_CONNECTIONS_S,
-    ),
-    StreamError(
-        505, StreamAction.LESS, "too many codes on one connection", "INFOWAY_PLAN", r"quantity exceed"
-    ),
-    StreamError(
-        501,
-        _WAIT,
-        "more than 60 frames a minute",
-        "COLLECT_CODES",
-        r"frequency|rate limit",
-        False,
-        FRAME_RATE_S,
-    ),
-    StreamError(508, _NEVER, "the key's plan has ended", _KEY, r"expired", True),
-    StreamError(509, _NEVER, "the key is not valid", _KEY, r"key (?:does )?not exist|token invalid", True),
-    StreamError(517, _NEVER, "the key is not valid", _KEY, r"key error|unauthorized|key is required", True),
-    StreamError(518, _NEVER, "the key is not valid", _KEY, r"key verif", True),
-    StreamError(510, _NEVER, "the key is disabled", _KEY, r"key .*disabled", True),
-    StreamError(511, _NEVER, "the key is banned", _KEY, r"\bbanned\b", True),
+    StreamError(512, _WAIT, _MANY, _PLAN, r"connections? .*exceed"),
+    StreamError(505, _LESS, "too many codes on one connection", _PLAN, r"quantity exceed"),
+    StreamError(501, _WAIT, "more than 60 frames a minute", _CODES, r"frequency|rate limit", FRAME_RATE_S),
+    StreamError(508, _OUT, "the key's plan has ended", _KEY, r"expired"),
+    StreamError(509, _OUT, _BAD_KEY, _KEY, r"key (?:does )?not exist|token invalid"),
+    StreamError(517, _OUT, _BAD_KEY, _KEY, r"key error|unauthorized|key is required"),
+    StreamError(518, _OUT, _BAD_KEY, _KEY, r"key verif"),
+    StreamError(510, _OUT, "the key is disabled", _KEY, r"key .*disabled"),
+    StreamError(511, _OUT, "the key is banned", _KEY, r"\bbanned\b"),
     StreamError(
         519, _NEVER, "the key's plan lacks this product", _KEY, r"\b(?:no|not have|without) permission"
     ),
-    StreamError(521, StreamAction.HALVE, "not in the free plan", "INFOWAY_PLAN", r"free plan"),
-    StreamError(520, StreamAction.HALVE, "codes of another product", "COLLECT_CODES", r"suffix"),
-    StreamError(
-        506, StreamAction.HALVE, "codes of a form that it does not take", "COLLECT_CODES", r"param error"
-    ),
-    StreamError(
-        507, StreamAction.HALVE, "codes of a form that it does not take", "COLLECT_CODES", r"param lost"
-    ),
-    StreamError(513, _DIAL, "a heartbeat did not reach it", "INFOWAY_STREAM_URL", r"heart ?beat"),
-    StreamError(401, _NEVER, "the key is not valid, or its plan lacks this product", _KEY),
-    StreamError(
-        403,
-        _WAIT,
-        "a refusal of the gateway: the key, the region or its risk control",
-        _KEY,
-        "",
-        False,
-        OLD_CONNECTIONS_S,
-    ),
-    StreamError(
-        429,
-        _WAIT,
-        "too many connections of the key, or one that just ended still counts",
-        "INFOWAY_PLAN",
-        "",
-        False,
-        OLD_CONNECTIONS_S,
-    ),
+    StreamError(521, _HALVE, "not in the free plan", _PLAN, r"free plan"),
+    StreamError(520, _HALVE, "codes of another product", _CODES, r"suffix"),
+    StreamError(506, _HALVE, _BAD_CODES, _CODES, r"param error"),
+    StreamError(507, _HALVE, _BAD_CODES, _CODES, r"param lost"),
+    StreamError(513, _DIAL, "a heartbeat did not reach it", _URL, r"heart ?beat"),
+    StreamError(401, _NEVER, f"{_BAD_KEY}, or its plan lacks this product", _KEY),
+    StreamError(403, _WAIT, "a refusal of the gateway: the key, the region or its risk control", _KEY),
+    StreamError(429, _WAIT, f"{_MANY}, or one that just ended still counts", _PLAN),
 )
+_IN_VAIN = (_WAIT, _NEVER, _OUT)
 # What no row is for.
 UNKNOWN_ERROR = StreamError(0, StreamAction.ASK_AGAIN, "", "")
 _PROSE = [(re.compile(row.prose, re.IGNORECASE), row) for row in STREAM_ERRORS if row.prose]
@@ -6901,6 +6871,10 @@ def stream_error(code: object, text: str) -> StreamError:
     if found and int(found[0]) in _BY_CODE:
         return _BY_CODE[int(found[0])]
     return next((row for prose, row in _PROSE if prose.search(text)), UNKNOWN_ERROR)
+
+
+def _end_by(row: StreamError, words: str, rng: random.Random) -> StreamEnd:
+    return StreamEnd(words, row.action, rng.uniform(*row.wait_s) if row.action is _WAIT else 0.0)
 
 
 def _error_words(row: StreamError, said: str) -> str:
@@ -6944,15 +6918,6 @@ class Said(NamedTuple):
     """Something for the log alone."""
 
     words: str
-
-
-class StreamEnd(NamedTuple):
-    """The connection is over, and what follows. `wait_s`: no dial before; `whole_key`: none for other products."""
-
-    words: str
-    action: StreamAction
-    wait_s: float = 0.0
-    whole_key: bool = False
 
 
 StreamEvent: TypeAlias = SendText | Subscribed | CodesRefused | Silent | Said | StreamEnd
@@ -7128,16 +7093,16 @@ class StreamProtocol:
 
     def _failed(self, row: StreamError, said: str, ask: _Ask | None, now: float) -> Iterator[StreamEvent]:
         words = _error_words(row, said)
-        if row.action in (_DIAL, _WAIT, _NEVER):
-            yield StreamEnd(words, row.action, self._rng.uniform(*row.wait_s), row.whole_key)
+        if row.action is _DIAL or row.action in _IN_VAIN:
+            yield _end_by(row, words, self._rng)
         elif ask is None:
             yield Said(words)
         elif row.action is StreamAction.ASK_AGAIN or not ask.subscribes:
             ask.why = words
-        elif row.action is StreamAction.LATER and ask.put_off < LATER_TRIES:
+        elif row.action is _LATER and ask.put_off < LATER_TRIES:
             ask.put_off += 1
             ask.at, ask.due, ask.tries = now + LATER_S, math.inf, 0
-        elif row.action is StreamAction.HALVE and len(ask.codes) > 1:
+        elif row.action is _HALVE and len(ask.codes) > 1:
             self._drop(ask)
             middle = len(ask.codes) // 2
             self._asks += [_Ask(True, half, now) for half in (ask.codes[:middle], ask.codes[middle:])]
@@ -7202,7 +7167,7 @@ class StreamProtocol:
             yield Said(ask.why)
         else:
             words = f"no ack within {ASK_TRIES * ACK_S:.0f} s to {ASK_TRIES} frames"
-            yield StreamEnd(see(words, "INFOWAY_STREAM_URL"), _DIAL)
+            yield StreamEnd(see(words, _URL), _DIAL)
 
     def _silence(self, now: float, wall_ms: int) -> Iterator[StreamEvent]:
         """Ask anew for what is subscribed where an open market says nothing for too long."""
@@ -7214,7 +7179,7 @@ class StreamProtocol:
         on = [*self._still_wanted(on)]
         if now - since >= self._silence_s and on and not self._asks:
             yield Silent(tuple(on), now - since)
-            self._asks += [_Ask(True, codes, now) for codes in _in_frames(on)]
+            self._asks += [_Ask(True, codes, now) for codes in parts_of(on, CODES_PER_FRAME)]
             self._silence_s = min(SILENCE_CAP_S, 2 * self._silence_s)
             self._heard_at = since = now
         self._silent_at = max(since + self._silence_s, now + ACK_S)
@@ -7227,8 +7192,8 @@ class StreamProtocol:
         drop = [code for code in unwanted if self._standing.get(code) is _Standing.ON]
         add = [code for code in self._wanted if code not in self._standing]
         self._standing |= dict.fromkeys(drop, _Standing.DROPPING) | dict.fromkeys(add, _Standing.ASKED)
-        self._asks += [_Ask(False, codes, now) for codes in _in_frames(drop)]
-        self._asks += [_Ask(True, codes, now) for codes in _in_frames(add)]
+        self._asks += [_Ask(False, codes, now) for codes in parts_of(drop, CODES_PER_FRAME)]
+        self._asks += [_Ask(True, codes, now) for codes in parts_of(add, CODES_PER_FRAME)]
 
     def _may_go(self, ask: _Ask) -> bool:
         """Whether a frame need not wait for codes that are to make room first."""
@@ -7256,10 +7221,6 @@ class StreamProtocol:
         return json.dumps({"code": kind, "trace": trace, "data": {"codes": ",".join(ask.codes)}})
 
 
-def _in_frames(codes: Sequence[str]) -> list[Sequence[str]]:
-    return [codes[at : at + CODES_PER_FRAME] for at in range(0, len(codes), CODES_PER_FRAME)]
-
-
 # ------------------------------------------------------------------------------------------------------
 # The connection
 # ------------------------------------------------------------------------------------------------------
@@ -7274,20 +7235,20 @@ def refused_dial(error: DialError, rng: random.Random) -> StreamEnd:
     row = _BY_CODE.get(error.status, UNKNOWN_ERROR)
     if error.status == 401 and text and text != NO_KEY_TEXT and type(envelope.get("code")) is not int:
         words += ", not in the API's words: as from a gateway or a login page on the way"
-        row = _BY_CODE[403]._replace(means="", setting="INFOWAY_STREAM_URL")
+        row = _BY_CODE[403]._replace(means="", setting=_URL)
     if row is UNKNOWN_ERROR:
-        return StreamEnd(see(words, "INFOWAY_STREAM_URL"), _DIAL)
+        return StreamEnd(see(words, _URL), _DIAL)
     words = see(f"{words}: {row.means}".removesuffix(": "), row.setting)
-    return StreamEnd(words, row.action, rng.uniform(*row.wait_s))
+    return _end_by(row, words, rng)
 
 
-def _end_of(error: LinkLost) -> StreamEnd:
+def _end_of(error: LinkLost, rng: random.Random) -> StreamEnd:
     """Return what follows where a connection is lost: a close may say why, as an error does."""
     words = f"connection {error}"
     row = stream_error(None, words) if error.code else UNKNOWN_ERROR
-    if row.action not in (_WAIT, _NEVER):
+    if row.action not in _IN_VAIN:
         return StreamEnd(words, _DIAL)
-    return StreamEnd(_error_words(row, words), row.action, 0.0, row.whole_key)
+    return _end_by(row, _error_words(row, words), rng)
 
 
 class StreamConnection:
@@ -7410,7 +7371,7 @@ class StreamConnection:
                         link.send_text(event.text)
             except LinkLost as error:
                 last, lost = self._take(link)  # what came before counts, and may say why
-                lost = lost or _end_of(error)
+                lost = lost or _end_of(error, self._rng)
                 pushes = Pushes(
                     pushes.trades + last.trades,
                     events + last.events,
@@ -7433,7 +7394,7 @@ class StreamConnection:
                 if not link.has_more:
                     break
         except LinkLost as error:
-            lost = _end_of(error)
+            lost = _end_of(error, self._rng)
         latest_ms = int(min(self._clock.wall() * 1000 + MAX_AHEAD_MS, LATEST_TRADE_MS - 1))
         return self._protocol.receive(texts, self._clock.monotonic(), latest_ms), lost
 
@@ -8258,6 +8219,8 @@ class MongoStore:
         self._plain.add(name)
 
     def _connect(self) -> MongoClient[Document]:
+        import linecache
+
         from pymongo import MongoClient
         from pymongo.errors import PyMongoError
 
@@ -8275,6 +8238,9 @@ class MongoStore:
             raise SettingsError(
                 [f"MONGODB_HOST={self._settings.mongodb_shown()!r}: {self._settings.redact(one_line(error))}"]
             ) from None
+        finally:
+            # a client keeps the text of the stack that it was made on: every line of this file would stay in memory
+            linecache.clearcache()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -10029,45 +9995,6 @@ class Gap(NamedTuple):
     why: str
 
 
-class Reader(Protocol):
-    """What the views read from a store; it writes nothing. Its methods raise StoreError."""
-
-    def codes(self) -> list[str]:
-        """Return every code of which there is a trade, sorted."""
-
-    def close_codes(self) -> list[str]:
-        """Return every code of which there is a close, sorted."""
-
-    def estimate(self) -> int:
-        """Return about how many trades there are."""
-
-    def newest_codes(self, limit: int) -> list[str]:
-        """Return the codes that traded last, the latest first."""
-
-    def last(self, codes: Collection[str]) -> dict[str, StoredTrade]:
-        """Return the latest trade of each code; a code without one is missing."""
-
-    def trades(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[list[StoredTrade]]:
-        """Yield trades, some thousand at once, code by code and each code's by time; None: of all codes."""
-
-    def candles(
-        self, codes: Collection[str], since: int, until: int, step_ms: int
-    ) -> dict[str, list[Candle]]:
-        """Return what was traded in each step from `since` on; a step without trades is missing, and so is a code."""
-
-    def closes(self, codes: Collection[str], first: str, last: str) -> dict[str, list[StoredClose]]:
-        """Return the closes from one date to another (ISO, both included) by date, provisional ones too."""
-
-    def last_finals(self, before: Mapping[str, str]) -> dict[str, StoredClose]:
-        """Return of each code the newest final close before a date, REFERENCE_DAYS back at most."""
-
-    def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
-        """Return the gaps that reach into a span of time, in the order in which they began."""
-
-    def names(self, codes: Collection[str], english: bool = False) -> dict[str, str]:
-        """Return the names of codes, as far as the API's lists are on this machine."""
-
-
 def number_text(value: object) -> str:
     """Return a stored number as a decimal text: a text as it stands, of other types all digits that they have."""
     if isinstance(value, str):
@@ -10122,15 +10049,8 @@ def _by_code(closes: Iterable[StoredClose]) -> dict[str, list[StoredClose]]:
     return found
 
 
-def _parts(codes: Iterable[Any]) -> Iterator[list[Any]]:
-    """Yield codes, or what there is of each, CODES_ASKED at once."""
-    every = list(codes)
-    for at in range(0, len(every), CODES_ASKED):
-        yield every[at : at + CODES_ASKED]
-
-
 class _FileReader:
-    """What is in the local file whichever the store is."""
+    """What the views read from the local file whichever the store is; it writes nothing."""
 
     def __init__(self, file: LocalFile) -> None:
         self._file = file
@@ -10203,7 +10123,7 @@ class SqliteReader(_FileReader):
         return [code for (code,) in self._file.read_all(query)]
 
     def estimate(self) -> int:
-        """Return about how many trades there are: each has a number. Raises StoreError."""
+        """Return about how many trades there are. Raises StoreError."""
         first, last = self._file.read_one(
             "SELECT (SELECT min(seq) FROM realtime), (SELECT max(seq) FROM realtime)"
         )
@@ -10215,7 +10135,7 @@ class SqliteReader(_FileReader):
         return [code for code, _ in self._file.read_all(query, self._demo, limit)]
 
     def last(self, codes: Collection[str]) -> dict[str, StoredTrade]:
-        """Return the latest trade of each code. Raises StoreError."""
+        """Return the latest trade of each code; one without any is missing. Raises StoreError."""
         query = (
             f"SELECT {_TRADE_COLUMNS} FROM realtime WHERE stock_code = ? AND demo IS ? "  # noqa: S608
             "ORDER BY t DESC, _id DESC LIMIT 1"
@@ -10224,7 +10144,7 @@ class SqliteReader(_FileReader):
         return {row[-2]: StoredTrade(*row) for row in rows if row}
 
     def trades(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[list[StoredTrade]]:
-        """Yield trades, some thousand at once, in the order of `_id`. Raises StoreError."""
+        """Yield trades of codes (None: of all), some thousand at once, in the order of `_id`. Raises StoreError."""
         if codes is None and since <= 0 and until >= NEVER:
             yield from self._between("", BEHIND)
             return
@@ -10248,7 +10168,10 @@ class SqliteReader(_FileReader):
     def candles(
         self, codes: Collection[str], since: int, until: int, step_ms: int
     ) -> dict[str, list[Candle]]:
-        """Return what was traded in each step. Raises StoreError."""
+        """Return what was traded in each step from `since` on; steps and codes without any are missing.
+
+        Raises StoreError.
+        """
         found = {}
         for code in codes:
             rows = self._file.read_all(_SQLITE_CANDLES, code, since, until, step_ms, self._demo)
@@ -10257,13 +10180,13 @@ class SqliteReader(_FileReader):
         return found
 
     def closes(self, codes: Collection[str], first: str, last: str) -> dict[str, list[StoredClose]]:
-        """Return the closes between two dates, both included. Raises StoreError."""
+        """Return the closes, provisional ones too, between two ISO dates, both included, by date. Raises StoreError."""
         query = f"SELECT {_CLOSE_COLUMNS} FROM close WHERE _id BETWEEN ? AND ?"  # noqa: S608
         spans = [(f"{code}|{first}", f"{code}|{last}") for code in codes]
         return _by_code(_sqlite_close(row) for span in spans for row in self._file.read_all(query, *span))
 
     def last_finals(self, before: Mapping[str, str]) -> dict[str, StoredClose]:
-        """Return the newest final close of each code before a date. Raises StoreError."""
+        """Return the newest final close of each code before a date, REFERENCE_DAYS back at most. Raises StoreError."""
         keys = [f"{code}|{day}" for code, until in before.items() for day in _dates_before(until)]
         query = f"SELECT {_CLOSE_COLUMNS} FROM close WHERE _id IN (SELECT value FROM json_each(?))"  # noqa: S608
         return _newest_finals(map(_sqlite_close, self._file.read_all(query, json.dumps(keys))))
@@ -10319,7 +10242,7 @@ class MongoReader(_FileReader):
         """Return the latest trade of each code. Raises StoreError."""
         moments = [{"stock_code": code, "t": t} for code, t in self._newest({"$in": [*codes]})]
         found: dict[str, StoredTrade] = {}
-        for part in _parts(moments):
+        for part in parts_of(moments, CODES_ASKED):
             found |= {one.s: one for one in sorted(_stored_trades(self._store.at_moments(part)))}
         for moment in moments:
             code = moment["stock_code"]
@@ -10391,7 +10314,7 @@ class MongoReader(_FileReader):
     ) -> dict[str, list[Candle]]:
         """Return what was traded in each step. Raises StoreError."""
         found: dict[str, list[Candle]] = {}
-        for part in _parts(codes):
+        for part in parts_of([*codes], CODES_ASKED):
             pipeline = _mongo_candles(part, since, until, step_ms)
             with self._store.reading():
                 for one in self._store.collection().aggregate(pipeline, allowDiskUse=True):
@@ -10401,7 +10324,7 @@ class MongoReader(_FileReader):
     def closes(self, codes: Collection[str], first: str, last: str) -> dict[str, list[StoredClose]]:
         """Return the closes between two dates, both included. Raises StoreError."""
         found: list[StoredClose] = []
-        for part in _parts(codes):
+        for part in parts_of([*codes], CODES_ASKED):
             spans = [{"_id": {"$gte": f"{code}|{first}", "$lte": f"{code}|{last}"}} for code in part]
             found += self._closes({"$or": spans})
         return _by_code(found)
@@ -10409,7 +10332,7 @@ class MongoReader(_FileReader):
     def last_finals(self, before: Mapping[str, str]) -> dict[str, StoredClose]:
         """Return the newest final close of each code before a date. Raises StoreError."""
         found: list[StoredClose] = []
-        for part in _parts(before):
+        for part in parts_of([*before], CODES_ASKED):
             keys = [f"{code}|{day}" for code in part for day in _dates_before(before[code])]
             found += self._closes({"_id": {"$in": keys}, "close": {"$ne": None}})
         return _newest_finals(found)
@@ -10432,6 +10355,8 @@ class MongoReader(_FileReader):
         found = {gap[:3]: gap for gap in every}
         return sorted(found.values(), key=lambda gap: gap.start)
 
+
+Reader: TypeAlias = SqliteReader | MongoReader
 
 _trade_fields: itemgetter[Any] = itemgetter(*("_id", *StoredTrade._fields[1:]))
 
@@ -12428,7 +12353,7 @@ class Feed(threading.Thread):
                 return
             self._coverage.lost(self.part, end.words)
             self.why = end.words
-            if end.action is StreamAction.NEVER:
+            if end.action in (StreamAction.NEVER, StreamAction.KEY_OUT):
                 self._turn("given up")
                 self.end = end
                 self._coverage.news.set()
@@ -12626,7 +12551,7 @@ class Planner(threading.Thread):
             self._read(codes)
             self._listed = codes
         for feed, end in over:
-            what = "" if end.whole_key else feed.allotment.product
+            what = "" if end.action is StreamAction.KEY_OUT else feed.allotment.product
             never = self._never.setdefault(feed.allotment.key, {})
             if what not in never:
                 words = "stream %s: %s; what no other key brings is polled instead"
@@ -14285,7 +14210,7 @@ class Executor(threading.Thread):
         self._queue.put(NO_COMMAND)
 
     def collecting_facts(self) -> CollectFacts:
-        """Return what --status shows of collecting; called by any thread."""
+        """Return what --status shows of collecting; called by any thread that may wait for the disk."""
         collecting = self._collecting
         if collecting is not None:
             return collect_facts(collecting.describe())
@@ -14638,12 +14563,24 @@ class NoteStatus(NamedTuple):
     news: DaemonStatus
 
 
+class NoteCollecting(NamedTuple):
+    """To the clerk: --status shall show how collecting goes on, which may wait for the disk to be told."""
+
+
 class ReadSettings(NamedTuple):
     """To the clerk: the settings are to be read anew."""
 
 
 ClerkJob: TypeAlias = (
-    list[Command] | Received | Recall | Shorten | NoteStatus | ReadSettings | EndExecutor | None
+    list[Command]
+    | Received
+    | Recall
+    | Shorten
+    | NoteStatus
+    | NoteCollecting
+    | ReadSettings
+    | EndExecutor
+    | None
 )
 
 
@@ -14743,6 +14680,8 @@ class Clerk(threading.Thread):
                 self._wanted += job.numbers
             elif isinstance(job, NoteStatus):
                 news.update(job.news)
+            elif isinstance(job, NoteCollecting):
+                news["collecting"] = self._executor.collecting_facts()
         if commands:
             self._accept(commands)
             self._codes_done += _count_codes(commands)
@@ -15073,7 +15012,7 @@ class Daemon:
         if now < due and steady(stats) == steady(noted):
             return due
         self._collect_noted, self._collect_noted_at = stats, now
-        self._clerk.do(NoteStatus({"collecting": self._executor.collecting_facts()}))
+        self._clerk.do(NoteCollecting())
         return math.inf
 
     def _serve(self, link: Link, protocol: PlatformProtocol) -> None:
@@ -16317,11 +16256,14 @@ CODES_SHOWN = 50
 NAME_COLUMNS, NAME_LEAST = 20, 8
 # Where red is the colour of what rises. In Hong Kong, Macau and Singapore green is, as in the West.
 RED_RISES = re.compile(r"(?:zh(?!_(?:HK|MO|SG))|ja|ko)(?:_|\.|@|$)", re.IGNORECASE)
-RED, GREEN, LIT = "31", "32", "7"
+# How a terminal is told.
+PAINTS, LIT = {"red": "31", "green": "32"}, "7"
+OTHER_COLOR = {"red": "green", "green": "red"}
 # A cell that changed is lit for so long.
 LIT_S = 0.8
 # Between two columns.
 GAP = "  "
+NO_PAINTS: Mapping[int, str] = MappingProxyType({})
 
 
 def columns_of(text: str) -> int:
@@ -16351,12 +16293,21 @@ def is_chinese(environ: Mapping[str, str]) -> bool:
     return locale_name(environ).lower().startswith("zh")
 
 
-def rise_and_fall(environ: Mapping[str, str], up: str | None) -> tuple[str, str]:
-    """Return the colours of what rises and what falls: `up`, red or green, else as the reader's locale has it."""
-    red_rises = up == "red"
-    if up is None:
-        red_rises = RED_RISES.match(locale_name(environ)) is not None
-    return (RED, GREEN) if red_rises else (GREEN, RED)
+def color_of_rise(environ: Mapping[str, str], up: str | None) -> str:
+    """Return the colour of what rises, `red` or `green`: `up`, else as the reader's locale has it."""
+    return up or ("red" if RED_RISES.match(locale_name(environ)) else "green")
+
+
+def date_at(t: int) -> str:
+    """Return the UTC date of a time (ms), the first or the last of all that ISO 8601 has for what is beyond them."""
+    return utc_day(max(t, 0) / 1000) if t < LATEST_TRADE_MS else date.max.isoformat()
+
+
+class Span(NamedTuple):
+    """What of the stores is asked for: since <= t < until, epoch ms; from 0 on: as far back as a step goes."""
+
+    since: int = 0
+    until: int = NEVER
 
 
 class TradingSpan(NamedTuple):
@@ -16378,9 +16329,7 @@ def trading_span(code: str, t: int) -> TradingSpan:
         session = session_of(market, t)
     if session is NO_SESSION:
         start = t - t % DAY_MS
-        return TradingSpan(
-            datetime.fromtimestamp(start / 1000, UTC).date().isoformat(), start, start + DAY_MS
-        )
+        return TradingSpan(date_at(t), start, start + DAY_MS)
     if session.opens == NEVER:
         return TradingSpan(session.date, session.start, session.end)
     if t < session.opens:
@@ -16413,16 +16362,7 @@ class Quote(NamedTuple):
     @property
     def session(self) -> Candle | None:
         """The session in one step."""
-        if not self.candles:
-            return None
-        from decimal import Decimal
-
-        high = max((candle.high for candle in self.candles), key=float)
-        low = min((candle.low for candle in self.candles), key=float)
-        volume = format(sum(Decimal(candle.volume) for candle in self.candles), "f")
-        count = sum(candle.trades for candle in self.candles)
-        first, last = self.candles[0], self.candles[-1]
-        return Candle(self.span.since, first.open, high, low, last.close, volume, count)
+        return joined(self.candles)._replace(t=self.span.since) if self.candles else None
 
     def spark(self) -> list[float | None]:
         """Return the price at each step's end, up to that of the last trade; None before the first."""
@@ -16465,20 +16405,25 @@ def with_trade(quote: Quote, trade: StoredTrade) -> Quote:
     if span.date != quote.span.date:
         reference = None
     if span.since <= trade.t < span.until:
-        candles = _with_trade(candles, trade, trade.t - (trade.t - span.since) % step_of(span))
+        start = trade.t - (trade.t - span.since) % step_of(span)
+        new = Candle(start, trade.p, trade.p, trade.p, trade.p, trade.v, 1)
+        if candles and candles[-1].t == start:
+            candles, new = candles[:-1], joined((candles[-1], new))
+        candles = (*candles, new)
     return quote._replace(trade=trade, span=span, candles=candles, reference=reference)
 
 
-def _with_trade(candles: tuple[Candle, ...], trade: StoredTrade, start: int) -> tuple[Candle, ...]:
-    """Return candles with a trade that comes after theirs, in the step that begins at `start`."""
+def joined(candles: Sequence[Candle]) -> Candle:
+    """Return candles, at least one, as one."""
     from decimal import Decimal
 
-    if not candles or candles[-1].t != start:
-        return (*candles, Candle(start, trade.p, trade.p, trade.p, trade.p, trade.v, 1))
-    *before, last = candles
-    high, low = max(last.high, trade.p, key=float), min(last.low, trade.p, key=float)
-    volume = format(Decimal(last.volume) + Decimal(trade.v), "f")
-    return (*before, Candle(start, last.open, high, low, trade.p, volume, last.trades + 1))
+    high = max((candle.high for candle in candles), key=float)
+    low = min((candle.low for candle in candles), key=float)
+    volume = format(sum(Decimal(candle.volume) for candle in candles), "f")
+    first, last = candles[0], candles[-1]
+    return Candle(
+        first.t, first.open, high, low, last.close, volume, sum(candle.trades for candle in candles)
+    )
 
 
 def step_of(span: TradingSpan) -> int:
@@ -16507,47 +16452,69 @@ def quotes(reader: Reader, codes: Sequence[str], english: bool = False) -> list[
 
 def in_order(found: Sequence[Quote], by: str) -> list[Quote]:
     """Return quotes by `code`, by `change` (what rose most first, what has none last), or as `asked`."""
-    if by == "change":
-        return sorted(
-            found, key=lambda quote: -math.inf if quote.change is None else quote.change, reverse=True
-        )
     if by == "code":
-        return sorted(found, key=lambda quote: quote.code)
+        return sorted(found)
+    if by == "change":
+        return sorted(found, key=_rise, reverse=True)
     return list(found)
 
 
-class ViewColumn(NamedTuple):
-    """A column of a table. A narrow terminal loses those with a number, in the order of these, equal ones together."""
+def _rise(quote: Quote) -> float:
+    return -math.inf if quote.change is None else quote.change
+
+
+class Column(NamedTuple):
+    """A column of a table; `width` counts where lines are printed before all are known.
+
+    A narrow terminal loses the columns with a number `given_up`, in the order of these, equal ones together.
+    """
 
     title: str
     right: bool = False
+    width: int = 0
     given_up: int = 0
 
 
+def line_of(
+    columns: Sequence[Column],
+    cells: Sequence[str],
+    widths: Sequence[int],
+    paints: Mapping[int, str] = NO_PAINTS,
+) -> str:
+    """Return the line of a table; `paints`: by place, how a cell is shown."""
+    parts = []
+    for place, (column, cell, width) in enumerate(zip(columns, cells, widths, strict=True)):
+        blanks = " " * (width - columns_of(cell))
+        if cell and place in paints:
+            cell = f"\033[{paints[place]}m{cell}\033[0m"
+        parts.append(blanks + cell if column.right else cell + blanks)
+    return GAP.join(parts).rstrip()
+
+
 QUOTE_COLUMNS = (
-    ViewColumn("CODE"),
-    ViewColumn("NAME", given_up=5),
-    ViewColumn("LAST", right=True),
-    ViewColumn("CHANGE", right=True),
-    ViewColumn("OPEN", right=True, given_up=1),
-    ViewColumn("HIGH", right=True, given_up=2),
-    ViewColumn("LOW", right=True, given_up=2),
-    ViewColumn("VOLUME", right=True, given_up=3),
-    ViewColumn("AGE", right=True, given_up=6),
-    ViewColumn("SESSION", given_up=4),
+    Column("CODE"),
+    Column("NAME", given_up=5),
+    Column("LAST", right=True),
+    Column("CHANGE", right=True),
+    Column("OPEN", right=True, given_up=1),
+    Column("HIGH", right=True, given_up=2),
+    Column("LOW", right=True, given_up=2),
+    Column("VOLUME", right=True, given_up=3),
+    Column("AGE", right=True, given_up=6),
+    Column("SESSION", given_up=4),
 )
 NAME_COLUMN, LAST_COLUMN, CHANGE_COLUMN, AGE_COLUMN = 1, 2, 3, 8
 
 
 class QuoteTable:
-    """Lays quotes out as lines of a terminal. `colors`: of what rises and what falls, () for none.
+    """Lays quotes out as lines of a terminal. `up`: the colour of what rises, '' for no colours.
 
     Without a `width` no column is lost and no name cut.
     """
 
-    def __init__(self, width: int | None, colors: Sequence[str] = (), encoding: str = "utf-8") -> None:
+    def __init__(self, width: int | None, up: str = "", encoding: str = "utf-8") -> None:
         self.width = width
-        self._colors = colors
+        self._up = up
         self._bars = BARS
         try:
             BARS.encode(encoding)
@@ -16568,15 +16535,15 @@ class QuoteTable:
             widths[NAME_COLUMN] -= over
             for cells in rows.values():
                 cells[NAME_COLUMN] = fitting(cells[NAME_COLUMN], widths[NAME_COLUMN]).rstrip()
-        title = self._line(titles, widths, kept, {})
-        lines = [f"\033[1m{title}\033[0m" if self._colors else title]
+        columns, widths = [QUOTE_COLUMNS[place] for place in kept], [widths[place] for place in kept]
+        title = line_of(columns, [column.title for column in columns], widths)
+        lines = [f"\033[1m{title}\033[0m" if self._up else title]
         for one in found:
-            cells = rows[one.code]
-            paints = self._paints(one)
-            if lit and self._colors:
-                for number in self._changed(one.code, cells, now):
-                    paints[number] = f"{LIT};{paints[number]}" if number in paints else LIT
-            lines.append(self._line(cells, widths, kept, paints))
+            cells, paints = rows[one.code], self._paints(one)
+            for place in self._changed(one.code, cells, now) if lit and self._up else ():
+                paints[place] = ";".join(filter(None, (LIT, paints.get(place))))
+            shown = {number: paints[place] for number, place in enumerate(kept) if place in paints}
+            lines.append(line_of(columns, [cells[place] for place in kept], widths, shown))
         self._before = rows
         return lines
 
@@ -16597,19 +16564,8 @@ class QuoteTable:
         name = quote.name
         if self.width is not None:
             name = fitting(name, NAME_COLUMNS).rstrip()
-        age = age_or_ahead(now - quote.trade.t / 1000)
-        return [
-            quote.code,
-            name,
-            price,
-            change,
-            opened,
-            high,
-            low,
-            volume,
-            age,
-            sparkline(quote.spark(), self._bars),
-        ]
+        age, spark = age_or_ahead(now - quote.trade.t / 1000), sparkline(quote.spark(), self._bars)
+        return [quote.code, name, price, change, opened, high, low, volume, age, spark]
 
     def _kept(self, widths: Sequence[int], filled: Sequence[bool]) -> list[int]:
         """Return which columns there are: those that hold something, as far as the terminal is wide enough."""
@@ -16622,21 +16578,10 @@ class QuoteTable:
         return kept
 
     def _paints(self, quote: Quote) -> dict[int, str]:
-        if not self._colors or not quote.change:
+        if not self._up or not quote.change:
             return {}
-        rises, falls = self._colors
-        return dict.fromkeys((LAST_COLUMN, CHANGE_COLUMN), rises if quote.change > 0 else falls)
-
-    def _line(
-        self, cells: Sequence[str], widths: Sequence[int], kept: Sequence[int], paints: Mapping[int, str]
-    ) -> str:
-        parts = []
-        for number in kept:
-            cell, blanks = cells[number], " " * (widths[number] - columns_of(cells[number]))
-            if number in paints and cell:
-                cell = f"\033[{paints[number]}m{cell}\033[0m"
-            parts.append(blanks + cell if QUOTE_COLUMNS[number].right else cell + blanks)
-        return GAP.join(parts).rstrip()
+        color = self._up if quote.change > 0 else OTHER_COLOR[self._up]
+        return dict.fromkeys((LAST_COLUMN, CHANGE_COLUMN), PAINTS[color])
 
 
 def _needed(widths: Sequence[int], kept: Sequence[int]) -> int:
@@ -16690,88 +16635,50 @@ TRADE_NAMES = ("_id", *StoredTrade._fields[1:])
 
 
 class Export(NamedTuple):
-    """What is exported: trades, or closes, of some codes (None: of all), from one moment to another (ms, half open)."""
+    """What is exported: trades, or closes, of codes and a span of time; `is_whole`: of all codes, all of them."""
 
-    codes: Sequence[str] | None
-    since: int
-    until: int
-    closes: bool = False
+    codes: Sequence[str]
+    span: Span
+    closes: bool
+    is_whole: bool
+    as_json: bool
 
     @property
     def names(self) -> tuple[str, ...]:
         """What the fields of its rows are called."""
         return CLOSE_NAMES if self.closes else TRADE_NAMES
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is all that there is."""
-        return self.codes is None and self.since <= 0 and self.until >= NEVER
-
-    def codes_in(self, reader: Reader) -> Sequence[str]:
-        """Return the codes, all of them where none are named. Raises StoreError."""
-        if self.codes is not None:
-            return self.codes
-        return reader.close_codes() if self.closes else reader.codes()
-
     def rows(self, reader: Reader) -> Iterator[Sequence[Sequence[Any]]]:
         """Yield rows, some thousand at once, code by code. Raises StoreError."""
         if not self.closes:
-            yield from reader.trades(None if self.is_whole else self.codes_in(reader), self.since, self.until)
+            yield from reader.trades(None if self.is_whole else self.codes, *self.span)
             return
-        first, last = date_at(self.since), date_at(self.until - 1)
-        codes = sorted(self.codes_in(reader))
-        for at in range(0, len(codes), CODES_ASKED):
-            found = reader.closes(codes[at : at + CODES_ASKED], first, last)
-            yield [close_row(close) for code in sorted(found) for close in found[code]]
+        for codes in parts_of(sorted(self.codes), CODES_ASKED):
+            found = reader.closes(codes, date_at(self.span.since), date_at(self.span.until - 1))
+            closes = (close for code in codes for close in found.get(code, ()))
+            yield [(code, day, p, *rest, t) for code, day, t, p, *rest in closes]
+
+    def lines(self, rows: Sequence[Sequence[Any]]) -> bytes:
+        """Return rows as lines: of CSV, or a JSON document each."""
+        if self.as_json:
+            encode = json.JSONEncoder(ensure_ascii=False).encode
+            documents = (dict(zip(self.names, row, strict=True)) for row in rows)
+            return "".join(f"{encode(document)}\n" for document in documents).encode(errors="stockrt")
+        return csv_lines(rows).encode(errors="stockrt")
 
 
-def date_at(t: int) -> str:
-    """Return the UTC date of a time (ms), the first or the last of all that ISO 8601 has for what is beyond them."""
-    if t >= LATEST_TRADE_MS:
-        return date.max.isoformat()
-    return datetime.fromtimestamp(max(t, 0) / 1000, UTC).date().isoformat()
+def csv_lines(rows: Sequence[Sequence[Any]]) -> str:
+    """Return rows, all of one length, as CSV."""
+    form = ",".join(["%s"] * len(rows[0])) + "\n" if rows else ""
+    text = "".join([form % (*row,) for row in rows])
+    has_others = '"' in text or "\r" in text or text.count("\n") != len(rows)
+    if not has_others and text.count(",") == len(rows) * form.count(","):
+        return text
+    import csv  # which takes thrice the time, for what is rare
 
-
-def close_row(close: StoredClose) -> Sequence[Any]:
-    """Return what an export has of a close, in the order of CLOSE_NAMES."""
-    code, day, t, p, *rest = close
-    return (code, day, p, *rest, t)
-
-
-class ExportLines:
-    """Makes the lines of an export: CSV with a head, or a JSON document a line."""
-
-    def __init__(self, names: Sequence[str], as_json: bool) -> None:
-        self._names = names
-        self._as_json = as_json
-        self._encode = json.JSONEncoder(ensure_ascii=False).encode
-        self._plain = ",".join(["%s"] * len(names)) + "\n"
-
-    def head(self) -> bytes:
-        """Return what comes before all rows."""
-        return b"" if self._as_json else self.of([self._names])
-
-    def of(self, rows: Sequence[Sequence[Any]]) -> bytes:
-        """Return the lines of rows."""
-        if self._as_json:
-            documents = (dict(zip(self._names, row, strict=True)) for row in rows)
-            return "".join(f"{self._encode(document)}\n" for document in documents).encode(errors="stockrt")
-        text = "".join([self._plain % (*row,) for row in rows])
-        if not self._is_plain(text, len(rows)):
-            text = self._quoted(rows)
-        return text.encode(errors="stockrt")
-
-    def _is_plain(self, text: str, count: int) -> bool:
-        """Whether so many lines are as a CSV writer makes them, which takes thrice the time for what is rare."""
-        has_others = '"' in text or "\r" in text or text.count("\n") != count
-        return not has_others and text.count(",") == count * self._plain.count(",")
-
-    def _quoted(self, rows: Sequence[Sequence[Any]]) -> str:
-        import csv
-
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
-        return text.getvalue()
+    quoted = io.StringIO()
+    csv.writer(quoted, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
+    return quoted.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -16804,18 +16711,16 @@ class Chart(NamedTuple):
     gaps: Sequence[Gap] = ()
     left_out: int = 0
 
+    @property
+    def candles(self) -> list[Candle]:
+        """Those of its steps that were traded in."""
+        return [slot.candle for slot in self.slots if slot.candle]
+
     def documents(self) -> Iterator[dict[str, object]]:
         """Yield the candles for a program; `gap`: the stream missed some of it."""
         for slot in self.slots:
             if slot.candle:
                 yield {"code": self.code, "step": self.step, **slot.candle._asdict(), "gap": slot.is_gap}
-
-
-class Span(NamedTuple):
-    """What of the stores is asked for: since <= t < until, epoch ms; from 0 on: as far back as a step goes."""
-
-    since: int = 0
-    until: int = NEVER
 
 
 def zone_of(code: str) -> tzinfo:
@@ -16836,21 +16741,34 @@ def midnight(code: str, t: int) -> int:
 
 
 def read_charts(
-    reader: Reader, last: Mapping[str, StoredTrade], step: str, span: Span, now: float, room: int
+    reader: Reader,
+    codes: Collection[str],
+    last: Mapping[str, StoredTrade],
+    step: str,
+    span: Span,
+    now: float,
+    room: int,
 ) -> dict[str, Chart]:
-    """Return a chart of each code, whose last trades these are, of at most `room` steps. Raises StoreError."""
+    """Return a chart of each code of at most `room` steps, daily ones of final closes; `last`: their last trades.
+
+    Raises StoreError.
+    """
+    if step == DAILY:
+        closes = reader.closes(codes, *_dates_of(span, now))
+        slots = {code: _daily_slots(code, closes.get(code, [])) for code in codes}
+        return {code: newest_steps(Chart(code, DAILY, slots[code]), room) for code in codes}
     until = min(span.until, max((trade.t for trade in last.values()), default=0) + 1)
     begins: defaultdict[int, list[str]] = defaultdict(list)
     for code, trade in last.items():
         begins[_begin_of(code, step, span, min(trade.t, until - 1))].append(code)
     charts = {}
-    for since, codes in begins.items():
-        candles = reader.candles(codes, since, until, STEPS[step])
-        gaps = reader.gaps(codes, since, min(span.until, int(now * 1000)))
-        for code in codes:
+    for since, together in begins.items():
+        candles = reader.candles(together, since, until, STEPS[step])
+        gaps = reader.gaps(together, since, min(span.until, int(now * 1000)))
+        for code in together:
             missed = [gap for gap in gaps if code in gap.codes]
-            slots = slots_of(candles.get(code, []), missed, since, STEPS[step], int(now * 1000))
-            charts[code] = newest_steps(Chart(code, step, slots, missed), room)
+            steps = slots_of(candles.get(code, []), missed, since, STEPS[step], int(now * 1000))
+            charts[code] = newest_steps(Chart(code, step, steps, missed), room)
     return charts
 
 
@@ -16883,23 +16801,10 @@ def slots_of(
     return shown
 
 
-def read_daily_charts(
-    reader: Reader, codes: Collection[str], span: Span, now: float, room: int
-) -> dict[str, Chart]:
-    """Return the charts of final closes; what is provisional is no candle. Raises StoreError."""
-    closes = reader.closes(codes, *_dates_of(span, now))
-    return {
-        code: newest_steps(Chart(code, DAILY, _daily_slots(code, closes.get(code, []))), room)
-        for code in codes
-    }
-
-
 def _dates_of(span: Span, now: float) -> tuple[str, str]:
     """Return the first and the last date of a span; tomorrow has begun somewhere on earth."""
     until = min(span.until - 1, int(now * 1000) + DAY_MS)
-    since = span.since or until - DAYS_BACK[DAILY] * DAY_MS
-    first, last = (datetime.fromtimestamp(t // 1000, UTC).date().isoformat() for t in (since, until))
-    return first, last
+    return date_at(span.since or until - DAYS_BACK[DAILY] * DAY_MS), date_at(until)
 
 
 def _daily_slots(code: str, closes: Sequence[StoredClose]) -> list[Slot]:
@@ -16972,7 +16877,7 @@ def chart_title(chart: Chart, name: str) -> str:
 
 def chart_notes(chart: Chart) -> Iterator[str]:
     """Yield what is to be said below a chart: its last candle, gaps, and what is not on it."""
-    candle = [slot.candle for slot in chart.slots if slot.candle][-1]
+    candle = chart.candles[-1]
     names = ("open", "high", "low", "close", "volume")
     yield "last: " + "  ".join(f"{name} {getattr(candle, name)}" for name in names)
     for gap in chart.gaps[-GAPS_TOLD:]:
@@ -17028,13 +16933,12 @@ def draw_chart(chart: Chart, width: int, height: int, up: str, color: bool) -> t
 
     The chart has a candle. `up`: `red` or `green`.
     """
-    every = [slot.candle for slot in chart.slots if slot.candle]
-    label = max(VOLUME_COLUMNS, *map(len, price_marks(every).values()))
+    label = max(VOLUME_COLUMNS, *map(len, price_marks(chart.candles).values()))
     chart = newest_steps(chart, max(1, width - label - 2))
-    candles = [slot.candle for slot in chart.slots if slot.candle]
+    candles = chart.candles
     step = max(1, min(WIDEST_STEP, (width - label - 2) // len(chart.slots)))
     columns = max(len(chart.slots) * step, TICK_COLUMNS)
-    colors = {"up": up, "down": {"red": "green", "green": "red"}[up], "same": "default"}
+    colors = {"up": up, "down": OTHER_COLOR[up], "same": "default"}
     marks = price_marks(candles)
     plot = _field(columns, height - VOLUME_LINES, marks, label)
     for place, slot in enumerate(chart.slots):
@@ -17199,9 +17103,7 @@ class Page(NamedTuple):
 def read_page(reader: Reader, found: Sequence[Quote], step: str, span: Span, now: float, store: str) -> Page:
     """Return the page of these quotes, whose names are English. Raises StoreError."""
     last = {quote.code: quote.trade for quote in found}
-    charts = read_daily_charts(reader, last, span, now, PAGE_STEPS)
-    if step != DAILY:
-        charts = read_charts(reader, last, step, span, now, PAGE_STEPS)
+    charts = read_charts(reader, [*last], last, step, span, now, PAGE_STEPS)
     return Page(
         found,
         reader.names(list(last)),
@@ -17324,7 +17226,7 @@ def _section(page: Page, quote: Quote) -> str:
     code = html_text(quote.code)
     parts = [f'<section id="{code}"><h2>{code} {_name(page, quote)}</h2>\n']
     chart = page.charts.get(quote.code, Chart(quote.code, ""))
-    if any(slot.candle for slot in chart.slots):
+    if chart.candles:
         parts.append(_figure(_chart_drawing(chart), _chart_caption(chart)))
     else:
         parts.append(f"<p>{both('No trades in this time.', '这段时间没有成交。')}</p>\n")
@@ -17344,7 +17246,7 @@ def _figure(drawing: str, caption: str) -> str:
 
 
 def _chart_drawing(chart: Chart) -> str:
-    candles = [slot.candle for slot in chart.slots if slot.candle]
+    candles = chart.candles
     low, high = price_range(candles)
     most = max(float(candle.volume) for candle in candles) or 1.0
     step = min(WIDEST_CANDLE, PLOT_WIDTH // len(chart.slots))
@@ -17409,7 +17311,7 @@ def _closes_drawing(finals: Sequence[StoredClose]) -> str:
         f"{round(place * step)},{_height(price, low, high, CLOSES_HEIGHT)}"
         for place, price in enumerate(prices)
     )
-    lowest, highest = (html_text(end(finals, key=_close_of).p) for end in (min, max))
+    lowest, highest = (html_text(finals[prices.index(price)].p) for price in (low, high))
     parts = [
         f'<polyline class="line" points="{points}"/>',
         f'<text x="{PLOT_WIDTH + 4}" y="4">{highest}</text>',
@@ -17418,10 +17320,6 @@ def _closes_drawing(finals: Sequence[StoredClose]) -> str:
         f'<text x="{PLOT_WIDTH}" y="{CLOSES_HEIGHT + 20}" text-anchor="end">{html_text(finals[-1].date)}</text>',
     ]
     return _svg(finals[0].code, CLOSES_HEIGHT + 26, parts)
-
-
-def _close_of(close: StoredClose) -> float:
-    return float(close.p)
 
 
 def _closes_caption(finals: Sequence[StoredClose]) -> str:
@@ -17847,7 +17745,7 @@ def _check_export(options: Options) -> None:
     span_of(options)
 
 
-def span_of(options: Options) -> tuple[int, int]:
+def span_of(options: Options) -> Span:
     """Return the moments of --from and --to (epoch ms, half open); without them all of time. Raises UsageError."""
     since, until = 0, NEVER
     if options.from_ is not None:
@@ -17857,7 +17755,7 @@ def span_of(options: Options) -> tuple[int, int]:
         until = start + length
     if since >= until:
         raise UsageError(f"--from {options.from_} --to {options.to}: nothing lies between them; see --help")
-    return since, until
+    return Span(since, until)
 
 
 def _moment_of(flag: str, text: str) -> tuple[int, int]:
@@ -18034,23 +17932,15 @@ def show(text: str) -> None:
 # ------------------------------------------------------------------------------------------------------
 
 
-class Column(NamedTuple):
-    """A column of the table; `width` counts when rows are printed before all are known."""
-
-    title: str
-    width: int
-    right: bool = False
-
-
-COLUMNS = (
-    Column("CODE", 12),
-    Column("PRICE", 14, right=True),
-    Column("VOLUME", 14, right=True),
-    Column("TURNOVER", 18, right=True),
-    Column("SIDE", 4),
-    Column("EXCHANGE TIME", 24),
-    Column("AGE", 6, right=True),
-    Column("NAME", 0),
+TRADE_COLUMNS = (
+    Column("CODE", width=12),
+    Column("PRICE", right=True, width=14),
+    Column("VOLUME", right=True, width=14),
+    Column("TURNOVER", right=True, width=18),
+    Column("SIDE", width=4),
+    Column("EXCHANGE TIME", width=24),
+    Column("AGE", right=True, width=6),
+    Column("NAME"),
 )
 # While no trade comes it is seen after so long that the reader went away.
 READER_LOOK_S = 1.0
@@ -18096,7 +17986,7 @@ class Rows:
             return
         self._kept += documents
         if self._is_live or self._widths or len(self._kept) > ROWS_ALIGNED:
-            self._table([column.width for column in COLUMNS])
+            self._table([column.width for column in TRADE_COLUMNS])
 
     def finish(self, order: Sequence[str] = ()) -> None:
         """Print what was kept, in the order of the codes in `order`."""
@@ -18112,7 +18002,7 @@ class Rows:
         rows = [[*row_cells(document, now), names.get(document["stock_code"], "")] for document in self._kept]
         self._kept = []
         if not self._widths:
-            titles = [column.title for column in COLUMNS]
+            titles = [column.title for column in TRADE_COLUMNS]
             widths = list(fixed) or [max(map(columns_of, cells)) for cells in zip(titles, *rows, strict=True)]
             self._widths = self._with_name(widths[:-1], bool(names))
             line = self._line(titles)
@@ -18122,18 +18012,14 @@ class Rows:
     def _with_name(self, widths: list[int], named: bool) -> list[int]:
         """Return the widths with that of the names: they have the rest of the line, unless that is too short."""
         room = self._width - sum(widths) - len(GAP) * len(widths)
-        return [*widths, room] if named and room >= len(COLUMNS[-1].title) else widths
+        return [*widths, room] if named and room >= len(TRADE_COLUMNS[-1].title) else widths
 
     def _line(self, cells: Sequence[str]) -> str:
         """Return a line of cells, without the last where there are no names."""
         *cells, name = cells
-        if len(self._widths) == len(COLUMNS):
+        if len(self._widths) == len(TRADE_COLUMNS):
             cells.append(fitting(name, self._widths[-1]))
-        parts = []
-        for cell, width, column in zip(cells, self._widths, COLUMNS, strict=False):
-            blanks = " " * (width - columns_of(cell))
-            parts.append(blanks + cell if column.right else cell + blanks)
-        return GAP.join(parts).rstrip() + "\n"
+        return line_of(TRADE_COLUMNS[: len(cells)], cells, self._widths) + "\n"
 
     def _names(self) -> dict[str, str]:
         """Return the names of what is kept, as far as they are at hand."""
@@ -19428,19 +19314,16 @@ def need_blocks(options: Options, encoding: str) -> None:
 def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
     """Print candles of codes; exit status 1 where there are none of one that was asked for, or nothing at all."""
     need_blocks(options, sys.stdout.encoding)
-    now, span, step = time.time(), Span(*span_of(options)), cast(str, options.chart)
+    now, span, step = time.time(), span_of(options), cast(str, options.chart)
     width, height = terminal_size()
     with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         last = reader.last(codes)
-        charts = read_daily_charts(reader, codes, span, now, width)
-        if step != DAILY:
-            charts = read_charts(reader, last, step, span, now, width)
+        charts = read_charts(reader, codes, last, step, span, now, width)
         names = reader.names(codes, not is_chinese(environ))
-    rise, _ = rise_and_fall(environ, options.up)
-    up, color = {RED: "red", GREEN: "green"}[rise], settings.color and sys.stdout.isatty()
+    up, color = color_of_rise(environ, options.up), settings.color and sys.stdout.isatty()
     for code, chart in charts.items():
-        if not any(slot.candle for slot in chart.slots):
+        if not chart.candles:
             missing.append(what_is_there(chart, last.get(code)))
         elif options.json:
             show("\n".join(json.dumps(document) for document in chart.documents()))
@@ -19456,9 +19339,8 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
 
 def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
     """Write the page, or one code's picture, whole or not at all; exit status 1 where it lacks what was asked for."""
-    now, span, step = time.time(), Span(*span_of(options)), options.chart or "5m"
-    rise, _ = rise_and_fall(environ, options.up)
-    up = {RED: "red", GREEN: "green"}[rise]
+    now, span, step = time.time(), span_of(options), options.chart or "5m"
+    up = color_of_rise(environ, options.up)
     with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         found = in_order(quotes(reader, codes, english=True), options.sort or "code")
@@ -19479,7 +19361,7 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
 
 def _only_chart(page: Page) -> Chart:
     """Return the one chart that a picture has room for. Raises UsageError."""
-    charts = [chart for chart in page.charts.values() if any(slot.candle for slot in chart.slots)]
+    charts = [chart for chart in page.charts.values() if chart.candles]
     if len(charts) != 1:
         raise UsageError(
             f"--html FILE.svg: a picture is of one code, and here are candles of {len(charts)}; see --show"
@@ -19489,13 +19371,11 @@ def _only_chart(page: Page) -> Chart:
 
 def quote_table(settings: Settings, environ: Mapping[str, str], up: str | None) -> QuoteTable:
     """Return a table for what stdout is."""
-    width: int | None = None
-    colors: Sequence[str] = ()
+    width, rise = None, ""
     if sys.stdout.isatty():
-        width = terminal_size()[0]
-        if settings.color:
-            colors = rise_and_fall(environ, up)
-    return QuoteTable(width, colors, sys.stdout.encoding)
+        width, _ = terminal_size()
+        rise = color_of_rise(environ, up) if settings.color else ""
+    return QuoteTable(width, rise, sys.stdout.encoding)
 
 
 def codes_to_show(options: Options, settings: Settings, reader: Reader) -> tuple[list[str], list[str]]:
@@ -19564,17 +19444,20 @@ def run_export(options: Options, settings: Settings) -> int:
     place = cast(str, options.export)
     try:
         with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
-            export = Export(None, *span_of(options), options.closes)
             missing: list[str] = []
-            if options.codes or options.codes_file:
-                codes, missing = codes_meant(read_codes(options), reader, set(export.codes_in(reader)))
-                export = export._replace(codes=codes)
-            lines = ExportLines(export.names, options.json or place.endswith(".jsonl"))
+            codes: Sequence[str] = ()
+            span, is_chosen = span_of(options), bool(options.codes or options.codes_file)
+            is_whole = not (is_chosen or options.closes) and span == Span()
+            if not is_whole:
+                codes = reader.close_codes() if options.closes else reader.codes()
+            if is_chosen:
+                codes, missing = codes_meant(read_codes(options), reader, set(codes))
+            export = Export(codes, span, options.closes, is_whole, options.json or place.endswith(".jsonl"))
             if place == "-":
-                count = _to_stdout(lines, export, reader)
+                count = _to_stdout(export, reader)
             else:
                 with whole_file(Path(place), durable=True, setting="--export") as stream:
-                    count = _write_export(lines, export, reader, stream)
+                    count = _write_export(export, reader, stream)
     except KeyboardInterrupt:
         say("interrupted" if place == "-" else "interrupted: no file was written")
         return EXIT_INTERRUPTED
@@ -19589,10 +19472,10 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _to_stdout(lines: ExportLines, export: Export, reader: Reader) -> int:
+def _to_stdout(export: Export, reader: Reader) -> int:
     """Write an export to stdout, return how many rows it has. Raises PrintError, without words for a reader gone."""
     try:
-        count = _write_export(lines, export, reader, sys.stdout.buffer)
+        count = _write_export(export, reader, sys.stdout.buffer)
         sys.stdout.buffer.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit's flush fails again
@@ -19602,23 +19485,22 @@ def _to_stdout(lines: ExportLines, export: Export, reader: Reader) -> int:
     return count
 
 
-def _write_export(lines: ExportLines, export: Export, reader: Reader, stream: IO[bytes]) -> int:
+def _write_export(export: Export, reader: Reader, stream: IO[bytes]) -> int:
     """Write an export into a stream, and return how many rows it has. Raises OSError, StoreError."""
     count, done, last_code = 0, 0, ""
-    unit, total = "codes", 0
-    if export.is_whole and not export.closes:
+    unit, total = "codes", len(export.codes)
+    if export.is_whole:
         unit, total = "trades", reader.estimate()
-    else:
-        total = len(export.codes_in(reader))
     code_at = export.names.index("stock_code")
     with Terminal(None, unit, bar_above=0) as terminal:
-        stream.write(lines.head())
+        if not export.as_json:
+            stream.write(export.lines([export.names]))
         for rows in export.rows(reader):
-            stream.write(lines.of(rows))
+            stream.write(export.lines(rows))
             count += len(rows)
             done += len({row[code_at] for row in rows} - {last_code})
             last_code = rows[-1][code_at] if rows else last_code
-            terminal.progress(min(count if unit == "trades" else done, total), total)
+            terminal.progress(min(count if export.is_whole else done, total), total)
     return count
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RunPyz
-from kit.daemons import HASH, PATIENCE, ProcessDaemon, until
+from kit.daemons import HASH, PATIENCE, ProcessDaemon, ThreadDaemon, settings_for, until
 from kit.infoway_server import PLANS
 from kit.platform_server import PlatformServer
 from kit.stream_server import Vendor, identity
@@ -288,6 +288,40 @@ def test_with_a_platform_it_does_both(
         assert status.returncode == WELL and re.search("^platform .*: connected since ", status.stdout, re.M)
         daemon.signal(signal.SIGTERM)
         assert daemon.wait() == 0, daemon.log
+
+
+def answers(platform: PlatformServer) -> bool:
+    """Ping the daemon, and return whether it answers."""
+    before = len(platform.pings)
+    platform.ping_now()
+    good = platform.wait_for(lambda p: len(p.pings) > before and all(one.answered for one in p.pings), 20)
+    return bool(good)
+
+
+def test_no_disk_that_collecting_waits_for_keeps_a_ping_waiting(
+    vendor: Vendor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How collecting goes on is told to the status file by the thread that may wait for a disk."""
+    monkeypatch.setattr(stockrt, "STATUS_EVERY_S", 3600.0)
+    state = tmp_path / "state"
+    stockrt.write_hash(state, HASH)
+    more = vendor.settings | {"COLLECT": "stream", "COLLECT_CODES": " ".join(CODES)}
+    with PlatformServer(ping_every=0, zombies=False) as platform:
+        platform.know(HASH)
+        loaded = settings_for(platform.port, vendor.rest.url, state, **more)
+        with ThreadDaemon(loaded) as running:
+            daemon = running.daemon
+            vendor.stream.wait_for(lambda s: {*s.subscribed} >= {*CODES}, PATIENCE)
+            assert platform.wait_for(lambda p: p.connected, PATIENCE)
+            vendor.stream.rate = 20.0
+            assert until(lambda: daemon._collect is not daemon._collect_noted and daemon._collect.trades > 10)
+            collecting = daemon._executor._collecting
+            assert collecting is not None
+            with collecting._coverage._lock:  # as while it writes
+                monkeypatch.setattr(stockrt, "STATUS_EVERY_S", 0.0)
+                for _ in range(3):
+                    assert answers(platform), "the thread of the socket waits for the disk"
+            assert until(lambda: stockrt.read_status(state)["collecting"]["trades"] > 10)
 
 
 # ---------------------------------------------------------------------------------------------- the terminal

@@ -16,7 +16,6 @@ from stockrt import (
     MARKETS,
     NEVER,
     Bar,
-    ExportLines,
     Pipeline,
     Quote,
     QuoteTable,
@@ -24,13 +23,14 @@ from stockrt import (
     StoredTrade,
     Trade,
     bar_close,
+    color_of_rise,
     columns_of,
+    csv_lines,
     identity,
     in_order,
     is_chinese,
     open_store_file,
     quotes,
-    rise_and_fall,
     session_of,
     sparkline,
     to_document,
@@ -164,7 +164,7 @@ def test_a_narrow_terminal_loses_columns_and_not_alignment(tmp_path: Path, width
 
 def test_what_changed_is_lit_and_the_age_never_is(tmp_path: Path) -> None:
     found = _several(tmp_path)
-    table = QuoteTable(200, ("31", "32"))
+    table = QuoteTable(200, "red")
     assert not any("\033[7" in line for line in table.lines(found, NOW, lit=True))
     found[0] = found[0]._replace(trade=found[0].trade._replace(p="1531.00"))
     lines = table.lines(found, NOW + 60, lit=True)
@@ -199,7 +199,7 @@ def _plain(quote: Quote) -> dict[str, object]:
 
 def test_a_change_has_its_sign_beside_its_color(tmp_path: Path) -> None:
     found = _several(tmp_path)
-    _, maotai, tencent, bitcoin = QuoteTable(200, rise_and_fall({"LANG": "zh_CN.UTF-8"}, None)).lines(
+    _, maotai, tencent, bitcoin = QuoteTable(200, color_of_rise({"LANG": "zh_CN.UTF-8"}, None)).lines(
         found, NOW
     )
     assert "\033[31m+2.01%\033[0m" in maotai
@@ -213,25 +213,25 @@ def test_a_change_has_its_sign_beside_its_color(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environ", "up", "rises"),
     [
-        ({"LANG": "zh_CN.UTF-8"}, None, "31"),
-        ({"LANG": "zh_TW"}, None, "31"),
-        ({"LANG": "zh"}, None, "31"),
-        ({"LANG": "ja_JP.UTF-8"}, None, "31"),
-        ({"LANG": "ko_KR.UTF-8"}, None, "31"),
-        ({"LANG": "zh_HK.UTF-8"}, None, "32"),
-        ({"LANG": "zh_SG"}, None, "32"),
-        ({"LANG": "en_US.UTF-8"}, None, "32"),
-        ({}, None, "32"),
-        ({"LANG": "zh_CN", "LC_ALL": "C"}, None, "32"),
-        ({"LANG": "C", "LC_ALL": "", "LC_MESSAGES": "zh_CN"}, None, "31"),
-        ({"LANG": "zh_CN.UTF-8"}, "green", "32"),
-        ({"LANG": "en_US.UTF-8"}, "red", "31"),
+        ({"LANG": "zh_CN.UTF-8"}, None, "red"),
+        ({"LANG": "zh_TW"}, None, "red"),
+        ({"LANG": "zh"}, None, "red"),
+        ({"LANG": "ja_JP.UTF-8"}, None, "red"),
+        ({"LANG": "ko_KR.UTF-8"}, None, "red"),
+        ({"LANG": "zh_HK.UTF-8"}, None, "green"),
+        ({"LANG": "zh_SG"}, None, "green"),
+        ({"LANG": "en_US.UTF-8"}, None, "green"),
+        ({}, None, "green"),
+        ({"LANG": "zh_CN", "LC_ALL": "C"}, None, "green"),
+        ({"LANG": "C", "LC_ALL": "", "LC_MESSAGES": "zh_CN"}, None, "red"),
+        ({"LANG": "zh_CN.UTF-8"}, "green", "green"),
+        ({"LANG": "en_US.UTF-8"}, "red", "red"),
     ],
 )
 def test_what_rises_has_the_color_of_the_readers_locale(
     environ: dict[str, str], up: str | None, rises: str
 ) -> None:
-    assert rise_and_fall(environ, up) == (rises, {"31": "32", "32": "31"}[rises])
+    assert color_of_rise(environ, up) == rises
 
 
 def test_names_are_in_the_readers_language(tmp_path: Path) -> None:
@@ -262,5 +262,5 @@ def test_a_terminal_that_has_no_bars_gets_none(tmp_path: Path) -> None:
 def test_csv_is_what_a_csv_reader_reads_whatever_the_texts_are() -> None:
     rows = [("a", "1", True), ("b,c", "2", False), ('"d"', "3\r", 4), ("e\nf", "", 5)]
     for some in (rows, rows[:1], rows[1:2], rows[2:3], rows[3:]):
-        text = ExportLines(("x", "y", "z"), as_json=False).of(some).decode()
+        text = csv_lines(some)
         assert list(csv.reader(io.StringIO(text, newline=""))) == [[str(one) for one in row] for row in some]

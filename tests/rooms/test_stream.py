@@ -281,21 +281,22 @@ def test_no_limit_is_ever_passed_and_no_code_lost(
 # The table of errors
 # ------------------------------------------------------------------------------------------------------
 
-NEVER, WAIT, DIAL = StreamAction.NEVER, StreamAction.WAIT, StreamAction.DIAL_AGAIN
+NEVER, OUT = StreamAction.NEVER, StreamAction.KEY_OUT
+WAIT, DIAL = StreamAction.WAIT, StreamAction.DIAL_AGAIN
 ENDS = {
-    501: (WAIT, False),
-    508: (NEVER, True),
-    509: (NEVER, True),
-    510: (NEVER, True),
-    511: (NEVER, True),
-    512: (WAIT, False),
-    513: (DIAL, False),
-    517: (NEVER, True),
-    518: (NEVER, True),
-    519: (NEVER, False),
-    401: (NEVER, False),
-    403: (WAIT, False),
-    429: (WAIT, False),
+    501: WAIT,
+    508: OUT,
+    509: OUT,
+    510: OUT,
+    511: OUT,
+    512: WAIT,
+    513: DIAL,
+    517: OUT,
+    518: OUT,
+    519: NEVER,
+    401: NEVER,
+    403: WAIT,
+    429: WAIT,
 }
 FORMS = ["{}", "Subscribe fail: {}", "Subscribe fail:{}", " {} "]
 
@@ -314,7 +315,7 @@ def test_an_error_that_ends_the_connection_says_what_follows(code: int, form: st
     talk = Talk(codes=US[:3])
     (end,) = talk.hear(form.format(error(code, talk.last()["trace"], "These words"))).events
     assert isinstance(end, StreamEnd)
-    assert (end.action, end.whole_key) == ENDS[code]
+    assert end.action is ENDS[code]
     assert f"{code}: These words" in end.words and "; see " in end.words
     low, high = {512: (120, 180), 403: (120, 180), 429: (120, 180), 501: (60, 90)}.get(code, (0, 0))
     assert low <= end.wait_s <= high
@@ -336,7 +337,7 @@ def test_an_error_in_words_alone_is_the_one_with_the_number(code: int, words: st
     words = words.format(per_connection=10, connections=1, in_all=10)
     found = stream_error(None, form.format(words))
     wanted = stream_error(code, "")
-    assert (found.action, found.whole_key) == (wanted.action, wanted.whole_key)
+    assert found.action is wanted.action
     assert stream_error(None, f"Subscribe fail {code}") is wanted
 
 
@@ -452,7 +453,6 @@ def test_a_refused_handshake_says_what_follows(status: int, body: bytes, action:
     )
     assert end.action is action and "; see INFOWAY_" in end.words
     assert (120 <= end.wait_s <= 180) is (action is WAIT)
-    assert not end.whole_key
     assert ("Token invalid" in end.words) is (b"Token" in body)
 
 
@@ -870,7 +870,18 @@ def test_an_error_before_a_cut_says_why(server: RawWebSocket) -> None:
     server.send(text("Subscribe fail: " + error(511, msg="The apikey has been banned")))
     server.hang_up()
     (end,) = collect(connection).events
-    assert isinstance(end, StreamEnd) and (end.action, end.whole_key) == (NEVER, True)
+    assert isinstance(end, StreamEnd) and end.action is OUT
+    connection.close()
+
+
+def test_a_close_that_asks_for_patience_is_given_some(server: RawWebSocket) -> None:
+    connection = StreamConnection(server.url, "crypto", KEY)
+    assert connection.open() is None
+    server.send(
+        frame_bytes(CLOSE, (1008).to_bytes(2, "big") + b"The number of connections exceeds the limit")
+    )
+    (end,) = collect(connection).events
+    assert isinstance(end, StreamEnd) and end.action is WAIT and 120 <= end.wait_s <= 180
     connection.close()
 
 
@@ -879,7 +890,7 @@ def test_a_close_that_says_why_is_an_error_too(server: RawWebSocket) -> None:
     assert connection.open() is None
     server.send(frame_bytes(CLOSE, (1008).to_bytes(2, "big") + b"508 The apikey has expired"))
     (end,) = collect(connection).events
-    assert isinstance(end, StreamEnd) and end.action is NEVER and "INFOWAY_API_KEY" in end.words
+    assert isinstance(end, StreamEnd) and end.action is OUT and "INFOWAY_API_KEY" in end.words
     connection.close()
 
 

@@ -34,7 +34,6 @@ from stockrt import (
     draw_chart,
     open_store_file,
     read_charts,
-    read_daily_charts,
     session_of,
     slots_of,
     to_document,
@@ -75,9 +74,8 @@ class Place:
     ) -> dict[str, Chart]:
         """Return what is drawn of codes."""
         with Pipeline.open_reader(self.settings) as reader:
-            if step == "1d":
-                return read_daily_charts(reader, codes, span or Span(), NOON / 1000, room)
-            return read_charts(reader, reader.last(codes), step, span or Span(), NOON / 1000, room)
+            last = reader.last(codes)
+            return read_charts(reader, codes, last, step, span or Span(), NOON / 1000, room)
 
 
 @pytest.fixture
