@@ -9828,21 +9828,21 @@ GAPS_KEPT_S = 30 * DAY_S
 GAPS_AT_ONCE = 20
 
 
-class NotedGap(NamedTuple):
+class Gap(NamedTuple):
     """A time in which the stream did not bring every trade of some codes, as both stores have it.
 
     `since` and `until` are times at which pushes arrived, epoch ms by the clock of this machine: the time of a trade
     lies a little before. `until` None: it goes on. `instance` is the one that missed them; another may have them.
     """
 
-    key: str
-    instance: str
     product: str
     codes: tuple[str, ...]
     since: int
     until: int | None
     why: str
-    create_time: str
+    instance: str = ""
+    key: str = ""
+    create_time: str = ""
 
     def document(self) -> Document:
         """Return its document in MongoDB."""
@@ -9868,30 +9868,29 @@ class Gaps:
         self._file = file
         self._mongo = mongo
 
-    def note(self, gap: NotedGap) -> NotedGap:
+    def note(self, gap: Gap) -> Gap:
         """Note a new gap, and return it with its `_id`. Of two that begin in one moment one begins a little before."""
         insert = (
-            'INSERT INTO stream_gaps (_id, instance, product, codes, "from", "to", why, create_time) '
+            'INSERT INTO stream_gaps (product, codes, "from", "to", why, instance, _id, create_time) '
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
         )
         gap = gap._replace(create_time=iso(utc_now()))
-        codes = json.dumps(gap.codes)
         with self._file.write() as db:
             while True:
                 gap = gap._replace(key=f"{gap.instance}|{gap.product}|{gap.since}")
-                if db.execute(insert, (*gap[:3], codes, *gap[4:])).rowcount:
+                if db.execute(insert, (gap.product, json.dumps(gap.codes), *gap[2:])).rowcount:
                     return gap
                 gap = gap._replace(since=gap.since - 1)
 
-    def change(self, gap: NotedGap) -> None:
+    def change(self, gap: Gap) -> None:
         """Keep what a gap has become: its codes, its end, why it is."""
         update = 'UPDATE stream_gaps SET codes = ?, "to" = ?, why = ?, delivered = 0 WHERE _id = ?'
         with self._file.write() as db:
             db.execute(update, (json.dumps(gap.codes), gap.until, gap.why, gap.key))
 
-    def open(self) -> list[NotedGap]:
+    def open(self) -> list[Gap]:
         """Return those that go on."""
-        return self._some('"to" IS NULL')
+        return self.some('"to" IS NULL')
 
     def count_since(self, moment: str) -> int:
         """Return how many were noted since a time (ISO 8601 UTC)."""
@@ -9901,7 +9900,7 @@ class Gaps:
         """Bring some that are new or have changed to MongoDB, if there is one; return whether there were any."""
         if self._mongo is None:
             return False
-        gaps = self._some(f"NOT delivered LIMIT {GAPS_AT_ONCE}")
+        gaps = self.some(f"NOT delivered LIMIT {GAPS_AT_ONCE}")
         if not gaps:
             return False
         self._mongo.write_gaps([gap.document() for gap in gaps])
@@ -9912,10 +9911,11 @@ class Gaps:
             db.execute(forget, ((time.time() - GAPS_KEPT_S) * 1000,))
         return True
 
-    def _some(self, which: str) -> list[NotedGap]:
-        names = '_id, instance, product, codes, "from", "to", why, create_time'
-        rows = self._file.read_all(f"SELECT {names} FROM stream_gaps WHERE {which}")  # noqa: S608
-        return [NotedGap(*row)._replace(codes=tuple(json.loads(row[3]))) for row in rows]
+    def some(self, which: str, *values: object) -> list[Gap]:
+        """Return those of this machine for which a condition of SQL holds."""
+        names = 'product, codes, "from", "to", why, instance, _id, create_time'
+        rows = self._file.read_all(f"SELECT {names} FROM stream_gaps WHERE {which}", *values)  # noqa: S608
+        return [Gap(*row)._replace(codes=tuple(json.loads(row[1]))) for row in rows]
 
 
 # ======================================================================================================
@@ -9978,16 +9978,6 @@ class StoredClose(NamedTuple):
     low: str
     volume: str
     turnover: str
-
-
-class Gap(NamedTuple):
-    """A span in which the stream missed what was traded of some codes; `end` is None while it lasts."""
-
-    product: str
-    codes: tuple[str, ...]
-    start: int
-    end: int | None
-    why: str
 
 
 def number_text(value: object) -> str:
@@ -10056,13 +10046,8 @@ class _FileReader:
 
     def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
         """Return the gaps that are noted in the local file. Raises StoreError."""
-        query = (
-            'SELECT product, codes, "from", "to", why FROM stream_gaps '
-            'WHERE "from" < ? AND ifnull("to", ?) > ? ORDER BY "from"'
-        )
-        rows = self._file.read_all(query, until, NEVER, since)
-        found = [Gap(product, tuple(json.loads(names)), *rest) for product, names, *rest in rows]
-        return _touching(found, codes)
+        which = '"from" < ? AND ifnull("to", ?) > ? ORDER BY "from"'
+        return _touching(Gaps(self._file, None).some(which, until, NEVER, since), codes)
 
 
 def _touching(gaps: Iterable[Gap], codes: Collection[str]) -> list[Gap]:
@@ -10348,7 +10333,7 @@ class MongoReader(_FileReader):
         # of one that both have this machine knows best how it stands
         every = [*_touching(there, codes), *super().gaps(codes, since, until)]
         found = {gap[:3]: gap for gap in every}
-        return sorted(found.values(), key=lambda gap: gap.start)
+        return sorted(found.values(), key=lambda gap: gap.since)
 
 
 Reader: TypeAlias = SqliteReader | MongoReader
@@ -11705,7 +11690,7 @@ class Silence(NamedTuple):
 class OpenGap:
     """A gap in memory: `missing` are those of its codes that are not subscribed again; `is_kept` as it is now."""
 
-    def __init__(self, gap: NotedGap, missing: Iterable[str], is_kept: bool = False) -> None:
+    def __init__(self, gap: Gap, missing: Iterable[str], is_kept: bool = False) -> None:
         self.gap = gap
         self.missing = set(missing)
         self.is_kept = is_kept
@@ -11945,7 +11930,7 @@ class Coverage:
         return int(self._clock.wall() * 1000)
 
     def _new(self, product: str, codes: Collection[str], since: int, why: str) -> OpenGap:
-        gap = NotedGap("", self._left.instance, product, tuple(sorted(codes)), since, None, why, "")
+        gap = Gap(product, tuple(sorted(codes)), since, None, why, self._left.instance)
         return OpenGap(gap, codes)
 
     def _lose(self, product: str, codes: Collection[str], since: int, why: str) -> None:
@@ -16780,8 +16765,8 @@ def slots_of(
     """Return the steps that were traded in, and between them the first few of gaps; steps begin at `since`."""
     slots = {candle.t: Slot(candle.t, candle) for candle in candles}
     for gap in gaps:
-        end = max(gap.end or now_ms, gap.start + 1)
-        first = max(gap.start, since)
+        end = max(gap.until or now_ms, gap.since + 1)
+        first = max(gap.since, since)
         first -= (first - since) % step_ms
         for t, slot in slots.items():
             if first <= t < end:
@@ -16820,7 +16805,7 @@ def newest_steps(chart: Chart, room: int) -> Chart:
         slots = slots[: traded[-1] + 1]
     left_out = sum(slot.candle is not None for slot in slots[:-room])
     slots = slots[-room:]
-    gaps = [gap for gap in chart.gaps if gap.end is None or not slots or gap.end > slots[0].t]
+    gaps = [gap for gap in chart.gaps if gap.until is None or not slots or gap.until > slots[0].t]
     return chart._replace(slots=slots, gaps=gaps, left_out=chart.left_out + left_out)
 
 
@@ -16896,8 +16881,8 @@ def what_is_there(chart: Chart, last: StoredTrade | None) -> str:
 
 def gap_words(code: str, gap: Gap) -> str:
     """Return when the stream missed what was traded of a code, and why."""
-    end = "now" if gap.end is None else exchange_time(code, gap.end)
-    return f"{exchange_time(code, gap.start)} – {end} ({one_line(gap.why, 80)})"
+    end = "now" if gap.until is None else exchange_time(code, gap.until)
+    return f"{exchange_time(code, gap.since)} – {end} ({one_line(gap.why, 80)})"
 
 
 # ------------------------------------------------------------------------------------------------------
