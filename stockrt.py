@@ -8219,6 +8219,8 @@ class MongoStore:
         self._plain.add(name)
 
     def _connect(self) -> MongoClient[Document]:
+        import linecache
+
         from pymongo import MongoClient
         from pymongo.errors import PyMongoError
 
@@ -8236,6 +8238,9 @@ class MongoStore:
             raise SettingsError(
                 [f"MONGODB_HOST={self._settings.mongodb_shown()!r}: {self._settings.redact(one_line(error))}"]
             ) from None
+        finally:
+            # a client keeps the text of the stack that it was made on: every line of this file would stay in memory
+            linecache.clearcache()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

@@ -209,3 +209,12 @@ def test_a_folder_that_is_not_there_is_named(run_pyz: RunPyz, tmp_path: Path) ->
     done = run_pyz("--export", "nowhere/all.csv")
     assert done.returncode == 1
     assert "nowhere/all.csv cannot be written: No such file or directory; see --export" in done.stderr
+
+
+def test_where_nothing_is_stored_there_is_a_head_and_nothing_is_left_behind(
+    run_pyz: RunPyz, tmp_path: Path
+) -> None:
+    done = run_pyz("--export", "-")
+    assert (done.returncode, done.stdout) == (0, "_id,s,t,p,v,vw,td,stock_code,create_time\n")
+    assert done.stderr.strip() == "0 trades written to standard output"
+    assert not (tmp_path / "state").exists()

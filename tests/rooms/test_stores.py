@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import linecache
 import os
 import random
 import shutil
@@ -563,6 +564,14 @@ def mongo_place(mongo_db: tuple[str, str], tmp_path: Path) -> MongoPlace:
 def mongo_store(uri: str, name: str = "stockrt_test", **more: str) -> MongoStore:
     """Return a store for this URI."""
     return MongoStore(settings_of({"MONGODB_HOST": uri, "MONGODB_DB_NAME": name, **more}))
+
+
+def test_a_client_of_mongodb_leaves_no_source_in_memory() -> None:
+    """Each keeps the text of the stack that it was made on, and for that every line of the program is read."""
+    linecache.getline(stockrt.__file__, 1)
+    assert stockrt.__file__ in linecache.cache
+    with contextlib.closing(mongo_store("mongodb://127.0.0.1:1/")):
+        assert stockrt.__file__ not in linecache.cache
 
 
 def with_options(uri: str, options: str) -> str:
