@@ -651,11 +651,15 @@ def lack_words(error: BaseException) -> str:
     return ""
 
 
-def own_fault(error: BaseException) -> str:
-    """Return what an error is called that is none of ours, and log it whole, unless the machine lacks something."""
+def own_fault(error: BaseException, is_said: bool = False) -> str:
+    """Return what an error is called that is none of ours.
+
+    It is logged whole, unless that `is_said` already, or the machine lacks something.
+    """
     words = lack_words(error)
     if not words:
-        log.error("a fault of stockrt itself", exc_info=error)
+        if not is_said:
+            log.error("a fault of stockrt itself", exc_info=error)
         words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
     return words
 
@@ -2912,15 +2916,8 @@ def collect_words(stats: CollectStats) -> str:
 
 def steady(stats: CollectStats) -> tuple[object, ...]:
     """Return of it what does not change all the time while trades come."""
-    return (
-        stats.connections,
-        stats.connections_wanted,
-        stats.codes,
-        stats.polled,
-        stats.gaps_today,
-        stats.missed_beats,
-        stats.trouble,
-    )
+    changing = ("per_second", "delay_p50_ms", "delay_p99_ms", "trades", "stored", "duplicates", "dropped")
+    return tuple(value for name, value in stats._asdict().items() if name not in changing)
 
 
 class Events:
@@ -2984,6 +2981,15 @@ class Events:
 
 # Nobody listens.
 NO_EVENTS = Events()
+
+
+def fault_words(error: Exception, events: Events, is_said: bool = False) -> str:
+    """Return what is to be said of whatever kept a thread from its work; that a part of the program is gone is told."""
+    if isinstance(error, ImportError):
+        lost = lost_part(error)
+        events.damaged(lost)
+        return str(lost)
+    return str(error) if isinstance(error, StockrtError) else own_fault(error, is_said)
 
 
 # ======================================================================================================
@@ -6090,12 +6096,8 @@ class InfowayApi:
             return _failed(attempt.batch, Failure(FailureKind.KEY, str(error)))
         except Interrupted:
             return Outcome(attempt.batch, interrupted=True)
-        except ImportError as error:
-            lost = lost_part(error)
-            self._events.damaged(lost)
-            return _failed(attempt.batch, Failure(FailureKind.OTHER, str(lost)))
         except Exception as error:
-            return _failed(attempt.batch, Failure(FailureKind.OTHER, own_fault(error)))
+            return _failed(attempt.batch, Failure(FailureKind.OTHER, fault_words(error, self._events)))
 
     def _try(self, connection: HttpConnection, attempt: BatchAttempt) -> Outcome | None:
         """Ask once, as soon as a key may be used; return the outcome if the answer is final.
@@ -11261,7 +11263,7 @@ class WatchList:
         self._clock = clock
         self._codes: tuple[str, ...] | None = None
         self._look_at = -math.inf
-        self._file_was: tuple[int, int, int] | None = None
+        self._listed: list[str] | None = None  # of all shares
         self._odd_said = False
         self._trouble = LogThrottle("COLLECT_CODES", clock, then="the codes from before stay")
         self._lock = threading.Lock()
@@ -11292,13 +11294,13 @@ class WatchList:
             self._trouble.again(str(error))
         else:
             self._trouble.over()
-            if found is not None:
+            if found != self._listed:
+                self._listed = found
                 self._take(found)
 
-    def _read(self) -> Collection[str] | None:
-        """Return the codes of all shares, None for those from before. Raises StockrtError."""
+    def _read(self) -> list[str]:
+        """Return the codes of all shares, each once. Raises StockrtError."""
         text = place = self._settings.collect_codes
-        found: list[str] | None
         if text == WATCH:
             place = f"{self._settings.mongodb_db_name}.{self._settings.watch_name}"
             found = self._read_collection(place)
@@ -11309,9 +11311,7 @@ class WatchList:
             found = split_codes(text)
         else:
             raise StockrtError(NO_CODES)
-        if found is None:
-            return None
-        codes = dict.fromkeys(found)
+        codes = [*dict.fromkeys(found)]
         if not codes:
             raise StockrtError(f"no code in {place}; expected codes such as AAPL.US 600519.SH")
         if len(codes) > MOST_COLLECTED:
@@ -11335,8 +11335,9 @@ class WatchList:
         self._odd_said = bool(odd)
         return [code for text in texts for code in split_codes(text)]
 
-    def _read_file(self, path: Path) -> list[str] | None:
-        """Return what a file holds, None where it has not changed. Raises StockrtError."""
+    @staticmethod
+    def _read_file(path: Path) -> list[str]:
+        """Return the codes in a file. Raises StockrtError."""
         import stat
 
         try:
@@ -11347,17 +11348,11 @@ class WatchList:
                 raise StockrtError(
                     f"{path} has {found.st_size} bytes; expected codes such as AAPL.US 600519.SH"
                 )
-            is_now = (found.st_mtime_ns, found.st_size, found.st_ino)
-            if self._codes is not None and is_now == self._file_was:
-                return None
             with path.open(encoding="utf-8-sig") as lines:
-                codes = list(codes_in(lines))
+                return list(codes_in(lines))
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise StockrtError(f"{path} cannot be read: {why}") from None
-        if codes:
-            self._file_was = is_now
-        return codes
 
     def _take(self, listed: Collection[str]) -> None:
         """Go over to what of a new list is in the share, and say what changed, or that it is nothing."""
@@ -11515,16 +11510,8 @@ class Poller(threading.Thread):
         """Poll once; what keeps it from that is said, and the report's `store_error`."""
         try:
             report = self._pipeline.poll(self._watch.codes(), self._leaving)
-        except ImportError as error:
-            lost = lost_part(error)
-            self._events.damaged(lost)
-            words = str(lost)
-        except StockrtError as error:
-            words = str(error)
         except Exception as error:  # nobody else looks at this thread
-            words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
-            if lack_words(error) or not self._poll_trouble.there:
-                words = own_fault(error)
+            words = fault_words(error, self._events, is_said=self._poll_trouble.there)
         else:
             if not report.interrupted:
                 self._poll_trouble.over()
@@ -11683,15 +11670,6 @@ class Part:
         self.heard = self.seen = now_ms
 
 
-class Silence(NamedTuple):
-    """A time in which an open market said nothing of some codes, up to when they were subscribed anew; epoch ms."""
-
-    product: str
-    codes: Sequence[str]
-    since: int
-    until: int
-
-
 class OpenGap:
     """A gap in memory: `missing` are those of its codes that are not subscribed again; `is_kept` as it is now."""
 
@@ -11718,7 +11696,7 @@ class Coverage:
         self._parts: list[Part] = []
         self._open: list[OpenGap] = []
         self._ended: list[OpenGap] = []  # subscribed again, and not fetched yet
-        self._silent: list[Silence] = []
+        self._silent: list[Gap] = []  # up to when codes were subscribed anew
         self._refused: dict[str, OpenGap] = {}  # by product: pushes that the store does not take now
         self._back: set[str] = set()
         self._wanted: Mapping[str, Collection[str]] = {}
@@ -11801,7 +11779,9 @@ class Coverage:
             again = part.silent & {*codes}
             part.silent -= again
             if again:
-                self._silent.append(Silence(part.product, sorted(again), part.silent_since, part.heard))
+                why = "nothing was pushed although there were trades"
+                silence = self._new(part.product, again, part.silent_since, why).gap
+                self._silent.append(silence._replace(until=part.heard))
             self._back |= fresh
             self._write_codes()
         self.news.set()
@@ -11831,20 +11811,16 @@ class Coverage:
             part.silent = part.acked & {*codes}
             part.silent_since = part.heard
 
-    def take_silent(self) -> list[Silence]:
+    def take_silent(self) -> list[Gap]:
         """Return the silences that are over: trades that are fetched now and were not pushed tell gaps of them."""
         with self._lock:
             silences, self._silent = self._silent, []
             return silences
 
-    def was_deaf(self, silence: Silence) -> None:
+    def was_deaf(self, silence: Gap) -> None:
         """In a silence there were trades that were not pushed."""
         with self._lock:
-            why = "nothing was pushed although there were trades"
-            one = self._new(silence.product, silence.codes, silence.since, why)
-            one.gap = one.gap._replace(until=silence.until)
-            self._ended.append(one)
-        self.news.set()
+            self._ended.append(OpenGap(silence, silence.codes))
 
     def not_stored(self, parcel: Parcel, codes: Collection[str], why: str) -> None:
         """The store took none of these pushes, or not those of some codes: missing until it takes some again."""
@@ -12364,12 +12340,9 @@ class Feed(threading.Thread):
                 self._turn("connected")
             while end is None and not self._leaving.is_set():
                 end = self._take(self._connection.read(time.monotonic() + STREAM_READ_S))
-        except ImportError as error:
-            lost = lost_part(error)
-            self._events.damaged(lost)
-            return StreamEnd(str(lost), StreamAction.DIAL_AGAIN)
         except Exception as error:  # nobody else looks at this thread
-            return StreamEnd(own_fault(error), StreamAction.DIAL_AGAIN)
+            words = fault_words(error, self._events, is_said=self._trouble.there)
+            return StreamEnd(words, StreamAction.DIAL_AGAIN)
         return end
 
     def _take(self, received: Pushes) -> StreamEnd | None:
@@ -12484,14 +12457,8 @@ class Planner(threading.Thread):
             wait_s, words = PLAN_AGAIN_S, ""
             try:
                 wait_s = self._work()
-            except ImportError as error:
-                lost = lost_part(error)
-                self._events.damaged(lost)
-                words = str(lost)
-            except StockrtError as error:
-                words = str(error)
             except Exception as error:  # nobody else looks at this thread
-                words = own_fault(error)
+                words = fault_words(error, self._events, is_said=self._trouble.there)
             if self._leaving.is_set():
                 return
             if words:
