@@ -17879,6 +17879,12 @@ def show(text: str) -> None:
         raise PrintError(f"cannot print: {error.strerror or error}") from None
 
 
+def show_one(document: object, line: str, as_json: bool, settings: Settings) -> None:
+    """Print one of several things, for a person or as a JSON document. Raises PrintError."""
+    text = json.dumps(document, ensure_ascii=False) if as_json else local_times(line)
+    show(settings.redact(text))
+
+
 # ------------------------------------------------------------------------------------------------------
 # Rows
 # ------------------------------------------------------------------------------------------------------
@@ -18012,34 +18018,22 @@ def to_json(document: Document) -> str:
 # ------------------------------------------------------------------------------------------------------
 
 
-class Stoppable(Protocol):
-    """What a signal can stop."""
-
-    def request_stop(self) -> None:
-        """Ask for the end; called from a signal handler."""
-
-
-class StopEvent(threading.Event):
-    """The event that ends a run early."""
-
-    def request_stop(self) -> None:
-        """Set it."""
-        self.set()
-
-
-def stop_on_signals(work: Stoppable) -> None:
-    """Let SIGINT and SIGTERM stop the work; a second signal ends the process at once."""
-    asked = False
+def stop_on_signals(daemon: Daemon | None = None) -> threading.Event:
+    """Let SIGINT and SIGTERM stop the daemon, and set what is returned; a second signal ends the process at once."""
+    stop, asked = threading.Event(), False
 
     def on_signal(number: int, frame: object) -> None:
         nonlocal asked
         if asked:
             os._exit(EXIT_INTERRUPTED)
         asked = True
-        work.request_stop()
+        stop.set()
+        if daemon is not None:
+            daemon.request_stop()
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
+    return stop
 
 
 def reload_on_hangup(daemon: Daemon) -> None:
@@ -18172,8 +18166,7 @@ def run_once(options: Options, settings: Settings) -> int:
     terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
     rows.directory = pipeline.directory
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     order: list[str] = []
     started_at = time.time()
     run = _Run(pipeline, _remembered(read_codes(options), order), stop)
@@ -18453,8 +18446,7 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
     if sys.stdout.isatty() and environ.get("TERM", "dumb") != "dumb" and not options.json:
         table = quote_table(settings, environ, options.up)
         rows = LiveTable(table, options.sort or "code", not is_chinese(environ))
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     started_at = time.monotonic()
     ticks = Ticks(rows, stop)
     with Pipeline(settings, ticks, options.demo) as pipeline:
@@ -18551,11 +18543,7 @@ def run_check(loaded: LoadedSettings, is_service_hidden: bool, as_json: bool) ->
     settings = loaded.settings
     for check in _checks(loaded, is_service_hidden):
         failed |= not check.good
-        check = check._replace(words=settings.redact(check.words))
-        line = _check_line(check)
-        if as_json:
-            line = json.dumps(check._asdict(), ensure_ascii=False)
-        show(line)
+        show_one(check._asdict(), _check_line(check), as_json, settings)
     return EXIT_FAILED if failed else EXIT_OK
 
 
@@ -19030,10 +19018,7 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
         with contextlib.closing(Journal(settings.state_directory)) as journal:
             found = journal.last(count)
     for one in found:
-        text = local_times(_execution_lines(one))
-        if as_json:
-            text = json.dumps(one, ensure_ascii=False)
-        show(settings.redact(text))
+        show_one(one, _execution_lines(one), as_json, settings)
     if not found and not as_json:
         show("nothing was executed yet")
     return EXIT_OK
@@ -19125,8 +19110,7 @@ def run_drain(settings: Settings, retry: bool) -> int:
     """
     need_mongodb(settings, "there is nowhere to move what this machine holds")
     terminal = Terminal(None, "trades", bar_above=0)
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     with Pipeline(settings, terminal) as pipeline:
         try:
             pipeline.deliver(stop, retry)
@@ -19154,8 +19138,7 @@ def run_backfill(options: Options, settings: Settings) -> int:
     """Make closes of the past final, print a row for each code, and return the exit status."""
     codes = list(read_codes(options)) if options.codes or options.codes_file else None
     terminal = Terminal(None, "codes", bar_above=0)
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     done, failed, added = 0, 0, 0
     with Pipeline(settings, terminal) as pipeline:
         rows = pipeline.backfill(codes, cast(int, options.backfill), stop)
@@ -19202,10 +19185,8 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
     with Pipeline(settings) as pipeline:
         rejects = pipeline.rejects()
     for reject in rejects:
-        line = local_times("{rejected_at}  {collection}  {_id}: {reason}".format_map(reject))
-        if as_json:
-            line = json.dumps(reject, ensure_ascii=False)
-        show(settings.redact(line))
+        line = "{rejected_at}  {collection}  {_id}: {reason}".format_map(reject)
+        show_one(reject, line, as_json, settings)
     if not rejects and not as_json:
         show("MongoDB has refused nothing")
     for path in damaged_files(settings.state_directory):
@@ -19215,17 +19196,14 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
 
 def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     """Print the instruments whose code or name holds a text; exit status 1 where there are none."""
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     with Pipeline(settings) as pipeline:
         found, why = pipeline.symbols(text, stop)
     for symbol in found:
         line = f"{symbol.code:<16} {symbol.type:<9} {symbol.name}"
         if symbol.name_en and symbol.name_en != symbol.name:
             line += f"  {symbol.name_en}"
-        if as_json:
-            line = json.dumps(symbol._asdict(), ensure_ascii=False)
-        show(line)
+        show_one(symbol._asdict(), line, as_json, settings)
     if why:
         say(f"not all of the API's lists are here: {settings.redact(why)}", logging.WARNING)
     elif not found:
@@ -19591,8 +19569,7 @@ def run_documents(options: Options, settings: Settings, source: str = OLD_COLLEC
         )
         log.warning(words, settings.keep_days, settings.realtime_name)
     terminal = Terminal(None, "documents", bar_above=0)
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     with Pipeline.open_mongodb(settings) as store:
         migration = Migration(
             store, settings, options.documents or source, zone, options.dry_run, options.force
