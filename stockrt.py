@@ -12454,7 +12454,7 @@ class Planner(threading.Thread):
             str, dict[str, str]
         ] = {}  # by key and product, '' for all of them: why it is of no use
         self._back: set[str] = set()  # codes whose latest trades are to be fetched
-        self._silences: list[Silence] = []  # of which that is to tell whether anything was missed
+        self._silences: list[Gap] = []  # of which that is to tell whether anything was missed
         self._limits: dict[str, StreamLimits] = {}  # by key
         self._limits_at = 0.0  # monotonic, as are:
         self._back_at = 0.0
