@@ -651,11 +651,15 @@ def lack_words(error: BaseException) -> str:
     return ""
 
 
-def own_fault(error: BaseException) -> str:
-    """Return what an error is called that is none of ours, and log it whole, unless the machine lacks something."""
+def own_fault(error: BaseException, is_said: bool = False) -> str:
+    """Return what an error is called that is none of ours.
+
+    It is logged whole, unless that `is_said` already, or the machine lacks something.
+    """
     words = lack_words(error)
     if not words:
-        log.error("a fault of stockrt itself", exc_info=error)
+        if not is_said:
+            log.error("a fault of stockrt itself", exc_info=error)
         words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
     return words
 
@@ -2912,15 +2916,8 @@ def collect_words(stats: CollectStats) -> str:
 
 def steady(stats: CollectStats) -> tuple[object, ...]:
     """Return of it what does not change all the time while trades come."""
-    return (
-        stats.connections,
-        stats.connections_wanted,
-        stats.codes,
-        stats.polled,
-        stats.gaps_today,
-        stats.missed_beats,
-        stats.trouble,
-    )
+    changing = ("per_second", "delay_p50_ms", "delay_p99_ms", "trades", "stored", "duplicates", "dropped")
+    return tuple(value for name, value in stats._asdict().items() if name not in changing)
 
 
 class Events:
@@ -2984,6 +2981,15 @@ class Events:
 
 # Nobody listens.
 NO_EVENTS = Events()
+
+
+def fault_words(error: Exception, events: Events, is_said: bool = False) -> str:
+    """Return what is to be said of whatever kept a thread from its work; that a part of the program is gone is told."""
+    if isinstance(error, ImportError):
+        lost = lost_part(error)
+        events.damaged(lost)
+        return str(lost)
+    return str(error) if isinstance(error, StockrtError) else own_fault(error, is_said)
 
 
 # ======================================================================================================
@@ -6090,12 +6096,8 @@ class InfowayApi:
             return _failed(attempt.batch, Failure(FailureKind.KEY, str(error)))
         except Interrupted:
             return Outcome(attempt.batch, interrupted=True)
-        except ImportError as error:
-            lost = lost_part(error)
-            self._events.damaged(lost)
-            return _failed(attempt.batch, Failure(FailureKind.OTHER, str(lost)))
         except Exception as error:
-            return _failed(attempt.batch, Failure(FailureKind.OTHER, own_fault(error)))
+            return _failed(attempt.batch, Failure(FailureKind.OTHER, fault_words(error, self._events)))
 
     def _try(self, connection: HttpConnection, attempt: BatchAttempt) -> Outcome | None:
         """Ask once, as soon as a key may be used; return the outcome if the answer is final.
@@ -9833,21 +9835,21 @@ GAPS_KEPT_S = 30 * DAY_S
 GAPS_AT_ONCE = 20
 
 
-class NotedGap(NamedTuple):
+class Gap(NamedTuple):
     """A time in which the stream did not bring every trade of some codes, as both stores have it.
 
     `since` and `until` are times at which pushes arrived, epoch ms by the clock of this machine: the time of a trade
     lies a little before. `until` None: it goes on. `instance` is the one that missed them; another may have them.
     """
 
-    key: str
-    instance: str
     product: str
     codes: tuple[str, ...]
     since: int
     until: int | None
     why: str
-    create_time: str
+    instance: str = ""
+    key: str = ""
+    create_time: str = ""
 
     def document(self) -> Document:
         """Return its document in MongoDB."""
@@ -9873,30 +9875,29 @@ class Gaps:
         self._file = file
         self._mongo = mongo
 
-    def note(self, gap: NotedGap) -> NotedGap:
+    def note(self, gap: Gap) -> Gap:
         """Note a new gap, and return it with its `_id`. Of two that begin in one moment one begins a little before."""
         insert = (
-            'INSERT INTO stream_gaps (_id, instance, product, codes, "from", "to", why, create_time) '
+            'INSERT INTO stream_gaps (product, codes, "from", "to", why, instance, _id, create_time) '
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
         )
         gap = gap._replace(create_time=iso(utc_now()))
-        codes = json.dumps(gap.codes)
         with self._file.write() as db:
             while True:
                 gap = gap._replace(key=f"{gap.instance}|{gap.product}|{gap.since}")
-                if db.execute(insert, (*gap[:3], codes, *gap[4:])).rowcount:
+                if db.execute(insert, (gap.product, json.dumps(gap.codes), *gap[2:])).rowcount:
                     return gap
                 gap = gap._replace(since=gap.since - 1)
 
-    def change(self, gap: NotedGap) -> None:
+    def change(self, gap: Gap) -> None:
         """Keep what a gap has become: its codes, its end, why it is."""
         update = 'UPDATE stream_gaps SET codes = ?, "to" = ?, why = ?, delivered = 0 WHERE _id = ?'
         with self._file.write() as db:
             db.execute(update, (json.dumps(gap.codes), gap.until, gap.why, gap.key))
 
-    def open(self) -> list[NotedGap]:
+    def open(self) -> list[Gap]:
         """Return those that go on."""
-        return self._some('"to" IS NULL')
+        return self.some('"to" IS NULL')
 
     def count_since(self, moment: str) -> int:
         """Return how many were noted since a time (ISO 8601 UTC)."""
@@ -9906,7 +9907,7 @@ class Gaps:
         """Bring some that are new or have changed to MongoDB, if there is one; return whether there were any."""
         if self._mongo is None:
             return False
-        gaps = self._some(f"NOT delivered LIMIT {GAPS_AT_ONCE}")
+        gaps = self.some(f"NOT delivered LIMIT {GAPS_AT_ONCE}")
         if not gaps:
             return False
         self._mongo.write_gaps([gap.document() for gap in gaps])
@@ -9917,10 +9918,11 @@ class Gaps:
             db.execute(forget, ((time.time() - GAPS_KEPT_S) * 1000,))
         return True
 
-    def _some(self, which: str) -> list[NotedGap]:
-        names = '_id, instance, product, codes, "from", "to", why, create_time'
-        rows = self._file.read_all(f"SELECT {names} FROM stream_gaps WHERE {which}")  # noqa: S608
-        return [NotedGap(*row)._replace(codes=tuple(json.loads(row[3]))) for row in rows]
+    def some(self, which: str, *values: object) -> list[Gap]:
+        """Return those of this machine for which a condition of SQL holds."""
+        names = 'product, codes, "from", "to", why, instance, _id, create_time'
+        rows = self._file.read_all(f"SELECT {names} FROM stream_gaps WHERE {which}", *values)  # noqa: S608
+        return [Gap(*row)._replace(codes=tuple(json.loads(row[1]))) for row in rows]
 
 
 # ======================================================================================================
@@ -9983,16 +9985,6 @@ class StoredClose(NamedTuple):
     low: str
     volume: str
     turnover: str
-
-
-class Gap(NamedTuple):
-    """A span in which the stream missed what was traded of some codes; `end` is None while it lasts."""
-
-    product: str
-    codes: tuple[str, ...]
-    start: int
-    end: int | None
-    why: str
 
 
 def number_text(value: object) -> str:
@@ -10061,13 +10053,8 @@ class _FileReader:
 
     def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
         """Return the gaps that are noted in the local file. Raises StoreError."""
-        query = (
-            'SELECT product, codes, "from", "to", why FROM stream_gaps '
-            'WHERE "from" < ? AND ifnull("to", ?) > ? ORDER BY "from"'
-        )
-        rows = self._file.read_all(query, until, NEVER, since)
-        found = [Gap(product, tuple(json.loads(names)), *rest) for product, names, *rest in rows]
-        return _touching(found, codes)
+        which = '"from" < ? AND ifnull("to", ?) > ? ORDER BY "from"'
+        return _touching(Gaps(self._file, None).some(which, until, NEVER, since), codes)
 
 
 def _touching(gaps: Iterable[Gap], codes: Collection[str]) -> list[Gap]:
@@ -10353,7 +10340,7 @@ class MongoReader(_FileReader):
         # of one that both have this machine knows best how it stands
         every = [*_touching(there, codes), *super().gaps(codes, since, until)]
         found = {gap[:3]: gap for gap in every}
-        return sorted(found.values(), key=lambda gap: gap.start)
+        return sorted(found.values(), key=lambda gap: gap.since)
 
 
 Reader: TypeAlias = SqliteReader | MongoReader
@@ -11276,7 +11263,7 @@ class WatchList:
         self._clock = clock
         self._codes: tuple[str, ...] | None = None
         self._look_at = -math.inf
-        self._file_was: tuple[int, int, int] | None = None
+        self._listed: list[str] | None = None  # of all shares
         self._odd_said = False
         self._trouble = LogThrottle("COLLECT_CODES", clock, then="the codes from before stay")
         self._lock = threading.Lock()
@@ -11307,13 +11294,13 @@ class WatchList:
             self._trouble.again(str(error))
         else:
             self._trouble.over()
-            if found is not None:
+            if found != self._listed:
+                self._listed = found
                 self._take(found)
 
-    def _read(self) -> Collection[str] | None:
-        """Return the codes of all shares, None for those from before. Raises StockrtError."""
+    def _read(self) -> list[str]:
+        """Return the codes of all shares, each once. Raises StockrtError."""
         text = place = self._settings.collect_codes
-        found: list[str] | None
         if text == WATCH:
             place = f"{self._settings.mongodb_db_name}.{self._settings.watch_name}"
             found = self._read_collection(place)
@@ -11324,9 +11311,7 @@ class WatchList:
             found = split_codes(text)
         else:
             raise StockrtError(NO_CODES)
-        if found is None:
-            return None
-        codes = dict.fromkeys(found)
+        codes = [*dict.fromkeys(found)]
         if not codes:
             raise StockrtError(f"no code in {place}; expected codes such as AAPL.US 600519.SH")
         if len(codes) > MOST_COLLECTED:
@@ -11350,8 +11335,9 @@ class WatchList:
         self._odd_said = bool(odd)
         return [code for text in texts for code in split_codes(text)]
 
-    def _read_file(self, path: Path) -> list[str] | None:
-        """Return what a file holds, None where it has not changed. Raises StockrtError."""
+    @staticmethod
+    def _read_file(path: Path) -> list[str]:
+        """Return the codes in a file. Raises StockrtError."""
         import stat
 
         try:
@@ -11362,17 +11348,11 @@ class WatchList:
                 raise StockrtError(
                     f"{path} has {found.st_size} bytes; expected codes such as AAPL.US 600519.SH"
                 )
-            is_now = (found.st_mtime_ns, found.st_size, found.st_ino)
-            if self._codes is not None and is_now == self._file_was:
-                return None
             with path.open(encoding="utf-8-sig") as lines:
-                codes = list(codes_in(lines))
+                return list(codes_in(lines))
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise StockrtError(f"{path} cannot be read: {why}") from None
-        if codes:
-            self._file_was = is_now
-        return codes
 
     def _take(self, listed: Collection[str]) -> None:
         """Go over to what of a new list is in the share, and say what changed, or that it is nothing."""
@@ -11530,16 +11510,8 @@ class Poller(threading.Thread):
         """Poll once; what keeps it from that is said, and the report's `store_error`."""
         try:
             report = self._pipeline.poll(self._watch.codes(), self._leaving)
-        except ImportError as error:
-            lost = lost_part(error)
-            self._events.damaged(lost)
-            words = str(lost)
-        except StockrtError as error:
-            words = str(error)
         except Exception as error:  # nobody else looks at this thread
-            words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
-            if lack_words(error) or not self._poll_trouble.there:
-                words = own_fault(error)
+            words = fault_words(error, self._events, is_said=self._poll_trouble.there)
         else:
             if not report.interrupted:
                 self._poll_trouble.over()
@@ -11707,19 +11679,10 @@ class Part:
         self.heard = self.seen = now_ms
 
 
-class Silence(NamedTuple):
-    """A time in which an open market said nothing of some codes, up to when they were subscribed anew; epoch ms."""
-
-    product: str
-    codes: Sequence[str]
-    since: int
-    until: int
-
-
 class OpenGap:
     """A gap in memory: `missing` are those of its codes that are not subscribed again; `is_kept` as it is now."""
 
-    def __init__(self, gap: NotedGap, missing: Iterable[str], is_kept: bool = False) -> None:
+    def __init__(self, gap: Gap, missing: Iterable[str], is_kept: bool = False) -> None:
         self.gap = gap
         self.missing = set(missing)
         self.is_kept = is_kept
@@ -11742,7 +11705,7 @@ class Coverage:
         self._parts: list[Part] = []
         self._open: list[OpenGap] = []
         self._ended: list[OpenGap] = []  # subscribed again, and not fetched yet
-        self._silent: list[Silence] = []
+        self._silent: list[Gap] = []  # up to when codes were subscribed anew
         self._refused: dict[str, OpenGap] = {}  # by product: pushes that the store does not take now
         self._back: set[str] = set()
         self._wanted: Mapping[str, Collection[str]] = {}
@@ -11831,7 +11794,9 @@ class Coverage:
             again = part.silent & {*codes}
             part.silent -= again
             if again:
-                self._silent.append(Silence(part.product, sorted(again), part.silent_since, part.heard))
+                why = "nothing was pushed although there were trades"
+                silence = self._new(part.product, again, part.silent_since, why).gap
+                self._silent.append(silence._replace(until=part.heard))
             self._back |= fresh
             self._write_codes()
         self.news.set()
@@ -11861,20 +11826,16 @@ class Coverage:
             part.silent = part.acked & {*codes}
             part.silent_since = self._last_sign(part)
 
-    def take_silent(self) -> list[Silence]:
+    def take_silent(self) -> list[Gap]:
         """Return the silences that are over: trades that are fetched now and were not pushed tell gaps of them."""
         with self._lock:
             silences, self._silent = self._silent, []
             return silences
 
-    def was_deaf(self, silence: Silence) -> None:
+    def was_deaf(self, silence: Gap) -> None:
         """In a silence there were trades that were not pushed."""
         with self._lock:
-            why = "nothing was pushed although there were trades"
-            one = self._new(silence.product, silence.codes, silence.since, why)
-            one.gap = one.gap._replace(until=silence.until)
-            self._ended.append(one)
-        self.news.set()
+            self._ended.append(OpenGap(silence, silence.codes))
 
     def not_stored(self, parcel: Parcel, codes: Collection[str], why: str) -> None:
         """The store took none of these pushes, or not those of some codes: missing until it takes some again."""
@@ -11971,7 +11932,7 @@ class Coverage:
         return min(part.heard, self._now_ms())
 
     def _new(self, product: str, codes: Collection[str], since: int, why: str) -> OpenGap:
-        gap = NotedGap("", self._left.instance, product, tuple(sorted(codes)), since, None, why, "")
+        gap = Gap(product, tuple(sorted(codes)), since, None, why, self._left.instance)
         return OpenGap(gap, codes)
 
     def _lose(self, product: str, codes: Collection[str], since: int, why: str) -> None:
@@ -12404,12 +12365,9 @@ class Feed(threading.Thread):
                 self._turn("connected")
             while end is None and not self._leaving.is_set():
                 end = self._take(self._connection.read(time.monotonic() + STREAM_READ_S))
-        except ImportError as error:
-            lost = lost_part(error)
-            self._events.damaged(lost)
-            return StreamEnd(str(lost), StreamAction.DIAL_AGAIN)
         except Exception as error:  # nobody else looks at this thread
-            return StreamEnd(own_fault(error), StreamAction.DIAL_AGAIN)
+            words = fault_words(error, self._events, is_said=self._trouble.there)
+            return StreamEnd(words, StreamAction.DIAL_AGAIN)
         return end
 
     def _take(self, received: Pushes) -> StreamEnd | None:
@@ -12499,7 +12457,7 @@ class Planner(threading.Thread):
             str, dict[str, str]
         ] = {}  # by key and product, '' for all of them: why it is of no use
         self._back: set[str] = set()  # codes whose latest trades are to be fetched
-        self._silences: list[Silence] = []  # of which that is to tell whether anything was missed
+        self._silences: list[Gap] = []  # of which that is to tell whether anything was missed
         self._limits: dict[str, StreamLimits] = {}  # by key
         self._limits_at = 0.0  # monotonic, as are:
         self._back_at = 0.0
@@ -12534,14 +12492,8 @@ class Planner(threading.Thread):
             wait_s, words = PLAN_AGAIN_S, ""
             try:
                 wait_s = self._work()
-            except ImportError as error:
-                lost = lost_part(error)
-                self._events.damaged(lost)
-                words = str(lost)
-            except StockrtError as error:
-                words = str(error)
             except Exception as error:  # nobody else looks at this thread
-                words = own_fault(error)
+                words = fault_words(error, self._events, is_said=self._trouble.there)
             if self._leaving.is_set():
                 return
             if words:
@@ -16844,8 +16796,8 @@ def slots_of(
     """Return the steps that were traded in, and between them the first few of gaps; steps begin at `since`."""
     slots = {candle.t: Slot(candle.t, candle) for candle in candles}
     for gap in gaps:
-        end = max(gap.end or now_ms, gap.start + 1)
-        first = max(gap.start, since)
+        end = max(gap.until or now_ms, gap.since + 1)
+        first = max(gap.since, since)
         first -= (first - since) % step_ms
         for t, slot in slots.items():
             if first <= t < end:
@@ -16884,7 +16836,7 @@ def newest_steps(chart: Chart, room: int) -> Chart:
         slots = slots[: traded[-1] + 1]
     left_out = sum(slot.candle is not None for slot in slots[:-room])
     slots = slots[-room:]
-    gaps = [gap for gap in chart.gaps if gap.end is None or not slots or gap.end > slots[0].t]
+    gaps = [gap for gap in chart.gaps if gap.until is None or not slots or gap.until > slots[0].t]
     return chart._replace(slots=slots, gaps=gaps, left_out=chart.left_out + left_out)
 
 
@@ -16960,8 +16912,8 @@ def what_is_there(chart: Chart, last: StoredTrade | None) -> str:
 
 def gap_words(code: str, gap: Gap) -> str:
     """Return when the stream missed what was traded of a code, and why."""
-    end = "now" if gap.end is None else exchange_time(code, gap.end)
-    return f"{exchange_time(code, gap.start)} – {end} ({one_line(gap.why, 80)})"
+    end = "now" if gap.until is None else exchange_time(code, gap.until)
+    return f"{exchange_time(code, gap.since)} – {end} ({one_line(gap.why, 80)})"
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -17986,6 +17938,12 @@ def show(text: str) -> None:
         raise PrintError(f"cannot print: {error.strerror or error}") from None
 
 
+def show_one(document: object, line: str, as_json: bool, settings: Settings) -> None:
+    """Print one of several things, for a person or as a JSON document. Raises PrintError."""
+    text = json.dumps(document, ensure_ascii=False) if as_json else local_times(line)
+    show(settings.redact(text))
+
+
 # ------------------------------------------------------------------------------------------------------
 # Rows
 # ------------------------------------------------------------------------------------------------------
@@ -18119,34 +18077,22 @@ def to_json(document: Document) -> str:
 # ------------------------------------------------------------------------------------------------------
 
 
-class Stoppable(Protocol):
-    """What a signal can stop."""
-
-    def request_stop(self) -> None:
-        """Ask for the end; called from a signal handler."""
-
-
-class StopEvent(threading.Event):
-    """The event that ends a run early."""
-
-    def request_stop(self) -> None:
-        """Set it."""
-        self.set()
-
-
-def stop_on_signals(work: Stoppable) -> None:
-    """Let SIGINT and SIGTERM stop the work; a second signal ends the process at once."""
-    asked = False
+def stop_on_signals(daemon: Daemon | None = None) -> threading.Event:
+    """Let SIGINT and SIGTERM stop the daemon, and set what is returned; a second signal ends the process at once."""
+    stop, asked = threading.Event(), False
 
     def on_signal(number: int, frame: object) -> None:
         nonlocal asked
         if asked:
             os._exit(EXIT_INTERRUPTED)
         asked = True
-        work.request_stop()
+        stop.set()
+        if daemon is not None:
+            daemon.request_stop()
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
+    return stop
 
 
 def reload_on_hangup(daemon: Daemon) -> None:
@@ -18279,8 +18225,7 @@ def run_once(options: Options, settings: Settings) -> int:
     terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
     rows.directory = pipeline.directory
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     order: list[str] = []
     started_at = time.time()
     run = _Run(pipeline, _remembered(read_codes(options), order), stop)
@@ -18560,8 +18505,7 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
     if sys.stdout.isatty() and environ.get("TERM", "dumb") != "dumb" and not options.json:
         table = quote_table(settings, environ, options.up)
         rows = LiveTable(table, options.sort or "code", not is_chinese(environ))
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     started_at = time.monotonic()
     ticks = Ticks(rows, stop)
     with Pipeline(settings, ticks, options.demo) as pipeline:
@@ -18658,11 +18602,7 @@ def run_check(loaded: LoadedSettings, is_service_hidden: bool, as_json: bool) ->
     settings = loaded.settings
     for check in _checks(loaded, is_service_hidden):
         failed |= not check.good
-        check = check._replace(words=settings.redact(check.words))
-        line = _check_line(check)
-        if as_json:
-            line = json.dumps(check._asdict(), ensure_ascii=False)
-        show(line)
+        show_one(check._asdict(), _check_line(check), as_json, settings)
     return EXIT_FAILED if failed else EXIT_OK
 
 
@@ -19137,10 +19077,7 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
         with contextlib.closing(Journal(settings.state_directory)) as journal:
             found = journal.last(count)
     for one in found:
-        text = local_times(_execution_lines(one))
-        if as_json:
-            text = json.dumps(one, ensure_ascii=False)
-        show(settings.redact(text))
+        show_one(one, _execution_lines(one), as_json, settings)
     if not found and not as_json:
         show("nothing was executed yet")
     return EXIT_OK
@@ -19232,8 +19169,7 @@ def run_drain(settings: Settings, retry: bool) -> int:
     """
     need_mongodb(settings, "there is nowhere to move what this machine holds")
     terminal = Terminal(None, "trades", bar_above=0)
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     with Pipeline(settings, terminal) as pipeline:
         try:
             pipeline.deliver(stop, retry)
@@ -19261,8 +19197,7 @@ def run_backfill(options: Options, settings: Settings) -> int:
     """Make closes of the past final, print a row for each code, and return the exit status."""
     codes = list(read_codes(options)) if options.codes or options.codes_file else None
     terminal = Terminal(None, "codes", bar_above=0)
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     done, failed, added = 0, 0, 0
     with Pipeline(settings, terminal) as pipeline:
         rows = pipeline.backfill(codes, cast(int, options.backfill), stop)
@@ -19309,10 +19244,8 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
     with Pipeline(settings) as pipeline:
         rejects = pipeline.rejects()
     for reject in rejects:
-        line = local_times("{rejected_at}  {collection}  {_id}: {reason}".format_map(reject))
-        if as_json:
-            line = json.dumps(reject, ensure_ascii=False)
-        show(settings.redact(line))
+        line = "{rejected_at}  {collection}  {_id}: {reason}".format_map(reject)
+        show_one(reject, line, as_json, settings)
     if not rejects and not as_json:
         show("MongoDB has refused nothing")
     for path in damaged_files(settings.state_directory):
@@ -19322,17 +19255,14 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
 
 def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     """Print the instruments whose code or name holds a text; exit status 1 where there are none."""
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     with Pipeline(settings) as pipeline:
         found, why = pipeline.symbols(text, stop)
     for symbol in found:
         line = f"{symbol.code:<16} {symbol.type:<9} {symbol.name}"
         if symbol.name_en and symbol.name_en != symbol.name:
             line += f"  {symbol.name_en}"
-        if as_json:
-            line = json.dumps(symbol._asdict(), ensure_ascii=False)
-        show(line)
+        show_one(symbol._asdict(), line, as_json, settings)
     if why:
         say(f"not all of the API's lists are here: {settings.redact(why)}", logging.WARNING)
     elif not found:
@@ -19698,8 +19628,7 @@ def run_documents(options: Options, settings: Settings, source: str = OLD_COLLEC
         )
         log.warning(words, settings.keep_days, settings.realtime_name)
     terminal = Terminal(None, "documents", bar_above=0)
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     with Pipeline.open_mongodb(settings) as store:
         migration = Migration(
             store, settings, options.documents or source, zone, options.dry_run, options.force
