@@ -12709,7 +12709,8 @@ class Planner(threading.Thread):
             while self._pipeline.gaps.deliver() and not self._leaving.is_set():
                 pass
         except StoreAway as error:
-            self._gap_trouble.again(str(error))
+            if not self._leaving.is_set():  # else it is closed already
+                self._gap_trouble.again(str(error))
             self._gaps_at = now + PLAN_AGAIN_S
             return PLAN_AGAIN_S
         self._gap_trouble.over()
