@@ -16914,8 +16914,6 @@ TICK_COLUMNS = 14
 VOLUME_LINES = 6
 # What a chart leaves of a terminal to its title, its notes and the next prompt, and what it needs of a low one.
 CAPTION_LINES, LEAST_LINES = 4, 14
-# What short_number returns, mostly.
-VOLUME_COLUMNS = 5
 # More columns between two candles would only tear them apart.
 WIDEST_STEP = 3
 # Without colours too what rises differs from what falls.
@@ -16933,7 +16931,8 @@ def draw_chart(chart: Chart, width: int, height: int, up: str, color: bool) -> t
 
     The chart has a candle. `up`: `red` or `green`.
     """
-    label = max(VOLUME_COLUMNS, *map(len, price_marks(chart.candles).values()))
+    volumes = [short_number(candle.volume) for candle in chart.candles]
+    label = max(map(len, [*price_marks(chart.candles).values(), *volumes]))
     chart = newest_steps(chart, max(1, width - label - 2))
     candles = chart.candles
     step = max(1, min(WIDEST_STEP, (width - label - 2) // len(chart.slots)))
