@@ -19321,7 +19321,8 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
         charts = read_charts(reader, codes, last, step, span, now, width)
         names = reader.names(codes, not is_chinese(environ))
     up, color = color_of_rise(environ, options.up), settings.color and sys.stdout.isatty()
-    for code, chart in charts.items():
+    order = codes if options.sort == "asked" else sorted(charts)
+    for code, chart in [(code, charts[code]) for code in order if code in charts]:
         if not chart.candles:
             missing.append(what_is_there(chart, last.get(code)))
         elif options.json:
