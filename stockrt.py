@@ -11707,6 +11707,13 @@ class Silence(NamedTuple):
     until: int
 
 
+# Why there is a gap, where it was no connection that was refused or lost.
+STOPPED = "stockrt was stopped"
+ENDED_WITHOUT_NOTICE = "stockrt ended without notice"
+MOVED = "moved to another connection"
+DEAF = "nothing was pushed although there were trades"
+
+
 class OpenGap:
     """A gap in memory: `missing` are those of its codes that are not subscribed again; `is_kept` as it is now."""
 
@@ -11759,7 +11766,7 @@ class Coverage:
                 self._open.append(OpenGap(gap, missing, is_kept=True))
             self._durable = now
             self._end_gaps()
-            why = "stockrt was stopped" if left.stopped else "stockrt ended without notice"
+            why = STOPPED if left.stopped else ENDED_WITHOUT_NOTICE
             since: dict[tuple[str, int], set[str]] = {}
             for product, until, codes in left.groups:
                 lost = {code for code in codes if (product, code) not in known} & {*wanted.get(product, ())}
@@ -11794,7 +11801,7 @@ class Coverage:
             part.codes = codes
             part.acked -= gone
             moved = gone & {*self._wanted.get(part.product, ())}
-            self._lose(part.product, moved, part.heard, "moved to another connection")
+            self._lose(part.product, moved, part.heard, MOVED)
             self._write_codes()
 
     def drop(self, part: Part) -> None:
@@ -11855,8 +11862,7 @@ class Coverage:
     def was_deaf(self, silence: Silence) -> None:
         """In a silence there were trades that were not pushed."""
         with self._lock:
-            why = "nothing was pushed although there were trades"
-            one = self._new(silence.product, silence.codes, silence.since, why)
+            one = self._new(silence.product, silence.codes, silence.since, DEAF)
             one.gap = one.gap._replace(until=silence.until)
             self._ended.append(one)
         self.news.set()
@@ -16985,6 +16991,15 @@ def _column(plot: Any, place: int, span: tuple[float, float], marker: str, color
 
 # Steps of a chart on the page, and sessions of the history of closes: 50 codes stay far below 1 MB.
 PAGE_STEPS = 120
+PAGE_FORMS = (".html", ".htm", ".svg")
+STEPS_ZH = {"1m": "1 分钟", "5m": "5 分钟", "1h": "1 小时", DAILY: "日"}
+# Other reasons are in the words of whoever refused or ended a connection.
+GAP_REASONS_ZH = {
+    STOPPED: "stockrt 已停止",
+    ENDED_WITHOUT_NOTICE: "stockrt 意外退出",
+    MOVED: "转移到另一个连接",
+    DEAF: "有成交，但没有推送",
+}
 PAGE_CLOSES = 250
 # The drawing's units: all whole, so that a path is short.
 DRAWING_WIDTH = 820
@@ -17292,10 +17307,11 @@ def _gap_marks(chart: Chart, step: int, height: int) -> Iterator[str]:
 
 def _chart_caption(chart: Chart) -> str:
     span = chart_span(chart)
-    words = both(f"{chart.step} candles and volume, {span}", f"{chart.step} K 线与成交量，{span}")
+    words = both(f"{chart.step} candles and volume, {span}", f"{STEPS_ZH[chart.step]} K 线与成交量，{span}")
     for gap in chart.gaps[-GAPS_TOLD:]:
-        told = html_text(gap_words(chart.code, gap))
-        words += "<br>" + both(f"gap: {told}", f"缺口：{told}")
+        chinese = gap._replace(why=GAP_REASONS_ZH.get(gap.why, gap.why))
+        told, told_zh = (html_text(gap_words(chart.code, one)) for one in (gap, chinese))
+        words += "<br>" + both(f"gap: {told}", f"缺口：{told_zh}")
     more = len(chart.gaps) - GAPS_TOLD
     if more > 0:
         words += "<br>" + both(f"and {count_words(more, 'gap')} before them", f"此前另有 {more} 处缺口")

@@ -173,6 +173,18 @@ def test_every_picture_is_there_and_says_what_it_has(run_pyz: RunPyz, state: Pat
     assert not re.search(r"(?:src|href)=\"(?!#|data:,\")|url\(|@import|https?:", text)
 
 
+def test_a_chinese_reader_is_told_in_chinese_why_there_is_a_gap(
+    run_pyz: RunPyz, state: Path, tmp_path: Path
+) -> None:
+    with open_store_file(state) as file, file.write() as db:
+        db.execute("UPDATE stream_gaps SET why = ?", (stockrt.STOPPED,))
+    assert run_pyz("--html", "page.html").returncode == 0
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    span = "2026-11-27 11:10:00 EST – 2026-11-27 11:20:00 EST"
+    assert f"gap: {span} (stockrt was stopped)<" in text and f"缺口：{span} (stockrt 已停止)<" in text
+    assert "5m candles and volume" in text and "5 分钟 K 线与成交量" in text
+
+
 def test_a_timer_may_renew_it_under_a_web_server(run_pyz: RunPyz, state: Path, tmp_path: Path) -> None:
     """Whole or not at all, for everybody to read, whatever the umask; where it cannot be written the old one stays."""
     os.umask(0o077)
