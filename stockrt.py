@@ -18523,6 +18523,8 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
     with Pipeline(settings, ticks, options.demo) as pipeline:
         if isinstance(rows, Rows):
             rows.directory = pipeline.directory
+        if options.codes or options.codes_file:
+            _need_one_code(resolve(settings.collect_codes.split(), pipeline.directory, stop))
         collecting = Collecting(pipeline, settings, ticks)
         collecting.start()
         if isinstance(rows, LiveTable):
@@ -18546,6 +18548,13 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
         say("not all rows were read")
         os._exit(EXIT_INTERRUPTED)
     return EXIT_INTERRUPTED
+
+
+def _need_one_code(found: Resolved) -> None:
+    """Raise StockrtError where no typed code can be collected: waiting would not change that."""
+    if not found.instruments:
+        words = "; ".join(f"{code}: {why}" for code, why in islice(found.refused.items(), NAMES_SHOWN))
+        raise StockrtError(f"nothing to collect: {words}; see --symbols")
 
 
 def _plain_codes(text: str) -> list[str]:
