@@ -11561,7 +11561,7 @@ class Poller(threading.Thread):
             self._in_time = 0
             self._stats = self._stats._replace(missed_beats=self._stats.missed_beats + missed)
             self._beat_trouble.again(
-                f"a poll took {took_s:.1f} s, longer than COLLECT_EVERY={self._every_s:g} allows"
+                f"a poll took {took_s:.1f} s, longer than one every {self._every_s:g} s allows"
             )
             return
         self._in_time += 1
