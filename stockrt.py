@@ -11335,7 +11335,7 @@ class WatchList:
 
     def _read_collection(self, place: str) -> list[str]:
         if self._mongo is None:
-            raise StockrtError(WATCH_NEEDS_MONGODB)
+            raise StockrtError(WATCH_NEEDS_MONGODB.removeprefix("COLLECT_CODES="))
         try:
             values = self._mongo.field(self._settings.watch_name, "code", MOST_COLLECTED + 1)
         except StoreAway as error:

@@ -71,6 +71,12 @@ def test_without_codes_those_of_the_watch_list_else_the_latest(
     assert 0 < one["age_s"] < 600
 
 
+def test_a_watch_list_without_mongodb_is_said_once(run_pyz: RunPyz) -> None:
+    done = run_pyz("--show", env={"COLLECT_CODES": "watch"})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("stockrt: COLLECT_CODES: watch without MONGODB_HOST: the watch list is")
+
+
 def test_synthetic_trades_are_shown_apart(run_pyz: RunPyz, put: Callable[..., None]) -> None:
     put("600519.SH", demo=True)
     real, synthetic = run_pyz("--show"), run_pyz("--show", "--demo")

@@ -271,7 +271,7 @@ def _codes_or_none(watched: Watched) -> list[str] | None:
 
 
 def test_without_mongodb_there_is_no_collection() -> None:
-    with pytest.raises(StockrtError, match="COLLECT_CODES=watch without MONGODB_HOST"):
+    with pytest.raises(StockrtError, match="COLLECT_CODES: watch without MONGODB_HOST"):
         Watched(settings_of("watch")).codes()
 
 
