@@ -18910,7 +18910,7 @@ def gather_status(settings: Settings) -> StatusReport:
 
 def _how_to_start(settings: Settings) -> str:
     if not settings.platform_url() and not settings.collects:
-        return "nothing for --once; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"
+        return "nothing for commands by hand; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"
     return f"start it: sudo systemctl start {UNIT.removesuffix('.service')}, or stockrt.pyz without a command"
 
 
@@ -19066,7 +19066,7 @@ def _stream_line(stream: StreamFacts) -> str:
 
 
 def _unregistered(settings: Settings) -> str:
-    if settings.collects and not settings.platform_url():
+    if not settings.platform_url():
         return "none: no platform is set"
     return "none: run --register"
 
