@@ -546,6 +546,21 @@ def test_check_says_that_no_platform_is_set(run_pyz: RunPyz, infoway: InfowaySer
     )
 
 
+@pytest.mark.parametrize(
+    ("codes", "line"),
+    [
+        ("AAPL.US 700.HK", "ok    codes: 2 codes to collect\n"),
+        ("watch", "FAIL  codes: COLLECT_CODES: watch without MONGODB_HOST: "),
+    ],
+)
+def test_check_looks_at_the_codes_also_where_only_commands_take_them(
+    run_pyz: RunPyz, infoway: InfowayServer, codes: str, line: str
+) -> None:
+    """Those of --collect, and of the platform without codes."""
+    done = run_pyz("--check", env=api_env(infoway, COLLECT_CODES=codes))
+    assert line in done.stdout and (done.returncode == 0) == line.startswith("ok")
+
+
 def test_once_while_mongodb_is_away_shows_what_is_kept_and_says_so_though_older_trades_wait(
     run_pyz: RunPyz, infoway: InfowayServer
 ) -> None:
