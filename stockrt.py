@@ -17733,6 +17733,11 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
     if options.json and options.html is not None:
         raise UsageError("--json does not go with --html; see --help")
+    if options.html is not None and not options.html.lower().endswith(PAGE_FORMS):
+        raise UsageError(
+            f"--html {one_line(options.html, 100)}: expected the name of a file that ends with .html, or with .svg for "
+            "a picture; see --help"
+        )
     for flag, commands in GOES_WITH.items():
         if _is_given(options, flag) and not any(_is_given(options, name) for name in commands):
             names = [f"--{name.strip('_').replace('_', '-')}" for name in (*commands, flag)]
@@ -19374,11 +19379,11 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
     page = page._replace(is_chinese=is_chinese(environ), up=up, is_fixed=options.up is not None)
     path = Path(cast(str, options.html))
     text = draw_page(page)
-    if path.suffix == ".svg":
+    if path.suffix.lower() == ".svg":
         text = draw_picture(_only_chart(page), up)
     # a web server is another user
     write_whole(path, text, mode=0o644, setting="--html")
-    for words in missing:
+    for words in (*missing, *(_what_lacks(found, options.demo) if not found else ())):
         say(words)
     say(f"{path}: {count_words(len(found), 'code')}, {len(text.encode()) / 1000:.0f} kB")
     return EXIT_FAILED if missing or not found else EXIT_OK
@@ -19387,9 +19392,11 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
 def _only_chart(page: Page) -> Chart:
     """Return the one chart that a picture has room for. Raises UsageError."""
     charts = [chart for chart in page.charts.values() if chart.candles]
-    if len(charts) != 1:
+    if not charts:
+        raise StockrtError("--html FILE.svg: there is no candle to draw; --show says what is stored")
+    if len(charts) > 1:
         raise UsageError(
-            f"--html FILE.svg: a picture is of one code, and here are candles of {len(charts)}; see --show"
+            f"--html FILE.svg: a picture is of one code, and here are candles of {len(charts)}: name one with --codes"
         )
     return charts[0]
 

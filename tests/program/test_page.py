@@ -212,7 +212,13 @@ def test_a_timer_may_renew_it_under_a_web_server(run_pyz: RunPyz, state: Path, t
 def test_an_empty_store_has_a_page_that_says_so(run_pyz: RunPyz, tmp_path: Path) -> None:
     done = run_pyz("--html", "page.html")
     assert done.returncode == 1
+    assert "no trade is stored yet: see --once" in done.stderr
     assert "There is no trade in the store yet" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    picture = run_pyz("--html", "one.svg")
+    assert (picture.returncode, picture.stderr) == (
+        1,
+        "stockrt: --html FILE.svg: there is no candle to draw; --show says what is stored\n",
+    )
     assert not (tmp_path / "state").exists()
 
 
@@ -223,7 +229,7 @@ def test_a_picture_is_of_one_code(run_pyz: RunPyz, state: Path, tmp_path: Path) 
     assert (root.tag, root.get("data-up")) == ("{http://www.w3.org/2000/svg}svg", "red")
     assert "AAPL.US  1h  2026-11-27 09:00:00 EST" in "".join(root.itertext())
     done = run_pyz("--html", "more.svg")
-    assert done.returncode == 64 and "a picture is of one code, and here are candles of 4" in done.stderr
+    assert done.returncode == 64 and "and here are candles of 4: name one with --codes" in done.stderr
     assert not (tmp_path / "more.svg").exists()
 
 
@@ -301,6 +307,8 @@ def test_what_is_not_there_is_said_with_what_is(run_pyz: RunPyz, state: Path) ->
         (("--show", "--chart", "7m"), "invalid choice: '7m'"),
         (("--html", "page.html", "--json"), "--json does not go with --html"),
         (("--once", "--codes", "A", "--html", "page.html"), "not allowed with argument"),
+        (("--html", "-"), "--html -: expected the name of a file that ends with .html, or with .svg"),
+        (("--html", "page.png"), "--html page.png: expected the name of a file that ends with .html"),
     ],
 )
 def test_what_does_not_go_together_is_refused(run_pyz: RunPyz, args: tuple[str, ...], words: str) -> None:
