@@ -17533,6 +17533,8 @@ examples:
   stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   real ones: INFOWAY_API_KEY must be set
   stockrt.pyz --once --codes-file codes.txt --json           one JSON document a line on stdout
   stockrt.pyz --collect --codes TSLA.US BTCUSDT              every trade as it is made, until Ctrl-C
+  stockrt.pyz --collect --demo --codes TSLA.US               synthetic ones, each second
+  stockrt.pyz --show                                         what is stored: price, change, session of each code
   stockrt.pyz --backfill 60 --codes-file codes.txt           closes of the last 60 sessions, to begin with
   stockrt.pyz --html stocks.html                             what is stored, and charts of it, as one page
   stockrt.pyz --check                                        what is wrong, and which setting mends it
@@ -17608,6 +17610,8 @@ def _refuse_arguments(message: str) -> NoReturn:
     near = [flag for one in typed for flag in difflib.get_close_matches(one, flags, n=1)]
     if near:
         message += f"; did you mean {' '.join(near)}?"
+    elif not typed and "unrecognized arguments" in message:
+        message += "; codes stand after --codes"
     raise UsageError(f"{message}; see --help")
 
 
@@ -17663,7 +17667,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     places = "settings; default: " + ", ".join(map(str, ENV_FILE_PLACES))
     until = "as --from: before this time, or up to this date, the date included"
     charts = "with --show: candles and volume; with --html: of which step (5m)"
-    rising = "with --show: the colour of what rises, in place of the one of your locale"
+    rising = "of --show, --html and --collect: the colour of what rises, in place of the one of your locale"
     _flag(parser, "--codes", "codes, separated by blanks or commas", nargs="+", metavar="CODE")
     _flag(parser, "--codes-file", "codes from a file, '-' for standard input", metavar="FILE")
     _flag(parser, "--every", "with --collect: ask every S seconds, in place of the stream", metavar="S")
@@ -17674,7 +17678,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--closes", "with --export: the closing prices in place of the trades")
     _flag(parser, "--from", since, dest="from_", metavar="TIME")
     _flag(parser, "--to", until, metavar="TIME")
-    _flag(parser, "--sort", "with --show: the order of its lines (code)", choices=("code", "change", "asked"))
+    _flag(parser, "--sort", "with --show: order of its lines (code)", choices=("code", "change", "asked"))
     _flag(parser, "--up", rising, choices=("red", "green"))
     _flag(parser, "--retry", "with --drain: what MongoDB refused before, too")
     _flag(parser, "--discard", "with --rejects: delete them, and damaged files that were set aside")
@@ -19457,7 +19461,10 @@ def codes_meant(
         of_it = [one for one in ones if one in there]
         found += of_it[:1]
         if not of_it:
-            missing.append(f"{one_line(code, 40)}: nothing of it is stored")
+            words = f"{one_line(code, 40)}: nothing of it is stored"
+            if not code.isascii():
+                words += f"; where that is a name, --symbols {one_line(code, 40)} brings its code"
+            missing.append(words)
     return list(dict.fromkeys(found)), missing
 
 

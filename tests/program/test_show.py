@@ -55,7 +55,7 @@ def test_a_name_finds_what_is_stored(run_pyz: RunPyz, put: Callable[..., None], 
     assert [(one["code"], one["name"]) for one in map(json.loads, done.stdout.splitlines())] == [
         ("600519.SH", "贵州茅台")
     ]
-    assert "五粮液: nothing of it is stored" in done.stderr
+    assert "五粮液: nothing of it is stored; where that is a name, --symbols 五粮液 brings" in done.stderr
 
 
 def test_without_codes_those_of_the_watch_list_else_the_latest(

@@ -290,6 +290,15 @@ def test_list_without_a_code_is_a_usage_error_and_nobody_is_asked(
     assert len(done.stderr.splitlines()) == 1 and not done.stdout and not infoway.requests
 
 
+@pytest.mark.parametrize("typed", [("--once", "AAPL.US"), ("--html", "page.html", "AAPL.US")])
+def test_code_without_its_flag_is_told_where_it_belongs(run_pyz: RunPyz, typed: tuple[str, ...]) -> None:
+    done = run_pyz(*typed)
+    assert done.returncode == 64
+    assert done.stderr == (
+        "stockrt: unrecognized arguments: AAPL.US; codes stand after --codes; see --help\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
