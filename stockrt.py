@@ -651,11 +651,15 @@ def lack_words(error: BaseException) -> str:
     return ""
 
 
-def own_fault(error: BaseException) -> str:
-    """Return what an error is called that is none of ours, and log it whole, unless the machine lacks something."""
+def own_fault(error: BaseException, is_said: bool = False) -> str:
+    """Return what an error is called that is none of ours.
+
+    It is logged whole, unless that `is_said` already, or the machine lacks something.
+    """
     words = lack_words(error)
     if not words:
-        log.error("a fault of stockrt itself", exc_info=error)
+        if not is_said:
+            log.error("a fault of stockrt itself", exc_info=error)
         words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
     return words
 
@@ -2912,15 +2916,8 @@ def collect_words(stats: CollectStats) -> str:
 
 def steady(stats: CollectStats) -> tuple[object, ...]:
     """Return of it what does not change all the time while trades come."""
-    return (
-        stats.connections,
-        stats.connections_wanted,
-        stats.codes,
-        stats.polled,
-        stats.gaps_today,
-        stats.missed_beats,
-        stats.trouble,
-    )
+    changing = ("per_second", "delay_p50_ms", "delay_p99_ms", "trades", "stored", "duplicates", "dropped")
+    return tuple(value for name, value in stats._asdict().items() if name not in changing)
 
 
 class Events:
@@ -2984,6 +2981,15 @@ class Events:
 
 # Nobody listens.
 NO_EVENTS = Events()
+
+
+def fault_words(error: Exception, events: Events, is_said: bool = False) -> str:
+    """Return what is to be said of whatever kept a thread from its work; that a part of the program is gone is told."""
+    if isinstance(error, ImportError):
+        lost = lost_part(error)
+        events.damaged(lost)
+        return str(lost)
+    return str(error) if isinstance(error, StockrtError) else own_fault(error, is_said)
 
 
 # ======================================================================================================
@@ -6090,12 +6096,8 @@ class InfowayApi:
             return _failed(attempt.batch, Failure(FailureKind.KEY, str(error)))
         except Interrupted:
             return Outcome(attempt.batch, interrupted=True)
-        except ImportError as error:
-            lost = lost_part(error)
-            self._events.damaged(lost)
-            return _failed(attempt.batch, Failure(FailureKind.OTHER, str(lost)))
         except Exception as error:
-            return _failed(attempt.batch, Failure(FailureKind.OTHER, own_fault(error)))
+            return _failed(attempt.batch, Failure(FailureKind.OTHER, fault_words(error, self._events)))
 
     def _try(self, connection: HttpConnection, attempt: BatchAttempt) -> Outcome | None:
         """Ask once, as soon as a key may be used; return the outcome if the answer is final.
@@ -9833,21 +9835,21 @@ GAPS_KEPT_S = 30 * DAY_S
 GAPS_AT_ONCE = 20
 
 
-class NotedGap(NamedTuple):
+class Gap(NamedTuple):
     """A time in which the stream did not bring every trade of some codes, as both stores have it.
 
     `since` and `until` are times at which pushes arrived, epoch ms by the clock of this machine: the time of a trade
     lies a little before. `until` None: it goes on. `instance` is the one that missed them; another may have them.
     """
 
-    key: str
-    instance: str
     product: str
     codes: tuple[str, ...]
     since: int
     until: int | None
     why: str
-    create_time: str
+    instance: str = ""
+    key: str = ""
+    create_time: str = ""
 
     def document(self) -> Document:
         """Return its document in MongoDB."""
@@ -9873,30 +9875,29 @@ class Gaps:
         self._file = file
         self._mongo = mongo
 
-    def note(self, gap: NotedGap) -> NotedGap:
+    def note(self, gap: Gap) -> Gap:
         """Note a new gap, and return it with its `_id`. Of two that begin in one moment one begins a little before."""
         insert = (
-            'INSERT INTO stream_gaps (_id, instance, product, codes, "from", "to", why, create_time) '
+            'INSERT INTO stream_gaps (product, codes, "from", "to", why, instance, _id, create_time) '
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
         )
         gap = gap._replace(create_time=iso(utc_now()))
-        codes = json.dumps(gap.codes)
         with self._file.write() as db:
             while True:
                 gap = gap._replace(key=f"{gap.instance}|{gap.product}|{gap.since}")
-                if db.execute(insert, (*gap[:3], codes, *gap[4:])).rowcount:
+                if db.execute(insert, (gap.product, json.dumps(gap.codes), *gap[2:])).rowcount:
                     return gap
                 gap = gap._replace(since=gap.since - 1)
 
-    def change(self, gap: NotedGap) -> None:
+    def change(self, gap: Gap) -> None:
         """Keep what a gap has become: its codes, its end, why it is."""
         update = 'UPDATE stream_gaps SET codes = ?, "to" = ?, why = ?, delivered = 0 WHERE _id = ?'
         with self._file.write() as db:
             db.execute(update, (json.dumps(gap.codes), gap.until, gap.why, gap.key))
 
-    def open(self) -> list[NotedGap]:
+    def open(self) -> list[Gap]:
         """Return those that go on."""
-        return self._some('"to" IS NULL')
+        return self.some('"to" IS NULL')
 
     def count_since(self, moment: str) -> int:
         """Return how many were noted since a time (ISO 8601 UTC)."""
@@ -9906,7 +9907,7 @@ class Gaps:
         """Bring some that are new or have changed to MongoDB, if there is one; return whether there were any."""
         if self._mongo is None:
             return False
-        gaps = self._some(f"NOT delivered LIMIT {GAPS_AT_ONCE}")
+        gaps = self.some(f"NOT delivered LIMIT {GAPS_AT_ONCE}")
         if not gaps:
             return False
         self._mongo.write_gaps([gap.document() for gap in gaps])
@@ -9917,10 +9918,11 @@ class Gaps:
             db.execute(forget, ((time.time() - GAPS_KEPT_S) * 1000,))
         return True
 
-    def _some(self, which: str) -> list[NotedGap]:
-        names = '_id, instance, product, codes, "from", "to", why, create_time'
-        rows = self._file.read_all(f"SELECT {names} FROM stream_gaps WHERE {which}")  # noqa: S608
-        return [NotedGap(*row)._replace(codes=tuple(json.loads(row[3]))) for row in rows]
+    def some(self, which: str, *values: object) -> list[Gap]:
+        """Return those of this machine for which a condition of SQL holds."""
+        names = 'product, codes, "from", "to", why, instance, _id, create_time'
+        rows = self._file.read_all(f"SELECT {names} FROM stream_gaps WHERE {which}", *values)  # noqa: S608
+        return [Gap(*row)._replace(codes=tuple(json.loads(row[1]))) for row in rows]
 
 
 # ======================================================================================================
@@ -9983,16 +9985,6 @@ class StoredClose(NamedTuple):
     low: str
     volume: str
     turnover: str
-
-
-class Gap(NamedTuple):
-    """A span in which the stream missed what was traded of some codes; `end` is None while it lasts."""
-
-    product: str
-    codes: tuple[str, ...]
-    start: int
-    end: int | None
-    why: str
 
 
 def number_text(value: object) -> str:
@@ -10061,13 +10053,8 @@ class _FileReader:
 
     def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
         """Return the gaps that are noted in the local file. Raises StoreError."""
-        query = (
-            'SELECT product, codes, "from", "to", why FROM stream_gaps '
-            'WHERE "from" < ? AND ifnull("to", ?) > ? ORDER BY "from"'
-        )
-        rows = self._file.read_all(query, until, NEVER, since)
-        found = [Gap(product, tuple(json.loads(names)), *rest) for product, names, *rest in rows]
-        return _touching(found, codes)
+        which = '"from" < ? AND ifnull("to", ?) > ? ORDER BY "from"'
+        return _touching(Gaps(self._file, None).some(which, until, NEVER, since), codes)
 
 
 def _touching(gaps: Iterable[Gap], codes: Collection[str]) -> list[Gap]:
@@ -10353,7 +10340,7 @@ class MongoReader(_FileReader):
         # of one that both have this machine knows best how it stands
         every = [*_touching(there, codes), *super().gaps(codes, since, until)]
         found = {gap[:3]: gap for gap in every}
-        return sorted(found.values(), key=lambda gap: gap.start)
+        return sorted(found.values(), key=lambda gap: gap.since)
 
 
 Reader: TypeAlias = SqliteReader | MongoReader
@@ -11276,7 +11263,7 @@ class WatchList:
         self._clock = clock
         self._codes: tuple[str, ...] | None = None
         self._look_at = -math.inf
-        self._file_was: tuple[int, int, int] | None = None
+        self._listed: list[str] | None = None  # of all shares
         self._odd_said = False
         self._trouble = LogThrottle("COLLECT_CODES", clock, then="the codes from before stay")
         self._lock = threading.Lock()
@@ -11307,13 +11294,13 @@ class WatchList:
             self._trouble.again(str(error))
         else:
             self._trouble.over()
-            if found is not None:
+            if found != self._listed:
+                self._listed = found
                 self._take(found)
 
-    def _read(self) -> Collection[str] | None:
-        """Return the codes of all shares, None for those from before. Raises StockrtError."""
+    def _read(self) -> list[str]:
+        """Return the codes of all shares, each once. Raises StockrtError."""
         text = place = self._settings.collect_codes
-        found: list[str] | None
         if text == WATCH:
             place = f"{self._settings.mongodb_db_name}.{self._settings.watch_name}"
             found = self._read_collection(place)
@@ -11324,9 +11311,7 @@ class WatchList:
             found = split_codes(text)
         else:
             raise StockrtError(NO_CODES)
-        if found is None:
-            return None
-        codes = dict.fromkeys(found)
+        codes = [*dict.fromkeys(found)]
         if not codes:
             raise StockrtError(f"no code in {place}; expected codes such as AAPL.US 600519.SH")
         if len(codes) > MOST_COLLECTED:
@@ -11350,8 +11335,9 @@ class WatchList:
         self._odd_said = bool(odd)
         return [code for text in texts for code in split_codes(text)]
 
-    def _read_file(self, path: Path) -> list[str] | None:
-        """Return what a file holds, None where it has not changed. Raises StockrtError."""
+    @staticmethod
+    def _read_file(path: Path) -> list[str]:
+        """Return the codes in a file. Raises StockrtError."""
         import stat
 
         try:
@@ -11362,17 +11348,11 @@ class WatchList:
                 raise StockrtError(
                     f"{path} has {found.st_size} bytes; expected codes such as AAPL.US 600519.SH"
                 )
-            is_now = (found.st_mtime_ns, found.st_size, found.st_ino)
-            if self._codes is not None and is_now == self._file_was:
-                return None
             with path.open(encoding="utf-8-sig") as lines:
-                codes = list(codes_in(lines))
+                return list(codes_in(lines))
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise StockrtError(f"{path} cannot be read: {why}") from None
-        if codes:
-            self._file_was = is_now
-        return codes
 
     def _take(self, listed: Collection[str]) -> None:
         """Go over to what of a new list is in the share, and say what changed, or that it is nothing."""
@@ -11530,16 +11510,8 @@ class Poller(threading.Thread):
         """Poll once; what keeps it from that is said, and the report's `store_error`."""
         try:
             report = self._pipeline.poll(self._watch.codes(), self._leaving)
-        except ImportError as error:
-            lost = lost_part(error)
-            self._events.damaged(lost)
-            words = str(lost)
-        except StockrtError as error:
-            words = str(error)
         except Exception as error:  # nobody else looks at this thread
-            words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
-            if lack_words(error) or not self._poll_trouble.there:
-                words = own_fault(error)
+            words = fault_words(error, self._events, is_said=self._poll_trouble.there)
         else:
             if not report.interrupted:
                 self._poll_trouble.over()
@@ -11597,6 +11569,8 @@ class Poller(threading.Thread):
 # them over connections, and asks over REST for what the stream does not bring.
 
 CODES_NAME, MARK_NAME = "collecting.codes", "collecting.mark"
+# A mark this far in the future is none of a clock that is slewed.
+CLOCK_BACK_MS = 2000
 
 
 class Parcel(NamedTuple):
@@ -11610,10 +11584,6 @@ class Parcel(NamedTuple):
     since: int
     arrived_ms: int
     arrived: float
-
-
-# A time that lies so much before one from earlier: the clock was set back.
-CLOCK_SET_MS = 60_000
 
 
 class Group(NamedTuple):
@@ -11646,28 +11616,39 @@ class MarkFiles:
 
     def read(self) -> Left:
         """Return what the last process has left. Raises StoreError."""
-        codes = self._object(self._codes)
-        mark = self._object(self._mark)
         try:
-            groups = [Group(product, until, names) for product, until, names in codes.get("groups", ())]
-            version, stopped = int(codes.get("version", 0)), False
-            if mark.get("version") == version:
-                stopped = bool(mark["stopped"])
-                groups = [
-                    one._replace(until=int(until)) for one, until in zip(groups, mark["until"], strict=True)
-                ]
-            return Left(str(codes.get("instance", "")), version, groups, stopped)
-        except (KeyError, TypeError, ValueError) as error:
-            log.error(
-                "%s is damaged (%s): a gap before this start is not noted", self._codes, one_line(error, 80)
-            )
+            codes = self._object(self._codes)
+            groups = [
+                Group(product, int(until), [*names]) for product, until, names in codes.get("groups", ())
+            ]
+            left = Left(str(codes.get("instance", "")), int(codes.get("version", 0)), groups)
+        except (TypeError, ValueError) as error:
+            self._say(self._codes, error, "a gap before this start is not noted")
             return Left()
+        try:
+            mark = self._object(self._mark)
+            if mark.get("version") != left.version:
+                return left
+            times = [int(until) for until in mark["until"]]
+            groups = [one._replace(until=until) for one, until in zip(groups, times, strict=True)]
+            return left._replace(groups=groups, stopped=bool(mark["stopped"]))
+        except (KeyError, TypeError, ValueError) as error:
+            self._say(self._mark, error, "a gap before this start begins too early")
+            return left
 
     @staticmethod
     def _object(path: Path) -> dict[str, Any]:
+        """Return what a file holds, nothing where there is none. Raises StoreError, ValueError for no object."""
         with disk_trouble(f"{path} cannot be read"), contextlib.suppress(FileNotFoundError):
-            return json_object(path.read_bytes()) or {}
+            found = json_object(path.read_bytes())
+            if found is None:
+                raise ValueError("no JSON object")
+            return found
         return {}
+
+    @staticmethod
+    def _say(path: Path, error: Exception, then: str) -> None:
+        log.error("%s is damaged (%s): %s", path, one_line(error, 80), then)
 
     def write_codes(self, left: Left) -> None:
         """Keep of which codes everything is kept. Raises StoreError."""
@@ -11698,15 +11679,6 @@ class Part:
         self.heard = self.seen = now_ms
 
 
-class Silence(NamedTuple):
-    """A time in which an open market said nothing of some codes, up to when they were subscribed anew; epoch ms."""
-
-    product: str
-    codes: Sequence[str]
-    since: int
-    until: int
-
-
 # Why there is a gap, where it was no connection that was refused or lost.
 STOPPED = "stockrt was stopped"
 ENDED_WITHOUT_NOTICE = "stockrt ended without notice"
@@ -11717,7 +11689,7 @@ DEAF = "nothing was pushed although there were trades"
 class OpenGap:
     """A gap in memory: `missing` are those of its codes that are not subscribed again; `is_kept` as it is now."""
 
-    def __init__(self, gap: NotedGap, missing: Iterable[str], is_kept: bool = False) -> None:
+    def __init__(self, gap: Gap, missing: Iterable[str], is_kept: bool = False) -> None:
         self.gap = gap
         self.missing = set(missing)
         self.is_kept = is_kept
@@ -11740,13 +11712,13 @@ class Coverage:
         self._parts: list[Part] = []
         self._open: list[OpenGap] = []
         self._ended: list[OpenGap] = []  # subscribed again, and not fetched yet
-        self._silent: list[Silence] = []
+        self._silent: list[Gap] = []  # up to when codes were subscribed anew
         self._refused: dict[str, OpenGap] = {}  # by product: pushes that the store does not take now
         self._back: set[str] = set()
         self._wanted: Mapping[str, Collection[str]] = {}
         self._left = Left()
         self._durable = 0
-        self._is_closed = False
+        self._has_begun = self._is_closed = False
         self._trouble = LogThrottle("stream_gaps", clock, then="it is noted as soon as that works")
 
     def begin(self, wanted: Mapping[str, Collection[str]]) -> None:
@@ -11772,8 +11744,14 @@ class Coverage:
                 lost = {code for code in codes if (product, code) not in known} & {*wanted.get(product, ())}
                 since.setdefault((product, until), set()).update(lost)
             for (product, until), lost in since.items():
-                self._lose(product, lost, until, why)
+                self._lose(product, lost, min(until, now), why)
+                if until > now + CLOCK_BACK_MS:
+                    words = (
+                        "the clock was set back by %d s or more: a gap of %s may begin earlier than is noted"
+                    )
+                    log.warning(words, (until - now) / 1000, product)
             self._complete(self._ended)
+            self._has_begun = True
 
     def want(self, wanted: Mapping[str, Collection[str]]) -> None:
         """Have it which codes are to be collected, by product: of others nothing is missing from now on."""
@@ -11801,7 +11779,7 @@ class Coverage:
             part.codes = codes
             part.acked -= gone
             moved = gone & {*self._wanted.get(part.product, ())}
-            self._lose(part.product, moved, part.heard, MOVED)
+            self._lose(part.product, moved, self._last_sign(part), MOVED)
             self._write_codes()
 
     def drop(self, part: Part) -> None:
@@ -11823,7 +11801,8 @@ class Coverage:
             again = part.silent & {*codes}
             part.silent -= again
             if again:
-                self._silent.append(Silence(part.product, sorted(again), part.silent_since, part.heard))
+                silence = self._new(part.product, again, part.silent_since, DEAF).gap
+                self._silent.append(silence._replace(until=part.heard))
             self._back |= fresh
             self._write_codes()
         self.news.set()
@@ -11832,7 +11811,7 @@ class Coverage:
         """A connection is over: what it brought is missing since its last sign."""
         with self._lock:
             acked, part.acked, part.silent = part.acked, set(), set()
-            self._lose(part.product, acked, part.heard, why)
+            self._lose(part.product, acked, self._last_sign(part), why)
             self._write_codes()
 
     def refused(self, part: Part, codes: Iterable[str], why: str) -> None:
@@ -11841,7 +11820,7 @@ class Coverage:
             codes = {*codes}
             acked = part.acked & codes
             part.acked -= acked
-            self._lose(part.product, acked, part.heard, why)
+            self._lose(part.product, acked, self._last_sign(part), why)
             for one in [one for one in self._open if one.gap.product == part.product]:
                 self._split(one, codes - acked, why)
             self._write_codes()
@@ -11851,21 +11830,18 @@ class Coverage:
         """An open market says nothing, and these codes are subscribed anew: whether they are missing is to be seen."""
         with self._lock:
             part.silent = part.acked & {*codes}
-            part.silent_since = part.heard
+            part.silent_since = self._last_sign(part)
 
-    def take_silent(self) -> list[Silence]:
+    def take_silent(self) -> list[Gap]:
         """Return the silences that are over: trades that are fetched now and were not pushed tell gaps of them."""
         with self._lock:
             silences, self._silent = self._silent, []
             return silences
 
-    def was_deaf(self, silence: Silence) -> None:
+    def was_deaf(self, silence: Gap) -> None:
         """In a silence there were trades that were not pushed."""
         with self._lock:
-            one = self._new(silence.product, silence.codes, silence.since, DEAF)
-            one.gap = one.gap._replace(until=silence.until)
-            self._ended.append(one)
-        self.news.set()
+            self._ended.append(OpenGap(silence, silence.codes))
 
     def not_stored(self, parcel: Parcel, codes: Collection[str], why: str) -> None:
         """The store took none of these pushes, or not those of some codes: missing until it takes some again."""
@@ -11924,15 +11900,17 @@ class Coverage:
         """Look up to when connections have handed on what they brought; then the intake is to be asked, then `mark`."""
         with self._lock:
             for part in self._parts:
-                part.seen = part.heard
+                part.seen = self._last_sign(part)
 
     def mark(self, durable_ms: int, stopped: bool = False) -> None:
-        """Keep in the state directory up to when everything is kept: what came before a moment (epoch ms)."""
+        """Keep in the state directory up to when everything is kept: what came before a moment (epoch ms).
+
+        Not before `begin` has read what the last process left there.
+        """
         with self._lock:
-            if self._is_closed:
+            if self._is_closed or not self._has_begun:
                 return
-            if not self._durable - CLOCK_SET_MS < durable_ms < self._durable:
-                self._durable = durable_ms
+            self._durable = durable_ms
             self._keep([*self._refused.values(), *self._open, *self._ended])
             if not self._write_codes():
                 return
@@ -11955,8 +11933,12 @@ class Coverage:
     def _now_ms(self) -> int:
         return int(self._clock.wall() * 1000)
 
+    def _last_sign(self, part: Part) -> int:
+        """Return when a connection brought something; a clock that was set back makes no sign of the future."""
+        return min(part.heard, self._now_ms())
+
     def _new(self, product: str, codes: Collection[str], since: int, why: str) -> OpenGap:
-        gap = NotedGap("", self._left.instance, product, tuple(sorted(codes)), since, None, why, "")
+        gap = Gap(product, tuple(sorted(codes)), since, None, why, self._left.instance)
         return OpenGap(gap, codes)
 
     def _lose(self, product: str, codes: Collection[str], since: int, why: str) -> None:
@@ -12150,7 +12132,8 @@ class Intake:
         arrived_ms, arrived = int(self._clock.wall() * 1000), self._clock.monotonic()
         for at in range(0, len(trades), WRITE_BATCH):
             some = trades[at : at + WRITE_BATCH]
-            self._add(Parcel(product, some, _moment(some[0], arrived_ms), arrived_ms, arrived))
+            since = min(_moment(trade, arrived_ms) for trade in some)
+            self._add(Parcel(product, some, since, arrived_ms, arrived))
         return _moment(trades[-1], arrived_ms)
 
     def _add(self, parcel: Parcel) -> None:
@@ -12385,20 +12368,18 @@ class Feed(threading.Thread):
                 self._turn("connected")
             while end is None and not self._leaving.is_set():
                 end = self._take(self._connection.read(time.monotonic() + STREAM_READ_S))
-        except ImportError as error:
-            lost = lost_part(error)
-            self._events.damaged(lost)
-            return StreamEnd(str(lost), StreamAction.DIAL_AGAIN)
         except Exception as error:  # nobody else looks at this thread
-            return StreamEnd(own_fault(error), StreamAction.DIAL_AGAIN)
+            words = fault_words(error, self._events, is_said=self._trouble.there)
+            return StreamEnd(words, StreamAction.DIAL_AGAIN)
         return end
 
     def _take(self, received: Pushes) -> StreamEnd | None:
         """Hand on what has come, and return the end of the connection if that is in it."""
         if received.trades:
-            sign, before = self._intake.add(self.part.product, received.trades), self.part.heard
-            # not back to a trade that was older than the last one, unless the clock was set back
-            self.part.heard = sign if sign < before - OLD_PUSH_MS else max(before, sign)
+            sign = self._intake.add(self.part.product, received.trades)
+            if self.part.heard <= time.time() * 1000:  # else the clock was set back
+                sign = max(self.part.heard, sign)
+            self.part.heard = sign
         if received.dropped:
             self._intake.drop(received.dropped)
             self._odd.again(received.why)
@@ -12444,6 +12425,8 @@ PLAN_AGAIN_S = 10.0
 LIMITS_AGAIN_S = 300.0
 # How long leaving may take: for what connections and requests are at, and for what waits to be written.
 LEAVE_POLL_S, LEAVE_INTAKE_S = 0.7, 1.1
+# And a connection whose codes are wanted no more, before others are dialled.
+LEAVE_FEED_S = 2.0
 
 
 class Planner(threading.Thread):
@@ -12477,8 +12460,10 @@ class Planner(threading.Thread):
             str, dict[str, str]
         ] = {}  # by key and product, '' for all of them: why it is of no use
         self._back: set[str] = set()  # codes whose latest trades are to be fetched
+        self._silences: list[Gap] = []  # of which that is to tell whether anything was missed
         self._limits: dict[str, StreamLimits] = {}  # by key
         self._limits_at = 0.0  # monotonic, as are:
+        self._back_at = 0.0
         self._poll_at = 0.0
         self._gaps_at = 0.0
         self._rest_said = ""
@@ -12501,18 +12486,17 @@ class Planner(threading.Thread):
 
     def run(self) -> None:
         """Work until told to leave."""
+        self._go_on()
+        for feed in self.feeds:  # one may have begun since all were told to
+            feed.leave()
+
+    def _go_on(self) -> None:
         while not self._leaving.is_set():
             wait_s, words = PLAN_AGAIN_S, ""
             try:
                 wait_s = self._work()
-            except ImportError as error:
-                lost = lost_part(error)
-                self._events.damaged(lost)
-                words = str(lost)
-            except StockrtError as error:
-                words = str(error)
             except Exception as error:  # nobody else looks at this thread
-                words = own_fault(error)
+                words = fault_words(error, self._events, is_said=self._trouble.there)
             if self._leaving.is_set():
                 return
             if words:
@@ -12528,22 +12512,28 @@ class Planner(threading.Thread):
         """Do what is to be done now, and return after how many seconds to look again. Raises StockrtError."""
         need_clock(time.time())
         self._plan()
-        ended = self._coverage.ended()
-        try:
-            self._fetch_back()
-        finally:  # their codes are subscribed, whatever the API says now
-            self._coverage.complete(ended)
-        return min(self._watch.wait_s(), self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
+        self._coverage.complete(self._coverage.ended())
+        fetch_s = self._fetch()
+        waits = (self._watch.wait_s(), fetch_s, self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
+        return min(waits)
 
-    def _fetch_back(self) -> None:
-        """Fetch the latest trades of codes that were subscribed since the last time. Raises StockrtError."""
+    def _fetch(self) -> float:
+        """Fetch what was missed; return after how many seconds to try again what fails for no fault of the codes."""
         self._back |= self._coverage.take_back()
-        if self._back:
-            self._poll(sorted(self._back))
-            self._back.clear()
-        for silence in self._coverage.take_silent():
-            if self._poll(silence.codes):
-                self._coverage.was_deaf(silence)
+        self._silences += self._coverage.take_silent()
+        now = time.monotonic()
+        if (self._back or self._silences) and now >= self._back_at:
+            if self._back:
+                _, self._back = self._poll(sorted(self._back))
+            for silence in [*self._silences]:
+                new, failed = self._poll(silence.codes)
+                if new:
+                    self._coverage.was_deaf(silence)
+                if new or not failed:
+                    self._silences.remove(silence)
+            if self._back or self._silences:
+                self._back_at = now + self._pause_s(len(self._back))
+        return max(0.0, self._back_at - time.monotonic()) if self._back or self._silences else math.inf
 
     def _plan(self) -> None:
         """Look at the list, and spread the codes where it has changed or a connection is of no use any more."""
@@ -12600,18 +12590,24 @@ class Planner(threading.Thread):
         }
         before = [feed.allotment for feed in self.feeds]
         allotments, rest = allot(self._wanted, limits, before)
-        kept: list[Feed] = []
-        for feed in self.feeds:
-            found = next((one for one in allotments if _goes_on(feed.allotment, one)), None)
-            if found is None:
-                feed.leave()
-                self._coverage.drop(feed.part)
-                continue
-            allotments.remove(found)
-            kept.append(feed)
-            if found != feed.allotment:
-                feed.want(found)
-        self.feeds = kept
+        goes_on: dict[Feed, Allotment] = {}
+        for is_same in (_brings_some, _can_bring):
+            for feed in self.feeds:
+                found = next((one for one in allotments if is_same(feed.allotment, one)), None)
+                if found is not None and feed not in goes_on:
+                    allotments.remove(found)
+                    goes_on[feed] = found
+        gone = [feed for feed in self.feeds if feed not in goes_on]
+        for feed in gone:
+            feed.leave()
+            self._coverage.drop(feed.part)
+        self.feeds = [*goes_on]
+        for feed, allotment in goes_on.items():
+            if allotment != feed.allotment:
+                feed.want(allotment)
+        until = time.monotonic() + LEAVE_FEED_S
+        for feed in gone:  # the key may have no connection more
+            feed.join(max(0.0, until - time.monotonic()))
         for allotment in allotments:
             self.feeds.append(self._begin(allotment))
         self._say_rest(rest)
@@ -12687,9 +12683,15 @@ class Planner(threading.Thread):
         """Whether codes of a connection that does not stand may have to be polled soon."""
         return any(len(feed.part.acked) < len(feed.part.codes) for feed in self.feeds)
 
-    def _poll(self, codes: Sequence[str]) -> int:
-        """Fetch the latest trades of codes, and return how many are new. Raises StockrtError."""
+    def _poll(self, codes: Sequence[str]) -> tuple[int, set[str]]:
+        """Fetch the latest trades of codes; return how many are new, and of which codes that is not known.
+
+        Raises StockrtError.
+        """
         report = self._pipeline.poll(codes, self._leaving)
+        unknown = {code for code, one in report.failures.items() if one.kind in TROUBLES}
+        if report.store_error:
+            unknown = {*codes}
         if not report.interrupted:
             self._troubles.note(report)
             failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
@@ -12697,7 +12699,7 @@ class Planner(threading.Thread):
                 self._code_trouble.again(failed_words(failed, report.total))
         self.stored += report.stored + report.queued
         self.duplicates += report.duplicates
-        return report.stored + report.queued
+        return report.stored + report.queued, unknown
 
     def _deliver_gaps(self) -> float:
         """Bring gaps to MongoDB; return after how many seconds to try again."""
@@ -12715,10 +12717,14 @@ class Planner(threading.Thread):
         return math.inf
 
 
-def _goes_on(before: Allotment, now: Allotment) -> bool:
-    """Whether an allotment is that of a connection that stands."""
-    same = (before.key, before.product) == (now.key, now.product)
-    return same and not {*before.codes}.isdisjoint(now.codes)
+def _can_bring(before: Allotment, now: Allotment) -> bool:
+    """Whether a connection that stands can bring an allotment."""
+    return (before.key, before.product) == (now.key, now.product)
+
+
+def _brings_some(before: Allotment, now: Allotment) -> bool:
+    """Whether a connection that stands brings some of an allotment already."""
+    return _can_bring(before, now) and not {*before.codes}.isdisjoint(now.codes)
 
 
 class Collecting:
@@ -16791,8 +16797,8 @@ def slots_of(
     """Return the steps that were traded in, and between them the first few of gaps; steps begin at `since`."""
     slots = {candle.t: Slot(candle.t, candle) for candle in candles}
     for gap in gaps:
-        end = max(gap.end or now_ms, gap.start + 1)
-        first = max(gap.start, since)
+        end = max(gap.until or now_ms, gap.since + 1)
+        first = max(gap.since, since)
         first -= (first - since) % step_ms
         for t, slot in slots.items():
             if first <= t < end:
@@ -16831,7 +16837,7 @@ def newest_steps(chart: Chart, room: int) -> Chart:
         slots = slots[: traded[-1] + 1]
     left_out = sum(slot.candle is not None for slot in slots[:-room])
     slots = slots[-room:]
-    gaps = [gap for gap in chart.gaps if gap.end is None or not slots or gap.end > slots[0].t]
+    gaps = [gap for gap in chart.gaps if gap.until is None or not slots or gap.until > slots[0].t]
     return chart._replace(slots=slots, gaps=gaps, left_out=chart.left_out + left_out)
 
 
@@ -16907,8 +16913,8 @@ def what_is_there(chart: Chart, last: StoredTrade | None) -> str:
 
 def gap_words(code: str, gap: Gap) -> str:
     """Return when the stream missed what was traded of a code, and why."""
-    end = "now" if gap.end is None else exchange_time(code, gap.end)
-    return f"{exchange_time(code, gap.start)} – {end} ({one_line(gap.why, 80)})"
+    end = "now" if gap.until is None else exchange_time(code, gap.until)
+    return f"{exchange_time(code, gap.since)} – {end} ({one_line(gap.why, 80)})"
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -17951,6 +17957,12 @@ def show(text: str) -> None:
         raise PrintError(f"cannot print: {error.strerror or error}") from None
 
 
+def show_one(document: object, line: str, as_json: bool, settings: Settings) -> None:
+    """Print one of several things, for a person or as a JSON document. Raises PrintError."""
+    text = json.dumps(document, ensure_ascii=False) if as_json else local_times(line)
+    show(settings.redact(text))
+
+
 # ------------------------------------------------------------------------------------------------------
 # Rows
 # ------------------------------------------------------------------------------------------------------
@@ -18084,34 +18096,22 @@ def to_json(document: Document) -> str:
 # ------------------------------------------------------------------------------------------------------
 
 
-class Stoppable(Protocol):
-    """What a signal can stop."""
-
-    def request_stop(self) -> None:
-        """Ask for the end; called from a signal handler."""
-
-
-class StopEvent(threading.Event):
-    """The event that ends a run early."""
-
-    def request_stop(self) -> None:
-        """Set it."""
-        self.set()
-
-
-def stop_on_signals(work: Stoppable) -> None:
-    """Let SIGINT and SIGTERM stop the work; a second signal ends the process at once."""
-    asked = False
+def stop_on_signals(daemon: Daemon | None = None) -> threading.Event:
+    """Let SIGINT and SIGTERM stop the daemon, and set what is returned; a second signal ends the process at once."""
+    stop, asked = threading.Event(), False
 
     def on_signal(number: int, frame: object) -> None:
         nonlocal asked
         if asked:
             os._exit(EXIT_INTERRUPTED)
         asked = True
-        work.request_stop()
+        stop.set()
+        if daemon is not None:
+            daemon.request_stop()
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
+    return stop
 
 
 def reload_on_hangup(daemon: Daemon) -> None:
@@ -18244,8 +18244,7 @@ def run_once(options: Options, settings: Settings) -> int:
     terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
     rows.directory = pipeline.directory
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     order: list[str] = []
     started_at = time.time()
     run = _Run(pipeline, _remembered(read_codes(options), order), stop)
@@ -18525,8 +18524,7 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
     if sys.stdout.isatty() and environ.get("TERM", "dumb") != "dumb" and not options.json:
         table = quote_table(settings, environ, options.up)
         rows = LiveTable(table, options.sort or "code", not is_chinese(environ))
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     started_at = time.monotonic()
     ticks = Ticks(rows, stop)
     with Pipeline(settings, ticks, options.demo) as pipeline:
@@ -18632,11 +18630,7 @@ def run_check(loaded: LoadedSettings, is_service_hidden: bool, as_json: bool) ->
     settings = loaded.settings
     for check in _checks(loaded, is_service_hidden):
         failed |= not check.good
-        check = check._replace(words=settings.redact(check.words))
-        line = _check_line(check)
-        if as_json:
-            line = json.dumps(check._asdict(), ensure_ascii=False)
-        show(line)
+        show_one(check._asdict(), _check_line(check), as_json, settings)
     return EXIT_FAILED if failed else EXIT_OK
 
 
@@ -19111,10 +19105,7 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
         with contextlib.closing(Journal(settings.state_directory)) as journal:
             found = journal.last(count)
     for one in found:
-        text = local_times(_execution_lines(one))
-        if as_json:
-            text = json.dumps(one, ensure_ascii=False)
-        show(settings.redact(text))
+        show_one(one, _execution_lines(one), as_json, settings)
     if not found and not as_json:
         show("nothing was executed yet")
     return EXIT_OK
@@ -19206,8 +19197,7 @@ def run_drain(settings: Settings, retry: bool) -> int:
     """
     need_mongodb(settings, "there is nowhere to move what this machine holds")
     terminal = Terminal(None, "trades", bar_above=0)
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     with Pipeline(settings, terminal) as pipeline:
         try:
             pipeline.deliver(stop, retry)
@@ -19235,8 +19225,7 @@ def run_backfill(options: Options, settings: Settings) -> int:
     """Make closes of the past final, print a row for each code, and return the exit status."""
     codes = list(read_codes(options)) if options.codes or options.codes_file else None
     terminal = Terminal(None, "codes", bar_above=0)
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     done, failed, added = 0, 0, 0
     with Pipeline(settings, terminal) as pipeline:
         rows = pipeline.backfill(codes, cast(int, options.backfill), stop)
@@ -19283,10 +19272,8 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
     with Pipeline(settings) as pipeline:
         rejects = pipeline.rejects()
     for reject in rejects:
-        line = local_times("{rejected_at}  {collection}  {_id}: {reason}".format_map(reject))
-        if as_json:
-            line = json.dumps(reject, ensure_ascii=False)
-        show(settings.redact(line))
+        line = "{rejected_at}  {collection}  {_id}: {reason}".format_map(reject)
+        show_one(reject, line, as_json, settings)
     if not rejects and not as_json:
         show("MongoDB has refused nothing")
     for path in damaged_files(settings.state_directory):
@@ -19296,17 +19283,14 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
 
 def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     """Print the instruments whose code or name holds a text; exit status 1 where there are none."""
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     with Pipeline(settings) as pipeline:
         found, why = pipeline.symbols(text, stop)
     for symbol in found:
         line = f"{symbol.code:<16} {symbol.type:<9} {symbol.name}"
         if symbol.name_en and symbol.name_en != symbol.name:
             line += f"  {symbol.name_en}"
-        if as_json:
-            line = json.dumps(symbol._asdict(), ensure_ascii=False)
-        show(line)
+        show_one(symbol._asdict(), line, as_json, settings)
     if why:
         say(f"not all of the API's lists are here: {settings.redact(why)}", logging.WARNING)
     elif not found:
@@ -19678,8 +19662,7 @@ def run_documents(options: Options, settings: Settings, source: str = OLD_COLLEC
         )
         log.warning(words, settings.keep_days, settings.realtime_name)
     terminal = Terminal(None, "documents", bar_above=0)
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     with Pipeline.open_mongodb(settings) as store:
         migration = Migration(
             store, settings, options.documents or source, zone, options.dry_run, options.force
