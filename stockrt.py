@@ -12293,7 +12293,7 @@ STREAM_READ_S = 600.0
 class Feed(threading.Thread):
     """One connection to the stream with its thread: dials, hands on what comes, dials again; until told to leave.
 
-    `end`: why it does so no more by itself.
+    `end`: why it does so no more by itself. `missing_since`: when its codes were lost last, or others were wanted.
     """
 
     def __init__(
@@ -12309,7 +12309,7 @@ class Feed(threading.Thread):
         self.part = coverage.add(allotment.product)
         self.state = "connecting"
         self.why = ""
-        self.since = time.monotonic()
+        self.since = self.missing_since = time.monotonic()
         self.end: StreamEnd | None = None
         self._connection = connection
         self._coverage = coverage
@@ -12323,6 +12323,7 @@ class Feed(threading.Thread):
     def want(self, allotment: Allotment) -> None:
         """Bring these codes from now on."""
         self.allotment = allotment
+        self.missing_since = time.monotonic()
         self._coverage.expect(self.part, allotment.codes)
         self._connection.want(allotment.codes)
 
@@ -12340,6 +12341,8 @@ class Feed(threading.Thread):
             self._connection.close()
             if end is None:
                 return
+            if self.part.acked:
+                self.missing_since = time.monotonic()
             self._coverage.lost(self.part, end.words)
             self.why = end.words
             if end.action in (StreamAction.NEVER, StreamAction.KEY_OUT):
@@ -12647,7 +12650,7 @@ class Planner(threading.Thread):
         now = time.monotonic()
         held = self._coverage.subscribed()
         for feed in self.feeds:
-            if feed.state != "given up" and now - feed.since < POLL_SOON_S:
+            if feed.state != "given up" and now - feed.missing_since < POLL_SOON_S:
                 held.setdefault(feed.allotment.product, set()).update(feed.allotment.codes)
         return [
             code
@@ -12659,7 +12662,9 @@ class Planner(threading.Thread):
     def _poll_instead(self) -> float:
         """Poll now and then what the stream does not bring; return after how many seconds to look again."""
         codes = self._instead()
-        self.polled = len(codes)
+        if len(codes) != self.polled:
+            self.polled = len(codes)
+            self._intake.came.set()  # it is to be told now
         wait_s = math.inf
         if codes:
             now = time.monotonic()
