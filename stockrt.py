@@ -6933,6 +6933,11 @@ class Pushes(NamedTuple):
     dropped: int = 0
     why: str = ""
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the connection is over."""
+        return any(isinstance(event, StreamEnd) for event in self.events)
+
 
 class _Standing(Enum):
     """How it stands with a code that was asked for."""
@@ -7361,31 +7366,25 @@ class StreamConnection:
         if self._told != self._wanted:
             self._told = self._wanted
             self._protocol.want(self._told)
-        pushes, lost = self._take(link)
-        events = pushes.events
-        if not lost and not any(isinstance(event, StreamEnd) for event in events):
-            now, wall_ms = self._clock.monotonic(), int(self._clock.wall() * 1000)
-            due = self._protocol.tick(now, wall_ms)
-            events += [event for event in due if not isinstance(event, SendText)]
-            try:
-                for event in due:
-                    if isinstance(event, SendText):
-                        link.send_text(event.text)
-            except LinkLost as error:
-                last, lost = self._take(link)  # what came before counts, and may say why
-                lost = lost or _end_of(error, self._rng)
-                pushes = Pushes(
-                    pushes.trades + last.trades,
-                    events + last.events,
-                    pushes.dropped + last.dropped,
-                    pushes.why or last.why,
-                )
-        if lost and not any(isinstance(event, StreamEnd) for event in pushes.events):
-            pushes.events.append(lost)
+        pushes = self._take(link)
+        if pushes.is_last:
+            return pushes
+        due = self._protocol.tick(self._clock.monotonic(), int(self._clock.wall() * 1000))
+        pushes.events.extend(event for event in due if not isinstance(event, SendText))
+        try:
+            for event in due:
+                if isinstance(event, SendText):
+                    link.send_text(event.text)
+        except LinkLost as error:
+            last = self._take(link)  # what came before counts, and may say why
+            if not (pushes.is_last or last.is_last):
+                last.events.append(_end_of(error, self._rng))
+            trades, events = pushes.trades + last.trades, pushes.events + last.events
+            return Pushes(trades, events, pushes.dropped + last.dropped, pushes.why or last.why)
         return pushes
 
-    def _take(self, link: WebSocket) -> tuple[Pushes, StreamEnd | None]:
-        """Return what has come, and the end of the connection behind it, if that has come, too."""
+    def _take(self, link: WebSocket) -> Pushes:
+        """Return what has come; the end of the connection is the last event."""
         texts: list[str] = []
         lost: StreamEnd | None = None
         try:
@@ -7398,7 +7397,10 @@ class StreamConnection:
         except LinkLost as error:
             lost = _end_of(error, self._rng)
         latest_ms = int(min(self._clock.wall() * 1000 + MAX_AHEAD_MS, LATEST_TRADE_MS - 1))
-        return self._protocol.receive(texts, self._clock.monotonic(), latest_ms), lost
+        pushes = self._protocol.receive(texts, self._clock.monotonic(), latest_ms)
+        if lost and not pushes.is_last:
+            pushes.events.append(lost)
+        return pushes
 
 
 # ======================================================================================================
@@ -16706,7 +16708,7 @@ def read_charts(
     Raises StoreError.
     """
     if step == DAILY:
-        closes = reader.closes(codes, *_dates_of(span, now))
+        closes = reader.closes(codes, *dates_of(span, now))
         slots = {code: _daily_slots(code, closes.get(code, [])) for code in codes}
         return {code: newest_steps(Chart(code, DAILY, slots[code]), room) for code in codes}
     until = min(span.until, max((trade.t for trade in last.values()), default=0) + 1)
@@ -16753,7 +16755,7 @@ def slots_of(
     return shown
 
 
-def _dates_of(span: Span, now: float) -> tuple[str, str]:
+def dates_of(span: Span, now: float) -> tuple[str, str]:
     """Return the first and the last date of a span; tomorrow has begun somewhere on earth."""
     until = min(span.until - 1, int(now * 1000) + DAY_MS)
     return date_at(span.since or until - DAYS_BACK[DAILY] * DAY_MS), date_at(until)
@@ -17047,23 +17049,9 @@ class Page(NamedTuple):
     closes: Mapping[str, Sequence[StoredClose]]
     made: float
     store: str
-    is_chinese: bool = False
-    up: str = "green"
-    is_fixed: bool = False
-
-
-def read_page(reader: Reader, found: Sequence[Quote], step: str, span: Span, now: float, store: str) -> Page:
-    """Return the page of these quotes, whose names are English. Raises StoreError."""
-    last = {quote.code: quote.trade for quote in found}
-    charts = read_charts(reader, [*last], last, step, span, now, PAGE_STEPS)
-    return Page(
-        found,
-        reader.names(list(last)),
-        charts,
-        reader.closes(list(last), *_dates_of(Span(until=span.until), now)),
-        now,
-        store,
-    )
+    is_chinese: bool
+    up: str
+    is_fixed: bool
 
 
 def draw_page(page: Page) -> str:
@@ -17391,17 +17379,17 @@ def dashboard() -> dict[str, Any]:
         "type": "query",
         "datasource": source,
     }
-    variables = [
-        {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"},
-        of_instance
-        | {"query": {"query": instances, "refId": "instances"}, "definition": instances}
-        | {"refresh": 2, "multi": True, "includeAll": True, "current": {"text": "All", "value": "$__all"}},
-    ]
+    of_instance |= {
+        "query": {"query": instances, "refId": "instances"},
+        "definition": instances,
+        "refresh": 2,
+    }
+    of_instance |= {"multi": True, "includeAll": True, "current": {"text": "All", "value": "$__all"}}
+    sources = {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"}
     about = {"uid": "stockrt", "title": "stockrt", "tags": ["stockrt"], "schemaVersion": _GRAFANA_SCHEMA}
     times = {"timezone": "browser", "refresh": "30s", "time": {"from": "now-24h", "to": "now"}}
-    return (
-        about | times | {"editable": True, "templating": {"list": variables}, "panels": list(_placed(source))}
-    )
+    parts = {"templating": {"list": [sources, of_instance]}, "panels": [*_placed(source)]}
+    return about | times | parts | {"editable": True}
 
 
 def _placed(source: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -17427,17 +17415,13 @@ def _panel_model(panel: Panel, source: Mapping[str, str]) -> dict[str, Any]:
         for place, (expression, legend) in enumerate(panel.queries)
     ]
     words = {str(number): {"text": text, "index": number} for number, text in enumerate(panel.states)}
-    defaults: dict[str, Any] = {
-        "unit": panel.unit,
-        "mappings": [{"type": "value", "options": words}] * bool(words),
-    }
+    mappings = [{"type": "value", "options": words}] * bool(words)
     model: dict[str, Any] = {"title": panel.title, "type": panel.kind, "targets": targets}
+    model |= {"description": _help(panel)}
+    model |= {"fieldConfig": {"defaults": {"unit": panel.unit, "mappings": mappings}, "overrides": []}}
     if panel.kind == "stat" and panel.unit == "short" and not panel.states:
         model["options"] = {"textMode": "value_and_name"}
-    return model | {
-        "description": _help(panel),
-        "fieldConfig": {"defaults": defaults, "overrides": []},
-    }
+    return model
 
 
 def _help(panel: Panel) -> str:
@@ -19270,17 +19254,16 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
 def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
     """Write the page, or one code's picture, whole or not at all; exit status 1 where it lacks what was asked for."""
     now, span, step = time.time(), span_of(options), options.chart or "5m"
-    up = color_of_rise(environ, options.up)
+    store, up = settings.mongodb_shown() or SQLITE_NAME, color_of_rise(environ, options.up)
     with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         found = in_order(quotes(reader, codes, english=True), options.sort or "code")
-        store = settings.mongodb_shown() or SQLITE_NAME
-        page = read_page(reader, found, step, span, now, store)
-    page = page._replace(is_chinese=is_chinese(environ), up=up, is_fixed=options.up is not None)
+        last = {one.code: one.trade for one in found}
+        names, charts = reader.names(last), read_charts(reader, [*last], last, step, span, now, PAGE_STEPS)
+        closes = reader.closes(last, *dates_of(Span(until=span.until), now))
+    page = Page(found, names, charts, closes, now, store, is_chinese(environ), up, options.up is not None)
     path = Path(cast(str, options.html))
-    text = draw_page(page)
-    if path.suffix == ".svg":
-        text = draw_picture(_only_chart(page), up)
+    text = draw_picture(_only_chart(charts.values()), up) if path.suffix == ".svg" else draw_page(page)
     # a web server is another user
     write_whole(path, text, mode=0o644, setting="--html")
     for words in missing:
@@ -19289,14 +19272,14 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
     return EXIT_FAILED if missing or not found else EXIT_OK
 
 
-def _only_chart(page: Page) -> Chart:
+def _only_chart(charts: Iterable[Chart]) -> Chart:
     """Return the one chart that a picture has room for. Raises UsageError."""
-    charts = [chart for chart in page.charts.values() if chart.candles]
-    if len(charts) != 1:
+    found = [chart for chart in charts if chart.candles]
+    if len(found) != 1:
         raise UsageError(
-            f"--html FILE.svg: a picture is of one code, and here are candles of {len(charts)}; see --show"
+            f"--html FILE.svg: a picture is of one code, and here are candles of {len(found)}; see --show"
         )
-    return charts[0]
+    return found[0]
 
 
 def quote_table(settings: Settings, environ: Mapping[str, str], up: str | None) -> QuoteTable:
