@@ -11571,6 +11571,8 @@ class Poller(threading.Thread):
 # them over connections, and asks over REST for what the stream does not bring.
 
 CODES_NAME, MARK_NAME = "collecting.codes", "collecting.mark"
+# A mark this far in the future is none of a clock that is slewed.
+CLOCK_BACK_MS = 2000
 
 
 class Parcel(NamedTuple):
@@ -11584,10 +11586,6 @@ class Parcel(NamedTuple):
     since: int
     arrived_ms: int
     arrived: float
-
-
-# A time that lies so much before one from earlier: the clock was set back.
-CLOCK_SET_MS = 60_000
 
 
 class Group(NamedTuple):
@@ -11620,28 +11618,39 @@ class MarkFiles:
 
     def read(self) -> Left:
         """Return what the last process has left. Raises StoreError."""
-        codes = self._object(self._codes)
-        mark = self._object(self._mark)
         try:
-            groups = [Group(product, until, names) for product, until, names in codes.get("groups", ())]
-            version, stopped = int(codes.get("version", 0)), False
-            if mark.get("version") == version:
-                stopped = bool(mark["stopped"])
-                groups = [
-                    one._replace(until=int(until)) for one, until in zip(groups, mark["until"], strict=True)
-                ]
-            return Left(str(codes.get("instance", "")), version, groups, stopped)
-        except (KeyError, TypeError, ValueError) as error:
-            log.error(
-                "%s is damaged (%s): a gap before this start is not noted", self._codes, one_line(error, 80)
-            )
+            codes = self._object(self._codes)
+            groups = [
+                Group(product, int(until), [*names]) for product, until, names in codes.get("groups", ())
+            ]
+            left = Left(str(codes.get("instance", "")), int(codes.get("version", 0)), groups)
+        except (TypeError, ValueError) as error:
+            self._say(self._codes, error, "a gap before this start is not noted")
             return Left()
+        try:
+            mark = self._object(self._mark)
+            if mark.get("version") != left.version:
+                return left
+            times = [int(until) for until in mark["until"]]
+            groups = [one._replace(until=until) for one, until in zip(groups, times, strict=True)]
+            return left._replace(groups=groups, stopped=bool(mark["stopped"]))
+        except (KeyError, TypeError, ValueError) as error:
+            self._say(self._mark, error, "a gap before this start begins too early")
+            return left
 
     @staticmethod
     def _object(path: Path) -> dict[str, Any]:
+        """Return what a file holds, nothing where there is none. Raises StoreError, ValueError for no object."""
         with disk_trouble(f"{path} cannot be read"), contextlib.suppress(FileNotFoundError):
-            return json_object(path.read_bytes()) or {}
+            found = json_object(path.read_bytes())
+            if found is None:
+                raise ValueError("no JSON object")
+            return found
         return {}
+
+    @staticmethod
+    def _say(path: Path, error: Exception, then: str) -> None:
+        log.error("%s is damaged (%s): %s", path, one_line(error, 80), then)
 
     def write_codes(self, left: Left) -> None:
         """Keep of which codes everything is kept. Raises StoreError."""
@@ -11704,7 +11713,7 @@ class Coverage:
         self._wanted: Mapping[str, Collection[str]] = {}
         self._left = Left()
         self._durable = 0
-        self._is_closed = False
+        self._has_begun = self._is_closed = False
         self._trouble = LogThrottle("stream_gaps", clock, then="it is noted as soon as that works")
 
     def begin(self, wanted: Mapping[str, Collection[str]]) -> None:
@@ -11730,8 +11739,14 @@ class Coverage:
                 lost = {code for code in codes if (product, code) not in known} & {*wanted.get(product, ())}
                 since.setdefault((product, until), set()).update(lost)
             for (product, until), lost in since.items():
-                self._lose(product, lost, until, why)
+                self._lose(product, lost, min(until, now), why)
+                if until > now + CLOCK_BACK_MS:
+                    words = (
+                        "the clock was set back by %d s or more: a gap of %s may begin earlier than is noted"
+                    )
+                    log.warning(words, (until - now) / 1000, product)
             self._complete(self._ended)
+            self._has_begun = True
 
     def want(self, wanted: Mapping[str, Collection[str]]) -> None:
         """Have it which codes are to be collected, by product: of others nothing is missing from now on."""
@@ -11759,7 +11774,7 @@ class Coverage:
             part.codes = codes
             part.acked -= gone
             moved = gone & {*self._wanted.get(part.product, ())}
-            self._lose(part.product, moved, part.heard, "moved to another connection")
+            self._lose(part.product, moved, self._last_sign(part), "moved to another connection")
             self._write_codes()
 
     def drop(self, part: Part) -> None:
@@ -11792,7 +11807,7 @@ class Coverage:
         """A connection is over: what it brought is missing since its last sign."""
         with self._lock:
             acked, part.acked, part.silent = part.acked, set(), set()
-            self._lose(part.product, acked, part.heard, why)
+            self._lose(part.product, acked, self._last_sign(part), why)
             self._write_codes()
 
     def refused(self, part: Part, codes: Iterable[str], why: str) -> None:
@@ -11801,7 +11816,7 @@ class Coverage:
             codes = {*codes}
             acked = part.acked & codes
             part.acked -= acked
-            self._lose(part.product, acked, part.heard, why)
+            self._lose(part.product, acked, self._last_sign(part), why)
             for one in [one for one in self._open if one.gap.product == part.product]:
                 self._split(one, codes - acked, why)
             self._write_codes()
@@ -11811,7 +11826,7 @@ class Coverage:
         """An open market says nothing, and these codes are subscribed anew: whether they are missing is to be seen."""
         with self._lock:
             part.silent = part.acked & {*codes}
-            part.silent_since = part.heard
+            part.silent_since = self._last_sign(part)
 
     def take_silent(self) -> list[Gap]:
         """Return the silences that are over: trades that are fetched now and were not pushed tell gaps of them."""
@@ -11881,15 +11896,17 @@ class Coverage:
         """Look up to when connections have handed on what they brought; then the intake is to be asked, then `mark`."""
         with self._lock:
             for part in self._parts:
-                part.seen = part.heard
+                part.seen = self._last_sign(part)
 
     def mark(self, durable_ms: int, stopped: bool = False) -> None:
-        """Keep in the state directory up to when everything is kept: what came before a moment (epoch ms)."""
+        """Keep in the state directory up to when everything is kept: what came before a moment (epoch ms).
+
+        Not before `begin` has read what the last process left there.
+        """
         with self._lock:
-            if self._is_closed:
+            if self._is_closed or not self._has_begun:
                 return
-            if not self._durable - CLOCK_SET_MS < durable_ms < self._durable:
-                self._durable = durable_ms
+            self._durable = durable_ms
             self._keep([*self._refused.values(), *self._open, *self._ended])
             if not self._write_codes():
                 return
@@ -11911,6 +11928,10 @@ class Coverage:
 
     def _now_ms(self) -> int:
         return int(self._clock.wall() * 1000)
+
+    def _last_sign(self, part: Part) -> int:
+        """Return when a connection brought something; a clock that was set back makes no sign of the future."""
+        return min(part.heard, self._now_ms())
 
     def _new(self, product: str, codes: Collection[str], since: int, why: str) -> OpenGap:
         gap = Gap(product, tuple(sorted(codes)), since, None, why, self._left.instance)
@@ -12107,7 +12128,8 @@ class Intake:
         arrived_ms, arrived = int(self._clock.wall() * 1000), self._clock.monotonic()
         for at in range(0, len(trades), WRITE_BATCH):
             some = trades[at : at + WRITE_BATCH]
-            self._add(Parcel(product, some, _moment(some[0], arrived_ms), arrived_ms, arrived))
+            since = min(_moment(trade, arrived_ms) for trade in some)
+            self._add(Parcel(product, some, since, arrived_ms, arrived))
         return _moment(trades[-1], arrived_ms)
 
     def _add(self, parcel: Parcel) -> None:
@@ -12350,9 +12372,10 @@ class Feed(threading.Thread):
     def _take(self, received: Pushes) -> StreamEnd | None:
         """Hand on what has come, and return the end of the connection if that is in it."""
         if received.trades:
-            sign, before = self._intake.add(self.part.product, received.trades), self.part.heard
-            # not back to a trade that was older than the last one, unless the clock was set back
-            self.part.heard = sign if sign < before - OLD_PUSH_MS else max(before, sign)
+            sign = self._intake.add(self.part.product, received.trades)
+            if self.part.heard <= time.time() * 1000:  # else the clock was set back
+                sign = max(self.part.heard, sign)
+            self.part.heard = sign
         if received.dropped:
             self._intake.drop(received.dropped)
             self._odd.again(received.why)
@@ -12398,6 +12421,8 @@ PLAN_AGAIN_S = 10.0
 LIMITS_AGAIN_S = 300.0
 # How long leaving may take: for what connections and requests are at, and for what waits to be written.
 LEAVE_POLL_S, LEAVE_INTAKE_S = 0.7, 1.1
+# And a connection whose codes are wanted no more, before others are dialled.
+LEAVE_FEED_S = 2.0
 
 
 class Planner(threading.Thread):
@@ -12431,8 +12456,10 @@ class Planner(threading.Thread):
             str, dict[str, str]
         ] = {}  # by key and product, '' for all of them: why it is of no use
         self._back: set[str] = set()  # codes whose latest trades are to be fetched
+        self._silences: list[Gap] = []  # of which that is to tell whether anything was missed
         self._limits: dict[str, StreamLimits] = {}  # by key
         self._limits_at = 0.0  # monotonic, as are:
+        self._back_at = 0.0
         self._poll_at = 0.0
         self._gaps_at = 0.0
         self._rest_said = ""
@@ -12455,6 +12482,11 @@ class Planner(threading.Thread):
 
     def run(self) -> None:
         """Work until told to leave."""
+        self._go_on()
+        for feed in self.feeds:  # one may have begun since all were told to
+            feed.leave()
+
+    def _go_on(self) -> None:
         while not self._leaving.is_set():
             wait_s, words = PLAN_AGAIN_S, ""
             try:
@@ -12476,22 +12508,28 @@ class Planner(threading.Thread):
         """Do what is to be done now, and return after how many seconds to look again. Raises StockrtError."""
         need_clock(time.time())
         self._plan()
-        ended = self._coverage.ended()
-        try:
-            self._fetch_back()
-        finally:  # their codes are subscribed, whatever the API says now
-            self._coverage.complete(ended)
-        return min(self._watch.wait_s(), self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
+        self._coverage.complete(self._coverage.ended())
+        fetch_s = self._fetch()
+        waits = (self._watch.wait_s(), fetch_s, self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
+        return min(waits)
 
-    def _fetch_back(self) -> None:
-        """Fetch the latest trades of codes that were subscribed since the last time. Raises StockrtError."""
+    def _fetch(self) -> float:
+        """Fetch what was missed; return after how many seconds to try again what fails for no fault of the codes."""
         self._back |= self._coverage.take_back()
-        if self._back:
-            self._poll(sorted(self._back))
-            self._back.clear()
-        for silence in self._coverage.take_silent():
-            if self._poll(silence.codes):
-                self._coverage.was_deaf(silence)
+        self._silences += self._coverage.take_silent()
+        now = time.monotonic()
+        if (self._back or self._silences) and now >= self._back_at:
+            if self._back:
+                _, self._back = self._poll(sorted(self._back))
+            for silence in [*self._silences]:
+                new, failed = self._poll(silence.codes)
+                if new:
+                    self._coverage.was_deaf(silence)
+                if new or not failed:
+                    self._silences.remove(silence)
+            if self._back or self._silences:
+                self._back_at = now + self._pause_s(len(self._back))
+        return max(0.0, self._back_at - time.monotonic()) if self._back or self._silences else math.inf
 
     def _plan(self) -> None:
         """Look at the list, and spread the codes where it has changed or a connection is of no use any more."""
@@ -12548,18 +12586,24 @@ class Planner(threading.Thread):
         }
         before = [feed.allotment for feed in self.feeds]
         allotments, rest = allot(self._wanted, limits, before)
-        kept: list[Feed] = []
-        for feed in self.feeds:
-            found = next((one for one in allotments if _goes_on(feed.allotment, one)), None)
-            if found is None:
-                feed.leave()
-                self._coverage.drop(feed.part)
-                continue
-            allotments.remove(found)
-            kept.append(feed)
-            if found != feed.allotment:
-                feed.want(found)
-        self.feeds = kept
+        goes_on: dict[Feed, Allotment] = {}
+        for is_same in (_brings_some, _can_bring):
+            for feed in self.feeds:
+                found = next((one for one in allotments if is_same(feed.allotment, one)), None)
+                if found is not None and feed not in goes_on:
+                    allotments.remove(found)
+                    goes_on[feed] = found
+        gone = [feed for feed in self.feeds if feed not in goes_on]
+        for feed in gone:
+            feed.leave()
+            self._coverage.drop(feed.part)
+        self.feeds = [*goes_on]
+        for feed, allotment in goes_on.items():
+            if allotment != feed.allotment:
+                feed.want(allotment)
+        until = time.monotonic() + LEAVE_FEED_S
+        for feed in gone:  # the key may have no connection more
+            feed.join(max(0.0, until - time.monotonic()))
         for allotment in allotments:
             self.feeds.append(self._begin(allotment))
         self._say_rest(rest)
@@ -12635,9 +12679,15 @@ class Planner(threading.Thread):
         """Whether codes of a connection that does not stand may have to be polled soon."""
         return any(len(feed.part.acked) < len(feed.part.codes) for feed in self.feeds)
 
-    def _poll(self, codes: Sequence[str]) -> int:
-        """Fetch the latest trades of codes, and return how many are new. Raises StockrtError."""
+    def _poll(self, codes: Sequence[str]) -> tuple[int, set[str]]:
+        """Fetch the latest trades of codes; return how many are new, and of which codes that is not known.
+
+        Raises StockrtError.
+        """
         report = self._pipeline.poll(codes, self._leaving)
+        unknown = {code for code, one in report.failures.items() if one.kind in TROUBLES}
+        if report.store_error:
+            unknown = {*codes}
         if not report.interrupted:
             self._troubles.note(report)
             failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
@@ -12645,7 +12695,7 @@ class Planner(threading.Thread):
                 self._code_trouble.again(failed_words(failed, report.total))
         self.stored += report.stored + report.queued
         self.duplicates += report.duplicates
-        return report.stored + report.queued
+        return report.stored + report.queued, unknown
 
     def _deliver_gaps(self) -> float:
         """Bring gaps to MongoDB; return after how many seconds to try again."""
@@ -12663,10 +12713,14 @@ class Planner(threading.Thread):
         return math.inf
 
 
-def _goes_on(before: Allotment, now: Allotment) -> bool:
-    """Whether an allotment is that of a connection that stands."""
-    same = (before.key, before.product) == (now.key, now.product)
-    return same and not {*before.codes}.isdisjoint(now.codes)
+def _can_bring(before: Allotment, now: Allotment) -> bool:
+    """Whether a connection that stands can bring an allotment."""
+    return (before.key, before.product) == (now.key, now.product)
+
+
+def _brings_some(before: Allotment, now: Allotment) -> bool:
+    """Whether a connection that stands brings some of an allotment already."""
+    return _can_bring(before, now) and not {*before.codes}.isdisjoint(now.codes)
 
 
 class Collecting:
