@@ -11055,8 +11055,7 @@ class Pipeline:
 
         Raises SettingsError without an API key, StoreError when the local file fails.
         """
-        if not self._settings.api_keys:
-            raise SettingsError([NO_KEY_HINT])
+        self.need_key()
         self._plans.ask(stop)
         why = self.directory.refresh(SYMBOL_TYPES, stop)
         return self.directory.search(text), why
@@ -11084,13 +11083,13 @@ class Pipeline:
             if self._delivery is not None and self._delivery.is_away:
                 self._finaliser.pause()
             else:
-                self._settle_final(self._finaliser.step(stop))
+                refused = self._finaliser.step(stop)
+                if self._delivery is not None:
+                    self._delivery.put_closes_aside(refused)
             self._final_trouble.over()
             return self._finaliser.wait_s()
-        except StoreError as error:
-            self._final_trouble.again(str(error))
         except Exception as error:  # it must not cost a trade
-            self._final_trouble.again(own_fault(error))
+            self._final_trouble.again(fault_words(error, self._events))
         self._finaliser.pause()
         return FINAL_PAUSE_S
 
@@ -11115,10 +11114,8 @@ class Pipeline:
             if self._delivery is None or not self._delivery.is_away:
                 wait = self._retention.step()
             self._keep_trouble.over()
-        except StoreError as error:
-            self._keep_trouble.again(str(error))
         except Exception as error:  # it must not cost a trade
-            self._keep_trouble.again(own_fault(error))
+            self._keep_trouble.again(fault_words(error, self._events))
         self._keep_due = self._clock.monotonic() + wait
         return wait
 
@@ -11142,10 +11139,6 @@ class Pipeline:
         """Try what a run needs of the store, and say for how long trades are kept. Raises StoreError."""
         return f"{self.store.check()}, {self.kept()}"
 
-    def _settle_final(self, refused: Sequence[RefusedClose]) -> None:
-        if self._delivery is not None:
-            self._delivery.put_closes_aside(refused)
-
     def backfill(
         self, codes: Iterable[str] | None, sessions: int, stop: threading.Event
     ) -> Iterator[Backfilled | int | None]:
@@ -11153,8 +11146,7 @@ class Pipeline:
 
         Without `codes` every code in `realtime`. Raises SettingsError without an API key, StoreError.
         """
-        if not self._settings.api_keys:
-            raise SettingsError([NO_KEY_HINT])
+        self.need_key()
         need_clock(self._clock.wall())
         self._plans.ask(stop)
         return self._backfill.run(self._backfill.codes() if codes is None else codes, sessions, stop)
@@ -16326,6 +16318,9 @@ class TradingSpan(NamedTuple):
     until: int
 
 
+NO_SPAN = TradingSpan("", 0, 0)
+
+
 def trading_span(code: str, t: int) -> TradingSpan:
     """Return the regular session that a trade belongs to, or follows: the hours before it are their own span.
 
@@ -18349,12 +18344,9 @@ class LiveTable:
     def _take(self, trade: StoredTrade) -> None:
         code = trade.stock_code
         self._meanwhile.append(trade)
-        before = self._quotes.get(code)
-        if before is None:
-            span = trading_span(code, trade.t)
-            before = Quote(code, "", trade._replace(t=0), span, (), None)
+        before = self._quotes.get(code) or Quote(code, "", trade._replace(t=0), NO_SPAN, (), None)
         after = with_trade(before, trade)
-        if code not in self._quotes or after.span.date != before.span.date:
+        if after.span.date != before.span.date:
             self._unread.add(code)
             self._woken.set()
         self._quotes[code] = after
@@ -18978,10 +18970,8 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
         if not status["daemon"]["running"]:
             facts = dict.fromkeys(facts)
         lines.append(("collecting", _collect_line(facts)))
-        streams: Sequence[StreamFacts] = facts["streams"] or ()
-        lines += [
-            ("stream", _stream_line(one)) for one in streams if one["why"] or one["state"] != "connected"
-        ]
+        odd = [one for one in facts["streams"] or () if one["why"] or one["state"] != "connected"]
+        lines += [("stream", _stream_line(one)) for one in odd]
     lines.append(("store", status["store"]))
     if status["spool"] is not None:
         lines.append(("spool", _spool_line(status["spool"])))
@@ -19012,7 +19002,7 @@ def _status_line(status: StatusReport) -> str:
     return line
 
 
-def _stream_line(stream: StreamFacts) -> str:
+def _stream_line(stream: Mapping[str, Any]) -> str:
     line = f"{stream['product']}: {stream['subscribed']} of {count_words(stream['codes'], 'code')}, {stream['state']}"
     if stream["why"]:
         line += f": {one_line(stream['why'], TROUBLE_SHOWN)}"
