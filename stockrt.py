@@ -3417,13 +3417,12 @@ def get_once(
     limits: Limits,
     proxies: Proxies = NO_PROXIES,
     headers: Mapping[str, str] = MappingProxyType({}),
-    most_bytes: int = MAX_ANSWER_BYTES,
 ) -> Response:
     """Ask for one thing over a connection of its own, which is cut when the time is over."""
     connection = HttpConnection(base_url, limits, proxies)
     with cut_after(limits.whole_s, connection):
         try:
-            return connection.open() or connection.get(path, headers, most_bytes)
+            return connection.open() or connection.get(path, headers)
         finally:
             connection.close()
 
@@ -7264,28 +7263,17 @@ class StreamConnection:
     `want` and `wake` are for any thread.
     """
 
-    def __init__(
-        self,
-        url: str,
-        product: str,
-        secret: str,
-        proxies: Proxies = NO_PROXIES,
-        rng: random.Random | None = None,
-        limits: Limits = DIAL_LIMITS,
-        clock: Clock = SYSTEM_CLOCK,
-    ) -> None:
+    def __init__(self, url: str, product: str, secret: str, proxies: Proxies = NO_PROXIES) -> None:
         query = urlencode({"business": product, "apikey": secret})
         self._address = f"{url}{'&' if '?' in url else '?'}{query}"
         self._product = product
         self._proxies = proxies
-        self._rng = rng or random.Random()
-        self._limits = limits
-        self._clock = clock
+        self._rng = random.Random()
         self._asks = SlidingWindow(ASKS_PER_MINUTE, 60.0)
         self._wanted: tuple[str, ...] = ()
         self._told: tuple[str, ...] | None = None  # what the protocol was told of it
         self._link: WebSocket | None = None
-        self._protocol = StreamProtocol(product, clock.monotonic(), self._rng, self._asks)
+        self._protocol = StreamProtocol(product, time.monotonic(), self._rng, self._asks)
         self._lock = threading.Lock()  # over the pipe, which is there while the link is
         self._pipe: tuple[int, int] | None = None
         self._is_woken = False
@@ -7322,12 +7310,12 @@ class StreamConnection:
         with self._lock:
             self._pipe = pipe
         try:
-            link = WebSocket(self._address, self._limits, self._proxies, headers, max_bytes=MAX_STREAM_BYTES)
+            link = WebSocket(self._address, DIAL_LIMITS, self._proxies, headers, max_bytes=MAX_STREAM_BYTES)
         except DialError as error:
             self.close()
             return refused_dial(error, self._rng)
         link.give_up_after(UNCONFIRMED_S)
-        self._protocol = StreamProtocol(self._product, self._clock.monotonic(), self._rng, self._asks)
+        self._protocol = StreamProtocol(self._product, time.monotonic(), self._rng, self._asks)
         self._link, self._told = link, None
         return None
 
@@ -7352,7 +7340,7 @@ class StreamConnection:
             if pushes.trades or pushes.events or pushes.dropped or self._is_woken:
                 self._is_woken = False
                 return pushes
-            now = self._clock.monotonic()
+            now = time.monotonic()
             if now >= until:
                 return pushes
             wait_s = min(until, self._protocol.next_tick()) - now
@@ -7369,7 +7357,7 @@ class StreamConnection:
         pushes = self._take(link)
         if pushes.is_last:
             return pushes
-        due = self._protocol.tick(self._clock.monotonic(), int(self._clock.wall() * 1000))
+        due = self._protocol.tick(time.monotonic(), int(time.time() * 1000))
         pushes.events.extend(event for event in due if not isinstance(event, SendText))
         try:
             for event in due:
@@ -7396,8 +7384,8 @@ class StreamConnection:
                     break
         except LinkLost as error:
             lost = _end_of(error, self._rng)
-        latest_ms = int(min(self._clock.wall() * 1000 + MAX_AHEAD_MS, LATEST_TRADE_MS - 1))
-        pushes = self._protocol.receive(texts, self._clock.monotonic(), latest_ms)
+        latest_ms = int(min(time.time() * 1000 + MAX_AHEAD_MS, LATEST_TRADE_MS - 1))
+        pushes = self._protocol.receive(texts, time.monotonic(), latest_ms)
         if lost and not pushes.is_last:
             pushes.events.append(lost)
         return pushes
@@ -9450,7 +9438,6 @@ class Delivery:
         unsettled: UnsettledTrades,
         closes: ClosingPrices,
         events: Events = NO_EVENTS,
-        rng: random.Random | None = None,
     ) -> None:
         self.mongo = mongo
         self.queue = queue
@@ -9459,7 +9446,7 @@ class Delivery:
         self.moved = self.rejected = 0  # what was delivered
         self._closes = closes
         self._events = events
-        self._rng = rng or random.Random()
+        self._rng = random.Random()
         self._size = DELIVERY_BATCH
         self._failed_alone = 0
         self._changed = threading.Condition()  # what waits, or the next one:
@@ -12091,21 +12078,20 @@ class Intake:
     a gap.
     """
 
-    def __init__(self, pipeline: Pipeline, coverage: Coverage, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(self, pipeline: Pipeline, coverage: Coverage) -> None:
         self.came = threading.Event()  # something did, or is to be looked at
         self.trades = self.stored = self.duplicates = self.refused = self.dropped = 0
         self.trouble = ""
         self._pipeline = pipeline
         self._coverage = coverage
-        self._clock = clock
         self._changed = threading.Condition()  # what follows:
         self._pending: deque[Parcel] = deque()
         self._waiting = 0  # trades of those
         self._written: list[Parcel] = []  # they are on their way to the store
         self._is_closing = self._is_over = False
-        self._delays = Delays(clock.monotonic())
+        self._delays = Delays(time.monotonic())
         then = "what is pushed meanwhile is missing, see stream_gaps"
-        self._trouble = LogThrottle("the stream's trades", clock, then=then)
+        self._trouble = LogThrottle("the stream's trades", then=then)
         self._thread = threading.Thread(target=self._run, name="stockrt-intake", daemon=True)
 
     def start(self) -> None:
@@ -12117,7 +12103,7 @@ class Intake:
 
         Waits while too many wait.
         """
-        arrived_ms, arrived = int(self._clock.wall() * 1000), self._clock.monotonic()
+        arrived_ms, arrived = int(time.time() * 1000), time.monotonic()
         for at in range(0, len(trades), WRITE_BATCH):
             some = trades[at : at + WRITE_BATCH]
             since = min(_moment(trade, arrived_ms) for trade in some)
@@ -12144,14 +12130,14 @@ class Intake:
     def lately(self) -> tuple[float, float, float]:
         """Return how long half and 99 of 100 trades took lately until they were durable (ms), and trades a second."""
         with self._changed:
-            now = self._clock.monotonic()
+            now = time.monotonic()
             self._delays.turn(now)
             return self._delays.within(0.5), self._delays.within(0.99), self._delays.per_second(now)
 
     def durable_ms(self) -> int:
         """Return before which moment (epoch ms) everything that came is in the store, or noted as missing."""
         with self._changed:
-            now = int(self._clock.wall() * 1000)
+            now = int(time.time() * 1000)
             return min((parcel.since - 1 for parcel in (*self._written, *self._pending)), default=now)
 
     def close(self, within_s: float) -> None:
@@ -12193,14 +12179,14 @@ class Intake:
         """Return how many seconds it has: none where more waits than there is time for."""
         if self._is_closing:
             return PUSHES_TAKEN_LAST_S if self._waiting <= 2 * WRITE_BATCH else 0.0
-        if self._waiting > CROWDED and self._clock.monotonic() - self._pending[0].arrived > CROWDED_S:
+        if self._waiting > CROWDED and time.monotonic() - self._pending[0].arrived > CROWDED_S:
             return 0.0
         return PUSHES_TAKEN_S
 
     def _await_more(self) -> None:
         """Wait until a batch is full, or its first trade has waited long enough."""
         while self._pending and self._waiting < WRITE_BATCH and not self._is_closing:
-            left = self._pending[0].arrived + PUSHES_WAIT_S - self._clock.monotonic()
+            left = self._pending[0].arrived + PUSHES_WAIT_S - time.monotonic()
             if left <= 0:
                 return
             self._changed.wait(left)
@@ -12224,7 +12210,7 @@ class Intake:
             self._coverage.stored()
             self._trouble.over()
             self.trouble = ""
-        now = self._clock.monotonic()
+        now = time.monotonic()
         with self._changed:
             for parcel in batch:
                 self._delays.add((now - parcel.arrived) * 1000, len(parcel.trades))
@@ -17539,12 +17525,12 @@ class Options:
     env_file: Path | None = None
 
 
-def terminal_size(columns: int = 80, lines: int = 24) -> tuple[int, int]:
+def terminal_size(columns: int = 80) -> tuple[int, int]:
     """Return the columns and lines of the terminal that stdout is; where it is none or does not tell, others."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found = os.get_terminal_size(sys.stdout.fileno())
-        return found.columns or columns, found.lines or lines
-    return columns, lines
+        return found.columns or columns, found.lines or 24
+    return columns, 24
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -17948,20 +17934,13 @@ class Rows:
     """
 
     def __init__(
-        self,
-        out: IO[str],
-        as_json: bool = False,
-        color: bool = False,
-        width: int = WIDEST,
-        clock: Clock = SYSTEM_CLOCK,
-        is_live: bool = False,
+        self, out: IO[str], as_json: bool, color: bool = False, width: int = WIDEST, is_live: bool = False
     ) -> None:
         self._is_live = is_live
         self._out = out
         self._as_json = as_json
         self._color = color
         self._width = width
-        self._clock = clock
         self._kept: list[Document] = []
         self._widths: list[int] = []  # of the columns, once they are printed
         self.is_gone = False  # what reads them
@@ -17989,7 +17968,7 @@ class Rows:
 
     def _table(self, fixed: Sequence[int] = ()) -> None:
         """Print what is kept; what comes first tells the columns, and their widths where those are not `fixed`."""
-        names, now = self._names(), self._clock.wall()
+        names, now = self._names(), time.time()
         rows = [[*row_cells(document, now), names.get(document["stock_code"], "")] for document in self._kept]
         self._kept = []
         if not self._widths:
