@@ -203,9 +203,7 @@ def test_a_timer_may_renew_it_under_a_web_server(run_pyz: RunPyz, state: Path, t
     assert stat.S_IMODE(page.stat().st_mode) == 0o644
     assert [one.name for one in folder.iterdir()] == ["page.html"]
     before = page.read_bytes()
-    done = run_pyz(
-        "--html", page, env={"MONGODB_HOST": "mongodb://127.0.0.1:9/?timeoutMS=300"}
-    )
+    done = run_pyz("--html", page, env={"MONGODB_HOST": "mongodb://127.0.0.1:9/?timeoutMS=300"})
     assert done.returncode == 1 and "MONGODB_HOST" in done.stderr
     assert page.read_bytes() == before
     done = run_pyz("--html", tmp_path / "nowhere" / "page.html")
