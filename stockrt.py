@@ -12618,7 +12618,8 @@ class Planner(threading.Thread):
         left = sum(map(len, rest.values()))
         if left:
             by_product = ", ".join(f"{len(codes)} {product}" for product, codes in rest.items() if codes)
-            words += f"; {count_words(left, 'code')} polled instead, more than the keys' plans allow ({by_product})"
+            why = "for which no key is of use" if self._never else "more than the keys' plans allow"
+            words += f"; {count_words(left, 'code')} polled instead, {why} ({by_product})"
         if words != self._rest_said:
             self._rest_said = words
             log.log(logging.WARNING if left else logging.INFO, "stream: %s", words)
