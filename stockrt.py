@@ -11301,7 +11301,7 @@ class WatchList:
 
     def _read_collection(self, place: str) -> list[str]:
         if self._mongo is None:
-            raise StockrtError(WATCH_NEEDS_MONGODB)
+            raise StockrtError(WATCH_NEEDS_MONGODB.removeprefix("COLLECT_CODES="))
         try:
             values = self._mongo.field(self._settings.watch_name, "code", MOST_COLLECTED + 1)
         except StoreAway as error:
@@ -11514,7 +11514,7 @@ class Poller(threading.Thread):
             self._in_time = 0
             self._stats = self._stats._replace(missed_beats=self._stats.missed_beats + missed)
             self._beat_trouble.again(
-                f"a poll took {took_s:.1f} s, longer than COLLECT_EVERY={self._every_s:g} allows"
+                f"a poll took {took_s:.1f} s, longer than one every {self._every_s:g} s allows"
             )
             return
         self._in_time += 1
@@ -11660,6 +11660,13 @@ class Part:
         self.heard = self.seen = now_ms
 
 
+# Why there is a gap, where it was no connection that was refused or lost.
+STOPPED = "stockrt was stopped"
+ENDED_WITHOUT_NOTICE = "stockrt ended without notice"
+MOVED = "moved to another connection"
+DEAF = "nothing was pushed although there were trades"
+
+
 class OpenGap:
     """A gap in memory: `missing` are those of its codes that are not subscribed again; `is_kept` as it is now."""
 
@@ -11712,7 +11719,7 @@ class Coverage:
                 self._open.append(OpenGap(gap, missing, is_kept=True))
             self._durable = now
             self._end_gaps()
-            why = "stockrt was stopped" if left.stopped else "stockrt ended without notice"
+            why = STOPPED if left.stopped else ENDED_WITHOUT_NOTICE
             since: dict[tuple[str, int], set[str]] = {}
             for product, until, codes in left.groups:
                 lost = {code for code in codes if (product, code) not in known} & {*wanted.get(product, ())}
@@ -11753,7 +11760,7 @@ class Coverage:
             part.codes = codes
             part.acked -= gone
             moved = gone & {*self._wanted.get(part.product, ())}
-            self._lose(part.product, moved, self._last_sign(part), "moved to another connection")
+            self._lose(part.product, moved, self._last_sign(part), MOVED)
             self._write_codes()
 
     def drop(self, part: Part) -> None:
@@ -11775,8 +11782,7 @@ class Coverage:
             again = part.silent & {*codes}
             part.silent -= again
             if again:
-                why = "nothing was pushed although there were trades"
-                silence = self._new(part.product, again, part.silent_since, why).gap
+                silence = self._new(part.product, again, part.silent_since, DEAF).gap
                 self._silent.append(silence._replace(until=part.heard))
             self._back |= fresh
             self._write_codes()
@@ -12266,7 +12272,7 @@ STREAM_READ_S = 600.0
 class Feed(threading.Thread):
     """One connection to the stream with its thread: dials, hands on what comes, dials again; until told to leave.
 
-    `end`: why it does so no more by itself.
+    `end`: why it does so no more by itself. `missing_since`: when its codes were lost last, or others were wanted.
     """
 
     def __init__(
@@ -12282,7 +12288,7 @@ class Feed(threading.Thread):
         self.part = coverage.add(allotment.product)
         self.state = "connecting"
         self.why = ""
-        self.since = time.monotonic()
+        self.since = self.missing_since = time.monotonic()
         self.end: StreamEnd | None = None
         self._connection = connection
         self._coverage = coverage
@@ -12296,6 +12302,7 @@ class Feed(threading.Thread):
     def want(self, allotment: Allotment) -> None:
         """Bring these codes from now on."""
         self.allotment = allotment
+        self.missing_since = time.monotonic()
         self._coverage.expect(self.part, allotment.codes)
         self._connection.want(allotment.codes)
 
@@ -12313,6 +12320,8 @@ class Feed(threading.Thread):
             self._connection.close()
             if end is None:
                 return
+            if self.part.acked:
+                self.missing_since = time.monotonic()
             self._coverage.lost(self.part, end.words)
             self.why = end.words
             if end.action in (StreamAction.NEVER, StreamAction.KEY_OUT):
@@ -12620,7 +12629,7 @@ class Planner(threading.Thread):
         now = time.monotonic()
         held = self._coverage.subscribed()
         for feed in self.feeds:
-            if feed.state != "given up" and now - feed.since < POLL_SOON_S:
+            if feed.state != "given up" and now - feed.missing_since < POLL_SOON_S:
                 held.setdefault(feed.allotment.product, set()).update(feed.allotment.codes)
         return [
             code
@@ -12632,7 +12641,9 @@ class Planner(threading.Thread):
     def _poll_instead(self) -> float:
         """Poll now and then what the stream does not bring; return after how many seconds to look again."""
         codes = self._instead()
-        self.polled = len(codes)
+        if len(codes) != self.polled:
+            self.polled = len(codes)
+            self._intake.came.set()  # it is to be told now
         wait_s = math.inf
         if codes:
             now = time.monotonic()
@@ -16901,8 +16912,6 @@ TICK_COLUMNS = 14
 VOLUME_LINES = 6
 # What a chart leaves of a terminal to its title, its notes and the next prompt, and what it needs of a low one.
 CAPTION_LINES, LEAST_LINES = 4, 14
-# What short_number returns, mostly.
-VOLUME_COLUMNS = 5
 # More columns between two candles would only tear them apart.
 WIDEST_STEP = 3
 # Without colours too what rises differs from what falls.
@@ -16920,7 +16929,8 @@ def draw_chart(chart: Chart, width: int, height: int, up: str, color: bool) -> t
 
     The chart has a candle. `up`: `red` or `green`.
     """
-    label = max(VOLUME_COLUMNS, *map(len, price_marks(chart.candles).values()))
+    volumes = [short_number(candle.volume) for candle in chart.candles]
+    label = max(map(len, [*price_marks(chart.candles).values(), *volumes]))
     chart = newest_steps(chart, max(1, width - label - 2))
     candles = chart.candles
     step = max(1, min(WIDEST_STEP, (width - label - 2) // len(chart.slots)))
@@ -16973,6 +16983,15 @@ def _column(plot: Any, place: int, span: tuple[float, float], marker: str, color
 
 # Steps of a chart on the page, and sessions of the history of closes: 50 codes stay far below 1 MB.
 PAGE_STEPS = 120
+PAGE_FORMS = (".html", ".htm", ".svg")
+STEPS_ZH = {"1m": "1 分钟", "5m": "5 分钟", "1h": "1 小时", DAILY: "日"}
+# Other reasons are in the words of whoever refused or ended a connection.
+GAP_REASONS_ZH = {
+    STOPPED: "stockrt 已停止",
+    ENDED_WITHOUT_NOTICE: "stockrt 意外退出",
+    MOVED: "转移到另一个连接",
+    DEAF: "有成交，但没有推送",
+}
 PAGE_CLOSES = 250
 # The drawing's units: all whole, so that a path is short.
 DRAWING_WIDTH = 820
@@ -17266,10 +17285,11 @@ def _gap_marks(chart: Chart, step: int, height: int) -> Iterator[str]:
 
 def _chart_caption(chart: Chart) -> str:
     span = chart_span(chart)
-    words = both(f"{chart.step} candles and volume, {span}", f"{chart.step} K 线与成交量，{span}")
+    words = both(f"{chart.step} candles and volume, {span}", f"{STEPS_ZH[chart.step]} K 线与成交量，{span}")
     for gap in chart.gaps[-GAPS_TOLD:]:
-        told = html_text(gap_words(chart.code, gap))
-        words += "<br>" + both(f"gap: {told}", f"缺口：{told}")
+        chinese = gap._replace(why=GAP_REASONS_ZH.get(gap.why, gap.why))
+        told, told_zh = (html_text(gap_words(chart.code, one)) for one in (gap, chinese))
+        words += "<br>" + both(f"gap: {told}", f"缺口：{told_zh}")
     more = len(chart.gaps) - GAPS_TOLD
     if more > 0:
         words += "<br>" + both(f"and {count_words(more, 'gap')} before them", f"此前另有 {more} 处缺口")
@@ -17487,6 +17507,8 @@ examples:
   stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   real ones: INFOWAY_API_KEY must be set
   stockrt.pyz --once --codes-file codes.txt --json           one JSON document a line on stdout
   stockrt.pyz --collect --codes TSLA.US BTCUSDT              every trade as it is made, until Ctrl-C
+  stockrt.pyz --collect --demo --codes TSLA.US               synthetic ones, each second
+  stockrt.pyz --show                                         what is stored: price, change, session of each code
   stockrt.pyz --backfill 60 --codes-file codes.txt           closes of the last 60 sessions, to begin with
   stockrt.pyz --html stocks.html                             what is stored, and charts of it, as one page
   stockrt.pyz --check                                        what is wrong, and which setting mends it
@@ -17562,6 +17584,8 @@ def _refuse_arguments(message: str) -> NoReturn:
     near = [flag for one in typed for flag in difflib.get_close_matches(one, flags, n=1)]
     if near:
         message += f"; did you mean {' '.join(near)}?"
+    elif not typed and "unrecognized arguments" in message:
+        message += "; codes stand after --codes"
     raise UsageError(f"{message}; see --help")
 
 
@@ -17617,7 +17641,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     places = "settings; default: " + ", ".join(map(str, ENV_FILE_PLACES))
     until = "as --from: before this time, or up to this date, the date included"
     charts = "with --show: candles and volume; with --html: of which step (5m)"
-    rising = "with --show: the colour of what rises, in place of the one of your locale"
+    rising = "of --show, --html and --collect: the colour of what rises, in place of the one of your locale"
     _flag(parser, "--codes", "codes, separated by blanks or commas", nargs="+", metavar="CODE")
     _flag(parser, "--codes-file", "codes from a file, '-' for standard input", metavar="FILE")
     _flag(parser, "--every", "with --collect: ask every S seconds, in place of the stream", metavar="S")
@@ -17628,7 +17652,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--closes", "with --export: the closing prices in place of the trades")
     _flag(parser, "--from", since, dest="from_", metavar="TIME")
     _flag(parser, "--to", until, metavar="TIME")
-    _flag(parser, "--sort", "with --show: the order of its lines (code)", choices=("code", "change", "asked"))
+    _flag(parser, "--sort", "with --show: order of its lines (code)", choices=("code", "change", "asked"))
     _flag(parser, "--up", rising, choices=("red", "green"))
     _flag(parser, "--retry", "with --drain: what MongoDB refused before, too")
     _flag(parser, "--discard", "with --rejects: delete them, and damaged files that were set aside")
@@ -17687,6 +17711,11 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
     if options.json and options.html is not None:
         raise UsageError("--json does not go with --html; see --help")
+    if options.html is not None and not options.html.lower().endswith(PAGE_FORMS):
+        raise UsageError(
+            f"--html {one_line(options.html, 100)}: expected the name of a file that ends with .html, or with .svg for "
+            "a picture; see --help"
+        )
     for flag, commands in GOES_WITH.items():
         if _is_given(options, flag) and not any(_is_given(options, name) for name in commands):
             names = [f"--{name.strip('_').replace('_', '-')}" for name in (*commands, flag)]
@@ -18459,6 +18488,8 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
     with Pipeline(settings, ticks, options.demo) as pipeline:
         if isinstance(rows, Rows):
             rows.directory = pipeline.directory
+        if options.codes or options.codes_file:
+            _need_one_code(resolve(settings.collect_codes.split(), pipeline.directory, stop))
         collecting = Collecting(pipeline, settings, ticks)
         collecting.start()
         if isinstance(rows, LiveTable):
@@ -18482,6 +18513,13 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
         say("not all rows were read")
         os._exit(EXIT_INTERRUPTED)
     return EXIT_INTERRUPTED
+
+
+def _need_one_code(found: Resolved) -> None:
+    """Raise StockrtError where no typed code can be collected: waiting would not change that."""
+    if not found.instruments:
+        words = "; ".join(f"{code}: {why}" for code, why in islice(found.refused.items(), NAMES_SHOWN))
+        raise StockrtError(f"nothing to collect: {words}; see --symbols")
 
 
 def _plain_codes(text: str) -> list[str]:
@@ -18614,7 +18652,7 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
             store = _check_store(store_name(settings), pipeline)
         words = store.words.replace(str(looked_at.state_directory), str(settings.state_directory))
         yield store._replace(words=words)
-        if pipeline is not None and settings.collects:
+        if pipeline is not None and settings.collect_codes:
             yield from _check_collecting(settings, pipeline)
     if settings.metrics_file:
         place = settings.metrics_file.parent
@@ -18833,7 +18871,7 @@ def gather_status(settings: Settings) -> StatusReport:
 
 def _how_to_start(settings: Settings) -> str:
     if not settings.platform_url() and not settings.collects:
-        return "nothing for --once; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"
+        return "nothing for commands by hand; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"
     return f"start it: sudo systemctl start {UNIT.removesuffix('.service')}, or stockrt.pyz without a command"
 
 
@@ -18987,7 +19025,7 @@ def _stream_line(stream: Mapping[str, Any]) -> str:
 
 
 def _unregistered(settings: Settings) -> str:
-    if settings.collects and not settings.platform_url():
+    if not settings.platform_url():
         return "none: no platform is set"
     return "none: run --register"
 
@@ -19261,7 +19299,8 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
         charts = read_charts(reader, codes, last, step, span, now, width)
         names = reader.names(codes, not is_chinese(environ))
     up, color = color_of_rise(environ, options.up), settings.color and sys.stdout.isatty()
-    for code, chart in charts.items():
+    order = codes if options.sort == "asked" else sorted(charts)
+    for code, chart in [(code, charts[code]) for code in order if code in charts]:
         if not chart.candles:
             missing.append(what_is_there(chart, last.get(code)))
         elif options.json:
@@ -19288,10 +19327,11 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
         closes = reader.closes(last, *dates_of(Span(until=span.until), now))
     page = Page(found, names, charts, closes, now, store, is_chinese(environ), up, options.up is not None)
     path = Path(cast(str, options.html))
-    text = draw_picture(_only_chart(charts.values()), up) if path.suffix == ".svg" else draw_page(page)
+    is_picture = path.suffix.lower() == ".svg"
+    text = draw_picture(_only_chart(charts.values()), up) if is_picture else draw_page(page)
     # a web server is another user
     write_whole(path, text, mode=0o644, setting="--html")
-    for words in missing:
+    for words in (*missing, *(_what_lacks(found, options.demo) if not found else ())):
         say(words)
     say(f"{path}: {count_words(len(found), 'code')}, {len(text.encode()) / 1000:.0f} kB")
     return EXIT_FAILED if missing or not found else EXIT_OK
@@ -19300,9 +19340,11 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
 def _only_chart(charts: Iterable[Chart]) -> Chart:
     """Return the one chart that a picture has room for. Raises UsageError."""
     found = [chart for chart in charts if chart.candles]
-    if len(found) != 1:
+    if not found:
+        raise StockrtError("--html FILE.svg: there is no candle to draw; --show says what is stored")
+    if len(found) > 1:
         raise UsageError(
-            f"--html FILE.svg: a picture is of one code, and here are candles of {len(found)}; see --show"
+            f"--html FILE.svg: a picture is of one code, and here are candles of {len(found)}: name one with --codes"
         )
     return found[0]
 
@@ -19363,7 +19405,10 @@ def codes_meant(
         of_it = [one for one in ones if one in there]
         found += of_it[:1]
         if not of_it:
-            missing.append(f"{one_line(code, 40)}: nothing of it is stored")
+            words = f"{one_line(code, 40)}: nothing of it is stored"
+            if not code.isascii():
+                words += f"; where that is a name, --symbols {one_line(code, 40)} brings its code"
+            missing.append(words)
     return list(dict.fromkeys(found)), missing
 
 
