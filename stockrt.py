@@ -16323,9 +16323,7 @@ def trading_span(code: str, t: int) -> TradingSpan:
     Where the session is not known, or rests, it is the exchange's day, else that of UTC.
     """
     market = market_of(code)
-    session = NO_SESSION
-    if market is not None:
-        session = session_of(market, t)
+    session = NO_SESSION if market is None else session_of(market, t)
     if session is NO_SESSION:
         start = t - t % DAY_MS
         return TradingSpan(date_at(t), start, start + DAY_MS)
@@ -19267,12 +19265,18 @@ def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -
             show(json.dumps(one.document(now), ensure_ascii=False))
     elif found:
         show("\n".join(quote_table(settings, environ, options.up).lines(found, now)))
+    status = _end_view(missing, found)
+    if found and not options.demo and all(one.reference is None for one in found):
+        say("no final close is stored that a change could be told against: --backfill 5 brings some")
+    return status
+
+
+def _end_view(missing: Sequence[str], found: Collection[object]) -> int:
+    """Say what is not there to be shown, and return the exit status."""
     for words in missing:
         say(words)
     if not found:
         say("no trade is stored yet: see --once, or --show --demo for those of --once --demo")
-    elif not options.demo and all(one.reference is None for one in found):
-        say("no final close is stored that a change could be told against: --backfill 5 brings some")
     return EXIT_FAILED if missing or not found else EXIT_OK
 
 
@@ -19331,10 +19335,9 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
     text = draw_picture(_only_chart(charts.values()), up) if is_picture else draw_page(page)
     # a web server is another user
     write_whole(path, text, mode=0o644, setting="--html")
-    for words in (*missing, *(_what_lacks(found, options.demo) if not found else ())):
-        say(words)
+    status = _end_view(missing, found)
     say(f"{path}: {count_words(len(found), 'code')}, {len(text.encode()) / 1000:.0f} kB")
-    return EXIT_FAILED if missing or not found else EXIT_OK
+    return status
 
 
 def _only_chart(charts: Iterable[Chart]) -> Chart:
