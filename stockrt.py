@@ -759,6 +759,8 @@ ENV_FILE_PLACES = (
 )
 # Names with these beginnings are ours: an unknown one in the file is a misspelling worth a warning.
 OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_", "COLLECT_")
+# And so is one that begins with the same letter as one of ours and is so like it (difflib's ratio).
+NEAR_NAME = 0.9
 # What COLLECT_CODES says for the codes of the collection MONGODB_WATCH_COLLECTION_NAME.
 WATCH = "watch"
 # Of these one may be set: how the daemon collects by itself.
@@ -1610,7 +1612,7 @@ def load_settings(
     else:
         origins, files, warnings = _service_origins(environ, unit, places)
     for path in files:
-        warnings += [_misspelled(name, str(path)) for name in origins[str(path)] if _is_unknown(name)]
+        warnings += [_misspelled(name, str(path)) for name in origins[str(path)] if _is_meant(name)]
     if is_service(environ):
         warnings += [_misspelled(name, "environment") for name in environ if _is_unknown(name)]
     warnings += [warning for path in files for warning in inline_comments(path)]
@@ -1833,6 +1835,16 @@ def env_line(name: str, value: str) -> str:
 
 def _is_unknown(name: str) -> bool:
     return name.startswith(OUR_PREFIXES) and name not in _known_names()
+
+
+def _is_meant(name: str) -> bool:
+    """Return whether a name in a settings file is a setting of ours with a slip in it."""
+    import difflib
+
+    if name in _known_names() or _is_unknown(name):
+        return _is_unknown(name)
+    alike = [known for known in _known_names() if known[0] == name[0]]
+    return bool(difflib.get_close_matches(name, alike, 1, NEAR_NAME))
 
 
 def _known_names() -> list[str]:
