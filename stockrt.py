@@ -17624,11 +17624,13 @@ def _refuse_arguments(message: str) -> NoReturn:
     import difflib
 
     flags = ["--help", *(f"--{name.replace('_', '-')}" for name in vars(Options) if not name.startswith("_"))]
-    typed = re.findall(r"[-–—]+\w[\w-]*", message.partition("unrecognized arguments: ")[2])
+    unknown = message.partition("unrecognized arguments: ")[2]
+    typed = re.findall(r"[-–—]+\w[\w-]*", unknown)
     near = [flag for one in typed for flag in difflib.get_close_matches(one, flags, n=1)]
+    near += [f"--{word}" for word in unknown.split() if f"--{word}" in flags]
     if near:
         message += f"; did you mean {' '.join(near)}?"
-    elif not typed and "unrecognized arguments" in message:
+    elif unknown and not typed:
         message += "; codes stand after --codes"
     raise UsageError(f"{message}; see --help")
 
@@ -17715,14 +17717,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 # Which commands, or what else, each flag goes with.
 GOES_WITH = {
     "json": ("once", "collect", "show", "export", "check", "status", "executions", "rejects", "symbols"),
-    "codes": ("once", "collect", "backfill", "show", "export"),
-    "codes_file": ("once", "collect", "backfill", "show", "export"),
-    "demo": ("once", "collect", "show", "export"),
+    "codes": ("once", "collect", "backfill", "show", "html", "export"),
+    "codes_file": ("once", "collect", "backfill", "show", "html", "export"),
+    "demo": ("once", "collect", "show", "html", "export"),
     "every": ("collect",),
-    "sort": ("show", "collect"),
-    "up": ("show", "collect"),
+    "sort": ("show", "html", "collect"),
+    "up": ("show", "html", "collect"),
     "closes": ("export",),
-    "chart": ("show",),
+    "chart": ("show", "html"),
     "from_": ("export", "chart", "html"),
     "to": ("export", "chart", "html"),
     "retry": ("drain",),
