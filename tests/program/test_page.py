@@ -71,6 +71,12 @@ def fill(state: Path) -> None:
 
 
 @pytest.fixture
+def run_pyz(run_forked: RunPyz) -> RunPyz:
+    """What is tested here is not how the program starts."""
+    return run_forked
+
+
+@pytest.fixture
 def state(tmp_path: Path) -> Path:
     """A state directory with that store."""
     fill(tmp_path / "state")
@@ -197,9 +203,7 @@ def test_a_timer_may_renew_it_under_a_web_server(run_pyz: RunPyz, state: Path, t
     assert stat.S_IMODE(page.stat().st_mode) == 0o644
     assert [one.name for one in folder.iterdir()] == ["page.html"]
     before = page.read_bytes()
-    done = run_pyz(
-        "--html", page, env={"MONGODB_HOST": "mongodb://127.0.0.1:9/?serverSelectionTimeoutMS=200"}
-    )
+    done = run_pyz("--html", page, env={"MONGODB_HOST": "mongodb://127.0.0.1:9/?timeoutMS=300"})
     assert done.returncode == 1 and "MONGODB_HOST" in done.stderr
     assert page.read_bytes() == before
     done = run_pyz("--html", tmp_path / "nowhere" / "page.html")
@@ -236,11 +240,13 @@ def test_a_picture_is_of_one_code(run_pyz: RunPyz, state: Path, tmp_path: Path) 
 def test_the_readmes_picture_is_what_its_command_draws(run_pyz: RunPyz, tmp_path: Path) -> None:
     """Of a session of --demo, one trade a minute, as it is stored by running that long."""
     (tmp_path / "state").mkdir()
+    trades: list[Trade] = []
+    for minute in range(390):
+        demo = DemoApi(FakeClock(OPEN / 1000 + 60.0 * minute))
+        for outcome in filter(None, demo.fetch([Batch("stock", "TSLA.US")], threading.Event())):
+            trades += outcome.trades
     with open_store_file(tmp_path / "state") as file:
-        for minute in range(390):
-            demo = DemoApi(FakeClock(OPEN / 1000 + 60.0 * minute))
-            for outcome in filter(None, demo.fetch([Batch("stock", "TSLA.US")], threading.Event())):
-                SqliteStore(file).write([to_document(one, CREATED, demo=True) for one in outcome.trades])
+        SqliteStore(file).write([to_document(one, CREATED, demo=True) for one in trades])
     command = "./stockrt.pyz --html demo.svg --demo --codes TSLA.US"
     assert README.read_text("utf-8").count(f"{command}\n") == 2
     done = run_pyz(*command.split()[1:])

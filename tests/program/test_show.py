@@ -24,6 +24,12 @@ from stockrt import SqliteStore, Trade, open_store_file, to_document, utc_now
 
 
 @pytest.fixture
+def run_pyz(run_forked: RunPyz) -> RunPyz:
+    """What is tested here is not how the program starts."""
+    return run_forked
+
+
+@pytest.fixture
 def put(tmp_path: Path) -> Callable[..., None]:
     """Store trades of these codes, some seconds old, in the state directory that `run_pyz` gives the program."""
 
@@ -94,7 +100,7 @@ def test_an_empty_store_says_so_and_looking_leaves_nothing_behind(run_pyz: RunPy
 
 
 def test_a_mongodb_that_is_away_is_a_sentence(run_pyz: RunPyz) -> None:
-    done = run_pyz("--show", env={"MONGODB_HOST": "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=200"})
+    done = run_pyz("--show", env={"MONGODB_HOST": "mongodb://127.0.0.1:1/?timeoutMS=300"})
     assert done.returncode == 1
     assert "stockrt: MongoDB at mongodb://127.0.0.1:1" in done.stderr
     assert "Traceback" not in done.stderr
