@@ -759,6 +759,8 @@ ENV_FILE_PLACES = (
 )
 # Names with these beginnings are ours: an unknown one in the file is a misspelling worth a warning.
 OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_", "COLLECT_")
+# And so is one that begins with the same letter as one of ours and is so like it (difflib's ratio).
+NEAR_NAME = 0.9
 # What COLLECT_CODES says for the codes of the collection MONGODB_WATCH_COLLECTION_NAME.
 WATCH = "watch"
 # Of these one may be set: how the daemon collects by itself.
@@ -1610,7 +1612,7 @@ def load_settings(
     else:
         origins, files, warnings = _service_origins(environ, unit, places)
     for path in files:
-        warnings += [_misspelled(name, str(path)) for name in origins[str(path)] if _is_unknown(name)]
+        warnings += [_misspelled(name, str(path)) for name in origins[str(path)] if _is_meant(name)]
     if is_service(environ):
         warnings += [_misspelled(name, "environment") for name in environ if _is_unknown(name)]
     warnings += [warning for path in files for warning in inline_comments(path)]
@@ -1833,6 +1835,16 @@ def env_line(name: str, value: str) -> str:
 
 def _is_unknown(name: str) -> bool:
     return name.startswith(OUR_PREFIXES) and name not in _known_names()
+
+
+def _is_meant(name: str) -> bool:
+    """Return whether a name in a settings file is a setting of ours with a slip in it."""
+    import difflib
+
+    if name in _known_names() or _is_unknown(name):
+        return _is_unknown(name)
+    alike = [known for known in _known_names() if known[0] == name[0]]
+    return bool(difflib.get_close_matches(name, alike, 1, NEAR_NAME))
 
 
 def _known_names() -> list[str]:
@@ -17580,11 +17592,13 @@ def _refuse_arguments(message: str) -> NoReturn:
     import difflib
 
     flags = ["--help", *(f"--{name.replace('_', '-')}" for name in vars(Options) if not name.startswith("_"))]
-    typed = re.findall(r"[-–—]+\w[\w-]*", message.partition("unrecognized arguments: ")[2])
+    unknown = message.partition("unrecognized arguments: ")[2]
+    typed = re.findall(r"[-–—]+\w[\w-]*", unknown)
     near = [flag for one in typed for flag in difflib.get_close_matches(one, flags, n=1)]
+    near += [f"--{word}" for word in unknown.split() if f"--{word}" in flags]
     if near:
         message += f"; did you mean {' '.join(near)}?"
-    elif not typed and "unrecognized arguments" in message:
+    elif unknown and not typed:
         message += "; codes stand after --codes"
     raise UsageError(f"{message}; see --help")
 
@@ -17671,14 +17685,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 # Which commands, or what else, each flag goes with.
 GOES_WITH = {
     "json": ("once", "collect", "show", "export", "check", "status", "executions", "rejects", "symbols"),
-    "codes": ("once", "collect", "backfill", "show", "export"),
-    "codes_file": ("once", "collect", "backfill", "show", "export"),
-    "demo": ("once", "collect", "show", "export"),
+    "codes": ("once", "collect", "backfill", "show", "html", "export"),
+    "codes_file": ("once", "collect", "backfill", "show", "html", "export"),
+    "demo": ("once", "collect", "show", "html", "export"),
     "every": ("collect",),
-    "sort": ("show", "collect"),
-    "up": ("show", "collect"),
+    "sort": ("show", "html", "collect"),
+    "up": ("show", "html", "collect"),
     "closes": ("export",),
-    "chart": ("show",),
+    "chart": ("show", "html"),
     "from_": ("export", "chart", "html"),
     "to": ("export", "chart", "html"),
     "retry": ("drain",),
