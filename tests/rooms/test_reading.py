@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pymongo
 import pytest
+from bson.decimal128 import Decimal128
 from kit.trades import CREATED, settings_of
 
 import stockrt
@@ -254,6 +255,68 @@ def test_what_another_program_has_put_into_mongodb_is_passed_over(
         (candle,) = reader.candles([MAOTAI], TEN, TEN + 9 * MINUTE, 9 * MINUTE)[MAOTAI]
         assert (candle.close, candle.trades) == ("10", 1)
         assert reader.last([MAOTAI])[MAOTAI].p == "10"
+
+
+def _nearly_a_trade(minutes: int, **other: object) -> Document:
+    """Return a document that differs from a trade of ours in some fields; None: it has no such field."""
+    document = to_document(trade(MAOTAI, minutes, "10"), CREATED) | other
+    return {name: value for name, value in document.items() if value is not None}
+
+
+HOSTILE = "\x1b[31mE\u202e<script>\n"
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"_id": "settings", "s": None, "t": None, "p": None, "stock_code": None},
+        {"p": "abc"},
+        {"p": "NaN"},
+        {"p": float("inf")},
+        {"p": Decimal128("1e400")},
+        {"p": Decimal128("NaN")},
+        {"v": "many"},
+        {"v": float("nan")},
+        {"t": str(TEN + MINUTE)},
+        {"td": "buy"},
+        {"_id": f"{MAOTAI}|{TEN}000|10|100|1", "t": TEN * 1000},
+        {"_id": f"{HOSTILE}|{TEN + MINUTE}|10|100|1", "s": HOSTILE, "stock_code": HOSTILE},
+        {"stock_code": TENCENT},
+    ],
+    ids=repr,
+)
+def test_what_nearly_is_a_trade_is_in_no_view(
+    mongo_db: tuple[str, str], tmp_path: Path, others: Document
+) -> None:
+    uri, name = mongo_db
+    environ = {"STATE_DIRECTORY": str(tmp_path), "MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
+    with contextlib.closing(MongoStore(settings_of(environ))) as store:
+        store.write([to_document(trade(MAOTAI, 0, "10"), CREATED)])
+        store.collection().insert_one(_nearly_a_trade(1, **others))
+    with Pipeline.open_reader(settings_of(environ)) as reader:
+        assert [one.t for page in reader.trades(None, 0, NEVER) for one in page] == [TEN]
+        (candle,) = reader.candles([MAOTAI], TEN, TEN + 9 * MINUTE, 9 * MINUTE)[MAOTAI]
+        assert (candle.high, candle.low, candle.close, candle.volume) == ("10", "10", "10", "100")
+        (quote,) = stockrt.quotes(reader, reader.newest_codes(9))
+    assert (quote.code, quote.trade.t) == (MAOTAI, TEN)
+
+
+def test_what_another_program_has_put_among_the_gaps_is_passed_over(
+    mongo_db: tuple[str, str], tmp_path: Path
+) -> None:
+    uri, name = mongo_db
+    environ = {"STATE_DIRECTORY": str(tmp_path), "MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
+    gap: Document = {"product": "stock", "codes": [MAOTAI], "from": TEN, "to": None, "why": "lost"}
+    others: list[Document] = [
+        {"from": TEN},
+        gap | {"codes": None},
+        gap | {"to": "later"},
+        {"codes": [MAOTAI]},
+    ]
+    with contextlib.closing(MongoStore(settings_of(environ))) as store:
+        store.collection("stream_gaps").insert_many([dict(one) for one in (*others, gap)])
+    with Pipeline.open_reader(settings_of(environ)) as reader:
+        assert [found.why for found in reader.gaps([MAOTAI], 0, NEVER)] == ["lost"]
 
 
 def test_reading_makes_no_collection_and_writes_nothing(mongo_db: tuple[str, str], tmp_path: Path) -> None:
