@@ -3424,13 +3424,12 @@ def get_once(
     limits: Limits,
     proxies: Proxies = NO_PROXIES,
     headers: Mapping[str, str] = MappingProxyType({}),
-    most_bytes: int = MAX_ANSWER_BYTES,
 ) -> Response:
     """Ask for one thing over a connection of its own, which is cut when the time is over."""
     connection = HttpConnection(base_url, limits, proxies)
     with cut_after(limits.whole_s, connection):
         try:
-            return connection.open() or connection.get(path, headers, most_bytes)
+            return connection.open() or connection.get(path, headers)
         finally:
             connection.close()
 
@@ -6944,6 +6943,11 @@ class Pushes(NamedTuple):
     dropped: int = 0
     why: str = ""
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the connection is over."""
+        return any(isinstance(event, StreamEnd) for event in self.events)
+
 
 class _Standing(Enum):
     """How it stands with a code that was asked for."""
@@ -7270,28 +7274,17 @@ class StreamConnection:
     `want` and `wake` are for any thread.
     """
 
-    def __init__(
-        self,
-        url: str,
-        product: str,
-        secret: str,
-        proxies: Proxies = NO_PROXIES,
-        rng: random.Random | None = None,
-        limits: Limits = DIAL_LIMITS,
-        clock: Clock = SYSTEM_CLOCK,
-    ) -> None:
+    def __init__(self, url: str, product: str, secret: str, proxies: Proxies = NO_PROXIES) -> None:
         query = urlencode({"business": product, "apikey": secret})
         self._address = f"{url}{'&' if '?' in url else '?'}{query}"
         self._product = product
         self._proxies = proxies
-        self._rng = rng or random.Random()
-        self._limits = limits
-        self._clock = clock
+        self._rng = random.Random()
         self._asks = SlidingWindow(ASKS_PER_MINUTE, 60.0)
         self._wanted: tuple[str, ...] = ()
         self._told: tuple[str, ...] | None = None  # what the protocol was told of it
         self._link: WebSocket | None = None
-        self._protocol = StreamProtocol(product, clock.monotonic(), self._rng, self._asks)
+        self._protocol = StreamProtocol(product, time.monotonic(), self._rng, self._asks)
         self._lock = threading.Lock()  # over the pipe, which is there while the link is
         self._pipe: tuple[int, int] | None = None
         self._is_woken = False
@@ -7328,12 +7321,12 @@ class StreamConnection:
         with self._lock:
             self._pipe = pipe
         try:
-            link = WebSocket(self._address, self._limits, self._proxies, headers, max_bytes=MAX_STREAM_BYTES)
+            link = WebSocket(self._address, DIAL_LIMITS, self._proxies, headers, max_bytes=MAX_STREAM_BYTES)
         except DialError as error:
             self.close()
             return refused_dial(error, self._rng)
         link.give_up_after(UNCONFIRMED_S)
-        self._protocol = StreamProtocol(self._product, self._clock.monotonic(), self._rng, self._asks)
+        self._protocol = StreamProtocol(self._product, time.monotonic(), self._rng, self._asks)
         self._link, self._told = link, None
         return None
 
@@ -7358,7 +7351,7 @@ class StreamConnection:
             if pushes.trades or pushes.events or pushes.dropped or self._is_woken:
                 self._is_woken = False
                 return pushes
-            now = self._clock.monotonic()
+            now = time.monotonic()
             if now >= until:
                 return pushes
             wait_s = min(until, self._protocol.next_tick()) - now
@@ -7372,31 +7365,25 @@ class StreamConnection:
         if self._told != self._wanted:
             self._told = self._wanted
             self._protocol.want(self._told)
-        pushes, lost = self._take(link)
-        events = pushes.events
-        if not lost and not any(isinstance(event, StreamEnd) for event in events):
-            now, wall_ms = self._clock.monotonic(), int(self._clock.wall() * 1000)
-            due = self._protocol.tick(now, wall_ms)
-            events += [event for event in due if not isinstance(event, SendText)]
-            try:
-                for event in due:
-                    if isinstance(event, SendText):
-                        link.send_text(event.text)
-            except LinkLost as error:
-                last, lost = self._take(link)  # what came before counts, and may say why
-                lost = lost or _end_of(error, self._rng)
-                pushes = Pushes(
-                    pushes.trades + last.trades,
-                    events + last.events,
-                    pushes.dropped + last.dropped,
-                    pushes.why or last.why,
-                )
-        if lost and not any(isinstance(event, StreamEnd) for event in pushes.events):
-            pushes.events.append(lost)
+        pushes = self._take(link)
+        if pushes.is_last:
+            return pushes
+        due = self._protocol.tick(time.monotonic(), int(time.time() * 1000))
+        pushes.events.extend(event for event in due if not isinstance(event, SendText))
+        try:
+            for event in due:
+                if isinstance(event, SendText):
+                    link.send_text(event.text)
+        except LinkLost as error:
+            last = self._take(link)  # what came before counts, and may say why
+            if not (pushes.is_last or last.is_last):
+                last.events.append(_end_of(error, self._rng))
+            trades, events = pushes.trades + last.trades, pushes.events + last.events
+            return Pushes(trades, events, pushes.dropped + last.dropped, pushes.why or last.why)
         return pushes
 
-    def _take(self, link: WebSocket) -> tuple[Pushes, StreamEnd | None]:
-        """Return what has come, and the end of the connection behind it, if that has come, too."""
+    def _take(self, link: WebSocket) -> Pushes:
+        """Return what has come; the end of the connection is the last event."""
         texts: list[str] = []
         lost: StreamEnd | None = None
         try:
@@ -7408,8 +7395,11 @@ class StreamConnection:
                     break
         except LinkLost as error:
             lost = _end_of(error, self._rng)
-        latest_ms = int(min(self._clock.wall() * 1000 + MAX_AHEAD_MS, LATEST_TRADE_MS - 1))
-        return self._protocol.receive(texts, self._clock.monotonic(), latest_ms), lost
+        latest_ms = int(min(time.time() * 1000 + MAX_AHEAD_MS, LATEST_TRADE_MS - 1))
+        pushes = self._protocol.receive(texts, time.monotonic(), latest_ms)
+        if lost and not pushes.is_last:
+            pushes.events.append(lost)
+        return pushes
 
 
 # ======================================================================================================
@@ -9462,7 +9452,6 @@ class Delivery:
         unsettled: UnsettledTrades,
         closes: ClosingPrices,
         events: Events = NO_EVENTS,
-        rng: random.Random | None = None,
     ) -> None:
         self.mongo = mongo
         self.queue = queue
@@ -9471,7 +9460,7 @@ class Delivery:
         self.moved = self.rejected = 0  # what was delivered
         self._closes = closes
         self._events = events
-        self._rng = rng or random.Random()
+        self._rng = random.Random()
         self._size = DELIVERY_BATCH
         self._failed_alone = 0
         self._changed = threading.Condition()  # what waits, or the next one:
@@ -11099,8 +11088,7 @@ class Pipeline:
 
         Raises SettingsError without an API key, StoreError when the local file fails.
         """
-        if not self._settings.api_keys:
-            raise SettingsError([NO_KEY_HINT])
+        self.need_key()
         self._plans.ask(stop)
         why = self.directory.refresh(SYMBOL_TYPES, stop)
         return self.directory.search(text), why
@@ -11128,13 +11116,13 @@ class Pipeline:
             if self._delivery is not None and self._delivery.is_away:
                 self._finaliser.pause()
             else:
-                self._settle_final(self._finaliser.step(stop))
+                refused = self._finaliser.step(stop)
+                if self._delivery is not None:
+                    self._delivery.put_closes_aside(refused)
             self._final_trouble.over()
             return self._finaliser.wait_s()
-        except StoreError as error:
-            self._final_trouble.again(str(error))
         except Exception as error:  # it must not cost a trade
-            self._final_trouble.again(own_fault(error))
+            self._final_trouble.again(fault_words(error, self._events))
         self._finaliser.pause()
         return FINAL_PAUSE_S
 
@@ -11159,10 +11147,8 @@ class Pipeline:
             if self._delivery is None or not self._delivery.is_away:
                 wait = self._retention.step()
             self._keep_trouble.over()
-        except StoreError as error:
-            self._keep_trouble.again(str(error))
         except Exception as error:  # it must not cost a trade
-            self._keep_trouble.again(own_fault(error))
+            self._keep_trouble.again(fault_words(error, self._events))
         self._keep_due = self._clock.monotonic() + wait
         return wait
 
@@ -11186,10 +11172,6 @@ class Pipeline:
         """Try what a run needs of the store, and say for how long trades are kept. Raises StoreError."""
         return f"{self.store.check()}, {self.kept()}"
 
-    def _settle_final(self, refused: Sequence[RefusedClose]) -> None:
-        if self._delivery is not None:
-            self._delivery.put_closes_aside(refused)
-
     def backfill(
         self, codes: Iterable[str] | None, sessions: int, stop: threading.Event
     ) -> Iterator[Backfilled | int | None]:
@@ -11197,8 +11179,7 @@ class Pipeline:
 
         Without `codes` every code in `realtime`. Raises SettingsError without an API key, StoreError.
         """
-        if not self._settings.api_keys:
-            raise SettingsError([NO_KEY_HINT])
+        self.need_key()
         need_clock(self._clock.wall())
         self._plans.ask(stop)
         return self._backfill.run(self._backfill.codes() if codes is None else codes, sessions, stop)
@@ -11366,7 +11347,7 @@ class WatchList:
 
     def _read_collection(self, place: str) -> list[str]:
         if self._mongo is None:
-            raise StockrtError(WATCH_NEEDS_MONGODB)
+            raise StockrtError(WATCH_NEEDS_MONGODB.removeprefix("COLLECT_CODES="))
         try:
             values = self._mongo.field(self._settings.watch_name, "code", MOST_COLLECTED + 1)
         except StoreAway as error:
@@ -11579,7 +11560,7 @@ class Poller(threading.Thread):
             self._in_time = 0
             self._stats = self._stats._replace(missed_beats=self._stats.missed_beats + missed)
             self._beat_trouble.again(
-                f"a poll took {took_s:.1f} s, longer than COLLECT_EVERY={self._every_s:g} allows"
+                f"a poll took {took_s:.1f} s, longer than one every {self._every_s:g} s allows"
             )
             return
         self._in_time += 1
@@ -11725,6 +11706,13 @@ class Part:
         self.heard = self.seen = now_ms
 
 
+# Why there is a gap, where it was no connection that was refused or lost.
+STOPPED = "stockrt was stopped"
+ENDED_WITHOUT_NOTICE = "stockrt ended without notice"
+MOVED = "moved to another connection"
+DEAF = "nothing was pushed although there were trades"
+
+
 class OpenGap:
     """A gap in memory: `missing` are those of its codes that are not subscribed again; `is_kept` as it is now."""
 
@@ -11777,7 +11765,7 @@ class Coverage:
                 self._open.append(OpenGap(gap, missing, is_kept=True))
             self._durable = now
             self._end_gaps()
-            why = "stockrt was stopped" if left.stopped else "stockrt ended without notice"
+            why = STOPPED if left.stopped else ENDED_WITHOUT_NOTICE
             since: dict[tuple[str, int], set[str]] = {}
             for product, until, codes in left.groups:
                 lost = {code for code in codes if (product, code) not in known} & {*wanted.get(product, ())}
@@ -11818,7 +11806,7 @@ class Coverage:
             part.codes = codes
             part.acked -= gone
             moved = gone & {*self._wanted.get(part.product, ())}
-            self._lose(part.product, moved, self._last_sign(part), "moved to another connection")
+            self._lose(part.product, moved, self._last_sign(part), MOVED)
             self._write_codes()
 
     def drop(self, part: Part) -> None:
@@ -11840,8 +11828,7 @@ class Coverage:
             again = part.silent & {*codes}
             part.silent -= again
             if again:
-                why = "nothing was pushed although there were trades"
-                silence = self._new(part.product, again, part.silent_since, why).gap
+                silence = self._new(part.product, again, part.silent_since, DEAF).gap
                 self._silent.append(silence._replace(until=part.heard))
             self._back |= fresh
             self._write_codes()
@@ -12143,21 +12130,20 @@ class Intake:
     a gap.
     """
 
-    def __init__(self, pipeline: Pipeline, coverage: Coverage, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(self, pipeline: Pipeline, coverage: Coverage) -> None:
         self.came = threading.Event()  # something did, or is to be looked at
         self.trades = self.stored = self.duplicates = self.refused = self.dropped = 0
         self.trouble = ""
         self._pipeline = pipeline
         self._coverage = coverage
-        self._clock = clock
         self._changed = threading.Condition()  # what follows:
         self._pending: deque[Parcel] = deque()
         self._waiting = 0  # trades of those
         self._written: list[Parcel] = []  # they are on their way to the store
         self._is_closing = self._is_over = False
-        self._delays = Delays(clock.monotonic())
+        self._delays = Delays(time.monotonic())
         then = "what is pushed meanwhile is missing, see stream_gaps"
-        self._trouble = LogThrottle("the stream's trades", clock, then=then)
+        self._trouble = LogThrottle("the stream's trades", then=then)
         self._thread = threading.Thread(target=self._run, name="stockrt-intake", daemon=True)
 
     def start(self) -> None:
@@ -12169,7 +12155,7 @@ class Intake:
 
         Waits while too many wait.
         """
-        arrived_ms, arrived = int(self._clock.wall() * 1000), self._clock.monotonic()
+        arrived_ms, arrived = int(time.time() * 1000), time.monotonic()
         for at in range(0, len(trades), WRITE_BATCH):
             some = trades[at : at + WRITE_BATCH]
             since = min(_moment(trade, arrived_ms) for trade in some)
@@ -12196,14 +12182,14 @@ class Intake:
     def lately(self) -> tuple[float, float, float]:
         """Return how long half and 99 of 100 trades took lately until they were durable (ms), and trades a second."""
         with self._changed:
-            now = self._clock.monotonic()
+            now = time.monotonic()
             self._delays.turn(now)
             return self._delays.within(0.5), self._delays.within(0.99), self._delays.per_second(now)
 
     def durable_ms(self) -> int:
         """Return before which moment (epoch ms) everything that came is in the store, or noted as missing."""
         with self._changed:
-            now = int(self._clock.wall() * 1000)
+            now = int(time.time() * 1000)
             return min((parcel.since - 1 for parcel in (*self._written, *self._pending)), default=now)
 
     def close(self, within_s: float) -> None:
@@ -12245,14 +12231,14 @@ class Intake:
         """Return how many seconds it has: none where more waits than there is time for."""
         if self._is_closing:
             return PUSHES_TAKEN_LAST_S if self._waiting <= 2 * WRITE_BATCH else 0.0
-        if self._waiting > CROWDED and self._clock.monotonic() - self._pending[0].arrived > CROWDED_S:
+        if self._waiting > CROWDED and time.monotonic() - self._pending[0].arrived > CROWDED_S:
             return 0.0
         return PUSHES_TAKEN_S
 
     def _await_more(self) -> None:
         """Wait until a batch is full, or its first trade has waited long enough."""
         while self._pending and self._waiting < WRITE_BATCH and not self._is_closing:
-            left = self._pending[0].arrived + PUSHES_WAIT_S - self._clock.monotonic()
+            left = self._pending[0].arrived + PUSHES_WAIT_S - time.monotonic()
             if left <= 0:
                 return
             self._changed.wait(left)
@@ -12276,7 +12262,7 @@ class Intake:
             self._coverage.stored()
             self._trouble.over()
             self.trouble = ""
-        now = self._clock.monotonic()
+        now = time.monotonic()
         with self._changed:
             for parcel in batch:
                 self._delays.add((now - parcel.arrived) * 1000, len(parcel.trades))
@@ -12333,7 +12319,7 @@ STREAM_READ_S = 600.0
 class Feed(threading.Thread):
     """One connection to the stream with its thread: dials, hands on what comes, dials again; until told to leave.
 
-    `end`: why it does so no more by itself.
+    `end`: why it does so no more by itself. `missing_since`: when its codes were lost last, or others were wanted.
     """
 
     def __init__(
@@ -12349,7 +12335,7 @@ class Feed(threading.Thread):
         self.part = coverage.add(allotment.product)
         self.state = "connecting"
         self.why = ""
-        self.since = time.monotonic()
+        self.since = self.missing_since = time.monotonic()
         self.end: StreamEnd | None = None
         self._connection = connection
         self._coverage = coverage
@@ -12363,6 +12349,7 @@ class Feed(threading.Thread):
     def want(self, allotment: Allotment) -> None:
         """Bring these codes from now on."""
         self.allotment = allotment
+        self.missing_since = time.monotonic()
         self._coverage.expect(self.part, allotment.codes)
         self._connection.want(allotment.codes)
 
@@ -12380,6 +12367,8 @@ class Feed(threading.Thread):
             self._connection.close()
             if end is None:
                 return
+            if self.part.acked:
+                self.missing_since = time.monotonic()
             self._coverage.lost(self.part, end.words)
             self.why = end.words
             if end.action in (StreamAction.NEVER, StreamAction.KEY_OUT):
@@ -12687,7 +12676,7 @@ class Planner(threading.Thread):
         now = time.monotonic()
         held = self._coverage.subscribed()
         for feed in self.feeds:
-            if feed.state != "given up" and now - feed.since < POLL_SOON_S:
+            if feed.state != "given up" and now - feed.missing_since < POLL_SOON_S:
                 held.setdefault(feed.allotment.product, set()).update(feed.allotment.codes)
         return [
             code
@@ -12699,7 +12688,9 @@ class Planner(threading.Thread):
     def _poll_instead(self) -> float:
         """Poll now and then what the stream does not bring; return after how many seconds to look again."""
         codes = self._instead()
-        self.polled = len(codes)
+        if len(codes) != self.polled:
+            self.polled = len(codes)
+            self._intake.came.set()  # it is to be told now
         wait_s = math.inf
         if codes:
             now = time.monotonic()
@@ -16371,6 +16362,9 @@ class TradingSpan(NamedTuple):
     until: int
 
 
+NO_SPAN = TradingSpan("", 0, 0)
+
+
 def trading_span(code: str, t: int) -> TradingSpan:
     """Return the regular session that a trade belongs to, or follows: the hours before it are their own span.
 
@@ -16807,7 +16801,7 @@ def read_charts(
     Raises StoreError.
     """
     if step == DAILY:
-        closes = reader.closes(codes, *_dates_of(span, now))
+        closes = reader.closes(codes, *dates_of(span, now))
         slots = {code: _daily_slots(code, closes.get(code, [])) for code in codes}
         return {code: newest_steps(Chart(code, DAILY, slots[code]), room) for code in codes}
     until = min(span.until, max((trade.t for trade in last.values()), default=0) + 1)
@@ -16854,7 +16848,7 @@ def slots_of(
     return shown
 
 
-def _dates_of(span: Span, now: float) -> tuple[str, str]:
+def dates_of(span: Span, now: float) -> tuple[str, str]:
     """Return the first and the last date of a span; tomorrow has begun somewhere on earth."""
     until = min(span.until - 1, int(now * 1000) + DAY_MS)
     return date_at(span.since or until - DAYS_BACK[DAILY] * DAY_MS), date_at(until)
@@ -16967,8 +16961,6 @@ TICK_COLUMNS = 14
 VOLUME_LINES = 6
 # What a chart leaves of a terminal to its title, its notes and the next prompt, and what it needs of a low one.
 CAPTION_LINES, LEAST_LINES = 4, 14
-# What short_number returns, mostly.
-VOLUME_COLUMNS = 5
 # More columns between two candles would only tear them apart.
 WIDEST_STEP = 3
 # Without colours too what rises differs from what falls.
@@ -16986,7 +16978,8 @@ def draw_chart(chart: Chart, width: int, height: int, up: str, color: bool) -> t
 
     The chart has a candle. `up`: `red` or `green`.
     """
-    label = max(VOLUME_COLUMNS, *map(len, price_marks(chart.candles).values()))
+    volumes = [short_number(candle.volume) for candle in chart.candles]
+    label = max(map(len, [*price_marks(chart.candles).values(), *volumes]))
     chart = newest_steps(chart, max(1, width - label - 2))
     candles = chart.candles
     step = max(1, min(WIDEST_STEP, (width - label - 2) // len(chart.slots)))
@@ -17039,6 +17032,15 @@ def _column(plot: Any, place: int, span: tuple[float, float], marker: str, color
 
 # Steps of a chart on the page, and sessions of the history of closes: 50 codes stay far below 1 MB.
 PAGE_STEPS = 120
+PAGE_FORMS = (".html", ".htm", ".svg")
+STEPS_ZH = {"1m": "1 分钟", "5m": "5 分钟", "1h": "1 小时", DAILY: "日"}
+# Other reasons are in the words of whoever refused or ended a connection.
+GAP_REASONS_ZH = {
+    STOPPED: "stockrt 已停止",
+    ENDED_WITHOUT_NOTICE: "stockrt 意外退出",
+    MOVED: "转移到另一个连接",
+    DEAF: "有成交，但没有推送",
+}
 PAGE_CLOSES = 250
 # The drawing's units: all whole, so that a path is short.
 DRAWING_WIDTH = 820
@@ -17148,23 +17150,9 @@ class Page(NamedTuple):
     closes: Mapping[str, Sequence[StoredClose]]
     made: float
     store: str
-    is_chinese: bool = False
-    up: str = "green"
-    is_fixed: bool = False
-
-
-def read_page(reader: Reader, found: Sequence[Quote], step: str, span: Span, now: float, store: str) -> Page:
-    """Return the page of these quotes, whose names are English. Raises StoreError."""
-    last = {quote.code: quote.trade for quote in found}
-    charts = read_charts(reader, [*last], last, step, span, now, PAGE_STEPS)
-    return Page(
-        found,
-        reader.names(list(last)),
-        charts,
-        reader.closes(list(last), *_dates_of(Span(until=span.until), now)),
-        now,
-        store,
-    )
+    is_chinese: bool
+    up: str
+    is_fixed: bool
 
 
 def draw_page(page: Page) -> str:
@@ -17346,10 +17334,11 @@ def _gap_marks(chart: Chart, step: int, height: int) -> Iterator[str]:
 
 def _chart_caption(chart: Chart) -> str:
     span = chart_span(chart)
-    words = both(f"{chart.step} candles and volume, {span}", f"{chart.step} K 线与成交量，{span}")
+    words = both(f"{chart.step} candles and volume, {span}", f"{STEPS_ZH[chart.step]} K 线与成交量，{span}")
     for gap in chart.gaps[-GAPS_TOLD:]:
-        told = html_text(gap_words(chart.code, gap))
-        words += "<br>" + both(f"gap: {told}", f"缺口：{told}")
+        chinese = gap._replace(why=GAP_REASONS_ZH.get(gap.why, gap.why))
+        told, told_zh = (html_text(gap_words(chart.code, one)) for one in (gap, chinese))
+        words += "<br>" + both(f"gap: {told}", f"缺口：{told_zh}")
     more = len(chart.gaps) - GAPS_TOLD
     if more > 0:
         words += "<br>" + both(f"and {count_words(more, 'gap')} before them", f"此前另有 {more} 处缺口")
@@ -17492,17 +17481,17 @@ def dashboard() -> dict[str, Any]:
         "type": "query",
         "datasource": source,
     }
-    variables = [
-        {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"},
-        of_instance
-        | {"query": {"query": instances, "refId": "instances"}, "definition": instances}
-        | {"refresh": 2, "multi": True, "includeAll": True, "current": {"text": "All", "value": "$__all"}},
-    ]
+    of_instance |= {
+        "query": {"query": instances, "refId": "instances"},
+        "definition": instances,
+        "refresh": 2,
+    }
+    of_instance |= {"multi": True, "includeAll": True, "current": {"text": "All", "value": "$__all"}}
+    sources = {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"}
     about = {"uid": "stockrt", "title": "stockrt", "tags": ["stockrt"], "schemaVersion": _GRAFANA_SCHEMA}
     times = {"timezone": "browser", "refresh": "30s", "time": {"from": "now-24h", "to": "now"}}
-    return (
-        about | times | {"editable": True, "templating": {"list": variables}, "panels": list(_placed(source))}
-    )
+    parts = {"templating": {"list": [sources, of_instance]}, "panels": [*_placed(source)]}
+    return about | times | parts | {"editable": True}
 
 
 def _placed(source: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -17528,17 +17517,13 @@ def _panel_model(panel: Panel, source: Mapping[str, str]) -> dict[str, Any]:
         for place, (expression, legend) in enumerate(panel.queries)
     ]
     words = {str(number): {"text": text, "index": number} for number, text in enumerate(panel.states)}
-    defaults: dict[str, Any] = {
-        "unit": panel.unit,
-        "mappings": [{"type": "value", "options": words}] * bool(words),
-    }
+    mappings = [{"type": "value", "options": words}] * bool(words)
     model: dict[str, Any] = {"title": panel.title, "type": panel.kind, "targets": targets}
+    model |= {"description": _help(panel)}
+    model |= {"fieldConfig": {"defaults": {"unit": panel.unit, "mappings": mappings}, "overrides": []}}
     if panel.kind == "stat" and panel.unit == "short" and not panel.states:
         model["options"] = {"textMode": "value_and_name"}
-    return model | {
-        "description": _help(panel),
-        "fieldConfig": {"defaults": defaults, "overrides": []},
-    }
+    return model
 
 
 def _help(panel: Panel) -> str:
@@ -17571,6 +17556,8 @@ examples:
   stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   real ones: INFOWAY_API_KEY must be set
   stockrt.pyz --once --codes-file codes.txt --json           one JSON document a line on stdout
   stockrt.pyz --collect --codes TSLA.US BTCUSDT              every trade as it is made, until Ctrl-C
+  stockrt.pyz --collect --demo --codes TSLA.US               synthetic ones, each second
+  stockrt.pyz --show                                         what is stored: price, change, session of each code
   stockrt.pyz --backfill 60 --codes-file codes.txt           closes of the last 60 sessions, to begin with
   stockrt.pyz --html stocks.html                             what is stored, and charts of it, as one page
   stockrt.pyz --check                                        what is wrong, and which setting mends it
@@ -17607,12 +17594,12 @@ class Options:
     env_file: Path | None = None
 
 
-def terminal_size(columns: int = 80, lines: int = 24) -> tuple[int, int]:
+def terminal_size(columns: int = 80) -> tuple[int, int]:
     """Return the columns and lines of the terminal that stdout is; where it is none or does not tell, others."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found = os.get_terminal_size(sys.stdout.fileno())
-        return found.columns or columns, found.lines or lines
-    return columns, lines
+        return found.columns or columns, found.lines or 24
+    return columns, 24
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -17646,6 +17633,8 @@ def _refuse_arguments(message: str) -> NoReturn:
     near = [flag for one in typed for flag in difflib.get_close_matches(one, flags, n=1)]
     if near:
         message += f"; did you mean {' '.join(near)}?"
+    elif not typed and "unrecognized arguments" in message:
+        message += "; codes stand after --codes"
     raise UsageError(f"{message}; see --help")
 
 
@@ -17701,7 +17690,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     places = "settings; default: " + ", ".join(map(str, ENV_FILE_PLACES))
     until = "as --from: before this time, or up to this date, the date included"
     charts = "with --show: candles and volume; with --html: of which step (5m)"
-    rising = "with --show: the colour of what rises, in place of the one of your locale"
+    rising = "of --show, --html and --collect: the colour of what rises, in place of the one of your locale"
     _flag(parser, "--codes", "codes, separated by blanks or commas", nargs="+", metavar="CODE")
     _flag(parser, "--codes-file", "codes from a file, '-' for standard input", metavar="FILE")
     _flag(parser, "--every", "with --collect: ask every S seconds, in place of the stream", metavar="S")
@@ -17712,7 +17701,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--closes", "with --export: the closing prices in place of the trades")
     _flag(parser, "--from", since, dest="from_", metavar="TIME")
     _flag(parser, "--to", until, metavar="TIME")
-    _flag(parser, "--sort", "with --show: the order of its lines (code)", choices=("code", "change", "asked"))
+    _flag(parser, "--sort", "with --show: order of its lines (code)", choices=("code", "change", "asked"))
     _flag(parser, "--up", rising, choices=("red", "green"))
     _flag(parser, "--retry", "with --drain: what MongoDB refused before, too")
     _flag(parser, "--discard", "with --rejects: delete them, and damaged files that were set aside")
@@ -17771,6 +17760,11 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
     if options.json and options.html is not None:
         raise UsageError("--json does not go with --html; see --help")
+    if options.html is not None and not options.html.lower().endswith(PAGE_FORMS):
+        raise UsageError(
+            f"--html {one_line(options.html, 100)}: expected the name of a file that ends with .html, or with .svg for "
+            "a picture; see --help"
+        )
     for flag, commands in GOES_WITH.items():
         if _is_given(options, flag) and not any(_is_given(options, name) for name in commands):
             names = [f"--{name.strip('_').replace('_', '-')}" for name in (*commands, flag)]
@@ -18016,20 +18010,13 @@ class Rows:
     """
 
     def __init__(
-        self,
-        out: IO[str],
-        as_json: bool = False,
-        color: bool = False,
-        width: int = WIDEST,
-        clock: Clock = SYSTEM_CLOCK,
-        is_live: bool = False,
+        self, out: IO[str], as_json: bool, color: bool = False, width: int = WIDEST, is_live: bool = False
     ) -> None:
         self._is_live = is_live
         self._out = out
         self._as_json = as_json
         self._color = color
         self._width = width
-        self._clock = clock
         self._kept: list[Document] = []
         self._widths: list[int] = []  # of the columns, once they are printed
         self.is_gone = False  # what reads them
@@ -18057,7 +18044,7 @@ class Rows:
 
     def _table(self, fixed: Sequence[int] = ()) -> None:
         """Print what is kept; what comes first tells the columns, and their widths where those are not `fixed`."""
-        names, now = self._names(), self._clock.wall()
+        names, now = self._names(), time.time()
         rows = [[*row_cells(document, now), names.get(document["stock_code"], "")] for document in self._kept]
         self._kept = []
         if not self._widths:
@@ -18412,12 +18399,9 @@ class LiveTable:
     def _take(self, trade: StoredTrade) -> None:
         code = trade.stock_code
         self._meanwhile.append(trade)
-        before = self._quotes.get(code)
-        if before is None:
-            span = trading_span(code, trade.t)
-            before = Quote(code, "", trade._replace(t=0), span, (), None)
+        before = self._quotes.get(code) or Quote(code, "", trade._replace(t=0), NO_SPAN, (), None)
         after = with_trade(before, trade)
-        if code not in self._quotes or after.span.date != before.span.date:
+        if after.span.date != before.span.date:
             self._unread.add(code)
             self._woken.set()
         self._quotes[code] = after
@@ -18553,6 +18537,8 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
     with Pipeline(settings, ticks, options.demo) as pipeline:
         if isinstance(rows, Rows):
             rows.directory = pipeline.directory
+        if options.codes or options.codes_file:
+            _need_one_code(resolve(settings.collect_codes.split(), pipeline.directory, stop))
         collecting = Collecting(pipeline, settings, ticks)
         collecting.start()
         if isinstance(rows, LiveTable):
@@ -18576,6 +18562,13 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
         say("not all rows were read")
         os._exit(EXIT_INTERRUPTED)
     return EXIT_INTERRUPTED
+
+
+def _need_one_code(found: Resolved) -> None:
+    """Raise StockrtError where no typed code can be collected: waiting would not change that."""
+    if not found.instruments:
+        words = "; ".join(f"{code}: {why}" for code, why in islice(found.refused.items(), NAMES_SHOWN))
+        raise StockrtError(f"nothing to collect: {words}; see --symbols")
 
 
 def _plain_codes(text: str) -> list[str]:
@@ -18708,7 +18701,7 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
             store = _check_store(store_name(settings), pipeline)
         words = store.words.replace(str(looked_at.state_directory), str(settings.state_directory))
         yield store._replace(words=words)
-        if pipeline is not None and settings.collects:
+        if pipeline is not None and settings.collect_codes:
             yield from _check_collecting(settings, pipeline)
     if settings.metrics_file:
         place = settings.metrics_file.parent
@@ -18927,7 +18920,7 @@ def gather_status(settings: Settings) -> StatusReport:
 
 def _how_to_start(settings: Settings) -> str:
     if not settings.platform_url() and not settings.collects:
-        return "nothing for --once; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"
+        return "nothing for commands by hand; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"
     return f"start it: sudo systemctl start {UNIT.removesuffix('.service')}, or stockrt.pyz without a command"
 
 
@@ -19041,10 +19034,8 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
         if not status["daemon"]["running"]:
             facts = dict.fromkeys(facts)
         lines.append(("collecting", _collect_line(facts)))
-        streams: Sequence[StreamFacts] = facts["streams"] or ()
-        lines += [
-            ("stream", _stream_line(one)) for one in streams if one["why"] or one["state"] != "connected"
-        ]
+        odd = [one for one in facts["streams"] or () if one["why"] or one["state"] != "connected"]
+        lines += [("stream", _stream_line(one)) for one in odd]
     lines.append(("store", status["store"]))
     if status["spool"] is not None:
         lines.append(("spool", _spool_line(status["spool"])))
@@ -19075,7 +19066,7 @@ def _status_line(status: StatusReport) -> str:
     return line
 
 
-def _stream_line(stream: StreamFacts) -> str:
+def _stream_line(stream: Mapping[str, Any]) -> str:
     line = f"{stream['product']}: {stream['subscribed']} of {count_words(stream['codes'], 'code')}, {stream['state']}"
     if stream["why"]:
         line += f": {one_line(stream['why'], TROUBLE_SHOWN)}"
@@ -19083,7 +19074,7 @@ def _stream_line(stream: StreamFacts) -> str:
 
 
 def _unregistered(settings: Settings) -> str:
-    if settings.collects and not settings.platform_url():
+    if not settings.platform_url():
         return "none: no platform is set"
     return "none: run --register"
 
@@ -19353,7 +19344,8 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
         charts = read_charts(reader, codes, last, step, span, now, width)
         names = reader.names(codes, not is_chinese(environ))
     up, color = color_of_rise(environ, options.up), settings.color and sys.stdout.isatty()
-    for code, chart in charts.items():
+    order = codes if options.sort == "asked" else sorted(charts)
+    for code, chart in [(code, charts[code]) for code in order if code in charts]:
         if not chart.candles:
             missing.append(what_is_there(chart, last.get(code)))
         elif options.json:
@@ -19373,32 +19365,34 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
     now, span, step = time.time(), span_of(options), options.chart or "5m"
     path = Path(cast(str, options.html))
     need_plain_file(path, "--html")
-    up = color_of_rise(environ, options.up)
+    store, up = settings.mongodb_shown() or SQLITE_NAME, color_of_rise(environ, options.up)
     with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         found = in_order(quotes(reader, codes, english=True), options.sort or "code")
-        store = settings.mongodb_shown() or SQLITE_NAME
-        page = read_page(reader, found, step, span, now, store)
-    page = page._replace(is_chinese=is_chinese(environ), up=up, is_fixed=options.up is not None)
-    text = draw_page(page)
-    if path.suffix == ".svg":
-        text = draw_picture(_only_chart(page), up)
+        last = {one.code: one.trade for one in found}
+        names, charts = reader.names(last), read_charts(reader, [*last], last, step, span, now, PAGE_STEPS)
+        closes = reader.closes(last, *dates_of(Span(until=span.until), now))
+    page = Page(found, names, charts, closes, now, store, is_chinese(environ), up, options.up is not None)
+    is_picture = path.suffix.lower() == ".svg"
+    text = draw_picture(_only_chart(charts.values()), up) if is_picture else draw_page(page)
     # a web server is another user
     write_whole(path, text, mode=0o644, setting="--html")
-    for words in missing:
+    for words in (*missing, *(_what_lacks(found, options.demo) if not found else ())):
         say(words)
     say(f"{path}: {count_words(len(found), 'code')}, {len(text.encode()) / 1000:.0f} kB")
     return EXIT_FAILED if missing or not found else EXIT_OK
 
 
-def _only_chart(page: Page) -> Chart:
+def _only_chart(charts: Iterable[Chart]) -> Chart:
     """Return the one chart that a picture has room for. Raises UsageError."""
-    charts = [chart for chart in page.charts.values() if chart.candles]
-    if len(charts) != 1:
+    found = [chart for chart in charts if chart.candles]
+    if not found:
+        raise StockrtError("--html FILE.svg: there is no candle to draw; --show says what is stored")
+    if len(found) > 1:
         raise UsageError(
-            f"--html FILE.svg: a picture is of one code, and here are candles of {len(charts)}; see --show"
+            f"--html FILE.svg: a picture is of one code, and here are candles of {len(found)}: name one with --codes"
         )
-    return charts[0]
+    return found[0]
 
 
 def quote_table(settings: Settings, environ: Mapping[str, str], up: str | None) -> QuoteTable:
@@ -19457,7 +19451,10 @@ def codes_meant(
         of_it = [one for one in ones if one in there]
         found += of_it[:1]
         if not of_it:
-            missing.append(f"{one_line(code, 40)}: nothing of it is stored")
+            words = f"{one_line(code, 40)}: nothing of it is stored"
+            if not code.isascii():
+                words += f"; where that is a name, --symbols {one_line(code, 40)} brings its code"
+            missing.append(words)
     return list(dict.fromkeys(found)), missing
 
 

@@ -322,6 +322,15 @@ class Worker:
         self._process.kill()
 
 
+def unit_environment() -> dict[str, str]:
+    """Return what the unit sets for the program, but for where it unpacks itself."""
+    lines = (ROOT / "stockrt.service").read_text().splitlines()
+    words = [
+        word for line in lines if line.startswith("Environment=") for word in line.split("=", 1)[1].split()
+    ]
+    return {name: value for name, _, value in (word.partition("=") for word in words) if name != "SHIV_ROOT"}
+
+
 def _memory(process: int | str, name: str) -> int:
     """Return bytes: VmRSS, what is resident now, or VmHWM, the most that was."""
     status = Path(f"/proc/{process}/status").read_text()
@@ -616,7 +625,7 @@ class Bench:
 
     def _registered(self) -> dict[str, str]:
         """Return the environment of a daemon: registered, unpacked and compiled, as at every start but the first."""
-        environ = self._environ() | {"SERVER_IP": "127.0.0.1"}
+        environ = unit_environment() | self._environ() | {"SERVER_IP": "127.0.0.1"}
         Path(environ["STATE_DIRECTORY"]).mkdir()
         Path(environ["STATE_DIRECTORY"], "module_hash").write_text(MODULE_HASH)
         self._warm(environ)
@@ -1058,7 +1067,13 @@ class Bench:
         """Let the built file collect the stream as a daemon without a platform."""
         file = self.folder / f"codes{self._states}"
         file.write_text("\n".join(codes))
-        environ = self._environ() | feed.settings | {"COLLECT": "stream", "COLLECT_CODES": f"@{file}"} | more
+        environ = (
+            unit_environment()
+            | self._environ()
+            | feed.settings
+            | {"COLLECT": "stream", "COLLECT_CODES": f"@{file}"}
+            | more
+        )
         del environ["INFOWAY_PLAN"]
         self._warm(environ)
         with self._daemon(environ) as process:
@@ -1204,6 +1219,8 @@ IN_CHINESE = (
     (r" s a minute", " 秒/分钟"),
     (r"µs and ", "µs 与 "),
     (r" trades/s", " 笔/秒"),
+    (r" rows/s", " 行/秒"),
+    (r", the start of the program included", "，含程序启动"),
     (r"\bin memory\b", "内存"),
     (r"\bon disk\b", "磁盘"),
     (r"\bdrain\b", "补传"),

@@ -19,6 +19,7 @@ import pytest
 import urllib3
 import websocket
 
+from kit.daemons import until
 from kit.infoway_server import PLANS, make_record
 from kit.stream_server import (
     ERRORS,
@@ -33,6 +34,7 @@ from kit.stream_server import (
     StreamServer,
     Vendor,
     identity,
+    main,
     read_script,
     record_of,
     uncovered,
@@ -384,8 +386,9 @@ def test_what_a_slow_client_was_not_sent_is_no_push(how: str, server: StreamServ
     ws.sock.setsockopt(  # type: ignore[union-attr]
         socket.SOL_SOCKET, socket.SO_RCVBUF, 4096
     )
-    names = server.trade(*["BTCUSDT"] * 100_000)
-    server.wait_for(lambda it: it.pushed_count > 0 or it._peers[1]._sending)
+    server._peers[1]._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    names = server.trade(*["BTCUSDT"] * 10_000)
+    assert until(lambda: server.pushed_count or server._peers[1]._sending)  # of the latter no event tells
     server.cut(how)
     pushed = [push.identity for push in server.pushes()]
     assert 0 < len(pushed) < len(names)
@@ -494,7 +497,7 @@ def test_by_hand() -> None:
     assert told.startswith("1 connections, ") and told.endswith(" pushes, 0 violations\n")
 
 
-def test_a_wrong_command_line_says_what_is_right() -> None:
+def test_a_wrong_command_line_says_what_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     for argument, value, words in [
         ("--plan", "gold", "free, basic"),
         ("--script", "1 dance", "fall_silent"),
@@ -504,8 +507,10 @@ def test_a_wrong_command_line_says_what_is_right() -> None:
         ("--set", "rat=1", "heartbeat_s"),
         ("--set", "rate=fast", "rate"),
     ]:
-        done = subprocess.run([sys.executable, str(PROGRAM), argument, value], capture_output=True, text=True)
-        assert (done.returncode, done.stdout) == (2, "") and words in done.stderr, done.stderr
+        with pytest.raises(SystemExit) as ended:
+            main([argument, value])
+        said = capsys.readouterr()
+        assert (ended.value.code, said.out) == (2, "") and words in said.err, said.err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for option in ("--port", "--rest-port"):

@@ -42,6 +42,12 @@ TRADES = [
 ]
 
 
+@pytest.fixture
+def run_pyz(run_forked: RunPyz) -> RunPyz:
+    """What is tested here is not how the program starts."""
+    return run_forked
+
+
 @pytest.fixture(params=["sqlite", "mongodb"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
     """A store with trades and closes, as settings."""
@@ -134,9 +140,7 @@ def test_a_file_that_exists_is_replaced_and_one_that_fails_stays(
     folder.mkdir()
     file = folder / "all.csv"
     file.write_text("old")
-    bad = run_pyz(
-        "--export", file, env=place | {"MONGODB_HOST": "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=50"}
-    )
+    bad = run_pyz("--export", file, env=place | {"MONGODB_HOST": "mongodb://127.0.0.1:1/?timeoutMS=300"})
     assert bad.returncode == 1
     assert "MongoDB at mongodb://127.0.0.1:1" in bad.stderr
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("all.csv", "old")]

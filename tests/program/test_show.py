@@ -24,6 +24,12 @@ from stockrt import SqliteStore, Trade, open_store_file, to_document, utc_now
 
 
 @pytest.fixture
+def run_pyz(run_forked: RunPyz) -> RunPyz:
+    """What is tested here is not how the program starts."""
+    return run_forked
+
+
+@pytest.fixture
 def put(tmp_path: Path) -> Callable[..., None]:
     """Store trades of these codes, some seconds old, in the state directory that `run_pyz` gives the program."""
 
@@ -55,7 +61,7 @@ def test_a_name_finds_what_is_stored(run_pyz: RunPyz, put: Callable[..., None], 
     assert [(one["code"], one["name"]) for one in map(json.loads, done.stdout.splitlines())] == [
         ("600519.SH", "贵州茅台")
     ]
-    assert "五粮液: nothing of it is stored" in done.stderr
+    assert "五粮液: nothing of it is stored; where that is a name, --symbols 五粮液 brings" in done.stderr
 
 
 def test_without_codes_those_of_the_watch_list_else_the_latest(
@@ -69,6 +75,12 @@ def test_without_codes_those_of_the_watch_list_else_the_latest(
     one = json.loads(listed.stdout)
     assert (one["price"], one["change_percent"], listed.returncode) == ("12.50", None, 0)
     assert 0 < one["age_s"] < 600
+
+
+def test_a_watch_list_without_mongodb_is_said_once(run_pyz: RunPyz) -> None:
+    done = run_pyz("--show", env={"COLLECT_CODES": "watch"})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("stockrt: COLLECT_CODES: watch without MONGODB_HOST: the watch list is")
 
 
 def test_synthetic_trades_are_shown_apart(run_pyz: RunPyz, put: Callable[..., None]) -> None:
@@ -88,7 +100,7 @@ def test_an_empty_store_says_so_and_looking_leaves_nothing_behind(run_pyz: RunPy
 
 
 def test_a_mongodb_that_is_away_is_a_sentence(run_pyz: RunPyz) -> None:
-    done = run_pyz("--show", env={"MONGODB_HOST": "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=200"})
+    done = run_pyz("--show", env={"MONGODB_HOST": "mongodb://127.0.0.1:1/?timeoutMS=300"})
     assert done.returncode == 1
     assert "stockrt: MongoDB at mongodb://127.0.0.1:1" in done.stderr
     assert "Traceback" not in done.stderr

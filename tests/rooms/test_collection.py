@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from kit.infoway_server import PLANS, REFUSALS
 from kit.mongo_proxy import MongoProxy
-from kit.stream_server import Gap, Vendor, identity, uncovered
+from kit.stream_server import REFUSE_BY_RESET, Gap, Vendor, identity, uncovered
 from kit.trades import settings_of
 from pymongo import MongoClient
 from pymongo.collection import Collection
@@ -812,6 +812,27 @@ def test_a_change_of_the_watch_list_takes_effect_without_a_restart(
             wait_for("they are subscribed", lambda: {*vendor.stream.subscribed} == {CODES[1], CODES[3]})
             wait_for("it is stored", lambda: realtime.find_one({"s": CODES[3]}))
             assert process.it.stats().connections == 1 and place.gaps() == []
+
+
+def test_that_codes_are_polled_instead_is_told_at_once(
+    place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockrt, "MARK_SILENT_S", 1000.0)
+    monkeypatch.setattr(stockrt, "POLL_SOON_S", 3.0)
+    vendor.stream.refuse_handshakes(429)
+    with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
+        wait_for("it is told", lambda: process.stats.polled == len(CODES))
+
+
+def test_codes_are_polled_however_often_it_is_dialled_in_vain(
+    place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockrt, "STREAM_CAP_S", 0.5)
+    monkeypatch.setattr(stockrt, "POLL_SOON_S", 3.0)
+    vendor.stream.refuse_handshakes(*[REFUSE_BY_RESET] * 1000)
+    with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
+        wait_for("they are polled", lambda: process.it.stats().polled == len(CODES))
+        assert len(vendor.stream.connections) > 2
 
 
 def test_what_cannot_be_fetched_after_a_gap_is_fetched_later(

@@ -334,7 +334,7 @@ def test_reading_makes_no_collection_and_writes_nothing(mongo_db: tuple[str, str
 
 
 def test_a_mongodb_that_is_away_is_named(tmp_path: Path) -> None:
-    uri = "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=100"
+    uri = "mongodb://127.0.0.1:1/?timeoutMS=300"
     environ = {"STATE_DIRECTORY": str(tmp_path), "MONGODB_HOST": uri}
     with Pipeline.open_reader(settings_of(environ)) as reader:
         for work in (reader.codes, lambda: list(reader.trades(None, 0, NEVER))):
