@@ -10070,16 +10070,18 @@ _SQLITE_CANDLES = """
 WITH found AS (
     SELECT (t - ?2) / ?4 AS step, min(t) AS first, max(t) AS last,
            max(CAST(p AS REAL)) AS high, min(CAST(p AS REAL)) AS low,
-           sum(CAST(v AS INTEGER)) AS whole,
-           sum(CAST(round((CAST(v AS REAL) - CAST(v AS INTEGER)) * 1e9) AS INTEGER)) AS billionths,
+           sum(CAST(volume AS INTEGER)) AS whole,
+           sum(CAST(round((volume - CAST(volume AS INTEGER)) * 1e9) AS INTEGER)) AS billionths,
+           total(CASE WHEN volume IS NULL THEN CAST(v AS REAL) END) AS huge,
            count(*) AS trades
-    FROM realtime WHERE stock_code = ?1 AND t >= ?2 AND t < ?3 AND demo IS ?5 GROUP BY step
+    FROM (SELECT *, CASE WHEN CAST(v AS REAL) < 1e15 THEN CAST(v AS REAL) END AS volume FROM realtime)
+    WHERE stock_code = ?1 AND t >= ?2 AND t < ?3 AND demo IS ?5 GROUP BY step
 )
 SELECT ?2 + step * ?4,
     (SELECT p FROM realtime WHERE stock_code = ?1 AND t = first AND demo IS ?5 ORDER BY _id LIMIT 1),
     high, low,
     (SELECT p FROM realtime WHERE stock_code = ?1 AND t = last AND demo IS ?5 ORDER BY _id DESC LIMIT 1),
-    whole, billionths, trades
+    whole, billionths, huge, trades
 FROM found ORDER BY step
 """
 # Each code of the index in its turn, not each trade.
@@ -10183,9 +10185,9 @@ class SqliteReader(_FileReader):
 
 
 def _sqlite_candle(row: Sequence[Any]) -> Candle:
-    t, opened, high, low, close, whole, billionths, trades = row
-    more, rest = divmod(billionths, 10**9)
-    volume = _without_zeros(f"{whole + more}.{rest:09d}")
+    t, opened, high, low, close, whole, billionths, huge, trades = row
+    more, rest = divmod(billionths or 0, 10**9)
+    volume = _without_zeros(f"{(whole or 0) + more + int(huge)}.{rest:09d}")
     highest, lowest = (with_decimals_of(opened, number_text(number)) for number in (high, low))
     return Candle(t, opened, highest, lowest, close, volume, trades)
 
@@ -10414,8 +10416,8 @@ def _iso_text(moment: object) -> str:
 def _mongo_candles(codes: Sequence[str], since: int, until: int, step_ms: int) -> list[dict[str, Any]]:
     """Return the aggregation that makes candles; the order of `_id` says what came first."""
 
-    def number(name: str) -> dict[str, Any]:
-        return {"$convert": {"input": f"${name}", "to": "decimal", "onError": None, "onNull": None}}
+    # a double as a decimal would have 15 digits, and zeros for those that it has not
+    price = {"$cond": [{"$isNumber": "$p"}, "$p", {"$toDecimal": "$p"}]}
 
     spans = [span for code in codes for span in _spans_of(code, since, until)]
     into_it = {"$mod": [{"$subtract": ["$t", since]}, step_ms]}
@@ -10427,10 +10429,10 @@ def _mongo_candles(codes: Sequence[str], since: int, until: int, step_ms: int) -
             "$group": {
                 "_id": {"code": "$stock_code", "t": {"$subtract": ["$t", into_it]}},
                 "open": {"$first": "$p"},
-                "high": {"$max": number("p")},
-                "low": {"$min": number("p")},
+                "high": {"$max": price},
+                "low": {"$min": price},
                 "close": {"$last": "$p"},
-                "volume": {"$sum": number("v")},
+                "volume": {"$sum": {"$toDecimal": "$v"}},
                 "trades": {"$sum": 1},
             }
         },
@@ -16899,9 +16901,10 @@ def price_range(candles: Iterable[Candle]) -> tuple[float, float]:
 
 
 def price_marks(candles: Sequence[Candle]) -> dict[float, str]:
-    """Return five prices from the lowest to the highest, each with its words: as many decimals as the prices have."""
+    """Return five prices from the lowest to the highest, each with its words: no two have the same ones."""
     low, high = price_range(candles)
-    decimals = min(8, max(len(candle.close.partition(".")[2]) for candle in candles))
+    decimals = max(len(candle.close.partition(".")[2]) for candle in candles)
+    decimals = min(14, max(decimals, -math.floor(math.log10((high - low) / 4))))
     return {price: f"{price:.{decimals}f}" for price in (low + (high - low) * part / 4 for part in range(5))}
 
 

@@ -141,6 +141,27 @@ def test_candles_are_what_the_trades_of_their_steps_come_to(place: Place) -> Non
     }
 
 
+def test_candles_of_doubles_have_the_digits_of_their_trades(place: Place) -> None:
+    place.put(trade(MAOTAI, 0, "10.01"), trade(MAOTAI, 0.1, "-40.32"), trade(MAOTAI, 0.2, "123456789.0125"))
+    with place.reader() as reader:
+        (candle,) = reader.candles([MAOTAI], TEN, TEN + MINUTE, MINUTE)[MAOTAI]
+    assert (candle.open, candle.high, candle.low) == ("10.01", "123456789.0125", "-40.32")
+
+
+def test_volumes_beyond_what_an_integer_holds_are_summed(place: Place) -> None:
+    place.put(trade(BITCOIN, 0, "1", "4e24"), trade(BITCOIN, 0.1, "1", "99999999999999999999"))
+    place.put(
+        trade(BITCOIN, 2, "1", "1e14"), trade(BITCOIN, 2.1, "1", "0.25"), trade(BITCOIN, 2.2, "1", "1e3")
+    )
+    place.put(*(trade(TENCENT, 0, "1", "9000000000000000000", side) for side in range(3)))
+    with place.reader() as reader:
+        candles = reader.candles([BITCOIN, TENCENT], TEN, TEN + 3 * MINUTE, MINUTE)
+    huge, exact = candles[BITCOIN]
+    assert float(huge.volume) == pytest.approx(4.0001e24)
+    assert exact.volume == "100000000001000.25"
+    assert float(candles[TENCENT][0].volume) == 27e18
+
+
 def _as_numbers(candle: Candle) -> tuple[object, ...]:
     t, *prices, volume, trades = candle
     return (t, *map(float, prices), volume, trades)
