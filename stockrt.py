@@ -8408,10 +8408,10 @@ def is_trade(document: Document) -> bool:
     begins = f"{code}|{document.get('t')}|"
     ours = isinstance(key, str) and key.startswith(begins) and code == document.get("stock_code")
     ours = ours and isinstance(code, str) and code.isprintable()
-    return ours and whole and all(map(_is_number, numbers))
+    return ours and whole and all(map(is_number, numbers))
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     """Return whether a stored value is a decimal number, as the API sends them or as MONGODB_NUMERIC_TYPE has them."""
     from bson.decimal128 import Decimal128
 
@@ -10219,7 +10219,7 @@ class MongoReader(_FileReader):
             found = list(
                 self._store.collection(self._store.close_name).aggregate(pipeline, allowDiskUse=True)
             )
-        return sorted(one["_id"] for one in found if isinstance(one["_id"], str))
+        return sorted(one["_id"] for one in found if isinstance(one["_id"], str) and one["_id"].isprintable())
 
     def estimate(self) -> int:
         """Return about how many trades there are. Raises StoreError."""
@@ -10336,7 +10336,8 @@ class MongoReader(_FileReader):
 
     def _closes(self, wanted: Mapping[str, object]) -> list[StoredClose]:
         with self._store.reading():
-            return [*map(_mongo_close, self._store.collection(self._store.close_name).find(wanted))]
+            found = self._store.collection(self._store.close_name).find(wanted)
+            return [*filter(None, map(_mongo_close, found))]
 
     def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
         """Return the gaps that MongoDB has, and those of this machine that it has not yet. Raises StoreError."""
@@ -10445,12 +10446,16 @@ def _mongo_candle(one: Document) -> Candle:
     return Candle(int(one["_id"]["t"]), first, high, low, last, volume, one["trades"])
 
 
-def _mongo_close(document: Document) -> StoredClose:
-    is_final = document.get("close") is not None
-    names = ("open", "high", "low", "volume", "turnover")
-    bar = [number_text(document[name]) if document.get(name) is not None else "" for name in names]
-    code, day, p = document["stock_code"], document["date"], number_text(document["p"])
-    return StoredClose(code, day, int(document["t"]), p, is_final, bool(document.get("after_hours")), *bar)
+def _mongo_close(document: Document) -> StoredClose | None:
+    """Return a document of the closes, None where another program has put it there."""
+    code, day, t, p = map(document.get, ("stock_code", "date", "t", "p"))
+    numbers = [document.get(name) for name in ("open", "high", "low", "volume", "turnover")]
+    known = [p, *(number for number in numbers if number is not None)]
+    if document["_id"] != f"{code}|{day}" or not (isinstance(t, int) and all(map(is_number, known))):
+        return None
+    bar = ["" if number is None else number_text(number) for number in numbers]
+    is_final, after_hours = document.get("close") is not None, bool(document.get("after_hours"))
+    return StoredClose(str(code), str(day), t, number_text(p), is_final, after_hours, *bar)
 
 
 # ======================================================================================================

@@ -322,6 +322,33 @@ def test_what_nearly_is_a_trade_is_in_no_view(
     assert (quote.code, quote.trade.t) == (MAOTAI, TEN)
 
 
+def test_what_another_program_has_put_among_the_closes_is_passed_over(
+    mongo_db: tuple[str, str], tmp_path: Path
+) -> None:
+    uri, name = mongo_db
+    environ = {"STATE_DIRECTORY": str(tmp_path), "MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
+    key: Document = {"_id": f"{MAOTAI}|{DAY}", "stock_code": MAOTAI}
+    close = key | {"date": DAY, "t": TEN, "p": "9", "close": "9"}
+    others: list[Document] = [
+        key,
+        close | {"p": float("nan")},
+        close | {"p": "abc"},
+        close | {"high": "abc"},
+        close | {"t": CREATED},
+        close | {"date": "soon"},
+    ]
+    with contextlib.closing(MongoStore(settings_of(environ))) as store:
+        store.write_closes(_closes(("2026-08-13", "11")))
+        collection = store.collection(store.close_name)
+        collection.insert_one({"stock_code": HOSTILE})
+        for other in others:
+            collection.replace_one({"_id": key["_id"]}, other, upsert=True)
+            with Pipeline.open_reader(settings_of(environ)) as reader:
+                assert [one.p for one in reader.closes([MAOTAI], "2026-08-01", DAY)[MAOTAI]] == ["11"]
+                assert reader.last_finals({MAOTAI: "2026-08-15"})[MAOTAI].p == "11"
+                assert reader.close_codes() == [MAOTAI]
+
+
 def test_what_another_program_has_put_among_the_gaps_is_passed_over(
     mongo_db: tuple[str, str], tmp_path: Path
 ) -> None:
