@@ -18987,6 +18987,9 @@ def _what_is_wrong(settings: Settings, status: StatusReport) -> list[Trouble]:
     if spool is not None and spool["rejects"]:
         words = f"{count_words(spool['rejects'], 'document')} refused by MongoDB"
         wrong.append(Trouble(words, "see --rejects; then --drain --retry or --rejects --discard"))
+    if status["damaged_files"]:
+        words = f"{count_words(status['damaged_files'], 'damaged file')} set aside"
+        wrong.append(Trouble(words, "see --rejects for what may be lost; then --rejects --discard"))
     to_do = "see its line below; renew its plan or replace it in INFOWAY_API_KEY"
     wrong += [Trouble(f"API key {key['key']} is out", to_do) for key in keys if key["state"] == "out"]
     if keys and all(key["state"] == "resting" for key in keys):

@@ -116,6 +116,7 @@ def test_rejects_and_damaged_files_are_counted_and_discarded_by_the_built_file(
     for _ in range(2):  # the first one sets the damaged file aside
         told = run_pyz("--status", env=env).stdout
     assert "3 refused by it: see --rejects" in told and "damaged files" in told
+    assert "1 damaged file set aside. To do: " in told.splitlines()[0]
     listed = run_pyz("--rejects", env=env)
     assert listed.stdout.count("too large") == 3 and "executions.db.damaged-" in listed.stderr
     done = run_pyz("--rejects", "--discard", env=env)
