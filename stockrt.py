@@ -16385,6 +16385,11 @@ class TradingSpan(NamedTuple):
 NO_SPAN = TradingSpan("", 0, 0)
 
 
+# Opening auctions print their price, which is the session's open, up to ten minutes before trading begins: SH and SZ at
+# 9:25, HK from 9:20, IN from 9:07. In the US the auction is at the open, and others trade before it.
+AUCTION_MS = 600_000
+
+
 def trading_span(code: str, t: int) -> TradingSpan:
     """Return the regular session that a trade belongs to, or follows: the hours before it are their own span.
 
@@ -16397,9 +16402,14 @@ def trading_span(code: str, t: int) -> TradingSpan:
         return TradingSpan(date_at(t), start, start + DAY_MS)
     if session.opens == NEVER:
         return TradingSpan(session.date, session.start, session.end)
-    if t < session.opens:
-        return TradingSpan(session.date, session.start, session.opens)
-    return TradingSpan(session.date, session.opens, session.until + 1)
+    opens = (
+        session.opens
+        if market is MARKETS["US"] or session.opens == session.start
+        else session.opens - AUCTION_MS
+    )
+    if t < opens:
+        return TradingSpan(session.date, session.start, opens)
+    return TradingSpan(session.date, opens, session.until + 1)
 
 
 class Quote(NamedTuple):

@@ -34,6 +34,7 @@ from stockrt import (
     draw_chart,
     open_store_file,
     price_marks,
+    quotes,
     read_charts,
     session_of,
     slots_of,
@@ -223,6 +224,18 @@ def test_a_chart_is_as_wide_as_its_terminal_at_most(count: int, width: int) -> N
     assert (len(shown.slots) + shown.left_out, shown.slots) == (count, slots[-len(shown.slots) :])
     assert len(shown.slots) == min(count, width - len("-36.5") - 2)
     assert any("┼" in line for line in lines if "┤" in line)
+
+
+def test_the_price_of_the_opening_auction_is_the_sessions_open(place: Place) -> None:
+    """Shanghai's prints at 9:25, five minutes before trading begins; the hours before New York opens are apart."""
+    auction = int(datetime(2026, 11, 27, 1, 25, tzinfo=UTC).timestamp()) * 1000
+    early = int(datetime(2026, 11, 27, 14, 25, tzinfo=UTC).timestamp()) * 1000
+    place.put(MAOTAI, (auction, "1450.00"), (auction + 10 * MINUTE, "1460.00"))
+    place.put(AAPL, (early, "260.0"), (early + 10 * MINUTE, "270.0"))
+    with Pipeline.open_reader(place.settings) as reader:
+        maotai, apple = (quote.session for quote in quotes(reader, [MAOTAI, AAPL]))
+    assert maotai is not None and (maotai.open, maotai.volume) == ("1450.00", "200")
+    assert apple is not None and (apple.open, apple.volume) == ("270.0", "100")
 
 
 @pytest.mark.parametrize(
