@@ -16397,16 +16397,19 @@ def trading_span(code: str, t: int) -> TradingSpan:
     """
     market = market_of(code)
     session = NO_SESSION if market is None else session_of(market, t)
-    if session is NO_SESSION:
+    if market is None or session is NO_SESSION:
         start = t - t % DAY_MS
         return TradingSpan(date_at(t), start, start + DAY_MS)
+    if market.continuous:
+        # what goes on through its close is in the next session from that moment on
+        hour, minute = market.hours.close
+        following = session_of(market, t + DAY_MS - (hour * 60 + minute) * 60_000)
+        session = session if following.opens == NEVER else following
     if session.opens == NEVER:
         return TradingSpan(session.date, session.start, session.end)
-    opens = (
-        session.opens
-        if market is MARKETS["US"] or session.opens == session.start
-        else session.opens - AUCTION_MS
-    )
+    if market.continuous:
+        return TradingSpan(session.date, session.until + 1 - DAY_MS, session.until + 1)
+    opens = session.opens - AUCTION_MS * (market is not MARKETS["US"])
     if t < opens:
         return TradingSpan(session.date, session.start, opens)
     return TradingSpan(session.date, opens, session.until + 1)

@@ -39,6 +39,7 @@ from stockrt import (
     session_of,
     slots_of,
     to_document,
+    trading_span,
 )
 
 MINUTE = 60_000
@@ -236,6 +237,24 @@ def test_the_price_of_the_opening_auction_is_the_sessions_open(place: Place) -> 
         maotai, apple = (quote.session for quote in quotes(reader, [MAOTAI, AAPL]))
     assert maotai is not None and (maotai.open, maotai.volume) == ("1450.00", "200")
     assert apple is not None and (apple.open, apple.volume) == ("270.0", "100")
+
+
+@pytest.mark.parametrize(
+    ("code", "moment", "day", "since"),
+    [
+        ("EURUSD", "2026-08-13T20:59", "2026-08-13", "2026-08-12T21:00"),
+        ("EURUSD", "2026-08-13T21:00", "2026-08-14", "2026-08-13T21:00"),
+        ("EURUSD", "2026-08-16T21:30", "2026-08-17", "2026-08-16T21:00"),  # a Sunday
+        ("EURUSD", "2026-08-14T21:00", "2026-08-14", "2026-08-13T21:00"),  # after Friday's close: follows it
+        (BITCOIN, "2026-08-13T23:59", "2026-08-13", "2026-08-13T00:00"),
+        (BITCOIN, "2026-08-14T00:00", "2026-08-14", "2026-08-14T00:00"),
+    ],
+)
+def test_what_trades_through_its_close_is_in_the_next_session_from_then_on(
+    code: str, moment: str, day: str, since: str
+) -> None:
+    at = [int(datetime.fromisoformat(f"{text}+00:00").timestamp()) * 1000 for text in (moment, since)]
+    assert trading_span(code, at[0])[:2] == (day, at[1])
 
 
 @pytest.mark.parametrize(
