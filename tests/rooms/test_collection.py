@@ -463,6 +463,16 @@ def test_what_waits_is_written_at_the_end(place: Place) -> None:
         assert place.stored() == ids(trades)
 
 
+def test_a_mark_stays_before_the_oldest_trade_that_waits(place: Place) -> None:
+    """Codes are pushed with more or less delay."""
+    first, second = trades_of(2)
+    second = second._replace(t=first.t - 3000)
+    with Pipeline(settings_of(place.environ)) as pipeline:
+        intake = Intake(pipeline, Coverage(pipeline.gaps, place.directory))
+        intake.add("crypto", [first, second])
+        assert intake.durable_ms() < second.t
+
+
 def test_pushes_make_the_closes_that_polls_make(place: Place, tmp_path: Path) -> None:
     day = 1_786_752_000_000  # 2026-08-15 00:00 UTC: the session of crypto before it is over
     trades = [Trade("AAUSDT", day - 5000 + n, f"{1 + n}", "2", "3", 1) for n in range(10)]
@@ -868,6 +878,22 @@ def test_other_codes_take_over_a_connection_that_has_none_any_more(
         listed.write_text(f"{CODES[1]}\n{CODES[2]}\n")
         wait_for("the others are", lambda: {*vendor.stream.subscribed} == {*CODES[1:3]})
         assert len(vendor.stream.connections) == 1 and vendor.stream.violations == []
+
+
+def test_a_connection_that_begins_as_all_end_ends_too(
+    place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = stockrt.Planner._begin
+
+    def begin_late(planner: stockrt.Planner, allotment: stockrt.Allotment) -> stockrt.Feed:
+        feed = begin(planner, allotment)
+        planner.leave()  # whoever ends all has told those that there were
+        return feed
+
+    monkeypatch.setattr(stockrt.Planner, "_begin", begin_late)
+    with Process(place, vendor, COLLECT_CODES=CODES[0]) as process:
+        wait_for("there is one", lambda: process.it._planner.feeds)
+        wait_for("it has ended", lambda: not process.it._planner.feeds[0].is_alive())
 
 
 def test_one_process_in_a_state_directory_collects(place: Place, vendor: Vendor) -> None:
