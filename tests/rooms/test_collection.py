@@ -847,6 +847,7 @@ def test_codes_are_polled_however_often_it_is_dialled_in_vain(
         assert len(vendor.stream.connections) > 2
 
 
+@pytest.mark.long
 def test_what_cannot_be_fetched_after_a_gap_is_fetched_later(
     place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -861,6 +862,27 @@ def test_what_cannot_be_fetched_after_a_gap_is_fetched_later(
         wait_for("it was in vain", lambda: "Infoway: " in caplog.text)
         vendor.rest.script = []
         wait_for("it is stored", lambda: identity(missed) in place.stored())
+
+
+@pytest.mark.long
+def test_a_silence_is_judged_as_soon_as_the_latest_trades_can_be_fetched(
+    place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stockrt, "POLL_INSTEAD_S", 0.5)
+    monkeypatch.setattr(stockrt, "SILENCE_S", 2.0)
+    monkeypatch.setattr(stockrt, "ACK_S", 1.0)
+    vendor.stream.rate = 0.0
+    with Process(place, vendor, COLLECT_CODES=CODES[0]) as process:
+        wait_for("it is subscribed", process.is_subscribed)
+        wait_for("its latest trade is there", lambda: place.stored())
+        vendor.rest.script = lambda _: REFUSALS["503_html"]
+        missed = vendor.stream.new_trade(CODES[0])
+        wait_for("it cannot be fetched", lambda: "Infoway: " in caplog.text)
+        assert place.gaps() == []
+        vendor.rest.script = []
+        wait_for("it is known that it is missing", place.gaps)
+        gap = place.gaps()[0]
+        assert "nothing was pushed" in gap["why"] and gap["from"] <= missed["t"] <= gap["to"]
 
 
 def test_other_codes_take_over_a_connection_that_has_none_any_more(
