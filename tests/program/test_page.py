@@ -309,7 +309,7 @@ def test_what_is_not_there_is_said_with_what_is(run_pyz: RunPyz, state: Path) ->
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("--chart", "5m"), "--chart goes with --show"),
+        (("--chart", "5m"), "--chart goes with --show or --html"),
         (("--show", "--chart", "7m"), "invalid choice: '7m'"),
         (("--html", "page.html", "--json"), "--json does not go with --html"),
         (("--once", "--codes", "A", "--html", "page.html"), "not allowed with argument"),

@@ -304,6 +304,7 @@ def test_code_without_its_flag_is_told_where_it_belongs(run_pyz: RunPyz, typed: 
     [
         (("--once", "--cods", "AAPL.US"), "--codes"),
         (("--chek",), "--check"),
+        (("collect",), "--collect"),
         (("--check-setting",), "--check-settings"),
         (("--once", "--demo", "--codes", "A.US", "--jsn"), "--json"),
         (("—once", "--codes", "A.US"), "--once"),
