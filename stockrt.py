@@ -7461,6 +7461,7 @@ NEWEST_SPAN_MS = 10 * 1000
 PAGE = 1000
 Document = dict[str, Any]
 TRADE_FIELDS = Trade._fields
+DOCUMENT_FIELDS = ("_id", *TRADE_FIELDS, "stock_code", "create_time")
 # Sent as texts, stored as MONGODB_NUMERIC_TYPE says.
 NUMBERS = ("p", "v", "vw")
 
@@ -7623,7 +7624,7 @@ class SqliteStore:
 
     def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
         """Return the newest trade of each code in a span of time. Raises StoreError."""
-        names = ("_id", *TRADE_FIELDS, "stock_code")
+        names = DOCUMENT_FIELDS[:-1]
         query = (
             f"SELECT {', '.join(names)} FROM realtime "  # noqa: S608
             "WHERE stock_code = ? AND t BETWEEN ? AND ? AND demo IS NULL "
@@ -7694,7 +7695,7 @@ def _trade_row_demo(document: Document) -> tuple[Any, ...]:
     return (*_ROW_OF(document), _created(document["create_time"]), document.get("demo"))
 
 
-_ROW_OF = itemgetter("_id", *TRADE_FIELDS, "stock_code")
+_ROW_OF = itemgetter(*DOCUMENT_FIELDS[:-1])
 # Those of a batch are all the same.
 _created = lru_cache(maxsize=16)(iso)
 _SQLITE_INSERT = (
@@ -7931,7 +7932,7 @@ class MongoStore:
         options: CodecOptions[Document] = CodecOptions(
             unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
         )
-        wanted = dict.fromkeys((*TRADE_FIELDS, "stock_code", "create_time"), 1)
+        wanted = dict.fromkeys(DOCUMENT_FIELDS[1:], 1)
         cursor = self.collection(name).with_options(codec_options=options).find({}, wanted)
         if after:  # unlike $gt it goes on to `_id` of another type
             cursor = cursor.hint([("_id", 1)]).min(list(after.items()))
@@ -9150,7 +9151,6 @@ DELIVERY_FIRST_S, DELIVERY_CAP_S = 1.0, 10.0
 CATCH_UP_S = 5.0
 # A document alone that fails so often, while MongoDB takes another one each time, is rejected by it for good.
 POISON_TRIES = 3
-QUEUED_FIELDS = ("_id", *TRADE_FIELDS, "stock_code", "create_time")
 
 
 class QueuedBatch(NamedTuple):
@@ -9226,7 +9226,7 @@ class DeliveryQueue:
 
     def oldest(self, count: int) -> QueuedBatch:
         """Return up to `count` trades in order of arrival."""
-        names = ", ".join(QUEUED_FIELDS)
+        names = ", ".join(DOCUMENT_FIELDS)
         query = f"SELECT seq, {names} FROM realtime WHERE demo IS NULL ORDER BY seq LIMIT ?"  # noqa: S608
         rows = self._file.read_all(query, count)
         numbers = [row[0] for row in rows]
@@ -9240,7 +9240,7 @@ class DeliveryQueue:
 
     def newest(self) -> list[Document]:
         """Return the trade that came last; none where none waits, or the disk has changed it. Raises StoreError."""
-        names = ", ".join(QUEUED_FIELDS)
+        names = ", ".join(DOCUMENT_FIELDS)
         query = f"SELECT {names} FROM realtime WHERE demo IS NULL ORDER BY seq DESC LIMIT 1"  # noqa: S608
         with contextlib.suppress(TypeError, ValueError):
             return [_queued_document(row) for row in self._file.read_all(query)]
@@ -9259,7 +9259,7 @@ class DeliveryQueue:
 
     def retry(self, collection: str) -> None:
         """Queue the trades again that MongoDB rejected."""
-        names = QUEUED_FIELDS[1:]
+        names = DOCUMENT_FIELDS[1:]
         fields = ", ".join(f"json_extract(document, '$.{name}')" for name in names)
         insert = (
             f"INSERT INTO realtime (_id, {', '.join(names)}) SELECT _id, {fields} FROM rejects "  # noqa: S608
@@ -9415,7 +9415,7 @@ class UnsettledTrades:
 
     def some(self, count: int) -> list[Document]:
         """Return up to `count` of them; damaged ones are said and forgotten. Raises StoreError."""
-        query = f"SELECT {', '.join(QUEUED_FIELDS)} FROM unsettled LIMIT ?"  # noqa: S608
+        query = f"SELECT {', '.join(DOCUMENT_FIELDS)} FROM unsettled LIMIT ?"  # noqa: S608
         documents = []
         for row in self._file.read_all(query, count):
             try:
@@ -10090,7 +10090,7 @@ WITH RECURSIVE every(code) AS (
 SELECT code, (SELECT t FROM realtime WHERE stock_code = code AND demo IS ? ORDER BY t DESC LIMIT 1) AS newest
 FROM every WHERE newest IS NOT NULL
 """
-_TRADE_COLUMNS = ", ".join(("_id", *StoredTrade._fields[1:]))
+_TRADE_COLUMNS = ", ".join(DOCUMENT_FIELDS)
 _CLOSE_COLUMNS = "stock_code, date, t, p, close IS NOT NULL, after_hours, open, high, low, volume, turnover"
 
 
@@ -10346,7 +10346,7 @@ class MongoReader(_FileReader):
 
 Reader: TypeAlias = SqliteReader | MongoReader
 
-_trade_fields: itemgetter[Any] = itemgetter(*("_id", *StoredTrade._fields[1:]))
+_trade_fields: itemgetter[Any] = itemgetter(*DOCUMENT_FIELDS)
 
 
 def _stored_trades(documents: Sequence[Document]) -> list[StoredTrade]:
@@ -10361,7 +10361,7 @@ def _stored_trades(documents: Sequence[Document]) -> list[StoredTrade]:
             return [*map(StoredTrade._make, zip(*columns[:-1], texts, strict=True))]
     trades = []
     for document in filter(is_trade, documents):
-        *fields, created = (document.get(name) for name in ("_id", *StoredTrade._fields[1:]))
+        *fields, created = map(document.get, DOCUMENT_FIELDS)
         for number in (3, 4, 5):
             fields[number] = number_text(fields[number])
         trades.append(StoredTrade._make((*fields, _iso_text(created))))
@@ -12122,8 +12122,7 @@ class Intake:
         Waits while too many wait.
         """
         arrived_ms, arrived = int(time.time() * 1000), time.monotonic()
-        for at in range(0, len(trades), WRITE_BATCH):
-            some = trades[at : at + WRITE_BATCH]
+        for some in parts_of(trades, WRITE_BATCH):
             since = min(_moment(trade, arrived_ms) for trade in some)
             self._add(Parcel(product, some, since, arrived_ms, arrived))
         return _moment(trades[-1], arrived_ms)
@@ -12630,7 +12629,8 @@ class Planner(threading.Thread):
         left = sum(map(len, rest.values()))
         if left:
             by_product = ", ".join(f"{len(codes)} {product}" for product, codes in rest.items() if codes)
-            words += f"; {count_words(left, 'code')} polled instead, more than the keys' plans allow ({by_product})"
+            why = "for which no key is of use" if self._never else "more than the keys' plans allow"
+            words += f"; {count_words(left, 'code')} polled instead, {why} ({by_product})"
         if words != self._rest_said:
             self._rest_said = words
             log.log(logging.WARNING if left else logging.INFO, "stream: %s", words)
@@ -12707,7 +12707,8 @@ class Planner(threading.Thread):
             while self._pipeline.gaps.deliver() and not self._leaving.is_set():
                 pass
         except StoreAway as error:
-            self._gap_trouble.again(str(error))
+            if not self._leaving.is_set():  # else it is closed already
+                self._gap_trouble.again(str(error))
             self._gaps_at = now + PLAN_AGAIN_S
             return PLAN_AGAIN_S
         self._gap_trouble.over()
@@ -16271,7 +16272,7 @@ OTHER_COLOR = {"red": "green", "green": "red"}
 # A cell that changed is lit for so long.
 LIT_S = 0.8
 # Between two columns.
-GAP = "  "
+BETWEEN = "  "
 NO_PAINTS: Mapping[int, str] = MappingProxyType({})
 
 
@@ -16336,9 +16337,7 @@ def trading_span(code: str, t: int) -> TradingSpan:
     Where the session is not known, or rests, it is the exchange's day, else that of UTC.
     """
     market = market_of(code)
-    session = NO_SESSION
-    if market is not None:
-        session = session_of(market, t)
+    session = NO_SESSION if market is None else session_of(market, t)
     if session is NO_SESSION:
         start = t - t % DAY_MS
         return TradingSpan(date_at(t), start, start + DAY_MS)
@@ -16500,7 +16499,7 @@ def line_of(
         if cell and place in paints:
             cell = f"\033[{paints[place]}m{cell}\033[0m"
         parts.append(blanks + cell if column.right else cell + blanks)
-    return GAP.join(parts).rstrip()
+    return BETWEEN.join(parts).rstrip()
 
 
 QUOTE_COLUMNS = (
@@ -16598,7 +16597,7 @@ class QuoteTable:
 
 def _needed(widths: Sequence[int], kept: Sequence[int]) -> int:
     """Return how wide a line is that has some of the columns."""
-    return sum(widths[number] for number in kept) + len(GAP) * (len(kept) - 1)
+    return sum(widths[number] for number in kept) + len(BETWEEN) * (len(kept) - 1)
 
 
 def signed_percent(change: float) -> str:
@@ -16643,7 +16642,6 @@ def sparkline(points: Sequence[float | None], bars: str = BARS) -> str:
 EXPORT_FORMS = (".csv", ".jsonl")
 # What an export of closes has of each.
 CLOSE_NAMES = tuple("stock_code date close final after_hours open high low volume turnover t".split())
-TRADE_NAMES = ("_id", *StoredTrade._fields[1:])
 
 
 class Export(NamedTuple):
@@ -16658,7 +16656,7 @@ class Export(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """What the fields of its rows are called."""
-        return CLOSE_NAMES if self.closes else TRADE_NAMES
+        return CLOSE_NAMES if self.closes else DOCUMENT_FIELDS
 
     def rows(self, reader: Reader) -> Iterator[Sequence[Sequence[Any]]]:
         """Yield rows, some thousand at once, code by code. Raises StoreError."""
@@ -18024,7 +18022,7 @@ class Rows:
 
     def _with_name(self, widths: list[int], named: bool) -> list[int]:
         """Return the widths with that of the names: they have the rest of the line, unless that is too short."""
-        room = self._width - sum(widths) - len(GAP) * len(widths)
+        room = self._width - sum(widths) - len(BETWEEN) * len(widths)
         return [*widths, room] if named and room >= len(TRADE_COLUMNS[-1].title) else widths
 
     def _line(self, cells: Sequence[str]) -> str:
@@ -18352,7 +18350,7 @@ class LiveTable:
         """Take documents that were stored, and draw, unless that was done just now."""
         with self._lock:
             for document in documents:
-                fields = [document[name] for name in ("_id", *TRADE_FIELDS, "stock_code")]
+                fields = [document[name] for name in DOCUMENT_FIELDS[:-1]]
                 self._take(StoredTrade._make((*fields, "")))
         if time.monotonic() >= self._due and not self.is_gone:
             self._draw()
@@ -19284,8 +19282,18 @@ def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -
             show(json.dumps(one.document(now), ensure_ascii=False))
     elif found:
         show("\n".join(quote_table(settings, environ, options.up).lines(found, now)))
-    for words in (*missing, *_what_lacks(found, options.demo)):
+    status = _end_view(missing, found)
+    if found and not options.demo and all(one.reference is None for one in found):
+        say("no final close is stored that a change could be told against: --backfill 5 brings some")
+    return status
+
+
+def _end_view(missing: Sequence[str], found: Collection[object]) -> int:
+    """Say what is not there to be shown, and return the exit status."""
+    for words in missing:
         say(words)
+    if not found:
+        say("no trade is stored yet: see --once, or --show --demo for those of --once --demo")
     return EXIT_FAILED if missing or not found else EXIT_OK
 
 
@@ -19344,10 +19352,9 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
     text = draw_picture(_only_chart(charts.values()), up) if is_picture else draw_page(page)
     # a web server is another user
     write_whole(path, text, mode=0o644, setting="--html")
-    for words in (*missing, *(_what_lacks(found, options.demo) if not found else ())):
-        say(words)
+    status = _end_view(missing, found)
     say(f"{path}: {count_words(len(found), 'code')}, {len(text.encode()) / 1000:.0f} kB")
-    return EXIT_FAILED if missing or not found else EXIT_OK
+    return status
 
 
 def _only_chart(charts: Iterable[Chart]) -> Chart:
@@ -19423,14 +19430,6 @@ def codes_meant(
                 words += f"; where that is a name, --symbols {one_line(code, 40)} brings its code"
             missing.append(words)
     return list(dict.fromkeys(found)), missing
-
-
-def _what_lacks(found: Sequence[Quote], demo: bool) -> Iterator[str]:
-    """Yield what is not there to be shown, and how to get it."""
-    if not found:
-        yield "no trade is stored yet: see --once, or --show --demo for those of --once --demo"
-    elif not demo and all(one.reference is None for one in found):
-        yield "no final close is stored that a change could be told against: --backfill 5 brings some"
 
 
 def run_export(options: Options, settings: Settings) -> int:

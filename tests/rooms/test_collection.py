@@ -793,6 +793,8 @@ def test_a_key_that_the_stream_refuses_is_not_dialled_with_again(
             assert process.it.stats().connections_wanted == 0
             assert caplog.text.count("401") == 1 and "polled instead" in caplog.text
             assert len(vendor.stream.connections) == 2
+            wait_for("why is said", lambda: "no key is of use" in caplog.text)
+            assert "plans allow" not in caplog.text
 
 
 def test_a_change_of_the_watch_list_takes_effect_without_a_restart(
