@@ -651,11 +651,15 @@ def lack_words(error: BaseException) -> str:
     return ""
 
 
-def own_fault(error: BaseException) -> str:
-    """Return what an error is called that is none of ours, and log it whole, unless the machine lacks something."""
+def own_fault(error: BaseException, is_said: bool = False) -> str:
+    """Return what an error is called that is none of ours.
+
+    It is logged whole, unless that `is_said` already, or the machine lacks something.
+    """
     words = lack_words(error)
     if not words:
-        log.error("a fault of stockrt itself", exc_info=error)
+        if not is_said:
+            log.error("a fault of stockrt itself", exc_info=error)
         words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
     return words
 
@@ -755,6 +759,8 @@ ENV_FILE_PLACES = (
 )
 # Names with these beginnings are ours: an unknown one in the file is a misspelling worth a warning.
 OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_", "COLLECT_")
+# And so is one that begins with the same letter as one of ours and is so like it (difflib's ratio).
+NEAR_NAME = 0.9
 # What COLLECT_CODES says for the codes of the collection MONGODB_WATCH_COLLECTION_NAME.
 WATCH = "watch"
 # Of these one may be set: how the daemon collects by itself.
@@ -1606,7 +1612,7 @@ def load_settings(
     else:
         origins, files, warnings = _service_origins(environ, unit, places)
     for path in files:
-        warnings += [_misspelled(name, str(path)) for name in origins[str(path)] if _is_unknown(name)]
+        warnings += [_misspelled(name, str(path)) for name in origins[str(path)] if _is_meant(name)]
     if is_service(environ):
         warnings += [_misspelled(name, "environment") for name in environ if _is_unknown(name)]
     warnings += [warning for path in files for warning in inline_comments(path)]
@@ -1829,6 +1835,16 @@ def env_line(name: str, value: str) -> str:
 
 def _is_unknown(name: str) -> bool:
     return name.startswith(OUR_PREFIXES) and name not in _known_names()
+
+
+def _is_meant(name: str) -> bool:
+    """Return whether a name in a settings file is a setting of ours with a slip in it."""
+    import difflib
+
+    if name in _known_names() or _is_unknown(name):
+        return _is_unknown(name)
+    alike = [known for known in _known_names() if known[0] == name[0]]
+    return bool(difflib.get_close_matches(name, alike, 1, NEAR_NAME))
 
 
 def _known_names() -> list[str]:
@@ -2912,15 +2928,8 @@ def collect_words(stats: CollectStats) -> str:
 
 def steady(stats: CollectStats) -> tuple[object, ...]:
     """Return of it what does not change all the time while trades come."""
-    return (
-        stats.connections,
-        stats.connections_wanted,
-        stats.codes,
-        stats.polled,
-        stats.gaps_today,
-        stats.missed_beats,
-        stats.trouble,
-    )
+    changing = ("per_second", "delay_p50_ms", "delay_p99_ms", "trades", "stored", "duplicates", "dropped")
+    return tuple(value for name, value in stats._asdict().items() if name not in changing)
 
 
 class Events:
@@ -2984,6 +2993,15 @@ class Events:
 
 # Nobody listens.
 NO_EVENTS = Events()
+
+
+def fault_words(error: Exception, events: Events, is_said: bool = False) -> str:
+    """Return what is to be said of whatever kept a thread from its work; that a part of the program is gone is told."""
+    if isinstance(error, ImportError):
+        lost = lost_part(error)
+        events.damaged(lost)
+        return str(lost)
+    return str(error) if isinstance(error, StockrtError) else own_fault(error, is_said)
 
 
 # ======================================================================================================
@@ -3411,13 +3429,12 @@ def get_once(
     limits: Limits,
     proxies: Proxies = NO_PROXIES,
     headers: Mapping[str, str] = MappingProxyType({}),
-    most_bytes: int = MAX_ANSWER_BYTES,
 ) -> Response:
     """Ask for one thing over a connection of its own, which is cut when the time is over."""
     connection = HttpConnection(base_url, limits, proxies)
     with cut_after(limits.whole_s, connection):
         try:
-            return connection.open() or connection.get(path, headers, most_bytes)
+            return connection.open() or connection.get(path, headers)
         finally:
             connection.close()
 
@@ -6090,12 +6107,8 @@ class InfowayApi:
             return _failed(attempt.batch, Failure(FailureKind.KEY, str(error)))
         except Interrupted:
             return Outcome(attempt.batch, interrupted=True)
-        except ImportError as error:
-            lost = lost_part(error)
-            self._events.damaged(lost)
-            return _failed(attempt.batch, Failure(FailureKind.OTHER, str(lost)))
         except Exception as error:
-            return _failed(attempt.batch, Failure(FailureKind.OTHER, own_fault(error)))
+            return _failed(attempt.batch, Failure(FailureKind.OTHER, fault_words(error, self._events)))
 
     def _try(self, connection: HttpConnection, attempt: BatchAttempt) -> Outcome | None:
         """Ask once, as soon as a key may be used; return the outcome if the answer is final.
@@ -6931,6 +6944,11 @@ class Pushes(NamedTuple):
     dropped: int = 0
     why: str = ""
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the connection is over."""
+        return any(isinstance(event, StreamEnd) for event in self.events)
+
 
 class _Standing(Enum):
     """How it stands with a code that was asked for."""
@@ -7257,28 +7275,17 @@ class StreamConnection:
     `want` and `wake` are for any thread.
     """
 
-    def __init__(
-        self,
-        url: str,
-        product: str,
-        secret: str,
-        proxies: Proxies = NO_PROXIES,
-        rng: random.Random | None = None,
-        limits: Limits = DIAL_LIMITS,
-        clock: Clock = SYSTEM_CLOCK,
-    ) -> None:
+    def __init__(self, url: str, product: str, secret: str, proxies: Proxies = NO_PROXIES) -> None:
         query = urlencode({"business": product, "apikey": secret})
         self._address = f"{url}{'&' if '?' in url else '?'}{query}"
         self._product = product
         self._proxies = proxies
-        self._rng = rng or random.Random()
-        self._limits = limits
-        self._clock = clock
+        self._rng = random.Random()
         self._asks = SlidingWindow(ASKS_PER_MINUTE, 60.0)
         self._wanted: tuple[str, ...] = ()
         self._told: tuple[str, ...] | None = None  # what the protocol was told of it
         self._link: WebSocket | None = None
-        self._protocol = StreamProtocol(product, clock.monotonic(), self._rng, self._asks)
+        self._protocol = StreamProtocol(product, time.monotonic(), self._rng, self._asks)
         self._lock = threading.Lock()  # over the pipe, which is there while the link is
         self._pipe: tuple[int, int] | None = None
         self._is_woken = False
@@ -7315,12 +7322,12 @@ class StreamConnection:
         with self._lock:
             self._pipe = pipe
         try:
-            link = WebSocket(self._address, self._limits, self._proxies, headers, max_bytes=MAX_STREAM_BYTES)
+            link = WebSocket(self._address, DIAL_LIMITS, self._proxies, headers, max_bytes=MAX_STREAM_BYTES)
         except DialError as error:
             self.close()
             return refused_dial(error, self._rng)
         link.give_up_after(UNCONFIRMED_S)
-        self._protocol = StreamProtocol(self._product, self._clock.monotonic(), self._rng, self._asks)
+        self._protocol = StreamProtocol(self._product, time.monotonic(), self._rng, self._asks)
         self._link, self._told = link, None
         return None
 
@@ -7345,7 +7352,7 @@ class StreamConnection:
             if pushes.trades or pushes.events or pushes.dropped or self._is_woken:
                 self._is_woken = False
                 return pushes
-            now = self._clock.monotonic()
+            now = time.monotonic()
             if now >= until:
                 return pushes
             wait_s = min(until, self._protocol.next_tick()) - now
@@ -7359,31 +7366,25 @@ class StreamConnection:
         if self._told != self._wanted:
             self._told = self._wanted
             self._protocol.want(self._told)
-        pushes, lost = self._take(link)
-        events = pushes.events
-        if not lost and not any(isinstance(event, StreamEnd) for event in events):
-            now, wall_ms = self._clock.monotonic(), int(self._clock.wall() * 1000)
-            due = self._protocol.tick(now, wall_ms)
-            events += [event for event in due if not isinstance(event, SendText)]
-            try:
-                for event in due:
-                    if isinstance(event, SendText):
-                        link.send_text(event.text)
-            except LinkLost as error:
-                last, lost = self._take(link)  # what came before counts, and may say why
-                lost = lost or _end_of(error, self._rng)
-                pushes = Pushes(
-                    pushes.trades + last.trades,
-                    events + last.events,
-                    pushes.dropped + last.dropped,
-                    pushes.why or last.why,
-                )
-        if lost and not any(isinstance(event, StreamEnd) for event in pushes.events):
-            pushes.events.append(lost)
+        pushes = self._take(link)
+        if pushes.is_last:
+            return pushes
+        due = self._protocol.tick(time.monotonic(), int(time.time() * 1000))
+        pushes.events.extend(event for event in due if not isinstance(event, SendText))
+        try:
+            for event in due:
+                if isinstance(event, SendText):
+                    link.send_text(event.text)
+        except LinkLost as error:
+            last = self._take(link)  # what came before counts, and may say why
+            if not (pushes.is_last or last.is_last):
+                last.events.append(_end_of(error, self._rng))
+            trades, events = pushes.trades + last.trades, pushes.events + last.events
+            return Pushes(trades, events, pushes.dropped + last.dropped, pushes.why or last.why)
         return pushes
 
-    def _take(self, link: WebSocket) -> tuple[Pushes, StreamEnd | None]:
-        """Return what has come, and the end of the connection behind it, if that has come, too."""
+    def _take(self, link: WebSocket) -> Pushes:
+        """Return what has come; the end of the connection is the last event."""
         texts: list[str] = []
         lost: StreamEnd | None = None
         try:
@@ -7395,8 +7396,11 @@ class StreamConnection:
                     break
         except LinkLost as error:
             lost = _end_of(error, self._rng)
-        latest_ms = int(min(self._clock.wall() * 1000 + MAX_AHEAD_MS, LATEST_TRADE_MS - 1))
-        return self._protocol.receive(texts, self._clock.monotonic(), latest_ms), lost
+        latest_ms = int(min(time.time() * 1000 + MAX_AHEAD_MS, LATEST_TRADE_MS - 1))
+        pushes = self._protocol.receive(texts, time.monotonic(), latest_ms)
+        if lost and not pushes.is_last:
+            pushes.events.append(lost)
+        return pushes
 
 
 # ======================================================================================================
@@ -7457,6 +7461,7 @@ NEWEST_SPAN_MS = 10 * 1000
 PAGE = 1000
 Document = dict[str, Any]
 TRADE_FIELDS = Trade._fields
+DOCUMENT_FIELDS = ("_id", *TRADE_FIELDS, "stock_code", "create_time")
 # Sent as texts, stored as MONGODB_NUMERIC_TYPE says.
 NUMBERS = ("p", "v", "vw")
 
@@ -7619,7 +7624,7 @@ class SqliteStore:
 
     def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
         """Return the newest trade of each code in a span of time. Raises StoreError."""
-        names = ("_id", *TRADE_FIELDS, "stock_code")
+        names = DOCUMENT_FIELDS[:-1]
         query = (
             f"SELECT {', '.join(names)} FROM realtime "  # noqa: S608
             "WHERE stock_code = ? AND t BETWEEN ? AND ? AND demo IS NULL "
@@ -7690,7 +7695,7 @@ def _trade_row_demo(document: Document) -> tuple[Any, ...]:
     return (*_ROW_OF(document), _created(document["create_time"]), document.get("demo"))
 
 
-_ROW_OF = itemgetter("_id", *TRADE_FIELDS, "stock_code")
+_ROW_OF = itemgetter(*DOCUMENT_FIELDS[:-1])
 # Those of a batch are all the same.
 _created = lru_cache(maxsize=16)(iso)
 _SQLITE_INSERT = (
@@ -7927,7 +7932,7 @@ class MongoStore:
         options: CodecOptions[Document] = CodecOptions(
             unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
         )
-        wanted = dict.fromkeys((*TRADE_FIELDS, "stock_code", "create_time"), 1)
+        wanted = dict.fromkeys(DOCUMENT_FIELDS[1:], 1)
         cursor = self.collection(name).with_options(codec_options=options).find({}, wanted)
         if after:  # unlike $gt it goes on to `_id` of another type
             cursor = cursor.hint([("_id", 1)]).min(list(after.items()))
@@ -9146,7 +9151,6 @@ DELIVERY_FIRST_S, DELIVERY_CAP_S = 1.0, 10.0
 CATCH_UP_S = 5.0
 # A document alone that fails so often, while MongoDB takes another one each time, is rejected by it for good.
 POISON_TRIES = 3
-QUEUED_FIELDS = ("_id", *TRADE_FIELDS, "stock_code", "create_time")
 
 
 class QueuedBatch(NamedTuple):
@@ -9222,7 +9226,7 @@ class DeliveryQueue:
 
     def oldest(self, count: int) -> QueuedBatch:
         """Return up to `count` trades in order of arrival."""
-        names = ", ".join(QUEUED_FIELDS)
+        names = ", ".join(DOCUMENT_FIELDS)
         query = f"SELECT seq, {names} FROM realtime WHERE demo IS NULL ORDER BY seq LIMIT ?"  # noqa: S608
         rows = self._file.read_all(query, count)
         numbers = [row[0] for row in rows]
@@ -9236,7 +9240,7 @@ class DeliveryQueue:
 
     def newest(self) -> list[Document]:
         """Return the trade that came last; none where none waits, or the disk has changed it. Raises StoreError."""
-        names = ", ".join(QUEUED_FIELDS)
+        names = ", ".join(DOCUMENT_FIELDS)
         query = f"SELECT {names} FROM realtime WHERE demo IS NULL ORDER BY seq DESC LIMIT 1"  # noqa: S608
         with contextlib.suppress(TypeError, ValueError):
             return [_queued_document(row) for row in self._file.read_all(query)]
@@ -9255,7 +9259,7 @@ class DeliveryQueue:
 
     def retry(self, collection: str) -> None:
         """Queue the trades again that MongoDB rejected."""
-        names = QUEUED_FIELDS[1:]
+        names = DOCUMENT_FIELDS[1:]
         fields = ", ".join(f"json_extract(document, '$.{name}')" for name in names)
         insert = (
             f"INSERT INTO realtime (_id, {', '.join(names)}) SELECT _id, {fields} FROM rejects "  # noqa: S608
@@ -9411,7 +9415,7 @@ class UnsettledTrades:
 
     def some(self, count: int) -> list[Document]:
         """Return up to `count` of them; damaged ones are said and forgotten. Raises StoreError."""
-        query = f"SELECT {', '.join(QUEUED_FIELDS)} FROM unsettled LIMIT ?"  # noqa: S608
+        query = f"SELECT {', '.join(DOCUMENT_FIELDS)} FROM unsettled LIMIT ?"  # noqa: S608
         documents = []
         for row in self._file.read_all(query, count):
             try:
@@ -9446,7 +9450,6 @@ class Delivery:
         unsettled: UnsettledTrades,
         closes: ClosingPrices,
         events: Events = NO_EVENTS,
-        rng: random.Random | None = None,
     ) -> None:
         self.mongo = mongo
         self.queue = queue
@@ -9455,7 +9458,7 @@ class Delivery:
         self.moved = self.rejected = 0  # what was delivered
         self._closes = closes
         self._events = events
-        self._rng = rng or random.Random()
+        self._rng = random.Random()
         self._size = DELIVERY_BATCH
         self._failed_alone = 0
         self._changed = threading.Condition()  # what waits, or the next one:
@@ -9833,21 +9836,21 @@ GAPS_KEPT_S = 30 * DAY_S
 GAPS_AT_ONCE = 20
 
 
-class NotedGap(NamedTuple):
+class Gap(NamedTuple):
     """A time in which the stream did not bring every trade of some codes, as both stores have it.
 
     `since` and `until` are times at which pushes arrived, epoch ms by the clock of this machine: the time of a trade
     lies a little before. `until` None: it goes on. `instance` is the one that missed them; another may have them.
     """
 
-    key: str
-    instance: str
     product: str
     codes: tuple[str, ...]
     since: int
     until: int | None
     why: str
-    create_time: str
+    instance: str = ""
+    key: str = ""
+    create_time: str = ""
 
     def document(self) -> Document:
         """Return its document in MongoDB."""
@@ -9873,30 +9876,29 @@ class Gaps:
         self._file = file
         self._mongo = mongo
 
-    def note(self, gap: NotedGap) -> NotedGap:
+    def note(self, gap: Gap) -> Gap:
         """Note a new gap, and return it with its `_id`. Of two that begin in one moment one begins a little before."""
         insert = (
-            'INSERT INTO stream_gaps (_id, instance, product, codes, "from", "to", why, create_time) '
+            'INSERT INTO stream_gaps (product, codes, "from", "to", why, instance, _id, create_time) '
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
         )
         gap = gap._replace(create_time=iso(utc_now()))
-        codes = json.dumps(gap.codes)
         with self._file.write() as db:
             while True:
                 gap = gap._replace(key=f"{gap.instance}|{gap.product}|{gap.since}")
-                if db.execute(insert, (*gap[:3], codes, *gap[4:])).rowcount:
+                if db.execute(insert, (gap.product, json.dumps(gap.codes), *gap[2:])).rowcount:
                     return gap
                 gap = gap._replace(since=gap.since - 1)
 
-    def change(self, gap: NotedGap) -> None:
+    def change(self, gap: Gap) -> None:
         """Keep what a gap has become: its codes, its end, why it is."""
         update = 'UPDATE stream_gaps SET codes = ?, "to" = ?, why = ?, delivered = 0 WHERE _id = ?'
         with self._file.write() as db:
             db.execute(update, (json.dumps(gap.codes), gap.until, gap.why, gap.key))
 
-    def open(self) -> list[NotedGap]:
+    def open(self) -> list[Gap]:
         """Return those that go on."""
-        return self._some('"to" IS NULL')
+        return self.some('"to" IS NULL')
 
     def count_since(self, moment: str) -> int:
         """Return how many were noted since a time (ISO 8601 UTC)."""
@@ -9906,7 +9908,7 @@ class Gaps:
         """Bring some that are new or have changed to MongoDB, if there is one; return whether there were any."""
         if self._mongo is None:
             return False
-        gaps = self._some(f"NOT delivered LIMIT {GAPS_AT_ONCE}")
+        gaps = self.some(f"NOT delivered LIMIT {GAPS_AT_ONCE}")
         if not gaps:
             return False
         self._mongo.write_gaps([gap.document() for gap in gaps])
@@ -9917,10 +9919,11 @@ class Gaps:
             db.execute(forget, ((time.time() - GAPS_KEPT_S) * 1000,))
         return True
 
-    def _some(self, which: str) -> list[NotedGap]:
-        names = '_id, instance, product, codes, "from", "to", why, create_time'
-        rows = self._file.read_all(f"SELECT {names} FROM stream_gaps WHERE {which}")  # noqa: S608
-        return [NotedGap(*row)._replace(codes=tuple(json.loads(row[3]))) for row in rows]
+    def some(self, which: str, *values: object) -> list[Gap]:
+        """Return those of this machine for which a condition of SQL holds."""
+        names = 'product, codes, "from", "to", why, instance, _id, create_time'
+        rows = self._file.read_all(f"SELECT {names} FROM stream_gaps WHERE {which}", *values)  # noqa: S608
+        return [Gap(*row)._replace(codes=tuple(json.loads(row[1]))) for row in rows]
 
 
 # ======================================================================================================
@@ -9983,16 +9986,6 @@ class StoredClose(NamedTuple):
     low: str
     volume: str
     turnover: str
-
-
-class Gap(NamedTuple):
-    """A span in which the stream missed what was traded of some codes; `end` is None while it lasts."""
-
-    product: str
-    codes: tuple[str, ...]
-    start: int
-    end: int | None
-    why: str
 
 
 def number_text(value: object) -> str:
@@ -10061,13 +10054,8 @@ class _FileReader:
 
     def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
         """Return the gaps that are noted in the local file. Raises StoreError."""
-        query = (
-            'SELECT product, codes, "from", "to", why FROM stream_gaps '
-            'WHERE "from" < ? AND ifnull("to", ?) > ? ORDER BY "from"'
-        )
-        rows = self._file.read_all(query, until, NEVER, since)
-        found = [Gap(product, tuple(json.loads(names)), *rest) for product, names, *rest in rows]
-        return _touching(found, codes)
+        which = '"from" < ? AND ifnull("to", ?) > ? ORDER BY "from"'
+        return _touching(Gaps(self._file, None).some(which, until, NEVER, since), codes)
 
 
 def _touching(gaps: Iterable[Gap], codes: Collection[str]) -> list[Gap]:
@@ -10102,7 +10090,7 @@ WITH RECURSIVE every(code) AS (
 SELECT code, (SELECT t FROM realtime WHERE stock_code = code AND demo IS ? ORDER BY t DESC LIMIT 1) AS newest
 FROM every WHERE newest IS NOT NULL
 """
-_TRADE_COLUMNS = ", ".join(("_id", *StoredTrade._fields[1:]))
+_TRADE_COLUMNS = ", ".join(DOCUMENT_FIELDS)
 _CLOSE_COLUMNS = "stock_code, date, t, p, close IS NOT NULL, after_hours, open, high, low, volume, turnover"
 
 
@@ -10353,12 +10341,12 @@ class MongoReader(_FileReader):
         # of one that both have this machine knows best how it stands
         every = [*_touching(there, codes), *super().gaps(codes, since, until)]
         found = {gap[:3]: gap for gap in every}
-        return sorted(found.values(), key=lambda gap: gap.start)
+        return sorted(found.values(), key=lambda gap: gap.since)
 
 
 Reader: TypeAlias = SqliteReader | MongoReader
 
-_trade_fields: itemgetter[Any] = itemgetter(*("_id", *StoredTrade._fields[1:]))
+_trade_fields: itemgetter[Any] = itemgetter(*DOCUMENT_FIELDS)
 
 
 def _stored_trades(documents: Sequence[Document]) -> list[StoredTrade]:
@@ -10373,7 +10361,7 @@ def _stored_trades(documents: Sequence[Document]) -> list[StoredTrade]:
             return [*map(StoredTrade._make, zip(*columns[:-1], texts, strict=True))]
     trades = []
     for document in filter(is_trade, documents):
-        *fields, created = (document.get(name) for name in ("_id", *StoredTrade._fields[1:]))
+        *fields, created = map(document.get, DOCUMENT_FIELDS)
         for number in (3, 4, 5):
             fields[number] = number_text(fields[number])
         trades.append(StoredTrade._make((*fields, _iso_text(created))))
@@ -11066,8 +11054,7 @@ class Pipeline:
 
         Raises SettingsError without an API key, StoreError when the local file fails.
         """
-        if not self._settings.api_keys:
-            raise SettingsError([NO_KEY_HINT])
+        self.need_key()
         self._plans.ask(stop)
         why = self.directory.refresh(SYMBOL_TYPES, stop)
         return self.directory.search(text), why
@@ -11095,13 +11082,13 @@ class Pipeline:
             if self._delivery is not None and self._delivery.is_away:
                 self._finaliser.pause()
             else:
-                self._settle_final(self._finaliser.step(stop))
+                refused = self._finaliser.step(stop)
+                if self._delivery is not None:
+                    self._delivery.put_closes_aside(refused)
             self._final_trouble.over()
             return self._finaliser.wait_s()
-        except StoreError as error:
-            self._final_trouble.again(str(error))
         except Exception as error:  # it must not cost a trade
-            self._final_trouble.again(own_fault(error))
+            self._final_trouble.again(fault_words(error, self._events))
         self._finaliser.pause()
         return FINAL_PAUSE_S
 
@@ -11126,10 +11113,8 @@ class Pipeline:
             if self._delivery is None or not self._delivery.is_away:
                 wait = self._retention.step()
             self._keep_trouble.over()
-        except StoreError as error:
-            self._keep_trouble.again(str(error))
         except Exception as error:  # it must not cost a trade
-            self._keep_trouble.again(own_fault(error))
+            self._keep_trouble.again(fault_words(error, self._events))
         self._keep_due = self._clock.monotonic() + wait
         return wait
 
@@ -11153,10 +11138,6 @@ class Pipeline:
         """Try what a run needs of the store, and say for how long trades are kept. Raises StoreError."""
         return f"{self.store.check()}, {self.kept()}"
 
-    def _settle_final(self, refused: Sequence[RefusedClose]) -> None:
-        if self._delivery is not None:
-            self._delivery.put_closes_aside(refused)
-
     def backfill(
         self, codes: Iterable[str] | None, sessions: int, stop: threading.Event
     ) -> Iterator[Backfilled | int | None]:
@@ -11164,8 +11145,7 @@ class Pipeline:
 
         Without `codes` every code in `realtime`. Raises SettingsError without an API key, StoreError.
         """
-        if not self._settings.api_keys:
-            raise SettingsError([NO_KEY_HINT])
+        self.need_key()
         need_clock(self._clock.wall())
         self._plans.ask(stop)
         return self._backfill.run(self._backfill.codes() if codes is None else codes, sessions, stop)
@@ -11276,7 +11256,7 @@ class WatchList:
         self._clock = clock
         self._codes: tuple[str, ...] | None = None
         self._look_at = -math.inf
-        self._file_was: tuple[int, int, int] | None = None
+        self._listed: list[str] | None = None  # of all shares
         self._odd_said = False
         self._trouble = LogThrottle("COLLECT_CODES", clock, then="the codes from before stay")
         self._lock = threading.Lock()
@@ -11307,13 +11287,13 @@ class WatchList:
             self._trouble.again(str(error))
         else:
             self._trouble.over()
-            if found is not None:
+            if found != self._listed:
+                self._listed = found
                 self._take(found)
 
-    def _read(self) -> Collection[str] | None:
-        """Return the codes of all shares, None for those from before. Raises StockrtError."""
+    def _read(self) -> list[str]:
+        """Return the codes of all shares, each once. Raises StockrtError."""
         text = place = self._settings.collect_codes
-        found: list[str] | None
         if text == WATCH:
             place = f"{self._settings.mongodb_db_name}.{self._settings.watch_name}"
             found = self._read_collection(place)
@@ -11324,9 +11304,7 @@ class WatchList:
             found = split_codes(text)
         else:
             raise StockrtError(NO_CODES)
-        if found is None:
-            return None
-        codes = dict.fromkeys(found)
+        codes = [*dict.fromkeys(found)]
         if not codes:
             raise StockrtError(f"no code in {place}; expected codes such as AAPL.US 600519.SH")
         if len(codes) > MOST_COLLECTED:
@@ -11335,7 +11313,7 @@ class WatchList:
 
     def _read_collection(self, place: str) -> list[str]:
         if self._mongo is None:
-            raise StockrtError(WATCH_NEEDS_MONGODB)
+            raise StockrtError(WATCH_NEEDS_MONGODB.removeprefix("COLLECT_CODES="))
         try:
             values = self._mongo.field(self._settings.watch_name, "code", MOST_COLLECTED + 1)
         except StoreAway as error:
@@ -11350,8 +11328,9 @@ class WatchList:
         self._odd_said = bool(odd)
         return [code for text in texts for code in split_codes(text)]
 
-    def _read_file(self, path: Path) -> list[str] | None:
-        """Return what a file holds, None where it has not changed. Raises StockrtError."""
+    @staticmethod
+    def _read_file(path: Path) -> list[str]:
+        """Return the codes in a file. Raises StockrtError."""
         import stat
 
         try:
@@ -11362,17 +11341,11 @@ class WatchList:
                 raise StockrtError(
                     f"{path} has {found.st_size} bytes; expected codes such as AAPL.US 600519.SH"
                 )
-            is_now = (found.st_mtime_ns, found.st_size, found.st_ino)
-            if self._codes is not None and is_now == self._file_was:
-                return None
             with path.open(encoding="utf-8-sig") as lines:
-                codes = list(codes_in(lines))
+                return list(codes_in(lines))
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise StockrtError(f"{path} cannot be read: {why}") from None
-        if codes:
-            self._file_was = is_now
-        return codes
 
     def _take(self, listed: Collection[str]) -> None:
         """Go over to what of a new list is in the share, and say what changed, or that it is nothing."""
@@ -11530,16 +11503,8 @@ class Poller(threading.Thread):
         """Poll once; what keeps it from that is said, and the report's `store_error`."""
         try:
             report = self._pipeline.poll(self._watch.codes(), self._leaving)
-        except ImportError as error:
-            lost = lost_part(error)
-            self._events.damaged(lost)
-            words = str(lost)
-        except StockrtError as error:
-            words = str(error)
         except Exception as error:  # nobody else looks at this thread
-            words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
-            if lack_words(error) or not self._poll_trouble.there:
-                words = own_fault(error)
+            words = fault_words(error, self._events, is_said=self._poll_trouble.there)
         else:
             if not report.interrupted:
                 self._poll_trouble.over()
@@ -11561,7 +11526,7 @@ class Poller(threading.Thread):
             self._in_time = 0
             self._stats = self._stats._replace(missed_beats=self._stats.missed_beats + missed)
             self._beat_trouble.again(
-                f"a poll took {took_s:.1f} s, longer than COLLECT_EVERY={self._every_s:g} allows"
+                f"a poll took {took_s:.1f} s, longer than one every {self._every_s:g} s allows"
             )
             return
         self._in_time += 1
@@ -11597,6 +11562,8 @@ class Poller(threading.Thread):
 # them over connections, and asks over REST for what the stream does not bring.
 
 CODES_NAME, MARK_NAME = "collecting.codes", "collecting.mark"
+# A mark this far in the future is none of a clock that is slewed.
+CLOCK_BACK_MS = 2000
 
 
 class Parcel(NamedTuple):
@@ -11610,10 +11577,6 @@ class Parcel(NamedTuple):
     since: int
     arrived_ms: int
     arrived: float
-
-
-# A time that lies so much before one from earlier: the clock was set back.
-CLOCK_SET_MS = 60_000
 
 
 class Group(NamedTuple):
@@ -11646,28 +11609,39 @@ class MarkFiles:
 
     def read(self) -> Left:
         """Return what the last process has left. Raises StoreError."""
-        codes = self._object(self._codes)
-        mark = self._object(self._mark)
         try:
-            groups = [Group(product, until, names) for product, until, names in codes.get("groups", ())]
-            version, stopped = int(codes.get("version", 0)), False
-            if mark.get("version") == version:
-                stopped = bool(mark["stopped"])
-                groups = [
-                    one._replace(until=int(until)) for one, until in zip(groups, mark["until"], strict=True)
-                ]
-            return Left(str(codes.get("instance", "")), version, groups, stopped)
-        except (KeyError, TypeError, ValueError) as error:
-            log.error(
-                "%s is damaged (%s): a gap before this start is not noted", self._codes, one_line(error, 80)
-            )
+            codes = self._object(self._codes)
+            groups = [
+                Group(product, int(until), [*names]) for product, until, names in codes.get("groups", ())
+            ]
+            left = Left(str(codes.get("instance", "")), int(codes.get("version", 0)), groups)
+        except (TypeError, ValueError) as error:
+            self._say(self._codes, error, "a gap before this start is not noted")
             return Left()
+        try:
+            mark = self._object(self._mark)
+            if mark.get("version") != left.version:
+                return left
+            times = [int(until) for until in mark["until"]]
+            groups = [one._replace(until=until) for one, until in zip(groups, times, strict=True)]
+            return left._replace(groups=groups, stopped=bool(mark["stopped"]))
+        except (KeyError, TypeError, ValueError) as error:
+            self._say(self._mark, error, "a gap before this start begins too early")
+            return left
 
     @staticmethod
     def _object(path: Path) -> dict[str, Any]:
+        """Return what a file holds, nothing where there is none. Raises StoreError, ValueError for no object."""
         with disk_trouble(f"{path} cannot be read"), contextlib.suppress(FileNotFoundError):
-            return json_object(path.read_bytes()) or {}
+            found = json_object(path.read_bytes())
+            if found is None:
+                raise ValueError("no JSON object")
+            return found
         return {}
+
+    @staticmethod
+    def _say(path: Path, error: Exception, then: str) -> None:
+        log.error("%s is damaged (%s): %s", path, one_line(error, 80), then)
 
     def write_codes(self, left: Left) -> None:
         """Keep of which codes everything is kept. Raises StoreError."""
@@ -11698,19 +11672,17 @@ class Part:
         self.heard = self.seen = now_ms
 
 
-class Silence(NamedTuple):
-    """A time in which an open market said nothing of some codes, up to when they were subscribed anew; epoch ms."""
-
-    product: str
-    codes: Sequence[str]
-    since: int
-    until: int
+# Why there is a gap, where it was no connection that was refused or lost.
+STOPPED = "stockrt was stopped"
+ENDED_WITHOUT_NOTICE = "stockrt ended without notice"
+MOVED = "moved to another connection"
+DEAF = "nothing was pushed although there were trades"
 
 
 class OpenGap:
     """A gap in memory: `missing` are those of its codes that are not subscribed again; `is_kept` as it is now."""
 
-    def __init__(self, gap: NotedGap, missing: Iterable[str], is_kept: bool = False) -> None:
+    def __init__(self, gap: Gap, missing: Iterable[str], is_kept: bool = False) -> None:
         self.gap = gap
         self.missing = set(missing)
         self.is_kept = is_kept
@@ -11733,13 +11705,13 @@ class Coverage:
         self._parts: list[Part] = []
         self._open: list[OpenGap] = []
         self._ended: list[OpenGap] = []  # subscribed again, and not fetched yet
-        self._silent: list[Silence] = []
+        self._silent: list[Gap] = []  # up to when codes were subscribed anew
         self._refused: dict[str, OpenGap] = {}  # by product: pushes that the store does not take now
         self._back: set[str] = set()
         self._wanted: Mapping[str, Collection[str]] = {}
         self._left = Left()
         self._durable = 0
-        self._is_closed = False
+        self._has_begun = self._is_closed = False
         self._trouble = LogThrottle("stream_gaps", clock, then="it is noted as soon as that works")
 
     def begin(self, wanted: Mapping[str, Collection[str]]) -> None:
@@ -11759,14 +11731,20 @@ class Coverage:
                 self._open.append(OpenGap(gap, missing, is_kept=True))
             self._durable = now
             self._end_gaps()
-            why = "stockrt was stopped" if left.stopped else "stockrt ended without notice"
+            why = STOPPED if left.stopped else ENDED_WITHOUT_NOTICE
             since: dict[tuple[str, int], set[str]] = {}
             for product, until, codes in left.groups:
                 lost = {code for code in codes if (product, code) not in known} & {*wanted.get(product, ())}
                 since.setdefault((product, until), set()).update(lost)
             for (product, until), lost in since.items():
-                self._lose(product, lost, until, why)
+                self._lose(product, lost, min(until, now), why)
+                if until > now + CLOCK_BACK_MS:
+                    words = (
+                        "the clock was set back by %d s or more: a gap of %s may begin earlier than is noted"
+                    )
+                    log.warning(words, (until - now) / 1000, product)
             self._complete(self._ended)
+            self._has_begun = True
 
     def want(self, wanted: Mapping[str, Collection[str]]) -> None:
         """Have it which codes are to be collected, by product: of others nothing is missing from now on."""
@@ -11794,7 +11772,7 @@ class Coverage:
             part.codes = codes
             part.acked -= gone
             moved = gone & {*self._wanted.get(part.product, ())}
-            self._lose(part.product, moved, part.heard, "moved to another connection")
+            self._lose(part.product, moved, self._last_sign(part), MOVED)
             self._write_codes()
 
     def drop(self, part: Part) -> None:
@@ -11816,7 +11794,8 @@ class Coverage:
             again = part.silent & {*codes}
             part.silent -= again
             if again:
-                self._silent.append(Silence(part.product, sorted(again), part.silent_since, part.heard))
+                silence = self._new(part.product, again, part.silent_since, DEAF).gap
+                self._silent.append(silence._replace(until=part.heard))
             self._back |= fresh
             self._write_codes()
         self.news.set()
@@ -11825,7 +11804,7 @@ class Coverage:
         """A connection is over: what it brought is missing since its last sign."""
         with self._lock:
             acked, part.acked, part.silent = part.acked, set(), set()
-            self._lose(part.product, acked, part.heard, why)
+            self._lose(part.product, acked, self._last_sign(part), why)
             self._write_codes()
 
     def refused(self, part: Part, codes: Iterable[str], why: str) -> None:
@@ -11834,7 +11813,7 @@ class Coverage:
             codes = {*codes}
             acked = part.acked & codes
             part.acked -= acked
-            self._lose(part.product, acked, part.heard, why)
+            self._lose(part.product, acked, self._last_sign(part), why)
             for one in [one for one in self._open if one.gap.product == part.product]:
                 self._split(one, codes - acked, why)
             self._write_codes()
@@ -11844,22 +11823,18 @@ class Coverage:
         """An open market says nothing, and these codes are subscribed anew: whether they are missing is to be seen."""
         with self._lock:
             part.silent = part.acked & {*codes}
-            part.silent_since = part.heard
+            part.silent_since = self._last_sign(part)
 
-    def take_silent(self) -> list[Silence]:
+    def take_silent(self) -> list[Gap]:
         """Return the silences that are over: trades that are fetched now and were not pushed tell gaps of them."""
         with self._lock:
             silences, self._silent = self._silent, []
             return silences
 
-    def was_deaf(self, silence: Silence) -> None:
+    def was_deaf(self, silence: Gap) -> None:
         """In a silence there were trades that were not pushed."""
         with self._lock:
-            why = "nothing was pushed although there were trades"
-            one = self._new(silence.product, silence.codes, silence.since, why)
-            one.gap = one.gap._replace(until=silence.until)
-            self._ended.append(one)
-        self.news.set()
+            self._ended.append(OpenGap(silence, silence.codes))
 
     def not_stored(self, parcel: Parcel, codes: Collection[str], why: str) -> None:
         """The store took none of these pushes, or not those of some codes: missing until it takes some again."""
@@ -11918,15 +11893,17 @@ class Coverage:
         """Look up to when connections have handed on what they brought; then the intake is to be asked, then `mark`."""
         with self._lock:
             for part in self._parts:
-                part.seen = part.heard
+                part.seen = self._last_sign(part)
 
     def mark(self, durable_ms: int, stopped: bool = False) -> None:
-        """Keep in the state directory up to when everything is kept: what came before a moment (epoch ms)."""
+        """Keep in the state directory up to when everything is kept: what came before a moment (epoch ms).
+
+        Not before `begin` has read what the last process left there.
+        """
         with self._lock:
-            if self._is_closed:
+            if self._is_closed or not self._has_begun:
                 return
-            if not self._durable - CLOCK_SET_MS < durable_ms < self._durable:
-                self._durable = durable_ms
+            self._durable = durable_ms
             self._keep([*self._refused.values(), *self._open, *self._ended])
             if not self._write_codes():
                 return
@@ -11949,8 +11926,12 @@ class Coverage:
     def _now_ms(self) -> int:
         return int(self._clock.wall() * 1000)
 
+    def _last_sign(self, part: Part) -> int:
+        """Return when a connection brought something; a clock that was set back makes no sign of the future."""
+        return min(part.heard, self._now_ms())
+
     def _new(self, product: str, codes: Collection[str], since: int, why: str) -> OpenGap:
-        gap = NotedGap("", self._left.instance, product, tuple(sorted(codes)), since, None, why, "")
+        gap = Gap(product, tuple(sorted(codes)), since, None, why, self._left.instance)
         return OpenGap(gap, codes)
 
     def _lose(self, product: str, codes: Collection[str], since: int, why: str) -> None:
@@ -12115,21 +12096,20 @@ class Intake:
     a gap.
     """
 
-    def __init__(self, pipeline: Pipeline, coverage: Coverage, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(self, pipeline: Pipeline, coverage: Coverage) -> None:
         self.came = threading.Event()  # something did, or is to be looked at
         self.trades = self.stored = self.duplicates = self.refused = self.dropped = 0
         self.trouble = ""
         self._pipeline = pipeline
         self._coverage = coverage
-        self._clock = clock
         self._changed = threading.Condition()  # what follows:
         self._pending: deque[Parcel] = deque()
         self._waiting = 0  # trades of those
         self._written: list[Parcel] = []  # they are on their way to the store
         self._is_closing = self._is_over = False
-        self._delays = Delays(clock.monotonic())
+        self._delays = Delays(time.monotonic())
         then = "what is pushed meanwhile is missing, see stream_gaps"
-        self._trouble = LogThrottle("the stream's trades", clock, then=then)
+        self._trouble = LogThrottle("the stream's trades", then=then)
         self._thread = threading.Thread(target=self._run, name="stockrt-intake", daemon=True)
 
     def start(self) -> None:
@@ -12141,10 +12121,10 @@ class Intake:
 
         Waits while too many wait.
         """
-        arrived_ms, arrived = int(self._clock.wall() * 1000), self._clock.monotonic()
-        for at in range(0, len(trades), WRITE_BATCH):
-            some = trades[at : at + WRITE_BATCH]
-            self._add(Parcel(product, some, _moment(some[0], arrived_ms), arrived_ms, arrived))
+        arrived_ms, arrived = int(time.time() * 1000), time.monotonic()
+        for some in parts_of(trades, WRITE_BATCH):
+            since = min(_moment(trade, arrived_ms) for trade in some)
+            self._add(Parcel(product, some, since, arrived_ms, arrived))
         return _moment(trades[-1], arrived_ms)
 
     def _add(self, parcel: Parcel) -> None:
@@ -12167,14 +12147,14 @@ class Intake:
     def lately(self) -> tuple[float, float, float]:
         """Return how long half and 99 of 100 trades took lately until they were durable (ms), and trades a second."""
         with self._changed:
-            now = self._clock.monotonic()
+            now = time.monotonic()
             self._delays.turn(now)
             return self._delays.within(0.5), self._delays.within(0.99), self._delays.per_second(now)
 
     def durable_ms(self) -> int:
         """Return before which moment (epoch ms) everything that came is in the store, or noted as missing."""
         with self._changed:
-            now = int(self._clock.wall() * 1000)
+            now = int(time.time() * 1000)
             return min((parcel.since - 1 for parcel in (*self._written, *self._pending)), default=now)
 
     def close(self, within_s: float) -> None:
@@ -12216,14 +12196,14 @@ class Intake:
         """Return how many seconds it has: none where more waits than there is time for."""
         if self._is_closing:
             return PUSHES_TAKEN_LAST_S if self._waiting <= 2 * WRITE_BATCH else 0.0
-        if self._waiting > CROWDED and self._clock.monotonic() - self._pending[0].arrived > CROWDED_S:
+        if self._waiting > CROWDED and time.monotonic() - self._pending[0].arrived > CROWDED_S:
             return 0.0
         return PUSHES_TAKEN_S
 
     def _await_more(self) -> None:
         """Wait until a batch is full, or its first trade has waited long enough."""
         while self._pending and self._waiting < WRITE_BATCH and not self._is_closing:
-            left = self._pending[0].arrived + PUSHES_WAIT_S - self._clock.monotonic()
+            left = self._pending[0].arrived + PUSHES_WAIT_S - time.monotonic()
             if left <= 0:
                 return
             self._changed.wait(left)
@@ -12247,7 +12227,7 @@ class Intake:
             self._coverage.stored()
             self._trouble.over()
             self.trouble = ""
-        now = self._clock.monotonic()
+        now = time.monotonic()
         with self._changed:
             for parcel in batch:
                 self._delays.add((now - parcel.arrived) * 1000, len(parcel.trades))
@@ -12304,7 +12284,7 @@ STREAM_READ_S = 600.0
 class Feed(threading.Thread):
     """One connection to the stream with its thread: dials, hands on what comes, dials again; until told to leave.
 
-    `end`: why it does so no more by itself.
+    `end`: why it does so no more by itself. `missing_since`: when its codes were lost last, or others were wanted.
     """
 
     def __init__(
@@ -12320,7 +12300,7 @@ class Feed(threading.Thread):
         self.part = coverage.add(allotment.product)
         self.state = "connecting"
         self.why = ""
-        self.since = time.monotonic()
+        self.since = self.missing_since = time.monotonic()
         self.end: StreamEnd | None = None
         self._connection = connection
         self._coverage = coverage
@@ -12334,6 +12314,7 @@ class Feed(threading.Thread):
     def want(self, allotment: Allotment) -> None:
         """Bring these codes from now on."""
         self.allotment = allotment
+        self.missing_since = time.monotonic()
         self._coverage.expect(self.part, allotment.codes)
         self._connection.want(allotment.codes)
 
@@ -12351,6 +12332,8 @@ class Feed(threading.Thread):
             self._connection.close()
             if end is None:
                 return
+            if self.part.acked:
+                self.missing_since = time.monotonic()
             self._coverage.lost(self.part, end.words)
             self.why = end.words
             if end.action in (StreamAction.NEVER, StreamAction.KEY_OUT):
@@ -12379,20 +12362,18 @@ class Feed(threading.Thread):
                 self._turn("connected")
             while end is None and not self._leaving.is_set():
                 end = self._take(self._connection.read(time.monotonic() + STREAM_READ_S))
-        except ImportError as error:
-            lost = lost_part(error)
-            self._events.damaged(lost)
-            return StreamEnd(str(lost), StreamAction.DIAL_AGAIN)
         except Exception as error:  # nobody else looks at this thread
-            return StreamEnd(own_fault(error), StreamAction.DIAL_AGAIN)
+            words = fault_words(error, self._events, is_said=self._trouble.there)
+            return StreamEnd(words, StreamAction.DIAL_AGAIN)
         return end
 
     def _take(self, received: Pushes) -> StreamEnd | None:
         """Hand on what has come, and return the end of the connection if that is in it."""
         if received.trades:
-            sign, before = self._intake.add(self.part.product, received.trades), self.part.heard
-            # not back to a trade that was older than the last one, unless the clock was set back
-            self.part.heard = sign if sign < before - OLD_PUSH_MS else max(before, sign)
+            sign = self._intake.add(self.part.product, received.trades)
+            if self.part.heard <= time.time() * 1000:  # else the clock was set back
+                sign = max(self.part.heard, sign)
+            self.part.heard = sign
         if received.dropped:
             self._intake.drop(received.dropped)
             self._odd.again(received.why)
@@ -12438,6 +12419,8 @@ PLAN_AGAIN_S = 10.0
 LIMITS_AGAIN_S = 300.0
 # How long leaving may take: for what connections and requests are at, and for what waits to be written.
 LEAVE_POLL_S, LEAVE_INTAKE_S = 0.7, 1.1
+# And a connection whose codes are wanted no more, before others are dialled.
+LEAVE_FEED_S = 2.0
 
 
 class Planner(threading.Thread):
@@ -12471,8 +12454,10 @@ class Planner(threading.Thread):
             str, dict[str, str]
         ] = {}  # by key and product, '' for all of them: why it is of no use
         self._back: set[str] = set()  # codes whose latest trades are to be fetched
+        self._silences: list[Gap] = []  # of which that is to tell whether anything was missed
         self._limits: dict[str, StreamLimits] = {}  # by key
         self._limits_at = 0.0  # monotonic, as are:
+        self._back_at = 0.0
         self._poll_at = 0.0
         self._gaps_at = 0.0
         self._rest_said = ""
@@ -12495,18 +12480,17 @@ class Planner(threading.Thread):
 
     def run(self) -> None:
         """Work until told to leave."""
+        self._go_on()
+        for feed in self.feeds:  # one may have begun since all were told to
+            feed.leave()
+
+    def _go_on(self) -> None:
         while not self._leaving.is_set():
             wait_s, words = PLAN_AGAIN_S, ""
             try:
                 wait_s = self._work()
-            except ImportError as error:
-                lost = lost_part(error)
-                self._events.damaged(lost)
-                words = str(lost)
-            except StockrtError as error:
-                words = str(error)
             except Exception as error:  # nobody else looks at this thread
-                words = own_fault(error)
+                words = fault_words(error, self._events, is_said=self._trouble.there)
             if self._leaving.is_set():
                 return
             if words:
@@ -12522,22 +12506,28 @@ class Planner(threading.Thread):
         """Do what is to be done now, and return after how many seconds to look again. Raises StockrtError."""
         need_clock(time.time())
         self._plan()
-        ended = self._coverage.ended()
-        try:
-            self._fetch_back()
-        finally:  # their codes are subscribed, whatever the API says now
-            self._coverage.complete(ended)
-        return min(self._watch.wait_s(), self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
+        self._coverage.complete(self._coverage.ended())
+        fetch_s = self._fetch()
+        waits = (self._watch.wait_s(), fetch_s, self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
+        return min(waits)
 
-    def _fetch_back(self) -> None:
-        """Fetch the latest trades of codes that were subscribed since the last time. Raises StockrtError."""
+    def _fetch(self) -> float:
+        """Fetch what was missed; return after how many seconds to try again what fails for no fault of the codes."""
         self._back |= self._coverage.take_back()
-        if self._back:
-            self._poll(sorted(self._back))
-            self._back.clear()
-        for silence in self._coverage.take_silent():
-            if self._poll(silence.codes):
-                self._coverage.was_deaf(silence)
+        self._silences += self._coverage.take_silent()
+        now = time.monotonic()
+        if (self._back or self._silences) and now >= self._back_at:
+            if self._back:
+                _, self._back = self._poll(sorted(self._back))
+            for silence in [*self._silences]:
+                new, failed = self._poll(silence.codes)
+                if new:
+                    self._coverage.was_deaf(silence)
+                if new or not failed:
+                    self._silences.remove(silence)
+            if self._back or self._silences:
+                self._back_at = now + self._pause_s(len(self._back))
+        return max(0.0, self._back_at - time.monotonic()) if self._back or self._silences else math.inf
 
     def _plan(self) -> None:
         """Look at the list, and spread the codes where it has changed or a connection is of no use any more."""
@@ -12594,18 +12584,24 @@ class Planner(threading.Thread):
         }
         before = [feed.allotment for feed in self.feeds]
         allotments, rest = allot(self._wanted, limits, before)
-        kept: list[Feed] = []
-        for feed in self.feeds:
-            found = next((one for one in allotments if _goes_on(feed.allotment, one)), None)
-            if found is None:
-                feed.leave()
-                self._coverage.drop(feed.part)
-                continue
-            allotments.remove(found)
-            kept.append(feed)
-            if found != feed.allotment:
-                feed.want(found)
-        self.feeds = kept
+        goes_on: dict[Feed, Allotment] = {}
+        for is_same in (_brings_some, _can_bring):
+            for feed in self.feeds:
+                found = next((one for one in allotments if is_same(feed.allotment, one)), None)
+                if found is not None and feed not in goes_on:
+                    allotments.remove(found)
+                    goes_on[feed] = found
+        gone = [feed for feed in self.feeds if feed not in goes_on]
+        for feed in gone:
+            feed.leave()
+            self._coverage.drop(feed.part)
+        self.feeds = [*goes_on]
+        for feed, allotment in goes_on.items():
+            if allotment != feed.allotment:
+                feed.want(allotment)
+        until = time.monotonic() + LEAVE_FEED_S
+        for feed in gone:  # the key may have no connection more
+            feed.join(max(0.0, until - time.monotonic()))
         for allotment in allotments:
             self.feeds.append(self._begin(allotment))
         self._say_rest(rest)
@@ -12633,7 +12629,8 @@ class Planner(threading.Thread):
         left = sum(map(len, rest.values()))
         if left:
             by_product = ", ".join(f"{len(codes)} {product}" for product, codes in rest.items() if codes)
-            words += f"; {count_words(left, 'code')} polled instead, more than the keys' plans allow ({by_product})"
+            why = "for which no key is of use" if self._never else "more than the keys' plans allow"
+            words += f"; {count_words(left, 'code')} polled instead, {why} ({by_product})"
         if words != self._rest_said:
             self._rest_said = words
             log.log(logging.WARNING if left else logging.INFO, "stream: %s", words)
@@ -12645,7 +12642,7 @@ class Planner(threading.Thread):
         now = time.monotonic()
         held = self._coverage.subscribed()
         for feed in self.feeds:
-            if feed.state != "given up" and now - feed.since < POLL_SOON_S:
+            if feed.state != "given up" and now - feed.missing_since < POLL_SOON_S:
                 held.setdefault(feed.allotment.product, set()).update(feed.allotment.codes)
         return [
             code
@@ -12657,7 +12654,9 @@ class Planner(threading.Thread):
     def _poll_instead(self) -> float:
         """Poll now and then what the stream does not bring; return after how many seconds to look again."""
         codes = self._instead()
-        self.polled = len(codes)
+        if len(codes) != self.polled:
+            self.polled = len(codes)
+            self._intake.came.set()  # it is to be told now
         wait_s = math.inf
         if codes:
             now = time.monotonic()
@@ -12681,9 +12680,15 @@ class Planner(threading.Thread):
         """Whether codes of a connection that does not stand may have to be polled soon."""
         return any(len(feed.part.acked) < len(feed.part.codes) for feed in self.feeds)
 
-    def _poll(self, codes: Sequence[str]) -> int:
-        """Fetch the latest trades of codes, and return how many are new. Raises StockrtError."""
+    def _poll(self, codes: Sequence[str]) -> tuple[int, set[str]]:
+        """Fetch the latest trades of codes; return how many are new, and of which codes that is not known.
+
+        Raises StockrtError.
+        """
         report = self._pipeline.poll(codes, self._leaving)
+        unknown = {code for code, one in report.failures.items() if one.kind in TROUBLES}
+        if report.store_error:
+            unknown = {*codes}
         if not report.interrupted:
             self._troubles.note(report)
             failed = {code: one for code, one in report.failures.items() if one.kind in OF_THE_CODE}
@@ -12691,7 +12696,7 @@ class Planner(threading.Thread):
                 self._code_trouble.again(failed_words(failed, report.total))
         self.stored += report.stored + report.queued
         self.duplicates += report.duplicates
-        return report.stored + report.queued
+        return report.stored + report.queued, unknown
 
     def _deliver_gaps(self) -> float:
         """Bring gaps to MongoDB; return after how many seconds to try again."""
@@ -12702,17 +12707,22 @@ class Planner(threading.Thread):
             while self._pipeline.gaps.deliver() and not self._leaving.is_set():
                 pass
         except StoreAway as error:
-            self._gap_trouble.again(str(error))
+            if not self._leaving.is_set():  # else it is closed already
+                self._gap_trouble.again(str(error))
             self._gaps_at = now + PLAN_AGAIN_S
             return PLAN_AGAIN_S
         self._gap_trouble.over()
         return math.inf
 
 
-def _goes_on(before: Allotment, now: Allotment) -> bool:
-    """Whether an allotment is that of a connection that stands."""
-    same = (before.key, before.product) == (now.key, now.product)
-    return same and not {*before.codes}.isdisjoint(now.codes)
+def _can_bring(before: Allotment, now: Allotment) -> bool:
+    """Whether a connection that stands can bring an allotment."""
+    return (before.key, before.product) == (now.key, now.product)
+
+
+def _brings_some(before: Allotment, now: Allotment) -> bool:
+    """Whether a connection that stands brings some of an allotment already."""
+    return _can_bring(before, now) and not {*before.codes}.isdisjoint(now.codes)
 
 
 class Collecting:
@@ -16262,7 +16272,7 @@ OTHER_COLOR = {"red": "green", "green": "red"}
 # A cell that changed is lit for so long.
 LIT_S = 0.8
 # Between two columns.
-GAP = "  "
+BETWEEN = "  "
 NO_PAINTS: Mapping[int, str] = MappingProxyType({})
 
 
@@ -16318,15 +16328,16 @@ class TradingSpan(NamedTuple):
     until: int
 
 
+NO_SPAN = TradingSpan("", 0, 0)
+
+
 def trading_span(code: str, t: int) -> TradingSpan:
     """Return the regular session that a trade belongs to, or follows: the hours before it are their own span.
 
     Where the session is not known, or rests, it is the exchange's day, else that of UTC.
     """
     market = market_of(code)
-    session = NO_SESSION
-    if market is not None:
-        session = session_of(market, t)
+    session = NO_SESSION if market is None else session_of(market, t)
     if session is NO_SESSION:
         start = t - t % DAY_MS
         return TradingSpan(date_at(t), start, start + DAY_MS)
@@ -16488,7 +16499,7 @@ def line_of(
         if cell and place in paints:
             cell = f"\033[{paints[place]}m{cell}\033[0m"
         parts.append(blanks + cell if column.right else cell + blanks)
-    return GAP.join(parts).rstrip()
+    return BETWEEN.join(parts).rstrip()
 
 
 QUOTE_COLUMNS = (
@@ -16586,7 +16597,7 @@ class QuoteTable:
 
 def _needed(widths: Sequence[int], kept: Sequence[int]) -> int:
     """Return how wide a line is that has some of the columns."""
-    return sum(widths[number] for number in kept) + len(GAP) * (len(kept) - 1)
+    return sum(widths[number] for number in kept) + len(BETWEEN) * (len(kept) - 1)
 
 
 def signed_percent(change: float) -> str:
@@ -16631,7 +16642,6 @@ def sparkline(points: Sequence[float | None], bars: str = BARS) -> str:
 EXPORT_FORMS = (".csv", ".jsonl")
 # What an export of closes has of each.
 CLOSE_NAMES = tuple("stock_code date close final after_hours open high low volume turnover t".split())
-TRADE_NAMES = ("_id", *StoredTrade._fields[1:])
 
 
 class Export(NamedTuple):
@@ -16646,7 +16656,7 @@ class Export(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """What the fields of its rows are called."""
-        return CLOSE_NAMES if self.closes else TRADE_NAMES
+        return CLOSE_NAMES if self.closes else DOCUMENT_FIELDS
 
     def rows(self, reader: Reader) -> Iterator[Sequence[Sequence[Any]]]:
         """Yield rows, some thousand at once, code by code. Raises StoreError."""
@@ -16754,7 +16764,7 @@ def read_charts(
     Raises StoreError.
     """
     if step == DAILY:
-        closes = reader.closes(codes, *_dates_of(span, now))
+        closes = reader.closes(codes, *dates_of(span, now))
         slots = {code: _daily_slots(code, closes.get(code, [])) for code in codes}
         return {code: newest_steps(Chart(code, DAILY, slots[code]), room) for code in codes}
     until = min(span.until, max((trade.t for trade in last.values()), default=0) + 1)
@@ -16785,8 +16795,8 @@ def slots_of(
     """Return the steps that were traded in, and between them the first few of gaps; steps begin at `since`."""
     slots = {candle.t: Slot(candle.t, candle) for candle in candles}
     for gap in gaps:
-        end = max(gap.end or now_ms, gap.start + 1)
-        first = max(gap.start, since)
+        end = max(gap.until or now_ms, gap.since + 1)
+        first = max(gap.since, since)
         first -= (first - since) % step_ms
         for t, slot in slots.items():
             if first <= t < end:
@@ -16801,7 +16811,7 @@ def slots_of(
     return shown
 
 
-def _dates_of(span: Span, now: float) -> tuple[str, str]:
+def dates_of(span: Span, now: float) -> tuple[str, str]:
     """Return the first and the last date of a span; tomorrow has begun somewhere on earth."""
     until = min(span.until - 1, int(now * 1000) + DAY_MS)
     return date_at(span.since or until - DAYS_BACK[DAILY] * DAY_MS), date_at(until)
@@ -16825,7 +16835,7 @@ def newest_steps(chart: Chart, room: int) -> Chart:
         slots = slots[: traded[-1] + 1]
     left_out = sum(slot.candle is not None for slot in slots[:-room])
     slots = slots[-room:]
-    gaps = [gap for gap in chart.gaps if gap.end is None or not slots or gap.end > slots[0].t]
+    gaps = [gap for gap in chart.gaps if gap.until is None or not slots or gap.until > slots[0].t]
     return chart._replace(slots=slots, gaps=gaps, left_out=chart.left_out + left_out)
 
 
@@ -16901,8 +16911,8 @@ def what_is_there(chart: Chart, last: StoredTrade | None) -> str:
 
 def gap_words(code: str, gap: Gap) -> str:
     """Return when the stream missed what was traded of a code, and why."""
-    end = "now" if gap.end is None else exchange_time(code, gap.end)
-    return f"{exchange_time(code, gap.start)} – {end} ({one_line(gap.why, 80)})"
+    end = "now" if gap.until is None else exchange_time(code, gap.until)
+    return f"{exchange_time(code, gap.since)} – {end} ({one_line(gap.why, 80)})"
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -16914,8 +16924,6 @@ TICK_COLUMNS = 14
 VOLUME_LINES = 6
 # What a chart leaves of a terminal to its title, its notes and the next prompt, and what it needs of a low one.
 CAPTION_LINES, LEAST_LINES = 4, 14
-# What short_number returns, mostly.
-VOLUME_COLUMNS = 5
 # More columns between two candles would only tear them apart.
 WIDEST_STEP = 3
 # Without colours too what rises differs from what falls.
@@ -16933,7 +16941,8 @@ def draw_chart(chart: Chart, width: int, height: int, up: str, color: bool) -> t
 
     The chart has a candle. `up`: `red` or `green`.
     """
-    label = max(VOLUME_COLUMNS, *map(len, price_marks(chart.candles).values()))
+    volumes = [short_number(candle.volume) for candle in chart.candles]
+    label = max(map(len, [*price_marks(chart.candles).values(), *volumes]))
     chart = newest_steps(chart, max(1, width - label - 2))
     candles = chart.candles
     step = max(1, min(WIDEST_STEP, (width - label - 2) // len(chart.slots)))
@@ -16986,6 +16995,15 @@ def _column(plot: Any, place: int, span: tuple[float, float], marker: str, color
 
 # Steps of a chart on the page, and sessions of the history of closes: 50 codes stay far below 1 MB.
 PAGE_STEPS = 120
+PAGE_FORMS = (".html", ".htm", ".svg")
+STEPS_ZH = {"1m": "1 分钟", "5m": "5 分钟", "1h": "1 小时", DAILY: "日"}
+# Other reasons are in the words of whoever refused or ended a connection.
+GAP_REASONS_ZH = {
+    STOPPED: "stockrt 已停止",
+    ENDED_WITHOUT_NOTICE: "stockrt 意外退出",
+    MOVED: "转移到另一个连接",
+    DEAF: "有成交，但没有推送",
+}
 PAGE_CLOSES = 250
 # The drawing's units: all whole, so that a path is short.
 DRAWING_WIDTH = 820
@@ -17095,23 +17113,9 @@ class Page(NamedTuple):
     closes: Mapping[str, Sequence[StoredClose]]
     made: float
     store: str
-    is_chinese: bool = False
-    up: str = "green"
-    is_fixed: bool = False
-
-
-def read_page(reader: Reader, found: Sequence[Quote], step: str, span: Span, now: float, store: str) -> Page:
-    """Return the page of these quotes, whose names are English. Raises StoreError."""
-    last = {quote.code: quote.trade for quote in found}
-    charts = read_charts(reader, [*last], last, step, span, now, PAGE_STEPS)
-    return Page(
-        found,
-        reader.names(list(last)),
-        charts,
-        reader.closes(list(last), *_dates_of(Span(until=span.until), now)),
-        now,
-        store,
-    )
+    is_chinese: bool
+    up: str
+    is_fixed: bool
 
 
 def draw_page(page: Page) -> str:
@@ -17293,10 +17297,11 @@ def _gap_marks(chart: Chart, step: int, height: int) -> Iterator[str]:
 
 def _chart_caption(chart: Chart) -> str:
     span = chart_span(chart)
-    words = both(f"{chart.step} candles and volume, {span}", f"{chart.step} K 线与成交量，{span}")
+    words = both(f"{chart.step} candles and volume, {span}", f"{STEPS_ZH[chart.step]} K 线与成交量，{span}")
     for gap in chart.gaps[-GAPS_TOLD:]:
-        told = html_text(gap_words(chart.code, gap))
-        words += "<br>" + both(f"gap: {told}", f"缺口：{told}")
+        chinese = gap._replace(why=GAP_REASONS_ZH.get(gap.why, gap.why))
+        told, told_zh = (html_text(gap_words(chart.code, one)) for one in (gap, chinese))
+        words += "<br>" + both(f"gap: {told}", f"缺口：{told_zh}")
     more = len(chart.gaps) - GAPS_TOLD
     if more > 0:
         words += "<br>" + both(f"and {count_words(more, 'gap')} before them", f"此前另有 {more} 处缺口")
@@ -17439,17 +17444,17 @@ def dashboard() -> dict[str, Any]:
         "type": "query",
         "datasource": source,
     }
-    variables = [
-        {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"},
-        of_instance
-        | {"query": {"query": instances, "refId": "instances"}, "definition": instances}
-        | {"refresh": 2, "multi": True, "includeAll": True, "current": {"text": "All", "value": "$__all"}},
-    ]
+    of_instance |= {
+        "query": {"query": instances, "refId": "instances"},
+        "definition": instances,
+        "refresh": 2,
+    }
+    of_instance |= {"multi": True, "includeAll": True, "current": {"text": "All", "value": "$__all"}}
+    sources = {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"}
     about = {"uid": "stockrt", "title": "stockrt", "tags": ["stockrt"], "schemaVersion": _GRAFANA_SCHEMA}
     times = {"timezone": "browser", "refresh": "30s", "time": {"from": "now-24h", "to": "now"}}
-    return (
-        about | times | {"editable": True, "templating": {"list": variables}, "panels": list(_placed(source))}
-    )
+    parts = {"templating": {"list": [sources, of_instance]}, "panels": [*_placed(source)]}
+    return about | times | parts | {"editable": True}
 
 
 def _placed(source: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -17475,17 +17480,13 @@ def _panel_model(panel: Panel, source: Mapping[str, str]) -> dict[str, Any]:
         for place, (expression, legend) in enumerate(panel.queries)
     ]
     words = {str(number): {"text": text, "index": number} for number, text in enumerate(panel.states)}
-    defaults: dict[str, Any] = {
-        "unit": panel.unit,
-        "mappings": [{"type": "value", "options": words}] * bool(words),
-    }
+    mappings = [{"type": "value", "options": words}] * bool(words)
     model: dict[str, Any] = {"title": panel.title, "type": panel.kind, "targets": targets}
+    model |= {"description": _help(panel)}
+    model |= {"fieldConfig": {"defaults": {"unit": panel.unit, "mappings": mappings}, "overrides": []}}
     if panel.kind == "stat" and panel.unit == "short" and not panel.states:
         model["options"] = {"textMode": "value_and_name"}
-    return model | {
-        "description": _help(panel),
-        "fieldConfig": {"defaults": defaults, "overrides": []},
-    }
+    return model
 
 
 def _help(panel: Panel) -> str:
@@ -17518,6 +17519,8 @@ examples:
   stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   real ones: INFOWAY_API_KEY must be set
   stockrt.pyz --once --codes-file codes.txt --json           one JSON document a line on stdout
   stockrt.pyz --collect --codes TSLA.US BTCUSDT              every trade as it is made, until Ctrl-C
+  stockrt.pyz --collect --demo --codes TSLA.US               synthetic ones, each second
+  stockrt.pyz --show                                         what is stored: price, change, session of each code
   stockrt.pyz --backfill 60 --codes-file codes.txt           closes of the last 60 sessions, to begin with
   stockrt.pyz --html stocks.html                             what is stored, and charts of it, as one page
   stockrt.pyz --check                                        what is wrong, and which setting mends it
@@ -17554,12 +17557,12 @@ class Options:
     env_file: Path | None = None
 
 
-def terminal_size(columns: int = 80, lines: int = 24) -> tuple[int, int]:
+def terminal_size(columns: int = 80) -> tuple[int, int]:
     """Return the columns and lines of the terminal that stdout is; where it is none or does not tell, others."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found = os.get_terminal_size(sys.stdout.fileno())
-        return found.columns or columns, found.lines or lines
-    return columns, lines
+        return found.columns or columns, found.lines or 24
+    return columns, 24
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -17589,10 +17592,14 @@ def _refuse_arguments(message: str) -> NoReturn:
     import difflib
 
     flags = ["--help", *(f"--{name.replace('_', '-')}" for name in vars(Options) if not name.startswith("_"))]
-    typed = re.findall(r"[-–—]+\w[\w-]*", message.partition("unrecognized arguments: ")[2])
+    unknown = message.partition("unrecognized arguments: ")[2]
+    typed = re.findall(r"[-–—]+\w[\w-]*", unknown)
     near = [flag for one in typed for flag in difflib.get_close_matches(one, flags, n=1)]
+    near += [f"--{word}" for word in unknown.split() if f"--{word}" in flags]
     if near:
         message += f"; did you mean {' '.join(near)}?"
+    elif unknown and not typed:
+        message += "; codes stand after --codes"
     raise UsageError(f"{message}; see --help")
 
 
@@ -17648,7 +17655,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     places = "settings; default: " + ", ".join(map(str, ENV_FILE_PLACES))
     until = "as --from: before this time, or up to this date, the date included"
     charts = "with --show: candles and volume; with --html: of which step (5m)"
-    rising = "with --show: the colour of what rises, in place of the one of your locale"
+    rising = "of --show, --html and --collect: the colour of what rises, in place of the one of your locale"
     _flag(parser, "--codes", "codes, separated by blanks or commas", nargs="+", metavar="CODE")
     _flag(parser, "--codes-file", "codes from a file, '-' for standard input", metavar="FILE")
     _flag(parser, "--every", "with --collect: ask every S seconds, in place of the stream", metavar="S")
@@ -17659,7 +17666,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--closes", "with --export: the closing prices in place of the trades")
     _flag(parser, "--from", since, dest="from_", metavar="TIME")
     _flag(parser, "--to", until, metavar="TIME")
-    _flag(parser, "--sort", "with --show: the order of its lines (code)", choices=("code", "change", "asked"))
+    _flag(parser, "--sort", "with --show: order of its lines (code)", choices=("code", "change", "asked"))
     _flag(parser, "--up", rising, choices=("red", "green"))
     _flag(parser, "--retry", "with --drain: what MongoDB refused before, too")
     _flag(parser, "--discard", "with --rejects: delete them, and damaged files that were set aside")
@@ -17678,14 +17685,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 # Which commands, or what else, each flag goes with.
 GOES_WITH = {
     "json": ("once", "collect", "show", "export", "check", "status", "executions", "rejects", "symbols"),
-    "codes": ("once", "collect", "backfill", "show", "export"),
-    "codes_file": ("once", "collect", "backfill", "show", "export"),
-    "demo": ("once", "collect", "show", "export"),
+    "codes": ("once", "collect", "backfill", "show", "html", "export"),
+    "codes_file": ("once", "collect", "backfill", "show", "html", "export"),
+    "demo": ("once", "collect", "show", "html", "export"),
     "every": ("collect",),
-    "sort": ("show", "collect"),
-    "up": ("show", "collect"),
+    "sort": ("show", "html", "collect"),
+    "up": ("show", "html", "collect"),
     "closes": ("export",),
-    "chart": ("show",),
+    "chart": ("show", "html"),
     "from_": ("export", "chart", "html"),
     "to": ("export", "chart", "html"),
     "retry": ("drain",),
@@ -17718,6 +17725,11 @@ def parse_arguments(argv: Sequence[str]) -> Options:
         raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
     if options.json and options.html is not None:
         raise UsageError("--json does not go with --html; see --help")
+    if options.html is not None and not options.html.lower().endswith(PAGE_FORMS):
+        raise UsageError(
+            f"--html {one_line(options.html, 100)}: expected the name of a file that ends with .html, or with .svg for "
+            "a picture; see --help"
+        )
     for flag, commands in GOES_WITH.items():
         if _is_given(options, flag) and not any(_is_given(options, name) for name in commands):
             names = [f"--{name.strip('_').replace('_', '-')}" for name in (*commands, flag)]
@@ -17927,6 +17939,12 @@ def show(text: str) -> None:
         raise PrintError(f"cannot print: {error.strerror or error}") from None
 
 
+def show_one(document: object, line: str, as_json: bool, settings: Settings) -> None:
+    """Print one of several things, for a person or as a JSON document. Raises PrintError."""
+    text = json.dumps(document, ensure_ascii=False) if as_json else local_times(line)
+    show(settings.redact(text))
+
+
 # ------------------------------------------------------------------------------------------------------
 # Rows
 # ------------------------------------------------------------------------------------------------------
@@ -17957,20 +17975,13 @@ class Rows:
     """
 
     def __init__(
-        self,
-        out: IO[str],
-        as_json: bool = False,
-        color: bool = False,
-        width: int = WIDEST,
-        clock: Clock = SYSTEM_CLOCK,
-        is_live: bool = False,
+        self, out: IO[str], as_json: bool, color: bool = False, width: int = WIDEST, is_live: bool = False
     ) -> None:
         self._is_live = is_live
         self._out = out
         self._as_json = as_json
         self._color = color
         self._width = width
-        self._clock = clock
         self._kept: list[Document] = []
         self._widths: list[int] = []  # of the columns, once they are printed
         self.is_gone = False  # what reads them
@@ -17998,7 +18009,7 @@ class Rows:
 
     def _table(self, fixed: Sequence[int] = ()) -> None:
         """Print what is kept; what comes first tells the columns, and their widths where those are not `fixed`."""
-        names, now = self._names(), self._clock.wall()
+        names, now = self._names(), time.time()
         rows = [[*row_cells(document, now), names.get(document["stock_code"], "")] for document in self._kept]
         self._kept = []
         if not self._widths:
@@ -18011,7 +18022,7 @@ class Rows:
 
     def _with_name(self, widths: list[int], named: bool) -> list[int]:
         """Return the widths with that of the names: they have the rest of the line, unless that is too short."""
-        room = self._width - sum(widths) - len(GAP) * len(widths)
+        room = self._width - sum(widths) - len(BETWEEN) * len(widths)
         return [*widths, room] if named and room >= len(TRADE_COLUMNS[-1].title) else widths
 
     def _line(self, cells: Sequence[str]) -> str:
@@ -18060,34 +18071,22 @@ def to_json(document: Document) -> str:
 # ------------------------------------------------------------------------------------------------------
 
 
-class Stoppable(Protocol):
-    """What a signal can stop."""
-
-    def request_stop(self) -> None:
-        """Ask for the end; called from a signal handler."""
-
-
-class StopEvent(threading.Event):
-    """The event that ends a run early."""
-
-    def request_stop(self) -> None:
-        """Set it."""
-        self.set()
-
-
-def stop_on_signals(work: Stoppable) -> None:
-    """Let SIGINT and SIGTERM stop the work; a second signal ends the process at once."""
-    asked = False
+def stop_on_signals(daemon: Daemon | None = None) -> threading.Event:
+    """Let SIGINT and SIGTERM stop the daemon, and set what is returned; a second signal ends the process at once."""
+    stop, asked = threading.Event(), False
 
     def on_signal(number: int, frame: object) -> None:
         nonlocal asked
         if asked:
             os._exit(EXIT_INTERRUPTED)
         asked = True
-        work.request_stop()
+        stop.set()
+        if daemon is not None:
+            daemon.request_stop()
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
+    return stop
 
 
 def reload_on_hangup(daemon: Daemon) -> None:
@@ -18220,8 +18219,7 @@ def run_once(options: Options, settings: Settings) -> int:
     terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
     rows.directory = pipeline.directory
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     order: list[str] = []
     started_at = time.time()
     run = _Run(pipeline, _remembered(read_codes(options), order), stop)
@@ -18352,7 +18350,7 @@ class LiveTable:
         """Take documents that were stored, and draw, unless that was done just now."""
         with self._lock:
             for document in documents:
-                fields = [document[name] for name in ("_id", *TRADE_FIELDS, "stock_code")]
+                fields = [document[name] for name in DOCUMENT_FIELDS[:-1]]
                 self._take(StoredTrade._make((*fields, "")))
         if time.monotonic() >= self._due and not self.is_gone:
             self._draw()
@@ -18366,12 +18364,9 @@ class LiveTable:
     def _take(self, trade: StoredTrade) -> None:
         code = trade.stock_code
         self._meanwhile.append(trade)
-        before = self._quotes.get(code)
-        if before is None:
-            span = trading_span(code, trade.t)
-            before = Quote(code, "", trade._replace(t=0), span, (), None)
+        before = self._quotes.get(code) or Quote(code, "", trade._replace(t=0), NO_SPAN, (), None)
         after = with_trade(before, trade)
-        if code not in self._quotes or after.span.date != before.span.date:
+        if after.span.date != before.span.date:
             self._unread.add(code)
             self._woken.set()
         self._quotes[code] = after
@@ -18501,13 +18496,14 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
     if sys.stdout.isatty() and environ.get("TERM", "dumb") != "dumb" and not options.json:
         table = quote_table(settings, environ, options.up)
         rows = LiveTable(table, options.sort or "code", not is_chinese(environ))
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     started_at = time.monotonic()
     ticks = Ticks(rows, stop)
     with Pipeline(settings, ticks, options.demo) as pipeline:
         if isinstance(rows, Rows):
             rows.directory = pipeline.directory
+        if options.codes or options.codes_file:
+            _need_one_code(resolve(settings.collect_codes.split(), pipeline.directory, stop))
         collecting = Collecting(pipeline, settings, ticks)
         collecting.start()
         if isinstance(rows, LiveTable):
@@ -18531,6 +18527,13 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
         say("not all rows were read")
         os._exit(EXIT_INTERRUPTED)
     return EXIT_INTERRUPTED
+
+
+def _need_one_code(found: Resolved) -> None:
+    """Raise StockrtError where no typed code can be collected: waiting would not change that."""
+    if not found.instruments:
+        words = "; ".join(f"{code}: {why}" for code, why in islice(found.refused.items(), NAMES_SHOWN))
+        raise StockrtError(f"nothing to collect: {words}; see --symbols")
 
 
 def _plain_codes(text: str) -> list[str]:
@@ -18599,11 +18602,7 @@ def run_check(loaded: LoadedSettings, is_service_hidden: bool, as_json: bool) ->
     settings = loaded.settings
     for check in _checks(loaded, is_service_hidden):
         failed |= not check.good
-        check = check._replace(words=settings.redact(check.words))
-        line = _check_line(check)
-        if as_json:
-            line = json.dumps(check._asdict(), ensure_ascii=False)
-        show(line)
+        show_one(check._asdict(), _check_line(check), as_json, settings)
     return EXIT_FAILED if failed else EXIT_OK
 
 
@@ -18667,7 +18666,7 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
             store = _check_store(store_name(settings), pipeline)
         words = store.words.replace(str(looked_at.state_directory), str(settings.state_directory))
         yield store._replace(words=words)
-        if pipeline is not None and settings.collects:
+        if pipeline is not None and settings.collect_codes:
             yield from _check_collecting(settings, pipeline)
     if settings.metrics_file:
         place = settings.metrics_file.parent
@@ -18886,7 +18885,7 @@ def gather_status(settings: Settings) -> StatusReport:
 
 def _how_to_start(settings: Settings) -> str:
     if not settings.platform_url() and not settings.collects:
-        return "nothing for --once; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"
+        return "nothing for commands by hand; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"
     return f"start it: sudo systemctl start {UNIT.removesuffix('.service')}, or stockrt.pyz without a command"
 
 
@@ -19000,10 +18999,8 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
         if not status["daemon"]["running"]:
             facts = dict.fromkeys(facts)
         lines.append(("collecting", _collect_line(facts)))
-        streams: Sequence[StreamFacts] = facts["streams"] or ()
-        lines += [
-            ("stream", _stream_line(one)) for one in streams if one["why"] or one["state"] != "connected"
-        ]
+        odd = [one for one in facts["streams"] or () if one["why"] or one["state"] != "connected"]
+        lines += [("stream", _stream_line(one)) for one in odd]
     lines.append(("store", status["store"]))
     if status["spool"] is not None:
         lines.append(("spool", _spool_line(status["spool"])))
@@ -19034,7 +19031,7 @@ def _status_line(status: StatusReport) -> str:
     return line
 
 
-def _stream_line(stream: StreamFacts) -> str:
+def _stream_line(stream: Mapping[str, Any]) -> str:
     line = f"{stream['product']}: {stream['subscribed']} of {count_words(stream['codes'], 'code')}, {stream['state']}"
     if stream["why"]:
         line += f": {one_line(stream['why'], TROUBLE_SHOWN)}"
@@ -19042,7 +19039,7 @@ def _stream_line(stream: StreamFacts) -> str:
 
 
 def _unregistered(settings: Settings) -> str:
-    if settings.collects and not settings.platform_url():
+    if not settings.platform_url():
         return "none: no platform is set"
     return "none: run --register"
 
@@ -19078,10 +19075,7 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
         with contextlib.closing(Journal(settings.state_directory)) as journal:
             found = journal.last(count)
     for one in found:
-        text = local_times(_execution_lines(one))
-        if as_json:
-            text = json.dumps(one, ensure_ascii=False)
-        show(settings.redact(text))
+        show_one(one, _execution_lines(one), as_json, settings)
     if not found and not as_json:
         show("nothing was executed yet")
     return EXIT_OK
@@ -19173,8 +19167,7 @@ def run_drain(settings: Settings, retry: bool) -> int:
     """
     need_mongodb(settings, "there is nowhere to move what this machine holds")
     terminal = Terminal(None, "trades", bar_above=0)
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     with Pipeline(settings, terminal) as pipeline:
         try:
             pipeline.deliver(stop, retry)
@@ -19202,8 +19195,7 @@ def run_backfill(options: Options, settings: Settings) -> int:
     """Make closes of the past final, print a row for each code, and return the exit status."""
     codes = list(read_codes(options)) if options.codes or options.codes_file else None
     terminal = Terminal(None, "codes", bar_above=0)
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     done, failed, added = 0, 0, 0
     with Pipeline(settings, terminal) as pipeline:
         rows = pipeline.backfill(codes, cast(int, options.backfill), stop)
@@ -19250,10 +19242,8 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
     with Pipeline(settings) as pipeline:
         rejects = pipeline.rejects()
     for reject in rejects:
-        line = local_times("{rejected_at}  {collection}  {_id}: {reason}".format_map(reject))
-        if as_json:
-            line = json.dumps(reject, ensure_ascii=False)
-        show(settings.redact(line))
+        line = "{rejected_at}  {collection}  {_id}: {reason}".format_map(reject)
+        show_one(reject, line, as_json, settings)
     if not rejects and not as_json:
         show("MongoDB has refused nothing")
     for path in damaged_files(settings.state_directory):
@@ -19263,17 +19253,14 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
 
 def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     """Print the instruments whose code or name holds a text; exit status 1 where there are none."""
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     with Pipeline(settings) as pipeline:
         found, why = pipeline.symbols(text, stop)
     for symbol in found:
         line = f"{symbol.code:<16} {symbol.type:<9} {symbol.name}"
         if symbol.name_en and symbol.name_en != symbol.name:
             line += f"  {symbol.name_en}"
-        if as_json:
-            line = json.dumps(symbol._asdict(), ensure_ascii=False)
-        show(line)
+        show_one(symbol._asdict(), line, as_json, settings)
     if why:
         say(f"not all of the API's lists are here: {settings.redact(why)}", logging.WARNING)
     elif not found:
@@ -19294,8 +19281,18 @@ def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -
             show(json.dumps(one.document(now), ensure_ascii=False))
     elif found:
         show("\n".join(quote_table(settings, environ, options.up).lines(found, now)))
-    for words in (*missing, *_what_lacks(found, options.demo)):
+    status = _end_view(missing, found)
+    if found and not options.demo and all(one.reference is None for one in found):
+        say("no final close is stored that a change could be told against: --backfill 5 brings some")
+    return status
+
+
+def _end_view(missing: Sequence[str], found: Collection[object]) -> int:
+    """Say what is not there to be shown, and return the exit status."""
+    for words in missing:
         say(words)
+    if not found:
+        say("no trade is stored yet: see --once, or --show --demo for those of --once --demo")
     return EXIT_FAILED if missing or not found else EXIT_OK
 
 
@@ -19322,7 +19319,8 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
         charts = read_charts(reader, codes, last, step, span, now, width)
         names = reader.names(codes, not is_chinese(environ))
     up, color = color_of_rise(environ, options.up), settings.color and sys.stdout.isatty()
-    for code, chart in charts.items():
+    order = codes if options.sort == "asked" else sorted(charts)
+    for code, chart in [(code, charts[code]) for code in order if code in charts]:
         if not chart.candles:
             missing.append(what_is_there(chart, last.get(code)))
         elif options.json:
@@ -19340,33 +19338,34 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
 def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
     """Write the page, or one code's picture, whole or not at all; exit status 1 where it lacks what was asked for."""
     now, span, step = time.time(), span_of(options), options.chart or "5m"
-    up = color_of_rise(environ, options.up)
+    store, up = settings.mongodb_shown() or SQLITE_NAME, color_of_rise(environ, options.up)
     with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         found = in_order(quotes(reader, codes, english=True), options.sort or "code")
-        store = settings.mongodb_shown() or SQLITE_NAME
-        page = read_page(reader, found, step, span, now, store)
-    page = page._replace(is_chinese=is_chinese(environ), up=up, is_fixed=options.up is not None)
+        last = {one.code: one.trade for one in found}
+        names, charts = reader.names(last), read_charts(reader, [*last], last, step, span, now, PAGE_STEPS)
+        closes = reader.closes(last, *dates_of(Span(until=span.until), now))
+    page = Page(found, names, charts, closes, now, store, is_chinese(environ), up, options.up is not None)
     path = Path(cast(str, options.html))
-    text = draw_page(page)
-    if path.suffix == ".svg":
-        text = draw_picture(_only_chart(page), up)
+    is_picture = path.suffix.lower() == ".svg"
+    text = draw_picture(_only_chart(charts.values()), up) if is_picture else draw_page(page)
     # a web server is another user
     write_whole(path, text, mode=0o644, setting="--html")
-    for words in missing:
-        say(words)
+    status = _end_view(missing, found)
     say(f"{path}: {count_words(len(found), 'code')}, {len(text.encode()) / 1000:.0f} kB")
-    return EXIT_FAILED if missing or not found else EXIT_OK
+    return status
 
 
-def _only_chart(page: Page) -> Chart:
+def _only_chart(charts: Iterable[Chart]) -> Chart:
     """Return the one chart that a picture has room for. Raises UsageError."""
-    charts = [chart for chart in page.charts.values() if chart.candles]
-    if len(charts) != 1:
+    found = [chart for chart in charts if chart.candles]
+    if not found:
+        raise StockrtError("--html FILE.svg: there is no candle to draw; --show says what is stored")
+    if len(found) > 1:
         raise UsageError(
-            f"--html FILE.svg: a picture is of one code, and here are candles of {len(charts)}; see --show"
+            f"--html FILE.svg: a picture is of one code, and here are candles of {len(found)}: name one with --codes"
         )
-    return charts[0]
+    return found[0]
 
 
 def quote_table(settings: Settings, environ: Mapping[str, str], up: str | None) -> QuoteTable:
@@ -19425,16 +19424,11 @@ def codes_meant(
         of_it = [one for one in ones if one in there]
         found += of_it[:1]
         if not of_it:
-            missing.append(f"{one_line(code, 40)}: nothing of it is stored")
+            words = f"{one_line(code, 40)}: nothing of it is stored"
+            if not code.isascii():
+                words += f"; where that is a name, --symbols {one_line(code, 40)} brings its code"
+            missing.append(words)
     return list(dict.fromkeys(found)), missing
-
-
-def _what_lacks(found: Sequence[Quote], demo: bool) -> Iterator[str]:
-    """Yield what is not there to be shown, and how to get it."""
-    if not found:
-        yield "no trade is stored yet: see --once, or --show --demo for those of --once --demo"
-    elif not demo and all(one.reference is None for one in found):
-        yield "no final close is stored that a change could be told against: --backfill 5 brings some"
 
 
 def run_export(options: Options, settings: Settings) -> int:
@@ -19639,8 +19633,7 @@ def run_documents(options: Options, settings: Settings, source: str = OLD_COLLEC
         )
         log.warning(words, settings.keep_days, settings.realtime_name)
     terminal = Terminal(None, "documents", bar_above=0)
-    stop = StopEvent()
-    stop_on_signals(stop)
+    stop = stop_on_signals()
     with Pipeline.open_mongodb(settings) as store:
         migration = Migration(
             store, settings, options.documents or source, zone, options.dry_run, options.force

@@ -1156,7 +1156,7 @@ class Vendor:
 # ------------------------------------------------------------------------------------------------------
 
 EPILOG = """\
-script: steps, with ';' between them, each the seconds from the start, an action and its arguments:
+script: steps, with ';' between them, each the seconds since the first subscription, an action and its arguments:
   10 cut rst              end every connection: {cuts}
   20 error 513            tell every connection of an error; after most of them it is ended
   30 fall_silent          alive and deaf, until subscribed anew
@@ -1174,7 +1174,7 @@ ACTIONS = ("cut", "error", "fall_silent", "refuse", "refuse_handshakes", "say", 
 
 
 class Step(NamedTuple):
-    """What a script does so many seconds after the start."""
+    """What a script does so many seconds after the first subscription."""
 
     at: float
     action: str
@@ -1318,7 +1318,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _play(server: StreamServer, script: Sequence[Step], stopped: threading.Event) -> None:
-    """Do what the script says, and then nothing until the end."""
+    """Do what the script says once anybody has subscribed, and then nothing until the end."""
+    while script and not stopped.is_set() and not server.subscribed:
+        stopped.wait(STEP_S)
     began = time.monotonic()
     for step in script:
         if stopped.wait(max(0.0, began + step.at - time.monotonic())):

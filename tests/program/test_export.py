@@ -140,9 +140,7 @@ def test_a_file_that_exists_is_replaced_and_one_that_fails_stays(
     folder.mkdir()
     file = folder / "all.csv"
     file.write_text("old")
-    bad = run_pyz(
-        "--export", file, env=place | {"MONGODB_HOST": "mongodb://127.0.0.1:1/?timeoutMS=300"}
-    )
+    bad = run_pyz("--export", file, env=place | {"MONGODB_HOST": "mongodb://127.0.0.1:1/?timeoutMS=300"})
     assert bad.returncode == 1
     assert "MongoDB at mongodb://127.0.0.1:1" in bad.stderr
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("all.csv", "old")]

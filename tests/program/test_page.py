@@ -179,6 +179,18 @@ def test_every_picture_is_there_and_says_what_it_has(run_pyz: RunPyz, state: Pat
     assert not re.search(r"(?:src|href)=\"(?!#|data:,\")|url\(|@import|https?:", text)
 
 
+def test_a_chinese_reader_is_told_in_chinese_why_there_is_a_gap(
+    run_pyz: RunPyz, state: Path, tmp_path: Path
+) -> None:
+    with open_store_file(state) as file, file.write() as db:
+        db.execute("UPDATE stream_gaps SET why = ?", (stockrt.STOPPED,))
+    assert run_pyz("--html", "page.html").returncode == 0
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    span = "2026-11-27 11:10:00 EST – 2026-11-27 11:20:00 EST"
+    assert f"gap: {span} (stockrt was stopped)<" in text and f"缺口：{span} (stockrt 已停止)<" in text
+    assert "5m candles and volume" in text and "5 分钟 K 线与成交量" in text
+
+
 def test_a_timer_may_renew_it_under_a_web_server(run_pyz: RunPyz, state: Path, tmp_path: Path) -> None:
     """Whole or not at all, for everybody to read, whatever the umask; where it cannot be written the old one stays."""
     os.umask(0o077)
@@ -191,9 +203,7 @@ def test_a_timer_may_renew_it_under_a_web_server(run_pyz: RunPyz, state: Path, t
     assert stat.S_IMODE(page.stat().st_mode) == 0o644
     assert [one.name for one in folder.iterdir()] == ["page.html"]
     before = page.read_bytes()
-    done = run_pyz(
-        "--html", page, env={"MONGODB_HOST": "mongodb://127.0.0.1:9/?timeoutMS=300"}
-    )
+    done = run_pyz("--html", page, env={"MONGODB_HOST": "mongodb://127.0.0.1:9/?timeoutMS=300"})
     assert done.returncode == 1 and "MONGODB_HOST" in done.stderr
     assert page.read_bytes() == before
     done = run_pyz("--html", tmp_path / "nowhere" / "page.html")
@@ -206,7 +216,13 @@ def test_a_timer_may_renew_it_under_a_web_server(run_pyz: RunPyz, state: Path, t
 def test_an_empty_store_has_a_page_that_says_so(run_pyz: RunPyz, tmp_path: Path) -> None:
     done = run_pyz("--html", "page.html")
     assert done.returncode == 1
+    assert "no trade is stored yet: see --once" in done.stderr
     assert "There is no trade in the store yet" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    picture = run_pyz("--html", "one.svg")
+    assert (picture.returncode, picture.stderr) == (
+        1,
+        "stockrt: --html FILE.svg: there is no candle to draw; --show says what is stored\n",
+    )
     assert not (tmp_path / "state").exists()
 
 
@@ -217,7 +233,7 @@ def test_a_picture_is_of_one_code(run_pyz: RunPyz, state: Path, tmp_path: Path) 
     assert (root.tag, root.get("data-up")) == ("{http://www.w3.org/2000/svg}svg", "red")
     assert "AAPL.US  1h  2026-11-27 09:00:00 EST" in "".join(root.itertext())
     done = run_pyz("--html", "more.svg")
-    assert done.returncode == 64 and "a picture is of one code, and here are candles of 4" in done.stderr
+    assert done.returncode == 64 and "and here are candles of 4: name one with --codes" in done.stderr
     assert not (tmp_path / "more.svg").exists()
 
 
@@ -248,9 +264,11 @@ def test_candles_are_drawn_in_the_terminal(run_pyz: RunPyz, state: Path) -> None
     done = run_pyz("--show", AAPL, TENCENT, "--chart", "5m")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == f"AAPL.US  {EVIL}  5m  2026-11-27 09:30:00 EST – 2026-11-27 14:25:00 EST"
+    assert f"AAPL.US  {EVIL}  5m  2026-11-27 09:30:00 EST – 2026-11-27 14:25:00 EST" in lines
     assert "░ gap: 2026-11-27 11:10:00 EST – 2026-11-27 11:20:00 EST (connection <lost>)" in lines
-    assert any(line.startswith("00700.HK  Tencent  5m  ") for line in lines)
+    assert lines[0].startswith("00700.HK  Tencent  5m  ")  # in the order of the table of --show
+    asked = run_pyz("--show", AAPL, TENCENT, "--chart", "5m", "--sort", "asked")
+    assert asked.stdout.startswith("AAPL.US")
     assert "\033" not in done.stdout
     assert max(map(len, lines)) <= 120
     done = run_pyz("--show", AAPL, "--chart", "5m", "--from", "2026-11-27T15:00", "--to", "2026-11-27T16:00")
@@ -291,10 +309,12 @@ def test_what_is_not_there_is_said_with_what_is(run_pyz: RunPyz, state: Path) ->
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("--chart", "5m"), "--chart goes with --show"),
+        (("--chart", "5m"), "--chart goes with --show or --html"),
         (("--show", "--chart", "7m"), "invalid choice: '7m'"),
         (("--html", "page.html", "--json"), "--json does not go with --html"),
         (("--once", "--codes", "A", "--html", "page.html"), "not allowed with argument"),
+        (("--html", "-"), "--html -: expected the name of a file that ends with .html, or with .svg"),
+        (("--html", "page.png"), "--html page.png: expected the name of a file that ends with .html"),
     ],
 )
 def test_what_does_not_go_together_is_refused(run_pyz: RunPyz, args: tuple[str, ...], words: str) -> None:

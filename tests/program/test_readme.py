@@ -29,7 +29,20 @@ ENGLISH, _, CHINESE = README.partition("\n# 中文\n")
 
 
 # Of the build script, systemctl, the simulators, the fault suite and json.tool.
-OTHERS_FLAGS = {"--now", "--native", "--port", "--long", "--quiet", "--no-ensure-ascii", "--executes"}
+OTHERS_FLAGS = {
+    "--rest-port",
+    "--rate",
+    "--plan",
+    "--script",
+    "--foreground",
+    "--now",
+    "--native",
+    "--port",
+    "--long",
+    "--quiet",
+    "--no-ensure-ascii",
+    "--executes",
+}
 
 COMMAND = re.compile(r"(\./|sudo |systemctl |kill |tests/faults/run|/opt/stockrt/|mongosh |pip |chmod )")
 
@@ -47,9 +60,9 @@ def commands_of(text: str) -> list[str]:
     return [*filter(None, typed), *(" ".join(one.split()) for one in said if COMMAND.match(one))]
 
 
-def tour_of(text: str) -> str:
-    """Return the block that is to be pasted."""
-    tour = re.search(r"<!-- tour.*?```sh\n(.*?)```", text, re.DOTALL)
+def tour_of(text: str, name: str = "tour") -> str:
+    """Return the block of that name that is to be pasted."""
+    tour = re.search(rf"<!-- {name}: .*?```sh\n(.*?)```", text, re.DOTALL)
     assert tour is not None
     return tour[1]
 
@@ -148,6 +161,20 @@ def told(result: object) -> object:
         if isinstance(result, str) and re.search(r"…|\d{4}-|^no exchange|[0-9a-f]{8}-", result)
         else result
     )
+
+
+@pytest.mark.long  # eight seconds of the stream, as it says
+def test_the_streams_tour_pasted_as_one_block_is_as_it_says(tour: Tour) -> None:
+    """Documents of both codes while it runs, its last line, and the gap of the cut."""
+    status, shown = tour.paste(tour_of(ENGLISH, "stream").replace("8766", str(free_port())))
+    assert status == 0, shown
+    assert {json.loads(line)["s"] for line in shown.splitlines() if line.startswith("{")} == {
+        "BTCUSDT",
+        "ETHUSDT",
+    }
+    assert re.search(r"(?m)^trades \d+, stored \d+", shown), shown
+    assert re.search(r"(?m)^\('crypto', '\[\"BTCUSDT\", \"ETHUSDT\"\]', \d+, 'connection lost", shown), shown
+    assert not re.search(r"Traceback|ERROR|No such", shown), shown
 
 
 @pytest.mark.parametrize("which", [pytest.param("api", marks=pytest.mark.long), "platform"])
@@ -254,6 +281,8 @@ ELSEWHERE = {
     "./stockrt.pyz --once": "bench/test_bench.py::test_the_short_form_measures_every_row",
     "./stockrt.pyz --version": "bench/test_bench.py::test_the_short_form_measures_every_row",
     "./stockrt.env": "not run: a file",
+    "./stockrt.pyz --collect --codes BTCUSDT ETHUSDT":
+        "program/test_readme.py::test_the_streams_tour_pasted_as_one_block_is_as_it_says",
     "kill -9": "faults/test_faults_kill.py::test_killed_at_random_moments_it_loses_and_doubles_nothing",
     "kill -HUP": "run by test_daemon.py",
     "chmod 1777": BOX + "test_metrics_reach_the_node_exporter",

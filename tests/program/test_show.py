@@ -61,7 +61,7 @@ def test_a_name_finds_what_is_stored(run_pyz: RunPyz, put: Callable[..., None], 
     assert [(one["code"], one["name"]) for one in map(json.loads, done.stdout.splitlines())] == [
         ("600519.SH", "贵州茅台")
     ]
-    assert "五粮液: nothing of it is stored" in done.stderr
+    assert "五粮液: nothing of it is stored; where that is a name, --symbols 五粮液 brings" in done.stderr
 
 
 def test_without_codes_those_of_the_watch_list_else_the_latest(
@@ -75,6 +75,12 @@ def test_without_codes_those_of_the_watch_list_else_the_latest(
     one = json.loads(listed.stdout)
     assert (one["price"], one["change_percent"], listed.returncode) == ("12.50", None, 0)
     assert 0 < one["age_s"] < 600
+
+
+def test_a_watch_list_without_mongodb_is_said_once(run_pyz: RunPyz) -> None:
+    done = run_pyz("--show", env={"COLLECT_CODES": "watch"})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("stockrt: COLLECT_CODES: watch without MONGODB_HOST: the watch list is")
 
 
 def test_synthetic_trades_are_shown_apart(run_pyz: RunPyz, put: Callable[..., None]) -> None:
@@ -104,7 +110,7 @@ def test_a_mongodb_that_is_away_is_a_sentence(run_pyz: RunPyz) -> None:
 def test_what_belongs_to_it_goes_with_nothing_else(run_pyz: RunPyz, flags: tuple[str, str]) -> None:
     done = run_pyz("--status", *flags)
     assert (done.returncode, done.stdout) == (64, "")
-    assert f"{flags[0]} goes with --show" in done.stderr
+    assert f"{flags[0]} goes with --show, --html or --collect" in done.stderr
 
 
 class Pane:

@@ -135,7 +135,9 @@ def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> 
              "until": "", "not_for": []},
         ],
         "wrong": [],
-        "to_do": ["nothing for --once; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"],
+        "to_do": [
+            "nothing for commands by hand; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"
+        ],
     }  # fmt: skip
     assert not program.state.exists()
 
@@ -145,11 +147,12 @@ def test_the_lines_for_a_person_say_the_same(program: Program) -> None:
     text = program.lines()
     lines = lines_of(text)
     assert lines["status"] == (
-        "not running. To do: nothing for --once; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"
+        "not running. To do: nothing for commands by hand; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or "
+        "COLLECT_EVERY"
     )
     assert lines["version"] == stockrt.__version__
     assert lines["daemon"] == "not running"
-    assert lines["registration"] == "none: run --register"
+    assert lines["registration"] == "none: no platform is set"
     assert lines["platform"] == "none set: no daemon"
     assert lines["waiting"] == "0 commands, 0 results to deliver"
     assert lines["last execution"] == "none yet"

@@ -290,11 +290,21 @@ def test_list_without_a_code_is_a_usage_error_and_nobody_is_asked(
     assert len(done.stderr.splitlines()) == 1 and not done.stdout and not infoway.requests
 
 
+@pytest.mark.parametrize("typed", [("--once", "AAPL.US"), ("--html", "page.html", "AAPL.US")])
+def test_code_without_its_flag_is_told_where_it_belongs(run_pyz: RunPyz, typed: tuple[str, ...]) -> None:
+    done = run_pyz(*typed)
+    assert done.returncode == 64
+    assert done.stderr == (
+        "stockrt: unrecognized arguments: AAPL.US; codes stand after --codes; see --help\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
         (("--once", "--cods", "AAPL.US"), "--codes"),
         (("--chek",), "--check"),
+        (("collect",), "--collect"),
         (("--check-setting",), "--check-settings"),
         (("--once", "--demo", "--codes", "A.US", "--jsn"), "--json"),
         (("—once", "--codes", "A.US"), "--once"),
@@ -544,6 +554,21 @@ def test_check_says_that_no_platform_is_set(run_pyz: RunPyz, infoway: InfowaySer
         "ok    platform: SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon\n"
         in done.stdout
     )
+
+
+@pytest.mark.parametrize(
+    ("codes", "line"),
+    [
+        ("AAPL.US 700.HK", "ok    codes: 2 codes to collect\n"),
+        ("watch", "FAIL  codes: COLLECT_CODES: watch without MONGODB_HOST: "),
+    ],
+)
+def test_check_looks_at_the_codes_also_where_only_commands_take_them(
+    run_pyz: RunPyz, infoway: InfowayServer, codes: str, line: str
+) -> None:
+    """Those of --collect, and of the platform without codes."""
+    done = run_pyz("--check", env=api_env(infoway, COLLECT_CODES=codes))
+    assert line in done.stdout and (done.returncode == 0) == line.startswith("ok")
 
 
 def test_once_while_mongodb_is_away_shows_what_is_kept_and_says_so_though_older_trades_wait(

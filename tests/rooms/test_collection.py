@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from kit.infoway_server import PLANS, REFUSALS
 from kit.mongo_proxy import MongoProxy
-from kit.stream_server import Gap, Vendor, uncovered
+from kit.stream_server import REFUSE_BY_RESET, Gap, Vendor, identity, uncovered
 from kit.trades import settings_of
 from pymongo import MongoClient
 from pymongo.collection import Collection
@@ -137,7 +137,7 @@ def test_a_connection_that_is_lost_leaves_a_gap_until_its_codes_are_subscribed_a
         clock.now += 5
         coverage.acked(part, CODES[1:2])
         assert coverage.take_back() == {*CODES[:2]}
-        assert place.gaps()[0]["to"] is None  # what was missed is to be fetched first
+        assert place.gaps()[0]["to"] is None
         coverage.complete(coverage.ended())
         assert place.spans() == [([*CODES[:2]], began, ms(clock.now))]
         assert coverage.ended() == [] and coverage.missing() == 0
@@ -297,15 +297,80 @@ def test_a_gap_that_cannot_be_noted_holds_the_mark_back_until_it_is(
         assert place.spans() == [([*CODES], since, None)]
 
 
+@pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("name", [stockrt.CODES_NAME, stockrt.MARK_NAME])
-def test_a_mark_that_is_damaged_is_said(place: Place, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mark_that_is_damaged_is_said(
+    place: Place, name: str, cut: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    with coverage_in(place, clock, *CODES) as coverage:
+        part = connected(coverage, *CODES)
+        heard(coverage, part, clock)
+        since = ms(clock.now)
+        clock.now += 10
+        heard(coverage, part, clock)
+    path = place.directory / name
+    text = path.read_text().replace('"until"', '"since"').replace('"groups": [[', '"groups": [[1, ')
+    path.write_bytes(text[:30].encode() + b"\xff" if cut else text.encode())
+    with coverage_in(place, clock, *CODES):
+        assert "damaged" in caplog.text
+        if name == stockrt.MARK_NAME:  # what is missing is known all the same
+            ((codes, begins, _),) = place.spans()
+            assert codes == [*CODES] and begins <= since
+
+
+def test_what_the_last_process_left_stays_until_it_was_read(place: Place) -> None:
+    clock = Clock()
+    with coverage_in(place, clock, *CODES) as coverage:
+        part = connected(coverage, *CODES)
+        clock.now += 1000
+        heard(coverage, part, clock)
+        marked = ms(clock.now)
+    clock.now += 100
+    with stockrt.open_store_file(place.directory) as file:  # the list of codes could not be read all the time
+        coverage = Coverage(Gaps(file, None), place.directory, clock)
+        coverage.mark(ms(clock.now))
+        coverage.close(ms(clock.now))
+    with coverage_in(place, clock, *CODES):
+        assert place.spans() == [([*CODES], marked, None)]
+
+
+def test_a_clock_that_is_set_back_hides_nothing_that_is_missing(place: Place) -> None:
+    clock = Clock()
+    with coverage_in(place, clock, *CODES) as coverage:
+        part = connected(coverage, *CODES)
+        clock.now += 10
+        heard(coverage, part, clock)
+        clock.now -= 3600
+        back = ms(clock.now)
+        clock.now += 10
+        coverage.look()
+        coverage.mark(ms(clock.now) - 3000)
+        coverage.lost(part, "the connection was lost")
+        assert place.spans()[0][1] <= back + 10_000
+        coverage.acked(part, CODES)
+        coverage.complete(coverage.ended())
+        clock.now += 10
+        coverage.look()
+        waits = ms(clock.now) - 3000
+        coverage.mark(waits)
+    with coverage_in(place, clock, *CODES):
+        assert place.spans()[-1][1] <= waits
+
+
+def test_a_mark_from_the_future_is_said_and_its_gap_is_no_hole_in_time(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
     clock = Clock()
     with coverage_in(place, clock, *CODES) as coverage:
         heard(coverage, connected(coverage, *CODES), clock)
-    path = place.directory / name
-    path.write_text(path.read_text().replace('"until"', '"since"').replace('"groups": [[', '"groups": [[1, '))
-    with coverage_in(place, clock, *CODES):
-        assert "damaged" in caplog.text
+    clock.now -= 3600
+    with coverage_in(place, clock, *CODES) as coverage:
+        connected(coverage, *CODES)
+        coverage.complete(coverage.ended())
+        ((_, since, until),) = place.spans()
+        assert until is not None and since <= until == ms(clock.now)
+        assert "clock" in caplog.text
 
 
 def test_two_gaps_of_one_moment_are_two(place: Place) -> None:
@@ -619,7 +684,8 @@ def test_a_cut_leaves_a_gap_that_covers_what_is_missing(place: Place, vendor: Ve
         asked = len(vendor.rest.requests)
         vendor.stream.cut(cut)
         wait_for("the gap is noted, and over", lambda: [gap for gap in place.gaps() if gap["to"]])
-        assert process.is_subscribed() and len(vendor.rest.requests) > asked
+        assert process.is_subscribed()
+        wait_for("the latest are fetched", lambda: len(vendor.rest.requests) > asked)
         before = vendor.stream.pushed_count
         wait_for("pushes come again", lambda: vendor.stream.pushed_count > before + 50)
         vendor.stream.rate = 0.0
@@ -727,6 +793,8 @@ def test_a_key_that_the_stream_refuses_is_not_dialled_with_again(
             assert process.it.stats().connections_wanted == 0
             assert caplog.text.count("401") == 1 and "polled instead" in caplog.text
             assert len(vendor.stream.connections) == 2
+            wait_for("why is said", lambda: "no key is of use" in caplog.text)
+            assert "plans allow" not in caplog.text
 
 
 def test_a_change_of_the_watch_list_takes_effect_without_a_restart(
@@ -746,6 +814,60 @@ def test_a_change_of_the_watch_list_takes_effect_without_a_restart(
             wait_for("they are subscribed", lambda: {*vendor.stream.subscribed} == {CODES[1], CODES[3]})
             wait_for("it is stored", lambda: realtime.find_one({"s": CODES[3]}))
             assert process.it.stats().connections == 1 and place.gaps() == []
+
+
+def test_that_codes_are_polled_instead_is_told_at_once(
+    place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockrt, "MARK_SILENT_S", 1000.0)
+    monkeypatch.setattr(stockrt, "POLL_SOON_S", 3.0)
+    vendor.stream.refuse_handshakes(429)
+    with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
+        wait_for("it is told", lambda: process.stats.polled == len(CODES))
+
+
+def test_codes_are_polled_however_often_it_is_dialled_in_vain(
+    place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockrt, "STREAM_CAP_S", 0.5)
+    monkeypatch.setattr(stockrt, "POLL_SOON_S", 3.0)
+    vendor.stream.refuse_handshakes(*[REFUSE_BY_RESET] * 1000)
+    with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
+        wait_for("they are polled", lambda: process.it.stats().polled == len(CODES))
+        assert len(vendor.stream.connections) > 2
+
+
+def test_what_cannot_be_fetched_after_a_gap_is_fetched_later(
+    place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stockrt, "POLL_INSTEAD_S", 0.5)
+    vendor.stream.rate = 0.0
+    with Process(place, vendor, COLLECT_CODES=CODES[0]) as process:
+        wait_for("it is subscribed", process.is_subscribed)
+        vendor.rest.script = lambda _: REFUSALS["503_html"]
+        vendor.stream.cut("rst")
+        wait_for("the gap is over", lambda: [gap for gap in place.gaps() if gap["to"]])
+        missed = vendor.stream.new_trade(CODES[0])
+        wait_for("it was in vain", lambda: "Infoway: " in caplog.text)
+        vendor.rest.script = []
+        wait_for("it is stored", lambda: identity(missed) in place.stored())
+
+
+def test_other_codes_take_over_a_connection_that_has_none_any_more(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that may have one connection, which counts for a while after its end."""
+    monkeypatch.setattr(stockrt, "LOOK_EVERY_S", 0.2)
+    listed = place.directory.parent / "codes"
+    listed.write_text(f"{CODES[0]}\n")
+    with (
+        Vendor(plans={"test-key": PLANS["free"]}, linger_s=60.0) as vendor,
+        Process(place, vendor, COLLECT_CODES=f"@{listed}"),
+    ):
+        wait_for("it is subscribed", lambda: {*vendor.stream.subscribed} == {CODES[0]})
+        listed.write_text(f"{CODES[1]}\n{CODES[2]}\n")
+        wait_for("the others are", lambda: {*vendor.stream.subscribed} == {*CODES[1:3]})
+        assert len(vendor.stream.connections) == 1 and vendor.stream.violations == []
 
 
 def test_one_process_in_a_state_directory_collects(place: Place, vendor: Vendor) -> None:

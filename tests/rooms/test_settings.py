@@ -413,6 +413,10 @@ def test_a_usual_place_behind_a_closed_directory_is_as_not_there() -> None:
         ("INFOWAY_PLN", "INFOWAY_PLAN"),
         ("SERVER_PROT", "SERVER_PORT"),
         ("SERVER_HOST_IP", "SERVER_IP"),
+        ("COLECT", "COLLECT"),
+        ("KEEP_DAY", "KEEP_DAYS"),
+        ("MONGO_HOST", "MONGODB_HOST"),
+        ("LOGLEVEL", "LOG_LEVEL"),
     ],
 )
 def test_a_misspelled_name_in_the_file_is_warned_of_with_the_nearest(

@@ -202,6 +202,14 @@ def test_what_rises_is_drawn_other_than_what_falls() -> None:
     assert "\033" not in plain and "█" in plain and "▒" in plain
 
 
+@pytest.mark.parametrize("volume", ["7", "31194", "999999", "1234567"])
+def test_a_candle_stands_above_its_volume(volume: str) -> None:
+    slots = [Slot(NOON + n * MINUTE, candle(NOON, n + 1, n + 2, volume)) for n in range(2)]
+    lines = draw_chart(Chart(AAPL, "1m", slots), 60, 20, "red", color=False)[0].splitlines()
+    places = [{place for place, one in enumerate(line) if one == "█"} for line in lines]
+    assert set().union(*places[:14]) == set().union(*places[14:])
+
+
 @pytest.mark.parametrize("count", [1, 2, 13, 60])
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_a_chart_is_as_wide_as_its_terminal_at_most(count: int, width: int) -> None:

@@ -271,7 +271,7 @@ def _codes_or_none(watched: Watched) -> list[str] | None:
 
 
 def test_without_mongodb_there_is_no_collection() -> None:
-    with pytest.raises(StockrtError, match="COLLECT_CODES=watch without MONGODB_HOST"):
+    with pytest.raises(StockrtError, match="COLLECT_CODES: watch without MONGODB_HOST"):
         Watched(settings_of("watch")).codes()
 
 
@@ -678,7 +678,7 @@ def test_missed_beats_are_counted_and_said_once_and_polls_never_overlap(
     assert infoway.peak_in_flight == 1
     (line,) = [line for line in said(caplog) if "skipped" in line]
     assert line.startswith("collecting: a poll took 0.")
-    assert "longer than COLLECT_EVERY=0.05 allows; beats are skipped, never two polls at once" in line
+    assert "longer than one every 0.05 s allows; beats are skipped, never two polls at once" in line
 
 
 def test_beats_that_are_missed_now_and_then_are_said_once_until_none_was_for_a_while(
