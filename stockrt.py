@@ -528,6 +528,13 @@ def whole_file(
             sync_directory(path.parent)
 
 
+def need_plain_file(path: Path, setting: str) -> None:
+    """Raise StoreError where a name is there and is no file's: a new file would take the place of /dev/null itself."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        what = "a link, a directory, a pipe or a device"
+        raise StoreError(f"{path} cannot be written: it is {what}, expected a file's name; see {setting}")
+
+
 def sync_directory(directory: Path) -> None:
     """Have on disk which files a directory has. Raises OSError."""
     handle = os.open(directory, os.O_RDONLY)
@@ -5445,7 +5452,7 @@ BATCH_WORK_S = 0.0015
 # The plain epoch milliseconds that a trade time can have: 2000-01-01 to 2100-01-01.
 EARLIEST_TRADE_MS, LATEST_TRADE_MS = 946_684_800_000, 4_102_444_800_000
 # Decimal128 of MongoDB has 34 significant digits; prices have fewer than twenty.
-_DECIMAL = re.compile(r"-?(?=[\d.]{1,34}(?:[eE]|$))(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,2})?", re.ASCII)
+DECIMAL = re.compile(r"-?(?=[\d.]{1,34}(?:[eE]|$))(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,2})?", re.ASCII)
 # Decimals as nearly all trades have them, those of a whole batch in one text.
 _PLAIN_DECIMALS = re.compile(r"(?:\d{1,17}+(?:\.\d{1,16}+)?+,)++", re.ASCII)
 
@@ -5676,6 +5683,12 @@ def _why_no_trade(trade: Trade, product: str, latest_ms: int) -> str:
     return ""
 
 
+def are_plain_decimals(texts: Sequence[str]) -> bool:
+    """Return whether texts are decimals as nearly all trades have them. Raises TypeError where one is no text."""
+    text = ",".join(texts) + ","
+    return text.count(",") == len(texts) and _PLAIN_DECIMALS.fullmatch(text) is not None
+
+
 _FIELDS_OF = itemgetter(*Trade._fields)
 # What Trade(*fields) does when their number is right, without a call of Python's.
 _TRADE_OF = partial(tuple.__new__, Trade)
@@ -5689,8 +5702,7 @@ def plain_trades(records: Sequence[Any], latest_ms: int) -> list[Trade]:
     try:
         trades: list[Trade] = [*map(_TRADE_OF, map(_FIELDS_OF, records))]
         s, t, p, v, vw, td = zip(*trades, strict=True)
-        decimals = (*p, *v, *vw, "")
-        text = ",".join(decimals)
+        decimals_are_plain = are_plain_decimals((*p, *v, *vw))
     except (KeyError, TypeError, ValueError):  # a field is missing, or of another type, or there is no record
         return []
     plain = (
@@ -5698,8 +5710,7 @@ def plain_trades(records: Sequence[Any], latest_ms: int) -> list[Trade]:
         and {*map(type, t), *map(type, td)} == {int}
         and EARLIEST_TRADE_MS <= min(t) <= max(t) <= latest_ms
         and 0 <= min(td) <= max(td) <= 9
-        and text.count(",") == len(decimals) - 1
-        and _PLAIN_DECIMALS.fullmatch(text)
+        and decimals_are_plain
         and min(map(float, p)) > 0
     )
     return trades if plain else []
@@ -5715,7 +5726,7 @@ def _decimal(record: Mapping[str, object], name: str) -> str:
 
 def is_decimal(text: str) -> bool:
     """Return whether a text is a decimal number as the API sends them."""
-    return _DECIMAL.fullmatch(text) is not None
+    return DECIMAL.fullmatch(text) is not None
 
 
 def _shown(record: Mapping[str, object], name: str) -> str:
@@ -8405,17 +8416,20 @@ def is_trade(document: Document) -> bool:
     times = [document.get(name) for name in ("t", "td")]
     numbers = [document.get(name) for name in ("p", "v", "vw")]
     whole = all(isinstance(time, int) and not isinstance(time, bool) for time in times)
-    begins = f"{document.get('s')}|{document['t']}|"
-    ours = isinstance(document["_id"], str) and document["_id"].startswith(begins)
-    return ours and whole and all(map(_is_number, numbers))
+    whole = whole and EARLIEST_TRADE_MS <= document["t"] < LATEST_TRADE_MS
+    code, key = document.get("s"), document.get("_id")
+    begins = f"{code}|{document.get('t')}|"
+    ours = isinstance(key, str) and key.startswith(begins) and code == document.get("stock_code")
+    ours = ours and isinstance(code, str) and code.isprintable()
+    return ours and whole and all(map(is_number, numbers))
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     """Return whether a stored value is a decimal number, as the API sends them or as MONGODB_NUMERIC_TYPE has them."""
     from bson.decimal128 import Decimal128
 
     if isinstance(value, Decimal128):
-        return value.to_decimal().is_finite()
+        value = float(value.to_decimal())
     if isinstance(value, str):
         return is_decimal(value)
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -10068,16 +10082,18 @@ _SQLITE_CANDLES = """
 WITH found AS (
     SELECT (t - ?2) / ?4 AS step, min(t) AS first, max(t) AS last,
            max(CAST(p AS REAL)) AS high, min(CAST(p AS REAL)) AS low,
-           sum(CAST(v AS INTEGER)) AS whole,
-           sum(CAST(round((CAST(v AS REAL) - CAST(v AS INTEGER)) * 1e9) AS INTEGER)) AS billionths,
+           sum(CAST(volume AS INTEGER)) AS whole,
+           sum(CAST(round((volume - CAST(volume AS INTEGER)) * 1e9) AS INTEGER)) AS billionths,
+           total(CASE WHEN volume IS NULL THEN CAST(v AS REAL) END) AS huge,
            count(*) AS trades
-    FROM realtime WHERE stock_code = ?1 AND t >= ?2 AND t < ?3 AND demo IS ?5 GROUP BY step
+    FROM (SELECT *, CASE WHEN CAST(v AS REAL) < 1e15 THEN CAST(v AS REAL) END AS volume FROM realtime)
+    WHERE stock_code = ?1 AND t >= ?2 AND t < ?3 AND demo IS ?5 GROUP BY step
 )
 SELECT ?2 + step * ?4,
     (SELECT p FROM realtime WHERE stock_code = ?1 AND t = first AND demo IS ?5 ORDER BY _id LIMIT 1),
     high, low,
     (SELECT p FROM realtime WHERE stock_code = ?1 AND t = last AND demo IS ?5 ORDER BY _id DESC LIMIT 1),
-    whole, billionths, trades
+    whole, billionths, huge, trades
 FROM found ORDER BY step
 """
 # Each code of the index in its turn, not each trade.
@@ -10181,9 +10197,9 @@ class SqliteReader(_FileReader):
 
 
 def _sqlite_candle(row: Sequence[Any]) -> Candle:
-    t, opened, high, low, close, whole, billionths, trades = row
-    more, rest = divmod(billionths, 10**9)
-    volume = _without_zeros(f"{whole + more}.{rest:09d}")
+    t, opened, high, low, close, whole, billionths, huge, trades = row
+    more, rest = divmod(billionths or 0, 10**9)
+    volume = _without_zeros(f"{(whole or 0) + more + int(huge)}.{rest:09d}")
     highest, lowest = (with_decimals_of(opened, number_text(number)) for number in (high, low))
     return Candle(t, opened, highest, lowest, close, volume, trades)
 
@@ -10215,7 +10231,7 @@ class MongoReader(_FileReader):
             found = list(
                 self._store.collection(self._store.close_name).aggregate(pipeline, allowDiskUse=True)
             )
-        return sorted(one["_id"] for one in found if isinstance(one["_id"], str))
+        return sorted(one["_id"] for one in found if isinstance(one["_id"], str) and one["_id"].isprintable())
 
     def estimate(self) -> int:
         """Return about how many trades there are. Raises StoreError."""
@@ -10242,7 +10258,7 @@ class MongoReader(_FileReader):
         wanted = {
             "_id": {"$gt": f"{code}|", "$lt": f"{code}|{BEHIND}"},
             "stock_code": code,
-            "vw": {"$ne": None},
+            **_WITH_NUMBERS,
         }
         with self._store.reading():
             return _stored_trades(list(self._store.collection().find(wanted).sort("_id", -1).limit(1)))
@@ -10250,13 +10266,18 @@ class MongoReader(_FileReader):
     def _newest(self, wanted: Mapping[str, object]) -> list[tuple[str, int]]:
         """Return codes with the time of their latest trade: the index gives one of each without reading the others."""
         pipeline: list[dict[str, Any]] = [
-            {"$match": {"stock_code": wanted or {"$gt": ""}, "t": {"$gte": 0, "$lt": NEVER}}},
+            {
+                "$match": {
+                    "stock_code": wanted or {"$gt": ""},
+                    "t": {"$gte": EARLIEST_TRADE_MS, "$lt": LATEST_TRADE_MS},
+                }
+            },
             {"$sort": dict(INDEX)},
             {"$group": {"_id": "$stock_code", "t": {"$first": "$t"}}},
         ]
         with self._store.reading():
             found = self._store.collection().aggregate(pipeline, allowDiskUse=True)
-            return [(one["_id"], int(one["t"])) for one in found]
+            return [(one["_id"], int(one["t"])) for one in found if one["_id"].isprintable()]
 
     def trades(self, codes: Collection[str] | None, since: int, until: int) -> Iterator[list[StoredTrade]]:
         """Yield trades, some thousand at once, in the order of `_id`. Raises StoreError."""
@@ -10327,17 +10348,15 @@ class MongoReader(_FileReader):
 
     def _closes(self, wanted: Mapping[str, object]) -> list[StoredClose]:
         with self._store.reading():
-            return [*map(_mongo_close, self._store.collection(self._store.close_name).find(wanted))]
+            found = self._store.collection(self._store.close_name).find(wanted)
+            return [*filter(None, map(_mongo_close, found))]
 
     def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
         """Return the gaps that MongoDB has, and those of this machine that it has not yet. Raises StoreError."""
         wanted = {"from": {"$lt": until}, "$or": [{"to": None}, {"to": {"$gt": since}}]}
         with self._store.reading():
             documents = list(self._store.collection(self._gap_name).find(wanted))
-        there = [
-            Gap(one["product"], tuple(one["codes"]), one["from"], one.get("to"), one["why"])
-            for one in documents
-        ]
+        there = [*filter(None, map(_mongo_gap, documents))]
         # of one that both have this machine knows best how it stands
         every = [*_touching(there, codes), *super().gaps(codes, since, until)]
         found = {gap[:3]: gap for gap in every}
@@ -10346,16 +10365,46 @@ class MongoReader(_FileReader):
 
 Reader: TypeAlias = SqliteReader | MongoReader
 
+
+def _mongo_gap(document: Document) -> Gap | None:
+    """Return a document of the gaps, None where another program has put it there."""
+    product, codes, since, until, why = (
+        document.get(name) for name in ("product", "codes", "from", "to", "why")
+    )
+    if not (isinstance(codes, list) and isinstance(since, int) and isinstance(until, int | None)):
+        return None
+    return Gap(str(product), tuple(map(str, codes)), since, until, str(why))
+
+
+# As is_trade: numbers that are a double as well, of any type, or such texts.
+_MOST = sys.float_info.max
+_NUMBER_FORMS = [{"$gte": -_MOST, "$lte": _MOST}, {"$regex": f"^(?:{DECIMAL.pattern})$"}]
+_WITH_NUMBERS: Mapping[str, Any] = {
+    "$and": [{"$or": [{name: one} for one in _NUMBER_FORMS]} for name in ("p", "v", "vw")],
+    "t": {"$type": ["int", "long"], "$gte": EARLIEST_TRADE_MS, "$lt": LATEST_TRADE_MS},
+    "td": {"$type": ["int", "long"]},
+}
 _trade_fields: itemgetter[Any] = itemgetter(*DOCUMENT_FIELDS)
 
 
 def _stored_trades(documents: Sequence[Document]) -> list[StoredTrade]:
     """Return those documents that are trades; where all have texts as numbers, which is the rule, in few steps."""
+    from bson.int64 import Int64
+
     with contextlib.suppress(KeyError):
         fields = [*map(_trade_fields, documents)]
-        ids, s, t, p, v, vw, *_ = columns = [*zip(*fields, strict=True)] or [()] * len(StoredTrade._fields)
-        begins = map("{}|{}|".format, s, t)
-        if {*map(type, chain(ids, p, v, vw))} <= {str} and all(map(str.startswith, ids, begins)):
+        columns = [*zip(*fields, strict=True)] or [()] * len(StoredTrade._fields)
+        ids, s, t, p, v, vw, td, codes, _ = columns
+        plain = (
+            {*map(type, chain(ids, s, p, v, vw))} == {str}
+            and {*map(type, chain(t, td))} <= {int, Int64}
+            and EARLIEST_TRADE_MS <= min(t) <= max(t) < LATEST_TRADE_MS
+            and s == codes
+            and "".join(s).isprintable()
+            and are_plain_decimals((*p, *v, *vw))
+            and all(map(str.startswith, ids, map("{}|{}|".format, s, t)))
+        )
+        if plain:
             times = {moment: _iso_text(moment) for moment in {*columns[-1]}}
             texts = map(times.__getitem__, columns[-1])
             return [*map(StoredTrade._make, zip(*columns[:-1], texts, strict=True))]
@@ -10380,23 +10429,23 @@ def _iso_text(moment: object) -> str:
 def _mongo_candles(codes: Sequence[str], since: int, until: int, step_ms: int) -> list[dict[str, Any]]:
     """Return the aggregation that makes candles; the order of `_id` says what came first."""
 
-    def number(name: str) -> dict[str, Any]:
-        return {"$convert": {"input": f"${name}", "to": "decimal", "onError": None, "onNull": None}}
+    # a double as a decimal would have 15 digits, and zeros for those that it has not
+    price = {"$cond": [{"$isNumber": "$p"}, "$p", {"$toDecimal": "$p"}]}
 
     spans = [span for code in codes for span in _spans_of(code, since, until)]
     into_it = {"$mod": [{"$subtract": ["$t", since]}, step_ms]}
     return [
         {"$match": {"$or": [{"_id": {"$gt": low, "$lt": high}} for low, high in spans]}},
-        {"$match": {"p": {"$type": ["string", "number"]}, "t": {"$type": "number"}}},
+        {"$match": _WITH_NUMBERS},
         {"$sort": {"_id": 1}},
         {
             "$group": {
                 "_id": {"code": "$stock_code", "t": {"$subtract": ["$t", into_it]}},
                 "open": {"$first": "$p"},
-                "high": {"$max": number("p")},
-                "low": {"$min": number("p")},
+                "high": {"$max": price},
+                "low": {"$min": price},
                 "close": {"$last": "$p"},
-                "volume": {"$sum": number("v")},
+                "volume": {"$sum": {"$toDecimal": "$v"}},
                 "trades": {"$sum": 1},
             }
         },
@@ -10409,12 +10458,16 @@ def _mongo_candle(one: Document) -> Candle:
     return Candle(int(one["_id"]["t"]), first, high, low, last, volume, one["trades"])
 
 
-def _mongo_close(document: Document) -> StoredClose:
-    is_final = document.get("close") is not None
-    names = ("open", "high", "low", "volume", "turnover")
-    bar = [number_text(document[name]) if document.get(name) is not None else "" for name in names]
-    code, day, p = document["stock_code"], document["date"], number_text(document["p"])
-    return StoredClose(code, day, int(document["t"]), p, is_final, bool(document.get("after_hours")), *bar)
+def _mongo_close(document: Document) -> StoredClose | None:
+    """Return a document of the closes, None where another program has put it there."""
+    code, day, t, p = map(document.get, ("stock_code", "date", "t", "p"))
+    numbers = [document.get(name) for name in ("open", "high", "low", "volume", "turnover")]
+    known = [p, *(number for number in numbers if number is not None)]
+    if document["_id"] != f"{code}|{day}" or not (isinstance(t, int) and all(map(is_number, known))):
+        return None
+    bar = ["" if number is None else number_text(number) for number in numbers]
+    is_final, after_hours = document.get("close") is not None, bool(document.get("after_hours"))
+    return StoredClose(str(code), str(day), t, number_text(p), is_final, after_hours, *bar)
 
 
 # ======================================================================================================
@@ -15560,6 +15613,7 @@ class MetricsFile:
         """Write the file now, whole or not at all, readable by everybody. A file that cannot be is said so."""
         try:
             # node_exporter is another user
+            need_plain_file(self._path, "METRICS_FILE")
             write_whole(self._path, self._metrics.text(), mode=0o644, setting="METRICS_FILE")
         except StoreError as error:
             self._trouble.again(str(error))
@@ -16746,7 +16800,7 @@ def exchange_time(code: str, t: int) -> str:
 
 def midnight(code: str, t: int) -> int:
     """Return when the exchange-local date of a moment began, epoch ms."""
-    then = datetime.fromtimestamp(t // 1000, zone_of(code))
+    then = datetime.fromtimestamp(min(t, LATEST_TRADE_MS) // 1000, zone_of(code))
     return int(then.replace(hour=0, minute=0, second=0).timestamp()) * 1000
 
 
@@ -16862,9 +16916,10 @@ def price_range(candles: Iterable[Candle]) -> tuple[float, float]:
 
 
 def price_marks(candles: Sequence[Candle]) -> dict[float, str]:
-    """Return five prices from the lowest to the highest, each with its words: as many decimals as the prices have."""
+    """Return five prices from the lowest to the highest, each with its words: no two have the same ones."""
     low, high = price_range(candles)
-    decimals = min(8, max(len(candle.close.partition(".")[2]) for candle in candles))
+    decimals = max(len(candle.close.partition(".")[2]) for candle in candles)
+    decimals = min(14, max(decimals, -math.floor(math.log10((high - low) / 4))))
     return {price: f"{price:.{decimals}f}" for price in (low + (high - low) * part / 4 for part in range(5))}
 
 
@@ -19338,6 +19393,8 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
 def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
     """Write the page, or one code's picture, whole or not at all; exit status 1 where it lacks what was asked for."""
     now, span, step = time.time(), span_of(options), options.chart or "5m"
+    path = Path(cast(str, options.html))
+    need_plain_file(path, "--html")
     store, up = settings.mongodb_shown() or SQLITE_NAME, color_of_rise(environ, options.up)
     with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
         codes, missing = codes_to_show(options, settings, reader)
@@ -19346,7 +19403,6 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
         names, charts = reader.names(last), read_charts(reader, [*last], last, step, span, now, PAGE_STEPS)
         closes = reader.closes(last, *dates_of(Span(until=span.until), now))
     page = Page(found, names, charts, closes, now, store, is_chinese(environ), up, options.up is not None)
-    path = Path(cast(str, options.html))
     is_picture = path.suffix.lower() == ".svg"
     text = draw_picture(_only_chart(charts.values()), up) if is_picture else draw_page(page)
     # a web server is another user
@@ -19436,6 +19492,8 @@ def run_export(options: Options, settings: Settings) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     place = cast(str, options.export)
+    if place != "-":
+        need_plain_file(Path(place), "--export")
     try:
         with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
             missing: list[str] = []

@@ -213,6 +213,35 @@ def test_a_timer_may_renew_it_under_a_web_server(run_pyz: RunPyz, state: Path, t
     )
 
 
+@pytest.mark.parametrize(("command", "name"), [("--html", "all.html"), ("--export", "all.csv")])
+@pytest.mark.parametrize("kind", ["link", "pipe", "directory"])
+def test_what_is_no_file_is_left_as_it_is(
+    run_pyz: RunPyz, state: Path, tmp_path: Path, command: str, name: str, kind: str
+) -> None:
+    """A new file in the place of /dev/stdout or /dev/null would be one for the whole machine."""
+    place, target = tmp_path / name, tmp_path / "target"
+    target.write_text("old")
+    if kind == "link":
+        place.symlink_to(target)
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.mkdir()
+    before = place.lstat()
+    done = run_pyz(command, place)
+    assert f"{place} cannot be written: it is a link, a directory, a pipe or a device" in done.stderr
+    assert f"see {command}" in done.stderr
+    assert (done.returncode, place.lstat().st_ino, target.read_text()) == (1, before.st_ino, "old")
+
+
+@pytest.mark.parametrize("args", [("--html", "a.html"), ("--show", "600519", "--chart", "1h")])
+def test_a_moment_beyond_the_last_year_is_no_traceback(
+    run_pyz: RunPyz, state: Path, args: tuple[str, ...]
+) -> None:
+    done = run_pyz(*args, "--from", "9999-12-31T23:00")
+    assert "Traceback" not in done.stderr
+
+
 def test_an_empty_store_has_a_page_that_says_so(run_pyz: RunPyz, tmp_path: Path) -> None:
     done = run_pyz("--html", "page.html")
     assert done.returncode == 1

@@ -636,6 +636,14 @@ def test_metrics_that_cannot_be_written_are_said_once(
     assert len(caplog.records) == 1 and "METRICS_FILE" in caplog.text
 
 
+def test_a_device_is_not_replaced_by_metrics(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    place = tmp_path / "x.prom"
+    os.mkfifo(place)
+    MetricsFile(place, Metrics()).write()
+    assert place.is_fifo()
+    assert "it is a link, a directory, a pipe or a device" in caplog.text and "METRICS_FILE" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("ended", "outcome"),
     [

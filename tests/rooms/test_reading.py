@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pymongo
 import pytest
+from bson.decimal128 import Decimal128
 from kit.trades import CREATED, settings_of
 
 import stockrt
@@ -140,6 +141,27 @@ def test_candles_are_what_the_trades_of_their_steps_come_to(place: Place) -> Non
     }
 
 
+def test_candles_of_doubles_have_the_digits_of_their_trades(place: Place) -> None:
+    place.put(trade(MAOTAI, 0, "10.01"), trade(MAOTAI, 0.1, "-40.32"), trade(MAOTAI, 0.2, "123456789.0125"))
+    with place.reader() as reader:
+        (candle,) = reader.candles([MAOTAI], TEN, TEN + MINUTE, MINUTE)[MAOTAI]
+    assert (candle.open, candle.high, candle.low) == ("10.01", "123456789.0125", "-40.32")
+
+
+def test_volumes_beyond_what_an_integer_holds_are_summed(place: Place) -> None:
+    place.put(trade(BITCOIN, 0, "1", "4e24"), trade(BITCOIN, 0.1, "1", "99999999999999999999"))
+    place.put(
+        trade(BITCOIN, 2, "1", "1e14"), trade(BITCOIN, 2.1, "1", "0.25"), trade(BITCOIN, 2.2, "1", "1e3")
+    )
+    place.put(*(trade(TENCENT, 0, "1", "9000000000000000000", side) for side in range(3)))
+    with place.reader() as reader:
+        candles = reader.candles([BITCOIN, TENCENT], TEN, TEN + 3 * MINUTE, MINUTE)
+    huge, exact = candles[BITCOIN]
+    assert float(huge.volume) == pytest.approx(4.0001e24)
+    assert exact.volume == "100000000001000.25"
+    assert float(candles[TENCENT][0].volume) == 27e18
+
+
 def _as_numbers(candle: Candle) -> tuple[object, ...]:
     t, *prices, volume, trades = candle
     return (t, *map(float, prices), volume, trades)
@@ -254,6 +276,95 @@ def test_what_another_program_has_put_into_mongodb_is_passed_over(
         (candle,) = reader.candles([MAOTAI], TEN, TEN + 9 * MINUTE, 9 * MINUTE)[MAOTAI]
         assert (candle.close, candle.trades) == ("10", 1)
         assert reader.last([MAOTAI])[MAOTAI].p == "10"
+
+
+def _nearly_a_trade(minutes: int, **other: object) -> Document:
+    """Return a document that differs from a trade of ours in some fields; None: it has no such field."""
+    document = to_document(trade(MAOTAI, minutes, "10"), CREATED) | other
+    return {name: value for name, value in document.items() if value is not None}
+
+
+HOSTILE = "\x1b[31mE\u202e<script>\n"
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"_id": "settings", "s": None, "t": None, "p": None, "stock_code": None},
+        {"p": "abc"},
+        {"p": "NaN"},
+        {"p": float("inf")},
+        {"p": Decimal128("1e400")},
+        {"p": Decimal128("NaN")},
+        {"v": "many"},
+        {"v": float("nan")},
+        {"t": str(TEN + MINUTE)},
+        {"td": "buy"},
+        {"_id": f"{MAOTAI}|{TEN}000|10|100|1", "t": TEN * 1000},
+        {"_id": f"{HOSTILE}|{TEN + MINUTE}|10|100|1", "s": HOSTILE, "stock_code": HOSTILE},
+        {"stock_code": TENCENT},
+    ],
+    ids=repr,
+)
+def test_what_nearly_is_a_trade_is_in_no_view(
+    mongo_db: tuple[str, str], tmp_path: Path, others: Document
+) -> None:
+    uri, name = mongo_db
+    environ = {"STATE_DIRECTORY": str(tmp_path), "MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
+    with contextlib.closing(MongoStore(settings_of(environ))) as store:
+        store.write([to_document(trade(MAOTAI, 0, "10"), CREATED)])
+        store.collection().insert_one(_nearly_a_trade(1, **others))
+    with Pipeline.open_reader(settings_of(environ)) as reader:
+        assert [one.t for page in reader.trades(None, 0, NEVER) for one in page] == [TEN]
+        (candle,) = reader.candles([MAOTAI], TEN, TEN + 9 * MINUTE, 9 * MINUTE)[MAOTAI]
+        assert (candle.high, candle.low, candle.close, candle.volume) == ("10", "10", "10", "100")
+        (quote,) = stockrt.quotes(reader, reader.newest_codes(9))
+    assert (quote.code, quote.trade.t) == (MAOTAI, TEN)
+
+
+def test_what_another_program_has_put_among_the_closes_is_passed_over(
+    mongo_db: tuple[str, str], tmp_path: Path
+) -> None:
+    uri, name = mongo_db
+    environ = {"STATE_DIRECTORY": str(tmp_path), "MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
+    key: Document = {"_id": f"{MAOTAI}|{DAY}", "stock_code": MAOTAI}
+    close = key | {"date": DAY, "t": TEN, "p": "9", "close": "9"}
+    others: list[Document] = [
+        key,
+        close | {"p": float("nan")},
+        close | {"p": "abc"},
+        close | {"high": "abc"},
+        close | {"t": CREATED},
+        close | {"date": "soon"},
+    ]
+    with contextlib.closing(MongoStore(settings_of(environ))) as store:
+        store.write_closes(_closes(("2026-08-13", "11")))
+        collection = store.collection(store.close_name)
+        collection.insert_one({"stock_code": HOSTILE})
+        for other in others:
+            collection.replace_one({"_id": key["_id"]}, other, upsert=True)
+            with Pipeline.open_reader(settings_of(environ)) as reader:
+                assert [one.p for one in reader.closes([MAOTAI], "2026-08-01", DAY)[MAOTAI]] == ["11"]
+                assert reader.last_finals({MAOTAI: "2026-08-15"})[MAOTAI].p == "11"
+                assert reader.close_codes() == [MAOTAI]
+
+
+def test_what_another_program_has_put_among_the_gaps_is_passed_over(
+    mongo_db: tuple[str, str], tmp_path: Path
+) -> None:
+    uri, name = mongo_db
+    environ = {"STATE_DIRECTORY": str(tmp_path), "MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
+    gap: Document = {"product": "stock", "codes": [MAOTAI], "from": TEN, "to": None, "why": "lost"}
+    others: list[Document] = [
+        {"from": TEN},
+        gap | {"codes": None},
+        gap | {"to": "later"},
+        {"codes": [MAOTAI]},
+    ]
+    with contextlib.closing(MongoStore(settings_of(environ))) as store:
+        store.collection("stream_gaps").insert_many([dict(one) for one in (*others, gap)])
+    with Pipeline.open_reader(settings_of(environ)) as reader:
+        assert [found.why for found in reader.gaps([MAOTAI], 0, NEVER)] == ["lost"]
 
 
 def test_reading_makes_no_collection_and_writes_nothing(mongo_db: tuple[str, str], tmp_path: Path) -> None:

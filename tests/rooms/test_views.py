@@ -33,6 +33,7 @@ from stockrt import (
     dashboard,
     draw_chart,
     open_store_file,
+    price_marks,
     read_charts,
     session_of,
     slots_of,
@@ -222,6 +223,17 @@ def test_a_chart_is_as_wide_as_its_terminal_at_most(count: int, width: int) -> N
     assert (len(shown.slots) + shown.left_out, shown.slots) == (count, slots[-len(shown.slots) :])
     assert len(shown.slots) == min(count, width - len("-36.5") - 2)
     assert any("┼" in line for line in lines if "┤" in line)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [("10.01", "10.03"), ("0.0000000000009", "0.0000000000015"), ("9", "10"), ("-3", "3"), ("7", "7")],
+)
+def test_the_axis_has_no_price_twice(low: str, high: str) -> None:
+    words = [*price_marks([Candle(NOON, low, high, low, high, "1", 1)]).values()]
+    assert sorted({*map(float, words)}) == [*map(float, words)]
+    assert len({*words}) == 5
+    assert low == high or (float(words[0]), float(words[-1])) == (float(low), float(high))
 
 
 def test_a_gap_is_a_column_of_its_own_colour() -> None:
