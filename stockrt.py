@@ -18619,7 +18619,8 @@ def _need_use(settings: Settings, pipeline: Pipeline, stats: CollectStats) -> No
     dead = [key.dead for key in pipeline.keys.keys if key.dead]
     if dead and len(dead) == len(pipeline.keys.keys):
         raise SettingsError([f"INFOWAY_API_KEY: no key can be used any more: {dead[0]}"])
-    if settings.collect and stats.polled and not stats.connections_wanted:
+    # a trade that came over REST tells that the key is good for that
+    if settings.collect and stats.trades and stats.polled and not stats.connections_wanted:
         raise SettingsError([NO_STREAM_HINT])
 
 

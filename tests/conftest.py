@@ -226,7 +226,8 @@ def run_forked(start_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path, _fo
         timeout: float = 60,
         cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        if EXTENT != "quick" or any(map(READ_AT_A_START.match, env or ())):
+        own = dict(env or {}).items() - clean_env.items()
+        if EXTENT != "quick" or any(READ_AT_A_START.match(name) for name, _ in own):
             return start_pyz(*args, env=env, input=input, timeout=timeout, cwd=cwd)
         arguments = [*map(str, args)]
         return _forked.run(arguments, clean_env | dict(env or {}), cwd or tmp_path, input or "", timeout)

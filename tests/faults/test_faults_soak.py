@@ -300,7 +300,8 @@ def _flat(samples: list[Sample]) -> None:
     lasted_s = samples[-1].at - samples[0].at
     after = [one for one in samples if one.at >= samples[0].at + WARM_UP * lasted_s] or samples[-1:]
     first, last = after[: len(after) // 2 or 1], after[len(after) // 2 :]
-    assert min(one.descriptors for one in last) <= min(one.descriptors for one in first) + 1
+    # a busy machine takes few samples, and a client of MongoDB may have two idle connections at one and none at another
+    assert min(one.descriptors for one in last) <= min(one.descriptors for one in first) + 3
     assert min(one.threads for one in last) <= min(one.threads for one in first) + 1
     assert max(one.threads for one in last) <= max(one.threads for one in first) + 2
     if lasted_s >= 60 * MINUTES_FOR_A_SLOPE:

@@ -508,8 +508,9 @@ def test_a_key_for_rest_alone_is_told_what_it_may_do(
 
 
 def test_a_key_that_nobody_takes_ends_it(start_collect: StartCollect, vendor: Vendor) -> None:
+    vendor.rest.latency = 1.0  # the stream refuses it first: that alone does not tell that it serves REST
     for every in ((), ("--every", "1")):
-        env = vendor.settings | {"INFOWAY_API_KEY": "wrong-key-1"}
+        env = vendor.settings | {"INFOWAY_API_KEY": "wrong-key-1", "INFOWAY_PLAN": "pro"}
         status, _, said = start_collect(*every, "--codes", *CODES, **env).end(None)
         assert status == SETTINGS_FAULT and "wrong-key-1" not in said
         assert "stockrt: INFOWAY_API_KEY: no key can be used any more: HTTP 401: Token invalid" in said

@@ -1300,7 +1300,7 @@ def test_a_handshake_is_answered_with_what_is_too_long(
         stockrt.make_state_directory(settings.state_directory)
         stockrt.write_hash(settings.state_directory, HASH)
         with ThreadDaemon(settings, rng=Hasty()):
-            assert until(lambda: len(dials) > 5)
+            assert until(lambda: len(dials) > 3)
         listener.shutdown(socket.SHUT_RDWR)
     for connection in dials:
         connection.close()

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import pytest
 from conftest import RunPyz
-from kit.daemons import PATIENCE, PROGRAM, Hasty, ThreadDaemon, command_of, environment, settings_for, until
+from kit.daemons import PATIENCE, PROGRAM, Hasty, ThreadDaemon, environment, settings_for, until
 from kit.platform_server import GENERATIONS, PlatformServer
 
 import stockrt
@@ -66,24 +66,15 @@ def hash_file(state: Path) -> Path:
 
 
 @pytest.fixture
-def register(
-    request: pytest.FixtureRequest, clean_env: dict[str, str], state: Path, tmp_path: Path
-) -> Register:
+def register(request: pytest.FixtureRequest, run_pyz: RunPyz, state: Path) -> Register:
     """Run `--register` against the test's server, in an empty folder."""
 
     def run(*flags: str, port: int | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
         if port is None:
             name = "server" if "server" in request.fixturenames else "new_server"
             port = request.getfixturevalue(name).port
-        return subprocess.run(
-            [*command_of(), "--register", *flags],
-            env=clean_env | environment(port, "http://127.0.0.1:9", state, **settings),
-            cwd=tmp_path,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=60,
-        )
+        env = environment(port, "http://127.0.0.1:9", state, **settings)
+        return run_pyz("--register", *flags, env=env)
 
     return run
 

@@ -446,7 +446,7 @@ def test_what_is_pushed_is_stored_once(place: Place) -> None:
             intake.add("crypto", trades)
             intake.add("crypto", trades[:7])
             wait_for("everything is stored", lambda: intake.stored + intake.duplicates == 2507)
-            assert intake.durable_ms() >= trades[-1].t
+            wait_for("it is known to be", lambda: intake.durable_ms() >= trades[-1].t)  # a moment later
             assert (intake.trades, intake.stored, intake.duplicates, intake.refused) == (2507, 2500, 7, 0)
             p50, p99, per_second = intake.lately()
             assert 0 < p50 <= p99 < WAIT_S * 1000 and per_second > 0
@@ -461,6 +461,16 @@ def test_what_waits_is_written_at_the_end(place: Place) -> None:
         assert intake.durable_ms() < trades[0].t
         intake.close(10)
         assert place.stored() == ids(trades)
+
+
+def test_a_mark_stays_before_the_oldest_trade_that_waits(place: Place) -> None:
+    """Codes are pushed with more or less delay."""
+    first, second = trades_of(2)
+    second = second._replace(t=first.t - 3000)
+    with Pipeline(settings_of(place.environ)) as pipeline:
+        intake = Intake(pipeline, Coverage(pipeline.gaps, place.directory))
+        intake.add("crypto", [first, second])
+        assert intake.durable_ms() < second.t
 
 
 def test_pushes_make_the_closes_that_polls_make(place: Place, tmp_path: Path) -> None:
@@ -837,6 +847,7 @@ def test_codes_are_polled_however_often_it_is_dialled_in_vain(
         assert len(vendor.stream.connections) > 2
 
 
+@pytest.mark.long
 def test_what_cannot_be_fetched_after_a_gap_is_fetched_later(
     place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -851,6 +862,27 @@ def test_what_cannot_be_fetched_after_a_gap_is_fetched_later(
         wait_for("it was in vain", lambda: "Infoway: " in caplog.text)
         vendor.rest.script = []
         wait_for("it is stored", lambda: identity(missed) in place.stored())
+
+
+@pytest.mark.long
+def test_a_silence_is_judged_as_soon_as_the_latest_trades_can_be_fetched(
+    place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stockrt, "POLL_INSTEAD_S", 0.5)
+    monkeypatch.setattr(stockrt, "SILENCE_S", 2.0)
+    monkeypatch.setattr(stockrt, "ACK_S", 1.0)
+    vendor.stream.rate = 0.0
+    with Process(place, vendor, COLLECT_CODES=CODES[0]) as process:
+        wait_for("it is subscribed", process.is_subscribed)
+        wait_for("its latest trade is there", lambda: place.stored())
+        vendor.rest.script = lambda _: REFUSALS["503_html"]
+        missed = vendor.stream.new_trade(CODES[0])
+        wait_for("it cannot be fetched", lambda: "Infoway: " in caplog.text)
+        assert place.gaps() == []
+        vendor.rest.script = []
+        wait_for("it is known that it is missing", place.gaps)
+        gap = place.gaps()[0]
+        assert "nothing was pushed" in gap["why"] and gap["from"] <= missed["t"] <= gap["to"]
 
 
 def test_other_codes_take_over_a_connection_that_has_none_any_more(
@@ -868,6 +900,22 @@ def test_other_codes_take_over_a_connection_that_has_none_any_more(
         listed.write_text(f"{CODES[1]}\n{CODES[2]}\n")
         wait_for("the others are", lambda: {*vendor.stream.subscribed} == {*CODES[1:3]})
         assert len(vendor.stream.connections) == 1 and vendor.stream.violations == []
+
+
+def test_a_connection_that_begins_as_all_end_ends_too(
+    place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = stockrt.Planner._begin
+
+    def begin_late(planner: stockrt.Planner, allotment: stockrt.Allotment) -> stockrt.Feed:
+        feed = begin(planner, allotment)
+        planner.leave()  # whoever ends all has told those that there were
+        return feed
+
+    monkeypatch.setattr(stockrt.Planner, "_begin", begin_late)
+    with Process(place, vendor, COLLECT_CODES=CODES[0]) as process:
+        wait_for("there is one", lambda: process.it._planner.feeds)
+        wait_for("it has ended", lambda: not process.it._planner.feeds[0].is_alive())
 
 
 def test_one_process_in_a_state_directory_collects(place: Place, vendor: Vendor) -> None:

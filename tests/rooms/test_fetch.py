@@ -884,7 +884,7 @@ def test_server_with_less_than_the_plan_loses_nothing(tmp_path: Path) -> None:
     """The plan is set too high: every form of refusal comes, every trade does too."""
     codes = share_codes(1_500)
     with (
-        InfowayServer(per_second=5) as server,
+        InfowayServer(per_second=3) as server,
         api_of(server, plan=PLANS["premium"], rng=random.Random(1)) as api,
     ):
         run = collect(api, codes, tmp_path)
