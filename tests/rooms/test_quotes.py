@@ -78,7 +78,7 @@ def test_a_quote_is_the_latest_trade_against_the_last_final_close_with_its_sessi
     day_before = [trade(MAOTAI, -24 * 60, "1400")]
     at_half_past_nine = trade(MAOTAI, -30, "1500.00", "200")
     session = [at_half_past_nine, trade(MAOTAI, 0, "1450.5"), trade(MAOTAI, 60, "1530", "300")]
-    before_it_opens = [trade(MAOTAI, -40, "9999")]
+    before_it_opens = [trade(MAOTAI, -41, "9999")]
     finals = [(MAOTAI, "2026-08-13", "1500"), (MAOTAI, "2026-08-12", "1"), (MAOTAI, "2026-08-14", "1530")]
     (one,) = stored(tmp_path, [*day_before, *before_it_opens, *session], finals, NAMES)
     assert one.document(NOW) == {
@@ -95,13 +95,13 @@ def test_a_quote_is_the_latest_trade_against_the_last_final_close_with_its_sessi
         "high": "1530",
         "low": "1450.5",
         "volume": "600",
-        # a step of the session is a twentieth of 335 min: ten o'clock is in the second
-        "spark": [1500.0, 1450.5, 1450.5, 1450.5, 1450.5, 1530.0],
+        # a step of the session, from 9:20 on, is a twentieth of 345 min: ten o'clock is in the third
+        "spark": [1500.0, 1500.0, 1450.5, 1450.5, 1450.5, 1530.0],
     }
 
 
 def test_a_trade_before_or_without_a_session_has_a_span_of_its_own() -> None:
-    opens = TEN - 30 * MINUTE
+    opens = TEN - 40 * MINUTE  # with its auction
     before = trading_span(MAOTAI, opens - 1)
     assert before == ("2026-08-14", TEN - 10 * 60 * MINUTE, opens)
     assert trading_span(MAOTAI, opens).since == opens
