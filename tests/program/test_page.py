@@ -193,13 +193,16 @@ def test_a_chinese_reader_is_told_in_chinese_why_there_is_a_gap(
 
 def test_a_timer_may_renew_it_under_a_web_server(run_pyz: RunPyz, state: Path, tmp_path: Path) -> None:
     """Whole or not at all, for everybody to read, whatever the umask; where it cannot be written the old one stays."""
-    os.umask(0o077)
     folder = tmp_path / "web"
     folder.mkdir(mode=0o755)
     page = folder / "page.html"
     page.write_text("old")
-    for _ in range(2):
-        assert run_pyz("--html", page).returncode == 0
+    before_it = os.umask(0o077)
+    try:
+        for _ in range(2):
+            assert run_pyz("--html", page).returncode == 0
+    finally:
+        os.umask(before_it)
     assert stat.S_IMODE(page.stat().st_mode) == 0o644
     assert [one.name for one in folder.iterdir()] == ["page.html"]
     before = page.read_bytes()

@@ -895,6 +895,7 @@ def test_metrics_reach_the_node_exporter(dripping: tuple[Instance, str, float], 
     assert "stockrt_platform_connected 1\n" in text
 
 
+@pytest.mark.long  # the dearest of all: a second boot
 def test_runs_again_after_a_reboot(service: Instance, box: Box) -> None:
     service.start()
     service.ctl("enable")

@@ -282,7 +282,7 @@ def test_without_mongodb_there_is_no_collection() -> None:
 CODES = [f"{n:06d}.SH" for n in range(600_000, 600_600)] + [f"{n:05d}.HK" for n in range(1, 400)]
 
 
-@pytest.mark.parametrize("shares", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("shares", [pytest.param(2, marks=pytest.mark.long), 1, 3, 7, 100])
 def test_each_code_is_in_one_share_and_no_share_has_far_more_than_its_part(shares: int) -> None:
     lists = [
         Watched(settings_of(" ".join(CODES), COLLECT_SHARE=f"{number}/{shares}")).codes()

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from kit.daemons import PATIENCE
+from kit.daemons import PATIENCE, number
 from kit.infoway_server import make_certificate
 from kit.proxy_server import ProxyServer
 from kit.raw_websocket import RawWebSocket
@@ -54,14 +54,16 @@ def in_fragments(data: bytes, sizes: list[int]) -> bytes:
     return b"".join([bytes(frames[0]), frame_bytes(PING, b"p"), *map(bytes, frames[1:])])
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[pytest.mark.long] * (seed > 1)) for seed in range(6)]
+)
 def test_what_was_sent_comes_out_in_order_however_it_is_cut(server: RawWebSocket, seed: int) -> None:
     rng = random.Random(seed)
     sent: list[str | None] = []
     wire = b""
-    for number in range(400):
+    for index in range(400):
         kind = rng.random()
-        text = f"{number} " + "价" * rng.choice([0, 1, 30, 41, 42, 60, 300, 30_000 if kind < 0.02 else 7])
+        text = f"{index} " + "价" * rng.choice([0, 1, 30, 41, 42, 60, 300, 30_000 if kind < 0.02 else 7])
         if kind < 0.85:
             wire += frame_bytes(TEXT, text.encode())
             sent.append(text)
@@ -223,11 +225,12 @@ def test_through_tls_no_frame_stays_behind(
     assert isinstance(context, ssl.SSLContext)
     with TlsFront(context, server.port) as front:
         link = WebSocket(f"wss://127.0.0.1:{front.port}/ws", max_bytes=MOST)
-        server.send(frame_bytes(TEXT, b"x" * 120) * 3_000)
+        count = number(3_000, 3_000, quick=1_000)
+        server.send(frame_bytes(TEXT, b"x" * 120) * count)
         texts = 0
         deadline = time.monotonic() + PATIENCE
-        while texts < 3_000 and time.monotonic() < deadline:
+        while texts < count and time.monotonic() < deadline:
             texts += sum(text is not None for text in read(link, 1))
-        assert texts == 3_000
+        assert texts == count
         assert not link.has_more or not list(link.frames())
         link.close()
