@@ -128,7 +128,7 @@ def tour(pyz: Path, clean_env: dict[str, str], tmp_path: Path) -> Tour:
     return Tour(tmp_path, clean_env | wrong | {"http_proxy": "http://127.0.0.1:1"}, free_port(), free_port())
 
 
-@pytest.mark.parametrize("store", ["file", "MongoDB"])
+@pytest.mark.parametrize("store", [pytest.param("file", marks=pytest.mark.long), "MongoDB"])
 def test_the_tour_pasted_as_one_block_is_as_it_says(
     store: str, tour: Tour, request: pytest.FixtureRequest
 ) -> None:

@@ -639,7 +639,10 @@ def _step_down(members: ReplicaSet) -> None:
     members.step_down()
 
 
-@pytest.mark.parametrize("elect", [_kill, _step_down], ids=["kill", "step down"])
+@pytest.mark.parametrize(
+    "elect",
+    [pytest.param(_kill, id="kill"), pytest.param(_step_down, id="step down", marks=pytest.mark.long)],
+)
 def test_an_election_in_the_middle_of_everything(
     elect: Callable[[ReplicaSet], None],
     replica_set: ReplicaSet,

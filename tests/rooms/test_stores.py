@@ -26,7 +26,7 @@ from bson.decimal128 import Decimal128
 from bson.int64 import Int64
 from conftest import controlled, unprivileged
 from kit.clock import FakeClock
-from kit.daemons import PATIENCE
+from kit.daemons import PATIENCE, number
 from kit.infoway_server import InfowayServer, make_record
 from kit.mongo import UNAUTHORIZED, MongoServer
 from kit.trades import CREATED, by_id, make_documents, make_trades, settings_of
@@ -345,7 +345,9 @@ def test_two_processes_write_the_same_trades_at_once(place: Place) -> None:
 def test_many_processes_open_a_new_place_at_once(place: Place) -> None:
     trades = make_trades(5)
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(Writer(place, trades, "open-late")) for _ in range(4)]
+        writers = [
+            stack.enter_context(Writer(place, trades, "open-late")) for _ in range(number(4, 6, quick=3))
+        ]
         for writer in writers:
             writer.wait_ready()
         for writer in writers:
@@ -441,9 +443,9 @@ def test_sqlite_file_is_one_of_plain_sqlite(sqlite_place: SqlitePlace) -> None:
 
 
 def test_sqlite_keeps_what_an_earlier_run_stored(sqlite_place: SqlitePlace) -> None:
-    for number in range(3):
+    for round_of in range(3):
         with opened(sqlite_place) as store:
-            store.write(make_documents(1, first=number))
+            store.write(make_documents(1, first=round_of))
     assert len(sqlite_place.documents()) == 3
 
 
