@@ -459,10 +459,10 @@ def test_sqlite_many_open_a_new_file_at_once(tmp_path: Path) -> None:
         except StoreError as error:
             faults.append(error)
 
-    for number in range(40):
+    for which in range(40):
         barrier = threading.Barrier(4)
         threads = [
-            threading.Thread(target=open_one, args=(tmp_path / str(number), barrier)) for _ in range(4)
+            threading.Thread(target=open_one, args=(tmp_path / str(which), barrier)) for _ in range(4)
         ]
         for thread in threads:
             thread.start()
