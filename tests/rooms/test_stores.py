@@ -461,9 +461,7 @@ def test_sqlite_many_open_a_new_file_at_once(tmp_path: Path) -> None:
 
     for which in range(40):
         barrier = threading.Barrier(4)
-        threads = [
-            threading.Thread(target=open_one, args=(tmp_path / str(which), barrier)) for _ in range(4)
-        ]
+        threads = [threading.Thread(target=open_one, args=(tmp_path / str(which), barrier)) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
