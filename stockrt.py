@@ -13,11 +13,11 @@
 """stockrt: collects the latest trades of stocks, currency pairs and crypto.
 
 The trades come in batches from the Infoway REST API and go into MongoDB, or into a local SQLite file where no
-MongoDB is configured. Data goes one way through the rooms, leaves first, `main` last; a room calls only rooms
-above it:
+MongoDB is configured. Data goes one way through the rooms, leaves first; a room calls only rooms above it:
 
+    Words              what a person reads, made of a kind and its values; the reader's language; secrets masked
     Errors             everything that is raised, and its exit status
-    Tools              time, one printable line, whole files, back-off, a throttle for what repeats in the log
+    Tools              time, whole files, back-off, a throttle for what repeats in the log
     Settings           one table; environment, file, credentials, proxies
     Instruments        what a person typed -> (code, product); sessions of the markets; batches
     Events             what runs and the daemon tell of themselves: reports, failures, the class of listeners
@@ -41,6 +41,7 @@ above it:
     Migration          what the older client of the platform left: settings, hash, documents
     Views              what is stored, as tables, charts and pages; the dashboard
     Command line       options, rows, commands, `main`
+    Catalogue          every sentence of all rooms, in English and in Chinese
 
 The daemon's threads: the socket's (main) owns link, protocol and outbox, and waits for nothing but its inbox and the
 socket; the clerk owns the writing of journal and status file; the executor owns the pipeline, whose workers
@@ -103,6 +104,7 @@ from typing import (
     NoReturn,
     Protocol,
     Self,
+    TextIO,
     TypeAlias,
     TypedDict,
     cast,
@@ -127,6 +129,229 @@ if TYPE_CHECKING:  # what a path does not need is imported where it is needed: i
 __version__ = "1.0.0"
 
 log = logging.getLogger("stockrt")
+
+
+# ======================================================================================================
+# Words: what a person reads, in two languages; one printable line, secrets masked
+# ======================================================================================================
+
+ENGLISH, CHINESE = LANGUAGES = ("en", "zh")
+# Every sentence: kind -> its template in each of LANGUAGES. Filled by the last room, where both stand side by side.
+TEMPLATES: dict[str, tuple[str, str]] = {}
+# Kinds that are no sentences: parts of the same kind one after the other, and a sentence cut to one line.
+JOIN, LINE = "join.", "line"
+# Beginnings of kinds that tell no reason.
+NO_REASONS = (JOIN, "n.", "age.", "wait.", "waits.")
+
+
+# A shorter secret would mask pieces of ordinary words; no real key or password is that short.
+SHORTEST_SECRET = 4
+
+
+# What html.escape does, without that module's table of two thousand names.
+HTML_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
+
+
+@lru_cache(maxsize=8)
+def forms_of(secrets: tuple[str, ...]) -> tuple[str, ...]:
+    """Return secrets in every form in which a peer may send them back, the longest first."""
+    forms: set[str] = set()
+    for secret in secrets:
+        quoted = {quote(secret), quote(secret, safe=""), quote_plus(secret)}
+        forms |= quoted | {re.sub("%..", lambda found: found[0].lower(), text) for text in quoted}
+        forms |= {json.dumps(secret, ensure_ascii=ascii_alone)[1:-1] for ascii_alone in (True, False)}
+        forms |= {secret, repr(secret)[1:-1], secret.translate(HTML_ESCAPES)}
+    return tuple(sorted((form for form in forms if len(form) >= SHORTEST_SECRET), key=len, reverse=True))
+
+
+def mask(text: str, secrets: tuple[str, ...]) -> str:
+    """Return `text` with every secret replaced, however it is encoded."""
+    for form in forms_of(secrets):
+        text = text.replace(form, "***")
+    return text
+
+
+class Hidden:
+    """The secrets of the settings that were loaded last: what shortens a text masks them first, or a piece may stay."""
+
+    def __init__(self) -> None:
+        self.secrets: tuple[str, ...] = ()
+
+
+HIDDEN = Hidden()
+
+
+class Phrase(str):
+    """Words for a person: the English ones as a text, and their kind and values, from which other languages follow.
+
+    The log, and what compares or stores words, take it as the English text that it is; what is shown goes through
+    `in_language` first. Made by `phrase`, `listing`, `count_words` and `one_line`.
+    """
+
+    __slots__ = ("kind", "values")
+    kind: str
+    values: Mapping[str, Any]
+
+    def __new__(cls, kind: str, values: Mapping[str, Any]) -> Self:
+        """Make words of a kind; what stands for it in a template is in `values`."""
+        self = super().__new__(cls, _written(kind, values, ENGLISH))
+        self.kind = kind
+        self.values = values
+        return self
+
+
+def phrase(kind: str, /, **values: Any) -> Phrase:
+    """Return the words of a kind of message with its values, of which some may be words themselves."""
+    return Phrase(kind, values)
+
+
+def listing(how: str, parts: Iterable[str]) -> Phrase:
+    """Return words one after the other, separated as `how` says: a kind that begins with JOIN."""
+    return Phrase(how, {"parts": tuple(parts)})
+
+
+def count_words(count: int, word: str) -> Phrase:
+    """Return a number with its word: `1 key`, `2 keys`."""
+    return Phrase(f"n.{word}" if count == 1 else f"n.{word}s", {"n": count})
+
+
+def error_words(error: BaseException) -> str:
+    """Return the words that an error was raised with, in all languages where they are ours."""
+    if error.args and isinstance(error.args[0], Phrase):
+        return error.args[0]
+    return str(error)
+
+
+def in_language(words: str, language: str) -> str:
+    """Return words in one of LANGUAGES; whatever is not ours, such as a server's, is left as it is."""
+    if not isinstance(words, Phrase):
+        return words
+    if language == ENGLISH:
+        return str(words)
+    return _written(words.kind, words.values, language)
+
+
+def reason_in(words: object) -> Phrase | None:
+    """Return the words of ours that a text is or is cut from, None where it is a list, a count or not ours."""
+    if isinstance(words, Phrase) and words.kind == LINE:
+        return reason_in(words.values["words"])
+    if isinstance(words, Phrase) and not words.kind.startswith(NO_REASONS):
+        return words
+    return None
+
+
+def all_in_language(value: Any, language: str) -> Any:
+    """Return a value for JSON with every text in it in one of LANGUAGES."""
+    if isinstance(value, str):
+        return in_language(value, language)
+    if isinstance(value, Mapping):
+        return {key: all_in_language(inner, language) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [all_in_language(inner, language) for inner in value]
+    return value
+
+
+def _written(kind: str, values: Mapping[str, Any], language: str) -> str:
+    if kind == LINE:
+        return _as_line(in_language(values["words"], language), values["limit"])
+    template = TEMPLATES[kind][LANGUAGES.index(language)]
+    if kind.startswith(JOIN):
+        return template.join(in_language(part, language) for part in values["parts"])
+    return template.format(
+        **{
+            name: in_language(value, language) if isinstance(value, str) else value
+            for name, value in values.items()
+        }
+    )
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """Return `text` as one printable line of at most `limit` characters: secrets masked, control characters escaped."""
+    if isinstance(text, Phrase):
+        return text if _as_line(str(text), limit) == text else Phrase(LINE, {"words": text, "limit": limit})
+    try:
+        return _as_line(str(text), limit)
+    except ValueError:  # an int of more digits than Python writes
+        return f"a huge {type(text).__name__}"
+
+
+def _as_line(text: str, limit: int) -> str:
+    text = mask(text, HIDDEN.secrets).strip()
+    if not text.isprintable():
+        escaped = {c: c.encode("unicode_escape").decode() for c in text if not c.isprintable()}
+        text = "".join(escaped.get(c, c) for c in text)
+    if len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return text
+
+
+# Where words are kept for another process, which may speak another language: their kind and values beside the text.
+PACKED = "kind"
+
+
+def packed(value: Any) -> Any:
+    """Return a value for JSON with whatever words are in it as what `unpacked` makes words of again."""
+    if isinstance(value, Phrase):
+        return {PACKED: value.kind, "values": packed(value.values), "text": str(value)}
+    if isinstance(value, Mapping):
+        return {key: packed(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [packed(inner) for inner in value]
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    return str(value)
+
+
+def unpacked(value: Any) -> Any:
+    """Return what `packed` was given; words of a kind that this version does not know are their English text."""
+    if isinstance(value, list):
+        return [unpacked(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() != {PACKED, "values", "text"}:
+        return {key: unpacked(inner) for key, inner in value.items()}
+    with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
+        return Phrase(value[PACKED], unpacked(value["values"]))
+    return str(value["text"])
+
+
+def language_of(environ: Mapping[str, str]) -> str:
+    """Return the language of whoever runs this: STOCKRT_LANG, else the locale of its messages."""
+    named = environ.get("STOCKRT_LANG", "").strip().lower()
+    if named in LANGUAGES:
+        return named
+    locale = next(filter(None, map(environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
+    return CHINESE if locale.lower().startswith("zh") else ENGLISH
+
+
+def can_show(stream: TextIO, term: str) -> bool:
+    """Whether Chinese can be read on a stream: its encoding has it, and it is not the console, whose font has not."""
+    try:
+        "行情，".encode(stream.encoding or "ascii")
+    except (LookupError, UnicodeEncodeError):
+        return False
+    return term != "linux" or not stream.isatty()
+
+
+class Spoken:
+    """The language in which this process speaks to whoever reads it."""
+
+    def __init__(self) -> None:
+        self.language = ENGLISH
+
+    def choose(self, environ: Mapping[str, str]) -> None:
+        """Take the language that an environment, or what stands for one, asks for, where the terminal can show it."""
+        term = environ.get("TERM", "")
+        shown = all(can_show(stream, term) for stream in (sys.stdout, sys.stderr))
+        self.language = language_of(environ) if shown else ENGLISH
+
+
+SPOKEN = Spoken()
+
+
+def for_reader(words: str) -> str:
+    """Return words in the language of whoever reads what this process prints."""
+    return in_language(words, SPOKEN.language)
 
 
 # ======================================================================================================
@@ -159,6 +384,11 @@ class StockrtError(Exception):
 
     exit_code = 1
 
+    @property
+    def message(self) -> str:
+        """What it was raised with, in all languages."""
+        return error_words(self)
+
 
 class UsageError(StockrtError):
     """The command line cannot be understood; exit status 64 (EX_USAGE of sysexits.h)."""
@@ -175,7 +405,7 @@ class SettingsError(StockrtError):
     exit_code = 78
 
     def __init__(self, faults: Sequence[str]) -> None:
-        super().__init__("\n".join(faults))
+        super().__init__(listing("join.lines", faults))
         self.faults = tuple(faults)
 
 
@@ -265,7 +495,7 @@ class LinkLost(StockrtError):
 
 
 # ======================================================================================================
-# Tools: one line, times, whole files, the state directory, back-off, a throttle for what repeats
+# Tools: times, whole files, the state directory, back-off, a throttle for what repeats
 # ======================================================================================================
 
 
@@ -288,57 +518,6 @@ class Clock:
 
 
 SYSTEM_CLOCK = Clock()
-
-
-# A shorter secret would mask pieces of ordinary words; no real key or password is that short.
-SHORTEST_SECRET = 4
-
-
-# What html.escape does, without that module's table of two thousand names.
-HTML_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
-
-
-@lru_cache(maxsize=8)
-def forms_of(secrets: tuple[str, ...]) -> tuple[str, ...]:
-    """Return secrets in every form in which a peer may send them back, the longest first."""
-    forms: set[str] = set()
-    for secret in secrets:
-        quoted = {quote(secret), quote(secret, safe=""), quote_plus(secret)}
-        forms |= quoted | {re.sub("%..", lambda found: found[0].lower(), text) for text in quoted}
-        forms |= {json.dumps(secret, ensure_ascii=ascii_alone)[1:-1] for ascii_alone in (True, False)}
-        forms |= {secret, repr(secret)[1:-1], secret.translate(HTML_ESCAPES)}
-    return tuple(sorted((form for form in forms if len(form) >= SHORTEST_SECRET), key=len, reverse=True))
-
-
-def mask(text: str, secrets: tuple[str, ...]) -> str:
-    """Return `text` with every secret replaced, however it is encoded."""
-    for form in forms_of(secrets):
-        text = text.replace(form, "***")
-    return text
-
-
-class Hidden:
-    """The secrets of the settings that were loaded last: what shortens a text masks them first, or a piece may stay."""
-
-    def __init__(self) -> None:
-        self.secrets: tuple[str, ...] = ()
-
-
-HIDDEN = Hidden()
-
-
-def one_line(text: object, limit: int = 300) -> str:
-    """Return `text` as one printable line of at most `limit` characters: secrets masked, control characters escaped."""
-    try:
-        text = mask(str(text), HIDDEN.secrets).strip()
-    except ValueError:  # an int of more digits than Python writes
-        text = f"a huge {type(text).__name__}"
-    if not text.isprintable():
-        escaped = {c: c.encode("unicode_escape").decode() for c in text if not c.isprintable()}
-        text = "".join(escaped.get(c, c) for c in text)
-    if len(text) > limit:
-        text = text[: limit - 1] + "…"
-    return text
 
 
 # Levels of nesting in foreign JSON. Python reads a thousand or ten thousand of them, and writes fewer: what is read
@@ -389,10 +568,7 @@ EARLIEST_S = 1_735_689_600
 def need_clock(now: float) -> None:
     """Raise StoreError where the clock of this machine was not set since it started: its times would be stored."""
     if now < EARLIEST_S:
-        raise StoreError(
-            f"the clock of this machine says {iso_after(now, 0)}: nothing is stored until it is set; "
-            "see timedatectl, and systemd-time-wait-sync.service, which lets the service wait for it"
-        )
+        raise StoreError(phrase("tools.clock", now=iso_after(now, 0)))
 
 
 def utc_day(now: float) -> str:
@@ -435,44 +611,42 @@ def parts_of(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield values[at : at + size]
 
 
-def age_words(seconds: float) -> tuple[str, float]:
+def age_words(seconds: float) -> tuple[Phrase, float]:
     """Return an age in its largest whole unit (`12 s`, `5 min`, `3 h`, `2 d`), and the age at which that changes."""
     seconds = max(0.0, seconds)
     for unit, size, limit in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 48 * 3600)):
         if seconds < limit:
             whole = int(seconds // size)
-            return f"{whole} {unit}", float((whole + 1) * size)
+            return phrase(f"age.{unit}", n=whole), float((whole + 1) * size)
     days = int(seconds // 86400)
-    return f"{days} d", (days + 1) * 86400.0
+    return phrase("age.d", n=days), (days + 1) * 86400.0
 
 
-def count_words(count: int, word: str) -> str:
-    """Return a number with its word: `1 key`, `2 keys`."""
-    if count != 1:
-        word += "s"
-    return f"{count} {word}"
-
-
-def waiting_words(count: int, word: str = "trade") -> str:
+def waiting_words(count: int, word: str = "trade") -> Phrase:
     """Return how many of something wait: `1 trade waits`, `2 trades wait`."""
-    return f"{count_words(count, word)} {'waits' if count == 1 else 'wait'}"
+    return Phrase(f"waits.{word}" if count == 1 else f"wait.{word}s", {"n": count})
 
 
 # Names that a line of the log holds of many.
 NAMES_SHOWN = 5
 
 
-def first_few(names: Collection[str]) -> str:
+def first_few(names: Collection[str]) -> Phrase:
     """Return the first of some names, with a sign where there are more."""
-    shown = ", ".join(islice(names, NAMES_SHOWN))
-    if len(names) > NAMES_SHOWN:
-        shown += " …"
-    return shown
+    shown = listing("join.names", islice(names, NAMES_SHOWN))
+    return phrase("tools.and_so_on", names=shown) if len(names) > NAMES_SHOWN else shown
+
+
+def alternatives(names: Sequence[str]) -> str:
+    """Return names of which one is meant: `a, b or c`."""
+    if len(names) < 2:
+        return "".join(names)
+    return phrase("tools.or", first=listing("join.names", names[:-1]), last=names[-1])
 
 
 def see(words: str, cause: str) -> str:
     """Return words with the setting, or whatever else, to look at behind them, unless they name one by themselves."""
-    return words if re.search(r"\bsee [A-Z]", words) else f"{words}; see {cause}"
+    return words if re.search(r"\bsee [A-Z]", words) else phrase("tools.see", words=words, cause=cause)
 
 
 @contextlib.contextmanager
@@ -482,8 +656,8 @@ def disk_trouble(what: str, setting: str = "STATE_DIRECTORY") -> Iterator[None]:
         yield
     except OSError as error:
         # the place is not at fault where this process may open nothing more
-        why = lack_words(error) or f"{error.strerror or error}; see {setting}"
-        raise StoreError(f"{what}: {why}") from error
+        why = lack_words(error) or phrase("tools.see", words=error.strerror or str(error), cause=setting)
+        raise StoreError(phrase("tools.because", what=what, why=why)) from error
 
 
 def write_whole(
@@ -508,7 +682,7 @@ def whole_file(
     """
     # A name that nobody can guess: no other user puts a link there before us.
     new = path.with_name(f".{path.name}.{os.urandom(8).hex()}.new")
-    with disk_trouble(f"{path} cannot be written", setting):
+    with disk_trouble(phrase("tools.not_written", path=path), setting):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         descriptor = os.open(new, flags, 0o666 if mode is None else mode)
         try:
@@ -531,8 +705,7 @@ def whole_file(
 def need_plain_file(path: Path, setting: str) -> None:
     """Raise StoreError where a name is there and is no file's: a new file would take the place of /dev/null itself."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        what = "a link, a directory, a pipe or a device"
-        raise StoreError(f"{path} cannot be written: it is {what}, expected a file's name; see {setting}")
+        raise StoreError(phrase("tools.no_plain_file", path=path, setting=setting))
 
 
 def sync_directory(directory: Path) -> None:
@@ -546,12 +719,10 @@ def sync_directory(directory: Path) -> None:
 
 def make_state_directory(directory: Path) -> None:
     """Make the state directory, for this user alone. Raises StoreError when it cannot be used."""
-    with disk_trouble(f"the state directory {directory} cannot be made"):
+    with disk_trouble(phrase("tools.no_state_directory", path=directory)):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise StoreError(
-            f"the state directory {directory} cannot be written by this user; see STATE_DIRECTORY"
-        )
+        raise StoreError(phrase("tools.foreign_state_directory", path=directory))
 
 
 def keep_owner(path: Path, directory: Path) -> None:
@@ -591,7 +762,7 @@ def lock_in(directory: Path, name: str, who: str) -> IO[str]:
 
     make_state_directory(directory)
     path = directory / name
-    with disk_trouble(f"the lock {path} cannot be taken"):
+    with disk_trouble(phrase("tools.no_lock", path=path)):
         make_for_owner(path)
         lock = path.open("w")
         for _ in range(LOCK_TRIES):
@@ -604,7 +775,7 @@ def lock_in(directory: Path, name: str, who: str) -> IO[str]:
                 lock.close()
                 raise
     lock.close()
-    raise StoreError(f"{who} in {directory}; stop it, or give this one its own STATE_DIRECTORY")
+    raise StoreError(phrase("tools.locked", who=who, path=directory))
 
 
 def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.0) -> Iterator[float]:
@@ -623,12 +794,12 @@ def lost_part(error: ImportError) -> StockrtError:
 
     Cleaners of caches take files away from under a process that runs for months.
     """
-    site, then = Path(__file__).resolve().parent, "install it anew"
+    site, then = Path(__file__).resolve().parent, phrase("tools.install_anew")
     if site.name == "site-packages" and _UNPACKED.fullmatch(site.parent.name):
-        then = "the next start unpacks it anew"
+        then = phrase("tools.unpacked_anew")
         with contextlib.suppress(OSError):  # gone altogether, or another process was first
             site.rename(site.with_name(f"lost-{os.urandom(4).hex()}"))
-    return StockrtError(f"a part of the program is gone from {site} ({one_line(error)}): {then}")
+    return StockrtError(phrase("tools.lost_part", site=site, error=one_line(error), then=then))
 
 
 def start_thread(thread: threading.Thread) -> None:
@@ -641,20 +812,16 @@ def start_thread(thread: threading.Thread) -> None:
 
 def no_thread(error: RuntimeError) -> StockrtError:
     """Return what an operator must know where the system gives no thread."""
-    return StockrtError(
-        f"no thread can be started ({error}): too many run, or memory is short; "
-        "see TasksMax= and MemoryMax= of the unit, or ulimit -u"
-    )
+    return StockrtError(phrase("tools.no_thread", error=one_line(error)))
 
 
 def lack_words(error: BaseException) -> str:
     """Return what this machine is short of where that is what an error says, else ''."""
     number = getattr(error, "errno", None)
     if number in (errno.EMFILE, errno.ENFILE):
-        why = os.strerror(number)
-        return f"no file or connection can be opened ({why}); see LimitNOFILE= of the unit, or ulimit -n"
+        return phrase("tools.no_descriptor", why=os.strerror(number))
     if number == errno.ENOMEM or isinstance(error, MemoryError):
-        return "memory is short; see MemoryMax= of the unit"
+        return phrase("tools.no_memory")
     return ""
 
 
@@ -667,7 +834,7 @@ def own_fault(error: BaseException, is_said: bool = False) -> str:
     if not words:
         if not is_said:
             log.error("a fault of stockrt itself", exc_info=error)
-        words = f"a fault of stockrt itself: {type(error).__name__}; see the log"
+        words = phrase("tools.own_fault", error=type(error).__name__)
     return words
 
 
@@ -693,7 +860,7 @@ def turn(lock: threading.Lock, stop: threading.Event) -> Iterator[None]:
     """Hold a lock in the body. Raises Interrupted where `stop` is set before it is free."""
     while not lock.acquire(timeout=STOP_POLL_S):
         if stop.is_set():
-            raise Interrupted("stopped")
+            raise Interrupted(phrase("tools.stopped"))
     try:
         yield
     finally:
@@ -926,6 +1093,8 @@ class Settings(NamedTuple):
     watch_name: str = "stock_watch"
     gap_name: str = "stream_gaps"
     keep_days: int = 0  # 0: for ever
+    language: str = ""  # of who reads what this process prints; '': as the locale has it
+    message_language: str = CHINESE
 
     def __repr__(self) -> str:
         shown = [
@@ -1364,6 +1533,9 @@ SETTINGS = (
     Setting("METRICS_FILE", "metrics_file", "", "an absolute path that ends in .prom", _metrics_file, at_start=True),
     Setting("LOG_LEVEL", "log_level", "info", "debug, info, warning or error",
             _one_of("debug", "info", "warning", "error")),
+    Setting("STOCKRT_LANG", "language", "", "zh or en", _one_of(*LANGUAGES), at_start=True),
+    Setting("MESSAGE_LANG", "message_language", CHINESE, "zh or en", _one_of(*LANGUAGES),
+            at_start=True),
 )
 # fmt: on
 # What an attribute is when its setting has neither a value nor a default that could be parsed.
@@ -15648,7 +15820,7 @@ class Service(Events):
         if settings.metrics_file is not None:
             self._file = MetricsFile(settings.metrics_file, self.metrics, clock)
         self._peer = f"{settings.server_host}:{settings.server_port}"
-        self._keys = count_words(len(settings.api_keys), "key")
+        self._keys: str = count_words(len(settings.api_keys), "key")
         self._has_platform = bool(settings.platform_url())
         self._link = f"connecting to {self._peer}"
         self._collects = settings.collects
@@ -17903,6 +18075,13 @@ def _codes_of(options: Options) -> Iterator[str]:
         raise UsageError(f"--codes-file {options.codes_file}: cannot be read: {why}") from None
 
 
+def with_kinds(text: str, told: Iterable[object]) -> str:
+    """Return a line of the log with the kinds of the reasons in it behind it: they stay when words are mended."""
+    words = [one.message if isinstance(one, StockrtError) else one for one in told]
+    kinds = dict.fromkeys(one.kind for one in map(reason_in, words) if one is not None)
+    return f"{text} [{', '.join(kinds)}]" if kinds else text
+
+
 class _Redacting(logging.Formatter):
     """Formats a record, tracebacks included, and takes every secret out, also of settings that were read anew."""
 
@@ -17912,6 +18091,9 @@ class _Redacting(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         text = mask(local_times(super().format(record)), HIDDEN.secrets)
+        if isinstance(record.args, tuple):
+            first, *rest = text.split("\n", 1)
+            text = "\n".join([with_kinds(first, record.args), *rest])
         if self._journal:
             return for_journal(text, record.levelno)
         return f"{local_time(datetime.fromtimestamp(record.created, UTC))} {text}"
@@ -17987,30 +18169,39 @@ def start_logging(settings: Settings) -> None:
     log.setLevel(settings.log_level.upper())
 
 
-def say(text: str, level: int = logging.INFO) -> None:
-    """Write a message to stderr, for the person at the terminal or for the journal."""
-    text = local_times(text)
+def say(words: str, level: int = logging.INFO) -> None:
+    """Write a message to stderr: for the person at the terminal in that one's language, or for the journal."""
     if isinstance(sys.stderr, JournalStream):
-        text = for_journal(text, level)
+        text = for_journal(with_kinds(local_times(words), [words]), level)
+    else:
+        text = local_times(for_reader(words))
+    text = mask(text, HIDDEN.secrets)
     with contextlib.suppress(OSError), bar_aside():  # nobody reads it: nothing else can be done
         print(text, file=sys.stderr, flush=True)
 
 
-def show(text: str) -> None:
-    """Print what was asked for to stdout. Raises PrintError."""
+def show(words: str) -> None:
+    """Print what was asked for to stdout, words of ours in the reader's language. Raises PrintError."""
     try:
         with bar_aside():
-            print(text, flush=True)
+            print(mask(for_reader(words), HIDDEN.secrets), flush=True)
     except BrokenPipeError:
         raise PrintError from None
     except OSError as error:
         raise PrintError(f"cannot print: {error.strerror or error}") from None
 
 
-def show_one(document: object, line: str, as_json: bool, settings: Settings) -> None:
+def show_one(document: object, line: str, as_json: bool) -> None:
     """Print one of several things, for a person or as a JSON document. Raises PrintError."""
-    text = json.dumps(document, ensure_ascii=False) if as_json else local_times(line)
-    show(settings.redact(text))
+    if as_json:
+        show_json(document)
+    else:
+        show(local_times(for_reader(line)))
+
+
+def show_json(document: object) -> None:
+    """Print a document as one line of JSON, its words in the reader's language. Raises PrintError."""
+    show(json.dumps(all_in_language(document, SPOKEN.language), ensure_ascii=False))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -18303,7 +18494,7 @@ def run_once(options: Options, settings: Settings) -> int:
     status = _close_run(run.report, finished, settings)
     note_run(settings, started_at, run.report.as_of_now())
     if rows.fault:
-        say(f"stockrt: {rows.fault}")
+        say(phrase("cli.error", words=rows.fault))
         status = status or EXIT_FAILED
     return status
 
@@ -18668,10 +18859,9 @@ HIDDEN_WORDS = (
 def run_check(loaded: LoadedSettings, is_service_hidden: bool, as_json: bool) -> int:
     """Check everything that a run needs, print a line or a JSON document each, and return the exit status."""
     failed = False
-    settings = loaded.settings
     for check in _checks(loaded, is_service_hidden):
         failed |= not check.good
-        show_one(check._asdict(), _check_line(check), as_json, settings)
+        show_one(check._asdict(), _check_line(check), as_json)
     return EXIT_FAILED if failed else EXIT_OK
 
 
@@ -19147,7 +19337,7 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
         with contextlib.closing(Journal(settings.state_directory)) as journal:
             found = journal.last(count)
     for one in found:
-        show_one(one, _execution_lines(one), as_json, settings)
+        show_one(one, _execution_lines(one), as_json)
     if not found and not as_json:
         show("nothing was executed yet")
     return EXIT_OK
@@ -19315,7 +19505,7 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
         rejects = pipeline.rejects()
     for reject in rejects:
         line = "{rejected_at}  {collection}  {_id}: {reason}".format_map(reject)
-        show_one(reject, line, as_json, settings)
+        show_one(reject, line, as_json)
     if not rejects and not as_json:
         show("MongoDB has refused nothing")
     for path in damaged_files(settings.state_directory):
@@ -19332,7 +19522,7 @@ def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
         line = f"{symbol.code:<16} {symbol.type:<9} {symbol.name}"
         if symbol.name_en and symbol.name_en != symbol.name:
             line += f"  {symbol.name_en}"
-        show_one(symbol._asdict(), line, as_json, settings)
+        show_one(symbol._asdict(), line, as_json)
     if why:
         say(f"not all of the API's lists are here: {settings.redact(why)}", logging.WARNING)
     elif not found:
@@ -19738,6 +19928,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     needs = needs_of(options)
     loaded = load_settings(environ, options.env_file, unit=None if hidden else unit, needs=needs)
     start_logging(loaded.settings)
+    if loaded.settings.language:
+        SPOKEN.choose({**environ, "STOCKRT_LANG": loaded.settings.language})
     for warning in loaded.warnings:
         log.warning(warning)
     looks = options.show is not None or options.export
@@ -19813,31 +20005,241 @@ def look_for_cycles_seldom() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+def _complain(error: StockrtError) -> None:
+    """Say what a command ends with, on a line of its own for each fault."""
+    faults = error.faults if isinstance(error, SettingsError) else (error.message,)
+    for fault in filter(None, faults):
+        say(phrase("cli.error", words=fault), logging.ERROR)
+
+
 def main() -> NoReturn:
     """Run the command line of this process and leave it with the exit status."""
     look_for_cycles_seldom()
     _prepare_streams()
+    SPOKEN.choose(os.environ)
     if journal_reads(2, os.environ):
         sys.stderr = JournalStream(sys.stderr)
     try:
         status = run_command(sys.argv[1:], os.environ)
     except StockrtError as error:
-        for line in str(error).splitlines():
-            say(f"stockrt: {line}", logging.ERROR)
+        _complain(error)
         status = error.exit_code
     except ImportError as error:
         status = EXIT_FAILED
-        say(f"stockrt: {lost_part(error)}", logging.ERROR)
+        _complain(lost_part(error))
     except SystemExit as leaving:  # --help, --version
         status = int(leaving.code or 0)
     except OSError as error:  # whoever met it should have said what was being done
         status = EXIT_FAILED
-        say(f"stockrt: {error.filename or 'a file'} cannot be used: {error.strerror or error}", logging.ERROR)
+        _complain(
+            StockrtError(phrase("cli.os_error", file=str(error.filename), why=error.strerror or str(error)))
+        )
     with contextlib.suppress(OSError):  # a reader that went away
         sys.stdout.flush()
     # Not sys.exit: threads that hang on the network must not hold the process up, and pymongo's monitor
     # threads cost half a second at the interpreter's end. Everything that counts is flushed by now.
     os._exit(status)
+
+
+# ======================================================================================================
+# Catalogue: every sentence of all rooms, in English and in Chinese
+# ======================================================================================================
+
+# A kind is named after its room. Both templates have the same values. A dict of its own for each room.
+TEMPLATES |= {
+    "join.names": (", ", "、"),
+    "join.commas": (", ", "，"),
+    "join.clauses": ("; ", "；"),
+    "join.lines": ("\n", "\n"),
+    "n.beat": ("{n} beat", "{n} 次轮询"),
+    "n.beats": ("{n} beats", "{n} 次轮询"),
+    "n.candle": ("{n} candle", "{n} 根 K 线"),
+    "n.candles": ("{n} candles", "{n} 根 K 线"),
+    "n.code": ("{n} code", "{n} 个代码"),
+    "n.codes": ("{n} codes", "{n} 个代码"),
+    "n.connection": ("{n} connection", "{n} 个连接"),
+    "n.connections": ("{n} connections", "{n} 个连接"),
+    "n.damaged file": ("{n} damaged file", "{n} 个损坏的文件"),
+    "n.damaged files": ("{n} damaged files", "{n} 个损坏的文件"),
+    "n.day": ("{n} day", "{n} 天"),
+    "n.days": ("{n} days", "{n} 天"),
+    "n.document": ("{n} document", "{n} 个文档"),
+    "n.documents": ("{n} documents", "{n} 个文档"),
+    "n.execution": ("{n} execution", "{n} 次执行"),
+    "n.executions": ("{n} executions", "{n} 次执行"),
+    "n.final close": ("{n} final close", "{n} 个最终收盘价"),
+    "n.final closes": ("{n} final closes", "{n} 个最终收盘价"),
+    "n.gap": ("{n} gap", "{n} 处缺口"),
+    "n.gaps": ("{n} gaps", "{n} 处缺口"),
+    "n.kept trade": ("{n} kept trade", "{n} 笔暂存成交"),
+    "n.kept trades": ("{n} kept trades", "{n} 笔暂存成交"),
+    "n.key": ("{n} key", "{n} 个密钥"),
+    "n.keys": ("{n} keys", "{n} 个密钥"),
+    "n.more code": ("{n} more code", "{n} 个其他代码"),
+    "n.more codes": ("{n} more codes", "{n} 个其他代码"),
+    "n.record": ("{n} record", "{n} 条记录"),
+    "n.records": ("{n} records", "{n} 条记录"),
+    "n.trade": ("{n} trade", "{n} 笔成交"),
+    "n.trades": ("{n} trades", "{n} 笔成交"),
+    "waits.other": ("{n} other waits", "另有 {n} 条等待"),
+    "wait.others": ("{n} others wait", "另有 {n} 条等待"),
+    "waits.trade": ("{n} trade waits", "{n} 笔成交等待写入"),
+    "wait.trades": ("{n} trades wait", "{n} 笔成交等待写入"),
+    "age.s": ("{n} s", "{n} 秒"),
+    "age.min": ("{n} min", "{n} 分钟"),
+    "age.h": ("{n} h", "{n} 小时"),
+    "age.d": ("{n} d", "{n} 天"),
+}
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Tools
+# ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "tools.and_so_on": ("{names} …", "{names} 等"),
+    "tools.because": ("{what}: {why}", "{what}：{why}"),
+    "tools.clock": (
+        "the clock of this machine says {now}: nothing is stored until it is set; see timedatectl, and "
+        "systemd-time-wait-sync.service, which lets the service wait for it",
+        "本机时钟显示 {now}，校准之前不会存入任何数据；请检查 timedatectl，"
+        "也可启用 systemd-time-wait-sync.service，让服务等时钟校准后再启动",
+    ),
+    "tools.foreign_state_directory": (
+        "the state directory {path} cannot be written by this user; see STATE_DIRECTORY",
+        "当前用户无权写入状态目录 {path}；请检查 STATE_DIRECTORY",
+    ),
+    "tools.install_anew": ("install it anew", "请重新安装"),
+    "tools.locked": (
+        "{who} in {path}; stop it, or give this one its own STATE_DIRECTORY",
+        "{who}，目录为 {path}；请停止它，或为本进程另设 STATE_DIRECTORY",
+    ),
+    "tools.lost_part": (
+        "a part of the program is gone from {site} ({error}): {then}",
+        "程序的一部分已从 {site} 消失（{error}）：{then}",
+    ),
+    "tools.no_descriptor": (
+        "no file or connection can be opened ({why}); see LimitNOFILE= of the unit, or ulimit -n",
+        "无法再打开文件或连接（{why}）；请检查服务单元的 LimitNOFILE= 或 ulimit -n",
+    ),
+    "tools.no_lock": ("the lock {path} cannot be taken", "无法取得锁文件 {path}"),
+    "tools.no_memory": (
+        "memory is short; see MemoryMax= of the unit",
+        "内存不足；请检查服务单元的 MemoryMax=",
+    ),
+    "tools.no_plain_file": (
+        "{path} cannot be written: it is a link, a directory, a pipe or a device, expected a file's name; see "
+        "{setting}",
+        "无法写入 {path}：它是链接、目录、管道或设备，应为普通文件名；请检查 {setting}",
+    ),
+    "tools.no_state_directory": ("the state directory {path} cannot be made", "无法创建状态目录 {path}"),
+    "tools.no_thread": (
+        "no thread can be started ({error}): too many run, or memory is short; see TasksMax= and MemoryMax= of the "
+        "unit, or ulimit -u",
+        "无法启动线程（{error}）：线程过多或内存不足；请检查服务单元的 TasksMax= 和 MemoryMax=，或 ulimit -u",
+    ),
+    "tools.not_written": ("{path} cannot be written", "无法写入 {path}"),
+    "tools.or": ("{first} or {last}", "{first} 或 {last}"),
+    "tools.own_fault": (
+        "a fault of stockrt itself: {error}; see the log",
+        "stockrt 自身的错误：{error}；详见日志",
+    ),
+    "tools.see": ("{words}; see {cause}", "{words}；请检查 {cause}"),
+    "tools.stopped": ("stopped", "已停止"),
+    "tools.unpacked_anew": ("the next start unpacks it anew", "下次启动时会重新解包"),
+}
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Settings
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Instruments
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Events
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room HTTP
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room WebSocket
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Local files
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Quota
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Infoway
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Stream
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Stores
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Closing prices
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Delivery
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Run
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Collection
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Platform protocol
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Platform link
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Command journal
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Daemon
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Service manager
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Migration
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Views
+# ------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------
+# Of the room Command line
+# ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "cli.error": ("stockrt: {words}", "stockrt：{words}"),
+    "cli.os_error": ("{file} cannot be used: {why}", "无法使用 {file}：{why}"),
+}
 
 
 if __name__ == "__main__":

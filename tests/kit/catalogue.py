@@ -1,0 +1,140 @@
+"""Reads the module's source: which words a person may read, where they are made, and what the catalogue has.
+
+`python3 tests/kit/catalogue.py [ROOM]` lists the sentences that stand outside of the catalogue.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from string import Formatter
+from typing import NamedTuple
+
+PROGRAM = Path(__file__).resolve().parents[2] / "stockrt.py"
+# Two words of small letters, or one beside a value.
+_SENTENCE = re.compile(r"[a-z]{2,},? [a-z({'\"]|[a-z)}'\"],? [a-z]{2,}|\} ?[a-z]{2,}$|^[a-z]{2,}: ?\{|[a-z]{3,}: \{")
+
+
+class Call(NamedTuple):
+    """A call that makes words: its kinds, and the names of its values."""
+
+    line: int
+    kinds: tuple[str, ...]
+    values: frozenset[str]
+
+
+class Sentence(NamedTuple):
+    """Words in the source that are not in the catalogue."""
+
+    line: int
+    room: str
+    text: str
+
+
+class Source:
+    """The module's text, parsed."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.tree = ast.parse(text)
+        self._parents = {
+            child: parent for parent in ast.walk(self.tree) for child in ast.iter_child_nodes(parent)
+        }
+        lines = text.splitlines()
+        self._rooms = [
+            (number, lines[number][2:].partition(":")[0])
+            for number in range(1, len(lines) - 1)
+            if lines[number - 1].startswith("# ====") and lines[number + 1].startswith("# ====")
+        ]
+
+    def room(self, line: int) -> str:
+        """Return the room that a line lies in."""
+        return next((name for at, name in reversed(self._rooms) if at < line), "")
+
+    def catalogue(self) -> dict[str, tuple[str, str]]:
+        """Return every kind with its English and its Chinese template; a kind that is there twice fails."""
+        found: dict[str, tuple[str, str]] = {}
+        for node in self.tree.body:
+            if isinstance(node, ast.AugAssign) and ast.unparse(node.target) == "TEMPLATES":
+                new = ast.literal_eval(node.value)
+                assert not found.keys() & new.keys(), found.keys() & new.keys()
+                found |= new
+        return found
+
+    def calls(self) -> Iterator[Call]:
+        """Yield every call that names its kinds outright."""
+        for node in ast.walk(self.tree):
+            if not isinstance(node, ast.Call) or not node.args:
+                continue
+            kinds = tuple(_texts(node.args[0]))
+            name = ast.unparse(node.func)
+            if name == "phrase" and kinds:
+                yield Call(node.lineno, kinds, frozenset(str(word.arg) for word in node.keywords))
+            elif name in ("count_words", "waiting_words"):
+                words = [text for argument in node.args[1:] for text in _texts(argument)] or ["trade"]
+                for word in words:
+                    ends = ("n.", "n.") if name == "count_words" else ("waits.", "wait.")
+                    yield Call(node.lineno, (ends[0] + word, f"{ends[1]}{word}s"), frozenset("n"))
+
+    def texts(self) -> set[str]:
+        """Return every text of the source outside of the catalogue."""
+        return {
+            node.value
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and self.room(node.lineno) != "Catalogue"
+        }
+
+    def sentences(self) -> list[Sentence]:
+        """Return what reads like words for a person and is neither in the catalogue nor in the log."""
+        found = []
+        for node in ast.walk(self.tree):
+            text = _template(node)
+            if text is None or not _SENTENCE.search(text) or self.room(node.lineno) == "Catalogue":
+                continue
+            if not self._is_elsewhere(node):
+                found.append(Sentence(node.lineno, self.room(node.lineno), " ".join(text.split())))
+        return found
+
+    def _is_elsewhere(self, node: ast.AST) -> bool:
+        """Whether a text is a docstring, a part of another text, a type, or of the log."""
+        parent = self._parents[node]
+        if isinstance(parent, (ast.Expr, ast.JoinedStr, ast.FormattedValue)):
+            return True
+        while not isinstance(parent, ast.stmt):
+            if isinstance(parent, ast.Call) and re.match(r"(?:log\.|LogThrottle|cast\b|re\.)", ast.unparse(parent.func)):
+                return True
+            node, parent = parent, self._parents[parent]
+        return isinstance(parent, (ast.AnnAssign,)) and node is parent.annotation
+
+
+def _texts(node: ast.expr) -> Iterator[str]:
+    """Yield the texts that an expression may be."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.IfExp):
+        yield from _texts(node.body)
+        yield from _texts(node.orelse)
+
+
+def _template(node: ast.AST) -> str | None:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    return None
+
+
+def values_of(template: str) -> frozenset[str]:
+    """Return the names of the values of a template."""
+    return frozenset(name for _, name, _, _ in Formatter().parse(template) if name is not None)
+
+
+if __name__ == "__main__":
+    for sentence in Source(PROGRAM.read_text(encoding="utf-8")).sentences():
+        if sys.argv[1:] in ([], [sentence.room]):
+            print(f"{sentence.line}  {sentence.room}  {sentence.text[:150]}")
