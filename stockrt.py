@@ -20533,7 +20533,7 @@ TEMPLATES |= {
         "这次检查的连接可能仍被计数，此时启动的服务最多要等三分钟（429）",
     ),
     "cli.stored": ("{stored} of {total} codes stored", "{total} 个代码中 {stored} 个已入库"),
-    "cli.straight": ("{what} straight", "{what}：直连"),
+    "cli.straight": ("{what} straight", "{what} → 直连"),
     "cli.stream": (
         "{product}: {subscribed} of {codes}, {state}",
         "{product}：{codes}中已订阅 {subscribed} 个，{state}",
@@ -20550,7 +20550,7 @@ TEMPLATES |= {
         "see --check; they follow when MongoDB takes them, at once with --drain",
         "请看 --check；MongoDB 恢复后会自动写入，--drain 可立即写入",
     ),
-    "cli.through": ("{what} through {proxy} ({setting})", "{what}：经 {proxy}（{setting}）"),
+    "cli.through": ("{what} through {proxy} ({setting})", "{what} → {proxy}（{setting}）"),
     "cli.to_collect": ("{codes} to collect", "将采集 {codes}"),
     "cli.to_do": ("{status}. To do: {to_do}", "{status}。处理办法：{to_do}"),
     "cli.totals": (
