@@ -1219,7 +1219,7 @@ def uri_faults(uri: str) -> list[str]:
 
     from pymongo import uri_parser
 
-    faults = []
+    faults: list[str] = []
     password = uri_options(uri).get("tlscertificatekeyfilepassword", "")
     for name, value in _uri_pairs(uri):
         shown, words = f"{name}={value}", ""
@@ -1233,20 +1233,20 @@ def uri_faults(uri: str) -> list[str]:
                 elif not name.lower().startswith("srv"):
                     uri_parser.parse_uri(f"mongodb://host/?{urlencode({name: value})}", warn=False)
         except OSError as error:
-            words = f"the file cannot be read: {error.strerror or error}"
+            words = phrase("settings.unreadable_file", why=error.strerror or str(error))
         except Exception as error:  # whatever pymongo says it with
             words = one_line(error)
             if words.startswith("Unknown option"):  # its value may be meant to be secret
                 shown, words = name, _unknown_option(name, words)
             elif shown == name:
-                words = "expected what MongoDB's documentation of connection strings says"
+                words = phrase("settings.expect.option")
         if words:
-            faults.append(f"MONGODB_HOST, option {one_line(shown, 100)}: {words}")
+            faults.append(phrase("settings.option", option=one_line(shown, 100), words=words))
     if not faults and uri.startswith("mongodb://"):  # else the DNS would be asked
         try:
             uri_parser.parse_uri(uri, warn=False)
         except Exception as error:
-            faults.append(f"MONGODB_HOST, its options together: {one_line(error)}")
+            faults.append(phrase("settings.options", words=one_line(error)))
     return faults
 
 
@@ -1265,8 +1265,9 @@ def _unknown_option(name: str, words: str) -> str:
     """Return what to say of an option that pymongo says it does not know, and which ones are like it."""
     import difflib
 
-    near = difflib.get_close_matches(name.lower(), re.findall(r"\w+", words.partition("(")[2]), n=1)
-    return "MongoDB has no such option" + "".join(f"; did you mean {one}?" for one in near)
+    for near in difflib.get_close_matches(name.lower(), re.findall(r"\w+", words.partition("(")[2]), n=1):
+        return phrase("settings.unknown_option_near", near=near)
+    return phrase("settings.unknown_option")
 
 
 # As a person writes one; Python's own would read 1_0 as ten, and nan and 1e3 too.
@@ -1451,7 +1452,7 @@ class Setting(NamedTuple):
     name: str
     attribute: str
     default: str
-    expected: str
+    expects: str  # a kind of words
     parse: Callable[[str], object]
     secret: bool = False
     old_name: str = ""
@@ -1463,34 +1464,27 @@ class Setting(NamedTuple):
         small = self.name.lower() if self.in_small_letters else ""
         return tuple(name for name in (small, self.name, self.old_name) if name)
 
+    @property
+    def expected(self) -> Phrase:
+        """What its values may be, a clause: `expected zh or en`."""
+        return phrase(self.expects, most_shares=MOST_SHARES)
 
-_PROXY_EXPECTED = (
-    "http:// or https://[user:password@]host[:port], with / : @ % in user and password percent-encoded; "
-    "SOCKS is not supported"
-)
 
-_COLLECT_EXPECTED = (
-    "codes such as AAPL.US 600519.SH, or @ and the name of a file of codes, or watch: the codes of the collection "
-    "MONGODB_WATCH_COLLECTION_NAME"
-)
-_COLLECTION_EXPECTED = "a collection name of at most 120 bytes without $ and needless dots, not system.…"
+_PROXY_EXPECTED = "settings.expect.proxy"
+_COLLECT_EXPECTED = "settings.expect.codes"
+_COLLECTION_EXPECTED = "settings.expect.collection"
 
 # fmt: off
 SETTINGS = (
-    Setting("INFOWAY_API_KEY", "api_keys", "", "one or several keys, comma-separated, ASCII without blanks",
-            _api_keys, secret=True),
-    Setting("INFOWAY_API_BASE_URL", "api_base_url", "https://data.infoway.io", "an http:// or https:// URL",
+    Setting("INFOWAY_API_KEY", "api_keys", "", "settings.expect.keys", _api_keys, secret=True),
+    Setting("INFOWAY_API_BASE_URL", "api_base_url", "https://data.infoway.io", "settings.expect.url",
             _url("http", "https")),
     Setting("INFOWAY_STREAM_URL", "stream_url", "wss://data.infoway.io/ws",
-            "a ws:// or wss:// URL without user, query or fragment", _url("ws", "wss")),
-    Setting("INFOWAY_PLAN", "plans", AUTO,
-            "auto, free, basic, premium, pro, or requests per second as a number (0: no limit, else 0.017 or more: one "
-            "a minute); one for all keys, or one for each, comma-separated", _plans),
-    Setting("MONGODB_HOST", "mongodb_uri", "",
-            "mongodb://[user:password@]host[:port][/…] or mongodb+srv://…, with / : @ % in user and password "
-            "percent-encoded and acknowledged writes (no w=0)", _mongodb_uri, secret=True),
+            "settings.expect.stream_url", _url("ws", "wss")),
+    Setting("INFOWAY_PLAN", "plans", AUTO, "settings.expect.plans", _plans),
+    Setting("MONGODB_HOST", "mongodb_uri", "", "settings.expect.mongodb", _mongodb_uri, secret=True),
     Setting("MONGODB_DB_NAME", "mongodb_db_name", "forecast_platform",
-            "a database name of at most 63 bytes without / \\ . \" $ * < > : | ? or blanks", _database_name),
+            "settings.expect.database", _database_name),
     Setting("MONGODB_REALTIME_COLLECTION_NAME", "realtime_name", "realtime",
             _COLLECTION_EXPECTED, _collection_name, old_name="MONGODB_COLLECTION_NAME"),
     Setting("MONGODB_CLOSE_COLLECTION_NAME", "close_name", "close",
@@ -1501,40 +1495,37 @@ SETTINGS = (
             _COLLECTION_EXPECTED, _collection_name),
     Setting("MONGODB_GAP_COLLECTION_NAME", "gap_name", "stream_gaps",
             _COLLECTION_EXPECTED, _collection_name),
-    Setting("MONGODB_NUMERIC_TYPE", "numeric_type", "string", "string, decimal or double",
+    Setting("MONGODB_NUMERIC_TYPE", "numeric_type", "string", "settings.expect.numeric_type",
             _one_of("string", "decimal", "double")),
-    Setting("COLLECT", "collect", "", "stream, or nothing", _one_of("stream")),
-    Setting("COLLECT_EVERY", "collect_every_s", "", "seconds from 1 to 86400", _number(1, 86_400)),
+    Setting("COLLECT", "collect", "", "settings.expect.collect", _one_of("stream")),
+    Setting("COLLECT_EVERY", "collect_every_s", "", "settings.expect.every", _number(1, 86_400)),
     Setting("COLLECT_CODES", "collect_codes", "", _COLLECT_EXPECTED, _collect_codes),
-    Setting("COLLECT_SHARE", "collect_share", "1/1",
-            f"which share of how many, such as 1/3, of at most {MOST_SHARES}", _share),
-    Setting("KEEP_DAYS", "keep_days", "", "days, a whole number from 1 to 36500, or nothing: for ever",
+    Setting("COLLECT_SHARE", "collect_share", "1/1", "settings.expect.share", _share),
+    Setting("KEEP_DAYS", "keep_days", "", "settings.expect.days",
             _whole_number(1, 36_500)),
-    Setting("SERVER_IP", "server_host", "", "a host name or an address, without http:// and without a port",
-            _host, at_start=True),
-    Setting("SERVER_PORT", "server_port", "", "a number from 1 to 65535", _whole_number(1, 65535),
+    Setting("SERVER_IP", "server_host", "", "settings.expect.host", _host, at_start=True),
+    Setting("SERVER_PORT", "server_port", "", "settings.expect.port", _whole_number(1, 65535),
             at_start=True),
-    Setting("SERVER_TLS", "server_tls", "0", "0 (http, ws) or 1 (https, wss)", _switch, at_start=True),
-    Setting("HEARTBEAT_INTERVAL", "heartbeat_s", "10", "seconds from 1 to 3600", _number(1, 3600)),
-    Setting("MODULE_NAME", "module_name", "股票实时数据获取模块", "1 to 100 printable characters",
+    Setting("SERVER_TLS", "server_tls", "0", "settings.expect.tls", _switch, at_start=True),
+    Setting("HEARTBEAT_INTERVAL", "heartbeat_s", "10", "settings.expect.heartbeat", _number(1, 3600)),
+    Setting("MODULE_NAME", "module_name", "股票实时数据获取模块", "settings.expect.name",
             _text(1, 100), at_start=True),
     Setting("MODULE_DESCRIPTION", "module_description", "获取股票、外汇、加密货币的最新成交并写入 MongoDB",
-            "at most 500 printable characters", _text(0, 500), at_start=True),
-    Setting("STATE_DIRECTORY", "state_directory", "", "an absolute path", _directory, at_start=True),
-    Setting("SPOOL_MAX_MB", "spool_max_bytes", "1024", "megabytes, a whole number from 1 to 1048576", _megabytes),
+            "settings.expect.description", _text(0, 500), at_start=True),
+    Setting("STATE_DIRECTORY", "state_directory", "", "settings.expect.directory", _directory, at_start=True),
+    Setting("SPOOL_MAX_MB", "spool_max_bytes", "1024", "settings.expect.megabytes", _megabytes),
     Setting("HTTPS_PROXY", "https_proxy", "", _PROXY_EXPECTED, _proxy("HTTPS_PROXY"), secret=True,
             in_small_letters=True),
     Setting("HTTP_PROXY", "http_proxy", "", _PROXY_EXPECTED, _proxy("HTTP_PROXY"), secret=True,
             in_small_letters=True),
     Setting("ALL_PROXY", "all_proxy", "", _PROXY_EXPECTED, _proxy("ALL_PROXY"), secret=True,
             in_small_letters=True),
-    Setting("NO_PROXY", "no_proxy", "", "host names, addresses and blocks such as 10.0.0.0/8, comma-separated, or *",
-            _no_proxy, in_small_letters=True),
-    Setting("METRICS_FILE", "metrics_file", "", "an absolute path that ends in .prom", _metrics_file, at_start=True),
-    Setting("LOG_LEVEL", "log_level", "info", "debug, info, warning or error",
+    Setting("NO_PROXY", "no_proxy", "", "settings.expect.hosts", _no_proxy, in_small_letters=True),
+    Setting("METRICS_FILE", "metrics_file", "", "settings.expect.metrics_file", _metrics_file, at_start=True),
+    Setting("LOG_LEVEL", "log_level", "info", "settings.expect.log_level",
             _one_of("debug", "info", "warning", "error")),
-    Setting("STOCKRT_LANG", "language", "", "zh or en", _one_of(*LANGUAGES), at_start=True),
-    Setting("MESSAGE_LANG", "message_language", CHINESE, "zh or en", _one_of(*LANGUAGES),
+    Setting("STOCKRT_LANG", "language", "", "settings.expect.language", _one_of(*LANGUAGES), at_start=True),
+    Setting("MESSAGE_LANG", "message_language", CHINESE, "settings.expect.language", _one_of(*LANGUAGES),
             at_start=True),
 )
 # fmt: on
@@ -1559,23 +1550,20 @@ def read_env_file(path: Path) -> dict[str, str]:
 
 def broken_lines(path: Path) -> list[str]:
     """Return a fault for each line of an env file that is no NAME=value, or none that means the same to systemd."""
-    faults = []
+    faults: list[str] = []
     for b in _bindings(path):
-        where = f"{path}, line {_line_number(b)}"
+        line = _line_number(b)
         if b.error or (b.key is not None and b.value is None):
-            faults.append(f"{where}: expected NAME=value (not shown: it may hold a secret)")
+            faults.append(phrase("settings.no_assignment", path=path, line=line))
         elif b.key is not None and not _has_inline_comment(b) and _as_systemd(b) != b.value:
-            faults.append(
-                f"{where}: systemd would read {b.key} otherwise; put the value between double quotes, "
-                'with \\ before each " and \\ in it, and nothing behind it'
-            )
+            faults.append(phrase("settings.systemd_reads_otherwise", path=path, line=line, name=b.key))
     return faults
 
 
 def inline_comments(path: Path) -> list[str]:
     """Return a warning for each line of an env file that has a comment behind a value without quotes."""
     return [
-        f"{path}, line {_line_number(b)}: to systemd the comment is a part of {b.key}; put it on a line of its own"
+        phrase("settings.inline_comment", path=path, line=_line_number(b), name=b.key)
         for b in _bindings(path)
         if _has_inline_comment(b)
     ]
@@ -1615,8 +1603,13 @@ def _bindings(path: Path) -> list[Binding]:
         with path.open(encoding="utf-8-sig") as stream:
             return list(parse_stream(stream))
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise SettingsError([f"{path}: cannot be read: {why}; --env-file names another file"]) from None
+        raise SettingsError([phrase("settings.unreadable", path=path, why=_why_unread(error))]) from None
+
+
+def _why_unread(error: OSError | UnicodeDecodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return phrase("settings.not_utf8")
+    return error.strerror or str(error)
 
 
 def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | None, str]:
@@ -1632,7 +1625,7 @@ def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | No
             if place.is_file():
                 if os.access(place, os.R_OK):
                     return place, ""
-                return None, f"{place} is there but may not be read by this user; left out"
+                return None, phrase("settings.forbidden_file", path=place)
     return None, ""
 
 
@@ -1660,8 +1653,8 @@ def read_credential(name: str, path: Path) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise SettingsError([f"{name}: the credential {path} cannot be read: {why}"]) from None
+        fault = phrase("settings.unreadable_credential", name=name, path=path, why=_why_unread(error))
+        raise SettingsError([fault]) from None
 
 
 # The unit that `build_pyz.sh install` puts in place, and where systemd looks for it.
@@ -1686,7 +1679,7 @@ class Unit(NamedTuple):
     def origins(self) -> dict[str, Mapping[str, str]]:
         """Return where the service has its settings from, the strongest first. Raises SettingsError."""
         found: dict[str, Mapping[str, str]] = {
-            f"credential {path}": {name: read_credential(name, path)}
+            phrase("settings.credential_file", path=path): {name: read_credential(name, path)}
             for name, path in self.credentials.items()
         }
         found |= {str(path): read_env_file(path) for path in reversed(self.files)}
@@ -1793,7 +1786,7 @@ def load_settings(
     for path in files:
         warnings += [_misspelled(name, str(path)) for name in origins[str(path)] if _is_meant(name)]
     if is_service(environ):
-        warnings += [_misspelled(name, "environment") for name in environ if _is_unknown(name)]
+        warnings += [_misspelled(name, _environment()) for name in environ if _is_unknown(name)]
     warnings += [warning for path in files for warning in inline_comments(path)]
     read = _read_values(environ, origins, unit)
     values = read.values
@@ -1813,12 +1806,11 @@ def load_settings(
     settings = Settings(**values, color=color, old_secrets=old_secrets)
     HIDDEN.secrets = settings.secrets()
     if read.hiding:
-        names = ", ".join(read.hiding)
-        warnings.append(
-            f"{names}: the environment's is used here; {UNIT} does not see it and has another, or none"
-        )
+        names = listing("join.names", read.hiding)
+        warnings.append(phrase("settings.hiding", names=names, unit=UNIT))
     source = files[-1] if files else None
-    words = ", ".join([*filter(read.used.__contains__, origins), "defaults"])
+    in_use = filter(read.used.__contains__, origins)
+    words = listing("join.names", [*in_use, phrase("settings.defaults")])
     return LoadedSettings(settings, source, tuple(warnings), words, tuple(read.hiding))
 
 
@@ -1837,14 +1829,15 @@ def _read_values(
 ) -> _Read:
     """Look every setting up and parse it; with `unit` note what the environment alone has, or has otherwise."""
     read = _Read(dict(_WHEN_UNSET), [], set(), set(), [])
-    others = {where: found for where, found in origins.items() if where != "environment"}
+    environment = _environment()
+    others = {where: found for where, found in origins.items() if where != environment}
     for setting in SETTINGS:
         where, name, text = _look_up(setting, origins)
         if text:
             read.used.add(where)
         else:
             read.unset.add(setting.name)
-        is_hiding = where == "environment" and text != _look_up(setting, others)[2]
+        is_hiding = where == environment and text != _look_up(setting, others)[2]
         if unit is not None and is_hiding and setting.name != "LOG_LEVEL":
             read.hiding.append(name)
         if not text and not setting.default:
@@ -1853,17 +1846,26 @@ def _read_values(
             read.values[setting.attribute] = setting.parse(text or setting.default)
         except ValueError:
             shown = shown_value(setting, text)
-            if where == "environment" and is_service(environ):
-                where = f"environment, which {UNIT} sets"
-            read.faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
+            if where == environment and is_service(environ):
+                where = phrase("settings.unit_environment", unit=UNIT)
+            expected = setting.expected
+            read.faults.append(
+                phrase("settings.fault", name=name, shown=shown, where=where, expected=expected)
+            )
     return read
+
+
+def _environment() -> Phrase:
+    """Return what the environment is called among the origins of settings, whose names are words."""
+    return phrase("settings.environment")
 
 
 def _caller_origins(
     environ: Mapping[str, str], env_file: Path | None, places: Iterable[Path]
 ) -> tuple[dict[str, Mapping[str, str]], list[Path], list[str]]:
     """Return where settings may be, the strongest first, which of it are files, and warnings. Raises SettingsError."""
-    origins: dict[str, Mapping[str, str]] = {"credential": read_credentials(environ), "environment": environ}
+    credential = phrase("settings.credential")
+    origins: dict[str, Mapping[str, str]] = {credential: read_credentials(environ), _environment(): environ}
     source, warning = find_env_file(env_file, places)
     if source is not None:
         origins[str(source)] = read_env_file(source)
@@ -1876,14 +1878,13 @@ def _service_origins(
 ) -> tuple[dict[str, Mapping[str, str]], list[Path], list[str]]:
     """Return the same of a unit's service, for who runs a command by hand: the environment is still theirs."""
     service = unit.origins()
-    credentials = {where: found for where, found in service.items() if where.startswith("credential ")}
-    warnings = [f"{UNIT} has a credential {name} that cannot be seen by hand" for name in unit.unseen]
+    # they are the first that it has
+    credentials = dict(islice(service.items(), len(unit.credentials)))
+    warnings: list[str] = [phrase("settings.unseen_credential", unit=UNIT, name=name) for name in unit.unseen]
     other, _ = find_env_file(None, places)
     if other is not None and other.resolve() not in [path.resolve() for path in unit.files]:
-        warnings.append(
-            f"{other} is left out: the settings are those of {UNIT}; --env-file names another file"
-        )
-    return credentials | {"environment": environ} | service, unit.files, warnings
+        warnings.append(phrase("settings.other_file", path=other, unit=UNIT))
+    return credentials | {_environment(): environ} | service, unit.files, warnings
 
 
 def _take_database(values: dict[str, Any]) -> list[str]:
@@ -1892,33 +1893,27 @@ def _take_database(values: dict[str, Any]) -> list[str]:
     try:
         values[setting.attribute] = setting.parse(uri_database(values["mongodb_uri"]))
     except ValueError:
-        return [f"MONGODB_HOST, the database behind its last /: expected {setting.expected}"]
+        return [phrase("settings.database_of_host", expected=setting.expected)]
     return []
 
 
 def _missing(unset: Collection[str], needs: Needs, values: Mapping[str, Any]) -> list[str]:
     """Return the faults of what a command needs and nothing sets."""
-    faults = []
+    faults: list[str] = []
     platform = [name for name in ("SERVER_IP", "SERVER_PORT") if name in unset]
     collecting = [name for name in COLLECTING if needs.collect and name not in unset]
-    if len(platform) == 1 and (needs.platform or needs.whole_platform):
-        faults.append(f"{platform[0]} not set: {_PLATFORM_EXPECTED}")
-    elif platform and needs.platform and not collecting:
-        faults.append(f"{' and '.join(platform)} not set: {_PLATFORM_EXPECTED}")
+    half = len(platform) == 1 and (needs.platform or needs.whole_platform)
+    if half or (platform and needs.platform and not collecting):
+        faults.append(phrase("settings.no_platform", names=listing("join.and", platform)))
     if needs.key and "INFOWAY_API_KEY" in unset:
-        faults.append(NO_KEY_HINT)
+        faults.append(phrase("settings.no_key"))
     if collecting and "COLLECT_CODES" in unset:
-        faults.append(
-            f"COLLECT_CODES is not set, and {' and '.join(collecting)} would collect nothing: "
-            f"expected {_COLLECT_EXPECTED}"
-        )
+        names, expected = listing("join.and", collecting), phrase(_COLLECT_EXPECTED)
+        faults.append(phrase("settings.no_codes", names=names, expected=expected))
     if len(collecting) == len(COLLECTING):
-        faults.append(
-            "COLLECT and COLLECT_EVERY are both set: choose one, COLLECT=stream for every trade (what the key's plan "
-            "has no room for is polled by itself), or COLLECT_EVERY for the latest trade every so many seconds"
-        )
+        faults.append(phrase("settings.two_ways"))
     if needs.collect and values.get("collect_codes") == WATCH and "MONGODB_HOST" in unset:
-        faults.append(WATCH_NEEDS_MONGODB)
+        faults.append(phrase("settings.watch_needs_mongodb", what="COLLECT_CODES=watch"))
     return faults
 
 
@@ -1938,11 +1933,12 @@ def _path_faults(values: Mapping[str, Any], environ: Mapping[str, str]) -> list[
     if keys and not os.path.lexists(keys):
         keys = f"{Path(keys).parent}/."
     tried.append(("SSLKEYLOGFILE", keys, os.W_OK))
-    faults = []
+    faults: list[str] = []
     for name, place, mode in tried:
         why = place and fault_of_place(place, mode)
         if why:
-            faults.append(f"{name}: {place.removesuffix('/.') or '/'} cannot be used: {why}")
+            path = place.removesuffix("/.") or "/"
+            faults.append(phrase("settings.unusable_path", name=name, path=path, why=why))
     return faults
 
 
@@ -1954,12 +1950,12 @@ def fault_of_place(place: str, mode: int) -> str:
         return error.strerror or str(error)
     if os.access(place, mode):
         return ""
-    return f"this user may not {'read' * (mode == os.R_OK) or 'write'} it"
+    return phrase("settings.may_not_read" if mode == os.R_OK else "settings.may_not_write")
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
     """Return the faults of settings that are right one by one, but not together."""
-    faults = []
+    faults: list[str] = []
     if "?" in values.get("mongodb_uri", ""):
         faults += uri_faults(values["mongodb_uri"])
     taken: dict[str, str] = {}
@@ -1967,17 +1963,15 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         if setting.parse is _collection_name:
             name = values.get(setting.attribute, "")
             if name in taken:
-                faults.append(f"{setting.name}={name!r}: expected another name than {taken[name]} has")
+                faults.append(phrase("settings.same_name", name=setting.name, value=name, other=taken[name]))
             elif name:
                 taken[name] = setting.name
     keys, plans = len(values.get("api_keys", ())), len(values.get("plans", ()))
     if plans > 1 and plans != keys:
-        faults.append(
-            f"INFOWAY_PLAN names {plans} plans for {keys} keys: expected one for all or one for each"
-        )
+        faults.append(phrase("settings.plans_and_keys", plans=plans, keys=keys))
     proxies = Proxies(values.get("https_proxy"), values.get("http_proxy"), values.get("all_proxy"))
     faults += [
-        f"{proxy.setting}={proxy.shown}: expected {_PROXY_EXPECTED}"
+        phrase("settings.socks", name=proxy.setting, shown=proxy.shown, expected=phrase(_PROXY_EXPECTED))
         for proxy in proxies.in_use()
         if proxy.scheme not in PROXY_PORTS
     ]
@@ -2034,20 +2028,9 @@ def _misspelled(name: str, source: str) -> str:
     import difflib
 
     near = difflib.get_close_matches(name, _known_names(), n=1, cutoff=0)
-    return f"{source}: {name} is no setting and has no effect; did you mean {near[0]}?"
+    return phrase("settings.misspelled", where=source, name=name, near=near[0])
 
 
-_PLATFORM_EXPECTED = (
-    "the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; without a platform use --once --codes …, "
-    "or let it collect by itself: COLLECT=stream or COLLECT_EVERY, and COLLECT_CODES"
-)
-WATCH_NEEDS_MONGODB = (
-    "COLLECT_CODES=watch without MONGODB_HOST: the watch list is a collection of MongoDB; set MONGODB_HOST, or name "
-    "the codes, or @ and a file of them"
-)
-NO_KEY_HINT = (
-    "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none"
-)
 # The environment of a process stays what it was at its start: `systemctl reload` leaves here, in RUNTIME_DIRECTORY,
 # which is in memory and this user's alone, what a start would get now.
 HANDED_OVER = "environment.json"
@@ -2099,7 +2082,9 @@ class SettingsSource:
             found = json.loads(place.read_text(encoding="utf-8"))
             place.unlink()
         except (OSError, ValueError) as error:
-            raise SettingsError([f"{place}: cannot be read: {error}; is RUNTIME_DIRECTORY right?"]) from None
+            raise SettingsError(
+                [phrase("settings.unreadable_handed_over", path=place, why=str(error))]
+            ) from None
         return cast(Mapping[str, str], found)
 
 
@@ -11181,7 +11166,7 @@ class Pipeline:
     def need_key(self) -> None:
         """Raise SettingsError where trades are to be asked for without an API key."""
         if not (self._demo or self._settings.api_keys):
-            raise SettingsError([NO_KEY_HINT])
+            raise SettingsError([phrase("settings.no_key")])
 
     def poll(self, codes: Iterable[object], stop: threading.Event) -> Report:
         """Collect as `run` does, beside it and over connections of its own, without telling how it goes on.
@@ -11538,7 +11523,7 @@ class WatchList:
 
     def _read_collection(self, place: str) -> list[str]:
         if self._mongo is None:
-            raise StockrtError(WATCH_NEEDS_MONGODB.removeprefix("COLLECT_CODES="))
+            raise StockrtError(phrase("settings.watch_needs_mongodb", what=WATCH))
         try:
             values = self._mongo.field(self._settings.watch_name, "code", MOST_COLLECTED + 1)
         except StoreAway as error:
@@ -12975,7 +12960,7 @@ class Collecting:
         """Begin. Raises StockrtError."""
         self._pipeline.need_key()
         if self._settings.collect_codes == WATCH and self._pipeline.mongo is None:
-            raise SettingsError([WATCH_NEEDS_MONGODB])
+            raise SettingsError([phrase("settings.watch_needs_mongodb", what="COLLECT_CODES=watch")])
         try:
             if self._settings.collect:
                 who = "another stockrt collects from the stream"
@@ -16138,9 +16123,7 @@ def plan_settings(
             try:
                 setting.parse(old[name])
             except ValueError:
-                faults.append(
-                    f"{name}={shown} (older): expected {setting.expected}; what {target} sets is kept"
-                )
+                faults.append(f"{name}={shown} (older): {setting.expected}; what {target} sets is kept")
             taken[setting.name] = old[name]
             line = f"taken     {setting.name}={shown}"
             if name != setting.name:
@@ -18835,7 +18818,7 @@ def _seconds_of(text: str) -> float:
     try:
         return cast(float, setting.parse(text))
     except ValueError:
-        raise UsageError(f"--every {one_line(text, 40)}: expected {setting.expected}; see --help") from None
+        raise UsageError(f"--every {one_line(text, 40)}: {setting.expected}; see --help") from None
 
 
 def _collected_line(stats: CollectStats, waiting: int, took_s: float) -> str:
@@ -18909,7 +18892,7 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
     if settings.proxies.in_use():
         yield Check("proxy", True, _ways(settings))
     if not settings.api_keys:
-        yield Check("API key", False, NO_KEY_HINT)
+        yield Check("API key", False, phrase("settings.no_key"))
     with contextlib.ExitStack() as opened:
         looked_at, pipeline = settings, None
         words = ""
@@ -20050,6 +20033,7 @@ TEMPLATES |= {
     "join.names": (", ", "、"),
     "join.commas": (", ", "，"),
     "join.clauses": ("; ", "；"),
+    "join.and": (" and ", " 和 "),
     "join.lines": ("\n", "\n"),
     "n.beat": ("{n} beat", "{n} 次轮询"),
     "n.beats": ("{n} beats", "{n} 次轮询"),
@@ -20151,6 +20135,203 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 # Of the room Settings
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "settings.credential": ("credential", "凭据"),
+    "settings.credential_file": ("credential {path}", "凭据 {path}"),
+    "settings.database_of_host": (
+        "MONGODB_HOST, the database behind its last /: {expected}",
+        "MONGODB_HOST 最后一个 / 之后的数据库名：{expected}",
+    ),
+    "settings.defaults": ("defaults", "默认值"),
+    "settings.environment": ("environment", "环境变量"),
+    "settings.expect.codes": (
+        "expected codes such as AAPL.US 600519.SH, or @ and the name of a file of codes, or watch: the codes of the "
+        "collection MONGODB_WATCH_COLLECTION_NAME",
+        "应为代码（如 AAPL.US 600519.SH），或 @ 加代码文件的文件名，或 watch（即 MONGODB_WATCH_COLLECTION_NAME "
+        "集合中的代码）",
+    ),
+    "settings.expect.collect": ("expected stream, or nothing", "应为 stream，或留空"),
+    "settings.expect.collection": (
+        "expected a collection name of at most 120 bytes without $ and needless dots, not system.…",
+        "应为最多 120 字节的集合名，不含 $ 和多余的点，不以 system. 开头",
+    ),
+    "settings.expect.database": (
+        'expected a database name of at most 63 bytes without / \\ . " $ * < > : | ? or blanks',
+        '应为最多 63 字节的数据库名，不含 / \\ . " $ * < > : | ? 和空格',
+    ),
+    "settings.expect.days": (
+        "expected days, a whole number from 1 to 36500, or nothing: for ever",
+        "应为天数（1 到 36500 的整数），或留空（永久保留）",
+    ),
+    "settings.expect.description": (
+        "expected at most 500 printable characters",
+        "应为最多 500 个可显示的字符",
+    ),
+    "settings.expect.directory": ("expected an absolute path", "应为绝对路径"),
+    "settings.expect.every": ("expected seconds from 1 to 86400", "应为 1 到 86400 的秒数"),
+    "settings.expect.heartbeat": ("expected seconds from 1 to 3600", "应为 1 到 3600 的秒数"),
+    "settings.expect.host": (
+        "expected a host name or an address, without http:// and without a port",
+        "应为主机名或地址，不带 http:// 和端口",
+    ),
+    "settings.expect.hosts": (
+        "expected host names, addresses and blocks such as 10.0.0.0/8, comma-separated, or *",
+        "应为以逗号分隔的主机名、地址和地址段（如 10.0.0.0/8），或 *",
+    ),
+    "settings.expect.keys": (
+        "expected one or several keys, comma-separated, ASCII without blanks",
+        "应为一个或多个密钥，以逗号分隔，只含 ASCII 字符，不含空格",
+    ),
+    "settings.expect.language": ("expected zh or en", "应为 zh 或 en"),
+    "settings.expect.log_level": (
+        "expected debug, info, warning or error",
+        "应为 debug、info、warning 或 error",
+    ),
+    "settings.expect.megabytes": (
+        "expected megabytes, a whole number from 1 to 1048576",
+        "应为 1 到 1048576 的整数，单位 MB",
+    ),
+    "settings.expect.metrics_file": (
+        "expected an absolute path that ends in .prom",
+        "应为以 .prom 结尾的绝对路径",
+    ),
+    "settings.expect.mongodb": (
+        "expected mongodb://[user:password@]host[:port][/…] or mongodb+srv://…, with / : @ % in user and password "
+        "percent-encoded and acknowledged writes (no w=0)",
+        "应为 mongodb://[用户名:密码@]主机[:端口][/…] 或 mongodb+srv://…，用户名和密码中的 / : @ % 须百分号编码，"
+        "写入须有确认（不能用 w=0）",
+    ),
+    "settings.expect.name": ("expected 1 to 100 printable characters", "应为 1 到 100 个可显示的字符"),
+    "settings.expect.numeric_type": ("expected string, decimal or double", "应为 string、decimal 或 double"),
+    "settings.expect.option": (
+        "expected what MongoDB's documentation of connection strings says",
+        "应符合 MongoDB 文档对连接字符串的规定",
+    ),
+    "settings.expect.plans": (
+        "expected auto, free, basic, premium, pro, or requests per second as a number (0: no limit, else 0.017 or "
+        "more: one a minute); one for all keys, or one for each, comma-separated",
+        "应为 auto、free、basic、premium、pro，或每秒请求数（0 为不限，否则不小于 0.017，即每分钟一次）；"
+        "全部密钥共用一个，或每个密钥各一个，以逗号分隔",
+    ),
+    "settings.expect.port": ("expected a number from 1 to 65535", "应为 1 到 65535 的数字"),
+    "settings.expect.proxy": (
+        "expected http:// or https://[user:password@]host[:port], with / : @ % in user and password percent-encoded; "
+        "SOCKS is not supported",
+        "应为 http:// 或 https://[用户名:密码@]主机[:端口]，用户名和密码中的 / : @ % 须百分号编码；不支持 SOCKS",
+    ),
+    "settings.expect.share": (
+        "expected which share of how many, such as 1/3, of at most {most_shares}",
+        "应为总份数中的第几份，如 1/3，最多 {most_shares} 份",
+    ),
+    "settings.expect.stream_url": (
+        "expected a ws:// or wss:// URL without user, query or fragment",
+        "应为 ws:// 或 wss:// 开头的 URL，不带用户名、查询参数和片段",
+    ),
+    "settings.expect.tls": (
+        "expected 0 (http, ws) or 1 (https, wss)",
+        "应为 0（http、ws）或 1（https、wss）",
+    ),
+    "settings.expect.url": ("expected an http:// or https:// URL", "应为 http:// 或 https:// 开头的 URL"),
+    "settings.fault": ("{name}={shown} ({where}): {expected}", "{name}={shown}（{where}）：{expected}"),
+    "settings.forbidden_file": (
+        "{path} is there but may not be read by this user; left out",
+        "{path} 存在，但当前用户无权读取，已忽略",
+    ),
+    "settings.hiding": (
+        "{names}: the environment's is used here; {unit} does not see it and has another, or none",
+        "{names}：此处用的是环境变量的值；{unit} 看不到它，用的是另一个值，或没有值",
+    ),
+    "settings.inline_comment": (
+        "{path}, line {line}: to systemd the comment is a part of {name}; put it on a line of its own",
+        "{path} 第 {line} 行：systemd 会把注释当作 {name} 的一部分；请让注释单独成行",
+    ),
+    "settings.may_not_read": ("this user may not read it", "当前用户无权读取"),
+    "settings.may_not_write": ("this user may not write it", "当前用户无权写入"),
+    "settings.misspelled": (
+        "{where}: {name} is no setting and has no effect; did you mean {near}?",
+        "{where}：{name} 不是有效的设置，不起作用；是不是 {near}？",
+    ),
+    "settings.no_assignment": (
+        "{path}, line {line}: expected NAME=value (not shown: it may hold a secret)",
+        "{path} 第 {line} 行：应为 NAME=value（可能含有机密，故不显示原文）",
+    ),
+    "settings.no_codes": (
+        "COLLECT_CODES is not set, and {names} would collect nothing: {expected}",
+        "未设置 COLLECT_CODES，{names} 没有代码可采集：{expected}",
+    ),
+    "settings.no_key": (
+        "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none",
+        "未设置 INFOWAY_API_KEY：请在环境变量或 stockrt.env 中设置，或用无需密钥的 --demo 试用",
+    ),
+    "settings.no_platform": (
+        "{names} not set: the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; without a platform "
+        "use --once --codes …, or let it collect by itself: COLLECT=stream or COLLECT_EVERY, and COLLECT_CODES",
+        "未设置 {names}：守护进程需要调度平台的 SERVER_IP 和 SERVER_PORT；没有平台时请用 --once --codes …，"
+        "或让它自行采集：设置 COLLECT=stream 或 COLLECT_EVERY，以及 COLLECT_CODES",
+    ),
+    "settings.not_utf8": ("it is not UTF-8 text", "不是 UTF-8 文本"),
+    "settings.option": ("MONGODB_HOST, option {option}: {words}", "MONGODB_HOST 的选项 {option}：{words}"),
+    "settings.options": (
+        "MONGODB_HOST, its options together: {words}",
+        "MONGODB_HOST 的选项组合有误：{words}",
+    ),
+    "settings.other_file": (
+        "{path} is left out: the settings are those of {unit}; --env-file names another file",
+        "已忽略 {path}：此处用的是 {unit} 的设置；可用 --env-file 指定其他文件",
+    ),
+    "settings.plans_and_keys": (
+        "INFOWAY_PLAN names {plans} plans for {keys} keys: expected one for all or one for each",
+        "INFOWAY_PLAN 有 {plans} 个套餐，密钥有 {keys} 个：应为全部密钥共用一个，或每个密钥各一个",
+    ),
+    "settings.same_name": (
+        "{name}={value!r}: expected another name than {other} has",
+        "{name}={value!r}：不能与 {other} 同名",
+    ),
+    "settings.socks": ("{name}={shown}: {expected}", "{name}={shown}：{expected}"),
+    "settings.systemd_reads_otherwise": (
+        "{path}, line {line}: systemd would read {name} otherwise; put the value between double quotes, with \\ before "
+        'each " and \\ in it, and nothing behind it',
+        '{path} 第 {line} 行：systemd 读到的 {name} 会是另一个值；请把值放在双引号内，其中的 " 和 \\ 前各加一个 \\，'
+        "引号之后不写任何内容",
+    ),
+    "settings.two_ways": (
+        "COLLECT and COLLECT_EVERY are both set: choose one, COLLECT=stream for every trade (what the key's plan has "
+        "no room for is polled by itself), or COLLECT_EVERY for the latest trade every so many seconds",
+        "COLLECT 和 COLLECT_EVERY 只能设置一个：要逐笔成交请用 COLLECT=stream（超出密钥套餐的代码会自动改为轮询），"
+        "每隔若干秒取一次最新成交请用 COLLECT_EVERY",
+    ),
+    "settings.unit_environment": ("environment, which {unit} sets", "由 {unit} 设置的环境变量"),
+    "settings.unknown_option": ("MongoDB has no such option", "MongoDB 没有这个选项"),
+    "settings.unknown_option_near": (
+        "MongoDB has no such option; did you mean {near}?",
+        "MongoDB 没有这个选项；是不是 {near}？",
+    ),
+    "settings.unreadable": (
+        "{path}: cannot be read: {why}; --env-file names another file",
+        "无法读取 {path}：{why}；可用 --env-file 指定其他文件",
+    ),
+    "settings.unreadable_credential": (
+        "{name}: the credential {path} cannot be read: {why}",
+        "{name}：无法读取凭据 {path}：{why}",
+    ),
+    "settings.unreadable_file": ("the file cannot be read: {why}", "无法读取该文件：{why}"),
+    "settings.unreadable_handed_over": (
+        "{path}: cannot be read: {why}; is RUNTIME_DIRECTORY right?",
+        "无法读取 {path}：{why}；请检查 RUNTIME_DIRECTORY 是否正确",
+    ),
+    "settings.unseen_credential": (
+        "{unit} has a credential {name} that cannot be seen by hand",
+        "{unit} 的凭据 {name} 在手工运行时无法看到",
+    ),
+    "settings.unusable_path": ("{name}: {path} cannot be used: {why}", "{name}：无法使用 {path}：{why}"),
+    "settings.watch_needs_mongodb": (
+        "{what} without MONGODB_HOST: the watch list is a collection of MongoDB; set MONGODB_HOST, or name the codes, "
+        "or @ and a file of them",
+        "{what} 需要 MONGODB_HOST：自选列表是 MongoDB 的一个集合；请设置 MONGODB_HOST，或直接写代码，"
+        "或写 @ 加代码文件的文件名",
+    ),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Instruments
