@@ -3203,7 +3203,7 @@ PLATFORM_LIMITS = Limits(5.0, 8.0, 10.0)
 class Response(NamedTuple):
     """What came back for one request: an HTTP answer, or a `fault` of the way there and of which `kind` it is.
 
-    A `hopeless` fault would be the same the next time.
+    `place`: where it shows, '' where the fault says that itself. A `hopeless` one would be the same the next time.
     """
 
     status: int = 0
@@ -3213,6 +3213,12 @@ class Response(NamedTuple):
     kind: FailureKind = FailureKind.NETWORK
     hopeless: bool = False
     date: str = ""  # the header of that name
+    place: str = ""
+
+    @property
+    def words(self) -> str:
+        """The fault with its place."""
+        return phrase("tools.because", what=self.place, why=self.fault) if self.place else self.fault
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -3240,8 +3246,8 @@ def not_json_words(body: bytes, whose: str) -> str:
     except ValueError:
         pass
     if deep:
-        return f"{len(body)} bytes of JSON nested deeper than {MAX_DEPTH} levels"
-    return f"{len(body)} bytes that are not {whose} JSON"
+        return phrase("http.deep_json", size=len(body), levels=MAX_DEPTH)
+    return phrase("http.no_json", size=len(body), whose=whose)
 
 
 NUMBERS_AS_TEXT = json.JSONDecoder(parse_float=str, parse_constant=str)
@@ -3287,7 +3293,7 @@ def _fault_of_proxy(proxy: Proxy, error: Exception, fault: Response) -> Response
 
 
 def _through(proxy: Proxy, fault: str) -> str:
-    return f"through the proxy {proxy.shown}: {fault}; see {proxy.setting}"
+    return phrase("http.through_proxy", proxy=proxy.shown, fault=fault, setting=proxy.setting)
 
 
 @cache
@@ -3313,13 +3319,13 @@ def _is_of_proxy(response: Response) -> bool:
 
 
 def _refused_by_proxy(proxy: Proxy, status: int) -> Response:
-    what = f"answers HTTP {status}; see {proxy.setting}"
+    shown, setting = proxy.shown, proxy.setting
+    fault = phrase("http.proxy_answers", proxy=shown, status=status, setting=setting)
     if status == 407 and proxy.authorization:
-        what = f"does not take this user and password (HTTP 407); see {proxy.setting}"
+        fault = phrase("http.proxy_refuses_user", proxy=shown, setting=setting)
     elif status == 407:
-        form = f"{proxy.setting}={proxy.scheme}://user:password@host:port"
-        what = f"asks for a user and a password (HTTP 407); expected {form}"
-    return Response(fault=f"the proxy {proxy.shown} {what}", hopeless=400 <= status < 500)
+        fault = phrase("http.proxy_asks_user", proxy=shown, setting=setting, scheme=proxy.scheme)
+    return Response(fault=fault, hopeless=400 <= status < 500)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -3338,7 +3344,7 @@ class Wire:
         """Take a handle of a socket. Raises TimeoutError when it is too late."""
         self._handle = sock.dup()
         if self.is_cut:
-            raise TimeoutError("timed out")
+            raise TimeoutError
 
     def cut(self) -> None:
         """End all reading and writing on the socket."""
@@ -3407,14 +3413,14 @@ class HttpConnection:
         fault = None
         try:
             if self._is_over:
-                raise TimeoutError("timed out")
+                raise TimeoutError
             self._conn = self._new_connection()
             final = self._conn.response_class
             self._conn.response_class = _answer_to_connect()
             self._conn.connect()
             self._conn.response_class = final
             if self._wire.is_cut:  # which http.client takes for the end of a proxy's answer
-                raise TimeoutError("timed out")
+                raise TimeoutError
             self._conn.timeout = self._limits.read_s
         except _foreign_errors() as error:
             fault = self._fault(error, "" if self._proxy else f"{self._host}:{self._port}")
@@ -3502,17 +3508,17 @@ class HttpConnection:
 
     def _exchange(self, path: str, headers: Mapping[str, str], most_bytes: int) -> Response:
         if self._conn is None or self._wire.is_cut:
-            raise TimeoutError("timed out")
+            raise TimeoutError
         conn = self._conn
         conn.request("GET", self._path + path, headers={**self._headers, **headers}, preload_content=False)
         answer = conn.getresponse()
         # the answer is still to come, and would be taken for that to the next request
         if answer.status < 200:
-            words = f"HTTP {answer.status}, which announces an answer instead of giving it"
+            words = phrase("http.announced", status=answer.status)
             return Response(fault=words, kind=FailureKind.API)
         body = answer.read(most_bytes + 1)
         if len(body) > most_bytes:
-            words = f"an answer of more than {most_bytes >> 20} MiB"
+            words = phrase("http.large", size=most_bytes >> 20)
             return Response(fault=words, kind=FailureKind.API, hopeless=True)
         retry_after, date = (answer.headers.get(name, "").strip() for name in ("Retry-After", "Date"))
         response = Response(answer.status, body, retry_after, date=date)
@@ -3524,10 +3530,10 @@ class HttpConnection:
         """Return what an exception means that came from `place`, '' where others say that."""
         fault, hopeless = network_words(error), _is_about_a_certificate(error)
         if self._wire.is_cut or time.monotonic() >= self.deadline:
-            fault, hopeless = f"no whole answer within {self._limit_s:.0f} s", False
+            fault, hopeless = phrase("http.not_whole", seconds=self._limit_s), False
         elif isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
-            fault, hopeless = "the connection broke", False
-        return Response(fault=f"{place}: {fault}".removeprefix(": "), hopeless=hopeless)
+            fault, hopeless = phrase("http.broke"), False
+        return Response(fault=fault, hopeless=hopeless, place=place)
 
 
 class StraightSocket:
@@ -3627,18 +3633,18 @@ def start_tls(sock: socket.socket, host: str) -> socket.socket:
 
 
 # By the name of the exception or of one that it is a kind of; whatever else it is keeps the words of whoever raised it.
-_NETWORK_WORDS = {
-    "gaierror": "its name cannot be resolved ({})",
-    "ConnectionRefusedError": "connection refused",
-    "RemoteDisconnected": "the connection was closed without an answer",
-    "ConnectionError": "the connection was cut",
-    "WebSocketConnectionClosedException": "the connection was cut",
-    "TimeoutError": "no answer in time",
-    "WebSocketTimeoutException": "no answer in time",
-    "SSLCertVerificationError": "its certificate is not trusted ({})",
-    "SSLError": "TLS fails ({})",
-    "IncompleteRead": "the answer was cut short",
-    "HTTPException": "its answer is not HTTP ({})",
+_NETWORK_KINDS = {
+    "gaierror": "http.no_address",
+    "ConnectionRefusedError": "http.refused",
+    "RemoteDisconnected": "http.closed",
+    "ConnectionError": "http.cut",
+    "WebSocketConnectionClosedException": "http.cut",
+    "TimeoutError": "http.late",
+    "WebSocketTimeoutException": "http.late",
+    "SSLCertVerificationError": "http.untrusted",
+    "SSLError": "http.tls",
+    "IncompleteRead": "http.short",
+    "HTTPException": "http.no_http",
 }
 _LIBRARY_WORDS = re.compile(
     r"\[Errno -?\d+\] |\[\w+(?:: \w+)?\] | \(_ssl\.c:\d+\)| \(configured timeouts: [^)]*\)|<[^>]*> *:? *"
@@ -3653,12 +3659,16 @@ def network_words(error: BaseException) -> str:
     if lack_words(cause):
         return lack_words(cause)
     if isinstance(cause, OSError) and cause.filename:
-        return f"SSLKEYLOGFILE={one_line(cause.filename)} cannot be written: {cause.strerror}"
-    text = getattr(cause, "verify_message", "") or str(cause)
-    text = plain_words(text) or "no more is known"
-    names = (kind.__name__ for kind in type(cause).__mro__)
-    form = next((_NETWORK_WORDS[name] for name in names if name in _NETWORK_WORDS), "{}")
-    return one_line(form.replace("{}", text), 200)
+        return phrase("http.key_log", path=one_line(cause.filename), why=cause.strerror or str(cause))
+    words = error_words(cause)
+    if isinstance(words, Phrase):
+        return words
+    words = plain_words(getattr(cause, "verify_message", "") or words)
+    words = one_line(words, 160) or phrase("http.unknown")
+    for kind in type(cause).__mro__:
+        if kind.__name__ in _NETWORK_KINDS:
+            return phrase(_NETWORK_KINDS[kind.__name__], why=words)
+    return words
 
 
 def plain_words(text: str) -> str:
@@ -3813,7 +3823,7 @@ class WebSocket:
         """Read whatever there is: the library keeps what it does not need yet."""
         data = self._sock.recv(READ_BYTES)
         if not data:
-            raise LinkLost("lost: the connection was cut")
+            raise LinkLost(phrase("websocket.lost", why=phrase("http.cut")))
         return data
 
     def _long_frame_grew(self) -> bool:
@@ -3851,7 +3861,7 @@ class WebSocket:
             finally:
                 self._sock.settimeout(0)
         except (WebSocketException, OSError) as error:
-            raise LinkLost(f"sending failed: {network_words(error)}") from error
+            raise LinkLost(phrase("websocket.not_sent", why=network_words(error))) from error
 
     def _next_frame(self) -> tuple[int, bytes] | None:
         """Return the next whole message, or control frame, None when no more has come."""
@@ -3864,8 +3874,7 @@ class WebSocket:
             while True:
                 frame = ws.recv_frame()
                 if frame.opcode == ABNF.OPCODE_CLOSE:
-                    code = int.from_bytes(frame.data[:2], "big")
-                    raise LinkLost(f"closed by the server{_close_words(frame.data)}", code)
+                    raise _closed(frame.data)
                 if frame.opcode in (ABNF.OPCODE_PING, ABNF.OPCODE_PONG):
                     return frame.opcode, bytes(frame.data)
                 ws.cont_frame.validate(frame)
@@ -3878,12 +3887,13 @@ class WebSocket:
             self._limit(ws.frame_buffer.length or 0)  # the length of a frame whose rest is still to come
             return None
         except (WebSocketException, OSError, ValueError) as error:
-            raise LinkLost(f"lost: {network_words(error)}") from error
+            raise LinkLost(phrase("websocket.lost", why=network_words(error))) from error
 
     def _limit(self, size: int) -> None:
         if size > self._max_bytes:
             self.close(1009)
-            raise LinkLost(f"lost: a frame of {size} bytes; at most {self._max_bytes} are taken")
+            why = phrase("websocket.large_frame", size=size, most=self._max_bytes)
+            raise LinkLost(phrase("websocket.lost", why=why))
 
 
 def wait_readable(seconds: float, *descriptors: int) -> None:
@@ -3899,13 +3909,16 @@ def wait_readable(seconds: float, *descriptors: int) -> None:
     poll.poll(timeout_ms)
 
 
-def _close_words(data: bytes) -> str:
-    code = int.from_bytes(data[:2], "big") if len(data) >= 2 else 0
-    return (
-        f" (code {code}{' ' + one_line(data[2:].decode('utf-8', 'replace'), 80) if data[2:] else ''})"
-        if code
-        else ""
-    )
+def _closed(data: bytes) -> LinkLost:
+    """Return what a close frame's data says: a code, 0 without one, and perhaps why."""
+    code = int.from_bytes(data[:2], "big") if len(data) > 1 else 0
+    why = one_line(data[2:].decode("utf-8", "replace"), 80)
+    words = phrase("websocket.closed")
+    if code and why:
+        words = phrase("websocket.closed_because", code=code, why=why)
+    elif code:
+        words = phrase("websocket.closed_with_code", code=code)
+    return LinkLost(words, code)
 
 
 class _ShortAnswer:
@@ -3918,7 +3931,7 @@ class _ShortAnswer:
     def recv(self, size: int) -> bytes:
         """Receive at most so many bytes. Raises OSError."""
         if not self._left:
-            raise OSError(f"an answer of more than {MAX_HANDSHAKE_BYTES} bytes")
+            raise OSError(phrase("websocket.large_handshake", size=MAX_HANDSHAKE_BYTES))
         received = self._sock.recv(min(size, self._left))
         self._left -= len(received)
         return received
@@ -3933,7 +3946,7 @@ def _dial(url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]
         from websocket import WebSocket as Client
         from websocket import WebSocketBadStatusException, WebSocketException
     except OSError as error:
-        raise DialError(f"cannot connect: {network_words(error)}") from error
+        raise DialError(phrase("websocket.not_connected", why=network_words(error))) from error
 
     parts = urlsplit(url)
     tls = "s" * (parts.scheme in ("https", "wss"))
@@ -3945,7 +3958,7 @@ def _dial(url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]
         with cut_after(limits.whole_s, way):
             fault = way.open()
             if fault is not None:
-                raise DialError(f"cannot connect: {fault.fault}")
+                raise DialError(phrase("websocket.not_connected", why=fault.words))
             ws: Any = Client(skip_utf8_validation=True, enable_multithread=False)
             way.sock.settimeout(limits.read_s)
             address = parts._replace(scheme=f"ws{tls}").geturl()
@@ -3954,11 +3967,11 @@ def _dial(url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]
     except WebSocketBadStatusException as error:
         way.close()
         status = error.status_code
-        words = f"the handshake was refused with HTTP {status}"
+        words = phrase("websocket.refused", status=status)
         raise DialError(words, status, error.resp_body or b"") from None
     except (WebSocketException, OSError, ValueError) as error:
         way.close()
-        raise DialError(f"cannot connect: {way.named(network_words(error))}") from error
+        raise DialError(phrase("websocket.not_connected", why=way.named(network_words(error)))) from error
     way.let_go()
     return ws
 
@@ -5699,7 +5712,7 @@ def decide(response: Response, now_utc: datetime) -> Verdict:
     """
     if response.fault:
         action = Action.GIVE_UP if response.hopeless else Action.RETRY
-        return Verdict(action, Failure(response.kind, response.fault))
+        return Verdict(action, Failure(response.kind, response.words))
     envelope = json_object(response.body) or {}
     ret, text = envelope.get("ret"), words_of(envelope)
     if response.body.strip() == NO_KEY_TEXT.encode():
@@ -13492,7 +13505,7 @@ def register(settings: Settings) -> str:
     module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
     if envelope.get("code") == "2000" and _HASH.fullmatch(module_hash):
         return module_hash
-    why = _why_not_registered(answer, envelope).removeprefix(f"{urlsplit(url).netloc}: ")
+    why = _why_not_registered(answer, envelope)
     raise RegistrationError(f"not registered at {url}: {why}")
 
 
@@ -13520,8 +13533,7 @@ def check_platform(settings: Settings) -> Check:
     url = settings.platform_url()
     response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
     if response.fault:
-        why = response.fault.removeprefix(f"{urlsplit(url).netloc}: ")
-        words = see(f"{url} cannot be reached: {why}", "SERVER_IP, SERVER_PORT and SERVER_TLS")
+        words = see(f"{url} cannot be reached: {response.fault}", "SERVER_IP, SERVER_PORT and SERVER_TLS")
         return Check("platform", False, words)
     if (json_object(response.body) or {}).get("code") != "2000":
         what = f"{url}/module/online answers HTTP {response.status} and is no dispatch platform"
@@ -15035,7 +15047,7 @@ class Clerk(threading.Thread):
                 log.error("the settings stay as they were: %s", fault)
         else:
             for warning in renewed.warnings:
-                log.warning(warning)
+                log.warning("%s", warning)
             log.info("settings read anew; changed: %s", ", ".join(renewed.changed) or "none")
             if renewed.need_restart:
                 log.warning("changed, but needs a restart: %s", ", ".join(renewed.need_restart))
@@ -19914,7 +19926,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if loaded.settings.language:
         SPOKEN.choose({**environ, "STOCKRT_LANG": loaded.settings.language})
     for warning in loaded.warnings:
-        log.warning(warning)
+        log.warning("%s", warning)
     looks = options.show is not None or options.export
     if hidden and (options.drain or options.retain or options.rejects or options.executions or looks):
         raise StoreError(HIDDEN_WORDS)
@@ -20345,9 +20357,77 @@ TEMPLATES |= {
 # Of the room HTTP
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "http.announced": (
+        "HTTP {status}, which announces an answer instead of giving it",
+        "应答 HTTP {status}，只预告应答而没有给出应答",
+    ),
+    "http.broke": ("the connection broke", "连接异常中断"),
+    "http.closed": ("the connection was closed without an answer", "连接已关闭，没有应答"),
+    "http.cut": ("the connection was cut", "对方断开了连接"),
+    "http.deep_json": (
+        "{size} bytes of JSON nested deeper than {levels} levels",
+        "{size} 字节的 JSON，嵌套超过 {levels} 层",
+    ),
+    "http.key_log": ("SSLKEYLOGFILE={path} cannot be written: {why}", "无法写入 SSLKEYLOGFILE={path}：{why}"),
+    "http.large": ("an answer of more than {size} MiB", "应答超过 {size} MiB"),
+    "http.late": ("no answer in time", "超时未应答"),
+    "http.no_address": ("its name cannot be resolved ({why})", "无法解析其主机名（{why}）"),
+    "http.no_http": ("its answer is not HTTP ({why})", "应答不是 HTTP（{why}）"),
+    "http.no_json": ("{size} bytes that are not {whose} JSON", "{size} 字节，不是{whose} JSON"),
+    "http.not_whole": (
+        "no whole answer within {seconds:.0f} s",
+        "{seconds:.0f} 秒内没有收到完整的应答",
+    ),
+    "http.proxy_answers": (
+        "the proxy {proxy} answers HTTP {status}; see {setting}",
+        "代理 {proxy} 应答 HTTP {status}；请检查 {setting}",
+    ),
+    "http.proxy_asks_user": (
+        "the proxy {proxy} asks for a user and a password (HTTP 407); expected "
+        "{setting}={scheme}://user:password@host:port",
+        "代理 {proxy} 要求用户名和密码（HTTP 407）；应为 {setting}={scheme}://用户名:密码@主机:端口",
+    ),
+    "http.proxy_refuses_user": (
+        "the proxy {proxy} does not take this user and password (HTTP 407); see {setting}",
+        "代理 {proxy} 不接受此用户名和密码（HTTP 407）；请检查 {setting}",
+    ),
+    "http.refused": ("connection refused", "连接被拒绝"),
+    "http.short": ("the answer was cut short", "应答不完整"),
+    "http.through_proxy": (
+        "through the proxy {proxy}: {fault}; see {setting}",
+        "经代理 {proxy}：{fault}；请检查 {setting}",
+    ),
+    "http.tls": ("TLS fails ({why})", "TLS 失败（{why}）"),
+    "http.unknown": ("no more is known", "原因不明"),
+    "http.untrusted": ("its certificate is not trusted ({why})", "证书不受信任（{why}）"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room WebSocket
 # ------------------------------------------------------------------------------------------------------
+
+# Whoever tells of an end says that it is a connection's: `connection lost: …`, `连接中断：…`.
+TEMPLATES |= {
+    "websocket.closed": ("closed by the server", "由服务器关闭"),
+    "websocket.closed_because": (
+        "closed by the server (code {code} {why})",
+        "由服务器关闭（关闭码 {code}，{why}）",
+    ),
+    "websocket.closed_with_code": ("closed by the server (code {code})", "由服务器关闭（关闭码 {code}）"),
+    "websocket.large_frame": (
+        "a frame of {size} bytes; at most {most} are taken",
+        "收到 {size} 字节的帧，超过上限 {most} 字节",
+    ),
+    "websocket.large_handshake": ("an answer of more than {size} bytes", "应答超过 {size} 字节"),
+    "websocket.lost": ("lost: {why}", "{why}"),
+    "websocket.not_connected": ("cannot connect: {why}", "无法连接：{why}"),
+    "websocket.not_sent": ("sending failed: {why}", "发送失败：{why}"),
+    "websocket.refused": (
+        "the handshake was refused with HTTP {status}",
+        "握手被拒绝（HTTP {status}）",
+    ),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Local files
