@@ -1219,7 +1219,7 @@ def uri_faults(uri: str) -> list[str]:
 
     from pymongo import uri_parser
 
-    faults = []
+    faults: list[str] = []
     password = uri_options(uri).get("tlscertificatekeyfilepassword", "")
     for name, value in _uri_pairs(uri):
         shown, words = f"{name}={value}", ""
@@ -1233,20 +1233,20 @@ def uri_faults(uri: str) -> list[str]:
                 elif not name.lower().startswith("srv"):
                     uri_parser.parse_uri(f"mongodb://host/?{urlencode({name: value})}", warn=False)
         except OSError as error:
-            words = f"the file cannot be read: {error.strerror or error}"
+            words = phrase("settings.unreadable_file", why=error.strerror or str(error))
         except Exception as error:  # whatever pymongo says it with
             words = one_line(error)
             if words.startswith("Unknown option"):  # its value may be meant to be secret
                 shown, words = name, _unknown_option(name, words)
             elif shown == name:
-                words = "expected what MongoDB's documentation of connection strings says"
+                words = phrase("settings.expect.option")
         if words:
-            faults.append(f"MONGODB_HOST, option {one_line(shown, 100)}: {words}")
+            faults.append(phrase("settings.option", option=one_line(shown, 100), words=words))
     if not faults and uri.startswith("mongodb://"):  # else the DNS would be asked
         try:
             uri_parser.parse_uri(uri, warn=False)
         except Exception as error:
-            faults.append(f"MONGODB_HOST, its options together: {one_line(error)}")
+            faults.append(phrase("settings.options", words=one_line(error)))
     return faults
 
 
@@ -1265,8 +1265,9 @@ def _unknown_option(name: str, words: str) -> str:
     """Return what to say of an option that pymongo says it does not know, and which ones are like it."""
     import difflib
 
-    near = difflib.get_close_matches(name.lower(), re.findall(r"\w+", words.partition("(")[2]), n=1)
-    return "MongoDB has no such option" + "".join(f"; did you mean {one}?" for one in near)
+    for near in difflib.get_close_matches(name.lower(), re.findall(r"\w+", words.partition("(")[2]), n=1):
+        return phrase("settings.unknown_option_near", near=near)
+    return phrase("settings.unknown_option")
 
 
 # As a person writes one; Python's own would read 1_0 as ten, and nan and 1e3 too.
@@ -1451,7 +1452,7 @@ class Setting(NamedTuple):
     name: str
     attribute: str
     default: str
-    expected: str
+    expects: str  # a kind of words
     parse: Callable[[str], object]
     secret: bool = False
     old_name: str = ""
@@ -1463,34 +1464,27 @@ class Setting(NamedTuple):
         small = self.name.lower() if self.in_small_letters else ""
         return tuple(name for name in (small, self.name, self.old_name) if name)
 
+    @property
+    def expected(self) -> Phrase:
+        """What its values may be, a clause: `expected zh or en`."""
+        return phrase(self.expects, most_shares=MOST_SHARES)
 
-_PROXY_EXPECTED = (
-    "http:// or https://[user:password@]host[:port], with / : @ % in user and password percent-encoded; "
-    "SOCKS is not supported"
-)
 
-_COLLECT_EXPECTED = (
-    "codes such as AAPL.US 600519.SH, or @ and the name of a file of codes, or watch: the codes of the collection "
-    "MONGODB_WATCH_COLLECTION_NAME"
-)
-_COLLECTION_EXPECTED = "a collection name of at most 120 bytes without $ and needless dots, not system.…"
+_PROXY_EXPECTED = "settings.expect.proxy"
+_COLLECT_EXPECTED = "settings.expect.codes"
+_COLLECTION_EXPECTED = "settings.expect.collection"
 
 # fmt: off
 SETTINGS = (
-    Setting("INFOWAY_API_KEY", "api_keys", "", "one or several keys, comma-separated, ASCII without blanks",
-            _api_keys, secret=True),
-    Setting("INFOWAY_API_BASE_URL", "api_base_url", "https://data.infoway.io", "an http:// or https:// URL",
+    Setting("INFOWAY_API_KEY", "api_keys", "", "settings.expect.keys", _api_keys, secret=True),
+    Setting("INFOWAY_API_BASE_URL", "api_base_url", "https://data.infoway.io", "settings.expect.url",
             _url("http", "https")),
     Setting("INFOWAY_STREAM_URL", "stream_url", "wss://data.infoway.io/ws",
-            "a ws:// or wss:// URL without user, query or fragment", _url("ws", "wss")),
-    Setting("INFOWAY_PLAN", "plans", AUTO,
-            "auto, free, basic, premium, pro, or requests per second as a number (0: no limit, else 0.017 or more: one "
-            "a minute); one for all keys, or one for each, comma-separated", _plans),
-    Setting("MONGODB_HOST", "mongodb_uri", "",
-            "mongodb://[user:password@]host[:port][/…] or mongodb+srv://…, with / : @ % in user and password "
-            "percent-encoded and acknowledged writes (no w=0)", _mongodb_uri, secret=True),
+            "settings.expect.stream_url", _url("ws", "wss")),
+    Setting("INFOWAY_PLAN", "plans", AUTO, "settings.expect.plans", _plans),
+    Setting("MONGODB_HOST", "mongodb_uri", "", "settings.expect.mongodb", _mongodb_uri, secret=True),
     Setting("MONGODB_DB_NAME", "mongodb_db_name", "forecast_platform",
-            "a database name of at most 63 bytes without / \\ . \" $ * < > : | ? or blanks", _database_name),
+            "settings.expect.database", _database_name),
     Setting("MONGODB_REALTIME_COLLECTION_NAME", "realtime_name", "realtime",
             _COLLECTION_EXPECTED, _collection_name, old_name="MONGODB_COLLECTION_NAME"),
     Setting("MONGODB_CLOSE_COLLECTION_NAME", "close_name", "close",
@@ -1501,40 +1495,37 @@ SETTINGS = (
             _COLLECTION_EXPECTED, _collection_name),
     Setting("MONGODB_GAP_COLLECTION_NAME", "gap_name", "stream_gaps",
             _COLLECTION_EXPECTED, _collection_name),
-    Setting("MONGODB_NUMERIC_TYPE", "numeric_type", "string", "string, decimal or double",
+    Setting("MONGODB_NUMERIC_TYPE", "numeric_type", "string", "settings.expect.numeric_type",
             _one_of("string", "decimal", "double")),
-    Setting("COLLECT", "collect", "", "stream, or nothing", _one_of("stream")),
-    Setting("COLLECT_EVERY", "collect_every_s", "", "seconds from 1 to 86400", _number(1, 86_400)),
+    Setting("COLLECT", "collect", "", "settings.expect.collect", _one_of("stream")),
+    Setting("COLLECT_EVERY", "collect_every_s", "", "settings.expect.every", _number(1, 86_400)),
     Setting("COLLECT_CODES", "collect_codes", "", _COLLECT_EXPECTED, _collect_codes),
-    Setting("COLLECT_SHARE", "collect_share", "1/1",
-            f"which share of how many, such as 1/3, of at most {MOST_SHARES}", _share),
-    Setting("KEEP_DAYS", "keep_days", "", "days, a whole number from 1 to 36500, or nothing: for ever",
+    Setting("COLLECT_SHARE", "collect_share", "1/1", "settings.expect.share", _share),
+    Setting("KEEP_DAYS", "keep_days", "", "settings.expect.days",
             _whole_number(1, 36_500)),
-    Setting("SERVER_IP", "server_host", "", "a host name or an address, without http:// and without a port",
-            _host, at_start=True),
-    Setting("SERVER_PORT", "server_port", "", "a number from 1 to 65535", _whole_number(1, 65535),
+    Setting("SERVER_IP", "server_host", "", "settings.expect.host", _host, at_start=True),
+    Setting("SERVER_PORT", "server_port", "", "settings.expect.port", _whole_number(1, 65535),
             at_start=True),
-    Setting("SERVER_TLS", "server_tls", "0", "0 (http, ws) or 1 (https, wss)", _switch, at_start=True),
-    Setting("HEARTBEAT_INTERVAL", "heartbeat_s", "10", "seconds from 1 to 3600", _number(1, 3600)),
-    Setting("MODULE_NAME", "module_name", "股票实时数据获取模块", "1 to 100 printable characters",
+    Setting("SERVER_TLS", "server_tls", "0", "settings.expect.tls", _switch, at_start=True),
+    Setting("HEARTBEAT_INTERVAL", "heartbeat_s", "10", "settings.expect.heartbeat", _number(1, 3600)),
+    Setting("MODULE_NAME", "module_name", "股票实时数据获取模块", "settings.expect.name",
             _text(1, 100), at_start=True),
     Setting("MODULE_DESCRIPTION", "module_description", "获取股票、外汇、加密货币的最新成交并写入 MongoDB",
-            "at most 500 printable characters", _text(0, 500), at_start=True),
-    Setting("STATE_DIRECTORY", "state_directory", "", "an absolute path", _directory, at_start=True),
-    Setting("SPOOL_MAX_MB", "spool_max_bytes", "1024", "megabytes, a whole number from 1 to 1048576", _megabytes),
+            "settings.expect.description", _text(0, 500), at_start=True),
+    Setting("STATE_DIRECTORY", "state_directory", "", "settings.expect.directory", _directory, at_start=True),
+    Setting("SPOOL_MAX_MB", "spool_max_bytes", "1024", "settings.expect.megabytes", _megabytes),
     Setting("HTTPS_PROXY", "https_proxy", "", _PROXY_EXPECTED, _proxy("HTTPS_PROXY"), secret=True,
             in_small_letters=True),
     Setting("HTTP_PROXY", "http_proxy", "", _PROXY_EXPECTED, _proxy("HTTP_PROXY"), secret=True,
             in_small_letters=True),
     Setting("ALL_PROXY", "all_proxy", "", _PROXY_EXPECTED, _proxy("ALL_PROXY"), secret=True,
             in_small_letters=True),
-    Setting("NO_PROXY", "no_proxy", "", "host names, addresses and blocks such as 10.0.0.0/8, comma-separated, or *",
-            _no_proxy, in_small_letters=True),
-    Setting("METRICS_FILE", "metrics_file", "", "an absolute path that ends in .prom", _metrics_file, at_start=True),
-    Setting("LOG_LEVEL", "log_level", "info", "debug, info, warning or error",
+    Setting("NO_PROXY", "no_proxy", "", "settings.expect.hosts", _no_proxy, in_small_letters=True),
+    Setting("METRICS_FILE", "metrics_file", "", "settings.expect.metrics_file", _metrics_file, at_start=True),
+    Setting("LOG_LEVEL", "log_level", "info", "settings.expect.log_level",
             _one_of("debug", "info", "warning", "error")),
-    Setting("STOCKRT_LANG", "language", "", "zh or en", _one_of(*LANGUAGES), at_start=True),
-    Setting("MESSAGE_LANG", "message_language", CHINESE, "zh or en", _one_of(*LANGUAGES),
+    Setting("STOCKRT_LANG", "language", "", "settings.expect.language", _one_of(*LANGUAGES), at_start=True),
+    Setting("MESSAGE_LANG", "message_language", CHINESE, "settings.expect.language", _one_of(*LANGUAGES),
             at_start=True),
 )
 # fmt: on
@@ -1559,23 +1550,20 @@ def read_env_file(path: Path) -> dict[str, str]:
 
 def broken_lines(path: Path) -> list[str]:
     """Return a fault for each line of an env file that is no NAME=value, or none that means the same to systemd."""
-    faults = []
+    faults: list[str] = []
     for b in _bindings(path):
-        where = f"{path}, line {_line_number(b)}"
+        line = _line_number(b)
         if b.error or (b.key is not None and b.value is None):
-            faults.append(f"{where}: expected NAME=value (not shown: it may hold a secret)")
+            faults.append(phrase("settings.no_assignment", path=path, line=line))
         elif b.key is not None and not _has_inline_comment(b) and _as_systemd(b) != b.value:
-            faults.append(
-                f"{where}: systemd would read {b.key} otherwise; put the value between double quotes, "
-                'with \\ before each " and \\ in it, and nothing behind it'
-            )
+            faults.append(phrase("settings.systemd_reads_otherwise", path=path, line=line, name=b.key))
     return faults
 
 
 def inline_comments(path: Path) -> list[str]:
     """Return a warning for each line of an env file that has a comment behind a value without quotes."""
     return [
-        f"{path}, line {_line_number(b)}: to systemd the comment is a part of {b.key}; put it on a line of its own"
+        phrase("settings.inline_comment", path=path, line=_line_number(b), name=b.key)
         for b in _bindings(path)
         if _has_inline_comment(b)
     ]
@@ -1615,8 +1603,13 @@ def _bindings(path: Path) -> list[Binding]:
         with path.open(encoding="utf-8-sig") as stream:
             return list(parse_stream(stream))
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise SettingsError([f"{path}: cannot be read: {why}; --env-file names another file"]) from None
+        raise SettingsError([phrase("settings.unreadable", path=path, why=_why_unread(error))]) from None
+
+
+def _why_unread(error: OSError | UnicodeDecodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return phrase("settings.not_utf8")
+    return error.strerror or str(error)
 
 
 def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | None, str]:
@@ -1632,7 +1625,7 @@ def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | No
             if place.is_file():
                 if os.access(place, os.R_OK):
                     return place, ""
-                return None, f"{place} is there but may not be read by this user; left out"
+                return None, phrase("settings.forbidden_file", path=place)
     return None, ""
 
 
@@ -1660,8 +1653,8 @@ def read_credential(name: str, path: Path) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise SettingsError([f"{name}: the credential {path} cannot be read: {why}"]) from None
+        fault = phrase("settings.unreadable_credential", name=name, path=path, why=_why_unread(error))
+        raise SettingsError([fault]) from None
 
 
 # The unit that `build_pyz.sh install` puts in place, and where systemd looks for it.
@@ -1686,7 +1679,7 @@ class Unit(NamedTuple):
     def origins(self) -> dict[str, Mapping[str, str]]:
         """Return where the service has its settings from, the strongest first. Raises SettingsError."""
         found: dict[str, Mapping[str, str]] = {
-            f"credential {path}": {name: read_credential(name, path)}
+            phrase("settings.credential_file", path=path): {name: read_credential(name, path)}
             for name, path in self.credentials.items()
         }
         found |= {str(path): read_env_file(path) for path in reversed(self.files)}
@@ -1793,7 +1786,7 @@ def load_settings(
     for path in files:
         warnings += [_misspelled(name, str(path)) for name in origins[str(path)] if _is_meant(name)]
     if is_service(environ):
-        warnings += [_misspelled(name, "environment") for name in environ if _is_unknown(name)]
+        warnings += [_misspelled(name, _environment()) for name in environ if _is_unknown(name)]
     warnings += [warning for path in files for warning in inline_comments(path)]
     read = _read_values(environ, origins, unit)
     values = read.values
@@ -1813,12 +1806,11 @@ def load_settings(
     settings = Settings(**values, color=color, old_secrets=old_secrets)
     HIDDEN.secrets = settings.secrets()
     if read.hiding:
-        names = ", ".join(read.hiding)
-        warnings.append(
-            f"{names}: the environment's is used here; {UNIT} does not see it and has another, or none"
-        )
+        names = listing("join.names", read.hiding)
+        warnings.append(phrase("settings.hiding", names=names, unit=UNIT))
     source = files[-1] if files else None
-    words = ", ".join([*filter(read.used.__contains__, origins), "defaults"])
+    in_use = filter(read.used.__contains__, origins)
+    words = listing("join.names", [*in_use, phrase("settings.defaults")])
     return LoadedSettings(settings, source, tuple(warnings), words, tuple(read.hiding))
 
 
@@ -1837,14 +1829,15 @@ def _read_values(
 ) -> _Read:
     """Look every setting up and parse it; with `unit` note what the environment alone has, or has otherwise."""
     read = _Read(dict(_WHEN_UNSET), [], set(), set(), [])
-    others = {where: found for where, found in origins.items() if where != "environment"}
+    environment = _environment()
+    others = {where: found for where, found in origins.items() if where != environment}
     for setting in SETTINGS:
         where, name, text = _look_up(setting, origins)
         if text:
             read.used.add(where)
         else:
             read.unset.add(setting.name)
-        is_hiding = where == "environment" and text != _look_up(setting, others)[2]
+        is_hiding = where == environment and text != _look_up(setting, others)[2]
         if unit is not None and is_hiding and setting.name != "LOG_LEVEL":
             read.hiding.append(name)
         if not text and not setting.default:
@@ -1853,17 +1846,26 @@ def _read_values(
             read.values[setting.attribute] = setting.parse(text or setting.default)
         except ValueError:
             shown = shown_value(setting, text)
-            if where == "environment" and is_service(environ):
-                where = f"environment, which {UNIT} sets"
-            read.faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
+            if where == environment and is_service(environ):
+                where = phrase("settings.unit_environment", unit=UNIT)
+            expected = setting.expected
+            read.faults.append(
+                phrase("settings.fault", name=name, shown=shown, where=where, expected=expected)
+            )
     return read
+
+
+def _environment() -> Phrase:
+    """Return what the environment is called among the origins of settings, whose names are words."""
+    return phrase("settings.environment")
 
 
 def _caller_origins(
     environ: Mapping[str, str], env_file: Path | None, places: Iterable[Path]
 ) -> tuple[dict[str, Mapping[str, str]], list[Path], list[str]]:
     """Return where settings may be, the strongest first, which of it are files, and warnings. Raises SettingsError."""
-    origins: dict[str, Mapping[str, str]] = {"credential": read_credentials(environ), "environment": environ}
+    credential = phrase("settings.credential")
+    origins: dict[str, Mapping[str, str]] = {credential: read_credentials(environ), _environment(): environ}
     source, warning = find_env_file(env_file, places)
     if source is not None:
         origins[str(source)] = read_env_file(source)
@@ -1876,14 +1878,13 @@ def _service_origins(
 ) -> tuple[dict[str, Mapping[str, str]], list[Path], list[str]]:
     """Return the same of a unit's service, for who runs a command by hand: the environment is still theirs."""
     service = unit.origins()
-    credentials = {where: found for where, found in service.items() if where.startswith("credential ")}
-    warnings = [f"{UNIT} has a credential {name} that cannot be seen by hand" for name in unit.unseen]
+    # they are the first that it has
+    credentials = dict(islice(service.items(), len(unit.credentials)))
+    warnings: list[str] = [phrase("settings.unseen_credential", unit=UNIT, name=name) for name in unit.unseen]
     other, _ = find_env_file(None, places)
     if other is not None and other.resolve() not in [path.resolve() for path in unit.files]:
-        warnings.append(
-            f"{other} is left out: the settings are those of {UNIT}; --env-file names another file"
-        )
-    return credentials | {"environment": environ} | service, unit.files, warnings
+        warnings.append(phrase("settings.other_file", path=other, unit=UNIT))
+    return credentials | {_environment(): environ} | service, unit.files, warnings
 
 
 def _take_database(values: dict[str, Any]) -> list[str]:
@@ -1892,33 +1893,27 @@ def _take_database(values: dict[str, Any]) -> list[str]:
     try:
         values[setting.attribute] = setting.parse(uri_database(values["mongodb_uri"]))
     except ValueError:
-        return [f"MONGODB_HOST, the database behind its last /: expected {setting.expected}"]
+        return [phrase("settings.database_of_host", expected=setting.expected)]
     return []
 
 
 def _missing(unset: Collection[str], needs: Needs, values: Mapping[str, Any]) -> list[str]:
     """Return the faults of what a command needs and nothing sets."""
-    faults = []
+    faults: list[str] = []
     platform = [name for name in ("SERVER_IP", "SERVER_PORT") if name in unset]
     collecting = [name for name in COLLECTING if needs.collect and name not in unset]
-    if len(platform) == 1 and (needs.platform or needs.whole_platform):
-        faults.append(f"{platform[0]} not set: {_PLATFORM_EXPECTED}")
-    elif platform and needs.platform and not collecting:
-        faults.append(f"{' and '.join(platform)} not set: {_PLATFORM_EXPECTED}")
+    half = len(platform) == 1 and (needs.platform or needs.whole_platform)
+    if half or (platform and needs.platform and not collecting):
+        faults.append(phrase("settings.no_platform", names=listing("join.and", platform)))
     if needs.key and "INFOWAY_API_KEY" in unset:
-        faults.append(NO_KEY_HINT)
+        faults.append(phrase("settings.no_key"))
     if collecting and "COLLECT_CODES" in unset:
-        faults.append(
-            f"COLLECT_CODES is not set, and {' and '.join(collecting)} would collect nothing: "
-            f"expected {_COLLECT_EXPECTED}"
-        )
+        names, expected = listing("join.and", collecting), phrase(_COLLECT_EXPECTED)
+        faults.append(phrase("settings.no_codes", names=names, expected=expected))
     if len(collecting) == len(COLLECTING):
-        faults.append(
-            "COLLECT and COLLECT_EVERY are both set: choose one, COLLECT=stream for every trade (what the key's plan "
-            "has no room for is polled by itself), or COLLECT_EVERY for the latest trade every so many seconds"
-        )
+        faults.append(phrase("settings.two_ways"))
     if needs.collect and values.get("collect_codes") == WATCH and "MONGODB_HOST" in unset:
-        faults.append(WATCH_NEEDS_MONGODB)
+        faults.append(phrase("settings.watch_needs_mongodb", what="COLLECT_CODES=watch"))
     return faults
 
 
@@ -1938,11 +1933,12 @@ def _path_faults(values: Mapping[str, Any], environ: Mapping[str, str]) -> list[
     if keys and not os.path.lexists(keys):
         keys = f"{Path(keys).parent}/."
     tried.append(("SSLKEYLOGFILE", keys, os.W_OK))
-    faults = []
+    faults: list[str] = []
     for name, place, mode in tried:
         why = place and fault_of_place(place, mode)
         if why:
-            faults.append(f"{name}: {place.removesuffix('/.') or '/'} cannot be used: {why}")
+            path = place.removesuffix("/.") or "/"
+            faults.append(phrase("settings.unusable_path", name=name, path=path, why=why))
     return faults
 
 
@@ -1954,12 +1950,12 @@ def fault_of_place(place: str, mode: int) -> str:
         return error.strerror or str(error)
     if os.access(place, mode):
         return ""
-    return f"this user may not {'read' * (mode == os.R_OK) or 'write'} it"
+    return phrase("settings.may_not_read" if mode == os.R_OK else "settings.may_not_write")
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
     """Return the faults of settings that are right one by one, but not together."""
-    faults = []
+    faults: list[str] = []
     if "?" in values.get("mongodb_uri", ""):
         faults += uri_faults(values["mongodb_uri"])
     taken: dict[str, str] = {}
@@ -1967,17 +1963,15 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         if setting.parse is _collection_name:
             name = values.get(setting.attribute, "")
             if name in taken:
-                faults.append(f"{setting.name}={name!r}: expected another name than {taken[name]} has")
+                faults.append(phrase("settings.same_name", name=setting.name, value=name, other=taken[name]))
             elif name:
                 taken[name] = setting.name
     keys, plans = len(values.get("api_keys", ())), len(values.get("plans", ()))
     if plans > 1 and plans != keys:
-        faults.append(
-            f"INFOWAY_PLAN names {plans} plans for {keys} keys: expected one for all or one for each"
-        )
+        faults.append(phrase("settings.plans_and_keys", plans=plans, keys=keys))
     proxies = Proxies(values.get("https_proxy"), values.get("http_proxy"), values.get("all_proxy"))
     faults += [
-        f"{proxy.setting}={proxy.shown}: expected {_PROXY_EXPECTED}"
+        phrase("settings.socks", name=proxy.setting, shown=proxy.shown, expected=phrase(_PROXY_EXPECTED))
         for proxy in proxies.in_use()
         if proxy.scheme not in PROXY_PORTS
     ]
@@ -2034,20 +2028,9 @@ def _misspelled(name: str, source: str) -> str:
     import difflib
 
     near = difflib.get_close_matches(name, _known_names(), n=1, cutoff=0)
-    return f"{source}: {name} is no setting and has no effect; did you mean {near[0]}?"
+    return phrase("settings.misspelled", where=source, name=name, near=near[0])
 
 
-_PLATFORM_EXPECTED = (
-    "the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; without a platform use --once --codes …, "
-    "or let it collect by itself: COLLECT=stream or COLLECT_EVERY, and COLLECT_CODES"
-)
-WATCH_NEEDS_MONGODB = (
-    "COLLECT_CODES=watch without MONGODB_HOST: the watch list is a collection of MongoDB; set MONGODB_HOST, or name "
-    "the codes, or @ and a file of them"
-)
-NO_KEY_HINT = (
-    "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none"
-)
 # The environment of a process stays what it was at its start: `systemctl reload` leaves here, in RUNTIME_DIRECTORY,
 # which is in memory and this user's alone, what a start would get now.
 HANDED_OVER = "environment.json"
@@ -2099,7 +2082,9 @@ class SettingsSource:
             found = json.loads(place.read_text(encoding="utf-8"))
             place.unlink()
         except (OSError, ValueError) as error:
-            raise SettingsError([f"{place}: cannot be read: {error}; is RUNTIME_DIRECTORY right?"]) from None
+            raise SettingsError(
+                [phrase("settings.unreadable_handed_over", path=place, why=str(error))]
+            ) from None
         return cast(Mapping[str, str], found)
 
 
@@ -3218,7 +3203,7 @@ PLATFORM_LIMITS = Limits(5.0, 8.0, 10.0)
 class Response(NamedTuple):
     """What came back for one request: an HTTP answer, or a `fault` of the way there and of which `kind` it is.
 
-    A `hopeless` fault would be the same the next time.
+    `place`: where it shows, '' where the fault says that itself. A `hopeless` one would be the same the next time.
     """
 
     status: int = 0
@@ -3228,6 +3213,12 @@ class Response(NamedTuple):
     kind: FailureKind = FailureKind.NETWORK
     hopeless: bool = False
     date: str = ""  # the header of that name
+    place: str = ""
+
+    @property
+    def words(self) -> str:
+        """The fault with its place."""
+        return phrase("tools.because", what=self.place, why=self.fault) if self.place else self.fault
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -3255,8 +3246,8 @@ def not_json_words(body: bytes, whose: str) -> str:
     except ValueError:
         pass
     if deep:
-        return f"{len(body)} bytes of JSON nested deeper than {MAX_DEPTH} levels"
-    return f"{len(body)} bytes that are not {whose} JSON"
+        return phrase("http.deep_json", size=len(body), levels=MAX_DEPTH)
+    return phrase("http.no_json", size=len(body), whose=whose)
 
 
 NUMBERS_AS_TEXT = json.JSONDecoder(parse_float=str, parse_constant=str)
@@ -3302,7 +3293,7 @@ def _fault_of_proxy(proxy: Proxy, error: Exception, fault: Response) -> Response
 
 
 def _through(proxy: Proxy, fault: str) -> str:
-    return f"through the proxy {proxy.shown}: {fault}; see {proxy.setting}"
+    return phrase("http.through_proxy", proxy=proxy.shown, fault=fault, setting=proxy.setting)
 
 
 @cache
@@ -3328,13 +3319,13 @@ def _is_of_proxy(response: Response) -> bool:
 
 
 def _refused_by_proxy(proxy: Proxy, status: int) -> Response:
-    what = f"answers HTTP {status}; see {proxy.setting}"
+    shown, setting = proxy.shown, proxy.setting
+    fault = phrase("http.proxy_answers", proxy=shown, status=status, setting=setting)
     if status == 407 and proxy.authorization:
-        what = f"does not take this user and password (HTTP 407); see {proxy.setting}"
+        fault = phrase("http.proxy_refuses_user", proxy=shown, setting=setting)
     elif status == 407:
-        form = f"{proxy.setting}={proxy.scheme}://user:password@host:port"
-        what = f"asks for a user and a password (HTTP 407); expected {form}"
-    return Response(fault=f"the proxy {proxy.shown} {what}", hopeless=400 <= status < 500)
+        fault = phrase("http.proxy_asks_user", proxy=shown, setting=setting, scheme=proxy.scheme)
+    return Response(fault=fault, hopeless=400 <= status < 500)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -3353,7 +3344,7 @@ class Wire:
         """Take a handle of a socket. Raises TimeoutError when it is too late."""
         self._handle = sock.dup()
         if self.is_cut:
-            raise TimeoutError("timed out")
+            raise TimeoutError
 
     def cut(self) -> None:
         """End all reading and writing on the socket."""
@@ -3422,14 +3413,14 @@ class HttpConnection:
         fault = None
         try:
             if self._is_over:
-                raise TimeoutError("timed out")
+                raise TimeoutError
             self._conn = self._new_connection()
             final = self._conn.response_class
             self._conn.response_class = _answer_to_connect()
             self._conn.connect()
             self._conn.response_class = final
             if self._wire.is_cut:  # which http.client takes for the end of a proxy's answer
-                raise TimeoutError("timed out")
+                raise TimeoutError
             self._conn.timeout = self._limits.read_s
         except _foreign_errors() as error:
             fault = self._fault(error, "" if self._proxy else f"{self._host}:{self._port}")
@@ -3517,17 +3508,17 @@ class HttpConnection:
 
     def _exchange(self, path: str, headers: Mapping[str, str], most_bytes: int) -> Response:
         if self._conn is None or self._wire.is_cut:
-            raise TimeoutError("timed out")
+            raise TimeoutError
         conn = self._conn
         conn.request("GET", self._path + path, headers={**self._headers, **headers}, preload_content=False)
         answer = conn.getresponse()
         # the answer is still to come, and would be taken for that to the next request
         if answer.status < 200:
-            words = f"HTTP {answer.status}, which announces an answer instead of giving it"
+            words = phrase("http.announced", status=answer.status)
             return Response(fault=words, kind=FailureKind.API)
         body = answer.read(most_bytes + 1)
         if len(body) > most_bytes:
-            words = f"an answer of more than {most_bytes >> 20} MiB"
+            words = phrase("http.large", size=most_bytes >> 20)
             return Response(fault=words, kind=FailureKind.API, hopeless=True)
         retry_after, date = (answer.headers.get(name, "").strip() for name in ("Retry-After", "Date"))
         response = Response(answer.status, body, retry_after, date=date)
@@ -3539,10 +3530,10 @@ class HttpConnection:
         """Return what an exception means that came from `place`, '' where others say that."""
         fault, hopeless = network_words(error), _is_about_a_certificate(error)
         if self._wire.is_cut or time.monotonic() >= self.deadline:
-            fault, hopeless = f"no whole answer within {self._limit_s:.0f} s", False
+            fault, hopeless = phrase("http.not_whole", seconds=self._limit_s), False
         elif isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
-            fault, hopeless = "the connection broke", False
-        return Response(fault=f"{place}: {fault}".removeprefix(": "), hopeless=hopeless)
+            fault, hopeless = phrase("http.broke"), False
+        return Response(fault=fault, hopeless=hopeless, place=place)
 
 
 class StraightSocket:
@@ -3642,18 +3633,18 @@ def start_tls(sock: socket.socket, host: str) -> socket.socket:
 
 
 # By the name of the exception or of one that it is a kind of; whatever else it is keeps the words of whoever raised it.
-_NETWORK_WORDS = {
-    "gaierror": "its name cannot be resolved ({})",
-    "ConnectionRefusedError": "connection refused",
-    "RemoteDisconnected": "the connection was closed without an answer",
-    "ConnectionError": "the connection was cut",
-    "WebSocketConnectionClosedException": "the connection was cut",
-    "TimeoutError": "no answer in time",
-    "WebSocketTimeoutException": "no answer in time",
-    "SSLCertVerificationError": "its certificate is not trusted ({})",
-    "SSLError": "TLS fails ({})",
-    "IncompleteRead": "the answer was cut short",
-    "HTTPException": "its answer is not HTTP ({})",
+_NETWORK_KINDS = {
+    "gaierror": "http.no_address",
+    "ConnectionRefusedError": "http.refused",
+    "RemoteDisconnected": "http.closed",
+    "ConnectionError": "http.cut",
+    "WebSocketConnectionClosedException": "http.cut",
+    "TimeoutError": "http.late",
+    "WebSocketTimeoutException": "http.late",
+    "SSLCertVerificationError": "http.untrusted",
+    "SSLError": "http.tls",
+    "IncompleteRead": "http.short",
+    "HTTPException": "http.no_http",
 }
 _LIBRARY_WORDS = re.compile(
     r"\[Errno -?\d+\] |\[\w+(?:: \w+)?\] | \(_ssl\.c:\d+\)| \(configured timeouts: [^)]*\)|<[^>]*> *:? *"
@@ -3668,12 +3659,16 @@ def network_words(error: BaseException) -> str:
     if lack_words(cause):
         return lack_words(cause)
     if isinstance(cause, OSError) and cause.filename:
-        return f"SSLKEYLOGFILE={one_line(cause.filename)} cannot be written: {cause.strerror}"
-    text = getattr(cause, "verify_message", "") or str(cause)
-    text = plain_words(text) or "no more is known"
-    names = (kind.__name__ for kind in type(cause).__mro__)
-    form = next((_NETWORK_WORDS[name] for name in names if name in _NETWORK_WORDS), "{}")
-    return one_line(form.replace("{}", text), 200)
+        return phrase("http.key_log", path=one_line(cause.filename), why=cause.strerror or str(cause))
+    words = error_words(cause)
+    if isinstance(words, Phrase):
+        return words
+    words = plain_words(getattr(cause, "verify_message", "") or words)
+    words = one_line(words, 160) or phrase("http.unknown")
+    for kind in type(cause).__mro__:
+        if kind.__name__ in _NETWORK_KINDS:
+            return phrase(_NETWORK_KINDS[kind.__name__], why=words)
+    return words
 
 
 def plain_words(text: str) -> str:
@@ -3828,7 +3823,7 @@ class WebSocket:
         """Read whatever there is: the library keeps what it does not need yet."""
         data = self._sock.recv(READ_BYTES)
         if not data:
-            raise LinkLost("lost: the connection was cut")
+            raise LinkLost(phrase("websocket.lost", why=phrase("http.cut")))
         return data
 
     def _long_frame_grew(self) -> bool:
@@ -3866,7 +3861,7 @@ class WebSocket:
             finally:
                 self._sock.settimeout(0)
         except (WebSocketException, OSError) as error:
-            raise LinkLost(f"sending failed: {network_words(error)}") from error
+            raise LinkLost(phrase("websocket.not_sent", why=network_words(error))) from error
 
     def _next_frame(self) -> tuple[int, bytes] | None:
         """Return the next whole message, or control frame, None when no more has come."""
@@ -3879,8 +3874,7 @@ class WebSocket:
             while True:
                 frame = ws.recv_frame()
                 if frame.opcode == ABNF.OPCODE_CLOSE:
-                    code = int.from_bytes(frame.data[:2], "big")
-                    raise LinkLost(f"closed by the server{_close_words(frame.data)}", code)
+                    raise _closed(frame.data)
                 if frame.opcode in (ABNF.OPCODE_PING, ABNF.OPCODE_PONG):
                     return frame.opcode, bytes(frame.data)
                 ws.cont_frame.validate(frame)
@@ -3893,12 +3887,13 @@ class WebSocket:
             self._limit(ws.frame_buffer.length or 0)  # the length of a frame whose rest is still to come
             return None
         except (WebSocketException, OSError, ValueError) as error:
-            raise LinkLost(f"lost: {network_words(error)}") from error
+            raise LinkLost(phrase("websocket.lost", why=network_words(error))) from error
 
     def _limit(self, size: int) -> None:
         if size > self._max_bytes:
             self.close(1009)
-            raise LinkLost(f"lost: a frame of {size} bytes; at most {self._max_bytes} are taken")
+            why = phrase("websocket.large_frame", size=size, most=self._max_bytes)
+            raise LinkLost(phrase("websocket.lost", why=why))
 
 
 def wait_readable(seconds: float, *descriptors: int) -> None:
@@ -3914,13 +3909,16 @@ def wait_readable(seconds: float, *descriptors: int) -> None:
     poll.poll(timeout_ms)
 
 
-def _close_words(data: bytes) -> str:
-    code = int.from_bytes(data[:2], "big") if len(data) >= 2 else 0
-    return (
-        f" (code {code}{' ' + one_line(data[2:].decode('utf-8', 'replace'), 80) if data[2:] else ''})"
-        if code
-        else ""
-    )
+def _closed(data: bytes) -> LinkLost:
+    """Return what a close frame's data says: a code, 0 without one, and perhaps why."""
+    code = int.from_bytes(data[:2], "big") if len(data) > 1 else 0
+    why = one_line(data[2:].decode("utf-8", "replace"), 80)
+    words = phrase("websocket.closed")
+    if code and why:
+        words = phrase("websocket.closed_because", code=code, why=why)
+    elif code:
+        words = phrase("websocket.closed_with_code", code=code)
+    return LinkLost(words, code)
 
 
 class _ShortAnswer:
@@ -3933,7 +3931,7 @@ class _ShortAnswer:
     def recv(self, size: int) -> bytes:
         """Receive at most so many bytes. Raises OSError."""
         if not self._left:
-            raise OSError(f"an answer of more than {MAX_HANDSHAKE_BYTES} bytes")
+            raise OSError(phrase("websocket.large_handshake", size=MAX_HANDSHAKE_BYTES))
         received = self._sock.recv(min(size, self._left))
         self._left -= len(received)
         return received
@@ -3948,7 +3946,7 @@ def _dial(url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]
         from websocket import WebSocket as Client
         from websocket import WebSocketBadStatusException, WebSocketException
     except OSError as error:
-        raise DialError(f"cannot connect: {network_words(error)}") from error
+        raise DialError(phrase("websocket.not_connected", why=network_words(error))) from error
 
     parts = urlsplit(url)
     tls = "s" * (parts.scheme in ("https", "wss"))
@@ -3960,7 +3958,7 @@ def _dial(url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]
         with cut_after(limits.whole_s, way):
             fault = way.open()
             if fault is not None:
-                raise DialError(f"cannot connect: {fault.fault}")
+                raise DialError(phrase("websocket.not_connected", why=fault.words))
             ws: Any = Client(skip_utf8_validation=True, enable_multithread=False)
             way.sock.settimeout(limits.read_s)
             address = parts._replace(scheme=f"ws{tls}").geturl()
@@ -3969,11 +3967,11 @@ def _dial(url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]
     except WebSocketBadStatusException as error:
         way.close()
         status = error.status_code
-        words = f"the handshake was refused with HTTP {status}"
+        words = phrase("websocket.refused", status=status)
         raise DialError(words, status, error.resp_body or b"") from None
     except (WebSocketException, OSError, ValueError) as error:
         way.close()
-        raise DialError(f"cannot connect: {way.named(network_words(error))}") from error
+        raise DialError(phrase("websocket.not_connected", why=way.named(network_words(error)))) from error
     way.let_go()
     return ws
 
@@ -5714,7 +5712,7 @@ def decide(response: Response, now_utc: datetime) -> Verdict:
     """
     if response.fault:
         action = Action.GIVE_UP if response.hopeless else Action.RETRY
-        return Verdict(action, Failure(response.kind, response.fault))
+        return Verdict(action, Failure(response.kind, response.words))
     envelope = json_object(response.body) or {}
     ret, text = envelope.get("ret"), words_of(envelope)
     if response.body.strip() == NO_KEY_TEXT.encode():
@@ -11181,7 +11179,7 @@ class Pipeline:
     def need_key(self) -> None:
         """Raise SettingsError where trades are to be asked for without an API key."""
         if not (self._demo or self._settings.api_keys):
-            raise SettingsError([NO_KEY_HINT])
+            raise SettingsError([phrase("settings.no_key")])
 
     def poll(self, codes: Iterable[object], stop: threading.Event) -> Report:
         """Collect as `run` does, beside it and over connections of its own, without telling how it goes on.
@@ -11538,7 +11536,7 @@ class WatchList:
 
     def _read_collection(self, place: str) -> list[str]:
         if self._mongo is None:
-            raise StockrtError(WATCH_NEEDS_MONGODB.removeprefix("COLLECT_CODES="))
+            raise StockrtError(phrase("settings.watch_needs_mongodb", what=WATCH))
         try:
             values = self._mongo.field(self._settings.watch_name, "code", MOST_COLLECTED + 1)
         except StoreAway as error:
@@ -12975,7 +12973,7 @@ class Collecting:
         """Begin. Raises StockrtError."""
         self._pipeline.need_key()
         if self._settings.collect_codes == WATCH and self._pipeline.mongo is None:
-            raise SettingsError([WATCH_NEEDS_MONGODB])
+            raise SettingsError([phrase("settings.watch_needs_mongodb", what="COLLECT_CODES=watch")])
         try:
             if self._settings.collect:
                 who = "another stockrt collects from the stream"
@@ -13507,7 +13505,7 @@ def register(settings: Settings) -> str:
     module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
     if envelope.get("code") == "2000" and _HASH.fullmatch(module_hash):
         return module_hash
-    why = _why_not_registered(answer, envelope).removeprefix(f"{urlsplit(url).netloc}: ")
+    why = _why_not_registered(answer, envelope)
     raise RegistrationError(f"not registered at {url}: {why}")
 
 
@@ -13535,8 +13533,7 @@ def check_platform(settings: Settings) -> Check:
     url = settings.platform_url()
     response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
     if response.fault:
-        why = response.fault.removeprefix(f"{urlsplit(url).netloc}: ")
-        words = see(f"{url} cannot be reached: {why}", "SERVER_IP, SERVER_PORT and SERVER_TLS")
+        words = see(f"{url} cannot be reached: {response.fault}", "SERVER_IP, SERVER_PORT and SERVER_TLS")
         return Check("platform", False, words)
     if (json_object(response.body) or {}).get("code") != "2000":
         what = f"{url}/module/online answers HTTP {response.status} and is no dispatch platform"
@@ -15050,7 +15047,7 @@ class Clerk(threading.Thread):
                 log.error("the settings stay as they were: %s", fault)
         else:
             for warning in renewed.warnings:
-                log.warning(warning)
+                log.warning("%s", warning)
             log.info("settings read anew; changed: %s", ", ".join(renewed.changed) or "none")
             if renewed.need_restart:
                 log.warning("changed, but needs a restart: %s", ", ".join(renewed.need_restart))
@@ -16138,9 +16135,7 @@ def plan_settings(
             try:
                 setting.parse(old[name])
             except ValueError:
-                faults.append(
-                    f"{name}={shown} (older): expected {setting.expected}; what {target} sets is kept"
-                )
+                faults.append(f"{name}={shown} (older): {setting.expected}; what {target} sets is kept")
             taken[setting.name] = old[name]
             line = f"taken     {setting.name}={shown}"
             if name != setting.name:
@@ -18835,7 +18830,7 @@ def _seconds_of(text: str) -> float:
     try:
         return cast(float, setting.parse(text))
     except ValueError:
-        raise UsageError(f"--every {one_line(text, 40)}: expected {setting.expected}; see --help") from None
+        raise UsageError(f"--every {one_line(text, 40)}: {setting.expected}; see --help") from None
 
 
 def _collected_line(stats: CollectStats, waiting: int, took_s: float) -> str:
@@ -18909,7 +18904,7 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
     if settings.proxies.in_use():
         yield Check("proxy", True, _ways(settings))
     if not settings.api_keys:
-        yield Check("API key", False, NO_KEY_HINT)
+        yield Check("API key", False, phrase("settings.no_key"))
     with contextlib.ExitStack() as opened:
         looked_at, pipeline = settings, None
         words = ""
@@ -19931,7 +19926,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if loaded.settings.language:
         SPOKEN.choose({**environ, "STOCKRT_LANG": loaded.settings.language})
     for warning in loaded.warnings:
-        log.warning(warning)
+        log.warning("%s", warning)
     looks = options.show is not None or options.export
     if hidden and (options.drain or options.retain or options.rejects or options.executions or looks):
         raise StoreError(HIDDEN_WORDS)
@@ -20050,6 +20045,7 @@ TEMPLATES |= {
     "join.names": (", ", "、"),
     "join.commas": (", ", "，"),
     "join.clauses": ("; ", "；"),
+    "join.and": (" and ", " 和 "),
     "join.lines": ("\n", "\n"),
     "n.beat": ("{n} beat", "{n} 次轮询"),
     "n.beats": ("{n} beats", "{n} 次轮询"),
@@ -20152,6 +20148,203 @@ TEMPLATES |= {
 # Of the room Settings
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "settings.credential": ("credential", "凭据"),
+    "settings.credential_file": ("credential {path}", "凭据 {path}"),
+    "settings.database_of_host": (
+        "MONGODB_HOST, the database behind its last /: {expected}",
+        "MONGODB_HOST 最后一个 / 之后的数据库名：{expected}",
+    ),
+    "settings.defaults": ("defaults", "默认值"),
+    "settings.environment": ("environment", "环境变量"),
+    "settings.expect.codes": (
+        "expected codes such as AAPL.US 600519.SH, or @ and the name of a file of codes, or watch: the codes of the "
+        "collection MONGODB_WATCH_COLLECTION_NAME",
+        "应为代码（如 AAPL.US 600519.SH），或 @ 加代码文件的文件名，或 watch（即 MONGODB_WATCH_COLLECTION_NAME "
+        "集合中的代码）",
+    ),
+    "settings.expect.collect": ("expected stream, or nothing", "应为 stream，或留空"),
+    "settings.expect.collection": (
+        "expected a collection name of at most 120 bytes without $ and needless dots, not system.…",
+        "应为最多 120 字节的集合名，不含 $ 和多余的点，不以 system. 开头",
+    ),
+    "settings.expect.database": (
+        'expected a database name of at most 63 bytes without / \\ . " $ * < > : | ? or blanks',
+        '应为最多 63 字节的数据库名，不含 / \\ . " $ * < > : | ? 和空格',
+    ),
+    "settings.expect.days": (
+        "expected days, a whole number from 1 to 36500, or nothing: for ever",
+        "应为天数（1 到 36500 的整数），或留空（永久保留）",
+    ),
+    "settings.expect.description": (
+        "expected at most 500 printable characters",
+        "应为最多 500 个可显示的字符",
+    ),
+    "settings.expect.directory": ("expected an absolute path", "应为绝对路径"),
+    "settings.expect.every": ("expected seconds from 1 to 86400", "应为 1 到 86400 的秒数"),
+    "settings.expect.heartbeat": ("expected seconds from 1 to 3600", "应为 1 到 3600 的秒数"),
+    "settings.expect.host": (
+        "expected a host name or an address, without http:// and without a port",
+        "应为主机名或地址，不带 http:// 和端口",
+    ),
+    "settings.expect.hosts": (
+        "expected host names, addresses and blocks such as 10.0.0.0/8, comma-separated, or *",
+        "应为以逗号分隔的主机名、地址和地址段（如 10.0.0.0/8），或 *",
+    ),
+    "settings.expect.keys": (
+        "expected one or several keys, comma-separated, ASCII without blanks",
+        "应为一个或多个密钥，以逗号分隔，只含 ASCII 字符，不含空格",
+    ),
+    "settings.expect.language": ("expected zh or en", "应为 zh 或 en"),
+    "settings.expect.log_level": (
+        "expected debug, info, warning or error",
+        "应为 debug、info、warning 或 error",
+    ),
+    "settings.expect.megabytes": (
+        "expected megabytes, a whole number from 1 to 1048576",
+        "应为 1 到 1048576 的整数，单位 MB",
+    ),
+    "settings.expect.metrics_file": (
+        "expected an absolute path that ends in .prom",
+        "应为以 .prom 结尾的绝对路径",
+    ),
+    "settings.expect.mongodb": (
+        "expected mongodb://[user:password@]host[:port][/…] or mongodb+srv://…, with / : @ % in user and password "
+        "percent-encoded and acknowledged writes (no w=0)",
+        "应为 mongodb://[用户名:密码@]主机[:端口][/…] 或 mongodb+srv://…，用户名和密码中的 / : @ % 须百分号编码，"
+        "写入须有确认（不能用 w=0）",
+    ),
+    "settings.expect.name": ("expected 1 to 100 printable characters", "应为 1 到 100 个可显示的字符"),
+    "settings.expect.numeric_type": ("expected string, decimal or double", "应为 string、decimal 或 double"),
+    "settings.expect.option": (
+        "expected what MongoDB's documentation of connection strings says",
+        "应符合 MongoDB 文档对连接字符串的规定",
+    ),
+    "settings.expect.plans": (
+        "expected auto, free, basic, premium, pro, or requests per second as a number (0: no limit, else 0.017 or "
+        "more: one a minute); one for all keys, or one for each, comma-separated",
+        "应为 auto、free、basic、premium、pro，或每秒请求数（0 为不限，否则不小于 0.017，即每分钟一次）；"
+        "全部密钥共用一个，或每个密钥各一个，以逗号分隔",
+    ),
+    "settings.expect.port": ("expected a number from 1 to 65535", "应为 1 到 65535 的数字"),
+    "settings.expect.proxy": (
+        "expected http:// or https://[user:password@]host[:port], with / : @ % in user and password percent-encoded; "
+        "SOCKS is not supported",
+        "应为 http:// 或 https://[用户名:密码@]主机[:端口]，用户名和密码中的 / : @ % 须百分号编码；不支持 SOCKS",
+    ),
+    "settings.expect.share": (
+        "expected which share of how many, such as 1/3, of at most {most_shares}",
+        "应为总份数中的第几份，如 1/3，最多 {most_shares} 份",
+    ),
+    "settings.expect.stream_url": (
+        "expected a ws:// or wss:// URL without user, query or fragment",
+        "应为 ws:// 或 wss:// 开头的 URL，不带用户名、查询参数和片段",
+    ),
+    "settings.expect.tls": (
+        "expected 0 (http, ws) or 1 (https, wss)",
+        "应为 0（http、ws）或 1（https、wss）",
+    ),
+    "settings.expect.url": ("expected an http:// or https:// URL", "应为 http:// 或 https:// 开头的 URL"),
+    "settings.fault": ("{name}={shown} ({where}): {expected}", "{name}={shown}（{where}）：{expected}"),
+    "settings.forbidden_file": (
+        "{path} is there but may not be read by this user; left out",
+        "{path} 存在，但当前用户无权读取，已忽略",
+    ),
+    "settings.hiding": (
+        "{names}: the environment's is used here; {unit} does not see it and has another, or none",
+        "{names}：此处用的是环境变量的值；{unit} 看不到它，用的是另一个值，或没有值",
+    ),
+    "settings.inline_comment": (
+        "{path}, line {line}: to systemd the comment is a part of {name}; put it on a line of its own",
+        "{path} 第 {line} 行：systemd 会把注释当作 {name} 的一部分；请让注释单独成行",
+    ),
+    "settings.may_not_read": ("this user may not read it", "当前用户无权读取"),
+    "settings.may_not_write": ("this user may not write it", "当前用户无权写入"),
+    "settings.misspelled": (
+        "{where}: {name} is no setting and has no effect; did you mean {near}?",
+        "{where}：{name} 不是有效的设置，不起作用；是不是 {near}？",
+    ),
+    "settings.no_assignment": (
+        "{path}, line {line}: expected NAME=value (not shown: it may hold a secret)",
+        "{path} 第 {line} 行：应为 NAME=value（可能含有机密，故不显示原文）",
+    ),
+    "settings.no_codes": (
+        "COLLECT_CODES is not set, and {names} would collect nothing: {expected}",
+        "未设置 COLLECT_CODES，{names} 没有代码可采集：{expected}",
+    ),
+    "settings.no_key": (
+        "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none",
+        "未设置 INFOWAY_API_KEY：请在环境变量或 stockrt.env 中设置，或用无需密钥的 --demo 试用",
+    ),
+    "settings.no_platform": (
+        "{names} not set: the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; without a platform "
+        "use --once --codes …, or let it collect by itself: COLLECT=stream or COLLECT_EVERY, and COLLECT_CODES",
+        "未设置 {names}：守护进程需要调度平台的 SERVER_IP 和 SERVER_PORT；没有平台时请用 --once --codes …，"
+        "或让它自行采集：设置 COLLECT=stream 或 COLLECT_EVERY，以及 COLLECT_CODES",
+    ),
+    "settings.not_utf8": ("it is not UTF-8 text", "不是 UTF-8 文本"),
+    "settings.option": ("MONGODB_HOST, option {option}: {words}", "MONGODB_HOST 的选项 {option}：{words}"),
+    "settings.options": (
+        "MONGODB_HOST, its options together: {words}",
+        "MONGODB_HOST 的选项组合有误：{words}",
+    ),
+    "settings.other_file": (
+        "{path} is left out: the settings are those of {unit}; --env-file names another file",
+        "已忽略 {path}：此处用的是 {unit} 的设置；可用 --env-file 指定其他文件",
+    ),
+    "settings.plans_and_keys": (
+        "INFOWAY_PLAN names {plans} plans for {keys} keys: expected one for all or one for each",
+        "INFOWAY_PLAN 有 {plans} 个套餐，密钥有 {keys} 个：应为全部密钥共用一个，或每个密钥各一个",
+    ),
+    "settings.same_name": (
+        "{name}={value!r}: expected another name than {other} has",
+        "{name}={value!r}：不能与 {other} 同名",
+    ),
+    "settings.socks": ("{name}={shown}: {expected}", "{name}={shown}：{expected}"),
+    "settings.systemd_reads_otherwise": (
+        "{path}, line {line}: systemd would read {name} otherwise; put the value between double quotes, with \\ before "
+        'each " and \\ in it, and nothing behind it',
+        '{path} 第 {line} 行：systemd 读到的 {name} 会是另一个值；请把值放在双引号内，其中的 " 和 \\ 前各加一个 \\，'
+        "引号之后不写任何内容",
+    ),
+    "settings.two_ways": (
+        "COLLECT and COLLECT_EVERY are both set: choose one, COLLECT=stream for every trade (what the key's plan has "
+        "no room for is polled by itself), or COLLECT_EVERY for the latest trade every so many seconds",
+        "COLLECT 和 COLLECT_EVERY 只能设置一个：要逐笔成交请用 COLLECT=stream（超出密钥套餐的代码会自动改为轮询），"
+        "每隔若干秒取一次最新成交请用 COLLECT_EVERY",
+    ),
+    "settings.unit_environment": ("environment, which {unit} sets", "由 {unit} 设置的环境变量"),
+    "settings.unknown_option": ("MongoDB has no such option", "MongoDB 没有这个选项"),
+    "settings.unknown_option_near": (
+        "MongoDB has no such option; did you mean {near}?",
+        "MongoDB 没有这个选项；是不是 {near}？",
+    ),
+    "settings.unreadable": (
+        "{path}: cannot be read: {why}; --env-file names another file",
+        "无法读取 {path}：{why}；可用 --env-file 指定其他文件",
+    ),
+    "settings.unreadable_credential": (
+        "{name}: the credential {path} cannot be read: {why}",
+        "{name}：无法读取凭据 {path}：{why}",
+    ),
+    "settings.unreadable_file": ("the file cannot be read: {why}", "无法读取该文件：{why}"),
+    "settings.unreadable_handed_over": (
+        "{path}: cannot be read: {why}; is RUNTIME_DIRECTORY right?",
+        "无法读取 {path}：{why}；请检查 RUNTIME_DIRECTORY 是否正确",
+    ),
+    "settings.unseen_credential": (
+        "{unit} has a credential {name} that cannot be seen by hand",
+        "{unit} 的凭据 {name} 在手工运行时无法看到",
+    ),
+    "settings.unusable_path": ("{name}: {path} cannot be used: {why}", "{name}：无法使用 {path}：{why}"),
+    "settings.watch_needs_mongodb": (
+        "{what} without MONGODB_HOST: the watch list is a collection of MongoDB; set MONGODB_HOST, or name the codes, "
+        "or @ and a file of them",
+        "{what} 需要 MONGODB_HOST：自选列表是 MongoDB 的一个集合；请设置 MONGODB_HOST，或直接写代码，"
+        "或写 @ 加代码文件的文件名",
+    ),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Instruments
 # ------------------------------------------------------------------------------------------------------
@@ -20164,9 +20357,77 @@ TEMPLATES |= {
 # Of the room HTTP
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "http.announced": (
+        "HTTP {status}, which announces an answer instead of giving it",
+        "应答 HTTP {status}，只预告应答而没有给出应答",
+    ),
+    "http.broke": ("the connection broke", "连接异常中断"),
+    "http.closed": ("the connection was closed without an answer", "连接已关闭，没有应答"),
+    "http.cut": ("the connection was cut", "对方断开了连接"),
+    "http.deep_json": (
+        "{size} bytes of JSON nested deeper than {levels} levels",
+        "{size} 字节的 JSON，嵌套超过 {levels} 层",
+    ),
+    "http.key_log": ("SSLKEYLOGFILE={path} cannot be written: {why}", "无法写入 SSLKEYLOGFILE={path}：{why}"),
+    "http.large": ("an answer of more than {size} MiB", "应答超过 {size} MiB"),
+    "http.late": ("no answer in time", "超时未应答"),
+    "http.no_address": ("its name cannot be resolved ({why})", "无法解析其主机名（{why}）"),
+    "http.no_http": ("its answer is not HTTP ({why})", "应答不是 HTTP（{why}）"),
+    "http.no_json": ("{size} bytes that are not {whose} JSON", "{size} 字节，不是{whose} JSON"),
+    "http.not_whole": (
+        "no whole answer within {seconds:.0f} s",
+        "{seconds:.0f} 秒内没有收到完整的应答",
+    ),
+    "http.proxy_answers": (
+        "the proxy {proxy} answers HTTP {status}; see {setting}",
+        "代理 {proxy} 应答 HTTP {status}；请检查 {setting}",
+    ),
+    "http.proxy_asks_user": (
+        "the proxy {proxy} asks for a user and a password (HTTP 407); expected "
+        "{setting}={scheme}://user:password@host:port",
+        "代理 {proxy} 要求用户名和密码（HTTP 407）；应为 {setting}={scheme}://用户名:密码@主机:端口",
+    ),
+    "http.proxy_refuses_user": (
+        "the proxy {proxy} does not take this user and password (HTTP 407); see {setting}",
+        "代理 {proxy} 不接受此用户名和密码（HTTP 407）；请检查 {setting}",
+    ),
+    "http.refused": ("connection refused", "连接被拒绝"),
+    "http.short": ("the answer was cut short", "应答不完整"),
+    "http.through_proxy": (
+        "through the proxy {proxy}: {fault}; see {setting}",
+        "经代理 {proxy}：{fault}；请检查 {setting}",
+    ),
+    "http.tls": ("TLS fails ({why})", "TLS 失败（{why}）"),
+    "http.unknown": ("no more is known", "原因不明"),
+    "http.untrusted": ("its certificate is not trusted ({why})", "证书不受信任（{why}）"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room WebSocket
 # ------------------------------------------------------------------------------------------------------
+
+# Whoever tells of an end says that it is a connection's: `connection lost: …`, `连接中断：…`.
+TEMPLATES |= {
+    "websocket.closed": ("closed by the server", "由服务器关闭"),
+    "websocket.closed_because": (
+        "closed by the server (code {code} {why})",
+        "由服务器关闭（关闭码 {code}，{why}）",
+    ),
+    "websocket.closed_with_code": ("closed by the server (code {code})", "由服务器关闭（关闭码 {code}）"),
+    "websocket.large_frame": (
+        "a frame of {size} bytes; at most {most} are taken",
+        "收到 {size} 字节的帧，超过上限 {most} 字节",
+    ),
+    "websocket.large_handshake": ("an answer of more than {size} bytes", "应答超过 {size} 字节"),
+    "websocket.lost": ("lost: {why}", "{why}"),
+    "websocket.not_connected": ("cannot connect: {why}", "无法连接：{why}"),
+    "websocket.not_sent": ("sending failed: {why}", "发送失败：{why}"),
+    "websocket.refused": (
+        "the handshake was refused with HTTP {status}",
+        "握手被拒绝（HTTP {status}）",
+    ),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Local files
