@@ -2239,16 +2239,14 @@ PRODUCT_SUFFIXES = {product: suffix for suffix, product in _SUFFIX_PRODUCTS.item
 def _safe(code: str) -> str:
     """Return `code` if it is made of code characters only: the one gate before any URL."""
     if not code:
-        raise InstrumentError("an empty code; expected one such as AAPL.US")
+        raise InstrumentError(phrase("instruments.empty"))
     if len(code) > MAX_CODE_LENGTH:
-        raise InstrumentError(f"{len(code)} characters; a code has at most {MAX_CODE_LENGTH}")
+        raise InstrumentError(phrase("instruments.too_long", n=len(code), most=MAX_CODE_LENGTH))
     # a name, 茅台, or one of the few crypto symbols that are no ASCII
     if not code.isascii() and code.isalnum():
-        raise UnclearCode("no code but perhaps a name; expected a code such as 600519.SH", code)
+        raise UnclearCode(phrase("instruments.perhaps_a_name"), code)
     if not _CODE_ALPHABET.fullmatch(code) or ".." in code or not any(c.isalnum() for c in code):
-        raise InstrumentError(
-            "characters that no code has; expected letters, digits and dots such as AAPL.US"
-        )
+        raise InstrumentError(phrase("instruments.alphabet"))
     return code
 
 
@@ -2323,7 +2321,7 @@ def _mainland_instruments(number: str) -> tuple[Instrument, ...]:
 
 
 def _no_beijing(code: str) -> InstrumentError:
-    return InstrumentError(f"{code} is of the Beijing exchange, which Infoway does not carry")
+    return InstrumentError(phrase("instruments.beijing", code=code))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2346,12 +2344,8 @@ _SUFFIX_OF = {name: suffix for suffix, names in EXCHANGE_NAMES.items() for name 
 # What Eastmoney puts before the dot (secid); its 0 is Beijing too.
 EASTMONEY_MARKETS = {"1": "SH", "0": "SZ", "116": "HK", "105": "US", "106": "US", "107": "US"}
 BEIJING_NAMES = frozenset("BJ BJSE BJEX XBEJ".split())
-# Names that mean more than one exchange, or one whose prices the API does not say to have.
-UNCERTAIN_EXCHANGES = {
-    "TSE": "Tokyo, Taiwan or Toronto: expected a suffix, such as 7203.JP or 2330.TW",
-    "BSE": "Bombay or Beijing, neither known at Infoway; India's codes are such as RELIANCE.IN",
-    "BO": "Bombay, whose prices Infoway's .IN is not said to have; if the share will do: RELIANCE.IN",
-}
+# Names that mean more than one exchange, or one whose prices the API does not say to have: what is said of them.
+UNCERTAIN_EXCHANGES = {"TSE": "instruments.tse", "BSE": "instruments.bse", "BO": "instruments.bo"}
 # Venues that TradingView names before a colon; the API has one price of a pair, whoever is named.
 CRYPTO_VENUES = frozenset(
     "BINANCE COINBASE BYBIT OKX KRAKEN BITSTAMP BITFINEX BITGET KUCOIN GATEIO GATE HTX HUOBI MEXC".split()
@@ -2407,7 +2401,7 @@ def _elsewhere(code: str) -> Instrument:
         return _at_market(rest.replace("_", "."), named)
     for name, other in ((first, rest), (last, symbol)):
         if name in BEIJING_NAMES:
-            raise _no_beijing(other or "this")
+            raise _no_beijing(other or code)
         market = _SUFFIX_OF.get(name)
         if market is None or not _SYMBOL_FORMS[market].fullmatch(other):
             continue
@@ -2421,17 +2415,17 @@ def _elsewhere(code: str) -> Instrument:
 
 def _unknown_exchange(symbol: str, suffix: str) -> InstrumentError:
     if suffix in UNCERTAIN_EXCHANGES:
-        return InstrumentError(f".{suffix} is {UNCERTAIN_EXCHANGES[suffix]}")
+        return InstrumentError(phrase(UNCERTAIN_EXCHANGES[suffix], name=f".{suffix}"))
     if not symbol and suffix:
-        return _unclear(f".{suffix}", "an index without its exchange", f".{suffix}.US")
+        return _unclear(f".{suffix}", phrase("instruments.index_alone"), f".{suffix}.US")
     if suffix in _SUFFIX_OF:
-        market = _SUFFIX_OF[suffix]
-        return InstrumentError(f"unknown form {symbol}.{suffix}: expected a code such as {_EXAMPLES[market]}")
+        example = _EXAMPLES[_SUFFIX_OF[suffix]]
+        return InstrumentError(phrase("instruments.unknown_form", code=f"{symbol}.{suffix}", example=example))
     if re.fullmatch(r"[A-Z]", suffix) and _SYMBOL_FORMS["US"].fullmatch(symbol):
-        return _unclear(f"{symbol}.{suffix}", f"unknown exchange .{suffix}", f"{symbol}.{suffix}.US")
-    return InstrumentError(
-        f"unknown exchange .{suffix}: expected one of {' '.join('.' + name for name in MARKETS)}"
-    )
+        why = phrase("instruments.unknown_exchange", suffix=suffix)
+        return _unclear(f"{symbol}.{suffix}", why, f"{symbol}.{suffix}.US")
+    names = " ".join(f".{name}" for name in MARKETS)
+    return InstrumentError(phrase("instruments.not_an_exchange", suffix=suffix, names=names))
 
 
 def _at_venue(symbol: str, venue: str) -> Instrument:
@@ -2446,12 +2440,11 @@ def _at_venue(symbol: str, venue: str) -> Instrument:
     if market and _SYMBOL_FORMS[market].fullmatch(symbol):
         return _at_market(symbol, market)
     if market:
-        raise InstrumentError(f"{venue}: expected a code of that exchange, such as {_EXAMPLES[market]}")
+        raise InstrumentError(phrase("instruments.not_of_venue", venue=venue, example=_EXAMPLES[market]))
     if venue in UNCERTAIN_EXCHANGES:
-        raise InstrumentError(f"{venue} is {UNCERTAIN_EXCHANGES[venue]}")
-    raise InstrumentError(
-        f"unknown before the colon; expected an exchange or a product: {', '.join(PRODUCTS)}"
-    )
+        raise InstrumentError(phrase(UNCERTAIN_EXCHANGES[venue], name=venue))
+    products = listing("join.names", PRODUCTS)
+    raise InstrumentError(phrase("instruments.unknown_venue", products=products))
 
 
 def _at_pair_venue(symbol: str, venue: str) -> Instrument:
@@ -2461,7 +2454,7 @@ def _at_pair_venue(symbol: str, venue: str) -> Instrument:
         if instrument.product == product:
             return instrument
     example = "BINANCE:BTCUSDT" if product == "crypto" else "OANDA:XAUUSD"
-    raise InstrumentError(f"{venue}: expected an instrument of {product}, such as {example}")
+    raise InstrumentError(phrase("instruments.not_of_product", venue=venue, product=product, example=example))
 
 
 def _at_market(symbol: str, suffix: str) -> Instrument:
@@ -2469,14 +2462,15 @@ def _at_market(symbol: str, suffix: str) -> Instrument:
     if suffix in BEIJING_NAMES:
         raise _no_beijing(symbol)
     if not symbol.strip("."):
-        raise InstrumentError(f"nothing before .{suffix}; expected a code such as {_EXAMPLES[suffix]}")
+        raise InstrumentError(phrase("instruments.only_suffix", suffix=suffix, example=_EXAMPLES[suffix]))
     if suffix == "HK" and symbol.isdigit():
         number = symbol.lstrip("0")
         if not 1 <= len(number) <= 5:
-            raise InstrumentError(f"{symbol}.HK: expected one to five digits such as 00700.HK")
+            raise InstrumentError(phrase("instruments.hong_kong", symbol=symbol))
         symbol = f"{number:0>5}"
     if suffix in ("SH", "SZ") and not _SYMBOL_FORMS[suffix].fullmatch(symbol):
-        raise InstrumentError(f"{symbol}.{suffix}: expected six digits such as {_EXAMPLES[suffix]}")
+        code = f"{symbol}.{suffix}"
+        raise InstrumentError(phrase("instruments.mainland", code=code, example=_EXAMPLES[suffix]))
     return Instrument(_safe(f"{symbol}.{suffix}"), _SUFFIX_PRODUCTS[suffix])
 
 
@@ -2487,7 +2481,7 @@ def _of_yahoo(symbol: str, kind: str) -> Instrument:
     pair = f"USD{symbol}" if symbol in CURRENCIES - {"USD"} else symbol
     if kind == "X" and _bare_product(pair) == "common":
         return Instrument(pair, "common")
-    raise InstrumentError(f"{symbol}={kind}: expected a pair such as USDCNY or a code such as AAPL.US")
+    raise InstrumentError(phrase("instruments.yahoo", typed=f"{symbol}={kind}"))
 
 
 def _pair(text: str) -> Instrument | None:
@@ -2541,16 +2535,16 @@ def _bare_product(code: str) -> str:
 def _bare_proposal(code: str) -> InstrumentError:
     """Return the refusal of a code without exchange, which proposes what its form allows."""
     if code.isdigit():
-        return _unclear(code, "no exchange given", *_numbers_like(code))
+        return _unclear(code, phrase("instruments.no_exchange"), *_numbers_like(code))
     if code in CRYPTO_COINS:
-        return _unclear(code, "a coin without what it is quoted in", f"{code}USDT", f"{code}.US")
+        return _unclear(code, phrase("instruments.coin_alone"), f"{code}USDT", f"{code}.US")
     if code in SHARED_NAMES:
-        return _unclear(code, "two instruments are called so", f"common:{code}", f"{code}.US")
+        return _unclear(code, phrase("instruments.shared_name"), f"common:{code}", f"{code}.US")
     if code.startswith("^"):
-        return _unclear(code, "Yahoo's name of an index, Infoway's are such as .DJI.US or US500")
+        return _unclear(code, phrase("instruments.yahoo_index"))
     if re.fullmatch(r"[A-Z]{1,6}(?:-[A-Z]{1,2})?", code):
-        return _unclear(code, "no exchange given", f"{code.replace('-', '.')}.US")
-    return _unclear(code, "no exchange given")
+        return _unclear(code, phrase("instruments.no_exchange"), f"{code.replace('-', '.')}.US")
+    return _unclear(code, phrase("instruments.no_exchange"))
 
 
 def _numbers_like(number: str) -> Iterator[str]:
@@ -2569,10 +2563,13 @@ def _numbers_like(number: str) -> Iterator[str]:
 
 def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
     """Return the refusal of an unclear text, which proposes codes that are read as they stand."""
-    words = f"did you mean {', '.join(codes[:-1])}{' or ' if codes[1:] else ''}{''.join(codes[-1:])}?"
-    if not codes:
-        words = f"expected {'six digits such as 600519' if text.isdigit() else 'a code such as AAPL.US'}"
-    return UnclearCode(f"{why}: {words}", text, codes)
+    if codes:
+        words = phrase("instruments.did_you_mean", why=why, codes=alternatives(codes))
+    elif text.isdigit():
+        words = phrase("instruments.expected_digits", why=why)
+    else:
+        words = phrase("instruments.expected_code", why=why)
+    return UnclearCode(words, text, codes)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2652,9 +2649,9 @@ def _code_text(raw: object) -> str:
     if isinstance(raw, str):
         return raw
     if isinstance(raw, bool) or not isinstance(raw, int | float) or raw - raw != 0:  # not finite
-        raise InstrumentError(f"no code: {one_line(repr(raw), 40)}; expected a text such as AAPL.US")
+        raise InstrumentError(phrase("instruments.no_text", raw=one_line(repr(raw), 40)))
     if raw != int(raw):
-        raise InstrumentError(f"no code: {raw!r}; expected a whole number or a text such as 600519.SH")
+        raise InstrumentError(phrase("instruments.no_number", raw=repr(raw)))
     return str(int(raw)) if abs(raw) < 10**MAX_CODE_LENGTH else "9" * (MAX_CODE_LENGTH + 1)
 
 
@@ -2669,7 +2666,11 @@ def _at_product(symbol: str, product: str) -> Instrument:
         return Instrument(code, product)
     instrument = _read(code)
     if instrument.product != product:
-        raise InstrumentError(f"{instrument.code} is asked at {instrument.product}, not at {product}")
+        raise InstrumentError(
+            phrase(
+                "instruments.other_product", code=instrument.code, product=instrument.product, other=product
+            )
+        )
     return instrument
 
 
@@ -2847,7 +2848,7 @@ class BatchPlan:
         except InstrumentError as error:
             shown = one_line(raw, MAX_CODE_LENGTH + 8) or "''"
             self.total += shown not in self.invalid
-            self.invalid[shown] = str(error)
+            self.invalid[shown] = error.message
             if isinstance(error, UnclearCode):
                 self.unclear[shown] = error
         else:
@@ -20155,6 +20156,104 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 # Of the room Instruments
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "instruments.alphabet": (
+        "characters that no code has; expected letters, digits and dots such as AAPL.US",
+        "含有代码中不会出现的字符；应由字母、数字和点组成，如 AAPL.US",
+    ),
+    "instruments.beijing": (
+        "{code} is of the Beijing exchange, which Infoway does not carry",
+        "{code} 属于北京证券交易所，Infoway 没有其行情",
+    ),
+    "instruments.bo": (
+        "{name} is Bombay, whose prices Infoway's .IN is not said to have; if the share will do: RELIANCE.IN",
+        "{name} 是孟买交易所，Infoway 未说明 .IN 含其价格；如果只看这只股票，可写 RELIANCE.IN",
+    ),
+    "instruments.bse": (
+        "{name} is Bombay or Beijing, neither known at Infoway; India's codes are such as RELIANCE.IN",
+        "{name} 可指孟买或北京的交易所，两者 Infoway 都没有；印度的代码形如 RELIANCE.IN",
+    ),
+    "instruments.coin_alone": (
+        "a coin without what it is quoted in",
+        "只有币种，未写计价货币",
+    ),
+    "instruments.did_you_mean": ("{why}: did you mean {codes}?", "{why}：是不是 {codes}？"),
+    "instruments.empty": ("an empty code; expected one such as AAPL.US", "代码为空；应为代码，如 AAPL.US"),
+    "instruments.expected_code": ("{why}: expected a code such as AAPL.US", "{why}：应为代码，如 AAPL.US"),
+    "instruments.expected_digits": (
+        "{why}: expected six digits such as 600519",
+        "{why}：应为六位数字，如 600519",
+    ),
+    "instruments.hong_kong": (
+        "{symbol}.HK: expected one to five digits such as 00700.HK",
+        "{symbol}.HK：应为一到五位数字，如 00700.HK",
+    ),
+    "instruments.index_alone": ("an index without its exchange", "指数未写交易所"),
+    "instruments.mainland": (
+        "{code}: expected six digits such as {example}",
+        "{code}：应为六位数字，如 {example}",
+    ),
+    "instruments.no_exchange": ("no exchange given", "未写交易所"),
+    "instruments.no_number": (
+        "no code: {raw}; expected a whole number or a text such as 600519.SH",
+        "不是代码：{raw}；应为整数或文本，如 600519.SH",
+    ),
+    "instruments.no_text": (
+        "no code: {raw}; expected a text such as AAPL.US",
+        "不是代码：{raw}；应为文本，如 AAPL.US",
+    ),
+    "instruments.not_an_exchange": (
+        "unknown exchange .{suffix}: expected one of {names}",
+        "未知的交易所 .{suffix}：应为以下之一：{names}",
+    ),
+    "instruments.not_of_product": (
+        "{venue}: expected an instrument of {product}, such as {example}",
+        "{venue}：应为产品 {product} 中的品种，如 {example}",
+    ),
+    "instruments.not_of_venue": (
+        "{venue}: expected a code of that exchange, such as {example}",
+        "{venue}：应为该交易所的代码，如 {example}",
+    ),
+    "instruments.only_suffix": (
+        "nothing before .{suffix}; expected a code such as {example}",
+        ".{suffix} 之前为空；应为代码，如 {example}",
+    ),
+    "instruments.other_product": (
+        "{code} is asked at {product}, not at {other}",
+        "{code} 属于产品 {product}，不属于 {other}",
+    ),
+    "instruments.perhaps_a_name": (
+        "no code but perhaps a name; expected a code such as 600519.SH",
+        "不是代码，可能是名称；应为代码，如 600519.SH",
+    ),
+    "instruments.shared_name": ("two instruments are called so", "有两个品种用这个代码"),
+    "instruments.too_long": (
+        "{n} characters; a code has at most {most}",
+        "共 {n} 个字符；代码最多 {most} 个字符",
+    ),
+    "instruments.tse": (
+        "{name} is Tokyo, Taiwan or Toronto: expected a suffix, such as 7203.JP or 2330.TW",
+        "{name} 可指东京、台湾或多伦多的交易所：请写后缀，如 7203.JP 或 2330.TW",
+    ),
+    "instruments.unknown_exchange": ("unknown exchange .{suffix}", "未知的交易所 .{suffix}"),
+    "instruments.unknown_form": (
+        "unknown form {code}: expected a code such as {example}",
+        "无法识别 {code}：应为代码，如 {example}",
+    ),
+    "instruments.unknown_venue": (
+        "unknown before the colon; expected an exchange or a product: {products}",
+        "无法识别冒号前的部分；应为交易所或产品：{products}",
+    ),
+    "instruments.yahoo": (
+        "{typed}: expected a pair such as USDCNY or a code such as AAPL.US",
+        "{typed}：应为货币对（如 USDCNY）或代码（如 AAPL.US）",
+    ),
+    "instruments.yahoo_index": (
+        "Yahoo's name of an index, Infoway's are such as .DJI.US or US500",
+        "这是 Yahoo 的指数代码，Infoway 的形如 .DJI.US 或 US500",
+    ),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Events
