@@ -640,7 +640,7 @@ def first_few(names: Collection[str]) -> Phrase:
 def alternatives(names: Sequence[str]) -> str:
     """Return names of which one is meant: `a, b or c`."""
     if len(names) < 2:
-        return "".join(names)
+        return next(iter(names), "")
     return phrase("tools.or", first=listing("join.names", names[:-1]), last=names[-1])
 
 
@@ -20225,7 +20225,7 @@ TEMPLATES |= {
     ),
     "instruments.bo": (
         "{name} is Bombay, whose prices Infoway's .IN is not said to have; if the share will do: RELIANCE.IN",
-        "{name} 是孟买交易所，Infoway 未说明 .IN 含其价格；如果只看这只股票，可写 RELIANCE.IN",
+        "{name} 是孟买交易所，Infoway 未说明 .IN 含其价格；如果只要这只股票的价格，可写 RELIANCE.IN",
     ),
     "instruments.bse": (
         "{name} is Bombay or Beijing, neither known at Infoway; India's codes are such as RELIANCE.IN",
@@ -20339,7 +20339,7 @@ TEMPLATES |= {
     "quota.busy": ("the shared count is busy", "共用计数正忙"),
     "quota.day_used_up": ("the day's {n} requests are used up", "当日 {n} 次请求的额度已用完"),
     "quota.key": ("key {key}: {why}", "密钥 {key}：{why}"),
-    "quota.minute_used_up": ("the minute's {n} requests are used up", "这一分钟的 {n} 次请求已用完"),
+    "quota.minute_used_up": ("the minute's {n} requests are used up", "本分钟 {n} 次请求的额度已用完"),
     "quota.mongo_away": ("MongoDB is away ({error})", "MongoDB 不可用（{error}）"),
     "quota.no_key": ("no API key: set INFOWAY_API_KEY", "没有 API 密钥：请设置 INFOWAY_API_KEY"),
     "quota.no_right": (
@@ -20357,7 +20357,7 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
-    "infoway.ahead": ("t {t}: {at} is more than a day ahead", "t {t}：{at} 比现在晚一天以上"),
+    "infoway.ahead": ("t {t}: {at} is more than a day ahead", "t {t}：{at} 比当前时间晚一天以上"),
     "infoway.ambiguous": ("does not tell what is meant", "看不出指哪个品种"),
     "infoway.asked_in_vain": ("it was asked for a moment ago, in vain", "刚才查询过，没有结果"),
     "infoway.asks_to_wait": ("{said}, asks to wait {s:.0f} s", "{said}，要求等待 {s:.0f} 秒"),
@@ -20382,7 +20382,7 @@ TEMPLATES |= {
     "infoway.its": ("the API's", "行情 API 的"),
     "infoway.listed": (
         "the API lists it as {name}, but has no trade of it, or not for this key's plan",
-        "API 的品种列表中有它（{name}），但没有它的成交，或此密钥的套餐不包含",
+        "API 的品种列表中有该代码（{name}），但没有其成交，或此密钥的套餐不包含",
     ),
     "infoway.no_bar": (
         "prices {prices} and volume {volume}: no bar has them",
@@ -20437,11 +20437,11 @@ TEMPLATES |= {
     "infoway.tries": ("{said}, {n} tries", "{said}，共尝试 {n} 次"),
     "infoway.unknown": (
         "unknown to the API, or not in this key's plan",
-        "API 不认识，或此密钥的套餐不包含",
+        "API 不认识该代码，或此密钥的套餐不包含",
     ),
     "infoway.unlisted": (
         "unknown to the API: in none of its lists",
-        "API 不认识：不在它的任何品种列表中",
+        "API 不认识该代码：所有品种列表中都没有",
     ),
     "infoway.unnamed": ("unnamed", "未命名"),
     "infoway.volume_below_zero": ("v {v}: a volume is not below zero", "v {v}：成交量不会为负"),
@@ -20460,11 +20460,11 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
-    "closes.no_bar": ("the API has no daily bar of it", "API 没有它的日线"),
-    "closes.no_bars": ("the API has no bar of theirs", "API 没有它们的日线"),
+    "closes.no_bar": ("the API has no daily bar of it", "API 没有该代码的日线"),
+    "closes.no_bars": ("the API has no bar of theirs", "API 没有这些代码的日线"),
     "closes.no_boundary": (
         "the API's daily bars of it have no documented boundary",
-        "API 未说明它的日线以何时为界",
+        "API 未说明该代码的日线从何时到何时",
     ),
 }
 
