@@ -640,7 +640,7 @@ def first_few(names: Collection[str]) -> Phrase:
 def alternatives(names: Sequence[str]) -> str:
     """Return names of which one is meant: `a, b or c`."""
     if len(names) < 2:
-        return "".join(names)
+        return next(iter(names), "")
     return phrase("tools.or", first=listing("join.names", names[:-1]), last=names[-1])
 
 
@@ -2224,16 +2224,14 @@ PRODUCT_SUFFIXES = {product: suffix for suffix, product in _SUFFIX_PRODUCTS.item
 def _safe(code: str) -> str:
     """Return `code` if it is made of code characters only: the one gate before any URL."""
     if not code:
-        raise InstrumentError("an empty code; expected one such as AAPL.US")
+        raise InstrumentError(phrase("instruments.empty"))
     if len(code) > MAX_CODE_LENGTH:
-        raise InstrumentError(f"{len(code)} characters; a code has at most {MAX_CODE_LENGTH}")
+        raise InstrumentError(phrase("instruments.too_long", n=len(code), most=MAX_CODE_LENGTH))
     # a name, 茅台, or one of the few crypto symbols that are no ASCII
     if not code.isascii() and code.isalnum():
-        raise UnclearCode("no code but perhaps a name; expected a code such as 600519.SH", code)
+        raise UnclearCode(phrase("instruments.perhaps_a_name"), code)
     if not _CODE_ALPHABET.fullmatch(code) or ".." in code or not any(c.isalnum() for c in code):
-        raise InstrumentError(
-            "characters that no code has; expected letters, digits and dots such as AAPL.US"
-        )
+        raise InstrumentError(phrase("instruments.alphabet"))
     return code
 
 
@@ -2308,7 +2306,7 @@ def _mainland_instruments(number: str) -> tuple[Instrument, ...]:
 
 
 def _no_beijing(code: str) -> InstrumentError:
-    return InstrumentError(f"{code} is of the Beijing exchange, which Infoway does not carry")
+    return InstrumentError(phrase("instruments.beijing", code=code))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2331,12 +2329,8 @@ _SUFFIX_OF = {name: suffix for suffix, names in EXCHANGE_NAMES.items() for name 
 # What Eastmoney puts before the dot (secid); its 0 is Beijing too.
 EASTMONEY_MARKETS = {"1": "SH", "0": "SZ", "116": "HK", "105": "US", "106": "US", "107": "US"}
 BEIJING_NAMES = frozenset("BJ BJSE BJEX XBEJ".split())
-# Names that mean more than one exchange, or one whose prices the API does not say to have.
-UNCERTAIN_EXCHANGES = {
-    "TSE": "Tokyo, Taiwan or Toronto: expected a suffix, such as 7203.JP or 2330.TW",
-    "BSE": "Bombay or Beijing, neither known at Infoway; India's codes are such as RELIANCE.IN",
-    "BO": "Bombay, whose prices Infoway's .IN is not said to have; if the share will do: RELIANCE.IN",
-}
+# Names that mean more than one exchange, or one whose prices the API does not say to have: what is said of them.
+UNCERTAIN_EXCHANGES = {"TSE": "instruments.tse", "BSE": "instruments.bse", "BO": "instruments.bo"}
 # Venues that TradingView names before a colon; the API has one price of a pair, whoever is named.
 CRYPTO_VENUES = frozenset(
     "BINANCE COINBASE BYBIT OKX KRAKEN BITSTAMP BITFINEX BITGET KUCOIN GATEIO GATE HTX HUOBI MEXC".split()
@@ -2392,7 +2386,7 @@ def _elsewhere(code: str) -> Instrument:
         return _at_market(rest.replace("_", "."), named)
     for name, other in ((first, rest), (last, symbol)):
         if name in BEIJING_NAMES:
-            raise _no_beijing(other or "this")
+            raise _no_beijing(other or code)
         market = _SUFFIX_OF.get(name)
         if market is None or not _SYMBOL_FORMS[market].fullmatch(other):
             continue
@@ -2406,17 +2400,17 @@ def _elsewhere(code: str) -> Instrument:
 
 def _unknown_exchange(symbol: str, suffix: str) -> InstrumentError:
     if suffix in UNCERTAIN_EXCHANGES:
-        return InstrumentError(f".{suffix} is {UNCERTAIN_EXCHANGES[suffix]}")
+        return InstrumentError(phrase(UNCERTAIN_EXCHANGES[suffix], name=f".{suffix}"))
     if not symbol and suffix:
-        return _unclear(f".{suffix}", "an index without its exchange", f".{suffix}.US")
+        return _unclear(f".{suffix}", phrase("instruments.index_alone"), f".{suffix}.US")
     if suffix in _SUFFIX_OF:
-        market = _SUFFIX_OF[suffix]
-        return InstrumentError(f"unknown form {symbol}.{suffix}: expected a code such as {_EXAMPLES[market]}")
+        example = _EXAMPLES[_SUFFIX_OF[suffix]]
+        return InstrumentError(phrase("instruments.unknown_form", code=f"{symbol}.{suffix}", example=example))
     if re.fullmatch(r"[A-Z]", suffix) and _SYMBOL_FORMS["US"].fullmatch(symbol):
-        return _unclear(f"{symbol}.{suffix}", f"unknown exchange .{suffix}", f"{symbol}.{suffix}.US")
-    return InstrumentError(
-        f"unknown exchange .{suffix}: expected one of {' '.join('.' + name for name in MARKETS)}"
-    )
+        why = phrase("instruments.unknown_exchange", suffix=suffix)
+        return _unclear(f"{symbol}.{suffix}", why, f"{symbol}.{suffix}.US")
+    names = " ".join(f".{name}" for name in MARKETS)
+    return InstrumentError(phrase("instruments.not_an_exchange", suffix=suffix, names=names))
 
 
 def _at_venue(symbol: str, venue: str) -> Instrument:
@@ -2431,12 +2425,11 @@ def _at_venue(symbol: str, venue: str) -> Instrument:
     if market and _SYMBOL_FORMS[market].fullmatch(symbol):
         return _at_market(symbol, market)
     if market:
-        raise InstrumentError(f"{venue}: expected a code of that exchange, such as {_EXAMPLES[market]}")
+        raise InstrumentError(phrase("instruments.not_of_venue", venue=venue, example=_EXAMPLES[market]))
     if venue in UNCERTAIN_EXCHANGES:
-        raise InstrumentError(f"{venue} is {UNCERTAIN_EXCHANGES[venue]}")
-    raise InstrumentError(
-        f"unknown before the colon; expected an exchange or a product: {', '.join(PRODUCTS)}"
-    )
+        raise InstrumentError(phrase(UNCERTAIN_EXCHANGES[venue], name=venue))
+    products = listing("join.names", PRODUCTS)
+    raise InstrumentError(phrase("instruments.unknown_venue", products=products))
 
 
 def _at_pair_venue(symbol: str, venue: str) -> Instrument:
@@ -2446,7 +2439,7 @@ def _at_pair_venue(symbol: str, venue: str) -> Instrument:
         if instrument.product == product:
             return instrument
     example = "BINANCE:BTCUSDT" if product == "crypto" else "OANDA:XAUUSD"
-    raise InstrumentError(f"{venue}: expected an instrument of {product}, such as {example}")
+    raise InstrumentError(phrase("instruments.not_of_product", venue=venue, product=product, example=example))
 
 
 def _at_market(symbol: str, suffix: str) -> Instrument:
@@ -2454,14 +2447,15 @@ def _at_market(symbol: str, suffix: str) -> Instrument:
     if suffix in BEIJING_NAMES:
         raise _no_beijing(symbol)
     if not symbol.strip("."):
-        raise InstrumentError(f"nothing before .{suffix}; expected a code such as {_EXAMPLES[suffix]}")
+        raise InstrumentError(phrase("instruments.only_suffix", suffix=suffix, example=_EXAMPLES[suffix]))
     if suffix == "HK" and symbol.isdigit():
         number = symbol.lstrip("0")
         if not 1 <= len(number) <= 5:
-            raise InstrumentError(f"{symbol}.HK: expected one to five digits such as 00700.HK")
+            raise InstrumentError(phrase("instruments.hong_kong", symbol=symbol))
         symbol = f"{number:0>5}"
     if suffix in ("SH", "SZ") and not _SYMBOL_FORMS[suffix].fullmatch(symbol):
-        raise InstrumentError(f"{symbol}.{suffix}: expected six digits such as {_EXAMPLES[suffix]}")
+        code = f"{symbol}.{suffix}"
+        raise InstrumentError(phrase("instruments.mainland", code=code, example=_EXAMPLES[suffix]))
     return Instrument(_safe(f"{symbol}.{suffix}"), _SUFFIX_PRODUCTS[suffix])
 
 
@@ -2472,7 +2466,7 @@ def _of_yahoo(symbol: str, kind: str) -> Instrument:
     pair = f"USD{symbol}" if symbol in CURRENCIES - {"USD"} else symbol
     if kind == "X" and _bare_product(pair) == "common":
         return Instrument(pair, "common")
-    raise InstrumentError(f"{symbol}={kind}: expected a pair such as USDCNY or a code such as AAPL.US")
+    raise InstrumentError(phrase("instruments.yahoo", typed=f"{symbol}={kind}"))
 
 
 def _pair(text: str) -> Instrument | None:
@@ -2526,16 +2520,16 @@ def _bare_product(code: str) -> str:
 def _bare_proposal(code: str) -> InstrumentError:
     """Return the refusal of a code without exchange, which proposes what its form allows."""
     if code.isdigit():
-        return _unclear(code, "no exchange given", *_numbers_like(code))
+        return _unclear(code, phrase("instruments.no_exchange"), *_numbers_like(code))
     if code in CRYPTO_COINS:
-        return _unclear(code, "a coin without what it is quoted in", f"{code}USDT", f"{code}.US")
+        return _unclear(code, phrase("instruments.coin_alone"), f"{code}USDT", f"{code}.US")
     if code in SHARED_NAMES:
-        return _unclear(code, "two instruments are called so", f"common:{code}", f"{code}.US")
+        return _unclear(code, phrase("instruments.shared_name"), f"common:{code}", f"{code}.US")
     if code.startswith("^"):
-        return _unclear(code, "Yahoo's name of an index, Infoway's are such as .DJI.US or US500")
+        return _unclear(code, phrase("instruments.yahoo_index"))
     if re.fullmatch(r"[A-Z]{1,6}(?:-[A-Z]{1,2})?", code):
-        return _unclear(code, "no exchange given", f"{code.replace('-', '.')}.US")
-    return _unclear(code, "no exchange given")
+        return _unclear(code, phrase("instruments.no_exchange"), f"{code.replace('-', '.')}.US")
+    return _unclear(code, phrase("instruments.no_exchange"))
 
 
 def _numbers_like(number: str) -> Iterator[str]:
@@ -2554,10 +2548,13 @@ def _numbers_like(number: str) -> Iterator[str]:
 
 def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
     """Return the refusal of an unclear text, which proposes codes that are read as they stand."""
-    words = f"did you mean {', '.join(codes[:-1])}{' or ' if codes[1:] else ''}{''.join(codes[-1:])}?"
-    if not codes:
-        words = f"expected {'six digits such as 600519' if text.isdigit() else 'a code such as AAPL.US'}"
-    return UnclearCode(f"{why}: {words}", text, codes)
+    if codes:
+        words = phrase("instruments.did_you_mean", why=why, codes=alternatives(codes))
+    elif text.isdigit():
+        words = phrase("instruments.expected_digits", why=why)
+    else:
+        words = phrase("instruments.expected_code", why=why)
+    return UnclearCode(words, text, codes)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2637,9 +2634,9 @@ def _code_text(raw: object) -> str:
     if isinstance(raw, str):
         return raw
     if isinstance(raw, bool) or not isinstance(raw, int | float) or raw - raw != 0:  # not finite
-        raise InstrumentError(f"no code: {one_line(repr(raw), 40)}; expected a text such as AAPL.US")
+        raise InstrumentError(phrase("instruments.no_text", raw=one_line(repr(raw), 40)))
     if raw != int(raw):
-        raise InstrumentError(f"no code: {raw!r}; expected a whole number or a text such as 600519.SH")
+        raise InstrumentError(phrase("instruments.no_number", raw=repr(raw)))
     return str(int(raw)) if abs(raw) < 10**MAX_CODE_LENGTH else "9" * (MAX_CODE_LENGTH + 1)
 
 
@@ -2654,7 +2651,11 @@ def _at_product(symbol: str, product: str) -> Instrument:
         return Instrument(code, product)
     instrument = _read(code)
     if instrument.product != product:
-        raise InstrumentError(f"{instrument.code} is asked at {instrument.product}, not at {product}")
+        raise InstrumentError(
+            phrase(
+                "instruments.other_product", code=instrument.code, product=instrument.product, other=product
+            )
+        )
     return instrument
 
 
@@ -2773,6 +2774,8 @@ MAX_BATCH = 100
 CODES_PER_BUCKET = 10
 # Where nobody knows how many codes will come.
 MANY_CODES = 100_000
+# What the name of a product's bars ends with, where they are told from the product.
+OF_BARS = " bars"
 
 
 class Batch(NamedTuple):
@@ -2789,7 +2792,7 @@ class Batch(NamedTuple):
     @property
     def service(self) -> str:
         """What a key must serve: the product, or its bars, which a plan may lack."""
-        return f"{self.product} bars" if self.bars else self.product
+        return self.product + OF_BARS if self.bars else self.product
 
     def split(self) -> list[str]:
         """Return the codes one by one."""
@@ -2832,7 +2835,7 @@ class BatchPlan:
         except InstrumentError as error:
             shown = one_line(raw, MAX_CODE_LENGTH + 8) or "''"
             self.total += shown not in self.invalid
-            self.invalid[shown] = str(error)
+            self.invalid[shown] = error.message
             if isinstance(error, UnclearCode):
                 self.unclear[shown] = error
         else:
@@ -4957,7 +4960,7 @@ class ApiKey:
     def refusal(self, product: str) -> str:
         """Return why the key cannot serve a product (or its bars: `stock bars`) at all, '' if it can."""
         closed = self.closed_products
-        return self.dead or closed.get(product, "") or closed.get(product.removesuffix(" bars"), "")
+        return self.dead or closed.get(product, "") or closed.get(product.removesuffix(OF_BARS), "")
 
     def ready_at(self, now: float) -> float:
         """Return the earliest time at which the key may be used again."""
@@ -5020,7 +5023,7 @@ class KeyPool:
                 if isinstance(got, ApiKey):
                     return got
                 self._changed.wait(min(got, STOP_POLL_S))
-        raise Interrupted("stopped")
+        raise Interrupted(phrase("tools.stopped"))
 
     def try_acquire(self, product: str, only: ApiKey | None = None) -> ApiKey | float:
         """Return a key for a request that is made now, and count it, or the seconds after which to ask again.
@@ -5173,13 +5176,24 @@ class KeyPool:
 
     def _why_none(self, product: str, now: float) -> str:
         if not self.keys:
-            return "no API key: set INFOWAY_API_KEY"
-        reasons = "; ".join(f"key {key.shown}: {self._why_not(key, product, now)}" for key in self.keys)
-        return see(f"no API key can serve {product} ({reasons})", "INFOWAY_API_KEY")
+            return phrase("quota.no_key")
+        reasons = listing(
+            "join.clauses",
+            [phrase("quota.key", key=key.shown, why=self._why_not(key, product, now)) for key in self.keys],
+        )
+        return see(
+            phrase("quota.none_serves", service=service_words(product), reasons=reasons), "INFOWAY_API_KEY"
+        )
 
     def _why_not(self, key: ApiKey, product: str, now: float) -> str:
         back = iso_after(self._clock.wall(), max(0.0, key.paused_until - now))
-        return key.refusal(product) or f"{key.paused_why}, back at {back}"
+        return key.refusal(product) or phrase("quota.back_at", why=key.paused_why, back=back)
+
+
+def service_words(service: str) -> str:
+    """Return what a person reads of a product, or of its bars: `stock bars`."""
+    product = service.removesuffix(OF_BARS)
+    return service if product == service else phrase("quota.bars", product=product)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -5376,7 +5390,7 @@ def day_lease(plan: Plan) -> int:
 
 def day_used_up(plan: Plan) -> str:
     """Return why a key rests whose day's requests are used up."""
-    return f"the day's {plan.per_day} requests are used up"
+    return phrase("quota.day_used_up", n=plan.per_day)
 
 
 class SharedLedger:
@@ -5463,20 +5477,19 @@ class SharedLedger:
 
         now = self._clock.monotonic()
         if now < self._away_until:
-            raise StoreAway("the shared counts of API keys are away")
+            raise StoreAway(phrase("quota.away"))
         try:
             with timeout(LEDGER_TIMEOUT_S):
                 yield
         except PyMongoError as error:
             if not last_try and isinstance(error, AutoReconnect) and not error.timeout:
-                raise StoreAway("a connection to the shared counts of API keys broke") from error
+                raise StoreAway(phrase("quota.away")) from error
             self._away_until = now + LEDGER_RETRY_S
-            words = f"MongoDB is away ({one_line(plain_words(str(error)), 100)})"
+            words = phrase("quota.mongo_away", error=one_line(plain_words(str(error)), 100))
             if isinstance(error, OperationFailure) and error.code == UNAUTHORIZED:
-                place = self._collection.full_name
-                words = f"this user may not write to {place}; see MONGODB_LICENSE_COLLECTION_NAME"
+                words = phrase("quota.no_right", place=self._collection.full_name)
             self._trouble.again(words)
-            raise StoreAway("the shared counts of API keys are away") from error
+            raise StoreAway(phrase("quota.away")) from error
         self._away_until = 0.0
         self._trouble.over()
 
@@ -5511,7 +5524,7 @@ class SharedLedger:
             slices = {k: n for k, n in found["slices"].items() if abs(int(k) - present) < SLICES_PER_WINDOW}
             requests = min(share, plan.per_minute - sum(slices.values()))
             if requests <= 0:
-                return Lease(0, end, f"the minute's {plan.per_minute} requests are used up")
+                return Lease(0, end, phrase("quota.minute_used_up", n=plan.per_minute))
             pace = Pace(found, plan, now)
             pace.settle(self._holder, made)
             lease = self._slots_of_a_slice(pace, requests, plan, now)
@@ -5519,7 +5532,7 @@ class SharedLedger:
             slices[counted] = slices.get(counted, 0) + lease.requests
             if self._swap(digest, found["version"], {"slices": slices, **pace.stored()}):
                 return lease
-        return Lease(0, end, "the shared count is busy")
+        return Lease(0, end, phrase("quota.busy"))
 
     def _slots_of_a_slice(self, pace: Pace, requests: int, plan: Plan, now: float) -> Lease:
         """Return a lease of as many requests as there are slots for in the slice of the first one."""
@@ -5631,20 +5644,28 @@ class Action(Enum):
     """What to do after an answer."""
 
     ACCEPT = "accept"
-    RETRY = "retry with back-off"
-    SLOW_DOWN = "let the key rest a moment, then retry"
-    KEY_DAY_OVER = "let the key rest until the next day"
-    KEY_DEAD = "never use the key again"
-    KEY_DOUBTED = "let the key rest, longer each time: something on the way refused it, not the API"
-    KEY_LACKS_PRODUCT = "never use the key for this product again"
-    CODES_UNKNOWN = "give up on the codes"
-    GIVE_UP = "give up on the request: it is wrong, and would be wrong again"
+    # with back-off
+    RETRY = "retry"
+    # let the key rest a moment, then retry
+    SLOW_DOWN = "slow_down"
+    # let the key rest until the next day
+    KEY_DAY_OVER = "key_day_over"
+    # never use the key again
+    KEY_DEAD = "key_dead"
+    # let the key rest, longer each time: something on the way refused it, not the API
+    KEY_DOUBTED = "key_doubted"
+    # never use the key for this product again
+    KEY_LACKS_PRODUCT = "key_lacks_product"
+    # give up on the codes
+    CODES_UNKNOWN = "codes_unknown"
+    # give up on the request: it is wrong, and would be wrong again
+    GIVE_UP = "give_up"
 
 
 class Refusal(NamedTuple):
     """A row of the table of refusals: what follows, and how the API says it, by `ret`, text or HTTP status.
 
-    `setting`: what an operator looks at. `more`: what is to be said beside the API's words.
+    `setting`: what an operator looks at. `more`: the kind of what is said, where that is more than the API's words.
     """
 
     action: Action
@@ -5667,14 +5688,13 @@ _KEY_TEXTS = (
 )
 _RATE_TEXTS = ("Rate limit exceeded", "Request frequency exceed")
 _REQUEST_TEXTS = ("Products quantity exceeds", "Param error", "Param lost")
-_REDIRECTION = ", a redirection, which is not followed"
-_NOT_THE_API = ", not in the API's words: as from a gateway or a login page on the way"
-_GATEWAY = ", a refusal of the gateway: the key, the region or its risk control"
 # Each refusal has a `ret` of its own, or comes with `ret` 500 or without one: then its text begins so. The
 # status counts where neither tells, as with what a gateway sends. Of several rows the first one counts.
 REFUSALS = (
     Refusal(Action.KEY_DEAD, FailureKind.KEY, "INFOWAY_API_KEY", (401, 509), _KEY_TEXTS),
-    Refusal(Action.KEY_DOUBTED, FailureKind.KEY, "INFOWAY_API_BASE_URL", (), (), (401,), _NOT_THE_API),
+    Refusal(
+        Action.KEY_DOUBTED, FailureKind.KEY, "INFOWAY_API_BASE_URL", (), (), (401,), "infoway.not_the_api"
+    ),
     Refusal(Action.KEY_LACKS_PRODUCT, FailureKind.KEY, "INFOWAY_API_KEY", (514,), ("No permission",)),
     Refusal(Action.KEY_DAY_OVER, FailureKind.KEY, "INFOWAY_PLAN", (502,), ("Request frequency for the day",)),
     Refusal(Action.SLOW_DOWN, FailureKind.API, "INFOWAY_PLAN", (429, 501), _RATE_TEXTS, (429,)),
@@ -5682,12 +5702,20 @@ REFUSALS = (
     Refusal(Action.GIVE_UP, FailureKind.API, "", (505, 506, 507), _REQUEST_TEXTS),
     Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=(408,)),
     Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=range(500, 1000)),
-    Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_KEY", (403, 499), (), (403, 499), _GATEWAY),
+    Refusal(
+        Action.GIVE_UP, FailureKind.API, "INFOWAY_API_KEY", (403, 499), (), (403, 499), "infoway.gateway"
+    ),
     Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=range(400, 500)),
-    Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_BASE_URL", (), (), range(300, 400), _REDIRECTION),
+    Refusal(
+        Action.GIVE_UP,
+        FailureKind.API,
+        "INFOWAY_API_BASE_URL",
+        (),
+        (),
+        range(300, 400),
+        "infoway.redirection",
+    ),
 )
-# An instrument that the plan does not have is answered as one that does not exist.
-UNKNOWN_WORDS = "unknown to the API, or not in this key's plan"
 # What no row is for: a fault of the API's own, or a success that is none.
 UNCLEAR = Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL")
 
@@ -5722,13 +5750,23 @@ def decide(response: Response, now_utc: datetime) -> Verdict:
         return _accept(envelope)
     status = _status_of(response, envelope)
     row = row or next((one for one in REFUSALS if status in one.statuses), UNCLEAR)
-    words = f"HTTP {status}{f': {text}' if text else ''}{row.more}"
-    if ret is not None:
-        words = f"the API says {one_line(repr(ret), 40)}: {text or 'nothing more'}"
-    elif row is UNCLEAR:
-        words += ", " + not_json_words(response.body, "the API's")
-    failure = Failure(row.kind, words)
+    failure = Failure(row.kind, _refused_words(row, ret, status, text, response.body))
     return Verdict(row.action, failure, wait_s=_retry_after_s(response, now_utc), setting=row.setting)
+
+
+def _refused_words(row: Refusal, ret: object, status: int, text: str, body: bytes) -> Phrase:
+    """Return what an answer says that is none, by its `ret`, else by its HTTP status."""
+    if ret is not None:
+        number = one_line(repr(ret), 40)
+        return phrase("infoway.says", number=number, text=text or phrase("infoway.nothing_more"))
+    said = phrase("infoway.http", status=status)
+    if text:
+        said = phrase("infoway.http_says", status=status, text=text)
+    if row.more:
+        return phrase(row.more, said=said)
+    if row is UNCLEAR:
+        return phrase("infoway.not_json", said=said, body=not_json_words(body, phrase("infoway.its")))
+    return said
 
 
 def _is_own(response: Response, envelope: Mapping[str, Any]) -> bool:
@@ -5761,7 +5799,7 @@ def _accept(envelope: Mapping[str, Any]) -> Verdict:
     if data is None:
         return Verdict(Action.ACCEPT)  # none of the codes is known
     if not isinstance(data, list):
-        failure = Failure(UNCLEAR.kind, "the API's answer says success but holds no list `data`")
+        failure = Failure(UNCLEAR.kind, phrase("infoway.no_list"))
         return Verdict(UNCLEAR.action, failure, setting=UNCLEAR.setting)
     return Verdict(Action.ACCEPT, records=data)
 
@@ -5792,8 +5830,9 @@ def clock_fault(response: Response, now: float) -> str:
     at = _http_date(response.date)
     if not at or abs(now - at) <= CLOCK_TOLERANCE_S:
         return ""
-    side = "ahead of" if now > at else "behind"
-    return f"this machine's clock is {abs(now - at):.0f} s {side} the API's; mend it (NTP, timedatectl)"
+    if now > at:
+        return phrase("infoway.clock_ahead", s=now - at)
+    return phrase("infoway.clock_behind", s=at - now)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -5822,19 +5861,19 @@ def read_trade(record: object, product: str = "", latest_ms: int = LATEST_TRADE_
     Raises ValueError with what is wrong with it: its form, or that by its product's rule it is no trade.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"the API sent {one_line(json.dumps(record), 40)} in place of a trade")
+        raise ValueError(phrase("infoway.sent_no_trade", record=one_line(json.dumps(record), 40)))
     get = record.get
     s, t, td = get("s"), get("t"), get("td")
     if not isinstance(s, str):
-        raise ValueError(f"field s: {_shown(record, 's')} in place of a code")
+        raise ValueError(phrase("infoway.no_code", shown=_shown(record, "s")))
     if type(t) is not int or not EARLIEST_TRADE_MS <= t < LATEST_TRADE_MS:
-        raise ValueError(f"field t: {_shown(record, 't')} in place of epoch milliseconds")
+        raise ValueError(phrase("infoway.no_milliseconds", shown=_shown(record, "t")))
     if type(td) is not int or not 0 <= td <= 9:
-        raise ValueError(f"field td: {_shown(record, 'td')} in place of a direction (0, 1, 2)")
+        raise ValueError(phrase("infoway.no_direction", shown=_shown(record, "td")))
     trade = Trade(s, t, _decimal(record, "p"), _decimal(record, "v"), _decimal(record, "vw"), td)
     why = _why_no_trade(trade, product, latest_ms)
     if why:
-        raise ValueError(f"no trade: {why}")
+        raise ValueError(phrase("infoway.no_trade", why=why))
     return trade
 
 
@@ -5842,14 +5881,14 @@ def _why_no_trade(trade: Trade, product: str, latest_ms: int) -> str:
     """Return why a well-formed record is no trade by its product's rule, '' if it is one."""
     price = float(trade.p)
     if price == 0:
-        return f"p {trade.p}: it has not traded, or is suspended"
+        return phrase("infoway.price_zero", p=trade.p)
     if price < 0 and not (product == "common" and trade.s in ENERGY):
-        return f"p {trade.p}: only energy at common has prices below zero"
+        return phrase("infoway.price_below_zero", p=trade.p)
     if float(trade.v) < 0:
-        return f"v {trade.v}: a volume is not below zero"
+        return phrase("infoway.volume_below_zero", v=trade.v)
     if trade.t > latest_ms:
         at = iso(datetime.fromtimestamp(trade.t / 1000, UTC))
-        return f"t {trade.t}: {at} is more than a day ahead"
+        return phrase("infoway.ahead", t=trade.t, at=at)
     return ""
 
 
@@ -5890,7 +5929,7 @@ def _decimal(record: Mapping[str, object], name: str) -> str:
     value = record.get(name)
     text = str(value) if type(value) is int else value  # a JSON number is taken by its digits
     if not isinstance(text, str) or not is_decimal(text):
-        raise ValueError(f"field {name}: {_shown(record, name)} in place of a decimal number")
+        raise ValueError(phrase("infoway.no_decimal", name=name, shown=_shown(record, name)))
     return text
 
 
@@ -5900,7 +5939,9 @@ def is_decimal(text: str) -> bool:
 
 
 def _shown(record: Mapping[str, object], name: str) -> str:
-    return one_line(json.dumps(record[name], default=str), 40) if name in record else "nothing"
+    if name not in record:
+        return phrase("infoway.nothing")
+    return one_line(json.dumps(record[name], default=str), 40)
 
 
 class Bar(NamedTuple):
@@ -5924,13 +5965,14 @@ BAR_FIELDS = Bar._fields[2:]
 def read_bar(code: str, record: object) -> Bar:
     """Return the bar that a record of an answer holds. Raises ValueError with what is wrong with it."""
     if not isinstance(record, dict):
-        raise ValueError(f"the API sent {one_line(json.dumps(record), 40)} in place of a bar")
+        raise ValueError(phrase("infoway.sent_no_bar", record=one_line(json.dumps(record), 40)))
     t = record.get("t")
     if not re.fullmatch(r"\d{9,10}", str(t), re.ASCII):
-        raise ValueError(f"field t: {_shown(record, 't')} in place of epoch seconds")
+        raise ValueError(phrase("infoway.no_seconds", shown=_shown(record, "t")))
     bar = Bar(code, int(str(t)), *(_decimal(record, name) for name in BAR_NUMBERS))
     if min(map(float, bar[2:6])) <= 0 or float(bar.volume) < 0:
-        raise ValueError(f"prices {', '.join(bar[2:6])} and volume {bar.volume}: no bar has them")
+        prices = listing("join.names", bar[2:6])
+        raise ValueError(phrase("infoway.no_bar", prices=prices, volume=bar.volume))
     return bar
 
 
@@ -5991,21 +6033,25 @@ def read_records(batch: Batch, records: Sequence[object], now: float = math.inf)
             code = record.get("s") if isinstance(record, dict) else None
             code = code if not isinstance(code, str) or code in asked else code.upper()
             if isinstance(code, str) and code in asked:
-                bad[code] = Failure(FailureKind.BAD_RECORD, str(error))
+                bad[code] = Failure(FailureKind.BAD_RECORD, error_words(error))
             else:
-                strays.append("" if strays else str(error))
+                strays.append("" if strays else error_words(error))
             continue
         code = trade.s
         if code not in asked and code.upper() in asked:  # seen in lower case
             code = code.upper()
             trade = trade._replace(s=code)
         if code not in asked:
-            strays.append("" if strays else f"{one_line(code, 40)} was not asked for")
+            strays.append("" if strays else phrase("infoway.not_asked", code=one_line(code, 40)))
         elif code not in newest or newest[code].t < trade.t:
             newest[code] = trade
     if strays:
-        form = "%s of %s rejected, the first because: %s"
-        log.warning(form, count_words(len(strays), "record"), batch.product, strays[0])
+        log.warning(
+            "%s of %s rejected, the first because: %s",
+            count_words(len(strays), "record"),
+            batch.product,
+            strays[0],
+        )
     unknown = [code for code in asked if code not in newest and code not in bad]
     failures = {code: failure for code, failure in bad.items() if code not in newest}
     return Outcome(batch, list(newest.values()), unknown, failures)
@@ -6096,7 +6142,7 @@ class Caution:
         """Return what becomes of a batch that is not asked for, None for one that is."""
         if self._before is None or batch.product not in self._spare:
             return None
-        words = f"not asked for, as the request before was refused again: {self._before.words}"
+        words = phrase("infoway.spared", why=self._before.words)
         return _failed(batch, Failure(self._before.kind, words))
 
     def refused_all(self) -> Failure | None:
@@ -6199,7 +6245,7 @@ class InfowayApi:
         try:
             key, answer = self.ask_once(path, "", limits, stop, only)
         except NoKeyError as error:
-            return {}, Failure(FailureKind.KEY, str(error))
+            return {}, Failure(FailureKind.KEY, error.message)
         envelope, verdict = judge(answer)
         if key is not None and envelope.get("ret") == 200:
             self.keys.trust(key)
@@ -6273,7 +6319,7 @@ class InfowayApi:
             if now > deadline + ABANDON_AFTER_S:
                 del busy[worker]
                 worker.dismiss()
-                words = f"no whole answer within {self.limits.whole_s:.0f} s, and the connection hangs"
+                words = phrase("infoway.hangs", s=self.limits.whole_s)
                 yield _failed(batch, Failure(FailureKind.NETWORK, words))
 
     def ask(self, connection: HttpConnection, attempt: BatchAttempt) -> Outcome:
@@ -6285,7 +6331,7 @@ class InfowayApi:
                 if outcome is not None:
                     return outcome
         except NoKeyError as error:
-            return _failed(attempt.batch, Failure(FailureKind.KEY, str(error)))
+            return _failed(attempt.batch, Failure(FailureKind.KEY, error.message))
         except Interrupted:
             return Outcome(attempt.batch, interrupted=True)
         except Exception as error:
@@ -6298,7 +6344,7 @@ class InfowayApi:
         took. While the key is waited for the server may close the connection: it is then opened once more.
         """
         if attempt.stop.is_set():
-            raise Interrupted("stopped")
+            raise Interrupted(phrase("tools.stopped"))
         fault = connection.open()
         if fault is not None:
             return self._judge(attempt, None, fault, None)
@@ -6317,7 +6363,7 @@ class InfowayApi:
             self._events.asked("no_answer", None)
         else:
             self._latencies.append(seconds)
-            self._events.asked(verdict.action.name.lower(), seconds)
+            self._events.asked(verdict.action.value, seconds)
         if verdict.action is Action.SLOW_DOWN:
             attempt.refusals += 1
             verdict = verdict._replace(wait_s=verdict.wait_s or next(attempt.after_refusal))
@@ -6359,9 +6405,9 @@ def _why_final(attempt: BatchAttempt, verdict: Verdict) -> Failure | None:
         return None
     kind, words = verdict.failure
     if late:
-        words += f", asks to wait {verdict.wait_s:.0f} s"
+        words = phrase("infoway.asks_to_wait", said=words, s=verdict.wait_s)
     if tries > 1:
-        words += f", {tries} tries"
+        words = phrase("infoway.tries", said=words, n=tries)
     if hopeless and verdict.setting:
         words = see(words, verdict.setting)
     return Failure(kind, words)
@@ -6393,9 +6439,9 @@ def path_of(batch: Batch) -> str:
 
 
 class PackageInfo(NamedTuple):
-    """What the API says of a key: its plan's name, requests a second, and its end (epoch seconds, 0: not told).
+    """What the API says of a key: its plan's name, requests a second, and its end (epoch seconds).
 
-    Of the stream, None where not told: connections, codes on each of them, codes on all.
+    '' and 0: not told. Of the stream, None where not told: connections, codes on each of them, codes on all.
     """
 
     name: str
@@ -6407,19 +6453,20 @@ class PackageInfo(NamedTuple):
 
     def plan(self) -> Plan:
         """Return the limits: of the minute and the day those of the price list by the name, else by the rate."""
-        rate = self.per_second
-        listed = PLANS.get(PACKAGE_NAMES.get(self.name.casefold(), ""))
+        rate, name = self.per_second, self.name or phrase("infoway.unnamed")
+        listed = PLANS.get(PACKAGE_NAMES.get(name.casefold(), ""))
         if listed is None:
-            return Plan(self.name, rate, max(1, int(rate * 60)), max(1, int(rate * 86_400)))
-        return Plan(self.name, rate, listed.per_minute, listed.per_day)
+            return Plan(name, rate, max(1, int(rate * 60)), max(1, int(rate * 86_400)))
+        return Plan(name, rate, listed.per_minute, listed.per_day)
 
     def end_words(self, now: float) -> str:
         """Return when the plan ends, '' unless that is soon; `now` is epoch seconds."""
         if not self.ends or self.ends - now > ENDS_SOON_S:
             return ""
         if self.ends <= now:
-            return f"its plan ended at {iso_after(self.ends, 0)}"
-        return f"its plan ends at {iso_after(self.ends, 0)}, in {age_words(self.ends - now)[0]}"
+            return phrase("infoway.plan_ended", when=iso_after(self.ends, 0))
+        left, _ = age_words(self.ends - now)
+        return phrase("infoway.plan_ends", when=iso_after(self.ends, 0), left=left)
 
 
 NO_PACKAGE = PackageInfo("", 0.0)
@@ -6438,7 +6485,7 @@ def read_package(envelope: Mapping[str, Any]) -> PackageInfo | None:
         ends /= 1000
     if not 0 <= ends <= LATEST_TRADE_MS / 1000:
         ends = 0.0
-    shown = one_line(name, 40) if isinstance(name, str) and name.strip() else "unnamed"
+    shown = one_line(name, 40) if isinstance(name, str) else ""
     stream = (_count_in(data, field) for field in ("maxWsConNum", "maxNum", "allWsNum"))
     return PackageInfo(shown, rate, ends, *stream)
 
@@ -6560,14 +6607,18 @@ class KeyPlans:
         if key.digest in self._no_plan_said or key.dead:
             return
         self._no_plan_said.add(key.digest)
-        limits = "Free's limits"
         if key.digest in self._told:
-            limits = "the limits that it told last"
+            log.warning(
+                "the plan of API key %s cannot be had (%s): it goes by the limits that it told last; "
+                "INFOWAY_PLAN can name one",
+                key.shown,
+                failure.words,
+            )
+            return
         log.warning(
-            "the plan of API key %s cannot be had (%s): it goes by %s; INFOWAY_PLAN can name one",
+            "the plan of API key %s cannot be had (%s): it goes by Free's limits; INFOWAY_PLAN can name one",
             key.shown,
             failure.words,
-            limits,
         )
 
 
@@ -6596,7 +6647,8 @@ class Symbol(NamedTuple):
         return self.code if plain[:2] == (self.code, product) else f"{product}:{self.code}"
 
 
-ASKED_IN_VAIN = "it was asked for a moment ago, in vain"
+# The kind of words about a list that was asked for a moment ago.
+ASKED_IN_VAIN = "infoway.asked_in_vain"
 
 
 def read_symbols(kind: str, envelope: Mapping[str, Any]) -> list[Symbol] | None:
@@ -6649,7 +6701,7 @@ class Directory:
             with turn(self._asking, stop):
                 return self._refresh(types, stop)
         except Interrupted as error:
-            return str(error)
+            return error.message
 
     def _refresh(self, types: Iterable[str], stop: threading.Event) -> str:
         """Do so. Raises Interrupted."""
@@ -6659,7 +6711,7 @@ class Directory:
             if kept.get(kind) == today:
                 continue
             if self._clock.monotonic() < self._not_before.get(kind, -math.inf):
-                why = why or ASKED_IN_VAIN
+                why = why or phrase(ASKED_IN_VAIN)
                 continue
             found = self._api.symbols(kind, stop)
             if not isinstance(found, Failure):
@@ -6696,7 +6748,7 @@ class Directory:
         guesses = [parse_code(code) for code in unclear.guesses]
         is_name = not unclear.text.isascii()
         why = self.refresh(SYMBOL_TYPES if is_name else self._types_of(guesses), stop)
-        if why and why != ASKED_IN_VAIN:  # which was said then
+        if why and why != phrase(ASKED_IN_VAIN):  # which was said then
             log.warning("the symbol lists cannot be had: %s", why)
         exact = kept_symbols(self._file, {unclear.text, *(guess.code for guess in guesses)})
         if len(exact) == 1 and exact[0].code == unclear.text:
@@ -6705,8 +6757,14 @@ class Directory:
             exact = self.search(unclear.text)[:NAMES_SHOWN]
         if not exact:
             return None
-        proposals = " or ".join(f"{symbol.typed} ({symbol.name})" for symbol in exact)
-        raise InstrumentError(f"does not tell what is meant: did you mean {proposals}?")
+        proposals = [phrase("infoway.proposal", code=symbol.typed, name=symbol.name) for symbol in exact]
+        raise InstrumentError(
+            phrase(
+                "instruments.did_you_mean",
+                why=phrase("infoway.ambiguous"),
+                codes=alternatives(proposals),
+            )
+        )
 
     def explain(self, unknown: Instrument, stop: threading.Event) -> str:
         """Return whether an instrument that the API does not know exists, '' where the lists cannot tell."""
@@ -6721,8 +6779,8 @@ class Directory:
         found = [symbol for symbol in kept_symbols(self._file, [unknown.code]) if symbol.type in types]
         if found:
             name = found[0].name or found[0].code
-            return f"the API lists it as {name}, but has no trade of it, or not for this key's plan"
-        return "unknown to the API: in none of its lists"
+            return phrase("infoway.listed", name=name)
+        return phrase("infoway.unlisted")
 
     def _types_of(self, guesses: Iterable[Instrument]) -> list[str]:
         """Return the types of the lists that can have an instrument without a suffix, or one of some guesses."""
@@ -9170,7 +9228,7 @@ class Finaliser:
         if failure is not None and failure.kind in (FailureKind.NETWORK, FailureKind.API):
             self.pause()
         if left:
-            self._say(left, failure.words if failure else "the API has no bar of theirs")
+            self._say(left, failure.words if failure else phrase("closes.no_bars"))
         return refused
 
     def _later(self, row: OpenSession) -> OpenSession:
@@ -9254,7 +9312,7 @@ class Backfill:
         batches: list[Batch] = []
         for product, code in ((batch.product, code) for batch in plan.batches for code in batch.split()):
             if not has_bars(code):
-                yield Backfilled(code, why="the API's daily bars of it have no documented boundary")
+                yield Backfilled(code, why=phrase("closes.no_boundary"))
                 continue
             known = self._known(code, sessions)
             if known is not None:
@@ -9277,7 +9335,7 @@ class Backfill:
         closes = final_closes(code, outcome.bars.get(code, ()), int(self._clock.wall() * 1000))
         closes = sorted(closes, key=lambda close: close.date)[-sessions:]
         if not closes:
-            return Backfilled(code, why="the API has no daily bar of it")
+            return Backfilled(code, why=phrase("closes.no_bar"))
         there = len(self._store.finals([close.key for close in closes]))
         refused = self._store.write_closes(closes)
         first, last = closes[0].date, closes[-1].date
@@ -10824,7 +10882,7 @@ class Collector:
         asked = self._asked(code)
         if not others:
             self._unknown.append((unknown, asked))
-            self._fail([code], UNKNOWN_WORDS, FailureKind.UNKNOWN_CODE)
+            self._fail([code], phrase("infoway.unknown"), FailureKind.UNKNOWN_CODE)
             return
         if others[0].code != code:
             self._tried.setdefault(asked, []).append(code)
@@ -10846,7 +10904,7 @@ class Collector:
             kind, words = self.report.failures[asked]
             better = finder.explain(unknown, self._stop)
             if better:
-                self.report.failures[asked] = Failure(kind, words.replace(UNKNOWN_WORDS, better))
+                self.report.failures[asked] = Failure(kind, words.replace(phrase("infoway.unknown"), better))
 
     def _asked(self, code: str) -> str:
         """Return how a code of this round was asked for."""
@@ -20349,6 +20407,104 @@ TEMPLATES |= {
 # Of the room Instruments
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "instruments.alphabet": (
+        "characters that no code has; expected letters, digits and dots such as AAPL.US",
+        "含有代码中不会出现的字符；应由字母、数字和点组成，如 AAPL.US",
+    ),
+    "instruments.beijing": (
+        "{code} is of the Beijing exchange, which Infoway does not carry",
+        "{code} 属于北京证券交易所，Infoway 没有其行情",
+    ),
+    "instruments.bo": (
+        "{name} is Bombay, whose prices Infoway's .IN is not said to have; if the share will do: RELIANCE.IN",
+        "{name} 是孟买交易所，Infoway 未说明 .IN 含其价格；如果只要这只股票的价格，可写 RELIANCE.IN",
+    ),
+    "instruments.bse": (
+        "{name} is Bombay or Beijing, neither known at Infoway; India's codes are such as RELIANCE.IN",
+        "{name} 可指孟买或北京的交易所，两者 Infoway 都没有；印度的代码形如 RELIANCE.IN",
+    ),
+    "instruments.coin_alone": (
+        "a coin without what it is quoted in",
+        "只有币种，未写计价货币",
+    ),
+    "instruments.did_you_mean": ("{why}: did you mean {codes}?", "{why}：是不是 {codes}？"),
+    "instruments.empty": ("an empty code; expected one such as AAPL.US", "代码为空；应为代码，如 AAPL.US"),
+    "instruments.expected_code": ("{why}: expected a code such as AAPL.US", "{why}：应为代码，如 AAPL.US"),
+    "instruments.expected_digits": (
+        "{why}: expected six digits such as 600519",
+        "{why}：应为六位数字，如 600519",
+    ),
+    "instruments.hong_kong": (
+        "{symbol}.HK: expected one to five digits such as 00700.HK",
+        "{symbol}.HK：应为一到五位数字，如 00700.HK",
+    ),
+    "instruments.index_alone": ("an index without its exchange", "指数未写交易所"),
+    "instruments.mainland": (
+        "{code}: expected six digits such as {example}",
+        "{code}：应为六位数字，如 {example}",
+    ),
+    "instruments.no_exchange": ("no exchange given", "未写交易所"),
+    "instruments.no_number": (
+        "no code: {raw}; expected a whole number or a text such as 600519.SH",
+        "不是代码：{raw}；应为整数或文本，如 600519.SH",
+    ),
+    "instruments.no_text": (
+        "no code: {raw}; expected a text such as AAPL.US",
+        "不是代码：{raw}；应为文本，如 AAPL.US",
+    ),
+    "instruments.not_an_exchange": (
+        "unknown exchange .{suffix}: expected one of {names}",
+        "未知的交易所 .{suffix}：应为以下之一：{names}",
+    ),
+    "instruments.not_of_product": (
+        "{venue}: expected an instrument of {product}, such as {example}",
+        "{venue}：应为产品 {product} 中的品种，如 {example}",
+    ),
+    "instruments.not_of_venue": (
+        "{venue}: expected a code of that exchange, such as {example}",
+        "{venue}：应为该交易所的代码，如 {example}",
+    ),
+    "instruments.only_suffix": (
+        "nothing before .{suffix}; expected a code such as {example}",
+        ".{suffix} 之前为空；应为代码，如 {example}",
+    ),
+    "instruments.other_product": (
+        "{code} is asked at {product}, not at {other}",
+        "{code} 属于产品 {product}，不属于 {other}",
+    ),
+    "instruments.perhaps_a_name": (
+        "no code but perhaps a name; expected a code such as 600519.SH",
+        "不是代码，可能是名称；应为代码，如 600519.SH",
+    ),
+    "instruments.shared_name": ("two instruments are called so", "有两个品种用这个代码"),
+    "instruments.too_long": (
+        "{n} characters; a code has at most {most}",
+        "共 {n} 个字符；代码最多 {most} 个字符",
+    ),
+    "instruments.tse": (
+        "{name} is Tokyo, Taiwan or Toronto: expected a suffix, such as 7203.JP or 2330.TW",
+        "{name} 可指东京、台湾或多伦多的交易所：请写后缀，如 7203.JP 或 2330.TW",
+    ),
+    "instruments.unknown_exchange": ("unknown exchange .{suffix}", "未知的交易所 .{suffix}"),
+    "instruments.unknown_form": (
+        "unknown form {code}: expected a code such as {example}",
+        "无法识别 {code}：应为代码，如 {example}",
+    ),
+    "instruments.unknown_venue": (
+        "unknown before the colon; expected an exchange or a product: {products}",
+        "无法识别冒号前的部分；应为交易所或产品：{products}",
+    ),
+    "instruments.yahoo": (
+        "{typed}: expected a pair such as USDCNY or a code such as AAPL.US",
+        "{typed}：应为货币对（如 USDCNY）或代码（如 AAPL.US）",
+    ),
+    "instruments.yahoo_index": (
+        "Yahoo's name of an index, Infoway's are such as .DJI.US or US500",
+        "这是 Yahoo 的指数代码，Infoway 的形如 .DJI.US 或 US500",
+    ),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Events
 # ------------------------------------------------------------------------------------------------------
@@ -20437,9 +20593,120 @@ TEMPLATES |= {
 # Of the room Quota
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "quota.away": ("the shared counts of API keys are away", "API 密钥的共用计数暂不可用"),
+    "quota.back_at": ("{why}, back at {back}", "{why}，{back} 恢复"),
+    "quota.bars": ("{product} bars", "{product} 日线"),
+    "quota.busy": ("the shared count is busy", "共用计数正忙"),
+    "quota.day_used_up": ("the day's {n} requests are used up", "当日 {n} 次请求的额度已用完"),
+    "quota.key": ("key {key}: {why}", "密钥 {key}：{why}"),
+    "quota.minute_used_up": ("the minute's {n} requests are used up", "本分钟 {n} 次请求的额度已用完"),
+    "quota.mongo_away": ("MongoDB is away ({error})", "MongoDB 不可用（{error}）"),
+    "quota.no_key": ("no API key: set INFOWAY_API_KEY", "没有 API 密钥：请设置 INFOWAY_API_KEY"),
+    "quota.no_right": (
+        "this user may not write to {place}; see MONGODB_LICENSE_COLLECTION_NAME",
+        "当前用户无权写入 {place}；请检查 MONGODB_LICENSE_COLLECTION_NAME",
+    ),
+    "quota.none_serves": (
+        "no API key can serve {service} ({reasons})",
+        "没有 API 密钥可用于 {service}（{reasons}）",
+    ),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Infoway
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "infoway.ahead": ("t {t}: {at} is more than a day ahead", "t {t}：{at} 比当前时间晚一天以上"),
+    "infoway.ambiguous": ("does not tell what is meant", "看不出指哪个品种"),
+    "infoway.asked_in_vain": ("it was asked for a moment ago, in vain", "刚才查询过，没有结果"),
+    "infoway.asks_to_wait": ("{said}, asks to wait {s:.0f} s", "{said}，要求等待 {s:.0f} 秒"),
+    "infoway.clock_ahead": (
+        "this machine's clock is {s:.0f} s ahead of the API's; mend it (NTP, timedatectl)",
+        "本机时钟比 API 的快 {s:.0f} 秒；请校准（NTP、timedatectl）",
+    ),
+    "infoway.clock_behind": (
+        "this machine's clock is {s:.0f} s behind the API's; mend it (NTP, timedatectl)",
+        "本机时钟比 API 的慢 {s:.0f} 秒；请校准（NTP、timedatectl）",
+    ),
+    "infoway.gateway": (
+        "{said}, a refusal of the gateway: the key, the region or its risk control",
+        "{said}，被网关拒绝：因密钥、地区或其风控",
+    ),
+    "infoway.hangs": (
+        "no whole answer within {s:.0f} s, and the connection hangs",
+        "{s:.0f} 秒内未收到完整应答，连接无响应",
+    ),
+    "infoway.http": ("HTTP {status}", "HTTP {status}"),
+    "infoway.http_says": ("HTTP {status}: {text}", "HTTP {status}：{text}"),
+    "infoway.its": ("the API's", "行情 API 的"),
+    "infoway.listed": (
+        "the API lists it as {name}, but has no trade of it, or not for this key's plan",
+        "API 的品种列表中有该代码（{name}），但没有其成交，或此密钥的套餐不包含",
+    ),
+    "infoway.no_bar": (
+        "prices {prices} and volume {volume}: no bar has them",
+        "价格 {prices}，成交量 {volume}：日线不会有这样的数值",
+    ),
+    "infoway.no_code": ("field s: {shown} in place of a code", "字段 s：{shown}，应为代码"),
+    "infoway.no_decimal": (
+        "field {name}: {shown} in place of a decimal number",
+        "字段 {name}：{shown}，应为十进制数",
+    ),
+    "infoway.no_direction": (
+        "field td: {shown} in place of a direction (0, 1, 2)",
+        "字段 td：{shown}，应为方向（0、1、2）",
+    ),
+    "infoway.no_list": (
+        "the API's answer says success but holds no list `data`",
+        "API 的应答称成功，却没有列表 `data`",
+    ),
+    "infoway.no_milliseconds": (
+        "field t: {shown} in place of epoch milliseconds",
+        "字段 t：{shown}，应为 Unix 毫秒时间戳",
+    ),
+    "infoway.no_seconds": (
+        "field t: {shown} in place of epoch seconds",
+        "字段 t：{shown}，应为 Unix 秒级时间戳",
+    ),
+    "infoway.no_trade": ("no trade: {why}", "不是成交：{why}"),
+    "infoway.not_asked": ("{code} was not asked for", "未请求过 {code}"),
+    "infoway.not_json": ("{said}, {body}", "{said}，{body}"),
+    "infoway.not_the_api": (
+        "{said}, not in the API's words: as from a gateway or a login page on the way",
+        "{said}，不像 API 的应答，像是中途的网关或登录页所发",
+    ),
+    "infoway.nothing": ("nothing", "缺失"),
+    "infoway.nothing_more": ("nothing more", "无说明"),
+    "infoway.plan_ended": ("its plan ended at {when}", "套餐已于 {when} 到期"),
+    "infoway.plan_ends": ("its plan ends at {when}, in {left}", "套餐将于 {when} 到期，还剩 {left}"),
+    "infoway.price_below_zero": (
+        "p {p}: only energy at common has prices below zero",
+        "p {p}：只有 common 中的能源价格可以为负",
+    ),
+    "infoway.price_zero": ("p {p}: it has not traded, or is suspended", "p {p}：尚无成交，或已停牌"),
+    "infoway.proposal": ("{code} ({name})", "{code}（{name}）"),
+    "infoway.redirection": ("{said}, a redirection, which is not followed", "{said}，是重定向，不予跟随"),
+    "infoway.says": ("the API says {number}: {text}", "API 返回 {number}：{text}"),
+    "infoway.sent_no_bar": ("the API sent {record} in place of a bar", "API 发来 {record}，应为日线"),
+    "infoway.sent_no_trade": ("the API sent {record} in place of a trade", "API 发来 {record}，应为成交"),
+    "infoway.spared": (
+        "not asked for, as the request before was refused again: {why}",
+        "没有请求，因为前一个请求再次被拒绝：{why}",
+    ),
+    "infoway.tries": ("{said}, {n} tries", "{said}，共尝试 {n} 次"),
+    "infoway.unknown": (
+        "unknown to the API, or not in this key's plan",
+        "API 不认识该代码，或此密钥的套餐不包含",
+    ),
+    "infoway.unlisted": (
+        "unknown to the API: in none of its lists",
+        "API 不认识该代码：所有品种列表中都没有",
+    ),
+    "infoway.unnamed": ("unnamed", "未命名"),
+    "infoway.volume_below_zero": ("v {v}: a volume is not below zero", "v {v}：成交量不会为负"),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Stream
@@ -20452,6 +20719,15 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 # Of the room Closing prices
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "closes.no_bar": ("the API has no daily bar of it", "API 没有该代码的日线"),
+    "closes.no_bars": ("the API has no bar of theirs", "API 没有这些代码的日线"),
+    "closes.no_boundary": (
+        "the API's daily bars of it have no documented boundary",
+        "API 未说明该代码的日线从何时到何时",
+    ),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Delivery
