@@ -7009,7 +7009,7 @@ class StreamEnd(NamedTuple):
 class StreamError(NamedTuple):
     """A row of the table of errors: its number, what follows, what it means, and how it is said without a number.
 
-    `setting`: what an operator looks at. `wait_s`: between which times a wait is.
+    `means`: a kind of words. `setting`: what an operator looks at. `wait_s`: between which times a wait is.
     """
 
     code: int
@@ -7023,33 +7023,28 @@ class StreamError(NamedTuple):
 _DIAL, _WAIT, _NEVER = StreamAction.DIAL_AGAIN, StreamAction.WAIT, StreamAction.NEVER
 _OUT, _LESS, _LATER, _HALVE = StreamAction.KEY_OUT, StreamAction.LESS, StreamAction.LATER, StreamAction.HALVE
 _KEY, _PLAN, _CODES, _URL = "INFOWAY_API_KEY", "INFOWAY_PLAN", "COLLECT_CODES", "INFOWAY_STREAM_URL"
-_BAD_KEY, _BAD_CODES = "the key is not valid", "codes of a form that it does not take"
-_MANY = "too many connections of the key"
+_BAD_KEY, _BAD_CODES = "stream.bad_key", "stream.bad_codes"
 # Of several rows whose words are in a text the first one counts. 401, 403 and 429 are those of the handshake.
 STREAM_ERRORS = (
-    StreamError(
-        516, _LATER, "too many codes on all connections of the key", _PLAN, r"total number of .*exceed"
-    ),
-    StreamError(512, _WAIT, _MANY, _PLAN, r"connections? .*exceed"),
-    StreamError(505, _LESS, "too many codes on one connection", _PLAN, r"quantity exceed"),
-    StreamError(501, _WAIT, "more than 60 frames a minute", _CODES, r"frequency|rate limit", FRAME_RATE_S),
-    StreamError(508, _OUT, "the key's plan has ended", _KEY, r"expired"),
+    StreamError(516, _LATER, "stream.many_codes", _PLAN, r"total number of .*exceed"),
+    StreamError(512, _WAIT, "stream.many_connections", _PLAN, r"connections? .*exceed"),
+    StreamError(505, _LESS, "stream.many_on_one", _PLAN, r"quantity exceed"),
+    StreamError(501, _WAIT, "stream.many_frames", _CODES, r"frequency|rate limit", FRAME_RATE_S),
+    StreamError(508, _OUT, "stream.plan_ended", _KEY, r"expired"),
     StreamError(509, _OUT, _BAD_KEY, _KEY, r"key (?:does )?not exist|token invalid"),
     StreamError(517, _OUT, _BAD_KEY, _KEY, r"key error|unauthorized|key is required"),
     StreamError(518, _OUT, _BAD_KEY, _KEY, r"key verif"),
-    StreamError(510, _OUT, "the key is disabled", _KEY, r"key .*disabled"),
-    StreamError(511, _OUT, "the key is banned", _KEY, r"\bbanned\b"),
-    StreamError(
-        519, _NEVER, "the key's plan lacks this product", _KEY, r"\b(?:no|not have|without) permission"
-    ),
-    StreamError(521, _HALVE, "not in the free plan", _PLAN, r"free plan"),
-    StreamError(520, _HALVE, "codes of another product", _CODES, r"suffix"),
+    StreamError(510, _OUT, "stream.disabled", _KEY, r"key .*disabled"),
+    StreamError(511, _OUT, "stream.banned", _KEY, r"\bbanned\b"),
+    StreamError(519, _NEVER, "stream.not_in_plan", _KEY, r"\b(?:no|not have|without) permission"),
+    StreamError(521, _HALVE, "stream.not_free", _PLAN, r"free plan"),
+    StreamError(520, _HALVE, "stream.other_product", _CODES, r"suffix"),
     StreamError(506, _HALVE, _BAD_CODES, _CODES, r"param error"),
     StreamError(507, _HALVE, _BAD_CODES, _CODES, r"param lost"),
-    StreamError(513, _DIAL, "a heartbeat did not reach it", _URL, r"heart ?beat"),
-    StreamError(401, _NEVER, f"{_BAD_KEY}, or its plan lacks this product", _KEY),
-    StreamError(403, _WAIT, "a refusal of the gateway: the key, the region or its risk control", _KEY),
-    StreamError(429, _WAIT, f"{_MANY}, or one that just ended still counts", _PLAN),
+    StreamError(513, _DIAL, "stream.no_heartbeat", _URL, r"heart ?beat"),
+    StreamError(401, _NEVER, "stream.bad_key_or_plan", _KEY),
+    StreamError(403, _WAIT, "stream.gateway", _KEY),
+    StreamError(429, _WAIT, "stream.many_or_old", _PLAN),
 )
 _IN_VAIN = (_WAIT, _NEVER, _OUT)
 # What no row is for.
@@ -7076,7 +7071,7 @@ def _end_by(row: StreamError, words: str, rng: random.Random) -> StreamEnd:
 def _error_words(row: StreamError, said: str) -> str:
     if not row.means:
         return said
-    return see(f"{said}: {row.means}", row.setting)
+    return see(phrase("tools.because", what=said, why=phrase(row.means)), row.setting)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -7226,14 +7221,14 @@ class StreamProtocol:
         try:
             trade = read_trade(record, self._product, latest_ms)
         except ValueError as error:
-            bad.append(str(error))
+            bad.append(error_words(error))
             return
         if trade.s not in self._wanted:  # seen in lower case
             trade = trade._replace(s=trade.s.upper())
         if trade.s in self._wanted:
             yield trade
         else:
-            bad.append(f"{one_line(trade.s, 40)} was not asked for")
+            bad.append(phrase("stream.not_asked_for", code=one_line(trade.s, 40)))
 
     def _understand(self, text: str, now: float, bad: list[str]) -> Iterator[StreamEvent]:
         """Yield what follows from a text that is no push; where it means nothing, say so in `bad`."""
@@ -7243,7 +7238,7 @@ class StreamProtocol:
             words = words.partition(":")[2].strip()
         frame = json_object(words.encode())
         if frame is None and words[:1] in ("{", "["):
-            bad.append(not_json_words(text.encode(), "the stream's"))
+            bad.append(not_json_words(text.encode(), phrase("stream.its")))
         elif frame is None:
             yield from self._hear_words(one_line(words, SAID_LENGTH), failed, now)
         else:
@@ -7258,17 +7253,22 @@ class StreamProtocol:
             if ask is not None:  # else it is one of an earlier try, or of one that was given up
                 yield from self._acked(ask)
         elif kind == PUSH:
-            bad.append("a push without its data")
+            bad.append(phrase("stream.no_data"))
         elif kind in (WELCOME, HEARTBEAT):
             return
         elif type(kind) is int and kind >= LOWEST_KIND:
-            bad.append(f"a frame of kind {kind}")
+            bad.append(phrase("stream.other_frame", code=kind))
         else:
-            number = f" {one_line(repr(kind), 40)}" if kind is not None else ""
-            said = f"the stream says{number}: {words_of(frame) or 'nothing more'}"
+            words = words_of(frame)
+            said = phrase("stream.says", words=words or phrase("stream.nothing_more"))
+            if kind is not None:
+                number = one_line(repr(kind), 40)
+                said = phrase(
+                    "stream.says_number", number=number, words=words or phrase("stream.nothing_more")
+                )
             if ask is None and trace not in self._past:
                 ask = self._oldest()
-            yield from self._failed(stream_error(kind, words_of(frame)), said, ask, now)
+            yield from self._failed(stream_error(kind, words), said, ask, now)
 
     def _hear_words(self, said: str, failed: bool, now: float) -> Iterator[StreamEvent]:
         """Take in what is no JSON: a greeting, or an error in words."""
@@ -7276,7 +7276,7 @@ class StreamProtocol:
         if row is UNKNOWN_ERROR and not failed:
             log.debug("the stream says: %s", said)
             return
-        yield from self._failed(row, f"the stream says: {said}", self._oldest(), now)
+        yield from self._failed(row, phrase("stream.says", words=said), self._oldest(), now)
 
     def _oldest(self) -> _Ask | None:
         """Return what an error without a trace is about: the first that was sent and is not answered."""
@@ -7367,7 +7367,7 @@ class StreamProtocol:
             self._forget(ask.codes)
             yield Said(ask.why)
         else:
-            words = f"no ack within {ASK_TRIES * ACK_S:.0f} s to {ASK_TRIES} frames"
+            words = phrase("stream.no_ack", seconds=ASK_TRIES * ACK_S, tries=ASK_TRIES)
             yield StreamEnd(see(words, _URL), _DIAL)
 
     def _silence(self, now: float, wall_ms: int) -> Iterator[StreamEvent]:
@@ -7432,20 +7432,21 @@ def refused_dial(error: DialError, rng: random.Random) -> StreamEnd:
     text = error.body.decode("utf-8", "replace").strip()
     envelope = json_object(error.body) or {}
     said = words_of(envelope) or (text if text == NO_KEY_TEXT else "")
-    words = f"{error}: {said}" if said else str(error)
+    words = phrase("tools.because", what=error.message, why=said) if said else error.message
     row = _BY_CODE.get(error.status, UNKNOWN_ERROR)
     if error.status == 401 and text and text != NO_KEY_TEXT and type(envelope.get("code")) is not int:
-        words += ", not in the API's words: as from a gateway or a login page on the way"
+        words = phrase("stream.not_of_the_api", words=words)
         row = _BY_CODE[403]._replace(means="", setting=_URL)
     if row is UNKNOWN_ERROR:
         return StreamEnd(see(words, _URL), _DIAL)
-    words = see(f"{words}: {row.means}".removesuffix(": "), row.setting)
-    return _end_by(row, words, rng)
+    if row.means:
+        words = phrase("tools.because", what=words, why=phrase(row.means))
+    return _end_by(row, see(words, row.setting), rng)
 
 
 def _end_of(error: LinkLost, rng: random.Random) -> StreamEnd:
     """Return what follows where a connection is lost: a close may say why, as an error does."""
-    words = f"connection {error}"
+    words = phrase("stream.connection", why=error.message)
     row = stream_error(None, words) if error.code else UNKNOWN_ERROR
     if row.action not in _IN_VAIN:
         return StreamEnd(words, _DIAL)
@@ -20183,6 +20184,50 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 # Of the room Stream
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "stream.bad_codes": ("codes of a form that it does not take", "代码格式不被接受"),
+    "stream.bad_key": ("the key is not valid", "密钥无效"),
+    "stream.bad_key_or_plan": (
+        "the key is not valid, or its plan lacks this product",
+        "密钥无效，或其套餐不含该产品",
+    ),
+    "stream.banned": ("the key is banned", "密钥已被封禁"),
+    "stream.connection": ("connection {why}", "连接中断：{why}"),
+    "stream.disabled": ("the key is disabled", "密钥已被禁用"),
+    "stream.gateway": (
+        "a refusal of the gateway: the key, the region or its risk control",
+        "网关拒绝：原因可能是密钥、所在地区或风控",
+    ),
+    "stream.its": ("the stream's", "推送流的"),
+    "stream.many_codes": ("too many codes on all connections of the key", "该密钥各连接的代码总数过多"),
+    "stream.many_connections": ("too many connections of the key", "该密钥的连接数过多"),
+    "stream.many_frames": ("more than 60 frames a minute", "每分钟超过 60 帧"),
+    "stream.many_on_one": ("too many codes on one connection", "单个连接上的代码过多"),
+    "stream.many_or_old": (
+        "too many connections of the key, or one that just ended still counts",
+        "该密钥的连接数过多，或刚断开的连接仍被计入",
+    ),
+    "stream.no_ack": (
+        "no ack within {seconds:.0f} s to {tries} frames",
+        "发出 {tries} 帧，{seconds:.0f} 秒内未收到确认",
+    ),
+    "stream.no_data": ("a push without its data", "推送中没有数据"),
+    "stream.no_heartbeat": ("a heartbeat did not reach it", "推送流没有收到心跳"),
+    "stream.not_asked_for": ("{code} was not asked for", "推送了未订阅的代码 {code}"),
+    "stream.not_free": ("not in the free plan", "不在免费套餐内"),
+    "stream.not_in_plan": ("the key's plan lacks this product", "密钥的套餐不含该产品"),
+    "stream.not_of_the_api": (
+        "{words}, not in the API's words: as from a gateway or a login page on the way",
+        "{words}；这不是 API 的应答，像是来自途中的网关或登录页",
+    ),
+    "stream.nothing_more": ("nothing more", "无其他说明"),
+    "stream.other_frame": ("a frame of kind {code}", "类型为 {code} 的帧"),
+    "stream.other_product": ("codes of another product", "代码属于其他产品"),
+    "stream.plan_ended": ("the key's plan has ended", "密钥的套餐已到期"),
+    "stream.says": ("the stream says: {words}", "推送流提示：{words}"),
+    "stream.says_number": ("the stream says {number}: {words}", "推送流提示 {number}：{words}"),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Stores
