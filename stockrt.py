@@ -7626,7 +7626,7 @@ MONGODB_GOODBYE_S = 1.0
 AT_ONCE_S = 0.001
 DUPLICATE_KEY = 11000
 # What keeps no `_id` apart, or takes no documents at all.
-NO_COLLECTIONS = {"view": "a view", "timeseries": "a time-series collection"}
+NO_COLLECTIONS = {"view": "stores.view", "timeseries": "stores.time_series"}
 # An index that could not be made now is asked for again after this time: each try may take its whole time limit.
 INDEX_AGAIN_S = 300.0
 # The `_id` of a document that is written and deleted to see whether that works.
@@ -7637,7 +7637,6 @@ INVALID_ID = 53
 INDEX = [("stock_code", 1), ("t", -1)]
 # What KEEP_DAYS makes, known by its name: one of another name is somebody else's.
 TTL_INDEX, TTL_KEY = "stockrt_keep_days", [("create_time", 1)]
-REFUSED_IT = "MongoDB refused it: "
 PROBE_T = 1 << 40  # as wide as the times of trades, and none of them: 2004
 # Codes that trade much trade in the last seconds before a close, and of those every tick may be there: looked at first.
 NEWEST_SPAN_MS = 10 * 1000
@@ -7768,6 +7767,21 @@ class CloseStore(Protocol):
         """Return every code in `realtime`. Raises StoreError."""
 
 
+def stored_words(text: str, kinds: Iterable[str]) -> str:
+    """Return the words of one of these kinds that a text is in English, which is what other programs read; else it.
+
+    A kind has no values, or `why` alone, at its end.
+    """
+    for kind in kinds:
+        english = TEMPLATES[kind][0]
+        begins = english.removesuffix("{why}")
+        if text == english:
+            return phrase(kind)
+        if begins != english and text.startswith(begins):
+            return phrase(kind, why=text.removeprefix(begins))
+    return text
+
+
 # ------------------------------------------------------------------------------------------------------
 # The embedded store
 # ------------------------------------------------------------------------------------------------------
@@ -7842,7 +7856,7 @@ class SqliteStore:
             db.execute("CREATE TABLE probe (x)")
             db.execute("ROLLBACK TO probe")
             (trades,) = db.execute("SELECT count(*) FROM realtime").fetchone()
-        return f"{self._file.path} can be written, {count_words(trades, 'trade')} in it"
+        return phrase("stores.file_good", path=self._file.path, trades=count_words(trades, "trade"))
 
 
 def insert_trades(db: sqlite3.Connection, documents: Sequence[Document]) -> WriteReport:
@@ -7866,7 +7880,7 @@ def _insert_one_by_one(db: sqlite3.Connection, documents: Sequence[Document]) ->
         try:
             stored += db.execute(_SQLITE_INSERT, _trade_row_demo(document)).rowcount
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError) as error:
-            refused[document["_id"]] = f"the local store refused it: {one_line(error, 200)}"
+            refused[document["_id"]] = phrase("stores.local_refused", why=one_line(error, 200))
     return WriteReport(stored, len(documents) - stored - len(refused), refused)
 
 
@@ -7988,7 +8002,7 @@ class MongoStore:
 
     def _in_bulk(
         self, name: str, count: int, write: Callable[[], object], takes: bool = False
-    ) -> tuple[list[str], dict[str, str]]:
+    ) -> tuple[list[str], dict[str, Phrase]]:
         """Write a batch; return the `_id` of what was there before, and what was refused (`_id` -> why).
 
         Where all of it is refused it is written again when the collection was seen to take another document (`takes`):
@@ -7999,27 +8013,29 @@ class MongoStore:
         try:
             write()
         except BulkWriteError as error:
-            known, refused = self._sort_errors(error.details or {})
+            known, whys = self._sort_errors(error.details or {})
         else:
             return [], {}
+        refused = {one: phrase("stores.refused", why=why) for one, why in whys.items()}
         if takes or len(refused) < count:
             return known, refused
         if not self.takes_another(name):
-            words = next(iter(refused.values())).removeprefix(REFUSED_IT)
-            raise self._away(words, refused=refused)
+            raise self._away(next(iter(whys.values())), refused=refused)
         return self._in_bulk(name, count, write, takes=True)
 
     def _encode(self, documents: Sequence[Document]) -> tuple[list[Document], dict[str, str]]:
         """Return the documents as they will be stored, and those whose numbers do not fit (`_id` -> why)."""
         if self._convert is str:
             return list(documents), {}
-        encoded, refused = [], {}
+        encoded: list[Document] = []
+        refused: dict[str, str] = {}
         for document in documents:
             try:
                 encoded.append(self._bson(document))
             except (ArithmeticError, ValueError) as error:
-                setting = f"MONGODB_NUMERIC_TYPE={self._settings.numeric_type}"
-                refused[document["_id"]] = f"its numbers do not fit {setting}: {one_line(error)}"
+                refused[document["_id"]] = phrase(
+                    "stores.odd_numbers", type=self._settings.numeric_type, why=one_line(error)
+                )
         return encoded, refused
 
     def takes_another(self, name: str, others: Sequence[Document] = ()) -> bool:
@@ -8253,7 +8269,8 @@ class MongoStore:
             index = self._index_words()
         except PyMongoError as error:
             raise self._fault(error) from error
-        return f"{settings.mongodb_shown()}: database {settings.mongodb_db_name} can be written, {index}"
+        place, database = settings.mongodb_shown(), settings.mongodb_db_name
+        return phrase("stores.mongodb_good", place=place, database=database, index=index)
 
     def ttl_indexes(self) -> list[TtlIndex]:
         """Return the indexes by which MongoDB removes documents of `realtime`, or could. Raises StoreAway."""
@@ -8327,14 +8344,14 @@ class MongoStore:
         except PyMongoError as error:
             raise self._fault(error) from error
 
-    def _index_words(self) -> str:
+    def _index_words(self) -> Phrase:
         from pymongo.errors import OperationFailure
 
         with contextlib.suppress(OperationFailure):  # who may not look at indexes
             keys = [index["key"] for index in self.collection().index_information().values()]
             if INDEX in keys:
-                return f"index on {self.realtime_name} is there"
-        return f"index on {self.realtime_name} is made with the next trades"
+                return phrase("stores.index_there", name=self.realtime_name)
+        return phrase("stores.index_to_come", name=self.realtime_name)
 
     def close(self) -> None:
         """Close the client."""
@@ -8403,8 +8420,7 @@ class MongoStore:
                 setting = "MONGODB_CLOSE_COLLECTION_NAME"
                 if name == self.realtime_name:
                     setting = "MONGODB_REALTIME_COLLECTION_NAME"
-                kind = NO_COLLECTIONS[one["type"]]
-                raise self._away(f"{name} is {kind}, but must be a plain collection, see {setting}")
+                raise self._away(phrase(NO_COLLECTIONS[one["type"]], name=name, setting=setting))
         self._plain.add(name)
 
     def _connect(self) -> MongoClient[Document]:
@@ -8424,8 +8440,9 @@ class MongoStore:
         try:  # not connected before it is used: mongodb+srv:// asks the DNS, which may be away too
             return MongoClient(self._settings.mongodb_uri, tz_aware=True, connect=False, **options)
         except (PyMongoError, ValueError, TypeError) as error:
+            why = self._settings.redact(one_line(error))
             raise SettingsError(
-                [f"MONGODB_HOST={self._settings.mongodb_shown()!r}: {self._settings.redact(one_line(error))}"]
+                [phrase("stores.bad_uri", uri=self._settings.mongodb_shown(), why=why)]
             ) from None
         finally:
             # a client keeps the text of the stack that it was made on: every line of this file would stay in memory
@@ -8488,26 +8505,34 @@ class MongoStore:
         return self._convert(text)
 
     def _sort_errors(self, details: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
-        """Return the `_id` of what was there before, and what was refused. Raises StoreAway for faults of neither."""
+        """Return the `_id` of what was there before, and what was refused (`_id` -> MongoDB's words).
+
+        Raises StoreAway for faults of neither.
+        """
         if details.get("writeConcernErrors"):
-            words = one_line(details["writeConcernErrors"][0].get("errmsg", "no more is known"))
-            raise self._away(f"it did not confirm the write with its write concern: {words}")
+            raise self._away(phrase("stores.unconfirmed", why=self._said(details["writeConcernErrors"][0])))
         known, refused = [], {}
         for error in details.get("writeErrors", ()):
-            words = self._settings.redact(one_line(error.get("errmsg", "no more is known"), 200))
+            words = self._said(error)
             name = error["op"].get("q", error["op"])["_id"]  # of an update, or an insert
             if error.get("code") == DUPLICATE_KEY and _is_identity_taken(error):
                 known.append(name)
             elif error.get("code") in NOT_THE_DOCUMENTS_FAULT:
                 raise self._away(words)
             else:
-                refused[name] = REFUSED_IT + words
+                refused[name] = words
         return known, refused
+
+    def _said(self, error: Mapping[str, Any]) -> str:
+        """Return what the server says of an error."""
+        if "errmsg" not in error:
+            return phrase("stores.no_more_known")
+        return self._settings.redact(one_line(error["errmsg"], 200))
 
     def _fault(self, error: Exception) -> StoreAway:
         from pymongo.errors import ConnectionFailure, NotPrimaryError, PyMongoError
 
-        words = one_line(plain_words(str(error)), 200)
+        words = self._settings.redact(one_line(plain_words(str(error)), 200))
         lost = isinstance(error, ConnectionFailure) and not isinstance(error, NotPrimaryError)
         lost = lost or (isinstance(error, PyMongoError) and error.timeout)
         return self._away(words, lost and not self._is_unwanted())
@@ -8522,13 +8547,11 @@ class MongoStore:
     def _away(
         self, words: str, unreachable: bool = False, refused: Mapping[str, str] | None = None
     ) -> StoreAway:
-        words = self._settings.redact(words)
-        shown = self._settings.mongodb_shown()
         cause = "MONGODB_HOST"
         if "failed validation" in words:
-            cause = f"the validators of {self.realtime_name} and {self.close_name}"
-        words_for_all = see(f"MongoDB at {shown} fails: {words}", cause)
-        return StoreAway(words_for_all, unreachable, words, refused)
+            cause = phrase("stores.validators", realtime=self.realtime_name, close=self.close_name)
+        fails = phrase("stores.fails", place=self._settings.mongodb_shown(), why=words)
+        return StoreAway(see(fails, cause), unreachable, words, refused)
 
 
 def _is_identity_taken(error: Mapping[str, Any]) -> bool:
@@ -8682,15 +8705,15 @@ class SqliteRetention:
         """Look at every row."""
         while self.step(goes_on=True) <= EXPIRED_PAUSE_S:
             pass
-        return "closes are still to be made of older trades" if self._closes_wait() else ""
+        return phrase("stores.closes_wait") if self._closes_wait() else ""
 
     def words(self) -> str:
         """Return for how long trades are kept, and of when the oldest is."""
-        words = ["kept for ever"]
-        if self._days:
-            words = [f"kept for {count_words(self._days, 'day')}"]
-        found = self._file.read_one("SELECT create_time FROM realtime ORDER BY seq LIMIT 1")
-        return ", ".join([*words, *(f"the oldest of {created}" for created in found or ())])
+        kept = _kept_words(self._days * 24 * 3600 or None)
+        found = self._file.read_one("SELECT create_time FROM realtime ORDER BY seq LIMIT 1") or ()
+        return listing(
+            "join.commas", [kept, *(phrase("stores.oldest", created=created) for created in found)]
+        )
 
     def _closes_wait(self) -> bool:
         """Whether trades of a session that is over are still to be looked at: Stage.LOOK_BACK is 0."""
@@ -8709,8 +8732,8 @@ class SqliteRetention:
         deleted, self._passed, self._deleted = self._deleted, 0, 0
         if not deleted:
             return
-        words = "%s older than KEEP_DAYS=%d deleted from %s"
-        log.info(words, count_words(deleted, "trade"), self._days, self._file.path)
+        trades = count_words(deleted, "trade")
+        log.info("%s older than KEEP_DAYS=%d deleted from %s", trades, self._days, self._file.path)
         pages, unused = self._file.pages()
         used = (pages - unused) * SQLITE_PAGE
         # half of it at least: else each round would write it anew
@@ -8744,7 +8767,7 @@ class MongoRetention:
         except StoreAway as error:
             if error.unreachable:
                 raise
-            why = f"{REFUSED_IT}{error.words}"
+            why = phrase("stores.refused", why=error.words)
         if why and why != self._said and (self._days or self._is_there):
             log.warning("KEEP_DAYS=%s has no effect: %s", self._days or "", why)
         self._said = why
@@ -8761,17 +8784,18 @@ class MongoRetention:
         except StoreAway as error:
             if error.unreachable:
                 raise
-            return f"who keeps them for how long cannot be seen ({error.words})"
-        words = [f"kept for {_span_words(mine.seconds if mine else None)}"]
+            return phrase("stores.kept_unseen", why=error.words)
+        words = [_kept_words(mine.seconds if mine else None)]
         if mine is not None:
-            words += [f"the oldest of {created}" for created in self._mongo.oldest()]
+            words += [phrase("stores.oldest", created=created) for created in self._mongo.oldest()]
             if mine.seconds != self._seconds:
-                words.append(f"KEEP_DAYS={self._days or ''} holds with the next run")
+                words.append(phrase("stores.kept_soon", days=self._days or ""))
         elif self._days:
-            why = self._why_not_on_its_own(others) or "its index is made with the next run"
-            words.append(f"KEEP_DAYS={self._days} has no effect yet: {why}")
-        words += [f"but {_other_words(index)}" for index in others if index.seconds is not None]
-        return ", ".join(words)
+            why = self._why_not_on_its_own(others) or phrase("stores.ttl_to_come")
+            words.append(phrase("stores.kept_not_yet", days=self._days, why=why))
+        removing = [index for index in others if index.seconds is not None]
+        words += [phrase("stores.but", other=_other_words(index)) for index in removing]
+        return listing("join.commas", words)
 
     def _indexes(self) -> tuple[TtlIndex | None, list[TtlIndex]]:
         """Return our index, and those of others."""
@@ -8797,38 +8821,49 @@ class MongoRetention:
             elif not self._mongo.change_ttl_index(self._seconds):  # readWrite may not, but drop and make it
                 self._mongo.drop_ttl_index()
                 self._mongo.make_ttl_index(self._seconds, limit)
-            words = "MongoDB keeps trades in %s for %s now, not for %s: KEEP_DAYS is %s"
-            was = _span_words(mine.seconds)
-            log.warning(words, self._mongo.realtime_name, wanted, was, self._days or "not set")
+            was = "ever" if mine.seconds is None else _span_words(mine.seconds)
+            log.warning(
+                "MongoDB keeps trades in %s for %s now, not for %s: KEEP_DAYS is %s",
+                self._mongo.realtime_name,
+                wanted,
+                was,
+                self._days or "not set",
+            )
         return ""
 
     def _why_not_on_its_own(self, others: Sequence[TtlIndex], is_asked_for: bool = False) -> str:
         """Return why our index is not made without more ado, '' where it is."""
         for index in others:
             if index.field == "create_time":
-                return f"{_other_words(index)}: drop that one first"
+                return phrase("stores.drop_other", other=_other_words(index))
         if not (is_asked_for or self._older):
             count = self._mongo.count_older(utc_now() - timedelta(seconds=self._seconds))
-            words = "too many documents to be counted quickly"
-            if count is not None:
-                words = f"{count_words(count, 'document')} older than that"
-            if count != 0:
-                self._older = f"{self._mongo.realtime_name} holds {words}, which --retain removes"
+            if count is None:
+                self._older = phrase("stores.holds_many", name=self._mongo.realtime_name)
+            elif count:
+                documents = count_words(count, "document")
+                self._older = phrase(
+                    "stores.holds_older", name=self._mongo.realtime_name, documents=documents
+                )
         return "" if is_asked_for else self._older
 
 
-def _span_words(seconds: int | None) -> str:
+def _kept_words(seconds: int | None) -> Phrase:
     if seconds is None:
-        return "ever"
+        return phrase("stores.kept_for_ever")
+    return phrase("stores.kept", span=_span_words(seconds))
+
+
+def _span_words(seconds: int) -> Phrase:
     days = seconds / (24 * 3600)
-    return count_words(int(days), "day") if days.is_integer() else f"{seconds} s"
+    return count_words(int(days), "day") if days.is_integer() else phrase("age.s", n=seconds)
 
 
-def _other_words(index: TtlIndex) -> str:
-    words = f"an index of others, {index.name} on {index.field}, "
+def _other_words(index: TtlIndex) -> Phrase:
     if index.seconds is None:
-        return words + "is where that of KEEP_DAYS would be"
-    return words + f"removes documents after {_span_words(index.seconds)}"
+        return phrase("stores.other_in_place", name=index.name, field=index.field)
+    span = _span_words(index.seconds)
+    return phrase("stores.other_removes", name=index.name, field=index.field, span=span)
 
 
 # ======================================================================================================
@@ -11358,11 +11393,11 @@ class Pipeline:
 
     def kept(self) -> str:
         """Return for how long trades are kept. Raises StoreError."""
-        return f"trades {self._retention.words()}"
+        return self._retention.words()
 
     def check_store(self) -> str:
         """Try what a run needs of the store, and say for how long trades are kept. Raises StoreError."""
-        return f"{self.store.check()}, {self.kept()}"
+        return listing("join.commas", [self.store.check(), self.kept()])
 
     def backfill(
         self, codes: Iterable[str] | None, sessions: int, stop: threading.Event
@@ -20232,6 +20267,76 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 # Of the room Stores
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "stores.bad_uri": ("MONGODB_HOST={uri!r}: {why}", "MONGODB_HOST={uri!r}：{why}"),
+    "stores.but": ("but {other}", "但{other}"),
+    "stores.closes_wait": (
+        "closes are still to be made of older trades",
+        "较早的成交还要用来生成收盘价",
+    ),
+    "stores.drop_other": ("{other}: drop that one first", "{other}；请先删除该索引"),
+    "stores.fails": ("MongoDB at {place} fails: {why}", "MongoDB {place} 出错：{why}"),
+    "stores.file_good": ("{path} can be written, {trades} in it", "{path} 可写入，内有 {trades}"),
+    "stores.holds_many": (
+        "{name} holds too many documents to be counted quickly, which --retain removes",
+        "{name} 中超过该期限的文档太多，无法很快数清，可用 --retain 删除",
+    ),
+    "stores.holds_older": (
+        "{name} holds {documents} older than that, which --retain removes",
+        "{name} 中有 {documents}超过该期限，可用 --retain 删除",
+    ),
+    "stores.index_there": ("index on {name} is there", "{name} 的索引已建立"),
+    "stores.index_to_come": (
+        "index on {name} is made with the next trades",
+        "{name} 的索引将在下次写入成交时建立",
+    ),
+    "stores.kept": ("trades kept for {span}", "成交保留 {span}"),
+    "stores.kept_for_ever": ("trades kept for ever", "成交永久保留"),
+    "stores.kept_not_yet": ("KEEP_DAYS={days} has no effect yet: {why}", "KEEP_DAYS={days} 尚未生效：{why}"),
+    "stores.kept_soon": ("KEEP_DAYS={days} holds with the next run", "KEEP_DAYS={days} 自下次运行起生效"),
+    "stores.kept_unseen": (
+        "who keeps trades for how long cannot be seen ({why})",
+        "无法查看成交的保留期限（{why}）",
+    ),
+    "stores.local_refused": ("the local store refused it: {why}", "被本地库拒绝：{why}"),
+    "stores.mongodb_good": (
+        "{place}: database {database} can be written, {index}",
+        "{place}：数据库 {database} 可写入，{index}",
+    ),
+    "stores.no_more_known": ("no more is known", "没有更多信息"),
+    "stores.odd_numbers": (
+        "its numbers do not fit MONGODB_NUMERIC_TYPE={type}: {why}",
+        "数值不适合 MONGODB_NUMERIC_TYPE={type}：{why}",
+    ),
+    "stores.oldest": ("the oldest of {created}", "最早的一笔存于 {created}"),
+    "stores.other_in_place": (
+        "an index of others, {name} on {field}, is where that of KEEP_DAYS would be",
+        "已有其他程序的索引 {name}（字段 {field}），占用了 KEEP_DAYS 索引的位置",
+    ),
+    "stores.other_removes": (
+        "an index of others, {name} on {field}, removes documents after {span}",
+        "其他程序的索引 {name}（字段 {field}）会在 {span}后删除文档",
+    ),
+    "stores.refused": ("MongoDB refused it: {why}", "被 MongoDB 拒绝：{why}"),
+    "stores.time_series": (
+        "{name} is a time-series collection, but must be a plain collection, see {setting}",
+        "{name} 是时序集合，应为普通集合；请检查 {setting}",
+    ),
+    "stores.ttl_to_come": ("its index is made with the next run", "其索引将在下次运行时建立"),
+    "stores.unconfirmed": (
+        "it did not confirm the write with its write concern: {why}",
+        "未按写关注确认写入：{why}",
+    ),
+    "stores.validators": (
+        "the validators of {realtime} and {close}",
+        "{realtime} 和 {close} 的校验规则",
+    ),
+    "stores.view": (
+        "{name} is a view, but must be a plain collection, see {setting}",
+        "{name} 是视图，应为普通集合；请检查 {setting}",
+    ),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Closing prices
