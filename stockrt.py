@@ -9424,8 +9424,7 @@ class DeliveryQueue:
         pages, _ = self._file.pages()
         more = most_growth(self._file, documents)
         if pages * SQLITE_PAGE + self._file.bytes_beside() + more > self._max_bytes:
-            limit = f"its limit of {self._max_bytes >> 20} MB"
-            raise QueueFull(f"{self._file.path} has come to {limit}; see SPOOL_MAX_MB")
+            raise QueueFull(phrase("delivery.full", path=self._file.path, limit=self._max_bytes >> 20))
         why = self._file.why_no_room(more)
         if why:
             raise QueueFull(why)
@@ -9454,10 +9453,10 @@ class DeliveryQueue:
         numbers = [row[0] for row in rows]
         try:  # SQLite does not look
             if numbers != sorted(set(numbers)):
-                raise ValueError("its rows are out of order")
+                raise ValueError(phrase("delivery.out_of_order"))
             documents = [_queued_document(row[1:]) for row in rows]
         except (TypeError, ValueError) as error:
-            raise self._file.damaged(one_line(error)) from error
+            raise self._file.damaged(one_line(error_words(error))) from error
         return QueuedBatch(max(numbers, default=0), documents)
 
     def newest(self) -> list[Document]:
@@ -9540,7 +9539,7 @@ def _queued_document(row: Sequence[Any]) -> Document:
     trade = Trade(*fields)
     document = to_document(trade, datetime.fromisoformat(created))
     if name != document["_id"] or code != trade.s:
-        raise ValueError("its fields do not make its _id")
+        raise ValueError(phrase("delivery.other_id"))
     return document
 
 
@@ -9577,7 +9576,13 @@ class Rejects:
         """Return them, oldest first. Raises StoreError."""
         query = "SELECT collection, _id, reason, rejected_at, document FROM rejects ORDER BY seq"
         return [
-            Reject(collection=collection, _id=name, reason=why, rejected_at=at, document=json.loads(document))
+            Reject(
+                collection=collection,
+                _id=name,
+                reason=stored_words(why, ["stores.refused"]),
+                rejected_at=at,
+                document=json.loads(document),
+            )
             for collection, name, why, at, document in self._file.read_all(query)
         ]
 
@@ -9643,7 +9648,8 @@ class UnsettledTrades:
             try:
                 documents.append(_queued_document(row))
             except (TypeError, ValueError) as error:
-                log.error("no close is made of %s, damaged on this machine: %s", row[0], one_line(error))
+                words = one_line(error_words(error))
+                log.error("no close is made of %s, damaged on this machine: %s", row[0], words)
                 self.remove(row[:1])
         return documents
 
@@ -9689,9 +9695,12 @@ class Delivery:
         self._thread = threading.Thread(target=self._run, name="stockrt-delivery", daemon=True)
         self._closing = threading.Event()
         self._woken = threading.Event()  # something came, or this closes
-        here = "kept on this machine"
-        self._trouble = LogThrottle("MongoDB", then=f"what is fetched is {here} until it is back")
-        self._close_trouble = LogThrottle("closing snapshot", then=f"what it follows from is {here}")
+        self._trouble = LogThrottle(
+            "MongoDB", then="what is fetched is kept on this machine until it is back"
+        )
+        self._close_trouble = LogThrottle(
+            "closing snapshot", then="what it follows from is kept on this machine"
+        )
         self._file_trouble = LogThrottle(
             "what waits for MongoDB", then="what it takes does not need the file"
         )
@@ -9701,8 +9710,9 @@ class Delivery:
         stats = self.stats()
         self._events.queue_changed(stats)
         if stats.trades:
-            words = "%d trades wait on this machine for MongoDB, the oldest since %s"
-            log.info(words, stats.trades, stats.oldest)
+            log.info(
+                "%d trades wait on this machine for MongoDB, the oldest since %s", stats.trades, stats.oldest
+            )
         if not self.is_empty():
             self._wake()
 
@@ -9727,7 +9737,7 @@ class Delivery:
             report = self.mongo.write(documents)
         except StoreAway as error:
             self._note_away(error)
-            self._trouble.again(str(error))
+            self._trouble.again(error.message)
             return self._queue_up(documents)
         self._note_back()
         if report.refused:
@@ -9775,11 +9785,11 @@ class Delivery:
 
     def check(self) -> str:
         """Try MongoDB and say what waits for it. Raises StoreError."""
-        line = self.mongo.check()
+        found = [self.mongo.check()]
         waiting = self.queue.stats().trades
         if waiting:
-            line += f", {count_words(waiting, 'trade')} kept here for it"
-        return line
+            found.append(phrase("delivery.kept_here", trades=count_words(waiting, "trade")))
+        return listing("join.commas", found)
 
     def close(self) -> None:
         """Tell the thread to end; what waits stays."""
@@ -9799,7 +9809,7 @@ class Delivery:
                 self._is_silent = self.queue.trades >= before
                 return self._away is None and not self.queue.has_trades()
         except StoreError as error:
-            self._file_trouble.again(str(error))
+            self._file_trouble.again(error.message)
         else:
             self._file_trouble.over()
         return True
@@ -9809,7 +9819,7 @@ class Delivery:
         try:
             has_trades = self.queue.has_trades()
         except StoreError as error:
-            self._file_trouble.again(str(error))
+            self._file_trouble.again(error.message)
             return False
         self._file_trouble.over()
         return has_trades
@@ -9819,7 +9829,8 @@ class Delivery:
         try:
             report = self.queue.write(documents)
         except StoreError as error:
-            raise StoreError(f"{self._because(before)}, and {error}") from error
+            words = phrase("delivery.not_kept", because=self._because(before), why=error.message)
+            raise StoreError(words) from error
         finally:
             self._tell()
         self._wake()
@@ -9829,18 +9840,18 @@ class Delivery:
             queued_because=self._because(before - report.duplicates),
         )
 
-    def _because(self, others: int) -> str:
+    def _because(self, others: int) -> Phrase:
         """Return why trades are queued, before which `others` wait."""
         away = self._away
         if away is None:
-            words = [f"MongoDB did not answer within {CATCH_UP_S:.0f} s"] if self._is_silent else []
+            words = [phrase("delivery.silent", seconds=CATCH_UP_S)] if self._is_silent else []
             if others or not words:
-                words.append(f"{waiting_words(others, 'other')} for MongoDB before them")
-            return "; ".join(words)
+                words.append(phrase("delivery.behind", others=waiting_words(others, "other")))
+            return listing("join.clauses", words)
         error, since = away
         if error.unreachable:
-            return f"MongoDB unreachable since {local_time(since)}"
-        return f"MongoDB takes no writes since {local_time(since)} ({error.words})"
+            return phrase("delivery.unreachable", since=local_time(since))
+        return phrase("delivery.no_writes", since=local_time(since), why=error.words)
 
     def _put_aside(self, documents: Sequence[Document], reasons: Mapping[str, str], collection: str) -> None:
         """Keep what MongoDB rejected; the others of its batch are stored, whatever the local file says."""
@@ -9915,7 +9926,7 @@ class Delivery:
         """Return why MongoDB rejects a document that it cannot stand, {} if it has it. Raises StoreAway."""
         if self.mongo.has(document["_id"]):
             return {}
-        return {document["_id"]: str(error)}
+        return {document["_id"]: error.message}
 
     def _settle_at_once(self, documents: Sequence[Document], stop: threading.Event) -> bool:
         """Make the closes of trades that arrived, unless others wait for theirs: each try may take its time limit.
@@ -9945,7 +9956,7 @@ class Delivery:
                 self._settle(trades, stop)
                 self.unsettled.remove([trade["_id"] for trade in trades])
         except Exception as error:  # whatever it was: the trades are there
-            raise ClosesLate(str(error) or type(error).__name__) from error
+            raise ClosesLate(error_words(error) or type(error).__name__) from error
         self._close_trouble.over()
         return bool(trades or finals)
 
@@ -9968,7 +9979,7 @@ class Delivery:
                 try:
                     self._thread.start()
                 except RuntimeError as error:  # no more threads, at the moment
-                    self._file_trouble.again(f"nothing moves it: {error}")
+                    self._file_trouble.again(phrase("delivery.no_thread", why=str(error)))
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -10004,8 +10015,8 @@ class Delivery:
         self._tell()
         self.queue.shrink()
         if self.moved or self.rejected:
-            words = "%s moved to MongoDB in %.1f s, %d refused by it"
-            log.info(words, count_words(self.moved, "kept trade"), took, self.rejected)
+            trades = count_words(self.moved, "kept trade")
+            log.info("%s moved to MongoDB in %.1f s, %d refused by it", trades, took, self.rejected)
 
     def _fresh_delays(self) -> Iterator[float]:
         return backoff(DELIVERY_FIRST_S, DELIVERY_CAP_S, self._rng)
@@ -10015,7 +10026,7 @@ class Delivery:
         try:
             self._events.queue_changed(self.stats())
         except StoreError as error:
-            self._file_trouble.again(str(error))
+            self._file_trouble.again(error.message)
 
     def _note_away(self, error: StoreAway) -> None:
         with self._changed:
@@ -10033,13 +10044,12 @@ class Delivery:
         """Say why what waits is not delivered. It is tried again, whatever it was."""
         if self._closing.is_set():
             return
-        trouble, words, cause = self._trouble, str(error), error
+        trouble, words, cause = self._trouble, error_words(error), error
         if isinstance(error, ClosesLate):
             trouble, cause = self._close_trouble, cast(Exception, error.__cause__)
         elif not isinstance(error, StoreAway):
-            words = (
-                f"what waits cannot be moved to it: {lack_words(error) or f'{type(error).__name__}: {error}'}"
-            )
+            named = phrase("tools.because", what=type(error).__name__, why=error_words(error))
+            words = phrase("delivery.not_moved", why=lack_words(error) or named)
         if isinstance(cause, ImportError):
             self._events.damaged(lost_part(cause))
             return
@@ -10086,6 +10096,15 @@ class Gap(NamedTuple):
             "why": self.why,
             "create_time": datetime.fromisoformat(self.create_time),
         }
+
+
+# Those of which no server tells, by the English words that `why` has of them in both stores.
+GAP_REASONS = ("delivery.gap_deaf", "delivery.gap_ended", "delivery.gap_moved", "delivery.gap_stopped")
+
+
+def gap_reason(text: str) -> str:
+    """Return why a gap is, of the text that is stored: ours in all languages, others as they are."""
+    return stored_words(text, GAP_REASONS)
 
 
 class Gaps:
@@ -10747,11 +10766,9 @@ class Keeper:
         try:
             self._closing.settle(documents, stop)
         except StoreError as error:
-            return str(error)
+            return error.message
         except Exception as error:  # the trades are stored, and that is what counts
-            if lack_words(error) or not self._trouble.there:
-                return own_fault(error)
-            return f"a fault of stockrt itself: {type(error).__name__}; see the log"
+            return own_fault(error, is_said=self._trouble.there)
         return ""
 
 
@@ -10839,7 +10856,7 @@ class Collector:
         """Pass batches on until the store has failed: what cannot be stored is not fetched."""
         for batch in batches:
             if self.report.store_error:
-                self._fail(batch.split(), f"not asked for: {self.report.store_error}")
+                self._fail(batch.split(), phrase("run.not_asked_for", why=self.report.store_error))
             else:
                 yield batch
 
@@ -10881,10 +10898,10 @@ class Collector:
         for unknown, asked in self._unknown[:NAMES_LISTED]:
             if self._stop.is_set():
                 return
-            kind, words = self.report.failures[asked]
             better = finder.explain(unknown, self._stop)
             if better:
-                self.report.failures[asked] = Failure(kind, words.replace(UNKNOWN_WORDS, better))
+                words = self._with_codes(better, asked, unknown.code)
+                self.report.failures[asked] = Failure(FailureKind.UNKNOWN_CODE, words)
 
     def _asked(self, code: str) -> str:
         """Return how a code of this round was asked for."""
@@ -10896,10 +10913,15 @@ class Collector:
             self.report.failures.update(dict.fromkeys(codes, Failure(kind, words)))
             return
         for code in codes:
-            asked, became = self._asked(code), ""
-            if asked != code:
-                became = f" ({asked} -> {', '.join([*self._tried.get(asked, ()), code])})"
-            self.report.failures[asked] = Failure(kind, words + became)
+            asked = self._asked(code)
+            self.report.failures[asked] = Failure(kind, self._with_codes(words, asked, code))
+
+    def _with_codes(self, words: str, asked: str, code: str) -> str:
+        """Return why a code failed, and as which codes it was asked for where it was typed in another form."""
+        if asked == code:
+            return words
+        codes = listing("join.names", [*self._tried.get(asked, ()), code])
+        return phrase("run.asked_as", words=words, asked=asked, codes=codes)
 
     def _tell(self) -> None:
         self._events.progress(self._done, self.report.total, len(self._unwritten))
@@ -10915,8 +10937,9 @@ class Collector:
                 raise StoreError(self.report.store_error)
             written = self._store.write(documents)
         except StoreError as error:
-            self.report.store_error = str(error)
-            self._fail([document["stock_code"] for document in documents], f"fetched, not stored: {error}")
+            self.report.store_error = error.message
+            words = phrase("run.not_stored", why=error.message)
+            self._fail([document["stock_code"] for document in documents], words)
             return
         self._done += len(documents) - len(written.refused)
         taken = taken_of(documents, written)
@@ -10970,13 +10993,13 @@ def looked_up(
             try:
                 found = finder.find(unclear, stop)
             except InstrumentError as error:
-                why = str(error)
+                why = error.message
         yield shown, found, why
 
 
 def store_name(settings: Settings) -> str:
     """Return what the store is called in messages."""
-    return "MongoDB" if settings.mongodb_uri else "local store"
+    return "MongoDB" if settings.mongodb_uri else phrase("run.local_store")
 
 
 def check_key(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list[Check]:
@@ -10988,11 +11011,11 @@ def check_key(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list[C
     try:
         response = _ask_with(settings, api, key, path, "stock", API_LIMITS)
     except StockrtError as error:
-        return [Check(f"API key {key.shown}", False, str(error))]
+        return [Check(phrase("run.api_key", key=key.shown), False, error.message)]
     found = [_check_of(api, key, decide(response, datetime.now(UTC)), settings)]
     fault = clock_fault(response, time.time())
     if fault:
-        found.append(Check("clock", False, fault))
+        found.append(Check(phrase("run.clock"), False, fault))
     return found
 
 
@@ -11007,50 +11030,54 @@ def _ask_with(
 
 def _check_of(api: InfowayApi | None, key: ApiKey, verdict: Verdict, settings: Settings) -> Check:
     """Return what an answer says of the key that was used for it, and what its plan is."""
-    name = f"API key {key.shown}"
-    good = f"accepted by {settings.api_base_url}"
+    name = phrase("run.api_key", key=key.shown)
+    place = settings.api_base_url
     if verdict.action in (Action.ACCEPT, Action.CODES_UNKNOWN):
-        return Check(name, True, good + _plan_words(settings, api, key))
-    # it may serve others: a plan of crypto alone is a good one
-    if verdict.action is Action.KEY_LACKS_PRODUCT:
-        good += f", but not for stocks: {verdict.failure.words}"
-        return Check(name, True, good + _plan_words(settings, api, key))
-    setting = verdict.setting or "INFOWAY_API_BASE_URL"
-    return Check(name, False, see(verdict.failure.words, setting))
+        good = phrase("run.accepted", place=place)
+    elif verdict.action is Action.KEY_LACKS_PRODUCT:
+        # it may serve others: a plan of crypto alone is a good one
+        good = phrase("run.accepted_without_stocks", place=place, why=verdict.failure.words)
+    else:
+        setting = verdict.setting or "INFOWAY_API_BASE_URL"
+        return Check(name, False, see(verdict.failure.words, setting))
+    return Check(name, True, listing("join.clauses", [good, *_plan_words(settings, api, key)]))
 
 
-def _plan_words(settings: Settings, api: InfowayApi | None, key: ApiKey) -> str:
-    """Ask the API for a key's plan, and say what it is and where that differs from what is set."""
+def _plan_words(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list[str]:
+    """Ask the API for a key's plan, and say what it is and where that differs from what is set, in clauses."""
     try:
         answer = _ask_with(settings, api, key, PACKAGE_PATH, "", PLAN_LIMITS)
     except StockrtError as error:
-        return f"; its plan cannot be had: {error}"
+        return [phrase("run.no_plan", why=error.message)]
     envelope, verdict = judge(answer)
     info = read_package(envelope)
     if info is None:
-        words = f"; its plan cannot be had: {verdict.failure.words or 'the answer names none'}"
-        if key.plan is PLAN_TO_ASK:
-            words += ": Free's limits hold unless INFOWAY_PLAN names it"
-        return words
+        why = verdict.failure.words or phrase("run.names_no_plan")
+        return [phrase("run.no_plan_but_free" if key.plan is PLAN_TO_ASK else "run.no_plan", why=why)]
     told = info.plan()
-    words = f"; plan {_limits_words(told)}"
     ends = info.end_words(time.time())
+    words: list[str] = [phrase("run.plan", limits=_limits_words(told))]
     if ends:
-        words += f"; {ends}"
+        words.append(ends)
     elif info.ends:
-        words += f", until {iso_after(info.ends, 0)}"
+        words = [phrase("run.plan_until", limits=_limits_words(told), until=iso_after(info.ends, 0))]
     if key.plan is not PLAN_TO_ASK and key.plan.windows() != told.windows():
-        words += f"; INFOWAY_PLAN differs and is what counts: {_limits_words(key.plan)}"
+        words.append(phrase("run.other_plan", limits=_limits_words(key.plan)))
     return words
 
 
-def _limits_words(plan: Plan) -> str:
+def _limits_words(plan: Plan) -> Phrase:
     if not plan.per_second:
-        return f"{plan.name}: no limit"
-    words = f"{plan.name}: {plan.per_second:g} requests a second, {plan.per_minute} a minute"
-    if plan.per_day:
-        words += f", {plan.per_day} a day"
-    return words
+        return phrase("run.no_limit", plan=plan.name)
+    if not plan.per_day:
+        return phrase("run.limits", plan=plan.name, second=plan.per_second, minute=plan.per_minute)
+    return phrase(
+        "run.limits_of_a_day",
+        plan=plan.name,
+        second=plan.per_second,
+        minute=plan.per_minute,
+        day=plan.per_day,
+    )
 
 
 class KeyUsage(TypedDict):
@@ -20346,9 +20373,71 @@ TEMPLATES |= {
 # Of the room Delivery
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "delivery.behind": ("{others} for MongoDB before them", "前面{others}写入 MongoDB"),
+    "delivery.full": (
+        "{path} has come to its limit of {limit} MB; see SPOOL_MAX_MB",
+        "{path} 已达上限 {limit} MB；请检查 SPOOL_MAX_MB",
+    ),
+    "delivery.gap_deaf": ("nothing was pushed although there were trades", "有成交，但没有推送"),
+    "delivery.gap_ended": ("stockrt ended without notice", "stockrt 意外退出"),
+    "delivery.gap_moved": ("moved to another connection", "转移到另一个连接"),
+    "delivery.gap_stopped": ("stockrt was stopped", "stockrt 已停止"),
+    "delivery.kept_here": ("{trades} kept here for it", "另有 {trades}暂存于本机，等待写入"),
+    "delivery.no_thread": ("nothing moves it: {why}", "无法启动转存线程：{why}"),
+    "delivery.no_writes": (
+        "MongoDB takes no writes since {since} ({why})",
+        "MongoDB 自 {since} 起无法写入（{why}）",
+    ),
+    "delivery.not_kept": ("{because}, and {why}", "{because}；且无法暂存：{why}"),
+    "delivery.not_moved": ("what waits cannot be moved to it: {why}", "暂存的数据无法写入：{why}"),
+    "delivery.other_id": ("its fields do not make its _id", "其字段与 _id 不符"),
+    "delivery.out_of_order": ("its rows are out of order", "其中的行顺序错乱"),
+    "delivery.silent": (
+        "MongoDB did not answer within {seconds:.0f} s",
+        "MongoDB 在 {seconds:.0f} 秒内没有应答",
+    ),
+    "delivery.unreachable": ("MongoDB unreachable since {since}", "MongoDB 自 {since} 起无法连接"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Run
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "run.accepted": ("accepted by {place}", "{place} 接受该密钥"),
+    "run.accepted_without_stocks": (
+        "accepted by {place}, but not for stocks: {why}",
+        "{place} 接受该密钥，但不含股票：{why}",
+    ),
+    "run.api_key": ("API key {key}", "API 密钥 {key}"),
+    "run.asked_as": ("{words} ({asked} -> {codes})", "{words}（{asked} -> {codes}）"),
+    "run.clock": ("clock", "时钟"),
+    "run.limits": (
+        "{plan}: {second:g} requests a second, {minute} a minute",
+        "{plan}：每秒 {second:g} 次请求，每分钟 {minute} 次",
+    ),
+    "run.limits_of_a_day": (
+        "{plan}: {second:g} requests a second, {minute} a minute, {day} a day",
+        "{plan}：每秒 {second:g} 次请求，每分钟 {minute} 次，每天 {day} 次",
+    ),
+    "run.local_store": ("local store", "本地库"),
+    "run.names_no_plan": ("the answer names none", "应答中没有套餐信息"),
+    "run.no_limit": ("{plan}: no limit", "{plan}：无限制"),
+    "run.no_plan": ("its plan cannot be had: {why}", "无法获知其套餐：{why}"),
+    "run.no_plan_but_free": (
+        "its plan cannot be had: {why}: Free's limits hold unless INFOWAY_PLAN names it",
+        "无法获知其套餐：{why}；除非用 INFOWAY_PLAN 指明，否则按 Free 套餐限频",
+    ),
+    "run.not_asked_for": ("not asked for: {why}", "未请求：{why}"),
+    "run.not_stored": ("fetched, not stored: {why}", "已获取，未入库：{why}"),
+    "run.other_plan": (
+        "INFOWAY_PLAN differs and is what counts: {limits}",
+        "INFOWAY_PLAN 与此不同，以其为准：{limits}",
+    ),
+    "run.plan": ("plan {limits}", "套餐 {limits}"),
+    "run.plan_until": ("plan {limits}, until {until}", "套餐 {limits}，有效期至 {until}"),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Collection
