@@ -7065,7 +7065,7 @@ class StreamEnd(NamedTuple):
 class StreamError(NamedTuple):
     """A row of the table of errors: its number, what follows, what it means, and how it is said without a number.
 
-    `setting`: what an operator looks at. `wait_s`: between which times a wait is.
+    `means`: a kind of words. `setting`: what an operator looks at. `wait_s`: between which times a wait is.
     """
 
     code: int
@@ -7079,33 +7079,28 @@ class StreamError(NamedTuple):
 _DIAL, _WAIT, _NEVER = StreamAction.DIAL_AGAIN, StreamAction.WAIT, StreamAction.NEVER
 _OUT, _LESS, _LATER, _HALVE = StreamAction.KEY_OUT, StreamAction.LESS, StreamAction.LATER, StreamAction.HALVE
 _KEY, _PLAN, _CODES, _URL = "INFOWAY_API_KEY", "INFOWAY_PLAN", "COLLECT_CODES", "INFOWAY_STREAM_URL"
-_BAD_KEY, _BAD_CODES = "the key is not valid", "codes of a form that it does not take"
-_MANY = "too many connections of the key"
+_BAD_KEY, _BAD_CODES = "stream.bad_key", "stream.bad_codes"
 # Of several rows whose words are in a text the first one counts. 401, 403 and 429 are those of the handshake.
 STREAM_ERRORS = (
-    StreamError(
-        516, _LATER, "too many codes on all connections of the key", _PLAN, r"total number of .*exceed"
-    ),
-    StreamError(512, _WAIT, _MANY, _PLAN, r"connections? .*exceed"),
-    StreamError(505, _LESS, "too many codes on one connection", _PLAN, r"quantity exceed"),
-    StreamError(501, _WAIT, "more than 60 frames a minute", _CODES, r"frequency|rate limit", FRAME_RATE_S),
-    StreamError(508, _OUT, "the key's plan has ended", _KEY, r"expired"),
+    StreamError(516, _LATER, "stream.many_codes", _PLAN, r"total number of .*exceed"),
+    StreamError(512, _WAIT, "stream.many_connections", _PLAN, r"connections? .*exceed"),
+    StreamError(505, _LESS, "stream.many_on_one", _PLAN, r"quantity exceed"),
+    StreamError(501, _WAIT, "stream.many_frames", _CODES, r"frequency|rate limit", FRAME_RATE_S),
+    StreamError(508, _OUT, "stream.plan_ended", _KEY, r"expired"),
     StreamError(509, _OUT, _BAD_KEY, _KEY, r"key (?:does )?not exist|token invalid"),
     StreamError(517, _OUT, _BAD_KEY, _KEY, r"key error|unauthorized|key is required"),
     StreamError(518, _OUT, _BAD_KEY, _KEY, r"key verif"),
-    StreamError(510, _OUT, "the key is disabled", _KEY, r"key .*disabled"),
-    StreamError(511, _OUT, "the key is banned", _KEY, r"\bbanned\b"),
-    StreamError(
-        519, _NEVER, "the key's plan lacks this product", _KEY, r"\b(?:no|not have|without) permission"
-    ),
-    StreamError(521, _HALVE, "not in the free plan", _PLAN, r"free plan"),
-    StreamError(520, _HALVE, "codes of another product", _CODES, r"suffix"),
+    StreamError(510, _OUT, "stream.disabled", _KEY, r"key .*disabled"),
+    StreamError(511, _OUT, "stream.banned", _KEY, r"\bbanned\b"),
+    StreamError(519, _NEVER, "stream.not_in_plan", _KEY, r"\b(?:no|not have|without) permission"),
+    StreamError(521, _HALVE, "stream.not_free", _PLAN, r"free plan"),
+    StreamError(520, _HALVE, "stream.other_product", _CODES, r"suffix"),
     StreamError(506, _HALVE, _BAD_CODES, _CODES, r"param error"),
     StreamError(507, _HALVE, _BAD_CODES, _CODES, r"param lost"),
-    StreamError(513, _DIAL, "a heartbeat did not reach it", _URL, r"heart ?beat"),
-    StreamError(401, _NEVER, f"{_BAD_KEY}, or its plan lacks this product", _KEY),
-    StreamError(403, _WAIT, "a refusal of the gateway: the key, the region or its risk control", _KEY),
-    StreamError(429, _WAIT, f"{_MANY}, or one that just ended still counts", _PLAN),
+    StreamError(513, _DIAL, "stream.no_heartbeat", _URL, r"heart ?beat"),
+    StreamError(401, _NEVER, "stream.bad_key_or_plan", _KEY),
+    StreamError(403, _WAIT, "stream.gateway", _KEY),
+    StreamError(429, _WAIT, "stream.many_or_old", _PLAN),
 )
 _IN_VAIN = (_WAIT, _NEVER, _OUT)
 # What no row is for.
@@ -7132,7 +7127,7 @@ def _end_by(row: StreamError, words: str, rng: random.Random) -> StreamEnd:
 def _error_words(row: StreamError, said: str) -> str:
     if not row.means:
         return said
-    return see(f"{said}: {row.means}", row.setting)
+    return see(phrase("tools.because", what=said, why=phrase(row.means)), row.setting)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -7282,14 +7277,14 @@ class StreamProtocol:
         try:
             trade = read_trade(record, self._product, latest_ms)
         except ValueError as error:
-            bad.append(str(error))
+            bad.append(error_words(error))
             return
         if trade.s not in self._wanted:  # seen in lower case
             trade = trade._replace(s=trade.s.upper())
         if trade.s in self._wanted:
             yield trade
         else:
-            bad.append(f"{one_line(trade.s, 40)} was not asked for")
+            bad.append(phrase("stream.not_asked_for", code=one_line(trade.s, 40)))
 
     def _understand(self, text: str, now: float, bad: list[str]) -> Iterator[StreamEvent]:
         """Yield what follows from a text that is no push; where it means nothing, say so in `bad`."""
@@ -7299,7 +7294,7 @@ class StreamProtocol:
             words = words.partition(":")[2].strip()
         frame = json_object(words.encode())
         if frame is None and words[:1] in ("{", "["):
-            bad.append(not_json_words(text.encode(), "the stream's"))
+            bad.append(not_json_words(text.encode(), phrase("stream.its")))
         elif frame is None:
             yield from self._hear_words(one_line(words, SAID_LENGTH), failed, now)
         else:
@@ -7314,17 +7309,22 @@ class StreamProtocol:
             if ask is not None:  # else it is one of an earlier try, or of one that was given up
                 yield from self._acked(ask)
         elif kind == PUSH:
-            bad.append("a push without its data")
+            bad.append(phrase("stream.no_data"))
         elif kind in (WELCOME, HEARTBEAT):
             return
         elif type(kind) is int and kind >= LOWEST_KIND:
-            bad.append(f"a frame of kind {kind}")
+            bad.append(phrase("stream.other_frame", code=kind))
         else:
-            number = f" {one_line(repr(kind), 40)}" if kind is not None else ""
-            said = f"the stream says{number}: {words_of(frame) or 'nothing more'}"
+            words = words_of(frame)
+            said = phrase("stream.says", words=words or phrase("stream.nothing_more"))
+            if kind is not None:
+                number = one_line(repr(kind), 40)
+                said = phrase(
+                    "stream.says_number", number=number, words=words or phrase("stream.nothing_more")
+                )
             if ask is None and trace not in self._past:
                 ask = self._oldest()
-            yield from self._failed(stream_error(kind, words_of(frame)), said, ask, now)
+            yield from self._failed(stream_error(kind, words), said, ask, now)
 
     def _hear_words(self, said: str, failed: bool, now: float) -> Iterator[StreamEvent]:
         """Take in what is no JSON: a greeting, or an error in words."""
@@ -7332,7 +7332,7 @@ class StreamProtocol:
         if row is UNKNOWN_ERROR and not failed:
             log.debug("the stream says: %s", said)
             return
-        yield from self._failed(row, f"the stream says: {said}", self._oldest(), now)
+        yield from self._failed(row, phrase("stream.says", words=said), self._oldest(), now)
 
     def _oldest(self) -> _Ask | None:
         """Return what an error without a trace is about: the first that was sent and is not answered."""
@@ -7423,7 +7423,7 @@ class StreamProtocol:
             self._forget(ask.codes)
             yield Said(ask.why)
         else:
-            words = f"no ack within {ASK_TRIES * ACK_S:.0f} s to {ASK_TRIES} frames"
+            words = phrase("stream.no_ack", seconds=ASK_TRIES * ACK_S, tries=ASK_TRIES)
             yield StreamEnd(see(words, _URL), _DIAL)
 
     def _silence(self, now: float, wall_ms: int) -> Iterator[StreamEvent]:
@@ -7488,20 +7488,21 @@ def refused_dial(error: DialError, rng: random.Random) -> StreamEnd:
     text = error.body.decode("utf-8", "replace").strip()
     envelope = json_object(error.body) or {}
     said = words_of(envelope) or (text if text == NO_KEY_TEXT else "")
-    words = f"{error}: {said}" if said else str(error)
+    words = phrase("tools.because", what=error.message, why=said) if said else error.message
     row = _BY_CODE.get(error.status, UNKNOWN_ERROR)
     if error.status == 401 and text and text != NO_KEY_TEXT and type(envelope.get("code")) is not int:
-        words += ", not in the API's words: as from a gateway or a login page on the way"
+        words = phrase("stream.not_of_the_api", words=words)
         row = _BY_CODE[403]._replace(means="", setting=_URL)
     if row is UNKNOWN_ERROR:
         return StreamEnd(see(words, _URL), _DIAL)
-    words = see(f"{words}: {row.means}".removesuffix(": "), row.setting)
-    return _end_by(row, words, rng)
+    if row.means:
+        words = phrase("tools.because", what=words, why=phrase(row.means))
+    return _end_by(row, see(words, row.setting), rng)
 
 
 def _end_of(error: LinkLost, rng: random.Random) -> StreamEnd:
     """Return what follows where a connection is lost: a close may say why, as an error does."""
-    words = f"connection {error}"
+    words = phrase("stream.connection", why=error.message)
     row = stream_error(None, words) if error.code else UNKNOWN_ERROR
     if row.action not in _IN_VAIN:
         return StreamEnd(words, _DIAL)
@@ -7681,7 +7682,7 @@ MONGODB_GOODBYE_S = 1.0
 AT_ONCE_S = 0.001
 DUPLICATE_KEY = 11000
 # What keeps no `_id` apart, or takes no documents at all.
-NO_COLLECTIONS = {"view": "a view", "timeseries": "a time-series collection"}
+NO_COLLECTIONS = {"view": "stores.view", "timeseries": "stores.time_series"}
 # An index that could not be made now is asked for again after this time: each try may take its whole time limit.
 INDEX_AGAIN_S = 300.0
 # The `_id` of a document that is written and deleted to see whether that works.
@@ -7692,7 +7693,6 @@ INVALID_ID = 53
 INDEX = [("stock_code", 1), ("t", -1)]
 # What KEEP_DAYS makes, known by its name: one of another name is somebody else's.
 TTL_INDEX, TTL_KEY = "stockrt_keep_days", [("create_time", 1)]
-REFUSED_IT = "MongoDB refused it: "
 PROBE_T = 1 << 40  # as wide as the times of trades, and none of them: 2004
 # Codes that trade much trade in the last seconds before a close, and of those every tick may be there: looked at first.
 NEWEST_SPAN_MS = 10 * 1000
@@ -7823,6 +7823,21 @@ class CloseStore(Protocol):
         """Return every code in `realtime`. Raises StoreError."""
 
 
+def stored_words(text: str, kinds: Iterable[str]) -> str:
+    """Return the words of one of these kinds that a text is in English, which is what other programs read; else it.
+
+    A kind has no values, or `why` alone, at its end.
+    """
+    for kind in kinds:
+        english = TEMPLATES[kind][0]
+        begins = english.removesuffix("{why}")
+        if text == english:
+            return phrase(kind)
+        if begins != english and text.startswith(begins):
+            return phrase(kind, why=text.removeprefix(begins))
+    return text
+
+
 # ------------------------------------------------------------------------------------------------------
 # The embedded store
 # ------------------------------------------------------------------------------------------------------
@@ -7897,7 +7912,7 @@ class SqliteStore:
             db.execute("CREATE TABLE probe (x)")
             db.execute("ROLLBACK TO probe")
             (trades,) = db.execute("SELECT count(*) FROM realtime").fetchone()
-        return f"{self._file.path} can be written, {count_words(trades, 'trade')} in it"
+        return phrase("stores.file_good", path=self._file.path, trades=count_words(trades, "trade"))
 
 
 def insert_trades(db: sqlite3.Connection, documents: Sequence[Document]) -> WriteReport:
@@ -7921,7 +7936,7 @@ def _insert_one_by_one(db: sqlite3.Connection, documents: Sequence[Document]) ->
         try:
             stored += db.execute(_SQLITE_INSERT, _trade_row_demo(document)).rowcount
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError) as error:
-            refused[document["_id"]] = f"the local store refused it: {one_line(error, 200)}"
+            refused[document["_id"]] = phrase("stores.local_refused", why=one_line(error, 200))
     return WriteReport(stored, len(documents) - stored - len(refused), refused)
 
 
@@ -8043,7 +8058,7 @@ class MongoStore:
 
     def _in_bulk(
         self, name: str, count: int, write: Callable[[], object], takes: bool = False
-    ) -> tuple[list[str], dict[str, str]]:
+    ) -> tuple[list[str], dict[str, Phrase]]:
         """Write a batch; return the `_id` of what was there before, and what was refused (`_id` -> why).
 
         Where all of it is refused it is written again when the collection was seen to take another document (`takes`):
@@ -8054,27 +8069,29 @@ class MongoStore:
         try:
             write()
         except BulkWriteError as error:
-            known, refused = self._sort_errors(error.details or {})
+            known, whys = self._sort_errors(error.details or {})
         else:
             return [], {}
+        refused = {one: phrase("stores.refused", why=why) for one, why in whys.items()}
         if takes or len(refused) < count:
             return known, refused
         if not self.takes_another(name):
-            words = next(iter(refused.values())).removeprefix(REFUSED_IT)
-            raise self._away(words, refused=refused)
+            raise self._away(next(iter(whys.values())), refused=refused)
         return self._in_bulk(name, count, write, takes=True)
 
     def _encode(self, documents: Sequence[Document]) -> tuple[list[Document], dict[str, str]]:
         """Return the documents as they will be stored, and those whose numbers do not fit (`_id` -> why)."""
         if self._convert is str:
             return list(documents), {}
-        encoded, refused = [], {}
+        encoded: list[Document] = []
+        refused: dict[str, str] = {}
         for document in documents:
             try:
                 encoded.append(self._bson(document))
             except (ArithmeticError, ValueError) as error:
-                setting = f"MONGODB_NUMERIC_TYPE={self._settings.numeric_type}"
-                refused[document["_id"]] = f"its numbers do not fit {setting}: {one_line(error)}"
+                refused[document["_id"]] = phrase(
+                    "stores.odd_numbers", type=self._settings.numeric_type, why=one_line(error)
+                )
         return encoded, refused
 
     def takes_another(self, name: str, others: Sequence[Document] = ()) -> bool:
@@ -8308,7 +8325,8 @@ class MongoStore:
             index = self._index_words()
         except PyMongoError as error:
             raise self._fault(error) from error
-        return f"{settings.mongodb_shown()}: database {settings.mongodb_db_name} can be written, {index}"
+        place, database = settings.mongodb_shown(), settings.mongodb_db_name
+        return phrase("stores.mongodb_good", place=place, database=database, index=index)
 
     def ttl_indexes(self) -> list[TtlIndex]:
         """Return the indexes by which MongoDB removes documents of `realtime`, or could. Raises StoreAway."""
@@ -8382,14 +8400,14 @@ class MongoStore:
         except PyMongoError as error:
             raise self._fault(error) from error
 
-    def _index_words(self) -> str:
+    def _index_words(self) -> Phrase:
         from pymongo.errors import OperationFailure
 
         with contextlib.suppress(OperationFailure):  # who may not look at indexes
             keys = [index["key"] for index in self.collection().index_information().values()]
             if INDEX in keys:
-                return f"index on {self.realtime_name} is there"
-        return f"index on {self.realtime_name} is made with the next trades"
+                return phrase("stores.index_there", name=self.realtime_name)
+        return phrase("stores.index_to_come", name=self.realtime_name)
 
     def close(self) -> None:
         """Close the client."""
@@ -8458,8 +8476,7 @@ class MongoStore:
                 setting = "MONGODB_CLOSE_COLLECTION_NAME"
                 if name == self.realtime_name:
                     setting = "MONGODB_REALTIME_COLLECTION_NAME"
-                kind = NO_COLLECTIONS[one["type"]]
-                raise self._away(f"{name} is {kind}, but must be a plain collection, see {setting}")
+                raise self._away(phrase(NO_COLLECTIONS[one["type"]], name=name, setting=setting))
         self._plain.add(name)
 
     def _connect(self) -> MongoClient[Document]:
@@ -8479,8 +8496,9 @@ class MongoStore:
         try:  # not connected before it is used: mongodb+srv:// asks the DNS, which may be away too
             return MongoClient(self._settings.mongodb_uri, tz_aware=True, connect=False, **options)
         except (PyMongoError, ValueError, TypeError) as error:
+            why = self._settings.redact(one_line(error))
             raise SettingsError(
-                [f"MONGODB_HOST={self._settings.mongodb_shown()!r}: {self._settings.redact(one_line(error))}"]
+                [phrase("stores.bad_uri", uri=self._settings.mongodb_shown(), why=why)]
             ) from None
         finally:
             # a client keeps the text of the stack that it was made on: every line of this file would stay in memory
@@ -8543,26 +8561,34 @@ class MongoStore:
         return self._convert(text)
 
     def _sort_errors(self, details: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
-        """Return the `_id` of what was there before, and what was refused. Raises StoreAway for faults of neither."""
+        """Return the `_id` of what was there before, and what was refused (`_id` -> MongoDB's words).
+
+        Raises StoreAway for faults of neither.
+        """
         if details.get("writeConcernErrors"):
-            words = one_line(details["writeConcernErrors"][0].get("errmsg", "no more is known"))
-            raise self._away(f"it did not confirm the write with its write concern: {words}")
+            raise self._away(phrase("stores.unconfirmed", why=self._said(details["writeConcernErrors"][0])))
         known, refused = [], {}
         for error in details.get("writeErrors", ()):
-            words = self._settings.redact(one_line(error.get("errmsg", "no more is known"), 200))
+            words = self._said(error)
             name = error["op"].get("q", error["op"])["_id"]  # of an update, or an insert
             if error.get("code") == DUPLICATE_KEY and _is_identity_taken(error):
                 known.append(name)
             elif error.get("code") in NOT_THE_DOCUMENTS_FAULT:
                 raise self._away(words)
             else:
-                refused[name] = REFUSED_IT + words
+                refused[name] = words
         return known, refused
+
+    def _said(self, error: Mapping[str, Any]) -> str:
+        """Return what the server says of an error."""
+        if "errmsg" not in error:
+            return phrase("stores.no_more_known")
+        return self._settings.redact(one_line(error["errmsg"], 200))
 
     def _fault(self, error: Exception) -> StoreAway:
         from pymongo.errors import ConnectionFailure, NotPrimaryError, PyMongoError
 
-        words = one_line(plain_words(str(error)), 200)
+        words = self._settings.redact(one_line(plain_words(str(error)), 200))
         lost = isinstance(error, ConnectionFailure) and not isinstance(error, NotPrimaryError)
         lost = lost or (isinstance(error, PyMongoError) and error.timeout)
         return self._away(words, lost and not self._is_unwanted())
@@ -8577,13 +8603,11 @@ class MongoStore:
     def _away(
         self, words: str, unreachable: bool = False, refused: Mapping[str, str] | None = None
     ) -> StoreAway:
-        words = self._settings.redact(words)
-        shown = self._settings.mongodb_shown()
         cause = "MONGODB_HOST"
         if "failed validation" in words:
-            cause = f"the validators of {self.realtime_name} and {self.close_name}"
-        words_for_all = see(f"MongoDB at {shown} fails: {words}", cause)
-        return StoreAway(words_for_all, unreachable, words, refused)
+            cause = phrase("stores.validators", realtime=self.realtime_name, close=self.close_name)
+        fails = phrase("stores.fails", place=self._settings.mongodb_shown(), why=words)
+        return StoreAway(see(fails, cause), unreachable, words, refused)
 
 
 def _is_identity_taken(error: Mapping[str, Any]) -> bool:
@@ -8737,15 +8761,15 @@ class SqliteRetention:
         """Look at every row."""
         while self.step(goes_on=True) <= EXPIRED_PAUSE_S:
             pass
-        return "closes are still to be made of older trades" if self._closes_wait() else ""
+        return phrase("stores.closes_wait") if self._closes_wait() else ""
 
     def words(self) -> str:
         """Return for how long trades are kept, and of when the oldest is."""
-        words = ["kept for ever"]
-        if self._days:
-            words = [f"kept for {count_words(self._days, 'day')}"]
-        found = self._file.read_one("SELECT create_time FROM realtime ORDER BY seq LIMIT 1")
-        return ", ".join([*words, *(f"the oldest of {created}" for created in found or ())])
+        kept = _kept_words(self._days * 24 * 3600 or None)
+        found = self._file.read_one("SELECT create_time FROM realtime ORDER BY seq LIMIT 1") or ()
+        return listing(
+            "join.commas", [kept, *(phrase("stores.oldest", created=created) for created in found)]
+        )
 
     def _closes_wait(self) -> bool:
         """Whether trades of a session that is over are still to be looked at: Stage.LOOK_BACK is 0."""
@@ -8764,8 +8788,8 @@ class SqliteRetention:
         deleted, self._passed, self._deleted = self._deleted, 0, 0
         if not deleted:
             return
-        words = "%s older than KEEP_DAYS=%d deleted from %s"
-        log.info(words, count_words(deleted, "trade"), self._days, self._file.path)
+        trades = count_words(deleted, "trade")
+        log.info("%s older than KEEP_DAYS=%d deleted from %s", trades, self._days, self._file.path)
         pages, unused = self._file.pages()
         used = (pages - unused) * SQLITE_PAGE
         # half of it at least: else each round would write it anew
@@ -8799,7 +8823,7 @@ class MongoRetention:
         except StoreAway as error:
             if error.unreachable:
                 raise
-            why = f"{REFUSED_IT}{error.words}"
+            why = phrase("stores.refused", why=error.words)
         if why and why != self._said and (self._days or self._is_there):
             log.warning("KEEP_DAYS=%s has no effect: %s", self._days or "", why)
         self._said = why
@@ -8816,17 +8840,18 @@ class MongoRetention:
         except StoreAway as error:
             if error.unreachable:
                 raise
-            return f"who keeps them for how long cannot be seen ({error.words})"
-        words = [f"kept for {_span_words(mine.seconds if mine else None)}"]
+            return phrase("stores.kept_unseen", why=error.words)
+        words = [_kept_words(mine.seconds if mine else None)]
         if mine is not None:
-            words += [f"the oldest of {created}" for created in self._mongo.oldest()]
+            words += [phrase("stores.oldest", created=created) for created in self._mongo.oldest()]
             if mine.seconds != self._seconds:
-                words.append(f"KEEP_DAYS={self._days or ''} holds with the next run")
+                words.append(phrase("stores.kept_soon", days=self._days or ""))
         elif self._days:
-            why = self._why_not_on_its_own(others) or "its index is made with the next run"
-            words.append(f"KEEP_DAYS={self._days} has no effect yet: {why}")
-        words += [f"but {_other_words(index)}" for index in others if index.seconds is not None]
-        return ", ".join(words)
+            why = self._why_not_on_its_own(others) or phrase("stores.ttl_to_come")
+            words.append(phrase("stores.kept_not_yet", days=self._days, why=why))
+        removing = [index for index in others if index.seconds is not None]
+        words += [phrase("stores.but", other=_other_words(index)) for index in removing]
+        return listing("join.commas", words)
 
     def _indexes(self) -> tuple[TtlIndex | None, list[TtlIndex]]:
         """Return our index, and those of others."""
@@ -8852,38 +8877,49 @@ class MongoRetention:
             elif not self._mongo.change_ttl_index(self._seconds):  # readWrite may not, but drop and make it
                 self._mongo.drop_ttl_index()
                 self._mongo.make_ttl_index(self._seconds, limit)
-            words = "MongoDB keeps trades in %s for %s now, not for %s: KEEP_DAYS is %s"
-            was = _span_words(mine.seconds)
-            log.warning(words, self._mongo.realtime_name, wanted, was, self._days or "not set")
+            was = "ever" if mine.seconds is None else _span_words(mine.seconds)
+            log.warning(
+                "MongoDB keeps trades in %s for %s now, not for %s: KEEP_DAYS is %s",
+                self._mongo.realtime_name,
+                wanted,
+                was,
+                self._days or "not set",
+            )
         return ""
 
     def _why_not_on_its_own(self, others: Sequence[TtlIndex], is_asked_for: bool = False) -> str:
         """Return why our index is not made without more ado, '' where it is."""
         for index in others:
             if index.field == "create_time":
-                return f"{_other_words(index)}: drop that one first"
+                return phrase("stores.drop_other", other=_other_words(index))
         if not (is_asked_for or self._older):
             count = self._mongo.count_older(utc_now() - timedelta(seconds=self._seconds))
-            words = "too many documents to be counted quickly"
-            if count is not None:
-                words = f"{count_words(count, 'document')} older than that"
-            if count != 0:
-                self._older = f"{self._mongo.realtime_name} holds {words}, which --retain removes"
+            if count is None:
+                self._older = phrase("stores.holds_many", name=self._mongo.realtime_name)
+            elif count:
+                documents = count_words(count, "document")
+                self._older = phrase(
+                    "stores.holds_older", name=self._mongo.realtime_name, documents=documents
+                )
         return "" if is_asked_for else self._older
 
 
-def _span_words(seconds: int | None) -> str:
+def _kept_words(seconds: int | None) -> Phrase:
     if seconds is None:
-        return "ever"
+        return phrase("stores.kept_for_ever")
+    return phrase("stores.kept", span=_span_words(seconds))
+
+
+def _span_words(seconds: int) -> Phrase:
     days = seconds / (24 * 3600)
-    return count_words(int(days), "day") if days.is_integer() else f"{seconds} s"
+    return count_words(int(days), "day") if days.is_integer() else phrase("age.s", n=seconds)
 
 
-def _other_words(index: TtlIndex) -> str:
-    words = f"an index of others, {index.name} on {index.field}, "
+def _other_words(index: TtlIndex) -> Phrase:
     if index.seconds is None:
-        return words + "is where that of KEEP_DAYS would be"
-    return words + f"removes documents after {_span_words(index.seconds)}"
+        return phrase("stores.other_in_place", name=index.name, field=index.field)
+    span = _span_words(index.seconds)
+    return phrase("stores.other_removes", name=index.name, field=index.field, span=span)
 
 
 # ======================================================================================================
@@ -9444,8 +9480,7 @@ class DeliveryQueue:
         pages, _ = self._file.pages()
         more = most_growth(self._file, documents)
         if pages * SQLITE_PAGE + self._file.bytes_beside() + more > self._max_bytes:
-            limit = f"its limit of {self._max_bytes >> 20} MB"
-            raise QueueFull(f"{self._file.path} has come to {limit}; see SPOOL_MAX_MB")
+            raise QueueFull(phrase("delivery.full", path=self._file.path, limit=self._max_bytes >> 20))
         why = self._file.why_no_room(more)
         if why:
             raise QueueFull(why)
@@ -9474,10 +9509,10 @@ class DeliveryQueue:
         numbers = [row[0] for row in rows]
         try:  # SQLite does not look
             if numbers != sorted(set(numbers)):
-                raise ValueError("its rows are out of order")
+                raise ValueError(phrase("delivery.out_of_order"))
             documents = [_queued_document(row[1:]) for row in rows]
         except (TypeError, ValueError) as error:
-            raise self._file.damaged(one_line(error)) from error
+            raise self._file.damaged(one_line(error_words(error))) from error
         return QueuedBatch(max(numbers, default=0), documents)
 
     def newest(self) -> list[Document]:
@@ -9560,7 +9595,7 @@ def _queued_document(row: Sequence[Any]) -> Document:
     trade = Trade(*fields)
     document = to_document(trade, datetime.fromisoformat(created))
     if name != document["_id"] or code != trade.s:
-        raise ValueError("its fields do not make its _id")
+        raise ValueError(phrase("delivery.other_id"))
     return document
 
 
@@ -9597,7 +9632,13 @@ class Rejects:
         """Return them, oldest first. Raises StoreError."""
         query = "SELECT collection, _id, reason, rejected_at, document FROM rejects ORDER BY seq"
         return [
-            Reject(collection=collection, _id=name, reason=why, rejected_at=at, document=json.loads(document))
+            Reject(
+                collection=collection,
+                _id=name,
+                reason=stored_words(why, ["stores.refused"]),
+                rejected_at=at,
+                document=json.loads(document),
+            )
             for collection, name, why, at, document in self._file.read_all(query)
         ]
 
@@ -9663,7 +9704,8 @@ class UnsettledTrades:
             try:
                 documents.append(_queued_document(row))
             except (TypeError, ValueError) as error:
-                log.error("no close is made of %s, damaged on this machine: %s", row[0], one_line(error))
+                words = one_line(error_words(error))
+                log.error("no close is made of %s, damaged on this machine: %s", row[0], words)
                 self.remove(row[:1])
         return documents
 
@@ -9709,9 +9751,12 @@ class Delivery:
         self._thread = threading.Thread(target=self._run, name="stockrt-delivery", daemon=True)
         self._closing = threading.Event()
         self._woken = threading.Event()  # something came, or this closes
-        here = "kept on this machine"
-        self._trouble = LogThrottle("MongoDB", then=f"what is fetched is {here} until it is back")
-        self._close_trouble = LogThrottle("closing snapshot", then=f"what it follows from is {here}")
+        self._trouble = LogThrottle(
+            "MongoDB", then="what is fetched is kept on this machine until it is back"
+        )
+        self._close_trouble = LogThrottle(
+            "closing snapshot", then="what it follows from is kept on this machine"
+        )
         self._file_trouble = LogThrottle(
             "what waits for MongoDB", then="what it takes does not need the file"
         )
@@ -9721,8 +9766,9 @@ class Delivery:
         stats = self.stats()
         self._events.queue_changed(stats)
         if stats.trades:
-            words = "%d trades wait on this machine for MongoDB, the oldest since %s"
-            log.info(words, stats.trades, stats.oldest)
+            log.info(
+                "%d trades wait on this machine for MongoDB, the oldest since %s", stats.trades, stats.oldest
+            )
         if not self.is_empty():
             self._wake()
 
@@ -9747,7 +9793,7 @@ class Delivery:
             report = self.mongo.write(documents)
         except StoreAway as error:
             self._note_away(error)
-            self._trouble.again(str(error))
+            self._trouble.again(error.message)
             return self._queue_up(documents)
         self._note_back()
         if report.refused:
@@ -9795,11 +9841,11 @@ class Delivery:
 
     def check(self) -> str:
         """Try MongoDB and say what waits for it. Raises StoreError."""
-        line = self.mongo.check()
+        found = [self.mongo.check()]
         waiting = self.queue.stats().trades
         if waiting:
-            line += f", {count_words(waiting, 'trade')} kept here for it"
-        return line
+            found.append(phrase("delivery.kept_here", trades=count_words(waiting, "trade")))
+        return listing("join.commas", found)
 
     def close(self) -> None:
         """Tell the thread to end; what waits stays."""
@@ -9819,7 +9865,7 @@ class Delivery:
                 self._is_silent = self.queue.trades >= before
                 return self._away is None and not self.queue.has_trades()
         except StoreError as error:
-            self._file_trouble.again(str(error))
+            self._file_trouble.again(error.message)
         else:
             self._file_trouble.over()
         return True
@@ -9829,7 +9875,7 @@ class Delivery:
         try:
             has_trades = self.queue.has_trades()
         except StoreError as error:
-            self._file_trouble.again(str(error))
+            self._file_trouble.again(error.message)
             return False
         self._file_trouble.over()
         return has_trades
@@ -9839,7 +9885,8 @@ class Delivery:
         try:
             report = self.queue.write(documents)
         except StoreError as error:
-            raise StoreError(f"{self._because(before)}, and {error}") from error
+            words = phrase("delivery.not_kept", because=self._because(before), why=error.message)
+            raise StoreError(words) from error
         finally:
             self._tell()
         self._wake()
@@ -9849,18 +9896,18 @@ class Delivery:
             queued_because=self._because(before - report.duplicates),
         )
 
-    def _because(self, others: int) -> str:
+    def _because(self, others: int) -> Phrase:
         """Return why trades are queued, before which `others` wait."""
         away = self._away
         if away is None:
-            words = [f"MongoDB did not answer within {CATCH_UP_S:.0f} s"] if self._is_silent else []
+            words = [phrase("delivery.silent", seconds=CATCH_UP_S)] if self._is_silent else []
             if others or not words:
-                words.append(f"{waiting_words(others, 'other')} for MongoDB before them")
-            return "; ".join(words)
+                words.append(phrase("delivery.behind", others=waiting_words(others, "other")))
+            return listing("join.clauses", words)
         error, since = away
         if error.unreachable:
-            return f"MongoDB unreachable since {local_time(since)}"
-        return f"MongoDB takes no writes since {local_time(since)} ({error.words})"
+            return phrase("delivery.unreachable", since=local_time(since))
+        return phrase("delivery.no_writes", since=local_time(since), why=error.words)
 
     def _put_aside(self, documents: Sequence[Document], reasons: Mapping[str, str], collection: str) -> None:
         """Keep what MongoDB rejected; the others of its batch are stored, whatever the local file says."""
@@ -9935,7 +9982,7 @@ class Delivery:
         """Return why MongoDB rejects a document that it cannot stand, {} if it has it. Raises StoreAway."""
         if self.mongo.has(document["_id"]):
             return {}
-        return {document["_id"]: str(error)}
+        return {document["_id"]: error.message}
 
     def _settle_at_once(self, documents: Sequence[Document], stop: threading.Event) -> bool:
         """Make the closes of trades that arrived, unless others wait for theirs: each try may take its time limit.
@@ -9965,7 +10012,7 @@ class Delivery:
                 self._settle(trades, stop)
                 self.unsettled.remove([trade["_id"] for trade in trades])
         except Exception as error:  # whatever it was: the trades are there
-            raise ClosesLate(str(error) or type(error).__name__) from error
+            raise ClosesLate(error_words(error) or type(error).__name__) from error
         self._close_trouble.over()
         return bool(trades or finals)
 
@@ -9988,7 +10035,7 @@ class Delivery:
                 try:
                     self._thread.start()
                 except RuntimeError as error:  # no more threads, at the moment
-                    self._file_trouble.again(f"nothing moves it: {error}")
+                    self._file_trouble.again(phrase("delivery.no_thread", why=str(error)))
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -10024,8 +10071,8 @@ class Delivery:
         self._tell()
         self.queue.shrink()
         if self.moved or self.rejected:
-            words = "%s moved to MongoDB in %.1f s, %d refused by it"
-            log.info(words, count_words(self.moved, "kept trade"), took, self.rejected)
+            trades = count_words(self.moved, "kept trade")
+            log.info("%s moved to MongoDB in %.1f s, %d refused by it", trades, took, self.rejected)
 
     def _fresh_delays(self) -> Iterator[float]:
         return backoff(DELIVERY_FIRST_S, DELIVERY_CAP_S, self._rng)
@@ -10035,7 +10082,7 @@ class Delivery:
         try:
             self._events.queue_changed(self.stats())
         except StoreError as error:
-            self._file_trouble.again(str(error))
+            self._file_trouble.again(error.message)
 
     def _note_away(self, error: StoreAway) -> None:
         with self._changed:
@@ -10053,13 +10100,12 @@ class Delivery:
         """Say why what waits is not delivered. It is tried again, whatever it was."""
         if self._closing.is_set():
             return
-        trouble, words, cause = self._trouble, str(error), error
+        trouble, words, cause = self._trouble, error_words(error), error
         if isinstance(error, ClosesLate):
             trouble, cause = self._close_trouble, cast(Exception, error.__cause__)
         elif not isinstance(error, StoreAway):
-            words = (
-                f"what waits cannot be moved to it: {lack_words(error) or f'{type(error).__name__}: {error}'}"
-            )
+            named = phrase("tools.because", what=type(error).__name__, why=error_words(error))
+            words = phrase("delivery.not_moved", why=lack_words(error) or named)
         if isinstance(cause, ImportError):
             self._events.damaged(lost_part(cause))
             return
@@ -10106,6 +10152,15 @@ class Gap(NamedTuple):
             "why": self.why,
             "create_time": datetime.fromisoformat(self.create_time),
         }
+
+
+# Those of which no server tells, by the English words that `why` has of them in both stores.
+GAP_REASONS = ("delivery.gap_deaf", "delivery.gap_ended", "delivery.gap_moved", "delivery.gap_stopped")
+
+
+def gap_reason(text: str) -> str:
+    """Return why a gap is, of the text that is stored: ours in all languages, others as they are."""
+    return stored_words(text, GAP_REASONS)
 
 
 class Gaps:
@@ -10767,11 +10822,9 @@ class Keeper:
         try:
             self._closing.settle(documents, stop)
         except StoreError as error:
-            return str(error)
+            return error.message
         except Exception as error:  # the trades are stored, and that is what counts
-            if lack_words(error) or not self._trouble.there:
-                return own_fault(error)
-            return f"a fault of stockrt itself: {type(error).__name__}; see the log"
+            return own_fault(error, is_said=self._trouble.there)
         return ""
 
 
@@ -10859,7 +10912,7 @@ class Collector:
         """Pass batches on until the store has failed: what cannot be stored is not fetched."""
         for batch in batches:
             if self.report.store_error:
-                self._fail(batch.split(), f"not asked for: {self.report.store_error}")
+                self._fail(batch.split(), phrase("run.not_asked_for", why=self.report.store_error))
             else:
                 yield batch
 
@@ -10901,10 +10954,10 @@ class Collector:
         for unknown, asked in self._unknown[:NAMES_LISTED]:
             if self._stop.is_set():
                 return
-            kind, words = self.report.failures[asked]
             better = finder.explain(unknown, self._stop)
             if better:
-                self.report.failures[asked] = Failure(kind, words.replace(phrase("infoway.unknown"), better))
+                words = self._with_codes(better, asked, unknown.code)
+                self.report.failures[asked] = Failure(FailureKind.UNKNOWN_CODE, words)
 
     def _asked(self, code: str) -> str:
         """Return how a code of this round was asked for."""
@@ -10916,10 +10969,15 @@ class Collector:
             self.report.failures.update(dict.fromkeys(codes, Failure(kind, words)))
             return
         for code in codes:
-            asked, became = self._asked(code), ""
-            if asked != code:
-                became = f" ({asked} -> {', '.join([*self._tried.get(asked, ()), code])})"
-            self.report.failures[asked] = Failure(kind, words + became)
+            asked = self._asked(code)
+            self.report.failures[asked] = Failure(kind, self._with_codes(words, asked, code))
+
+    def _with_codes(self, words: str, asked: str, code: str) -> str:
+        """Return why a code failed, and as which codes it was asked for where it was typed in another form."""
+        if asked == code:
+            return words
+        codes = listing("join.names", [*self._tried.get(asked, ()), code])
+        return phrase("run.asked_as", words=words, asked=asked, codes=codes)
 
     def _tell(self) -> None:
         self._events.progress(self._done, self.report.total, len(self._unwritten))
@@ -10935,8 +10993,9 @@ class Collector:
                 raise StoreError(self.report.store_error)
             written = self._store.write(documents)
         except StoreError as error:
-            self.report.store_error = str(error)
-            self._fail([document["stock_code"] for document in documents], f"fetched, not stored: {error}")
+            self.report.store_error = error.message
+            words = phrase("run.not_stored", why=error.message)
+            self._fail([document["stock_code"] for document in documents], words)
             return
         self._done += len(documents) - len(written.refused)
         taken = taken_of(documents, written)
@@ -10990,13 +11049,13 @@ def looked_up(
             try:
                 found = finder.find(unclear, stop)
             except InstrumentError as error:
-                why = str(error)
+                why = error.message
         yield shown, found, why
 
 
 def store_name(settings: Settings) -> str:
     """Return what the store is called in messages."""
-    return "MongoDB" if settings.mongodb_uri else "local store"
+    return "MongoDB" if settings.mongodb_uri else phrase("run.local_store")
 
 
 def check_key(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list[Check]:
@@ -11008,11 +11067,11 @@ def check_key(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list[C
     try:
         response = _ask_with(settings, api, key, path, "stock", API_LIMITS)
     except StockrtError as error:
-        return [Check(f"API key {key.shown}", False, str(error))]
+        return [Check(phrase("run.api_key", key=key.shown), False, error.message)]
     found = [_check_of(api, key, decide(response, datetime.now(UTC)), settings)]
     fault = clock_fault(response, time.time())
     if fault:
-        found.append(Check("clock", False, fault))
+        found.append(Check(phrase("run.clock"), False, fault))
     return found
 
 
@@ -11027,50 +11086,54 @@ def _ask_with(
 
 def _check_of(api: InfowayApi | None, key: ApiKey, verdict: Verdict, settings: Settings) -> Check:
     """Return what an answer says of the key that was used for it, and what its plan is."""
-    name = f"API key {key.shown}"
-    good = f"accepted by {settings.api_base_url}"
+    name = phrase("run.api_key", key=key.shown)
+    place = settings.api_base_url
     if verdict.action in (Action.ACCEPT, Action.CODES_UNKNOWN):
-        return Check(name, True, good + _plan_words(settings, api, key))
-    # it may serve others: a plan of crypto alone is a good one
-    if verdict.action is Action.KEY_LACKS_PRODUCT:
-        good += f", but not for stocks: {verdict.failure.words}"
-        return Check(name, True, good + _plan_words(settings, api, key))
-    setting = verdict.setting or "INFOWAY_API_BASE_URL"
-    return Check(name, False, see(verdict.failure.words, setting))
+        good = phrase("run.accepted", place=place)
+    elif verdict.action is Action.KEY_LACKS_PRODUCT:
+        # it may serve others: a plan of crypto alone is a good one
+        good = phrase("run.accepted_without_stocks", place=place, why=verdict.failure.words)
+    else:
+        setting = verdict.setting or "INFOWAY_API_BASE_URL"
+        return Check(name, False, see(verdict.failure.words, setting))
+    return Check(name, True, listing("join.clauses", [good, *_plan_words(settings, api, key)]))
 
 
-def _plan_words(settings: Settings, api: InfowayApi | None, key: ApiKey) -> str:
-    """Ask the API for a key's plan, and say what it is and where that differs from what is set."""
+def _plan_words(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list[str]:
+    """Ask the API for a key's plan, and say what it is and where that differs from what is set, in clauses."""
     try:
         answer = _ask_with(settings, api, key, PACKAGE_PATH, "", PLAN_LIMITS)
     except StockrtError as error:
-        return f"; its plan cannot be had: {error}"
+        return [phrase("run.no_plan", why=error.message)]
     envelope, verdict = judge(answer)
     info = read_package(envelope)
     if info is None:
-        words = f"; its plan cannot be had: {verdict.failure.words or 'the answer names none'}"
-        if key.plan is PLAN_TO_ASK:
-            words += ": Free's limits hold unless INFOWAY_PLAN names it"
-        return words
+        why = verdict.failure.words or phrase("run.names_no_plan")
+        return [phrase("run.no_plan_but_free" if key.plan is PLAN_TO_ASK else "run.no_plan", why=why)]
     told = info.plan()
-    words = f"; plan {_limits_words(told)}"
     ends = info.end_words(time.time())
+    words: list[str] = [phrase("run.plan", limits=_limits_words(told))]
     if ends:
-        words += f"; {ends}"
+        words.append(ends)
     elif info.ends:
-        words += f", until {iso_after(info.ends, 0)}"
+        words = [phrase("run.plan_until", limits=_limits_words(told), until=iso_after(info.ends, 0))]
     if key.plan is not PLAN_TO_ASK and key.plan.windows() != told.windows():
-        words += f"; INFOWAY_PLAN differs and is what counts: {_limits_words(key.plan)}"
+        words.append(phrase("run.other_plan", limits=_limits_words(key.plan)))
     return words
 
 
-def _limits_words(plan: Plan) -> str:
+def _limits_words(plan: Plan) -> Phrase:
     if not plan.per_second:
-        return f"{plan.name}: no limit"
-    words = f"{plan.name}: {plan.per_second:g} requests a second, {plan.per_minute} a minute"
-    if plan.per_day:
-        words += f", {plan.per_day} a day"
-    return words
+        return phrase("run.no_limit", plan=plan.name)
+    if not plan.per_day:
+        return phrase("run.limits", plan=plan.name, second=plan.per_second, minute=plan.per_minute)
+    return phrase(
+        "run.limits_of_a_day",
+        plan=plan.name,
+        second=plan.per_second,
+        minute=plan.per_minute,
+        day=plan.per_day,
+    )
 
 
 class KeyUsage(TypedDict):
@@ -11413,11 +11476,11 @@ class Pipeline:
 
     def kept(self) -> str:
         """Return for how long trades are kept. Raises StoreError."""
-        return f"trades {self._retention.words()}"
+        return self._retention.words()
 
     def check_store(self) -> str:
         """Try what a run needs of the store, and say for how long trades are kept. Raises StoreError."""
-        return f"{self.store.check()}, {self.kept()}"
+        return listing("join.commas", [self.store.check(), self.kept()])
 
     def backfill(
         self, codes: Iterable[str] | None, sessions: int, stop: threading.Event
@@ -20712,9 +20775,123 @@ TEMPLATES |= {
 # Of the room Stream
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "stream.bad_codes": ("codes of a form that it does not take", "代码格式不被接受"),
+    "stream.bad_key": ("the key is not valid", "密钥无效"),
+    "stream.bad_key_or_plan": (
+        "the key is not valid, or its plan lacks this product",
+        "密钥无效，或其套餐不含该产品",
+    ),
+    "stream.banned": ("the key is banned", "密钥已被封禁"),
+    "stream.connection": ("connection {why}", "连接中断：{why}"),
+    "stream.disabled": ("the key is disabled", "密钥已被禁用"),
+    "stream.gateway": (
+        "a refusal of the gateway: the key, the region or its risk control",
+        "网关拒绝：原因可能是密钥、所在地区或风控",
+    ),
+    "stream.its": ("the stream's", "推送流的"),
+    "stream.many_codes": ("too many codes on all connections of the key", "该密钥各连接的代码总数过多"),
+    "stream.many_connections": ("too many connections of the key", "该密钥的连接数过多"),
+    "stream.many_frames": ("more than 60 frames a minute", "每分钟超过 60 帧"),
+    "stream.many_on_one": ("too many codes on one connection", "单个连接上的代码过多"),
+    "stream.many_or_old": (
+        "too many connections of the key, or one that just ended still counts",
+        "该密钥的连接数过多，或刚断开的连接仍被计入",
+    ),
+    "stream.no_ack": (
+        "no ack within {seconds:.0f} s to {tries} frames",
+        "发出 {tries} 帧，{seconds:.0f} 秒内未收到确认",
+    ),
+    "stream.no_data": ("a push without its data", "推送中没有数据"),
+    "stream.no_heartbeat": ("a heartbeat did not reach it", "推送流没有收到心跳"),
+    "stream.not_asked_for": ("{code} was not asked for", "推送了未订阅的代码 {code}"),
+    "stream.not_free": ("not in the free plan", "不在免费套餐内"),
+    "stream.not_in_plan": ("the key's plan lacks this product", "密钥的套餐不含该产品"),
+    "stream.not_of_the_api": (
+        "{words}, not in the API's words: as from a gateway or a login page on the way",
+        "{words}；这不是 API 的应答，像是来自途中的网关或登录页",
+    ),
+    "stream.nothing_more": ("nothing more", "无其他说明"),
+    "stream.other_frame": ("a frame of kind {code}", "类型为 {code} 的帧"),
+    "stream.other_product": ("codes of another product", "代码属于其他产品"),
+    "stream.plan_ended": ("the key's plan has ended", "密钥的套餐已到期"),
+    "stream.says": ("the stream says: {words}", "推送流提示：{words}"),
+    "stream.says_number": ("the stream says {number}: {words}", "推送流提示 {number}：{words}"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Stores
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "stores.bad_uri": ("MONGODB_HOST={uri!r}: {why}", "MONGODB_HOST={uri!r}：{why}"),
+    "stores.but": ("but {other}", "但{other}"),
+    "stores.closes_wait": (
+        "closes are still to be made of older trades",
+        "较早的成交还要用来生成收盘价",
+    ),
+    "stores.drop_other": ("{other}: drop that one first", "{other}；请先删除该索引"),
+    "stores.fails": ("MongoDB at {place} fails: {why}", "MongoDB {place} 出错：{why}"),
+    "stores.file_good": ("{path} can be written, {trades} in it", "{path} 可写入，内有 {trades}"),
+    "stores.holds_many": (
+        "{name} holds too many documents to be counted quickly, which --retain removes",
+        "{name} 中超过该期限的文档太多，无法很快数清，可用 --retain 删除",
+    ),
+    "stores.holds_older": (
+        "{name} holds {documents} older than that, which --retain removes",
+        "{name} 中有 {documents}超过该期限，可用 --retain 删除",
+    ),
+    "stores.index_there": ("index on {name} is there", "{name} 的索引已建立"),
+    "stores.index_to_come": (
+        "index on {name} is made with the next trades",
+        "{name} 的索引将在下次写入成交时建立",
+    ),
+    "stores.kept": ("trades kept for {span}", "成交保留 {span}"),
+    "stores.kept_for_ever": ("trades kept for ever", "成交永久保留"),
+    "stores.kept_not_yet": ("KEEP_DAYS={days} has no effect yet: {why}", "KEEP_DAYS={days} 尚未生效：{why}"),
+    "stores.kept_soon": ("KEEP_DAYS={days} holds with the next run", "KEEP_DAYS={days} 自下次运行起生效"),
+    "stores.kept_unseen": (
+        "who keeps trades for how long cannot be seen ({why})",
+        "无法查看成交的保留期限（{why}）",
+    ),
+    "stores.local_refused": ("the local store refused it: {why}", "被本地库拒绝：{why}"),
+    "stores.mongodb_good": (
+        "{place}: database {database} can be written, {index}",
+        "{place}：数据库 {database} 可写入，{index}",
+    ),
+    "stores.no_more_known": ("no more is known", "没有更多信息"),
+    "stores.odd_numbers": (
+        "its numbers do not fit MONGODB_NUMERIC_TYPE={type}: {why}",
+        "数值不适合 MONGODB_NUMERIC_TYPE={type}：{why}",
+    ),
+    "stores.oldest": ("the oldest of {created}", "最早的一笔存于 {created}"),
+    "stores.other_in_place": (
+        "an index of others, {name} on {field}, is where that of KEEP_DAYS would be",
+        "已有其他程序的索引 {name}（字段 {field}），占用了 KEEP_DAYS 索引的位置",
+    ),
+    "stores.other_removes": (
+        "an index of others, {name} on {field}, removes documents after {span}",
+        "其他程序的索引 {name}（字段 {field}）会在 {span}后删除文档",
+    ),
+    "stores.refused": ("MongoDB refused it: {why}", "被 MongoDB 拒绝：{why}"),
+    "stores.time_series": (
+        "{name} is a time-series collection, but must be a plain collection, see {setting}",
+        "{name} 是时序集合，应为普通集合；请检查 {setting}",
+    ),
+    "stores.ttl_to_come": ("its index is made with the next run", "其索引将在下次运行时建立"),
+    "stores.unconfirmed": (
+        "it did not confirm the write with its write concern: {why}",
+        "未按写关注确认写入：{why}",
+    ),
+    "stores.validators": (
+        "the validators of {realtime} and {close}",
+        "{realtime} 和 {close} 的校验规则",
+    ),
+    "stores.view": (
+        "{name} is a view, but must be a plain collection, see {setting}",
+        "{name} 是视图，应为普通集合；请检查 {setting}",
+    ),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Closing prices
@@ -20733,9 +20910,71 @@ TEMPLATES |= {
 # Of the room Delivery
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "delivery.behind": ("{others} for MongoDB before them", "前面{others}写入 MongoDB"),
+    "delivery.full": (
+        "{path} has come to its limit of {limit} MB; see SPOOL_MAX_MB",
+        "{path} 已达上限 {limit} MB；请检查 SPOOL_MAX_MB",
+    ),
+    "delivery.gap_deaf": ("nothing was pushed although there were trades", "有成交，但没有推送"),
+    "delivery.gap_ended": ("stockrt ended without notice", "stockrt 意外退出"),
+    "delivery.gap_moved": ("moved to another connection", "转移到另一个连接"),
+    "delivery.gap_stopped": ("stockrt was stopped", "stockrt 已停止"),
+    "delivery.kept_here": ("{trades} kept here for it", "另有 {trades}暂存于本机，等待写入"),
+    "delivery.no_thread": ("nothing moves it: {why}", "无法启动转存线程：{why}"),
+    "delivery.no_writes": (
+        "MongoDB takes no writes since {since} ({why})",
+        "MongoDB 自 {since} 起无法写入（{why}）",
+    ),
+    "delivery.not_kept": ("{because}, and {why}", "{because}；且无法暂存：{why}"),
+    "delivery.not_moved": ("what waits cannot be moved to it: {why}", "暂存的数据无法写入：{why}"),
+    "delivery.other_id": ("its fields do not make its _id", "其字段与 _id 不符"),
+    "delivery.out_of_order": ("its rows are out of order", "其中的行顺序错乱"),
+    "delivery.silent": (
+        "MongoDB did not answer within {seconds:.0f} s",
+        "MongoDB 在 {seconds:.0f} 秒内没有应答",
+    ),
+    "delivery.unreachable": ("MongoDB unreachable since {since}", "MongoDB 自 {since} 起无法连接"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Run
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "run.accepted": ("accepted by {place}", "{place} 接受该密钥"),
+    "run.accepted_without_stocks": (
+        "accepted by {place}, but not for stocks: {why}",
+        "{place} 接受该密钥，但不含股票：{why}",
+    ),
+    "run.api_key": ("API key {key}", "API 密钥 {key}"),
+    "run.asked_as": ("{words} ({asked} -> {codes})", "{words}（{asked} -> {codes}）"),
+    "run.clock": ("clock", "时钟"),
+    "run.limits": (
+        "{plan}: {second:g} requests a second, {minute} a minute",
+        "{plan}：每秒 {second:g} 次请求，每分钟 {minute} 次",
+    ),
+    "run.limits_of_a_day": (
+        "{plan}: {second:g} requests a second, {minute} a minute, {day} a day",
+        "{plan}：每秒 {second:g} 次请求，每分钟 {minute} 次，每天 {day} 次",
+    ),
+    "run.local_store": ("local store", "本地库"),
+    "run.names_no_plan": ("the answer names none", "应答中没有套餐信息"),
+    "run.no_limit": ("{plan}: no limit", "{plan}：无限制"),
+    "run.no_plan": ("its plan cannot be had: {why}", "无法获知其套餐：{why}"),
+    "run.no_plan_but_free": (
+        "its plan cannot be had: {why}: Free's limits hold unless INFOWAY_PLAN names it",
+        "无法获知其套餐：{why}；除非用 INFOWAY_PLAN 指明，否则按 Free 套餐限频",
+    ),
+    "run.not_asked_for": ("not asked for: {why}", "未请求：{why}"),
+    "run.not_stored": ("fetched, not stored: {why}", "已获取，未入库：{why}"),
+    "run.other_plan": (
+        "INFOWAY_PLAN differs and is what counts: {limits}",
+        "INFOWAY_PLAN 与此不同，以其为准：{limits}",
+    ),
+    "run.plan": ("plan {limits}", "套餐 {limits}"),
+    "run.plan_until": ("plan {limits}, until {until}", "套餐 {limits}，有效期至 {until}"),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Collection
