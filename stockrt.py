@@ -15665,7 +15665,7 @@ class JournalStream(io.TextIOBase):
     What has none when it comes is an error; `say` and the log give their own.
     """
 
-    def __init__(self, stream: IO[str]) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._begun = threading.local()  # the line that a thread has begun
 
@@ -15684,6 +15684,11 @@ class JournalStream(io.TextIOBase):
     def writable(self) -> bool:
         """Yes."""
         return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Which characters the stream below takes, as that one tells it."""
+        return self._stream.encoding
 
     def fileno(self) -> int:
         """Return the descriptor below."""
@@ -15906,7 +15911,7 @@ class MetricsFile:
             need_plain_file(self._path, "METRICS_FILE")
             write_whole(self._path, self._metrics.text(), mode=0o644, setting="METRICS_FILE")
         except StoreError as error:
-            self._trouble.again(str(error))
+            self._trouble.again(error.message)
         else:
             self._trouble.over()
 
@@ -15938,15 +15943,16 @@ class Service(Events):
         if settings.metrics_file is not None:
             self._file = MetricsFile(settings.metrics_file, self.metrics, clock)
         self._peer = f"{settings.server_host}:{settings.server_port}"
-        self._keys: str = count_words(len(settings.api_keys), "key")
+        self._keys = count_words(len(settings.api_keys), "key")
         self._has_platform = bool(settings.platform_url())
-        self._link = f"connecting to {self._peer}"
+        self._link = phrase("service.connecting", peer=self._peer)
         self._collects = settings.collects
         self._collect = CollectStats()
-        self._collect_shown, self._collect_steady = "", steady(self._collect)
+        self._collect_shown: str = ""
+        self._collect_steady = steady(self._collect)
         self._collect_shown_at = -math.inf
         self._waits = False  # whether trades wait for MongoDB
-        self._last: tuple[str, float] | None = None  # what the last execution did, and when (monotonic)
+        self._last: tuple[Report, float] | None = None  # of the last execution, and when it ended (monotonic)
         self._unanswered = self._undelivered = 0
         self._progress_at = self._watchdog_at = clock.monotonic()
         self._said = ""
@@ -15995,13 +16001,13 @@ class Service(Events):
 
     def connected(self) -> None:
         """Note the connection."""
-        self._link = f"connected to {self._peer}"
+        self._link = phrase("service.connected", peer=self._peer)
         self.metrics.put("stockrt_platform_connected", 1)
         self.metrics.add("stockrt_platform_connections_total")
 
     def disconnected(self, reason: str) -> None:
         """Note that there is none."""
-        self._link = f"not connected to {self._peer}: {one_line(reason, 120)}"
+        self._link = phrase("service.not_connected", peer=self._peer, why=one_line(reason, 120))
         self.metrics.put("stockrt_platform_connected", 0)
 
     def asked(self, kind: str, seconds: float | None) -> None:
@@ -16032,7 +16038,9 @@ class Service(Events):
 
     def keys_out(self, out: int, of: int) -> None:
         """Note how many keys are not used again."""
-        self._keys = count_words(of, "key") + f", {out} out" * (out > 0)
+        self._keys = count_words(of, "key")
+        if out:
+            self._keys = phrase("service.keys_out", keys=self._keys, out=out)
 
     def collecting(self, stats: CollectStats) -> None:
         """Note how collecting goes on."""
@@ -16060,8 +16068,7 @@ class Service(Events):
         self.metrics.add("stockrt_executions_total", outcome_of(report))
         if report is None:
             return
-        done = f"{report.reached}/{report.total} in {report.took_s:.1f} s"
-        self._last = (done, self._clock.monotonic())
+        self._last = (report, self._clock.monotonic())
         self.metrics.add("stockrt_trades_stored_total", by=report.stored)
         self.metrics.add("stockrt_trades_duplicate_total", by=report.duplicates)
         self.metrics.put("stockrt_codes_stale", report.stale)
@@ -16073,7 +16080,8 @@ class Service(Events):
     def stopping(self, seconds: float) -> None:
         """Tell systemd that the daemon leaves, and ask for the time that this may take."""
         self._leaving = True
-        self._notifier.send(STOPPING=1, EXTEND_TIMEOUT_USEC=int(seconds * 1e6), STATUS="stopping")
+        words = for_reader(phrase("service.stopping"))
+        self._notifier.send(STOPPING=1, EXTEND_TIMEOUT_USEC=int(seconds * 1e6), STATUS=words)
 
     def stopped(self) -> None:
         """Leave the last numbers in the file."""
@@ -16088,14 +16096,16 @@ class Service(Events):
         if not self._notifier.listens:
             return math.inf
         status, until = self.status(now)
-        if status != self._said and self._notifier.send(STATUS=status):
+        if status != self._said and self._notifier.send(STATUS=for_reader(status)):
             self._said = status
         return until
 
-    def status(self, now: float) -> tuple[str, float]:
+    def status(self, now: float) -> tuple[Phrase, float]:
         """Return the status line and until when it is true, if nothing happens."""
         until = math.inf
-        parts = ["stopping"] if self._leaving else []
+        parts: list[str] = []
+        if self._leaving:
+            parts.append(phrase("service.stopping"))
         if self._has_platform:
             parts.append(self._link)
         if self._collects:
@@ -16103,23 +16113,30 @@ class Service(Events):
             parts.append(self._collect_shown)
         parts.append(self._keys)
         if self._last is not None:
-            did, at = self._last
-            age, changes = age_words(now - at)
-            parts.append(f"last execute {did}, {age} ago")
-            until = min(until, at + changes)
+            words, changes = self._last_words(*self._last, now)
+            parts.append(words)
+            until = min(until, changes)
         elif self._has_platform:
-            parts.append("no execute yet")
+            parts.append(phrase("service.no_execute"))
         if self._has_platform:
-            parts.append(f"{self._unanswered} waiting")
+            parts.append(phrase("service.waiting", n=self._unanswered))
         if self._waits:
-            parts.append("trades wait for MongoDB")
+            parts.append(phrase("service.trades_wait"))
         if self._undelivered:
-            parts.append(f"{self._undelivered} to deliver")
-        return " · ".join(parts), until
+            parts.append(phrase("service.to_deliver", n=self._undelivered))
+        return listing("join.dots", parts), until
+
+    def _last_words(self, report: Report, at: float, now: float) -> tuple[Phrase, float]:
+        """Return what the last execution did and how long ago it ended, and until when that is true."""
+        age, changes = age_words(now - at)
+        reached, total, took_s = report.reached, report.total, report.took_s
+        words = phrase("service.last_execute", reached=reached, total=total, took_s=took_s, age=age)
+        return words, at + changes
 
     def _look_at_collecting(self, now: float) -> float:
         """Take over what is shown of collecting, rates and delays not too often; return when to look again."""
-        words, due = f"collecting: {collect_words(self._collect)}", self._collect_shown_at + RATES_EVERY_S
+        words = phrase("service.collecting", words=collect_words(self._collect))
+        due = self._collect_shown_at + RATES_EVERY_S
         if now >= due or steady(self._collect) != self._collect_steady:
             self._collect_shown, self._collect_shown_at = words, now
             self._collect_steady = steady(self._collect)
@@ -16224,13 +16241,12 @@ def old_settings(directory: Path) -> tuple[dict[str, str], list[str]]:
     try:
         path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(
-            f"--migrate {directory}: {path} cannot be read: {why}; expected the older client's directory"
-        ) from None
+        why = (error.strerror or str(error)) if isinstance(error, OSError) else phrase("migration.no_text")
+        raise UsageError(phrase("migration.no_older", directory=directory, path=path, why=why)) from None
     found = {name: value.strip() for name, value in read_env_file(path).items() if value.strip()}
     # no more than that is asked of a file that no systemd reads
-    return found, [f"left out  {fault}" for fault in broken_lines(path) if "expected NAME=value" in fault]
+    faults = [fault for fault in broken_lines(path) if "expected NAME=value" in fault]
+    return found, [phrase("migration.left_out", what=fault) for fault in faults]
 
 
 def plan_settings(
@@ -16240,7 +16256,9 @@ def plan_settings(
 
     `there`: what is set already, by any of its names. Raises SettingsError with every value that cannot be taken.
     """
-    taken, lines, faults = {}, [], []
+    taken: dict[str, str] = {}
+    lines: list[str] = []
+    faults: list[str] = []
     unknown = dict(old)
     for setting in SETTINGS:
         given = [name for name in setting.names() if unknown.pop(name, "")]
@@ -16249,22 +16267,25 @@ def plan_settings(
         name, shown = given[0], shown_value(setting, old[given[0]])
         stands = [there[other] for other in setting.names() if there.get(other)]
         if stands:
-            line = f"kept      {setting.name}: it is set already"
-            if stands[0] != old[name]:
-                line += "; the older one differs"
+            kind = "migration.kept" if stands[0] == old[name] else "migration.kept_other"
+            lines.append(phrase(kind, name=setting.name))
+            continue
+        try:
+            setting.parse(old[name])
+        except ValueError:
+            expected = setting.expected
+            faults.append(
+                phrase("migration.bad_value", name=name, value=shown, expected=expected, path=target)
+            )
+        taken[setting.name] = old[name]
+        if name == setting.name:
+            lines.append(phrase("migration.taken", name=name, value=shown))
         else:
-            try:
-                setting.parse(old[name])
-            except ValueError:
-                faults.append(f"{name}={shown} (older): {setting.expected}; what {target} sets is kept")
-            taken[setting.name] = old[name]
-            line = f"taken     {setting.name}={shown}"
-            if name != setting.name:
-                line += f", there {name}"
-        lines.append(line)
+            lines.append(phrase("migration.taken_renamed", name=setting.name, value=shown, older=name))
     if faults:
         raise SettingsError(faults)
-    return taken, lines + [f"left out  {one_line(name, 60)}: stockrt has no such setting" for name in unknown]
+    lines += [phrase("migration.no_setting", name=one_line(name, 60)) for name in unknown]
+    return taken, lines
 
 
 def write_settings(target: Path, taken: Mapping[str, str], source: Path) -> None:
@@ -16274,15 +16295,17 @@ def write_settings(target: Path, taken: Mapping[str, str], source: Path) -> None
     """
     place = Path(os.path.realpath(target))
     text, mode, owner = "", 0o600, None
-    with disk_trouble(f"{place} cannot be read", "--env-file"), contextlib.suppress(FileNotFoundError):
+    trouble = disk_trouble(phrase("migration.not_read", path=place), "--env-file")
+    with trouble, contextlib.suppress(FileNotFoundError):
         owner = place.stat()
         mode, text = owner.st_mode & 0o777, place.read_text(encoding="utf-8")
     if text:
         text = text.rstrip("\n") + "\n\n"
-    text += f"# From {one_line(source)}:\n" + "".join(env_line(*pair) for pair in taken.items())
+    head = for_reader(phrase("migration.source", path=one_line(source)))
+    text += "".join([head, "\n", *(env_line(*pair) for pair in taken.items())])
     write_whole(place, text, durable=True, mode=mode, setting="--env-file")
     if owner is not None and os.geteuid() == 0:
-        with disk_trouble(f"{place} cannot be given to its owner", "--env-file"):
+        with disk_trouble(phrase("migration.not_given", path=place), "--env-file"):
             os.chown(place, owner.st_uid, owner.st_gid)
 
 
@@ -16294,14 +16317,12 @@ def plan_hash(directory: Path, state: Path) -> tuple[str, str]:
     source, place = directory / OLD_HASH_FILE, state / HASH_NAME
     found, stands = hash_in(source, "--migrate"), hash_in(place)
     if not found:
-        return "", f"left out  module hash: {source} is not there; workflows bound to an older one need it"
+        return "", phrase("migration.no_hash", path=source)
     if not stands:
-        return found, f"taken     module hash {shorten(found)} into {place}"
-    line = f"kept      module hash {shorten(stands)}: it is in {place} already"
-    if stands != found:
-        line += f"; workflows may be bound to the older one, {shorten(found)}: "
-        line += f"to take it, stop the service, remove {place} and try again"
-    return "", line
+        return found, phrase("migration.taken_hash", hash=shorten(found), path=place)
+    if stands == found:
+        return "", phrase("migration.kept_hash", hash=shorten(stands), path=place)
+    return "", phrase("migration.kept_hash_other", hash=shorten(stands), path=place, older=shorten(found))
 
 
 def move_installation(
@@ -16313,8 +16334,7 @@ def move_installation(
     written then, unless it is the disk that fails.
     """
     if not os.path.isdir(target.parent):
-        what = "is no directory that can be looked at: sudo ./build_pyz.sh install makes the service's"
-        raise UsageError(f"{target.parent} {what}, --env-file names another file")
+        raise UsageError(phrase("migration.no_directory", path=target.parent))
     old, unread = old_settings(directory)
     there = target if os.path.exists(target) else Path(os.devnull)
     unit = find_unit(environ, target)
@@ -16329,8 +16349,7 @@ def move_installation(
     module_hash, line = plan_hash(directory, settings.state_directory)
     lines += [*unread, line]
     if settings.realtime_name != OLD_COLLECTION and "MONGODB_COLLECTION_NAME" not in old:
-        changed = f"changed   trades go to the collection {settings.realtime_name}, not to {OLD_COLLECTION} as before"
-        lines.append(f"{changed}; see MONGODB_REALTIME_COLLECTION_NAME")
+        lines.append(phrase("migration.changed", name=settings.realtime_name, older=OLD_COLLECTION))
     if taken and not dry:
         write_settings(target, taken, directory / OLD_ENV_FILE)
     if module_hash and not dry:
@@ -16347,8 +16366,7 @@ def time_zone(name: str) -> tzinfo:
     try:
         return ZoneInfo(name)
     except (KeyError, ValueError, OSError):
-        what = "no such zone on this machine; expected a name such as Asia/Shanghai, of the package tzdata"
-        raise UsageError(f"--time-zone {one_line(name, 60)}: {what}") from None
+        raise UsageError(phrase("migration.no_zone", name=one_line(name, 60))) from None
 
 
 def read_old_trade(found: Mapping[str, Any], latest_ms: int = LATEST_TRADE_MS) -> Trade:
@@ -16435,10 +16453,10 @@ class Migrated:
         self.numbers = numbers
         self.examples = [*examples]
 
-    def note(self, name: object, why: object) -> None:
+    def note(self, name: object, why: str) -> None:
         """Take an example, if there are not enough."""
         if len(self.examples) < EXAMPLES:
-            self.examples.append(f"{one_line(name, 60)}: {one_line(why, 200)}")
+            self.examples.append(phrase("migration.example", name=one_line(name, 60), why=one_line(why, 200)))
 
 
 class Migration:
@@ -16470,15 +16488,15 @@ class Migration:
         Raises UsageError where the collection has none or the zone is wrong, StoreError where a store is away.
         """
         if self.source in (self.settings.close_name, self.settings.license_name):
-            raise UsageError(f"--documents {self.source}: in that collection stockrt keeps what is no trade")
+            raise UsageError(phrase("migration.own_collection", name=self.source))
         total = self.store.estimate(self.source)
         if not total:
-            raise UsageError(
-                f"--documents {self.source}: no documents in that collection; see MONGODB_DB_NAME"
-            )
+            raise UsageError(phrase("migration.no_documents", name=self.source))
         if self.source == self.store.realtime_name:
-            words = "trades go into the collection of the older documents, and stand there beside them"
-            log.warning("%s; MONGODB_REALTIME_COLLECTION_NAME names another", words)
+            log.warning(
+                "trades go into the collection of the older documents, and stand there beside them; "
+                "MONGODB_REALTIME_COLLECTION_NAME names another"
+            )
         self._recall()
         for page in self.store.pages(self.source, self.done.after):
             if stop.is_set():
@@ -16487,7 +16505,7 @@ class Migration:
             self._remember()
             events.progress(self.done.read, total)
         if not self.dry:
-            with disk_trouble(f"{self._path()} cannot be removed"):
+            with disk_trouble(phrase("migration.not_removed", path=self._path())):
                 self._path().unlink(missing_ok=True)
         return True
 
@@ -16501,7 +16519,7 @@ class Migration:
             try:
                 trade = read_old_trade(found, latest_ms)
             except (ValueError, InstrumentError) as error:
-                done.note(found["_id"], error)
+                done.note(found["_id"], error_words(error))
                 bad += 1
                 continue
             done.numbers |= any(not isinstance(found[name], str) for name in NUMBERS)
@@ -16530,11 +16548,7 @@ class Migration:
         """Raise UsageError where most of some documents cannot have been stored when `create_time` says."""
         seconds = sorted(late or [0.0])[len(late) // 2]
         if abs(seconds) > SAME_ZONE_S and not self.any_zone:
-            raise UsageError(
-                f"--time-zone {self.zone}: create_time would be {seconds / 3600:+.1f} h from when the documents were "
-                "made, by their ObjectIds; expected the zone of the clock that wrote them (in a container often UTC); "
-                "with --force it is taken as it is"
-            )
+            raise UsageError(phrase("migration.other_zone", zone=self.zone, hours=seconds / 3600))
 
     def _without_other_digits(self, documents: Mapping[str, Document]) -> dict[str, Document]:
         """Return those whose trade is not there with other digits, as 31.350 is that of the number 31.35."""
@@ -16559,33 +16573,45 @@ class Migration:
             return
         make_state_directory(self.settings.state_directory)
         with (
-            disk_trouble(f"{self._path()} cannot be read"),
+            disk_trouble(phrase("migration.not_read", path=self._path())),
             contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError),
         ):
             options = json_util.JSONOptions(tz_aware=False)
             told = json_util.loads(self._path().read_text(encoding="utf-8"), json_options=options)
             if told.pop("what") == self._what():
-                self.done = Migrated(**told)
+                self.done = Migrated(**{**told, "examples": unpacked(told["examples"])})
 
     def _remember(self) -> None:
         from bson import json_util
 
         if not self.dry:
-            write_whole(self._path(), json_util.dumps({"what": self._what()} | vars(self.done)))
+            told = {"what": self._what()} | vars(self.done) | {"examples": packed(self.done.examples)}
+            write_whole(self._path(), json_util.dumps(told))
 
-    def words(self) -> str:
+    def words(self) -> Phrase:
         """Return what was done, in a line, and examples of what could not be."""
         done = self.done
         trades = done.read - done.no_trade
-        line = f"{count_words(done.read, 'document')} of {self.source} read: "
         if self.dry:
-            line += f"{count_words(trades, 'trade')}, doubles included, {done.no_trade} no trade; "
-            line += "nothing was written: --dry-run"
+            line = phrase(
+                "migration.would_do",
+                documents=count_words(done.read, "document"),
+                source=self.source,
+                trades=count_words(trades, "trade"),
+                no_trade=done.no_trade,
+            )
         else:
-            known = trades - done.stored - done.refused
-            line += f"{count_words(done.stored, 'trade')} added to {self.store.realtime_name}, {known} already there, "
-            line += f"{done.no_trade} no trade, {done.refused} refused by MongoDB"
-        return "\n".join([line, *(f"  {example}" for example in done.examples)])
+            line = phrase(
+                "migration.done",
+                documents=count_words(done.read, "document"),
+                source=self.source,
+                added=count_words(done.stored, "trade"),
+                target=self.store.realtime_name,
+                known=trades - done.stored - done.refused,
+                no_trade=done.no_trade,
+                refused=done.refused,
+            )
+        return listing("join.lines", [line, *done.examples])
 
 
 def _same_digits(document: Document) -> tuple[object, ...]:
@@ -20168,6 +20194,7 @@ TEMPLATES |= {
     "join.clauses": ("; ", "；"),
     "join.and": (" and ", " 和 "),
     "join.lines": ("\n", "\n"),
+    "join.dots": (" · ", " · "),
     "n.beat": ("{n} beat", "{n} 次轮询"),
     "n.beats": ("{n} beats", "{n} 次轮询"),
     "n.candle": ("{n} candle", "{n} 根 K 线"),
@@ -21000,9 +21027,115 @@ TEMPLATES |= {
 # Of the room Service manager
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "service.collecting": ("collecting: {words}", "采集中：{words}"),
+    "service.connected": ("connected to {peer}", "已连接 {peer}"),
+    "service.connecting": ("connecting to {peer}", "正在连接 {peer}"),
+    "service.keys_out": ("{keys}, {out} out", "{keys}，其中 {out} 个已停用"),
+    "service.last_execute": (
+        "last execute {reached}/{total} in {took_s:.1f} s, {age} ago",
+        "{age}前执行，完成 {reached}/{total}，用时 {took_s:.1f} 秒",
+    ),
+    "service.no_execute": ("no execute yet", "尚未执行"),
+    "service.not_connected": ("not connected to {peer}: {why}", "未连接 {peer}：{why}"),
+    "service.stopping": ("stopping", "正在停止"),
+    "service.to_deliver": ("{n} to deliver", "{n} 条结果待送达"),
+    "service.trades_wait": ("trades wait for MongoDB", "有成交等待写入 MongoDB"),
+    "service.waiting": ("{n} waiting", "{n} 条指令待执行"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Migration
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "migration.bad_value": (
+        "{name}={value} (older): expected {expected}; what {path} sets is kept",
+        "{name}={value}（旧客户端）：应为 {expected}；若在 {path} 中设置，则保留该处的值",
+    ),
+    "migration.changed": (
+        "changed   trades go to the collection {name}, not to {older} as before; see MONGODB_REALTIME_COLLECTION_NAME",
+        "已更改  成交写入集合 {name}，不再写入原来的 {older}；请检查 MONGODB_REALTIME_COLLECTION_NAME",
+    ),
+    "migration.done": (
+        "{documents} of {source} read: {added} added to {target}, {known} already there, {no_trade} no trade, "
+        "{refused} refused by MongoDB",
+        "已从 {source} 读取 {documents}：向 {target} 新增 {added}，已有 {known} 笔，"
+        "不是成交的 {no_trade} 条，被 MongoDB 拒绝 {refused} 条",
+    ),
+    "migration.example": ("  {name}: {why}", "  {name}：{why}"),
+    "migration.kept": ("kept      {name}: it is set already", "已保留  {name}：此处已有设置"),
+    "migration.kept_hash": (
+        "kept      module hash {hash}: it is in {path} already",
+        "已保留  模块哈希 {hash}：已在 {path} 中",
+    ),
+    "migration.kept_hash_other": (
+        "kept      module hash {hash}: it is in {path} already; workflows may be bound to the older one, {older}: "
+        "to take it, stop the service, remove {path} and try again",
+        "已保留  模块哈希 {hash}：已在 {path} 中；工作流可能绑定在旧哈希 {older} 上："
+        "如需采用旧哈希，请停止服务，删除 {path} 后重试",
+    ),
+    "migration.kept_other": (
+        "kept      {name}: it is set already; the older one differs",
+        "已保留  {name}：此处已有设置，与旧客户端的不同",
+    ),
+    "migration.left_out": ("left out  {what}", "未采用  {what}"),
+    "migration.no_directory": (
+        "{path} is no directory that can be looked at: sudo ./build_pyz.sh install makes the service's, --env-file "
+        "names another file",
+        "{path} 不是可访问的目录：sudo ./build_pyz.sh install 会创建服务的目录，也可用 --env-file 指定其他文件",
+    ),
+    "migration.no_documents": (
+        "--documents {name}: no documents in that collection; see MONGODB_DB_NAME",
+        "--documents {name}：该集合中没有文档；请检查 MONGODB_DB_NAME",
+    ),
+    "migration.no_hash": (
+        "left out  module hash: {path} is not there; workflows bound to an older one need it",
+        "未采用  模块哈希：{path} 不存在；绑定在旧哈希上的工作流需要它",
+    ),
+    "migration.no_older": (
+        "--migrate {directory}: {path} cannot be read: {why}; expected the older client's directory",
+        "--migrate {directory}：无法读取 {path}：{why}；应为旧客户端的目录",
+    ),
+    "migration.no_setting": (
+        "left out  {name}: stockrt has no such setting",
+        "未采用  {name}：stockrt 没有这项设置",
+    ),
+    "migration.no_text": ("it is not UTF-8 text", "不是 UTF-8 文本"),
+    "migration.no_zone": (
+        "--time-zone {name}: no such zone on this machine; expected a name such as Asia/Shanghai, of the package "
+        "tzdata",
+        "--time-zone {name}：本机没有该时区；应为 Asia/Shanghai 之类的名称，由软件包 tzdata 提供",
+    ),
+    "migration.not_given": ("{path} cannot be given to its owner", "无法把 {path} 交还给其属主"),
+    "migration.not_read": ("{path} cannot be read", "无法读取 {path}"),
+    "migration.not_removed": ("{path} cannot be removed", "无法删除 {path}"),
+    "migration.other_zone": (
+        "--time-zone {zone}: create_time would be {hours:+.1f} h from when the documents were made, by their "
+        "ObjectIds; expected the zone of the clock that wrote them (in a container often UTC); with --force it is "
+        "taken as it is",
+        "--time-zone {zone}：按此时区，create_time 与 ObjectId 所示的文档创建时间相差 {hours:+.1f} 小时；"
+        "应为写入这些文档的时钟所用的时区（容器中常为 UTC）；加上 --force 则照此采用",
+    ),
+    "migration.own_collection": (
+        "--documents {name}: in that collection stockrt keeps what is no trade",
+        "--documents {name}：该集合由 stockrt 存放成交以外的内容",
+    ),
+    "migration.source": ("# From {path}:", "# 取自 {path}："),
+    "migration.taken": ("taken     {name}={value}", "已迁移  {name}={value}"),
+    "migration.taken_hash": (
+        "taken     module hash {hash} into {path}",
+        "已迁移  模块哈希 {hash}，写入 {path}",
+    ),
+    "migration.taken_renamed": (
+        "taken     {name}={value}, there {older}",
+        "已迁移  {name}={value}，旧客户端中名为 {older}",
+    ),
+    "migration.would_do": (
+        "{documents} of {source} read: {trades}, doubles included, {no_trade} no trade; nothing was written: --dry-run",
+        "已从 {source} 读取 {documents}：{trades}（含重复），不是成交的 {no_trade} 条；未写入任何内容：--dry-run",
+    ),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Views
