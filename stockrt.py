@@ -2911,14 +2911,14 @@ class Failure(NamedTuple):
     words: str
 
 
-def failed_words(failures: Mapping[str, Failure], total: int) -> str:
+def failed_words(failures: Mapping[str, Failure], total: int) -> Phrase:
     """Return how many of how many codes failed, and of the first few why."""
-    named = [f"{code} ({failure.words})" for code, failure in islice(failures.items(), FAILURES_NAMED)]
-    words = f"{len(failures)} of {total} codes failed: {', '.join(named)}"
-    more = len(failures) - len(named)
+    first = islice(failures.items(), FAILURES_NAMED)
+    named = [phrase("events.code", code=code, why=failure.words) for code, failure in first]
+    names, more = listing("join.names", named), len(failures) - len(named)
     if more:
-        words += f" and {more} more"
-    return words
+        return phrase("events.failed_more", failed=len(failures), total=total, names=names, more=more)
+    return phrase("events.failed", failed=len(failures), total=total, names=names)
 
 
 class Check(NamedTuple):
@@ -2987,9 +2987,10 @@ class Report:
         """Return what it says now, of a run that another thread may go on with."""
         return Report(**vars(self) | {"failures": self.failures.copy(), "read_as": self.read_as.copy()})
 
-    def queued_words(self) -> str:
+    def queued_words(self) -> Phrase:
         """Return how many trades wait on this machine, and why."""
-        return f"{count_words(self.queued, 'trade')} kept on this machine, {self.queued_because}"
+        trades = count_words(self.queued, "trade")
+        return phrase("events.queued", trades=trades, why=self.queued_because)
 
     def read_as_words(self) -> str:
         """Return what the first few codes were read as whose form does not tell, '' where there are none."""
@@ -2999,23 +3000,32 @@ class Report:
         """Return of how many codes the trades are old, '' where there are none."""
         if not self.stale:
             return ""
-        since = iso_after(self.stale_since / 1000, 0)
-        return f"{self.stale} of {count_words(self.total, 'code')}: no trade since {since}, though the market was open"
+        since, codes = iso_after(self.stale_since / 1000, 0), count_words(self.total, "code")
+        return phrase("events.stale", stale=self.stale, codes=codes, since=since)
 
-    def summary(self) -> str:
+    def close_words(self) -> Phrase:
+        """Return why the closing snapshot is not kept, as `close_error` says."""
+        return phrase("events.close_lost", why=self.close_error)
+
+    def summary(self) -> Phrase:
         """Return the closing line."""
-        line = (
-            f"total {self.total}, stored {self.stored}, already known {self.duplicates}, "
-            f"failed {len(self.failures)} ({self.took_s:.1f} s)"
+        counts: Phrase = phrase(
+            "events.counts",
+            total=self.total,
+            stored=self.stored,
+            known=self.duplicates,
+            failed=len(self.failures),
+            took=self.took_s,
         )
         if self.interrupted:
             left = self.total - self.reached - self.queued - len(self.failures)
-            line += f", interrupted: {left} not asked"
+            counts = phrase("events.interrupted", counts=counts, left=left)
+        clauses = [counts]
         if self.queued:
-            line += f"; {self.queued_words()}"
+            clauses.append(self.queued_words())
         if self.close_error:
-            line += f"; the closing snapshot is not kept: {self.close_error}"
-        return line
+            clauses.append(self.close_words())
+        return listing("join.clauses", clauses)
 
 
 class QueueStats(NamedTuple):
@@ -3072,25 +3082,27 @@ class CollectStats(NamedTuple):
 TROUBLE_SHOWN = 120
 
 
-def collect_words(stats: CollectStats) -> str:
+def collect_words(stats: CollectStats) -> Phrase:
     """Return what collecting does now, for a status line."""
-    parts = []
+    parts: list[str] = []
     if stats.connections_wanted:
-        parts.append(f"{stats.connections} of {count_words(stats.connections_wanted, 'connection')}")
-        parts.append(f"{count_words(stats.codes, 'code')} subscribed")
+        wanted = count_words(stats.connections_wanted, "connection")
+        parts.append(phrase("events.connected", up=stats.connections, connections=wanted))
+        parts.append(phrase("events.subscribed", codes=count_words(stats.codes, "code")))
     if stats.polled:
-        parts.append(f"{count_words(stats.polled, 'code')} polled")
+        parts.append(phrase("events.polled", codes=count_words(stats.polled, "code")))
     if parts:
-        parts.append(f"{stats.per_second:.{int(stats.per_second < 10)}f} trades/s")
+        rate = f"{stats.per_second:.{int(stats.per_second < 10)}f}"
+        parts.append(phrase("events.rate", rate=rate))
     if not math.isnan(stats.delay_p99_ms):
-        parts.append(f"stored after {stats.delay_p50_ms:.0f} ms (p99 {stats.delay_p99_ms:.0f} ms)")
+        parts.append(phrase("events.delays", p50=stats.delay_p50_ms, p99=stats.delay_p99_ms))
     if stats.gaps_today:
-        parts.append(f"{count_words(stats.gaps_today, 'gap')} today")
+        parts.append(phrase("events.gaps", gaps=count_words(stats.gaps_today, "gap")))
     if stats.missed_beats:
-        parts.append(f"{count_words(stats.missed_beats, 'beat')} missed")
+        parts.append(phrase("events.missed", beats=count_words(stats.missed_beats, "beat")))
     if stats.trouble:
         parts.append(one_line(stats.trouble, TROUBLE_SHOWN))
-    return ", ".join(parts) or "begins"
+    return listing("join.commas", parts or [phrase("events.begins")])
 
 
 def steady(stats: CollectStats) -> tuple[object, ...]:
@@ -3167,8 +3179,8 @@ def fault_words(error: Exception, events: Events, is_said: bool = False) -> str:
     if isinstance(error, ImportError):
         lost = lost_part(error)
         events.damaged(lost)
-        return str(lost)
-    return str(error) if isinstance(error, StockrtError) else own_fault(error, is_said)
+        return lost.message
+    return error.message if isinstance(error, StockrtError) else own_fault(error, is_said)
 
 
 # ======================================================================================================
@@ -11582,10 +11594,8 @@ LOOK_EVERY_S = 60.0
 # As many codes as a command may have, and a file that holds no more of them.
 MOST_COLLECTED = 100_000
 MOST_CODES_BYTES = 16 * 1024 * 1024
-NO_CODES = (
-    'no codes are named: expected code_list, a list such as ["AAPL.US"], or COLLECT_CODES in the settings of this '
-    "module, for commands without codes"
-)
+# The kind of what a command is answered that names none.
+NO_CODES = "collection.no_codes"
 
 
 class WatchList:
@@ -11627,8 +11637,8 @@ class WatchList:
             found = self._read()
         except StockrtError as error:
             if self._codes is None:
-                raise StockrtError(f"COLLECT_CODES: {error}") from None
-            self._trouble.again(str(error))
+                raise StockrtError(phrase("collection.watch_list", why=error.message)) from None
+            self._trouble.again(error.message)
         else:
             self._trouble.over()
             if found != self._listed:
@@ -11647,12 +11657,12 @@ class WatchList:
         elif text:
             found = split_codes(text)
         else:
-            raise StockrtError(NO_CODES)
+            raise StockrtError(phrase(NO_CODES))
         codes = [*dict.fromkeys(found)]
         if not codes:
-            raise StockrtError(f"no code in {place}; expected codes such as AAPL.US 600519.SH")
+            raise StockrtError(phrase("collection.empty", place=place))
         if len(codes) > MOST_COLLECTED:
-            raise StockrtError(f"{place} has more than {MOST_COLLECTED} codes")
+            raise StockrtError(phrase("collection.many_codes", place=place, most=MOST_COLLECTED))
         return codes
 
     def _read_collection(self, place: str) -> list[str]:
@@ -11661,14 +11671,18 @@ class WatchList:
         try:
             values = self._mongo.field(self._settings.watch_name, "code", MOST_COLLECTED + 1)
         except StoreAway as error:
-            raise StockrtError(f"{place} cannot be read: {error}") from error
+            raise StockrtError(phrase("collection.unread", place=place, why=error.message)) from error
         if len(values) > MOST_COLLECTED:
-            raise StockrtError(f"{place} has more than {MOST_COLLECTED} documents")
+            raise StockrtError(phrase("collection.many_documents", place=place, most=MOST_COLLECTED))
         texts = [value for value in values if isinstance(value, str) and split_codes(value)]
         odd = len(values) - len(texts)
         if odd and not self._odd_said:
-            words = "COLLECT_CODES: %d of %s in %s have no text in the field code, and are passed over"
-            log.warning(words, odd, count_words(len(values), "document"), place)
+            log.warning(
+                "COLLECT_CODES: %d of %s in %s have no text in the field code, and are passed over",
+                odd,
+                count_words(len(values), "document"),
+                place,
+            )
         self._odd_said = bool(odd)
         return [code for text in texts for code in split_codes(text)]
 
@@ -11680,16 +11694,16 @@ class WatchList:
         try:
             found = path.stat()
             if not stat.S_ISREG(found.st_mode):
-                raise StockrtError(f"{path} is no plain file")
+                raise StockrtError(phrase("collection.no_plain_file", path=path))
             if found.st_size > MOST_CODES_BYTES:
-                raise StockrtError(
-                    f"{path} has {found.st_size} bytes; expected codes such as AAPL.US 600519.SH"
-                )
+                raise StockrtError(phrase("collection.large_file", path=path, size=found.st_size))
             with path.open(encoding="utf-8-sig") as lines:
                 return list(codes_in(lines))
         except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise StockrtError(f"{path} cannot be read: {why}") from None
+            why: object = phrase("collection.no_text")
+            if isinstance(error, OSError):
+                why = error.strerror
+            raise StockrtError(phrase("collection.unread", place=path, why=why)) from None
 
     def _take(self, listed: Collection[str]) -> None:
         """Go over to what of a new list is in the share, and say what changed, or that it is nothing."""
@@ -11699,11 +11713,11 @@ class WatchList:
         if self._codes is not None and before == now:
             return
         if not codes:
-            words = "COLLECT_CODES: none of %s is in the share %d/%d"
-            log.warning(words, count_words(len(listed), "code"), number, shares)
+            total = count_words(len(listed), "code")
+            log.warning("COLLECT_CODES: none of %s is in the share %d/%d", total, number, shares)
         elif self._codes is not None:
-            words = "COLLECT_CODES: %s, %d new, %d gone"
-            log.info(words, count_words(len(codes), "code"), len(now - before), len(before - now))
+            total, new, gone = count_words(len(codes), "code"), len(now - before), len(before - now)
+            log.info("COLLECT_CODES: %s, %d new, %d gone", total, new, gone)
         self._codes = tuple(codes)
 
 
@@ -11869,9 +11883,7 @@ class Poller(threading.Thread):
         if missed:
             self._in_time = 0
             self._stats = self._stats._replace(missed_beats=self._stats.missed_beats + missed)
-            self._beat_trouble.again(
-                f"a poll took {took_s:.1f} s, longer than one every {self._every_s:g} s allows"
-            )
+            self._beat_trouble.again(phrase("collection.slow_poll", took=took_s, every=self._every_s))
             return
         self._in_time += 1
         if self._in_time * self._every_s >= TROUBLE_AGAIN_S:
@@ -11960,7 +11972,8 @@ class MarkFiles:
             ]
             left = Left(str(codes.get("instance", "")), int(codes.get("version", 0)), groups)
         except (TypeError, ValueError) as error:
-            self._say(self._codes, error, "a gap before this start is not noted")
+            words = one_line(error, 80)
+            log.error("%s is damaged (%s): a gap before this start is not noted", self._codes, words)
             return Left()
         try:
             mark = self._object(self._mark)
@@ -11970,22 +11983,20 @@ class MarkFiles:
             groups = [one._replace(until=until) for one, until in zip(groups, times, strict=True)]
             return left._replace(groups=groups, stopped=bool(mark["stopped"]))
         except (KeyError, TypeError, ValueError) as error:
-            self._say(self._mark, error, "a gap before this start begins too early")
+            words = one_line(error, 80)
+            log.error("%s is damaged (%s): a gap before this start begins too early", self._mark, words)
             return left
 
     @staticmethod
     def _object(path: Path) -> dict[str, Any]:
         """Return what a file holds, nothing where there is none. Raises StoreError, ValueError for no object."""
-        with disk_trouble(f"{path} cannot be read"), contextlib.suppress(FileNotFoundError):
+        what = phrase("collection.unread_mark", path=path)
+        with disk_trouble(what), contextlib.suppress(FileNotFoundError):
             found = json_object(path.read_bytes())
             if found is None:
                 raise ValueError("no JSON object")
             return found
         return {}
-
-    @staticmethod
-    def _say(path: Path, error: Exception, then: str) -> None:
-        log.error("%s is damaged (%s): %s", path, one_line(error, 80), then)
 
     def write_codes(self, left: Left) -> None:
         """Keep of which codes everything is kept. Raises StoreError."""
@@ -12016,7 +12027,7 @@ class Part:
         self.heard = self.seen = now_ms
 
 
-# Why there is a gap, where it was no connection that was refused or lost.
+# Why there is a gap, where it was no connection that was refused or lost: as other programs read it in the database.
 STOPPED = "stockrt was stopped"
 ENDED_WITHOUT_NOTICE = "stockrt ended without notice"
 MOVED = "moved to another connection"
@@ -12083,10 +12094,11 @@ class Coverage:
             for (product, until), lost in since.items():
                 self._lose(product, lost, min(until, now), why)
                 if until > now + CLOCK_BACK_MS:
-                    words = (
-                        "the clock was set back by %d s or more: a gap of %s may begin earlier than is noted"
+                    log.warning(
+                        "the clock was set back by %d s or more: a gap of %s may begin earlier than is noted",
+                        (until - now) / 1000,
+                        product,
                     )
-                    log.warning(words, (until - now) / 1000, product)
             self._complete(self._ended)
             self._has_begun = True
 
@@ -12255,7 +12267,7 @@ class Coverage:
             try:
                 self._files.write_mark(self._left)
             except StoreError as error:
-                self._trouble.again(str(error))
+                self._trouble.again(error.message)
 
     def close(self, durable_ms: int) -> None:
         """Leave: gaps that are over are noted, and nothing is from now on, whatever thread is late."""
@@ -12275,7 +12287,7 @@ class Coverage:
         return min(part.heard, self._now_ms())
 
     def _new(self, product: str, codes: Collection[str], since: int, why: str) -> OpenGap:
-        gap = Gap(product, tuple(sorted(codes)), since, None, why, self._left.instance)
+        gap = Gap(product, tuple(sorted(codes)), since, None, str(why), self._left.instance)
         return OpenGap(gap, codes)
 
     def _lose(self, product: str, codes: Collection[str], since: int, why: str) -> None:
@@ -12292,7 +12304,7 @@ class Coverage:
             return
         rest = {*one.gap.codes} - here
         if not rest:
-            one.gap = one.gap._replace(why=why)
+            one.gap = one.gap._replace(why=str(why))
         else:
             one.gap = one.gap._replace(codes=tuple(sorted(rest)))
             one.missing -= here
@@ -12327,7 +12339,7 @@ class Coverage:
                 else:
                     one.gap = self._gaps.note(one.gap)
             except StoreError as error:
-                self._trouble.again(str(error))
+                self._trouble.again(error.message)
                 return
             one.is_kept = True
             self._trouble.over()
@@ -12362,7 +12374,7 @@ class Coverage:
         try:
             self._files.write_codes(left)
         except StoreError as error:
-            self._trouble.again(str(error))
+            self._trouble.again(error.message)
             return False
         self._left = left
         return True
@@ -12558,7 +12570,7 @@ class Intake:
         try:
             written = self._put(documents, within_s)
         except StockrtError as error:
-            self._refuse(batch, None, str(error))
+            self._refuse(batch, None, error.message)
             return
         except Exception as error:  # nobody else looks at this thread
             self._refuse(batch, None, own_fault(error))
@@ -12595,7 +12607,7 @@ class Intake:
             names |= {*gone}
             if gone:
                 self._coverage.not_stored(parcel, {*gone}, f"not stored: {why}")
-        self.trouble = f"{first_few(sorted(names))} not stored: {why}"
+        self.trouble = phrase("collection.not_stored", codes=first_few(sorted(names)), why=why)
         self._trouble.again(self.trouble)
 
 
@@ -12736,12 +12748,12 @@ class Feed(threading.Thread):
         elif isinstance(event, CodesRefused):
             self.why = event.words
             self._coverage.refused(self.part, event.codes, event.words)
-            self._refusal.again(
-                f"{count_words(len(event.codes), 'code')}, {first_few(event.codes)}: {event.words}"
-            )
+            codes = count_words(len(event.codes), "code")
+            names = first_few(event.codes)
+            self._refusal.again(phrase("collection.refused", codes=codes, names=names, why=event.words))
         elif isinstance(event, Silent):
             self._coverage.silent(self.part, event.codes)
-            self._odd.again(f"nothing was pushed for {event.seconds:.0f} s: subscribed anew")
+            self._odd.again(phrase("collection.silent", seconds=event.seconds))
         elif isinstance(event, Said):
             self._odd.again(event.words)
 
@@ -12804,7 +12816,7 @@ class Planner(threading.Thread):
         self._back_at = 0.0
         self._poll_at = 0.0
         self._gaps_at = 0.0
-        self._rest_said = ""
+        self._rest_said: tuple[object, ...] = ()
         then = "trying again"
         self._trouble = LogThrottle("collecting", then=then)
         self._troubles = Troubles(settings, then)
@@ -12888,8 +12900,11 @@ class Planner(threading.Thread):
             what = "" if end.action is StreamAction.KEY_OUT else feed.allotment.product
             never = self._never.setdefault(feed.allotment.key, {})
             if what not in never:
-                words = "stream %s: %s; what no other key brings is polled instead"
-                log.error(words, feed.allotment.product, end.words)
+                log.error(
+                    "stream %s: %s; what no other key brings is polled instead",
+                    feed.allotment.product,
+                    end.words,
+                )
             never[what] = end.words
             self._coverage.drop(feed.part)
             self.feeds.remove(feed)
@@ -12908,8 +12923,11 @@ class Planner(threading.Thread):
         """Find out what the codes mean."""
         found = resolve(codes, self._pipeline.directory, self._leaving)
         if found.refused:
-            words = [f"{code}: {why}" for code, why in islice(found.refused.items(), NAMES_SHOWN)]
-            log.error("%s not collected: %s", count_words(len(found.refused), "code"), "; ".join(words))
+            first = islice(found.refused.items(), NAMES_SHOWN)
+            words = listing(
+                "join.clauses", [phrase("tools.because", what=code, why=why) for code, why in first]
+            )
+            log.error("%s not collected: %s", count_words(len(found.refused), "code"), words)
         wanted: dict[str, list[str]] = {}
         for instrument in found.instruments.values():
             wanted.setdefault(instrument.product, []).append(instrument.code)
@@ -12955,7 +12973,7 @@ class Planner(threading.Thread):
         settings, product = self._settings, allotment.product
         secret = next(key.secret for key in self._pipeline.keys.keys if key.digest == allotment.key)
         if self._leaving.is_set():
-            raise Interrupted("stopped")
+            raise Interrupted(phrase("tools.stopped"))
         connection = StreamConnection(settings.stream_url, product, secret, settings.proxies)
         feed = Feed(allotment, connection, self._coverage, self._intake, self._events)
         feed.want(allotment)
@@ -12969,15 +12987,20 @@ class Planner(threading.Thread):
     def _say_rest(self, rest: Mapping[str, Sequence[str]]) -> None:
         """Say what connections bring, and how many codes they do not."""
         streamed = sum(len(feed.allotment.codes) for feed in self.feeds)
-        words = f"{count_words(streamed, 'code')} over {count_words(len(self.feeds), 'connection')}"
-        left = sum(map(len, rest.values()))
-        if left:
-            by_product = ", ".join(f"{len(codes)} {product}" for product, codes in rest.items() if codes)
-            why = "for which no key is of use" if self._never else "more than the keys' plans allow"
-            words += f"; {count_words(left, 'code')} polled instead, {why} ({by_product})"
-        if words != self._rest_said:
-            self._rest_said = words
-            log.log(logging.WARNING if left else logging.INFO, "stream: %s", words)
+        codes, connections = count_words(streamed, "code"), count_words(len(self.feeds), "connection")
+        left = count_words(sum(map(len, rest.values())), "code")
+        by_product = ", ".join(f"{len(codes)} {product}" for product, codes in rest.items() if codes)
+        said = (codes, connections, by_product, bool(self._never))
+        if said == self._rest_said:
+            return
+        self._rest_said = said
+        why = phrase("collection.no_key" if self._never else "collection.over_plans")
+        if by_product:
+            log.warning(
+                "stream: %s over %s; %s polled instead, %s (%s)", codes, connections, left, why, by_product
+            )
+        else:
+            log.info("stream: %s over %s", codes, connections)
 
     # over REST
 
@@ -13052,7 +13075,7 @@ class Planner(threading.Thread):
                 pass
         except StoreAway as error:
             if not self._leaving.is_set():  # else it is closed already
-                self._gap_trouble.again(str(error))
+                self._gap_trouble.again(error.message)
             self._gaps_at = now + PLAN_AGAIN_S
             return PLAN_AGAIN_S
         self._gap_trouble.over()
@@ -13097,7 +13120,7 @@ class Collecting:
             raise SettingsError([phrase("settings.watch_needs_mongodb", what="COLLECT_CODES=watch")])
         try:
             if self._settings.collect:
-                who = "another stockrt collects from the stream"
+                who = phrase("collection.another")
                 self._lock = lock_in(self._settings.state_directory, "collecting.lock", who)
                 self._intake.start()
                 start_thread(self._planner)
@@ -13245,7 +13268,6 @@ class PeerDead(NamedTuple):
     reason: str
 
 
-_TOO_DEEP = f"JSON nested deeper than {MAX_DEPTH} levels; expected a flat list of codes"
 Event: TypeAlias = Command | Refused | Send | Receipt | Shutdown | Ping | PeerDead
 SHUTDOWN_CONFIRMATION = json.dumps({"status": "success", "message": "模块正在关闭"}, ensure_ascii=False)
 
@@ -13284,7 +13306,7 @@ class PlatformProtocol:
         try:
             message = _unwrap(text)
         except UsageError as error:
-            return [Refused({}, str(error))] if "execute" in text else []
+            return [Refused({}, error.message)] if "execute" in text else []
         if isinstance(message, str):
             self._confirms = True if message.strip() == "heartbeat confirm" else self._confirms
             return [Receipt()] if message.strip() == "receive result" else []
@@ -13307,7 +13329,7 @@ class PlatformProtocol:
     def tick(self, now: float) -> list[Event]:
         """Return what is due now to keep the connection alive, or to give it up."""
         if now >= self._silent_at():
-            return [PeerDead(f"nothing came for {now - self._heard_at:.0f} s")]
+            return [PeerDead(phrase("protocol.silent", seconds=now - self._heard_at))]
         events: list[Event] = []
         if now >= self._pinged_at + self._heartbeat_s:
             self._pinged_at = now
@@ -13363,7 +13385,7 @@ def _json_or_none(text: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        raise UsageError(_TOO_DEEP) from None
+        raise UsageError(_too_deep()) from None
     except ValueError:
         return None
 
@@ -13372,12 +13394,16 @@ def read_execute(message: Mapping[str, Any]) -> Command | Refused:
     """Return the command that an `execute` object holds, or why it cannot be understood."""
     if is_deep(message):
         flat = {name: _without_lists(value) for name, value in message.items()}
-        return Refused(read_context(flat)[1], _TOO_DEEP)
+        return Refused(read_context(flat)[1], _too_deep())
     execution_id, context = read_context(message)
     try:
         return Command(execution_id, context, read_args(message.get("args")))
     except UsageError as error:
-        return Refused(context, str(error))
+        return Refused(context, error.message)
+
+
+def _too_deep() -> Phrase:
+    return phrase("protocol.too_deep", levels=MAX_DEPTH)
 
 
 def _without_lists(value: object) -> object:
@@ -13415,11 +13441,9 @@ def read_args(args: object) -> list[object]:
         raise _no_codes(one_line(json.dumps(args), 60))
     codes = _flat(args if isinstance(args, list) else [args])
     if not codes:
-        raise UsageError('code_list is empty: expected codes such as ["AAPL.US"]')
+        raise UsageError(phrase("protocol.empty_list"))
     if len(codes) > MAX_CODES_PER_COMMAND:
-        raise UsageError(
-            f"{len(codes)} codes in one command: at most {MAX_CODES_PER_COMMAND}; split the workflow"
-        )
+        raise UsageError(phrase("protocol.many_codes", codes=len(codes), most=MAX_CODES_PER_COMMAND))
     return codes
 
 
@@ -13427,7 +13451,7 @@ def _parsed_args(text: str) -> object:
     """Return what a text holds that looks like JSON. Raises UsageError."""
     found = _json_or_none(text)
     if is_deep(found):
-        raise UsageError(_TOO_DEEP)
+        raise UsageError(_too_deep())
     if found is None:
         raise _no_codes(one_line(text, 60))
     return found
@@ -13448,7 +13472,7 @@ def _is_blank(value: object) -> bool:
 
 
 def _no_codes(came: str) -> UsageError:
-    return UsageError(f'args holds no codes: expected code_list, a list such as ["AAPL.US"]; got {came}')
+    return UsageError(phrase("protocol.no_codes", came=came))
 
 
 def _flat(items: Sequence[object]) -> list[object]:
@@ -13461,6 +13485,16 @@ def _flat(items: Sequence[object]) -> list[object]:
     return codes
 
 
+class Result(NamedTuple):
+    """The answer of a command or a run: `text` for the platform, in its language; `said`: its words in all of them.
+
+    That is JSON with `message` and `failures`, see `packed`.
+    """
+
+    text: str
+    said: str = ""
+
+
 def make_result(
     context: Mapping[str, Any], module_name: str, message: str, result: Mapping[str, Any], good: bool
 ) -> str:
@@ -13469,18 +13503,17 @@ def make_result(
     ASCII only: a lone surrogate that came in `meta` goes back as it came.
     """
     status = "success" if good else "failure"
-    message = local_times(message)
     answer = {"type": "result", "status": status, **context, "module_name": module_name, "message": message}
     if not good:
         answer["error"] = message
     return json.dumps(answer | {"result": {"status": status, "status_detail": status, **result}})
 
 
-def report_result(context: Mapping[str, Any], report: Report, settings: Settings) -> str:
+def report_result(context: Mapping[str, Any], report: Report, settings: Settings) -> Result:
     """Return the result of a run: `success` when something is in the store, and nothing waits for it."""
     good = report.reached > 0 and not report.store_error and not report.queued
     listed = islice(report.failures.items(), FAILURES_LISTED)
-    failures = {code: settings.redact(local_times(failure.words)) for code, failure in listed}
+    message, failures = _result_words(report), {code: failure.words for code, failure in listed}
     result = {
         "status_detail": report.outcome,
         "total": report.total,
@@ -13489,47 +13522,63 @@ def report_result(context: Mapping[str, Any], report: Report, settings: Settings
         "kept_count": report.queued,
         "failed_count": len(report.failures),
         "failed_stocks": list(report.failures),
-        "failures": failures,
+        "failures": {code: _for_platform(words, settings) for code, words in failures.items()},
         "read_as": report.read_as,
         "stale_count": report.stale,
         "took_ms": round(report.took_s * 1000),
     }
-    return make_result(context, settings.module_name, settings.redact(_result_words(report)), result, good)
+    text = make_result(context, settings.module_name, _for_platform(message, settings), result, good)
+    return Result(text, _said(message, failures, settings))
 
 
-def _result_words(report: Report) -> str:
+def _for_platform(words: str, settings: Settings) -> str:
+    """Return words as a result has them: in the platform's language, without secrets."""
+    return settings.redact(local_times(in_language(words, settings.message_language)))
+
+
+def _said(message: str, failures: Mapping[str, str], settings: Settings) -> str:
+    """Return what a result says for whoever reads the journal, in whatever language."""
+    return settings.redact(json.dumps(packed({"message": message, "failures": failures})))
+
+
+def _result_words(report: Report) -> Phrase:
     """Return the message: what failed comes first."""
-    stored = f"{report.reached} of {report.total} codes stored"
+    reached, total = report.reached, report.total
     if report.store_error:
-        return f"{stored}, then the store failed: {report.store_error}"
-    words = []
+        return phrase("protocol.store_failed", reached=reached, total=total, why=report.store_error)
+    words: list[str] = []
     if report.failures:
         words.append(failed_words(report.failures, report.total))
     if report.close_error:
-        words.append(f"the closing snapshot is not kept: {report.close_error}")
+        words.append(report.close_words())
     if report.queued:
         words.append(report.queued_words())
     if report.reached or not report.queued:
-        words.append(stored)
+        words.append(phrase("protocol.stored", reached=reached, total=total))
     if report.read_as:
-        words.append(f"read as: {report.read_as_words()}")
+        words.append(phrase("protocol.read_as", codes=report.read_as_words()))
     if report.stale:
         words.append(report.stale_words())
-    return "; ".join(words)
+    return listing("join.clauses", words)
 
 
-# What the message of a result says whose lists were left out.
-WITHOUT_LISTS = "; sent without its lists"
+# The kind of what the message of a result says whose lists were left out.
+WITHOUT_LISTS = "protocol.without_lists"
+# A message in Chinese: before somebody else's words come, which follow such a sign, are those of ours.
+_IN_CHINESE = re.compile("[^:(]*[\u4e00-\u9fff]")
 
 
 def without_lists(text: str) -> str:
     """Return a result that the platform did not take for its size without what makes it long; counts stay."""
     try:
         answer = _json_or_none(text)
-        if WITHOUT_LISTS in answer["message"]:
+        message = answer["message"]
+        if any(words in message for words in TEMPLATES[WITHOUT_LISTS]):
             return text
+        language = CHINESE if _IN_CHINESE.match(message) else ENGLISH
+        why = phrase("protocol.too_long", what=phrase(WITHOUT_LISTS), bytes=len(text))
         answer["result"] |= {"failed_stocks": [], "failures": {}}
-        answer["message"] += f"{WITHOUT_LISTS}: {len(text)} bytes were too many for the platform"
+        answer["message"] = in_language(listing("join.clauses", [message, why]), language)
     except (KeyError, TypeError, UsageError):
         return text  # what a bad disk made of it
     if "error" in answer:
@@ -13537,7 +13586,7 @@ def without_lists(text: str) -> str:
     return json.dumps(answer)
 
 
-def empty_result(context: Mapping[str, Any], module_name: str, reason: str) -> str:
+def empty_result(context: Mapping[str, Any], reason: str, settings: Settings) -> Result:
     """Return the result of a command that was not executed."""
     numbers = (
         "total",
@@ -13553,7 +13602,9 @@ def empty_result(context: Mapping[str, Any], module_name: str, reason: str) -> s
         "failures": {},
         "read_as": {},
     }
-    return make_result(context, module_name, reason, result, good=False)
+    message = _for_platform(reason, settings)
+    text = make_result(context, settings.module_name, message, result, good=False)
+    return Result(text, _said(reason, {}, settings))
 
 
 # ======================================================================================================
@@ -13589,10 +13640,12 @@ def hash_in(place: Path, setting: str = "STATE_DIRECTORY") -> str:
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise StoreError(f"the module hash {place} cannot be read: {why}; see {setting}") from None
+        why: object = phrase("link.no_text")
+        if isinstance(error, OSError):
+            why = error.strerror
+        raise StoreError(phrase("link.hash_unread", place=place, why=why, setting=setting)) from None
     if not _HASH.fullmatch(found):
-        raise StoreError(f"{place} holds no module hash; remove it and run --register")
+        raise StoreError(phrase("link.no_hash", place=place))
     return found
 
 
@@ -13604,7 +13657,7 @@ def write_hash(directory: Path, module_hash: str) -> None:
 
 def program_digest() -> str:
     """Return a digest of this program: a new release registers as a new module. Raises StoreError."""
-    with disk_trouble("this program cannot be read", "its place"):
+    with disk_trouble(phrase("link.program_unread"), phrase("link.its_place")):
         return sha256(Path(__file__).read_bytes())[:32]
 
 
@@ -13626,27 +13679,32 @@ def register(settings: Settings) -> str:
     module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
     if envelope.get("code") == "2000" and _HASH.fullmatch(module_hash):
         return module_hash
-    why = _why_not_registered(answer, envelope)
-    raise RegistrationError(f"not registered at {url}: {why}")
+    why = _why_not_registered(url, answer, envelope)
+    raise RegistrationError(phrase("link.not_registered", url=url, why=why))
 
 
-def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> str:
+def _why_not_registered(url: str, answer: Response, envelope: Mapping[str, Any]) -> Phrase:
     code = envelope.get("code")
     if answer.fault:
-        return f"{answer.fault}; is the platform up, and are SERVER_IP, SERVER_PORT and SERVER_TLS right?"
+        return phrase("link.no_answer", why=_fault_at(url, answer))
     if code == "3005":
-        return (
-            "it has a module of this name, description and program already (3005), whose hash belongs into "
-            f"{HASH_NAME} in STATE_DIRECTORY; for another module change MODULE_DESCRIPTION and try again"
-        )
+        return phrase("link.exists", file=HASH_NAME)
     if code == "3002":
-        return "it found the data invalid (3002); see MODULE_NAME and MODULE_DESCRIPTION"
+        return phrase("link.invalid")
     if code == "2000":
-        return "it said success but gave no usable hash; ask the platform's operator"
+        return phrase("link.success_without_hash")
     if answer.status >= 500:
-        return f"HTTP {answer.status}, a fault inside the platform; see its log"
-    said = words_of(envelope) or not_json_words(answer.body, "the platform's")
-    return f"HTTP {answer.status}: {said}; see SERVER_IP and SERVER_PORT"
+        return phrase("link.inner_fault", status=answer.status)
+    said = words_of(envelope) or not_json_words(answer.body, phrase("link.platforms"))
+    return phrase("link.refused", status=answer.status, said=said)
+
+
+def _fault_at(url: str, answer: Response) -> str:
+    """Return what kept an answer from coming, without the address before it, which stands in our words already."""
+    place, fault = urlsplit(url).netloc, answer.fault
+    if isinstance(fault, Phrase) and fault.values.get("what") == place:
+        return cast(str, fault.values["why"])
+    return fault.removeprefix(f"{place}: ")
 
 
 def check_platform(settings: Settings) -> Check:
@@ -13654,20 +13712,19 @@ def check_platform(settings: Settings) -> Check:
     url = settings.platform_url()
     response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
     if response.fault:
-        words = see(f"{url} cannot be reached: {response.fault}", "SERVER_IP, SERVER_PORT and SERVER_TLS")
-        return Check("platform", False, words)
+        words = phrase("link.unreachable", url=url, why=_fault_at(url, response))
+        return Check("platform", False, see(words, phrase("link.server_settings")))
     if (json_object(response.body) or {}).get("code") != "2000":
-        what = f"{url}/module/online answers HTTP {response.status} and is no dispatch platform"
-        return Check("platform", False, f"{what}; see SERVER_IP and SERVER_PORT")
-    return Check("platform", True, f"{url} answers")
+        return Check("platform", False, phrase("link.no_platform", url=url, status=response.status))
+    return Check("platform", True, phrase("link.answers", url=url))
 
 
 class Presence(Enum):
-    """What `/module/online` says of our hash."""
+    """What `/module/online` says of our hash: the kind of its words."""
 
-    ONLINE = "still counted as online by the server (old session or a second instance); it will let go within 120 s"
-    UNKNOWN = "hash unknown to the server: run --register --force"
-    UNCLEAR = "refused by the server with HTTP 403, and /module/online does not say why"
+    ONLINE = "link.online"
+    UNKNOWN = "link.unknown"
+    UNCLEAR = "link.unclear"
 
 
 def ask_presence(settings: Settings, module_hash: str) -> Presence:
@@ -13712,7 +13769,7 @@ class Link(WebSocket):
 #   3. What is given up (answers older than an hour) is said.
 
 JOURNAL_NAME = "executions.db"
-JOURNAL_VERSION = 2
+JOURNAL_VERSION = 3
 # Commands whose answers are kept for an `execution_id` that comes again, and to be looked at: the last ones.
 ANSWERS_KEPT = 1000
 # The platform has e-mailed the time-out of an execution long before; a later answer would only confuse.
@@ -13763,7 +13820,8 @@ class Waiting(TypedDict):
 class ExecutionFacts(TypedDict):
     """A command of the journal, or a run without a platform, as --executions shows it; times are ISO 8601 UTC.
 
-    Without an answer yet the last three are None; `delivered` is None where there is no platform.
+    Without an answer yet the last three are None; `delivered` is None where there is no platform. The message, and the
+    result's `failures`, are in all languages, or as they were sent where they were kept in no other way.
     """
 
     execution_id: str | None
@@ -13815,36 +13873,43 @@ class Journal:
             context, codes = map(json.loads, row)
             if isinstance(context, dict) and isinstance(codes, list):
                 return Accepted(number, context, codes)
-        raise LostCommand(f"the command is lost with damage to {self.path}")
+        raise LostCommand(phrase("journal.lost", path=self.path))
 
     def forget(self, number: int) -> None:
         """Forget a command that cannot be answered. Raises StoreError."""
         with self._file.write() as db:
             db.execute("DELETE FROM executions WHERE number = ?", (number,))
 
-    def answer(self, number: int, text: str) -> None:
-        """Keep the answer of a command. Raises StoreError."""
+    def answer(self, number: int, text: str, said: str = "") -> None:
+        """Keep the answer of a command, and its words as Result has them. Raises StoreError."""
         update = "UPDATE executions SET answer = ?, answered_at = ?, codes = '[]' WHERE number = ?"
         now = self._clock.wall()
         with self._file.write() as db:
             self._set_right(writes=True)
             db.execute(update, (text, now, number))
+            _keep_said(db, number, said)
             _add_up(db, text, now)
 
-    def note_run(self, started_at: float, answer: str) -> None:
-        """Keep the answer of a run that no platform asked for, which began then (epoch seconds). Raises StoreError."""
+    def note_run(self, started_at: float, answer: str, said: str = "") -> None:
+        """Keep the answer of a run that no platform asked for, which began then (epoch seconds), and its words.
+
+        Raises StoreError.
+        """
         now = self._clock.wall()
         with self._file.write() as db:
             insert = "INSERT INTO runs (started_at, ended_at, answer) VALUES (?, ?, ?)"
-            db.execute(insert, (started_at, now, answer))
+            number = cast(int, db.execute(insert, (started_at, now, answer)).lastrowid)
+            _keep_said(db, -number, said)
             db.execute("DELETE FROM runs WHERE number <= (SELECT max(number) FROM runs) - ?", (ANSWERS_KEPT,))
             _add_up(db, answer, now)
 
     def last(self, count: int, only_ended: bool = False) -> list[ExecutionFacts]:
         """Return the last executions and runs, oldest first. Raises StoreError."""
         query = (
-            "SELECT accepted_at, answered_at AS ended_at, execution_id, context, answer, received FROM executions "
-            "UNION ALL SELECT started_at, ended_at, NULL, '{}', answer, NULL FROM runs"
+            "SELECT accepted_at, answered_at AS ended_at, execution_id, context, answer, received, "
+            "(SELECT words FROM said WHERE said.number = executions.number) FROM executions "
+            "UNION ALL SELECT started_at, ended_at, NULL, '{}', answer, NULL, "
+            "(SELECT words FROM said WHERE said.number = -runs.number) FROM runs"
         )
         rows = self._file.read_all(
             f"SELECT * FROM ({query}) WHERE ended_at IS NOT NULL OR NOT ? "  # noqa: S608
@@ -13864,12 +13929,16 @@ class Journal:
         return row and cast("str | None", row[0])
 
     def shorten(self, numbers: Iterable[int]) -> None:
-        """Keep answers without their lists: the platform takes them in no other way. Raises StoreError."""
+        """Keep answers without their lists, as they are sent: the platform takes them in no other way.
+
+        Raises StoreError.
+        """
         with self._file.write() as db:
             for number in numbers:
                 short = without_lists(self.answer_of(number) or "")
                 update = "UPDATE executions SET answer = ? WHERE number = ? AND answer IS NOT NULL"
                 db.execute(update, (short, number))
+                db.execute("DELETE FROM said WHERE number = ?", (number,))
 
     def received(self, numbers: Sequence[int]) -> None:
         """The platform has these answers: they are not sent again, unless the execution is asked for again.
@@ -13977,6 +14046,14 @@ CREATE TABLE IF NOT EXISTS runs (           -- --once: what no platform asked fo
     started_at REAL NOT NULL, ended_at REAL NOT NULL,
     answer TEXT NOT NULL                    -- as a platform would have got it
 );
+CREATE TABLE IF NOT EXISTS said (           -- what answers say, for readers of another language than the platform's
+    number INTEGER PRIMARY KEY,             -- of the execution; of a run below 0
+    words TEXT NOT NULL                     -- JSON, as Result has them
+);
+CREATE TRIGGER IF NOT EXISTS executions_said AFTER DELETE ON executions
+    BEGIN DELETE FROM said WHERE number = old.number; END;
+CREATE TRIGGER IF NOT EXISTS runs_said AFTER DELETE ON runs
+    BEGIN DELETE FROM said WHERE number = -old.number; END;
 CREATE TABLE IF NOT EXISTS totals (         -- of all that was answered; and since when (epoch seconds)
     name TEXT PRIMARY KEY, count INTEGER NOT NULL
 ) WITHOUT ROWID;
@@ -14004,8 +14081,9 @@ def _execution(
     context: str,
     answer: str | None,
     received: int | None,
+    said: str | None,
 ) -> ExecutionFacts:
-    told = _facts(answer)
+    told = _in_all_languages(_facts(answer), unpacked(_facts(said)))
     facts: ExecutionFacts = {
         "execution_id": name,
         "workflow_name": (told or _facts(context)).get("workflow_name"),
@@ -14017,6 +14095,20 @@ def _execution(
         "result": told.get("result"),
     }
     return facts
+
+
+def _in_all_languages(answer: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an answer with the words that were kept beside it, where they are what they ought to be."""
+    message, failures, result = said.get("message"), said.get("failures"), answer.get("result")
+    if not (isinstance(message, str) and isinstance(failures, dict) and isinstance(result, dict)):
+        return answer
+    return answer | {"message": message, "result": result | {"failures": failures}}
+
+
+def _keep_said(db: sqlite3.Connection, number: int, said: str) -> None:
+    """Keep the words of an answer in the transaction that is open."""
+    if said:
+        db.execute("INSERT OR REPLACE INTO said VALUES (?, ?)", (number, said))
 
 
 def _add_up(db: sqlite3.Connection, answer: str, now: float) -> None:
@@ -14138,7 +14230,10 @@ def read_status(directory: Path) -> DaemonStatus:
         told = json.loads((directory / STATUS_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return cast(DaemonStatus, told) if not is_deep(told) and _fits(told, DaemonStatus) else {}
+    if is_deep(told):
+        return {}
+    told = unpacked(told)
+    return cast(DaemonStatus, told) if _fits(told, DaemonStatus) else {}
 
 
 def _fits(value: object, kind: Any) -> bool:
@@ -14152,7 +14247,7 @@ def _fits(value: object, kind: Any) -> bool:
         return isinstance(value, list) and all(_fits(inner, get_args(kind)[0]) for inner in value)
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    return kind is object or type(value) is kind
+    return kind is object or type(value) is kind or (kind is str and isinstance(value, Phrase))
 
 
 def collect_facts(told: Mapping[str, Any]) -> CollectFacts:
@@ -14524,6 +14619,8 @@ class Order(NamedTuple):
     why_not: str = ""
 
 
+# In place of an answer: the command stays in the journal.
+NO_RESULT = Result("")
 # In place of a command, whose number begins at 1: the executor looks around.
 NO_COMMAND = Order(0)
 
@@ -14650,7 +14747,7 @@ class Executor(threading.Thread):
 
     def _note_not_collecting(self, error: Exception) -> None:
         """Say why collecting does not begin. What no time mends ends a daemon that has nothing else to do."""
-        words = str(error)
+        words = error_words(error)
         if isinstance(error, SettingsError):
             self._collect_at = math.inf
             if not self._settings.platform_url():
@@ -14670,7 +14767,7 @@ class Executor(threading.Thread):
         try:
             collecting.close()
         except Exception as error:  # what it could not write down counts as a gap
-            words = str(error)
+            words = error_words(error)
             if not isinstance(error, StockrtError):
                 words = own_fault(error)
             log.error("collecting: did not end well: %s", words)
@@ -14689,12 +14786,12 @@ class Executor(threading.Thread):
     def _answer(self, order: Order) -> Message:
         """Execute a command, and return what the socket's thread has to know once the answer is in the journal."""
         try:
-            text = ""
+            result = NO_RESULT
             command = self._read(order.number)
             if command is not None:
-                text = self._text_for(command, order.why_not)
-            if text and self._keep_answer(order.number, text):
-                return Answered(order.number, text, commands=1, news=self._news())
+                result = self._result_of(command, order.why_not)
+            if result.text and self._keep_answer(order.number, result):
+                return Answered(order.number, result.text, commands=1, news=self._news())
         except LostCommand as error:
             log.error("execution %s is not answered: %s", order.number, error)
             self._forget(order.number)
@@ -14709,23 +14806,23 @@ class Executor(threading.Thread):
             except LostCommand:
                 raise
             except StoreError as error:
-                self._journal_trouble.again(f"execution {number} cannot be read: {error}")
+                self._journal_trouble.again(phrase("daemon.unread", number=number, why=error.message))
                 self._events.progress()
                 if self._events.is_damaged or self._leaving.wait(delay):
                     return None  # it is executed at the next start
         self._journal_trouble.over()
         return command
 
-    def _text_for(self, command: Accepted, why_not: str) -> str:
-        """Return the answer of a command, '' where it stays in the journal for the next start."""
-        text = ""
+    def _result_of(self, command: Accepted, why_not: str) -> Result:
+        """Return the answer of a command, NO_RESULT where it stays in the journal for the next start."""
+        result = NO_RESULT
         if self._leaving.is_set():
             why_not = why_not or self._dropped_because
         if why_not:
-            text = self._unexecuted(command.context, why_not)
+            result = self._unexecuted(command.context, why_not)
         elif not (self._leaving.is_set() or self._events.is_damaged):
-            text = self._execute(command)
-        return "" if self._events.is_damaged else text
+            result = self._execute(command)
+        return NO_RESULT if self._events.is_damaged else result
 
     def _news(self) -> DaemonStatus:
         news: DaemonStatus = {"spool_refused": self._refused_before + self._events.queue.refused}
@@ -14752,46 +14849,45 @@ class Executor(threading.Thread):
         except ImportError as error:
             self._events.damaged(lost_part(error))
         except Exception as error:
-            words = str(error)
+            words = error_words(error)
             if not isinstance(error, StockrtError):
                 words = own_fault(error)
             if not self._events.is_damaged:
-                self._troubles.store.again(f"what waits on this machine cannot be taken up: {words}")
+                self._troubles.store.again(phrase("daemon.not_taken_up", why=words))
 
-    def _keep_answer(self, number: int, answer: str) -> bool:
+    def _keep_answer(self, number: int, answer: Result) -> bool:
         """Put an answer into the journal. On a full disk that is tried until there is room, or this ends."""
         for delay in backoff(JOURNAL_FIRST_S, JOURNAL_CAP_S, self._rng, growth=1.5):
             try:
-                self._journal.answer(number, answer)
+                self._journal.answer(number, *answer)
                 break
             except StoreError as error:
-                self._journal_trouble.again(f"the answer of execution {number} cannot be kept: {error}")
+                self._journal_trouble.again(phrase("daemon.not_kept", number=number, why=error.message))
                 self._events.progress()
                 if self._leaving.wait(delay):
                     return False  # it is executed again at the next start
         self._journal_trouble.over()
         return True
 
-    def _execute(self, command: Accepted) -> str:
-        """Return the answer of a command, '' when it was cut short and stays in the journal."""
+    def _execute(self, command: Accepted) -> Result:
+        """Return the answer of a command, NO_RESULT when it was cut short and stays in the journal."""
         try:
             pipeline = self._open_pipeline()
             report = pipeline.run(command.codes or self._codes_to_watch(pipeline), self.stop)
         except StockrtError as error:
-            return self._unexecuted(command.context, str(error))
+            return self._unexecuted(command.context, error.message)
         except ImportError as error:  # it stays in the journal for the next start
             self._events.damaged(lost_part(error))
-            return ""
+            return NO_RESULT
         except Exception as error:
             return self._unexecuted(command.context, own_fault(error))
         self._events.executed(report)
         self._log(command.context, report)
-        module_name = self._settings.module_name
         if not report.interrupted:
             return report_result(command.context, report, self._settings)
         if self._dropped_because:
-            return empty_result(command.context, module_name, self._dropped_because)
-        return ""
+            return empty_result(command.context, self._dropped_because, self._settings)
+        return NO_RESULT
 
     def _codes_to_watch(self, pipeline: Pipeline) -> Sequence[str]:
         """Return the codes of a command that names none: those of COLLECT_CODES as of now. Raises StockrtError."""
@@ -14800,7 +14896,7 @@ class Executor(threading.Thread):
         codes = self._watch.codes(fresh=True)
         if not codes:
             number, shares = self._settings.collect_share
-            raise StockrtError(f"none of the codes of COLLECT_CODES is in the share {number}/{shares}")
+            raise StockrtError(phrase("daemon.not_in_share", number=number, shares=shares))
         return codes
 
     def _log(self, context: Mapping[str, Any], report: Report) -> None:
@@ -14809,10 +14905,10 @@ class Executor(threading.Thread):
         log.log(level, execution_line(context, report))
         self._troubles.note(report)
 
-    def _unexecuted(self, context: Mapping[str, Any], reason: str) -> str:
+    def _unexecuted(self, context: Mapping[str, Any], reason: str) -> Result:
         log.warning("%s; not executed: %s", execution_line(context, Report()), reason)
         self._events.executed(None)
-        return empty_result(context, self._settings.module_name, self._settings.redact(reason))
+        return empty_result(context, reason, self._settings)
 
     def _open_pipeline(self) -> Pipeline:
         """Return the pipeline, a new one where the settings were read anew. Raises StockrtError."""
@@ -15064,7 +15160,7 @@ class Clerk(threading.Thread):
                 self._journal.shorten(sorted(self._too_long))
                 self._too_long.clear()
         except StoreError as error:
-            self._trouble.again(str(error))
+            self._trouble.again(error.message)
         else:
             self._trouble.over()
 
@@ -15083,7 +15179,7 @@ class Clerk(threading.Thread):
         for number, age_s in unanswered:
             why_not = ""
             if age_s >= EXECUTION_LIFETIME_S:  # nobody waits for it any more
-                why_not = f"interrupted: stockrt was stopped before this was done, {age_s:.0f} s ago"
+                why_not = phrase("daemon.interrupted", age=age_s)
             self._inbox.put(Ended(-1))
             self._executor.add(Order(number, why_not))
 
@@ -15096,7 +15192,7 @@ class Clerk(threading.Thread):
                 self._take_up_journal()
             fresh, told = self._sort(commands)
             if not self._settings.collect_codes:
-                told += [Declined(command, NO_CODES) for command in fresh if not command.codes]
+                told += [Declined(command, phrase(NO_CODES)) for command in fresh if not command.codes]
                 fresh = [command for command in fresh if command.codes]
             numbers = self._journal.accept(fresh) if fresh else []
         except StoreError as error:
@@ -15105,7 +15201,7 @@ class Clerk(threading.Thread):
                 if command.execution_id in self._accepted:  # it has an answer, or gets one
                     self._inbox.put(Ended())
                 else:
-                    self._decline(command, f"cannot be put on disk: {error}")
+                    self._decline(command, phrase("daemon.not_on_disk", why=error.message))
         else:
             self._accepted.extend(command.execution_id for command in fresh if command.execution_id)
         for message in told:
@@ -15153,9 +15249,9 @@ class Clerk(threading.Thread):
         """Write what --status shows; that it cannot be written is no reason to stop working."""
         self._status.update(news)
         try:
-            write_whole(self._settings.state_directory / STATUS_NAME, json.dumps(self._status))
+            write_whole(self._settings.state_directory / STATUS_NAME, json.dumps(packed(self._status)))
         except StoreError as error:
-            self._status_trouble.again(str(error))
+            self._status_trouble.again(error.message)
         else:
             self._status_trouble.over()
 
@@ -15284,7 +15380,7 @@ class Daemon:
         try:
             self._serve(link, protocol)
         except LinkLost as error:
-            self._lost(f"connection {error}")
+            self._lost(phrase("daemon.lost", why=error.message))
             if error.code == TOO_LARGE:
                 self._mend_too_large()
             else:
@@ -15299,12 +15395,18 @@ class Daemon:
         result = self._outbox.note_too_large()
         if result is None:
             return
-        what = f"a result of {result.size} bytes is too large for the platform (1009)"
         if not result.is_short:
-            log.warning("%s: it is sent again without its lists, after the others", what)
+            log.warning(
+                "a result of %s bytes is too large for the platform (1009): it is sent again without its lists, "
+                "after the others",
+                result.size,
+            )
             self._clerk.do(Shorten([result.number]))
             return
-        log.warning("%s without its lists too, and is given up", what)
+        log.warning(
+            "a result of %s bytes is too large for the platform (1009) without its lists too, and is given up",
+            result.size,
+        )
         self._clerk.do(Received([result.number]))
 
     def _dial(self) -> Link | None:
@@ -15315,11 +15417,11 @@ class Daemon:
             return Link(settings, self._module_hash)
         except DialError as error:
             self._tick()
-            why = self._why_refused() if error.status == 403 else str(error)
+            why = self._why_refused() if error.status == 403 else error.message
             if why:
                 self._lost(why)
         except StockrtError as error:
-            self._lost(str(error))
+            self._lost(error.message)
         return None
 
     def _why_refused(self) -> str:
@@ -15329,7 +15431,7 @@ class Daemon:
         if presence is not before:
             self._presence_since = self._clock.monotonic()
         once = presence is Presence.UNKNOWN and before is not Presence.UNKNOWN
-        return "" if once else presence.value
+        return "" if once else phrase(presence.value)
 
     def _lost(self, reason: str) -> None:
         self._trouble.again(reason)
@@ -15349,7 +15451,7 @@ class Daemon:
         stale = self._outbox.drop_older(now - ANSWER_LIFETIME_S)
         if stale:
             self._dropped += len(stale)
-            self._drop_trouble.again(f"{self._dropped} could not be delivered within an hour and are dropped")
+            self._drop_trouble.again(phrase("daemon.dropped", n=self._dropped))
             self._clerk.do(Received(stale))
         return min(self._note_collecting(now), self._events.tick(self._open_commands, len(self._outbox)))
 
@@ -15425,7 +15527,7 @@ class Daemon:
                 received.append(self._outbox.note_received())
             elif isinstance(event, Shutdown):
                 log.info("the platform shuts this module down")
-                self._begin_leaving("not executed: the platform shut this module down")
+                self._begin_leaving(phrase("daemon.shut_down"))
             elif isinstance(event, Refused):
                 self._refuse(event.context, event.reason)
             else:
@@ -15442,7 +15544,7 @@ class Daemon:
         elif isinstance(event, Ping):
             link.ping()
         else:
-            raise LinkLost(f"lost: {event.reason}")
+            raise LinkLost(phrase("daemon.peer_dead", why=event.reason))
 
     def _send_text(self, link: Link, protocol: PlatformProtocol, text: str) -> None:
         self._log_frame("sent", text)
@@ -15475,17 +15577,17 @@ class Daemon:
     def _why_not_taken(self, more: int) -> str:
         """Return why a command is refused at once, '' if it is not; `more`: taken at the same time."""
         if self._leaving is not None:
-            return "this module is stopping and takes no new command"
+            return phrase("daemon.stopping")
         if self._open_commands + more > MAX_QUEUED:
-            return f"{MAX_QUEUED} commands are waiting already; try again later"
+            return phrase("daemon.queue_full", most=MAX_QUEUED)
         if self._clerk.codes_unwritten() > MAX_CODES_UNWRITTEN:
-            return "the disk of this module does not keep up; try again later"
+            return phrase("daemon.slow_disk")
         return ""
 
     def _refuse(self, context: Mapping[str, Any], reason: str, execution_id: str = "") -> None:
         log.warning("execution %s refused: %s", execution_name(context), reason)
         self._events.executed(None)
-        text = empty_result(context, self._settings.module_name, self._settings.redact(reason))
+        text = empty_result(context, reason, self._settings).text
         if not self._outbox.refuse_again(execution_id, self._clock.monotonic()):
             self._outbox.refuse(execution_id, text, self._clock.monotonic())
 
@@ -15524,10 +15626,10 @@ class Daemon:
                     self._clerk.do(NoteStatus({"collecting": {}}))
                 self._events.reloaded(message.settings)
             else:
-                words = "stopping"
                 if self._settings.platform_url():
-                    words += f": the running execution has {STOP_GRACE_S:.0f} s"
-                log.info(words)
+                    log.info("stopping: the running execution has %.0f s", STOP_GRACE_S)
+                else:
+                    log.info("stopping")
                 self._begin_leaving()
 
     def _send_answers(self, link: Link, protocol: PlatformProtocol) -> None:
@@ -15587,7 +15689,7 @@ def daemon_runs(directory: Path) -> bool:
 
     path = directory / "lock"
     with (
-        disk_trouble(f"the lock {path} cannot be looked at"),
+        disk_trouble(phrase("daemon.lock_unseen", path=path)),
         contextlib.suppress(FileNotFoundError),
         path.open() as lock,
     ):
@@ -15600,7 +15702,7 @@ def daemon_runs(directory: Path) -> bool:
 
 def lock_state_directory(directory: Path) -> IO[str]:
     """Return the open lock file of the one daemon of this directory. Raises StoreError if another holds it."""
-    return lock_in(directory, "lock", "another stockrt daemon works")
+    return lock_in(directory, "lock", phrase("daemon.another"))
 
 
 # ======================================================================================================
@@ -18645,7 +18747,7 @@ def note_run(settings: Settings, started_at: float, report: Report) -> None:
     """Keep what came of a run, for --status and --executions; that it cannot be kept costs the run nothing."""
     try:
         with contextlib.closing(Journal(settings.state_directory)) as journal:
-            journal.note_run(started_at, report_result({"workflow_name": "--once"}, report, settings))
+            journal.note_run(started_at, *report_result({"workflow_name": "--once"}, report, settings))
     except StoreError as error:
         log.warning("--status will not know of this run: %s", error)
 
@@ -20599,6 +20701,40 @@ TEMPLATES |= {
 # Of the room Events
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "events.begins": ("begins", "正在启动"),
+    "events.close_lost": ("the closing snapshot is not kept: {why}", "收盘快照未保存：{why}"),
+    "events.code": ("{code} ({why})", "{code}（{why}）"),
+    "events.connected": ("{up} of {connections}", "{connections}中 {up} 个已连上"),
+    "events.counts": (
+        "total {total}, stored {stored}, already known {known}, failed {failed} ({took:.1f} s)",
+        "共 {total}，已入库 {stored}，已有 {known}，失败 {failed}（{took:.1f} 秒）",
+    ),
+    "events.delays": (
+        "stored after {p50:.0f} ms (p99 {p99:.0f} ms)",
+        "入库延迟 {p50:.0f} 毫秒（p99 {p99:.0f} 毫秒）",
+    ),
+    "events.failed": (
+        "{failed} of {total} codes failed: {names}",
+        "{total} 个代码中 {failed} 个失败：{names}",
+    ),
+    "events.failed_more": (
+        "{failed} of {total} codes failed: {names} and {more} more",
+        "{total} 个代码中 {failed} 个失败：{names}，另有 {more} 个",
+    ),
+    "events.gaps": ("{gaps} today", "今日 {gaps}"),
+    "events.interrupted": ("{counts}, interrupted: {left} not asked", "{counts}，已中断：{left} 个未请求"),
+    "events.missed": ("{beats} missed", "错过 {beats}"),
+    "events.polled": ("{codes} polled", "轮询 {codes}"),
+    "events.queued": ("{trades} kept on this machine, {why}", "{trades}暂存于本机，{why}"),
+    "events.rate": ("{rate} trades/s", "每秒 {rate} 笔成交"),
+    "events.stale": (
+        "{stale} of {codes}: no trade since {since}, though the market was open",
+        "{codes}中有 {stale} 个自 {since} 起没有新成交，而其间市场开过市",
+    ),
+    "events.subscribed": ("{codes} subscribed", "已订阅 {codes}"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room HTTP
 # ------------------------------------------------------------------------------------------------------
@@ -21007,21 +21143,198 @@ TEMPLATES |= {
 # Of the room Collection
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "collection.another": ("another stockrt collects from the stream", "已有另一个 stockrt 在接收推送流"),
+    "collection.empty": (
+        "no code in {place}; expected codes such as AAPL.US 600519.SH",
+        "{place} 中没有代码；应为 AAPL.US 600519.SH 这样的代码",
+    ),
+    "collection.large_file": (
+        "{path} has {size} bytes; expected codes such as AAPL.US 600519.SH",
+        "{path} 有 {size} 字节，过大；应为 AAPL.US 600519.SH 这样的代码",
+    ),
+    "collection.many_codes": ("{place} has more than {most} codes", "{place} 中的代码超过 {most} 个"),
+    "collection.many_documents": ("{place} has more than {most} documents", "{place} 中的文档超过 {most} 个"),
+    "collection.no_codes": (
+        'no codes are named: expected code_list, a list such as ["AAPL.US"], or COLLECT_CODES in the settings of this '
+        "module, for commands without codes",
+        '没有给出代码：应为 code_list，形如 ["AAPL.US"]；不带代码的指令需在本模块的设置中配置 COLLECT_CODES',
+    ),
+    "collection.no_key": ("for which no key is of use", "没有密钥可用于这些代码"),
+    "collection.no_plain_file": ("{path} is no plain file", "{path} 不是普通文件"),
+    "collection.no_text": ("it is not UTF-8 text", "它不是 UTF-8 文本"),
+    "collection.not_stored": ("{codes} not stored: {why}", "{codes} 未入库：{why}"),
+    "collection.over_plans": ("more than the keys' plans allow", "超出各密钥套餐的限额"),
+    "collection.refused": ("{codes}, {names}: {why}", "{codes}（{names}）：{why}"),
+    "collection.silent": (
+        "nothing was pushed for {seconds:.0f} s: subscribed anew",
+        "{seconds:.0f} 秒没有收到推送：已重新订阅",
+    ),
+    "collection.slow_poll": (
+        "a poll took {took:.1f} s, longer than one every {every:g} s allows",
+        "一次轮询用了 {took:.1f} 秒，超出每 {every:g} 秒一次的间隔",
+    ),
+    "collection.unread": ("{place} cannot be read: {why}", "无法读取 {place}：{why}"),
+    "collection.unread_mark": ("{path} cannot be read", "无法读取 {path}"),
+    "collection.watch_list": ("COLLECT_CODES: {why}", "COLLECT_CODES：{why}"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Platform protocol
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "protocol.empty_list": (
+        'code_list is empty: expected codes such as ["AAPL.US"]',
+        'code_list 为空：应为 ["AAPL.US"] 这样的代码',
+    ),
+    "protocol.many_codes": (
+        "{codes} codes in one command: at most {most}; split the workflow",
+        "一条指令有 {codes} 个代码：最多 {most} 个；请拆分工作流",
+    ),
+    "protocol.no_codes": (
+        'args holds no codes: expected code_list, a list such as ["AAPL.US"]; got {came}',
+        'args 中没有代码：应为 code_list，形如 ["AAPL.US"]；收到的是 {came}',
+    ),
+    "protocol.read_as": ("read as: {codes}", "代码解读为：{codes}"),
+    "protocol.silent": ("nothing came for {seconds:.0f} s", "{seconds:.0f} 秒没有收到任何数据"),
+    "protocol.store_failed": (
+        "{reached} of {total} codes stored, then the store failed: {why}",
+        "{total} 个代码中 {reached} 个已入库，随后入库失败：{why}",
+    ),
+    "protocol.stored": ("{reached} of {total} codes stored", "{total} 个代码中 {reached} 个已入库"),
+    "protocol.too_deep": (
+        "JSON nested deeper than {levels} levels; expected a flat list of codes",
+        "JSON 嵌套超过 {levels} 层；应为不嵌套的代码列表",
+    ),
+    "protocol.too_long": (
+        "{what}: {bytes} bytes were too many for the platform",
+        "{what}：{bytes} 字节超出平台的上限",
+    ),
+    "protocol.without_lists": ("sent without its lists", "发送时略去了明细列表"),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Platform link
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "link.answers": ("{url} answers", "{url} 有应答"),
+    "link.exists": (
+        "it has a module of this name, description and program already (3005), whose hash belongs into {file} in "
+        "STATE_DIRECTORY; for another module change MODULE_DESCRIPTION and try again",
+        "平台上已有名称、描述和程序都相同的模块（3005），请把它的哈希写入 STATE_DIRECTORY 下的 {file}；"
+        "如需另建模块，请修改 MODULE_DESCRIPTION 后重试",
+    ),
+    "link.hash_unread": (
+        "the module hash {place} cannot be read: {why}; see {setting}",
+        "无法读取模块哈希 {place}：{why}；请检查 {setting}",
+    ),
+    "link.inner_fault": (
+        "HTTP {status}, a fault inside the platform; see its log",
+        "HTTP {status}，平台内部错误；请看平台的日志",
+    ),
+    "link.invalid": (
+        "it found the data invalid (3002); see MODULE_NAME and MODULE_DESCRIPTION",
+        "平台认为数据无效（3002）；请检查 MODULE_NAME 和 MODULE_DESCRIPTION",
+    ),
+    "link.its_place": ("its place", "它所在的位置"),
+    "link.no_answer": (
+        "{why}; is the platform up, and are SERVER_IP, SERVER_PORT and SERVER_TLS right?",
+        "{why}；请确认平台在运行，且 SERVER_IP、SERVER_PORT 和 SERVER_TLS 正确",
+    ),
+    "link.no_hash": (
+        "{place} holds no module hash; remove it and run --register",
+        "{place} 中没有模块哈希；请删除该文件后运行 --register",
+    ),
+    "link.no_platform": (
+        "{url}/module/online answers HTTP {status} and is no dispatch platform; see SERVER_IP and SERVER_PORT",
+        "{url}/module/online 应答 HTTP {status}，不是调度平台；请检查 SERVER_IP 和 SERVER_PORT",
+    ),
+    "link.no_text": ("not UTF-8 text", "不是 UTF-8 文本"),
+    "link.not_registered": ("not registered at {url}: {why}", "未能在 {url} 注册：{why}"),
+    "link.online": (
+        "still counted as online by the server (old session or a second instance); it will let go within 120 s",
+        "平台仍认为本模块在线（旧会话尚未结束，或另有一个实例）；平台会在 120 秒内放开",
+    ),
+    "link.platforms": ("the platform's", "平台的"),
+    "link.program_unread": ("this program cannot be read", "无法读取本程序"),
+    "link.refused": (
+        "HTTP {status}: {said}; see SERVER_IP and SERVER_PORT",
+        "HTTP {status}：{said}；请检查 SERVER_IP 和 SERVER_PORT",
+    ),
+    "link.server_settings": ("SERVER_IP, SERVER_PORT and SERVER_TLS", "SERVER_IP、SERVER_PORT 和 SERVER_TLS"),
+    "link.success_without_hash": (
+        "it said success but gave no usable hash; ask the platform's operator",
+        "平台说注册成功，却没有给出可用的哈希；请联系平台的运维人员",
+    ),
+    "link.unclear": (
+        "refused by the server with HTTP 403, and /module/online does not say why",
+        "平台以 HTTP 403 拒绝连接，/module/online 也没有说明原因",
+    ),
+    "link.unknown": (
+        "hash unknown to the server: run --register --force",
+        "平台不认识本模块的哈希：请运行 --register --force",
+    ),
+    "link.unreachable": ("{url} cannot be reached: {why}", "无法连接 {url}：{why}"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Command journal
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "journal.lost": ("the command is lost with damage to {path}", "{path} 损坏，该指令已丢失"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Daemon
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "daemon.another": ("another stockrt daemon works", "已有另一个 stockrt 守护进程在运行"),
+    "daemon.dropped": (
+        "{n} could not be delivered within an hour and are dropped",
+        "{n} 个结果一小时内未能送达，已放弃",
+    ),
+    "daemon.interrupted": (
+        "interrupted: stockrt was stopped before this was done, {age:.0f} s ago",
+        "已中断：{age:.0f} 秒前收到，stockrt 在执行完之前被停止",
+    ),
+    "daemon.lock_unseen": ("the lock {path} cannot be looked at", "无法查看锁文件 {path}"),
+    "daemon.lost": ("connection {why}", "与平台的连接已断开：{why}"),
+    "daemon.not_in_share": (
+        "none of the codes of COLLECT_CODES is in the share {number}/{shares}",
+        "COLLECT_CODES 中没有代码属于分担份额 {number}/{shares}",
+    ),
+    "daemon.not_kept": (
+        "the answer of execution {number} cannot be kept: {why}",
+        "无法保存执行 {number} 的结果：{why}",
+    ),
+    "daemon.not_on_disk": ("cannot be put on disk: {why}", "无法写入磁盘：{why}"),
+    "daemon.not_taken_up": (
+        "what waits on this machine cannot be taken up: {why}",
+        "无法处理暂存于本机的数据：{why}",
+    ),
+    "daemon.peer_dead": ("lost: {why}", "{why}"),
+    "daemon.queue_full": (
+        "{most} commands are waiting already; try again later",
+        "已有 {most} 条指令在等待；请稍后重试",
+    ),
+    "daemon.shut_down": (
+        "not executed: the platform shut this module down",
+        "未执行：平台关闭了本模块",
+    ),
+    "daemon.slow_disk": (
+        "the disk of this module does not keep up; try again later",
+        "本模块的磁盘跟不上；请稍后重试",
+    ),
+    "daemon.stopping": (
+        "this module is stopping and takes no new command",
+        "本模块正在停止，不再接受新指令",
+    ),
+    "daemon.unread": ("execution {number} cannot be read: {why}", "无法读取执行 {number}：{why}"),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Service manager
