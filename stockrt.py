@@ -315,13 +315,17 @@ def unpacked(value: Any) -> Any:
     return str(value["text"])
 
 
+def locale_name(environ: Mapping[str, str]) -> str:
+    """Return the reader's locale, as POSIX has it: the first of three variables that is not empty."""
+    return next(filter(None, map(environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
+
+
 def language_of(environ: Mapping[str, str]) -> str:
     """Return the language of whoever runs this: STOCKRT_LANG, else the locale of its messages."""
     named = environ.get("STOCKRT_LANG", "").strip().lower()
     if named in LANGUAGES:
         return named
-    locale = next(filter(None, map(environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
-    return CHINESE if locale.lower().startswith("zh") else ENGLISH
+    return CHINESE if locale_name(environ).lower().startswith("zh") else ENGLISH
 
 
 def can_show(stream: TextIO, term: str) -> bool:
@@ -16762,20 +16766,14 @@ def fitting(text: str, columns: int) -> str:
     return text
 
 
-def locale_name(environ: Mapping[str, str]) -> str:
-    """Return the reader's locale, as POSIX has it: the first of three variables that is not empty."""
-    names = ("LC_ALL", "LC_MESSAGES", "LANG")
-    return next(filter(None, (environ.get(name, "") for name in names)), "")
-
-
-def is_chinese(environ: Mapping[str, str]) -> bool:
-    """Return whether the reader's language is Chinese."""
-    return locale_name(environ).lower().startswith("zh")
-
-
 def color_of_rise(environ: Mapping[str, str], up: str | None) -> str:
-    """Return the colour of what rises, `red` or `green`: `up`, else as the reader's locale has it."""
-    return up or ("red" if RED_RISES.match(locale_name(environ)) else "green")
+    """Return the colour of what rises, `red` or `green`: `up`, else as the reader's locale has it.
+
+    A locale tells the place. Where it is none of Chinese, red is for who reads Chinese all the same (STOCKRT_LANG).
+    """
+    locale = locale_name(environ)
+    by_language = SPOKEN.language == CHINESE and not locale.lower().startswith("zh")
+    return up or ("red" if by_language or RED_RISES.match(locale) else "green")
 
 
 def date_at(t: int) -> str:
@@ -16958,15 +16956,20 @@ def _rise(quote: Quote) -> float:
 
 
 class Column(NamedTuple):
-    """A column of a table; `width` counts where lines are printed before all are known.
+    """A column of a table, its title as a kind; `width` counts where lines are printed before all are known.
 
     A narrow terminal loses the columns with a number `given_up`, in the order of these, equal ones together.
     """
 
-    title: str
+    kind: str
     right: bool = False
     width: int = 0
     given_up: int = 0
+
+    @property
+    def title(self) -> str:
+        """Its title in the reader's language."""
+        return for_reader(phrase(self.kind))
 
 
 def line_of(
@@ -16986,16 +16989,16 @@ def line_of(
 
 
 QUOTE_COLUMNS = (
-    Column("CODE"),
-    Column("NAME", given_up=5),
-    Column("LAST", right=True),
-    Column("CHANGE", right=True),
-    Column("OPEN", right=True, given_up=1),
-    Column("HIGH", right=True, given_up=2),
-    Column("LOW", right=True, given_up=2),
-    Column("VOLUME", right=True, given_up=3),
-    Column("AGE", right=True, given_up=6),
-    Column("SESSION", given_up=4),
+    Column("views.code"),
+    Column("views.name", given_up=5),
+    Column("views.last", right=True),
+    Column("views.change", right=True),
+    Column("views.open", right=True, given_up=1),
+    Column("views.high", right=True, given_up=2),
+    Column("views.low", right=True, given_up=2),
+    Column("views.volume", right=True, given_up=3),
+    Column("views.age", right=True, given_up=6),
+    Column("views.course", given_up=4),
 )
 NAME_COLUMN, LAST_COLUMN, CHANGE_COLUMN, AGE_COLUMN = 1, 2, 3, 8
 
@@ -17054,11 +17057,12 @@ class QuoteTable:
         opened = high = low = volume = "-"
         if session is not None:
             opened, high, low = (with_decimals_of(price, text) for text in session[1:4])
-            volume = short_number(session.volume)
+            volume = short_number(session.volume, SPOKEN.language)
         name = quote.name
         if self.width is not None:
             name = fitting(name, NAME_COLUMNS).rstrip()
-        age, spark = age_or_ahead(now - quote.trade.t / 1000), sparkline(quote.spark(), self._bars)
+        spark = sparkline(quote.spark(), self._bars)
+        age = for_reader(age_or_ahead(now - quote.trade.t / 1000))
         return [quote.code, name, price, change, opened, high, low, volume, age, spark]
 
     def _kept(self, widths: Sequence[int], filled: Sequence[bool]) -> list[int]:
@@ -17089,19 +17093,24 @@ def signed_percent(change: float) -> str:
     return text.replace("+", "").replace("-", "") if float(text[:-1]) == 0 else text
 
 
-def short_number(text: str) -> str:
-    """Return a number in six columns or so."""
+# What the units of short numbers are, the greatest first.
+SHORT_SIZES = {ENGLISH: (1e12, 1e9, 1e6), CHINESE: (1e12, 1e8, 1e4)}
+
+
+def short_number(text: str, language: str) -> str:
+    """Return a number in six to ten columns, with its language's units."""
     number = float(text)
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+    units = in_language(phrase("views.units"), language).split()
+    for size, unit in zip(SHORT_SIZES[language], units, strict=True):
         if abs(number) >= size:
             return f"{number / size:.2f}{unit}"
     return f"{number:,.0f}" if abs(number) >= 1000 or number.is_integer() else f"{number:.4g}"
 
 
-def age_or_ahead(seconds: float) -> str:
+def age_or_ahead(seconds: float) -> Phrase:
     """Return an age in words, and of what is ahead of this clock by more than a moment how far."""
     if seconds < -1:
-        return f"in {age_words(-seconds)[0]}"
+        return phrase("views.ahead", age=age_words(-seconds)[0])
     return age_words(seconds)[0]
 
 
@@ -17181,6 +17190,7 @@ def csv_lines(rows: Sequence[Sequence[Any]]) -> str:
 DAILY = "1d"
 # The steps of candles in milliseconds, and how many days they go back where nobody says since when.
 STEPS = {"1m": 60_000, "5m": 300_000, "1h": 3_600_000, DAILY: DAY_MS}
+STEP_KINDS = {"1m": "views.step_1m", "5m": "views.step_5m", "1h": "views.step_1h", DAILY: "views.step_1d"}
 DAYS_BACK = {"1m": 1, "5m": 7, "1h": 60, DAILY: 500}
 # Steps without a trade are left out (a night would be most of the chart); where the stream missed something, so many
 # between two with a trade are shown.
@@ -17364,39 +17374,39 @@ def chart_span(chart: Chart) -> str:
     return f"{first} – {last}"
 
 
-def chart_title(chart: Chart, name: str) -> str:
-    """Return what a chart is of: code, name, step, its first and its last step."""
-    return "  ".join(filter(None, (chart.code, one_line(name), chart.step, chart_span(chart))))
+def chart_title(chart: Chart, name: str = "") -> str:
+    """Return what a chart is of, for the reader: code, name, step, its first and its last step."""
+    step = for_reader(phrase(STEP_KINDS[chart.step]))
+    return "  ".join(filter(None, (chart.code, one_line(name), step, chart_span(chart))))
 
 
 def chart_notes(chart: Chart) -> Iterator[str]:
     """Yield what is to be said below a chart: its last candle, gaps, and what is not on it."""
-    candle = chart.candles[-1]
-    names = ("open", "high", "low", "close", "volume")
-    yield "last: " + "  ".join(f"{name} {getattr(candle, name)}" for name in names)
-    for gap in chart.gaps[-GAPS_TOLD:]:
-        yield f"░ gap: {gap_words(chart.code, gap)}"
-    if len(chart.gaps) > GAPS_TOLD:
-        yield f"░ and {count_words(len(chart.gaps) - GAPS_TOLD, 'gap')} before them"
+    _, first, high, low, last, volume, _ = chart.candles[-1]
+    yield phrase("views.last_candle", open=first, high=high, low=low, close=last, volume=volume)
+    for words in gaps_told(chart):
+        yield f"░ {for_reader(words)}"
     if chart.left_out:
-        yield f"{count_words(chart.left_out, 'candle')} before them left out: a wider terminal, --from or a longer step"
+        yield phrase("views.left_out", candles=count_words(chart.left_out, "candle"))
 
 
-def what_is_there(chart: Chart, last: StoredTrade | None) -> str:
+def what_is_there(chart: Chart, last: StoredTrade | None) -> Phrase:
     """Return why a chart has no candle, and what there is in its place."""
-    if chart.step == DAILY:
-        words = f"{chart.code}: no final close is stored: --backfill 60 --codes {chart.code} brings some"
-    else:
-        words = f"{chart.code}: no trade in this time"
-    if last is None:
-        return f"{words}; no trade of it is stored"
-    return f"{words}; the last trade is of {exchange_time(chart.code, last.t)}"
+    why = phrase("views.no_final" if chart.step == DAILY else "views.no_trade_then", code=chart.code)
+    there = phrase("views.no_trade")
+    if last is not None:
+        there = phrase("views.last_trade", time=exchange_time(chart.code, last.t))
+    return listing("join.clauses", [why, there])
 
 
-def gap_words(code: str, gap: Gap) -> str:
-    """Return when the stream missed what was traded of a code, and why."""
-    end = "now" if gap.until is None else exchange_time(code, gap.until)
-    return f"{exchange_time(code, gap.since)} – {end} ({one_line(gap.why, 80)})"
+def gaps_told(chart: Chart) -> Iterator[Phrase]:
+    """Yield when the stream missed what was traded of a code, and why; of many gaps how many there are before."""
+    for gap in chart.gaps[-GAPS_TOLD:]:
+        end = phrase("views.now") if gap.until is None else exchange_time(chart.code, gap.until)
+        since, why = exchange_time(chart.code, gap.since), one_line(gap_reason(gap.why), 80)
+        yield phrase("views.gap", since=since, until=end, why=why)
+    if len(chart.gaps) > GAPS_TOLD:
+        yield phrase("views.more_gaps", gaps=count_words(len(chart.gaps) - GAPS_TOLD, "gap"))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -17412,6 +17422,8 @@ CAPTION_LINES, LEAST_LINES = 4, 14
 WIDEST_STEP = 3
 # Without colours too what rises differs from what falls.
 BODIES = {"up": "█", "down": "▒", "same": "┼"}
+# plotext takes each character for one column: behind a wide one stands this, until it is drawn.
+WIDENED = "\ue000"
 
 
 def direction(candle: Candle) -> str:
@@ -17425,8 +17437,8 @@ def draw_chart(chart: Chart, width: int, height: int, up: str, color: bool) -> t
 
     The chart has a candle. `up`: `red` or `green`.
     """
-    volumes = [short_number(candle.volume) for candle in chart.candles]
-    label = max(map(len, [*price_marks(chart.candles).values(), *volumes]))
+    volumes = [short_number(candle.volume, SPOKEN.language) for candle in chart.candles]
+    label = max(map(columns_of, [*price_marks(chart.candles).values(), *volumes]))
     chart = newest_steps(chart, max(1, width - label - 2))
     candles = chart.candles
     step = max(1, min(WIDEST_STEP, (width - label - 2) // len(chart.slots)))
@@ -17443,14 +17455,14 @@ def draw_chart(chart: Chart, width: int, height: int, up: str, color: bool) -> t
             _column(plot, place * step, (float(candle.open), float(candle.close)), BODIES[kind], colors[kind])
     drawn = plot.build()
     most = max(float(candle.volume) for candle in candles) or 1.0
-    plot = _field(columns, VOLUME_LINES, {0.0: "0", most: short_number(str(most))}, label)
+    plot = _field(columns, VOLUME_LINES, {0.0: "0", most: short_number(str(most), SPOKEN.language)}, label)
     for place, slot in enumerate(chart.slots):
         if slot.candle and float(slot.candle.volume):
             kind = direction(slot.candle)
             _column(plot, place * step, (0.0, float(slot.candle.volume)), "█", colors[kind])
     ticks = time_ticks(chart, columns // TICK_COLUMNS)
     plot.xticks([place * step for place, _ in ticks], [words for _, words in ticks])
-    drawn += plot.build()
+    drawn = (drawn + plot.build()).replace(WIDENED, "")
     return str(drawn if color else plot.uncolorize(drawn)), chart
 
 
@@ -17464,9 +17476,14 @@ def _field(columns: int, lines: int, marks: Mapping[float, str], label: int) -> 
     plotext.plot_size(label + 2 + columns, lines)
     plotext.xlim(0, columns - 1)
     plotext.ylim(min(marks), max(marks))
-    plotext.yticks(list(marks), [words.rjust(label) for words in marks.values()])
+    plotext.yticks(list(marks), [_widened(words).rjust(label) for words in marks.values()])
     plotext.xticks([])
     return plotext
+
+
+def _widened(words: str) -> str:
+    """Return words with as many characters as they take columns."""
+    return "".join(character + WIDENED * (columns_of(character) - 1) for character in words)
 
 
 def _column(plot: Any, place: int, span: tuple[float, float], marker: str, color: str) -> None:
@@ -17480,14 +17497,6 @@ def _column(plot: Any, place: int, span: tuple[float, float], marker: str, color
 # Steps of a chart on the page, and sessions of the history of closes: 50 codes stay far below 1 MB.
 PAGE_STEPS = 120
 PAGE_FORMS = (".html", ".htm", ".svg")
-STEPS_ZH = {"1m": "1 分钟", "5m": "5 分钟", "1h": "1 小时", DAILY: "日"}
-# Other reasons are in the words of whoever refused or ended a connection.
-GAP_REASONS_ZH = {
-    STOPPED: "stockrt 已停止",
-    ENDED_WITHOUT_NOTICE: "stockrt 意外退出",
-    MOVED: "转移到另一个连接",
-    DEAF: "有成交，但没有推送",
-}
 PAGE_CLOSES = 250
 # The drawing's units: all whole, so that a path is short.
 DRAWING_WIDTH = 820
@@ -17557,38 +17566,47 @@ document.addEventListener("click", (event) => {
 """
 
 
-def both(english: str, chinese: str) -> str:
-    """Return words of ours in both languages; the page shows the reader's."""
+def both(words: Phrase) -> str:
+    """Return words of ours as HTML in both languages; the page shows the reader's."""
+    return two(*(html_text(in_language(words, language), 1000) for language in LANGUAGES))
+
+
+def two(english: str, chinese: str) -> str:
+    """Return HTML of which the page shows the one or the other, or that which they both are."""
+    if english == chinese:
+        return english
     return f'<span class="en" lang="en">{english}</span><span class="zh" lang="zh">{chinese}</span>'
 
 
 class PageColumn(NamedTuple):
-    """A column of the page's overview; `css`: how it is shown, `more` not on a phone."""
+    """A column of the page's overview, its title as a kind; `css`: how it is shown, `more` not on a phone."""
 
-    english: str
-    chinese: str
+    kind: str
     css: str = ""
     sorts: bool = True
 
 
 PAGE_COLUMNS = (
-    PageColumn("Code", "代码"),
-    PageColumn("Name", "名称", "name"),
-    PageColumn("Last", "最新价"),
-    PageColumn("Change", "涨跌幅"),
-    PageColumn("Session", "走势", "more", sorts=False),
-    PageColumn("Open", "开盘", "more"),
-    PageColumn("High", "最高", "more"),
-    PageColumn("Low", "最低", "more"),
-    PageColumn("Volume", "成交量", "more"),
-    PageColumn("Exchange time", "交易所时间", "more"),
+    PageColumn("views.page_code"),
+    PageColumn("views.page_name", "name"),
+    PageColumn("views.page_last"),
+    PageColumn("views.page_change"),
+    PageColumn("views.page_course", "more", sorts=False),
+    PageColumn("views.page_open", "more"),
+    PageColumn("views.page_high", "more"),
+    PageColumn("views.page_low", "more"),
+    PageColumn("views.page_volume", "more"),
+    PageColumn("views.page_time", "more"),
 )
+# Of those the ones that show whether the price rose.
+PAINTED_KINDS = ("views.page_last", "views.page_change")
 
 
 class Page(NamedTuple):
     """What the page shows: quotes as asked, of each code its chart and its final closes, and `names` in Chinese.
 
-    `made`: when, epoch seconds; `store`: where it is from; `up`: the colour of what rises, everybody's if `is_fixed`.
+    `made`: when, epoch seconds; `store`: where it is from; `language`: of who opens it, if the browser does not tell;
+    `up`: the colour of what rises, everybody's if `is_fixed`.
     """
 
     quotes: Sequence[Quote]
@@ -17597,7 +17615,7 @@ class Page(NamedTuple):
     closes: Mapping[str, Sequence[StoredClose]]
     made: float
     store: str
-    is_chinese: bool
+    language: str
     up: str
     is_fixed: bool
 
@@ -17610,10 +17628,9 @@ def draw_page(page: Page) -> str:
     style = DRAWING_STYLE + PAGE_STYLE
     hashes = [b64encode(sha256(text.encode()).digest()).decode() for text in (style, PAGE_SCRIPT)]
     policy = "default-src 'none';style-src 'sha256-{}';script-src 'sha256-{}';img-src data:".format(*hashes)
-    language = "zh" if page.is_chinese else "en"
     color = f' data-up="{page.up}"' + " data-fixed" * page.is_fixed
     head = (
-        f'<!doctype html>\n<html lang="{language}"{color}>\n<head>\n<meta charset="utf-8">\n'
+        f'<!doctype html>\n<html lang="{page.language}"{color}>\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<title>stockrt</title>\n<link rel="icon" href="data:,">\n'
@@ -17624,27 +17641,18 @@ def draw_page(page: Page) -> str:
 
 
 def _page_header(page: Page) -> str:
-    when = html_text(local_time(datetime.fromtimestamp(page.made, UTC)))
-    store = html_text(page.store)
-    count = len(page.quotes)
+    when = local_time(datetime.fromtimestamp(page.made, UTC))
+    codes = count_words(len(page.quotes), "code")
     return (
         '<header><h1>stockrt</h1><button type="button" id="language">'
         '<span class="en" lang="zh">中文</span><span class="zh" lang="en">English</span></button><p>'
-        + both(
-            f"{count_words(count, 'code')} of {store}, as of {when}",
-            f"{store} 中的 {count} 个代码，截至 {when}",
-        )
-        + "</p></header>\n"
+        f"{both(phrase('views.page_of', codes=codes, store=page.store, when=when))}</p></header>\n"
     )
 
 
 def _overview(page: Page) -> str:
     if not page.quotes:
-        empty = both(
-            "There is no trade in the store yet: --once, --collect or the platform's commands bring some.",
-            "库中还没有成交：用 --once、--collect 或由平台下发的命令获取。",
-        )
-        return f"<p>{empty}</p>\n"
+        return f"<p>{both(phrase('views.page_empty'))}</p>\n"
     heads = "".join(map(_head, PAGE_COLUMNS))
     rows = "".join(_row(page, quote) for quote in page.quotes)
     return (
@@ -17653,29 +17661,31 @@ def _overview(page: Page) -> str:
 
 
 def _head(column: PageColumn) -> str:
-    title, state = both(column.english, column.chinese), ""
+    title, state = both(phrase(column.kind)), ""
     if column.sorts:
         title, state = f'<button type="button">{title}</button>', ' aria-sort="none"'
     return f'<th scope="col" class="{column.css}"{state}>{title}</th>'
 
 
 def _row(page: Page, quote: Quote) -> str:
-    change, session = quote.change, ("", "", "", "")
+    change, prices, volume = quote.change, ("", "", ""), ("", "")
     if quote.session is not None:
-        session = (*quote.session[1:4], quote.session.volume)
+        prices, number = quote.session[1:4], quote.session.volume
+        volume = two(html_text(number), html_text(short_number(number, CHINESE))), number
     cells = [
         (f'<a href="#{html_text(quote.code)}">{html_text(quote.code)}</a>', quote.code),
         (_name(page, quote), None),
         (html_text(quote.trade.p), quote.trade.p),
         ("–", "") if change is None else (signed_percent(change), f"{change:.6f}"),
         (_spark(quote.spark()), ""),
-        *((html_text(text), text) for text in session),
+        *((html_text(text), text) for text in prices),
+        volume,
         (html_text(exchange_time(quote.code, quote.trade.t)), str(quote.trade.t)),
     ]
     row = ""
     for column, (content, value) in zip(PAGE_COLUMNS, cells, strict=True):
         css = column.css
-        if column.english in ("Last", "Change") and change:
+        if column.kind in PAINTED_KINDS and change:
             css = "up" if change > 0 else "down"
         key = "" if value is None else f' data-v="{html_text(value)}"'
         row += f"<td{f' class={css}' * bool(css)}{key}>{content}</td>"
@@ -17685,13 +17695,12 @@ def _row(page: Page, quote: Quote) -> str:
 def _name(page: Page, quote: Quote) -> str:
     """Return an instrument's name, as far as it is known, in the reader's language."""
     known = page.names.get(quote.code, "")
-    english, chinese = html_text(quote.name or known), html_text(known or quote.name)
-    return both(english, chinese) if english != chinese else english
+    return two(html_text(quote.name or known), html_text(known or quote.name))
 
 
-def html_text(text: str) -> str:
+def html_text(text: str, limit: int = 300) -> str:
     """Return any text as HTML that shows it, within an attribute as well."""
-    return one_line(text).translate(HTML_ESCAPES)
+    return one_line(text, limit).translate(HTML_ESCAPES)
 
 
 def _spark(prices: Sequence[float | None]) -> str:
@@ -17717,15 +17726,12 @@ def _section(page: Page, quote: Quote) -> str:
     if chart.candles:
         parts.append(_figure(_chart_drawing(chart), _chart_caption(chart)))
     else:
-        parts.append(f"<p>{both('No trades in this time.', '这段时间没有成交。')}</p>\n")
+        parts.append(f"<p>{both(phrase('views.page_no_trade'))}</p>\n")
     finals = [close for close in page.closes.get(quote.code, ()) if close.is_final][-PAGE_CLOSES:]
     if finals:
         parts.append(_figure(_closes_drawing(finals), _closes_caption(finals)))
     else:
-        words = both(
-            "No final close yet: --backfill 60 fetches some.", "还没有最终收盘价：可用 --backfill 60 获取。"
-        )
-        parts.append(f"<p>{words}</p>\n")
+        parts.append(f"<p>{both(phrase('views.page_no_final'))}</p>\n")
     return "".join(parts) + "</section>\n"
 
 
@@ -17780,16 +17786,9 @@ def _gap_marks(chart: Chart, step: int, height: int) -> Iterator[str]:
 
 
 def _chart_caption(chart: Chart) -> str:
-    span = chart_span(chart)
-    words = both(f"{chart.step} candles and volume, {span}", f"{STEPS_ZH[chart.step]} K 线与成交量，{span}")
-    for gap in chart.gaps[-GAPS_TOLD:]:
-        chinese = gap._replace(why=GAP_REASONS_ZH.get(gap.why, gap.why))
-        told, told_zh = (html_text(gap_words(chart.code, one)) for one in (gap, chinese))
-        words += "<br>" + both(f"gap: {told}", f"缺口：{told_zh}")
-    more = len(chart.gaps) - GAPS_TOLD
-    if more > 0:
-        words += "<br>" + both(f"and {count_words(more, 'gap')} before them", f"此前另有 {more} 处缺口")
-    return words
+    step = phrase(STEP_KINDS[chart.step])
+    words = phrase("views.page_candles", step=step, span=chart_span(chart))
+    return "<br>".join(map(both, [words, *gaps_told(chart)]))
 
 
 def _closes_drawing(finals: Sequence[StoredClose]) -> str:
@@ -17812,15 +17811,13 @@ def _closes_drawing(finals: Sequence[StoredClose]) -> str:
 
 
 def _closes_caption(finals: Sequence[StoredClose]) -> str:
-    count, last = len(finals), html_text(finals[-1].p)
-    return both(
-        f"{count_words(count, 'final close')}, the last one {last}", f"{count} 个最终收盘价，最新 {last}"
-    )
+    closes = count_words(len(finals), "final close")
+    return both(phrase("views.page_finals", closes=closes, last=finals[-1].p))
 
 
 def draw_picture(chart: Chart, up: str) -> str:
     """Return the candles of a code as an SVG file of its own; `up`: `red` or `green`. The chart has a candle."""
-    title = html_text(f"{chart.code}  {chart.step}  {chart_span(chart)}")
+    title = html_text(chart_title(chart))
     drawing = _chart_drawing(chart).partition(">")
     begin = drawing[0].replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" data-up="{up}" ')
     return f'{begin}><style>{DRAWING_STYLE}</style><text y="-4">{title}</text>{drawing[2]}\n'
@@ -17996,7 +17993,7 @@ DESCRIPTORS_OF_A_KEY = 3 * STREAM_LIMITS["pro"].connections
 # What --executions lists where it is not told how many.
 EXECUTIONS_SHOWN = 20
 # What `td` says, in words.
-SIDES = {0: "-", 1: "buy", 2: "sell"}
+SIDES = {0: "cli.no_side", 1: "cli.buy", 2: "cli.sell"}
 HELP_EXAMPLES = """\
 examples:
   stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY   synthetic trades: no key, no network
@@ -18454,14 +18451,14 @@ def show_json(document: object) -> None:
 
 
 TRADE_COLUMNS = (
-    Column("CODE", width=12),
-    Column("PRICE", right=True, width=14),
-    Column("VOLUME", right=True, width=14),
-    Column("TURNOVER", right=True, width=18),
-    Column("SIDE", width=4),
-    Column("EXCHANGE TIME", width=24),
-    Column("AGE", right=True, width=6),
-    Column("NAME"),
+    Column("views.code", width=12),
+    Column("cli.price", right=True, width=14),
+    Column("views.volume", right=True, width=14),
+    Column("cli.turnover", right=True, width=18),
+    Column("cli.side", width=4),
+    Column("cli.exchange_time", width=24),
+    Column("views.age", right=True, width=8),
+    Column("views.name"),
 )
 # While no trade comes it is seen after so long that the reader went away.
 READER_LOOK_S = 1.0
@@ -18526,7 +18523,7 @@ class Rows:
     def _with_name(self, widths: list[int], named: bool) -> list[int]:
         """Return the widths with that of the names: they have the rest of the line, unless that is too short."""
         room = self._width - sum(widths) - len(BETWEEN) * len(widths)
-        return [*widths, room] if named and room >= len(TRADE_COLUMNS[-1].title) else widths
+        return [*widths, room] if named and room >= columns_of(TRADE_COLUMNS[-1].title) else widths
 
     def _line(self, cells: Sequence[str]) -> str:
         """Return a line of cells, without the last where there are no names."""
@@ -18552,16 +18549,17 @@ class Rows:
         except OSError as error:
             self.is_gone = True
             if not isinstance(error, BrokenPipeError):
-                self.fault = f"the rows cannot be printed: {error.strerror}"
+                self.fault = phrase("cli.rows_not_printed", why=error.strerror or str(error))
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # else the exit's flush fails again
 
 
 def row_cells(document: Document, now: float) -> list[str]:
     """Return the cells of a document's row but its name; `now` is epoch seconds."""
-    side = SIDES.get(document["td"], str(document["td"]))
+    kind = SIDES.get(document["td"])
+    side = str(document["td"]) if kind is None else for_reader(phrase(kind))
     when = exchange_time(document["stock_code"], document["t"])
     age, _ = age_words(now - document["t"] / 1000)
-    return [document["stock_code"], document["p"], document["v"], document["vw"], side, when, age]
+    return [document["stock_code"], document["p"], document["v"], document["vw"], side, when, for_reader(age)]
 
 
 def to_json(document: Document) -> str:
@@ -18884,8 +18882,8 @@ class LiveTable:
             self._table.width = width
             lines = self._table.lines(found[:room], time.time(), lit=True)
             if len(found) > room:
-                lines.append(f"… {count_words(len(found) - room, 'more code')}")
-            self._screen.draw([*lines, fitting(self.status, width)], anew=is_resized)
+                lines.append(f"… {for_reader(count_words(len(found) - room, 'more code'))}")
+            self._screen.draw([*lines, fitting(for_reader(self.status), width)], anew=is_resized)
         except OSError:
             self.is_gone = True
         self._due = time.monotonic() + REDRAW_S
@@ -18998,7 +18996,7 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
     rows: Rows | LiveTable = Rows(sys.stdout, options.json, is_live=True)
     if sys.stdout.isatty() and environ.get("TERM", "dumb") != "dumb" and not options.json:
         table = quote_table(settings, environ, options.up)
-        rows = LiveTable(table, options.sort or "code", not is_chinese(environ))
+        rows = LiveTable(table, options.sort or "code", SPOKEN.language == ENGLISH)
     stop = stop_on_signals()
     started_at = time.monotonic()
     ticks = Ticks(rows, stop)
@@ -19768,9 +19766,9 @@ def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
             line += f"  {symbol.name_en}"
         show_one(symbol._asdict(), line, as_json)
     if why:
-        say(f"not all of the API's lists are here: {settings.redact(why)}", logging.WARNING)
+        say(phrase("cli.lists_incomplete", why=why), logging.WARNING)
     elif not found:
-        say(f"no instrument of the API's lists has {one_line(text, 40)} in its code or its name")
+        say(phrase("cli.no_instrument", text=one_line(text, 40)))
     if stop.is_set():
         return EXIT_INTERRUPTED
     return EXIT_OK if found and not why else EXIT_FAILED
@@ -19780,7 +19778,7 @@ def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -
     """Print what is stored of codes; exit status 1 where there is none of one that was asked for, or nothing at all."""
     with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
         codes, missing = codes_to_show(options, settings, reader)
-        found = in_order(quotes(reader, codes, not is_chinese(environ)), options.sort or "code")
+        found = in_order(quotes(reader, codes, SPOKEN.language == ENGLISH), options.sort or "code")
     now = time.time()
     if options.json:
         for one in found:
@@ -19789,7 +19787,7 @@ def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -
         show("\n".join(quote_table(settings, environ, options.up).lines(found, now)))
     status = _end_view(missing, found)
     if found and not options.demo and all(one.reference is None for one in found):
-        say("no final close is stored that a change could be told against: --backfill 5 brings some")
+        say(phrase("cli.no_reference"))
     return status
 
 
@@ -19798,7 +19796,7 @@ def _end_view(missing: Sequence[str], found: Collection[object]) -> int:
     for words in missing:
         say(words)
     if not found:
-        say("no trade is stored yet: see --once, or --show --demo for those of --once --demo")
+        say(phrase("cli.no_trade_yet"))
     return EXIT_FAILED if missing or not found else EXIT_OK
 
 
@@ -19808,10 +19806,7 @@ def need_blocks(options: Options, encoding: str) -> None:
         "█▒│░".encode(encoding)
     except UnicodeError:
         if not options.json:
-            raise UsageError(
-                f"--chart: stdout is {encoding}, which has no blocks to draw with: set LANG to a UTF-8 locale, or "
-                "see --json and --html"
-            ) from None
+            raise UsageError(phrase("cli.no_blocks", encoding=encoding)) from None
 
 
 def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
@@ -19823,7 +19818,7 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
         codes, missing = codes_to_show(options, settings, reader)
         last = reader.last(codes)
         charts = read_charts(reader, codes, last, step, span, now, width)
-        names = reader.names(codes, not is_chinese(environ))
+        names = reader.names(codes, SPOKEN.language == ENGLISH)
     up, color = color_of_rise(environ, options.up), settings.color and sys.stdout.isatty()
     order = codes if options.sort == "asked" else sorted(charts)
     for code, chart in [(code, charts[code]) for code in order if code in charts]:
@@ -19853,13 +19848,14 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
         last = {one.code: one.trade for one in found}
         names, charts = reader.names(last), read_charts(reader, [*last], last, step, span, now, PAGE_STEPS)
         closes = reader.closes(last, *dates_of(Span(until=span.until), now))
-    page = Page(found, names, charts, closes, now, store, is_chinese(environ), up, options.up is not None)
+    page = Page(found, names, charts, closes, now, store, SPOKEN.language, up, options.up is not None)
     is_picture = path.suffix.lower() == ".svg"
     text = draw_picture(_only_chart(charts.values()), up) if is_picture else draw_page(page)
     # a web server is another user
     write_whole(path, text, mode=0o644, setting="--html")
     status = _end_view(missing, found)
-    say(f"{path}: {count_words(len(found), 'code')}, {len(text.encode()) / 1000:.0f} kB")
+    size = len(text.encode()) / 1000
+    say(phrase("cli.page_written", path=path, codes=count_words(len(found), "code"), size=size))
     return status
 
 
@@ -19867,11 +19863,9 @@ def _only_chart(charts: Iterable[Chart]) -> Chart:
     """Return the one chart that a picture has room for. Raises UsageError."""
     found = [chart for chart in charts if chart.candles]
     if not found:
-        raise StockrtError("--html FILE.svg: there is no candle to draw; --show says what is stored")
+        raise StockrtError(phrase("cli.no_candle"))
     if len(found) > 1:
-        raise UsageError(
-            f"--html FILE.svg: a picture is of one code, and here are candles of {len(found)}: name one with --codes"
-        )
+        raise UsageError(phrase("cli.not_one_code", count=len(found)))
     return found[0]
 
 
@@ -19910,7 +19904,7 @@ def codes_meant(
     `stored`: of which there is something; None: of which there are trades. Raises StoreError.
     """
     meant: dict[str, list[str]] = {}
-    missing = []
+    missing: list[str] = []
     for code in dict.fromkeys(typed):
         try:
             instrument = parse_code(code)
@@ -19920,7 +19914,7 @@ def codes_meant(
                 names = reader.names(reader.codes() if stored is None else stored)
                 meant[code] += [one for one, name in names.items() if error.text in name.upper()]
         except InstrumentError as error:
-            missing.append(f"{one_line(code, 40)}: {error}")
+            missing.append(phrase("tools.because", what=one_line(code, 40), why=error.message))
         else:
             meant[code] = [instrument.code, *(other.code for other in instrument.alternatives)]
     there = stored
@@ -19931,10 +19925,8 @@ def codes_meant(
         of_it = [one for one in ones if one in there]
         found += of_it[:1]
         if not of_it:
-            words = f"{one_line(code, 40)}: nothing of it is stored"
-            if not code.isascii():
-                words += f"; where that is a name, --symbols {one_line(code, 40)} brings its code"
-            missing.append(words)
+            kind = "cli.code_not_stored" if code.isascii() else "cli.name_not_stored"
+            missing.append(phrase(kind, code=one_line(code, 40)))
     return list(dict.fromkeys(found)), missing
 
 
@@ -19962,12 +19954,15 @@ def run_export(options: Options, settings: Settings) -> int:
                 with whole_file(Path(place), durable=True, setting="--export") as stream:
                     count = _write_export(export, reader, stream)
     except KeyboardInterrupt:
-        say("interrupted" if place == "-" else "interrupted: no file was written")
+        say(phrase("cli.export_broken" if place == "-" else "cli.export_undone"))
         return EXIT_INTERRUPTED
-    for words in missing:
-        say(words)
-    what = "close" if options.closes else "trade"
-    say(f"{count_words(count, what)} written to {'standard output' if place == '-' else place}")
+    for lack in missing:
+        say(lack)
+    rows = count_words(count, "close" if options.closes else "trade")
+    words = phrase("cli.exported", rows=rows)
+    if place != "-":
+        words = phrase("cli.exported_to", rows=rows, path=place)
+    say(words)
     return EXIT_FAILED if missing else EXIT_OK
 
 
@@ -19984,7 +19979,7 @@ def _to_stdout(export: Export, reader: Reader) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit's flush fails again
         if isinstance(error, BrokenPipeError):
             raise PrintError from None
-        raise PrintError(f"cannot print: {error.strerror or error}") from None
+        raise PrintError(phrase("cli.cannot_print", why=error.strerror or str(error))) from None
     return count
 
 
@@ -20301,6 +20296,8 @@ TEMPLATES |= {
     "n.beats": ("{n} beats", "{n} 次轮询"),
     "n.candle": ("{n} candle", "{n} 根 K 线"),
     "n.candles": ("{n} candles", "{n} 根 K 线"),
+    "n.close": ("{n} close", "{n} 个收盘价"),
+    "n.closes": ("{n} closes", "{n} 个收盘价"),
     "n.code": ("{n} code", "{n} 个代码"),
     "n.codes": ("{n} codes", "{n} 个代码"),
     "n.connection": ("{n} connection", "{n} 个连接"),
@@ -21454,13 +21451,118 @@ TEMPLATES |= {
 # Of the room Views
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "views.age": ("AGE", "距今"),
+    "views.ahead": ("in {age}", "{age}后"),
+    "views.change": ("CHANGE", "涨跌幅"),
+    "views.code": ("CODE", "代码"),
+    "views.course": ("SESSION", "走势"),
+    "views.gap": ("gap: {since} – {until} ({why})", "缺口：{since} – {until}（{why}）"),
+    "views.high": ("HIGH", "最高"),
+    "views.last": ("LAST", "最新价"),
+    "views.last_candle": (
+        "last: open {open}  high {high}  low {low}  close {close}  volume {volume}",
+        "最新一根：开盘 {open}  最高 {high}  最低 {low}  收盘 {close}  成交量 {volume}",
+    ),
+    "views.last_trade": ("the last trade is of {time}", "最后一笔成交的时间为 {time}"),
+    "views.left_out": (
+        "{candles} before them left out: a wider terminal, --from or a longer step",
+        "此前另有 {candles}未显示：请加宽终端，或用 --from，或改用更长的周期",
+    ),
+    "views.low": ("LOW", "最低"),
+    "views.more_gaps": ("and {gaps} before them", "此前另有 {gaps}"),
+    "views.name": ("NAME", "名称"),
+    "views.no_final": (
+        "{code}: no final close is stored: --backfill 60 --codes {code} brings some",
+        "{code}：库中没有最终收盘价，可用 --backfill 60 --codes {code} 补齐",
+    ),
+    "views.no_trade": ("no trade of it is stored", "库中没有它的成交"),
+    "views.no_trade_then": ("{code}: no trade in this time", "{code}：这段时间没有成交"),
+    "views.now": ("now", "至今"),
+    "views.open": ("OPEN", "开盘"),
+    "views.page_candles": ("{step} candles and volume, {span}", "{step}与成交量，{span}"),
+    "views.page_change": ("Change", "涨跌幅"),
+    "views.page_code": ("Code", "代码"),
+    "views.page_course": ("Session", "走势"),
+    "views.page_empty": (
+        "There is no trade in the store yet: --once, --collect or the platform's commands bring some.",
+        "库中还没有成交：用 --once、--collect 或由平台下发的指令获取。",
+    ),
+    "views.page_finals": ("{closes}, the last one {last}", "{closes}，最新 {last}"),
+    "views.page_high": ("High", "最高"),
+    "views.page_last": ("Last", "最新价"),
+    "views.page_low": ("Low", "最低"),
+    "views.page_name": ("Name", "名称"),
+    "views.page_no_final": (
+        "No final close yet: --backfill 60 fetches some.",
+        "还没有最终收盘价：可用 --backfill 60 补齐。",
+    ),
+    "views.page_no_trade": ("No trades in this time.", "这段时间没有成交。"),
+    "views.page_of": ("{codes} of {store}, as of {when}", "{store} 中的 {codes}，截至 {when}"),
+    "views.page_open": ("Open", "开盘"),
+    "views.page_time": ("Exchange time", "交易所时间"),
+    "views.page_volume": ("Volume", "成交量"),
+    "views.step_1d": ("1d", "日 K 线"),
+    "views.step_1h": ("1h", "1 小时 K 线"),
+    "views.step_1m": ("1m", "1 分钟 K 线"),
+    "views.step_5m": ("5m", "5 分钟 K 线"),
+    "views.units": ("T B M", "万亿 亿 万"),
+    "views.volume": ("VOLUME", "成交量"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Command line
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
+    "cli.buy": ("buy", "买"),
+    "cli.cannot_print": ("cannot print: {why}", "无法输出：{why}"),
+    "cli.code_not_stored": ("{code}: nothing of it is stored", "{code}：库中没有它的数据"),
     "cli.error": ("stockrt: {words}", "stockrt：{words}"),
+    "cli.exchange_time": ("EXCHANGE TIME", "交易所时间"),
+    "cli.export_broken": ("interrupted", "已中断"),
+    "cli.export_undone": ("interrupted: no file was written", "已中断：未写出文件"),
+    "cli.exported": ("{rows} written to standard output", "已将 {rows}写到标准输出"),
+    "cli.exported_to": ("{rows} written to {path}", "已将 {rows}写入 {path}"),
+    "cli.lists_incomplete": ("not all of the API's lists are here: {why}", "API 的品种列表不全：{why}"),
+    "cli.name_not_stored": (
+        "{code}: nothing of it is stored; where that is a name, --symbols {code} brings its code",
+        "{code}：库中没有它的数据；如果这是名称，可用 --symbols {code} 查代码",
+    ),
+    "cli.no_blocks": (
+        "--chart: stdout is {encoding}, which has no blocks to draw with: set LANG to a UTF-8 locale, or "
+        "see --json and --html",
+        "--chart：标准输出的编码为 {encoding}，没有绘图用的方块字符：请将 LANG 设为 UTF-8 的区域设置，"
+        "或改用 --json、--html",
+    ),
+    "cli.no_candle": (
+        "--html FILE.svg: there is no candle to draw; --show says what is stored",
+        "--html FILE.svg：没有可画的 K 线；库中有哪些数据请看 --show",
+    ),
+    "cli.no_instrument": (
+        "no instrument of the API's lists has {text} in its code or its name",
+        "API 的品种列表中，没有代码或名称含 {text} 的品种",
+    ),
+    "cli.no_reference": (
+        "no final close is stored that a change could be told against: --backfill 5 brings some",
+        "库中没有可用来计算涨跌幅的最终收盘价：可用 --backfill 5 补齐",
+    ),
+    "cli.no_side": ("-", "-"),
+    "cli.no_trade_yet": (
+        "no trade is stored yet: see --once, or --show --demo for those of --once --demo",
+        "库中还没有成交：请看 --once；--once --demo 的模拟成交请看 --show --demo",
+    ),
+    "cli.not_one_code": (
+        "--html FILE.svg: a picture is of one code, and here are candles of {count}: name one with --codes",
+        "--html FILE.svg：一张图只画一个代码，而这里有 {count} 个代码的 K 线：请用 --codes 指定一个",
+    ),
     "cli.os_error": ("{file} cannot be used: {why}", "无法使用 {file}：{why}"),
+    "cli.page_written": ("{path}: {codes}, {size:.0f} kB", "{path}：{codes}，{size:.0f} kB"),
+    "cli.price": ("PRICE", "价格"),
+    "cli.rows_not_printed": ("the rows cannot be printed: {why}", "无法输出成交表：{why}"),
+    "cli.sell": ("sell", "卖"),
+    "cli.side": ("SIDE", "方向"),
+    "cli.turnover": ("TURNOVER", "成交额"),
 }
 
 
