@@ -509,7 +509,7 @@ def test_executions_lists_the_last_ones_with_their_failures(program: Program) ->
         failures = {"X": stockrt.Failure(stockrt.FailureKind.KEY, f"the key {FIRST} is bad")}
         report = stockrt.Report(total=2, stored=1, failures=failures)
         if number < 29:
-            journal.answer(accepted, stockrt.report_result(context, report, settings))
+            journal.answer(accepted, *stockrt.report_result(context, report, settings))
         if number < 28:
             journal.received([accepted])
     journal.close()
@@ -670,7 +670,8 @@ def test_in_chinese_beside_a_daemon(program: Program) -> None:
             text = program.lines(WRONG)
             lines = lines_in_chinese(text)
             assert lines["状态"] == (
-                "有问题：API 密钥 aaa…111 已停用。处理办法：请看下面该密钥的一行；请续订套餐，或在 INFOWAY_API_KEY 中换掉它"
+                "有问题：API 密钥 aaa…111 已停用。处理办法：请看下面该密钥的一行；"
+                "请续订套餐，或在 INFOWAY_API_KEY 中换掉它"
             )
             assert re.fullmatch(r"运行中，pid \d+，版本 \S+", lines["守护进程"])
             assert re.fullmatch(rf"http://127\S+：自 {LOCAL_TIME} 起已连接", lines["平台"])
@@ -680,7 +681,7 @@ def test_in_chinese_beside_a_daemon(program: Program) -> None:
                 "0 笔暂存待写入 MongoDB，1 个代码失败",
                 lines["累计"],
             )
-            assert "aaa…111  0  无每日额度限制，不计数  已停用（HTTP 401: Token invalid）" in text
+            assert "aaa…111  0  无每日额度限制，不计数  已停用（HTTP 401：Token invalid）" in text
             first, *failed = program.run("--executions", "1").splitlines()
             assert re.match(rf"{LOCAL_TIME}  部分成功  \S+  simulated  301 个代码中 300 个已入库", first)
             assert [line[:7] for line in failed] == ["  NOPE："]
@@ -760,5 +761,5 @@ def test_in_chinese_another_user_is_told_that_nothing_is_known(
 
 def lines_in_chinese(text: str) -> dict[str, str]:
     """Return the lines for a person by what they are about; of several keys the last."""
-    pairs = [re.split(r" {2,}", line, maxsplit=1) for line in text.splitlines()]
-    return {label: words for label, words in pairs}
+    pairs = [line.split("  ", 1) for line in text.splitlines()]
+    return {label: words.strip() for label, words in pairs}
