@@ -17881,6 +17881,8 @@ def argparse_words(message: str) -> str:
             values = found.groupdict()
             if "what" in values:
                 values["what"] = argparse_words(values["what"])
+            if "choices" in values:
+                values["choices"] = listing("join.names", values["choices"].split(", "))
             return phrase(kind, **values)
     return message
 
@@ -17895,9 +17897,9 @@ def _refuse_arguments(message: str) -> NoReturn:
     near += [f"--{word}" for word in unknown.split() if f"--{word}" in flags]
     words = argparse_words(message)
     if near:
-        words = phrase("usage.did_you_mean", words=words, flags=" ".join(near))
-    elif unknown and not typed:
-        words = phrase("usage.codes_after", words=words)
+        raise UsageError(phrase("usage.did_you_mean", words=words, flags=" ".join(near)))
+    if unknown and not typed:
+        raise UsageError(phrase("usage.codes_after", words=words))
     raise UsageError(phrase("usage.see_help", words=words))
 
 
@@ -20511,7 +20513,10 @@ TEMPLATES |= {
         "invalid choice: {value} (choose from {choices})",
         "没有 {value} 这个取值，可选 {choices}",
     ),
-    "usage.codes_after": ("{words}; codes stand after --codes", "{words}；代码须写在 --codes 之后"),
+    "usage.codes_after": (
+        "{words}; codes stand after --codes; see --help",
+        "{words}；代码须写在 --codes 之后；详见 --help",
+    ),
     "usage.codes_file": (
         "--codes-file {file}: cannot be read: {why}",
         "--codes-file {file}：无法读取：{why}",
@@ -20524,7 +20529,10 @@ TEMPLATES |= {
         "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out",
         "--demo 的模拟成交只存于本机：请取消设置 MONGODB_HOST，或去掉 --demo",
     ),
-    "usage.did_you_mean": ("{words}; did you mean {flags}?", "{words}，是不是 {flags}？"),
+    "usage.did_you_mean": (
+        "{words}; did you mean {flags}?; see --help",
+        "{words}，是不是 {flags}？详见 --help",
+    ),
     "usage.documents_need_zone": (
         "--documents needs --time-zone ZONE, and the other way round; see --help",
         "--documents 与 --time-zone ZONE 必须同时使用；详见 --help",
