@@ -331,7 +331,8 @@ def language_of(environ: Mapping[str, str]) -> str:
 def can_show(stream: TextIO, term: str) -> bool:
     """Whether Chinese can be read on a stream: its encoding has it, and it is not the console, whose font has not."""
     try:
-        "行情，".encode(stream.encoding or "ascii")
+        # 设 is not in Big5, which has the others
+        "行情设置，".encode(stream.encoding or "ascii")
     except (LookupError, UnicodeEncodeError):
         return False
     return term != "linux" or not stream.isatty()
@@ -15775,6 +15776,11 @@ class JournalStream(io.TextIOBase):
         self._stream = stream
         self._begun = threading.local()  # the line that a thread has begun
 
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Return the encoding of the stream below."""
+        return self._stream.encoding
+
     def write(self, text: str) -> int:
         """Pass whole lines on, each with its priority; the rest waits for its end."""
         *lines, rest = (getattr(self._begun, "text", "") + text).split("\n")
@@ -15790,11 +15796,6 @@ class JournalStream(io.TextIOBase):
     def writable(self) -> bool:
         """Yes."""
         return True
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """Which characters the stream below takes, as that one tells it."""
-        return self._stream.encoding
 
     def fileno(self) -> int:
         """Return the descriptor below."""
@@ -17994,21 +17995,6 @@ DESCRIPTORS_OF_A_KEY = 3 * STREAM_LIMITS["pro"].connections
 EXECUTIONS_SHOWN = 20
 # What `td` says, in words.
 SIDES = {0: "cli.no_side", 1: "cli.buy", 2: "cli.sell"}
-HELP_EXAMPLES = """\
-examples:
-  stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY   synthetic trades: no key, no network
-  stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   real ones: INFOWAY_API_KEY must be set
-  stockrt.pyz --once --codes-file codes.txt --json           one JSON document a line on stdout
-  stockrt.pyz --collect --codes TSLA.US BTCUSDT              every trade as it is made, until Ctrl-C
-  stockrt.pyz --collect --demo --codes TSLA.US               synthetic ones, each second
-  stockrt.pyz --show                                         what is stored: price, change, session of each code
-  stockrt.pyz --backfill 60 --codes-file codes.txt           closes of the last 60 sessions, to begin with
-  stockrt.pyz --html stocks.html                             what is stored, and charts of it, as one page
-  stockrt.pyz --check                                        what is wrong, and which setting mends it
-
-exit status: 0 every code stored · 1 any not · 64 usage · 78 settings · 130 interrupted
-of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to this user
-"""
 
 
 class Options:
@@ -18046,27 +18032,95 @@ def terminal_size(columns: int = 80) -> tuple[int, int]:
     return columns, 24
 
 
+# Of a line that is too long between them: blanks, and in Chinese any two characters but those that punctuation holds.
+_PIECES = re.compile(
+    r"[（“《]*(?:[\u3000-\u9fff]|[^\s\u3000-\u9fff（“《，。；：？）”》]+)[，。；：？、）”》]*\s*|\S\s*"
+)
+
+
+def lines_within(text: str, columns: int) -> list[str]:
+    """Return a text in lines of at most so many columns of a terminal, of which a Chinese character takes two."""
+    lines = [""]
+    for piece in _PIECES.findall(text):
+        if lines[-1] and columns_of((lines[-1] + piece).rstrip()) > columns:
+            lines.append("")
+        lines[-1] += piece
+    return [line.rstrip() for line in lines]
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     import argparse
 
-    width = terminal_size()[0] - 2  # argparse would import shutil at every start to look
+    # argparse would import shutil at every start to look
+    width = terminal_size()[0] - 2
+
+    class InReadersLanguage(argparse.RawDescriptionHelpFormatter):
+        """Lays out help in the reader's language, which only --help asks for."""
+
+        def __init__(self, prog: str) -> None:
+            super().__init__(prog, width=width)
+
+        def _get_help_string(self, action: argparse.Action) -> str:
+            return for_reader(action.help or "").replace("%", "%%")
+
+        def _split_lines(self, text: str, width: int) -> list[str]:
+            return super()._split_lines(text, width) if text.isascii() else lines_within(text, width)
+
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return super()._fill_text(for_reader(text), width, indent)
+
+        def format_help(self) -> str:
+            text = super().format_help()
+            for own in (phrase("help.usage"), phrase("help.options")):
+                text = text.replace(own, for_reader(own), 1)
+            return text
+
     parser = argparse.ArgumentParser(
         prog="stockrt",
-        description="Collects the latest trades of stocks, currency pairs and crypto into MongoDB.",
-        epilog=HELP_EXAMPLES,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=width),
+        description=phrase("help.description"),
+        epilog=phrase("help.examples"),
+        formatter_class=InReadersLanguage,
         allow_abbrev=False,
+        add_help=False,
     )
     parser.error = _refuse_arguments  # type: ignore[method-assign]
+    parser.add_argument("-h", "--help", action="help", help=phrase("help.help"))
     _add_commands(parser.add_mutually_exclusive_group())
     _add_options(parser)
     return parser
 
 
-def _flag(to: Any, name: str, text: str, **how: Any) -> None:
+def _flag(to: Any, name: str, words: Phrase, **how: Any) -> None:
     """Add a flag with its help; one of which nothing else is said takes no value."""
-    to.add_argument(name, help=text, **(how or {"action": "store_true"}))
+    to.add_argument(name, help=words, **(how or {"action": "store_true"}))
+
+
+# What argparse says in English -> the kind of our words for it; `what` is such a text, too.
+ARGPARSE_WORDS = {
+    r"argument (?P<flag>[-\w/]+): (?P<what>.*)": "usage.argument",
+    r"expected one argument": "usage.one_value",
+    r"expected at least one argument": "usage.some_value",
+    r"ignored explicit argument (?P<value>.*)": "usage.no_value",
+    r"invalid choice: (?P<value>.*) \(choose from (?P<choices>.*)\)": "usage.choice",
+    r"invalid int value: (?P<value>.*)": "usage.whole_number",
+    r"not allowed with argument (?P<other>.*)": "usage.excluded",
+    r"unrecognized arguments: (?P<arguments>.*)": "usage.unknown",
+}
+
+
+def argparse_words(message: str) -> str:
+    """Return what argparse says in words of ours, which are the same in English; as it is where it says else."""
+    for pattern, kind in ARGPARSE_WORDS.items():
+        found = re.fullmatch(pattern, message, re.DOTALL)
+        if found:
+            values = found.groupdict()
+            if "what" in values:
+                values["what"] = argparse_words(values["what"])
+            if "choices" in values:
+                values["choices"] = listing("join.names", values["choices"].split(", "))
+            return phrase(kind, **values)
+    return message
 
 
 def _refuse_arguments(message: str) -> NoReturn:
@@ -18077,89 +18131,59 @@ def _refuse_arguments(message: str) -> NoReturn:
     typed = re.findall(r"[-–—]+\w[\w-]*", unknown)
     near = [flag for one in typed for flag in difflib.get_close_matches(one, flags, n=1)]
     near += [f"--{word}" for word in unknown.split() if f"--{word}" in flags]
+    words = argparse_words(message)
     if near:
-        message += f"; did you mean {' '.join(near)}?"
-    elif unknown and not typed:
-        message += "; codes stand after --codes"
-    raise UsageError(f"{message}; see --help")
+        raise UsageError(phrase("usage.did_you_mean", words=words, flags=" ".join(near)))
+    if unknown and not typed:
+        raise UsageError(phrase("usage.codes_after", words=words))
+    raise UsageError(phrase("usage.see_help", words=words))
 
 
 def _add_commands(what: Any) -> None:
-    days = "fetch the final closes of the last DAYS sessions (up to 500) of the given codes, or of all stored ones"
-    executions = (
-        f"list the last N executions and --once runs with their failures (default {EXECUTIONS_SHOWN})"
-    )
-    showing = (
-        "show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, "
-        f"else the {CODES_SHOWN} that traded last"
-    )
-    exporting = (
-        "write what is stored, of all codes or those of --codes, into FILE.csv or FILE.jsonl, which it replaces, "
-        "or '-': standard output"
-    )
-    moving = (
-        "take settings and module hash over from the older client's directory, with --documents its documents"
-    )
-    _flag(what, "--once", "fetch the given codes once, store them, print them")
-    _flag(
-        what, "--collect", "store and print every trade of the given codes, or of COLLECT_CODES, until Ctrl-C"
-    )
-    _flag(what, "--backfill", days, metavar="DAYS", type=int)
-    _flag(what, "--check", "check settings, keys, store and platform")
-    _flag(what, "--check-settings", "check the settings alone: no network, nothing written")
-    _flag(what, "--status", "show daemon, platform, store and API keys")
+    executions = phrase("help.executions", shown=EXECUTIONS_SHOWN)
+    symbols = phrase("help.symbols", examples=listing("join.names", ("茅台", "apple", "黄金")))
+    _flag(what, "--once", phrase("help.once"))
+    _flag(what, "--collect", phrase("help.collect"))
+    _flag(what, "--backfill", phrase("help.backfill", most=MAX_BARS), metavar="DAYS", type=int)
+    _flag(what, "--check", phrase("help.check"))
+    _flag(what, "--check-settings", phrase("help.check_settings"))
+    _flag(what, "--status", phrase("help.status"))
     _flag(what, "--executions", executions, metavar="N", nargs="?", const=EXECUTIONS_SHOWN, type=int)
-    _flag(what, "--show", showing, nargs="*", metavar="CODE")
-    _flag(what, "--export", exporting, metavar="FILE")
-    _flag(what, "--symbols", "find instruments by code or name: 茅台, apple, 黄金", metavar="TEXT")
-    _flag(what, "--drain", "move now what waits on this machine for MongoDB")
-    _flag(what, "--retain", "remove now what is older than KEEP_DAYS, also what --check names")
-    _flag(what, "--rejects", "list what MongoDB refused for good, and why")
-    _flag(what, "--reload", "for ExecReload= of the unit: have the daemon read its settings anew")
-    _flag(what, "--register", "register at the dispatch platform (once)")
-    _flag(what, "--migrate", moving, nargs="?", const="", metavar="DIR")
-    _flag(what, "--grafana", "print a Grafana dashboard over the metrics of METRICS_FILE")
-    what.add_argument("--version", action="version", version=f"stockrt {__version__}")
+    _flag(what, "--show", phrase("help.show", shown=CODES_SHOWN), nargs="*", metavar="CODE")
+    _flag(what, "--export", phrase("help.export"), metavar="FILE")
+    _flag(what, "--symbols", symbols, metavar="TEXT")
+    _flag(what, "--drain", phrase("help.drain"))
+    _flag(what, "--retain", phrase("help.retain"))
+    _flag(what, "--rejects", phrase("help.rejects"))
+    _flag(what, "--reload", phrase("help.reload"))
+    _flag(what, "--register", phrase("help.register"))
+    _flag(what, "--migrate", phrase("help.migrate"), nargs="?", const="", metavar="DIR")
+    _flag(what, "--grafana", phrase("help.grafana"))
+    _flag(what, "--version", phrase("help.version"), action="version", version=f"stockrt {__version__}")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    page = "write what --show has as one page, or candles of one code as a picture where FILE ends in .svg"
-    since = (
-        "with --chart, --html or --export: since this date or time, ISO 8601, such as 2026-08-14 or "
-        "2026-08-14T09:30+08:00; without an offset it is UTC"
-    )
-    documents = (
-        "with --migrate: bring the older client's documents over (default: its own collection, "
-        f"{OLD_COLLECTION})"
-    )
-    force = "with --register: anew, although a hash is stored; with --documents: this zone, whatever ObjectIds say"
-    places = "settings; default: " + ", ".join(map(str, ENV_FILE_PLACES))
-    until = "as --from: before this time, or up to this date, the date included"
-    charts = "with --show: candles and volume; with --html: of which step (5m)"
-    rising = "of --show, --html and --collect: the colour of what rises, in place of the one of your locale"
-    _flag(parser, "--codes", "codes, separated by blanks or commas", nargs="+", metavar="CODE")
-    _flag(parser, "--codes-file", "codes from a file, '-' for standard input", metavar="FILE")
-    _flag(parser, "--every", "with --collect: ask every S seconds, in place of the stream", metavar="S")
-    _flag(parser, "--json", "print one JSON document a line in place of the table")
-    _flag(parser, "--demo", "synthetic trades: no network, no key, embedded store")
-    _flag(parser, "--chart", charts, choices=tuple(STEPS))
-    _flag(parser, "--html", page, metavar="FILE")
-    _flag(parser, "--closes", "with --export: the closing prices in place of the trades")
-    _flag(parser, "--from", since, dest="from_", metavar="TIME")
-    _flag(parser, "--to", until, metavar="TIME")
-    _flag(parser, "--sort", "with --show: order of its lines (code)", choices=("code", "change", "asked"))
-    _flag(parser, "--up", rising, choices=("red", "green"))
-    _flag(parser, "--retry", "with --drain: what MongoDB refused before, too")
-    _flag(parser, "--discard", "with --rejects: delete them, and damaged files that were set aside")
+    documents = phrase("help.documents", collection=OLD_COLLECTION)
+    places = phrase("help.env_file", places=listing("join.names", map(str, ENV_FILE_PLACES)))
+    orders, colors = ("code", "change", "asked"), ("red", "green")
+    _flag(parser, "--codes", phrase("help.codes"), nargs="+", metavar="CODE")
+    _flag(parser, "--codes-file", phrase("help.codes_file"), metavar="FILE")
+    _flag(parser, "--every", phrase("help.every"), metavar="S")
+    _flag(parser, "--json", phrase("help.json"))
+    _flag(parser, "--demo", phrase("help.demo"))
+    _flag(parser, "--chart", phrase("help.chart"), choices=tuple(STEPS))
+    _flag(parser, "--html", phrase("help.html"), metavar="FILE")
+    _flag(parser, "--closes", phrase("help.closes"))
+    _flag(parser, "--from", phrase("help.from"), dest="from_", metavar="TIME")
+    _flag(parser, "--to", phrase("help.to"), metavar="TIME")
+    _flag(parser, "--sort", phrase("help.sort"), choices=orders)
+    _flag(parser, "--up", phrase("help.up"), choices=colors)
+    _flag(parser, "--retry", phrase("help.retry"))
+    _flag(parser, "--discard", phrase("help.discard"))
     _flag(parser, "--documents", documents, nargs="?", const="", metavar="COLLECTION")
-    _flag(
-        parser,
-        "--time-zone",
-        "with --documents: of the clock that wrote them, such as Asia/Shanghai",
-        metavar="ZONE",
-    )
-    _flag(parser, "--dry-run", "with --migrate: say what would be done, write nothing")
-    _flag(parser, "--force", force)
+    _flag(parser, "--time-zone", phrase("help.time_zone"), metavar="ZONE")
+    _flag(parser, "--dry-run", phrase("help.dry_run"))
+    _flag(parser, "--force", phrase("help.force"))
     _flag(parser, "--env-file", places, metavar="FILE", type=Path)
 
 
@@ -18203,25 +18227,21 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     if options.symbols is not None:
         _check_symbols(options.symbols)
     if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
-        raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
+        raise UsageError(phrase("usage.executions", n=options.executions, most=ANSWERS_KEPT))
     if options.json and options.html is not None:
-        raise UsageError("--json does not go with --html; see --help")
+        raise UsageError(phrase("usage.json_with_html"))
     if options.html is not None and not options.html.lower().endswith(PAGE_FORMS):
-        raise UsageError(
-            f"--html {one_line(options.html, 100)}: expected the name of a file that ends with .html, or with .svg for "
-            "a picture; see --help"
-        )
+        raise UsageError(phrase("usage.html", file=one_line(options.html, 100)))
     for flag, commands in GOES_WITH.items():
         if _is_given(options, flag) and not any(_is_given(options, name) for name in commands):
-            names = [f"--{name.strip('_').replace('_', '-')}" for name in (*commands, flag)]
-            words = " or ".join(filter(None, [", ".join(names[:-2]), names[-2]]))
-            raise UsageError(f"{names[-1]} goes with {words}; see --help")
+            *names, last = (f"--{name.strip('_').replace('_', '-')}" for name in (*commands, flag))
+            raise UsageError(phrase("usage.goes_with", flag=last, commands=alternatives(names)))
     _check_export(options)
     if options.backfill is not None and not 1 <= options.backfill <= MAX_BARS:
-        raise UsageError(f"--backfill {options.backfill}: expected 1 to {MAX_BARS} sessions; see --help")
+        raise UsageError(phrase("usage.backfill", n=options.backfill, most=MAX_BARS))
     _check_migration(options)
     if options.once and not (options.codes or options.codes_file):
-        raise UsageError("--once needs --codes CODE … or --codes-file FILE; see --help")
+        raise UsageError(phrase("usage.once_needs_codes"))
     return options
 
 
@@ -18229,12 +18249,9 @@ def _check_export(options: Options) -> None:
     """Raise UsageError for options of --export that do not go together."""
     if options.export is not None and options.export != "-":
         if not options.export.endswith(EXPORT_FORMS):
-            raise UsageError(
-                f"--export {one_line(options.export, 100)}: expected a name that ends with .csv or .jsonl, or -; "
-                "see --help"
-            )
+            raise UsageError(phrase("usage.export", file=one_line(options.export, 100)))
         if options.json:
-            raise UsageError("--json goes with --export -, a file has the form of its name; see --help")
+            raise UsageError(phrase("usage.json_with_export"))
     span_of(options)
 
 
@@ -18247,7 +18264,7 @@ def span_of(options: Options) -> Span:
         start, length = _moment_of("--to", options.to)
         until = start + length
     if since >= until:
-        raise UsageError(f"--from {options.from_} --to {options.to}: nothing lies between them; see --help")
+        raise UsageError(phrase("usage.no_span", since=options.from_, until=options.to))
     return Span(since, until)
 
 
@@ -18263,20 +18280,17 @@ def _moment_of(flag: str, text: str) -> tuple[int, int]:
             moment = moment.replace(tzinfo=UTC)
         return round(moment.timestamp() * 1000), length
     except (ValueError, OverflowError):
-        raise UsageError(
-            f"{flag} {one_line(text, 40)}: expected a date such as 2026-08-14 or a time such as "
-            "2026-08-14T09:30+08:00; see --help"
-        ) from None
+        raise UsageError(phrase("usage.moment", flag=flag, text=one_line(text, 40))) from None
 
 
 def _check_symbols(text: str) -> None:
     """Raise UsageError for a text that no list can have."""
     if not text.strip():
-        raise UsageError("--symbols needs a text: a code or a name, or a part of one; see --help")
+        raise UsageError(phrase("usage.symbols_need_text"))
     if len(text) > LONGEST_SOUGHT:
-        raise UsageError(f"--symbols: {len(text)} characters; expected at most {LONGEST_SOUGHT}; see --help")
+        raise UsageError(phrase("usage.symbols_too_long", n=len(text), most=LONGEST_SOUGHT))
     if any("\ud800" <= character <= "\udfff" for character in text):  # how Python reads other bytes
-        raise UsageError(f"--symbols {one_line(text, 40)}: it is not UTF-8 text; see --help")
+        raise UsageError(phrase("usage.symbols_no_text", text=one_line(text, 40)))
 
 
 def _check_migration(options: Options) -> None:
@@ -18284,9 +18298,9 @@ def _check_migration(options: Options) -> None:
     if options.migrate is None:
         return
     if not options.migrate and options.documents is None:
-        raise UsageError("--migrate needs the older client's directory, or --documents; see --help")
+        raise UsageError(phrase("usage.migrate_needs"))
     if (options.documents is None) != (options.time_zone is None):
-        raise UsageError("--documents needs --time-zone ZONE, and the other way round; see --help")
+        raise UsageError(phrase("usage.documents_need_zone"))
 
 
 def read_codes(options: Options) -> Iterator[str]:
@@ -18296,8 +18310,8 @@ def read_codes(options: Options) -> Iterator[str]:
         count += 1
         yield code
     if not count:
-        where = f"--codes-file {options.codes_file or ''}".removesuffix("-file ")
-        raise UsageError(f"{where}: no code in it; expected codes such as AAPL.US 600519; see --help")
+        where = f"--codes-file {options.codes_file}" if options.codes_file else "--codes"
+        raise UsageError(phrase("usage.no_code", where=where))
 
 
 def _codes_of(options: Options) -> Iterator[str]:
@@ -18312,8 +18326,8 @@ def _codes_of(options: Options) -> Iterator[str]:
         with stream:
             yield from codes_in(stream)
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"--codes-file {options.codes_file}: cannot be read: {why}") from None
+        why = error.strerror if isinstance(error, OSError) else phrase("usage.not_utf8")
+        raise UsageError(phrase("usage.codes_file", file=options.codes_file, why=why)) from None
 
 
 def with_kinds(text: str, told: Iterable[object]) -> str:
@@ -18429,7 +18443,7 @@ def show(words: str) -> None:
     except BrokenPipeError:
         raise PrintError from None
     except OSError as error:
-        raise PrintError(f"cannot print: {error.strerror or error}") from None
+        raise PrintError(phrase("cli.cannot_print", why=error.strerror or str(error))) from None
 
 
 def show_one(document: object, line: str, as_json: bool) -> None:
@@ -18605,7 +18619,7 @@ LONG_RUN_S, DRAW_EVERY_S = 2.0, 0.5
 class Terminal(Events):
     """Shows a run to a person: rows as they come, and a bar on a terminal's stderr once it is a long one.
 
-    Long is what has more than `bar_above` of its `unit`, or takes LONG_RUN_S. Any thread may call it.
+    Long is what has more than `bar_above` of its `unit` (a kind of words), or takes LONG_RUN_S. Any thread may call it.
     """
 
     def __init__(self, rows: Rows | None = None, unit: str = "", bar_above: float = math.inf) -> None:
@@ -18659,8 +18673,11 @@ class Terminal(Events):
             if self._bar is None:
                 from tqdm import tqdm
 
-                unit = f" {self._unit}"
-                form = {" ": "working for {elapsed} (min:s)"}.get(unit)
+                form, unit = None, ""
+                if self._unit:
+                    unit = f" {for_reader(phrase(self._unit))}"
+                else:
+                    form = for_reader(phrase("cli.working"))
                 self._bar = tqdm(unit=unit, bar_format=form, file=sys.stderr, leave=False, delay=1e-9)
                 self._bar.start_t = self._began
             if self._total:
@@ -18708,16 +18725,14 @@ class _Run(threading.Thread):
 def _refuse_demo_in_mongodb(options: Options, settings: Settings) -> None:
     """Raise UsageError where synthetic trades would go among real ones."""
     if options.demo and settings.mongodb_uri:
-        raise UsageError(
-            "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out"
-        )
+        raise UsageError(phrase("usage.demo_in_mongodb"))
 
 
 def run_once(options: Options, settings: Settings) -> int:
     """Fetch the given codes once and return the exit status."""
     _refuse_demo_in_mongodb(options, settings)
     rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_size(WIDEST)[0])
-    terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
+    terminal = Terminal(rows, "unit.codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
     rows.directory = pipeline.directory
     stop = stop_on_signals()
@@ -18773,18 +18788,17 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
     if report.stale:
         say(report.stale_words())
     if report.read_as:
-        say(f"read as: {report.read_as_words()}")
+        say(phrase("cli.once_read_as", codes=report.read_as_words()))
     if finished:
         say(report.summary())
     elif not report.total:
-        say("interrupted while the codes were read")
+        say(phrase("cli.once_codes_interrupted"))
     else:
-        say(f"{report.summary()}; the store did not answer: what was being written may be missing")
-    form = "{}"
-    if settings.color and sys.stderr.isatty():
-        form = "\033[31m{}\033[0m"
+        say(phrase("cli.once_store_hangs", summary=report.summary()))
+    is_red = settings.color and sys.stderr.isatty()
     for code, failure in report.failures.items():
-        say(form.format(settings.redact(f"  {code}: {failure.words}")))
+        words = phrase("cli.once_failed_code", code=code, why=failure.words)
+        say(f"\033[31m{for_reader(words)}\033[0m" if is_red else words)
     if report.interrupted or not finished:
         return EXIT_INTERRUPTED
     return EXIT_OK if report.complete else EXIT_FAILED
@@ -18800,11 +18814,6 @@ REDRAW_S, LINES_BESIDE = 0.2, 4
 READ_AGAIN_S, TRADES_MEANWHILE = 2.0, 20_000
 # After the end a slow reader has so long for the last rows.
 LAST_ROWS_S = 2.0
-NO_STREAM_HINT = (
-    "the stream serves none of these codes to INFOWAY_API_KEY: the key's plan has no stream, or none of these products "
-    "(see above; --check names the plan, INFOWAY_PLAN where the API does not tell it); "
-    "--collect --every 10 asks for their latest trades every 10 s instead"
-)
 # So often there are synthetic trades.
 DEMO_EVERY_S = 1.0
 
@@ -19023,9 +19032,9 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
         raise PrintError(rows.fault)
     if rows.is_gone:
         return EXIT_OK
-    say(_collected_line(collecting.stats(), ticks.waiting, time.monotonic() - started_at))
+    say(_collected_words(collecting.stats(), ticks.waiting, time.monotonic() - started_at))
     if ticks.is_held_up():  # the exit's flush would wait for the reader
-        say("not all rows were read")
+        say(phrase("cli.collect_rows_unread"))
         os._exit(EXIT_INTERRUPTED)
     return EXIT_INTERRUPTED
 
@@ -19033,8 +19042,9 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
 def _need_one_code(found: Resolved) -> None:
     """Raise StockrtError where no typed code can be collected: waiting would not change that."""
     if not found.instruments:
-        words = "; ".join(f"{code}: {why}" for code, why in islice(found.refused.items(), NAMES_SHOWN))
-        raise StockrtError(f"nothing to collect: {words}; see --symbols")
+        shown = islice(found.refused.items(), NAMES_SHOWN)
+        words = [phrase("tools.because", what=code, why=why) for code, why in shown]
+        raise StockrtError(phrase("cli.collect_nothing", words=listing("join.clauses", words)))
 
 
 def _plain_codes(text: str) -> list[str]:
@@ -19051,10 +19061,10 @@ def _need_use(settings: Settings, pipeline: Pipeline, stats: CollectStats) -> No
     """Raise SettingsError where no key serves, or every trade is asked for and the stream brings none with them."""
     dead = [key.dead for key in pipeline.keys.keys if key.dead]
     if dead and len(dead) == len(pipeline.keys.keys):
-        raise SettingsError([f"INFOWAY_API_KEY: no key can be used any more: {dead[0]}"])
+        raise SettingsError([phrase("cli.collect_no_key", why=dead[0])])
     # a trade that came over REST tells that the key is good for that
     if settings.collect and stats.trades and stats.polled and not stats.connections_wanted:
-        raise SettingsError([NO_STREAM_HINT])
+        raise SettingsError([phrase("cli.collect_no_stream")])
 
 
 def _settings_to_collect(options: Options, settings: Settings) -> Settings:
@@ -19063,7 +19073,7 @@ def _settings_to_collect(options: Options, settings: Settings) -> Settings:
     if options.codes or options.codes_file:
         settings = settings._replace(collect_codes=" ".join(read_codes(options)), collect_share=(1, 1))
     elif not settings.collect_codes:
-        raise UsageError("--collect needs --codes CODE …, --codes-file FILE, or COLLECT_CODES; see --help")
+        raise UsageError(phrase("usage.collect_needs_codes"))
     every_s = 0.0
     if options.every is not None:
         every_s = _seconds_of(options.every)
@@ -19077,18 +19087,23 @@ def _seconds_of(text: str) -> float:
     try:
         return cast(float, setting.parse(text))
     except ValueError:
-        raise UsageError(f"--every {one_line(text, 40)}: {setting.expected}; see --help") from None
+        words = phrase("usage.every", text=one_line(text, 40), expected=setting.expected)
+        raise UsageError(words) from None
 
 
-def _collected_line(stats: CollectStats, waiting: int, took_s: float) -> str:
-    line = f"trades {stats.trades}, stored {stats.stored}, already known {stats.duplicates} ({took_s:.1f} s)"
+def _collected_words(stats: CollectStats, waiting: int, took_s: float) -> Phrase:
+    clauses = [
+        phrase(
+            "cli.collect_done", trades=stats.trades, stored=stats.stored, known=stats.duplicates, took=took_s
+        )
+    ]
     if waiting:
-        line += f"; {waiting_words(waiting)} on this machine for MongoDB"
+        clauses.append(phrase("cli.collect_waiting", trades=waiting_words(waiting)))
     if stats.dropped:
-        line += f"; {stats.dropped} pushed and not asked for, or no trades"
+        clauses.append(phrase("cli.collect_dropped", n=stats.dropped))
     if stats.gaps_today:
-        line += f"; {count_words(stats.gaps_today, 'gap')} today"
-    return line
+        clauses.append(phrase("cli.collect_gaps", gaps=count_words(stats.gaps_today, "gap")))
+    return listing("join.clauses", clauses)
 
 
 def run_check(loaded: LoadedSettings, is_service_hidden: bool, as_json: bool) -> int:
@@ -19172,7 +19187,7 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
     if settings.platform_url():
         yield check_platform(settings)
     else:
-        yield Check(phrase("cli.of_platform"), True, _without_platform(settings))
+        yield Check(phrase("link.platform"), True, _without_platform(settings))
 
 
 def _put_right(value: Any, old: Path, new: Path) -> Any:
@@ -19535,7 +19550,7 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
         ("cli.of_version", status["version"]),
         ("cli.of_daemon", _daemon_line(status["daemon"])),
         ("cli.of_registration", status["registration"] or _unregistered(settings)),
-        ("cli.of_platform", _platform_line(status["platform"])),
+        ("link.platform", _platform_line(status["platform"])),
     ]
     if status["collecting"] is not None:
         facts: Mapping[str, Any] = status["collecting"]
@@ -19619,8 +19634,9 @@ def _show_unknown(as_json: bool) -> int:
         ("cli.of_status", _status_line(STATUS_WORDS[STATUS_UNKNOWN], why, to_do)),
         ("cli.of_version", __version__),
     ]
-    others = ("daemon", "registration", "platform", "store", "waiting", "last", "key")
-    _show_labelled([*lines, *((f"cli.of_{name}", phrase("cli.unknown")) for name in others)])
+    others = ("cli.of_daemon", "cli.of_registration", "link.platform", "cli.of_store", "cli.of_waiting")
+    lines += [(kind, phrase("cli.unknown")) for kind in (*others, "cli.of_last", "cli.of_key")]
+    _show_labelled(lines)
     return STATUS_UNKNOWN
 
 
@@ -19753,7 +19769,7 @@ def run_drain(settings: Settings, retry: bool) -> int:
     `retry`: what MongoDB refused before, too.
     """
     need_mongodb(settings, phrase("cli.nowhere_to_move"))
-    terminal = Terminal(None, "trades", bar_above=0)
+    terminal = Terminal(None, "unit.trades", bar_above=0)
     stop = stop_on_signals()
     with Pipeline(settings, terminal) as pipeline:
         try:
@@ -19782,7 +19798,7 @@ def run_retain(settings: Settings) -> int:
 def run_backfill(options: Options, settings: Settings) -> int:
     """Make closes of the past final, print a row for each code, and return the exit status."""
     codes = list(read_codes(options)) if options.codes or options.codes_file else None
-    terminal = Terminal(None, "codes", bar_above=0)
+    terminal = Terminal(None, "unit.codes", bar_above=0)
     stop = stop_on_signals()
     done, failed, added = 0, 0, 0
     with Pipeline(settings, terminal) as pipeline:
@@ -19794,21 +19810,22 @@ def run_backfill(options: Options, settings: Settings) -> int:
                 total = row
             elif row is not None:
                 done, failed, added = done + 1, failed + bool(row.why), added + row.added
-                show(settings.redact(_backfilled_line(row)))
+                show(_backfilled_words(row))
         terminal.close()
-    line = f"{count_words(done, 'code')}, {failed} failed, {added} closes added"
-    if stop.is_set():
-        line += ", interrupted: the same command goes on where it stopped"
-    say(line)
+    kind = "cli.backfill_interrupted" if stop.is_set() else "cli.backfill_done"
+    say(phrase(kind, codes=count_words(done, "code"), failed=failed, added=added))
     if stop.is_set():
         return EXIT_INTERRUPTED
     return EXIT_FAILED if failed else EXIT_OK
 
 
-def _backfilled_line(row: Backfilled) -> str:
+def _backfilled_words(row: Backfilled) -> Phrase:
+    code = f"{row.code:<12}"
     if row.why:
-        return f"{row.code:<12}  {row.why}"
-    return f"{row.code:<12}  {row.first}  {row.last}  {row.added} added, {row.there} there before"
+        return phrase("cli.backfill_failed_code", code=code, why=row.why)
+    return phrase(
+        "cli.backfill_code", code=code, first=row.first, last=row.last, added=row.added, there=row.there
+    )
 
 
 def discard_rejects(settings: Settings) -> int:
@@ -20070,9 +20087,9 @@ def _to_stdout(export: Export, reader: Reader) -> int:
 def _write_export(export: Export, reader: Reader, stream: IO[bytes]) -> int:
     """Write an export into a stream, and return how many rows it has. Raises OSError, StoreError."""
     count, done, last_code = 0, 0, ""
-    unit, total = "codes", len(export.codes)
+    unit, total = "unit.codes", len(export.codes)
     if export.is_whole:
-        unit, total = "trades", reader.estimate()
+        unit, total = "unit.trades", reader.estimate()
     code_at = export.names.index("stock_code")
     with Terminal(None, unit, bar_above=0) as terminal:
         if not export.as_json:
@@ -20209,7 +20226,7 @@ def run_documents(options: Options, settings: Settings, source: str = OLD_COLLEC
             settings.keep_days,
             settings.realtime_name,
         )
-    terminal = Terminal(None, "documents", bar_above=0)
+    terminal = Terminal(None, "unit.documents", bar_above=0)
     stop = stop_on_signals()
     with Pipeline.open_mongodb(settings) as store:
         migration = Migration(
@@ -20242,8 +20259,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     start_logging(loaded.settings)
     if loaded.settings.language:
         SPOKEN.choose({**environ, "STOCKRT_LANG": loaded.settings.language})
-    for warning in loaded.warnings:
-        log.warning("%s", warning)
+    _warn(loaded.warnings, needs is DAEMON_NEEDS)
     looks = options.show is not None or options.export
     if hidden and (options.drain or options.retain or options.rejects or options.executions or looks):
         raise StoreError(phrase("cli.hidden", unit=UNIT))
@@ -20273,6 +20289,15 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if options.show is not None:
             return run_show(options, loaded.settings, environ)
         return _run_short(options, loaded, hidden)
+
+
+def _warn(warnings: Iterable[str], is_service: bool) -> None:
+    """Tell what is odd in the settings: the one who typed a command, or the log of a service."""
+    for warning in warnings:
+        if is_service or isinstance(sys.stderr, JournalStream):
+            log.warning("%s", warning)
+        elif log.isEnabledFor(logging.WARNING):
+            say(phrase("cli.error", words=warning))
 
 
 def _run_short(options: Options, loaded: LoadedSettings, hidden: bool) -> int:
@@ -20362,8 +20387,8 @@ TEMPLATES |= {
     "join.names": (", ", "、"),
     "join.commas": (", ", "，"),
     "join.clauses": ("; ", "；"),
-    "join.columns": ("  ", "  "),
     "join.and": (" and ", " 和 "),
+    "join.columns": ("  ", "  "),
     "join.lines": ("\n", "\n"),
     "join.dots": (" · ", " · "),
     "n.beat": ("{n} beat", "{n} 次轮询"),
@@ -21328,6 +21353,7 @@ TEMPLATES |= {
         "still counted as online by the server (old session or a second instance); it will let go within 120 s",
         "平台仍认为本模块在线（旧会话尚未结束，或另有一个实例）；平台会在 120 秒内放开",
     ),
+    "link.platform": ("platform", "平台"),
     "link.platforms": ("the platform's", "平台的"),
     "link.program_unread": ("this program cannot be read", "无法读取本程序"),
     "link.refused": (
@@ -21637,6 +21663,342 @@ TEMPLATES |= {
     "cli.sell": ("sell", "卖"),
     "cli.side": ("SIDE", "方向"),
     "cli.turnover": ("TURNOVER", "成交额"),
+    "cli.backfill_code": (
+        "{code}  {first}  {last}  {added} added, {there} there before",
+        "{code}  {first}  {last}  新增 {added} 个，已有 {there} 个",
+    ),
+    "cli.backfill_done": (
+        "{codes}, {failed} failed, {added} closes added",
+        "{codes}，失败 {failed} 个，新增 {added} 个收盘价",
+    ),
+    "cli.backfill_failed_code": ("{code}  {why}", "{code}  {why}"),
+    "cli.backfill_interrupted": (
+        "{codes}, {failed} failed, {added} closes added, interrupted: the same command goes on where it stopped",
+        "{codes}，失败 {failed} 个，新增 {added} 个收盘价，已中断：再次运行同一命令会从中断处继续",
+    ),
+    "cli.collect_done": (
+        "trades {trades}, stored {stored}, already known {known} ({took:.1f} s)",
+        "成交 {trades} 笔，已入库 {stored} 笔，已有 {known} 笔（用时 {took:.1f} 秒）",
+    ),
+    "cli.collect_dropped": (
+        "{n} pushed and not asked for, or no trades",
+        "另有 {n} 条推送并未请求，或不是成交",
+    ),
+    "cli.collect_gaps": ("{gaps} today", "今日有 {gaps}"),
+    "cli.collect_no_key": (
+        "INFOWAY_API_KEY: no key can be used any more: {why}",
+        "INFOWAY_API_KEY：已没有可用的密钥：{why}",
+    ),
+    "cli.collect_no_stream": (
+        "the stream serves none of these codes to INFOWAY_API_KEY: the key's plan has no stream, or none of these "
+        "products (see above; --check names the plan, INFOWAY_PLAN where the API does not tell it); "
+        "--collect --every 10 asks for their latest trades every 10 s instead",
+        "推送流不向 INFOWAY_API_KEY 提供这些代码：该密钥的套餐不含推送流，或不含这些产品"
+        "（见上文；套餐可用 --check 查看，API 未说明时取 INFOWAY_PLAN）；"
+        "可改用 --collect --every 10，每 10 秒请求一次最新成交",
+    ),
+    "cli.collect_nothing": (
+        "nothing to collect: {words}; see --symbols",
+        "没有可采集的代码：{words}；请看 --symbols",
+    ),
+    "cli.collect_rows_unread": ("not all rows were read", "仍有成交未被读取方读走"),
+    "cli.collect_waiting": (
+        "{trades} on this machine for MongoDB",
+        "本机上有 {trades} MongoDB",
+    ),
+    "cli.once_codes_interrupted": ("interrupted while the codes were read", "读取代码时已中断"),
+    "cli.once_failed_code": ("  {code}: {why}", "  {code}：{why}"),
+    "cli.once_read_as": ("read as: {codes}", "实际查询：{codes}"),
+    "cli.once_store_hangs": (
+        "{summary}; the store did not answer: what was being written may be missing",
+        "{summary}；存储没有应答：正在写入的数据可能缺失",
+    ),
+    "cli.working": ("working for {{elapsed}} (min:s)", "已运行 {{elapsed}}（分:秒）"),
+    "unit.codes": ("codes", "代码"),
+    "unit.documents": ("documents", "文档"),
+    "unit.trades": ("trades", "成交"),
+}
+
+# What --help says; "usage: " and "options:" as argparse has them, in Chinese as wide as in English.
+TEMPLATES |= {
+    "help.backfill": (
+        "fetch the final closes of the last DAYS sessions (up to {most}) of the given codes, or of all stored ones",
+        "补齐给定代码（或全部已存代码）最近 DAYS 个交易时段的最终收盘价，最多 {most} 个时段",
+    ),
+    "help.chart": (
+        "with --show: candles and volume; with --html: of which step (5m)",
+        "与 --show 同用：画 K 线和成交量；与 --html 同用：K 线的周期（默认 5m）",
+    ),
+    "help.check": ("check settings, keys, store and platform", "检查设置、密钥、存储和平台"),
+    "help.check_settings": (
+        "check the settings alone: no network, nothing written",
+        "只检查设置：不访问网络，不写入任何文件",
+    ),
+    "help.closes": (
+        "with --export: the closing prices in place of the trades",
+        "与 --export 同用：导出收盘价，而不是成交",
+    ),
+    "help.codes": ("codes, separated by blanks or commas", "代码，用空格或逗号分隔"),
+    "help.codes_file": ("codes from a file, '-' for standard input", "从文件读取代码，'-' 表示标准输入"),
+    "help.collect": (
+        "store and print every trade of the given codes, or of COLLECT_CODES, until Ctrl-C",
+        "持续采集给定代码（或 COLLECT_CODES）的每一笔成交，存入并打印，直到按 Ctrl-C",
+    ),
+    "help.demo": (
+        "synthetic trades: no network, no key, embedded store",
+        "模拟成交：不需要网络和密钥，存入本地文件",
+    ),
+    "help.description": (
+        "Collects the latest trades of stocks, currency pairs and crypto into MongoDB.",
+        "获取股票、外汇、加密货币的最新成交，存入 MongoDB。",
+    ),
+    "help.discard": (
+        "with --rejects: delete them, and damaged files that were set aside",
+        "与 --rejects 同用：删除这些数据，以及移开保留的损坏文件",
+    ),
+    "help.documents": (
+        "with --migrate: bring the older client's documents over (default: its own collection, {collection})",
+        "与 --migrate 同用：迁移旧客户端的文档（默认取其自己的集合 {collection}）",
+    ),
+    "help.drain": (
+        "move now what waits on this machine for MongoDB",
+        "立即把本机上等待写入 MongoDB 的数据写入",
+    ),
+    "help.dry_run": (
+        "with --migrate: say what would be done, write nothing",
+        "与 --migrate 同用：只说明会做什么，不写入任何内容",
+    ),
+    "help.env_file": ("settings; default: {places}", "设置文件；默认依次查找 {places}"),
+    "help.every": (
+        "with --collect: ask every S seconds, in place of the stream",
+        "与 --collect 同用：不用推送流，改为每 S 秒请求一次",
+    ),
+    "help.examples": (
+        """\
+examples:
+  stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY   synthetic trades: no key, no network
+  stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   real ones: INFOWAY_API_KEY must be set
+  stockrt.pyz --once --codes-file codes.txt --json           one JSON document a line on stdout
+  stockrt.pyz --collect --codes TSLA.US BTCUSDT              every trade as it is made, until Ctrl-C
+  stockrt.pyz --collect --demo --codes TSLA.US               synthetic ones, each second
+  stockrt.pyz --show                                         what is stored: price, change, session of each code
+  stockrt.pyz --backfill 60 --codes-file codes.txt           closes of the last 60 sessions, to begin with
+  stockrt.pyz --html stocks.html                             what is stored, and charts of it, as one page
+  stockrt.pyz --check                                        what is wrong, and which setting mends it
+
+exit status: 0 every code stored · 1 any not · 64 usage · 78 settings · 130 interrupted
+of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to this user
+""",
+        """\
+示例：
+  stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY   模拟成交：不需要密钥和网络
+  stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   真实成交：须设置 INFOWAY_API_KEY
+  stockrt.pyz --once --codes-file codes.txt --json           向 stdout 每行输出一个 JSON 文档
+  stockrt.pyz --collect --codes TSLA.US BTCUSDT              逐笔采集，直到按 Ctrl-C
+  stockrt.pyz --collect --demo --codes TSLA.US               模拟成交，每秒一笔
+  stockrt.pyz --show                                         已存行情：各代码的价格、涨跌、当日走势
+  stockrt.pyz --backfill 60 --codes-file codes.txt           首次使用：补齐最近 60 个交易时段的收盘价
+  stockrt.pyz --html stocks.html                             把已存行情和 K 线图写成一个网页
+  stockrt.pyz --check                                        检查有什么问题，以及该改哪一项设置
+
+退出码：0 每个代码都已入库 · 1 有代码未入库 · 64 命令行有误 · 78 设置有误 · 130 被中断
+--status 的退出码：0 正常 · 1 有问题 · 3 未运行 · 4 当前用户无权查看
+""",
+    ),
+    "help.executions": (
+        "list the last N executions and --once runs with their failures (default {shown})",
+        "列出最近 N 次执行和 --once 运行及其失败原因（默认 {shown} 次）",
+    ),
+    "help.export": (
+        "write what is stored, of all codes or those of --codes, into FILE.csv or FILE.jsonl, which it replaces, or "
+        "'-': standard output",
+        "把已存数据（全部代码，或 --codes 给出的代码）写入 FILE.csv 或 FILE.jsonl，覆盖原文件；'-' 表示标准输出",
+    ),
+    "help.force": (
+        "with --register: anew, although a hash is stored; with --documents: this zone, whatever ObjectIds say",
+        "与 --register 同用：即使已存有模块哈希也重新注册；与 --documents 同用：以给出的时区为准，不管 ObjectId",
+    ),
+    "help.from": (
+        "with --chart, --html or --export: since this date or time, ISO 8601, such as 2026-08-14 or "
+        "2026-08-14T09:30+08:00; without an offset it is UTC",
+        "与 --chart、--html 或 --export 同用：起始日期或时间（ISO 8601），如 2026-08-14 或 "
+        "2026-08-14T09:30+08:00；不带时区偏移时为 UTC",
+    ),
+    "help.grafana": (
+        "print a Grafana dashboard over the metrics of METRICS_FILE",
+        "输出 Grafana 仪表盘，展示 METRICS_FILE 的指标",
+    ),
+    "help.help": ("show this help message and exit", "显示本帮助并退出"),
+    "help.html": (
+        "write what --show has as one page, or candles of one code as a picture where FILE ends in .svg",
+        "把 --show 的内容写成一个网页；FILE 以 .svg 结尾时，把一个代码的 K 线写成图片",
+    ),
+    "help.json": (
+        "print one JSON document a line in place of the table",
+        "每行输出一个 JSON 文档，而不是表格",
+    ),
+    "help.migrate": (
+        "take settings and module hash over from the older client's directory, with --documents its documents",
+        "从旧客户端的目录迁移设置和模块哈希；加 --documents 则迁移其文档",
+    ),
+    "help.once": (
+        "fetch the given codes once, store them, print them",
+        "获取一次给定代码的最新成交，存入并打印",
+    ),
+    "help.options": ("options:", "选项："),
+    "help.register": ("register at the dispatch platform (once)", "在调度平台注册（只需一次）"),
+    "help.rejects": (
+        "list what MongoDB refused for good, and why",
+        "列出被 MongoDB 拒绝、不再重试的数据及其原因",
+    ),
+    "help.reload": (
+        "for ExecReload= of the unit: have the daemon read its settings anew",
+        "供服务单元的 ExecReload= 使用：让守护进程重新加载设置",
+    ),
+    "help.retain": (
+        "remove now what is older than KEEP_DAYS, also what --check names",
+        "立即删除超过 KEEP_DAYS 的数据，包括 --check 指出的数据",
+    ),
+    "help.retry": (
+        "with --drain: what MongoDB refused before, too",
+        "与 --drain 同用：连同此前被 MongoDB 拒绝的数据",
+    ),
+    "help.show": (
+        "show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, else the "
+        "{shown} that traded last",
+        "显示各代码的已存行情：价格、涨跌、当日走势；不给代码时取 COLLECT_CODES，也未设置时取最近成交的 {shown} 个代码",
+    ),
+    "help.sort": (
+        "with --show: order of its lines (code)",
+        "与 --show 同用：各行的排序方式（默认 code）",
+    ),
+    "help.status": (
+        "show daemon, platform, store and API keys",
+        "显示守护进程、平台、存储和 API 密钥的状态",
+    ),
+    "help.symbols": (
+        "find instruments by code or name: {examples}",
+        "按代码或名称查找品种，如 {examples}",
+    ),
+    "help.time_zone": (
+        "with --documents: of the clock that wrote them, such as Asia/Shanghai",
+        "与 --documents 同用：写入这些文档的时钟所在时区，如 Asia/Shanghai",
+    ),
+    "help.to": (
+        "as --from: before this time, or up to this date, the date included",
+        "同 --from：截止时间（不含），或截止日期（含当日）",
+    ),
+    "help.up": (
+        "of --show, --html and --collect: the colour of what rises, in place of the one of your locale",
+        "用于 --show、--html 和 --collect：上涨的颜色；不给时按语言环境的习惯",
+    ),
+    "help.usage": ("usage: ", "用法： "),
+    "help.version": ("show program's version number and exit", "显示版本号并退出"),
+}
+
+# What is wrong with a command line.
+TEMPLATES |= {
+    "usage.argument": ("argument {flag}: {what}", "选项 {flag}：{what}"),
+    "usage.backfill": (
+        "--backfill {n}: expected 1 to {most} sessions; see --help",
+        "--backfill {n}：应为 1 到 {most} 个交易时段；详见 --help",
+    ),
+    "usage.choice": (
+        "invalid choice: {value} (choose from {choices})",
+        "没有 {value} 这个取值，可选 {choices}",
+    ),
+    "usage.codes_after": (
+        "{words}; codes stand after --codes; see --help",
+        "{words}；代码须写在 --codes 之后；详见 --help",
+    ),
+    "usage.codes_file": (
+        "--codes-file {file}: cannot be read: {why}",
+        "--codes-file {file}：无法读取：{why}",
+    ),
+    "usage.collect_needs_codes": (
+        "--collect needs --codes CODE …, --codes-file FILE, or COLLECT_CODES; see --help",
+        "--collect 需要 --codes CODE …、--codes-file FILE 或 COLLECT_CODES；详见 --help",
+    ),
+    "usage.demo_in_mongodb": (
+        "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out",
+        "--demo 的模拟成交只存于本机：请取消设置 MONGODB_HOST，或去掉 --demo",
+    ),
+    "usage.did_you_mean": (
+        "{words}; did you mean {flags}?; see --help",
+        "{words}，是不是 {flags}？详见 --help",
+    ),
+    "usage.documents_need_zone": (
+        "--documents needs --time-zone ZONE, and the other way round; see --help",
+        "--documents 与 --time-zone ZONE 必须同时使用；详见 --help",
+    ),
+    "usage.every": (
+        "--every {text}: expected {expected}; see --help",
+        "--every {text}：应为{expected}；详见 --help",
+    ),
+    "usage.excluded": ("not allowed with argument {other}", "不能与 {other} 同时使用"),
+    "usage.executions": (
+        "--executions {n}: expected 1 to {most}; see --help",
+        "--executions {n}：应为 1 到 {most}；详见 --help",
+    ),
+    "usage.export": (
+        "--export {file}: expected a name that ends with .csv or .jsonl, or -; see --help",
+        "--export {file}：应为以 .csv 或 .jsonl 结尾的文件名，或 -；详见 --help",
+    ),
+    "usage.goes_with": (
+        "{flag} goes with {commands}; see --help",
+        "{flag} 须与 {commands} 同用；详见 --help",
+    ),
+    "usage.html": (
+        "--html {file}: expected the name of a file that ends with .html, or with .svg for a picture; see --help",
+        "--html {file}：应为以 .html 结尾的文件名，图片则以 .svg 结尾；详见 --help",
+    ),
+    "usage.json_with_export": (
+        "--json goes with --export -, a file has the form of its name; see --help",
+        "--json 只与 --export - 同用，写入文件时格式由文件名决定；详见 --help",
+    ),
+    "usage.json_with_html": (
+        "--json does not go with --html; see --help",
+        "--json 不能与 --html 同用；详见 --help",
+    ),
+    "usage.migrate_needs": (
+        "--migrate needs the older client's directory, or --documents; see --help",
+        "--migrate 需要旧客户端的目录，或 --documents；详见 --help",
+    ),
+    "usage.moment": (
+        "{flag} {text}: expected a date such as 2026-08-14 or a time such as 2026-08-14T09:30+08:00; see --help",
+        "{flag} {text}：应为日期（如 2026-08-14）或时间（如 2026-08-14T09:30+08:00）；详见 --help",
+    ),
+    "usage.no_code": (
+        "{where}: no code in it; expected codes such as AAPL.US 600519; see --help",
+        "{where}：其中没有代码，应为 AAPL.US 600519 这样的代码；详见 --help",
+    ),
+    "usage.no_span": (
+        "--from {since} --to {until}: nothing lies between them; see --help",
+        "--from {since} --to {until}：两者之间没有任何时间；详见 --help",
+    ),
+    "usage.no_value": ("ignored explicit argument {value}", "不接受取值，却给出了 {value}"),
+    "usage.not_utf8": ("it is not UTF-8 text", "不是 UTF-8 文本"),
+    "usage.once_needs_codes": (
+        "--once needs --codes CODE … or --codes-file FILE; see --help",
+        "--once 需要 --codes CODE … 或 --codes-file FILE；详见 --help",
+    ),
+    "usage.one_value": ("expected one argument", "需要一个取值"),
+    "usage.see_help": ("{words}; see --help", "{words}；详见 --help"),
+    "usage.some_value": ("expected at least one argument", "至少需要一个取值"),
+    "usage.symbols_need_text": (
+        "--symbols needs a text: a code or a name, or a part of one; see --help",
+        "--symbols 需要文字：代码或名称，或其中一部分；详见 --help",
+    ),
+    "usage.symbols_no_text": (
+        "--symbols {text}: it is not UTF-8 text; see --help",
+        "--symbols {text}：不是 UTF-8 文本；详见 --help",
+    ),
+    "usage.symbols_too_long": (
+        "--symbols: {n} characters; expected at most {most}; see --help",
+        "--symbols：共 {n} 个字符，最多 {most} 个；详见 --help",
+    ),
+    "usage.unknown": ("unrecognized arguments: {arguments}", "无法识别的参数：{arguments}"),
+    "usage.whole_number": ("invalid int value: {value}", "应为整数，而不是 {value}"),
 }
 
 # Looking and mending: --check, --status, --executions, --drain, --retain, --rejects, --reload, --register, --migrate.
@@ -21769,7 +22131,6 @@ TEMPLATES |= {
     "cli.of_key": ("API key", "API 密钥"),
     "cli.of_last": ("last execution", "最近执行"),
     "cli.of_local_file": ("local file", "本地文件"),
-    "cli.of_platform": ("platform", "平台"),
     "cli.of_proxy": ("proxy", "代理"),
     "cli.of_registration": ("registration", "注册"),
     "cli.of_settings": ("settings", "设置"),
@@ -21786,7 +22147,7 @@ TEMPLATES |= {
         "{megabytes:.1f} MB, the oldest since {oldest}",
         "{megabytes:.1f} MB，最早一笔自 {oldest} 起等待",
     ),
-    "cli.origins": ("from {origins}", "来自 {origins}"),
+    "cli.origins": ("from {origins}", "{origins}"),
     "cli.out": ("out", "已停用"),
     "cli.partial": ("partial", "部分成功"),
     "cli.plan_without_stream": (
