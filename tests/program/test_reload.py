@@ -168,7 +168,7 @@ def test_a_command_without_codes_means_the_watch_list_in_the_built_file(
 ) -> None:
     """As it stands at that moment; without COLLECT_CODES it is refused, and one with an empty list always."""
     uri, name = mongo_db
-    assert answer(platform, None)["error"] == stockrt.NO_CODES
+    assert answer(platform, None)["error"] == stockrt.phrase(stockrt.NO_CODES)
     mongo = {"MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
     write_settings(tmp_path, INFOWAY_API_KEY=OLD_KEY, COLLECT_CODES="watch", **mongo)
     daemon.signal(signal.SIGHUP)

@@ -509,7 +509,7 @@ def test_executions_lists_the_last_ones_with_their_failures(program: Program) ->
         failures = {"X": stockrt.Failure(stockrt.FailureKind.KEY, f"the key {FIRST} is bad")}
         report = stockrt.Report(total=2, stored=1, failures=failures)
         if number < 29:
-            journal.answer(accepted, stockrt.report_result(context, report, settings))
+            journal.answer(accepted, *stockrt.report_result(context, report, settings))
         if number < 28:
             journal.received([accepted])
     journal.close()
