@@ -331,7 +331,8 @@ def language_of(environ: Mapping[str, str]) -> str:
 def can_show(stream: TextIO, term: str) -> bool:
     """Whether Chinese can be read on a stream: its encoding has it, and it is not the console, whose font has not."""
     try:
-        "行情，".encode(stream.encoding or "ascii")
+        # 设 is not in Big5, which has the others
+        "行情设置，".encode(stream.encoding or "ascii")
     except (LookupError, UnicodeEncodeError):
         return False
     return term != "linux" or not stream.isatty()
@@ -15775,6 +15776,11 @@ class JournalStream(io.TextIOBase):
         self._stream = stream
         self._begun = threading.local()  # the line that a thread has begun
 
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Return the encoding of the stream below."""
+        return self._stream.encoding
+
     def write(self, text: str) -> int:
         """Pass whole lines on, each with its priority; the rest waits for its end."""
         *lines, rest = (getattr(self._begun, "text", "") + text).split("\n")
@@ -15790,11 +15796,6 @@ class JournalStream(io.TextIOBase):
     def writable(self) -> bool:
         """Yes."""
         return True
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """Which characters the stream below takes, as that one tells it."""
-        return self._stream.encoding
 
     def fileno(self) -> int:
         """Return the descriptor below."""
@@ -17994,21 +17995,6 @@ DESCRIPTORS_OF_A_KEY = 3 * STREAM_LIMITS["pro"].connections
 EXECUTIONS_SHOWN = 20
 # What `td` says, in words.
 SIDES = {0: "cli.no_side", 1: "cli.buy", 2: "cli.sell"}
-HELP_EXAMPLES = """\
-examples:
-  stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY   synthetic trades: no key, no network
-  stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   real ones: INFOWAY_API_KEY must be set
-  stockrt.pyz --once --codes-file codes.txt --json           one JSON document a line on stdout
-  stockrt.pyz --collect --codes TSLA.US BTCUSDT              every trade as it is made, until Ctrl-C
-  stockrt.pyz --collect --demo --codes TSLA.US               synthetic ones, each second
-  stockrt.pyz --show                                         what is stored: price, change, session of each code
-  stockrt.pyz --backfill 60 --codes-file codes.txt           closes of the last 60 sessions, to begin with
-  stockrt.pyz --html stocks.html                             what is stored, and charts of it, as one page
-  stockrt.pyz --check                                        what is wrong, and which setting mends it
-
-exit status: 0 every code stored · 1 any not · 64 usage · 78 settings · 130 interrupted
-of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to this user
-"""
 
 
 class Options:
@@ -18046,27 +18032,95 @@ def terminal_size(columns: int = 80) -> tuple[int, int]:
     return columns, 24
 
 
+# Of a line that is too long between them: blanks, and in Chinese any two characters but those that punctuation holds.
+_PIECES = re.compile(
+    r"[（“《]*(?:[\u3000-\u9fff]|[^\s\u3000-\u9fff（“《，。；：？）”》]+)[，。；：？、）”》]*\s*|\S\s*"
+)
+
+
+def lines_within(text: str, columns: int) -> list[str]:
+    """Return a text in lines of at most so many columns of a terminal, of which a Chinese character takes two."""
+    lines = [""]
+    for piece in _PIECES.findall(text):
+        if lines[-1] and columns_of((lines[-1] + piece).rstrip()) > columns:
+            lines.append("")
+        lines[-1] += piece
+    return [line.rstrip() for line in lines]
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     import argparse
 
-    width = terminal_size()[0] - 2  # argparse would import shutil at every start to look
+    # argparse would import shutil at every start to look
+    width = terminal_size()[0] - 2
+
+    class InReadersLanguage(argparse.RawDescriptionHelpFormatter):
+        """Lays out help in the reader's language, which only --help asks for."""
+
+        def __init__(self, prog: str) -> None:
+            super().__init__(prog, width=width)
+
+        def _get_help_string(self, action: argparse.Action) -> str:
+            return for_reader(action.help or "").replace("%", "%%")
+
+        def _split_lines(self, text: str, width: int) -> list[str]:
+            return super()._split_lines(text, width) if text.isascii() else lines_within(text, width)
+
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return super()._fill_text(for_reader(text), width, indent)
+
+        def format_help(self) -> str:
+            text = super().format_help()
+            for own in (phrase("help.usage"), phrase("help.options")):
+                text = text.replace(own, for_reader(own), 1)
+            return text
+
     parser = argparse.ArgumentParser(
         prog="stockrt",
-        description="Collects the latest trades of stocks, currency pairs and crypto into MongoDB.",
-        epilog=HELP_EXAMPLES,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=width),
+        description=phrase("help.description"),
+        epilog=phrase("help.examples"),
+        formatter_class=InReadersLanguage,
         allow_abbrev=False,
+        add_help=False,
     )
     parser.error = _refuse_arguments  # type: ignore[method-assign]
+    parser.add_argument("-h", "--help", action="help", help=phrase("help.help"))
     _add_commands(parser.add_mutually_exclusive_group())
     _add_options(parser)
     return parser
 
 
-def _flag(to: Any, name: str, text: str, **how: Any) -> None:
+def _flag(to: Any, name: str, words: Phrase, **how: Any) -> None:
     """Add a flag with its help; one of which nothing else is said takes no value."""
-    to.add_argument(name, help=text, **(how or {"action": "store_true"}))
+    to.add_argument(name, help=words, **(how or {"action": "store_true"}))
+
+
+# What argparse says in English -> the kind of our words for it; `what` is such a text, too.
+ARGPARSE_WORDS = {
+    r"argument (?P<flag>[-\w/]+): (?P<what>.*)": "usage.argument",
+    r"expected one argument": "usage.one_value",
+    r"expected at least one argument": "usage.some_value",
+    r"ignored explicit argument (?P<value>.*)": "usage.no_value",
+    r"invalid choice: (?P<value>.*) \(choose from (?P<choices>.*)\)": "usage.choice",
+    r"invalid int value: (?P<value>.*)": "usage.whole_number",
+    r"not allowed with argument (?P<other>.*)": "usage.excluded",
+    r"unrecognized arguments: (?P<arguments>.*)": "usage.unknown",
+}
+
+
+def argparse_words(message: str) -> str:
+    """Return what argparse says in words of ours, which are the same in English; as it is where it says else."""
+    for pattern, kind in ARGPARSE_WORDS.items():
+        found = re.fullmatch(pattern, message, re.DOTALL)
+        if found:
+            values = found.groupdict()
+            if "what" in values:
+                values["what"] = argparse_words(values["what"])
+            if "choices" in values:
+                values["choices"] = listing("join.names", values["choices"].split(", "))
+            return phrase(kind, **values)
+    return message
 
 
 def _refuse_arguments(message: str) -> NoReturn:
@@ -18077,89 +18131,59 @@ def _refuse_arguments(message: str) -> NoReturn:
     typed = re.findall(r"[-–—]+\w[\w-]*", unknown)
     near = [flag for one in typed for flag in difflib.get_close_matches(one, flags, n=1)]
     near += [f"--{word}" for word in unknown.split() if f"--{word}" in flags]
+    words = argparse_words(message)
     if near:
-        message += f"; did you mean {' '.join(near)}?"
-    elif unknown and not typed:
-        message += "; codes stand after --codes"
-    raise UsageError(f"{message}; see --help")
+        raise UsageError(phrase("usage.did_you_mean", words=words, flags=" ".join(near)))
+    if unknown and not typed:
+        raise UsageError(phrase("usage.codes_after", words=words))
+    raise UsageError(phrase("usage.see_help", words=words))
 
 
 def _add_commands(what: Any) -> None:
-    days = "fetch the final closes of the last DAYS sessions (up to 500) of the given codes, or of all stored ones"
-    executions = (
-        f"list the last N executions and --once runs with their failures (default {EXECUTIONS_SHOWN})"
-    )
-    showing = (
-        "show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, "
-        f"else the {CODES_SHOWN} that traded last"
-    )
-    exporting = (
-        "write what is stored, of all codes or those of --codes, into FILE.csv or FILE.jsonl, which it replaces, "
-        "or '-': standard output"
-    )
-    moving = (
-        "take settings and module hash over from the older client's directory, with --documents its documents"
-    )
-    _flag(what, "--once", "fetch the given codes once, store them, print them")
-    _flag(
-        what, "--collect", "store and print every trade of the given codes, or of COLLECT_CODES, until Ctrl-C"
-    )
-    _flag(what, "--backfill", days, metavar="DAYS", type=int)
-    _flag(what, "--check", "check settings, keys, store and platform")
-    _flag(what, "--check-settings", "check the settings alone: no network, nothing written")
-    _flag(what, "--status", "show daemon, platform, store and API keys")
+    executions = phrase("help.executions", shown=EXECUTIONS_SHOWN)
+    symbols = phrase("help.symbols", examples=listing("join.names", ("茅台", "apple", "黄金")))
+    _flag(what, "--once", phrase("help.once"))
+    _flag(what, "--collect", phrase("help.collect"))
+    _flag(what, "--backfill", phrase("help.backfill", most=MAX_BARS), metavar="DAYS", type=int)
+    _flag(what, "--check", phrase("help.check"))
+    _flag(what, "--check-settings", phrase("help.check_settings"))
+    _flag(what, "--status", phrase("help.status"))
     _flag(what, "--executions", executions, metavar="N", nargs="?", const=EXECUTIONS_SHOWN, type=int)
-    _flag(what, "--show", showing, nargs="*", metavar="CODE")
-    _flag(what, "--export", exporting, metavar="FILE")
-    _flag(what, "--symbols", "find instruments by code or name: 茅台, apple, 黄金", metavar="TEXT")
-    _flag(what, "--drain", "move now what waits on this machine for MongoDB")
-    _flag(what, "--retain", "remove now what is older than KEEP_DAYS, also what --check names")
-    _flag(what, "--rejects", "list what MongoDB refused for good, and why")
-    _flag(what, "--reload", "for ExecReload= of the unit: have the daemon read its settings anew")
-    _flag(what, "--register", "register at the dispatch platform (once)")
-    _flag(what, "--migrate", moving, nargs="?", const="", metavar="DIR")
-    _flag(what, "--grafana", "print a Grafana dashboard over the metrics of METRICS_FILE")
-    what.add_argument("--version", action="version", version=f"stockrt {__version__}")
+    _flag(what, "--show", phrase("help.show", shown=CODES_SHOWN), nargs="*", metavar="CODE")
+    _flag(what, "--export", phrase("help.export"), metavar="FILE")
+    _flag(what, "--symbols", symbols, metavar="TEXT")
+    _flag(what, "--drain", phrase("help.drain"))
+    _flag(what, "--retain", phrase("help.retain"))
+    _flag(what, "--rejects", phrase("help.rejects"))
+    _flag(what, "--reload", phrase("help.reload"))
+    _flag(what, "--register", phrase("help.register"))
+    _flag(what, "--migrate", phrase("help.migrate"), nargs="?", const="", metavar="DIR")
+    _flag(what, "--grafana", phrase("help.grafana"))
+    _flag(what, "--version", phrase("help.version"), action="version", version=f"stockrt {__version__}")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    page = "write what --show has as one page, or candles of one code as a picture where FILE ends in .svg"
-    since = (
-        "with --chart, --html or --export: since this date or time, ISO 8601, such as 2026-08-14 or "
-        "2026-08-14T09:30+08:00; without an offset it is UTC"
-    )
-    documents = (
-        "with --migrate: bring the older client's documents over (default: its own collection, "
-        f"{OLD_COLLECTION})"
-    )
-    force = "with --register: anew, although a hash is stored; with --documents: this zone, whatever ObjectIds say"
-    places = "settings; default: " + ", ".join(map(str, ENV_FILE_PLACES))
-    until = "as --from: before this time, or up to this date, the date included"
-    charts = "with --show: candles and volume; with --html: of which step (5m)"
-    rising = "of --show, --html and --collect: the colour of what rises, in place of the one of your locale"
-    _flag(parser, "--codes", "codes, separated by blanks or commas", nargs="+", metavar="CODE")
-    _flag(parser, "--codes-file", "codes from a file, '-' for standard input", metavar="FILE")
-    _flag(parser, "--every", "with --collect: ask every S seconds, in place of the stream", metavar="S")
-    _flag(parser, "--json", "print one JSON document a line in place of the table")
-    _flag(parser, "--demo", "synthetic trades: no network, no key, embedded store")
-    _flag(parser, "--chart", charts, choices=tuple(STEPS))
-    _flag(parser, "--html", page, metavar="FILE")
-    _flag(parser, "--closes", "with --export: the closing prices in place of the trades")
-    _flag(parser, "--from", since, dest="from_", metavar="TIME")
-    _flag(parser, "--to", until, metavar="TIME")
-    _flag(parser, "--sort", "with --show: order of its lines (code)", choices=("code", "change", "asked"))
-    _flag(parser, "--up", rising, choices=("red", "green"))
-    _flag(parser, "--retry", "with --drain: what MongoDB refused before, too")
-    _flag(parser, "--discard", "with --rejects: delete them, and damaged files that were set aside")
+    documents = phrase("help.documents", collection=OLD_COLLECTION)
+    places = phrase("help.env_file", places=listing("join.names", map(str, ENV_FILE_PLACES)))
+    orders, colors = ("code", "change", "asked"), ("red", "green")
+    _flag(parser, "--codes", phrase("help.codes"), nargs="+", metavar="CODE")
+    _flag(parser, "--codes-file", phrase("help.codes_file"), metavar="FILE")
+    _flag(parser, "--every", phrase("help.every"), metavar="S")
+    _flag(parser, "--json", phrase("help.json"))
+    _flag(parser, "--demo", phrase("help.demo"))
+    _flag(parser, "--chart", phrase("help.chart"), choices=tuple(STEPS))
+    _flag(parser, "--html", phrase("help.html"), metavar="FILE")
+    _flag(parser, "--closes", phrase("help.closes"))
+    _flag(parser, "--from", phrase("help.from"), dest="from_", metavar="TIME")
+    _flag(parser, "--to", phrase("help.to"), metavar="TIME")
+    _flag(parser, "--sort", phrase("help.sort"), choices=orders)
+    _flag(parser, "--up", phrase("help.up"), choices=colors)
+    _flag(parser, "--retry", phrase("help.retry"))
+    _flag(parser, "--discard", phrase("help.discard"))
     _flag(parser, "--documents", documents, nargs="?", const="", metavar="COLLECTION")
-    _flag(
-        parser,
-        "--time-zone",
-        "with --documents: of the clock that wrote them, such as Asia/Shanghai",
-        metavar="ZONE",
-    )
-    _flag(parser, "--dry-run", "with --migrate: say what would be done, write nothing")
-    _flag(parser, "--force", force)
+    _flag(parser, "--time-zone", phrase("help.time_zone"), metavar="ZONE")
+    _flag(parser, "--dry-run", phrase("help.dry_run"))
+    _flag(parser, "--force", phrase("help.force"))
     _flag(parser, "--env-file", places, metavar="FILE", type=Path)
 
 
@@ -18203,25 +18227,21 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     if options.symbols is not None:
         _check_symbols(options.symbols)
     if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
-        raise UsageError(f"--executions {options.executions}: expected 1 to {ANSWERS_KEPT}; see --help")
+        raise UsageError(phrase("usage.executions", n=options.executions, most=ANSWERS_KEPT))
     if options.json and options.html is not None:
-        raise UsageError("--json does not go with --html; see --help")
+        raise UsageError(phrase("usage.json_with_html"))
     if options.html is not None and not options.html.lower().endswith(PAGE_FORMS):
-        raise UsageError(
-            f"--html {one_line(options.html, 100)}: expected the name of a file that ends with .html, or with .svg for "
-            "a picture; see --help"
-        )
+        raise UsageError(phrase("usage.html", file=one_line(options.html, 100)))
     for flag, commands in GOES_WITH.items():
         if _is_given(options, flag) and not any(_is_given(options, name) for name in commands):
-            names = [f"--{name.strip('_').replace('_', '-')}" for name in (*commands, flag)]
-            words = " or ".join(filter(None, [", ".join(names[:-2]), names[-2]]))
-            raise UsageError(f"{names[-1]} goes with {words}; see --help")
+            *names, last = (f"--{name.strip('_').replace('_', '-')}" for name in (*commands, flag))
+            raise UsageError(phrase("usage.goes_with", flag=last, commands=alternatives(names)))
     _check_export(options)
     if options.backfill is not None and not 1 <= options.backfill <= MAX_BARS:
-        raise UsageError(f"--backfill {options.backfill}: expected 1 to {MAX_BARS} sessions; see --help")
+        raise UsageError(phrase("usage.backfill", n=options.backfill, most=MAX_BARS))
     _check_migration(options)
     if options.once and not (options.codes or options.codes_file):
-        raise UsageError("--once needs --codes CODE … or --codes-file FILE; see --help")
+        raise UsageError(phrase("usage.once_needs_codes"))
     return options
 
 
@@ -18229,12 +18249,9 @@ def _check_export(options: Options) -> None:
     """Raise UsageError for options of --export that do not go together."""
     if options.export is not None and options.export != "-":
         if not options.export.endswith(EXPORT_FORMS):
-            raise UsageError(
-                f"--export {one_line(options.export, 100)}: expected a name that ends with .csv or .jsonl, or -; "
-                "see --help"
-            )
+            raise UsageError(phrase("usage.export", file=one_line(options.export, 100)))
         if options.json:
-            raise UsageError("--json goes with --export -, a file has the form of its name; see --help")
+            raise UsageError(phrase("usage.json_with_export"))
     span_of(options)
 
 
@@ -18247,7 +18264,7 @@ def span_of(options: Options) -> Span:
         start, length = _moment_of("--to", options.to)
         until = start + length
     if since >= until:
-        raise UsageError(f"--from {options.from_} --to {options.to}: nothing lies between them; see --help")
+        raise UsageError(phrase("usage.no_span", since=options.from_, until=options.to))
     return Span(since, until)
 
 
@@ -18263,20 +18280,17 @@ def _moment_of(flag: str, text: str) -> tuple[int, int]:
             moment = moment.replace(tzinfo=UTC)
         return round(moment.timestamp() * 1000), length
     except (ValueError, OverflowError):
-        raise UsageError(
-            f"{flag} {one_line(text, 40)}: expected a date such as 2026-08-14 or a time such as "
-            "2026-08-14T09:30+08:00; see --help"
-        ) from None
+        raise UsageError(phrase("usage.moment", flag=flag, text=one_line(text, 40))) from None
 
 
 def _check_symbols(text: str) -> None:
     """Raise UsageError for a text that no list can have."""
     if not text.strip():
-        raise UsageError("--symbols needs a text: a code or a name, or a part of one; see --help")
+        raise UsageError(phrase("usage.symbols_need_text"))
     if len(text) > LONGEST_SOUGHT:
-        raise UsageError(f"--symbols: {len(text)} characters; expected at most {LONGEST_SOUGHT}; see --help")
+        raise UsageError(phrase("usage.symbols_too_long", n=len(text), most=LONGEST_SOUGHT))
     if any("\ud800" <= character <= "\udfff" for character in text):  # how Python reads other bytes
-        raise UsageError(f"--symbols {one_line(text, 40)}: it is not UTF-8 text; see --help")
+        raise UsageError(phrase("usage.symbols_no_text", text=one_line(text, 40)))
 
 
 def _check_migration(options: Options) -> None:
@@ -18284,9 +18298,9 @@ def _check_migration(options: Options) -> None:
     if options.migrate is None:
         return
     if not options.migrate and options.documents is None:
-        raise UsageError("--migrate needs the older client's directory, or --documents; see --help")
+        raise UsageError(phrase("usage.migrate_needs"))
     if (options.documents is None) != (options.time_zone is None):
-        raise UsageError("--documents needs --time-zone ZONE, and the other way round; see --help")
+        raise UsageError(phrase("usage.documents_need_zone"))
 
 
 def read_codes(options: Options) -> Iterator[str]:
@@ -18296,8 +18310,8 @@ def read_codes(options: Options) -> Iterator[str]:
         count += 1
         yield code
     if not count:
-        where = f"--codes-file {options.codes_file or ''}".removesuffix("-file ")
-        raise UsageError(f"{where}: no code in it; expected codes such as AAPL.US 600519; see --help")
+        where = f"--codes-file {options.codes_file}" if options.codes_file else "--codes"
+        raise UsageError(phrase("usage.no_code", where=where))
 
 
 def _codes_of(options: Options) -> Iterator[str]:
@@ -18312,8 +18326,8 @@ def _codes_of(options: Options) -> Iterator[str]:
         with stream:
             yield from codes_in(stream)
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"--codes-file {options.codes_file}: cannot be read: {why}") from None
+        why = error.strerror if isinstance(error, OSError) else phrase("usage.not_utf8")
+        raise UsageError(phrase("usage.codes_file", file=options.codes_file, why=why)) from None
 
 
 def with_kinds(text: str, told: Iterable[object]) -> str:
@@ -18429,7 +18443,7 @@ def show(words: str) -> None:
     except BrokenPipeError:
         raise PrintError from None
     except OSError as error:
-        raise PrintError(f"cannot print: {error.strerror or error}") from None
+        raise PrintError(phrase("cli.cannot_print", why=error.strerror or str(error))) from None
 
 
 def show_one(document: object, line: str, as_json: bool) -> None:
@@ -18605,7 +18619,7 @@ LONG_RUN_S, DRAW_EVERY_S = 2.0, 0.5
 class Terminal(Events):
     """Shows a run to a person: rows as they come, and a bar on a terminal's stderr once it is a long one.
 
-    Long is what has more than `bar_above` of its `unit`, or takes LONG_RUN_S. Any thread may call it.
+    Long is what has more than `bar_above` of its `unit` (a kind of words), or takes LONG_RUN_S. Any thread may call it.
     """
 
     def __init__(self, rows: Rows | None = None, unit: str = "", bar_above: float = math.inf) -> None:
@@ -18659,8 +18673,11 @@ class Terminal(Events):
             if self._bar is None:
                 from tqdm import tqdm
 
-                unit = f" {self._unit}"
-                form = {" ": "working for {elapsed} (min:s)"}.get(unit)
+                form, unit = None, ""
+                if self._unit:
+                    unit = f" {for_reader(phrase(self._unit))}"
+                else:
+                    form = for_reader(phrase("cli.working"))
                 self._bar = tqdm(unit=unit, bar_format=form, file=sys.stderr, leave=False, delay=1e-9)
                 self._bar.start_t = self._began
             if self._total:
@@ -18708,16 +18725,14 @@ class _Run(threading.Thread):
 def _refuse_demo_in_mongodb(options: Options, settings: Settings) -> None:
     """Raise UsageError where synthetic trades would go among real ones."""
     if options.demo and settings.mongodb_uri:
-        raise UsageError(
-            "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out"
-        )
+        raise UsageError(phrase("usage.demo_in_mongodb"))
 
 
 def run_once(options: Options, settings: Settings) -> int:
     """Fetch the given codes once and return the exit status."""
     _refuse_demo_in_mongodb(options, settings)
     rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_size(WIDEST)[0])
-    terminal = Terminal(rows, "codes", bar_above=MAX_BATCH)
+    terminal = Terminal(rows, "unit.codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
     rows.directory = pipeline.directory
     stop = stop_on_signals()
@@ -18773,18 +18788,17 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
     if report.stale:
         say(report.stale_words())
     if report.read_as:
-        say(f"read as: {report.read_as_words()}")
+        say(phrase("cli.once_read_as", codes=report.read_as_words()))
     if finished:
         say(report.summary())
     elif not report.total:
-        say("interrupted while the codes were read")
+        say(phrase("cli.once_codes_interrupted"))
     else:
-        say(f"{report.summary()}; the store did not answer: what was being written may be missing")
-    form = "{}"
-    if settings.color and sys.stderr.isatty():
-        form = "\033[31m{}\033[0m"
+        say(phrase("cli.once_store_hangs", summary=report.summary()))
+    is_red = settings.color and sys.stderr.isatty()
     for code, failure in report.failures.items():
-        say(form.format(settings.redact(f"  {code}: {failure.words}")))
+        words = phrase("cli.once_failed_code", code=code, why=failure.words)
+        say(f"\033[31m{for_reader(words)}\033[0m" if is_red else words)
     if report.interrupted or not finished:
         return EXIT_INTERRUPTED
     return EXIT_OK if report.complete else EXIT_FAILED
@@ -18800,11 +18814,6 @@ REDRAW_S, LINES_BESIDE = 0.2, 4
 READ_AGAIN_S, TRADES_MEANWHILE = 2.0, 20_000
 # After the end a slow reader has so long for the last rows.
 LAST_ROWS_S = 2.0
-NO_STREAM_HINT = (
-    "the stream serves none of these codes to INFOWAY_API_KEY: the key's plan has no stream, or none of these products "
-    "(see above; --check names the plan, INFOWAY_PLAN where the API does not tell it); "
-    "--collect --every 10 asks for their latest trades every 10 s instead"
-)
 # So often there are synthetic trades.
 DEMO_EVERY_S = 1.0
 
@@ -19023,9 +19032,9 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
         raise PrintError(rows.fault)
     if rows.is_gone:
         return EXIT_OK
-    say(_collected_line(collecting.stats(), ticks.waiting, time.monotonic() - started_at))
+    say(_collected_words(collecting.stats(), ticks.waiting, time.monotonic() - started_at))
     if ticks.is_held_up():  # the exit's flush would wait for the reader
-        say("not all rows were read")
+        say(phrase("cli.collect_rows_unread"))
         os._exit(EXIT_INTERRUPTED)
     return EXIT_INTERRUPTED
 
@@ -19033,8 +19042,9 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
 def _need_one_code(found: Resolved) -> None:
     """Raise StockrtError where no typed code can be collected: waiting would not change that."""
     if not found.instruments:
-        words = "; ".join(f"{code}: {why}" for code, why in islice(found.refused.items(), NAMES_SHOWN))
-        raise StockrtError(f"nothing to collect: {words}; see --symbols")
+        shown = islice(found.refused.items(), NAMES_SHOWN)
+        words = [phrase("tools.because", what=code, why=why) for code, why in shown]
+        raise StockrtError(phrase("cli.collect_nothing", words=listing("join.clauses", words)))
 
 
 def _plain_codes(text: str) -> list[str]:
@@ -19051,10 +19061,10 @@ def _need_use(settings: Settings, pipeline: Pipeline, stats: CollectStats) -> No
     """Raise SettingsError where no key serves, or every trade is asked for and the stream brings none with them."""
     dead = [key.dead for key in pipeline.keys.keys if key.dead]
     if dead and len(dead) == len(pipeline.keys.keys):
-        raise SettingsError([f"INFOWAY_API_KEY: no key can be used any more: {dead[0]}"])
+        raise SettingsError([phrase("cli.collect_no_key", why=dead[0])])
     # a trade that came over REST tells that the key is good for that
     if settings.collect and stats.trades and stats.polled and not stats.connections_wanted:
-        raise SettingsError([NO_STREAM_HINT])
+        raise SettingsError([phrase("cli.collect_no_stream")])
 
 
 def _settings_to_collect(options: Options, settings: Settings) -> Settings:
@@ -19063,7 +19073,7 @@ def _settings_to_collect(options: Options, settings: Settings) -> Settings:
     if options.codes or options.codes_file:
         settings = settings._replace(collect_codes=" ".join(read_codes(options)), collect_share=(1, 1))
     elif not settings.collect_codes:
-        raise UsageError("--collect needs --codes CODE …, --codes-file FILE, or COLLECT_CODES; see --help")
+        raise UsageError(phrase("usage.collect_needs_codes"))
     every_s = 0.0
     if options.every is not None:
         every_s = _seconds_of(options.every)
@@ -19077,25 +19087,23 @@ def _seconds_of(text: str) -> float:
     try:
         return cast(float, setting.parse(text))
     except ValueError:
-        raise UsageError(f"--every {one_line(text, 40)}: {setting.expected}; see --help") from None
+        words = phrase("usage.every", text=one_line(text, 40), expected=setting.expected)
+        raise UsageError(words) from None
 
 
-def _collected_line(stats: CollectStats, waiting: int, took_s: float) -> str:
-    line = f"trades {stats.trades}, stored {stats.stored}, already known {stats.duplicates} ({took_s:.1f} s)"
+def _collected_words(stats: CollectStats, waiting: int, took_s: float) -> Phrase:
+    clauses = [
+        phrase(
+            "cli.collect_done", trades=stats.trades, stored=stats.stored, known=stats.duplicates, took=took_s
+        )
+    ]
     if waiting:
-        line += f"; {waiting_words(waiting)} on this machine for MongoDB"
+        clauses.append(phrase("cli.collect_waiting", trades=waiting_words(waiting)))
     if stats.dropped:
-        line += f"; {stats.dropped} pushed and not asked for, or no trades"
+        clauses.append(phrase("cli.collect_dropped", n=stats.dropped))
     if stats.gaps_today:
-        line += f"; {count_words(stats.gaps_today, 'gap')} today"
-    return line
-
-
-# What is said to who may not see what the service has and does.
-HIDDEN_WORDS = (
-    f"this user may not look at what {UNIT} has: run as root; "
-    "--env-file or STATE_DIRECTORY names settings or a state of your own"
-)
+        clauses.append(phrase("cli.collect_gaps", gaps=count_words(stats.gaps_today, "gap")))
+    return listing("join.clauses", clauses)
 
 
 def run_check(loaded: LoadedSettings, is_service_hidden: bool, as_json: bool) -> int:
@@ -19103,7 +19111,8 @@ def run_check(loaded: LoadedSettings, is_service_hidden: bool, as_json: bool) ->
     failed = False
     for check in _checks(loaded, is_service_hidden):
         failed |= not check.good
-        show_one(check._asdict(), _check_line(check), as_json)
+        # to programs its name is a key
+        show_one(check._asdict() | {"name": str(check.name)}, _check_line(check), as_json)
     return EXIT_FAILED if failed else EXIT_OK
 
 
@@ -19115,7 +19124,7 @@ def without_traces(settings: Settings) -> Iterator[Settings]:
     """
     directory = settings.state_directory
     with contextlib.ExitStack() as made:
-        with disk_trouble(f"the state directory {directory} cannot be used"):
+        with disk_trouble(phrase("cli.no_state_directory", path=directory)):
             if not (directory / SQLITE_NAME).exists():
                 from tempfile import TemporaryDirectory
 
@@ -19126,32 +19135,32 @@ def without_traces(settings: Settings) -> Iterator[Settings]:
 
 
 def _check_line(check: Check) -> str:
-    verdict = "ok  " if check.good else "FAIL"
-    return local_times(f"{verdict}  {check.name}: {check.words}")
+    return phrase("cli.check_good" if check.good else "cli.check_bad", name=check.name, words=check.words)
 
 
 def _check_origins(loaded: LoadedSettings, is_service_hidden: bool) -> Check:
     """Say where the settings come from, and where that is not what the service has."""
-    words = f"from {loaded.origins}"
+    clauses = [phrase("cli.origins", origins=loaded.origins)]
     if loaded.hiding:
-        names = ", ".join(loaded.hiding)
-        words += f"; not as {UNIT} has them: {names} of the environment, which it does not see; unset that to check it"
+        names = listing("join.names", loaded.hiding)
+        clauses.append(phrase("cli.not_the_services", unit=UNIT, names=names))
     if is_service_hidden:
-        words += f"; what {UNIT} has is not known here: run as root to check it"
-    return Check("settings", not loaded.hiding, words)
+        clauses.append(phrase("cli.service_unknown", unit=UNIT))
+    return Check(phrase("cli.of_settings"), not loaded.hiding, listing("join.clauses", clauses))
 
 
-NO_DAEMON = "SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon"
-NO_PLATFORM = "SERVER_IP and SERVER_PORT are not set: the daemon collects by itself, without a platform"
+def _without_platform(settings: Settings) -> Phrase:
+    """Return for what the settings are enough that name no platform."""
+    return phrase("cli.collects_alone" if settings.collects else "cli.no_daemon")
 
 
 def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
     settings = loaded.settings
     yield _check_origins(loaded, is_service_hidden)
     if settings.proxies.in_use():
-        yield Check("proxy", True, _ways(settings))
+        yield Check(phrase("cli.of_proxy"), True, _ways(settings))
     if not settings.api_keys:
-        yield Check("API key", False, phrase("settings.no_key"))
+        yield Check(phrase("cli.of_key"), False, phrase("settings.no_key"))
     with contextlib.ExitStack() as opened:
         looked_at, pipeline = settings, None
         words = ""
@@ -19159,37 +19168,48 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
             looked_at = opened.enter_context(without_traces(settings))
             pipeline = opened.enter_context(Pipeline(looked_at, only_looks=True))
         except StockrtError as error:
-            words = str(error)
+            words = error.message
         yield from _check_keys(settings, pipeline)
         yield _check_state_directory(settings)
-        store = Check("local file", False, words)
+        store = Check(phrase("cli.of_local_file"), False, words)
         if pipeline is not None:
             store = _check_store(store_name(settings), pipeline)
-        words = store.words.replace(str(looked_at.state_directory), str(settings.state_directory))
-        yield store._replace(words=words)
+        yield store._replace(
+            words=_put_right(store.words, looked_at.state_directory, settings.state_directory)
+        )
         if pipeline is not None and settings.collect_codes:
             yield from _check_collecting(settings, pipeline)
     if settings.metrics_file:
         place = settings.metrics_file.parent
         why = fault_of_place(f"{place}/.", os.W_OK | os.X_OK)
         if why:
-            yield Check("METRICS_FILE", False, f"{place} cannot be used: {why}")
+            yield Check("METRICS_FILE", False, phrase("cli.os_error", file=place, why=why))
     if settings.platform_url():
         yield check_platform(settings)
     else:
-        yield Check("platform", True, NO_PLATFORM if settings.collects else NO_DAEMON)
+        yield Check(phrase("cli.of_platform"), True, _without_platform(settings))
+
+
+def _put_right(value: Any, old: Path, new: Path) -> Any:
+    """Return words, or a value of theirs, with a path in place of another."""
+    if isinstance(value, Phrase):
+        return Phrase(value.kind, {name: _put_right(inner, old, new) for name, inner in value.values.items()})
+    if isinstance(value, tuple):
+        return tuple(_put_right(inner, old, new) for inner in value)
+    return str(value).replace(str(old), str(new)) if isinstance(value, (str, Path)) else value
 
 
 def _check_state_directory(settings: Settings) -> Check:
-    words = f"{settings.state_directory} can be made"
+    name = phrase("cli.of_state_directory")
+    words = phrase("cli.can_be_made", path=settings.state_directory)
     try:
         if settings.state_directory.is_dir():
             make_state_directory(settings.state_directory)  # looks whether this user may write there
-            words = f"{settings.state_directory} can be written"
+            words = phrase("cli.can_be_written", path=settings.state_directory)
         with without_traces(settings):
-            return Check("state directory", True, words)
+            return Check(name, True, words)
     except StoreError as error:
-        return Check("state directory", False, str(error))
+        return Check(name, False, error.message)
 
 
 def _check_keys(settings: Settings, pipeline: Pipeline | None) -> Iterator[Check]:
@@ -19206,21 +19226,22 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
 
     A connection may count against the key's limit for minutes after its end: none is made where the daemon has some.
     """
-    stop = threading.Event()
+    stop, name = threading.Event(), phrase("cli.of_codes")
     try:
         codes = WatchList(settings, pipeline.mongo).codes()
         products = [one.product for one in resolve(codes, None, stop).instruments.values()]
     except StockrtError as error:
-        yield Check("codes", False, str(error))
+        yield Check(name, False, error.message)
         return
-    yield Check("codes", bool(codes), f"{count_words(len(codes), 'code')} to collect")
+    yield Check(name, bool(codes), phrase("cli.to_collect", codes=count_words(len(codes), "code")))
     if not (settings.collect and products):
         return
     told = read_status(settings.state_directory).get("collecting", {})
     if told.get("connections_wanted") and daemon_runs(settings.state_directory):
         facts = dict.fromkeys(CollectFacts.__annotations__) | told
         faults = [trouble.what for trouble in _collect_faults(settings, facts)]
-        yield Check("stream", not faults, "; ".join(faults) or f"the daemon has it: {_collect_line(facts)}")
+        words = phrase("cli.daemon_streams", words=_collect_line(facts))
+        yield Check(phrase("cli.of_stream"), not faults, listing("join.clauses", faults or [words]))
         return
     limits = pipeline.stream_limits(stop)
     for key in pipeline.keys.keys:
@@ -19228,41 +19249,50 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
 
 
 def _check_stream(settings: Settings, key: ApiKey, product: str, limits: StreamLimits | None) -> Check:
-    name = f"stream, API key {key.shown}"
+    name = phrase("cli.of_stream_with", key=key.shown)
     if limits is None or not limits.connections:
-        return Check(name, False, "its plan has none: COLLECT_EVERY asks for the latest trades instead")
+        return Check(name, False, phrase("cli.plan_without_stream"))
     connection = StreamConnection(settings.stream_url, product, key.secret, settings.proxies)
     end = connection.open()
     connection.close()
     if end is not None:
         return Check(name, False, end.words)
-    words = f"{settings.stream_url} takes it for {product}: {count_words(limits.connections, 'connection')}"
-    words += f", {limits.per_connection} codes each, {limits.in_all} in all"
+    connections, each = count_words(limits.connections, "connection"), limits.per_connection
+    clauses = [
+        phrase(
+            "cli.stream_takes",
+            url=settings.stream_url,
+            product=product,
+            connections=connections,
+            each=each,
+            all=limits.in_all,
+        )
+    ]
     if limits.connections == 1:
-        words += "; where it still counts, a service that begins now waits for up to three minutes (429)"
-    return Check(name, True, words)
+        clauses.append(phrase("cli.still_counts"))
+    return Check(name, True, listing("join.clauses", clauses))
 
 
 def _check_store(name: str, pipeline: Pipeline) -> Check:
     try:
         return Check(name, True, pipeline.check_store())
     except StockrtError as error:
-        return Check(name, False, str(error))
+        return Check(name, False, error.message)
 
 
 def _ways(settings: Settings) -> str:
     """Return what is asked through which proxy, and what straight."""
     ways = []
-    asked = [("the API", settings.api_base_url), ("the platform", settings.platform_url())]
+    asked = [("cli.the_api", settings.api_base_url), ("cli.the_platform", settings.platform_url())]
     if settings.collect:
-        asked.insert(1, ("the stream", "http" + settings.stream_url.removeprefix("ws")))
-    for what, url in asked:
+        asked.insert(1, ("cli.the_stream", "http" + settings.stream_url.removeprefix("ws")))
+    for kind, url in asked:
         proxy = settings.proxies.for_url(url)
         if url and proxy is not None:
-            ways.append(f"{what} through {proxy.shown} ({proxy.setting})")
+            ways.append(phrase("cli.through", what=phrase(kind), proxy=proxy.shown, setting=proxy.setting))
         elif url:
-            ways.append(f"{what} straight")
-    return ", ".join(ways)
+            ways.append(phrase("cli.straight", what=phrase(kind)))
+    return listing("join.commas", ways)
 
 
 # The exit statuses of --status, as the Linux Standard Base has them for services.
@@ -19273,6 +19303,30 @@ STATUS_WORDS = {
     STATUS_NOT_RUNNING: "not running",
     STATUS_UNKNOWN: "unknown",
 }
+# What JSON calls a state of daemon, platform, stream, key or execution, and the kind of its words for a person.
+STATES = {
+    "well": "cli.well",
+    "something is wrong": "cli.wrong",
+    "not running": "cli.not_running",
+    "unknown": "cli.unknown",
+    "connected": "cli.connected",
+    "not connected": "cli.not_connected",
+    "not needed": "cli.not_needed",
+    "no daemon": "cli.without_daemon",
+    "connecting": "cli.connecting",
+    "waiting": "cli.waits_to_connect",
+    "given up": "cli.given_up",
+    "ready": "cli.ready",
+    "resting": "cli.resting",
+    "out": "cli.out",
+    "success": "cli.success",
+    "partial": "cli.partial",
+    "failure": "cli.failure",
+    "interrupted": "cli.interrupted",
+    "not ended": "cli.not_ended",
+}
+# So many columns has what a line of --status is about.
+LABEL_COLUMNS = 15
 
 
 class DaemonFacts(TypedDict, total=False):
@@ -19384,10 +19438,10 @@ def gather_status(settings: Settings) -> StatusReport:
     return status
 
 
-def _how_to_start(settings: Settings) -> str:
+def _how_to_start(settings: Settings) -> Phrase:
     if not settings.platform_url() and not settings.collects:
-        return "nothing for commands by hand; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"
-    return f"start it: sudo systemctl start {UNIT.removesuffix('.service')}, or stockrt.pyz without a command"
+        return phrase("cli.needs_no_daemon")
+    return phrase("cli.start_it", service=UNIT.removesuffix(".service"))
 
 
 def _ask_journal(directory: Path, status: StatusReport) -> list[Trouble]:
@@ -19402,12 +19456,12 @@ def _ask_journal(directory: Path, status: StatusReport) -> list[Trouble]:
     for one in last:
         status["last_execution"] = {
             "status": _whole_or_partial(one),
-            "message": str(one["message"]),
+            "message": one["message"] or "",
             "workflow_name": one["workflow_name"],
             "at": str(one["ended_at"]),
         }
         if one["status"] != "success" and one["delivered"] is not None:
-            troubles.append(Trouble("the last execution failed", "see --executions 1"))
+            troubles.append(Trouble(phrase("cli.last_failed"), phrase("cli.see_executions")))
     return troubles
 
 
@@ -19422,24 +19476,23 @@ def _what_is_wrong(settings: Settings, status: StatusReport) -> list[Trouble]:
     """Return what is wrong beside what the journal knows of."""
     wrong = []
     if status["daemon"]["running"] and status["platform"]["state"] not in ("connected", NO_NEED):
-        to_do = "see --check and the daemon's log; it tries again by itself"
-        wrong.append(Trouble("no connection to the platform", to_do))
+        wrong.append(Trouble(phrase("cli.no_connection"), phrase("cli.tries_again")))
     if status["daemon"]["running"] and status["collecting"] is not None:
         wrong += _collect_faults(settings, status["collecting"])
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
-        to_do = "see --check; they follow when MongoDB takes them, at once with --drain"
-        wrong.append(Trouble(f"{waiting_words(spool['trades'])} for MongoDB", to_do))
+        words = phrase("cli.wait_for_mongodb", trades=waiting_words(spool["trades"]))
+        wrong.append(Trouble(words, phrase("cli.they_follow")))
     if spool is not None and spool["rejects"]:
-        words = f"{count_words(spool['rejects'], 'document')} refused by MongoDB"
-        wrong.append(Trouble(words, "see --rejects; then --drain --retry or --rejects --discard"))
+        words = phrase("cli.refused", documents=count_words(spool["rejects"], "document"))
+        wrong.append(Trouble(words, phrase("cli.see_rejects")))
     if status["damaged_files"]:
-        words = f"{count_words(status['damaged_files'], 'damaged file')} set aside"
-        wrong.append(Trouble(words, "see --rejects for what may be lost; then --rejects --discard"))
-    to_do = "see its line below; renew its plan or replace it in INFOWAY_API_KEY"
-    wrong += [Trouble(f"API key {key['key']} is out", to_do) for key in keys if key["state"] == "out"]
+        words = phrase("cli.set_aside", files=count_words(status["damaged_files"], "damaged file"))
+        wrong.append(Trouble(words, phrase("cli.see_lost")))
+    out = [key["key"] for key in keys if key["state"] == "out"]
+    wrong += [Trouble(phrase("cli.key_is_out", key=key), phrase("cli.renew_plan")) for key in out]
     if keys and all(key["state"] == "resting" for key in keys):
-        wrong.append(Trouble("every API key rests", "wait, or add another key to INFOWAY_API_KEY"))
+        wrong.append(Trouble(phrase("cli.every_key_rests"), phrase("cli.wait_or_add")))
     return wrong
 
 
@@ -19452,30 +19505,32 @@ def _collect_stats(facts: Mapping[str, Any]) -> CollectStats:
 def _collect_faults(settings: Settings, facts: Mapping[str, Any]) -> list[Trouble]:
     """Return what is wrong with collecting by what the daemon told last."""
     stats = _collect_stats(facts)
-    to_do = "see --check and the daemon's log; it tries again by itself"
+    to_do = phrase("cli.tries_again")
     if stats.trouble:
-        return [Trouble(f"collecting: {one_line(stats.trouble)}", to_do)]
+        return [Trouble(phrase("cli.collect_trouble", why=one_line(stats.trouble)), to_do)]
     if stats.connections < stats.connections_wanted:
         wanted = count_words(stats.connections_wanted, "connection")
-        return [Trouble(f"{stats.connections} of {wanted} to the stream stand", to_do)]
+        return [Trouble(phrase("cli.few_connections", count=stats.connections, wanted=wanted), to_do)]
     if facts["at"] is None:
-        return [Trouble("collecting has not begun", to_do)]
+        return [Trouble(phrase("cli.not_begun"), to_do)]
     if settings.collect and stats.polled and not stats.connections_wanted:
-        words = f"the stream brings nothing, {count_words(stats.polled, 'code')} polled instead"
-        return [Trouble(words, "see --check and the daemon's log; COLLECT_EVERY polls without a stream")]
+        words = phrase("cli.polled_instead", codes=count_words(stats.polled, "code"))
+        return [Trouble(words, phrase("cli.poll_by_setting"))]
     return []
 
 
-def _collect_line(facts: Mapping[str, Any]) -> str:
+def _collect_line(facts: Mapping[str, Any]) -> Phrase:
     """Return what is collected, in all and now, for a person."""
     if facts["at"] is None:
-        return "nothing now"
+        return phrase("cli.nothing_now")
     stats = _collect_stats(facts)
-    line = f"{collect_words(stats)}, at {facts['at']}"
-    line += f"; since the start {count_words(stats.trades, 'trade')}, {stats.stored} new"
+    trades = count_words(stats.trades, "trade")
+    clauses = [
+        phrase("cli.collecting", now=collect_words(stats), at=facts["at"], trades=trades, stored=stats.stored)
+    ]
     if stats.dropped:
-        line += f", {stats.dropped} dropped"
-    return line
+        clauses.append(phrase("cli.dropped", count=stats.dropped))
+    return listing("join.commas", clauses)
 
 
 def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = False) -> int:
@@ -19488,92 +19543,120 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
     status = gather_status(settings)
     code = next(code for code, words in STATUS_WORDS.items() if words == status["status"])
     if as_json:
-        show(settings.redact(json.dumps(status, ensure_ascii=False)))
+        show_json(status)
         return code
-    waiting, last = status["waiting"], status["last_execution"]
     lines = [
-        ("status", _status_line(status)),
-        ("version", status["version"]),
-        ("daemon", _daemon_line(status["daemon"])),
-        ("registration", status["registration"] or _unregistered(settings)),
-        ("platform", _platform_line(status["platform"])),
+        ("cli.of_status", _status_line(status["status"], status["wrong"], status["to_do"])),
+        ("cli.of_version", status["version"]),
+        ("cli.of_daemon", _daemon_line(status["daemon"])),
+        ("cli.of_registration", status["registration"] or _unregistered(settings)),
+        ("cli.of_platform", _platform_line(status["platform"])),
     ]
     if status["collecting"] is not None:
         facts: Mapping[str, Any] = status["collecting"]
         if not status["daemon"]["running"]:
             facts = dict.fromkeys(facts)
-        lines.append(("collecting", _collect_line(facts)))
+        lines.append(("cli.of_collecting", _collect_line(facts)))
         odd = [one for one in facts["streams"] or () if one["why"] or one["state"] != "connected"]
-        lines += [("stream", _stream_line(one)) for one in odd]
-    lines.append(("store", status["store"]))
+        lines += [("cli.of_stream", _stream_line(one)) for one in odd]
+    lines.append(("cli.of_store", status["store"]))
     if status["spool"] is not None:
-        lines.append(("spool", _spool_line(status["spool"])))
-    words = f"{waiting['commands']} commands, {waiting['results']} results to deliver"
-    if waiting["executing"]:
-        words = f"one executed now, {words}"
-    lines.append(("waiting", words))
+        lines.append(("cli.of_spool", _spool_line(status["spool"])))
+    lines.append(("cli.of_waiting", _waiting_line(status["waiting"])))
     if status["damaged_files"]:
-        lines.append(("damaged files", f"{status['damaged_files']}: see --rejects"))
-    done = "none yet"
-    if last is not None:
-        done = f"{last['status']} at {last['at']}, {last['workflow_name'] or 'without a name'}: {last['message']}"
-    lines.append(("last execution", done))
+        lines.append(("cli.of_damaged", phrase("cli.damaged", count=status["damaged_files"])))
+    lines.append(("cli.of_last", _last_line(status["last_execution"])))
     if status["totals"]:
-        lines.append(("in all", _totals_line(status["totals"])))
-    lines += [("API key", _key_line(key)) for key in status["keys"]]
-    show(settings.redact(local_times("\n".join(f"{name:<15} {text}" for name, text in lines))))
+        lines.append(("cli.of_totals", _totals_line(status["totals"])))
+    lines += [("cli.of_key", _key_line(key)) for key in status["keys"]]
+    _show_labelled(lines)
     return code
 
 
-def _status_line(status: StatusReport) -> str:
+def _show_labelled(lines: Iterable[tuple[str, str]]) -> None:
+    """Print lines, each with what it is about, a kind, before it."""
+    shown = []
+    for kind, words in lines:
+        label = for_reader(phrase(kind))
+        shown.append(f"{label}{' ' * (LABEL_COLUMNS - columns_of(label))} {for_reader(words)}")
+    show(local_times("\n".join(shown)))
+
+
+def _state_words(state: str) -> str:
+    """Return a state as a person reads it; one of another version as it is."""
+    return phrase(STATES[state]) if state in STATES else state
+
+
+def _status_line(status: str, wrong: Sequence[str], to_do: Sequence[str]) -> str:
     """Return whether all is well, and if not, what is wrong and what to do."""
-    line = status["status"]
-    if status["wrong"]:
-        line += f": {'; '.join(status['wrong'])}"
-    if status["to_do"]:
-        line += f". To do: {'; '.join(status['to_do'])}"
-    return line
+    words, cure = _state_words(status), listing("join.clauses", to_do)
+    if wrong:
+        return phrase("cli.wrong_to_do", status=words, wrong=listing("join.clauses", wrong), to_do=cure)
+    return phrase("cli.to_do", status=words, to_do=cure) if to_do else words
 
 
-def _stream_line(stream: Mapping[str, Any]) -> str:
-    line = f"{stream['product']}: {stream['subscribed']} of {count_words(stream['codes'], 'code')}, {stream['state']}"
+def _stream_line(stream: Mapping[str, Any]) -> Phrase:
+    codes, state = count_words(stream["codes"], "code"), _state_words(stream["state"])
+    product, subscribed = stream["product"], stream["subscribed"]
+    words = phrase("cli.stream", product=product, subscribed=subscribed, codes=codes, state=state)
     if stream["why"]:
-        line += f": {one_line(stream['why'], TROUBLE_SHOWN)}"
-    return line
+        return phrase("tools.because", what=words, why=one_line(stream["why"], TROUBLE_SHOWN))
+    return words
 
 
-def _unregistered(settings: Settings) -> str:
-    if not settings.platform_url():
-        return "none: no platform is set"
-    return "none: run --register"
+def _unregistered(settings: Settings) -> Phrase:
+    return phrase("cli.run_register" if settings.platform_url() else "cli.no_platform")
+
+
+def _waiting_line(waiting: Waiting) -> Phrase:
+    commands, results = waiting["commands"], waiting["results"]
+    return phrase(
+        "cli.executing" if waiting["executing"] else "cli.waiting", commands=commands, results=results
+    )
+
+
+def _last_line(last: LastExecution | None) -> Phrase:
+    if last is None:
+        return phrase("cli.none_yet")
+    name, status = last["workflow_name"] or phrase("cli.nameless"), _state_words(last["status"])
+    return phrase("cli.last", status=status, at=last["at"], name=name, message=last["message"])
 
 
 def _show_unknown(as_json: bool) -> int:
     """Say of everything that it is not known: what cannot be looked at is not down, and not unregistered."""
-    why, to_do = "this user may not look at it", "run as root"
+    why, to_do = [phrase("cli.may_not_look")], [phrase("cli.run_as_root")]
     if as_json:
         known = {"status": STATUS_WORDS[STATUS_UNKNOWN], "version": __version__, "daemon": {"running": None}}
         unknown: dict[str, object] = dict.fromkeys(StatusReport.__annotations__)
-        show(json.dumps(unknown | known | {"wrong": [why], "to_do": [to_do]}))
+        show_json(unknown | known | {"wrong": why, "to_do": to_do})
         return STATUS_UNKNOWN
-    lines = [f"{'status':<15} unknown: {why}. To do: {to_do}", f"{'version':<15} {__version__}"]
-    parts = ("daemon", "registration", "platform", "store", "waiting", "last execution", "API key")
-    show("\n".join([*lines, *(f"{part:<15} unknown" for part in parts)]))
+    lines = [
+        ("cli.of_status", _status_line(STATUS_WORDS[STATUS_UNKNOWN], why, to_do)),
+        ("cli.of_version", __version__),
+    ]
+    others = ("daemon", "registration", "platform", "store", "waiting", "last", "key")
+    _show_labelled([*lines, *((f"cli.of_{name}", phrase("cli.unknown")) for name in others)])
     return STATUS_UNKNOWN
 
 
-def _totals_line(totals: Mapping[str, Any]) -> str:
-    count = sum(totals[name] for name in TOTALS[:3])
-    line = f"{count_words(count, 'execution')} since {totals['since']}"
-    line += f", {totals['partial']} in part, {totals['failure']} failed"
-    line += f"; {count_words(totals['stored'], 'trade')} stored, {totals['known']} already known"
-    return f"{line}, {totals['kept']} kept for MongoDB, {count_words(totals['failed'], 'code')} failed"
+def _totals_line(totals: Mapping[str, Any]) -> Phrase:
+    return phrase(
+        "cli.totals",
+        executions=count_words(sum(totals[name] for name in TOTALS[:3]), "execution"),
+        since=totals["since"],
+        partial=totals["partial"],
+        failure=totals["failure"],
+        trades=count_words(totals["stored"], "trade"),
+        known=totals["known"],
+        kept=totals["kept"],
+        codes=count_words(totals["failed"], "code"),
+    )
 
 
 def run_executions(count: int, settings: Settings, as_json: bool) -> int:
     """Print the last executions and runs with their failures, oldest first; return the exit status."""
     if is_hidden(settings.state_directory):
-        raise StoreError(HIDDEN_WORDS)
+        raise StoreError(phrase("cli.hidden", unit=UNIT))
     found: list[ExecutionFacts] = []
     if (settings.state_directory / JOURNAL_NAME).exists():
         with contextlib.closing(Journal(settings.state_directory)) as journal:
@@ -19581,87 +19664,102 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
     for one in found:
         show_one(one, _execution_lines(one), as_json)
     if not found and not as_json:
-        show("nothing was executed yet")
+        show(phrase("cli.nothing_executed"))
     return EXIT_OK
 
 
-def _execution_lines(one: ExecutionFacts) -> str:
+def _execution_lines(one: ExecutionFacts) -> Phrase:
     """Return an execution for a person: when, what, how it ended, and a line for each code that failed."""
-    words = f"{one['ended_at'] or one['accepted_at']}  {_whole_or_partial(one)}  "
-    words += f"{one['execution_id'] or '-'}  {one['workflow_name'] or '-'}"
-    result, message = one["result"] or {}, one["message"] or ""
+    result, message, more = one["result"] or {}, one["message"] or "", []
     if result:
-        stored = f"{result.get('success_count')} of {result.get('total')} codes stored"
-        words += f"  {stored}"
-        message = message.replace(f"; {stored}", "")  # once is enough
+        stored = phrase("cli.stored", stored=result.get("success_count"), total=result.get("total"))
+        message = _without_clause(message, stored)  # once is enough
+        more.append(stored)
     if one["ended_at"] and one["delivered"] is False:
-        words += ", to be delivered"
-    if one["status"] == "failure":
-        words += f": {message}"
+        more.append(phrase("cli.undelivered"))
+    words: str = phrase(
+        "cli.execution",
+        at=one["ended_at"] or one["accepted_at"],
+        outcome=_state_words(_whole_or_partial(one)),
+        id=one["execution_id"] or "-",
+        name=one["workflow_name"] or "-",
+    )
+    if more:
+        words = listing("join.columns", [words, listing("join.commas", more)])
+    if one["status"] == "failure" and message:
+        words = phrase("tools.because", what=words, why=message)
     failures = result.get("failures", {})
-    return "\n".join([one_line(words, 600), *(f"  {code}: {why}" for code, why in failures.items())])
+    lines = [phrase("cli.failed_code", code=code, why=why) for code, why in failures.items()]
+    return listing("join.lines", [one_line(words, 600), *lines])
 
 
-def _daemon_line(daemon: DaemonFacts) -> str:
+def _without_clause(message: str, clause: str) -> str:
+    """Return a message without a clause that stands beside it."""
+    if isinstance(message, Phrase) and message.kind == "join.clauses":
+        return listing(message.kind, [part for part in message.values["parts"] if part != clause])
+    return message.replace(f"; {clause}", "")  # an answer of an older version is but a text
+
+
+def _daemon_line(daemon: DaemonFacts) -> Phrase:
     if not daemon["running"]:
-        return "not running"
+        return phrase("cli.not_running")
     if daemon["pid"] is None:
-        return "running, and has told nothing of itself yet"
-    return f"running, pid {daemon['pid']}, version {daemon['version']}"
+        return phrase("cli.running_silent")
+    return phrase("cli.running", pid=daemon["pid"], version=daemon["version"])
 
 
-def _spool_line(spool: QueueFacts) -> str:
-    line = f"{waiting_words(spool['trades'])} for MongoDB"
+def _spool_line(spool: QueueFacts) -> Phrase:
+    clauses = [phrase("cli.wait_for_mongodb", trades=waiting_words(spool["trades"]))]
     if spool["trades"]:
-        line += f", {spool['bytes'] / 2**20:.1f} MB, the oldest since {spool['oldest']}"
+        clauses.append(phrase("cli.oldest", megabytes=spool["bytes"] / 2**20, oldest=spool["oldest"]))
     if spool["refused"]:
-        line += f", {spool['refused']} found no room"
+        clauses.append(phrase("cli.no_room", count=spool["refused"]))
     if spool["unsettled"]:
-        line += f", the closes of {spool['unsettled']} are still to be made"
+        clauses.append(phrase("cli.unsettled", count=spool["unsettled"]))
     if spool["rejects"]:
-        line += f", {spool['rejects']} refused by it: see --rejects"
-    return line
+        clauses.append(phrase("cli.rejected", count=spool["rejects"]))
+    return listing("join.commas", clauses)
 
 
-def _platform_line(platform: PlatformFacts) -> str:
-    line = f"{platform['url'] or 'none set'}: {platform['state']}"
+def _platform_line(platform: PlatformFacts) -> Phrase:
+    url, state = platform["url"] or phrase("cli.none_set"), _state_words(platform["state"])
     if platform["state"] == "connected":
-        return f"{line} since {platform['connected_since']}"
+        return phrase("cli.connected_since", url=url, since=platform["connected_since"])
     if platform["last_contact"]:
-        line += f", last contact {platform['last_contact']}"
-    return line
+        return phrase("cli.last_contact", url=url, state=state, at=platform["last_contact"])
+    return phrase("cli.platform", url=url, state=state)
 
 
-def _key_line(key: KeyUsage) -> str:
-    line = f"{key['key']}  {key['plan']}  {_quota_words(key)}  {key['state']}"
+def _key_line(key: KeyUsage) -> Phrase:
+    state = _state_words(key["state"])
     if key["until"]:
-        line += f" until {key['until']}"
+        state = phrase("cli.until", state=state, until=key["until"])
     if key["why"]:
-        line += f" ({key['why']})"
+        state = phrase("cli.for_reason", state=state, why=key["why"])
+    clauses: list[str] = [listing("join.columns", [key["key"], key["plan"], _quota_words(key), state])]
     if key["ends_soon"]:
-        line += f"; {key['ends_soon']}"
+        clauses.append(key["ends_soon"])
     if key["not_for"]:
-        line += f"; not for {', '.join(key['not_for'])}"
-    return line
+        clauses.append(phrase("cli.not_for", products=listing("join.names", key["not_for"])))
+    return listing("join.clauses", clauses)
 
 
-def _quota_words(key: KeyUsage) -> str:
+def _quota_words(key: KeyUsage) -> Phrase:
     if not key["per_day"]:
-        return "no daily limit, not counted"
+        return phrase("cli.no_limit")
     if key["used_today"] is None:
-        return "used today: unknown, the counts cannot be read"
-    words = f"{key['used_today']} used today, {key['left_today']} left"
-    if key["leased_today"]:
-        words += f", {key['leased_today']} of them leased by the daemon"
-    return words
+        return phrase("cli.not_counted")
+    used, left, leased = key["used_today"], key["left_today"], key["leased_today"]
+    if leased:
+        return phrase("cli.quota_leased", used=used, left=left, leased=leased)
+    return phrase("cli.quota", used=used, left=left)
 
 
 def need_mongodb(settings: Settings, why: str) -> None:
     """Raise SettingsError unless the settings name a MongoDB."""
     if not settings.mongodb_uri:
-        raise SettingsError(
-            [f"MONGODB_HOST not set: {why}; the trades are in {settings.state_directory / SQLITE_NAME}"]
-        )
+        file = settings.state_directory / SQLITE_NAME
+        raise SettingsError([phrase("cli.no_mongodb", why=why, file=file)])
 
 
 def run_drain(settings: Settings, retry: bool) -> int:
@@ -19669,8 +19767,8 @@ def run_drain(settings: Settings, retry: bool) -> int:
 
     `retry`: what MongoDB refused before, too.
     """
-    need_mongodb(settings, "there is nowhere to move what this machine holds")
-    terminal = Terminal(None, "trades", bar_above=0)
+    need_mongodb(settings, phrase("cli.nowhere_to_move"))
+    terminal = Terminal(None, "unit.trades", bar_above=0)
     stop = stop_on_signals()
     with Pipeline(settings, terminal) as pipeline:
         try:
@@ -19678,10 +19776,11 @@ def run_drain(settings: Settings, retry: bool) -> int:
         finally:
             terminal.close()
             moved, rejected, left = pipeline.delivered()
-            line = f"{moved} moved to {settings.mongodb_shown()}"
+            place = settings.mongodb_shown()
+            words = phrase("cli.drained", moved=moved, place=place, left=left)
             if rejected:
-                line += f", {rejected} refused by it: see --rejects"
-            say(f"{line}; {left} left on this machine")
+                words = phrase("cli.drained_but", moved=moved, place=place, rejected=rejected, left=left)
+            say(words)
     return EXIT_INTERRUPTED if left and stop.is_set() else EXIT_OK
 
 
@@ -19690,15 +19789,15 @@ def run_retain(settings: Settings) -> int:
     with Pipeline(settings) as pipeline:
         why = pipeline.apply_retention()
         if why:
-            raise StoreError(f"KEEP_DAYS={settings.keep_days or ''} has no effect: {why}")
-        say(local_times(f"{store_name(settings)}: {pipeline.kept()}"))
+            raise StoreError(phrase("cli.not_retained", days=settings.keep_days or "", why=why))
+        say(phrase("cli.retained", store=store_name(settings), words=pipeline.kept()))
     return EXIT_OK
 
 
 def run_backfill(options: Options, settings: Settings) -> int:
     """Make closes of the past final, print a row for each code, and return the exit status."""
     codes = list(read_codes(options)) if options.codes or options.codes_file else None
-    terminal = Terminal(None, "codes", bar_above=0)
+    terminal = Terminal(None, "unit.codes", bar_above=0)
     stop = stop_on_signals()
     done, failed, added = 0, 0, 0
     with Pipeline(settings, terminal) as pipeline:
@@ -19710,21 +19809,22 @@ def run_backfill(options: Options, settings: Settings) -> int:
                 total = row
             elif row is not None:
                 done, failed, added = done + 1, failed + bool(row.why), added + row.added
-                show(settings.redact(_backfilled_line(row)))
+                show(_backfilled_words(row))
         terminal.close()
-    line = f"{count_words(done, 'code')}, {failed} failed, {added} closes added"
-    if stop.is_set():
-        line += ", interrupted: the same command goes on where it stopped"
-    say(line)
+    kind = "cli.backfill_interrupted" if stop.is_set() else "cli.backfill_done"
+    say(phrase(kind, codes=count_words(done, "code"), failed=failed, added=added))
     if stop.is_set():
         return EXIT_INTERRUPTED
     return EXIT_FAILED if failed else EXIT_OK
 
 
-def _backfilled_line(row: Backfilled) -> str:
+def _backfilled_words(row: Backfilled) -> Phrase:
+    code = f"{row.code:<12}"
     if row.why:
-        return f"{row.code:<12}  {row.why}"
-    return f"{row.code:<12}  {row.first}  {row.last}  {row.added} added, {row.there} there before"
+        return phrase("cli.backfill_failed_code", code=code, why=row.why)
+    return phrase(
+        "cli.backfill_code", code=code, first=row.first, last=row.last, added=row.added, there=row.there
+    )
 
 
 def discard_rejects(settings: Settings) -> int:
@@ -19733,11 +19833,11 @@ def discard_rejects(settings: Settings) -> int:
         rejects = pipeline.discard_rejects()
     files = damaged_files(settings.state_directory)
     size = sum(path.stat().st_size for path in files)
-    with disk_trouble("a damaged file cannot be deleted"):
+    with disk_trouble(phrase("cli.not_deleted")):
         for path in files:
             path.unlink()
-    documents = count_words(rejects, "document")
-    say(f"discarded {documents} and {count_words(len(files), 'damaged file')} of {size / 2**20:.1f} MB")
+    documents, damaged = count_words(rejects, "document"), count_words(len(files), "damaged file")
+    say(phrase("cli.discarded", documents=documents, files=damaged, megabytes=size / 2**20))
     return EXIT_OK
 
 
@@ -19746,12 +19846,12 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
     with Pipeline(settings) as pipeline:
         rejects = pipeline.rejects()
     for reject in rejects:
-        line = "{rejected_at}  {collection}  {_id}: {reason}".format_map(reject)
-        show_one(reject, line, as_json)
+        where = listing("join.columns", [reject["rejected_at"], reject["collection"], reject["_id"]])
+        show_one(reject, phrase("tools.because", what=where, why=reject["reason"]), as_json)
     if not rejects and not as_json:
-        show("MongoDB has refused nothing")
+        show(phrase("cli.nothing_refused"))
     for path in damaged_files(settings.state_directory):
-        say(f"damaged, rescued and set aside: {path}, {path.stat().st_size / 2**20:.1f} MB")
+        say(phrase("cli.damaged_file", path=path, megabytes=path.stat().st_size / 2**20))
     return EXIT_OK
 
 
@@ -19986,9 +20086,9 @@ def _to_stdout(export: Export, reader: Reader) -> int:
 def _write_export(export: Export, reader: Reader, stream: IO[bytes]) -> int:
     """Write an export into a stream, and return how many rows it has. Raises OSError, StoreError."""
     count, done, last_code = 0, 0, ""
-    unit, total = "codes", len(export.codes)
+    unit, total = "unit.codes", len(export.codes)
     if export.is_whole:
-        unit, total = "trades", reader.estimate()
+        unit, total = "unit.trades", reader.estimate()
     code_at = export.names.index("stock_code")
     with Terminal(None, unit, bar_above=0) as terminal:
         if not export.as_json:
@@ -20007,13 +20107,12 @@ def run_register(settings: Settings, force: bool) -> int:
     place = settings.state_directory / HASH_NAME
     stored = "" if force else read_hash(settings.state_directory)
     if stored:
-        show(f"registered already: hash {shorten(stored)} in {place}; --register --force registers anew")
+        show(phrase("cli.registered_already", hash=shorten(stored), place=place))
         return EXIT_OK
     module_hash = register(settings)
     write_hash(settings.state_directory, module_hash)
-    show(
-        f"registered {settings.module_name} at {settings.platform_url()}: hash {shorten(module_hash)} in {place}"
-    )
+    name, url, shown = settings.module_name, settings.platform_url(), shorten(module_hash)
+    show(phrase("cli.registered", name=name, url=url, hash=shown, place=place))
     return EXIT_OK
 
 
@@ -20021,12 +20120,12 @@ def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
     """Say that the settings, which were read by now, are well, and for what they are enough. Raises SettingsError."""
     zones = {market.zone for market in (*MARKETS.values(), *PRODUCT_MARKETS.values())}
     if None in map(zone_info, zones):
-        raise SettingsError(["time zones: see above; install the package tzdata, or see PYTHONTZPATH"])
+        raise SettingsError([phrase("cli.no_time_zones")])
     check = _check_origins(loaded, is_service_hidden)
     if not loaded.settings.platform_url():
-        words = NO_PLATFORM if loaded.settings.collects else NO_DAEMON
-        check = check._replace(words=f"{check.words}; {words}")
-    show(_check_line(check))
+        words = listing("join.clauses", [check.words, _without_platform(loaded.settings)])
+        check = check._replace(words=words)
+    show(local_times(for_reader(_check_line(check))))
     return EXIT_OK if check.good else EXIT_FAILED
 
 
@@ -20049,18 +20148,13 @@ def run_reload(settings: Settings, environ: Mapping[str, str]) -> int:
     """Hand the unit's new environment, whose settings are good by now, to its daemon, and have it read them."""
     pid, place = environ.get("MAINPID", ""), handed_over(environ)
     if place is None or not pid.isdigit():
-        raise UsageError(
-            "--reload is what the unit's ExecReload= calls: type sudo systemctl reload stockrt, "
-            "or, for a daemon without a unit, kill -HUP and its pid"
-        )
+        raise UsageError(phrase("cli.reload_by_unit"))
     write_whole(place, json.dumps(dict(environ)), setting="RUNTIME_DIRECTORY")
     os.kill(int(pid), signal.SIGHUP)
     deadline = time.monotonic() + RELOAD_WAIT_S
     while place.exists():
         if time.monotonic() > deadline:
-            raise StockrtError(
-                f"the daemon has not read its settings within {RELOAD_WAIT_S:.0f} s; see its log"
-            )
+            raise StockrtError(phrase("cli.not_reloaded", seconds=RELOAD_WAIT_S))
         time.sleep(STOP_POLL_S)
     return EXIT_OK
 
@@ -20074,10 +20168,7 @@ def need_descriptors(settings: Settings) -> None:
         needed += DESCRIPTORS_OF_A_KEY * len(settings.api_keys)
     few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < needed:
-        raise StockrtError(
-            f"only {most} files and sockets may be open, and {needed} are needed; "
-            "see LimitNOFILE= of the unit, or ulimit -n"
-        )
+        raise StockrtError(phrase("cli.few_descriptors", most=most, needed=needed))
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, needed), most))
 
 
@@ -20096,11 +20187,11 @@ def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | 
     try:
         need_clock(time.time())
     except StoreError as error:  # it may be set at any moment
-        log.warning(str(error))
-    work = "collects without a platform"
+        log.warning("%s", error)
     if settings.platform_url():
-        work = f"for {settings.module_name} at {settings.platform_url()}"
-    log.info("stockrt %s %s", __version__, work)
+        log.info("stockrt %s for %s at %s", __version__, settings.module_name, settings.platform_url())
+    else:
+        log.info("stockrt %s collects without a platform", __version__)
     daemon.run()
     service.stopped()
     log.info("stopped")
@@ -20117,11 +20208,8 @@ def run_migrate(options: Options, environ: Mapping[str, str]) -> int:
         Path(cast(str, options.migrate)), target, environ, options.dry_run
     )
     start_logging(settings)
-    show(settings.redact("\n".join(lines)))
-    done = "a service that runs sees changes after its restart"
-    if options.dry_run:
-        done = "nothing was written: --dry-run"
-    say(f"settings: {target}; {done}")
+    show(listing("join.lines", lines))
+    say(phrase("cli.would_migrate" if options.dry_run else "cli.migrated", file=target))
     if options.documents is None:
         return EXIT_OK
     return run_documents(options, settings, old.get("MONGODB_COLLECTION_NAME", OLD_COLLECTION))
@@ -20130,13 +20218,14 @@ def run_migrate(options: Options, environ: Mapping[str, str]) -> int:
 def run_documents(options: Options, settings: Settings, source: str = OLD_COLLECTION) -> int:
     """Bring the older client's documents over, say what was done, and return the exit status."""
     zone = time_zone(cast(str, options.time_zone))
-    need_mongodb(settings, "there are no older documents")
+    need_mongodb(settings, phrase("cli.no_old_documents"))
     if settings.keep_days:
-        words = (
-            "KEEP_DAYS=%d: MongoDB removes what is older from %s again, once that holds there; see --check"
+        log.warning(
+            "KEEP_DAYS=%d: MongoDB removes what is older from %s again, once that holds there; see --check",
+            settings.keep_days,
+            settings.realtime_name,
         )
-        log.warning(words, settings.keep_days, settings.realtime_name)
-    terminal = Terminal(None, "documents", bar_above=0)
+    terminal = Terminal(None, "unit.documents", bar_above=0)
     stop = stop_on_signals()
     with Pipeline.open_mongodb(settings) as store:
         migration = Migration(
@@ -20147,9 +20236,9 @@ def run_documents(options: Options, settings: Settings, source: str = OLD_COLLEC
         finally:
             terminal.close()
             if migration.done.read:
-                say(settings.redact(migration.words()))
+                say(migration.words())
     if not finished:
-        say("interrupted: the same command goes on where it stopped")
+        say(phrase("cli.goes_on"))
         return EXIT_INTERRUPTED
     return EXIT_FAILED if migration.done.refused else EXIT_OK
 
@@ -20169,11 +20258,10 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     start_logging(loaded.settings)
     if loaded.settings.language:
         SPOKEN.choose({**environ, "STOCKRT_LANG": loaded.settings.language})
-    for warning in loaded.warnings:
-        log.warning("%s", warning)
+    _warn(loaded.warnings, needs is DAEMON_NEEDS)
     looks = options.show is not None or options.export
     if hidden and (options.drain or options.retain or options.rejects or options.executions or looks):
-        raise StoreError(HIDDEN_WORDS)
+        raise StoreError(phrase("cli.hidden", unit=UNIT))
     if options.once:
         return run_once(options, loaded.settings)
     if options.collect:
@@ -20200,6 +20288,15 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if options.show is not None:
             return run_show(options, loaded.settings, environ)
         return _run_short(options, loaded, hidden)
+
+
+def _warn(warnings: Iterable[str], is_service: bool) -> None:
+    """Tell what is odd in the settings: the one who typed a command, or the log of a service."""
+    for warning in warnings:
+        if is_service or isinstance(sys.stderr, JournalStream):
+            log.warning("%s", warning)
+        elif log.isEnabledFor(logging.WARNING):
+            say(phrase("cli.error", words=warning))
 
 
 def _run_short(options: Options, loaded: LoadedSettings, hidden: bool) -> int:
@@ -20290,6 +20387,7 @@ TEMPLATES |= {
     "join.commas": (", ", "，"),
     "join.clauses": ("; ", "；"),
     "join.and": (" and ", " 和 "),
+    "join.columns": ("  ", "  "),
     "join.lines": ("\n", "\n"),
     "join.dots": (" · ", " · "),
     "n.beat": ("{n} beat", "{n} 次轮询"),
@@ -21563,6 +21661,614 @@ TEMPLATES |= {
     "cli.sell": ("sell", "卖"),
     "cli.side": ("SIDE", "方向"),
     "cli.turnover": ("TURNOVER", "成交额"),
+    "cli.backfill_code": (
+        "{code}  {first}  {last}  {added} added, {there} there before",
+        "{code}  {first}  {last}  新增 {added} 个，已有 {there} 个",
+    ),
+    "cli.backfill_done": (
+        "{codes}, {failed} failed, {added} closes added",
+        "{codes}，失败 {failed} 个，新增 {added} 个收盘价",
+    ),
+    "cli.backfill_failed_code": ("{code}  {why}", "{code}  {why}"),
+    "cli.backfill_interrupted": (
+        "{codes}, {failed} failed, {added} closes added, interrupted: the same command goes on where it stopped",
+        "{codes}，失败 {failed} 个，新增 {added} 个收盘价，已中断：再次运行同一命令会从中断处继续",
+    ),
+    "cli.collect_done": (
+        "trades {trades}, stored {stored}, already known {known} ({took:.1f} s)",
+        "成交 {trades} 笔，已入库 {stored} 笔，已有 {known} 笔（用时 {took:.1f} 秒）",
+    ),
+    "cli.collect_dropped": (
+        "{n} pushed and not asked for, or no trades",
+        "另有 {n} 条推送并未请求，或不是成交",
+    ),
+    "cli.collect_gaps": ("{gaps} today", "今日有 {gaps}"),
+    "cli.collect_no_key": (
+        "INFOWAY_API_KEY: no key can be used any more: {why}",
+        "INFOWAY_API_KEY：已没有可用的密钥：{why}",
+    ),
+    "cli.collect_no_stream": (
+        "the stream serves none of these codes to INFOWAY_API_KEY: the key's plan has no stream, or none of these "
+        "products (see above; --check names the plan, INFOWAY_PLAN where the API does not tell it); "
+        "--collect --every 10 asks for their latest trades every 10 s instead",
+        "推送流不向 INFOWAY_API_KEY 提供这些代码：该密钥的套餐不含推送流，或不含这些产品"
+        "（见上文；套餐可用 --check 查看，API 未说明时取 INFOWAY_PLAN）；"
+        "可改用 --collect --every 10，每 10 秒请求一次最新成交",
+    ),
+    "cli.collect_nothing": (
+        "nothing to collect: {words}; see --symbols",
+        "没有可采集的代码：{words}；请看 --symbols",
+    ),
+    "cli.collect_rows_unread": ("not all rows were read", "仍有成交未被读取方读走"),
+    "cli.collect_waiting": (
+        "{trades} on this machine for MongoDB",
+        "本机上有 {trades} MongoDB",
+    ),
+    "cli.once_codes_interrupted": ("interrupted while the codes were read", "读取代码时已中断"),
+    "cli.once_failed_code": ("  {code}: {why}", "  {code}：{why}"),
+    "cli.once_read_as": ("read as: {codes}", "实际查询：{codes}"),
+    "cli.once_store_hangs": (
+        "{summary}; the store did not answer: what was being written may be missing",
+        "{summary}；存储没有应答：正在写入的数据可能缺失",
+    ),
+    "cli.working": ("working for {{elapsed}} (min:s)", "已运行 {{elapsed}}（分:秒）"),
+    "unit.codes": ("codes", "代码"),
+    "unit.documents": ("documents", "文档"),
+    "unit.trades": ("trades", "成交"),
+}
+
+# What --help says; "usage: " and "options:" as argparse has them, in Chinese as wide as in English.
+TEMPLATES |= {
+    "help.backfill": (
+        "fetch the final closes of the last DAYS sessions (up to {most}) of the given codes, or of all stored ones",
+        "补齐给定代码（或全部已存代码）最近 DAYS 个交易时段的最终收盘价，最多 {most} 个时段",
+    ),
+    "help.chart": (
+        "with --show: candles and volume; with --html: of which step (5m)",
+        "与 --show 同用：画 K 线和成交量；与 --html 同用：K 线的周期（默认 5m）",
+    ),
+    "help.check": ("check settings, keys, store and platform", "检查设置、密钥、存储和平台"),
+    "help.check_settings": (
+        "check the settings alone: no network, nothing written",
+        "只检查设置：不访问网络，不写入任何文件",
+    ),
+    "help.closes": (
+        "with --export: the closing prices in place of the trades",
+        "与 --export 同用：导出收盘价，而不是成交",
+    ),
+    "help.codes": ("codes, separated by blanks or commas", "代码，用空格或逗号分隔"),
+    "help.codes_file": ("codes from a file, '-' for standard input", "从文件读取代码，'-' 表示标准输入"),
+    "help.collect": (
+        "store and print every trade of the given codes, or of COLLECT_CODES, until Ctrl-C",
+        "持续采集给定代码（或 COLLECT_CODES）的每一笔成交，存入并打印，直到按 Ctrl-C",
+    ),
+    "help.demo": (
+        "synthetic trades: no network, no key, embedded store",
+        "模拟成交：不需要网络和密钥，存入本地文件",
+    ),
+    "help.description": (
+        "Collects the latest trades of stocks, currency pairs and crypto into MongoDB.",
+        "获取股票、外汇、加密货币的最新成交，存入 MongoDB。",
+    ),
+    "help.discard": (
+        "with --rejects: delete them, and damaged files that were set aside",
+        "与 --rejects 同用：删除这些数据，以及移开保留的损坏文件",
+    ),
+    "help.documents": (
+        "with --migrate: bring the older client's documents over (default: its own collection, {collection})",
+        "与 --migrate 同用：迁移旧客户端的文档（默认取其自己的集合 {collection}）",
+    ),
+    "help.drain": (
+        "move now what waits on this machine for MongoDB",
+        "立即把本机上等待写入 MongoDB 的数据写入",
+    ),
+    "help.dry_run": (
+        "with --migrate: say what would be done, write nothing",
+        "与 --migrate 同用：只说明会做什么，不写入任何内容",
+    ),
+    "help.env_file": ("settings; default: {places}", "设置文件；默认依次查找 {places}"),
+    "help.every": (
+        "with --collect: ask every S seconds, in place of the stream",
+        "与 --collect 同用：不用推送流，改为每 S 秒请求一次",
+    ),
+    "help.examples": (
+        """\
+examples:
+  stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY   synthetic trades: no key, no network
+  stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   real ones: INFOWAY_API_KEY must be set
+  stockrt.pyz --once --codes-file codes.txt --json           one JSON document a line on stdout
+  stockrt.pyz --collect --codes TSLA.US BTCUSDT              every trade as it is made, until Ctrl-C
+  stockrt.pyz --collect --demo --codes TSLA.US               synthetic ones, each second
+  stockrt.pyz --show                                         what is stored: price, change, session of each code
+  stockrt.pyz --backfill 60 --codes-file codes.txt           closes of the last 60 sessions, to begin with
+  stockrt.pyz --html stocks.html                             what is stored, and charts of it, as one page
+  stockrt.pyz --check                                        what is wrong, and which setting mends it
+
+exit status: 0 every code stored · 1 any not · 64 usage · 78 settings · 130 interrupted
+of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to this user
+""",
+        """\
+示例：
+  stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY   模拟成交：不需要密钥和网络
+  stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   真实成交：须设置 INFOWAY_API_KEY
+  stockrt.pyz --once --codes-file codes.txt --json           向 stdout 每行输出一个 JSON 文档
+  stockrt.pyz --collect --codes TSLA.US BTCUSDT              逐笔采集，直到按 Ctrl-C
+  stockrt.pyz --collect --demo --codes TSLA.US               模拟成交，每秒一笔
+  stockrt.pyz --show                                         已存行情：各代码的价格、涨跌、当日走势
+  stockrt.pyz --backfill 60 --codes-file codes.txt           首次使用：补齐最近 60 个交易时段的收盘价
+  stockrt.pyz --html stocks.html                             把已存行情和 K 线图写成一个网页
+  stockrt.pyz --check                                        检查有什么问题，以及该改哪一项设置
+
+退出码：0 每个代码都已入库 · 1 有代码未入库 · 64 命令行有误 · 78 设置有误 · 130 被中断
+--status 的退出码：0 正常 · 1 有问题 · 3 未运行 · 4 当前用户无权查看
+""",
+    ),
+    "help.executions": (
+        "list the last N executions and --once runs with their failures (default {shown})",
+        "列出最近 N 次执行和 --once 运行及其失败原因（默认 {shown} 次）",
+    ),
+    "help.export": (
+        "write what is stored, of all codes or those of --codes, into FILE.csv or FILE.jsonl, which it replaces, or "
+        "'-': standard output",
+        "把已存数据（全部代码，或 --codes 给出的代码）写入 FILE.csv 或 FILE.jsonl，覆盖原文件；'-' 表示标准输出",
+    ),
+    "help.force": (
+        "with --register: anew, although a hash is stored; with --documents: this zone, whatever ObjectIds say",
+        "与 --register 同用：即使已存有模块哈希也重新注册；与 --documents 同用：以给出的时区为准，不管 ObjectId",
+    ),
+    "help.from": (
+        "with --chart, --html or --export: since this date or time, ISO 8601, such as 2026-08-14 or "
+        "2026-08-14T09:30+08:00; without an offset it is UTC",
+        "与 --chart、--html 或 --export 同用：起始日期或时间（ISO 8601），如 2026-08-14 或 "
+        "2026-08-14T09:30+08:00；不带时区偏移时为 UTC",
+    ),
+    "help.grafana": (
+        "print a Grafana dashboard over the metrics of METRICS_FILE",
+        "输出 Grafana 仪表盘，展示 METRICS_FILE 的指标",
+    ),
+    "help.help": ("show this help message and exit", "显示本帮助并退出"),
+    "help.html": (
+        "write what --show has as one page, or candles of one code as a picture where FILE ends in .svg",
+        "把 --show 的内容写成一个网页；FILE 以 .svg 结尾时，把一个代码的 K 线写成图片",
+    ),
+    "help.json": (
+        "print one JSON document a line in place of the table",
+        "每行输出一个 JSON 文档，而不是表格",
+    ),
+    "help.migrate": (
+        "take settings and module hash over from the older client's directory, with --documents its documents",
+        "从旧客户端的目录迁移设置和模块哈希；加 --documents 则迁移其文档",
+    ),
+    "help.once": (
+        "fetch the given codes once, store them, print them",
+        "获取一次给定代码的最新成交，存入并打印",
+    ),
+    "help.options": ("options:", "选项："),
+    "help.register": ("register at the dispatch platform (once)", "在调度平台注册（只需一次）"),
+    "help.rejects": (
+        "list what MongoDB refused for good, and why",
+        "列出被 MongoDB 拒绝、不再重试的数据及其原因",
+    ),
+    "help.reload": (
+        "for ExecReload= of the unit: have the daemon read its settings anew",
+        "供服务单元的 ExecReload= 使用：让守护进程重新加载设置",
+    ),
+    "help.retain": (
+        "remove now what is older than KEEP_DAYS, also what --check names",
+        "立即删除超过 KEEP_DAYS 的数据，包括 --check 指出的数据",
+    ),
+    "help.retry": (
+        "with --drain: what MongoDB refused before, too",
+        "与 --drain 同用：连同此前被 MongoDB 拒绝的数据",
+    ),
+    "help.show": (
+        "show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, else the "
+        "{shown} that traded last",
+        "显示各代码的已存行情：价格、涨跌、当日走势；不给代码时取 COLLECT_CODES，也未设置时取最近成交的 {shown} 个代码",
+    ),
+    "help.sort": (
+        "with --show: order of its lines (code)",
+        "与 --show 同用：各行的排序方式（默认 code）",
+    ),
+    "help.status": (
+        "show daemon, platform, store and API keys",
+        "显示守护进程、平台、存储和 API 密钥的状态",
+    ),
+    "help.symbols": (
+        "find instruments by code or name: {examples}",
+        "按代码或名称查找品种，如 {examples}",
+    ),
+    "help.time_zone": (
+        "with --documents: of the clock that wrote them, such as Asia/Shanghai",
+        "与 --documents 同用：写入这些文档的时钟所在时区，如 Asia/Shanghai",
+    ),
+    "help.to": (
+        "as --from: before this time, or up to this date, the date included",
+        "同 --from：截止时间（不含），或截止日期（含当日）",
+    ),
+    "help.up": (
+        "of --show, --html and --collect: the colour of what rises, in place of the one of your locale",
+        "用于 --show、--html 和 --collect：上涨的颜色；不给时按语言环境的习惯",
+    ),
+    "help.usage": ("usage: ", "用法： "),
+    "help.version": ("show program's version number and exit", "显示版本号并退出"),
+}
+
+# What is wrong with a command line.
+TEMPLATES |= {
+    "usage.argument": ("argument {flag}: {what}", "选项 {flag}：{what}"),
+    "usage.backfill": (
+        "--backfill {n}: expected 1 to {most} sessions; see --help",
+        "--backfill {n}：应为 1 到 {most} 个交易时段；详见 --help",
+    ),
+    "usage.choice": (
+        "invalid choice: {value} (choose from {choices})",
+        "没有 {value} 这个取值，可选 {choices}",
+    ),
+    "usage.codes_after": (
+        "{words}; codes stand after --codes; see --help",
+        "{words}；代码须写在 --codes 之后；详见 --help",
+    ),
+    "usage.codes_file": (
+        "--codes-file {file}: cannot be read: {why}",
+        "--codes-file {file}：无法读取：{why}",
+    ),
+    "usage.collect_needs_codes": (
+        "--collect needs --codes CODE …, --codes-file FILE, or COLLECT_CODES; see --help",
+        "--collect 需要 --codes CODE …、--codes-file FILE 或 COLLECT_CODES；详见 --help",
+    ),
+    "usage.demo_in_mongodb": (
+        "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out",
+        "--demo 的模拟成交只存于本机：请取消设置 MONGODB_HOST，或去掉 --demo",
+    ),
+    "usage.did_you_mean": (
+        "{words}; did you mean {flags}?; see --help",
+        "{words}，是不是 {flags}？详见 --help",
+    ),
+    "usage.documents_need_zone": (
+        "--documents needs --time-zone ZONE, and the other way round; see --help",
+        "--documents 与 --time-zone ZONE 必须同时使用；详见 --help",
+    ),
+    "usage.every": (
+        "--every {text}: expected {expected}; see --help",
+        "--every {text}：应为{expected}；详见 --help",
+    ),
+    "usage.excluded": ("not allowed with argument {other}", "不能与 {other} 同时使用"),
+    "usage.executions": (
+        "--executions {n}: expected 1 to {most}; see --help",
+        "--executions {n}：应为 1 到 {most}；详见 --help",
+    ),
+    "usage.export": (
+        "--export {file}: expected a name that ends with .csv or .jsonl, or -; see --help",
+        "--export {file}：应为以 .csv 或 .jsonl 结尾的文件名，或 -；详见 --help",
+    ),
+    "usage.goes_with": (
+        "{flag} goes with {commands}; see --help",
+        "{flag} 须与 {commands} 同用；详见 --help",
+    ),
+    "usage.html": (
+        "--html {file}: expected the name of a file that ends with .html, or with .svg for a picture; see --help",
+        "--html {file}：应为以 .html 结尾的文件名，图片则以 .svg 结尾；详见 --help",
+    ),
+    "usage.json_with_export": (
+        "--json goes with --export -, a file has the form of its name; see --help",
+        "--json 只与 --export - 同用，写入文件时格式由文件名决定；详见 --help",
+    ),
+    "usage.json_with_html": (
+        "--json does not go with --html; see --help",
+        "--json 不能与 --html 同用；详见 --help",
+    ),
+    "usage.migrate_needs": (
+        "--migrate needs the older client's directory, or --documents; see --help",
+        "--migrate 需要旧客户端的目录，或 --documents；详见 --help",
+    ),
+    "usage.moment": (
+        "{flag} {text}: expected a date such as 2026-08-14 or a time such as 2026-08-14T09:30+08:00; see --help",
+        "{flag} {text}：应为日期（如 2026-08-14）或时间（如 2026-08-14T09:30+08:00）；详见 --help",
+    ),
+    "usage.no_code": (
+        "{where}: no code in it; expected codes such as AAPL.US 600519; see --help",
+        "{where}：其中没有代码，应为 AAPL.US 600519 这样的代码；详见 --help",
+    ),
+    "usage.no_span": (
+        "--from {since} --to {until}: nothing lies between them; see --help",
+        "--from {since} --to {until}：两者之间没有任何时间；详见 --help",
+    ),
+    "usage.no_value": ("ignored explicit argument {value}", "不接受取值，却给出了 {value}"),
+    "usage.not_utf8": ("it is not UTF-8 text", "不是 UTF-8 文本"),
+    "usage.once_needs_codes": (
+        "--once needs --codes CODE … or --codes-file FILE; see --help",
+        "--once 需要 --codes CODE … 或 --codes-file FILE；详见 --help",
+    ),
+    "usage.one_value": ("expected one argument", "需要一个取值"),
+    "usage.see_help": ("{words}; see --help", "{words}；详见 --help"),
+    "usage.some_value": ("expected at least one argument", "至少需要一个取值"),
+    "usage.symbols_need_text": (
+        "--symbols needs a text: a code or a name, or a part of one; see --help",
+        "--symbols 需要文字：代码或名称，或其中一部分；详见 --help",
+    ),
+    "usage.symbols_no_text": (
+        "--symbols {text}: it is not UTF-8 text; see --help",
+        "--symbols {text}：不是 UTF-8 文本；详见 --help",
+    ),
+    "usage.symbols_too_long": (
+        "--symbols: {n} characters; expected at most {most}; see --help",
+        "--symbols：共 {n} 个字符，最多 {most} 个；详见 --help",
+    ),
+    "usage.unknown": ("unrecognized arguments: {arguments}", "无法识别的参数：{arguments}"),
+    "usage.whole_number": ("invalid int value: {value}", "应为整数，而不是 {value}"),
+}
+
+# Looking and mending: --check, --status, --executions, --drain, --retain, --rejects, --reload, --register, --migrate.
+TEMPLATES |= {
+    "cli.can_be_made": ("{path} can be made", "{path} 可以创建"),
+    "cli.can_be_written": ("{path} can be written", "{path} 可以写入"),
+    "cli.check_bad": ("FAIL  {name}: {words}", "失败  {name}：{words}"),
+    "cli.check_good": ("ok    {name}: {words}", "正常  {name}：{words}"),
+    "cli.collect_trouble": ("collecting: {why}", "行情采集：{why}"),
+    "cli.collecting": (
+        "{now}, at {at}; since the start {trades}, {stored} new",
+        "{now}，截至 {at}；启动以来 {trades}，新入库 {stored} 笔",
+    ),
+    "cli.collects_alone": (
+        "SERVER_IP and SERVER_PORT are not set: the daemon collects by itself, without a platform",
+        "未设置 SERVER_IP 和 SERVER_PORT：守护进程自行采集，不连接平台",
+    ),
+    "cli.connected": ("connected", "已连接"),
+    "cli.connected_since": ("{url}: connected since {since}", "{url}：自 {since} 起已连接"),
+    "cli.connecting": ("connecting", "正在连接"),
+    "cli.daemon_streams": ("the daemon has it: {words}", "守护进程正在使用：{words}"),
+    "cli.damaged": ("{count}: see --rejects", "{count} 个，详见 --rejects"),
+    "cli.damaged_file": (
+        "damaged, rescued and set aside: {path}, {megabytes:.1f} MB",
+        "文件损坏，内容已抢救，原文件移开保留：{path}，{megabytes:.1f} MB",
+    ),
+    "cli.discarded": (
+        "discarded {documents} and {files} of {megabytes:.1f} MB",
+        "已删除 {documents}和 {files}（{megabytes:.1f} MB）",
+    ),
+    "cli.drained": (
+        "{moved} moved to {place}; {left} left on this machine",
+        "已将 {moved} 笔成交写入 {place}；本机剩余 {left} 笔",
+    ),
+    "cli.drained_but": (
+        "{moved} moved to {place}, {rejected} refused by it: see --rejects; {left} left on this machine",
+        "已将 {moved} 笔成交写入 {place}，{rejected} 笔被其拒绝：详见 --rejects；本机剩余 {left} 笔",
+    ),
+    "cli.dropped": ("{count} dropped", "丢弃 {count} 条"),
+    "cli.every_key_rests": ("every API key rests", "所有 API 密钥都已暂停使用"),
+    "cli.executing": (
+        "one executed now, {commands} commands, {results} results to deliver",
+        "正在执行 1 条指令，{commands} 条待执行，{results} 条结果待送达",
+    ),
+    "cli.execution": ("{at}  {outcome}  {id}  {name}", "{at}  {outcome}  {id}  {name}"),
+    "cli.failed_code": ("  {code}: {why}", "  {code}：{why}"),
+    "cli.failure": ("failure", "失败"),
+    "cli.few_connections": (
+        "{count} of {wanted} to the stream stand",
+        "推送流应有 {wanted}，现有 {count} 个",
+    ),
+    "cli.few_descriptors": (
+        "only {most} files and sockets may be open, and {needed} are needed; see LimitNOFILE= of the unit, "
+        "or ulimit -n",
+        "最多只能打开 {most} 个文件和套接字，而需要 {needed} 个；请检查服务单元的 LimitNOFILE= 或 ulimit -n",
+    ),
+    "cli.for_reason": ("{state} ({why})", "{state}（{why}）"),
+    "cli.given_up": ("given up", "已放弃"),
+    "cli.goes_on": (
+        "interrupted: the same command goes on where it stopped",
+        "已中断：再次运行同一命令会从中断处继续",
+    ),
+    "cli.hidden": (
+        "this user may not look at what {unit} has: run as root; --env-file or STATE_DIRECTORY names "
+        "settings or a state of your own",
+        "当前用户无权查看 {unit} 的设置和状态：请用 root 运行；也可用 --env-file 或 STATE_DIRECTORY "
+        "指定自己的设置或状态目录",
+    ),
+    "cli.interrupted": ("interrupted", "已中断"),
+    "cli.key_is_out": ("API key {key} is out", "API 密钥 {key} 已停用"),
+    "cli.last": ("{status} at {at}, {name}: {message}", "{at} {status}，{name}：{message}"),
+    "cli.last_contact": ("{url}: {state}, last contact {at}", "{url}：{state}，上次通信 {at}"),
+    "cli.last_failed": ("the last execution failed", "最近一次执行失败"),
+    "cli.may_not_look": ("this user may not look at it", "当前用户无权查看"),
+    "cli.migrated": (
+        "settings: {file}; a service that runs sees changes after its restart",
+        "设置：{file}；运行中的服务重启后才会用到",
+    ),
+    "cli.nameless": ("without a name", "未命名"),
+    "cli.needs_no_daemon": (
+        "nothing for commands by hand; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY",
+        "手动执行命令时不需要守护进程；要运行它，请设置 SERVER_IP 和 SERVER_PORT，或设置 COLLECT 或 "
+        "COLLECT_EVERY",
+    ),
+    "cli.no_connection": ("no connection to the platform", "未连接到平台"),
+    "cli.no_daemon": (
+        "SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon",
+        "未设置 SERVER_IP 和 SERVER_PORT：只够 --once 使用，不能运行守护进程",
+    ),
+    "cli.no_limit": ("no daily limit, not counted", "无每日额度限制，不计数"),
+    "cli.no_mongodb": (
+        "MONGODB_HOST not set: {why}; the trades are in {file}",
+        "未设置 MONGODB_HOST：{why}；成交保存在 {file}",
+    ),
+    "cli.no_old_documents": ("there are no older documents", "没有旧客户端的文档"),
+    "cli.no_platform": ("none: no platform is set", "无：未设置平台"),
+    "cli.no_room": ("{count} found no room", "{count} 笔因暂存队列已满而未保存"),
+    "cli.no_state_directory": ("the state directory {path} cannot be used", "无法使用状态目录 {path}"),
+    "cli.no_time_zones": (
+        "time zones: see above; install the package tzdata, or see PYTHONTZPATH",
+        "时区：原因见上；请安装 tzdata 软件包，或检查 PYTHONTZPATH",
+    ),
+    "cli.none_set": ("none set", "未设置"),
+    "cli.none_yet": ("none yet", "尚无"),
+    "cli.not_begun": ("collecting has not begun", "行情采集尚未开始"),
+    "cli.not_connected": ("not connected", "未连接"),
+    "cli.not_counted": ("used today: unknown, the counts cannot be read", "当日用量未知：无法读取计数"),
+    "cli.not_deleted": ("a damaged file cannot be deleted", "无法删除损坏的文件"),
+    "cli.not_ended": ("not ended", "未结束"),
+    "cli.not_for": ("not for {products}", "不能用于 {products}"),
+    "cli.not_needed": ("not needed", "不需要"),
+    "cli.not_reloaded": (
+        "the daemon has not read its settings within {seconds:.0f} s; see its log",
+        "守护进程未在 {seconds:.0f} 秒内读取设置；详见其日志",
+    ),
+    "cli.not_retained": ("KEEP_DAYS={days} has no effect: {why}", "KEEP_DAYS={days} 未生效：{why}"),
+    "cli.not_running": ("not running", "未运行"),
+    "cli.not_the_services": (
+        "not as {unit} has them: {names} of the environment, which it does not see; unset that to check it",
+        "与 {unit} 的设置不同：{names} 来自当前环境变量，服务看不到；要按服务的设置检查，请先取消这些变量",
+    ),
+    "cli.nothing_executed": ("nothing was executed yet", "尚未执行过"),
+    "cli.nothing_now": ("nothing now", "目前没有"),
+    "cli.nothing_refused": ("MongoDB has refused nothing", "MongoDB 没有拒绝过任何文档"),
+    "cli.nowhere_to_move": ("there is nowhere to move what this machine holds", "本机数据没有可写入的去处"),
+    "cli.of_codes": ("codes", "代码"),
+    "cli.of_collecting": ("collecting", "行情采集"),
+    "cli.of_daemon": ("daemon", "守护进程"),
+    "cli.of_damaged": ("damaged files", "损坏文件"),
+    "cli.of_key": ("API key", "API 密钥"),
+    "cli.of_last": ("last execution", "最近执行"),
+    "cli.of_local_file": ("local file", "本地文件"),
+    "cli.of_platform": ("platform", "平台"),
+    "cli.of_proxy": ("proxy", "代理"),
+    "cli.of_registration": ("registration", "注册"),
+    "cli.of_settings": ("settings", "设置"),
+    "cli.of_spool": ("spool", "暂存队列"),
+    "cli.of_state_directory": ("state directory", "状态目录"),
+    "cli.of_status": ("status", "状态"),
+    "cli.of_store": ("store", "存储"),
+    "cli.of_stream": ("stream", "推送流"),
+    "cli.of_stream_with": ("stream, API key {key}", "推送流，API 密钥 {key}"),
+    "cli.of_totals": ("in all", "累计"),
+    "cli.of_version": ("version", "版本"),
+    "cli.of_waiting": ("waiting", "待处理"),
+    "cli.oldest": (
+        "{megabytes:.1f} MB, the oldest since {oldest}",
+        "{megabytes:.1f} MB，最早一笔自 {oldest} 起等待",
+    ),
+    "cli.origins": ("from {origins}", "来自 {origins}"),
+    "cli.out": ("out", "已停用"),
+    "cli.partial": ("partial", "部分成功"),
+    "cli.plan_without_stream": (
+        "its plan has none: COLLECT_EVERY asks for the latest trades instead",
+        "套餐不含推送流：可改用 COLLECT_EVERY 轮询最新成交",
+    ),
+    "cli.platform": ("{url}: {state}", "{url}：{state}"),
+    "cli.poll_by_setting": (
+        "see --check and the daemon's log; COLLECT_EVERY polls without a stream",
+        "请看 --check 和守护进程的日志；COLLECT_EVERY 可不用推送流而轮询",
+    ),
+    "cli.polled_instead": (
+        "the stream brings nothing, {codes} polled instead",
+        "推送流没有数据，已改为轮询 {codes}",
+    ),
+    "cli.quota": ("{used} used today, {left} left", "当日已用 {used}，剩余额度 {left}"),
+    "cli.quota_leased": (
+        "{used} used today, {left} left, {leased} of them leased by the daemon",
+        "当日已用 {used}，剩余额度 {left}，其中 {leased} 由守护进程预留",
+    ),
+    "cli.ready": ("ready", "可用"),
+    "cli.refused": ("{documents} refused by MongoDB", "{documents}被 MongoDB 拒绝"),
+    "cli.registered": (
+        "registered {name} at {url}: hash {hash} in {place}",
+        "已将 {name} 注册到 {url}：模块哈希 {hash} 保存在 {place}",
+    ),
+    "cli.registered_already": (
+        "registered already: hash {hash} in {place}; --register --force registers anew",
+        "此前已注册：模块哈希 {hash} 保存在 {place}；--register --force 可重新注册",
+    ),
+    "cli.rejected": ("{count} refused by it: see --rejects", "{count} 个文档被拒绝：详见 --rejects"),
+    "cli.reload_by_unit": (
+        "--reload is what the unit's ExecReload= calls: type sudo systemctl reload stockrt, or, for a daemon "
+        "without a unit, kill -HUP and its pid",
+        "--reload 供服务单元的 ExecReload= 调用：请运行 sudo systemctl reload stockrt；"
+        "没有服务单元的守护进程，请用 kill -HUP 加其 pid",
+    ),
+    "cli.renew_plan": (
+        "see its line below; renew its plan or replace it in INFOWAY_API_KEY",
+        "请看下面该密钥的一行；请续订套餐，或在 INFOWAY_API_KEY 中换掉它",
+    ),
+    "cli.resting": ("resting", "暂停使用"),
+    "cli.retained": ("{store}: {words}", "{store}：{words}"),
+    "cli.run_as_root": ("run as root", "请用 root 运行"),
+    "cli.run_register": ("none: run --register", "无：请运行 --register"),
+    "cli.running": ("running, pid {pid}, version {version}", "运行中，pid {pid}，版本 {version}"),
+    "cli.running_silent": ("running, and has told nothing of itself yet", "运行中，尚未报告自身状态"),
+    "cli.see_executions": ("see --executions 1", "请看 --executions 1"),
+    "cli.see_lost": (
+        "see --rejects for what may be lost; then --rejects --discard",
+        "可能丢失的内容请看 --rejects，然后用 --rejects --discard 删除",
+    ),
+    "cli.see_rejects": (
+        "see --rejects; then --drain --retry or --rejects --discard",
+        "请看 --rejects，然后用 --drain --retry 重试，或用 --rejects --discard 删除",
+    ),
+    "cli.service_unknown": (
+        "what {unit} has is not known here: run as root to check it",
+        "当前用户看不到 {unit} 的设置：请用 root 运行以检查",
+    ),
+    "cli.set_aside": ("{files} set aside", "{files}已移开保留"),
+    "cli.start_it": (
+        "start it: sudo systemctl start {service}, or stockrt.pyz without a command",
+        "启动：sudo systemctl start {service}，或不带命令运行 stockrt.pyz",
+    ),
+    "cli.still_counts": (
+        "where it still counts, a service that begins now waits for up to three minutes (429)",
+        "这次检查的连接可能仍被计数，此时启动的服务最多要等三分钟（429）",
+    ),
+    "cli.stored": ("{stored} of {total} codes stored", "{total} 个代码中 {stored} 个已入库"),
+    "cli.straight": ("{what} straight", "{what} → 直连"),
+    "cli.stream": (
+        "{product}: {subscribed} of {codes}, {state}",
+        "{product}：{codes}中已订阅 {subscribed} 个，{state}",
+    ),
+    "cli.stream_takes": (
+        "{url} takes it for {product}: {connections}, {each} codes each, {all} in all",
+        "{url} 接受此密钥订阅 {product}：{connections}，每个连接 {each} 个代码，共 {all} 个",
+    ),
+    "cli.success": ("success", "成功"),
+    "cli.the_api": ("the API", "API"),
+    "cli.the_platform": ("the platform", "平台"),
+    "cli.the_stream": ("the stream", "推送流"),
+    "cli.they_follow": (
+        "see --check; they follow when MongoDB takes them, at once with --drain",
+        "请看 --check；MongoDB 恢复后会自动写入，--drain 可立即写入",
+    ),
+    "cli.through": ("{what} through {proxy} ({setting})", "{what} → {proxy}（{setting}）"),
+    "cli.to_collect": ("{codes} to collect", "将采集 {codes}"),
+    "cli.to_do": ("{status}. To do: {to_do}", "{status}。处理办法：{to_do}"),
+    "cli.totals": (
+        "{executions} since {since}, {partial} in part, {failure} failed; {trades} stored, {known} already "
+        "known, {kept} kept for MongoDB, {codes} failed",
+        "自 {since} 起共 {executions}，部分成功 {partial} 次，失败 {failure} 次；{trades}已入库，{known} "
+        "笔已有，{kept} 笔暂存待写入 MongoDB，{codes}失败",
+    ),
+    "cli.tries_again": (
+        "see --check and the daemon's log; it tries again by itself",
+        "请看 --check 和守护进程的日志，程序会自动重试",
+    ),
+    "cli.undelivered": ("to be delivered", "待送达"),
+    "cli.unknown": ("unknown", "未知"),
+    "cli.unsettled": ("the closes of {count} are still to be made", "{count} 笔的收盘价尚待生成"),
+    "cli.until": ("{state} until {until}", "{state}至 {until}"),
+    "cli.wait_for_mongodb": ("{trades} for MongoDB", "{trades} MongoDB"),
+    "cli.wait_or_add": (
+        "wait, or add another key to INFOWAY_API_KEY",
+        "请等待，或在 INFOWAY_API_KEY 中增加密钥",
+    ),
+    "cli.waiting": (
+        "{commands} commands, {results} results to deliver",
+        "{commands} 条指令待执行，{results} 条结果待送达",
+    ),
+    "cli.waits_to_connect": ("waiting", "等待重连"),
+    "cli.well": ("well", "正常"),
+    "cli.without_daemon": ("no daemon", "守护进程未运行"),
+    "cli.would_migrate": (
+        "settings: {file}; nothing was written: --dry-run",
+        "设置：{file}；未写入任何内容：--dry-run",
+    ),
+    "cli.wrong": ("something is wrong", "有问题"),
+    "cli.wrong_to_do": ("{status}: {wrong}. To do: {to_do}", "{status}：{wrong}。处理办法：{to_do}"),
 }
 
 
