@@ -15797,11 +15797,6 @@ class JournalStream(io.TextIOBase):
         """Yes."""
         return True
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """Which characters the stream below takes, as that one tells it."""
-        return self._stream.encoding
-
     def fileno(self) -> int:
         """Return the descriptor below."""
         return self._stream.fileno()
@@ -19111,19 +19106,13 @@ def _collected_words(stats: CollectStats, waiting: int, took_s: float) -> Phrase
     return listing("join.clauses", clauses)
 
 
-# What is said to who may not see what the service has and does.
-HIDDEN_WORDS = (
-    f"this user may not look at what {UNIT} has: run as root; "
-    "--env-file or STATE_DIRECTORY names settings or a state of your own"
-)
-
-
 def run_check(loaded: LoadedSettings, is_service_hidden: bool, as_json: bool) -> int:
     """Check everything that a run needs, print a line or a JSON document each, and return the exit status."""
     failed = False
     for check in _checks(loaded, is_service_hidden):
         failed |= not check.good
-        show_one(check._asdict(), _check_line(check), as_json)
+        # to programs its name is a key
+        show_one(check._asdict() | {"name": str(check.name)}, _check_line(check), as_json)
     return EXIT_FAILED if failed else EXIT_OK
 
 
@@ -19135,7 +19124,7 @@ def without_traces(settings: Settings) -> Iterator[Settings]:
     """
     directory = settings.state_directory
     with contextlib.ExitStack() as made:
-        with disk_trouble(f"the state directory {directory} cannot be used"):
+        with disk_trouble(phrase("cli.no_state_directory", path=directory)):
             if not (directory / SQLITE_NAME).exists():
                 from tempfile import TemporaryDirectory
 
@@ -19146,32 +19135,32 @@ def without_traces(settings: Settings) -> Iterator[Settings]:
 
 
 def _check_line(check: Check) -> str:
-    verdict = "ok  " if check.good else "FAIL"
-    return local_times(f"{verdict}  {check.name}: {check.words}")
+    return phrase("cli.check_good" if check.good else "cli.check_bad", name=check.name, words=check.words)
 
 
 def _check_origins(loaded: LoadedSettings, is_service_hidden: bool) -> Check:
     """Say where the settings come from, and where that is not what the service has."""
-    words = f"from {loaded.origins}"
+    clauses = [phrase("cli.origins", origins=loaded.origins)]
     if loaded.hiding:
-        names = ", ".join(loaded.hiding)
-        words += f"; not as {UNIT} has them: {names} of the environment, which it does not see; unset that to check it"
+        names = listing("join.names", loaded.hiding)
+        clauses.append(phrase("cli.not_the_services", unit=UNIT, names=names))
     if is_service_hidden:
-        words += f"; what {UNIT} has is not known here: run as root to check it"
-    return Check("settings", not loaded.hiding, words)
+        clauses.append(phrase("cli.service_unknown", unit=UNIT))
+    return Check(phrase("cli.of_settings"), not loaded.hiding, listing("join.clauses", clauses))
 
 
-NO_DAEMON = "SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon"
-NO_PLATFORM = "SERVER_IP and SERVER_PORT are not set: the daemon collects by itself, without a platform"
+def _without_platform(settings: Settings) -> Phrase:
+    """Return for what the settings are enough that name no platform."""
+    return phrase("cli.collects_alone" if settings.collects else "cli.no_daemon")
 
 
 def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
     settings = loaded.settings
     yield _check_origins(loaded, is_service_hidden)
     if settings.proxies.in_use():
-        yield Check("proxy", True, _ways(settings))
+        yield Check(phrase("cli.of_proxy"), True, _ways(settings))
     if not settings.api_keys:
-        yield Check("API key", False, phrase("settings.no_key"))
+        yield Check(phrase("cli.of_key"), False, phrase("settings.no_key"))
     with contextlib.ExitStack() as opened:
         looked_at, pipeline = settings, None
         words = ""
@@ -19179,37 +19168,48 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
             looked_at = opened.enter_context(without_traces(settings))
             pipeline = opened.enter_context(Pipeline(looked_at, only_looks=True))
         except StockrtError as error:
-            words = str(error)
+            words = error.message
         yield from _check_keys(settings, pipeline)
         yield _check_state_directory(settings)
-        store = Check("local file", False, words)
+        store = Check(phrase("cli.of_local_file"), False, words)
         if pipeline is not None:
             store = _check_store(store_name(settings), pipeline)
-        words = store.words.replace(str(looked_at.state_directory), str(settings.state_directory))
-        yield store._replace(words=words)
+        yield store._replace(
+            words=_put_right(store.words, looked_at.state_directory, settings.state_directory)
+        )
         if pipeline is not None and settings.collect_codes:
             yield from _check_collecting(settings, pipeline)
     if settings.metrics_file:
         place = settings.metrics_file.parent
         why = fault_of_place(f"{place}/.", os.W_OK | os.X_OK)
         if why:
-            yield Check("METRICS_FILE", False, f"{place} cannot be used: {why}")
+            yield Check("METRICS_FILE", False, phrase("cli.os_error", file=place, why=why))
     if settings.platform_url():
         yield check_platform(settings)
     else:
-        yield Check("platform", True, NO_PLATFORM if settings.collects else NO_DAEMON)
+        yield Check(phrase("cli.of_platform"), True, _without_platform(settings))
+
+
+def _put_right(value: Any, old: Path, new: Path) -> Any:
+    """Return words, or a value of theirs, with a path in place of another."""
+    if isinstance(value, Phrase):
+        return Phrase(value.kind, {name: _put_right(inner, old, new) for name, inner in value.values.items()})
+    if isinstance(value, tuple):
+        return tuple(_put_right(inner, old, new) for inner in value)
+    return str(value).replace(str(old), str(new)) if isinstance(value, (str, Path)) else value
 
 
 def _check_state_directory(settings: Settings) -> Check:
-    words = f"{settings.state_directory} can be made"
+    name = phrase("cli.of_state_directory")
+    words = phrase("cli.can_be_made", path=settings.state_directory)
     try:
         if settings.state_directory.is_dir():
             make_state_directory(settings.state_directory)  # looks whether this user may write there
-            words = f"{settings.state_directory} can be written"
+            words = phrase("cli.can_be_written", path=settings.state_directory)
         with without_traces(settings):
-            return Check("state directory", True, words)
+            return Check(name, True, words)
     except StoreError as error:
-        return Check("state directory", False, str(error))
+        return Check(name, False, error.message)
 
 
 def _check_keys(settings: Settings, pipeline: Pipeline | None) -> Iterator[Check]:
@@ -19226,21 +19226,22 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
 
     A connection may count against the key's limit for minutes after its end: none is made where the daemon has some.
     """
-    stop = threading.Event()
+    stop, name = threading.Event(), phrase("cli.of_codes")
     try:
         codes = WatchList(settings, pipeline.mongo).codes()
         products = [one.product for one in resolve(codes, None, stop).instruments.values()]
     except StockrtError as error:
-        yield Check("codes", False, str(error))
+        yield Check(name, False, error.message)
         return
-    yield Check("codes", bool(codes), f"{count_words(len(codes), 'code')} to collect")
+    yield Check(name, bool(codes), phrase("cli.to_collect", codes=count_words(len(codes), "code")))
     if not (settings.collect and products):
         return
     told = read_status(settings.state_directory).get("collecting", {})
     if told.get("connections_wanted") and daemon_runs(settings.state_directory):
         facts = dict.fromkeys(CollectFacts.__annotations__) | told
         faults = [trouble.what for trouble in _collect_faults(settings, facts)]
-        yield Check("stream", not faults, "; ".join(faults) or f"the daemon has it: {_collect_line(facts)}")
+        words = phrase("cli.daemon_streams", words=_collect_line(facts))
+        yield Check(phrase("cli.of_stream"), not faults, listing("join.clauses", faults or [words]))
         return
     limits = pipeline.stream_limits(stop)
     for key in pipeline.keys.keys:
@@ -19248,41 +19249,50 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
 
 
 def _check_stream(settings: Settings, key: ApiKey, product: str, limits: StreamLimits | None) -> Check:
-    name = f"stream, API key {key.shown}"
+    name = phrase("cli.of_stream_with", key=key.shown)
     if limits is None or not limits.connections:
-        return Check(name, False, "its plan has none: COLLECT_EVERY asks for the latest trades instead")
+        return Check(name, False, phrase("cli.plan_without_stream"))
     connection = StreamConnection(settings.stream_url, product, key.secret, settings.proxies)
     end = connection.open()
     connection.close()
     if end is not None:
         return Check(name, False, end.words)
-    words = f"{settings.stream_url} takes it for {product}: {count_words(limits.connections, 'connection')}"
-    words += f", {limits.per_connection} codes each, {limits.in_all} in all"
+    connections, each = count_words(limits.connections, "connection"), limits.per_connection
+    clauses = [
+        phrase(
+            "cli.stream_takes",
+            url=settings.stream_url,
+            product=product,
+            connections=connections,
+            each=each,
+            all=limits.in_all,
+        )
+    ]
     if limits.connections == 1:
-        words += "; where it still counts, a service that begins now waits for up to three minutes (429)"
-    return Check(name, True, words)
+        clauses.append(phrase("cli.still_counts"))
+    return Check(name, True, listing("join.clauses", clauses))
 
 
 def _check_store(name: str, pipeline: Pipeline) -> Check:
     try:
         return Check(name, True, pipeline.check_store())
     except StockrtError as error:
-        return Check(name, False, str(error))
+        return Check(name, False, error.message)
 
 
 def _ways(settings: Settings) -> str:
     """Return what is asked through which proxy, and what straight."""
     ways = []
-    asked = [("the API", settings.api_base_url), ("the platform", settings.platform_url())]
+    asked = [("cli.the_api", settings.api_base_url), ("cli.the_platform", settings.platform_url())]
     if settings.collect:
-        asked.insert(1, ("the stream", "http" + settings.stream_url.removeprefix("ws")))
-    for what, url in asked:
+        asked.insert(1, ("cli.the_stream", "http" + settings.stream_url.removeprefix("ws")))
+    for kind, url in asked:
         proxy = settings.proxies.for_url(url)
         if url and proxy is not None:
-            ways.append(f"{what} through {proxy.shown} ({proxy.setting})")
+            ways.append(phrase("cli.through", what=phrase(kind), proxy=proxy.shown, setting=proxy.setting))
         elif url:
-            ways.append(f"{what} straight")
-    return ", ".join(ways)
+            ways.append(phrase("cli.straight", what=phrase(kind)))
+    return listing("join.commas", ways)
 
 
 # The exit statuses of --status, as the Linux Standard Base has them for services.
@@ -19293,6 +19303,30 @@ STATUS_WORDS = {
     STATUS_NOT_RUNNING: "not running",
     STATUS_UNKNOWN: "unknown",
 }
+# What JSON calls a state of daemon, platform, stream, key or execution, and the kind of its words for a person.
+STATES = {
+    "well": "cli.well",
+    "something is wrong": "cli.wrong",
+    "not running": "cli.not_running",
+    "unknown": "cli.unknown",
+    "connected": "cli.connected",
+    "not connected": "cli.not_connected",
+    "not needed": "cli.not_needed",
+    "no daemon": "cli.without_daemon",
+    "connecting": "cli.connecting",
+    "waiting": "cli.waits_to_connect",
+    "given up": "cli.given_up",
+    "ready": "cli.ready",
+    "resting": "cli.resting",
+    "out": "cli.out",
+    "success": "cli.success",
+    "partial": "cli.partial",
+    "failure": "cli.failure",
+    "interrupted": "cli.interrupted",
+    "not ended": "cli.not_ended",
+}
+# So many columns has what a line of --status is about.
+LABEL_COLUMNS = 15
 
 
 class DaemonFacts(TypedDict, total=False):
@@ -19404,10 +19438,10 @@ def gather_status(settings: Settings) -> StatusReport:
     return status
 
 
-def _how_to_start(settings: Settings) -> str:
+def _how_to_start(settings: Settings) -> Phrase:
     if not settings.platform_url() and not settings.collects:
-        return "nothing for commands by hand; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"
-    return f"start it: sudo systemctl start {UNIT.removesuffix('.service')}, or stockrt.pyz without a command"
+        return phrase("cli.needs_no_daemon")
+    return phrase("cli.start_it", service=UNIT.removesuffix(".service"))
 
 
 def _ask_journal(directory: Path, status: StatusReport) -> list[Trouble]:
@@ -19422,12 +19456,12 @@ def _ask_journal(directory: Path, status: StatusReport) -> list[Trouble]:
     for one in last:
         status["last_execution"] = {
             "status": _whole_or_partial(one),
-            "message": str(one["message"]),
+            "message": one["message"] or "",
             "workflow_name": one["workflow_name"],
             "at": str(one["ended_at"]),
         }
         if one["status"] != "success" and one["delivered"] is not None:
-            troubles.append(Trouble("the last execution failed", "see --executions 1"))
+            troubles.append(Trouble(phrase("cli.last_failed"), phrase("cli.see_executions")))
     return troubles
 
 
@@ -19442,24 +19476,23 @@ def _what_is_wrong(settings: Settings, status: StatusReport) -> list[Trouble]:
     """Return what is wrong beside what the journal knows of."""
     wrong = []
     if status["daemon"]["running"] and status["platform"]["state"] not in ("connected", NO_NEED):
-        to_do = "see --check and the daemon's log; it tries again by itself"
-        wrong.append(Trouble("no connection to the platform", to_do))
+        wrong.append(Trouble(phrase("cli.no_connection"), phrase("cli.tries_again")))
     if status["daemon"]["running"] and status["collecting"] is not None:
         wrong += _collect_faults(settings, status["collecting"])
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
-        to_do = "see --check; they follow when MongoDB takes them, at once with --drain"
-        wrong.append(Trouble(f"{waiting_words(spool['trades'])} for MongoDB", to_do))
+        words = phrase("cli.wait_for_mongodb", trades=waiting_words(spool["trades"]))
+        wrong.append(Trouble(words, phrase("cli.they_follow")))
     if spool is not None and spool["rejects"]:
-        words = f"{count_words(spool['rejects'], 'document')} refused by MongoDB"
-        wrong.append(Trouble(words, "see --rejects; then --drain --retry or --rejects --discard"))
+        words = phrase("cli.refused", documents=count_words(spool["rejects"], "document"))
+        wrong.append(Trouble(words, phrase("cli.see_rejects")))
     if status["damaged_files"]:
-        words = f"{count_words(status['damaged_files'], 'damaged file')} set aside"
-        wrong.append(Trouble(words, "see --rejects for what may be lost; then --rejects --discard"))
-    to_do = "see its line below; renew its plan or replace it in INFOWAY_API_KEY"
-    wrong += [Trouble(f"API key {key['key']} is out", to_do) for key in keys if key["state"] == "out"]
+        words = phrase("cli.set_aside", files=count_words(status["damaged_files"], "damaged file"))
+        wrong.append(Trouble(words, phrase("cli.see_lost")))
+    out = [key["key"] for key in keys if key["state"] == "out"]
+    wrong += [Trouble(phrase("cli.key_is_out", key=key), phrase("cli.renew_plan")) for key in out]
     if keys and all(key["state"] == "resting" for key in keys):
-        wrong.append(Trouble("every API key rests", "wait, or add another key to INFOWAY_API_KEY"))
+        wrong.append(Trouble(phrase("cli.every_key_rests"), phrase("cli.wait_or_add")))
     return wrong
 
 
@@ -19472,30 +19505,32 @@ def _collect_stats(facts: Mapping[str, Any]) -> CollectStats:
 def _collect_faults(settings: Settings, facts: Mapping[str, Any]) -> list[Trouble]:
     """Return what is wrong with collecting by what the daemon told last."""
     stats = _collect_stats(facts)
-    to_do = "see --check and the daemon's log; it tries again by itself"
+    to_do = phrase("cli.tries_again")
     if stats.trouble:
-        return [Trouble(f"collecting: {one_line(stats.trouble)}", to_do)]
+        return [Trouble(phrase("cli.collect_trouble", why=one_line(stats.trouble)), to_do)]
     if stats.connections < stats.connections_wanted:
         wanted = count_words(stats.connections_wanted, "connection")
-        return [Trouble(f"{stats.connections} of {wanted} to the stream stand", to_do)]
+        return [Trouble(phrase("cli.few_connections", count=stats.connections, wanted=wanted), to_do)]
     if facts["at"] is None:
-        return [Trouble("collecting has not begun", to_do)]
+        return [Trouble(phrase("cli.not_begun"), to_do)]
     if settings.collect and stats.polled and not stats.connections_wanted:
-        words = f"the stream brings nothing, {count_words(stats.polled, 'code')} polled instead"
-        return [Trouble(words, "see --check and the daemon's log; COLLECT_EVERY polls without a stream")]
+        words = phrase("cli.polled_instead", codes=count_words(stats.polled, "code"))
+        return [Trouble(words, phrase("cli.poll_by_setting"))]
     return []
 
 
-def _collect_line(facts: Mapping[str, Any]) -> str:
+def _collect_line(facts: Mapping[str, Any]) -> Phrase:
     """Return what is collected, in all and now, for a person."""
     if facts["at"] is None:
-        return "nothing now"
+        return phrase("cli.nothing_now")
     stats = _collect_stats(facts)
-    line = f"{collect_words(stats)}, at {facts['at']}"
-    line += f"; since the start {count_words(stats.trades, 'trade')}, {stats.stored} new"
+    trades = count_words(stats.trades, "trade")
+    clauses = [
+        phrase("cli.collecting", now=collect_words(stats), at=facts["at"], trades=trades, stored=stats.stored)
+    ]
     if stats.dropped:
-        line += f", {stats.dropped} dropped"
-    return line
+        clauses.append(phrase("cli.dropped", count=stats.dropped))
+    return listing("join.commas", clauses)
 
 
 def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = False) -> int:
@@ -19508,92 +19543,120 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
     status = gather_status(settings)
     code = next(code for code, words in STATUS_WORDS.items() if words == status["status"])
     if as_json:
-        show(settings.redact(json.dumps(status, ensure_ascii=False)))
+        show_json(status)
         return code
-    waiting, last = status["waiting"], status["last_execution"]
     lines = [
-        ("status", _status_line(status)),
-        ("version", status["version"]),
-        ("daemon", _daemon_line(status["daemon"])),
-        ("registration", status["registration"] or _unregistered(settings)),
-        ("platform", _platform_line(status["platform"])),
+        ("cli.of_status", _status_line(status["status"], status["wrong"], status["to_do"])),
+        ("cli.of_version", status["version"]),
+        ("cli.of_daemon", _daemon_line(status["daemon"])),
+        ("cli.of_registration", status["registration"] or _unregistered(settings)),
+        ("cli.of_platform", _platform_line(status["platform"])),
     ]
     if status["collecting"] is not None:
         facts: Mapping[str, Any] = status["collecting"]
         if not status["daemon"]["running"]:
             facts = dict.fromkeys(facts)
-        lines.append(("collecting", _collect_line(facts)))
+        lines.append(("cli.of_collecting", _collect_line(facts)))
         odd = [one for one in facts["streams"] or () if one["why"] or one["state"] != "connected"]
-        lines += [("stream", _stream_line(one)) for one in odd]
-    lines.append(("store", status["store"]))
+        lines += [("cli.of_stream", _stream_line(one)) for one in odd]
+    lines.append(("cli.of_store", status["store"]))
     if status["spool"] is not None:
-        lines.append(("spool", _spool_line(status["spool"])))
-    words = f"{waiting['commands']} commands, {waiting['results']} results to deliver"
-    if waiting["executing"]:
-        words = f"one executed now, {words}"
-    lines.append(("waiting", words))
+        lines.append(("cli.of_spool", _spool_line(status["spool"])))
+    lines.append(("cli.of_waiting", _waiting_line(status["waiting"])))
     if status["damaged_files"]:
-        lines.append(("damaged files", f"{status['damaged_files']}: see --rejects"))
-    done = "none yet"
-    if last is not None:
-        done = f"{last['status']} at {last['at']}, {last['workflow_name'] or 'without a name'}: {last['message']}"
-    lines.append(("last execution", done))
+        lines.append(("cli.of_damaged", phrase("cli.damaged", count=status["damaged_files"])))
+    lines.append(("cli.of_last", _last_line(status["last_execution"])))
     if status["totals"]:
-        lines.append(("in all", _totals_line(status["totals"])))
-    lines += [("API key", _key_line(key)) for key in status["keys"]]
-    show(settings.redact(local_times("\n".join(f"{name:<15} {text}" for name, text in lines))))
+        lines.append(("cli.of_totals", _totals_line(status["totals"])))
+    lines += [("cli.of_key", _key_line(key)) for key in status["keys"]]
+    _show_labelled(lines)
     return code
 
 
-def _status_line(status: StatusReport) -> str:
+def _show_labelled(lines: Iterable[tuple[str, str]]) -> None:
+    """Print lines, each with what it is about, a kind, before it."""
+    shown = []
+    for kind, words in lines:
+        label = for_reader(phrase(kind))
+        shown.append(f"{label}{' ' * (LABEL_COLUMNS - columns_of(label))} {for_reader(words)}")
+    show(local_times("\n".join(shown)))
+
+
+def _state_words(state: str) -> str:
+    """Return a state as a person reads it; one of another version as it is."""
+    return phrase(STATES[state]) if state in STATES else state
+
+
+def _status_line(status: str, wrong: Sequence[str], to_do: Sequence[str]) -> str:
     """Return whether all is well, and if not, what is wrong and what to do."""
-    line = status["status"]
-    if status["wrong"]:
-        line += f": {'; '.join(status['wrong'])}"
-    if status["to_do"]:
-        line += f". To do: {'; '.join(status['to_do'])}"
-    return line
+    words, cure = _state_words(status), listing("join.clauses", to_do)
+    if wrong:
+        return phrase("cli.wrong_to_do", status=words, wrong=listing("join.clauses", wrong), to_do=cure)
+    return phrase("cli.to_do", status=words, to_do=cure) if to_do else words
 
 
-def _stream_line(stream: Mapping[str, Any]) -> str:
-    line = f"{stream['product']}: {stream['subscribed']} of {count_words(stream['codes'], 'code')}, {stream['state']}"
+def _stream_line(stream: Mapping[str, Any]) -> Phrase:
+    codes, state = count_words(stream["codes"], "code"), _state_words(stream["state"])
+    product, subscribed = stream["product"], stream["subscribed"]
+    words = phrase("cli.stream", product=product, subscribed=subscribed, codes=codes, state=state)
     if stream["why"]:
-        line += f": {one_line(stream['why'], TROUBLE_SHOWN)}"
-    return line
+        return phrase("tools.because", what=words, why=one_line(stream["why"], TROUBLE_SHOWN))
+    return words
 
 
-def _unregistered(settings: Settings) -> str:
-    if not settings.platform_url():
-        return "none: no platform is set"
-    return "none: run --register"
+def _unregistered(settings: Settings) -> Phrase:
+    return phrase("cli.run_register" if settings.platform_url() else "cli.no_platform")
+
+
+def _waiting_line(waiting: Waiting) -> Phrase:
+    commands, results = waiting["commands"], waiting["results"]
+    return phrase(
+        "cli.executing" if waiting["executing"] else "cli.waiting", commands=commands, results=results
+    )
+
+
+def _last_line(last: LastExecution | None) -> Phrase:
+    if last is None:
+        return phrase("cli.none_yet")
+    name, status = last["workflow_name"] or phrase("cli.nameless"), _state_words(last["status"])
+    return phrase("cli.last", status=status, at=last["at"], name=name, message=last["message"])
 
 
 def _show_unknown(as_json: bool) -> int:
     """Say of everything that it is not known: what cannot be looked at is not down, and not unregistered."""
-    why, to_do = "this user may not look at it", "run as root"
+    why, to_do = [phrase("cli.may_not_look")], [phrase("cli.run_as_root")]
     if as_json:
         known = {"status": STATUS_WORDS[STATUS_UNKNOWN], "version": __version__, "daemon": {"running": None}}
         unknown: dict[str, object] = dict.fromkeys(StatusReport.__annotations__)
-        show(json.dumps(unknown | known | {"wrong": [why], "to_do": [to_do]}))
+        show_json(unknown | known | {"wrong": why, "to_do": to_do})
         return STATUS_UNKNOWN
-    lines = [f"{'status':<15} unknown: {why}. To do: {to_do}", f"{'version':<15} {__version__}"]
-    parts = ("daemon", "registration", "platform", "store", "waiting", "last execution", "API key")
-    show("\n".join([*lines, *(f"{part:<15} unknown" for part in parts)]))
+    lines = [
+        ("cli.of_status", _status_line(STATUS_WORDS[STATUS_UNKNOWN], why, to_do)),
+        ("cli.of_version", __version__),
+    ]
+    others = ("daemon", "registration", "platform", "store", "waiting", "last", "key")
+    _show_labelled([*lines, *((f"cli.of_{name}", phrase("cli.unknown")) for name in others)])
     return STATUS_UNKNOWN
 
 
-def _totals_line(totals: Mapping[str, Any]) -> str:
-    count = sum(totals[name] for name in TOTALS[:3])
-    line = f"{count_words(count, 'execution')} since {totals['since']}"
-    line += f", {totals['partial']} in part, {totals['failure']} failed"
-    line += f"; {count_words(totals['stored'], 'trade')} stored, {totals['known']} already known"
-    return f"{line}, {totals['kept']} kept for MongoDB, {count_words(totals['failed'], 'code')} failed"
+def _totals_line(totals: Mapping[str, Any]) -> Phrase:
+    return phrase(
+        "cli.totals",
+        executions=count_words(sum(totals[name] for name in TOTALS[:3]), "execution"),
+        since=totals["since"],
+        partial=totals["partial"],
+        failure=totals["failure"],
+        trades=count_words(totals["stored"], "trade"),
+        known=totals["known"],
+        kept=totals["kept"],
+        codes=count_words(totals["failed"], "code"),
+    )
 
 
 def run_executions(count: int, settings: Settings, as_json: bool) -> int:
     """Print the last executions and runs with their failures, oldest first; return the exit status."""
     if is_hidden(settings.state_directory):
-        raise StoreError(HIDDEN_WORDS)
+        raise StoreError(phrase("cli.hidden", unit=UNIT))
     found: list[ExecutionFacts] = []
     if (settings.state_directory / JOURNAL_NAME).exists():
         with contextlib.closing(Journal(settings.state_directory)) as journal:
@@ -19601,87 +19664,102 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
     for one in found:
         show_one(one, _execution_lines(one), as_json)
     if not found and not as_json:
-        show("nothing was executed yet")
+        show(phrase("cli.nothing_executed"))
     return EXIT_OK
 
 
-def _execution_lines(one: ExecutionFacts) -> str:
+def _execution_lines(one: ExecutionFacts) -> Phrase:
     """Return an execution for a person: when, what, how it ended, and a line for each code that failed."""
-    words = f"{one['ended_at'] or one['accepted_at']}  {_whole_or_partial(one)}  "
-    words += f"{one['execution_id'] or '-'}  {one['workflow_name'] or '-'}"
-    result, message = one["result"] or {}, one["message"] or ""
+    result, message, more = one["result"] or {}, one["message"] or "", []
     if result:
-        stored = f"{result.get('success_count')} of {result.get('total')} codes stored"
-        words += f"  {stored}"
-        message = message.replace(f"; {stored}", "")  # once is enough
+        stored = phrase("cli.stored", stored=result.get("success_count"), total=result.get("total"))
+        message = _without_clause(message, stored)  # once is enough
+        more.append(stored)
     if one["ended_at"] and one["delivered"] is False:
-        words += ", to be delivered"
-    if one["status"] == "failure":
-        words += f": {message}"
+        more.append(phrase("cli.undelivered"))
+    words: str = phrase(
+        "cli.execution",
+        at=one["ended_at"] or one["accepted_at"],
+        outcome=_state_words(_whole_or_partial(one)),
+        id=one["execution_id"] or "-",
+        name=one["workflow_name"] or "-",
+    )
+    if more:
+        words = listing("join.columns", [words, listing("join.commas", more)])
+    if one["status"] == "failure" and message:
+        words = phrase("tools.because", what=words, why=message)
     failures = result.get("failures", {})
-    return "\n".join([one_line(words, 600), *(f"  {code}: {why}" for code, why in failures.items())])
+    lines = [phrase("cli.failed_code", code=code, why=why) for code, why in failures.items()]
+    return listing("join.lines", [one_line(words, 600), *lines])
 
 
-def _daemon_line(daemon: DaemonFacts) -> str:
+def _without_clause(message: str, clause: str) -> str:
+    """Return a message without a clause that stands beside it."""
+    if isinstance(message, Phrase) and message.kind == "join.clauses":
+        return listing(message.kind, [part for part in message.values["parts"] if part != clause])
+    return message.replace(f"; {clause}", "")  # an answer of an older version is but a text
+
+
+def _daemon_line(daemon: DaemonFacts) -> Phrase:
     if not daemon["running"]:
-        return "not running"
+        return phrase("cli.not_running")
     if daemon["pid"] is None:
-        return "running, and has told nothing of itself yet"
-    return f"running, pid {daemon['pid']}, version {daemon['version']}"
+        return phrase("cli.running_silent")
+    return phrase("cli.running", pid=daemon["pid"], version=daemon["version"])
 
 
-def _spool_line(spool: QueueFacts) -> str:
-    line = f"{waiting_words(spool['trades'])} for MongoDB"
+def _spool_line(spool: QueueFacts) -> Phrase:
+    clauses = [phrase("cli.wait_for_mongodb", trades=waiting_words(spool["trades"]))]
     if spool["trades"]:
-        line += f", {spool['bytes'] / 2**20:.1f} MB, the oldest since {spool['oldest']}"
+        clauses.append(phrase("cli.oldest", megabytes=spool["bytes"] / 2**20, oldest=spool["oldest"]))
     if spool["refused"]:
-        line += f", {spool['refused']} found no room"
+        clauses.append(phrase("cli.no_room", count=spool["refused"]))
     if spool["unsettled"]:
-        line += f", the closes of {spool['unsettled']} are still to be made"
+        clauses.append(phrase("cli.unsettled", count=spool["unsettled"]))
     if spool["rejects"]:
-        line += f", {spool['rejects']} refused by it: see --rejects"
-    return line
+        clauses.append(phrase("cli.rejected", count=spool["rejects"]))
+    return listing("join.commas", clauses)
 
 
-def _platform_line(platform: PlatformFacts) -> str:
-    line = f"{platform['url'] or 'none set'}: {platform['state']}"
+def _platform_line(platform: PlatformFacts) -> Phrase:
+    url, state = platform["url"] or phrase("cli.none_set"), _state_words(platform["state"])
     if platform["state"] == "connected":
-        return f"{line} since {platform['connected_since']}"
+        return phrase("cli.connected_since", url=url, since=platform["connected_since"])
     if platform["last_contact"]:
-        line += f", last contact {platform['last_contact']}"
-    return line
+        return phrase("cli.last_contact", url=url, state=state, at=platform["last_contact"])
+    return phrase("cli.platform", url=url, state=state)
 
 
-def _key_line(key: KeyUsage) -> str:
-    line = f"{key['key']}  {key['plan']}  {_quota_words(key)}  {key['state']}"
+def _key_line(key: KeyUsage) -> Phrase:
+    state = _state_words(key["state"])
     if key["until"]:
-        line += f" until {key['until']}"
+        state = phrase("cli.until", state=state, until=key["until"])
     if key["why"]:
-        line += f" ({key['why']})"
+        state = phrase("cli.for_reason", state=state, why=key["why"])
+    clauses: list[str] = [listing("join.columns", [key["key"], key["plan"], _quota_words(key), state])]
     if key["ends_soon"]:
-        line += f"; {key['ends_soon']}"
+        clauses.append(key["ends_soon"])
     if key["not_for"]:
-        line += f"; not for {', '.join(key['not_for'])}"
-    return line
+        clauses.append(phrase("cli.not_for", products=listing("join.names", key["not_for"])))
+    return listing("join.clauses", clauses)
 
 
-def _quota_words(key: KeyUsage) -> str:
+def _quota_words(key: KeyUsage) -> Phrase:
     if not key["per_day"]:
-        return "no daily limit, not counted"
+        return phrase("cli.no_limit")
     if key["used_today"] is None:
-        return "used today: unknown, the counts cannot be read"
-    words = f"{key['used_today']} used today, {key['left_today']} left"
-    if key["leased_today"]:
-        words += f", {key['leased_today']} of them leased by the daemon"
-    return words
+        return phrase("cli.not_counted")
+    used, left, leased = key["used_today"], key["left_today"], key["leased_today"]
+    if leased:
+        return phrase("cli.quota_leased", used=used, left=left, leased=leased)
+    return phrase("cli.quota", used=used, left=left)
 
 
 def need_mongodb(settings: Settings, why: str) -> None:
     """Raise SettingsError unless the settings name a MongoDB."""
     if not settings.mongodb_uri:
-        raise SettingsError(
-            [f"MONGODB_HOST not set: {why}; the trades are in {settings.state_directory / SQLITE_NAME}"]
-        )
+        file = settings.state_directory / SQLITE_NAME
+        raise SettingsError([phrase("cli.no_mongodb", why=why, file=file)])
 
 
 def run_drain(settings: Settings, retry: bool) -> int:
@@ -19689,7 +19767,7 @@ def run_drain(settings: Settings, retry: bool) -> int:
 
     `retry`: what MongoDB refused before, too.
     """
-    need_mongodb(settings, "there is nowhere to move what this machine holds")
+    need_mongodb(settings, phrase("cli.nowhere_to_move"))
     terminal = Terminal(None, "unit.trades", bar_above=0)
     stop = stop_on_signals()
     with Pipeline(settings, terminal) as pipeline:
@@ -19698,10 +19776,11 @@ def run_drain(settings: Settings, retry: bool) -> int:
         finally:
             terminal.close()
             moved, rejected, left = pipeline.delivered()
-            line = f"{moved} moved to {settings.mongodb_shown()}"
+            place = settings.mongodb_shown()
+            words = phrase("cli.drained", moved=moved, place=place, left=left)
             if rejected:
-                line += f", {rejected} refused by it: see --rejects"
-            say(f"{line}; {left} left on this machine")
+                words = phrase("cli.drained_but", moved=moved, place=place, rejected=rejected, left=left)
+            say(words)
     return EXIT_INTERRUPTED if left and stop.is_set() else EXIT_OK
 
 
@@ -19710,8 +19789,8 @@ def run_retain(settings: Settings) -> int:
     with Pipeline(settings) as pipeline:
         why = pipeline.apply_retention()
         if why:
-            raise StoreError(f"KEEP_DAYS={settings.keep_days or ''} has no effect: {why}")
-        say(local_times(f"{store_name(settings)}: {pipeline.kept()}"))
+            raise StoreError(phrase("cli.not_retained", days=settings.keep_days or "", why=why))
+        say(phrase("cli.retained", store=store_name(settings), words=pipeline.kept()))
     return EXIT_OK
 
 
@@ -19754,11 +19833,11 @@ def discard_rejects(settings: Settings) -> int:
         rejects = pipeline.discard_rejects()
     files = damaged_files(settings.state_directory)
     size = sum(path.stat().st_size for path in files)
-    with disk_trouble("a damaged file cannot be deleted"):
+    with disk_trouble(phrase("cli.not_deleted")):
         for path in files:
             path.unlink()
-    documents = count_words(rejects, "document")
-    say(f"discarded {documents} and {count_words(len(files), 'damaged file')} of {size / 2**20:.1f} MB")
+    documents, damaged = count_words(rejects, "document"), count_words(len(files), "damaged file")
+    say(phrase("cli.discarded", documents=documents, files=damaged, megabytes=size / 2**20))
     return EXIT_OK
 
 
@@ -19767,12 +19846,12 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
     with Pipeline(settings) as pipeline:
         rejects = pipeline.rejects()
     for reject in rejects:
-        line = "{rejected_at}  {collection}  {_id}: {reason}".format_map(reject)
-        show_one(reject, line, as_json)
+        where = listing("join.columns", [reject["rejected_at"], reject["collection"], reject["_id"]])
+        show_one(reject, phrase("tools.because", what=where, why=reject["reason"]), as_json)
     if not rejects and not as_json:
-        show("MongoDB has refused nothing")
+        show(phrase("cli.nothing_refused"))
     for path in damaged_files(settings.state_directory):
-        say(f"damaged, rescued and set aside: {path}, {path.stat().st_size / 2**20:.1f} MB")
+        say(phrase("cli.damaged_file", path=path, megabytes=path.stat().st_size / 2**20))
     return EXIT_OK
 
 
@@ -20028,13 +20107,12 @@ def run_register(settings: Settings, force: bool) -> int:
     place = settings.state_directory / HASH_NAME
     stored = "" if force else read_hash(settings.state_directory)
     if stored:
-        show(f"registered already: hash {shorten(stored)} in {place}; --register --force registers anew")
+        show(phrase("cli.registered_already", hash=shorten(stored), place=place))
         return EXIT_OK
     module_hash = register(settings)
     write_hash(settings.state_directory, module_hash)
-    show(
-        f"registered {settings.module_name} at {settings.platform_url()}: hash {shorten(module_hash)} in {place}"
-    )
+    name, url, shown = settings.module_name, settings.platform_url(), shorten(module_hash)
+    show(phrase("cli.registered", name=name, url=url, hash=shown, place=place))
     return EXIT_OK
 
 
@@ -20042,12 +20120,12 @@ def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
     """Say that the settings, which were read by now, are well, and for what they are enough. Raises SettingsError."""
     zones = {market.zone for market in (*MARKETS.values(), *PRODUCT_MARKETS.values())}
     if None in map(zone_info, zones):
-        raise SettingsError(["time zones: see above; install the package tzdata, or see PYTHONTZPATH"])
+        raise SettingsError([phrase("cli.no_time_zones")])
     check = _check_origins(loaded, is_service_hidden)
     if not loaded.settings.platform_url():
-        words = NO_PLATFORM if loaded.settings.collects else NO_DAEMON
-        check = check._replace(words=f"{check.words}; {words}")
-    show(_check_line(check))
+        words = listing("join.clauses", [check.words, _without_platform(loaded.settings)])
+        check = check._replace(words=words)
+    show(local_times(for_reader(_check_line(check))))
     return EXIT_OK if check.good else EXIT_FAILED
 
 
@@ -20070,18 +20148,13 @@ def run_reload(settings: Settings, environ: Mapping[str, str]) -> int:
     """Hand the unit's new environment, whose settings are good by now, to its daemon, and have it read them."""
     pid, place = environ.get("MAINPID", ""), handed_over(environ)
     if place is None or not pid.isdigit():
-        raise UsageError(
-            "--reload is what the unit's ExecReload= calls: type sudo systemctl reload stockrt, "
-            "or, for a daemon without a unit, kill -HUP and its pid"
-        )
+        raise UsageError(phrase("cli.reload_by_unit"))
     write_whole(place, json.dumps(dict(environ)), setting="RUNTIME_DIRECTORY")
     os.kill(int(pid), signal.SIGHUP)
     deadline = time.monotonic() + RELOAD_WAIT_S
     while place.exists():
         if time.monotonic() > deadline:
-            raise StockrtError(
-                f"the daemon has not read its settings within {RELOAD_WAIT_S:.0f} s; see its log"
-            )
+            raise StockrtError(phrase("cli.not_reloaded", seconds=RELOAD_WAIT_S))
         time.sleep(STOP_POLL_S)
     return EXIT_OK
 
@@ -20095,10 +20168,7 @@ def need_descriptors(settings: Settings) -> None:
         needed += DESCRIPTORS_OF_A_KEY * len(settings.api_keys)
     few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < needed:
-        raise StockrtError(
-            f"only {most} files and sockets may be open, and {needed} are needed; "
-            "see LimitNOFILE= of the unit, or ulimit -n"
-        )
+        raise StockrtError(phrase("cli.few_descriptors", most=most, needed=needed))
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, needed), most))
 
 
@@ -20117,11 +20187,11 @@ def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | 
     try:
         need_clock(time.time())
     except StoreError as error:  # it may be set at any moment
-        log.warning(str(error))
-    work = "collects without a platform"
+        log.warning("%s", error)
     if settings.platform_url():
-        work = f"for {settings.module_name} at {settings.platform_url()}"
-    log.info("stockrt %s %s", __version__, work)
+        log.info("stockrt %s for %s at %s", __version__, settings.module_name, settings.platform_url())
+    else:
+        log.info("stockrt %s collects without a platform", __version__)
     daemon.run()
     service.stopped()
     log.info("stopped")
@@ -20138,11 +20208,8 @@ def run_migrate(options: Options, environ: Mapping[str, str]) -> int:
         Path(cast(str, options.migrate)), target, environ, options.dry_run
     )
     start_logging(settings)
-    show(settings.redact("\n".join(lines)))
-    done = "a service that runs sees changes after its restart"
-    if options.dry_run:
-        done = "nothing was written: --dry-run"
-    say(f"settings: {target}; {done}")
+    show(listing("join.lines", lines))
+    say(phrase("cli.would_migrate" if options.dry_run else "cli.migrated", file=target))
     if options.documents is None:
         return EXIT_OK
     return run_documents(options, settings, old.get("MONGODB_COLLECTION_NAME", OLD_COLLECTION))
@@ -20151,12 +20218,13 @@ def run_migrate(options: Options, environ: Mapping[str, str]) -> int:
 def run_documents(options: Options, settings: Settings, source: str = OLD_COLLECTION) -> int:
     """Bring the older client's documents over, say what was done, and return the exit status."""
     zone = time_zone(cast(str, options.time_zone))
-    need_mongodb(settings, "there are no older documents")
+    need_mongodb(settings, phrase("cli.no_old_documents"))
     if settings.keep_days:
-        words = (
-            "KEEP_DAYS=%d: MongoDB removes what is older from %s again, once that holds there; see --check"
+        log.warning(
+            "KEEP_DAYS=%d: MongoDB removes what is older from %s again, once that holds there; see --check",
+            settings.keep_days,
+            settings.realtime_name,
         )
-        log.warning(words, settings.keep_days, settings.realtime_name)
     terminal = Terminal(None, "unit.documents", bar_above=0)
     stop = stop_on_signals()
     with Pipeline.open_mongodb(settings) as store:
@@ -20168,9 +20236,9 @@ def run_documents(options: Options, settings: Settings, source: str = OLD_COLLEC
         finally:
             terminal.close()
             if migration.done.read:
-                say(settings.redact(migration.words()))
+                say(migration.words())
     if not finished:
-        say("interrupted: the same command goes on where it stopped")
+        say(phrase("cli.goes_on"))
         return EXIT_INTERRUPTED
     return EXIT_FAILED if migration.done.refused else EXIT_OK
 
@@ -20193,7 +20261,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     _warn(loaded.warnings, needs is DAEMON_NEEDS)
     looks = options.show is not None or options.export
     if hidden and (options.drain or options.retain or options.rejects or options.executions or looks):
-        raise StoreError(HIDDEN_WORDS)
+        raise StoreError(phrase("cli.hidden", unit=UNIT))
     if options.once:
         return run_once(options, loaded.settings)
     if options.collect:
@@ -20319,6 +20387,7 @@ TEMPLATES |= {
     "join.commas": (", ", "，"),
     "join.clauses": ("; ", "；"),
     "join.and": (" and ", " 和 "),
+    "join.columns": ("  ", "  "),
     "join.lines": ("\n", "\n"),
     "join.dots": (" · ", " · "),
     "n.beat": ("{n} beat", "{n} 次轮询"),
@@ -21928,6 +21997,278 @@ TEMPLATES |= {
     ),
     "usage.unknown": ("unrecognized arguments: {arguments}", "无法识别的参数：{arguments}"),
     "usage.whole_number": ("invalid int value: {value}", "应为整数，而不是 {value}"),
+}
+
+# Looking and mending: --check, --status, --executions, --drain, --retain, --rejects, --reload, --register, --migrate.
+TEMPLATES |= {
+    "cli.can_be_made": ("{path} can be made", "{path} 可以创建"),
+    "cli.can_be_written": ("{path} can be written", "{path} 可以写入"),
+    "cli.check_bad": ("FAIL  {name}: {words}", "失败  {name}：{words}"),
+    "cli.check_good": ("ok    {name}: {words}", "正常  {name}：{words}"),
+    "cli.collect_trouble": ("collecting: {why}", "行情采集：{why}"),
+    "cli.collecting": (
+        "{now}, at {at}; since the start {trades}, {stored} new",
+        "{now}，截至 {at}；启动以来 {trades}，新入库 {stored} 笔",
+    ),
+    "cli.collects_alone": (
+        "SERVER_IP and SERVER_PORT are not set: the daemon collects by itself, without a platform",
+        "未设置 SERVER_IP 和 SERVER_PORT：守护进程自行采集，不连接平台",
+    ),
+    "cli.connected": ("connected", "已连接"),
+    "cli.connected_since": ("{url}: connected since {since}", "{url}：自 {since} 起已连接"),
+    "cli.connecting": ("connecting", "正在连接"),
+    "cli.daemon_streams": ("the daemon has it: {words}", "守护进程正在使用：{words}"),
+    "cli.damaged": ("{count}: see --rejects", "{count} 个，详见 --rejects"),
+    "cli.damaged_file": (
+        "damaged, rescued and set aside: {path}, {megabytes:.1f} MB",
+        "文件损坏，内容已抢救，原文件移开保留：{path}，{megabytes:.1f} MB",
+    ),
+    "cli.discarded": (
+        "discarded {documents} and {files} of {megabytes:.1f} MB",
+        "已删除 {documents}和 {files}（{megabytes:.1f} MB）",
+    ),
+    "cli.drained": (
+        "{moved} moved to {place}; {left} left on this machine",
+        "已将 {moved} 笔成交写入 {place}；本机剩余 {left} 笔",
+    ),
+    "cli.drained_but": (
+        "{moved} moved to {place}, {rejected} refused by it: see --rejects; {left} left on this machine",
+        "已将 {moved} 笔成交写入 {place}，{rejected} 笔被其拒绝：详见 --rejects；本机剩余 {left} 笔",
+    ),
+    "cli.dropped": ("{count} dropped", "丢弃 {count} 条"),
+    "cli.every_key_rests": ("every API key rests", "所有 API 密钥都已暂停使用"),
+    "cli.executing": (
+        "one executed now, {commands} commands, {results} results to deliver",
+        "正在执行 1 条指令，{commands} 条待执行，{results} 条结果待送达",
+    ),
+    "cli.execution": ("{at}  {outcome}  {id}  {name}", "{at}  {outcome}  {id}  {name}"),
+    "cli.failed_code": ("  {code}: {why}", "  {code}：{why}"),
+    "cli.failure": ("failure", "失败"),
+    "cli.few_connections": (
+        "{count} of {wanted} to the stream stand",
+        "推送流应有 {wanted}，现有 {count} 个",
+    ),
+    "cli.few_descriptors": (
+        "only {most} files and sockets may be open, and {needed} are needed; see LimitNOFILE= of the unit, "
+        "or ulimit -n",
+        "最多只能打开 {most} 个文件和套接字，而需要 {needed} 个；请检查服务单元的 LimitNOFILE= 或 ulimit -n",
+    ),
+    "cli.for_reason": ("{state} ({why})", "{state}（{why}）"),
+    "cli.given_up": ("given up", "已放弃"),
+    "cli.goes_on": (
+        "interrupted: the same command goes on where it stopped",
+        "已中断：再次运行同一命令会从中断处继续",
+    ),
+    "cli.hidden": (
+        "this user may not look at what {unit} has: run as root; --env-file or STATE_DIRECTORY names "
+        "settings or a state of your own",
+        "当前用户无权查看 {unit} 的设置和状态：请用 root 运行；也可用 --env-file 或 STATE_DIRECTORY "
+        "指定自己的设置或状态目录",
+    ),
+    "cli.interrupted": ("interrupted", "已中断"),
+    "cli.key_is_out": ("API key {key} is out", "API 密钥 {key} 已停用"),
+    "cli.last": ("{status} at {at}, {name}: {message}", "{at} {status}，{name}：{message}"),
+    "cli.last_contact": ("{url}: {state}, last contact {at}", "{url}：{state}，上次通信 {at}"),
+    "cli.last_failed": ("the last execution failed", "最近一次执行失败"),
+    "cli.may_not_look": ("this user may not look at it", "当前用户无权查看"),
+    "cli.migrated": (
+        "settings: {file}; a service that runs sees changes after its restart",
+        "设置：{file}；运行中的服务重启后才会用到",
+    ),
+    "cli.nameless": ("without a name", "未命名"),
+    "cli.needs_no_daemon": (
+        "nothing for commands by hand; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY",
+        "手动执行命令时不需要守护进程；要运行它，请设置 SERVER_IP 和 SERVER_PORT，或设置 COLLECT 或 "
+        "COLLECT_EVERY",
+    ),
+    "cli.no_connection": ("no connection to the platform", "未连接到平台"),
+    "cli.no_daemon": (
+        "SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon",
+        "未设置 SERVER_IP 和 SERVER_PORT：只够 --once 使用，不能运行守护进程",
+    ),
+    "cli.no_limit": ("no daily limit, not counted", "无每日额度限制，不计数"),
+    "cli.no_mongodb": (
+        "MONGODB_HOST not set: {why}; the trades are in {file}",
+        "未设置 MONGODB_HOST：{why}；成交保存在 {file}",
+    ),
+    "cli.no_old_documents": ("there are no older documents", "没有旧客户端的文档"),
+    "cli.no_platform": ("none: no platform is set", "无：未设置平台"),
+    "cli.no_room": ("{count} found no room", "{count} 笔因暂存队列已满而未保存"),
+    "cli.no_state_directory": ("the state directory {path} cannot be used", "无法使用状态目录 {path}"),
+    "cli.no_time_zones": (
+        "time zones: see above; install the package tzdata, or see PYTHONTZPATH",
+        "时区：原因见上；请安装 tzdata 软件包，或检查 PYTHONTZPATH",
+    ),
+    "cli.none_set": ("none set", "未设置"),
+    "cli.none_yet": ("none yet", "尚无"),
+    "cli.not_begun": ("collecting has not begun", "行情采集尚未开始"),
+    "cli.not_connected": ("not connected", "未连接"),
+    "cli.not_counted": ("used today: unknown, the counts cannot be read", "当日用量未知：无法读取计数"),
+    "cli.not_deleted": ("a damaged file cannot be deleted", "无法删除损坏的文件"),
+    "cli.not_ended": ("not ended", "未结束"),
+    "cli.not_for": ("not for {products}", "不能用于 {products}"),
+    "cli.not_needed": ("not needed", "不需要"),
+    "cli.not_reloaded": (
+        "the daemon has not read its settings within {seconds:.0f} s; see its log",
+        "守护进程未在 {seconds:.0f} 秒内读取设置；详见其日志",
+    ),
+    "cli.not_retained": ("KEEP_DAYS={days} has no effect: {why}", "KEEP_DAYS={days} 未生效：{why}"),
+    "cli.not_running": ("not running", "未运行"),
+    "cli.not_the_services": (
+        "not as {unit} has them: {names} of the environment, which it does not see; unset that to check it",
+        "与 {unit} 的设置不同：{names} 来自当前环境变量，服务看不到；要按服务的设置检查，请先取消这些变量",
+    ),
+    "cli.nothing_executed": ("nothing was executed yet", "尚未执行过"),
+    "cli.nothing_now": ("nothing now", "目前没有"),
+    "cli.nothing_refused": ("MongoDB has refused nothing", "MongoDB 没有拒绝过任何文档"),
+    "cli.nowhere_to_move": ("there is nowhere to move what this machine holds", "本机数据没有可写入的去处"),
+    "cli.of_codes": ("codes", "代码"),
+    "cli.of_collecting": ("collecting", "行情采集"),
+    "cli.of_daemon": ("daemon", "守护进程"),
+    "cli.of_damaged": ("damaged files", "损坏文件"),
+    "cli.of_key": ("API key", "API 密钥"),
+    "cli.of_last": ("last execution", "最近执行"),
+    "cli.of_local_file": ("local file", "本地文件"),
+    "cli.of_platform": ("platform", "平台"),
+    "cli.of_proxy": ("proxy", "代理"),
+    "cli.of_registration": ("registration", "注册"),
+    "cli.of_settings": ("settings", "设置"),
+    "cli.of_spool": ("spool", "暂存队列"),
+    "cli.of_state_directory": ("state directory", "状态目录"),
+    "cli.of_status": ("status", "状态"),
+    "cli.of_store": ("store", "存储"),
+    "cli.of_stream": ("stream", "推送流"),
+    "cli.of_stream_with": ("stream, API key {key}", "推送流，API 密钥 {key}"),
+    "cli.of_totals": ("in all", "累计"),
+    "cli.of_version": ("version", "版本"),
+    "cli.of_waiting": ("waiting", "待处理"),
+    "cli.oldest": (
+        "{megabytes:.1f} MB, the oldest since {oldest}",
+        "{megabytes:.1f} MB，最早一笔自 {oldest} 起等待",
+    ),
+    "cli.origins": ("from {origins}", "来自 {origins}"),
+    "cli.out": ("out", "已停用"),
+    "cli.partial": ("partial", "部分成功"),
+    "cli.plan_without_stream": (
+        "its plan has none: COLLECT_EVERY asks for the latest trades instead",
+        "套餐不含推送流：可改用 COLLECT_EVERY 轮询最新成交",
+    ),
+    "cli.platform": ("{url}: {state}", "{url}：{state}"),
+    "cli.poll_by_setting": (
+        "see --check and the daemon's log; COLLECT_EVERY polls without a stream",
+        "请看 --check 和守护进程的日志；COLLECT_EVERY 可不用推送流而轮询",
+    ),
+    "cli.polled_instead": (
+        "the stream brings nothing, {codes} polled instead",
+        "推送流没有数据，已改为轮询 {codes}",
+    ),
+    "cli.quota": ("{used} used today, {left} left", "当日已用 {used}，剩余额度 {left}"),
+    "cli.quota_leased": (
+        "{used} used today, {left} left, {leased} of them leased by the daemon",
+        "当日已用 {used}，剩余额度 {left}，其中 {leased} 由守护进程预留",
+    ),
+    "cli.ready": ("ready", "可用"),
+    "cli.refused": ("{documents} refused by MongoDB", "{documents}被 MongoDB 拒绝"),
+    "cli.registered": (
+        "registered {name} at {url}: hash {hash} in {place}",
+        "已将 {name} 注册到 {url}：模块哈希 {hash} 保存在 {place}",
+    ),
+    "cli.registered_already": (
+        "registered already: hash {hash} in {place}; --register --force registers anew",
+        "此前已注册：模块哈希 {hash} 保存在 {place}；--register --force 可重新注册",
+    ),
+    "cli.rejected": ("{count} refused by it: see --rejects", "{count} 个文档被拒绝：详见 --rejects"),
+    "cli.reload_by_unit": (
+        "--reload is what the unit's ExecReload= calls: type sudo systemctl reload stockrt, or, for a daemon "
+        "without a unit, kill -HUP and its pid",
+        "--reload 供服务单元的 ExecReload= 调用：请运行 sudo systemctl reload stockrt；"
+        "没有服务单元的守护进程，请用 kill -HUP 加其 pid",
+    ),
+    "cli.renew_plan": (
+        "see its line below; renew its plan or replace it in INFOWAY_API_KEY",
+        "请看下面该密钥的一行；请续订套餐，或在 INFOWAY_API_KEY 中换掉它",
+    ),
+    "cli.resting": ("resting", "暂停使用"),
+    "cli.retained": ("{store}: {words}", "{store}：{words}"),
+    "cli.run_as_root": ("run as root", "请用 root 运行"),
+    "cli.run_register": ("none: run --register", "无：请运行 --register"),
+    "cli.running": ("running, pid {pid}, version {version}", "运行中，pid {pid}，版本 {version}"),
+    "cli.running_silent": ("running, and has told nothing of itself yet", "运行中，尚未报告自身状态"),
+    "cli.see_executions": ("see --executions 1", "请看 --executions 1"),
+    "cli.see_lost": (
+        "see --rejects for what may be lost; then --rejects --discard",
+        "可能丢失的内容请看 --rejects，然后用 --rejects --discard 删除",
+    ),
+    "cli.see_rejects": (
+        "see --rejects; then --drain --retry or --rejects --discard",
+        "请看 --rejects，然后用 --drain --retry 重试，或用 --rejects --discard 删除",
+    ),
+    "cli.service_unknown": (
+        "what {unit} has is not known here: run as root to check it",
+        "当前用户看不到 {unit} 的设置：请用 root 运行以检查",
+    ),
+    "cli.set_aside": ("{files} set aside", "{files}已移开保留"),
+    "cli.start_it": (
+        "start it: sudo systemctl start {service}, or stockrt.pyz without a command",
+        "启动：sudo systemctl start {service}，或不带命令运行 stockrt.pyz",
+    ),
+    "cli.still_counts": (
+        "where it still counts, a service that begins now waits for up to three minutes (429)",
+        "这次检查的连接可能仍被计数，此时启动的服务最多要等三分钟（429）",
+    ),
+    "cli.stored": ("{stored} of {total} codes stored", "{total} 个代码中 {stored} 个已入库"),
+    "cli.straight": ("{what} straight", "{what} → 直连"),
+    "cli.stream": (
+        "{product}: {subscribed} of {codes}, {state}",
+        "{product}：{codes}中已订阅 {subscribed} 个，{state}",
+    ),
+    "cli.stream_takes": (
+        "{url} takes it for {product}: {connections}, {each} codes each, {all} in all",
+        "{url} 接受此密钥订阅 {product}：{connections}，每个连接 {each} 个代码，共 {all} 个",
+    ),
+    "cli.success": ("success", "成功"),
+    "cli.the_api": ("the API", "API"),
+    "cli.the_platform": ("the platform", "平台"),
+    "cli.the_stream": ("the stream", "推送流"),
+    "cli.they_follow": (
+        "see --check; they follow when MongoDB takes them, at once with --drain",
+        "请看 --check；MongoDB 恢复后会自动写入，--drain 可立即写入",
+    ),
+    "cli.through": ("{what} through {proxy} ({setting})", "{what} → {proxy}（{setting}）"),
+    "cli.to_collect": ("{codes} to collect", "将采集 {codes}"),
+    "cli.to_do": ("{status}. To do: {to_do}", "{status}。处理办法：{to_do}"),
+    "cli.totals": (
+        "{executions} since {since}, {partial} in part, {failure} failed; {trades} stored, {known} already "
+        "known, {kept} kept for MongoDB, {codes} failed",
+        "自 {since} 起共 {executions}，部分成功 {partial} 次，失败 {failure} 次；{trades}已入库，{known} "
+        "笔已有，{kept} 笔暂存待写入 MongoDB，{codes}失败",
+    ),
+    "cli.tries_again": (
+        "see --check and the daemon's log; it tries again by itself",
+        "请看 --check 和守护进程的日志，程序会自动重试",
+    ),
+    "cli.undelivered": ("to be delivered", "待送达"),
+    "cli.unknown": ("unknown", "未知"),
+    "cli.unsettled": ("the closes of {count} are still to be made", "{count} 笔的收盘价尚待生成"),
+    "cli.until": ("{state} until {until}", "{state}至 {until}"),
+    "cli.wait_for_mongodb": ("{trades} for MongoDB", "{trades} MongoDB"),
+    "cli.wait_or_add": (
+        "wait, or add another key to INFOWAY_API_KEY",
+        "请等待，或在 INFOWAY_API_KEY 中增加密钥",
+    ),
+    "cli.waiting": (
+        "{commands} commands, {results} results to deliver",
+        "{commands} 条指令待执行，{results} 条结果待送达",
+    ),
+    "cli.waits_to_connect": ("waiting", "等待重连"),
+    "cli.well": ("well", "正常"),
+    "cli.without_daemon": ("no daemon", "守护进程未运行"),
+    "cli.would_migrate": (
+        "settings: {file}; nothing was written: --dry-run",
+        "设置：{file}；未写入任何内容：--dry-run",
+    ),
+    "cli.wrong": ("something is wrong", "有问题"),
+    "cli.wrong_to_do": ("{status}: {wrong}. To do: {to_do}", "{status}：{wrong}。处理办法：{to_do}"),
 }
 
 
