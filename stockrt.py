@@ -3097,7 +3097,7 @@ def collect_words(stats: CollectStats) -> Phrase:
     if stats.polled:
         parts.append(phrase("events.polled", codes=count_words(stats.polled, "code")))
     if parts:
-        rate = f"{stats.per_second:.{int(stats.per_second < 10)}f}"
+        rate = round(stats.per_second, 1) if stats.per_second < 10 else round(stats.per_second)
         parts.append(phrase("events.rate", rate=rate))
     if not math.isnan(stats.delay_p99_ms):
         parts.append(phrase("events.delays", p50=stats.delay_p50_ms, p99=stats.delay_p99_ms))
@@ -13684,14 +13684,14 @@ def register(settings: Settings) -> str:
     module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
     if envelope.get("code") == "2000" and _HASH.fullmatch(module_hash):
         return module_hash
-    why = _why_not_registered(url, answer, envelope)
+    why = _why_not_registered(answer, envelope)
     raise RegistrationError(phrase("link.not_registered", url=url, why=why))
 
 
-def _why_not_registered(url: str, answer: Response, envelope: Mapping[str, Any]) -> Phrase:
+def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> Phrase:
     code = envelope.get("code")
     if answer.fault:
-        return phrase("link.no_answer", why=_fault_at(url, answer))
+        return phrase("link.no_answer", why=answer.fault)
     if code == "3005":
         return phrase("link.exists", file=HASH_NAME)
     if code == "3002":
@@ -13704,20 +13704,12 @@ def _why_not_registered(url: str, answer: Response, envelope: Mapping[str, Any])
     return phrase("link.refused", status=answer.status, said=said)
 
 
-def _fault_at(url: str, answer: Response) -> str:
-    """Return what kept an answer from coming, without the address before it, which stands in our words already."""
-    place, fault = urlsplit(url).netloc, answer.fault
-    if isinstance(fault, Phrase) and fault.values.get("what") == place:
-        return cast(str, fault.values["why"])
-    return fault.removeprefix(f"{place}: ")
-
-
 def check_platform(settings: Settings) -> Check:
     """Ask the platform who is online, and say whether it answers as one."""
     url = settings.platform_url()
     response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
     if response.fault:
-        words = phrase("link.unreachable", url=url, why=_fault_at(url, response))
+        words = phrase("link.unreachable", url=url, why=response.fault)
         return Check("platform", False, see(words, phrase("link.server_settings")))
     if (json_object(response.body) or {}).get("code") != "2000":
         return Check("platform", False, phrase("link.no_platform", url=url, status=response.status))
@@ -15549,7 +15541,7 @@ class Daemon:
         elif isinstance(event, Ping):
             link.ping()
         else:
-            raise LinkLost(phrase("daemon.peer_dead", why=event.reason))
+            raise LinkLost(phrase("websocket.lost", why=event.reason))
 
     def _send_text(self, link: Link, protocol: PlatformProtocol, text: str) -> None:
         self._log_frame("sent", text)
@@ -20417,8 +20409,8 @@ TEMPLATES |= {
     "n.kept trades": ("{n} kept trades", "{n} 笔暂存成交"),
     "n.key": ("{n} key", "{n} 个密钥"),
     "n.keys": ("{n} keys", "{n} 个密钥"),
-    "n.more code": ("{n} more code", "{n} 个其他代码"),
-    "n.more codes": ("{n} more codes", "{n} 个其他代码"),
+    "n.more code": ("{n} more code", "另有 {n} 个代码"),
+    "n.more codes": ("{n} more codes", "另有 {n} 个代码"),
     "n.record": ("{n} record", "{n} 条记录"),
     "n.records": ("{n} records", "{n} 条记录"),
     "n.trade": ("{n} trade", "{n} 笔成交"),
@@ -21413,7 +21405,6 @@ TEMPLATES |= {
         "what waits on this machine cannot be taken up: {why}",
         "无法处理暂存于本机的数据：{why}",
     ),
-    "daemon.peer_dead": ("lost: {why}", "{why}"),
     "daemon.queue_full": (
         "{most} commands are waiting already; try again later",
         "已有 {most} 条指令在等待；请稍后重试",
