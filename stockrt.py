@@ -13706,14 +13706,14 @@ def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> Phrase
 
 def check_platform(settings: Settings) -> Check:
     """Ask the platform who is online, and say whether it answers as one."""
-    url = settings.platform_url()
+    name, url = phrase("link.platform"), settings.platform_url()
     response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
     if response.fault:
         words = phrase("link.unreachable", url=url, why=response.fault)
-        return Check("platform", False, see(words, phrase("link.server_settings")))
+        return Check(name, False, see(words, phrase("link.server_settings")))
     if (json_object(response.body) or {}).get("code") != "2000":
-        return Check("platform", False, phrase("link.no_platform", url=url, status=response.status))
-    return Check("platform", True, phrase("link.answers", url=url))
+        return Check(name, False, phrase("link.no_platform", url=url, status=response.status))
+    return Check(name, True, phrase("link.answers", url=url))
 
 
 class Presence(Enum):
