@@ -13682,14 +13682,14 @@ def register(settings: Settings) -> str:
     module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
     if envelope.get("code") == "2000" and _HASH.fullmatch(module_hash):
         return module_hash
-    why = _why_not_registered(url, answer, envelope)
+    why = _why_not_registered(answer, envelope)
     raise RegistrationError(phrase("link.not_registered", url=url, why=why))
 
 
-def _why_not_registered(url: str, answer: Response, envelope: Mapping[str, Any]) -> Phrase:
+def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> Phrase:
     code = envelope.get("code")
     if answer.fault:
-        return phrase("link.no_answer", why=_fault_at(url, answer))
+        return phrase("link.no_answer", why=answer.fault)
     if code == "3005":
         return phrase("link.exists", file=HASH_NAME)
     if code == "3002":
@@ -13702,20 +13702,12 @@ def _why_not_registered(url: str, answer: Response, envelope: Mapping[str, Any])
     return phrase("link.refused", status=answer.status, said=said)
 
 
-def _fault_at(url: str, answer: Response) -> str:
-    """Return what kept an answer from coming, without the address before it, which stands in our words already."""
-    place, fault = urlsplit(url).netloc, answer.fault
-    if isinstance(fault, Phrase) and fault.values.get("what") == place:
-        return cast(str, fault.values["why"])
-    return fault.removeprefix(f"{place}: ")
-
-
 def check_platform(settings: Settings) -> Check:
     """Ask the platform who is online, and say whether it answers as one."""
     url = settings.platform_url()
     response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
     if response.fault:
-        words = phrase("link.unreachable", url=url, why=_fault_at(url, response))
+        words = phrase("link.unreachable", url=url, why=response.fault)
         return Check("platform", False, see(words, phrase("link.server_settings")))
     if (json_object(response.body) or {}).get("code") != "2000":
         return Check("platform", False, phrase("link.no_platform", url=url, status=response.status))
