@@ -1240,9 +1240,9 @@ def uri_faults(uri: str) -> list[str]:
         except OSError as error:
             words = phrase("settings.unreadable_file", why=error.strerror or str(error))
         except Exception as error:  # whatever pymongo says it with
-            words = one_line(error)
-            if words.startswith("Unknown option"):  # its value may be meant to be secret
-                shown, words = name, _unknown_option(name, words)
+            said = words = one_line(error)
+            if said.startswith("Unknown option"):  # its value may be meant to be secret
+                shown, words = name, _unknown_option(name, said)
             elif shown == name:
                 words = phrase("settings.expect.option")
         if words:
@@ -1266,11 +1266,11 @@ def _try_pem_file(option: str, path: str, password: str) -> None:
         context.load_verify_locations(path)
 
 
-def _unknown_option(name: str, words: str) -> str:
+def _unknown_option(name: str, said: str) -> str:
     """Return what to say of an option that pymongo says it does not know, and which ones are like it."""
     import difflib
 
-    for near in difflib.get_close_matches(name.lower(), re.findall(r"\w+", words.partition("(")[2]), n=1):
+    for near in difflib.get_close_matches(name.lower(), re.findall(r"\w+", said.partition("(")[2]), n=1):
         return phrase("settings.unknown_option_near", near=near)
     return phrase("settings.unknown_option")
 
@@ -3679,7 +3679,7 @@ def network_words(error: BaseException) -> str:
     if lack_words(cause):
         return lack_words(cause)
     if isinstance(cause, OSError) and cause.filename:
-        return phrase("http.key_log", path=one_line(cause.filename), why=cause.strerror or str(cause))
+        return phrase("http.key_log", path=one_line(cause.filename), why=cause.strerror)
     words = error_words(cause)
     if isinstance(words, Phrase):
         return words
@@ -4058,16 +4058,16 @@ def _connect_sqlite(path: Path, wait_s: float = SQLITE_BUSY_S, alone: bool = Fal
 
 def _sqlite_fault(path: Path, error: Exception) -> StoreError:
     """Return what an operator must know of a fault of SQLite, or of the disk below it."""
-    why = f"{error}"
+    why = str(error)
     if _is_full(path.parent):
-        why = f"the disk is full ({why})"
+        why = phrase("files.disk_full", why=why)
     with contextlib.ExitStack() as opened:
         try:
             for _ in range(SQLITE_FILES):  # it does not say why it could not open them
                 opened.callback(os.close, os.open(path.parent, os.O_RDONLY))
         except OSError as lack:
             why = lack_words(lack) or why
-    return StoreError(f"the local file {path} fails: {why}; see STATE_DIRECTORY")
+    return StoreError(phrase("files.fails", path=path, why=why))
 
 
 def _is_full(directory: Path) -> bool:
@@ -4335,7 +4335,7 @@ def _leaf_rows(page: bytes) -> Iterator[tuple[Any, ...]]:
 
 
 def _row_at(page: bytes, at: int) -> tuple[Any, ...]:
-    """Return the trade at a place of a page. Raises IndexError or ValueError where there is none."""
+    """Return the trade at a place of a page. Raises IndexError, ValueError where there is none, or none of ours."""
     _, at = _varint(page, at)  # the row's length
     number, start = _varint(page, at)
     size, at = _varint(page, start)
@@ -4349,7 +4349,7 @@ def _row_at(page: bytes, at: int) -> tuple[Any, ...]:
         values.append(value)
     _, name, s, t, p, v, vw, td, code, created, demo = values
     if name != f"{s}|{t}|{p}|{v}|{td}" or code != s or not isinstance(vw, str) or demo not in (None, 1):
-        raise ValueError("its fields do not make its _id")
+        raise ValueError
     datetime.fromisoformat(str(created))
     return (number, *values[1:])
 
@@ -4365,17 +4365,17 @@ def _varint(page: bytes, at: int) -> tuple[int, int]:
 
 
 def _value_at(page: bytes, kind: int, at: int) -> tuple[str | int | None, int]:
-    """Return a value of a serial type and the place behind it; types that trades do not have raise ValueError."""
+    """Return a value of a serial type and the place behind it; ValueError for types that trades do not have."""
     if kind in (0, 8, 9):
         return {0: None, 8: 0, 9: 1}[kind], at
     if 1 <= kind <= 6:
         end = at + (1, 2, 3, 4, 6, 8)[kind - 1]
         return int.from_bytes(page[at:end], signed=True), end
     if kind < 13 or not kind % 2:
-        raise ValueError(f"serial type {kind}")
+        raise ValueError
     end = at + (kind - 13) // 2
     if end > len(page):
-        raise ValueError("beyond the page")
+        raise ValueError
     return page[at:end].decode(), end
 
 
@@ -4420,7 +4420,7 @@ class LocalFile:
         self._db: sqlite3.Connection | None = None
         self._fault: StoreError | None = None  # what ended its use
         lock = _beside(path, ".lock")
-        with disk_trouble(f"the lock {lock} cannot be opened"):
+        with disk_trouble(phrase("files.lock_not_opened", path=lock)):
             make_for_owner(lock)
             self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
@@ -4483,16 +4483,15 @@ class LocalFile:
 
     def why_no_room(self, more: int) -> str:
         """Return why so many bytes more are too many for the disk, '' where they are not. Raises StoreError."""
-        with disk_trouble(f"the disk of {self.path} cannot be looked at"):
+        with disk_trouble(phrase("files.disk_unseen", path=self.path)):
             disk = os.statvfs(self.path.parent)
         if disk.f_bavail * disk.f_frsize - more >= disk.f_blocks * disk.f_frsize * DISK_KEPT_FREE:
             return ""
-        kept = f"less than {DISK_KEPT_FREE:.0%} free"
-        return f"the disk of {self.path} would have {kept}; see STATE_DIRECTORY"
+        return phrase("files.no_room", path=self.path, kept=DISK_KEPT_FREE)
 
     def bytes_beside(self) -> int:
         """Return the size of what SQLite keeps beside the file, in bytes. Raises StoreError."""
-        with disk_trouble(f"the local file {self.path} cannot be looked at"):
+        with disk_trouble(phrase("files.unseen", path=self.path)):
             return sum(_size_of(side) for side in _sides(self.path)[1:])
 
     def damaged(self, words: str) -> StoreError:
@@ -4501,14 +4500,13 @@ class LocalFile:
             write_whole(self._mark, words + "\n", durable=True)
         except StoreError as fault:
             log.error("the next start may not see that %s is damaged: %s", self.path, fault)
-        then = "the next start sets it aside and rescues what can be read"
-        return self._end_use(StoreError(f"the local file {self.path} is damaged: {words}; {then}"))
+        return self._end_use(StoreError(phrase("files.damaged", path=self.path, damage=words)))
 
     def close(self) -> None:
         """Close the file, and let its lock go."""
         with self.lock:
             self._disconnect()
-            self._fault = self._fault or StoreError(f"the local file {self.path} is closed already")
+            self._fault = self._fault or StoreError(phrase("files.closed", path=self.path))
             if self._locked >= 0:
                 os.close(self._locked)
             self._locked = -1
@@ -4537,7 +4535,7 @@ class LocalFile:
         """End the use of files that nobody can find any more: SQLite would go on writing to them."""
         missing = zip(_sides(self.path), self._inodes, self._inodes_now(), strict=True)
         name = next(side for side, before, now in missing if before != now)
-        error = self._end_use(StoreError(f"the local file {name} was taken away while it was in use"))
+        error = self._end_use(StoreError(phrase("files.taken_away", path=name)))
         with self.lock:
             self._disconnect()  # which brings what its log has into the file, where that is there
         return error
@@ -4566,7 +4564,7 @@ class LocalFile:
         import fcntl
 
         try:
-            with disk_trouble(f"the local file {self.path} cannot be opened"):
+            with disk_trouble(phrase("files.not_opened", path=self.path)):
                 self._open_locked(wait_s)
                 self._inodes = self._inodes_now()
         except _sqlite_errors():
@@ -4580,14 +4578,11 @@ class LocalFile:
         damage = self._connect(wait_s)
         if damage:
             if not self._lock_alone():
-                raise StoreError(
-                    f"the local file {self.path} is damaged ({damage}), and another process has it open: "
-                    "stop that one, and the next start rescues what can be read"
-                )
+                raise StoreError(phrase("files.damaged_and_open", path=self.path, damage=damage))
             self._set_aside(damage)
             damage = self._connect(wait_s)
         if damage:
-            raise StoreError(f"the local file {self.path} cannot be used: {damage}; see STATE_DIRECTORY")
+            raise StoreError(phrase("files.unusable", path=self.path, damage=damage))
         self._lock_shared()
 
     def _lock_alone(self) -> bool:
@@ -4621,18 +4616,20 @@ class LocalFile:
         """
 
         if any(side.exists() for side in _sides(self._away)):
-            return "its rescue was interrupted"
+            return phrase("files.rescue_interrupted")
         if self._mark.exists():
-            return one_line(self._mark.read_text(encoding="utf-8", errors="replace")) or "a mark says so"
+            return one_line(self._mark.read_text(encoding="utf-8", errors="replace")) or phrase(
+                "files.marked"
+            )
         # SQLite would take it for new, a single byte as well, and drop the log
         if _size_of(self.path) <= 1 and _size_of(_sides(self.path)[1]):
-            return "its beginning is cut off"
+            return phrase("files.beheaded")
         if any(_is_forbidden(side) for side in _sides(self.path)):
-            return "this user may not read and write it"
+            return phrase("files.forbidden")
         try:
             self._db = self._connection(wait_s)
             if _log_is_torn(self._db, self.path):
-                return "its log is damaged, and transactions lie behind the damage"
+                return phrase("files.torn_log")
             damage = self._bring_up(self._db)
             self._db.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_S * 1000:.0f}")
         except _sqlite_errors() as error:
@@ -4663,16 +4660,12 @@ class LocalFile:
         tables = _tables(db)
         is_ours = bool(tables) and tables == self._own_tables()
         if not 0 <= found <= HIGHEST_FORMAT or (found < self._version and is_ours):
-            return f"its header is damaged: format {found}"
+            return phrase("files.damaged_header", found=found)
         if found > self._version:
-            words = (
-                f"{self.path} was written by a newer stockrt (format {found}, this one knows {self._version}); "
-                "use that one, or another STATE_DIRECTORY"
+            newer = phrase("files.newer", path=self.path, found=found, known=self._version)
+            raise StoreError(
+                phrase("files.newer_or_damaged", newer=newer, mark=self._mark) if is_ours else newer
             )
-            if is_ours:
-                words += f"; where there never was a newer one its header is damaged: make an empty file {self._mark}, "
-                words += "and the next start rescues what can be read"
-            raise StoreError(words)
         since, script = self._additions
         if found < since:
             script = self._schema
@@ -4699,15 +4692,20 @@ class LocalFile:
 
     def _set_aside(self, damage: str) -> None:
         """Put a new file in the place of the old one, with what can be read of it."""
-        done = "it had been rescued already"
+        rescued = None
         if not (self.path.exists() and any(side.exists() for side in _sides(self._away))):
             _move(self.path, self._away)  # its log alone, where a kill came in between
-            done = f"{self._rescue()} rows of it are rescued"
+            rescued = self._rescue()
         aside = _beside(self.path, f".damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z")
         _move(self._away, aside)
         sync_directory(self.path.parent)
-        words = "the local file %s cannot be used: %s; it is set aside as %s, %s"
-        log.error(words, self.path, damage, aside.name, done)
+        log.error(
+            "the local file %s cannot be used: %s; it is set aside as %s, %s",
+            self.path,
+            damage,
+            aside.name,
+            "it had been rescued already" if rescued is None else f"{rescued} rows of it are rescued",
+        )
 
     def _rescue(self) -> int:
         """Make the new file of what can be read of the old one, and return how many rows that is."""
@@ -13684,14 +13682,14 @@ def register(settings: Settings) -> str:
     module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
     if envelope.get("code") == "2000" and _HASH.fullmatch(module_hash):
         return module_hash
-    why = _why_not_registered(url, answer, envelope)
+    why = _why_not_registered(answer, envelope)
     raise RegistrationError(phrase("link.not_registered", url=url, why=why))
 
 
-def _why_not_registered(url: str, answer: Response, envelope: Mapping[str, Any]) -> Phrase:
+def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> Phrase:
     code = envelope.get("code")
     if answer.fault:
-        return phrase("link.no_answer", why=_fault_at(url, answer))
+        return phrase("link.no_answer", why=answer.fault)
     if code == "3005":
         return phrase("link.exists", file=HASH_NAME)
     if code == "3002":
@@ -13704,20 +13702,12 @@ def _why_not_registered(url: str, answer: Response, envelope: Mapping[str, Any])
     return phrase("link.refused", status=answer.status, said=said)
 
 
-def _fault_at(url: str, answer: Response) -> str:
-    """Return what kept an answer from coming, without the address before it, which stands in our words already."""
-    place, fault = urlsplit(url).netloc, answer.fault
-    if isinstance(fault, Phrase) and fault.values.get("what") == place:
-        return cast(str, fault.values["why"])
-    return fault.removeprefix(f"{place}: ")
-
-
 def check_platform(settings: Settings) -> Check:
     """Ask the platform who is online, and say whether it answers as one."""
     url = settings.platform_url()
     response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
     if response.fault:
-        words = phrase("link.unreachable", url=url, why=_fault_at(url, response))
+        words = phrase("link.unreachable", url=url, why=response.fault)
         return Check("platform", False, see(words, phrase("link.server_settings")))
     if (json_object(response.body) or {}).get("code") != "2000":
         return Check("platform", False, phrase("link.no_platform", url=url, status=response.status))
@@ -20909,6 +20899,59 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 # Of the room Local files
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "files.beheaded": ("its beginning is cut off", "文件开头缺失"),
+    "files.closed": ("the local file {path} is closed already", "本地文件 {path} 已经关闭"),
+    "files.damaged": (
+        "the local file {path} is damaged: {damage}; the next start sets it aside and rescues what can be read",
+        "本地文件 {path} 已损坏：{damage}；下次启动时会将其移开保留，并抢救能读出的内容",
+    ),
+    "files.damaged_and_open": (
+        "the local file {path} is damaged ({damage}), and another process has it open: stop that one, and the next "
+        "start rescues what can be read",
+        "本地文件 {path} 已损坏（{damage}），且另一个进程正打开着它：请停止那个进程，下次启动时会抢救能读出的内容",
+    ),
+    "files.damaged_header": ("its header is damaged: format {found}", "文件头损坏：格式 {found}"),
+    "files.disk_full": ("the disk is full ({why})", "磁盘已满（{why}）"),
+    "files.disk_unseen": ("the disk of {path} cannot be looked at", "无法查看 {path} 所在的磁盘"),
+    "files.fails": (
+        "the local file {path} fails: {why}; see STATE_DIRECTORY",
+        "本地文件 {path} 出错：{why}；请检查 STATE_DIRECTORY",
+    ),
+    "files.forbidden": ("this user may not read and write it", "当前用户无权读写"),
+    "files.lock_not_opened": ("the lock {path} cannot be opened", "无法打开锁文件 {path}"),
+    "files.marked": ("a mark says so", "有损坏标记"),
+    "files.newer": (
+        "{path} was written by a newer stockrt (format {found}, this one knows {known}); use that one, or another "
+        "STATE_DIRECTORY",
+        "{path} 由更新版本的 stockrt 写成（格式 {found}，本版本只认到 {known}）；请用那个版本，或另设 STATE_DIRECTORY",
+    ),
+    "files.newer_or_damaged": (
+        "{newer}; where there never was a newer one its header is damaged: make an empty file {mark}, and the next "
+        "start rescues what can be read",
+        "{newer}；如果从未用过更新的版本，则是文件头已损坏：请新建空文件 {mark}，下次启动时会抢救能读出的内容",
+    ),
+    "files.no_room": (
+        "the disk of {path} would have less than {kept:.0%} free; see STATE_DIRECTORY",
+        "{path} 所在磁盘的剩余空间将不足 {kept:.0%}；请检查 STATE_DIRECTORY",
+    ),
+    "files.not_opened": ("the local file {path} cannot be opened", "无法打开本地文件 {path}"),
+    "files.rescue_interrupted": ("its rescue was interrupted", "上次抢救已中断"),
+    "files.taken_away": (
+        "the local file {path} was taken away while it was in use",
+        "本地文件 {path} 在使用中被移走",
+    ),
+    "files.torn_log": (
+        "its log is damaged, and transactions lie behind the damage",
+        "日志损坏，损坏处之后还有事务",
+    ),
+    "files.unseen": ("the local file {path} cannot be looked at", "无法查看本地文件 {path}"),
+    "files.unusable": (
+        "the local file {path} cannot be used: {damage}; see STATE_DIRECTORY",
+        "无法使用本地文件 {path}：{damage}；请检查 STATE_DIRECTORY",
+    ),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Quota

@@ -24,6 +24,7 @@ from pathlib import Path
 import pymongo
 import pytest
 from conftest import RunPyz, controlled, small_disk
+from kit.chinese import in_chinese
 from kit.daemons import LOCAL_TIME, PATIENCE, ThreadDaemon, settings_for, until
 from kit.infoway_server import InfowayServer
 from kit.mongo import INTERRUPTED_AT_SHUTDOWN, ON_COLLECTIONS, UNAUTHORIZED, MongoServer
@@ -815,9 +816,12 @@ def test_the_disk_keeps_some_room(tmp_path: Path) -> None:
         small_disk(tmp_path, "2M") as disk,
         queue_in(disk / "state") as queue,
     ):
-        with pytest.raises(QueueFull, match=r"5% free.*STATE_DIRECTORY"):
+        with pytest.raises(QueueFull, match=r"5% free.*STATE_DIRECTORY") as caught:
             for first in range(0, 1_000_000, 100):
                 queue.write(make_documents(100, first=first))
+        assert in_chinese(caught.value.message).endswith(
+            "所在磁盘的剩余空间将不足 5%；请检查 STATE_DIRECTORY"
+        )
         found = os.statvfs(disk)
         assert found.f_bavail >= found.f_blocks * 0.05
         assert queue.count() == first
