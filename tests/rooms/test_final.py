@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import number as examples
-from kit.infoway_server import PLANS, REFUSALS, InfowayServer, make_bar, make_record
+from kit.infoway_server import PLANS, REFUSALS, Answer, InfowayServer, make_bar, make_record
 from kit.mongo import MongoServer
 from kit.trades import settings_of
 
@@ -582,6 +582,9 @@ def test_a_backfill_without_codes_takes_those_that_are_stored(make: MakeWorld) -
         world.server.unknown = {"GONE.US"}
         (row,) = rows_of(pipeline, ["GONE.US"], 3)
         assert "no daily bar" in row.why and in_chinese(row.why) == "API 没有该代码的日线"
+        world.server.script = lambda _: Answer.empty(302)
+        (row,) = rows_of(pipeline, ["AAPL.US"], 3)
+        assert in_chinese(row.why).startswith("HTTP 302，是重定向，不予跟随；请检查")
 
 
 def test_a_backfill_that_is_stopped_goes_on_where_it_was(make: MakeWorld) -> None:
