@@ -6772,7 +6772,7 @@ class Directory:
             exact = self.search(unclear.text)[:NAMES_SHOWN]
         if not exact:
             return None
-        proposals = [phrase("infoway.proposal", code=symbol.typed, name=symbol.name) for symbol in exact]
+        proposals = [f"{symbol.typed} ({symbol.name})" for symbol in exact]
         raise InstrumentError(
             phrase(
                 "instruments.did_you_mean",
@@ -19730,7 +19730,9 @@ def _key_line(key: KeyUsage) -> Phrase:
     if key["ends_soon"]:
         clauses.append(key["ends_soon"])
     if key["not_for"]:
-        clauses.append(phrase("cli.not_for", products=listing("join.names", key["not_for"])))
+        clauses.append(
+            phrase("cli.not_for", products=listing("join.names", map(service_words, key["not_for"])))
+        )
     return listing("join.clauses", clauses)
 
 
@@ -21050,7 +21052,6 @@ TEMPLATES |= {
         "p {p}：只有 common 中的能源价格可以为负",
     ),
     "infoway.price_zero": ("p {p}: it has not traded, or is suspended", "p {p}：尚无成交，或已停牌"),
-    "infoway.proposal": ("{code} ({name})", "{code}（{name}）"),
     "infoway.redirection": ("{said}, a redirection, which is not followed", "{said}，是重定向，不予跟随"),
     "infoway.says": ("the API says {number}: {text}", "API 返回 {number}：{text}"),
     "infoway.sent_no_bar": ("the API sent {record} in place of a bar", "API 发来 {record}，应为日线"),
@@ -21203,7 +21204,7 @@ TEMPLATES |= {
     "closes.no_bars": ("the API has no bar of theirs", "API 没有这些代码的日线"),
     "closes.no_boundary": (
         "the API's daily bars of it have no documented boundary",
-        "API 未说明该代码的日线从何时到何时",
+        "API 未说明该代码日线的时间范围",
     ),
 }
 
