@@ -10099,7 +10099,7 @@ class Gap(NamedTuple):
 
 
 # Those of which no server tells, by the English words that `why` has of them in both stores.
-GAP_REASONS = ("delivery.gap_deaf", "delivery.gap_ended", "delivery.gap_moved", "delivery.gap_stopped")
+GAP_REASONS = ("stores.gap_deaf", "stores.gap_ended", "stores.gap_moved", "stores.gap_stopped")
 
 
 def gap_reason(text: str) -> str:
@@ -20305,6 +20305,10 @@ TEMPLATES |= {
     "stores.drop_other": ("{other}: drop that one first", "{other}；请先删除该索引"),
     "stores.fails": ("MongoDB at {place} fails: {why}", "MongoDB {place} 出错：{why}"),
     "stores.file_good": ("{path} can be written, {trades} in it", "{path} 可写入，内有 {trades}"),
+    "stores.gap_deaf": ("nothing was pushed although there were trades", "有成交，但没有推送"),
+    "stores.gap_ended": ("stockrt ended without notice", "stockrt 意外退出"),
+    "stores.gap_moved": ("moved to another connection", "转移到另一个连接"),
+    "stores.gap_stopped": ("stockrt was stopped", "stockrt 已停止"),
     "stores.holds_many": (
         "{name} holds too many documents to be counted quickly, which --retain removes",
         "{name} 中超过该期限的文档太多，无法很快数清，可用 --retain 删除",
@@ -20379,10 +20383,6 @@ TEMPLATES |= {
         "{path} has come to its limit of {limit} MB; see SPOOL_MAX_MB",
         "{path} 已达上限 {limit} MB；请检查 SPOOL_MAX_MB",
     ),
-    "delivery.gap_deaf": ("nothing was pushed although there were trades", "有成交，但没有推送"),
-    "delivery.gap_ended": ("stockrt ended without notice", "stockrt 意外退出"),
-    "delivery.gap_moved": ("moved to another connection", "转移到另一个连接"),
-    "delivery.gap_stopped": ("stockrt was stopped", "stockrt 已停止"),
     "delivery.kept_here": ("{trades} kept here for it", "另有 {trades}暂存于本机，等待写入"),
     "delivery.no_thread": ("nothing moves it: {why}", "无法启动转存线程：{why}"),
     "delivery.no_writes": (

@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 PROGRAM = Path(__file__).resolve().parents[2] / "stockrt.py"
 # Two words of small letters, or one beside a value.
-_SENTENCE = re.compile(r"[a-z]{2,},? [a-z({'\"]|[a-z)}'\"],? [a-z]{2,}|\} ?[a-z]{2,}$|^[a-z]{2,}: ?\{|[a-z]{3,}: \{")
+_SENTENCE = re.compile(
+    r"[a-z]{2,},? [a-z({'\"]|[a-z)}'\"],? [a-z]{2,}|\} ?[a-z]{2,}$|^[a-z]{2,}: ?\{|[a-z]{3,}: \{"
+)
 
 
 class Call(NamedTuple):
@@ -106,7 +108,9 @@ class Source:
         if isinstance(parent, (ast.Expr, ast.JoinedStr, ast.FormattedValue)):
             return True
         while not isinstance(parent, ast.stmt):
-            if isinstance(parent, ast.Call) and re.match(r"(?:log\.|LogThrottle|cast\b|re\.)", ast.unparse(parent.func)):
+            if isinstance(parent, ast.Call) and re.match(
+                r"(?:log\.|LogThrottle|cast\b|re\.)", ast.unparse(parent.func)
+            ):
                 return True
             node, parent = parent, self._parents[parent]
         return isinstance(parent, (ast.AnnAssign,)) and node is parent.annotation
