@@ -186,6 +186,15 @@ def test_a_key_that_is_out_is_known_before_the_first_batch(file: LocalFile) -> N
         assert instance.pool.describe()[0]["state"] == "out"
 
 
+def test_when_a_plan_ends_can_be_read_in_chinese() -> None:
+    info = PackageInfo("", 2.0, ends=1_790_000_000.0)
+    assert in_chinese(info.end_words(1_790_000_000 - 3 * 86_400)) == (
+        "套餐将于 2026-09-21T14:13:20.000Z 到期，还剩 3 天"
+    )
+    assert in_chinese(info.end_words(1_790_000_001)) == "套餐已于 2026-09-21T14:13:20.000Z 到期"
+    assert in_chinese(info.plan().name) == "未命名"
+
+
 @pytest.mark.parametrize(("days", "words"), [(8, ""), (3, "its plan ends at"), (-1, "its plan ended at")])
 @pytest.mark.parametrize("milliseconds", [False, True])
 def test_an_end_within_seven_days_is_said_once_a_day(
