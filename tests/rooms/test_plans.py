@@ -236,7 +236,7 @@ def test_what_check_says_of_a_key_is_chinese() -> None:
         other = "；INFOWAY_PLAN 与此不同，以其为准：basic：每秒 2 次请求，每分钟 120 次，每天 172800 次"
         assert told("basic").removeprefix(accepted.format(url=server.url)) == other
         server.script = lambda request: (
-            Answer.json({"ret": 200, "data": {}}) if request.resource == "package/info" else None
+            Answer.json({"ret": 200, "data": [{}]}) if request.resource == "package/info" else None
         )
         none = "无法获知其套餐：应答中没有套餐信息；除非用 INFOWAY_PLAN 指明，否则按 Free 套餐限频"
         assert told("") == f"{server.url} 接受该密钥；{none}"
