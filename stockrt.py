@@ -7849,7 +7849,7 @@ def stored_words(text: str, kinds: Iterable[str]) -> str:
         if text == english:
             return phrase(kind)
         if begins != english and text.startswith(begins):
-            return phrase(kind, why=text.removeprefix(begins))
+            return phrase(kind, why=text[len(begins) :])
     return text
 
 
@@ -10086,8 +10086,12 @@ class Delivery:
         self._tell()
         self.queue.shrink()
         if self.moved or self.rejected:
-            trades = count_words(self.moved, "kept trade")
-            log.info("%s moved to MongoDB in %.1f s, %d refused by it", trades, took, self.rejected)
+            log.info(
+                "%s moved to MongoDB in %.1f s, %d refused by it",
+                count_words(self.moved, "kept trade"),
+                took,
+                self.rejected,
+            )
 
     def _fresh_delays(self) -> Iterator[float]:
         return backoff(DELIVERY_FIRST_S, DELIVERY_CAP_S, self._rng)
@@ -10170,7 +10174,7 @@ class Gap(NamedTuple):
 
 
 # Those of which no server tells, by the English words that `why` has of them in both stores.
-GAP_REASONS = ("delivery.gap_deaf", "delivery.gap_ended", "delivery.gap_moved", "delivery.gap_stopped")
+GAP_REASONS = ("stores.gap_deaf", "stores.gap_ended", "stores.gap_moved", "stores.gap_stopped")
 
 
 def gap_reason(text: str) -> str:
@@ -10776,8 +10780,6 @@ def _mongo_close(document: Document) -> StoredClose | None:
 WRITE_BATCH = 1000
 # A commit to this disk costs as much for a thousand trades of many codes as for these: the same pages are written.
 COMMIT_BATCH = 5000
-# What is said to fail where closes cannot be made.
-CLOSES = "closing snapshot"
 # What was fetched is on its way to the store after this time at the latest.
 WRITE_AFTER_S = 0.5
 
@@ -10874,7 +10876,7 @@ class Collector:
         self._events = events
         self._demo = demo
         self._clock = clock
-        self._close_trouble = close_trouble or LogThrottle(CLOSES, clock)
+        self._close_trouble = close_trouble or LogThrottle("closing snapshot", clock)
         self._keeper = Keeper(closing, events, self._close_trouble)
         self._unwritten: list[Document] = []
         self._unwritten_since = 0.0
@@ -11222,7 +11224,7 @@ class Pipeline:
         self._events = events
         self._demo = demo
         self._delivery: Delivery | None = None
-        self._close_trouble = LogThrottle(CLOSES, then="the trades are stored all the same")
+        self._close_trouble = LogThrottle("closing snapshot", then="the trades are stored all the same")
         self._keep_trouble = LogThrottle("KEEP_DAYS", then="older trades stay until it works")
         self._keep_due = 0.0  # monotonic
         with contextlib.ExitStack() as opened:
@@ -21117,8 +21119,8 @@ TEMPLATES |= {
     "stream.other_frame": ("a frame of kind {code}", "类型为 {code} 的帧"),
     "stream.other_product": ("codes of another product", "代码属于其他产品"),
     "stream.plan_ended": ("the key's plan has ended", "密钥的套餐已到期"),
-    "stream.says": ("the stream says: {words}", "推送流提示：{words}"),
-    "stream.says_number": ("the stream says {number}: {words}", "推送流提示 {number}：{words}"),
+    "stream.says": ("the stream says: {words}", "推送流返回：{words}"),
+    "stream.says_number": ("the stream says {number}: {words}", "推送流返回 {number}：{words}"),
 }
 
 # ------------------------------------------------------------------------------------------------------
@@ -21133,8 +21135,12 @@ TEMPLATES |= {
         "较早的成交还要用来生成收盘价",
     ),
     "stores.drop_other": ("{other}: drop that one first", "{other}；请先删除该索引"),
-    "stores.fails": ("MongoDB at {place} fails: {why}", "MongoDB {place} 出错：{why}"),
+    "stores.fails": ("MongoDB at {place} fails: {why}", "MongoDB（{place}）出错：{why}"),
     "stores.file_good": ("{path} can be written, {trades} in it", "{path} 可写入，内有 {trades}"),
+    "stores.gap_deaf": ("nothing was pushed although there were trades", "有成交，但没有推送"),
+    "stores.gap_ended": ("stockrt ended without notice", "stockrt 意外退出"),
+    "stores.gap_moved": ("moved to another connection", "转移到另一个连接"),
+    "stores.gap_stopped": ("stockrt was stopped", "stockrt 已停止"),
     "stores.holds_many": (
         "{name} holds too many documents to be counted quickly, which --retain removes",
         "{name} 中超过该期限的文档太多，无法很快数清，可用 --retain 删除",
@@ -21218,10 +21224,6 @@ TEMPLATES |= {
         "{path} has come to its limit of {limit} MB; see SPOOL_MAX_MB",
         "{path} 已达上限 {limit} MB；请检查 SPOOL_MAX_MB",
     ),
-    "delivery.gap_deaf": ("nothing was pushed although there were trades", "有成交，但没有推送"),
-    "delivery.gap_ended": ("stockrt ended without notice", "stockrt 意外退出"),
-    "delivery.gap_moved": ("moved to another connection", "转移到另一个连接"),
-    "delivery.gap_stopped": ("stockrt was stopped", "stockrt 已停止"),
     "delivery.kept_here": ("{trades} kept here for it", "另有 {trades}暂存于本机，等待写入"),
     "delivery.no_thread": ("nothing moves it: {why}", "无法启动转存线程：{why}"),
     "delivery.no_writes": (
@@ -21229,7 +21231,7 @@ TEMPLATES |= {
         "MongoDB 自 {since} 起无法写入（{why}）",
     ),
     "delivery.not_kept": ("{because}, and {why}", "{because}；且无法暂存：{why}"),
-    "delivery.not_moved": ("what waits cannot be moved to it: {why}", "暂存的数据无法写入：{why}"),
+    "delivery.not_moved": ("what waits cannot be moved to it: {why}", "暂存的数据无法写入 MongoDB：{why}"),
     "delivery.other_id": ("its fields do not make its _id", "其字段与 _id 不符"),
     "delivery.out_of_order": ("its rows are out of order", "其中的行顺序错乱"),
     "delivery.silent": (
@@ -21247,7 +21249,7 @@ TEMPLATES |= {
     "run.accepted": ("accepted by {place}", "{place} 接受该密钥"),
     "run.accepted_without_stocks": (
         "accepted by {place}, but not for stocks: {why}",
-        "{place} 接受该密钥，但不含股票：{why}",
+        "{place} 接受该密钥，但不能用于股票：{why}",
     ),
     "run.api_key": ("API key {key}", "API 密钥 {key}"),
     "run.asked_as": ("{words} ({asked} -> {codes})", "{words}（{asked} -> {codes}）"),
@@ -21262,7 +21264,7 @@ TEMPLATES |= {
     ),
     "run.local_store": ("local store", "本地库"),
     "run.names_no_plan": ("the answer names none", "应答中没有套餐信息"),
-    "run.no_limit": ("{plan}: no limit", "{plan}：无限制"),
+    "run.no_limit": ("{plan}: no limit", "{plan}：不限频"),
     "run.no_plan": ("its plan cannot be had: {why}", "无法获知其套餐：{why}"),
     "run.no_plan_but_free": (
         "its plan cannot be had: {why}: Free's limits hold unless INFOWAY_PLAN names it",
