@@ -3097,7 +3097,7 @@ def collect_words(stats: CollectStats) -> Phrase:
     if stats.polled:
         parts.append(phrase("events.polled", codes=count_words(stats.polled, "code")))
     if parts:
-        rate = f"{stats.per_second:.{int(stats.per_second < 10)}f}"
+        rate = round(stats.per_second, 1) if stats.per_second < 10 else round(stats.per_second)
         parts.append(phrase("events.rate", rate=rate))
     if not math.isnan(stats.delay_p99_ms):
         parts.append(phrase("events.delays", p50=stats.delay_p50_ms, p99=stats.delay_p99_ms))
@@ -15541,7 +15541,7 @@ class Daemon:
         elif isinstance(event, Ping):
             link.ping()
         else:
-            raise LinkLost(phrase("daemon.peer_dead", why=event.reason))
+            raise LinkLost(phrase("websocket.lost", why=event.reason))
 
     def _send_text(self, link: Link, protocol: PlatformProtocol, text: str) -> None:
         self._log_frame("sent", text)
@@ -21457,7 +21457,6 @@ TEMPLATES |= {
         "what waits on this machine cannot be taken up: {why}",
         "无法处理暂存于本机的数据：{why}",
     ),
-    "daemon.peer_dead": ("lost: {why}", "{why}"),
     "daemon.queue_full": (
         "{most} commands are waiting already; try again later",
         "已有 {most} 条指令在等待；请稍后重试",

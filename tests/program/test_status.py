@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from conftest import RunPyz, unprivileged
@@ -24,7 +24,7 @@ from kit.infoway_server import REFUSALS, InfowayServer
 from kit.platform_server import PlatformServer
 
 import stockrt
-from stockrt import Command, Journal, LocalLedger, Plan, SharedLedger, key_digest, load_settings
+from stockrt import Command, Journal, LocalLedger, Plan, SharedLedger, in_language, key_digest, load_settings
 
 WELL, WRONG, NOT_RUNNING, UNKNOWN = 0, 1, 3, 4
 FIRST, OTHER = "aaa-first-key-111", "bbb-other-key-222"
@@ -276,6 +276,44 @@ def test_what_the_daemon_writes_has_the_shape_that_is_read(program: Program) -> 
     program.state.mkdir()
     (program.state / stockrt.STATUS_NAME).write_text(json.dumps(told))
     assert status_in_this_process(program)["platform"]["last_contact"] == "x"
+
+
+def test_reasons_in_the_status_file_can_be_read_in_all_languages(program: Program) -> None:
+    """One with reasons that a later version makes is read, too: they are their English text."""
+    settings = load_settings(program.env, None, (), is_root=False).settings
+    why = stockrt.phrase("websocket.lost", why=stockrt.phrase("http.cut"))
+    trouble = stockrt.phrase("tools.because", what="AAPL.US", why=why)
+    told = stockrt.DaemonStatus(keys=[cast(stockrt.KeyState, KEY_STATE | {"why": why})])
+    told["collecting"] = stockrt.collect_facts(
+        STREAM | {"trouble": trouble, "streams": [LOST | {"why": why}]}
+    )
+    journal = Journal(settings.state_directory)
+    inbox = stockrt.Inbox()
+    relay = stockrt.Relay(stockrt.NO_EVENTS, inbox)
+    executor = stockrt.Executor(settings, journal, inbox, relay)
+    clerk = stockrt.Clerk(settings, journal, executor, inbox, stockrt.SettingsSource({}))
+    clerk.do(stockrt.NoteStatus(told))
+    clerk.leave()
+    clerk.run()
+    journal.close()
+
+    def reasons() -> list[str]:
+        found = stockrt.read_status(program.state)
+        return [
+            found["collecting"]["trouble"],
+            found["collecting"]["streams"][0]["why"],
+            found["keys"][0]["why"],
+        ]
+
+    assert [in_language(one, "zh") for one in reasons()] == [
+        "AAPL.US：对方断开了连接",
+        *2 * ["对方断开了连接"],
+    ]
+    english = ["AAPL.US: lost: the connection was cut", *2 * ["lost: the connection was cut"]]
+    assert reasons() == english
+    file = program.state / stockrt.STATUS_NAME
+    file.write_text(file.read_text().replace("websocket.lost", "websocket.gone"))
+    assert [in_language(one, "zh") for one in reasons()][1:] == english[1:]
 
 
 @pytest.mark.parametrize(
