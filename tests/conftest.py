@@ -175,6 +175,7 @@ def clean_env(tmp_path: Path, shiv_root: Path) -> dict[str, str]:
         "SHIV_ROOT": str(shiv_root),
         "STATE_DIRECTORY": str(tmp_path / "state"),
         "LANG": "C.UTF-8",
+        "MESSAGE_LANG": "en",
     }
 
 

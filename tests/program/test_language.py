@@ -1,0 +1,100 @@
+"""The program speaks the language of whoever reads it: English and Chinese, chosen as people choose it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import RunPyz
+
+from program.test_once import DEMO, on_terminal
+
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
+ENGLISH_WORDS = re.compile(r"[a-z]{2,} [a-z]{2,}")
+ZH = {"LC_ALL": "", "LANG": "zh_CN.UTF-8"}
+USAGE = "stockrt: unrecognized arguments: --onse; did you mean --once?; see --help\n"
+USAGE_ZH = "stockrt：无法识别的参数：--onse，是不是 --once？详见 --help\n"
+
+
+@pytest.mark.parametrize(
+    ("env", "is_chinese"),
+    [
+        ({"LANG": "en_US.UTF-8"}, False),
+        ({"LANG": "C"}, False),
+        ({"LANG": "zh_CN.UTF-8"}, True),
+        ({"LANG": "zh_TW.UTF-8"}, True),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C.UTF-8"}, False),
+        ({"LANG": "C.UTF-8", "LC_MESSAGES": "zh_CN.UTF-8"}, True),
+        ({"LANG": "C", "STOCKRT_LANG": "zh"}, True),
+        ({"LANG": "zh_CN.UTF-8", "STOCKRT_LANG": "en"}, False),
+        ({"LANG": "zh_CN.UTF-8", "STOCKRT_LANG": "zh", "PYTHONIOENCODING": "ascii"}, False),
+        ({"LANG": "zh_CN.UTF-8", "STOCKRT_LANG": "zh", "PYTHONIOENCODING": "latin-1"}, False),
+        ({"LANG": "zh_CN.UTF-8", "TERM": "linux"}, True),  # a pipe
+    ],
+)
+def test_usage_error_in_the_language_of_the_environment(
+    start_pyz: RunPyz, env: dict[str, str], is_chinese: bool
+) -> None:
+    done = start_pyz("--onse", env=env)
+    assert (done.returncode, done.stdout) == (64, "")
+    assert done.stderr == (USAGE_ZH if is_chinese else USAGE)
+
+
+def test_other_encoding_of_chinese_is_used(pyz: Path, start_pyz: RunPyz, clean_env: dict[str, str]) -> None:
+    """What Python writes for a terminal of such a locale."""
+    env = clean_env | {"LANG": "zh_CN.GBK", "PYTHONIOENCODING": "gbk"}
+    done = subprocess.run([pyz, "--onse"], env=env, capture_output=True, check=False)
+    assert done.returncode == 64
+    assert done.stderr.decode("gbk") == USAGE_ZH
+
+
+@pytest.mark.parametrize(("term", "is_chinese"), [("xterm", True), ("linux", False)])
+def test_console_gets_english_since_its_font_has_no_chinese(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, term: str, is_chinese: bool
+) -> None:
+    env = clean_env | ZH | {"TERM": term}
+    status, shown, _ = on_terminal(pyz, env, tmp_path, "stderr", "--onse")
+    assert status == 64
+    assert shown.replace("\r", "") == (USAGE_ZH if is_chinese else USAGE)
+
+
+@pytest.mark.parametrize("columns", [60, 120])
+def test_help_in_chinese_fits_the_terminal(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, columns: int
+) -> None:
+    status, shown, _ = on_terminal(pyz, clean_env | ZH, tmp_path, "stdout", "--help", columns=columns)
+    assert status == 0
+    lines = shown.replace("\r", "").partition("选项：\n")[2].partition("\n\n")[0].splitlines()
+    assert len(lines) > 35
+    assert max(len(line) + len(re.findall(r"[\u3000-\uffef]", line)) for line in lines) <= columns - 2
+
+
+@pytest.mark.parametrize("env", [ZH, {}])
+def test_help_is_whole_in_either_language(start_pyz: RunPyz, env: dict[str, str]) -> None:
+    done = start_pyz("--help", env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    if env:
+        assert done.stdout.startswith("用法： stockrt [-h]")
+        assert not ENGLISH_WORDS.search(re.sub(r"stockrt\.pyz --.*?  ", "", done.stdout))
+    else:
+        assert done.stdout.startswith("usage: stockrt [-h]")
+        assert set(CHINESE.findall(done.stdout)) == set("茅台黄金")
+
+
+def test_version_and_json_are_the_same_in_both_languages(start_pyz: RunPyz) -> None:
+    version = [start_pyz("--version", env=env) for env in ({}, ZH)]
+    assert [done.returncode for done in version] == [0, 0]
+    assert version[0].stdout == version[1].stdout
+    rows = [start_pyz(*DEMO, "AAPL.US", "--json", env=env) for env in ({}, ZH)]
+    assert [done.returncode for done in rows] == [0, 0]
+    assert json.loads(rows[0].stdout).keys() == json.loads(rows[1].stdout).keys()
+
+
+def test_what_is_odd_in_the_settings_is_said_to_who_typed_a_command(run_pyz: RunPyz, tmp_path: Path) -> None:
+    (tmp_path / "stockrt.env").write_text("MONGODB_HSOT=x\n")
+    line, *_ = run_pyz(*DEMO, "AAPL.US").stderr.splitlines()
+    assert line.startswith("stockrt: ") and "MONGODB_HSOT" in line
+    assert "MONGODB_HSOT" not in run_pyz(*DEMO, "AAPL.US", env={"LOG_LEVEL": "error"}).stderr
