@@ -15552,11 +15552,6 @@ class JournalStream(io.TextIOBase):
         self._stream = stream
         self._begun = threading.local()  # the line that a thread has begun
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """Return the encoding of the stream below."""
-        return self._stream.encoding
-
     def write(self, text: str) -> int:
         """Pass whole lines on, each with its priority; the rest waits for its end."""
         *lines, rest = (getattr(self._begun, "text", "") + text).split("\n")
@@ -15572,6 +15567,11 @@ class JournalStream(io.TextIOBase):
     def writable(self) -> bool:
         """Yes."""
         return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Which characters the stream below takes, as that one tells it."""
+        return self._stream.encoding
 
     def fileno(self) -> int:
         """Return the descriptor below."""
