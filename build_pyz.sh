@@ -27,7 +27,52 @@ wheels=$build/wheels
 locked=
 work=
 
+# Whether who runs this reads Chinese: as stockrt.py finds out. What is written here is UTF-8, and the console's font
+# has no Chinese.
+reads_chinese() {
+    local named=${STOCKRT_LANG:-} locale=${LC_ALL:-${LC_MESSAGES:-${LANG:-}}}
+    [[ $named =~ ^[[:space:]]*([zZ][hH]|[eE][nN])[[:space:]]*$ ]] || named=$locale
+    [[ ${named,,} == *zh* && ${locale,,} =~ ^([^.]*|.*\.utf-?8.*)$ ]] || return 1
+    [[ ${named,,} =~ ^[[:space:]]*zh ]] && ! { [ "${TERM-}" = linux ] && [ -t 2 ]; }
+}
+chinese=
+! reads_chinese || chinese=1
+
+# say ENGLISH CHINESE
+say() {
+    if [ "$chinese" ]; then printf '%s\n' "$2"; else printf '%s\n' "$1"; fi
+}
+
 usage() {
+    if [ "$chinese" ]; then usage_in_chinese; else usage_in_english; fi
+}
+
+usage_in_chinese() {
+    cat <<'TEXT'
+用法：./build_pyz.sh                  构建 stockrt.pyz，适用于 CPython 3.11 至 3.15、x86_64 和 aarch64
+      ./build_pyz.sh --native         只为本机和当前的 Python 构建 stockrt.pyz（较快）
+      ./build_pyz.sh test [ARG ...]   检查代码和类型、构建、测试；ARG 传给 pytest（三分钟）
+      ./build_pyz.sh test --long [ARG ...]  另外：每种故障测试更多轮次、用本机的每个 Python 构建、
+                                      简短的性能测试（五分钟）
+      ./build_pyz.sh bench [ARG ...]  构建，然后与简单循环对比性能；退出码 1：有目标未达到
+      sudo ./build_pyz.sh install     安装 stockrt.pyz 及其 systemd 单元
+      sudo ./build_pyz.sh uninstall   卸载二者；配置和状态保留
+      ./build_pyz.sh lock [--upgrade] 重新生成依赖锁定文件；--upgrade 升级版本
+      ./build_pyz.sh --help
+
+环境变量：
+  PYTHON             用于构建和测试的 Python，3.11 及以上  （默认：python3）
+  STOCKRT_BUILD_DIR  工具、测试环境和临时文件的目录        （默认：.build）
+  DESTDIR            加在 install、uninstall 写入的路径之前（默认：无）
+
+运行时依赖写在 stockrt.py 开头，测试工具写在 tests/requirements.in；改动之后请运行
+“./build_pyz.sh lock”。pip 关于下载来源的设置（PIP_INDEX_URL、PIP_CONFIG_FILE、pip.conf 等：
+index-url、extra-index-url、find-links、no-index、trusted-host、cert、proxy）对整个构建有效，
+除非设置了 uv 自己的变量。
+TEXT
+}
+
+usage_in_english() {
     cat <<'TEXT'
 usage: ./build_pyz.sh                  build stockrt.pyz for CPython 3.11 to 3.15, x86_64 and aarch64
        ./build_pyz.sh --native         build stockrt.pyz for this interpreter and machine alone (fast)
@@ -52,9 +97,14 @@ trusted-host, cert, proxy) hold for the whole build, unless uv's own are set.
 TEXT
 }
 
+# fail ENGLISH CHINESE [STATUS]
 fail() {
-    printf 'build_pyz.sh: %s\n' "$1" >&2
-    exit "${2:-1}"
+    say "build_pyz.sh: $1" "build_pyz.sh：$2" >&2
+    exit "${3:-1}"
+}
+
+fail_of_usage() {
+    fail "unknown argument '$1'; see ./build_pyz.sh --help" "未知参数“$1”；请看 ./build_pyz.sh --help" 64
 }
 
 # ---------------------------------------------------------------------------------- environments
@@ -62,11 +112,14 @@ fail() {
 check_python() {
     local version
     version=$("$python" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) ||
-        fail "no Python at '$python': install python3 (3.11 or newer) and python3-venv, or set PYTHON"
+        fail "no Python at '$python': install python3 (3.11 or newer) and python3-venv, or set PYTHON" \
+            "“$python” 处没有 Python：请安装 python3（3.11 及以上）和 python3-venv，或设置 PYTHON"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        fail "'$python' is Python $version: install 3.11 or newer and name it, as in PYTHON=python3.12"
+        fail "'$python' is Python $version: install 3.11 or newer and name it, as in PYTHON=python3.12" \
+            "“$python” 是 Python $version：请安装 3.11 或更高版本并指定它，例如 PYTHON=python3.12"
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
-        fail "'$python' (Python $version) has no venv: install python3-venv (python${version%.*}-venv)"
+        fail "'$python' (Python $version) has no venv: install python3-venv (python${version%.*}-venv)" \
+            "“$python”（Python $version）没有 venv：请安装 python3-venv（python${version%.*}-venv）"
 }
 
 # What an environment was made from; a change makes it anew.
@@ -82,7 +135,7 @@ ensure_tools() {
     (
         flock 9
         [ "$(stamp "$tool_lock")" != "$(cat "$tool/stamp" 2>/dev/null)" ] || exit 0
-        echo "making the build tools in $tool" >&2
+        say "making the build tools in $tool" "正在 $tool 中准备构建工具" >&2
         "$python" -m venv --clear "$tool"
         "$tool/bin/python" -I -m pip --disable-pip-version-check install --quiet --no-deps \
             --require-hashes --only-binary :all: -r "$tool_lock"
@@ -327,7 +380,8 @@ PYTHON
 
 # build_file FETCH-COMMAND ...
 build_file() {
-    [ -f "$here/stockrt.py" ] || fail "no stockrt.py in $here"
+    [ -f "$here/stockrt.py" ] || fail "no stockrt.py in $here" \
+            "$here 中没有 stockrt.py"
     check_python
     ensure_tools
     start_work
@@ -351,7 +405,8 @@ credentials=/etc/stockrt/credentials
 systemd_runs() { [ -z "$DESTDIR" ] && [ -d /run/systemd/system ]; }
 
 need_root() {
-    [ -n "$DESTDIR" ] || [ "$(id -u)" = 0 ] || fail "'$1' needs root: sudo ./build_pyz.sh $1"
+    [ -n "$DESTDIR" ] || [ "$(id -u)" = 0 ] || fail "'$1' needs root: sudo ./build_pyz.sh $1" \
+            "“$1” 需要 root 权限：sudo ./build_pyz.sh $1"
 }
 
 # place MODE SOURCE PATH: whoever looks sees the old file or the whole new one.
@@ -383,8 +438,10 @@ unit_for_here() {
 
 install_files() {
     need_root install
-    [ -f "$out" ] || fail "no stockrt.pyz: run ./build_pyz.sh first"
-    is_current "$out" "$here/stockrt.py" || fail "stockrt.pyz is not of this stockrt.py: run ./build_pyz.sh first"
+    [ -f "$out" ] || fail "no stockrt.pyz: run ./build_pyz.sh first" \
+            "没有 stockrt.pyz：请先运行 ./build_pyz.sh"
+    is_current "$out" "$here/stockrt.py" || fail "stockrt.pyz is not of this stockrt.py: run ./build_pyz.sh first" \
+            "stockrt.pyz 不是由当前的 stockrt.py 构建的：请先运行 ./build_pyz.sh"
     umask 022
     local text
     text=$(mktemp)
@@ -392,27 +449,28 @@ install_files() {
     place 755 "$out" "$program"
     place 644 "$text" "$unit"
     rm -f -- "$text"
-    echo "installed $DESTDIR$program"
-    echo "installed $DESTDIR$unit"
+    say "installed $DESTDIR$program" "已安装    $DESTDIR$program"
+    say "installed $DESTDIR$unit" "已安装    $DESTDIR$unit"
     if [ -e "$DESTDIR$config" ] || [ -L "$DESTDIR$config" ]; then
-        echo "kept      $DESTDIR$config"
+        say "kept      $DESTDIR$config" "保留      $DESTDIR$config"
     else
         place 600 "$here/stockrt.env.example" "$config"
-        echo "installed $DESTDIR$config"
+        say "installed $DESTDIR$config" "已安装    $DESTDIR$config"
     fi
     if [ ! -e "$DESTDIR$credentials" ]; then
         install -d -m 700 -- "$DESTDIR$credentials"
-        echo "made      $DESTDIR$credentials"
+        say "made      $DESTDIR$credentials" "已创建    $DESTDIR$credentials"
     fi
     if systemd_runs; then
         systemctl daemon-reload
         if systemctl --quiet is-active stockrt; then
-            echo "the running daemon is still the old one until: sudo systemctl restart stockrt"
+            say "the running daemon is still the old one until: sudo systemctl restart stockrt" \
+                "正在运行的守护进程仍是旧版本，重启后更新：sudo systemctl restart stockrt"
             return
         fi
     fi
+    say next: 下一步：
     cat <<TEXT
-next:
   sudoedit $config                  # INFOWAY_API_KEY; SERVER_IP, SERVER_PORT, or COLLECT, COLLECT_CODES
   sudo systemctl enable --now stockrt
   systemctl status stockrt
@@ -424,7 +482,7 @@ uninstall_files() {
     ! systemd_runs || systemctl --quiet disable --now stockrt 2>/dev/null || true
     local path
     for path in "$program" "$unit"; do
-        [ ! -e "$DESTDIR$path" ] || echo "removed $DESTDIR$path"
+        [ ! -e "$DESTDIR$path" ] || say "removed $DESTDIR$path" "已删除  $DESTDIR$path"
         rm -f -- "$DESTDIR$path"
     done
     rmdir --ignore-fail-on-non-empty -- "$DESTDIR$(dirname -- "$program")" 2>/dev/null || true
@@ -432,7 +490,7 @@ uninstall_files() {
     rm -rf -- "$DESTDIR/var/cache/private/stockrt" "$DESTDIR/var/cache/stockrt"
     ! systemd_runs || systemctl daemon-reload
     for path in /etc/stockrt "$unit.d" /var/lib/private/stockrt /var/lib/stockrt; do
-        [ ! -d "$DESTDIR$path" ] || [ -L "$DESTDIR$path" ] || echo "kept    $DESTDIR$path"
+        [ ! -d "$DESTDIR$path" ] || [ -L "$DESTDIR$path" ] || say "kept    $DESTDIR$path" "保留    $DESTDIR$path"
     done
 }
 
@@ -447,7 +505,7 @@ compile() {
         uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
             "$source" --output-file "$target" "$@" >/dev/null
     )
-    echo "wrote $target" >&2
+    say "wrote $target" "已写入 $target" >&2
 }
 
 # shiv names pip and setuptools, which it needs only where it is left to fetch packages itself.
@@ -467,7 +525,7 @@ lock() {
 ensure_test_env() {
     local venv=$build/test
     [ "$(stamp "$here/tests/requirements.txt")" != "$(cat "$venv/stamp" 2>/dev/null)" ] || return 0
-    echo "making the test environment in $venv" >&2
+    say "making the test environment in $venv" "正在 $venv 中准备测试环境" >&2
     uv venv --clear --python "$build/tool/bin/python" "$venv"
     uv pip install --no-deps --require-hashes --compile-bytecode \
         --python "$venv/bin/python" -r "$here/tests/requirements.txt"
@@ -486,21 +544,32 @@ has_mongod() {
 say_what_comes() {
     local form=$1 lacking=()
     local -A minutes=([quick]=3 [long]=5 [hour]=60)
-    [ "$(id -u)" = 0 ] || lacking+=("full disks, files of other users and the systemd unit: run as root")
-    has_mongod || lacking+=("everything with MongoDB: install mongod, or libcurl4 and libssl3, or set MONGODB_TEST_URI")
-    [ -z "${MONGODB_TEST_URI-}" ] || lacking+=("what kills or pauses the server of MONGODB_TEST_URI: unset it")
-    command -v curl >/dev/null || lacking+=("the README's tour: install curl")
-    command -v cc >/dev/null || lacking+=("power cuts and a clock that is set: install gcc and libc6-dev")
+    [ "$(id -u)" = 0 ] || lacking+=("$(say "full disks, files of other users and the systemd unit: run as root" \
+        "磁盘写满、其他用户的文件和 systemd 单元：请以 root 运行")")
+    has_mongod || lacking+=("$(say "everything with MongoDB: install mongod, or libcurl4 and libssl3, or set MONGODB_TEST_URI" \
+        "所有用到 MongoDB 的测试：请安装 mongod，或安装 libcurl4 和 libssl3，或设置 MONGODB_TEST_URI")")
+    [ -z "${MONGODB_TEST_URI-}" ] || lacking+=("$(say "what kills or pauses the server of MONGODB_TEST_URI: unset it" \
+        "会终止或暂停 MONGODB_TEST_URI 所指服务器的测试：请取消该设置")")
+    command -v curl >/dev/null || lacking+=("$(say "the README's tour: install curl" \
+        "README 中的演示：请安装 curl")")
+    command -v cc >/dev/null || lacking+=("$(say "power cuts and a clock that is set: install gcc and libc6-dev" \
+        "断电和调整时钟：请安装 gcc 和 libc6-dev")")
     command -v unshare >/dev/null && command -v setpriv >/dev/null ||
-        lacking+=("names that nobody resolves: install util-linux")
+        lacking+=("$(say "names that nobody resolves: install util-linux" \
+        "无法解析的域名：请安装 util-linux")")
     command -v prometheus-node-exporter node_exporter >/dev/null ||
-        lacking+=("metrics as the real collector reads them: install prometheus-node-exporter")
+        lacking+=("$(say "metrics as the real collector reads them: install prometheus-node-exporter" \
+        "由真正的采集器读取指标：请安装 prometheus-node-exporter")")
     command -v chromium chromium-browser google-chrome >/dev/null ||
-        lacking+=("the page in a browser: install chromium")
-    command -v systemd-nspawn >/dev/null || lacking+=("the unit under a real systemd: install systemd-container")
-    echo "tests, $form: all of them take some ${minutes[$form]} minutes on 2 processors, 4 GB of memory, 2 GB in ${TMPDIR:-/tmp}"
-    [ -d "$build/test" ] || echo "first of all: tools and wheels are fetched into $build (600 MB, a minute more)"
-    for what in "${lacking[@]}"; do echo "skipped here: $what"; done
+        lacking+=("$(say "the page in a browser: install chromium" \
+        "在浏览器中查看网页：请安装 chromium")")
+    command -v systemd-nspawn >/dev/null || lacking+=("$(say "the unit under a real systemd: install systemd-container" \
+        "在真正的 systemd 下运行服务单元：请安装 systemd-container")")
+    say "tests, $form: all of them take some ${minutes[$form]} minutes on 2 processors, 4 GB of memory, 2 GB in ${TMPDIR:-/tmp}" \
+        "测试（$form）：双核机器上全部测试约需 ${minutes[$form]} 分钟，4 GB 内存，${TMPDIR:-/tmp} 中 2 GB 空间"
+    [ -d "$build/test" ] || say "first of all: tools and wheels are fetched into $build (600 MB, a minute more)" \
+        "首先把工具和依赖包下载到 $build（600 MB，另需约一分钟）"
+    for what in "${lacking[@]}"; do say "skipped here: $what" "本机跳过：$what"; done
 } >&2
 
 # Most tests wait for other processes, not for the processor: more at a time than there are processors.
@@ -513,7 +582,8 @@ run_tests() {
         *) arguments+=("$argument") ;;
         esac
     done
-    [[ $form =~ ^(quick|long|hour)$ ]] || fail "STOCKRT_TESTS is '$form': set quick, long or hour" 64
+    [[ $form =~ ^(quick|long|hour)$ ]] || fail "STOCKRT_TESTS is '$form': set quick, long or hour" \
+        "STOCKRT_TESTS 的值是“$form”：应为 quick、long 或 hour" 64
     check_python
     say_what_comes "$form"
     ensure_tools
@@ -553,14 +623,14 @@ main() {
     unset PYTHONPATH PYTHONHOME
     case ${1-} in
     '' | --native | --help | -h | install | uninstall)
-        [ $# -le 1 ] || fail "unknown argument '$2'; see ./build_pyz.sh --help" 64
+        [ $# -le 1 ] || fail_of_usage "$2"
         ;;
     lock)
         [ $# -eq 1 ] || { [ $# -eq 2 ] && [ "$2" = --upgrade ]; } ||
-            fail "unknown argument '${*: -1}'; see ./build_pyz.sh --help" 64
+            fail_of_usage "${*: -1}"
         ;;
     test | bench) ;;
-    *) fail "unknown argument '$1'; see ./build_pyz.sh --help" 64 ;;
+    *) fail_of_usage "$1" ;;
     esac
     case ${1-} in
     '') build_file fetch_all ;;

@@ -315,13 +315,17 @@ def unpacked(value: Any) -> Any:
     return str(value["text"])
 
 
+def locale_name(environ: Mapping[str, str]) -> str:
+    """Return the reader's locale, as POSIX has it: the first of three variables that is not empty."""
+    return next(filter(None, map(environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
+
+
 def language_of(environ: Mapping[str, str]) -> str:
     """Return the language of whoever runs this: STOCKRT_LANG, else the locale of its messages."""
     named = environ.get("STOCKRT_LANG", "").strip().lower()
     if named in LANGUAGES:
         return named
-    locale = next(filter(None, map(environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
-    return CHINESE if locale.lower().startswith("zh") else ENGLISH
+    return CHINESE if locale_name(environ).lower().startswith("zh") else ENGLISH
 
 
 def can_show(stream: TextIO, term: str) -> bool:
@@ -641,7 +645,7 @@ def first_few(names: Collection[str]) -> Phrase:
 def alternatives(names: Sequence[str]) -> str:
     """Return names of which one is meant: `a, b or c`."""
     if len(names) < 2:
-        return "".join(names)
+        return next(iter(names), "")
     return phrase("tools.or", first=listing("join.names", names[:-1]), last=names[-1])
 
 
@@ -1220,7 +1224,7 @@ def uri_faults(uri: str) -> list[str]:
 
     from pymongo import uri_parser
 
-    faults = []
+    faults: list[str] = []
     password = uri_options(uri).get("tlscertificatekeyfilepassword", "")
     for name, value in _uri_pairs(uri):
         shown, words = f"{name}={value}", ""
@@ -1234,20 +1238,20 @@ def uri_faults(uri: str) -> list[str]:
                 elif not name.lower().startswith("srv"):
                     uri_parser.parse_uri(f"mongodb://host/?{urlencode({name: value})}", warn=False)
         except OSError as error:
-            words = f"the file cannot be read: {error.strerror or error}"
+            words = phrase("settings.unreadable_file", why=error.strerror or str(error))
         except Exception as error:  # whatever pymongo says it with
             words = one_line(error)
             if words.startswith("Unknown option"):  # its value may be meant to be secret
                 shown, words = name, _unknown_option(name, words)
             elif shown == name:
-                words = "expected what MongoDB's documentation of connection strings says"
+                words = phrase("settings.expect.option")
         if words:
-            faults.append(f"MONGODB_HOST, option {one_line(shown, 100)}: {words}")
+            faults.append(phrase("settings.option", option=one_line(shown, 100), words=words))
     if not faults and uri.startswith("mongodb://"):  # else the DNS would be asked
         try:
             uri_parser.parse_uri(uri, warn=False)
         except Exception as error:
-            faults.append(f"MONGODB_HOST, its options together: {one_line(error)}")
+            faults.append(phrase("settings.options", words=one_line(error)))
     return faults
 
 
@@ -1266,8 +1270,9 @@ def _unknown_option(name: str, words: str) -> str:
     """Return what to say of an option that pymongo says it does not know, and which ones are like it."""
     import difflib
 
-    near = difflib.get_close_matches(name.lower(), re.findall(r"\w+", words.partition("(")[2]), n=1)
-    return "MongoDB has no such option" + "".join(f"; did you mean {one}?" for one in near)
+    for near in difflib.get_close_matches(name.lower(), re.findall(r"\w+", words.partition("(")[2]), n=1):
+        return phrase("settings.unknown_option_near", near=near)
+    return phrase("settings.unknown_option")
 
 
 # As a person writes one; Python's own would read 1_0 as ten, and nan and 1e3 too.
@@ -1452,7 +1457,7 @@ class Setting(NamedTuple):
     name: str
     attribute: str
     default: str
-    expected: str
+    expects: str  # a kind of words
     parse: Callable[[str], object]
     secret: bool = False
     old_name: str = ""
@@ -1464,34 +1469,27 @@ class Setting(NamedTuple):
         small = self.name.lower() if self.in_small_letters else ""
         return tuple(name for name in (small, self.name, self.old_name) if name)
 
+    @property
+    def expected(self) -> Phrase:
+        """What its values may be, a clause: `expected zh or en`."""
+        return phrase(self.expects, most_shares=MOST_SHARES)
 
-_PROXY_EXPECTED = (
-    "http:// or https://[user:password@]host[:port], with / : @ % in user and password percent-encoded; "
-    "SOCKS is not supported"
-)
 
-_COLLECT_EXPECTED = (
-    "codes such as AAPL.US 600519.SH, or @ and the name of a file of codes, or watch: the codes of the collection "
-    "MONGODB_WATCH_COLLECTION_NAME"
-)
-_COLLECTION_EXPECTED = "a collection name of at most 120 bytes without $ and needless dots, not system.…"
+_PROXY_EXPECTED = "settings.expect.proxy"
+_COLLECT_EXPECTED = "settings.expect.codes"
+_COLLECTION_EXPECTED = "settings.expect.collection"
 
 # fmt: off
 SETTINGS = (
-    Setting("INFOWAY_API_KEY", "api_keys", "", "one or several keys, comma-separated, ASCII without blanks",
-            _api_keys, secret=True),
-    Setting("INFOWAY_API_BASE_URL", "api_base_url", "https://data.infoway.io", "an http:// or https:// URL",
+    Setting("INFOWAY_API_KEY", "api_keys", "", "settings.expect.keys", _api_keys, secret=True),
+    Setting("INFOWAY_API_BASE_URL", "api_base_url", "https://data.infoway.io", "settings.expect.url",
             _url("http", "https")),
     Setting("INFOWAY_STREAM_URL", "stream_url", "wss://data.infoway.io/ws",
-            "a ws:// or wss:// URL without user, query or fragment", _url("ws", "wss")),
-    Setting("INFOWAY_PLAN", "plans", AUTO,
-            "auto, free, basic, premium, pro, or requests per second as a number (0: no limit, else 0.017 or more: one "
-            "a minute); one for all keys, or one for each, comma-separated", _plans),
-    Setting("MONGODB_HOST", "mongodb_uri", "",
-            "mongodb://[user:password@]host[:port][/…] or mongodb+srv://…, with / : @ % in user and password "
-            "percent-encoded and acknowledged writes (no w=0)", _mongodb_uri, secret=True),
+            "settings.expect.stream_url", _url("ws", "wss")),
+    Setting("INFOWAY_PLAN", "plans", AUTO, "settings.expect.plans", _plans),
+    Setting("MONGODB_HOST", "mongodb_uri", "", "settings.expect.mongodb", _mongodb_uri, secret=True),
     Setting("MONGODB_DB_NAME", "mongodb_db_name", "forecast_platform",
-            "a database name of at most 63 bytes without / \\ . \" $ * < > : | ? or blanks", _database_name),
+            "settings.expect.database", _database_name),
     Setting("MONGODB_REALTIME_COLLECTION_NAME", "realtime_name", "realtime",
             _COLLECTION_EXPECTED, _collection_name, old_name="MONGODB_COLLECTION_NAME"),
     Setting("MONGODB_CLOSE_COLLECTION_NAME", "close_name", "close",
@@ -1502,40 +1500,37 @@ SETTINGS = (
             _COLLECTION_EXPECTED, _collection_name),
     Setting("MONGODB_GAP_COLLECTION_NAME", "gap_name", "stream_gaps",
             _COLLECTION_EXPECTED, _collection_name),
-    Setting("MONGODB_NUMERIC_TYPE", "numeric_type", "string", "string, decimal or double",
+    Setting("MONGODB_NUMERIC_TYPE", "numeric_type", "string", "settings.expect.numeric_type",
             _one_of("string", "decimal", "double")),
-    Setting("COLLECT", "collect", "", "stream, or nothing", _one_of("stream")),
-    Setting("COLLECT_EVERY", "collect_every_s", "", "seconds from 1 to 86400", _number(1, 86_400)),
+    Setting("COLLECT", "collect", "", "settings.expect.collect", _one_of("stream")),
+    Setting("COLLECT_EVERY", "collect_every_s", "", "settings.expect.every", _number(1, 86_400)),
     Setting("COLLECT_CODES", "collect_codes", "", _COLLECT_EXPECTED, _collect_codes),
-    Setting("COLLECT_SHARE", "collect_share", "1/1",
-            f"which share of how many, such as 1/3, of at most {MOST_SHARES}", _share),
-    Setting("KEEP_DAYS", "keep_days", "", "days, a whole number from 1 to 36500, or nothing: for ever",
+    Setting("COLLECT_SHARE", "collect_share", "1/1", "settings.expect.share", _share),
+    Setting("KEEP_DAYS", "keep_days", "", "settings.expect.days",
             _whole_number(1, 36_500)),
-    Setting("SERVER_IP", "server_host", "", "a host name or an address, without http:// and without a port",
-            _host, at_start=True),
-    Setting("SERVER_PORT", "server_port", "", "a number from 1 to 65535", _whole_number(1, 65535),
+    Setting("SERVER_IP", "server_host", "", "settings.expect.host", _host, at_start=True),
+    Setting("SERVER_PORT", "server_port", "", "settings.expect.port", _whole_number(1, 65535),
             at_start=True),
-    Setting("SERVER_TLS", "server_tls", "0", "0 (http, ws) or 1 (https, wss)", _switch, at_start=True),
-    Setting("HEARTBEAT_INTERVAL", "heartbeat_s", "10", "seconds from 1 to 3600", _number(1, 3600)),
-    Setting("MODULE_NAME", "module_name", "股票实时数据获取模块", "1 to 100 printable characters",
+    Setting("SERVER_TLS", "server_tls", "0", "settings.expect.tls", _switch, at_start=True),
+    Setting("HEARTBEAT_INTERVAL", "heartbeat_s", "10", "settings.expect.heartbeat", _number(1, 3600)),
+    Setting("MODULE_NAME", "module_name", "股票实时数据获取模块", "settings.expect.name",
             _text(1, 100), at_start=True),
     Setting("MODULE_DESCRIPTION", "module_description", "获取股票、外汇、加密货币的最新成交并写入 MongoDB",
-            "at most 500 printable characters", _text(0, 500), at_start=True),
-    Setting("STATE_DIRECTORY", "state_directory", "", "an absolute path", _directory, at_start=True),
-    Setting("SPOOL_MAX_MB", "spool_max_bytes", "1024", "megabytes, a whole number from 1 to 1048576", _megabytes),
+            "settings.expect.description", _text(0, 500), at_start=True),
+    Setting("STATE_DIRECTORY", "state_directory", "", "settings.expect.directory", _directory, at_start=True),
+    Setting("SPOOL_MAX_MB", "spool_max_bytes", "1024", "settings.expect.megabytes", _megabytes),
     Setting("HTTPS_PROXY", "https_proxy", "", _PROXY_EXPECTED, _proxy("HTTPS_PROXY"), secret=True,
             in_small_letters=True),
     Setting("HTTP_PROXY", "http_proxy", "", _PROXY_EXPECTED, _proxy("HTTP_PROXY"), secret=True,
             in_small_letters=True),
     Setting("ALL_PROXY", "all_proxy", "", _PROXY_EXPECTED, _proxy("ALL_PROXY"), secret=True,
             in_small_letters=True),
-    Setting("NO_PROXY", "no_proxy", "", "host names, addresses and blocks such as 10.0.0.0/8, comma-separated, or *",
-            _no_proxy, in_small_letters=True),
-    Setting("METRICS_FILE", "metrics_file", "", "an absolute path that ends in .prom", _metrics_file, at_start=True),
-    Setting("LOG_LEVEL", "log_level", "info", "debug, info, warning or error",
+    Setting("NO_PROXY", "no_proxy", "", "settings.expect.hosts", _no_proxy, in_small_letters=True),
+    Setting("METRICS_FILE", "metrics_file", "", "settings.expect.metrics_file", _metrics_file, at_start=True),
+    Setting("LOG_LEVEL", "log_level", "info", "settings.expect.log_level",
             _one_of("debug", "info", "warning", "error")),
-    Setting("STOCKRT_LANG", "language", "", "zh or en", _one_of(*LANGUAGES), at_start=True),
-    Setting("MESSAGE_LANG", "message_language", CHINESE, "zh or en", _one_of(*LANGUAGES),
+    Setting("STOCKRT_LANG", "language", "", "settings.expect.language", _one_of(*LANGUAGES), at_start=True),
+    Setting("MESSAGE_LANG", "message_language", CHINESE, "settings.expect.language", _one_of(*LANGUAGES),
             at_start=True),
 )
 # fmt: on
@@ -1560,23 +1555,20 @@ def read_env_file(path: Path) -> dict[str, str]:
 
 def broken_lines(path: Path) -> list[str]:
     """Return a fault for each line of an env file that is no NAME=value, or none that means the same to systemd."""
-    faults = []
+    faults: list[str] = []
     for b in _bindings(path):
-        where = f"{path}, line {_line_number(b)}"
+        line = _line_number(b)
         if b.error or (b.key is not None and b.value is None):
-            faults.append(f"{where}: expected NAME=value (not shown: it may hold a secret)")
+            faults.append(phrase("settings.no_assignment", path=path, line=line))
         elif b.key is not None and not _has_inline_comment(b) and _as_systemd(b) != b.value:
-            faults.append(
-                f"{where}: systemd would read {b.key} otherwise; put the value between double quotes, "
-                'with \\ before each " and \\ in it, and nothing behind it'
-            )
+            faults.append(phrase("settings.systemd_reads_otherwise", path=path, line=line, name=b.key))
     return faults
 
 
 def inline_comments(path: Path) -> list[str]:
     """Return a warning for each line of an env file that has a comment behind a value without quotes."""
     return [
-        f"{path}, line {_line_number(b)}: to systemd the comment is a part of {b.key}; put it on a line of its own"
+        phrase("settings.inline_comment", path=path, line=_line_number(b), name=b.key)
         for b in _bindings(path)
         if _has_inline_comment(b)
     ]
@@ -1616,8 +1608,13 @@ def _bindings(path: Path) -> list[Binding]:
         with path.open(encoding="utf-8-sig") as stream:
             return list(parse_stream(stream))
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise SettingsError([f"{path}: cannot be read: {why}; --env-file names another file"]) from None
+        raise SettingsError([phrase("settings.unreadable", path=path, why=_why_unread(error))]) from None
+
+
+def _why_unread(error: OSError | UnicodeDecodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return phrase("settings.not_utf8")
+    return error.strerror or str(error)
 
 
 def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | None, str]:
@@ -1633,7 +1630,7 @@ def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | No
             if place.is_file():
                 if os.access(place, os.R_OK):
                     return place, ""
-                return None, f"{place} is there but may not be read by this user; left out"
+                return None, phrase("settings.forbidden_file", path=place)
     return None, ""
 
 
@@ -1661,8 +1658,8 @@ def read_credential(name: str, path: Path) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise SettingsError([f"{name}: the credential {path} cannot be read: {why}"]) from None
+        fault = phrase("settings.unreadable_credential", name=name, path=path, why=_why_unread(error))
+        raise SettingsError([fault]) from None
 
 
 # The unit that `build_pyz.sh install` puts in place, and where systemd looks for it.
@@ -1687,7 +1684,7 @@ class Unit(NamedTuple):
     def origins(self) -> dict[str, Mapping[str, str]]:
         """Return where the service has its settings from, the strongest first. Raises SettingsError."""
         found: dict[str, Mapping[str, str]] = {
-            f"credential {path}": {name: read_credential(name, path)}
+            phrase("settings.credential_file", path=path): {name: read_credential(name, path)}
             for name, path in self.credentials.items()
         }
         found |= {str(path): read_env_file(path) for path in reversed(self.files)}
@@ -1794,7 +1791,7 @@ def load_settings(
     for path in files:
         warnings += [_misspelled(name, str(path)) for name in origins[str(path)] if _is_meant(name)]
     if is_service(environ):
-        warnings += [_misspelled(name, "environment") for name in environ if _is_unknown(name)]
+        warnings += [_misspelled(name, _environment()) for name in environ if _is_unknown(name)]
     warnings += [warning for path in files for warning in inline_comments(path)]
     read = _read_values(environ, origins, unit)
     values = read.values
@@ -1814,12 +1811,11 @@ def load_settings(
     settings = Settings(**values, color=color, old_secrets=old_secrets)
     HIDDEN.secrets = settings.secrets()
     if read.hiding:
-        names = ", ".join(read.hiding)
-        warnings.append(
-            f"{names}: the environment's is used here; {UNIT} does not see it and has another, or none"
-        )
+        names = listing("join.names", read.hiding)
+        warnings.append(phrase("settings.hiding", names=names, unit=UNIT))
     source = files[-1] if files else None
-    words = ", ".join([*filter(read.used.__contains__, origins), "defaults"])
+    in_use = filter(read.used.__contains__, origins)
+    words = listing("join.names", [*in_use, phrase("settings.defaults")])
     return LoadedSettings(settings, source, tuple(warnings), words, tuple(read.hiding))
 
 
@@ -1838,14 +1834,15 @@ def _read_values(
 ) -> _Read:
     """Look every setting up and parse it; with `unit` note what the environment alone has, or has otherwise."""
     read = _Read(dict(_WHEN_UNSET), [], set(), set(), [])
-    others = {where: found for where, found in origins.items() if where != "environment"}
+    environment = _environment()
+    others = {where: found for where, found in origins.items() if where != environment}
     for setting in SETTINGS:
         where, name, text = _look_up(setting, origins)
         if text:
             read.used.add(where)
         else:
             read.unset.add(setting.name)
-        is_hiding = where == "environment" and text != _look_up(setting, others)[2]
+        is_hiding = where == environment and text != _look_up(setting, others)[2]
         if unit is not None and is_hiding and setting.name != "LOG_LEVEL":
             read.hiding.append(name)
         if not text and not setting.default:
@@ -1854,17 +1851,26 @@ def _read_values(
             read.values[setting.attribute] = setting.parse(text or setting.default)
         except ValueError:
             shown = shown_value(setting, text)
-            if where == "environment" and is_service(environ):
-                where = f"environment, which {UNIT} sets"
-            read.faults.append(f"{name}={shown} ({where}): expected {setting.expected}")
+            if where == environment and is_service(environ):
+                where = phrase("settings.unit_environment", unit=UNIT)
+            expected = setting.expected
+            read.faults.append(
+                phrase("settings.fault", name=name, shown=shown, where=where, expected=expected)
+            )
     return read
+
+
+def _environment() -> Phrase:
+    """Return what the environment is called among the origins of settings, whose names are words."""
+    return phrase("settings.environment")
 
 
 def _caller_origins(
     environ: Mapping[str, str], env_file: Path | None, places: Iterable[Path]
 ) -> tuple[dict[str, Mapping[str, str]], list[Path], list[str]]:
     """Return where settings may be, the strongest first, which of it are files, and warnings. Raises SettingsError."""
-    origins: dict[str, Mapping[str, str]] = {"credential": read_credentials(environ), "environment": environ}
+    credential = phrase("settings.credential")
+    origins: dict[str, Mapping[str, str]] = {credential: read_credentials(environ), _environment(): environ}
     source, warning = find_env_file(env_file, places)
     if source is not None:
         origins[str(source)] = read_env_file(source)
@@ -1877,14 +1883,13 @@ def _service_origins(
 ) -> tuple[dict[str, Mapping[str, str]], list[Path], list[str]]:
     """Return the same of a unit's service, for who runs a command by hand: the environment is still theirs."""
     service = unit.origins()
-    credentials = {where: found for where, found in service.items() if where.startswith("credential ")}
-    warnings = [f"{UNIT} has a credential {name} that cannot be seen by hand" for name in unit.unseen]
+    # they are the first that it has
+    credentials = dict(islice(service.items(), len(unit.credentials)))
+    warnings: list[str] = [phrase("settings.unseen_credential", unit=UNIT, name=name) for name in unit.unseen]
     other, _ = find_env_file(None, places)
     if other is not None and other.resolve() not in [path.resolve() for path in unit.files]:
-        warnings.append(
-            f"{other} is left out: the settings are those of {UNIT}; --env-file names another file"
-        )
-    return credentials | {"environment": environ} | service, unit.files, warnings
+        warnings.append(phrase("settings.other_file", path=other, unit=UNIT))
+    return credentials | {_environment(): environ} | service, unit.files, warnings
 
 
 def _take_database(values: dict[str, Any]) -> list[str]:
@@ -1893,33 +1898,27 @@ def _take_database(values: dict[str, Any]) -> list[str]:
     try:
         values[setting.attribute] = setting.parse(uri_database(values["mongodb_uri"]))
     except ValueError:
-        return [f"MONGODB_HOST, the database behind its last /: expected {setting.expected}"]
+        return [phrase("settings.database_of_host", expected=setting.expected)]
     return []
 
 
 def _missing(unset: Collection[str], needs: Needs, values: Mapping[str, Any]) -> list[str]:
     """Return the faults of what a command needs and nothing sets."""
-    faults = []
+    faults: list[str] = []
     platform = [name for name in ("SERVER_IP", "SERVER_PORT") if name in unset]
     collecting = [name for name in COLLECTING if needs.collect and name not in unset]
-    if len(platform) == 1 and (needs.platform or needs.whole_platform):
-        faults.append(f"{platform[0]} not set: {_PLATFORM_EXPECTED}")
-    elif platform and needs.platform and not collecting:
-        faults.append(f"{' and '.join(platform)} not set: {_PLATFORM_EXPECTED}")
+    half = len(platform) == 1 and (needs.platform or needs.whole_platform)
+    if half or (platform and needs.platform and not collecting):
+        faults.append(phrase("settings.no_platform", names=listing("join.and", platform)))
     if needs.key and "INFOWAY_API_KEY" in unset:
-        faults.append(NO_KEY_HINT)
+        faults.append(phrase("settings.no_key"))
     if collecting and "COLLECT_CODES" in unset:
-        faults.append(
-            f"COLLECT_CODES is not set, and {' and '.join(collecting)} would collect nothing: "
-            f"expected {_COLLECT_EXPECTED}"
-        )
+        names, expected = listing("join.and", collecting), phrase(_COLLECT_EXPECTED)
+        faults.append(phrase("settings.no_codes", names=names, expected=expected))
     if len(collecting) == len(COLLECTING):
-        faults.append(
-            "COLLECT and COLLECT_EVERY are both set: choose one, COLLECT=stream for every trade (what the key's plan "
-            "has no room for is polled by itself), or COLLECT_EVERY for the latest trade every so many seconds"
-        )
+        faults.append(phrase("settings.two_ways"))
     if needs.collect and values.get("collect_codes") == WATCH and "MONGODB_HOST" in unset:
-        faults.append(WATCH_NEEDS_MONGODB)
+        faults.append(phrase("settings.watch_needs_mongodb", what="COLLECT_CODES=watch"))
     return faults
 
 
@@ -1939,11 +1938,12 @@ def _path_faults(values: Mapping[str, Any], environ: Mapping[str, str]) -> list[
     if keys and not os.path.lexists(keys):
         keys = f"{Path(keys).parent}/."
     tried.append(("SSLKEYLOGFILE", keys, os.W_OK))
-    faults = []
+    faults: list[str] = []
     for name, place, mode in tried:
         why = place and fault_of_place(place, mode)
         if why:
-            faults.append(f"{name}: {place.removesuffix('/.') or '/'} cannot be used: {why}")
+            path = place.removesuffix("/.") or "/"
+            faults.append(phrase("settings.unusable_path", name=name, path=path, why=why))
     return faults
 
 
@@ -1955,12 +1955,12 @@ def fault_of_place(place: str, mode: int) -> str:
         return error.strerror or str(error)
     if os.access(place, mode):
         return ""
-    return f"this user may not {'read' * (mode == os.R_OK) or 'write'} it"
+    return phrase("settings.may_not_read" if mode == os.R_OK else "settings.may_not_write")
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
     """Return the faults of settings that are right one by one, but not together."""
-    faults = []
+    faults: list[str] = []
     if "?" in values.get("mongodb_uri", ""):
         faults += uri_faults(values["mongodb_uri"])
     taken: dict[str, str] = {}
@@ -1968,17 +1968,15 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         if setting.parse is _collection_name:
             name = values.get(setting.attribute, "")
             if name in taken:
-                faults.append(f"{setting.name}={name!r}: expected another name than {taken[name]} has")
+                faults.append(phrase("settings.same_name", name=setting.name, value=name, other=taken[name]))
             elif name:
                 taken[name] = setting.name
     keys, plans = len(values.get("api_keys", ())), len(values.get("plans", ()))
     if plans > 1 and plans != keys:
-        faults.append(
-            f"INFOWAY_PLAN names {plans} plans for {keys} keys: expected one for all or one for each"
-        )
+        faults.append(phrase("settings.plans_and_keys", plans=plans, keys=keys))
     proxies = Proxies(values.get("https_proxy"), values.get("http_proxy"), values.get("all_proxy"))
     faults += [
-        f"{proxy.setting}={proxy.shown}: expected {_PROXY_EXPECTED}"
+        phrase("settings.socks", name=proxy.setting, shown=proxy.shown, expected=phrase(_PROXY_EXPECTED))
         for proxy in proxies.in_use()
         if proxy.scheme not in PROXY_PORTS
     ]
@@ -2035,20 +2033,9 @@ def _misspelled(name: str, source: str) -> str:
     import difflib
 
     near = difflib.get_close_matches(name, _known_names(), n=1, cutoff=0)
-    return f"{source}: {name} is no setting and has no effect; did you mean {near[0]}?"
+    return phrase("settings.misspelled", where=source, name=name, near=near[0])
 
 
-_PLATFORM_EXPECTED = (
-    "the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; without a platform use --once --codes …, "
-    "or let it collect by itself: COLLECT=stream or COLLECT_EVERY, and COLLECT_CODES"
-)
-WATCH_NEEDS_MONGODB = (
-    "COLLECT_CODES=watch without MONGODB_HOST: the watch list is a collection of MongoDB; set MONGODB_HOST, or name "
-    "the codes, or @ and a file of them"
-)
-NO_KEY_HINT = (
-    "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none"
-)
 # The environment of a process stays what it was at its start: `systemctl reload` leaves here, in RUNTIME_DIRECTORY,
 # which is in memory and this user's alone, what a start would get now.
 HANDED_OVER = "environment.json"
@@ -2100,7 +2087,9 @@ class SettingsSource:
             found = json.loads(place.read_text(encoding="utf-8"))
             place.unlink()
         except (OSError, ValueError) as error:
-            raise SettingsError([f"{place}: cannot be read: {error}; is RUNTIME_DIRECTORY right?"]) from None
+            raise SettingsError(
+                [phrase("settings.unreadable_handed_over", path=place, why=str(error))]
+            ) from None
         return cast(Mapping[str, str], found)
 
 
@@ -2240,16 +2229,14 @@ PRODUCT_SUFFIXES = {product: suffix for suffix, product in _SUFFIX_PRODUCTS.item
 def _safe(code: str) -> str:
     """Return `code` if it is made of code characters only: the one gate before any URL."""
     if not code:
-        raise InstrumentError("an empty code; expected one such as AAPL.US")
+        raise InstrumentError(phrase("instruments.empty"))
     if len(code) > MAX_CODE_LENGTH:
-        raise InstrumentError(f"{len(code)} characters; a code has at most {MAX_CODE_LENGTH}")
+        raise InstrumentError(phrase("instruments.too_long", n=len(code), most=MAX_CODE_LENGTH))
     # a name, 茅台, or one of the few crypto symbols that are no ASCII
     if not code.isascii() and code.isalnum():
-        raise UnclearCode("no code but perhaps a name; expected a code such as 600519.SH", code)
+        raise UnclearCode(phrase("instruments.perhaps_a_name"), code)
     if not _CODE_ALPHABET.fullmatch(code) or ".." in code or not any(c.isalnum() for c in code):
-        raise InstrumentError(
-            "characters that no code has; expected letters, digits and dots such as AAPL.US"
-        )
+        raise InstrumentError(phrase("instruments.alphabet"))
     return code
 
 
@@ -2324,7 +2311,7 @@ def _mainland_instruments(number: str) -> tuple[Instrument, ...]:
 
 
 def _no_beijing(code: str) -> InstrumentError:
-    return InstrumentError(f"{code} is of the Beijing exchange, which Infoway does not carry")
+    return InstrumentError(phrase("instruments.beijing", code=code))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2347,12 +2334,8 @@ _SUFFIX_OF = {name: suffix for suffix, names in EXCHANGE_NAMES.items() for name 
 # What Eastmoney puts before the dot (secid); its 0 is Beijing too.
 EASTMONEY_MARKETS = {"1": "SH", "0": "SZ", "116": "HK", "105": "US", "106": "US", "107": "US"}
 BEIJING_NAMES = frozenset("BJ BJSE BJEX XBEJ".split())
-# Names that mean more than one exchange, or one whose prices the API does not say to have.
-UNCERTAIN_EXCHANGES = {
-    "TSE": "Tokyo, Taiwan or Toronto: expected a suffix, such as 7203.JP or 2330.TW",
-    "BSE": "Bombay or Beijing, neither known at Infoway; India's codes are such as RELIANCE.IN",
-    "BO": "Bombay, whose prices Infoway's .IN is not said to have; if the share will do: RELIANCE.IN",
-}
+# Names that mean more than one exchange, or one whose prices the API does not say to have: what is said of them.
+UNCERTAIN_EXCHANGES = {"TSE": "instruments.tse", "BSE": "instruments.bse", "BO": "instruments.bo"}
 # Venues that TradingView names before a colon; the API has one price of a pair, whoever is named.
 CRYPTO_VENUES = frozenset(
     "BINANCE COINBASE BYBIT OKX KRAKEN BITSTAMP BITFINEX BITGET KUCOIN GATEIO GATE HTX HUOBI MEXC".split()
@@ -2408,7 +2391,7 @@ def _elsewhere(code: str) -> Instrument:
         return _at_market(rest.replace("_", "."), named)
     for name, other in ((first, rest), (last, symbol)):
         if name in BEIJING_NAMES:
-            raise _no_beijing(other or "this")
+            raise _no_beijing(other or code)
         market = _SUFFIX_OF.get(name)
         if market is None or not _SYMBOL_FORMS[market].fullmatch(other):
             continue
@@ -2422,17 +2405,17 @@ def _elsewhere(code: str) -> Instrument:
 
 def _unknown_exchange(symbol: str, suffix: str) -> InstrumentError:
     if suffix in UNCERTAIN_EXCHANGES:
-        return InstrumentError(f".{suffix} is {UNCERTAIN_EXCHANGES[suffix]}")
+        return InstrumentError(phrase(UNCERTAIN_EXCHANGES[suffix], name=f".{suffix}"))
     if not symbol and suffix:
-        return _unclear(f".{suffix}", "an index without its exchange", f".{suffix}.US")
+        return _unclear(f".{suffix}", phrase("instruments.index_alone"), f".{suffix}.US")
     if suffix in _SUFFIX_OF:
-        market = _SUFFIX_OF[suffix]
-        return InstrumentError(f"unknown form {symbol}.{suffix}: expected a code such as {_EXAMPLES[market]}")
+        example = _EXAMPLES[_SUFFIX_OF[suffix]]
+        return InstrumentError(phrase("instruments.unknown_form", code=f"{symbol}.{suffix}", example=example))
     if re.fullmatch(r"[A-Z]", suffix) and _SYMBOL_FORMS["US"].fullmatch(symbol):
-        return _unclear(f"{symbol}.{suffix}", f"unknown exchange .{suffix}", f"{symbol}.{suffix}.US")
-    return InstrumentError(
-        f"unknown exchange .{suffix}: expected one of {' '.join('.' + name for name in MARKETS)}"
-    )
+        why = phrase("instruments.unknown_exchange", suffix=suffix)
+        return _unclear(f"{symbol}.{suffix}", why, f"{symbol}.{suffix}.US")
+    names = " ".join(f".{name}" for name in MARKETS)
+    return InstrumentError(phrase("instruments.not_an_exchange", suffix=suffix, names=names))
 
 
 def _at_venue(symbol: str, venue: str) -> Instrument:
@@ -2447,12 +2430,11 @@ def _at_venue(symbol: str, venue: str) -> Instrument:
     if market and _SYMBOL_FORMS[market].fullmatch(symbol):
         return _at_market(symbol, market)
     if market:
-        raise InstrumentError(f"{venue}: expected a code of that exchange, such as {_EXAMPLES[market]}")
+        raise InstrumentError(phrase("instruments.not_of_venue", venue=venue, example=_EXAMPLES[market]))
     if venue in UNCERTAIN_EXCHANGES:
-        raise InstrumentError(f"{venue} is {UNCERTAIN_EXCHANGES[venue]}")
-    raise InstrumentError(
-        f"unknown before the colon; expected an exchange or a product: {', '.join(PRODUCTS)}"
-    )
+        raise InstrumentError(phrase(UNCERTAIN_EXCHANGES[venue], name=venue))
+    products = listing("join.names", PRODUCTS)
+    raise InstrumentError(phrase("instruments.unknown_venue", products=products))
 
 
 def _at_pair_venue(symbol: str, venue: str) -> Instrument:
@@ -2462,7 +2444,7 @@ def _at_pair_venue(symbol: str, venue: str) -> Instrument:
         if instrument.product == product:
             return instrument
     example = "BINANCE:BTCUSDT" if product == "crypto" else "OANDA:XAUUSD"
-    raise InstrumentError(f"{venue}: expected an instrument of {product}, such as {example}")
+    raise InstrumentError(phrase("instruments.not_of_product", venue=venue, product=product, example=example))
 
 
 def _at_market(symbol: str, suffix: str) -> Instrument:
@@ -2470,14 +2452,15 @@ def _at_market(symbol: str, suffix: str) -> Instrument:
     if suffix in BEIJING_NAMES:
         raise _no_beijing(symbol)
     if not symbol.strip("."):
-        raise InstrumentError(f"nothing before .{suffix}; expected a code such as {_EXAMPLES[suffix]}")
+        raise InstrumentError(phrase("instruments.only_suffix", suffix=suffix, example=_EXAMPLES[suffix]))
     if suffix == "HK" and symbol.isdigit():
         number = symbol.lstrip("0")
         if not 1 <= len(number) <= 5:
-            raise InstrumentError(f"{symbol}.HK: expected one to five digits such as 00700.HK")
+            raise InstrumentError(phrase("instruments.hong_kong", symbol=symbol))
         symbol = f"{number:0>5}"
     if suffix in ("SH", "SZ") and not _SYMBOL_FORMS[suffix].fullmatch(symbol):
-        raise InstrumentError(f"{symbol}.{suffix}: expected six digits such as {_EXAMPLES[suffix]}")
+        code = f"{symbol}.{suffix}"
+        raise InstrumentError(phrase("instruments.mainland", code=code, example=_EXAMPLES[suffix]))
     return Instrument(_safe(f"{symbol}.{suffix}"), _SUFFIX_PRODUCTS[suffix])
 
 
@@ -2488,7 +2471,7 @@ def _of_yahoo(symbol: str, kind: str) -> Instrument:
     pair = f"USD{symbol}" if symbol in CURRENCIES - {"USD"} else symbol
     if kind == "X" and _bare_product(pair) == "common":
         return Instrument(pair, "common")
-    raise InstrumentError(f"{symbol}={kind}: expected a pair such as USDCNY or a code such as AAPL.US")
+    raise InstrumentError(phrase("instruments.yahoo", typed=f"{symbol}={kind}"))
 
 
 def _pair(text: str) -> Instrument | None:
@@ -2542,16 +2525,16 @@ def _bare_product(code: str) -> str:
 def _bare_proposal(code: str) -> InstrumentError:
     """Return the refusal of a code without exchange, which proposes what its form allows."""
     if code.isdigit():
-        return _unclear(code, "no exchange given", *_numbers_like(code))
+        return _unclear(code, phrase("instruments.no_exchange"), *_numbers_like(code))
     if code in CRYPTO_COINS:
-        return _unclear(code, "a coin without what it is quoted in", f"{code}USDT", f"{code}.US")
+        return _unclear(code, phrase("instruments.coin_alone"), f"{code}USDT", f"{code}.US")
     if code in SHARED_NAMES:
-        return _unclear(code, "two instruments are called so", f"common:{code}", f"{code}.US")
+        return _unclear(code, phrase("instruments.shared_name"), f"common:{code}", f"{code}.US")
     if code.startswith("^"):
-        return _unclear(code, "Yahoo's name of an index, Infoway's are such as .DJI.US or US500")
+        return _unclear(code, phrase("instruments.yahoo_index"))
     if re.fullmatch(r"[A-Z]{1,6}(?:-[A-Z]{1,2})?", code):
-        return _unclear(code, "no exchange given", f"{code.replace('-', '.')}.US")
-    return _unclear(code, "no exchange given")
+        return _unclear(code, phrase("instruments.no_exchange"), f"{code.replace('-', '.')}.US")
+    return _unclear(code, phrase("instruments.no_exchange"))
 
 
 def _numbers_like(number: str) -> Iterator[str]:
@@ -2570,10 +2553,13 @@ def _numbers_like(number: str) -> Iterator[str]:
 
 def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
     """Return the refusal of an unclear text, which proposes codes that are read as they stand."""
-    words = f"did you mean {', '.join(codes[:-1])}{' or ' if codes[1:] else ''}{''.join(codes[-1:])}?"
-    if not codes:
-        words = f"expected {'six digits such as 600519' if text.isdigit() else 'a code such as AAPL.US'}"
-    return UnclearCode(f"{why}: {words}", text, codes)
+    if codes:
+        words = phrase("instruments.did_you_mean", why=why, codes=alternatives(codes))
+    elif text.isdigit():
+        words = phrase("instruments.expected_digits", why=why)
+    else:
+        words = phrase("instruments.expected_code", why=why)
+    return UnclearCode(words, text, codes)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2653,9 +2639,9 @@ def _code_text(raw: object) -> str:
     if isinstance(raw, str):
         return raw
     if isinstance(raw, bool) or not isinstance(raw, int | float) or raw - raw != 0:  # not finite
-        raise InstrumentError(f"no code: {one_line(repr(raw), 40)}; expected a text such as AAPL.US")
+        raise InstrumentError(phrase("instruments.no_text", raw=one_line(repr(raw), 40)))
     if raw != int(raw):
-        raise InstrumentError(f"no code: {raw!r}; expected a whole number or a text such as 600519.SH")
+        raise InstrumentError(phrase("instruments.no_number", raw=repr(raw)))
     return str(int(raw)) if abs(raw) < 10**MAX_CODE_LENGTH else "9" * (MAX_CODE_LENGTH + 1)
 
 
@@ -2670,7 +2656,11 @@ def _at_product(symbol: str, product: str) -> Instrument:
         return Instrument(code, product)
     instrument = _read(code)
     if instrument.product != product:
-        raise InstrumentError(f"{instrument.code} is asked at {instrument.product}, not at {product}")
+        raise InstrumentError(
+            phrase(
+                "instruments.other_product", code=instrument.code, product=instrument.product, other=product
+            )
+        )
     return instrument
 
 
@@ -2789,6 +2779,8 @@ MAX_BATCH = 100
 CODES_PER_BUCKET = 10
 # Where nobody knows how many codes will come.
 MANY_CODES = 100_000
+# What the name of a product's bars ends with, where they are told from the product.
+OF_BARS = " bars"
 
 
 class Batch(NamedTuple):
@@ -2805,7 +2797,7 @@ class Batch(NamedTuple):
     @property
     def service(self) -> str:
         """What a key must serve: the product, or its bars, which a plan may lack."""
-        return f"{self.product} bars" if self.bars else self.product
+        return self.product + OF_BARS if self.bars else self.product
 
     def split(self) -> list[str]:
         """Return the codes one by one."""
@@ -2848,7 +2840,7 @@ class BatchPlan:
         except InstrumentError as error:
             shown = one_line(raw, MAX_CODE_LENGTH + 8) or "''"
             self.total += shown not in self.invalid
-            self.invalid[shown] = str(error)
+            self.invalid[shown] = error.message
             if isinstance(error, UnclearCode):
                 self.unclear[shown] = error
         else:
@@ -2924,14 +2916,14 @@ class Failure(NamedTuple):
     words: str
 
 
-def failed_words(failures: Mapping[str, Failure], total: int) -> str:
+def failed_words(failures: Mapping[str, Failure], total: int) -> Phrase:
     """Return how many of how many codes failed, and of the first few why."""
-    named = [f"{code} ({failure.words})" for code, failure in islice(failures.items(), FAILURES_NAMED)]
-    words = f"{len(failures)} of {total} codes failed: {', '.join(named)}"
-    more = len(failures) - len(named)
+    first = islice(failures.items(), FAILURES_NAMED)
+    named = [phrase("events.code", code=code, why=failure.words) for code, failure in first]
+    names, more = listing("join.names", named), len(failures) - len(named)
     if more:
-        words += f" and {more} more"
-    return words
+        return phrase("events.failed_more", failed=len(failures), total=total, names=names, more=more)
+    return phrase("events.failed", failed=len(failures), total=total, names=names)
 
 
 class Check(NamedTuple):
@@ -3000,9 +2992,10 @@ class Report:
         """Return what it says now, of a run that another thread may go on with."""
         return Report(**vars(self) | {"failures": self.failures.copy(), "read_as": self.read_as.copy()})
 
-    def queued_words(self) -> str:
+    def queued_words(self) -> Phrase:
         """Return how many trades wait on this machine, and why."""
-        return f"{count_words(self.queued, 'trade')} kept on this machine, {self.queued_because}"
+        trades = count_words(self.queued, "trade")
+        return phrase("events.queued", trades=trades, why=self.queued_because)
 
     def read_as_words(self) -> str:
         """Return what the first few codes were read as whose form does not tell, '' where there are none."""
@@ -3012,23 +3005,32 @@ class Report:
         """Return of how many codes the trades are old, '' where there are none."""
         if not self.stale:
             return ""
-        since = iso_after(self.stale_since / 1000, 0)
-        return f"{self.stale} of {count_words(self.total, 'code')}: no trade since {since}, though the market was open"
+        since, codes = iso_after(self.stale_since / 1000, 0), count_words(self.total, "code")
+        return phrase("events.stale", stale=self.stale, codes=codes, since=since)
 
-    def summary(self) -> str:
+    def close_words(self) -> Phrase:
+        """Return why the closing snapshot is not kept, as `close_error` says."""
+        return phrase("events.close_lost", why=self.close_error)
+
+    def summary(self) -> Phrase:
         """Return the closing line."""
-        line = (
-            f"total {self.total}, stored {self.stored}, already known {self.duplicates}, "
-            f"failed {len(self.failures)} ({self.took_s:.1f} s)"
+        counts: Phrase = phrase(
+            "events.counts",
+            total=self.total,
+            stored=self.stored,
+            known=self.duplicates,
+            failed=len(self.failures),
+            took=self.took_s,
         )
         if self.interrupted:
             left = self.total - self.reached - self.queued - len(self.failures)
-            line += f", interrupted: {left} not asked"
+            counts = phrase("events.interrupted", counts=counts, left=left)
+        clauses = [counts]
         if self.queued:
-            line += f"; {self.queued_words()}"
+            clauses.append(self.queued_words())
         if self.close_error:
-            line += f"; the closing snapshot is not kept: {self.close_error}"
-        return line
+            clauses.append(self.close_words())
+        return listing("join.clauses", clauses)
 
 
 class QueueStats(NamedTuple):
@@ -3085,25 +3087,27 @@ class CollectStats(NamedTuple):
 TROUBLE_SHOWN = 120
 
 
-def collect_words(stats: CollectStats) -> str:
+def collect_words(stats: CollectStats) -> Phrase:
     """Return what collecting does now, for a status line."""
-    parts = []
+    parts: list[str] = []
     if stats.connections_wanted:
-        parts.append(f"{stats.connections} of {count_words(stats.connections_wanted, 'connection')}")
-        parts.append(f"{count_words(stats.codes, 'code')} subscribed")
+        wanted = count_words(stats.connections_wanted, "connection")
+        parts.append(phrase("events.connected", up=stats.connections, connections=wanted))
+        parts.append(phrase("events.subscribed", codes=count_words(stats.codes, "code")))
     if stats.polled:
-        parts.append(f"{count_words(stats.polled, 'code')} polled")
+        parts.append(phrase("events.polled", codes=count_words(stats.polled, "code")))
     if parts:
-        parts.append(f"{stats.per_second:.{int(stats.per_second < 10)}f} trades/s")
+        rate = f"{stats.per_second:.{int(stats.per_second < 10)}f}"
+        parts.append(phrase("events.rate", rate=rate))
     if not math.isnan(stats.delay_p99_ms):
-        parts.append(f"stored after {stats.delay_p50_ms:.0f} ms (p99 {stats.delay_p99_ms:.0f} ms)")
+        parts.append(phrase("events.delays", p50=stats.delay_p50_ms, p99=stats.delay_p99_ms))
     if stats.gaps_today:
-        parts.append(f"{count_words(stats.gaps_today, 'gap')} today")
+        parts.append(phrase("events.gaps", gaps=count_words(stats.gaps_today, "gap")))
     if stats.missed_beats:
-        parts.append(f"{count_words(stats.missed_beats, 'beat')} missed")
+        parts.append(phrase("events.missed", beats=count_words(stats.missed_beats, "beat")))
     if stats.trouble:
         parts.append(one_line(stats.trouble, TROUBLE_SHOWN))
-    return ", ".join(parts) or "begins"
+    return listing("join.commas", parts or [phrase("events.begins")])
 
 
 def steady(stats: CollectStats) -> tuple[object, ...]:
@@ -3180,8 +3184,8 @@ def fault_words(error: Exception, events: Events, is_said: bool = False) -> str:
     if isinstance(error, ImportError):
         lost = lost_part(error)
         events.damaged(lost)
-        return str(lost)
-    return str(error) if isinstance(error, StockrtError) else own_fault(error, is_said)
+        return lost.message
+    return error.message if isinstance(error, StockrtError) else own_fault(error, is_said)
 
 
 # ======================================================================================================
@@ -3219,7 +3223,7 @@ PLATFORM_LIMITS = Limits(5.0, 8.0, 10.0)
 class Response(NamedTuple):
     """What came back for one request: an HTTP answer, or a `fault` of the way there and of which `kind` it is.
 
-    A `hopeless` fault would be the same the next time.
+    `place`: where it shows, '' where the fault says that itself. A `hopeless` one would be the same the next time.
     """
 
     status: int = 0
@@ -3229,6 +3233,12 @@ class Response(NamedTuple):
     kind: FailureKind = FailureKind.NETWORK
     hopeless: bool = False
     date: str = ""  # the header of that name
+    place: str = ""
+
+    @property
+    def words(self) -> str:
+        """The fault with its place."""
+        return phrase("tools.because", what=self.place, why=self.fault) if self.place else self.fault
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -3256,8 +3266,8 @@ def not_json_words(body: bytes, whose: str) -> str:
     except ValueError:
         pass
     if deep:
-        return f"{len(body)} bytes of JSON nested deeper than {MAX_DEPTH} levels"
-    return f"{len(body)} bytes that are not {whose} JSON"
+        return phrase("http.deep_json", size=len(body), levels=MAX_DEPTH)
+    return phrase("http.no_json", size=len(body), whose=whose)
 
 
 NUMBERS_AS_TEXT = json.JSONDecoder(parse_float=str, parse_constant=str)
@@ -3303,7 +3313,7 @@ def _fault_of_proxy(proxy: Proxy, error: Exception, fault: Response) -> Response
 
 
 def _through(proxy: Proxy, fault: str) -> str:
-    return f"through the proxy {proxy.shown}: {fault}; see {proxy.setting}"
+    return phrase("http.through_proxy", proxy=proxy.shown, fault=fault, setting=proxy.setting)
 
 
 @cache
@@ -3329,13 +3339,13 @@ def _is_of_proxy(response: Response) -> bool:
 
 
 def _refused_by_proxy(proxy: Proxy, status: int) -> Response:
-    what = f"answers HTTP {status}; see {proxy.setting}"
+    shown, setting = proxy.shown, proxy.setting
+    fault = phrase("http.proxy_answers", proxy=shown, status=status, setting=setting)
     if status == 407 and proxy.authorization:
-        what = f"does not take this user and password (HTTP 407); see {proxy.setting}"
+        fault = phrase("http.proxy_refuses_user", proxy=shown, setting=setting)
     elif status == 407:
-        form = f"{proxy.setting}={proxy.scheme}://user:password@host:port"
-        what = f"asks for a user and a password (HTTP 407); expected {form}"
-    return Response(fault=f"the proxy {proxy.shown} {what}", hopeless=400 <= status < 500)
+        fault = phrase("http.proxy_asks_user", proxy=shown, setting=setting, scheme=proxy.scheme)
+    return Response(fault=fault, hopeless=400 <= status < 500)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -3354,7 +3364,7 @@ class Wire:
         """Take a handle of a socket. Raises TimeoutError when it is too late."""
         self._handle = sock.dup()
         if self.is_cut:
-            raise TimeoutError("timed out")
+            raise TimeoutError
 
     def cut(self) -> None:
         """End all reading and writing on the socket."""
@@ -3423,14 +3433,14 @@ class HttpConnection:
         fault = None
         try:
             if self._is_over:
-                raise TimeoutError("timed out")
+                raise TimeoutError
             self._conn = self._new_connection()
             final = self._conn.response_class
             self._conn.response_class = _answer_to_connect()
             self._conn.connect()
             self._conn.response_class = final
             if self._wire.is_cut:  # which http.client takes for the end of a proxy's answer
-                raise TimeoutError("timed out")
+                raise TimeoutError
             self._conn.timeout = self._limits.read_s
         except _foreign_errors() as error:
             fault = self._fault(error, "" if self._proxy else f"{self._host}:{self._port}")
@@ -3518,17 +3528,17 @@ class HttpConnection:
 
     def _exchange(self, path: str, headers: Mapping[str, str], most_bytes: int) -> Response:
         if self._conn is None or self._wire.is_cut:
-            raise TimeoutError("timed out")
+            raise TimeoutError
         conn = self._conn
         conn.request("GET", self._path + path, headers={**self._headers, **headers}, preload_content=False)
         answer = conn.getresponse()
         # the answer is still to come, and would be taken for that to the next request
         if answer.status < 200:
-            words = f"HTTP {answer.status}, which announces an answer instead of giving it"
+            words = phrase("http.announced", status=answer.status)
             return Response(fault=words, kind=FailureKind.API)
         body = answer.read(most_bytes + 1)
         if len(body) > most_bytes:
-            words = f"an answer of more than {most_bytes >> 20} MiB"
+            words = phrase("http.large", size=most_bytes >> 20)
             return Response(fault=words, kind=FailureKind.API, hopeless=True)
         retry_after, date = (answer.headers.get(name, "").strip() for name in ("Retry-After", "Date"))
         response = Response(answer.status, body, retry_after, date=date)
@@ -3540,10 +3550,10 @@ class HttpConnection:
         """Return what an exception means that came from `place`, '' where others say that."""
         fault, hopeless = network_words(error), _is_about_a_certificate(error)
         if self._wire.is_cut or time.monotonic() >= self.deadline:
-            fault, hopeless = f"no whole answer within {self._limit_s:.0f} s", False
+            fault, hopeless = phrase("http.not_whole", seconds=self._limit_s), False
         elif isinstance(error, ValueError | AttributeError) and not isinstance(error, OSError):
-            fault, hopeless = "the connection broke", False
-        return Response(fault=f"{place}: {fault}".removeprefix(": "), hopeless=hopeless)
+            fault, hopeless = phrase("http.broke"), False
+        return Response(fault=fault, hopeless=hopeless, place=place)
 
 
 class StraightSocket:
@@ -3643,18 +3653,18 @@ def start_tls(sock: socket.socket, host: str) -> socket.socket:
 
 
 # By the name of the exception or of one that it is a kind of; whatever else it is keeps the words of whoever raised it.
-_NETWORK_WORDS = {
-    "gaierror": "its name cannot be resolved ({})",
-    "ConnectionRefusedError": "connection refused",
-    "RemoteDisconnected": "the connection was closed without an answer",
-    "ConnectionError": "the connection was cut",
-    "WebSocketConnectionClosedException": "the connection was cut",
-    "TimeoutError": "no answer in time",
-    "WebSocketTimeoutException": "no answer in time",
-    "SSLCertVerificationError": "its certificate is not trusted ({})",
-    "SSLError": "TLS fails ({})",
-    "IncompleteRead": "the answer was cut short",
-    "HTTPException": "its answer is not HTTP ({})",
+_NETWORK_KINDS = {
+    "gaierror": "http.no_address",
+    "ConnectionRefusedError": "http.refused",
+    "RemoteDisconnected": "http.closed",
+    "ConnectionError": "http.cut",
+    "WebSocketConnectionClosedException": "http.cut",
+    "TimeoutError": "http.late",
+    "WebSocketTimeoutException": "http.late",
+    "SSLCertVerificationError": "http.untrusted",
+    "SSLError": "http.tls",
+    "IncompleteRead": "http.short",
+    "HTTPException": "http.no_http",
 }
 _LIBRARY_WORDS = re.compile(
     r"\[Errno -?\d+\] |\[\w+(?:: \w+)?\] | \(_ssl\.c:\d+\)| \(configured timeouts: [^)]*\)|<[^>]*> *:? *"
@@ -3669,12 +3679,16 @@ def network_words(error: BaseException) -> str:
     if lack_words(cause):
         return lack_words(cause)
     if isinstance(cause, OSError) and cause.filename:
-        return f"SSLKEYLOGFILE={one_line(cause.filename)} cannot be written: {cause.strerror}"
-    text = getattr(cause, "verify_message", "") or str(cause)
-    text = plain_words(text) or "no more is known"
-    names = (kind.__name__ for kind in type(cause).__mro__)
-    form = next((_NETWORK_WORDS[name] for name in names if name in _NETWORK_WORDS), "{}")
-    return one_line(form.replace("{}", text), 200)
+        return phrase("http.key_log", path=one_line(cause.filename), why=cause.strerror or str(cause))
+    words = error_words(cause)
+    if isinstance(words, Phrase):
+        return words
+    words = plain_words(getattr(cause, "verify_message", "") or words)
+    words = one_line(words, 160) or phrase("http.unknown")
+    for kind in type(cause).__mro__:
+        if kind.__name__ in _NETWORK_KINDS:
+            return phrase(_NETWORK_KINDS[kind.__name__], why=words)
+    return words
 
 
 def plain_words(text: str) -> str:
@@ -3829,7 +3843,7 @@ class WebSocket:
         """Read whatever there is: the library keeps what it does not need yet."""
         data = self._sock.recv(READ_BYTES)
         if not data:
-            raise LinkLost("lost: the connection was cut")
+            raise LinkLost(phrase("websocket.lost", why=phrase("http.cut")))
         return data
 
     def _long_frame_grew(self) -> bool:
@@ -3867,7 +3881,7 @@ class WebSocket:
             finally:
                 self._sock.settimeout(0)
         except (WebSocketException, OSError) as error:
-            raise LinkLost(f"sending failed: {network_words(error)}") from error
+            raise LinkLost(phrase("websocket.not_sent", why=network_words(error))) from error
 
     def _next_frame(self) -> tuple[int, bytes] | None:
         """Return the next whole message, or control frame, None when no more has come."""
@@ -3880,8 +3894,7 @@ class WebSocket:
             while True:
                 frame = ws.recv_frame()
                 if frame.opcode == ABNF.OPCODE_CLOSE:
-                    code = int.from_bytes(frame.data[:2], "big")
-                    raise LinkLost(f"closed by the server{_close_words(frame.data)}", code)
+                    raise _closed(frame.data)
                 if frame.opcode in (ABNF.OPCODE_PING, ABNF.OPCODE_PONG):
                     return frame.opcode, bytes(frame.data)
                 ws.cont_frame.validate(frame)
@@ -3894,12 +3907,13 @@ class WebSocket:
             self._limit(ws.frame_buffer.length or 0)  # the length of a frame whose rest is still to come
             return None
         except (WebSocketException, OSError, ValueError) as error:
-            raise LinkLost(f"lost: {network_words(error)}") from error
+            raise LinkLost(phrase("websocket.lost", why=network_words(error))) from error
 
     def _limit(self, size: int) -> None:
         if size > self._max_bytes:
             self.close(1009)
-            raise LinkLost(f"lost: a frame of {size} bytes; at most {self._max_bytes} are taken")
+            why = phrase("websocket.large_frame", size=size, most=self._max_bytes)
+            raise LinkLost(phrase("websocket.lost", why=why))
 
 
 def wait_readable(seconds: float, *descriptors: int) -> None:
@@ -3915,13 +3929,16 @@ def wait_readable(seconds: float, *descriptors: int) -> None:
     poll.poll(timeout_ms)
 
 
-def _close_words(data: bytes) -> str:
-    code = int.from_bytes(data[:2], "big") if len(data) >= 2 else 0
-    return (
-        f" (code {code}{' ' + one_line(data[2:].decode('utf-8', 'replace'), 80) if data[2:] else ''})"
-        if code
-        else ""
-    )
+def _closed(data: bytes) -> LinkLost:
+    """Return what a close frame's data says: a code, 0 without one, and perhaps why."""
+    code = int.from_bytes(data[:2], "big") if len(data) > 1 else 0
+    why = one_line(data[2:].decode("utf-8", "replace"), 80)
+    words = phrase("websocket.closed")
+    if code and why:
+        words = phrase("websocket.closed_because", code=code, why=why)
+    elif code:
+        words = phrase("websocket.closed_with_code", code=code)
+    return LinkLost(words, code)
 
 
 class _ShortAnswer:
@@ -3934,7 +3951,7 @@ class _ShortAnswer:
     def recv(self, size: int) -> bytes:
         """Receive at most so many bytes. Raises OSError."""
         if not self._left:
-            raise OSError(f"an answer of more than {MAX_HANDSHAKE_BYTES} bytes")
+            raise OSError(phrase("websocket.large_handshake", size=MAX_HANDSHAKE_BYTES))
         received = self._sock.recv(min(size, self._left))
         self._left -= len(received)
         return received
@@ -3949,7 +3966,7 @@ def _dial(url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]
         from websocket import WebSocket as Client
         from websocket import WebSocketBadStatusException, WebSocketException
     except OSError as error:
-        raise DialError(f"cannot connect: {network_words(error)}") from error
+        raise DialError(phrase("websocket.not_connected", why=network_words(error))) from error
 
     parts = urlsplit(url)
     tls = "s" * (parts.scheme in ("https", "wss"))
@@ -3961,7 +3978,7 @@ def _dial(url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]
         with cut_after(limits.whole_s, way):
             fault = way.open()
             if fault is not None:
-                raise DialError(f"cannot connect: {fault.fault}")
+                raise DialError(phrase("websocket.not_connected", why=fault.words))
             ws: Any = Client(skip_utf8_validation=True, enable_multithread=False)
             way.sock.settimeout(limits.read_s)
             address = parts._replace(scheme=f"ws{tls}").geturl()
@@ -3970,11 +3987,11 @@ def _dial(url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]
     except WebSocketBadStatusException as error:
         way.close()
         status = error.status_code
-        words = f"the handshake was refused with HTTP {status}"
+        words = phrase("websocket.refused", status=status)
         raise DialError(words, status, error.resp_body or b"") from None
     except (WebSocketException, OSError, ValueError) as error:
         way.close()
-        raise DialError(f"cannot connect: {way.named(network_words(error))}") from error
+        raise DialError(phrase("websocket.not_connected", why=way.named(network_words(error)))) from error
     way.let_go()
     return ws
 
@@ -4960,7 +4977,7 @@ class ApiKey:
     def refusal(self, product: str) -> str:
         """Return why the key cannot serve a product (or its bars: `stock bars`) at all, '' if it can."""
         closed = self.closed_products
-        return self.dead or closed.get(product, "") or closed.get(product.removesuffix(" bars"), "")
+        return self.dead or closed.get(product, "") or closed.get(product.removesuffix(OF_BARS), "")
 
     def ready_at(self, now: float) -> float:
         """Return the earliest time at which the key may be used again."""
@@ -5023,7 +5040,7 @@ class KeyPool:
                 if isinstance(got, ApiKey):
                     return got
                 self._changed.wait(min(got, STOP_POLL_S))
-        raise Interrupted("stopped")
+        raise Interrupted(phrase("tools.stopped"))
 
     def try_acquire(self, product: str, only: ApiKey | None = None) -> ApiKey | float:
         """Return a key for a request that is made now, and count it, or the seconds after which to ask again.
@@ -5176,13 +5193,24 @@ class KeyPool:
 
     def _why_none(self, product: str, now: float) -> str:
         if not self.keys:
-            return "no API key: set INFOWAY_API_KEY"
-        reasons = "; ".join(f"key {key.shown}: {self._why_not(key, product, now)}" for key in self.keys)
-        return see(f"no API key can serve {product} ({reasons})", "INFOWAY_API_KEY")
+            return phrase("quota.no_key")
+        reasons = listing(
+            "join.clauses",
+            [phrase("quota.key", key=key.shown, why=self._why_not(key, product, now)) for key in self.keys],
+        )
+        return see(
+            phrase("quota.none_serves", service=service_words(product), reasons=reasons), "INFOWAY_API_KEY"
+        )
 
     def _why_not(self, key: ApiKey, product: str, now: float) -> str:
         back = iso_after(self._clock.wall(), max(0.0, key.paused_until - now))
-        return key.refusal(product) or f"{key.paused_why}, back at {back}"
+        return key.refusal(product) or phrase("quota.back_at", why=key.paused_why, back=back)
+
+
+def service_words(service: str) -> str:
+    """Return what a person reads of a product, or of its bars: `stock bars`."""
+    product = service.removesuffix(OF_BARS)
+    return service if product == service else phrase("quota.bars", product=product)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -5379,7 +5407,7 @@ def day_lease(plan: Plan) -> int:
 
 def day_used_up(plan: Plan) -> str:
     """Return why a key rests whose day's requests are used up."""
-    return f"the day's {plan.per_day} requests are used up"
+    return phrase("quota.day_used_up", n=plan.per_day)
 
 
 class SharedLedger:
@@ -5466,20 +5494,19 @@ class SharedLedger:
 
         now = self._clock.monotonic()
         if now < self._away_until:
-            raise StoreAway("the shared counts of API keys are away")
+            raise StoreAway(phrase("quota.away"))
         try:
             with timeout(LEDGER_TIMEOUT_S):
                 yield
         except PyMongoError as error:
             if not last_try and isinstance(error, AutoReconnect) and not error.timeout:
-                raise StoreAway("a connection to the shared counts of API keys broke") from error
+                raise StoreAway(phrase("quota.away")) from error
             self._away_until = now + LEDGER_RETRY_S
-            words = f"MongoDB is away ({one_line(plain_words(str(error)), 100)})"
+            words = phrase("quota.mongo_away", error=one_line(plain_words(str(error)), 100))
             if isinstance(error, OperationFailure) and error.code == UNAUTHORIZED:
-                place = self._collection.full_name
-                words = f"this user may not write to {place}; see MONGODB_LICENSE_COLLECTION_NAME"
+                words = phrase("quota.no_right", place=self._collection.full_name)
             self._trouble.again(words)
-            raise StoreAway("the shared counts of API keys are away") from error
+            raise StoreAway(phrase("quota.away")) from error
         self._away_until = 0.0
         self._trouble.over()
 
@@ -5514,7 +5541,7 @@ class SharedLedger:
             slices = {k: n for k, n in found["slices"].items() if abs(int(k) - present) < SLICES_PER_WINDOW}
             requests = min(share, plan.per_minute - sum(slices.values()))
             if requests <= 0:
-                return Lease(0, end, f"the minute's {plan.per_minute} requests are used up")
+                return Lease(0, end, phrase("quota.minute_used_up", n=plan.per_minute))
             pace = Pace(found, plan, now)
             pace.settle(self._holder, made)
             lease = self._slots_of_a_slice(pace, requests, plan, now)
@@ -5522,7 +5549,7 @@ class SharedLedger:
             slices[counted] = slices.get(counted, 0) + lease.requests
             if self._swap(digest, found["version"], {"slices": slices, **pace.stored()}):
                 return lease
-        return Lease(0, end, "the shared count is busy")
+        return Lease(0, end, phrase("quota.busy"))
 
     def _slots_of_a_slice(self, pace: Pace, requests: int, plan: Plan, now: float) -> Lease:
         """Return a lease of as many requests as there are slots for in the slice of the first one."""
@@ -5634,20 +5661,28 @@ class Action(Enum):
     """What to do after an answer."""
 
     ACCEPT = "accept"
-    RETRY = "retry with back-off"
-    SLOW_DOWN = "let the key rest a moment, then retry"
-    KEY_DAY_OVER = "let the key rest until the next day"
-    KEY_DEAD = "never use the key again"
-    KEY_DOUBTED = "let the key rest, longer each time: something on the way refused it, not the API"
-    KEY_LACKS_PRODUCT = "never use the key for this product again"
-    CODES_UNKNOWN = "give up on the codes"
-    GIVE_UP = "give up on the request: it is wrong, and would be wrong again"
+    # with back-off
+    RETRY = "retry"
+    # let the key rest a moment, then retry
+    SLOW_DOWN = "slow_down"
+    # let the key rest until the next day
+    KEY_DAY_OVER = "key_day_over"
+    # never use the key again
+    KEY_DEAD = "key_dead"
+    # let the key rest, longer each time: something on the way refused it, not the API
+    KEY_DOUBTED = "key_doubted"
+    # never use the key for this product again
+    KEY_LACKS_PRODUCT = "key_lacks_product"
+    # give up on the codes
+    CODES_UNKNOWN = "codes_unknown"
+    # give up on the request: it is wrong, and would be wrong again
+    GIVE_UP = "give_up"
 
 
 class Refusal(NamedTuple):
     """A row of the table of refusals: what follows, and how the API says it, by `ret`, text or HTTP status.
 
-    `setting`: what an operator looks at. `more`: what is to be said beside the API's words.
+    `setting`: what an operator looks at. `more`: the kind of what is said, where that is more than the API's words.
     """
 
     action: Action
@@ -5670,14 +5705,13 @@ _KEY_TEXTS = (
 )
 _RATE_TEXTS = ("Rate limit exceeded", "Request frequency exceed")
 _REQUEST_TEXTS = ("Products quantity exceeds", "Param error", "Param lost")
-_REDIRECTION = ", a redirection, which is not followed"
-_NOT_THE_API = ", not in the API's words: as from a gateway or a login page on the way"
-_GATEWAY = ", a refusal of the gateway: the key, the region or its risk control"
 # Each refusal has a `ret` of its own, or comes with `ret` 500 or without one: then its text begins so. The
 # status counts where neither tells, as with what a gateway sends. Of several rows the first one counts.
 REFUSALS = (
     Refusal(Action.KEY_DEAD, FailureKind.KEY, "INFOWAY_API_KEY", (401, 509), _KEY_TEXTS),
-    Refusal(Action.KEY_DOUBTED, FailureKind.KEY, "INFOWAY_API_BASE_URL", (), (), (401,), _NOT_THE_API),
+    Refusal(
+        Action.KEY_DOUBTED, FailureKind.KEY, "INFOWAY_API_BASE_URL", (), (), (401,), "infoway.not_the_api"
+    ),
     Refusal(Action.KEY_LACKS_PRODUCT, FailureKind.KEY, "INFOWAY_API_KEY", (514,), ("No permission",)),
     Refusal(Action.KEY_DAY_OVER, FailureKind.KEY, "INFOWAY_PLAN", (502,), ("Request frequency for the day",)),
     Refusal(Action.SLOW_DOWN, FailureKind.API, "INFOWAY_PLAN", (429, 501), _RATE_TEXTS, (429,)),
@@ -5685,12 +5719,20 @@ REFUSALS = (
     Refusal(Action.GIVE_UP, FailureKind.API, "", (505, 506, 507), _REQUEST_TEXTS),
     Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=(408,)),
     Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=range(500, 1000)),
-    Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_KEY", (403, 499), (), (403, 499), _GATEWAY),
+    Refusal(
+        Action.GIVE_UP, FailureKind.API, "INFOWAY_API_KEY", (403, 499), (), (403, 499), "infoway.gateway"
+    ),
     Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=range(400, 500)),
-    Refusal(Action.GIVE_UP, FailureKind.API, "INFOWAY_API_BASE_URL", (), (), range(300, 400), _REDIRECTION),
+    Refusal(
+        Action.GIVE_UP,
+        FailureKind.API,
+        "INFOWAY_API_BASE_URL",
+        (),
+        (),
+        range(300, 400),
+        "infoway.redirection",
+    ),
 )
-# An instrument that the plan does not have is answered as one that does not exist.
-UNKNOWN_WORDS = "unknown to the API, or not in this key's plan"
 # What no row is for: a fault of the API's own, or a success that is none.
 UNCLEAR = Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL")
 
@@ -5715,7 +5757,7 @@ def decide(response: Response, now_utc: datetime) -> Verdict:
     """
     if response.fault:
         action = Action.GIVE_UP if response.hopeless else Action.RETRY
-        return Verdict(action, Failure(response.kind, response.fault))
+        return Verdict(action, Failure(response.kind, response.words))
     envelope = json_object(response.body) or {}
     ret, text = envelope.get("ret"), words_of(envelope)
     if response.body.strip() == NO_KEY_TEXT.encode():
@@ -5725,13 +5767,23 @@ def decide(response: Response, now_utc: datetime) -> Verdict:
         return _accept(envelope)
     status = _status_of(response, envelope)
     row = row or next((one for one in REFUSALS if status in one.statuses), UNCLEAR)
-    words = f"HTTP {status}{f': {text}' if text else ''}{row.more}"
-    if ret is not None:
-        words = f"the API says {one_line(repr(ret), 40)}: {text or 'nothing more'}"
-    elif row is UNCLEAR:
-        words += ", " + not_json_words(response.body, "the API's")
-    failure = Failure(row.kind, words)
+    failure = Failure(row.kind, _refused_words(row, ret, status, text, response.body))
     return Verdict(row.action, failure, wait_s=_retry_after_s(response, now_utc), setting=row.setting)
+
+
+def _refused_words(row: Refusal, ret: object, status: int, text: str, body: bytes) -> Phrase:
+    """Return what an answer says that is none, by its `ret`, else by its HTTP status."""
+    if ret is not None:
+        number = one_line(repr(ret), 40)
+        return phrase("infoway.says", number=number, text=text or phrase("infoway.nothing_more"))
+    said = phrase("infoway.http", status=status)
+    if text:
+        said = phrase("infoway.http_says", status=status, text=text)
+    if row.more:
+        return phrase(row.more, said=said)
+    if row is UNCLEAR:
+        return phrase("infoway.not_json", said=said, body=not_json_words(body, phrase("infoway.its")))
+    return said
 
 
 def _is_own(response: Response, envelope: Mapping[str, Any]) -> bool:
@@ -5764,7 +5816,7 @@ def _accept(envelope: Mapping[str, Any]) -> Verdict:
     if data is None:
         return Verdict(Action.ACCEPT)  # none of the codes is known
     if not isinstance(data, list):
-        failure = Failure(UNCLEAR.kind, "the API's answer says success but holds no list `data`")
+        failure = Failure(UNCLEAR.kind, phrase("infoway.no_list"))
         return Verdict(UNCLEAR.action, failure, setting=UNCLEAR.setting)
     return Verdict(Action.ACCEPT, records=data)
 
@@ -5795,8 +5847,9 @@ def clock_fault(response: Response, now: float) -> str:
     at = _http_date(response.date)
     if not at or abs(now - at) <= CLOCK_TOLERANCE_S:
         return ""
-    side = "ahead of" if now > at else "behind"
-    return f"this machine's clock is {abs(now - at):.0f} s {side} the API's; mend it (NTP, timedatectl)"
+    if now > at:
+        return phrase("infoway.clock_ahead", s=now - at)
+    return phrase("infoway.clock_behind", s=at - now)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -5825,19 +5878,19 @@ def read_trade(record: object, product: str = "", latest_ms: int = LATEST_TRADE_
     Raises ValueError with what is wrong with it: its form, or that by its product's rule it is no trade.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"the API sent {one_line(json.dumps(record), 40)} in place of a trade")
+        raise ValueError(phrase("infoway.sent_no_trade", record=one_line(json.dumps(record), 40)))
     get = record.get
     s, t, td = get("s"), get("t"), get("td")
     if not isinstance(s, str):
-        raise ValueError(f"field s: {_shown(record, 's')} in place of a code")
+        raise ValueError(phrase("infoway.no_code", shown=_shown(record, "s")))
     if type(t) is not int or not EARLIEST_TRADE_MS <= t < LATEST_TRADE_MS:
-        raise ValueError(f"field t: {_shown(record, 't')} in place of epoch milliseconds")
+        raise ValueError(phrase("infoway.no_milliseconds", shown=_shown(record, "t")))
     if type(td) is not int or not 0 <= td <= 9:
-        raise ValueError(f"field td: {_shown(record, 'td')} in place of a direction (0, 1, 2)")
+        raise ValueError(phrase("infoway.no_direction", shown=_shown(record, "td")))
     trade = Trade(s, t, _decimal(record, "p"), _decimal(record, "v"), _decimal(record, "vw"), td)
     why = _why_no_trade(trade, product, latest_ms)
     if why:
-        raise ValueError(f"no trade: {why}")
+        raise ValueError(phrase("infoway.no_trade", why=why))
     return trade
 
 
@@ -5845,14 +5898,14 @@ def _why_no_trade(trade: Trade, product: str, latest_ms: int) -> str:
     """Return why a well-formed record is no trade by its product's rule, '' if it is one."""
     price = float(trade.p)
     if price == 0:
-        return f"p {trade.p}: it has not traded, or is suspended"
+        return phrase("infoway.price_zero", p=trade.p)
     if price < 0 and not (product == "common" and trade.s in ENERGY):
-        return f"p {trade.p}: only energy at common has prices below zero"
+        return phrase("infoway.price_below_zero", p=trade.p)
     if float(trade.v) < 0:
-        return f"v {trade.v}: a volume is not below zero"
+        return phrase("infoway.volume_below_zero", v=trade.v)
     if trade.t > latest_ms:
         at = iso(datetime.fromtimestamp(trade.t / 1000, UTC))
-        return f"t {trade.t}: {at} is more than a day ahead"
+        return phrase("infoway.ahead", t=trade.t, at=at)
     return ""
 
 
@@ -5893,7 +5946,7 @@ def _decimal(record: Mapping[str, object], name: str) -> str:
     value = record.get(name)
     text = str(value) if type(value) is int else value  # a JSON number is taken by its digits
     if not isinstance(text, str) or not is_decimal(text):
-        raise ValueError(f"field {name}: {_shown(record, name)} in place of a decimal number")
+        raise ValueError(phrase("infoway.no_decimal", name=name, shown=_shown(record, name)))
     return text
 
 
@@ -5903,7 +5956,9 @@ def is_decimal(text: str) -> bool:
 
 
 def _shown(record: Mapping[str, object], name: str) -> str:
-    return one_line(json.dumps(record[name], default=str), 40) if name in record else "nothing"
+    if name not in record:
+        return phrase("infoway.nothing")
+    return one_line(json.dumps(record[name], default=str), 40)
 
 
 class Bar(NamedTuple):
@@ -5927,13 +5982,14 @@ BAR_FIELDS = Bar._fields[2:]
 def read_bar(code: str, record: object) -> Bar:
     """Return the bar that a record of an answer holds. Raises ValueError with what is wrong with it."""
     if not isinstance(record, dict):
-        raise ValueError(f"the API sent {one_line(json.dumps(record), 40)} in place of a bar")
+        raise ValueError(phrase("infoway.sent_no_bar", record=one_line(json.dumps(record), 40)))
     t = record.get("t")
     if not re.fullmatch(r"\d{9,10}", str(t), re.ASCII):
-        raise ValueError(f"field t: {_shown(record, 't')} in place of epoch seconds")
+        raise ValueError(phrase("infoway.no_seconds", shown=_shown(record, "t")))
     bar = Bar(code, int(str(t)), *(_decimal(record, name) for name in BAR_NUMBERS))
     if min(map(float, bar[2:6])) <= 0 or float(bar.volume) < 0:
-        raise ValueError(f"prices {', '.join(bar[2:6])} and volume {bar.volume}: no bar has them")
+        prices = listing("join.names", bar[2:6])
+        raise ValueError(phrase("infoway.no_bar", prices=prices, volume=bar.volume))
     return bar
 
 
@@ -5994,21 +6050,25 @@ def read_records(batch: Batch, records: Sequence[object], now: float = math.inf)
             code = record.get("s") if isinstance(record, dict) else None
             code = code if not isinstance(code, str) or code in asked else code.upper()
             if isinstance(code, str) and code in asked:
-                bad[code] = Failure(FailureKind.BAD_RECORD, str(error))
+                bad[code] = Failure(FailureKind.BAD_RECORD, error_words(error))
             else:
-                strays.append("" if strays else str(error))
+                strays.append("" if strays else error_words(error))
             continue
         code = trade.s
         if code not in asked and code.upper() in asked:  # seen in lower case
             code = code.upper()
             trade = trade._replace(s=code)
         if code not in asked:
-            strays.append("" if strays else f"{one_line(code, 40)} was not asked for")
+            strays.append("" if strays else phrase("infoway.not_asked", code=one_line(code, 40)))
         elif code not in newest or newest[code].t < trade.t:
             newest[code] = trade
     if strays:
-        form = "%s of %s rejected, the first because: %s"
-        log.warning(form, count_words(len(strays), "record"), batch.product, strays[0])
+        log.warning(
+            "%s of %s rejected, the first because: %s",
+            count_words(len(strays), "record"),
+            batch.product,
+            strays[0],
+        )
     unknown = [code for code in asked if code not in newest and code not in bad]
     failures = {code: failure for code, failure in bad.items() if code not in newest}
     return Outcome(batch, list(newest.values()), unknown, failures)
@@ -6099,7 +6159,7 @@ class Caution:
         """Return what becomes of a batch that is not asked for, None for one that is."""
         if self._before is None or batch.product not in self._spare:
             return None
-        words = f"not asked for, as the request before was refused again: {self._before.words}"
+        words = phrase("infoway.spared", why=self._before.words)
         return _failed(batch, Failure(self._before.kind, words))
 
     def refused_all(self) -> Failure | None:
@@ -6202,7 +6262,7 @@ class InfowayApi:
         try:
             key, answer = self.ask_once(path, "", limits, stop, only)
         except NoKeyError as error:
-            return {}, Failure(FailureKind.KEY, str(error))
+            return {}, Failure(FailureKind.KEY, error.message)
         envelope, verdict = judge(answer)
         if key is not None and envelope.get("ret") == 200:
             self.keys.trust(key)
@@ -6276,7 +6336,7 @@ class InfowayApi:
             if now > deadline + ABANDON_AFTER_S:
                 del busy[worker]
                 worker.dismiss()
-                words = f"no whole answer within {self.limits.whole_s:.0f} s, and the connection hangs"
+                words = phrase("infoway.hangs", s=self.limits.whole_s)
                 yield _failed(batch, Failure(FailureKind.NETWORK, words))
 
     def ask(self, connection: HttpConnection, attempt: BatchAttempt) -> Outcome:
@@ -6288,7 +6348,7 @@ class InfowayApi:
                 if outcome is not None:
                     return outcome
         except NoKeyError as error:
-            return _failed(attempt.batch, Failure(FailureKind.KEY, str(error)))
+            return _failed(attempt.batch, Failure(FailureKind.KEY, error.message))
         except Interrupted:
             return Outcome(attempt.batch, interrupted=True)
         except Exception as error:
@@ -6301,7 +6361,7 @@ class InfowayApi:
         took. While the key is waited for the server may close the connection: it is then opened once more.
         """
         if attempt.stop.is_set():
-            raise Interrupted("stopped")
+            raise Interrupted(phrase("tools.stopped"))
         fault = connection.open()
         if fault is not None:
             return self._judge(attempt, None, fault, None)
@@ -6320,7 +6380,7 @@ class InfowayApi:
             self._events.asked("no_answer", None)
         else:
             self._latencies.append(seconds)
-            self._events.asked(verdict.action.name.lower(), seconds)
+            self._events.asked(verdict.action.value, seconds)
         if verdict.action is Action.SLOW_DOWN:
             attempt.refusals += 1
             verdict = verdict._replace(wait_s=verdict.wait_s or next(attempt.after_refusal))
@@ -6362,9 +6422,9 @@ def _why_final(attempt: BatchAttempt, verdict: Verdict) -> Failure | None:
         return None
     kind, words = verdict.failure
     if late:
-        words += f", asks to wait {verdict.wait_s:.0f} s"
+        words = phrase("infoway.asks_to_wait", said=words, s=verdict.wait_s)
     if tries > 1:
-        words += f", {tries} tries"
+        words = phrase("infoway.tries", said=words, n=tries)
     if hopeless and verdict.setting:
         words = see(words, verdict.setting)
     return Failure(kind, words)
@@ -6396,9 +6456,9 @@ def path_of(batch: Batch) -> str:
 
 
 class PackageInfo(NamedTuple):
-    """What the API says of a key: its plan's name, requests a second, and its end (epoch seconds, 0: not told).
+    """What the API says of a key: its plan's name, requests a second, and its end (epoch seconds).
 
-    Of the stream, None where not told: connections, codes on each of them, codes on all.
+    '' and 0: not told. Of the stream, None where not told: connections, codes on each of them, codes on all.
     """
 
     name: str
@@ -6410,19 +6470,20 @@ class PackageInfo(NamedTuple):
 
     def plan(self) -> Plan:
         """Return the limits: of the minute and the day those of the price list by the name, else by the rate."""
-        rate = self.per_second
-        listed = PLANS.get(PACKAGE_NAMES.get(self.name.casefold(), ""))
+        rate, name = self.per_second, self.name or phrase("infoway.unnamed")
+        listed = PLANS.get(PACKAGE_NAMES.get(name.casefold(), ""))
         if listed is None:
-            return Plan(self.name, rate, max(1, int(rate * 60)), max(1, int(rate * 86_400)))
-        return Plan(self.name, rate, listed.per_minute, listed.per_day)
+            return Plan(name, rate, max(1, int(rate * 60)), max(1, int(rate * 86_400)))
+        return Plan(name, rate, listed.per_minute, listed.per_day)
 
     def end_words(self, now: float) -> str:
         """Return when the plan ends, '' unless that is soon; `now` is epoch seconds."""
         if not self.ends or self.ends - now > ENDS_SOON_S:
             return ""
         if self.ends <= now:
-            return f"its plan ended at {iso_after(self.ends, 0)}"
-        return f"its plan ends at {iso_after(self.ends, 0)}, in {age_words(self.ends - now)[0]}"
+            return phrase("infoway.plan_ended", when=iso_after(self.ends, 0))
+        left, _ = age_words(self.ends - now)
+        return phrase("infoway.plan_ends", when=iso_after(self.ends, 0), left=left)
 
 
 NO_PACKAGE = PackageInfo("", 0.0)
@@ -6441,7 +6502,7 @@ def read_package(envelope: Mapping[str, Any]) -> PackageInfo | None:
         ends /= 1000
     if not 0 <= ends <= LATEST_TRADE_MS / 1000:
         ends = 0.0
-    shown = one_line(name, 40) if isinstance(name, str) and name.strip() else "unnamed"
+    shown = one_line(name, 40) if isinstance(name, str) else ""
     stream = (_count_in(data, field) for field in ("maxWsConNum", "maxNum", "allWsNum"))
     return PackageInfo(shown, rate, ends, *stream)
 
@@ -6563,14 +6624,18 @@ class KeyPlans:
         if key.digest in self._no_plan_said or key.dead:
             return
         self._no_plan_said.add(key.digest)
-        limits = "Free's limits"
         if key.digest in self._told:
-            limits = "the limits that it told last"
+            log.warning(
+                "the plan of API key %s cannot be had (%s): it goes by the limits that it told last; "
+                "INFOWAY_PLAN can name one",
+                key.shown,
+                failure.words,
+            )
+            return
         log.warning(
-            "the plan of API key %s cannot be had (%s): it goes by %s; INFOWAY_PLAN can name one",
+            "the plan of API key %s cannot be had (%s): it goes by Free's limits; INFOWAY_PLAN can name one",
             key.shown,
             failure.words,
-            limits,
         )
 
 
@@ -6599,7 +6664,8 @@ class Symbol(NamedTuple):
         return self.code if plain[:2] == (self.code, product) else f"{product}:{self.code}"
 
 
-ASKED_IN_VAIN = "it was asked for a moment ago, in vain"
+# The kind of words about a list that was asked for a moment ago.
+ASKED_IN_VAIN = "infoway.asked_in_vain"
 
 
 def read_symbols(kind: str, envelope: Mapping[str, Any]) -> list[Symbol] | None:
@@ -6652,7 +6718,7 @@ class Directory:
             with turn(self._asking, stop):
                 return self._refresh(types, stop)
         except Interrupted as error:
-            return str(error)
+            return error.message
 
     def _refresh(self, types: Iterable[str], stop: threading.Event) -> str:
         """Do so. Raises Interrupted."""
@@ -6662,7 +6728,7 @@ class Directory:
             if kept.get(kind) == today:
                 continue
             if self._clock.monotonic() < self._not_before.get(kind, -math.inf):
-                why = why or ASKED_IN_VAIN
+                why = why or phrase(ASKED_IN_VAIN)
                 continue
             found = self._api.symbols(kind, stop)
             if not isinstance(found, Failure):
@@ -6699,7 +6765,7 @@ class Directory:
         guesses = [parse_code(code) for code in unclear.guesses]
         is_name = not unclear.text.isascii()
         why = self.refresh(SYMBOL_TYPES if is_name else self._types_of(guesses), stop)
-        if why and why != ASKED_IN_VAIN:  # which was said then
+        if why and why != phrase(ASKED_IN_VAIN):  # which was said then
             log.warning("the symbol lists cannot be had: %s", why)
         exact = kept_symbols(self._file, {unclear.text, *(guess.code for guess in guesses)})
         if len(exact) == 1 and exact[0].code == unclear.text:
@@ -6708,8 +6774,14 @@ class Directory:
             exact = self.search(unclear.text)[:NAMES_SHOWN]
         if not exact:
             return None
-        proposals = " or ".join(f"{symbol.typed} ({symbol.name})" for symbol in exact)
-        raise InstrumentError(f"does not tell what is meant: did you mean {proposals}?")
+        proposals = [phrase("infoway.proposal", code=symbol.typed, name=symbol.name) for symbol in exact]
+        raise InstrumentError(
+            phrase(
+                "instruments.did_you_mean",
+                why=phrase("infoway.ambiguous"),
+                codes=alternatives(proposals),
+            )
+        )
 
     def explain(self, unknown: Instrument, stop: threading.Event) -> str:
         """Return whether an instrument that the API does not know exists, '' where the lists cannot tell."""
@@ -6724,8 +6796,8 @@ class Directory:
         found = [symbol for symbol in kept_symbols(self._file, [unknown.code]) if symbol.type in types]
         if found:
             name = found[0].name or found[0].code
-            return f"the API lists it as {name}, but has no trade of it, or not for this key's plan"
-        return "unknown to the API: in none of its lists"
+            return phrase("infoway.listed", name=name)
+        return phrase("infoway.unlisted")
 
     def _types_of(self, guesses: Iterable[Instrument]) -> list[str]:
         """Return the types of the lists that can have an instrument without a suffix, or one of some guesses."""
@@ -7010,7 +7082,7 @@ class StreamEnd(NamedTuple):
 class StreamError(NamedTuple):
     """A row of the table of errors: its number, what follows, what it means, and how it is said without a number.
 
-    `setting`: what an operator looks at. `wait_s`: between which times a wait is.
+    `means`: a kind of words. `setting`: what an operator looks at. `wait_s`: between which times a wait is.
     """
 
     code: int
@@ -7024,33 +7096,28 @@ class StreamError(NamedTuple):
 _DIAL, _WAIT, _NEVER = StreamAction.DIAL_AGAIN, StreamAction.WAIT, StreamAction.NEVER
 _OUT, _LESS, _LATER, _HALVE = StreamAction.KEY_OUT, StreamAction.LESS, StreamAction.LATER, StreamAction.HALVE
 _KEY, _PLAN, _CODES, _URL = "INFOWAY_API_KEY", "INFOWAY_PLAN", "COLLECT_CODES", "INFOWAY_STREAM_URL"
-_BAD_KEY, _BAD_CODES = "the key is not valid", "codes of a form that it does not take"
-_MANY = "too many connections of the key"
+_BAD_KEY, _BAD_CODES = "stream.bad_key", "stream.bad_codes"
 # Of several rows whose words are in a text the first one counts. 401, 403 and 429 are those of the handshake.
 STREAM_ERRORS = (
-    StreamError(
-        516, _LATER, "too many codes on all connections of the key", _PLAN, r"total number of .*exceed"
-    ),
-    StreamError(512, _WAIT, _MANY, _PLAN, r"connections? .*exceed"),
-    StreamError(505, _LESS, "too many codes on one connection", _PLAN, r"quantity exceed"),
-    StreamError(501, _WAIT, "more than 60 frames a minute", _CODES, r"frequency|rate limit", FRAME_RATE_S),
-    StreamError(508, _OUT, "the key's plan has ended", _KEY, r"expired"),
+    StreamError(516, _LATER, "stream.many_codes", _PLAN, r"total number of .*exceed"),
+    StreamError(512, _WAIT, "stream.many_connections", _PLAN, r"connections? .*exceed"),
+    StreamError(505, _LESS, "stream.many_on_one", _PLAN, r"quantity exceed"),
+    StreamError(501, _WAIT, "stream.many_frames", _CODES, r"frequency|rate limit", FRAME_RATE_S),
+    StreamError(508, _OUT, "stream.plan_ended", _KEY, r"expired"),
     StreamError(509, _OUT, _BAD_KEY, _KEY, r"key (?:does )?not exist|token invalid"),
     StreamError(517, _OUT, _BAD_KEY, _KEY, r"key error|unauthorized|key is required"),
     StreamError(518, _OUT, _BAD_KEY, _KEY, r"key verif"),
-    StreamError(510, _OUT, "the key is disabled", _KEY, r"key .*disabled"),
-    StreamError(511, _OUT, "the key is banned", _KEY, r"\bbanned\b"),
-    StreamError(
-        519, _NEVER, "the key's plan lacks this product", _KEY, r"\b(?:no|not have|without) permission"
-    ),
-    StreamError(521, _HALVE, "not in the free plan", _PLAN, r"free plan"),
-    StreamError(520, _HALVE, "codes of another product", _CODES, r"suffix"),
+    StreamError(510, _OUT, "stream.disabled", _KEY, r"key .*disabled"),
+    StreamError(511, _OUT, "stream.banned", _KEY, r"\bbanned\b"),
+    StreamError(519, _NEVER, "stream.not_in_plan", _KEY, r"\b(?:no|not have|without) permission"),
+    StreamError(521, _HALVE, "stream.not_free", _PLAN, r"free plan"),
+    StreamError(520, _HALVE, "stream.other_product", _CODES, r"suffix"),
     StreamError(506, _HALVE, _BAD_CODES, _CODES, r"param error"),
     StreamError(507, _HALVE, _BAD_CODES, _CODES, r"param lost"),
-    StreamError(513, _DIAL, "a heartbeat did not reach it", _URL, r"heart ?beat"),
-    StreamError(401, _NEVER, f"{_BAD_KEY}, or its plan lacks this product", _KEY),
-    StreamError(403, _WAIT, "a refusal of the gateway: the key, the region or its risk control", _KEY),
-    StreamError(429, _WAIT, f"{_MANY}, or one that just ended still counts", _PLAN),
+    StreamError(513, _DIAL, "stream.no_heartbeat", _URL, r"heart ?beat"),
+    StreamError(401, _NEVER, "stream.bad_key_or_plan", _KEY),
+    StreamError(403, _WAIT, "stream.gateway", _KEY),
+    StreamError(429, _WAIT, "stream.many_or_old", _PLAN),
 )
 _IN_VAIN = (_WAIT, _NEVER, _OUT)
 # What no row is for.
@@ -7077,7 +7144,7 @@ def _end_by(row: StreamError, words: str, rng: random.Random) -> StreamEnd:
 def _error_words(row: StreamError, said: str) -> str:
     if not row.means:
         return said
-    return see(f"{said}: {row.means}", row.setting)
+    return see(phrase("tools.because", what=said, why=phrase(row.means)), row.setting)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -7227,14 +7294,14 @@ class StreamProtocol:
         try:
             trade = read_trade(record, self._product, latest_ms)
         except ValueError as error:
-            bad.append(str(error))
+            bad.append(error_words(error))
             return
         if trade.s not in self._wanted:  # seen in lower case
             trade = trade._replace(s=trade.s.upper())
         if trade.s in self._wanted:
             yield trade
         else:
-            bad.append(f"{one_line(trade.s, 40)} was not asked for")
+            bad.append(phrase("stream.not_asked_for", code=one_line(trade.s, 40)))
 
     def _understand(self, text: str, now: float, bad: list[str]) -> Iterator[StreamEvent]:
         """Yield what follows from a text that is no push; where it means nothing, say so in `bad`."""
@@ -7244,7 +7311,7 @@ class StreamProtocol:
             words = words.partition(":")[2].strip()
         frame = json_object(words.encode())
         if frame is None and words[:1] in ("{", "["):
-            bad.append(not_json_words(text.encode(), "the stream's"))
+            bad.append(not_json_words(text.encode(), phrase("stream.its")))
         elif frame is None:
             yield from self._hear_words(one_line(words, SAID_LENGTH), failed, now)
         else:
@@ -7259,17 +7326,22 @@ class StreamProtocol:
             if ask is not None:  # else it is one of an earlier try, or of one that was given up
                 yield from self._acked(ask)
         elif kind == PUSH:
-            bad.append("a push without its data")
+            bad.append(phrase("stream.no_data"))
         elif kind in (WELCOME, HEARTBEAT):
             return
         elif type(kind) is int and kind >= LOWEST_KIND:
-            bad.append(f"a frame of kind {kind}")
+            bad.append(phrase("stream.other_frame", code=kind))
         else:
-            number = f" {one_line(repr(kind), 40)}" if kind is not None else ""
-            said = f"the stream says{number}: {words_of(frame) or 'nothing more'}"
+            words = words_of(frame)
+            said = phrase("stream.says", words=words or phrase("stream.nothing_more"))
+            if kind is not None:
+                number = one_line(repr(kind), 40)
+                said = phrase(
+                    "stream.says_number", number=number, words=words or phrase("stream.nothing_more")
+                )
             if ask is None and trace not in self._past:
                 ask = self._oldest()
-            yield from self._failed(stream_error(kind, words_of(frame)), said, ask, now)
+            yield from self._failed(stream_error(kind, words), said, ask, now)
 
     def _hear_words(self, said: str, failed: bool, now: float) -> Iterator[StreamEvent]:
         """Take in what is no JSON: a greeting, or an error in words."""
@@ -7277,7 +7349,7 @@ class StreamProtocol:
         if row is UNKNOWN_ERROR and not failed:
             log.debug("the stream says: %s", said)
             return
-        yield from self._failed(row, f"the stream says: {said}", self._oldest(), now)
+        yield from self._failed(row, phrase("stream.says", words=said), self._oldest(), now)
 
     def _oldest(self) -> _Ask | None:
         """Return what an error without a trace is about: the first that was sent and is not answered."""
@@ -7368,7 +7440,7 @@ class StreamProtocol:
             self._forget(ask.codes)
             yield Said(ask.why)
         else:
-            words = f"no ack within {ASK_TRIES * ACK_S:.0f} s to {ASK_TRIES} frames"
+            words = phrase("stream.no_ack", seconds=ASK_TRIES * ACK_S, tries=ASK_TRIES)
             yield StreamEnd(see(words, _URL), _DIAL)
 
     def _silence(self, now: float, wall_ms: int) -> Iterator[StreamEvent]:
@@ -7433,20 +7505,21 @@ def refused_dial(error: DialError, rng: random.Random) -> StreamEnd:
     text = error.body.decode("utf-8", "replace").strip()
     envelope = json_object(error.body) or {}
     said = words_of(envelope) or (text if text == NO_KEY_TEXT else "")
-    words = f"{error}: {said}" if said else str(error)
+    words = phrase("tools.because", what=error.message, why=said) if said else error.message
     row = _BY_CODE.get(error.status, UNKNOWN_ERROR)
     if error.status == 401 and text and text != NO_KEY_TEXT and type(envelope.get("code")) is not int:
-        words += ", not in the API's words: as from a gateway or a login page on the way"
+        words = phrase("stream.not_of_the_api", words=words)
         row = _BY_CODE[403]._replace(means="", setting=_URL)
     if row is UNKNOWN_ERROR:
         return StreamEnd(see(words, _URL), _DIAL)
-    words = see(f"{words}: {row.means}".removesuffix(": "), row.setting)
-    return _end_by(row, words, rng)
+    if row.means:
+        words = phrase("tools.because", what=words, why=phrase(row.means))
+    return _end_by(row, see(words, row.setting), rng)
 
 
 def _end_of(error: LinkLost, rng: random.Random) -> StreamEnd:
     """Return what follows where a connection is lost: a close may say why, as an error does."""
-    words = f"connection {error}"
+    words = phrase("stream.connection", why=error.message)
     row = stream_error(None, words) if error.code else UNKNOWN_ERROR
     if row.action not in _IN_VAIN:
         return StreamEnd(words, _DIAL)
@@ -7626,7 +7699,7 @@ MONGODB_GOODBYE_S = 1.0
 AT_ONCE_S = 0.001
 DUPLICATE_KEY = 11000
 # What keeps no `_id` apart, or takes no documents at all.
-NO_COLLECTIONS = {"view": "a view", "timeseries": "a time-series collection"}
+NO_COLLECTIONS = {"view": "stores.view", "timeseries": "stores.time_series"}
 # An index that could not be made now is asked for again after this time: each try may take its whole time limit.
 INDEX_AGAIN_S = 300.0
 # The `_id` of a document that is written and deleted to see whether that works.
@@ -7637,7 +7710,6 @@ INVALID_ID = 53
 INDEX = [("stock_code", 1), ("t", -1)]
 # What KEEP_DAYS makes, known by its name: one of another name is somebody else's.
 TTL_INDEX, TTL_KEY = "stockrt_keep_days", [("create_time", 1)]
-REFUSED_IT = "MongoDB refused it: "
 PROBE_T = 1 << 40  # as wide as the times of trades, and none of them: 2004
 # Codes that trade much trade in the last seconds before a close, and of those every tick may be there: looked at first.
 NEWEST_SPAN_MS = 10 * 1000
@@ -7768,6 +7840,21 @@ class CloseStore(Protocol):
         """Return every code in `realtime`. Raises StoreError."""
 
 
+def stored_words(text: str, kinds: Iterable[str]) -> str:
+    """Return the words of one of these kinds that a text is in English, which is what other programs read; else it.
+
+    A kind has no values, or `why` alone, at its end.
+    """
+    for kind in kinds:
+        english = TEMPLATES[kind][0]
+        begins = english.removesuffix("{why}")
+        if text == english:
+            return phrase(kind)
+        if begins != english and text.startswith(begins):
+            return phrase(kind, why=text.removeprefix(begins))
+    return text
+
+
 # ------------------------------------------------------------------------------------------------------
 # The embedded store
 # ------------------------------------------------------------------------------------------------------
@@ -7842,7 +7929,7 @@ class SqliteStore:
             db.execute("CREATE TABLE probe (x)")
             db.execute("ROLLBACK TO probe")
             (trades,) = db.execute("SELECT count(*) FROM realtime").fetchone()
-        return f"{self._file.path} can be written, {count_words(trades, 'trade')} in it"
+        return phrase("stores.file_good", path=self._file.path, trades=count_words(trades, "trade"))
 
 
 def insert_trades(db: sqlite3.Connection, documents: Sequence[Document]) -> WriteReport:
@@ -7866,7 +7953,7 @@ def _insert_one_by_one(db: sqlite3.Connection, documents: Sequence[Document]) ->
         try:
             stored += db.execute(_SQLITE_INSERT, _trade_row_demo(document)).rowcount
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError) as error:
-            refused[document["_id"]] = f"the local store refused it: {one_line(error, 200)}"
+            refused[document["_id"]] = phrase("stores.local_refused", why=one_line(error, 200))
     return WriteReport(stored, len(documents) - stored - len(refused), refused)
 
 
@@ -7988,7 +8075,7 @@ class MongoStore:
 
     def _in_bulk(
         self, name: str, count: int, write: Callable[[], object], takes: bool = False
-    ) -> tuple[list[str], dict[str, str]]:
+    ) -> tuple[list[str], dict[str, Phrase]]:
         """Write a batch; return the `_id` of what was there before, and what was refused (`_id` -> why).
 
         Where all of it is refused it is written again when the collection was seen to take another document (`takes`):
@@ -7999,27 +8086,29 @@ class MongoStore:
         try:
             write()
         except BulkWriteError as error:
-            known, refused = self._sort_errors(error.details or {})
+            known, whys = self._sort_errors(error.details or {})
         else:
             return [], {}
+        refused = {one: phrase("stores.refused", why=why) for one, why in whys.items()}
         if takes or len(refused) < count:
             return known, refused
         if not self.takes_another(name):
-            words = next(iter(refused.values())).removeprefix(REFUSED_IT)
-            raise self._away(words, refused=refused)
+            raise self._away(next(iter(whys.values())), refused=refused)
         return self._in_bulk(name, count, write, takes=True)
 
     def _encode(self, documents: Sequence[Document]) -> tuple[list[Document], dict[str, str]]:
         """Return the documents as they will be stored, and those whose numbers do not fit (`_id` -> why)."""
         if self._convert is str:
             return list(documents), {}
-        encoded, refused = [], {}
+        encoded: list[Document] = []
+        refused: dict[str, str] = {}
         for document in documents:
             try:
                 encoded.append(self._bson(document))
             except (ArithmeticError, ValueError) as error:
-                setting = f"MONGODB_NUMERIC_TYPE={self._settings.numeric_type}"
-                refused[document["_id"]] = f"its numbers do not fit {setting}: {one_line(error)}"
+                refused[document["_id"]] = phrase(
+                    "stores.odd_numbers", type=self._settings.numeric_type, why=one_line(error)
+                )
         return encoded, refused
 
     def takes_another(self, name: str, others: Sequence[Document] = ()) -> bool:
@@ -8253,7 +8342,8 @@ class MongoStore:
             index = self._index_words()
         except PyMongoError as error:
             raise self._fault(error) from error
-        return f"{settings.mongodb_shown()}: database {settings.mongodb_db_name} can be written, {index}"
+        place, database = settings.mongodb_shown(), settings.mongodb_db_name
+        return phrase("stores.mongodb_good", place=place, database=database, index=index)
 
     def ttl_indexes(self) -> list[TtlIndex]:
         """Return the indexes by which MongoDB removes documents of `realtime`, or could. Raises StoreAway."""
@@ -8327,14 +8417,14 @@ class MongoStore:
         except PyMongoError as error:
             raise self._fault(error) from error
 
-    def _index_words(self) -> str:
+    def _index_words(self) -> Phrase:
         from pymongo.errors import OperationFailure
 
         with contextlib.suppress(OperationFailure):  # who may not look at indexes
             keys = [index["key"] for index in self.collection().index_information().values()]
             if INDEX in keys:
-                return f"index on {self.realtime_name} is there"
-        return f"index on {self.realtime_name} is made with the next trades"
+                return phrase("stores.index_there", name=self.realtime_name)
+        return phrase("stores.index_to_come", name=self.realtime_name)
 
     def close(self) -> None:
         """Close the client."""
@@ -8403,8 +8493,7 @@ class MongoStore:
                 setting = "MONGODB_CLOSE_COLLECTION_NAME"
                 if name == self.realtime_name:
                     setting = "MONGODB_REALTIME_COLLECTION_NAME"
-                kind = NO_COLLECTIONS[one["type"]]
-                raise self._away(f"{name} is {kind}, but must be a plain collection, see {setting}")
+                raise self._away(phrase(NO_COLLECTIONS[one["type"]], name=name, setting=setting))
         self._plain.add(name)
 
     def _connect(self) -> MongoClient[Document]:
@@ -8424,8 +8513,9 @@ class MongoStore:
         try:  # not connected before it is used: mongodb+srv:// asks the DNS, which may be away too
             return MongoClient(self._settings.mongodb_uri, tz_aware=True, connect=False, **options)
         except (PyMongoError, ValueError, TypeError) as error:
+            why = self._settings.redact(one_line(error))
             raise SettingsError(
-                [f"MONGODB_HOST={self._settings.mongodb_shown()!r}: {self._settings.redact(one_line(error))}"]
+                [phrase("stores.bad_uri", uri=self._settings.mongodb_shown(), why=why)]
             ) from None
         finally:
             # a client keeps the text of the stack that it was made on: every line of this file would stay in memory
@@ -8488,26 +8578,34 @@ class MongoStore:
         return self._convert(text)
 
     def _sort_errors(self, details: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
-        """Return the `_id` of what was there before, and what was refused. Raises StoreAway for faults of neither."""
+        """Return the `_id` of what was there before, and what was refused (`_id` -> MongoDB's words).
+
+        Raises StoreAway for faults of neither.
+        """
         if details.get("writeConcernErrors"):
-            words = one_line(details["writeConcernErrors"][0].get("errmsg", "no more is known"))
-            raise self._away(f"it did not confirm the write with its write concern: {words}")
+            raise self._away(phrase("stores.unconfirmed", why=self._said(details["writeConcernErrors"][0])))
         known, refused = [], {}
         for error in details.get("writeErrors", ()):
-            words = self._settings.redact(one_line(error.get("errmsg", "no more is known"), 200))
+            words = self._said(error)
             name = error["op"].get("q", error["op"])["_id"]  # of an update, or an insert
             if error.get("code") == DUPLICATE_KEY and _is_identity_taken(error):
                 known.append(name)
             elif error.get("code") in NOT_THE_DOCUMENTS_FAULT:
                 raise self._away(words)
             else:
-                refused[name] = REFUSED_IT + words
+                refused[name] = words
         return known, refused
+
+    def _said(self, error: Mapping[str, Any]) -> str:
+        """Return what the server says of an error."""
+        if "errmsg" not in error:
+            return phrase("stores.no_more_known")
+        return self._settings.redact(one_line(error["errmsg"], 200))
 
     def _fault(self, error: Exception) -> StoreAway:
         from pymongo.errors import ConnectionFailure, NotPrimaryError, PyMongoError
 
-        words = one_line(plain_words(str(error)), 200)
+        words = self._settings.redact(one_line(plain_words(str(error)), 200))
         lost = isinstance(error, ConnectionFailure) and not isinstance(error, NotPrimaryError)
         lost = lost or (isinstance(error, PyMongoError) and error.timeout)
         return self._away(words, lost and not self._is_unwanted())
@@ -8522,13 +8620,11 @@ class MongoStore:
     def _away(
         self, words: str, unreachable: bool = False, refused: Mapping[str, str] | None = None
     ) -> StoreAway:
-        words = self._settings.redact(words)
-        shown = self._settings.mongodb_shown()
         cause = "MONGODB_HOST"
         if "failed validation" in words:
-            cause = f"the validators of {self.realtime_name} and {self.close_name}"
-        words_for_all = see(f"MongoDB at {shown} fails: {words}", cause)
-        return StoreAway(words_for_all, unreachable, words, refused)
+            cause = phrase("stores.validators", realtime=self.realtime_name, close=self.close_name)
+        fails = phrase("stores.fails", place=self._settings.mongodb_shown(), why=words)
+        return StoreAway(see(fails, cause), unreachable, words, refused)
 
 
 def _is_identity_taken(error: Mapping[str, Any]) -> bool:
@@ -8682,15 +8778,15 @@ class SqliteRetention:
         """Look at every row."""
         while self.step(goes_on=True) <= EXPIRED_PAUSE_S:
             pass
-        return "closes are still to be made of older trades" if self._closes_wait() else ""
+        return phrase("stores.closes_wait") if self._closes_wait() else ""
 
     def words(self) -> str:
         """Return for how long trades are kept, and of when the oldest is."""
-        words = ["kept for ever"]
-        if self._days:
-            words = [f"kept for {count_words(self._days, 'day')}"]
-        found = self._file.read_one("SELECT create_time FROM realtime ORDER BY seq LIMIT 1")
-        return ", ".join([*words, *(f"the oldest of {created}" for created in found or ())])
+        kept = _kept_words(self._days * 24 * 3600 or None)
+        found = self._file.read_one("SELECT create_time FROM realtime ORDER BY seq LIMIT 1") or ()
+        return listing(
+            "join.commas", [kept, *(phrase("stores.oldest", created=created) for created in found)]
+        )
 
     def _closes_wait(self) -> bool:
         """Whether trades of a session that is over are still to be looked at: Stage.LOOK_BACK is 0."""
@@ -8709,8 +8805,8 @@ class SqliteRetention:
         deleted, self._passed, self._deleted = self._deleted, 0, 0
         if not deleted:
             return
-        words = "%s older than KEEP_DAYS=%d deleted from %s"
-        log.info(words, count_words(deleted, "trade"), self._days, self._file.path)
+        trades = count_words(deleted, "trade")
+        log.info("%s older than KEEP_DAYS=%d deleted from %s", trades, self._days, self._file.path)
         pages, unused = self._file.pages()
         used = (pages - unused) * SQLITE_PAGE
         # half of it at least: else each round would write it anew
@@ -8744,7 +8840,7 @@ class MongoRetention:
         except StoreAway as error:
             if error.unreachable:
                 raise
-            why = f"{REFUSED_IT}{error.words}"
+            why = phrase("stores.refused", why=error.words)
         if why and why != self._said and (self._days or self._is_there):
             log.warning("KEEP_DAYS=%s has no effect: %s", self._days or "", why)
         self._said = why
@@ -8761,17 +8857,18 @@ class MongoRetention:
         except StoreAway as error:
             if error.unreachable:
                 raise
-            return f"who keeps them for how long cannot be seen ({error.words})"
-        words = [f"kept for {_span_words(mine.seconds if mine else None)}"]
+            return phrase("stores.kept_unseen", why=error.words)
+        words = [_kept_words(mine.seconds if mine else None)]
         if mine is not None:
-            words += [f"the oldest of {created}" for created in self._mongo.oldest()]
+            words += [phrase("stores.oldest", created=created) for created in self._mongo.oldest()]
             if mine.seconds != self._seconds:
-                words.append(f"KEEP_DAYS={self._days or ''} holds with the next run")
+                words.append(phrase("stores.kept_soon", days=self._days or ""))
         elif self._days:
-            why = self._why_not_on_its_own(others) or "its index is made with the next run"
-            words.append(f"KEEP_DAYS={self._days} has no effect yet: {why}")
-        words += [f"but {_other_words(index)}" for index in others if index.seconds is not None]
-        return ", ".join(words)
+            why = self._why_not_on_its_own(others) or phrase("stores.ttl_to_come")
+            words.append(phrase("stores.kept_not_yet", days=self._days, why=why))
+        removing = [index for index in others if index.seconds is not None]
+        words += [phrase("stores.but", other=_other_words(index)) for index in removing]
+        return listing("join.commas", words)
 
     def _indexes(self) -> tuple[TtlIndex | None, list[TtlIndex]]:
         """Return our index, and those of others."""
@@ -8797,38 +8894,49 @@ class MongoRetention:
             elif not self._mongo.change_ttl_index(self._seconds):  # readWrite may not, but drop and make it
                 self._mongo.drop_ttl_index()
                 self._mongo.make_ttl_index(self._seconds, limit)
-            words = "MongoDB keeps trades in %s for %s now, not for %s: KEEP_DAYS is %s"
-            was = _span_words(mine.seconds)
-            log.warning(words, self._mongo.realtime_name, wanted, was, self._days or "not set")
+            was = "ever" if mine.seconds is None else _span_words(mine.seconds)
+            log.warning(
+                "MongoDB keeps trades in %s for %s now, not for %s: KEEP_DAYS is %s",
+                self._mongo.realtime_name,
+                wanted,
+                was,
+                self._days or "not set",
+            )
         return ""
 
     def _why_not_on_its_own(self, others: Sequence[TtlIndex], is_asked_for: bool = False) -> str:
         """Return why our index is not made without more ado, '' where it is."""
         for index in others:
             if index.field == "create_time":
-                return f"{_other_words(index)}: drop that one first"
+                return phrase("stores.drop_other", other=_other_words(index))
         if not (is_asked_for or self._older):
             count = self._mongo.count_older(utc_now() - timedelta(seconds=self._seconds))
-            words = "too many documents to be counted quickly"
-            if count is not None:
-                words = f"{count_words(count, 'document')} older than that"
-            if count != 0:
-                self._older = f"{self._mongo.realtime_name} holds {words}, which --retain removes"
+            if count is None:
+                self._older = phrase("stores.holds_many", name=self._mongo.realtime_name)
+            elif count:
+                documents = count_words(count, "document")
+                self._older = phrase(
+                    "stores.holds_older", name=self._mongo.realtime_name, documents=documents
+                )
         return "" if is_asked_for else self._older
 
 
-def _span_words(seconds: int | None) -> str:
+def _kept_words(seconds: int | None) -> Phrase:
     if seconds is None:
-        return "ever"
+        return phrase("stores.kept_for_ever")
+    return phrase("stores.kept", span=_span_words(seconds))
+
+
+def _span_words(seconds: int) -> Phrase:
     days = seconds / (24 * 3600)
-    return count_words(int(days), "day") if days.is_integer() else f"{seconds} s"
+    return count_words(int(days), "day") if days.is_integer() else phrase("age.s", n=seconds)
 
 
-def _other_words(index: TtlIndex) -> str:
-    words = f"an index of others, {index.name} on {index.field}, "
+def _other_words(index: TtlIndex) -> Phrase:
     if index.seconds is None:
-        return words + "is where that of KEEP_DAYS would be"
-    return words + f"removes documents after {_span_words(index.seconds)}"
+        return phrase("stores.other_in_place", name=index.name, field=index.field)
+    span = _span_words(index.seconds)
+    return phrase("stores.other_removes", name=index.name, field=index.field, span=span)
 
 
 # ======================================================================================================
@@ -9173,7 +9281,7 @@ class Finaliser:
         if failure is not None and failure.kind in (FailureKind.NETWORK, FailureKind.API):
             self.pause()
         if left:
-            self._say(left, failure.words if failure else "the API has no bar of theirs")
+            self._say(left, failure.words if failure else phrase("closes.no_bars"))
         return refused
 
     def _later(self, row: OpenSession) -> OpenSession:
@@ -9257,7 +9365,7 @@ class Backfill:
         batches: list[Batch] = []
         for product, code in ((batch.product, code) for batch in plan.batches for code in batch.split()):
             if not has_bars(code):
-                yield Backfilled(code, why="the API's daily bars of it have no documented boundary")
+                yield Backfilled(code, why=phrase("closes.no_boundary"))
                 continue
             known = self._known(code, sessions)
             if known is not None:
@@ -9280,7 +9388,7 @@ class Backfill:
         closes = final_closes(code, outcome.bars.get(code, ()), int(self._clock.wall() * 1000))
         closes = sorted(closes, key=lambda close: close.date)[-sessions:]
         if not closes:
-            return Backfilled(code, why="the API has no daily bar of it")
+            return Backfilled(code, why=phrase("closes.no_bar"))
         there = len(self._store.finals([close.key for close in closes]))
         refused = self._store.write_closes(closes)
         first, last = closes[0].date, closes[-1].date
@@ -9389,8 +9497,7 @@ class DeliveryQueue:
         pages, _ = self._file.pages()
         more = most_growth(self._file, documents)
         if pages * SQLITE_PAGE + self._file.bytes_beside() + more > self._max_bytes:
-            limit = f"its limit of {self._max_bytes >> 20} MB"
-            raise QueueFull(f"{self._file.path} has come to {limit}; see SPOOL_MAX_MB")
+            raise QueueFull(phrase("delivery.full", path=self._file.path, limit=self._max_bytes >> 20))
         why = self._file.why_no_room(more)
         if why:
             raise QueueFull(why)
@@ -9419,10 +9526,10 @@ class DeliveryQueue:
         numbers = [row[0] for row in rows]
         try:  # SQLite does not look
             if numbers != sorted(set(numbers)):
-                raise ValueError("its rows are out of order")
+                raise ValueError(phrase("delivery.out_of_order"))
             documents = [_queued_document(row[1:]) for row in rows]
         except (TypeError, ValueError) as error:
-            raise self._file.damaged(one_line(error)) from error
+            raise self._file.damaged(one_line(error_words(error))) from error
         return QueuedBatch(max(numbers, default=0), documents)
 
     def newest(self) -> list[Document]:
@@ -9505,7 +9612,7 @@ def _queued_document(row: Sequence[Any]) -> Document:
     trade = Trade(*fields)
     document = to_document(trade, datetime.fromisoformat(created))
     if name != document["_id"] or code != trade.s:
-        raise ValueError("its fields do not make its _id")
+        raise ValueError(phrase("delivery.other_id"))
     return document
 
 
@@ -9542,7 +9649,13 @@ class Rejects:
         """Return them, oldest first. Raises StoreError."""
         query = "SELECT collection, _id, reason, rejected_at, document FROM rejects ORDER BY seq"
         return [
-            Reject(collection=collection, _id=name, reason=why, rejected_at=at, document=json.loads(document))
+            Reject(
+                collection=collection,
+                _id=name,
+                reason=stored_words(why, ["stores.refused"]),
+                rejected_at=at,
+                document=json.loads(document),
+            )
             for collection, name, why, at, document in self._file.read_all(query)
         ]
 
@@ -9608,7 +9721,8 @@ class UnsettledTrades:
             try:
                 documents.append(_queued_document(row))
             except (TypeError, ValueError) as error:
-                log.error("no close is made of %s, damaged on this machine: %s", row[0], one_line(error))
+                words = one_line(error_words(error))
+                log.error("no close is made of %s, damaged on this machine: %s", row[0], words)
                 self.remove(row[:1])
         return documents
 
@@ -9654,9 +9768,12 @@ class Delivery:
         self._thread = threading.Thread(target=self._run, name="stockrt-delivery", daemon=True)
         self._closing = threading.Event()
         self._woken = threading.Event()  # something came, or this closes
-        here = "kept on this machine"
-        self._trouble = LogThrottle("MongoDB", then=f"what is fetched is {here} until it is back")
-        self._close_trouble = LogThrottle("closing snapshot", then=f"what it follows from is {here}")
+        self._trouble = LogThrottle(
+            "MongoDB", then="what is fetched is kept on this machine until it is back"
+        )
+        self._close_trouble = LogThrottle(
+            "closing snapshot", then="what it follows from is kept on this machine"
+        )
         self._file_trouble = LogThrottle(
             "what waits for MongoDB", then="what it takes does not need the file"
         )
@@ -9666,8 +9783,9 @@ class Delivery:
         stats = self.stats()
         self._events.queue_changed(stats)
         if stats.trades:
-            words = "%d trades wait on this machine for MongoDB, the oldest since %s"
-            log.info(words, stats.trades, stats.oldest)
+            log.info(
+                "%d trades wait on this machine for MongoDB, the oldest since %s", stats.trades, stats.oldest
+            )
         if not self.is_empty():
             self._wake()
 
@@ -9692,7 +9810,7 @@ class Delivery:
             report = self.mongo.write(documents)
         except StoreAway as error:
             self._note_away(error)
-            self._trouble.again(str(error))
+            self._trouble.again(error.message)
             return self._queue_up(documents)
         self._note_back()
         if report.refused:
@@ -9740,11 +9858,11 @@ class Delivery:
 
     def check(self) -> str:
         """Try MongoDB and say what waits for it. Raises StoreError."""
-        line = self.mongo.check()
+        found = [self.mongo.check()]
         waiting = self.queue.stats().trades
         if waiting:
-            line += f", {count_words(waiting, 'trade')} kept here for it"
-        return line
+            found.append(phrase("delivery.kept_here", trades=count_words(waiting, "trade")))
+        return listing("join.commas", found)
 
     def close(self) -> None:
         """Tell the thread to end; what waits stays."""
@@ -9764,7 +9882,7 @@ class Delivery:
                 self._is_silent = self.queue.trades >= before
                 return self._away is None and not self.queue.has_trades()
         except StoreError as error:
-            self._file_trouble.again(str(error))
+            self._file_trouble.again(error.message)
         else:
             self._file_trouble.over()
         return True
@@ -9774,7 +9892,7 @@ class Delivery:
         try:
             has_trades = self.queue.has_trades()
         except StoreError as error:
-            self._file_trouble.again(str(error))
+            self._file_trouble.again(error.message)
             return False
         self._file_trouble.over()
         return has_trades
@@ -9784,7 +9902,8 @@ class Delivery:
         try:
             report = self.queue.write(documents)
         except StoreError as error:
-            raise StoreError(f"{self._because(before)}, and {error}") from error
+            words = phrase("delivery.not_kept", because=self._because(before), why=error.message)
+            raise StoreError(words) from error
         finally:
             self._tell()
         self._wake()
@@ -9794,18 +9913,18 @@ class Delivery:
             queued_because=self._because(before - report.duplicates),
         )
 
-    def _because(self, others: int) -> str:
+    def _because(self, others: int) -> Phrase:
         """Return why trades are queued, before which `others` wait."""
         away = self._away
         if away is None:
-            words = [f"MongoDB did not answer within {CATCH_UP_S:.0f} s"] if self._is_silent else []
+            words = [phrase("delivery.silent", seconds=CATCH_UP_S)] if self._is_silent else []
             if others or not words:
-                words.append(f"{waiting_words(others, 'other')} for MongoDB before them")
-            return "; ".join(words)
+                words.append(phrase("delivery.behind", others=waiting_words(others, "other")))
+            return listing("join.clauses", words)
         error, since = away
         if error.unreachable:
-            return f"MongoDB unreachable since {local_time(since)}"
-        return f"MongoDB takes no writes since {local_time(since)} ({error.words})"
+            return phrase("delivery.unreachable", since=local_time(since))
+        return phrase("delivery.no_writes", since=local_time(since), why=error.words)
 
     def _put_aside(self, documents: Sequence[Document], reasons: Mapping[str, str], collection: str) -> None:
         """Keep what MongoDB rejected; the others of its batch are stored, whatever the local file says."""
@@ -9880,7 +9999,7 @@ class Delivery:
         """Return why MongoDB rejects a document that it cannot stand, {} if it has it. Raises StoreAway."""
         if self.mongo.has(document["_id"]):
             return {}
-        return {document["_id"]: str(error)}
+        return {document["_id"]: error.message}
 
     def _settle_at_once(self, documents: Sequence[Document], stop: threading.Event) -> bool:
         """Make the closes of trades that arrived, unless others wait for theirs: each try may take its time limit.
@@ -9910,7 +10029,7 @@ class Delivery:
                 self._settle(trades, stop)
                 self.unsettled.remove([trade["_id"] for trade in trades])
         except Exception as error:  # whatever it was: the trades are there
-            raise ClosesLate(str(error) or type(error).__name__) from error
+            raise ClosesLate(error_words(error) or type(error).__name__) from error
         self._close_trouble.over()
         return bool(trades or finals)
 
@@ -9933,7 +10052,7 @@ class Delivery:
                 try:
                     self._thread.start()
                 except RuntimeError as error:  # no more threads, at the moment
-                    self._file_trouble.again(f"nothing moves it: {error}")
+                    self._file_trouble.again(phrase("delivery.no_thread", why=str(error)))
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -9969,8 +10088,8 @@ class Delivery:
         self._tell()
         self.queue.shrink()
         if self.moved or self.rejected:
-            words = "%s moved to MongoDB in %.1f s, %d refused by it"
-            log.info(words, count_words(self.moved, "kept trade"), took, self.rejected)
+            trades = count_words(self.moved, "kept trade")
+            log.info("%s moved to MongoDB in %.1f s, %d refused by it", trades, took, self.rejected)
 
     def _fresh_delays(self) -> Iterator[float]:
         return backoff(DELIVERY_FIRST_S, DELIVERY_CAP_S, self._rng)
@@ -9980,7 +10099,7 @@ class Delivery:
         try:
             self._events.queue_changed(self.stats())
         except StoreError as error:
-            self._file_trouble.again(str(error))
+            self._file_trouble.again(error.message)
 
     def _note_away(self, error: StoreAway) -> None:
         with self._changed:
@@ -9998,13 +10117,12 @@ class Delivery:
         """Say why what waits is not delivered. It is tried again, whatever it was."""
         if self._closing.is_set():
             return
-        trouble, words, cause = self._trouble, str(error), error
+        trouble, words, cause = self._trouble, error_words(error), error
         if isinstance(error, ClosesLate):
             trouble, cause = self._close_trouble, cast(Exception, error.__cause__)
         elif not isinstance(error, StoreAway):
-            words = (
-                f"what waits cannot be moved to it: {lack_words(error) or f'{type(error).__name__}: {error}'}"
-            )
+            named = phrase("tools.because", what=type(error).__name__, why=error_words(error))
+            words = phrase("delivery.not_moved", why=lack_words(error) or named)
         if isinstance(cause, ImportError):
             self._events.damaged(lost_part(cause))
             return
@@ -10051,6 +10169,15 @@ class Gap(NamedTuple):
             "why": self.why,
             "create_time": datetime.fromisoformat(self.create_time),
         }
+
+
+# Those of which no server tells, by the English words that `why` has of them in both stores.
+GAP_REASONS = ("delivery.gap_deaf", "delivery.gap_ended", "delivery.gap_moved", "delivery.gap_stopped")
+
+
+def gap_reason(text: str) -> str:
+    """Return why a gap is, of the text that is stored: ours in all languages, others as they are."""
+    return stored_words(text, GAP_REASONS)
 
 
 class Gaps:
@@ -10712,11 +10839,9 @@ class Keeper:
         try:
             self._closing.settle(documents, stop)
         except StoreError as error:
-            return str(error)
+            return error.message
         except Exception as error:  # the trades are stored, and that is what counts
-            if lack_words(error) or not self._trouble.there:
-                return own_fault(error)
-            return f"a fault of stockrt itself: {type(error).__name__}; see the log"
+            return own_fault(error, is_said=self._trouble.there)
         return ""
 
 
@@ -10804,7 +10929,7 @@ class Collector:
         """Pass batches on until the store has failed: what cannot be stored is not fetched."""
         for batch in batches:
             if self.report.store_error:
-                self._fail(batch.split(), f"not asked for: {self.report.store_error}")
+                self._fail(batch.split(), phrase("run.not_asked_for", why=self.report.store_error))
             else:
                 yield batch
 
@@ -10827,7 +10952,7 @@ class Collector:
         asked = self._asked(code)
         if not others:
             self._unknown.append((unknown, asked))
-            self._fail([code], UNKNOWN_WORDS, FailureKind.UNKNOWN_CODE)
+            self._fail([code], phrase("infoway.unknown"), FailureKind.UNKNOWN_CODE)
             return
         if others[0].code != code:
             self._tried.setdefault(asked, []).append(code)
@@ -10846,10 +10971,10 @@ class Collector:
         for unknown, asked in self._unknown[:NAMES_LISTED]:
             if self._stop.is_set():
                 return
-            kind, words = self.report.failures[asked]
             better = finder.explain(unknown, self._stop)
             if better:
-                self.report.failures[asked] = Failure(kind, words.replace(UNKNOWN_WORDS, better))
+                words = self._with_codes(better, asked, unknown.code)
+                self.report.failures[asked] = Failure(FailureKind.UNKNOWN_CODE, words)
 
     def _asked(self, code: str) -> str:
         """Return how a code of this round was asked for."""
@@ -10861,10 +10986,15 @@ class Collector:
             self.report.failures.update(dict.fromkeys(codes, Failure(kind, words)))
             return
         for code in codes:
-            asked, became = self._asked(code), ""
-            if asked != code:
-                became = f" ({asked} -> {', '.join([*self._tried.get(asked, ()), code])})"
-            self.report.failures[asked] = Failure(kind, words + became)
+            asked = self._asked(code)
+            self.report.failures[asked] = Failure(kind, self._with_codes(words, asked, code))
+
+    def _with_codes(self, words: str, asked: str, code: str) -> str:
+        """Return why a code failed, and as which codes it was asked for where it was typed in another form."""
+        if asked == code:
+            return words
+        codes = listing("join.names", [*self._tried.get(asked, ()), code])
+        return phrase("run.asked_as", words=words, asked=asked, codes=codes)
 
     def _tell(self) -> None:
         self._events.progress(self._done, self.report.total, len(self._unwritten))
@@ -10880,8 +11010,9 @@ class Collector:
                 raise StoreError(self.report.store_error)
             written = self._store.write(documents)
         except StoreError as error:
-            self.report.store_error = str(error)
-            self._fail([document["stock_code"] for document in documents], f"fetched, not stored: {error}")
+            self.report.store_error = error.message
+            words = phrase("run.not_stored", why=error.message)
+            self._fail([document["stock_code"] for document in documents], words)
             return
         self._done += len(documents) - len(written.refused)
         taken = taken_of(documents, written)
@@ -10935,13 +11066,13 @@ def looked_up(
             try:
                 found = finder.find(unclear, stop)
             except InstrumentError as error:
-                why = str(error)
+                why = error.message
         yield shown, found, why
 
 
 def store_name(settings: Settings) -> str:
     """Return what the store is called in messages."""
-    return "MongoDB" if settings.mongodb_uri else "local store"
+    return "MongoDB" if settings.mongodb_uri else phrase("run.local_store")
 
 
 def check_key(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list[Check]:
@@ -10953,11 +11084,11 @@ def check_key(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list[C
     try:
         response = _ask_with(settings, api, key, path, "stock", API_LIMITS)
     except StockrtError as error:
-        return [Check(f"API key {key.shown}", False, str(error))]
+        return [Check(phrase("run.api_key", key=key.shown), False, error.message)]
     found = [_check_of(api, key, decide(response, datetime.now(UTC)), settings)]
     fault = clock_fault(response, time.time())
     if fault:
-        found.append(Check("clock", False, fault))
+        found.append(Check(phrase("run.clock"), False, fault))
     return found
 
 
@@ -10972,50 +11103,54 @@ def _ask_with(
 
 def _check_of(api: InfowayApi | None, key: ApiKey, verdict: Verdict, settings: Settings) -> Check:
     """Return what an answer says of the key that was used for it, and what its plan is."""
-    name = f"API key {key.shown}"
-    good = f"accepted by {settings.api_base_url}"
+    name = phrase("run.api_key", key=key.shown)
+    place = settings.api_base_url
     if verdict.action in (Action.ACCEPT, Action.CODES_UNKNOWN):
-        return Check(name, True, good + _plan_words(settings, api, key))
-    # it may serve others: a plan of crypto alone is a good one
-    if verdict.action is Action.KEY_LACKS_PRODUCT:
-        good += f", but not for stocks: {verdict.failure.words}"
-        return Check(name, True, good + _plan_words(settings, api, key))
-    setting = verdict.setting or "INFOWAY_API_BASE_URL"
-    return Check(name, False, see(verdict.failure.words, setting))
+        good = phrase("run.accepted", place=place)
+    elif verdict.action is Action.KEY_LACKS_PRODUCT:
+        # it may serve others: a plan of crypto alone is a good one
+        good = phrase("run.accepted_without_stocks", place=place, why=verdict.failure.words)
+    else:
+        setting = verdict.setting or "INFOWAY_API_BASE_URL"
+        return Check(name, False, see(verdict.failure.words, setting))
+    return Check(name, True, listing("join.clauses", [good, *_plan_words(settings, api, key)]))
 
 
-def _plan_words(settings: Settings, api: InfowayApi | None, key: ApiKey) -> str:
-    """Ask the API for a key's plan, and say what it is and where that differs from what is set."""
+def _plan_words(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list[str]:
+    """Ask the API for a key's plan, and say what it is and where that differs from what is set, in clauses."""
     try:
         answer = _ask_with(settings, api, key, PACKAGE_PATH, "", PLAN_LIMITS)
     except StockrtError as error:
-        return f"; its plan cannot be had: {error}"
+        return [phrase("run.no_plan", why=error.message)]
     envelope, verdict = judge(answer)
     info = read_package(envelope)
     if info is None:
-        words = f"; its plan cannot be had: {verdict.failure.words or 'the answer names none'}"
-        if key.plan is PLAN_TO_ASK:
-            words += ": Free's limits hold unless INFOWAY_PLAN names it"
-        return words
+        why = verdict.failure.words or phrase("run.names_no_plan")
+        return [phrase("run.no_plan_but_free" if key.plan is PLAN_TO_ASK else "run.no_plan", why=why)]
     told = info.plan()
-    words = f"; plan {_limits_words(told)}"
     ends = info.end_words(time.time())
+    words: list[str] = [phrase("run.plan", limits=_limits_words(told))]
     if ends:
-        words += f"; {ends}"
+        words.append(ends)
     elif info.ends:
-        words += f", until {iso_after(info.ends, 0)}"
+        words = [phrase("run.plan_until", limits=_limits_words(told), until=iso_after(info.ends, 0))]
     if key.plan is not PLAN_TO_ASK and key.plan.windows() != told.windows():
-        words += f"; INFOWAY_PLAN differs and is what counts: {_limits_words(key.plan)}"
+        words.append(phrase("run.other_plan", limits=_limits_words(key.plan)))
     return words
 
 
-def _limits_words(plan: Plan) -> str:
+def _limits_words(plan: Plan) -> Phrase:
     if not plan.per_second:
-        return f"{plan.name}: no limit"
-    words = f"{plan.name}: {plan.per_second:g} requests a second, {plan.per_minute} a minute"
-    if plan.per_day:
-        words += f", {plan.per_day} a day"
-    return words
+        return phrase("run.no_limit", plan=plan.name)
+    if not plan.per_day:
+        return phrase("run.limits", plan=plan.name, second=plan.per_second, minute=plan.per_minute)
+    return phrase(
+        "run.limits_of_a_day",
+        plan=plan.name,
+        second=plan.per_second,
+        minute=plan.per_minute,
+        day=plan.per_day,
+    )
 
 
 class KeyUsage(TypedDict):
@@ -11182,7 +11317,7 @@ class Pipeline:
     def need_key(self) -> None:
         """Raise SettingsError where trades are to be asked for without an API key."""
         if not (self._demo or self._settings.api_keys):
-            raise SettingsError([NO_KEY_HINT])
+            raise SettingsError([phrase("settings.no_key")])
 
     def poll(self, codes: Iterable[object], stop: threading.Event) -> Report:
         """Collect as `run` does, beside it and over connections of its own, without telling how it goes on.
@@ -11358,11 +11493,11 @@ class Pipeline:
 
     def kept(self) -> str:
         """Return for how long trades are kept. Raises StoreError."""
-        return f"trades {self._retention.words()}"
+        return self._retention.words()
 
     def check_store(self) -> str:
         """Try what a run needs of the store, and say for how long trades are kept. Raises StoreError."""
-        return f"{self.store.check()}, {self.kept()}"
+        return listing("join.commas", [self.store.check(), self.kept()])
 
     def backfill(
         self, codes: Iterable[str] | None, sessions: int, stop: threading.Event
@@ -11464,10 +11599,8 @@ LOOK_EVERY_S = 60.0
 # As many codes as a command may have, and a file that holds no more of them.
 MOST_COLLECTED = 100_000
 MOST_CODES_BYTES = 16 * 1024 * 1024
-NO_CODES = (
-    'no codes are named: expected code_list, a list such as ["AAPL.US"], or COLLECT_CODES in the settings of this '
-    "module, for commands without codes"
-)
+# The kind of what a command is answered that names none.
+NO_CODES = "collection.no_codes"
 
 
 class WatchList:
@@ -11509,8 +11642,8 @@ class WatchList:
             found = self._read()
         except StockrtError as error:
             if self._codes is None:
-                raise StockrtError(f"COLLECT_CODES: {error}") from None
-            self._trouble.again(str(error))
+                raise StockrtError(phrase("collection.watch_list", why=error.message)) from None
+            self._trouble.again(error.message)
         else:
             self._trouble.over()
             if found != self._listed:
@@ -11529,28 +11662,32 @@ class WatchList:
         elif text:
             found = split_codes(text)
         else:
-            raise StockrtError(NO_CODES)
+            raise StockrtError(phrase(NO_CODES))
         codes = [*dict.fromkeys(found)]
         if not codes:
-            raise StockrtError(f"no code in {place}; expected codes such as AAPL.US 600519.SH")
+            raise StockrtError(phrase("collection.empty", place=place))
         if len(codes) > MOST_COLLECTED:
-            raise StockrtError(f"{place} has more than {MOST_COLLECTED} codes")
+            raise StockrtError(phrase("collection.many_codes", place=place, most=MOST_COLLECTED))
         return codes
 
     def _read_collection(self, place: str) -> list[str]:
         if self._mongo is None:
-            raise StockrtError(WATCH_NEEDS_MONGODB.removeprefix("COLLECT_CODES="))
+            raise StockrtError(phrase("settings.watch_needs_mongodb", what=WATCH))
         try:
             values = self._mongo.field(self._settings.watch_name, "code", MOST_COLLECTED + 1)
         except StoreAway as error:
-            raise StockrtError(f"{place} cannot be read: {error}") from error
+            raise StockrtError(phrase("collection.unread", place=place, why=error.message)) from error
         if len(values) > MOST_COLLECTED:
-            raise StockrtError(f"{place} has more than {MOST_COLLECTED} documents")
+            raise StockrtError(phrase("collection.many_documents", place=place, most=MOST_COLLECTED))
         texts = [value for value in values if isinstance(value, str) and split_codes(value)]
         odd = len(values) - len(texts)
         if odd and not self._odd_said:
-            words = "COLLECT_CODES: %d of %s in %s have no text in the field code, and are passed over"
-            log.warning(words, odd, count_words(len(values), "document"), place)
+            log.warning(
+                "COLLECT_CODES: %d of %s in %s have no text in the field code, and are passed over",
+                odd,
+                count_words(len(values), "document"),
+                place,
+            )
         self._odd_said = bool(odd)
         return [code for text in texts for code in split_codes(text)]
 
@@ -11562,16 +11699,16 @@ class WatchList:
         try:
             found = path.stat()
             if not stat.S_ISREG(found.st_mode):
-                raise StockrtError(f"{path} is no plain file")
+                raise StockrtError(phrase("collection.no_plain_file", path=path))
             if found.st_size > MOST_CODES_BYTES:
-                raise StockrtError(
-                    f"{path} has {found.st_size} bytes; expected codes such as AAPL.US 600519.SH"
-                )
+                raise StockrtError(phrase("collection.large_file", path=path, size=found.st_size))
             with path.open(encoding="utf-8-sig") as lines:
                 return list(codes_in(lines))
         except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise StockrtError(f"{path} cannot be read: {why}") from None
+            why: object = phrase("collection.no_text")
+            if isinstance(error, OSError):
+                why = error.strerror
+            raise StockrtError(phrase("collection.unread", place=path, why=why)) from None
 
     def _take(self, listed: Collection[str]) -> None:
         """Go over to what of a new list is in the share, and say what changed, or that it is nothing."""
@@ -11581,11 +11718,11 @@ class WatchList:
         if self._codes is not None and before == now:
             return
         if not codes:
-            words = "COLLECT_CODES: none of %s is in the share %d/%d"
-            log.warning(words, count_words(len(listed), "code"), number, shares)
+            total = count_words(len(listed), "code")
+            log.warning("COLLECT_CODES: none of %s is in the share %d/%d", total, number, shares)
         elif self._codes is not None:
-            words = "COLLECT_CODES: %s, %d new, %d gone"
-            log.info(words, count_words(len(codes), "code"), len(now - before), len(before - now))
+            total, new, gone = count_words(len(codes), "code"), len(now - before), len(before - now)
+            log.info("COLLECT_CODES: %s, %d new, %d gone", total, new, gone)
         self._codes = tuple(codes)
 
 
@@ -11751,9 +11888,7 @@ class Poller(threading.Thread):
         if missed:
             self._in_time = 0
             self._stats = self._stats._replace(missed_beats=self._stats.missed_beats + missed)
-            self._beat_trouble.again(
-                f"a poll took {took_s:.1f} s, longer than one every {self._every_s:g} s allows"
-            )
+            self._beat_trouble.again(phrase("collection.slow_poll", took=took_s, every=self._every_s))
             return
         self._in_time += 1
         if self._in_time * self._every_s >= TROUBLE_AGAIN_S:
@@ -11842,7 +11977,8 @@ class MarkFiles:
             ]
             left = Left(str(codes.get("instance", "")), int(codes.get("version", 0)), groups)
         except (TypeError, ValueError) as error:
-            self._say(self._codes, error, "a gap before this start is not noted")
+            words = one_line(error, 80)
+            log.error("%s is damaged (%s): a gap before this start is not noted", self._codes, words)
             return Left()
         try:
             mark = self._object(self._mark)
@@ -11852,22 +11988,20 @@ class MarkFiles:
             groups = [one._replace(until=until) for one, until in zip(groups, times, strict=True)]
             return left._replace(groups=groups, stopped=bool(mark["stopped"]))
         except (KeyError, TypeError, ValueError) as error:
-            self._say(self._mark, error, "a gap before this start begins too early")
+            words = one_line(error, 80)
+            log.error("%s is damaged (%s): a gap before this start begins too early", self._mark, words)
             return left
 
     @staticmethod
     def _object(path: Path) -> dict[str, Any]:
         """Return what a file holds, nothing where there is none. Raises StoreError, ValueError for no object."""
-        with disk_trouble(f"{path} cannot be read"), contextlib.suppress(FileNotFoundError):
+        what = phrase("collection.unread_mark", path=path)
+        with disk_trouble(what), contextlib.suppress(FileNotFoundError):
             found = json_object(path.read_bytes())
             if found is None:
                 raise ValueError("no JSON object")
             return found
         return {}
-
-    @staticmethod
-    def _say(path: Path, error: Exception, then: str) -> None:
-        log.error("%s is damaged (%s): %s", path, one_line(error, 80), then)
 
     def write_codes(self, left: Left) -> None:
         """Keep of which codes everything is kept. Raises StoreError."""
@@ -11898,7 +12032,7 @@ class Part:
         self.heard = self.seen = now_ms
 
 
-# Why there is a gap, where it was no connection that was refused or lost.
+# Why there is a gap, where it was no connection that was refused or lost: as other programs read it in the database.
 STOPPED = "stockrt was stopped"
 ENDED_WITHOUT_NOTICE = "stockrt ended without notice"
 MOVED = "moved to another connection"
@@ -11965,10 +12099,11 @@ class Coverage:
             for (product, until), lost in since.items():
                 self._lose(product, lost, min(until, now), why)
                 if until > now + CLOCK_BACK_MS:
-                    words = (
-                        "the clock was set back by %d s or more: a gap of %s may begin earlier than is noted"
+                    log.warning(
+                        "the clock was set back by %d s or more: a gap of %s may begin earlier than is noted",
+                        (until - now) / 1000,
+                        product,
                     )
-                    log.warning(words, (until - now) / 1000, product)
             self._complete(self._ended)
             self._has_begun = True
 
@@ -12137,7 +12272,7 @@ class Coverage:
             try:
                 self._files.write_mark(self._left)
             except StoreError as error:
-                self._trouble.again(str(error))
+                self._trouble.again(error.message)
 
     def close(self, durable_ms: int) -> None:
         """Leave: gaps that are over are noted, and nothing is from now on, whatever thread is late."""
@@ -12157,7 +12292,7 @@ class Coverage:
         return min(part.heard, self._now_ms())
 
     def _new(self, product: str, codes: Collection[str], since: int, why: str) -> OpenGap:
-        gap = Gap(product, tuple(sorted(codes)), since, None, why, self._left.instance)
+        gap = Gap(product, tuple(sorted(codes)), since, None, str(why), self._left.instance)
         return OpenGap(gap, codes)
 
     def _lose(self, product: str, codes: Collection[str], since: int, why: str) -> None:
@@ -12174,7 +12309,7 @@ class Coverage:
             return
         rest = {*one.gap.codes} - here
         if not rest:
-            one.gap = one.gap._replace(why=why)
+            one.gap = one.gap._replace(why=str(why))
         else:
             one.gap = one.gap._replace(codes=tuple(sorted(rest)))
             one.missing -= here
@@ -12209,7 +12344,7 @@ class Coverage:
                 else:
                     one.gap = self._gaps.note(one.gap)
             except StoreError as error:
-                self._trouble.again(str(error))
+                self._trouble.again(error.message)
                 return
             one.is_kept = True
             self._trouble.over()
@@ -12244,7 +12379,7 @@ class Coverage:
         try:
             self._files.write_codes(left)
         except StoreError as error:
-            self._trouble.again(str(error))
+            self._trouble.again(error.message)
             return False
         self._left = left
         return True
@@ -12440,7 +12575,7 @@ class Intake:
         try:
             written = self._put(documents, within_s)
         except StockrtError as error:
-            self._refuse(batch, None, str(error))
+            self._refuse(batch, None, error.message)
             return
         except Exception as error:  # nobody else looks at this thread
             self._refuse(batch, None, own_fault(error))
@@ -12477,7 +12612,7 @@ class Intake:
             names |= {*gone}
             if gone:
                 self._coverage.not_stored(parcel, {*gone}, f"not stored: {why}")
-        self.trouble = f"{first_few(sorted(names))} not stored: {why}"
+        self.trouble = phrase("collection.not_stored", codes=first_few(sorted(names)), why=why)
         self._trouble.again(self.trouble)
 
 
@@ -12618,12 +12753,12 @@ class Feed(threading.Thread):
         elif isinstance(event, CodesRefused):
             self.why = event.words
             self._coverage.refused(self.part, event.codes, event.words)
-            self._refusal.again(
-                f"{count_words(len(event.codes), 'code')}, {first_few(event.codes)}: {event.words}"
-            )
+            codes = count_words(len(event.codes), "code")
+            names = first_few(event.codes)
+            self._refusal.again(phrase("collection.refused", codes=codes, names=names, why=event.words))
         elif isinstance(event, Silent):
             self._coverage.silent(self.part, event.codes)
-            self._odd.again(f"nothing was pushed for {event.seconds:.0f} s: subscribed anew")
+            self._odd.again(phrase("collection.silent", seconds=event.seconds))
         elif isinstance(event, Said):
             self._odd.again(event.words)
 
@@ -12686,7 +12821,7 @@ class Planner(threading.Thread):
         self._back_at = 0.0
         self._poll_at = 0.0
         self._gaps_at = 0.0
-        self._rest_said = ""
+        self._rest_said: tuple[object, ...] = ()
         then = "trying again"
         self._trouble = LogThrottle("collecting", then=then)
         self._troubles = Troubles(settings, then)
@@ -12770,8 +12905,11 @@ class Planner(threading.Thread):
             what = "" if end.action is StreamAction.KEY_OUT else feed.allotment.product
             never = self._never.setdefault(feed.allotment.key, {})
             if what not in never:
-                words = "stream %s: %s; what no other key brings is polled instead"
-                log.error(words, feed.allotment.product, end.words)
+                log.error(
+                    "stream %s: %s; what no other key brings is polled instead",
+                    feed.allotment.product,
+                    end.words,
+                )
             never[what] = end.words
             self._coverage.drop(feed.part)
             self.feeds.remove(feed)
@@ -12790,8 +12928,11 @@ class Planner(threading.Thread):
         """Find out what the codes mean."""
         found = resolve(codes, self._pipeline.directory, self._leaving)
         if found.refused:
-            words = [f"{code}: {why}" for code, why in islice(found.refused.items(), NAMES_SHOWN)]
-            log.error("%s not collected: %s", count_words(len(found.refused), "code"), "; ".join(words))
+            first = islice(found.refused.items(), NAMES_SHOWN)
+            words = listing(
+                "join.clauses", [phrase("tools.because", what=code, why=why) for code, why in first]
+            )
+            log.error("%s not collected: %s", count_words(len(found.refused), "code"), words)
         wanted: dict[str, list[str]] = {}
         for instrument in found.instruments.values():
             wanted.setdefault(instrument.product, []).append(instrument.code)
@@ -12837,7 +12978,7 @@ class Planner(threading.Thread):
         settings, product = self._settings, allotment.product
         secret = next(key.secret for key in self._pipeline.keys.keys if key.digest == allotment.key)
         if self._leaving.is_set():
-            raise Interrupted("stopped")
+            raise Interrupted(phrase("tools.stopped"))
         connection = StreamConnection(settings.stream_url, product, secret, settings.proxies)
         feed = Feed(allotment, connection, self._coverage, self._intake, self._events)
         feed.want(allotment)
@@ -12851,15 +12992,20 @@ class Planner(threading.Thread):
     def _say_rest(self, rest: Mapping[str, Sequence[str]]) -> None:
         """Say what connections bring, and how many codes they do not."""
         streamed = sum(len(feed.allotment.codes) for feed in self.feeds)
-        words = f"{count_words(streamed, 'code')} over {count_words(len(self.feeds), 'connection')}"
-        left = sum(map(len, rest.values()))
-        if left:
-            by_product = ", ".join(f"{len(codes)} {product}" for product, codes in rest.items() if codes)
-            why = "for which no key is of use" if self._never else "more than the keys' plans allow"
-            words += f"; {count_words(left, 'code')} polled instead, {why} ({by_product})"
-        if words != self._rest_said:
-            self._rest_said = words
-            log.log(logging.WARNING if left else logging.INFO, "stream: %s", words)
+        codes, connections = count_words(streamed, "code"), count_words(len(self.feeds), "connection")
+        left = count_words(sum(map(len, rest.values())), "code")
+        by_product = ", ".join(f"{len(codes)} {product}" for product, codes in rest.items() if codes)
+        said = (codes, connections, by_product, bool(self._never))
+        if said == self._rest_said:
+            return
+        self._rest_said = said
+        why = phrase("collection.no_key" if self._never else "collection.over_plans")
+        if by_product:
+            log.warning(
+                "stream: %s over %s; %s polled instead, %s (%s)", codes, connections, left, why, by_product
+            )
+        else:
+            log.info("stream: %s over %s", codes, connections)
 
     # over REST
 
@@ -12934,7 +13080,7 @@ class Planner(threading.Thread):
                 pass
         except StoreAway as error:
             if not self._leaving.is_set():  # else it is closed already
-                self._gap_trouble.again(str(error))
+                self._gap_trouble.again(error.message)
             self._gaps_at = now + PLAN_AGAIN_S
             return PLAN_AGAIN_S
         self._gap_trouble.over()
@@ -12976,10 +13122,10 @@ class Collecting:
         """Begin. Raises StockrtError."""
         self._pipeline.need_key()
         if self._settings.collect_codes == WATCH and self._pipeline.mongo is None:
-            raise SettingsError([WATCH_NEEDS_MONGODB])
+            raise SettingsError([phrase("settings.watch_needs_mongodb", what="COLLECT_CODES=watch")])
         try:
             if self._settings.collect:
-                who = "another stockrt collects from the stream"
+                who = phrase("collection.another")
                 self._lock = lock_in(self._settings.state_directory, "collecting.lock", who)
                 self._intake.start()
                 start_thread(self._planner)
@@ -13127,7 +13273,6 @@ class PeerDead(NamedTuple):
     reason: str
 
 
-_TOO_DEEP = f"JSON nested deeper than {MAX_DEPTH} levels; expected a flat list of codes"
 Event: TypeAlias = Command | Refused | Send | Receipt | Shutdown | Ping | PeerDead
 SHUTDOWN_CONFIRMATION = json.dumps({"status": "success", "message": "模块正在关闭"}, ensure_ascii=False)
 
@@ -13166,7 +13311,7 @@ class PlatformProtocol:
         try:
             message = _unwrap(text)
         except UsageError as error:
-            return [Refused({}, str(error))] if "execute" in text else []
+            return [Refused({}, error.message)] if "execute" in text else []
         if isinstance(message, str):
             self._confirms = True if message.strip() == "heartbeat confirm" else self._confirms
             return [Receipt()] if message.strip() == "receive result" else []
@@ -13189,7 +13334,7 @@ class PlatformProtocol:
     def tick(self, now: float) -> list[Event]:
         """Return what is due now to keep the connection alive, or to give it up."""
         if now >= self._silent_at():
-            return [PeerDead(f"nothing came for {now - self._heard_at:.0f} s")]
+            return [PeerDead(phrase("protocol.silent", seconds=now - self._heard_at))]
         events: list[Event] = []
         if now >= self._pinged_at + self._heartbeat_s:
             self._pinged_at = now
@@ -13245,7 +13390,7 @@ def _json_or_none(text: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        raise UsageError(_TOO_DEEP) from None
+        raise UsageError(_too_deep()) from None
     except ValueError:
         return None
 
@@ -13254,12 +13399,16 @@ def read_execute(message: Mapping[str, Any]) -> Command | Refused:
     """Return the command that an `execute` object holds, or why it cannot be understood."""
     if is_deep(message):
         flat = {name: _without_lists(value) for name, value in message.items()}
-        return Refused(read_context(flat)[1], _TOO_DEEP)
+        return Refused(read_context(flat)[1], _too_deep())
     execution_id, context = read_context(message)
     try:
         return Command(execution_id, context, read_args(message.get("args")))
     except UsageError as error:
-        return Refused(context, str(error))
+        return Refused(context, error.message)
+
+
+def _too_deep() -> Phrase:
+    return phrase("protocol.too_deep", levels=MAX_DEPTH)
 
 
 def _without_lists(value: object) -> object:
@@ -13297,11 +13446,9 @@ def read_args(args: object) -> list[object]:
         raise _no_codes(one_line(json.dumps(args), 60))
     codes = _flat(args if isinstance(args, list) else [args])
     if not codes:
-        raise UsageError('code_list is empty: expected codes such as ["AAPL.US"]')
+        raise UsageError(phrase("protocol.empty_list"))
     if len(codes) > MAX_CODES_PER_COMMAND:
-        raise UsageError(
-            f"{len(codes)} codes in one command: at most {MAX_CODES_PER_COMMAND}; split the workflow"
-        )
+        raise UsageError(phrase("protocol.many_codes", codes=len(codes), most=MAX_CODES_PER_COMMAND))
     return codes
 
 
@@ -13309,7 +13456,7 @@ def _parsed_args(text: str) -> object:
     """Return what a text holds that looks like JSON. Raises UsageError."""
     found = _json_or_none(text)
     if is_deep(found):
-        raise UsageError(_TOO_DEEP)
+        raise UsageError(_too_deep())
     if found is None:
         raise _no_codes(one_line(text, 60))
     return found
@@ -13330,7 +13477,7 @@ def _is_blank(value: object) -> bool:
 
 
 def _no_codes(came: str) -> UsageError:
-    return UsageError(f'args holds no codes: expected code_list, a list such as ["AAPL.US"]; got {came}')
+    return UsageError(phrase("protocol.no_codes", came=came))
 
 
 def _flat(items: Sequence[object]) -> list[object]:
@@ -13343,6 +13490,16 @@ def _flat(items: Sequence[object]) -> list[object]:
     return codes
 
 
+class Result(NamedTuple):
+    """The answer of a command or a run: `text` for the platform, in its language; `said`: its words in all of them.
+
+    That is JSON with `message` and `failures`, see `packed`.
+    """
+
+    text: str
+    said: str = ""
+
+
 def make_result(
     context: Mapping[str, Any], module_name: str, message: str, result: Mapping[str, Any], good: bool
 ) -> str:
@@ -13351,18 +13508,17 @@ def make_result(
     ASCII only: a lone surrogate that came in `meta` goes back as it came.
     """
     status = "success" if good else "failure"
-    message = local_times(message)
     answer = {"type": "result", "status": status, **context, "module_name": module_name, "message": message}
     if not good:
         answer["error"] = message
     return json.dumps(answer | {"result": {"status": status, "status_detail": status, **result}})
 
 
-def report_result(context: Mapping[str, Any], report: Report, settings: Settings) -> str:
+def report_result(context: Mapping[str, Any], report: Report, settings: Settings) -> Result:
     """Return the result of a run: `success` when something is in the store, and nothing waits for it."""
     good = report.reached > 0 and not report.store_error and not report.queued
     listed = islice(report.failures.items(), FAILURES_LISTED)
-    failures = {code: settings.redact(local_times(failure.words)) for code, failure in listed}
+    message, failures = _result_words(report), {code: failure.words for code, failure in listed}
     result = {
         "status_detail": report.outcome,
         "total": report.total,
@@ -13371,47 +13527,63 @@ def report_result(context: Mapping[str, Any], report: Report, settings: Settings
         "kept_count": report.queued,
         "failed_count": len(report.failures),
         "failed_stocks": list(report.failures),
-        "failures": failures,
+        "failures": {code: _for_platform(words, settings) for code, words in failures.items()},
         "read_as": report.read_as,
         "stale_count": report.stale,
         "took_ms": round(report.took_s * 1000),
     }
-    return make_result(context, settings.module_name, settings.redact(_result_words(report)), result, good)
+    text = make_result(context, settings.module_name, _for_platform(message, settings), result, good)
+    return Result(text, _said(message, failures, settings))
 
 
-def _result_words(report: Report) -> str:
+def _for_platform(words: str, settings: Settings) -> str:
+    """Return words as a result has them: in the platform's language, without secrets."""
+    return settings.redact(local_times(in_language(words, settings.message_language)))
+
+
+def _said(message: str, failures: Mapping[str, str], settings: Settings) -> str:
+    """Return what a result says for whoever reads the journal, in whatever language."""
+    return settings.redact(json.dumps(packed({"message": message, "failures": failures})))
+
+
+def _result_words(report: Report) -> Phrase:
     """Return the message: what failed comes first."""
-    stored = f"{report.reached} of {report.total} codes stored"
+    reached, total = report.reached, report.total
     if report.store_error:
-        return f"{stored}, then the store failed: {report.store_error}"
-    words = []
+        return phrase("protocol.store_failed", reached=reached, total=total, why=report.store_error)
+    words: list[str] = []
     if report.failures:
         words.append(failed_words(report.failures, report.total))
     if report.close_error:
-        words.append(f"the closing snapshot is not kept: {report.close_error}")
+        words.append(report.close_words())
     if report.queued:
         words.append(report.queued_words())
     if report.reached or not report.queued:
-        words.append(stored)
+        words.append(phrase("protocol.stored", reached=reached, total=total))
     if report.read_as:
-        words.append(f"read as: {report.read_as_words()}")
+        words.append(phrase("protocol.read_as", codes=report.read_as_words()))
     if report.stale:
         words.append(report.stale_words())
-    return "; ".join(words)
+    return listing("join.clauses", words)
 
 
-# What the message of a result says whose lists were left out.
-WITHOUT_LISTS = "; sent without its lists"
+# The kind of what the message of a result says whose lists were left out.
+WITHOUT_LISTS = "protocol.without_lists"
+# A message in Chinese: before somebody else's words come, which follow such a sign, are those of ours.
+_IN_CHINESE = re.compile("[^:(]*[\u4e00-\u9fff]")
 
 
 def without_lists(text: str) -> str:
     """Return a result that the platform did not take for its size without what makes it long; counts stay."""
     try:
         answer = _json_or_none(text)
-        if WITHOUT_LISTS in answer["message"]:
+        message = answer["message"]
+        if any(words in message for words in TEMPLATES[WITHOUT_LISTS]):
             return text
+        language = CHINESE if _IN_CHINESE.match(message) else ENGLISH
+        why = phrase("protocol.too_long", what=phrase(WITHOUT_LISTS), bytes=len(text))
         answer["result"] |= {"failed_stocks": [], "failures": {}}
-        answer["message"] += f"{WITHOUT_LISTS}: {len(text)} bytes were too many for the platform"
+        answer["message"] = in_language(listing("join.clauses", [message, why]), language)
     except (KeyError, TypeError, UsageError):
         return text  # what a bad disk made of it
     if "error" in answer:
@@ -13419,7 +13591,7 @@ def without_lists(text: str) -> str:
     return json.dumps(answer)
 
 
-def empty_result(context: Mapping[str, Any], module_name: str, reason: str) -> str:
+def empty_result(context: Mapping[str, Any], reason: str, settings: Settings) -> Result:
     """Return the result of a command that was not executed."""
     numbers = (
         "total",
@@ -13435,7 +13607,9 @@ def empty_result(context: Mapping[str, Any], module_name: str, reason: str) -> s
         "failures": {},
         "read_as": {},
     }
-    return make_result(context, module_name, reason, result, good=False)
+    message = _for_platform(reason, settings)
+    text = make_result(context, settings.module_name, message, result, good=False)
+    return Result(text, _said(reason, {}, settings))
 
 
 # ======================================================================================================
@@ -13471,10 +13645,12 @@ def hash_in(place: Path, setting: str = "STATE_DIRECTORY") -> str:
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise StoreError(f"the module hash {place} cannot be read: {why}; see {setting}") from None
+        why: object = phrase("link.no_text")
+        if isinstance(error, OSError):
+            why = error.strerror
+        raise StoreError(phrase("link.hash_unread", place=place, why=why, setting=setting)) from None
     if not _HASH.fullmatch(found):
-        raise StoreError(f"{place} holds no module hash; remove it and run --register")
+        raise StoreError(phrase("link.no_hash", place=place))
     return found
 
 
@@ -13486,7 +13662,7 @@ def write_hash(directory: Path, module_hash: str) -> None:
 
 def program_digest() -> str:
     """Return a digest of this program: a new release registers as a new module. Raises StoreError."""
-    with disk_trouble("this program cannot be read", "its place"):
+    with disk_trouble(phrase("link.program_unread"), phrase("link.its_place")):
         return sha256(Path(__file__).read_bytes())[:32]
 
 
@@ -13508,27 +13684,32 @@ def register(settings: Settings) -> str:
     module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
     if envelope.get("code") == "2000" and _HASH.fullmatch(module_hash):
         return module_hash
-    why = _why_not_registered(answer, envelope).removeprefix(f"{urlsplit(url).netloc}: ")
-    raise RegistrationError(f"not registered at {url}: {why}")
+    why = _why_not_registered(url, answer, envelope)
+    raise RegistrationError(phrase("link.not_registered", url=url, why=why))
 
 
-def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> str:
+def _why_not_registered(url: str, answer: Response, envelope: Mapping[str, Any]) -> Phrase:
     code = envelope.get("code")
     if answer.fault:
-        return f"{answer.fault}; is the platform up, and are SERVER_IP, SERVER_PORT and SERVER_TLS right?"
+        return phrase("link.no_answer", why=_fault_at(url, answer))
     if code == "3005":
-        return (
-            "it has a module of this name, description and program already (3005), whose hash belongs into "
-            f"{HASH_NAME} in STATE_DIRECTORY; for another module change MODULE_DESCRIPTION and try again"
-        )
+        return phrase("link.exists", file=HASH_NAME)
     if code == "3002":
-        return "it found the data invalid (3002); see MODULE_NAME and MODULE_DESCRIPTION"
+        return phrase("link.invalid")
     if code == "2000":
-        return "it said success but gave no usable hash; ask the platform's operator"
+        return phrase("link.success_without_hash")
     if answer.status >= 500:
-        return f"HTTP {answer.status}, a fault inside the platform; see its log"
-    said = words_of(envelope) or not_json_words(answer.body, "the platform's")
-    return f"HTTP {answer.status}: {said}; see SERVER_IP and SERVER_PORT"
+        return phrase("link.inner_fault", status=answer.status)
+    said = words_of(envelope) or not_json_words(answer.body, phrase("link.platforms"))
+    return phrase("link.refused", status=answer.status, said=said)
+
+
+def _fault_at(url: str, answer: Response) -> str:
+    """Return what kept an answer from coming, without the address before it, which stands in our words already."""
+    place, fault = urlsplit(url).netloc, answer.fault
+    if isinstance(fault, Phrase) and fault.values.get("what") == place:
+        return cast(str, fault.values["why"])
+    return fault.removeprefix(f"{place}: ")
 
 
 def check_platform(settings: Settings) -> Check:
@@ -13536,21 +13717,19 @@ def check_platform(settings: Settings) -> Check:
     url = settings.platform_url()
     response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
     if response.fault:
-        why = response.fault.removeprefix(f"{urlsplit(url).netloc}: ")
-        words = see(f"{url} cannot be reached: {why}", "SERVER_IP, SERVER_PORT and SERVER_TLS")
-        return Check("platform", False, words)
+        words = phrase("link.unreachable", url=url, why=_fault_at(url, response))
+        return Check("platform", False, see(words, phrase("link.server_settings")))
     if (json_object(response.body) or {}).get("code") != "2000":
-        what = f"{url}/module/online answers HTTP {response.status} and is no dispatch platform"
-        return Check("platform", False, f"{what}; see SERVER_IP and SERVER_PORT")
-    return Check("platform", True, f"{url} answers")
+        return Check("platform", False, phrase("link.no_platform", url=url, status=response.status))
+    return Check("platform", True, phrase("link.answers", url=url))
 
 
 class Presence(Enum):
-    """What `/module/online` says of our hash."""
+    """What `/module/online` says of our hash: the kind of its words."""
 
-    ONLINE = "still counted as online by the server (old session or a second instance); it will let go within 120 s"
-    UNKNOWN = "hash unknown to the server: run --register --force"
-    UNCLEAR = "refused by the server with HTTP 403, and /module/online does not say why"
+    ONLINE = "link.online"
+    UNKNOWN = "link.unknown"
+    UNCLEAR = "link.unclear"
 
 
 def ask_presence(settings: Settings, module_hash: str) -> Presence:
@@ -13595,7 +13774,7 @@ class Link(WebSocket):
 #   3. What is given up (answers older than an hour) is said.
 
 JOURNAL_NAME = "executions.db"
-JOURNAL_VERSION = 2
+JOURNAL_VERSION = 3
 # Commands whose answers are kept for an `execution_id` that comes again, and to be looked at: the last ones.
 ANSWERS_KEPT = 1000
 # The platform has e-mailed the time-out of an execution long before; a later answer would only confuse.
@@ -13646,7 +13825,8 @@ class Waiting(TypedDict):
 class ExecutionFacts(TypedDict):
     """A command of the journal, or a run without a platform, as --executions shows it; times are ISO 8601 UTC.
 
-    Without an answer yet the last three are None; `delivered` is None where there is no platform.
+    Without an answer yet the last three are None; `delivered` is None where there is no platform. The message, and the
+    result's `failures`, are in all languages, or as they were sent where they were kept in no other way.
     """
 
     execution_id: str | None
@@ -13698,36 +13878,43 @@ class Journal:
             context, codes = map(json.loads, row)
             if isinstance(context, dict) and isinstance(codes, list):
                 return Accepted(number, context, codes)
-        raise LostCommand(f"the command is lost with damage to {self.path}")
+        raise LostCommand(phrase("journal.lost", path=self.path))
 
     def forget(self, number: int) -> None:
         """Forget a command that cannot be answered. Raises StoreError."""
         with self._file.write() as db:
             db.execute("DELETE FROM executions WHERE number = ?", (number,))
 
-    def answer(self, number: int, text: str) -> None:
-        """Keep the answer of a command. Raises StoreError."""
+    def answer(self, number: int, text: str, said: str = "") -> None:
+        """Keep the answer of a command, and its words as Result has them. Raises StoreError."""
         update = "UPDATE executions SET answer = ?, answered_at = ?, codes = '[]' WHERE number = ?"
         now = self._clock.wall()
         with self._file.write() as db:
             self._set_right(writes=True)
             db.execute(update, (text, now, number))
+            _keep_said(db, number, said)
             _add_up(db, text, now)
 
-    def note_run(self, started_at: float, answer: str) -> None:
-        """Keep the answer of a run that no platform asked for, which began then (epoch seconds). Raises StoreError."""
+    def note_run(self, started_at: float, answer: str, said: str = "") -> None:
+        """Keep the answer of a run that no platform asked for, which began then (epoch seconds), and its words.
+
+        Raises StoreError.
+        """
         now = self._clock.wall()
         with self._file.write() as db:
             insert = "INSERT INTO runs (started_at, ended_at, answer) VALUES (?, ?, ?)"
-            db.execute(insert, (started_at, now, answer))
+            number = cast(int, db.execute(insert, (started_at, now, answer)).lastrowid)
+            _keep_said(db, -number, said)
             db.execute("DELETE FROM runs WHERE number <= (SELECT max(number) FROM runs) - ?", (ANSWERS_KEPT,))
             _add_up(db, answer, now)
 
     def last(self, count: int, only_ended: bool = False) -> list[ExecutionFacts]:
         """Return the last executions and runs, oldest first. Raises StoreError."""
         query = (
-            "SELECT accepted_at, answered_at AS ended_at, execution_id, context, answer, received FROM executions "
-            "UNION ALL SELECT started_at, ended_at, NULL, '{}', answer, NULL FROM runs"
+            "SELECT accepted_at, answered_at AS ended_at, execution_id, context, answer, received, "
+            "(SELECT words FROM said WHERE said.number = executions.number) FROM executions "
+            "UNION ALL SELECT started_at, ended_at, NULL, '{}', answer, NULL, "
+            "(SELECT words FROM said WHERE said.number = -runs.number) FROM runs"
         )
         rows = self._file.read_all(
             f"SELECT * FROM ({query}) WHERE ended_at IS NOT NULL OR NOT ? "  # noqa: S608
@@ -13747,12 +13934,16 @@ class Journal:
         return row and cast("str | None", row[0])
 
     def shorten(self, numbers: Iterable[int]) -> None:
-        """Keep answers without their lists: the platform takes them in no other way. Raises StoreError."""
+        """Keep answers without their lists, as they are sent: the platform takes them in no other way.
+
+        Raises StoreError.
+        """
         with self._file.write() as db:
             for number in numbers:
                 short = without_lists(self.answer_of(number) or "")
                 update = "UPDATE executions SET answer = ? WHERE number = ? AND answer IS NOT NULL"
                 db.execute(update, (short, number))
+                db.execute("DELETE FROM said WHERE number = ?", (number,))
 
     def received(self, numbers: Sequence[int]) -> None:
         """The platform has these answers: they are not sent again, unless the execution is asked for again.
@@ -13860,6 +14051,14 @@ CREATE TABLE IF NOT EXISTS runs (           -- --once: what no platform asked fo
     started_at REAL NOT NULL, ended_at REAL NOT NULL,
     answer TEXT NOT NULL                    -- as a platform would have got it
 );
+CREATE TABLE IF NOT EXISTS said (           -- what answers say, for readers of another language than the platform's
+    number INTEGER PRIMARY KEY,             -- of the execution; of a run below 0
+    words TEXT NOT NULL                     -- JSON, as Result has them
+);
+CREATE TRIGGER IF NOT EXISTS executions_said AFTER DELETE ON executions
+    BEGIN DELETE FROM said WHERE number = old.number; END;
+CREATE TRIGGER IF NOT EXISTS runs_said AFTER DELETE ON runs
+    BEGIN DELETE FROM said WHERE number = -old.number; END;
 CREATE TABLE IF NOT EXISTS totals (         -- of all that was answered; and since when (epoch seconds)
     name TEXT PRIMARY KEY, count INTEGER NOT NULL
 ) WITHOUT ROWID;
@@ -13887,8 +14086,9 @@ def _execution(
     context: str,
     answer: str | None,
     received: int | None,
+    said: str | None,
 ) -> ExecutionFacts:
-    told = _facts(answer)
+    told = _in_all_languages(_facts(answer), unpacked(_facts(said)))
     facts: ExecutionFacts = {
         "execution_id": name,
         "workflow_name": (told or _facts(context)).get("workflow_name"),
@@ -13900,6 +14100,20 @@ def _execution(
         "result": told.get("result"),
     }
     return facts
+
+
+def _in_all_languages(answer: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an answer with the words that were kept beside it, where they are what they ought to be."""
+    message, failures, result = said.get("message"), said.get("failures"), answer.get("result")
+    if not (isinstance(message, str) and isinstance(failures, dict) and isinstance(result, dict)):
+        return answer
+    return answer | {"message": message, "result": result | {"failures": failures}}
+
+
+def _keep_said(db: sqlite3.Connection, number: int, said: str) -> None:
+    """Keep the words of an answer in the transaction that is open."""
+    if said:
+        db.execute("INSERT OR REPLACE INTO said VALUES (?, ?)", (number, said))
 
 
 def _add_up(db: sqlite3.Connection, answer: str, now: float) -> None:
@@ -14021,7 +14235,10 @@ def read_status(directory: Path) -> DaemonStatus:
         told = json.loads((directory / STATUS_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return cast(DaemonStatus, told) if not is_deep(told) and _fits(told, DaemonStatus) else {}
+    if is_deep(told):
+        return {}
+    told = unpacked(told)
+    return cast(DaemonStatus, told) if _fits(told, DaemonStatus) else {}
 
 
 def _fits(value: object, kind: Any) -> bool:
@@ -14035,7 +14252,7 @@ def _fits(value: object, kind: Any) -> bool:
         return isinstance(value, list) and all(_fits(inner, get_args(kind)[0]) for inner in value)
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    return kind is object or type(value) is kind
+    return kind is object or type(value) is kind or (kind is str and isinstance(value, Phrase))
 
 
 def collect_facts(told: Mapping[str, Any]) -> CollectFacts:
@@ -14407,6 +14624,8 @@ class Order(NamedTuple):
     why_not: str = ""
 
 
+# In place of an answer: the command stays in the journal.
+NO_RESULT = Result("")
 # In place of a command, whose number begins at 1: the executor looks around.
 NO_COMMAND = Order(0)
 
@@ -14533,7 +14752,7 @@ class Executor(threading.Thread):
 
     def _note_not_collecting(self, error: Exception) -> None:
         """Say why collecting does not begin. What no time mends ends a daemon that has nothing else to do."""
-        words = str(error)
+        words = error_words(error)
         if isinstance(error, SettingsError):
             self._collect_at = math.inf
             if not self._settings.platform_url():
@@ -14553,7 +14772,7 @@ class Executor(threading.Thread):
         try:
             collecting.close()
         except Exception as error:  # what it could not write down counts as a gap
-            words = str(error)
+            words = error_words(error)
             if not isinstance(error, StockrtError):
                 words = own_fault(error)
             log.error("collecting: did not end well: %s", words)
@@ -14572,12 +14791,12 @@ class Executor(threading.Thread):
     def _answer(self, order: Order) -> Message:
         """Execute a command, and return what the socket's thread has to know once the answer is in the journal."""
         try:
-            text = ""
+            result = NO_RESULT
             command = self._read(order.number)
             if command is not None:
-                text = self._text_for(command, order.why_not)
-            if text and self._keep_answer(order.number, text):
-                return Answered(order.number, text, commands=1, news=self._news())
+                result = self._result_of(command, order.why_not)
+            if result.text and self._keep_answer(order.number, result):
+                return Answered(order.number, result.text, commands=1, news=self._news())
         except LostCommand as error:
             log.error("execution %s is not answered: %s", order.number, error)
             self._forget(order.number)
@@ -14592,23 +14811,23 @@ class Executor(threading.Thread):
             except LostCommand:
                 raise
             except StoreError as error:
-                self._journal_trouble.again(f"execution {number} cannot be read: {error}")
+                self._journal_trouble.again(phrase("daemon.unread", number=number, why=error.message))
                 self._events.progress()
                 if self._events.is_damaged or self._leaving.wait(delay):
                     return None  # it is executed at the next start
         self._journal_trouble.over()
         return command
 
-    def _text_for(self, command: Accepted, why_not: str) -> str:
-        """Return the answer of a command, '' where it stays in the journal for the next start."""
-        text = ""
+    def _result_of(self, command: Accepted, why_not: str) -> Result:
+        """Return the answer of a command, NO_RESULT where it stays in the journal for the next start."""
+        result = NO_RESULT
         if self._leaving.is_set():
             why_not = why_not or self._dropped_because
         if why_not:
-            text = self._unexecuted(command.context, why_not)
+            result = self._unexecuted(command.context, why_not)
         elif not (self._leaving.is_set() or self._events.is_damaged):
-            text = self._execute(command)
-        return "" if self._events.is_damaged else text
+            result = self._execute(command)
+        return NO_RESULT if self._events.is_damaged else result
 
     def _news(self) -> DaemonStatus:
         news: DaemonStatus = {"spool_refused": self._refused_before + self._events.queue.refused}
@@ -14635,46 +14854,45 @@ class Executor(threading.Thread):
         except ImportError as error:
             self._events.damaged(lost_part(error))
         except Exception as error:
-            words = str(error)
+            words = error_words(error)
             if not isinstance(error, StockrtError):
                 words = own_fault(error)
             if not self._events.is_damaged:
-                self._troubles.store.again(f"what waits on this machine cannot be taken up: {words}")
+                self._troubles.store.again(phrase("daemon.not_taken_up", why=words))
 
-    def _keep_answer(self, number: int, answer: str) -> bool:
+    def _keep_answer(self, number: int, answer: Result) -> bool:
         """Put an answer into the journal. On a full disk that is tried until there is room, or this ends."""
         for delay in backoff(JOURNAL_FIRST_S, JOURNAL_CAP_S, self._rng, growth=1.5):
             try:
-                self._journal.answer(number, answer)
+                self._journal.answer(number, *answer)
                 break
             except StoreError as error:
-                self._journal_trouble.again(f"the answer of execution {number} cannot be kept: {error}")
+                self._journal_trouble.again(phrase("daemon.not_kept", number=number, why=error.message))
                 self._events.progress()
                 if self._leaving.wait(delay):
                     return False  # it is executed again at the next start
         self._journal_trouble.over()
         return True
 
-    def _execute(self, command: Accepted) -> str:
-        """Return the answer of a command, '' when it was cut short and stays in the journal."""
+    def _execute(self, command: Accepted) -> Result:
+        """Return the answer of a command, NO_RESULT when it was cut short and stays in the journal."""
         try:
             pipeline = self._open_pipeline()
             report = pipeline.run(command.codes or self._codes_to_watch(pipeline), self.stop)
         except StockrtError as error:
-            return self._unexecuted(command.context, str(error))
+            return self._unexecuted(command.context, error.message)
         except ImportError as error:  # it stays in the journal for the next start
             self._events.damaged(lost_part(error))
-            return ""
+            return NO_RESULT
         except Exception as error:
             return self._unexecuted(command.context, own_fault(error))
         self._events.executed(report)
         self._log(command.context, report)
-        module_name = self._settings.module_name
         if not report.interrupted:
             return report_result(command.context, report, self._settings)
         if self._dropped_because:
-            return empty_result(command.context, module_name, self._dropped_because)
-        return ""
+            return empty_result(command.context, self._dropped_because, self._settings)
+        return NO_RESULT
 
     def _codes_to_watch(self, pipeline: Pipeline) -> Sequence[str]:
         """Return the codes of a command that names none: those of COLLECT_CODES as of now. Raises StockrtError."""
@@ -14683,7 +14901,7 @@ class Executor(threading.Thread):
         codes = self._watch.codes(fresh=True)
         if not codes:
             number, shares = self._settings.collect_share
-            raise StockrtError(f"none of the codes of COLLECT_CODES is in the share {number}/{shares}")
+            raise StockrtError(phrase("daemon.not_in_share", number=number, shares=shares))
         return codes
 
     def _log(self, context: Mapping[str, Any], report: Report) -> None:
@@ -14692,10 +14910,10 @@ class Executor(threading.Thread):
         log.log(level, execution_line(context, report))
         self._troubles.note(report)
 
-    def _unexecuted(self, context: Mapping[str, Any], reason: str) -> str:
+    def _unexecuted(self, context: Mapping[str, Any], reason: str) -> Result:
         log.warning("%s; not executed: %s", execution_line(context, Report()), reason)
         self._events.executed(None)
-        return empty_result(context, self._settings.module_name, self._settings.redact(reason))
+        return empty_result(context, reason, self._settings)
 
     def _open_pipeline(self) -> Pipeline:
         """Return the pipeline, a new one where the settings were read anew. Raises StockrtError."""
@@ -14947,7 +15165,7 @@ class Clerk(threading.Thread):
                 self._journal.shorten(sorted(self._too_long))
                 self._too_long.clear()
         except StoreError as error:
-            self._trouble.again(str(error))
+            self._trouble.again(error.message)
         else:
             self._trouble.over()
 
@@ -14966,7 +15184,7 @@ class Clerk(threading.Thread):
         for number, age_s in unanswered:
             why_not = ""
             if age_s >= EXECUTION_LIFETIME_S:  # nobody waits for it any more
-                why_not = f"interrupted: stockrt was stopped before this was done, {age_s:.0f} s ago"
+                why_not = phrase("daemon.interrupted", age=age_s)
             self._inbox.put(Ended(-1))
             self._executor.add(Order(number, why_not))
 
@@ -14979,7 +15197,7 @@ class Clerk(threading.Thread):
                 self._take_up_journal()
             fresh, told = self._sort(commands)
             if not self._settings.collect_codes:
-                told += [Declined(command, NO_CODES) for command in fresh if not command.codes]
+                told += [Declined(command, phrase(NO_CODES)) for command in fresh if not command.codes]
                 fresh = [command for command in fresh if command.codes]
             numbers = self._journal.accept(fresh) if fresh else []
         except StoreError as error:
@@ -14988,7 +15206,7 @@ class Clerk(threading.Thread):
                 if command.execution_id in self._accepted:  # it has an answer, or gets one
                     self._inbox.put(Ended())
                 else:
-                    self._decline(command, f"cannot be put on disk: {error}")
+                    self._decline(command, phrase("daemon.not_on_disk", why=error.message))
         else:
             self._accepted.extend(command.execution_id for command in fresh if command.execution_id)
         for message in told:
@@ -15036,9 +15254,9 @@ class Clerk(threading.Thread):
         """Write what --status shows; that it cannot be written is no reason to stop working."""
         self._status.update(news)
         try:
-            write_whole(self._settings.state_directory / STATUS_NAME, json.dumps(self._status))
+            write_whole(self._settings.state_directory / STATUS_NAME, json.dumps(packed(self._status)))
         except StoreError as error:
-            self._status_trouble.again(str(error))
+            self._status_trouble.again(error.message)
         else:
             self._status_trouble.over()
 
@@ -15051,7 +15269,7 @@ class Clerk(threading.Thread):
                 log.error("the settings stay as they were: %s", fault)
         else:
             for warning in renewed.warnings:
-                log.warning(warning)
+                log.warning("%s", warning)
             log.info("settings read anew; changed: %s", ", ".join(renewed.changed) or "none")
             if renewed.need_restart:
                 log.warning("changed, but needs a restart: %s", ", ".join(renewed.need_restart))
@@ -15167,7 +15385,7 @@ class Daemon:
         try:
             self._serve(link, protocol)
         except LinkLost as error:
-            self._lost(f"connection {error}")
+            self._lost(phrase("daemon.lost", why=error.message))
             if error.code == TOO_LARGE:
                 self._mend_too_large()
             else:
@@ -15182,12 +15400,18 @@ class Daemon:
         result = self._outbox.note_too_large()
         if result is None:
             return
-        what = f"a result of {result.size} bytes is too large for the platform (1009)"
         if not result.is_short:
-            log.warning("%s: it is sent again without its lists, after the others", what)
+            log.warning(
+                "a result of %s bytes is too large for the platform (1009): it is sent again without its lists, "
+                "after the others",
+                result.size,
+            )
             self._clerk.do(Shorten([result.number]))
             return
-        log.warning("%s without its lists too, and is given up", what)
+        log.warning(
+            "a result of %s bytes is too large for the platform (1009) without its lists too, and is given up",
+            result.size,
+        )
         self._clerk.do(Received([result.number]))
 
     def _dial(self) -> Link | None:
@@ -15198,11 +15422,11 @@ class Daemon:
             return Link(settings, self._module_hash)
         except DialError as error:
             self._tick()
-            why = self._why_refused() if error.status == 403 else str(error)
+            why = self._why_refused() if error.status == 403 else error.message
             if why:
                 self._lost(why)
         except StockrtError as error:
-            self._lost(str(error))
+            self._lost(error.message)
         return None
 
     def _why_refused(self) -> str:
@@ -15212,7 +15436,7 @@ class Daemon:
         if presence is not before:
             self._presence_since = self._clock.monotonic()
         once = presence is Presence.UNKNOWN and before is not Presence.UNKNOWN
-        return "" if once else presence.value
+        return "" if once else phrase(presence.value)
 
     def _lost(self, reason: str) -> None:
         self._trouble.again(reason)
@@ -15232,7 +15456,7 @@ class Daemon:
         stale = self._outbox.drop_older(now - ANSWER_LIFETIME_S)
         if stale:
             self._dropped += len(stale)
-            self._drop_trouble.again(f"{self._dropped} could not be delivered within an hour and are dropped")
+            self._drop_trouble.again(phrase("daemon.dropped", n=self._dropped))
             self._clerk.do(Received(stale))
         return min(self._note_collecting(now), self._events.tick(self._open_commands, len(self._outbox)))
 
@@ -15308,7 +15532,7 @@ class Daemon:
                 received.append(self._outbox.note_received())
             elif isinstance(event, Shutdown):
                 log.info("the platform shuts this module down")
-                self._begin_leaving("not executed: the platform shut this module down")
+                self._begin_leaving(phrase("daemon.shut_down"))
             elif isinstance(event, Refused):
                 self._refuse(event.context, event.reason)
             else:
@@ -15325,7 +15549,7 @@ class Daemon:
         elif isinstance(event, Ping):
             link.ping()
         else:
-            raise LinkLost(f"lost: {event.reason}")
+            raise LinkLost(phrase("daemon.peer_dead", why=event.reason))
 
     def _send_text(self, link: Link, protocol: PlatformProtocol, text: str) -> None:
         self._log_frame("sent", text)
@@ -15358,17 +15582,17 @@ class Daemon:
     def _why_not_taken(self, more: int) -> str:
         """Return why a command is refused at once, '' if it is not; `more`: taken at the same time."""
         if self._leaving is not None:
-            return "this module is stopping and takes no new command"
+            return phrase("daemon.stopping")
         if self._open_commands + more > MAX_QUEUED:
-            return f"{MAX_QUEUED} commands are waiting already; try again later"
+            return phrase("daemon.queue_full", most=MAX_QUEUED)
         if self._clerk.codes_unwritten() > MAX_CODES_UNWRITTEN:
-            return "the disk of this module does not keep up; try again later"
+            return phrase("daemon.slow_disk")
         return ""
 
     def _refuse(self, context: Mapping[str, Any], reason: str, execution_id: str = "") -> None:
         log.warning("execution %s refused: %s", execution_name(context), reason)
         self._events.executed(None)
-        text = empty_result(context, self._settings.module_name, self._settings.redact(reason))
+        text = empty_result(context, reason, self._settings).text
         if not self._outbox.refuse_again(execution_id, self._clock.monotonic()):
             self._outbox.refuse(execution_id, text, self._clock.monotonic())
 
@@ -15407,10 +15631,10 @@ class Daemon:
                     self._clerk.do(NoteStatus({"collecting": {}}))
                 self._events.reloaded(message.settings)
             else:
-                words = "stopping"
                 if self._settings.platform_url():
-                    words += f": the running execution has {STOP_GRACE_S:.0f} s"
-                log.info(words)
+                    log.info("stopping: the running execution has %.0f s", STOP_GRACE_S)
+                else:
+                    log.info("stopping")
                 self._begin_leaving()
 
     def _send_answers(self, link: Link, protocol: PlatformProtocol) -> None:
@@ -15470,7 +15694,7 @@ def daemon_runs(directory: Path) -> bool:
 
     path = directory / "lock"
     with (
-        disk_trouble(f"the lock {path} cannot be looked at"),
+        disk_trouble(phrase("daemon.lock_unseen", path=path)),
         contextlib.suppress(FileNotFoundError),
         path.open() as lock,
     ):
@@ -15483,7 +15707,7 @@ def daemon_runs(directory: Path) -> bool:
 
 def lock_state_directory(directory: Path) -> IO[str]:
     """Return the open lock file of the one daemon of this directory. Raises StoreError if another holds it."""
-    return lock_in(directory, "lock", "another stockrt daemon works")
+    return lock_in(directory, "lock", phrase("daemon.another"))
 
 
 # ======================================================================================================
@@ -15794,7 +16018,7 @@ class MetricsFile:
             need_plain_file(self._path, "METRICS_FILE")
             write_whole(self._path, self._metrics.text(), mode=0o644, setting="METRICS_FILE")
         except StoreError as error:
-            self._trouble.again(str(error))
+            self._trouble.again(error.message)
         else:
             self._trouble.over()
 
@@ -15826,15 +16050,16 @@ class Service(Events):
         if settings.metrics_file is not None:
             self._file = MetricsFile(settings.metrics_file, self.metrics, clock)
         self._peer = f"{settings.server_host}:{settings.server_port}"
-        self._keys: str = count_words(len(settings.api_keys), "key")
+        self._keys = count_words(len(settings.api_keys), "key")
         self._has_platform = bool(settings.platform_url())
-        self._link = f"connecting to {self._peer}"
+        self._link = phrase("service.connecting", peer=self._peer)
         self._collects = settings.collects
         self._collect = CollectStats()
-        self._collect_shown, self._collect_steady = "", steady(self._collect)
+        self._collect_shown: str = ""
+        self._collect_steady = steady(self._collect)
         self._collect_shown_at = -math.inf
         self._waits = False  # whether trades wait for MongoDB
-        self._last: tuple[str, float] | None = None  # what the last execution did, and when (monotonic)
+        self._last: tuple[Report, float] | None = None  # of the last execution, and when it ended (monotonic)
         self._unanswered = self._undelivered = 0
         self._progress_at = self._watchdog_at = clock.monotonic()
         self._said = ""
@@ -15883,13 +16108,13 @@ class Service(Events):
 
     def connected(self) -> None:
         """Note the connection."""
-        self._link = f"connected to {self._peer}"
+        self._link = phrase("service.connected", peer=self._peer)
         self.metrics.put("stockrt_platform_connected", 1)
         self.metrics.add("stockrt_platform_connections_total")
 
     def disconnected(self, reason: str) -> None:
         """Note that there is none."""
-        self._link = f"not connected to {self._peer}: {one_line(reason, 120)}"
+        self._link = phrase("service.not_connected", peer=self._peer, why=one_line(reason, 120))
         self.metrics.put("stockrt_platform_connected", 0)
 
     def asked(self, kind: str, seconds: float | None) -> None:
@@ -15920,7 +16145,9 @@ class Service(Events):
 
     def keys_out(self, out: int, of: int) -> None:
         """Note how many keys are not used again."""
-        self._keys = count_words(of, "key") + f", {out} out" * (out > 0)
+        self._keys = count_words(of, "key")
+        if out:
+            self._keys = phrase("service.keys_out", keys=self._keys, out=out)
 
     def collecting(self, stats: CollectStats) -> None:
         """Note how collecting goes on."""
@@ -15948,8 +16175,7 @@ class Service(Events):
         self.metrics.add("stockrt_executions_total", outcome_of(report))
         if report is None:
             return
-        done = f"{report.reached}/{report.total} in {report.took_s:.1f} s"
-        self._last = (done, self._clock.monotonic())
+        self._last = (report, self._clock.monotonic())
         self.metrics.add("stockrt_trades_stored_total", by=report.stored)
         self.metrics.add("stockrt_trades_duplicate_total", by=report.duplicates)
         self.metrics.put("stockrt_codes_stale", report.stale)
@@ -15961,7 +16187,8 @@ class Service(Events):
     def stopping(self, seconds: float) -> None:
         """Tell systemd that the daemon leaves, and ask for the time that this may take."""
         self._leaving = True
-        self._notifier.send(STOPPING=1, EXTEND_TIMEOUT_USEC=int(seconds * 1e6), STATUS="stopping")
+        words = for_reader(phrase("service.stopping"))
+        self._notifier.send(STOPPING=1, EXTEND_TIMEOUT_USEC=int(seconds * 1e6), STATUS=words)
 
     def stopped(self) -> None:
         """Leave the last numbers in the file."""
@@ -15976,14 +16203,16 @@ class Service(Events):
         if not self._notifier.listens:
             return math.inf
         status, until = self.status(now)
-        if status != self._said and self._notifier.send(STATUS=status):
+        if status != self._said and self._notifier.send(STATUS=for_reader(status)):
             self._said = status
         return until
 
-    def status(self, now: float) -> tuple[str, float]:
+    def status(self, now: float) -> tuple[Phrase, float]:
         """Return the status line and until when it is true, if nothing happens."""
         until = math.inf
-        parts = ["stopping"] if self._leaving else []
+        parts: list[str] = []
+        if self._leaving:
+            parts.append(phrase("service.stopping"))
         if self._has_platform:
             parts.append(self._link)
         if self._collects:
@@ -15991,23 +16220,30 @@ class Service(Events):
             parts.append(self._collect_shown)
         parts.append(self._keys)
         if self._last is not None:
-            did, at = self._last
-            age, changes = age_words(now - at)
-            parts.append(f"last execute {did}, {age} ago")
-            until = min(until, at + changes)
+            words, changes = self._last_words(*self._last, now)
+            parts.append(words)
+            until = min(until, changes)
         elif self._has_platform:
-            parts.append("no execute yet")
+            parts.append(phrase("service.no_execute"))
         if self._has_platform:
-            parts.append(f"{self._unanswered} waiting")
+            parts.append(phrase("service.waiting", n=self._unanswered))
         if self._waits:
-            parts.append("trades wait for MongoDB")
+            parts.append(phrase("service.trades_wait"))
         if self._undelivered:
-            parts.append(f"{self._undelivered} to deliver")
-        return " · ".join(parts), until
+            parts.append(phrase("service.to_deliver", n=self._undelivered))
+        return listing("join.dots", parts), until
+
+    def _last_words(self, report: Report, at: float, now: float) -> tuple[Phrase, float]:
+        """Return what the last execution did and how long ago it ended, and until when that is true."""
+        age, changes = age_words(now - at)
+        reached, total, took_s = report.reached, report.total, report.took_s
+        words = phrase("service.last_execute", reached=reached, total=total, took_s=took_s, age=age)
+        return words, at + changes
 
     def _look_at_collecting(self, now: float) -> float:
         """Take over what is shown of collecting, rates and delays not too often; return when to look again."""
-        words, due = f"collecting: {collect_words(self._collect)}", self._collect_shown_at + RATES_EVERY_S
+        words = phrase("service.collecting", words=collect_words(self._collect))
+        due = self._collect_shown_at + RATES_EVERY_S
         if now >= due or steady(self._collect) != self._collect_steady:
             self._collect_shown, self._collect_shown_at = words, now
             self._collect_steady = steady(self._collect)
@@ -16112,13 +16348,12 @@ def old_settings(directory: Path) -> tuple[dict[str, str], list[str]]:
     try:
         path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(
-            f"--migrate {directory}: {path} cannot be read: {why}; expected the older client's directory"
-        ) from None
+        why = (error.strerror or str(error)) if isinstance(error, OSError) else phrase("migration.no_text")
+        raise UsageError(phrase("migration.no_older", directory=directory, path=path, why=why)) from None
     found = {name: value.strip() for name, value in read_env_file(path).items() if value.strip()}
     # no more than that is asked of a file that no systemd reads
-    return found, [f"left out  {fault}" for fault in broken_lines(path) if "expected NAME=value" in fault]
+    faults = [fault for fault in broken_lines(path) if "expected NAME=value" in fault]
+    return found, [phrase("migration.left_out", what=fault) for fault in faults]
 
 
 def plan_settings(
@@ -16128,7 +16363,9 @@ def plan_settings(
 
     `there`: what is set already, by any of its names. Raises SettingsError with every value that cannot be taken.
     """
-    taken, lines, faults = {}, [], []
+    taken: dict[str, str] = {}
+    lines: list[str] = []
+    faults: list[str] = []
     unknown = dict(old)
     for setting in SETTINGS:
         given = [name for name in setting.names() if unknown.pop(name, "")]
@@ -16137,24 +16374,25 @@ def plan_settings(
         name, shown = given[0], shown_value(setting, old[given[0]])
         stands = [there[other] for other in setting.names() if there.get(other)]
         if stands:
-            line = f"kept      {setting.name}: it is set already"
-            if stands[0] != old[name]:
-                line += "; the older one differs"
+            kind = "migration.kept" if stands[0] == old[name] else "migration.kept_other"
+            lines.append(phrase(kind, name=setting.name))
+            continue
+        try:
+            setting.parse(old[name])
+        except ValueError:
+            expected = setting.expected
+            faults.append(
+                phrase("migration.bad_value", name=name, value=shown, expected=expected, path=target)
+            )
+        taken[setting.name] = old[name]
+        if name == setting.name:
+            lines.append(phrase("migration.taken", name=name, value=shown))
         else:
-            try:
-                setting.parse(old[name])
-            except ValueError:
-                faults.append(
-                    f"{name}={shown} (older): expected {setting.expected}; what {target} sets is kept"
-                )
-            taken[setting.name] = old[name]
-            line = f"taken     {setting.name}={shown}"
-            if name != setting.name:
-                line += f", there {name}"
-        lines.append(line)
+            lines.append(phrase("migration.taken_renamed", name=setting.name, value=shown, older=name))
     if faults:
         raise SettingsError(faults)
-    return taken, lines + [f"left out  {one_line(name, 60)}: stockrt has no such setting" for name in unknown]
+    lines += [phrase("migration.no_setting", name=one_line(name, 60)) for name in unknown]
+    return taken, lines
 
 
 def write_settings(target: Path, taken: Mapping[str, str], source: Path) -> None:
@@ -16164,15 +16402,17 @@ def write_settings(target: Path, taken: Mapping[str, str], source: Path) -> None
     """
     place = Path(os.path.realpath(target))
     text, mode, owner = "", 0o600, None
-    with disk_trouble(f"{place} cannot be read", "--env-file"), contextlib.suppress(FileNotFoundError):
+    trouble = disk_trouble(phrase("migration.not_read", path=place), "--env-file")
+    with trouble, contextlib.suppress(FileNotFoundError):
         owner = place.stat()
         mode, text = owner.st_mode & 0o777, place.read_text(encoding="utf-8")
     if text:
         text = text.rstrip("\n") + "\n\n"
-    text += f"# From {one_line(source)}:\n" + "".join(env_line(*pair) for pair in taken.items())
+    head = for_reader(phrase("migration.source", path=one_line(source)))
+    text += "".join([head, "\n", *(env_line(*pair) for pair in taken.items())])
     write_whole(place, text, durable=True, mode=mode, setting="--env-file")
     if owner is not None and os.geteuid() == 0:
-        with disk_trouble(f"{place} cannot be given to its owner", "--env-file"):
+        with disk_trouble(phrase("migration.not_given", path=place), "--env-file"):
             os.chown(place, owner.st_uid, owner.st_gid)
 
 
@@ -16184,14 +16424,12 @@ def plan_hash(directory: Path, state: Path) -> tuple[str, str]:
     source, place = directory / OLD_HASH_FILE, state / HASH_NAME
     found, stands = hash_in(source, "--migrate"), hash_in(place)
     if not found:
-        return "", f"left out  module hash: {source} is not there; workflows bound to an older one need it"
+        return "", phrase("migration.no_hash", path=source)
     if not stands:
-        return found, f"taken     module hash {shorten(found)} into {place}"
-    line = f"kept      module hash {shorten(stands)}: it is in {place} already"
-    if stands != found:
-        line += f"; workflows may be bound to the older one, {shorten(found)}: "
-        line += f"to take it, stop the service, remove {place} and try again"
-    return "", line
+        return found, phrase("migration.taken_hash", hash=shorten(found), path=place)
+    if stands == found:
+        return "", phrase("migration.kept_hash", hash=shorten(stands), path=place)
+    return "", phrase("migration.kept_hash_other", hash=shorten(stands), path=place, older=shorten(found))
 
 
 def move_installation(
@@ -16203,8 +16441,7 @@ def move_installation(
     written then, unless it is the disk that fails.
     """
     if not os.path.isdir(target.parent):
-        what = "is no directory that can be looked at: sudo ./build_pyz.sh install makes the service's"
-        raise UsageError(f"{target.parent} {what}, --env-file names another file")
+        raise UsageError(phrase("migration.no_directory", path=target.parent))
     old, unread = old_settings(directory)
     there = target if os.path.exists(target) else Path(os.devnull)
     unit = find_unit(environ, target)
@@ -16219,8 +16456,7 @@ def move_installation(
     module_hash, line = plan_hash(directory, settings.state_directory)
     lines += [*unread, line]
     if settings.realtime_name != OLD_COLLECTION and "MONGODB_COLLECTION_NAME" not in old:
-        changed = f"changed   trades go to the collection {settings.realtime_name}, not to {OLD_COLLECTION} as before"
-        lines.append(f"{changed}; see MONGODB_REALTIME_COLLECTION_NAME")
+        lines.append(phrase("migration.changed", name=settings.realtime_name, older=OLD_COLLECTION))
     if taken and not dry:
         write_settings(target, taken, directory / OLD_ENV_FILE)
     if module_hash and not dry:
@@ -16237,8 +16473,7 @@ def time_zone(name: str) -> tzinfo:
     try:
         return ZoneInfo(name)
     except (KeyError, ValueError, OSError):
-        what = "no such zone on this machine; expected a name such as Asia/Shanghai, of the package tzdata"
-        raise UsageError(f"--time-zone {one_line(name, 60)}: {what}") from None
+        raise UsageError(phrase("migration.no_zone", name=one_line(name, 60))) from None
 
 
 def read_old_trade(found: Mapping[str, Any], latest_ms: int = LATEST_TRADE_MS) -> Trade:
@@ -16325,10 +16560,10 @@ class Migrated:
         self.numbers = numbers
         self.examples = [*examples]
 
-    def note(self, name: object, why: object) -> None:
+    def note(self, name: object, why: str) -> None:
         """Take an example, if there are not enough."""
         if len(self.examples) < EXAMPLES:
-            self.examples.append(f"{one_line(name, 60)}: {one_line(why, 200)}")
+            self.examples.append(phrase("migration.example", name=one_line(name, 60), why=one_line(why, 200)))
 
 
 class Migration:
@@ -16360,15 +16595,15 @@ class Migration:
         Raises UsageError where the collection has none or the zone is wrong, StoreError where a store is away.
         """
         if self.source in (self.settings.close_name, self.settings.license_name):
-            raise UsageError(f"--documents {self.source}: in that collection stockrt keeps what is no trade")
+            raise UsageError(phrase("migration.own_collection", name=self.source))
         total = self.store.estimate(self.source)
         if not total:
-            raise UsageError(
-                f"--documents {self.source}: no documents in that collection; see MONGODB_DB_NAME"
-            )
+            raise UsageError(phrase("migration.no_documents", name=self.source))
         if self.source == self.store.realtime_name:
-            words = "trades go into the collection of the older documents, and stand there beside them"
-            log.warning("%s; MONGODB_REALTIME_COLLECTION_NAME names another", words)
+            log.warning(
+                "trades go into the collection of the older documents, and stand there beside them; "
+                "MONGODB_REALTIME_COLLECTION_NAME names another"
+            )
         self._recall()
         for page in self.store.pages(self.source, self.done.after):
             if stop.is_set():
@@ -16377,7 +16612,7 @@ class Migration:
             self._remember()
             events.progress(self.done.read, total)
         if not self.dry:
-            with disk_trouble(f"{self._path()} cannot be removed"):
+            with disk_trouble(phrase("migration.not_removed", path=self._path())):
                 self._path().unlink(missing_ok=True)
         return True
 
@@ -16391,7 +16626,7 @@ class Migration:
             try:
                 trade = read_old_trade(found, latest_ms)
             except (ValueError, InstrumentError) as error:
-                done.note(found["_id"], error)
+                done.note(found["_id"], error_words(error))
                 bad += 1
                 continue
             done.numbers |= any(not isinstance(found[name], str) for name in NUMBERS)
@@ -16420,11 +16655,7 @@ class Migration:
         """Raise UsageError where most of some documents cannot have been stored when `create_time` says."""
         seconds = sorted(late or [0.0])[len(late) // 2]
         if abs(seconds) > SAME_ZONE_S and not self.any_zone:
-            raise UsageError(
-                f"--time-zone {self.zone}: create_time would be {seconds / 3600:+.1f} h from when the documents were "
-                "made, by their ObjectIds; expected the zone of the clock that wrote them (in a container often UTC); "
-                "with --force it is taken as it is"
-            )
+            raise UsageError(phrase("migration.other_zone", zone=self.zone, hours=seconds / 3600))
 
     def _without_other_digits(self, documents: Mapping[str, Document]) -> dict[str, Document]:
         """Return those whose trade is not there with other digits, as 31.350 is that of the number 31.35."""
@@ -16449,33 +16680,45 @@ class Migration:
             return
         make_state_directory(self.settings.state_directory)
         with (
-            disk_trouble(f"{self._path()} cannot be read"),
+            disk_trouble(phrase("migration.not_read", path=self._path())),
             contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError),
         ):
             options = json_util.JSONOptions(tz_aware=False)
             told = json_util.loads(self._path().read_text(encoding="utf-8"), json_options=options)
             if told.pop("what") == self._what():
-                self.done = Migrated(**told)
+                self.done = Migrated(**{**told, "examples": unpacked(told["examples"])})
 
     def _remember(self) -> None:
         from bson import json_util
 
         if not self.dry:
-            write_whole(self._path(), json_util.dumps({"what": self._what()} | vars(self.done)))
+            told = {"what": self._what()} | vars(self.done) | {"examples": packed(self.done.examples)}
+            write_whole(self._path(), json_util.dumps(told))
 
-    def words(self) -> str:
+    def words(self) -> Phrase:
         """Return what was done, in a line, and examples of what could not be."""
         done = self.done
         trades = done.read - done.no_trade
-        line = f"{count_words(done.read, 'document')} of {self.source} read: "
         if self.dry:
-            line += f"{count_words(trades, 'trade')}, doubles included, {done.no_trade} no trade; "
-            line += "nothing was written: --dry-run"
+            line = phrase(
+                "migration.would_do",
+                documents=count_words(done.read, "document"),
+                source=self.source,
+                trades=count_words(trades, "trade"),
+                no_trade=done.no_trade,
+            )
         else:
-            known = trades - done.stored - done.refused
-            line += f"{count_words(done.stored, 'trade')} added to {self.store.realtime_name}, {known} already there, "
-            line += f"{done.no_trade} no trade, {done.refused} refused by MongoDB"
-        return "\n".join([line, *(f"  {example}" for example in done.examples)])
+            line = phrase(
+                "migration.done",
+                documents=count_words(done.read, "document"),
+                source=self.source,
+                added=count_words(done.stored, "trade"),
+                target=self.store.realtime_name,
+                known=trades - done.stored - done.refused,
+                no_trade=done.no_trade,
+                refused=done.refused,
+            )
+        return listing("join.lines", [line, *done.examples])
 
 
 def _same_digits(document: Document) -> tuple[object, ...]:
@@ -16524,20 +16767,14 @@ def fitting(text: str, columns: int) -> str:
     return text
 
 
-def locale_name(environ: Mapping[str, str]) -> str:
-    """Return the reader's locale, as POSIX has it: the first of three variables that is not empty."""
-    names = ("LC_ALL", "LC_MESSAGES", "LANG")
-    return next(filter(None, (environ.get(name, "") for name in names)), "")
-
-
-def is_chinese(environ: Mapping[str, str]) -> bool:
-    """Return whether the reader's language is Chinese."""
-    return locale_name(environ).lower().startswith("zh")
-
-
 def color_of_rise(environ: Mapping[str, str], up: str | None) -> str:
-    """Return the colour of what rises, `red` or `green`: `up`, else as the reader's locale has it."""
-    return up or ("red" if RED_RISES.match(locale_name(environ)) else "green")
+    """Return the colour of what rises, `red` or `green`: `up`, else as the reader's locale has it.
+
+    A locale tells the place. Where it is none of Chinese, red is for who reads Chinese all the same (STOCKRT_LANG).
+    """
+    locale = locale_name(environ)
+    by_language = SPOKEN.language == CHINESE and not locale.lower().startswith("zh")
+    return up or ("red" if by_language or RED_RISES.match(locale) else "green")
 
 
 def date_at(t: int) -> str:
@@ -16720,15 +16957,20 @@ def _rise(quote: Quote) -> float:
 
 
 class Column(NamedTuple):
-    """A column of a table; `width` counts where lines are printed before all are known.
+    """A column of a table, its title as a kind; `width` counts where lines are printed before all are known.
 
     A narrow terminal loses the columns with a number `given_up`, in the order of these, equal ones together.
     """
 
-    title: str
+    kind: str
     right: bool = False
     width: int = 0
     given_up: int = 0
+
+    @property
+    def title(self) -> str:
+        """Its title in the reader's language."""
+        return for_reader(phrase(self.kind))
 
 
 def line_of(
@@ -16748,16 +16990,16 @@ def line_of(
 
 
 QUOTE_COLUMNS = (
-    Column("CODE"),
-    Column("NAME", given_up=5),
-    Column("LAST", right=True),
-    Column("CHANGE", right=True),
-    Column("OPEN", right=True, given_up=1),
-    Column("HIGH", right=True, given_up=2),
-    Column("LOW", right=True, given_up=2),
-    Column("VOLUME", right=True, given_up=3),
-    Column("AGE", right=True, given_up=6),
-    Column("SESSION", given_up=4),
+    Column("views.code"),
+    Column("views.name", given_up=5),
+    Column("views.last", right=True),
+    Column("views.change", right=True),
+    Column("views.open", right=True, given_up=1),
+    Column("views.high", right=True, given_up=2),
+    Column("views.low", right=True, given_up=2),
+    Column("views.volume", right=True, given_up=3),
+    Column("views.age", right=True, given_up=6),
+    Column("views.course", given_up=4),
 )
 NAME_COLUMN, LAST_COLUMN, CHANGE_COLUMN, AGE_COLUMN = 1, 2, 3, 8
 
@@ -16816,11 +17058,12 @@ class QuoteTable:
         opened = high = low = volume = "-"
         if session is not None:
             opened, high, low = (with_decimals_of(price, text) for text in session[1:4])
-            volume = short_number(session.volume)
+            volume = short_number(session.volume, SPOKEN.language)
         name = quote.name
         if self.width is not None:
             name = fitting(name, NAME_COLUMNS).rstrip()
-        age, spark = age_or_ahead(now - quote.trade.t / 1000), sparkline(quote.spark(), self._bars)
+        spark = sparkline(quote.spark(), self._bars)
+        age = for_reader(age_or_ahead(now - quote.trade.t / 1000))
         return [quote.code, name, price, change, opened, high, low, volume, age, spark]
 
     def _kept(self, widths: Sequence[int], filled: Sequence[bool]) -> list[int]:
@@ -16851,19 +17094,24 @@ def signed_percent(change: float) -> str:
     return text.replace("+", "").replace("-", "") if float(text[:-1]) == 0 else text
 
 
-def short_number(text: str) -> str:
-    """Return a number in six columns or so."""
+# What the units of short numbers are, the greatest first.
+SHORT_SIZES = {ENGLISH: (1e12, 1e9, 1e6), CHINESE: (1e12, 1e8, 1e4)}
+
+
+def short_number(text: str, language: str) -> str:
+    """Return a number in six to ten columns, with its language's units."""
     number = float(text)
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+    units = in_language(phrase("views.units"), language).split()
+    for size, unit in zip(SHORT_SIZES[language], units, strict=True):
         if abs(number) >= size:
             return f"{number / size:.2f}{unit}"
     return f"{number:,.0f}" if abs(number) >= 1000 or number.is_integer() else f"{number:.4g}"
 
 
-def age_or_ahead(seconds: float) -> str:
+def age_or_ahead(seconds: float) -> Phrase:
     """Return an age in words, and of what is ahead of this clock by more than a moment how far."""
     if seconds < -1:
-        return f"in {age_words(-seconds)[0]}"
+        return phrase("views.ahead", age=age_words(-seconds)[0])
     return age_words(seconds)[0]
 
 
@@ -16943,6 +17191,7 @@ def csv_lines(rows: Sequence[Sequence[Any]]) -> str:
 DAILY = "1d"
 # The steps of candles in milliseconds, and how many days they go back where nobody says since when.
 STEPS = {"1m": 60_000, "5m": 300_000, "1h": 3_600_000, DAILY: DAY_MS}
+STEP_KINDS = {"1m": "views.step_1m", "5m": "views.step_5m", "1h": "views.step_1h", DAILY: "views.step_1d"}
 DAYS_BACK = {"1m": 1, "5m": 7, "1h": 60, DAILY: 500}
 # Steps without a trade are left out (a night would be most of the chart); where the stream missed something, so many
 # between two with a trade are shown.
@@ -17126,39 +17375,39 @@ def chart_span(chart: Chart) -> str:
     return f"{first} – {last}"
 
 
-def chart_title(chart: Chart, name: str) -> str:
-    """Return what a chart is of: code, name, step, its first and its last step."""
-    return "  ".join(filter(None, (chart.code, one_line(name), chart.step, chart_span(chart))))
+def chart_title(chart: Chart, name: str = "") -> str:
+    """Return what a chart is of, for the reader: code, name, step, its first and its last step."""
+    step = for_reader(phrase(STEP_KINDS[chart.step]))
+    return "  ".join(filter(None, (chart.code, one_line(name), step, chart_span(chart))))
 
 
 def chart_notes(chart: Chart) -> Iterator[str]:
     """Yield what is to be said below a chart: its last candle, gaps, and what is not on it."""
-    candle = chart.candles[-1]
-    names = ("open", "high", "low", "close", "volume")
-    yield "last: " + "  ".join(f"{name} {getattr(candle, name)}" for name in names)
-    for gap in chart.gaps[-GAPS_TOLD:]:
-        yield f"░ gap: {gap_words(chart.code, gap)}"
-    if len(chart.gaps) > GAPS_TOLD:
-        yield f"░ and {count_words(len(chart.gaps) - GAPS_TOLD, 'gap')} before them"
+    _, first, high, low, last, volume, _ = chart.candles[-1]
+    yield phrase("views.last_candle", open=first, high=high, low=low, close=last, volume=volume)
+    for words in gaps_told(chart):
+        yield f"░ {for_reader(words)}"
     if chart.left_out:
-        yield f"{count_words(chart.left_out, 'candle')} before them left out: a wider terminal, --from or a longer step"
+        yield phrase("views.left_out", candles=count_words(chart.left_out, "candle"))
 
 
-def what_is_there(chart: Chart, last: StoredTrade | None) -> str:
+def what_is_there(chart: Chart, last: StoredTrade | None) -> Phrase:
     """Return why a chart has no candle, and what there is in its place."""
-    if chart.step == DAILY:
-        words = f"{chart.code}: no final close is stored: --backfill 60 --codes {chart.code} brings some"
-    else:
-        words = f"{chart.code}: no trade in this time"
-    if last is None:
-        return f"{words}; no trade of it is stored"
-    return f"{words}; the last trade is of {exchange_time(chart.code, last.t)}"
+    why = phrase("views.no_final" if chart.step == DAILY else "views.no_trade_then", code=chart.code)
+    there = phrase("views.no_trade")
+    if last is not None:
+        there = phrase("views.last_trade", time=exchange_time(chart.code, last.t))
+    return listing("join.clauses", [why, there])
 
 
-def gap_words(code: str, gap: Gap) -> str:
-    """Return when the stream missed what was traded of a code, and why."""
-    end = "now" if gap.until is None else exchange_time(code, gap.until)
-    return f"{exchange_time(code, gap.since)} – {end} ({one_line(gap.why, 80)})"
+def gaps_told(chart: Chart) -> Iterator[Phrase]:
+    """Yield when the stream missed what was traded of a code, and why; of many gaps how many there are before."""
+    for gap in chart.gaps[-GAPS_TOLD:]:
+        end = phrase("views.now") if gap.until is None else exchange_time(chart.code, gap.until)
+        since, why = exchange_time(chart.code, gap.since), one_line(gap_reason(gap.why), 80)
+        yield phrase("views.gap", since=since, until=end, why=why)
+    if len(chart.gaps) > GAPS_TOLD:
+        yield phrase("views.more_gaps", gaps=count_words(len(chart.gaps) - GAPS_TOLD, "gap"))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -17174,6 +17423,8 @@ CAPTION_LINES, LEAST_LINES = 4, 14
 WIDEST_STEP = 3
 # Without colours too what rises differs from what falls.
 BODIES = {"up": "█", "down": "▒", "same": "┼"}
+# plotext takes each character for one column: behind a wide one stands this, until it is drawn.
+WIDENED = "\ue000"
 
 
 def direction(candle: Candle) -> str:
@@ -17187,8 +17438,8 @@ def draw_chart(chart: Chart, width: int, height: int, up: str, color: bool) -> t
 
     The chart has a candle. `up`: `red` or `green`.
     """
-    volumes = [short_number(candle.volume) for candle in chart.candles]
-    label = max(map(len, [*price_marks(chart.candles).values(), *volumes]))
+    volumes = [short_number(candle.volume, SPOKEN.language) for candle in chart.candles]
+    label = max(map(columns_of, [*price_marks(chart.candles).values(), *volumes]))
     chart = newest_steps(chart, max(1, width - label - 2))
     candles = chart.candles
     step = max(1, min(WIDEST_STEP, (width - label - 2) // len(chart.slots)))
@@ -17205,14 +17456,14 @@ def draw_chart(chart: Chart, width: int, height: int, up: str, color: bool) -> t
             _column(plot, place * step, (float(candle.open), float(candle.close)), BODIES[kind], colors[kind])
     drawn = plot.build()
     most = max(float(candle.volume) for candle in candles) or 1.0
-    plot = _field(columns, VOLUME_LINES, {0.0: "0", most: short_number(str(most))}, label)
+    plot = _field(columns, VOLUME_LINES, {0.0: "0", most: short_number(str(most), SPOKEN.language)}, label)
     for place, slot in enumerate(chart.slots):
         if slot.candle and float(slot.candle.volume):
             kind = direction(slot.candle)
             _column(plot, place * step, (0.0, float(slot.candle.volume)), "█", colors[kind])
     ticks = time_ticks(chart, columns // TICK_COLUMNS)
     plot.xticks([place * step for place, _ in ticks], [words for _, words in ticks])
-    drawn += plot.build()
+    drawn = (drawn + plot.build()).replace(WIDENED, "")
     return str(drawn if color else plot.uncolorize(drawn)), chart
 
 
@@ -17226,9 +17477,14 @@ def _field(columns: int, lines: int, marks: Mapping[float, str], label: int) -> 
     plotext.plot_size(label + 2 + columns, lines)
     plotext.xlim(0, columns - 1)
     plotext.ylim(min(marks), max(marks))
-    plotext.yticks(list(marks), [words.rjust(label) for words in marks.values()])
+    plotext.yticks(list(marks), [_widened(words).rjust(label) for words in marks.values()])
     plotext.xticks([])
     return plotext
+
+
+def _widened(words: str) -> str:
+    """Return words with as many characters as they take columns."""
+    return "".join(character + WIDENED * (columns_of(character) - 1) for character in words)
 
 
 def _column(plot: Any, place: int, span: tuple[float, float], marker: str, color: str) -> None:
@@ -17242,14 +17498,6 @@ def _column(plot: Any, place: int, span: tuple[float, float], marker: str, color
 # Steps of a chart on the page, and sessions of the history of closes: 50 codes stay far below 1 MB.
 PAGE_STEPS = 120
 PAGE_FORMS = (".html", ".htm", ".svg")
-STEPS_ZH = {"1m": "1 分钟", "5m": "5 分钟", "1h": "1 小时", DAILY: "日"}
-# Other reasons are in the words of whoever refused or ended a connection.
-GAP_REASONS_ZH = {
-    STOPPED: "stockrt 已停止",
-    ENDED_WITHOUT_NOTICE: "stockrt 意外退出",
-    MOVED: "转移到另一个连接",
-    DEAF: "有成交，但没有推送",
-}
 PAGE_CLOSES = 250
 # The drawing's units: all whole, so that a path is short.
 DRAWING_WIDTH = 820
@@ -17319,38 +17567,47 @@ document.addEventListener("click", (event) => {
 """
 
 
-def both(english: str, chinese: str) -> str:
-    """Return words of ours in both languages; the page shows the reader's."""
+def both(words: Phrase) -> str:
+    """Return words of ours as HTML in both languages; the page shows the reader's."""
+    return two(*(html_text(in_language(words, language), 1000) for language in LANGUAGES))
+
+
+def two(english: str, chinese: str) -> str:
+    """Return HTML of which the page shows the one or the other, or that which they both are."""
+    if english == chinese:
+        return english
     return f'<span class="en" lang="en">{english}</span><span class="zh" lang="zh">{chinese}</span>'
 
 
 class PageColumn(NamedTuple):
-    """A column of the page's overview; `css`: how it is shown, `more` not on a phone."""
+    """A column of the page's overview, its title as a kind; `css`: how it is shown, `more` not on a phone."""
 
-    english: str
-    chinese: str
+    kind: str
     css: str = ""
     sorts: bool = True
 
 
 PAGE_COLUMNS = (
-    PageColumn("Code", "代码"),
-    PageColumn("Name", "名称", "name"),
-    PageColumn("Last", "最新价"),
-    PageColumn("Change", "涨跌幅"),
-    PageColumn("Session", "走势", "more", sorts=False),
-    PageColumn("Open", "开盘", "more"),
-    PageColumn("High", "最高", "more"),
-    PageColumn("Low", "最低", "more"),
-    PageColumn("Volume", "成交量", "more"),
-    PageColumn("Exchange time", "交易所时间", "more"),
+    PageColumn("views.page_code"),
+    PageColumn("views.page_name", "name"),
+    PageColumn("views.page_last"),
+    PageColumn("views.page_change"),
+    PageColumn("views.page_course", "more", sorts=False),
+    PageColumn("views.page_open", "more"),
+    PageColumn("views.page_high", "more"),
+    PageColumn("views.page_low", "more"),
+    PageColumn("views.page_volume", "more"),
+    PageColumn("views.page_time", "more"),
 )
+# Of those the ones that show whether the price rose.
+PAINTED_KINDS = ("views.page_last", "views.page_change")
 
 
 class Page(NamedTuple):
     """What the page shows: quotes as asked, of each code its chart and its final closes, and `names` in Chinese.
 
-    `made`: when, epoch seconds; `store`: where it is from; `up`: the colour of what rises, everybody's if `is_fixed`.
+    `made`: when, epoch seconds; `store`: where it is from; `language`: of who opens it, if the browser does not tell;
+    `up`: the colour of what rises, everybody's if `is_fixed`.
     """
 
     quotes: Sequence[Quote]
@@ -17359,7 +17616,7 @@ class Page(NamedTuple):
     closes: Mapping[str, Sequence[StoredClose]]
     made: float
     store: str
-    is_chinese: bool
+    language: str
     up: str
     is_fixed: bool
 
@@ -17372,10 +17629,9 @@ def draw_page(page: Page) -> str:
     style = DRAWING_STYLE + PAGE_STYLE
     hashes = [b64encode(sha256(text.encode()).digest()).decode() for text in (style, PAGE_SCRIPT)]
     policy = "default-src 'none';style-src 'sha256-{}';script-src 'sha256-{}';img-src data:".format(*hashes)
-    language = "zh" if page.is_chinese else "en"
     color = f' data-up="{page.up}"' + " data-fixed" * page.is_fixed
     head = (
-        f'<!doctype html>\n<html lang="{language}"{color}>\n<head>\n<meta charset="utf-8">\n'
+        f'<!doctype html>\n<html lang="{page.language}"{color}>\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<title>stockrt</title>\n<link rel="icon" href="data:,">\n'
@@ -17386,27 +17642,18 @@ def draw_page(page: Page) -> str:
 
 
 def _page_header(page: Page) -> str:
-    when = html_text(local_time(datetime.fromtimestamp(page.made, UTC)))
-    store = html_text(page.store)
-    count = len(page.quotes)
+    when = local_time(datetime.fromtimestamp(page.made, UTC))
+    codes = count_words(len(page.quotes), "code")
     return (
         '<header><h1>stockrt</h1><button type="button" id="language">'
         '<span class="en" lang="zh">中文</span><span class="zh" lang="en">English</span></button><p>'
-        + both(
-            f"{count_words(count, 'code')} of {store}, as of {when}",
-            f"{store} 中的 {count} 个代码，截至 {when}",
-        )
-        + "</p></header>\n"
+        f"{both(phrase('views.page_of', codes=codes, store=page.store, when=when))}</p></header>\n"
     )
 
 
 def _overview(page: Page) -> str:
     if not page.quotes:
-        empty = both(
-            "There is no trade in the store yet: --once, --collect or the platform's commands bring some.",
-            "库中还没有成交：用 --once、--collect 或由平台下发的命令获取。",
-        )
-        return f"<p>{empty}</p>\n"
+        return f"<p>{both(phrase('views.page_empty'))}</p>\n"
     heads = "".join(map(_head, PAGE_COLUMNS))
     rows = "".join(_row(page, quote) for quote in page.quotes)
     return (
@@ -17415,29 +17662,31 @@ def _overview(page: Page) -> str:
 
 
 def _head(column: PageColumn) -> str:
-    title, state = both(column.english, column.chinese), ""
+    title, state = both(phrase(column.kind)), ""
     if column.sorts:
         title, state = f'<button type="button">{title}</button>', ' aria-sort="none"'
     return f'<th scope="col" class="{column.css}"{state}>{title}</th>'
 
 
 def _row(page: Page, quote: Quote) -> str:
-    change, session = quote.change, ("", "", "", "")
+    change, prices, volume = quote.change, ("", "", ""), ("", "")
     if quote.session is not None:
-        session = (*quote.session[1:4], quote.session.volume)
+        prices, number = quote.session[1:4], quote.session.volume
+        volume = two(html_text(number), html_text(short_number(number, CHINESE))), number
     cells = [
         (f'<a href="#{html_text(quote.code)}">{html_text(quote.code)}</a>', quote.code),
         (_name(page, quote), None),
         (html_text(quote.trade.p), quote.trade.p),
         ("–", "") if change is None else (signed_percent(change), f"{change:.6f}"),
         (_spark(quote.spark()), ""),
-        *((html_text(text), text) for text in session),
+        *((html_text(text), text) for text in prices),
+        volume,
         (html_text(exchange_time(quote.code, quote.trade.t)), str(quote.trade.t)),
     ]
     row = ""
     for column, (content, value) in zip(PAGE_COLUMNS, cells, strict=True):
         css = column.css
-        if column.english in ("Last", "Change") and change:
+        if column.kind in PAINTED_KINDS and change:
             css = "up" if change > 0 else "down"
         key = "" if value is None else f' data-v="{html_text(value)}"'
         row += f"<td{f' class={css}' * bool(css)}{key}>{content}</td>"
@@ -17447,13 +17696,12 @@ def _row(page: Page, quote: Quote) -> str:
 def _name(page: Page, quote: Quote) -> str:
     """Return an instrument's name, as far as it is known, in the reader's language."""
     known = page.names.get(quote.code, "")
-    english, chinese = html_text(quote.name or known), html_text(known or quote.name)
-    return both(english, chinese) if english != chinese else english
+    return two(html_text(quote.name or known), html_text(known or quote.name))
 
 
-def html_text(text: str) -> str:
+def html_text(text: str, limit: int = 300) -> str:
     """Return any text as HTML that shows it, within an attribute as well."""
-    return one_line(text).translate(HTML_ESCAPES)
+    return one_line(text, limit).translate(HTML_ESCAPES)
 
 
 def _spark(prices: Sequence[float | None]) -> str:
@@ -17479,15 +17727,12 @@ def _section(page: Page, quote: Quote) -> str:
     if chart.candles:
         parts.append(_figure(_chart_drawing(chart), _chart_caption(chart)))
     else:
-        parts.append(f"<p>{both('No trades in this time.', '这段时间没有成交。')}</p>\n")
+        parts.append(f"<p>{both(phrase('views.page_no_trade'))}</p>\n")
     finals = [close for close in page.closes.get(quote.code, ()) if close.is_final][-PAGE_CLOSES:]
     if finals:
         parts.append(_figure(_closes_drawing(finals), _closes_caption(finals)))
     else:
-        words = both(
-            "No final close yet: --backfill 60 fetches some.", "还没有最终收盘价：可用 --backfill 60 获取。"
-        )
-        parts.append(f"<p>{words}</p>\n")
+        parts.append(f"<p>{both(phrase('views.page_no_final'))}</p>\n")
     return "".join(parts) + "</section>\n"
 
 
@@ -17542,16 +17787,9 @@ def _gap_marks(chart: Chart, step: int, height: int) -> Iterator[str]:
 
 
 def _chart_caption(chart: Chart) -> str:
-    span = chart_span(chart)
-    words = both(f"{chart.step} candles and volume, {span}", f"{STEPS_ZH[chart.step]} K 线与成交量，{span}")
-    for gap in chart.gaps[-GAPS_TOLD:]:
-        chinese = gap._replace(why=GAP_REASONS_ZH.get(gap.why, gap.why))
-        told, told_zh = (html_text(gap_words(chart.code, one)) for one in (gap, chinese))
-        words += "<br>" + both(f"gap: {told}", f"缺口：{told_zh}")
-    more = len(chart.gaps) - GAPS_TOLD
-    if more > 0:
-        words += "<br>" + both(f"and {count_words(more, 'gap')} before them", f"此前另有 {more} 处缺口")
-    return words
+    step = phrase(STEP_KINDS[chart.step])
+    words = phrase("views.page_candles", step=step, span=chart_span(chart))
+    return "<br>".join(map(both, [words, *gaps_told(chart)]))
 
 
 def _closes_drawing(finals: Sequence[StoredClose]) -> str:
@@ -17574,15 +17812,13 @@ def _closes_drawing(finals: Sequence[StoredClose]) -> str:
 
 
 def _closes_caption(finals: Sequence[StoredClose]) -> str:
-    count, last = len(finals), html_text(finals[-1].p)
-    return both(
-        f"{count_words(count, 'final close')}, the last one {last}", f"{count} 个最终收盘价，最新 {last}"
-    )
+    closes = count_words(len(finals), "final close")
+    return both(phrase("views.page_finals", closes=closes, last=finals[-1].p))
 
 
 def draw_picture(chart: Chart, up: str) -> str:
     """Return the candles of a code as an SVG file of its own; `up`: `red` or `green`. The chart has a candle."""
-    title = html_text(f"{chart.code}  {chart.step}  {chart_span(chart)}")
+    title = html_text(chart_title(chart))
     drawing = _chart_drawing(chart).partition(">")
     begin = drawing[0].replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" data-up="{up}" ')
     return f'{begin}><style>{DRAWING_STYLE}</style><text y="-4">{title}</text>{drawing[2]}\n'
@@ -17758,7 +17994,7 @@ DESCRIPTORS_OF_A_KEY = 3 * STREAM_LIMITS["pro"].connections
 # What --executions lists where it is not told how many.
 EXECUTIONS_SHOWN = 20
 # What `td` says, in words.
-SIDES = {0: "-", 1: "buy", 2: "sell"}
+SIDES = {0: "cli.no_side", 1: "cli.buy", 2: "cli.sell"}
 
 
 class Options:
@@ -18229,14 +18465,14 @@ def show_json(document: object) -> None:
 
 
 TRADE_COLUMNS = (
-    Column("CODE", width=12),
-    Column("PRICE", right=True, width=14),
-    Column("VOLUME", right=True, width=14),
-    Column("TURNOVER", right=True, width=18),
-    Column("SIDE", width=4),
-    Column("EXCHANGE TIME", width=24),
-    Column("AGE", right=True, width=6),
-    Column("NAME"),
+    Column("views.code", width=12),
+    Column("cli.price", right=True, width=14),
+    Column("views.volume", right=True, width=14),
+    Column("cli.turnover", right=True, width=18),
+    Column("cli.side", width=4),
+    Column("cli.exchange_time", width=24),
+    Column("views.age", right=True, width=8),
+    Column("views.name"),
 )
 # While no trade comes it is seen after so long that the reader went away.
 READER_LOOK_S = 1.0
@@ -18301,7 +18537,7 @@ class Rows:
     def _with_name(self, widths: list[int], named: bool) -> list[int]:
         """Return the widths with that of the names: they have the rest of the line, unless that is too short."""
         room = self._width - sum(widths) - len(BETWEEN) * len(widths)
-        return [*widths, room] if named and room >= len(TRADE_COLUMNS[-1].title) else widths
+        return [*widths, room] if named and room >= columns_of(TRADE_COLUMNS[-1].title) else widths
 
     def _line(self, cells: Sequence[str]) -> str:
         """Return a line of cells, without the last where there are no names."""
@@ -18327,16 +18563,17 @@ class Rows:
         except OSError as error:
             self.is_gone = True
             if not isinstance(error, BrokenPipeError):
-                self.fault = f"the rows cannot be printed: {error.strerror}"
+                self.fault = phrase("cli.rows_not_printed", why=error.strerror or str(error))
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # else the exit's flush fails again
 
 
 def row_cells(document: Document, now: float) -> list[str]:
     """Return the cells of a document's row but its name; `now` is epoch seconds."""
-    side = SIDES.get(document["td"], str(document["td"]))
+    kind = SIDES.get(document["td"])
+    side = str(document["td"]) if kind is None else for_reader(phrase(kind))
     when = exchange_time(document["stock_code"], document["t"])
     age, _ = age_words(now - document["t"] / 1000)
-    return [document["stock_code"], document["p"], document["v"], document["vw"], side, when, age]
+    return [document["stock_code"], document["p"], document["v"], document["vw"], side, when, for_reader(age)]
 
 
 def to_json(document: Document) -> str:
@@ -18523,7 +18760,7 @@ def note_run(settings: Settings, started_at: float, report: Report) -> None:
     """Keep what came of a run, for --status and --executions; that it cannot be kept costs the run nothing."""
     try:
         with contextlib.closing(Journal(settings.state_directory)) as journal:
-            journal.note_run(started_at, report_result({"workflow_name": "--once"}, report, settings))
+            journal.note_run(started_at, *report_result({"workflow_name": "--once"}, report, settings))
     except StoreError as error:
         log.warning("--status will not know of this run: %s", error)
 
@@ -18654,8 +18891,8 @@ class LiveTable:
             self._table.width = width
             lines = self._table.lines(found[:room], time.time(), lit=True)
             if len(found) > room:
-                lines.append(f"… {count_words(len(found) - room, 'more code')}")
-            self._screen.draw([*lines, fitting(self.status, width)], anew=is_resized)
+                lines.append(f"… {for_reader(count_words(len(found) - room, 'more code'))}")
+            self._screen.draw([*lines, fitting(for_reader(self.status), width)], anew=is_resized)
         except OSError:
             self.is_gone = True
         self._due = time.monotonic() + REDRAW_S
@@ -18768,7 +19005,7 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
     rows: Rows | LiveTable = Rows(sys.stdout, options.json, is_live=True)
     if sys.stdout.isatty() and environ.get("TERM", "dumb") != "dumb" and not options.json:
         table = quote_table(settings, environ, options.up)
-        rows = LiveTable(table, options.sort or "code", not is_chinese(environ))
+        rows = LiveTable(table, options.sort or "code", SPOKEN.language == ENGLISH)
     stop = stop_on_signals()
     started_at = time.monotonic()
     ticks = Ticks(rows, stop)
@@ -18869,19 +19106,13 @@ def _collected_words(stats: CollectStats, waiting: int, took_s: float) -> Phrase
     return listing("join.clauses", clauses)
 
 
-# What is said to who may not see what the service has and does.
-HIDDEN_WORDS = (
-    f"this user may not look at what {UNIT} has: run as root; "
-    "--env-file or STATE_DIRECTORY names settings or a state of your own"
-)
-
-
 def run_check(loaded: LoadedSettings, is_service_hidden: bool, as_json: bool) -> int:
     """Check everything that a run needs, print a line or a JSON document each, and return the exit status."""
     failed = False
     for check in _checks(loaded, is_service_hidden):
         failed |= not check.good
-        show_one(check._asdict(), _check_line(check), as_json)
+        # to programs its name is a key
+        show_one(check._asdict() | {"name": str(check.name)}, _check_line(check), as_json)
     return EXIT_FAILED if failed else EXIT_OK
 
 
@@ -18893,7 +19124,7 @@ def without_traces(settings: Settings) -> Iterator[Settings]:
     """
     directory = settings.state_directory
     with contextlib.ExitStack() as made:
-        with disk_trouble(f"the state directory {directory} cannot be used"):
+        with disk_trouble(phrase("cli.no_state_directory", path=directory)):
             if not (directory / SQLITE_NAME).exists():
                 from tempfile import TemporaryDirectory
 
@@ -18904,32 +19135,32 @@ def without_traces(settings: Settings) -> Iterator[Settings]:
 
 
 def _check_line(check: Check) -> str:
-    verdict = "ok  " if check.good else "FAIL"
-    return local_times(f"{verdict}  {check.name}: {check.words}")
+    return phrase("cli.check_good" if check.good else "cli.check_bad", name=check.name, words=check.words)
 
 
 def _check_origins(loaded: LoadedSettings, is_service_hidden: bool) -> Check:
     """Say where the settings come from, and where that is not what the service has."""
-    words = f"from {loaded.origins}"
+    clauses = [phrase("cli.origins", origins=loaded.origins)]
     if loaded.hiding:
-        names = ", ".join(loaded.hiding)
-        words += f"; not as {UNIT} has them: {names} of the environment, which it does not see; unset that to check it"
+        names = listing("join.names", loaded.hiding)
+        clauses.append(phrase("cli.not_the_services", unit=UNIT, names=names))
     if is_service_hidden:
-        words += f"; what {UNIT} has is not known here: run as root to check it"
-    return Check("settings", not loaded.hiding, words)
+        clauses.append(phrase("cli.service_unknown", unit=UNIT))
+    return Check(phrase("cli.of_settings"), not loaded.hiding, listing("join.clauses", clauses))
 
 
-NO_DAEMON = "SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon"
-NO_PLATFORM = "SERVER_IP and SERVER_PORT are not set: the daemon collects by itself, without a platform"
+def _without_platform(settings: Settings) -> Phrase:
+    """Return for what the settings are enough that name no platform."""
+    return phrase("cli.collects_alone" if settings.collects else "cli.no_daemon")
 
 
 def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
     settings = loaded.settings
     yield _check_origins(loaded, is_service_hidden)
     if settings.proxies.in_use():
-        yield Check("proxy", True, _ways(settings))
+        yield Check(phrase("cli.of_proxy"), True, _ways(settings))
     if not settings.api_keys:
-        yield Check("API key", False, NO_KEY_HINT)
+        yield Check(phrase("cli.of_key"), False, phrase("settings.no_key"))
     with contextlib.ExitStack() as opened:
         looked_at, pipeline = settings, None
         words = ""
@@ -18937,37 +19168,48 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
             looked_at = opened.enter_context(without_traces(settings))
             pipeline = opened.enter_context(Pipeline(looked_at, only_looks=True))
         except StockrtError as error:
-            words = str(error)
+            words = error.message
         yield from _check_keys(settings, pipeline)
         yield _check_state_directory(settings)
-        store = Check("local file", False, words)
+        store = Check(phrase("cli.of_local_file"), False, words)
         if pipeline is not None:
             store = _check_store(store_name(settings), pipeline)
-        words = store.words.replace(str(looked_at.state_directory), str(settings.state_directory))
-        yield store._replace(words=words)
+        yield store._replace(
+            words=_put_right(store.words, looked_at.state_directory, settings.state_directory)
+        )
         if pipeline is not None and settings.collect_codes:
             yield from _check_collecting(settings, pipeline)
     if settings.metrics_file:
         place = settings.metrics_file.parent
         why = fault_of_place(f"{place}/.", os.W_OK | os.X_OK)
         if why:
-            yield Check("METRICS_FILE", False, f"{place} cannot be used: {why}")
+            yield Check("METRICS_FILE", False, phrase("cli.os_error", file=place, why=why))
     if settings.platform_url():
         yield check_platform(settings)
     else:
-        yield Check("platform", True, NO_PLATFORM if settings.collects else NO_DAEMON)
+        yield Check(phrase("cli.of_platform"), True, _without_platform(settings))
+
+
+def _put_right(value: Any, old: Path, new: Path) -> Any:
+    """Return words, or a value of theirs, with a path in place of another."""
+    if isinstance(value, Phrase):
+        return Phrase(value.kind, {name: _put_right(inner, old, new) for name, inner in value.values.items()})
+    if isinstance(value, tuple):
+        return tuple(_put_right(inner, old, new) for inner in value)
+    return str(value).replace(str(old), str(new)) if isinstance(value, (str, Path)) else value
 
 
 def _check_state_directory(settings: Settings) -> Check:
-    words = f"{settings.state_directory} can be made"
+    name = phrase("cli.of_state_directory")
+    words = phrase("cli.can_be_made", path=settings.state_directory)
     try:
         if settings.state_directory.is_dir():
             make_state_directory(settings.state_directory)  # looks whether this user may write there
-            words = f"{settings.state_directory} can be written"
+            words = phrase("cli.can_be_written", path=settings.state_directory)
         with without_traces(settings):
-            return Check("state directory", True, words)
+            return Check(name, True, words)
     except StoreError as error:
-        return Check("state directory", False, str(error))
+        return Check(name, False, error.message)
 
 
 def _check_keys(settings: Settings, pipeline: Pipeline | None) -> Iterator[Check]:
@@ -18984,21 +19226,22 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
 
     A connection may count against the key's limit for minutes after its end: none is made where the daemon has some.
     """
-    stop = threading.Event()
+    stop, name = threading.Event(), phrase("cli.of_codes")
     try:
         codes = WatchList(settings, pipeline.mongo).codes()
         products = [one.product for one in resolve(codes, None, stop).instruments.values()]
     except StockrtError as error:
-        yield Check("codes", False, str(error))
+        yield Check(name, False, error.message)
         return
-    yield Check("codes", bool(codes), f"{count_words(len(codes), 'code')} to collect")
+    yield Check(name, bool(codes), phrase("cli.to_collect", codes=count_words(len(codes), "code")))
     if not (settings.collect and products):
         return
     told = read_status(settings.state_directory).get("collecting", {})
     if told.get("connections_wanted") and daemon_runs(settings.state_directory):
         facts = dict.fromkeys(CollectFacts.__annotations__) | told
         faults = [trouble.what for trouble in _collect_faults(settings, facts)]
-        yield Check("stream", not faults, "; ".join(faults) or f"the daemon has it: {_collect_line(facts)}")
+        words = phrase("cli.daemon_streams", words=_collect_line(facts))
+        yield Check(phrase("cli.of_stream"), not faults, listing("join.clauses", faults or [words]))
         return
     limits = pipeline.stream_limits(stop)
     for key in pipeline.keys.keys:
@@ -19006,41 +19249,50 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
 
 
 def _check_stream(settings: Settings, key: ApiKey, product: str, limits: StreamLimits | None) -> Check:
-    name = f"stream, API key {key.shown}"
+    name = phrase("cli.of_stream_with", key=key.shown)
     if limits is None or not limits.connections:
-        return Check(name, False, "its plan has none: COLLECT_EVERY asks for the latest trades instead")
+        return Check(name, False, phrase("cli.plan_without_stream"))
     connection = StreamConnection(settings.stream_url, product, key.secret, settings.proxies)
     end = connection.open()
     connection.close()
     if end is not None:
         return Check(name, False, end.words)
-    words = f"{settings.stream_url} takes it for {product}: {count_words(limits.connections, 'connection')}"
-    words += f", {limits.per_connection} codes each, {limits.in_all} in all"
+    connections, each = count_words(limits.connections, "connection"), limits.per_connection
+    clauses = [
+        phrase(
+            "cli.stream_takes",
+            url=settings.stream_url,
+            product=product,
+            connections=connections,
+            each=each,
+            all=limits.in_all,
+        )
+    ]
     if limits.connections == 1:
-        words += "; where it still counts, a service that begins now waits for up to three minutes (429)"
-    return Check(name, True, words)
+        clauses.append(phrase("cli.still_counts"))
+    return Check(name, True, listing("join.clauses", clauses))
 
 
 def _check_store(name: str, pipeline: Pipeline) -> Check:
     try:
         return Check(name, True, pipeline.check_store())
     except StockrtError as error:
-        return Check(name, False, str(error))
+        return Check(name, False, error.message)
 
 
 def _ways(settings: Settings) -> str:
     """Return what is asked through which proxy, and what straight."""
     ways = []
-    asked = [("the API", settings.api_base_url), ("the platform", settings.platform_url())]
+    asked = [("cli.the_api", settings.api_base_url), ("cli.the_platform", settings.platform_url())]
     if settings.collect:
-        asked.insert(1, ("the stream", "http" + settings.stream_url.removeprefix("ws")))
-    for what, url in asked:
+        asked.insert(1, ("cli.the_stream", "http" + settings.stream_url.removeprefix("ws")))
+    for kind, url in asked:
         proxy = settings.proxies.for_url(url)
         if url and proxy is not None:
-            ways.append(f"{what} through {proxy.shown} ({proxy.setting})")
+            ways.append(phrase("cli.through", what=phrase(kind), proxy=proxy.shown, setting=proxy.setting))
         elif url:
-            ways.append(f"{what} straight")
-    return ", ".join(ways)
+            ways.append(phrase("cli.straight", what=phrase(kind)))
+    return listing("join.commas", ways)
 
 
 # The exit statuses of --status, as the Linux Standard Base has them for services.
@@ -19051,6 +19303,30 @@ STATUS_WORDS = {
     STATUS_NOT_RUNNING: "not running",
     STATUS_UNKNOWN: "unknown",
 }
+# What JSON calls a state of daemon, platform, stream, key or execution, and the kind of its words for a person.
+STATES = {
+    "well": "cli.well",
+    "something is wrong": "cli.wrong",
+    "not running": "cli.not_running",
+    "unknown": "cli.unknown",
+    "connected": "cli.connected",
+    "not connected": "cli.not_connected",
+    "not needed": "cli.not_needed",
+    "no daemon": "cli.without_daemon",
+    "connecting": "cli.connecting",
+    "waiting": "cli.waits_to_connect",
+    "given up": "cli.given_up",
+    "ready": "cli.ready",
+    "resting": "cli.resting",
+    "out": "cli.out",
+    "success": "cli.success",
+    "partial": "cli.partial",
+    "failure": "cli.failure",
+    "interrupted": "cli.interrupted",
+    "not ended": "cli.not_ended",
+}
+# So many columns has what a line of --status is about.
+LABEL_COLUMNS = 15
 
 
 class DaemonFacts(TypedDict, total=False):
@@ -19162,10 +19438,10 @@ def gather_status(settings: Settings) -> StatusReport:
     return status
 
 
-def _how_to_start(settings: Settings) -> str:
+def _how_to_start(settings: Settings) -> Phrase:
     if not settings.platform_url() and not settings.collects:
-        return "nothing for commands by hand; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY"
-    return f"start it: sudo systemctl start {UNIT.removesuffix('.service')}, or stockrt.pyz without a command"
+        return phrase("cli.needs_no_daemon")
+    return phrase("cli.start_it", service=UNIT.removesuffix(".service"))
 
 
 def _ask_journal(directory: Path, status: StatusReport) -> list[Trouble]:
@@ -19180,12 +19456,12 @@ def _ask_journal(directory: Path, status: StatusReport) -> list[Trouble]:
     for one in last:
         status["last_execution"] = {
             "status": _whole_or_partial(one),
-            "message": str(one["message"]),
+            "message": one["message"] or "",
             "workflow_name": one["workflow_name"],
             "at": str(one["ended_at"]),
         }
         if one["status"] != "success" and one["delivered"] is not None:
-            troubles.append(Trouble("the last execution failed", "see --executions 1"))
+            troubles.append(Trouble(phrase("cli.last_failed"), phrase("cli.see_executions")))
     return troubles
 
 
@@ -19200,24 +19476,23 @@ def _what_is_wrong(settings: Settings, status: StatusReport) -> list[Trouble]:
     """Return what is wrong beside what the journal knows of."""
     wrong = []
     if status["daemon"]["running"] and status["platform"]["state"] not in ("connected", NO_NEED):
-        to_do = "see --check and the daemon's log; it tries again by itself"
-        wrong.append(Trouble("no connection to the platform", to_do))
+        wrong.append(Trouble(phrase("cli.no_connection"), phrase("cli.tries_again")))
     if status["daemon"]["running"] and status["collecting"] is not None:
         wrong += _collect_faults(settings, status["collecting"])
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
-        to_do = "see --check; they follow when MongoDB takes them, at once with --drain"
-        wrong.append(Trouble(f"{waiting_words(spool['trades'])} for MongoDB", to_do))
+        words = phrase("cli.wait_for_mongodb", trades=waiting_words(spool["trades"]))
+        wrong.append(Trouble(words, phrase("cli.they_follow")))
     if spool is not None and spool["rejects"]:
-        words = f"{count_words(spool['rejects'], 'document')} refused by MongoDB"
-        wrong.append(Trouble(words, "see --rejects; then --drain --retry or --rejects --discard"))
+        words = phrase("cli.refused", documents=count_words(spool["rejects"], "document"))
+        wrong.append(Trouble(words, phrase("cli.see_rejects")))
     if status["damaged_files"]:
-        words = f"{count_words(status['damaged_files'], 'damaged file')} set aside"
-        wrong.append(Trouble(words, "see --rejects for what may be lost; then --rejects --discard"))
-    to_do = "see its line below; renew its plan or replace it in INFOWAY_API_KEY"
-    wrong += [Trouble(f"API key {key['key']} is out", to_do) for key in keys if key["state"] == "out"]
+        words = phrase("cli.set_aside", files=count_words(status["damaged_files"], "damaged file"))
+        wrong.append(Trouble(words, phrase("cli.see_lost")))
+    out = [key["key"] for key in keys if key["state"] == "out"]
+    wrong += [Trouble(phrase("cli.key_is_out", key=key), phrase("cli.renew_plan")) for key in out]
     if keys and all(key["state"] == "resting" for key in keys):
-        wrong.append(Trouble("every API key rests", "wait, or add another key to INFOWAY_API_KEY"))
+        wrong.append(Trouble(phrase("cli.every_key_rests"), phrase("cli.wait_or_add")))
     return wrong
 
 
@@ -19230,30 +19505,32 @@ def _collect_stats(facts: Mapping[str, Any]) -> CollectStats:
 def _collect_faults(settings: Settings, facts: Mapping[str, Any]) -> list[Trouble]:
     """Return what is wrong with collecting by what the daemon told last."""
     stats = _collect_stats(facts)
-    to_do = "see --check and the daemon's log; it tries again by itself"
+    to_do = phrase("cli.tries_again")
     if stats.trouble:
-        return [Trouble(f"collecting: {one_line(stats.trouble)}", to_do)]
+        return [Trouble(phrase("cli.collect_trouble", why=one_line(stats.trouble)), to_do)]
     if stats.connections < stats.connections_wanted:
         wanted = count_words(stats.connections_wanted, "connection")
-        return [Trouble(f"{stats.connections} of {wanted} to the stream stand", to_do)]
+        return [Trouble(phrase("cli.few_connections", count=stats.connections, wanted=wanted), to_do)]
     if facts["at"] is None:
-        return [Trouble("collecting has not begun", to_do)]
+        return [Trouble(phrase("cli.not_begun"), to_do)]
     if settings.collect and stats.polled and not stats.connections_wanted:
-        words = f"the stream brings nothing, {count_words(stats.polled, 'code')} polled instead"
-        return [Trouble(words, "see --check and the daemon's log; COLLECT_EVERY polls without a stream")]
+        words = phrase("cli.polled_instead", codes=count_words(stats.polled, "code"))
+        return [Trouble(words, phrase("cli.poll_by_setting"))]
     return []
 
 
-def _collect_line(facts: Mapping[str, Any]) -> str:
+def _collect_line(facts: Mapping[str, Any]) -> Phrase:
     """Return what is collected, in all and now, for a person."""
     if facts["at"] is None:
-        return "nothing now"
+        return phrase("cli.nothing_now")
     stats = _collect_stats(facts)
-    line = f"{collect_words(stats)}, at {facts['at']}"
-    line += f"; since the start {count_words(stats.trades, 'trade')}, {stats.stored} new"
+    trades = count_words(stats.trades, "trade")
+    clauses = [
+        phrase("cli.collecting", now=collect_words(stats), at=facts["at"], trades=trades, stored=stats.stored)
+    ]
     if stats.dropped:
-        line += f", {stats.dropped} dropped"
-    return line
+        clauses.append(phrase("cli.dropped", count=stats.dropped))
+    return listing("join.commas", clauses)
 
 
 def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = False) -> int:
@@ -19266,92 +19543,120 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
     status = gather_status(settings)
     code = next(code for code, words in STATUS_WORDS.items() if words == status["status"])
     if as_json:
-        show(settings.redact(json.dumps(status, ensure_ascii=False)))
+        show_json(status)
         return code
-    waiting, last = status["waiting"], status["last_execution"]
     lines = [
-        ("status", _status_line(status)),
-        ("version", status["version"]),
-        ("daemon", _daemon_line(status["daemon"])),
-        ("registration", status["registration"] or _unregistered(settings)),
-        ("platform", _platform_line(status["platform"])),
+        ("cli.of_status", _status_line(status["status"], status["wrong"], status["to_do"])),
+        ("cli.of_version", status["version"]),
+        ("cli.of_daemon", _daemon_line(status["daemon"])),
+        ("cli.of_registration", status["registration"] or _unregistered(settings)),
+        ("cli.of_platform", _platform_line(status["platform"])),
     ]
     if status["collecting"] is not None:
         facts: Mapping[str, Any] = status["collecting"]
         if not status["daemon"]["running"]:
             facts = dict.fromkeys(facts)
-        lines.append(("collecting", _collect_line(facts)))
+        lines.append(("cli.of_collecting", _collect_line(facts)))
         odd = [one for one in facts["streams"] or () if one["why"] or one["state"] != "connected"]
-        lines += [("stream", _stream_line(one)) for one in odd]
-    lines.append(("store", status["store"]))
+        lines += [("cli.of_stream", _stream_line(one)) for one in odd]
+    lines.append(("cli.of_store", status["store"]))
     if status["spool"] is not None:
-        lines.append(("spool", _spool_line(status["spool"])))
-    words = f"{waiting['commands']} commands, {waiting['results']} results to deliver"
-    if waiting["executing"]:
-        words = f"one executed now, {words}"
-    lines.append(("waiting", words))
+        lines.append(("cli.of_spool", _spool_line(status["spool"])))
+    lines.append(("cli.of_waiting", _waiting_line(status["waiting"])))
     if status["damaged_files"]:
-        lines.append(("damaged files", f"{status['damaged_files']}: see --rejects"))
-    done = "none yet"
-    if last is not None:
-        done = f"{last['status']} at {last['at']}, {last['workflow_name'] or 'without a name'}: {last['message']}"
-    lines.append(("last execution", done))
+        lines.append(("cli.of_damaged", phrase("cli.damaged", count=status["damaged_files"])))
+    lines.append(("cli.of_last", _last_line(status["last_execution"])))
     if status["totals"]:
-        lines.append(("in all", _totals_line(status["totals"])))
-    lines += [("API key", _key_line(key)) for key in status["keys"]]
-    show(settings.redact(local_times("\n".join(f"{name:<15} {text}" for name, text in lines))))
+        lines.append(("cli.of_totals", _totals_line(status["totals"])))
+    lines += [("cli.of_key", _key_line(key)) for key in status["keys"]]
+    _show_labelled(lines)
     return code
 
 
-def _status_line(status: StatusReport) -> str:
+def _show_labelled(lines: Iterable[tuple[str, str]]) -> None:
+    """Print lines, each with what it is about, a kind, before it."""
+    shown = []
+    for kind, words in lines:
+        label = for_reader(phrase(kind))
+        shown.append(f"{label}{' ' * (LABEL_COLUMNS - columns_of(label))} {for_reader(words)}")
+    show(local_times("\n".join(shown)))
+
+
+def _state_words(state: str) -> str:
+    """Return a state as a person reads it; one of another version as it is."""
+    return phrase(STATES[state]) if state in STATES else state
+
+
+def _status_line(status: str, wrong: Sequence[str], to_do: Sequence[str]) -> str:
     """Return whether all is well, and if not, what is wrong and what to do."""
-    line = status["status"]
-    if status["wrong"]:
-        line += f": {'; '.join(status['wrong'])}"
-    if status["to_do"]:
-        line += f". To do: {'; '.join(status['to_do'])}"
-    return line
+    words, cure = _state_words(status), listing("join.clauses", to_do)
+    if wrong:
+        return phrase("cli.wrong_to_do", status=words, wrong=listing("join.clauses", wrong), to_do=cure)
+    return phrase("cli.to_do", status=words, to_do=cure) if to_do else words
 
 
-def _stream_line(stream: Mapping[str, Any]) -> str:
-    line = f"{stream['product']}: {stream['subscribed']} of {count_words(stream['codes'], 'code')}, {stream['state']}"
+def _stream_line(stream: Mapping[str, Any]) -> Phrase:
+    codes, state = count_words(stream["codes"], "code"), _state_words(stream["state"])
+    product, subscribed = stream["product"], stream["subscribed"]
+    words = phrase("cli.stream", product=product, subscribed=subscribed, codes=codes, state=state)
     if stream["why"]:
-        line += f": {one_line(stream['why'], TROUBLE_SHOWN)}"
-    return line
+        return phrase("tools.because", what=words, why=one_line(stream["why"], TROUBLE_SHOWN))
+    return words
 
 
-def _unregistered(settings: Settings) -> str:
-    if not settings.platform_url():
-        return "none: no platform is set"
-    return "none: run --register"
+def _unregistered(settings: Settings) -> Phrase:
+    return phrase("cli.run_register" if settings.platform_url() else "cli.no_platform")
+
+
+def _waiting_line(waiting: Waiting) -> Phrase:
+    commands, results = waiting["commands"], waiting["results"]
+    return phrase(
+        "cli.executing" if waiting["executing"] else "cli.waiting", commands=commands, results=results
+    )
+
+
+def _last_line(last: LastExecution | None) -> Phrase:
+    if last is None:
+        return phrase("cli.none_yet")
+    name, status = last["workflow_name"] or phrase("cli.nameless"), _state_words(last["status"])
+    return phrase("cli.last", status=status, at=last["at"], name=name, message=last["message"])
 
 
 def _show_unknown(as_json: bool) -> int:
     """Say of everything that it is not known: what cannot be looked at is not down, and not unregistered."""
-    why, to_do = "this user may not look at it", "run as root"
+    why, to_do = [phrase("cli.may_not_look")], [phrase("cli.run_as_root")]
     if as_json:
         known = {"status": STATUS_WORDS[STATUS_UNKNOWN], "version": __version__, "daemon": {"running": None}}
         unknown: dict[str, object] = dict.fromkeys(StatusReport.__annotations__)
-        show(json.dumps(unknown | known | {"wrong": [why], "to_do": [to_do]}))
+        show_json(unknown | known | {"wrong": why, "to_do": to_do})
         return STATUS_UNKNOWN
-    lines = [f"{'status':<15} unknown: {why}. To do: {to_do}", f"{'version':<15} {__version__}"]
-    parts = ("daemon", "registration", "platform", "store", "waiting", "last execution", "API key")
-    show("\n".join([*lines, *(f"{part:<15} unknown" for part in parts)]))
+    lines = [
+        ("cli.of_status", _status_line(STATUS_WORDS[STATUS_UNKNOWN], why, to_do)),
+        ("cli.of_version", __version__),
+    ]
+    others = ("daemon", "registration", "platform", "store", "waiting", "last", "key")
+    _show_labelled([*lines, *((f"cli.of_{name}", phrase("cli.unknown")) for name in others)])
     return STATUS_UNKNOWN
 
 
-def _totals_line(totals: Mapping[str, Any]) -> str:
-    count = sum(totals[name] for name in TOTALS[:3])
-    line = f"{count_words(count, 'execution')} since {totals['since']}"
-    line += f", {totals['partial']} in part, {totals['failure']} failed"
-    line += f"; {count_words(totals['stored'], 'trade')} stored, {totals['known']} already known"
-    return f"{line}, {totals['kept']} kept for MongoDB, {count_words(totals['failed'], 'code')} failed"
+def _totals_line(totals: Mapping[str, Any]) -> Phrase:
+    return phrase(
+        "cli.totals",
+        executions=count_words(sum(totals[name] for name in TOTALS[:3]), "execution"),
+        since=totals["since"],
+        partial=totals["partial"],
+        failure=totals["failure"],
+        trades=count_words(totals["stored"], "trade"),
+        known=totals["known"],
+        kept=totals["kept"],
+        codes=count_words(totals["failed"], "code"),
+    )
 
 
 def run_executions(count: int, settings: Settings, as_json: bool) -> int:
     """Print the last executions and runs with their failures, oldest first; return the exit status."""
     if is_hidden(settings.state_directory):
-        raise StoreError(HIDDEN_WORDS)
+        raise StoreError(phrase("cli.hidden", unit=UNIT))
     found: list[ExecutionFacts] = []
     if (settings.state_directory / JOURNAL_NAME).exists():
         with contextlib.closing(Journal(settings.state_directory)) as journal:
@@ -19359,87 +19664,102 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
     for one in found:
         show_one(one, _execution_lines(one), as_json)
     if not found and not as_json:
-        show("nothing was executed yet")
+        show(phrase("cli.nothing_executed"))
     return EXIT_OK
 
 
-def _execution_lines(one: ExecutionFacts) -> str:
+def _execution_lines(one: ExecutionFacts) -> Phrase:
     """Return an execution for a person: when, what, how it ended, and a line for each code that failed."""
-    words = f"{one['ended_at'] or one['accepted_at']}  {_whole_or_partial(one)}  "
-    words += f"{one['execution_id'] or '-'}  {one['workflow_name'] or '-'}"
-    result, message = one["result"] or {}, one["message"] or ""
+    result, message, more = one["result"] or {}, one["message"] or "", []
     if result:
-        stored = f"{result.get('success_count')} of {result.get('total')} codes stored"
-        words += f"  {stored}"
-        message = message.replace(f"; {stored}", "")  # once is enough
+        stored = phrase("cli.stored", stored=result.get("success_count"), total=result.get("total"))
+        message = _without_clause(message, stored)  # once is enough
+        more.append(stored)
     if one["ended_at"] and one["delivered"] is False:
-        words += ", to be delivered"
-    if one["status"] == "failure":
-        words += f": {message}"
+        more.append(phrase("cli.undelivered"))
+    words: str = phrase(
+        "cli.execution",
+        at=one["ended_at"] or one["accepted_at"],
+        outcome=_state_words(_whole_or_partial(one)),
+        id=one["execution_id"] or "-",
+        name=one["workflow_name"] or "-",
+    )
+    if more:
+        words = listing("join.columns", [words, listing("join.commas", more)])
+    if one["status"] == "failure" and message:
+        words = phrase("tools.because", what=words, why=message)
     failures = result.get("failures", {})
-    return "\n".join([one_line(words, 600), *(f"  {code}: {why}" for code, why in failures.items())])
+    lines = [phrase("cli.failed_code", code=code, why=why) for code, why in failures.items()]
+    return listing("join.lines", [one_line(words, 600), *lines])
 
 
-def _daemon_line(daemon: DaemonFacts) -> str:
+def _without_clause(message: str, clause: str) -> str:
+    """Return a message without a clause that stands beside it."""
+    if isinstance(message, Phrase) and message.kind == "join.clauses":
+        return listing(message.kind, [part for part in message.values["parts"] if part != clause])
+    return message.replace(f"; {clause}", "")  # an answer of an older version is but a text
+
+
+def _daemon_line(daemon: DaemonFacts) -> Phrase:
     if not daemon["running"]:
-        return "not running"
+        return phrase("cli.not_running")
     if daemon["pid"] is None:
-        return "running, and has told nothing of itself yet"
-    return f"running, pid {daemon['pid']}, version {daemon['version']}"
+        return phrase("cli.running_silent")
+    return phrase("cli.running", pid=daemon["pid"], version=daemon["version"])
 
 
-def _spool_line(spool: QueueFacts) -> str:
-    line = f"{waiting_words(spool['trades'])} for MongoDB"
+def _spool_line(spool: QueueFacts) -> Phrase:
+    clauses = [phrase("cli.wait_for_mongodb", trades=waiting_words(spool["trades"]))]
     if spool["trades"]:
-        line += f", {spool['bytes'] / 2**20:.1f} MB, the oldest since {spool['oldest']}"
+        clauses.append(phrase("cli.oldest", megabytes=spool["bytes"] / 2**20, oldest=spool["oldest"]))
     if spool["refused"]:
-        line += f", {spool['refused']} found no room"
+        clauses.append(phrase("cli.no_room", count=spool["refused"]))
     if spool["unsettled"]:
-        line += f", the closes of {spool['unsettled']} are still to be made"
+        clauses.append(phrase("cli.unsettled", count=spool["unsettled"]))
     if spool["rejects"]:
-        line += f", {spool['rejects']} refused by it: see --rejects"
-    return line
+        clauses.append(phrase("cli.rejected", count=spool["rejects"]))
+    return listing("join.commas", clauses)
 
 
-def _platform_line(platform: PlatformFacts) -> str:
-    line = f"{platform['url'] or 'none set'}: {platform['state']}"
+def _platform_line(platform: PlatformFacts) -> Phrase:
+    url, state = platform["url"] or phrase("cli.none_set"), _state_words(platform["state"])
     if platform["state"] == "connected":
-        return f"{line} since {platform['connected_since']}"
+        return phrase("cli.connected_since", url=url, since=platform["connected_since"])
     if platform["last_contact"]:
-        line += f", last contact {platform['last_contact']}"
-    return line
+        return phrase("cli.last_contact", url=url, state=state, at=platform["last_contact"])
+    return phrase("cli.platform", url=url, state=state)
 
 
-def _key_line(key: KeyUsage) -> str:
-    line = f"{key['key']}  {key['plan']}  {_quota_words(key)}  {key['state']}"
+def _key_line(key: KeyUsage) -> Phrase:
+    state = _state_words(key["state"])
     if key["until"]:
-        line += f" until {key['until']}"
+        state = phrase("cli.until", state=state, until=key["until"])
     if key["why"]:
-        line += f" ({key['why']})"
+        state = phrase("cli.for_reason", state=state, why=key["why"])
+    clauses: list[str] = [listing("join.columns", [key["key"], key["plan"], _quota_words(key), state])]
     if key["ends_soon"]:
-        line += f"; {key['ends_soon']}"
+        clauses.append(key["ends_soon"])
     if key["not_for"]:
-        line += f"; not for {', '.join(key['not_for'])}"
-    return line
+        clauses.append(phrase("cli.not_for", products=listing("join.names", key["not_for"])))
+    return listing("join.clauses", clauses)
 
 
-def _quota_words(key: KeyUsage) -> str:
+def _quota_words(key: KeyUsage) -> Phrase:
     if not key["per_day"]:
-        return "no daily limit, not counted"
+        return phrase("cli.no_limit")
     if key["used_today"] is None:
-        return "used today: unknown, the counts cannot be read"
-    words = f"{key['used_today']} used today, {key['left_today']} left"
-    if key["leased_today"]:
-        words += f", {key['leased_today']} of them leased by the daemon"
-    return words
+        return phrase("cli.not_counted")
+    used, left, leased = key["used_today"], key["left_today"], key["leased_today"]
+    if leased:
+        return phrase("cli.quota_leased", used=used, left=left, leased=leased)
+    return phrase("cli.quota", used=used, left=left)
 
 
 def need_mongodb(settings: Settings, why: str) -> None:
     """Raise SettingsError unless the settings name a MongoDB."""
     if not settings.mongodb_uri:
-        raise SettingsError(
-            [f"MONGODB_HOST not set: {why}; the trades are in {settings.state_directory / SQLITE_NAME}"]
-        )
+        file = settings.state_directory / SQLITE_NAME
+        raise SettingsError([phrase("cli.no_mongodb", why=why, file=file)])
 
 
 def run_drain(settings: Settings, retry: bool) -> int:
@@ -19447,7 +19767,7 @@ def run_drain(settings: Settings, retry: bool) -> int:
 
     `retry`: what MongoDB refused before, too.
     """
-    need_mongodb(settings, "there is nowhere to move what this machine holds")
+    need_mongodb(settings, phrase("cli.nowhere_to_move"))
     terminal = Terminal(None, "unit.trades", bar_above=0)
     stop = stop_on_signals()
     with Pipeline(settings, terminal) as pipeline:
@@ -19456,10 +19776,11 @@ def run_drain(settings: Settings, retry: bool) -> int:
         finally:
             terminal.close()
             moved, rejected, left = pipeline.delivered()
-            line = f"{moved} moved to {settings.mongodb_shown()}"
+            place = settings.mongodb_shown()
+            words = phrase("cli.drained", moved=moved, place=place, left=left)
             if rejected:
-                line += f", {rejected} refused by it: see --rejects"
-            say(f"{line}; {left} left on this machine")
+                words = phrase("cli.drained_but", moved=moved, place=place, rejected=rejected, left=left)
+            say(words)
     return EXIT_INTERRUPTED if left and stop.is_set() else EXIT_OK
 
 
@@ -19468,8 +19789,8 @@ def run_retain(settings: Settings) -> int:
     with Pipeline(settings) as pipeline:
         why = pipeline.apply_retention()
         if why:
-            raise StoreError(f"KEEP_DAYS={settings.keep_days or ''} has no effect: {why}")
-        say(local_times(f"{store_name(settings)}: {pipeline.kept()}"))
+            raise StoreError(phrase("cli.not_retained", days=settings.keep_days or "", why=why))
+        say(phrase("cli.retained", store=store_name(settings), words=pipeline.kept()))
     return EXIT_OK
 
 
@@ -19512,11 +19833,11 @@ def discard_rejects(settings: Settings) -> int:
         rejects = pipeline.discard_rejects()
     files = damaged_files(settings.state_directory)
     size = sum(path.stat().st_size for path in files)
-    with disk_trouble("a damaged file cannot be deleted"):
+    with disk_trouble(phrase("cli.not_deleted")):
         for path in files:
             path.unlink()
-    documents = count_words(rejects, "document")
-    say(f"discarded {documents} and {count_words(len(files), 'damaged file')} of {size / 2**20:.1f} MB")
+    documents, damaged = count_words(rejects, "document"), count_words(len(files), "damaged file")
+    say(phrase("cli.discarded", documents=documents, files=damaged, megabytes=size / 2**20))
     return EXIT_OK
 
 
@@ -19525,12 +19846,12 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
     with Pipeline(settings) as pipeline:
         rejects = pipeline.rejects()
     for reject in rejects:
-        line = "{rejected_at}  {collection}  {_id}: {reason}".format_map(reject)
-        show_one(reject, line, as_json)
+        where = listing("join.columns", [reject["rejected_at"], reject["collection"], reject["_id"]])
+        show_one(reject, phrase("tools.because", what=where, why=reject["reason"]), as_json)
     if not rejects and not as_json:
-        show("MongoDB has refused nothing")
+        show(phrase("cli.nothing_refused"))
     for path in damaged_files(settings.state_directory):
-        say(f"damaged, rescued and set aside: {path}, {path.stat().st_size / 2**20:.1f} MB")
+        say(phrase("cli.damaged_file", path=path, megabytes=path.stat().st_size / 2**20))
     return EXIT_OK
 
 
@@ -19545,9 +19866,9 @@ def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
             line += f"  {symbol.name_en}"
         show_one(symbol._asdict(), line, as_json)
     if why:
-        say(f"not all of the API's lists are here: {settings.redact(why)}", logging.WARNING)
+        say(phrase("cli.lists_incomplete", why=why), logging.WARNING)
     elif not found:
-        say(f"no instrument of the API's lists has {one_line(text, 40)} in its code or its name")
+        say(phrase("cli.no_instrument", text=one_line(text, 40)))
     if stop.is_set():
         return EXIT_INTERRUPTED
     return EXIT_OK if found and not why else EXIT_FAILED
@@ -19557,7 +19878,7 @@ def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -
     """Print what is stored of codes; exit status 1 where there is none of one that was asked for, or nothing at all."""
     with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
         codes, missing = codes_to_show(options, settings, reader)
-        found = in_order(quotes(reader, codes, not is_chinese(environ)), options.sort or "code")
+        found = in_order(quotes(reader, codes, SPOKEN.language == ENGLISH), options.sort or "code")
     now = time.time()
     if options.json:
         for one in found:
@@ -19566,7 +19887,7 @@ def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -
         show("\n".join(quote_table(settings, environ, options.up).lines(found, now)))
     status = _end_view(missing, found)
     if found and not options.demo and all(one.reference is None for one in found):
-        say("no final close is stored that a change could be told against: --backfill 5 brings some")
+        say(phrase("cli.no_reference"))
     return status
 
 
@@ -19575,7 +19896,7 @@ def _end_view(missing: Sequence[str], found: Collection[object]) -> int:
     for words in missing:
         say(words)
     if not found:
-        say("no trade is stored yet: see --once, or --show --demo for those of --once --demo")
+        say(phrase("cli.no_trade_yet"))
     return EXIT_FAILED if missing or not found else EXIT_OK
 
 
@@ -19585,10 +19906,7 @@ def need_blocks(options: Options, encoding: str) -> None:
         "█▒│░".encode(encoding)
     except UnicodeError:
         if not options.json:
-            raise UsageError(
-                f"--chart: stdout is {encoding}, which has no blocks to draw with: set LANG to a UTF-8 locale, or "
-                "see --json and --html"
-            ) from None
+            raise UsageError(phrase("cli.no_blocks", encoding=encoding)) from None
 
 
 def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
@@ -19600,7 +19918,7 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
         codes, missing = codes_to_show(options, settings, reader)
         last = reader.last(codes)
         charts = read_charts(reader, codes, last, step, span, now, width)
-        names = reader.names(codes, not is_chinese(environ))
+        names = reader.names(codes, SPOKEN.language == ENGLISH)
     up, color = color_of_rise(environ, options.up), settings.color and sys.stdout.isatty()
     order = codes if options.sort == "asked" else sorted(charts)
     for code, chart in [(code, charts[code]) for code in order if code in charts]:
@@ -19630,13 +19948,14 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
         last = {one.code: one.trade for one in found}
         names, charts = reader.names(last), read_charts(reader, [*last], last, step, span, now, PAGE_STEPS)
         closes = reader.closes(last, *dates_of(Span(until=span.until), now))
-    page = Page(found, names, charts, closes, now, store, is_chinese(environ), up, options.up is not None)
+    page = Page(found, names, charts, closes, now, store, SPOKEN.language, up, options.up is not None)
     is_picture = path.suffix.lower() == ".svg"
     text = draw_picture(_only_chart(charts.values()), up) if is_picture else draw_page(page)
     # a web server is another user
     write_whole(path, text, mode=0o644, setting="--html")
     status = _end_view(missing, found)
-    say(f"{path}: {count_words(len(found), 'code')}, {len(text.encode()) / 1000:.0f} kB")
+    size = len(text.encode()) / 1000
+    say(phrase("cli.page_written", path=path, codes=count_words(len(found), "code"), size=size))
     return status
 
 
@@ -19644,11 +19963,9 @@ def _only_chart(charts: Iterable[Chart]) -> Chart:
     """Return the one chart that a picture has room for. Raises UsageError."""
     found = [chart for chart in charts if chart.candles]
     if not found:
-        raise StockrtError("--html FILE.svg: there is no candle to draw; --show says what is stored")
+        raise StockrtError(phrase("cli.no_candle"))
     if len(found) > 1:
-        raise UsageError(
-            f"--html FILE.svg: a picture is of one code, and here are candles of {len(found)}: name one with --codes"
-        )
+        raise UsageError(phrase("cli.not_one_code", count=len(found)))
     return found[0]
 
 
@@ -19687,7 +20004,7 @@ def codes_meant(
     `stored`: of which there is something; None: of which there are trades. Raises StoreError.
     """
     meant: dict[str, list[str]] = {}
-    missing = []
+    missing: list[str] = []
     for code in dict.fromkeys(typed):
         try:
             instrument = parse_code(code)
@@ -19697,7 +20014,7 @@ def codes_meant(
                 names = reader.names(reader.codes() if stored is None else stored)
                 meant[code] += [one for one, name in names.items() if error.text in name.upper()]
         except InstrumentError as error:
-            missing.append(f"{one_line(code, 40)}: {error}")
+            missing.append(phrase("tools.because", what=one_line(code, 40), why=error.message))
         else:
             meant[code] = [instrument.code, *(other.code for other in instrument.alternatives)]
     there = stored
@@ -19708,10 +20025,8 @@ def codes_meant(
         of_it = [one for one in ones if one in there]
         found += of_it[:1]
         if not of_it:
-            words = f"{one_line(code, 40)}: nothing of it is stored"
-            if not code.isascii():
-                words += f"; where that is a name, --symbols {one_line(code, 40)} brings its code"
-            missing.append(words)
+            kind = "cli.code_not_stored" if code.isascii() else "cli.name_not_stored"
+            missing.append(phrase(kind, code=one_line(code, 40)))
     return list(dict.fromkeys(found)), missing
 
 
@@ -19739,12 +20054,15 @@ def run_export(options: Options, settings: Settings) -> int:
                 with whole_file(Path(place), durable=True, setting="--export") as stream:
                     count = _write_export(export, reader, stream)
     except KeyboardInterrupt:
-        say("interrupted" if place == "-" else "interrupted: no file was written")
+        say(phrase("cli.export_broken" if place == "-" else "cli.export_undone"))
         return EXIT_INTERRUPTED
-    for words in missing:
-        say(words)
-    what = "close" if options.closes else "trade"
-    say(f"{count_words(count, what)} written to {'standard output' if place == '-' else place}")
+    for lack in missing:
+        say(lack)
+    rows = count_words(count, "close" if options.closes else "trade")
+    words = phrase("cli.exported", rows=rows)
+    if place != "-":
+        words = phrase("cli.exported_to", rows=rows, path=place)
+    say(words)
     return EXIT_FAILED if missing else EXIT_OK
 
 
@@ -19761,7 +20079,7 @@ def _to_stdout(export: Export, reader: Reader) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit's flush fails again
         if isinstance(error, BrokenPipeError):
             raise PrintError from None
-        raise PrintError(f"cannot print: {error.strerror or error}") from None
+        raise PrintError(phrase("cli.cannot_print", why=error.strerror or str(error))) from None
     return count
 
 
@@ -19789,13 +20107,12 @@ def run_register(settings: Settings, force: bool) -> int:
     place = settings.state_directory / HASH_NAME
     stored = "" if force else read_hash(settings.state_directory)
     if stored:
-        show(f"registered already: hash {shorten(stored)} in {place}; --register --force registers anew")
+        show(phrase("cli.registered_already", hash=shorten(stored), place=place))
         return EXIT_OK
     module_hash = register(settings)
     write_hash(settings.state_directory, module_hash)
-    show(
-        f"registered {settings.module_name} at {settings.platform_url()}: hash {shorten(module_hash)} in {place}"
-    )
+    name, url, shown = settings.module_name, settings.platform_url(), shorten(module_hash)
+    show(phrase("cli.registered", name=name, url=url, hash=shown, place=place))
     return EXIT_OK
 
 
@@ -19803,12 +20120,12 @@ def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
     """Say that the settings, which were read by now, are well, and for what they are enough. Raises SettingsError."""
     zones = {market.zone for market in (*MARKETS.values(), *PRODUCT_MARKETS.values())}
     if None in map(zone_info, zones):
-        raise SettingsError(["time zones: see above; install the package tzdata, or see PYTHONTZPATH"])
+        raise SettingsError([phrase("cli.no_time_zones")])
     check = _check_origins(loaded, is_service_hidden)
     if not loaded.settings.platform_url():
-        words = NO_PLATFORM if loaded.settings.collects else NO_DAEMON
-        check = check._replace(words=f"{check.words}; {words}")
-    show(_check_line(check))
+        words = listing("join.clauses", [check.words, _without_platform(loaded.settings)])
+        check = check._replace(words=words)
+    show(local_times(for_reader(_check_line(check))))
     return EXIT_OK if check.good else EXIT_FAILED
 
 
@@ -19831,18 +20148,13 @@ def run_reload(settings: Settings, environ: Mapping[str, str]) -> int:
     """Hand the unit's new environment, whose settings are good by now, to its daemon, and have it read them."""
     pid, place = environ.get("MAINPID", ""), handed_over(environ)
     if place is None or not pid.isdigit():
-        raise UsageError(
-            "--reload is what the unit's ExecReload= calls: type sudo systemctl reload stockrt, "
-            "or, for a daemon without a unit, kill -HUP and its pid"
-        )
+        raise UsageError(phrase("cli.reload_by_unit"))
     write_whole(place, json.dumps(dict(environ)), setting="RUNTIME_DIRECTORY")
     os.kill(int(pid), signal.SIGHUP)
     deadline = time.monotonic() + RELOAD_WAIT_S
     while place.exists():
         if time.monotonic() > deadline:
-            raise StockrtError(
-                f"the daemon has not read its settings within {RELOAD_WAIT_S:.0f} s; see its log"
-            )
+            raise StockrtError(phrase("cli.not_reloaded", seconds=RELOAD_WAIT_S))
         time.sleep(STOP_POLL_S)
     return EXIT_OK
 
@@ -19856,10 +20168,7 @@ def need_descriptors(settings: Settings) -> None:
         needed += DESCRIPTORS_OF_A_KEY * len(settings.api_keys)
     few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < needed:
-        raise StockrtError(
-            f"only {most} files and sockets may be open, and {needed} are needed; "
-            "see LimitNOFILE= of the unit, or ulimit -n"
-        )
+        raise StockrtError(phrase("cli.few_descriptors", most=most, needed=needed))
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, needed), most))
 
 
@@ -19878,11 +20187,11 @@ def run_daemon(settings: Settings, environ: Mapping[str, str], env_file: Path | 
     try:
         need_clock(time.time())
     except StoreError as error:  # it may be set at any moment
-        log.warning(str(error))
-    work = "collects without a platform"
+        log.warning("%s", error)
     if settings.platform_url():
-        work = f"for {settings.module_name} at {settings.platform_url()}"
-    log.info("stockrt %s %s", __version__, work)
+        log.info("stockrt %s for %s at %s", __version__, settings.module_name, settings.platform_url())
+    else:
+        log.info("stockrt %s collects without a platform", __version__)
     daemon.run()
     service.stopped()
     log.info("stopped")
@@ -19899,11 +20208,8 @@ def run_migrate(options: Options, environ: Mapping[str, str]) -> int:
         Path(cast(str, options.migrate)), target, environ, options.dry_run
     )
     start_logging(settings)
-    show(settings.redact("\n".join(lines)))
-    done = "a service that runs sees changes after its restart"
-    if options.dry_run:
-        done = "nothing was written: --dry-run"
-    say(f"settings: {target}; {done}")
+    show(listing("join.lines", lines))
+    say(phrase("cli.would_migrate" if options.dry_run else "cli.migrated", file=target))
     if options.documents is None:
         return EXIT_OK
     return run_documents(options, settings, old.get("MONGODB_COLLECTION_NAME", OLD_COLLECTION))
@@ -19912,12 +20218,13 @@ def run_migrate(options: Options, environ: Mapping[str, str]) -> int:
 def run_documents(options: Options, settings: Settings, source: str = OLD_COLLECTION) -> int:
     """Bring the older client's documents over, say what was done, and return the exit status."""
     zone = time_zone(cast(str, options.time_zone))
-    need_mongodb(settings, "there are no older documents")
+    need_mongodb(settings, phrase("cli.no_old_documents"))
     if settings.keep_days:
-        words = (
-            "KEEP_DAYS=%d: MongoDB removes what is older from %s again, once that holds there; see --check"
+        log.warning(
+            "KEEP_DAYS=%d: MongoDB removes what is older from %s again, once that holds there; see --check",
+            settings.keep_days,
+            settings.realtime_name,
         )
-        log.warning(words, settings.keep_days, settings.realtime_name)
     terminal = Terminal(None, "unit.documents", bar_above=0)
     stop = stop_on_signals()
     with Pipeline.open_mongodb(settings) as store:
@@ -19929,9 +20236,9 @@ def run_documents(options: Options, settings: Settings, source: str = OLD_COLLEC
         finally:
             terminal.close()
             if migration.done.read:
-                say(settings.redact(migration.words()))
+                say(migration.words())
     if not finished:
-        say("interrupted: the same command goes on where it stopped")
+        say(phrase("cli.goes_on"))
         return EXIT_INTERRUPTED
     return EXIT_FAILED if migration.done.refused else EXIT_OK
 
@@ -19954,7 +20261,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     _warn(loaded.warnings, needs is DAEMON_NEEDS)
     looks = options.show is not None or options.export
     if hidden and (options.drain or options.retain or options.rejects or options.executions or looks):
-        raise StoreError(HIDDEN_WORDS)
+        raise StoreError(phrase("cli.hidden", unit=UNIT))
     if options.once:
         return run_once(options, loaded.settings)
     if options.collect:
@@ -20079,11 +20386,16 @@ TEMPLATES |= {
     "join.names": (", ", "、"),
     "join.commas": (", ", "，"),
     "join.clauses": ("; ", "；"),
+    "join.and": (" and ", " 和 "),
+    "join.columns": ("  ", "  "),
     "join.lines": ("\n", "\n"),
+    "join.dots": (" · ", " · "),
     "n.beat": ("{n} beat", "{n} 次轮询"),
     "n.beats": ("{n} beats", "{n} 次轮询"),
     "n.candle": ("{n} candle", "{n} 根 K 线"),
     "n.candles": ("{n} candles", "{n} 根 K 线"),
+    "n.close": ("{n} close", "{n} 个收盘价"),
+    "n.closes": ("{n} closes", "{n} 个收盘价"),
     "n.code": ("{n} code", "{n} 个代码"),
     "n.codes": ("{n} codes", "{n} 个代码"),
     "n.connection": ("{n} connection", "{n} 个连接"),
@@ -20181,21 +20493,418 @@ TEMPLATES |= {
 # Of the room Settings
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "settings.credential": ("credential", "凭据"),
+    "settings.credential_file": ("credential {path}", "凭据 {path}"),
+    "settings.database_of_host": (
+        "MONGODB_HOST, the database behind its last /: {expected}",
+        "MONGODB_HOST 最后一个 / 之后的数据库名：{expected}",
+    ),
+    "settings.defaults": ("defaults", "默认值"),
+    "settings.environment": ("environment", "环境变量"),
+    "settings.expect.codes": (
+        "expected codes such as AAPL.US 600519.SH, or @ and the name of a file of codes, or watch: the codes of the "
+        "collection MONGODB_WATCH_COLLECTION_NAME",
+        "应为代码（如 AAPL.US 600519.SH），或 @ 加代码文件的文件名，或 watch（即 MONGODB_WATCH_COLLECTION_NAME "
+        "集合中的代码）",
+    ),
+    "settings.expect.collect": ("expected stream, or nothing", "应为 stream，或留空"),
+    "settings.expect.collection": (
+        "expected a collection name of at most 120 bytes without $ and needless dots, not system.…",
+        "应为最多 120 字节的集合名，不含 $ 和多余的点，不以 system. 开头",
+    ),
+    "settings.expect.database": (
+        'expected a database name of at most 63 bytes without / \\ . " $ * < > : | ? or blanks',
+        '应为最多 63 字节的数据库名，不含 / \\ . " $ * < > : | ? 和空格',
+    ),
+    "settings.expect.days": (
+        "expected days, a whole number from 1 to 36500, or nothing: for ever",
+        "应为天数（1 到 36500 的整数），或留空（永久保留）",
+    ),
+    "settings.expect.description": (
+        "expected at most 500 printable characters",
+        "应为最多 500 个可显示的字符",
+    ),
+    "settings.expect.directory": ("expected an absolute path", "应为绝对路径"),
+    "settings.expect.every": ("expected seconds from 1 to 86400", "应为 1 到 86400 的秒数"),
+    "settings.expect.heartbeat": ("expected seconds from 1 to 3600", "应为 1 到 3600 的秒数"),
+    "settings.expect.host": (
+        "expected a host name or an address, without http:// and without a port",
+        "应为主机名或地址，不带 http:// 和端口",
+    ),
+    "settings.expect.hosts": (
+        "expected host names, addresses and blocks such as 10.0.0.0/8, comma-separated, or *",
+        "应为以逗号分隔的主机名、地址和地址段（如 10.0.0.0/8），或 *",
+    ),
+    "settings.expect.keys": (
+        "expected one or several keys, comma-separated, ASCII without blanks",
+        "应为一个或多个密钥，以逗号分隔，只含 ASCII 字符，不含空格",
+    ),
+    "settings.expect.language": ("expected zh or en", "应为 zh 或 en"),
+    "settings.expect.log_level": (
+        "expected debug, info, warning or error",
+        "应为 debug、info、warning 或 error",
+    ),
+    "settings.expect.megabytes": (
+        "expected megabytes, a whole number from 1 to 1048576",
+        "应为 1 到 1048576 的整数，单位 MB",
+    ),
+    "settings.expect.metrics_file": (
+        "expected an absolute path that ends in .prom",
+        "应为以 .prom 结尾的绝对路径",
+    ),
+    "settings.expect.mongodb": (
+        "expected mongodb://[user:password@]host[:port][/…] or mongodb+srv://…, with / : @ % in user and password "
+        "percent-encoded and acknowledged writes (no w=0)",
+        "应为 mongodb://[用户名:密码@]主机[:端口][/…] 或 mongodb+srv://…，用户名和密码中的 / : @ % 须百分号编码，"
+        "写入须有确认（不能用 w=0）",
+    ),
+    "settings.expect.name": ("expected 1 to 100 printable characters", "应为 1 到 100 个可显示的字符"),
+    "settings.expect.numeric_type": ("expected string, decimal or double", "应为 string、decimal 或 double"),
+    "settings.expect.option": (
+        "expected what MongoDB's documentation of connection strings says",
+        "应符合 MongoDB 文档对连接字符串的规定",
+    ),
+    "settings.expect.plans": (
+        "expected auto, free, basic, premium, pro, or requests per second as a number (0: no limit, else 0.017 or "
+        "more: one a minute); one for all keys, or one for each, comma-separated",
+        "应为 auto、free、basic、premium、pro，或每秒请求数（0 为不限，否则不小于 0.017，即每分钟一次）；"
+        "全部密钥共用一个，或每个密钥各一个，以逗号分隔",
+    ),
+    "settings.expect.port": ("expected a number from 1 to 65535", "应为 1 到 65535 的数字"),
+    "settings.expect.proxy": (
+        "expected http:// or https://[user:password@]host[:port], with / : @ % in user and password percent-encoded; "
+        "SOCKS is not supported",
+        "应为 http:// 或 https://[用户名:密码@]主机[:端口]，用户名和密码中的 / : @ % 须百分号编码；不支持 SOCKS",
+    ),
+    "settings.expect.share": (
+        "expected which share of how many, such as 1/3, of at most {most_shares}",
+        "应为总份数中的第几份，如 1/3，最多 {most_shares} 份",
+    ),
+    "settings.expect.stream_url": (
+        "expected a ws:// or wss:// URL without user, query or fragment",
+        "应为 ws:// 或 wss:// 开头的 URL，不带用户名、查询参数和片段",
+    ),
+    "settings.expect.tls": (
+        "expected 0 (http, ws) or 1 (https, wss)",
+        "应为 0（http、ws）或 1（https、wss）",
+    ),
+    "settings.expect.url": ("expected an http:// or https:// URL", "应为 http:// 或 https:// 开头的 URL"),
+    "settings.fault": ("{name}={shown} ({where}): {expected}", "{name}={shown}（{where}）：{expected}"),
+    "settings.forbidden_file": (
+        "{path} is there but may not be read by this user; left out",
+        "{path} 存在，但当前用户无权读取，已忽略",
+    ),
+    "settings.hiding": (
+        "{names}: the environment's is used here; {unit} does not see it and has another, or none",
+        "{names}：此处用的是环境变量的值；{unit} 看不到它，用的是另一个值，或没有值",
+    ),
+    "settings.inline_comment": (
+        "{path}, line {line}: to systemd the comment is a part of {name}; put it on a line of its own",
+        "{path} 第 {line} 行：systemd 会把注释当作 {name} 的一部分；请让注释单独成行",
+    ),
+    "settings.may_not_read": ("this user may not read it", "当前用户无权读取"),
+    "settings.may_not_write": ("this user may not write it", "当前用户无权写入"),
+    "settings.misspelled": (
+        "{where}: {name} is no setting and has no effect; did you mean {near}?",
+        "{where}：{name} 不是有效的设置，不起作用；是不是 {near}？",
+    ),
+    "settings.no_assignment": (
+        "{path}, line {line}: expected NAME=value (not shown: it may hold a secret)",
+        "{path} 第 {line} 行：应为 NAME=value（可能含有机密，故不显示原文）",
+    ),
+    "settings.no_codes": (
+        "COLLECT_CODES is not set, and {names} would collect nothing: {expected}",
+        "未设置 COLLECT_CODES，{names} 没有代码可采集：{expected}",
+    ),
+    "settings.no_key": (
+        "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none",
+        "未设置 INFOWAY_API_KEY：请在环境变量或 stockrt.env 中设置，或用无需密钥的 --demo 试用",
+    ),
+    "settings.no_platform": (
+        "{names} not set: the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; without a platform "
+        "use --once --codes …, or let it collect by itself: COLLECT=stream or COLLECT_EVERY, and COLLECT_CODES",
+        "未设置 {names}：守护进程需要调度平台的 SERVER_IP 和 SERVER_PORT；没有平台时请用 --once --codes …，"
+        "或让它自行采集：设置 COLLECT=stream 或 COLLECT_EVERY，以及 COLLECT_CODES",
+    ),
+    "settings.not_utf8": ("it is not UTF-8 text", "不是 UTF-8 文本"),
+    "settings.option": ("MONGODB_HOST, option {option}: {words}", "MONGODB_HOST 的选项 {option}：{words}"),
+    "settings.options": (
+        "MONGODB_HOST, its options together: {words}",
+        "MONGODB_HOST 的选项组合有误：{words}",
+    ),
+    "settings.other_file": (
+        "{path} is left out: the settings are those of {unit}; --env-file names another file",
+        "已忽略 {path}：此处用的是 {unit} 的设置；可用 --env-file 指定其他文件",
+    ),
+    "settings.plans_and_keys": (
+        "INFOWAY_PLAN names {plans} plans for {keys} keys: expected one for all or one for each",
+        "INFOWAY_PLAN 有 {plans} 个套餐，密钥有 {keys} 个：应为全部密钥共用一个，或每个密钥各一个",
+    ),
+    "settings.same_name": (
+        "{name}={value!r}: expected another name than {other} has",
+        "{name}={value!r}：不能与 {other} 同名",
+    ),
+    "settings.socks": ("{name}={shown}: {expected}", "{name}={shown}：{expected}"),
+    "settings.systemd_reads_otherwise": (
+        "{path}, line {line}: systemd would read {name} otherwise; put the value between double quotes, with \\ before "
+        'each " and \\ in it, and nothing behind it',
+        '{path} 第 {line} 行：systemd 读到的 {name} 会是另一个值；请把值放在双引号内，其中的 " 和 \\ 前各加一个 \\，'
+        "引号之后不写任何内容",
+    ),
+    "settings.two_ways": (
+        "COLLECT and COLLECT_EVERY are both set: choose one, COLLECT=stream for every trade (what the key's plan has "
+        "no room for is polled by itself), or COLLECT_EVERY for the latest trade every so many seconds",
+        "COLLECT 和 COLLECT_EVERY 只能设置一个：要逐笔成交请用 COLLECT=stream（超出密钥套餐的代码会自动改为轮询），"
+        "每隔若干秒取一次最新成交请用 COLLECT_EVERY",
+    ),
+    "settings.unit_environment": ("environment, which {unit} sets", "由 {unit} 设置的环境变量"),
+    "settings.unknown_option": ("MongoDB has no such option", "MongoDB 没有这个选项"),
+    "settings.unknown_option_near": (
+        "MongoDB has no such option; did you mean {near}?",
+        "MongoDB 没有这个选项；是不是 {near}？",
+    ),
+    "settings.unreadable": (
+        "{path}: cannot be read: {why}; --env-file names another file",
+        "无法读取 {path}：{why}；可用 --env-file 指定其他文件",
+    ),
+    "settings.unreadable_credential": (
+        "{name}: the credential {path} cannot be read: {why}",
+        "{name}：无法读取凭据 {path}：{why}",
+    ),
+    "settings.unreadable_file": ("the file cannot be read: {why}", "无法读取该文件：{why}"),
+    "settings.unreadable_handed_over": (
+        "{path}: cannot be read: {why}; is RUNTIME_DIRECTORY right?",
+        "无法读取 {path}：{why}；请检查 RUNTIME_DIRECTORY 是否正确",
+    ),
+    "settings.unseen_credential": (
+        "{unit} has a credential {name} that cannot be seen by hand",
+        "{unit} 的凭据 {name} 在手工运行时无法看到",
+    ),
+    "settings.unusable_path": ("{name}: {path} cannot be used: {why}", "{name}：无法使用 {path}：{why}"),
+    "settings.watch_needs_mongodb": (
+        "{what} without MONGODB_HOST: the watch list is a collection of MongoDB; set MONGODB_HOST, or name the codes, "
+        "or @ and a file of them",
+        "{what} 需要 MONGODB_HOST：自选列表是 MongoDB 的一个集合；请设置 MONGODB_HOST，或直接写代码，"
+        "或写 @ 加代码文件的文件名",
+    ),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Instruments
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "instruments.alphabet": (
+        "characters that no code has; expected letters, digits and dots such as AAPL.US",
+        "含有代码中不会出现的字符；应由字母、数字和点组成，如 AAPL.US",
+    ),
+    "instruments.beijing": (
+        "{code} is of the Beijing exchange, which Infoway does not carry",
+        "{code} 属于北京证券交易所，Infoway 没有其行情",
+    ),
+    "instruments.bo": (
+        "{name} is Bombay, whose prices Infoway's .IN is not said to have; if the share will do: RELIANCE.IN",
+        "{name} 是孟买交易所，Infoway 未说明 .IN 含其价格；如果只要这只股票的价格，可写 RELIANCE.IN",
+    ),
+    "instruments.bse": (
+        "{name} is Bombay or Beijing, neither known at Infoway; India's codes are such as RELIANCE.IN",
+        "{name} 可指孟买或北京的交易所，两者 Infoway 都没有；印度的代码形如 RELIANCE.IN",
+    ),
+    "instruments.coin_alone": (
+        "a coin without what it is quoted in",
+        "只有币种，未写计价货币",
+    ),
+    "instruments.did_you_mean": ("{why}: did you mean {codes}?", "{why}：是不是 {codes}？"),
+    "instruments.empty": ("an empty code; expected one such as AAPL.US", "代码为空；应为代码，如 AAPL.US"),
+    "instruments.expected_code": ("{why}: expected a code such as AAPL.US", "{why}：应为代码，如 AAPL.US"),
+    "instruments.expected_digits": (
+        "{why}: expected six digits such as 600519",
+        "{why}：应为六位数字，如 600519",
+    ),
+    "instruments.hong_kong": (
+        "{symbol}.HK: expected one to five digits such as 00700.HK",
+        "{symbol}.HK：应为一到五位数字，如 00700.HK",
+    ),
+    "instruments.index_alone": ("an index without its exchange", "指数未写交易所"),
+    "instruments.mainland": (
+        "{code}: expected six digits such as {example}",
+        "{code}：应为六位数字，如 {example}",
+    ),
+    "instruments.no_exchange": ("no exchange given", "未写交易所"),
+    "instruments.no_number": (
+        "no code: {raw}; expected a whole number or a text such as 600519.SH",
+        "不是代码：{raw}；应为整数或文本，如 600519.SH",
+    ),
+    "instruments.no_text": (
+        "no code: {raw}; expected a text such as AAPL.US",
+        "不是代码：{raw}；应为文本，如 AAPL.US",
+    ),
+    "instruments.not_an_exchange": (
+        "unknown exchange .{suffix}: expected one of {names}",
+        "未知的交易所 .{suffix}：应为以下之一：{names}",
+    ),
+    "instruments.not_of_product": (
+        "{venue}: expected an instrument of {product}, such as {example}",
+        "{venue}：应为产品 {product} 中的品种，如 {example}",
+    ),
+    "instruments.not_of_venue": (
+        "{venue}: expected a code of that exchange, such as {example}",
+        "{venue}：应为该交易所的代码，如 {example}",
+    ),
+    "instruments.only_suffix": (
+        "nothing before .{suffix}; expected a code such as {example}",
+        ".{suffix} 之前为空；应为代码，如 {example}",
+    ),
+    "instruments.other_product": (
+        "{code} is asked at {product}, not at {other}",
+        "{code} 属于产品 {product}，不属于 {other}",
+    ),
+    "instruments.perhaps_a_name": (
+        "no code but perhaps a name; expected a code such as 600519.SH",
+        "不是代码，可能是名称；应为代码，如 600519.SH",
+    ),
+    "instruments.shared_name": ("two instruments are called so", "有两个品种用这个代码"),
+    "instruments.too_long": (
+        "{n} characters; a code has at most {most}",
+        "共 {n} 个字符；代码最多 {most} 个字符",
+    ),
+    "instruments.tse": (
+        "{name} is Tokyo, Taiwan or Toronto: expected a suffix, such as 7203.JP or 2330.TW",
+        "{name} 可指东京、台湾或多伦多的交易所：请写后缀，如 7203.JP 或 2330.TW",
+    ),
+    "instruments.unknown_exchange": ("unknown exchange .{suffix}", "未知的交易所 .{suffix}"),
+    "instruments.unknown_form": (
+        "unknown form {code}: expected a code such as {example}",
+        "无法识别 {code}：应为代码，如 {example}",
+    ),
+    "instruments.unknown_venue": (
+        "unknown before the colon; expected an exchange or a product: {products}",
+        "无法识别冒号前的部分；应为交易所或产品：{products}",
+    ),
+    "instruments.yahoo": (
+        "{typed}: expected a pair such as USDCNY or a code such as AAPL.US",
+        "{typed}：应为货币对（如 USDCNY）或代码（如 AAPL.US）",
+    ),
+    "instruments.yahoo_index": (
+        "Yahoo's name of an index, Infoway's are such as .DJI.US or US500",
+        "这是 Yahoo 的指数代码，Infoway 的形如 .DJI.US 或 US500",
+    ),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Events
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "events.begins": ("begins", "正在启动"),
+    "events.close_lost": ("the closing snapshot is not kept: {why}", "收盘快照未保存：{why}"),
+    "events.code": ("{code} ({why})", "{code}（{why}）"),
+    "events.connected": ("{up} of {connections}", "{connections}中 {up} 个已连上"),
+    "events.counts": (
+        "total {total}, stored {stored}, already known {known}, failed {failed} ({took:.1f} s)",
+        "共 {total}，已入库 {stored}，已有 {known}，失败 {failed}（{took:.1f} 秒）",
+    ),
+    "events.delays": (
+        "stored after {p50:.0f} ms (p99 {p99:.0f} ms)",
+        "入库延迟 {p50:.0f} 毫秒（p99 {p99:.0f} 毫秒）",
+    ),
+    "events.failed": (
+        "{failed} of {total} codes failed: {names}",
+        "{total} 个代码中 {failed} 个失败：{names}",
+    ),
+    "events.failed_more": (
+        "{failed} of {total} codes failed: {names} and {more} more",
+        "{total} 个代码中 {failed} 个失败：{names}，另有 {more} 个",
+    ),
+    "events.gaps": ("{gaps} today", "今日 {gaps}"),
+    "events.interrupted": ("{counts}, interrupted: {left} not asked", "{counts}，已中断：{left} 个未请求"),
+    "events.missed": ("{beats} missed", "错过 {beats}"),
+    "events.polled": ("{codes} polled", "轮询 {codes}"),
+    "events.queued": ("{trades} kept on this machine, {why}", "{trades}暂存于本机，{why}"),
+    "events.rate": ("{rate} trades/s", "每秒 {rate} 笔成交"),
+    "events.stale": (
+        "{stale} of {codes}: no trade since {since}, though the market was open",
+        "{codes}中有 {stale} 个自 {since} 起没有新成交，而其间市场开过市",
+    ),
+    "events.subscribed": ("{codes} subscribed", "已订阅 {codes}"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room HTTP
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "http.announced": (
+        "HTTP {status}, which announces an answer instead of giving it",
+        "应答 HTTP {status}，只预告应答而没有给出应答",
+    ),
+    "http.broke": ("the connection broke", "连接异常中断"),
+    "http.closed": ("the connection was closed without an answer", "连接已关闭，没有应答"),
+    "http.cut": ("the connection was cut", "对方断开了连接"),
+    "http.deep_json": (
+        "{size} bytes of JSON nested deeper than {levels} levels",
+        "{size} 字节的 JSON，嵌套超过 {levels} 层",
+    ),
+    "http.key_log": ("SSLKEYLOGFILE={path} cannot be written: {why}", "无法写入 SSLKEYLOGFILE={path}：{why}"),
+    "http.large": ("an answer of more than {size} MiB", "应答超过 {size} MiB"),
+    "http.late": ("no answer in time", "超时未应答"),
+    "http.no_address": ("its name cannot be resolved ({why})", "无法解析其主机名（{why}）"),
+    "http.no_http": ("its answer is not HTTP ({why})", "应答不是 HTTP（{why}）"),
+    "http.no_json": ("{size} bytes that are not {whose} JSON", "{size} 字节，不是{whose} JSON"),
+    "http.not_whole": (
+        "no whole answer within {seconds:.0f} s",
+        "{seconds:.0f} 秒内没有收到完整的应答",
+    ),
+    "http.proxy_answers": (
+        "the proxy {proxy} answers HTTP {status}; see {setting}",
+        "代理 {proxy} 应答 HTTP {status}；请检查 {setting}",
+    ),
+    "http.proxy_asks_user": (
+        "the proxy {proxy} asks for a user and a password (HTTP 407); expected "
+        "{setting}={scheme}://user:password@host:port",
+        "代理 {proxy} 要求用户名和密码（HTTP 407）；应为 {setting}={scheme}://用户名:密码@主机:端口",
+    ),
+    "http.proxy_refuses_user": (
+        "the proxy {proxy} does not take this user and password (HTTP 407); see {setting}",
+        "代理 {proxy} 不接受此用户名和密码（HTTP 407）；请检查 {setting}",
+    ),
+    "http.refused": ("connection refused", "连接被拒绝"),
+    "http.short": ("the answer was cut short", "应答不完整"),
+    "http.through_proxy": (
+        "through the proxy {proxy}: {fault}; see {setting}",
+        "经代理 {proxy}：{fault}；请检查 {setting}",
+    ),
+    "http.tls": ("TLS fails ({why})", "TLS 失败（{why}）"),
+    "http.unknown": ("no more is known", "原因不明"),
+    "http.untrusted": ("its certificate is not trusted ({why})", "证书不受信任（{why}）"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room WebSocket
 # ------------------------------------------------------------------------------------------------------
+
+# Whoever tells of an end says that it is a connection's: `connection lost: …`, `连接中断：…`.
+TEMPLATES |= {
+    "websocket.closed": ("closed by the server", "由服务器关闭"),
+    "websocket.closed_because": (
+        "closed by the server (code {code} {why})",
+        "由服务器关闭（关闭码 {code}，{why}）",
+    ),
+    "websocket.closed_with_code": ("closed by the server (code {code})", "由服务器关闭（关闭码 {code}）"),
+    "websocket.large_frame": (
+        "a frame of {size} bytes; at most {most} are taken",
+        "收到 {size} 字节的帧，超过上限 {most} 字节",
+    ),
+    "websocket.large_handshake": ("an answer of more than {size} bytes", "应答超过 {size} 字节"),
+    "websocket.lost": ("lost: {why}", "{why}"),
+    "websocket.not_connected": ("cannot connect: {why}", "无法连接：{why}"),
+    "websocket.not_sent": ("sending failed: {why}", "发送失败：{why}"),
+    "websocket.refused": (
+        "the handshake was refused with HTTP {status}",
+        "握手被拒绝（HTTP {status}）",
+    ),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Local files
@@ -20205,67 +20914,753 @@ TEMPLATES |= {
 # Of the room Quota
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "quota.away": ("the shared counts of API keys are away", "API 密钥的共用计数暂不可用"),
+    "quota.back_at": ("{why}, back at {back}", "{why}，{back} 恢复"),
+    "quota.bars": ("{product} bars", "{product} 日线"),
+    "quota.busy": ("the shared count is busy", "共用计数正忙"),
+    "quota.day_used_up": ("the day's {n} requests are used up", "当日 {n} 次请求的额度已用完"),
+    "quota.key": ("key {key}: {why}", "密钥 {key}：{why}"),
+    "quota.minute_used_up": ("the minute's {n} requests are used up", "本分钟 {n} 次请求的额度已用完"),
+    "quota.mongo_away": ("MongoDB is away ({error})", "MongoDB 不可用（{error}）"),
+    "quota.no_key": ("no API key: set INFOWAY_API_KEY", "没有 API 密钥：请设置 INFOWAY_API_KEY"),
+    "quota.no_right": (
+        "this user may not write to {place}; see MONGODB_LICENSE_COLLECTION_NAME",
+        "当前用户无权写入 {place}；请检查 MONGODB_LICENSE_COLLECTION_NAME",
+    ),
+    "quota.none_serves": (
+        "no API key can serve {service} ({reasons})",
+        "没有 API 密钥可用于 {service}（{reasons}）",
+    ),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Infoway
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "infoway.ahead": ("t {t}: {at} is more than a day ahead", "t {t}：{at} 比当前时间晚一天以上"),
+    "infoway.ambiguous": ("does not tell what is meant", "看不出指哪个品种"),
+    "infoway.asked_in_vain": ("it was asked for a moment ago, in vain", "刚才查询过，没有结果"),
+    "infoway.asks_to_wait": ("{said}, asks to wait {s:.0f} s", "{said}，要求等待 {s:.0f} 秒"),
+    "infoway.clock_ahead": (
+        "this machine's clock is {s:.0f} s ahead of the API's; mend it (NTP, timedatectl)",
+        "本机时钟比 API 的快 {s:.0f} 秒；请校准（NTP、timedatectl）",
+    ),
+    "infoway.clock_behind": (
+        "this machine's clock is {s:.0f} s behind the API's; mend it (NTP, timedatectl)",
+        "本机时钟比 API 的慢 {s:.0f} 秒；请校准（NTP、timedatectl）",
+    ),
+    "infoway.gateway": (
+        "{said}, a refusal of the gateway: the key, the region or its risk control",
+        "{said}，被网关拒绝：因密钥、地区或其风控",
+    ),
+    "infoway.hangs": (
+        "no whole answer within {s:.0f} s, and the connection hangs",
+        "{s:.0f} 秒内未收到完整应答，连接无响应",
+    ),
+    "infoway.http": ("HTTP {status}", "HTTP {status}"),
+    "infoway.http_says": ("HTTP {status}: {text}", "HTTP {status}：{text}"),
+    "infoway.its": ("the API's", "行情 API 的"),
+    "infoway.listed": (
+        "the API lists it as {name}, but has no trade of it, or not for this key's plan",
+        "API 的品种列表中有该代码（{name}），但没有其成交，或此密钥的套餐不包含",
+    ),
+    "infoway.no_bar": (
+        "prices {prices} and volume {volume}: no bar has them",
+        "价格 {prices}，成交量 {volume}：日线不会有这样的数值",
+    ),
+    "infoway.no_code": ("field s: {shown} in place of a code", "字段 s：{shown}，应为代码"),
+    "infoway.no_decimal": (
+        "field {name}: {shown} in place of a decimal number",
+        "字段 {name}：{shown}，应为十进制数",
+    ),
+    "infoway.no_direction": (
+        "field td: {shown} in place of a direction (0, 1, 2)",
+        "字段 td：{shown}，应为方向（0、1、2）",
+    ),
+    "infoway.no_list": (
+        "the API's answer says success but holds no list `data`",
+        "API 的应答称成功，却没有列表 `data`",
+    ),
+    "infoway.no_milliseconds": (
+        "field t: {shown} in place of epoch milliseconds",
+        "字段 t：{shown}，应为 Unix 毫秒时间戳",
+    ),
+    "infoway.no_seconds": (
+        "field t: {shown} in place of epoch seconds",
+        "字段 t：{shown}，应为 Unix 秒级时间戳",
+    ),
+    "infoway.no_trade": ("no trade: {why}", "不是成交：{why}"),
+    "infoway.not_asked": ("{code} was not asked for", "未请求过 {code}"),
+    "infoway.not_json": ("{said}, {body}", "{said}，{body}"),
+    "infoway.not_the_api": (
+        "{said}, not in the API's words: as from a gateway or a login page on the way",
+        "{said}，不像 API 的应答，像是中途的网关或登录页所发",
+    ),
+    "infoway.nothing": ("nothing", "缺失"),
+    "infoway.nothing_more": ("nothing more", "无说明"),
+    "infoway.plan_ended": ("its plan ended at {when}", "套餐已于 {when} 到期"),
+    "infoway.plan_ends": ("its plan ends at {when}, in {left}", "套餐将于 {when} 到期，还剩 {left}"),
+    "infoway.price_below_zero": (
+        "p {p}: only energy at common has prices below zero",
+        "p {p}：只有 common 中的能源价格可以为负",
+    ),
+    "infoway.price_zero": ("p {p}: it has not traded, or is suspended", "p {p}：尚无成交，或已停牌"),
+    "infoway.proposal": ("{code} ({name})", "{code}（{name}）"),
+    "infoway.redirection": ("{said}, a redirection, which is not followed", "{said}，是重定向，不予跟随"),
+    "infoway.says": ("the API says {number}: {text}", "API 返回 {number}：{text}"),
+    "infoway.sent_no_bar": ("the API sent {record} in place of a bar", "API 发来 {record}，应为日线"),
+    "infoway.sent_no_trade": ("the API sent {record} in place of a trade", "API 发来 {record}，应为成交"),
+    "infoway.spared": (
+        "not asked for, as the request before was refused again: {why}",
+        "没有请求，因为前一个请求再次被拒绝：{why}",
+    ),
+    "infoway.tries": ("{said}, {n} tries", "{said}，共尝试 {n} 次"),
+    "infoway.unknown": (
+        "unknown to the API, or not in this key's plan",
+        "API 不认识该代码，或此密钥的套餐不包含",
+    ),
+    "infoway.unlisted": (
+        "unknown to the API: in none of its lists",
+        "API 不认识该代码：所有品种列表中都没有",
+    ),
+    "infoway.unnamed": ("unnamed", "未命名"),
+    "infoway.volume_below_zero": ("v {v}: a volume is not below zero", "v {v}：成交量不会为负"),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Stream
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "stream.bad_codes": ("codes of a form that it does not take", "代码格式不被接受"),
+    "stream.bad_key": ("the key is not valid", "密钥无效"),
+    "stream.bad_key_or_plan": (
+        "the key is not valid, or its plan lacks this product",
+        "密钥无效，或其套餐不含该产品",
+    ),
+    "stream.banned": ("the key is banned", "密钥已被封禁"),
+    "stream.connection": ("connection {why}", "连接中断：{why}"),
+    "stream.disabled": ("the key is disabled", "密钥已被禁用"),
+    "stream.gateway": (
+        "a refusal of the gateway: the key, the region or its risk control",
+        "网关拒绝：原因可能是密钥、所在地区或风控",
+    ),
+    "stream.its": ("the stream's", "推送流的"),
+    "stream.many_codes": ("too many codes on all connections of the key", "该密钥各连接的代码总数过多"),
+    "stream.many_connections": ("too many connections of the key", "该密钥的连接数过多"),
+    "stream.many_frames": ("more than 60 frames a minute", "每分钟超过 60 帧"),
+    "stream.many_on_one": ("too many codes on one connection", "单个连接上的代码过多"),
+    "stream.many_or_old": (
+        "too many connections of the key, or one that just ended still counts",
+        "该密钥的连接数过多，或刚断开的连接仍被计入",
+    ),
+    "stream.no_ack": (
+        "no ack within {seconds:.0f} s to {tries} frames",
+        "发出 {tries} 帧，{seconds:.0f} 秒内未收到确认",
+    ),
+    "stream.no_data": ("a push without its data", "推送中没有数据"),
+    "stream.no_heartbeat": ("a heartbeat did not reach it", "推送流没有收到心跳"),
+    "stream.not_asked_for": ("{code} was not asked for", "推送了未订阅的代码 {code}"),
+    "stream.not_free": ("not in the free plan", "不在免费套餐内"),
+    "stream.not_in_plan": ("the key's plan lacks this product", "密钥的套餐不含该产品"),
+    "stream.not_of_the_api": (
+        "{words}, not in the API's words: as from a gateway or a login page on the way",
+        "{words}；这不是 API 的应答，像是来自途中的网关或登录页",
+    ),
+    "stream.nothing_more": ("nothing more", "无其他说明"),
+    "stream.other_frame": ("a frame of kind {code}", "类型为 {code} 的帧"),
+    "stream.other_product": ("codes of another product", "代码属于其他产品"),
+    "stream.plan_ended": ("the key's plan has ended", "密钥的套餐已到期"),
+    "stream.says": ("the stream says: {words}", "推送流提示：{words}"),
+    "stream.says_number": ("the stream says {number}: {words}", "推送流提示 {number}：{words}"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Stores
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "stores.bad_uri": ("MONGODB_HOST={uri!r}: {why}", "MONGODB_HOST={uri!r}：{why}"),
+    "stores.but": ("but {other}", "但{other}"),
+    "stores.closes_wait": (
+        "closes are still to be made of older trades",
+        "较早的成交还要用来生成收盘价",
+    ),
+    "stores.drop_other": ("{other}: drop that one first", "{other}；请先删除该索引"),
+    "stores.fails": ("MongoDB at {place} fails: {why}", "MongoDB {place} 出错：{why}"),
+    "stores.file_good": ("{path} can be written, {trades} in it", "{path} 可写入，内有 {trades}"),
+    "stores.holds_many": (
+        "{name} holds too many documents to be counted quickly, which --retain removes",
+        "{name} 中超过该期限的文档太多，无法很快数清，可用 --retain 删除",
+    ),
+    "stores.holds_older": (
+        "{name} holds {documents} older than that, which --retain removes",
+        "{name} 中有 {documents}超过该期限，可用 --retain 删除",
+    ),
+    "stores.index_there": ("index on {name} is there", "{name} 的索引已建立"),
+    "stores.index_to_come": (
+        "index on {name} is made with the next trades",
+        "{name} 的索引将在下次写入成交时建立",
+    ),
+    "stores.kept": ("trades kept for {span}", "成交保留 {span}"),
+    "stores.kept_for_ever": ("trades kept for ever", "成交永久保留"),
+    "stores.kept_not_yet": ("KEEP_DAYS={days} has no effect yet: {why}", "KEEP_DAYS={days} 尚未生效：{why}"),
+    "stores.kept_soon": ("KEEP_DAYS={days} holds with the next run", "KEEP_DAYS={days} 自下次运行起生效"),
+    "stores.kept_unseen": (
+        "who keeps trades for how long cannot be seen ({why})",
+        "无法查看成交的保留期限（{why}）",
+    ),
+    "stores.local_refused": ("the local store refused it: {why}", "被本地库拒绝：{why}"),
+    "stores.mongodb_good": (
+        "{place}: database {database} can be written, {index}",
+        "{place}：数据库 {database} 可写入，{index}",
+    ),
+    "stores.no_more_known": ("no more is known", "没有更多信息"),
+    "stores.odd_numbers": (
+        "its numbers do not fit MONGODB_NUMERIC_TYPE={type}: {why}",
+        "数值不适合 MONGODB_NUMERIC_TYPE={type}：{why}",
+    ),
+    "stores.oldest": ("the oldest of {created}", "最早的一笔存于 {created}"),
+    "stores.other_in_place": (
+        "an index of others, {name} on {field}, is where that of KEEP_DAYS would be",
+        "已有其他程序的索引 {name}（字段 {field}），占用了 KEEP_DAYS 索引的位置",
+    ),
+    "stores.other_removes": (
+        "an index of others, {name} on {field}, removes documents after {span}",
+        "其他程序的索引 {name}（字段 {field}）会在 {span}后删除文档",
+    ),
+    "stores.refused": ("MongoDB refused it: {why}", "被 MongoDB 拒绝：{why}"),
+    "stores.time_series": (
+        "{name} is a time-series collection, but must be a plain collection, see {setting}",
+        "{name} 是时序集合，应为普通集合；请检查 {setting}",
+    ),
+    "stores.ttl_to_come": ("its index is made with the next run", "其索引将在下次运行时建立"),
+    "stores.unconfirmed": (
+        "it did not confirm the write with its write concern: {why}",
+        "未按写关注确认写入：{why}",
+    ),
+    "stores.validators": (
+        "the validators of {realtime} and {close}",
+        "{realtime} 和 {close} 的校验规则",
+    ),
+    "stores.view": (
+        "{name} is a view, but must be a plain collection, see {setting}",
+        "{name} 是视图，应为普通集合；请检查 {setting}",
+    ),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Closing prices
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "closes.no_bar": ("the API has no daily bar of it", "API 没有该代码的日线"),
+    "closes.no_bars": ("the API has no bar of theirs", "API 没有这些代码的日线"),
+    "closes.no_boundary": (
+        "the API's daily bars of it have no documented boundary",
+        "API 未说明该代码的日线从何时到何时",
+    ),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Delivery
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "delivery.behind": ("{others} for MongoDB before them", "前面{others}写入 MongoDB"),
+    "delivery.full": (
+        "{path} has come to its limit of {limit} MB; see SPOOL_MAX_MB",
+        "{path} 已达上限 {limit} MB；请检查 SPOOL_MAX_MB",
+    ),
+    "delivery.gap_deaf": ("nothing was pushed although there were trades", "有成交，但没有推送"),
+    "delivery.gap_ended": ("stockrt ended without notice", "stockrt 意外退出"),
+    "delivery.gap_moved": ("moved to another connection", "转移到另一个连接"),
+    "delivery.gap_stopped": ("stockrt was stopped", "stockrt 已停止"),
+    "delivery.kept_here": ("{trades} kept here for it", "另有 {trades}暂存于本机，等待写入"),
+    "delivery.no_thread": ("nothing moves it: {why}", "无法启动转存线程：{why}"),
+    "delivery.no_writes": (
+        "MongoDB takes no writes since {since} ({why})",
+        "MongoDB 自 {since} 起无法写入（{why}）",
+    ),
+    "delivery.not_kept": ("{because}, and {why}", "{because}；且无法暂存：{why}"),
+    "delivery.not_moved": ("what waits cannot be moved to it: {why}", "暂存的数据无法写入：{why}"),
+    "delivery.other_id": ("its fields do not make its _id", "其字段与 _id 不符"),
+    "delivery.out_of_order": ("its rows are out of order", "其中的行顺序错乱"),
+    "delivery.silent": (
+        "MongoDB did not answer within {seconds:.0f} s",
+        "MongoDB 在 {seconds:.0f} 秒内没有应答",
+    ),
+    "delivery.unreachable": ("MongoDB unreachable since {since}", "MongoDB 自 {since} 起无法连接"),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Run
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "run.accepted": ("accepted by {place}", "{place} 接受该密钥"),
+    "run.accepted_without_stocks": (
+        "accepted by {place}, but not for stocks: {why}",
+        "{place} 接受该密钥，但不含股票：{why}",
+    ),
+    "run.api_key": ("API key {key}", "API 密钥 {key}"),
+    "run.asked_as": ("{words} ({asked} -> {codes})", "{words}（{asked} -> {codes}）"),
+    "run.clock": ("clock", "时钟"),
+    "run.limits": (
+        "{plan}: {second:g} requests a second, {minute} a minute",
+        "{plan}：每秒 {second:g} 次请求，每分钟 {minute} 次",
+    ),
+    "run.limits_of_a_day": (
+        "{plan}: {second:g} requests a second, {minute} a minute, {day} a day",
+        "{plan}：每秒 {second:g} 次请求，每分钟 {minute} 次，每天 {day} 次",
+    ),
+    "run.local_store": ("local store", "本地库"),
+    "run.names_no_plan": ("the answer names none", "应答中没有套餐信息"),
+    "run.no_limit": ("{plan}: no limit", "{plan}：无限制"),
+    "run.no_plan": ("its plan cannot be had: {why}", "无法获知其套餐：{why}"),
+    "run.no_plan_but_free": (
+        "its plan cannot be had: {why}: Free's limits hold unless INFOWAY_PLAN names it",
+        "无法获知其套餐：{why}；除非用 INFOWAY_PLAN 指明，否则按 Free 套餐限频",
+    ),
+    "run.not_asked_for": ("not asked for: {why}", "未请求：{why}"),
+    "run.not_stored": ("fetched, not stored: {why}", "已获取，未入库：{why}"),
+    "run.other_plan": (
+        "INFOWAY_PLAN differs and is what counts: {limits}",
+        "INFOWAY_PLAN 与此不同，以其为准：{limits}",
+    ),
+    "run.plan": ("plan {limits}", "套餐 {limits}"),
+    "run.plan_until": ("plan {limits}, until {until}", "套餐 {limits}，有效期至 {until}"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Collection
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "collection.another": ("another stockrt collects from the stream", "已有另一个 stockrt 在接收推送流"),
+    "collection.empty": (
+        "no code in {place}; expected codes such as AAPL.US 600519.SH",
+        "{place} 中没有代码；应为 AAPL.US 600519.SH 这样的代码",
+    ),
+    "collection.large_file": (
+        "{path} has {size} bytes; expected codes such as AAPL.US 600519.SH",
+        "{path} 有 {size} 字节，过大；应为 AAPL.US 600519.SH 这样的代码",
+    ),
+    "collection.many_codes": ("{place} has more than {most} codes", "{place} 中的代码超过 {most} 个"),
+    "collection.many_documents": ("{place} has more than {most} documents", "{place} 中的文档超过 {most} 个"),
+    "collection.no_codes": (
+        'no codes are named: expected code_list, a list such as ["AAPL.US"], or COLLECT_CODES in the settings of this '
+        "module, for commands without codes",
+        '没有给出代码：应为 code_list，形如 ["AAPL.US"]；不带代码的指令需在本模块的设置中配置 COLLECT_CODES',
+    ),
+    "collection.no_key": ("for which no key is of use", "没有密钥可用于这些代码"),
+    "collection.no_plain_file": ("{path} is no plain file", "{path} 不是普通文件"),
+    "collection.no_text": ("it is not UTF-8 text", "它不是 UTF-8 文本"),
+    "collection.not_stored": ("{codes} not stored: {why}", "{codes} 未入库：{why}"),
+    "collection.over_plans": ("more than the keys' plans allow", "超出各密钥套餐的限额"),
+    "collection.refused": ("{codes}, {names}: {why}", "{codes}（{names}）：{why}"),
+    "collection.silent": (
+        "nothing was pushed for {seconds:.0f} s: subscribed anew",
+        "{seconds:.0f} 秒没有收到推送：已重新订阅",
+    ),
+    "collection.slow_poll": (
+        "a poll took {took:.1f} s, longer than one every {every:g} s allows",
+        "一次轮询用了 {took:.1f} 秒，超出每 {every:g} 秒一次的间隔",
+    ),
+    "collection.unread": ("{place} cannot be read: {why}", "无法读取 {place}：{why}"),
+    "collection.unread_mark": ("{path} cannot be read", "无法读取 {path}"),
+    "collection.watch_list": ("COLLECT_CODES: {why}", "COLLECT_CODES：{why}"),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Platform protocol
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "protocol.empty_list": (
+        'code_list is empty: expected codes such as ["AAPL.US"]',
+        'code_list 为空：应为 ["AAPL.US"] 这样的代码',
+    ),
+    "protocol.many_codes": (
+        "{codes} codes in one command: at most {most}; split the workflow",
+        "一条指令有 {codes} 个代码：最多 {most} 个；请拆分工作流",
+    ),
+    "protocol.no_codes": (
+        'args holds no codes: expected code_list, a list such as ["AAPL.US"]; got {came}',
+        'args 中没有代码：应为 code_list，形如 ["AAPL.US"]；收到的是 {came}',
+    ),
+    "protocol.read_as": ("read as: {codes}", "代码解读为：{codes}"),
+    "protocol.silent": ("nothing came for {seconds:.0f} s", "{seconds:.0f} 秒没有收到任何数据"),
+    "protocol.store_failed": (
+        "{reached} of {total} codes stored, then the store failed: {why}",
+        "{total} 个代码中 {reached} 个已入库，随后入库失败：{why}",
+    ),
+    "protocol.stored": ("{reached} of {total} codes stored", "{total} 个代码中 {reached} 个已入库"),
+    "protocol.too_deep": (
+        "JSON nested deeper than {levels} levels; expected a flat list of codes",
+        "JSON 嵌套超过 {levels} 层；应为不嵌套的代码列表",
+    ),
+    "protocol.too_long": (
+        "{what}: {bytes} bytes were too many for the platform",
+        "{what}：{bytes} 字节超出平台的上限",
+    ),
+    "protocol.without_lists": ("sent without its lists", "发送时略去了明细列表"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Platform link
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "link.answers": ("{url} answers", "{url} 有应答"),
+    "link.exists": (
+        "it has a module of this name, description and program already (3005), whose hash belongs into {file} in "
+        "STATE_DIRECTORY; for another module change MODULE_DESCRIPTION and try again",
+        "平台上已有名称、描述和程序都相同的模块（3005），请把它的哈希写入 STATE_DIRECTORY 下的 {file}；"
+        "如需另建模块，请修改 MODULE_DESCRIPTION 后重试",
+    ),
+    "link.hash_unread": (
+        "the module hash {place} cannot be read: {why}; see {setting}",
+        "无法读取模块哈希 {place}：{why}；请检查 {setting}",
+    ),
+    "link.inner_fault": (
+        "HTTP {status}, a fault inside the platform; see its log",
+        "HTTP {status}，平台内部错误；请看平台的日志",
+    ),
+    "link.invalid": (
+        "it found the data invalid (3002); see MODULE_NAME and MODULE_DESCRIPTION",
+        "平台认为数据无效（3002）；请检查 MODULE_NAME 和 MODULE_DESCRIPTION",
+    ),
+    "link.its_place": ("its place", "它所在的位置"),
+    "link.no_answer": (
+        "{why}; is the platform up, and are SERVER_IP, SERVER_PORT and SERVER_TLS right?",
+        "{why}；请确认平台在运行，且 SERVER_IP、SERVER_PORT 和 SERVER_TLS 正确",
+    ),
+    "link.no_hash": (
+        "{place} holds no module hash; remove it and run --register",
+        "{place} 中没有模块哈希；请删除该文件后运行 --register",
+    ),
+    "link.no_platform": (
+        "{url}/module/online answers HTTP {status} and is no dispatch platform; see SERVER_IP and SERVER_PORT",
+        "{url}/module/online 应答 HTTP {status}，不是调度平台；请检查 SERVER_IP 和 SERVER_PORT",
+    ),
+    "link.no_text": ("not UTF-8 text", "不是 UTF-8 文本"),
+    "link.not_registered": ("not registered at {url}: {why}", "未能在 {url} 注册：{why}"),
+    "link.online": (
+        "still counted as online by the server (old session or a second instance); it will let go within 120 s",
+        "平台仍认为本模块在线（旧会话尚未结束，或另有一个实例）；平台会在 120 秒内放开",
+    ),
+    "link.platforms": ("the platform's", "平台的"),
+    "link.program_unread": ("this program cannot be read", "无法读取本程序"),
+    "link.refused": (
+        "HTTP {status}: {said}; see SERVER_IP and SERVER_PORT",
+        "HTTP {status}：{said}；请检查 SERVER_IP 和 SERVER_PORT",
+    ),
+    "link.server_settings": ("SERVER_IP, SERVER_PORT and SERVER_TLS", "SERVER_IP、SERVER_PORT 和 SERVER_TLS"),
+    "link.success_without_hash": (
+        "it said success but gave no usable hash; ask the platform's operator",
+        "平台说注册成功，却没有给出可用的哈希；请联系平台的运维人员",
+    ),
+    "link.unclear": (
+        "refused by the server with HTTP 403, and /module/online does not say why",
+        "平台以 HTTP 403 拒绝连接，/module/online 也没有说明原因",
+    ),
+    "link.unknown": (
+        "hash unknown to the server: run --register --force",
+        "平台不认识本模块的哈希：请运行 --register --force",
+    ),
+    "link.unreachable": ("{url} cannot be reached: {why}", "无法连接 {url}：{why}"),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Command journal
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "journal.lost": ("the command is lost with damage to {path}", "{path} 损坏，该指令已丢失"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Daemon
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "daemon.another": ("another stockrt daemon works", "已有另一个 stockrt 守护进程在运行"),
+    "daemon.dropped": (
+        "{n} could not be delivered within an hour and are dropped",
+        "{n} 个结果一小时内未能送达，已放弃",
+    ),
+    "daemon.interrupted": (
+        "interrupted: stockrt was stopped before this was done, {age:.0f} s ago",
+        "已中断：{age:.0f} 秒前收到，stockrt 在执行完之前被停止",
+    ),
+    "daemon.lock_unseen": ("the lock {path} cannot be looked at", "无法查看锁文件 {path}"),
+    "daemon.lost": ("connection {why}", "与平台的连接已断开：{why}"),
+    "daemon.not_in_share": (
+        "none of the codes of COLLECT_CODES is in the share {number}/{shares}",
+        "COLLECT_CODES 中没有代码属于分担份额 {number}/{shares}",
+    ),
+    "daemon.not_kept": (
+        "the answer of execution {number} cannot be kept: {why}",
+        "无法保存执行 {number} 的结果：{why}",
+    ),
+    "daemon.not_on_disk": ("cannot be put on disk: {why}", "无法写入磁盘：{why}"),
+    "daemon.not_taken_up": (
+        "what waits on this machine cannot be taken up: {why}",
+        "无法处理暂存于本机的数据：{why}",
+    ),
+    "daemon.peer_dead": ("lost: {why}", "{why}"),
+    "daemon.queue_full": (
+        "{most} commands are waiting already; try again later",
+        "已有 {most} 条指令在等待；请稍后重试",
+    ),
+    "daemon.shut_down": (
+        "not executed: the platform shut this module down",
+        "未执行：平台关闭了本模块",
+    ),
+    "daemon.slow_disk": (
+        "the disk of this module does not keep up; try again later",
+        "本模块的磁盘跟不上；请稍后重试",
+    ),
+    "daemon.stopping": (
+        "this module is stopping and takes no new command",
+        "本模块正在停止，不再接受新指令",
+    ),
+    "daemon.unread": ("execution {number} cannot be read: {why}", "无法读取执行 {number}：{why}"),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Service manager
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "service.collecting": ("collecting: {words}", "采集中：{words}"),
+    "service.connected": ("connected to {peer}", "已连接 {peer}"),
+    "service.connecting": ("connecting to {peer}", "正在连接 {peer}"),
+    "service.keys_out": ("{keys}, {out} out", "{keys}，其中 {out} 个已停用"),
+    "service.last_execute": (
+        "last execute {reached}/{total} in {took_s:.1f} s, {age} ago",
+        "{age}前执行，完成 {reached}/{total}，用时 {took_s:.1f} 秒",
+    ),
+    "service.no_execute": ("no execute yet", "尚未执行"),
+    "service.not_connected": ("not connected to {peer}: {why}", "未连接 {peer}：{why}"),
+    "service.stopping": ("stopping", "正在停止"),
+    "service.to_deliver": ("{n} to deliver", "{n} 条结果待送达"),
+    "service.trades_wait": ("trades wait for MongoDB", "有成交等待写入 MongoDB"),
+    "service.waiting": ("{n} waiting", "{n} 条指令待执行"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Migration
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "migration.bad_value": (
+        "{name}={value} (older): expected {expected}; what {path} sets is kept",
+        "{name}={value}（旧客户端）：应为 {expected}；若在 {path} 中设置，则保留该处的值",
+    ),
+    "migration.changed": (
+        "changed   trades go to the collection {name}, not to {older} as before; see MONGODB_REALTIME_COLLECTION_NAME",
+        "已更改  成交写入集合 {name}，不再写入原来的 {older}；请检查 MONGODB_REALTIME_COLLECTION_NAME",
+    ),
+    "migration.done": (
+        "{documents} of {source} read: {added} added to {target}, {known} already there, {no_trade} no trade, "
+        "{refused} refused by MongoDB",
+        "已从 {source} 读取 {documents}：向 {target} 新增 {added}，已有 {known} 笔，"
+        "不是成交的 {no_trade} 条，被 MongoDB 拒绝 {refused} 条",
+    ),
+    "migration.example": ("  {name}: {why}", "  {name}：{why}"),
+    "migration.kept": ("kept      {name}: it is set already", "已保留  {name}：此处已有设置"),
+    "migration.kept_hash": (
+        "kept      module hash {hash}: it is in {path} already",
+        "已保留  模块哈希 {hash}：已在 {path} 中",
+    ),
+    "migration.kept_hash_other": (
+        "kept      module hash {hash}: it is in {path} already; workflows may be bound to the older one, {older}: "
+        "to take it, stop the service, remove {path} and try again",
+        "已保留  模块哈希 {hash}：已在 {path} 中；工作流可能绑定在旧哈希 {older} 上："
+        "如需采用旧哈希，请停止服务，删除 {path} 后重试",
+    ),
+    "migration.kept_other": (
+        "kept      {name}: it is set already; the older one differs",
+        "已保留  {name}：此处已有设置，与旧客户端的不同",
+    ),
+    "migration.left_out": ("left out  {what}", "未采用  {what}"),
+    "migration.no_directory": (
+        "{path} is no directory that can be looked at: sudo ./build_pyz.sh install makes the service's, --env-file "
+        "names another file",
+        "{path} 不是可访问的目录：sudo ./build_pyz.sh install 会创建服务的目录，也可用 --env-file 指定其他文件",
+    ),
+    "migration.no_documents": (
+        "--documents {name}: no documents in that collection; see MONGODB_DB_NAME",
+        "--documents {name}：该集合中没有文档；请检查 MONGODB_DB_NAME",
+    ),
+    "migration.no_hash": (
+        "left out  module hash: {path} is not there; workflows bound to an older one need it",
+        "未采用  模块哈希：{path} 不存在；绑定在旧哈希上的工作流需要它",
+    ),
+    "migration.no_older": (
+        "--migrate {directory}: {path} cannot be read: {why}; expected the older client's directory",
+        "--migrate {directory}：无法读取 {path}：{why}；应为旧客户端的目录",
+    ),
+    "migration.no_setting": (
+        "left out  {name}: stockrt has no such setting",
+        "未采用  {name}：stockrt 没有这项设置",
+    ),
+    "migration.no_text": ("it is not UTF-8 text", "不是 UTF-8 文本"),
+    "migration.no_zone": (
+        "--time-zone {name}: no such zone on this machine; expected a name such as Asia/Shanghai, of the package "
+        "tzdata",
+        "--time-zone {name}：本机没有该时区；应为 Asia/Shanghai 之类的名称，由软件包 tzdata 提供",
+    ),
+    "migration.not_given": ("{path} cannot be given to its owner", "无法把 {path} 交还给其属主"),
+    "migration.not_read": ("{path} cannot be read", "无法读取 {path}"),
+    "migration.not_removed": ("{path} cannot be removed", "无法删除 {path}"),
+    "migration.other_zone": (
+        "--time-zone {zone}: create_time would be {hours:+.1f} h from when the documents were made, by their "
+        "ObjectIds; expected the zone of the clock that wrote them (in a container often UTC); with --force it is "
+        "taken as it is",
+        "--time-zone {zone}：按此时区，create_time 与 ObjectId 所示的文档创建时间相差 {hours:+.1f} 小时；"
+        "应为写入这些文档的时钟所用的时区（容器中常为 UTC）；加上 --force 则照此采用",
+    ),
+    "migration.own_collection": (
+        "--documents {name}: in that collection stockrt keeps what is no trade",
+        "--documents {name}：该集合由 stockrt 存放成交以外的内容",
+    ),
+    "migration.source": ("# From {path}:", "# 取自 {path}："),
+    "migration.taken": ("taken     {name}={value}", "已迁移  {name}={value}"),
+    "migration.taken_hash": (
+        "taken     module hash {hash} into {path}",
+        "已迁移  模块哈希 {hash}，写入 {path}",
+    ),
+    "migration.taken_renamed": (
+        "taken     {name}={value}, there {older}",
+        "已迁移  {name}={value}，旧客户端中名为 {older}",
+    ),
+    "migration.would_do": (
+        "{documents} of {source} read: {trades}, doubles included, {no_trade} no trade; nothing was written: --dry-run",
+        "已从 {source} 读取 {documents}：{trades}（含重复），不是成交的 {no_trade} 条；未写入任何内容：--dry-run",
+    ),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Views
 # ------------------------------------------------------------------------------------------------------
+
+TEMPLATES |= {
+    "views.age": ("AGE", "距今"),
+    "views.ahead": ("in {age}", "{age}后"),
+    "views.change": ("CHANGE", "涨跌幅"),
+    "views.code": ("CODE", "代码"),
+    "views.course": ("SESSION", "走势"),
+    "views.gap": ("gap: {since} – {until} ({why})", "缺口：{since} – {until}（{why}）"),
+    "views.high": ("HIGH", "最高"),
+    "views.last": ("LAST", "最新价"),
+    "views.last_candle": (
+        "last: open {open}  high {high}  low {low}  close {close}  volume {volume}",
+        "最新一根：开盘 {open}  最高 {high}  最低 {low}  收盘 {close}  成交量 {volume}",
+    ),
+    "views.last_trade": ("the last trade is of {time}", "最后一笔成交的时间为 {time}"),
+    "views.left_out": (
+        "{candles} before them left out: a wider terminal, --from or a longer step",
+        "此前另有 {candles}未显示：请加宽终端，或用 --from，或改用更长的周期",
+    ),
+    "views.low": ("LOW", "最低"),
+    "views.more_gaps": ("and {gaps} before them", "此前另有 {gaps}"),
+    "views.name": ("NAME", "名称"),
+    "views.no_final": (
+        "{code}: no final close is stored: --backfill 60 --codes {code} brings some",
+        "{code}：库中没有最终收盘价，可用 --backfill 60 --codes {code} 补齐",
+    ),
+    "views.no_trade": ("no trade of it is stored", "库中没有它的成交"),
+    "views.no_trade_then": ("{code}: no trade in this time", "{code}：这段时间没有成交"),
+    "views.now": ("now", "至今"),
+    "views.open": ("OPEN", "开盘"),
+    "views.page_candles": ("{step} candles and volume, {span}", "{step}与成交量，{span}"),
+    "views.page_change": ("Change", "涨跌幅"),
+    "views.page_code": ("Code", "代码"),
+    "views.page_course": ("Session", "走势"),
+    "views.page_empty": (
+        "There is no trade in the store yet: --once, --collect or the platform's commands bring some.",
+        "库中还没有成交：用 --once、--collect 或由平台下发的指令获取。",
+    ),
+    "views.page_finals": ("{closes}, the last one {last}", "{closes}，最新 {last}"),
+    "views.page_high": ("High", "最高"),
+    "views.page_last": ("Last", "最新价"),
+    "views.page_low": ("Low", "最低"),
+    "views.page_name": ("Name", "名称"),
+    "views.page_no_final": (
+        "No final close yet: --backfill 60 fetches some.",
+        "还没有最终收盘价：可用 --backfill 60 补齐。",
+    ),
+    "views.page_no_trade": ("No trades in this time.", "这段时间没有成交。"),
+    "views.page_of": ("{codes} of {store}, as of {when}", "{store} 中的 {codes}，截至 {when}"),
+    "views.page_open": ("Open", "开盘"),
+    "views.page_time": ("Exchange time", "交易所时间"),
+    "views.page_volume": ("Volume", "成交量"),
+    "views.step_1d": ("1d", "日 K 线"),
+    "views.step_1h": ("1h", "1 小时 K 线"),
+    "views.step_1m": ("1m", "1 分钟 K 线"),
+    "views.step_5m": ("5m", "5 分钟 K 线"),
+    "views.units": ("T B M", "万亿 亿 万"),
+    "views.volume": ("VOLUME", "成交量"),
+}
 
 # ------------------------------------------------------------------------------------------------------
 # Of the room Command line
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
+    "cli.buy": ("buy", "买"),
+    "cli.cannot_print": ("cannot print: {why}", "无法输出：{why}"),
+    "cli.code_not_stored": ("{code}: nothing of it is stored", "{code}：库中没有它的数据"),
+    "cli.error": ("stockrt: {words}", "stockrt：{words}"),
+    "cli.exchange_time": ("EXCHANGE TIME", "交易所时间"),
+    "cli.export_broken": ("interrupted", "已中断"),
+    "cli.export_undone": ("interrupted: no file was written", "已中断：未写出文件"),
+    "cli.exported": ("{rows} written to standard output", "已将 {rows}写到标准输出"),
+    "cli.exported_to": ("{rows} written to {path}", "已将 {rows}写入 {path}"),
+    "cli.lists_incomplete": ("not all of the API's lists are here: {why}", "API 的品种列表不全：{why}"),
+    "cli.name_not_stored": (
+        "{code}: nothing of it is stored; where that is a name, --symbols {code} brings its code",
+        "{code}：库中没有它的数据；如果这是名称，可用 --symbols {code} 查代码",
+    ),
+    "cli.no_blocks": (
+        "--chart: stdout is {encoding}, which has no blocks to draw with: set LANG to a UTF-8 locale, or "
+        "see --json and --html",
+        "--chart：标准输出的编码为 {encoding}，没有绘图用的方块字符：请将 LANG 设为 UTF-8 的区域设置，"
+        "或改用 --json、--html",
+    ),
+    "cli.no_candle": (
+        "--html FILE.svg: there is no candle to draw; --show says what is stored",
+        "--html FILE.svg：没有可画的 K 线；库中有哪些数据请看 --show",
+    ),
+    "cli.no_instrument": (
+        "no instrument of the API's lists has {text} in its code or its name",
+        "API 的品种列表中，没有代码或名称含 {text} 的品种",
+    ),
+    "cli.no_reference": (
+        "no final close is stored that a change could be told against: --backfill 5 brings some",
+        "库中没有可用来计算涨跌幅的最终收盘价：可用 --backfill 5 补齐",
+    ),
+    "cli.no_side": ("-", "-"),
+    "cli.no_trade_yet": (
+        "no trade is stored yet: see --once, or --show --demo for those of --once --demo",
+        "库中还没有成交：请看 --once；--once --demo 的模拟成交请看 --show --demo",
+    ),
+    "cli.not_one_code": (
+        "--html FILE.svg: a picture is of one code, and here are candles of {count}: name one with --codes",
+        "--html FILE.svg：一张图只画一个代码，而这里有 {count} 个代码的 K 线：请用 --codes 指定一个",
+    ),
+    "cli.os_error": ("{file} cannot be used: {why}", "无法使用 {file}：{why}"),
+    "cli.page_written": ("{path}: {codes}, {size:.0f} kB", "{path}：{codes}，{size:.0f} kB"),
+    "cli.price": ("PRICE", "价格"),
+    "cli.rows_not_printed": ("the rows cannot be printed: {why}", "无法输出成交表：{why}"),
+    "cli.sell": ("sell", "卖"),
+    "cli.side": ("SIDE", "方向"),
+    "cli.turnover": ("TURNOVER", "成交额"),
     "cli.backfill_code": (
         "{code}  {first}  {last}  {added} added, {there} there before",
         "{code}  {first}  {last}  新增 {added} 个，已有 {there} 个",
@@ -20279,7 +21674,6 @@ TEMPLATES |= {
         "{codes}, {failed} failed, {added} closes added, interrupted: the same command goes on where it stopped",
         "{codes}，失败 {failed} 个，新增 {added} 个收盘价，已中断：再次运行同一命令会从中断处继续",
     ),
-    "cli.cannot_print": ("cannot print: {why}", "无法输出：{why}"),
     "cli.collect_done": (
         "trades {trades}, stored {stored}, already known {known} ({took:.1f} s)",
         "成交 {trades} 笔，已入库 {stored} 笔，已有 {known} 笔（用时 {took:.1f} 秒）",
@@ -20310,7 +21704,6 @@ TEMPLATES |= {
         "{trades} on this machine for MongoDB",
         "本机上有 {trades} MongoDB",
     ),
-    "cli.error": ("stockrt: {words}", "stockrt：{words}"),
     "cli.once_codes_interrupted": ("interrupted while the codes were read", "读取代码时已中断"),
     "cli.once_failed_code": ("  {code}: {why}", "  {code}：{why}"),
     "cli.once_read_as": ("read as: {codes}", "实际查询：{codes}"),
@@ -20318,7 +21711,6 @@ TEMPLATES |= {
         "{summary}; the store did not answer: what was being written may be missing",
         "{summary}；存储没有应答：正在写入的数据可能缺失",
     ),
-    "cli.os_error": ("{file} cannot be used: {why}", "无法使用 {file}：{why}"),
     "cli.working": ("working for {{elapsed}} (min:s)", "已运行 {{elapsed}}（分:秒）"),
     "unit.codes": ("codes", "代码"),
     "unit.documents": ("documents", "文档"),
@@ -20605,6 +21997,278 @@ TEMPLATES |= {
     ),
     "usage.unknown": ("unrecognized arguments: {arguments}", "无法识别的参数：{arguments}"),
     "usage.whole_number": ("invalid int value: {value}", "应为整数，而不是 {value}"),
+}
+
+# Looking and mending: --check, --status, --executions, --drain, --retain, --rejects, --reload, --register, --migrate.
+TEMPLATES |= {
+    "cli.can_be_made": ("{path} can be made", "{path} 可以创建"),
+    "cli.can_be_written": ("{path} can be written", "{path} 可以写入"),
+    "cli.check_bad": ("FAIL  {name}: {words}", "失败  {name}：{words}"),
+    "cli.check_good": ("ok    {name}: {words}", "正常  {name}：{words}"),
+    "cli.collect_trouble": ("collecting: {why}", "行情采集：{why}"),
+    "cli.collecting": (
+        "{now}, at {at}; since the start {trades}, {stored} new",
+        "{now}，截至 {at}；启动以来 {trades}，新入库 {stored} 笔",
+    ),
+    "cli.collects_alone": (
+        "SERVER_IP and SERVER_PORT are not set: the daemon collects by itself, without a platform",
+        "未设置 SERVER_IP 和 SERVER_PORT：守护进程自行采集，不连接平台",
+    ),
+    "cli.connected": ("connected", "已连接"),
+    "cli.connected_since": ("{url}: connected since {since}", "{url}：自 {since} 起已连接"),
+    "cli.connecting": ("connecting", "正在连接"),
+    "cli.daemon_streams": ("the daemon has it: {words}", "守护进程正在使用：{words}"),
+    "cli.damaged": ("{count}: see --rejects", "{count} 个，详见 --rejects"),
+    "cli.damaged_file": (
+        "damaged, rescued and set aside: {path}, {megabytes:.1f} MB",
+        "文件损坏，内容已抢救，原文件移开保留：{path}，{megabytes:.1f} MB",
+    ),
+    "cli.discarded": (
+        "discarded {documents} and {files} of {megabytes:.1f} MB",
+        "已删除 {documents}和 {files}（{megabytes:.1f} MB）",
+    ),
+    "cli.drained": (
+        "{moved} moved to {place}; {left} left on this machine",
+        "已将 {moved} 笔成交写入 {place}；本机剩余 {left} 笔",
+    ),
+    "cli.drained_but": (
+        "{moved} moved to {place}, {rejected} refused by it: see --rejects; {left} left on this machine",
+        "已将 {moved} 笔成交写入 {place}，{rejected} 笔被其拒绝：详见 --rejects；本机剩余 {left} 笔",
+    ),
+    "cli.dropped": ("{count} dropped", "丢弃 {count} 条"),
+    "cli.every_key_rests": ("every API key rests", "所有 API 密钥都已暂停使用"),
+    "cli.executing": (
+        "one executed now, {commands} commands, {results} results to deliver",
+        "正在执行 1 条指令，{commands} 条待执行，{results} 条结果待送达",
+    ),
+    "cli.execution": ("{at}  {outcome}  {id}  {name}", "{at}  {outcome}  {id}  {name}"),
+    "cli.failed_code": ("  {code}: {why}", "  {code}：{why}"),
+    "cli.failure": ("failure", "失败"),
+    "cli.few_connections": (
+        "{count} of {wanted} to the stream stand",
+        "推送流应有 {wanted}，现有 {count} 个",
+    ),
+    "cli.few_descriptors": (
+        "only {most} files and sockets may be open, and {needed} are needed; see LimitNOFILE= of the unit, "
+        "or ulimit -n",
+        "最多只能打开 {most} 个文件和套接字，而需要 {needed} 个；请检查服务单元的 LimitNOFILE= 或 ulimit -n",
+    ),
+    "cli.for_reason": ("{state} ({why})", "{state}（{why}）"),
+    "cli.given_up": ("given up", "已放弃"),
+    "cli.goes_on": (
+        "interrupted: the same command goes on where it stopped",
+        "已中断：再次运行同一命令会从中断处继续",
+    ),
+    "cli.hidden": (
+        "this user may not look at what {unit} has: run as root; --env-file or STATE_DIRECTORY names "
+        "settings or a state of your own",
+        "当前用户无权查看 {unit} 的设置和状态：请用 root 运行；也可用 --env-file 或 STATE_DIRECTORY "
+        "指定自己的设置或状态目录",
+    ),
+    "cli.interrupted": ("interrupted", "已中断"),
+    "cli.key_is_out": ("API key {key} is out", "API 密钥 {key} 已停用"),
+    "cli.last": ("{status} at {at}, {name}: {message}", "{at} {status}，{name}：{message}"),
+    "cli.last_contact": ("{url}: {state}, last contact {at}", "{url}：{state}，上次通信 {at}"),
+    "cli.last_failed": ("the last execution failed", "最近一次执行失败"),
+    "cli.may_not_look": ("this user may not look at it", "当前用户无权查看"),
+    "cli.migrated": (
+        "settings: {file}; a service that runs sees changes after its restart",
+        "设置：{file}；运行中的服务重启后才会用到",
+    ),
+    "cli.nameless": ("without a name", "未命名"),
+    "cli.needs_no_daemon": (
+        "nothing for commands by hand; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY",
+        "手动执行命令时不需要守护进程；要运行它，请设置 SERVER_IP 和 SERVER_PORT，或设置 COLLECT 或 "
+        "COLLECT_EVERY",
+    ),
+    "cli.no_connection": ("no connection to the platform", "未连接到平台"),
+    "cli.no_daemon": (
+        "SERVER_IP and SERVER_PORT are not set: enough for --once, not for the daemon",
+        "未设置 SERVER_IP 和 SERVER_PORT：只够 --once 使用，不能运行守护进程",
+    ),
+    "cli.no_limit": ("no daily limit, not counted", "无每日额度限制，不计数"),
+    "cli.no_mongodb": (
+        "MONGODB_HOST not set: {why}; the trades are in {file}",
+        "未设置 MONGODB_HOST：{why}；成交保存在 {file}",
+    ),
+    "cli.no_old_documents": ("there are no older documents", "没有旧客户端的文档"),
+    "cli.no_platform": ("none: no platform is set", "无：未设置平台"),
+    "cli.no_room": ("{count} found no room", "{count} 笔因暂存队列已满而未保存"),
+    "cli.no_state_directory": ("the state directory {path} cannot be used", "无法使用状态目录 {path}"),
+    "cli.no_time_zones": (
+        "time zones: see above; install the package tzdata, or see PYTHONTZPATH",
+        "时区：原因见上；请安装 tzdata 软件包，或检查 PYTHONTZPATH",
+    ),
+    "cli.none_set": ("none set", "未设置"),
+    "cli.none_yet": ("none yet", "尚无"),
+    "cli.not_begun": ("collecting has not begun", "行情采集尚未开始"),
+    "cli.not_connected": ("not connected", "未连接"),
+    "cli.not_counted": ("used today: unknown, the counts cannot be read", "当日用量未知：无法读取计数"),
+    "cli.not_deleted": ("a damaged file cannot be deleted", "无法删除损坏的文件"),
+    "cli.not_ended": ("not ended", "未结束"),
+    "cli.not_for": ("not for {products}", "不能用于 {products}"),
+    "cli.not_needed": ("not needed", "不需要"),
+    "cli.not_reloaded": (
+        "the daemon has not read its settings within {seconds:.0f} s; see its log",
+        "守护进程未在 {seconds:.0f} 秒内读取设置；详见其日志",
+    ),
+    "cli.not_retained": ("KEEP_DAYS={days} has no effect: {why}", "KEEP_DAYS={days} 未生效：{why}"),
+    "cli.not_running": ("not running", "未运行"),
+    "cli.not_the_services": (
+        "not as {unit} has them: {names} of the environment, which it does not see; unset that to check it",
+        "与 {unit} 的设置不同：{names} 来自当前环境变量，服务看不到；要按服务的设置检查，请先取消这些变量",
+    ),
+    "cli.nothing_executed": ("nothing was executed yet", "尚未执行过"),
+    "cli.nothing_now": ("nothing now", "目前没有"),
+    "cli.nothing_refused": ("MongoDB has refused nothing", "MongoDB 没有拒绝过任何文档"),
+    "cli.nowhere_to_move": ("there is nowhere to move what this machine holds", "本机数据没有可写入的去处"),
+    "cli.of_codes": ("codes", "代码"),
+    "cli.of_collecting": ("collecting", "行情采集"),
+    "cli.of_daemon": ("daemon", "守护进程"),
+    "cli.of_damaged": ("damaged files", "损坏文件"),
+    "cli.of_key": ("API key", "API 密钥"),
+    "cli.of_last": ("last execution", "最近执行"),
+    "cli.of_local_file": ("local file", "本地文件"),
+    "cli.of_platform": ("platform", "平台"),
+    "cli.of_proxy": ("proxy", "代理"),
+    "cli.of_registration": ("registration", "注册"),
+    "cli.of_settings": ("settings", "设置"),
+    "cli.of_spool": ("spool", "暂存队列"),
+    "cli.of_state_directory": ("state directory", "状态目录"),
+    "cli.of_status": ("status", "状态"),
+    "cli.of_store": ("store", "存储"),
+    "cli.of_stream": ("stream", "推送流"),
+    "cli.of_stream_with": ("stream, API key {key}", "推送流，API 密钥 {key}"),
+    "cli.of_totals": ("in all", "累计"),
+    "cli.of_version": ("version", "版本"),
+    "cli.of_waiting": ("waiting", "待处理"),
+    "cli.oldest": (
+        "{megabytes:.1f} MB, the oldest since {oldest}",
+        "{megabytes:.1f} MB，最早一笔自 {oldest} 起等待",
+    ),
+    "cli.origins": ("from {origins}", "来自 {origins}"),
+    "cli.out": ("out", "已停用"),
+    "cli.partial": ("partial", "部分成功"),
+    "cli.plan_without_stream": (
+        "its plan has none: COLLECT_EVERY asks for the latest trades instead",
+        "套餐不含推送流：可改用 COLLECT_EVERY 轮询最新成交",
+    ),
+    "cli.platform": ("{url}: {state}", "{url}：{state}"),
+    "cli.poll_by_setting": (
+        "see --check and the daemon's log; COLLECT_EVERY polls without a stream",
+        "请看 --check 和守护进程的日志；COLLECT_EVERY 可不用推送流而轮询",
+    ),
+    "cli.polled_instead": (
+        "the stream brings nothing, {codes} polled instead",
+        "推送流没有数据，已改为轮询 {codes}",
+    ),
+    "cli.quota": ("{used} used today, {left} left", "当日已用 {used}，剩余额度 {left}"),
+    "cli.quota_leased": (
+        "{used} used today, {left} left, {leased} of them leased by the daemon",
+        "当日已用 {used}，剩余额度 {left}，其中 {leased} 由守护进程预留",
+    ),
+    "cli.ready": ("ready", "可用"),
+    "cli.refused": ("{documents} refused by MongoDB", "{documents}被 MongoDB 拒绝"),
+    "cli.registered": (
+        "registered {name} at {url}: hash {hash} in {place}",
+        "已将 {name} 注册到 {url}：模块哈希 {hash} 保存在 {place}",
+    ),
+    "cli.registered_already": (
+        "registered already: hash {hash} in {place}; --register --force registers anew",
+        "此前已注册：模块哈希 {hash} 保存在 {place}；--register --force 可重新注册",
+    ),
+    "cli.rejected": ("{count} refused by it: see --rejects", "{count} 个文档被拒绝：详见 --rejects"),
+    "cli.reload_by_unit": (
+        "--reload is what the unit's ExecReload= calls: type sudo systemctl reload stockrt, or, for a daemon "
+        "without a unit, kill -HUP and its pid",
+        "--reload 供服务单元的 ExecReload= 调用：请运行 sudo systemctl reload stockrt；"
+        "没有服务单元的守护进程，请用 kill -HUP 加其 pid",
+    ),
+    "cli.renew_plan": (
+        "see its line below; renew its plan or replace it in INFOWAY_API_KEY",
+        "请看下面该密钥的一行；请续订套餐，或在 INFOWAY_API_KEY 中换掉它",
+    ),
+    "cli.resting": ("resting", "暂停使用"),
+    "cli.retained": ("{store}: {words}", "{store}：{words}"),
+    "cli.run_as_root": ("run as root", "请用 root 运行"),
+    "cli.run_register": ("none: run --register", "无：请运行 --register"),
+    "cli.running": ("running, pid {pid}, version {version}", "运行中，pid {pid}，版本 {version}"),
+    "cli.running_silent": ("running, and has told nothing of itself yet", "运行中，尚未报告自身状态"),
+    "cli.see_executions": ("see --executions 1", "请看 --executions 1"),
+    "cli.see_lost": (
+        "see --rejects for what may be lost; then --rejects --discard",
+        "可能丢失的内容请看 --rejects，然后用 --rejects --discard 删除",
+    ),
+    "cli.see_rejects": (
+        "see --rejects; then --drain --retry or --rejects --discard",
+        "请看 --rejects，然后用 --drain --retry 重试，或用 --rejects --discard 删除",
+    ),
+    "cli.service_unknown": (
+        "what {unit} has is not known here: run as root to check it",
+        "当前用户看不到 {unit} 的设置：请用 root 运行以检查",
+    ),
+    "cli.set_aside": ("{files} set aside", "{files}已移开保留"),
+    "cli.start_it": (
+        "start it: sudo systemctl start {service}, or stockrt.pyz without a command",
+        "启动：sudo systemctl start {service}，或不带命令运行 stockrt.pyz",
+    ),
+    "cli.still_counts": (
+        "where it still counts, a service that begins now waits for up to three minutes (429)",
+        "这次检查的连接可能仍被计数，此时启动的服务最多要等三分钟（429）",
+    ),
+    "cli.stored": ("{stored} of {total} codes stored", "{total} 个代码中 {stored} 个已入库"),
+    "cli.straight": ("{what} straight", "{what} → 直连"),
+    "cli.stream": (
+        "{product}: {subscribed} of {codes}, {state}",
+        "{product}：{codes}中已订阅 {subscribed} 个，{state}",
+    ),
+    "cli.stream_takes": (
+        "{url} takes it for {product}: {connections}, {each} codes each, {all} in all",
+        "{url} 接受此密钥订阅 {product}：{connections}，每个连接 {each} 个代码，共 {all} 个",
+    ),
+    "cli.success": ("success", "成功"),
+    "cli.the_api": ("the API", "API"),
+    "cli.the_platform": ("the platform", "平台"),
+    "cli.the_stream": ("the stream", "推送流"),
+    "cli.they_follow": (
+        "see --check; they follow when MongoDB takes them, at once with --drain",
+        "请看 --check；MongoDB 恢复后会自动写入，--drain 可立即写入",
+    ),
+    "cli.through": ("{what} through {proxy} ({setting})", "{what} → {proxy}（{setting}）"),
+    "cli.to_collect": ("{codes} to collect", "将采集 {codes}"),
+    "cli.to_do": ("{status}. To do: {to_do}", "{status}。处理办法：{to_do}"),
+    "cli.totals": (
+        "{executions} since {since}, {partial} in part, {failure} failed; {trades} stored, {known} already "
+        "known, {kept} kept for MongoDB, {codes} failed",
+        "自 {since} 起共 {executions}，部分成功 {partial} 次，失败 {failure} 次；{trades}已入库，{known} "
+        "笔已有，{kept} 笔暂存待写入 MongoDB，{codes}失败",
+    ),
+    "cli.tries_again": (
+        "see --check and the daemon's log; it tries again by itself",
+        "请看 --check 和守护进程的日志，程序会自动重试",
+    ),
+    "cli.undelivered": ("to be delivered", "待送达"),
+    "cli.unknown": ("unknown", "未知"),
+    "cli.unsettled": ("the closes of {count} are still to be made", "{count} 笔的收盘价尚待生成"),
+    "cli.until": ("{state} until {until}", "{state}至 {until}"),
+    "cli.wait_for_mongodb": ("{trades} for MongoDB", "{trades} MongoDB"),
+    "cli.wait_or_add": (
+        "wait, or add another key to INFOWAY_API_KEY",
+        "请等待，或在 INFOWAY_API_KEY 中增加密钥",
+    ),
+    "cli.waiting": (
+        "{commands} commands, {results} results to deliver",
+        "{commands} 条指令待执行，{results} 条结果待送达",
+    ),
+    "cli.waits_to_connect": ("waiting", "等待重连"),
+    "cli.well": ("well", "正常"),
+    "cli.without_daemon": ("no daemon", "守护进程未运行"),
+    "cli.would_migrate": (
+        "settings: {file}; nothing was written: --dry-run",
+        "设置：{file}；未写入任何内容：--dry-run",
+    ),
+    "cli.wrong": ("something is wrong", "有问题"),
+    "cli.wrong_to_do": ("{status}: {wrong}. To do: {to_do}", "{status}：{wrong}。处理办法：{to_do}"),
 }
 
 

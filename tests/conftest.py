@@ -28,6 +28,7 @@ from kit.mongo import (
 )
 from kit.mongo_proxy import MongoProxy
 from kit.shims import NoCompiler, WallClock, build_shim
+from kit.words_list import note_everything
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,8 @@ NOBODY = 65534
 # Where this process keeps what it compiles is not for those that it starts: their files come and go.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.pop("PYTHONPYCACHEPREFIX", None)
+
+note_everything()
 
 # A busy machine is slow, not wrong.
 hypothesis.settings.register_profile("stockrt", deadline=None, max_examples=number(100, 1000, quick=20))
@@ -172,6 +175,7 @@ def clean_env(tmp_path: Path, shiv_root: Path) -> dict[str, str]:
         "SHIV_ROOT": str(shiv_root),
         "STATE_DIRECTORY": str(tmp_path / "state"),
         "LANG": "C.UTF-8",
+        "MESSAGE_LANG": "en",
     }
 
 

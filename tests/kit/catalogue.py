@@ -1,6 +1,7 @@
 """Reads the module's source: which words a person may read, where they are made, and what the catalogue has.
 
-`python3 tests/kit/catalogue.py [ROOM]` lists the sentences that stand outside of the catalogue.
+`python3 tests/kit/catalogue.py [ROOM]` lists what a room says outside of the catalogue, and where its words lose their
+other languages; without a room, how much of both each room has.
 """
 
 from __future__ import annotations
@@ -14,10 +15,15 @@ from string import Formatter
 from typing import NamedTuple
 
 PROGRAM = Path(__file__).resolve().parents[2] / "stockrt.py"
-# Two words of small letters, or one beside a value.
+# Two words, or a word beside a value, or two values with what stands between clauses.
 _SENTENCE = re.compile(
-    r"[a-z]{2,},? [a-z({'\"]|[a-z)}'\"],? [a-z]{2,}|\} ?[a-z]{2,}$|^[a-z]{2,}: ?\{|[a-z]{3,}: \{"
+    r"[A-Za-z]{2,}[,;:.]? \(?[a-z]{2,}|[a-z]{2,},? [a-z({'\"]|[a-z)}'\"],? [a-z]{2,}"
+    r"|\{\}[,;:]? \(?[a-z]{2,}|[a-z]{2,}[,:;]? \(?\{\}|\{\}(?:; |: |, | \()\{\}|^[,;:] \S"
 )
+# What looks like words and is none for a person, each with the reason why it stands where it does.
+OUTSIDE = {
+    r"(?:CREATE|SELECT|INSERT|UPDATE|DELETE|DROP|PRAGMA|BEGIN|SAVEPOINT|ROLLBACK|WHERE) ": "SQL",
+}
 
 
 class Call(NamedTuple):
@@ -96,11 +102,23 @@ class Source:
         found = []
         for node in ast.walk(self.tree):
             text = _template(node)
-            if text is None or not _SENTENCE.search(text) or self.room(node.lineno) == "Catalogue":
+            if (
+                not isinstance(node, ast.expr)
+                or text is None
+                or not _SENTENCE.search(text)
+                or self.room(node.lineno) == "Catalogue"
+            ):
                 continue
-            if not self._is_elsewhere(node):
+            if not self._is_elsewhere(node) and not any(re.match(form, text) for form in OUTSIDE):
                 found.append(Sentence(node.lineno, self.room(node.lineno), " ".join(text.split())))
         return found
+
+    def losses(self) -> list[Sentence]:
+        """Return where words of the catalogue become a text of one language."""
+        from kit.glue import Glue  # found from the tests, and from the tool below
+
+        found = sorted(Glue(self.tree).losses())
+        return [Sentence(loss.line, self.room(loss.line), f"{loss.function}: {loss.text}") for loss in found]
 
     def _is_elsewhere(self, node: ast.AST) -> bool:
         """Whether a text is a docstring, a part of another text, a type, or of the log."""
@@ -138,7 +156,20 @@ def values_of(template: str) -> frozenset[str]:
     return frozenset(name for _, name, _, _ in Formatter().parse(template) if name is not None)
 
 
+def main(rooms: list[str]) -> None:
+    """Print what the rooms still say outside of the catalogue, or how much it is in each."""
+    source = Source(PROGRAM.read_text(encoding="utf-8"))
+    found = {"sentence": source.sentences(), "language lost": source.losses()}
+    if not rooms:
+        for name in dict.fromkeys(one.room for every in found.values() for one in every):
+            counts = {what: sum(one.room == name for one in every) for what, every in found.items()}
+            print(f"{name:<20}", *(f"{count:>4} {what}" for what, count in counts.items()))
+    for what, every in found.items():
+        for one in every:
+            if one.room in rooms:
+                print(f"{one.line}  {what}  {one.text[:150]}")
+
+
 if __name__ == "__main__":
-    for sentence in Source(PROGRAM.read_text(encoding="utf-8")).sentences():
-        if sys.argv[1:] in ([], [sentence.room]):
-            print(f"{sentence.line}  {sentence.room}  {sentence.text[:150]}")
+    sys.path.insert(0, str(PROGRAM.parent / "tests"))
+    main(sys.argv[1:])

@@ -123,6 +123,7 @@ def environment(port: int, api_url: str, state: Path, **more: str) -> dict[str, 
         "SERVER_IP": "127.0.0.1",
         "SERVER_PORT": str(port),
         "STATE_DIRECTORY": str(state),
+        "MESSAGE_LANG": "en",
     } | more
 
 

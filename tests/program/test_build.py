@@ -553,3 +553,48 @@ def test_every_locked_line_is_hashed_and_names_no_index(name: str) -> None:
     text = (ROOT / name).read_text("utf-8")
     assert "://" not in text
     assert not re.search(r"^\s*-(?!-hash=)", text, re.M)
+
+
+@pytest.mark.parametrize(
+    ("named", "is_chinese"),
+    [
+        ({"LANG": "zh_CN.UTF-8"}, True),
+        ({"LANG": "zh_CN"}, True),
+        ({"LANG": "zh_CN.GBK"}, False),  # what the script says is UTF-8
+        ({"LANG": "en_US.UTF-8"}, False),
+        ({}, False),
+        ({"LC_ALL": "C", "LANG": "zh_CN.UTF-8"}, False),
+        ({"LC_MESSAGES": "zh_TW.UTF-8", "LANG": "en_US.UTF-8"}, True),
+        ({"STOCKRT_LANG": "zh", "LANG": "en_US.UTF-8"}, True),
+        ({"STOCKRT_LANG": "en", "LANG": "zh_CN.UTF-8"}, False),
+    ],
+)
+def test_it_speaks_the_readers_language(named: dict[str, str], is_chinese: bool) -> None:
+    said = []
+    for argument in ("--helpp", "--help"):
+        done = subprocess.run(
+            [ROOT / "build_pyz.sh", argument],
+            env={"PATH": os.environ["PATH"], **named},
+            capture_output=True,
+            text=True,
+        )
+        said.append(done.stderr + done.stdout)
+    assert ["未知参数" in said[0], "用法" in said[1]] == [is_chinese, is_chinese]
+    assert ["unknown argument" in said[0], "usage" in said[1]] == [not is_chinese, not is_chinese]
+
+
+def test_both_languages_of_its_help_name_the_same() -> None:
+    said = [
+        subprocess.run(
+            [ROOT / "build_pyz.sh", "--help"],
+            env={"PATH": os.environ["PATH"], "STOCKRT_LANG": language},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for language in ("en", "zh")
+    ]
+    english, chinese = (
+        re.findall(r"--\w+|[A-Z]+_[A-Z_]+|\b[a-z_]+\.(?:py|pyz|sh|in)\b", text) for text in said
+    )
+    assert english == chinese

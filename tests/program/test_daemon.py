@@ -1027,7 +1027,7 @@ def test_answers_beyond_what_fits_into_memory_come_from_the_journal(
     for name in ids:
         context = {"meta": {"execution_id": name}}
         (accepted,) = journal.accept([Command(name, context, ["A.US"])])
-        journal.answer(accepted, stockrt.empty_result(context, "m", f"answer of {name}"))
+        journal.answer(accepted, *stockrt.empty_result(context, f"answer of {name}", settings))
     journal.close()
     platform.send_receipts = False
     with ThreadDaemon(settings) as running:
@@ -1048,8 +1048,9 @@ def test_results_older_than_an_hour_are_dropped_with_a_warning(
 ) -> None:
     for name, age in {"old": 3601.0, "young": 3500.0}.items():
         journal = Journal(state, FakeClock(time.time() - age, time.monotonic() - age))
-        (accepted,) = journal.accept([Command(name, {"meta": {"execution_id": name}}, ["A.US"])])
-        journal.answer(accepted, stockrt.empty_result({"meta": {"execution_id": name}}, "m", "x"))
+        context = {"meta": {"execution_id": name}}
+        (accepted,) = journal.accept([Command(name, context, ["A.US"])])
+        journal.answer(accepted, *stockrt.empty_result(context, "x", settings))
         journal.close()
     with ThreadDaemon(settings):
         answered(platform, "young")

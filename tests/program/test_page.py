@@ -162,7 +162,7 @@ def test_every_picture_is_there_and_says_what_it_has(run_pyz: RunPyz, state: Pat
     """Candles, gaps and closes of each code; of one without closes, of one trade, of the future what there is."""
     done = run_pyz("--html", "page.html", "--up", "red", env={"LANG": "zh_CN.UTF-8"})
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"page\.html: 4 codes, \d+ kB\n", done.stderr), done.stderr
+    assert re.fullmatch(r"page\.html：4 个代码，\d+ kB\n", done.stderr), done.stderr
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert text.startswith('<!doctype html>\n<html lang="zh" data-up="red" data-fixed>')
     sections = dict(re.findall(r'<section id="(.*?)">(.*?)</section>', text, re.DOTALL))
@@ -173,6 +173,7 @@ def test_every_picture_is_there_and_says_what_it_has(run_pyz: RunPyz, state: Pat
     assert sections[TENCENT].count('class="gap"') == 0
     for code, count in ((AAPL, 43), (TENCENT, 43), (MAOTAI, 0), (BITCOIN, 0)):
         assert (f"{count} final closes" in sections[code]) == bool(count)
+        assert (f"{count} 个最终收盘价，最新 " in sections[code]) == bool(count)
         assert ("--backfill 60" in sections[code]) == (not count)
     assert "2025-10-23 22:30:00 CST" in text and "2028-01-01 14:30:00 UTC" in text  # on each exchange's clock
     assert EVIL not in text and "<lost>" not in text
@@ -182,13 +183,27 @@ def test_every_picture_is_there_and_says_what_it_has(run_pyz: RunPyz, state: Pat
 def test_a_chinese_reader_is_told_in_chinese_why_there_is_a_gap(
     run_pyz: RunPyz, state: Path, tmp_path: Path
 ) -> None:
+    reasons = {
+        stockrt.STOPPED: "stockrt 已停止",
+        stockrt.ENDED_WITHOUT_NOTICE: "stockrt 意外退出",
+        stockrt.MOVED: "转移到另一个连接",
+        stockrt.DEAF: "有成交，但没有推送",
+    }
     with open_store_file(state) as file, file.write() as db:
-        db.execute("UPDATE stream_gaps SET why = ?", (stockrt.STOPPED,))
+        for number, reason in enumerate(reasons):
+            db.execute(
+                'INSERT INTO stream_gaps SELECT ?, instance, product, codes, "from", "to", ?, create_time, delivered '
+                "FROM stream_gaps WHERE _id = '1'",
+                (f"n{number}", reason),
+            )
     assert run_pyz("--html", "page.html").returncode == 0
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     span = "2026-11-27 11:10:00 EST – 2026-11-27 11:20:00 EST"
-    assert f"gap: {span} (stockrt was stopped)<" in text and f"缺口：{span} (stockrt 已停止)<" in text
+    for english, chinese in reasons.items():
+        assert f">gap: {span} ({english})<" in text and f">缺口：{span}（{chinese}）<" in text
     assert "5m candles and volume" in text and "5 分钟 K 线与成交量" in text
+    volume = '<span class="en" lang="en">29000</span><span class="zh" lang="zh">2.90万</span>'
+    assert f'<td class=more data-v="29000">{volume}</td>' in text
 
 
 def test_a_timer_may_renew_it_under_a_web_server(run_pyz: RunPyz, state: Path, tmp_path: Path) -> None:
@@ -305,9 +320,37 @@ def test_candles_are_drawn_in_the_terminal(run_pyz: RunPyz, state: Path) -> None
     assert max(map(len, lines)) <= 120
     done = run_pyz("--show", AAPL, "--chart", "5m", "--from", "2026-11-27T15:00", "--to", "2026-11-27T16:00")
     assert "  5m  2026-11-27 10:00:00 EST – 2026-11-27 10:55:00 EST\n" in done.stdout
-    done = run_pyz("--show", TENCENT, "--chart", "1d", env={"LANG": "zh_CN.UTF-8"})
-    assert "00700.HK  腾讯控股  1d  2026-09-29 – 2026-11-26" in done.stdout
+    done = run_pyz("--show", TENCENT, "--chart", "1d")
+    assert "00700.HK  Tencent  1d  2026-09-29 – 2026-11-26" in done.stdout
     assert "last: open 659.5  high 659.5  low 659.5  close 659.5  volume 1000" in done.stdout
+
+
+def test_candles_are_drawn_for_a_chinese_reader(run_pyz: RunPyz, state: Path) -> None:
+    """In Chinese, with 万 and 亿 on the axis, which take two columns each: nothing is moved aside by them."""
+    with open_store_file(state) as file, file.write() as db:
+        db.execute("UPDATE realtime SET v = '1234567' WHERE stock_code = ?", (AAPL,))
+    env = {"LANG": "zh_CN.UTF-8"}
+    done = run_pyz("--show", AAPL, "--chart", "5m", env=env)
+    assert done.returncode == 0, done.stderr
+    title, *drawn, last, gap = done.stdout.splitlines()
+    assert title == "AAPL.US  苹果  5 分钟 K 线  2026-11-27 09:30:00 EST – 2026-11-27 14:25:00 EST"
+    assert last.startswith("最新一根：开盘 ") and re.search(
+        r"  最高 \S+  最低 \S+  收盘 \S+  成交量 \d+$", last
+    )
+    assert gap == "░ 缺口：2026-11-27 11:10:00 EST – 2026-11-27 11:20:00 EST（connection <lost>）"
+    (most,) = [line for line in drawn if "万" in line]
+    assert most.lstrip().startswith("617.28万┤")
+    axes = [re.match("[^┤│└┼]*[┤│└┼]", line) for line in drawn[:-1]]
+    assert len({stockrt.columns_of(axis[0]) for axis in axes if axis}) == 1
+    done = run_pyz("--show", TENCENT, "--chart", "1d", env=env)
+    assert "00700.HK  腾讯控股  日 K 线  2026-09-29 – 2026-11-26" in done.stdout
+    assert "最新一根：开盘 659.5  最高 659.5  最低 659.5  收盘 659.5  成交量 1000" in done.stdout
+    done = run_pyz("--show", MAOTAI, "9988.HK", "--chart", "1d", env=env)
+    assert done.stderr.splitlines() == [
+        "9988.HK：库中没有它的数据",
+        "600519.SH：库中没有最终收盘价，可用 --backfill 60 --codes 600519.SH 补齐；"
+        "最后一笔成交的时间为 2025-10-23 22:30:00 CST",
+    ]
 
 
 def test_candles_are_json_for_programs(run_pyz: RunPyz, state: Path) -> None:

@@ -116,6 +116,8 @@ def test_everything_is_checked_through_the_only_way_out(
     shown = f"http://***@127.0.0.1:{NAMESPACE_PORT}"
     line = f"the API through {shown} (HTTPS_PROXY), the platform through {shown} (HTTP_PROXY)"
     assert [text for text in done.stdout.splitlines() if "proxy:" in text] == [f"ok    proxy: {line}"]
+    line = f"正常  代理：API → {shown}（HTTPS_PROXY），平台 → {shown}（HTTP_PROXY）\n"
+    assert line in run_inside("--check", **proxies, STOCKRT_LANG="zh").stdout
     assert f"GET {platform.url}/module/online" in proxy.targets()
     assert [target for target in proxy.targets() if target.startswith("CONNECT 127.0.0.1:")]
     check_secret(done.stdout, done.stderr)

@@ -459,7 +459,7 @@ def test_the_plans_it_lists_are_those_that_the_program_keeps_to() -> None:
 def test_what_the_tests_lack_is_said_before_they_start(tmp_path: Path) -> None:
     """The functions of the build script that say it, on a machine with next to nothing."""
     script = (REPO / "build_pyz.sh").read_text("utf-8")
-    functions = "\n".join(re.findall(r"(?ms)^(?:has_mongod|say_what_comes)\(\) \{.*?^\}.*?$", script))
+    functions = "\n".join(re.findall(r"(?ms)^(?:say|has_mongod|say_what_comes)\(\) \{.*?^\}.*?$", script))
     for name in ("bash", "id", "uname"):
         (tmp_path / name).symlink_to(str(shutil.which(name)))
     said = subprocess.run(

@@ -113,6 +113,22 @@ def test_it_registers_stores_the_hash_and_says_so(
     assert [path.name for path in hash_file.parent.iterdir()] == [hash_file.name]
 
 
+def test_in_chinese_it_says_so_and_that_it_was_done_before(
+    new_server: PlatformServer, register: Register, hash_file: Path
+) -> None:
+    done = register(STOCKRT_LANG="zh")
+    (known,) = new_server.registrations
+    shown = stockrt.shorten(known.module_hash)
+    assert (
+        done.stdout
+        == f"已将 股票实时数据获取模块 注册到 {new_server.url}：模块哈希 {shown} 保存在 {hash_file}\n"
+    )
+    done = register(STOCKRT_LANG="zh")
+    assert done.stdout == (
+        f"此前已注册：模块哈希 {shown} 保存在 {hash_file}；--register --force 可重新注册\n"
+    )
+
+
 def test_it_sends_what_both_generations_ask_for(server: PlatformServer, register: Register) -> None:
     register(MODULE_NAME="模块 & Co?#=", MODULE_DESCRIPTION="a+b % / ü")
     (call,) = server.register_calls

@@ -168,7 +168,7 @@ def test_a_command_without_codes_means_the_watch_list_in_the_built_file(
 ) -> None:
     """As it stands at that moment; without COLLECT_CODES it is refused, and one with an empty list always."""
     uri, name = mongo_db
-    assert answer(platform, None)["error"] == stockrt.NO_CODES
+    assert answer(platform, None)["error"] == stockrt.phrase(stockrt.NO_CODES)
     mongo = {"MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
     write_settings(tmp_path, INFOWAY_API_KEY=OLD_KEY, COLLECT_CODES="watch", **mongo)
     daemon.signal(signal.SIGHUP)
@@ -209,3 +209,8 @@ def test_reload_by_hand_says_what_to_type_in_the_built_file(
     done = run_pyz("--reload", env={"INFOWAY_API_KEY": NEW_KEY, "SERVER_IP": "127.0.0.1", "SERVER_PORT": "1"})
     assert done.returncode == 64
     assert "sudo systemctl reload stockrt" in done.stderr and "Traceback" not in done.stderr
+    env = {"INFOWAY_API_KEY": NEW_KEY, "SERVER_IP": "127.0.0.1", "SERVER_PORT": "1", "STOCKRT_LANG": "zh"}
+    assert run_pyz("--reload", env=env).stderr == (
+        "stockrt：--reload 供服务单元的 ExecReload= 调用：请运行 sudo systemctl reload stockrt；"
+        "没有服务单元的守护进程，请用 kill -HUP 加其 pid\n"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +120,14 @@ def test_rejects_and_damaged_files_are_counted_and_discarded_by_the_built_file(
     assert "1 damaged file set aside. To do: " in told.splitlines()[0]
     listed = run_pyz("--rejects", env=env)
     assert listed.stdout.count("too large") == 3 and "executions.db.damaged-" in listed.stderr
+    chinese = run_pyz("--status", env=env | {"STOCKRT_LANG": "zh"}).stdout
+    assert "损坏文件        1 个，详见 --rejects\n" in chinese
+    assert "；1 个损坏的文件已移开保留。处理办法：" in chinese.splitlines()[0]
+    listed = run_pyz("--rejects", env=env | {"STOCKRT_LANG": "zh"})
+    assert listed.stdout.count("too large") == 3
+    assert re.match(
+        r"文件损坏，内容已抢救，原文件移开保留：/\S+/executions.db.damaged-\S+，0.0 MB$", listed.stderr
+    )
     done = run_pyz("--rejects", "--discard", env=env)
     assert (done.returncode, done.stderr) == (0, "discarded 3 documents and 1 damaged file of 0.0 MB\n")
     assert not list(state.glob("*damaged*"))

@@ -61,7 +61,44 @@ def test_a_name_finds_what_is_stored(run_pyz: RunPyz, put: Callable[..., None], 
     assert [(one["code"], one["name"]) for one in map(json.loads, done.stdout.splitlines())] == [
         ("600519.SH", "贵州茅台")
     ]
+    assert done.stderr.splitlines() == [
+        "五粮液：库中没有它的数据；如果这是名称，可用 --symbols 五粮液 查代码",
+        "库中没有可用来计算涨跌幅的最终收盘价：可用 --backfill 5 补齐",
+    ]
+    done = run_pyz("--show", "茅台", "五粮液", "--json")
+    assert json.loads(done.stdout)["name"] == "Kweichow Moutai"
     assert "五粮液: nothing of it is stored; where that is a name, --symbols 五粮液 brings" in done.stderr
+
+
+def test_stockrt_lang_and_the_settings_file_choose_the_language(
+    run_pyz: RunPyz, put: Callable[..., None], tmp_path: Path
+) -> None:
+    put("600519.SH")
+    (tmp_path / "chinese.env").write_text("STOCKRT_LANG=zh\n")
+    by_locale = run_pyz("--show", env={"LANG": "zh_CN.UTF-8"})
+    for done in (
+        by_locale,
+        run_pyz("--show", env={"STOCKRT_LANG": "zh"}),
+        run_pyz("--show", "--env-file", tmp_path / "chinese.env"),
+    ):
+        assert done.stdout.split()[:2] == ["代码", "最新价"], done.stderr
+    english = run_pyz("--show", env={"STOCKRT_LANG": "en", "LANG": "zh_CN.UTF-8"})
+    assert english.stdout.split()[:2] == ["CODE", "LAST"]
+
+
+def test_what_is_not_there_is_said_in_chinese(run_pyz: RunPyz, tmp_path: Path) -> None:
+    """Wholly: no word of English beside names, flags and codes."""
+    env = {"STOCKRT_LANG": "zh"}
+    for args, status, words in (
+        (("--show",), 1, "库中还没有成交：请看 --once；--once --demo 的模拟成交请看 --show --demo"),
+        (("--show", "600036"), 1, "600036：库中没有它的数据"),
+        (("--html", "one.svg"), 1, "stockrt：--html FILE.svg：没有可画的 K 线；库中有哪些数据请看 --show"),
+        (("--export", "-"), 0, "已将 0 笔成交写到标准输出"),
+        (("--export", "all.csv"), 0, "已将 0 笔成交写入 all.csv"),
+        (("--export", "all.csv", "--closes"), 0, "已将 0 个收盘价写入 all.csv"),
+    ):
+        done = run_pyz(*args, env=env)
+        assert (done.returncode, done.stderr.splitlines()[0]) == (status, words)
 
 
 def test_without_codes_those_of_the_watch_list_else_the_latest(
@@ -149,7 +186,7 @@ def test_on_a_terminal_collect_draws_the_table_in_its_place(
     pane = Pane()
     with subprocess.Popen(
         [sys.executable, str(pyz), *command],
-        env=clean_env | {"TERM": "xterm", "LANG": "zh_CN.UTF-8"},
+        env=clean_env | {"TERM": "xterm", "LANG": "ja_JP.UTF-8"},
         stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, start_new_session=True,
     ) as collect:  # fmt: skip
         os.close(theirs)

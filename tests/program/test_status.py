@@ -509,7 +509,7 @@ def test_executions_lists_the_last_ones_with_their_failures(program: Program) ->
         failures = {"X": stockrt.Failure(stockrt.FailureKind.KEY, f"the key {FIRST} is bad")}
         report = stockrt.Report(total=2, stored=1, failures=failures)
         if number < 29:
-            journal.answer(accepted, stockrt.report_result(context, report, settings))
+            journal.answer(accepted, *stockrt.report_result(context, report, settings))
         if number < 28:
             journal.received([accepted])
     journal.close()
@@ -607,3 +607,158 @@ def said_to_another(settings: stockrt.Settings, as_json: bool) -> list[str]:
     with unprivileged(), contextlib.redirect_stdout(said):
         assert stockrt.run_status(settings, as_json) == UNKNOWN
     return said.getvalue().splitlines()
+
+
+# ------------------------------------------------------------------------------------------------------
+# In Chinese
+# ------------------------------------------------------------------------------------------------------
+
+
+def in_chinese(program: Program) -> None:
+    """Let the program speak Chinese from now on."""
+    program.env["STOCKRT_LANG"] = "zh"
+
+
+def test_in_chinese_a_fresh_machine_is_told_of_in_aligned_columns(program: Program) -> None:
+    in_chinese(program)
+    assert program.lines().splitlines() == [
+        "状态            未运行。处理办法：手动执行命令时不需要守护进程；要运行它，请设置 SERVER_IP 和 SERVER_PORT，"
+        "或设置 COLLECT 或 COLLECT_EVERY",
+        f"版本            {stockrt.__version__}",
+        "守护进程        未运行",
+        "注册            无：未设置平台",
+        "平台            未设置：守护进程未运行",
+        f"存储            {program.state / stockrt.SQLITE_NAME}",
+        "待处理          0 条指令待执行，0 条结果待送达",
+        "最近执行        尚无",
+        "API 密钥        aaa…111  free  当日已用 0，剩余额度 86400  可用",
+        "API 密钥        bbb…222  pro  当日已用 0，剩余额度 1728000  可用",
+    ]
+    assert program.run("--executions") == "尚未执行过\n"
+    assert program.run("--rejects") == "MongoDB 没有拒绝过任何文档\n"
+
+
+def test_in_chinese_programs_get_the_same_keys_and_states(program: Program) -> None:
+    """What a person reads in them is Chinese."""
+    english = program.status()
+    in_chinese(program)
+    chinese = program.status()
+    assert [name for name in english if english[name] != chinese[name]] == ["to_do"]
+    assert chinese["to_do"][0].startswith("手动执行命令时不需要守护进程；")
+    with InfowayServer(keys={FIRST, OTHER}) as api:
+        program.env |= {"INFOWAY_API_BASE_URL": api.url}
+        checks = [json.loads(line) for line in program.run("--check", "--json").splitlines()]
+    names = ["settings", "API key aaa…111", "API key bbb…222", "state directory", "local store", "platform"]
+    assert [check["name"] for check in checks] == names
+    assert checks[-1]["words"] == "未设置 SERVER_IP 和 SERVER_PORT：只够 --once 使用，不能运行守护进程"
+    assert checks[3]["words"] == f"{program.state} 可以创建"
+
+
+def test_in_chinese_beside_a_daemon(program: Program) -> None:
+    """Connected, executing, with a key that is out; then without its platform; then gone."""
+    in_chinese(program)
+    with InfowayServer(keys={FIRST, OTHER}) as api:
+        with PlatformServer() as platform:
+            api.script = lambda request: REFUSALS["401_token_invalid"] if request.key == FIRST else None
+            program.env |= {"SERVER_IP": "127.0.0.1", "SERVER_PORT": str(platform.port), "INFOWAY_PLAN": "0",
+                            "INFOWAY_API_BASE_URL": api.url}  # fmt: skip
+            program.start_daemon()
+            program.until(lambda: stockrt.read_status(program.state)["platform"] == "connected")
+            assert lines_in_chinese(program.lines(WELL))["状态"] == "正常"
+            platform.execute([*(f"A{number}.US" for number in range(300)), "NOPE"])
+            program.until(lambda: "keys" in stockrt.read_status(program.state))
+            text = program.lines(WRONG)
+            lines = lines_in_chinese(text)
+            assert lines["状态"] == (
+                "有问题：API 密钥 aaa…111 已停用。处理办法：请看下面该密钥的一行；请续订套餐，或在 INFOWAY_API_KEY 中换掉它"
+            )
+            assert re.fullmatch(r"运行中，pid \d+，版本 \S+", lines["守护进程"])
+            assert re.fullmatch(rf"http://127\S+：自 {LOCAL_TIME} 起已连接", lines["平台"])
+            assert re.match(rf"{LOCAL_TIME} 部分成功，simulated：", lines["最近执行"])
+            assert re.search(
+                rf"自 {LOCAL_TIME} 起共 1 次执行，部分成功 1 次，失败 0 次；300 笔成交已入库，0 笔已有，"
+                "0 笔暂存待写入 MongoDB，1 个代码失败",
+                lines["累计"],
+            )
+            assert "aaa…111  0  无每日额度限制，不计数  已停用（HTTP 401: Token invalid）" in text
+            first, *failed = program.run("--executions", "1").splitlines()
+            assert re.match(rf"{LOCAL_TIME}  部分成功  \S+  simulated  301 个代码中 300 个已入库", first)
+            assert [line[:7] for line in failed] == ["  NOPE："]
+        program.until(lambda: stockrt.read_status(program.state)["platform"] == "not connected")
+        lines = lines_in_chinese(program.lines(WRONG))
+        assert lines["状态"].startswith(
+            "有问题：未连接到平台；API 密钥 aaa…111 已停用。处理办法：请看 --check 和守护进程的日志，"
+        )
+        assert re.fullmatch(rf"http://127\S+：未连接，上次通信 {LOCAL_TIME}", lines["平台"])
+        program.stop_daemon()
+        assert lines_in_chinese(program.lines())["状态"] == (
+            "未运行。处理办法：启动：sudo systemctl start stockrt，或不带命令运行 stockrt.pyz"
+        )
+
+
+@pytest.mark.parametrize(
+    ("told", "wrong", "line"),
+    [
+        ({"dropped": 3}, "", "启动以来 900 笔成交，新入库 880 笔，丢弃 3 条"),
+        ({"connections": 1, "streams": [LOST]}, "推送流应有 2 个连接，现有 1 个", "启动以来 900 笔成交"),
+        (
+            {"connections": 0, "connections_wanted": 0, "codes": 0, "polled": 800},
+            "推送流没有数据，已改为轮询 800 个代码",
+            "启动以来 900 笔成交",
+        ),
+        (None, "行情采集尚未开始", "目前没有"),
+    ],
+)
+def test_in_chinese_a_service_that_collects(
+    program: Program, told: dict[str, object] | None, wrong: str, line: str
+) -> None:
+    in_chinese(program)
+    program.env |= {"COLLECT": "stream", "COLLECT_CODES": "AAPL.US"}
+    status: dict[str, object] = {"platform": stockrt.NO_NEED, "pid": 7, "version": "1"}
+    if told is not None:
+        status["collecting"] = stockrt.collect_facts(STREAM | told)
+    with stockrt.lock_state_directory(program.state):
+        (program.state / stockrt.STATUS_NAME).write_text(json.dumps(status))
+        lines = lines_in_chinese(program.lines(WRONG if wrong else WELL))
+        check = program.run("--check", status=None)
+    assert lines["状态"].startswith(f"有问题：{wrong}。处理办法：请看 --check 和" if wrong else "正常")
+    assert lines["平台"] == "未设置：不需要"
+    assert line in lines["行情采集"]
+    assert lines.get("推送流") == (
+        "crypto：1 个代码中已订阅 0 个，等待重连：429: too many" if told and "streams" in told else None
+    )
+    if told and "connections_wanted" not in told:
+        assert (f"失败  推送流：{wrong}\n" if wrong else "正常  推送流：守护进程正在使用：") in check
+    assert "正常  平台：未设置 SERVER_IP 和 SERVER_PORT：守护进程自行采集，不连接平台\n" in check
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+def test_in_chinese_another_user_is_told_that_nothing_is_known(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stockrt.write_hash(program.state, "a" * 32)
+    settings = load_settings(program.env, None, (), is_root=False).settings
+    monkeypatch.setattr(stockrt.SPOKEN, "language", stockrt.CHINESE)
+    assert said_to_another(settings, as_json=False) == [
+        "状态            未知：当前用户无权查看。处理办法：请用 root 运行",
+        f"版本            {stockrt.__version__}",
+        "守护进程        未知",
+        "注册            未知",
+        "平台            未知",
+        "存储            未知",
+        "待处理          未知",
+        "最近执行        未知",
+        "API 密钥        未知",
+    ]
+    told = json.loads(said_to_another(settings, as_json=True)[0])
+    assert (told["status"], told["wrong"], told["to_do"]) == (
+        "unknown",
+        ["当前用户无权查看"],
+        ["请用 root 运行"],
+    )
+
+
+def lines_in_chinese(text: str) -> dict[str, str]:
+    """Return the lines for a person by what they are about; of several keys the last."""
+    pairs = [re.split(r" {2,}", line, maxsplit=1) for line in text.splitlines()]
+    return {label: words for label, words in pairs}

@@ -102,6 +102,22 @@ def test_missing_file_of_the_uri_is_a_fault_of_the_settings_for_every_command(
     assert "tlsCAFile" in done.stderr and "cannot be read: No such file or directory" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("locale", "said"),
+    [
+        ("C.UTF-8", "stockrt: STOCKRT_LANG='fr' (environment): expected zh or en\n"),
+        ("zh_CN.UTF-8", "stockrt：STOCKRT_LANG='fr'（环境变量）：应为 zh 或 en\n"),
+    ],
+)
+@pytest.mark.parametrize("args", [("--check",), ("--check-settings",), ("--status",)])
+def test_a_language_that_is_none_is_a_fault_in_that_of_the_locale(
+    run_pyz: RunPyz, args: tuple[str, ...], locale: str, said: str
+) -> None:
+    done = run_pyz(*args, env=STANDALONE | {"STOCKRT_LANG": "fr", "LC_ALL": locale})
+    assert done.returncode == 78
+    assert done.stderr == said
+
+
 def test_unwritable_key_log_is_said_to_be_that(run_pyz: RunPyz, tmp_path: Path) -> None:
     with InfowayServer() as server:
         url = server.url.replace("http:", "https:")

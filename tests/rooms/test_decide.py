@@ -17,6 +17,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from kit import infoway_server
+from kit.chinese import in_chinese
 from kit.clock import FakeClock
 
 import stockrt
@@ -166,6 +167,28 @@ def test_every_answer_of_the_documentation_leads_to_its_action(
     verdict = verdict_on(body, status)
     assert verdict.action is action
     assert words in verdict.failure.words
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (401, GATEWAY_PAGE, "HTTP 401，不像 API 的应答，像是中途的网关或登录页所发"),
+        (
+            401,
+            '{"error":1,"message":"Log in"}',
+            "HTTP 401：Log in，不像 API 的应答，像是中途的网关或登录页所发",
+        ),
+        (403, "", "HTTP 403，被网关拒绝：因密钥、地区或其风控"),
+        (302, "", "HTTP 302，是重定向，不予跟随"),
+        (429, '{"code":429,"message":"Too many"}', "HTTP 429：Too many"),
+        (200, said(509, "Token expired"), "API 返回 509：Token expired"),
+        (200, said(505), "API 返回 505：无说明"),
+        (200, '{"ret":200,"data":{}}', "API 的应答称成功，却没有列表 `data`"),
+    ],
+)
+def test_what_the_api_refused_can_be_read_in_chinese(status: int, body: str, words: str) -> None:
+    """The API's own words stay as they came."""
+    assert stockrt.in_language(verdict_on(body, status).failure.words, "zh") == words
 
 
 def rows(*names: str) -> list[tuple[Refusal, Any]]:
@@ -598,6 +621,19 @@ def test_a_bad_record_is_rejected_however_it_was_parsed(fields: dict[str, object
         read_trade(record(**fields))
 
 
+@pytest.mark.parametrize(("fields", "words"), BAD_RECORDS, ids=lambda value: str(value)[:40])
+def test_why_a_record_is_bad_can_be_read_in_chinese(fields: dict[str, object], words: str) -> None:
+    told = in_chinese(outcome_of([record(**fields)]).failures["AAPL.US"].words)
+    assert told.startswith(words.replace("field", "字段") + "：") and "，应为" in told
+
+
+def test_what_is_missing_is_called_so_in_chinese() -> None:
+    lacking = record()
+    del lacking["td"]
+    words = outcome_of([lacking]).failures["AAPL.US"].words
+    assert in_chinese(words) == "字段 td：缺失，应为方向（0、1、2）"
+
+
 @pytest.mark.parametrize("name", ["t", "p", "v", "vw", "td"])
 def test_a_record_that_lacks_a_field_is_rejected(name: str) -> None:
     """Nothing is made up for it."""
@@ -729,6 +765,7 @@ def test_a_record_that_is_no_trade_is_named_and_refused(
     assert [trade.s for trade in outcome.trades] == ["TSLA.US"]
     assert outcome.failures[code].kind is FailureKind.BAD_RECORD
     assert words in outcome.failures[code].words and "no trade" in outcome.failures[code].words
+    assert in_chinese(outcome.failures[code].words).startswith("不是成交：")
 
 
 def test_oil_below_zero_is_no_trade_of_a_share() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import check_paced
 from kit.infoway_server import REFUSALS, Answer, InfowayServer
@@ -206,6 +207,25 @@ def test_two_that_are_called_alike_are_both_proposed(world: World) -> None:
     )
     with pytest.raises(InstrumentError, match=r"common:ES \(标普500指数期货\) or ES.US \(永源能源\)"):
         world.find("ES")
+
+
+def test_what_the_lists_know_can_be_read_in_chinese(world: World) -> None:
+    with pytest.raises(InstrumentError) as caught:
+        world.find("700")
+    assert in_chinese(caught.value.message) == "看不出指哪个品种：是不是 00700.HK（腾讯控股）？"
+    explain = world.directory.explain
+    assert in_chinese(explain(Instrument("7203.JP", "japan"), world.stop)) == (
+        "API 的品种列表中有该代码（丰田汽车），但没有其成交，或此密钥的套餐不包含"
+    )
+    told = in_chinese(explain(Instrument("9999.JP", "japan"), world.stop))
+    assert told == "API 不认识该代码：所有品种列表中都没有"
+    world.server.script = lambda _: Answer.html(403, "no")
+    assert in_chinese(world.directory.refresh(["STOCK_IN"], world.stop)) == (
+        "HTTP 403，被网关拒绝：因密钥、地区或其风控"
+    )
+    assert in_chinese(world.directory.refresh(["STOCK_IN"], world.stop)) == "刚才查询过，没有结果"
+    world.stop.set()
+    assert in_chinese(world.directory.refresh(["STOCK_TW"], world.stop)) == "已停止"
 
 
 def test_what_no_list_knows_stays_as_it_was_refused(world: World) -> None:

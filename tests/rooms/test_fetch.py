@@ -28,6 +28,7 @@ import pytest
 from conftest import RunPyz
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import PATIENCE, check_paced, number, until
 from kit.infoway_server import (
@@ -76,6 +77,9 @@ SHORT = Limits(connect_s=1.0, read_s=0.2, whole_s=0.5)
 ENDLESSLY = Limits(connect_s=3600.0, read_s=3600.0, whole_s=3600.0)
 FIELDS = ("s", "t", "p", "v", "vw", "td")
 STOCKS = ("AAPL.US", "00700.HK", "600519.SH", "000001.SZ")
+
+
+LOGIN_PAGE = Answer.html(401, "Log in to the guests' network")
 
 
 class Hasty(random.Random):
@@ -554,6 +558,36 @@ def test_a_gzip_stream_without_its_second_half_is_not_taken(infoway: InfowayServ
     assert infoway.request_count == 2 and run.report.complete
 
 
+@pytest.mark.parametrize(
+    ("answer", "bars", "words"),
+    [
+        (Answer.empty(403), 0, "HTTP 403，被网关拒绝：因密钥、地区或其风控；请检查 INFOWAY_API_KEY"),
+        (REFUSALS["500_json"], 2, "API 返回 500：System error，共尝试 2 次"),
+        (
+            Answer.empty(503).with_headers(("Retry-After", "3000")),
+            0,
+            "HTTP 503，要求等待 3000 秒",
+        ),
+        (
+            LOGIN_PAGE,
+            0,
+            "没有 API 密钥可用于 stock（密钥 ***：HTTP 401，不像 API 的应答，像是中途的网关或登录页所发，"
+            "TIME 恢复）；请检查 INFOWAY_API_KEY",
+        ),
+    ],
+)
+def test_why_a_batch_failed_can_be_read_in_chinese(
+    infoway: InfowayServer, answer: Answer, bars: int, words: str
+) -> None:
+    infoway.script = lambda _: answer
+    with api_of(infoway) as api:
+        outcomes = [*filter(None, api.fetch([Batch("stock", "AAPL.US", bars)], threading.Event()))]
+    told = in_chinese(
+        outcomes[0].failures["AAPL.US"].words, *["System error"] * (answer is REFUSALS["500_json"])
+    )
+    assert re.sub(r"\d{4}-\S+Z", "TIME", told) == words
+
+
 def test_redirection_is_not_followed(infoway: InfowayServer, tmp_path: Path) -> None:
     with InfowayServer() as elsewhere, api_of(infoway) as api:
         location = ("Location", f"{elsewhere.url}/stock/batch_trade/AAPL.US")
@@ -948,9 +982,6 @@ def test_all_keys_out_is_said_of_every_code_and_ends_the_run(
     for _, reason in run.report.failures.values():
         assert words[name] in reason and "INFOWAY_API_KEY" in reason
         assert "first-key" not in reason and "second-key" not in reason
-
-
-LOGIN_PAGE = Answer.html(401, "Log in to the guests' network")
 
 
 def test_a_401_that_is_not_the_apis_own_costs_the_key_a_rest_only(

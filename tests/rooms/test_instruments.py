@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from kit.chinese import in_chinese
 
 import stockrt
 from stockrt import (
@@ -33,7 +34,35 @@ def refusal(raw: object) -> str:
     """Return the words with which a code is refused."""
     with pytest.raises(InstrumentError) as caught:
         parse_code(raw)
-    return str(caught.value)
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ("700", "未写交易所：是不是 00700.HK 或 000700.SZ？"),
+        ("ES", "有两个品种用这个代码：是不是 common:ES 或 ES.US？"),
+        ("9999", "未写交易所：是不是 09999.HK、009999.SH、9999.JP 或 9999.TW？"),
+        ("茅台", "不是代码，可能是名称；应为代码，如 600519.SH"),
+        ("430047", "430047 属于北京证券交易所，Infoway 没有其行情"),
+        ("BJ:", "代码为空；应为代码，如 AAPL.US"),
+        ("7203.TSE", ".TSE 可指东京、台湾或多伦多的交易所：请写后缀，如 7203.JP 或 2330.TW"),
+        ("12.SH", "12.SH：应为六位数字，如 600519.SH"),
+        ("12345678", "未写交易所：应为六位数字，如 600519"),
+    ],
+)
+def test_a_refusal_can_be_read_in_chinese(raw: str, words: str) -> None:
+    assert in_chinese(refusal(raw)) == words
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ["", "A" * 33, "A B", ".BJ", "TSE:7203", "X.BSE", "BO:X", ".DJI", "AAPL.SS", "BRK.B", "300750.SS1", "NASDAQ:600",
+     "FOO:BAR", "BINANCE:AAPL", "OANDA:AAPL", ".HK", "123456.HK", "FOO=X", None, 1.5, True, "BTC", "^GSPC", "AAPL",
+     "japan:AAPL.US"],
+)  # fmt: skip
+def test_nothing_of_a_refusal_stays_english(raw: object) -> None:
+    in_chinese(plan_batches([raw]).invalid.popitem()[1])
 
 
 # ------------------------------------------------------------------------------------------------------

@@ -349,7 +349,7 @@ def test_a_command_that_the_disk_has_changed_is_lost_by_name(
 
 def test_a_result_without_its_lists_is_kept_so(journal: Journal) -> None:
     first, second, unanswered = journal.accept([command("e1"), command("e2"), command("e3")])
-    text = stockrt.empty_result({}, "m", "no")
+    text = json.dumps({"status": "failure", "message": "no", "error": "no", "result": {}})
     journal.answer(first, text)
     journal.answer(second, text)
     for _ in range(2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from conftest import controlled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import check_paced
 from kit.daemons import number as examples
@@ -98,7 +100,7 @@ def refusal(pool: KeyPool, product: str = "stock") -> str:
     """Return the words with which no key is given."""
     with pytest.raises(NoKeyError) as caught:
         pool.try_acquire(product)
-    return str(caught.value)
+    return caught.value.message
 
 
 def most_in_any(seconds: float, times: Sequence[float]) -> int:
@@ -207,6 +209,29 @@ def test_a_key_is_described_without_a_look_at_any_count() -> None:
         ("out", "Token invalid"), ("resting", "day upper limit"), ("ready", "")]  # fmt: skip
     assert [state["until"] for state in states] == ["", "2026-08-15T00:00:01.000Z", ""]
     assert states[2]["not_for"] == ["japan"]
+
+
+def test_why_no_key_serves_can_be_read_in_chinese() -> None:
+    pool, _ = pool_of({FIRST: UNLIMITED, OTHER: UNLIMITED, "ccc-third-key-333": UNLIMITED})
+    answer = stockrt.Response(200, b'{"ret":514,"msg":"No permission"}')
+    for key in pool.keys[:2]:
+        stockrt.steer(pool, key, "stock", stockrt.decide(answer, datetime.now(UTC)))
+    pool.rest_until_midnight(pool.keys[2], stockrt.day_used_up(FREE))
+    assert in_chinese(refusal(pool, "stock bars"), "No permission") == (
+        "没有 API 密钥可用于 stock 日线（密钥 aaa…111：API 返回 514：No permission；"
+        "密钥 bbb…222：API 返回 514：No permission；"
+        "密钥 ccc…333：当日 86400 次请求的额度已用完，2026-08-15T00:00:01.000Z 恢复）；请检查 INFOWAY_API_KEY"
+    )
+    assert in_chinese(refusal(KeyPool([]))) == "没有 API 密钥：请设置 INFOWAY_API_KEY"
+
+
+def test_why_a_key_rests_can_be_read_in_chinese_out_of_a_file() -> None:
+    """As the daemon's status file, which --status reads, whoever speaks which language."""
+    pool, _ = pool_of({FIRST: UNLIMITED})
+    pool.rest_until_midnight(pool.keys[0], stockrt.day_used_up(FREE))
+    (state,) = stockrt.unpacked(json.loads(json.dumps(stockrt.packed(pool.describe()))))
+    assert state["why"] == "the day's 86400 requests are used up"
+    assert in_chinese(state["why"]) == "当日 86400 次请求的额度已用完"
 
 
 def test_plans_are_one_for_all_or_one_a_key() -> None:

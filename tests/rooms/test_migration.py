@@ -55,6 +55,22 @@ def test_what_is_set_stays_under_whichever_of_its_names(name: str) -> None:
     assert lines == ["kept      MONGODB_REALTIME_COLLECTION_NAME: it is set already; the older one differs"]
 
 
+def test_each_line_is_there_in_chinese() -> None:
+    old = {
+        "MONGODB_COLLECTION_NAME": "quotes",
+        "SERVER_PORT": "8080",
+        "SERVER_IP": "::1",
+        "DJANGO_TOKEN": "x",
+    }
+    _, lines = plan_settings(old, {"SERVER_PORT": "8080", "SERVER_IP": "::2"}, TARGET)
+    assert sorted(stockrt.in_language(line, "zh") for line in lines) == [
+        "已保留  SERVER_IP：此处已有设置，与旧客户端的不同",
+        "已保留  SERVER_PORT：此处已有设置",
+        "已迁移  MONGODB_REALTIME_COLLECTION_NAME='quotes'，旧客户端中名为 MONGODB_COLLECTION_NAME",
+        "未采用  DJANGO_TOKEN：stockrt 没有这项设置",
+    ]
+
+
 def test_a_credential_that_is_not_there_hides_nothing_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +187,16 @@ def test_no_older_hash_is_said_with_what_follows(state: Path) -> None:
     taken, line = plan_hash(state.parent / "old", state)
     assert taken == ""
     assert "module_hash.txt is not there" in line and "workflows" in line
+
+
+def test_what_became_of_the_hash_is_there_in_chinese(state: Path) -> None:
+    (state / "module_hash").write_text(OTHER_HASH + "\n")
+    place = state / "module_hash"
+    _, line = plan_hash(state.parent / "old", state)
+    assert stockrt.in_language(line, "zh") == (
+        f"已保留  模块哈希 8471…712：已在 {place} 中；工作流可能绑定在旧哈希 -329…472 上："
+        f"如需采用旧哈希，请停止服务，删除 {place} 后重试"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "no hash at all", "1" * 65, "12\n34", "<html>"])

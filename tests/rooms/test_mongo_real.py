@@ -18,6 +18,7 @@ import pytest
 from bson.decimal128 import Decimal128
 from bson.objectid import ObjectId
 from conftest import RunPyz, controlled, unavailable
+from kit.chinese import in_chinese
 from kit.daemons import PATIENCE, until
 from kit.infoway_server import InfowayServer
 from kit.mongo import (
@@ -247,9 +248,11 @@ def test_a_validator_that_takes_nothing_is_not_looked_for_in_the_connection_stri
         )
     with (
         place.opened() as store,
-        pytest.raises(StoreError, match=r"validation; see the validators of realtime and close$"),
+        pytest.raises(StoreAway, match=r"validation; see the validators of realtime and close$") as caught,
     ):
         store.mongo.check()
+    told = in_chinese(caught.value.message, caught.value.words)
+    assert told.endswith("；请检查 realtime 和 close 的校验规则")
 
 
 @pytest.mark.usefixtures("hasty")

@@ -158,6 +158,36 @@ def test_status_says_what_is_true(tmp_path: Path) -> None:
     )
 
 
+@pytest.fixture
+def in_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads what this process prints reads Chinese."""
+    monkeypatch.setattr(stockrt.SPOKEN, "language", stockrt.CHINESE)
+
+
+@pytest.mark.usefixtures("in_chinese")
+def test_status_is_said_to_the_manager_in_the_readers_language(tmp_path: Path, manager: Manager) -> None:
+    clock = FakeClock()
+    service = Service(settings(tmp_path), Notifier(manager.address), clock=clock)
+    service.tick(0, 0)
+    assert manager.heard(60) == ["STATUS=正在连接 10.0.0.5:8080 · 2 个密钥 · 尚未执行 · 0 条指令待执行"]
+    service.connected()
+    service.keys_out(1, 2)
+    service.executed(report())
+    clock.advance(300)
+    service.tick(1, 2)
+    assert manager.heard(60) == [
+        "STATUS=已连接 10.0.0.5:8080 · 2 个密钥，其中 1 个已停用 · 5 分钟前执行，完成 50/50，用时 0.4 秒 · "
+        "1 条指令待执行 · 2 条结果待送达"
+    ]
+    service.disconnected(stockrt.phrase("tools.no_memory"))
+    service.tick(1, 2)
+    assert manager.heard(60)[0].startswith(
+        "STATUS=未连接 10.0.0.5:8080：内存不足；请检查服务单元的 MemoryMax= ·"
+    )
+    service.stopping(27)
+    assert manager.heard(60)[0].endswith("\nSTATUS=正在停止")
+
+
 NO_PLATFORM = {"SERVER_IP": "", "SERVER_PORT": "", "COLLECT": "stream", "COLLECT_CODES": "AAPL.US"}
 STREAM = CollectStats(
     connections=2, connections_wanted=2, codes=800, polled=4200, per_second=812.4, delay_p50_ms=35.2,
@@ -316,6 +346,19 @@ def test_life_of_a_daemon_as_the_manager_hears_it(tmp_path: Path, path_manager: 
             assert len(mine) == 1 and re.search(r"stored 1, duplicates 0, failed 0, \d+ ms$", mine[0])
         assert any(line.startswith("<7>frame received: ") for line in lines)
         assert any(line.startswith("<7>frame sent: ") for line in lines)
+
+
+@pytest.mark.parametrize("way", ["environment", "settings file"])
+def test_status_of_a_unit_whose_settings_ask_for_chinese_is_chinese(
+    tmp_path: Path, path_manager: Manager, way: str
+) -> None:
+    """Wherever they do, and its journal stays English."""
+    (tmp_path / ".env").write_text("STOCKRT_LANG=zh\n" * (way == "settings file"))
+    more = {"STOCKRT_LANG": "zh"} if way == "environment" else {}
+    with Life(tmp_path, path_manager, **more) as life:
+        path_manager.wait(lambda said: "STATUS=已连接 127.0.0.1:" in said and "尚未执行" in said)
+        log = life.log.read_text()
+        assert log.startswith("<6>stockrt ") and "连接" not in log
 
 
 def test_absent_platform_does_not_fail_the_start(tmp_path: Path, path_manager: Manager) -> None:

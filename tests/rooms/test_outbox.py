@@ -106,12 +106,22 @@ def test_a_refused_command_that_comes_again_before_its_receipt_has_one_answer() 
 # ------------------------------------------------------------------------------------------------------
 
 
-def large(failed: int = 10_000) -> str:
+def settings(language: str = "en") -> stockrt.Settings:
+    """Settings whose results are in a language."""
+    environ = {"STATE_DIRECTORY": "/nowhere", "MODULE_NAME": "m", "MESSAGE_LANG": language}
+    return stockrt.load_settings(environ, None, (), is_root=False).settings
+
+
+def refused(reason: str) -> str:
+    """The result of a command that was not executed."""
+    return stockrt.empty_result({}, reason, settings()).text
+
+
+def large(failed: int = 10_000, language: str = "en") -> str:
     """A result with long lists."""
     failures = {f"X{n}.US": Failure(FailureKind.API, "reason") for n in range(failed)}
     report = Report(total=failed + 1, stored=1, failures=failures)
-    settings = stockrt.load_settings({"STATE_DIRECTORY": "/nowhere"}, None, (), is_root=False).settings
-    return stockrt.report_result({"meta": {"execution_id": "e"}}, report, settings)
+    return stockrt.report_result({"meta": {"execution_id": "e"}}, report, settings(language)).text
 
 
 def test_a_result_without_its_lists_keeps_its_counts_and_says_so() -> None:
@@ -125,7 +135,7 @@ def test_a_result_without_its_lists_keeps_its_counts_and_says_so() -> None:
 
 
 def test_of_a_failure_the_error_says_it_too() -> None:
-    short = json.loads(stockrt.without_lists(stockrt.empty_result({}, "m", "why")))
+    short = json.loads(stockrt.without_lists(refused("why")))
     assert short["error"] == short["message"] and "without its lists" in short["error"]
 
 
@@ -250,7 +260,7 @@ def test_refusals_beyond_the_limit_are_not_sent_again() -> None:
 
 
 def test_a_result_that_lost_its_lists_stays_so_where_it_is_read_again() -> None:
-    text = stockrt.empty_result({}, "m", "x" * stockrt.HARMLESS_BYTES)
+    text = refused("x" * stockrt.HARMLESS_BYTES)
     outbox = Outbox(most=0)
     outbox.add(1, text, 1.0)
     assert outbox.missing() == [1]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.infoway_server import EVERY_REFUSAL, PLANS, Answer, InfowayServer
 from kit.infoway_server import Plan as PlanThere
@@ -182,6 +183,15 @@ def test_a_key_that_is_out_is_known_before_the_first_batch(file: LocalFile) -> N
         instance.ask()
         assert server.request_count == 1
         assert instance.pool.describe()[0]["state"] == "out"
+
+
+def test_when_a_plan_ends_can_be_read_in_chinese() -> None:
+    info = PackageInfo("", 2.0, ends=1_790_000_000.0)
+    assert in_chinese(info.end_words(1_790_000_000 - 3 * 86_400)) == (
+        "套餐将于 2026-09-21T14:13:20.000Z 到期，还剩 3 天"
+    )
+    assert in_chinese(info.end_words(1_790_000_001)) == "套餐已于 2026-09-21T14:13:20.000Z 到期"
+    assert in_chinese(info.plan().name) == "未命名"
 
 
 @pytest.mark.parametrize(("days", "words"), [(8, ""), (3, "its plan ends at"), (-1, "its plan ended at")])

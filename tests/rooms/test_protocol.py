@@ -573,13 +573,14 @@ CONTEXT = {"workflow_id": "7", "workflow_name": "n", "meta": META}
 
 def settings(**more: str) -> stockrt.Settings:
     """Settings of a module with one key, which is a secret."""
-    environ = {"INFOWAY_API_KEY": "hunter22", "MODULE_NAME": "模块"} | more
+    environ = {"INFOWAY_API_KEY": "hunter22", "MODULE_NAME": "模块", "MESSAGE_LANG": "en"} | more
     return stockrt.load_settings(environ, None, (), is_root=False).settings
 
 
-def result_of(report: Report) -> dict[str, Any]:
+def result_of(report: Report, language: str = "en") -> dict[str, Any]:
     """The result of a run, as the platform reads it."""
-    answer: dict[str, Any] = json.loads(stockrt.report_result(CONTEXT, report, settings()))
+    made = stockrt.report_result(CONTEXT, report, settings(MESSAGE_LANG=language))
+    answer: dict[str, Any] = json.loads(made.text)
     return answer
 
 
@@ -713,13 +714,13 @@ def test_no_secret_is_in_a_result() -> None:
         failures={"A.US": Failure(FailureKind.KEY, "key hunter22 refused")},
         store_error="user:hunter22@host",
     )
-    answer = stockrt.report_result(CONTEXT, report, settings())
-    assert "hunter22" not in answer
-    assert "***" in answer
+    for answer in stockrt.report_result(CONTEXT, report, settings()):
+        assert "hunter22" not in answer
+        assert "***" in answer
 
 
 def test_a_command_that_was_not_executed_is_answered_with_the_same_fields() -> None:
-    answer = json.loads(stockrt.empty_result(CONTEXT, "m", "why"))
+    answer = json.loads(stockrt.empty_result(CONTEXT, "why", settings()).text)
     assert (answer["status"], answer["error"], answer["message"]) == ("failure", "why", "why")
     assert answer["meta"] == META
     assert answer["result"].keys() == result_of(Report())["result"].keys()

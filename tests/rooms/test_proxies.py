@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from kit.chinese import in_chinese
 from kit.daemons import PATIENCE
 from kit.infoway_server import Answer, InfowayServer, make_certificate
 from kit.platform_server import PlatformServer
@@ -237,6 +238,11 @@ def test_a_proxy_that_wants_another_password_is_named_and_not_asked_again(
     wanted = "does not take this user and password" if given else "asks for a user and a password"
     assert wanted in answer.fault and "407" in answer.fault and "ALL_PROXY" in answer.fault
     assert HUSH not in answer.fault and f"127.0.0.1:{http_proxy.port}" in answer.fault
+    assert in_chinese(answer.words).endswith(
+        "不接受此用户名和密码（HTTP 407）；请检查 ALL_PROXY"
+        if given
+        else "要求用户名和密码（HTTP 407）；应为 ALL_PROXY=http://用户名:密码@主机:端口"
+    )
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
@@ -248,6 +254,7 @@ def test_a_proxy_that_reaches_nothing_is_named_and_asked_again(
     answer = ask(secure if scheme == "https" else infoway.url, ALL_PROXY=http_proxy.url)
     assert not answer.hopeless and answer.kind is FailureKind.NETWORK
     assert f"HTTP {status}" in answer.fault and "ALL_PROXY" in answer.fault
+    assert in_chinese(answer.words) == f"代理 {http_proxy.url} 应答 HTTP {status}；请检查 ALL_PROXY"
 
 
 def test_what_a_server_behind_the_proxy_refuses_is_its_own_answer(
@@ -263,6 +270,7 @@ def test_a_dead_proxy_is_named(infoway: InfowayServer, secure: str, scheme: str)
     assert not answer.hopeless and answer.kind is FailureKind.NETWORK
     assert "refused" in answer.fault and "http://127.0.0.1:1" in answer.fault
     assert answer.fault.endswith("see ALL_PROXY")
+    assert in_chinese(answer.words) == "经代理 http://127.0.0.1:1：连接被拒绝；请检查 ALL_PROXY"
 
 
 def test_a_proxy_whose_certificate_is_not_trusted_is_named(
@@ -272,6 +280,7 @@ def test_a_proxy_whose_certificate_is_not_trusted_is_named(
         answer = ask(secure, HTTPS_PROXY=proxy.url)
         assert proxy.requests == []
     assert answer.hopeless and "certificate" in answer.fault.lower() and "HTTPS_PROXY" in answer.fault
+    assert "：证书不受信任（" in in_chinese(answer.words, answer.fault.partition("(")[2].partition(")")[0])
 
 
 @pytest.mark.parametrize("mode", ["hang", "garbage", "close"])
@@ -304,7 +313,9 @@ def test_a_server_behind_a_tunnel_that_announces_an_answer_is_a_fault_as_without
     secure: str, infoway: InfowayServer, proxy: ProxyServer
 ) -> None:
     infoway.script = [Answer.raw(103, b"")]
-    assert "announces an answer" in ask(secure, SHORT, HTTPS_PROXY=proxy.url).fault
+    answer = ask(secure, SHORT, HTTPS_PROXY=proxy.url)
+    assert "announces an answer" in answer.fault
+    assert in_chinese(answer.words) == "应答 HTTP 103，只预告应答而没有给出应答"
 
 
 @pytest.mark.parametrize("what", ["api", "platform"])
@@ -446,11 +457,30 @@ def test_a_handshake_of_the_api_that_never_ends_is_cut(
         thread.join(PATIENCE)
         assert not thread.is_alive()
     assert "no whole answer within" in done[0].fault
+    assert "：0 秒内没有收到完整的应答" in in_chinese(done[0].words)
 
 
 # ------------------------------------------------------------------------------------------------------
 # Faults of the network without a proxy
 # ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        (b"", "连接已关闭，没有应答"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "应答不是 HTTP（SSH-2.0-OpenSSH_9.2）"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf", "应答不完整"),
+    ],
+)
+def test_what_a_server_does_instead_of_answering_is_told_in_chinese_with_its_place(
+    head: bytes, said: str
+) -> None:
+    with Raw(head) as server:
+        answer = stockrt.get_once(server.url, "/", API_LIMITS)
+    place = server.url.removeprefix("http://")
+    assert in_chinese(answer.words, *["SSH-2.0-OpenSSH_9.2"][: head[:3] == b"SSH"]) == f"{place}：{said}"
+    assert str(answer.words) == f"{place}: {answer.fault}"
 
 
 @pytest.mark.parametrize(
@@ -486,6 +516,7 @@ def test_an_answer_that_unpacks_to_no_end_takes_no_memory(infoway: InfowayServer
     finally:
         tracemalloc.stop()
     assert "more than 16 MiB" in answer.fault and answer.kind is FailureKind.API and answer.hopeless
+    assert in_chinese(answer.words) == "应答超过 16 MiB"
     assert peak < 8 * stockrt.MAX_ANSWER_BYTES
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,12 +14,17 @@ import pytest
 from kit.trades import CREATED, settings_of
 
 from stockrt import (
+    CHINESE,
+    ENGLISH,
     MARKETS,
     NEVER,
+    SPOKEN,
     Bar,
+    LocalFile,
     Pipeline,
     Quote,
     QuoteTable,
+    Rows,
     SqliteStore,
     StoredTrade,
     Trade,
@@ -28,10 +34,10 @@ from stockrt import (
     csv_lines,
     identity,
     in_order,
-    is_chinese,
     open_store_file,
     quotes,
     session_of,
+    short_number,
     sparkline,
     to_document,
     trading_span,
@@ -48,6 +54,13 @@ NAMES = [("STOCK_CN", MAOTAI, "贵州茅台", "Kweichow Moutai"), ("STOCK_HK", T
 def trade(code: str, minutes: float, price: str, volume: str = "100") -> Trade:
     """Return a trade so many minutes after ten."""
     return Trade(code, TEN + int(minutes * MINUTE), price, volume, "1", 1)
+
+
+def keep_names(file: LocalFile, names: Sequence[tuple[str, str, str, str]]) -> None:
+    """Keep names (list, code, Chinese, English) as the API's lists have them."""
+    with file.write() as db:
+        for kind, code, chinese, latin in names:
+            db.execute("INSERT INTO symbols VALUES (?, ?, ?, '', ?)", (kind, code, chinese, latin))
 
 
 def stored(
@@ -67,9 +80,7 @@ def stored(
             session = session_of(MARKETS[code[-2:]], at)
             closes.append(bar_close(Bar(code, at // 1000, price, price, price, price, "1", "1"), session))
         store.write_closes(closes)
-        with file.write() as db:
-            for kind, code, chinese, latin in names:
-                db.execute("INSERT INTO symbols VALUES (?, ?, ?, '', ?)", (kind, code, chinese, latin))
+        keep_names(file, names)
     with Pipeline.open_reader(settings_of({"STATE_DIRECTORY": str(folder)})) as reader:
         return quotes(reader, list(dict.fromkeys(one.s for one in trades)), english)
 
@@ -125,6 +136,75 @@ def test_a_trade_of_the_future_and_one_of_a_suspended_share_say_so(tmp_path: Pat
     _, old, ahead = QuoteTable(None).lines(found, NOW)
     assert re.search(r" 90 d( |$)", old)
     assert " in 7 min" in ahead
+
+
+@pytest.fixture
+def chinese_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads what the program prints reads Chinese."""
+    monkeypatch.setattr(SPOKEN, "language", CHINESE)
+
+
+@pytest.mark.usefixtures("chinese_reader")
+def test_a_chinese_reader_has_titles_ages_and_numbers_in_chinese(tmp_path: Path) -> None:
+    trades = [
+        trade(MAOTAI, 0, "1500.00", "123456789"),
+        trade(TENCENT, 120 + 7, "6"),
+        trade(BITCOIN, 119, "9"),
+    ]
+    title, maotai, tencent, bitcoin = QuoteTable(None).lines(stored(tmp_path, trades, names=NAMES), NOW)
+    titles = "代码 名称 最新价 涨跌幅 开盘 最高 最低 成交量 距今 走势"
+    assert title.split() == titles.split()
+    assert maotai.split()[-4:] == ["1.23亿", "2", "小时", "▅"]
+    assert " 7 分钟后" in tencent and " 60 秒 " in bitcoin
+    ends = {columns_of(line.partition(word)[0] + word) for line, word in ((title, "距今"), (maotai, "小时"))}
+    assert len(ends) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "english", "chinese"),
+    [
+        ("0.00012", "0.00012", "0.00012"),
+        ("9876", "9,876", "9,876"),
+        ("12345", "12,345", "1.23万"),
+        ("12345678", "12.35M", "1234.57万"),
+        ("-250000000", "-250.00M", "-2.50亿"),
+        ("123456789012", "123.46B", "1234.57亿"),
+        ("1234567890123", "1.23T", "1.23万亿"),
+    ],
+)
+def test_numbers_are_short_as_the_reader_expects(number: str, english: str, chinese: str) -> None:
+    assert (short_number(number, ENGLISH), short_number(number, CHINESE)) == (english, chinese)
+
+
+def _rows(folder: Path, names: Sequence[tuple[str, str, str, str]], is_live: bool) -> list[str]:
+    """Return the lines of the table of --once or --collect of three trades, of each side one."""
+    out, now = io.StringIO(), int(time.time() * 1000)
+    rows = Rows(out, as_json=False, width=200, is_live=is_live)
+    trades = [
+        Trade(code, now - minutes * MINUTE, "1", "2", "3", side)
+        for code, minutes, side in ((MAOTAI, 3, 1), (TENCENT, 119, 2), (BITCOIN, 119, 0))
+    ]
+    with open_store_file(folder) as file:
+        keep_names(file, names)
+    with Pipeline(settings_of({"STATE_DIRECTORY": str(folder)})) as pipeline:
+        rows.directory = pipeline.directory
+        rows.add([to_document(one, CREATED) for one in trades])
+        rows.finish([MAOTAI, TENCENT, BITCOIN])
+    return out.getvalue().splitlines()
+
+
+@pytest.mark.usefixtures("chinese_reader")
+@pytest.mark.parametrize("is_live", [False, True])
+@pytest.mark.parametrize("names", [[], NAMES])
+def test_rows_are_chinese_and_stand_under_their_titles(
+    tmp_path: Path, names: Sequence[tuple[str, str, str, str]], is_live: bool
+) -> None:
+    title, *lines = _rows(tmp_path, names, is_live)
+    assert title.split() == "代码 价格 成交量 成交额 方向 交易所时间 距今 名称".split()[: 8 if names else 7]
+    assert [line.split()[4] for line in lines] == ["买", "卖", "-"]
+    assert [re.findall(r"\d+ \S+钟", line) for line in lines] == [["3 分钟"], ["119 分钟"], ["119 分钟"]]
+    ends = {columns_of(re.match(".*(?:距今|分钟)", line)[0]) for line in (title, *lines)}  # type: ignore[index]
+    assert len(ends) == 1
 
 
 def _several(folder: Path) -> list[Quote]:
@@ -234,8 +314,25 @@ def test_what_rises_has_the_color_of_the_readers_locale(
     assert color_of_rise(environ, up) == rises
 
 
+@pytest.mark.usefixtures("chinese_reader")
+@pytest.mark.parametrize(
+    ("environ", "rises"),
+    [
+        ({}, "red"),
+        ({"LANG": "C.UTF-8"}, "red"),
+        ({"LANG": "en_US.UTF-8"}, "red"),
+        ({"LANG": "zh_HK.UTF-8"}, "green"),
+        ({"LANG": "zh_CN.UTF-8"}, "red"),
+    ],
+)
+def test_red_rises_for_who_reads_chinese_unless_the_locale_tells_where(
+    environ: dict[str, str], rises: str
+) -> None:
+    assert color_of_rise(environ, None) == rises
+    assert color_of_rise(environ, "green") == "green"
+
+
 def test_names_are_in_the_readers_language(tmp_path: Path) -> None:
-    assert (is_chinese({"LANG": "zh_HK"}), is_chinese({"LANG": "en_GB"})) == (True, False)
     (one,) = stored(tmp_path, [trade(MAOTAI, 0, "1")], names=NAMES, english=True)
     assert one.name == "Kweichow Moutai"
 

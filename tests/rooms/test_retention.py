@@ -12,6 +12,7 @@ from pathlib import Path
 import pymongo
 import pytest
 from conftest import RunPyz, small_disk
+from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import ThreadDaemon, settings_for, until
 from kit.infoway_server import InfowayServer
@@ -317,6 +318,8 @@ def test_what_was_collected_before_goes_only_when_that_is_asked_for(
             pipeline._keep_due = 0.0
         assert caplog.text.count(f"KEEP_DAYS=30 has no effect: {words}") == 1
         assert f"KEEP_DAYS=30 has no effect yet: {words}" in pipeline.check_store()
+        held = "realtime 中有 5 个文档超过该期限，可用 --retain 删除"
+        assert f"成交永久保留，KEEP_DAYS=30 尚未生效：{held}" in in_chinese(pipeline.check_store())
     assert world.seconds() is None and world.realtime.count_documents({}) == 8
     done = run_pyz("--retain", env=world.environ | {"KEEP_DAYS": "30"})
     assert done.returncode == 0 and "MongoDB: trades kept for 30 days" in done.stderr, done.stderr
@@ -329,6 +332,8 @@ def test_a_collection_of_newer_trades_gets_the_index_at_once(world: World) -> No
         assert "has no effect yet: its index is made with the next run" in pipeline.kept()
     assert "kept for 30 days" in world.run("30")
     assert world.seconds() == 30 * DAY_S
+    with world.pipeline("30") as pipeline:
+        assert "成交保留 30 天，最早的一笔存于 2" in in_chinese(pipeline.check_store())
 
 
 def test_an_index_of_others_is_left_alone_and_named(world: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -342,6 +347,9 @@ def test_an_index_of_others_is_left_alone_and_named(world: World, caplog: pytest
     assert words in world.run("")
     with world.pipeline("30") as pipeline:
         assert "drop that one first" in pipeline.apply_retention()
+        removes = "其他程序的索引 theirs（字段 create_time）会在 90 秒后删除文档"
+        assert in_chinese(pipeline.apply_retention()) == f"{removes}；请先删除该索引"
+        assert f"，但{removes}，但其他程序的索引 too" in in_chinese(pipeline.kept())
     assert world.realtime.index_information() == before
 
 
@@ -370,7 +378,7 @@ def test_a_role_that_may_make_no_index_is_said_once_and_trades_are_stored(
             pipeline._keep_due = 0.0
         assert caplog.text.count("KEEP_DAYS=30 has no effect") == 1
         guarded.grant(guarded_db, right(guarded_db, "realtime", "find", "insert"))
-        assert "cannot be seen" in pipeline.kept()
+        assert "who keeps trades for how long cannot be seen" in pipeline.kept()
         caplog.clear()
         world.run("")
         assert caplog.text == ""

@@ -13,9 +13,20 @@ import hypothesis
 import pytest
 from conftest import unprivileged
 from hypothesis import strategies as st
+from kit.chinese import in_chinese
 
 import stockrt
-from stockrt import PLAN_TO_ASK, PLANS, SETTINGS, LoadedSettings, Plan, Proxy, Settings, SettingsError
+from stockrt import (
+    PLAN_TO_ASK,
+    PLANS,
+    SETTINGS,
+    LoadedSettings,
+    Plan,
+    Proxy,
+    Settings,
+    SettingsError,
+    in_language,
+)
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "stockrt.env.example"
 NAMES = [setting.name for setting in SETTINGS]
@@ -531,6 +542,10 @@ GOOD: list[tuple[str, str, object]] = [
     ("LOG_LEVEL", "DEBUG", "debug"),
     ("LOG_LEVEL", "warning", "warning"),
     ("LOG_LEVEL", "error", "error"),
+    ("STOCKRT_LANG", "ZH", "zh"),
+    ("STOCKRT_LANG", "en", "en"),
+    ("MESSAGE_LANG", "en", "en"),
+    ("MESSAGE_LANG", "zh", "zh"),
 ]
 
 BAD: list[tuple[str, str]] = [
@@ -670,6 +685,9 @@ BAD: list[tuple[str, str]] = [
     ("METRICS_FILE", "/var/lib/x/stockrt.txt"),
     ("METRICS_FILE", "/var/lib/x/"),
     ("LOG_LEVEL", "verbose"),
+    ("STOCKRT_LANG", "fr"),
+    ("STOCKRT_LANG", "zh_CN.UTF-8"),
+    ("MESSAGE_LANG", "Chinese"),
 ]
 
 
@@ -690,9 +708,17 @@ def test_a_bad_value_is_a_fault_that_says_what_is_expected(name: str, text: str)
     (fault,) = faults_of({name: text})
     assert fault.startswith(f"{name}=")
     assert "(environment)" in fault
-    assert next(s.expected for s in SETTINGS if s.name == name) in fault
+    assert fault.endswith(next(s.expected for s in SETTINGS if s.name == name))
     assert fault.isprintable()
     assert len(fault) < 400
+
+
+@pytest.mark.parametrize(("name", "text"), BAD)
+def test_a_bad_value_is_a_fault_in_chinese_too(name: str, text: str) -> None:
+    """With the same name and value, and without a word of English that is not the value's."""
+    (fault,) = faults_of({name: text})
+    shown = fault.partition(" (environment): ")[0]
+    assert in_chinese(fault, shown).startswith(f"{shown}（环境变量）：应")
 
 
 def test_a_fault_in_what_the_unit_sets_is_not_looked_for_in_the_shell() -> None:
@@ -706,6 +732,41 @@ def test_a_fault_shows_what_came() -> None:
     assert faults_of({"LOG_LEVEL": "verbose"}) == (
         "LOG_LEVEL='verbose' (environment): expected debug, info, warning or error",
     )
+
+
+def test_a_fault_in_chinese_is_one_sentence() -> None:
+    (fault,) = faults_of({"STOCKRT_LANG": "fr"})
+    assert in_language(fault, "zh") == "STOCKRT_LANG='fr'（环境变量）：应为 zh 或 en"
+    (fault,) = faults_of({"LOG_LEVEL": "verbose", "INVOCATION_ID": "1", "STATE_DIRECTORY": "/tmp"})
+    assert in_language(fault, "zh") == (
+        "LOG_LEVEL='verbose'（由 stockrt.service 设置的环境变量）：应为 debug、info、warning 或 error"
+    )
+
+
+def test_every_other_fault_and_warning_is_in_chinese_too(write: WriteFile) -> None:
+    """Of lines, files, paths, options, and of settings that do not go together or are missing."""
+    file = write('broken line\nMODULE_NAME="a\\nb"\nSERVER_PRT=1\nMODULE_DESCRIPTION=a # b\n')
+    environ = {
+        "MONGODB_HOST": "mongodb://h/a.b?noSuchOption=1&maxPoolsize=x&tlsCAFile=/nowhere&authMechanismProperties=x",
+        "MONGODB_CLOSE_COLLECTION_NAME": "realtime",
+        "INFOWAY_PLAN": "pro,pro,pro",
+        "HTTPS_PROXY": "socks5://h:1",
+        "COLLECT": "stream",
+        "COLLECT_EVERY": "10",
+        "SERVER_IP": "h",
+        "SSL_CERT_FILE": "/nowhere",
+        "METRICS_FILE": "/nowhere/x.prom",
+    }
+    needs = stockrt.Needs(key=True, platform=True, whole_platform=True, paths=True, collect=True)
+    with pytest.raises(SettingsError) as caught:
+        stockrt.load_settings(environ, file, (), is_root=False, needs=needs)
+    foreign = ("No such file or directory", "The value of maxpoolsize must be an integer")
+    faults = caught.value.faults
+    chinese = [in_chinese(fault, *(text for text in foreign if text in fault)) for fault in faults]
+    assert len(chinese) == 19
+    assert f"{file} 第 1 行：应为 NAME=value（可能含有机密，故不显示原文）" in chinese
+    assert f"{file}：SERVER_PRT 不是有效的设置，不起作用；是不是 SERVER_PORT？" in chinese
+    assert in_language(caught.value.message, "zh").splitlines() == chinese
 
 
 def test_all_faults_are_reported_at_once(write: WriteFile) -> None:
@@ -808,7 +869,7 @@ def test_of_stream_and_poll_one_is_chosen() -> None:
 def test_a_watch_list_is_in_mongodb() -> None:
     watch = KEY | PLATFORM | {"COLLECT_CODES": "watch"}
     assert needs(watch | {"MONGODB_HOST": "mongodb://127.0.0.1"}) == ""
-    assert needs(watch) == stockrt.WATCH_NEEDS_MONGODB
+    assert needs(watch).startswith("COLLECT_CODES=watch without MONGODB_HOST: the watch list is ")
     assert load(watch).settings.collect_codes == "watch"  # --status and others need it not
 
 
@@ -1057,6 +1118,9 @@ def test_by_hand_the_sources_of_the_unit_count_in_its_order_and_are_named(tmp_pa
     assert (loaded.settings.module_name, loaded.settings.server_host) == ("file", "10.0.0.9")
     assert loaded.settings.state_directory == Path("/var/lib/stockrt")
     assert loaded.origins == f"credential {tmp_path}/key, {tmp_path}/unit.env, stockrt.service, defaults"
+    assert in_language(loaded.origins, "zh") == (
+        f"凭据 {tmp_path}/key、{tmp_path}/unit.env、stockrt.service、默认值"
+    )
     assert not loaded.hiding
     assert [warning.partition(";")[0] for warning in loaded.warnings] == [
         f"{here} is left out: the settings are those of stockrt.service",
@@ -1073,7 +1137,9 @@ def test_an_environment_that_the_service_does_not_see_is_named(tmp_path: Path) -
     assert loaded.settings.api_keys == ("key-of-credential",)
     assert (loaded.settings.server_host, loaded.settings.log_level) == ("10.0.0.8", "debug")
     assert loaded.hiding == ("SERVER_IP", "https_proxy")
-    assert any("SERVER_IP, https_proxy: the environment's" in warning for warning in loaded.warnings)
+    (warning,) = (one for one in loaded.warnings if "SERVER_IP, https_proxy: the environment's" in one)
+    assert in_language(warning, "zh").startswith("SERVER_IP、https_proxy：此处用的是环境变量的值；")
+    assert "环境变量" in in_language(loaded.origins, "zh")
 
 
 def test_a_fault_of_the_unit_names_its_file(tmp_path: Path) -> None:

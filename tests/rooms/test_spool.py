@@ -943,6 +943,38 @@ def test_rejects_are_listed(place: Place, run_pyz: RunPyz) -> None:
     assert run_pyz("--retry").returncode == 64
 
 
+def test_drain_and_rejects_in_chinese(place: Place, run_pyz: RunPyz) -> None:
+    environ = environment(place, STOCKRT_LANG="zh")
+    assert (
+        "未设置 MONGODB_HOST：本机数据没有可写入的去处；成交保存在 "
+        in run_pyz("--drain", env={"STOCKRT_LANG": "zh"}).stderr
+    )
+    documents = with_own_prices(make_documents(3))
+    refuse(place, documents[1])
+    queued(place.state, documents)
+    with open_store_file(place.state) as file:
+        UnsettledTrades(file).add(make_documents(3, first=50))
+    told = run_pyz("--status", env=environ).stdout
+    assert re.search(
+        rf"^暂存队列 {{8}}3 笔成交等待写入 MongoDB，\d\.\d MB，最早一笔自 {LOCAL_TIME} 起等待，3 笔的收盘价尚待生成$",
+        told,
+        re.M,
+    )
+    assert "3 笔成交等待写入 MongoDB。处理办法：" in told.splitlines()[0]
+    done = run_pyz("--drain", env=environ)
+    *_, line = done.stderr.splitlines()  # before it stands the log's
+    assert done.returncode == 0 and re.fullmatch(
+        r"已将 2 笔成交写入 mongodb://\S+，1 笔被其拒绝：详见 --rejects；本机剩余 0 笔", line
+    )
+    (line,) = run_pyz("--rejects", env=environ).stdout.splitlines()
+    assert re.match(rf"{LOCAL_TIME}  \S+  {documents[1]['_id']}：", line)
+    told = run_pyz("--status", env=environ).stdout
+    assert re.search(r"^暂存队列 .*，1 个文档被拒绝：详见 --rejects$", told, re.M)
+    assert "1 个文档被 MongoDB 拒绝" in told.splitlines()[0]
+    done = run_pyz("--rejects", "--discard", env=environ)
+    assert done.stderr == "已删除 1 个文档和 0 个损坏的文件（0.0 MB）\n"
+
+
 def test_status_shows_what_waits(place: Place, run_pyz: RunPyz) -> None:
     queued(place.state, make_documents(40))
     with open_store_file(place.state) as file:

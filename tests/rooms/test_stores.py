@@ -25,6 +25,7 @@ import pytest
 from bson.decimal128 import Decimal128
 from bson.int64 import Int64
 from conftest import controlled, unprivileged
+from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import PATIENCE, number
 from kit.infoway_server import InfowayServer, make_record
@@ -44,6 +45,7 @@ from stockrt import (
     Plan,
     SettingsError,
     SqliteStore,
+    StoreAway,
     StoreError,
     Trade,
     WriteReport,
@@ -384,6 +386,7 @@ def test_write_that_is_killed_is_there_at_most_once_when_repeated(place: Place) 
 def test_check_leaves_nothing_behind(place: Place) -> None:
     with opened(place) as store:
         assert "can be written" in store.check()
+        assert "可写入" in in_chinese(store.check())
         if isinstance(store, Delivery):  # no collection, and so no index either
             assert store.mongo.client[place.environ["MONGODB_DB_NAME"]].list_collection_names() == []
             assert "index on realtime is made with the next trades" in store.check()
@@ -654,9 +657,11 @@ def check_numbers(place: MongoPlace, kind: type) -> None:
 def test_mongo_away_is_said_within_a_time_limit() -> None:
     options = f"authSource=admin&timeoutMS=1000&serverSelectionTimeoutMS={3600 * 1000}"
     uri = f"mongodb://user:{SECRET}@127.0.0.1:{nobody_listens()}/?{options}"
-    with contextlib.closing(mongo_store(uri)) as store, pytest.raises(StoreError) as caught:
+    with contextlib.closing(mongo_store(uri)) as store, pytest.raises(StoreAway) as caught:
         store.write(make_documents(1))
     assert "MONGODB_HOST" in str(caught.value) and "refused" in str(caught.value)
+    told = in_chinese(caught.value.message, caught.value.words)
+    assert told.endswith("；请检查 MONGODB_HOST") and SECRET not in told
     assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -849,7 +854,10 @@ def test_run_says_which_codes_the_store_refused(infoway: InfowayServer, sqlite_p
         with contextlib.closing(InfowayApi(infoway.url, KeyPool([("test-key", Plan("0", 0, 0))]))) as api:
             report = Collector(api, store).run(["AAPL.US", "00700.HK", "600519.SH"], threading.Event())
     assert (report.total, report.stored, set(report.failures)) == (3, 2, {"00700.HK"})
-    assert "no Hong Kong here" in report.failures["00700.HK"].words
+    assert (
+        in_chinese(report.failures["00700.HK"].words, "no Hong Kong here")
+        == "被本地库拒绝：no Hong Kong here"
+    )
     assert {document["s"] for document in sqlite_place.documents()} == {"AAPL.US", "600519.SH"}
 
 

@@ -14,6 +14,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.chinese import in_chinese
 from kit.daemons import PATIENCE
 from kit.infoway_server import PLANS as PLANS_THERE
 from kit.raw_websocket import RawWebSocket
@@ -454,6 +455,29 @@ def test_a_refused_handshake_says_what_follows(status: int, body: bytes, action:
     assert end.action is action and "; see INFOWAY_" in end.words
     assert (120 <= end.wait_s <= 180) is (action is WAIT)
     assert ("Token invalid" in end.words) is (b"Token" in body)
+
+
+@pytest.mark.parametrize("row", STREAM_ERRORS, ids=lambda row: str(row.code))
+def test_each_error_has_its_meaning_in_chinese(row: stockrt.StreamError) -> None:
+    talk = Talk(codes=US[:1])
+    frame = error(row.code, talk.last()["trace"], "These words")
+    told = talk.hear(frame).events
+    while not told:  # asked for again before it is given up
+        told = [one for one in talk.go_on(61, hear=False) if not isinstance(one, Silent)]
+        told = told or talk.hear(error(row.code, talk.last()["trace"], "These words")).events
+    (one,) = told
+    assert isinstance(one, StreamEnd | CodesRefused)
+    words = in_chinese(one.words, "These words")
+    assert words.startswith(f"推送流提示 {row.code}：These words：") and f"；请检查 {row.setting}" in words
+
+
+def test_what_a_gateway_says_to_the_handshake_is_foreign_and_the_rest_chinese() -> None:
+    dialled = DialError(stockrt.phrase("tools.stopped"), 401, b'{"message":"Log in first"}')
+    words = in_chinese(refused_dial(dialled, random.Random(1)).words, "Log in first")
+    assert (
+        words
+        == "已停止：Log in first；这不是 API 的应答，像是来自途中的网关或登录页；请检查 INFOWAY_STREAM_URL"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from kit.chinese import in_chinese
 from kit.daemons import PATIENCE, number
 from kit.infoway_server import make_certificate
 from kit.proxy_server import ProxyServer
@@ -110,6 +111,25 @@ def test_what_came_before_the_end_is_read_first(server: RawWebSocket) -> None:
                 got.append(text)
     assert got == ["last"] * 3
     assert caught.value.code == 4000
+    assert in_chinese(caught.value.message) == "由服务器关闭（关闭码 4000，why）"
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "said"),
+    [
+        (b"", 0, "closed by the server"),
+        ((1011).to_bytes(2, "big"), 1011, "closed by the server (code 1011)"),
+    ],
+)
+def test_a_close_without_words_is_said_with_its_code(
+    server: RawWebSocket, data: bytes, code: int, said: str
+) -> None:
+    link = WebSocket(server.url, max_bytes=MOST)
+    server.send(frame_bytes(CLOSE, data))
+    with pytest.raises(LinkLost) as caught:
+        read(link, 1)
+    assert (str(caught.value), caught.value.code) == (said, code)
+    assert in_chinese(caught.value.message).startswith("由服务器关闭")
 
 
 @pytest.mark.parametrize("as_one", [True, False])
@@ -120,12 +140,13 @@ def test_a_message_that_is_too_long_is_refused(server: RawWebSocket, as_one: boo
         frame_bytes(TEXT, b"ok") + (frame_bytes(TEXT, data) if as_one else in_fragments(data, [4_000]))
     )
     got: list[str | None] = []
-    with pytest.raises(LinkLost, match=r"a frame of \d+ bytes; at most 5000 are taken"):
+    with pytest.raises(LinkLost, match=r"a frame of \d+ bytes; at most 5000 are taken") as caught:
         while True:
             select.select([link], [], [], PATIENCE)
             for text in link.frames():
                 got.append(text)
     assert [text for text in got if text] == ["ok"]
+    assert in_chinese(caught.value.message).endswith("，超过上限 5000 字节")
 
 
 def test_a_message_within_another_is_no_message(server: RawWebSocket) -> None:
@@ -177,7 +198,7 @@ def test_a_server_that_sends_the_secret_back_finds_no_reader(
         WebSocket(f"{server.url}?business=stock&apikey={secret}", headers={"X": "y"}, max_bytes=MOST)
     assert f"GET /ws?business=stock&apikey={secret} HTTP/1.1\n" in server.heads[0].replace("\r", "")
     assert "\nX: y" in server.heads[0].replace("\r", "")
-    told = caplog.text + str(caught.value)
+    told = caplog.text + str(caught.value) + stockrt.in_language(caught.value.message, "zh")
     assert secret not in told and SECRET not in told
 
 
@@ -186,6 +207,20 @@ def test_the_answer_that_refused_it_is_kept_for_who_understands_it(server: RawWe
     with pytest.raises(DialError, match=r"^the handshake was refused with HTTP 401$") as caught:
         WebSocket(server.url, max_bytes=MOST)
     assert (caught.value.status, caught.value.body) == (401, b'{"code": 401 }')
+    assert in_chinese(caught.value.message) == "握手被拒绝（HTTP 401）"
+
+
+def test_an_answer_to_the_handshake_that_has_no_end_is_said(server: RawWebSocket) -> None:
+    server.refusal = b"HTTP/1.1 101 OK\r\nX: " + b"x" * 70_000
+    with pytest.raises(DialError, match=r"^cannot connect: an answer of more than 65536 bytes$") as caught:
+        WebSocket(server.url, max_bytes=MOST)
+    assert in_chinese(caught.value.message) == "无法连接：应答超过 65536 字节"
+
+
+def test_nobody_there_is_said() -> None:
+    with pytest.raises(DialError, match=r"^cannot connect: connection refused$") as caught:
+        WebSocket("ws://127.0.0.1:1/ws", max_bytes=MOST)
+    assert in_chinese(caught.value.message) == "无法连接：连接被拒绝"
 
 
 @pytest.mark.parametrize("tls", [True, False])
