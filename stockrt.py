@@ -21930,8 +21930,8 @@ TEMPLATES |= {
         "--documents 与 --time-zone ZONE 必须同时使用；详见 --help",
     ),
     "usage.every": (
-        "--every {text}: expected {expected}; see --help",
-        "--every {text}：应为{expected}；详见 --help",
+        "--every {text}: {expected}; see --help",
+        "--every {text}：{expected}；详见 --help",
     ),
     "usage.excluded": ("not allowed with argument {other}", "不能与 {other} 同时使用"),
     "usage.executions": (
