@@ -21697,7 +21697,7 @@ TEMPLATES |= {
     ),
     "cli.collect_nothing": (
         "nothing to collect: {words}; see --symbols",
-        "没有可采集的代码：{words}；请看 --symbols",
+        "没有可采集的代码，请用 --symbols 查找：{words}",
     ),
     "cli.collect_rows_unread": ("not all rows were read", "仍有成交未被读取方读走"),
     "cli.collect_waiting": (
@@ -21799,8 +21799,8 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
   stockrt.pyz --html stocks.html                             把已存行情和 K 线图写成一个网页
   stockrt.pyz --check                                        检查有什么问题，以及该改哪一项设置
 
-退出码：0 每个代码都已入库 · 1 有代码未入库 · 64 命令行有误 · 78 设置有误 · 130 被中断
---status 的退出码：0 正常 · 1 有问题 · 3 未运行 · 4 当前用户无权查看
+退出码：0 每个代码都已入库；1 有代码未入库；64 命令行有误；78 设置有误；130 被中断
+--status 的退出码：0 正常；1 有问题；3 未运行；4 当前用户无权查看
 """,
     ),
     "help.executions": (

@@ -108,6 +108,12 @@ def test_journal_is_as_the_stream_below(monkeypatch: pytest.MonkeyPatch) -> None
         assert spoken.language == language
 
 
+def test_every_sentence_can_be_written_in_the_older_encoding_of_chinese_terminals() -> None:
+    """What an encoding has not is shown as an escape."""
+    for _, chinese in stockrt.TEMPLATES.values():
+        chinese.encode("gbk")
+
+
 # ------------------------------------------------------------------------------------------------------
 # argparse's own words
 # ------------------------------------------------------------------------------------------------------
@@ -376,3 +382,22 @@ def test_what_goes_on_is_shown_in_the_readers_language(
         with stockrt.Terminal(None, unit, bar_above=0) as terminal:
             terminal.progress(3, 9)
         assert words in stream_of(screen)
+
+
+def test_what_cannot_be_collected_is_said_in_chinese() -> None:
+    refused = {"AAPL": phrase("cli.os_error", file="a", why="b"), "B": phrase("tools.stopped")}
+    with pytest.raises(stockrt.StockrtError) as error:
+        stockrt._need_one_code(stockrt.Resolved({}, refused))
+    assert str(error.value) == "nothing to collect: AAPL: a cannot be used: b; B: stopped; see --symbols"
+    assert in_language(error.value.message, "zh") == (
+        "没有可采集的代码，请用 --symbols 查找：AAPL：无法使用 a：b；B：已停止"
+    )
+
+
+def test_rows_of_a_backfill_in_chinese() -> None:
+    row = stockrt.Backfilled("TSLA.US", first="2026-11-02", last="2026-11-06", added=4, there=1)
+    assert in_language(stockrt._backfilled_words(row), "zh") == (
+        "TSLA.US       2026-11-02  2026-11-06  新增 4 个，已有 1 个"
+    )
+    failed = stockrt.Backfilled("XX", why=phrase("tools.stopped"))
+    assert in_language(stockrt._backfilled_words(failed), "zh") == "XX            已停止"
