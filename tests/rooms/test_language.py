@@ -295,7 +295,12 @@ def test_no_word_of_the_help_is_made_for_a_command(monkeypatch: pytest.MonkeyPat
     """Chinese is made of it where it is asked for only."""
     monkeypatch.setattr(stockrt.SPOKEN, "language", "zh")
     made = []
-    monkeypatch.setattr(stockrt, "for_reader", lambda words: made.append(words) or words)
+
+    def reading(words: str) -> str:
+        made.append(words)
+        return words
+
+    monkeypatch.setattr(stockrt, "for_reader", reading)
     stockrt.parse_arguments(["--once", "--codes", "AAPL.US"])
     assert made == []
     stockrt.make_parser().format_help()
@@ -385,7 +390,10 @@ def test_what_goes_on_is_shown_in_the_readers_language(
 
 
 def test_what_cannot_be_collected_is_said_in_chinese() -> None:
-    refused = {"AAPL": phrase("cli.os_error", file="a", why="b"), "B": phrase("tools.stopped")}
+    refused: dict[str, str] = {
+        "AAPL": phrase("cli.os_error", file="a", why="b"),
+        "B": phrase("tools.stopped"),
+    }
     with pytest.raises(stockrt.StockrtError) as error:
         stockrt._need_one_code(stockrt.Resolved({}, refused))
     assert str(error.value) == "nothing to collect: AAPL: a cannot be used: b; B: stopped; see --symbols"
