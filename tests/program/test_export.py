@@ -82,6 +82,9 @@ def test_everything_is_exported_in_order_as_csv_and_as_json(
     rows = table((tmp_path / "all.csv").read_text(encoding="utf-8"))
     assert [Trade(r["s"], int(r["t"]), r["p"], r["v"], r["vw"], int(r["td"])) for r in rows] == TRADES
     assert {row["create_time"] for row in rows} == {"2026-08-15T01:02:03.456Z"}
+    chinese = run_pyz("--export", "zh.csv", env=place | {"STOCKRT_LANG": "zh"})
+    assert chinese.stderr.strip() == "已将 8 笔成交写入 zh.csv"
+    assert (tmp_path / "zh.csv").read_bytes() == (tmp_path / "all.csv").read_bytes()
     assert run_pyz("--export", "all.jsonl", env=place).returncode == 0
     documents = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
     assert [{name: str(value) for name, value in one.items()} for one in documents] == rows

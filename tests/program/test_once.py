@@ -144,6 +144,20 @@ def test_table_is_aligned_and_in_the_order_asked(run_pyz: RunPyz, state: Path) -
         assert re.fullmatch(r"\d+ (s|min)", age)
 
 
+def test_table_for_a_chinese_reader_is_the_same_one_in_chinese(run_pyz: RunPyz, state: Path) -> None:
+    """Titles, sides and ages; for a program nothing changes."""
+    env = {"STOCKRT_LANG": "zh"}
+    title, *rows = cells(run_pyz(*DEMO, *DEMO_CODES, env=env).stdout)
+    assert title == ["代码", "价格", "成交量", "成交额", "方向", "交易所时间", "距今"]
+    stored = {row["s"]: row for row in rows_of(state)}
+    assert [row[0] for row in rows] == list(DEMO_CODES)
+    for code, _, _, _, side, _, age in rows:
+        assert side == {0: "-", 1: "买", 2: "卖"}[stored[code]["td"]]
+        assert re.fullmatch(r"\d+ (秒|分钟)", age)
+    for line in run_pyz(*DEMO, *DEMO_CODES, "--json", env=env).stdout.splitlines():
+        assert list(json.loads(line)) == [*FIELDS, "demo"] and line.isascii()
+
+
 def test_exchange_time_is_local(run_pyz: RunPyz, infoway: InfowayServer) -> None:
     # 2026-08-15 00:00:00 UTC and less than a second
     done = run_pyz("--once", "--codes", "AAPL.US,00700.HK,7203.JP,BTCUSDT", env=api_env(infoway))
@@ -749,6 +763,8 @@ def test_symbols_finds_by_code_and_name(run_pyz: RunPyz) -> None:
             "type": "STOCK_US", "code": "TSLA.US", "name_cn": "特斯拉", "name_hk": "特斯拉", "name_en": "Tesla, Inc.",
         }  # fmt: skip
         assert server.request_count == 13
+        chinese = run_pyz("--symbols", "no such thing", env=api_env(server, STOCKRT_LANG="zh"))
+        assert chinese.stderr.strip() == "API 的品种列表中，没有代码或名称含 no such thing 的品种"
         none = run_pyz("--symbols", "no such thing", env=api_env(server))
         assert none.returncode == 1 and "no such thing" in none.stderr and none.stdout == ""
         for odd in (" ", "a" * 100_000, "\udcff"):

@@ -175,8 +175,18 @@ class Pane:
                 self.lines[self.row] += part
 
 
+@pytest.mark.parametrize(
+    ("locale", "title", "status", "rate"),
+    [("ja_JP.UTF-8", "CODE", "3", "trades/s"), ("zh_CN.UTF-8", "代码", "轮询", "笔成交")],
+)
 def test_on_a_terminal_collect_draws_the_table_in_its_place(
-    pyz: Path, clean_env: dict[str, str], put: Callable[..., None]
+    pyz: Path,
+    clean_env: dict[str, str],
+    put: Callable[..., None],
+    locale: str,
+    title: str,
+    status: str,
+    rate: str,
 ) -> None:
     put("600519.SH", demo=True)  # a code that nothing is collected of now, and that is not asked for
     ours, theirs = pty.openpty()
@@ -186,7 +196,7 @@ def test_on_a_terminal_collect_draws_the_table_in_its_place(
     pane = Pane()
     with subprocess.Popen(
         [sys.executable, str(pyz), *command],
-        env=clean_env | {"TERM": "xterm", "LANG": "ja_JP.UTF-8"},
+        env=clean_env | {"TERM": "xterm", "LANG": locale},
         stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, start_new_session=True,
     ) as collect:  # fmt: skip
         os.close(theirs)
@@ -200,7 +210,7 @@ def test_on_a_terminal_collect_draws_the_table_in_its_place(
             except OSError:  # its other end is closed
                 break
             text += chunk
-            if not stopped and text.count(b"F\033[1mCODE") > 4 and b"trades/s" in text:
+            if not stopped and text.count(f"F\033[1m{title}".encode()) > 4 and rate.encode() in text:
                 collect.send_signal(signal.SIGINT)
                 stopped = True
         took = time.monotonic() - began
@@ -208,8 +218,8 @@ def test_on_a_terminal_collect_draws_the_table_in_its_place(
     pane.take(text.decode())
     assert collect.returncode == 130
     shown = [line.split()[0] for line in pane.lines if line]
-    start = shown.index("CODE")
-    assert shown[start : start + 5] == ["CODE", "BTCUSDT", "ETHUSDT", "XXXX.US", "3"]  # of "3 codes polled"
-    assert shown.count("CODE") == 1
-    assert pane.lines[-2].startswith("trades ")
+    start = shown.index(title)
+    assert shown[start : start + 5] == [title, "BTCUSDT", "ETHUSDT", "XXXX.US", status]
+    assert shown.count(title) == 1
+    assert pane.lines[-2].startswith(("trades ", "成交 "))
     assert 4 < pane.draws <= took * 5 + 2
