@@ -15768,11 +15768,6 @@ class JournalStream(io.TextIOBase):
         self._stream = stream
         self._begun = threading.local()  # the line that a thread has begun
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """Return the encoding of the stream below."""
-        return self._stream.encoding
-
     def write(self, text: str) -> int:
         """Pass whole lines on, each with its priority; the rest waits for its end."""
         *lines, rest = (getattr(self._begun, "text", "") + text).split("\n")
@@ -15788,6 +15783,11 @@ class JournalStream(io.TextIOBase):
     def writable(self) -> bool:
         """Yes."""
         return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Which characters the stream below takes, as that one tells it."""
+        return self._stream.encoding
 
     def fileno(self) -> int:
         """Return the descriptor below."""
@@ -21742,7 +21742,7 @@ TEMPLATES |= {
     ),
     "cli.collect_nothing": (
         "nothing to collect: {words}; see --symbols",
-        "没有可采集的代码：{words}；请看 --symbols",
+        "没有可采集的代码，请用 --symbols 查找：{words}",
     ),
     "cli.collect_rows_unread": ("not all rows were read", "仍有成交未被读取方读走"),
     "cli.collect_waiting": (
@@ -21844,8 +21844,8 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
   stockrt.pyz --html stocks.html                             把已存行情和 K 线图写成一个网页
   stockrt.pyz --check                                        检查有什么问题，以及该改哪一项设置
 
-退出码：0 每个代码都已入库 · 1 有代码未入库 · 64 命令行有误 · 78 设置有误 · 130 被中断
---status 的退出码：0 正常 · 1 有问题 · 3 未运行 · 4 当前用户无权查看
+退出码：0 每个代码都已入库；1 有代码未入库；64 命令行有误；78 设置有误；130 被中断
+--status 的退出码：0 正常；1 有问题；3 未运行；4 当前用户无权查看
 """,
     ),
     "help.executions": (
@@ -21975,8 +21975,8 @@ TEMPLATES |= {
         "--documents 与 --time-zone ZONE 必须同时使用；详见 --help",
     ),
     "usage.every": (
-        "--every {text}: expected {expected}; see --help",
-        "--every {text}：应为{expected}；详见 --help",
+        "--every {text}: {expected}; see --help",
+        "--every {text}：{expected}；详见 --help",
     ),
     "usage.excluded": ("not allowed with argument {other}", "不能与 {other} 同时使用"),
     "usage.executions": (
