@@ -19179,7 +19179,7 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
     if settings.platform_url():
         yield check_platform(settings)
     else:
-        yield Check(phrase("cli.of_platform"), True, _without_platform(settings))
+        yield Check(phrase("link.platform"), True, _without_platform(settings))
 
 
 def _put_right(value: Any, old: Path, new: Path) -> Any:
@@ -19542,7 +19542,7 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
         ("cli.of_version", status["version"]),
         ("cli.of_daemon", _daemon_line(status["daemon"])),
         ("cli.of_registration", status["registration"] or _unregistered(settings)),
-        ("cli.of_platform", _platform_line(status["platform"])),
+        ("link.platform", _platform_line(status["platform"])),
     ]
     if status["collecting"] is not None:
         facts: Mapping[str, Any] = status["collecting"]
@@ -19626,8 +19626,9 @@ def _show_unknown(as_json: bool) -> int:
         ("cli.of_status", _status_line(STATUS_WORDS[STATUS_UNKNOWN], why, to_do)),
         ("cli.of_version", __version__),
     ]
-    others = ("daemon", "registration", "platform", "store", "waiting", "last", "key")
-    _show_labelled([*lines, *((f"cli.of_{name}", phrase("cli.unknown")) for name in others)])
+    others = ("cli.of_daemon", "cli.of_registration", "link.platform", "cli.of_store", "cli.of_waiting")
+    lines += [(kind, phrase("cli.unknown")) for kind in (*others, "cli.of_last", "cli.of_key")]
+    _show_labelled(lines)
     return STATUS_UNKNOWN
 
 
@@ -19664,7 +19665,7 @@ def _execution_lines(one: ExecutionFacts) -> Phrase:
     """Return an execution for a person: when, what, how it ended, and a line for each code that failed."""
     result, message, more = one["result"] or {}, one["message"] or "", []
     if result:
-        stored = phrase("cli.stored", stored=result.get("success_count"), total=result.get("total"))
+        stored = phrase("protocol.stored", reached=result.get("success_count"), total=result.get("total"))
         message = _without_clause(message, stored)  # once is enough
         more.append(stored)
     if one["ended_at"] and one["delivered"] is False:
@@ -21398,6 +21399,7 @@ TEMPLATES |= {
         "still counted as online by the server (old session or a second instance); it will let go within 120 s",
         "平台仍认为本模块在线（旧会话尚未结束，或另有一个实例）；平台会在 120 秒内放开",
     ),
+    "link.platform": ("platform", "平台"),
     "link.platforms": ("the platform's", "平台的"),
     "link.program_unread": ("this program cannot be read", "无法读取本程序"),
     "link.refused": (
@@ -22174,7 +22176,6 @@ TEMPLATES |= {
     "cli.of_key": ("API key", "API 密钥"),
     "cli.of_last": ("last execution", "最近执行"),
     "cli.of_local_file": ("local file", "本地文件"),
-    "cli.of_platform": ("platform", "平台"),
     "cli.of_proxy": ("proxy", "代理"),
     "cli.of_registration": ("registration", "注册"),
     "cli.of_settings": ("settings", "设置"),
@@ -22191,7 +22192,7 @@ TEMPLATES |= {
         "{megabytes:.1f} MB, the oldest since {oldest}",
         "{megabytes:.1f} MB，最早一笔自 {oldest} 起等待",
     ),
-    "cli.origins": ("from {origins}", "来自 {origins}"),
+    "cli.origins": ("from {origins}", "{origins}"),
     "cli.out": ("out", "已停用"),
     "cli.partial": ("partial", "部分成功"),
     "cli.plan_without_stream": (
@@ -22261,7 +22262,6 @@ TEMPLATES |= {
         "where it still counts, a service that begins now waits for up to three minutes (429)",
         "这次检查的连接可能仍被计数，此时启动的服务最多要等三分钟（429）",
     ),
-    "cli.stored": ("{stored} of {total} codes stored", "{total} 个代码中 {stored} 个已入库"),
     "cli.straight": ("{what} straight", "{what} → 直连"),
     "cli.stream": (
         "{product}: {subscribed} of {codes}, {state}",
