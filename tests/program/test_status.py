@@ -810,6 +810,23 @@ def test_in_chinese_a_service_that_collects(
     assert "正常  平台：未设置 SERVER_IP 和 SERVER_PORT：守护进程自行采集，不连接平台\n" in check
 
 
+def test_in_chinese_what_a_key_does_not_serve(program: Program) -> None:
+    """To programs it is called as ever."""
+    in_chinese(program)
+    rests = {
+        "state": "resting",
+        "why": stockrt.packed(stockrt.phrase("quota.busy")),
+        "until": "2999-01-01T00:00:00.000Z",
+    }
+    state = KEY_STATE | rests | {"digest": stockrt.key_digest(OTHER), "not_for": ["crypto", "stock bars"]}
+    with stockrt.lock_state_directory(program.state):
+        (program.state / stockrt.STATUS_NAME).write_text(json.dumps({"keys": [state]}))
+        line = lines_in_chinese(program.lines(WRONG))["API 密钥"]
+        key = program.status(WRONG)["keys"][-1]
+    assert re.search(rf"暂停使用.*{LOCAL_TIME}.*（共用计数正忙）；不能用于 crypto、stock 日线$", line)
+    assert (key["state"], key["why"], key["not_for"]) == ("resting", "共用计数正忙", ["crypto", "stock bars"])
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
 def test_in_chinese_another_user_is_told_that_nothing_is_known(
     program: Program, monkeypatch: pytest.MonkeyPatch
