@@ -19183,12 +19183,13 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
 
 
 def _put_right(value: Any, old: Path, new: Path) -> Any:
-    """Return words, or a value of theirs, with a path in place of another."""
+    """Return words, or a value of theirs, with what lies in a directory as lying in another."""
     if isinstance(value, Phrase):
         return Phrase(value.kind, {name: _put_right(inner, old, new) for name, inner in value.values.items()})
     if isinstance(value, tuple):
         return tuple(_put_right(inner, old, new) for inner in value)
-    return str(value).replace(str(old), str(new)) if isinstance(value, (str, Path)) else value
+    is_there = isinstance(value, Path) and value.is_relative_to(old)
+    return new / value.relative_to(old) if is_there else value
 
 
 def _check_state_directory(settings: Settings) -> Check:
@@ -19687,10 +19688,10 @@ def _execution_lines(one: ExecutionFacts) -> Phrase:
 
 
 def _without_clause(message: str, clause: str) -> str:
-    """Return a message without a clause that stands beside it."""
+    """Return a message without a clause that stands beside it; one of an older version is but a text."""
     if isinstance(message, Phrase) and message.kind == "join.clauses":
         return listing(message.kind, [part for part in message.values["parts"] if part != clause])
-    return message.replace(f"; {clause}", "")  # an answer of an older version is but a text
+    return message
 
 
 def _daemon_line(daemon: DaemonFacts) -> Phrase:
