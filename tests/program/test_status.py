@@ -851,6 +851,9 @@ def test_in_chinese_another_user_is_told_that_nothing_is_known(
         ["当前用户无权查看"],
         ["请用 root 运行"],
     )
+    with unprivileged(), pytest.raises(stockrt.StoreError) as caught:
+        stockrt.run_executions(5, settings, as_json=False)
+    assert in_chinese(caught.value.message).startswith("当前用户无权查看 stockrt.service 的设置和状态：")
 
 
 def lines_in_chinese(text: str) -> dict[str, str]:
