@@ -13708,10 +13708,12 @@ def check_platform(settings: Settings) -> Check:
     response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
     if response.fault:
         words = phrase("link.unreachable", url=url, why=response.fault)
-        return Check("platform", False, see(words, phrase("link.server_settings")))
+        return Check(phrase("link.platform"), False, see(words, phrase("link.server_settings")))
     if (json_object(response.body) or {}).get("code") != "2000":
-        return Check("platform", False, phrase("link.no_platform", url=url, status=response.status))
-    return Check("platform", True, phrase("link.answers", url=url))
+        return Check(
+            phrase("link.platform"), False, phrase("link.no_platform", url=url, status=response.status)
+        )
+    return Check(phrase("link.platform"), True, phrase("link.answers", url=url))
 
 
 class Presence(Enum):
@@ -15539,7 +15541,7 @@ class Daemon:
         elif isinstance(event, Ping):
             link.ping()
         else:
-            raise LinkLost(phrase("daemon.peer_dead", why=event.reason))
+            raise LinkLost(phrase("websocket.lost", why=event.reason))
 
     def _send_text(self, link: Link, protocol: PlatformProtocol, text: str) -> None:
         self._log_frame("sent", text)
@@ -19177,7 +19179,7 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
     if settings.platform_url():
         yield check_platform(settings)
     else:
-        yield Check(phrase("cli.of_platform"), True, _without_platform(settings))
+        yield Check(phrase("link.platform"), True, _without_platform(settings))
 
 
 def _put_right(value: Any, old: Path, new: Path) -> Any:
@@ -20587,7 +20589,7 @@ TEMPLATES |= {
     ),
     "settings.hiding": (
         "{names}: the environment's is used here; {unit} does not see it and has another, or none",
-        "{names}：此处用的是环境变量的值；{unit} 看不到它，用的是另一个值，或没有值",
+        "{names}：此处用的是环境变量的值；{unit} 看不到它，用的是另一个值，或未设置",
     ),
     "settings.inline_comment": (
         "{path}, line {line}: to systemd the comment is a part of {name}; put it on a line of its own",
@@ -20827,10 +20829,10 @@ TEMPLATES |= {
 TEMPLATES |= {
     "http.announced": (
         "HTTP {status}, which announces an answer instead of giving it",
-        "应答 HTTP {status}，只预告应答而没有给出应答",
+        "HTTP {status} 只是预告，没有给出真正的应答",
     ),
     "http.broke": ("the connection broke", "连接异常中断"),
-    "http.closed": ("the connection was closed without an answer", "连接已关闭，没有应答"),
+    "http.closed": ("the connection was closed without an answer", "对方未应答就关闭了连接"),
     "http.cut": ("the connection was cut", "对方断开了连接"),
     "http.deep_json": (
         "{size} bytes of JSON nested deeper than {levels} levels",
@@ -20944,7 +20946,7 @@ TEMPLATES |= {
     ),
     "files.torn_log": (
         "its log is damaged, and transactions lie behind the damage",
-        "日志损坏，损坏处之后还有事务",
+        "预写日志（WAL）损坏，损坏处之后还有事务",
     ),
     "files.unseen": ("the local file {path} cannot be looked at", "无法查看本地文件 {path}"),
     "files.unusable": (
@@ -21395,6 +21397,7 @@ TEMPLATES |= {
         "still counted as online by the server (old session or a second instance); it will let go within 120 s",
         "平台仍认为本模块在线（旧会话尚未结束，或另有一个实例）；平台会在 120 秒内放开",
     ),
+    "link.platform": ("platform", "平台"),
     "link.platforms": ("the platform's", "平台的"),
     "link.program_unread": ("this program cannot be read", "无法读取本程序"),
     "link.refused": (
@@ -21454,7 +21457,6 @@ TEMPLATES |= {
         "what waits on this machine cannot be taken up: {why}",
         "无法处理暂存于本机的数据：{why}",
     ),
-    "daemon.peer_dead": ("lost: {why}", "{why}"),
     "daemon.queue_full": (
         "{most} commands are waiting already; try again later",
         "已有 {most} 条指令在等待；请稍后重试",
@@ -22172,7 +22174,6 @@ TEMPLATES |= {
     "cli.of_key": ("API key", "API 密钥"),
     "cli.of_last": ("last execution", "最近执行"),
     "cli.of_local_file": ("local file", "本地文件"),
-    "cli.of_platform": ("platform", "平台"),
     "cli.of_proxy": ("proxy", "代理"),
     "cli.of_registration": ("registration", "注册"),
     "cli.of_settings": ("settings", "设置"),
@@ -22189,7 +22190,7 @@ TEMPLATES |= {
         "{megabytes:.1f} MB, the oldest since {oldest}",
         "{megabytes:.1f} MB，最早一笔自 {oldest} 起等待",
     ),
-    "cli.origins": ("from {origins}", "来自 {origins}"),
+    "cli.origins": ("from {origins}", "来源：{origins}"),
     "cli.out": ("out", "已停用"),
     "cli.partial": ("partial", "部分成功"),
     "cli.plan_without_stream": (
