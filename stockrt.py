@@ -19542,7 +19542,7 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
         ("cli.of_version", status["version"]),
         ("cli.of_daemon", _daemon_line(status["daemon"])),
         ("cli.of_registration", status["registration"] or _unregistered(settings)),
-        ("cli.of_platform", _platform_line(status["platform"])),
+        ("link.platform", _platform_line(status["platform"])),
     ]
     if status["collecting"] is not None:
         facts: Mapping[str, Any] = status["collecting"]
