@@ -3097,7 +3097,7 @@ def collect_words(stats: CollectStats) -> Phrase:
     if stats.polled:
         parts.append(phrase("events.polled", codes=count_words(stats.polled, "code")))
     if parts:
-        rate = f"{stats.per_second:.{int(stats.per_second < 10)}f}"
+        rate = round(stats.per_second, 1) if stats.per_second < 10 else round(stats.per_second)
         parts.append(phrase("events.rate", rate=rate))
     if not math.isnan(stats.delay_p99_ms):
         parts.append(phrase("events.delays", p50=stats.delay_p50_ms, p99=stats.delay_p99_ms))
@@ -6772,7 +6772,7 @@ class Directory:
             exact = self.search(unclear.text)[:NAMES_SHOWN]
         if not exact:
             return None
-        proposals = [phrase("infoway.proposal", code=symbol.typed, name=symbol.name) for symbol in exact]
+        proposals = [f"{symbol.typed} ({symbol.name})" for symbol in exact]
         raise InstrumentError(
             phrase(
                 "instruments.did_you_mean",
@@ -7849,7 +7849,7 @@ def stored_words(text: str, kinds: Iterable[str]) -> str:
         if text == english:
             return phrase(kind)
         if begins != english and text.startswith(begins):
-            return phrase(kind, why=text.removeprefix(begins))
+            return phrase(kind, why=text[len(begins) :])
     return text
 
 
@@ -10086,8 +10086,12 @@ class Delivery:
         self._tell()
         self.queue.shrink()
         if self.moved or self.rejected:
-            trades = count_words(self.moved, "kept trade")
-            log.info("%s moved to MongoDB in %.1f s, %d refused by it", trades, took, self.rejected)
+            log.info(
+                "%s moved to MongoDB in %.1f s, %d refused by it",
+                count_words(self.moved, "kept trade"),
+                took,
+                self.rejected,
+            )
 
     def _fresh_delays(self) -> Iterator[float]:
         return backoff(DELIVERY_FIRST_S, DELIVERY_CAP_S, self._rng)
@@ -10170,7 +10174,7 @@ class Gap(NamedTuple):
 
 
 # Those of which no server tells, by the English words that `why` has of them in both stores.
-GAP_REASONS = ("delivery.gap_deaf", "delivery.gap_ended", "delivery.gap_moved", "delivery.gap_stopped")
+GAP_REASONS = ("stores.gap_deaf", "stores.gap_ended", "stores.gap_moved", "stores.gap_stopped")
 
 
 def gap_reason(text: str) -> str:
@@ -10776,8 +10780,6 @@ def _mongo_close(document: Document) -> StoredClose | None:
 WRITE_BATCH = 1000
 # A commit to this disk costs as much for a thousand trades of many codes as for these: the same pages are written.
 COMMIT_BATCH = 5000
-# What is said to fail where closes cannot be made.
-CLOSES = "closing snapshot"
 # What was fetched is on its way to the store after this time at the latest.
 WRITE_AFTER_S = 0.5
 
@@ -10874,7 +10876,7 @@ class Collector:
         self._events = events
         self._demo = demo
         self._clock = clock
-        self._close_trouble = close_trouble or LogThrottle(CLOSES, clock)
+        self._close_trouble = close_trouble or LogThrottle("closing snapshot", clock)
         self._keeper = Keeper(closing, events, self._close_trouble)
         self._unwritten: list[Document] = []
         self._unwritten_since = 0.0
@@ -11222,7 +11224,7 @@ class Pipeline:
         self._events = events
         self._demo = demo
         self._delivery: Delivery | None = None
-        self._close_trouble = LogThrottle(CLOSES, then="the trades are stored all the same")
+        self._close_trouble = LogThrottle("closing snapshot", then="the trades are stored all the same")
         self._keep_trouble = LogThrottle("KEEP_DAYS", then="older trades stay until it works")
         self._keep_due = 0.0  # monotonic
         with contextlib.ExitStack() as opened:
@@ -15768,11 +15770,6 @@ class JournalStream(io.TextIOBase):
         self._stream = stream
         self._begun = threading.local()  # the line that a thread has begun
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """Return the encoding of the stream below."""
-        return self._stream.encoding
-
     def write(self, text: str) -> int:
         """Pass whole lines on, each with its priority; the rest waits for its end."""
         *lines, rest = (getattr(self._begun, "text", "") + text).split("\n")
@@ -15788,6 +15785,11 @@ class JournalStream(io.TextIOBase):
     def writable(self) -> bool:
         """Yes."""
         return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Which characters the stream below takes, as that one tells it."""
+        return self._stream.encoding
 
     def fileno(self) -> int:
         """Return the descriptor below."""
@@ -19626,8 +19628,9 @@ def _show_unknown(as_json: bool) -> int:
         ("cli.of_status", _status_line(STATUS_WORDS[STATUS_UNKNOWN], why, to_do)),
         ("cli.of_version", __version__),
     ]
-    others = ("daemon", "registration", "platform", "store", "waiting", "last", "key")
-    _show_labelled([*lines, *((f"cli.of_{name}", phrase("cli.unknown")) for name in others)])
+    others = ("cli.of_daemon", "cli.of_registration", "link.platform", "cli.of_store", "cli.of_waiting")
+    lines += [(kind, phrase("cli.unknown")) for kind in (*others, "cli.of_last", "cli.of_key")]
+    _show_labelled(lines)
     return STATUS_UNKNOWN
 
 
@@ -19664,7 +19667,7 @@ def _execution_lines(one: ExecutionFacts) -> Phrase:
     """Return an execution for a person: when, what, how it ended, and a line for each code that failed."""
     result, message, more = one["result"] or {}, one["message"] or "", []
     if result:
-        stored = phrase("cli.stored", stored=result.get("success_count"), total=result.get("total"))
+        stored = phrase("protocol.stored", reached=result.get("success_count"), total=result.get("total"))
         message = _without_clause(message, stored)  # once is enough
         more.append(stored)
     if one["ended_at"] and one["delivered"] is False:
@@ -19732,7 +19735,9 @@ def _key_line(key: KeyUsage) -> Phrase:
     if key["ends_soon"]:
         clauses.append(key["ends_soon"])
     if key["not_for"]:
-        clauses.append(phrase("cli.not_for", products=listing("join.names", key["not_for"])))
+        clauses.append(
+            phrase("cli.not_for", products=listing("join.names", map(service_words, key["not_for"])))
+        )
     return listing("join.clauses", clauses)
 
 
@@ -21052,7 +21057,6 @@ TEMPLATES |= {
         "p {p}：只有 common 中的能源价格可以为负",
     ),
     "infoway.price_zero": ("p {p}: it has not traded, or is suspended", "p {p}：尚无成交，或已停牌"),
-    "infoway.proposal": ("{code} ({name})", "{code}（{name}）"),
     "infoway.redirection": ("{said}, a redirection, which is not followed", "{said}，是重定向，不予跟随"),
     "infoway.says": ("the API says {number}: {text}", "API 返回 {number}：{text}"),
     "infoway.sent_no_bar": ("the API sent {record} in place of a bar", "API 发来 {record}，应为日线"),
@@ -21118,8 +21122,8 @@ TEMPLATES |= {
     "stream.other_frame": ("a frame of kind {code}", "类型为 {code} 的帧"),
     "stream.other_product": ("codes of another product", "代码属于其他产品"),
     "stream.plan_ended": ("the key's plan has ended", "密钥的套餐已到期"),
-    "stream.says": ("the stream says: {words}", "推送流提示：{words}"),
-    "stream.says_number": ("the stream says {number}: {words}", "推送流提示 {number}：{words}"),
+    "stream.says": ("the stream says: {words}", "推送流返回：{words}"),
+    "stream.says_number": ("the stream says {number}: {words}", "推送流返回 {number}：{words}"),
 }
 
 # ------------------------------------------------------------------------------------------------------
@@ -21134,8 +21138,12 @@ TEMPLATES |= {
         "较早的成交还要用来生成收盘价",
     ),
     "stores.drop_other": ("{other}: drop that one first", "{other}；请先删除该索引"),
-    "stores.fails": ("MongoDB at {place} fails: {why}", "MongoDB {place} 出错：{why}"),
+    "stores.fails": ("MongoDB at {place} fails: {why}", "MongoDB（{place}）出错：{why}"),
     "stores.file_good": ("{path} can be written, {trades} in it", "{path} 可写入，内有 {trades}"),
+    "stores.gap_deaf": ("nothing was pushed although there were trades", "有成交，但没有推送"),
+    "stores.gap_ended": ("stockrt ended without notice", "stockrt 意外退出"),
+    "stores.gap_moved": ("moved to another connection", "转移到另一个连接"),
+    "stores.gap_stopped": ("stockrt was stopped", "stockrt 已停止"),
     "stores.holds_many": (
         "{name} holds too many documents to be counted quickly, which --retain removes",
         "{name} 中超过该期限的文档太多，无法很快数清，可用 --retain 删除",
@@ -21205,7 +21213,7 @@ TEMPLATES |= {
     "closes.no_bars": ("the API has no bar of theirs", "API 没有这些代码的日线"),
     "closes.no_boundary": (
         "the API's daily bars of it have no documented boundary",
-        "API 未说明该代码的日线从何时到何时",
+        "API 未说明该代码日线的时间范围",
     ),
 }
 
@@ -21219,10 +21227,6 @@ TEMPLATES |= {
         "{path} has come to its limit of {limit} MB; see SPOOL_MAX_MB",
         "{path} 已达上限 {limit} MB；请检查 SPOOL_MAX_MB",
     ),
-    "delivery.gap_deaf": ("nothing was pushed although there were trades", "有成交，但没有推送"),
-    "delivery.gap_ended": ("stockrt ended without notice", "stockrt 意外退出"),
-    "delivery.gap_moved": ("moved to another connection", "转移到另一个连接"),
-    "delivery.gap_stopped": ("stockrt was stopped", "stockrt 已停止"),
     "delivery.kept_here": ("{trades} kept here for it", "另有 {trades}暂存于本机，等待写入"),
     "delivery.no_thread": ("nothing moves it: {why}", "无法启动转存线程：{why}"),
     "delivery.no_writes": (
@@ -21230,7 +21234,7 @@ TEMPLATES |= {
         "MongoDB 自 {since} 起无法写入（{why}）",
     ),
     "delivery.not_kept": ("{because}, and {why}", "{because}；且无法暂存：{why}"),
-    "delivery.not_moved": ("what waits cannot be moved to it: {why}", "暂存的数据无法写入：{why}"),
+    "delivery.not_moved": ("what waits cannot be moved to it: {why}", "暂存的数据无法写入 MongoDB：{why}"),
     "delivery.other_id": ("its fields do not make its _id", "其字段与 _id 不符"),
     "delivery.out_of_order": ("its rows are out of order", "其中的行顺序错乱"),
     "delivery.silent": (
@@ -21248,7 +21252,7 @@ TEMPLATES |= {
     "run.accepted": ("accepted by {place}", "{place} 接受该密钥"),
     "run.accepted_without_stocks": (
         "accepted by {place}, but not for stocks: {why}",
-        "{place} 接受该密钥，但不含股票：{why}",
+        "{place} 接受该密钥，但不能用于股票：{why}",
     ),
     "run.api_key": ("API key {key}", "API 密钥 {key}"),
     "run.asked_as": ("{words} ({asked} -> {codes})", "{words}（{asked} -> {codes}）"),
@@ -21263,7 +21267,7 @@ TEMPLATES |= {
     ),
     "run.local_store": ("local store", "本地库"),
     "run.names_no_plan": ("the answer names none", "应答中没有套餐信息"),
-    "run.no_limit": ("{plan}: no limit", "{plan}：无限制"),
+    "run.no_limit": ("{plan}: no limit", "{plan}：不限频"),
     "run.no_plan": ("its plan cannot be had: {why}", "无法获知其套餐：{why}"),
     "run.no_plan_but_free": (
         "its plan cannot be had: {why}: Free's limits hold unless INFOWAY_PLAN names it",
@@ -21742,7 +21746,7 @@ TEMPLATES |= {
     ),
     "cli.collect_nothing": (
         "nothing to collect: {words}; see --symbols",
-        "没有可采集的代码：{words}；请看 --symbols",
+        "没有可采集的代码，请用 --symbols 查找：{words}",
     ),
     "cli.collect_rows_unread": ("not all rows were read", "仍有成交未被读取方读走"),
     "cli.collect_waiting": (
@@ -21844,8 +21848,8 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
   stockrt.pyz --html stocks.html                             把已存行情和 K 线图写成一个网页
   stockrt.pyz --check                                        检查有什么问题，以及该改哪一项设置
 
-退出码：0 每个代码都已入库 · 1 有代码未入库 · 64 命令行有误 · 78 设置有误 · 130 被中断
---status 的退出码：0 正常 · 1 有问题 · 3 未运行 · 4 当前用户无权查看
+退出码：0 每个代码都已入库；1 有代码未入库；64 命令行有误；78 设置有误；130 被中断
+--status 的退出码：0 正常；1 有问题；3 未运行；4 当前用户无权查看
 """,
     ),
     "help.executions": (
@@ -21975,8 +21979,8 @@ TEMPLATES |= {
         "--documents 与 --time-zone ZONE 必须同时使用；详见 --help",
     ),
     "usage.every": (
-        "--every {text}: expected {expected}; see --help",
-        "--every {text}：应为{expected}；详见 --help",
+        "--every {text}: {expected}; see --help",
+        "--every {text}：{expected}；详见 --help",
     ),
     "usage.excluded": ("not allowed with argument {other}", "不能与 {other} 同时使用"),
     "usage.executions": (
@@ -22190,7 +22194,7 @@ TEMPLATES |= {
         "{megabytes:.1f} MB, the oldest since {oldest}",
         "{megabytes:.1f} MB，最早一笔自 {oldest} 起等待",
     ),
-    "cli.origins": ("from {origins}", "来源：{origins}"),
+    "cli.origins": ("from {origins}", "{origins}"),
     "cli.out": ("out", "已停用"),
     "cli.partial": ("partial", "部分成功"),
     "cli.plan_without_stream": (
@@ -22260,7 +22264,6 @@ TEMPLATES |= {
         "where it still counts, a service that begins now waits for up to three minutes (429)",
         "这次检查的连接可能仍被计数，此时启动的服务最多要等三分钟（429）",
     ),
-    "cli.stored": ("{stored} of {total} codes stored", "{total} 个代码中 {stored} 个已入库"),
     "cli.straight": ("{what} straight", "{what} → 直连"),
     "cli.stream": (
         "{product}: {subscribed} of {codes}, {state}",

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from conftest import RunPyz
+from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import (
     HASH,
@@ -1534,3 +1535,47 @@ def test_the_built_file_registers_starts_executes_and_answers(
         assert answer["result"]["success_count"] == 2
         assert server.bad_frames == []
     assert sorted(stored(state)) == ["AAPL.US", "TSLA.US"]
+
+
+@pytest.mark.parametrize("language", ["", "en"])
+def test_the_built_file_answers_in_the_platforms_language_and_tells_everybody_in_theirs(
+    language: str, pyz: Path, clean_env: dict[str, str], platform: PlatformServer,
+    infoway: InfowayServer, state: Path,
+) -> None:  # fmt: skip
+    """Chinese unless MESSAGE_LANG says otherwise; who reads the journal has a language of their own."""
+    infoway.unknown = {"GONE.US"}
+    settings = environment(platform.port, infoway.url, state, MESSAGE_LANG=language)
+    with ProcessDaemon(clean_env, settings, pyz):
+        connected(platform)
+        ids = [
+            platform.execute(["AAPL.US", "GONE.US"]),
+            platform.execute(["GONE.US"]),
+            platform.execute(None),
+        ]
+        answers = [one_answer(platform, one) for one in ids]
+        settled(platform)
+    assert [answer["result"]["failed_count"] for answer in answers] == [1, 1, 0]
+    assert {mail.text for mail in platform.mailed} == {answer["error"] for answer in answers[1:]}
+
+    said = executions(pyz, clean_env | settings | {"STOCKRT_LANG": language or "zh"})
+    assert said[ids[0]] == (answers[0]["message"], answers[0]["result"]["failures"])
+    chinese = executions(pyz, clean_env | settings | {"STOCKRT_LANG": "zh"})
+    english = executions(pyz, clean_env | settings | {"STOCKRT_LANG": "en"})
+    for message, failures in [chinese[one] for one in ids[:2]]:
+        assert all(in_chinese(text) == text for text in (message, *failures.values()))
+    for reached, total, name in [(1, 2, ids[0]), (0, 1, ids[1])]:
+        message, failures = english[name]
+        start = (
+            f"1 of {total} codes failed: GONE.US ({failures['GONE.US']}); {reached} of {total} codes stored"
+        )
+        assert message.startswith(start)
+
+
+def executions(pyz: Path, environ: Mapping[str, str]) -> dict[str, tuple[str, dict[str, str]]]:
+    """The messages and failures that --executions shows, by id."""
+    command = [sys.executable, str(pyz), "--executions", "9", "--json"]
+    done = subprocess.run(command, env=environ, capture_output=True, check=True, encoding="utf-8")
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return {
+        one["execution_id"]: (stockrt.local_times(one["message"]), one["result"]["failures"]) for one in found
+    }

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import pytest
 from conftest import RunPyz
+from kit.chinese import in_chinese
 from kit.daemons import PATIENCE, PROGRAM, Hasty, ThreadDaemon, environment, settings_for, until
 from kit.platform_server import GENERATIONS, PlatformServer
 
@@ -222,6 +223,40 @@ def test_any_other_answer_is_one_line_that_says_what_to_do(
     assert all(word in line for word in words), line
     assert not hash_file.exists()
     assert len(new_server.register_calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (400, '{"code":"3005"}', "平台上已有名称、描述和程序都相同的模块（3005）"),
+        (400, '{"code":"3002"}', "平台认为数据无效（3002）"),
+        (500, "", "HTTP 500，平台内部错误"),
+        (200, success(None), "平台说注册成功，却没有给出可用的哈希"),
+        (404, "<html>Not Found</html>", "HTTP 404：22 字节，不是平台的 JSON"),
+        (403, '{"code":"1","message":"暂停注册"}', "HTTP 403：暂停注册；请检查 SERVER_IP"),
+    ],
+)
+def test_why_it_is_not_registered_can_be_read_in_chinese(
+    new_server: PlatformServer, tmp_path: Path, status: int, body: str, words: str
+) -> None:
+    new_server.register_answer = (status, body)
+    with pytest.raises(stockrt.RegistrationError) as caught:
+        stockrt.register(settings_for(new_server.port, "http://127.0.0.1:9", tmp_path))
+    told = in_chinese(caught.value.message)
+    assert told.startswith(f"未能在 {new_server.url} 注册：{words}"), told
+
+
+def test_what_is_wrong_with_the_platform_or_its_hash_can_be_read_in_chinese(tmp_path: Path) -> None:
+    port = free_port()
+    url, settings = f"http://127.0.0.1:{port}", settings_for(port, "http://127.0.0.1:9", tmp_path)
+    assert in_chinese(stockrt.check_platform(settings).words).startswith(f"无法连接 {url}：")
+    for presence in stockrt.Presence:
+        in_chinese(stockrt.phrase(presence.value))
+    for content, words in [(b"not a hash", "没有模块哈希"), (b"\xff\xfe", "不是 UTF-8 文本")]:
+        (tmp_path / "module_hash").write_bytes(content)
+        with pytest.raises(stockrt.StoreError) as caught:
+            stockrt.read_hash(tmp_path)
+        assert words in in_chinese(caught.value.message)
 
 
 def test_success_is_the_code_and_not_the_status(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.chinese import in_chinese
 from kit.infoway_server import PLANS, REFUSALS
 from kit.mongo_proxy import MongoProxy
 from kit.stream_server import REFUSE_BY_RESET, Gap, Vendor, identity, uncovered
@@ -518,7 +519,9 @@ def test_trades_that_find_no_room_are_said_and_missing(
         assert 0 < intake.refused < len(trades)
         assert "not stored" in intake.trouble and "SPOOL_MAX_MB" in caplog.text and CODES[0] in caplog.text
         (gap,) = place.gaps()
-        assert gap["codes"] == [*CODES] and gap["to"] is None and "SPOOL_MAX_MB" in gap["why"]
+        assert gap["codes"] == [*CODES] and gap["to"] is None
+        assert gap["why"].startswith("not stored: ") and "SPOOL_MAX_MB" in gap["why"]
+        assert in_chinese(intake.trouble).startswith(f"{'、'.join(CODES)} 未入库：")
         mongo_proxy.up()
         wait_for("what waits is delivered", lambda: not pipeline.store.queue.has_trades())  # type: ignore[union-attr]
         more = trades_of(10, first=len(trades))
@@ -801,6 +804,7 @@ def test_a_key_that_the_stream_refuses_is_not_dialled_with_again(
                 "the codes are stored", lambda: len({name.split("|")[0] for name in place.stored()}) == 4
             )
             assert process.it.stats().connections_wanted == 0
+            assert "401" in in_chinese(process.it.stats().trouble, "Token invalid")
             assert caplog.text.count("401") == 1 and "polled instead" in caplog.text
             assert len(vendor.stream.connections) == 2
             wait_for("why is said", lambda: "no key is of use" in caplog.text)
@@ -921,9 +925,10 @@ def test_a_connection_that_begins_as_all_end_ends_too(
 def test_one_process_in_a_state_directory_collects(place: Place, vendor: Vendor) -> None:
     with (
         Process(place, vendor, COLLECT_CODES=CODES[0]) as process,
-        pytest.raises(stockrt.StoreError, match="another stockrt collects from the stream in"),
+        pytest.raises(stockrt.StoreError, match="another stockrt collects from the stream in") as caught,
     ):
         stockrt.Collecting(process.pipeline, settings_of(process.environ)).start()
+    assert in_chinese(caught.value.message).startswith("已有另一个 stockrt 在接收推送流，目录为 ")
 
 
 @pytest.mark.parametrize(
@@ -935,8 +940,9 @@ def test_what_cannot_be_collected_is_said(
 ) -> None:
     process = Process(place, vendor, **{"COLLECT_CODES": CODES[0]} | environ)
     process.environ |= environ
-    with pytest.raises(stockrt.SettingsError, match=words):
+    with pytest.raises(stockrt.SettingsError, match=words) as caught:
         process.start()
+    assert words in in_chinese(caught.value.message)
     process.stop()
 
 

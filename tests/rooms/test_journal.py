@@ -282,6 +282,89 @@ def test_a_journal_of_the_former_format_is_taken_over(tmp_path: Path, clock: Fak
         assert journal.totals() == {}
 
 
+FORMAT_2 = (
+    FORMAT_1
+    + """
+CREATE TABLE runs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, started_at REAL NOT NULL, ended_at REAL NOT NULL, answer TEXT NOT NULL
+);
+CREATE TABLE totals (name TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE clock (boot TEXT NOT NULL, ahead REAL NOT NULL);
+INSERT INTO runs VALUES (1, 4.0, 5.0, '{"status": "success", "message": "as it was sent"}');
+PRAGMA user_version = 2;
+"""
+)
+
+
+def said_of(words: str) -> str:
+    """What an answer says, as the journal keeps it."""
+    return json.dumps({"message": {"kind": words, "values": {}, "text": "its English"}, "failures": {}})
+
+
+def test_a_journal_without_words_in_all_languages_shows_what_was_sent(
+    tmp_path: Path, clock: FakeClock
+) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / stockrt.JOURNAL_NAME)) as db:
+        db.executescript(FORMAT_2)
+    with contextlib.closing(Journal(tmp_path, clock)) as journal:
+        journal.note_run(NOON, answer_of(), said_of("tools.stopped"))
+        *_, run, fresh = journal.last(9)
+        assert (run["message"], run["status"]) == ("as it was sent", "success")
+        assert [stockrt.in_language(str_of(fresh), language) for language in ("en", "zh")] == [
+            "stopped",
+            "已停止",
+        ]
+
+
+def str_of(one: stockrt.ExecutionFacts) -> str:
+    """Its message."""
+    assert one["message"] is not None
+    return one["message"]
+
+
+def test_what_answers_say_is_kept_in_all_languages_as_long_as_they_are(
+    journal: Journal, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of executions and runs, whose numbers are the same."""
+    monkeypatch.setattr(stockrt, "ANSWERS_KEPT", 2)
+    for kind in ("tools.stopped", "tools.install_anew", "tools.no_memory"):
+        (number_of,) = journal.accept([command()])
+        journal.answer(number_of, answer_of("failure"), said_of(kind))
+        journal.note_run(NOON, answer_of(), said_of(kind))
+        clock.advance(1)
+        journal.received([number_of])
+    told = [stockrt.in_language(str_of(one), "zh") for one in journal.last(9)]
+    assert sorted(told) == sorted(2 * ["请重新安装", "内存不足；请检查服务单元的 MemoryMax="])
+    with contextlib.closing(sqlite3.connect(journal.path)) as db:
+        assert [row[0] for row in db.execute("SELECT number FROM said ORDER BY 1")] == [-3, -2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (said_of("of.another.version"), "its English"),
+        ("{no JSON", "m"),
+        ("[]", "m"),
+        ('{"message": 7, "failures": {}}', "m"),
+        ('{"message": "x"}', "m"),
+        ("", "m"),
+    ],
+)
+def test_words_that_cannot_be_read_are_shown_as_they_were_sent(
+    journal: Journal, said: str, shown: str
+) -> None:
+    journal.note_run(NOON, answer_of(), said)
+    assert [one["message"] for one in journal.last(1)] == [shown]
+
+
+def test_an_answer_that_lost_its_lists_is_shown_as_it_is_sent(journal: Journal) -> None:
+    (number_of,) = journal.accept([command()])
+    journal.answer(number_of, answer_of(), said_of("tools.stopped"))
+    journal.shorten([number_of])
+    (one,) = journal.last(1)
+    assert "sent without its lists" in str_of(one) and not isinstance(one["message"], stockrt.Phrase)
+
+
 def test_everything_survives_a_restart(journal: Journal, clock: FakeClock) -> None:
     done, waiting = answered(journal, "done", received=True), answered(journal, "waiting")
     (still_open,) = journal.accept([command("open", meta="\ud800")])

@@ -139,6 +139,22 @@ def test_of_a_failure_the_error_says_it_too() -> None:
     assert short["error"] == short["message"] and "without its lists" in short["error"]
 
 
+def test_that_the_lists_are_left_out_is_said_once_and_in_the_language_of_the_result() -> None:
+    whole = large(150, "zh")
+    short = json.loads(stockrt.without_lists(whole))
+    assert short["message"] == (
+        f"{json.loads(whole)['message']}；发送时略去了明细列表：{len(whole)} 字节超出平台的上限"
+    )
+    assert stockrt.without_lists(json.dumps(short)) == json.dumps(short)
+
+
+def test_somebody_elses_chinese_makes_no_result_chinese() -> None:
+    failures = {"茅台": Failure(FailureKind.API, "签名错误")}
+    report = Report(total=1, failures=failures, read_as={"腾讯": "00700.HK"})
+    whole = stockrt.report_result({}, report, settings()).text
+    assert "; sent without its lists: " in json.loads(stockrt.without_lists(whole))["message"]
+
+
 @pytest.mark.parametrize("text", ["", "no JSON", "[]", "{}", '{"result": 1, "message": 2}', "[" * 5000])
 def test_what_a_bad_disk_made_of_a_result_is_left_as_it_is(text: str) -> None:
     assert stockrt.without_lists(text) == text

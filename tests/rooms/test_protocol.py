@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.platform_server import FAILURE_STATUSES, GARBAGE, NOT_JSON, wrapped
 
@@ -724,3 +725,69 @@ def test_a_command_that_was_not_executed_is_answered_with_the_same_fields() -> N
     assert (answer["status"], answer["error"], answer["message"]) == ("failure", "why", "why")
     assert answer["meta"] == META
     assert answer["result"].keys() == result_of(Report())["result"].keys()
+
+
+# ------------------------------------------------------------------------------------------------------
+# In the platform's language
+# ------------------------------------------------------------------------------------------------------
+
+
+NESTED = json.loads("[" * 100 + "]" * 100)
+SHORT = stockrt.phrase("tools.no_memory")
+
+
+def test_a_result_is_chinese_unless_another_language_is_set() -> None:
+    environ = {"STATE_DIRECTORY": "/nowhere"}
+    default = stockrt.load_settings(environ, None, (), is_root=False).settings
+    answer = json.loads(stockrt.report_result(CONTEXT, Report(total=2, stored=2), default).text)
+    assert answer["message"] == "2 个代码中 2 个已入库"
+
+
+def test_message_error_and_failures_of_a_result_are_chinese_and_nothing_else_changes() -> None:
+    failures = {f"X{n}.US": Failure(FailureKind.API, SHORT) for n in range(5)}
+    report = Report(total=9, stored=2, duplicates=1, queued=1, queued_because=SHORT,
+                    failures=failures, read_as={"600519": "600519.SH"}, stale=2, stale_since=1_800_000_000_000,
+                    close_error=SHORT)  # fmt: skip
+    english, chinese = result_of(report), result_of(report, "zh")
+    short = stockrt.in_language(SHORT, "zh")
+    since = stockrt.local_times("2027-01-15T08:00:00Z")
+    assert chinese["message"] == (
+        f"9 个代码中 5 个失败：X0.US（{short}）、X1.US（{short}）、X2.US（{short}），另有 2 个；"
+        f"收盘快照未保存：{short}；1 笔成交暂存于本机，{short}"
+        f"；9 个代码中 3 个已入库；代码解读为：600519 -> 600519.SH"
+        f"；9 个代码中有 2 个自 {since} 起没有新成交，而其间市场开过市"
+    )
+    assert chinese["error"] == chinese["message"]
+    assert chinese["result"]["failures"] == dict.fromkeys(failures, short)
+    for answer in (english, chinese):
+        del answer["message"], answer["error"], answer["result"]["failures"]
+    assert english == chinese
+
+
+@pytest.mark.parametrize(
+    "args",
+    [[], {"codez": "A"}, "{", ["A.US"] * (stockrt.MAX_CODES_PER_COMMAND + 1), NESTED],
+    ids=["empty", "misspelled", "cut off", "too many", "nested"],
+)
+def test_why_a_command_is_refused_can_be_read_in_chinese(args: object) -> None:
+    reason = refusal_of(args)
+    told = in_chinese(reason)
+    answer = json.loads(stockrt.empty_result(CONTEXT, reason, settings(MESSAGE_LANG="zh")).text)
+    assert answer["message"] == answer["error"] == told
+
+
+def test_what_a_result_says_is_kept_in_all_languages() -> None:
+    """Whatever the platform's is: with the failures, the times as programs read them, without secrets."""
+    failures = {"X.US": Failure(FailureKind.KEY, stockrt.phrase("tools.see", words="hunter22", cause="A"))}
+    report = Report(total=2, stored=1, failures=failures)
+    for language in stockrt.LANGUAGES:
+        said = stockrt.unpacked(
+            json.loads(stockrt.report_result(CONTEXT, report, settings(MESSAGE_LANG=language)).said)
+        )
+        assert stockrt.in_language(said["message"], "en") == (
+            "1 of 2 codes failed: X.US (***; see A); 1 of 2 codes stored"
+        )
+        assert stockrt.in_language(said["message"], "zh") == (
+            "2 个代码中 1 个失败：X.US（***；请检查 A）；2 个代码中 1 个已入库"
+        )
+        assert stockrt.in_language(said["failures"]["X.US"], "zh") == "***；请检查 A"

@@ -16,6 +16,7 @@ import pymongo
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import PATIENCE, check_paced, until
 from kit.infoway_server import Answer, InfowayServer, Request
@@ -163,14 +164,16 @@ def test_what_is_no_file_of_codes_is_refused_without_reading_it(tmp_path: Path) 
         ("large", "has 16777217 bytes; expected codes"),
         ("many", "has more than 100000 codes"),
     ]:
-        with pytest.raises(StockrtError, match=words):
+        with pytest.raises(StockrtError, match=words) as caught:
             Watched(settings_of(f"@{tmp_path / name}")).codes()
+        assert in_chinese(caught.value.message, str(tmp_path)).startswith("COLLECT_CODES：")
 
 
 def test_without_codes_there_is_no_list() -> None:
     """As after a restart with a command of before."""
-    with pytest.raises(StockrtError, match="COLLECT_CODES in the settings of this module"):
+    with pytest.raises(StockrtError, match="COLLECT_CODES in the settings of this module") as caught:
         Watched(settings_of("")).codes()
+    assert in_chinese(caught.value.message).startswith("COLLECT_CODES：没有给出代码：")
 
 
 # ------------------------------------------------------------------------------------------------------
