@@ -202,7 +202,15 @@ class Phrase(str):
 
 def phrase(kind: str, /, **values: Any) -> Phrase:
     """Return the words of a kind of message with its values, of which some may be words themselves."""
+    if not values:
+        return _phrase_without_values(kind)
     return Phrase(kind, values)
+
+
+@cache
+def _phrase_without_values(kind: str) -> Phrase:
+    """Return the same object each time: a hundred thousand codes may have failed for one reason."""
+    return Phrase(kind, {})
 
 
 def listing(how: str, parts: Iterable[str]) -> Phrase:

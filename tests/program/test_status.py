@@ -812,7 +812,7 @@ def test_in_chinese_a_service_that_collects(
 
 def test_in_chinese_what_a_key_does_not_serve(program: Program) -> None:
     """To programs it is called as ever."""
-    in_chinese(program)
+    speak_chinese(program)
     rests = {
         "state": "resting",
         "why": stockrt.packed(stockrt.phrase("quota.busy")),
