@@ -808,10 +808,10 @@ def test_mongo_collection_of_the_settings(mongo_place: MongoPlace) -> None:
 @pytest.mark.parametrize(
     ("reason", "chinese"),
     [
-        ("stockrt was stopped", "stockrt 已停止"),
-        ("stockrt ended without notice", "stockrt 意外退出"),
-        ("moved to another connection", "转移到另一个连接"),
-        ("nothing was pushed although there were trades", "有成交，但没有推送"),
+        (stockrt.STOPPED, "stockrt 已停止"),
+        (stockrt.ENDED_WITHOUT_NOTICE, "stockrt 意外退出"),
+        (stockrt.MOVED, "转移到另一个连接"),
+        (stockrt.DEAF, "有成交，但没有推送"),
         ("the vendor's own words", "the vendor's own words"),
     ],
 )
