@@ -7446,7 +7446,7 @@ class StreamProtocol:
             self._forget(ask.codes)
             yield Said(ask.why)
         else:
-            words = phrase("stream.no_ack", seconds=ASK_TRIES * ACK_S, tries=ASK_TRIES)
+            words = phrase("stream.no_ack", seconds=round(ASK_TRIES * ACK_S), tries=ASK_TRIES)
             yield StreamEnd(see(words, _URL), _DIAL)
 
     def _silence(self, now: float, wall_ms: int) -> Iterator[StreamEvent]:
@@ -7846,18 +7846,37 @@ class CloseStore(Protocol):
         """Return every code in `realtime`. Raises StoreError."""
 
 
-def stored_words(text: str, kinds: Iterable[str]) -> str:
-    """Return the words of one of these kinds that a text is in English, which is what other programs read; else it.
+_FIELD = re.compile(r"\{(\w+)[^}]*\}")
 
-    A kind has no values, or `why` alone, at its end.
+
+@cache
+def _patterns(kinds: tuple[str, ...]) -> list[tuple[str, str, re.Pattern[str]]]:
+    """Return the kinds that begin so with their own words and the pattern of the whole; who says most comes first."""
+    found = []
+    for kind in filter(lambda kind: kind.startswith(kinds), TEMPLATES):
+        parts = _FIELD.split(TEMPLATES[kind][0])  # texts, and the names of values between them
+        own = parts[::2]
+        values = [f"(?P<{name}>.+?)" for name in parts[1::2]]
+        pattern = "".join(chain.from_iterable(zip(map(re.escape, own), [*values, ""], strict=True)))
+        found.append((kind, "".join(own), re.compile(pattern, re.DOTALL)))
+    return sorted(found, key=lambda one: len(one[1]), reverse=True)
+
+
+def stored_words(text: str, kinds: tuple[str, ...]) -> str:
+    """Return as words what is stored as its English text, which other programs read; what is not ours as it is.
+
+    `kinds`: what the kinds of it, and of the values in it, begin with.
     """
-    for kind in kinds:
-        english = TEMPLATES[kind][0]
-        begins = english.removesuffix("{why}")
-        if text == english:
-            return phrase(kind)
-        if begins != english and text.startswith(begins):
-            return phrase(kind, why=text[len(begins) :])
+    for kind, own, pattern in _patterns(kinds):
+        found = pattern.fullmatch(text)
+        if found is None:
+            continue
+        values = {name: stored_words(value, kinds) for name, value in found.groupdict().items()}
+        is_ours = own.strip(":; ") or any(isinstance(value, Phrase) for value in values.values())
+        with contextlib.suppress(ValueError):  # a number has its place there
+            words = Phrase(kind, values)
+            if is_ours and words == text:
+                return words
     return text
 
 
@@ -9632,6 +9651,10 @@ class Reject(TypedDict):
     document: Mapping[str, object]
 
 
+# What the kinds of their reasons begin with.
+REJECT_REASONS = ("stores.", "tools.see")
+
+
 class Rejects:
     """What MongoDB rejected for good, in the local file. Any thread may call it."""
 
@@ -9658,7 +9681,7 @@ class Rejects:
             Reject(
                 collection=collection,
                 _id=name,
-                reason=stored_words(why, ["stores.refused"]),
+                reason=stored_words(why, REJECT_REASONS),
                 rejected_at=at,
                 document=json.loads(document),
             )
@@ -10181,12 +10204,22 @@ class Gap(NamedTuple):
         }
 
 
-# Those of which no server tells, by the English words that `why` has of them in both stores.
-GAP_REASONS = ("stores.gap_deaf", "stores.gap_ended", "stores.gap_moved", "stores.gap_stopped")
+# What the kinds of their reasons begin with.
+GAP_REASONS = (
+    "stores.gap_deaf",
+    "stores.gap_ended",
+    "stores.gap_moved",
+    "stores.gap_stopped",
+    "stream.",
+    "websocket.",
+    "http.",
+    "tools.because",
+    "tools.see",
+)
 
 
 def gap_reason(text: str) -> str:
-    """Return why a gap is, of the text that is stored: ours in all languages, others as they are."""
+    """Return why a gap is, of the text that is stored: in all languages as far as it is ours."""
     return stored_words(text, GAP_REASONS)
 
 
@@ -21114,8 +21147,8 @@ TEMPLATES |= {
         "该密钥的连接数过多，或刚断开的连接仍被计入",
     ),
     "stream.no_ack": (
-        "no ack within {seconds:.0f} s to {tries} frames",
-        "发出 {tries} 帧，{seconds:.0f} 秒内未收到确认",
+        "no ack within {seconds} s to {tries} frames",
+        "发出 {tries} 帧，{seconds} 秒内未收到确认",
     ),
     "stream.no_data": ("a push without its data", "推送中没有数据"),
     "stream.no_heartbeat": ("a heartbeat did not reach it", "推送流没有收到心跳"),
