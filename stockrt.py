@@ -1240,9 +1240,9 @@ def uri_faults(uri: str) -> list[str]:
         except OSError as error:
             words = phrase("settings.unreadable_file", why=error.strerror or str(error))
         except Exception as error:  # whatever pymongo says it with
-            words = one_line(error)
-            if words.startswith("Unknown option"):  # its value may be meant to be secret
-                shown, words = name, _unknown_option(name, words)
+            said = words = one_line(error)
+            if said.startswith("Unknown option"):  # its value may be meant to be secret
+                shown, words = name, _unknown_option(name, said)
             elif shown == name:
                 words = phrase("settings.expect.option")
         if words:
@@ -1266,11 +1266,11 @@ def _try_pem_file(option: str, path: str, password: str) -> None:
         context.load_verify_locations(path)
 
 
-def _unknown_option(name: str, words: str) -> str:
+def _unknown_option(name: str, said: str) -> str:
     """Return what to say of an option that pymongo says it does not know, and which ones are like it."""
     import difflib
 
-    for near in difflib.get_close_matches(name.lower(), re.findall(r"\w+", words.partition("(")[2]), n=1):
+    for near in difflib.get_close_matches(name.lower(), re.findall(r"\w+", said.partition("(")[2]), n=1):
         return phrase("settings.unknown_option_near", near=near)
     return phrase("settings.unknown_option")
 
@@ -3679,7 +3679,7 @@ def network_words(error: BaseException) -> str:
     if lack_words(cause):
         return lack_words(cause)
     if isinstance(cause, OSError) and cause.filename:
-        return phrase("http.key_log", path=one_line(cause.filename), why=cause.strerror or str(cause))
+        return phrase("http.key_log", path=one_line(cause.filename), why=cause.strerror)
     words = error_words(cause)
     if isinstance(words, Phrase):
         return words
@@ -4058,16 +4058,16 @@ def _connect_sqlite(path: Path, wait_s: float = SQLITE_BUSY_S, alone: bool = Fal
 
 def _sqlite_fault(path: Path, error: Exception) -> StoreError:
     """Return what an operator must know of a fault of SQLite, or of the disk below it."""
-    why = f"{error}"
+    why = str(error)
     if _is_full(path.parent):
-        why = f"the disk is full ({why})"
+        why = phrase("files.disk_full", why=why)
     with contextlib.ExitStack() as opened:
         try:
             for _ in range(SQLITE_FILES):  # it does not say why it could not open them
                 opened.callback(os.close, os.open(path.parent, os.O_RDONLY))
         except OSError as lack:
             why = lack_words(lack) or why
-    return StoreError(f"the local file {path} fails: {why}; see STATE_DIRECTORY")
+    return StoreError(phrase("files.fails", path=path, why=why))
 
 
 def _is_full(directory: Path) -> bool:
@@ -4335,7 +4335,7 @@ def _leaf_rows(page: bytes) -> Iterator[tuple[Any, ...]]:
 
 
 def _row_at(page: bytes, at: int) -> tuple[Any, ...]:
-    """Return the trade at a place of a page. Raises IndexError or ValueError where there is none."""
+    """Return the trade at a place of a page. Raises IndexError, ValueError where there is none, or none of ours."""
     _, at = _varint(page, at)  # the row's length
     number, start = _varint(page, at)
     size, at = _varint(page, start)
@@ -4349,7 +4349,7 @@ def _row_at(page: bytes, at: int) -> tuple[Any, ...]:
         values.append(value)
     _, name, s, t, p, v, vw, td, code, created, demo = values
     if name != f"{s}|{t}|{p}|{v}|{td}" or code != s or not isinstance(vw, str) or demo not in (None, 1):
-        raise ValueError("its fields do not make its _id")
+        raise ValueError
     datetime.fromisoformat(str(created))
     return (number, *values[1:])
 
@@ -4365,17 +4365,17 @@ def _varint(page: bytes, at: int) -> tuple[int, int]:
 
 
 def _value_at(page: bytes, kind: int, at: int) -> tuple[str | int | None, int]:
-    """Return a value of a serial type and the place behind it; types that trades do not have raise ValueError."""
+    """Return a value of a serial type and the place behind it; ValueError for types that trades do not have."""
     if kind in (0, 8, 9):
         return {0: None, 8: 0, 9: 1}[kind], at
     if 1 <= kind <= 6:
         end = at + (1, 2, 3, 4, 6, 8)[kind - 1]
         return int.from_bytes(page[at:end], signed=True), end
     if kind < 13 or not kind % 2:
-        raise ValueError(f"serial type {kind}")
+        raise ValueError
     end = at + (kind - 13) // 2
     if end > len(page):
-        raise ValueError("beyond the page")
+        raise ValueError
     return page[at:end].decode(), end
 
 
@@ -4420,7 +4420,7 @@ class LocalFile:
         self._db: sqlite3.Connection | None = None
         self._fault: StoreError | None = None  # what ended its use
         lock = _beside(path, ".lock")
-        with disk_trouble(f"the lock {lock} cannot be opened"):
+        with disk_trouble(phrase("files.lock_not_opened", path=lock)):
             make_for_owner(lock)
             self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
@@ -4483,16 +4483,15 @@ class LocalFile:
 
     def why_no_room(self, more: int) -> str:
         """Return why so many bytes more are too many for the disk, '' where they are not. Raises StoreError."""
-        with disk_trouble(f"the disk of {self.path} cannot be looked at"):
+        with disk_trouble(phrase("files.disk_unseen", path=self.path)):
             disk = os.statvfs(self.path.parent)
         if disk.f_bavail * disk.f_frsize - more >= disk.f_blocks * disk.f_frsize * DISK_KEPT_FREE:
             return ""
-        kept = f"less than {DISK_KEPT_FREE:.0%} free"
-        return f"the disk of {self.path} would have {kept}; see STATE_DIRECTORY"
+        return phrase("files.no_room", path=self.path, kept=DISK_KEPT_FREE)
 
     def bytes_beside(self) -> int:
         """Return the size of what SQLite keeps beside the file, in bytes. Raises StoreError."""
-        with disk_trouble(f"the local file {self.path} cannot be looked at"):
+        with disk_trouble(phrase("files.unseen", path=self.path)):
             return sum(_size_of(side) for side in _sides(self.path)[1:])
 
     def damaged(self, words: str) -> StoreError:
@@ -4501,14 +4500,13 @@ class LocalFile:
             write_whole(self._mark, words + "\n", durable=True)
         except StoreError as fault:
             log.error("the next start may not see that %s is damaged: %s", self.path, fault)
-        then = "the next start sets it aside and rescues what can be read"
-        return self._end_use(StoreError(f"the local file {self.path} is damaged: {words}; {then}"))
+        return self._end_use(StoreError(phrase("files.damaged", path=self.path, damage=words)))
 
     def close(self) -> None:
         """Close the file, and let its lock go."""
         with self.lock:
             self._disconnect()
-            self._fault = self._fault or StoreError(f"the local file {self.path} is closed already")
+            self._fault = self._fault or StoreError(phrase("files.closed", path=self.path))
             if self._locked >= 0:
                 os.close(self._locked)
             self._locked = -1
@@ -4537,7 +4535,7 @@ class LocalFile:
         """End the use of files that nobody can find any more: SQLite would go on writing to them."""
         missing = zip(_sides(self.path), self._inodes, self._inodes_now(), strict=True)
         name = next(side for side, before, now in missing if before != now)
-        error = self._end_use(StoreError(f"the local file {name} was taken away while it was in use"))
+        error = self._end_use(StoreError(phrase("files.taken_away", path=name)))
         with self.lock:
             self._disconnect()  # which brings what its log has into the file, where that is there
         return error
@@ -4566,7 +4564,7 @@ class LocalFile:
         import fcntl
 
         try:
-            with disk_trouble(f"the local file {self.path} cannot be opened"):
+            with disk_trouble(phrase("files.not_opened", path=self.path)):
                 self._open_locked(wait_s)
                 self._inodes = self._inodes_now()
         except _sqlite_errors():
@@ -4580,14 +4578,11 @@ class LocalFile:
         damage = self._connect(wait_s)
         if damage:
             if not self._lock_alone():
-                raise StoreError(
-                    f"the local file {self.path} is damaged ({damage}), and another process has it open: "
-                    "stop that one, and the next start rescues what can be read"
-                )
+                raise StoreError(phrase("files.damaged_and_open", path=self.path, damage=damage))
             self._set_aside(damage)
             damage = self._connect(wait_s)
         if damage:
-            raise StoreError(f"the local file {self.path} cannot be used: {damage}; see STATE_DIRECTORY")
+            raise StoreError(phrase("files.unusable", path=self.path, damage=damage))
         self._lock_shared()
 
     def _lock_alone(self) -> bool:
@@ -4621,18 +4616,20 @@ class LocalFile:
         """
 
         if any(side.exists() for side in _sides(self._away)):
-            return "its rescue was interrupted"
+            return phrase("files.rescue_interrupted")
         if self._mark.exists():
-            return one_line(self._mark.read_text(encoding="utf-8", errors="replace")) or "a mark says so"
+            return one_line(self._mark.read_text(encoding="utf-8", errors="replace")) or phrase(
+                "files.marked"
+            )
         # SQLite would take it for new, a single byte as well, and drop the log
         if _size_of(self.path) <= 1 and _size_of(_sides(self.path)[1]):
-            return "its beginning is cut off"
+            return phrase("files.beheaded")
         if any(_is_forbidden(side) for side in _sides(self.path)):
-            return "this user may not read and write it"
+            return phrase("files.forbidden")
         try:
             self._db = self._connection(wait_s)
             if _log_is_torn(self._db, self.path):
-                return "its log is damaged, and transactions lie behind the damage"
+                return phrase("files.torn_log")
             damage = self._bring_up(self._db)
             self._db.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_S * 1000:.0f}")
         except _sqlite_errors() as error:
@@ -4663,16 +4660,12 @@ class LocalFile:
         tables = _tables(db)
         is_ours = bool(tables) and tables == self._own_tables()
         if not 0 <= found <= HIGHEST_FORMAT or (found < self._version and is_ours):
-            return f"its header is damaged: format {found}"
+            return phrase("files.damaged_header", found=found)
         if found > self._version:
-            words = (
-                f"{self.path} was written by a newer stockrt (format {found}, this one knows {self._version}); "
-                "use that one, or another STATE_DIRECTORY"
+            newer = phrase("files.newer", path=self.path, found=found, known=self._version)
+            raise StoreError(
+                phrase("files.newer_or_damaged", newer=newer, mark=self._mark) if is_ours else newer
             )
-            if is_ours:
-                words += f"; where there never was a newer one its header is damaged: make an empty file {self._mark}, "
-                words += "and the next start rescues what can be read"
-            raise StoreError(words)
         since, script = self._additions
         if found < since:
             script = self._schema
@@ -4699,15 +4692,20 @@ class LocalFile:
 
     def _set_aside(self, damage: str) -> None:
         """Put a new file in the place of the old one, with what can be read of it."""
-        done = "it had been rescued already"
+        rescued = None
         if not (self.path.exists() and any(side.exists() for side in _sides(self._away))):
             _move(self.path, self._away)  # its log alone, where a kill came in between
-            done = f"{self._rescue()} rows of it are rescued"
+            rescued = self._rescue()
         aside = _beside(self.path, f".damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z")
         _move(self._away, aside)
         sync_directory(self.path.parent)
-        words = "the local file %s cannot be used: %s; it is set aside as %s, %s"
-        log.error(words, self.path, damage, aside.name, done)
+        log.error(
+            "the local file %s cannot be used: %s; it is set aside as %s, %s",
+            self.path,
+            damage,
+            aside.name,
+            "it had been rescued already" if rescued is None else f"{rescued} rows of it are rescued",
+        )
 
     def _rescue(self) -> int:
         """Make the new file of what can be read of the old one, and return how many rows that is."""
@@ -6774,7 +6772,7 @@ class Directory:
             exact = self.search(unclear.text)[:NAMES_SHOWN]
         if not exact:
             return None
-        proposals = [phrase("infoway.proposal", code=symbol.typed, name=symbol.name) for symbol in exact]
+        proposals = [f"{symbol.typed} ({symbol.name})" for symbol in exact]
         raise InstrumentError(
             phrase(
                 "instruments.did_you_mean",
@@ -7851,7 +7849,7 @@ def stored_words(text: str, kinds: Iterable[str]) -> str:
         if text == english:
             return phrase(kind)
         if begins != english and text.startswith(begins):
-            return phrase(kind, why=text.removeprefix(begins))
+            return phrase(kind, why=text[len(begins) :])
     return text
 
 
@@ -10088,8 +10086,12 @@ class Delivery:
         self._tell()
         self.queue.shrink()
         if self.moved or self.rejected:
-            trades = count_words(self.moved, "kept trade")
-            log.info("%s moved to MongoDB in %.1f s, %d refused by it", trades, took, self.rejected)
+            log.info(
+                "%s moved to MongoDB in %.1f s, %d refused by it",
+                count_words(self.moved, "kept trade"),
+                took,
+                self.rejected,
+            )
 
     def _fresh_delays(self) -> Iterator[float]:
         return backoff(DELIVERY_FIRST_S, DELIVERY_CAP_S, self._rng)
@@ -10172,7 +10174,7 @@ class Gap(NamedTuple):
 
 
 # Those of which no server tells, by the English words that `why` has of them in both stores.
-GAP_REASONS = ("delivery.gap_deaf", "delivery.gap_ended", "delivery.gap_moved", "delivery.gap_stopped")
+GAP_REASONS = ("stores.gap_deaf", "stores.gap_ended", "stores.gap_moved", "stores.gap_stopped")
 
 
 def gap_reason(text: str) -> str:
@@ -10778,8 +10780,6 @@ def _mongo_close(document: Document) -> StoredClose | None:
 WRITE_BATCH = 1000
 # A commit to this disk costs as much for a thousand trades of many codes as for these: the same pages are written.
 COMMIT_BATCH = 5000
-# What is said to fail where closes cannot be made.
-CLOSES = "closing snapshot"
 # What was fetched is on its way to the store after this time at the latest.
 WRITE_AFTER_S = 0.5
 
@@ -10876,7 +10876,7 @@ class Collector:
         self._events = events
         self._demo = demo
         self._clock = clock
-        self._close_trouble = close_trouble or LogThrottle(CLOSES, clock)
+        self._close_trouble = close_trouble or LogThrottle("closing snapshot", clock)
         self._keeper = Keeper(closing, events, self._close_trouble)
         self._unwritten: list[Document] = []
         self._unwritten_since = 0.0
@@ -11224,7 +11224,7 @@ class Pipeline:
         self._events = events
         self._demo = demo
         self._delivery: Delivery | None = None
-        self._close_trouble = LogThrottle(CLOSES, then="the trades are stored all the same")
+        self._close_trouble = LogThrottle("closing snapshot", then="the trades are stored all the same")
         self._keep_trouble = LogThrottle("KEEP_DAYS", then="older trades stay until it works")
         self._keep_due = 0.0  # monotonic
         with contextlib.ExitStack() as opened:
@@ -15768,11 +15768,6 @@ class JournalStream(io.TextIOBase):
         self._stream = stream
         self._begun = threading.local()  # the line that a thread has begun
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """Return the encoding of the stream below."""
-        return self._stream.encoding
-
     def write(self, text: str) -> int:
         """Pass whole lines on, each with its priority; the rest waits for its end."""
         *lines, rest = (getattr(self._begun, "text", "") + text).split("\n")
@@ -15788,6 +15783,11 @@ class JournalStream(io.TextIOBase):
     def writable(self) -> bool:
         """Yes."""
         return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Which characters the stream below takes, as that one tells it."""
+        return self._stream.encoding
 
     def fileno(self) -> int:
         """Return the descriptor below."""
@@ -19179,7 +19179,7 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
     if settings.platform_url():
         yield check_platform(settings)
     else:
-        yield Check(phrase("cli.of_platform"), True, _without_platform(settings))
+        yield Check(phrase("link.platform"), True, _without_platform(settings))
 
 
 def _put_right(value: Any, old: Path, new: Path) -> Any:
@@ -19542,7 +19542,7 @@ def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = Fals
         ("cli.of_version", status["version"]),
         ("cli.of_daemon", _daemon_line(status["daemon"])),
         ("cli.of_registration", status["registration"] or _unregistered(settings)),
-        ("cli.of_platform", _platform_line(status["platform"])),
+        ("link.platform", _platform_line(status["platform"])),
     ]
     if status["collecting"] is not None:
         facts: Mapping[str, Any] = status["collecting"]
@@ -19626,8 +19626,9 @@ def _show_unknown(as_json: bool) -> int:
         ("cli.of_status", _status_line(STATUS_WORDS[STATUS_UNKNOWN], why, to_do)),
         ("cli.of_version", __version__),
     ]
-    others = ("daemon", "registration", "platform", "store", "waiting", "last", "key")
-    _show_labelled([*lines, *((f"cli.of_{name}", phrase("cli.unknown")) for name in others)])
+    others = ("cli.of_daemon", "cli.of_registration", "link.platform", "cli.of_store", "cli.of_waiting")
+    lines += [(kind, phrase("cli.unknown")) for kind in (*others, "cli.of_last", "cli.of_key")]
+    _show_labelled(lines)
     return STATUS_UNKNOWN
 
 
@@ -19664,7 +19665,7 @@ def _execution_lines(one: ExecutionFacts) -> Phrase:
     """Return an execution for a person: when, what, how it ended, and a line for each code that failed."""
     result, message, more = one["result"] or {}, one["message"] or "", []
     if result:
-        stored = phrase("cli.stored", stored=result.get("success_count"), total=result.get("total"))
+        stored = phrase("protocol.stored", reached=result.get("success_count"), total=result.get("total"))
         message = _without_clause(message, stored)  # once is enough
         more.append(stored)
     if one["ended_at"] and one["delivered"] is False:
@@ -19732,7 +19733,9 @@ def _key_line(key: KeyUsage) -> Phrase:
     if key["ends_soon"]:
         clauses.append(key["ends_soon"])
     if key["not_for"]:
-        clauses.append(phrase("cli.not_for", products=listing("join.names", key["not_for"])))
+        clauses.append(
+            phrase("cli.not_for", products=listing("join.names", map(service_words, key["not_for"])))
+        )
     return listing("join.clauses", clauses)
 
 
@@ -20902,6 +20905,59 @@ TEMPLATES |= {
 # Of the room Local files
 # ------------------------------------------------------------------------------------------------------
 
+TEMPLATES |= {
+    "files.beheaded": ("its beginning is cut off", "文件开头缺失"),
+    "files.closed": ("the local file {path} is closed already", "本地文件 {path} 已经关闭"),
+    "files.damaged": (
+        "the local file {path} is damaged: {damage}; the next start sets it aside and rescues what can be read",
+        "本地文件 {path} 已损坏：{damage}；下次启动时会将其移开保留，并抢救能读出的内容",
+    ),
+    "files.damaged_and_open": (
+        "the local file {path} is damaged ({damage}), and another process has it open: stop that one, and the next "
+        "start rescues what can be read",
+        "本地文件 {path} 已损坏（{damage}），且另一个进程正打开着它：请停止那个进程，下次启动时会抢救能读出的内容",
+    ),
+    "files.damaged_header": ("its header is damaged: format {found}", "文件头损坏：格式 {found}"),
+    "files.disk_full": ("the disk is full ({why})", "磁盘已满（{why}）"),
+    "files.disk_unseen": ("the disk of {path} cannot be looked at", "无法查看 {path} 所在的磁盘"),
+    "files.fails": (
+        "the local file {path} fails: {why}; see STATE_DIRECTORY",
+        "本地文件 {path} 出错：{why}；请检查 STATE_DIRECTORY",
+    ),
+    "files.forbidden": ("this user may not read and write it", "当前用户无权读写"),
+    "files.lock_not_opened": ("the lock {path} cannot be opened", "无法打开锁文件 {path}"),
+    "files.marked": ("a mark says so", "有损坏标记"),
+    "files.newer": (
+        "{path} was written by a newer stockrt (format {found}, this one knows {known}); use that one, or another "
+        "STATE_DIRECTORY",
+        "{path} 由更新版本的 stockrt 写成（格式 {found}，本版本只认到 {known}）；请用那个版本，或另设 STATE_DIRECTORY",
+    ),
+    "files.newer_or_damaged": (
+        "{newer}; where there never was a newer one its header is damaged: make an empty file {mark}, and the next "
+        "start rescues what can be read",
+        "{newer}；如果从未用过更新的版本，则是文件头已损坏：请新建空文件 {mark}，下次启动时会抢救能读出的内容",
+    ),
+    "files.no_room": (
+        "the disk of {path} would have less than {kept:.0%} free; see STATE_DIRECTORY",
+        "{path} 所在磁盘的剩余空间将不足 {kept:.0%}；请检查 STATE_DIRECTORY",
+    ),
+    "files.not_opened": ("the local file {path} cannot be opened", "无法打开本地文件 {path}"),
+    "files.rescue_interrupted": ("its rescue was interrupted", "上次抢救已中断"),
+    "files.taken_away": (
+        "the local file {path} was taken away while it was in use",
+        "本地文件 {path} 在使用中被移走",
+    ),
+    "files.torn_log": (
+        "its log is damaged, and transactions lie behind the damage",
+        "日志损坏，损坏处之后还有事务",
+    ),
+    "files.unseen": ("the local file {path} cannot be looked at", "无法查看本地文件 {path}"),
+    "files.unusable": (
+        "the local file {path} cannot be used: {damage}; see STATE_DIRECTORY",
+        "无法使用本地文件 {path}：{damage}；请检查 STATE_DIRECTORY",
+    ),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Quota
 # ------------------------------------------------------------------------------------------------------
@@ -20999,7 +21055,6 @@ TEMPLATES |= {
         "p {p}：只有 common 中的能源价格可以为负",
     ),
     "infoway.price_zero": ("p {p}: it has not traded, or is suspended", "p {p}：尚无成交，或已停牌"),
-    "infoway.proposal": ("{code} ({name})", "{code}（{name}）"),
     "infoway.redirection": ("{said}, a redirection, which is not followed", "{said}，是重定向，不予跟随"),
     "infoway.says": ("the API says {number}: {text}", "API 返回 {number}：{text}"),
     "infoway.sent_no_bar": ("the API sent {record} in place of a bar", "API 发来 {record}，应为日线"),
@@ -21065,8 +21120,8 @@ TEMPLATES |= {
     "stream.other_frame": ("a frame of kind {code}", "类型为 {code} 的帧"),
     "stream.other_product": ("codes of another product", "代码属于其他产品"),
     "stream.plan_ended": ("the key's plan has ended", "密钥的套餐已到期"),
-    "stream.says": ("the stream says: {words}", "推送流提示：{words}"),
-    "stream.says_number": ("the stream says {number}: {words}", "推送流提示 {number}：{words}"),
+    "stream.says": ("the stream says: {words}", "推送流返回：{words}"),
+    "stream.says_number": ("the stream says {number}: {words}", "推送流返回 {number}：{words}"),
 }
 
 # ------------------------------------------------------------------------------------------------------
@@ -21081,8 +21136,12 @@ TEMPLATES |= {
         "较早的成交还要用来生成收盘价",
     ),
     "stores.drop_other": ("{other}: drop that one first", "{other}；请先删除该索引"),
-    "stores.fails": ("MongoDB at {place} fails: {why}", "MongoDB {place} 出错：{why}"),
+    "stores.fails": ("MongoDB at {place} fails: {why}", "MongoDB（{place}）出错：{why}"),
     "stores.file_good": ("{path} can be written, {trades} in it", "{path} 可写入，内有 {trades}"),
+    "stores.gap_deaf": ("nothing was pushed although there were trades", "有成交，但没有推送"),
+    "stores.gap_ended": ("stockrt ended without notice", "stockrt 意外退出"),
+    "stores.gap_moved": ("moved to another connection", "转移到另一个连接"),
+    "stores.gap_stopped": ("stockrt was stopped", "stockrt 已停止"),
     "stores.holds_many": (
         "{name} holds too many documents to be counted quickly, which --retain removes",
         "{name} 中超过该期限的文档太多，无法很快数清，可用 --retain 删除",
@@ -21152,7 +21211,7 @@ TEMPLATES |= {
     "closes.no_bars": ("the API has no bar of theirs", "API 没有这些代码的日线"),
     "closes.no_boundary": (
         "the API's daily bars of it have no documented boundary",
-        "API 未说明该代码的日线从何时到何时",
+        "API 未说明该代码日线的时间范围",
     ),
 }
 
@@ -21166,10 +21225,6 @@ TEMPLATES |= {
         "{path} has come to its limit of {limit} MB; see SPOOL_MAX_MB",
         "{path} 已达上限 {limit} MB；请检查 SPOOL_MAX_MB",
     ),
-    "delivery.gap_deaf": ("nothing was pushed although there were trades", "有成交，但没有推送"),
-    "delivery.gap_ended": ("stockrt ended without notice", "stockrt 意外退出"),
-    "delivery.gap_moved": ("moved to another connection", "转移到另一个连接"),
-    "delivery.gap_stopped": ("stockrt was stopped", "stockrt 已停止"),
     "delivery.kept_here": ("{trades} kept here for it", "另有 {trades}暂存于本机，等待写入"),
     "delivery.no_thread": ("nothing moves it: {why}", "无法启动转存线程：{why}"),
     "delivery.no_writes": (
@@ -21177,7 +21232,7 @@ TEMPLATES |= {
         "MongoDB 自 {since} 起无法写入（{why}）",
     ),
     "delivery.not_kept": ("{because}, and {why}", "{because}；且无法暂存：{why}"),
-    "delivery.not_moved": ("what waits cannot be moved to it: {why}", "暂存的数据无法写入：{why}"),
+    "delivery.not_moved": ("what waits cannot be moved to it: {why}", "暂存的数据无法写入 MongoDB：{why}"),
     "delivery.other_id": ("its fields do not make its _id", "其字段与 _id 不符"),
     "delivery.out_of_order": ("its rows are out of order", "其中的行顺序错乱"),
     "delivery.silent": (
@@ -21195,7 +21250,7 @@ TEMPLATES |= {
     "run.accepted": ("accepted by {place}", "{place} 接受该密钥"),
     "run.accepted_without_stocks": (
         "accepted by {place}, but not for stocks: {why}",
-        "{place} 接受该密钥，但不含股票：{why}",
+        "{place} 接受该密钥，但不能用于股票：{why}",
     ),
     "run.api_key": ("API key {key}", "API 密钥 {key}"),
     "run.asked_as": ("{words} ({asked} -> {codes})", "{words}（{asked} -> {codes}）"),
@@ -21210,7 +21265,7 @@ TEMPLATES |= {
     ),
     "run.local_store": ("local store", "本地库"),
     "run.names_no_plan": ("the answer names none", "应答中没有套餐信息"),
-    "run.no_limit": ("{plan}: no limit", "{plan}：无限制"),
+    "run.no_limit": ("{plan}: no limit", "{plan}：不限频"),
     "run.no_plan": ("its plan cannot be had: {why}", "无法获知其套餐：{why}"),
     "run.no_plan_but_free": (
         "its plan cannot be had: {why}: Free's limits hold unless INFOWAY_PLAN names it",
@@ -21344,6 +21399,7 @@ TEMPLATES |= {
         "still counted as online by the server (old session or a second instance); it will let go within 120 s",
         "平台仍认为本模块在线（旧会话尚未结束，或另有一个实例）；平台会在 120 秒内放开",
     ),
+    "link.platform": ("platform", "平台"),
     "link.platforms": ("the platform's", "平台的"),
     "link.program_unread": ("this program cannot be read", "无法读取本程序"),
     "link.refused": (
@@ -21688,7 +21744,7 @@ TEMPLATES |= {
     ),
     "cli.collect_nothing": (
         "nothing to collect: {words}; see --symbols",
-        "没有可采集的代码：{words}；请看 --symbols",
+        "没有可采集的代码，请用 --symbols 查找：{words}",
     ),
     "cli.collect_rows_unread": ("not all rows were read", "仍有成交未被读取方读走"),
     "cli.collect_waiting": (
@@ -21790,8 +21846,8 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
   stockrt.pyz --html stocks.html                             把已存行情和 K 线图写成一个网页
   stockrt.pyz --check                                        检查有什么问题，以及该改哪一项设置
 
-退出码：0 每个代码都已入库 · 1 有代码未入库 · 64 命令行有误 · 78 设置有误 · 130 被中断
---status 的退出码：0 正常 · 1 有问题 · 3 未运行 · 4 当前用户无权查看
+退出码：0 每个代码都已入库；1 有代码未入库；64 命令行有误；78 设置有误；130 被中断
+--status 的退出码：0 正常；1 有问题；3 未运行；4 当前用户无权查看
 """,
     ),
     "help.executions": (
@@ -21921,8 +21977,8 @@ TEMPLATES |= {
         "--documents 与 --time-zone ZONE 必须同时使用；详见 --help",
     ),
     "usage.every": (
-        "--every {text}: expected {expected}; see --help",
-        "--every {text}：应为{expected}；详见 --help",
+        "--every {text}: {expected}; see --help",
+        "--every {text}：{expected}；详见 --help",
     ),
     "usage.excluded": ("not allowed with argument {other}", "不能与 {other} 同时使用"),
     "usage.executions": (
@@ -22120,7 +22176,6 @@ TEMPLATES |= {
     "cli.of_key": ("API key", "API 密钥"),
     "cli.of_last": ("last execution", "最近执行"),
     "cli.of_local_file": ("local file", "本地文件"),
-    "cli.of_platform": ("platform", "平台"),
     "cli.of_proxy": ("proxy", "代理"),
     "cli.of_registration": ("registration", "注册"),
     "cli.of_settings": ("settings", "设置"),
@@ -22137,7 +22192,7 @@ TEMPLATES |= {
         "{megabytes:.1f} MB, the oldest since {oldest}",
         "{megabytes:.1f} MB，最早一笔自 {oldest} 起等待",
     ),
-    "cli.origins": ("from {origins}", "来自 {origins}"),
+    "cli.origins": ("from {origins}", "{origins}"),
     "cli.out": ("out", "已停用"),
     "cli.partial": ("partial", "部分成功"),
     "cli.plan_without_stream": (
@@ -22207,7 +22262,6 @@ TEMPLATES |= {
         "where it still counts, a service that begins now waits for up to three minutes (429)",
         "这次检查的连接可能仍被计数，此时启动的服务最多要等三分钟（429）",
     ),
-    "cli.stored": ("{stored} of {total} codes stored", "{total} 个代码中 {stored} 个已入库"),
     "cli.straight": ("{what} straight", "{what} → 直连"),
     "cli.stream": (
         "{product}: {subscribed} of {codes}, {state}",

@@ -9,10 +9,16 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kit.glue import Glue
 
 PROGRAM = Path(__file__).resolve().parents[2] / "stockrt.py"
 # Two words, or a word beside a value, or two values with what stands between clauses.
@@ -27,11 +33,11 @@ OUTSIDE = {
 
 
 class Call(NamedTuple):
-    """A call that makes words: its kinds, and the names of its values."""
+    """A call that makes words: its kinds, and what it gives as their values."""
 
     line: int
     kinds: tuple[str, ...]
-    values: frozenset[str]
+    values: Mapping[str, ast.expr]
 
 
 class Sentence(NamedTuple):
@@ -67,25 +73,46 @@ class Source:
         found: dict[str, tuple[str, str]] = {}
         for node in self.tree.body:
             if isinstance(node, ast.AugAssign) and ast.unparse(node.target) == "TEMPLATES":
-                new = ast.literal_eval(node.value)
-                assert not found.keys() & new.keys(), found.keys() & new.keys()
-                found |= new
+                assert isinstance(node.value, ast.Dict)
+                for key, value in zip(node.value.keys, node.value.values, strict=True):
+                    kind = ast.literal_eval(key or node.value)
+                    assert kind not in found, f"{kind} is there twice"
+                    found[kind] = ast.literal_eval(value)
         return found
 
+    @cached_property
+    def glue(self) -> Glue:
+        """What in the module is words."""
+        return Glue(self.tree)
+
     def calls(self) -> Iterator[Call]:
-        """Yield every call that names its kinds outright."""
+        """Yield every call whose kinds can be told: outright, or by a variable, a constant or a table."""
         for node in ast.walk(self.tree):
             if not isinstance(node, ast.Call) or not node.args:
                 continue
-            kinds = tuple(_texts(node.args[0]))
             name = ast.unparse(node.func)
-            if name == "phrase" and kinds:
-                yield Call(node.lineno, kinds, frozenset(str(word.arg) for word in node.keywords))
+            if name == "phrase" and (kinds := tuple(self._texts(node.args[0]))):
+                yield Call(node.lineno, kinds, {str(word.arg): word.value for word in node.keywords})
             elif name in ("count_words", "waiting_words"):
-                words = [text for argument in node.args[1:] for text in _texts(argument)] or ["trade"]
+                words = [text for argument in node.args[1:] for text in self._texts(argument)] or ["trade"]
                 for word in words:
                     ends = ("n.", "n.") if name == "count_words" else ("waits.", "wait.")
-                    yield Call(node.lineno, (ends[0] + word, f"{ends[1]}{word}s"), frozenset("n"))
+                    kinds = (ends[0] + word, f"{ends[1]}{word}s")
+                    yield Call(node.lineno, kinds, {"n": node.args[0]})
+
+    def _texts(self, node: ast.expr) -> Iterator[str]:
+        """Yield the texts that an expression may be, as far as they are written there or in what it names."""
+        match node:
+            case ast.Constant(value=str(text)):
+                yield text
+            case ast.IfExp(body=body, orelse=other):
+                yield from self._texts(body)
+                yield from self._texts(other)
+            case ast.Name() | ast.Subscript(value=ast.Name()):
+                for value in self.glue.given(node):
+                    parts = value.values if isinstance(value, ast.Dict) else [value]
+                    for part in parts:
+                        yield from self._texts(part) if not isinstance(part, ast.Name) else ()
 
     def texts(self) -> set[str]:
         """Return every text of the source outside of the catalogue."""
@@ -115,10 +142,20 @@ class Source:
 
     def losses(self) -> list[Sentence]:
         """Return where words of the catalogue become a text of one language."""
-        from kit.glue import Glue  # found from the tests, and from the tool below
+        return [
+            Sentence(loss.line, self.room(loss.line), f"{loss.function}: {loss.text}")
+            for loss in sorted(self.glue.losses())
+        ]
 
-        found = sorted(Glue(self.tree).losses())
-        return [Sentence(loss.line, self.room(loss.line), f"{loss.function}: {loss.text}") for loss in found]
+    def plain_values(self) -> list[Sentence]:
+        """Return the texts that are given as a value of words and are not in the catalogue."""
+        found = []
+        for call in self.calls():
+            for name, value in call.values.items():
+                for text in self._texts(value):
+                    if re.search("[a-z]{2}", text):
+                        found.append(Sentence(call.line, self.room(call.line), f"{name}={text}"))
+        return found
 
     def _is_elsewhere(self, node: ast.AST) -> bool:
         """Whether a text is a docstring, a part of another text, a type, or of the log."""
@@ -134,15 +171,6 @@ class Source:
         return isinstance(parent, (ast.AnnAssign,)) and node is parent.annotation
 
 
-def _texts(node: ast.expr) -> Iterator[str]:
-    """Yield the texts that an expression may be."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield node.value
-    elif isinstance(node, ast.IfExp):
-        yield from _texts(node.body)
-        yield from _texts(node.orelse)
-
-
 def _template(node: ast.AST) -> str | None:
     if isinstance(node, ast.JoinedStr):
         return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
@@ -151,15 +179,23 @@ def _template(node: ast.AST) -> str | None:
     return None
 
 
-def values_of(template: str) -> frozenset[str]:
-    """Return the names of the values of a template."""
-    return frozenset(name for _, name, _, _ in Formatter().parse(template) if name is not None)
+def values_of(template: str) -> frozenset[tuple[str, str, str]]:
+    """Return the names of the values of a template, and how each is written."""
+    return frozenset(
+        (name, how or "", form or "")
+        for _, name, form, how in Formatter().parse(template)
+        if name is not None
+    )
 
 
 def main(rooms: list[str]) -> None:
     """Print what the rooms still say outside of the catalogue, or how much it is in each."""
     source = Source(PROGRAM.read_text(encoding="utf-8"))
-    found = {"sentence": source.sentences(), "language lost": source.losses()}
+    found = {
+        "sentence": source.sentences(),
+        "plain value": source.plain_values(),
+        "language lost": source.losses(),
+    }
     if not rooms:
         for name in dict.fromkeys(one.room for every in found.values() for one in every):
             counts = {what: sum(one.room == name for one in every) for what, every in found.items()}
@@ -171,5 +207,4 @@ def main(rooms: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(PROGRAM.parent / "tests"))
     main(sys.argv[1:])

@@ -119,6 +119,25 @@ class Glue:
                 return name == "StockrtError" or any(self._is_error(base) for base in bases)
         return False
 
+    def given(self, node: ast.Name | ast.Subscript) -> Iterator[ast.expr]:
+        """Yield what is assigned to a name, or to that of a table, where it stands and in the module."""
+        name = node.value if isinstance(node, ast.Subscript) else node
+        assert isinstance(name, ast.Name)
+        for one, home in self._home.items():
+            if home not in (self._home[node], self._tree):
+                continue
+            match one:
+                case ast.Assign(targets=[ast.Name(id=target)], value=value) if target == name.id:
+                    yield value
+                case ast.AnnAssign(target=ast.Name(id=target), value=ast.expr() as value) if (
+                    target == name.id
+                ):
+                    yield value
+
+    def says(self, node: ast.expr) -> bool:
+        """Whether an expression is or holds words."""
+        return self.is_words(node, self._home[node])
+
     # ------------------------------------------------------------------------------------------ what is words
 
     def is_words(self, node: ast.AST | None, home: Scope) -> bool:

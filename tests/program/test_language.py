@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from conftest import RunPyz
+from kit.infoway_server import InfowayServer
 
-from program.test_once import DEMO, on_terminal
+from program.test_once import DEMO, api_env, on_terminal
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 ENGLISH_WORDS = re.compile(r"[a-z]{2,} [a-z]{2,}")
@@ -91,6 +92,30 @@ def test_version_and_json_are_the_same_in_both_languages(start_pyz: RunPyz) -> N
     rows = [start_pyz(*DEMO, "AAPL.US", "--json", env=env) for env in ({}, ZH)]
     assert [done.returncode for done in rows] == [0, 0]
     assert json.loads(rows[0].stdout).keys() == json.loads(rows[1].stdout).keys()
+
+
+def test_once_tells_in_chinese_what_became_of_it(run_pyz: RunPyz, infoway: InfowayServer) -> None:
+    """The closing line, and the reason of each code; what the server said is left as it is."""
+    done = run_pyz("--once", "--codes", "AAPL.US", "NOWHERE", env=api_env(infoway, STOCKRT_LANG="zh"))
+    assert done.returncode == 1
+    assert not ENGLISH_WORDS.search(done.stderr), done.stderr
+    closing, reason = done.stderr.splitlines()[-2:]
+    assert CHINESE.search(closing)
+    assert re.match(r"  NOWHERE：.*[\u4e00-\u9fff]", reason)
+
+
+def test_language_of_the_settings_file_holds_for_what_follows(run_pyz: RunPyz, tmp_path: Path) -> None:
+    (tmp_path / "stockrt.env").write_text("STOCKRT_LANG=zh\nMONGODB_HSOT=x\n")
+    done = run_pyz(*DEMO, "NOWHERE")
+    assert done.returncode == 1
+    warning, *_, reason = done.stderr.splitlines()
+    assert warning.startswith("stockrt：") and "MONGODB_HSOT" in warning and CHINESE.search(warning[8:])
+    assert re.match(r"  NOWHERE：.*[\u4e00-\u9fff]", reason)
+    # the command line is read before the file
+    assert run_pyz("--onse").stderr == USAGE
+    # what is asked for stands above what is kept
+    done = run_pyz(*DEMO, "NOWHERE", env={"STOCKRT_LANG": "en"})
+    assert not CHINESE.search(done.stderr)
 
 
 def test_what_is_odd_in_the_settings_is_said_to_who_typed_a_command(run_pyz: RunPyz, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import pytest
 from conftest import RunPyz, unprivileged
+from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import LOCAL_TIME, command_of
 from kit.infoway_server import REFUSALS, InfowayServer
@@ -665,13 +666,13 @@ def said_to_another(settings: stockrt.Settings, as_json: bool) -> list[str]:
 # ------------------------------------------------------------------------------------------------------
 
 
-def in_chinese(program: Program) -> None:
+def speak_chinese(program: Program) -> None:
     """Let the program speak Chinese from now on."""
     program.env["STOCKRT_LANG"] = "zh"
 
 
 def test_in_chinese_a_fresh_machine_is_told_of_in_aligned_columns(program: Program) -> None:
-    in_chinese(program)
+    speak_chinese(program)
     assert program.lines().splitlines() == [
         "状态            未运行。处理办法：手动执行命令时不需要守护进程；要运行它，请设置 SERVER_IP 和 SERVER_PORT，"
         "或设置 COLLECT 或 COLLECT_EVERY",
@@ -692,7 +693,7 @@ def test_in_chinese_a_fresh_machine_is_told_of_in_aligned_columns(program: Progr
 def test_in_chinese_programs_get_the_same_keys_and_states(program: Program) -> None:
     """What a person reads in them is Chinese."""
     english = program.status()
-    in_chinese(program)
+    speak_chinese(program)
     chinese = program.status()
     assert [name for name in english if english[name] != chinese[name]] == ["to_do"]
     assert chinese["to_do"][0].startswith("手动执行命令时不需要守护进程；")
@@ -703,11 +704,13 @@ def test_in_chinese_programs_get_the_same_keys_and_states(program: Program) -> N
     assert [check["name"] for check in checks] == names
     assert checks[-1]["words"] == "未设置 SERVER_IP 和 SERVER_PORT：只够 --once 使用，不能运行守护进程"
     assert checks[3]["words"] == f"{program.state} 可以创建"
+    # what was looked at in its place is not told
+    assert checks[4]["words"].startswith(f"{program.state / stockrt.SQLITE_NAME} 可写入")
 
 
 def test_in_chinese_beside_a_daemon(program: Program) -> None:
     """Connected, executing, with a key that is out; then without its platform; then gone."""
-    in_chinese(program)
+    speak_chinese(program)
     with InfowayServer(keys={FIRST, OTHER}) as api:
         with PlatformServer() as platform:
             api.script = lambda request: REFUSALS["401_token_invalid"] if request.key == FIRST else None
@@ -721,7 +724,8 @@ def test_in_chinese_beside_a_daemon(program: Program) -> None:
             text = program.lines(WRONG)
             lines = lines_in_chinese(text)
             assert lines["状态"] == (
-                "有问题：API 密钥 aaa…111 已停用。处理办法：请看下面该密钥的一行；请续订套餐，或在 INFOWAY_API_KEY 中换掉它"
+                "有问题：API 密钥 aaa…111 已停用。处理办法：请看下面该密钥的一行；"
+                "请续订套餐，或在 INFOWAY_API_KEY 中换掉它"
             )
             assert re.fullmatch(r"运行中，pid \d+，版本 \S+", lines["守护进程"])
             assert re.fullmatch(rf"http://127\S+：自 {LOCAL_TIME} 起已连接", lines["平台"])
@@ -731,10 +735,13 @@ def test_in_chinese_beside_a_daemon(program: Program) -> None:
                 "0 笔暂存待写入 MongoDB，1 个代码失败",
                 lines["累计"],
             )
-            assert "aaa…111  0  无每日额度限制，不计数  已停用（HTTP 401: Token invalid）" in text
+            assert "aaa…111  0  无每日额度限制，不计数  已停用（HTTP 401：Token invalid）" in text
             first, *failed = program.run("--executions", "1").splitlines()
             assert re.match(rf"{LOCAL_TIME}  部分成功  \S+  simulated  301 个代码中 300 个已入库", first)
             assert [line[:7] for line in failed] == ["  NOPE："]
+            in_chinese(text, "Token invalid")
+            in_chinese("\n".join([first, *failed]))
+            in_chinese(program.run("--check", status=1), "Token invalid")
         program.until(lambda: stockrt.read_status(program.state)["platform"] == "not connected")
         lines = lines_in_chinese(program.lines(WRONG))
         assert lines["状态"].startswith(
@@ -745,6 +752,39 @@ def test_in_chinese_beside_a_daemon(program: Program) -> None:
         assert lines_in_chinese(program.lines())["状态"] == (
             "未运行。处理办法：启动：sudo systemctl start stockrt，或不带命令运行 stockrt.pyz"
         )
+
+
+def test_in_chinese_every_fault_that_check_finds(program: Program) -> None:
+    speak_chinese(program)
+    (program.folder / "file").write_text("")
+    nobody = "mongodb://127.0.0.1:9/?serverSelectionTimeoutMS=300"
+    program.env |= {"INFOWAY_API_BASE_URL": "http://127.0.0.1:9", "SERVER_IP": "127.0.0.1", "SERVER_PORT": "9",
+                    "MONGODB_HOST": nobody, "METRICS_FILE": str(program.folder / "file" / "m.prom"),
+                    "STATE_DIRECTORY": str(program.folder / "file" / "state")}  # fmt: skip
+    text = program.run("--check", status=1)
+    good, *bad = text.splitlines()
+    assert good == "正常  设置：环境变量、默认值"
+    assert [line.partition("：")[0] for line in bad] == [
+        "失败  API 密钥 aaa…111", "失败  API 密钥 bbb…222", "失败  状态目录", "失败  本地文件", "失败  METRICS_FILE", "失败  平台",
+    ]  # fmt: skip
+    in_chinese("\n".join(bad[:-1]), "Not a directory")
+    program.env |= {"STATE_DIRECTORY": str(program.state), "INFOWAY_API_KEY": ""}
+    text = program.run("--check", status=1)
+    assert "\n失败  API 密钥：未设置 INFOWAY_API_KEY" in text and "\n失败  MongoDB：" in text
+    in_chinese(text.rpartition("失败  ")[0], "Connection refused", "Not a directory")
+
+
+def test_in_chinese_settings_that_the_service_does_not_have(
+    program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = load_settings(program.env, None, (), is_root=False)
+    monkeypatch.setattr(stockrt.SPOKEN, "language", stockrt.CHINESE)
+    stockrt.run_check_settings(loaded._replace(hiding=("KEEP_DAYS", "LOG_LEVEL")), is_service_hidden=True)
+    assert capsys.readouterr().out == (
+        "失败  设置：环境变量、默认值；与 stockrt.service 的设置不同：KEEP_DAYS、LOG_LEVEL 来自当前环境变量，服务看不到；"
+        "要按服务的设置检查，请先取消这些变量；当前用户看不到 stockrt.service 的设置：请用 root 运行以检查；"
+        "未设置 SERVER_IP 和 SERVER_PORT：只够 --once 使用，不能运行守护进程\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -763,7 +803,7 @@ def test_in_chinese_beside_a_daemon(program: Program) -> None:
 def test_in_chinese_a_service_that_collects(
     program: Program, told: dict[str, object] | None, wrong: str, line: str
 ) -> None:
-    in_chinese(program)
+    speak_chinese(program)
     program.env |= {"COLLECT": "stream", "COLLECT_CODES": "AAPL.US"}
     status: dict[str, object] = {"platform": stockrt.NO_NEED, "pid": 7, "version": "1"}
     if told is not None:
@@ -781,6 +821,23 @@ def test_in_chinese_a_service_that_collects(
     if told and "connections_wanted" not in told:
         assert (f"失败  推送流：{wrong}\n" if wrong else "正常  推送流：守护进程正在使用：") in check
     assert "正常  平台：未设置 SERVER_IP 和 SERVER_PORT：守护进程自行采集，不连接平台\n" in check
+
+
+def test_in_chinese_what_a_key_does_not_serve(program: Program) -> None:
+    """To programs it is called as ever."""
+    in_chinese(program)
+    rests = {
+        "state": "resting",
+        "why": stockrt.packed(stockrt.phrase("quota.busy")),
+        "until": "2999-01-01T00:00:00.000Z",
+    }
+    state = KEY_STATE | rests | {"digest": stockrt.key_digest(OTHER), "not_for": ["crypto", "stock bars"]}
+    with stockrt.lock_state_directory(program.state):
+        (program.state / stockrt.STATUS_NAME).write_text(json.dumps({"keys": [state]}))
+        line = lines_in_chinese(program.lines(WRONG))["API 密钥"]
+        key = program.status(WRONG)["keys"][-1]
+    assert re.search(rf"暂停使用.*{LOCAL_TIME}.*（共用计数正忙）；不能用于 crypto、stock 日线$", line)
+    assert (key["state"], key["why"], key["not_for"]) == ("resting", "共用计数正忙", ["crypto", "stock bars"])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
@@ -811,5 +868,5 @@ def test_in_chinese_another_user_is_told_that_nothing_is_known(
 
 def lines_in_chinese(text: str) -> dict[str, str]:
     """Return the lines for a person by what they are about; of several keys the last."""
-    pairs = [re.split(r" {2,}", line, maxsplit=1) for line in text.splitlines()]
-    return {label: words for label, words in pairs}
+    pairs = [line.split("  ", 1) for line in text.splitlines()]
+    return {label: words.strip() for label, words in pairs}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import number as examples
-from kit.infoway_server import PLANS, REFUSALS, InfowayServer, make_bar, make_record
+from kit.infoway_server import PLANS, REFUSALS, Answer, InfowayServer, make_bar, make_record
 from kit.mongo import MongoServer
 from kit.trades import settings_of
 
@@ -577,11 +577,14 @@ def test_a_backfill_without_codes_takes_those_that_are_stored(make: MakeWorld) -
         assert [row.code for row in rows_of(pipeline, None, 3)] == ["TSLA.US"]
         rows = {row.code: row.why for row in rows_of(pipeline, ["USDCNY", "x y"], 3)}
         assert "no documented boundary" in rows["USDCNY"] and "no code has" in rows["x y"]
-        assert in_chinese(rows["USDCNY"]) == "API 未说明该代码的日线从何时到何时"
+        assert in_chinese(rows["USDCNY"]) == "API 未说明该代码日线的时间范围"
         assert "含有代码中不会出现的字符" in in_chinese(rows["x y"])
         world.server.unknown = {"GONE.US"}
         (row,) = rows_of(pipeline, ["GONE.US"], 3)
         assert "no daily bar" in row.why and in_chinese(row.why) == "API 没有该代码的日线"
+        world.server.script = lambda _: Answer.empty(302)
+        (row,) = rows_of(pipeline, ["AAPL.US"], 3)
+        assert in_chinese(row.why).startswith("HTTP 302，是重定向，不予跟随；请检查")
 
 
 def test_a_backfill_that_is_stopped_goes_on_where_it_was(make: MakeWorld) -> None:

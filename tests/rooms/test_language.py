@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+from pathlib import Path
 from typing import TextIO
 
 import pytest
@@ -107,6 +108,12 @@ def test_journal_is_as_the_stream_below(monkeypatch: pytest.MonkeyPatch) -> None
         assert spoken.language == language
 
 
+def test_every_sentence_can_be_written_in_the_older_encoding_of_chinese_terminals() -> None:
+    """What an encoding has not is shown as an escape."""
+    for _, chinese in stockrt.TEMPLATES.values():
+        chinese.encode("gbk")
+
+
 # ------------------------------------------------------------------------------------------------------
 # argparse's own words
 # ------------------------------------------------------------------------------------------------------
@@ -206,6 +213,43 @@ def test_refused_command_line_in_chinese(arguments: tuple[str, ...]) -> None:
     assert usage_error(*arguments) == REFUSED[arguments]
 
 
+def test_interval_and_codes_of_a_command_line_are_refused_in_chinese(tmp_path: Path) -> None:
+    (tmp_path / "codes").write_bytes(b"\xff")
+    (tmp_path / "none").write_text("# none\n")
+    settings = stockrt.load_settings({}, needs=stockrt.NO_NEEDS, places=()).settings
+    cases = {
+        (
+            "--collect",
+            "--codes",
+            "A.US",
+            "--every",
+            "soon",
+        ): "--every soon：应为 1 到 86400 的秒数；详见 --help",
+        ("--collect",): "--collect 需要 --codes CODE …、--codes-file FILE 或 COLLECT_CODES；详见 --help",
+        ("--collect", "--codes", ","): "--codes：其中没有代码，应为 AAPL.US 600519 这样的代码；详见 --help",
+        ("--collect", "--codes-file", f"{tmp_path}/none"): f"--codes-file {tmp_path}/none：其中没有代码，"
+        "应为 AAPL.US 600519 这样的代码；详见 --help",
+        ("--collect", "--codes-file", f"{tmp_path}/codes"): f"--codes-file {tmp_path}/codes：无法读取："
+        "不是 UTF-8 文本",
+    }
+    for arguments, words in cases.items():
+        options = stockrt.parse_arguments(arguments)
+        with pytest.raises(stockrt.UsageError) as error:
+            stockrt._settings_to_collect(options, settings)
+        assert in_language(error.value.message, "zh") == words
+
+
+def test_synthetic_trades_are_refused_beside_mongodb_in_chinese() -> None:
+    environ = {"MONGODB_HOST": "mongodb://127.0.0.1"}
+    settings = stockrt.load_settings(environ, needs=stockrt.NO_NEEDS, places=()).settings
+    options = stockrt.parse_arguments(["--once", "--demo", "--codes", "A.US"])
+    with pytest.raises(stockrt.UsageError) as error:
+        stockrt.run_once(options, settings)
+    assert in_language(error.value.message, "zh") == (
+        "--demo 的模拟成交只存于本机：请取消设置 MONGODB_HOST，或去掉 --demo"
+    )
+
+
 # ------------------------------------------------------------------------------------------------------
 # The help
 # ------------------------------------------------------------------------------------------------------
@@ -251,7 +295,12 @@ def test_no_word_of_the_help_is_made_for_a_command(monkeypatch: pytest.MonkeyPat
     """Chinese is made of it where it is asked for only."""
     monkeypatch.setattr(stockrt.SPOKEN, "language", "zh")
     made = []
-    monkeypatch.setattr(stockrt, "for_reader", lambda words: made.append(words) or words)
+
+    def reading(words: str) -> str:
+        made.append(words)
+        return words
+
+    monkeypatch.setattr(stockrt, "for_reader", reading)
     stockrt.parse_arguments(["--once", "--codes", "AAPL.US"])
     assert made == []
     stockrt.make_parser().format_help()
@@ -317,3 +366,46 @@ def test_what_is_odd_in_the_settings_is_said_to_a_person_and_logged_for_a_servic
     else:
         assert lines[0] == "stockrt：无法使用 a：b"
         assert lines[1].endswith(" WARNING a cannot be used: b [cli.os_error]")
+
+
+@pytest.mark.parametrize(
+    ("unit", "english", "chinese"),
+    [
+        ("", "working for 00:0", "已运行 00:0"),
+        ("unit.codes", "3/9 [00:0", "3/9 [00:0"),
+        ("unit.codes", " codes/s", " 代码/s"),
+        ("unit.trades", " trades/s", " 成交/s"),
+    ],
+)
+def test_what_goes_on_is_shown_in_the_readers_language(
+    monkeypatch: pytest.MonkeyPatch, unit: str, english: str, chinese: str
+) -> None:
+    for language, words in (("en", english), ("zh", chinese)):
+        monkeypatch.setattr(stockrt.SPOKEN, "language", language)
+        screen = Stream("utf-8", True)
+        monkeypatch.setattr("sys.stderr", screen)
+        with stockrt.Terminal(None, unit, bar_above=0) as terminal:
+            terminal.progress(3, 9)
+        assert words in stream_of(screen)
+
+
+def test_what_cannot_be_collected_is_said_in_chinese() -> None:
+    refused: dict[str, str] = {
+        "AAPL": phrase("cli.os_error", file="a", why="b"),
+        "B": phrase("tools.stopped"),
+    }
+    with pytest.raises(stockrt.StockrtError) as error:
+        stockrt._need_one_code(stockrt.Resolved({}, refused))
+    assert str(error.value) == "nothing to collect: AAPL: a cannot be used: b; B: stopped; see --symbols"
+    assert in_language(error.value.message, "zh") == (
+        "没有可采集的代码，请用 --symbols 查找：AAPL：无法使用 a：b；B：已停止"
+    )
+
+
+def test_rows_of_a_backfill_in_chinese() -> None:
+    row = stockrt.Backfilled("TSLA.US", first="2026-11-02", last="2026-11-06", added=4, there=1)
+    assert in_language(stockrt._backfilled_words(row), "zh") == (
+        "TSLA.US       2026-11-02  2026-11-06  新增 4 个，已有 1 个"
+    )
+    failed = stockrt.Backfilled("XX", why=phrase("tools.stopped"))
+    assert in_language(stockrt._backfilled_words(failed), "zh") == "XX            已停止"

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RunPyz, unavailable, unprivileged
+from kit.chinese import in_chinese
 from kit.daemons import HASH, PATIENCE, ProcessDaemon, environment, settings_for, until
 from kit.infoway_server import InfowayServer
 from kit.platform_server import PlatformServer
@@ -175,8 +176,9 @@ def test_threads_wait_for_each_other(tmp_path: Path) -> None:
 def test_a_file_that_is_closed_says_so(tmp_path: Path) -> None:
     with open_store_file(tmp_path) as file:
         pass
-    with pytest.raises(StoreError, match="closed already"):
+    with pytest.raises(StoreError, match="closed already") as caught:
         counted(file)
+    assert in_chinese(caught.value.message) == f"本地文件 {file.path} 已经关闭"
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -405,6 +407,9 @@ def test_damage_in_use_ends_the_use_and_is_rescued_at_the_next_opening(
             with pytest.raises(StoreError, match="is damaged"):
                 queue.oldest(1)
     assert heard.damages == [first.value]
+    assert in_chinese(first.value.message, "database disk image is malformed") == (
+        f"本地文件 {path} 已损坏：database disk image is malformed；下次启动时会将其移开保留，并抢救能读出的内容"
+    )
     assert "malformed" in beside(path, ".damaged").read_text()
     assert not errors(caplog), "the words are the error's, which who asked says"
     with queue_in(tmp_path) as queue:
@@ -478,7 +483,7 @@ def usable(path: Path, commands: int) -> str:
             (number,) = journal.accept([Command("", {}, ["A.US"])])
             journal.forget(number)
     except StoreError as error:
-        return str(error)
+        return error.message
     return ""
 
 
@@ -496,6 +501,7 @@ def test_no_byte_of_a_header_that_is_damaged_keeps_a_file_from_being_used(tmp_pa
         said = usable(folder, 3)
         if "newer stockrt" in said:
             assert "make an empty file" in said
+            assert f"请新建空文件 {folder / journal.path.name}.damaged，下次" in in_chinese(said)
             (folder / f"{journal.path.name}.damaged").touch()
         elif said:
             assert "the next start" in said, (at, said)
@@ -516,6 +522,9 @@ def test_a_file_that_a_newer_stockrt_has_made_is_refused_by_name_and_left_alone(
     with pytest.raises(StoreError, match="newer stockrt") as refused:
         opening(tmp_path)
     assert "damaged" not in str(refused.value)
+    assert in_chinese(refused.value.message).startswith(
+        f"{tmp_path / file} 由更新版本的 stockrt 写成（格式 {found}，本版本只认到 "
+    )
     assert (tmp_path / file).read_bytes() == before and not list(tmp_path.glob("*.damaged*"))
 
 
@@ -547,8 +556,12 @@ def test_a_file_that_others_have_open_is_not_rescued_under_their_hands(tmp_path:
         for _ in range(2):
             with pytest.raises(
                 StoreError, match=r"damaged \(.*malformed.*another process has it open.*next start"
-            ):
+            ) as caught:
                 open_store_file(tmp_path)
+            told = in_chinese(caught.value.message, "database disk image is malformed")
+            assert told.startswith(
+                f"本地文件 {path} 已损坏（database disk image is malformed），且另一个进程"
+            )
         assert len(other.oldest(1000).documents) == 500, "who does not meet the damage works on"
         assert not [*tmp_path.glob("*.damaged-*")]
     with queue_in(tmp_path) as queue:
@@ -626,8 +639,9 @@ def test_what_goes_into_a_log_that_was_taken_away_does_not_count_and_is_not_lost
     with queue_in(tmp_path, heard) as queue:
         queue.write(make_documents(3))
         tmp_path.joinpath(f"stockrt.db{end}").unlink()
-        with pytest.raises(StoreError, match=f"{end} was taken away"):
+        with pytest.raises(StoreError, match=f"{end} was taken away") as caught:
             queue.write(make_documents(5))
+        assert in_chinese(caught.value.message) == f"本地文件 {tmp_path}/stockrt.db{end} 在使用中被移走"
         with queue_in(tmp_path) as another:  # before the first has ended
             assert another.write(make_documents(7)).duplicates == 5
     assert len(heard.damages) == 1
@@ -791,8 +805,10 @@ def test_a_lock_of_another_user_is_said(foreign: Path) -> None:
         for use in (stockrt.lock_state_directory, stockrt.daemon_runs, open_store_file):
             with pytest.raises(
                 StoreError, match=r"the lock \S+lock cannot be .*Permission denied.*STATE_DIRECTORY"
-            ):
+            ) as caught:
                 use(foreign)
+            told = in_chinese(caught.value.message, "Permission denied")
+            assert re.fullmatch(r"无法\S+锁文件 \S+lock：Permission denied；请检查 STATE_DIRECTORY", told)
 
 
 def test_a_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.infoway_server import EVERY_REFUSAL, PLANS, Answer, InfowayServer
 from kit.infoway_server import Plan as PlanThere
+from kit.trades import settings_of
 
 import stockrt
 from stockrt import (
@@ -214,3 +215,28 @@ def test_an_end_within_seven_days_is_said_once_a_day(
             if days == 8:
                 break
             clock.advance(DAY_S)
+
+
+def test_what_check_says_of_a_key_is_chinese() -> None:
+    """Its plan, until when, where another one is set, and that none can be had."""
+    plan = replace(PLANS["premium"], expires=4_000_000_000)
+    limits = "Premium：每秒 10 次请求，每分钟 600 次，每天 864000 次"
+    accepted = f"{{url}} 接受该密钥；套餐 {limits}，有效期至 2096-10-02T07:06:40.000Z"
+    with InfowayServer(plans={KEY: plan}) as server:
+
+        def told(plan_set: str) -> str:
+            settings = settings_of(
+                {"INFOWAY_API_KEY": KEY, "INFOWAY_API_BASE_URL": server.url, "INFOWAY_PLAN": plan_set}
+            )
+            (check,) = stockrt.check_key(settings, None, KeyPool(settings.key_plans()).keys[0])
+            assert check.good and in_chinese(check.name).startswith("API 密钥 ")
+            return in_chinese(check.words)
+
+        assert told("") == accepted.format(url=server.url)
+        other = "；INFOWAY_PLAN 与此不同，以其为准：basic：每秒 2 次请求，每分钟 120 次，每天 172800 次"
+        assert told("basic").removeprefix(accepted.format(url=server.url)) == other
+        server.script = lambda request: (
+            Answer.json({"ret": 200, "data": [{}]}) if request.resource == "package/info" else None
+        )
+        none = "无法获知其套餐：应答中没有套餐信息；除非用 INFOWAY_PLAN 指明，否则按 Free 套餐限频"
+        assert told("") == f"{server.url} 接受该密钥；{none}"

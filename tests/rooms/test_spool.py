@@ -20,10 +20,12 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import pymongo
 import pytest
 from conftest import RunPyz, controlled, small_disk
+from kit.chinese import in_chinese
 from kit.daemons import LOCAL_TIME, PATIENCE, ThreadDaemon, settings_for, until
 from kit.infoway_server import InfowayServer
 from kit.mongo import INTERRUPTED_AT_SHUTDOWN, ON_COLLECTIONS, UNAUTHORIZED, MongoServer
@@ -195,6 +197,7 @@ def test_what_mongodb_does_not_take_waits_and_arrives(place: Place, away: MongoS
         report = store.write(make_documents(12))
         assert (report.stored, report.duplicates, report.queued, dict(report.refused)) == (0, 0, 12, {})
         assert re.fullmatch(rf"MongoDB unreachable since {LOCAL_TIME}", report.queued_because)
+        assert re.fullmatch(rf"MongoDB 自 {LOCAL_TIME} 起无法连接", in_chinese(report.queued_because))
         assert place.waiting() == [d["_id"] for d in make_documents(12)]
         away.restart()
         store.start()
@@ -360,8 +363,20 @@ def test_a_name_that_the_dns_does_not_know_now_is_a_mongodb_that_is_away(tmp_pat
     with place.opened() as store:
         report = store.write(make_documents(2))
     assert report.queued == 2 and re.fullmatch(
-        rf"MongoDB takes no writes since {LOCAL_TIME} \(.+\)", report.queued_because
+        rf"MongoDB takes no writes since {LOCAL_TIME} \((.+)\)", report.queued_because
     )
+    because = cast(stockrt.Phrase, report.queued_because)
+    assert re.fullmatch(
+        rf"MongoDB 自 {LOCAL_TIME} 起无法写入（.+）", in_chinese(because, because.values["why"])
+    )
+
+
+def test_why_others_wait_is_chinese_for_chinese_readers(place: Place) -> None:
+    with place.opened() as store:
+        assert in_chinese(store._because(3)) == "前面另有 3 条等待写入 MongoDB"
+        store._is_silent = True
+        assert in_chinese(store._because(0)) == "MongoDB 在 5 秒内没有应答"
+        assert in_chinese(store._because(1)) == "MongoDB 在 5 秒内没有应答；前面另有 1 条等待写入 MongoDB"
 
 
 # ------------------------------------------------------------------------------------------------ refused for good
@@ -402,6 +417,8 @@ def test_a_poison_document_is_put_aside_and_holds_nobody_up(
         (reject,) = store.rejects.all()
     assert reject["_id"] == poison["_id"] and reject["collection"] == "realtime"
     assert re.search(r"duplicate key|E11000", reject["reason"])
+    foreign = reject["reason"].removeprefix("MongoDB refused it: ")
+    assert in_chinese(reject["reason"], foreign) == f"被 MongoDB 拒绝：{foreign}"
     assert {name: reject["document"][name] for name in ("s", "t", "p", "v", "vw", "td")} == {
         name: poison[name] for name in ("s", "t", "p", "v", "vw", "td")
     }
@@ -804,9 +821,13 @@ def test_at_the_limit_codes_fail_by_name_and_say_why(place: Place, away: MongoSe
         store.write(make_documents(1))
         with pytest.raises(
             StoreError, match=r"MongoDB unreachable since .*, and .*stockrt\.db.*SPOOL_MAX_MB"
-        ):
+        ) as caught:
             for first in range(0, 100_000, 1000):
                 assert store.write(make_documents(1000, first=first)).queued == 1000
+    told = in_chinese(caught.value.message)
+    assert re.search(r"起无法连接；且无法暂存：/.*stockrt\.db 已达上限 1 MB；请检查 SPOOL_MAX_MB$", told), (
+        told
+    )
     assert place.facts[-1].refused == 1000
 
 
@@ -815,9 +836,12 @@ def test_the_disk_keeps_some_room(tmp_path: Path) -> None:
         small_disk(tmp_path, "2M") as disk,
         queue_in(disk / "state") as queue,
     ):
-        with pytest.raises(QueueFull, match=r"5% free.*STATE_DIRECTORY"):
+        with pytest.raises(QueueFull, match=r"5% free.*STATE_DIRECTORY") as caught:
             for first in range(0, 1_000_000, 100):
                 queue.write(make_documents(100, first=first))
+        assert in_chinese(caught.value.message).endswith(
+            "所在磁盘的剩余空间将不足 5%；请检查 STATE_DIRECTORY"
+        )
         found = os.statvfs(disk)
         assert found.f_bavail >= found.f_blocks * 0.05
         assert queue.count() == first

@@ -805,6 +805,26 @@ def test_mongo_collection_of_the_settings(mongo_place: MongoPlace) -> None:
         assert collection.count_documents({}) == 0
 
 
+@pytest.mark.parametrize(
+    ("reason", "chinese"),
+    [
+        ("stockrt was stopped", "stockrt 已停止"),
+        ("stockrt ended without notice", "stockrt 意外退出"),
+        ("moved to another connection", "转移到另一个连接"),
+        ("nothing was pushed although there were trades", "有成交，但没有推送"),
+        ("the vendor's own words", "the vendor's own words"),
+    ],
+)
+def test_why_a_gap_is_is_stored_in_english_and_known_again(tmp_path: Path, reason: str, chinese: str) -> None:
+    gap = stockrt.Gap("stock", ("AAPL.US",), 1, 2, stockrt.gap_reason(reason), "here")
+    with open_store_file(tmp_path) as file:
+        stockrt.Gaps(file, None).note(gap)
+        assert file.read_all("SELECT why, typeof(why) FROM stream_gaps") == [(reason, "text")]
+        (found,) = stockrt.Gaps(file, None).open() or stockrt.Gaps(file, None).some("1")
+    assert found.why == reason
+    assert stockrt.in_language(stockrt.gap_reason(found.why), "zh") == chinese
+
+
 # ------------------------------------------------------------------------------------- a run over a store
 
 
@@ -835,12 +855,17 @@ def test_run_stops_fetching_when_the_store_is_away(infoway: InfowayServer) -> No
     ):
         counting = CountingStore(store)
         report = Collector(api, counting).run(codes, threading.Event())
+        with pytest.raises(StoreAway) as caught:
+            store.write(make_documents(1))
+    cause = caught.value
     assert infoway.request_count < 30  # what is not under way when the store fails is not fetched
     assert counting.writes == 1  # nor is its time limit waited out twice
     assert set(report.failures) == set(codes) and not report.stored and not report.complete
     assert {kind for kind, _ in report.failures.values()} == {FailureKind.STORE}
     assert all("MONGODB_HOST" in reason for _, reason in report.failures.values())
     assert not any(SECRET in reason for _, reason in report.failures.values())
+    told = {in_chinese(words, cause.words) for _, words in report.failures.values()}
+    assert len(told) == 2 and {words.partition("：")[0] for words in told} == {"已获取，未入库", "未请求"}
 
 
 def test_run_says_which_codes_the_store_refused(infoway: InfowayServer, sqlite_place: SqlitePlace) -> None:

@@ -468,7 +468,7 @@ def test_each_error_has_its_meaning_in_chinese(row: stockrt.StreamError) -> None
     (one,) = told
     assert isinstance(one, StreamEnd | CodesRefused)
     words = in_chinese(one.words, "These words")
-    assert words.startswith(f"推送流提示 {row.code}：These words：") and f"；请检查 {row.setting}" in words
+    assert words.startswith(f"推送流返回 {row.code}：These words：") and f"；请检查 {row.setting}" in words
 
 
 def test_what_a_gateway_says_to_the_handshake_is_foreign_and_the_rest_chinese() -> None:
