@@ -20863,7 +20863,7 @@ TEMPLATES |= {
     "events.rate": ("{rate} trades/s", "每秒 {rate} 笔成交"),
     "events.stale": (
         "{stale} of {codes}: no trade since {since}, though the market was open",
-        "{codes}中有 {stale} 个自 {since} 起没有新成交，而其间市场开过市",
+        "{codes}中有 {stale} 个自 {since} 起没有新成交，期间市场曾开市",
     ),
     "events.subscribed": ("{codes} subscribed", "已订阅 {codes}"),
 }
@@ -21347,7 +21347,7 @@ TEMPLATES |= {
     ),
     "collection.no_key": ("for which no key is of use", "没有密钥可用于这些代码"),
     "collection.no_plain_file": ("{path} is no plain file", "{path} 不是普通文件"),
-    "collection.no_text": ("it is not UTF-8 text", "它不是 UTF-8 文本"),
+    "collection.no_text": ("it is not UTF-8 text", "不是 UTF-8 文本"),
     "collection.not_stored": ("{codes} not stored: {why}", "{codes} 未入库：{why}"),
     "collection.over_plans": ("more than the keys' plans allow", "超出各密钥套餐的限额"),
     "collection.refused": ("{codes}, {names}: {why}", "{codes}（{names}）：{why}"),
@@ -21394,7 +21394,7 @@ TEMPLATES |= {
     ),
     "protocol.too_long": (
         "{what}: {bytes} bytes were too many for the platform",
-        "{what}：{bytes} 字节超出平台的上限",
+        "{what}：原有 {bytes} 字节，超出平台的上限",
     ),
     "protocol.without_lists": ("sent without its lists", "发送时略去了明细列表"),
 }
@@ -21485,7 +21485,7 @@ TEMPLATES |= {
     ),
     "daemon.interrupted": (
         "interrupted: stockrt was stopped before this was done, {age:.0f} s ago",
-        "已中断：{age:.0f} 秒前收到，stockrt 在执行完之前被停止",
+        "已中断：指令收到于 {age:.0f} 秒前，未执行完 stockrt 就停止了",
     ),
     "daemon.lock_unseen": ("the lock {path} cannot be looked at", "无法查看锁文件 {path}"),
     "daemon.lost": ("connection {why}", "与平台的连接已断开：{why}"),
