@@ -22186,7 +22186,7 @@ TEMPLATES |= {
     "cli.no_state_directory": ("the state directory {path} cannot be used", "无法使用状态目录 {path}"),
     "cli.no_time_zones": (
         "time zones: see above; install the package tzdata, or see PYTHONTZPATH",
-        "时区：原因见上；请安装 tzdata 软件包，或检查 PYTHONTZPATH",
+        "时区：原因见上；请检查 PYTHONTZPATH，或安装 tzdata 软件包",
     ),
     "cli.none_set": ("none set", "未设置"),
     "cli.none_yet": ("none yet", "尚无"),
