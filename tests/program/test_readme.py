@@ -442,7 +442,7 @@ MESSAGES = {
 def in_english(chinese: str) -> str:
     """Return the Chinese half with what the program says in it as the English half has it."""
     for english, message in MESSAGES.items():
-        chinese = re.sub(r"`" + re.escape(message) + "`", lambda _, words=english: f"`{words}`", chinese)
+        chinese = chinese.replace(f"`{message}`", f"`{english}`")
     chinese = chinese.replace("LANG=zh_CN.UTF-8 MONGODB", "LANG=C.UTF-8 MESSAGE_LANG=en MONGODB")
     return chinese.replace("LANG=zh_CN.UTF-8", "LANG=C.UTF-8")
 
