@@ -21787,7 +21787,7 @@ TEMPLATES |= {
     ),
     "cli.collect_nothing": (
         "nothing to collect: {words}; see --symbols",
-        "没有可采集的代码，请用 --symbols 查找：{words}",
+        "没有可采集的代码（请看 --symbols）：{words}",
     ),
     "cli.collect_rows_unread": ("not all rows were read", "仍有成交未被读取方读走"),
     "cli.collect_waiting": (
@@ -21890,7 +21890,7 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
   stockrt.pyz --check                                        检查有什么问题，以及该改哪一项设置
 
 退出码：0 每个代码都已入库；1 有代码未入库；64 命令行有误；78 设置有误；130 被中断
---status 的退出码：0 正常；1 有问题；3 未运行；4 当前用户无权查看
+--status 的退出码：0 正常；1 有问题；3 未运行；4 未知（当前用户无权查看）
 """,
     ),
     "help.executions": (
@@ -22070,9 +22070,9 @@ TEMPLATES |= {
         "--once needs --codes CODE … or --codes-file FILE; see --help",
         "--once 需要 --codes CODE … 或 --codes-file FILE；详见 --help",
     ),
-    "usage.one_value": ("expected one argument", "需要一个取值"),
+    "usage.one_value": ("expected one argument", "应给出一个取值"),
     "usage.see_help": ("{words}; see --help", "{words}；详见 --help"),
-    "usage.some_value": ("expected at least one argument", "至少需要一个取值"),
+    "usage.some_value": ("expected at least one argument", "应至少给出一个取值"),
     "usage.symbols_need_text": (
         "--symbols needs a text: a code or a name, or a part of one; see --help",
         "--symbols 需要文字：代码或名称，或其中一部分；详见 --help",
@@ -22083,7 +22083,7 @@ TEMPLATES |= {
     ),
     "usage.symbols_too_long": (
         "--symbols: {n} characters; expected at most {most}; see --help",
-        "--symbols：共 {n} 个字符，最多 {most} 个；详见 --help",
+        "--symbols：共 {n} 个字符，应不超过 {most} 个；详见 --help",
     ),
     "usage.unknown": ("unrecognized arguments: {arguments}", "无法识别的参数：{arguments}"),
     "usage.whole_number": ("invalid int value: {value}", "应为整数，而不是 {value}"),
