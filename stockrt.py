@@ -140,8 +140,8 @@ ENGLISH, CHINESE = LANGUAGES = ("en", "zh")
 TEMPLATES: dict[str, tuple[str, str]] = {}
 # Kinds that are no sentences: parts of the same kind one after the other, and a sentence cut to one line.
 JOIN, LINE = "join.", "line"
-# Beginnings of kinds that tell no reason.
-NO_REASONS = (JOIN, "n.", "age.", "wait.", "waits.")
+# Beginnings of kinds that tell no reason by themselves.
+NO_REASONS = (JOIN, LINE, "n.", "age.", "wait.", "waits.", "tools.because", "tools.see", "cli.error")
 
 
 # A shorter secret would mask pieces of ordinary words; no real key or password is that short.
@@ -239,13 +239,14 @@ def in_language(words: str, language: str) -> str:
     return _written(words.kind, words.values, language)
 
 
-def reason_in(words: object) -> Phrase | None:
-    """Return the words of ours that a text is or is cut from, None where it is a list, a count or not ours."""
-    if isinstance(words, Phrase) and words.kind == LINE:
-        return reason_in(words.values["words"])
-    if isinstance(words, Phrase) and not words.kind.startswith(NO_REASONS):
-        return words
-    return None
+def kinds_in(words: object) -> Iterator[str]:
+    """Yield the kinds of the reasons that words of ours are made of, the outermost first."""
+    if not isinstance(words, Phrase):
+        return
+    if not words.kind.startswith(NO_REASONS):
+        yield words.kind
+    for value in words.values.get("parts", words.values.values()):
+        yield from kinds_in(value)
 
 
 def all_in_language(value: Any, language: str) -> Any:
@@ -13747,16 +13748,14 @@ def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> Phrase
 
 def check_platform(settings: Settings) -> Check:
     """Ask the platform who is online, and say whether it answers as one."""
-    url = settings.platform_url()
+    name, url = phrase("link.platform"), settings.platform_url()
     response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
     if response.fault:
         words = phrase("link.unreachable", url=url, why=response.fault)
-        return Check(phrase("link.platform"), False, see(words, phrase("link.server_settings")))
+        return Check(name, False, see(words, phrase("link.server_settings")))
     if (json_object(response.body) or {}).get("code") != "2000":
-        return Check(
-            phrase("link.platform"), False, phrase("link.no_platform", url=url, status=response.status)
-        )
-    return Check(phrase("link.platform"), True, phrase("link.answers", url=url))
+        return Check(name, False, phrase("link.no_platform", url=url, status=response.status))
+    return Check(name, True, phrase("link.answers", url=url))
 
 
 class Presence(Enum):
@@ -18368,7 +18367,7 @@ def _codes_of(options: Options) -> Iterator[str]:
 def with_kinds(text: str, told: Iterable[object]) -> str:
     """Return a line of the log with the kinds of the reasons in it behind it: they stay when words are mended."""
     words = [one.message if isinstance(one, StockrtError) else one for one in told]
-    kinds = dict.fromkeys(one.kind for one in map(reason_in, words) if one is not None)
+    kinds = dict.fromkeys(chain.from_iterable(map(kinds_in, words)))
     return f"{text} [{', '.join(kinds)}]" if kinds else text
 
 
@@ -19226,12 +19225,13 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
 
 
 def _put_right(value: Any, old: Path, new: Path) -> Any:
-    """Return words, or a value of theirs, with a path in place of another."""
+    """Return words, or a value of theirs, with what lies in a directory as lying in another."""
     if isinstance(value, Phrase):
         return Phrase(value.kind, {name: _put_right(inner, old, new) for name, inner in value.values.items()})
     if isinstance(value, tuple):
         return tuple(_put_right(inner, old, new) for inner in value)
-    return str(value).replace(str(old), str(new)) if isinstance(value, (str, Path)) else value
+    is_there = isinstance(value, Path) and value.is_relative_to(old)
+    return new / value.relative_to(old) if is_there else value
 
 
 def _check_state_directory(settings: Settings) -> Check:
@@ -19730,10 +19730,10 @@ def _execution_lines(one: ExecutionFacts) -> Phrase:
 
 
 def _without_clause(message: str, clause: str) -> str:
-    """Return a message without a clause that stands beside it."""
+    """Return a message without a clause that stands beside it; one of an older version is but a text."""
     if isinstance(message, Phrase) and message.kind == "join.clauses":
         return listing(message.kind, [part for part in message.values["parts"] if part != clause])
-    return message.replace(f"; {clause}", "")  # an answer of an older version is but a text
+    return message
 
 
 def _daemon_line(daemon: DaemonFacts) -> Phrase:
