@@ -202,7 +202,15 @@ class Phrase(str):
 
 def phrase(kind: str, /, **values: Any) -> Phrase:
     """Return the words of a kind of message with its values, of which some may be words themselves."""
+    if not values:
+        return _phrase_without_values(kind)
     return Phrase(kind, values)
+
+
+@cache
+def _phrase_without_values(kind: str) -> Phrase:
+    """Return the same object each time: a hundred thousand codes may have failed for one reason."""
+    return Phrase(kind, {})
 
 
 def listing(how: str, parts: Iterable[str]) -> Phrase:
@@ -7438,7 +7446,7 @@ class StreamProtocol:
             self._forget(ask.codes)
             yield Said(ask.why)
         else:
-            words = phrase("stream.no_ack", seconds=ASK_TRIES * ACK_S, tries=ASK_TRIES)
+            words = phrase("stream.no_ack", seconds=round(ASK_TRIES * ACK_S), tries=ASK_TRIES)
             yield StreamEnd(see(words, _URL), _DIAL)
 
     def _silence(self, now: float, wall_ms: int) -> Iterator[StreamEvent]:
@@ -7838,18 +7846,37 @@ class CloseStore(Protocol):
         """Return every code in `realtime`. Raises StoreError."""
 
 
-def stored_words(text: str, kinds: Iterable[str]) -> str:
-    """Return the words of one of these kinds that a text is in English, which is what other programs read; else it.
+_FIELD = re.compile(r"\{(\w+)[^}]*\}")
 
-    A kind has no values, or `why` alone, at its end.
+
+@cache
+def _patterns(kinds: tuple[str, ...]) -> list[tuple[str, str, re.Pattern[str]]]:
+    """Return the kinds that begin so with their own words and the pattern of the whole; who says most comes first."""
+    found = []
+    for kind in filter(lambda kind: kind.startswith(kinds), TEMPLATES):
+        parts = _FIELD.split(TEMPLATES[kind][0])  # texts, and the names of values between them
+        own = parts[::2]
+        values = [f"(?P<{name}>.+?)" for name in parts[1::2]]
+        pattern = "".join(chain.from_iterable(zip(map(re.escape, own), [*values, ""], strict=True)))
+        found.append((kind, "".join(own), re.compile(pattern, re.DOTALL)))
+    return sorted(found, key=lambda one: len(one[1]), reverse=True)
+
+
+def stored_words(text: str, kinds: tuple[str, ...]) -> str:
+    """Return as words what is stored as its English text, which other programs read; what is not ours as it is.
+
+    `kinds`: what the kinds of it, and of the values in it, begin with.
     """
-    for kind in kinds:
-        english = TEMPLATES[kind][0]
-        begins = english.removesuffix("{why}")
-        if text == english:
-            return phrase(kind)
-        if begins != english and text.startswith(begins):
-            return phrase(kind, why=text[len(begins) :])
+    for kind, own, pattern in _patterns(kinds):
+        found = pattern.fullmatch(text)
+        if found is None:
+            continue
+        values = {name: stored_words(value, kinds) for name, value in found.groupdict().items()}
+        is_ours = own.strip(":; ") or any(isinstance(value, Phrase) for value in values.values())
+        with contextlib.suppress(ValueError):  # a number has its place there
+            words = Phrase(kind, values)
+            if is_ours and words == text:
+                return words
     return text
 
 
@@ -9624,6 +9651,10 @@ class Reject(TypedDict):
     document: Mapping[str, object]
 
 
+# What the kinds of their reasons begin with.
+REJECT_REASONS = ("stores.", "tools.see")
+
+
 class Rejects:
     """What MongoDB rejected for good, in the local file. Any thread may call it."""
 
@@ -9650,7 +9681,7 @@ class Rejects:
             Reject(
                 collection=collection,
                 _id=name,
-                reason=stored_words(why, ["stores.refused"]),
+                reason=stored_words(why, REJECT_REASONS),
                 rejected_at=at,
                 document=json.loads(document),
             )
@@ -10173,12 +10204,22 @@ class Gap(NamedTuple):
         }
 
 
-# Those of which no server tells, by the English words that `why` has of them in both stores.
-GAP_REASONS = ("stores.gap_deaf", "stores.gap_ended", "stores.gap_moved", "stores.gap_stopped")
+# What the kinds of their reasons begin with.
+GAP_REASONS = (
+    "stores.gap_deaf",
+    "stores.gap_ended",
+    "stores.gap_moved",
+    "stores.gap_stopped",
+    "stream.",
+    "websocket.",
+    "http.",
+    "tools.because",
+    "tools.see",
+)
 
 
 def gap_reason(text: str) -> str:
-    """Return why a gap is, of the text that is stored: ours in all languages, others as they are."""
+    """Return why a gap is, of the text that is stored: in all languages as far as it is ours."""
     return stored_words(text, GAP_REASONS)
 
 
@@ -13710,10 +13751,12 @@ def check_platform(settings: Settings) -> Check:
     response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
     if response.fault:
         words = phrase("link.unreachable", url=url, why=response.fault)
-        return Check("platform", False, see(words, phrase("link.server_settings")))
+        return Check(phrase("link.platform"), False, see(words, phrase("link.server_settings")))
     if (json_object(response.body) or {}).get("code") != "2000":
-        return Check("platform", False, phrase("link.no_platform", url=url, status=response.status))
-    return Check("platform", True, phrase("link.answers", url=url))
+        return Check(
+            phrase("link.platform"), False, phrase("link.no_platform", url=url, status=response.status)
+        )
+    return Check(phrase("link.platform"), True, phrase("link.answers", url=url))
 
 
 class Presence(Enum):
@@ -20592,7 +20635,7 @@ TEMPLATES |= {
     ),
     "settings.hiding": (
         "{names}: the environment's is used here; {unit} does not see it and has another, or none",
-        "{names}：此处用的是环境变量的值；{unit} 看不到它，用的是另一个值，或没有值",
+        "{names}：此处用的是环境变量的值；{unit} 看不到它，用的是另一个值，或未设置",
     ),
     "settings.inline_comment": (
         "{path}, line {line}: to systemd the comment is a part of {name}; put it on a line of its own",
@@ -20820,7 +20863,7 @@ TEMPLATES |= {
     "events.rate": ("{rate} trades/s", "每秒 {rate} 笔成交"),
     "events.stale": (
         "{stale} of {codes}: no trade since {since}, though the market was open",
-        "{codes}中有 {stale} 个自 {since} 起没有新成交，而其间市场开过市",
+        "{codes}中有 {stale} 个自 {since} 起没有新成交，期间市场曾开市",
     ),
     "events.subscribed": ("{codes} subscribed", "已订阅 {codes}"),
 }
@@ -20832,10 +20875,10 @@ TEMPLATES |= {
 TEMPLATES |= {
     "http.announced": (
         "HTTP {status}, which announces an answer instead of giving it",
-        "应答 HTTP {status}，只预告应答而没有给出应答",
+        "HTTP {status} 只是预告，没有给出真正的应答",
     ),
     "http.broke": ("the connection broke", "连接异常中断"),
-    "http.closed": ("the connection was closed without an answer", "连接已关闭，没有应答"),
+    "http.closed": ("the connection was closed without an answer", "对方未应答就关闭了连接"),
     "http.cut": ("the connection was cut", "对方断开了连接"),
     "http.deep_json": (
         "{size} bytes of JSON nested deeper than {levels} levels",
@@ -20949,7 +20992,7 @@ TEMPLATES |= {
     ),
     "files.torn_log": (
         "its log is damaged, and transactions lie behind the damage",
-        "日志损坏，损坏处之后还有事务",
+        "预写日志（WAL）损坏，损坏处之后还有事务",
     ),
     "files.unseen": ("the local file {path} cannot be looked at", "无法查看本地文件 {path}"),
     "files.unusable": (
@@ -21104,8 +21147,8 @@ TEMPLATES |= {
         "该密钥的连接数过多，或刚断开的连接仍被计入",
     ),
     "stream.no_ack": (
-        "no ack within {seconds:.0f} s to {tries} frames",
-        "发出 {tries} 帧，{seconds:.0f} 秒内未收到确认",
+        "no ack within {seconds} s to {tries} frames",
+        "发出 {tries} 帧，{seconds} 秒内未收到确认",
     ),
     "stream.no_data": ("a push without its data", "推送中没有数据"),
     "stream.no_heartbeat": ("a heartbeat did not reach it", "推送流没有收到心跳"),
@@ -21304,7 +21347,7 @@ TEMPLATES |= {
     ),
     "collection.no_key": ("for which no key is of use", "没有密钥可用于这些代码"),
     "collection.no_plain_file": ("{path} is no plain file", "{path} 不是普通文件"),
-    "collection.no_text": ("it is not UTF-8 text", "它不是 UTF-8 文本"),
+    "collection.no_text": ("it is not UTF-8 text", "不是 UTF-8 文本"),
     "collection.not_stored": ("{codes} not stored: {why}", "{codes} 未入库：{why}"),
     "collection.over_plans": ("more than the keys' plans allow", "超出各密钥套餐的限额"),
     "collection.refused": ("{codes}, {names}: {why}", "{codes}（{names}）：{why}"),
@@ -21351,7 +21394,7 @@ TEMPLATES |= {
     ),
     "protocol.too_long": (
         "{what}: {bytes} bytes were too many for the platform",
-        "{what}：{bytes} 字节超出平台的上限",
+        "{what}：原有 {bytes} 字节，超出平台的上限",
     ),
     "protocol.without_lists": ("sent without its lists", "发送时略去了明细列表"),
 }
@@ -21442,7 +21485,7 @@ TEMPLATES |= {
     ),
     "daemon.interrupted": (
         "interrupted: stockrt was stopped before this was done, {age:.0f} s ago",
-        "已中断：{age:.0f} 秒前收到，stockrt 在执行完之前被停止",
+        "已中断：指令收到于 {age:.0f} 秒前，未执行完 stockrt 就停止了",
     ),
     "daemon.lock_unseen": ("the lock {path} cannot be looked at", "无法查看锁文件 {path}"),
     "daemon.lost": ("connection {why}", "与平台的连接已断开：{why}"),

@@ -534,6 +534,19 @@ def test_status_remembers_over_a_restart_and_knows_of_runs_by_hand(program: Prog
         assert line.startswith(f"2 executions since {since}, 1 in part, 0 failed; ")
 
 
+def test_a_run_by_hand_is_told_in_the_language_of_each_reader(program: Program) -> None:
+    program.run("--once", "--demo", "--codes", "A?B", status=1)
+    start = {"en": "1 of 1 codes failed: A?B (", "zh": "1 个代码中 1 个失败：A?B（"}
+    for language in ("zh", "en"):
+        program.env["STOCKRT_LANG"] = language
+        (one,) = map(json.loads, program.run("--executions", "--json").splitlines())
+        reason = one["result"]["failures"]["A?B"]
+        assert one["message"].startswith(start[language] + reason)
+        assert program.status()["last_execution"]["message"] == one["message"]
+        assert reason in program.run("--executions")
+    assert one["status"] == "failure"
+
+
 def test_executions_lists_the_last_ones_with_their_failures(program: Program) -> None:
     """Of the platform, without an id too, and by hand; what waits as well; for a person and for programs."""
     assert program.run("--executions") == "nothing was executed yet\n"
@@ -812,7 +825,7 @@ def test_in_chinese_a_service_that_collects(
 
 def test_in_chinese_what_a_key_does_not_serve(program: Program) -> None:
     """To programs it is called as ever."""
-    in_chinese(program)
+    speak_chinese(program)
     rests = {
         "state": "resting",
         "why": stockrt.packed(stockrt.phrase("quota.busy")),

@@ -805,14 +805,26 @@ def test_mongo_collection_of_the_settings(mongo_place: MongoPlace) -> None:
         assert collection.count_documents({}) == 0
 
 
+NO_ACK = "发出 3 帧，24 秒内未收到确认；请检查 INFOWAY_STREAM_URL"
+
+
 @pytest.mark.parametrize(
     ("reason", "chinese"),
     [
-        ("stockrt was stopped", "stockrt 已停止"),
-        ("stockrt ended without notice", "stockrt 意外退出"),
-        ("moved to another connection", "转移到另一个连接"),
-        ("nothing was pushed although there were trades", "有成交，但没有推送"),
+        (stockrt.STOPPED, "stockrt 已停止"),
+        (stockrt.ENDED_WITHOUT_NOTICE, "stockrt 意外退出"),
+        (stockrt.MOVED, "转移到另一个连接"),
+        (stockrt.DEAF, "有成交，但没有推送"),
         ("the vendor's own words", "the vendor's own words"),
+        ("theirs: too many", "theirs: too many"),
+        ("connection closed by the server", "连接中断：由服务器关闭"),
+        ("connection closed by the server (code 1006)", "连接中断：由服务器关闭（关闭码 1006）"),
+        ("connection lost: the connection was cut", "连接中断：对方断开了连接"),
+        ("no ack within 24 s to 3 frames; see INFOWAY_STREAM_URL", NO_ACK),
+        (
+            "the stream says 516: Total: 9 > 8: too many codes on all connections of the key; see INFOWAY_PLAN",
+            "推送流返回 516：Total：9 > 8：该密钥各连接的代码总数过多；请检查 INFOWAY_PLAN",
+        ),
     ],
 )
 def test_why_a_gap_is_is_stored_in_english_and_known_again(tmp_path: Path, reason: str, chinese: str) -> None:
