@@ -21978,7 +21978,7 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
     ),
     "help.up": (
         "of --show, --html and --collect: the colour of what rises, in place of the one of your locale",
-        "用于 --show、--html 和 --collect：上涨的颜色；不给时按语言环境的习惯",
+        "用于 --show、--html 和 --collect：上涨的颜色；不给时按区域设置的习惯",
     ),
     "help.usage": ("usage: ", "用法： "),
     "help.version": ("show program's version number and exit", "显示版本号并退出"),
