@@ -140,8 +140,8 @@ ENGLISH, CHINESE = LANGUAGES = ("en", "zh")
 TEMPLATES: dict[str, tuple[str, str]] = {}
 # Kinds that are no sentences: parts of the same kind one after the other, and a sentence cut to one line.
 JOIN, LINE = "join.", "line"
-# Beginnings of kinds that tell no reason.
-NO_REASONS = (JOIN, "n.", "age.", "wait.", "waits.")
+# Beginnings of kinds that tell no reason by themselves.
+NO_REASONS = (JOIN, LINE, "n.", "age.", "wait.", "waits.", "tools.because", "tools.see", "cli.error")
 
 
 # A shorter secret would mask pieces of ordinary words; no real key or password is that short.
@@ -239,13 +239,14 @@ def in_language(words: str, language: str) -> str:
     return _written(words.kind, words.values, language)
 
 
-def reason_in(words: object) -> Phrase | None:
-    """Return the words of ours that a text is or is cut from, None where it is a list, a count or not ours."""
-    if isinstance(words, Phrase) and words.kind == LINE:
-        return reason_in(words.values["words"])
-    if isinstance(words, Phrase) and not words.kind.startswith(NO_REASONS):
-        return words
-    return None
+def kinds_in(words: object) -> Iterator[str]:
+    """Yield the kinds of the reasons that words of ours are made of, the outermost first."""
+    if not isinstance(words, Phrase):
+        return
+    if not words.kind.startswith(NO_REASONS):
+        yield words.kind
+    for value in words.values.get("parts", words.values.values()):
+        yield from kinds_in(value)
 
 
 def all_in_language(value: Any, language: str) -> Any:
@@ -18366,7 +18367,7 @@ def _codes_of(options: Options) -> Iterator[str]:
 def with_kinds(text: str, told: Iterable[object]) -> str:
     """Return a line of the log with the kinds of the reasons in it behind it: they stay when words are mended."""
     words = [one.message if isinstance(one, StockrtError) else one for one in told]
-    kinds = dict.fromkeys(one.kind for one in map(reason_in, words) if one is not None)
+    kinds = dict.fromkeys(chain.from_iterable(map(kinds_in, words)))
     return f"{text} [{', '.join(kinds)}]" if kinds else text
 
 
@@ -21786,7 +21787,7 @@ TEMPLATES |= {
     ),
     "cli.collect_nothing": (
         "nothing to collect: {words}; see --symbols",
-        "没有可采集的代码，请用 --symbols 查找：{words}",
+        "没有可采集的代码（请看 --symbols）：{words}",
     ),
     "cli.collect_rows_unread": ("not all rows were read", "仍有成交未被读取方读走"),
     "cli.collect_waiting": (
@@ -21889,7 +21890,7 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
   stockrt.pyz --check                                        检查有什么问题，以及该改哪一项设置
 
 退出码：0 每个代码都已入库；1 有代码未入库；64 命令行有误；78 设置有误；130 被中断
---status 的退出码：0 正常；1 有问题；3 未运行；4 当前用户无权查看
+--status 的退出码：0 正常；1 有问题；3 未运行；4 未知（当前用户无权查看）
 """,
     ),
     "help.executions": (
@@ -21977,7 +21978,7 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
     ),
     "help.up": (
         "of --show, --html and --collect: the colour of what rises, in place of the one of your locale",
-        "用于 --show、--html 和 --collect：上涨的颜色；不给时按语言环境的习惯",
+        "用于 --show、--html 和 --collect：上涨的颜色；不给时按区域设置的习惯",
     ),
     "help.usage": ("usage: ", "用法： "),
     "help.version": ("show program's version number and exit", "显示版本号并退出"),
@@ -22069,9 +22070,9 @@ TEMPLATES |= {
         "--once needs --codes CODE … or --codes-file FILE; see --help",
         "--once 需要 --codes CODE … 或 --codes-file FILE；详见 --help",
     ),
-    "usage.one_value": ("expected one argument", "需要一个取值"),
+    "usage.one_value": ("expected one argument", "应给出一个取值"),
     "usage.see_help": ("{words}; see --help", "{words}；详见 --help"),
-    "usage.some_value": ("expected at least one argument", "至少需要一个取值"),
+    "usage.some_value": ("expected at least one argument", "应至少给出一个取值"),
     "usage.symbols_need_text": (
         "--symbols needs a text: a code or a name, or a part of one; see --help",
         "--symbols 需要文字：代码或名称，或其中一部分；详见 --help",
@@ -22082,7 +22083,7 @@ TEMPLATES |= {
     ),
     "usage.symbols_too_long": (
         "--symbols: {n} characters; expected at most {most}; see --help",
-        "--symbols：共 {n} 个字符，最多 {most} 个；详见 --help",
+        "--symbols：共 {n} 个字符，应不超过 {most} 个；详见 --help",
     ),
     "usage.unknown": ("unrecognized arguments: {arguments}", "无法识别的参数：{arguments}"),
     "usage.whole_number": ("invalid int value: {value}", "应为整数，而不是 {value}"),
