@@ -140,8 +140,8 @@ ENGLISH, CHINESE = LANGUAGES = ("en", "zh")
 TEMPLATES: dict[str, tuple[str, str]] = {}
 # Kinds that are no sentences: parts of the same kind one after the other, and a sentence cut to one line.
 JOIN, LINE = "join.", "line"
-# Beginnings of kinds that tell no reason.
-NO_REASONS = (JOIN, "n.", "age.", "wait.", "waits.")
+# Beginnings of kinds that tell no reason by themselves.
+NO_REASONS = (JOIN, LINE, "n.", "age.", "wait.", "waits.", "tools.because", "tools.see", "cli.error")
 
 
 # A shorter secret would mask pieces of ordinary words; no real key or password is that short.
@@ -202,7 +202,15 @@ class Phrase(str):
 
 def phrase(kind: str, /, **values: Any) -> Phrase:
     """Return the words of a kind of message with its values, of which some may be words themselves."""
+    if not values:
+        return _phrase_without_values(kind)
     return Phrase(kind, values)
+
+
+@cache
+def _phrase_without_values(kind: str) -> Phrase:
+    """Return the same object each time: a hundred thousand codes may have failed for one reason."""
+    return Phrase(kind, {})
 
 
 def listing(how: str, parts: Iterable[str]) -> Phrase:
@@ -231,13 +239,14 @@ def in_language(words: str, language: str) -> str:
     return _written(words.kind, words.values, language)
 
 
-def reason_in(words: object) -> Phrase | None:
-    """Return the words of ours that a text is or is cut from, None where it is a list, a count or not ours."""
-    if isinstance(words, Phrase) and words.kind == LINE:
-        return reason_in(words.values["words"])
-    if isinstance(words, Phrase) and not words.kind.startswith(NO_REASONS):
-        return words
-    return None
+def kinds_in(words: object) -> Iterator[str]:
+    """Yield the kinds of the reasons that words of ours are made of, the outermost first."""
+    if not isinstance(words, Phrase):
+        return
+    if not words.kind.startswith(NO_REASONS):
+        yield words.kind
+    for value in words.values.get("parts", words.values.values()):
+        yield from kinds_in(value)
 
 
 def all_in_language(value: Any, language: str) -> Any:
@@ -13739,14 +13748,14 @@ def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> Phrase
 
 def check_platform(settings: Settings) -> Check:
     """Ask the platform who is online, and say whether it answers as one."""
-    url = settings.platform_url()
+    name, url = phrase("link.platform"), settings.platform_url()
     response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
     if response.fault:
         words = phrase("link.unreachable", url=url, why=response.fault)
-        return Check("platform", False, see(words, phrase("link.server_settings")))
+        return Check(name, False, see(words, phrase("link.server_settings")))
     if (json_object(response.body) or {}).get("code") != "2000":
-        return Check("platform", False, phrase("link.no_platform", url=url, status=response.status))
-    return Check("platform", True, phrase("link.answers", url=url))
+        return Check(name, False, phrase("link.no_platform", url=url, status=response.status))
+    return Check(name, True, phrase("link.answers", url=url))
 
 
 class Presence(Enum):
@@ -18358,7 +18367,7 @@ def _codes_of(options: Options) -> Iterator[str]:
 def with_kinds(text: str, told: Iterable[object]) -> str:
     """Return a line of the log with the kinds of the reasons in it behind it: they stay when words are mended."""
     words = [one.message if isinstance(one, StockrtError) else one for one in told]
-    kinds = dict.fromkeys(one.kind for one in map(reason_in, words) if one is not None)
+    kinds = dict.fromkeys(chain.from_iterable(map(kinds_in, words)))
     return f"{text} [{', '.join(kinds)}]" if kinds else text
 
 
@@ -19216,12 +19225,13 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
 
 
 def _put_right(value: Any, old: Path, new: Path) -> Any:
-    """Return words, or a value of theirs, with a path in place of another."""
+    """Return words, or a value of theirs, with what lies in a directory as lying in another."""
     if isinstance(value, Phrase):
         return Phrase(value.kind, {name: _put_right(inner, old, new) for name, inner in value.values.items()})
     if isinstance(value, tuple):
         return tuple(_put_right(inner, old, new) for inner in value)
-    return str(value).replace(str(old), str(new)) if isinstance(value, (str, Path)) else value
+    is_there = isinstance(value, Path) and value.is_relative_to(old)
+    return new / value.relative_to(old) if is_there else value
 
 
 def _check_state_directory(settings: Settings) -> Check:
@@ -19720,10 +19730,10 @@ def _execution_lines(one: ExecutionFacts) -> Phrase:
 
 
 def _without_clause(message: str, clause: str) -> str:
-    """Return a message without a clause that stands beside it."""
+    """Return a message without a clause that stands beside it; one of an older version is but a text."""
     if isinstance(message, Phrase) and message.kind == "join.clauses":
         return listing(message.kind, [part for part in message.values["parts"] if part != clause])
-    return message.replace(f"; {clause}", "")  # an answer of an older version is but a text
+    return message
 
 
 def _daemon_line(daemon: DaemonFacts) -> Phrase:
@@ -20625,7 +20635,7 @@ TEMPLATES |= {
     ),
     "settings.hiding": (
         "{names}: the environment's is used here; {unit} does not see it and has another, or none",
-        "{names}：此处用的是环境变量的值；{unit} 看不到它，用的是另一个值，或没有值",
+        "{names}：此处用的是环境变量的值；{unit} 看不到它，用的是另一个值，或未设置",
     ),
     "settings.inline_comment": (
         "{path}, line {line}: to systemd the comment is a part of {name}; put it on a line of its own",
@@ -20853,7 +20863,7 @@ TEMPLATES |= {
     "events.rate": ("{rate} trades/s", "每秒 {rate} 笔成交"),
     "events.stale": (
         "{stale} of {codes}: no trade since {since}, though the market was open",
-        "{codes}中有 {stale} 个自 {since} 起没有新成交，而其间市场开过市",
+        "{codes}中有 {stale} 个自 {since} 起没有新成交，期间市场曾开市",
     ),
     "events.subscribed": ("{codes} subscribed", "已订阅 {codes}"),
 }
@@ -20865,10 +20875,10 @@ TEMPLATES |= {
 TEMPLATES |= {
     "http.announced": (
         "HTTP {status}, which announces an answer instead of giving it",
-        "应答 HTTP {status}，只预告应答而没有给出应答",
+        "HTTP {status} 只是预告，没有给出真正的应答",
     ),
     "http.broke": ("the connection broke", "连接异常中断"),
-    "http.closed": ("the connection was closed without an answer", "连接已关闭，没有应答"),
+    "http.closed": ("the connection was closed without an answer", "对方未应答就关闭了连接"),
     "http.cut": ("the connection was cut", "对方断开了连接"),
     "http.deep_json": (
         "{size} bytes of JSON nested deeper than {levels} levels",
@@ -20982,7 +20992,7 @@ TEMPLATES |= {
     ),
     "files.torn_log": (
         "its log is damaged, and transactions lie behind the damage",
-        "日志损坏，损坏处之后还有事务",
+        "预写日志（WAL）损坏，损坏处之后还有事务",
     ),
     "files.unseen": ("the local file {path} cannot be looked at", "无法查看本地文件 {path}"),
     "files.unusable": (
@@ -21337,7 +21347,7 @@ TEMPLATES |= {
     ),
     "collection.no_key": ("for which no key is of use", "没有密钥可用于这些代码"),
     "collection.no_plain_file": ("{path} is no plain file", "{path} 不是普通文件"),
-    "collection.no_text": ("it is not UTF-8 text", "它不是 UTF-8 文本"),
+    "collection.no_text": ("it is not UTF-8 text", "不是 UTF-8 文本"),
     "collection.not_stored": ("{codes} not stored: {why}", "{codes} 未入库：{why}"),
     "collection.over_plans": ("more than the keys' plans allow", "超出各密钥套餐的限额"),
     "collection.refused": ("{codes}, {names}: {why}", "{codes}（{names}）：{why}"),
@@ -21384,7 +21394,7 @@ TEMPLATES |= {
     ),
     "protocol.too_long": (
         "{what}: {bytes} bytes were too many for the platform",
-        "{what}：{bytes} 字节超出平台的上限",
+        "{what}：原有 {bytes} 字节，超出平台的上限",
     ),
     "protocol.without_lists": ("sent without its lists", "发送时略去了明细列表"),
 }
@@ -21475,7 +21485,7 @@ TEMPLATES |= {
     ),
     "daemon.interrupted": (
         "interrupted: stockrt was stopped before this was done, {age:.0f} s ago",
-        "已中断：{age:.0f} 秒前收到，stockrt 在执行完之前被停止",
+        "已中断：指令收到于 {age:.0f} 秒前，未执行完 stockrt 就停止了",
     ),
     "daemon.lock_unseen": ("the lock {path} cannot be looked at", "无法查看锁文件 {path}"),
     "daemon.lost": ("connection {why}", "与平台的连接已断开：{why}"),
@@ -21777,7 +21787,7 @@ TEMPLATES |= {
     ),
     "cli.collect_nothing": (
         "nothing to collect: {words}; see --symbols",
-        "没有可采集的代码，请用 --symbols 查找：{words}",
+        "没有可采集的代码（请看 --symbols）：{words}",
     ),
     "cli.collect_rows_unread": ("not all rows were read", "仍有成交未被读取方读走"),
     "cli.collect_waiting": (
@@ -21880,7 +21890,7 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
   stockrt.pyz --check                                        检查有什么问题，以及该改哪一项设置
 
 退出码：0 每个代码都已入库；1 有代码未入库；64 命令行有误；78 设置有误；130 被中断
---status 的退出码：0 正常；1 有问题；3 未运行；4 当前用户无权查看
+--status 的退出码：0 正常；1 有问题；3 未运行；4 未知（当前用户无权查看）
 """,
     ),
     "help.executions": (
@@ -22060,9 +22070,9 @@ TEMPLATES |= {
         "--once needs --codes CODE … or --codes-file FILE; see --help",
         "--once 需要 --codes CODE … 或 --codes-file FILE；详见 --help",
     ),
-    "usage.one_value": ("expected one argument", "需要一个取值"),
+    "usage.one_value": ("expected one argument", "应给出一个取值"),
     "usage.see_help": ("{words}; see --help", "{words}；详见 --help"),
-    "usage.some_value": ("expected at least one argument", "至少需要一个取值"),
+    "usage.some_value": ("expected at least one argument", "应至少给出一个取值"),
     "usage.symbols_need_text": (
         "--symbols needs a text: a code or a name, or a part of one; see --help",
         "--symbols 需要文字：代码或名称，或其中一部分；详见 --help",
@@ -22073,7 +22083,7 @@ TEMPLATES |= {
     ),
     "usage.symbols_too_long": (
         "--symbols: {n} characters; expected at most {most}; see --help",
-        "--symbols：共 {n} 个字符，最多 {most} 个；详见 --help",
+        "--symbols：共 {n} 个字符，应不超过 {most} 个；详见 --help",
     ),
     "usage.unknown": ("unrecognized arguments: {arguments}", "无法识别的参数：{arguments}"),
     "usage.whole_number": ("invalid int value: {value}", "应为整数，而不是 {value}"),

@@ -36,7 +36,7 @@ ENDS = {
     "mask",
     "redact",
     "local_times",
-    "reason_in",
+    "kinds_in",
     "packed",
     "len",
 }

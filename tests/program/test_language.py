@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import RunPyz
+from kit.catalogue import PROGRAM
 from kit.infoway_server import InfowayServer
 
+from program.test_build import NEW, Python
 from program.test_once import DEMO, api_env, on_terminal
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -83,6 +85,41 @@ def test_help_is_whole_in_either_language(start_pyz: RunPyz, env: dict[str, str]
     else:
         assert done.stdout.startswith("usage: stockrt [-h]")
         assert set(CHINESE.findall(done.stdout)) == set("茅台黄金")
+
+
+# Run by any Python: the help, and what is said of command lines that argparse refuses, all in Chinese.
+IN_CHINESE = """
+import sys
+sys.dont_write_bytecode = True
+sys.path.insert(0, sys.argv[1])
+import stockrt
+stockrt.SPOKEN.language = "zh"
+print(stockrt.make_parser().format_help())
+for line in sys.argv[2:]:
+    try:
+        stockrt.parse_arguments(line.split())
+    except stockrt.UsageError as error:
+        print(stockrt.for_reader(error.message))
+"""
+REFUSED = (
+    "--once --codes", "--codes-file", "--once --check", "--show --chart 2m", "--up blue", "--backfill many",
+    "--once=now", "--zyxwvu", "-x", "--he",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("python", NEW)
+def test_every_python_has_its_words_of_argparse_in_chinese(python: Python, clean_env: dict[str, str]) -> None:
+    """argparse's own differ from version to version."""
+    done = subprocess.run(
+        [python.path, "-c", IN_CHINESE, str(PROGRAM.parent), *REFUSED],
+        env=clean_env, capture_output=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    usage, _, said = done.stdout.partition("\n\n")
+    assert usage.startswith("用法： stockrt [-h]") and "[--backfill DAYS]" in usage.replace(" | ", "] [")
+    assert "选项：\n  -h, --help            显示本帮助并退出\n" in said
+    assert len(said.rpartition("\n\n")[2].splitlines()) == len(REFUSED)
+    assert not ENGLISH_WORDS.search(re.sub(r"stockrt\.pyz --.*?  ", "", said)), said
 
 
 def test_version_and_json_are_the_same_in_both_languages(start_pyz: RunPyz) -> None:

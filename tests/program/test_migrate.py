@@ -20,6 +20,7 @@ import pymongo
 import pytest
 from bson.objectid import ObjectId
 from conftest import NOBODY, RunPyz, controlled
+from kit.chinese import in_chinese
 from kit.daemons import PATIENCE, until
 from kit.mongo import UNAUTHORIZED, MongoServer
 from kit.platform_server import PlatformServer
@@ -210,6 +211,9 @@ def test_dry_run_says_the_same_and_writes_nothing(run_pyz: RunPyz, old: Old, tmp
     assert dry.returncode == 0
     assert dry.stderr == f"settings: {old.target}; nothing was written: --dry-run\n"
     assert {path for path in tmp_path.rglob("*") if "shiv" not in path.parts} == before
+    chinese = run_pyz(*old.arguments("--dry-run"), env={"STOCKRT_LANG": "zh"})
+    assert chinese.stderr == f"设置：{old.target}；未写入任何内容：--dry-run\n"
+    in_chinese(chinese.stdout)
     assert run_pyz(*old.arguments()).stdout == dry.stdout
 
 

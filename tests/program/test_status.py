@@ -534,6 +534,19 @@ def test_status_remembers_over_a_restart_and_knows_of_runs_by_hand(program: Prog
         assert line.startswith(f"2 executions since {since}, 1 in part, 0 failed; ")
 
 
+def test_a_run_by_hand_is_told_in_the_language_of_each_reader(program: Program) -> None:
+    program.run("--once", "--demo", "--codes", "A?B", status=1)
+    start = {"en": "1 of 1 codes failed: A?B (", "zh": "1 个代码中 1 个失败：A?B（"}
+    for language in ("zh", "en"):
+        program.env["STOCKRT_LANG"] = language
+        (one,) = map(json.loads, program.run("--executions", "--json").splitlines())
+        reason = one["result"]["failures"]["A?B"]
+        assert one["message"].startswith(start[language] + reason)
+        assert program.status()["last_execution"]["message"] == one["message"]
+        assert reason in program.run("--executions")
+    assert one["status"] == "failure"
+
+
 def test_executions_lists_the_last_ones_with_their_failures(program: Program) -> None:
     """Of the platform, without an id too, and by hand; what waits as well; for a person and for programs."""
     assert program.run("--executions") == "nothing was executed yet\n"
@@ -751,14 +764,13 @@ def test_in_chinese_every_fault_that_check_finds(program: Program) -> None:
     text = program.run("--check", status=1)
     good, *bad = text.splitlines()
     assert good == "正常  设置：环境变量、默认值"
-    assert [line.partition("：")[0] for line in bad] == [
-        "失败  API 密钥 aaa…111", "失败  API 密钥 bbb…222", "失败  状态目录", "失败  本地文件", "失败  METRICS_FILE", "失败  平台",
-    ]  # fmt: skip
-    in_chinese("\n".join(bad[:-1]), "Not a directory")
-    program.env |= {"STATE_DIRECTORY": str(program.state), "INFOWAY_API_KEY": ""}
+    names = "API 密钥 aaa…111", "API 密钥 bbb…222", "状态目录", "本地文件", "METRICS_FILE", "平台"
+    assert [line.partition("：")[0] for line in bad] == [f"失败  {name}" for name in names]
+    in_chinese(text, "Not a directory")
+    program.env |= {"STATE_DIRECTORY": str(program.state), "INFOWAY_API_KEY": "", "INFOWAY_PLAN": "0"}
     text = program.run("--check", status=1)
     assert "\n失败  API 密钥：未设置 INFOWAY_API_KEY" in text and "\n失败  MongoDB：" in text
-    in_chinese(text.rpartition("失败  ")[0], "Connection refused", "Not a directory")
+    in_chinese(text, "Connection refused", "Not a directory")
 
 
 def test_in_chinese_settings_that_the_service_does_not_have(
@@ -768,8 +780,9 @@ def test_in_chinese_settings_that_the_service_does_not_have(
     monkeypatch.setattr(stockrt.SPOKEN, "language", stockrt.CHINESE)
     stockrt.run_check_settings(loaded._replace(hiding=("KEEP_DAYS", "LOG_LEVEL")), is_service_hidden=True)
     assert capsys.readouterr().out == (
-        "失败  设置：环境变量、默认值；与 stockrt.service 的设置不同：KEEP_DAYS、LOG_LEVEL 来自当前环境变量，服务看不到；"
-        "要按服务的设置检查，请先取消这些变量；当前用户看不到 stockrt.service 的设置：请用 root 运行以检查；"
+        "失败  设置：环境变量、默认值；与 stockrt.service 的设置不同：KEEP_DAYS、LOG_LEVEL 来自当前环境变量，"
+        "服务看不到；要按服务的设置检查，请先取消这些变量；"
+        "当前用户看不到 stockrt.service 的设置：请用 root 运行以检查；"
         "未设置 SERVER_IP 和 SERVER_PORT：只够 --once 使用，不能运行守护进程\n"
     )
 
@@ -812,7 +825,7 @@ def test_in_chinese_a_service_that_collects(
 
 def test_in_chinese_what_a_key_does_not_serve(program: Program) -> None:
     """To programs it is called as ever."""
-    in_chinese(program)
+    speak_chinese(program)
     rests = {
         "state": "resting",
         "why": stockrt.packed(stockrt.phrase("quota.busy")),
@@ -851,6 +864,9 @@ def test_in_chinese_another_user_is_told_that_nothing_is_known(
         ["当前用户无权查看"],
         ["请用 root 运行"],
     )
+    with unprivileged(), pytest.raises(stockrt.StoreError) as caught:
+        stockrt.run_executions(5, settings, as_json=False)
+    assert in_chinese(caught.value.message).startswith("当前用户无权查看 stockrt.service 的设置和状态：")
 
 
 def lines_in_chinese(text: str) -> dict[str, str]:

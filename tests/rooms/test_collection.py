@@ -705,6 +705,7 @@ def test_a_cut_leaves_a_gap_that_covers_what_is_missing(place: Place, vendor: Ve
         wait_for("everything is stored or known as missing", lambda: not process.uncovered())
         (gap,) = place.gaps()
         assert gap["codes"] == [*CODES] and 0 < gap["to"] - gap["from"] < WAIT_S * 1000
+        assert gap["why"].startswith("connection ") and gap["why"].isascii()  # as other programs read it
         assert {*place.stored()} <= vendor.stream.made()
 
 

@@ -119,8 +119,8 @@ def test_every_sentence_can_be_written_in_the_older_encoding_of_chinese_terminal
 # ------------------------------------------------------------------------------------------------------
 
 BAD_LINES = {
-    "--once --codes": "选项 --codes：至少需要一个取值",
-    "--codes-file": "选项 --codes-file：需要一个取值",
+    "--once --codes": "选项 --codes：应至少给出一个取值",
+    "--codes-file": "选项 --codes-file：应给出一个取值",
     "--once --check": "选项 --check：不能与 --once 同时使用",
     "--show --chart 2m": "选项 --chart：没有 '2m' 这个取值，可选 ",
     "--backfill many": "选项 --backfill：应为整数，而不是 'many'",
@@ -201,7 +201,7 @@ REFUSED = {
     ("--export", "-", "--from", "2026-08-14", "--to", "2026-08-01"): "--from 2026-08-14 --to 2026-08-01："
     "两者之间没有任何时间；详见 --help",
     ("--symbols", " "): "--symbols 需要文字：代码或名称，或其中一部分；详见 --help",
-    ("--symbols", "x" * 201): "--symbols：共 201 个字符，最多 200 个；详见 --help",
+    ("--symbols", "x" * 201): "--symbols：共 201 个字符，应不超过 200 个；详见 --help",
     ("--symbols", "\udcff"): "--symbols \\udcff：不是 UTF-8 文本；详见 --help",
     ("--migrate",): "--migrate 需要旧客户端的目录，或 --documents；详见 --help",
     ("--migrate", "d", "--documents"): "--documents 与 --time-zone ZONE 必须同时使用；详见 --help",
@@ -398,7 +398,7 @@ def test_what_cannot_be_collected_is_said_in_chinese() -> None:
         stockrt._need_one_code(stockrt.Resolved({}, refused))
     assert str(error.value) == "nothing to collect: AAPL: a cannot be used: b; B: stopped; see --symbols"
     assert in_language(error.value.message, "zh") == (
-        "没有可采集的代码，请用 --symbols 查找：AAPL：无法使用 a：b；B：已停止"
+        "没有可采集的代码（请看 --symbols）：AAPL：无法使用 a：b；B：已停止"
     )
 
 

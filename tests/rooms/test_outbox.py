@@ -143,7 +143,7 @@ def test_that_the_lists_are_left_out_is_said_once_and_in_the_language_of_the_res
     whole = large(150, "zh")
     short = json.loads(stockrt.without_lists(whole))
     assert short["message"] == (
-        f"{json.loads(whole)['message']}；发送时略去了明细列表：{len(whole)} 字节超出平台的上限"
+        f"{json.loads(whole)['message']}；发送时略去了明细列表：原有 {len(whole)} 字节，超出平台的上限"
     )
     assert stockrt.without_lists(json.dumps(short)) == json.dumps(short)
 

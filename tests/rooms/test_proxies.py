@@ -315,7 +315,7 @@ def test_a_server_behind_a_tunnel_that_announces_an_answer_is_a_fault_as_without
     infoway.script = [Answer.raw(103, b"")]
     answer = ask(secure, SHORT, HTTPS_PROXY=proxy.url)
     assert "announces an answer" in answer.fault
-    assert in_chinese(answer.words) == "应答 HTTP 103，只预告应答而没有给出应答"
+    assert in_chinese(answer.words) == "HTTP 103 只是预告，没有给出真正的应答"
 
 
 @pytest.mark.parametrize("what", ["api", "platform"])
@@ -468,7 +468,7 @@ def test_a_handshake_of_the_api_that_never_ends_is_cut(
 @pytest.mark.parametrize(
     ("head", "said"),
     [
-        (b"", "连接已关闭，没有应答"),
+        (b"", "对方未应答就关闭了连接"),
         (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "应答不是 HTTP（SSH-2.0-OpenSSH_9.2）"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf", "应答不完整"),
     ],
