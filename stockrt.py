@@ -670,7 +670,7 @@ def disk_trouble(what: str, setting: str = "STATE_DIRECTORY") -> Iterator[None]:
         yield
     except OSError as error:
         # the place is not at fault where this process may open nothing more
-        why = lack_words(error) or phrase("tools.see", words=error.strerror or str(error), cause=setting)
+        why = lack_words(error) or phrase("tools.see", words=os_words(error), cause=setting)
         raise StoreError(phrase("tools.because", what=what, why=why)) from error
 
 
@@ -833,10 +833,16 @@ def lack_words(error: BaseException) -> str:
     """Return what this machine is short of where that is what an error says, else ''."""
     number = getattr(error, "errno", None)
     if number in (errno.EMFILE, errno.ENFILE):
-        return phrase("tools.no_descriptor", why=os.strerror(number))
+        return phrase("tools.no_descriptor", why=os_words(OSError(number, os.strerror(number))))
     if number == errno.ENOMEM or isinstance(error, MemoryError):
         return phrase("tools.no_memory")
     return ""
+
+
+def os_words(error: OSError) -> str:
+    """Return what the system says of an error; words of ours where the Catalogue has them."""
+    kind, said = f"os.{errno.errorcode.get(error.errno or 0)}", error.strerror or str(error)
+    return phrase(kind) if said == TEMPLATES.get(kind, ("",))[0] else said
 
 
 def own_fault(error: BaseException, is_said: bool = False) -> str:
@@ -1247,7 +1253,7 @@ def uri_faults(uri: str) -> list[str]:
                 elif not name.lower().startswith("srv"):
                     uri_parser.parse_uri(f"mongodb://host/?{urlencode({name: value})}", warn=False)
         except OSError as error:
-            words = phrase("settings.unreadable_file", why=error.strerror or str(error))
+            words = phrase("settings.unreadable_file", why=os_words(error))
         except Exception as error:  # whatever pymongo says it with
             said = words = one_line(error)
             if said.startswith("Unknown option"):  # its value may be meant to be secret
@@ -1623,7 +1629,7 @@ def _bindings(path: Path) -> list[Binding]:
 def _why_unread(error: OSError | UnicodeDecodeError) -> str:
     if isinstance(error, UnicodeDecodeError):
         return phrase("settings.not_utf8")
-    return error.strerror or str(error)
+    return os_words(error)
 
 
 def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | None, str]:
@@ -1961,7 +1967,7 @@ def fault_of_place(place: str, mode: int) -> str:
     try:
         os.stat(place)
     except OSError as error:
-        return error.strerror or str(error)
+        return os_words(error)
     if os.access(place, mode):
         return ""
     return phrase("settings.may_not_read" if mode == os.R_OK else "settings.may_not_write")
@@ -3688,7 +3694,7 @@ def network_words(error: BaseException) -> str:
     if lack_words(cause):
         return lack_words(cause)
     if isinstance(cause, OSError) and cause.filename:
-        return phrase("http.key_log", path=one_line(cause.filename), why=cause.strerror)
+        return phrase("http.key_log", path=one_line(cause.filename), why=os_words(cause))
     words = error_words(cause)
     if isinstance(words, Phrase):
         return words
@@ -3697,7 +3703,7 @@ def network_words(error: BaseException) -> str:
     for kind in type(cause).__mro__:
         if kind.__name__ in _NETWORK_KINDS:
             return phrase(_NETWORK_KINDS[kind.__name__], why=words)
-    return words
+    return os_words(cause) if isinstance(cause, OSError) and words == cause.strerror else words
 
 
 def plain_words(text: str) -> str:
@@ -11749,7 +11755,7 @@ class WatchList:
         except (OSError, UnicodeDecodeError) as error:
             why: object = phrase("collection.no_text")
             if isinstance(error, OSError):
-                why = error.strerror
+                why = os_words(error)
             raise StockrtError(phrase("collection.unread", place=path, why=why)) from None
 
     def _take(self, listed: Collection[str]) -> None:
@@ -13689,7 +13695,7 @@ def hash_in(place: Path, setting: str = "STATE_DIRECTORY") -> str:
     except (OSError, UnicodeDecodeError) as error:
         why: object = phrase("link.no_text")
         if isinstance(error, OSError):
-            why = error.strerror
+            why = os_words(error)
         raise StoreError(phrase("link.hash_unread", place=place, why=why, setting=setting)) from None
     if not _HASH.fullmatch(found):
         raise StoreError(phrase("link.no_hash", place=place))
@@ -16382,7 +16388,7 @@ def old_settings(directory: Path) -> tuple[dict[str, str], list[str]]:
     try:
         path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        why = (error.strerror or str(error)) if isinstance(error, OSError) else phrase("migration.no_text")
+        why = os_words(error) if isinstance(error, OSError) else phrase("migration.no_text")
         raise UsageError(phrase("migration.no_older", directory=directory, path=path, why=why)) from None
     found = {name: value.strip() for name, value in read_env_file(path).items() if value.strip()}
     # no more than that is asked of a file that no systemd reads
@@ -18360,7 +18366,7 @@ def _codes_of(options: Options) -> Iterator[str]:
         with stream:
             yield from codes_in(stream)
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else phrase("usage.not_utf8")
+        why = os_words(error) if isinstance(error, OSError) else phrase("usage.not_utf8")
         raise UsageError(phrase("usage.codes_file", file=options.codes_file, why=why)) from None
 
 
@@ -18477,7 +18483,7 @@ def show(words: str) -> None:
     except BrokenPipeError:
         raise PrintError from None
     except OSError as error:
-        raise PrintError(phrase("cli.cannot_print", why=error.strerror or str(error))) from None
+        raise PrintError(phrase("cli.cannot_print", why=os_words(error))) from None
 
 
 def show_one(document: object, line: str, as_json: bool) -> None:
@@ -18597,7 +18603,7 @@ class Rows:
         except OSError as error:
             self.is_gone = True
             if not isinstance(error, BrokenPipeError):
-                self.fault = phrase("cli.rows_not_printed", why=error.strerror or str(error))
+                self.fault = phrase("cli.rows_not_printed", why=os_words(error))
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # else the exit's flush fails again
 
 
@@ -20117,7 +20123,7 @@ def _to_stdout(export: Export, reader: Reader) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit's flush fails again
         if isinstance(error, BrokenPipeError):
             raise PrintError from None
-        raise PrintError(phrase("cli.cannot_print", why=error.strerror or str(error))) from None
+        raise PrintError(phrase("cli.cannot_print", why=os_words(error))) from None
     return count
 
 
@@ -20405,9 +20411,7 @@ def main() -> NoReturn:
         status = int(leaving.code or 0)
     except OSError as error:  # whoever met it should have said what was being done
         status = EXIT_FAILED
-        _complain(
-            StockrtError(phrase("cli.os_error", file=str(error.filename), why=error.strerror or str(error)))
-        )
+        _complain(StockrtError(phrase("cli.os_error", file=str(error.filename), why=os_words(error))))
     with contextlib.suppress(OSError):  # a reader that went away
         sys.stdout.flush()
     # Not sys.exit: threads that hang on the network must not hold the process up, and pymongo's monitor
@@ -20525,6 +20529,45 @@ TEMPLATES |= {
     "tools.see": ("{words}; see {cause}", "{words}；请检查 {cause}"),
     "tools.stopped": ("stopped", "已停止"),
     "tools.unpacked_anew": ("the next start unpacks it anew", "下次启动时会重新解包"),
+}
+
+# What the system says of files and connections, by the names of errno.
+TEMPLATES |= {
+    "os.EACCES": ("Permission denied", "权限不足"),
+    "os.EADDRINUSE": ("Address already in use", "地址已被占用"),
+    "os.EADDRNOTAVAIL": ("Cannot assign requested address", "地址不可用"),
+    "os.EAGAIN": ("Resource temporarily unavailable", "资源暂时不可用"),
+    "os.EBUSY": ("Device or resource busy", "设备或资源忙"),
+    "os.ECONNABORTED": ("Software caused connection abort", "连接已中止"),
+    "os.ECONNREFUSED": ("Connection refused", "连接被拒绝"),
+    "os.ECONNRESET": ("Connection reset by peer", "连接被对方重置"),
+    "os.EDQUOT": ("Disk quota exceeded", "超出磁盘限额"),
+    "os.EEXIST": ("File exists", "文件已存在"),
+    "os.EFBIG": ("File too large", "文件过大"),
+    "os.EHOSTDOWN": ("Host is down", "主机已关闭"),
+    "os.EHOSTUNREACH": ("No route to host", "没有到主机的路由"),
+    "os.EINVAL": ("Invalid argument", "参数无效"),
+    "os.EIO": ("Input/output error", "输入输出错误"),
+    "os.EISDIR": ("Is a directory", "是一个目录"),
+    "os.ELOOP": ("Too many levels of symbolic links", "符号链接层数过多"),
+    "os.EMFILE": ("Too many open files", "打开的文件过多"),
+    "os.ENAMETOOLONG": ("File name too long", "文件名过长"),
+    "os.ENETDOWN": ("Network is down", "网络已断开"),
+    "os.ENETUNREACH": ("Network is unreachable", "网络不可达"),
+    "os.ENFILE": ("Too many open files in system", "系统打开的文件过多"),
+    "os.ENOENT": ("No such file or directory", "没有这个文件或目录"),
+    "os.ENOLCK": ("No locks available", "没有可用的锁"),
+    "os.ENOMEM": ("Cannot allocate memory", "无法分配内存"),
+    "os.ENOSPC": ("No space left on device", "磁盘空间不足"),
+    "os.ENOTCONN": ("Transport endpoint is not connected", "套接字未连接"),
+    "os.ENOTDIR": ("Not a directory", "不是目录"),
+    "os.ENXIO": ("No such device or address", "没有这个设备或地址"),
+    "os.EPERM": ("Operation not permitted", "不允许的操作"),
+    "os.EPIPE": ("Broken pipe", "管道已断开"),
+    "os.EROFS": ("Read-only file system", "只读文件系统"),
+    "os.ESTALE": ("Stale file handle", "文件句柄已失效"),
+    "os.ETIMEDOUT": ("Connection timed out", "连接超时"),
+    "os.ETXTBSY": ("Text file busy", "文件正被执行"),
 }
 
 # ------------------------------------------------------------------------------------------------------
@@ -21978,7 +22021,7 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
     ),
     "help.up": (
         "of --show, --html and --collect: the colour of what rises, in place of the one of your locale",
-        "用于 --show、--html 和 --collect：上涨的颜色；不给时按语言环境的习惯",
+        "用于 --show、--html 和 --collect：上涨的颜色；不给时按区域设置的习惯",
     ),
     "help.usage": ("usage: ", "用法： "),
     "help.version": ("show program's version number and exit", "显示版本号并退出"),
