@@ -337,7 +337,7 @@ def test_candles_are_drawn_for_a_chinese_reader(run_pyz: RunPyz, state: Path) ->
     assert last.startswith("最新一根：开盘 ") and re.search(
         r"  最高 \S+  最低 \S+  收盘 \S+  成交量 \d+$", last
     )
-    assert gap == "░ 缺口：2026-11-27 11:10:00 EST – 2026-11-27 11:20:00 EST（connection <lost>）"
+    assert gap == "░ 缺口：2026-11-27 11:10:00 EST – 2026-11-27 11:20:00 EST（连接中断：<lost>）"
     (most,) = [line for line in drawn if "万" in line]
     assert most.lstrip().startswith("617.28万┤")
     axes = [re.match("[^┤│└┼]*[┤│└┼]", line) for line in drawn[:-1]]
