@@ -21591,8 +21591,8 @@ TEMPLATES |= {
 
 TEMPLATES |= {
     "migration.bad_value": (
-        "{name}={value} (older): expected {expected}; what {path} sets is kept",
-        "{name}={value}（旧客户端）：应为 {expected}；若在 {path} 中设置，则保留该处的值",
+        "{name}={value} (older): {expected}; what {path} sets is kept",
+        "{name}={value}（旧客户端）：{expected}；若在 {path} 中设置，则保留该处的值",
     ),
     "migration.changed": (
         "changed   trades go to the collection {name}, not to {older} as before; see MONGODB_REALTIME_COLLECTION_NAME",
