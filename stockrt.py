@@ -299,16 +299,19 @@ PACKED = "kind"
 
 
 def packed(value: Any) -> Any:
-    """Return a value for JSON with whatever words are in it as what `unpacked` makes words of again."""
+    """Return a value for JSON with whatever words are in it as what `unpacked` makes words of again, secrets masked.
+
+    Here and not in the JSON: a password may be a number or a word of it.
+    """
     if isinstance(value, Phrase):
-        return {PACKED: value.kind, "values": packed(value.values), "text": str(value)}
+        return {PACKED: value.kind, "values": packed(value.values), "text": mask(value, HIDDEN.secrets)}
     if isinstance(value, Mapping):
         return {key: packed(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [packed(inner) for inner in value]
-    if value is None or isinstance(value, (str, int, float)):
+    if value is None or isinstance(value, (int, float)):
         return value
-    return str(value)
+    return mask(str(value), HIDDEN.secrets)
 
 
 def unpacked(value: Any) -> Any:
@@ -13582,7 +13585,7 @@ def report_result(context: Mapping[str, Any], report: Report, settings: Settings
         "took_ms": round(report.took_s * 1000),
     }
     text = make_result(context, settings.module_name, _for_platform(message, settings), result, good)
-    return Result(text, _said(message, failures, settings))
+    return Result(text, _said(message, failures))
 
 
 def _for_platform(words: str, settings: Settings) -> str:
@@ -13590,9 +13593,9 @@ def _for_platform(words: str, settings: Settings) -> str:
     return settings.redact(local_times(in_language(words, settings.message_language)))
 
 
-def _said(message: str, failures: Mapping[str, str], settings: Settings) -> str:
+def _said(message: str, failures: Mapping[str, str]) -> str:
     """Return what a result says for whoever reads the journal, in whatever language."""
-    return settings.redact(json.dumps(packed({"message": message, "failures": failures})))
+    return json.dumps(packed({"message": message, "failures": failures}))
 
 
 def _result_words(report: Report) -> Phrase:
@@ -13658,7 +13661,7 @@ def empty_result(context: Mapping[str, Any], reason: str, settings: Settings) ->
     }
     message = _for_platform(reason, settings)
     text = make_result(context, settings.module_name, message, result, good=False)
-    return Result(text, _said(reason, {}, settings))
+    return Result(text, _said(reason, {}))
 
 
 # ======================================================================================================
