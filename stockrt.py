@@ -281,7 +281,7 @@ def one_line(text: object, limit: int = 300) -> str:
     try:
         return _as_line(str(text), limit)
     except ValueError:  # an int of more digits than Python writes
-        return f"a huge {type(text).__name__}"
+        return phrase("huge", type=type(text).__name__)
 
 
 def _as_line(text: str, limit: int) -> str:
@@ -4516,7 +4516,7 @@ class LocalFile:
     def damaged(self, words: str) -> StoreError:
         """Note damage that shows while the file is in use, and return what to raise."""
         try:
-            write_whole(self._mark, words + "\n", durable=True)
+            write_whole(self._mark, json.dumps(packed(words)), durable=True)
         except StoreError as fault:
             log.error("the next start may not see that %s is damaged: %s", self.path, fault)
         return self._end_use(StoreError(phrase("files.damaged", path=self.path, damage=words)))
@@ -4637,9 +4637,10 @@ class LocalFile:
         if any(side.exists() for side in _sides(self._away)):
             return phrase("files.rescue_interrupted")
         if self._mark.exists():
-            return one_line(self._mark.read_text(encoding="utf-8", errors="replace")) or phrase(
-                "files.marked"
-            )
+            told = self._mark.read_text(encoding="utf-8", errors="replace")
+            with contextlib.suppress(ValueError):  # an older version's is the text alone
+                told = unpacked(json.loads(told))
+            return one_line(told) or phrase("files.marked")
         # SQLite would take it for new, a single byte as well, and drop the log
         if _size_of(self.path) <= 1 and _size_of(_sides(self.path)[1]):
             return phrase("files.beheaded")
@@ -6791,7 +6792,7 @@ class Directory:
             exact = self.search(unclear.text)[:NAMES_SHOWN]
         if not exact:
             return None
-        proposals = [f"{symbol.typed} ({symbol.name})" for symbol in exact]
+        proposals = [phrase("infoway.proposal", code=symbol.typed, name=symbol.name) for symbol in exact]
         raise InstrumentError(
             phrase(
                 "instruments.did_you_mean",
@@ -20431,6 +20432,7 @@ def main() -> NoReturn:
 
 # A kind is named after its room. Both templates have the same values. A dict of its own for each room.
 TEMPLATES |= {
+    "huge": ("a huge {type}", "一个极大的 {type}"),
     "join.names": (", ", "、"),
     "join.commas": (", ", "，"),
     "join.clauses": ("; ", "；"),
@@ -21147,6 +21149,7 @@ TEMPLATES |= {
         "p {p}：只有 common 中的能源价格可以为负",
     ),
     "infoway.price_zero": ("p {p}: it has not traded, or is suspended", "p {p}：尚无成交，或已停牌"),
+    "infoway.proposal": ("{code} ({name})", "{code}（{name}）"),
     "infoway.redirection": ("{said}, a redirection, which is not followed", "{said}，是重定向，不予跟随"),
     "infoway.says": ("the API says {number}: {text}", "API 返回 {number}：{text}"),
     "infoway.sent_no_bar": ("the API sent {record} in place of a bar", "API 发来 {record}，应为日线"),
@@ -21850,7 +21853,7 @@ TEMPLATES |= {
         "{summary}; the store did not answer: what was being written may be missing",
         "{summary}；存储没有应答：正在写入的数据可能缺失",
     ),
-    "cli.working": ("working for {{elapsed}} (min:s)", "已运行 {{elapsed}}（分:秒）"),
+    "cli.working": ("working for {{elapsed}} (min:s)", "已运行 {{elapsed}}（分：秒）"),
     "unit.codes": ("codes", "代码"),
     "unit.documents": ("documents", "文档"),
     "unit.trades": ("trades", "成交"),
@@ -22029,7 +22032,7 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
         "of --show, --html and --collect: the colour of what rises, in place of the one of your locale",
         "用于 --show、--html 和 --collect：上涨的颜色；不给时按区域设置的习惯",
     ),
-    "help.usage": ("usage: ", "用法： "),
+    "help.usage": ("usage: ", "用法："),
     "help.version": ("show program's version number and exit", "显示版本号并退出"),
 }
 

@@ -19,6 +19,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kit.glue import Glue
+from kit.outside import OUTSIDE
 
 PROGRAM = Path(__file__).resolve().parents[2] / "stockrt.py"
 # Two words, or a word beside a value, or two values with what stands between clauses.
@@ -26,10 +27,6 @@ _SENTENCE = re.compile(
     r"[A-Za-z]{2,}[,;:.]? \(?[a-z]{2,}|[a-z]{2,},? [a-z({'\"]|[a-z)}'\"],? [a-z]{2,}"
     r"|\{\}[,;:]? \(?[a-z]{2,}|[a-z]{2,}[,:;]? \(?\{\}|\{\}(?:; |: |, | \()\{\}|^[,;:] \S"
 )
-# What looks like words and is none for a person, each with the reason why it stands where it does.
-OUTSIDE = {
-    r"(?:CREATE|SELECT|INSERT|UPDATE|DELETE|DROP|PRAGMA|BEGIN|SAVEPOINT|ROLLBACK|WHERE) ": "SQL",
-}
 
 
 class Call(NamedTuple):
@@ -45,6 +42,7 @@ class Sentence(NamedTuple):
 
     line: int
     room: str
+    place: str
     text: str
 
 
@@ -67,6 +65,21 @@ class Source:
     def room(self, line: int) -> str:
         """Return the room that a line lies in."""
         return next((name for at, name in reversed(self._rooms) if at < line), "")
+
+    def place(self, node: ast.AST) -> str:
+        """Return what a node lies in: a constant, a function, a class or a method of one."""
+        names: list[str] = []
+        while not isinstance(node, ast.Module):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.insert(0, node.name)
+            parent = self._parents[node]
+            if isinstance(parent, ast.Module) and isinstance(node, (ast.Assign, ast.AnnAssign)):
+                names = [ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)]
+            node = parent
+        return ".".join(names[:2])
+
+    def _found(self, node: ast.expr, text: str) -> Sentence:
+        return Sentence(node.lineno, self.room(node.lineno), self.place(node), " ".join(text.split()))
 
     def catalogue(self) -> dict[str, tuple[str, str]]:
         """Return every kind with its English and its Chinese template; a kind that is there twice fails."""
@@ -136,16 +149,22 @@ class Source:
                 or self.room(node.lineno) == "Catalogue"
             ):
                 continue
-            if not self._is_elsewhere(node) and not any(re.match(form, text) for form in OUTSIDE):
-                found.append(Sentence(node.lineno, self.room(node.lineno), " ".join(text.split())))
+            if not self._is_elsewhere(node):
+                found.append(self._found(node, text))
         return found
 
     def losses(self) -> list[Sentence]:
         """Return where words of the catalogue become a text of one language."""
-        return [
-            Sentence(loss.line, self.room(loss.line), f"{loss.function}: {loss.text}")
-            for loss in sorted(self.glue.losses())
-        ]
+        return [self._found(node, ast.unparse(node)) for node in self.glue.losses()]
+
+    def values_given(self) -> dict[tuple[str, str], list[ast.expr]]:
+        """Return what is given as a value: by kind and the value's name."""
+        found: dict[tuple[str, str], list[ast.expr]] = {}
+        for call in self.calls():
+            for kind in call.kinds:
+                for name, value in call.values.items():
+                    found.setdefault((kind, name), []).append(value)
+        return found
 
     def plain_values(self) -> list[Sentence]:
         """Return the texts that are given as a value of words and are not in the catalogue."""
@@ -154,17 +173,17 @@ class Source:
             for name, value in call.values.items():
                 for text in self._texts(value):
                     if re.search("[a-z]{2}", text):
-                        found.append(Sentence(call.line, self.room(call.line), f"{name}={text}"))
+                        found.append(self._found(value, f"{name}={text}"))
         return found
 
     def _is_elsewhere(self, node: ast.AST) -> bool:
-        """Whether a text is a docstring, a part of another text, a type, or of the log."""
+        """Whether a text is a docstring, a part of another text, a type, of the log, or names a word of a count."""
         parent = self._parents[node]
         if isinstance(parent, (ast.Expr, ast.JoinedStr, ast.FormattedValue)):
             return True
         while not isinstance(parent, ast.stmt):
             if isinstance(parent, ast.Call) and re.match(
-                r"(?:log\.|LogThrottle|cast\b|re\.)", ast.unparse(parent.func)
+                r"(?:log\.|LogThrottle|cast\b|re\.|count_words|waiting_words)", ast.unparse(parent.func)
             ):
                 return True
             node, parent = parent, self._parents[parent]
@@ -177,6 +196,18 @@ def _template(node: ast.AST) -> str | None:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     return None
+
+
+def why_outside(found: Sentence) -> str | None:
+    """Return why some words may stand where they do, None where nothing is said of them."""
+    return next(
+        (
+            reason
+            for place, text, reason in OUTSIDE
+            if re.fullmatch(place, found.place) and re.match(text, found.text)
+        ),
+        None,
+    )
 
 
 def values_of(template: str) -> frozenset[tuple[str, str, str]]:
@@ -196,14 +227,15 @@ def main(rooms: list[str]) -> None:
         "plain value": source.plain_values(),
         "language lost": source.losses(),
     }
+    left = {what: [one for one in every if why_outside(one) is None] for what, every in found.items()}
     if not rooms:
-        for name in dict.fromkeys(one.room for every in found.values() for one in every):
-            counts = {what: sum(one.room == name for one in every) for what, every in found.items()}
+        for name in dict.fromkeys(one.room for every in left.values() for one in every):
+            counts = {what: sum(one.room == name for one in every) for what, every in left.items()}
             print(f"{name:<20}", *(f"{count:>4} {what}" for what, count in counts.items()))
-    for what, every in found.items():
+    for what, every in left.items():
         for one in every:
             if one.room in rooms:
-                print(f"{one.line}  {what}  {one.text[:150]}")
+                print(f"{one.line}  {what}  {one.place}  {one.text[:150]}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 Scope = ast.FunctionDef | ast.Module
 
@@ -67,14 +66,6 @@ LOSES = {
 }  # fmt: skip
 
 
-class Loss(NamedTuple):
-    """A place where words become a text of one language."""
-
-    line: int
-    function: str
-    text: str
-
-
 class Glue:
     """What in a module is words, found by going over it until nothing new is."""
 
@@ -129,10 +120,18 @@ class Glue:
             match one:
                 case ast.Assign(targets=[ast.Name(id=target)], value=value) if target == name.id:
                     yield value
+                case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=values)):
+                    for one_of, value in zip(targets, values, strict=False):
+                        if isinstance(one_of, ast.Name) and one_of.id == name.id:
+                            yield value
                 case ast.AnnAssign(target=ast.Name(id=target), value=ast.expr() as value) if (
                     target == name.id
                 ):
                     yield value
+
+    def meanings(self, node: ast.expr) -> list[ast.expr]:
+        """Return what an expression stands for: itself, or whatever is assigned to a name."""
+        return (isinstance(node, ast.Name) and [*self.given(node)]) or [node]
 
     def says(self, node: ast.expr) -> bool:
         """Whether an expression is or holds words."""
@@ -257,15 +256,14 @@ class Glue:
 
     # ---------------------------------------------------------------------------------------------- where it ends
 
-    def losses(self) -> list[Loss]:
-        """Return every place where words become a text of one language, but in the log."""
-        return [
-            Loss(node.lineno, home.name if isinstance(home, ast.FunctionDef) else "", ast.unparse(node))
+    def losses(self) -> list[ast.expr]:
+        """Return every expression by which words become a text of one language, but in the log."""
+        found = [
+            node.value if isinstance(node, ast.AugAssign) else node
             for node, home in self._home.items()
-            if isinstance(node, (ast.expr, ast.stmt))
-            and self._loses(node, home)
-            and not self._is_logged(node)
+            if self._loses(node, home) and not self._is_logged(node)
         ]
+        return [node for node in found if isinstance(node, ast.expr)]
 
     def _loses(self, node: ast.AST, home: Scope) -> bool:
         match node:

@@ -71,23 +71,45 @@ TERMS = (
     Term(r"refused|refuses", ("拒绝",)),
     Term(r"clock", ("时钟",)),
     # what is asked of the reader
-    Term(r"see(?= (?:--|[A-Z]))", ("请检查", "请看", "详见", "改用")),
+    Term(r"see(?= (?:--|[A-Z]))", ("检查", "请看", "详见", "改用")),
     Term(r"expected", ("应", "请写", "不能")),
     Term(r"did you mean", ("是不是",)),
     Term(r"cannot", ("无法", "不能", "不可", "无权")),
 )
 
-# What would be a second word for one of these things, or is no word of this trade: with the right one.
-FORBIDDEN = {
-    "交易记录": "成交", "成交记录": "成交", "交易数据": "成交", "收市价": "收盘价", "收盘价格": "收盘价", "闭市价": "收盘价",
-    "限流": "限频", "频率限制": "限频", "速率限制": "限频", "配额": "额度", "令牌": "密钥", "秘钥": "密钥", "API 键": "API 密钥",
-    "报价流": "推送流", "数据流": "推送流", "流式": "推送流", "行情流": "推送流", "计划": "套餐", "方案": "套餐",
-    "复制集": "副本集", "副本组": "副本集", "主副本": "主节点", "写入关注": "写关注", "离线队列": "暂存队列", "缓冲队列": "暂存队列",
-    "间隙": "缺口", "断档": "缺口", "缺失段": "缺口", "关注列表": "自选列表", "监视列表": "自选列表", "观察列表": "自选列表",
-    "后台进程": "守护进程", "老客户端": "旧客户端", "旧版客户端": "旧客户端", "凭证": "凭据", "散列": "哈希", "回填": "补齐",
-    "回补": "补齐", "蜡烛图": "K 线", "蜡烛": "K 线", "烛台": "K 线", "拍卖": "集合竞价", "竟价": "竞价", "合成成交": "模拟成交",
-    "状态文件夹": "状态目录", "工作流程": "工作流", "轮循": "轮询", "帐号": "账号", "登陆": "登录", "其它": "其他", "阀值": "阈值",
-}  # fmt: skip
+# What would be a second word for a thing, or is a slip of the pen: by the right one.
+WRONG = {
+    "成交": "交易记录 成交记录 交易数据",
+    "收盘价": "收市价 收盘价格 闭市价",
+    "限频": "限流 频率限制 速率限制",
+    "额度": "配额",
+    "密钥": "令牌 秘钥",
+    "API 密钥": "API键 API密匙",
+    "推送流": "报价流 数据流 流式 行情流",
+    "套餐": "计划 方案",
+    "副本集": "复制集 副本组",
+    "主节点": "主副本",
+    "写关注": "写入关注",
+    "暂存队列": "离线队列 缓冲队列",
+    "缺口": "间隙 断档 缺失段",
+    "自选列表": "关注列表 监视列表 观察列表",
+    "守护进程": "后台进程",
+    "旧客户端": "老客户端 旧版客户端",
+    "凭据": "凭证",
+    "哈希": "散列",
+    "补齐": "回填 回补",
+    "K 线": "蜡烛图 蜡烛 烛台",
+    "集合竞价": "拍卖",
+    "竞价": "竟价",
+    "模拟成交": "合成成交",
+    "状态目录": "状态文件夹",
+    "工作流": "工作流程",
+    "轮询": "轮循",
+    "账号": "帐号",
+    "登录": "登陆",
+    "其他": "其它",
+    "阈值": "阀值",
+}
 
 
 def odd_terms(english: str, chinese: str) -> list[str]:
@@ -103,5 +125,5 @@ def odd_terms(english: str, chinese: str) -> list[str]:
 
 
 def forbidden(chinese: str) -> list[str]:
-    """Return the words of a text that are second words for a thing."""
-    return [f"{word}: {right}" for word, right in FORBIDDEN.items() if word in chinese]
+    """Return the words of a text that are second words for a thing, each with the right one."""
+    return [f"{word}: {right}" for right, words in WRONG.items() for word in words.split() if word in chinese]

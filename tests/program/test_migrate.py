@@ -617,6 +617,27 @@ def test_ended_in_the_middle_and_begun_again_nothing_is_lost_or_doubled(
     assert read_so_far(state) == 0  # it is finished, and leaves nothing behind
 
 
+def test_examples_of_an_earlier_run_are_named_in_the_language_of_who_goes_on(
+    run_pyz: RunPyz, place: Place, mongo_server: MongoServer
+) -> None:
+    bad = older(0, p=None)
+    place.db["stock_data"].insert_many([bad, *(older(number) for number in range(1, 2500))])
+    away = controlled(mongo_server).failing(
+        "insert", error_code=UNAUTHORIZED, skip=1, namespace=f"{place.db.name}.realtime"
+    )
+    with away:
+        done = run_pyz(*MIGRATE, env=place.env)
+    assert done.returncode == 1 and f"  {bad['_id']}: field p: null" in done.stderr
+    done = run_pyz(*MIGRATE, env=place.env | {"STOCKRT_LANG": "zh"})
+    assert done.returncode == 0, done.stderr
+    line, example = done.stderr.splitlines()[-2:]
+    assert line == (
+        "已从 stock_data 读取 2500 个文档：向 realtime 新增 2499 笔成交，已有 0 笔，"
+        "不是成交的 1 条，被 MongoDB 拒绝 0 条"
+    )
+    assert example.startswith(f"  {bad['_id']}：") and not re.search("[a-z]{3,} [a-z]", example), example
+
+
 def test_mongodb_away_in_the_middle_it_goes_on_from_there(
     run_pyz: RunPyz, place: Place, mongo_server: MongoServer, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import random
 import re
@@ -219,6 +220,26 @@ def test_a_damaged_file_is_set_aside_and_rescued(
     assert aside.name in error
     (rows,) = map(int, re.findall(r"(\d+) rows of it", error))
     assert rows in (len(found) - 1, len(found))  # the last one was written before or after
+
+
+def test_what_marks_damage_is_said_in_both_languages_by_the_next_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The mark holds the words with their kind; one of an older version is its text, an empty one a mark as well."""
+    with queue_in(tmp_path) as queue, pytest.raises(StoreError):
+        raise queue._file.damaged(stockrt.phrase("tools.no_memory"))
+    (mark,) = tmp_path.glob("*.damaged")
+    assert stockrt.in_language(stockrt.unpacked(json.loads(mark.read_text())), "zh").startswith("内存不足")
+    with queue_in(tmp_path):
+        pass
+    assert "memory is short" in caplog.text
+    for text, said in (("seen in use\n", "(seen in use)"), ("", "a mark says so")):
+        caplog.clear()
+        mark.write_text(text)
+        with queue_in(tmp_path):
+            pass
+        assert said.strip("()") in caplog.text
+    assert not mark.exists()
 
 
 def test_a_long_rescue_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -807,8 +828,8 @@ def test_a_lock_of_another_user_is_said(foreign: Path) -> None:
                 StoreError, match=r"the lock \S+lock cannot be .*Permission denied.*STATE_DIRECTORY"
             ) as caught:
                 use(foreign)
-            told = in_chinese(caught.value.message, "Permission denied")
-            assert re.fullmatch(r"无法\S+锁文件 \S+lock：Permission denied；请检查 STATE_DIRECTORY", told)
+            told = in_chinese(caught.value.message)
+            assert re.fullmatch(r"无法\S+锁文件 \S+lock：权限不足；请检查 STATE_DIRECTORY", told)
 
 
 def test_a_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
