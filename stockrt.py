@@ -7859,6 +7859,8 @@ class CloseStore(Protocol):
 
 
 _FIELD = re.compile(r"\{(\w+)[^}]*\}")
+# What is kept was cut to a line of fewer; of a longer text every ": " would be looked at in the one before.
+LONGEST_KEPT = 1000
 
 
 @cache
@@ -7879,6 +7881,8 @@ def stored_words(text: str, kinds: tuple[str, ...]) -> str:
 
     `kinds`: what the kinds of it, and of the values in it, begin with.
     """
+    if len(text) > LONGEST_KEPT:
+        return text
     for kind, own, pattern in _patterns(kinds):
         found = pattern.fullmatch(text)
         if found is None:
