@@ -299,16 +299,19 @@ PACKED = "kind"
 
 
 def packed(value: Any) -> Any:
-    """Return a value for JSON with whatever words are in it as what `unpacked` makes words of again."""
+    """Return a value for JSON with whatever words are in it as what `unpacked` makes words of again, secrets masked.
+
+    Here and not in the JSON: a password may be a number or a word of it.
+    """
     if isinstance(value, Phrase):
-        return {PACKED: value.kind, "values": packed(value.values), "text": str(value)}
+        return {PACKED: value.kind, "values": packed(value.values), "text": mask(value, HIDDEN.secrets)}
     if isinstance(value, Mapping):
         return {key: packed(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [packed(inner) for inner in value]
-    if value is None or isinstance(value, (str, int, float)):
+    if value is None or isinstance(value, (int, float)):
         return value
-    return str(value)
+    return mask(str(value), HIDDEN.secrets)
 
 
 def unpacked(value: Any) -> Any:
@@ -7856,6 +7859,8 @@ class CloseStore(Protocol):
 
 
 _FIELD = re.compile(r"\{(\w+)[^}]*\}")
+# What is kept was cut to a line of fewer; of a longer text every ": " would be looked at in the one before.
+LONGEST_KEPT = 1000
 
 
 @cache
@@ -7876,6 +7881,8 @@ def stored_words(text: str, kinds: tuple[str, ...]) -> str:
 
     `kinds`: what the kinds of it, and of the values in it, begin with.
     """
+    if len(text) > LONGEST_KEPT:
+        return text
     for kind, own, pattern in _patterns(kinds):
         found = pattern.fullmatch(text)
         if found is None:
@@ -13583,7 +13590,7 @@ def report_result(context: Mapping[str, Any], report: Report, settings: Settings
         "took_ms": round(report.took_s * 1000),
     }
     text = make_result(context, settings.module_name, _for_platform(message, settings), result, good)
-    return Result(text, _said(message, failures, settings))
+    return Result(text, _said(message, failures))
 
 
 def _for_platform(words: str, settings: Settings) -> str:
@@ -13591,9 +13598,9 @@ def _for_platform(words: str, settings: Settings) -> str:
     return settings.redact(local_times(in_language(words, settings.message_language)))
 
 
-def _said(message: str, failures: Mapping[str, str], settings: Settings) -> str:
+def _said(message: str, failures: Mapping[str, str]) -> str:
     """Return what a result says for whoever reads the journal, in whatever language."""
-    return settings.redact(json.dumps(packed({"message": message, "failures": failures})))
+    return json.dumps(packed({"message": message, "failures": failures}))
 
 
 def _result_words(report: Report) -> Phrase:
@@ -13659,7 +13666,7 @@ def empty_result(context: Mapping[str, Any], reason: str, settings: Settings) ->
     }
     message = _for_platform(reason, settings)
     text = make_result(context, settings.module_name, message, result, good=False)
-    return Result(text, _said(reason, {}, settings))
+    return Result(text, _said(reason, {}))
 
 
 # ======================================================================================================
