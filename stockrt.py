@@ -413,14 +413,15 @@ class UsageError(StockrtError):
 class SettingsError(StockrtError):
     """The settings have faults; exit status 78 (EX_CONFIG of sysexits.h).
 
-    `faults` holds one sentence for each, secrets masked.
+    `faults` holds one sentence for each, secrets masked; `language` is the one that the settings ask for, if they do.
     """
 
     exit_code = 78
 
-    def __init__(self, faults: Sequence[str]) -> None:
+    def __init__(self, faults: Sequence[str], language: str = "") -> None:
         super().__init__(listing("join.lines", faults))
         self.faults = tuple(faults)
+        self.language = language
 
 
 class InstrumentError(StockrtError):
@@ -1820,7 +1821,7 @@ def load_settings(
         faults += _path_faults(values, environ)
     if faults:
         # a misspelled name, or a file that was left out, is why a setting is missing
-        raise SettingsError(faults + warnings)
+        raise SettingsError(faults + warnings, values.get("language", ""))
     values.setdefault("module_description", "")
     color = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
     settings = Settings(**values, color=color, old_secrets=old_secrets)
@@ -20388,6 +20389,8 @@ def look_for_cycles_seldom() -> None:
 
 def _complain(error: StockrtError) -> None:
     """Say what a command ends with, on a line of its own for each fault."""
+    if isinstance(error, SettingsError) and error.language:
+        SPOKEN.choose({**os.environ, "STOCKRT_LANG": error.language})
     faults = error.faults if isinstance(error, SettingsError) else (error.message,)
     for fault in filter(None, faults):
         say(phrase("cli.error", words=fault), logging.ERROR)

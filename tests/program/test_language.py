@@ -155,6 +155,26 @@ def test_language_of_the_settings_file_holds_for_what_follows(run_pyz: RunPyz, t
     assert not CHINESE.search(done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("of_file", "env", "is_chinese"),
+    [
+        ("zh", {"LANG": "C.UTF-8"}, True),
+        ("en", ZH, False),
+        ("zh", {"STOCKRT_LANG": "en"}, False),
+        ("fr", ZH, True),
+    ],
+)
+def test_language_of_the_settings_file_holds_for_the_faults_in_it(
+    run_pyz: RunPyz, tmp_path: Path, of_file: str, env: dict[str, str], is_chinese: bool
+) -> None:
+    (tmp_path / "stockrt.env").write_text(f"STOCKRT_LANG={of_file}\nSERVER_PORT=abc\n")
+    done = run_pyz("--check-settings", env=env)
+    assert done.returncode == 78
+    lines = done.stderr.splitlines()
+    assert any("SERVER_PORT='abc'" in line for line in lines)
+    assert [bool(CHINESE.search(line)) for line in lines] == [is_chinese] * len(lines)
+
+
 def test_what_is_odd_in_the_settings_is_said_to_who_typed_a_command(run_pyz: RunPyz, tmp_path: Path) -> None:
     (tmp_path / "stockrt.env").write_text("MONGODB_HSOT=x\n")
     line, *_ = run_pyz(*DEMO, "AAPL.US").stderr.splitlines()
