@@ -21928,7 +21928,7 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
 示例：
   stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY   模拟成交：不需要密钥和网络
   stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   真实成交：须设置 INFOWAY_API_KEY
-  stockrt.pyz --once --codes-file codes.txt --json           向 stdout 每行输出一个 JSON 文档
+  stockrt.pyz --once --codes-file codes.txt --json           每行一个 JSON 文档，写到标准输出
   stockrt.pyz --collect --codes TSLA.US BTCUSDT              逐笔采集，直到按 Ctrl-C
   stockrt.pyz --collect --demo --codes TSLA.US               模拟成交，每秒一笔
   stockrt.pyz --show                                         已存行情：各代码的价格、涨跌、当日走势
