@@ -754,7 +754,7 @@ def test_message_error_and_failures_of_a_result_are_chinese_and_nothing_else_cha
     assert chinese["message"] == (
         f"9 个代码中 5 个失败：X0.US（{short}）、X1.US（{short}）、X2.US（{short}），另有 2 个；"
         f"收盘快照未保存：{short}；1 笔成交暂存于本机，{short}"
-        f"；9 个代码中 3 个已入库；代码解读为：600519 -> 600519.SH"
+        f"；9 个代码中 3 个已入库；实际查询：600519 -> 600519.SH"
         f"；9 个代码中有 2 个自 {since} 起没有新成交，期间市场曾开市"
     )
     assert chinese["error"] == chinese["message"]
@@ -791,3 +791,16 @@ def test_what_a_result_says_is_kept_in_all_languages() -> None:
             "2 个代码中 1 个失败：X.US（***；请检查 A）；2 个代码中 1 个已入库"
         )
         assert stockrt.in_language(said["failures"]["X.US"], "zh") == "***；请检查 A"
+
+
+@pytest.mark.parametrize("password", ["1234", "kind", "text", "message", "true", "protocol"])
+def test_what_a_result_says_is_kept_whatever_the_password_is(password: str) -> None:
+    """It is masked in the values alone: JSON has numbers and words that a password may be, too."""
+    made = settings(MESSAGE_LANG="zh", MONGODB_HOST=f"mongodb://user:{password}@127.0.0.1/")
+    why = stockrt.phrase("tools.see", words=f"no {password}", cause=stockrt.phrase("tools.stopped"))
+    report = Report(total=12345, stored=1, failures={"X.US": Failure(FailureKind.KEY, why)})
+    said = stockrt.unpacked(json.loads(stockrt.report_result(CONTEXT, report, made).said))
+    assert stockrt.in_language(said["failures"]["X.US"], "en") == "no ***; see stopped"
+    assert stockrt.in_language(said["message"], "en").startswith(
+        "1 of 12345 codes failed: X.US (no ***; see stopped)"
+    )

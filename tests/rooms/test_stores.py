@@ -817,6 +817,7 @@ NO_ACK = "发出 3 帧，24 秒内未收到确认；请检查 INFOWAY_STREAM_URL
         (stockrt.DEAF, "有成交，但没有推送"),
         ("the vendor's own words", "the vendor's own words"),
         ("theirs: too many", "theirs: too many"),
+        ("a: b" * 5000, "a: b" * 5000),  # another program's
         ("connection closed by the server", "连接中断：由服务器关闭"),
         ("connection closed by the server (code 1006)", "连接中断：由服务器关闭（关闭码 1006）"),
         ("connection lost: the connection was cut", "连接中断：对方断开了连接"),
