@@ -956,7 +956,7 @@ ENV_FILE_PLACES = (
     Path("/etc/stockrt/stockrt.env"),
 )
 # Names with these beginnings are ours: an unknown one in the file is a misspelling worth a warning.
-OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_", "COLLECT_")
+OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_", "COLLECT_", "STOCKRT_LANG", "MESSAGE_LANG")
 # And so is one that begins with the same letter as one of ours and is so like it (difflib's ratio).
 NEAR_NAME = 0.9
 # What whoever types a command may have otherwise than the service: it changes how something is said, not what is done.

@@ -428,6 +428,8 @@ def test_a_usual_place_behind_a_closed_directory_is_as_not_there() -> None:
         ("KEEP_DAY", "KEEP_DAYS"),
         ("MONGO_HOST", "MONGODB_HOST"),
         ("LOGLEVEL", "LOG_LEVEL"),
+        ("STOCKRT_LANGUAGE", "STOCKRT_LANG"),
+        ("MESSAGE_LANGUAGE", "MESSAGE_LANG"),
     ],
 )
 def test_a_misspelled_name_in_the_file_is_warned_of_with_the_nearest(
