@@ -1634,7 +1634,7 @@ def _bindings(path: Path) -> list[Binding]:
 
 def _why_unread(error: OSError | UnicodeDecodeError) -> str:
     if isinstance(error, UnicodeDecodeError):
-        return phrase("settings.not_utf8")
+        return phrase("tools.not_utf8")
     return os_words(error)
 
 
@@ -3705,7 +3705,7 @@ def network_words(error: BaseException) -> str:
     if isinstance(words, Phrase):
         return words
     words = plain_words(getattr(cause, "verify_message", "") or words)
-    words = one_line(words, 160) or phrase("http.unknown")
+    words = one_line(words, 160) or phrase("tools.unknown")
     for kind in type(cause).__mro__:
         if kind.__name__ in _NETWORK_KINDS:
             return phrase(_NETWORK_KINDS[kind.__name__], why=words)
@@ -8642,7 +8642,7 @@ class MongoStore:
     def _said(self, error: Mapping[str, Any]) -> str:
         """Return what the server says of an error."""
         if "errmsg" not in error:
-            return phrase("stores.no_more_known")
+            return phrase("tools.unknown")
         return self._settings.redact(one_line(error["errmsg"], 200))
 
     def _fault(self, error: Exception) -> StoreAway:
@@ -11764,7 +11764,7 @@ class WatchList:
             with path.open(encoding="utf-8-sig") as lines:
                 return list(codes_in(lines))
         except (OSError, UnicodeDecodeError) as error:
-            why: object = phrase("collection.no_text")
+            why: object = phrase("tools.not_utf8")
             if isinstance(error, OSError):
                 why = os_words(error)
             raise StockrtError(phrase("collection.unread", place=path, why=why)) from None
@@ -12054,7 +12054,7 @@ class MarkFiles:
     @staticmethod
     def _object(path: Path) -> dict[str, Any]:
         """Return what a file holds, nothing where there is none. Raises StoreError, ValueError for no object."""
-        what = phrase("collection.unread_mark", path=path)
+        what = phrase("tools.not_read", path=path)
         with disk_trouble(what), contextlib.suppress(FileNotFoundError):
             found = json_object(path.read_bytes())
             if found is None:
@@ -13620,7 +13620,7 @@ def _result_words(report: Report) -> Phrase:
     if report.reached or not report.queued:
         words.append(phrase("protocol.stored", reached=reached, total=total))
     if report.read_as:
-        words.append(phrase("protocol.read_as", codes=report.read_as_words()))
+        words.append(phrase("events.read_as", codes=report.read_as_words()))
     if report.stale:
         words.append(report.stale_words())
     return listing("join.clauses", words)
@@ -16399,7 +16399,7 @@ def old_settings(directory: Path) -> tuple[dict[str, str], list[str]]:
     try:
         path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        why = os_words(error) if isinstance(error, OSError) else phrase("migration.no_text")
+        why = os_words(error) if isinstance(error, OSError) else phrase("tools.not_utf8")
         raise UsageError(phrase("migration.no_older", directory=directory, path=path, why=why)) from None
     found = {name: value.strip() for name, value in read_env_file(path).items() if value.strip()}
     # no more than that is asked of a file that no systemd reads
@@ -16453,7 +16453,7 @@ def write_settings(target: Path, taken: Mapping[str, str], source: Path) -> None
     """
     place = Path(os.path.realpath(target))
     text, mode, owner = "", 0o600, None
-    trouble = disk_trouble(phrase("migration.not_read", path=place), "--env-file")
+    trouble = disk_trouble(phrase("tools.not_read", path=place), "--env-file")
     with trouble, contextlib.suppress(FileNotFoundError):
         owner = place.stat()
         mode, text = owner.st_mode & 0o777, place.read_text(encoding="utf-8")
@@ -16731,7 +16731,7 @@ class Migration:
             return
         make_state_directory(self.settings.state_directory)
         with (
-            disk_trouble(phrase("migration.not_read", path=self._path())),
+            disk_trouble(phrase("tools.not_read", path=self._path())),
             contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError),
         ):
             options = json_util.JSONOptions(tz_aware=False)
@@ -18377,7 +18377,7 @@ def _codes_of(options: Options) -> Iterator[str]:
         with stream:
             yield from codes_in(stream)
     except (OSError, UnicodeDecodeError) as error:
-        why = os_words(error) if isinstance(error, OSError) else phrase("usage.not_utf8")
+        why = os_words(error) if isinstance(error, OSError) else phrase("tools.not_utf8")
         raise UsageError(phrase("usage.codes_file", file=options.codes_file, why=why)) from None
 
 
@@ -18783,7 +18783,7 @@ def run_once(options: Options, settings: Settings) -> int:
     """Fetch the given codes once and return the exit status."""
     _refuse_demo_in_mongodb(options, settings)
     rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_size(WIDEST)[0])
-    terminal = Terminal(rows, "unit.codes", bar_above=MAX_BATCH)
+    terminal = Terminal(rows, "cli.of_codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
     rows.directory = pipeline.directory
     stop = stop_on_signals()
@@ -18839,7 +18839,7 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
     if report.stale:
         say(report.stale_words())
     if report.read_as:
-        say(phrase("cli.once_read_as", codes=report.read_as_words()))
+        say(phrase("events.read_as", codes=report.read_as_words()))
     if finished:
         say(report.summary())
     elif not report.total:
@@ -18848,7 +18848,7 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
         say(phrase("cli.once_store_hangs", summary=report.summary()))
     is_red = settings.color and sys.stderr.isatty()
     for code, failure in report.failures.items():
-        words = phrase("cli.once_failed_code", code=code, why=failure.words)
+        words = phrase("cli.failed_code", code=code, why=failure.words)
         say(f"\033[31m{for_reader(words)}\033[0m" if is_red else words)
     if report.interrupted or not finished:
         return EXIT_INTERRUPTED
@@ -19153,7 +19153,7 @@ def _collected_words(stats: CollectStats, waiting: int, took_s: float) -> Phrase
     if stats.dropped:
         clauses.append(phrase("cli.collect_dropped", n=stats.dropped))
     if stats.gaps_today:
-        clauses.append(phrase("cli.collect_gaps", gaps=count_words(stats.gaps_today, "gap")))
+        clauses.append(phrase("events.gaps", gaps=count_words(stats.gaps_today, "gap")))
     return listing("join.clauses", clauses)
 
 
@@ -19852,7 +19852,7 @@ def run_retain(settings: Settings) -> int:
 def run_backfill(options: Options, settings: Settings) -> int:
     """Make closes of the past final, print a row for each code, and return the exit status."""
     codes = list(read_codes(options)) if options.codes or options.codes_file else None
-    terminal = Terminal(None, "unit.codes", bar_above=0)
+    terminal = Terminal(None, "cli.of_codes", bar_above=0)
     stop = stop_on_signals()
     done, failed, added = 0, 0, 0
     with Pipeline(settings, terminal) as pipeline:
@@ -20109,7 +20109,7 @@ def run_export(options: Options, settings: Settings) -> int:
                 with whole_file(Path(place), durable=True, setting="--export") as stream:
                     count = _write_export(export, reader, stream)
     except KeyboardInterrupt:
-        say(phrase("cli.export_broken" if place == "-" else "cli.export_undone"))
+        say(phrase("cli.interrupted" if place == "-" else "cli.export_undone"))
         return EXIT_INTERRUPTED
     for lack in missing:
         say(lack)
@@ -20141,7 +20141,7 @@ def _to_stdout(export: Export, reader: Reader) -> int:
 def _write_export(export: Export, reader: Reader, stream: IO[bytes]) -> int:
     """Write an export into a stream, and return how many rows it has. Raises OSError, StoreError."""
     count, done, last_code = 0, 0, ""
-    unit, total = "unit.codes", len(export.codes)
+    unit, total = "cli.of_codes", len(export.codes)
     if export.is_whole:
         unit, total = "unit.trades", reader.estimate()
     code_at = export.names.index("stock_code")
@@ -20534,6 +20534,8 @@ TEMPLATES |= {
         "unit, or ulimit -u",
         "无法启动线程（{error}）：线程过多或内存不足；请检查服务单元的 TasksMax= 和 MemoryMax=，或 ulimit -u",
     ),
+    "tools.not_read": ("{path} cannot be read", "无法读取 {path}"),
+    "tools.not_utf8": ("it is not UTF-8 text", "不是 UTF-8 文本"),
     "tools.not_written": ("{path} cannot be written", "无法写入 {path}"),
     "tools.or": ("{first} or {last}", "{first} 或 {last}"),
     "tools.own_fault": (
@@ -20542,6 +20544,7 @@ TEMPLATES |= {
     ),
     "tools.see": ("{words}; see {cause}", "{words}；请检查 {cause}"),
     "tools.stopped": ("stopped", "已停止"),
+    "tools.unknown": ("no more is known", "原因不明"),
     "tools.unpacked_anew": ("the next start unpacks it anew", "下次启动时会重新解包"),
 }
 
@@ -20722,7 +20725,6 @@ TEMPLATES |= {
         "未设置 {names}：守护进程需要调度平台的 SERVER_IP 和 SERVER_PORT；没有平台时请用 --once --codes …，"
         "或让它自行采集：设置 COLLECT=stream 或 COLLECT_EVERY，以及 COLLECT_CODES",
     ),
-    "settings.not_utf8": ("it is not UTF-8 text", "不是 UTF-8 文本"),
     "settings.option": ("MONGODB_HOST, option {option}: {words}", "MONGODB_HOST 的选项 {option}：{words}"),
     "settings.options": (
         "MONGODB_HOST, its options together: {words}",
@@ -20918,6 +20920,7 @@ TEMPLATES |= {
     "events.polled": ("{codes} polled", "轮询 {codes}"),
     "events.queued": ("{trades} kept on this machine, {why}", "{trades}暂存于本机，{why}"),
     "events.rate": ("{rate} trades/s", "每秒 {rate} 笔成交"),
+    "events.read_as": ("read as: {codes}", "实际查询：{codes}"),
     "events.stale": (
         "{stale} of {codes}: no trade since {since}, though the market was open",
         "{codes}中有 {stale} 个自 {since} 起没有新成交，期间市场曾开市",
@@ -20971,7 +20974,6 @@ TEMPLATES |= {
         "经代理 {proxy}：{fault}；请检查 {setting}",
     ),
     "http.tls": ("TLS fails ({why})", "TLS 失败（{why}）"),
-    "http.unknown": ("no more is known", "原因不明"),
     "http.untrusted": ("its certificate is not trusted ({why})", "证书不受信任（{why}）"),
 }
 
@@ -21101,7 +21103,7 @@ TEMPLATES |= {
     ),
     "infoway.gateway": (
         "{said}, a refusal of the gateway: the key, the region or its risk control",
-        "{said}，被网关拒绝：因密钥、地区或其风控",
+        "{said}，被网关拒绝：原因可能是密钥、地区或风控",
     ),
     "infoway.hangs": (
         "no whole answer within {s:.0f} s, and the connection hangs",
@@ -21144,7 +21146,7 @@ TEMPLATES |= {
     "infoway.not_json": ("{said}, {body}", "{said}，{body}"),
     "infoway.not_the_api": (
         "{said}, not in the API's words: as from a gateway or a login page on the way",
-        "{said}，不像 API 的应答，像是中途的网关或登录页所发",
+        "{said}，不像 API 的应答，像是来自途中的网关或登录页",
     ),
     "infoway.nothing": ("nothing", "缺失"),
     "infoway.nothing_more": ("nothing more", "无说明"),
@@ -21193,7 +21195,7 @@ TEMPLATES |= {
     "stream.disabled": ("the key is disabled", "密钥已被禁用"),
     "stream.gateway": (
         "a refusal of the gateway: the key, the region or its risk control",
-        "网关拒绝：原因可能是密钥、所在地区或风控",
+        "被网关拒绝：原因可能是密钥、地区或风控",
     ),
     "stream.its": ("the stream's", "推送流的"),
     "stream.many_codes": ("too many codes on all connections of the key", "该密钥各连接的代码总数过多"),
@@ -21215,7 +21217,7 @@ TEMPLATES |= {
     "stream.not_in_plan": ("the key's plan lacks this product", "密钥的套餐不含该产品"),
     "stream.not_of_the_api": (
         "{words}, not in the API's words: as from a gateway or a login page on the way",
-        "{words}；这不是 API 的应答，像是来自途中的网关或登录页",
+        "{words}，不像 API 的应答，像是来自途中的网关或登录页",
     ),
     "stream.nothing_more": ("nothing more", "无其他说明"),
     "stream.other_frame": ("a frame of kind {code}", "类型为 {code} 的帧"),
@@ -21269,7 +21271,6 @@ TEMPLATES |= {
         "{place}: database {database} can be written, {index}",
         "{place}：数据库 {database} 可写入，{index}",
     ),
-    "stores.no_more_known": ("no more is known", "没有更多信息"),
     "stores.odd_numbers": (
         "its numbers do not fit MONGODB_NUMERIC_TYPE={type}: {why}",
         "数值不适合 MONGODB_NUMERIC_TYPE={type}：{why}",
@@ -21405,7 +21406,6 @@ TEMPLATES |= {
     ),
     "collection.no_key": ("for which no key is of use", "没有密钥可用于这些代码"),
     "collection.no_plain_file": ("{path} is no plain file", "{path} 不是普通文件"),
-    "collection.no_text": ("it is not UTF-8 text", "不是 UTF-8 文本"),
     "collection.not_stored": ("{codes} not stored: {why}", "{codes} 未入库：{why}"),
     "collection.over_plans": ("more than the keys' plans allow", "超出各密钥套餐的限额"),
     "collection.refused": ("{codes}, {names}: {why}", "{codes}（{names}）：{why}"),
@@ -21418,7 +21418,6 @@ TEMPLATES |= {
         "一次轮询用了 {took:.1f} 秒，超出每 {every:g} 秒一次的间隔",
     ),
     "collection.unread": ("{place} cannot be read: {why}", "无法读取 {place}：{why}"),
-    "collection.unread_mark": ("{path} cannot be read", "无法读取 {path}"),
     "collection.watch_list": ("COLLECT_CODES: {why}", "COLLECT_CODES：{why}"),
 }
 
@@ -21439,7 +21438,6 @@ TEMPLATES |= {
         'args holds no codes: expected code_list, a list such as ["AAPL.US"]; got {came}',
         'args 中没有代码：应为 code_list，形如 ["AAPL.US"]；收到的是 {came}',
     ),
-    "protocol.read_as": ("read as: {codes}", "代码解读为：{codes}"),
     "protocol.silent": ("nothing came for {seconds:.0f} s", "{seconds:.0f} 秒没有收到任何数据"),
     "protocol.store_failed": (
         "{reached} of {total} codes stored, then the store failed: {why}",
@@ -21657,14 +21655,12 @@ TEMPLATES |= {
         "left out  {name}: stockrt has no such setting",
         "未采用  {name}：stockrt 没有这项设置",
     ),
-    "migration.no_text": ("it is not UTF-8 text", "不是 UTF-8 文本"),
     "migration.no_zone": (
         "--time-zone {name}: no such zone on this machine; expected a name such as Asia/Shanghai, of the package "
         "tzdata",
         "--time-zone {name}：本机没有该时区；应为 Asia/Shanghai 之类的名称，由软件包 tzdata 提供",
     ),
     "migration.not_given": ("{path} cannot be given to its owner", "无法把 {path} 交还给其属主"),
-    "migration.not_read": ("{path} cannot be read", "无法读取 {path}"),
     "migration.not_removed": ("{path} cannot be removed", "无法删除 {path}"),
     "migration.other_zone": (
         "--time-zone {zone}: create_time would be {hours:+.1f} h from when the documents were made, by their "
@@ -21766,7 +21762,6 @@ TEMPLATES |= {
     "cli.code_not_stored": ("{code}: nothing of it is stored", "{code}：库中没有它的数据"),
     "cli.error": ("stockrt: {words}", "stockrt：{words}"),
     "cli.exchange_time": ("EXCHANGE TIME", "交易所时间"),
-    "cli.export_broken": ("interrupted", "已中断"),
     "cli.export_undone": ("interrupted: no file was written", "已中断：未写出文件"),
     "cli.exported": ("{rows} written to standard output", "已将 {rows}写到标准输出"),
     "cli.exported_to": ("{rows} written to {path}", "已将 {rows}写入 {path}"),
@@ -21830,7 +21825,6 @@ TEMPLATES |= {
         "{n} pushed and not asked for, or no trades",
         "另有 {n} 条推送并未请求，或不是成交",
     ),
-    "cli.collect_gaps": ("{gaps} today", "今日有 {gaps}"),
     "cli.collect_no_key": (
         "INFOWAY_API_KEY: no key can be used any more: {why}",
         "INFOWAY_API_KEY：已没有可用的密钥：{why}",
@@ -21853,14 +21847,11 @@ TEMPLATES |= {
         "本机上有 {trades} MongoDB",
     ),
     "cli.once_codes_interrupted": ("interrupted while the codes were read", "读取代码时已中断"),
-    "cli.once_failed_code": ("  {code}: {why}", "  {code}：{why}"),
-    "cli.once_read_as": ("read as: {codes}", "实际查询：{codes}"),
     "cli.once_store_hangs": (
         "{summary}; the store did not answer: what was being written may be missing",
         "{summary}；存储没有应答：正在写入的数据可能缺失",
     ),
     "cli.working": ("working for {{elapsed}} (min:s)", "已运行 {{elapsed}}（分：秒）"),
-    "unit.codes": ("codes", "代码"),
     "unit.documents": ("documents", "文档"),
     "unit.trades": ("trades", "成交"),
 }
@@ -21939,7 +21930,7 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
 示例：
   stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY   模拟成交：不需要密钥和网络
   stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT   真实成交：须设置 INFOWAY_API_KEY
-  stockrt.pyz --once --codes-file codes.txt --json           向 stdout 每行输出一个 JSON 文档
+  stockrt.pyz --once --codes-file codes.txt --json           每行一个 JSON 文档，写到标准输出
   stockrt.pyz --collect --codes TSLA.US BTCUSDT              逐笔采集，直到按 Ctrl-C
   stockrt.pyz --collect --demo --codes TSLA.US               模拟成交，每秒一笔
   stockrt.pyz --show                                         已存行情：各代码的价格、涨跌、当日走势
@@ -22123,7 +22114,6 @@ TEMPLATES |= {
         "--from {since} --to {until}：两者之间没有任何时间；详见 --help",
     ),
     "usage.no_value": ("ignored explicit argument {value}", "不接受取值，却给出了 {value}"),
-    "usage.not_utf8": ("it is not UTF-8 text", "不是 UTF-8 文本"),
     "usage.once_needs_codes": (
         "--once needs --codes CODE … or --codes-file FILE; see --help",
         "--once 需要 --codes CODE … 或 --codes-file FILE；详见 --help",

@@ -133,6 +133,12 @@ def test_both_languages_have_the_same_values(catalogue: dict[str, tuple[str, str
     assert odd == {}
 
 
+def test_no_two_kinds_say_the_same(catalogue: dict[str, tuple[str, str]]) -> None:
+    said: dict[tuple[str, str], str] = {}
+    twice = [(said[words], kind) for kind, words in catalogue.items() if said.setdefault(words, kind) != kind]
+    assert twice == []
+
+
 def test_every_call_has_the_values_of_its_kind(source: Source, catalogue: dict[str, tuple[str, str]]) -> None:
     """Of some kinds that stand together in a table not each has a place for everything."""
     odd = []

@@ -172,13 +172,13 @@ def test_every_answer_of_the_documentation_leads_to_its_action(
 @pytest.mark.parametrize(
     ("status", "body", "words"),
     [
-        (401, GATEWAY_PAGE, "HTTP 401，不像 API 的应答，像是中途的网关或登录页所发"),
+        (401, GATEWAY_PAGE, "HTTP 401，不像 API 的应答，像是来自途中的网关或登录页"),
         (
             401,
             '{"error":1,"message":"Log in"}',
-            "HTTP 401：Log in，不像 API 的应答，像是中途的网关或登录页所发",
+            "HTTP 401：Log in，不像 API 的应答，像是来自途中的网关或登录页",
         ),
-        (403, "", "HTTP 403，被网关拒绝：因密钥、地区或其风控"),
+        (403, "", "HTTP 403，被网关拒绝：原因可能是密钥、地区或风控"),
         (302, "", "HTTP 302，是重定向，不予跟随"),
         (429, '{"code":429,"message":"Too many"}', "HTTP 429：Too many"),
         (200, said(509, "Token expired"), "API 返回 509：Token expired"),

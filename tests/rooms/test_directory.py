@@ -212,7 +212,7 @@ def test_two_that_are_called_alike_are_both_proposed(world: World) -> None:
 def test_what_the_lists_know_can_be_read_in_chinese(world: World) -> None:
     with pytest.raises(InstrumentError) as caught:
         world.find("700")
-    assert in_chinese(caught.value.message) == "看不出指哪个品种：是不是 00700.HK (腾讯控股)？"
+    assert in_chinese(caught.value.message) == "看不出指哪个品种：是不是 00700.HK（腾讯控股）？"
     explain = world.directory.explain
     assert in_chinese(explain(Instrument("7203.JP", "japan"), world.stop)) == (
         "API 的品种列表中有该代码（丰田汽车），但没有其成交，或此密钥的套餐不包含"
@@ -221,7 +221,7 @@ def test_what_the_lists_know_can_be_read_in_chinese(world: World) -> None:
     assert told == "API 不认识该代码：所有品种列表中都没有"
     world.server.script = lambda _: Answer.html(403, "no")
     assert in_chinese(world.directory.refresh(["STOCK_IN"], world.stop)) == (
-        "HTTP 403，被网关拒绝：因密钥、地区或其风控"
+        "HTTP 403，被网关拒绝：原因可能是密钥、地区或风控"
     )
     assert in_chinese(world.directory.refresh(["STOCK_IN"], world.stop)) == "刚才查询过，没有结果"
     world.stop.set()

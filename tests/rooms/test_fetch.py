@@ -561,7 +561,7 @@ def test_a_gzip_stream_without_its_second_half_is_not_taken(infoway: InfowayServ
 @pytest.mark.parametrize(
     ("answer", "bars", "words"),
     [
-        (Answer.empty(403), 0, "HTTP 403，被网关拒绝：因密钥、地区或其风控；请检查 INFOWAY_API_KEY"),
+        (Answer.empty(403), 0, "HTTP 403，被网关拒绝：原因可能是密钥、地区或风控；请检查 INFOWAY_API_KEY"),
         (REFUSALS["500_json"], 2, "API 返回 500：System error，共尝试 2 次"),
         (
             Answer.empty(503).with_headers(("Retry-After", "3000")),
@@ -571,7 +571,7 @@ def test_a_gzip_stream_without_its_second_half_is_not_taken(infoway: InfowayServ
         (
             LOGIN_PAGE,
             0,
-            "没有 API 密钥可用于 stock（密钥 ***：HTTP 401，不像 API 的应答，像是中途的网关或登录页所发，"
+            "没有 API 密钥可用于 stock（密钥 ***：HTTP 401，不像 API 的应答，像是来自途中的网关或登录页，"
             "TIME 恢复）；请检查 INFOWAY_API_KEY",
         ),
     ],

@@ -338,7 +338,7 @@ def test_closing_line_of_collecting_in_chinese() -> None:
     )
     assert in_language(words, "zh") == (
         "成交 7 笔，已入库 5 笔，已有 2 笔（用时 4.2 秒）；本机上有 3 笔成交等待写入 MongoDB；"
-        "另有 1 条推送并未请求，或不是成交；今日有 1 处缺口"
+        "另有 1 条推送并未请求，或不是成交；今日 1 处缺口"
     )
 
 
@@ -372,8 +372,8 @@ def test_what_is_odd_in_the_settings_is_said_to_a_person_and_logged_for_a_servic
     ("unit", "english", "chinese"),
     [
         ("", "working for 00:0", "已运行 00:0"),
-        ("unit.codes", "3/9 [00:0", "3/9 [00:0"),
-        ("unit.codes", " codes/s", " 代码/s"),
+        ("cli.of_codes", "3/9 [00:0", "3/9 [00:0"),
+        ("cli.of_codes", " codes/s", " 代码/s"),
         ("unit.trades", " trades/s", " 成交/s"),
     ],
 )

@@ -754,7 +754,7 @@ def test_message_error_and_failures_of_a_result_are_chinese_and_nothing_else_cha
     assert chinese["message"] == (
         f"9 个代码中 5 个失败：X0.US（{short}）、X1.US（{short}）、X2.US（{short}），另有 2 个；"
         f"收盘快照未保存：{short}；1 笔成交暂存于本机，{short}"
-        f"；9 个代码中 3 个已入库；代码解读为：600519 -> 600519.SH"
+        f"；9 个代码中 3 个已入库；实际查询：600519 -> 600519.SH"
         f"；9 个代码中有 2 个自 {since} 起没有新成交，期间市场曾开市"
     )
     assert chinese["error"] == chinese["message"]
