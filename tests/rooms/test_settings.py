@@ -762,7 +762,7 @@ def test_every_other_fault_and_warning_is_in_chinese_too(write: WriteFile) -> No
     needs = stockrt.Needs(key=True, platform=True, whole_platform=True, paths=True, collect=True)
     with pytest.raises(SettingsError) as caught:
         stockrt.load_settings(environ, file, (), is_root=False, needs=needs)
-    foreign = ("No such file or directory", "The value of maxpoolsize must be an integer")
+    foreign = ("The value of maxpoolsize must be an integer",)
     faults = caught.value.faults
     chinese = [in_chinese(fault, *(text for text in foreign if text in fault)) for fault in faults]
     assert len(chinese) == 19
