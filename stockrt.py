@@ -20661,7 +20661,7 @@ TEMPLATES |= {
     "settings.expect.numeric_type": ("expected string, decimal or double", "应为 string、decimal 或 double"),
     "settings.expect.option": (
         "expected what MongoDB's documentation of connection strings says",
-        "应符合 MongoDB 文档对连接字符串的规定",
+        "应符合 MongoDB 文档对连接串的规定",
     ),
     "settings.expect.plans": (
         "expected auto, free, basic, premium, pro, or requests per second as a number (0: no limit, else 0.017 or "
@@ -20839,7 +20839,7 @@ TEMPLATES |= {
     ),
     "instruments.not_an_exchange": (
         "unknown exchange .{suffix}: expected one of {names}",
-        "未知的交易所 .{suffix}：应为以下之一：{names}",
+        "未知的交易所 .{suffix}，应为 {names} 之一",
     ),
     "instruments.not_of_product": (
         "{venue}: expected an instrument of {product}, such as {example}",
@@ -21266,7 +21266,7 @@ TEMPLATES |= {
         "who keeps trades for how long cannot be seen ({why})",
         "无法查看成交的保留期限（{why}）",
     ),
-    "stores.local_refused": ("the local store refused it: {why}", "被本地库拒绝：{why}"),
+    "stores.local_refused": ("the local store refused it: {why}", "被本地存储拒绝：{why}"),
     "stores.mongodb_good": (
         "{place}: database {database} can be written, {index}",
         "{place}：数据库 {database} 可写入，{index}",
@@ -21355,19 +21355,19 @@ TEMPLATES |= {
         "{place} 接受该密钥，但不能用于股票：{why}",
     ),
     "run.api_key": ("API key {key}", "API 密钥 {key}"),
-    "run.asked_as": ("{words} ({asked} -> {codes})", "{words}（{asked} -> {codes}）"),
+    "run.asked_as": ("{words} ({asked} -> {codes})", "{words}（实际查询：{asked} -> {codes}）"),
     "run.clock": ("clock", "时钟"),
     "run.limits": (
         "{plan}: {second:g} requests a second, {minute} a minute",
-        "{plan}：每秒 {second:g} 次请求，每分钟 {minute} 次",
+        "{plan}（每秒 {second:g} 次请求，每分钟 {minute} 次）",
     ),
     "run.limits_of_a_day": (
         "{plan}: {second:g} requests a second, {minute} a minute, {day} a day",
-        "{plan}：每秒 {second:g} 次请求，每分钟 {minute} 次，每天 {day} 次",
+        "{plan}（每秒 {second:g} 次请求，每分钟 {minute} 次，每天 {day} 次）",
     ),
-    "run.local_store": ("local store", "本地库"),
+    "run.local_store": ("local store", "本地存储"),
     "run.names_no_plan": ("the answer names none", "应答中没有套餐信息"),
-    "run.no_limit": ("{plan}: no limit", "{plan}：不限频"),
+    "run.no_limit": ("{plan}: no limit", "{plan}（不限频）"),
     "run.no_plan": ("its plan cannot be had: {why}", "无法获知其套餐：{why}"),
     "run.no_plan_but_free": (
         "its plan cannot be had: {why}: Free's limits hold unless INFOWAY_PLAN names it",
@@ -21377,7 +21377,7 @@ TEMPLATES |= {
     "run.not_stored": ("fetched, not stored: {why}", "已获取，未入库：{why}"),
     "run.other_plan": (
         "INFOWAY_PLAN differs and is what counts: {limits}",
-        "INFOWAY_PLAN 与此不同，以其为准：{limits}",
+        "INFOWAY_PLAN 与此不同，以 INFOWAY_PLAN 为准：{limits}",
     ),
     "run.plan": ("plan {limits}", "套餐 {limits}"),
     "run.plan_until": ("plan {limits}, until {until}", "套餐 {limits}，有效期至 {until}"),
@@ -21496,7 +21496,7 @@ TEMPLATES |= {
     "link.not_registered": ("not registered at {url}: {why}", "未能在 {url} 注册：{why}"),
     "link.online": (
         "still counted as online by the server (old session or a second instance); it will let go within 120 s",
-        "平台仍认为本模块在线（旧会话尚未结束，或另有一个实例）；平台会在 120 秒内放开",
+        "平台仍认为本模块在线（旧会话尚未结束，或另有一个实例）；旧会话最长 120 秒后失效",
     ),
     "link.platform": ("platform", "平台"),
     "link.platforms": ("the platform's", "平台的"),
@@ -21568,7 +21568,7 @@ TEMPLATES |= {
     ),
     "daemon.slow_disk": (
         "the disk of this module does not keep up; try again later",
-        "本模块的磁盘跟不上；请稍后重试",
+        "本模块的磁盘写入跟不上；请稍后重试",
     ),
     "daemon.stopping": (
         "this module is stopping and takes no new command",
@@ -21588,7 +21588,7 @@ TEMPLATES |= {
     "service.keys_out": ("{keys}, {out} out", "{keys}，其中 {out} 个已停用"),
     "service.last_execute": (
         "last execute {reached}/{total} in {took_s:.1f} s, {age} ago",
-        "{age}前执行，完成 {reached}/{total}，用时 {took_s:.1f} 秒",
+        "最近一次执行：{age}前，完成 {reached}/{total}，用时 {took_s:.1f} 秒",
     ),
     "service.no_execute": ("no execute yet", "尚未执行"),
     "service.not_connected": ("not connected to {peer}: {why}", "未连接 {peer}：{why}"),
@@ -21615,7 +21615,7 @@ TEMPLATES |= {
         "{documents} of {source} read: {added} added to {target}, {known} already there, {no_trade} no trade, "
         "{refused} refused by MongoDB",
         "已从 {source} 读取 {documents}：向 {target} 新增 {added}，已有 {known} 笔，"
-        "不是成交的 {no_trade} 条，被 MongoDB 拒绝 {refused} 条",
+        "不是成交的 {no_trade} 个，被 MongoDB 拒绝 {refused} 个",
     ),
     "migration.example": ("  {name}: {why}", "  {name}：{why}"),
     "migration.kept": ("kept      {name}: it is set already", "已保留  {name}：此处已有设置"),
@@ -21667,7 +21667,7 @@ TEMPLATES |= {
         "ObjectIds; expected the zone of the clock that wrote them (in a container often UTC); with --force it is "
         "taken as it is",
         "--time-zone {zone}：按此时区，create_time 与 ObjectId 所示的文档创建时间相差 {hours:+.1f} 小时；"
-        "应为写入这些文档的时钟所用的时区（容器中常为 UTC）；加上 --force 则照此采用",
+        "应为写入这些文档的时钟所用的时区（容器中常为 UTC）；加上 --force 可强制使用此时区",
     ),
     "migration.own_collection": (
         "--documents {name}: in that collection stockrt keeps what is no trade",
@@ -21685,7 +21685,7 @@ TEMPLATES |= {
     ),
     "migration.would_do": (
         "{documents} of {source} read: {trades}, doubles included, {no_trade} no trade; nothing was written: --dry-run",
-        "已从 {source} 读取 {documents}：{trades}（含重复），不是成交的 {no_trade} 条；未写入任何内容：--dry-run",
+        "已从 {source} 读取 {documents}：{trades}（含重复），不是成交的 {no_trade} 个；未写入任何内容：--dry-run",
     ),
 }
 
@@ -21860,7 +21860,7 @@ TEMPLATES |= {
 TEMPLATES |= {
     "help.backfill": (
         "fetch the final closes of the last DAYS sessions (up to {most}) of the given codes, or of all stored ones",
-        "补齐给定代码（或全部已存代码）最近 DAYS 个交易时段的最终收盘价，最多 {most} 个时段",
+        "补齐给定代码（或全部已存代码）最近 DAYS 个交易日的最终收盘价，最多 {most} 个交易日",
     ),
     "help.chart": (
         "with --show: candles and volume; with --html: of which step (5m)",
@@ -21895,7 +21895,7 @@ TEMPLATES |= {
     ),
     "help.documents": (
         "with --migrate: bring the older client's documents over (default: its own collection, {collection})",
-        "与 --migrate 同用：迁移旧客户端的文档（默认取其自己的集合 {collection}）",
+        "与 --migrate 同用：迁移旧客户端的文档（默认为旧客户端自己的集合 {collection}）",
     ),
     "help.drain": (
         "move now what waits on this machine for MongoDB",
@@ -21934,7 +21934,7 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
   stockrt.pyz --collect --codes TSLA.US BTCUSDT              逐笔采集，直到按 Ctrl-C
   stockrt.pyz --collect --demo --codes TSLA.US               模拟成交，每秒一笔
   stockrt.pyz --show                                         已存行情：各代码的价格、涨跌、当日走势
-  stockrt.pyz --backfill 60 --codes-file codes.txt           首次使用：补齐最近 60 个交易时段的收盘价
+  stockrt.pyz --backfill 60 --codes-file codes.txt           首次使用：补齐最近 60 个交易日的收盘价
   stockrt.pyz --html stocks.html                             把已存行情和 K 线图写成一个网页
   stockrt.pyz --check                                        检查有什么问题，以及该改哪一项设置
 
@@ -21953,7 +21953,8 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
     ),
     "help.force": (
         "with --register: anew, although a hash is stored; with --documents: this zone, whatever ObjectIds say",
-        "与 --register 同用：即使已存有模块哈希也重新注册；与 --documents 同用：以给出的时区为准，不管 ObjectId",
+        "与 --register 同用：即使已存有模块哈希也重新注册；"
+        "与 --documents 同用：即使与 ObjectId 的时间矛盾，也用给出的时区",
     ),
     "help.from": (
         "with --chart, --html or --export: since this date or time, ISO 8601, such as 2026-08-14 or "
@@ -22038,7 +22039,7 @@ TEMPLATES |= {
     "usage.argument": ("argument {flag}: {what}", "选项 {flag}：{what}"),
     "usage.backfill": (
         "--backfill {n}: expected 1 to {most} sessions; see --help",
-        "--backfill {n}：应为 1 到 {most} 个交易时段；详见 --help",
+        "--backfill {n}：应为 1 到 {most} 个交易日；详见 --help",
     ),
     "usage.choice": (
         "invalid choice: {value} (choose from {choices})",
@@ -22211,12 +22212,12 @@ TEMPLATES |= {
     "cli.may_not_look": ("this user may not look at it", "当前用户无权查看"),
     "cli.migrated": (
         "settings: {file}; a service that runs sees changes after its restart",
-        "设置：{file}；运行中的服务重启后才会用到",
+        "设置：{file}；正在运行的服务重启后才生效",
     ),
     "cli.nameless": ("without a name", "未命名"),
     "cli.needs_no_daemon": (
         "nothing for commands by hand; a daemon needs SERVER_IP and SERVER_PORT, or COLLECT or COLLECT_EVERY",
-        "手动执行命令时不需要守护进程；要运行它，请设置 SERVER_IP 和 SERVER_PORT，或设置 COLLECT 或 "
+        "手动执行命令时不需要守护进程，要运行它请设置 SERVER_IP 和 SERVER_PORT，或设置 COLLECT 或 "
         "COLLECT_EVERY",
     ),
     "cli.no_connection": ("no connection to the platform", "未连接到平台"),
@@ -22229,7 +22230,7 @@ TEMPLATES |= {
         "MONGODB_HOST not set: {why}; the trades are in {file}",
         "未设置 MONGODB_HOST：{why}；成交保存在 {file}",
     ),
-    "cli.no_old_documents": ("there are no older documents", "没有旧客户端的文档"),
+    "cli.no_old_documents": ("there are no older documents", "没有可迁移的旧客户端文档"),
     "cli.no_platform": ("none: no platform is set", "无：未设置平台"),
     "cli.no_room": ("{count} found no room", "{count} 笔因暂存队列已满而未保存"),
     "cli.no_state_directory": ("the state directory {path} cannot be used", "无法使用状态目录 {path}"),
@@ -22257,9 +22258,9 @@ TEMPLATES |= {
         "与 {unit} 的设置不同：{names} 来自当前环境变量，服务看不到；要按服务的设置检查，请先取消这些变量",
     ),
     "cli.nothing_executed": ("nothing was executed yet", "尚未执行过"),
-    "cli.nothing_now": ("nothing now", "目前没有"),
+    "cli.nothing_now": ("nothing now", "目前未采集"),
     "cli.nothing_refused": ("MongoDB has refused nothing", "MongoDB 没有拒绝过任何文档"),
-    "cli.nowhere_to_move": ("there is nowhere to move what this machine holds", "本机数据没有可写入的去处"),
+    "cli.nowhere_to_move": ("there is nowhere to move what this machine holds", "没有 MongoDB 可供写入"),
     "cli.of_codes": ("codes", "代码"),
     "cli.of_collecting": ("collecting", "行情采集"),
     "cli.of_daemon": ("daemon", "守护进程"),
@@ -22347,7 +22348,7 @@ TEMPLATES |= {
     "cli.set_aside": ("{files} set aside", "{files}已移开保留"),
     "cli.start_it": (
         "start it: sudo systemctl start {service}, or stockrt.pyz without a command",
-        "启动：sudo systemctl start {service}，或不带命令运行 stockrt.pyz",
+        "请用 sudo systemctl start {service} 启动，或不带命令运行 stockrt.pyz",
     ),
     "cli.still_counts": (
         "where it still counts, a service that begins now waits for up to three minutes (429)",
@@ -22368,7 +22369,7 @@ TEMPLATES |= {
     "cli.the_stream": ("the stream", "推送流"),
     "cli.they_follow": (
         "see --check; they follow when MongoDB takes them, at once with --drain",
-        "请看 --check；MongoDB 恢复后会自动写入，--drain 可立即写入",
+        "请看 --check，MongoDB 恢复后会自动写入，也可用 --drain 立即写入",
     ),
     "cli.through": ("{what} through {proxy} ({setting})", "{what} → {proxy}（{setting}）"),
     "cli.to_collect": ("{codes} to collect", "将采集 {codes}"),
@@ -22385,7 +22386,7 @@ TEMPLATES |= {
     ),
     "cli.undelivered": ("to be delivered", "待送达"),
     "cli.unknown": ("unknown", "未知"),
-    "cli.unsettled": ("the closes of {count} are still to be made", "{count} 笔的收盘价尚待生成"),
+    "cli.unsettled": ("the closes of {count} are still to be made", "{count} 笔成交的收盘价尚待生成"),
     "cli.until": ("{state} until {until}", "{state}至 {until}"),
     "cli.wait_for_mongodb": ("{trades} for MongoDB", "{trades} MongoDB"),
     "cli.wait_or_add": (

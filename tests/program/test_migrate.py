@@ -633,7 +633,7 @@ def test_examples_of_an_earlier_run_are_named_in_the_language_of_who_goes_on(
     line, example = done.stderr.splitlines()[-2:]
     assert line == (
         "已从 stock_data 读取 2500 个文档：向 realtime 新增 2499 笔成交，已有 0 笔，"
-        "不是成交的 1 条，被 MongoDB 拒绝 0 条"
+        "不是成交的 1 个，被 MongoDB 拒绝 0 个"
     )
     assert example.startswith(f"  {bad['_id']}：") and not re.search("[a-z]{3,} [a-z]", example), example
 

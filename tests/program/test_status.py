@@ -674,7 +674,7 @@ def speak_chinese(program: Program) -> None:
 def test_in_chinese_a_fresh_machine_is_told_of_in_aligned_columns(program: Program) -> None:
     speak_chinese(program)
     assert program.lines().splitlines() == [
-        "状态            未运行。处理办法：手动执行命令时不需要守护进程；要运行它，请设置 SERVER_IP 和 SERVER_PORT，"
+        "状态            未运行。处理办法：手动执行命令时不需要守护进程，要运行它请设置 SERVER_IP 和 SERVER_PORT，"
         "或设置 COLLECT 或 COLLECT_EVERY",
         f"版本            {stockrt.__version__}",
         "守护进程        未运行",
@@ -696,7 +696,7 @@ def test_in_chinese_programs_get_the_same_keys_and_states(program: Program) -> N
     speak_chinese(program)
     chinese = program.status()
     assert [name for name in english if english[name] != chinese[name]] == ["to_do"]
-    assert chinese["to_do"][0].startswith("手动执行命令时不需要守护进程；")
+    assert chinese["to_do"][0].startswith("手动执行命令时不需要守护进程，")
     with InfowayServer(keys={FIRST, OTHER}) as api:
         program.env |= {"INFOWAY_API_BASE_URL": api.url}
         checks = [json.loads(line) for line in program.run("--check", "--json").splitlines()]
@@ -750,7 +750,7 @@ def test_in_chinese_beside_a_daemon(program: Program) -> None:
         assert re.fullmatch(rf"http://127\S+：未连接，上次通信 {LOCAL_TIME}", lines["平台"])
         program.stop_daemon()
         assert lines_in_chinese(program.lines())["状态"] == (
-            "未运行。处理办法：启动：sudo systemctl start stockrt，或不带命令运行 stockrt.pyz"
+            "未运行。处理办法：请用 sudo systemctl start stockrt 启动，或不带命令运行 stockrt.pyz"
         )
 
 
@@ -797,7 +797,7 @@ def test_in_chinese_settings_that_the_service_does_not_have(
             "推送流没有数据，已改为轮询 800 个代码",
             "启动以来 900 笔成交",
         ),
-        (None, "行情采集尚未开始", "目前没有"),
+        (None, "行情采集尚未开始", "目前未采集"),
     ],
 )
 def test_in_chinese_a_service_that_collects(

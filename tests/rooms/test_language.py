@@ -191,7 +191,7 @@ REFUSED = {
     "--symbols 同用；详见 --help",
     ("--discard",): "--discard 须与 --rejects 同用；详见 --help",
     ("--executions", "0"): "--executions 0：应为 1 到 1000；详见 --help",
-    ("--backfill", "501"): "--backfill 501：应为 1 到 500 个交易时段；详见 --help",
+    ("--backfill", "501"): "--backfill 501：应为 1 到 500 个交易日；详见 --help",
     ("--html", "a.txt"): "--html a.txt：应为以 .html 结尾的文件名，图片则以 .svg 结尾；详见 --help",
     ("--html", "a.html", "--json"): "--json 不能与 --html 同用；详见 --help",
     ("--export", "a.xls"): "--export a.xls：应为以 .csv 或 .jsonl 结尾的文件名，或 -；详见 --help",

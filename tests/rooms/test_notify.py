@@ -176,7 +176,7 @@ def test_status_is_said_to_the_manager_in_the_readers_language(tmp_path: Path, m
     clock.advance(300)
     service.tick(1, 2)
     assert manager.heard(60) == [
-        "STATUS=已连接 10.0.0.5:8080 · 2 个密钥，其中 1 个已停用 · 5 分钟前执行，完成 50/50，用时 0.4 秒 · "
+        "STATUS=已连接 10.0.0.5:8080 · 2 个密钥，其中 1 个已停用 · 最近一次执行：5 分钟前，完成 50/50，用时 0.4 秒 · "
         "1 条指令待执行 · 2 条结果待送达"
     ]
     service.disconnected(stockrt.phrase("tools.no_memory"))

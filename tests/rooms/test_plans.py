@@ -220,7 +220,7 @@ def test_an_end_within_seven_days_is_said_once_a_day(
 def test_what_check_says_of_a_key_is_chinese() -> None:
     """Its plan, until when, where another one is set, and that none can be had."""
     plan = replace(PLANS["premium"], expires=4_000_000_000)
-    limits = "Premium：每秒 10 次请求，每分钟 600 次，每天 864000 次"
+    limits = "Premium（每秒 10 次请求，每分钟 600 次，每天 864000 次）"
     accepted = f"{{url}} 接受该密钥；套餐 {limits}，有效期至 2096-10-02T07:06:40.000Z"
     with InfowayServer(plans={KEY: plan}) as server:
 
@@ -233,7 +233,7 @@ def test_what_check_says_of_a_key_is_chinese() -> None:
             return in_chinese(check.words)
 
         assert told("") == accepted.format(url=server.url)
-        other = "；INFOWAY_PLAN 与此不同，以其为准：basic：每秒 2 次请求，每分钟 120 次，每天 172800 次"
+        other = "；INFOWAY_PLAN 与此不同，以 INFOWAY_PLAN 为准：basic（每秒 2 次请求，每分钟 120 次，每天 172800 次）"
         assert told("basic").removeprefix(accepted.format(url=server.url)) == other
         server.script = lambda request: (
             Answer.json({"ret": 200, "data": [{}]}) if request.resource == "package/info" else None

@@ -195,7 +195,7 @@ def test_once_and_the_idle_daemon_and_retain_remove_what_is_too_old(
     assert done.returncode == 0 and "local store: trades kept for 2 days, the oldest of" in done.stderr
     assert count("retain") == 2
     chinese = run_pyz("--retain", env=env | {"STOCKRT_LANG": "zh"}).stderr
-    assert chinese.startswith("本地库：成交保留 2 天") and in_chinese(chinese)
+    assert chinese.startswith("本地存储：成交保留 2 天") and in_chinese(chinese)
     filled("daemon")
     with PlatformServer() as platform:
         settings = settings_for(platform.port, infoway.url, tmp_path / "daemon", KEEP_DAYS="2")

@@ -970,7 +970,7 @@ def test_rejects_are_listed(place: Place, run_pyz: RunPyz) -> None:
 def test_drain_and_rejects_in_chinese(place: Place, run_pyz: RunPyz) -> None:
     environ = environment(place, STOCKRT_LANG="zh")
     assert (
-        "未设置 MONGODB_HOST：本机数据没有可写入的去处；成交保存在 "
+        "未设置 MONGODB_HOST：没有 MongoDB 可供写入；成交保存在 "
         in run_pyz("--drain", env={"STOCKRT_LANG": "zh"}).stderr
     )
     documents = with_own_prices(make_documents(3))
@@ -980,7 +980,8 @@ def test_drain_and_rejects_in_chinese(place: Place, run_pyz: RunPyz) -> None:
         UnsettledTrades(file).add(make_documents(3, first=50))
     told = run_pyz("--status", env=environ).stdout
     assert re.search(
-        rf"^暂存队列 {{8}}3 笔成交等待写入 MongoDB，\d\.\d MB，最早一笔自 {LOCAL_TIME} 起等待，3 笔的收盘价尚待生成$",
+        rf"^暂存队列 {{8}}3 笔成交等待写入 MongoDB，\d\.\d MB，最早一笔自 {LOCAL_TIME} 起等待，"
+        r"3 笔成交的收盘价尚待生成$",
         told,
         re.M,
     )

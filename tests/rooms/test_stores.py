@@ -894,7 +894,7 @@ def test_run_says_which_codes_the_store_refused(infoway: InfowayServer, sqlite_p
     assert (report.total, report.stored, set(report.failures)) == (3, 2, {"00700.HK"})
     assert (
         in_chinese(report.failures["00700.HK"].words, "no Hong Kong here")
-        == "被本地库拒绝：no Hong Kong here"
+        == "被本地存储拒绝：no Hong Kong here"
     )
     assert {document["s"] for document in sqlite_place.documents()} == {"AAPL.US", "600519.SH"}
 
