@@ -20554,6 +20554,7 @@ TEMPLATES |= {
     "os.EADDRINUSE": ("Address already in use", "地址已被占用"),
     "os.EADDRNOTAVAIL": ("Cannot assign requested address", "地址不可用"),
     "os.EAGAIN": ("Resource temporarily unavailable", "资源暂时不可用"),
+    "os.EBADF": ("Bad file descriptor", "文件描述符无效"),
     "os.EBUSY": ("Device or resource busy", "设备或资源忙"),
     "os.ECONNABORTED": ("Software caused connection abort", "连接已中止"),
     "os.ECONNREFUSED": ("Connection refused", "连接被拒绝"),
