@@ -956,9 +956,11 @@ ENV_FILE_PLACES = (
     Path("/etc/stockrt/stockrt.env"),
 )
 # Names with these beginnings are ours: an unknown one in the file is a misspelling worth a warning.
-OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_", "COLLECT_")
+OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_", "COLLECT_", "STOCKRT_LANG", "MESSAGE_LANG")
 # And so is one that begins with the same letter as one of ours and is so like it (difflib's ratio).
 NEAR_NAME = 0.9
+# What whoever types a command may have otherwise than the service: it changes how something is said, not what is done.
+READERS_OWN = ("LOG_LEVEL", "STOCKRT_LANG")
 # What COLLECT_CODES says for the codes of the collection MONGODB_WATCH_COLLECTION_NAME.
 WATCH = "watch"
 # Of these one may be set: how the daemon collects by itself.
@@ -1862,7 +1864,7 @@ def _read_values(
         else:
             read.unset.add(setting.name)
         is_hiding = where == environment and text != _look_up(setting, others)[2]
-        if unit is not None and is_hiding and setting.name != "LOG_LEVEL":
+        if unit is not None and is_hiding and setting.name not in READERS_OWN:
             read.hiding.append(name)
         if not text and not setting.default:
             continue
@@ -20552,6 +20554,7 @@ TEMPLATES |= {
     "os.EADDRINUSE": ("Address already in use", "地址已被占用"),
     "os.EADDRNOTAVAIL": ("Cannot assign requested address", "地址不可用"),
     "os.EAGAIN": ("Resource temporarily unavailable", "资源暂时不可用"),
+    "os.EBADF": ("Bad file descriptor", "文件描述符无效"),
     "os.EBUSY": ("Device or resource busy", "设备或资源忙"),
     "os.ECONNABORTED": ("Software caused connection abort", "连接已中止"),
     "os.ECONNREFUSED": ("Connection refused", "连接被拒绝"),

@@ -9,6 +9,7 @@ The tests' own process and every Python that it starts note what they say (see w
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -99,6 +100,8 @@ def main() -> None:
     sys.path.insert(0, str(START.parents[2]))
     import stockrt
 
+    # a test may say half a pair of surrogates
+    sys.stdout = io.TextIOWrapper(sys.stdout.buffer, "utf-8", errors="backslashreplace")
     with open(sys.argv[1], encoding="utf-8") as lines:
         found = examples(lines)
     for kind, said in found.items():
