@@ -21094,7 +21094,7 @@ TEMPLATES |= {
 
 TEMPLATES |= {
     "infoway.ahead": ("t {t}: {at} is more than a day ahead", "t {t}：{at} 比当前时间晚一天以上"),
-    "infoway.ambiguous": ("does not tell what is meant", "看不出指哪个品种"),
+    "infoway.ambiguous": ("does not tell what is meant", "未写明是哪个品种"),
     "infoway.asked_in_vain": ("it was asked for a moment ago, in vain", "刚才查询过，没有结果"),
     "infoway.asks_to_wait": ("{said}, asks to wait {s:.0f} s", "{said}，要求等待 {s:.0f} 秒"),
     "infoway.clock_ahead": (
@@ -21903,7 +21903,7 @@ TEMPLATES |= {
     ),
     "help.drain": (
         "move now what waits on this machine for MongoDB",
-        "立即把本机上等待写入 MongoDB 的数据写入",
+        "立即把暂存于本机的数据写入 MongoDB",
     ),
     "help.dry_run": (
         "with --migrate: say what would be done, write nothing",
@@ -22003,7 +22003,7 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
     ),
     "help.retry": (
         "with --drain: what MongoDB refused before, too",
-        "与 --drain 同用：连同此前被 MongoDB 拒绝的数据",
+        "与 --drain 同用：此前被 MongoDB 拒绝的数据也一并写入",
     ),
     "help.show": (
         "show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, else the "
