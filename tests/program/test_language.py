@@ -80,7 +80,7 @@ def test_help_is_whole_in_either_language(start_pyz: RunPyz, env: dict[str, str]
     done = start_pyz("--help", env=env)
     assert (done.returncode, done.stderr) == (0, "")
     if env:
-        assert done.stdout.startswith("用法： stockrt [-h]")
+        assert done.stdout.startswith("用法：stockrt [-h]")
         assert not ENGLISH_WORDS.search(re.sub(r"stockrt\.pyz --.*?  ", "", done.stdout))
     else:
         assert done.stdout.startswith("usage: stockrt [-h]")
@@ -116,7 +116,7 @@ def test_every_python_has_its_words_of_argparse_in_chinese(python: Python, clean
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     usage, _, said = done.stdout.partition("\n\n")
-    assert usage.startswith("用法： stockrt [-h]") and "[--backfill DAYS]" in usage.replace(" | ", "] [")
+    assert usage.startswith("用法：stockrt [-h]") and "[--backfill DAYS]" in usage.replace(" | ", "] [")
     assert "选项：\n  -h, --help            显示本帮助并退出\n" in said
     assert len(said.rpartition("\n\n")[2].splitlines()) == len(REFUSED)
     assert not ENGLISH_WORDS.search(re.sub(r"stockrt\.pyz --.*?  ", "", said)), said
