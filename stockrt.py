@@ -8904,13 +8904,16 @@ class MongoRetention:
         words = [_kept_words(mine.seconds if mine else None)]
         if mine is not None:
             words += [phrase("stores.oldest", created=created) for created in self._mongo.oldest()]
-            if mine.seconds != self._seconds:
-                words.append(phrase("stores.kept_soon", days=self._days or ""))
+            if not self._days:
+                words.append(phrase("stores.for_ever_soon"))
+            elif mine.seconds != self._seconds:
+                words.append(phrase("stores.kept_soon", days=self._days))
         elif self._days:
             why = self._why_not_on_its_own(others) or phrase("stores.ttl_to_come")
             words.append(phrase("stores.kept_not_yet", days=self._days, why=why))
-        removing = [index for index in others if index.seconds is not None]
-        words += [phrase("stores.but", other=_other_words(index)) for index in removing]
+        told = listing("join.commas", words)  # may name one that is in the way
+        removing = [_other_words(index) for index in others if index.seconds is not None]
+        words += [phrase("stores.but", other=other) for other in removing if other not in told]
         return listing("join.commas", words)
 
     def _indexes(self) -> tuple[TtlIndex | None, list[TtlIndex]]:
@@ -21245,6 +21248,10 @@ TEMPLATES |= {
     "stores.drop_other": ("{other}: drop that one first", "{other}；请先删除该索引"),
     "stores.fails": ("MongoDB at {place} fails: {why}", "MongoDB（{place}）出错：{why}"),
     "stores.file_good": ("{path} can be written, {trades} in it", "{path} 可写入，内有 {trades}"),
+    "stores.for_ever_soon": (
+        "KEEP_DAYS is not set any more: with the next run trades are kept for ever",
+        "已取消 KEEP_DAYS：自下次运行起永久保留",
+    ),
     "stores.gap_deaf": ("nothing was pushed although there were trades", "有成交，但没有推送"),
     "stores.gap_ended": ("stockrt ended without notice", "stockrt 意外退出"),
     "stores.gap_moved": ("moved to another connection", "转移到另一个连接"),
