@@ -4023,6 +4023,8 @@ def _dial(url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]
 
 # How long one process waits for another that writes to the same SQLite file.
 SQLITE_BUSY_S = 10.0
+# And its primary result code where that was too short.
+SQLITE_BUSY = 5
 # A file that another process rescues is looked at again so often.
 RESCUE_POLL_S = 0.05
 # What a file keeps free on the disk for everybody else.
@@ -4079,6 +4081,8 @@ def _connect_sqlite(path: Path, wait_s: float = SQLITE_BUSY_S, alone: bool = Fal
 
 def _sqlite_fault(path: Path, error: Exception) -> StoreError:
     """Return what an operator must know of a fault of SQLite, or of the disk below it."""
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == SQLITE_BUSY:
+        return StoreError(phrase("files.locked", path=path))
     why = str(error)
     if _is_full(path.parent):
         why = phrase("files.disk_full", why=why)
@@ -21035,6 +21039,10 @@ TEMPLATES |= {
     ),
     "files.forbidden": ("this user may not read and write it", "当前用户无权读写"),
     "files.lock_not_opened": ("the lock {path} cannot be opened", "无法打开锁文件 {path}"),
+    "files.locked": (
+        "the local file {path} is locked by another program; try again later",
+        "本地文件 {path} 正被其他程序锁定；请稍后再试",
+    ),
     "files.marked": ("a mark says so", "有损坏标记"),
     "files.newer": (
         "{path} was written by a newer stockrt (format {found}, this one knows {known}); use that one, or another "
@@ -21250,7 +21258,7 @@ TEMPLATES |= {
     "stores.file_good": ("{path} can be written, {trades} in it", "{path} 可写入，内有 {trades}"),
     "stores.for_ever_soon": (
         "KEEP_DAYS is not set any more: with the next run trades are kept for ever",
-        "已取消 KEEP_DAYS：自下次运行起永久保留",
+        "已取消 KEEP_DAYS：自下次运行起成交永久保留",
     ),
     "stores.gap_deaf": ("nothing was pushed although there were trades", "有成交，但没有推送"),
     "stores.gap_ended": ("stockrt ended without notice", "stockrt 意外退出"),

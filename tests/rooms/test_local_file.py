@@ -996,6 +996,23 @@ def test_closes_of_an_older_format_are_rescued(tmp_path: Path) -> None:
         assert file.read_all("SELECT stock_code, p FROM close") == [("TSLA.US", "9.5")]
 
 
+@pytest.mark.parametrize("patient", [False, True])
+def test_a_file_that_another_program_locks_is_said_in_words_of_ours(
+    tmp_path: Path, patient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the opening, and by a use; nothing is wrong with the state directory."""
+    monkeypatch.setattr(stockrt, "SQLITE_BUSY_S", 0.1)
+    with open_store_file(tmp_path) as file:
+        path = file.path
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StoreError) as locked, open_store_file(tmp_path, patient=patient) as file:
+            file.read_one("SELECT 1")
+    assert locked.value.message == f"the local file {path} is locked by another program; try again later"
+    assert in_chinese(locked.value.message) == f"本地文件 {path} 正被其他程序锁定；请稍后再试"
+
+
 @pytest.mark.parametrize(
     ("number", "setting"), [(errno.EMFILE, "LimitNOFILE"), (errno.EACCES, "STATE_DIRECTORY")]
 )

@@ -304,7 +304,7 @@ def test_the_index_changes_and_goes_with_the_setting(world: World, caplog: pytes
     with world.pipeline("") as pipeline:
         told = pipeline.check_store()
         assert told.endswith("KEEP_DAYS is not set any more: with the next run trades are kept for ever")
-        assert in_chinese(told).endswith("，已取消 KEEP_DAYS：自下次运行起永久保留")
+        assert in_chinese(told).endswith("，已取消 KEEP_DAYS：自下次运行起成交永久保留")
         assert "KEEP_DAYS=" not in told
     world.realtime.create_index("seen", name="theirs")
     assert "kept for ever" in world.run("")
