@@ -293,16 +293,34 @@ import zipfile
 from pathlib import Path
 
 MAIN = """\
-# Python 2.7 and newer read this far, so the one line that helps comes before any newer syntax.
+# Python 2.7, and 3.3 and newer, read this file, so the one line that helps comes before any newer syntax.
+import os
 import sys
 
+
+# For a Chinese reader, known as in build_pyz.sh, or else, as in a journal, in English.
+def leave(status, english, chinese, *values):
+    get, stderr = os.environ.get, os.fstat(2)
+    journal = get("JOURNAL_STREAM") == "%d:%d" % (stderr.st_dev, stderr.st_ino)
+    locale = (get("LC_ALL") or get("LC_MESSAGES") or get("LANG") or "").lower()
+    named, charset = get("STOCKRT_LANG", "").strip().lower(), locale.partition(".")[2].replace("-", "")
+    reads = (named if named in ("zh", "en") else locale).startswith("zh") and charset[:4] in ("", "utf8")
+    words = chinese if reads and not journal and not (get("TERM") == "linux" and os.isatty(2)) else english
+    if str is bytes:  # Python 2
+        os.write(2, words.encode("utf-8") % values + b"\\n")
+    else:
+        os.write(2, (("<3>" if journal else "") + words % values + "\\n").encode("utf-8", "surrogateescape"))
+    sys.exit(status)
+
+
 if sys.version_info < ({major}, {minor}):
-    sys.exit(
-        "stockrt needs Python {major}.{minor} or newer; this is %d.%d.%d (%s). Run it as: python3.X %s"
-        % (sys.version_info[:3] + (sys.executable, sys.argv[0]))
+    leave(
+        1,
+        u"stockrt needs Python {major}.{minor} or newer; this is %d.%d.%d (%s). Run it as: python3.X %s",
+        u"stockrt 需要 Python {major}.{minor} 或更高版本；当前是 %d.%d.%d（%s）。请这样运行：python3.X %s",
+        *(sys.version_info[:3] + (sys.executable, sys.argv[0]))
     )
 
-import os
 import signal
 
 # Ctrl-C before the program takes signals itself ends quietly, as later.
@@ -341,18 +359,18 @@ try:
 except (OSError, RuntimeError) as error:  # RuntimeError: nobody tells where the home of this user is
     if "stockrt" in sys.modules:  # unpacked, and begun: not the cache's fault
         raise
-    stderr = os.fstat(2)
-    journal = os.environ.get("JOURNAL_STREAM") == "%d:%d" % (stderr.st_dev, stderr.st_ino)
-    sys.stderr.write(
-        "%sstockrt: cannot unpack itself into %s: %s; make room there and let this user write it, "
-        "or name another directory in SHIV_ROOT\\n"
-        % (
-            "<3>" if journal else "",
-            os.path.dirname(os.path.dirname(site)),
-            getattr(error, "strerror", None) or "it has no home directory: neither HOME nor its name tells one",
-        )
+    no_home = (
+        u"it has no home directory: neither HOME nor its name tells one",
+        u"当前用户没有主目录（未设置 HOME，按用户名也查不到）",
     )
-    sys.exit(78)
+    reasons = [(getattr(error, "strerror", None) or words).replace("%", "%%") for words in no_home]
+    leave(
+        78,
+        u"stockrt: cannot unpack itself into %s: " + reasons[0] + u"; make room there and let this user write it, "
+        u"or name another directory in SHIV_ROOT",
+        u"stockrt：无法解压到 %s：" + reasons[1] + u"；请腾出空间并让当前用户可写，或用 SHIV_ROOT 指定其他目录",
+        os.path.dirname(os.path.dirname(site)),
+    )
 """
 
 source, target, script = map(Path, sys.argv[1:])
@@ -362,7 +380,7 @@ if not found:
 
 with zipfile.ZipFile(source) as old:
     build_id = json.loads(old.read("environment.json"))["build_id"]
-main = MAIN.format(major=found[1], minor=found[2], build_id=build_id).encode("ascii")
+main = MAIN.format(major=found[1], minor=found[2], build_id=build_id).encode("ascii", "backslashreplace")
 
 with zipfile.ZipFile(source) as old, target.open("wb") as file:
     file.write(b"#!/usr/bin/env python3\n")

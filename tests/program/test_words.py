@@ -287,6 +287,34 @@ def test_user_without_name_and_home_gets_a_sentence(pyz: Path, tmp_path: Path, h
     assert (f"{home}/.shiv" if home else "HOME") in line
 
 
+@pytest.mark.parametrize(
+    ("language", "is_chinese"),
+    [
+        ({"LANG": "zh_CN.UTF-8"}, True),
+        ({"STOCKRT_LANG": " ZH "}, True),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": "zh_CN.utf8"}, True),
+        ({"LANG": "zh_CN.UTF-8", "STOCKRT_LANG": "en"}, False),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C.UTF-8"}, False),
+        ({"LANG": "zh_CN.GB18030"}, False),
+        ({"LANG": "en_US.ISO-8859-1", "STOCKRT_LANG": "zh"}, False),
+    ],
+)
+def test_that_it_cannot_be_unpacked_is_said_in_the_readers_language(
+    pyz: Path, tmp_path: Path, language: dict[str, str], is_chinese: bool
+) -> None:
+    """As build_pyz.sh says its words, before anything of the program is there."""
+    place = tmp_path / "文件"
+    place.touch()
+    env = {"PATH": os.environ["PATH"], "SHIV_ROOT": str(place / "100%"), **language}
+    done = subprocess.run([sys.executable, str(pyz), "--version"], env=env, capture_output=True, timeout=60)
+    words = f"stockrt: cannot unpack itself into {place}/100%: Not a directory; make room there and let this "
+    rest = "user write it, or name another directory in SHIV_ROOT\n"
+    if is_chinese:
+        words = f"stockrt：无法解压到 {place}/100%：Not a directory；请腾出空间并让当前用户可写，或用 "
+        rest = "SHIV_ROOT 指定其他目录\n"
+    assert (done.returncode, done.stderr.decode()) == (78, words + rest)
+
+
 # ------------------------------------------------------------------------------------------------------
 # The command line
 # ------------------------------------------------------------------------------------------------------
