@@ -113,7 +113,7 @@ check_python() {
     local version
     version=$("$python" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) ||
         fail "no Python at '$python': install python3 (3.11 or newer) and python3-venv, or set PYTHON" \
-            "“$python” 处没有 Python：请安装 python3（3.11 及以上）和 python3-venv，或设置 PYTHON"
+            "找不到 Python（$python）：请安装 python3（3.11 及以上）和 python3-venv，或设置 PYTHON"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         fail "'$python' is Python $version: install 3.11 or newer and name it, as in PYTHON=python3.12" \
             "“$python” 是 Python $version：请安装 3.11 或更高版本并指定它，例如 PYTHON=python3.12"
@@ -241,7 +241,9 @@ fetch_all() {
                 --python-version "$version" --python-platform "$machine-manylinux_2_28" &
             pids+=($!)
         done
-        for pid in "${pids[@]}"; do wait "$pid" || fail "could not fetch the wheels for $version"; done
+        for pid in "${pids[@]}"; do
+            wait "$pid" || fail "could not fetch the wheels for $version" "无法获取 Python $version 的依赖包"
+        done
     done
 }
 
@@ -470,7 +472,7 @@ install_files() {
     say "installed $DESTDIR$program" "已安装    $DESTDIR$program"
     say "installed $DESTDIR$unit" "已安装    $DESTDIR$unit"
     if [ -e "$DESTDIR$config" ] || [ -L "$DESTDIR$config" ]; then
-        say "kept      $DESTDIR$config" "保留      $DESTDIR$config"
+        say "kept      $DESTDIR$config" "已保留    $DESTDIR$config"
     else
         place 600 "$here/stockrt.env.example" "$config"
         say "installed $DESTDIR$config" "已安装    $DESTDIR$config"
@@ -488,8 +490,9 @@ install_files() {
         fi
     fi
     say next: 下一步：
+    say "  sudoedit $config                  # INFOWAY_API_KEY; SERVER_IP, SERVER_PORT, or COLLECT, COLLECT_CODES" \
+        "  sudoedit $config                  # INFOWAY_API_KEY；SERVER_IP、SERVER_PORT，或 COLLECT、COLLECT_CODES"
     cat <<TEXT
-  sudoedit $config                  # INFOWAY_API_KEY; SERVER_IP, SERVER_PORT, or COLLECT, COLLECT_CODES
   sudo systemctl enable --now stockrt
   systemctl status stockrt
 TEXT
@@ -508,7 +511,7 @@ uninstall_files() {
     rm -rf -- "$DESTDIR/var/cache/private/stockrt" "$DESTDIR/var/cache/stockrt"
     ! systemd_runs || systemctl daemon-reload
     for path in /etc/stockrt "$unit.d" /var/lib/private/stockrt /var/lib/stockrt; do
-        [ ! -d "$DESTDIR$path" ] || [ -L "$DESTDIR$path" ] || say "kept    $DESTDIR$path" "保留    $DESTDIR$path"
+        [ ! -d "$DESTDIR$path" ] || [ -L "$DESTDIR$path" ] || say "kept    $DESTDIR$path" "已保留  $DESTDIR$path"
     done
 }
 
@@ -629,6 +632,7 @@ run_tests() {
 # The bench starts servers of the tests; what it measures is the file that users get.
 run_bench() {
     check_python
+    case " $* " in *" --help "* | *" -h "*) exec "$python" -B "$here/tests/bench/bench.py" --help ;; esac
     ensure_tools
     ensure_test_env
     (build_file fetch_all)

@@ -442,6 +442,32 @@ def test_python_that_is_not_there_is_named() -> None:
     assert run.returncode == 1
     assert "no Python at 'no-such-python'" in run.stderr
     assert run.stderr.count("\n") == 1
+    run = build(ROOT, env={"PYTHON": "no-such-python", "STOCKRT_LANG": "zh", "LC_ALL": "C.UTF-8"})
+    assert "build_pyz.sh：找不到 Python（no-such-python）：请安装 python3" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("language", "words"),
+    [
+        ("en", "build_pyz.sh: could not fetch the wheels for 3.11\n"),
+        ("zh", "build_pyz.sh：无法获取 Python 3.11 的依赖包\n"),
+    ],
+)
+def test_wheels_that_cannot_be_fetched_are_said(tmp_path: Path, language: str, words: str) -> None:
+    """With the tools that are there, and no wheel."""
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "tool").symlink_to(BUILD_DIR / "tool")
+    env = {"STOCKRT_BUILD_DIR": str(tmp_path / "build"), "STOCKRT_LANG": language, "LC_ALL": "C.UTF-8"}
+    env |= {"UV_DEFAULT_INDEX": "http://127.0.0.1:1/simple", "UV_NO_CACHE": "true", "UV_HTTP_RETRIES": "0"}
+    run = build(copy_sources(tmp_path / "sources"), env=env)
+    assert run.returncode == 1 and words in run.stderr, run.stderr
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_of_the_bench_is_shown_without_a_build(tmp_path: Path, flag: str) -> None:
+    run = build(ROOT, "bench", flag, env={"STOCKRT_BUILD_DIR": str(tmp_path / "build")})
+    assert run.returncode == 0 and "--write-readme" in run.stdout
+    assert not (tmp_path / "build").exists()
 
 
 def test_python_without_venv_is_named(tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ def source(tmp_path: Path, pyz: Path) -> Path:
 
 
 def run(
-    source: Path, what: str, destination: Path | None, umask: int = 0o022
+    source: Path, what: str, destination: Path | None, umask: int = 0o022, language: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name != "DESTDIR"}
+    env = {name: value for name, value in os.environ.items() if name not in ("DESTDIR", "STOCKRT_LANG")}
+    env |= {"STOCKRT_LANG": language, "LC_ALL": "C.UTF-8"} if language else {}
     return subprocess.run(
         [source / "build_pyz.sh", what],
         env=env | ({"DESTDIR": str(destination)} if destination else {}),
@@ -86,6 +87,18 @@ def test_uninstall_leaves_the_configuration_and_says_where(source: Path, tmp_pat
     kept = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("kept")]
     assert kept == [str(there / "etc/stockrt"), str(state.parent)]
     assert run(source, "uninstall", there).returncode == 0
+
+
+def test_a_chinese_reader_reads_chinese_in_aligned_columns(source: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    run(source, "install", there)
+    done = run(source, "install", there, language="zh")
+    assert f"已安装    {there}/opt/stockrt/stockrt.pyz\n" in done.stdout
+    assert f"已保留    {there}/{CONFIGURATION}\n" in done.stdout
+    assert "# INFOWAY_API_KEY；SERVER_IP、SERVER_PORT，或 COLLECT、COLLECT_CODES\n" in done.stdout
+    done = run(source, "uninstall", there, language="zh")
+    assert f"已删除  {there}/opt/stockrt/stockrt.pyz\n" in done.stdout
+    assert f"已保留  {there}/etc/stockrt\n" in done.stdout
 
 
 def test_program_of_other_sources_is_not_installed(source: Path, tmp_path: Path) -> None:
