@@ -3177,6 +3177,10 @@ class Events:
     def damaged(self, error: StockrtError) -> None:
         """A local file or the program is: with these words the process has to end, and its next start mends it."""
 
+    def set_aside(self, words: str) -> None:
+        """A damaged local file is set aside and rescued; where this tells nobody else it goes to the log."""
+        log.error("%s", words)
+
     def connected(self) -> None:
         """The connection to the platform stands."""
 
@@ -4725,13 +4729,8 @@ class LocalFile:
         aside = _beside(self.path, f".damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z")
         _move(self._away, aside)
         sync_directory(self.path.parent)
-        log.error(
-            "the local file %s cannot be used: %s; it is set aside as %s, %s",
-            self.path,
-            damage,
-            aside.name,
-            "it had been rescued already" if rescued is None else f"{rescued} rows of it are rescued",
-        )
+        kind = "files.set_aside_again" if rescued is None else "files.set_aside"
+        self._events.set_aside(phrase(kind, path=self.path, damage=damage, aside=aside.name, rows=rescued))
 
     def _rescue(self) -> int:
         """Make the new file of what can be read of the old one, and return how many rows that is."""
@@ -11349,12 +11348,12 @@ class Pipeline:
 
     @staticmethod
     @contextlib.contextmanager
-    def open_reader(settings: Settings, demo: bool = False) -> Iterator[Reader]:
+    def open_reader(settings: Settings, demo: bool = False, events: Events = NO_EVENTS) -> Iterator[Reader]:
         """Give what the views read from: it writes nothing. `demo`: synthetic trades alone, which are never in MongoDB.
 
         Raises StoreError.
         """
-        with open_store_file(settings.state_directory) as file:
+        with open_store_file(settings.state_directory, events) as file:
             if demo or not settings.mongodb_uri:
                 yield SqliteReader(file, demo)
                 return
@@ -18674,7 +18673,15 @@ def reload_on_hangup(daemon: Daemon) -> None:
 LONG_RUN_S, DRAW_EVERY_S = 2.0, 0.5
 
 
-class Terminal(Events):
+class ByHand(Events):
+    """Tells the person who typed a command, in that one's language, what became of a local file."""
+
+    def set_aside(self, words: str) -> None:
+        """Say it."""
+        say(phrase("cli.error", words=words), logging.ERROR)
+
+
+class Terminal(ByHand):
     """Shows a run to a person: rows as they come, and a bar on a terminal's stderr once it is a long one.
 
     Long is what has more than `bar_above` of its `unit` (a kind of words), or takes LONG_RUN_S. Any thread may call it.
@@ -18817,7 +18824,7 @@ def run_once(options: Options, settings: Settings) -> int:
 def note_run(settings: Settings, started_at: float, report: Report) -> None:
     """Keep what came of a run, for --status and --executions; that it cannot be kept costs the run nothing."""
     try:
-        with contextlib.closing(Journal(settings.state_directory)) as journal:
+        with contextlib.closing(Journal(settings.state_directory, events=ByHand())) as journal:
             journal.note_run(started_at, *report_result({"workflow_name": "--once"}, report, settings))
     except StoreError as error:
         log.warning("--status will not know of this run: %s", error)
@@ -18985,7 +18992,7 @@ class LiveTable:
                 self._quotes[code] = with_trade(one, before.trade)  # it may wait for MongoDB
 
 
-class Ticks(Events):
+class Ticks(ByHand):
     """Prints trades as they are stored, those that wait for MongoDB, too, on a thread of its own.
 
     What was printed just before, or is the latest of its code, is not printed again. A reader that went away sets
@@ -19224,7 +19231,7 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
         words = ""
         try:
             looked_at = opened.enter_context(without_traces(settings))
-            pipeline = opened.enter_context(Pipeline(looked_at, only_looks=True))
+            pipeline = opened.enter_context(Pipeline(looked_at, ByHand(), only_looks=True))
         except StockrtError as error:
             words = error.message
         yield from _check_keys(settings, pipeline)
@@ -19463,7 +19470,7 @@ def gather_status(settings: Settings) -> StatusReport:
         daemon |= {"pid": told.get("pid"), "version": told.get("version")}
         states = told.get("keys", [])
     module_hash = read_hash(directory)
-    with without_traces(settings) as looked_at, Pipeline(looked_at) as pipeline:
+    with without_traces(settings) as looked_at, Pipeline(looked_at, ByHand()) as pipeline:
         spool, keys = pipeline.queued(told.get("spool_refused", 0)), pipeline.usage(states)
     status: StatusReport = {
         "status": "",
@@ -19506,7 +19513,7 @@ def _how_to_start(settings: Settings) -> Phrase:
 def _ask_journal(directory: Path, status: StatusReport) -> list[Trouble]:
     """Fill in what the journal knows, and return what is wrong by it. Raises StoreError."""
     troubles = []
-    with contextlib.closing(Journal(directory)) as journal:
+    with contextlib.closing(Journal(directory, events=ByHand())) as journal:
         status["waiting"] = journal.count_waiting(bool(status["daemon"]["running"]))
         totals, last = journal.totals(), journal.last(1, only_ended=True)
     if totals:
@@ -19719,7 +19726,7 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
         raise StoreError(phrase("cli.hidden", unit=UNIT))
     found: list[ExecutionFacts] = []
     if (settings.state_directory / JOURNAL_NAME).exists():
-        with contextlib.closing(Journal(settings.state_directory)) as journal:
+        with contextlib.closing(Journal(settings.state_directory, events=ByHand())) as journal:
             found = journal.last(count)
     for one in found:
         show_one(one, _execution_lines(one), as_json)
@@ -19848,7 +19855,7 @@ def run_drain(settings: Settings, retry: bool) -> int:
 
 def run_retain(settings: Settings) -> int:
     """Remove trades older than KEEP_DAYS, and say what is kept. Raises StoreError where something is in the way."""
-    with Pipeline(settings) as pipeline:
+    with Pipeline(settings, ByHand()) as pipeline:
         why = pipeline.apply_retention()
         if why:
             raise StoreError(phrase("cli.not_retained", days=settings.keep_days or "", why=why))
@@ -19891,7 +19898,7 @@ def _backfilled_words(row: Backfilled) -> Phrase:
 
 def discard_rejects(settings: Settings) -> int:
     """Delete what MongoDB refused for good, and the damaged files that were set aside; say how much that was."""
-    with Pipeline(settings) as pipeline:
+    with Pipeline(settings, ByHand()) as pipeline:
         rejects = pipeline.discard_rejects()
     files = damaged_files(settings.state_directory)
     size = sum(path.stat().st_size for path in files)
@@ -19905,7 +19912,7 @@ def discard_rejects(settings: Settings) -> int:
 
 def run_rejects(settings: Settings, as_json: bool) -> int:
     """Print what MongoDB refused for good, oldest first, and which damaged files were set aside."""
-    with Pipeline(settings) as pipeline:
+    with Pipeline(settings, ByHand()) as pipeline:
         rejects = pipeline.rejects()
     for reject in rejects:
         where = listing("join.columns", [reject["rejected_at"], reject["collection"], reject["_id"]])
@@ -19920,7 +19927,7 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
 def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     """Print the instruments whose code or name holds a text; exit status 1 where there are none."""
     stop = stop_on_signals()
-    with Pipeline(settings) as pipeline:
+    with Pipeline(settings, ByHand()) as pipeline:
         found, why = pipeline.symbols(text, stop)
     for symbol in found:
         line = f"{symbol.code:<16} {symbol.type:<9} {symbol.name}"
@@ -19938,7 +19945,10 @@ def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
 
 def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
     """Print what is stored of codes; exit status 1 where there is none of one that was asked for, or nothing at all."""
-    with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
+    with (
+        without_traces(settings) as looked_at,
+        Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
+    ):
         codes, missing = codes_to_show(options, settings, reader)
         found = in_order(quotes(reader, codes, SPOKEN.language == ENGLISH), options.sort or "code")
     now = time.time()
@@ -19976,7 +19986,10 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
     need_blocks(options, sys.stdout.encoding)
     now, span, step = time.time(), span_of(options), cast(str, options.chart)
     width, height = terminal_size()
-    with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
+    with (
+        without_traces(settings) as looked_at,
+        Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
+    ):
         codes, missing = codes_to_show(options, settings, reader)
         last = reader.last(codes)
         charts = read_charts(reader, codes, last, step, span, now, width)
@@ -20004,7 +20017,10 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
     path = Path(cast(str, options.html))
     need_plain_file(path, "--html")
     store, up = settings.mongodb_shown() or SQLITE_NAME, color_of_rise(environ, options.up)
-    with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
+    with (
+        without_traces(settings) as looked_at,
+        Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
+    ):
         codes, missing = codes_to_show(options, settings, reader)
         found = in_order(quotes(reader, codes, english=True), options.sort or "code")
         last = {one.code: one.trade for one in found}
@@ -20100,7 +20116,10 @@ def run_export(options: Options, settings: Settings) -> int:
     if place != "-":
         need_plain_file(Path(place), "--export")
     try:
-        with without_traces(settings) as looked_at, Pipeline.open_reader(looked_at, options.demo) as reader:
+        with (
+            without_traces(settings) as looked_at,
+            Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
+        ):
             missing: list[str] = []
             codes: Sequence[str] = ()
             span, is_chosen = span_of(options), bool(options.codes or options.codes_file)
@@ -21060,6 +21079,14 @@ TEMPLATES |= {
     ),
     "files.not_opened": ("the local file {path} cannot be opened", "无法打开本地文件 {path}"),
     "files.rescue_interrupted": ("its rescue was interrupted", "上次抢救已中断"),
+    "files.set_aside": (
+        "the local file {path} cannot be used: {damage}; it is set aside as {aside}, {rows} rows of it are rescued",
+        "无法使用本地文件 {path}：{damage}；已移开保留为 {aside}，并抢救出 {rows} 行",
+    ),
+    "files.set_aside_again": (
+        "the local file {path} cannot be used: {damage}; it is set aside as {aside}, it had been rescued already",
+        "无法使用本地文件 {path}：{damage}；已移开保留为 {aside}，此前已抢救过",
+    ),
     "files.taken_away": (
         "the local file {path} was taken away while it was in use",
         "本地文件 {path} 在使用中被移走",

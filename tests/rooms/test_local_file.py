@@ -789,6 +789,36 @@ def test_a_command_that_meets_damage_says_it_and_the_next_one_rescues(
     assert set_aside(state).name in done.stderr
 
 
+BY_HAND = (
+    ("--once", "--codes", "AAPL.US"),
+    ("--check",),
+    ("--retain",),
+    ("--show", "AAPL.US"),
+    ("--status",),
+)
+
+
+@pytest.mark.parametrize("typed", BY_HAND, ids=" ".join)
+def test_a_command_says_in_the_readers_language_what_it_set_aside(
+    tmp_path: Path, infoway: InfowayServer, run_pyz: RunPyz, typed: tuple[str, ...]
+) -> None:
+    state = tmp_path / "state"
+    path = spoiled(state, lambda path: path.write_bytes(b"no database at all" * 1000), 500)
+    env = {"INFOWAY_API_KEY": "test-key", "INFOWAY_API_BASE_URL": infoway.url, "STOCKRT_LANG": "zh"}
+    done = run_pyz(*typed, env=env | {"STATE_DIRECTORY": str(state)})
+    (said,) = [line for line in done.stderr.splitlines() if set_aside(state).name in line]
+    words = f"stockrt：无法使用本地文件 {path}：file is not a database；已移开保留为 {set_aside(state).name}，并抢救出 "
+    assert said.startswith(words), done.stderr
+
+
+def test_a_daemons_log_says_what_it_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = spoiled(tmp_path, lambda path: path.write_bytes(b"no database at all" * 1000), 5)
+    with open_store_file(tmp_path):
+        pass
+    words = f"the local file {path} cannot be used: file is not a database; it is set aside as "
+    assert f"{words}{set_aside(tmp_path).name}, " in caplog.text and " rows of it are rescued" in caplog.text
+
+
 def test_a_daemon_takes_the_directory_before_it_opens_any_file(tmp_path: Path) -> None:
     """A second one beside it must not touch a file, however damaged."""
     state = tmp_path / "state"
