@@ -2660,10 +2660,17 @@ def _code_text(raw: object) -> str:
     if isinstance(raw, str):
         return raw
     if isinstance(raw, bool) or not isinstance(raw, int | float) or raw - raw != 0:  # not finite
-        raise InstrumentError(phrase("instruments.no_text", raw=one_line(repr(raw), 40)))
+        raise InstrumentError(phrase("instruments.no_text", raw=one_line(_as_it_came(raw), 40)))
     if raw != int(raw):
         raise InstrumentError(phrase("instruments.no_number", raw=repr(raw)))
     return str(int(raw)) if abs(raw) < 10**MAX_CODE_LENGTH else "9" * (MAX_CODE_LENGTH + 1)
+
+
+def _as_it_came(raw: object) -> object:
+    """Return of what is no text and no number its JSON, as the platform sent it."""
+    if isinstance(raw, str | int | float) and not isinstance(raw, bool):
+        return raw
+    return json.dumps(raw, ensure_ascii=False, default=repr)
 
 
 def _at_product(symbol: str, product: str) -> Instrument:
@@ -2859,7 +2866,7 @@ class BatchPlan:
         try:
             instrument = parse_code(raw)
         except InstrumentError as error:
-            shown = one_line(raw, MAX_CODE_LENGTH + 8) or "''"
+            shown = one_line(_as_it_came(raw), MAX_CODE_LENGTH + 8) or "''"
             self.total += shown not in self.invalid
             self.invalid[shown] = error.message
             if isinstance(error, UnclearCode):
@@ -20885,8 +20892,8 @@ TEMPLATES |= {
         "{code} 属于产品 {product}，不属于 {other}",
     ),
     "instruments.perhaps_a_name": (
-        "no code but perhaps a name; expected a code such as 600519.SH",
-        "不是代码，可能是名称；应为代码，如 600519.SH",
+        "no code but perhaps a name; expected a code such as 600519.SH, or --symbols NAME to look it up",
+        "不是代码，可能是名称；应为代码，如 600519.SH，名称可用 --symbols 查找",
     ),
     "instruments.shared_name": ("two instruments are called so", "有两个品种用这个代码"),
     "instruments.too_long": (

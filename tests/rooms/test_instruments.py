@@ -43,7 +43,7 @@ def refusal(raw: object) -> str:
         ("700", "未写交易所：是不是 00700.HK 或 000700.SZ？"),
         ("ES", "有两个品种用这个代码：是不是 common:ES 或 ES.US？"),
         ("9999", "未写交易所：是不是 09999.HK、009999.SH、9999.JP 或 9999.TW？"),
-        ("茅台", "不是代码，可能是名称；应为代码，如 600519.SH"),
+        ("茅台", "不是代码，可能是名称；应为代码，如 600519.SH，名称可用 --symbols 查找"),
         ("430047", "430047 属于北京证券交易所，Infoway 没有其行情"),
         ("BJ:", "代码为空；应为代码，如 AAPL.US"),
         ("7203.TSE", ".TSE 可指东京、台湾或多伦多的交易所：请写后缀，如 7203.JP 或 2330.TW"),
@@ -53,6 +53,21 @@ def refusal(raw: object) -> str:
 )
 def test_a_refusal_can_be_read_in_chinese(raw: str, words: str) -> None:
     assert in_chinese(refusal(raw)) == words
+
+
+def test_a_name_is_told_how_it_is_looked_up() -> None:
+    words = "no code but perhaps a name; expected a code such as 600519.SH, or --symbols NAME to look it up"
+    assert refusal("茅台") == words
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [(None, "null"), (True, "true"), (["AAPL.US"], '["AAPL.US"]'), ({"code": None}, '{"code": null}')],
+)
+def test_what_is_no_code_is_shown_as_it_came(raw: object, shown: str) -> None:
+    """As the platform wrote it, in JSON."""
+    words = f"no code: {shown}; expected a text such as AAPL.US"
+    assert plan_batches(["AAPL.US", raw]).invalid == {shown: words}
 
 
 @pytest.mark.parametrize(
