@@ -857,7 +857,7 @@ class Bench:
     def _drain_to_real_server(self) -> None:
         from kit.mongo import Unavailable, find_server, fresh_database
 
-        names = "spool: drain from disk into a real server", "暂存队列：从磁盘补传到真实服务器"
+        names = "spool: drain from disk into a real server", "暂存队列：从磁盘写入真实服务器"
         speeds: dict[str, list[float]] = {"insert_many": [], "drain": []}
         try:
             server = find_server()
@@ -1223,7 +1223,7 @@ IN_CHINESE = (
     (r", the start of the program included", "，含程序启动"),
     (r"\bin memory\b", "内存"),
     (r"\bon disk\b", "磁盘"),
-    (r"\bdrain\b", "补传"),
+    (r"\bdrain\b", "从队列写入"),
     (r"\bnot measured\b", "未测量"),
     (r"\bMISSED\b", "（未达标）"),
     (r"(?<=\)) s\b", " 秒"),

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 FAULTS = {
     "kill": (
         "kill -9 at a random moment of writing, spooling, draining",
-        "写入、放入暂存队列、补传时随机 kill -9",
+        "写入、放入暂存队列、从队列写入时随机 kill -9",
     ),
     "power": (
         "power cut: whatever was not synced is dropped, in part or whole",
@@ -32,7 +32,7 @@ FAULTS = {
         "power cut: SQLite's log ends at, or within, any frame",
         "断电：SQLite 日志在任意帧处或帧内截断",
     ),
-    "power_drain": ("power cut, then `--drain` of what is left", "断电后用 `--drain` 补传余下数据"),
+    "power_drain": ("power cut, then `--drain` of what is left", "断电后用 `--drain` 写入余下数据"),
     "down": (
         "MongoDB down for {seconds} s, 100 codes every {every} s",
         "MongoDB 停机 {seconds} 秒，每 {every} 秒 100 个代码",
@@ -48,7 +48,7 @@ FAULTS = {
     ),
     "election": ("elections in a replica set, answers lost too", "副本集选举，并丢失应答"),
     "election_srv": ("elections in a replica set behind mongodb+srv", "mongodb+srv 副本集选举"),
-    "poison": ("one poison document in 1,000", "1000 个文档中有一个被 MongoDB 拒收"),
+    "poison": ("one poison document in 1,000", "1000 个文档中有一个被 MongoDB 拒绝"),
     "foreign_index": ("a unique index of the operator forbids a trade", "运维人员的唯一索引拒绝某笔成交"),
     "file_overwritten": (
         "spool file: random bytes overwritten (crash-only)",

@@ -367,6 +367,15 @@ def test_every_setting_it_names_exists() -> None:
     assert named - names - {"MONGODB_TEST_URI"} == set()
 
 
+@pytest.mark.parametrize(
+    ("text", "before"), [(ENGLISH, "what needs a restart"), (CHINESE, "哪些要重启才能生效")]
+)
+def test_it_names_every_setting_that_a_reload_does_not_change(text: str, before: str) -> None:
+    paragraph = text.partition(before)[2].partition("\n\n")[0]
+    needed = {re.sub("^(SERVER|MODULE)_.*", r"\1_*", one.name) for one in stockrt.SETTINGS if one.at_start}
+    assert set(spans(paragraph)) == needed
+
+
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["English", "中文"])
 def test_the_codes_it_explains_are_read_so(text: str) -> None:
     table = re.search(r"\n\| (?:you type|输入) \|.*?\n\n", text, re.DOTALL)
