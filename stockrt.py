@@ -4640,7 +4640,7 @@ class LocalFile:
             return phrase("files.rescue_interrupted")
         if self._mark.exists():
             told = self._mark.read_text(encoding="utf-8", errors="replace")
-            with contextlib.suppress(ValueError):  # an older version's is the text alone
+            with contextlib.suppress(ValueError, RecursionError):  # an older version's is the text alone
                 told = unpacked(json.loads(told))
             return one_line(told) or phrase("files.marked")
         # SQLite would take it for new, a single byte as well, and drop the log
