@@ -20547,7 +20547,7 @@ TEMPLATES |= {
     "tools.see": ("{words}; see {cause}", "{words}；请检查 {cause}"),
     "tools.stopped": ("stopped", "已停止"),
     "tools.unknown": ("no more is known", "原因不明"),
-    "tools.unpacked_anew": ("the next start unpacks it anew", "下次启动时会重新解包"),
+    "tools.unpacked_anew": ("the next start unpacks it anew", "下次启动时会重新解压"),
 }
 
 # What the system says of files and connections, by the names of errno.
@@ -20779,7 +20779,7 @@ TEMPLATES |= {
     ),
     "settings.unseen_credential": (
         "{unit} has a credential {name} that cannot be seen by hand",
-        "{unit} 的凭据 {name} 在手工运行时无法看到",
+        "{unit} 的凭据 {name} 在手动执行命令时无法看到",
     ),
     "settings.unusable_path": ("{name}: {path} cannot be used: {why}", "{name}：无法使用 {path}：{why}"),
     "settings.watch_needs_mongodb": (
@@ -20918,7 +20918,10 @@ TEMPLATES |= {
         "{total} 个代码中 {failed} 个失败：{names}，另有 {more} 个",
     ),
     "events.gaps": ("{gaps} today", "今日 {gaps}"),
-    "events.interrupted": ("{counts}, interrupted: {left} not asked", "{counts}，已中断：{left} 个未请求"),
+    "events.interrupted": (
+        "{counts}, interrupted: {left} not asked",
+        "{counts}，已中断：{left} 个代码未请求",
+    ),
     "events.missed": ("{beats} missed", "错过 {beats}"),
     "events.polled": ("{codes} polled", "轮询 {codes}"),
     "events.queued": ("{trades} kept on this machine, {why}", "{trades}暂存于本机，{why}"),
@@ -20952,7 +20955,7 @@ TEMPLATES |= {
     "http.late": ("no answer in time", "超时未应答"),
     "http.no_address": ("its name cannot be resolved ({why})", "无法解析其主机名（{why}）"),
     "http.no_http": ("its answer is not HTTP ({why})", "应答不是 HTTP（{why}）"),
-    "http.no_json": ("{size} bytes that are not {whose} JSON", "{size} 字节，不是{whose} JSON"),
+    "http.no_json": ("{size} bytes that are not {whose} JSON", "{size} 字节的应答不是{whose} JSON"),
     "http.not_whole": (
         "no whole answer within {seconds:.0f} s",
         "{seconds:.0f} 秒内没有收到完整的应答",
@@ -21093,7 +21096,7 @@ TEMPLATES |= {
 
 TEMPLATES |= {
     "infoway.ahead": ("t {t}: {at} is more than a day ahead", "t {t}：{at} 比当前时间晚一天以上"),
-    "infoway.ambiguous": ("does not tell what is meant", "看不出指哪个品种"),
+    "infoway.ambiguous": ("does not tell what is meant", "未写明是哪个品种"),
     "infoway.asked_in_vain": ("it was asked for a moment ago, in vain", "刚才查询过，没有结果"),
     "infoway.asks_to_wait": ("{said}, asks to wait {s:.0f} s", "{said}，要求等待 {s:.0f} 秒"),
     "infoway.clock_ahead": (
@@ -21902,7 +21905,7 @@ TEMPLATES |= {
     ),
     "help.drain": (
         "move now what waits on this machine for MongoDB",
-        "立即把本机上等待写入 MongoDB 的数据写入",
+        "立即把暂存于本机的数据写入 MongoDB",
     ),
     "help.dry_run": (
         "with --migrate: say what would be done, write nothing",
@@ -22002,12 +22005,13 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
     ),
     "help.retry": (
         "with --drain: what MongoDB refused before, too",
-        "与 --drain 同用：连同此前被 MongoDB 拒绝的数据",
+        "与 --drain 同用：此前被 MongoDB 拒绝的数据也一并写入",
     ),
     "help.show": (
         "show what is stored of codes: price, change, session; without codes those of COLLECT_CODES, else the "
         "{shown} that traded last",
-        "显示各代码的已存行情：价格、涨跌、当日走势；不给代码时取 COLLECT_CODES，也未设置时取最近成交的 {shown} 个代码",
+        "显示各代码的已存行情：价格、涨跌、当日走势；"
+        "未给代码时取 COLLECT_CODES，该项也未设置时取最近成交的 {shown} 个代码",
     ),
     "help.sort": (
         "with --show: order of its lines (code)",
@@ -22031,7 +22035,7 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
     ),
     "help.up": (
         "of --show, --html and --collect: the colour of what rises, in place of the one of your locale",
-        "用于 --show、--html 和 --collect：上涨的颜色；不给时按区域设置的习惯",
+        "用于 --show、--html 和 --collect：上涨的颜色；未给出时按区域设置的习惯",
     ),
     "help.usage": ("usage: ", "用法："),
     "help.version": ("show program's version number and exit", "显示版本号并退出"),

@@ -116,10 +116,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 class OneByOne(LoadScopeScheduling):  # type: ignore[misc]
     """Each test is for whichever worker is free, but the files that share something dear are for one of them."""
 
-    # The bench in short, a booted box, a server with users, and a large file that is parsed.
+    # The bench in short, a booted box, a server with users, and twice a large file that is parsed.
     whole = (
         "bench/test_bench.py",
         "program/test_systemd.py",
+        "rooms/test_catalogue.py",
         "rooms/test_mongo_real.py",
         "rooms/test_structure.py",
     )

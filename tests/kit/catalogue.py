@@ -52,9 +52,8 @@ class Source:
     def __init__(self, text: str) -> None:
         self.text = text
         self.tree = ast.parse(text)
-        self._parents = {
-            child: parent for parent in ast.walk(self.tree) for child in ast.iter_child_nodes(parent)
-        }
+        self._nodes = [*ast.walk(self.tree)]
+        self._parents = {child: parent for parent in self._nodes for child in ast.iter_child_nodes(parent)}
         lines = text.splitlines()
         self._rooms = [
             (number, lines[number][2:].partition(":")[0])
@@ -98,12 +97,16 @@ class Source:
         """What in the module is words."""
         return Glue(self.tree)
 
-    def calls(self) -> Iterator[Call]:
-        """Yield every call whose kinds can be told: outright, or by a variable, a constant or a table."""
-        for node in ast.walk(self.tree):
-            if not isinstance(node, ast.Call) or not node.args:
+    @cached_property
+    def calls(self) -> list[Call]:
+        """Every call whose kinds can be told: outright, or by a variable, a constant or a table."""
+        return [*self._calls()]
+
+    def _calls(self) -> Iterator[Call]:
+        for node in self._nodes:
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or not node.args:
                 continue
-            name = ast.unparse(node.func)
+            name = node.func.id
             if name == "phrase" and (kinds := tuple(self._texts(node.args[0]))):
                 yield Call(node.lineno, kinds, {str(word.arg): word.value for word in node.keywords})
             elif name in ("count_words", "waiting_words"):
@@ -131,7 +134,7 @@ class Source:
         """Return every text of the source outside of the catalogue."""
         return {
             node.value
-            for node in ast.walk(self.tree)
+            for node in self._nodes
             if isinstance(node, ast.Constant)
             and isinstance(node.value, str)
             and self.room(node.lineno) != "Catalogue"
@@ -140,7 +143,7 @@ class Source:
     def sentences(self) -> list[Sentence]:
         """Return what reads like words for a person and is neither in the catalogue nor in the log."""
         found = []
-        for node in ast.walk(self.tree):
+        for node in self._nodes:
             text = _template(node)
             if (
                 not isinstance(node, ast.expr)
@@ -160,7 +163,7 @@ class Source:
     def values_given(self) -> dict[tuple[str, str], list[ast.expr]]:
         """Return what is given as a value: by kind and the value's name."""
         found: dict[tuple[str, str], list[ast.expr]] = {}
-        for call in self.calls():
+        for call in self.calls:
             for kind in call.kinds:
                 for name, value in call.values.items():
                     found.setdefault((kind, name), []).append(value)
@@ -169,7 +172,7 @@ class Source:
     def plain_values(self) -> list[Sentence]:
         """Return the texts that are given as a value of words and are not in the catalogue."""
         found = []
-        for call in self.calls():
+        for call in self.calls:
             for name, value in call.values.items():
                 for text in self._texts(value):
                     if re.search("[a-z]{2}", text):

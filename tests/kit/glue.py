@@ -8,8 +8,15 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 Scope = ast.FunctionDef | ast.Module
+
+# By what words get from one name to another.
+TEACHING = (
+    ast.Return, ast.Yield, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.For, ast.comprehension, ast.ExceptHandler,
+    ast.Dict, ast.Call,
+)  # fmt: skip
 
 # What words are made by, whatever it is given.
 MAKERS = {"phrase", "Phrase", "listing", "count_words", "waiting_words", "age_words", "error_words"}
@@ -84,10 +91,11 @@ class Glue:
         self._errors = {
             node.name for node in tree.body if isinstance(node, ast.ClassDef) and self._is_error(node.name)
         }
+        teaching = [(node, home) for node, home in self._home.items() if isinstance(node, TEACHING)]
         known = -1
         while known < self._size():
             known = self._size()
-            for node, home in self._home.items():
+            for node, home in teaching:
                 self._learn(node, home)
 
     def _size(self) -> int:
@@ -114,20 +122,17 @@ class Glue:
         """Yield what is assigned to a name, or to that of a table, where it stands and in the module."""
         name = node.value if isinstance(node, ast.Subscript) else node
         assert isinstance(name, ast.Name)
-        for one, home in self._home.items():
-            if home not in (self._home[node], self._tree):
-                continue
-            match one:
-                case ast.Assign(targets=[ast.Name(id=target)], value=value) if target == name.id:
-                    yield value
-                case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=values)):
-                    for one_of, value in zip(targets, values, strict=False):
-                        if isinstance(one_of, ast.Name) and one_of.id == name.id:
-                            yield value
-                case ast.AnnAssign(target=ast.Name(id=target), value=ast.expr() as value) if (
-                    target == name.id
-                ):
-                    yield value
+        for home in dict.fromkeys((self._home[node], self._tree)):
+            yield from self._assigned.get((home, name.id), ())
+
+    @cached_property
+    def _assigned(self) -> dict[tuple[Scope, str], list[ast.expr]]:
+        """What is assigned to each name, by the scope that it stands in."""
+        found: dict[tuple[Scope, str], list[ast.expr]] = {}
+        for node, home in self._home.items():
+            for name, value in _assignments(node):
+                found.setdefault((home, name), []).append(value)
+        return found
 
     def meanings(self, node: ast.expr) -> list[ast.expr]:
         """Return what an expression stands for: itself, or whatever is assigned to a name."""
@@ -218,8 +223,7 @@ class Glue:
         if name in MAKERS | KEEPERS | ENDS | FOREIGN | NEVER:
             return
         fields = self._fields.get(name, [])
-        inits = [init for init in self._functions.get("__init__", []) if self._class_of(init) == name]
-        for function in [*(self._functions.get(name, [])), *inits]:
+        for function in [*self._functions.get(name, []), *self._inits.get(name, [])]:
             names = [part.arg for part in function.args.posonlyargs + function.args.args]
             names = names[names[:1] in (["self"], ["cls"]) :]
             for place, value in self._given(call, names):
@@ -229,9 +233,15 @@ class Glue:
             if place in fields and self.is_words(value, home):
                 self.attributes.add(place)
 
-    def _class_of(self, function: ast.FunctionDef) -> str:
-        parent = self._parents[function]
-        return parent.name if isinstance(parent, ast.ClassDef) else ""
+    @cached_property
+    def _inits(self) -> dict[str, list[ast.FunctionDef]]:
+        """What a call of each class calls."""
+        found: dict[str, list[ast.FunctionDef]] = {}
+        for init in self._functions.get("__init__", []):
+            parent = self._parents[init]
+            if isinstance(parent, ast.ClassDef):
+                found.setdefault(parent.name, []).append(init)
+        return found
 
     @staticmethod
     def _given(call: ast.Call, names: list[str]) -> Iterator[tuple[str, ast.expr]]:
@@ -294,6 +304,18 @@ class Glue:
                 return True
             node = self._parents[node]
         return False
+
+
+def _assignments(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+    match node:
+        case ast.Assign(targets=[ast.Name(id=name)], value=value):
+            yield name, value
+        case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=values)):
+            for target, value in zip(targets, values, strict=False):
+                if isinstance(target, ast.Name):
+                    yield target.id, value
+        case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+            yield name, value
 
 
 def _fields(made: ast.ClassDef) -> Iterator[str]:

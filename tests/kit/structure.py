@@ -11,9 +11,9 @@ import io
 import re
 import sys
 import tokenize
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 PROGRAM = Path(__file__).resolve().parents[2] / "stockrt.py"
@@ -45,13 +45,20 @@ class Use:
     is_upward: bool = False  # of a later one
 
 
+# The one that was asked for last: a hundred thousand nodes are a burden to whatever runs in the same process.
+@lru_cache(maxsize=1)
+def _parsed(text: str) -> tuple[ast.Module, list[ast.AST]]:
+    tree = ast.parse(text)
+    return tree, [*ast.walk(tree)]
+
+
 class Structure:
     """One module, measured."""
 
     def __init__(self, text: str, banner: re.Pattern[str] = BANNER) -> None:
         self.text = text
         self.lines = text.count("\n")
-        self.tree = ast.parse(text)
+        self.tree, self._nodes = _parsed(text)
         found = [(text.count("\n", 0, m.start()) + 1, m[1]) for m in banner.finditer(text)]
         self.starts = [line for line, _ in found]
         self.rooms = [title for _, title in found]
@@ -63,7 +70,7 @@ class Structure:
 
     def functions(self) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
         """Return all functions, methods and inner functions."""
-        return [node for node in ast.walk(self.tree) if isinstance(node, FUNCTIONS)]
+        return [node for node in self._nodes if isinstance(node, FUNCTIONS)]
 
     def callable_parameters(self) -> list[str]:
         """Return the parameters that are annotated as callables."""
@@ -76,15 +83,17 @@ class Structure:
 
     def upward_uses(self) -> list[Use]:
         """Return where a room uses a name of a later one, annotations included."""
-        return [use for use in self._uses() if use.is_upward]
+        return [use for use in self._uses if use.is_upward]
 
     def private_uses(self) -> list[Use]:
         """Return where a room uses a `_name` of another."""
-        return [use for use in self._uses() if use.name.startswith("_") and use.of != use.room]
+        return [use for use in self._uses if use.name.startswith("_") and use.of != use.room]
 
     def dead(self) -> list[str]:
         """Return the functions, classes, constants and methods whose name nothing else in the module says."""
-        named = Counter(_names_in(self.tree))
+        lines: dict[str, list[int]] = {}
+        for name, line in _names_in(self._nodes):
+            lines.setdefault(name, []).append(line)
         tops = [(node, name) for node in self.tree.body for name in _names_of(node)]
         methods = [
             (method, method.name)
@@ -96,7 +105,8 @@ class Structure:
         return [
             f"{name}, line {node.lineno}"
             for node, name in (*tops, *methods)
-            if not re.fullmatch("__.*__", name) and named[name] == Counter(_names_in(node))[name]
+            if not re.fullmatch("__.*__", name)
+            and all(node.lineno <= line <= (node.end_lineno or 0) for line in lines.get(name, ()))
         ]
 
     def assemblers(self) -> list[str]:
@@ -114,14 +124,15 @@ class Structure:
 
     def count(self, kind: type[ast.AST]) -> int:
         """Return how many nodes of a kind there are."""
-        return sum(isinstance(node, kind) for node in ast.walk(self.tree))
+        return sum(isinstance(node, kind) for node in self._nodes)
 
     def stranded_comments(self) -> list[int]:
         """Return the lines on which nothing but a closing bracket stands in front of a comment."""
-        tokens = list(tokenize.generate_tokens(io.StringIO(self.text).readline))
+        if not re.search(r"^ *[)\]}]+[:,]?\s*#", self.text, re.MULTILINE):
+            return []
         return [
             token.start[0]
-            for token in tokens
+            for token in tokenize.generate_tokens(io.StringIO(self.text).readline)
             if token.type == tokenize.COMMENT
             and re.fullmatch(r"\s*[)\]}]+[:,]?\s*", token.line[: token.start[1]])
         ]
@@ -135,15 +146,18 @@ class Structure:
             for name in _names_of(node):
                 yield name, node.lineno
 
-    def _uses(self) -> Iterator[Use]:
+    @cached_property
+    def _uses(self) -> list[Use]:
+        found = []
         seen = set()
-        for node in ast.walk(self.tree):
+        for node in self._nodes:
             if not isinstance(node, ast.Name) or node.id not in self.homes:
                 continue
             room, home = self.room_at(node.lineno), self.homes[node.id]
             if room >= 0 and home >= 0 and room != home and (room, node.id) not in seen:
                 seen.add((room, node.id))
-                yield Use(self.rooms[room], node.id, self.rooms[home], node.lineno, home > room)
+                found.append(Use(self.rooms[room], node.id, self.rooms[home], node.lineno, home > room))
+        return found
 
 
 def _names_of(node: ast.stmt) -> Iterator[str]:
@@ -156,13 +170,13 @@ def _names_of(node: ast.stmt) -> Iterator[str]:
             yield from (name.id for name in ast.walk(target) if isinstance(name, ast.Name))
 
 
-def _names_in(tree: ast.AST) -> Iterator[str]:
-    """Yield every name that a piece of code says; not those that it gives to functions and classes."""
-    for node in ast.walk(tree):
+def _names_in(nodes: list[ast.AST]) -> Iterator[tuple[str, int]]:
+    """Yield every name that code says, and the line; not those that it gives to functions and classes."""
+    for node in nodes:
         if isinstance(node, ast.Name):
-            yield node.id
+            yield node.id, node.lineno
         elif isinstance(node, ast.Attribute):
-            yield node.attr
+            yield node.attr, node.end_lineno or node.lineno
 
 
 def table(structure: Structure) -> str:

@@ -232,7 +232,7 @@ def test_any_other_answer_is_one_line_that_says_what_to_do(
         (400, '{"code":"3002"}', "平台认为数据无效（3002）"),
         (500, "", "HTTP 500，平台内部错误"),
         (200, success(None), "平台说注册成功，却没有给出可用的哈希"),
-        (404, "<html>Not Found</html>", "HTTP 404：22 字节，不是平台的 JSON"),
+        (404, "<html>Not Found</html>", "HTTP 404：22 字节的应答不是平台的 JSON"),
         (403, '{"code":"1","message":"暂停注册"}', "HTTP 403：暂停注册；请检查 SERVER_IP"),
     ],
 )

@@ -142,7 +142,7 @@ def test_no_two_kinds_say_the_same(catalogue: dict[str, tuple[str, str]]) -> Non
 def test_every_call_has_the_values_of_its_kind(source: Source, catalogue: dict[str, tuple[str, str]]) -> None:
     """Of some kinds that stand together in a table not each has a place for everything."""
     odd = []
-    for call in source.calls():
+    for call in source.calls:
         for kind in call.kinds:
             names = {name for name, _, _ in values_of(catalogue[kind][0])} if kind in catalogue else {"?"}
             if not names <= call.values.keys() or (len(call.kinds) == 1 and names != call.values.keys()):
@@ -151,7 +151,7 @@ def test_every_call_has_the_values_of_its_kind(source: Source, catalogue: dict[s
 
 
 def test_every_kind_is_used(source: Source, catalogue: dict[str, tuple[str, str]]) -> None:
-    used = source.texts() | {kind for call in source.calls() for kind in call.kinds}
+    used = source.texts() | {kind for call in source.calls for kind in call.kinds}
     made = {f"age.{unit}" for unit in ("s", "min", "h", "d")} | {
         f"os.{name}" for name in errno.errorcode.values()
     }

@@ -476,7 +476,7 @@ def test_what_a_gateway_says_to_the_handshake_is_foreign_and_the_rest_chinese() 
     words = in_chinese(refused_dial(dialled, random.Random(1)).words, "Log in first")
     assert (
         words
-        == "已停止：Log in first；这不是 API 的应答，像是来自途中的网关或登录页；请检查 INFOWAY_STREAM_URL"
+        == "已停止：Log in first，不像 API 的应答，像是来自途中的网关或登录页；请检查 INFOWAY_STREAM_URL"
     )
 
 
