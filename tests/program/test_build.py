@@ -279,7 +279,7 @@ def test_older_python_gets_one_line(python: Python, pyz: Path, tmp_path: Path) -
     assert run.stdout == ""
     assert run.stderr.startswith(f"stockrt needs Python 3.11 or newer; this is {python} ({python.path}).")
     assert run.stderr.count("\n") == 1
-    run = subprocess.run(
+    chinese = subprocess.run(
         [python.path, str(pyz), "--version"],
         capture_output=True,
         env={**env, "LC_ALL": "", "LC_MESSAGES": "", "LANG": "zh_CN.UTF-8"},
@@ -287,7 +287,7 @@ def test_older_python_gets_one_line(python: Python, pyz: Path, tmp_path: Path) -
         check=False,
     )
     words = f"stockrt 需要 Python 3.11 或更高版本；当前是 {python}（{python.path}）。请这样运行：python3.X {pyz}\n"
-    assert (run.returncode, run.stderr.decode()) == (1, words)
+    assert (chinese.returncode, chinese.stderr.decode()) == (1, words)
     assert not (tmp_path / "shiv").exists()
 
 
