@@ -8831,7 +8831,7 @@ class SqliteRetention:
         """Look at every row."""
         while self.step(goes_on=True) <= EXPIRED_PAUSE_S:
             pass
-        return phrase("stores.closes_wait") if self._closes_wait() else ""
+        return phrase("stores.closes_wait") if self._days and self._closes_wait() else ""
 
     def words(self) -> str:
         """Return for how long trades are kept, and of when the oldest is."""
@@ -8894,8 +8894,11 @@ class MongoRetention:
             if error.unreachable:
                 raise
             why = phrase("stores.refused", why=error.words)
-        if why and why != self._said and (self._days or self._is_there):
-            log.warning("KEEP_DAYS=%s has no effect: %s", self._days or "", why)
+        if why and why != self._said:
+            if self._days:
+                log.warning("KEEP_DAYS=%d has no effect: %s", self._days, why)
+            elif self._is_there:
+                log.warning("that KEEP_DAYS is not set has no effect: %s", why)
         self._said = why
         return KEEP_EVERY_S if self._days else math.inf
 
@@ -19867,7 +19870,7 @@ def run_retain(settings: Settings) -> int:
     with Pipeline(settings, ByHand()) as pipeline:
         why = pipeline.apply_retention()
         if why:
-            raise StoreError(phrase("cli.not_retained", days=settings.keep_days or "", why=why))
+            raise StoreError(phrase("cli.not_retained", days=settings.keep_days, why=why))
         say(phrase("cli.retained", store=store_name(settings), words=pipeline.kept()))
     return EXIT_OK
 

@@ -137,6 +137,9 @@ def test_closes_are_kept_and_trades_until_theirs_are_made(tmp_path: Path) -> Non
             stockrt.SqliteStore(file).write_closes(closes)
             assert 0 < pipeline.retain() < 3600
             assert len(left(pipeline)) == 4
+            assert pipeline.apply_retention() == "closes are still to be made of older trades"
+            with embedded(tmp_path, KEEP_DAYS="") as without:
+                assert without.apply_retention() == ""
             sessions.change([session._replace(stage=Stage.BATCH)])
             pipeline._clock.advance(stockrt.KEEP_AGAIN_S)  # type: ignore[attr-defined]
             retain(pipeline)
@@ -391,6 +394,18 @@ def test_a_role_that_may_make_no_index_is_said_once_and_trades_are_stored(
         caplog.clear()
         world.run("")
         assert caplog.text == ""
+
+
+def test_an_index_that_stays_though_the_setting_is_gone_is_said(
+    guarded: GuardedServer, guarded_db: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rights = ("find", "insert", "listIndexes", "createIndex")
+    world = World(guarded.add_user(guarded_db, right(guarded_db, "realtime", *rights)), guarded_db, tmp_path)
+    with world.client:
+        world.run("30")
+        world.run("")
+        assert "that KEEP_DAYS is not set has no effect: MongoDB refused it: " in caplog.text
+        assert world.seconds() == 30 * DAY_S and "KEEP_DAYS= " not in caplog.text
 
 
 def test_a_role_that_may_change_no_index_makes_it_anew(
