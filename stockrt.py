@@ -17658,7 +17658,7 @@ class Page(NamedTuple):
     """What the page shows: quotes as asked, of each code its chart and its final closes, and `names` in Chinese.
 
     `made`: when, epoch seconds; `store`: where it is from; `language`: of who opens it, if the browser does not tell;
-    `up`: the colour of what rises, everybody's if `is_fixed`.
+    `up`: the colour of what rises, everybody's if `is_fixed`; `is_chosen`: codes were named of which nothing is stored.
     """
 
     quotes: Sequence[Quote]
@@ -17670,6 +17670,7 @@ class Page(NamedTuple):
     language: str
     up: str
     is_fixed: bool
+    is_chosen: bool
 
 
 def draw_page(page: Page) -> str:
@@ -17704,7 +17705,8 @@ def _page_header(page: Page) -> str:
 
 def _overview(page: Page) -> str:
     if not page.quotes:
-        return f"<p>{both(phrase('views.page_empty'))}</p>\n"
+        kind = "views.page_nothing_of_them" if page.is_chosen else "views.page_empty"
+        return f"<p>{both(phrase(kind))}</p>\n"
     heads = "".join(map(_head, PAGE_COLUMNS))
     rows = "".join(_row(page, quote) for quote in page.quotes)
     return (
@@ -19950,7 +19952,7 @@ def _end_view(missing: Sequence[str], found: Collection[object]) -> int:
     """Say what is not there to be shown, and return the exit status."""
     for words in missing:
         say(words)
-    if not found:
+    if not found and not missing:
         say(phrase("cli.no_trade_yet"))
     return EXIT_FAILED if missing or not found else EXIT_OK
 
@@ -19986,9 +19988,7 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
             show(f"{chart_title(chart, names.get(code, ''))}\n{drawn.rstrip()}")
             for words in chart_notes(chart):
                 show(words)
-    for words in missing:
-        say(words)
-    return EXIT_FAILED if missing or not charts else EXIT_OK
+    return _end_view(missing, charts)
 
 
 def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
@@ -20003,7 +20003,8 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
         last = {one.code: one.trade for one in found}
         names, charts = reader.names(last), read_charts(reader, [*last], last, step, span, now, PAGE_STEPS)
         closes = reader.closes(last, *dates_of(Span(until=span.until), now))
-    page = Page(found, names, charts, closes, now, store, SPOKEN.language, up, options.up is not None)
+    is_fixed, is_chosen = options.up is not None, bool(missing)
+    page = Page(found, names, charts, closes, now, store, SPOKEN.language, up, is_fixed, is_chosen)
     is_picture = path.suffix.lower() == ".svg"
     text = draw_picture(_only_chart(charts.values()), up) if is_picture else draw_page(page)
     # a web server is another user
@@ -21744,6 +21745,7 @@ TEMPLATES |= {
         "还没有最终收盘价：可用 --backfill 60 补齐。",
     ),
     "views.page_no_trade": ("No trades in this time.", "这段时间没有成交。"),
+    "views.page_nothing_of_them": ("Nothing of these codes is stored.", "库中没有这些代码的成交。"),
     "views.page_of": ("{codes} of {store}, as of {when}", "{store} 中的 {codes}，截至 {when}"),
     "views.page_open": ("Open", "开盘"),
     "views.page_time": ("Exchange time", "交易所时间"),
