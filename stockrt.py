@@ -19728,8 +19728,10 @@ def _execution_lines(one: ExecutionFacts) -> Phrase:
     result, message, more = one["result"] or {}, one["message"] or "", []
     if result:
         stored = phrase("protocol.stored", reached=result.get("success_count"), total=result.get("total"))
-        message = _without_clause(message, stored)  # once is enough
-        more.append(stored)
+        # once is enough
+        message = _without_clause(message, stored)
+        if one["status"] != "failure" or not message.startswith(stored):
+            more.append(stored)
     if one["ended_at"] and one["delivered"] is False:
         more.append(phrase("cli.undelivered"))
     words: str = phrase(

@@ -588,6 +588,18 @@ def test_executions_lists_the_last_ones_with_their_failures(program: Program) ->
         program.run("--executions", wrong, status=64)
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_how_much_a_run_stored_whose_store_failed_is_said_once(program: Program, language: str) -> None:
+    program.env["STOCKRT_LANG"] = language
+    settings = load_settings(program.env, None, (), is_root=False).settings
+    report = stockrt.Report(total=3, stored=1, store_error="disk full")
+    with contextlib.closing(Journal(program.state)) as journal:
+        journal.note_run(time.time(), *stockrt.report_result({"workflow_name": "--once"}, report, settings))
+    stored = "3 个代码中 1 个已入库，" if language == "zh" else "1 of 3 codes stored,"
+    for said in (program.run("--executions", "1"), program.lines()):
+        assert said.count(stored.rstrip("，,")) == 1 and stored in said and "disk full" in said
+
+
 def test_what_is_executed_is_told_from_what_waits_for_it(program: Program) -> None:
     lock = stockrt.lock_state_directory(program.state)
     journal = Journal(program.state)
