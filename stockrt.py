@@ -18158,7 +18158,6 @@ ARGPARSE_WORDS = {
     r"invalid choice: (?P<value>.*) \(choose from (?P<choices>.*)\)": "usage.choice",
     r"invalid int value: (?P<value>.*)": "usage.whole_number",
     r"not allowed with argument (?P<other>.*)": "usage.excluded",
-    r"unrecognized arguments: (?P<arguments>.*)": "usage.unknown",
 }
 
 
@@ -18177,19 +18176,29 @@ def argparse_words(message: str) -> str:
 
 
 def _refuse_arguments(message: str) -> NoReturn:
+    raise UsageError(phrase("usage.see_help", words=argparse_words(message)))
+
+
+def _refuse_unknown(unknown: Sequence[str], options: Options) -> NoReturn:
+    """Refuse words that belong to no flag, with the flag that may be meant, or that codes may stand after."""
     import difflib
 
-    flags = ["--help", *(f"--{name.replace('_', '-')}" for name in vars(Options) if not name.startswith("_"))]
-    unknown = message.partition("unrecognized arguments: ")[2]
-    typed = re.findall(r"[-–—]+\w[\w-]*", unknown)
+    names = [name for name in vars(Options) if not name.startswith("_")]
+    flags = ["--help", *(f"--{name.replace('_', '-')}" for name in names)]
+    text = " ".join(unknown)
+    typed = re.findall(r"[-–—]+\w[\w-]*", text)
     near = [flag for one in typed for flag in difflib.get_close_matches(one, flags, n=1)]
-    near += [f"--{word}" for word in unknown.split() if f"--{word}" in flags]
-    words = argparse_words(message)
+    near += [f"--{word}" for word in text.split() if f"--{word}" in flags]
+    words = phrase("usage.unknown", arguments=text)
     if near:
         raise UsageError(phrase("usage.did_you_mean", words=words, flags=" ".join(near)))
-    if unknown and not typed:
-        raise UsageError(phrase("usage.codes_after", words=words))
-    raise UsageError(phrase("usage.see_help", words=words))
+    given = [name for name in names if _is_given(options, name)]
+    kind = "usage.see_help"
+    if options.show is not None and options.html is None:
+        kind = "usage.codes_after_show"
+    elif not given or any(name in GOES_WITH["codes"] for name in given):
+        kind = "usage.codes_after"
+    raise UsageError(phrase("usage.see_help" if typed else kind, words=words))
 
 
 def _add_commands(what: Any) -> None:
@@ -18276,7 +18285,9 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     if "--show" not in argv and any(word.partition("=")[0] == "--html" for word in argv):
         argv = ["--show", *argv]  # a page is what it shows
     if argv:  # or the daemon would carry argparse for months (0.6 MB)
-        make_parser().parse_args(argv, options)
+        _, unknown = make_parser().parse_known_args(argv, options)
+        if unknown:
+            _refuse_unknown(unknown, options)
     if options.symbols is not None:
         _check_symbols(options.symbols)
     if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
@@ -22057,6 +22068,10 @@ TEMPLATES |= {
     "usage.codes_after": (
         "{words}; codes stand after --codes; see --help",
         "{words}；代码须写在 --codes 之后；详见 --help",
+    ),
+    "usage.codes_after_show": (
+        "{words}; codes stand right after --show, or after --codes; see --help",
+        "{words}；代码须紧跟在 --show 之后，或写在 --codes 之后；详见 --help",
     ),
     "usage.codes_file": (
         "--codes-file {file}: cannot be read: {why}",
