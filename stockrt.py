@@ -16811,6 +16811,11 @@ def columns_of(text: str) -> int:
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
+def padded(text: str, columns: int) -> str:
+    """Return a text with as many blanks behind it as fill so many columns of a terminal."""
+    return text + " " * (columns - columns_of(text))
+
+
 def fitting(text: str, columns: int) -> str:
     """Return as much of a text as fits into so many columns of a terminal."""
     while columns_of(text) > columns:
@@ -19643,7 +19648,7 @@ def _show_labelled(lines: Iterable[tuple[str, str]]) -> None:
     shown = []
     for kind, words in lines:
         label = for_reader(phrase(kind))
-        shown.append(f"{label}{' ' * (LABEL_COLUMNS - columns_of(label))} {for_reader(words)}")
+        shown.append(f"{padded(label, LABEL_COLUMNS)} {for_reader(words)}")
     show(local_times("\n".join(shown)))
 
 
@@ -19727,15 +19732,17 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
     if (settings.state_directory / JOURNAL_NAME).exists():
         with contextlib.closing(Journal(settings.state_directory)) as journal:
             found = journal.last(count)
-    for one in found:
-        show_one(one, _execution_lines(one), as_json)
+    outcomes = [for_reader(_state_words(_whole_or_partial(one))) for one in found]
+    width = max(map(columns_of, outcomes), default=0)
+    for one, outcome in zip(found, outcomes, strict=True):
+        show_one(one, _execution_lines(one, padded(outcome, width)), as_json)
     if not found and not as_json:
         show(phrase("cli.nothing_executed"))
     return EXIT_OK
 
 
-def _execution_lines(one: ExecutionFacts) -> Phrase:
-    """Return an execution for a person: when, what, how it ended, and a line for each code that failed."""
+def _execution_lines(one: ExecutionFacts, outcome: str) -> Phrase:
+    """Return an execution for a person: when, its outcome, what, why, and a line for each code that failed."""
     result, message, more = one["result"] or {}, one["message"] or "", []
     if result:
         stored = phrase("protocol.stored", reached=result.get("success_count"), total=result.get("total"))
@@ -19748,7 +19755,7 @@ def _execution_lines(one: ExecutionFacts) -> Phrase:
     words: str = phrase(
         "cli.execution",
         at=one["ended_at"] or one["accepted_at"],
-        outcome=_state_words(_whole_or_partial(one)),
+        outcome=outcome,
         id=one["execution_id"] or "-",
         name=one["workflow_name"] or "-",
     )
@@ -19889,7 +19896,7 @@ def run_backfill(options: Options, settings: Settings) -> int:
 
 
 def _backfilled_words(row: Backfilled) -> Phrase:
-    code = f"{row.code:<12}"
+    code = padded(row.code, 12)
     if row.why:
         return phrase("cli.backfill_failed_code", code=code, why=row.why)
     return phrase(
@@ -19930,11 +19937,12 @@ def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     stop = stop_on_signals()
     with Pipeline(settings) as pipeline:
         found, why = pipeline.symbols(text, stop)
+    width = min(NAME_COLUMNS, max((columns_of(symbol.name) for symbol in found), default=0))
     for symbol in found:
-        line = f"{symbol.code:<16} {symbol.type:<9} {symbol.name}"
+        names = symbol.name
         if symbol.name_en and symbol.name_en != symbol.name:
-            line += f"  {symbol.name_en}"
-        show_one(symbol._asdict(), line, as_json)
+            names = f"{padded(symbol.name, width)}  {symbol.name_en}"
+        show_one(symbol._asdict(), f"{padded(symbol.code, 16)} {padded(symbol.type, 9)} {names}", as_json)
     if why:
         say(phrase("cli.lists_incomplete", why=why), logging.WARNING)
     elif not found:

@@ -576,16 +576,33 @@ def test_executions_lists_the_last_ones_with_their_failures(program: Program) ->
     assert found[30]["result"]["failures"].keys() == {"NOPE"}
     lines = program.run("--executions", "3").splitlines()
     assert [line[:2] for line in lines] == ["20", "  ", "20", "20", "  "]
-    assert re.match(rf"{LOCAL_TIME}  partial  id-28  w28  1 of 2 codes stored, to be delivered$", lines[0])
+    assert re.match(rf"{LOCAL_TIME}  partial    id-28  w28  1 of 2 codes stored, to be delivered$", lines[0])
     assert lines[1] == "  X: the key *** is bad"
     assert re.match(rf"{LOCAL_TIME}  not ended  id-29  w29$", lines[2])
-    assert re.match(rf"{LOCAL_TIME}  partial  -  --once  1 of 2 codes stored$", lines[3])
+    assert re.match(rf"{LOCAL_TIME}  partial    -  --once  1 of 2 codes stored$", lines[3])
     assert len(program.run("--executions", "--json").splitlines()) == 20
     program.run("--once", "--codes", "NOPE", status=1)
     first, _ = program.run("--executions", "1").splitlines()
     assert re.search(r"  failure  -  --once  0 of 1 codes stored: 1 of 1 codes failed: NOPE \(.*\)$", first)
     for wrong in ("0", "1001", "many"):
         program.run("--executions", wrong, status=64)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_outcomes_of_executions_are_as_wide_as_the_widest(program: Program, language: str) -> None:
+    program.env["STOCKRT_LANG"] = language
+    settings = load_settings(program.env, None, (), is_root=False).settings
+    failures = {"X": stockrt.Failure(stockrt.FailureKind.KEY, "nothing came")}
+    with contextlib.closing(Journal(program.state)) as journal:
+        for stored in (1, 2):
+            report = stockrt.Report(total=2, stored=stored, failures=failures if stored == 1 else {})
+            told = stockrt.report_result({"workflow_name": "--once"}, report, settings)
+            journal.note_run(time.time(), *told)
+    lines = [line for line in program.run("--executions").splitlines() if "--once" in line]
+    partial, success = ("部分成功", "成功") if language == "zh" else ("partial", "success")
+    assert partial in lines[0] and success in lines[1]
+    before = [line.partition("  -  --once")[0] for line in lines]
+    assert stockrt.columns_of(before[0]) == stockrt.columns_of(before[1])
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
