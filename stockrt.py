@@ -140,6 +140,8 @@ ENGLISH, CHINESE = LANGUAGES = ("en", "zh")
 TEMPLATES: dict[str, tuple[str, str]] = {}
 # Kinds that are no sentences: parts of the same kind one after the other, and a sentence cut to one line.
 JOIN, LINE = "join.", "line"
+# Punctuation of Chinese, which has its room about it within the character.
+WIDE_SIGNS = "，。；：？！、（）“”《》"
 # Beginnings of kinds that tell no reason by themselves.
 NO_REASONS = (JOIN, LINE, "n.", "age.", "wait.", "waits.", "tools.because", "tools.see", "cli.error")
 
@@ -266,12 +268,24 @@ def _written(kind: str, values: Mapping[str, Any], language: str) -> str:
     template = TEMPLATES[kind][LANGUAGES.index(language)]
     if kind.startswith(JOIN):
         return template.join(in_language(part, language) for part in values["parts"])
-    return template.format(
-        **{
-            name: in_language(value, language) if isinstance(value, str) else value
-            for name, value in values.items()
-        }
-    )
+    shown = {
+        name: in_language(value, language) if isinstance(value, str) else value
+        for name, value in values.items()
+    }
+    if language == CHINESE:
+        template = _without_blanks(template, shown)
+    return template.format(**shown)
+
+
+def _without_blanks(template: str, values: Mapping[str, Any]) -> str:
+    """Return a template without its single blanks beside Chinese punctuation that values begin or end with."""
+    for name, value in values.items():
+        if isinstance(value, str) and value:
+            if value[-1] in WIDE_SIGNS:
+                template = re.sub(rf"(\{{{name}\}}) (?! )", r"\1", template)
+            if value[0] in WIDE_SIGNS:
+                template = re.sub(rf"(?<! ) (\{{{name}\}})", r"\1", template)
+    return template
 
 
 def one_line(text: object, limit: int = 300) -> str:

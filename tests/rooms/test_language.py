@@ -176,6 +176,30 @@ def usage_error(*arguments: str) -> str:
     return in_language(error.value.message, "zh")
 
 
+@pytest.mark.parametrize(
+    ("names", "english", "chinese"),
+    [
+        (
+            ["forex:XAUUSD（黄金/美元）", "common:GC"],
+            "forex:XAUUSD（黄金/美元） or common:GC",
+            "forex:XAUUSD（黄金/美元）或 common:GC",
+        ),
+        (["A", "（B）"], "A or （B）", "A 或（B）"),
+        (["A （x） y", "B"], "A （x） y or B", "A （x） y 或 B"),
+    ],
+)
+def test_no_blank_of_a_sentence_stands_beside_punctuation_of_a_value(
+    names: list[str], english: str, chinese: str
+) -> None:
+    words = stockrt.alternatives(names)
+    assert (words, in_language(words, "zh")) == (english, chinese)
+
+
+def test_blanks_between_columns_stay_beside_punctuation() -> None:
+    words = phrase("cli.backfill_failed_code", code="茅台）", why="（none）")
+    assert in_language(words, "zh") == "茅台）  （none）"
+
+
 # All the command lines that are refused before anything is done.
 REFUSED = {
     ("--onse",): "无法识别的参数：--onse，是不是 --once？详见 --help",
