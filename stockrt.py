@@ -19608,13 +19608,14 @@ def _collect_line(facts: Mapping[str, Any]) -> Phrase:
     if facts["at"] is None:
         return phrase("cli.nothing_now")
     stats = _collect_stats(facts)
-    trades = count_words(stats.trades, "trade")
-    clauses = [
-        phrase("cli.collecting", now=collect_words(stats), at=facts["at"], trades=trades, stored=stats.stored)
-    ]
+    now, trades = collect_words(stats._replace(trouble="")), count_words(stats.trades, "trade")
+    clauses = [phrase("cli.collecting", now=now, at=facts["at"], trades=trades, stored=stats.stored)]
     if stats.dropped:
         clauses.append(phrase("cli.dropped", count=stats.dropped))
-    return listing("join.commas", clauses)
+    words = listing("join.commas", clauses)
+    if stats.trouble:
+        words = listing("join.clauses", [words, one_line(stats.trouble, TROUBLE_SHOWN)])
+    return words
 
 
 def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = False) -> int:
