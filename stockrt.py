@@ -20236,13 +20236,19 @@ def needs_of(options: Options) -> Needs:
     return DAEMON_NEEDS
 
 
-def run_reload(settings: Settings, environ: Mapping[str, str]) -> int:
-    """Hand the unit's new environment, whose settings are good by now, to its daemon, and have it read them."""
+def reloaded_daemon(environ: Mapping[str, str]) -> tuple[int, Path]:
+    """Return the pid of the unit's daemon, and where it takes its new environment. Raises UsageError by hand."""
     pid, place = environ.get("MAINPID", ""), handed_over(environ)
     if place is None or not pid.isdigit():
         raise UsageError(phrase("cli.reload_by_unit"))
+    return int(pid), place
+
+
+def run_reload(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Hand the unit's new environment, whose settings are good by now, to its daemon, and have it read them."""
+    pid, place = reloaded_daemon(environ)
     write_whole(place, json.dumps(dict(environ)), setting="RUNTIME_DIRECTORY")
-    os.kill(int(pid), signal.SIGHUP)
+    os.kill(pid, signal.SIGHUP)
     deadline = time.monotonic() + RELOAD_WAIT_S
     while place.exists():
         if time.monotonic() > deadline:
@@ -20343,6 +20349,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return EXIT_OK
     if options.migrate:
         return run_migrate(options, environ)
+    if options.reload:
+        reloaded_daemon(environ)  # whoever types it is not to look for settings first
     unit = find_unit(environ, options.env_file)
     hidden = unit is not None and unit.is_hidden()
     needs = needs_of(options)
