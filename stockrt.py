@@ -18323,9 +18323,29 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     if options.backfill is not None and not 1 <= options.backfill <= MAX_BARS:
         raise UsageError(phrase("usage.backfill", n=options.backfill, most=MAX_BARS))
     _check_migration(options)
+    _check_fetching(options)
+    return options
+
+
+def _check_fetching(options: Options) -> None:
+    """Raise UsageError for what a command that asks the API is given: before it is told to need a key."""
     if options.once and not (options.codes or options.codes_file):
         raise UsageError(phrase("usage.once_needs_codes"))
-    return options
+    if options.every is not None:
+        _seconds_of(options.every)
+    fetches = options.once or options.collect or options.backfill is not None
+    if fetches and options.codes and not options.codes_file:
+        next(read_codes(options))
+
+
+def _seconds_of(text: str) -> float:
+    """Return the interval of --every. Raises UsageError."""
+    (setting,) = (one for one in SETTINGS if one.name == "COLLECT_EVERY")
+    try:
+        return cast(float, setting.parse(text))
+    except ValueError:
+        words = phrase("usage.every", text=one_line(text, 40), expected=setting.expected)
+        raise UsageError(words) from None
 
 
 def _check_export(options: Options) -> None:
@@ -19163,15 +19183,6 @@ def _settings_to_collect(options: Options, settings: Settings) -> Settings:
     elif options.demo:
         every_s = DEMO_EVERY_S
     return settings._replace(collect="" if every_s else "stream", collect_every_s=every_s)
-
-
-def _seconds_of(text: str) -> float:
-    (setting,) = (one for one in SETTINGS if one.name == "COLLECT_EVERY")
-    try:
-        return cast(float, setting.parse(text))
-    except ValueError:
-        words = phrase("usage.every", text=one_line(text, 40), expected=setting.expected)
-        raise UsageError(words) from None
 
 
 def _collected_words(stats: CollectStats, waiting: int, took_s: float) -> Phrase:

@@ -218,6 +218,8 @@ REFUSED = {
     "--symbols 同用；详见 --help",
     ("--discard",): "--discard 须与 --rejects 同用；详见 --help",
     ("--executions", "0"): "--executions 0：应为 1 到 1000；详见 --help",
+    ("--collect", "--every", "soon"): "--every soon：应为 1 到 86400 的秒数；详见 --help",
+    ("--collect", "--codes", ","): "--codes：其中没有代码，应为 AAPL.US 600519 这样的代码；详见 --help",
     ("--backfill", "501"): "--backfill 501：应为 1 到 500 个交易日；详见 --help",
     ("--html", "a.txt"): "--html a.txt：应为以 .html 结尾的文件名，图片则以 .svg 结尾；详见 --help",
     ("--html", "a.html", "--json"): "--json 不能与 --html 同用；详见 --help",
@@ -240,20 +242,12 @@ def test_refused_command_line_in_chinese(arguments: tuple[str, ...]) -> None:
     assert usage_error(*arguments) == REFUSED[arguments]
 
 
-def test_interval_and_codes_of_a_command_line_are_refused_in_chinese(tmp_path: Path) -> None:
+def test_codes_of_a_command_line_to_collect_are_refused_in_chinese(tmp_path: Path) -> None:
     (tmp_path / "codes").write_bytes(b"\xff")
     (tmp_path / "none").write_text("# none\n")
     settings = stockrt.load_settings({}, needs=stockrt.NO_NEEDS, places=()).settings
     cases = {
-        (
-            "--collect",
-            "--codes",
-            "A.US",
-            "--every",
-            "soon",
-        ): "--every soon：应为 1 到 86400 的秒数；详见 --help",
         ("--collect",): "--collect 需要 --codes CODE …、--codes-file FILE 或 COLLECT_CODES；详见 --help",
-        ("--collect", "--codes", ","): "--codes：其中没有代码，应为 AAPL.US 600519 这样的代码；详见 --help",
         ("--collect", "--codes-file", f"{tmp_path}/none"): f"--codes-file {tmp_path}/none：其中没有代码，"
         "应为 AAPL.US 600519 这样的代码；详见 --help",
         ("--collect", "--codes-file", f"{tmp_path}/codes"): f"--codes-file {tmp_path}/codes：无法读取："
