@@ -1849,9 +1849,21 @@ def load_settings(
         names = listing("join.names", read.hiding)
         warnings.append(phrase("settings.hiding", names=names, unit=UNIT))
     source = files[-1] if files else None
-    in_use = filter(read.used.__contains__, origins)
+    in_use = _origins_in_use(origins, files, read.used)
     words = listing("join.names", [*in_use, phrase("settings.defaults")])
     return LoadedSettings(settings, source, tuple(warnings), words, tuple(read.hiding))
+
+
+def _origins_in_use(
+    origins: Mapping[str, Mapping[str, str]], files: Iterable[Path], used: Collection[str]
+) -> Iterator[str]:
+    """Yield the origins that something came from, and the files that set nothing: they were found."""
+    read = {*map(str, files)}
+    for where, found in origins.items():
+        if where in used:
+            yield where
+        elif where in read and not any(_look_up(setting, {where: found})[2] for setting in SETTINGS):
+            yield phrase("settings.sets_nothing", path=where)
 
 
 class _Read(NamedTuple):
@@ -20799,6 +20811,7 @@ TEMPLATES |= {
         "{name}={value!r}: expected another name than {other} has",
         "{name}={value!r}：不能与 {other} 同名",
     ),
+    "settings.sets_nothing": ("{path} (sets nothing)", "{path}（未设置任何项）"),
     "settings.socks": ("{name}={shown}: {expected}", "{name}={shown}：{expected}"),
     "settings.systemd_reads_otherwise": (
         "{path}, line {line}: systemd would read {name} otherwise; put the value between double quotes, with \\ before "

@@ -786,6 +786,23 @@ def test_in_chinese_beside_a_daemon(program: Program) -> None:
         )
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_settings_file_that_was_just_copied_is_said_to_be_found(program: Program, language: str) -> None:
+    """Unless it sets something, be it that the environment has that otherwise."""
+    program.env["STOCKRT_LANG"] = language
+    file = program.folder / "stockrt.env"
+    file.write_text((Path(stockrt.__file__).parent / "stockrt.env.example").read_text(encoding="utf-8"))
+    beginning = {
+        "en": "ok    settings: from environment, {}defaults",
+        "zh": "正常  设置：环境变量、{}默认值",
+    }[language]
+    nothing = {"en": "stockrt.env (sets nothing), ", "zh": "stockrt.env（未设置任何项）、"}[language]
+    assert beginning.format(nothing) in program.run("--check-settings", status=None)
+    assert beginning.format(nothing) in program.run("--check", status=None)
+    file.write_text(f"STOCKRT_LANG={language}\n")
+    assert beginning.format("") in program.run("--check-settings", status=None)
+
+
 def test_in_chinese_every_fault_that_check_finds(program: Program) -> None:
     speak_chinese(program)
     (program.folder / "file").write_text("")
