@@ -18183,6 +18183,7 @@ def _flag(to: Any, name: str, words: Phrase, **how: Any) -> None:
 # What argparse says in English -> the kind of our words for it; `what` is such a text, too.
 ARGPARSE_WORDS = {
     r"argument (?P<flag>[-\w/]+): (?P<what>.*)": "usage.argument",
+    r"expected a file's name": "usage.file_name",
     r"expected one argument": "usage.one_value",
     r"expected at least one argument": "usage.some_value",
     r"ignored explicit argument (?P<value>.*)": "usage.no_value",
@@ -18255,12 +18256,25 @@ def _add_commands(what: Any) -> None:
     _flag(what, "--version", phrase("help.version"), action="version", version=f"stockrt {__version__}")
 
 
+def _file_name(text: str) -> str:
+    """Return the name of a file; an empty one, which a variable of a script may be, is refused."""
+    import argparse
+
+    if not text:
+        raise argparse.ArgumentTypeError(phrase("usage.file_name"))
+    return text
+
+
+def _file_path(text: str) -> Path:
+    return Path(_file_name(text))
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     documents = phrase("help.documents", collection=OLD_COLLECTION)
     places = phrase("help.env_file", places=listing("join.names", map(str, ENV_FILE_PLACES)))
     orders, colors = ("code", "change", "asked"), ("red", "green")
     _flag(parser, "--codes", phrase("help.codes"), nargs="+", metavar="CODE")
-    _flag(parser, "--codes-file", phrase("help.codes_file"), metavar="FILE")
+    _flag(parser, "--codes-file", phrase("help.codes_file"), metavar="FILE", type=_file_name)
     _flag(parser, "--every", phrase("help.every"), metavar="S")
     _flag(parser, "--json", phrase("help.json"))
     _flag(parser, "--demo", phrase("help.demo"))
@@ -18277,7 +18291,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--time-zone", phrase("help.time_zone"), metavar="ZONE")
     _flag(parser, "--dry-run", phrase("help.dry_run"))
     _flag(parser, "--force", phrase("help.force"))
-    _flag(parser, "--env-file", places, metavar="FILE", type=Path)
+    _flag(parser, "--env-file", places, metavar="FILE", type=_file_path)
 
 
 # Which commands, or what else, each flag goes with.
@@ -22161,6 +22175,7 @@ TEMPLATES |= {
         "--export {file}: expected a name that ends with .csv or .jsonl, or -; see --help",
         "--export {file}：应为以 .csv 或 .jsonl 结尾的文件名，或 -；详见 --help",
     ),
+    "usage.file_name": ("expected a file's name", "应给出文件名"),
     "usage.goes_with": (
         "{flag} goes with {commands}; see --help",
         "{flag} 须与 {commands} 同用；详见 --help",

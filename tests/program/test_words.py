@@ -354,6 +354,16 @@ def test_mistyped_option_gets_the_nearest_one(run_pyz: RunPyz, typed: tuple[str,
     assert (f"did you mean {meant}?" in line) if meant else ("did you mean" not in line), line
 
 
+@pytest.mark.parametrize("flag", ["--env-file", "--codes-file"])
+@pytest.mark.parametrize("command", ["--check", "--show", "--once"])
+def test_empty_name_of_a_file_is_refused(run_pyz: RunPyz, command: str, flag: str) -> None:
+    done = run_pyz(command, flag, "")
+    assert (done.returncode, done.stderr) == (
+        64,
+        f"stockrt: argument {flag}: expected a file's name; see --help\n",
+    )
+
+
 JOBS = {
     "daemon": (),
     "status": ("--status",),

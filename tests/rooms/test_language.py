@@ -209,6 +209,8 @@ REFUSED = {
         "--demo",
         "TSLA.US",
     ): "无法识别的参数：TSLA.US；代码须紧跟在 --show 之后，或写在 --codes 之后；详见 --help",
+    ("--check", "--env-file", ""): "选项 --env-file：应给出文件名；详见 --help",
+    ("--show", "--codes-file="): "选项 --codes-file：应给出文件名；详见 --help",
     ("--migrate", "a", "b"): "无法识别的参数：b；详见 --help",
     ("--zyxwvu",): "无法识别的参数：--zyxwvu；详见 --help",
     ("--once",): "--once 需要 --codes CODE … 或 --codes-file FILE；详见 --help",
