@@ -19508,8 +19508,11 @@ class Trouble(NamedTuple):
     to_do: str
 
 
-def gather_status(settings: Settings) -> StatusReport:
-    """Return what --status shows, from the daemon's own words where one runs or ran. Raises StoreError."""
+def gather_status(settings: Settings, is_installed: bool = False) -> StatusReport:
+    """Return what --status shows, from the daemon's own words where one runs or ran. Raises StoreError.
+
+    `is_installed`: the daemon is a service, whose log tells why it does not run.
+    """
     directory = settings.state_directory
     told = read_status(directory)
     platform: PlatformFacts = {
@@ -19555,7 +19558,8 @@ def gather_status(settings: Settings) -> StatusReport:
     status["status"] = STATUS_WORDS[STATUS_WRONG if troubles else STATUS_WELL]
     if not daemon["running"]:
         status["status"] = STATUS_WORDS[STATUS_NOT_RUNNING]
-        status["to_do"].insert(0, _how_to_start(settings))
+        log_of_it = [phrase("cli.see_journal", service=UNIT.removesuffix(".service"))] * is_installed
+        status["to_do"][:0] = [_how_to_start(settings), *log_of_it]
     return status
 
 
@@ -19655,14 +19659,14 @@ def _collect_line(facts: Mapping[str, Any]) -> Phrase:
     return words
 
 
-def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = False) -> int:
+def run_status(settings: Settings, as_json: bool, unit: Unit | None = None) -> int:
     """Print the status for a person, or as one JSON object, and return the exit status: one of the STATUS_*.
 
-    Nothing of it is known where the state is another user's, or `is_service_hidden`.
+    `unit`: that of the service that is meant. Nothing is known where the state, or what it has, is another user's.
     """
-    if is_service_hidden or is_hidden(settings.state_directory):
+    if (unit is not None and unit.is_hidden()) or is_hidden(settings.state_directory):
         return _show_unknown(as_json)
-    status = gather_status(settings)
+    status = gather_status(settings, unit is not None)
     code = next(code for code, words in STATUS_WORDS.items() if words == status["status"])
     if as_json:
         show_json(status)
@@ -20424,7 +20428,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             return run_chart(options, loaded.settings, environ)
         if options.show is not None:
             return run_show(options, loaded.settings, environ)
-        return _run_short(options, loaded, hidden)
+        return _run_short(options, loaded, unit)
 
 
 def _warn(warnings: Iterable[str], is_service: bool) -> None:
@@ -20436,12 +20440,13 @@ def _warn(warnings: Iterable[str], is_service: bool) -> None:
             say(phrase("cli.error", words=warning))
 
 
-def _run_short(options: Options, loaded: LoadedSettings, hidden: bool) -> int:
-    """Run a command that counts nothing; `hidden`: this user may not look at what the service has."""
+def _run_short(options: Options, loaded: LoadedSettings, unit: Unit | None) -> int:
+    """Run a command that counts nothing; `unit`: of the service that is meant."""
+    hidden = unit is not None and unit.is_hidden()
     if options.register:
         return run_register(loaded.settings, options.force)
     if options.status:
-        return run_status(loaded.settings, options.json, hidden)
+        return run_status(loaded.settings, options.json, unit)
     if options.executions:
         return run_executions(options.executions, loaded.settings, options.json)
     if options.symbols:
@@ -22427,6 +22432,7 @@ TEMPLATES |= {
     "cli.running": ("running, pid {pid}, version {version}", "运行中，pid {pid}，版本 {version}"),
     "cli.running_silent": ("running, and has told nothing of itself yet", "运行中，尚未报告自身状态"),
     "cli.see_executions": ("see --executions 1", "请看 --executions 1"),
+    "cli.see_journal": ("see sudo journalctl -u {service}", "请看 sudo journalctl -u {service}"),
     "cli.see_lost": (
         "see --rejects for what may be lost; then --rejects --discard",
         "可能丢失的内容请看 --rejects，然后用 --rejects --discard 删除",

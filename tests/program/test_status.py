@@ -836,6 +836,31 @@ def test_in_chinese_settings_that_the_service_does_not_have(
     )
 
 
+@pytest.mark.parametrize("collects", [False, True])
+@pytest.mark.parametrize("language", stockrt.LANGUAGES)
+def test_of_a_service_that_does_not_run_the_log_is_named(
+    program: Program,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    language: str,
+    collects: bool,
+) -> None:
+    monkeypatch.setattr(stockrt.SPOKEN, "language", language)
+    if collects:
+        program.env |= {"COLLECT": "stream", "COLLECT_CODES": "AAPL.US"}
+    settings = load_settings(program.env, None, (), is_root=False).settings
+    words = {"en": "; see sudo journalctl -u stockrt\n", "zh": "；请看 sudo journalctl -u stockrt\n"}[
+        language
+    ]
+    unit = stockrt.Unit({}, {}, [], program.state, [])
+    for installed in (None, unit):
+        assert stockrt.run_status(settings, False, installed) == NOT_RUNNING
+        assert (words in capsys.readouterr().out) == (installed is not None)
+    with stockrt.lock_state_directory(program.state):
+        stockrt.run_status(settings, False, unit)
+    assert "journalctl" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("told", "wrong", "line"),
     [
