@@ -140,6 +140,8 @@ ENGLISH, CHINESE = LANGUAGES = ("en", "zh")
 TEMPLATES: dict[str, tuple[str, str]] = {}
 # Kinds that are no sentences: parts of the same kind one after the other, and a sentence cut to one line.
 JOIN, LINE = "join.", "line"
+# Punctuation of Chinese, which has its room about it within the character.
+WIDE_SIGNS = "，。；：？！、（）“”《》"
 # Beginnings of kinds that tell no reason by themselves.
 NO_REASONS = (JOIN, LINE, "n.", "age.", "wait.", "waits.", "tools.because", "tools.see", "cli.error")
 
@@ -266,12 +268,24 @@ def _written(kind: str, values: Mapping[str, Any], language: str) -> str:
     template = TEMPLATES[kind][LANGUAGES.index(language)]
     if kind.startswith(JOIN):
         return template.join(in_language(part, language) for part in values["parts"])
-    return template.format(
-        **{
-            name: in_language(value, language) if isinstance(value, str) else value
-            for name, value in values.items()
-        }
-    )
+    shown = {
+        name: in_language(value, language) if isinstance(value, str) else value
+        for name, value in values.items()
+    }
+    if language == CHINESE:
+        template = _without_blanks(template, shown)
+    return template.format(**shown)
+
+
+def _without_blanks(template: str, values: Mapping[str, Any]) -> str:
+    """Return a template without its single blanks beside Chinese punctuation that values begin or end with."""
+    for name, value in values.items():
+        if isinstance(value, str) and value:
+            if value[-1] in WIDE_SIGNS:
+                template = re.sub(rf"(\{{{name}\}}) (?! )", r"\1", template)
+            if value[0] in WIDE_SIGNS:
+                template = re.sub(rf"(?<! ) (\{{{name}\}})", r"\1", template)
+    return template
 
 
 def one_line(text: object, limit: int = 300) -> str:
@@ -1835,9 +1849,21 @@ def load_settings(
         names = listing("join.names", read.hiding)
         warnings.append(phrase("settings.hiding", names=names, unit=UNIT))
     source = files[-1] if files else None
-    in_use = filter(read.used.__contains__, origins)
+    in_use = _origins_in_use(origins, files, read.used)
     words = listing("join.names", [*in_use, phrase("settings.defaults")])
     return LoadedSettings(settings, source, tuple(warnings), words, tuple(read.hiding))
+
+
+def _origins_in_use(
+    origins: Mapping[str, Mapping[str, str]], files: Iterable[Path], used: Collection[str]
+) -> Iterator[str]:
+    """Yield the origins that something came from, and the files that set nothing: they were found."""
+    read = {*map(str, files)}
+    for where, found in origins.items():
+        if where in used:
+            yield where
+        elif where in read and not any(_look_up(setting, {where: found})[2] for setting in SETTINGS):
+            yield phrase("settings.sets_nothing", path=where)
 
 
 class _Read(NamedTuple):
@@ -16829,6 +16855,11 @@ def columns_of(text: str) -> int:
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
+def padded(text: str, columns: int) -> str:
+    """Return a text with as many blanks behind it as fill so many columns of a terminal."""
+    return text + " " * (columns - columns_of(text))
+
+
 def fitting(text: str, columns: int) -> str:
     """Return as much of a text as fits into so many columns of a terminal."""
     while columns_of(text) > columns:
@@ -17676,7 +17707,7 @@ class Page(NamedTuple):
     """What the page shows: quotes as asked, of each code its chart and its final closes, and `names` in Chinese.
 
     `made`: when, epoch seconds; `store`: where it is from; `language`: of who opens it, if the browser does not tell;
-    `up`: the colour of what rises, everybody's if `is_fixed`.
+    `up`: the colour of what rises, everybody's if `is_fixed`; `is_chosen`: codes were named of which nothing is stored.
     """
 
     quotes: Sequence[Quote]
@@ -17688,6 +17719,7 @@ class Page(NamedTuple):
     language: str
     up: str
     is_fixed: bool
+    is_chosen: bool
 
 
 def draw_page(page: Page) -> str:
@@ -17722,7 +17754,8 @@ def _page_header(page: Page) -> str:
 
 def _overview(page: Page) -> str:
     if not page.quotes:
-        return f"<p>{both(phrase('views.page_empty'))}</p>\n"
+        kind = "views.page_nothing_of_them" if page.is_chosen else "views.page_empty"
+        return f"<p>{both(phrase(kind))}</p>\n"
     heads = "".join(map(_head, PAGE_COLUMNS))
     rows = "".join(_row(page, quote) for quote in page.quotes)
     return (
@@ -18168,13 +18201,13 @@ def _flag(to: Any, name: str, words: Phrase, **how: Any) -> None:
 # What argparse says in English -> the kind of our words for it; `what` is such a text, too.
 ARGPARSE_WORDS = {
     r"argument (?P<flag>[-\w/]+): (?P<what>.*)": "usage.argument",
+    r"expected a file's name": "usage.file_name",
     r"expected one argument": "usage.one_value",
     r"expected at least one argument": "usage.some_value",
     r"ignored explicit argument (?P<value>.*)": "usage.no_value",
     r"invalid choice: (?P<value>.*) \(choose from (?P<choices>.*)\)": "usage.choice",
     r"invalid int value: (?P<value>.*)": "usage.whole_number",
     r"not allowed with argument (?P<other>.*)": "usage.excluded",
-    r"unrecognized arguments: (?P<arguments>.*)": "usage.unknown",
 }
 
 
@@ -18193,19 +18226,29 @@ def argparse_words(message: str) -> str:
 
 
 def _refuse_arguments(message: str) -> NoReturn:
+    raise UsageError(phrase("usage.see_help", words=argparse_words(message)))
+
+
+def _refuse_unknown(unknown: Sequence[str], options: Options) -> NoReturn:
+    """Refuse words that belong to no flag, with the flag that may be meant, or that codes may stand after."""
     import difflib
 
-    flags = ["--help", *(f"--{name.replace('_', '-')}" for name in vars(Options) if not name.startswith("_"))]
-    unknown = message.partition("unrecognized arguments: ")[2]
-    typed = re.findall(r"[-–—]+\w[\w-]*", unknown)
+    names = [name for name in vars(Options) if not name.startswith("_")]
+    flags = ["--help", *(f"--{name.replace('_', '-')}" for name in names)]
+    text = " ".join(unknown)
+    typed = re.findall(r"[-–—]+\w[\w-]*", text)
     near = [flag for one in typed for flag in difflib.get_close_matches(one, flags, n=1)]
-    near += [f"--{word}" for word in unknown.split() if f"--{word}" in flags]
-    words = argparse_words(message)
+    near += [f"--{word}" for word in text.split() if f"--{word}" in flags]
+    words = phrase("usage.unknown", arguments=text)
     if near:
         raise UsageError(phrase("usage.did_you_mean", words=words, flags=" ".join(near)))
-    if unknown and not typed:
-        raise UsageError(phrase("usage.codes_after", words=words))
-    raise UsageError(phrase("usage.see_help", words=words))
+    given = [name for name in names if _is_given(options, name)]
+    kind = "usage.see_help"
+    if options.show is not None and options.html is None:
+        kind = "usage.codes_after_show"
+    elif not given or any(name in GOES_WITH["codes"] for name in given):
+        kind = "usage.codes_after"
+    raise UsageError(phrase("usage.see_help" if typed else kind, words=words))
 
 
 def _add_commands(what: Any) -> None:
@@ -18231,12 +18274,25 @@ def _add_commands(what: Any) -> None:
     _flag(what, "--version", phrase("help.version"), action="version", version=f"stockrt {__version__}")
 
 
+def _file_name(text: str) -> str:
+    """Return the name of a file; an empty one, which a variable of a script may be, is refused."""
+    import argparse
+
+    if not text:
+        raise argparse.ArgumentTypeError(phrase("usage.file_name"))
+    return text
+
+
+def _file_path(text: str) -> Path:
+    return Path(_file_name(text))
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     documents = phrase("help.documents", collection=OLD_COLLECTION)
     places = phrase("help.env_file", places=listing("join.names", map(str, ENV_FILE_PLACES)))
     orders, colors = ("code", "change", "asked"), ("red", "green")
     _flag(parser, "--codes", phrase("help.codes"), nargs="+", metavar="CODE")
-    _flag(parser, "--codes-file", phrase("help.codes_file"), metavar="FILE")
+    _flag(parser, "--codes-file", phrase("help.codes_file"), metavar="FILE", type=_file_name)
     _flag(parser, "--every", phrase("help.every"), metavar="S")
     _flag(parser, "--json", phrase("help.json"))
     _flag(parser, "--demo", phrase("help.demo"))
@@ -18253,7 +18309,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--time-zone", phrase("help.time_zone"), metavar="ZONE")
     _flag(parser, "--dry-run", phrase("help.dry_run"))
     _flag(parser, "--force", phrase("help.force"))
-    _flag(parser, "--env-file", places, metavar="FILE", type=Path)
+    _flag(parser, "--env-file", places, metavar="FILE", type=_file_path)
 
 
 # Which commands, or what else, each flag goes with.
@@ -18292,7 +18348,9 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     if "--show" not in argv and any(word.partition("=")[0] == "--html" for word in argv):
         argv = ["--show", *argv]  # a page is what it shows
     if argv:  # or the daemon would carry argparse for months (0.6 MB)
-        make_parser().parse_args(argv, options)
+        _, unknown = make_parser().parse_known_args(argv, options)
+        if unknown:
+            _refuse_unknown(unknown, options)
     if options.symbols is not None:
         _check_symbols(options.symbols)
     if options.executions is not None and not 1 <= options.executions <= ANSWERS_KEPT:
@@ -18309,9 +18367,29 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     if options.backfill is not None and not 1 <= options.backfill <= MAX_BARS:
         raise UsageError(phrase("usage.backfill", n=options.backfill, most=MAX_BARS))
     _check_migration(options)
+    _check_fetching(options)
+    return options
+
+
+def _check_fetching(options: Options) -> None:
+    """Raise UsageError for what a command that asks the API is given: before it is told to need a key."""
     if options.once and not (options.codes or options.codes_file):
         raise UsageError(phrase("usage.once_needs_codes"))
-    return options
+    if options.every is not None:
+        _seconds_of(options.every)
+    fetches = options.once or options.collect or options.backfill is not None
+    if fetches and options.codes and not options.codes_file:
+        next(read_codes(options))
+
+
+def _seconds_of(text: str) -> float:
+    """Return the interval of --every. Raises UsageError."""
+    (setting,) = (one for one in SETTINGS if one.name == "COLLECT_EVERY")
+    try:
+        return cast(float, setting.parse(text))
+    except ValueError:
+        words = phrase("usage.every", text=one_line(text, 40), expected=setting.expected)
+        raise UsageError(words) from None
 
 
 def _check_export(options: Options) -> None:
@@ -19159,15 +19237,6 @@ def _settings_to_collect(options: Options, settings: Settings) -> Settings:
     return settings._replace(collect="" if every_s else "stream", collect_every_s=every_s)
 
 
-def _seconds_of(text: str) -> float:
-    (setting,) = (one for one in SETTINGS if one.name == "COLLECT_EVERY")
-    try:
-        return cast(float, setting.parse(text))
-    except ValueError:
-        words = phrase("usage.every", text=one_line(text, 40), expected=setting.expected)
-        raise UsageError(words) from None
-
-
 def _collected_words(stats: CollectStats, waiting: int, took_s: float) -> Phrase:
     clauses = [
         phrase(
@@ -19465,8 +19534,11 @@ class Trouble(NamedTuple):
     to_do: str
 
 
-def gather_status(settings: Settings) -> StatusReport:
-    """Return what --status shows, from the daemon's own words where one runs or ran. Raises StoreError."""
+def gather_status(settings: Settings, is_installed: bool = False) -> StatusReport:
+    """Return what --status shows, from the daemon's own words where one runs or ran. Raises StoreError.
+
+    `is_installed`: the daemon is a service, whose log tells why it does not run.
+    """
     directory = settings.state_directory
     told = read_status(directory)
     platform: PlatformFacts = {
@@ -19512,7 +19584,8 @@ def gather_status(settings: Settings) -> StatusReport:
     status["status"] = STATUS_WORDS[STATUS_WRONG if troubles else STATUS_WELL]
     if not daemon["running"]:
         status["status"] = STATUS_WORDS[STATUS_NOT_RUNNING]
-        status["to_do"].insert(0, _how_to_start(settings))
+        log_of_it = [phrase("cli.see_journal", service=UNIT.removesuffix(".service"))] * is_installed
+        status["to_do"][:0] = [_how_to_start(settings), *log_of_it]
     return status
 
 
@@ -19602,23 +19675,24 @@ def _collect_line(facts: Mapping[str, Any]) -> Phrase:
     if facts["at"] is None:
         return phrase("cli.nothing_now")
     stats = _collect_stats(facts)
-    trades = count_words(stats.trades, "trade")
-    clauses = [
-        phrase("cli.collecting", now=collect_words(stats), at=facts["at"], trades=trades, stored=stats.stored)
-    ]
+    now, trades = collect_words(stats._replace(trouble="")), count_words(stats.trades, "trade")
+    clauses = [phrase("cli.collecting", now=now, at=facts["at"], trades=trades, stored=stats.stored)]
     if stats.dropped:
         clauses.append(phrase("cli.dropped", count=stats.dropped))
-    return listing("join.commas", clauses)
+    words = listing("join.commas", clauses)
+    if stats.trouble:
+        words = listing("join.clauses", [words, one_line(stats.trouble, TROUBLE_SHOWN)])
+    return words
 
 
-def run_status(settings: Settings, as_json: bool, is_service_hidden: bool = False) -> int:
+def run_status(settings: Settings, as_json: bool, unit: Unit | None = None) -> int:
     """Print the status for a person, or as one JSON object, and return the exit status: one of the STATUS_*.
 
-    Nothing of it is known where the state is another user's, or `is_service_hidden`.
+    `unit`: that of the service that is meant. Nothing is known where the state, or what it has, is another user's.
     """
-    if is_service_hidden or is_hidden(settings.state_directory):
+    if (unit is not None and unit.is_hidden()) or is_hidden(settings.state_directory):
         return _show_unknown(as_json)
-    status = gather_status(settings)
+    status = gather_status(settings, unit is not None)
     code = next(code for code, words in STATUS_WORDS.items() if words == status["status"])
     if as_json:
         show_json(status)
@@ -19656,7 +19730,7 @@ def _show_labelled(lines: Iterable[tuple[str, str]]) -> None:
     shown = []
     for kind, words in lines:
         label = for_reader(phrase(kind))
-        shown.append(f"{label}{' ' * (LABEL_COLUMNS - columns_of(label))} {for_reader(words)}")
+        shown.append(f"{padded(label, LABEL_COLUMNS)} {for_reader(words)}")
     show(local_times("\n".join(shown)))
 
 
@@ -19740,26 +19814,30 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
     if (settings.state_directory / JOURNAL_NAME).exists():
         with contextlib.closing(Journal(settings.state_directory, events=ByHand())) as journal:
             found = journal.last(count)
-    for one in found:
-        show_one(one, _execution_lines(one), as_json)
+    outcomes = [for_reader(_state_words(_whole_or_partial(one))) for one in found]
+    width = max(map(columns_of, outcomes), default=0)
+    for one, outcome in zip(found, outcomes, strict=True):
+        show_one(one, _execution_lines(one, padded(outcome, width)), as_json)
     if not found and not as_json:
         show(phrase("cli.nothing_executed"))
     return EXIT_OK
 
 
-def _execution_lines(one: ExecutionFacts) -> Phrase:
-    """Return an execution for a person: when, what, how it ended, and a line for each code that failed."""
+def _execution_lines(one: ExecutionFacts, outcome: str) -> Phrase:
+    """Return an execution for a person: when, its outcome, what, why, and a line for each code that failed."""
     result, message, more = one["result"] or {}, one["message"] or "", []
     if result:
         stored = phrase("protocol.stored", reached=result.get("success_count"), total=result.get("total"))
-        message = _without_clause(message, stored)  # once is enough
-        more.append(stored)
+        # once is enough
+        message = _without_clause(message, stored)
+        if one["status"] != "failure" or not message.startswith(stored):
+            more.append(stored)
     if one["ended_at"] and one["delivered"] is False:
         more.append(phrase("cli.undelivered"))
     words: str = phrase(
         "cli.execution",
         at=one["ended_at"] or one["accepted_at"],
-        outcome=_state_words(_whole_or_partial(one)),
+        outcome=outcome,
         id=one["execution_id"] or "-",
         name=one["workflow_name"] or "-",
     )
@@ -19900,7 +19978,7 @@ def run_backfill(options: Options, settings: Settings) -> int:
 
 
 def _backfilled_words(row: Backfilled) -> Phrase:
-    code = f"{row.code:<12}"
+    code = padded(row.code, 12)
     if row.why:
         return phrase("cli.backfill_failed_code", code=code, why=row.why)
     return phrase(
@@ -19941,11 +20019,12 @@ def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     stop = stop_on_signals()
     with Pipeline(settings, ByHand()) as pipeline:
         found, why = pipeline.symbols(text, stop)
+    width = min(NAME_COLUMNS, max((columns_of(symbol.name) for symbol in found), default=0))
     for symbol in found:
-        line = f"{symbol.code:<16} {symbol.type:<9} {symbol.name}"
+        names = symbol.name
         if symbol.name_en and symbol.name_en != symbol.name:
-            line += f"  {symbol.name_en}"
-        show_one(symbol._asdict(), line, as_json)
+            names = f"{padded(symbol.name, width)}  {symbol.name_en}"
+        show_one(symbol._asdict(), f"{padded(symbol.code, 16)} {padded(symbol.type, 9)} {names}", as_json)
     if why:
         say(phrase("cli.lists_incomplete", why=why), logging.WARNING)
     elif not found:
@@ -19979,7 +20058,7 @@ def _end_view(missing: Sequence[str], found: Collection[object]) -> int:
     """Say what is not there to be shown, and return the exit status."""
     for words in missing:
         say(words)
-    if not found:
+    if not found and not missing:
         say(phrase("cli.no_trade_yet"))
     return EXIT_FAILED if missing or not found else EXIT_OK
 
@@ -20018,9 +20097,7 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
             show(f"{chart_title(chart, names.get(code, ''))}\n{drawn.rstrip()}")
             for words in chart_notes(chart):
                 show(words)
-    for words in missing:
-        say(words)
-    return EXIT_FAILED if missing or not charts else EXIT_OK
+    return _end_view(missing, charts)
 
 
 def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
@@ -20038,7 +20115,8 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
         last = {one.code: one.trade for one in found}
         names, charts = reader.names(last), read_charts(reader, [*last], last, step, span, now, PAGE_STEPS)
         closes = reader.closes(last, *dates_of(Span(until=span.until), now))
-    page = Page(found, names, charts, closes, now, store, SPOKEN.language, up, options.up is not None)
+    is_fixed, is_chosen = options.up is not None, bool(missing)
+    page = Page(found, names, charts, closes, now, store, SPOKEN.language, up, is_fixed, is_chosen)
     is_picture = path.suffix.lower() == ".svg"
     text = draw_picture(_only_chart(charts.values()), up) if is_picture else draw_page(page)
     # a web server is another user
@@ -20237,13 +20315,19 @@ def needs_of(options: Options) -> Needs:
     return DAEMON_NEEDS
 
 
-def run_reload(settings: Settings, environ: Mapping[str, str]) -> int:
-    """Hand the unit's new environment, whose settings are good by now, to its daemon, and have it read them."""
+def reloaded_daemon(environ: Mapping[str, str]) -> tuple[int, Path]:
+    """Return the pid of the unit's daemon, and where it takes its new environment. Raises UsageError by hand."""
     pid, place = environ.get("MAINPID", ""), handed_over(environ)
     if place is None or not pid.isdigit():
         raise UsageError(phrase("cli.reload_by_unit"))
+    return int(pid), place
+
+
+def run_reload(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Hand the unit's new environment, whose settings are good by now, to its daemon, and have it read them."""
+    pid, place = reloaded_daemon(environ)
     write_whole(place, json.dumps(dict(environ)), setting="RUNTIME_DIRECTORY")
-    os.kill(int(pid), signal.SIGHUP)
+    os.kill(pid, signal.SIGHUP)
     deadline = time.monotonic() + RELOAD_WAIT_S
     while place.exists():
         if time.monotonic() > deadline:
@@ -20344,6 +20428,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return EXIT_OK
     if options.migrate:
         return run_migrate(options, environ)
+    if options.reload:
+        reloaded_daemon(environ)  # whoever types it is not to look for settings first
     unit = find_unit(environ, options.env_file)
     hidden = unit is not None and unit.is_hidden()
     needs = needs_of(options)
@@ -20380,7 +20466,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             return run_chart(options, loaded.settings, environ)
         if options.show is not None:
             return run_show(options, loaded.settings, environ)
-        return _run_short(options, loaded, hidden)
+        return _run_short(options, loaded, unit)
 
 
 def _warn(warnings: Iterable[str], is_service: bool) -> None:
@@ -20392,12 +20478,13 @@ def _warn(warnings: Iterable[str], is_service: bool) -> None:
             say(phrase("cli.error", words=warning))
 
 
-def _run_short(options: Options, loaded: LoadedSettings, hidden: bool) -> int:
-    """Run a command that counts nothing; `hidden`: this user may not look at what the service has."""
+def _run_short(options: Options, loaded: LoadedSettings, unit: Unit | None) -> int:
+    """Run a command that counts nothing; `unit`: of the service that is meant."""
+    hidden = unit is not None and unit.is_hidden()
     if options.register:
         return run_register(loaded.settings, options.force)
     if options.status:
-        return run_status(loaded.settings, options.json, hidden)
+        return run_status(loaded.settings, options.json, unit)
     if options.executions:
         return run_executions(options.executions, loaded.settings, options.json)
     if options.symbols:
@@ -20781,6 +20868,7 @@ TEMPLATES |= {
         "{name}={value!r}: expected another name than {other} has",
         "{name}={value!r}：不能与 {other} 同名",
     ),
+    "settings.sets_nothing": ("{path} (sets nothing)", "{path}（未设置任何项）"),
     "settings.socks": ("{name}={shown}: {expected}", "{name}={shown}：{expected}"),
     "settings.systemd_reads_otherwise": (
         "{path}, line {line}: systemd would read {name} otherwise; put the value between double quotes, with \\ before "
@@ -21798,6 +21886,7 @@ TEMPLATES |= {
         "还没有最终收盘价：可用 --backfill 60 补齐。",
     ),
     "views.page_no_trade": ("No trades in this time.", "这段时间没有成交。"),
+    "views.page_nothing_of_them": ("Nothing of these codes is stored.", "库中没有这些代码的成交。"),
     "views.page_of": ("{codes} of {store}, as of {when}", "{store} 中的 {codes}，截至 {when}"),
     "views.page_open": ("Open", "开盘"),
     "views.page_time": ("Exchange time", "交易所时间"),
@@ -22108,6 +22197,10 @@ TEMPLATES |= {
         "{words}; codes stand after --codes; see --help",
         "{words}；代码须写在 --codes 之后；详见 --help",
     ),
+    "usage.codes_after_show": (
+        "{words}; codes stand right after --show, or after --codes; see --help",
+        "{words}；代码须紧跟在 --show 之后，或写在 --codes 之后；详见 --help",
+    ),
     "usage.codes_file": (
         "--codes-file {file}: cannot be read: {why}",
         "--codes-file {file}：无法读取：{why}",
@@ -22141,6 +22234,7 @@ TEMPLATES |= {
         "--export {file}: expected a name that ends with .csv or .jsonl, or -; see --help",
         "--export {file}：应为以 .csv 或 .jsonl 结尾的文件名，或 -；详见 --help",
     ),
+    "usage.file_name": ("expected a file's name", "应给出文件名"),
     "usage.goes_with": (
         "{flag} goes with {commands}; see --help",
         "{flag} 须与 {commands} 同用；详见 --help",
@@ -22392,6 +22486,7 @@ TEMPLATES |= {
     "cli.running": ("running, pid {pid}, version {version}", "运行中，pid {pid}，版本 {version}"),
     "cli.running_silent": ("running, and has told nothing of itself yet", "运行中，尚未报告自身状态"),
     "cli.see_executions": ("see --executions 1", "请看 --executions 1"),
+    "cli.see_journal": ("see sudo journalctl -u {service}", "请看 sudo journalctl -u {service}"),
     "cli.see_lost": (
         "see --rejects for what may be lost; then --rejects --discard",
         "可能丢失的内容请看 --rejects，然后用 --rejects --discard 删除",

@@ -155,6 +155,17 @@ def test_backfill_prints_a_row_for_each_code(
     assert len(closes_in(tmp_path / "state")) == 15
 
 
+def test_backfill_pads_a_name_by_columns(
+    run_pyz: RunPyz, market: InfowayServer, wall_clock: WallClock
+) -> None:
+    done = run_pyz("--backfill", "5", "--codes", "无此名称", "USDCNY", env=once_env(market, wall_clock))
+    rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert rows.keys() == {"无此名称", "USDCNY"}
+    for code, line in lines.items():
+        assert stockrt.columns_of(line.removesuffix(rows[code])) == 14, line
+
+
 def test_backfill_without_codes_takes_those_that_are_stored(
     run_pyz: RunPyz, tmp_path: Path, market: InfowayServer, wall_clock: WallClock
 ) -> None:

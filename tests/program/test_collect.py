@@ -581,6 +581,23 @@ def test_what_does_not_go_together_is_said(run_pyz: RunPyz, arguments: tuple[str
     assert done.returncode == 64 and words in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--collect", "--every", "0", "--codes", "AAPL.US"), "--every 0: expected seconds from 1 to 86400"),
+        (("--collect", "--every", "0"), "--every 0: expected seconds from 1 to 86400"),
+        (("--collect", "--codes", ","), "--codes: no code in it"),
+        (("--once", "--codes", ","), "--codes: no code in it"),
+        (("--backfill", "5", "--codes", ","), "--codes: no code in it"),
+    ],
+)
+def test_fault_of_the_command_line_comes_before_a_key_that_is_missing(
+    run_pyz: RunPyz, arguments: tuple[str, ...], words: str
+) -> None:
+    done = run_pyz(*arguments)
+    assert done.returncode == 64 and done.stderr.startswith(f"stockrt: {words}"), done.stderr
+
+
 def test_without_a_key_it_says_so(run_pyz: RunPyz) -> None:
     done = run_pyz("--collect", "--codes", "AAPL.US")
     assert done.returncode == SETTINGS_FAULT and "INFOWAY_API_KEY is not set" in done.stderr

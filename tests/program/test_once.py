@@ -26,7 +26,7 @@ import pymongo
 import pytest
 from conftest import RunPyz, controlled
 from kit.daemons import LOCAL_TIME, PATIENCE, number, until
-from kit.infoway_server import PLANS, REFUSALS, Answer, InfowayServer, Request, make_record
+from kit.infoway_server import PLANS, REFUSALS, Answer, InfowayServer, Request, make_record, symbol
 from kit.mongo import MongoServer
 from kit.platform_server import PlatformServer
 from rooms.test_fetch import HOSTILE, UNKNOWN, check_mixed_requests, mixed_codes
@@ -749,6 +749,25 @@ def test_the_lists_tell_what_a_code_is_and_no_plain_code_waits_for_them(run_pyz:
     assert "did you mean 600519.SH (贵州茅台)?" in failures_of(done)["茅台"]
     assert "QQQQX.US" in failures_of(done)["QQQQX"]
     assert again.returncode == 0, again.stderr
+
+
+def test_names_of_symbols_are_padded_by_columns(run_pyz: RunPyz) -> None:
+    """A Chinese character takes two."""
+    symbols = {
+        "STOCK_CN": [
+            symbol("600519.SH", "贵州茅台", name_en="Kweichow of one"),
+            symbol("000001.SZ", "A茅台", name_en="Ping An of two"),
+            symbol("000002.SZ", "茅台" * 8, name_en="Long of three"),
+        ]
+    }
+    with InfowayServer(symbols=symbols) as server:
+        done = run_pyz("--symbols", "茅台", env=api_env(server))
+    at = [
+        stockrt.columns_of(line[: line.index(" of ")].rpartition("  ")[0])
+        for line in done.stdout.splitlines()
+    ]
+    at.sort()
+    assert len(at) == 3 and at[0] == at[1] == 16 + 1 + 9 + 1 + 20 < at[2], done.stdout
 
 
 def test_symbols_finds_by_code_and_name(run_pyz: RunPyz) -> None:

@@ -206,6 +206,14 @@ def answer(platform: PlatformServer, codes: object, **how: Any) -> dict[str, Any
     return result.data
 
 
+def test_reload_by_hand_without_settings_asks_for_none(run_pyz: RunPyz) -> None:
+    done = run_pyz("--reload", env={"SERVER_PORT": "none"})
+    assert done.returncode == 64 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(
+        "stockrt: --reload is what the unit's ExecReload= calls: type sudo systemctl "
+    )
+
+
 def test_reload_by_hand_says_what_to_type_in_the_built_file(
     run_pyz: RunPyz, platform: PlatformServer
 ) -> None:

@@ -136,6 +136,30 @@ def test_an_empty_store_says_so_and_looking_leaves_nothing_behind(run_pyz: RunPy
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_store_with_trades_of_other_codes_is_not_called_empty(
+    run_pyz: RunPyz, put: Callable[..., None], tmp_path: Path, language: str
+) -> None:
+    put("600519.SH")
+    lack, on_page = "NOPE.US: nothing of it is stored", "Nothing of these codes is stored."
+    if language == "zh":
+        lack, on_page = "NOPE.US：库中没有它的数据", "库中没有这些代码的成交。"
+    env = {"STOCKRT_LANG": language}
+    for args in (("--show", "NOPE.US"), ("--show", "--chart", "5m", "--codes", "NOPE.US")):
+        done = run_pyz(*args, env=env)
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{lack}\n")
+    done = run_pyz("--html", "page.html", "--codes", "NOPE.US", env=env)
+    said, _ = done.stderr.splitlines()
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert said == lack and on_page in page and "There is no trade in the store yet" not in page
+
+
+def test_a_chart_of_an_empty_store_says_so(run_pyz: RunPyz) -> None:
+    done = run_pyz("--show", "--chart", "5m")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no trade is stored yet" in done.stderr
+
+
 def test_a_mongodb_that_is_away_is_a_sentence(run_pyz: RunPyz) -> None:
     done = run_pyz("--show", env={"MONGODB_HOST": "mongodb://127.0.0.1:1/?timeoutMS=300"})
     assert done.returncode == 1

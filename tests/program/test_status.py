@@ -352,7 +352,10 @@ def test_a_service_that_collects_is_well_without_a_platform(
     assert re.match(
         r"(\d of 2 connections, 800 codes subscribed|800 codes polled), 42 trades/s", lines["collecting"]
     )
-    assert re.search(rf", at {LOCAL_TIME}; since the start 900 trades, 880 new$", lines["collecting"])
+    trouble = f"; {told['trouble']}" if "trouble" in told else ""
+    assert re.search(
+        rf"42 trades/s, at {LOCAL_TIME}; since the start 900 trades, 880 new{trouble}$", lines["collecting"]
+    )
     assert lines.get("stream") == (
         "crypto: 0 of 1 code, waiting: 429: too many" if "streams" in told else None
     )
@@ -576,16 +579,45 @@ def test_executions_lists_the_last_ones_with_their_failures(program: Program) ->
     assert found[30]["result"]["failures"].keys() == {"NOPE"}
     lines = program.run("--executions", "3").splitlines()
     assert [line[:2] for line in lines] == ["20", "  ", "20", "20", "  "]
-    assert re.match(rf"{LOCAL_TIME}  partial  id-28  w28  1 of 2 codes stored, to be delivered$", lines[0])
+    assert re.match(rf"{LOCAL_TIME}  partial    id-28  w28  1 of 2 codes stored, to be delivered$", lines[0])
     assert lines[1] == "  X: the key *** is bad"
     assert re.match(rf"{LOCAL_TIME}  not ended  id-29  w29$", lines[2])
-    assert re.match(rf"{LOCAL_TIME}  partial  -  --once  1 of 2 codes stored$", lines[3])
+    assert re.match(rf"{LOCAL_TIME}  partial    -  --once  1 of 2 codes stored$", lines[3])
     assert len(program.run("--executions", "--json").splitlines()) == 20
     program.run("--once", "--codes", "NOPE", status=1)
     first, _ = program.run("--executions", "1").splitlines()
     assert re.search(r"  failure  -  --once  0 of 1 codes stored: 1 of 1 codes failed: NOPE \(.*\)$", first)
     for wrong in ("0", "1001", "many"):
         program.run("--executions", wrong, status=64)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_outcomes_of_executions_are_as_wide_as_the_widest(program: Program, language: str) -> None:
+    program.env["STOCKRT_LANG"] = language
+    settings = load_settings(program.env, None, (), is_root=False).settings
+    failures = {"X": stockrt.Failure(stockrt.FailureKind.KEY, "nothing came")}
+    with contextlib.closing(Journal(program.state)) as journal:
+        for stored in (1, 2):
+            report = stockrt.Report(total=2, stored=stored, failures=failures if stored == 1 else {})
+            told = stockrt.report_result({"workflow_name": "--once"}, report, settings)
+            journal.note_run(time.time(), *told)
+    lines = [line for line in program.run("--executions").splitlines() if "--once" in line]
+    partial, success = ("部分成功", "成功") if language == "zh" else ("partial", "success")
+    assert partial in lines[0] and success in lines[1]
+    before = [line.partition("  -  --once")[0] for line in lines]
+    assert stockrt.columns_of(before[0]) == stockrt.columns_of(before[1])
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_how_much_a_run_stored_whose_store_failed_is_said_once(program: Program, language: str) -> None:
+    program.env["STOCKRT_LANG"] = language
+    settings = load_settings(program.env, None, (), is_root=False).settings
+    report = stockrt.Report(total=3, stored=1, store_error="disk full")
+    with contextlib.closing(Journal(program.state)) as journal:
+        journal.note_run(time.time(), *stockrt.report_result({"workflow_name": "--once"}, report, settings))
+    stored = "3 个代码中 1 个已入库，" if language == "zh" else "1 of 3 codes stored,"
+    for said in (program.run("--executions", "1"), program.lines()):
+        assert said.count(stored.rstrip("，,")) == 1 and stored in said and "disk full" in said
 
 
 def test_what_is_executed_is_told_from_what_waits_for_it(program: Program) -> None:
@@ -754,6 +786,23 @@ def test_in_chinese_beside_a_daemon(program: Program) -> None:
         )
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_settings_file_that_was_just_copied_is_said_to_be_found(program: Program, language: str) -> None:
+    """Unless it sets something, be it that the environment has that otherwise."""
+    program.env["STOCKRT_LANG"] = language
+    file = program.folder / "stockrt.env"
+    file.write_text((Path(stockrt.__file__).parent / "stockrt.env.example").read_text(encoding="utf-8"))
+    beginning = {
+        "en": "ok    settings: from environment, {}defaults",
+        "zh": "正常  设置：环境变量、{}默认值",
+    }[language]
+    nothing = {"en": "stockrt.env (sets nothing), ", "zh": "stockrt.env（未设置任何项）、"}[language]
+    assert beginning.format(nothing) in program.run("--check-settings", status=None)
+    assert beginning.format(nothing) in program.run("--check", status=None)
+    file.write_text(f"STOCKRT_LANG={language}\n")
+    assert beginning.format("") in program.run("--check-settings", status=None)
+
+
 def test_in_chinese_every_fault_that_check_finds(program: Program) -> None:
     speak_chinese(program)
     (program.folder / "file").write_text("")
@@ -785,6 +834,31 @@ def test_in_chinese_settings_that_the_service_does_not_have(
         "当前用户看不到 stockrt.service 的设置：请用 root 运行以检查；"
         "未设置 SERVER_IP 和 SERVER_PORT：只够 --once 使用，不能运行守护进程\n"
     )
+
+
+@pytest.mark.parametrize("collects", [False, True])
+@pytest.mark.parametrize("language", stockrt.LANGUAGES)
+def test_of_a_service_that_does_not_run_the_log_is_named(
+    program: Program,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    language: str,
+    collects: bool,
+) -> None:
+    monkeypatch.setattr(stockrt.SPOKEN, "language", language)
+    if collects:
+        program.env |= {"COLLECT": "stream", "COLLECT_CODES": "AAPL.US"}
+    settings = load_settings(program.env, None, (), is_root=False).settings
+    words = {"en": "; see sudo journalctl -u stockrt\n", "zh": "；请看 sudo journalctl -u stockrt\n"}[
+        language
+    ]
+    unit = stockrt.Unit({}, {}, [], program.state, [])
+    for installed in (None, unit):
+        assert stockrt.run_status(settings, False, installed) == NOT_RUNNING
+        assert (words in capsys.readouterr().out) == (installed is not None)
+    with stockrt.lock_state_directory(program.state):
+        stockrt.run_status(settings, False, unit)
+    assert "journalctl" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -344,6 +344,26 @@ def test_code_without_its_flag_is_told_where_it_belongs(run_pyz: RunPyz, typed: 
 
 
 @pytest.mark.parametrize(
+    ("typed", "hint"),
+    [
+        (("TSLA.US",), "codes stand after --codes; "),
+        (("--backfill", "5", "TSLA.US"), "codes stand after --codes; "),
+        (("--show", "--demo", "TSLA.US"), "codes stand right after --show, or after --codes; "),
+        (("--executions", "3", "4"), ""),
+        (("--migrate", "a", "b"), ""),
+        (("--symbols", "gold", "silver"), ""),
+        (("--status", "TSLA.US"), ""),
+    ],
+)
+def test_word_without_a_flag_is_called_a_code_where_it_may_be_one(
+    run_pyz: RunPyz, typed: tuple[str, ...], hint: str
+) -> None:
+    done = run_pyz(*typed)
+    assert done.returncode == 64
+    assert done.stderr == f"stockrt: unrecognized arguments: {typed[-1]}; {hint}see --help\n"
+
+
+@pytest.mark.parametrize(
     ("typed", "meant"),
     [
         (("--once", "--cods", "AAPL.US"), "--codes"),
@@ -360,6 +380,16 @@ def test_mistyped_option_gets_the_nearest_one(run_pyz: RunPyz, typed: tuple[str,
     assert done.returncode == 64
     (line,) = done.stderr.splitlines()
     assert (f"did you mean {meant}?" in line) if meant else ("did you mean" not in line), line
+
+
+@pytest.mark.parametrize("flag", ["--env-file", "--codes-file"])
+@pytest.mark.parametrize("command", ["--check", "--show", "--once"])
+def test_empty_name_of_a_file_is_refused(run_pyz: RunPyz, command: str, flag: str) -> None:
+    done = run_pyz(command, flag, "")
+    assert (done.returncode, done.stderr) == (
+        64,
+        f"stockrt: argument {flag}: expected a file's name; see --help\n",
+    )
 
 
 JOBS = {
