@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import marshal
 import os
-import py_compile
 import random
 import signal
 import subprocess
@@ -14,6 +14,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import SourceFileLoader
+from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -38,9 +40,11 @@ LOCAL_TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d"
 
 @functools.cache
 def _compiled_folder() -> tempfile.TemporaryDirectory[str]:
-    """Return a folder, kept as long as this process lives, with stockrt.py compiled."""
+    """Return a folder, kept as long as this process lives, with stockrt.py compiled: from the cache, where it is."""
     folder = tempfile.TemporaryDirectory(prefix="stockrt-compiled-")
-    py_compile.compile(str(PROGRAM), cfile=f"{folder.name}/stockrt.pyc", doraise=True)
+    code = SourceFileLoader("stockrt", str(PROGRAM)).get_code("stockrt")
+    compiled = MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
+    Path(folder.name, "stockrt.pyc").write_bytes(compiled)
     return folder
 
 
