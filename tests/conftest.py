@@ -14,7 +14,7 @@ from typing import NoReturn, Protocol
 
 import hypothesis
 import pytest
-from kit.daemons import EXTENT, number
+from kit.daemons import EXTENT, READ_AT_A_START, number
 from kit.fault_world import ServiceManager, World
 from kit.forked import Forked
 from kit.infoway_server import InfowayServer
@@ -229,10 +229,6 @@ def start_pyz(pyz: Path, clean_env: dict[str, str], tmp_path: Path) -> RunPyz:
     return run
 
 
-# What an interpreter, the file's unpacking or the loader reads when a process starts.
-READ_AT_A_START = re.compile("PYTHON|SHIV_|LD_|LANG|LC_")
-
-
 @pytest.fixture(scope="session")
 def _forked(pyz: Path, shiv_root: Path) -> Iterator[Forked]:
     with Forked(pyz, shiv_root) as program:
@@ -388,9 +384,12 @@ class MakeWorld(Protocol):
 
 @pytest.fixture
 def make_world(
-    pyz: Path, clean_env: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, _forked: Forked, request: pytest.FixtureRequest
 ) -> Iterator[MakeWorld]:
-    """Make the world of a daemon of the built program; it ends with the test."""
+    """Make the world of a daemon of the built program; it ends with the test.
+
+    The quick run forks the daemon from a process that has the program loaded, where it can.
+    """
     with contextlib.ExitStack() as stack:
 
         def make(
@@ -402,7 +401,7 @@ def make_world(
             **settings: str,
         ) -> World:
             place = place or request.getfixturevalue("mongo_db")
-            world = World(pyz, clean_env, tmp_path, place, uri, wrapper, per_second, **settings)
+            world = World(pyz, clean_env, tmp_path, place, uri, wrapper, per_second, _forked, **settings)
             return stack.enter_context(world)
 
         yield make

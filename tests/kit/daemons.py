@@ -7,6 +7,7 @@ import gc
 import marshal
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import stockrt
+from kit.forked import Forked, ForkedProcess
 
 PROGRAM = Path(stockrt.__file__).resolve()
 ROOT_FOLDER = PROGRAM.parent
@@ -34,6 +36,8 @@ N = TypeVar("N", int, float)
 # A wait for something that must happen; long, because a busy machine is slow, not wrong.
 PATIENCE = 60.0
 HASH = "-4611686018427387904"
+# What an interpreter, the file's unpacking or the loader reads when a process starts.
+READ_AT_A_START = re.compile("PYTHON|SHIV_|LD_|LANG|LC_")
 # How a time is told to people.
 LOCAL_TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d"
 
@@ -187,7 +191,8 @@ class ThreadDaemon:
 class ProcessDaemon:
     """A daemon as a process of its own, `program` being stockrt.py or the built file.
 
-    `wrapper` is put in front of the command line; it must `exec`, so that the process is the daemon.
+    `wrapper` is put in front of the command line; it must `exec`, so that the process is the daemon. In the quick run
+    a daemon is forked from `forked`, where that is given and nothing is asked for that only a start has.
     """
 
     def __init__(
@@ -196,18 +201,24 @@ class ProcessDaemon:
         settings: Mapping[str, str],
         program: Path = PROGRAM,
         wrapper: Sequence[str] = (),
+        forked: Forked | None = None,
     ) -> None:
         self.settings = settings
         self.environment = {**base, **settings}
         self._program = program
         self._wrapper = wrapper
+        is_plain = EXTENT == "quick" and not wrapper and not any(READ_AT_A_START.match(n) for n in settings)
+        self._forked = forked if is_plain else None
         self.state = Path(settings["STATE_DIRECTORY"])
         self.log_path = self.state.with_name(self.state.name + ".log")
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | ForkedProcess | None = None
 
     def start(self) -> Self:
         """Start it."""
         with self.log_path.open("ab") as log:
+            if self._forked is not None:
+                self.process = self._forked.start([], self.environment, self.log_path.parent, log)
+                return self
             self.process = subprocess.Popen(
                 [*self._wrapper, *command_of(self._program)],
                 env=self.environment,
