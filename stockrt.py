@@ -4640,7 +4640,7 @@ class LocalFile:
             return phrase("files.rescue_interrupted")
         if self._mark.exists():
             told = self._mark.read_text(encoding="utf-8", errors="replace")
-            with contextlib.suppress(ValueError):  # an older version's is the text alone
+            with contextlib.suppress(ValueError, RecursionError):  # an older version's is the text alone
                 told = unpacked(json.loads(told))
             return one_line(told) or phrase("files.marked")
         # SQLite would take it for new, a single byte as well, and drop the log
@@ -16110,7 +16110,8 @@ class Service(Events):
         self._collect_steady = steady(self._collect)
         self._collect_shown_at = -math.inf
         self._waits = False  # whether trades wait for MongoDB
-        self._last: tuple[Report, float] | None = None  # of the last execution, and when it ended (monotonic)
+        # of the last execution: codes stored, all codes, seconds, and when it ended (monotonic); not its failures
+        self._last: tuple[int, int, float, float] | None = None
         self._unanswered = self._undelivered = 0
         self._progress_at = self._watchdog_at = clock.monotonic()
         self._said = ""
@@ -16226,7 +16227,7 @@ class Service(Events):
         self.metrics.add("stockrt_executions_total", outcome_of(report))
         if report is None:
             return
-        self._last = (report, self._clock.monotonic())
+        self._last = (report.reached, report.total, report.took_s, self._clock.monotonic())
         self.metrics.add("stockrt_trades_stored_total", by=report.stored)
         self.metrics.add("stockrt_trades_duplicate_total", by=report.duplicates)
         self.metrics.put("stockrt_codes_stale", report.stale)
@@ -16284,10 +16285,11 @@ class Service(Events):
             parts.append(phrase("service.to_deliver", n=self._undelivered))
         return listing("join.dots", parts), until
 
-    def _last_words(self, report: Report, at: float, now: float) -> tuple[Phrase, float]:
+    def _last_words(
+        self, reached: int, total: int, took_s: float, at: float, now: float
+    ) -> tuple[Phrase, float]:
         """Return what the last execution did and how long ago it ended, and until when that is true."""
         age, changes = age_words(now - at)
-        reached, total, took_s = report.reached, report.total, report.took_s
         words = phrase("service.last_execute", reached=reached, total=total, took_s=took_s, age=age)
         return words, at + changes
 

@@ -158,6 +158,17 @@ def test_status_says_what_is_true(tmp_path: Path) -> None:
     )
 
 
+def test_reasons_of_the_last_execution_are_not_kept_until_the_next(tmp_path: Path) -> None:
+    """A hundred thousand codes may have failed, and the next execution may be tomorrow's."""
+    service = Service(settings(tmp_path), Notifier(), clock=FakeClock())
+    last = report()
+    gone = weakref.ref(last)
+    service.executed(last)
+    service.tick(0, 0)
+    del last
+    assert gone() is None
+
+
 @pytest.fixture
 def in_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever reads what this process prints reads Chinese."""

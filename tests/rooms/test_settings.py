@@ -1073,7 +1073,12 @@ def test_the_unit_that_is_installed_is_understood() -> None:
     names = {setting.name for setting in SETTINGS if setting.secret and not setting.in_small_letters}
     folder = Path("/etc/stockrt/credentials")
     assert unit.credentials == {name: folder / name.lower() for name in names}
-    assert unit.variables == {"SHIV_ROOT": "%C/stockrt", "MALLOC_ARENA_MAX": "1", "PYTHONOPTIMIZE": "2"}
+    assert unit.variables == {
+        "SHIV_ROOT": "%C/stockrt",
+        "MALLOC_ARENA_MAX": "1",
+        "PYTHONOPTIMIZE": "2",
+        "PYTHONNODEBUGRANGES": "1",
+    }
     assert (unit.state_directory, unit.unseen) == (Path("/var/lib/stockrt"), [])
 
 
