@@ -230,7 +230,8 @@ def start_pyz(pyz: Path, clean_env: dict[str, str], tmp_path: Path) -> RunPyz:
 
 
 @pytest.fixture(scope="session")
-def _forked(pyz: Path, shiv_root: Path) -> Iterator[Forked]:
+def forked(pyz: Path, shiv_root: Path) -> Iterator[Forked]:
+    """The built program, loaded once for the runs and daemons that are forked from it."""
     with Forked(pyz, shiv_root) as program:
         yield program
 
@@ -242,7 +243,7 @@ def run_pyz(start_pyz: RunPyz) -> RunPyz:
 
 
 @pytest.fixture
-def run_forked(start_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path, _forked: Forked) -> RunPyz:
+def run_forked(start_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path, forked: Forked) -> RunPyz:
     """Run the program as `start_pyz` does; the quick run forks it from a process that has it loaded, where it can."""
 
     def run(
@@ -256,7 +257,7 @@ def run_forked(start_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path, _fo
         if EXTENT != "quick" or any(READ_AT_A_START.match(name) for name, _ in own):
             return start_pyz(*args, env=env, input=input, timeout=timeout, cwd=cwd)
         arguments = [*map(str, args)]
-        return _forked.run(arguments, clean_env | dict(env or {}), cwd or tmp_path, input or "", timeout)
+        return forked.run(arguments, clean_env | dict(env or {}), cwd or tmp_path, input or "", timeout)
 
     return run
 
@@ -384,7 +385,7 @@ class MakeWorld(Protocol):
 
 @pytest.fixture
 def make_world(
-    pyz: Path, clean_env: dict[str, str], tmp_path: Path, _forked: Forked, request: pytest.FixtureRequest
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, forked: Forked, request: pytest.FixtureRequest
 ) -> Iterator[MakeWorld]:
     """Make the world of a daemon of the built program; it ends with the test.
 
@@ -401,7 +402,7 @@ def make_world(
             **settings: str,
         ) -> World:
             place = place or request.getfixturevalue("mongo_db")
-            world = World(pyz, clean_env, tmp_path, place, uri, wrapper, per_second, _forked, **settings)
+            world = World(pyz, clean_env, tmp_path, place, uri, wrapper, per_second, forked, **settings)
             return stack.enter_context(world)
 
         yield make
