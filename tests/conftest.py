@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from typing import NoReturn, Protocol
 
 import hypothesis
 import pytest
-from kit.daemons import EXTENT, number
+from kit.daemons import EXTENT, READ_AT_A_START, number
 from kit.fault_world import ServiceManager, World
 from kit.forked import Forked
 from kit.infoway_server import InfowayServer
@@ -30,6 +31,7 @@ from kit.mongo_proxy import MongoProxy
 from kit.shims import NoCompiler, WallClock, build_shim
 from kit.words_list import note_everything
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+from xdist.workermanage import WorkerController  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parent.parent
 NOBODY = 65534
@@ -39,6 +41,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.pop("PYTHONPYCACHEPREFIX", None)
 
 note_everything()
+
+# What is collected stays: to look through it for garbage again and again finds none, and takes a third of the time.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was collected out of every later search for garbage."""
+    gc.enable()
+    gc.freeze()
+
 
 # A busy machine is slow, not wrong.
 hypothesis.settings.register_profile("stockrt", deadline=None, max_examples=number(100, 1000, quick=20))
@@ -114,7 +126,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class OneByOne(LoadScopeScheduling):  # type: ignore[misc]
-    """Each test is for whichever worker is free, but the files that share something dear are for one of them."""
+    """Each test is for whichever worker is free, but the files that share something dear are for one of them.
+
+    Of a test of a room all cases are for one: most take less time than it takes to hand them out.
+    """
 
     # The bench in short, a booted box, a server with users, and twice a large file that is parsed.
     whole = (
@@ -129,13 +144,23 @@ class OneByOne(LoadScopeScheduling):  # type: ignore[misc]
     elections = re.compile("elect|primar")
     roles = re.compile("_role_")
 
+    def mark_test_complete(self, node: WorkerController, item_index: int, duration: float = 0) -> None:
+        """Forget a unit that is done: all that a worker has are counted after each test."""
+        super().mark_test_complete(node, item_index, duration)
+        units = self.assigned_work[node]
+        scope = self._split_scope(self.registered_collections[node][item_index])
+        if all(units[scope].values()):
+            del units[scope]
+
     def _split_scope(self, nodeid: str) -> str:
         file, _, name = nodeid.partition("::")
         if self.elections.search(name.partition("[")[0]):
             return "elections"
         if self.roles.search(name.partition("[")[0]):
             file = file.rpartition("/")[0] + "/test_mongo_real.py"
-        return file if file.endswith(self.whole) else nodeid
+        if file.endswith(self.whole):
+            return file
+        return nodeid.partition("[")[0] if "rooms/" in file else nodeid
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -204,12 +229,9 @@ def start_pyz(pyz: Path, clean_env: dict[str, str], tmp_path: Path) -> RunPyz:
     return run
 
 
-# What an interpreter, the file's unpacking or the loader reads when a process starts.
-READ_AT_A_START = re.compile("PYTHON|SHIV_|LD_|LANG|LC_")
-
-
 @pytest.fixture(scope="session")
-def _forked(pyz: Path, shiv_root: Path) -> Iterator[Forked]:
+def forked(pyz: Path, shiv_root: Path) -> Iterator[Forked]:
+    """The built program, loaded once for the runs and daemons that are forked from it."""
     with Forked(pyz, shiv_root) as program:
         yield program
 
@@ -221,7 +243,7 @@ def run_pyz(start_pyz: RunPyz) -> RunPyz:
 
 
 @pytest.fixture
-def run_forked(start_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path, _forked: Forked) -> RunPyz:
+def run_forked(start_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path, forked: Forked) -> RunPyz:
     """Run the program as `start_pyz` does; the quick run forks it from a process that has it loaded, where it can."""
 
     def run(
@@ -235,7 +257,7 @@ def run_forked(start_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path, _fo
         if EXTENT != "quick" or any(READ_AT_A_START.match(name) for name, _ in own):
             return start_pyz(*args, env=env, input=input, timeout=timeout, cwd=cwd)
         arguments = [*map(str, args)]
-        return _forked.run(arguments, clean_env | dict(env or {}), cwd or tmp_path, input or "", timeout)
+        return forked.run(arguments, clean_env | dict(env or {}), cwd or tmp_path, input or "", timeout)
 
     return run
 
@@ -363,9 +385,12 @@ class MakeWorld(Protocol):
 
 @pytest.fixture
 def make_world(
-    pyz: Path, clean_env: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, forked: Forked, request: pytest.FixtureRequest
 ) -> Iterator[MakeWorld]:
-    """Make the world of a daemon of the built program; it ends with the test."""
+    """Make the world of a daemon of the built program; it ends with the test.
+
+    The quick run forks the daemon from a process that has the program loaded, where it can.
+    """
     with contextlib.ExitStack() as stack:
 
         def make(
@@ -377,7 +402,7 @@ def make_world(
             **settings: str,
         ) -> World:
             place = place or request.getfixturevalue("mongo_db")
-            world = World(pyz, clean_env, tmp_path, place, uri, wrapper, per_second, **settings)
+            world = World(pyz, clean_env, tmp_path, place, uri, wrapper, per_second, forked, **settings)
             return stack.enter_context(world)
 
         yield make

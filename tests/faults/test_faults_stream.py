@@ -15,6 +15,7 @@ import pytest
 from conftest import controlled
 from kit.daemons import PATIENCE, ProcessDaemon, number, until
 from kit.fault_world import QUICK, balanced, proc_status, rows_of, seeded, spool_of
+from kit.forked import Forked
 from kit.infoway_server import PLANS
 from kit.mongo import SET_NAME, MongoServer, ReplicaSet
 from kit.mongo_proxy import MongoProxy
@@ -35,14 +36,16 @@ class MakeStreamWorld(Protocol):
 
 @pytest.fixture
 def make_stream_world(
-    pyz: Path, clean_env: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, forked: Forked, request: pytest.FixtureRequest
 ) -> Iterator[MakeStreamWorld]:
     """Make the world of collectors of the built program; it ends with the test."""
     with contextlib.ExitStack() as stack:
 
         def make(place: tuple[str, str] | None = None, /, **switches: Any) -> StreamWorld:
             place = place or request.getfixturevalue("mongo_db")
-            return stack.enter_context(StreamWorld(pyz, clean_env, tmp_path, place, **switches))
+            return stack.enter_context(
+                StreamWorld(pyz, clean_env, tmp_path, place, forked=forked, **switches)
+            )
 
         yield make
 

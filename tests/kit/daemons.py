@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import marshal
 import os
-import py_compile
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +15,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import SourceFileLoader
+from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
 import stockrt
+from kit.forked import Forked, ForkedProcess
 
 PROGRAM = Path(stockrt.__file__).resolve()
 ROOT_FOLDER = PROGRAM.parent
@@ -32,15 +36,19 @@ N = TypeVar("N", int, float)
 # A wait for something that must happen; long, because a busy machine is slow, not wrong.
 PATIENCE = 60.0
 HASH = "-4611686018427387904"
+# What an interpreter, the file's unpacking or the loader reads when a process starts.
+READ_AT_A_START = re.compile("PYTHON|SHIV_|LD_|LANG|LC_")
 # How a time is told to people.
 LOCAL_TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d"
 
 
 @functools.cache
 def _compiled_folder() -> tempfile.TemporaryDirectory[str]:
-    """Return a folder, kept as long as this process lives, with stockrt.py compiled."""
+    """Return a folder, kept as long as this process lives, with stockrt.py compiled: from the cache, where it is."""
     folder = tempfile.TemporaryDirectory(prefix="stockrt-compiled-")
-    py_compile.compile(str(PROGRAM), cfile=f"{folder.name}/stockrt.pyc", doraise=True)
+    code = SourceFileLoader("stockrt", str(PROGRAM)).get_code("stockrt")
+    compiled = MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
+    Path(folder.name, "stockrt.pyc").write_bytes(compiled)
     return folder
 
 
@@ -183,7 +191,8 @@ class ThreadDaemon:
 class ProcessDaemon:
     """A daemon as a process of its own, `program` being stockrt.py or the built file.
 
-    `wrapper` is put in front of the command line; it must `exec`, so that the process is the daemon.
+    `wrapper` is put in front of the command line; it must `exec`, so that the process is the daemon. In the quick run
+    a daemon is forked from `forked`, where that is given and nothing is asked for that only a start has.
     """
 
     def __init__(
@@ -192,18 +201,24 @@ class ProcessDaemon:
         settings: Mapping[str, str],
         program: Path = PROGRAM,
         wrapper: Sequence[str] = (),
+        forked: Forked | None = None,
     ) -> None:
         self.settings = settings
         self.environment = {**base, **settings}
         self._program = program
         self._wrapper = wrapper
+        is_plain = EXTENT == "quick" and not wrapper and not any(READ_AT_A_START.match(n) for n in settings)
+        self._forked = forked if is_plain else None
         self.state = Path(settings["STATE_DIRECTORY"])
         self.log_path = self.state.with_name(self.state.name + ".log")
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | ForkedProcess | None = None
 
     def start(self) -> Self:
         """Start it."""
         with self.log_path.open("ab") as log:
+            if self._forked is not None:
+                self.process = self._forked.start([], self.environment, self.log_path.parent, log)
+                return self
             self.process = subprocess.Popen(
                 [*self._wrapper, *command_of(self._program)],
                 env=self.environment,

@@ -29,6 +29,7 @@ from faults.fault_table import FAULTS
 
 import stockrt
 from kit.daemons import HASH, PATIENCE, Lag, ProcessDaemon, environment, until
+from kit.forked import Forked
 from kit.infoway_server import Answer, InfowayServer, Request
 from kit.mongo import ReplicaSet
 from kit.platform_server import PlatformServer, Result
@@ -229,6 +230,8 @@ class World:
         uri: str = "",
         wrapper: Sequence[str] = (),
         per_second: int | None = None,
+        forked: Forked | None = None,
+        /,
         **settings: str,
     ) -> None:
         self.real_uri, self.database = mongo
@@ -241,7 +244,7 @@ class World:
         self._sending = threading.Lock()
         self._standstills: list[tuple[float, float]] = []
         self.slowest_ping = 0.0  # seconds, of those that `pinged` sent
-        self._pyz, self._base, self._wrapper = pyz, base, wrapper
+        self._pyz, self._base, self._wrapper, self._forked = pyz, base, wrapper, forked
         self._settings = {"MONGODB_HOST": uri or self.real_uri, "MONGODB_DB_NAME": self.database, **settings}
         self.daemon: ProcessDaemon
 
@@ -254,7 +257,7 @@ class World:
             name: text.replace("{api}", str(self.infoway.port)) for name, text in self._settings.items()
         }
         settings = environment(self.platform.port, self.infoway.url, self.state, **settings)
-        self.daemon = ProcessDaemon(self._base, settings, self._pyz, self._wrapper)
+        self.daemon = ProcessDaemon(self._base, settings, self._pyz, self._wrapper, self._forked)
         return self
 
     def __exit__(

@@ -2,6 +2,7 @@
 
     with Forked(pyz, shiv_root) as program:
         done = program.run(["--check"], env, cwd)     # as subprocess.run with captured output
+        daemon = program.start([], env, cwd, log)     # as subprocess.Popen with its output in a file
 
 A run has its own descriptors, environment, directory and signals, and ends by the program's own exit. What belongs to
 a start itself (unpacking, the interpreter's own variables, imports, memory) is for tests that start the built file.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -20,7 +22,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 # Runs inside the built file. Each request is a connection: descriptors and a line of JSON, then the pid and the status.
 SERVER = r"""
@@ -68,6 +70,46 @@ while True:
             os._exit(1)
     request.close()
 """
+
+
+class ForkedProcess:
+    """A run that goes on: what of subprocess.Popen a daemon is handled with."""
+
+    def __init__(self, pid: int, connection: socket.socket, status: socket.SocketIO) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._connection = connection
+        self._status = status
+
+    def poll(self) -> int | None:
+        """Return the exit status, None while it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end and return the exit status. Raises TimeoutExpired."""
+        if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("stockrt", timeout or 0)
+            self.returncode = int(self._status.readline())
+            self._status.close()
+            self._connection.close()
+        return self.returncode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
 
 
 class Forked:
@@ -133,18 +175,34 @@ class Forked:
     def _ask(
         self, arguments: Sequence[str], env: Mapping[str, str], cwd: Path, streams: list[int], timeout: float
     ) -> int:
+        process = self._ask_for(arguments, env, cwd, streams, timeout)
+        try:
+            return process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise subprocess.TimeoutExpired(list(arguments), timeout) from None
+
+    def start(
+        self, arguments: Sequence[str], env: Mapping[str, str], cwd: Path, log: IO[bytes]
+    ) -> ForkedProcess:
+        """Start the program with these arguments and environment; what it prints goes to the file."""
+        with Path(os.devnull).open("rb") as nothing:
+            return self._ask_for(arguments, env, cwd, [nothing.fileno(), log.fileno(), log.fileno()])
+
+    def _ask_for(
+        self,
+        arguments: Sequence[str],
+        env: Mapping[str, str],
+        cwd: Path,
+        streams: list[int],
+        timeout: float = 60,
+    ) -> ForkedProcess:
         self._start()
         asked = json.dumps({"arguments": arguments, "env": dict(env), "cwd": str(cwd)}) + "\n"
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(timeout)
-            connection.connect(self._address)
-            sent = socket.send_fds(connection, [asked.encode()], streams)
-            connection.sendall(asked.encode()[sent:])
-            with connection.makefile() as answers:
-                pid = int(answers.readline())
-                try:
-                    return int(answers.readline())
-                except TimeoutError:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                    raise subprocess.TimeoutExpired(list(arguments), timeout) from None
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(timeout)
+        connection.connect(self._address)
+        sent = socket.send_fds(connection, [asked.encode()], streams)
+        connection.sendall(asked.encode()[sent:])
+        answers = connection.makefile("rb", buffering=0)
+        return ForkedProcess(int(answers.readline()), connection, answers)

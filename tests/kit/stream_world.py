@@ -19,6 +19,7 @@ import pymongo
 import stockrt
 from kit.daemons import PATIENCE, ProcessDaemon, until
 from kit.fault_world import Account, Document, Rows, copied, rejects_of, rows_of, settle, spool_of
+from kit.forked import Forked
 from kit.infoway_server import PLANS, Plan
 from kit.stream_server import Gap, Push, Vendor, record_of, uncovered
 
@@ -43,13 +44,14 @@ class StreamWorld:
         folder: Path,
         mongo: tuple[str, str],
         plan: Plan = PLANS["pro"],
+        forked: Forked | None = None,
         **switches: Any,
     ) -> None:
         self.uri, self.database = mongo
         self.vendor = Vendor(plans={"test-key": plan}, rest={"record": False}, **switches)
         self.stream = self.vendor.stream
         self.collectors: list[ProcessDaemon] = []
-        self._pyz, self._base, self._folder = pyz, base, folder
+        self._pyz, self._base, self._folder, self._forked = pyz, base, folder, forked
 
     def __enter__(self) -> Self:
         self.vendor.__enter__()
@@ -76,7 +78,9 @@ class StreamWorld:
             "MONGODB_HOST": self.uri if uri is None else uri,
             "MONGODB_DB_NAME": self.database,
         }
-        made = ProcessDaemon(self._base, self.vendor.settings | own | settings, self._pyz)
+        made = ProcessDaemon(
+            self._base, self.vendor.settings | own | settings, self._pyz, forked=self._forked
+        )
         self.collectors.append(made)
         return made
 

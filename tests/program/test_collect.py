@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import RunPyz
 from kit.daemons import HASH, PATIENCE, ProcessDaemon, ThreadDaemon, settings_for, until
+from kit.forked import Forked
 from kit.infoway_server import PLANS
 from kit.platform_server import PlatformServer
 from kit.stream_server import Vendor, identity
@@ -120,12 +121,12 @@ def settings(vendor: Vendor, tmp_path: Path, manager: Manager) -> dict[str, str]
 
 @pytest.fixture
 def daemon(
-    pyz: Path, clean_env: dict[str, str], settings: dict[str, str], tmp_path: Path
+    pyz: Path, clean_env: dict[str, str], settings: dict[str, str], tmp_path: Path, forked: Forked
 ) -> Iterator[ProcessDaemon]:
     """The built file as such a daemon, its COLLECT_CODES in a file of its directory; not started yet."""
     write_settings(tmp_path, COLLECT_CODES=settings.pop("COLLECT_CODES"))
     base = {name: value for name, value in clean_env.items() if name != "STATE_DIRECTORY"}
-    made = ProcessDaemon(base, settings, pyz)
+    made = ProcessDaemon(base, settings, pyz, forked=forked)
     yield made
     made.kill()
 

@@ -508,7 +508,7 @@ def usable(path: Path, commands: int) -> str:
     return ""
 
 
-@pytest.mark.parametrize("flip", [0xFF, 0x01], ids=hex)
+@pytest.mark.parametrize("flip", [0xFF, pytest.param(0x01, marks=pytest.mark.long)], ids=hex)
 def test_no_byte_of_a_header_that_is_damaged_keeps_a_file_from_being_used(tmp_path: Path, flip: int) -> None:
     with contextlib.closing(Journal(tmp_path)) as journal:
         journal.accept([Command(f"e{number}", {}, ["A.US"]) for number in range(3)])
