@@ -716,8 +716,8 @@ def whole_file(
     new = path.with_name(f".{path.name}.{os.urandom(8).hex()}.new")
     with disk_trouble(phrase("tools.not_written", path=path), setting):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        descriptor = os.open(new, flags, 0o666 if mode is None else mode)
-        try:
+        try:  # from before it is made on: Ctrl-C comes between any two lines
+            descriptor = os.open(new, flags, 0o666 if mode is None else mode)
             with open(descriptor, "wb") as stream:
                 if mode is not None:
                     os.fchmod(descriptor, mode)
