@@ -10192,7 +10192,8 @@ class Delivery:
         try:
             self._events.queue_changed(self.stats())
         except StoreError as error:
-            self._file_trouble.again(error.message)
+            if not self._closing.is_set():  # else it is the end that has closed the file
+                self._file_trouble.again(error.message)
 
     def _note_away(self, error: StoreAway) -> None:
         with self._changed:
