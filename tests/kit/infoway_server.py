@@ -700,7 +700,7 @@ Script = Callable[[Request], Answer | None] | Iterable[Answer | None]
 
 
 # A busy machine lets a thread of ours read one request so much later than it came, and the next one at once.
-LATE_S = 0.1
+LATE_S = 0.2
 
 
 class _Window:
