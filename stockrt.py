@@ -145,11 +145,12 @@ WIDE_SIGNS = "，。；：？！、（）“”《》"
 # Beginnings of kinds that tell no reason by themselves.
 NO_REASONS = (JOIN, LINE, "n.", "age.", "wait.", "waits.", "tools.because", "tools.see", "cli.error")
 
+# ------------------------------------------------------------------------------------------------------
+# Secrets
+# ------------------------------------------------------------------------------------------------------
 
 # A shorter secret would mask pieces of ordinary words; no real key or password is that short.
 SHORTEST_SECRET = 4
-
-
 # What html.escape does, without that module's table of two thousand names.
 HTML_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
 
@@ -181,6 +182,11 @@ class Hidden:
 
 
 HIDDEN = Hidden()
+
+
+# ------------------------------------------------------------------------------------------------------
+# Phrases
+# ------------------------------------------------------------------------------------------------------
 
 
 class Phrase(str):
@@ -339,6 +345,11 @@ def unpacked(value: Any) -> Any:
     with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
         return Phrase(value[PACKED], unpacked(value["values"]))
     return str(value["text"])
+
+
+# ------------------------------------------------------------------------------------------------------
+# The reader's language
+# ------------------------------------------------------------------------------------------------------
 
 
 def locale_name(environ: Mapping[str, str]) -> str:

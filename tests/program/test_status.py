@@ -317,6 +317,18 @@ def test_reasons_in_the_status_file_can_be_read_in_all_languages(program: Progra
     assert [in_language(one, "zh") for one in reasons()][1:] == english[1:]
 
 
+@contextlib.contextmanager
+def a_daemon_that_told(program: Program, told: dict[str, object] | None) -> Iterator[None]:
+    """As while a daemon collects that told this of it last, None: nothing yet."""
+    program.env |= {"COLLECT": "stream", "COLLECT_CODES": "AAPL.US"}
+    status: dict[str, object] = {"platform": stockrt.NO_NEED, "pid": 7, "version": "1"}
+    if told is not None:
+        status["collecting"] = stockrt.collect_facts(STREAM | told)
+    with stockrt.lock_state_directory(program.state):
+        (program.state / stockrt.STATUS_NAME).write_text(json.dumps(status))
+        yield
+
+
 @pytest.mark.parametrize(
     ("told", "wrong"),
     [
@@ -334,12 +346,7 @@ def test_a_service_that_collects_is_well_without_a_platform(
     program: Program, told: dict[str, object] | None, wrong: list[str]
 ) -> None:
     """From what its daemon told last; what is not known is null."""
-    program.env |= {"COLLECT": "stream", "COLLECT_CODES": "AAPL.US"}
-    status: dict[str, object] = {"platform": stockrt.NO_NEED, "pid": 7, "version": "1"}
-    if told is not None:
-        status["collecting"] = stockrt.collect_facts(STREAM | told)
-    with stockrt.lock_state_directory(program.state):
-        (program.state / stockrt.STATUS_NAME).write_text(json.dumps(status))
+    with a_daemon_that_told(program, told):
         found = program.status(WRONG if wrong else WELL)
         lines = lines_of(program.lines(WRONG if wrong else WELL))
     assert found["wrong"] == wrong and found["platform"]["state"] == "not needed"
@@ -878,12 +885,7 @@ def test_in_chinese_a_service_that_collects(
     program: Program, told: dict[str, object] | None, wrong: str, line: str
 ) -> None:
     speak_chinese(program)
-    program.env |= {"COLLECT": "stream", "COLLECT_CODES": "AAPL.US"}
-    status: dict[str, object] = {"platform": stockrt.NO_NEED, "pid": 7, "version": "1"}
-    if told is not None:
-        status["collecting"] = stockrt.collect_facts(STREAM | told)
-    with stockrt.lock_state_directory(program.state):
-        (program.state / stockrt.STATUS_NAME).write_text(json.dumps(status))
+    with a_daemon_that_told(program, told):
         lines = lines_in_chinese(program.lines(WRONG if wrong else WELL))
         check = program.run("--check", status=None)
     assert lines["状态"].startswith(f"有问题：{wrong}。处理办法：请看 --check 和" if wrong else "正常")
