@@ -937,7 +937,8 @@ def test_a_journal_that_takes_no_answer_as_it_is_taken_up_ends_nothing(
 ) -> None:
     """What was interrupted is answered once that is over, of which a trigger decides here."""
     ids = [f"old-{n}" for n in range(3)]
-    with contextlib.closing(Journal(state, FakeClock(time.time() - 600))) as journal:
+    long_ago = FakeClock(time.time() - 600, time.monotonic() - 600)
+    with contextlib.closing(Journal(state, long_ago)) as journal:
         journal.accept([Command(name, {"meta": {"execution_id": name}}, ["A.US"]) for name in ids])
     refusing = (
         "CREATE TRIGGER no BEFORE UPDATE OF answer ON executions BEGIN SELECT RAISE(ABORT, 'not now'); END"
