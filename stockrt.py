@@ -8143,13 +8143,10 @@ class MongoStore:
         `takes`: the collection was just seen to take another document. Raises StoreAway for whatever is not a
         fault of single documents, and where the collection takes none.
         """
-        from bson.errors import BSONError
-        from pymongo.errors import PyMongoError
-
         encoded, refused = self._encode(documents)
         if not encoded:
             return WriteReport(refused=refused)
-        try:
+        with self.asking():
             self._demand_plain(self.realtime_name)
             self._make_index()
             known, rejected = self._in_bulk(
@@ -8158,8 +8155,6 @@ class MongoStore:
                 lambda: self.collection().insert_many(encoded, ordered=False),
                 takes,
             )
-        except (PyMongoError, BSONError) as error:
-            raise self._fault(error) from error
         stored = len(encoded) - len(known) - len(rejected)
         return WriteReport(stored, len(known), refused | rejected)
 
@@ -8253,23 +8248,16 @@ class MongoStore:
 
     def has(self, name: str) -> bool:
         """Return whether a trade of this `_id` is in `realtime`. Raises StoreAway."""
-        from pymongo.errors import PyMongoError
-
-        try:
+        with self.asking():
             return self.collection().find_one({"_id": name}, {"_id": 1}) is not None
-        except PyMongoError as error:
-            raise self._fault(error) from error
 
     def estimate(self, name: str) -> int:
         """Return about how many documents a collection has, 0 where it is none. Raises StoreAway."""
-        from pymongo.errors import InvalidName, PyMongoError
+        from pymongo.errors import InvalidName
 
-        try:
+        with self.asking(), contextlib.suppress(InvalidName):
             return self.collection(name).estimated_document_count()
-        except InvalidName:
-            return 0
-        except PyMongoError as error:
-            raise self._fault(error) from error
+        return 0
 
     def pages(self, name: str, after: Document) -> Iterator[list[Document]]:
         """Yield the fields of trades of all documents of a collection, whoever wrote them, in the order of `_id`.
@@ -8277,13 +8265,9 @@ class MongoStore:
         `after`: the `_id` from which to go on, {} for all. Each page is asked for by itself, so an election costs none
         of them. Dates are naive, as they stand there. Raises StoreAway.
         """
-        from pymongo.errors import PyMongoError
-
         while True:
-            try:
+            with self.asking():
                 found = self._page(name, after)
-            except PyMongoError as error:
-                raise self._fault(error) from error
             yield [document for document in found if document["_id"] != after.get("_id", ...)]
             if len(found) < PAGE + bool(after):
                 return
@@ -8303,13 +8287,9 @@ class MongoStore:
 
     def at_moments(self, documents: Iterable[Document]) -> list[Document]:
         """Return our trades of the codes and times that documents have, one at least. Raises StoreAway."""
-        from pymongo.errors import PyMongoError
-
         moments = [{name: document[name] for name in ("stock_code", "t")} for document in documents]
-        try:
+        with self.asking():
             return [*filter(is_trade, self.collection().find({"$or": moments}))]
-        except PyMongoError as error:
-            raise self._fault(error) from error
 
     def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
         """Return the newest trade of each code in a span of time. Raises StoreError.
@@ -8318,12 +8298,10 @@ class MongoStore:
         missing: few requests, and few documents even where a code has thousands of trades a day. What another
         program has put there and is no trade is passed over.
         """
-        from pymongo.errors import PyMongoError
-
         found: dict[str, Document] = {}
         missing = [*codes]
         span = NEWEST_SPAN_MS
-        try:
+        with self.asking():
             while missing and until >= since:
                 first = max(since, until - span)
                 wanted = {"stock_code": {"$in": missing}, "t": {"$gte": first, "$lte": until}}
@@ -8333,8 +8311,6 @@ class MongoStore:
                         found[code] = document
                 missing = [code for code in codes if code not in found]
                 until, span = first - 1, span * 4
-        except PyMongoError as error:
-            raise self._fault(error) from error
         return {
             code: document | {name: str(document[name]) for name in NUMBERS}
             for code, document in found.items()
@@ -8343,12 +8319,11 @@ class MongoStore:
     def write_closes(self, closes: Sequence[Close]) -> Mapping[str, str]:
         """Insert candidates; where a document stands already, a conditional update lets the server decide."""
         from pymongo import UpdateOne
-        from pymongo.errors import PyMongoError
 
         now = utc_now()
         documents = [self._close_document(close, now) for close in closes]
         collection = self.collection(self.close_name)
-        try:
+        with self.asking():
             self._demand_plain(self.close_name)
             taken, refused = self._in_bulk(
                 self.close_name, len(documents), lambda: collection.insert_many(documents, ordered=False)
@@ -8363,8 +8338,6 @@ class MongoStore:
                     self.close_name, len(updates), lambda: collection.bulk_write(updates, ordered=False)
                 )
                 refused |= worse
-        except PyMongoError as error:
-            raise self._fault(error) from error
         return refused
 
     def _close_document(self, close: Close, now: datetime) -> Document:
@@ -8376,52 +8349,35 @@ class MongoStore:
 
     def finals(self, keys: Collection[str]) -> set[str]:
         """Return which of these closes are final. Raises StoreError."""
-        from pymongo.errors import PyMongoError
-
         wanted = {"_id": {"$in": list(keys)}, "close": {"$ne": None}}
-        try:
+        with self.asking():
             return {found["_id"] for found in self.collection(self.close_name).find(wanted, {"_id": 1})}
-        except PyMongoError as error:
-            raise self._fault(error) from error
 
     def write_gaps(self, documents: Sequence[Document]) -> None:
         """Write times in which the stream did not bring every trade, as they are now. Raises StoreAway."""
         from pymongo import ReplaceOne
-        from pymongo.errors import PyMongoError
 
         updates = [ReplaceOne({"_id": one["_id"]}, one, upsert=True) for one in documents]
-        try:
+        with self.asking():
             self.collection(self._settings.gap_name).bulk_write(updates, ordered=False)
-        except PyMongoError as error:
-            raise self._fault(error) from error
 
     def codes(self) -> list[str]:
         """Return every code in `realtime`. Raises StoreError."""
-        from pymongo.errors import PyMongoError
-
-        try:
+        with self.asking():
             return sorted(filter(None, map(str, self.collection().distinct("stock_code"))))
-        except PyMongoError as error:
-            raise self._fault(error) from error
 
     def field(self, name: str, field: str, most: int) -> list[object]:
         """Return a field of up to `most` documents of a collection, None for one that lacks it. Raises StoreAway."""
-        from bson.errors import BSONError
-        from pymongo.errors import PyMongoError
-
-        try:
+        with self.asking():
             found = self.collection(name).find({}, {"_id": 0, field: 1}).limit(most)
             return [document.get(field) for document in found]
-        except (PyMongoError, BSONError) as error:
-            raise self._fault(error) from error
 
     def check(self) -> str:
         """Ping, look for the index, write to and delete from both collections. Raises StoreError."""
         from pymongo import timeout
-        from pymongo.errors import PyMongoError
 
         settings = self._settings
-        try:
+        with self.asking():
             with timeout(self._looking_s()):
                 self.client.admin.command("ping")
             for name in (self.realtime_name, self.close_name):
@@ -8430,8 +8386,6 @@ class MongoStore:
             # closes are replaced, too: this finds none, and needs the right
             self.collection(self.close_name).update_one({"_id": PROBE}, {"$unset": {"date": ""}})
             index = self._index_words()
-        except PyMongoError as error:
-            raise self._fault(error) from error
         place, database = settings.mongodb_shown(), settings.mongodb_db_name
         return phrase("stores.mongodb_good", place=place, database=database, index=index)
 
@@ -8439,7 +8393,7 @@ class MongoStore:
         """Return the indexes by which MongoDB removes documents of `realtime`, or could. Raises StoreAway."""
         from pymongo import timeout
 
-        with self._faults(), timeout(self._looking_s()):
+        with self.asking(), timeout(self._looking_s()):
             found = self.collection().index_information()
         return [
             TtlIndex(name, index["key"][0][0], index.get("expireAfterSeconds"))
@@ -8457,7 +8411,7 @@ class MongoStore:
         from pymongo import timeout
         from pymongo.errors import PyMongoError
 
-        with self._faults(), timeout(self._looking_s()):
+        with self.asking(), timeout(self._looking_s()):
             try:
                 return self.collection().count_documents({"create_time": {"$lt": before}})
             except PyMongoError as error:
@@ -8467,7 +8421,7 @@ class MongoStore:
 
     def oldest(self) -> list[str]:
         """Return the earliest `create_time` (ISO 8601 UTC), nothing where there is none. Raises StoreAway."""
-        with self._faults():
+        with self.asking():
             found = self.collection().find({"create_time": {"$type": "date"}}).sort(TTL_KEY).limit(1)
             return [iso(document["create_time"]) for document in found]
 
@@ -8475,7 +8429,7 @@ class MongoStore:
         """Have MongoDB remove documents so long after their `create_time`. Raises StoreAway, also after `wait_s`."""
         from pymongo import timeout
 
-        with self._faults(), timeout(wait_s):
+        with self.asking(), timeout(wait_s):
             self.collection().create_index(TTL_KEY, name=TTL_INDEX, expireAfterSeconds=seconds)
 
     def change_ttl_index(self, seconds: int) -> bool:
@@ -8483,7 +8437,7 @@ class MongoStore:
         from pymongo.errors import OperationFailure
 
         change = {"name": TTL_INDEX, "expireAfterSeconds": seconds}
-        with self._faults():
+        with self.asking():
             try:
                 self.collection().database.command("collMod", self.realtime_name, index=change)
             except OperationFailure as error:
@@ -8494,18 +8448,8 @@ class MongoStore:
 
     def drop_ttl_index(self) -> None:
         """Have MongoDB remove nothing by our index any more. Raises StoreAway."""
-        with self._faults():
+        with self.asking():
             self.collection().drop_index(TTL_INDEX)
-
-    @contextlib.contextmanager
-    def _faults(self) -> Iterator[None]:
-        """Raise StoreAway in place of what pymongo raises."""
-        from pymongo.errors import PyMongoError
-
-        try:
-            yield
-        except PyMongoError as error:
-            raise self._fault(error) from error
 
     def _index_words(self) -> Phrase:
         from pymongo.errors import OperationFailure
@@ -8612,7 +8556,7 @@ class MongoStore:
             linecache.clearcache()
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
+    def asking(self) -> Iterator[None]:
         """Raise StoreAway in place of whatever pymongo raises in the block."""
         from bson.errors import BSONError
         from pymongo.errors import PyMongoError
@@ -10642,7 +10586,7 @@ class MongoReader(_FileReader):
     def close_codes(self) -> list[str]:
         """Return every code of which there is a close, sorted. Raises StoreError."""
         pipeline = [{"$group": {"_id": "$stock_code"}}]
-        with self._store.reading():
+        with self._store.asking():
             found = list(
                 self._store.collection(self._store.close_name).aggregate(pipeline, allowDiskUse=True)
             )
@@ -10675,7 +10619,7 @@ class MongoReader(_FileReader):
             "stock_code": code,
             **_WITH_NUMBERS,
         }
-        with self._store.reading():
+        with self._store.asking():
             return _stored_trades(list(self._store.collection().find(wanted).sort("_id", -1).limit(1)))
 
     def _newest(self, wanted: Mapping[str, object]) -> list[tuple[str, int]]:
@@ -10690,7 +10634,7 @@ class MongoReader(_FileReader):
             {"$sort": dict(INDEX)},
             {"$group": {"_id": "$stock_code", "t": {"$first": "$t"}}},
         ]
-        with self._store.reading():
+        with self._store.asking():
             found = self._store.collection().aggregate(pipeline, allowDiskUse=True)
             return [(one["_id"], int(one["t"])) for one in found if one["_id"].isprintable()]
 
@@ -10709,7 +10653,7 @@ class MongoReader(_FileReader):
         try:
             coming = ahead.submit(next, batches, None)
             while True:
-                with self._store.reading():
+                with self._store.asking():
                     batch = coming.result()
                 if batch is None:
                     return
@@ -10740,7 +10684,7 @@ class MongoReader(_FileReader):
         found: dict[str, list[Candle]] = {}
         for part in parts_of([*codes], CODES_ASKED):
             pipeline = _mongo_candles(part, since, until, step_ms)
-            with self._store.reading():
+            with self._store.asking():
                 for one in self._store.collection().aggregate(pipeline, allowDiskUse=True):
                     found.setdefault(one["_id"]["code"], []).append(_mongo_candle(one))
         return {code: sorted(candles) for code, candles in found.items()}
@@ -10762,14 +10706,14 @@ class MongoReader(_FileReader):
         return _newest_finals(found)
 
     def _closes(self, wanted: Mapping[str, object]) -> list[StoredClose]:
-        with self._store.reading():
+        with self._store.asking():
             found = self._store.collection(self._store.close_name).find(wanted)
             return [*filter(None, map(_mongo_close, found))]
 
     def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
         """Return the gaps that MongoDB has, and those of this machine that it has not yet. Raises StoreError."""
         wanted = {"from": {"$lt": until}, "$or": [{"to": None}, {"to": {"$gt": since}}]}
-        with self._store.reading():
+        with self._store.asking():
             documents = list(self._store.collection(self._gap_name).find(wanted))
         there = [*filter(None, map(_mongo_gap, documents))]
         # of one that both have this machine knows best how it stands
