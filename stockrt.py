@@ -6302,12 +6302,6 @@ class InfowayApi:
             for worker in busy:
                 worker.dismiss()
 
-    def bars(self, product: str, codes: Sequence[str], num: int, stop: threading.Event) -> Outcome:
-        """Return up to `num` daily bars of one code (at most 500), or the two newest of each of up to 100."""
-        batch = Batch(product, ",".join(codes), num)
-        found = (outcome for outcome in self.fetch([batch], stop) if outcome is not None)
-        return next(found, Outcome(batch, interrupted=True))
-
     def package(self, key: ApiKey, stop: threading.Event) -> PackageInfo | Failure:
         """Ask once what a key's plan is; return that, or why it cannot be had. Raises Interrupted."""
         envelope, failure = self._learn(PACKAGE_PATH, PLAN_LIMITS, stop, key)
@@ -6896,9 +6890,6 @@ class Source(Protocol):
     def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
         """Yield an Outcome for each batch, and None now and then while none is done."""
 
-    def close(self) -> None:
-        """Let go of connections and threads."""
-
 
 # About what things cost, that a synthetic price is one that its instrument could have: halves of pairs in US dollars,
 # the rest in the currency of their market.
@@ -6945,9 +6936,6 @@ class DemoApi:
             )
             verdict = decide(Response(200, body.encode()), datetime.now(UTC))
             yield read_records(batch, verdict.records)
-
-    def close(self) -> None:
-        """Nothing is open."""
 
     def _record(self, code: str) -> dict[str, object]:
         number = int(self._clock.wall() // self._step_s)
