@@ -4991,23 +4991,6 @@ class Ledger(Protocol):
         """Return how many requests of the key were leased today (UTC), None where that cannot be known."""
 
 
-class NoLedger:
-    """Counts nothing: for a single request, and for plans without a limit."""
-
-    def lease(self, digest: str, plan: Plan, now: float, made: Sequence[float] = ()) -> Lease:
-        """Grant whatever is asked."""
-        return UNLIMITED
-
-    def give_back(
-        self, digest: str, plan: Plan, lease: Lease, now: float, made: Sequence[float] = ()
-    ) -> None:
-        """Nothing is counted."""
-
-    def used_today(self, digest: str, now: float) -> int | None:
-        """Nothing is known."""
-        return None
-
-
 class ApiKey:
     """One key: its windows, its lease, and whether it is out (for good, for a product, or until a time)."""
 
@@ -5083,11 +5066,11 @@ class KeyPool:
     def __init__(
         self,
         keys: Sequence[tuple[str, Plan]],
-        ledger: Ledger | None = None,
+        ledger: Ledger,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.keys = [ApiKey(secret, plan) for secret, plan in keys]
-        self.ledger = ledger or NoLedger()
+        self.ledger = ledger
         self._clock = clock
         self._changed = threading.Condition()
 

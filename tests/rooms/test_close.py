@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kit.daemons import number as examples
 from kit.infoway_server import InfowayServer
+from kit.ledger import NoLedger
 from kit.mongo import MongoServer, fresh_database
 
 import stockrt
@@ -773,7 +774,7 @@ class Hurried(random.Random):
 
 def api_of(server: InfowayServer, key: str = "test-key") -> InfowayApi:
     """Return a client of a server, its key without limits."""
-    return InfowayApi(server.url, KeyPool([(key, Plan("0", 0, 0, 0))]), rng=Hurried())
+    return InfowayApi(server.url, KeyPool([(key, Plan("0", 0, 0, 0))], NoLedger()), rng=Hurried())
 
 
 def test_a_run_keeps_the_closes_of_what_it_fetched(store: AnyStore, tmp_path: Path) -> None:

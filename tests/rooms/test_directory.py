@@ -12,6 +12,7 @@ from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import check_paced
 from kit.infoway_server import REFUSALS, Answer, InfowayServer
+from kit.ledger import NoLedger
 
 from stockrt import (
     PLAN_RETRY_S,
@@ -45,7 +46,7 @@ class World:
 
     def another(self) -> Directory:
         """Return the directory of another process."""
-        api = InfowayApi(self.server.url, KeyPool([("test-key", NO_LIMIT)]))
+        api = InfowayApi(self.server.url, KeyPool([("test-key", NO_LIMIT)], NoLedger()))
         return Directory(self.file, api, self.clock)
 
     def types(self) -> list[str]:
@@ -78,7 +79,7 @@ def test_each_list_is_asked_for_once_a_day_by_all_processes(world: World) -> Non
 
 def test_the_lists_are_asked_for_under_the_limits_of_the_key(tmp_path: Path) -> None:
     def measure(folder: Path) -> tuple[int, float]:
-        keys = KeyPool([("test-key", Plan("x", 10, 600))])
+        keys = KeyPool([("test-key", Plan("x", 10, 600))], NoLedger())
         with InfowayServer(per_second=10, per_minute=600) as server, open_store_file(folder) as file:
             began = time.monotonic()
             directory = Directory(file, InfowayApi(server.url, keys))
@@ -120,7 +121,9 @@ def test_a_list_that_cannot_be_had_is_not_asked_for_at_once_again(world: World) 
 def test_a_server_that_hangs_is_waited_for_once(world: World) -> None:
     """Each list more would take as long, and a result wait for all of them."""
     world.server.script = lambda _: Answer.hang()
-    api = InfowayApi(world.server.url, KeyPool([("test-key", NO_LIMIT)]), limits=Limits(1.0, 0.2, 0.5))
+    api = InfowayApi(
+        world.server.url, KeyPool([("test-key", NO_LIMIT)], NoLedger()), limits=Limits(1.0, 0.2, 0.5)
+    )
     directory = Directory(world.file, api, world.clock)
     for kind in SYMBOL_TYPES:
         assert directory.refresh([kind], world.stop) != ""

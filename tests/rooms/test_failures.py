@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import RunPyz
 from kit.infoway_server import REFUSALS, Answer, InfowayServer
+from kit.ledger import NoLedger
 
 import stockrt
 from stockrt import (
@@ -25,7 +26,6 @@ from stockrt import (
     InfowayApi,
     KeyPool,
     Lease,
-    NoLedger,
     Outcome,
     Plan,
     Report,
@@ -101,7 +101,7 @@ class RawServer:
 
 def collect(url: str, folder: Path, codes: Sequence[str] = CODES, ledger: NoLedger | None = None) -> Report:
     """Run a collection against whatever listens there, as often tried as it is, but without waiting."""
-    pool = KeyPool([("test-key", NO_LIMIT)], ledger)
+    pool = KeyPool([("test-key", NO_LIMIT)], ledger or NoLedger())
     with (
         contextlib.closing(InfowayApi(url, pool, rng=Hasty())) as api,
         open_store_file(folder) as file,
@@ -197,7 +197,7 @@ def test_what_the_store_does_not_take_is_its_fault_and_no_more_is_asked_for(
     """Fetched and not stored, or not asked for at all: for the operator the same thing to mend."""
     environ = {"MONGODB_HOST": "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=100&timeoutMS=100"}
     settings = load_settings(environ, None, (), is_root=False).settings
-    pool = KeyPool([("test-key", Plan("x", 20, 0))])
+    pool = KeyPool([("test-key", Plan("x", 20, 0))], NoLedger())
     codes = [f"A{number}.US" for number in range(1500)]
     with (
         contextlib.closing(InfowayApi(infoway.url, pool)) as api,
@@ -217,7 +217,7 @@ def test_a_batch_that_was_stopped_is_interrupted_and_nothing_is_said_of_its_code
     stop.set()
     batch = Batch("stock", ",".join(CODES))
     with (
-        contextlib.closing(InfowayApi(infoway.url, KeyPool([("test-key", NO_LIMIT)]))) as api,
+        contextlib.closing(InfowayApi(infoway.url, KeyPool([("test-key", NO_LIMIT)], NoLedger()))) as api,
         contextlib.closing(HttpConnection(infoway.url)) as connection,
     ):
         outcome = api.ask(connection, BatchAttempt(batch, stop, Hasty()))

@@ -42,6 +42,7 @@ from kit.infoway_server import (
     Request,
     make_record,
 )
+from kit.ledger import NoLedger
 
 import stockrt
 from stockrt import (
@@ -63,7 +64,6 @@ from stockrt import (
     KeyPool,
     Lease,
     Limits,
-    NoLedger,
     Plan,
     Report,
     SqliteStore,
@@ -105,7 +105,7 @@ def api_of(
     rng: random.Random | None = None,
 ) -> Iterator[InfowayApi]:
     """Yield a client of the server, for "test-key" unless other keys are named."""
-    pool = KeyPool([(key, plan) for key in keys or ("test-key",)])
+    pool = KeyPool([(key, plan) for key in keys or ("test-key",)], NoLedger())
     with contextlib.closing(InfowayApi(server.url, pool, rng=rng or Hasty(), limits=limits)) as api:
         yield api
 
@@ -432,7 +432,7 @@ def test_of_a_request_is_told_what_followed_and_how_long_it_took(
 ) -> None:
     infoway.script = [REFUSALS["503_html"], Answer.cut_before_answer()]
     heard = Heard()
-    pool = KeyPool([("test-key", NO_LIMIT)])
+    pool = KeyPool([("test-key", NO_LIMIT)], NoLedger())
     with contextlib.closing(InfowayApi(infoway.url, pool, events=heard, rng=Hasty())) as api:
         assert collect(api, STOCKS, tmp_path / "1").report.complete
         infoway.stop()
@@ -781,7 +781,7 @@ def test_retry_after_holds_for_the_whole_key(tmp_path: Path) -> None:
         return 0.05
 
     with InfowayServer(latency=latency) as server:
-        pool = KeyPool([("test-key", NO_LIMIT)])
+        pool = KeyPool([("test-key", NO_LIMIT)], NoLedger())
         with contextlib.closing(InfowayApi(server.url, pool, events=Told(), rng=Hasty())) as api:
             collect(api, share_codes(2_000), tmp_path / "warm")  # from here on several are in flight
             before = server.request_count
@@ -880,7 +880,7 @@ def test_5000_codes_at_10_requests_a_second(tmp_path: Path) -> None:
 
     def measure(folder: Path) -> tuple[int, float]:
         with ServerProcess("--per-second", "10") as server:
-            pool = KeyPool([("test-key", PLANS["premium"])])
+            pool = KeyPool([("test-key", PLANS["premium"])], NoLedger())
             with contextlib.closing(InfowayApi(server.url, pool)) as api:
                 run = collect(api, codes, folder)
             requests, over = server.end()
@@ -990,7 +990,7 @@ def test_a_401_that_is_not_the_apis_own_costs_the_key_a_rest_only(
     """A captive portal on the way: this run ends at once and says so; a minute on the key is used again."""
     infoway.script = [LOGIN_PAGE]
     clock = FakeClock(time.time())
-    pool = KeyPool([("test-key", Plan("0", 0, 0))], clock=clock)
+    pool = KeyPool([("test-key", Plan("0", 0, 0))], NoLedger(), clock)
     api = InfowayApi(infoway.url, pool)
     with open_store_file(tmp_path) as file:
         first = Collector(api, SqliteStore(file)).run(STOCKS, threading.Event())
@@ -1149,7 +1149,7 @@ def relayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[InfowayServer, Re
 @contextlib.contextmanager
 def relayed_api(relay: Relay, folder: Path, limits: Limits) -> Iterator[InfowayApi]:
     """Yield a client over TLS with a connection that stands, and has the next answer stall in a record."""
-    pool = KeyPool([("test-key", NO_LIMIT)])
+    pool = KeyPool([("test-key", NO_LIMIT)], NoLedger())
     with contextlib.closing(InfowayApi(relay.url, pool, rng=Hasty(), limits=limits)) as api:
         assert collect(api, STOCKS, folder / "warm").report.complete
         relay.stall_after(40)
@@ -1195,7 +1195,7 @@ def test_what_tls_says_to_itself_does_not_end_a_connection(relayed: tuple[Infowa
 
 
 def test_plain_http_server_called_https(infoway: InfowayServer, tmp_path: Path) -> None:
-    url, pool = infoway.url.replace("http:", "https:"), KeyPool([("test-key", NO_LIMIT)])
+    url, pool = infoway.url.replace("http:", "https:"), KeyPool([("test-key", NO_LIMIT)], NoLedger())
     short = Limits(connect_s=0.2, read_s=0.2, whole_s=0.5)  # it waits for the rest of a request's head
     with contextlib.closing(InfowayApi(url, pool, rng=Hasty(), limits=short)) as api:
         run = collect(api, STOCKS, tmp_path)
@@ -1307,7 +1307,7 @@ def test_what_was_fetched_before_the_stop_is_stored(tmp_path: Path) -> None:
     codes = share_codes(2_000)
     stop = threading.Event()
     reports: list[Report] = []
-    heard, pool = Heard(), KeyPool([("test-key", NO_LIMIT)])
+    heard, pool = Heard(), KeyPool([("test-key", NO_LIMIT)], NoLedger())
     with (
         InfowayServer(latency=0.05) as server,
         contextlib.closing(InfowayApi(server.url, pool, events=heard, rng=Hasty())) as api,

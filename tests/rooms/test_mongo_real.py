@@ -21,6 +21,7 @@ from conftest import RunPyz, controlled, unavailable
 from kit.chinese import in_chinese
 from kit.daemons import PATIENCE, until
 from kit.infoway_server import InfowayServer
+from kit.ledger import NoLedger
 from kit.mongo import (
     SET_NAME,
     UNAUTHORIZED,
@@ -353,7 +354,7 @@ def test_a_user_with_rights_on_the_trades_alone(
         assert until(lambda: "closing snapshot: " in caplog.text)
         with pytest.raises(StoreError, match=f"not authorized on {guarded_db}.*close"):
             store.check()
-        ledger = SharedLedger(store.mongo.collection("license_usage"), stockrt.NoLedger())
+        ledger = SharedLedger(store.mongo.collection("license_usage"), NoLedger())
         assert ledger.lease("d", Plan("x", 2, 0, 1000), time.time()).requests
         assert store.write(make_documents(20)).stored == 10
         assert store.unsettled.count() == 10 and not store.queue.has_trades()
@@ -539,7 +540,7 @@ def test_a_standalone_and_a_capped_collection_take_everything(
         store.write(later)
         store.settle(later, NEVER)
         assert store.is_empty() and store.rejects.all() == []
-        ledger = SharedLedger(store.mongo.collection("license_usage"), stockrt.NoLedger())
+        ledger = SharedLedger(store.mongo.collection("license_usage"), NoLedger())
         plan = Plan("x", 2, 0, 15)
         assert [ledger.lease("d", plan, 0.0).requests for _ in range(3)] == [10, 1, 1]
         assert ledger.used_today("d", 0.0) == 12
@@ -665,7 +666,7 @@ def test_an_election_in_the_middle_of_everything(
     counts = {"written": 0, "leased": 0, "closed": 0}
     errors: list[BaseException] = []
     with places[0].opened(real=True) as writer, places[1].opened(real=True) as drainer:
-        ledger = SharedLedger(writer.mongo.collection("license_usage"), stockrt.NoLedger())
+        ledger = SharedLedger(writer.mongo.collection("license_usage"), NoLedger())
 
         def write() -> None:
             first = counts["written"]

@@ -29,6 +29,7 @@ from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import PATIENCE, number
 from kit.infoway_server import InfowayServer, make_record
+from kit.ledger import NoLedger
 from kit.mongo import UNAUTHORIZED, MongoServer
 from kit.trades import CREATED, by_id, make_documents, make_trades, settings_of
 
@@ -861,7 +862,7 @@ class CountingStore:
 def test_run_stops_fetching_when_the_store_is_away(infoway: InfowayServer) -> None:
     codes = [f"{600_000 + number}.SH" for number in range(3_000)]
     uri = f"mongodb://user:{SECRET}@127.0.0.1:{nobody_listens()}/?timeoutMS=1000"
-    pool = KeyPool([("test-key", Plan("20", 20, 1200))])
+    pool = KeyPool([("test-key", Plan("20", 20, 1200))], NoLedger())
     with (
         contextlib.closing(mongo_store(uri)) as store,
         contextlib.closing(InfowayApi(infoway.url, pool)) as api,
@@ -889,7 +890,9 @@ def test_run_says_which_codes_the_store_refused(infoway: InfowayServer, sqlite_p
                 "CREATE TRIGGER no_hk BEFORE INSERT ON realtime WHEN NEW.s LIKE '%.HK' "
                 "BEGIN SELECT RAISE(ABORT, 'no Hong Kong here'); END"
             )
-        with contextlib.closing(InfowayApi(infoway.url, KeyPool([("test-key", Plan("0", 0, 0))]))) as api:
+        with contextlib.closing(
+            InfowayApi(infoway.url, KeyPool([("test-key", Plan("0", 0, 0))], NoLedger()))
+        ) as api:
             report = Collector(api, store).run(["AAPL.US", "00700.HK", "600519.SH"], threading.Event())
     assert (report.total, report.stored, set(report.failures)) == (3, 2, {"00700.HK"})
     assert (
@@ -901,7 +904,7 @@ def test_run_says_which_codes_the_store_refused(infoway: InfowayServer, sqlite_p
 
 def test_same_run_twice_stores_nothing_twice(place: Place, infoway: InfowayServer) -> None:
     codes = ["AAPL.US", "00700.HK", "600519.SH", "BTCUSDT", "USDCNY"]
-    pool = KeyPool([("test-key", Plan("0", 0, 0))])
+    pool = KeyPool([("test-key", Plan("0", 0, 0))], NoLedger())
     counts = []
     with opened(place) as store, contextlib.closing(InfowayApi(infoway.url, pool)) as api:
         for tick in (0, 0, 1, 1):

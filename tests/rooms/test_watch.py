@@ -20,6 +20,7 @@ from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import PATIENCE, check_paced, until
 from kit.infoway_server import Answer, InfowayServer, Request
+from kit.ledger import NoLedger
 from kit.mongo_proxy import MongoProxy
 
 import stockrt
@@ -344,7 +345,9 @@ def test_codes_mean_what_they_mean_to_a_run(infoway: InfowayServer, tmp_path: Pa
             settings_of("", INFOWAY_API_BASE_URL=infoway.url, STATE_DIRECTORY=str(tmp_path / "b"))
         ) as pipeline,
     ):
-        directory = Directory(file, InfowayApi(infoway.url, KeyPool([("test-key", Plan("0", 0, 0))])))
+        directory = Directory(
+            file, InfowayApi(infoway.url, KeyPool([("test-key", Plan("0", 0, 0))], NoLedger()))
+        )
         found = resolve(codes, directory, threading.Event())
         infoway.requests.clear()
         report = pipeline.run(codes, threading.Event())
