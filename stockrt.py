@@ -14324,9 +14324,7 @@ def broken_by(error: Exception) -> Broken:
     """Return what a thread says whose work ended with an error; what is no error of ours is logged whole."""
     if isinstance(error, StockrtError):
         return Broken(error)
-    if isinstance(error, ImportError):
-        return Broken(lost_part(error))
-    return Broken(StockrtError(own_fault(error)))
+    return Broken(StockrtError(fault_words(error, NO_EVENTS)))
 
 
 class StopAsked(NamedTuple):
@@ -14763,8 +14761,6 @@ class Executor(threading.Thread):
                 collecting = Collecting(pipeline, self._settings, self._events)
                 collecting.start()
                 self._collecting = collecting
-        except ImportError as error:
-            self._events.damaged(lost_part(error))
         except Exception as error:
             self._note_not_collecting(error)
         else:
@@ -14772,7 +14768,7 @@ class Executor(threading.Thread):
 
     def _note_not_collecting(self, error: Exception) -> None:
         """Say why collecting does not begin. What no time mends ends a daemon that has nothing else to do."""
-        words = error_words(error)
+        words = fault_words(error, self._events)
         if isinstance(error, SettingsError):
             self._collect_at = math.inf
             if not self._settings.platform_url():
@@ -14780,8 +14776,6 @@ class Executor(threading.Thread):
                 return
             log.error("collecting: %s; mend that, then reload or restart", words)
         elif not self._events.is_damaged:
-            if not isinstance(error, StockrtError):
-                words = own_fault(error)
             self._collect_trouble.again(words)
         self._events.collecting(CollectStats(trouble=words))
 
@@ -14792,10 +14786,7 @@ class Executor(threading.Thread):
         try:
             collecting.close()
         except Exception as error:  # what it could not write down counts as a gap
-            words = error_words(error)
-            if not isinstance(error, StockrtError):
-                words = own_fault(error)
-            log.error("collecting: did not end well: %s", words)
+            log.error("collecting: did not end well: %s", fault_words(error, self._events))
 
     def _finalise(self) -> float | None:
         """Make a part of the closes final that are due; return for how many seconds there is no more to do."""
@@ -14871,12 +14862,8 @@ class Executor(threading.Thread):
             return
         try:
             self._open_pipeline().start_delivery()
-        except ImportError as error:
-            self._events.damaged(lost_part(error))
         except Exception as error:
-            words = error_words(error)
-            if not isinstance(error, StockrtError):
-                words = own_fault(error)
+            words = fault_words(error, self._events)
             if not self._events.is_damaged:
                 self._troubles.store.again(phrase("daemon.not_taken_up", why=words))
 
@@ -14899,13 +14886,8 @@ class Executor(threading.Thread):
         try:
             pipeline = self._open_pipeline()
             report = pipeline.run(command.codes or self._codes_to_watch(pipeline), self.stop)
-        except StockrtError as error:
-            return self._unexecuted(command.context, error.message)
-        except ImportError as error:  # it stays in the journal for the next start
-            self._events.damaged(lost_part(error))
-            return NO_RESULT
-        except Exception as error:
-            return self._unexecuted(command.context, own_fault(error))
+        except Exception as error:  # where that damages the daemon it stays in the journal for the next start
+            return self._unexecuted(command.context, fault_words(error, self._events))
         self._events.executed(report)
         self._log(command.context, report)
         if not report.interrupted:
