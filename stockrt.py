@@ -14345,23 +14345,8 @@ class ExecutorLeft(NamedTuple):
     """To the socket's thread: no execution runs, and none will."""
 
 
-class Collected(NamedTuple):
-    """To the socket's thread: collecting goes on like this."""
-
-    stats: CollectStats
-
-
 Message: TypeAlias = (
-    Answered
-    | Recalled
-    | Declined
-    | Ended
-    | Broken
-    | StopAsked
-    | ReloadAsked
-    | SettingsRead
-    | ExecutorLeft
-    | Collected
+    Answered | Recalled | Declined | Ended | Broken | StopAsked | ReloadAsked | SettingsRead | ExecutorLeft
 )
 
 
@@ -14627,7 +14612,7 @@ class Relay(Events):
         """Pass it on."""
         self.collect = stats
         self._events.collecting(stats)
-        self._inbox.put(Collected(stats))
+        self._inbox.wake()
 
     def damaged(self, error: StockrtError) -> None:
         """Let the daemon end: the next start mends it."""
@@ -15312,13 +15297,13 @@ class Daemon:
         self._lock = lock_state_directory(settings.state_directory)  # before any file is opened
         self._inbox = Inbox()
         self._outbox = Outbox()
-        relay = Relay(events, self._inbox)
-        self._journal = Journal(settings.state_directory, clock, relay, patient=True)
+        self._relay = relay = Relay(events, self._inbox)
+        journal = Journal(settings.state_directory, clock, relay, patient=True)
         # of its own: it does not wait while the clerk waits for the lock of the file, which others may hold
         answers = Journal(settings.state_directory, clock, relay, patient=True)
         self._executor = Executor(settings, answers, self._inbox, relay)
         source = source or SettingsSource(os.environ)
-        self._clerk = Clerk(settings, self._journal, self._executor, self._inbox, source)
+        self._clerk = Clerk(settings, journal, self._executor, self._inbox, source)
         self._module_hash = ""
         self._presence: Presence | None = None  # what the last refused handshake meant, and since when
         self._presence_since = clock.monotonic()
@@ -15327,7 +15312,7 @@ class Daemon:
         self._drop_trouble = LogThrottle("results", clock, then="so is each that comes to be as old")
         self._open_commands = 0  # accepted, or on their way into the journal, and not ended
         self._executor_left = False
-        self._collect = self._collect_noted = CollectStats()
+        self._collect_noted = relay.collect
         self._collect_noted_at = -math.inf
         self._leaving: Leaving | None = None
         self._broken: StockrtError | None = None
@@ -15467,7 +15452,7 @@ class Daemon:
 
         Return when that is due.
         """
-        stats, noted = self._collect, self._collect_noted
+        stats, noted = self._relay.collect, self._collect_noted
         if stats is noted:
             return math.inf
         due = self._collect_noted_at + STATUS_EVERY_S
@@ -15616,8 +15601,6 @@ class Daemon:
                 self._refuse(message.command.context, message.reason, message.command.execution_id)
             elif isinstance(message, Ended):
                 self._open_commands -= message.commands
-            elif isinstance(message, Collected):
-                self._collect = message.stats
             elif isinstance(message, ExecutorLeft):
                 self._executor_left = True
             elif isinstance(message, Broken):

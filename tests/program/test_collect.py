@@ -321,7 +321,8 @@ def test_no_disk_that_collecting_waits_for_keeps_a_ping_waiting(
             vendor.stream.wait_for(lambda s: {*s.subscribed} >= {*CODES}, PATIENCE)
             assert platform.wait_for(lambda p: p.connected, PATIENCE)
             vendor.stream.rate = 20.0
-            assert until(lambda: daemon._collect is not daemon._collect_noted and daemon._collect.trades > 10)
+            told = daemon._relay
+            assert until(lambda: told.collect is not daemon._collect_noted and told.collect.trades > 10)
             collecting = daemon._executor._collecting
             assert collecting is not None
             with collecting._coverage._lock:  # as while it writes

@@ -1070,8 +1070,8 @@ def test_the_journal_of_a_server_that_never_confirms_forgets_without_a_new_conne
     daemon._clerk.start()
     for hour in range(4):
         for n in range(600):
-            (accepted,) = daemon._journal.accept([Command(f"{hour}-{n}", {}, ["A.US"])])
-            daemon._journal.answer(accepted, "answer")
+            (accepted,) = daemon._clerk._journal.accept([Command(f"{hour}-{n}", {}, ["A.US"])])
+            daemon._clerk._journal.answer(accepted, "answer")
             daemon._outbox.add(accepted, "answer", clock.monotonic())
             daemon._outbox.note_sent()
         clock.advance(stockrt.ANSWER_LIFETIME_S + 1)
