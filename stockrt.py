@@ -3124,12 +3124,23 @@ class KeyStats(NamedTuple):
     ends: float
 
 
+class StreamFacts(TypedDict):
+    """What is known of a connection to the stream: for how many codes it is, how many are subscribed, its state."""
+
+    product: str
+    codes: int
+    subscribed: int
+    state: str
+    why: str
+
+
 class CollectStats(NamedTuple):
     """What collecting without pause does now; the counts are since the start of the process.
 
     `connections` of `connections_wanted` stand; `codes`: subscribed; `polled`: asked for over REST instead, as the
     key's plan allows no more; `per_second`: trades of the last seconds; `delay_p50_ms`, `delay_p99_ms`: from a
-    trade's arrival until it is durable (NaN where none came lately); `gaps_today`: of this UTC day.
+    trade's arrival until it is durable (NaN where none came lately); `gaps_today`: of this UTC day; `gaps_open`: those
+    that go on.
     """
 
     connections: int = 0
@@ -3146,6 +3157,8 @@ class CollectStats(NamedTuple):
     dropped: int = 0  # what was pushed and not asked for, or was no trade
     missed_beats: int = 0
     trouble: str = ""
+    streams: Sequence[StreamFacts] = ()
+    gaps_open: int = 0
 
 
 # Of a trouble that stands in one line with others.
@@ -3176,9 +3189,10 @@ def collect_words(stats: CollectStats) -> Phrase:
 
 
 def steady(stats: CollectStats) -> tuple[object, ...]:
-    """Return of it what does not change all the time while trades come."""
-    changing = ("per_second", "delay_p50_ms", "delay_p99_ms", "trades", "stored", "duplicates", "dropped")
-    return tuple(value for name, value in stats._asdict().items() if name not in changing)
+    """Return of it what stands in a status line and does not change all the time while trades come."""
+    rates = {"per_second", "delay_p50_ms", "delay_p99_ms", "trades", "stored", "duplicates", "dropped"}
+    others = rates | {"streams", "gaps_open"}
+    return tuple(value for name, value in stats._asdict().items() if name not in others)
 
 
 class Events:
@@ -12707,6 +12721,17 @@ class Feed(threading.Thread):
         self._coverage.expect(self.part, allotment.codes)
         self._connection.want(allotment.codes)
 
+    def facts(self) -> StreamFacts:
+        """Return how it stands with the connection."""
+        part = self.part
+        return StreamFacts(
+            product=part.product,
+            codes=len(part.codes),
+            subscribed=len(part.acked),
+            state=self.state,
+            why=self.why,
+        )
+
     def leave(self) -> None:
         """End, soon."""
         self._leaving.set()
@@ -13144,7 +13169,7 @@ class Collecting:
         self._clerk = threading.Thread(target=self._look_after, name="stockrt-mark", daemon=True)
         self._stop = threading.Event()
         self._lock: IO[str] | None = None
-        self._gaps_today = 0
+        self._gaps_today = self._gaps_open = 0
 
     def start(self) -> None:
         """Begin. Raises StockrtError."""
@@ -13209,25 +13234,9 @@ class Collecting:
             duplicates=intake.duplicates + self._planner.duplicates,
             dropped=intake.dropped,
             trouble=next(filter(None, troubles), ""),
+            streams=[feed.facts() for feed in feeds],
+            gaps_open=self._gaps_open,
         )
-
-    def describe(self) -> dict[str, Any]:
-        """Return what it does now as JSON has it: the stats, each connection, and how many gaps go on."""
-        facts = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in self.stats()._asdict().items()
-        }
-        streams = [
-            {
-                "product": feed.part.product,
-                "codes": len(feed.part.codes),
-                "subscribed": len(feed.part.acked),
-                "state": feed.state,
-                "why": feed.why,
-            }
-            for feed in self._planner.feeds
-        ]
-        return facts | {"streams": streams, "gaps_open": self._coverage.missing()}
 
     def _look_after(self) -> None:
         """Write the mark, and tell how it goes on."""
@@ -13236,6 +13245,7 @@ class Collecting:
             self._intake.came.clear()
             self._coverage.look()
             self._coverage.mark(self._intake.durable_ms())
+            self._gaps_open = self._coverage.missing()
             with contextlib.suppress(StoreError):  # said by whoever notes one
                 self._gaps_today = self._pipeline.gaps.count_since(utc_day(time.time()))
             self._events.collecting(self.stats())
@@ -14200,16 +14210,6 @@ RECEIPT_GRACE_S = 3.0
 STOP_MARGIN_S = 4.0
 
 
-class StreamFacts(TypedDict):
-    """What the daemon tells of a connection to the stream."""
-
-    product: str
-    codes: int
-    subscribed: int
-    state: str
-    why: str
-
-
 class CollectFacts(TypedDict, total=False):
     """What the daemon tells of collecting, and `at` when: CollectStats, and more where it goes on; None: not known.
 
@@ -14275,9 +14275,13 @@ def _fits(value: object, kind: Any) -> bool:
     return kind is object or type(value) is kind or (kind is str and isinstance(value, Phrase))
 
 
-def collect_facts(told: Mapping[str, Any]) -> CollectFacts:
+def collect_facts(stats: CollectStats) -> CollectFacts:
     """Return what the status file has of collecting: what is told of it now."""
-    return cast(CollectFacts, {"at": iso(utc_now()), **told})
+    facts = stats._asdict() | {"at": iso(utc_now())}
+    for name, value in facts.items():
+        if isinstance(value, float) and math.isnan(value):
+            facts[name] = None
+    return cast(CollectFacts, facts)
 
 
 class Answered(NamedTuple):
@@ -14667,13 +14671,6 @@ class Executor(threading.Thread):
         self._collect_at = 0.0
         self._queue.put(NO_COMMAND)
 
-    def collecting_facts(self) -> CollectFacts:
-        """Return what --status shows of collecting; called by any thread that may wait for the disk."""
-        collecting = self._collecting
-        if collecting is not None:
-            return collect_facts(collecting.describe())
-        return collect_facts({"trouble": self._events.collect.trouble})
-
     def leave(self, dropped_because: str = "") -> None:
         """Begin no further execution.
 
@@ -15004,24 +15001,12 @@ class NoteStatus(NamedTuple):
     news: DaemonStatus
 
 
-class NoteCollecting(NamedTuple):
-    """To the clerk: --status shall show how collecting goes on, which may wait for the disk to be told."""
-
-
 class ReadSettings(NamedTuple):
     """To the clerk: the settings are to be read anew."""
 
 
 ClerkJob: TypeAlias = (
-    list[Command]
-    | Received
-    | Recall
-    | Shorten
-    | NoteStatus
-    | NoteCollecting
-    | ReadSettings
-    | EndExecutor
-    | None
+    list[Command] | Received | Recall | Shorten | NoteStatus | ReadSettings | EndExecutor | None
 )
 
 
@@ -15121,8 +15106,6 @@ class Clerk(threading.Thread):
                 self._wanted += job.numbers
             elif isinstance(job, NoteStatus):
                 news.update(job.news)
-            elif isinstance(job, NoteCollecting):
-                news["collecting"] = self._executor.collecting_facts()
         if commands:
             self._accept(commands)
             self._codes_done += _count_codes(commands)
@@ -15459,7 +15442,7 @@ class Daemon:
         if now < due and steady(stats) == steady(noted):
             return due
         self._collect_noted, self._collect_noted_at = stats, now
-        self._clerk.do(NoteCollecting())
+        self._clerk.do(NoteStatus({"collecting": collect_facts(stats)}))
         return math.inf
 
     def _serve(self, link: Link, protocol: PlatformProtocol) -> None:

@@ -263,16 +263,18 @@ def status_in_this_process(program: Program) -> dict[str, Any]:
     return found
 
 
-LOST = {"product": "crypto", "codes": 1, "subscribed": 0, "state": "waiting", "why": "429: too many"}
-STREAM: dict[str, object] = stockrt.CollectStats(
+LOST: stockrt.StreamFacts = {
+    "product": "crypto", "codes": 1, "subscribed": 0, "state": "waiting", "why": "429: too many"
+}  # fmt: skip
+STREAM = stockrt.CollectStats(
     connections=2, connections_wanted=2, codes=800, per_second=41.6, trades=900, stored=880
-)._asdict() | {"delay_p50_ms": None, "delay_p99_ms": None}
+)
 
 
 def test_what_the_daemon_writes_has_the_shape_that_is_read(program: Program) -> None:
     told = {"version": "1", "pid": 1, "platform": "connected", "connected_since": "x", "last_contact": "x",
             "stopped": "x", "keys": [KEY_STATE], "spool_refused": 0,
-            "collecting": stockrt.collect_facts(STREAM | {"streams": [LOST], "gaps_open": 1})}  # fmt: skip
+            "collecting": stockrt.collect_facts(STREAM._replace(streams=[LOST], gaps_open=1))}  # fmt: skip
     assert told.keys() == stockrt.DaemonStatus.__annotations__.keys()
     program.state.mkdir()
     (program.state / stockrt.STATUS_NAME).write_text(json.dumps(told))
@@ -285,9 +287,8 @@ def test_reasons_in_the_status_file_can_be_read_in_all_languages(program: Progra
     why = stockrt.phrase("websocket.lost", why=stockrt.phrase("http.cut"))
     trouble = stockrt.phrase("tools.because", what="AAPL.US", why=why)
     told = stockrt.DaemonStatus(keys=[cast(stockrt.KeyState, KEY_STATE | {"why": why})])
-    told["collecting"] = stockrt.collect_facts(
-        STREAM | {"trouble": trouble, "streams": [LOST | {"why": why}]}
-    )
+    lost = STREAM._replace(trouble=trouble, streams=[stockrt.StreamFacts(**{**LOST, "why": why})])
+    told["collecting"] = stockrt.collect_facts(lost)
     journal = Journal(settings.state_directory)
     inbox = stockrt.Inbox()
     relay = stockrt.Relay(stockrt.NO_EVENTS, inbox)
@@ -318,12 +319,12 @@ def test_reasons_in_the_status_file_can_be_read_in_all_languages(program: Progra
 
 
 @contextlib.contextmanager
-def a_daemon_that_told(program: Program, told: dict[str, object] | None) -> Iterator[None]:
+def a_daemon_that_told(program: Program, told: dict[str, Any] | None) -> Iterator[None]:
     """As while a daemon collects that told this of it last, None: nothing yet."""
     program.env |= {"COLLECT": "stream", "COLLECT_CODES": "AAPL.US"}
     status: dict[str, object] = {"platform": stockrt.NO_NEED, "pid": 7, "version": "1"}
     if told is not None:
-        status["collecting"] = stockrt.collect_facts(STREAM | told)
+        status["collecting"] = stockrt.collect_facts(STREAM._replace(**told))
     with stockrt.lock_state_directory(program.state):
         (program.state / stockrt.STATUS_NAME).write_text(json.dumps(status))
         yield

@@ -680,9 +680,9 @@ def test_every_push_is_stored_once_and_the_latest_trades_are_fetched(place: Plac
         wait_for("everything is stored", process.has_all)
         wait_for("the latest were fetched", lambda: len(vendor.rest.requests) >= 2)
         assert {*place.stored()} <= vendor.stream.made() and place.gaps() == []
-        facts = process.it.describe()
-        assert {one["product"]: one["subscribed"] for one in facts["streams"]} == {"crypto": 4, "stock": 2}
-        assert json.loads(json.dumps(facts))["gaps_open"] == 0
+        stats = process.it.stats()
+        assert {one["product"]: one["subscribed"] for one in stats.streams} == {"crypto": 4, "stock": 2}
+        assert stats.gaps_open == 0
         wait_for(
             "it is told", lambda: process.stats.trades > 300 and not math.isnan(process.stats.delay_p99_ms)
         )
