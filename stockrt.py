@@ -12146,7 +12146,7 @@ class Coverage:
                         (until - now) / 1000,
                         product,
                     )
-            self._complete(self._ended)
+            self.complete()
             self._has_begun = True
 
     def want(self, wanted: Mapping[str, Collection[str]]) -> None:
@@ -12269,15 +12269,14 @@ class Coverage:
             back, self._back = self._back, set()
             return back
 
-    def ended(self) -> list[OpenGap]:
-        """Return the gaps whose codes are subscribed again."""
+    def complete(self) -> None:
+        """Note that the gaps are over whose codes are subscribed again."""
         with self._lock:
-            return [*self._ended]
-
-    def complete(self, gaps: Iterable[OpenGap]) -> None:
-        """Note that gaps are over."""
-        with self._lock:
-            self._complete(gaps)
+            for one in [*self._ended]:
+                one.is_kept = False
+                self._keep([one])
+                if one.is_kept:
+                    self._ended.remove(one)
 
     def missing(self) -> int:
         """Return how many gaps go on."""
@@ -12320,7 +12319,7 @@ class Coverage:
         """Leave: gaps that are over are noted, and nothing is from now on, whatever thread is late."""
         with self._lock:
             self.stored()
-            self._complete(self._ended)
+            self.complete()
             self.mark(durable_ms, stopped=True)
             self._is_closed = True
 
@@ -12367,13 +12366,6 @@ class Coverage:
             one.gap = one.gap._replace(until=now)
             self._open.remove(one)
             self._ended.append(one)
-
-    def _complete(self, gaps: Iterable[OpenGap]) -> None:
-        for one in [*gaps]:
-            one.is_kept = False
-            self._keep([one])
-            if one.is_kept and one in self._ended:
-                self._ended.remove(one)
 
     def _keep(self, gaps: Iterable[OpenGap]) -> None:
         """Have gaps in the local file as they are now."""
@@ -12920,7 +12912,7 @@ class Planner(threading.Thread):
         """Do what is to be done now, and return after how many seconds to look again. Raises StockrtError."""
         need_clock(time.time())
         self._plan()
-        self._coverage.complete(self._coverage.ended())
+        self._coverage.complete()
         fetch_s = self._fetch()
         waits = (self._watch.wait_s(), fetch_s, self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
         return min(waits)

@@ -139,9 +139,9 @@ def test_a_connection_that_is_lost_leaves_a_gap_until_its_codes_are_subscribed_a
         coverage.acked(part, CODES[1:2])
         assert coverage.take_back() == {*CODES[:2]}
         assert place.gaps()[0]["to"] is None
-        coverage.complete(coverage.ended())
+        coverage.complete()
         assert place.spans() == [([*CODES[:2]], began, ms(clock.now))]
-        assert coverage.ended() == [] and coverage.missing() == 0
+        assert coverage.missing() == 0
 
 
 def test_after_a_kill_what_is_missing_begins_at_the_mark(place: Place) -> None:
@@ -162,7 +162,7 @@ def test_after_a_kill_what_is_missing_begins_at_the_mark(place: Place) -> None:
     with coverage_in(place, clock, *CODES[1:]) as coverage:  # killed again before anything was subscribed
         assert place.spans() == [([*CODES[1:3]], marked, None)]
         part = connected(coverage, *CODES[1:])
-        coverage.complete(coverage.ended())
+        coverage.complete()
         assert place.spans() == [([*CODES[1:3]], marked, ms(clock.now))]
         coverage.lost(part, "the connection was lost")
         assert [gap["instance"] for gap in place.gaps()] == [instance] * 2
@@ -226,7 +226,7 @@ def test_codes_that_are_not_wanted_any_more_keep_no_gap_open(place: Place) -> No
         coverage.want({"crypto": CODES[:1]})
         coverage.expect(part, CODES[:1])
         coverage.acked(part, CODES[:1])
-        coverage.complete(coverage.ended())
+        coverage.complete()
         assert coverage.missing() == 0 and place.gaps()[0]["to"] == ms(clock.now)
         coverage.want({})
         coverage.drop(part)
@@ -244,7 +244,7 @@ def test_codes_that_move_to_another_connection_are_missing_in_between(place: Pla
         (gap,) = place.gaps()
         assert (gap["codes"], gap["to"]) == ([CODES[1]], None)
         coverage.acked(second, CODES[1:])
-        coverage.complete(coverage.ended())
+        coverage.complete()
         assert place.gaps()[0]["to"] == ms(clock.now)
 
 
@@ -255,7 +255,7 @@ def test_codes_that_the_stream_refuses_have_a_gap_of_their_own(place: Place) -> 
         coverage.lost(part, "the connection was lost")
         coverage.refused(part, CODES[:1], "505: too many")
         coverage.acked(part, CODES[1:])
-        coverage.complete(coverage.ended())
+        coverage.complete()
         found = {tuple(gap["codes"]): (gap["to"] is None, gap["why"]) for gap in place.gaps()}
         assert found == {CODES[:1]: (True, "505: too many"), CODES[1:]: (False, "the connection was lost")}
         assert len({gap["_id"] for gap in place.gaps()}) == 2
@@ -350,7 +350,7 @@ def test_a_clock_that_is_set_back_hides_nothing_that_is_missing(place: Place) ->
         coverage.lost(part, "the connection was lost")
         assert place.spans()[0][1] <= back + 10_000
         coverage.acked(part, CODES)
-        coverage.complete(coverage.ended())
+        coverage.complete()
         clock.now += 10
         coverage.look()
         waits = ms(clock.now) - 3000
@@ -368,7 +368,7 @@ def test_a_mark_from_the_future_is_said_and_its_gap_is_no_hole_in_time(
     clock.now -= 3600
     with coverage_in(place, clock, *CODES) as coverage:
         connected(coverage, *CODES)
-        coverage.complete(coverage.ended())
+        coverage.complete()
         ((_, since, until),) = place.spans()
         assert until is not None and since <= until == ms(clock.now)
         assert "clock" in caplog.text
@@ -403,7 +403,7 @@ def test_gaps_go_to_mongodb_as_they_become(place: Place, mongo_db: tuple[str, st
             None,
         )
         coverage.acked(part, CODES)
-        coverage.complete(coverage.ended())
+        coverage.complete()
         assert pipeline.gaps.deliver() and not pipeline.gaps.deliver()
         (gap,) = found.find()
         assert gap["to"] == ms(clock.now) and gap["create_time"] is not None
