@@ -2368,8 +2368,8 @@ def _mainland_instruments(number: str) -> tuple[Instrument, ...]:
     return tuple(Instrument(f"{number}.{suffix}", "stock") for suffix in _mainland(number) if suffix != "BJ")
 
 
-def _no_beijing(code: str) -> InstrumentError:
-    return InstrumentError(phrase("instruments.beijing", code=code))
+def _no_beijing() -> InstrumentError:
+    return InstrumentError(phrase("instruments.beijing"))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2445,11 +2445,11 @@ def _elsewhere(code: str) -> Instrument:
     named = EASTMONEY_MARKETS.get(first, "")
     if named and _SYMBOL_FORMS[named].fullmatch(rest.replace("_", ".")):  # 106.BRK_B
         if named == "SZ" and _mainland(rest) == ("BJ",):
-            raise _no_beijing(rest)
+            raise _no_beijing()
         return _at_market(rest.replace("_", "."), named)
     for name, other in ((first, rest), (last, symbol)):
         if name in BEIJING_NAMES:
-            raise _no_beijing(other or code)
+            raise _no_beijing()
         market = _SUFFIX_OF.get(name)
         if market is None or not _SYMBOL_FORMS[market].fullmatch(other):
             continue
@@ -2482,8 +2482,8 @@ def _at_venue(symbol: str, venue: str) -> Instrument:
         return _at_pair_venue(symbol, venue)
     if (pair := _pair(venue)) and pair.product == "crypto" and venue.endswith(f"/{symbol}"):
         return Instrument(f"{pair.code}.P", "crypto")  # ccxt's BTC/USDT:USDT, a perpetual
-    if venue in BEIJING_NAMES:
-        raise _no_beijing(_safe(symbol))
+    if venue in BEIJING_NAMES and _safe(symbol):
+        raise _no_beijing()
     market = _SUFFIX_OF.get(venue)
     if market and _SYMBOL_FORMS[market].fullmatch(symbol):
         return _at_market(symbol, market)
@@ -2508,7 +2508,7 @@ def _at_pair_venue(symbol: str, venue: str) -> Instrument:
 def _at_market(symbol: str, suffix: str) -> Instrument:
     """Return the instrument of a symbol whose market is known."""
     if suffix in BEIJING_NAMES:
-        raise _no_beijing(symbol)
+        raise _no_beijing()
     if not symbol.strip("."):
         raise InstrumentError(phrase("instruments.only_suffix", suffix=suffix, example=_EXAMPLES[suffix]))
     if suffix == "HK" and symbol.isdigit():
@@ -2517,8 +2517,7 @@ def _at_market(symbol: str, suffix: str) -> Instrument:
             raise InstrumentError(phrase("instruments.hong_kong", symbol=symbol))
         symbol = f"{number:0>5}"
     if suffix in ("SH", "SZ") and not _SYMBOL_FORMS[suffix].fullmatch(symbol):
-        code = f"{symbol}.{suffix}"
-        raise InstrumentError(phrase("instruments.mainland", code=code, example=_EXAMPLES[suffix]))
+        raise InstrumentError(phrase("instruments.mainland", example=_EXAMPLES[suffix]))
     return Instrument(_safe(f"{symbol}.{suffix}"), _SUFFIX_PRODUCTS[suffix])
 
 
@@ -2529,7 +2528,7 @@ def _of_yahoo(symbol: str, kind: str) -> Instrument:
     pair = f"USD{symbol}" if symbol in CURRENCIES - {"USD"} else symbol
     if kind == "X" and _bare_product(pair) == "common":
         return Instrument(pair, "common")
-    raise InstrumentError(phrase("instruments.yahoo", typed=f"{symbol}={kind}"))
+    raise InstrumentError(phrase("instruments.yahoo"))
 
 
 def _pair(text: str) -> Instrument | None:
@@ -2559,7 +2558,7 @@ def _pair_product(base: str, quoted: str) -> str:
 def _without_suffix(code: str) -> Instrument:
     if len(code) == 6 and code.isdigit() and (where := _mainland(code)):
         if where == ("BJ",):
-            raise _no_beijing(code)
+            raise _no_beijing()
         first, *others = _mainland_instruments(code)
         return first._replace(alternatives=tuple(others))
     if product := _bare_product(code):
@@ -11153,8 +11152,10 @@ def _check_of(api: InfowayApi | None, key: ApiKey, verdict: Verdict, settings: S
         # it may serve others: a plan of crypto alone is a good one
         good = phrase("run.accepted_without_stocks", place=place, why=verdict.failure.words)
     else:
-        setting = verdict.setting or "INFOWAY_API_BASE_URL"
-        return Check(name, False, see(verdict.failure.words, setting))
+        words = see(verdict.failure.words, verdict.setting or "INFOWAY_API_BASE_URL")
+        if verdict.action is Action.KEY_DEAD:
+            key.dead = words  # it is asked for nothing more
+        return Check(name, False, words)
     return Check(name, True, listing("join.clauses", [good, *_plan_words(settings, api, key)]))
 
 
@@ -11177,7 +11178,9 @@ def _plan_words(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list
     elif info.ends:
         words = [phrase("run.plan_until", limits=_limits_words(told), until=iso_after(info.ends, 0))]
     if key.plan is not PLAN_TO_ASK and key.plan.windows() != told.windows():
-        words.append(phrase("run.other_plan", limits=_limits_words(key.plan)))
+        is_set = dict(settings.key_plans())[key.secret] is key.plan
+        kind = "run.other_plan" if is_set else "run.plan_before"
+        words.append(phrase(kind, limits=_limits_words(key.plan)))
     return words
 
 
@@ -11789,6 +11792,11 @@ class Resolved(NamedTuple):
 
     instruments: dict[str, Instrument]
     refused: dict[str, str]
+
+    def refused_words(self) -> Phrase:
+        """Return of the first few codes that are none why."""
+        first = islice(self.refused.items(), NAMES_SHOWN)
+        return listing("join.clauses", [phrase("tools.because", what=code, why=why) for code, why in first])
 
 
 def resolve(codes: Iterable[object], finder: Finder | None, stop: threading.Event) -> Resolved:
@@ -12973,11 +12981,8 @@ class Planner(threading.Thread):
         """Find out what the codes mean."""
         found = resolve(codes, self._pipeline.directory, self._leaving)
         if found.refused:
-            first = islice(found.refused.items(), NAMES_SHOWN)
-            words = listing(
-                "join.clauses", [phrase("tools.because", what=code, why=why) for code, why in first]
-            )
-            log.error("%s not collected: %s", count_words(len(found.refused), "code"), words)
+            codes = count_words(len(found.refused), "code")
+            log.error("%s not collected: %s", codes, found.refused_words())
         wanted: dict[str, list[str]] = {}
         for instrument in found.instruments.values():
             wanted.setdefault(instrument.product, []).append(instrument.code)
@@ -13735,15 +13740,20 @@ def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> Phrase
 
 
 def check_platform(settings: Settings) -> Check:
-    """Ask the platform who is online, and say whether it answers as one."""
-    name, url = phrase("link.platform"), settings.platform_url()
+    """Ask the platform who is online; say whether it answers as one, and whether there is a hash for it."""
+    url, faults, clauses = settings.platform_url(), [], [phrase("link.answers", url=settings.platform_url())]
     response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
     if response.fault:
         words = phrase("link.unreachable", url=url, why=response.fault)
-        return Check(name, False, see(words, phrase("link.server_settings")))
-    if (json_object(response.body) or {}).get("code") != "2000":
-        return Check(name, False, phrase("link.no_platform", url=url, status=response.status))
-    return Check(name, True, phrase("link.answers", url=url))
+        faults.append(see(words, phrase("link.server_settings")))
+    elif (json_object(response.body) or {}).get("code") != "2000":
+        faults.append(phrase("link.no_platform", url=url, status=response.status))
+    try:
+        if not (hash_in(settings.state_directory / HASH_NAME) or hash_in(OLD_HASH_FILE)):
+            clauses.append(phrase("link.registers"))
+    except StoreError as error:
+        faults.append(error.message)
+    return Check(phrase("link.platform"), not faults, listing("join.clauses", faults or clauses))
 
 
 class Presence(Enum):
@@ -19064,9 +19074,7 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
 def _need_one_code(found: Resolved) -> None:
     """Raise StockrtError where no typed code can be collected: waiting would not change that."""
     if not found.instruments:
-        shown = islice(found.refused.items(), NAMES_SHOWN)
-        words = [phrase("tools.because", what=code, why=why) for code, why in shown]
-        raise StockrtError(phrase("cli.collect_nothing", words=listing("join.clauses", words)))
+        raise StockrtError(phrase("cli.collect_nothing", words=found.refused_words()))
 
 
 def _plain_codes(text: str) -> list[str]:
@@ -19182,14 +19190,19 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
             pipeline = opened.enter_context(Pipeline(looked_at, ByHand(), only_looks=True))
         except StockrtError as error:
             words = error.message
-        yield from _check_keys(settings, pipeline)
-        yield _check_state_directory(settings)
-        store = Check(phrase("cli.of_local_file"), False, words)
+        api, keys = None, [ApiKey(*one) for one in settings.key_plans()]
         if pipeline is not None:
-            store = _check_store(store_name(settings), pipeline)
-        yield store._replace(
-            words=_put_right(store.words, looked_at.state_directory, settings.state_directory)
-        )
+            api, keys = pipeline.api, pipeline.keys.keys
+        for key in keys:
+            yield from check_key(settings, api, key)
+        directory = _check_state_directory(settings)
+        yield directory
+        store = Check(phrase("cli.of_store"), False, words)
+        if pipeline is not None:
+            store = _check_store(pipeline)
+        if store.words != directory.words:
+            words = _put_right(store.words, looked_at.state_directory, settings.state_directory)
+            yield store._replace(words=words)
         if pipeline is not None and settings.collect_codes:
             yield from _check_collecting(settings, pipeline)
     if settings.metrics_file:
@@ -19226,15 +19239,6 @@ def _check_state_directory(settings: Settings) -> Check:
         return Check(name, False, error.message)
 
 
-def _check_keys(settings: Settings, pipeline: Pipeline | None) -> Iterator[Check]:
-    if pipeline is None:
-        for secret, plan in settings.key_plans():
-            yield from check_key(settings, None, ApiKey(secret, plan))
-    else:
-        for key in pipeline.keys.keys:
-            yield from check_key(settings, pipeline.api, key)
-
-
 def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]:
     """Say what is to be collected, and whether the stream takes each key for it.
 
@@ -19242,12 +19246,16 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
     """
     stop, name = threading.Event(), phrase("cli.of_codes")
     try:
-        codes = WatchList(settings, pipeline.mongo).codes()
-        products = [one.product for one in resolve(codes, None, stop).instruments.values()]
+        found = resolve(WatchList(settings, pipeline.mongo).codes(), pipeline.directory, stop)
     except StockrtError as error:
         yield Check(name, False, error.message)
         return
-    yield Check(name, bool(codes), phrase("cli.to_collect", codes=count_words(len(codes), "code")))
+    words: str = phrase("cli.to_collect", n=len(found.instruments))
+    if found.refused:
+        count, codes = len(found.refused), found.refused_words()
+        words = phrase("cli.to_collect_but", words=words, n=count, codes=codes)
+    yield Check(name, bool(found.instruments and not found.refused), words)
+    products = [one.product for one in found.instruments.values()]
     if not (settings.collect and products):
         return
     told = read_status(settings.state_directory).get("collecting", {})
@@ -19265,7 +19273,7 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
 def _check_stream(settings: Settings, key: ApiKey, product: str, limits: StreamLimits | None) -> Check:
     name = phrase("cli.of_stream_with", key=key.shown)
     if limits is None or not limits.connections:
-        return Check(name, False, phrase("cli.plan_without_stream"))
+        return Check(name, False, key.dead or phrase("cli.plan_without_stream"))
     connection = StreamConnection(settings.stream_url, product, key.secret, settings.proxies)
     end = connection.open()
     connection.close()
@@ -19287,7 +19295,8 @@ def _check_stream(settings: Settings, key: ApiKey, product: str, limits: StreamL
     return Check(name, True, listing("join.clauses", clauses))
 
 
-def _check_store(name: str, pipeline: Pipeline) -> Check:
+def _check_store(pipeline: Pipeline) -> Check:
+    name = phrase("cli.of_store")
     try:
         return Check(name, True, pipeline.check_store())
     except StockrtError as error:
@@ -20494,8 +20503,8 @@ TEMPLATES |= {
         "也可启用 systemd-time-wait-sync.service，让服务等时钟校准后再启动",
     ),
     "tools.foreign_state_directory": (
-        "the state directory {path} cannot be written by this user; see STATE_DIRECTORY",
-        "当前用户无权写入状态目录 {path}；请检查 STATE_DIRECTORY",
+        "{path} cannot be written by this user; see STATE_DIRECTORY",
+        "当前用户无权写入 {path}；请检查 STATE_DIRECTORY",
     ),
     "tools.install_anew": ("install it anew", "请重新安装"),
     "tools.locked": (
@@ -20520,7 +20529,7 @@ TEMPLATES |= {
         "{setting}",
         "无法写入 {path}：它是链接、目录、管道或设备，应为普通文件名；请检查 {setting}",
     ),
-    "tools.no_state_directory": ("the state directory {path} cannot be made", "无法创建状态目录 {path}"),
+    "tools.no_state_directory": ("{path} cannot be made", "无法创建 {path}"),
     "tools.no_thread": (
         "no thread can be started ({error}): too many run, or memory is short; see TasksMax= and MemoryMax= of the "
         "unit, or ulimit -u",
@@ -20791,8 +20800,8 @@ TEMPLATES |= {
         "含有代码中不会出现的字符；应由字母、数字和点组成，如 AAPL.US",
     ),
     "instruments.beijing": (
-        "{code} is of the Beijing exchange, which Infoway does not carry",
-        "{code} 属于北京证券交易所，Infoway 没有其行情",
+        "of the Beijing exchange, which Infoway does not carry",
+        "属于北京证券交易所，Infoway 没有其行情",
     ),
     "instruments.bo": (
         "{name} is Bombay, whose prices Infoway's .IN is not said to have; if the share will do: RELIANCE.IN",
@@ -20819,8 +20828,8 @@ TEMPLATES |= {
     ),
     "instruments.index_alone": ("an index without its exchange", "指数未写交易所"),
     "instruments.mainland": (
-        "{code}: expected six digits such as {example}",
-        "{code}：应为六位数字，如 {example}",
+        "expected six digits such as {example}",
+        "应为六位数字，如 {example}",
     ),
     "instruments.no_exchange": ("no exchange given", "未写交易所"),
     "instruments.no_number": (
@@ -20874,8 +20883,8 @@ TEMPLATES |= {
         "无法识别冒号前的部分；应为交易所或产品：{products}",
     ),
     "instruments.yahoo": (
-        "{typed}: expected a pair such as USDCNY or a code such as AAPL.US",
-        "{typed}：应为货币对（如 USDCNY）或代码（如 AAPL.US）",
+        "expected a pair such as USDCNY or a code such as AAPL.US",
+        "应为货币对（如 USDCNY）或代码（如 AAPL.US）",
     ),
     "instruments.yahoo_index": (
         "Yahoo's name of an index, Infoway's are such as .DJI.US or US500",
@@ -21103,12 +21112,12 @@ TEMPLATES |= {
     "infoway.asked_in_vain": ("it was asked for a moment ago, in vain", "刚才查询过，没有结果"),
     "infoway.asks_to_wait": ("{said}, asks to wait {s:.0f} s", "{said}，要求等待 {s:.0f} 秒"),
     "infoway.clock_ahead": (
-        "this machine's clock is {s:.0f} s ahead of the API's; mend it (NTP, timedatectl)",
-        "本机时钟比 API 的快 {s:.0f} 秒；请校准（NTP、timedatectl）",
+        "this machine is {s:.0f} s ahead of the API; mend its clock (NTP, timedatectl)",
+        "本机比 API 快 {s:.0f} 秒；请校准时钟（NTP、timedatectl）",
     ),
     "infoway.clock_behind": (
-        "this machine's clock is {s:.0f} s behind the API's; mend it (NTP, timedatectl)",
-        "本机时钟比 API 的慢 {s:.0f} 秒；请校准（NTP、timedatectl）",
+        "this machine is {s:.0f} s behind the API; mend its clock (NTP, timedatectl)",
+        "本机比 API 慢 {s:.0f} 秒；请校准时钟（NTP、timedatectl）",
     ),
     "infoway.gateway": (
         "{said}, a refusal of the gateway: the key, the region or its risk control",
@@ -21393,6 +21402,10 @@ TEMPLATES |= {
         "INFOWAY_PLAN 与此不同，以 INFOWAY_PLAN 为准：{limits}",
     ),
     "run.plan": ("plan {limits}", "套餐 {limits}"),
+    "run.plan_before": (
+        "it has changed; until it is asked for anew, once a day (UTC), what was told before holds: {limits}",
+        "套餐已变更；每个 UTC 日查询一次，再次查询前仍按 {limits}",
+    ),
     "run.plan_until": ("plan {limits}, until {until}", "套餐 {limits}，有效期至 {until}"),
 }
 
@@ -21517,6 +21530,10 @@ TEMPLATES |= {
     "link.refused": (
         "HTTP {status}: {said}; see SERVER_IP and SERVER_PORT",
         "HTTP {status}：{said}；请检查 SERVER_IP 和 SERVER_PORT",
+    ),
+    "link.registers": (
+        "not registered yet: the daemon does so at its start",
+        "尚未注册：守护进程启动时自动注册",
     ),
     "link.server_settings": ("SERVER_IP, SERVER_PORT and SERVER_TLS", "SERVER_IP、SERVER_PORT 和 SERVER_TLS"),
     "link.success_without_hash": (
@@ -22253,7 +22270,7 @@ TEMPLATES |= {
     "cli.no_old_documents": ("there are no older documents", "没有可迁移的旧客户端文档"),
     "cli.no_platform": ("none: no platform is set", "无：未设置平台"),
     "cli.no_room": ("{count} found no room", "{count} 笔因暂存队列已满而未保存"),
-    "cli.no_state_directory": ("the state directory {path} cannot be used", "无法使用状态目录 {path}"),
+    "cli.no_state_directory": ("{path} cannot be used", "无法使用 {path}"),
     "cli.no_time_zones": (
         "time zones: see above; install the package tzdata, or see PYTHONTZPATH",
         "时区：原因见上；请检查 PYTHONTZPATH，或安装 tzdata 软件包",
@@ -22287,7 +22304,6 @@ TEMPLATES |= {
     "cli.of_damaged": ("damaged files", "损坏文件"),
     "cli.of_key": ("API key", "API 密钥"),
     "cli.of_last": ("last execution", "最近执行"),
-    "cli.of_local_file": ("local file", "本地文件"),
     "cli.of_proxy": ("proxy", "代理"),
     "cli.of_registration": ("registration", "注册"),
     "cli.of_settings": ("settings", "设置"),
@@ -22393,7 +22409,8 @@ TEMPLATES |= {
         "请看 --check，MongoDB 恢复后会自动写入，也可用 --drain 立即写入",
     ),
     "cli.through": ("{what} through {proxy} ({setting})", "{what} → {proxy}（{setting}）"),
-    "cli.to_collect": ("{codes} to collect", "将采集 {codes}"),
+    "cli.to_collect": ("{n} to collect", "将采集 {n} 个"),
+    "cli.to_collect_but": ("{words}, {n} not: {codes}", "{words}，另有 {n} 个无法采集：{codes}"),
     "cli.to_do": ("{status}. To do: {to_do}", "{status}。处理办法：{to_do}"),
     "cli.totals": (
         "{executions} since {since}, {partial} in part, {failure} failed; {trades} stored, {known} already "

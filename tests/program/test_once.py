@@ -712,7 +712,7 @@ def test_what_people_type_is_asked_as_what_it_means(
     assert sorted(row["stock_code"] for row in rows_of(state)) == sorted(code for _, code in SEEN.values())
     assert counts(done) == (12, 10, 0, 2)
     for code in BEIJING:
-        assert failures_of(done)[code].endswith("is of the Beijing exchange, which Infoway does not carry")
+        assert failures_of(done)[code] == "of the Beijing exchange, which Infoway does not carry"
     assert infoway.request_count == 3
     check_clean(done.stdout, done.stderr)
 
@@ -948,10 +948,15 @@ def test_check_of_what_is_good(
         env = api_env(infoway, MONGODB_HOST=mongo_db[0], MONGODB_DB_NAME=mongo_db[1])
         env |= {"SERVER_IP": "127.0.0.1", "SERVER_PORT": str(platform.port)}
         done = run_pyz("--check", env=env)
-    assert done.returncode == 0, done.stdout
-    lines = check_lines(done)
-    assert {"settings", "state directory", "MongoDB", "platform"} <= set(lines)
-    assert all(good for good, _ in lines.values())
+        assert done.returncode == 0, done.stdout
+        lines = check_lines(done)
+        assert {"settings", "state directory", "store", "platform"} <= set(lines)
+        assert all(good for good, _ in lines.values())
+        assert "not registered yet: " in lines["platform"][1]
+        state.mkdir()
+        (state / "module_hash").write_text("no hash!")
+        good, words = check_lines(run_pyz("--check", env=env))["platform"]
+        assert not good and words.startswith(f"{state / 'module_hash'} holds no module hash; ")
     with pymongo.MongoClient[dict[str, Any]](mongo_db[0]) as client:
         assert mongo_db[1] not in client.list_database_names()
     check_clean(done.stdout, done.stderr)
@@ -981,7 +986,7 @@ BAD: dict[str, tuple[str, str, dict[str, str]]] = {
     "api_elsewhere": ("API key", "INFOWAY_API_BASE_URL", {"INFOWAY_API_BASE_URL": "{api}/elsewhere"}),
     "state": ("state directory", "STATE_DIRECTORY", {"STATE_DIRECTORY": "{file}/state"}),
     "mongodb_away": (
-        "MongoDB",
+        "store",
         "MONGODB_HOST",
         {"MONGODB_HOST": f"mongodb://user:{PASSWORD}@127.0.0.1:{{nobody}}/?timeoutMS=300"},
     ),
@@ -1005,11 +1010,10 @@ def test_check_of_what_is_bad(run_pyz: RunPyz, infoway: InfowayServer, tmp_path:
     assert done.returncode == 1, done.stdout
     lines = check_lines(done)
     failed = {name: text for name, (good, text) in lines.items() if not good}
-    if name == "state":  # the file in it cannot be opened either
-        failed.pop("local file")
     assert len(failed) == 1 and next(iter(failed)).startswith(check), done.stdout
     assert setting in next(iter(failed.values()))
     assert len(lines) >= 4  # the others were looked at all the same
+    assert not [name for name, (_, text) in lines.items() if name in text[: len(name) + 5]]  # is said twice
     check_clean(done.stdout, done.stderr)
 
 
@@ -1032,6 +1036,20 @@ def test_check_names_the_setting_of_a_refusal(
     assert done.returncode == 1
     assert setting in check_lines(done)[next(n for n in check_lines(done) if n.startswith("API key"))][1]
     assert infoway.request_count == 1  # one request, no second try
+
+
+def test_a_key_that_was_refused_is_no_further_asked_for_by_a_check(
+    run_pyz: RunPyz, infoway: InfowayServer
+) -> None:
+    env = api_env(infoway, INFOWAY_API_KEY="no-such-key", COLLECT="stream", COLLECT_CODES="AAPL.US")
+    done = run_pyz("--check", env=env)
+    lines = check_lines(done)
+    assert (
+        lines["stream, API key ***"]
+        == lines["API key ***"]
+        == (False, "HTTP 401: Token invalid; see INFOWAY_API_KEY")
+    )
+    assert (done.stderr, infoway.request_count) == ("", 1)
 
 
 @pytest.mark.parametrize("store", ["local", "mongodb"])
@@ -1061,9 +1079,18 @@ def test_check_says_what_the_plan_is_and_where_another_is_set(run_pyz: RunPyz) -
             REFUSALS["404_problem"] if request.resource == "package/info" else None
         )
         none = check_lines(run_pyz("--check", env=api_env(server, INFOWAY_PLAN="")))[name]
+        server.script = ()
+        run_pyz("--once", "--codes", "AAPL.US", env=api_env(server, INFOWAY_PLAN=""))
+        server.script = lambda request: (
+            Answer.data(PLANS["pro"].info()) if request.resource == "package/info" else None
+        )
+        changed = check_lines(run_pyz("--check", env=api_env(server, INFOWAY_PLAN="")))[name]
     told = "plan Premium: 10 requests a second, 600 a minute, 864000 a day; its plan ends at"
     assert all(good and told in text and "in 3 d" in text for good, text in (asked, same, other))
-    assert "INFOWAY_PLAN" not in asked[1] + same[1]
+    assert "INFOWAY_PLAN" not in asked[1] + same[1] + changed[1]
+    assert (
+        "it has changed; until it is asked for anew, " in changed[1] and "Premium: 10 requests" in changed[1]
+    )
     assert "INFOWAY_PLAN differs and is what counts: basic: 2 requests a second, 120 a minute" in other[1]
     assert none[0] and "Free's limits hold unless INFOWAY_PLAN names it" in none[1]
 

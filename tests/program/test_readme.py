@@ -207,7 +207,7 @@ def test_the_first_two_commands_build_and_test(text: str) -> None:
 HERE = {
     "./build_pyz.sh && ./stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY": "total 3, stored 3, ",
     "cp stockrt.env.example stockrt.env": "",
-    "./stockrt.pyz --check": "ok    MongoDB: ",
+    "./stockrt.pyz --check": "ok    store: ",
     "./stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT": "total 4, stored 4, already known 0, ",
     "./stockrt.pyz --symbols 茅台": "600519.SH",
     "./stockrt.pyz --status": "last execution",

@@ -740,7 +740,7 @@ def test_in_chinese_programs_get_the_same_keys_and_states(program: Program) -> N
     with InfowayServer(keys={FIRST, OTHER}) as api:
         program.env |= {"INFOWAY_API_BASE_URL": api.url}
         checks = [json.loads(line) for line in program.run("--check", "--json").splitlines()]
-    names = ["settings", "API key aaa…111", "API key bbb…222", "state directory", "local store", "platform"]
+    names = ["settings", "API key aaa…111", "API key bbb…222", "state directory", "store", "platform"]
     assert [check["name"] for check in checks] == names
     assert checks[-1]["words"] == "未设置 SERVER_IP 和 SERVER_PORT：只够 --once 使用，不能运行守护进程"
     assert checks[3]["words"] == f"{program.state} 可以创建"
@@ -821,12 +821,16 @@ def test_in_chinese_every_fault_that_check_finds(program: Program) -> None:
     text = program.run("--check", status=1)
     good, *bad = text.splitlines()
     assert good == "正常  设置：环境变量、默认值"
-    names = "API 密钥 aaa…111", "API 密钥 bbb…222", "状态目录", "本地文件", "METRICS_FILE", "平台"
+    names = "API 密钥 aaa…111", "API 密钥 bbb…222", "状态目录", "METRICS_FILE", "平台"
+    assert (
+        f"失败  状态目录：无法使用 {program.folder / 'file' / 'state'}：不是目录；请检查 STATE_DIRECTORY\n"
+        in text
+    )
     assert [line.partition("：")[0] for line in bad] == [f"失败  {name}" for name in names]
     in_chinese(text)
     program.env |= {"STATE_DIRECTORY": str(program.state), "INFOWAY_API_KEY": "", "INFOWAY_PLAN": "0"}
     text = program.run("--check", status=1)
-    assert "\n失败  API 密钥：未设置 INFOWAY_API_KEY" in text and "\n失败  MongoDB：" in text
+    assert "\n失败  API 密钥：未设置 INFOWAY_API_KEY" in text and "\n失败  存储：MongoDB（" in text
     in_chinese(text, "Connection refused")
 
 

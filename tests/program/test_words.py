@@ -420,7 +420,7 @@ def test_file_that_cannot_be_used_is_named_with_what_was_done_to_it(
     (line,) = [line for line in (done.stdout + done.stderr).splitlines() if str(place) in line]
     assert re.search(r"cannot be (looked at|taken|opened|read)|fails: unable to open", line), line
     assert "STATE_DIRECTORY" in line and "Error" not in line and "print" not in line and "another" not in line
-    assert not line.startswith("FAIL") or line.startswith("FAIL  local file: ")
+    assert not line.startswith("FAIL") or line.startswith("FAIL  store: ")
 
 
 @pytest.mark.parametrize("job", ["daemon", "status", "check", "once"])
@@ -636,7 +636,8 @@ def test_check_says_that_no_platform_is_set(run_pyz: RunPyz, infoway: InfowaySer
 @pytest.mark.parametrize(
     ("codes", "line"),
     [
-        ("AAPL.US 700.HK", "ok    codes: 2 codes to collect\n"),
+        ("AAPL.US 700.HK", "ok    codes: 2 to collect\n"),
+        ("AAPL.US 430047", "FAIL  codes: 1 to collect, 1 not: 430047: of the Beijing exchange, "),
         ("watch", "FAIL  codes: COLLECT_CODES: watch without MONGODB_HOST: "),
     ],
 )
