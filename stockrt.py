@@ -9820,7 +9820,7 @@ class Delivery:
     def write(self, documents: Sequence[Document]) -> WriteReport:
         """Store documents, or queue them: behind those that wait, and whatever fails but for their own fault."""
         if not self._is_caught_up():
-            return self._queue_up(documents)
+            return self.keep(documents)
         return self._write_now(documents)
 
     def write_soon(self, documents: Sequence[Document]) -> WriteReport:
@@ -9831,7 +9831,20 @@ class Delivery:
 
     def keep(self, documents: Sequence[Document]) -> WriteReport:
         """Queue documents, whether or not MongoDB would take them. Raises StoreError."""
-        return self._queue_up(documents)
+        before = self.queue.trades
+        try:
+            report = self.queue.write(documents)
+        except StoreError as error:
+            words = phrase("delivery.not_kept", because=self._because(before), why=error.message)
+            raise StoreError(words) from error
+        finally:
+            self._tell()
+        self._wake()
+        return WriteReport(
+            refused=report.refused,
+            queued=len(documents) - len(report.refused),
+            queued_because=self._because(before - report.duplicates),
+        )
 
     def _write_now(self, documents: Sequence[Document]) -> WriteReport:
         try:
@@ -9839,7 +9852,7 @@ class Delivery:
         except StoreAway as error:
             self._note_away(error)
             self._trouble.again(error.message)
-            return self._queue_up(documents)
+            return self.keep(documents)
         self._note_back()
         if report.refused:
             self._put_aside(documents, report.refused, self.mongo.realtime_name)
@@ -9901,19 +9914,14 @@ class Delivery:
 
     def _is_caught_up(self) -> bool:
         """Whether no trades wait, if need be after a while. MongoDB is not waited for while it is away."""
-        try:
-            if self.queue.has_trades():
-                self._wake()
-                before = self.queue.trades
-                with self._changed:
-                    self._changed.wait_for(lambda: self._away or not self.queue.has_trades(), CATCH_UP_S)
-                self._is_silent = self.queue.trades >= before
-                return self._away is None and not self.queue.has_trades()
-        except StoreError as error:
-            self._file_trouble.again(error.message)
-        else:
-            self._file_trouble.over()
-        return True
+        if not self._has_waiting():
+            return True
+        self._wake()
+        before = self.queue.trades
+        with self._changed:
+            self._changed.wait_for(lambda: self._away or not self._has_waiting(), CATCH_UP_S)
+        self._is_silent = self.queue.trades >= before
+        return self._away is None and not self._has_waiting()
 
     def _has_waiting(self) -> bool:
         """Whether trades wait; none do where the file cannot say."""
@@ -9924,22 +9932,6 @@ class Delivery:
             return False
         self._file_trouble.over()
         return has_trades
-
-    def _queue_up(self, documents: Sequence[Document]) -> WriteReport:
-        before = self.queue.trades
-        try:
-            report = self.queue.write(documents)
-        except StoreError as error:
-            words = phrase("delivery.not_kept", because=self._because(before), why=error.message)
-            raise StoreError(words) from error
-        finally:
-            self._tell()
-        self._wake()
-        return WriteReport(
-            refused=report.refused,
-            queued=len(documents) - len(report.refused),
-            queued_because=self._because(before - report.duplicates),
-        )
 
     def _because(self, others: int) -> Phrase:
         """Return why trades are queued, before which `others` wait."""
