@@ -874,6 +874,11 @@ def os_words(error: OSError) -> str:
     return phrase(kind) if said == TEMPLATES.get(kind, ("",))[0] else said
 
 
+def unread_words(error: OSError | UnicodeDecodeError) -> str:
+    """Return why a text file cannot be read."""
+    return phrase("tools.not_utf8") if isinstance(error, UnicodeDecodeError) else os_words(error)
+
+
 def own_fault(error: BaseException, is_said: bool = False) -> str:
     """Return what an error is called that is none of ours.
 
@@ -1654,13 +1659,7 @@ def _bindings(path: Path) -> list[Binding]:
         with path.open(encoding="utf-8-sig") as stream:
             return list(parse_stream(stream))
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError([phrase("settings.unreadable", path=path, why=_why_unread(error))]) from None
-
-
-def _why_unread(error: OSError | UnicodeDecodeError) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return phrase("tools.not_utf8")
-    return os_words(error)
+        raise SettingsError([phrase("settings.unreadable", path=path, why=unread_words(error))]) from None
 
 
 def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | None, str]:
@@ -1704,7 +1703,7 @@ def read_credential(name: str, path: Path) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
-        fault = phrase("settings.unreadable_credential", name=name, path=path, why=_why_unread(error))
+        fault = phrase("settings.unreadable_credential", name=name, path=path, why=unread_words(error))
         raise SettingsError([fault]) from None
 
 
@@ -9062,6 +9061,12 @@ class RefusedClose(NamedTuple):
     why: str
 
 
+def place_closes(store: CloseStore, closes: Sequence[Close]) -> list[RefusedClose]:
+    """Let closes take their places in a store, and return those that it refused. Raises StoreError."""
+    refused = store.write_closes(closes) if closes else {}
+    return [RefusedClose(close, refused[close.key]) for close in closes if close.key in refused]
+
+
 class ClosingPrices:
     """Keeps the closing snapshot from trades: looks at stored ones whose session is over, and writes their closes.
 
@@ -9105,12 +9110,10 @@ class ClosingPrices:
             if self._noted.get(code) != day and close < NEVER:
                 traded[code, day] = session
         closes = self._closes(over)
-        refused: Mapping[str, str] = {}
-        if closes:
-            refused = self._store.write_closes(closes)
+        refused = place_closes(self._store, closes)
         self._note(traded, now)
         self._remember(over, closes)
-        return [RefusedClose(close, refused[close.key]) for close in closes if close.key in refused]
+        return refused
 
     def _closes(self, over: Sequence[tuple[Document, Session]]) -> list[Close]:
         """Return the closes that trades of sessions make that are over."""
@@ -9247,7 +9250,8 @@ class Finaliser:
         refused = []
         for session, some in groups.items():
             newest = self._store.newest([row.code for row in some], session.opens, session.until)
-            refused += self._write([regular_close(document, session) for document in newest.values()])
+            closes = [regular_close(document, session) for document in newest.values()]
+            refused += place_closes(self._store, closes)
             stage = Stage.BATCH if session.bar < NEVER else Stage.DONE
             self._sessions.change(row._replace(stage=stage, due=session.bar // 1000) for row in some)
         return refused
@@ -9289,7 +9293,7 @@ class Finaliser:
         now_ms = int(self._clock.wall() * 1000)
         codes = outcome.batch.split()
         closes = {code: final_closes(code, outcome.bars.get(code, ()), now_ms) for code in codes}
-        refused = self._write([close for some in closes.values() for close in some])
+        refused = place_closes(self._store, [close for some in closes.values() for close in some])
         made = {close.key for some in closes.values() for close in some}
         rows = [row for code in codes for row in by_code[code]]
         left = [row for row in rows if row.key not in made]
@@ -9320,12 +9324,6 @@ class Finaliser:
             stage = Stage.SINGLE
         delay = min(BAR_AGAIN_CAP_S, BAR_AGAIN_S * 2 ** min(row.tries, 10))
         return row._replace(stage=stage, due=now + delay, tries=tries)
-
-    def _write(self, closes: Sequence[Close]) -> list[RefusedClose]:
-        if not closes:
-            return []
-        refused = self._store.write_closes(closes)
-        return [RefusedClose(close, refused[close.key]) for close in closes if close.key in refused]
 
     def _say(self, rows: Sequence[OpenSession], why: str) -> None:
         """Say once a day that closes stay provisional."""
@@ -10040,9 +10038,7 @@ class Delivery:
         try:
             finals = self.queue.finals(DELIVERY_BATCH)
             if finals:
-                refused = self.mongo.write_closes(finals)
-                closes = [RefusedClose(close, refused[close.key]) for close in finals if close.key in refused]
-                self.put_closes_aside(closes)
+                self.put_closes_aside(place_closes(self.mongo, finals))
                 self.queue.remove_finals(finals)
             trades = self.unsettled.some(DELIVERY_BATCH)
             if trades:
@@ -11742,10 +11738,7 @@ class WatchList:
             with path.open(encoding="utf-8-sig") as lines:
                 return list(codes_in(lines))
         except (OSError, UnicodeDecodeError) as error:
-            why: object = phrase("tools.not_utf8")
-            if isinstance(error, OSError):
-                why = os_words(error)
-            raise StockrtError(phrase("collection.unread", place=path, why=why)) from None
+            raise StockrtError(phrase("collection.unread", place=path, why=unread_words(error))) from None
 
     def _take(self, listed: Collection[str]) -> None:
         """Go over to what of a new list is in the share, and say what changed, or that it is nothing."""
@@ -13672,9 +13665,7 @@ def hash_in(place: Path, setting: str = "STATE_DIRECTORY") -> str:
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
-        why: object = phrase("link.no_text")
-        if isinstance(error, OSError):
-            why = os_words(error)
+        why = unread_words(error)
         raise StoreError(phrase("link.hash_unread", place=place, why=why, setting=setting)) from None
     if not _HASH.fullmatch(found):
         raise StoreError(phrase("link.no_hash", place=place))
@@ -16312,7 +16303,7 @@ def old_settings(directory: Path) -> tuple[dict[str, str], list[str]]:
     try:
         path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        why = os_words(error) if isinstance(error, OSError) else phrase("tools.not_utf8")
+        why = unread_words(error)
         raise UsageError(phrase("migration.no_older", directory=directory, path=path, why=why)) from None
     found = {name: value.strip() for name, value in read_env_file(path).items() if value.strip()}
     # no more than that is asked of a file that no systemd reads
@@ -18342,7 +18333,7 @@ def _codes_of(options: Options) -> Iterator[str]:
         with stream:
             yield from codes_in(stream)
     except (OSError, UnicodeDecodeError) as error:
-        why = os_words(error) if isinstance(error, OSError) else phrase("tools.not_utf8")
+        why = unread_words(error)
         raise UsageError(phrase("usage.codes_file", file=options.codes_file, why=why)) from None
 
 
@@ -21510,7 +21501,6 @@ TEMPLATES |= {
         "{url}/module/online answers HTTP {status} and is no dispatch platform; see SERVER_IP and SERVER_PORT",
         "{url}/module/online 应答 HTTP {status}，不是调度平台；请检查 SERVER_IP 和 SERVER_PORT",
     ),
-    "link.no_text": ("not UTF-8 text", "不是 UTF-8 文本"),
     "link.not_registered": ("not registered at {url}: {why}", "未能在 {url} 注册：{why}"),
     "link.online": (
         "still counted as online by the server (old session or a second instance); it will let go within 120 s",
