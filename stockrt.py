@@ -1114,27 +1114,35 @@ def _is_exempt(entry: str, host: str, port: int) -> bool:
 
 
 class Settings(NamedTuple):
-    """Everything that can be set, checked. Made by `load_settings`; nothing else reads the environment."""
+    """Everything that can be set, checked. Made by `load_settings`; nothing else reads the environment.
 
-    api_keys: tuple[str, ...]
+    The defaults here are what an attribute is whose setting has neither a value nor a default of its own.
+    """
+
     api_base_url: str
+    stream_url: str
     plans: tuple[Plan, ...]
-    mongodb_uri: str
     mongodb_db_name: str
     realtime_name: str
     close_name: str
     license_name: str
+    watch_name: str
+    gap_name: str
     numeric_type: str
-    server_host: str
-    server_port: int
+    collect_share: tuple[int, int]
     server_tls: bool
     heartbeat_s: float
     module_name: str
     module_description: str
     state_directory: Path
+    spool_max_bytes: int
     log_level: str
+    message_language: str
+    api_keys: tuple[str, ...] = ()
+    mongodb_uri: str = ""
+    server_host: str = ""
+    server_port: int = 0
     metrics_file: Path | None = None
-    spool_max_bytes: int = 1024 << 20
     https_proxy: Proxy | None = None
     http_proxy: Proxy | None = None
     all_proxy: Proxy | None = None
@@ -1144,13 +1152,8 @@ class Settings(NamedTuple):
     collect: str = ""
     collect_every_s: float = 0.0  # 0: no poll
     collect_codes: str = ""
-    collect_share: tuple[int, int] = (1, 1)
-    stream_url: str = "wss://data.infoway.io/ws"
-    watch_name: str = "stock_watch"
-    gap_name: str = "stream_gaps"
     keep_days: int = 0  # 0: for ever
     language: str = ""  # of who reads what this process prints; '': as the locale has it
-    message_language: str = CHINESE
 
     def __repr__(self) -> str:
         shown = [
@@ -1585,8 +1588,6 @@ SETTINGS = (
             at_start=True),
 )
 # fmt: on
-# What an attribute is when its setting has neither a value nor a default that could be parsed.
-_WHEN_UNSET: dict[str, object] = {"api_keys": (), "mongodb_uri": "", "server_host": "", "server_port": 0}
 
 
 def default_state_directory(environ: Mapping[str, str], is_root: bool) -> Path:
@@ -1851,7 +1852,6 @@ def load_settings(
     if faults:
         # a misspelled name, or a file that was left out, is why a setting is missing
         raise SettingsError(faults + warnings, values.get("language", ""))
-    values.setdefault("module_description", "")
     color = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
     settings = Settings(**values, color=color, old_secrets=old_secrets)
     HIDDEN.secrets = settings.secrets()
@@ -1890,7 +1890,7 @@ def _read_values(
     environ: Mapping[str, str], origins: Mapping[str, Mapping[str, str]], unit: Unit | None
 ) -> _Read:
     """Look every setting up and parse it; with `unit` note what the environment alone has, or has otherwise."""
-    read = _Read(dict(_WHEN_UNSET), [], set(), set(), [])
+    read = _Read({}, [], set(), set(), [])
     environment = _environment()
     others = {where: found for where, found in origins.items() if where != environment}
     for setting in SETTINGS:

@@ -107,6 +107,8 @@ def test_nothing_set_gives_the_defaults_and_needs_no_file() -> None:
         watch_name="stock_watch",
         gap_name="stream_gaps",
         keep_days=0,
+        spool_max_bytes=1 << 30,
+        message_language="zh",
     )
 
 
