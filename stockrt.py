@@ -12109,42 +12109,15 @@ class Coverage:
         self._has_begun = self._is_closed = False
         self._trouble = LogThrottle("stream_gaps", clock, then="it is noted as soon as that works")
 
-    def begin(self, wanted: Mapping[str, Collection[str]]) -> None:
-        """Take over what the last process left: its open gaps, and a new one since its mark. Raises StoreError.
+    def want(self, wanted: Mapping[str, Collection[str]]) -> None:
+        """Have it which codes are to be collected, by product: of others nothing is missing from now on.
 
-        `wanted` as for `want`.
+        The first time it takes over what the last process left. Raises StoreError where that cannot be read.
         """
         with self._lock:
-            self._wanted = wanted
-            left = self._files.read()
-            self._left = left._replace(instance=left.instance or _new_instance(), stopped=False)
-            now = self._now_ms()
-            known: set[tuple[str, str]] = set()
-            for gap in self._gaps.open():
-                missing = {*gap.codes} & {*wanted.get(gap.product, ())}
-                known |= {(gap.product, code) for code in missing}
-                self._open.append(OpenGap(gap, missing, is_kept=True))
-            self._durable = now
-            self._end_gaps()
-            why = STOPPED if left.stopped else ENDED_WITHOUT_NOTICE
-            since: dict[tuple[str, int], set[str]] = {}
-            for product, until, codes in left.groups:
-                lost = {code for code in codes if (product, code) not in known} & {*wanted.get(product, ())}
-                since.setdefault((product, until), set()).update(lost)
-            for (product, until), lost in since.items():
-                self._lose(product, lost, min(until, now), why)
-                if until > now + CLOCK_BACK_MS:
-                    log.warning(
-                        "the clock was set back by %d s or more: a gap of %s may begin earlier than is noted",
-                        (until - now) / 1000,
-                        product,
-                    )
-            self.complete()
-            self._has_begun = True
-
-    def want(self, wanted: Mapping[str, Collection[str]]) -> None:
-        """Have it which codes are to be collected, by product: of others nothing is missing from now on."""
-        with self._lock:
+            if not self._has_begun:
+                self._begin(wanted)
+                self._has_begun = True
             self._wanted = wanted
             for one in self._open:
                 one.missing &= {*wanted.get(one.gap.product, ())}
@@ -12293,7 +12266,7 @@ class Coverage:
     def mark(self, durable_ms: int, stopped: bool = False) -> None:
         """Keep in the state directory up to when everything is kept: what came before a moment (epoch ms).
 
-        Not before `begin` has read what the last process left there.
+        Not before `want` has read what the last process left there.
         """
         with self._lock:
             if self._is_closed or not self._has_begun:
@@ -12317,6 +12290,33 @@ class Coverage:
             self._is_closed = True
 
     # under the lock
+
+    def _begin(self, wanted: Mapping[str, Collection[str]]) -> None:
+        """Take over the open gaps of the last process, and note a new one since its mark. Raises StoreError."""
+        left = self._files.read()
+        self._left = left._replace(instance=left.instance or _new_instance(), stopped=False)
+        now = self._now_ms()
+        known: set[tuple[str, str]] = set()
+        for gap in self._gaps.open():
+            missing = {*gap.codes} & {*wanted.get(gap.product, ())}
+            known |= {(gap.product, code) for code in missing}
+            self._open.append(OpenGap(gap, missing, is_kept=True))
+        self._durable = now
+        self._end_gaps()
+        why = STOPPED if left.stopped else ENDED_WITHOUT_NOTICE
+        since: dict[tuple[str, int], set[str]] = {}
+        for product, until, codes in left.groups:
+            lost = {code for code in codes if (product, code) not in known} & {*wanted.get(product, ())}
+            since.setdefault((product, until), set()).update(lost)
+        for (product, until), lost in since.items():
+            self._lose(product, lost, min(until, now), why)
+            if until > now + CLOCK_BACK_MS:
+                log.warning(
+                    "the clock was set back by %d s or more: a gap of %s may begin earlier than is noted",
+                    (until - now) / 1000,
+                    product,
+                )
+        self.complete()
 
     def _now_ms(self) -> int:
         return int(self._clock.wall() * 1000)
@@ -12848,7 +12848,7 @@ class Planner(threading.Thread):
         self._leaving = threading.Event()
         self._listed: Sequence[str] | None = None
         self._wanted: dict[str, list[str]] = {}  # by product
-        self._has_begun = self._is_spread = False
+        self._is_spread = False
         self._never: dict[
             str, dict[str, str]
         ] = {}  # by key and product, '' for all of them: why it is of no use
@@ -12971,9 +12971,6 @@ class Planner(threading.Thread):
         wanted: dict[str, list[str]] = {}
         for instrument in found.instruments.values():
             wanted.setdefault(instrument.product, []).append(instrument.code)
-        if not self._has_begun:
-            self._coverage.begin(wanted)
-            self._has_begun = True
         self._coverage.want(wanted)
         self._wanted = wanted
 

@@ -97,7 +97,7 @@ def coverage_in(place: Place, clock: Clock, *wanted: str) -> Iterator[Coverage]:
     """Yield what a process knows that collects these codes; at the end it is killed, unless it was closed."""
     with stockrt.open_store_file(place.directory) as file:
         coverage = Coverage(Gaps(file, None), place.directory, clock)
-        coverage.begin({"crypto": wanted})
+        coverage.want({"crypto": wanted})
         yield coverage
 
 
@@ -391,7 +391,7 @@ def test_gaps_go_to_mongodb_as_they_become(place: Place, mongo_db: tuple[str, st
     with Pipeline(settings_of(environ)) as pipeline, MongoClient(uri) as client:
         found: Collection[dict[str, Any]] = client[name].stream_gaps
         coverage = Coverage(pipeline.gaps, place.directory, clock)
-        coverage.begin({"crypto": CODES})
+        coverage.want({"crypto": CODES})
         part = connected(coverage, *CODES)
         coverage.lost(part, "the connection was lost")
         assert pipeline.gaps.deliver() and not pipeline.gaps.deliver()
@@ -433,7 +433,7 @@ class Listener(Events):
 def intake_of(pipeline: Pipeline, place: Place) -> Iterator[Intake]:
     """Yield an intake that works."""
     coverage = Coverage(pipeline.gaps, place.directory)
-    coverage.begin({"crypto": CODES})
+    coverage.want({"crypto": CODES})
     intake = Intake(pipeline, coverage)
     intake.start()
     yield intake
