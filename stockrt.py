@@ -441,15 +441,17 @@ class UsageError(StockrtError):
 class SettingsError(StockrtError):
     """The settings have faults; exit status 78 (EX_CONFIG of sysexits.h).
 
-    `faults` holds one sentence for each, secrets masked; `language` is the one that the settings ask for, if they do.
+    `faults` holds one sentence for each, secrets masked; `language` is the one that the settings ask for, and
+    `directory` the state's, as far as they say so.
     """
 
     exit_code = 78
 
-    def __init__(self, faults: Sequence[str], language: str = "") -> None:
+    def __init__(self, faults: Sequence[str], language: str = "", directory: Path | None = None) -> None:
         super().__init__(listing("join.lines", faults))
         self.faults = tuple(faults)
         self.language = language
+        self.directory = directory
 
 
 class InstrumentError(StockrtError):
@@ -1846,12 +1848,13 @@ def load_settings(
         faults += _take_database(values)
     faults += _contradictions(values) + _missing(read.unset, needs, values)
     is_root = os.geteuid() == 0 if is_root is None else is_root
-    values.setdefault("state_directory", default_state_directory(environ, is_root))
+    if "STATE_DIRECTORY" in read.unset:
+        values["state_directory"] = default_state_directory(environ, is_root)
     if needs.paths:
         faults += _path_faults(values, environ)
     if faults:
         # a misspelled name, or a file that was left out, is why a setting is missing
-        raise SettingsError(faults + warnings, values.get("language", ""))
+        raise SettingsError(faults + warnings, values.get("language", ""), values.get("state_directory"))
     color = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
     settings = Settings(**values, color=color, old_secrets=old_secrets)
     HIDDEN.secrets = settings.secrets()
@@ -1981,9 +1984,10 @@ def _missing(unset: Collection[str], needs: Needs, values: Mapping[str, Any]) ->
 
 def _path_faults(values: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]:
     """Try every file and directory that the environment names, without writing; return what is wrong with them."""
-    state: Path = values["state_directory"]
-    there = next(path for path in (state, *state.parents) if os.path.lexists(path))
-    tried = [("STATE_DIRECTORY", f"{there}/.", os.W_OK | os.X_OK)]
+    tried, state = [], values.get("state_directory")  # which may be faulty itself
+    if state is not None:
+        there = next(path for path in (state, *state.parents) if os.path.lexists(path))
+        tried.append(("STATE_DIRECTORY", f"{there}/.", os.W_OK | os.X_OK))
     tried += [(name, environ.get(name, ""), os.R_OK) for name in ("SSL_CERT_FILE", "CREDENTIALS_DIRECTORY")]
     codes = values.get("collect_codes", "")
     if codes[:1] == "@":
@@ -6809,10 +6813,6 @@ class Directory:
         found = [Symbol(*row) for row in self._file.read_all(query, *[f"%{escaped}%"] * 4)]
         return sorted(found, key=lambda symbol: (_distance(symbol, wanted), symbol.code, symbol.type))
 
-    def names(self, codes: Collection[str]) -> dict[str, str]:
-        """Return the names of codes as far as their lists are here: nothing is asked for."""
-        return symbol_names(self._file, codes)
-
     def find(self, unclear: UnclearCode, stop: threading.Event) -> Instrument | None:
         """Return what a text means whose form does not tell, None where the lists know nothing of it.
 
@@ -7902,9 +7902,11 @@ def _patterns(kinds: tuple[str, ...]) -> list[tuple[str, str, re.Pattern[str]]]:
     for kind in filter(lambda kind: kind.startswith(kinds), TEMPLATES):
         parts = _FIELD.split(TEMPLATES[kind][0])  # texts, and the names of values between them
         own = parts[::2]
-        values = [f"(?P<{name}>.+?)" for name in parts[1::2]]
-        pattern = "".join(chain.from_iterable(zip(map(re.escape, own), [*values, ""], strict=True)))
-        found.append((kind, "".join(own), re.compile(pattern, re.DOTALL)))
+        # a reason of ours may stand behind words of the vendor's that have colons, too
+        for few in ("", "?") if kind == "tools.because" else ("?",):
+            values = [f"(?P<{name}>.+{few})" for name in parts[1::2]]
+            pattern = "".join(chain.from_iterable(zip(map(re.escape, own), [*values, ""], strict=True)))
+            found.append((kind, "".join(own), re.compile(pattern, re.DOTALL)))
     return sorted(found, key=lambda one: len(one[1]), reverse=True)
 
 
@@ -11600,20 +11602,20 @@ class Pipeline:
             "used_today": counted,
             "leased_today": 0,
             "left_today": None,
-            "state": "ready",
+            "state": "unknown",
             "why": "",
             "until": "",
             "not_for": [],
         }
         if told is not None:
-            usage["not_for"] = told["not_for"]
+            usage |= {"state": "ready", "not_for": told["not_for"]}
             if told["state"] != "resting" or told["until"] > iso_after(now, 0):  # it was when it was told
                 usage |= {"state": told["state"], "why": told["why"], "until": told["until"]}
         if counted is not None:
             leased = min(counted, told["leased"]) if told else 0
             left = max(0, key.plan.per_day - counted + leased)
             usage |= {"used_today": counted - leased, "leased_today": leased, "left_today": left}
-        if usage["left_today"] == 0 and usage["state"] == "ready":
+        if usage["left_today"] == 0 and usage["state"] in ("ready", "unknown"):
             until = iso_after(next_midnight(now), 0)
             usage |= {"state": "resting", "why": day_used_up(key.plan), "until": until}
         return usage
@@ -14225,6 +14227,8 @@ class DaemonStatus(TypedDict, total=False):
     platform: str
     connected_since: str
     last_contact: str
+    lost_since: str
+    lost_because: str
     stopped: str
     keys: list[KeyState]
     spool_refused: int
@@ -14771,7 +14775,7 @@ class Executor(threading.Thread):
             if command is not None:
                 result = self._result_of(command, order.why_not)
             if result.text and self._keep_answer(order.number, result):
-                return Answered(order.number, result.text, commands=1, news=self._news())
+                return Answered(order.number, result.text, commands=1, news=self.news())
         except LostCommand as error:
             log.error("execution %s is not answered: %s", order.number, error)
             self._forget(order.number)
@@ -14804,10 +14808,12 @@ class Executor(threading.Thread):
             result = self._execute(command)
         return NO_RESULT if self._events.is_damaged else result
 
-    def _news(self) -> DaemonStatus:
+    def news(self) -> DaemonStatus:
+        """Return what --status shows of it; called by any thread that may wait for the disk."""
         news: DaemonStatus = {"spool_refused": self._refused_before + self._events.queue.refused}
-        if self._pipeline is not None:
-            news["keys"] = self._pipeline.keys.describe()
+        pipeline = self._pipeline
+        if pipeline is not None:
+            news["keys"] = pipeline.keys.describe()
         return news
 
     def _forget(self, number: int) -> None:
@@ -15088,6 +15094,8 @@ class Clerk(threading.Thread):
                 self._wanted += job.numbers
             elif isinstance(job, NoteStatus):
                 news.update(job.news)
+        if "collecting" in news:  # what an execution would tell of the keys
+            news |= self._executor.news()
         if commands:
             self._accept(commands)
             self._codes_done += _count_codes(commands)
@@ -15270,6 +15278,7 @@ class Daemon:
         source = source or SettingsSource(os.environ)
         self._clerk = Clerk(settings, journal, self._executor, self._inbox, source)
         self._module_hash = ""
+        self._lost_because = ""  # while there is no connection
         self._presence: Presence | None = None  # what the last refused handshake meant, and since when
         self._presence_since = clock.monotonic()
         self._recalled: set[int] = set()  # answers whose texts are on their way from the journal
@@ -15326,7 +15335,7 @@ class Daemon:
         link = self._dial()
         if link is None:
             return False
-        self._presence = None
+        self._presence, self._lost_because = None, ""
         protocol = PlatformProtocol(self._settings.heartbeat_s, self._clock.monotonic())
         self._outbox.reconnect()
         self._events.connected()
@@ -15393,6 +15402,12 @@ class Daemon:
     def _lost(self, reason: str) -> None:
         self._trouble.again(reason)
         self._events.disconnected(reason)
+        news: DaemonStatus = {"lost_because": reason}
+        if not self._lost_because:
+            news["lost_since"] = iso(utc_now())
+        if reason != self._lost_because:
+            self._clerk.do(NoteStatus(news))
+        self._lost_because = reason
 
     def _register(self) -> str:
         settings = self._settings
@@ -18007,6 +18022,13 @@ def lines_within(text: str, columns: int) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
+def cut_between_words(text: str, columns: int) -> str:
+    """Return a text, or its beginning, cut between two words, where it takes more columns of a terminal."""
+    if columns_of(text) <= columns:
+        return text
+    return fitting(lines_within(text, columns - 1)[0], columns - 1) + "…"
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     import argparse
@@ -18029,6 +18051,14 @@ def make_parser() -> argparse.ArgumentParser:
         def _fill_text(self, text: str, width: int, indent: str) -> str:
             return super()._fill_text(for_reader(text), width, indent)
 
+        def _format_usage(self, *what: Any) -> str:
+            """Return it in lines that fit: Python 3.11 and 3.12 leave a long group of flags in one."""
+            indent = " " * (len(phrase("help.usage")) + len(self._prog) + 1)
+            usage = " ".join(super()._format_usage(*what).split())
+            usage = re.sub(r"(?<=\w) (?=[\[{A-Z])", "\0", usage)  # a flag and its value stay together
+            lines = lines_within(usage, width - len(indent))
+            return f"\n{indent}".join(lines).replace("\0", " ") + "\n\n"
+
         def format_help(self) -> str:
             text = super().format_help()
             for own in (phrase("help.usage"), phrase("help.options")):
@@ -18044,6 +18074,8 @@ def make_parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     parser.error = _refuse_arguments  # type: ignore[method-assign]
+    # argparse says nothing where that fails
+    parser._print_message = _print_help  # type: ignore[assignment, method-assign]
     parser.add_argument("-h", "--help", action="help", help=phrase("help.help"))
     _add_commands(parser.add_mutually_exclusive_group())
     _add_options(parser)
@@ -18080,6 +18112,10 @@ def argparse_words(message: str) -> str:
                 values["choices"] = listing("join.names", values["choices"].split(", "))
             return phrase(kind, **values)
     return message
+
+
+def _print_help(text: str, *_: object) -> None:
+    show(text.removesuffix("\n"))
 
 
 def _refuse_arguments(message: str) -> NoReturn:
@@ -18224,18 +18260,19 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     if options.backfill is not None and not 1 <= options.backfill <= MAX_BARS:
         raise UsageError(phrase("usage.backfill", n=options.backfill, most=MAX_BARS))
     _check_migration(options)
-    _check_fetching(options)
+    _check_codes(options)
     return options
 
 
-def _check_fetching(options: Options) -> None:
-    """Raise UsageError for what a command that asks the API is given: before it is told to need a key."""
+def _check_codes(options: Options) -> None:
+    """Raise UsageError for codes, and how often they are asked for: before a command is told to need a key."""
     if options.once and not (options.codes or options.codes_file):
         raise UsageError(phrase("usage.once_needs_codes"))
     if options.every is not None:
         _seconds_of(options.every)
-    fetches = options.once or options.collect or options.backfill is not None
-    if fetches and options.codes and not options.codes_file:
+    if options.show:
+        options.codes = [*options.show, *options.codes]
+    if options.codes and not options.codes_file:
         next(read_codes(options))
 
 
@@ -18314,7 +18351,9 @@ def read_codes(options: Options) -> Iterator[str]:
         count += 1
         yield code
     if not count:
-        where = f"--codes-file {options.codes_file}" if options.codes_file else "--codes"
+        where = "--show" if options.show else "--codes"
+        if options.codes_file:
+            where = f"--codes-file {options.codes_file}"
         raise UsageError(phrase("usage.no_code", where=where))
 
 
@@ -18441,13 +18480,22 @@ def say(words: str, level: int = logging.INFO) -> None:
 
 def show(words: str) -> None:
     """Print what was asked for to stdout, words of ours in the reader's language. Raises PrintError."""
+    _print_whole(mask(for_reader(words), HIDDEN.secrets))
+
+
+def _print_whole(text: str) -> None:
     try:
         with bar_aside():
-            print(mask(for_reader(words), HIDDEN.secrets), flush=True)
-    except BrokenPipeError:
-        raise PrintError from None
+            print(text, flush=True)
     except OSError as error:
-        raise PrintError(phrase("cli.cannot_print", why=os_words(error))) from None
+        raise print_error(error) from None
+
+
+def print_error(error: OSError) -> PrintError:
+    """Return what a command ends with whose output nobody takes."""
+    if isinstance(error, BrokenPipeError):
+        return PrintError()
+    return PrintError(phrase("cli.cannot_print", why=os_words(error)))
 
 
 def show_one(document: object, line: str, as_json: bool) -> None:
@@ -18460,7 +18508,8 @@ def show_one(document: object, line: str, as_json: bool) -> None:
 
 def show_json(document: object) -> None:
     """Print a document as one line of JSON, its words in the reader's language. Raises PrintError."""
-    show(json.dumps(all_in_language(document, SPOKEN.language), ensure_ascii=False))
+    spoken = all_in_language(document, SPOKEN.language)
+    _print_whole(json.dumps(packed(spoken), ensure_ascii=False))  # in which only texts are masked
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -18488,7 +18537,7 @@ class Rows:
     """Prints stored trades on `out`: an aligned table in the order asked, or JSON lines.
 
     Beyond ROWS_ALIGNED trades the rows are printed as they come. A reader that went away (`| head`) ends
-    the printing, never the storing. `is_live`: the first rows are printed at once, too. `directory`: where names are
+    the printing, never the storing. `is_live`: the first rows are printed at once, too. `reader`: where names are
     looked up; the table has as much of them as fits into `width` columns, and no column for them where there are none.
     """
 
@@ -18505,7 +18554,7 @@ class Rows:
         self.is_gone = False  # what reads them
         self.look_s = READER_LOOK_S
         self.status = ""  # which rows do not show
-        self.directory: Directory | None = None
+        self.reader: Reader | None = None
         self.fault = ""  # why rows are missing on `out`, unless its reader just went away
 
     def add(self, documents: Sequence[Document]) -> None:
@@ -18552,9 +18601,10 @@ class Rows:
 
     def _names(self) -> dict[str, str]:
         """Return the names of what is kept, as far as they are at hand."""
-        if self.directory is not None:
+        if self.reader is not None:
             with contextlib.suppress(StoreError):  # no name is worth a row
-                return self.directory.names([document["stock_code"] for document in self._kept])
+                codes = [document["stock_code"] for document in self._kept]
+                return self.reader.names(codes, SPOKEN.language == ENGLISH)
         return {}
 
     def _print(self, text: str, flush: bool = False) -> None:
@@ -18746,7 +18796,7 @@ def run_once(options: Options, settings: Settings) -> int:
     rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_size(WIDEST)[0])
     terminal = Terminal(rows, "cli.of_codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
-    rows.directory = pipeline.directory
+    rows.reader = pipeline.reader
     stop = stop_on_signals()
     order: list[str] = []
     started_at = time.time()
@@ -18756,12 +18806,14 @@ def run_once(options: Options, settings: Settings) -> int:
     finally:
         terminal.close()
     if not finished:
-        rows.directory = None  # what hangs may be the file that it is in
-    rows.finish([run.report.read_as.get(code, code.upper()) for code in order])
+        rows.reader = None  # what hangs may be the file that it is in
+    report = run.report.as_of_now()  # a run that hangs may still write into its own
+    rows.finish([report.read_as.get(place, place.upper()) for code in order for place in _places(code)])
+    report.failures = _as_typed(report.failures, order)
     if finished:
         pipeline.keys.close()
-    status = _close_run(run.report, finished, settings)
-    note_run(settings, started_at, run.report.as_of_now())
+    status = _close_run(report, finished, settings)
+    note_run(settings, started_at, report)
     if rows.fault:
         say(phrase("cli.error", words=rows.fault))
         status = status or EXIT_FAILED
@@ -18778,11 +18830,17 @@ def note_run(settings: Settings, started_at: float, report: Report) -> None:
 
 
 def _remembered(codes: Iterator[str], order: list[str]) -> Iterator[str]:
-    """Pass codes on, and keep the first ROWS_ALIGNED of them as they will be shown."""
+    """Pass codes on, and keep the first ROWS_ALIGNED of them."""
     for code in codes:
         if len(order) < ROWS_ALIGNED:
-            order += _places(code)
+            order.append(code)
         yield code
+
+
+def _as_typed(failures: Mapping[str, Failure], order: Sequence[str]) -> dict[str, Failure]:
+    """Return failures in the order in which the codes were typed."""
+    names = [name for code in order for name in (one_line(code, MAX_CODE_LENGTH + 8), *_places(code))]
+    return {name: failures[name] for name in chain(names, failures) if name in failures}
 
 
 def _places(code: str) -> list[str]:
@@ -18795,8 +18853,7 @@ def _places(code: str) -> list[str]:
 
 
 def _close_run(report: Report, finished: bool, settings: Settings) -> int:
-    """Say what became of a run and return the exit status. One that hangs may still write into its report."""
-    report = report.as_of_now()
+    """Say what became of a run and return the exit status."""
     if report.stale:
         say(report.stale_words())
     if report.read_as:
@@ -18904,7 +18961,7 @@ class LiveTable:
             lines = self._table.lines(found[:room], time.time(), lit=True)
             if len(found) > room:
                 lines.append(f"… {for_reader(count_words(len(found) - room, 'more code'))}")
-            self._screen.draw([*lines, fitting(for_reader(self.status), width)], anew=is_resized)
+            self._screen.draw([*lines, cut_between_words(for_reader(self.status), width)], anew=is_resized)
         except OSError:
             self.is_gone = True
         self._due = time.monotonic() + REDRAW_S
@@ -19023,7 +19080,7 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
     ticks = Ticks(rows, stop)
     with Pipeline(settings, ticks, options.demo) as pipeline:
         if isinstance(rows, Rows):
-            rows.directory = pipeline.directory
+            rows.reader = pipeline.reader
         if options.codes or options.codes_file:
             _need_one_code(resolve(settings.collect_codes.split(), pipeline.directory, stop))
         collecting = Collecting(pipeline, settings, ticks)
@@ -19181,8 +19238,9 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
         if pipeline is not None:
             store = _check_store(pipeline)
         if store.words != directory.words:
-            words = _put_right(store.words, looked_at.state_directory, settings.state_directory)
-            yield store._replace(words=words)
+            said = for_reader(store.words)  # as of where it will lie
+            said = said.replace(str(looked_at.state_directory), str(settings.state_directory))
+            yield store._replace(words=said)
         if pipeline is not None and settings.collect_codes:
             yield from _check_collecting(settings, pipeline)
     if settings.metrics_file:
@@ -19194,16 +19252,6 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
         yield check_platform(settings)
     else:
         yield Check(phrase("link.platform"), True, _without_platform(settings))
-
-
-def _put_right(value: Any, old: Path, new: Path) -> Any:
-    """Return words, or a value of theirs, with what lies in a directory as lying in another."""
-    if isinstance(value, Phrase):
-        return Phrase(value.kind, {name: _put_right(inner, old, new) for name, inner in value.values.items()})
-    if isinstance(value, tuple):
-        return tuple(_put_right(inner, old, new) for inner in value)
-    is_there = isinstance(value, Path) and value.is_relative_to(old)
-    return new / value.relative_to(old) if is_there else value
 
 
 def _check_state_directory(settings: Settings) -> Check:
@@ -19347,6 +19395,8 @@ class PlatformFacts(TypedDict):
     state: str
     connected_since: str | None
     last_contact: str | None
+    lost_since: str | None
+    lost_because: str | None
 
 
 class LastExecution(TypedDict):
@@ -19390,10 +19440,10 @@ class Trouble(NamedTuple):
     to_do: str
 
 
-def gather_status(settings: Settings, is_installed: bool = False) -> StatusReport:
+def gather_status(settings: Settings, is_installed: bool = False, is_faulty: bool = False) -> StatusReport:
     """Return what --status shows, from the daemon's own words where one runs or ran. Raises StoreError.
 
-    `is_installed`: the daemon is a service, whose log tells why it does not run.
+    `is_installed`: the daemon is a service, whose log tells why it does not run. `is_faulty`: the settings are.
     """
     directory = settings.state_directory
     told = read_status(directory)
@@ -19402,11 +19452,15 @@ def gather_status(settings: Settings, is_installed: bool = False) -> StatusRepor
         "state": "no daemon",
         "connected_since": told.get("connected_since"),
         "last_contact": told.get("last_contact"),
+        "lost_since": None,
+        "lost_because": None,
     }
     daemon: DaemonFacts = {"running": daemon_runs(directory)}
     states: Sequence[KeyState] = ()
     if daemon["running"]:
         platform["state"] = told.get("platform", "not connected")
+        if platform["state"] == "not connected":
+            platform |= {"lost_since": told.get("lost_since"), "lost_because": told.get("lost_because")}
         daemon |= {"pid": told.get("pid"), "version": told.get("version")}
         states = told.get("keys", [])
     module_hash = read_hash(directory)
@@ -19435,11 +19489,15 @@ def gather_status(settings: Settings, is_installed: bool = False) -> StatusRepor
     if (directory / JOURNAL_NAME).exists():
         troubles = _ask_journal(directory, status)
     troubles += _what_is_wrong(settings, status)
+    if is_faulty:
+        status |= {"store": phrase("cli.unknown"), "platform": platform | {"url": phrase("cli.unknown")}}
+        troubles.append(Trouble(phrase("cli.settings_are_faulty"), phrase("cli.mend_settings")))
     status["wrong"] = [trouble.what for trouble in troubles]
     status["to_do"] = list(dict.fromkeys(trouble.to_do for trouble in troubles))
     status["status"] = STATUS_WORDS[STATUS_WRONG if troubles else STATUS_WELL]
     if not daemon["running"]:
         status["status"] = STATUS_WORDS[STATUS_NOT_RUNNING]
+    if not (daemon["running"] or is_faulty):
         log_of_it = [phrase("cli.see_journal", service=UNIT.removesuffix(".service"))] * is_installed
         status["to_do"][:0] = [_how_to_start(settings), *log_of_it]
     return status
@@ -19541,14 +19599,15 @@ def _collect_line(facts: Mapping[str, Any]) -> Phrase:
     return words
 
 
-def run_status(settings: Settings, as_json: bool, unit: Unit | None = None) -> int:
+def run_status(settings: Settings, as_json: bool, unit: Unit | None = None, is_faulty: bool = False) -> int:
     """Print the status for a person, or as one JSON object, and return the exit status: one of the STATUS_*.
 
     `unit`: that of the service that is meant. Nothing is known where the state, or what it has, is another user's.
+    `is_faulty`: of the settings no more than the state directory is known.
     """
     if (unit is not None and unit.is_hidden()) or is_hidden(settings.state_directory):
         return _show_unknown(as_json)
-    status = gather_status(settings, unit is not None)
+    status = gather_status(settings, unit is not None, is_faulty)
     code = next(code for code, words in STATUS_WORDS.items() if words == status["status"])
     if as_json:
         show_json(status)
@@ -19557,7 +19616,7 @@ def run_status(settings: Settings, as_json: bool, unit: Unit | None = None) -> i
         ("cli.of_status", _status_line(status["status"], status["wrong"], status["to_do"])),
         ("cli.of_version", status["version"]),
         ("cli.of_daemon", _daemon_line(status["daemon"])),
-        ("cli.of_registration", status["registration"] or _unregistered(settings)),
+        ("cli.of_registration", status["registration"] or _unregistered(status["platform"])),
         ("link.platform", _platform_line(status["platform"])),
     ]
     if status["collecting"] is not None:
@@ -19612,8 +19671,8 @@ def _stream_line(stream: Mapping[str, Any]) -> Phrase:
     return words
 
 
-def _unregistered(settings: Settings) -> Phrase:
-    return phrase("cli.run_register" if settings.platform_url() else "cli.no_platform")
+def _unregistered(platform: PlatformFacts) -> Phrase:
+    return phrase("cli.run_register" if platform["url"] else "cli.no_platform")
 
 
 def _waiting_line(waiting: Waiting) -> Phrase:
@@ -19738,6 +19797,9 @@ def _platform_line(platform: PlatformFacts) -> Phrase:
     url, state = platform["url"] or phrase("cli.none_set"), _state_words(platform["state"])
     if platform["state"] == "connected":
         return phrase("cli.connected_since", url=url, since=platform["connected_since"])
+    if platform["lost_because"]:
+        since, why = platform["lost_since"], one_line(platform["lost_because"])
+        return phrase("cli.lost", url=url, since=since, why=why)
     if platform["last_contact"]:
         return phrase("cli.last_contact", url=url, state=state, at=platform["last_contact"])
     return phrase("cli.platform", url=url, state=state)
@@ -19745,6 +19807,8 @@ def _platform_line(platform: PlatformFacts) -> Phrase:
 
 def _key_line(key: KeyUsage) -> Phrase:
     state = _state_words(key["state"])
+    if key["state"] == "unknown":
+        state = phrase("cli.untried")
     if key["until"]:
         state = phrase("cli.until", state=state, until=key["until"])
     if key["why"]:
@@ -19901,7 +19965,7 @@ def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -
     now = time.time()
     if options.json:
         for one in found:
-            show(json.dumps(one.document(now), ensure_ascii=False))
+            show_json(one.document(now))
     elif found:
         show("\n".join(quote_table(settings, environ, options.up).lines(found, now)))
     status = _end_view(missing, found)
@@ -19947,7 +20011,8 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
         if not chart.candles:
             missing.append(what_is_there(chart, last.get(code)))
         elif options.json:
-            show("\n".join(json.dumps(document) for document in chart.documents()))
+            for candle in chart.documents():
+                show_json(candle)
         else:
             drawn, chart = draw_chart(chart, width, max(LEAST_LINES, height - CAPTION_LINES), up, color)
             show(f"{chart_title(chart, names.get(code, ''))}\n{drawn.rstrip()}")
@@ -20007,9 +20072,10 @@ def codes_to_show(options: Options, settings: Settings, reader: Reader) -> tuple
 
     Raises StockrtError.
     """
-    typed = [code for text in options.show or () for code in split_codes(text)]
-    typed += _codes_of(options)
-    if not typed and settings.collect_codes and not options.demo:
+    typed: list[str] = []
+    if options.codes or options.codes_file:
+        typed = [*read_codes(options)]
+    elif settings.collect_codes and not options.demo:
         with Pipeline.open_mongodb(settings) if settings.mongodb_uri else contextlib.nullcontext() as store:
             typed = [*WatchList(settings, store).codes()]
     if not typed:
@@ -20077,6 +20143,9 @@ def run_export(options: Options, settings: Settings) -> int:
             export = Export(codes, span, options.closes, is_whole, options.json or place.endswith(".jsonl"))
             if place == "-":
                 count = _to_stdout(export, reader)
+            elif missing and not codes:
+                why = listing("join.clauses", missing)
+                raise StockrtError(phrase("cli.not_exported", path=place, why=why))
             else:
                 with whole_file(Path(place), durable=True, setting="--export") as stream:
                     count = _write_export(export, reader, stream)
@@ -20104,9 +20173,7 @@ def _to_stdout(export: Export, reader: Reader) -> int:
         sys.stdout.buffer.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit's flush fails again
-        if isinstance(error, BrokenPipeError):
-            raise PrintError from None
-        raise PrintError(phrase("cli.cannot_print", why=os_words(error))) from None
+        raise print_error(error) from None
     return count
 
 
@@ -20289,7 +20356,12 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     unit = find_unit(environ, options.env_file)
     hidden = unit is not None and unit.is_hidden()
     needs = needs_of(options)
-    loaded = load_settings(environ, options.env_file, unit=None if hidden else unit, needs=needs)
+    try:
+        loaded = load_settings(environ, options.env_file, unit=None if hidden else unit, needs=needs)
+    except SettingsError as error:
+        if options.status and error.directory is not None:
+            _show_state(error.directory, options.json, unit)
+        raise
     start_logging(loaded.settings)
     if loaded.settings.language:
         SPOKEN.choose({**environ, "STOCKRT_LANG": loaded.settings.language})
@@ -20323,6 +20395,15 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if options.show is not None:
             return run_show(options, loaded.settings, environ)
         return _run_short(options, loaded, unit)
+
+
+def _show_state(directory: Path, as_json: bool, unit: Unit | None) -> None:
+    """Print what --status knows without the settings, which are faulty."""
+    settings = load_settings({"STATE_DIRECTORY": str(directory)}, places=()).settings
+    try:
+        run_status(settings, as_json, unit, is_faulty=True)
+    except StoreError as error:
+        _complain(error)
 
 
 def _warn(warnings: Iterable[str], is_service: bool) -> None:
@@ -21510,10 +21591,7 @@ TEMPLATES |= {
         "HTTP {status}: {said}; see SERVER_IP and SERVER_PORT",
         "HTTP {status}：{said}；请检查 SERVER_IP 和 SERVER_PORT",
     ),
-    "link.registers": (
-        "not registered yet: the daemon does so at its start",
-        "尚未注册：守护进程启动时自动注册",
-    ),
+    "link.registers": ("not registered yet: the daemon does that", "尚未注册：守护进程启动时自动注册"),
     "link.server_settings": ("SERVER_IP, SERVER_PORT and SERVER_TLS", "SERVER_IP、SERVER_PORT 和 SERVER_TLS"),
     "link.success_without_hash": (
         "it said success but gave no usable hash; ask the platform's operator",
@@ -21775,6 +21853,7 @@ TEMPLATES |= {
     "cli.export_undone": ("interrupted: no file was written", "已中断：未写出文件"),
     "cli.exported": ("{rows} written to standard output", "已将 {rows}写到标准输出"),
     "cli.exported_to": ("{rows} written to {path}", "已将 {rows}写入 {path}"),
+    "cli.not_exported": ("nothing written, {path} is as it was: {why}", "未写入，{path} 保持原样：{why}"),
     "cli.lists_incomplete": ("not all of the API's lists are here: {why}", "API 的品种列表不全：{why}"),
     "cli.name_not_stored": (
         "{code}: nothing of it is stored; where that is a name, --symbols {code} brings its code",
@@ -22225,6 +22304,8 @@ TEMPLATES |= {
     "cli.last": ("{status} at {at}, {name}: {message}", "{at} {status}，{name}：{message}"),
     "cli.last_contact": ("{url}: {state}, last contact {at}", "{url}：{state}，上次通信 {at}"),
     "cli.last_failed": ("the last execution failed", "最近一次执行失败"),
+    "cli.lost": ("{url}: not connected since {since}: {why}", "{url}：自 {since} 起未连接：{why}"),
+    "cli.mend_settings": ("mend them, see --check-settings", "请修正设置，详见 --check-settings"),
     "cli.may_not_look": ("this user may not look at it", "当前用户无权查看"),
     "cli.migrated": (
         "settings: {file}; a service that runs sees changes after its restart",
@@ -22362,6 +22443,7 @@ TEMPLATES |= {
         "当前用户看不到 {unit} 的设置：请用 root 运行以检查",
     ),
     "cli.set_aside": ("{files} set aside", "{files}已移开保留"),
+    "cli.settings_are_faulty": ("the settings are faulty", "设置有误"),
     "cli.start_it": (
         "start it: sudo systemctl start {service}, or stockrt.pyz without a command",
         "请用 sudo systemctl start {service} 启动，或不带命令运行 stockrt.pyz",
@@ -22404,6 +22486,7 @@ TEMPLATES |= {
     "cli.undelivered": ("to be delivered", "待送达"),
     "cli.unknown": ("unknown", "未知"),
     "cli.unsettled": ("the closes of {count} are still to be made", "{count} 笔成交的收盘价尚待生成"),
+    "cli.untried": ("not told by a daemon: see --check", "守护进程未报告：请看 --check"),
     "cli.until": ("{state} until {until}", "{state}至 {until}"),
     "cli.wait_for_mongodb": ("{trades} for MongoDB", "{trades} MongoDB"),
     "cli.wait_or_add": (

@@ -116,7 +116,9 @@ def test_every_python_has_its_words_of_argparse_in_chinese(python: Python, clean
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     usage, _, said = done.stdout.partition("\n\n")
-    assert usage.startswith("用法：stockrt [-h]") and "[--backfill DAYS]" in usage.replace(" | ", "] [")
+    assert usage.startswith("用法：stockrt [-h]")
+    assert " | --backfill DAYS | " in " ".join(usage.split())
+    assert max(map(len, usage.splitlines())) <= 78
     assert "选项：\n  -h, --help            显示本帮助并退出\n" in said
     assert len(said.rpartition("\n\n")[2].splitlines()) == len(REFUSED)
     assert not ENGLISH_WORDS.search(re.sub(r"stockrt\.pyz --.*?  ", "", said)), said

@@ -402,6 +402,7 @@ def test_two_runs_at_once_share_the_store(
         ("--json",),
         ("--once", "--check", "--codes", "AAPL.US"),
         ("--onc", "--codes", "AAPL.US"),
+        ("--show", ","),
         ("AAPL.US",),
     ],
 )
@@ -626,6 +627,15 @@ def test_streams_that_are_closed_or_full(
         assert "No space left" in done.stderr
 
 
+@pytest.mark.parametrize(("flag", "unbuffered"), [("--help", ""), ("--version", "1")])
+def test_help_that_cannot_be_printed_is_said(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, flag: str, unbuffered: str
+) -> None:
+    env = clean_env | {"PYTHONUNBUFFERED": unbuffered}
+    done = in_shell(pyz, env, tmp_path, ">/dev/full", flag)
+    assert (done.returncode, done.stderr) == (1, "stockrt: cannot print: No space left on device\n")
+
+
 @pytest.mark.parametrize("args", [("--check",), ("--help",), ("--version",), (*DEMO, "AAPL.US")])
 @pytest.mark.parametrize("redirection", [">&-", "| true"])
 def test_nobody_reads(
@@ -795,12 +805,13 @@ def test_symbols_finds_by_code_and_name(run_pyz: RunPyz) -> None:
 
 
 NAMED = {
-    "600519.SH": "贵州茅台",
-    "AAPL.US": "苹果",
+    "600519.SH": "Kweichow Moutai",
+    "AAPL.US": "Apple Inc.",
     "MSFT.US": "",  # in no list
     "RELIANCE.IN": "Reliance Industries Ltd",
-    "BTCUSDT.P": "比特币永续",
+    "BTCUSDT.P": "Bitcoin Perpetual",
 }
+CHINESE_NAMES = ["贵州茅台", "苹果", "", "Reliance Industries Ltd", "比特币永续"]
 
 
 def test_the_table_has_names_once_the_lists_are_here(run_pyz: RunPyz) -> None:
@@ -813,12 +824,15 @@ def test_the_table_has_names_once_the_lists_are_here(run_pyz: RunPyz) -> None:
         asked = server.request_count
         done = run_pyz("--once", "--codes", *NAMED, env=env)
         assert server.request_count - asked == len(server.asked("batch_trade")) / 2 == 3
+        chinese = run_pyz("--once", "--codes", *NAMED, env=env | {"STOCKRT_LANG": "zh"})
         many = [f"{n}.US" for n in range(1_100)]
         long = run_pyz("--once", "--codes-file", "-", env=env, input="\n".join([*NAMED, *many]))
     assert cells(before.stdout)[0] == TITLES
     assert cells(done.stdout)[0] == [*TITLES, "NAME"]
     begin = done.stdout.index("NAME")
     assert [line[begin:] for line in done.stdout.splitlines()] == ["NAME", *NAMED.values()]
+    _, *rows = chinese.stdout.splitlines()
+    assert [row.rpartition("  ")[2] for row in rows if "MSFT" not in row] == [*filter(None, CHINESE_NAMES)]
     assert cells(long.stdout)[0] == [*TITLES, "NAME"]
     begin = long.stdout.index("NAME")
     assert {
@@ -831,8 +845,8 @@ def test_a_name_has_what_a_terminal_has_left(
 ) -> None:
     names_by_room = {
         25: ["NAME", *NAMED.values()],
-        9: ["NAME", "贵州茅台", "苹果", "", "Reliance", "比特币永"],
-        4: ["NAME", "贵州", "苹果", "", "Reli", "比特"],
+        9: ["NAME", "Kweichow", "Apple Inc", "", "Reliance", "Bitcoin P"],
+        4: ["NAME", "Kwei", "Appl", "", "Reli", "Bitc"],
         3: [""] * 6,
     }
     with InfowayServer() as server:
@@ -849,7 +863,7 @@ def test_a_code_of_wide_characters_leaves_the_columns_in_their_places(run_pyz: R
     with InfowayServer() as server:
         done = run_pyz("--once", "--codes", "es", "币安人生usdt", "AAPL.US", env=api_env(server))
     titles, future, wide, narrow = done.stdout.splitlines()
-    assert future.startswith("ES  ") and future.endswith("  标普500指数期货")
+    assert future.startswith("ES  ") and future.endswith("  E-mini S&P 500 Futures")
     assert wide.startswith("币安人生USDT  ") and wide.endswith("  币安人生")
     assert narrow.index(" EDT") - 4 == wide.index(" UTC")
     assert titles.index("EXCHANGE TIME") == narrow.index("2026") == wide.index("2026") + 4
@@ -871,6 +885,7 @@ def test_a_code_that_failed_is_named_as_it_was_typed(run_pyz: RunPyz) -> None:
     codes = ("sh600519", "BTC-USDT", "700.hk", "MSFT.US")
     with InfowayServer(unknown={"600519.SH", "BTCUSDT", "00700.HK", "MSFT.US"}) as server:
         done = run_pyz("--once", "--codes", *codes, env=api_env(server))
+    assert [*failures_of(done)] == [*codes]
     assert failures_of(done) == {
         "sh600519": f"{LISTED.format('贵州茅台')} (sh600519 -> 600519.SH)",
         "BTC-USDT": f"{LISTED.format('比特币')} (BTC-USDT -> BTCUSDT)",

@@ -53,6 +53,17 @@ def test_it_shows_the_codes_that_are_asked_for_and_says_what_it_lacks(
     assert done.returncode == 1
 
 
+def test_a_secret_is_masked_in_the_texts_of_json_and_nowhere_else(
+    run_pyz: RunPyz, put: Callable[..., None]
+) -> None:
+    """A password may be a word of JSON, or a number in it."""
+    put("600519.SH")
+    (plain,) = map(json.loads, run_pyz("--show", "--json").stdout.splitlines())
+    env = {"INFOWAY_API_KEY": f"price,0519,null,{plain['t']}"}
+    (masked,) = map(json.loads, run_pyz("--show", "--json", env=env).stdout.splitlines())
+    assert masked | {"age_s": 0} == plain | {"age_s": 0, "code": "60***.SH"}
+
+
 def test_a_name_finds_what_is_stored(run_pyz: RunPyz, put: Callable[..., None], tmp_path: Path) -> None:
     put("600519.SH", "00700.HK")
     with open_store_file(tmp_path / "state") as file, file.write() as db:

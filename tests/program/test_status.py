@@ -27,7 +27,7 @@ from kit.platform_server import PlatformServer
 import stockrt
 from stockrt import Command, Journal, LocalLedger, Plan, SharedLedger, in_language, key_digest, load_settings
 
-WELL, WRONG, NOT_RUNNING, UNKNOWN = 0, 1, 3, 4
+WELL, WRONG, NOT_RUNNING, UNKNOWN, FAULTY = 0, 1, 3, 4, 78
 FIRST, OTHER = "aaa-first-key-111", "bbb-other-key-222"
 # A wait for something that must happen; long, because a busy machine is slow, not wrong.
 PATIENCE = 30.0
@@ -119,7 +119,8 @@ def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> 
         "version": stockrt.__version__,
         "daemon": {"running": False},
         "registration": None,
-        "platform": {"url": None, "state": "no daemon", "connected_since": None, "last_contact": None},
+        "platform": {"url": None, "state": "no daemon", "connected_since": None, "last_contact": None,
+                     "lost_since": None, "lost_because": None},
         "store": str(program.state / stockrt.SQLITE_NAME),
         "spool": None,
         "waiting": {"executing": 0, "commands": 0, "results": 0},
@@ -129,10 +130,10 @@ def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> 
         "totals": {},
         "keys": [
             {"key": "aaa…111", "plan": "free", "per_day": 86_400, "ends": None, "ends_soon": "", "used_today": 0,
-             "leased_today": 0, "left_today": 86_400, "state": "ready", "why": "",
+             "leased_today": 0, "left_today": 86_400, "state": "unknown", "why": "",
              "until": "", "not_for": []},
             {"key": "bbb…222", "plan": "pro", "per_day": 1_728_000, "ends": None, "ends_soon": "", "used_today": 0,
-             "leased_today": 0, "left_today": 1_728_000, "state": "ready", "why": "",
+             "leased_today": 0, "left_today": 1_728_000, "state": "unknown", "why": "",
              "until": "", "not_for": []},
         ],
         "wrong": [],
@@ -157,8 +158,9 @@ def test_the_lines_for_a_person_say_the_same(program: Program) -> None:
     assert lines["platform"] == "none set: no daemon"
     assert lines["waiting"] == "0 commands, 0 results to deliver"
     assert lines["last execution"] == "none yet"
-    assert "aaa…111  free  0 used today, 86400 left  ready" in text
-    assert lines["API key"] == "bbb…222  pro  0 used today, 1728000 left  ready"
+    untold = "not told by a daemon: see --check"
+    assert f"aaa…111  free  0 used today, 86400 left  {untold}" in text
+    assert lines["API key"] == f"bbb…222  pro  0 used today, 1728000 left  {untold}"
 
 
 def test_what_waits_is_counted_and_not_touched(program: Program) -> None:
@@ -273,7 +275,7 @@ STREAM = stockrt.CollectStats(
 
 def test_what_the_daemon_writes_has_the_shape_that_is_read(program: Program) -> None:
     told = {"version": "1", "pid": 1, "platform": "connected", "connected_since": "x", "last_contact": "x",
-            "stopped": "x", "keys": [KEY_STATE], "spool_refused": 0,
+            "lost_since": "x", "lost_because": "x", "stopped": "x", "keys": [KEY_STATE], "spool_refused": 0,
             "collecting": stockrt.collect_facts(STREAM._replace(streams=[LOST], gaps_open=1))}  # fmt: skip
     assert told.keys() == stockrt.DaemonStatus.__annotations__.keys()
     program.state.mkdir()
@@ -504,7 +506,18 @@ def test_beside_a_connected_daemon_the_last_execution_and_the_keys_are_told(prog
         assert after["daemon"] == {"running": False}
         assert after["last_execution"] == found["last_execution"]
         assert after["platform"]["last_contact"]
-        assert [key["state"] for key in after["keys"]] == ["ready", "ready"]
+        assert [key["state"] for key in after["keys"]] == ["unknown", "unknown"]  # it was asked, and is gone
+
+
+def test_a_key_that_collecting_was_refused_is_not_shown_as_usable(program: Program) -> None:
+    """Without a platform there is no execution that could tell of it."""
+    with InfowayServer(keys={OTHER}) as api:
+        program.env |= {"INFOWAY_API_BASE_URL": api.url, "COLLECT_CODES": "AAPL.US", "COLLECT_EVERY": "1",
+                        "INFOWAY_API_KEY": FIRST, "INFOWAY_PLAN": "0"}  # fmt: skip
+        program.start_daemon()
+        program.until(lambda: stockrt.read_status(program.state).get("keys"))
+        (key,) = program.status(WRONG)["keys"]
+    assert (key["state"], key["why"]) == ("out", "HTTP 401: Token invalid")
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -532,8 +545,20 @@ def test_status_remembers_over_a_restart_and_knows_of_runs_by_hand(program: Prog
         assert after["last_execution"]["message"].startswith("1 of 3 codes failed: NOPE (")
         assert after["last_execution"]["status"] == "partial"
         assert after["platform"]["last_contact"]
+        program.until(lambda: "lost_because" in stockrt.read_status(program.state))
+        platform_line = lines_of(program.lines(WRONG))["platform"]
+        assert re.fullmatch(
+            rf"http://127\S+: not connected since {LOCAL_TIME}: .*connection refused", platform_line
+        )
         counted = {"success": 0, "partial": 1, "failure": 0, "stored": 2, "known": 0, "kept": 0, "failed": 1}
         assert after["totals"] == {"since": after["totals"]["since"]} | counted
+        program.env["INFOWAY_PLAN"] = "none"
+        faulty = program.status(FAULTY)  # what is on the disk does not depend on it
+        assert faulty["wrong"] == ["no connection to the platform", "the settings are faulty"]
+        told_alike = ("status", "daemon", "registration", "waiting", "last_execution", "totals")
+        assert [faulty[name] for name in told_alike] == [after[name] for name in told_alike]
+        assert (faulty["store"], faulty["keys"]) == ("unknown", [])
+        program.env["INFOWAY_PLAN"] = "0"
         program.run("--once", "--codes", "TSLA.US", "700.HK")
         now = program.status(WRONG)
         assert now["last_execution"]["workflow_name"] == "--once"
@@ -723,8 +748,8 @@ def test_in_chinese_a_fresh_machine_is_told_of_in_aligned_columns(program: Progr
         f"存储            {program.state / stockrt.SQLITE_NAME}",
         "待处理          0 条指令待执行，0 条结果待送达",
         "最近执行        尚无",
-        "API 密钥        aaa…111  free  当日已用 0，剩余额度 86400  可用",
-        "API 密钥        bbb…222  pro  当日已用 0，剩余额度 1728000  可用",
+        "API 密钥        aaa…111  free  当日已用 0，剩余额度 86400  守护进程未报告：请看 --check",
+        "API 密钥        bbb…222  pro  当日已用 0，剩余额度 1728000  守护进程未报告：请看 --check",
     ]
     assert program.run("--executions") == "尚未执行过\n"
     assert program.run("--rejects") == "MongoDB 没有拒绝过任何文档\n"
@@ -787,11 +812,15 @@ def test_in_chinese_beside_a_daemon(program: Program) -> None:
         assert lines["状态"].startswith(
             "有问题：未连接到平台；API 密钥 aaa…111 已停用。处理办法：请看 --check 和守护进程的日志，"
         )
-        assert re.fullmatch(rf"http://127\S+：未连接，上次通信 {LOCAL_TIME}", lines["平台"])
+        assert re.fullmatch(rf"http://127\S+：自 {LOCAL_TIME} 起未连接：\S.*", lines["平台"])
         program.stop_daemon()
         assert lines_in_chinese(program.lines())["状态"] == (
             "未运行。处理办法：请用 sudo systemctl start stockrt 启动，或不带命令运行 stockrt.pyz"
         )
+        program.env["LOG_LEVEL"] = "loud"
+        lines = lines_in_chinese(program.lines(FAULTY))
+        assert lines["状态"] == "未运行：设置有误。处理办法：请修正设置，详见 --check-settings"
+        assert lines["平台"].startswith("未知：守护进程未运行，") and lines["存储"] == "未知"
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

@@ -320,7 +320,7 @@ def test_that_it_cannot_be_unpacked_is_said_in_the_readers_language(
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("job", [("--once",), ("--backfill", "3")])
+@pytest.mark.parametrize("job", [("--once",), ("--backfill", "3"), ("--show",)])
 @pytest.mark.parametrize(
     "codes", [("--codes", ""), ("--codes", " , ，"), ("--codes-file", "-"), ("--codes-file", "e")]
 )

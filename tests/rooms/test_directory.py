@@ -29,6 +29,7 @@ from stockrt import (
     open_store_file,
     parse_code,
     read_symbols,
+    symbol_names,
 )
 
 NO_LIMIT = Plan("0", 0, 0)
@@ -94,11 +95,11 @@ def test_names_are_those_of_the_lists_that_are_here(world: World) -> None:
     """Nothing is asked for; what two lists have is called by both its names."""
     twin = {"symbol": "ES", "name_cn": "", "name_hk": "", "name_en": "Eversource", "index": False}
     world.server.symbols["INDICES"].append(twin)
-    assert world.directory.names(["AAPL.US", "ES"]) == {}
+    assert symbol_names(world.file, ["AAPL.US", "ES"]) == {}
     assert world.types() == []
     world.directory.refresh(["STOCK_US", "FUTURES", "INDICES", "STOCK_IN"], world.stop)
     codes = ["AAPL.US", "ES", "M&M.IN", "7203.JP", *(f"{n}.US" for n in range(40_000))]
-    assert world.directory.names(codes) == {
+    assert symbol_names(world.file, codes) == {
         "AAPL.US": "苹果",
         "ES": "标普500指数期货 / Eversource",
         "M&M.IN": "Mahindra & Mahindra Ltd",

@@ -11,7 +11,7 @@ from typing import TextIO
 import pytest
 
 import stockrt
-from stockrt import can_show, in_language, language_of, lines_within, phrase
+from stockrt import can_show, columns_of, cut_between_words, in_language, language_of, lines_within, phrase
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
@@ -345,6 +345,21 @@ def test_no_word_of_the_help_is_made_for_a_command(monkeypatch: pytest.MonkeyPat
 )
 def test_lines_within_columns(text: str, columns: int, lines: list[str]) -> None:
     assert lines_within(text, columns) == [line.rstrip() for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("columns", "text", "shown"),
+    [
+        (80, "begins", "begins"),
+        (12, "2 of 2 connections", "2 of 2…"),
+        (5, "connections", "conn…"),
+        (9, "已连上 3 个", "已连上 3…"),
+        (10, "2 个连接，正在启动", "2 个连…"),
+    ],
+)
+def test_a_line_is_cut_between_two_words(columns: int, text: str, shown: str) -> None:
+    assert cut_between_words(text, columns) == shown
+    assert columns_of(shown) <= columns
 
 
 # ------------------------------------------------------------------------------------------------------

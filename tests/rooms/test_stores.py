@@ -818,6 +818,7 @@ NO_ACK = "发出 3 帧，24 秒内未收到确认；请检查 INFOWAY_STREAM_URL
         (stockrt.DEAF, "有成交，但没有推送"),
         ("the vendor's own words", "the vendor's own words"),
         ("theirs: too many", "theirs: too many"),
+        ("127.0.0.1:1: cannot connect: no such thing", "127.0.0.1:1：无法连接：no such thing"),
         ("a: b" * 5000, "a: b" * 5000),  # another program's
         ("connection closed by the server", "连接中断：由服务器关闭"),
         ("connection closed by the server (code 1006)", "连接中断：由服务器关闭（关闭码 1006）"),
@@ -825,7 +826,7 @@ NO_ACK = "发出 3 帧，24 秒内未收到确认；请检查 INFOWAY_STREAM_URL
         ("no ack within 24 s to 3 frames; see INFOWAY_STREAM_URL", NO_ACK),
         (
             "the stream says 516: Total: 9 > 8: too many codes on all connections of the key; see INFOWAY_PLAN",
-            "推送流返回 516：Total：9 > 8：该密钥各连接的代码总数过多；请检查 INFOWAY_PLAN",
+            "推送流返回 516：Total: 9 > 8：该密钥各连接的代码总数过多；请检查 INFOWAY_PLAN",
         ),
     ],
 )
