@@ -751,6 +751,39 @@ def need_plain_file(path: Path, setting: str) -> None:
         raise StoreError(phrase("tools.no_plain_file", path=path, setting=setting))
 
 
+# No file that a person writes is larger, and an endless one would be read until there is no memory left.
+MOST_FILE_MIB = 16
+# Where the pipes and streams of a command are: what its caller hands over there is meant.
+HANDED_OVER_AT = ("/dev/fd/", "/dev/std", "/proc/self/fd/")
+
+
+def is_odd_file(path: str | Path) -> bool:
+    """Whether a name is a pipe's, which would be waited for, or a device's but /dev/null, which may have no end."""
+    is_usual = os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path)
+    return not (is_usual or os.path.realpath(path) == os.devnull or str(path).startswith(HANDED_OVER_AT))
+
+
+def open_plain(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """Open what is no odd file, as the `opener` of open() too. Raises OSError."""
+    if is_odd_file(path):
+        raise OSError(errno.EINVAL, phrase("tools.odd_file"))
+    return os.open(path, flags, 0o644)
+
+
+def read_file(path: str | Path | int) -> str:
+    """Return the text of a file without the mark that may begin it. Raises OSError, UnicodeDecodeError."""
+    with open(path, encoding="utf-8-sig", opener=open_plain) as stream:
+        text = stream.read((MOST_FILE_MIB << 20) + 1)
+    if len(text) > MOST_FILE_MIB << 20:
+        raise OSError(errno.EFBIG, phrase("tools.large_file", most=MOST_FILE_MIB))
+    return text
+
+
+def why_unread(error: OSError | UnicodeDecodeError) -> str:
+    """Return why `read_file` gives no text."""
+    return os_words(error) if isinstance(error, OSError) else phrase("tools.not_utf8")
+
+
 def sync_directory(directory: Path) -> None:
     """Have on disk which files a directory has. Raises OSError."""
     handle = os.open(directory, os.O_RDONLY)
@@ -807,7 +840,7 @@ def lock_in(directory: Path, name: str, who: str) -> IO[str]:
     path = directory / name
     with disk_trouble(phrase("tools.no_lock", path=path)):
         make_for_owner(path)
-        lock = path.open("w")
+        lock = open(path, "w", opener=open_plain)  # noqa: SIM115  (the caller's)
         for _ in range(LOCK_TRIES):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1280,6 +1313,7 @@ def uri_faults(uri: str) -> list[str]:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 if name.lower() in _URI_FILES:
+                    os.close(open_plain(value))  # OpenSSL would wait for a pipe
                     _try_pem_file(name, value, password)
                 elif not name.lower().startswith("srv"):
                     uri_parser.parse_uri(f"mongodb://host/?{urlencode({name: value})}", warn=False)
@@ -1651,16 +1685,9 @@ def _bindings(path: Path) -> list[Binding]:
     from dotenv.parser import parse_stream
 
     try:
-        with path.open(encoding="utf-8-sig") as stream:
-            return list(parse_stream(stream))
+        return list(parse_stream(io.StringIO(read_file(path))))
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError([phrase("settings.unreadable", path=path, why=_why_unread(error))]) from None
-
-
-def _why_unread(error: OSError | UnicodeDecodeError) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return phrase("tools.not_utf8")
-    return os_words(error)
+        raise SettingsError([phrase("settings.unreadable", path=path, why=why_unread(error))]) from None
 
 
 def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | None, str]:
@@ -1673,7 +1700,7 @@ def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | No
         return named, ""
     for place in places:
         with contextlib.suppress(OSError):  # a directory on the way that may not be searched: as not there
-            if place.is_file():
+            if place.is_file() or place.is_fifo():
                 if os.access(place, os.R_OK):
                     return place, ""
                 return None, phrase("settings.forbidden_file", path=place)
@@ -1700,11 +1727,11 @@ def read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
 def read_credential(name: str, path: Path) -> str:
     """Return the text of a credential's file, '' where it is missing. Raises SettingsError."""
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return read_file(path).strip()
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
-        fault = phrase("settings.unreadable_credential", name=name, path=path, why=_why_unread(error))
+        fault = phrase("settings.unreadable_credential", name=name, path=path, why=why_unread(error))
         raise SettingsError([fault]) from None
 
 
@@ -1847,6 +1874,11 @@ def load_settings(
     faults += _contradictions(values) + _missing(read.unset, needs, values)
     is_root = os.geteuid() == 0 if is_root is None else is_root
     values.setdefault("state_directory", default_state_directory(environ, is_root))
+    for name in ("SSL_CERT_FILE", "SSLKEYLOGFILE"):  # OpenSSL would wait for a pipe at each connection
+        place = environ.get(name, "")
+        if is_odd_file(place):
+            why = phrase("tools.odd_file")
+            faults.append(phrase("settings.unusable_path", name=name, path=place, why=why))
     if needs.paths:
         faults += _path_faults(values, environ)
     if faults:
@@ -2011,6 +2043,8 @@ def fault_of_place(place: str, mode: int) -> str:
         os.stat(place)
     except OSError as error:
         return os_words(error)
+    if is_odd_file(place):
+        return phrase("tools.odd_file")
     if os.access(place, mode):
         return ""
     return phrase("settings.may_not_read" if mode == os.R_OK else "settings.may_not_write")
@@ -2142,7 +2176,7 @@ class SettingsSource:
 
     def _take(self, place: Path) -> Mapping[str, str]:
         try:
-            found = json.loads(place.read_text(encoding="utf-8"))
+            found = json.loads(read_file(place))
             place.unlink()
         except (OSError, ValueError) as error:
             raise SettingsError(
@@ -2631,9 +2665,9 @@ def split_codes(text: str) -> list[str]:
     return [code for code in _SEPARATORS.split(text) if code]
 
 
-def codes_in(lines: Iterable[str]) -> Iterator[str]:
-    """Yield the codes of a file's lines; a # begins a comment."""
-    for line in lines:  # the mark of a file on standard input is not decoded away
+def codes_in(text: str) -> Iterator[str]:
+    """Yield the codes of a file; a # begins a comment."""
+    for line in text.split("\n"):  # each of several that were put together may begin with a mark
         yield from split_codes(line.partition("#")[0].lstrip("\ufeff"))
 
 
@@ -4508,7 +4542,7 @@ class LocalFile:
         lock = _beside(path, ".lock")
         with disk_trouble(phrase("files.lock_not_opened", path=lock)):
             make_for_owner(lock)
-            self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            self._locked = open_plain(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW)
         try:
             self._open(0.0 if patient else SQLITE_BUSY_S)
         except BaseException as error:
@@ -4659,6 +4693,9 @@ class LocalFile:
             raise
 
     def _open_locked(self, wait_s: float) -> None:
+        for odd in filter(is_odd_file, (self._mark, *_sides(self.path))):
+            why = phrase("tools.odd_file")
+            raise StoreError(phrase("settings.unusable_path", name="STATE_DIRECTORY", path=odd, why=why))
         if not self._lock_alone():
             self._lock_shared()
         damage = self._connect(wait_s)
@@ -11641,9 +11678,8 @@ class Pipeline:
 
 # A file or a collection of codes is looked at again after so long, seconds.
 LOOK_EVERY_S = 60.0
-# As many codes as a command may have, and a file that holds no more of them.
+# As many codes as a command may have.
 MOST_COLLECTED = 100_000
-MOST_CODES_BYTES = 16 * 1024 * 1024
 # The kind of what a command is answered that names none.
 NO_CODES = "collection.no_codes"
 
@@ -11739,21 +11775,10 @@ class WatchList:
     @staticmethod
     def _read_file(path: Path) -> list[str]:
         """Return the codes in a file. Raises StockrtError."""
-        import stat
-
         try:
-            found = path.stat()
-            if not stat.S_ISREG(found.st_mode):
-                raise StockrtError(phrase("collection.no_plain_file", path=path))
-            if found.st_size > MOST_CODES_BYTES:
-                raise StockrtError(phrase("collection.large_file", path=path, size=found.st_size))
-            with path.open(encoding="utf-8-sig") as lines:
-                return list(codes_in(lines))
+            return list(codes_in(read_file(path)))
         except (OSError, UnicodeDecodeError) as error:
-            why: object = phrase("tools.not_utf8")
-            if isinstance(error, OSError):
-                why = os_words(error)
-            raise StockrtError(phrase("collection.unread", place=path, why=why)) from None
+            raise StockrtError(phrase("collection.unread", place=path, why=why_unread(error))) from None
 
     def _take(self, listed: Collection[str]) -> None:
         """Go over to what of a new list is in the share, and say what changed, or that it is nothing."""
@@ -12047,7 +12072,7 @@ class MarkFiles:
         """Return what a file holds, nothing where there is none. Raises StoreError, ValueError for no object."""
         what = phrase("tools.not_read", path=path)
         with disk_trouble(what), contextlib.suppress(FileNotFoundError):
-            found = json_object(path.read_bytes())
+            found = json_object(read_file(path).encode())
             if found is None:
                 raise ValueError("no JSON object")
             return found
@@ -13676,7 +13701,7 @@ def read_hash(directory: Path) -> str:
 def hash_in(place: Path, setting: str = "STATE_DIRECTORY") -> str:
     """Return the hash that a file holds, '' where there is no file. Raises StoreError, which names the setting."""
     try:
-        found = place.read_text(encoding="utf-8-sig").strip()
+        found = read_file(place).strip()
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
@@ -14254,7 +14279,7 @@ class DaemonStatus(TypedDict, total=False):
 def read_status(directory: Path) -> DaemonStatus:
     """Return what a daemon wrote last; nothing where none ever ran, or another program wrote."""
     try:
-        told = json.loads((directory / STATUS_NAME).read_text(encoding="utf-8"))
+        told = json.loads(read_file(directory / STATUS_NAME))
     except (OSError, ValueError, RecursionError):
         return {}
     if is_deep(told):
@@ -15666,7 +15691,7 @@ def daemon_runs(directory: Path) -> bool:
     with (
         disk_trouble(phrase("daemon.lock_unseen", path=path)),
         contextlib.suppress(FileNotFoundError),
-        path.open() as lock,
+        open(path, opener=open_plain) as lock,
     ):
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -16318,9 +16343,9 @@ def old_settings(directory: Path) -> tuple[dict[str, str], list[str]]:
     """
     path = directory / OLD_ENV_FILE
     try:
-        path.read_text(encoding="utf-8-sig")
+        read_file(path)
     except (OSError, UnicodeDecodeError) as error:
-        why = os_words(error) if isinstance(error, OSError) else phrase("tools.not_utf8")
+        why = why_unread(error)
         raise UsageError(phrase("migration.no_older", directory=directory, path=path, why=why)) from None
     found = {name: value.strip() for name, value in read_env_file(path).items() if value.strip()}
     # no more than that is asked of a file that no systemd reads
@@ -16377,7 +16402,7 @@ def write_settings(target: Path, taken: Mapping[str, str], source: Path) -> None
     trouble = disk_trouble(phrase("tools.not_read", path=place), "--env-file")
     with trouble, contextlib.suppress(FileNotFoundError):
         owner = place.stat()
-        mode, text = owner.st_mode & 0o777, place.read_text(encoding="utf-8")
+        mode, text = owner.st_mode & 0o777, read_file(place)
     if text:
         text = text.rstrip("\n") + "\n\n"
     head = for_reader(phrase("migration.source", path=one_line(source)))
@@ -16656,7 +16681,7 @@ class Migration:
             contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError),
         ):
             options = json_util.JSONOptions(tz_aware=False)
-            told = json_util.loads(self._path().read_text(encoding="utf-8"), json_options=options)
+            told = json_util.loads(read_file(self._path()), json_options=options)
             if told.pop("what") == self._what():
                 self.done = Migrated(**{**told, "examples": unpacked(told["examples"])})
 
@@ -18344,14 +18369,11 @@ def _codes_of(options: Options) -> Iterator[str]:
     if not options.codes_file:
         return
     try:
-        stream = sys.stdin
-        if options.codes_file != "-":
-            stream = open(options.codes_file, encoding="utf-8-sig")  # noqa: SIM115  (closed below)
-        with stream:
-            yield from codes_in(stream)
+        text = read_file(os.dup(0) if options.codes_file == "-" else options.codes_file)
     except (OSError, UnicodeDecodeError) as error:
-        why = os_words(error) if isinstance(error, OSError) else phrase("tools.not_utf8")
-        raise UsageError(phrase("usage.codes_file", file=options.codes_file, why=why)) from None
+        fault = phrase("usage.codes_file", file=options.codes_file, why=why_unread(error))
+        raise UsageError(fault) from None
+    yield from codes_in(text)
 
 
 def with_kinds(text: str, told: Iterable[object]) -> str:
@@ -20538,6 +20560,8 @@ TEMPLATES |= {
     "tools.not_read": ("{path} cannot be read", "无法读取 {path}"),
     "tools.not_utf8": ("it is not UTF-8 text", "不是 UTF-8 文本"),
     "tools.not_written": ("{path} cannot be written", "无法写入 {path}"),
+    "tools.large_file": ("it has more than {most} MiB", "超过 {most} MiB"),
+    "tools.odd_file": ("it is a pipe or a device, expected a plain file", "是管道或设备，应为普通文件"),
     "tools.or": ("{first} or {last}", "{first} 或 {last}"),
     "tools.own_fault": (
         "a fault of stockrt itself: {error}; see the log",
@@ -21419,10 +21443,6 @@ TEMPLATES |= {
         "no code in {place}; expected codes such as AAPL.US 600519.SH",
         "{place} 中没有代码；应为 AAPL.US 600519.SH 这样的代码",
     ),
-    "collection.large_file": (
-        "{path} has {size} bytes; expected codes such as AAPL.US 600519.SH",
-        "{path} 有 {size} 字节，过大；应为 AAPL.US 600519.SH 这样的代码",
-    ),
     "collection.many_codes": ("{place} has more than {most} codes", "{place} 中的代码超过 {most} 个"),
     "collection.many_documents": ("{place} has more than {most} documents", "{place} 中的文档超过 {most} 个"),
     "collection.no_codes": (
@@ -21431,7 +21451,6 @@ TEMPLATES |= {
         '没有给出代码：应为 code_list，形如 ["AAPL.US"]；不带代码的指令需在本模块的设置中配置 COLLECT_CODES',
     ),
     "collection.no_key": ("for which no key is of use", "没有密钥可用于这些代码"),
-    "collection.no_plain_file": ("{path} is no plain file", "{path} 不是普通文件"),
     "collection.not_stored": ("{codes} not stored: {why}", "{codes} 未入库：{why}"),
     "collection.over_plans": ("more than the keys' plans allow", "超出各密钥套餐的限额"),
     "collection.refused": ("{codes}, {names}: {why}", "{codes}（{names}）：{why}"),
