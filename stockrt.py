@@ -901,6 +901,11 @@ def lack_words(error: BaseException) -> str:
     return ""
 
 
+def host_and_port(host: str, port: int) -> str:
+    """Return both as a URL has them: an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def os_words(error: OSError) -> str:
     """Return what the system says of an error; words of ours where the Catalogue has them."""
     kind, said = f"os.{errno.errorcode.get(error.errno or 0)}", error.strerror or str(error)
@@ -1073,9 +1078,8 @@ class Proxy(NamedTuple):
     @property
     def shown(self) -> str:
         """The proxy as a person may see it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
         masked = "***@" if self.authorization else ""
-        return f"{self.scheme}://{masked}{host}:{self.port}"
+        return f"{self.scheme}://{masked}{host_and_port(self.host, self.port)}"
 
     @property
     def authorization(self) -> str:
@@ -1228,8 +1232,7 @@ class Settings(NamedTuple):
         """Return the platform's HTTP base URL, or '' where none is set."""
         if not (self.server_host and self.server_port):
             return ""
-        host = f"[{self.server_host}]" if ":" in self.server_host else self.server_host
-        return f"http{'s' if self.server_tls else ''}://{host}:{self.server_port}"
+        return f"http{'s' if self.server_tls else ''}://{host_and_port(self.server_host, self.server_port)}"
 
 
 class Needs(NamedTuple):
@@ -2660,9 +2663,13 @@ def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
 _SEPARATORS = re.compile(r"[\s,;，；、]+")
 
 
+# What stands around codes in a list that came as a text: JSON, or as Python prints one.
+_AROUND = "[]\"'“”"
+
+
 def split_codes(text: str) -> list[str]:
     """Return the codes of a text in which commas (Chinese ones too), semicolons or blanks separate them."""
-    return [code for code in _SEPARATORS.split(text) if code]
+    return [*filter(None, (word.strip(_AROUND) for word in _SEPARATORS.split(text)))]
 
 
 def codes_in(text: str) -> Iterator[str]:
@@ -3514,6 +3521,7 @@ class HttpConnection:
         self._tls = parts.scheme == "https"
         self._host = cast(str, parts.hostname)
         self._port = parts.port or (443 if self._tls else 80)
+        self._place = host_and_port(self._host, self._port)
         self._path = parts.path
         self._headers = {"User-Agent": f"stockrt/{__version__}", "Accept": "application/json"}
         self._proxy = proxies.for_url(base_url)
@@ -3559,7 +3567,7 @@ class HttpConnection:
                 raise TimeoutError
             self._conn.timeout = self._limits.read_s
         except _foreign_errors() as error:
-            fault = self._fault(error, "" if self._proxy else f"{self._host}:{self._port}")
+            fault = self._fault(error, "" if self._proxy else self._place)
             if self._proxy is not None:
                 fault = _fault_of_proxy(self._proxy, error, fault)
             self.close()
@@ -3573,7 +3581,7 @@ class HttpConnection:
             response = self._exchange(path, headers, most_bytes)
         except _foreign_errors() as error:
             behind_proxy = self._proxy is not None and not self._tunnels
-            response = self._fault(error, "" if behind_proxy else f"{self._host}:{self._port}")
+            response = self._fault(error, "" if behind_proxy else self._place)
             if self._proxy is not None and behind_proxy:
                 response = _fault_of_proxy(self._proxy, error, response)
         self.deadline = 0.0
@@ -3627,7 +3635,7 @@ class HttpConnection:
             config = ProxyConfig(None, False, None, None)  # the proxy's certificate is checked like any
             conn = make(proxy.host, proxy.port, timeout=timeout, proxy_config=config)
         if proxy is not None and self._tunnels:
-            headers = {"Host": f"{self._host}:{self._port}", **_proxy_headers(proxy)}
+            headers = {"Host": self._place, **_proxy_headers(proxy)}
             conn.set_tunnel(self._host, self._port, headers, proxy.scheme)
         connect = conn._new_conn
         conn._new_conn = lambda: self._keep(connect())  # type: ignore[method-assign]
@@ -3788,6 +3796,9 @@ _LIBRARY_WORDS = re.compile(
     re.DOTALL,
 )
 
+# An IPv6 address as pymongo writes it in front of a port.
+_BARE_ADDRESS = re.compile(r"(?<![\w.:\[])((?:[0-9a-f]*:){2,}[\w.%]*):(\d+)(?=: )")
+
 
 def network_words(error: BaseException) -> str:
     """Return what happened on the network in a few words, without names and numbers that mean something to Python."""
@@ -3810,7 +3821,7 @@ def network_words(error: BaseException) -> str:
 def plain_words(text: str) -> str:
     """Return what a library says of the network without what means something to its authors alone."""
     # masked before something is taken out of the middle
-    return _LIBRARY_WORDS.sub("", mask(text, HIDDEN.secrets))
+    return _BARE_ADDRESS.sub(r"[\1]:\2", _LIBRARY_WORDS.sub("", mask(text, HIDDEN.secrets)))
 
 
 def _root_of(error: BaseException) -> BaseException:
@@ -13532,8 +13543,8 @@ def _named_codes(args: Mapping[str, object]) -> object:
 
 
 def _is_blank(value: object) -> bool:
-    """Whether somebody left a value out: it is null, or a text without a code."""
-    return value is None or (isinstance(value, str) and not split_codes(value))
+    """Whether somebody left a value out: it is null, or a text without a code and without a list, as `[]` is one."""
+    return value is None or (isinstance(value, str) and not (split_codes(value) or "[" in value))
 
 
 def _no_codes(came: str) -> UsageError:
@@ -15303,7 +15314,8 @@ class Daemon:
         self._events = events
         self._clock = clock
         self._rng = rng or random.Random()
-        self._trouble = LogThrottle(f"platform {settings.server_host}:{settings.server_port}")
+        self._peer = host_and_port(settings.server_host, settings.server_port)
+        self._trouble = LogThrottle(f"platform {self._peer}")
         self._lock = lock_state_directory(settings.state_directory)  # before any file is opened
         self._inbox = Inbox()
         self._outbox = Outbox()
@@ -15377,7 +15389,7 @@ class Daemon:
         self._events.connected()
         # after a trouble its end is said instead, and not before the connection has been useful
         level = logging.DEBUG if self._trouble.there else logging.INFO
-        log.log(level, "connected to %s:%s", self._settings.server_host, self._settings.server_port)
+        log.log(level, "connected to %s", self._peer)
         self._clerk.do(NoteStatus({"platform": "connected", "connected_since": iso(utc_now())}))
         try:
             self._serve(link, protocol)
@@ -16044,7 +16056,7 @@ class Service(Events):
         self._file: MetricsFile | None = None
         if settings.metrics_file is not None:
             self._file = MetricsFile(settings.metrics_file, self.metrics, clock)
-        self._peer = f"{settings.server_host}:{settings.server_port}"
+        self._peer = host_and_port(settings.server_host, settings.server_port)
         self._keys = count_words(len(settings.api_keys), "key")
         self._has_platform = bool(settings.platform_url())
         self._link = phrase("service.connecting", peer=self._peer)
