@@ -753,6 +753,34 @@ def need_plain_file(path: Path, setting: str) -> None:
         raise StoreError(phrase("tools.no_plain_file", path=path, setting=setting))
 
 
+# No file that a person writes is larger, and an endless one would be read until there is no memory left.
+MOST_FILE_MIB = 16
+# Where the pipes and streams of a command are: what its caller hands over there is meant.
+HANDED_OVER_AT = ("/dev/fd/", "/dev/std", "/proc/self/fd/")
+
+
+def is_odd_file(path: str | Path) -> bool:
+    """Whether a name is a pipe's, which would be waited for, or a device's but /dev/null, which may have no end."""
+    is_usual = os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path)
+    return not (is_usual or os.path.realpath(path) == os.devnull or str(path).startswith(HANDED_OVER_AT))
+
+
+def open_plain(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """Open what is no odd file, as the `opener` of open() too. Raises OSError."""
+    if is_odd_file(path):
+        raise OSError(errno.EINVAL, phrase("tools.odd_file"))
+    return os.open(path, flags, 0o644)
+
+
+def read_file(path: str | Path | int) -> str:
+    """Return the text of a file without the mark that may begin it. Raises OSError, UnicodeDecodeError."""
+    with open(path, encoding="utf-8-sig", opener=open_plain) as stream:
+        text = stream.read((MOST_FILE_MIB << 20) + 1)
+    if len(text) > MOST_FILE_MIB << 20:
+        raise OSError(errno.EFBIG, phrase("tools.large_file", most=MOST_FILE_MIB))
+    return text
+
+
 def sync_directory(directory: Path) -> None:
     """Have on disk which files a directory has. Raises OSError."""
     handle = os.open(directory, os.O_RDONLY)
@@ -809,7 +837,7 @@ def lock_in(directory: Path, name: str, who: str) -> IO[str]:
     path = directory / name
     with disk_trouble(phrase("tools.no_lock", path=path)):
         make_for_owner(path)
-        lock = path.open("w")
+        lock = open(path, "w", opener=open_plain)  # noqa: SIM115  (the caller's)
         for _ in range(LOCK_TRIES):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -868,6 +896,11 @@ def lack_words(error: BaseException) -> str:
     if number == errno.ENOMEM or isinstance(error, MemoryError):
         return phrase("tools.no_memory")
     return ""
+
+
+def host_and_port(host: str, port: int) -> str:
+    """Return both as a URL has them: an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def os_words(error: OSError) -> str:
@@ -1047,9 +1080,8 @@ class Proxy(NamedTuple):
     @property
     def shown(self) -> str:
         """The proxy as a person may see it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
         masked = "***@" if self.authorization else ""
-        return f"{self.scheme}://{masked}{host}:{self.port}"
+        return f"{self.scheme}://{masked}{host_and_port(self.host, self.port)}"
 
     @property
     def authorization(self) -> str:
@@ -1205,8 +1237,7 @@ class Settings(NamedTuple):
         """Return the platform's HTTP base URL, or '' where none is set."""
         if not (self.server_host and self.server_port):
             return ""
-        host = f"[{self.server_host}]" if ":" in self.server_host else self.server_host
-        return f"http{'s' if self.server_tls else ''}://{host}:{self.server_port}"
+        return f"http{'s' if self.server_tls else ''}://{host_and_port(self.server_host, self.server_port)}"
 
 
 class Needs(NamedTuple):
@@ -1290,6 +1321,7 @@ def uri_faults(uri: str) -> list[str]:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 if name.lower() in _URI_FILES:
+                    os.close(open_plain(value))  # OpenSSL would wait for a pipe
                     _try_pem_file(name, value, password)
                 elif not name.lower().startswith("srv"):
                     uri_parser.parse_uri(f"mongodb://host/?{urlencode({name: value})}", warn=False)
@@ -1659,8 +1691,7 @@ def _bindings(path: Path) -> list[Binding]:
     from dotenv.parser import parse_stream
 
     try:
-        with path.open(encoding="utf-8-sig") as stream:
-            return list(parse_stream(stream))
+        return list(parse_stream(io.StringIO(read_file(path))))
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError([phrase("settings.unreadable", path=path, why=unread_words(error))]) from None
 
@@ -1675,7 +1706,7 @@ def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | No
         return named, ""
     for place in places:
         with contextlib.suppress(OSError):  # a directory on the way that may not be searched: as not there
-            if place.is_file():
+            if place.is_file() or place.is_fifo():
                 if os.access(place, os.R_OK):
                     return place, ""
                 return None, phrase("settings.forbidden_file", path=place)
@@ -1702,7 +1733,7 @@ def read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
 def read_credential(name: str, path: Path) -> str:
     """Return the text of a credential's file, '' where it is missing. Raises SettingsError."""
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return read_file(path).strip()
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
@@ -1850,6 +1881,11 @@ def load_settings(
     is_root = os.geteuid() == 0 if is_root is None else is_root
     if "STATE_DIRECTORY" in read.unset:
         values["state_directory"] = default_state_directory(environ, is_root)
+    for name in ("SSL_CERT_FILE", "SSLKEYLOGFILE"):  # OpenSSL would wait for a pipe at each connection
+        place = environ.get(name, "")
+        if is_odd_file(place):
+            why = phrase("tools.odd_file")
+            faults.append(phrase("settings.unusable_path", name=name, path=place, why=why))
     if needs.paths:
         faults += _path_faults(values, environ)
     if faults:
@@ -2014,6 +2050,8 @@ def fault_of_place(place: str, mode: int) -> str:
         os.stat(place)
     except OSError as error:
         return os_words(error)
+    if is_odd_file(place):
+        return phrase("tools.odd_file")
     if os.access(place, mode):
         return ""
     return phrase("settings.may_not_read" if mode == os.R_OK else "settings.may_not_write")
@@ -2145,7 +2183,7 @@ class SettingsSource:
 
     def _take(self, place: Path) -> Mapping[str, str]:
         try:
-            found = json.loads(place.read_text(encoding="utf-8"))
+            found = json.loads(read_file(place))
             place.unlink()
         except (OSError, ValueError) as error:
             raise SettingsError(
@@ -2629,14 +2667,18 @@ def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
 _SEPARATORS = re.compile(r"[\s,;，；、]+")
 
 
+# What stands around codes in a list that came as a text: JSON, or as Python prints one.
+_AROUND = "[]\"'“”"
+
+
 def split_codes(text: str) -> list[str]:
     """Return the codes of a text in which commas (Chinese ones too), semicolons or blanks separate them."""
-    return [code for code in _SEPARATORS.split(text) if code]
+    return [*filter(None, (word.strip(_AROUND) for word in _SEPARATORS.split(text)))]
 
 
-def codes_in(lines: Iterable[str]) -> Iterator[str]:
-    """Yield the codes of a file's lines; a # begins a comment."""
-    for line in lines:  # the mark of a file on standard input is not decoded away
+def codes_in(text: str) -> Iterator[str]:
+    """Yield the codes of a file; a # begins a comment."""
+    for line in text.split("\n"):  # each of several that were put together may begin with a mark
         yield from split_codes(line.partition("#")[0].lstrip("\ufeff"))
 
 
@@ -3483,6 +3525,7 @@ class HttpConnection:
         self._tls = parts.scheme == "https"
         self._host = cast(str, parts.hostname)
         self._port = parts.port or (443 if self._tls else 80)
+        self._place = host_and_port(self._host, self._port)
         self._path = parts.path
         self._headers = {"User-Agent": f"stockrt/{__version__}", "Accept": "application/json"}
         self._proxy = proxies.for_url(base_url)
@@ -3528,7 +3571,7 @@ class HttpConnection:
                 raise TimeoutError
             self._conn.timeout = self._limits.read_s
         except _foreign_errors() as error:
-            fault = self._fault(error, "" if self._proxy else f"{self._host}:{self._port}")
+            fault = self._fault(error, "" if self._proxy else self._place)
             if self._proxy is not None:
                 fault = _fault_of_proxy(self._proxy, error, fault)
             self.close()
@@ -3542,7 +3585,7 @@ class HttpConnection:
             response = self._exchange(path, headers, most_bytes)
         except _foreign_errors() as error:
             behind_proxy = self._proxy is not None and not self._tunnels
-            response = self._fault(error, "" if behind_proxy else f"{self._host}:{self._port}")
+            response = self._fault(error, "" if behind_proxy else self._place)
             if self._proxy is not None and behind_proxy:
                 response = _fault_of_proxy(self._proxy, error, response)
         self.deadline = 0.0
@@ -3596,7 +3639,7 @@ class HttpConnection:
             config = ProxyConfig(None, False, None, None)  # the proxy's certificate is checked like any
             conn = make(proxy.host, proxy.port, timeout=timeout, proxy_config=config)
         if proxy is not None and self._tunnels:
-            headers = {"Host": f"{self._host}:{self._port}", **_proxy_headers(proxy)}
+            headers = {"Host": self._place, **_proxy_headers(proxy)}
             conn.set_tunnel(self._host, self._port, headers, proxy.scheme)
         connect = conn._new_conn
         conn._new_conn = lambda: self._keep(connect())  # type: ignore[method-assign]
@@ -3757,6 +3800,9 @@ _LIBRARY_WORDS = re.compile(
     re.DOTALL,
 )
 
+# An IPv6 address as pymongo writes it in front of a port.
+_BARE_ADDRESS = re.compile(r"(?<![\w.:\[])((?:[0-9a-f]*:){2,}[\w.%]*):(\d+)(?=: )")
+
 
 def network_words(error: BaseException) -> str:
     """Return what happened on the network in a few words, without names and numbers that mean something to Python."""
@@ -3779,7 +3825,7 @@ def network_words(error: BaseException) -> str:
 def plain_words(text: str) -> str:
     """Return what a library says of the network without what means something to its authors alone."""
     # masked before something is taken out of the middle
-    return _LIBRARY_WORDS.sub("", mask(text, HIDDEN.secrets))
+    return _BARE_ADDRESS.sub(r"[\1]:\2", _LIBRARY_WORDS.sub("", mask(text, HIDDEN.secrets)))
 
 
 def _root_of(error: BaseException) -> BaseException:
@@ -4511,7 +4557,7 @@ class LocalFile:
         lock = _beside(path, ".lock")
         with disk_trouble(phrase("files.lock_not_opened", path=lock)):
             make_for_owner(lock)
-            self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            self._locked = open_plain(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW)
         try:
             self._open(0.0 if patient else SQLITE_BUSY_S)
         except BaseException as error:
@@ -4662,6 +4708,9 @@ class LocalFile:
             raise
 
     def _open_locked(self, wait_s: float) -> None:
+        for odd in filter(is_odd_file, (self._mark, *_sides(self.path))):
+            why = phrase("tools.odd_file")
+            raise StoreError(phrase("settings.unusable_path", name="STATE_DIRECTORY", path=odd, why=why))
         if not self._lock_alone():
             self._lock_shared()
         damage = self._connect(wait_s)
@@ -11631,9 +11680,8 @@ class Pipeline:
 
 # A file or a collection of codes is looked at again after so long, seconds.
 LOOK_EVERY_S = 60.0
-# As many codes as a command may have, and a file that holds no more of them.
+# As many codes as a command may have.
 MOST_COLLECTED = 100_000
-MOST_CODES_BYTES = 16 * 1024 * 1024
 # The kind of what a command is answered that names none.
 NO_CODES = "collection.no_codes"
 
@@ -11729,16 +11777,8 @@ class WatchList:
     @staticmethod
     def _read_file(path: Path) -> list[str]:
         """Return the codes in a file. Raises StockrtError."""
-        import stat
-
         try:
-            found = path.stat()
-            if not stat.S_ISREG(found.st_mode):
-                raise StockrtError(phrase("collection.no_plain_file", path=path))
-            if found.st_size > MOST_CODES_BYTES:
-                raise StockrtError(phrase("collection.large_file", path=path, size=found.st_size))
-            with path.open(encoding="utf-8-sig") as lines:
-                return list(codes_in(lines))
+            return list(codes_in(read_file(path)))
         except (OSError, UnicodeDecodeError) as error:
             raise StockrtError(phrase("collection.unread", place=path, why=unread_words(error))) from None
 
@@ -12034,7 +12074,7 @@ class MarkFiles:
         """Return what a file holds, nothing where there is none. Raises StoreError, ValueError for no object."""
         what = phrase("tools.not_read", path=path)
         with disk_trouble(what), contextlib.suppress(FileNotFoundError):
-            found = json_object(path.read_bytes())
+            found = json_object(read_file(path).encode())
             if found is None:
                 raise ValueError("no JSON object")
             return found
@@ -13491,8 +13531,8 @@ def _named_codes(args: Mapping[str, object]) -> object:
 
 
 def _is_blank(value: object) -> bool:
-    """Whether somebody left a value out: it is null, or a text without a code."""
-    return value is None or (isinstance(value, str) and not split_codes(value))
+    """Whether somebody left a value out: it is null, or a text without a code and without a list, as `[]` is one."""
+    return value is None or (isinstance(value, str) and not (split_codes(value) or "[" in value))
 
 
 def _no_codes(came: str) -> UsageError:
@@ -13660,7 +13700,7 @@ def read_hash(directory: Path) -> str:
 def hash_in(place: Path, setting: str = "STATE_DIRECTORY") -> str:
     """Return the hash that a file holds, '' where there is no file. Raises StoreError, which names the setting."""
     try:
-        found = place.read_text(encoding="utf-8-sig").strip()
+        found = read_file(place).strip()
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
@@ -14238,7 +14278,7 @@ class DaemonStatus(TypedDict, total=False):
 def read_status(directory: Path) -> DaemonStatus:
     """Return what a daemon wrote last; nothing where none ever ran, or another program wrote."""
     try:
-        told = json.loads((directory / STATUS_NAME).read_text(encoding="utf-8"))
+        told = json.loads(read_file(directory / STATUS_NAME))
     except (OSError, ValueError, RecursionError):
         return {}
     if is_deep(told):
@@ -15266,7 +15306,8 @@ class Daemon:
         self._events = events
         self._clock = clock
         self._rng = rng or random.Random()
-        self._trouble = LogThrottle(f"platform {settings.server_host}:{settings.server_port}")
+        self._peer = host_and_port(settings.server_host, settings.server_port)
+        self._trouble = LogThrottle(f"platform {self._peer}")
         self._lock = lock_state_directory(settings.state_directory)  # before any file is opened
         self._inbox = Inbox()
         self._outbox = Outbox()
@@ -15341,7 +15382,7 @@ class Daemon:
         self._events.connected()
         # after a trouble its end is said instead, and not before the connection has been useful
         level = logging.DEBUG if self._trouble.there else logging.INFO
-        log.log(level, "connected to %s:%s", self._settings.server_host, self._settings.server_port)
+        log.log(level, "connected to %s", self._peer)
         self._clerk.do(NoteStatus({"platform": "connected", "connected_since": iso(utc_now())}))
         try:
             self._serve(link, protocol)
@@ -15661,7 +15702,7 @@ def daemon_runs(directory: Path) -> bool:
     with (
         disk_trouble(phrase("daemon.lock_unseen", path=path)),
         contextlib.suppress(FileNotFoundError),
-        path.open() as lock,
+        open(path, opener=open_plain) as lock,
     ):
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -16014,7 +16055,7 @@ class Service(Events):
         self._file: MetricsFile | None = None
         if settings.metrics_file is not None:
             self._file = MetricsFile(settings.metrics_file, self.metrics, clock)
-        self._peer = f"{settings.server_host}:{settings.server_port}"
+        self._peer = host_and_port(settings.server_host, settings.server_port)
         self._keys = count_words(len(settings.api_keys), "key")
         self._has_platform = bool(settings.platform_url())
         self._link = phrase("service.connecting", peer=self._peer)
@@ -16313,7 +16354,7 @@ def old_settings(directory: Path) -> tuple[dict[str, str], list[str]]:
     """
     path = directory / OLD_ENV_FILE
     try:
-        path.read_text(encoding="utf-8-sig")
+        read_file(path)
     except (OSError, UnicodeDecodeError) as error:
         why = unread_words(error)
         raise UsageError(phrase("migration.no_older", directory=directory, path=path, why=why)) from None
@@ -16372,7 +16413,7 @@ def write_settings(target: Path, taken: Mapping[str, str], source: Path) -> None
     trouble = disk_trouble(phrase("tools.not_read", path=place), "--env-file")
     with trouble, contextlib.suppress(FileNotFoundError):
         owner = place.stat()
-        mode, text = owner.st_mode & 0o777, place.read_text(encoding="utf-8")
+        mode, text = owner.st_mode & 0o777, read_file(place)
     if text:
         text = text.rstrip("\n") + "\n\n"
     head = for_reader(phrase("migration.source", path=one_line(source)))
@@ -16651,7 +16692,7 @@ class Migration:
             contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError),
         ):
             options = json_util.JSONOptions(tz_aware=False)
-            told = json_util.loads(self._path().read_text(encoding="utf-8"), json_options=options)
+            told = json_util.loads(read_file(self._path()), json_options=options)
             if told.pop("what") == self._what():
                 self.done = Migrated(**{**told, "examples": unpacked(told["examples"])})
 
@@ -18363,14 +18404,11 @@ def _codes_of(options: Options) -> Iterator[str]:
     if not options.codes_file:
         return
     try:
-        stream = sys.stdin
-        if options.codes_file != "-":
-            stream = open(options.codes_file, encoding="utf-8-sig")  # noqa: SIM115  (closed below)
-        with stream:
-            yield from codes_in(stream)
+        text = read_file(os.dup(0) if options.codes_file == "-" else options.codes_file)
     except (OSError, UnicodeDecodeError) as error:
-        why = unread_words(error)
-        raise UsageError(phrase("usage.codes_file", file=options.codes_file, why=why)) from None
+        fault = phrase("usage.codes_file", file=options.codes_file, why=unread_words(error))
+        raise UsageError(fault) from None
+    yield from codes_in(text)
 
 
 def with_kinds(text: str, told: Iterable[object]) -> str:
@@ -20599,6 +20637,8 @@ TEMPLATES |= {
     "tools.not_read": ("{path} cannot be read", "无法读取 {path}"),
     "tools.not_utf8": ("it is not UTF-8 text", "不是 UTF-8 文本"),
     "tools.not_written": ("{path} cannot be written", "无法写入 {path}"),
+    "tools.large_file": ("it has more than {most} MiB", "超过 {most} MiB"),
+    "tools.odd_file": ("it is a pipe or a device, expected a plain file", "是管道或设备，应为普通文件"),
     "tools.or": ("{first} or {last}", "{first} 或 {last}"),
     "tools.own_fault": (
         "a fault of stockrt itself: {error}; see the log",
@@ -21480,10 +21520,6 @@ TEMPLATES |= {
         "no code in {place}; expected codes such as AAPL.US 600519.SH",
         "{place} 中没有代码；应为 AAPL.US 600519.SH 这样的代码",
     ),
-    "collection.large_file": (
-        "{path} has {size} bytes; expected codes such as AAPL.US 600519.SH",
-        "{path} 有 {size} 字节，过大；应为 AAPL.US 600519.SH 这样的代码",
-    ),
     "collection.many_codes": ("{place} has more than {most} codes", "{place} 中的代码超过 {most} 个"),
     "collection.many_documents": ("{place} has more than {most} documents", "{place} 中的文档超过 {most} 个"),
     "collection.no_codes": (
@@ -21492,7 +21528,6 @@ TEMPLATES |= {
         '没有给出代码：应为 code_list，形如 ["AAPL.US"]；不带代码的指令需在本模块的设置中配置 COLLECT_CODES',
     ),
     "collection.no_key": ("for which no key is of use", "没有密钥可用于这些代码"),
-    "collection.no_plain_file": ("{path} is no plain file", "{path} 不是普通文件"),
     "collection.not_stored": ("{codes} not stored: {why}", "{codes} 未入库：{why}"),
     "collection.over_plans": ("more than the keys' plans allow", "超出各密钥套餐的限额"),
     "collection.refused": ("{codes}, {names}: {why}", "{codes}（{names}）：{why}"),

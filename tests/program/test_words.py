@@ -582,16 +582,20 @@ def test_network_errors_name_host_and_port_in_plain_words(run_pyz: RunPyz) -> No
         "SERVER_PORT": str(port),
     }
     nowhere = {"INFOWAY_API_KEY": "test-key", "INFOWAY_API_BASE_URL": "http://nowhere.invalid"}
-    with ThreadPoolExecutor(3) as pool:  # each waits between its tries
+    six = {name: value.replace("127.0.0.1", "[::1]") for name, value in env.items()}
+    with ThreadPoolExecutor(4) as pool:  # each waits between its tries
         asked = [
             pool.submit(run_pyz, *args, env=settings)
             for args, settings in (
                 (("--check",), env),
                 (("--once", "--codes", "AAPL.US"), env),
                 (("--check",), nowhere),
+                (("--check",), six),
             )
         ]
-        done, once, unknown = (one.result() for one in asked)
+        done, once, unknown, bracketed = (one.result() for one in asked)
+    assert bracketed.stdout.count(f"[::1]:{port}") == 4  # MongoDB's in the setting and in the reason
+    assert "::1" not in bracketed.stdout.replace("[::1]", "")
     assert (
         done.stdout.count(f"127.0.0.1:{port}") >= 3 and done.stdout.lower().count("connection refused") == 3
     )

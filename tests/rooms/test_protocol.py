@@ -251,6 +251,10 @@ def test_codes_are_read_from_every_name_and_shape(name: str, value: object, code
         ({"code_list": "", "codes": ["A.US"]}, ["A.US"]),
         ({"code_list": ["A.US"], "codes": ["B.US"]}, ["A.US"]),
         ({"code_list": " , ", "codes": ["A.US"]}, ["A.US"]),
+        ({"code_list": '["A.US", 600519]'}, ["A.US", "600519"]),
+        ({"code_list": "['A.US', 'B.US']"}, ["A.US", "B.US"]),  # as Python prints one
+        ({"code_list": ['["A.US"]', '"B.US"']}, ["A.US", "B.US"]),
+        ({"code_list": "“A.US”，'B.US'"}, ["A.US", "B.US"]),
     ],
 )
 def test_args_in_other_shapes_are_read_too(args: object, codes: list[object]) -> None:
@@ -270,6 +274,7 @@ def test_args_in_other_shapes_are_read_too(args: object, codes: list[object]) ->
         ({"code_list": []}, "code_list is empty"),
         ({"code_list": [], "stock_list": None}, "code_list is empty"),
         ({"code_list": [" ", ""]}, "code_list is empty"),
+        ({"code_list": "[]"}, "code_list is empty"),
         ("{broken", "got {broken"),
     ],
 )
@@ -311,7 +316,7 @@ def names_nothing(args: Any) -> bool:
     if isinstance(args, str) and args.strip()[:1] in ("{", "["):
         args = json.loads(args)
     if not isinstance(args, dict):
-        return args is None or (isinstance(args, str) and not stockrt.split_codes(args))
+        return args is None or (isinstance(args, str) and not (stockrt.split_codes(args) or "[" in args))
     named = [args[name] for name in ("code_list", "stock_list", "codes") if name in args]
     return all(names_nothing(value) for value in named or args.values() if not isinstance(value, dict))
 

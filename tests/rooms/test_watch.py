@@ -157,12 +157,12 @@ def test_what_is_no_file_of_codes_is_refused_without_reading_it(tmp_path: Path) 
     """A pipe would never end, and the wrong file may be large."""
     os.mkfifo(tmp_path / "pipe")
     with (tmp_path / "large").open("wb") as large:
-        large.truncate(stockrt.MOST_CODES_BYTES + 1)
+        large.truncate((stockrt.MOST_FILE_MIB << 20) + 1)
     (tmp_path / "many").write_text("\n".join(map(str, range(stockrt.MOST_COLLECTED + 1))))
     for name, words in [
-        ("pipe", "is no plain file"),
-        (".", "is no plain file"),
-        ("large", "has 16777217 bytes; expected codes"),
+        ("pipe", "it is a pipe or a device, expected a plain file"),
+        (".", "Is a directory"),
+        ("large", "it has more than 16 MiB"),
         ("many", "has more than 100000 codes"),
     ]:
         with pytest.raises(StockrtError, match=words) as caught:
