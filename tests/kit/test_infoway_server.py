@@ -21,6 +21,7 @@ from zoneinfo import ZoneInfo
 import pytest
 import urllib3
 
+from kit.cases import each
 from kit.infoway_server import (
     EVERY_REFUSAL,
     FAR_S,
@@ -200,7 +201,7 @@ def test_bars_of_several_codes_are_silently_cut(http: urllib3.PoolManager, infow
     assert infoway.codes_asked("batch_kline")[:2] == ["AAPL.US", "600519.SH"]
 
 
-@pytest.mark.parametrize(
+@each(
     ("code", "zone", "opens", "stands"),
     [
         ("AAPL.US", "America/New_York", "2026-08-14T09:30", "2026-08-14T16:05"),

@@ -19,6 +19,7 @@ import pytest
 import urllib3
 import websocket
 
+from kit.cases import each
 from kit.daemons import until
 from kit.infoway_server import PLANS, make_record
 from kit.stream_server import (
@@ -361,9 +362,7 @@ def test_duplicates_strangers_and_rubbish_come_between(server: StreamServer) -> 
     assert server.pushed() == {*names}
 
 
-@pytest.mark.parametrize(
-    "switches", [{"chop": 1}, {"fragment": 7}, {"chop": 3, "fragment": 10}, {"pace_s": 0.001}]
-)
+@each("switches", [{"chop": 1}, {"fragment": 7}, {"chop": 3, "fragment": 10}, {"pace_s": 0.001}])
 def test_frames_in_odd_pieces_are_the_same_messages(switches: dict[str, Any]) -> None:
     with StreamServer(**switches) as server:
         ws = subscribed(server, "BTCUSDT")
@@ -535,7 +534,7 @@ def test_the_script_is_read_in_the_order_of_its_times() -> None:
         assert end_of(ws) == "rst"
 
 
-@pytest.mark.parametrize("name", SWITCHES)
+@each("name", SWITCHES)
 def test_a_switch_takes_only_what_it_can_be(name: str) -> None:
     wrong: dict[str, Any] = {name: [1]}
     with pytest.raises(ValueError, match=name):

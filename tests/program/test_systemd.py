@@ -40,6 +40,8 @@ METRICS = "/var/lib/node_exporter/textfile/stockrt.prom"
 SIOCSIFADDR = 0x8916
 # Short in place of the unit's own: what they do is the same.
 QUICK = "[Service]\nWatchdogSec=2s\nRestartSec=200ms\n"
+# Where the program is unpacked and compiled for all units but ours itself, which does that in its cache.
+UNPACKED = "/srv/unpacked"
 
 
 # ------------------------------------------------------------------------------------------- the file alone
@@ -141,10 +143,12 @@ def platform_in(box: Box, **switches: Any) -> PlatformServer:
 
 
 def derive_unit(box: Box, name: str) -> None:
-    """A unit that is ours but for its name and the names of its files."""
+    """A unit that is ours but for its name, the names of its files, and that it need not unpack the program again."""
     text = UNIT.read_text().replace("/etc/stockrt/stockrt.env", f"/etc/stockrt/{name}.env")
-    for place in ("StateDirectory=", "CacheDirectory=", "%C/"):
+    for place in ("StateDirectory=", "CacheDirectory="):
         text = text.replace(f"{place}stockrt\n", f"{place}{name}\n")
+    assert "SHIV_ROOT=%C/stockrt\n" in text
+    text = text.replace("SHIV_ROOT=%C/stockrt\n", f"SHIV_ROOT={UNPACKED}\n")
     box.write(f"/etc/systemd/system/{name}.service", text)
 
 
@@ -197,7 +201,11 @@ def install(box: Box, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def installed(box: Box) -> str:
     """What the install said."""
-    return install(box)
+    said = install(box)
+    as_the_unit = (f"SHIV_ROOT={UNPACKED}", "PYTHONOPTIMIZE=2", "STATE_DIRECTORY=/tmp/none")
+    nobody = ("INFOWAY_API_KEY=none", "INFOWAY_API_BASE_URL=http://127.0.0.1:1", "MONGODB_HOST=mongodb://127.0.0.1:1")
+    box.run("env", *as_the_unit, *nobody, "/opt/stockrt/stockrt.pyz", "--check", check=False)
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +326,7 @@ def test_migrated_before_its_first_start_it_is_the_older_module(box: Box, instal
     box.write("/srv/older/config/module_hash.txt", module_hash)
     env_file = f"/etc/stockrt/{name}.env"
     command = ("/opt/stockrt/stockrt.pyz", "--env-file", env_file, "--migrate", "/srv/older")
-    said = box.run("env", f"STATE_DIRECTORY=/var/lib/{name}", "SHIV_ROOT=/tmp/shiv", *command).stdout
+    said = box.run("env", f"STATE_DIRECTORY=/var/lib/{name}", "HOME=/root", *command).stdout
     assert "kept      SERVER_PORT" in said and f"into /var/lib/{name}/module_hash" in said
     instance.start()
     environment = box.run("cat", f"/proc/{instance.show('MainPID')}/environ").stdout
@@ -336,7 +344,7 @@ def test_migrated_by_hand_settings_go_where_its_user_may_write(box: Box, install
     """The service's for root, a file in the folder where it was called for anybody else."""
     box.write("/srv/older/config/.env", "SERVER_PORT=1\n")
     program = "/opt/stockrt/stockrt.pyz --migrate /srv/older"
-    roots = box.run("env", "SHIV_ROOT=/tmp/shiv", *program.split(), "--dry-run").stderr
+    roots = box.run("env", "HOME=/root", *program.split(), "--dry-run").stderr
     assert "settings: /etc/stockrt/stockrt.env;" in roots
     script = f"mkdir /tmp/person && cd /tmp/person && HOME=$PWD {program} && stat -c %a stockrt.env && cat stockrt.env"
     said = box.run("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", script)

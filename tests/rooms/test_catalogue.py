@@ -7,6 +7,7 @@ import re
 from string import Formatter
 
 import pytest
+from kit.cases import each
 from kit.catalogue import PROGRAM, Sentence, Source, values_of, why_outside
 from kit.outside import OUTSIDE
 from kit.terms import forbidden, odd_terms
@@ -85,7 +86,7 @@ def test_every_exception_is_needed(source: Source) -> None:
     assert [row for row in OUTSIDE if row[-1] not in reasons] == []
 
 
-@pytest.mark.parametrize(
+@each(
     ("code", "words"),
     [
         ('def f() -> str:\n    return "the disk is full"\n', "the disk is full"),

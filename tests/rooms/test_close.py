@@ -17,6 +17,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kit.cases import each
 from kit.daemons import number as examples
 from kit.infoway_server import InfowayServer
 from kit.ledger import NoLedger
@@ -869,7 +870,7 @@ def regular() -> Close:
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each(
     ("code", "day", "opens", "close", "until"),
     [
         ("TSLA.US", "2025-03-07", "09:30", "16:00", "16:00:05"),

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from kit import infoway_server
+from kit.cases import each
 from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.ledger import NoLedger
@@ -103,7 +104,7 @@ def said(ret: object, msg: str = "", **more: object) -> str:
     return json.dumps({"ret": ret, "msg": msg, "traceId": "x", "data": None} | more)
 
 
-@pytest.mark.parametrize(
+@each(
     ("status", "body", "action", "words"),
     [
         (200, STOCK_TRADE, Action.ACCEPT, ""),
@@ -170,7 +171,7 @@ def test_every_answer_of_the_documentation_leads_to_its_action(
     assert words in verdict.failure.words
 
 
-@pytest.mark.parametrize(
+@each(
     ("status", "body", "words"),
     [
         (401, GATEWAY_PAGE, "HTTP 401，不像 API 的应答，像是来自途中的网关或登录页"),
@@ -197,8 +198,8 @@ def rows(*names: str) -> list[tuple[Refusal, Any]]:
     return [(row, value) for row in REFUSALS for name in names for value in getattr(row, name)]
 
 
-@pytest.mark.parametrize(("row", "ret"), rows("rets"), ids=lambda value: str(value)[:20])
-@pytest.mark.parametrize("status", [200, 400, 401, 429, 500])
+@each(("row", "ret"), rows("rets"), ids=lambda value: str(value)[:20])
+@each("status", [200, 400, 401, 429, 500])
 def test_every_ret_of_the_table_is_believed_whatever_its_text_and_the_status_are(
     row: Refusal, ret: int, status: int
 ) -> None:
@@ -208,8 +209,8 @@ def test_every_ret_of_the_table_is_believed_whatever_its_text_and_the_status_are
     assert verdict.failure.words == f"the API says {ret}: other words"
 
 
-@pytest.mark.parametrize(("row", "beginning"), rows("beginnings"), ids=lambda value: str(value)[:30])
-@pytest.mark.parametrize("envelope", ['{"ret":500,"msg":%s}', '{"ret":0,"msg":%s}', '{"detail":%s}',
+@each(("row", "beginning"), rows("beginnings"), ids=lambda value: str(value)[:30])
+@each("envelope", ['{"ret":500,"msg":%s}', '{"ret":0,"msg":%s}', '{"detail":%s}',
                                       '{"message":%s}', '{"ret":200,"msg":%s,"data":[]}'])  # fmt: skip
 def test_every_refusal_is_known_by_how_its_text_begins(row: Refusal, beginning: str, envelope: str) -> None:
     """Any business error may come as HTTP 200 with `ret` 500; in small letters or large ones."""
@@ -219,15 +220,13 @@ def test_every_refusal_is_known_by_how_its_text_begins(row: Refusal, beginning: 
         assert text in verdict.failure.words
 
 
-@pytest.mark.parametrize("text", ["System error: No permission", "busy (Rate limit exceeded)", "Param"])
+@each("text", ["System error: No permission", "busy (Rate limit exceeded)", "Param"])
 def test_a_text_that_holds_a_refusal_further_on_is_none(text: str) -> None:
     """Only the beginning tells: what follows it is somebody's free words."""
     assert verdict_on(said(500, text)).action is Action.RETRY
 
 
-@pytest.mark.parametrize(
-    "body", ["", GATEWAY_PAGE, "{}", '{"message":"words"}'], ids=["", "page", "{}", "JSON"]
-)
+@each("body", ["", GATEWAY_PAGE, "{}", '{"message":"words"}'], ids=["", "page", "{}", "JSON"])
 def test_every_status_leads_to_the_first_row_that_has_it(body: str) -> None:
     """Where the body says nothing: none is a success, and none is without words."""
     for status in range(300, 600):
@@ -279,7 +278,7 @@ def test_every_refusal_that_the_simulator_knows_leads_to_its_action_and_its_sett
     assert found == {follows: set(names) for follows, names in OF_REFUSALS.items()}
 
 
-@pytest.mark.parametrize(
+@each(
     "body",
     [
         b'{"ret":200,"data":[{"s":"\xff"}]}',
@@ -320,8 +319,8 @@ def test_a_success_that_is_not_one_is_asked_again(body: str | bytes) -> None:
     assert verdict_on(body).action is Action.RETRY
 
 
-@pytest.mark.parametrize("status", [200, 201, 400, 404, 418, 500, 503])
-@pytest.mark.parametrize(
+@each("status", [200, 201, 400, 404, 418, 500, 503])
+@each(
     ("ret", "action"),
     [
         (501, Action.SLOW_DOWN),
@@ -345,7 +344,7 @@ def test_a_fault_on_the_way_is_tried_again_unless_it_is_hopeless(hopeless: bool,
         assert (verdict.action, verdict.failure) == (action, Failure(FailureKind.NETWORK, words))
 
 
-@pytest.mark.parametrize(
+@each(
     ("retry_after", "seconds"),
     [
         ("", 0),
@@ -370,9 +369,7 @@ def test_a_fault_on_the_way_is_tried_again_unless_it_is_hopeless(hopeless: bool,
         ("Sat, 15 Aug 99999 12:00:30 GMT", 0),
     ],
 )
-@pytest.mark.parametrize(
-    ("status", "body"), [(429, GATEWAY_PAGE), (200, RATE_LIMIT), (200, said(501, "x")), (503, "")]
-)
+@each(("status", "body"), [(429, GATEWAY_PAGE), (200, RATE_LIMIT), (200, said(501, "x")), (503, "")])
 def test_retry_after_is_obeyed_as_a_number_and_as_a_date(
     status: int, body: str, retry_after: str, seconds: float
 ) -> None:
@@ -391,7 +388,7 @@ def test_any_retry_after_date_is_read(at: datetime) -> None:
     assert waited == min(3600, (aware - NOW).total_seconds())
 
 
-@pytest.mark.parametrize("action", Action, ids=lambda action: action.name)
+@each("action", Action, ids=lambda action: action.name)
 def test_an_answer_steers_its_key_by_the_verb_that_fits(action: Action) -> None:
     """And no other key; what says nothing of the key leaves it as it was."""
     clock = FakeClock(NOW.timestamp())
@@ -410,8 +407,8 @@ def test_an_answer_steers_its_key_by_the_verb_that_fits(action: Action) -> None:
     assert (first["state"], first["why"], first["until"], first["not_for"]) == expected
 
 
-@pytest.mark.parametrize("depth", [64, 300, 900, 1600, 12_000, 400_000])
-@pytest.mark.parametrize("shape", ["[]", "{}"])
+@each("depth", [64, 300, 900, 1600, 12_000, 400_000])
+@each("shape", ["[]", "{}"])
 def test_an_answer_that_is_nested_too_deep_is_refused_by_name(depth: int, shape: str) -> None:
     deep = ('{"a":' if shape == "{}" else "[") * depth + "1" + shape[1] * depth
     body = f'{{"ret": 200, "msg": "success", "data": {deep}}}'.encode()
@@ -599,7 +596,7 @@ BAD_RECORDS: list[tuple[dict[str, object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "words"), BAD_RECORDS, ids=lambda value: str(value)[:40])
+@each(("fields", "words"), BAD_RECORDS, ids=lambda value: str(value)[:40])
 def test_a_bad_record_is_rejected_with_its_reason_and_costs_its_neighbours_nothing(
     fields: dict[str, object], words: str
 ) -> None:
@@ -615,14 +612,14 @@ def test_a_bad_record_is_rejected_with_its_reason_and_costs_its_neighbours_nothi
     assert not outcome.unknown
 
 
-@pytest.mark.parametrize(("fields", "words"), BAD_RECORDS, ids=lambda value: str(value)[:40])
+@each(("fields", "words"), BAD_RECORDS, ids=lambda value: str(value)[:40])
 def test_a_bad_record_is_rejected_however_it_was_parsed(fields: dict[str, object], words: str) -> None:
     """A float is no time and a bool no number, even where they would compare well."""
     with pytest.raises(ValueError, match=f"{words}:"):
         read_trade(record(**fields))
 
 
-@pytest.mark.parametrize(("fields", "words"), BAD_RECORDS, ids=lambda value: str(value)[:40])
+@each(("fields", "words"), BAD_RECORDS, ids=lambda value: str(value)[:40])
 def test_why_a_record_is_bad_can_be_read_in_chinese(fields: dict[str, object], words: str) -> None:
     told = in_chinese(outcome_of([record(**fields)]).failures["AAPL.US"].words)
     assert told.startswith(words.replace("field", "字段") + "：") and "，应为" in told
@@ -635,7 +632,7 @@ def test_what_is_missing_is_called_so_in_chinese() -> None:
     assert in_chinese(words) == "字段 td：缺失，应为方向（0、1、2）"
 
 
-@pytest.mark.parametrize("name", ["t", "p", "v", "vw", "td"])
+@each("name", ["t", "p", "v", "vw", "td"])
 def test_a_record_that_lacks_a_field_is_rejected(name: str) -> None:
     """Nothing is made up for it."""
     lacking = record()
@@ -689,12 +686,12 @@ def test_a_code_in_lower_case_is_the_one_that_was_asked_for() -> None:
     assert (list(outcome.unknown), list(outcome.failures)) == ([], ["TSLA.US"])
 
 
-@pytest.mark.parametrize(
+@each(
     "field",
     ["[" * 50 + "]" * 50, '{"a":' * 50 + "1" + "}" * 50, "9" * 5000, "-" + "9" * 5000, "9" * 5000 + ".0"],
     ids=["nested list", "nested object", "huge number", "huge negative", "huge fraction"],
 )
-@pytest.mark.parametrize("name", ["s", "t", "p", "v", "vw", "td"])
+@each("name", ["s", "t", "p", "v", "vw", "td"])
 def test_nesting_and_huge_numbers_cost_the_neighbours_nothing(name: str, field: str) -> None:
     """What is no number in one record, or none that Python reads, is no reason to lose an answer."""
     good = json.dumps(record(s="TSLA.US"))
@@ -714,7 +711,7 @@ def test_any_depth_of_nesting_is_survived(depth: int) -> None:
     check_any_answer(200, f'{{"ret":200,"data":[{{"s":"AAPL.US","t":{nested}}}]}}'.encode(), "")
 
 
-@pytest.mark.parametrize(
+@each(
     "text",
     [
         "1",
@@ -741,8 +738,8 @@ def test_a_volume_may_be_nothing_and_oil_may_cost_less() -> None:
     assert (trade.p, trade.v, trade.vw) == ("-37.63", "0", "-0")
 
 
-@pytest.mark.parametrize("product", stockrt.PRODUCTS)
-@pytest.mark.parametrize(
+@each("product", stockrt.PRODUCTS)
+@each(
     ("fields", "words"),
     [
         ({"p": "0"}, "p 0: it has not traded, or is suspended"),
@@ -774,7 +771,7 @@ def test_oil_below_zero_is_no_trade_of_a_share() -> None:
         read_trade(record(s="USOIL", p="-37.63"), "stock")
 
 
-@pytest.mark.parametrize("ahead", [-61, -60, 0, 60, 61])
+@each("ahead", [-61, -60, 0, 60, 61])
 def test_a_clock_that_is_off_is_told(ahead: int) -> None:
     """By more than a minute; without a date nothing is known."""
     response = Response(200, date="Thu, 19 Nov 2026 12:00:00 GMT")
@@ -784,7 +781,7 @@ def test_a_clock_that_is_off_is_told(ahead: int) -> None:
     assert stockrt.clock_fault(Response(200), 0) == stockrt.clock_fault(Response(200, date="soon"), 0) == ""
 
 
-@pytest.mark.parametrize("number", ["305", "305.770", "1.10", "0.00000001", "1E-7"])
+@each("number", ["305", "305.770", "1.10", "0.00000001", "1E-7"])
 def test_a_json_number_is_taken_by_its_digits(number: str) -> None:
     """No binary fraction gets between."""
     body = json.dumps({"ret": 200, "data": [record(p="HERE")]}).replace('"HERE"', number)
@@ -792,13 +789,13 @@ def test_a_json_number_is_taken_by_its_digits(number: str) -> None:
     assert trade.p == number
 
 
-@pytest.mark.parametrize("td", [0, 1, 2])
+@each("td", [0, 1, 2])
 def test_every_direction_is_taken(td: int) -> None:
     """None, buy, sell."""
     assert read_trade(record(td=td)).td == td
 
 
-@pytest.mark.parametrize(
+@each(
     ("t", "good"),
     [
         (EARLIEST_TRADE_MS, True),
@@ -824,7 +821,7 @@ def test_any_value_is_a_trade_or_a_value_error(value: object) -> None:
         assert isinstance(trade, Trade)
 
 
-@pytest.mark.parametrize("times", list(itertools.permutations([1786751999691, 1786751999692, 1786751999693])))
+@each("times", list(itertools.permutations([1786751999691, 1786751999692, 1786751999693])))
 def test_of_several_records_of_a_code_the_newest_is_taken(times: Sequence[int]) -> None:
     """In whatever order they stand."""
     (trade,) = outcome_of([record(t=t) for t in times]).trades
@@ -871,7 +868,7 @@ def test_the_same_trade_is_the_same_id_and_another_trade_another(one: Trade, oth
     assert identity(one) == identity(one._replace(vw="7"))
 
 
-@pytest.mark.parametrize(
+@each(
     "other",
     [
         Trade("B.US", 1786751999691, "1", "2", "2", 0),
@@ -913,7 +910,7 @@ def test_a_document_has_exactly_its_fields() -> None:
     assert types == dict.fromkeys(document, str) | {"t": int, "td": int, "create_time": datetime}
 
 
-@pytest.mark.parametrize(
+@each(
     ("code", "low", "high"),
     [
         ("USDCNY", 6, 8),
@@ -975,7 +972,7 @@ def test_the_short_way_for_plain_decimals_takes_no_other(number: str) -> None:
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [0, 1, 2, 5, 20])
+@each("step", [0, 1, 2, 5, 20])
 def test_every_delay_is_random_from_zero_to_its_ceiling(step: int) -> None:
     """The first one too, so that clients that failed together do not come back together."""
     ceiling = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2**step)
@@ -994,7 +991,7 @@ def test_no_delay_is_above_the_cap(first: float, cap: float, rng: random.Random)
     assert all(0 <= delay <= cap for delay in itertools.islice(backoff(first, cap, rng), 100))
 
 
-@pytest.mark.parametrize(
+@each(
     ("latency", "rate", "expected"),
     [
         (0.0, 1, 1),

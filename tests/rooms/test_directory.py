@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kit.cases import each
 from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import check_paced
@@ -237,7 +238,7 @@ def test_what_no_list_knows_stays_as_it_was_refused(world: World) -> None:
     assert world.find("火星") is None
 
 
-@pytest.mark.parametrize("data", [None, {}, "x"])
+@each("data", [None, {}, "x"])
 def test_what_is_no_list_is_none(data: object) -> None:
     assert read_symbols("FOREX", {"ret": 200, "data": data}) is None
     assert read_symbols("FOREX", {"ret": 500, "data": []}) is None

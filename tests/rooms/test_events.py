@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
+from kit.cases import each
 
 import stockrt
 from stockrt import CollectStats, Failure, FailureKind, Report, in_language
@@ -11,7 +11,7 @@ WHY = stockrt.phrase("http.late")
 FAILURES = {f"X{n}": Failure(FailureKind.NETWORK, WHY) for n in range(4)}
 
 
-@pytest.mark.parametrize(
+@each(
     ("report", "english", "chinese"),
     [
         (
@@ -39,7 +39,7 @@ def test_the_closing_line_is_one_in_each_language(report: Report, english: str, 
     assert in_language(summary, "zh") == chinese
 
 
-@pytest.mark.parametrize(
+@each(
     ("stats", "english", "chinese"),
     [
         (CollectStats(), "begins", "正在启动"),

@@ -28,6 +28,7 @@ import pytest
 from conftest import RunPyz
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit.cases import each
 from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import PATIENCE, check_paced, number, until
@@ -504,7 +505,7 @@ def test_odd_but_good_answer(infoway: InfowayServer, tmp_path: Path, answer: Ans
     assert (infoway.request_count, infoway.connections) == (2, 1)
 
 
-@pytest.mark.parametrize("status", [101, 102, 103, 199])
+@each("status", [101, 102, 103, 199])
 def test_an_announced_answer_is_not_taken_for_that_to_the_next_request(status: int) -> None:
     """An early hint leaves the answer on the way: whoever asked again over the connection would get it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

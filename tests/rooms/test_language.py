@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
+from kit.cases import each
 
 import stockrt
 from stockrt import can_show, columns_of, cut_between_words, in_language, language_of, lines_within, phrase
@@ -21,7 +22,7 @@ CHINESE = re.compile(r"[\u4e00-\u9fff]")
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each(
     ("environ", "language"),
     [
         ({}, "en"),
@@ -64,7 +65,7 @@ class Stream(io.TextIOWrapper):
         return self._is_terminal
 
 
-@pytest.mark.parametrize(
+@each(
     ("encoding", "term", "is_terminal", "can"),
     [
         ("utf-8", "xterm-256color", True, True),
@@ -148,7 +149,7 @@ def test_argparses_words_stay_in_english_and_are_ours_in_chinese(
     assert in_language(words, "zh").startswith(BAD_LINES[line])
 
 
-@pytest.mark.parametrize(
+@each(
     ("message", "chinese"),
     [
         (  # of Python 3.11, and since 3.12
@@ -176,7 +177,7 @@ def usage_error(*arguments: str) -> str:
     return in_language(error.value.message, "zh")
 
 
-@pytest.mark.parametrize(
+@each(
     ("names", "english", "chinese"),
     [
         (
@@ -239,7 +240,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("arguments", REFUSED)
+@each("arguments", REFUSED)
 def test_refused_command_line_in_chinese(arguments: tuple[str, ...]) -> None:
     assert usage_error(*arguments) == REFUSED[arguments]
 
@@ -330,7 +331,7 @@ def test_no_word_of_the_help_is_made_for_a_command(monkeypatch: pytest.MonkeyPat
     assert len(made) > 40
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "columns", "lines"),
     [
         ("写入成交", 8, ["写入成交"]),

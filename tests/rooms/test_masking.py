@@ -15,6 +15,7 @@ from urllib.parse import quote, quote_plus
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from kit.cases import each
 
 import stockrt
 from stockrt import Response, decide, load_settings, network_words, one_line
@@ -67,9 +68,9 @@ def pieces(secret: str) -> set[str]:
     return {encode(secret)[:PIECE] for encode in ENCODINGS}
 
 
-@pytest.mark.parametrize("secret", [KEY, PASSWORD, PROXY_PASSWORD])
-@pytest.mark.parametrize("encode", ENCODINGS)
-@pytest.mark.parametrize("limit", [40, 160, 300])
+@each("secret", [KEY, PASSWORD, PROXY_PASSWORD])
+@each("encode", ENCODINGS)
+@each("limit", [40, 160, 300])
 def test_a_line_is_masked_before_it_is_cut(secret: str, encode: Callable[[str], str], limit: int) -> None:
     shown = encode(secret)
     for place in range(limit - len(shown) - 4, limit):
@@ -91,7 +92,7 @@ def test_a_record_and_a_code_that_hold_a_key_tell_nothing_of_it() -> None:
     assert not any(piece in str(found.value) for piece in pieces(KEY))
 
 
-@pytest.mark.parametrize("make", [OSError, ssl.SSLError, ValueError])
+@each("make", [OSError, ssl.SSLError, ValueError])
 def test_what_the_network_says_is_masked_before_pieces_of_it_are_left_out(make: type[Exception]) -> None:
     """What stands between < and > is taken for an object's address."""
     words = network_words(make(f"no way to {PROXY_PASSWORD}: " + "." * 170 + KEY))

@@ -13,6 +13,7 @@ from bson.decimal128 import Decimal128
 from bson.int64 import Int64
 from bson.objectid import ObjectId
 from hypothesis import strategies as st
+from kit.cases import each
 
 import stockrt
 from stockrt import (
@@ -209,7 +210,7 @@ def test_a_file_of_another_form_is_no_hash(state: Path, text: str) -> None:
 # -------------------------------------------------------------------------------------------------- documents
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "expected"),
     [
         ({}, RECORD),
@@ -238,7 +239,7 @@ def test_a_document_without_s_has_its_code_in_stock_code() -> None:
     assert read_old_trade(document) == Trade(**RECORD)
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "why"),
     [
         ({"p": None}, "field p: null"),
@@ -272,9 +273,7 @@ NAIVE = datetime(2026, 8, 15, 9, 2, 3, 456_789)
 MADE = datetime(2026, 8, 15, 1, 2, 3, tzinfo=UTC)
 
 
-@pytest.mark.parametrize(
-    "told", [NAIVE, "2026-08-15 09:02:03.456789", "2026-08-15T01:02:03.456+00:00"], ids=str
-)
+@each("told", [NAIVE, "2026-08-15 09:02:03.456789", "2026-08-15T01:02:03.456+00:00"], ids=str)
 def test_a_naive_time_is_of_the_named_zone_in_whole_milliseconds(told: object) -> None:
     at, late = first_stored({"_id": made_at(MADE), "create_time": told}, T, SHANGHAI)
     assert at == MADE + timedelta(milliseconds=456)
@@ -295,16 +294,14 @@ def test_the_hour_of_autumn_that_is_there_twice_is_told_by_the_object_id(hours: 
     assert first_stored(told, T, NEW_YORK) == (made, 0.0)
 
 
-@pytest.mark.parametrize("told", [None, "yesterday", 17, datetime.min, "0001-01-01T00:00:00+14:00"], ids=str)
+@each("told", [None, "yesterday", 17, datetime.min, "0001-01-01T00:00:00+14:00"], ids=str)
 def test_without_a_time_it_is_when_the_object_id_was_made_or_the_trade(told: object) -> None:
     assert first_stored({"_id": made_at(MADE), "create_time": told}, T, SHANGHAI) == (MADE, None)
     trade_time = datetime.fromtimestamp(T / 1000, UTC)
     assert first_stored({"_id": 17, "create_time": told}, T, SHANGHAI) == (trade_time, None)
 
 
-@pytest.mark.parametrize(
-    "name", ["Asia/Nowhere", "Asia", "../etc/passwd", "/etc/passwd", "", "+08:00", "CST6"]
-)
+@each("name", ["Asia/Nowhere", "Asia", "../etc/passwd", "/etc/passwd", "", "+08:00", "CST6"])
 def test_a_zone_that_is_none_is_a_fault_of_the_command_line(name: str) -> None:
     with pytest.raises(UsageError, match=r"--time-zone .*expected a name such as Asia/Shanghai"):
         time_zone(name)

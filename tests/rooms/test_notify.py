@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.cases import each
 from kit.clock import FakeClock
 from kit.daemons import command_of, until
 from kit.infoway_server import InfowayServer
@@ -103,7 +104,7 @@ def test_notifications_are_lines_in_one_datagram(manager: Manager) -> None:
     assert manager.heard(60) == ["READY=1\nSTATUS=two\\nlines"]
 
 
-@pytest.mark.parametrize("address", ["", "/nowhere/at/all", "@nobody-listens-here"])
+@each("address", ["", "/nowhere/at/all", "@nobody-listens-here"])
 def test_manager_that_is_not_there_stops_nothing(address: str) -> None:
     Notifier(address).send(READY=1)
 
@@ -117,7 +118,7 @@ def test_manager_that_reads_nothing_is_waited_for_asleep_and_not_long(manager: M
     assert time.thread_time() - cpu < 0.1
 
 
-@pytest.mark.parametrize(
+@each(
     ("environ", "expected"),
     [
         ({}, math.inf),
@@ -698,7 +699,7 @@ def test_a_device_is_not_replaced_by_metrics(tmp_path: Path, caplog: pytest.LogC
     assert "it is a link, a directory, a pipe or a device" in caplog.text and "METRICS_FILE" in caplog.text
 
 
-@pytest.mark.parametrize(
+@each(
     ("ended", "outcome"),
     [
         (None, "refused"),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.cases import each
 
 import stockrt
 from stockrt import Failure, FailureKind, Outbox, Report
@@ -155,7 +155,7 @@ def test_somebody_elses_chinese_makes_no_result_chinese() -> None:
     assert "; sent without its lists: " in json.loads(stockrt.without_lists(whole))["message"]
 
 
-@pytest.mark.parametrize("text", ["", "no JSON", "[]", "{}", '{"result": 1, "message": 2}', "[" * 5000])
+@each("text", ["", "no JSON", "[]", "{}", '{"result": 1, "message": 2}', "[" * 5000])
 def test_what_a_bad_disk_made_of_a_result_is_left_as_it_is(text: str) -> None:
     assert stockrt.without_lists(text) == text
 

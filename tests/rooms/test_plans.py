@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kit.cases import each
 from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.infoway_server import EVERY_REFUSAL, PLANS, Answer, InfowayServer
@@ -65,7 +66,7 @@ def info_of(**data: object) -> PackageInfo | None:
     return read_package({"ret": 200, "data": {"packageName": "x", "apiNumPerSec": 1, "expireTime": 0} | data})
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "rate", "limits"),
     [
         ("Free", 1, (1, 60, 86_400)),
@@ -87,7 +88,7 @@ def test_limits_follow_from_rate_and_name(name: str, rate: float, limits: tuple[
     assert (plan.name, (plan.per_second, plan.per_minute, plan.per_day)) == (name, limits)
 
 
-@pytest.mark.parametrize(
+@each(
     ("told", "ends"),
     [
         (1_800_000_000, 1_800_000_000),
@@ -104,7 +105,7 @@ def test_an_end_is_told_in_seconds_or_milliseconds(told: object, ends: float) ->
     assert isinstance(info.end_words(1_790_000_000), str)
 
 
-@pytest.mark.parametrize("rate", [None, 0, -1, "10", True, 0.001, 10**9, float("nan"), float("inf")])
+@each("rate", [None, 0, -1, "10", True, 0.001, 10**9, float("nan"), float("inf")])
 def test_what_names_no_rate_is_no_plan(rate: object) -> None:
     assert info_of(apiNumPerSec=rate) is None
     assert read_package({"ret": 500, "data": {"apiNumPerSec": 1}}) is None

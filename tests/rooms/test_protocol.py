@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.cases import each
 from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.platform_server import FAILURE_STATUSES, GARBAGE, NOT_JSON, wrapped
@@ -97,7 +98,7 @@ def refusal_of(args: object) -> str:
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrap", WRAPPINGS)
+@each("wrap", WRAPPINGS)
 def test_an_execute_is_understood_however_it_is_wrapped(wrap: str) -> None:
     (event,) = receive(wrapped(execute({"code_list": ["TSLA.US", "AAPL.US"]}), wrap))
     assert event == Command(
@@ -105,7 +106,7 @@ def test_an_execute_is_understood_however_it_is_wrapped(wrap: str) -> None:
     )
 
 
-@pytest.mark.parametrize("wrap", WRAPPINGS)
+@each("wrap", WRAPPINGS)
 def test_a_shutdown_is_confirmed_however_it_is_wrapped(wrap: str) -> None:
     confirm, shutdown = receive(wrapped({"type": "shutdown"}, wrap))
     assert isinstance(confirm, Send)
@@ -113,7 +114,7 @@ def test_a_shutdown_is_confirmed_however_it_is_wrapped(wrap: str) -> None:
     assert shutdown == Shutdown()
 
 
-@pytest.mark.parametrize("wrap", WRAPPINGS)
+@each("wrap", WRAPPINGS)
 def test_a_ping_is_answered_however_it_is_wrapped(wrap: str) -> None:
     (pong,) = receive(wrapped({"type": "ping", "timestamp": "2026-01-01T10:00:00.000000"}, wrap))
     assert isinstance(pong, Send)
@@ -128,14 +129,12 @@ def test_a_pong_bears_the_local_time_without_a_zone() -> None:
     assert abs((datetime.now() - stamp).total_seconds()) < 60
 
 
-@pytest.mark.parametrize("text", ["receive result", " receive result\n", '{"message": "receive result"}'])
+@each("text", ["receive result", " receive result\n", '{"message": "receive result"}'])
 def test_a_receipt_is_one_plain_or_wrapped(text: str) -> None:
     assert receive(text) == [Receipt()]
 
 
-@pytest.mark.parametrize(
-    "text", [*GARBAGE, "heartbeat confirm", BAD, '{"status": "success"}', '"receive result"']
-)
+@each("text", [*GARBAGE, "heartbeat confirm", BAD, '{"status": "success"}', '"receive result"'])
 def test_what_is_no_command_asks_for_nothing(text: str) -> None:
     assert receive(text) == []
 
@@ -167,10 +166,10 @@ def test_no_execute_raises_and_each_is_taken_or_refused(meta: Any, args: Any, mo
 TOO_MANY = [64, 300, 900, 1600, 12_000, 400_000]
 
 
-@pytest.mark.parametrize("depth", TOO_MANY)
-@pytest.mark.parametrize("shape", ["{}{}", '{{"a":{}1{}'], ids=["lists", "objects"])
-@pytest.mark.parametrize("place", ["meta", "args", "workflow_name", "execution_id", "more"])
-@pytest.mark.parametrize("wrap", WRAPPINGS)
+@each("depth", TOO_MANY)
+@each("shape", ["{}{}", '{{"a":{}1{}'], ids=["lists", "objects"])
+@each("place", ["meta", "args", "workflow_name", "execution_id", "more"])
+@each("wrap", WRAPPINGS)
 def test_what_is_nested_too_deep_is_refused_by_name(depth: int, shape: str, place: str, wrap: str) -> None:
     opening, closing = ("[", "]") if shape == "{}{}" else ('{"a":', "}")
     deep = opening * depth + "1" + closing * depth
@@ -208,7 +207,7 @@ def test_what_is_nested_as_deep_as_it_may_be_is_executed() -> None:
     assert isinstance(event, Command)
 
 
-@pytest.mark.parametrize("depth", TOO_MANY)
+@each("depth", TOO_MANY)
 def test_nesting_without_end_is_no_command(depth: int) -> None:
     assert receive("[" * depth + "]" * depth) == []
     assert receive("[" * depth) == []
@@ -219,8 +218,8 @@ def test_nesting_without_end_is_no_command(depth: int) -> None:
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["code_list", "stock_list", "codes"])
-@pytest.mark.parametrize(
+@each("name", ["code_list", "stock_list", "codes"])
+@each(
     ("value", "codes"),
     [
         (["TSLA.US", "AAPL.US"], ["TSLA.US", "AAPL.US"]),
@@ -238,7 +237,7 @@ def test_codes_are_read_from_every_name_and_shape(name: str, value: object, code
     assert codes_of({name: value}) == codes
 
 
-@pytest.mark.parametrize(
+@each(
     ("args", "codes"),
     [
         (["TSLA.US"], ["TSLA.US"]),
@@ -261,7 +260,7 @@ def test_args_in_other_shapes_are_read_too(args: object, codes: list[object]) ->
     assert codes_of(args) == codes
 
 
-@pytest.mark.parametrize(
+@each(
     ("args", "words"),
     [
         (True, "got true"),
@@ -286,7 +285,7 @@ def test_args_without_codes_are_refused_with_what_came_and_what_was_expected(
     assert "code_list" in reason
 
 
-@pytest.mark.parametrize(
+@each(
     "args",
     [
         None,
@@ -347,7 +346,7 @@ def test_read_args_returns_codes_or_says_why_not(args: Any) -> None:
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each(
     ("more", "execution_id"),
     [
         ({}, "e-1"),
@@ -497,9 +496,9 @@ def test_each_connection_is_asked_anew() -> None:
         assert line.heartbeats() == [10]
 
 
-@pytest.mark.parametrize("heartbeat_s", [1, 10, 44, 45, 46, 60, 100, 3600])
-@pytest.mark.parametrize("answer", [confirms, complains, lambda text: ""])
-@pytest.mark.parametrize("ping_every", [float("inf"), 30, 119])
+@each("heartbeat_s", [1, 10, 44, 45, 46, 60, 100, 3600])
+@each("answer", [confirms, complains, lambda text: ""])
+@each("ping_every", [float("inf"), 30, 119])
 def test_a_text_goes_out_in_time_for_the_newer_servers_clock(
     heartbeat_s: float, answer: Callable[[str], str], ping_every: float
 ) -> None:
@@ -510,14 +509,14 @@ def test_a_text_goes_out_in_time_for_the_newer_servers_clock(
     assert all(json.loads(text)["type"] == "pong" for _, text in line.texts if text != "heartbeat")
 
 
-@pytest.mark.parametrize("heartbeat_s", [1, 10, 3600])
+@each("heartbeat_s", [1, 10, 3600])
 def test_a_websocket_ping_goes_out_at_every_interval(heartbeat_s: float) -> None:
     line = Line(heartbeat_s)
     line.live(100 * heartbeat_s)
     assert line.pings == [heartbeat_s * n for n in range(1, 101)]
 
 
-@pytest.mark.parametrize("heartbeat_s", [1, 10, 3600])
+@each("heartbeat_s", [1, 10, 3600])
 def test_a_peer_silent_for_two_intervals_is_dead(heartbeat_s: float) -> None:
     line = Line(heartbeat_s, pongs=False)
     line.live(100 * heartbeat_s)
@@ -675,7 +674,7 @@ def test_a_partial_success_names_what_failed() -> None:
     assert result["failures"] == {"XXXX.US": "unknown to the API"}
 
 
-@pytest.mark.parametrize(
+@each(
     "report",
     [
         Report(total=2, failures=dict.fromkeys(("A.US", "B.US"), Failure(FailureKind.API, "HTTP 500"))),
@@ -769,7 +768,7 @@ def test_message_error_and_failures_of_a_result_are_chinese_and_nothing_else_cha
     assert english == chinese
 
 
-@pytest.mark.parametrize(
+@each(
     "args",
     [[], {"codez": "A"}, "{", ["A.US"] * (stockrt.MAX_CODES_PER_COMMAND + 1), NESTED],
     ids=["empty", "misspelled", "cut off", "too many", "nested"],
@@ -798,7 +797,7 @@ def test_what_a_result_says_is_kept_in_all_languages() -> None:
         assert stockrt.in_language(said["failures"]["X.US"], "zh") == "***；请检查 A"
 
 
-@pytest.mark.parametrize("password", ["1234", "kind", "text", "message", "true", "protocol"])
+@each("password", ["1234", "kind", "text", "message", "true", "protocol"])
 def test_what_a_result_says_is_kept_whatever_the_password_is(password: str) -> None:
     """It is masked in the values alone: JSON has numbers and words that a password may be, too."""
     made = settings(MESSAGE_LANG="zh", MONGODB_HOST=f"mongodb://user:{password}@127.0.0.1/")

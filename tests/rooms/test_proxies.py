@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from kit.cases import each
 from kit.chinese import in_chinese
 from kit.daemons import PATIENCE
 from kit.infoway_server import Answer, InfowayServer, make_certificate
@@ -87,7 +88,7 @@ def secure(certificate: tuple[ssl.SSLContext, Path], infoway: InfowayServer) -> 
 A, B, C = "http://a:1", "http://b:2", "http://c:3"
 
 
-@pytest.mark.parametrize(
+@each(
     ("environ", "https", "http"),
     [
         ({}, "", ""),
@@ -110,7 +111,7 @@ def test_a_scheme_has_its_own_proxy_or_the_one_for_all(
     assert [proxy.host if proxy else "" for proxy in found] == [https, http]
 
 
-@pytest.mark.parametrize(
+@each(
     ("entry", "host", "straight"),
     [
         ("*", "any.example", True),
@@ -162,7 +163,7 @@ def test_a_proxy_may_be_a_credential(tmp_path: Path) -> None:
     assert proxy is not None and proxy.password == HUSH
 
 
-@pytest.mark.parametrize("scheme", ["socks5", "socks5h", "socks4", "SOCKS5"])
+@each("scheme", ["socks5", "socks5h", "socks4", "SOCKS5"])
 def test_a_socks_proxy_that_would_be_used_is_a_fault(scheme: str) -> None:
     said = faults(HTTP_PROXY=A, ALL_PROXY=f"{scheme}://me:{HUSH}@h:1080")
     assert said.startswith(f"ALL_PROXY={scheme.lower()}://***@h:1080: expected http:// or https://")
@@ -174,7 +175,7 @@ def test_a_socks_proxy_for_other_programs_is_no_fault() -> None:
     load(HTTP_PROXY=A, HTTPS_PROXY=A, ALL_PROXY="socks5://127.0.0.1:7891")
 
 
-@pytest.mark.parametrize("url", [f"http://me:{HUSH}@h:0", f"me:{HUSH}@h/x", f"ftp://me:{HUSH}@h"])
+@each("url", [f"http://me:{HUSH}@h:0", f"me:{HUSH}@h/x", f"ftp://me:{HUSH}@h"])
 def test_a_fault_shows_no_password(url: str) -> None:
     said = faults(HTTPS_PROXY=url)
     assert "***@h" in said and HUSH not in said and "hu%40" not in said
@@ -471,7 +472,7 @@ def test_a_handshake_of_the_api_that_never_ends_is_cut(
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each(
     ("head", "said"),
     [
         (b"", "对方未应答就关闭了连接"),

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit.cases import each
 from kit.clock import FakeClock
 from kit.ledger import NoLedger
 
@@ -87,7 +88,7 @@ def refusal(pool: KeyPool, product: str = "stock") -> str:
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each(
     ("plan", "windows"),
     [
         ("free", ((1, 1), (60, 60))),
@@ -175,7 +176,7 @@ def test_a_key_keeps_all_windows_of_its_plan_together(plan: Plan, wishes: list[f
         assert all(late - early > seconds for early, late in zip(times, times[limit:], strict=False))
 
 
-@pytest.mark.parametrize("plan", PLANS.values())
+@each("plan", PLANS.values())
 def test_a_busy_key_is_used_within_five_percent_of_its_rate(plan: Plan) -> None:
     """The margin between two windows costs little."""
     pool, clock = pool_of([KEY], plan)
@@ -261,7 +262,7 @@ def test_a_product_that_the_key_lacks_closes_that_product_only() -> None:
     assert pool.acquire("stock", go()).secret == KEY
 
 
-@pytest.mark.parametrize(
+@each(
     ("now_utc", "seconds"),
     [
         (datetime(2026, 8, 14, 23, 0, tzinfo=UTC), 3600),
@@ -381,7 +382,7 @@ def test_a_key_that_dies_wakes_those_who_wait_for_it() -> None:
     assert clock.now_monotonic == 1000.0
 
 
-@pytest.mark.parametrize(
+@each(
     ("secret", "shown"),
     [
         (KEY, "aaa…111"),

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from kit.cases import each
 from kit.trades import CREATED, settings_of
 
 from stockrt import (
@@ -160,7 +161,7 @@ def test_a_chinese_reader_has_titles_ages_and_numbers_in_chinese(tmp_path: Path)
     assert len(ends) == 1
 
 
-@pytest.mark.parametrize(
+@each(
     ("number", "english", "chinese"),
     [
         ("0.00012", "0.00012", "0.00012"),
@@ -290,7 +291,7 @@ def test_a_change_has_its_sign_beside_its_color(tmp_path: Path) -> None:
     assert ("+2.01%" in plain[1], "-1.61%" in plain[2]) == (True, True)
 
 
-@pytest.mark.parametrize(
+@each(
     ("environ", "up", "rises"),
     [
         ({"LANG": "zh_CN.UTF-8"}, None, "red"),

@@ -13,6 +13,7 @@ import hypothesis
 import pytest
 from conftest import unprivileged
 from hypothesis import strategies as st
+from kit.cases import each
 from kit.chinese import in_chinese
 
 import stockrt
@@ -308,7 +309,7 @@ def test_a_comment_behind_a_value_without_quotes_is_warned_of(write: WriteFile) 
     assert "line 1: to systemd the comment is a part of LOG_LEVEL" in warning
 
 
-@pytest.mark.parametrize(
+@each(
     ("uri", "more", "name"),
     [
         ("mongodb://h/", {}, "forecast_platform"),
@@ -700,13 +701,13 @@ def test_every_setting_has_good_and_bad_values_here() -> None:
     assert {name for name, _, _ in GOOD} == set(NAMES) == {name for name, _ in BAD}
 
 
-@pytest.mark.parametrize(("name", "text", "expected"), GOOD)
+@each(("name", "text", "expected"), GOOD)
 def test_a_good_value_is_taken(name: str, text: str, expected: object) -> None:
     """Dots stand for the text itself."""
     assert value_of(load({name: text}).settings, name) == (text if expected is ... else expected)
 
 
-@pytest.mark.parametrize(("name", "text"), BAD)
+@each(("name", "text"), BAD)
 def test_a_bad_value_is_a_fault_that_says_what_is_expected(name: str, text: str) -> None:
     """Name, place and expectation, on one line that a terminal shows as it is."""
     (fault,) = faults_of({name: text})
@@ -717,7 +718,7 @@ def test_a_bad_value_is_a_fault_that_says_what_is_expected(name: str, text: str)
     assert len(fault) < 400
 
 
-@pytest.mark.parametrize(("name", "text"), BAD)
+@each(("name", "text"), BAD)
 def test_a_bad_value_is_a_fault_in_chinese_too(name: str, text: str) -> None:
     """With the same name and value, and without a word of English that is not the value's."""
     (fault,) = faults_of({name: text})
@@ -802,7 +803,7 @@ def test_faults_end_with_the_status_78() -> None:
     assert str(caught.value).splitlines() == list(caught.value.faults)
 
 
-@pytest.mark.parametrize(
+@each(
     "environ",
     [
         {"MONGODB_REALTIME_COLLECTION_NAME": "close"},
@@ -817,8 +818,8 @@ def test_the_two_collections_must_differ(environ: dict[str, str]) -> None:
     assert "MONGODB_REALTIME_COLLECTION_NAME" in fault
 
 
-@pytest.mark.parametrize("name", ["MONGODB_WATCH_COLLECTION_NAME", "MONGODB_GAP_COLLECTION_NAME"])
-@pytest.mark.parametrize("other", ["realtime", "close", "license_usage"])
+@each("name", ["MONGODB_WATCH_COLLECTION_NAME", "MONGODB_GAP_COLLECTION_NAME"])
+@each("other", ["realtime", "close", "license_usage"])
 def test_watch_list_and_gaps_have_collections_of_their_own(name: str, other: str) -> None:
     (fault,) = faults_of({name: other})
     assert fault.startswith(f"{name}='{other}': expected another name than MONGODB_")
@@ -877,7 +878,7 @@ def test_a_watch_list_is_in_mongodb() -> None:
     assert load(watch).settings.collect_codes == "watch"  # --status and others need it not
 
 
-@pytest.mark.parametrize(
+@each(
     ("environ", "expected"),
     [
         ({}, ""),
@@ -899,7 +900,7 @@ def test_the_platform_url_is_made_of_its_settings(environ: dict[str, str], expec
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each(
     ("environ", "is_root", "expected"),
     [
         ({"HOME": "/root", "XDG_STATE_HOME": "/x"}, True, "/var/lib/stockrt"),
@@ -932,7 +933,7 @@ def test_loading_makes_no_directory(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "text"),
     [
         ("INFOWAY_API_KEY", f"{SECRET},with blank"),
@@ -969,7 +970,7 @@ def secret_settings() -> LoadedSettings:
 SECRETS = ["key-one-1111", "key-two-2222", "p%40ss%2Fword", "p@ss/word"]
 
 
-@pytest.mark.parametrize("secret", SECRETS)
+@each("secret", SECRETS)
 def test_redact_takes_every_secret_out(secret: str) -> None:
     """API keys, and the password of the URI both as it is written and as it is meant."""
     settings = secret_settings().settings
@@ -995,7 +996,7 @@ def test_redact_leaves_no_part_of_a_secret_that_holds_another() -> None:
     assert settings.redact("abcd-efgh abcd") == "*** ***"
 
 
-@pytest.mark.parametrize("secret", [*SECRETS, "user:"])
+@each("secret", [*SECRETS, "user:"])
 def test_the_printed_settings_hold_no_secret(secret: str) -> None:
     """A traceback or a debug line may print them."""
     loaded = secret_settings()

@@ -25,6 +25,7 @@ import pytest
 from bson.decimal128 import Decimal128
 from bson.int64 import Int64
 from conftest import controlled, unprivileged
+from kit.cases import each
 from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import PATIENCE, number
@@ -919,7 +920,7 @@ def test_same_run_twice_stores_nothing_twice(place: Place, infoway: InfowayServe
     assert [document["_id"] for document in place.documents()] == expected
 
 
-@pytest.mark.parametrize(
+@each(
     ("error", "taken"),
     [
         ({"keyPattern": {"_id": 1}, "errmsg": ""}, True),

@@ -14,6 +14,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.cases import each
 from kit.chinese import in_chinese
 from kit.daemons import PATIENCE
 from kit.infoway_server import PLANS as PLANS_THERE
@@ -163,7 +164,7 @@ def error(code: int, trace: object = None, msg: str = "no") -> str:
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each(
     ("info", "plan", "limits"),
     [
         (stockrt.NO_PACKAGE, stockrt.PLAN_TO_ASK, (1, 10, 10)),
@@ -184,7 +185,7 @@ def test_a_key_has_the_limits_that_were_told_else_those_of_its_plan(
     assert stream_limits(info, plan)[:3] == limits
 
 
-@pytest.mark.parametrize(
+@each(
     ("told", "read"),
     [
         ({"maxWsConNum": 2, "maxNum": 600, "allWsNum": 800}, (2, 600, 800)),
@@ -310,8 +311,8 @@ def test_each_code_has_one_row_and_each_row_a_test() -> None:
     assert all(row.means and row.setting in settings for row in STREAM_ERRORS)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("code", ENDS)
+@each("form", FORMS)
+@each("code", ENDS)
 def test_an_error_that_ends_the_connection_says_what_follows(code: int, form: str) -> None:
     talk = Talk(codes=US[:3])
     (end,) = talk.hear(form.format(error(code, talk.last()["trace"], "These words"))).events
@@ -332,8 +333,8 @@ def test_waits_are_jittered() -> None:
     assert len(waits) == 20 and max(waits) - min(waits) > 20
 
 
-@pytest.mark.parametrize(("code", "words"), ERRORS.items())
-@pytest.mark.parametrize("form", ["{}", SUBSCRIBE_FAIL + "{}"])
+@each(("code", "words"), ERRORS.items())
+@each("form", ["{}", SUBSCRIBE_FAIL + "{}"])
 def test_an_error_in_words_alone_is_the_one_with_the_number(code: int, words: str, form: str) -> None:
     words = words.format(per_connection=10, connections=1, in_all=10)
     found = stream_error(None, form.format(words))
@@ -342,7 +343,7 @@ def test_an_error_in_words_alone_is_the_one_with_the_number(code: int, words: st
     assert stream_error(None, f"Subscribe fail {code}") is wanted
 
 
-@pytest.mark.parametrize("form", ["json", "prefix", "prose"])
+@each("form", ["json", "prefix", "prose"])
 def test_too_many_codes_on_a_connection_are_left_out_and_named(form: str) -> None:
     talk = Talk(codes=US[:150])
     first, second = (frame for _, frame in talk.sent)
@@ -388,7 +389,7 @@ def test_too_many_codes_in_all_may_be_the_old_connections_and_are_asked_for_agai
     assert isinstance(refused, CodesRefused) and refused.codes == tuple(US[:5])
 
 
-@pytest.mark.parametrize("code", [506, 507, 520, 521])
+@each("code", [506, 507, 520, 521])
 def test_the_wrong_codes_of_a_frame_are_found_and_the_others_kept(code: int) -> None:
     wrong = {US[17], US[64]}
     talk = Talk(codes=US[:100])
@@ -433,7 +434,7 @@ def test_an_error_about_nothing_is_said_and_an_answered_frames_is_no_later_ones(
     ]
 
 
-@pytest.mark.parametrize(
+@each(
     ("status", "body", "action"),
     [
         (401, b'{"code":401,"message":"Token invalid"}', NEVER),
@@ -457,7 +458,7 @@ def test_a_refused_handshake_says_what_follows(status: int, body: bytes, action:
     assert ("Token invalid" in end.words) is (b"Token" in body)
 
 
-@pytest.mark.parametrize("row", STREAM_ERRORS, ids=lambda row: str(row.code))
+@each("row", STREAM_ERRORS, ids=lambda row: str(row.code))
 def test_each_error_has_its_meaning_in_chinese(row: stockrt.StreamError) -> None:
     talk = Talk(codes=US[:1])
     frame = error(row.code, talk.last()["trace"], "These words")
@@ -562,7 +563,7 @@ NO_PUSHES = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(NO_PUSHES)))
+@each("number", range(len(NO_PUSHES)))
 def test_what_is_no_push_of_what_was_asked_for_is_dropped_and_counted(number: int) -> None:
     talk = Talk(codes=["A0.US"])
     talk.ack_all()
@@ -720,7 +721,7 @@ def test_a_holiday_is_asked_about_more_and_more_seldom() -> None:
     assert max(gaps) < 1_500
 
 
-@pytest.mark.parametrize(
+@each(
     ("product", "code", "hour", "anew"),
     [
         ("stock", "00700.HK", 15, False),  # 23:00 in Hong Kong

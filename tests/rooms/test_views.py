@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.cases import each
 from kit.trades import CREATED, settings_of
 
 import stockrt
@@ -205,7 +206,7 @@ def test_what_rises_is_drawn_other_than_what_falls() -> None:
     assert "\033" not in plain and "█" in plain and "▒" in plain
 
 
-@pytest.mark.parametrize("volume", ["7", "31194", "999999", "1234567"])
+@each("volume", ["7", "31194", "999999", "1234567"])
 def test_a_candle_stands_above_its_volume(volume: str) -> None:
     slots = [Slot(NOON + n * MINUTE, candle(NOON, n + 1, n + 2, volume)) for n in range(2)]
     lines = draw_chart(Chart(AAPL, "1m", slots), 60, 20, "red", color=False)[0].splitlines()
@@ -213,8 +214,8 @@ def test_a_candle_stands_above_its_volume(volume: str) -> None:
     assert set().union(*places[:14]) == set().union(*places[14:])
 
 
-@pytest.mark.parametrize("count", [1, 2, 13, 60])
-@pytest.mark.parametrize("width", [40, 80, 200])
+@each("count", [1, 2, 13, 60])
+@each("width", [40, 80, 200])
 def test_a_chart_is_as_wide_as_its_terminal_at_most(count: int, width: int) -> None:
     """Each candle has a column of its own, whatever there is room for; prices may be the same, or below zero."""
     slots = [Slot(NOON + n * MINUTE, candle(NOON, -37.5, -37.5 + n % 2, "0")) for n in range(count)]
@@ -239,7 +240,7 @@ def test_the_price_of_the_opening_auction_is_the_sessions_open(place: Place) -> 
     assert apple is not None and (apple.open, apple.volume) == ("270.0", "100")
 
 
-@pytest.mark.parametrize(
+@each(
     ("code", "moment", "day", "since"),
     [
         ("EURUSD", "2026-08-13T20:59", "2026-08-13", "2026-08-12T21:00"),
@@ -257,7 +258,7 @@ def test_what_trades_through_its_close_is_in_the_next_session_from_then_on(
     assert trading_span(code, at[0])[:2] == (day, at[1])
 
 
-@pytest.mark.parametrize(
+@each(
     ("low", "high"),
     [("10.01", "10.03"), ("0.0000000000009", "0.0000000000015"), ("9", "10"), ("-3", "3"), ("7", "7")],
 )

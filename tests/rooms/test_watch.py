@@ -16,6 +16,7 @@ import pymongo
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.cases import each
 from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import PATIENCE, check_paced, until
@@ -296,7 +297,7 @@ def test_each_code_is_in_one_share_and_no_share_has_far_more_than_its_part(share
     assert all(len(codes) < 2 * len(CODES) / shares + 10 for codes in lists)
 
 
-@pytest.mark.parametrize(
+@each(
     "notations",
     [
         ("600519.SH", "600519", "sh600519", "SSE:600519", "６００５１９", "1.600519"),
