@@ -7,7 +7,6 @@
 #     "python-dotenv>=1.0",
 #     "tqdm>=4.66",
 #     "urllib3>=2.6",
-#     "websocket-client>=1.8",
 # ]
 # ///
 """stockrt: collects the latest trades of stocks, currency pairs and crypto.
@@ -120,6 +119,7 @@ if TYPE_CHECKING:  # what a path does not need is imported where it is needed: i
     import socket
     import sqlite3
     from http.client import HTTPResponse
+    from urllib.parse import SplitResult
 
     from dotenv.parser import Binding
     from pymongo import MongoClient
@@ -129,6 +129,9 @@ if TYPE_CHECKING:  # what a path does not need is imported where it is needed: i
 __version__ = "1.0.0"
 
 log = logging.getLogger("stockrt")
+
+# Patterns stand here as texts, which `re` compiles when they are first used and keeps: all of them at every start would
+# take six milliseconds. Compiled are those that every trade or code needs.
 
 
 # ======================================================================================================
@@ -634,9 +637,6 @@ def local_time(moment: datetime) -> str:
     return moment.astimezone().isoformat(" ", "seconds")
 
 
-_UTC_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z")
-
-
 def local_times(text: str) -> str:
     """Return a text for people with its times, which programs get in UTC, on this machine's clock."""
 
@@ -645,7 +645,7 @@ def local_times(text: str) -> str:
             return local_time(datetime.fromisoformat(found[0]))
         return found[0]
 
-    return _UTC_TIME.sub(local, text)
+    return re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z", local, text)
 
 
 def parts_of(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -829,16 +829,13 @@ def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.
         ceiling = min(cap_s, ceiling * growth)
 
 
-_UNPACKED = re.compile(r".+_[0-9a-f]{16,}")
-
-
 def lost_part(error: ImportError) -> StockrtError:
     """Return what to end with where a part of this program is gone, and have the next start unpack it anew.
 
     Cleaners of caches take files away from under a process that runs for months.
     """
     site, then = Path(__file__).resolve().parent, phrase("tools.install_anew")
-    if site.name == "site-packages" and _UNPACKED.fullmatch(site.parent.name):
+    if site.name == "site-packages" and re.fullmatch(r".+_[0-9a-f]{16,}", site.parent.name):
         then = phrase("tools.unpacked_anew")
         with contextlib.suppress(OSError):  # gone altogether, or another process was first
             site.rename(site.with_name(f"lost-{os.urandom(4).hex()}"))
@@ -1082,7 +1079,6 @@ class Proxies(NamedTuple):
 
 
 NO_PROXIES = Proxies()
-_EXEMPT_ENTRY = re.compile(r"(\[[^\]]*\]|[^:]*)(?::(\d+))?|(.*)")
 
 
 def _is_exempt(entry: str, host: str, port: int) -> bool:
@@ -1092,7 +1088,7 @@ def _is_exempt(entry: str, host: str, port: int) -> bool:
     """
     import ipaddress
 
-    parts = cast("re.Match[str]", _EXEMPT_ENTRY.fullmatch(entry))
+    parts = cast("re.Match[str]", re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(\d+))?|(.*)", entry))
     name = (parts[3] or parts[1]).strip("[]").strip(".")
     if parts[2] and int(parts[2]) != port:
         return False
@@ -1170,7 +1166,7 @@ class Settings(NamedTuple):
         found = {*self.api_keys, *self.old_secrets}
         if self.mongodb_shown() != self.mongodb_uri:
             found.add(self.mongodb_uri)
-        match = _USERINFO.search(self.mongodb_uri)
+        match = re.search(_USERINFO, self.mongodb_uri)
         if match and ":" in match[1]:
             password = match[1].partition(":")[2]
             found |= {password, unquote(password), unquote_plus(password)}
@@ -1230,12 +1226,12 @@ class LoadedSettings(NamedTuple):
     hiding: tuple[str, ...] = ()
 
 
-_USERINFO = re.compile(r"^[a-z+]+://(.*)@", re.IGNORECASE | re.DOTALL)
+_USERINFO = r"(?is)^[a-z+]+://(.*)@"
 
 
 def mask_uri(uri: str) -> str:
     """Return a URI with its user and password replaced: everything up to the last `@` goes."""
-    shown = _USERINFO.sub(lambda m: uri[: uri.index("://") + 3] + "***@", uri)
+    shown = re.sub(_USERINFO, lambda m: uri[: uri.index("://") + 3] + "***@", uri)
     return re.sub(r"(?i)((?:password|authMechanismProperties)=)[^&;]*", r"\1***", shown)
 
 
@@ -1322,7 +1318,7 @@ def _unknown_option(name: str, said: str) -> str:
 
 
 # As a person writes one; Python's own would read 1_0 as ten, and nan and 1e3 too.
-_PLAIN_NUMBER = re.compile(r"\d+(?:\.\d*)?|\.\d+", re.ASCII)
+_PLAIN_NUMBER = r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
 
 
 def _expect(good: bool) -> None:
@@ -1340,7 +1336,7 @@ def _text(shortest: int, longest: int) -> Callable[[str], str]:
 
 def _number(low: float, high: float) -> Callable[[str], float]:
     def parse(value: str) -> float:
-        _expect(_PLAIN_NUMBER.fullmatch(value) is not None)
+        _expect(re.fullmatch(_PLAIN_NUMBER, value) is not None)
         number = float(value)
         _expect(low <= number <= high)
         return number
@@ -2054,7 +2050,7 @@ def shown_value(setting: Setting, text: str) -> str:
     """Return the text of a setting as a person may see it, in quotes."""
     if setting.in_small_letters:
         return repr(one_line(mask_userinfo(text), 100))
-    if setting.secret and not (setting.attribute == "mongodb_uri" and _USERINFO.match(text)):
+    if setting.secret and not (setting.attribute == "mongodb_uri" and re.match(_USERINFO, text)):
         return "'***'"
     return repr(one_line(mask_uri(text), 100))
 
@@ -2401,20 +2397,19 @@ CRYPTO_VENUES = frozenset(
 COMMON_VENUES = frozenset("FX FX_IDC OANDA FOREXCOM SAXO ICMARKETS PEPPERSTONE CAPITALCOM TVC".split())
 # What a symbol looks like at each market; without it, another notation is not read as that market's.
 _SYMBOL_FORMS = {
-    "SH": re.compile(r"[0-9]{6}"),
-    "SZ": re.compile(r"[0-9]{6}"),
-    "HK": re.compile(r"[0-9]{1,5}"),
-    "US": re.compile(r"[A-Z]{1,6}(?:[.-][A-Z]{1,3})?"),
-    "JP": re.compile(r"[0-9][0-9A-Z]{3}5?"),
-    "KS": re.compile(r"[0-9][0-9A-Z]{5}"),
-    "IN": re.compile(r"[A-Z0-9&_-]*[A-Z][A-Z0-9&_-]*"),
-    "TW": re.compile(r"[0-9]{4,6}[A-Z]?"),
+    "SH": r"[0-9]{6}",
+    "SZ": r"[0-9]{6}",
+    "HK": r"[0-9]{1,5}",
+    "US": r"[A-Z]{1,6}(?:[.-][A-Z]{1,3})?",
+    "JP": r"[0-9][0-9A-Z]{3}5?",
+    "KS": r"[0-9][0-9A-Z]{5}",
+    "IN": r"[A-Z0-9&_-]*[A-Z][A-Z0-9&_-]*",
+    "TW": r"[0-9]{4,6}[A-Z]?",
 }
 _EXAMPLES = {"US": "AAPL.US", "HK": "00700.HK", "SH": "600519.SH", "SZ": "000001.SZ", "JP": "7203.JP",
              "KS": "005930.KS", "IN": "RELIANCE.IN", "TW": "2330.TW"}  # fmt: skip
 # sh600519, hk00700 (Sina, Tencent, Xueqiu; r_ and rt_ ask them for the live price)
-_GLUED = re.compile(r"(?:RT?_)?(?:(SH|SZ|BJ)([0-9]{6})|(HK)([0-9]{4,5}))")
-_PAIR = re.compile(r"([A-Z0-9]{2,15})[/_-]([A-Z0-9]{3,5})")
+_GLUED = r"(?:RT?_)?(?:(SH|SZ|BJ)([0-9]{6})|(HK)([0-9]{4,5}))"
 
 
 def _read(text: str) -> Instrument:
@@ -2426,9 +2421,9 @@ def _read(text: str) -> Instrument:
     code = _safe(text)
     if code.endswith(("=X", "=F")):
         return _of_yahoo(*code.split("=", 1))
-    if glued := _GLUED.fullmatch(code):
+    if glued := re.fullmatch(_GLUED, code):
         return _at_market(glued[2] or glued[4], glued[1] or glued[3])
-    if code.startswith("GB_") and _SYMBOL_FORMS["US"].fullmatch(code[3:]):  # Sina
+    if code.startswith("GB_") and re.fullmatch(_SYMBOL_FORMS["US"], code[3:]):  # Sina
         return _at_market(code[3:], "US")
     symbol, dot, suffix = code.rpartition(".")
     if not dot:
@@ -2443,7 +2438,7 @@ def _elsewhere(code: str) -> Instrument:
     first, _, rest = code.partition(".")
     symbol, _, last = code.rpartition(".")
     named = EASTMONEY_MARKETS.get(first, "")
-    if named and _SYMBOL_FORMS[named].fullmatch(rest.replace("_", ".")):  # 106.BRK_B
+    if named and re.fullmatch(_SYMBOL_FORMS[named], rest.replace("_", ".")):  # 106.BRK_B
         if named == "SZ" and _mainland(rest) == ("BJ",):
             raise _no_beijing(rest)
         return _at_market(rest.replace("_", "."), named)
@@ -2451,7 +2446,7 @@ def _elsewhere(code: str) -> Instrument:
         if name in BEIJING_NAMES:
             raise _no_beijing(other or code)
         market = _SUFFIX_OF.get(name)
-        if market is None or not _SYMBOL_FORMS[market].fullmatch(other):
+        if market is None or not re.fullmatch(_SYMBOL_FORMS[market], other):
             continue
         # ARCA.O and IN.N are shares called ARCA and IN: of what takes letters only US stands before a dot
         if name == last or name == "US" or market not in ("US", "IN"):
@@ -2469,7 +2464,7 @@ def _unknown_exchange(symbol: str, suffix: str) -> InstrumentError:
     if suffix in _SUFFIX_OF:
         example = _EXAMPLES[_SUFFIX_OF[suffix]]
         return InstrumentError(phrase("instruments.unknown_form", code=f"{symbol}.{suffix}", example=example))
-    if re.fullmatch(r"[A-Z]", suffix) and _SYMBOL_FORMS["US"].fullmatch(symbol):
+    if re.fullmatch(r"[A-Z]", suffix) and re.fullmatch(_SYMBOL_FORMS["US"], symbol):
         why = phrase("instruments.unknown_exchange", suffix=suffix)
         return _unclear(f"{symbol}.{suffix}", why, f"{symbol}.{suffix}.US")
     names = " ".join(f".{name}" for name in MARKETS)
@@ -2485,7 +2480,7 @@ def _at_venue(symbol: str, venue: str) -> Instrument:
     if venue in BEIJING_NAMES:
         raise _no_beijing(_safe(symbol))
     market = _SUFFIX_OF.get(venue)
-    if market and _SYMBOL_FORMS[market].fullmatch(symbol):
+    if market and re.fullmatch(_SYMBOL_FORMS[market], symbol):
         return _at_market(symbol, market)
     if market:
         raise InstrumentError(phrase("instruments.not_of_venue", venue=venue, example=_EXAMPLES[market]))
@@ -2516,7 +2511,7 @@ def _at_market(symbol: str, suffix: str) -> Instrument:
         if not 1 <= len(number) <= 5:
             raise InstrumentError(phrase("instruments.hong_kong", symbol=symbol))
         symbol = f"{number:0>5}"
-    if suffix in ("SH", "SZ") and not _SYMBOL_FORMS[suffix].fullmatch(symbol):
+    if suffix in ("SH", "SZ") and not re.fullmatch(_SYMBOL_FORMS[suffix], symbol):
         code = f"{symbol}.{suffix}"
         raise InstrumentError(phrase("instruments.mainland", code=code, example=_EXAMPLES[suffix]))
     return Instrument(_safe(f"{symbol}.{suffix}"), _SUFFIX_PRODUCTS[suffix])
@@ -2535,7 +2530,7 @@ def _of_yahoo(symbol: str, kind: str) -> Instrument:
 def _pair(text: str) -> Instrument | None:
     """Read a pair with something between its halves, BTC/USDT, perpetual or not; None if it is none."""
     spot = text.removesuffix(".P")
-    pair = _PAIR.fullmatch(spot)
+    pair = re.fullmatch(r"([A-Z0-9]{2,15})[/_-]([A-Z0-9]{3,5})", spot)
     if pair is None or text in SESSIONLESS:  # XCUUSD_S
         return None
     product = _pair_product(pair[1], pair[2])
@@ -2624,12 +2619,10 @@ def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
 # Codes
 # ------------------------------------------------------------------------------------------------------
 
-_SEPARATORS = re.compile(r"[\s,;，；、]+")
-
 
 def split_codes(text: str) -> list[str]:
     """Return the codes of a text in which commas (Chinese ones too), semicolons or blanks separate them."""
-    return [code for code in _SEPARATORS.split(text) if code]
+    return [code for code in re.split(r"[\s,;，；、]+", text) if code]
 
 
 def codes_in(lines: Iterable[str]) -> Iterator[str]:
@@ -3365,9 +3358,6 @@ def words_of(envelope: Mapping[str, Any]) -> str:
 # Faults of proxies
 # ------------------------------------------------------------------------------------------------------
 
-# How http.client says that a CONNECT was refused; there is no other sign.
-_TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d+)")
-
 
 def _proxy_headers(proxy: Proxy) -> dict[str, str]:
     return {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
@@ -3375,7 +3365,8 @@ def _proxy_headers(proxy: Proxy) -> dict[str, str]:
 
 def _fault_of_proxy(proxy: Proxy, error: Exception, fault: Response) -> Response:
     """Return a fault of connecting as one of the way through a proxy."""
-    refused = _TUNNEL_REFUSED.match(str(error))
+    # how http.client says that a CONNECT was refused; there is no other sign
+    refused = re.match(r"Tunnel connection failed: (\d+)", str(error))
     if refused:
         return _refused_by_proxy(proxy, int(refused[1]))
     return fault._replace(fault=_through(proxy, fault.fault))
@@ -3727,18 +3718,15 @@ _NETWORK_KINDS = {
     "ConnectionRefusedError": "http.refused",
     "RemoteDisconnected": "http.closed",
     "ConnectionError": "http.cut",
-    "WebSocketConnectionClosedException": "http.cut",
     "TimeoutError": "http.late",
-    "WebSocketTimeoutException": "http.late",
     "SSLCertVerificationError": "http.untrusted",
     "SSLError": "http.tls",
     "IncompleteRead": "http.short",
     "HTTPException": "http.no_http",
 }
-_LIBRARY_WORDS = re.compile(
-    r"\[Errno -?\d+\] |\[\w+(?:: \w+)?\] | \(_ssl\.c:\d+\)| \(configured timeouts: [^)]*\)|<[^>]*> *:? *"
-    r"|, (?:full error|Timeout): .*",
-    re.DOTALL,
+_LIBRARY_WORDS = (
+    r"(?s)\[Errno -?\d+\] |\[\w+(?:: \w+)?\] | \(_ssl\.c:\d+\)| \(configured timeouts: [^)]*\)|<[^>]*> *:? *"
+    r"|, (?:full error|Timeout): .*"
 )
 
 
@@ -3763,7 +3751,7 @@ def network_words(error: BaseException) -> str:
 def plain_words(text: str) -> str:
     """Return what a library says of the network without what means something to its authors alone."""
     # masked before something is taken out of the middle
-    return _LIBRARY_WORDS.sub("", mask(text, HIDDEN.secrets))
+    return re.sub(_LIBRARY_WORDS, "", mask(text, HIDDEN.secrets))
 
 
 def _root_of(error: BaseException) -> BaseException:
@@ -3791,19 +3779,20 @@ def _foreign_errors() -> tuple[type[Exception], ...]:
 
 def _has_nothing_for_us(sock: socket.socket) -> bool:
     """Return whether what there is to read is TLS's own (session tickets), and not the end."""
-    import ssl
-
     timeout = sock.gettimeout()
     sock.settimeout(0.0)
     try:
         sock.recv(1)
-    except (BlockingIOError, ssl.SSLWantReadError):
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return has_nothing_yet(error)
     finally:
         sock.settimeout(timeout)
     return False
+
+
+def has_nothing_yet(error: Exception) -> bool:
+    """Whether a socket that does not wait has nothing to read; TLS, loaded where it is used, says that by its own."""
+    return isinstance(error, BlockingIOError) or type(error).__name__ == "SSLWantReadError"
 
 
 # ======================================================================================================
@@ -3820,10 +3809,15 @@ FRAMES_AT_ONCE = 100
 FRAME_BYTES_AT_ONCE = 1024 * 1024
 # As of any HTTP answer's head.
 MAX_HANDSHAKE_BYTES = 65536
+# With which a server proves that it has understood what it was asked for.
+_WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 # What one call of the kernel's gives: at a hundred bytes a frame it is the calls that take the time.
 READ_BYTES = 65536
-# The first byte of a text frame that is a whole message.
-WHOLE_TEXT = 0x81
+# Of RFC 6455: opcodes, of control frames from CLOSE on; a bit of either first byte; the longest length in the second.
+TEXT, CLOSE, PING, PONG = 0x1, 0x8, 0x9, 0xA
+OPCODES = (0x0, TEXT, 0x2, CLOSE, PING, PONG)
+FINAL = MASKED = 0x80
+SHORT = 125
 
 
 class WebSocket:
@@ -3831,6 +3825,7 @@ class WebSocket:
 
     `url`: ws:// or wss://, as http:// or https:// too; what is secret in its query is told to nobody but the server.
     `max_bytes`: a longer message is refused with close code 1009. Raises DialError where it cannot be opened.
+    Not of a library: the usual one takes three megabytes of an idle daemon, and ten times as long for a frame.
     """
 
     def __init__(
@@ -3842,10 +3837,10 @@ class WebSocket:
         *,
         max_bytes: int,
     ) -> None:
-        self._ws = _dial(url, limits, proxies, headers)
-        self._ws.frame_buffer.recv = self._read_ahead
-        self._sock: socket.socket = self._ws.sock
+        self._sock, early = _dial(url, limits, proxies, headers)
         self._sock.settimeout(0)
+        self._data = bytearray(early)  # read, and not taken yet
+        self._kind, self._parts = 0, bytearray()  # of a message in fragments whose rest is still to come
         self._max_bytes = max_bytes
         self.has_more = True  # whether frames may wait that no poll would tell of
         self._unfinished = 0  # bytes of a frame whose rest is still to come
@@ -3863,120 +3858,115 @@ class WebSocket:
 
     def frames(self) -> Iterator[str | None]:
         """Yield what has come: a text frame's text, or None for a frame that only shows that the peer lives."""
-        from websocket import ABNF
-
         self.has_more = True
         count = size = 0
         while count < FRAMES_AT_ONCE and size < FRAME_BYTES_AT_ONCE:
-            texts = self._texts_at_hand(FRAMES_AT_ONCE - count, FRAME_BYTES_AT_ONCE - size)
-            if texts:
-                count += len(texts)
-                size += sum(map(len, texts))
-                for data in texts:
-                    yield data.decode("utf-8", "replace")
-                continue
-            frame = self._next_frame()
-            if frame is None:
+            message = self._next_message()
+            if message is None:
                 self.has_more = False
                 if self._long_frame_grew():
                     yield None
                 return
-            opcode, data = frame
+            opcode, data = message
             count += 1
             size += len(data)
-            if opcode == ABNF.OPCODE_PING:
-                self._send(data, ABNF.OPCODE_PONG)
-            yield data.decode("utf-8", "replace") if opcode == ABNF.OPCODE_TEXT else None
+            if opcode == PING:
+                self._send(data, PONG)
+            yield data.decode("utf-8", "replace") if opcode == TEXT else None
 
-    def _texts_at_hand(self, most: int, most_bytes: int) -> list[bytes]:
-        """Return the plain text frames at the front of what was read ahead: the library takes ten times as long."""
-        buffer = self._ws.frame_buffer
-        if buffer.header is not None or self._ws.cont_frame.recving_frames or not buffer.recv_buffer:
-            return []
-        data = b"".join(buffer.recv_buffer)
-        texts: list[bytes] = []
-        at, end = 0, len(data)
-        while at + 4 <= end and data[at] == WHOLE_TEXT and len(texts) < most and at < most_bytes:
-            start, length = at + 2, data[at + 1]
-            if length == 126:
-                start, length = at + 4, data[at + 2] << 8 | data[at + 3]
-            # masked, longer than most, too long or not here yet: the library's
-            if data[at + 1] > 126 or length > self._max_bytes or start + length > end:
-                break
-            at = start + length
-            texts.append(data[start:at])
-        buffer.recv_buffer = [data[at:]]
-        return texts
+    def _next_message(self) -> tuple[int, bytearray] | None:
+        """Return the opcode of the next whole message, or control frame, and its data, None when no more has come."""
+        for first, data in iter(self._next_frame, None):
+            opcode = first & ~FINAL
+            if opcode > CLOSE or (first == FINAL | TEXT and not self._kind):  # nearly all
+                return opcode, data
+            if opcode == CLOSE:
+                raise _closed(data)
+            if bool(opcode) == bool(self._kind):  # begun within another, or goes on with none
+                raise LinkLost(phrase("websocket.lost", why=phrase("websocket.broken")))
+            self._kind = self._kind or opcode
+            self._parts += data
+            self._limit(len(self._parts))
+            if first & FINAL:
+                kind, whole = self._kind, self._parts
+                self._kind, self._parts = 0, bytearray()
+                return kind, whole
+        return None
 
-    def _read_ahead(self, _wanted: int) -> bytes:
-        """Read whatever there is: the library keeps what it does not need yet."""
-        data = self._sock.recv(READ_BYTES)
-        if not data:
-            raise LinkLost(phrase("websocket.lost", why=phrase("http.cut")))
-        return data
+    def _next_frame(self) -> tuple[int, bytearray] | None:
+        """Return the first byte of the next frame and its data, None where some of it is still to come."""
+        data, end = self._data, 2
+        while len(data) >= end or self._reads_more():
+            if len(data) < end:
+                continue
+            first, length = data[0], data[1]
+            is_sound = first >= FINAL and length <= SHORT if first & CLOSE else length < MASKED
+            if first & ~FINAL not in OPCODES or not is_sound:
+                raise LinkLost(phrase("websocket.lost", why=phrase("websocket.broken")))
+            start = end = 2 if length <= SHORT else 4 if length == SHORT + 1 else 10
+            if length > SHORT:
+                length = int.from_bytes(data[2:start])
+            if len(data) < start:
+                continue
+            self._limit(length)
+            end = start + length
+            if len(data) >= end:
+                taken = data[start:end]
+                del data[:end]
+                return first, taken
+        return None
+
+    def _reads_more(self) -> bool:
+        """Read what there is; return whether there was something."""
+        try:
+            data = self._sock.recv(READ_BYTES)
+            if not data:
+                raise ConnectionResetError
+        except (OSError, ValueError) as error:
+            if has_nothing_yet(error):
+                return False
+            raise LinkLost(phrase("websocket.lost", why=network_words(error))) from error
+        self._data += data
+        return True
 
     def _long_frame_grew(self) -> bool:
         """Whether more of an unfinished frame has come: its sender is slow, not silent."""
-        before, self._unfinished = self._unfinished, sum(map(len, self._ws.frame_buffer.recv_buffer))
+        before, self._unfinished = self._unfinished, len(self._data)
         return self._unfinished > before
 
     def send_text(self, text: str) -> None:
         """Send a text frame."""
-        from websocket import ABNF
-
-        self._send(text.encode(), ABNF.OPCODE_TEXT)
+        self._send(text.encode(), TEXT)
 
     def ping(self) -> None:
         """Send a WebSocket ping."""
-        from websocket import ABNF
-
-        self._send(b"", ABNF.OPCODE_PING)
+        self._send(b"", PING)
 
     def close(self, code: int = 1000) -> None:
         """Say goodbye if the peer still listens, and close."""
-        from websocket import ABNF
-
         with contextlib.suppress(LinkLost):
-            self._send(code.to_bytes(2, "big"), ABNF.OPCODE_CLOSE)
-        self._ws.shutdown()
+            self._send(code.to_bytes(2), CLOSE)
+        with contextlib.suppress(OSError):
+            self._sock.close()
 
-    def _send(self, data: bytes, opcode: int) -> None:
-        from websocket import WebSocketException
-
+    def _send(self, data: bytes | bytearray, opcode: int) -> None:
+        size, mask = len(data), os.urandom(4)
+        if size <= SHORT:
+            length = bytes([MASKED | size])
+        else:
+            length = b"\xfe" + size.to_bytes(2) if size < 1 << 16 else b"\xff" + size.to_bytes(8)
+        masks = (mask * (size // 4 + 1))[:size]
+        masked = (int.from_bytes(data) ^ int.from_bytes(masks)).to_bytes(size)
+        left = memoryview(bytes([FINAL | opcode]) + length + mask + masked)
         try:
             self._sock.settimeout(SEND_TIMEOUT_S)
             try:
-                self._ws.send(data, opcode)
+                while left:  # not sendall: the limit is one of each call
+                    left = left[self._sock.send(left) :]
             finally:
                 self._sock.settimeout(0)
-        except (WebSocketException, OSError) as error:
+        except (OSError, ValueError) as error:
             raise LinkLost(phrase("websocket.not_sent", why=network_words(error))) from error
-
-    def _next_frame(self) -> tuple[int, bytes] | None:
-        """Return the next whole message, or control frame, None when no more has come."""
-        import ssl
-
-        from websocket import ABNF, WebSocketException
-
-        ws = self._ws
-        try:
-            while True:
-                frame = ws.recv_frame()
-                if frame.opcode == ABNF.OPCODE_CLOSE:
-                    raise _closed(frame.data)
-                if frame.opcode in (ABNF.OPCODE_PING, ABNF.OPCODE_PONG):
-                    return frame.opcode, bytes(frame.data)
-                ws.cont_frame.validate(frame)
-                ws.cont_frame.add(frame)
-                self._limit(len(ws.cont_frame.cont_data[1]))
-                if ws.cont_frame.is_fire(frame):
-                    opcode, whole = ws.cont_frame.extract(frame)
-                    return opcode, bytes(whole.data)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            self._limit(ws.frame_buffer.length or 0)  # the length of a frame whose rest is still to come
-            return None
-        except (WebSocketException, OSError, ValueError) as error:
-            raise LinkLost(phrase("websocket.lost", why=network_words(error))) from error
 
     def _limit(self, size: int) -> None:
         if size > self._max_bytes:
@@ -3998,7 +3988,7 @@ def wait_readable(seconds: float, *descriptors: int) -> None:
     poll.poll(timeout_ms)
 
 
-def _closed(data: bytes) -> LinkLost:
+def _closed(data: bytearray) -> LinkLost:
     """Return what a close frame's data says: a code, 0 without one, and perhaps why."""
     code = int.from_bytes(data[:2], "big") if len(data) > 1 else 0
     why = one_line(data[2:].decode("utf-8", "replace"), 80)
@@ -4010,59 +4000,75 @@ def _closed(data: bytes) -> LinkLost:
     return LinkLost(words, code)
 
 
-class _ShortAnswer:
-    """A socket for a handshake alone: its library takes an answer of any length, and as much as that announces."""
+def _dial(
+    url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]
+) -> tuple[socket.socket, bytes]:
+    """Open the socket, TLS and the WebSocket, each and all within limits. Raises DialError.
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._left = MAX_HANDSHAKE_BYTES
-
-    def recv(self, size: int) -> bytes:
-        """Receive at most so many bytes. Raises OSError."""
-        if not self._left:
-            raise OSError(phrase("websocket.large_handshake", size=MAX_HANDSHAKE_BYTES))
-        received = self._sock.recv(min(size, self._left))
-        self._left -= len(received)
-        return received
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
-
-
-def _dial(url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]) -> Any:
-    """Open the socket, TLS and the WebSocket, each and all within limits. Raises DialError."""
-    try:
-        from websocket import WebSocket as Client
-        from websocket import WebSocketBadStatusException, WebSocketException
-    except OSError as error:
-        raise DialError(phrase("websocket.not_connected", why=network_words(error))) from error
-
-    parts = urlsplit(url)
-    tls = "s" * (parts.scheme in ("https", "wss"))
-    base = f"http{tls}://{parts.netloc}"
-    way: HttpConnection | StraightSocket = StraightSocket(base, limits)
-    if proxies.for_url(base) is not None:
-        way = HttpConnection(base, limits, proxies, tunnel=True)
+    Returned beside the socket: what came behind the answer.
+    """
+    url = "http" + url.removeprefix("http").removeprefix("ws")
+    way: HttpConnection | StraightSocket = StraightSocket(url, limits)
+    if proxies.for_url(url) is not None:
+        way = HttpConnection(url, limits, proxies, tunnel=True)
     try:
         with cut_after(limits.whole_s, way):
             fault = way.open()
             if fault is not None:
                 raise DialError(phrase("websocket.not_connected", why=fault.words))
-            ws: Any = Client(skip_utf8_validation=True, enable_multithread=False)
-            way.sock.settimeout(limits.read_s)
-            address = parts._replace(scheme=f"ws{tls}").geturl()
-            ws.connect(address, socket=_ShortAnswer(way.sock), redirect_limit=0, header=dict(headers))
-            ws.sock = way.sock
-    except WebSocketBadStatusException as error:
+            sock = way.sock
+            sock.settimeout(limits.read_s)
+            early = _shake_hands(sock, urlsplit(url), headers)
+    except (DialError, OSError, ValueError) as error:
         way.close()
-        status = error.status_code
-        words = phrase("websocket.refused", status=status)
-        raise DialError(words, status, error.resp_body or b"") from None
-    except (WebSocketException, OSError, ValueError) as error:
-        way.close()
+        if isinstance(error, DialError):
+            raise
         raise DialError(phrase("websocket.not_connected", why=way.named(network_words(error)))) from error
     way.let_go()
-    return ws
+    return sock, early
+
+
+def _shake_hands(sock: socket.socket, url: SplitResult, headers: Mapping[str, str]) -> bytes:
+    """Ask for the WebSocket; return what came behind the answer. Raises DialError, OSError."""
+    import hashlib
+
+    key = base64.b64encode(os.urandom(16)).decode()
+    host, asked = (
+        url.netloc.rpartition("@")[2],
+        url._replace(scheme="", netloc="", path=url.path or "/").geturl(),
+    )
+    own = f"Host: {host}\r\nOrigin: {url.scheme}://{host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    own += f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
+    more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    sock.sendall(f"GET {asked} HTTP/1.1\r\n{own}{more}\r\n".encode())
+    answer, found = b"", None
+    while found is None:
+        answer += _received(sock, len(answer))
+        found = re.search(rb"\r?\n\r?\n", answer)
+    head, rest = answer[: found.start()], answer[found.end() :]
+    status = re.match(rb"HTTP/\S+ +(\d{3})\b", head)
+    if status is None:
+        raise OSError(phrase("websocket.no_handshake"))
+    named = dict(line.lower().split(b":", 1) for line in head.splitlines() if b":" in line)
+    if status[1] != b"101":
+        length = named.get(b"content-length", b"").strip()
+        while length.isdigit() and len(rest) < int(length):
+            rest += _received(sock, len(head) + len(rest))
+        raise DialError(phrase("websocket.refused", status=int(status[1])), int(status[1]), rest)
+    proof = hashlib.sha1((key + _WEBSOCKET_GUID).encode(), usedforsecurity=False).digest()
+    if named.get(b"sec-websocket-accept", b"").strip() != base64.b64encode(proof).lower():
+        raise OSError(phrase("websocket.no_handshake"))
+    return rest
+
+
+def _received(sock: socket.socket, before: int) -> bytes:
+    """Return more of an answer of which so many bytes are here. Raises OSError."""
+    if before >= MAX_HANDSHAKE_BYTES:
+        raise OSError(phrase("websocket.large_handshake", size=MAX_HANDSHAKE_BYTES))
+    data = sock.recv(MAX_HANDSHAKE_BYTES - before)
+    if not data:
+        raise ConnectionResetError
+    return data
 
 
 # ======================================================================================================
@@ -4100,9 +4106,7 @@ SQLITE_CUT = 522
 # This code of its without a further reason: a byte of the header says that others than we may write to the file.
 SQLITE_READONLY = 8
 # And its words where damage has changed the schema: what is asked of our files is always the same.
-SCHEMA_DAMAGED = re.compile(
-    r"no such (?:table|column)|has no column named|unsupported file format|decode to UTF-8"
-)
+SCHEMA_DAMAGED = r"no such (?:table|column)|has no column named|unsupported file format|decode to UTF-8"
 
 
 def _connect_sqlite(path: Path, wait_s: float = SQLITE_BUSY_S, alone: bool = False) -> sqlite3.Connection:
@@ -4165,7 +4169,7 @@ def _is_damage(error: Exception) -> bool:
     code = getattr(error, "sqlite_errorcode", 0)
     if code & 0xFF in SQLITE_DAMAGED or code in (SQLITE_READONLY, SQLITE_CUT):
         return True
-    return SCHEMA_DAMAGED.search(str(error)) is not None
+    return re.search(SCHEMA_DAMAGED, str(error)) is not None
 
 
 def _tables(db: sqlite3.Connection) -> set[Any]:
@@ -7189,19 +7193,19 @@ STREAM_ERRORS = (
 _IN_VAIN = (_WAIT, _NEVER, _OUT)
 # What no row is for.
 UNKNOWN_ERROR = StreamError(0, StreamAction.ASK_AGAIN, "", "")
-_PROSE = [(re.compile(row.prose, re.IGNORECASE), row) for row in STREAM_ERRORS if row.prose]
 _BY_CODE = {row.code: row for row in STREAM_ERRORS}
-_NUMBER = re.compile(r"(?<!\d)(?:401|403|429|5\d\d)(?!\d)")
 
 
 def stream_error(code: object, text: str) -> StreamError:
     """Return the row of an error: by its number, else by one in its text, else by its words."""
     if type(code) is int and code in _BY_CODE:
         return _BY_CODE[code]
-    found = _NUMBER.search(text)
+    found = re.search(r"(?<!\d)(?:401|403|429|5\d\d)(?!\d)", text)
     if found and int(found[0]) in _BY_CODE:
         return _BY_CODE[int(found[0])]
-    return next((row for prose, row in _PROSE if prose.search(text)), UNKNOWN_ERROR)
+    return next(
+        (row for row in STREAM_ERRORS if row.prose and re.search(row.prose, text, re.I)), UNKNOWN_ERROR
+    )
 
 
 def _end_by(row: StreamError, words: str, rng: random.Random) -> StreamEnd:
@@ -7907,7 +7911,6 @@ class CloseStore(Protocol):
         """Return every code in `realtime`. Raises StoreError."""
 
 
-_FIELD = re.compile(r"\{(\w+)[^}]*\}")
 # What is kept was cut to a line of fewer; of a longer text every ": " would be looked at in the one before.
 LONGEST_KEPT = 1000
 
@@ -7917,7 +7920,7 @@ def _patterns(kinds: tuple[str, ...]) -> list[tuple[str, str, re.Pattern[str]]]:
     """Return the kinds that begin so with their own words and the pattern of the whole; who says most comes first."""
     found = []
     for kind in filter(lambda kind: kind.startswith(kinds), TEMPLATES):
-        parts = _FIELD.split(TEMPLATES[kind][0])  # texts, and the names of values between them
+        parts = re.split(r"\{(\w+)[^}]*\}", TEMPLATES[kind][0])  # texts, and the names of values between them
         own = parts[::2]
         values = [f"(?P<{name}>.+?)" for name in parts[1::2]]
         pattern = "".join(chain.from_iterable(zip(map(re.escape, own), [*values, ""], strict=True)))
@@ -13682,8 +13685,6 @@ def _result_words(report: Report) -> Phrase:
 
 # The kind of what the message of a result says whose lists were left out.
 WITHOUT_LISTS = "protocol.without_lists"
-# A message in Chinese: before somebody else's words come, which follow such a sign, are those of ours.
-_IN_CHINESE = re.compile("[^:(]*[\u4e00-\u9fff]")
 
 
 def without_lists(text: str) -> str:
@@ -13693,7 +13694,8 @@ def without_lists(text: str) -> str:
         message = answer["message"]
         if any(words in message for words in TEMPLATES[WITHOUT_LISTS]):
             return text
-        language = CHINESE if _IN_CHINESE.match(message) else ENGLISH
+        # in Chinese: before somebody else's words come, which follow such a sign, are those of ours
+        language = CHINESE if re.match("[^:(]*[\u4e00-\u9fff]", message) else ENGLISH
         why = phrase("protocol.too_long", what=phrase(WITHOUT_LISTS), bytes=len(text))
         answer["result"] |= {"failed_stocks": [], "failures": {}}
         answer["message"] = in_language(listing("join.clauses", [message, why]), language)
@@ -13733,7 +13735,7 @@ HASH_NAME = "module_hash"
 # Where the older client of this platform kept its hash, below its working directory.
 OLD_HASH_FILE = Path("config/module_hash.txt")
 # The server's own: at most 64 characters; nothing else may stand behind `hash=`.
-_HASH = re.compile(r"[A-Za-z0-9_+=-]{1,64}")
+_HASH = r"[A-Za-z0-9_+=-]{1,64}"
 MISSION_KIND = "realtime"
 
 
@@ -13762,7 +13764,7 @@ def hash_in(place: Path, setting: str = "STATE_DIRECTORY") -> str:
         if isinstance(error, OSError):
             why = os_words(error)
         raise StoreError(phrase("link.hash_unread", place=place, why=why, setting=setting)) from None
-    if not _HASH.fullmatch(found):
+    if not re.fullmatch(_HASH, found):
         raise StoreError(phrase("link.no_hash", place=place))
     return found
 
@@ -13795,7 +13797,7 @@ def register(settings: Settings) -> str:
     envelope = json_object(answer.body) or {}
     result = envelope.get("result")
     module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
-    if envelope.get("code") == "2000" and _HASH.fullmatch(module_hash):
+    if envelope.get("code") == "2000" and re.fullmatch(_HASH, module_hash):
         return module_hash
     why = _why_not_registered(answer, envelope)
     raise RegistrationError(phrase("link.not_registered", url=url, why=why))
@@ -15909,11 +15911,10 @@ class JournalStream(io.TextIOBase):
 
 # syslog's priorities, as the journal takes them at the beginning of a line.
 _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
-_HAS_PRIORITY = re.compile(r"<[0-7]>")
 
 
 def _with_priority(line: str, level: int) -> str:
-    return line if _HAS_PRIORITY.match(line) else f"<{_PRIORITIES[logging.getLevelName(level)]}>{line}"
+    return line if re.match(r"<[0-7]>", line) else f"<{_PRIORITIES[logging.getLevelName(level)]}>{line}"
 
 
 def for_journal(text: str, level: int) -> str:
@@ -16386,7 +16387,7 @@ def clean_cache(environ: Mapping[str, str], own: Path) -> None:
     """
     cache = environ.get("CACHE_DIRECTORY", "").partition(":")[0]
     name, _, build = own.name.rpartition("_")
-    if not (cache and name and _BUILD_ID.fullmatch(build) and own.parent == Path(cache).resolve()):
+    if not (cache and name and re.fullmatch(r"[0-9a-f]{16,}", build) and own.parent == Path(cache).resolve()):
         return
     with contextlib.suppress(OSError):
         _lock(own, shared=True)  # held for as long as this process lives
@@ -16398,9 +16399,6 @@ def clean_cache(environ: Mapping[str, str], own: Path) -> None:
 
             shutil.rmtree(other, ignore_errors=True)
             (other.parent / f".{name}_{ours[1]}_lock").unlink(missing_ok=True)
-
-
-_BUILD_ID = re.compile(r"[0-9a-f]{16,}")
 
 
 def _lock(folder: Path, shared: bool) -> int:
@@ -16847,7 +16845,7 @@ CODES_SHOWN = 50
 # Of a name in a table on a terminal: as many columns at most, and where it is narrow at least.
 NAME_COLUMNS, NAME_LEAST = 20, 8
 # Where red is the colour of what rises. In Hong Kong, Macau and Singapore green is, as in the West.
-RED_RISES = re.compile(r"(?:zh(?!_(?:HK|MO|SG))|ja|ko)(?:_|\.|@|$)", re.IGNORECASE)
+RED_RISES = r"(?i)(?:zh(?!_(?:HK|MO|SG))|ja|ko)(?:_|\.|@|$)"
 # How a terminal is told.
 PAINTS, LIT = {"red": "31", "green": "32"}, "7"
 OTHER_COLOR = {"red": "green", "green": "red"}
@@ -16886,7 +16884,7 @@ def color_of_rise(environ: Mapping[str, str], up: str | None) -> str:
     """
     locale = locale_name(environ)
     by_language = SPOKEN.language == CHINESE and not locale.lower().startswith("zh")
-    return up or ("red" if by_language or RED_RISES.match(locale) else "green")
+    return up or ("red" if by_language or re.match(RED_RISES, locale) else "green")
 
 
 def date_at(t: int) -> str:
@@ -18027,7 +18025,7 @@ _PANEL_SIZES = {"stat": (6, 4), "timeseries": (12, 8), "state-timeline": (12, 4)
 _GRID_COLUMNS = 24
 # Grafana brings older models up to date by themselves when they are imported.
 _GRAFANA_SCHEMA = 39
-_METRIC_NAME = re.compile(r"\bstockrt_[a-z_]+")
+_METRIC_NAME = r"\bstockrt_[a-z_]+"
 
 
 def dashboard() -> dict[str, Any]:
@@ -18070,7 +18068,7 @@ def _panel_model(panel: Panel, source: Mapping[str, str]) -> dict[str, Any]:
         {
             "refId": chr(ord("A") + place),
             "datasource": source,
-            "expr": _METRIC_NAME.sub(r'\g<0>{instance=~"$instance"}', expression),
+            "expr": re.sub(_METRIC_NAME, r'\g<0>{instance=~"$instance"}', expression),
             "legendFormat": legend,
         }
         for place, (expression, legend) in enumerate(panel.queries)
@@ -18088,7 +18086,7 @@ def _panel_model(panel: Panel, source: Mapping[str, str]) -> dict[str, Any]:
 def _help(panel: Panel) -> str:
     """Return what the metrics of a panel say of themselves."""
     helps = {metric.name: metric.help for metric in METRICS} | {f"{LATENCY}_bucket": LATENCY_HELP}
-    names = _METRIC_NAME.findall(" ".join(expression for expression, _ in panel.queries))
+    names = re.findall(_METRIC_NAME, " ".join(expression for expression, _ in panel.queries))
     return " ".join(helps[name] for name in dict.fromkeys(names) if name in helps)
 
 
@@ -18147,15 +18145,13 @@ def terminal_size(columns: int = 80) -> tuple[int, int]:
 
 
 # Of a line that is too long between them: blanks, and in Chinese any two characters but those that punctuation holds.
-_PIECES = re.compile(
-    r"[（“《]*(?:[\u3000-\u9fff]|[^\s\u3000-\u9fff（“《，。；：？）”》]+)[，。；：？、）”》]*\s*|\S\s*"
-)
+_PIECES = r"[（“《]*(?:[\u3000-\u9fff]|[^\s\u3000-\u9fff（“《，。；：？）”》]+)[，。；：？、）”》]*\s*|\S\s*"
 
 
 def lines_within(text: str, columns: int) -> list[str]:
     """Return a text in lines of at most so many columns of a terminal, of which a Chinese character takes two."""
     lines = [""]
-    for piece in _PIECES.findall(text):
+    for piece in re.findall(_PIECES, text):
         if lines[-1] and columns_of((lines[-1] + piece).rstrip()) > columns:
             lines.append("")
         lines[-1] += piece
@@ -21125,6 +21121,7 @@ TEMPLATES |= {
 
 # Whoever tells of an end says that it is a connection's: `connection lost: …`, `连接中断：…`.
 TEMPLATES |= {
+    "websocket.broken": ("what came is no frame of a WebSocket", "收到的内容不是 WebSocket 帧"),
     "websocket.closed": ("closed by the server", "由服务器关闭"),
     "websocket.closed_because": (
         "closed by the server (code {code} {why})",
@@ -21137,6 +21134,10 @@ TEMPLATES |= {
     ),
     "websocket.large_handshake": ("an answer of more than {size} bytes", "应答超过 {size} 字节"),
     "websocket.lost": ("lost: {why}", "{why}"),
+    "websocket.no_handshake": (
+        "its answer is no handshake of a WebSocket",
+        "应答不是 WebSocket 握手",
+    ),
     "websocket.not_connected": ("cannot connect: {why}", "无法连接：{why}"),
     "websocket.not_sent": ("sending failed: {why}", "发送失败：{why}"),
     "websocket.refused": (
