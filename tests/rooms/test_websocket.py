@@ -90,6 +90,15 @@ def test_what_was_sent_comes_out_in_order_however_it_is_cut(server: RawWebSocket
     link.close()
 
 
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 65_535, 65_536, 3_000_000])
+def test_what_is_sent_arrives_whole(server: RawWebSocket, size: int) -> None:
+    link = WebSocket(server.url, max_bytes=MOST)
+    text = ("价 text" * (size // 8 + 1)).encode()[:size].decode("utf-8", "ignore")
+    link.send_text(text)
+    assert server.next_frame() == (TEXT, text.encode())
+    link.close()
+
+
 def test_each_ping_is_answered_with_its_own_words(server: RawWebSocket) -> None:
     link = WebSocket(server.url, max_bytes=MOST)
     server.send(frame_bytes(TEXT, b"a") + frame_bytes(PING, b"one") + frame_bytes(TEXT, b"b"))
