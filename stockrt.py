@@ -7,6 +7,7 @@
 #     "python-dotenv>=1.0",
 #     "tqdm>=4.66",
 #     "urllib3>=2.6",
+#     "websocket-client>=1.8",
 # ]
 # ///
 """stockrt: collects the latest trades of stocks, currency pairs and crypto.
@@ -119,7 +120,6 @@ if TYPE_CHECKING:  # what a path does not need is imported where it is needed: i
     import socket
     import sqlite3
     from http.client import HTTPResponse
-    from urllib.parse import SplitResult
 
     from dotenv.parser import Binding
     from pymongo import MongoClient
@@ -3718,7 +3718,9 @@ _NETWORK_KINDS = {
     "ConnectionRefusedError": "http.refused",
     "RemoteDisconnected": "http.closed",
     "ConnectionError": "http.cut",
+    "WebSocketConnectionClosedException": "http.cut",
     "TimeoutError": "http.late",
+    "WebSocketTimeoutException": "http.late",
     "SSLCertVerificationError": "http.untrusted",
     "SSLError": "http.tls",
     "IncompleteRead": "http.short",
@@ -3779,20 +3781,19 @@ def _foreign_errors() -> tuple[type[Exception], ...]:
 
 def _has_nothing_for_us(sock: socket.socket) -> bool:
     """Return whether what there is to read is TLS's own (session tickets), and not the end."""
+    import ssl
+
     timeout = sock.gettimeout()
     sock.settimeout(0.0)
     try:
         sock.recv(1)
-    except OSError as error:
-        return has_nothing_yet(error)
+    except (BlockingIOError, ssl.SSLWantReadError):
+        return True
+    except OSError:
+        return False
     finally:
         sock.settimeout(timeout)
     return False
-
-
-def has_nothing_yet(error: Exception) -> bool:
-    """Whether a socket that does not wait has nothing to read; TLS, loaded where it is used, says that by its own."""
-    return isinstance(error, BlockingIOError) or type(error).__name__ == "SSLWantReadError"
 
 
 # ======================================================================================================
@@ -3809,15 +3810,10 @@ FRAMES_AT_ONCE = 100
 FRAME_BYTES_AT_ONCE = 1024 * 1024
 # As of any HTTP answer's head.
 MAX_HANDSHAKE_BYTES = 65536
-# With which a server proves that it has understood what it was asked for.
-_WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 # What one call of the kernel's gives: at a hundred bytes a frame it is the calls that take the time.
 READ_BYTES = 65536
-# Of RFC 6455: opcodes, of control frames from CLOSE on; a bit of either first byte; the longest length in the second.
-TEXT, CLOSE, PING, PONG = 0x1, 0x8, 0x9, 0xA
-OPCODES = (0x0, TEXT, 0x2, CLOSE, PING, PONG)
-FINAL = MASKED = 0x80
-SHORT = 125
+# The first byte of a text frame that is a whole message.
+WHOLE_TEXT = 0x81
 
 
 class WebSocket:
@@ -3825,7 +3821,6 @@ class WebSocket:
 
     `url`: ws:// or wss://, as http:// or https:// too; what is secret in its query is told to nobody but the server.
     `max_bytes`: a longer message is refused with close code 1009. Raises DialError where it cannot be opened.
-    Not of a library: the usual one takes three megabytes of an idle daemon, and ten times as long for a frame.
     """
 
     def __init__(
@@ -3837,10 +3832,10 @@ class WebSocket:
         *,
         max_bytes: int,
     ) -> None:
-        self._sock, early = _dial(url, limits, proxies, headers)
+        self._ws = _dial(url, limits, proxies, headers)
+        self._ws.frame_buffer.recv = self._read_ahead
+        self._sock: socket.socket = self._ws.sock
         self._sock.settimeout(0)
-        self._data = bytearray(early)  # read, and not taken yet
-        self._kind, self._parts = 0, bytearray()  # of a message in fragments whose rest is still to come
         self._max_bytes = max_bytes
         self.has_more = True  # whether frames may wait that no poll would tell of
         self._unfinished = 0  # bytes of a frame whose rest is still to come
@@ -3858,115 +3853,120 @@ class WebSocket:
 
     def frames(self) -> Iterator[str | None]:
         """Yield what has come: a text frame's text, or None for a frame that only shows that the peer lives."""
+        from websocket import ABNF
+
         self.has_more = True
         count = size = 0
         while count < FRAMES_AT_ONCE and size < FRAME_BYTES_AT_ONCE:
-            message = self._next_message()
-            if message is None:
+            texts = self._texts_at_hand(FRAMES_AT_ONCE - count, FRAME_BYTES_AT_ONCE - size)
+            if texts:
+                count += len(texts)
+                size += sum(map(len, texts))
+                for data in texts:
+                    yield data.decode("utf-8", "replace")
+                continue
+            frame = self._next_frame()
+            if frame is None:
                 self.has_more = False
                 if self._long_frame_grew():
                     yield None
                 return
-            opcode, data = message
+            opcode, data = frame
             count += 1
             size += len(data)
-            if opcode == PING:
-                self._send(data, PONG)
-            yield data.decode("utf-8", "replace") if opcode == TEXT else None
+            if opcode == ABNF.OPCODE_PING:
+                self._send(data, ABNF.OPCODE_PONG)
+            yield data.decode("utf-8", "replace") if opcode == ABNF.OPCODE_TEXT else None
 
-    def _next_message(self) -> tuple[int, bytearray] | None:
-        """Return the opcode of the next whole message, or control frame, and its data, None when no more has come."""
-        for first, data in iter(self._next_frame, None):
-            opcode = first & ~FINAL
-            if opcode > CLOSE or (first == FINAL | TEXT and not self._kind):  # nearly all
-                return opcode, data
-            if opcode == CLOSE:
-                raise _closed(data)
-            if bool(opcode) == bool(self._kind):  # begun within another, or goes on with none
-                raise LinkLost(phrase("websocket.lost", why=phrase("websocket.broken")))
-            self._kind = self._kind or opcode
-            self._parts += data
-            self._limit(len(self._parts))
-            if first & FINAL:
-                kind, whole = self._kind, self._parts
-                self._kind, self._parts = 0, bytearray()
-                return kind, whole
-        return None
+    def _texts_at_hand(self, most: int, most_bytes: int) -> list[bytes]:
+        """Return the plain text frames at the front of what was read ahead: the library takes ten times as long."""
+        buffer = self._ws.frame_buffer
+        if buffer.header is not None or self._ws.cont_frame.recving_frames or not buffer.recv_buffer:
+            return []
+        data = b"".join(buffer.recv_buffer)
+        texts: list[bytes] = []
+        at, end = 0, len(data)
+        while at + 4 <= end and data[at] == WHOLE_TEXT and len(texts) < most and at < most_bytes:
+            start, length = at + 2, data[at + 1]
+            if length == 126:
+                start, length = at + 4, data[at + 2] << 8 | data[at + 3]
+            # masked, longer than most, too long or not here yet: the library's
+            if data[at + 1] > 126 or length > self._max_bytes or start + length > end:
+                break
+            at = start + length
+            texts.append(data[start:at])
+        buffer.recv_buffer = [data[at:]]
+        return texts
 
-    def _next_frame(self) -> tuple[int, bytearray] | None:
-        """Return the first byte of the next frame and its data, None where some of it is still to come."""
-        data, end = self._data, 2
-        while len(data) >= end or self._reads_more():
-            if len(data) < end:
-                continue
-            first, length = data[0], data[1]
-            is_sound = first >= FINAL and length <= SHORT if first & CLOSE else length < MASKED
-            if first & ~FINAL not in OPCODES or not is_sound:
-                raise LinkLost(phrase("websocket.lost", why=phrase("websocket.broken")))
-            start = end = 2 if length <= SHORT else 4 if length == SHORT + 1 else 10
-            if length > SHORT:
-                length = int.from_bytes(data[2:start])
-            if len(data) < start:
-                continue
-            self._limit(length)
-            end = start + length
-            if len(data) >= end:
-                taken = data[start:end]
-                del data[:end]
-                return first, taken
-        return None
-
-    def _reads_more(self) -> bool:
-        """Read what there is; return whether there was something."""
-        try:
-            data = self._sock.recv(READ_BYTES)
-            if not data:
-                raise ConnectionResetError
-        except (OSError, ValueError) as error:
-            if has_nothing_yet(error):
-                return False
-            raise LinkLost(phrase("websocket.lost", why=network_words(error))) from error
-        self._data += data
-        return True
+    def _read_ahead(self, _wanted: int) -> bytes:
+        """Read whatever there is: the library keeps what it does not need yet."""
+        data = self._sock.recv(READ_BYTES)
+        if not data:
+            raise LinkLost(phrase("websocket.lost", why=phrase("http.cut")))
+        return data
 
     def _long_frame_grew(self) -> bool:
         """Whether more of an unfinished frame has come: its sender is slow, not silent."""
-        before, self._unfinished = self._unfinished, len(self._data)
+        before, self._unfinished = self._unfinished, sum(map(len, self._ws.frame_buffer.recv_buffer))
         return self._unfinished > before
 
     def send_text(self, text: str) -> None:
         """Send a text frame."""
-        self._send(text.encode(), TEXT)
+        from websocket import ABNF
+
+        self._send(text.encode(), ABNF.OPCODE_TEXT)
 
     def ping(self) -> None:
         """Send a WebSocket ping."""
-        self._send(b"", PING)
+        from websocket import ABNF
+
+        self._send(b"", ABNF.OPCODE_PING)
 
     def close(self, code: int = 1000) -> None:
         """Say goodbye if the peer still listens, and close."""
-        with contextlib.suppress(LinkLost):
-            self._send(code.to_bytes(2), CLOSE)
-        with contextlib.suppress(OSError):
-            self._sock.close()
+        from websocket import ABNF
 
-    def _send(self, data: bytes | bytearray, opcode: int) -> None:
-        size, mask = len(data), os.urandom(4)
-        if size <= SHORT:
-            length = bytes([MASKED | size])
-        else:
-            length = b"\xfe" + size.to_bytes(2) if size < 1 << 16 else b"\xff" + size.to_bytes(8)
-        masks = (mask * (size // 4 + 1))[:size]
-        masked = (int.from_bytes(data) ^ int.from_bytes(masks)).to_bytes(size)
-        left = memoryview(bytes([FINAL | opcode]) + length + mask + masked)
+        with contextlib.suppress(LinkLost):
+            self._send(code.to_bytes(2, "big"), ABNF.OPCODE_CLOSE)
+        self._ws.shutdown()
+
+    def _send(self, data: bytes, opcode: int) -> None:
+        from websocket import WebSocketException
+
         try:
             self._sock.settimeout(SEND_TIMEOUT_S)
             try:
-                while left:  # not sendall: the limit is one of each call
-                    left = left[self._sock.send(left) :]
+                self._ws.send(data, opcode)
             finally:
                 self._sock.settimeout(0)
-        except (OSError, ValueError) as error:
+        except (WebSocketException, OSError) as error:
             raise LinkLost(phrase("websocket.not_sent", why=network_words(error))) from error
+
+    def _next_frame(self) -> tuple[int, bytes] | None:
+        """Return the next whole message, or control frame, None when no more has come."""
+        import ssl
+
+        from websocket import ABNF, WebSocketException
+
+        ws = self._ws
+        try:
+            while True:
+                frame = ws.recv_frame()
+                if frame.opcode == ABNF.OPCODE_CLOSE:
+                    raise _closed(frame.data)
+                if frame.opcode in (ABNF.OPCODE_PING, ABNF.OPCODE_PONG):
+                    return frame.opcode, bytes(frame.data)
+                ws.cont_frame.validate(frame)
+                ws.cont_frame.add(frame)
+                self._limit(len(ws.cont_frame.cont_data[1]))
+                if ws.cont_frame.is_fire(frame):
+                    opcode, whole = ws.cont_frame.extract(frame)
+                    return opcode, bytes(whole.data)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            self._limit(ws.frame_buffer.length or 0)  # the length of a frame whose rest is still to come
+            return None
+        except (WebSocketException, OSError, ValueError) as error:
+            raise LinkLost(phrase("websocket.lost", why=network_words(error))) from error
 
     def _limit(self, size: int) -> None:
         if size > self._max_bytes:
@@ -3988,7 +3988,7 @@ def wait_readable(seconds: float, *descriptors: int) -> None:
     poll.poll(timeout_ms)
 
 
-def _closed(data: bytearray) -> LinkLost:
+def _closed(data: bytes) -> LinkLost:
     """Return what a close frame's data says: a code, 0 without one, and perhaps why."""
     code = int.from_bytes(data[:2], "big") if len(data) > 1 else 0
     why = one_line(data[2:].decode("utf-8", "replace"), 80)
@@ -4000,75 +4000,59 @@ def _closed(data: bytearray) -> LinkLost:
     return LinkLost(words, code)
 
 
-def _dial(
-    url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]
-) -> tuple[socket.socket, bytes]:
-    """Open the socket, TLS and the WebSocket, each and all within limits. Raises DialError.
+class _ShortAnswer:
+    """A socket for a handshake alone: its library takes an answer of any length, and as much as that announces."""
 
-    Returned beside the socket: what came behind the answer.
-    """
-    url = "http" + url.removeprefix("http").removeprefix("ws")
-    way: HttpConnection | StraightSocket = StraightSocket(url, limits)
-    if proxies.for_url(url) is not None:
-        way = HttpConnection(url, limits, proxies, tunnel=True)
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._left = MAX_HANDSHAKE_BYTES
+
+    def recv(self, size: int) -> bytes:
+        """Receive at most so many bytes. Raises OSError."""
+        if not self._left:
+            raise OSError(phrase("websocket.large_handshake", size=MAX_HANDSHAKE_BYTES))
+        received = self._sock.recv(min(size, self._left))
+        self._left -= len(received)
+        return received
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+def _dial(url: str, limits: Limits, proxies: Proxies, headers: Mapping[str, str]) -> Any:
+    """Open the socket, TLS and the WebSocket, each and all within limits. Raises DialError."""
+    try:
+        from websocket import WebSocket as Client
+        from websocket import WebSocketBadStatusException, WebSocketException
+    except OSError as error:
+        raise DialError(phrase("websocket.not_connected", why=network_words(error))) from error
+
+    parts = urlsplit(url)
+    tls = "s" * (parts.scheme in ("https", "wss"))
+    base = f"http{tls}://{parts.netloc}"
+    way: HttpConnection | StraightSocket = StraightSocket(base, limits)
+    if proxies.for_url(base) is not None:
+        way = HttpConnection(base, limits, proxies, tunnel=True)
     try:
         with cut_after(limits.whole_s, way):
             fault = way.open()
             if fault is not None:
                 raise DialError(phrase("websocket.not_connected", why=fault.words))
-            sock = way.sock
-            sock.settimeout(limits.read_s)
-            early = _shake_hands(sock, urlsplit(url), headers)
-    except (DialError, OSError, ValueError) as error:
+            ws: Any = Client(skip_utf8_validation=True, enable_multithread=False)
+            way.sock.settimeout(limits.read_s)
+            address = parts._replace(scheme=f"ws{tls}").geturl()
+            ws.connect(address, socket=_ShortAnswer(way.sock), redirect_limit=0, header=dict(headers))
+            ws.sock = way.sock
+    except WebSocketBadStatusException as error:
         way.close()
-        if isinstance(error, DialError):
-            raise
+        status = error.status_code
+        words = phrase("websocket.refused", status=status)
+        raise DialError(words, status, error.resp_body or b"") from None
+    except (WebSocketException, OSError, ValueError) as error:
+        way.close()
         raise DialError(phrase("websocket.not_connected", why=way.named(network_words(error)))) from error
     way.let_go()
-    return sock, early
-
-
-def _shake_hands(sock: socket.socket, url: SplitResult, headers: Mapping[str, str]) -> bytes:
-    """Ask for the WebSocket; return what came behind the answer. Raises DialError, OSError."""
-    import hashlib
-
-    key = base64.b64encode(os.urandom(16)).decode()
-    host, asked = (
-        url.netloc.rpartition("@")[2],
-        url._replace(scheme="", netloc="", path=url.path or "/").geturl(),
-    )
-    own = f"Host: {host}\r\nOrigin: {url.scheme}://{host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    own += f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
-    more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    sock.sendall(f"GET {asked} HTTP/1.1\r\n{own}{more}\r\n".encode())
-    answer, found = b"", None
-    while found is None:
-        answer += _received(sock, len(answer))
-        found = re.search(rb"\r?\n\r?\n", answer)
-    head, rest = answer[: found.start()], answer[found.end() :]
-    status = re.match(rb"HTTP/\S+ +(\d{3})\b", head)
-    if status is None:
-        raise OSError(phrase("websocket.no_handshake"))
-    named = dict(line.lower().split(b":", 1) for line in head.splitlines() if b":" in line)
-    if status[1] != b"101":
-        length = named.get(b"content-length", b"").strip()
-        while length.isdigit() and len(rest) < int(length):
-            rest += _received(sock, len(head) + len(rest))
-        raise DialError(phrase("websocket.refused", status=int(status[1])), int(status[1]), rest)
-    proof = hashlib.sha1((key + _WEBSOCKET_GUID).encode(), usedforsecurity=False).digest()
-    if named.get(b"sec-websocket-accept", b"").strip() != base64.b64encode(proof).lower():
-        raise OSError(phrase("websocket.no_handshake"))
-    return rest
-
-
-def _received(sock: socket.socket, before: int) -> bytes:
-    """Return more of an answer of which so many bytes are here. Raises OSError."""
-    if before >= MAX_HANDSHAKE_BYTES:
-        raise OSError(phrase("websocket.large_handshake", size=MAX_HANDSHAKE_BYTES))
-    data = sock.recv(MAX_HANDSHAKE_BYTES - before)
-    if not data:
-        raise ConnectionResetError
-    return data
+    return ws
 
 
 # ======================================================================================================
@@ -21121,7 +21105,6 @@ TEMPLATES |= {
 
 # Whoever tells of an end says that it is a connection's: `connection lost: …`, `连接中断：…`.
 TEMPLATES |= {
-    "websocket.broken": ("what came is no frame of a WebSocket", "收到的内容不是 WebSocket 帧"),
     "websocket.closed": ("closed by the server", "由服务器关闭"),
     "websocket.closed_because": (
         "closed by the server (code {code} {why})",
@@ -21134,10 +21117,6 @@ TEMPLATES |= {
     ),
     "websocket.large_handshake": ("an answer of more than {size} bytes", "应答超过 {size} 字节"),
     "websocket.lost": ("lost: {why}", "{why}"),
-    "websocket.no_handshake": (
-        "its answer is no handshake of a WebSocket",
-        "应答不是 WebSocket 握手",
-    ),
     "websocket.not_connected": ("cannot connect: {why}", "无法连接：{why}"),
     "websocket.not_sent": ("sending failed: {why}", "发送失败：{why}"),
     "websocket.refused": (
