@@ -47,7 +47,6 @@ OUTSIDE = (
     (r"MongoStore\._away", r"failed validation", "MongoDB's reasons"),
     (r"uri_faults|_unknown_option", r"Unknown option|words\.partition", "pymongo's words"),
     (r"ARGPARSE_WORDS|argparse_words|_refuse_arguments", r".*", "argparse's words"),
-    (r"_shake_hands", r".*", "the head of a request"),
     # the log, which is English
     (r"RETRIED|CLOSES|(?:Poller|Intake|Planner|LogThrottle)\.__init__", r".*", "of a LogThrottle"),
     (r"LogThrottle\.over", r"{} tries", "of a LogThrottle"),
