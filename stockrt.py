@@ -130,6 +130,9 @@ __version__ = "1.0.0"
 
 log = logging.getLogger("stockrt")
 
+# Patterns stand here as texts, which `re` compiles when they are first used and keeps: all of them at every start would
+# take six milliseconds. Compiled are those that every trade or code needs.
+
 
 # ======================================================================================================
 # Words: what a person reads, in two languages; one printable line, secrets masked
@@ -636,9 +639,6 @@ def local_time(moment: datetime) -> str:
     return moment.astimezone().isoformat(" ", "seconds")
 
 
-_UTC_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z")
-
-
 def local_times(text: str) -> str:
     """Return a text for people with its times, which programs get in UTC, on this machine's clock."""
 
@@ -647,7 +647,7 @@ def local_times(text: str) -> str:
             return local_time(datetime.fromisoformat(found[0]))
         return found[0]
 
-    return _UTC_TIME.sub(local, text)
+    return re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z", local, text)
 
 
 def parts_of(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -859,16 +859,13 @@ def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.
         ceiling = min(cap_s, ceiling * growth)
 
 
-_UNPACKED = re.compile(r".+_[0-9a-f]{16,}")
-
-
 def lost_part(error: ImportError) -> StockrtError:
     """Return what to end with where a part of this program is gone, and have the next start unpack it anew.
 
     Cleaners of caches take files away from under a process that runs for months.
     """
     site, then = Path(__file__).resolve().parent, phrase("tools.install_anew")
-    if site.name == "site-packages" and _UNPACKED.fullmatch(site.parent.name):
+    if site.name == "site-packages" and re.fullmatch(r".+_[0-9a-f]{16,}", site.parent.name):
         then = phrase("tools.unpacked_anew")
         with contextlib.suppress(OSError):  # gone altogether, or another process was first
             site.rename(site.with_name(f"lost-{os.urandom(4).hex()}"))
@@ -1121,7 +1118,6 @@ class Proxies(NamedTuple):
 
 
 NO_PROXIES = Proxies()
-_EXEMPT_ENTRY = re.compile(r"(\[[^\]]*\]|[^:]*)(?::(\d+))?|(.*)")
 
 
 def _is_exempt(entry: str, host: str, port: int) -> bool:
@@ -1131,7 +1127,7 @@ def _is_exempt(entry: str, host: str, port: int) -> bool:
     """
     import ipaddress
 
-    parts = cast("re.Match[str]", _EXEMPT_ENTRY.fullmatch(entry))
+    parts = cast("re.Match[str]", re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(\d+))?|(.*)", entry))
     name = (parts[3] or parts[1]).strip("[]").strip(".")
     if parts[2] and int(parts[2]) != port:
         return False
@@ -1212,7 +1208,7 @@ class Settings(NamedTuple):
         found = {*self.api_keys, *self.old_secrets}
         if self.mongodb_shown() != self.mongodb_uri:
             found.add(self.mongodb_uri)
-        match = _USERINFO.search(self.mongodb_uri)
+        match = re.search(_USERINFO, self.mongodb_uri)
         if match and ":" in match[1]:
             password = match[1].partition(":")[2]
             found |= {password, unquote(password), unquote_plus(password)}
@@ -1271,12 +1267,12 @@ class LoadedSettings(NamedTuple):
     hiding: tuple[str, ...] = ()
 
 
-_USERINFO = re.compile(r"^[a-z+]+://(.*)@", re.IGNORECASE | re.DOTALL)
+_USERINFO = r"(?is)^[a-z+]+://(.*)@"
 
 
 def mask_uri(uri: str) -> str:
     """Return a URI with its user and password replaced: everything up to the last `@` goes."""
-    shown = _USERINFO.sub(lambda m: uri[: uri.index("://") + 3] + "***@", uri)
+    shown = re.sub(_USERINFO, lambda m: uri[: uri.index("://") + 3] + "***@", uri)
     return re.sub(r"(?i)((?:password|authMechanismProperties)=)[^&;]*", r"\1***", shown)
 
 
@@ -1364,7 +1360,7 @@ def _unknown_option(name: str, said: str) -> str:
 
 
 # As a person writes one; Python's own would read 1_0 as ten, and nan and 1e3 too.
-_PLAIN_NUMBER = re.compile(r"\d+(?:\.\d*)?|\.\d+", re.ASCII)
+_PLAIN_NUMBER = r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
 
 
 def _expect(good: bool) -> None:
@@ -1382,7 +1378,7 @@ def _text(shortest: int, longest: int) -> Callable[[str], str]:
 
 def _number(low: float, high: float) -> Callable[[str], float]:
     def parse(value: str) -> float:
-        _expect(_PLAIN_NUMBER.fullmatch(value) is not None)
+        _expect(re.fullmatch(_PLAIN_NUMBER, value) is not None)
         number = float(value)
         _expect(low <= number <= high)
         return number
@@ -2095,7 +2091,7 @@ def shown_value(setting: Setting, text: str) -> str:
     """Return the text of a setting as a person may see it, in quotes."""
     if setting.in_small_letters:
         return repr(one_line(mask_userinfo(text), 100))
-    if setting.secret and not (setting.attribute == "mongodb_uri" and _USERINFO.match(text)):
+    if setting.secret and not (setting.attribute == "mongodb_uri" and re.match(_USERINFO, text)):
         return "'***'"
     return repr(one_line(mask_uri(text), 100))
 
@@ -2442,20 +2438,19 @@ CRYPTO_VENUES = frozenset(
 COMMON_VENUES = frozenset("FX FX_IDC OANDA FOREXCOM SAXO ICMARKETS PEPPERSTONE CAPITALCOM TVC".split())
 # What a symbol looks like at each market; without it, another notation is not read as that market's.
 _SYMBOL_FORMS = {
-    "SH": re.compile(r"[0-9]{6}"),
-    "SZ": re.compile(r"[0-9]{6}"),
-    "HK": re.compile(r"[0-9]{1,5}"),
-    "US": re.compile(r"[A-Z]{1,6}(?:[.-][A-Z]{1,3})?"),
-    "JP": re.compile(r"[0-9][0-9A-Z]{3}5?"),
-    "KS": re.compile(r"[0-9][0-9A-Z]{5}"),
-    "IN": re.compile(r"[A-Z0-9&_-]*[A-Z][A-Z0-9&_-]*"),
-    "TW": re.compile(r"[0-9]{4,6}[A-Z]?"),
+    "SH": r"[0-9]{6}",
+    "SZ": r"[0-9]{6}",
+    "HK": r"[0-9]{1,5}",
+    "US": r"[A-Z]{1,6}(?:[.-][A-Z]{1,3})?",
+    "JP": r"[0-9][0-9A-Z]{3}5?",
+    "KS": r"[0-9][0-9A-Z]{5}",
+    "IN": r"[A-Z0-9&_-]*[A-Z][A-Z0-9&_-]*",
+    "TW": r"[0-9]{4,6}[A-Z]?",
 }
 _EXAMPLES = {"US": "AAPL.US", "HK": "00700.HK", "SH": "600519.SH", "SZ": "000001.SZ", "JP": "7203.JP",
              "KS": "005930.KS", "IN": "RELIANCE.IN", "TW": "2330.TW"}  # fmt: skip
 # sh600519, hk00700 (Sina, Tencent, Xueqiu; r_ and rt_ ask them for the live price)
-_GLUED = re.compile(r"(?:RT?_)?(?:(SH|SZ|BJ)([0-9]{6})|(HK)([0-9]{4,5}))")
-_PAIR = re.compile(r"([A-Z0-9]{2,15})[/_-]([A-Z0-9]{3,5})")
+_GLUED = r"(?:RT?_)?(?:(SH|SZ|BJ)([0-9]{6})|(HK)([0-9]{4,5}))"
 
 
 def _read(text: str) -> Instrument:
@@ -2467,9 +2462,9 @@ def _read(text: str) -> Instrument:
     code = _safe(text)
     if code.endswith(("=X", "=F")):
         return _of_yahoo(*code.split("=", 1))
-    if glued := _GLUED.fullmatch(code):
+    if glued := re.fullmatch(_GLUED, code):
         return _at_market(glued[2] or glued[4], glued[1] or glued[3])
-    if code.startswith("GB_") and _SYMBOL_FORMS["US"].fullmatch(code[3:]):  # Sina
+    if code.startswith("GB_") and re.fullmatch(_SYMBOL_FORMS["US"], code[3:]):  # Sina
         return _at_market(code[3:], "US")
     symbol, dot, suffix = code.rpartition(".")
     if not dot:
@@ -2484,7 +2479,7 @@ def _elsewhere(code: str) -> Instrument:
     first, _, rest = code.partition(".")
     symbol, _, last = code.rpartition(".")
     named = EASTMONEY_MARKETS.get(first, "")
-    if named and _SYMBOL_FORMS[named].fullmatch(rest.replace("_", ".")):  # 106.BRK_B
+    if named and re.fullmatch(_SYMBOL_FORMS[named], rest.replace("_", ".")):  # 106.BRK_B
         if named == "SZ" and _mainland(rest) == ("BJ",):
             raise _no_beijing()
         return _at_market(rest.replace("_", "."), named)
@@ -2492,7 +2487,7 @@ def _elsewhere(code: str) -> Instrument:
         if name in BEIJING_NAMES:
             raise _no_beijing()
         market = _SUFFIX_OF.get(name)
-        if market is None or not _SYMBOL_FORMS[market].fullmatch(other):
+        if market is None or not re.fullmatch(_SYMBOL_FORMS[market], other):
             continue
         # ARCA.O and IN.N are shares called ARCA and IN: of what takes letters only US stands before a dot
         if name == last or name == "US" or market not in ("US", "IN"):
@@ -2510,7 +2505,7 @@ def _unknown_exchange(symbol: str, suffix: str) -> InstrumentError:
     if suffix in _SUFFIX_OF:
         example = _EXAMPLES[_SUFFIX_OF[suffix]]
         return InstrumentError(phrase("instruments.unknown_form", code=f"{symbol}.{suffix}", example=example))
-    if re.fullmatch(r"[A-Z]", suffix) and _SYMBOL_FORMS["US"].fullmatch(symbol):
+    if re.fullmatch(r"[A-Z]", suffix) and re.fullmatch(_SYMBOL_FORMS["US"], symbol):
         why = phrase("instruments.unknown_exchange", suffix=suffix)
         return _unclear(f"{symbol}.{suffix}", why, f"{symbol}.{suffix}.US")
     names = " ".join(f".{name}" for name in MARKETS)
@@ -2526,7 +2521,7 @@ def _at_venue(symbol: str, venue: str) -> Instrument:
     if venue in BEIJING_NAMES and _safe(symbol):
         raise _no_beijing()
     market = _SUFFIX_OF.get(venue)
-    if market and _SYMBOL_FORMS[market].fullmatch(symbol):
+    if market and re.fullmatch(_SYMBOL_FORMS[market], symbol):
         return _at_market(symbol, market)
     if market:
         raise InstrumentError(phrase("instruments.not_of_venue", venue=venue, example=_EXAMPLES[market]))
@@ -2557,7 +2552,7 @@ def _at_market(symbol: str, suffix: str) -> Instrument:
         if not 1 <= len(number) <= 5:
             raise InstrumentError(phrase("instruments.hong_kong", symbol=symbol))
         symbol = f"{number:0>5}"
-    if suffix in ("SH", "SZ") and not _SYMBOL_FORMS[suffix].fullmatch(symbol):
+    if suffix in ("SH", "SZ") and not re.fullmatch(_SYMBOL_FORMS[suffix], symbol):
         raise InstrumentError(phrase("instruments.mainland", example=_EXAMPLES[suffix]))
     return Instrument(_safe(f"{symbol}.{suffix}"), _SUFFIX_PRODUCTS[suffix])
 
@@ -2575,7 +2570,7 @@ def _of_yahoo(symbol: str, kind: str) -> Instrument:
 def _pair(text: str) -> Instrument | None:
     """Read a pair with something between its halves, BTC/USDT, perpetual or not; None if it is none."""
     spot = text.removesuffix(".P")
-    pair = _PAIR.fullmatch(spot)
+    pair = re.fullmatch(r"([A-Z0-9]{2,15})[/_-]([A-Z0-9]{3,5})", spot)
     if pair is None or text in SESSIONLESS:  # XCUUSD_S
         return None
     product = _pair_product(pair[1], pair[2])
@@ -2664,8 +2659,6 @@ def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
 # Codes
 # ------------------------------------------------------------------------------------------------------
 
-_SEPARATORS = re.compile(r"[\s,;，；、]+")
-
 
 # What stands around codes in a list that came as a text: JSON, or as Python prints one.
 _AROUND = "[]\"'“”"
@@ -2673,7 +2666,7 @@ _AROUND = "[]\"'“”"
 
 def split_codes(text: str) -> list[str]:
     """Return the codes of a text in which commas (Chinese ones too), semicolons or blanks separate them."""
-    return [*filter(None, (word.strip(_AROUND) for word in _SEPARATORS.split(text)))]
+    return [*filter(None, (word.strip(_AROUND) for word in re.split(r"[\s,;，；、]+", text)))]
 
 
 def codes_in(text: str) -> Iterator[str]:
@@ -3423,9 +3416,6 @@ def words_of(envelope: Mapping[str, Any]) -> str:
 # Faults of proxies
 # ------------------------------------------------------------------------------------------------------
 
-# How http.client says that a CONNECT was refused; there is no other sign.
-_TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d+)")
-
 
 def _proxy_headers(proxy: Proxy) -> dict[str, str]:
     return {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
@@ -3433,7 +3423,8 @@ def _proxy_headers(proxy: Proxy) -> dict[str, str]:
 
 def _fault_of_proxy(proxy: Proxy, error: Exception, fault: Response) -> Response:
     """Return a fault of connecting as one of the way through a proxy."""
-    refused = _TUNNEL_REFUSED.match(str(error))
+    # how http.client says that a CONNECT was refused; there is no other sign
+    refused = re.match(r"Tunnel connection failed: (\d+)", str(error))
     if refused:
         return _refused_by_proxy(proxy, int(refused[1]))
     return fault._replace(fault=_through(proxy, fault.fault))
@@ -3794,14 +3785,13 @@ _NETWORK_KINDS = {
     "IncompleteRead": "http.short",
     "HTTPException": "http.no_http",
 }
-_LIBRARY_WORDS = re.compile(
-    r"\[Errno -?\d+\] |\[\w+(?:: \w+)?\] | \(_ssl\.c:\d+\)| \(configured timeouts: [^)]*\)|<[^>]*> *:? *"
-    r"|, (?:full error|Timeout): .*",
-    re.DOTALL,
+_LIBRARY_WORDS = (
+    r"(?s)\[Errno -?\d+\] |\[\w+(?:: \w+)?\] | \(_ssl\.c:\d+\)| \(configured timeouts: [^)]*\)|<[^>]*> *:? *"
+    r"|, (?:full error|Timeout): .*"
 )
 
 # An IPv6 address as pymongo writes it in front of a port.
-_BARE_ADDRESS = re.compile(r"(?<![\w.:\[])((?:[0-9a-f]*:){2,}[\w.%]*):(\d+)(?=: )")
+_BARE_ADDRESS = r"(?<![\w.:\[])((?:[0-9a-f]*:){2,}[\w.%]*):(\d+)(?=: )"
 
 
 def network_words(error: BaseException) -> str:
@@ -3825,7 +3815,7 @@ def network_words(error: BaseException) -> str:
 def plain_words(text: str) -> str:
     """Return what a library says of the network without what means something to its authors alone."""
     # masked before something is taken out of the middle
-    return _BARE_ADDRESS.sub(r"[\1]:\2", _LIBRARY_WORDS.sub("", mask(text, HIDDEN.secrets)))
+    return re.sub(_BARE_ADDRESS, r"[\1]:\2", re.sub(_LIBRARY_WORDS, "", mask(text, HIDDEN.secrets)))
 
 
 def _root_of(error: BaseException) -> BaseException:
@@ -4162,9 +4152,7 @@ SQLITE_CUT = 522
 # This code of its without a further reason: a byte of the header says that others than we may write to the file.
 SQLITE_READONLY = 8
 # And its words where damage has changed the schema: what is asked of our files is always the same.
-SCHEMA_DAMAGED = re.compile(
-    r"no such (?:table|column)|has no column named|unsupported file format|decode to UTF-8"
-)
+SCHEMA_DAMAGED = r"no such (?:table|column)|has no column named|unsupported file format|decode to UTF-8"
 
 
 def _connect_sqlite(path: Path, wait_s: float = SQLITE_BUSY_S, alone: bool = False) -> sqlite3.Connection:
@@ -4227,7 +4215,7 @@ def _is_damage(error: Exception) -> bool:
     code = getattr(error, "sqlite_errorcode", 0)
     if code & 0xFF in SQLITE_DAMAGED or code in (SQLITE_READONLY, SQLITE_CUT):
         return True
-    return SCHEMA_DAMAGED.search(str(error)) is not None
+    return re.search(SCHEMA_DAMAGED, str(error)) is not None
 
 
 def _tables(db: sqlite3.Connection) -> set[Any]:
@@ -7221,19 +7209,19 @@ STREAM_ERRORS = (
 _IN_VAIN = (_WAIT, _NEVER, _OUT)
 # What no row is for.
 UNKNOWN_ERROR = StreamError(0, StreamAction.ASK_AGAIN, "", "")
-_PROSE = [(re.compile(row.prose, re.IGNORECASE), row) for row in STREAM_ERRORS if row.prose]
 _BY_CODE = {row.code: row for row in STREAM_ERRORS}
-_NUMBER = re.compile(r"(?<!\d)(?:401|403|429|5\d\d)(?!\d)")
 
 
 def stream_error(code: object, text: str) -> StreamError:
     """Return the row of an error: by its number, else by one in its text, else by its words."""
     if type(code) is int and code in _BY_CODE:
         return _BY_CODE[code]
-    found = _NUMBER.search(text)
+    found = re.search(r"(?<!\d)(?:401|403|429|5\d\d)(?!\d)", text)
     if found and int(found[0]) in _BY_CODE:
         return _BY_CODE[int(found[0])]
-    return next((row for prose, row in _PROSE if prose.search(text)), UNKNOWN_ERROR)
+    return next(
+        (row for row in STREAM_ERRORS if row.prose and re.search(row.prose, text, re.I)), UNKNOWN_ERROR
+    )
 
 
 def _end_by(row: StreamError, words: str, rng: random.Random) -> StreamEnd:
@@ -7939,7 +7927,6 @@ class CloseStore(Protocol):
         """Return every code in `realtime`. Raises StoreError."""
 
 
-_FIELD = re.compile(r"\{(\w+)[^}]*\}")
 # What is kept was cut to a line of fewer; of a longer text every ": " would be looked at in the one before.
 LONGEST_KEPT = 1000
 
@@ -7949,7 +7936,7 @@ def _patterns(kinds: tuple[str, ...]) -> list[tuple[str, str, re.Pattern[str]]]:
     """Return the kinds that begin so with their own words and the pattern of the whole; who says most comes first."""
     found = []
     for kind in filter(lambda kind: kind.startswith(kinds), TEMPLATES):
-        parts = _FIELD.split(TEMPLATES[kind][0])  # texts, and the names of values between them
+        parts = re.split(r"\{(\w+)[^}]*\}", TEMPLATES[kind][0])  # texts, and the names of values between them
         own = parts[::2]
         # a reason of ours may stand behind words of the vendor's that have colons, too
         for few in ("", "?") if kind == "tools.because" else ("?",):
@@ -13628,8 +13615,6 @@ def _result_words(report: Report) -> Phrase:
 
 # The kind of what the message of a result says whose lists were left out.
 WITHOUT_LISTS = "protocol.without_lists"
-# A message in Chinese: before somebody else's words come, which follow such a sign, are those of ours.
-_IN_CHINESE = re.compile("[^:(]*[\u4e00-\u9fff]")
 
 
 def without_lists(text: str) -> str:
@@ -13639,7 +13624,8 @@ def without_lists(text: str) -> str:
         message = answer["message"]
         if any(words in message for words in TEMPLATES[WITHOUT_LISTS]):
             return text
-        language = CHINESE if _IN_CHINESE.match(message) else ENGLISH
+        # in Chinese: before somebody else's words come, which follow such a sign, are those of ours
+        language = CHINESE if re.match("[^:(]*[\u4e00-\u9fff]", message) else ENGLISH
         why = phrase("protocol.too_long", what=phrase(WITHOUT_LISTS), bytes=len(text))
         answer["result"] |= {"failed_stocks": [], "failures": {}}
         answer["message"] = in_language(listing("join.clauses", [message, why]), language)
@@ -13679,7 +13665,7 @@ HASH_NAME = "module_hash"
 # Where the older client of this platform kept its hash, below its working directory.
 OLD_HASH_FILE = Path("config/module_hash.txt")
 # The server's own: at most 64 characters; nothing else may stand behind `hash=`.
-_HASH = re.compile(r"[A-Za-z0-9_+=-]{1,64}")
+_HASH = r"[A-Za-z0-9_+=-]{1,64}"
 MISSION_KIND = "realtime"
 
 
@@ -13706,7 +13692,7 @@ def hash_in(place: Path, setting: str = "STATE_DIRECTORY") -> str:
     except (OSError, UnicodeDecodeError) as error:
         why = unread_words(error)
         raise StoreError(phrase("link.hash_unread", place=place, why=why, setting=setting)) from None
-    if not _HASH.fullmatch(found):
+    if not re.fullmatch(_HASH, found):
         raise StoreError(phrase("link.no_hash", place=place))
     return found
 
@@ -13739,7 +13725,7 @@ def register(settings: Settings) -> str:
     envelope = json_object(answer.body) or {}
     result = envelope.get("result")
     module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
-    if envelope.get("code") == "2000" and _HASH.fullmatch(module_hash):
+    if envelope.get("code") == "2000" and re.fullmatch(_HASH, module_hash):
         return module_hash
     why = _why_not_registered(answer, envelope)
     raise RegistrationError(phrase("link.not_registered", url=url, why=why))
@@ -15810,11 +15796,10 @@ class JournalStream(io.TextIOBase):
 
 # syslog's priorities, as the journal takes them at the beginning of a line.
 _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
-_HAS_PRIORITY = re.compile(r"<[0-7]>")
 
 
 def _with_priority(line: str, level: int) -> str:
-    return line if _HAS_PRIORITY.match(line) else f"<{_PRIORITIES[logging.getLevelName(level)]}>{line}"
+    return line if re.match(r"<[0-7]>", line) else f"<{_PRIORITIES[logging.getLevelName(level)]}>{line}"
 
 
 def for_journal(text: str, level: int) -> str:
@@ -16287,7 +16272,7 @@ def clean_cache(environ: Mapping[str, str], own: Path) -> None:
     """
     cache = environ.get("CACHE_DIRECTORY", "").partition(":")[0]
     name, _, build = own.name.rpartition("_")
-    if not (cache and name and _BUILD_ID.fullmatch(build) and own.parent == Path(cache).resolve()):
+    if not (cache and name and re.fullmatch(r"[0-9a-f]{16,}", build) and own.parent == Path(cache).resolve()):
         return
     with contextlib.suppress(OSError):
         _lock(own, shared=True)  # held for as long as this process lives
@@ -16299,9 +16284,6 @@ def clean_cache(environ: Mapping[str, str], own: Path) -> None:
 
             shutil.rmtree(other, ignore_errors=True)
             (other.parent / f".{name}_{ours[1]}_lock").unlink(missing_ok=True)
-
-
-_BUILD_ID = re.compile(r"[0-9a-f]{16,}")
 
 
 def _lock(folder: Path, shared: bool) -> int:
@@ -16748,7 +16730,7 @@ CODES_SHOWN = 50
 # Of a name in a table on a terminal: as many columns at most, and where it is narrow at least.
 NAME_COLUMNS, NAME_LEAST = 20, 8
 # Where red is the colour of what rises. In Hong Kong, Macau and Singapore green is, as in the West.
-RED_RISES = re.compile(r"(?:zh(?!_(?:HK|MO|SG))|ja|ko)(?:_|\.|@|$)", re.IGNORECASE)
+RED_RISES = r"(?i)(?:zh(?!_(?:HK|MO|SG))|ja|ko)(?:_|\.|@|$)"
 # How a terminal is told.
 PAINTS, LIT = {"red": "31", "green": "32"}, "7"
 OTHER_COLOR = {"red": "green", "green": "red"}
@@ -16787,7 +16769,7 @@ def color_of_rise(environ: Mapping[str, str], up: str | None) -> str:
     """
     locale = locale_name(environ)
     by_language = SPOKEN.language == CHINESE and not locale.lower().startswith("zh")
-    return up or ("red" if by_language or RED_RISES.match(locale) else "green")
+    return up or ("red" if by_language or re.match(RED_RISES, locale) else "green")
 
 
 def date_at(t: int) -> str:
@@ -17928,7 +17910,7 @@ _PANEL_SIZES = {"stat": (6, 4), "timeseries": (12, 8), "state-timeline": (12, 4)
 _GRID_COLUMNS = 24
 # Grafana brings older models up to date by themselves when they are imported.
 _GRAFANA_SCHEMA = 39
-_METRIC_NAME = re.compile(r"\bstockrt_[a-z_]+")
+_METRIC_NAME = r"\bstockrt_[a-z_]+"
 
 
 def dashboard() -> dict[str, Any]:
@@ -17971,7 +17953,7 @@ def _panel_model(panel: Panel, source: Mapping[str, str]) -> dict[str, Any]:
         {
             "refId": chr(ord("A") + place),
             "datasource": source,
-            "expr": _METRIC_NAME.sub(r'\g<0>{instance=~"$instance"}', expression),
+            "expr": re.sub(_METRIC_NAME, r'\g<0>{instance=~"$instance"}', expression),
             "legendFormat": legend,
         }
         for place, (expression, legend) in enumerate(panel.queries)
@@ -17989,7 +17971,7 @@ def _panel_model(panel: Panel, source: Mapping[str, str]) -> dict[str, Any]:
 def _help(panel: Panel) -> str:
     """Return what the metrics of a panel say of themselves."""
     helps = {metric.name: metric.help for metric in METRICS} | {f"{LATENCY}_bucket": LATENCY_HELP}
-    names = _METRIC_NAME.findall(" ".join(expression for expression, _ in panel.queries))
+    names = re.findall(_METRIC_NAME, " ".join(expression for expression, _ in panel.queries))
     return " ".join(helps[name] for name in dict.fromkeys(names) if name in helps)
 
 
@@ -18048,15 +18030,13 @@ def terminal_size(columns: int = 80) -> tuple[int, int]:
 
 
 # Of a line that is too long between them: blanks, and in Chinese any two characters but those that punctuation holds.
-_PIECES = re.compile(
-    r"[（“《]*(?:[\u3000-\u9fff]|[^\s\u3000-\u9fff（“《，。；：？）”》]+)[，。；：？、）”》]*\s*|\S\s*"
-)
+_PIECES = r"[（“《]*(?:[\u3000-\u9fff]|[^\s\u3000-\u9fff（“《，。；：？）”》]+)[，。；：？、）”》]*\s*|\S\s*"
 
 
 def lines_within(text: str, columns: int) -> list[str]:
     """Return a text in lines of at most so many columns of a terminal, of which a Chinese character takes two."""
     lines = [""]
-    for piece in _PIECES.findall(text):
+    for piece in re.findall(_PIECES, text):
         if lines[-1] and columns_of((lines[-1] + piece).rstrip()) > columns:
             lines.append("")
         lines[-1] += piece

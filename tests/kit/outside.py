@@ -43,6 +43,7 @@ OUTSIDE = (
     # what is recognised: a server's, a library's, argparse's words
     (r"PACKAGE_NAMES|_KEY_TEXTS|_RATE_TEXTS|_REQUEST_TEXTS|REFUSALS", r".*", "the API's answers"),
     (r"STREAM_ERRORS|StreamProtocol\._understand", r".*", "the stream's answers"),
+    (r"_LIBRARY_WORDS|SCHEMA_DAMAGED", r".*", "patterns of what libraries say"),
     (r"MongoStore\._away", r"failed validation", "MongoDB's reasons"),
     (r"uri_faults|_unknown_option", r"Unknown option|words\.partition", "pymongo's words"),
     (r"ARGPARSE_WORDS|argparse_words|_refuse_arguments", r".*", "argparse's words"),
