@@ -537,9 +537,11 @@ def test_status_remembers_over_a_restart_and_knows_of_runs_by_hand(program: Prog
             program.until(lambda: platform.results)
             program.stop_daemon()
         told = program.state / stockrt.STATUS_NAME
-        told.write_text(json.dumps(json.loads(told.read_text()) | {"spool_refused": 7}))
+        before = json.loads(told.read_text()) | {"spool_refused": 7}
+        told.write_text(json.dumps(before))
         program.start_daemon()
-        program.until(lambda: stockrt.read_status(program.state)["spool_refused"] == 7)
+        program.until(lambda: stockrt.read_status(program.state)["pid"] != before["pid"])
+        assert stockrt.read_status(program.state)["spool_refused"] == 7
         after = program.status(WRONG)
         assert after["wrong"] == ["no connection to the platform"]
         assert after["last_execution"]["message"].startswith("1 of 3 codes failed: NOPE (")
