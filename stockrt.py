@@ -19483,7 +19483,12 @@ def gather_status(settings: Settings, is_installed: bool = False, is_faulty: boo
             platform |= {"lost_since": told.get("lost_since"), "lost_because": told.get("lost_because")}
         daemon |= {"pid": told.get("pid"), "version": told.get("version")}
         states = told.get("keys", [])
-    module_hash = read_hash(directory)
+    troubles: list[Trouble] = []
+    module_hash = ""
+    try:
+        module_hash = read_hash(directory)
+    except StoreError as error:
+        troubles.append(Trouble(error.message, phrase("cli.tries_again")))
     with without_traces(settings) as looked_at, Pipeline(looked_at, ByHand()) as pipeline:
         spool, keys = pipeline.queued(told.get("spool_refused", 0)), pipeline.usage(states)
     status: StatusReport = {
@@ -19503,11 +19508,10 @@ def gather_status(settings: Settings, is_installed: bool = False, is_faulty: boo
         "wrong": [],
         "to_do": [],
     }
-    troubles: list[Trouble] = []
     if settings.collects or (daemon["running"] and told.get("collecting")):
         status["collecting"] = dict.fromkeys(CollectFacts.__annotations__) | told.get("collecting", {})
     if (directory / JOURNAL_NAME).exists():
-        troubles = _ask_journal(directory, status)
+        troubles += _ask_journal(directory, status)
     troubles += _what_is_wrong(settings, status)
     if is_faulty:
         status |= {"store": phrase("cli.unknown"), "platform": platform | {"url": phrase("cli.unknown")}}
