@@ -17602,7 +17602,7 @@ class Page(NamedTuple):
     """What the page shows: quotes as asked, of each code its chart and its final closes, and `names` in Chinese.
 
     `made`: when, epoch seconds; `store`: where it is from; `language`: of who opens it, if the browser does not tell;
-    `up`: the colour of what rises, everybody's if `is_fixed`; `is_chosen`: codes were named of which nothing is stored.
+    `up`: the colour of what rises, everybody's if `is_fixed`.
     """
 
     quotes: Sequence[Quote]
@@ -17614,7 +17614,6 @@ class Page(NamedTuple):
     language: str
     up: str
     is_fixed: bool
-    is_chosen: bool
 
 
 def draw_page(page: Page) -> str:
@@ -17649,8 +17648,7 @@ def _page_header(page: Page) -> str:
 
 def _overview(page: Page) -> str:
     if not page.quotes:
-        kind = "views.page_nothing_of_them" if page.is_chosen else "views.page_empty"
-        return f"<p>{both(phrase(kind))}</p>\n"
+        return f"<p>{both(phrase('views.page_empty'))}</p>\n"
     heads = "".join(map(_head, PAGE_COLUMNS))
     rows = "".join(_row(page, quote) for quote in page.quotes)
     return (
@@ -19481,7 +19479,12 @@ def gather_status(settings: Settings, is_installed: bool = False, is_faulty: boo
             platform |= {"lost_since": told.get("lost_since"), "lost_because": told.get("lost_because")}
         daemon |= {"pid": told.get("pid"), "version": told.get("version")}
         states = told.get("keys", [])
-    module_hash = read_hash(directory)
+    troubles: list[Trouble] = []
+    module_hash = ""
+    try:
+        module_hash = read_hash(directory)
+    except StoreError as error:
+        troubles.append(Trouble(error.message, phrase("cli.tries_again")))
     with without_traces(settings) as looked_at, Pipeline(looked_at, ByHand()) as pipeline:
         spool, keys = pipeline.queued(told.get("spool_refused", 0)), pipeline.usage(states)
     status: StatusReport = {
@@ -19501,11 +19504,10 @@ def gather_status(settings: Settings, is_installed: bool = False, is_faulty: boo
         "wrong": [],
         "to_do": [],
     }
-    troubles: list[Trouble] = []
     if settings.collects or (daemon["running"] and told.get("collecting")):
         status["collecting"] = dict.fromkeys(CollectFacts.__annotations__) | told.get("collecting", {})
     if (directory / JOURNAL_NAME).exists():
-        troubles = _ask_journal(directory, status)
+        troubles += _ask_journal(directory, status)
     troubles += _what_is_wrong(settings, status)
     if is_faulty:
         status |= {"store": phrase("cli.unknown"), "platform": platform | {"url": phrase("cli.unknown")}}
@@ -20054,8 +20056,9 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
         last = {one.code: one.trade for one in found}
         names, charts = reader.names(last), read_charts(reader, [*last], last, step, span, now, PAGE_STEPS)
         closes = reader.closes(last, *dates_of(Span(until=span.until), now))
-    is_fixed, is_chosen = options.up is not None, bool(missing)
-    page = Page(found, names, charts, closes, now, store, SPOKEN.language, up, is_fixed, is_chosen)
+    need_something(found, missing, path)
+    is_fixed = options.up is not None
+    page = Page(found, names, charts, closes, now, store, SPOKEN.language, up, is_fixed)
     is_picture = path.suffix.lower() == ".svg"
     text = draw_picture(_only_chart(charts.values()), up) if is_picture else draw_page(page)
     # a web server is another user
@@ -20064,6 +20067,12 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
     size = len(text.encode()) / 1000
     say(phrase("cli.page_written", path=path, codes=count_words(len(found), "code"), size=size))
     return status
+
+
+def need_something(found: Collection[object], missing: Sequence[str], path: object) -> None:
+    """Raise StockrtError where nothing is stored of what was asked for: an older file is worth more."""
+    if missing and not found:
+        raise StockrtError(phrase("cli.not_written", path=path, why=listing("join.clauses", missing)))
 
 
 def _only_chart(charts: Iterable[Chart]) -> Chart:
@@ -20161,10 +20170,8 @@ def run_export(options: Options, settings: Settings) -> int:
             export = Export(codes, span, options.closes, is_whole, options.json or place.endswith(".jsonl"))
             if place == "-":
                 count = _to_stdout(export, reader)
-            elif missing and not codes:
-                why = listing("join.clauses", missing)
-                raise StockrtError(phrase("cli.not_exported", path=place, why=why))
             else:
+                need_something(codes, missing, place)
                 with whole_file(Path(place), durable=True, setting="--export") as stream:
                     count = _write_export(export, reader, stream)
     except KeyboardInterrupt:
@@ -21842,7 +21849,6 @@ TEMPLATES |= {
         "还没有最终收盘价：可用 --backfill 60 补齐。",
     ),
     "views.page_no_trade": ("No trades in this time.", "这段时间没有成交。"),
-    "views.page_nothing_of_them": ("Nothing of these codes is stored.", "库中没有这些代码的成交。"),
     "views.page_of": ("{codes} of {store}, as of {when}", "{store} 中的 {codes}，截至 {when}"),
     "views.page_open": ("Open", "开盘"),
     "views.page_time": ("Exchange time", "交易所时间"),
@@ -21868,7 +21874,7 @@ TEMPLATES |= {
     "cli.export_undone": ("interrupted: no file was written", "已中断：未写出文件"),
     "cli.exported": ("{rows} written to standard output", "已将 {rows}写到标准输出"),
     "cli.exported_to": ("{rows} written to {path}", "已将 {rows}写入 {path}"),
-    "cli.not_exported": ("nothing written, {path} is as it was: {why}", "未写入，{path} 保持原样：{why}"),
+    "cli.not_written": ("nothing written, {path} is as it was: {why}", "未写入，{path} 保持原样：{why}"),
     "cli.lists_incomplete": ("not all of the API's lists are here: {why}", "API 的品种列表不全：{why}"),
     "cli.name_not_stored": (
         "{code}: nothing of it is stored; where that is a name, --symbols {code} brings its code",

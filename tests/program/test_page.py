@@ -371,7 +371,12 @@ def test_a_terminal_that_cannot_show_blocks_is_told_so(run_pyz: RunPyz, state: P
     assert run_pyz("--show", AAPL, "--chart", "5m", "--json", env=env).returncode == 0
 
 
-def test_what_is_not_there_is_said_with_what_is(run_pyz: RunPyz, state: Path) -> None:
+def test_what_is_not_there_is_said_with_what_is(run_pyz: RunPyz, state: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    done = run_pyz("--html", page, "--codes", "9988.HK")
+    assert (done.returncode, page.read_text()) == (1, "old")
+    assert done.stderr == f"stockrt: nothing written, {page} is as it was: 9988.HK: nothing of it is stored\n"
     done = run_pyz("--show", MAOTAI, "9988.HK", "--chart", "1d")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [

@@ -163,6 +163,15 @@ def test_the_lines_for_a_person_say_the_same(program: Program) -> None:
     assert lines["API key"] == f"bbb…222  pro  0 used today, 1728000 left  {untold}"
 
 
+def test_a_hash_that_cannot_be_used_is_said_beside_the_rest(program: Program) -> None:
+    place = program.state / stockrt.HASH_NAME
+    program.state.mkdir()
+    place.write_text("no hash!")
+    found = program.status()
+    assert found["wrong"] == [f"{place} holds no module hash; remove it and run --register"]
+    assert (found["registration"], found["waiting"]["commands"]) == (None, 0)
+
+
 def test_what_waits_is_counted_and_not_touched(program: Program) -> None:
     """Commands without an answer, answers without a receipt; those given up for their age are none."""
     now = time.time()

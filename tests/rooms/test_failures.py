@@ -259,7 +259,9 @@ def test_an_interrupted_run_tells_what_it_has_while_another_thread_writes(
     while len(growing.failures) < 1000:
         assert not threading.Event().wait(0.001)
     settings = load_settings({"STATE_DIRECTORY": str(tmp_path)}, None, (), is_root=False).settings
-    assert stockrt._close_run(growing, finished=False, settings=settings) == stockrt.EXIT_INTERRUPTED
+    assert (
+        stockrt._close_run(growing.as_of_now(), finished=False, settings=settings) == stockrt.EXIT_INTERRUPTED
+    )
     summary, *failures = capsys.readouterr().err.splitlines()
     assert len(failures) >= 1000
     assert f"failed {len(failures)} " in summary

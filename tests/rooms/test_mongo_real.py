@@ -452,7 +452,7 @@ def test_check_finds_a_wrong_password(
         done, once = (run.result() for run in runs)
     assert done.returncode == 1
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
-    assert re.search(r"MongoDB: .*Authentication failed\.; see MONGODB_HOST$", line), done.stdout
+    assert re.search(r"store: MongoDB .*Authentication failed\.; see MONGODB_HOST$", line), done.stdout
     assert PASSWORD not in done.stdout + done.stderr
     assert once.returncode == 1
     assert re.search(
