@@ -363,7 +363,7 @@ def shared_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.parametrize("restarted", [False, True], ids=["one process", "a process a run"])
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+@each("row", TABLE, ids=lambda row: row.name)
 def test_the_table_of_closes(shared_world: World, row: Row, restarted: bool) -> None:
     """Whether one process sees it all or each run is a new one, and once more with nothing new."""
     shared_world.reset()
@@ -375,7 +375,7 @@ def test_the_table_of_closes(shared_world: World, row: Row, restarted: bool) -> 
     assert world.prices() == row.closes
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+@each("row", TABLE, ids=lambda row: row.name)
 def test_a_replay_in_reverse_order_ends_the_same(shared_world: World, row: Row) -> None:
     """All trades are fetched anew at the time of the last run, the last one first and the first one first.
 
