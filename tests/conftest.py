@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import linecache
 import os
 import re
 import subprocess
@@ -41,6 +42,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.pop("PYTHONPYCACHEPREFIX", None)
 
 note_everything()
+
+# A client of pymongo keeps the text of the stack that it is made on, and stockrt then forgets the files read for that.
+# Of hundreds of clients each would read them again; the test of the forgetting has this back.
+forget_files = linecache.clearcache
+linecache.clearcache = lambda: None
 
 # What is collected stays: to look through it for garbage again and again finds none, and takes a third of the time.
 gc.disable()

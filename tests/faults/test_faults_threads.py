@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import MakeWorld, unavailable
-from kit.daemons import HASH, PATIENCE, PROGRAM
+from conftest import MakeWorld, RunPyz, unavailable
+from kit.daemons import HASH, PATIENCE, command_of
 from kit.fault_world import World
 from kit.infoway_server import Answer
 
@@ -97,7 +97,7 @@ def test_a_start_without_threads_says_so(world: World, threads: int, arguments: 
         "METRICS_FILE": str(world.daemon.state.with_name("metrics.prom"))
     }
     done = subprocess.run(
-        ["prlimit", f"--nproc={threads}", *UNPRIVILEGED, sys.executable, str(PROGRAM), *arguments],
+        ["prlimit", f"--nproc={threads}", *UNPRIVILEGED, *command_of(), *arguments],
         env=environment,
         cwd=world.daemon.state,
         capture_output=True,
@@ -114,20 +114,19 @@ def test_a_start_without_threads_says_so(world: World, threads: int, arguments: 
 
 @pytest.mark.parametrize("store", ["sqlite", "mongodb"])
 def test_the_built_file_goes_on_with_fewer_threads_than_it_wants(
-    store: str, world: World, pyz: Path, request: pytest.FixtureRequest
+    store: str, world: World, pyz: Path, start_pyz: RunPyz, request: pytest.FixtureRequest
 ) -> None:
     """Six threads for 3,000 codes: it wanted more workers than it could start, and stored nothing."""
-    place = world.daemon.state.parent
-    program, codes = place / pyz.name, place / "codes.txt"
-    shutil.copy(pyz, program)
+    codes = world.daemon.state.parent / "codes.txt"
     codes.write_text("".join(f"A{n}.US\n" for n in range(3000)))
-    environment = world.daemon.environment | {"SHIV_ROOT": str(world.daemon.state / "shiv")}
+    assert start_pyz("--version").returncode == 0  # it is unpacked
+    environment = world.daemon.environment
     if store == "mongodb":
         uri, name = request.getfixturevalue("mongo_db")
         environment |= {"MONGODB_HOST": uri, "MONGODB_DB_NAME": name}
     world.infoway.latency = 0.05
     done = subprocess.run(
-        ["prlimit", "--nproc=6", *UNPRIVILEGED, sys.executable, program, "--once", "--codes-file", codes],
+        ["prlimit", "--nproc=6", *UNPRIVILEGED, sys.executable, pyz, "--once", "--codes-file", codes],
         env=environment,
         cwd=world.daemon.state,
         capture_output=True,

@@ -28,7 +28,7 @@ import pymongo
 from faults.fault_table import FAULTS
 
 import stockrt
-from kit.daemons import HASH, PATIENCE, Lag, ProcessDaemon, environment, until
+from kit.daemons import HASH, PATIENCE, Lag, ProcessDaemon, environment, number, until
 from kit.forked import Forked
 from kit.infoway_server import Answer, InfowayServer, Request
 from kit.mongo import ReplicaSet
@@ -500,7 +500,7 @@ class World:
 
 def elect_under_load(world: World, members: ReplicaSet, rounds: int) -> None:
     """Let one primary after the other step down while the daemon works without pause."""
-    with world.load(0.02, 10):
+    with world.load(number(0.02, 0.02, quick=0.05), 10):
         for _ in range(rounds):
             answers = len(world.platform.results)
             assert world.platform.wait_for(lambda p, n=answers: len(p.results) > n + 10, PATIENCE)  # type: ignore[misc]

@@ -364,7 +364,7 @@ def shared_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.parametrize("restarted", [False, True], ids=["one process", "a process a run"])
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+@each("row", TABLE, ids=lambda row: row.name)
 def test_the_table_of_closes(shared_world: World, row: Row, restarted: bool) -> None:
     """Whether one process sees it all or each run is a new one, and once more with nothing new."""
     shared_world.reset()
@@ -376,7 +376,7 @@ def test_the_table_of_closes(shared_world: World, row: Row, restarted: bool) -> 
     assert world.prices() == row.closes
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+@each("row", TABLE, ids=lambda row: row.name)
 def test_a_replay_in_reverse_order_ends_the_same(shared_world: World, row: Row) -> None:
     """All trades are fetched anew at the time of the last run, the last one first and the first one first.
 
@@ -480,25 +480,26 @@ FOREIGN: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("numeric_type", ["string", "double", "decimal"])
-@pytest.mark.parametrize("foreign", FOREIGN)
 def test_what_is_no_trade_in_the_collection_is_passed_over(
-    foreign: str, numeric_type: str, mongo_db: tuple[str, str], tmp_path: Path
+    numeric_type: str, mongo_db: tuple[str, str], tmp_path: Path
 ) -> None:
-    """Another program wrote to `realtime`: the close is the newest trade that is one."""
+    """Another program wrote to `realtime`: the close is the newest trade that is one. Each case has its code."""
     store = mongo_store(*mongo_db, numeric_type)
     world = World(store, tmp_path)
-    world.fetch("TSLA.US", f"{TUE} 15:57", f"{TUE} 15:57:30", "9.5")
     t = at("America/New_York", f"{TUE} 15:59")
-    fields = FOREIGN[foreign]
-    document = {"s": "TSLA.US", "stock_code": "TSLA.US", "price": 305.7, **fields}
-    store.collection().insert_one({**document, "t": t + fields.get("t", 0)})
-    # also one that is named as ours are
-    like_ours = {**document, "_id": f"TSLA.US|{t + 1}|9|1|0", "t": t + 1 + fields.get("t", 0)}
-    store.collection().insert_one(like_ours)
-    world.fetch("TSLA.US", f"{TUE} 17:29", f"{TUE} 17:30", "12")
-    (close_document,) = world.closes().values()
-    assert str(close_document["p"]) == "9.5"
-    assert "after_hours" not in close_document
+    codes = {f"A{number}.US": name for number, name in enumerate(FOREIGN)}
+    for code, name in codes.items():
+        world.fetch(code, f"{TUE} 15:57", f"{TUE} 15:57:30", "9.5")
+        fields = FOREIGN[name]
+        document = {"s": code, "stock_code": code, "price": 305.7, **fields}
+        store.collection().insert_one({**document, "t": t + fields.get("t", 0)})
+        # also one that is named as ours are
+        like_ours = {**document, "_id": f"{code}|{t + 1}|9|1|0", "t": t + 1 + fields.get("t", 0)}
+        store.collection().insert_one(like_ours)
+        world.fetch(code, f"{TUE} 17:29", f"{TUE} 17:30", "12")
+    found = {codes[name.partition("|")[0]]: d for name, d in world.closes().items()}
+    assert {name: str(d["p"]) for name, d in found.items()} == dict.fromkeys(FOREIGN, "9.5")
+    assert not [name for name, d in found.items() if "after_hours" in d]
     close(store)
 
 

@@ -154,7 +154,7 @@ def place(mongo_db: tuple[str, str], tmp_path: Path) -> Place:
 
 
 @pytest.fixture
-def away(mongo_server: MongoServer) -> Iterator[MongoServer]:
+def killed(mongo_server: MongoServer) -> Iterator[MongoServer]:
     """The server, killed; the test may start it again."""
     controlled(mongo_server).checkpoint()
     mongo_server.kill()
@@ -162,6 +162,14 @@ def away(mongo_server: MongoServer) -> Iterator[MongoServer]:
         yield mongo_server
     finally:
         mongo_server.ensure_running()
+
+
+@pytest.fixture
+def away(place: Place, mongo_proxy: MongoProxy) -> MongoProxy:
+    """The server behind an address that refuses, as that of a killed one does, until it is `up`: it need not start."""
+    place.environ["MONGODB_HOST"] = quick(mongo_proxy.uri)
+    mongo_proxy.down()
+    return mongo_proxy
 
 
 @contextlib.contextmanager
@@ -192,21 +200,21 @@ def threads() -> int:
 # ------------------------------------------------------------------------------------------------ away and back
 
 
-def test_what_mongodb_does_not_take_waits_and_arrives(place: Place, away: MongoServer) -> None:
+def test_what_mongodb_does_not_take_waits_and_arrives(place: Place, killed: MongoServer) -> None:
     with place.opened() as store:
         report = store.write(make_documents(12))
         assert (report.stored, report.duplicates, report.queued, dict(report.refused)) == (0, 0, 12, {})
         assert re.fullmatch(rf"MongoDB unreachable since {LOCAL_TIME}", report.queued_because)
         assert re.fullmatch(rf"MongoDB 自 {LOCAL_TIME} 起无法连接", in_chinese(report.queued_because))
         assert place.waiting() == [d["_id"] for d in make_documents(12)]
-        away.restart()
+        killed.restart()
         store.start()
         assert until(lambda: store.is_empty())
     assert place.documents() == by_id(make_documents(12))
     assert place.waiting() == []
 
 
-def test_while_mongodb_is_away_only_the_first_write_waits_for_it(place: Place, away: MongoServer) -> None:
+def test_while_mongodb_is_away_only_the_first_write_waits_for_it(place: Place, away: MongoProxy) -> None:
     took = []
     with place.opened() as store:
         for number in range(20):
@@ -217,13 +225,13 @@ def test_while_mongodb_is_away_only_the_first_write_waits_for_it(place: Place, a
     assert len(place.waiting()) == 100
 
 
-def test_new_trades_queue_up_behind_those_that_wait(place: Place, away: MongoServer) -> None:
+def test_new_trades_queue_up_behind_those_that_wait(place: Place, away: MongoProxy) -> None:
     old, new = make_documents(3000), make_documents(5, first=2995, created=CREATED + timedelta(hours=1))
     later = [d | {"t": d["t"] + 1, "_id": d["_id"].replace(str(d["t"]), str(d["t"] + 1))} for d in new]
     with place.opened() as store:
         for first in range(0, 3000, 1000):
             store.write(old[first : first + 1000])
-        away.restart()
+        away.up()
         report = store.write(later)
         assert report.stored + report.queued == 5
         assert until(lambda: store.is_empty())
@@ -233,20 +241,20 @@ def test_new_trades_queue_up_behind_those_that_wait(place: Place, away: MongoSer
 
 
 def test_with_mongodb_back_a_write_waits_for_its_turn_and_is_no_failure(
-    place: Place, away: MongoServer
+    place: Place, away: MongoProxy
 ) -> None:
     with place.opened() as store:
         assert store.write(make_documents(50)).queued == 50
-    away.restart()
+    away.up()
     with place.opened() as store:
         assert store.write(make_documents(60)) == WriteReport(10, 50)
     assert len(place.documents()) == 60
 
 
-def test_what_waits_moves_in_the_next_process_without_any_write(place: Place, away: MongoServer) -> None:
+def test_what_waits_moves_in_the_next_process_without_any_write(place: Place, away: MongoProxy) -> None:
     with place.opened() as store:
         store.write(make_documents(7))
-    away.restart()
+    away.up()
     with place.opened() as store:
         store.start()
         assert until(lambda: store.is_empty())
@@ -314,25 +322,25 @@ def test_what_was_stored_before_there_was_a_mongodb_moves_over(place: Place) -> 
     assert place.waiting() == [d["_id"] for d in make_documents(5, first=100)]  # synthetic: of this machine
 
 
-def test_closes_follow_from_trades_when_they_arrive(place: Place, away: MongoServer) -> None:
+def test_closes_follow_from_trades_when_they_arrive(place: Place, away: MongoProxy) -> None:
     closes = Closes()
     with place.opened(closes) as store:
         store.start()
         store.write(make_documents(30))
         assert not closes.settled
-        away.restart()
+        away.up()
         assert until(lambda: store.is_empty())
     assert closes.settled == make_documents(30)
 
 
-def test_a_close_that_mongodb_does_not_take_now_is_made_later(place: Place, away: MongoServer) -> None:
+def test_a_close_that_mongodb_does_not_take_now_is_made_later(place: Place, away: MongoProxy) -> None:
     """The trades are in MongoDB, it goes away before their closes are."""
     documents = make_documents(4)
     with place.opened(real=True) as store:
         store.start()
         store.settle(documents, NEVER)
         assert place.waiting() == [] and store.unsettled.count() == len(documents)
-        away.restart()
+        away.up()
         assert until(lambda: store.is_empty())
     assert [c["s"] for c in place.documents("close")] == [d["s"] for d in documents]
 
@@ -429,9 +437,7 @@ def test_a_poison_document_is_put_aside_and_holds_nobody_up(
     assert place.facts[-1].rejects == 1
 
 
-def test_while_nothing_can_be_written_no_document_is_taken_for_poison(
-    place: Place, away: MongoServer
-) -> None:
+def test_while_nothing_can_be_written_no_document_is_taken_for_poison(place: Place, away: MongoProxy) -> None:
     queued(place.state, make_documents(3))
     with place.opened(MONGODB_HOST=place.environ["MONGODB_HOST"].replace("=1000", "=100")) as store:
         for _ in range(stockrt.POISON_TRIES + 1):
@@ -722,7 +728,7 @@ def test_trades_stored_with_numbers_of_another_type_are_compared(place: Place) -
 
 
 def test_what_this_machine_cannot_keep_is_named(
-    place: Place, away: MongoServer, monkeypatch: pytest.MonkeyPatch
+    place: Place, away: MongoProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a batch whose others are kept: no code is left without a word."""
     to_document = stockrt.to_document
@@ -738,7 +744,7 @@ def test_what_this_machine_cannot_keep_is_named(
     assert "the local store refused it" in report.failures["B.US"].words
 
 
-def test_what_cannot_be_counted_is_kept_all_the_same(place: Place, away: MongoServer) -> None:
+def test_what_cannot_be_counted_is_kept_all_the_same(place: Place, away: MongoProxy) -> None:
     with place.opened() as store:
 
         def fail() -> QueueStats:
@@ -816,7 +822,7 @@ def test_it_never_grows_past_its_limit_and_keeps_what_it_has(
         assert queue.stats().trades == queue.count() == kept - 400
 
 
-def test_at_the_limit_codes_fail_by_name_and_say_why(place: Place, away: MongoServer) -> None:
+def test_at_the_limit_codes_fail_by_name_and_say_why(place: Place, away: MongoProxy) -> None:
     place.environ["SPOOL_MAX_MB"] = "1"
     with place.opened() as store:
         store.write(make_documents(1))
@@ -932,7 +938,7 @@ def on_a_terminal(command: Sequence[str], environ: dict[str, str]) -> tuple[int,
     return process.wait(60), shown.decode()
 
 
-def test_drain_that_mongodb_does_not_take(place: Place, away: MongoServer, run_pyz: RunPyz) -> None:
+def test_drain_that_mongodb_does_not_take(place: Place, away: MongoProxy, run_pyz: RunPyz) -> None:
     queued(place.state, make_documents(5))
     done = run_pyz("--drain", env=place.environ)
     assert done.returncode == 1
@@ -1033,7 +1039,7 @@ def platform() -> Iterator[PlatformServer]:
 
 
 def test_the_result_says_what_waits_and_since_when(
-    place: Place, away: MongoServer, platform: PlatformServer, infoway: InfowayServer
+    place: Place, away: MongoProxy, platform: PlatformServer, infoway: InfowayServer
 ) -> None:
     stockrt.write_hash(place.state, HASH)
     settings = settings_for(platform.port, infoway.url, place.state, **place.environ)
@@ -1059,7 +1065,7 @@ def test_the_result_says_what_waits_and_since_when(
 
     assert until(lambda: not threads())
     gc.collect()  # the lock of the first daemon goes with it
-    away.restart()
+    away.up()
     with ThreadDaemon(settings):  # no execution is needed to move what waits
         assert until(lambda: place.waiting() == [])
     assert len(place.documents()) == 13

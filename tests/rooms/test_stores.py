@@ -24,7 +24,7 @@ import pymongo
 import pytest
 from bson.decimal128 import Decimal128
 from bson.int64 import Int64
-from conftest import controlled, unprivileged
+from conftest import controlled, forget_files, unprivileged
 from kit.cases import each
 from kit.chinese import in_chinese
 from kit.clock import FakeClock
@@ -571,8 +571,9 @@ def mongo_store(uri: str, name: str = "stockrt_test", **more: str) -> MongoStore
     return MongoStore(settings_of({"MONGODB_HOST": uri, "MONGODB_DB_NAME": name, **more}))
 
 
-def test_a_client_of_mongodb_leaves_no_source_in_memory() -> None:
+def test_a_client_of_mongodb_leaves_no_source_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each keeps the text of the stack that it was made on, and for that every line of the program is read."""
+    monkeypatch.setattr(linecache, "clearcache", forget_files)
     linecache.getline(stockrt.__file__, 1)
     assert stockrt.__file__ in linecache.cache
     with contextlib.closing(mongo_store("mongodb://127.0.0.1:1/")):
