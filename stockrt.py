@@ -14222,6 +14222,8 @@ STATUS_EVERY_S = 10.0
 LOOK_AROUND_S = 600.0
 # While trades are collected, closes come to be due of which nothing tells.
 COLLECT_LOOK_S = 60.0
+# A start is not over before it is known that the settings let collecting begin; a disk that hangs tells nothing.
+BEGINS_WITHIN_S = 5.0
 # What follows an execution that met a trouble.
 RETRIED = "the next execution tries again"
 # What waits on this machine and could not be taken up at the start is tried again after so long.
@@ -14702,6 +14704,7 @@ class Executor(threading.Thread):
         # when (monotonic) it is begun, or tried again: infinite where only new settings help
         self._collect_at = 0.0
         self._collect_trouble = LogThrottle("collecting")
+        self.has_begun = threading.Event()  # or has told what of the settings keeps it from collecting
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
         self.stop = threading.Event()  # cuts the running execution short
@@ -14762,6 +14765,7 @@ class Executor(threading.Thread):
     def _wait_s(self) -> float | None:
         """Do what is due beside the commands, and return for how many seconds there is nothing more to do."""
         self._collect()
+        self.has_begun.set()
         wait = self._finalise()
         if self._collect_at == math.inf:
             return wait
@@ -15367,7 +15371,11 @@ class Daemon:
         start_thread(self._executor)
         start_thread(self._clerk)
         self._tick()  # before the start is over, the status is said
-        self._events.started()
+        if not self._settings.platform_url():  # else there is something to do whatever comes of it
+            self._executor.has_begun.wait(BEGINS_WITHIN_S)
+            self._read_inbox()
+        if self._leaving is None:
+            self._events.started()
         delays = self._fresh_delays()
         while self._leaving is None:
             if not self._settings.platform_url():
