@@ -8806,6 +8806,8 @@ class Retention(Protocol):
 class SqliteRetention:
     """Deletes what is older than KEEP_DAYS from the embedded store, in the order in which it came, step by step.
 
+    Gaps of the stream go with the trades of their time.
+
     A step is one transaction, so a kill costs nothing. Trades that came while the clock was ahead are passed over, and
     what came behind them goes in time, or stays twice as long at most. A clock that is ahead deletes nothing
     (LONGEST_REST_S). Nothing is deleted while closes are to be made of it. Space is given back where that is much and
@@ -8837,6 +8839,9 @@ class SqliteRetention:
         if rows and (goes_on or not any(before <= created <= now for _, created in rows)):
             self._passed = rows[-1][0]
             return EXPIRED_PAUSE_S
+        since = datetime.fromisoformat(before).timestamp() * 1000
+        with self._file.write() as db:
+            db.execute('DELETE FROM stream_gaps WHERE "to" < ?', (since,))
         self._end_round()
         return KEEP_EVERY_S
 
