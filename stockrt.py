@@ -717,6 +717,18 @@ def write_whole(
         stream.write(text.encode())
 
 
+# A new file that nothing was written to for so long has no writer any more: it was killed.
+LEFTOVER_S = 3600.0
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what writers of a file left who were killed; what cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        for left in path.parent.glob(f".{path.name}.*.new"):
+            if time.time() - left.stat().st_mtime > LEFTOVER_S:
+                left.unlink()
+
+
 @contextlib.contextmanager
 def whole_file(
     path: Path, *, durable: bool = False, mode: int | None = None, setting: str = "STATE_DIRECTORY"
@@ -727,6 +739,7 @@ def whole_file(
     """
     # A name that nobody can guess: no other user puts a link there before us.
     new = path.with_name(f".{path.name}.{os.urandom(8).hex()}.new")
+    _remove_leftovers(path)
     with disk_trouble(phrase("tools.not_written", path=path), setting):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         try:  # from before it is made on: Ctrl-C comes between any two lines
