@@ -717,6 +717,18 @@ def write_whole(
         stream.write(text.encode())
 
 
+# A new file that nothing was written to for so long has no writer any more: it was killed.
+LEFTOVER_S = 3600.0
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what writers of a file left who were killed; what cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        for left in path.parent.glob(f".{path.name}.*.new"):
+            if time.time() - left.stat().st_mtime > LEFTOVER_S:
+                left.unlink()
+
+
 @contextlib.contextmanager
 def whole_file(
     path: Path, *, durable: bool = False, mode: int | None = None, setting: str = "STATE_DIRECTORY"
@@ -727,6 +739,7 @@ def whole_file(
     """
     # A name that nobody can guess: no other user puts a link there before us.
     new = path.with_name(f".{path.name}.{os.urandom(8).hex()}.new")
+    _remove_leftovers(path)
     with disk_trouble(phrase("tools.not_written", path=path), setting):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         try:  # from before it is made on: Ctrl-C comes between any two lines
@@ -3248,6 +3261,9 @@ class Events:
     def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
         """Something is at work; of a run: so many codes are done with, and so many documents wait to be stored."""
 
+    def works(self, is_at_work: bool) -> None:
+        """This thread, one of those that collect, has something to do, or still has; or it waits for that."""
+
     def asked(self, kind: str, seconds: float | None) -> None:
         """The API was asked once: what followed from the response, and its latency, None where none came."""
 
@@ -3297,6 +3313,14 @@ class Events:
 
 # Nobody listens.
 NO_EVENTS = Events()
+
+
+@contextlib.contextmanager
+def at_work(events: Events) -> Iterator[None]:
+    """Tell that this thread of those that collect is at work; one that dies of it has never come to its end."""
+    events.works(True)
+    yield
+    events.works(False)
 
 
 def fault_words(error: Exception, events: Events, is_said: bool = False) -> str:
@@ -8795,6 +8819,8 @@ class Retention(Protocol):
 class SqliteRetention:
     """Deletes what is older than KEEP_DAYS from the embedded store, in the order in which it came, step by step.
 
+    Gaps of the stream go with the trades of their time.
+
     A step is one transaction, so a kill costs nothing. Trades that came while the clock was ahead are passed over, and
     what came behind them goes in time, or stays twice as long at most. A clock that is ahead deletes nothing
     (LONGEST_REST_S). Nothing is deleted while closes are to be made of it. Space is given back where that is much and
@@ -8826,6 +8852,9 @@ class SqliteRetention:
         if rows and (goes_on or not any(before <= created <= now for _, created in rows)):
             self._passed = rows[-1][0]
             return EXPIRED_PAUSE_S
+        since = datetime.fromisoformat(before).timestamp() * 1000
+        with self._file.write() as db:
+            db.execute('DELETE FROM stream_gaps WHERE "to" < ?', (since,))
         self._end_round()
         return KEEP_EVERY_S
 
@@ -11257,10 +11286,14 @@ class QueueFacts(TypedDict):
 
 
 class _Aside(Events):
-    """Passes on what a run stores, not how it goes on: by that the executor is watched, whose run is another one."""
+    """Passes on what a run stores, and how it goes on as what is not the executor's, whose run is another one."""
 
     def __init__(self, events: Events) -> None:
         self._events = events
+
+    def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
+        """Tell that the thread whose run it is goes on."""
+        self._events.works(True)
 
     def stored(self, documents: Sequence[Document]) -> None:
         """Pass it on."""
@@ -11920,11 +11953,12 @@ class Poller(threading.Thread):
         beat = Beat(self._every_s, time.monotonic())
         while not self._leaving.wait(beat.wait_s(time.monotonic())):
             began = time.monotonic()
-            report = self._poll()
-            now = time.monotonic()
-            self._note_beats(beat.done(now), now - began)
-            self._count(report)
-            self._events.collecting(self._stats)
+            with at_work(self._events):
+                report = self._poll()
+                now = time.monotonic()
+                self._note_beats(beat.done(now), now - began)
+                self._count(report)
+                self._events.collecting(self._stats)
 
     def _poll(self) -> Report:
         """Poll once; what keeps it from that is said, and the report's `store_error`."""
@@ -12513,12 +12547,13 @@ class Intake:
     a gap.
     """
 
-    def __init__(self, pipeline: Pipeline, coverage: Coverage) -> None:
+    def __init__(self, pipeline: Pipeline, coverage: Coverage, events: Events = NO_EVENTS) -> None:
         self.came = threading.Event()  # something did, or is to be looked at
         self.trades = self.stored = self.duplicates = self.refused = self.dropped = 0
         self.trouble = ""
         self._pipeline = pipeline
         self._coverage = coverage
+        self._events = events
         self._changed = threading.Condition()  # what follows:
         self._pending: deque[Parcel] = deque()
         self._waiting = 0  # trades of those
@@ -12590,7 +12625,8 @@ class Intake:
             batch, within_s = self._next()
             if not batch:
                 return
-            self._write(batch, within_s)
+            with at_work(self._events):
+                self._write(batch, within_s)
             with self._changed:
                 self._written = []
 
@@ -12760,20 +12796,27 @@ class Feed(threading.Thread):
             self._connection.close()
             if end is None:
                 return
-            if self.part.acked:
-                self.missing_since = time.monotonic()
-            self._coverage.lost(self.part, end.words)
-            self.why = end.words
-            if end.action in (StreamAction.NEVER, StreamAction.KEY_OUT):
-                self._turn("given up")
-                self.end = end
-                self._coverage.news.set()
+            with at_work(self._events):
+                self._lose(end)
+            if self.end is not None:
                 return
-            self._trouble.again(end.words)
             if self.state == "connected" and time.monotonic() - self.since >= STREAM_GOOD_S:
                 delays = self._fresh_delays()
             self._turn("waiting")
             self._leaving.wait(end.wait_s if end.action is StreamAction.WAIT else next(delays))
+
+    def _lose(self, end: StreamEnd) -> None:
+        """Note that the connection is over, and whether for good."""
+        if self.part.acked:
+            self.missing_since = time.monotonic()
+        self._coverage.lost(self.part, end.words)
+        self.why = end.words
+        if end.action in (StreamAction.NEVER, StreamAction.KEY_OUT):
+            self._turn("given up")
+            self.end = end
+            self._coverage.news.set()
+        else:
+            self._trouble.again(end.words)
 
     def _fresh_delays(self) -> Iterator[float]:
         return backoff(STREAM_FIRST_S, STREAM_CAP_S, random.Random(), STREAM_GROWTH)
@@ -12789,7 +12832,9 @@ class Feed(threading.Thread):
             if end is None:
                 self._turn("connected")
             while end is None and not self._leaving.is_set():
-                end = self._take(self._connection.read(time.monotonic() + STREAM_READ_S))
+                received = self._connection.read(time.monotonic() + STREAM_READ_S)
+                with at_work(self._events):
+                    end = self._take(received)
         except Exception as error:  # nobody else looks at this thread
             words = fault_words(error, self._events, is_said=self._trouble.there)
             return StreamEnd(words, StreamAction.DIAL_AGAIN)
@@ -12915,10 +12960,11 @@ class Planner(threading.Thread):
     def _go_on(self) -> None:
         while not self._leaving.is_set():
             wait_s, words = PLAN_AGAIN_S, ""
-            try:
-                wait_s = self._work()
-            except Exception as error:  # nobody else looks at this thread
-                words = fault_words(error, self._events, is_said=self._trouble.there)
+            with at_work(self._events):
+                try:
+                    wait_s = self._work()
+                except Exception as error:  # nobody else looks at this thread
+                    words = fault_words(error, self._events, is_said=self._trouble.there)
             if self._leaving.is_set():
                 return
             if words:
@@ -13138,7 +13184,7 @@ class Planner(threading.Thread):
             return self._gaps_at - now
         try:
             while self._pipeline.gaps.deliver() and not self._leaving.is_set():
-                pass
+                self._events.works(True)
         except StoreAway as error:
             if not self._leaving.is_set():  # else it is closed already
                 self._gap_trouble.again(error.message)
@@ -13172,7 +13218,7 @@ class Collecting:
         watch = WatchList(settings, pipeline.mongo)
         self._poller = Poller(pipeline, settings, watch, events)
         self._coverage = Coverage(pipeline.gaps, settings.state_directory)
-        self._intake = Intake(pipeline, self._coverage)
+        self._intake = Intake(pipeline, self._coverage, events)
         self._planner = Planner(pipeline, settings, watch, self._coverage, self._intake, events)
         self._clerk = threading.Thread(target=self._look_after, name="stockrt-mark", daemon=True)
         self._stop = threading.Event()
@@ -13251,12 +13297,13 @@ class Collecting:
         while not self._stop.is_set():
             self._intake.came.wait(MARK_SILENT_S)
             self._intake.came.clear()
-            self._coverage.look()
-            self._coverage.mark(self._intake.durable_ms())
-            self._gaps_open = self._coverage.missing()
-            with contextlib.suppress(StoreError):  # said by whoever notes one
-                self._gaps_today = self._pipeline.gaps.count_since(utc_day(time.time()))
-            self._events.collecting(self.stats())
+            with at_work(self._events):
+                self._coverage.look()
+                self._coverage.mark(self._intake.durable_ms())
+                self._gaps_open = self._coverage.missing()
+                with contextlib.suppress(StoreError):  # said by whoever notes one
+                    self._gaps_today = self._pipeline.gaps.count_since(utc_day(time.time()))
+                self._events.collecting(self.stats())
             self._stop.wait(MARK_S)
 
 
@@ -14193,6 +14240,8 @@ STATUS_EVERY_S = 10.0
 LOOK_AROUND_S = 600.0
 # While trades are collected, closes come to be due of which nothing tells.
 COLLECT_LOOK_S = 60.0
+# A start is not over before it is known that the settings let collecting begin; a disk that hangs tells nothing.
+BEGINS_WITHIN_S = 5.0
 # What follows an execution that met a trouble.
 RETRIED = "the next execution tries again"
 # What waits on this machine and could not be taken up at the start is tried again after so long.
@@ -14600,6 +14649,10 @@ class Relay(Events):
         """Pass it on."""
         self._events.progress(done, total, unwritten)
 
+    def works(self, is_at_work: bool) -> None:
+        """Pass it on."""
+        self._events.works(is_at_work)
+
     def asked(self, kind: str, seconds: float | None) -> None:
         """Pass it on."""
         self._events.asked(kind, seconds)
@@ -14669,6 +14722,7 @@ class Executor(threading.Thread):
         # when (monotonic) it is begun, or tried again: infinite where only new settings help
         self._collect_at = 0.0
         self._collect_trouble = LogThrottle("collecting")
+        self.has_begun = threading.Event()  # or has told what of the settings keeps it from collecting
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
         self.stop = threading.Event()  # cuts the running execution short
@@ -14729,6 +14783,7 @@ class Executor(threading.Thread):
     def _wait_s(self) -> float | None:
         """Do what is due beside the commands, and return for how many seconds there is nothing more to do."""
         self._collect()
+        self.has_begun.set()
         wait = self._finalise()
         if self._collect_at == math.inf:
             return wait
@@ -15334,7 +15389,11 @@ class Daemon:
         start_thread(self._executor)
         start_thread(self._clerk)
         self._tick()  # before the start is over, the status is said
-        self._events.started()
+        if not self._settings.platform_url():  # else there is something to do whatever comes of it
+            self._executor.has_begun.wait(BEGINS_WITHIN_S)
+            self._read_inbox()
+        if self._leaving is None:
+            self._events.started()
         delays = self._fresh_delays()
         while self._leaving is None:
             if not self._settings.platform_url():
@@ -15708,7 +15767,8 @@ def lock_state_directory(directory: Path) -> IO[str]:
 #
 # Promises:
 #   1. STATUS= is true whenever it is read: what changes by itself is said anew when it does.
-#   2. WATCHDOG=1 is sent by the socket's loop, and only while the executor is idle or makes progress.
+#   2. WATCHDOG=1 is sent by the socket's loop, and only while the executor and each thread that collects is idle or
+#      makes progress.
 #   3. The metrics file is whole at every moment, and written only when something in it changed.
 #   4. Nothing here stops the daemon: a notification or a file that cannot be written is done without.
 
@@ -15718,6 +15778,8 @@ NOTIFY_TIMEOUT_S = 1.0
 METRICS_EVERY_S = 10.0
 # Rates and delays change all the time: the status line has them no older than this.
 RATES_EVERY_S = 5.0
+# What collects does several things between two signs of life, each of which a slow disk, or MongoDB, makes long.
+COLLECT_PATIENCE = 3
 # A good answer takes a tenth of a second, one under load seconds; 30 s is the limit of a request.
 LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0)
 
@@ -16054,6 +16116,7 @@ class Service(Events):
         self._last: tuple[int, int, float, float] | None = None
         self._unanswered = self._undelivered = 0
         self._progress_at = self._watchdog_at = clock.monotonic()
+        self._at_work: dict[int, float] = {}  # threads that collect: when they showed last that they go on
         self._said = ""
         self._leaving = False
         self.metrics.put("stockrt_info", 1, __version__)
@@ -16097,6 +16160,13 @@ class Service(Events):
         """Note that the executor makes progress."""
         self._progress_at = self._clock.monotonic()
         self.metrics.put("stockrt_waiting_documents", unwritten)
+
+    def works(self, is_at_work: bool) -> None:
+        """Note that the thread shows that it goes on, or that nothing is to be expected of it."""
+        if is_at_work:
+            self._at_work[threading.get_ident()] = self._clock.monotonic()
+        else:
+            self._at_work.pop(threading.get_ident(), None)
 
     def connected(self) -> None:
         """Note the connection."""
@@ -16243,11 +16313,13 @@ class Service(Events):
         return due if words != self._collect_shown else math.inf
 
     def _pat_watchdog(self, now: float) -> float:
-        """Send WATCHDOG=1 twice in the time that systemd gives, while the executor works."""
+        """Send WATCHDOG=1 twice in the time that systemd gives, while the executor works, and what collects."""
         if self._watchdog_s == math.inf:
             return math.inf
         if now >= self._watchdog_at:
             stands_still = self._unanswered and now - self._progress_at > self._watchdog_s
+            oldest = min(self._at_work.copy().values(), default=now)
+            stands_still = stands_still or now - oldest > COLLECT_PATIENCE * self._watchdog_s
             if stands_still or not self._notifier.send(WATCHDOG=1):
                 return now + self._watchdog_s / 8  # looked at again soon
             self._watchdog_at = now + self._watchdog_s / 2

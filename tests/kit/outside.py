@@ -27,7 +27,7 @@ OUTSIDE = (
         "states as JSON has them",
     ),
     (r"gather_status|_whole_or_partial", r"no daemon|not connected|not ended", "the same"),
-    (r"Feed\.run|Planner\._instead", r"given up", "the same"),
+    (r"Feed\._lose|Planner\._instead", r"given up", "the same"),
     (r"PlatformProtocol\.receive", r".*", "what the platform's frames are recognised by"),
     (r"_journal_id|Migration\._what", r".*", "by which something is found again"),
     (r"Metrics\.\w+", r"# TYPE|f'{n}=", "the textfile format"),

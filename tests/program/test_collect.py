@@ -176,6 +176,14 @@ def test_a_daemon_without_a_platform_is_a_service_of_its_own(
     assert run_pyz("--status", env=daemon.settings).returncode == 3
 
 
+def test_a_start_that_settings_make_fail_is_not_over(daemon: ProcessDaemon, manager: Manager) -> None:
+    """This string is sound, and only the driver that is to use it knows better."""
+    daemon.environment["MONGODB_HOST"] = "mongodb://me@127.0.0.1:1/"
+    daemon.start()
+    assert daemon.wait() == 78 and "A password is required" in daemon.log, daemon.log
+    assert manager.heard and not any("READY=1" in said for said in manager.heard)
+
+
 def test_without_a_platform_and_without_anything_to_collect_both_ways_are_named(run_pyz: RunPyz) -> None:
     done = run_pyz(env={"INFOWAY_API_KEY": "test-key"})
     assert done.returncode == SETTINGS_FAULT

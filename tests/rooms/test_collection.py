@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from kit.chinese import in_chinese
+from kit.fault_world import ServiceManager
 from kit.infoway_server import PLANS, REFUSALS
 from kit.mongo_proxy import MongoProxy
 from kit.stream_server import REFUSE_BY_RESET, Gap, Vendor, identity, uncovered
@@ -952,3 +953,66 @@ def test_without_a_stream_the_codes_are_polled_on_a_beat(place: Place, vendor: V
     with Process(place, vendor, **environ) as process:
         wait_for("they are polled", lambda: process.stats.polled == len(CODES) and process.stats.stored)
         assert vendor.stream.connections == []
+
+
+# ------------------------------------------------------------------------------------------- what hangs
+
+
+class Watched(Process):
+    """It has a service manager with a watchdog of a fifth of a second."""
+
+    def __init__(self, manager: ServiceManager, place: Place, vendor: Vendor, **environ: str) -> None:
+        super().__init__(place, vendor, COLLECT_CODES=CODES[0], **environ)
+        self._manager = manager
+        notifier = stockrt.Notifier(manager.address)
+        self._service = stockrt.Service(settings_of(self.environ), notifier, watchdog_s=0.2)
+
+    def __enter__(self) -> Watched:
+        self.start()
+        return self
+
+    def works(self, is_at_work: bool) -> None:
+        """Pass it on."""
+        self._service.works(is_at_work)
+
+    def pats(self, seconds: float) -> int:
+        """Turn the socket's loop for so long, and return how many signs of life were given."""
+        before, until = len(self._manager.beats), time.monotonic() + seconds
+        while time.monotonic() < until:
+            self._service.tick(0, 0)
+            time.sleep(0.02)
+        return len(self._manager.beats) - before
+
+
+@pytest.mark.parametrize(("collects", "hangs"), [("stream", "store"), ("stream", "list"), ("", "list")])
+def test_a_thread_that_hangs_ends_the_signs_of_life(
+    place: Place, vendor: Vendor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collects: str, hangs: str
+) -> None:
+    """A poll waits for its store as a run does, and shows meanwhile that it goes on."""
+    stuck, let_go = threading.Event(), threading.Event()
+    look = stockrt.WatchList.codes
+
+    def codes(watch: stockrt.WatchList, fresh: bool = False) -> Sequence[str]:
+        if stuck.is_set():
+            let_go.wait(WAIT_S)
+        return look(watch, fresh)
+
+    monkeypatch.setattr(stockrt.WatchList, "codes", codes)
+    with (
+        ServiceManager(tmp_path) as manager,
+        Watched(manager, place, vendor, COLLECT=collects, COLLECT_EVERY="" if collects else "1") as process,
+        contextlib.ExitStack() as held,
+    ):
+        wait_for("something is stored", place.stored)
+        assert process.pats(0.8)  # it waits for pushes, or for a beat
+        if hangs == "store":
+            assert isinstance(process.pipeline.store, stockrt.SqliteStore)
+            held.enter_context(process.pipeline.store._file.lock)
+        else:
+            stuck.set()
+            process.it._coverage.news.set()
+        wait_for("no sign of life", lambda: not process.pats(0.5))
+        held.close()
+        stuck.clear()
+        let_go.set()
+        wait_for("they are given again", lambda: process.pats(0.5))

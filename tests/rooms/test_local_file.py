@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -922,6 +923,24 @@ def test_a_write_that_fails_leaves_nothing_behind(
         stockrt.write_whole(path, "new", durable=durable)
     assert path.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["directory", "status.json"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    """That of one who may still write, and that of another file, stays."""
+    code = (
+        "import os, pathlib, stockrt\n"
+        "with stockrt.whole_file(pathlib.Path('a.csv')) as stream: os.kill(os.getpid(), 9)"
+    )
+    for _ in range(2):
+        env = {"PYTHONPATH": str(Path(stockrt.__file__).parent)}
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=False)
+    old, young = tmp_path.iterdir()
+    other = tmp_path / ".b.csv.0123456789abcdef.new"
+    other.touch()
+    for path in (old, other):
+        os.utime(path, (0, time.time() - stockrt.LEFTOVER_S - 1))
+    stockrt.write_whole(tmp_path / "a.csv", "x")
+    assert {*tmp_path.iterdir()} == {young, other, tmp_path / "a.csv"}
 
 
 def test_a_file_has_the_mode_that_was_asked_for(tmp_path: Path) -> None:
