@@ -8154,6 +8154,7 @@ class MongoStore:
         self.client = self._connect()
         self.realtime_name = settings.realtime_name
         self.close_name = settings.close_name
+        self.gap_name = settings.gap_name
         self._plain: set[str] = set()  # collections that were seen to be none of NO_COLLECTIONS
         self._index_due = 0.0  # monotonic
         self._has_threads = False
@@ -8380,7 +8381,7 @@ class MongoStore:
 
         updates = [ReplaceOne({"_id": one["_id"]}, one, upsert=True) for one in documents]
         with self.asking():
-            self.collection(self._settings.gap_name).bulk_write(updates, ordered=False)
+            self.collection(self.gap_name).bulk_write(updates, ordered=False)
 
     def codes(self) -> list[str]:
         """Return every code in `realtime`. Raises StoreError."""
@@ -10584,10 +10585,9 @@ class MongoReader(_FileReader):
     What another program has put into the collections and is no trade is passed over.
     """
 
-    def __init__(self, store: MongoStore, file: LocalFile, gap_name: str) -> None:
+    def __init__(self, store: MongoStore, file: LocalFile) -> None:
         super().__init__(file)
         self._store = store
-        self._gap_name = gap_name
 
     def codes(self) -> list[str]:
         """Return every code of which there is a trade, sorted. Raises StoreError."""
@@ -10724,7 +10724,7 @@ class MongoReader(_FileReader):
         """Return the gaps that MongoDB has, and those of this machine that it has not yet. Raises StoreError."""
         wanted = {"from": {"$lt": until}, "$or": [{"to": None}, {"to": {"$gt": since}}]}
         with self._store.asking():
-            documents = list(self._store.collection(self._gap_name).find(wanted))
+            documents = list(self._store.collection(self._store.gap_name).find(wanted))
         there = [*filter(None, map(_mongo_gap, documents))]
         # of one that both have this machine knows best how it stands
         every = [*_touching(there, codes), *super().gaps(codes, since, until)]
@@ -10883,32 +10883,28 @@ class Keeper:
     The same for trades that were asked for and for those that were pushed. Any thread may call it.
     """
 
-    def __init__(self, closing: Settler | None, events: Events, trouble: LogThrottle) -> None:
+    def __init__(self, closing: Settler | None = None, events: Events = NO_EVENTS) -> None:
         self._closing = closing
         self._events = events
-        self._trouble = trouble
+        self._trouble = LogThrottle("closing snapshot", then="the trades are stored all the same")
 
     def follow(self, written: WriteReport, documents: Sequence[Document], stop: threading.Event) -> str:
         """Tell of documents that a store has, and make their closes; return why those cannot be made, '' if they can.
 
-        The closes of what is queued are made when it arrives.
+        That is said, too. The closes of what is queued are made when it arrives.
         """
         if written.queued:
             self._events.kept(documents)
             return ""
         self._events.stored(documents)
-        return self._settle(documents, stop)
-
-    def _settle(self, documents: Sequence[Document], stop: threading.Event) -> str:
-        """Keep the closing prices; that it fails costs no trade."""
-        if self._closing is None:
-            return ""
         try:
-            self._closing.settle(documents, stop)
-        except StoreError as error:
-            return error.message
+            if self._closing is not None:
+                self._closing.settle(documents, stop)
         except Exception as error:  # the trades are stored, and that is what counts
-            return own_fault(error, is_said=self._trouble.there)
+            words = fault_words(error, self._events, is_said=self._trouble.there)
+            self._trouble.again(words)
+            return words
+        self._trouble.over()
         return ""
 
 
@@ -10929,22 +10925,20 @@ class Collector:
         self,
         source: Source,
         store: Store,
-        closing: Settler | None = None,
+        keeper: Keeper,
         events: Events = NO_EVENTS,
         *,
         demo: bool = False,
         report: Report | None = None,
         finder: Finder | None = None,
         clock: Clock = SYSTEM_CLOCK,
-        close_trouble: LogThrottle | None = None,
     ) -> None:
         self._source = source
         self._store = store
         self._events = events
         self._demo = demo
         self._clock = clock
-        self._close_trouble = close_trouble or LogThrottle("closing snapshot", clock)
-        self._keeper = Keeper(closing, events, self._close_trouble)
+        self._keeper = keeper
         self._unwritten: list[Document] = []
         self._unwritten_since = 0.0
         self._finder = finder
@@ -11107,7 +11101,7 @@ class Collector:
                 self.report.read_as[self._asked(code)] = code
 
     def _count(self, written: WriteReport, documents: Sequence[Document]) -> None:
-        """Count what a write did, and let follow what does; that closes fail is said, not at every run."""
+        """Count what a write did, and let follow what does."""
         if written.queued:
             self.report.queued += written.queued
             self.report.queued_because = written.queued_because
@@ -11115,12 +11109,7 @@ class Collector:
             self.report.stored += written.stored
             self.report.duplicates += written.duplicates
         close_error = self._keeper.follow(written, documents, self._stop)
-        if close_error:
-            if not self.report.close_error:
-                self._close_trouble.again(close_error)
-            self.report.close_error = close_error
-        elif not written.queued and not self.report.close_error:
-            self._close_trouble.over()
+        self.report.close_error = close_error or self.report.close_error
 
 
 def looked_up(
@@ -11256,21 +11245,6 @@ class QueueFacts(TypedDict):
     unsettled: int
 
 
-class _Aside(Events):
-    """Passes on what a run stores, not how it goes on: by that the executor is watched, whose run is another one."""
-
-    def __init__(self, events: Events) -> None:
-        self._events = events
-
-    def stored(self, documents: Sequence[Document]) -> None:
-        """Pass it on."""
-        self._events.stored(documents)
-
-    def kept(self, documents: Sequence[Document]) -> None:
-        """Pass it on."""
-        self._events.kept(documents)
-
-
 class Pipeline:
     """Everything that a run needs, opened in one place, last opened first closed; the daemon keeps it between runs.
 
@@ -11295,7 +11269,6 @@ class Pipeline:
         self._events = events
         self._demo = demo
         self._delivery: Delivery | None = None
-        self._close_trouble = LogThrottle("closing snapshot", then="the trades are stored all the same")
         self._keep_trouble = LogThrottle("KEEP_DAYS", then="older trades stay until it works")
         self._keep_due = 0.0  # monotonic
         with contextlib.ExitStack() as opened:
@@ -11326,20 +11299,20 @@ class Pipeline:
 
     def _open_store(self, file: LocalFile, mongo: MongoStore | None) -> None:
         self.store: SqliteStore | Delivery
-        self._closing: ClosingPrices | Delivery
         sessions = SessionsFile(file)
         closes_in: SqliteStore | MongoStore = mongo or SqliteStore(file)
         closes = ClosingPrices(closes_in, sessions, self._clock)
+        closing: Settler = closes
         self.reader: Reader = SqliteReader(file, self._demo)
         if isinstance(closes_in, SqliteStore):
-            self.store, self._closing = closes_in, closes
+            self.store = closes_in
         else:
-            self.reader = MongoReader(closes_in, file, self._settings.gap_name)
+            self.reader = MongoReader(closes_in, file)
             limit = self._settings.spool_max_bytes
             queue, rejects, unsettled = DeliveryQueue(file, limit), Rejects(file), UnsettledTrades(file)
             self._delivery = Delivery(closes_in, queue, rejects, unsettled, closes, self._events)
-            self.store = self._closing = self._delivery
-        self._keeper = Keeper(self._closing, self._events, self._close_trouble)
+            self.store = closing = self._delivery
+        self._keeper = Keeper(None if self._demo else closing, self._events)
         days = self._settings.keep_days
         self._retention: Retention = SqliteRetention(file, days, self._clock)
         if mongo is not None:  # what waits for it in the local file stays
@@ -11364,7 +11337,7 @@ class Pipeline:
                 yield SqliteReader(file, demo)
                 return
             with Pipeline.open_mongodb(settings) as store:
-                yield MongoReader(store, file, settings.gap_name)
+                yield MongoReader(store, file)
 
     def __enter__(self) -> Self:
         return self
@@ -11397,7 +11370,7 @@ class Pipeline:
         """
         try:
             with turn(self._polling, stop):
-                return self._collect(self._source_beside(), _Aside(self._events), codes, stop)
+                return self._collect(self._source_beside(), NO_EVENTS, codes, stop)
         except Interrupted:
             return Report(interrupted=True)
 
@@ -11426,19 +11399,12 @@ class Pipeline:
     ) -> Report:
         self.need_key()
         need_clock(self._clock.wall())
-        closing, finder = None, None
+        finder = None
         if not self._demo:
             self._plans.ask(stop)
-            closing, finder = self._closing, self.directory
+            finder = self.directory
         collector = Collector(
-            source,
-            self.store,
-            closing,
-            events,
-            demo=self._demo,
-            report=report,
-            close_trouble=self._close_trouble,
-            finder=finder,
+            source, self.store, self._keeper, events, demo=self._demo, report=report, finder=finder
         )
         if self._delivery is not None:
             self._delivery.mongo.start_threads()
@@ -11467,11 +11433,7 @@ class Pipeline:
             return self._follow(delivery.write_soon(documents), documents)
 
     def _follow(self, written: WriteReport, documents: Sequence[Document]) -> WriteReport:
-        close_error = self._keeper.follow(written, taken_of(documents, written), threading.Event())
-        if close_error:
-            self._close_trouble.again(close_error)
-        elif not written.queued:
-            self._close_trouble.over()
+        self._keeper.follow(written, taken_of(documents, written), threading.Event())
         return written
 
     def stream_limits(self, stop: threading.Event) -> dict[str, StreamLimits]:

@@ -482,8 +482,7 @@ def test_pushes_make_the_closes_that_polls_make(place: Place, tmp_path: Path) ->
         intake.add("crypto", trades)
     with Pipeline(settings_of(other.environ)) as pipeline:
         documents = [stockrt.to_document(trade, stockrt.utc_now()) for trade in trades]
-        pipeline.store.write(documents)
-        pipeline._closing.settle(documents, threading.Event())
+        pipeline._keeper.follow(pipeline.store.write(documents), documents, threading.Event())
     closes = []
     for one in (place, other):
         with contextlib.closing(sqlite3.connect(one.directory / stockrt.SQLITE_NAME)) as db:

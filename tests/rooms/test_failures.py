@@ -24,6 +24,7 @@ from stockrt import (
     FailureKind,
     HttpConnection,
     InfowayApi,
+    Keeper,
     KeyPool,
     Lease,
     Outcome,
@@ -66,7 +67,7 @@ def test_codes_that_failed_for_one_reason_share_its_words(tmp_path: Path) -> Non
     """Of a hundred thousand codes they would take 23 MB."""
     codes = [f"A{number}.US" for number in range(300)]
     with open_store_file(tmp_path) as file:
-        report = Collector(KnowsNothing(), SqliteStore(file)).run(codes, threading.Event())
+        report = Collector(KnowsNothing(), SqliteStore(file), Keeper()).run(codes, threading.Event())
     assert len(report.failures) == 300
     assert len({id(failure.words) for failure in report.failures.values()}) == 1
 
@@ -106,7 +107,7 @@ def collect(url: str, folder: Path, codes: Sequence[str] = CODES, ledger: NoLedg
         contextlib.closing(InfowayApi(url, pool, rng=Hasty())) as api,
         open_store_file(folder) as file,
     ):
-        return Collector(api, SqliteStore(file)).run(codes, threading.Event())
+        return Collector(api, SqliteStore(file), Keeper()).run(codes, threading.Event())
 
 
 def kinds(report: Report) -> set[FailureKind]:
@@ -203,7 +204,7 @@ def test_what_the_store_does_not_take_is_its_fault_and_no_more_is_asked_for(
         contextlib.closing(InfowayApi(infoway.url, pool)) as api,
         contextlib.closing(stockrt.MongoStore(settings)) as store,
     ):
-        report = Collector(api, store).run(codes, threading.Event())
+        report = Collector(api, store, Keeper()).run(codes, threading.Event())
     assert {kind for kind, _ in report.failures.values()} == {FailureKind.STORE}
     words = {words.partition(":")[0] for _, words in report.failures.values()}
     assert words == {"fetched, not stored", "not asked for"}

@@ -732,7 +732,9 @@ def test_what_this_machine_cannot_keep_is_named(
         lambda trade, *more: to_document(trade, *more) | ({"td": 2**70} if trade.s == "B.US" else {}),
     )
     with place.opened() as store:
-        report = stockrt.Collector(stockrt.DemoApi(), store).run(["A.US", "B.US", "C.US"], threading.Event())
+        report = stockrt.Collector(stockrt.DemoApi(), store, stockrt.Keeper()).run(
+            ["A.US", "B.US", "C.US"], threading.Event()
+        )
     assert (report.total, report.queued, [*report.failures]) == (3, 2, ["B.US"])
     assert report.failures["B.US"].kind is stockrt.FailureKind.STORE
     assert "the local store refused it" in report.failures["B.US"].words
