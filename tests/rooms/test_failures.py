@@ -270,14 +270,14 @@ def test_an_interrupted_run_tells_what_it_has_while_another_thread_writes(
 @pytest.mark.parametrize(
     "odd", [b"no colon here", b"Transfer-Encoding: identity\r\nTransfer-Encoding: chunked"]
 )
-def test_odd_headers_of_an_answer_are_no_lines_of_a_library(run_pyz: RunPyz, odd: bytes) -> None:
+def test_odd_headers_of_an_answer_are_no_lines_of_a_library(start_pyz: RunPyz, odd: bytes) -> None:
     """It would say them of each answer, for months, with a traceback."""
     body = b'{"ret": 500, "msg": "System error", "data": null}'
     length = b"Content-Length: %d" % len(body)
     answer = b"\r\n".join([b"HTTP/1.1 200 OK", length, odd, b"", body])
     server = RawServer(answer)
     env = {"INFOWAY_API_KEY": "test-key", "INFOWAY_API_BASE_URL": server.url, "INFOWAY_PLAN": "0"}
-    done = run_pyz("--once", "--codes", "AAPL.US", env=env)
+    done = start_pyz("--once", "--codes", "AAPL.US", env=env)
     server.close()
     assert done.returncode == 1 and "AAPL.US: " in done.stderr
     assert "Traceback" not in done.stderr and "WARNING" not in done.stderr, done.stderr

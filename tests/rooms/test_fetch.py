@@ -1086,14 +1086,14 @@ def test_certificate_that_is_not_trusted(tmp_path: Path) -> None:
     assert all("certificate" in reason.lower() for _, reason in run.report.failures.values())
 
 
-def test_certificate_of_ssl_cert_file(run_pyz: RunPyz) -> None:
+def test_certificate_of_ssl_cert_file(start_pyz: RunPyz) -> None:
     with InfowayServer(tls=True) as server:
         env = {"INFOWAY_API_KEY": "test-key", "INFOWAY_API_BASE_URL": server.url, "INFOWAY_PLAN": "0"}
-        refused = run_pyz("--once", "--codes", "AAPL.US", env=env)
+        refused = start_pyz("--once", "--codes", "AAPL.US", env=env)
         assert refused.returncode == 1
         assert "certificate" in refused.stderr.lower() and "Traceback" not in refused.stderr
         assert server.request_count == 0
-        done = run_pyz("--once", "--codes", "AAPL.US", env=env | {"SSL_CERT_FILE": str(server.ca_file)})
+        done = start_pyz("--once", "--codes", "AAPL.US", env=env | {"SSL_CERT_FILE": str(server.ca_file)})
         assert (done.returncode, server.codes_asked()) == (0, ["AAPL.US"]), done.stderr
 
 

@@ -62,12 +62,6 @@ MEGABYTE = 1 << 20
 HASH = "a1b2c3d4e5f6"
 
 
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
 def quick(uri: str) -> str:
     """Return the URI with short time limits."""
     return f"{uri}{'&' if '?' in uri else '?'}{QUICK}"
