@@ -3252,10 +3252,7 @@ class Events:
         """The API was asked once: what followed from the response, and its latency, None where none came."""
 
     def stored(self, documents: Sequence[dict[str, Any]]) -> None:
-        """These documents are in the store, new or not."""
-
-    def kept(self, documents: Sequence[dict[str, Any]]) -> None:
-        """These documents wait on this machine for MongoDB."""
+        """These documents are in the store, new or not, or wait on this machine for MongoDB."""
 
     def queue_changed(self, stats: QueueStats) -> None:
         """What waits for MongoDB on this machine changed."""
@@ -10893,10 +10890,9 @@ class Keeper:
 
         That is said, too. The closes of what is queued are made when it arrives.
         """
-        if written.queued:
-            self._events.kept(documents)
-            return ""
         self._events.stored(documents)
+        if written.queued:
+            return ""
         try:
             if self._closing is not None:
                 self._closing.settle(documents, stop)
@@ -18690,10 +18686,6 @@ class Terminal(ByHand):
             with bar_aside():
                 self._rows.add(documents)
 
-    def kept(self, documents: Sequence[Document]) -> None:
-        """Print them: the closing line says that they wait."""
-        self.stored(documents)
-
     def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
         """Draw the bar."""
         if total:
@@ -18995,17 +18987,13 @@ class Ticks(ByHand):
         start_thread(self._thread)
 
     def stored(self, documents: Sequence[Document]) -> None:
-        """Have them printed."""
+        """Have them printed; those that wait for MongoDB are not told again when it has them."""
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):
                 self._batches.put(documents, timeout=STOP_POLL_S)
                 return
         with contextlib.suppress(queue.Full):  # nobody reads, and the end must not wait for it
             self._batches.put_nowait(documents)
-
-    def kept(self, documents: Sequence[Document]) -> None:
-        """Have them printed: when MongoDB has them they are not told again."""
-        self.stored(documents)
 
     def queue_changed(self, stats: QueueStats) -> None:
         """Note how many wait for MongoDB."""
