@@ -19922,12 +19922,19 @@ def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     return EXIT_OK if found and not why else EXIT_FAILED
 
 
-def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
-    """Print what is stored of codes; exit status 1 where there is none of one that was asked for, or nothing at all."""
+@contextlib.contextmanager
+def reader_of(options: Options, settings: Settings) -> Iterator[Reader]:
+    """Give what a view reads from; where nothing is stored yet it leaves no trace. Raises StoreError."""
     with (
         without_traces(settings) as looked_at,
         Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
     ):
+        yield reader
+
+
+def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
+    """Print what is stored of codes; exit status 1 where there is none of one that was asked for, or nothing at all."""
+    with reader_of(options, settings) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         found = in_order(quotes(reader, codes, SPOKEN.language == ENGLISH), options.sort or "code")
     now = time.time()
@@ -19965,10 +19972,7 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
     need_blocks(options, sys.stdout.encoding)
     now, span, step = time.time(), span_of(options), cast(str, options.chart)
     width, height = terminal_size()
-    with (
-        without_traces(settings) as looked_at,
-        Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
-    ):
+    with reader_of(options, settings) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         last = reader.last(codes)
         charts = read_charts(reader, codes, last, step, span, now, width)
@@ -19995,10 +19999,7 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
     path = Path(cast(str, options.html))
     need_plain_file(path, "--html")
     store, up = settings.mongodb_shown() or SQLITE_NAME, color_of_rise(environ, options.up)
-    with (
-        without_traces(settings) as looked_at,
-        Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
-    ):
+    with reader_of(options, settings) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         found = in_order(quotes(reader, codes, english=True), options.sort or "code")
         last = {one.code: one.trade for one in found}
@@ -20096,10 +20097,7 @@ def run_export(options: Options, settings: Settings) -> int:
     if place != "-":
         need_plain_file(Path(place), "--export")
     try:
-        with (
-            without_traces(settings) as looked_at,
-            Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
-        ):
+        with reader_of(options, settings) as reader:
             missing: list[str] = []
             codes: Sequence[str] = ()
             span, is_chosen = span_of(options), bool(options.codes or options.codes_file)
