@@ -3268,10 +3268,7 @@ class Events:
         """The API was asked once: what followed from the response, and its latency, None where none came."""
 
     def stored(self, documents: Sequence[dict[str, Any]]) -> None:
-        """These documents are in the store, new or not."""
-
-    def kept(self, documents: Sequence[dict[str, Any]]) -> None:
-        """These documents wait on this machine for MongoDB."""
+        """These documents are in the store, new or not, or wait on this machine for MongoDB."""
 
     def queue_changed(self, stats: QueueStats) -> None:
         """What waits for MongoDB on this machine changed."""
@@ -8178,6 +8175,7 @@ class MongoStore:
         self.client = self._connect()
         self.realtime_name = settings.realtime_name
         self.close_name = settings.close_name
+        self.gap_name = settings.gap_name
         self._plain: set[str] = set()  # collections that were seen to be none of NO_COLLECTIONS
         self._index_due = 0.0  # monotonic
         self._has_threads = False
@@ -8404,7 +8402,7 @@ class MongoStore:
 
         updates = [ReplaceOne({"_id": one["_id"]}, one, upsert=True) for one in documents]
         with self.asking():
-            self.collection(self._settings.gap_name).bulk_write(updates, ordered=False)
+            self.collection(self.gap_name).bulk_write(updates, ordered=False)
 
     def codes(self) -> list[str]:
         """Return every code in `realtime`. Raises StoreError."""
@@ -10613,10 +10611,9 @@ class MongoReader(_FileReader):
     What another program has put into the collections and is no trade is passed over.
     """
 
-    def __init__(self, store: MongoStore, file: LocalFile, gap_name: str) -> None:
+    def __init__(self, store: MongoStore, file: LocalFile) -> None:
         super().__init__(file)
         self._store = store
-        self._gap_name = gap_name
 
     def codes(self) -> list[str]:
         """Return every code of which there is a trade, sorted. Raises StoreError."""
@@ -10753,7 +10750,7 @@ class MongoReader(_FileReader):
         """Return the gaps that MongoDB has, and those of this machine that it has not yet. Raises StoreError."""
         wanted = {"from": {"$lt": until}, "$or": [{"to": None}, {"to": {"$gt": since}}]}
         with self._store.asking():
-            documents = list(self._store.collection(self._gap_name).find(wanted))
+            documents = list(self._store.collection(self._store.gap_name).find(wanted))
         there = [*filter(None, map(_mongo_gap, documents))]
         # of one that both have this machine knows best how it stands
         every = [*_touching(there, codes), *super().gaps(codes, since, until)]
@@ -10912,32 +10909,27 @@ class Keeper:
     The same for trades that were asked for and for those that were pushed. Any thread may call it.
     """
 
-    def __init__(self, closing: Settler | None, events: Events, trouble: LogThrottle) -> None:
+    def __init__(self, closing: Settler | None = None, events: Events = NO_EVENTS) -> None:
         self._closing = closing
         self._events = events
-        self._trouble = trouble
+        self._trouble = LogThrottle("closing snapshot", then="the trades are stored all the same")
 
     def follow(self, written: WriteReport, documents: Sequence[Document], stop: threading.Event) -> str:
         """Tell of documents that a store has, and make their closes; return why those cannot be made, '' if they can.
 
-        The closes of what is queued are made when it arrives.
+        That is said, too. The closes of what is queued are made when it arrives.
         """
-        if written.queued:
-            self._events.kept(documents)
-            return ""
         self._events.stored(documents)
-        return self._settle(documents, stop)
-
-    def _settle(self, documents: Sequence[Document], stop: threading.Event) -> str:
-        """Keep the closing prices; that it fails costs no trade."""
-        if self._closing is None:
+        if written.queued:
             return ""
         try:
-            self._closing.settle(documents, stop)
-        except StoreError as error:
-            return error.message
+            if self._closing is not None:
+                self._closing.settle(documents, stop)
         except Exception as error:  # the trades are stored, and that is what counts
-            return own_fault(error, is_said=self._trouble.there)
+            words = fault_words(error, self._events, is_said=self._trouble.there)
+            self._trouble.again(words)
+            return words
+        self._trouble.over()
         return ""
 
 
@@ -10958,22 +10950,20 @@ class Collector:
         self,
         source: Source,
         store: Store,
-        closing: Settler | None = None,
+        keeper: Keeper,
         events: Events = NO_EVENTS,
         *,
         demo: bool = False,
         report: Report | None = None,
         finder: Finder | None = None,
         clock: Clock = SYSTEM_CLOCK,
-        close_trouble: LogThrottle | None = None,
     ) -> None:
         self._source = source
         self._store = store
         self._events = events
         self._demo = demo
         self._clock = clock
-        self._close_trouble = close_trouble or LogThrottle("closing snapshot", clock)
-        self._keeper = Keeper(closing, events, self._close_trouble)
+        self._keeper = keeper
         self._unwritten: list[Document] = []
         self._unwritten_since = 0.0
         self._finder = finder
@@ -11136,7 +11126,7 @@ class Collector:
                 self.report.read_as[self._asked(code)] = code
 
     def _count(self, written: WriteReport, documents: Sequence[Document]) -> None:
-        """Count what a write did, and let follow what does; that closes fail is said, not at every run."""
+        """Count what a write did, and let follow what does."""
         if written.queued:
             self.report.queued += written.queued
             self.report.queued_because = written.queued_because
@@ -11144,12 +11134,7 @@ class Collector:
             self.report.stored += written.stored
             self.report.duplicates += written.duplicates
         close_error = self._keeper.follow(written, documents, self._stop)
-        if close_error:
-            if not self.report.close_error:
-                self._close_trouble.again(close_error)
-            self.report.close_error = close_error
-        elif not written.queued and not self.report.close_error:
-            self._close_trouble.over()
+        self.report.close_error = close_error or self.report.close_error
 
 
 def looked_up(
@@ -11286,7 +11271,7 @@ class QueueFacts(TypedDict):
 
 
 class _Aside(Events):
-    """Passes on what a run stores, and how it goes on as what is not the executor's, whose run is another one."""
+    """Tells how a run goes on as what is not the executor's, whose run is another one."""
 
     def __init__(self, events: Events) -> None:
         self._events = events
@@ -11294,14 +11279,6 @@ class _Aside(Events):
     def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
         """Tell that the thread whose run it is goes on."""
         self._events.works(True)
-
-    def stored(self, documents: Sequence[Document]) -> None:
-        """Pass it on."""
-        self._events.stored(documents)
-
-    def kept(self, documents: Sequence[Document]) -> None:
-        """Pass it on."""
-        self._events.kept(documents)
 
 
 class Pipeline:
@@ -11328,7 +11305,6 @@ class Pipeline:
         self._events = events
         self._demo = demo
         self._delivery: Delivery | None = None
-        self._close_trouble = LogThrottle("closing snapshot", then="the trades are stored all the same")
         self._keep_trouble = LogThrottle("KEEP_DAYS", then="older trades stay until it works")
         self._keep_due = 0.0  # monotonic
         with contextlib.ExitStack() as opened:
@@ -11359,20 +11335,20 @@ class Pipeline:
 
     def _open_store(self, file: LocalFile, mongo: MongoStore | None) -> None:
         self.store: SqliteStore | Delivery
-        self._closing: ClosingPrices | Delivery
         sessions = SessionsFile(file)
         closes_in: SqliteStore | MongoStore = mongo or SqliteStore(file)
         closes = ClosingPrices(closes_in, sessions, self._clock)
+        closing: Settler = closes
         self.reader: Reader = SqliteReader(file, self._demo)
         if isinstance(closes_in, SqliteStore):
-            self.store, self._closing = closes_in, closes
+            self.store = closes_in
         else:
-            self.reader = MongoReader(closes_in, file, self._settings.gap_name)
+            self.reader = MongoReader(closes_in, file)
             limit = self._settings.spool_max_bytes
             queue, rejects, unsettled = DeliveryQueue(file, limit), Rejects(file), UnsettledTrades(file)
             self._delivery = Delivery(closes_in, queue, rejects, unsettled, closes, self._events)
-            self.store = self._closing = self._delivery
-        self._keeper = Keeper(self._closing, self._events, self._close_trouble)
+            self.store = closing = self._delivery
+        self._keeper = Keeper(None if self._demo else closing, self._events)
         days = self._settings.keep_days
         self._retention: Retention = SqliteRetention(file, days, self._clock)
         if mongo is not None:  # what waits for it in the local file stays
@@ -11397,7 +11373,7 @@ class Pipeline:
                 yield SqliteReader(file, demo)
                 return
             with Pipeline.open_mongodb(settings) as store:
-                yield MongoReader(store, file, settings.gap_name)
+                yield MongoReader(store, file)
 
     def __enter__(self) -> Self:
         return self
@@ -11459,19 +11435,12 @@ class Pipeline:
     ) -> Report:
         self.need_key()
         need_clock(self._clock.wall())
-        closing, finder = None, None
+        finder = None
         if not self._demo:
             self._plans.ask(stop)
-            closing, finder = self._closing, self.directory
+            finder = self.directory
         collector = Collector(
-            source,
-            self.store,
-            closing,
-            events,
-            demo=self._demo,
-            report=report,
-            close_trouble=self._close_trouble,
-            finder=finder,
+            source, self.store, self._keeper, events, demo=self._demo, report=report, finder=finder
         )
         if self._delivery is not None:
             self._delivery.mongo.start_threads()
@@ -11500,11 +11469,7 @@ class Pipeline:
             return self._follow(delivery.write_soon(documents), documents)
 
     def _follow(self, written: WriteReport, documents: Sequence[Document]) -> WriteReport:
-        close_error = self._keeper.follow(written, taken_of(documents, written), threading.Event())
-        if close_error:
-            self._close_trouble.again(close_error)
-        elif not written.queued:
-            self._close_trouble.over()
+        self._keeper.follow(written, taken_of(documents, written), threading.Event())
         return written
 
     def stream_limits(self, stop: threading.Event) -> dict[str, StreamLimits]:
@@ -18798,10 +18763,6 @@ class Terminal(ByHand):
             with bar_aside():
                 self._rows.add(documents)
 
-    def kept(self, documents: Sequence[Document]) -> None:
-        """Print them: the closing line says that they wait."""
-        self.stored(documents)
-
     def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
         """Draw the bar."""
         if total:
@@ -19103,17 +19064,13 @@ class Ticks(ByHand):
         start_thread(self._thread)
 
     def stored(self, documents: Sequence[Document]) -> None:
-        """Have them printed."""
+        """Have them printed; those that wait for MongoDB are not told again when it has them."""
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):
                 self._batches.put(documents, timeout=STOP_POLL_S)
                 return
         with contextlib.suppress(queue.Full):  # nobody reads, and the end must not wait for it
             self._batches.put_nowait(documents)
-
-    def kept(self, documents: Sequence[Document]) -> None:
-        """Have them printed: when MongoDB has them they are not told again."""
-        self.stored(documents)
 
     def queue_changed(self, stats: QueueStats) -> None:
         """Note how many wait for MongoDB."""
@@ -20046,12 +20003,19 @@ def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     return EXIT_OK if found and not why else EXIT_FAILED
 
 
-def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
-    """Print what is stored of codes; exit status 1 where there is none of one that was asked for, or nothing at all."""
+@contextlib.contextmanager
+def reader_of(options: Options, settings: Settings) -> Iterator[Reader]:
+    """Give what a view reads from; where nothing is stored yet it leaves no trace. Raises StoreError."""
     with (
         without_traces(settings) as looked_at,
         Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
     ):
+        yield reader
+
+
+def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
+    """Print what is stored of codes; exit status 1 where there is none of one that was asked for, or nothing at all."""
+    with reader_of(options, settings) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         found = in_order(quotes(reader, codes, SPOKEN.language == ENGLISH), options.sort or "code")
     now = time.time()
@@ -20089,10 +20053,7 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
     need_blocks(options, sys.stdout.encoding)
     now, span, step = time.time(), span_of(options), cast(str, options.chart)
     width, height = terminal_size()
-    with (
-        without_traces(settings) as looked_at,
-        Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
-    ):
+    with reader_of(options, settings) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         last = reader.last(codes)
         charts = read_charts(reader, codes, last, step, span, now, width)
@@ -20119,10 +20080,7 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
     path = Path(cast(str, options.html))
     need_plain_file(path, "--html")
     store, up = settings.mongodb_shown() or SQLITE_NAME, color_of_rise(environ, options.up)
-    with (
-        without_traces(settings) as looked_at,
-        Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
-    ):
+    with reader_of(options, settings) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         found = in_order(quotes(reader, codes, english=True), options.sort or "code")
         last = {one.code: one.trade for one in found}
@@ -20227,10 +20185,7 @@ def run_export(options: Options, settings: Settings) -> int:
     if place != "-":
         need_plain_file(Path(place), "--export")
     try:
-        with (
-            without_traces(settings) as looked_at,
-            Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
-        ):
+        with reader_of(options, settings) as reader:
             missing: list[str] = []
             codes: Sequence[str] = ()
             span, is_chosen = span_of(options), bool(options.codes or options.codes_file)

@@ -26,12 +26,6 @@ NEW_YORK = "America/New_York"
 THU = "2026-11-19"
 
 
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
 def at(moment: str) -> float:
     """Return epoch seconds of a time in New York."""
     return datetime.fromisoformat(moment).replace(tzinfo=ZoneInfo(NEW_YORK)).timestamp()

@@ -69,12 +69,6 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
     made.close()
 
 
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
 def rows_of(state: Path) -> list[tuple[str, str]]:
     """Return code and `_id` of each stored trade."""
     if not (state / "stockrt.db").exists():

@@ -1100,7 +1100,7 @@ def test_the_clock_set_in_the_middle_of_an_execution_drops_no_result(
     start_daemon: StartDaemon,
     gate: Gate,
     wall_clock: WallClock,
-    run_pyz: RunPyz,
+    start_pyz: RunPyz,
     state: Path,
     hours: int,
 ) -> None:
@@ -1114,7 +1114,7 @@ def test_the_clock_set_in_the_middle_of_an_execution_drops_no_result(
     answered(platform, *executions)
     wall_clock.step(3600 * (hours + 2))
     settled(platform)
-    told = run_pyz("--status", "--json", env={"STATE_DIRECTORY": str(state), **wall_clock.environment})
+    told = start_pyz("--status", "--json", env={"STATE_DIRECTORY": str(state), **wall_clock.environment})
     assert json.loads(told.stdout)["waiting"] == {"executing": 0, "commands": 0, "results": 3}
     platform.send_receipts = True
     platform.kill_connections()

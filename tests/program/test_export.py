@@ -42,12 +42,6 @@ TRADES = [
 ]
 
 
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
 @pytest.fixture(params=["sqlite", "mongodb"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
     """A store with trades and closes, as settings."""

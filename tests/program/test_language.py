@@ -133,9 +133,9 @@ def test_version_and_json_are_the_same_in_both_languages(start_pyz: RunPyz) -> N
     assert json.loads(rows[0].stdout).keys() == json.loads(rows[1].stdout).keys()
 
 
-def test_once_tells_in_chinese_what_became_of_it(run_pyz: RunPyz, infoway: InfowayServer) -> None:
+def test_once_tells_in_chinese_what_became_of_it(start_pyz: RunPyz, infoway: InfowayServer) -> None:
     """The closing line, and the reason of each code; what the server said is left as it is."""
-    done = run_pyz("--once", "--codes", "AAPL.US", "NOWHERE", env=api_env(infoway, STOCKRT_LANG="zh"))
+    done = start_pyz("--once", "--codes", "AAPL.US", "NOWHERE", env=api_env(infoway, STOCKRT_LANG="zh"))
     assert done.returncode == 1
     assert not ENGLISH_WORDS.search(done.stderr), done.stderr
     closing, reason = done.stderr.splitlines()[-2:]
@@ -143,17 +143,17 @@ def test_once_tells_in_chinese_what_became_of_it(run_pyz: RunPyz, infoway: Infow
     assert re.match(r"  NOWHERE：.*[\u4e00-\u9fff]", reason)
 
 
-def test_language_of_the_settings_file_holds_for_what_follows(run_pyz: RunPyz, tmp_path: Path) -> None:
+def test_language_of_the_settings_file_holds_for_what_follows(start_pyz: RunPyz, tmp_path: Path) -> None:
     (tmp_path / "stockrt.env").write_text("STOCKRT_LANG=zh\nMONGODB_HSOT=x\n")
-    done = run_pyz(*DEMO, "NOWHERE")
+    done = start_pyz(*DEMO, "NOWHERE")
     assert done.returncode == 1
     warning, *_, reason = done.stderr.splitlines()
     assert warning.startswith("stockrt：") and "MONGODB_HSOT" in warning and CHINESE.search(warning[8:])
     assert re.match(r"  NOWHERE：.*[\u4e00-\u9fff]", reason)
     # the command line is read before the file
-    assert run_pyz("--onse").stderr == USAGE
+    assert start_pyz("--onse").stderr == USAGE
     # what is asked for stands above what is kept
-    done = run_pyz(*DEMO, "NOWHERE", env={"STOCKRT_LANG": "en"})
+    done = start_pyz(*DEMO, "NOWHERE", env={"STOCKRT_LANG": "en"})
     assert not CHINESE.search(done.stderr)
 
 
@@ -167,18 +167,20 @@ def test_language_of_the_settings_file_holds_for_what_follows(run_pyz: RunPyz, t
     ],
 )
 def test_language_of_the_settings_file_holds_for_the_faults_in_it(
-    run_pyz: RunPyz, tmp_path: Path, of_file: str, env: dict[str, str], is_chinese: bool
+    start_pyz: RunPyz, tmp_path: Path, of_file: str, env: dict[str, str], is_chinese: bool
 ) -> None:
     (tmp_path / "stockrt.env").write_text(f"STOCKRT_LANG={of_file}\nSERVER_PORT=abc\n")
-    done = run_pyz("--check-settings", env=env)
+    done = start_pyz("--check-settings", env=env)
     assert done.returncode == 78
     lines = done.stderr.splitlines()
     assert any("SERVER_PORT='abc'" in line for line in lines)
     assert [bool(CHINESE.search(line)) for line in lines] == [is_chinese] * len(lines)
 
 
-def test_what_is_odd_in_the_settings_is_said_to_who_typed_a_command(run_pyz: RunPyz, tmp_path: Path) -> None:
+def test_what_is_odd_in_the_settings_is_said_to_who_typed_a_command(
+    start_pyz: RunPyz, tmp_path: Path
+) -> None:
     (tmp_path / "stockrt.env").write_text("MONGODB_HSOT=x\n")
-    line, *_ = run_pyz(*DEMO, "AAPL.US").stderr.splitlines()
+    line, *_ = start_pyz(*DEMO, "AAPL.US").stderr.splitlines()
     assert line.startswith("stockrt: ") and "MONGODB_HSOT" in line
-    assert "MONGODB_HSOT" not in run_pyz(*DEMO, "AAPL.US", env={"LOG_LEVEL": "error"}).stderr
+    assert "MONGODB_HSOT" not in start_pyz(*DEMO, "AAPL.US", env={"LOG_LEVEL": "error"}).stderr

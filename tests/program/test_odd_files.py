@@ -9,13 +9,6 @@ from pathlib import Path
 import pytest
 from conftest import RunPyz
 
-
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """None of these tests is about a start."""
-    return run_forked
-
-
 # A pipe that nobody writes to is waited for until then: any time at all would do.
 PATIENCE_S = 30
 ODD = "it is a pipe or a device, expected a plain file"

@@ -46,12 +46,6 @@ LISTED = "the API lists it as {}, but has no trade of it, or not for this key's 
 CLOSING = re.compile(r"^total (\d+), stored (\d+), already known (\d+), failed (\d+)", re.MULTILINE)
 
 
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
 def api_env(server: InfowayServer, **more: str) -> dict[str, str]:
     """Return the settings for this server, whose requests nothing limits."""
     return {

@@ -71,12 +71,6 @@ def fill(state: Path) -> None:
 
 
 @pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
-@pytest.fixture
 def state(tmp_path: Path) -> Path:
     """A state directory with that store."""
     fill(tmp_path / "state")

@@ -340,12 +340,12 @@ def test_its_commands_show_what_it_says(
 
 
 def test_what_it_unpacks_is_as_large_as_it_says_and_may_be_deleted(
-    run_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path
+    start_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path
 ) -> None:
     said = re.search(r"for the first time, less than (\d+) MB for each", ENGLISH)
     assert said is not None
     for _ in range(2):
-        done = run_pyz(
+        done = start_pyz(
             "--once", "--demo", "--codes", "AAPL.US", env={"SHIV_ROOT": "", "PYTHONDONTWRITEBYTECODE": ""}
         )
         assert done.returncode == 0, done.stderr

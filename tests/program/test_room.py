@@ -20,12 +20,6 @@ AWAY = "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=200&timeoutMS=500"
 
 
 @pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
-@pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 8 MB."""
     with small_disk(tmp_path, "8M") as place:

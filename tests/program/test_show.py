@@ -24,12 +24,6 @@ from stockrt import SqliteStore, Trade, open_store_file, to_document, utc_now
 
 
 @pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
-@pytest.fixture
 def put(tmp_path: Path) -> Callable[..., None]:
     """Store trades of these codes, some seconds old, in the state directory that `run_pyz` gives the program."""
 

@@ -95,9 +95,9 @@ class Program:
 
 
 @pytest.fixture
-def program(clean_env: dict[str, str], tmp_path: Path, run_forked: RunPyz) -> Iterator[Program]:
+def program(clean_env: dict[str, str], tmp_path: Path, run_pyz: RunPyz) -> Iterator[Program]:
     """The program; its daemon ends with the test."""
-    program = Program(clean_env, tmp_path, run_forked)
+    program = Program(clean_env, tmp_path, run_pyz)
     yield program
     program.stop_daemon()
 

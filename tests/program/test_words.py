@@ -31,12 +31,6 @@ STANDALONE = {"INFOWAY_API_KEY": "test-key"}
 NAMELESS = 61_000 + os.getpid() % 4_000
 
 
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
 # ------------------------------------------------------------------------------------------------------
 # Paths and options that an environment or a URI names
 # ------------------------------------------------------------------------------------------------------

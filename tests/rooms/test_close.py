@@ -34,6 +34,7 @@ from stockrt import (
     FailureKind,
     Finaliser,
     InfowayApi,
+    Keeper,
     KeyPool,
     MongoStore,
     Outcome,
@@ -786,7 +787,7 @@ def test_a_run_keeps_the_closes_of_what_it_fetched(store: AnyStore, tmp_path: Pa
     world.now_ms = at("America/New_York", f"{FRI} 16:30")
     codes = [f"A{number}.US" for number in range(150)] + ["BTCUSDT", "USDCNY"]
     with InfowayServer(epoch_ms=evening) as server:
-        report = Collector(api_of(server), store, closing=world.closer).run(codes, threading.Event())
+        report = Collector(api_of(server), store, Keeper(world.closer)).run(codes, threading.Event())
     assert report.complete, report
     assert len(world.closes()) == 150
     assert set(world.prices()) == {f"A{number}.US|{FRI}" for number in range(150)}
@@ -807,7 +808,7 @@ def test_a_snapshot_that_fails_costs_no_trade_and_is_said(tmp_path: Path) -> Non
     world.now_ms = at("America/New_York", "2025-06-17 18:00")
     codes = [f"A{number}.US" for number in range(2500)]
     with InfowayServer(epoch_ms=at("America/New_York", "2025-06-17 15:59")) as server:
-        report = Collector(api_of(server), store, closing=world.closer).run(codes, threading.Event())
+        report = Collector(api_of(server), store, Keeper(world.closer)).run(codes, threading.Event())
     assert (report.stored, report.failures) == (2500, {})
     assert not report.complete
     assert "no closes today" in report.summary()
@@ -830,7 +831,7 @@ def test_any_fault_in_making_closes_costs_the_closes_alone(
     store = sqlite_store(tmp_path)
     codes = [f"A{number}.US" for number in range(2500)]
     with InfowayServer() as server:
-        report = Collector(api_of(server), store, closing=FaultyCloses()).run(codes, threading.Event())
+        report = Collector(api_of(server), store, Keeper(FaultyCloses())).run(codes, threading.Event())
     assert (report.total, report.stored, report.failures) == (2500, 2500, {})
     assert not report.complete
     assert "a fault of stockrt itself: KeyError" in report.close_error

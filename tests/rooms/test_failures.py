@@ -24,6 +24,7 @@ from stockrt import (
     FailureKind,
     HttpConnection,
     InfowayApi,
+    Keeper,
     KeyPool,
     Lease,
     Outcome,
@@ -66,7 +67,7 @@ def test_codes_that_failed_for_one_reason_share_its_words(tmp_path: Path) -> Non
     """Of a hundred thousand codes they would take 23 MB."""
     codes = [f"A{number}.US" for number in range(300)]
     with open_store_file(tmp_path) as file:
-        report = Collector(KnowsNothing(), SqliteStore(file)).run(codes, threading.Event())
+        report = Collector(KnowsNothing(), SqliteStore(file), Keeper()).run(codes, threading.Event())
     assert len(report.failures) == 300
     assert len({id(failure.words) for failure in report.failures.values()}) == 1
 
@@ -106,7 +107,7 @@ def collect(url: str, folder: Path, codes: Sequence[str] = CODES, ledger: NoLedg
         contextlib.closing(InfowayApi(url, pool, rng=Hasty())) as api,
         open_store_file(folder) as file,
     ):
-        return Collector(api, SqliteStore(file)).run(codes, threading.Event())
+        return Collector(api, SqliteStore(file), Keeper()).run(codes, threading.Event())
 
 
 def kinds(report: Report) -> set[FailureKind]:
@@ -203,7 +204,7 @@ def test_what_the_store_does_not_take_is_its_fault_and_no_more_is_asked_for(
         contextlib.closing(InfowayApi(infoway.url, pool)) as api,
         contextlib.closing(stockrt.MongoStore(settings)) as store,
     ):
-        report = Collector(api, store).run(codes, threading.Event())
+        report = Collector(api, store, Keeper()).run(codes, threading.Event())
     assert {kind for kind, _ in report.failures.values()} == {FailureKind.STORE}
     words = {words.partition(":")[0] for _, words in report.failures.values()}
     assert words == {"fetched, not stored", "not asked for"}
@@ -271,14 +272,14 @@ def test_an_interrupted_run_tells_what_it_has_while_another_thread_writes(
 @pytest.mark.parametrize(
     "odd", [b"no colon here", b"Transfer-Encoding: identity\r\nTransfer-Encoding: chunked"]
 )
-def test_odd_headers_of_an_answer_are_no_lines_of_a_library(run_pyz: RunPyz, odd: bytes) -> None:
+def test_odd_headers_of_an_answer_are_no_lines_of_a_library(start_pyz: RunPyz, odd: bytes) -> None:
     """It would say them of each answer, for months, with a traceback."""
     body = b'{"ret": 500, "msg": "System error", "data": null}'
     length = b"Content-Length: %d" % len(body)
     answer = b"\r\n".join([b"HTTP/1.1 200 OK", length, odd, b"", body])
     server = RawServer(answer)
     env = {"INFOWAY_API_KEY": "test-key", "INFOWAY_API_BASE_URL": server.url, "INFOWAY_PLAN": "0"}
-    done = run_pyz("--once", "--codes", "AAPL.US", env=env)
+    done = start_pyz("--once", "--codes", "AAPL.US", env=env)
     server.close()
     assert done.returncode == 1 and "AAPL.US: " in done.stderr
     assert "Traceback" not in done.stderr and "WARNING" not in done.stderr, done.stderr

@@ -62,6 +62,7 @@ from stockrt import (
     FailureKind,
     HttpConnection,
     InfowayApi,
+    Keeper,
     KeyPool,
     Lease,
     Limits,
@@ -116,7 +117,7 @@ def collect(
 ) -> Run:
     """Run once into the embedded store."""
     with open_store_file(folder) as file:
-        report = Collector(api, SqliteStore(file)).run(codes, stop or threading.Event())
+        report = Collector(api, SqliteStore(file), Keeper()).run(codes, stop or threading.Event())
     return Run(report, read_back(folder))
 
 
@@ -478,7 +479,7 @@ def test_what_waits_is_stored_while_an_answer_is_waited_for(infoway: InfowayServ
 
     with warm_api(infoway, tmp_path) as api, open_store_file(tmp_path) as file:
         infoway.script = script
-        report = Collector(api, Store(file)).run(share_codes(200), threading.Event())
+        report = Collector(api, Store(file), Keeper()).run(share_codes(200), threading.Event())
     assert report.stored == 200
     assert waited == [True]
 
@@ -994,13 +995,13 @@ def test_a_401_that_is_not_the_apis_own_costs_the_key_a_rest_only(
     pool = KeyPool([("test-key", Plan("0", 0, 0))], NoLedger(), clock)
     api = InfowayApi(infoway.url, pool)
     with open_store_file(tmp_path) as file:
-        first = Collector(api, SqliteStore(file)).run(STOCKS, threading.Event())
+        first = Collector(api, SqliteStore(file), Keeper()).run(STOCKS, threading.Event())
         assert infoway.request_count == 1
         ((kind, reason),) = set(first.failures.values())
         assert kind is FailureKind.KEY
         assert "HTTP 401, not in the API's words" in reason and "back at" in reason
         clock.advance(stockrt.DOUBT_FIRST_S + 0.1)
-        assert Collector(api, SqliteStore(file)).run(STOCKS, threading.Event()).complete
+        assert Collector(api, SqliteStore(file), Keeper()).run(STOCKS, threading.Event()).complete
     api.close()
 
 
@@ -1085,14 +1086,14 @@ def test_certificate_that_is_not_trusted(tmp_path: Path) -> None:
     assert all("certificate" in reason.lower() for _, reason in run.report.failures.values())
 
 
-def test_certificate_of_ssl_cert_file(run_pyz: RunPyz) -> None:
+def test_certificate_of_ssl_cert_file(start_pyz: RunPyz) -> None:
     with InfowayServer(tls=True) as server:
         env = {"INFOWAY_API_KEY": "test-key", "INFOWAY_API_BASE_URL": server.url, "INFOWAY_PLAN": "0"}
-        refused = run_pyz("--once", "--codes", "AAPL.US", env=env)
+        refused = start_pyz("--once", "--codes", "AAPL.US", env=env)
         assert refused.returncode == 1
         assert "certificate" in refused.stderr.lower() and "Traceback" not in refused.stderr
         assert server.request_count == 0
-        done = run_pyz("--once", "--codes", "AAPL.US", env=env | {"SSL_CERT_FILE": str(server.ca_file)})
+        done = start_pyz("--once", "--codes", "AAPL.US", env=env | {"SSL_CERT_FILE": str(server.ca_file)})
         assert (done.returncode, server.codes_asked()) == (0, ["AAPL.US"]), done.stderr
 
 
@@ -1315,7 +1316,9 @@ def test_what_was_fetched_before_the_stop_is_stored(tmp_path: Path) -> None:
         open_store_file(tmp_path) as file,
     ):
         store = GatedStore(SqliteStore(file))
-        thread = threading.Thread(target=lambda: reports.append(Collector(api, store).run(codes, stop)))
+        thread = threading.Thread(
+            target=lambda: reports.append(Collector(api, store, Keeper()).run(codes, stop))
+        )
         thread.start()
         assert store.entered.wait(PATIENCE)
         assert until(lambda: len(heard.requests) == 20)

@@ -40,6 +40,7 @@ from stockrt import (
     Collector,
     FailureKind,
     InfowayApi,
+    Keeper,
     KeyPool,
     Ledger,
     LocalLedger,
@@ -281,7 +282,7 @@ def run(server: InfowayServer, pool: KeyPool, codes: Sequence[str], folder: Path
     """Fetch and store codes; return the report and the seconds from the first to the last request."""
     api = InfowayApi(server.url, pool)
     with open_store_file(folder) as file:
-        report = Collector(api, SqliteStore(file)).run(codes, threading.Event())
+        report = Collector(api, SqliteStore(file), Keeper()).run(codes, threading.Event())
     api.close()
     arrivals = [request.at for request in server.requests]
     return report, max(arrivals) - min(arrivals)

@@ -56,12 +56,6 @@ PASSWORD = "hunter2-secret"
 
 
 @pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
-@pytest.fixture
 def place(mongo_db: tuple[str, str], tmp_path: Path) -> Place:
     """An empty database and an empty state directory."""
     return Place(*mongo_db, tmp_path / "state")

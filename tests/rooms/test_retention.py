@@ -31,12 +31,6 @@ DAY_S = 24 * 3600
 AWAY = "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=100&timeoutMS=200"
 
 
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
 def at(created: datetime, count: int, first: int = 0, traded: datetime | None = None) -> list[Document]:
     """Return documents of this `create_time`, traded then or at another time."""
     t = round((traded or created).timestamp() * 1000)

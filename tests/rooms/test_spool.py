@@ -62,12 +62,6 @@ MEGABYTE = 1 << 20
 HASH = "a1b2c3d4e5f6"
 
 
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
 def quick(uri: str) -> str:
     """Return the URI with short time limits."""
     return f"{uri}{'&' if '?' in uri else '?'}{QUICK}"
@@ -738,7 +732,9 @@ def test_what_this_machine_cannot_keep_is_named(
         lambda trade, *more: to_document(trade, *more) | ({"td": 2**70} if trade.s == "B.US" else {}),
     )
     with place.opened() as store:
-        report = stockrt.Collector(stockrt.DemoApi(), store).run(["A.US", "B.US", "C.US"], threading.Event())
+        report = stockrt.Collector(stockrt.DemoApi(), store, stockrt.Keeper()).run(
+            ["A.US", "B.US", "C.US"], threading.Event()
+        )
     assert (report.total, report.queued, [*report.failures]) == (3, 2, ["B.US"])
     assert report.failures["B.US"].kind is stockrt.FailureKind.STORE
     assert "the local store refused it" in report.failures["B.US"].words

@@ -41,6 +41,7 @@ from stockrt import (
     Document,
     FailureKind,
     InfowayApi,
+    Keeper,
     KeyPool,
     MongoStore,
     Pipeline,
@@ -871,7 +872,7 @@ def test_run_stops_fetching_when_the_store_is_away(infoway: InfowayServer) -> No
         contextlib.closing(InfowayApi(infoway.url, pool)) as api,
     ):
         counting = CountingStore(store)
-        report = Collector(api, counting).run(codes, threading.Event())
+        report = Collector(api, counting, Keeper()).run(codes, threading.Event())
         with pytest.raises(StoreAway) as caught:
             store.write(make_documents(1))
     cause = caught.value
@@ -896,7 +897,9 @@ def test_run_says_which_codes_the_store_refused(infoway: InfowayServer, sqlite_p
         with contextlib.closing(
             InfowayApi(infoway.url, KeyPool([("test-key", Plan("0", 0, 0))], NoLedger()))
         ) as api:
-            report = Collector(api, store).run(["AAPL.US", "00700.HK", "600519.SH"], threading.Event())
+            report = Collector(api, store, Keeper()).run(
+                ["AAPL.US", "00700.HK", "600519.SH"], threading.Event()
+            )
     assert (report.total, report.stored, set(report.failures)) == (3, 2, {"00700.HK"})
     assert (
         in_chinese(report.failures["00700.HK"].words, "no Hong Kong here")
@@ -912,7 +915,7 @@ def test_same_run_twice_stores_nothing_twice(place: Place, infoway: InfowayServe
     with opened(place) as store, contextlib.closing(InfowayApi(infoway.url, pool)) as api:
         for tick in (0, 0, 1, 1):
             infoway.bump(tick - infoway.tick)
-            report = Collector(api, store).run(codes, threading.Event())
+            report = Collector(api, store, Keeper()).run(codes, threading.Event())
             assert report.complete
             counts.append((report.stored, report.duplicates))
     assert counts == [(5, 0), (0, 5), (5, 0), (0, 5)]
