@@ -203,7 +203,11 @@ def installed(box: Box) -> str:
     """What the install said."""
     said = install(box)
     as_the_unit = (f"SHIV_ROOT={UNPACKED}", "PYTHONOPTIMIZE=2", "STATE_DIRECTORY=/tmp/none")
-    nobody = ("INFOWAY_API_KEY=none", "INFOWAY_API_BASE_URL=http://127.0.0.1:1", "MONGODB_HOST=mongodb://127.0.0.1:1")
+    nobody = (
+        "INFOWAY_API_KEY=none",
+        "INFOWAY_API_BASE_URL=http://127.0.0.1:1",
+        "MONGODB_HOST=mongodb://127.0.0.1:1",
+    )
     box.run("env", *as_the_unit, *nobody, "/opt/stockrt/stockrt.pyz", "--check", check=False)
     return said
 
