@@ -8212,7 +8212,8 @@ class MongoStore:
         from pymongo.errors import BulkWriteError
 
         try:
-            write()
+            if count:  # pymongo takes no empty batch
+                write()
         except BulkWriteError as error:
             known, whys = self._sort_errors(error.details or {})
         else:
@@ -8376,12 +8377,10 @@ class MongoStore:
                 for close, document in zip(closes, documents, strict=True)
                 if close.key in taken
             ]
-            if updates:
-                _, worse = self._in_bulk(
-                    self.close_name, len(updates), lambda: collection.bulk_write(updates, ordered=False)
-                )
-                refused |= worse
-        return refused
+            _, worse = self._in_bulk(
+                self.close_name, len(updates), lambda: collection.bulk_write(updates, ordered=False)
+            )
+        return refused | worse
 
     def _close_document(self, close: Close, now: datetime) -> Document:
         found = self._bson(close.document)
@@ -10719,7 +10718,10 @@ class MongoReader(_FileReader):
         """Return what was traded in each step. Raises StoreError."""
         found: dict[str, list[Candle]] = {}
         for part in parts_of([*codes], CODES_ASKED):
-            pipeline = _mongo_candles(part, since, until, step_ms)
+            spans = [span for code in part for span in _spans_of(code, since, until)]
+            if not spans:  # MongoDB takes no $or of nothing
+                continue
+            pipeline = _mongo_candles(spans, since, step_ms)
             with self._store.asking():
                 for one in self._store.collection().aggregate(pipeline, allowDiskUse=True):
                     found.setdefault(one["_id"]["code"], []).append(_mongo_candle(one))
@@ -10821,13 +10823,10 @@ def _iso_text(moment: object) -> str:
     return iso(moment)
 
 
-def _mongo_candles(codes: Sequence[str], since: int, until: int, step_ms: int) -> list[dict[str, Any]]:
+def _mongo_candles(spans: Sequence[tuple[str, str]], since: int, step_ms: int) -> list[dict[str, Any]]:
     """Return the aggregation that makes candles; the order of `_id` says what came first."""
-
     # a double as a decimal would have 15 digits, and zeros for those that it has not
     price = {"$cond": [{"$isNumber": "$p"}, "$p", {"$toDecimal": "$p"}]}
-
-    spans = [span for code in codes for span in _spans_of(code, since, until)]
     into_it = {"$mod": [{"$subtract": ["$t", since]}, step_ms]}
     return [
         {"$match": {"$or": [{"_id": {"$gt": low, "$lt": high}} for low, high in spans]}},
@@ -17423,8 +17422,11 @@ def chart_notes(chart: Chart) -> Iterator[str]:
         yield phrase("views.left_out", candles=count_words(chart.left_out, "candle"))
 
 
-def what_is_there(chart: Chart, last: StoredTrade | None) -> Phrase:
-    """Return why a chart has no candle, and what there is in its place."""
+def what_is_there(chart: Chart, last: StoredTrade | None, closes: Iterable[StoredClose]) -> Phrase:
+    """Return why a chart has no candle, and what there is in its place; `closes`: of the code, whatever their time."""
+    final = max((close.date for close in closes if close.is_final), default=None)
+    if chart.step == DAILY and final:
+        return phrase("views.no_final_then", code=chart.code, date=final)
     why = phrase("views.no_final" if chart.step == DAILY else "views.no_trade_then", code=chart.code)
     there = phrase("views.no_trade")
     if last is not None:
@@ -20024,18 +20026,18 @@ def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -
             show_json(one.document(now))
     elif found:
         show("\n".join(quote_table(settings, environ, options.up).lines(found, now)))
-    status = _end_view(missing, found)
+    status = _end_view(missing, found, options.demo)
     if found and not options.demo and all(one.reference is None for one in found):
         say(phrase("cli.no_reference"))
     return status
 
 
-def _end_view(missing: Sequence[str], found: Collection[object]) -> int:
+def _end_view(missing: Sequence[str], found: Collection[object], demo: bool) -> int:
     """Say what is not there to be shown, and return the exit status."""
     for words in missing:
         say(words)
     if not found and not missing:
-        say(phrase("cli.no_trade_yet"))
+        say(phrase("cli.no_demo_yet" if demo else "cli.no_trade_yet"))
     return EXIT_FAILED if missing or not found else EXIT_OK
 
 
@@ -20057,12 +20059,14 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
         codes, missing = codes_to_show(options, settings, reader)
         last = reader.last(codes)
         charts = read_charts(reader, codes, last, step, span, now, width)
+        bare = [code for code, chart in charts.items() if not chart.candles]
+        closes = reader.closes(bare, *map(date_at, Span()))
         names = reader.names(codes, SPOKEN.language == ENGLISH)
     up, color = color_of_rise(environ, options.up), settings.color and sys.stdout.isatty()
     order = codes if options.sort == "asked" else sorted(charts)
     for code, chart in [(code, charts[code]) for code in order if code in charts]:
         if not chart.candles:
-            missing.append(what_is_there(chart, last.get(code)))
+            missing.append(what_is_there(chart, last.get(code), closes.get(code, ())))
         elif options.json:
             for candle in chart.documents():
                 show_json(candle)
@@ -20071,7 +20075,7 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
             show(f"{chart_title(chart, names.get(code, ''))}\n{drawn.rstrip()}")
             for words in chart_notes(chart):
                 show(words)
-    return _end_view(missing, charts)
+    return _end_view(missing, charts, options.demo)
 
 
 def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
@@ -20093,7 +20097,7 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
     text = draw_picture(_only_chart(charts.values()), up) if is_picture else draw_page(page)
     # a web server is another user
     write_whole(path, text, mode=0o644, setting="--html")
-    status = _end_view(missing, found)
+    status = _end_view(missing, found, options.demo)
     size = len(text.encode()) / 1000
     say(phrase("cli.page_written", path=path, codes=count_words(len(found), "code"), size=size))
     return status
@@ -21854,6 +21858,10 @@ TEMPLATES |= {
         "{code}: no final close is stored: --backfill 60 --codes {code} brings some",
         "{code}：库中没有最终收盘价，可用 --backfill 60 --codes {code} 补齐",
     ),
+    "views.no_final_then": (
+        "{code}: no final close in this time; the latest is of {date}",
+        "{code}：这段时间没有最终收盘价；最近一个为 {date}",
+    ),
     "views.no_trade": ("no trade of it is stored", "库中没有它的成交"),
     "views.no_trade_then": ("{code}: no trade in this time", "{code}：这段时间没有成交"),
     "views.now": ("now", "至今"),
@@ -21917,6 +21925,10 @@ TEMPLATES |= {
         "--html FILE.svg: there is no candle to draw; --show says what is stored",
         "--html FILE.svg：没有可画的 K 线；库中有哪些数据请看 --show",
     ),
+    "cli.no_demo_yet": (
+        "no synthetic trade is stored yet: --once --demo stores some",
+        "库中还没有模拟成交：可用 --once --demo 存入",
+    ),
     "cli.no_instrument": (
         "no instrument of the API's lists has {text} in its code or its name",
         "API 的品种列表中，没有代码或名称含 {text} 的品种",
@@ -21927,8 +21939,8 @@ TEMPLATES |= {
     ),
     "cli.no_side": ("-", "-"),
     "cli.no_trade_yet": (
-        "no trade is stored yet: see --once, or --show --demo for those of --once --demo",
-        "库中还没有成交：请看 --once；--once --demo 的模拟成交请看 --show --demo",
+        "no trade is stored yet: --once stores some; --show --demo shows those of --once --demo",
+        "库中还没有成交：可用 --once 存入；--once --demo 的模拟成交用 --show --demo 查看",
     ),
     "cli.not_one_code": (
         "--html FILE.svg: a picture is of one code, and here are candles of {count}: name one with --codes",

@@ -257,7 +257,7 @@ def test_a_moment_beyond_the_last_year_is_no_traceback(
 def test_an_empty_store_has_a_page_that_says_so(run_pyz: RunPyz, tmp_path: Path) -> None:
     done = run_pyz("--html", "page.html")
     assert done.returncode == 1
-    assert "no trade is stored yet: see --once" in done.stderr
+    assert "no trade is stored yet: --once stores some" in done.stderr
     assert "There is no trade in the store yet" in (tmp_path / "page.html").read_text(encoding="utf-8")
     picture = run_pyz("--html", "one.svg")
     assert (picture.returncode, picture.stderr) == (
@@ -378,6 +378,12 @@ def test_what_is_not_there_is_said_with_what_is(run_pyz: RunPyz, state: Path, tm
         "600519.SH: no final close is stored: --backfill 60 --codes 600519.SH brings some; "
         "the last trade is of 2025-10-23 22:30:00 CST",
     ]
+    for args, lack in (
+        ((TENCENT, "--chart", "1d"), "no final close in this time; the latest is of 2026-11-26"),
+        ((TENCENT, "--chart", "5m"), "no trade in this time; the last trade is of"),
+    ):
+        done = run_pyz("--show", *args, "--from", "2026-12-24")
+        assert (done.returncode, done.stdout) == (1, "") and f"{TENCENT}: {lack}" in done.stderr
 
 
 @pytest.mark.parametrize(
