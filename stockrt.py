@@ -14205,7 +14205,7 @@ LOOK_AROUND_S = 600.0
 # While trades are collected, closes come to be due of which nothing tells.
 COLLECT_LOOK_S = 60.0
 # A start is not over before it is known that the settings let collecting begin; a disk that hangs tells nothing.
-BEGINS_WITHIN_S = 5.0
+BEGINS_WITHIN_S = 30.0
 # What follows an execution that met a trouble.
 RETRIED = "the next execution tries again"
 # What waits on this machine and could not be taken up at the start is tried again after so long.
