@@ -18107,7 +18107,10 @@ def make_parser() -> argparse.ArgumentParser:
             return super()._split_lines(text, width) if text.isascii() else lines_within(text, width)
 
         def _fill_text(self, text: str, width: int, indent: str) -> str:
-            return super()._fill_text(for_reader(text), width, indent)
+            text = for_reader(text)
+            if max(map(columns_of, text.splitlines())) > width:  # what an example does stands below it
+                text = re.sub(r"(?<=\S) {2,}", "\n      ", text)
+            return super()._fill_text(text, width, indent)
 
         def _format_usage(self, *what: Any) -> str:
             """Return it in lines that fit: Python 3.11 and 3.12 leave a long group of flags in one."""
@@ -22072,8 +22075,8 @@ examples:
   stockrt.pyz --html stocks.html                             what is stored, and charts of it, as one page
   stockrt.pyz --check                                        what is wrong, and which setting mends it
 
-exit status: 0 every code stored · 1 any not · 64 usage · 78 settings · 130 interrupted
-of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to this user
+exit status: 0 all stored · 1 not all · 64 usage · 78 settings · 130 interrupted
+of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown
 """,
         """\
 示例：
@@ -22087,7 +22090,7 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
   stockrt.pyz --html stocks.html                             把已存行情和 K 线图写成一个网页
   stockrt.pyz --check                                        检查有什么问题，以及该改哪一项设置
 
-退出码：0 每个代码都已入库；1 有代码未入库；64 命令行有误；78 设置有误；130 被中断
+退出码：0 全部入库；1 有未入库；64 命令行有误；78 设置有误；130 被中断
 --status 的退出码：0 正常；1 有问题；3 未运行；4 未知（当前用户无权查看）
 """,
     ),

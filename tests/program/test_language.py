@@ -14,6 +14,7 @@ from kit.infoway_server import InfowayServer
 
 from program.test_build import NEW, Python
 from program.test_once import DEMO, api_env, on_terminal
+from stockrt import columns_of
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 ENGLISH_WORDS = re.compile(r"[a-z]{2,} [a-z]{2,}")
@@ -79,9 +80,10 @@ def test_help_in_chinese_fits_the_terminal(
 def test_help_is_whole_in_either_language(start_pyz: RunPyz, env: dict[str, str]) -> None:
     done = start_pyz("--help", env=env)
     assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(columns_of, done.stdout.splitlines())) <= 80
     if env:
         assert done.stdout.startswith("用法：stockrt [-h]")
-        assert not ENGLISH_WORDS.search(re.sub(r"stockrt\.pyz --.*?  ", "", done.stdout))
+        assert not ENGLISH_WORDS.search(re.sub(r"stockrt\.pyz --.*?(?:  |\n)", "", done.stdout))
     else:
         assert done.stdout.startswith("usage: stockrt [-h]")
         assert set(CHINESE.findall(done.stdout)) == set("茅台黄金")
@@ -121,7 +123,7 @@ def test_every_python_has_its_words_of_argparse_in_chinese(python: Python, clean
     assert max(map(len, usage.splitlines())) <= 78
     assert "选项：\n  -h, --help            显示本帮助并退出\n" in said
     assert len(said.rpartition("\n\n")[2].splitlines()) == len(REFUSED)
-    assert not ENGLISH_WORDS.search(re.sub(r"stockrt\.pyz --.*?  ", "", said)), said
+    assert not ENGLISH_WORDS.search(re.sub(r"stockrt\.pyz --.*?(?:  |\n)", "", said)), said
 
 
 def test_version_and_json_are_the_same_in_both_languages(start_pyz: RunPyz) -> None:
