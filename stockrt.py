@@ -20419,6 +20419,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         loaded = load_settings(environ, options.env_file, unit=None if hidden else unit, needs=needs)
     except SettingsError as error:
         if options.status and error.directory is not None:
+            SPOKEN.choose({**environ, "STOCKRT_LANG": error.language})
             _show_state(error.directory, options.json, unit)
         raise
     start_logging(loaded.settings)

@@ -177,6 +177,9 @@ def test_language_of_the_settings_file_holds_for_the_faults_in_it(
     lines = done.stderr.splitlines()
     assert any("SERVER_PORT='abc'" in line for line in lines)
     assert [bool(CHINESE.search(line)) for line in lines] == [is_chinese] * len(lines)
+    done = start_pyz("--status", env=env)
+    assert done.returncode == 78 and set(done.stderr.splitlines()) < set(lines)
+    assert bool(CHINESE.search(done.stdout)) == is_chinese
 
 
 def test_what_is_odd_in_the_settings_is_said_to_who_typed_a_command(
