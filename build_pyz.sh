@@ -615,18 +615,21 @@ run_tests() {
     export HYPOTHESIS_STORAGE_DIRECTORY=$build/hypothesis
     "$bin/ruff" check stockrt.py tests
     "$bin/ruff" format --check stockrt.py tests
-    "$bin/mypy" --strict stockrt.py tests &
-    local types=$!
+    # Goes on beside the tests, and is said behind them: while the file is built it would be waited for.
+    "$bin/mypy" --strict stockrt.py tests >"$build/types" 2>&1 &
+    local types=$! status=0
     unset PYTHONDONTWRITEBYTECODE
     export PYTHONPYCACHEPREFIX=$build/pycache
     # Compiled once here, while the file is built, and not by each worker; what is wrong the tests themselves say.
     "$bin/python" -m pytest --collect-only -q tests >/dev/null 2>&1 &
     local compiled=$!
     (unset PYTHONPYCACHEPREFIX; build_file fetch_all)
-    wait "$types"
     wait "$compiled" || true
     STOCKRT_TESTS=$form "$bin/python" -m pytest \
-        -n "$((4 * $(nproc)))" --durations 10 tests "${arguments[@]}"
+        -n "$((4 * $(nproc)))" --durations 10 tests "${arguments[@]}" || status=$?
+    wait "$types" || status=1
+    cat -- "$build/types"
+    return "$status"
 }
 
 # The bench starts servers of the tests; what it measures is the file that users get.

@@ -520,15 +520,22 @@ def test_a_key_that_nobody_takes_ends_it(start_collect: StartCollect, vendor: Ve
         assert "stockrt: INFOWAY_API_KEY: no key can be used any more: HTTP 401: Token invalid" in said
 
 
-@pytest.mark.parametrize("every", [(), ("--every", "1")])
 def test_codes_of_which_none_can_be_collected_end_it(
-    start_collect: StartCollect, vendor: Vendor, every: tuple[str, ...]
+    start_collect: StartCollect, vendor: Vendor, tmp_path: Path
 ) -> None:
-    """Typed codes mean the same for ever: nothing would come of waiting."""
-    status, rows, said = start_collect(*every, "--codes", "AAPL", "430047", **vendor.settings).end(None)
-    assert status == 1 and len(rows.splitlines()) == 1  # the head
-    assert said.startswith("stockrt: nothing to collect: AAPL: ") and "did you mean AAPL.US" in said
-    assert "; 430047: " in said and len(said.splitlines()) == 1
+    """Typed codes mean the same for ever: nothing would come of waiting. By the stream and, beside it, by polls."""
+    ways = {"stream": (), "polls": ("--every", "1")}
+    started = [
+        start_collect(
+            *every, "--codes", "AAPL", "430047", **vendor.settings, STATE_DIRECTORY=str(tmp_path / way)
+        )
+        for way, every in ways.items()
+    ]
+    for collect in started:
+        status, rows, said = collect.end(None)
+        assert status == 1 and len(rows.splitlines()) == 1  # the head
+        assert said.startswith("stockrt: nothing to collect: AAPL: ") and "did you mean AAPL.US" in said
+        assert "; 430047: " in said and len(said.splitlines()) == 1
 
 
 def test_check_says_what_the_stream_allows(run_pyz: RunPyz, vendor: Vendor) -> None:

@@ -38,6 +38,7 @@ from kit.daemons import (
     until,
 )
 from kit.fault_world import rows_of
+from kit.forked import Forked
 from kit.infoway_server import Answer, InfowayServer, Request
 from kit.platform_server import (
     FAILURE_STATUSES,
@@ -81,13 +82,15 @@ def settings(platform: PlatformServer, infoway: InfowayServer, state: Path) -> s
 
 
 @pytest.fixture
-def start_daemon(clean_env: dict[str, str], state: Path, infoway: InfowayServer) -> Iterator[StartDaemon]:
-    """Start the daemon as a process, which does not outlive the test."""
+def start_daemon(
+    clean_env: dict[str, str], state: Path, infoway: InfowayServer, pyz: Path, forked: Forked
+) -> Iterator[StartDaemon]:
+    """Start the daemon as a process, which does not outlive the test; the quick run forks it, where it can."""
     with contextlib.ExitStack() as stack:
 
         def start(server: PlatformServer | PlatformProcess, **more: str) -> ProcessDaemon:
-            made = ProcessDaemon(clean_env, environment(server.port, infoway.url, state, **more))
-            return stack.enter_context(made)
+            settings = environment(server.port, infoway.url, state, **more)
+            return stack.enter_context(ProcessDaemon(clean_env, settings, pyz, forked=forked))
 
         yield start
 
@@ -707,7 +710,7 @@ def test_a_dead_peer_is_noticed_and_dialled_again(
             lambda s: s.connected and s.connected and s.dials[-1].closed is None, PATIENCE
         )
         execution_id = platform.execute(["AAPL.US"])
-        if not platform.wait_for(lambda s: s.results_for(execution_id), 5):
+        if not platform.wait_for(lambda s: s.results_for(execution_id), 1):
             platform.resend(execution_id)  # it had gone to the connection that was just given up
         assert one_answer(platform, execution_id)["status"] == "success"
 

@@ -1061,19 +1061,23 @@ def test_a_key_that_was_refused_is_no_further_asked_for_by_a_check(
     assert (done.stderr, infoway.request_count) == ("", 1)
 
 
-@pytest.mark.parametrize("store", ["local", "mongodb"])
 def test_a_check_beside_others_keeps_the_plan_with_them(
-    run_pyz: RunPyz, mongo_db: tuple[str, str], store: str
+    run_pyz: RunPyz, mongo_db: tuple[str, str], tmp_path: Path
 ) -> None:
-    with InfowayServer(keys=frozenset({KEY}), per_second=1, per_minute=60) as server:
-        env = api_env(server, INFOWAY_PLAN="free")
-        if store == "mongodb":
-            env |= {"MONGODB_HOST": mongo_db[0], "MONGODB_DB_NAME": mongo_db[1]}
-        for args in (("--once", "--codes", "TSLA.US"), ("--check",), ("--check",)):
-            done = run_pyz(*args, env=env)
-            assert done.returncode == 0, done.stdout + done.stderr
-        assert server.request_count >= 5
-        assert server.over_limit == 0
+    def run_in_a_row(store: str) -> None:
+        with InfowayServer(keys=frozenset({KEY}), per_second=1, per_minute=60) as server:
+            env = api_env(server, INFOWAY_PLAN="free", STATE_DIRECTORY=str(tmp_path / store))
+            if store == "mongodb":
+                env |= {"MONGODB_HOST": mongo_db[0], "MONGODB_DB_NAME": mongo_db[1]}
+            for args in (("--once", "--codes", "TSLA.US"), ("--check",), ("--check",)):
+                done = run_pyz(*args, env=env)
+                assert done.returncode == 0, done.stdout + done.stderr
+            assert server.request_count >= 5
+            assert server.over_limit == 0
+
+    with ThreadPoolExecutor(2) as pool:  # each waits for its turn, second by second
+        for done in [pool.submit(run_in_a_row, store) for store in ("local", "mongodb")]:
+            done.result()
 
 
 def test_check_says_what_the_plan_is_and_where_another_is_set(run_pyz: RunPyz) -> None:
