@@ -21149,7 +21149,7 @@ TEMPLATES |= {
         "本地文件 {path} 已损坏（{damage}），且另一个进程正打开着它：请停止那个进程，下次启动时会抢救能读出的内容",
     ),
     "files.damaged_header": ("its header is damaged: format {found}", "文件头损坏：格式 {found}"),
-    "files.disk_full": ("the disk is full ({why})", "磁盘已满（{why}）"),
+    "files.disk_full": ("the disk is full ({why}): free a few MB", "磁盘已满（{why}）：腾出几 MB 即可继续"),
     "files.disk_unseen": ("the disk of {path} cannot be looked at", "无法查看 {path} 所在的磁盘"),
     "files.fails": (
         "the local file {path} fails: {why}; see STATE_DIRECTORY",

@@ -74,7 +74,10 @@ def test_a_full_disk_lets_the_built_file_tell_its_status_and_drain_to_mongodb(
     told = run_pyz("--status", env=env)
     assert "500 trades wait for MongoDB" in told.stdout, told.stdout + told.stderr
     full = run_pyz("--drain", env=env)
-    assert full.returncode == 1 and "the disk is full" in full.stderr, full.stderr
+    assert (
+        full.returncode == 1
+        and "the disk is full (database or disk is full): free a few MB; see STATE_DIRECTORY" in full.stderr
+    ), full.stderr
     stored = mongo_server.client()[name]["realtime"]
     assert stored.count_documents({}) == 500
     (disk / "others").unlink()
