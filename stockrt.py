@@ -12181,11 +12181,15 @@ class Coverage:
             part.silent = part.acked & {*codes}
             part.silent_since = self._last_sign(part)
 
-    def take_silent(self) -> list[Gap]:
-        """Return the silences that are over: trades that are fetched now and were not pushed tell gaps of them."""
+    def to_fetch(self) -> tuple[set[str], list[Gap]]:
+        """Return the codes that were subscribed since this was asked last, and the silences that are over.
+
+        Their latest trades are to be fetched. Those of a silence that were not pushed tell a gap.
+        """
         with self._lock:
-            silences, self._silent = self._silent, []
-            return silences
+            back, silences = self._back, self._silent
+            self._back, self._silent = set(), []
+            return back, silences
 
     def was_deaf(self, silence: Gap) -> None:
         """In a silence there were trades that were not pushed."""
@@ -12202,32 +12206,21 @@ class Coverage:
             fresh = {*codes} - one.missing
             if fresh:
                 one.missing |= fresh
-                one.gap = one.gap._replace(codes=tuple(sorted(one.missing)))
-                one.is_kept = False
-                self._keep([one])
+                self._change(one, one.gap._replace(codes=tuple(sorted(one.missing))))
 
     def stored(self) -> None:
         """The store takes pushes again."""
         with self._lock:
             for product, one in [*self._refused.items()]:
-                one.gap = one.gap._replace(until=one.last)
-                one.is_kept = False
-                self._keep([one])
+                self._change(one, one.gap._replace(until=one.last))
                 if one.is_kept:
                     del self._refused[product]
-
-    def take_back(self) -> set[str]:
-        """Return the codes that were subscribed since this was asked last: their latest trades are to be fetched."""
-        with self._lock:
-            back, self._back = self._back, set()
-            return back
 
     def complete(self) -> None:
         """Note that the gaps are over whose codes are subscribed again."""
         with self._lock:
             for one in [*self._ended]:
-                one.is_kept = False
-                self._keep([one])
+                self._change(one, one.gap)
                 if one.is_kept:
                     self._ended.remove(one)
 
@@ -12329,14 +12322,12 @@ class Coverage:
         if not here:
             return
         rest = {*one.gap.codes} - here
-        if not rest:
-            one.gap = one.gap._replace(why=str(why))
-        else:
-            one.gap = one.gap._replace(codes=tuple(sorted(rest)))
+        gap = one.gap._replace(why=str(why))
+        if rest:
+            gap = one.gap._replace(codes=tuple(sorted(rest)))
             one.missing -= here
-            self._lose(one.gap.product, here, one.gap.since, why)
-        one.is_kept = False
-        self._keep([one])
+            self._lose(gap.product, here, gap.since, why)
+        self._change(one, gap)
         self._end_gaps()
 
     def _end_gaps(self) -> None:
@@ -12346,6 +12337,11 @@ class Coverage:
             one.gap = one.gap._replace(until=now)
             self._open.remove(one)
             self._ended.append(one)
+
+    def _change(self, one: OpenGap, gap: Gap) -> None:
+        """Have in the local file what a gap has become."""
+        one.gap, one.is_kept = gap, False
+        self._keep([one])
 
     def _keep(self, gaps: Iterable[OpenGap]) -> None:
         """Have gaps in the local file as they are now."""
@@ -12899,8 +12895,9 @@ class Planner(threading.Thread):
 
     def _fetch(self) -> float:
         """Fetch what was missed; return after how many seconds to try again what fails for no fault of the codes."""
-        self._back |= self._coverage.take_back()
-        self._silences += self._coverage.take_silent()
+        back, silences = self._coverage.to_fetch()
+        self._back |= back
+        self._silences += silences
         now = time.monotonic()
         if (self._back or self._silences) and now >= self._back_at:
             if self._back:
