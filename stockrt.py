@@ -1254,17 +1254,16 @@ DAEMON_NEEDS = Needs(key=True, platform=True, collect=True)
 
 
 class LoadedSettings(NamedTuple):
-    """The settings, the file that was read (None: none, of several the strongest), and warnings to show.
+    """The settings, and warnings to show.
 
     `origins`: all that they came from, in words. `hiding`: names whose values the caller's environment has and the
     installed service does not see.
     """
 
     settings: Settings
-    source: Path | None
     warnings: tuple[str, ...]
-    origins: str = ""
-    hiding: tuple[str, ...] = ()
+    origins: str
+    hiding: tuple[str, ...]
 
 
 _USERINFO = r"(?is)^[a-z+]+://(.*)@"
@@ -1893,10 +1892,9 @@ def load_settings(
     if read.hiding:
         names = listing("join.names", read.hiding)
         warnings.append(phrase("settings.hiding", names=names, unit=UNIT))
-    source = files[-1] if files else None
     in_use = _origins_in_use(origins, files, read.used)
     words = listing("join.names", [*in_use, phrase("settings.defaults")])
-    return LoadedSettings(settings, source, tuple(warnings), words, tuple(read.hiding))
+    return LoadedSettings(settings, tuple(warnings), words, tuple(read.hiding))
 
 
 def _origins_in_use(
