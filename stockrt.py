@@ -10852,33 +10852,13 @@ KEEP_ONCE_S = 2.0
 FRESH_MS = 3_600_000
 
 
-class Finder(Protocol):
-    """What knows which instruments exist."""
-
-    def find(self, unclear: UnclearCode, stop: threading.Event) -> Instrument | None:
-        """Return what a text means whose form does not tell, None where nothing is known of it.
-
-        Raises InstrumentError with better words than it was refused with, and StoreError.
-        """
-
-    def explain(self, unknown: Instrument, stop: threading.Event) -> str:
-        """Return why the API does not know an instrument, '' where that cannot be told. Raises StoreError."""
-
-
-class Settler(Protocol):
-    """What makes the closes that follow from stored trades."""
-
-    def settle(self, documents: Sequence[Document], stop: threading.Event) -> object:
-        """Write them. Raises StoreError."""
-
-
 class Keeper:
     """What follows where documents were written: listeners are told, closes are made.
 
     The same for trades that were asked for and for those that were pushed. Any thread may call it.
     """
 
-    def __init__(self, closing: Settler | None = None, events: Events = NO_EVENTS) -> None:
+    def __init__(self, closing: ClosingPrices | Delivery | None = None, events: Events = NO_EVENTS) -> None:
         self._closing = closing
         self._events = events
         self._trouble = LogThrottle("closing snapshot", then="the trades are stored all the same")
@@ -10924,7 +10904,7 @@ class Collector:
         *,
         demo: bool = False,
         report: Report | None = None,
-        finder: Finder | None = None,
+        finder: Directory | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._source = source
@@ -11013,7 +10993,7 @@ class Collector:
             self._tried.setdefault(asked, []).append(code)
         self._next_plan.add_instrument(others[0]._replace(alternatives=others[1:]), asked, unsure=True)
 
-    def _look_up(self, plan: BatchPlan, finder: Finder) -> None:
+    def _look_up(self, plan: BatchPlan, finder: Directory) -> None:
         """Have looked up what the forms of some codes do not tell; what is found is asked next."""
         for shown, found, why in looked_up(plan, finder, self._stop):
             if found is None:
@@ -11021,7 +11001,7 @@ class Collector:
             else:
                 self._next_plan.add_instrument(found, shown, unsure=True)
 
-    def _explain(self, finder: Finder) -> None:
+    def _explain(self, finder: Directory) -> None:
         """Say of unknown codes what the lists know better."""
         for unknown, asked in self._unknown[:NAMES_LISTED]:
             if self._stop.is_set():
@@ -11107,7 +11087,7 @@ class Collector:
 
 
 def looked_up(
-    plan: BatchPlan, finder: Finder, stop: threading.Event
+    plan: BatchPlan, finder: Directory, stop: threading.Event
 ) -> Iterator[tuple[str, Instrument | None, str]]:
     """Yield of each code whose form does not tell what it means what the lists know it as, or why nothing."""
     for shown, unclear in plan.unclear.items():
@@ -11296,7 +11276,7 @@ class Pipeline:
         sessions = SessionsFile(file)
         closes_in: SqliteStore | MongoStore = mongo or SqliteStore(file)
         closes = ClosingPrices(closes_in, sessions, self._clock)
-        closing: Settler = closes
+        closing: ClosingPrices | Delivery = closes
         self.reader: Reader = SqliteReader(file, self._demo)
         if isinstance(closes_in, SqliteStore):
             self.store = closes_in
@@ -11769,7 +11749,7 @@ class Resolved(NamedTuple):
         return listing("join.clauses", [phrase("tools.because", what=code, why=why) for code, why in first])
 
 
-def resolve(codes: Iterable[object], finder: Finder | None, stop: threading.Event) -> Resolved:
+def resolve(codes: Iterable[object], finder: Directory | None, stop: threading.Event) -> Resolved:
     """Return what codes mean, by the rules of a run, as far as their forms and the lists tell. Raises StoreError."""
     plan = BatchPlan()
     plan.add(codes)
