@@ -15706,7 +15706,9 @@ class JournalStream(io.TextIOBase):
         *lines, rest = (getattr(self._begun, "text", "") + text).split("\n")
         self._begun.text = rest
         if lines:
-            self._stream.write("".join(f"{_with_priority(line, logging.ERROR)}\n" for line in lines))
+            has_one = re.compile("<[0-7]>").match
+            told = [line if has_one(line) else for_journal(line, logging.ERROR) for line in lines]
+            self._stream.write("".join(f"{line}\n" for line in told))
             self._stream.flush()
         return len(text)
 
@@ -15729,10 +15731,6 @@ class JournalStream(io.TextIOBase):
 
 # syslog's priorities, as the journal takes them at the beginning of a line.
 _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
-
-
-def _with_priority(line: str, level: int) -> str:
-    return line if re.match(r"<[0-7]>", line) else f"<{_PRIORITIES[logging.getLevelName(level)]}>{line}"
 
 
 def for_journal(text: str, level: int) -> str:
@@ -16465,23 +16463,16 @@ class Migrated:
     `numbers`: some hold numbers in place of texts. `examples`: the first of what is no trade or was refused, and why.
     """
 
-    def __init__(
-        self,
-        after: Mapping[str, Any] = MappingProxyType({}),
-        read: int = 0,
-        stored: int = 0,
-        no_trade: int = 0,
-        refused: int = 0,
-        numbers: bool = False,
-        examples: Sequence[str] = (),
-    ) -> None:
-        self.after = {**after}
-        self.read = read
-        self.stored = stored
-        self.no_trade = no_trade
-        self.refused = refused
-        self.numbers = numbers
-        self.examples = [*examples]
+    after: dict[str, Any]
+    read: int = 0
+    stored: int = 0
+    no_trade: int = 0
+    refused: int = 0
+    numbers: bool = False
+    examples: list[str]
+
+    def __init__(self, **told: Any) -> None:
+        vars(self).update({"after": {}, "examples": []} | told)
 
     def note(self, name: object, why: str) -> None:
         """Take an example, if there are not enough."""
@@ -16609,7 +16600,8 @@ class Migration:
             options = json_util.JSONOptions(tz_aware=False)
             told = json_util.loads(read_file(self._path()), json_options=options)
             if told.pop("what") == self._what():
-                self.done = Migrated(**{**told, "examples": unpacked(told["examples"])})
+                told |= {"after": {**told["after"]}, "examples": [*unpacked(told["examples"])]}
+                self.done = Migrated(**told)
 
     def _remember(self) -> None:
         from bson import json_util
