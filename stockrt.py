@@ -1267,17 +1267,16 @@ DAEMON_NEEDS = Needs(key=True, platform=True, collect=True)
 
 
 class LoadedSettings(NamedTuple):
-    """The settings, the file that was read (None: none, of several the strongest), and warnings to show.
+    """The settings, and warnings to show.
 
     `origins`: all that they came from, in words. `hiding`: names whose values the caller's environment has and the
     installed service does not see.
     """
 
     settings: Settings
-    source: Path | None
     warnings: tuple[str, ...]
-    origins: str = ""
-    hiding: tuple[str, ...] = ()
+    origins: str
+    hiding: tuple[str, ...]
 
 
 _USERINFO = r"(?is)^[a-z+]+://(.*)@"
@@ -1906,10 +1905,9 @@ def load_settings(
     if read.hiding:
         names = listing("join.names", read.hiding)
         warnings.append(phrase("settings.hiding", names=names, unit=UNIT))
-    source = files[-1] if files else None
     in_use = _origins_in_use(origins, files, read.used)
     words = listing("join.names", [*in_use, phrase("settings.defaults")])
-    return LoadedSettings(settings, source, tuple(warnings), words, tuple(read.hiding))
+    return LoadedSettings(settings, tuple(warnings), words, tuple(read.hiding))
 
 
 def _origins_in_use(
@@ -10882,33 +10880,13 @@ KEEP_ONCE_S = 2.0
 FRESH_MS = 3_600_000
 
 
-class Finder(Protocol):
-    """What knows which instruments exist."""
-
-    def find(self, unclear: UnclearCode, stop: threading.Event) -> Instrument | None:
-        """Return what a text means whose form does not tell, None where nothing is known of it.
-
-        Raises InstrumentError with better words than it was refused with, and StoreError.
-        """
-
-    def explain(self, unknown: Instrument, stop: threading.Event) -> str:
-        """Return why the API does not know an instrument, '' where that cannot be told. Raises StoreError."""
-
-
-class Settler(Protocol):
-    """What makes the closes that follow from stored trades."""
-
-    def settle(self, documents: Sequence[Document], stop: threading.Event) -> object:
-        """Write them. Raises StoreError."""
-
-
 class Keeper:
     """What follows where documents were written: listeners are told, closes are made.
 
     The same for trades that were asked for and for those that were pushed. Any thread may call it.
     """
 
-    def __init__(self, closing: Settler | None = None, events: Events = NO_EVENTS) -> None:
+    def __init__(self, closing: ClosingPrices | Delivery | None = None, events: Events = NO_EVENTS) -> None:
         self._closing = closing
         self._events = events
         self._trouble = LogThrottle("closing snapshot", then="the trades are stored all the same")
@@ -10954,7 +10932,7 @@ class Collector:
         *,
         demo: bool = False,
         report: Report | None = None,
-        finder: Finder | None = None,
+        finder: Directory | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._source = source
@@ -11043,7 +11021,7 @@ class Collector:
             self._tried.setdefault(asked, []).append(code)
         self._next_plan.add_instrument(others[0]._replace(alternatives=others[1:]), asked, unsure=True)
 
-    def _look_up(self, plan: BatchPlan, finder: Finder) -> None:
+    def _look_up(self, plan: BatchPlan, finder: Directory) -> None:
         """Have looked up what the forms of some codes do not tell; what is found is asked next."""
         for shown, found, why in looked_up(plan, finder, self._stop):
             if found is None:
@@ -11051,7 +11029,7 @@ class Collector:
             else:
                 self._next_plan.add_instrument(found, shown, unsure=True)
 
-    def _explain(self, finder: Finder) -> None:
+    def _explain(self, finder: Directory) -> None:
         """Say of unknown codes what the lists know better."""
         for unknown, asked in self._unknown[:NAMES_LISTED]:
             if self._stop.is_set():
@@ -11137,7 +11115,7 @@ class Collector:
 
 
 def looked_up(
-    plan: BatchPlan, finder: Finder, stop: threading.Event
+    plan: BatchPlan, finder: Directory, stop: threading.Event
 ) -> Iterator[tuple[str, Instrument | None, str]]:
     """Yield of each code whose form does not tell what it means what the lists know it as, or why nothing."""
     for shown, unclear in plan.unclear.items():
@@ -11337,7 +11315,7 @@ class Pipeline:
         sessions = SessionsFile(file)
         closes_in: SqliteStore | MongoStore = mongo or SqliteStore(file)
         closes = ClosingPrices(closes_in, sessions, self._clock)
-        closing: Settler = closes
+        closing: ClosingPrices | Delivery = closes
         self.reader: Reader = SqliteReader(file, self._demo)
         if isinstance(closes_in, SqliteStore):
             self.store = closes_in
@@ -11810,7 +11788,7 @@ class Resolved(NamedTuple):
         return listing("join.clauses", [phrase("tools.because", what=code, why=why) for code, why in first])
 
 
-def resolve(codes: Iterable[object], finder: Finder | None, stop: threading.Event) -> Resolved:
+def resolve(codes: Iterable[object], finder: Directory | None, stop: threading.Event) -> Resolved:
     """Return what codes mean, by the rules of a run, as far as their forms and the lists tell. Raises StoreError."""
     plan = BatchPlan()
     plan.add(codes)
@@ -12221,11 +12199,15 @@ class Coverage:
             part.silent = part.acked & {*codes}
             part.silent_since = self._last_sign(part)
 
-    def take_silent(self) -> list[Gap]:
-        """Return the silences that are over: trades that are fetched now and were not pushed tell gaps of them."""
+    def to_fetch(self) -> tuple[set[str], list[Gap]]:
+        """Return the codes that were subscribed since this was asked last, and the silences that are over.
+
+        Their latest trades are to be fetched. Those of a silence that were not pushed tell a gap.
+        """
         with self._lock:
-            silences, self._silent = self._silent, []
-            return silences
+            back, silences = self._back, self._silent
+            self._back, self._silent = set(), []
+            return back, silences
 
     def was_deaf(self, silence: Gap) -> None:
         """In a silence there were trades that were not pushed."""
@@ -12242,32 +12224,21 @@ class Coverage:
             fresh = {*codes} - one.missing
             if fresh:
                 one.missing |= fresh
-                one.gap = one.gap._replace(codes=tuple(sorted(one.missing)))
-                one.is_kept = False
-                self._keep([one])
+                self._change(one, one.gap._replace(codes=tuple(sorted(one.missing))))
 
     def stored(self) -> None:
         """The store takes pushes again."""
         with self._lock:
             for product, one in [*self._refused.items()]:
-                one.gap = one.gap._replace(until=one.last)
-                one.is_kept = False
-                self._keep([one])
+                self._change(one, one.gap._replace(until=one.last))
                 if one.is_kept:
                     del self._refused[product]
-
-    def take_back(self) -> set[str]:
-        """Return the codes that were subscribed since this was asked last: their latest trades are to be fetched."""
-        with self._lock:
-            back, self._back = self._back, set()
-            return back
 
     def complete(self) -> None:
         """Note that the gaps are over whose codes are subscribed again."""
         with self._lock:
             for one in [*self._ended]:
-                one.is_kept = False
-                self._keep([one])
+                self._change(one, one.gap)
                 if one.is_kept:
                     self._ended.remove(one)
 
@@ -12369,14 +12340,12 @@ class Coverage:
         if not here:
             return
         rest = {*one.gap.codes} - here
-        if not rest:
-            one.gap = one.gap._replace(why=str(why))
-        else:
-            one.gap = one.gap._replace(codes=tuple(sorted(rest)))
+        gap = one.gap._replace(why=str(why))
+        if rest:
+            gap = one.gap._replace(codes=tuple(sorted(rest)))
             one.missing -= here
-            self._lose(one.gap.product, here, one.gap.since, why)
-        one.is_kept = False
-        self._keep([one])
+            self._lose(gap.product, here, gap.since, why)
+        self._change(one, gap)
         self._end_gaps()
 
     def _end_gaps(self) -> None:
@@ -12386,6 +12355,11 @@ class Coverage:
             one.gap = one.gap._replace(until=now)
             self._open.remove(one)
             self._ended.append(one)
+
+    def _change(self, one: OpenGap, gap: Gap) -> None:
+        """Have in the local file what a gap has become."""
+        one.gap, one.is_kept = gap, False
+        self._keep([one])
 
     def _keep(self, gaps: Iterable[OpenGap]) -> None:
         """Have gaps in the local file as they are now."""
@@ -12951,8 +12925,9 @@ class Planner(threading.Thread):
 
     def _fetch(self) -> float:
         """Fetch what was missed; return after how many seconds to try again what fails for no fault of the codes."""
-        self._back |= self._coverage.take_back()
-        self._silences += self._coverage.take_silent()
+        back, silences = self._coverage.to_fetch()
+        self._back |= back
+        self._silences += silences
         now = time.monotonic()
         if (self._back or self._silences) and now >= self._back_at:
             if self._back:
@@ -15799,7 +15774,9 @@ class JournalStream(io.TextIOBase):
         *lines, rest = (getattr(self._begun, "text", "") + text).split("\n")
         self._begun.text = rest
         if lines:
-            self._stream.write("".join(f"{_with_priority(line, logging.ERROR)}\n" for line in lines))
+            has_one = re.compile("<[0-7]>").match
+            told = [line if has_one(line) else for_journal(line, logging.ERROR) for line in lines]
+            self._stream.write("".join(f"{line}\n" for line in told))
             self._stream.flush()
         return len(text)
 
@@ -15822,10 +15799,6 @@ class JournalStream(io.TextIOBase):
 
 # syslog's priorities, as the journal takes them at the beginning of a line.
 _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
-
-
-def _with_priority(line: str, level: int) -> str:
-    return line if re.match(r"<[0-7]>", line) else f"<{_PRIORITIES[logging.getLevelName(level)]}>{line}"
 
 
 def for_journal(text: str, level: int) -> str:
@@ -16568,23 +16541,16 @@ class Migrated:
     `numbers`: some hold numbers in place of texts. `examples`: the first of what is no trade or was refused, and why.
     """
 
-    def __init__(
-        self,
-        after: Mapping[str, Any] = MappingProxyType({}),
-        read: int = 0,
-        stored: int = 0,
-        no_trade: int = 0,
-        refused: int = 0,
-        numbers: bool = False,
-        examples: Sequence[str] = (),
-    ) -> None:
-        self.after = {**after}
-        self.read = read
-        self.stored = stored
-        self.no_trade = no_trade
-        self.refused = refused
-        self.numbers = numbers
-        self.examples = [*examples]
+    after: dict[str, Any]
+    read: int = 0
+    stored: int = 0
+    no_trade: int = 0
+    refused: int = 0
+    numbers: bool = False
+    examples: list[str]
+
+    def __init__(self, **told: Any) -> None:
+        vars(self).update({"after": {}, "examples": []} | told)
 
     def note(self, name: object, why: str) -> None:
         """Take an example, if there are not enough."""
@@ -16712,7 +16678,8 @@ class Migration:
             options = json_util.JSONOptions(tz_aware=False)
             told = json_util.loads(read_file(self._path()), json_options=options)
             if told.pop("what") == self._what():
-                self.done = Migrated(**{**told, "examples": unpacked(told["examples"])})
+                told |= {"after": {**told["after"]}, "examples": [*unpacked(told["examples"])]}
+                self.done = Migrated(**told)
 
     def _remember(self) -> None:
         from bson import json_util

@@ -816,10 +816,15 @@ def test_a_snapshot_that_fails_costs_no_trade_and_is_said(tmp_path: Path) -> Non
         store.write_closes([regular()])
 
 
-class FaultyCloses:
+class FaultyCloses(stockrt.ClosingPrices):
     """Closing prices with a fault of our own."""
 
-    def settle(self, documents: Sequence[dict[str, Any]], stop: threading.Event) -> object:
+    def __init__(self) -> None:
+        pass
+
+    def settle(
+        self, documents: Sequence[dict[str, Any]], stop: threading.Event
+    ) -> list[stockrt.RefusedClose]:
         """Fail as a look at a field does that is not there."""
         raise KeyError("p")
 

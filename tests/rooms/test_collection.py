@@ -138,7 +138,7 @@ def test_a_connection_that_is_lost_leaves_a_gap_until_its_codes_are_subscribed_a
         coverage.acked(part, CODES[:1])
         clock.now += 5
         coverage.acked(part, CODES[1:2])
-        assert coverage.take_back() == {*CODES[:2]}
+        assert coverage.to_fetch() == ({*CODES[:2]}, [])
         assert place.gaps()[0]["to"] is None
         coverage.complete()
         assert place.spans() == [([*CODES[:2]], began, ms(clock.now))]
