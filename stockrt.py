@@ -350,6 +350,45 @@ def unpacked(value: Any) -> Any:
     return str(value["text"])
 
 
+# What is kept was cut to a line of fewer; of a longer text every ": " would be looked at in the one before.
+LONGEST_KEPT = 1000
+
+
+@cache
+def _patterns(kinds: tuple[str, ...]) -> list[tuple[str, str, re.Pattern[str]]]:
+    """Return the kinds that begin so with their own words and the pattern of the whole; who says most comes first."""
+    found = []
+    for kind in filter(lambda kind: kind.startswith(kinds), TEMPLATES):
+        parts = re.split(r"\{(\w+)[^}]*\}", TEMPLATES[kind][0])  # texts, and the names of values between them
+        own = parts[::2]
+        # a reason of ours may stand behind words of the vendor's that have colons, too
+        for few in ("", "?") if kind == "tools.because" else ("?",):
+            values = [f"(?P<{name}>.+{few})" for name in parts[1::2]]
+            pattern = "".join(chain.from_iterable(zip(map(re.escape, own), [*values, ""], strict=True)))
+            found.append((kind, "".join(own), re.compile(pattern, re.DOTALL)))
+    return sorted(found, key=lambda one: len(one[1]), reverse=True)
+
+
+def stored_words(text: str, kinds: tuple[str, ...]) -> str:
+    """Return as words what is stored as its English text, which other programs read; what is not ours as it is.
+
+    `kinds`: what the kinds of it, and of the values in it, begin with.
+    """
+    if len(text) > LONGEST_KEPT:
+        return text
+    for kind, own, pattern in _patterns(kinds):
+        found = pattern.fullmatch(text)
+        if found is None:
+            continue
+        values = {name: stored_words(value, kinds) for name, value in found.groupdict().items()}
+        is_ours = own.strip(":; ") or any(isinstance(value, Phrase) for value in values.values())
+        with contextlib.suppress(ValueError):  # a number has its place there
+            words = Phrase(kind, values)
+            if is_ours and words == text:
+                return words
+    return text
+
+
 # ------------------------------------------------------------------------------------------------------
 # The reader's language
 # ------------------------------------------------------------------------------------------------------
@@ -919,6 +958,13 @@ def os_words(error: OSError) -> str:
     return phrase(kind) if said == TEMPLATES.get(kind, ("",))[0] else said
 
 
+def mongo_words(said: str) -> str:
+    """Return what pymongo or a server says: where the Catalogue knows it, in words; of several servers, of each."""
+    each = re.split(r",(?=\S+:\d+: )", said.rstrip("."))
+    words = [stored_words(one, ("mongo.", "os.")) for one in each]
+    return listing("join.commas", words) if len(words) > 1 else words[0]
+
+
 def unread_words(error: OSError | UnicodeDecodeError) -> str:
     """Return why a text file cannot be read."""
     return phrase("tools.not_utf8") if isinstance(error, UnicodeDecodeError) else os_words(error)
@@ -1336,7 +1382,8 @@ def uri_faults(uri: str) -> list[str]:
         except OSError as error:
             words = phrase("settings.unreadable_file", why=os_words(error))
         except Exception as error:  # whatever pymongo says it with
-            said = words = one_line(error)
+            said = one_line(error)
+            words = mongo_words(said)
             if said.startswith("Unknown option"):  # its value may be meant to be secret
                 shown, words = name, _unknown_option(name, said)
             elif shown == name:
@@ -1347,7 +1394,7 @@ def uri_faults(uri: str) -> list[str]:
         try:
             uri_parser.parse_uri(uri, warn=False)
         except Exception as error:
-            faults.append(phrase("settings.options", words=one_line(error)))
+            faults.append(phrase("settings.options", words=mongo_words(one_line(error))))
     return faults
 
 
@@ -5624,7 +5671,7 @@ class SharedLedger:
             if not last_try and isinstance(error, AutoReconnect) and not error.timeout:
                 raise StoreAway(phrase("quota.away")) from error
             self._away_until = now + LEDGER_RETRY_S
-            words = phrase("quota.mongo_away", error=one_line(plain_words(str(error)), 100))
+            words = phrase("quota.mongo_away", error=mongo_words(one_line(plain_words(str(error)), 100)))
             if isinstance(error, OperationFailure) and error.code == UNAUTHORIZED:
                 words = phrase("quota.no_right", place=self._collection.full_name)
             self._trouble.again(words)
@@ -7946,45 +7993,6 @@ class CloseStore(Protocol):
         """Return every code in `realtime`. Raises StoreError."""
 
 
-# What is kept was cut to a line of fewer; of a longer text every ": " would be looked at in the one before.
-LONGEST_KEPT = 1000
-
-
-@cache
-def _patterns(kinds: tuple[str, ...]) -> list[tuple[str, str, re.Pattern[str]]]:
-    """Return the kinds that begin so with their own words and the pattern of the whole; who says most comes first."""
-    found = []
-    for kind in filter(lambda kind: kind.startswith(kinds), TEMPLATES):
-        parts = re.split(r"\{(\w+)[^}]*\}", TEMPLATES[kind][0])  # texts, and the names of values between them
-        own = parts[::2]
-        # a reason of ours may stand behind words of the vendor's that have colons, too
-        for few in ("", "?") if kind == "tools.because" else ("?",):
-            values = [f"(?P<{name}>.+{few})" for name in parts[1::2]]
-            pattern = "".join(chain.from_iterable(zip(map(re.escape, own), [*values, ""], strict=True)))
-            found.append((kind, "".join(own), re.compile(pattern, re.DOTALL)))
-    return sorted(found, key=lambda one: len(one[1]), reverse=True)
-
-
-def stored_words(text: str, kinds: tuple[str, ...]) -> str:
-    """Return as words what is stored as its English text, which other programs read; what is not ours as it is.
-
-    `kinds`: what the kinds of it, and of the values in it, begin with.
-    """
-    if len(text) > LONGEST_KEPT:
-        return text
-    for kind, own, pattern in _patterns(kinds):
-        found = pattern.fullmatch(text)
-        if found is None:
-            continue
-        values = {name: stored_words(value, kinds) for name, value in found.groupdict().items()}
-        is_ours = own.strip(":; ") or any(isinstance(value, Phrase) for value in values.values())
-        with contextlib.suppress(ValueError):  # a number has its place there
-            words = Phrase(kind, values)
-            if is_ours and words == text:
-                return words
-    return text
-
-
 # ------------------------------------------------------------------------------------------------------
 # The embedded store
 # ------------------------------------------------------------------------------------------------------
@@ -8587,7 +8595,7 @@ class MongoStore:
         try:  # not connected before it is used: mongodb+srv:// asks the DNS, which may be away too
             return MongoClient(self._settings.mongodb_uri, tz_aware=True, connect=False, **options)
         except (PyMongoError, ValueError, TypeError) as error:
-            why = self._settings.redact(one_line(error))
+            why = mongo_words(self._settings.redact(one_line(error)))
             raise SettingsError(
                 [phrase("stores.bad_uri", uri=self._settings.mongodb_shown(), why=why)]
             ) from None
@@ -8674,12 +8682,12 @@ class MongoStore:
         """Return what the server says of an error."""
         if "errmsg" not in error:
             return phrase("tools.unknown")
-        return self._settings.redact(one_line(error["errmsg"], 200))
+        return mongo_words(self._settings.redact(one_line(error["errmsg"], 200)))
 
     def _fault(self, error: Exception) -> StoreAway:
         from pymongo.errors import ConnectionFailure, NotPrimaryError, PyMongoError
 
-        words = self._settings.redact(one_line(plain_words(str(error)), 200))
+        words = mongo_words(self._settings.redact(one_line(plain_words(str(error)), 200)))
         lost = isinstance(error, ConnectionFailure) and not isinstance(error, NotPrimaryError)
         lost = lost or (isinstance(error, PyMongoError) and error.timeout)
         return self._away(words, lost and not self._is_unwanted())
@@ -8697,6 +8705,8 @@ class MongoStore:
         cause = "MONGODB_HOST"
         if "failed validation" in words:
             cause = phrase("stores.validators", realtime=self.realtime_name, close=self.close_name)
+        if "os.ECONNREFUSED" in kinds_in(words):
+            cause = phrase("stores.or_mongod")
         fails = phrase("stores.fails", place=self._settings.mongodb_shown(), why=words)
         return StoreAway(see(fails, cause), unreachable, words, refused)
 
@@ -9711,7 +9721,7 @@ class Reject(TypedDict):
 
 
 # What the kinds of their reasons begin with.
-REJECT_REASONS = ("stores.", "tools.see")
+REJECT_REASONS = ("stores.", "tools.see", "mongo.")
 
 
 class Rejects:
@@ -20679,6 +20689,96 @@ TEMPLATES |= {
     "os.ETXTBSY": ("Text file busy", "文件正被执行"),
 }
 
+# What pymongo and MongoDB's servers usually say, in English as they say it: `mongo_words` knows it by that.
+TEMPLATES |= {
+    "mongo.at": ("{at}: {why}", "{at}：{why}"),
+    "mongo.bad_auth": ("bad auth : {why}", "用户名或密码错误（{why}）"),
+    "mongo.closed": ("connection closed", "对方断开了连接"),
+    "mongo.no_lookup": ("Temporary failure in name resolution", "暂时无法解析主机名，DNS 不可用"),
+    "mongo.no_lookup_srv": ("The resolution lifetime expired after {why}", "DNS 超时未应答（{why}）"),
+    "mongo.no_address": ("No address associated with hostname", "该主机名没有对应的地址"),
+    "mongo.no_name": ("Name or service not known", "无法解析主机名"),
+    "mongo.no_srv": ("The DNS query name does not exist: {name}", "DNS 中没有 {name}"),
+    "mongo.late": ("timed out", "超时未应答"),
+    "mongo.late_read": ("The read operation timed out", "读取超时"),
+    "mongo.late_tls": ("The handshake operation timed out", "TLS 握手超时"),
+    "mongo.no_server": ("No servers found yet", "还没有服务器应答"),
+    "mongo.no_protocol": (
+        "Got response id {got} but expected {expected}",
+        "对方不是 MongoDB（应答序号为 {got}，应为 {expected}）",
+    ),
+    "mongo.no_tls": ("SSL handshake failed: {why}", "TLS 握手失败，服务器可能未启用 TLS（{why}）"),
+    "mongo.untrusted": (
+        "SSL handshake failed: {at}: certificate verify failed: {why}",
+        "{at} 的证书不受信任（{why}）",
+    ),
+    "mongo.other_set": (
+        'No replica set members available for replica set name "{name}"',
+        "没有名为 {name} 的副本集的成员",
+    ),
+    "mongo.no_match": (
+        'No replica set members match selector "{selector}"',
+        "副本集没有符合 {selector} 的成员",
+    ),
+    "mongo.no_primary": (
+        'No replica set members match selector "Primary()"',
+        "副本集没有主节点，可能正在选举，或多数成员不在线",
+    ),
+    "mongo.no_primary_now": ("No primary available for writes", "副本集没有可写入的主节点"),
+    "mongo.not_primary": ("not primary", "所连接的成员不是主节点"),
+    "mongo.recovering": ("node is recovering", "所连接的成员正在恢复"),
+    "mongo.few_members": (
+        "Not enough data-bearing nodes",
+        "副本集中存数据的成员少于写关注（w）要求的数量",
+    ),
+    "mongo.unreplicated": ("waiting for replication timed out", "等待复制到其他成员超时"),
+    "mongo.wrong_user": ("Authentication failed", "用户名、密码或 authSource 不正确"),
+    "mongo.no_user": ("command {command} requires authentication", "命令 {command} 需要用户名和密码"),
+    "mongo.no_right": (
+        "not authorized on {database} to execute command {command}",
+        "当前用户无权在数据库 {database} 上执行命令 {command}",
+    ),
+    "mongo.invalid": ("Document failed validation", "文档不符合校验规则"),
+    "mongo.duplicate": ("E11000 duplicate {why}", "与唯一索引冲突（{why}）"),
+    "mongo.no_room": (
+        "available disk space of {left} bytes is less than required minimum of {least}",
+        "MongoDB 服务器的磁盘仅剩 {left} 字节，低于所需的 {least} 字节",
+    ),
+    "mongo.no_integer": ("The value of {name} must be an integer", "{name} 应为整数"),
+    "mongo.no_number": ("{name} must be an integer or float", "{name} 应为数字"),
+    "mongo.no_truth": (
+        "The value of {name} must be 'true' or 'false'",
+        "{name} 应为 true 或 false",
+    ),
+    "mongo.none_of": ("{name} must be in {those}", "{name} 应为 {those} 之一"),
+    "mongo.no_preference": ("{value} is not a valid read preference", "没有 {value} 这种读偏好"),
+    "mongo.several_hosts": (
+        "Cannot specify multiple hosts with {option}",
+        "设置了 {option} 时只能写一个主机",
+    ),
+    "mongo.not_together": ("Cannot specify {one} with {other}", "{one} 不能与 {other} 同用"),
+    "mongo.not_both": (
+        "URI options {one} and {other} cannot be specified simultaneously",
+        "选项 {one} 和 {other} 不能同时设置",
+    ),
+    "mongo.no_module": (
+        "Wire protocol compression with {name} is not available. You must install the {module} module for "
+        "{same} support",
+        "本程序不带 Python 模块 {module}，无法用 {name} 压缩，须去掉 {same}",
+    ),
+    "mongo.srv_port": ("mongodb+srv:// URIs must not include a port number", "mongodb+srv:// 不能带端口"),
+    "mongo.srv_hosts": (
+        "mongodb+srv:// URIs must include one, and only one, hostname",
+        "mongodb+srv:// 只能写一个主机名",
+    ),
+    "mongo.srv_address": (
+        "Invalid URI host: an IP address is not a valid hostname for 'mongodb+srv://'. Did you mean to use "
+        "'mongodb://'?",
+        "mongodb+srv:// 不能用 IP 地址，可改用 mongodb://",
+    ),
+    "mongo.port": ("Port must be an integer between 0 and 65535", "端口应为 0 到 65535 的整数"),
+}
+
 # ------------------------------------------------------------------------------------------------------
 # Of the room Settings
 # ------------------------------------------------------------------------------------------------------
@@ -21388,6 +21488,7 @@ TEMPLATES |= {
         "数值不适合 MONGODB_NUMERIC_TYPE={type}：{why}",
     ),
     "stores.oldest": ("the oldest of {created}", "最早的一笔存于 {created}"),
+    "stores.or_mongod": ("MONGODB_HOST, and whether mongod runs", "MONGODB_HOST，并确认 mongod 在运行"),
     "stores.other_in_place": (
         "an index of others, {name} on {field}, is where that of KEEP_DAYS would be",
         "已有其他程序的索引 {name}（字段 {field}），占用了 KEEP_DAYS 索引的位置",
@@ -22270,7 +22371,7 @@ TEMPLATES |= {
     "cli.can_be_written": ("{path} can be written", "{path} 可以写入"),
     "cli.check_bad": ("FAIL  {name}: {words}", "失败  {name}：{words}"),
     "cli.check_good": ("ok    {name}: {words}", "正常  {name}：{words}"),
-    "cli.collect_trouble": ("collecting: {why}", "行情采集：{why}"),
+    "cli.collect_trouble": ("collecting fails ({why})", "行情采集出错（{why}）"),
     "cli.collecting": (
         "{now}, at {at}; since the start {trades}, {stored} new",
         "{now}，截至 {at}；启动以来 {trades}，新入库 {stored} 笔",
