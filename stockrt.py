@@ -3031,11 +3031,23 @@ class Failure(NamedTuple):
     words: str
 
 
+def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return codes by the reason that each has, in their order: what they have in common is said once."""
+    found: dict[str, list[str]] = {}
+    for code, why in reasons.items():
+        found.setdefault(why, []).append(code)
+    return found
+
+
 def failed_words(failures: Mapping[str, Failure], total: int) -> Phrase:
-    """Return how many of how many codes failed, and of the first few why."""
-    first = islice(failures.items(), FAILURES_NAMED)
-    named = [phrase("events.code", code=code, why=failure.words) for code, failure in first]
-    names, more = listing("join.names", named), len(failures) - len(named)
+    """Return how many of how many codes failed, and the first few reasons, each once with the first few codes."""
+    found = by_reason({code: failure.words for code, failure in failures.items()})
+    (why, codes), *others = islice(found.items(), FAILURES_NAMED)
+    if len(codes) == total > 1:
+        return phrase("events.all_failed", total=total, codes=first_few(codes), why=why)
+    groups = [(why, codes), *others]
+    named = [phrase("events.code", code=first_few(codes), why=why) for why, codes in groups]
+    names, more = listing("join.names", named), len(failures) - sum(len(codes) for _, codes in groups)
     if more:
         return phrase("events.failed_more", failed=len(failures), total=total, names=names, more=more)
     return phrase("events.failed", failed=len(failures), total=total, names=names)
@@ -3049,7 +3061,7 @@ class Check(NamedTuple):
     words: str
 
 
-# Codes that a report names beside its failures, and failures that one line names.
+# Codes that a report names beside its failures, and reasons of failures that one line names.
 NAMES_LISTED = 100
 FAILURES_NAMED = 3
 
@@ -13615,7 +13627,7 @@ def _result_words(report: Report) -> Phrase:
         words.append(report.close_words())
     if report.queued:
         words.append(report.queued_words())
-    if report.reached or not report.queued:
+    if report.reached or not (report.queued or len(report.failures) == total > 0):
         words.append(phrase("protocol.stored", reached=reached, total=total))
     if report.read_as:
         words.append(phrase("events.read_as", codes=report.read_as_words()))
@@ -18916,8 +18928,7 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
     else:
         say(phrase("cli.once_store_hangs", summary=report.summary()))
     is_red = settings.color and sys.stderr.isatty()
-    for code, failure in report.failures.items():
-        words = phrase("cli.failed_code", code=code, why=failure.words)
+    for words in failure_lines({code: failure.words for code, failure in report.failures.items()}):
         say(f"\033[31m{for_reader(words)}\033[0m" if is_red else words)
     if report.interrupted or not finished:
         return EXIT_INTERRUPTED
@@ -19789,13 +19800,18 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
     return EXIT_OK
 
 
+# What a message says of codes that failed.
+FAILED_KINDS = ("events.all_failed", "events.failed", "events.failed_more")
+
+
 def _execution_lines(one: ExecutionFacts, outcome: str) -> Phrase:
-    """Return an execution for a person: when, its outcome, what, why, and a line for each code that failed."""
+    """Return an execution for a person: when, its outcome, what, why, and a line for each reason of failures."""
     result, message, more = one["result"] or {}, one["message"] or "", []
+    failures = result.get("failures", {})
     if result:
         stored = phrase("protocol.stored", reached=result.get("success_count"), total=result.get("total"))
         # once is enough
-        message = _without_clause(message, stored)
+        message = _without_clauses(message, stored, bool(failures))
         if one["status"] != "failure" or not message.startswith(stored):
             more.append(stored)
     if one["ended_at"] and one["delivered"] is False:
@@ -19811,16 +19827,26 @@ def _execution_lines(one: ExecutionFacts, outcome: str) -> Phrase:
         words = listing("join.columns", [words, listing("join.commas", more)])
     if one["status"] == "failure" and message:
         words = phrase("tools.because", what=words, why=message)
-    failures = result.get("failures", {})
-    lines = [phrase("cli.failed_code", code=code, why=why) for code, why in failures.items()]
-    return listing("join.lines", [one_line(words, 600), *lines])
+    return listing("join.lines", [one_line(words, 600), *failure_lines(failures)])
 
 
-def _without_clause(message: str, clause: str) -> str:
-    """Return a message without a clause that stands beside it; one of an older version is but a text."""
-    if isinstance(message, Phrase) and message.kind == "join.clauses":
-        return listing(message.kind, [part for part in message.values["parts"] if part != clause])
-    return message
+def failure_lines(failures: Mapping[str, str]) -> list[Phrase]:
+    """Return a line for each reason why codes failed, with all of them."""
+    groups = by_reason(failures).items()
+    return [phrase("cli.failed_code", code=listing("join.names", codes), why=why) for why, codes in groups]
+
+
+def _without_clauses(message: str, clause: str, are_listed: bool) -> str:
+    """Return a message without a clause that stands beside it, and without failures, where they `are_listed` below.
+
+    One of an older version is but a text.
+    """
+    if not (isinstance(message, Phrase) and message.kind == "join.clauses"):
+        return message
+    kept = [part for part in message.values["parts"] if part != clause]
+    if are_listed:
+        kept = [part for part in kept if not (isinstance(part, Phrase) and part.kind in FAILED_KINDS)]
+    return listing(message.kind, kept)
 
 
 def _daemon_line(daemon: DaemonFacts) -> Phrase:
@@ -21016,6 +21042,10 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
+    "events.all_failed": (
+        "all of {total} codes failed ({codes}): {why}",
+        "{total} 个代码全部失败（{codes}）：{why}",
+    ),
     "events.begins": ("begins", "正在启动"),
     "events.close_lost": ("the closing snapshot is not kept: {why}", "收盘快照未保存：{why}"),
     "events.code": ("{code} ({why})", "{code}（{why}）"),
@@ -21216,8 +21246,8 @@ TEMPLATES |= {
         "当前用户无权写入 {place}；请检查 MONGODB_LICENSE_COLLECTION_NAME",
     ),
     "quota.none_serves": (
-        "no API key can serve {service} ({reasons})",
-        "没有 API 密钥可用于 {service}（{reasons}）",
+        "no API key can serve {service}: {reasons}",
+        "没有 API 密钥可用于 {service}：{reasons}",
     ),
 }
 
