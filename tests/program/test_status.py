@@ -352,6 +352,7 @@ def a_daemon_that_told(program: Program, told: dict[str, Any] | None) -> Iterato
             ["the stream brings nothing, 800 codes polled instead"],
         ),
         (None, ["collecting has not begun"]),
+        ({"refused": 1, "refused_why": "X (why)"}, ["1 code not collected: X (why)"]),
     ],
 )
 def test_a_service_that_collects_is_well_without_a_platform(
@@ -372,8 +373,9 @@ def test_a_service_that_collects_is_well_without_a_platform(
         r"(\d of 2 connections, 800 codes subscribed|800 codes polled), 42 trades/s", lines["collecting"]
     )
     trouble = f"; {told['trouble']}" if "trouble" in told else ""
+    assert ("42 trades/s, 1 code not collected, at" in lines["collecting"]) == ("refused" in told)
     assert re.search(
-        rf"42 trades/s, at {LOCAL_TIME}; since the start 900 trades, 880 new{trouble}$", lines["collecting"]
+        rf"42 trades/s,.* at {LOCAL_TIME}; since the start 900 trades, 880 new{trouble}$", lines["collecting"]
     )
     assert lines.get("stream") == (
         "crypto: 0 of 1 code, waiting: 429: too many" if "streams" in told else None
