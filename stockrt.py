@@ -3076,14 +3076,29 @@ class Failure(NamedTuple):
     words: str
 
 
+def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return codes by the reason that each has, in their order: what they have in common is said once."""
+    found: dict[str, list[str]] = {}
+    for code, why in reasons.items():
+        found.setdefault(why, []).append(code)
+    return found
+
+
+def reasons_named(reasons: Mapping[str, str]) -> Phrase:
+    """Return the first few reasons, each once with the first few of its codes, and how many codes have others."""
+    groups = [*islice(by_reason(reasons).items(), FAILURES_NAMED)]
+    named = [phrase("events.code", code=first_few(codes), why=why) for why, codes in groups]
+    names, more = listing("join.names", named), len(reasons) - sum(len(codes) for _, codes in groups)
+    return phrase("events.and_more", names=names, more=more) if more else names
+
+
 def failed_words(failures: Mapping[str, Failure], total: int) -> Phrase:
-    """Return how many of how many codes failed, and of the first few why."""
-    first = islice(failures.items(), FAILURES_NAMED)
-    named = [phrase("events.code", code=code, why=failure.words) for code, failure in first]
-    names, more = listing("join.names", named), len(failures) - len(named)
-    if more:
-        return phrase("events.failed_more", failed=len(failures), total=total, names=names, more=more)
-    return phrase("events.failed", failed=len(failures), total=total, names=names)
+    """Return how many of how many codes failed, and for which reasons."""
+    reasons = {code: failure.words for code, failure in failures.items()}
+    if len(reasons) == total > 1 and len({*reasons.values()}) == 1:
+        why = next(iter(reasons.values()))
+        return phrase("events.all_failed", total=total, codes=first_few(reasons), why=why)
+    return phrase("events.failed", failed=len(reasons), total=total, names=reasons_named(reasons))
 
 
 class Check(NamedTuple):
@@ -3094,7 +3109,7 @@ class Check(NamedTuple):
     words: str
 
 
-# Codes that a report names beside its failures, and failures that one line names.
+# Codes that a report names beside its failures, and reasons of failures that one line names.
 NAMES_LISTED = 100
 FAILURES_NAMED = 3
 
@@ -3235,7 +3250,7 @@ class CollectStats(NamedTuple):
     `connections` of `connections_wanted` stand; `codes`: subscribed; `polled`: asked for over REST instead, as the
     key's plan allows no more; `per_second`: trades of the last seconds; `delay_p50_ms`, `delay_p99_ms`: from a
     trade's arrival until it is durable (NaN where none came lately); `gaps_today`: of this UTC day; `gaps_open`: those
-    that go on.
+    that go on; `refused`: codes that cannot be collected, and `refused_why`.
     """
 
     connections: int = 0
@@ -3254,6 +3269,12 @@ class CollectStats(NamedTuple):
     trouble: str = ""
     streams: Sequence[StreamFacts] = ()
     gaps_open: int = 0
+    refused: int = 0
+    refused_why: str = ""
+
+    def refused_words(self) -> Phrase:
+        """Return of how many codes none is collected."""
+        return phrase("events.not_collected", codes=count_words(self.refused, "code"))
 
 
 # Of a trouble that stands in one line with others.
@@ -3278,6 +3299,8 @@ def collect_words(stats: CollectStats) -> Phrase:
         parts.append(phrase("events.gaps", gaps=count_words(stats.gaps_today, "gap")))
     if stats.missed_beats:
         parts.append(phrase("events.missed", beats=count_words(stats.missed_beats, "beat")))
+    if stats.refused:
+        parts.append(stats.refused_words())
     if stats.trouble:
         parts.append(one_line(stats.trouble, TROUBLE_SHOWN))
     return listing("join.commas", parts or [phrase("events.begins")])
@@ -6787,19 +6810,8 @@ class KeyPlans:
         if key.digest in self._no_plan_said or key.dead:
             return
         self._no_plan_said.add(key.digest)
-        if key.digest in self._told:
-            log.warning(
-                "the plan of API key %s cannot be had (%s): it goes by the limits that it told last; "
-                "INFOWAY_PLAN can name one",
-                key.shown,
-                failure.words,
-            )
-            return
-        log.warning(
-            "the plan of API key %s cannot be had (%s): it goes by Free's limits; INFOWAY_PLAN can name one",
-            key.shown,
-            failure.words,
-        )
+        kind = "infoway.plan_told_last" if key.digest in self._told else "infoway.plan_unknown"
+        log.warning("%s", phrase(kind, key=key.shown, why=failure.words))
 
 
 class Symbol(NamedTuple):
@@ -6925,7 +6937,7 @@ class Directory:
         is_name = not unclear.text.isascii()
         why = self.refresh(SYMBOL_TYPES if is_name else self._types_of(guesses), stop)
         if why and why != phrase(ASKED_IN_VAIN):  # which was said then
-            log.warning("the symbol lists cannot be had: %s", why)
+            log.warning("%s", phrase("infoway.no_lists", why=why))
         exact = kept_symbols(self._file, {unclear.text, *(guess.code for guess in guesses)})
         if len(exact) == 1 and exact[0].code == unclear.text:
             return Instrument(exact[0].code, SYMBOL_TYPES[exact[0].type])
@@ -11737,12 +11749,8 @@ class WatchList:
         texts = [value for value in values if isinstance(value, str) and split_codes(value)]
         odd = len(values) - len(texts)
         if odd and not self._odd_said:
-            log.warning(
-                "COLLECT_CODES: %d of %s in %s have no text in the field code, and are passed over",
-                odd,
-                count_words(len(values), "document"),
-                place,
-            )
+            documents = count_words(len(values), "document")
+            log.warning("%s", phrase("collection.odd", odd=odd, documents=documents, place=place))
         self._odd_said = bool(odd)
         return [code for text in texts for code in split_codes(text)]
 
@@ -11793,9 +11801,8 @@ class Resolved(NamedTuple):
     refused: dict[str, str]
 
     def refused_words(self) -> Phrase:
-        """Return of the first few codes that are none why."""
-        first = islice(self.refused.items(), NAMES_SHOWN)
-        return listing("join.clauses", [phrase("tools.because", what=code, why=why) for code, why in first])
+        """Return why codes are none."""
+        return reasons_named(self.refused)
 
 
 def resolve(codes: Iterable[object], finder: Directory | None, stop: threading.Event) -> Resolved:
@@ -11824,7 +11831,8 @@ def resolve(codes: Iterable[object], finder: Directory | None, stop: threading.E
 # Failures that are nobody's but the way to the trades: said as a trouble, whatever the codes.
 TROUBLES = frozenset({FailureKind.NETWORK, FailureKind.API, FailureKind.KEY, FailureKind.OTHER})
 # Those of a code itself.
-OF_THE_CODE = frozenset({FailureKind.INVALID_CODE, FailureKind.UNKNOWN_CODE, FailureKind.BAD_RECORD})
+NEVER_COLLECTED = frozenset({FailureKind.INVALID_CODE, FailureKind.UNKNOWN_CODE})
+OF_THE_CODE = NEVER_COLLECTED | {FailureKind.BAD_RECORD}
 
 
 class Troubles:
@@ -11945,15 +11953,18 @@ class Poller(threading.Thread):
             self._beat_trouble.over()
 
     def _count(self, report: Report) -> None:
-        before = self._stats
-        if report.total and not before.polled:
-            log.info("%s polled every %g s", count_words(report.total, "code"), self._every_s)
-        trouble = report.store_error
+        before, trouble = self._stats, report.store_error
         if not report.interrupted:
+            refused = {
+                code: one.words for code, one in report.failures.items() if one.kind in NEVER_COLLECTED
+            }
+            polled, why = report.total - len(refused), reasons_named(refused)
+            if polled and not before.polled:
+                log.info("%s polled every %g s", count_words(polled, "code"), self._every_s)
+            before = before._replace(polled=polled, refused=len(refused), refused_why=why)
             trouble = self._troubles.note(report)
         new = report.stored + report.queued
         self._stats = before._replace(
-            polled=report.total or before.polled,
             per_second=new / self._every_s,
             trades=before.trades + new + report.duplicates,
             stored=before.stored + new,
@@ -12859,6 +12870,7 @@ class Planner(threading.Thread):
         super().__init__(name="stockrt-collect", daemon=True)
         self.feeds: list[Feed] = []
         self.polled = 0
+        self.refused, self.refused_why = 0, ""  # codes that cannot be collected
         self.stored = self.duplicates = 0  # of the trades that were asked for
         self.trouble = ""
         self._pipeline = pipeline
@@ -12989,9 +13001,11 @@ class Planner(threading.Thread):
     def _read(self, codes: Sequence[str]) -> None:
         """Find out what the codes mean."""
         found = resolve(codes, self._pipeline.directory, self._leaving)
+        self.refused, self.refused_why = len(found.refused), found.refused_words()
         if found.refused:
-            codes = count_words(len(found.refused), "code")
-            log.error("%s not collected: %s", codes, found.refused_words())
+            what = phrase("events.not_collected", codes=count_words(self.refused, "code"))
+            log.error("%s", phrase("tools.because", what=what, why=self.refused_why))
+            self._intake.came.set()  # it is to be told now
         wanted: dict[str, list[str]] = {}
         for instrument in found.instruments.values():
             wanted.setdefault(instrument.product, []).append(instrument.code)
@@ -13057,9 +13071,8 @@ class Planner(threading.Thread):
         self._rest_said = said
         why = phrase("collection.no_key" if self._never else "collection.over_plans")
         if by_product:
-            log.warning(
-                "stream: %s over %s; %s polled instead, %s (%s)", codes, connections, left, why, by_product
-            )
+            what = phrase("collection.rest", codes=codes, connections=connections, left=left, why=why)
+            log.warning("%s (%s)", what, by_product)
         else:
             log.info("stream: %s over %s", codes, connections)
 
@@ -13239,6 +13252,8 @@ class Collecting:
             trouble=next(filter(None, troubles), ""),
             streams=[feed.facts() for feed in feeds],
             gaps_open=self._gaps_open,
+            refused=self._planner.refused,
+            refused_why=self._planner.refused_why,
         )
 
     def _look_after(self) -> None:
@@ -13600,7 +13615,7 @@ def _result_words(report: Report) -> Phrase:
         words.append(report.close_words())
     if report.queued:
         words.append(report.queued_words())
-    if report.reached or not report.queued:
+    if report.reached or not (report.queued or len(report.failures) == total > 0):
         words.append(phrase("protocol.stored", reached=reached, total=total))
     if report.read_as:
         words.append(phrase("events.read_as", codes=report.read_as_words()))
@@ -14241,6 +14256,8 @@ class CollectFacts(TypedDict, total=False):
     trouble: str
     streams: list[StreamFacts]
     gaps_open: int
+    refused: int
+    refused_why: str
 
 
 class DaemonStatus(TypedDict, total=False):
@@ -18415,14 +18432,28 @@ def with_kinds(text: str, told: Iterable[object]) -> str:
     return f"{text} [{', '.join(kinds)}]" if kinds else text
 
 
-class _Redacting(logging.Formatter):
-    """Formats a record, tracebacks included, and takes every secret out, also of settings that were read anew."""
+def _reasons_by_hand(told: Iterable[object]) -> list[str]:
+    """Return of a line of the log, whose frame is English, what tells the person who typed the command a reason."""
+    words = [one.message if isinstance(one, StockrtError) else one for one in told]
+    return [one for one in words if isinstance(one, str) and any(kinds_in(one))]
 
-    def __init__(self, journal: bool = False) -> None:
+
+class _Redacting(logging.Formatter):
+    """Formats a record, tracebacks included, and takes every secret out, also of settings that were read anew.
+
+    `by_hand`: a person typed the command, and reads the reasons in the language that this one speaks.
+    """
+
+    def __init__(self, journal: bool = False, by_hand: bool = False) -> None:
         super().__init__("%(message)s" if journal else "%(levelname)s %(message)s")
         self._journal = journal
+        self._by_hand = by_hand
 
     def format(self, record: logging.LogRecord) -> str:
+        reasons = _reasons_by_hand(record.args or ())
+        if self._by_hand and reasons and SPOKEN.language != ENGLISH:
+            words = phrase("cli.error", words=listing("join.commas", reasons))
+            return mask(local_times(for_reader(words)), HIDDEN.secrets)
         text = mask(local_times(super().format(record)), HIDDEN.secrets)
         if isinstance(record.args, tuple):
             first, *rest = text.split("\n", 1)
@@ -18489,13 +18520,14 @@ class _BesideBar(logging.StreamHandler[Any]):
             super().emit(record)
 
 
-def start_logging(settings: Settings) -> None:
+def start_logging(settings: Settings, by_hand: bool = False) -> None:
     """Send this program's messages to stderr, secrets masked; libraries only from warnings on.
 
     urllib3 only errors: it warns of each answer's odd headers, with a traceback; what counts in them is judged here.
     """
     handler = _BesideBar()
-    handler.setFormatter(_Redacting(journal=isinstance(sys.stderr, JournalStream)))
+    is_journal = isinstance(sys.stderr, JournalStream)
+    handler.setFormatter(_Redacting(is_journal, by_hand and not is_journal))
     logging.getLogger().handlers = [handler]
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
@@ -18857,7 +18889,7 @@ def note_run(settings: Settings, started_at: float, report: Report) -> None:
         with contextlib.closing(Journal(settings.state_directory, events=ByHand())) as journal:
             journal.note_run(started_at, *report_result({"workflow_name": "--once"}, report, settings))
     except StoreError as error:
-        log.warning("--status will not know of this run: %s", error)
+        log.warning("%s", phrase("cli.run_not_noted", why=error.message))
 
 
 def _remembered(codes: Iterator[str], order: list[str]) -> Iterator[str]:
@@ -18896,8 +18928,7 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
     else:
         say(phrase("cli.once_store_hangs", summary=report.summary()))
     is_red = settings.color and sys.stderr.isatty()
-    for code, failure in report.failures.items():
-        words = phrase("cli.failed_code", code=code, why=failure.words)
+    for words in failure_lines({code: failure.words for code, failure in report.failures.items()}):
         say(f"\033[31m{for_reader(words)}\033[0m" if is_red else words)
     if report.interrupted or not finished:
         return EXIT_INTERRUPTED
@@ -19294,6 +19325,14 @@ def _check_state_directory(settings: Settings) -> Check:
         return Check(name, False, error.message)
 
 
+def _to_collect_words(found: Resolved) -> Phrase:
+    words = phrase("cli.to_collect", n=len(found.instruments))
+    if found.refused:
+        count, codes = len(found.refused), found.refused_words()
+        words = phrase("cli.to_collect_but", words=words, n=count, codes=codes)
+    return words
+
+
 def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]:
     """Say what is to be collected, and whether the stream takes each key for it.
 
@@ -19305,11 +19344,7 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
     except StockrtError as error:
         yield Check(name, False, error.message)
         return
-    words: str = phrase("cli.to_collect", n=len(found.instruments))
-    if found.refused:
-        count, codes = len(found.refused), found.refused_words()
-        words = phrase("cli.to_collect_but", words=words, n=count, codes=codes)
-    yield Check(name, bool(found.instruments and not found.refused), words)
+    yield Check(name, bool(found.instruments and not found.refused), _to_collect_words(found))
     products = [one.product for one in found.instruments.values()]
     if not (settings.collect and products):
         return
@@ -19600,19 +19635,22 @@ def _collect_stats(facts: Mapping[str, Any]) -> CollectStats:
 
 def _collect_faults(settings: Settings, facts: Mapping[str, Any]) -> list[Trouble]:
     """Return what is wrong with collecting by what the daemon told last."""
-    stats = _collect_stats(facts)
+    stats, found = _collect_stats(facts), []
     to_do = phrase("cli.tries_again")
     if stats.trouble:
-        return [Trouble(phrase("cli.collect_trouble", why=one_line(stats.trouble)), to_do)]
-    if stats.connections < stats.connections_wanted:
+        found.append(Trouble(phrase("cli.collect_trouble", why=one_line(stats.trouble)), to_do))
+    elif stats.connections < stats.connections_wanted:
         wanted = count_words(stats.connections_wanted, "connection")
-        return [Trouble(phrase("cli.few_connections", count=stats.connections, wanted=wanted), to_do)]
-    if facts["at"] is None:
-        return [Trouble(phrase("cli.not_begun"), to_do)]
-    if settings.collect and stats.polled and not stats.connections_wanted:
+        found.append(Trouble(phrase("cli.few_connections", count=stats.connections, wanted=wanted), to_do))
+    elif facts["at"] is None:
+        found.append(Trouble(phrase("cli.not_begun"), to_do))
+    elif settings.collect and stats.polled and not stats.connections_wanted:
         words = phrase("cli.polled_instead", codes=count_words(stats.polled, "code"))
-        return [Trouble(words, phrase("cli.poll_by_setting"))]
-    return []
+        found.append(Trouble(words, phrase("cli.poll_by_setting")))
+    if stats.refused:
+        words = phrase("tools.because", what=stats.refused_words(), why=one_line(stats.refused_why, 600))
+        found.append(Trouble(words, phrase("cli.mend_codes")))
+    return found
 
 
 def _collect_line(facts: Mapping[str, Any]) -> Phrase:
@@ -19769,13 +19807,18 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
     return EXIT_OK
 
 
+# What a message says of codes that failed.
+FAILED_KINDS = ("events.all_failed", "events.failed")
+
+
 def _execution_lines(one: ExecutionFacts, outcome: str) -> Phrase:
-    """Return an execution for a person: when, its outcome, what, why, and a line for each code that failed."""
+    """Return an execution for a person: when, its outcome, what, why, and a line for each reason of failures."""
     result, message, more = one["result"] or {}, one["message"] or "", []
+    failures = result.get("failures", {})
     if result:
         stored = phrase("protocol.stored", reached=result.get("success_count"), total=result.get("total"))
         # once is enough
-        message = _without_clause(message, stored)
+        message = _without_clauses(message, stored, bool(failures))
         if one["status"] != "failure" or not message.startswith(stored):
             more.append(stored)
     if one["ended_at"] and one["delivered"] is False:
@@ -19791,16 +19834,26 @@ def _execution_lines(one: ExecutionFacts, outcome: str) -> Phrase:
         words = listing("join.columns", [words, listing("join.commas", more)])
     if one["status"] == "failure" and message:
         words = phrase("tools.because", what=words, why=message)
-    failures = result.get("failures", {})
-    lines = [phrase("cli.failed_code", code=code, why=why) for code, why in failures.items()]
-    return listing("join.lines", [one_line(words, 600), *lines])
+    return listing("join.lines", [one_line(words, 600), *failure_lines(failures)])
 
 
-def _without_clause(message: str, clause: str) -> str:
-    """Return a message without a clause that stands beside it; one of an older version is but a text."""
-    if isinstance(message, Phrase) and message.kind == "join.clauses":
-        return listing(message.kind, [part for part in message.values["parts"] if part != clause])
-    return message
+def failure_lines(failures: Mapping[str, str]) -> list[Phrase]:
+    """Return a line for each reason why codes failed, with all of them."""
+    groups = by_reason(failures).items()
+    return [phrase("cli.failed_code", code=listing("join.names", codes), why=why) for why, codes in groups]
+
+
+def _without_clauses(message: str, clause: str, are_listed: bool) -> str:
+    """Return a message without a clause that stands beside it, and without failures, where they `are_listed` below.
+
+    One of an older version is but a text.
+    """
+    if not (isinstance(message, Phrase) and message.kind == "join.clauses"):
+        return message
+    kept = [part for part in message.values["parts"] if part != clause]
+    if are_listed:
+        kept = [part for part in kept if not (isinstance(part, Phrase) and part.kind in FAILED_KINDS)]
+    return listing(message.kind, kept)
 
 
 def _daemon_line(daemon: DaemonFacts) -> Phrase:
@@ -20255,8 +20308,25 @@ def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
     if not loaded.settings.platform_url():
         words = listing("join.clauses", [check.words, _without_platform(loaded.settings)])
         check = check._replace(words=words)
-    show(local_times(for_reader(_check_line(check))))
-    return EXIT_OK if check.good else EXIT_FAILED
+    checks = [check, *_check_forms(loaded.settings)]
+    for one in checks:
+        show(local_times(for_reader(_check_line(one))))
+    return EXIT_OK if all(one.good for one in checks) else EXIT_FAILED
+
+
+def _check_forms(settings: Settings) -> list[Check]:
+    """Say which codes of COLLECT_CODES cannot be collected as far as their forms tell: nobody is asked."""
+    if not settings.collect_codes or settings.collect_codes == WATCH:
+        return []
+    try:
+        found = resolve(WatchList(settings, None).codes(), None, threading.Event())
+    except StockrtError as error:
+        return [Check(phrase("cli.of_codes"), False, error.message)]
+    may_be_listed = any(code.upper() in SHARED_NAMES for code in found.refused)
+    words = listing("join.clauses", [_to_collect_words(found), phrase("cli.lists_not_asked")])
+    return [Check(phrase("cli.of_codes"), bool(found.instruments) or may_be_listed, words)] * bool(
+        found.refused
+    )
 
 
 def needs_of(options: Options) -> Needs:
@@ -20343,7 +20413,7 @@ def run_migrate(options: Options, environ: Mapping[str, str]) -> int:
     old, settings, lines = move_installation(
         Path(cast(str, options.migrate)), target, environ, options.dry_run
     )
-    start_logging(settings)
+    start_logging(settings, by_hand=True)
     show(listing("join.lines", lines))
     say(phrase("cli.would_migrate" if options.dry_run else "cli.migrated", file=target))
     if options.documents is None:
@@ -20399,7 +20469,7 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             SPOKEN.choose({**environ, "STOCKRT_LANG": error.language})
             _show_state(error.directory, options.json, unit)
         raise
-    start_logging(loaded.settings)
+    start_logging(loaded.settings, by_hand=needs is not DAEMON_NEEDS)
     if loaded.settings.language:
         SPOKEN.choose({**environ, "STOCKRT_LANG": loaded.settings.language})
     _warn(loaded.warnings, needs is DAEMON_NEEDS)
@@ -21087,6 +21157,11 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
+    "events.all_failed": (
+        "all of {total} codes failed ({codes}): {why}",
+        "{total} 个代码全部失败（{codes}）：{why}",
+    ),
+    "events.and_more": ("{names} and {more} more", "{names}，另有 {more} 个"),
     "events.begins": ("begins", "正在启动"),
     "events.close_lost": ("the closing snapshot is not kept: {why}", "收盘快照未保存：{why}"),
     "events.code": ("{code} ({why})", "{code}（{why}）"),
@@ -21103,16 +21178,13 @@ TEMPLATES |= {
         "{failed} of {total} codes failed: {names}",
         "{total} 个代码中 {failed} 个失败：{names}",
     ),
-    "events.failed_more": (
-        "{failed} of {total} codes failed: {names} and {more} more",
-        "{total} 个代码中 {failed} 个失败：{names}，另有 {more} 个",
-    ),
     "events.gaps": ("{gaps} today", "今日 {gaps}"),
     "events.interrupted": (
         "{counts}, interrupted: {left} not asked",
         "{counts}，已中断：{left} 个代码未请求",
     ),
     "events.missed": ("{beats} missed", "错过 {beats}"),
+    "events.not_collected": ("{codes} not collected", "{codes}未采集"),
     "events.polled": ("{codes} polled", "轮询 {codes}"),
     "events.queued": ("{trades} kept on this machine, {why}", "{trades}暂存于本机，{why}"),
     "events.rate": ("{rate} trades/s", "每秒 {rate} 笔成交"),
@@ -21287,8 +21359,8 @@ TEMPLATES |= {
         "当前用户无权写入 {place}；请检查 MONGODB_LICENSE_COLLECTION_NAME",
     ),
     "quota.none_serves": (
-        "no API key can serve {service} ({reasons})",
-        "没有 API 密钥可用于 {service}（{reasons}）",
+        "no API key can serve {service}: {reasons}",
+        "没有 API 密钥可用于 {service}：{reasons}",
     ),
 }
 
@@ -21341,6 +21413,7 @@ TEMPLATES |= {
         "the API's answer says success but holds no list `data`",
         "API 的应答称成功，却没有列表 `data`",
     ),
+    "infoway.no_lists": ("the symbol lists cannot be had: {why}", "无法获取品种列表：{why}"),
     "infoway.no_milliseconds": (
         "field t: {shown} in place of epoch milliseconds",
         "字段 t：{shown}，应为 Unix 毫秒时间戳",
@@ -21360,6 +21433,15 @@ TEMPLATES |= {
     "infoway.nothing_more": ("nothing more", "无说明"),
     "infoway.plan_ended": ("its plan ended at {when}", "套餐已于 {when} 到期"),
     "infoway.plan_ends": ("its plan ends at {when}, in {left}", "套餐将于 {when} 到期，还剩 {left}"),
+    "infoway.plan_told_last": (
+        "the plan of API key {key} cannot be had ({why}): it goes by the limits that it told last; INFOWAY_PLAN can "
+        "name one",
+        "无法获知 API 密钥 {key} 的套餐（{why}）：仍按上次获知的套餐限频；可用 INFOWAY_PLAN 指明",
+    ),
+    "infoway.plan_unknown": (
+        "the plan of API key {key} cannot be had ({why}): it goes by Free's limits; INFOWAY_PLAN can name one",
+        "无法获知 API 密钥 {key} 的套餐（{why}）：按 Free 套餐限频；可用 INFOWAY_PLAN 指明",
+    ),
     "infoway.price_below_zero": (
         "p {p}: only energy at common has prices below zero",
         "p {p}：只有 common 中的能源价格可以为负",
@@ -21619,8 +21701,16 @@ TEMPLATES |= {
     ),
     "collection.no_key": ("for which no key is of use", "没有密钥可用于这些代码"),
     "collection.not_stored": ("{codes} not stored: {why}", "{codes} 未入库：{why}"),
+    "collection.odd": (
+        "COLLECT_CODES: {odd} of {documents} in {place} have no text in the field code, and are passed over",
+        "COLLECT_CODES：{place} 的 {documents}中有 {odd} 个的 code 字段不是文本，已略过",
+    ),
     "collection.over_plans": ("more than the keys' plans allow", "超出各密钥套餐的限额"),
     "collection.refused": ("{codes}, {names}: {why}", "{codes}（{names}）：{why}"),
+    "collection.rest": (
+        "stream: {codes} over {connections}; {left} polled instead, {why}",
+        "推送流：{connections}，订阅 {codes}；另有 {left}改为轮询，{why}",
+    ),
     "collection.silent": (
         "nothing was pushed for {seconds:.0f} s: subscribed anew",
         "{seconds:.0f} 秒没有收到推送：已重新订阅",
@@ -22437,7 +22527,15 @@ TEMPLATES |= {
     "cli.last_contact": ("{url}: {state}, last contact {at}", "{url}：{state}，上次通信 {at}"),
     "cli.last_failed": ("the last execution failed", "最近一次执行失败"),
     "cli.lost": ("{url}: not connected since {since}: {why}", "{url}：自 {since} 起未连接：{why}"),
+    "cli.mend_codes": (
+        "mend COLLECT_CODES; --symbols finds codes",
+        "请改正 COLLECT_CODES，代码可用 --symbols 查找",
+    ),
     "cli.mend_settings": ("mend them, see --check-settings", "请修正设置，详见 --check-settings"),
+    "cli.lists_not_asked": (
+        "by their forms alone: the API's lists are for --check to ask",
+        "仅按代码写法判断，--check 会再查 API 的品种列表",
+    ),
     "cli.may_not_look": ("this user may not look at it", "当前用户无权查看"),
     "cli.migrated": (
         "settings: {file}; a service that runs sees changes after its restart",
@@ -22557,6 +22655,10 @@ TEMPLATES |= {
     "cli.resting": ("resting", "暂停使用"),
     "cli.retained": ("{store}: {words}", "{store}：{words}"),
     "cli.run_as_root": ("run as root", "请用 root 运行"),
+    "cli.run_not_noted": (
+        "--status will not know of this run: {why}",
+        "--status 和 --executions 中不会有这次运行：{why}",
+    ),
     "cli.run_register": ("none: run --register", "无：请运行 --register"),
     "cli.running": ("running, pid {pid}, version {version}", "运行中，pid {pid}，版本 {version}"),
     "cli.running_silent": ("running, and has told nothing of itself yet", "运行中，尚未报告自身状态"),

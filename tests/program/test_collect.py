@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RunPyz
+from kit.chinese import in_chinese
 from kit.daemons import HASH, PATIENCE, ProcessDaemon, ThreadDaemon, settings_for, until
 from kit.forked import Forked
 from kit.infoway_server import PLANS
@@ -534,8 +535,39 @@ def test_codes_of_which_none_can_be_collected_end_it(
     for collect in started:
         status, rows, said = collect.end(None)
         assert status == 1 and len(rows.splitlines()) == 1  # the head
-        assert said.startswith("stockrt: nothing to collect: AAPL: ") and "did you mean AAPL.US" in said
-        assert "; 430047: " in said and len(said.splitlines()) == 1
+        assert said.startswith("stockrt: nothing to collect: AAPL (") and "did you mean AAPL.US" in said
+        assert ", 430047 (" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("every", [(), ("--every", "1")])
+def test_codes_that_are_not_collected_are_named_in_the_readers_language(
+    start_collect: StartCollect, vendor: Vendor, every: tuple[str, ...]
+) -> None:
+    env = vendor.settings | {"LANG": "zh_CN.UTF-8", "LOG_LEVEL": "warning"}
+    collect = start_collect(*every, "--codes", CODES[0], "430047", **env)
+    assert collect.process.stderr is not None
+    said = collect.process.stderr.readline()
+    assert "430047（属于北京证券交易所" in in_chinese(said)
+    assert "430047" not in in_chinese(collect.end()[2])
+
+
+@pytest.mark.parametrize(
+    ("codes", "status", "line"),
+    [
+        ("BTCUSDT", 0, ""),
+        ("BTCUSDT AAPL", 0, "ok    codes: 1 to collect, 1 not: AAPL (no exchange given: did you mean"),
+        ("430047 茅台", 1, "FAIL  codes: 0 to collect, 2 not: 430047 (of the Beijing exchange, which"),
+        ("ES", 0, "ok    codes: 0 to collect, 1 not: ES ("),  # the lists know it
+    ],
+)
+def test_codes_that_cannot_be_collected_are_named_before_the_start(
+    run_pyz: RunPyz, codes: str, status: int, line: str
+) -> None:
+    env = {"INFOWAY_API_KEY": "test-key", "COLLECT": "stream", "COLLECT_CODES": codes}
+    done = run_pyz("--check-settings", env=env)
+    settings, *more = done.stdout.splitlines()
+    assert (done.returncode, bool(more)) == (status, bool(line)), done.stdout
+    assert "".join(more).startswith(line) and settings.startswith("ok    settings: ")
 
 
 def test_check_says_what_the_stream_allows(run_pyz: RunPyz, vendor: Vendor) -> None:

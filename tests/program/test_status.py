@@ -352,6 +352,7 @@ def a_daemon_that_told(program: Program, told: dict[str, Any] | None) -> Iterato
             ["the stream brings nothing, 800 codes polled instead"],
         ),
         (None, ["collecting has not begun"]),
+        ({"refused": 1, "refused_why": "X (why)"}, ["1 code not collected: X (why)"]),
     ],
 )
 def test_a_service_that_collects_is_well_without_a_platform(
@@ -372,8 +373,9 @@ def test_a_service_that_collects_is_well_without_a_platform(
         r"(\d of 2 connections, 800 codes subscribed|800 codes polled), 42 trades/s", lines["collecting"]
     )
     trouble = f"; {told['trouble']}" if "trouble" in told else ""
+    assert ("42 trades/s, 1 code not collected, at" in lines["collecting"]) == ("refused" in told)
     assert re.search(
-        rf"42 trades/s, at {LOCAL_TIME}; since the start 900 trades, 880 new{trouble}$", lines["collecting"]
+        rf"42 trades/s,.* at {LOCAL_TIME}; since the start 900 trades, 880 new{trouble}$", lines["collecting"]
     )
     assert lines.get("stream") == (
         "crypto: 0 of 1 code, waiting: 429: too many" if "streams" in told else None
@@ -629,8 +631,10 @@ def test_executions_lists_the_last_ones_with_their_failures(program: Program) ->
     assert re.match(rf"{LOCAL_TIME}  partial    -  --once  1 of 2 codes stored$", lines[3])
     assert len(program.run("--executions", "--json").splitlines()) == 20
     program.run("--once", "--codes", "NOPE", status=1)
-    first, _ = program.run("--executions", "1").splitlines()
-    assert re.search(r"  failure  -  --once  0 of 1 codes stored: 1 of 1 codes failed: NOPE \(.*\)$", first)
+    first, why = program.run("--executions", "1").splitlines()
+    assert first.endswith("  failure  -  --once  0 of 1 codes stored") and why.startswith("  NOPE: ")
+    program.run("--once", "--codes", "A?B", "C?D", status=1)
+    assert program.run("--executions", "1").splitlines()[1].startswith("  A?B, C?D: ")
     for wrong in ("0", "1001", "many"):
         program.run("--executions", wrong, status=64)
 

@@ -573,8 +573,8 @@ def test_a_gzip_stream_without_its_second_half_is_not_taken(infoway: InfowayServ
         (
             LOGIN_PAGE,
             0,
-            "没有 API 密钥可用于 stock（密钥 ***：HTTP 401，不像 API 的应答，像是来自途中的网关或登录页，"
-            "TIME 恢复）；请检查 INFOWAY_API_KEY",
+            "没有 API 密钥可用于 stock：密钥 ***：HTTP 401，不像 API 的应答，像是来自途中的网关或登录页，"
+            "TIME 恢复；请检查 INFOWAY_API_KEY",
         ),
     ],
 )

@@ -220,9 +220,9 @@ def test_why_no_key_serves_can_be_read_in_chinese() -> None:
         stockrt.steer(pool, key, "stock", stockrt.decide(answer, datetime.now(UTC)))
     pool.rest_until_midnight(pool.keys[2], stockrt.day_used_up(FREE))
     assert in_chinese(refusal(pool, "stock bars"), "No permission") == (
-        "没有 API 密钥可用于 stock 日线（密钥 aaa…111：API 返回 514：No permission；"
+        "没有 API 密钥可用于 stock 日线：密钥 aaa…111：API 返回 514：No permission；"
         "密钥 bbb…222：API 返回 514：No permission；"
-        "密钥 ccc…333：当日 86400 次请求的额度已用完，2026-08-15T00:00:01.000Z 恢复）；请检查 INFOWAY_API_KEY"
+        "密钥 ccc…333：当日 86400 次请求的额度已用完，2026-08-15T00:00:01.000Z 恢复；请检查 INFOWAY_API_KEY"
     )
     assert in_chinese(refusal(KeyPool([], NoLedger()))) == "没有 API 密钥：请设置 INFOWAY_API_KEY"
 

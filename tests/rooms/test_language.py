@@ -435,9 +435,9 @@ def test_what_cannot_be_collected_is_said_in_chinese() -> None:
     }
     with pytest.raises(stockrt.StockrtError) as error:
         stockrt._need_one_code(stockrt.Resolved({}, refused))
-    assert str(error.value) == "nothing to collect: AAPL: a cannot be used: b; B: stopped; see --symbols"
+    assert str(error.value) == "nothing to collect: AAPL (a cannot be used: b), B (stopped); see --symbols"
     assert in_language(error.value.message, "zh") == (
-        "没有可采集的代码（请看 --symbols）：AAPL：无法使用 a：b；B：已停止"
+        "没有可采集的代码（请看 --symbols）：AAPL（无法使用 a：b）、B（已停止）"
     )
 
 

@@ -615,11 +615,14 @@ def test_a_poller_polls_at_every_beat_and_tells_what_it_did(
     watching: Opened, infoway: InfowayServer, file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    file.write_text("AAPL.US 600519 GONE.US")
+    file.write_text("AAPL.US 600519 GONE.US 430047")
     infoway.unknown = {"GONE.US"}
     with Polling(watching, 0.05) as polling:
         first = polling.told(1)
-        assert (first.polled, first.trades, first.stored, first.duplicates) == (3, 2, 2, 0)
+        assert (first.polled, first.trades, first.stored, first.duplicates) == (2, 2, 2, 0)
+        assert first.refused == 2 and "430047 (of the Beijing" in first.refused_why
+        assert "GONE.US (unknown to the API" in first.refused_why
+        assert "2 codes polled, 40 trades/s, 2 codes not collected" in stockrt.collect_words(first)
         assert first.per_second == pytest.approx(40)
         second = polling.told(2)
         assert (second.trades, second.stored, second.duplicates, second.per_second) == (4, 2, 2, 0)
@@ -627,7 +630,7 @@ def test_a_poller_polls_at_every_beat_and_tells_what_it_did(
         assert until(lambda: polling.poller.stats().stored == 4)
     assert (second.trouble, second.connections_wanted, second.codes) == ("", 0, 0)
     assert [line for line in said(caplog, logging.INFO) if "every" in line and "polled" in line] == [
-        "3 codes polled every 0.05 s"
+        "2 codes polled every 0.05 s"
     ]
 
 
