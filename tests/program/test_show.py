@@ -147,9 +147,9 @@ def test_a_store_with_trades_of_other_codes_is_not_called_empty(
     run_pyz: RunPyz, put: Callable[..., None], tmp_path: Path, language: str
 ) -> None:
     put("600519.SH")
-    lack, unwritten = "NOPE.US: nothing of it is stored", "stockrt: nothing written, page.html is as it was: "
+    lack, unwritten = "NOPE.US: nothing of it is stored", "stockrt: nothing written to page.html: "
     if language == "zh":
-        lack, unwritten = "NOPE.US：库中没有它的数据", "stockrt：未写入，page.html 保持原样："
+        lack, unwritten = "NOPE.US：库中没有它的数据", "stockrt：未写入 page.html："
     env = {"STOCKRT_LANG": language}
     for args in (("--show", "NOPE.US"), ("--show", "--chart", "5m", "--codes", "NOPE.US")):
         done = run_pyz(*args, env=env)
