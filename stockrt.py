@@ -22086,7 +22086,7 @@ TEMPLATES |= {
     "cli.export_undone": ("interrupted: no file was written", "已中断：未写出文件"),
     "cli.exported": ("{rows} written to standard output", "已将 {rows}写到标准输出"),
     "cli.exported_to": ("{rows} written to {path}", "已将 {rows}写入 {path}"),
-    "cli.not_written": ("nothing written, {path} is as it was: {why}", "未写入，{path} 保持原样：{why}"),
+    "cli.not_written": ("nothing written to {path}: {why}", "未写入 {path}：{why}"),
     "cli.lists_incomplete": ("not all of the API's lists are here: {why}", "API 的品种列表不全：{why}"),
     "cli.name_not_stored": (
         "{code}: nothing of it is stored; where that is a name, --symbols {code} brings its code",

@@ -143,7 +143,7 @@ def test_a_file_that_exists_is_replaced_and_one_that_fails_stays(
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("all.csv", "old")]
     typo = run_pyz("--export", file, "--codes", "AAPL.US,TYPO.US", env=place)
     assert (typo.returncode, file.read_text()) == (1, "old")
-    assert f"nothing written, {file} is as it was: AAPL.US: nothing of it is stored; TYPO.US: " in typo.stderr
+    assert f"nothing written to {file}: AAPL.US: nothing of it is stored; TYPO.US: " in typo.stderr
     assert run_pyz("--export", file, env=place).returncode == 0
     assert len(table(file.read_text())) == len(TRADES)
     assert [path.name for path in folder.iterdir()] == ["all.csv"]

@@ -370,7 +370,7 @@ def test_what_is_not_there_is_said_with_what_is(run_pyz: RunPyz, state: Path, tm
     page.write_text("old")
     done = run_pyz("--html", page, "--codes", "9988.HK")
     assert (done.returncode, page.read_text()) == (1, "old")
-    assert done.stderr == f"stockrt: nothing written, {page} is as it was: 9988.HK: nothing of it is stored\n"
+    assert done.stderr == f"stockrt: nothing written to {page}: 9988.HK: nothing of it is stored\n"
     done = run_pyz("--show", MAOTAI, "9988.HK", "--chart", "1d")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [
