@@ -7415,11 +7415,6 @@ class StreamProtocol:
         self._silence_s = SILENCE_S
         self._silent_at = now + SILENCE_S
 
-    @property
-    def subscribed(self) -> int:
-        """How many codes are subscribed now."""
-        return sum(standing is _Standing.ON for standing in self._standing.values())
-
     def want(self, codes: Iterable[str]) -> None:
         """Have these codes, and no others, from now on."""
         self._wanted = dict.fromkeys(codes)
@@ -7711,11 +7706,6 @@ class StreamConnection:
         self._lock = threading.Lock()  # over the pipe, which is there while the link is
         self._pipe: tuple[int, int] | None = None
         self._is_woken = False
-
-    @property
-    def subscribed(self) -> int:
-        """How many codes are subscribed now."""
-        return self._protocol.subscribed if self._link else 0
 
     def want(self, codes: Iterable[str]) -> None:
         """Have these codes, and no others, from now on, or from when it is open."""
