@@ -7430,11 +7430,6 @@ class StreamProtocol:
         self._silence_s = SILENCE_S
         self._silent_at = now + SILENCE_S
 
-    @property
-    def subscribed(self) -> int:
-        """How many codes are subscribed now."""
-        return sum(standing is _Standing.ON for standing in self._standing.values())
-
     def want(self, codes: Iterable[str]) -> None:
         """Have these codes, and no others, from now on."""
         self._wanted = dict.fromkeys(codes)
@@ -7726,11 +7721,6 @@ class StreamConnection:
         self._lock = threading.Lock()  # over the pipe, which is there while the link is
         self._pipe: tuple[int, int] | None = None
         self._is_woken = False
-
-    @property
-    def subscribed(self) -> int:
-        """How many codes are subscribed now."""
-        return self._protocol.subscribed if self._link else 0
 
     def want(self, codes: Iterable[str]) -> None:
         """Have these codes, and no others, from now on, or from when it is open."""
@@ -11332,20 +11322,24 @@ class Pipeline:
                 ledger = SharedLedger(mongo.collection(settings.license_name), ledger)
             self.keys = KeyPool(settings.key_plans(), ledger)
             opened.callback(self.keys.close)
-            proxies = settings.proxies
-            api = InfowayApi(settings.api_base_url, self.keys, proxies, self._events, clock=clock)
-            opened.callback(api.close)
-            self.api = api
+            self.api = api = self._open_api(opened)
             self.gaps = Gaps(file, mongo)
             self._plans = KeyPlans(file, api)
             self.directory = Directory(file, api)
             self._source: Source = api
+            self._source_of_polls: Source = self._open_api(opened)
             if demo:
-                self._source = DemoApi(clock, int(settings.collect_every_s) or 60)
+                self._source = self._source_of_polls = DemoApi(clock, int(settings.collect_every_s) or 60)
             self._open_store(file, mongo)
-            self._polled: InfowayApi | None = None  # made at first use
             self._polling = threading.Lock()
             self._opened = opened.pop_all()
+
+    def _open_api(self, opened: contextlib.ExitStack) -> InfowayApi:
+        """Return a client of the API, of which each serves one run at a time."""
+        url, proxies = self._settings.api_base_url, self._settings.proxies
+        api = InfowayApi(url, self.keys, proxies, self._events, clock=self._clock)
+        opened.callback(api.close)
+        return api
 
     def _open_store(self, file: LocalFile, mongo: MongoStore | None) -> None:
         self.store: SqliteStore | Delivery
@@ -11420,24 +11414,9 @@ class Pipeline:
         """
         try:
             with turn(self._polling, stop):
-                return self._collect(self._source_beside(), _Aside(self._events), codes, stop)
+                return self._collect(self._source_of_polls, _Aside(self._events), codes, stop)
         except Interrupted:
             return Report(interrupted=True)
-
-    def _source_beside(self) -> Source:
-        """Return what can be asked while a run asks."""
-        if self._demo:
-            return self._source
-        if self._polled is None:
-            self._polled = InfowayApi(
-                self._settings.api_base_url,
-                self.keys,
-                self._settings.proxies,
-                self._events,
-                clock=self._clock,
-            )
-            self._opened.callback(self._polled.close)
-        return self._polled
 
     def _collect(
         self,

@@ -51,8 +51,6 @@ from stockrt import (
 )
 
 KINDS = ("sqlite", "mongodb")
-ZONES = {"US": "America/New_York", "HK": "Asia/Hong_Kong", "SH": "Asia/Shanghai", "JP": "Asia/Tokyo",
-         "IN": "Asia/Kolkata", "KS": "Asia/Seoul", "TW": "Asia/Taipei"}  # fmt: skip
 # The Friday after Thanksgiving, and a half day of Hong Kong (Christmas Eve).
 FRI, XMAS = "2025-11-28", "2025-12-24"
 MARKS = ("after_hours", "provisional")
