@@ -632,7 +632,7 @@ def test_after_a_kill_the_built_file_dials_every_second_until_the_old_session_en
     pyz: Path, clean_env: dict[str, str], infoway: InfowayServer, state: Path
 ) -> None:
     """Its delays would have grown to several seconds meanwhile: it would have dialled half as often."""
-    lasts = number(20.0, 20.0, quick=12.0)
+    lasts = number(20.0, 20.0, quick=8.0)
     with PlatformServer(ping_every=0, zombie_after=lasts, sweep=0.2) as server:
         server.know(HASH)
         settings = environment(server.port, infoway.url, state)
@@ -710,7 +710,9 @@ def test_a_dead_peer_is_noticed_and_dialled_again(
             lambda s: s.connected and s.connected and s.dials[-1].closed is None, PATIENCE
         )
         execution_id = platform.execute(["AAPL.US"])
-        if not platform.wait_for(lambda s: s.results_for(execution_id), 5):
+        for _ in range(int(PATIENCE)):
+            if platform.wait_for(lambda s: s.results_for(execution_id), 1):
+                break
             platform.resend(execution_id)  # it had gone to the connection that was just given up
         assert one_answer(platform, execution_id)["status"] == "success"
 
