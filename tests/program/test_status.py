@@ -858,7 +858,7 @@ def test_settings_file_that_was_just_copied_is_said_to_be_found(program: Program
 def test_in_chinese_every_fault_that_check_finds(program: Program) -> None:
     speak_chinese(program)
     (program.folder / "file").write_text("")
-    nobody = "mongodb://127.0.0.1:9/?serverSelectionTimeoutMS=300"
+    nobody = "mongodb://127.0.0.1:9/?timeoutMS=300"
     program.env |= {"INFOWAY_API_BASE_URL": "http://127.0.0.1:9", "SERVER_IP": "127.0.0.1", "SERVER_PORT": "9",
                     "MONGODB_HOST": nobody, "METRICS_FILE": str(program.folder / "file" / "m.prom"),
                     "STATE_DIRECTORY": str(program.folder / "file" / "state")}  # fmt: skip

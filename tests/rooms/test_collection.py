@@ -694,14 +694,14 @@ def test_every_push_is_stored_once_and_the_latest_trades_are_fetched(place: Plac
 def test_a_cut_leaves_a_gap_that_covers_what_is_missing(place: Place, vendor: Vendor, cut: str) -> None:
     with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
         wait_for("all are subscribed", process.is_subscribed)
-        wait_for("much was pushed", lambda: vendor.stream.pushed_count > 100)
+        wait_for("much was pushed", lambda: vendor.stream.pushed_count > 50)
         asked = len(vendor.rest.requests)
         vendor.stream.cut(cut)
         wait_for("the gap is noted, and over", lambda: [gap for gap in place.gaps() if gap["to"]])
         assert process.is_subscribed()
         wait_for("the latest are fetched", lambda: len(vendor.rest.requests) > asked)
         before = vendor.stream.pushed_count
-        wait_for("pushes come again", lambda: vendor.stream.pushed_count > before + 50)
+        wait_for("pushes come again", lambda: vendor.stream.pushed_count > before + 25)
         vendor.stream.rate = 0.0
         wait_for("everything is stored or known as missing", lambda: not process.uncovered())
         (gap,) = place.gaps()
@@ -793,9 +793,12 @@ def test_a_plan_that_is_told_late_gives_the_codes_their_connections(
 
 
 def test_a_key_that_the_stream_refuses_is_not_dialled_with_again(
-    place: Place, caplog: pytest.LogCaptureFixture
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One line, however many connections were to be; and each of them was dialled once."""
+    monkeypatch.setattr(stockrt, "POLL_INSTEAD_S", 0.5)
+    for name in ("STREAM_FIRST_S", "STREAM_CAP_S"):  # another dial would come at once
+        monkeypatch.setattr(stockrt, name, 0.1)
     plan = replace(PLANS["pro"], sockets=2, symbols_per_socket=2, symbols=4)
     with Vendor(plans={"test-key": plan}, market=CODES, rate=5.0) as vendor:
         vendor.stream.refuse_handshakes(*[401] * 50)
@@ -836,7 +839,7 @@ def test_that_codes_are_polled_instead_is_told_at_once(
     place: Place, vendor: Vendor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stockrt, "MARK_SILENT_S", 1000.0)
-    monkeypatch.setattr(stockrt, "POLL_SOON_S", 3.0)
+    monkeypatch.setattr(stockrt, "POLL_SOON_S", 1.0)
     vendor.stream.refuse_handshakes(429)
     with Process(place, vendor, COLLECT_CODES=" ".join(CODES)) as process:
         wait_for("it is told", lambda: process.stats.polled == len(CODES))

@@ -819,12 +819,12 @@ def test_big_answers_in_flight_take_little_memory(infoway: InfowayServer) -> Non
     tracemalloc.start()
     try:
         with api_of(infoway) as api:
-            batches = [stockrt.Batch("stock", f"A{number}.US") for number in range(8)]
+            batches = [stockrt.Batch("stock", f"A{number}.US") for number in range(5)]
             outcomes = [outcome for outcome in api.fetch(batches, threading.Event()) if outcome]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert [outcome.unknown for outcome in outcomes] != [] and len(outcomes) == 8
+    assert [outcome.unknown for outcome in outcomes] != [] and len(outcomes) == 5
     assert infoway.peak_in_flight >= 2
     assert peak < 150_000_000
 

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kit.cases import each
 from kit.chinese import in_chinese
+from kit.daemons import number
 
 import stockrt
 from stockrt import (
@@ -747,7 +748,7 @@ CODES = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=number(30, 30, quick=15))
 @given(st.lists(CODES, max_size=20) | st.lists(CODES, min_size=300, max_size=500))
 def test_a_plan_holds_every_code_once_in_order_and_no_batch_over_the_limit(codes: list[str]) -> None:
     """For any list: nothing lost, nothing twice, and the total is right."""
@@ -789,8 +790,8 @@ def test_a_plan_of_100_000_codes_is_small_and_lacks_none() -> None:
     """A few bytes a code: the codes themselves are read once and not kept. Many end like another."""
 
     def codes() -> Iterator[str]:
-        for number in reversed(range(100_000)):
-            yield f"{number}.US"
+        for one in reversed(range(100_000)):
+            yield f"{one}.US"
 
     plan_batches(["AAPL.US"])  # what is made once is made before
     tracemalloc.start()

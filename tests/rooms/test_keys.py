@@ -27,7 +27,7 @@ from kit.daemons import number as examples
 from kit.infoway_server import REFUSALS, InfowayServer, Request
 from kit.infoway_server import Answer as ServerAnswer
 from kit.ledger import NoLedger
-from kit.mongo import SET_NAME, MongoServer, fresh_database
+from kit.mongo import MongoServer, fresh_database
 
 import stockrt
 from stockrt import (
@@ -698,7 +698,8 @@ def test_no_right_on_the_counts_is_said_once_and_seldom(
 
 @pytest.mark.parametrize(("per_minute", "per_day"), [(0, 1000), (120, 0)])
 def test_a_mongodb_that_comes_back_counts_again(
-    mongod: Path,
+    mongo_server: MongoServer,
+    mongo_db: Place,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     per_minute: int,
@@ -707,21 +708,21 @@ def test_a_mongodb_that_comes_back_counts_again(
     """Paused in the middle and resumed: alone, then together again, whatever was leased alone."""
     clock = FakeClock(NOON)
     caplog.set_level("INFO", "stockrt")
-    with MongoServer(mongod, replica_set=SET_NAME) as server, fresh_database(server) as place:
-        instance = Instance(place, tmp_path, {FIRST: Plan("x", 2, per_minute, per_day)}, clock)
-        assert try_key(instance.pool) == FIRST
-        server.pause()
-        clock.advance(86400)  # the lease is over
-        assert try_key(instance.pool) == FIRST
-        assert "is away" in caplog.text
-        server.resume()
-        clock.advance(LEDGER_RETRY_S)
-        assert try_key(instance.pool) == FIRST
-        assert "well again" in caplog.text
-        if per_day:
-            assert instance.ledger.used_today(key_digest(FIRST), clock.now_wall) == 2 * DAY_LEASE_S
-        instance.pool.close()
-        instance.close()
+    server = controlled(mongo_server)
+    instance = Instance(mongo_db, tmp_path, {FIRST: Plan("x", 2, per_minute, per_day)}, clock)
+    assert try_key(instance.pool) == FIRST
+    server.pause()
+    clock.advance(86400)  # the lease is over
+    assert try_key(instance.pool) == FIRST
+    assert "is away" in caplog.text
+    server.resume()
+    clock.advance(LEDGER_RETRY_S)
+    assert try_key(instance.pool) == FIRST
+    assert "well again" in caplog.text
+    if per_day:
+        assert instance.ledger.used_today(key_digest(FIRST), clock.now_wall) == 2 * DAY_LEASE_S
+    instance.pool.close()
+    instance.close()
 
 
 WORKER = """
