@@ -828,7 +828,7 @@ HANDED_OVER_AT = ("/dev/fd/", "/dev/std", "/proc/self/fd/")
 
 def is_odd_file(path: str | Path) -> bool:
     """Whether a name is a pipe's, which would be waited for, or a device's but /dev/null, which may have no end."""
-    is_usual = os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path)
+    is_usual = os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path) or os.path.isfile(path)
     return not (is_usual or os.path.realpath(path) == os.devnull or str(path).startswith(HANDED_OVER_AT))
 
 
@@ -839,9 +839,9 @@ def open_plain(path: str | Path, flags: int = os.O_RDONLY) -> int:
     return os.open(path, flags, 0o644)
 
 
-def read_file(path: str | Path | int) -> str:
-    """Return the text of a file without the mark that may begin it. Raises OSError, UnicodeDecodeError."""
-    with open(path, encoding="utf-8-sig", opener=open_plain) as stream:
+def read_file(path: str | Path | int, encoding: str = "utf-8-sig") -> str:
+    """Return the text of a file, as it is without the mark that may begin it. Raises OSError, UnicodeDecodeError."""
+    with open(path, encoding=encoding, opener=open_plain) as stream:
         text = stream.read((MOST_FILE_MIB << 20) + 1)
     if len(text) > MOST_FILE_MIB << 20:
         raise OSError(errno.EFBIG, phrase("tools.large_file", most=MOST_FILE_MIB))
@@ -1091,10 +1091,22 @@ ENV_FILE_PLACES = (
     Path("config/.env"),
     Path("/etc/stockrt/stockrt.env"),
 )
+# The one that systemd reads for the service, which itself sees it as a credential of this name: the file is root's.
+SERVICE_FILE = ENV_FILE_PLACES[-1]
+FILE_CREDENTIAL = "stockrt.env"
 # Names with these beginnings are ours: an unknown one in the file is a misspelling worth a warning.
 OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_", "COLLECT_", "STOCKRT_LANG", "MESSAGE_LANG")
-# And so is one that begins with the same letter as one of ours and is so like it (difflib's ratio).
+# And so is one that begins with the same letter as one of ours and is so like it (difflib's ratio),
 NEAR_NAME = 0.9
+# or one that other programs have for the same, whose letters are more like those of another of ours.
+OTHERS_NAMES = {
+    "SERVER_IP": "SERVER_HOST SERVER_ADDRESS SERVER_ADDR SERVER_URL",
+    "MONGODB_HOST": "MONGODB_URI MONGODB_URL MONGO_URI MONGO_URL",
+    "INFOWAY_API_BASE_URL": "INFOWAY_URL",
+    "INFOWAY_API_KEY": "INFOWAY_TOKEN",
+}
+# What a Chinese keyboard types in place of ASCII: full-width forms, and signs of its own.
+NARROW = {0xFEE0 + code: code for code in range(0x21, 0x7F)} | str.maketrans("“”‘’、。　", "\"\"'',. ")  # noqa: RUF001
 # What whoever types a command may have otherwise than the service: it changes how something is said, not what is done.
 READERS_OWN = ("LOG_LEVEL", "STOCKRT_LANG")
 # What COLLECT_CODES says for the codes of the collection MONGODB_WATCH_COLLECTION_NAME.
@@ -1437,9 +1449,18 @@ def _unknown_option(name: str, said: str) -> str:
 _PLAIN_NUMBER = r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
 
 
-def _expect(good: bool) -> None:
+def _expect(good: bool, kind: str = "") -> None:
+    """Raise ValueError, with the words of a kind where the setting's own would not tell what is wrong."""
     if not good:
+        raise ValueError(phrase(kind) if kind else "")
+
+
+def _matched(pattern: str, value: str) -> re.Match[str]:
+    """Return the match of a whole value. Raises ValueError where there is none."""
+    match = re.fullmatch(pattern, value)
+    if match is None:
         raise ValueError
+    return match
 
 
 def _text(shortest: int, longest: int) -> Callable[[str], str]:
@@ -1452,8 +1473,7 @@ def _text(shortest: int, longest: int) -> Callable[[str], str]:
 
 def _number(low: float, high: float) -> Callable[[str], float]:
     def parse(value: str) -> float:
-        _expect(re.fullmatch(_PLAIN_NUMBER, value) is not None)
-        number = float(value)
+        number = float(_matched(_PLAIN_NUMBER, value)[0])
         _expect(low <= number <= high)
         return number
 
@@ -1491,11 +1511,8 @@ def _url(*schemes: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
         parts = urlsplit(value)
         _expect(parts.scheme in schemes and bool(_host(parts.hostname or "")) and parts.port != 0)
-        _expect(
-            not (parts.query or parts.fragment or "@" in parts.netloc)
-            and re.fullmatch(r"[!-~]+", value) is not None
-        )
-        return value.rstrip("/")
+        _expect(not (parts.query or parts.fragment or "@" in parts.netloc))
+        return _matched(r"[!-~]+", value)[0].rstrip("/")
 
     return parse
 
@@ -1516,26 +1533,39 @@ def _plan(word: str) -> Plan:
 
 
 def _mongodb_uri(value: str) -> str:
-    match = re.fullmatch(r"(mongodb|mongodb\+srv)://(?:([^/]*)@)?([^/?@]+)(?:/([^?]*))?(?:\?(.*))?", value)
-    _expect(match is not None)
-    assert match is not None  # for the type checker: _expect has raised
-    _expect("@" not in (match[2] or "") and (match[2] or "").count(":") <= 1)
-    _expect(not set(match[4] or "") & set("&="))  # options without the ? in front of them
-    for host in match[3].split(","):
-        parts = re.fullmatch(r"(\[[^\[\]]+\]|[^\[\]:\s]+)(?::(\d+))?", host)
-        _expect(parts is not None and (not parts[2] or bool(_whole_number(1, 65535)(parts[2]))))
+    scheme, _, rest = value.partition("://")
+    _expect(scheme in ("mongodb", "mongodb+srv"), "settings.expect.mongodb_scheme")
+    match = _matched(r"(?:([^/]*)@)?([^/?@]+)(?:/([^?]*))?(?:\?(.*))?", rest)
+    user, path = match[1] or "", match[3] or ""
+    _expect("@" not in user + path and user.count(":") <= 1, "settings.expect.mongodb_user")
+    _expect(not set(path) & set("&="))  # options without the ? in front of them
+    _try_hosts(match[2], is_srv=scheme != "mongodb")
     # unacknowledged writes could not be counted as stored; MongoDB's URIs may separate options by ; too
-    _expect(not re.search(r"(?i)(?:^|[&;])w=[+-]?0+(?:[&;]|$)", unquote(value.partition("?")[2])))
+    unacknowledged = re.search(r"(?i)(?:^|[&;])w=[+-]?0+(?:[&;]|$)", unquote(value.partition("?")[2]))
+    _expect(not unacknowledged, "settings.expect.mongodb_w")
     return value
 
 
+def _try_hosts(hosts: str, is_srv: bool) -> None:
+    """Raise ValueError where the hosts of a MongoDB connection string cannot be some."""
+    for host in hosts.split(","):
+        parts = _matched(r"(\[[^\[\]]+\]|[^\[\]:\s]+)(:[^:]*)?", host)
+        _expect(parts[1] == parts[1].translate(NARROW))
+        if is_srv:
+            is_name = host == hosts and not parts[2] and not re.fullmatch(r"\[.*|[\d.]+", host)
+            _expect(is_name, "settings.expect.mongodb_srv")
+        port = (parts[2] or ":27017")[1:]
+        is_port = re.fullmatch("[0-9]{1,5}", port) is not None and 1 <= int(port) <= 65535
+        _expect(is_port, "settings.expect.mongodb_port")
+
+
 def _database_name(value: str) -> str:
-    _expect(0 < len(value.encode()) <= 63 and not re.search(r'[/\\."$*<>:|?\s\0]', value))
+    _expect(0 < len(value.encode()) <= 63 and not re.search(r'[/\\."“”$*<>:|?\s\0]', value))
     return value
 
 
 def _collection_name(value: str) -> str:
-    _expect(len(value.encode()) <= 120 and not set(value) & set("$\0") and not value.startswith("system."))
+    _expect(len(value.encode()) <= 120 and not set(value) & set("$“”\0") and not value.startswith("system."))
     _expect(all(value.split(".")))
     return value
 
@@ -1546,10 +1576,7 @@ def _host(value: str) -> str:
     bare = value[1:-1] if value.startswith("[") and value.endswith("]") else value
     with contextlib.suppress(ValueError):
         return str(ipaddress.ip_address(bare))
-    _expect(
-        re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_-]+)*\.?", bare)
-        is not None
-    )
+    _matched(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_-]+)*\.?", bare)
     _expect(max(map(len, bare.split("."))) <= 63)  # more is no name for the DNS
     _expect(not re.fullmatch(r"[\d.]+", bare))  # 10.0.0 or 10.0.0.256: a mistyped address, not a name
     return bare
@@ -1572,7 +1599,7 @@ def _no_proxy(value: str) -> tuple[str, ...]:
 
     entries = tuple(filter(None, re.split(r"[\s,]+", value.lower())))
     for entry in entries:
-        _expect(re.fullmatch(r"[a-z0-9_.:*/\[\]-]+", entry) is not None)
+        _matched(r"[a-z0-9_.:*/\[\]-]+", entry)
         if "/" in entry:
             ipaddress.ip_network(entry, strict=False)
     return entries
@@ -1591,10 +1618,9 @@ def _collect_codes(value: str) -> str:
 
 def _share(value: str) -> tuple[int, int]:
     """Return which share of how many: 2/3 -> (2, 3)."""
-    match = re.fullmatch(r"(\d{1,3})\s*/\s*(\d{1,3})", value, re.ASCII)
-    _expect(match is not None and 1 <= int(match[1]) <= int(match[2]) <= MOST_SHARES)
-    assert match is not None  # for the type checker: _expect has raised
-    return int(match[1]), int(match[2])
+    share, shares = map(int, _matched(r"(?a)(\d{1,3})\s*/\s*(\d{1,3})", value).groups())
+    _expect(1 <= share <= shares <= MOST_SHARES)
+    return share, shares
 
 
 def _directory(value: str) -> Path:
@@ -1631,6 +1657,17 @@ class Setting(NamedTuple):
     def expected(self) -> Phrase:
         """What its values may be, a clause: `expected zh or en`."""
         return phrase(self.expects, most_shares=MOST_SHARES)
+
+    def expected_of(self, value: str, error: ValueError) -> Phrase:
+        """Return what was expected in place of a value that `parse` did not take, as exactly as can be told."""
+        seen = re.sub(r"(?s)//.*@", "", value)  # nothing of a password
+        signs = [c for c in dict.fromkeys(seen) if ord(c) in NARROW and not (self.secret and c.isalnum())]
+        with contextlib.suppress(ValueError):
+            _expect(bool(signs))
+            self.parse(value.translate(NARROW).strip("\"'"))  # then they are what is wrong
+            wide = " ".join(signs)
+            return phrase("settings.expect.narrow", wide=wide, narrow=wide.translate(NARROW))
+        return next((words for words in error.args if isinstance(words, Phrase)), self.expected)
 
 
 _PROXY_EXPECTED = "settings.expect.proxy"
@@ -1704,66 +1741,86 @@ def default_state_directory(environ: Mapping[str, str], is_root: bool) -> Path:
     return Path(base) / "stockrt"
 
 
+# What systemd reads as one comment, assignment or other line of an EnvironmentFile=. Parts in quotes come first; a \
+# takes a line's end away, before 254 that of a comment, too.
+_SYSTEMD_LINE = re.compile(
+    r"""(?xs)[ \t\n]*(?:
+        (?P<comment>[#;](?:\\.|[^\\\n])*)
+        |(?P<name>[^=\n]+)=(?P<quoted>(?:[ \t]*(?:'[^']*(?:'|\Z)|"(?:\\.|[^\\"])*(?:"|\Z)))*)
+            [ \t]*(?P<bare>(?:\\(?:.|\Z)|[^\\\n])*?)[ \t]*(?:\n|\Z)
+        |[^\n]+
+    )"""
+)
+_MARK = "\ufeff"
+# How the kinds of faults begin that a line has only where systemd reads it.
+OF_SYSTEMD = "settings.systemd_"
+
+
 def read_env_file(path: Path) -> dict[str, str]:
     """Return the names and values of an env file; nothing in it is expanded."""
-    return {b.key: b.value for b in _bindings(path) if b.key is not None and b.value is not None}
+    return {b.key: b.value for b in _bindings(path)[1] if b.key is not None and b.value is not None}
 
 
-def broken_lines(path: Path) -> list[str]:
-    """Return a fault for each line of an env file that is no NAME=value, or none that means the same to systemd."""
-    faults: list[str] = []
-    for b in _bindings(path):
-        line = _line_number(b)
+def line_faults(path: Path, shown: Path | None = None) -> list[Phrase]:
+    """Return a fault for each line of an env file that is no NAME=value, or something else to systemd (OF_SYSTEMD)."""
+    text, bindings = _bindings(path)
+    lines = [*_SYSTEMD_LINE.finditer(text)]
+    comments = {place for found in lines if found["comment"] for place in range(*found.span())}
+    read = {found.end("name"): found for found in lines if found["name"]}
+    faults: list[Phrase] = []
+    place = len(text) - len(text.removeprefix(_MARK))
+    for b in bindings:
+        whole = b.original.string  # it begins with the blank lines before
+        equals = place + whole.find("=")
+        place += len(whole)
+        kind, line = None, b.original.line + whole[: len(whole) - len(whole.lstrip())].count("\n")
         if b.error or (b.key is not None and b.value is None):
-            faults.append(phrase("settings.no_assignment", path=path, line=line))
-        elif b.key is not None and not _has_inline_comment(b) and _as_systemd(b) != b.value:
-            faults.append(phrase("settings.systemd_reads_otherwise", path=path, line=line, name=b.key))
+            is_quoted = whole.partition("=")[2].lstrip()[:1] in ("'", '"')
+            kind = "settings.odd_quotes" if is_quoted else "settings.no_assignment"
+        elif b.key is None or not re.fullmatch(r"[A-Za-z_]\w*", b.key, re.ASCII):
+            continue  # a comment, or nobody's name
+        elif equals in read:
+            kind = _kind_to_systemd(b, read[equals])
+        elif equals in comments:  # else within what an earlier line has begun, which is a fault of that
+            kind, line = "settings.systemd_goes_on", line - 1
+        if kind:
+            faults.append(phrase(kind, path=shown or path, line=line, name=b.key))
     return faults
 
 
-def inline_comments(path: Path) -> list[str]:
-    """Return a warning for each line of an env file that has a comment behind a value without quotes."""
-    return [
-        phrase("settings.inline_comment", path=path, line=_line_number(b), name=b.key)
-        for b in _bindings(path)
-        if _has_inline_comment(b)
-    ]
+def _kind_to_systemd(binding: Binding, found: re.Match[str]) -> str | None:
+    """Return the kind of the fault of an assignment that systemd reads otherwise, None where it does not."""
+    value = cast(str, binding.value)
+    if found["name"].startswith(_MARK):
+        return "settings.systemd_mark"
+    if found["name"].rstrip(" \t") != binding.key:
+        return "settings.systemd_passes_over"
+    if _as_systemd(found).strip() == value.strip():
+        return None
+    if not found["quoted"] and "#" in found["bare"].partition("\n")[0][len(value) :]:
+        return "settings.systemd_comment"
+    if not found["quoted"] and (len(value) - len(value.rstrip("\\"))) % 2:
+        return "settings.systemd_goes_on"
+    return "settings.reads_otherwise"
 
 
-def _has_inline_comment(binding: Binding) -> bool:
-    text = _text_of(binding)
-    return text[:1] not in ("'", '"') and binding.value is not None and "#" in text[len(binding.value) :]
+def _as_systemd(found: re.Match[str]) -> str:
+    """Return the value that systemd reads; what stands behind quotes is a part of it."""
+    parts = re.findall(r"'([^']*)'?|\"((?:\\.|[^\\\"])*)\"?", found["quoted"], re.DOTALL)
+    bare = re.sub(r"(?s)\\(.?)", lambda escape: escape[1].strip("\n"), found["bare"])
+    escaped = r'\\(?:\n|(["\\`$]))'
+    return "".join(single + re.sub(escaped, lambda e: e[1] or "", double) for single, double in parts) + bare
 
 
-def _text_of(binding: Binding) -> str:
-    return binding.original.string.partition("=")[2].strip(" \t\r\n")
-
-
-def _as_systemd(binding: Binding) -> str:
-    """Return what systemd's EnvironmentFile= reads from a line; what stands behind a value is a part of it."""
-    text = _text_of(binding)
-    if text[:1] == "'":
-        value, _, rest = text[1:].partition("'")
-        return value + rest
-    quoted = re.fullmatch(r'"((?:[^"\\]|\\.)*)"(.*)', text, re.DOTALL)
-    if quoted:
-        return re.sub(r'\\(?:\n|(["\\`$]))', lambda found: found[1] or "", quoted[1]) + quoted[2]
-    return re.sub(r"\\(.)", r"\1", text)
-
-
-def _line_number(binding: Binding) -> int:
-    text = binding.original.string  # it begins with the blank lines before
-    return binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
-
-
-def _bindings(path: Path) -> list[Binding]:
-    """Return the parsed lines of an env file. Raises SettingsError when it cannot be read or is not UTF-8."""
+def _bindings(path: Path) -> tuple[str, list[Binding]]:
+    """Return the text and the parsed lines of an env file. Raises SettingsError where it cannot be read."""
     from dotenv.parser import parse_stream
 
     try:
-        return list(parse_stream(io.StringIO(read_file(path))))
+        text = read_file(path, encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError([phrase("settings.unreadable", path=path, why=unread_words(error))]) from None
+    return text, list(parse_stream(io.StringIO(text)))
 
 
 def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | None, str]:
@@ -1774,13 +1831,16 @@ def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | No
     """
     if named is not None:
         return named, ""
+    warning: str = ""
     for place in places:
         with contextlib.suppress(OSError):  # a directory on the way that may not be searched: as not there
             if place.is_file() or place.is_fifo():
                 if os.access(place, os.R_OK):
-                    return place, ""
+                    return place, warning
                 return None, phrase("settings.forbidden_file", path=place)
-    return None, ""
+            if place.is_dir() and place.name == ENV_FILE_PLACES[0].name:  # .env may well be one
+                warning = phrase("settings.unreadable", path=place, why=phrase("os.EISDIR"))
+    return None, warning
 
 
 def is_service(environ: Mapping[str, str]) -> bool:
@@ -1903,6 +1963,8 @@ def parse_unit(text: str) -> Unit:
     unit = Unit({}, {}, [], Path("/var/lib", "stockrt"), [])
     for value in found.get("LoadCredential", ()):
         name, _, path = value.partition(":")
+        if name == FILE_CREDENTIAL:
+            continue  # one of the files below
         if os.path.isabs(path):
             unit.credentials[name.upper()] = Path(path)
         else:
@@ -1938,13 +2000,13 @@ def load_settings(
     else:
         origins, files, warnings = _service_origins(environ, unit, places)
     for path in files:
-        warnings += [_misspelled(name, str(path)) for name in origins[str(path)] if _is_meant(name)]
+        warnings += [fault for name in origins[str(path)] for fault in _misspelled(name, str(path))]
     if is_service(environ):
-        warnings += [_misspelled(name, _environment()) for name in environ if _is_unknown(name)]
-    warnings += [warning for path in files for warning in inline_comments(path)]
+        ours = [name for name in environ if name.startswith(OUR_PREFIXES)]
+        warnings += [fault for name in ours for fault in _misspelled(name, _environment())]
     read = _read_values(environ, origins, unit)
     values = read.values
-    faults = [fault for path in files for fault in broken_lines(path)] + read.faults
+    faults = _file_faults(environ, files, unit) + read.faults
     if "MONGODB_DB_NAME" in read.unset and uri_database(values.get("mongodb_uri", "")):
         faults += _take_database(values)
     faults += _contradictions(values) + _missing(read.unset, needs, values)
@@ -1970,6 +2032,21 @@ def load_settings(
     in_use = _origins_in_use(origins, files, read.used)
     words = listing("join.names", [*in_use, phrase("settings.defaults")])
     return LoadedSettings(settings, tuple(warnings), words, tuple(read.hiding))
+
+
+def _file_faults(environ: Mapping[str, str], files: Iterable[Path], unit: Unit | None) -> list[str]:
+    """Return the faults of the lines of settings files; those of OF_SYSTEMD where it reads the file.
+
+    That is the unit's, or stands in the usual place of these, and then the service sees a copy.
+    """
+    faults: list[str] = []
+    for path in files:
+        is_systemds = unit is not None or path.resolve() == SERVICE_FILE.resolve()
+        faults += [one for one in line_faults(path) if is_systemds or not one.kind.startswith(OF_SYSTEMD)]
+    copy = Path(environ.get("CREDENTIALS_DIRECTORY") or "/nowhere", FILE_CREDENTIAL)
+    if copy.is_file():
+        faults += line_faults(copy, SERVICE_FILE)
+    return list(dict.fromkeys(faults))
 
 
 def _origins_in_use(
@@ -2014,11 +2091,11 @@ def _read_values(
             continue
         try:
             read.values[setting.attribute] = setting.parse(text or setting.default)
-        except ValueError:
+        except ValueError as error:
             shown = shown_value(setting, text)
             if where == environment and is_service(environ):
                 where = phrase("settings.unit_environment", unit=UNIT)
-            expected = setting.expected
+            expected = setting.expected_of(text, error)
             read.faults.append(
                 phrase("settings.fault", name=name, shown=shown, where=where, expected=expected)
             )
@@ -2073,8 +2150,10 @@ def _missing(unset: Collection[str], needs: Needs, values: Mapping[str, Any]) ->
     platform = [name for name in ("SERVER_IP", "SERVER_PORT") if name in unset]
     collecting = [name for name in COLLECTING if needs.collect and name not in unset]
     half = len(platform) == 1 and (needs.platform or needs.whole_platform)
-    if half or (platform and needs.platform and not collecting):
-        faults.append(phrase("settings.no_platform", names=listing("join.and", platform)))
+    if half or (platform and needs.platform and not needs.collect):
+        faults.append(phrase("settings.needs_platform", names=listing("join.and", platform)))
+    elif platform and needs.platform and not collecting:
+        faults.append(phrase("settings.no_platform"))
     if needs.key and "INFOWAY_API_KEY" in unset:
         faults.append(phrase("settings.no_key"))
     if collecting and "COLLECT_CODES" in unset:
@@ -2162,11 +2241,12 @@ def _look_up(setting: Setting, origins: Mapping[str, Mapping[str, str]]) -> tupl
 
 def shown_value(setting: Setting, text: str) -> str:
     """Return the text of a setting as a person may see it, in quotes."""
+    shown = mask_uri(text)
     if setting.in_small_letters:
-        return repr(one_line(mask_userinfo(text), 100))
-    if setting.secret and not (setting.attribute == "mongodb_uri" and re.match(_USERINFO, text)):
-        return "'***'"
-    return repr(one_line(mask_uri(text), 100))
+        shown = mask_userinfo(text)
+    elif setting.secret and not (setting.attribute == "mongodb_uri" and re.match(_USERINFO, text)):
+        shown = "***"
+    return phrase("line.quoted", text=one_line(shown, 100))
 
 
 def env_line(name: str, value: str) -> str:
@@ -2179,29 +2259,25 @@ def env_line(name: str, value: str) -> str:
     return f'{name}="{escaped}"\n'
 
 
-def _is_unknown(name: str) -> bool:
-    return name.startswith(OUR_PREFIXES) and name not in _known_names()
-
-
-def _is_meant(name: str) -> bool:
-    """Return whether a name in a settings file is a setting of ours with a slip in it."""
-    import difflib
-
-    if name in _known_names() or _is_unknown(name):
-        return _is_unknown(name)
-    alike = [known for known in _known_names() if known[0] == name[0]]
-    return bool(difflib.get_close_matches(name, alike, 1, NEAR_NAME))
-
-
 def _known_names() -> list[str]:
     return [name for setting in SETTINGS for name in setting.names()]
 
 
-def _misspelled(name: str, source: str) -> str:
+def _misspelled(name: str, where: str) -> list[str]:
+    """Return a warning where a name is none of ours but is meant to be, or can be nobody's in an environment."""
     import difflib
 
-    near = difflib.get_close_matches(name, _known_names(), n=1, cutoff=0)
-    return phrase("settings.misspelled", where=source, name=name, near=near[0])
+    known, plain = _known_names(), name.translate(NARROW).replace("-", "_").upper()
+    if name in known:
+        return []
+    near = [ours for ours, others in OTHERS_NAMES.items() if plain in others.split()]
+    if not near:
+        is_ours = plain in known or plain.startswith(OUR_PREFIXES)
+        alike = known if is_ours else [one for one in known if one[0] == plain[0]]
+        near = difflib.get_close_matches(plain, alike, 1, 0 if is_ours else NEAR_NAME)
+    if near:
+        return [phrase("settings.misspelled", where=where, name=one_line(name, 60), near=near[0])]
+    return [] if name.isascii() else [phrase("settings.no_name", where=where, name=one_line(name, 60))]
 
 
 # The environment of a process stays what it was at its start: `systemctl reload` leaves here, in RUNTIME_DIRECTORY,
@@ -16372,7 +16448,8 @@ def old_settings(directory: Path) -> tuple[dict[str, str], list[str]]:
         raise UsageError(phrase("migration.no_older", directory=directory, path=path, why=why)) from None
     found = {name: value.strip() for name, value in read_env_file(path).items() if value.strip()}
     # no more than that is asked of a file that no systemd reads
-    faults = [fault for fault in broken_lines(path) if "expected NAME=value" in fault]
+    systemds = (OF_SYSTEMD, "settings.reads_otherwise")
+    faults = [fault for fault in line_faults(path) if not fault.kind.startswith(systemds)]
     return found, [phrase("migration.left_out", what=fault) for fault in faults]
 
 
@@ -16399,8 +16476,8 @@ def plan_settings(
             continue
         try:
             setting.parse(old[name])
-        except ValueError:
-            expected = setting.expected
+        except ValueError as error:
+            expected = setting.expected_of(old[name], error)
             faults.append(
                 phrase("migration.bad_value", name=name, value=shown, expected=expected, path=target)
             )
@@ -20121,7 +20198,7 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
     is_fixed = options.up is not None
     page = Page(found, names, charts, closes, now, store, SPOKEN.language, up, is_fixed)
     is_picture = path.suffix.lower() == ".svg"
-    text = draw_picture(_only_chart(charts.values()), up) if is_picture else draw_page(page)
+    text = draw_picture(_only_chart(charts.values(), path), up) if is_picture else draw_page(page)
     # a web server is another user
     write_whole(path, text, mode=0o644, setting="--html")
     status = _end_view(missing, found, options.demo)
@@ -20136,13 +20213,13 @@ def need_something(found: Collection[object], missing: Sequence[str], path: obje
         raise StockrtError(phrase("cli.not_written", path=path, why=listing("join.clauses", missing)))
 
 
-def _only_chart(charts: Iterable[Chart]) -> Chart:
+def _only_chart(charts: Iterable[Chart], file: Path) -> Chart:
     """Return the one chart that a picture has room for. Raises UsageError."""
     found = [chart for chart in charts if chart.candles]
     if not found:
-        raise StockrtError(phrase("cli.no_candle"))
+        raise StockrtError(phrase("cli.no_candle", file=file))
     if len(found) > 1:
-        raise UsageError(phrase("cli.not_one_code", count=len(found)))
+        raise UsageError(phrase("cli.not_one_code", file=file, count=len(found)))
     return found[0]
 
 
@@ -20402,8 +20479,8 @@ def run_migrate(options: Options, environ: Mapping[str, str]) -> int:
     """Take settings and hash over from the older client's directory, then its documents if they are asked for."""
     if options.time_zone is not None:
         time_zone(options.time_zone)
-    here, *_, the_services = ENV_FILE_PLACES
-    target = options.env_file or (the_services if os.geteuid() == 0 else here)
+    here = ENV_FILE_PLACES[0]
+    target = options.env_file or (SERVICE_FILE if os.geteuid() == 0 else here)
     old, settings, lines = move_installation(
         Path(cast(str, options.migrate)), target, environ, options.dry_run
     )
@@ -20602,6 +20679,7 @@ def main() -> NoReturn:
 # A kind is named after its room. Both templates have the same values. A dict of its own for each room.
 TEMPLATES |= {
     "huge": ("a huge {type}", "一个极大的 {type}"),
+    "line.quoted": ("'{text}'", "“{text}”"),
     "join.names": (", ", "、"),
     "join.commas": (", ", "，"),
     "join.clauses": ("; ", "；"),
@@ -20691,14 +20769,17 @@ TEMPLATES |= {
         "{setting}",
         "无法写入 {path}：它是链接、目录、管道或设备，应为普通文件名；请检查 {setting}",
     ),
-    "tools.no_state_directory": ("{path} cannot be made", "无法创建 {path}"),
+    "tools.no_state_directory": ("{path} cannot be made or entered", "无法创建或进入 {path}"),
     "tools.no_thread": (
         "no thread can be started ({error}): too many run, or memory is short; see TasksMax= and MemoryMax= of the "
         "unit, or ulimit -u",
         "无法启动线程（{error}）：线程过多或内存不足；请检查服务单元的 TasksMax= 和 MemoryMax=，或 ulimit -u",
     ),
     "tools.not_read": ("{path} cannot be read", "无法读取 {path}"),
-    "tools.not_utf8": ("it is not UTF-8 text", "不是 UTF-8 文本"),
+    "tools.not_utf8": (
+        "it is not UTF-8 text; save it as such (of GBK: iconv -f GBK -t UTF-8)",
+        "不是 UTF-8 文本；请另存为 UTF-8（GBK 文件可用 iconv -f GBK -t UTF-8 转换）",
+    ),
     "tools.not_written": ("{path} cannot be written", "无法写入 {path}"),
     "tools.large_file": ("it has more than {most} MiB", "超过 {most} MiB"),
     "tools.odd_file": ("it is a pipe or a device, expected a plain file", "是管道或设备，应为普通文件"),
@@ -20908,12 +20989,31 @@ TEMPLATES |= {
         "应为以 .prom 结尾的绝对路径",
     ),
     "settings.expect.mongodb": (
-        "expected mongodb://[user:password@]host[:port][/…] or mongodb+srv://…, with / : @ % in user and password "
-        "percent-encoded and acknowledged writes (no w=0)",
-        "应为 mongodb://[用户名:密码@]主机[:端口][/…] 或 mongodb+srv://…，用户名和密码中的 / : @ % 须百分号编码，"
-        "写入须有确认（不能用 w=0）",
+        "expected mongodb://[user:password@]host[:port][/database][?options] or mongodb+srv://…",
+        "应为 mongodb://[用户名:密码@]主机[:端口][/库名][?选项] 或 mongodb+srv://…",
     ),
+    "settings.expect.mongodb_port": (
+        "expected a port from 1 to 65535 behind the colon of each host",
+        "应在主机的冒号之后写 1 到 65535 的端口",
+    ),
+    "settings.expect.mongodb_scheme": (
+        "expected mongodb:// or mongodb+srv:// at its beginning",
+        "应以 mongodb:// 或 mongodb+srv:// 开头",
+    ),
+    "settings.expect.mongodb_srv": (
+        "expected one host name behind mongodb+srv://, no address, and no port: use mongodb:// for these",
+        "应在 mongodb+srv:// 之后只写一个域名，不能带端口或写 IP 地址；这些请用 mongodb://",
+    ),
+    "settings.expect.mongodb_user": (
+        "expected / : @ % in user and password percent-encoded (%2F %3A %40 %25)",
+        "应将用户名和密码中的 / : @ % 写成 %2F %3A %40 %25",
+    ),
+    "settings.expect.mongodb_w": ("expected acknowledged writes: no w=0", "应为有确认的写入，不能用 w=0"),
     "settings.expect.name": ("expected 1 to 100 printable characters", "应为 1 到 100 个可显示的字符"),
+    "settings.expect.narrow": (
+        "expected {narrow} in place of the full-width {wide}",
+        "应将全角字符（{wide}）改为半角（{narrow}）",
+    ),
     "settings.expect.numeric_type": ("expected string, decimal or double", "应为 string、decimal 或 double"),
     "settings.expect.option": (
         "expected what MongoDB's documentation of connection strings says",
@@ -20943,7 +21043,10 @@ TEMPLATES |= {
         "expected 0 (http, ws) or 1 (https, wss)",
         "应为 0（http、ws）或 1（https、wss）",
     ),
-    "settings.expect.url": ("expected an http:// or https:// URL", "应为 http:// 或 https:// 开头的 URL"),
+    "settings.expect.url": (
+        "expected an http:// or https:// URL without user, query or fragment",
+        "应为 http:// 或 https:// 开头的 URL，不带用户名、查询参数和片段",
+    ),
     "settings.fault": ("{name}={shown} ({where}): {expected}", "{name}={shown}（{where}）：{expected}"),
     "settings.forbidden_file": (
         "{path} is there but may not be read by this user; left out",
@@ -20953,33 +21056,43 @@ TEMPLATES |= {
         "{names}: the environment's is used here; {unit} does not see it and has another, or none",
         "{names}：此处用的是环境变量的值；{unit} 看不到它，用的是另一个值，或未设置",
     ),
-    "settings.inline_comment": (
-        "{path}, line {line}: to systemd the comment is a part of {name}; put it on a line of its own",
-        "{path} 第 {line} 行：systemd 会把注释当作 {name} 的一部分；请让注释单独成行",
-    ),
     "settings.may_not_read": ("this user may not read it", "当前用户无权读取"),
     "settings.may_not_write": ("this user may not write it", "当前用户无权写入"),
     "settings.misspelled": (
         "{where}: {name} is no setting and has no effect; did you mean {near}?",
         "{where}：{name} 不是有效的设置，不起作用；是不是 {near}？",
     ),
+    "settings.needs_platform": (
+        "{names} not set: expected host and port of the dispatch platform, both",
+        "未设置 {names}：应同时设置调度平台的地址和端口",
+    ),
     "settings.no_assignment": (
-        "{path}, line {line}: expected NAME=value (not shown: it may hold a secret)",
-        "{path} 第 {line} 行：应为 NAME=value（可能含有机密，故不显示原文）",
+        "{path}, line {line}: expected NAME=value, its = in ASCII (not shown: it may hold a secret)",
+        "{path} 第 {line} 行：应为 NAME=value，= 须为半角（可能含有机密，故不显示原文）",
     ),
     "settings.no_codes": (
         "COLLECT_CODES is not set, and {names} would collect nothing: {expected}",
         "未设置 COLLECT_CODES，{names} 没有代码可采集：{expected}",
     ),
     "settings.no_key": (
-        "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none",
-        "未设置 INFOWAY_API_KEY：请在环境变量或 stockrt.env 中设置，或用无需密钥的 --demo 试用",
+        "INFOWAY_API_KEY is not set: set it (environment or stockrt.env; of the service "
+        "/etc/stockrt/stockrt.env or /etc/stockrt/credentials/infoway_api_key), or try --demo, which needs none",
+        "未设置 INFOWAY_API_KEY：请在环境变量或 stockrt.env 中设置（服务用 /etc/stockrt/stockrt.env 或 "
+        "/etc/stockrt/credentials/infoway_api_key），或用无需密钥的 --demo 试用",
+    ),
+    "settings.no_name": (
+        "{where}: {name} is no setting and has no effect",
+        "{where}：{name} 不是有效的设置，不起作用",
     ),
     "settings.no_platform": (
-        "{names} not set: the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; without a platform "
+        "SERVER_IP and SERVER_PORT not set: the daemon needs those of the dispatch platform; without a platform "
         "use --once --codes …, or let it collect by itself: COLLECT=stream or COLLECT_EVERY, and COLLECT_CODES",
-        "未设置 {names}：守护进程需要调度平台的 SERVER_IP 和 SERVER_PORT；没有平台时请用 --once --codes …，"
+        "未设置 SERVER_IP 和 SERVER_PORT：守护进程需要调度平台的地址和端口；没有平台时请用 --once --codes …，"
         "或让它自行采集：设置 COLLECT=stream 或 COLLECT_EVERY，以及 COLLECT_CODES",
+    ),
+    "settings.odd_quotes": (
+        "{path}, line {line}: expected quotes that close, and nothing behind them",
+        "{path} 第 {line} 行：引号应成对，右引号之后不写其他内容",
     ),
     "settings.option": ("MONGODB_HOST, option {option}: {words}", "MONGODB_HOST 的选项 {option}：{words}"),
     "settings.options": (
@@ -20994,17 +21107,36 @@ TEMPLATES |= {
         "INFOWAY_PLAN names {plans} plans for {keys} keys: expected one for all or one for each",
         "INFOWAY_PLAN 有 {plans} 个套餐，密钥有 {keys} 个：应为全部密钥共用一个，或每个密钥各一个",
     ),
-    "settings.same_name": (
-        "{name}={value!r}: expected another name than {other} has",
-        "{name}={value!r}：不能与 {other} 同名",
-    ),
-    "settings.sets_nothing": ("{path} (sets nothing)", "{path}（未设置任何项）"),
-    "settings.socks": ("{name}={shown}: {expected}", "{name}={shown}：{expected}"),
-    "settings.systemd_reads_otherwise": (
+    "settings.reads_otherwise": (
         "{path}, line {line}: systemd would read {name} otherwise; put the value between double quotes, with \\ before "
         'each " and \\ in it, and nothing behind it',
         '{path} 第 {line} 行：systemd 读到的 {name} 会是另一个值；请把值放在双引号内，其中的 " 和 \\ 前各加一个 \\，'
         "引号之后不写任何内容",
+    ),
+    "settings.same_name": (
+        "{name}='{value}': expected another name than {other} has",
+        "{name}=“{value}”：不能与 {other} 同名",
+    ),
+    "settings.sets_nothing": ("{path} (sets nothing)", "{path}（未设置任何项）"),
+    "settings.socks": ("{name}='{shown}': {expected}", "{name}=“{shown}”：{expected}"),
+    "settings.systemd_comment": (
+        "{path}, line {line}: to systemd the comment is a part of {name}; put it on a line of its own",
+        "{path} 第 {line} 行：systemd 会把注释当作 {name} 的一部分；请让注释单独成行",
+    ),
+    "settings.systemd_goes_on": (
+        "{path}, line {line}: the \\ at its end has systemd read the next line as a part of it; take it away, "
+        'or put the value between double quotes, with \\ before each " and \\ in it',
+        '{path} 第 {line} 行：行尾的 \\ 会使 systemd 把下一行接上；请去掉，或把值放在双引号内，" 和 \\ 前各加一个 \\',
+    ),
+    "settings.systemd_mark": (
+        "{path}, line {line}: systemd passes over {name}, for the file begins with a byte order mark (BOM); "
+        "save it as UTF-8 without BOM",
+        "{path} 第 {line} 行：文件开头有 BOM，systemd 会忽略 {name} 这一行；请另存为不带 BOM 的 UTF-8",
+    ),
+    "settings.systemd_passes_over": (
+        "{path}, line {line}: systemd passes over the line, for more than {name} stands in front of the =; write "
+        "{name}=… alone",
+        "{path} 第 {line} 行：= 之前不只有 {name}（如 export），systemd 会忽略这一行；请只写 {name}=…",
     ),
     "settings.two_ways": (
         "COLLECT and COLLECT_EVERY are both set: choose one, COLLECT=stream for every trade (what the key's plan has "
@@ -22078,8 +22210,8 @@ TEMPLATES |= {
         "或改用 --json、--html",
     ),
     "cli.no_candle": (
-        "--html FILE.svg: there is no candle to draw; --show says what is stored",
-        "--html FILE.svg：没有可画的 K 线；库中有哪些数据请看 --show",
+        "--html {file}: there is no candle to draw; --show says what is stored",
+        "--html {file}：没有可画的 K 线；库中有哪些数据请看 --show",
     ),
     "cli.no_demo_yet": (
         "no synthetic trade is stored yet: --once --demo stores some",
@@ -22099,8 +22231,8 @@ TEMPLATES |= {
         "库中还没有成交：可用 --once 存入；--once --demo 的模拟成交用 --show --demo 查看",
     ),
     "cli.not_one_code": (
-        "--html FILE.svg: a picture is of one code, and here are candles of {count}: name one with --codes",
-        "--html FILE.svg：一张图只画一个代码，而这里有 {count} 个代码的 K 线：请用 --codes 指定一个",
+        "--html {file}: a picture is of one code, and here are candles of {count}: name one with --codes",
+        "--html {file}：一张图只画一个代码，而这里有 {count} 个代码的 K 线：请用 --codes 指定一个",
     ),
     "cli.os_error": ("{file} cannot be used: {why}", "无法使用 {file}：{why}"),
     "cli.page_written": ("{path}: {codes}, {size:.0f} kB", "{path}：{codes}，{size:.0f} kB"),

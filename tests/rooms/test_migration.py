@@ -67,7 +67,7 @@ def test_each_line_is_there_in_chinese() -> None:
     assert sorted(stockrt.in_language(line, "zh") for line in lines) == [
         "已保留  SERVER_IP：此处已有设置，与旧客户端的不同",
         "已保留  SERVER_PORT：此处已有设置",
-        "已迁移  MONGODB_REALTIME_COLLECTION_NAME='quotes'，旧客户端中名为 MONGODB_COLLECTION_NAME",
+        "已迁移  MONGODB_REALTIME_COLLECTION_NAME=“quotes”，旧客户端中名为 MONGODB_COLLECTION_NAME",
         "未采用  DJANGO_TOKEN：stockrt 没有这项设置",
     ]
 
@@ -146,7 +146,7 @@ def test_any_value_is_read_from_the_file_as_it_was_written(
     path = tmp_path_factory.mktemp("env") / "stockrt.env"
     path.write_text(env_line("MODULE_NAME", value) + env_line("SERVER_PORT", "1"), encoding="utf-8")
     assert stockrt.read_env_file(path) == {"MODULE_NAME": value, "SERVER_PORT": "1"}
-    assert stockrt.broken_lines(path) == []
+    assert stockrt.line_faults(path) == []
 
 
 # ----------------------------------------------------------------------------------------------------- hash
