@@ -9043,19 +9043,26 @@ class MongoRetention:
             if error.unreachable:
                 raise
             return phrase("stores.kept_unseen", why=error.words)
-        words = [_kept_words(mine.seconds if mine else None)]
-        if mine is not None:
-            words += [phrase("stores.oldest", created=created) for created in self._mongo.oldest()]
-            if not self._days:
-                words.append(phrase("stores.for_ever_soon"))
-            elif mine.seconds != self._seconds:
-                words.append(phrase("stores.kept_soon", days=self._days))
-        elif self._days:
-            why = self._why_not_on_its_own(others) or phrase("stores.ttl_to_come")
-            words.append(phrase("stores.kept_not_yet", days=self._days, why=why))
-        told = listing("join.commas", words)  # may name one that is in the way
         removing = [_other_words(index) for index in others if index.seconds is not None]
-        words += [phrase("stores.but", other=other) for other in removing if other not in told]
+        if mine is None:
+            words = removing or [_kept_words(None)]
+            if self._days:
+                why = self._why_not_on_its_own(others) or phrase("stores.ttl_to_come")
+                not_yet = phrase("stores.kept_not_yet", days=self._days, why=why)
+                if _in_the_way(others):
+                    raise StoreError(not_yet)
+                words.append(not_yet)
+            return listing("join.commas", words)
+        words = [_kept_words(mine.seconds)]
+        for created in self._mongo.oldest():
+            words.append(phrase("stores.oldest", created=created))
+            if mine.seconds is not None and created < iso_after(time.time(), -mine.seconds):
+                words.append(phrase("stores.expired"))
+        if not self._days:
+            words.append(phrase("stores.for_ever_soon"))
+        elif mine.seconds != self._seconds:
+            words.append(phrase("stores.kept_soon", days=self._days))
+        words += [phrase("stores.but", other=other) for other in removing]
         return listing("join.commas", words)
 
     def _indexes(self) -> tuple[TtlIndex | None, list[TtlIndex]]:
@@ -9094,9 +9101,8 @@ class MongoRetention:
 
     def _why_not_on_its_own(self, others: Sequence[TtlIndex], is_asked_for: bool = False) -> str:
         """Return why our index is not made without more ado, '' where it is."""
-        for index in others:
-            if index.field == "create_time":
-                return phrase("stores.drop_other", other=_other_words(index))
+        if _in_the_way(others):
+            return phrase("stores.drop_other", other=_other_words(_in_the_way(others)[0]))
         if not (is_asked_for or self._older):
             count = self._mongo.count_older(utc_now() - timedelta(seconds=self._seconds))
             if count is None:
@@ -9109,6 +9115,11 @@ class MongoRetention:
         return "" if is_asked_for else self._older
 
 
+def _in_the_way(others: Iterable[TtlIndex]) -> list[TtlIndex]:
+    """Return the indexes that stand where ours would be."""
+    return [index for index in others if index.field == "create_time"]
+
+
 def _kept_words(seconds: int | None) -> Phrase:
     if seconds is None:
         return phrase("stores.kept_for_ever")
@@ -9117,7 +9128,9 @@ def _kept_words(seconds: int | None) -> Phrase:
 
 def _span_words(seconds: int) -> Phrase:
     days = seconds / (24 * 3600)
-    return count_words(int(days), "day") if days.is_integer() else phrase("age.s", n=seconds)
+    if days.is_integer():
+        return count_words(int(days), "day")
+    return phrase("age.s", n=seconds) if days < 1 else phrase("stores.some_days", days=days)
 
 
 def _other_words(index: TtlIndex) -> Phrase:
@@ -16429,6 +16442,8 @@ OLD_ENV_FILE = Path("config/.env")
 OLD_COLLECTION = "stock_data"
 # How far the documents are brought over, until all of them are.
 MIGRATION_NAME = "migration.json"
+# How a line begins about what is taken over, and about what would be.
+TAKES = ("migration.taken", "migration.would_take")
 # Documents that are named of those which are no trade, or which MongoDB refused.
 EXAMPLES = 5
 # Zones differ by a quarter of an hour at least: clocks that are farther apart than half of that are of two zones.
@@ -16454,7 +16469,7 @@ def old_settings(directory: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def plan_settings(
-    old: Mapping[str, str], there: Mapping[str, str], target: Path
+    old: Mapping[str, str], there: Mapping[str, str], target: Path, dry: bool = False
 ) -> tuple[dict[str, str], list[str]]:
     """Return which settings are taken over into `target`, by their names of today, and a line for each of all.
 
@@ -16482,10 +16497,10 @@ def plan_settings(
                 phrase("migration.bad_value", name=name, value=shown, expected=expected, path=target)
             )
         taken[setting.name] = old[name]
-        if name == setting.name:
-            lines.append(phrase("migration.taken", name=name, value=shown))
-        else:
-            lines.append(phrase("migration.taken_renamed", name=setting.name, value=shown, older=name))
+        what: str = f"{setting.name}={shown}"
+        if name != setting.name:
+            what = phrase("migration.the_renamed", setting=what, older=name)
+        lines.append(phrase(TAKES[dry], what=what))
     if faults:
         raise SettingsError(faults)
     lines += [phrase("migration.no_setting", name=one_line(name, 60)) for name in unknown]
@@ -16513,7 +16528,7 @@ def write_settings(target: Path, taken: Mapping[str, str], source: Path) -> None
             os.chown(place, owner.st_uid, owner.st_gid)
 
 
-def plan_hash(directory: Path, state: Path) -> tuple[str, str]:
+def plan_hash(directory: Path, state: Path, dry: bool = False) -> tuple[str, str]:
     """Return the older installation's module hash, '' where it is not taken over, and a line about it.
 
     Raises StoreError for a file that cannot be read or holds none.
@@ -16523,7 +16538,7 @@ def plan_hash(directory: Path, state: Path) -> tuple[str, str]:
     if not found:
         return "", phrase("migration.no_hash", path=source)
     if not stands:
-        return found, phrase("migration.taken_hash", hash=shorten(found), path=place)
+        return found, phrase(TAKES[dry], what=phrase("migration.the_hash", hash=shorten(found), path=place))
     if stands == found:
         return "", phrase("migration.kept_hash", hash=shorten(stands), path=place)
     return "", phrase("migration.kept_hash_other", hash=shorten(stands), path=place, older=shorten(found))
@@ -16548,9 +16563,9 @@ def move_installation(
     if unit is not None:
         found = {name: read_credential(name, path) for name, path in unit.credentials.items()}
         held = {name: text for name, text in found.items() if text}  # an absent one hides nothing of the file
-    taken, lines = plan_settings(old, read_env_file(there) | held, target)
+    taken, lines = plan_settings(old, read_env_file(there) | held, target, dry)
     settings = load_settings({**taken, **environ}, there, unit=unit).settings
-    module_hash, line = plan_hash(directory, settings.state_directory)
+    module_hash, line = plan_hash(directory, settings.state_directory, dry)
     lines += [*unread, line]
     if settings.realtime_name != OLD_COLLECTION and "MONGODB_COLLECTION_NAME" not in old:
         lines.append(phrase("migration.changed", name=settings.realtime_name, older=OLD_COLLECTION))
@@ -20015,7 +20030,9 @@ def run_drain(settings: Settings, retry: bool) -> int:
             if rejected:
                 words = phrase("cli.drained_but", moved=moved, place=place, rejected=rejected, left=left)
             say(words)
-    return EXIT_INTERRUPTED if left and stop.is_set() else EXIT_OK
+    if left and stop.is_set():
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED if rejected else EXIT_OK
 
 
 def run_retain(settings: Settings) -> int:
@@ -21655,6 +21672,10 @@ TEMPLATES |= {
         "较早的成交还要用来生成收盘价",
     ),
     "stores.drop_other": ("{other}: drop that one first", "{other}；请先删除该索引"),
+    "stores.expired": (
+        "MongoDB removes what is older once a minute",
+        "更早的由 MongoDB 每分钟清理一次",
+    ),
     "stores.fails": ("MongoDB at {place} fails: {why}", "MongoDB（{place}）出错：{why}"),
     "stores.file_good": ("{path} can be written, {trades} in it", "{path} 可写入，内有 {trades}"),
     "stores.for_ever_soon": (
@@ -21706,6 +21727,7 @@ TEMPLATES |= {
         "其他程序的索引 {name}（字段 {field}）会在 {span}后删除文档",
     ),
     "stores.refused": ("MongoDB refused it: {why}", "被 MongoDB 拒绝：{why}"),
+    "stores.some_days": ("{days:.1f} days", "{days:.1f} 天"),
     "stores.time_series": (
         "{name} is a time-series collection, but must be a plain collection, see {setting}",
         "{name} 是时序集合，应为普通集合；请检查 {setting}",
@@ -22036,13 +22058,13 @@ TEMPLATES |= {
         "{name}={value}（旧客户端）：{expected}；若在 {path} 中设置，则保留该处的值",
     ),
     "migration.changed": (
-        "changed   trades go to the collection {name}, not to {older} as before; see MONGODB_REALTIME_COLLECTION_NAME",
-        "已更改  成交写入集合 {name}，不再写入原来的 {older}；请检查 MONGODB_REALTIME_COLLECTION_NAME",
+        "differs   trades go to the collection {name}, not to {older} as before; see MONGODB_REALTIME_COLLECTION_NAME",
+        "有变化  成交写入集合 {name}，不再写入原来的 {older}；请检查 MONGODB_REALTIME_COLLECTION_NAME",
     ),
     "migration.done": (
-        "{documents} of {source} read: {added} added to {target}, {known} already there, {no_trade} no trade, "
+        "{documents} of {source} read: {added} added to {target}, {known} already known, {no_trade} no trade, "
         "{refused} refused by MongoDB",
-        "已从 {source} 读取 {documents}：向 {target} 新增 {added}，已有 {known} 笔，"
+        "已从 {source} 读取 {documents}：向 {target} 新增 {added}，重复 {known} 笔，"
         "不是成交的 {no_trade} 个，被 MongoDB 拒绝 {refused} 个",
     ),
     "migration.example": ("  {name}: {why}", "  {name}：{why}"),
@@ -22102,15 +22124,10 @@ TEMPLATES |= {
         "--documents {name}：该集合由 stockrt 存放成交以外的内容",
     ),
     "migration.source": ("# From {path}:", "# 取自 {path}："),
-    "migration.taken": ("taken     {name}={value}", "已迁移  {name}={value}"),
-    "migration.taken_hash": (
-        "taken     module hash {hash} into {path}",
-        "已迁移  模块哈希 {hash}，写入 {path}",
-    ),
-    "migration.taken_renamed": (
-        "taken     {name}={value}, there {older}",
-        "已迁移  {name}={value}，旧客户端中名为 {older}",
-    ),
+    "migration.taken": ("taken     {what}", "已迁移  {what}"),
+    "migration.the_hash": ("module hash {hash} into {path}", "模块哈希 {hash}，写入 {path}"),
+    "migration.the_renamed": ("{setting}, there {older}", "{setting}，旧客户端中名为 {older}"),
+    "migration.would_take": ("would take {what}", "将迁移  {what}"),
     "migration.would_do": (
         "{documents} of {source} read: {trades}, doubles included, {no_trade} no trade; nothing was written: --dry-run",
         "已从 {source} 读取 {documents}：{trades}（含重复），不是成交的 {no_trade} 个；未写入任何内容：--dry-run",
@@ -22712,7 +22729,7 @@ TEMPLATES |= {
     ),
     "cli.nothing_executed": ("nothing was executed yet", "尚未执行过"),
     "cli.nothing_now": ("nothing now", "目前未采集"),
-    "cli.nothing_refused": ("MongoDB has refused nothing", "MongoDB 没有拒绝过任何文档"),
+    "cli.nothing_refused": ("no document is refused now", "目前没有被 MongoDB 拒绝的文档"),
     "cli.nowhere_to_move": ("there is nowhere to move what this machine holds", "没有 MongoDB 可供写入"),
     "cli.of_codes": ("codes", "代码"),
     "cli.of_collecting": ("collecting", "行情采集"),
@@ -22835,9 +22852,9 @@ TEMPLATES |= {
     "cli.to_do": ("{status}. To do: {to_do}", "{status}。处理办法：{to_do}"),
     "cli.totals": (
         "{executions} since {since}, {partial} in part, {failure} failed; {trades} stored, {known} already "
-        "known, {kept} kept for MongoDB, {codes} failed",
+        "known, {kept} kept for MongoDB at first, {codes} failed",
         "自 {since} 起共 {executions}，部分成功 {partial} 次，失败 {failure} 次；{trades}已入库，{known} "
-        "笔已有，{kept} 笔暂存待写入 MongoDB，{codes}失败",
+        "笔已有，曾暂存 {kept} 笔，{codes}失败",
     ),
     "cli.tries_again": (
         "see --check and the daemon's log; it tries again by itself",

@@ -213,7 +213,7 @@ HERE = {
     "./stockrt.pyz --status": "last execution",
     "./stockrt.pyz --executions": "--once",
     "./stockrt.pyz --drain": "0 moved to mongodb://",
-    "./stockrt.pyz --rejects": "MongoDB has refused nothing",
+    "./stockrt.pyz --rejects": "no document is refused now",
     "./stockrt.pyz --drain --retry": "0 moved to mongodb://",
     "./stockrt.pyz --rejects --discard": "",
     "./stockrt.pyz --backfill 60 --codes-file codes.txt": "1 code, 0 failed, 60 closes added",

@@ -167,6 +167,15 @@ def test_the_hash_is_taken_where_none_is(state: Path) -> None:
     assert line == f"taken     module hash -329…472 into {state / 'module_hash'}"
 
 
+def test_what_is_only_tried_is_said_as_what_would_be(state: Path) -> None:
+    _, lines = plan_settings({"SERVER_PORT": "8080", "MONGODB_COLLECTION_NAME": "x"}, {}, TARGET, dry=True)
+    _, line = plan_hash(state.parent / "old", state, dry=True)
+    assert all(stockrt.in_language(one, "zh").startswith("将迁移  ") for one in [*lines, line])
+    assert "would take SERVER_PORT='8080'" in lines and line.startswith(
+        "would take module hash -329…472 into"
+    )
+
+
 def test_a_hash_that_is_there_stays_and_the_way_to_the_older_one_is_said(state: Path) -> None:
     (state / "module_hash").write_text(OTHER_HASH + "\n")
     taken, line = plan_hash(state.parent / "old", state)
