@@ -16497,7 +16497,7 @@ def plan_settings(
                 phrase("migration.bad_value", name=name, value=shown, expected=expected, path=target)
             )
         taken[setting.name] = old[name]
-        what: str = f"{setting.name}={shown}"
+        what = phrase("migration.the_setting", name=setting.name, value=shown)
         if name != setting.name:
             what = phrase("migration.the_renamed", setting=what, older=name)
         lines.append(phrase(TAKES[dry], what=what))
@@ -22127,6 +22127,7 @@ TEMPLATES |= {
     "migration.taken": ("taken     {what}", "已迁移  {what}"),
     "migration.the_hash": ("module hash {hash} into {path}", "模块哈希 {hash}，写入 {path}"),
     "migration.the_renamed": ("{setting}, there {older}", "{setting}，旧客户端中名为 {older}"),
+    "migration.the_setting": ("{name}={value}", "{name}={value}"),
     "migration.would_take": ("would take {what}", "将迁移  {what}"),
     "migration.would_do": (
         "{documents} of {source} read: {trades}, doubles included, {no_trade} no trade; nothing was written: --dry-run",
