@@ -828,7 +828,13 @@ HANDED_OVER_AT = ("/dev/fd/", "/dev/std", "/proc/self/fd/")
 
 def is_odd_file(path: str | Path) -> bool:
     """Whether a name is a pipe's, which would be waited for, or a device's but /dev/null, which may have no end."""
-    is_usual = os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path) or os.path.isfile(path)
+    import stat
+
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # whoever opens it says why
+        return False
+    is_usual = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
     return not (is_usual or os.path.realpath(path) == os.devnull or str(path).startswith(HANDED_OVER_AT))
 
 
