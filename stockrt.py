@@ -10316,17 +10316,12 @@ class Delivery:
         """Say why what waits is not delivered. It is tried again, whatever it was."""
         if self._closing.is_set():
             return
-        trouble, words, cause = self._trouble, error_words(error), error
+        trouble, cause = self._trouble, error
         if isinstance(error, ClosesLate):
             trouble, cause = self._close_trouble, cast(Exception, error.__cause__)
-        elif not isinstance(error, StoreAway):
-            named = phrase("tools.because", what=type(error).__name__, why=error_words(error))
-            words = phrase("delivery.not_moved", why=lack_words(error) or named)
-        if isinstance(cause, ImportError):
-            self._events.damaged(lost_part(cause))
-            return
-        if not isinstance(cause, StoreError) and not trouble.there and not lack_words(cause):
-            log.error("a fault of stockrt itself", exc_info=cause)
+        words = fault_words(cause, self._events, is_said=trouble.there)
+        if not isinstance(error, ClosesLate | StoreAway):
+            words = phrase("delivery.not_moved", why=words)
         trouble.again(words)
 
 
