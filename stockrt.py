@@ -13799,7 +13799,7 @@ def program_digest() -> str:
 
 
 def register(settings: Settings) -> str:
-    """Register at the platform and return the hash it gave. Raises RegistrationError, StoreError."""
+    """Register at the platform, store the hash that it gives, and return it. Raises RegistrationError, StoreError."""
     query = {
         "name": settings.module_name,
         "description": settings.module_description,
@@ -13815,6 +13815,7 @@ def register(settings: Settings) -> str:
     result = envelope.get("result")
     module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
     if envelope.get("code") == "2000" and re.fullmatch(_HASH, module_hash):
+        write_hash(settings.state_directory, module_hash)
         return module_hash
     why = _why_not_registered(answer, envelope)
     raise RegistrationError(phrase("link.not_registered", url=url, why=why))
@@ -15542,7 +15543,6 @@ class Daemon:
     def _register(self) -> str:
         settings = self._settings
         module_hash = register(settings)
-        write_hash(settings.state_directory, module_hash)
         where, shown = settings.platform_url(), shorten(module_hash)
         log.info("registered %s at %s, hash %s", settings.module_name, where, shown)
         return module_hash
@@ -20376,7 +20376,6 @@ def run_register(settings: Settings, force: bool) -> int:
         show(phrase("cli.registered_already", hash=shorten(stored), place=place))
         return EXIT_OK
     module_hash = register(settings)
-    write_hash(settings.state_directory, module_hash)
     name, url, shown = settings.module_name, settings.platform_url(), shorten(module_hash)
     show(phrase("cli.registered", name=name, url=url, hash=shown, place=place))
     return EXIT_OK
