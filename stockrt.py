@@ -10322,17 +10322,12 @@ class Delivery:
         """Say why what waits is not delivered. It is tried again, whatever it was."""
         if self._closing.is_set():
             return
-        trouble, words, cause = self._trouble, error_words(error), error
+        trouble, cause = self._trouble, error
         if isinstance(error, ClosesLate):
             trouble, cause = self._close_trouble, cast(Exception, error.__cause__)
-        elif not isinstance(error, StoreAway):
-            named = phrase("tools.because", what=type(error).__name__, why=error_words(error))
-            words = phrase("delivery.not_moved", why=lack_words(error) or named)
-        if isinstance(cause, ImportError):
-            self._events.damaged(lost_part(cause))
-            return
-        if not isinstance(cause, StoreError) and not trouble.there and not lack_words(cause):
-            log.error("a fault of stockrt itself", exc_info=cause)
+        words = fault_words(cause, self._events, is_said=trouble.there)
+        if not isinstance(error, ClosesLate | StoreAway):
+            words = phrase("delivery.not_moved", why=words)
         trouble.again(words)
 
 
@@ -13810,7 +13805,7 @@ def program_digest() -> str:
 
 
 def register(settings: Settings) -> str:
-    """Register at the platform and return the hash it gave. Raises RegistrationError, StoreError."""
+    """Register at the platform, store the hash that it gives, and return it. Raises RegistrationError, StoreError."""
     query = {
         "name": settings.module_name,
         "description": settings.module_description,
@@ -13826,6 +13821,7 @@ def register(settings: Settings) -> str:
     result = envelope.get("result")
     module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
     if envelope.get("code") == "2000" and re.fullmatch(_HASH, module_hash):
+        write_hash(settings.state_directory, module_hash)
         return module_hash
     why = _why_not_registered(answer, envelope)
     raise RegistrationError(phrase("link.not_registered", url=url, why=why))
@@ -15553,7 +15549,6 @@ class Daemon:
     def _register(self) -> str:
         settings = self._settings
         module_hash = register(settings)
-        write_hash(settings.state_directory, module_hash)
         where, shown = settings.platform_url(), shorten(module_hash)
         log.info("registered %s at %s, hash %s", settings.module_name, where, shown)
         return module_hash
@@ -20387,7 +20382,6 @@ def run_register(settings: Settings, force: bool) -> int:
         show(phrase("cli.registered_already", hash=shorten(stored), place=place))
         return EXIT_OK
     module_hash = register(settings)
-    write_hash(settings.state_directory, module_hash)
     name, url, shown = settings.module_name, settings.platform_url(), shorten(module_hash)
     show(phrase("cli.registered", name=name, url=url, hash=shown, place=place))
     return EXIT_OK
