@@ -324,6 +324,7 @@ if sys.version_info < ({major}, {minor}):
     )
 
 import signal
+import zipimport
 
 # Ctrl-C before the program takes signals itself ends quietly, as later.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -342,10 +343,15 @@ plain = not [n for n in os.environ if n.startswith("SHIV_") and n != "SHIV_ROOT"
 if plain and os.path.isdir(site):
     places = [n for n, path in enumerate(sys.path) if path.endswith(("site-packages", "dist-packages"))]
     sys.path.insert((places + [len(sys.path)])[0], site)
+    # Nothing more is to come from this archive: the list of what it holds would take 0.3 MB for good.
+    archive = __loader__.archive
+    sys.path.remove(archive)
+    getattr(zipimport, "_zip_directory_cache", dict()).pop(archive, dict()).clear()
     try:
         import stockrt
     except ImportError:  # a cleaner of caches has been there
         sys.path.remove(site)
+        sys.path.insert(0, archive)
         sys.path_importer_cache.clear()
     else:
         stockrt.main()

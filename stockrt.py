@@ -85,7 +85,7 @@ import re
 import threading
 import time
 from bisect import bisect_left, insort
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from enum import Enum, IntEnum
@@ -100,7 +100,6 @@ from typing import (
     Any,
     ClassVar,
     Literal,
-    NamedTuple,
     NoReturn,
     Protocol,
     Self,
@@ -120,15 +119,34 @@ if TYPE_CHECKING:  # what a path does not need is imported where it is needed: i
     import socket
     import sqlite3
     from http.client import HTTPResponse
+    from typing import NamedTuple
 
     from dotenv.parser import Binding
     from pymongo import MongoClient
     from pymongo.collection import Collection as MongoCollection
     from urllib3.connection import HTTPConnection
+else:
+
+    class _NamedTupleMaker(type):
+        """Makes of a class what typing's does, but compiles no field's type: 5 ms of a start, and 0.2 MB for good."""
+
+        def __new__(cls, name, bases, members):
+            fields = members.pop("__annotations__", {})
+            defaults = [members.pop(field) for field in fields if field in members]
+            made = namedtuple(name, fields, defaults=defaults)
+            made.__annotations__ = fields
+            for member, value in members.items():
+                setattr(made, member, value)
+            return made
+
+    NamedTuple = type.__new__(_NamedTupleMaker, "NamedTuple", (), {})
 
 __version__ = "1.0.0"
 
 log = logging.getLogger("stockrt")
+
+# Patterns stand here as texts, which `re` compiles when they are first used and keeps: all of them at every start would
+# take six milliseconds. Compiled are those that every trade or code needs.
 
 
 # ======================================================================================================
@@ -347,6 +365,45 @@ def unpacked(value: Any) -> Any:
     return str(value["text"])
 
 
+# What is kept was cut to a line of fewer; of a longer text every ": " would be looked at in the one before.
+LONGEST_KEPT = 1000
+
+
+@cache
+def _patterns(kinds: tuple[str, ...]) -> list[tuple[str, str, re.Pattern[str]]]:
+    """Return the kinds that begin so with their own words and the pattern of the whole; who says most comes first."""
+    found = []
+    for kind in filter(lambda kind: kind.startswith(kinds), TEMPLATES):
+        parts = re.split(r"\{(\w+)[^}]*\}", TEMPLATES[kind][0])  # texts, and the names of values between them
+        own = parts[::2]
+        # a reason of ours may stand behind words of the vendor's that have colons, too
+        for few in ("", "?") if kind == "tools.because" else ("?",):
+            values = [f"(?P<{name}>.+{few})" for name in parts[1::2]]
+            pattern = "".join(chain.from_iterable(zip(map(re.escape, own), [*values, ""], strict=True)))
+            found.append((kind, "".join(own), re.compile(pattern, re.DOTALL)))
+    return sorted(found, key=lambda one: len(one[1]), reverse=True)
+
+
+def stored_words(text: str, kinds: tuple[str, ...]) -> str:
+    """Return as words what is stored as its English text, which other programs read; what is not ours as it is.
+
+    `kinds`: what the kinds of it, and of the values in it, begin with.
+    """
+    if len(text) > LONGEST_KEPT:
+        return text
+    for kind, own, pattern in _patterns(kinds):
+        found = pattern.fullmatch(text)
+        if found is None:
+            continue
+        values = {name: stored_words(value, kinds) for name, value in found.groupdict().items()}
+        is_ours = own.strip(":; ") or any(isinstance(value, Phrase) for value in values.values())
+        with contextlib.suppress(ValueError):  # a number has its place there
+            words = Phrase(kind, values)
+            if is_ours and words == text:
+                return words
+    return text
+
+
 # ------------------------------------------------------------------------------------------------------
 # The reader's language
 # ------------------------------------------------------------------------------------------------------
@@ -441,15 +498,17 @@ class UsageError(StockrtError):
 class SettingsError(StockrtError):
     """The settings have faults; exit status 78 (EX_CONFIG of sysexits.h).
 
-    `faults` holds one sentence for each, secrets masked; `language` is the one that the settings ask for, if they do.
+    `faults` holds one sentence for each, secrets masked; `language` is the one that the settings ask for, and
+    `directory` the state's, as far as they say so.
     """
 
     exit_code = 78
 
-    def __init__(self, faults: Sequence[str], language: str = "") -> None:
+    def __init__(self, faults: Sequence[str], language: str = "", directory: Path | None = None) -> None:
         super().__init__(listing("join.lines", faults))
         self.faults = tuple(faults)
         self.language = language
+        self.directory = directory
 
 
 class InstrumentError(StockrtError):
@@ -634,9 +693,6 @@ def local_time(moment: datetime) -> str:
     return moment.astimezone().isoformat(" ", "seconds")
 
 
-_UTC_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z")
-
-
 def local_times(text: str) -> str:
     """Return a text for people with its times, which programs get in UTC, on this machine's clock."""
 
@@ -645,7 +701,7 @@ def local_times(text: str) -> str:
             return local_time(datetime.fromisoformat(found[0]))
         return found[0]
 
-    return _UTC_TIME.sub(local, text)
+    return re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z", local, text)
 
 
 def parts_of(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -715,6 +771,18 @@ def write_whole(
         stream.write(text.encode())
 
 
+# A new file that nothing was written to for so long has no writer any more: it was killed.
+LEFTOVER_S = 3600.0
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what writers of a file left who were killed; what cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        for left in path.parent.glob(f".{path.name}.*.new"):
+            if time.time() - left.stat().st_mtime > LEFTOVER_S:
+                left.unlink()
+
+
 @contextlib.contextmanager
 def whole_file(
     path: Path, *, durable: bool = False, mode: int | None = None, setting: str = "STATE_DIRECTORY"
@@ -725,6 +793,7 @@ def whole_file(
     """
     # A name that nobody can guess: no other user puts a link there before us.
     new = path.with_name(f".{path.name}.{os.urandom(8).hex()}.new")
+    _remove_leftovers(path)
     with disk_trouble(phrase("tools.not_written", path=path), setting):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         try:  # from before it is made on: Ctrl-C comes between any two lines
@@ -749,6 +818,34 @@ def need_plain_file(path: Path, setting: str) -> None:
     """Raise StoreError where a name is there and is no file's: a new file would take the place of /dev/null itself."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise StoreError(phrase("tools.no_plain_file", path=path, setting=setting))
+
+
+# No file that a person writes is larger, and an endless one would be read until there is no memory left.
+MOST_FILE_MIB = 16
+# Where the pipes and streams of a command are: what its caller hands over there is meant.
+HANDED_OVER_AT = ("/dev/fd/", "/dev/std", "/proc/self/fd/")
+
+
+def is_odd_file(path: str | Path) -> bool:
+    """Whether a name is a pipe's, which would be waited for, or a device's but /dev/null, which may have no end."""
+    is_usual = os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path)
+    return not (is_usual or os.path.realpath(path) == os.devnull or str(path).startswith(HANDED_OVER_AT))
+
+
+def open_plain(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """Open what is no odd file, as the `opener` of open() too. Raises OSError."""
+    if is_odd_file(path):
+        raise OSError(errno.EINVAL, phrase("tools.odd_file"))
+    return os.open(path, flags, 0o644)
+
+
+def read_file(path: str | Path | int) -> str:
+    """Return the text of a file without the mark that may begin it. Raises OSError, UnicodeDecodeError."""
+    with open(path, encoding="utf-8-sig", opener=open_plain) as stream:
+        text = stream.read((MOST_FILE_MIB << 20) + 1)
+    if len(text) > MOST_FILE_MIB << 20:
+        raise OSError(errno.EFBIG, phrase("tools.large_file", most=MOST_FILE_MIB))
+    return text
 
 
 def sync_directory(directory: Path) -> None:
@@ -807,7 +904,7 @@ def lock_in(directory: Path, name: str, who: str) -> IO[str]:
     path = directory / name
     with disk_trouble(phrase("tools.no_lock", path=path)):
         make_for_owner(path)
-        lock = path.open("w")
+        lock = open(path, "w", opener=open_plain)  # noqa: SIM115  (the caller's)
         for _ in range(LOCK_TRIES):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -829,16 +926,13 @@ def backoff(first_s: float, cap_s: float, rng: random.Random, growth: float = 2.
         ceiling = min(cap_s, ceiling * growth)
 
 
-_UNPACKED = re.compile(r".+_[0-9a-f]{16,}")
-
-
 def lost_part(error: ImportError) -> StockrtError:
     """Return what to end with where a part of this program is gone, and have the next start unpack it anew.
 
     Cleaners of caches take files away from under a process that runs for months.
     """
     site, then = Path(__file__).resolve().parent, phrase("tools.install_anew")
-    if site.name == "site-packages" and _UNPACKED.fullmatch(site.parent.name):
+    if site.name == "site-packages" and re.fullmatch(r".+_[0-9a-f]{16,}", site.parent.name):
         then = phrase("tools.unpacked_anew")
         with contextlib.suppress(OSError):  # gone altogether, or another process was first
             site.rename(site.with_name(f"lost-{os.urandom(4).hex()}"))
@@ -868,10 +962,27 @@ def lack_words(error: BaseException) -> str:
     return ""
 
 
+def host_and_port(host: str, port: int) -> str:
+    """Return both as a URL has them: an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def os_words(error: OSError) -> str:
     """Return what the system says of an error; words of ours where the Catalogue has them."""
     kind, said = f"os.{errno.errorcode.get(error.errno or 0)}", error.strerror or str(error)
     return phrase(kind) if said == TEMPLATES.get(kind, ("",))[0] else said
+
+
+def mongo_words(said: str) -> str:
+    """Return what pymongo or a server says: where the Catalogue knows it, in words; of several servers, of each."""
+    each = re.split(r",(?=\S+:\d+: )", said.rstrip("."))
+    words = [stored_words(one, ("mongo.", "os.")) for one in each]
+    return listing("join.commas", words) if len(words) > 1 else words[0]
+
+
+def unread_words(error: OSError | UnicodeDecodeError) -> str:
+    """Return why a text file cannot be read."""
+    return phrase("tools.not_utf8") if isinstance(error, UnicodeDecodeError) else os_words(error)
 
 
 def own_fault(error: BaseException, is_said: bool = False) -> str:
@@ -1040,9 +1151,8 @@ class Proxy(NamedTuple):
     @property
     def shown(self) -> str:
         """The proxy as a person may see it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
         masked = "***@" if self.authorization else ""
-        return f"{self.scheme}://{masked}{host}:{self.port}"
+        return f"{self.scheme}://{masked}{host_and_port(self.host, self.port)}"
 
     @property
     def authorization(self) -> str:
@@ -1082,7 +1192,6 @@ class Proxies(NamedTuple):
 
 
 NO_PROXIES = Proxies()
-_EXEMPT_ENTRY = re.compile(r"(\[[^\]]*\]|[^:]*)(?::(\d+))?|(.*)")
 
 
 def _is_exempt(entry: str, host: str, port: int) -> bool:
@@ -1092,7 +1201,7 @@ def _is_exempt(entry: str, host: str, port: int) -> bool:
     """
     import ipaddress
 
-    parts = cast("re.Match[str]", _EXEMPT_ENTRY.fullmatch(entry))
+    parts = cast("re.Match[str]", re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(\d+))?|(.*)", entry))
     name = (parts[3] or parts[1]).strip("[]").strip(".")
     if parts[2] and int(parts[2]) != port:
         return False
@@ -1109,27 +1218,35 @@ def _is_exempt(entry: str, host: str, port: int) -> bool:
 
 
 class Settings(NamedTuple):
-    """Everything that can be set, checked. Made by `load_settings`; nothing else reads the environment."""
+    """Everything that can be set, checked. Made by `load_settings`; nothing else reads the environment.
 
-    api_keys: tuple[str, ...]
+    The defaults here are what an attribute is whose setting has neither a value nor a default of its own.
+    """
+
     api_base_url: str
+    stream_url: str
     plans: tuple[Plan, ...]
-    mongodb_uri: str
     mongodb_db_name: str
     realtime_name: str
     close_name: str
     license_name: str
+    watch_name: str
+    gap_name: str
     numeric_type: str
-    server_host: str
-    server_port: int
+    collect_share: tuple[int, int]
     server_tls: bool
     heartbeat_s: float
     module_name: str
     module_description: str
     state_directory: Path
+    spool_max_bytes: int
     log_level: str
+    message_language: str
+    api_keys: tuple[str, ...] = ()
+    mongodb_uri: str = ""
+    server_host: str = ""
+    server_port: int = 0
     metrics_file: Path | None = None
-    spool_max_bytes: int = 1024 << 20
     https_proxy: Proxy | None = None
     http_proxy: Proxy | None = None
     all_proxy: Proxy | None = None
@@ -1139,13 +1256,8 @@ class Settings(NamedTuple):
     collect: str = ""
     collect_every_s: float = 0.0  # 0: no poll
     collect_codes: str = ""
-    collect_share: tuple[int, int] = (1, 1)
-    stream_url: str = "wss://data.infoway.io/ws"
-    watch_name: str = "stock_watch"
-    gap_name: str = "stream_gaps"
     keep_days: int = 0  # 0: for ever
     language: str = ""  # of who reads what this process prints; '': as the locale has it
-    message_language: str = CHINESE
 
     def __repr__(self) -> str:
         shown = [
@@ -1170,7 +1282,7 @@ class Settings(NamedTuple):
         found = {*self.api_keys, *self.old_secrets}
         if self.mongodb_shown() != self.mongodb_uri:
             found.add(self.mongodb_uri)
-        match = _USERINFO.search(self.mongodb_uri)
+        match = re.search(_USERINFO, self.mongodb_uri)
         if match and ":" in match[1]:
             password = match[1].partition(":")[2]
             found |= {password, unquote(password), unquote_plus(password)}
@@ -1195,8 +1307,7 @@ class Settings(NamedTuple):
         """Return the platform's HTTP base URL, or '' where none is set."""
         if not (self.server_host and self.server_port):
             return ""
-        host = f"[{self.server_host}]" if ":" in self.server_host else self.server_host
-        return f"http{'s' if self.server_tls else ''}://{host}:{self.server_port}"
+        return f"http{'s' if self.server_tls else ''}://{host_and_port(self.server_host, self.server_port)}"
 
 
 class Needs(NamedTuple):
@@ -1217,25 +1328,24 @@ DAEMON_NEEDS = Needs(key=True, platform=True, collect=True)
 
 
 class LoadedSettings(NamedTuple):
-    """The settings, the file that was read (None: none, of several the strongest), and warnings to show.
+    """The settings, and warnings to show.
 
     `origins`: all that they came from, in words. `hiding`: names whose values the caller's environment has and the
     installed service does not see.
     """
 
     settings: Settings
-    source: Path | None
     warnings: tuple[str, ...]
-    origins: str = ""
-    hiding: tuple[str, ...] = ()
+    origins: str
+    hiding: tuple[str, ...]
 
 
-_USERINFO = re.compile(r"^[a-z+]+://(.*)@", re.IGNORECASE | re.DOTALL)
+_USERINFO = r"(?is)^[a-z+]+://(.*)@"
 
 
 def mask_uri(uri: str) -> str:
     """Return a URI with its user and password replaced: everything up to the last `@` goes."""
-    shown = _USERINFO.sub(lambda m: uri[: uri.index("://") + 3] + "***@", uri)
+    shown = re.sub(_USERINFO, lambda m: uri[: uri.index("://") + 3] + "***@", uri)
     return re.sub(r"(?i)((?:password|authMechanismProperties)=)[^&;]*", r"\1***", shown)
 
 
@@ -1280,13 +1390,15 @@ def uri_faults(uri: str) -> list[str]:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 if name.lower() in _URI_FILES:
+                    os.close(open_plain(value))  # OpenSSL would wait for a pipe
                     _try_pem_file(name, value, password)
                 elif not name.lower().startswith("srv"):
                     uri_parser.parse_uri(f"mongodb://host/?{urlencode({name: value})}", warn=False)
         except OSError as error:
             words = phrase("settings.unreadable_file", why=os_words(error))
         except Exception as error:  # whatever pymongo says it with
-            said = words = one_line(error)
+            said = one_line(error)
+            words = mongo_words(said)
             if said.startswith("Unknown option"):  # its value may be meant to be secret
                 shown, words = name, _unknown_option(name, said)
             elif shown == name:
@@ -1297,7 +1409,7 @@ def uri_faults(uri: str) -> list[str]:
         try:
             uri_parser.parse_uri(uri, warn=False)
         except Exception as error:
-            faults.append(phrase("settings.options", words=one_line(error)))
+            faults.append(phrase("settings.options", words=mongo_words(one_line(error))))
     return faults
 
 
@@ -1322,7 +1434,7 @@ def _unknown_option(name: str, said: str) -> str:
 
 
 # As a person writes one; Python's own would read 1_0 as ten, and nan and 1e3 too.
-_PLAIN_NUMBER = re.compile(r"\d+(?:\.\d*)?|\.\d+", re.ASCII)
+_PLAIN_NUMBER = r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
 
 
 def _expect(good: bool) -> None:
@@ -1340,7 +1452,7 @@ def _text(shortest: int, longest: int) -> Callable[[str], str]:
 
 def _number(low: float, high: float) -> Callable[[str], float]:
     def parse(value: str) -> float:
-        _expect(_PLAIN_NUMBER.fullmatch(value) is not None)
+        _expect(re.fullmatch(_PLAIN_NUMBER, value) is not None)
         number = float(value)
         _expect(low <= number <= high)
         return number
@@ -1580,8 +1692,6 @@ SETTINGS = (
             at_start=True),
 )
 # fmt: on
-# What an attribute is when its setting has neither a value nor a default that could be parsed.
-_WHEN_UNSET: dict[str, object] = {"api_keys": (), "mongodb_uri": "", "server_host": "", "server_port": 0}
 
 
 def default_state_directory(environ: Mapping[str, str], is_root: bool) -> Path:
@@ -1651,16 +1761,9 @@ def _bindings(path: Path) -> list[Binding]:
     from dotenv.parser import parse_stream
 
     try:
-        with path.open(encoding="utf-8-sig") as stream:
-            return list(parse_stream(stream))
+        return list(parse_stream(io.StringIO(read_file(path))))
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError([phrase("settings.unreadable", path=path, why=_why_unread(error))]) from None
-
-
-def _why_unread(error: OSError | UnicodeDecodeError) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return phrase("tools.not_utf8")
-    return os_words(error)
+        raise SettingsError([phrase("settings.unreadable", path=path, why=unread_words(error))]) from None
 
 
 def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | None, str]:
@@ -1673,7 +1776,7 @@ def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | No
         return named, ""
     for place in places:
         with contextlib.suppress(OSError):  # a directory on the way that may not be searched: as not there
-            if place.is_file():
+            if place.is_file() or place.is_fifo():
                 if os.access(place, os.R_OK):
                     return place, ""
                 return None, phrase("settings.forbidden_file", path=place)
@@ -1700,11 +1803,11 @@ def read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
 def read_credential(name: str, path: Path) -> str:
     """Return the text of a credential's file, '' where it is missing. Raises SettingsError."""
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return read_file(path).strip()
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
-        fault = phrase("settings.unreadable_credential", name=name, path=path, why=_why_unread(error))
+        fault = phrase("settings.unreadable_credential", name=name, path=path, why=unread_words(error))
         raise SettingsError([fault]) from None
 
 
@@ -1846,23 +1949,27 @@ def load_settings(
         faults += _take_database(values)
     faults += _contradictions(values) + _missing(read.unset, needs, values)
     is_root = os.geteuid() == 0 if is_root is None else is_root
-    values.setdefault("state_directory", default_state_directory(environ, is_root))
+    if "STATE_DIRECTORY" in read.unset:
+        values["state_directory"] = default_state_directory(environ, is_root)
+    for name in ("SSL_CERT_FILE", "SSLKEYLOGFILE"):  # OpenSSL would wait for a pipe at each connection
+        place = environ.get(name, "")
+        if is_odd_file(place):
+            why = phrase("tools.odd_file")
+            faults.append(phrase("settings.unusable_path", name=name, path=place, why=why))
     if needs.paths:
         faults += _path_faults(values, environ)
     if faults:
         # a misspelled name, or a file that was left out, is why a setting is missing
-        raise SettingsError(faults + warnings, values.get("language", ""))
-    values.setdefault("module_description", "")
+        raise SettingsError(faults + warnings, values.get("language", ""), values.get("state_directory"))
     color = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
     settings = Settings(**values, color=color, old_secrets=old_secrets)
     HIDDEN.secrets = settings.secrets()
     if read.hiding:
         names = listing("join.names", read.hiding)
         warnings.append(phrase("settings.hiding", names=names, unit=UNIT))
-    source = files[-1] if files else None
     in_use = _origins_in_use(origins, files, read.used)
     words = listing("join.names", [*in_use, phrase("settings.defaults")])
-    return LoadedSettings(settings, source, tuple(warnings), words, tuple(read.hiding))
+    return LoadedSettings(settings, tuple(warnings), words, tuple(read.hiding))
 
 
 def _origins_in_use(
@@ -1891,7 +1998,7 @@ def _read_values(
     environ: Mapping[str, str], origins: Mapping[str, Mapping[str, str]], unit: Unit | None
 ) -> _Read:
     """Look every setting up and parse it; with `unit` note what the environment alone has, or has otherwise."""
-    read = _Read(dict(_WHEN_UNSET), [], set(), set(), [])
+    read = _Read({}, [], set(), set(), [])
     environment = _environment()
     others = {where: found for where, found in origins.items() if where != environment}
     for setting in SETTINGS:
@@ -1982,9 +2089,10 @@ def _missing(unset: Collection[str], needs: Needs, values: Mapping[str, Any]) ->
 
 def _path_faults(values: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]:
     """Try every file and directory that the environment names, without writing; return what is wrong with them."""
-    state: Path = values["state_directory"]
-    there = next(path for path in (state, *state.parents) if os.path.lexists(path))
-    tried = [("STATE_DIRECTORY", f"{there}/.", os.W_OK | os.X_OK)]
+    tried, state = [], values.get("state_directory")  # which may be faulty itself
+    if state is not None:
+        there = next(path for path in (state, *state.parents) if os.path.lexists(path))
+        tried.append(("STATE_DIRECTORY", f"{there}/.", os.W_OK | os.X_OK))
     tried += [(name, environ.get(name, ""), os.R_OK) for name in ("SSL_CERT_FILE", "CREDENTIALS_DIRECTORY")]
     codes = values.get("collect_codes", "")
     if codes[:1] == "@":
@@ -2011,6 +2119,8 @@ def fault_of_place(place: str, mode: int) -> str:
         os.stat(place)
     except OSError as error:
         return os_words(error)
+    if is_odd_file(place):
+        return phrase("tools.odd_file")
     if os.access(place, mode):
         return ""
     return phrase("settings.may_not_read" if mode == os.R_OK else "settings.may_not_write")
@@ -2054,7 +2164,7 @@ def shown_value(setting: Setting, text: str) -> str:
     """Return the text of a setting as a person may see it, in quotes."""
     if setting.in_small_letters:
         return repr(one_line(mask_userinfo(text), 100))
-    if setting.secret and not (setting.attribute == "mongodb_uri" and _USERINFO.match(text)):
+    if setting.secret and not (setting.attribute == "mongodb_uri" and re.match(_USERINFO, text)):
         return "'***'"
     return repr(one_line(mask_uri(text), 100))
 
@@ -2142,7 +2252,7 @@ class SettingsSource:
 
     def _take(self, place: Path) -> Mapping[str, str]:
         try:
-            found = json.loads(place.read_text(encoding="utf-8"))
+            found = json.loads(read_file(place))
             place.unlink()
         except (OSError, ValueError) as error:
             raise SettingsError(
@@ -2368,8 +2478,8 @@ def _mainland_instruments(number: str) -> tuple[Instrument, ...]:
     return tuple(Instrument(f"{number}.{suffix}", "stock") for suffix in _mainland(number) if suffix != "BJ")
 
 
-def _no_beijing(code: str) -> InstrumentError:
-    return InstrumentError(phrase("instruments.beijing", code=code))
+def _no_beijing() -> InstrumentError:
+    return InstrumentError(phrase("instruments.beijing"))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -2401,20 +2511,19 @@ CRYPTO_VENUES = frozenset(
 COMMON_VENUES = frozenset("FX FX_IDC OANDA FOREXCOM SAXO ICMARKETS PEPPERSTONE CAPITALCOM TVC".split())
 # What a symbol looks like at each market; without it, another notation is not read as that market's.
 _SYMBOL_FORMS = {
-    "SH": re.compile(r"[0-9]{6}"),
-    "SZ": re.compile(r"[0-9]{6}"),
-    "HK": re.compile(r"[0-9]{1,5}"),
-    "US": re.compile(r"[A-Z]{1,6}(?:[.-][A-Z]{1,3})?"),
-    "JP": re.compile(r"[0-9][0-9A-Z]{3}5?"),
-    "KS": re.compile(r"[0-9][0-9A-Z]{5}"),
-    "IN": re.compile(r"[A-Z0-9&_-]*[A-Z][A-Z0-9&_-]*"),
-    "TW": re.compile(r"[0-9]{4,6}[A-Z]?"),
+    "SH": r"[0-9]{6}",
+    "SZ": r"[0-9]{6}",
+    "HK": r"[0-9]{1,5}",
+    "US": r"[A-Z]{1,6}(?:[.-][A-Z]{1,3})?",
+    "JP": r"[0-9][0-9A-Z]{3}5?",
+    "KS": r"[0-9][0-9A-Z]{5}",
+    "IN": r"[A-Z0-9&_-]*[A-Z][A-Z0-9&_-]*",
+    "TW": r"[0-9]{4,6}[A-Z]?",
 }
 _EXAMPLES = {"US": "AAPL.US", "HK": "00700.HK", "SH": "600519.SH", "SZ": "000001.SZ", "JP": "7203.JP",
              "KS": "005930.KS", "IN": "RELIANCE.IN", "TW": "2330.TW"}  # fmt: skip
 # sh600519, hk00700 (Sina, Tencent, Xueqiu; r_ and rt_ ask them for the live price)
-_GLUED = re.compile(r"(?:RT?_)?(?:(SH|SZ|BJ)([0-9]{6})|(HK)([0-9]{4,5}))")
-_PAIR = re.compile(r"([A-Z0-9]{2,15})[/_-]([A-Z0-9]{3,5})")
+_GLUED = r"(?:RT?_)?(?:(SH|SZ|BJ)([0-9]{6})|(HK)([0-9]{4,5}))"
 
 
 def _read(text: str) -> Instrument:
@@ -2426,9 +2535,9 @@ def _read(text: str) -> Instrument:
     code = _safe(text)
     if code.endswith(("=X", "=F")):
         return _of_yahoo(*code.split("=", 1))
-    if glued := _GLUED.fullmatch(code):
+    if glued := re.fullmatch(_GLUED, code):
         return _at_market(glued[2] or glued[4], glued[1] or glued[3])
-    if code.startswith("GB_") and _SYMBOL_FORMS["US"].fullmatch(code[3:]):  # Sina
+    if code.startswith("GB_") and re.fullmatch(_SYMBOL_FORMS["US"], code[3:]):  # Sina
         return _at_market(code[3:], "US")
     symbol, dot, suffix = code.rpartition(".")
     if not dot:
@@ -2443,15 +2552,15 @@ def _elsewhere(code: str) -> Instrument:
     first, _, rest = code.partition(".")
     symbol, _, last = code.rpartition(".")
     named = EASTMONEY_MARKETS.get(first, "")
-    if named and _SYMBOL_FORMS[named].fullmatch(rest.replace("_", ".")):  # 106.BRK_B
+    if named and re.fullmatch(_SYMBOL_FORMS[named], rest.replace("_", ".")):  # 106.BRK_B
         if named == "SZ" and _mainland(rest) == ("BJ",):
-            raise _no_beijing(rest)
+            raise _no_beijing()
         return _at_market(rest.replace("_", "."), named)
     for name, other in ((first, rest), (last, symbol)):
         if name in BEIJING_NAMES:
-            raise _no_beijing(other or code)
+            raise _no_beijing()
         market = _SUFFIX_OF.get(name)
-        if market is None or not _SYMBOL_FORMS[market].fullmatch(other):
+        if market is None or not re.fullmatch(_SYMBOL_FORMS[market], other):
             continue
         # ARCA.O and IN.N are shares called ARCA and IN: of what takes letters only US stands before a dot
         if name == last or name == "US" or market not in ("US", "IN"):
@@ -2469,7 +2578,7 @@ def _unknown_exchange(symbol: str, suffix: str) -> InstrumentError:
     if suffix in _SUFFIX_OF:
         example = _EXAMPLES[_SUFFIX_OF[suffix]]
         return InstrumentError(phrase("instruments.unknown_form", code=f"{symbol}.{suffix}", example=example))
-    if re.fullmatch(r"[A-Z]", suffix) and _SYMBOL_FORMS["US"].fullmatch(symbol):
+    if re.fullmatch(r"[A-Z]", suffix) and re.fullmatch(_SYMBOL_FORMS["US"], symbol):
         why = phrase("instruments.unknown_exchange", suffix=suffix)
         return _unclear(f"{symbol}.{suffix}", why, f"{symbol}.{suffix}.US")
     names = " ".join(f".{name}" for name in MARKETS)
@@ -2482,10 +2591,10 @@ def _at_venue(symbol: str, venue: str) -> Instrument:
         return _at_pair_venue(symbol, venue)
     if (pair := _pair(venue)) and pair.product == "crypto" and venue.endswith(f"/{symbol}"):
         return Instrument(f"{pair.code}.P", "crypto")  # ccxt's BTC/USDT:USDT, a perpetual
-    if venue in BEIJING_NAMES:
-        raise _no_beijing(_safe(symbol))
+    if venue in BEIJING_NAMES and _safe(symbol):
+        raise _no_beijing()
     market = _SUFFIX_OF.get(venue)
-    if market and _SYMBOL_FORMS[market].fullmatch(symbol):
+    if market and re.fullmatch(_SYMBOL_FORMS[market], symbol):
         return _at_market(symbol, market)
     if market:
         raise InstrumentError(phrase("instruments.not_of_venue", venue=venue, example=_EXAMPLES[market]))
@@ -2508,7 +2617,7 @@ def _at_pair_venue(symbol: str, venue: str) -> Instrument:
 def _at_market(symbol: str, suffix: str) -> Instrument:
     """Return the instrument of a symbol whose market is known."""
     if suffix in BEIJING_NAMES:
-        raise _no_beijing(symbol)
+        raise _no_beijing()
     if not symbol.strip("."):
         raise InstrumentError(phrase("instruments.only_suffix", suffix=suffix, example=_EXAMPLES[suffix]))
     if suffix == "HK" and symbol.isdigit():
@@ -2516,9 +2625,8 @@ def _at_market(symbol: str, suffix: str) -> Instrument:
         if not 1 <= len(number) <= 5:
             raise InstrumentError(phrase("instruments.hong_kong", symbol=symbol))
         symbol = f"{number:0>5}"
-    if suffix in ("SH", "SZ") and not _SYMBOL_FORMS[suffix].fullmatch(symbol):
-        code = f"{symbol}.{suffix}"
-        raise InstrumentError(phrase("instruments.mainland", code=code, example=_EXAMPLES[suffix]))
+    if suffix in ("SH", "SZ") and not re.fullmatch(_SYMBOL_FORMS[suffix], symbol):
+        raise InstrumentError(phrase("instruments.mainland", example=_EXAMPLES[suffix]))
     return Instrument(_safe(f"{symbol}.{suffix}"), _SUFFIX_PRODUCTS[suffix])
 
 
@@ -2529,13 +2637,13 @@ def _of_yahoo(symbol: str, kind: str) -> Instrument:
     pair = f"USD{symbol}" if symbol in CURRENCIES - {"USD"} else symbol
     if kind == "X" and _bare_product(pair) == "common":
         return Instrument(pair, "common")
-    raise InstrumentError(phrase("instruments.yahoo", typed=f"{symbol}={kind}"))
+    raise InstrumentError(phrase("instruments.yahoo"))
 
 
 def _pair(text: str) -> Instrument | None:
     """Read a pair with something between its halves, BTC/USDT, perpetual or not; None if it is none."""
     spot = text.removesuffix(".P")
-    pair = _PAIR.fullmatch(spot)
+    pair = re.fullmatch(r"([A-Z0-9]{2,15})[/_-]([A-Z0-9]{3,5})", spot)
     if pair is None or text in SESSIONLESS:  # XCUUSD_S
         return None
     product = _pair_product(pair[1], pair[2])
@@ -2559,7 +2667,7 @@ def _pair_product(base: str, quoted: str) -> str:
 def _without_suffix(code: str) -> Instrument:
     if len(code) == 6 and code.isdigit() and (where := _mainland(code)):
         if where == ("BJ",):
-            raise _no_beijing(code)
+            raise _no_beijing()
         first, *others = _mainland_instruments(code)
         return first._replace(alternatives=tuple(others))
     if product := _bare_product(code):
@@ -2624,17 +2732,19 @@ def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
 # Codes
 # ------------------------------------------------------------------------------------------------------
 
-_SEPARATORS = re.compile(r"[\s,;，；、]+")
+
+# What stands around codes in a list that came as a text: JSON, or as Python prints one.
+_AROUND = "[]\"'“”"
 
 
 def split_codes(text: str) -> list[str]:
     """Return the codes of a text in which commas (Chinese ones too), semicolons or blanks separate them."""
-    return [code for code in _SEPARATORS.split(text) if code]
+    return [*filter(None, (word.strip(_AROUND) for word in re.split(r"[\s,;，；、]+", text)))]
 
 
-def codes_in(lines: Iterable[str]) -> Iterator[str]:
-    """Yield the codes of a file's lines; a # begins a comment."""
-    for line in lines:  # the mark of a file on standard input is not decoded away
+def codes_in(text: str) -> Iterator[str]:
+    """Yield the codes of a file; a # begins a comment."""
+    for line in text.split("\n"):  # each of several that were put together may begin with a mark
         yield from split_codes(line.partition("#")[0].lstrip("\ufeff"))
 
 
@@ -2981,14 +3091,29 @@ class Failure(NamedTuple):
     words: str
 
 
+def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return codes by the reason that each has, in their order: what they have in common is said once."""
+    found: dict[str, list[str]] = {}
+    for code, why in reasons.items():
+        found.setdefault(why, []).append(code)
+    return found
+
+
+def reasons_named(reasons: Mapping[str, str]) -> Phrase:
+    """Return the first few reasons, each once with the first few of its codes, and how many codes have others."""
+    groups = [*islice(by_reason(reasons).items(), FAILURES_NAMED)]
+    named = [phrase("events.code", code=first_few(codes), why=why) for why, codes in groups]
+    names, more = listing("join.names", named), len(reasons) - sum(len(codes) for _, codes in groups)
+    return phrase("events.and_more", names=names, more=more) if more else names
+
+
 def failed_words(failures: Mapping[str, Failure], total: int) -> Phrase:
-    """Return how many of how many codes failed, and of the first few why."""
-    first = islice(failures.items(), FAILURES_NAMED)
-    named = [phrase("events.code", code=code, why=failure.words) for code, failure in first]
-    names, more = listing("join.names", named), len(failures) - len(named)
-    if more:
-        return phrase("events.failed_more", failed=len(failures), total=total, names=names, more=more)
-    return phrase("events.failed", failed=len(failures), total=total, names=names)
+    """Return how many of how many codes failed, and for which reasons."""
+    reasons = {code: failure.words for code, failure in failures.items()}
+    if len(reasons) == total > 1 and len({*reasons.values()}) == 1:
+        why = next(iter(reasons.values()))
+        return phrase("events.all_failed", total=total, codes=first_few(reasons), why=why)
+    return phrase("events.failed", failed=len(reasons), total=total, names=reasons_named(reasons))
 
 
 class Check(NamedTuple):
@@ -2999,7 +3124,7 @@ class Check(NamedTuple):
     words: str
 
 
-# Codes that a report names beside its failures, and failures that one line names.
+# Codes that a report names beside its failures, and reasons of failures that one line names.
 NAMES_LISTED = 100
 FAILURES_NAMED = 3
 
@@ -3124,12 +3249,23 @@ class KeyStats(NamedTuple):
     ends: float
 
 
+class StreamFacts(TypedDict):
+    """What is known of a connection to the stream: for how many codes it is, how many are subscribed, its state."""
+
+    product: str
+    codes: int
+    subscribed: int
+    state: str
+    why: str
+
+
 class CollectStats(NamedTuple):
     """What collecting without pause does now; the counts are since the start of the process.
 
     `connections` of `connections_wanted` stand; `codes`: subscribed; `polled`: asked for over REST instead, as the
     key's plan allows no more; `per_second`: trades of the last seconds; `delay_p50_ms`, `delay_p99_ms`: from a
-    trade's arrival until it is durable (NaN where none came lately); `gaps_today`: of this UTC day.
+    trade's arrival until it is durable (NaN where none came lately); `gaps_today`: of this UTC day; `gaps_open`: those
+    that go on; `refused`: codes that cannot be collected, and `refused_why`.
     """
 
     connections: int = 0
@@ -3146,6 +3282,14 @@ class CollectStats(NamedTuple):
     dropped: int = 0  # what was pushed and not asked for, or was no trade
     missed_beats: int = 0
     trouble: str = ""
+    streams: Sequence[StreamFacts] = ()
+    gaps_open: int = 0
+    refused: int = 0
+    refused_why: str = ""
+
+    def refused_words(self) -> Phrase:
+        """Return of how many codes none is collected."""
+        return phrase("events.not_collected", codes=count_words(self.refused, "code"))
 
 
 # Of a trouble that stands in one line with others.
@@ -3170,15 +3314,18 @@ def collect_words(stats: CollectStats) -> Phrase:
         parts.append(phrase("events.gaps", gaps=count_words(stats.gaps_today, "gap")))
     if stats.missed_beats:
         parts.append(phrase("events.missed", beats=count_words(stats.missed_beats, "beat")))
+    if stats.refused:
+        parts.append(stats.refused_words())
     if stats.trouble:
         parts.append(one_line(stats.trouble, TROUBLE_SHOWN))
     return listing("join.commas", parts or [phrase("events.begins")])
 
 
 def steady(stats: CollectStats) -> tuple[object, ...]:
-    """Return of it what does not change all the time while trades come."""
-    changing = ("per_second", "delay_p50_ms", "delay_p99_ms", "trades", "stored", "duplicates", "dropped")
-    return tuple(value for name, value in stats._asdict().items() if name not in changing)
+    """Return of it what stands in a status line and does not change all the time while trades come."""
+    rates = {"per_second", "delay_p50_ms", "delay_p99_ms", "trades", "stored", "duplicates", "dropped"}
+    others = rates | {"streams", "gaps_open"}
+    return tuple(value for name, value in stats._asdict().items() if name not in others)
 
 
 class Events:
@@ -3197,14 +3344,14 @@ class Events:
     def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
         """Something is at work; of a run: so many codes are done with, and so many documents wait to be stored."""
 
+    def works(self, is_at_work: bool) -> None:
+        """This thread, one of those that collect, has something to do, or still has; or it waits for that."""
+
     def asked(self, kind: str, seconds: float | None) -> None:
         """The API was asked once: what followed from the response, and its latency, None where none came."""
 
     def stored(self, documents: Sequence[dict[str, Any]]) -> None:
-        """These documents are in the store, new or not."""
-
-    def kept(self, documents: Sequence[dict[str, Any]]) -> None:
-        """These documents wait on this machine for MongoDB."""
+        """These documents are in the store, new or not, or wait on this machine for MongoDB."""
 
     def queue_changed(self, stats: QueueStats) -> None:
         """What waits for MongoDB on this machine changed."""
@@ -3246,6 +3393,14 @@ class Events:
 
 # Nobody listens.
 NO_EVENTS = Events()
+
+
+@contextlib.contextmanager
+def at_work(events: Events) -> Iterator[None]:
+    """Tell that this thread of those that collect is at work; one that dies of it has never come to its end."""
+    events.works(True)
+    yield
+    events.works(False)
 
 
 def fault_words(error: Exception, events: Events, is_said: bool = False) -> str:
@@ -3365,9 +3520,6 @@ def words_of(envelope: Mapping[str, Any]) -> str:
 # Faults of proxies
 # ------------------------------------------------------------------------------------------------------
 
-# How http.client says that a CONNECT was refused; there is no other sign.
-_TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d+)")
-
 
 def _proxy_headers(proxy: Proxy) -> dict[str, str]:
     return {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
@@ -3375,7 +3527,8 @@ def _proxy_headers(proxy: Proxy) -> dict[str, str]:
 
 def _fault_of_proxy(proxy: Proxy, error: Exception, fault: Response) -> Response:
     """Return a fault of connecting as one of the way through a proxy."""
-    refused = _TUNNEL_REFUSED.match(str(error))
+    # how http.client says that a CONNECT was refused; there is no other sign
+    refused = re.match(r"Tunnel connection failed: (\d+)", str(error))
     if refused:
         return _refused_by_proxy(proxy, int(refused[1]))
     return fault._replace(fault=_through(proxy, fault.fault))
@@ -3467,6 +3620,7 @@ class HttpConnection:
         self._tls = parts.scheme == "https"
         self._host = cast(str, parts.hostname)
         self._port = parts.port or (443 if self._tls else 80)
+        self._place = host_and_port(self._host, self._port)
         self._path = parts.path
         self._headers = {"User-Agent": f"stockrt/{__version__}", "Accept": "application/json"}
         self._proxy = proxies.for_url(base_url)
@@ -3512,7 +3666,7 @@ class HttpConnection:
                 raise TimeoutError
             self._conn.timeout = self._limits.read_s
         except _foreign_errors() as error:
-            fault = self._fault(error, "" if self._proxy else f"{self._host}:{self._port}")
+            fault = self._fault(error, "" if self._proxy else self._place)
             if self._proxy is not None:
                 fault = _fault_of_proxy(self._proxy, error, fault)
             self.close()
@@ -3526,7 +3680,7 @@ class HttpConnection:
             response = self._exchange(path, headers, most_bytes)
         except _foreign_errors() as error:
             behind_proxy = self._proxy is not None and not self._tunnels
-            response = self._fault(error, "" if behind_proxy else f"{self._host}:{self._port}")
+            response = self._fault(error, "" if behind_proxy else self._place)
             if self._proxy is not None and behind_proxy:
                 response = _fault_of_proxy(self._proxy, error, response)
         self.deadline = 0.0
@@ -3580,7 +3734,7 @@ class HttpConnection:
             config = ProxyConfig(None, False, None, None)  # the proxy's certificate is checked like any
             conn = make(proxy.host, proxy.port, timeout=timeout, proxy_config=config)
         if proxy is not None and self._tunnels:
-            headers = {"Host": f"{self._host}:{self._port}", **_proxy_headers(proxy)}
+            headers = {"Host": self._place, **_proxy_headers(proxy)}
             conn.set_tunnel(self._host, self._port, headers, proxy.scheme)
         connect = conn._new_conn
         conn._new_conn = lambda: self._keep(connect())  # type: ignore[method-assign]
@@ -3735,11 +3889,13 @@ _NETWORK_KINDS = {
     "IncompleteRead": "http.short",
     "HTTPException": "http.no_http",
 }
-_LIBRARY_WORDS = re.compile(
-    r"\[Errno -?\d+\] |\[\w+(?:: \w+)?\] | \(_ssl\.c:\d+\)| \(configured timeouts: [^)]*\)|<[^>]*> *:? *"
-    r"|, (?:full error|Timeout): .*",
-    re.DOTALL,
+_LIBRARY_WORDS = (
+    r"(?s)\[Errno -?\d+\] |\[\w+(?:: \w+)?\] | \(_ssl\.c:\d+\)| \(configured timeouts: [^)]*\)|<[^>]*> *:? *"
+    r"|, (?:full error|Timeout): .*"
 )
+
+# An IPv6 address as pymongo writes it in front of a port.
+_BARE_ADDRESS = r"(?<![\w.:\[])((?:[0-9a-f]*:){2,}[\w.%]*):(\d+)(?=: )"
 
 
 def network_words(error: BaseException) -> str:
@@ -3763,7 +3919,7 @@ def network_words(error: BaseException) -> str:
 def plain_words(text: str) -> str:
     """Return what a library says of the network without what means something to its authors alone."""
     # masked before something is taken out of the middle
-    return _LIBRARY_WORDS.sub("", mask(text, HIDDEN.secrets))
+    return re.sub(_BARE_ADDRESS, r"[\1]:\2", re.sub(_LIBRARY_WORDS, "", mask(text, HIDDEN.secrets)))
 
 
 def _root_of(error: BaseException) -> BaseException:
@@ -4100,9 +4256,7 @@ SQLITE_CUT = 522
 # This code of its without a further reason: a byte of the header says that others than we may write to the file.
 SQLITE_READONLY = 8
 # And its words where damage has changed the schema: what is asked of our files is always the same.
-SCHEMA_DAMAGED = re.compile(
-    r"no such (?:table|column)|has no column named|unsupported file format|decode to UTF-8"
-)
+SCHEMA_DAMAGED = r"no such (?:table|column)|has no column named|unsupported file format|decode to UTF-8"
 
 
 def _connect_sqlite(path: Path, wait_s: float = SQLITE_BUSY_S, alone: bool = False) -> sqlite3.Connection:
@@ -4165,7 +4319,7 @@ def _is_damage(error: Exception) -> bool:
     code = getattr(error, "sqlite_errorcode", 0)
     if code & 0xFF in SQLITE_DAMAGED or code in (SQLITE_READONLY, SQLITE_CUT):
         return True
-    return SCHEMA_DAMAGED.search(str(error)) is not None
+    return re.search(SCHEMA_DAMAGED, str(error)) is not None
 
 
 def _tables(db: sqlite3.Connection) -> set[Any]:
@@ -4495,7 +4649,7 @@ class LocalFile:
         lock = _beside(path, ".lock")
         with disk_trouble(phrase("files.lock_not_opened", path=lock)):
             make_for_owner(lock)
-            self._locked = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            self._locked = open_plain(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW)
         try:
             self._open(0.0 if patient else SQLITE_BUSY_S)
         except BaseException as error:
@@ -4646,6 +4800,9 @@ class LocalFile:
             raise
 
     def _open_locked(self, wait_s: float) -> None:
+        for odd in filter(is_odd_file, (self._mark, *_sides(self.path))):
+            why = phrase("tools.odd_file")
+            raise StoreError(phrase("settings.unusable_path", name="STATE_DIRECTORY", path=odd, why=why))
         if not self._lock_alone():
             self._lock_shared()
         damage = self._connect(wait_s)
@@ -4991,23 +5148,6 @@ class Ledger(Protocol):
         """Return how many requests of the key were leased today (UTC), None where that cannot be known."""
 
 
-class NoLedger:
-    """Counts nothing: for a single request, and for plans without a limit."""
-
-    def lease(self, digest: str, plan: Plan, now: float, made: Sequence[float] = ()) -> Lease:
-        """Grant whatever is asked."""
-        return UNLIMITED
-
-    def give_back(
-        self, digest: str, plan: Plan, lease: Lease, now: float, made: Sequence[float] = ()
-    ) -> None:
-        """Nothing is counted."""
-
-    def used_today(self, digest: str, now: float) -> int | None:
-        """Nothing is known."""
-        return None
-
-
 class ApiKey:
     """One key: its windows, its lease, and whether it is out (for good, for a product, or until a time)."""
 
@@ -5083,11 +5223,11 @@ class KeyPool:
     def __init__(
         self,
         keys: Sequence[tuple[str, Plan]],
-        ledger: Ledger | None = None,
+        ledger: Ledger,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.keys = [ApiKey(secret, plan) for secret, plan in keys]
-        self.ledger = ledger or NoLedger()
+        self.ledger = ledger
         self._clock = clock
         self._changed = threading.Condition()
 
@@ -5569,7 +5709,7 @@ class SharedLedger:
             if not last_try and isinstance(error, AutoReconnect) and not error.timeout:
                 raise StoreAway(phrase("quota.away")) from error
             self._away_until = now + LEDGER_RETRY_S
-            words = phrase("quota.mongo_away", error=one_line(plain_words(str(error)), 100))
+            words = phrase("quota.mongo_away", error=mongo_words(one_line(plain_words(str(error)), 100)))
             if isinstance(error, OperationFailure) and error.code == UNAUTHORIZED:
                 words = phrase("quota.no_right", place=self._collection.full_name)
             self._trouble.again(words)
@@ -6302,12 +6442,6 @@ class InfowayApi:
             for worker in busy:
                 worker.dismiss()
 
-    def bars(self, product: str, codes: Sequence[str], num: int, stop: threading.Event) -> Outcome:
-        """Return up to `num` daily bars of one code (at most 500), or the two newest of each of up to 100."""
-        batch = Batch(product, ",".join(codes), num)
-        found = (outcome for outcome in self.fetch([batch], stop) if outcome is not None)
-        return next(found, Outcome(batch, interrupted=True))
-
     def package(self, key: ApiKey, stop: threading.Event) -> PackageInfo | Failure:
         """Ask once what a key's plan is; return that, or why it cannot be had. Raises Interrupted."""
         envelope, failure = self._learn(PACKAGE_PATH, PLAN_LIMITS, stop, key)
@@ -6691,19 +6825,8 @@ class KeyPlans:
         if key.digest in self._no_plan_said or key.dead:
             return
         self._no_plan_said.add(key.digest)
-        if key.digest in self._told:
-            log.warning(
-                "the plan of API key %s cannot be had (%s): it goes by the limits that it told last; "
-                "INFOWAY_PLAN can name one",
-                key.shown,
-                failure.words,
-            )
-            return
-        log.warning(
-            "the plan of API key %s cannot be had (%s): it goes by Free's limits; INFOWAY_PLAN can name one",
-            key.shown,
-            failure.words,
-        )
+        kind = "infoway.plan_told_last" if key.digest in self._told else "infoway.plan_unknown"
+        log.warning("%s", phrase(kind, key=key.shown, why=failure.words))
 
 
 class Symbol(NamedTuple):
@@ -6820,10 +6943,6 @@ class Directory:
         found = [Symbol(*row) for row in self._file.read_all(query, *[f"%{escaped}%"] * 4)]
         return sorted(found, key=lambda symbol: (_distance(symbol, wanted), symbol.code, symbol.type))
 
-    def names(self, codes: Collection[str]) -> dict[str, str]:
-        """Return the names of codes as far as their lists are here: nothing is asked for."""
-        return symbol_names(self._file, codes)
-
     def find(self, unclear: UnclearCode, stop: threading.Event) -> Instrument | None:
         """Return what a text means whose form does not tell, None where the lists know nothing of it.
 
@@ -6833,7 +6952,7 @@ class Directory:
         is_name = not unclear.text.isascii()
         why = self.refresh(SYMBOL_TYPES if is_name else self._types_of(guesses), stop)
         if why and why != phrase(ASKED_IN_VAIN):  # which was said then
-            log.warning("the symbol lists cannot be had: %s", why)
+            log.warning("%s", phrase("infoway.no_lists", why=why))
         exact = kept_symbols(self._file, {unclear.text, *(guess.code for guess in guesses)})
         if len(exact) == 1 and exact[0].code == unclear.text:
             return Instrument(exact[0].code, SYMBOL_TYPES[exact[0].type])
@@ -6896,9 +7015,6 @@ class Source(Protocol):
     def fetch(self, batches: Iterable[Batch], stop: threading.Event) -> Iterator[Outcome | None]:
         """Yield an Outcome for each batch, and None now and then while none is done."""
 
-    def close(self) -> None:
-        """Let go of connections and threads."""
-
 
 # About what things cost, that a synthetic price is one that its instrument could have: halves of pairs in US dollars,
 # the rest in the currency of their market.
@@ -6945,9 +7061,6 @@ class DemoApi:
             )
             verdict = decide(Response(200, body.encode()), datetime.now(UTC))
             yield read_records(batch, verdict.records)
-
-    def close(self) -> None:
-        """Nothing is open."""
 
     def _record(self, code: str) -> dict[str, object]:
         number = int(self._clock.wall() // self._step_s)
@@ -7189,19 +7302,19 @@ STREAM_ERRORS = (
 _IN_VAIN = (_WAIT, _NEVER, _OUT)
 # What no row is for.
 UNKNOWN_ERROR = StreamError(0, StreamAction.ASK_AGAIN, "", "")
-_PROSE = [(re.compile(row.prose, re.IGNORECASE), row) for row in STREAM_ERRORS if row.prose]
 _BY_CODE = {row.code: row for row in STREAM_ERRORS}
-_NUMBER = re.compile(r"(?<!\d)(?:401|403|429|5\d\d)(?!\d)")
 
 
 def stream_error(code: object, text: str) -> StreamError:
     """Return the row of an error: by its number, else by one in its text, else by its words."""
     if type(code) is int and code in _BY_CODE:
         return _BY_CODE[code]
-    found = _NUMBER.search(text)
+    found = re.search(r"(?<!\d)(?:401|403|429|5\d\d)(?!\d)", text)
     if found and int(found[0]) in _BY_CODE:
         return _BY_CODE[int(found[0])]
-    return next((row for prose, row in _PROSE if prose.search(text)), UNKNOWN_ERROR)
+    return next(
+        (row for row in STREAM_ERRORS if row.prose and re.search(row.prose, text, re.I)), UNKNOWN_ERROR
+    )
 
 
 def _end_by(row: StreamError, words: str, rng: random.Random) -> StreamEnd:
@@ -7316,11 +7429,6 @@ class StreamProtocol:
         self._heard_at = now
         self._silence_s = SILENCE_S
         self._silent_at = now + SILENCE_S
-
-    @property
-    def subscribed(self) -> int:
-        """How many codes are subscribed now."""
-        return sum(standing is _Standing.ON for standing in self._standing.values())
 
     def want(self, codes: Iterable[str]) -> None:
         """Have these codes, and no others, from now on."""
@@ -7614,11 +7722,6 @@ class StreamConnection:
         self._pipe: tuple[int, int] | None = None
         self._is_woken = False
 
-    @property
-    def subscribed(self) -> int:
-        """How many codes are subscribed now."""
-        return self._protocol.subscribed if self._link else 0
-
     def want(self, codes: Iterable[str]) -> None:
         """Have these codes, and no others, from now on, or from when it is open."""
         self._wanted = tuple(codes)
@@ -7907,44 +8010,6 @@ class CloseStore(Protocol):
         """Return every code in `realtime`. Raises StoreError."""
 
 
-_FIELD = re.compile(r"\{(\w+)[^}]*\}")
-# What is kept was cut to a line of fewer; of a longer text every ": " would be looked at in the one before.
-LONGEST_KEPT = 1000
-
-
-@cache
-def _patterns(kinds: tuple[str, ...]) -> list[tuple[str, str, re.Pattern[str]]]:
-    """Return the kinds that begin so with their own words and the pattern of the whole; who says most comes first."""
-    found = []
-    for kind in filter(lambda kind: kind.startswith(kinds), TEMPLATES):
-        parts = _FIELD.split(TEMPLATES[kind][0])  # texts, and the names of values between them
-        own = parts[::2]
-        values = [f"(?P<{name}>.+?)" for name in parts[1::2]]
-        pattern = "".join(chain.from_iterable(zip(map(re.escape, own), [*values, ""], strict=True)))
-        found.append((kind, "".join(own), re.compile(pattern, re.DOTALL)))
-    return sorted(found, key=lambda one: len(one[1]), reverse=True)
-
-
-def stored_words(text: str, kinds: tuple[str, ...]) -> str:
-    """Return as words what is stored as its English text, which other programs read; what is not ours as it is.
-
-    `kinds`: what the kinds of it, and of the values in it, begin with.
-    """
-    if len(text) > LONGEST_KEPT:
-        return text
-    for kind, own, pattern in _patterns(kinds):
-        found = pattern.fullmatch(text)
-        if found is None:
-            continue
-        values = {name: stored_words(value, kinds) for name, value in found.groupdict().items()}
-        is_ours = own.strip(":; ") or any(isinstance(value, Phrase) for value in values.values())
-        with contextlib.suppress(ValueError):  # a number has its place there
-            words = Phrase(kind, values)
-            if is_ours and words == text:
-                return words
-    return text
-
-
 # ------------------------------------------------------------------------------------------------------
 # The embedded store
 # ------------------------------------------------------------------------------------------------------
@@ -8133,6 +8198,7 @@ class MongoStore:
         self.client = self._connect()
         self.realtime_name = settings.realtime_name
         self.close_name = settings.close_name
+        self.gap_name = settings.gap_name
         self._plain: set[str] = set()  # collections that were seen to be none of NO_COLLECTIONS
         self._index_due = 0.0  # monotonic
         self._has_threads = False
@@ -8143,13 +8209,10 @@ class MongoStore:
         `takes`: the collection was just seen to take another document. Raises StoreAway for whatever is not a
         fault of single documents, and where the collection takes none.
         """
-        from bson.errors import BSONError
-        from pymongo.errors import PyMongoError
-
         encoded, refused = self._encode(documents)
         if not encoded:
             return WriteReport(refused=refused)
-        try:
+        with self.asking():
             self._demand_plain(self.realtime_name)
             self._make_index()
             known, rejected = self._in_bulk(
@@ -8158,8 +8221,6 @@ class MongoStore:
                 lambda: self.collection().insert_many(encoded, ordered=False),
                 takes,
             )
-        except (PyMongoError, BSONError) as error:
-            raise self._fault(error) from error
         stored = len(encoded) - len(known) - len(rejected)
         return WriteReport(stored, len(known), refused | rejected)
 
@@ -8174,7 +8235,8 @@ class MongoStore:
         from pymongo.errors import BulkWriteError
 
         try:
-            write()
+            if count:  # pymongo takes no empty batch
+                write()
         except BulkWriteError as error:
             known, whys = self._sort_errors(error.details or {})
         else:
@@ -8253,23 +8315,16 @@ class MongoStore:
 
     def has(self, name: str) -> bool:
         """Return whether a trade of this `_id` is in `realtime`. Raises StoreAway."""
-        from pymongo.errors import PyMongoError
-
-        try:
+        with self.asking():
             return self.collection().find_one({"_id": name}, {"_id": 1}) is not None
-        except PyMongoError as error:
-            raise self._fault(error) from error
 
     def estimate(self, name: str) -> int:
         """Return about how many documents a collection has, 0 where it is none. Raises StoreAway."""
-        from pymongo.errors import InvalidName, PyMongoError
+        from pymongo.errors import InvalidName
 
-        try:
+        with self.asking(), contextlib.suppress(InvalidName):
             return self.collection(name).estimated_document_count()
-        except InvalidName:
-            return 0
-        except PyMongoError as error:
-            raise self._fault(error) from error
+        return 0
 
     def pages(self, name: str, after: Document) -> Iterator[list[Document]]:
         """Yield the fields of trades of all documents of a collection, whoever wrote them, in the order of `_id`.
@@ -8277,13 +8332,9 @@ class MongoStore:
         `after`: the `_id` from which to go on, {} for all. Each page is asked for by itself, so an election costs none
         of them. Dates are naive, as they stand there. Raises StoreAway.
         """
-        from pymongo.errors import PyMongoError
-
         while True:
-            try:
+            with self.asking():
                 found = self._page(name, after)
-            except PyMongoError as error:
-                raise self._fault(error) from error
             yield [document for document in found if document["_id"] != after.get("_id", ...)]
             if len(found) < PAGE + bool(after):
                 return
@@ -8303,13 +8354,9 @@ class MongoStore:
 
     def at_moments(self, documents: Iterable[Document]) -> list[Document]:
         """Return our trades of the codes and times that documents have, one at least. Raises StoreAway."""
-        from pymongo.errors import PyMongoError
-
         moments = [{name: document[name] for name in ("stock_code", "t")} for document in documents]
-        try:
+        with self.asking():
             return [*filter(is_trade, self.collection().find({"$or": moments}))]
-        except PyMongoError as error:
-            raise self._fault(error) from error
 
     def newest(self, codes: Collection[str], since: int, until: int) -> dict[str, Document]:
         """Return the newest trade of each code in a span of time. Raises StoreError.
@@ -8318,12 +8365,10 @@ class MongoStore:
         missing: few requests, and few documents even where a code has thousands of trades a day. What another
         program has put there and is no trade is passed over.
         """
-        from pymongo.errors import PyMongoError
-
         found: dict[str, Document] = {}
         missing = [*codes]
         span = NEWEST_SPAN_MS
-        try:
+        with self.asking():
             while missing and until >= since:
                 first = max(since, until - span)
                 wanted = {"stock_code": {"$in": missing}, "t": {"$gte": first, "$lte": until}}
@@ -8333,8 +8378,6 @@ class MongoStore:
                         found[code] = document
                 missing = [code for code in codes if code not in found]
                 until, span = first - 1, span * 4
-        except PyMongoError as error:
-            raise self._fault(error) from error
         return {
             code: document | {name: str(document[name]) for name in NUMBERS}
             for code, document in found.items()
@@ -8343,12 +8386,11 @@ class MongoStore:
     def write_closes(self, closes: Sequence[Close]) -> Mapping[str, str]:
         """Insert candidates; where a document stands already, a conditional update lets the server decide."""
         from pymongo import UpdateOne
-        from pymongo.errors import PyMongoError
 
         now = utc_now()
         documents = [self._close_document(close, now) for close in closes]
         collection = self.collection(self.close_name)
-        try:
+        with self.asking():
             self._demand_plain(self.close_name)
             taken, refused = self._in_bulk(
                 self.close_name, len(documents), lambda: collection.insert_many(documents, ordered=False)
@@ -8358,14 +8400,10 @@ class MongoStore:
                 for close, document in zip(closes, documents, strict=True)
                 if close.key in taken
             ]
-            if updates:
-                _, worse = self._in_bulk(
-                    self.close_name, len(updates), lambda: collection.bulk_write(updates, ordered=False)
-                )
-                refused |= worse
-        except PyMongoError as error:
-            raise self._fault(error) from error
-        return refused
+            _, worse = self._in_bulk(
+                self.close_name, len(updates), lambda: collection.bulk_write(updates, ordered=False)
+            )
+        return refused | worse
 
     def _close_document(self, close: Close, now: datetime) -> Document:
         found = self._bson(close.document)
@@ -8376,52 +8414,35 @@ class MongoStore:
 
     def finals(self, keys: Collection[str]) -> set[str]:
         """Return which of these closes are final. Raises StoreError."""
-        from pymongo.errors import PyMongoError
-
         wanted = {"_id": {"$in": list(keys)}, "close": {"$ne": None}}
-        try:
+        with self.asking():
             return {found["_id"] for found in self.collection(self.close_name).find(wanted, {"_id": 1})}
-        except PyMongoError as error:
-            raise self._fault(error) from error
 
     def write_gaps(self, documents: Sequence[Document]) -> None:
         """Write times in which the stream did not bring every trade, as they are now. Raises StoreAway."""
         from pymongo import ReplaceOne
-        from pymongo.errors import PyMongoError
 
         updates = [ReplaceOne({"_id": one["_id"]}, one, upsert=True) for one in documents]
-        try:
-            self.collection(self._settings.gap_name).bulk_write(updates, ordered=False)
-        except PyMongoError as error:
-            raise self._fault(error) from error
+        with self.asking():
+            self.collection(self.gap_name).bulk_write(updates, ordered=False)
 
     def codes(self) -> list[str]:
         """Return every code in `realtime`. Raises StoreError."""
-        from pymongo.errors import PyMongoError
-
-        try:
+        with self.asking():
             return sorted(filter(None, map(str, self.collection().distinct("stock_code"))))
-        except PyMongoError as error:
-            raise self._fault(error) from error
 
     def field(self, name: str, field: str, most: int) -> list[object]:
         """Return a field of up to `most` documents of a collection, None for one that lacks it. Raises StoreAway."""
-        from bson.errors import BSONError
-        from pymongo.errors import PyMongoError
-
-        try:
+        with self.asking():
             found = self.collection(name).find({}, {"_id": 0, field: 1}).limit(most)
             return [document.get(field) for document in found]
-        except (PyMongoError, BSONError) as error:
-            raise self._fault(error) from error
 
     def check(self) -> str:
         """Ping, look for the index, write to and delete from both collections. Raises StoreError."""
         from pymongo import timeout
-        from pymongo.errors import PyMongoError
 
         settings = self._settings
-        try:
+        with self.asking():
             with timeout(self._looking_s()):
                 self.client.admin.command("ping")
             for name in (self.realtime_name, self.close_name):
@@ -8430,8 +8451,6 @@ class MongoStore:
             # closes are replaced, too: this finds none, and needs the right
             self.collection(self.close_name).update_one({"_id": PROBE}, {"$unset": {"date": ""}})
             index = self._index_words()
-        except PyMongoError as error:
-            raise self._fault(error) from error
         place, database = settings.mongodb_shown(), settings.mongodb_db_name
         return phrase("stores.mongodb_good", place=place, database=database, index=index)
 
@@ -8439,7 +8458,7 @@ class MongoStore:
         """Return the indexes by which MongoDB removes documents of `realtime`, or could. Raises StoreAway."""
         from pymongo import timeout
 
-        with self._faults(), timeout(self._looking_s()):
+        with self.asking(), timeout(self._looking_s()):
             found = self.collection().index_information()
         return [
             TtlIndex(name, index["key"][0][0], index.get("expireAfterSeconds"))
@@ -8457,7 +8476,7 @@ class MongoStore:
         from pymongo import timeout
         from pymongo.errors import PyMongoError
 
-        with self._faults(), timeout(self._looking_s()):
+        with self.asking(), timeout(self._looking_s()):
             try:
                 return self.collection().count_documents({"create_time": {"$lt": before}})
             except PyMongoError as error:
@@ -8467,7 +8486,7 @@ class MongoStore:
 
     def oldest(self) -> list[str]:
         """Return the earliest `create_time` (ISO 8601 UTC), nothing where there is none. Raises StoreAway."""
-        with self._faults():
+        with self.asking():
             found = self.collection().find({"create_time": {"$type": "date"}}).sort(TTL_KEY).limit(1)
             return [iso(document["create_time"]) for document in found]
 
@@ -8475,7 +8494,7 @@ class MongoStore:
         """Have MongoDB remove documents so long after their `create_time`. Raises StoreAway, also after `wait_s`."""
         from pymongo import timeout
 
-        with self._faults(), timeout(wait_s):
+        with self.asking(), timeout(wait_s):
             self.collection().create_index(TTL_KEY, name=TTL_INDEX, expireAfterSeconds=seconds)
 
     def change_ttl_index(self, seconds: int) -> bool:
@@ -8483,7 +8502,7 @@ class MongoStore:
         from pymongo.errors import OperationFailure
 
         change = {"name": TTL_INDEX, "expireAfterSeconds": seconds}
-        with self._faults():
+        with self.asking():
             try:
                 self.collection().database.command("collMod", self.realtime_name, index=change)
             except OperationFailure as error:
@@ -8494,18 +8513,8 @@ class MongoStore:
 
     def drop_ttl_index(self) -> None:
         """Have MongoDB remove nothing by our index any more. Raises StoreAway."""
-        with self._faults():
+        with self.asking():
             self.collection().drop_index(TTL_INDEX)
-
-    @contextlib.contextmanager
-    def _faults(self) -> Iterator[None]:
-        """Raise StoreAway in place of what pymongo raises."""
-        from pymongo.errors import PyMongoError
-
-        try:
-            yield
-        except PyMongoError as error:
-            raise self._fault(error) from error
 
     def _index_words(self) -> Phrase:
         from pymongo.errors import OperationFailure
@@ -8603,7 +8612,7 @@ class MongoStore:
         try:  # not connected before it is used: mongodb+srv:// asks the DNS, which may be away too
             return MongoClient(self._settings.mongodb_uri, tz_aware=True, connect=False, **options)
         except (PyMongoError, ValueError, TypeError) as error:
-            why = self._settings.redact(one_line(error))
+            why = mongo_words(self._settings.redact(one_line(error)))
             raise SettingsError(
                 [phrase("stores.bad_uri", uri=self._settings.mongodb_shown(), why=why)]
             ) from None
@@ -8612,7 +8621,7 @@ class MongoStore:
             linecache.clearcache()
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
+    def asking(self) -> Iterator[None]:
         """Raise StoreAway in place of whatever pymongo raises in the block."""
         from bson.errors import BSONError
         from pymongo.errors import PyMongoError
@@ -8690,12 +8699,12 @@ class MongoStore:
         """Return what the server says of an error."""
         if "errmsg" not in error:
             return phrase("tools.unknown")
-        return self._settings.redact(one_line(error["errmsg"], 200))
+        return mongo_words(self._settings.redact(one_line(error["errmsg"], 200)))
 
     def _fault(self, error: Exception) -> StoreAway:
         from pymongo.errors import ConnectionFailure, NotPrimaryError, PyMongoError
 
-        words = self._settings.redact(one_line(plain_words(str(error)), 200))
+        words = mongo_words(self._settings.redact(one_line(plain_words(str(error)), 200)))
         lost = isinstance(error, ConnectionFailure) and not isinstance(error, NotPrimaryError)
         lost = lost or (isinstance(error, PyMongoError) and error.timeout)
         return self._away(words, lost and not self._is_unwanted())
@@ -8713,6 +8722,8 @@ class MongoStore:
         cause = "MONGODB_HOST"
         if "failed validation" in words:
             cause = phrase("stores.validators", realtime=self.realtime_name, close=self.close_name)
+        if "os.ECONNREFUSED" in kinds_in(words):
+            cause = phrase("stores.or_mongod")
         fails = phrase("stores.fails", place=self._settings.mongodb_shown(), why=words)
         return StoreAway(see(fails, cause), unreachable, words, refused)
 
@@ -8830,6 +8841,8 @@ class Retention(Protocol):
 class SqliteRetention:
     """Deletes what is older than KEEP_DAYS from the embedded store, in the order in which it came, step by step.
 
+    Gaps of the stream go with the trades of their time.
+
     A step is one transaction, so a kill costs nothing. Trades that came while the clock was ahead are passed over, and
     what came behind them goes in time, or stays twice as long at most. A clock that is ahead deletes nothing
     (LONGEST_REST_S). Nothing is deleted while closes are to be made of it. Space is given back where that is much and
@@ -8861,6 +8874,9 @@ class SqliteRetention:
         if rows and (goes_on or not any(before <= created <= now for _, created in rows)):
             self._passed = rows[-1][0]
             return EXPIRED_PAUSE_S
+        since = datetime.fromisoformat(before).timestamp() * 1000
+        with self._file.write() as db:
+            db.execute('DELETE FROM stream_gaps WHERE "to" < ?', (since,))
         self._end_round()
         return KEEP_EVERY_S
 
@@ -9134,6 +9150,12 @@ class RefusedClose(NamedTuple):
     why: str
 
 
+def place_closes(store: CloseStore, closes: Sequence[Close]) -> list[RefusedClose]:
+    """Let closes take their places in a store, and return those that it refused. Raises StoreError."""
+    refused = store.write_closes(closes) if closes else {}
+    return [RefusedClose(close, refused[close.key]) for close in closes if close.key in refused]
+
+
 class ClosingPrices:
     """Keeps the closing snapshot from trades: looks at stored ones whose session is over, and writes their closes.
 
@@ -9177,12 +9199,10 @@ class ClosingPrices:
             if self._noted.get(code) != day and close < NEVER:
                 traded[code, day] = session
         closes = self._closes(over)
-        refused: Mapping[str, str] = {}
-        if closes:
-            refused = self._store.write_closes(closes)
+        refused = place_closes(self._store, closes)
         self._note(traded, now)
         self._remember(over, closes)
-        return [RefusedClose(close, refused[close.key]) for close in closes if close.key in refused]
+        return refused
 
     def _closes(self, over: Sequence[tuple[Document, Session]]) -> list[Close]:
         """Return the closes that trades of sessions make that are over."""
@@ -9319,7 +9339,8 @@ class Finaliser:
         refused = []
         for session, some in groups.items():
             newest = self._store.newest([row.code for row in some], session.opens, session.until)
-            refused += self._write([regular_close(document, session) for document in newest.values()])
+            closes = [regular_close(document, session) for document in newest.values()]
+            refused += place_closes(self._store, closes)
             stage = Stage.BATCH if session.bar < NEVER else Stage.DONE
             self._sessions.change(row._replace(stage=stage, due=session.bar // 1000) for row in some)
         return refused
@@ -9361,7 +9382,7 @@ class Finaliser:
         now_ms = int(self._clock.wall() * 1000)
         codes = outcome.batch.split()
         closes = {code: final_closes(code, outcome.bars.get(code, ()), now_ms) for code in codes}
-        refused = self._write([close for some in closes.values() for close in some])
+        refused = place_closes(self._store, [close for some in closes.values() for close in some])
         made = {close.key for some in closes.values() for close in some}
         rows = [row for code in codes for row in by_code[code]]
         left = [row for row in rows if row.key not in made]
@@ -9392,12 +9413,6 @@ class Finaliser:
             stage = Stage.SINGLE
         delay = min(BAR_AGAIN_CAP_S, BAR_AGAIN_S * 2 ** min(row.tries, 10))
         return row._replace(stage=stage, due=now + delay, tries=tries)
-
-    def _write(self, closes: Sequence[Close]) -> list[RefusedClose]:
-        if not closes:
-            return []
-        refused = self._store.write_closes(closes)
-        return [RefusedClose(close, refused[close.key]) for close in closes if close.key in refused]
 
     def _say(self, rows: Sequence[OpenSession], why: str) -> None:
         """Say once a day that closes stay provisional."""
@@ -9723,7 +9738,7 @@ class Reject(TypedDict):
 
 
 # What the kinds of their reasons begin with.
-REJECT_REASONS = ("stores.", "tools.see")
+REJECT_REASONS = ("stores.", "tools.see", "mongo.")
 
 
 class Rejects:
@@ -9892,7 +9907,7 @@ class Delivery:
     def write(self, documents: Sequence[Document]) -> WriteReport:
         """Store documents, or queue them: behind those that wait, and whatever fails but for their own fault."""
         if not self._is_caught_up():
-            return self._queue_up(documents)
+            return self.keep(documents)
         return self._write_now(documents)
 
     def write_soon(self, documents: Sequence[Document]) -> WriteReport:
@@ -9903,7 +9918,20 @@ class Delivery:
 
     def keep(self, documents: Sequence[Document]) -> WriteReport:
         """Queue documents, whether or not MongoDB would take them. Raises StoreError."""
-        return self._queue_up(documents)
+        before = self.queue.trades
+        try:
+            report = self.queue.write(documents)
+        except StoreError as error:
+            words = phrase("delivery.not_kept", because=self._because(before), why=error.message)
+            raise StoreError(words) from error
+        finally:
+            self._tell()
+        self._wake()
+        return WriteReport(
+            refused=report.refused,
+            queued=len(documents) - len(report.refused),
+            queued_because=self._because(before - report.duplicates),
+        )
 
     def _write_now(self, documents: Sequence[Document]) -> WriteReport:
         try:
@@ -9911,7 +9939,7 @@ class Delivery:
         except StoreAway as error:
             self._note_away(error)
             self._trouble.again(error.message)
-            return self._queue_up(documents)
+            return self.keep(documents)
         self._note_back()
         if report.refused:
             self._put_aside(documents, report.refused, self.mongo.realtime_name)
@@ -9973,19 +10001,14 @@ class Delivery:
 
     def _is_caught_up(self) -> bool:
         """Whether no trades wait, if need be after a while. MongoDB is not waited for while it is away."""
-        try:
-            if self.queue.has_trades():
-                self._wake()
-                before = self.queue.trades
-                with self._changed:
-                    self._changed.wait_for(lambda: self._away or not self.queue.has_trades(), CATCH_UP_S)
-                self._is_silent = self.queue.trades >= before
-                return self._away is None and not self.queue.has_trades()
-        except StoreError as error:
-            self._file_trouble.again(error.message)
-        else:
-            self._file_trouble.over()
-        return True
+        if not self._has_waiting():
+            return True
+        self._wake()
+        before = self.queue.trades
+        with self._changed:
+            self._changed.wait_for(lambda: self._away or not self._has_waiting(), CATCH_UP_S)
+        self._is_silent = self.queue.trades >= before
+        return self._away is None and not self._has_waiting()
 
     def _has_waiting(self) -> bool:
         """Whether trades wait; none do where the file cannot say."""
@@ -9996,22 +10019,6 @@ class Delivery:
             return False
         self._file_trouble.over()
         return has_trades
-
-    def _queue_up(self, documents: Sequence[Document]) -> WriteReport:
-        before = self.queue.trades
-        try:
-            report = self.queue.write(documents)
-        except StoreError as error:
-            words = phrase("delivery.not_kept", because=self._because(before), why=error.message)
-            raise StoreError(words) from error
-        finally:
-            self._tell()
-        self._wake()
-        return WriteReport(
-            refused=report.refused,
-            queued=len(documents) - len(report.refused),
-            queued_because=self._because(before - report.duplicates),
-        )
 
     def _because(self, others: int) -> Phrase:
         """Return why trades are queued, before which `others` wait."""
@@ -10120,9 +10127,7 @@ class Delivery:
         try:
             finals = self.queue.finals(DELIVERY_BATCH)
             if finals:
-                refused = self.mongo.write_closes(finals)
-                closes = [RefusedClose(close, refused[close.key]) for close in finals if close.key in refused]
-                self.put_closes_aside(closes)
+                self.put_closes_aside(place_closes(self.mongo, finals))
                 self.queue.remove_finals(finals)
             trades = self.unsettled.some(DELIVERY_BATCH)
             if trades:
@@ -10630,10 +10635,9 @@ class MongoReader(_FileReader):
     What another program has put into the collections and is no trade is passed over.
     """
 
-    def __init__(self, store: MongoStore, file: LocalFile, gap_name: str) -> None:
+    def __init__(self, store: MongoStore, file: LocalFile) -> None:
         super().__init__(file)
         self._store = store
-        self._gap_name = gap_name
 
     def codes(self) -> list[str]:
         """Return every code of which there is a trade, sorted. Raises StoreError."""
@@ -10642,7 +10646,7 @@ class MongoReader(_FileReader):
     def close_codes(self) -> list[str]:
         """Return every code of which there is a close, sorted. Raises StoreError."""
         pipeline = [{"$group": {"_id": "$stock_code"}}]
-        with self._store.reading():
+        with self._store.asking():
             found = list(
                 self._store.collection(self._store.close_name).aggregate(pipeline, allowDiskUse=True)
             )
@@ -10675,7 +10679,7 @@ class MongoReader(_FileReader):
             "stock_code": code,
             **_WITH_NUMBERS,
         }
-        with self._store.reading():
+        with self._store.asking():
             return _stored_trades(list(self._store.collection().find(wanted).sort("_id", -1).limit(1)))
 
     def _newest(self, wanted: Mapping[str, object]) -> list[tuple[str, int]]:
@@ -10690,7 +10694,7 @@ class MongoReader(_FileReader):
             {"$sort": dict(INDEX)},
             {"$group": {"_id": "$stock_code", "t": {"$first": "$t"}}},
         ]
-        with self._store.reading():
+        with self._store.asking():
             found = self._store.collection().aggregate(pipeline, allowDiskUse=True)
             return [(one["_id"], int(one["t"])) for one in found if one["_id"].isprintable()]
 
@@ -10709,7 +10713,7 @@ class MongoReader(_FileReader):
         try:
             coming = ahead.submit(next, batches, None)
             while True:
-                with self._store.reading():
+                with self._store.asking():
                     batch = coming.result()
                 if batch is None:
                     return
@@ -10739,8 +10743,11 @@ class MongoReader(_FileReader):
         """Return what was traded in each step. Raises StoreError."""
         found: dict[str, list[Candle]] = {}
         for part in parts_of([*codes], CODES_ASKED):
-            pipeline = _mongo_candles(part, since, until, step_ms)
-            with self._store.reading():
+            spans = [span for code in part for span in _spans_of(code, since, until)]
+            if not spans:  # MongoDB takes no $or of nothing
+                continue
+            pipeline = _mongo_candles(spans, since, step_ms)
+            with self._store.asking():
                 for one in self._store.collection().aggregate(pipeline, allowDiskUse=True):
                     found.setdefault(one["_id"]["code"], []).append(_mongo_candle(one))
         return {code: sorted(candles) for code, candles in found.items()}
@@ -10762,15 +10769,15 @@ class MongoReader(_FileReader):
         return _newest_finals(found)
 
     def _closes(self, wanted: Mapping[str, object]) -> list[StoredClose]:
-        with self._store.reading():
+        with self._store.asking():
             found = self._store.collection(self._store.close_name).find(wanted)
             return [*filter(None, map(_mongo_close, found))]
 
     def gaps(self, codes: Collection[str], since: int, until: int) -> list[Gap]:
         """Return the gaps that MongoDB has, and those of this machine that it has not yet. Raises StoreError."""
         wanted = {"from": {"$lt": until}, "$or": [{"to": None}, {"to": {"$gt": since}}]}
-        with self._store.reading():
-            documents = list(self._store.collection(self._gap_name).find(wanted))
+        with self._store.asking():
+            documents = list(self._store.collection(self._store.gap_name).find(wanted))
         there = [*filter(None, map(_mongo_gap, documents))]
         # of one that both have this machine knows best how it stands
         every = [*_touching(there, codes), *super().gaps(codes, since, until)]
@@ -10841,13 +10848,10 @@ def _iso_text(moment: object) -> str:
     return iso(moment)
 
 
-def _mongo_candles(codes: Sequence[str], since: int, until: int, step_ms: int) -> list[dict[str, Any]]:
+def _mongo_candles(spans: Sequence[tuple[str, str]], since: int, step_ms: int) -> list[dict[str, Any]]:
     """Return the aggregation that makes candles; the order of `_id` says what came first."""
-
     # a double as a decimal would have 15 digits, and zeros for those that it has not
     price = {"$cond": [{"$isNumber": "$p"}, "$p", {"$toDecimal": "$p"}]}
-
-    spans = [span for code in codes for span in _spans_of(code, since, until)]
     into_it = {"$mod": [{"$subtract": ["$t", since]}, step_ms]}
     return [
         {"$match": {"$or": [{"_id": {"$gt": low, "$lt": high}} for low, high in spans]}},
@@ -10903,58 +10907,33 @@ KEEP_ONCE_S = 2.0
 FRESH_MS = 3_600_000
 
 
-class Finder(Protocol):
-    """What knows which instruments exist."""
-
-    def find(self, unclear: UnclearCode, stop: threading.Event) -> Instrument | None:
-        """Return what a text means whose form does not tell, None where nothing is known of it.
-
-        Raises InstrumentError with better words than it was refused with, and StoreError.
-        """
-
-    def explain(self, unknown: Instrument, stop: threading.Event) -> str:
-        """Return why the API does not know an instrument, '' where that cannot be told. Raises StoreError."""
-
-
-class Settler(Protocol):
-    """What makes the closes that follow from stored trades."""
-
-    def settle(self, documents: Sequence[Document], stop: threading.Event) -> object:
-        """Write them. Raises StoreError."""
-
-
 class Keeper:
     """What follows where documents were written: listeners are told, closes are made.
 
     The same for trades that were asked for and for those that were pushed. Any thread may call it.
     """
 
-    def __init__(self, closing: Settler | None, events: Events, trouble: LogThrottle) -> None:
+    def __init__(self, closing: ClosingPrices | Delivery | None = None, events: Events = NO_EVENTS) -> None:
         self._closing = closing
         self._events = events
-        self._trouble = trouble
+        self._trouble = LogThrottle("closing snapshot", then="the trades are stored all the same")
 
     def follow(self, written: WriteReport, documents: Sequence[Document], stop: threading.Event) -> str:
         """Tell of documents that a store has, and make their closes; return why those cannot be made, '' if they can.
 
-        The closes of what is queued are made when it arrives.
+        That is said, too. The closes of what is queued are made when it arrives.
         """
-        if written.queued:
-            self._events.kept(documents)
-            return ""
         self._events.stored(documents)
-        return self._settle(documents, stop)
-
-    def _settle(self, documents: Sequence[Document], stop: threading.Event) -> str:
-        """Keep the closing prices; that it fails costs no trade."""
-        if self._closing is None:
+        if written.queued:
             return ""
         try:
-            self._closing.settle(documents, stop)
-        except StoreError as error:
-            return error.message
+            if self._closing is not None:
+                self._closing.settle(documents, stop)
         except Exception as error:  # the trades are stored, and that is what counts
-            return own_fault(error, is_said=self._trouble.there)
+            words = fault_words(error, self._events, is_said=self._trouble.there)
+            self._trouble.again(words)
+            return words
+        self._trouble.over()
         return ""
 
 
@@ -10975,22 +10954,20 @@ class Collector:
         self,
         source: Source,
         store: Store,
-        closing: Settler | None = None,
+        keeper: Keeper,
         events: Events = NO_EVENTS,
         *,
         demo: bool = False,
         report: Report | None = None,
-        finder: Finder | None = None,
+        finder: Directory | None = None,
         clock: Clock = SYSTEM_CLOCK,
-        close_trouble: LogThrottle | None = None,
     ) -> None:
         self._source = source
         self._store = store
         self._events = events
         self._demo = demo
         self._clock = clock
-        self._close_trouble = close_trouble or LogThrottle("closing snapshot", clock)
-        self._keeper = Keeper(closing, events, self._close_trouble)
+        self._keeper = keeper
         self._unwritten: list[Document] = []
         self._unwritten_since = 0.0
         self._finder = finder
@@ -11071,7 +11048,7 @@ class Collector:
             self._tried.setdefault(asked, []).append(code)
         self._next_plan.add_instrument(others[0]._replace(alternatives=others[1:]), asked, unsure=True)
 
-    def _look_up(self, plan: BatchPlan, finder: Finder) -> None:
+    def _look_up(self, plan: BatchPlan, finder: Directory) -> None:
         """Have looked up what the forms of some codes do not tell; what is found is asked next."""
         for shown, found, why in looked_up(plan, finder, self._stop):
             if found is None:
@@ -11079,7 +11056,7 @@ class Collector:
             else:
                 self._next_plan.add_instrument(found, shown, unsure=True)
 
-    def _explain(self, finder: Finder) -> None:
+    def _explain(self, finder: Directory) -> None:
         """Say of unknown codes what the lists know better."""
         for unknown, asked in self._unknown[:NAMES_LISTED]:
             if self._stop.is_set():
@@ -11153,7 +11130,7 @@ class Collector:
                 self.report.read_as[self._asked(code)] = code
 
     def _count(self, written: WriteReport, documents: Sequence[Document]) -> None:
-        """Count what a write did, and let follow what does; that closes fail is said, not at every run."""
+        """Count what a write did, and let follow what does."""
         if written.queued:
             self.report.queued += written.queued
             self.report.queued_because = written.queued_because
@@ -11161,16 +11138,11 @@ class Collector:
             self.report.stored += written.stored
             self.report.duplicates += written.duplicates
         close_error = self._keeper.follow(written, documents, self._stop)
-        if close_error:
-            if not self.report.close_error:
-                self._close_trouble.again(close_error)
-            self.report.close_error = close_error
-        elif not written.queued and not self.report.close_error:
-            self._close_trouble.over()
+        self.report.close_error = close_error or self.report.close_error
 
 
 def looked_up(
-    plan: BatchPlan, finder: Finder, stop: threading.Event
+    plan: BatchPlan, finder: Directory, stop: threading.Event
 ) -> Iterator[tuple[str, Instrument | None, str]]:
     """Yield of each code whose form does not tell what it means what the lists know it as, or why nothing."""
     for shown, unclear in plan.unclear.items():
@@ -11224,8 +11196,10 @@ def _check_of(api: InfowayApi | None, key: ApiKey, verdict: Verdict, settings: S
         # it may serve others: a plan of crypto alone is a good one
         good = phrase("run.accepted_without_stocks", place=place, why=verdict.failure.words)
     else:
-        setting = verdict.setting or "INFOWAY_API_BASE_URL"
-        return Check(name, False, see(verdict.failure.words, setting))
+        words = see(verdict.failure.words, verdict.setting or "INFOWAY_API_BASE_URL")
+        if verdict.action is Action.KEY_DEAD:
+            key.dead = words  # it is asked for nothing more
+        return Check(name, False, words)
     return Check(name, True, listing("join.clauses", [good, *_plan_words(settings, api, key)]))
 
 
@@ -11248,7 +11222,9 @@ def _plan_words(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list
     elif info.ends:
         words = [phrase("run.plan_until", limits=_limits_words(told), until=iso_after(info.ends, 0))]
     if key.plan is not PLAN_TO_ASK and key.plan.windows() != told.windows():
-        words.append(phrase("run.other_plan", limits=_limits_words(key.plan)))
+        is_set = dict(settings.key_plans())[key.secret] is key.plan
+        kind = "run.other_plan" if is_set else "run.plan_before"
+        words.append(phrase(kind, limits=_limits_words(key.plan)))
     return words
 
 
@@ -11299,18 +11275,14 @@ class QueueFacts(TypedDict):
 
 
 class _Aside(Events):
-    """Passes on what a run stores, not how it goes on: by that the executor is watched, whose run is another one."""
+    """Tells how a run goes on as what is not the executor's, whose run is another one."""
 
     def __init__(self, events: Events) -> None:
         self._events = events
 
-    def stored(self, documents: Sequence[Document]) -> None:
-        """Pass it on."""
-        self._events.stored(documents)
-
-    def kept(self, documents: Sequence[Document]) -> None:
-        """Pass it on."""
-        self._events.kept(documents)
+    def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
+        """Tell that the thread whose run it is goes on."""
+        self._events.works(True)
 
 
 class Pipeline:
@@ -11337,7 +11309,6 @@ class Pipeline:
         self._events = events
         self._demo = demo
         self._delivery: Delivery | None = None
-        self._close_trouble = LogThrottle("closing snapshot", then="the trades are stored all the same")
         self._keep_trouble = LogThrottle("KEEP_DAYS", then="older trades stay until it works")
         self._keep_due = 0.0  # monotonic
         with contextlib.ExitStack() as opened:
@@ -11351,37 +11322,41 @@ class Pipeline:
                 ledger = SharedLedger(mongo.collection(settings.license_name), ledger)
             self.keys = KeyPool(settings.key_plans(), ledger)
             opened.callback(self.keys.close)
-            proxies = settings.proxies
-            api = InfowayApi(settings.api_base_url, self.keys, proxies, self._events, clock=clock)
-            opened.callback(api.close)
-            self.api = api
+            self.api = api = self._open_api(opened)
             self.gaps = Gaps(file, mongo)
             self._plans = KeyPlans(file, api)
             self.directory = Directory(file, api)
             self._source: Source = api
+            self._source_of_polls: Source = self._open_api(opened)
             if demo:
-                self._source = DemoApi(clock, int(settings.collect_every_s) or 60)
+                self._source = self._source_of_polls = DemoApi(clock, int(settings.collect_every_s) or 60)
             self._open_store(file, mongo)
-            self._polled: InfowayApi | None = None  # made at first use
             self._polling = threading.Lock()
             self._opened = opened.pop_all()
 
+    def _open_api(self, opened: contextlib.ExitStack) -> InfowayApi:
+        """Return a client of the API, of which each serves one run at a time."""
+        url, proxies = self._settings.api_base_url, self._settings.proxies
+        api = InfowayApi(url, self.keys, proxies, self._events, clock=self._clock)
+        opened.callback(api.close)
+        return api
+
     def _open_store(self, file: LocalFile, mongo: MongoStore | None) -> None:
         self.store: SqliteStore | Delivery
-        self._closing: ClosingPrices | Delivery
         sessions = SessionsFile(file)
         closes_in: SqliteStore | MongoStore = mongo or SqliteStore(file)
         closes = ClosingPrices(closes_in, sessions, self._clock)
+        closing: ClosingPrices | Delivery = closes
         self.reader: Reader = SqliteReader(file, self._demo)
         if isinstance(closes_in, SqliteStore):
-            self.store, self._closing = closes_in, closes
+            self.store = closes_in
         else:
-            self.reader = MongoReader(closes_in, file, self._settings.gap_name)
+            self.reader = MongoReader(closes_in, file)
             limit = self._settings.spool_max_bytes
             queue, rejects, unsettled = DeliveryQueue(file, limit), Rejects(file), UnsettledTrades(file)
             self._delivery = Delivery(closes_in, queue, rejects, unsettled, closes, self._events)
-            self.store = self._closing = self._delivery
-        self._keeper = Keeper(self._closing, self._events, self._close_trouble)
+            self.store = closing = self._delivery
+        self._keeper = Keeper(None if self._demo else closing, self._events)
         days = self._settings.keep_days
         self._retention: Retention = SqliteRetention(file, days, self._clock)
         if mongo is not None:  # what waits for it in the local file stays
@@ -11406,7 +11381,7 @@ class Pipeline:
                 yield SqliteReader(file, demo)
                 return
             with Pipeline.open_mongodb(settings) as store:
-                yield MongoReader(store, file, settings.gap_name)
+                yield MongoReader(store, file)
 
     def __enter__(self) -> Self:
         return self
@@ -11439,24 +11414,9 @@ class Pipeline:
         """
         try:
             with turn(self._polling, stop):
-                return self._collect(self._source_beside(), _Aside(self._events), codes, stop)
+                return self._collect(self._source_of_polls, _Aside(self._events), codes, stop)
         except Interrupted:
             return Report(interrupted=True)
-
-    def _source_beside(self) -> Source:
-        """Return what can be asked while a run asks."""
-        if self._demo:
-            return self._source
-        if self._polled is None:
-            self._polled = InfowayApi(
-                self._settings.api_base_url,
-                self.keys,
-                self._settings.proxies,
-                self._events,
-                clock=self._clock,
-            )
-            self._opened.callback(self._polled.close)
-        return self._polled
 
     def _collect(
         self,
@@ -11468,19 +11428,12 @@ class Pipeline:
     ) -> Report:
         self.need_key()
         need_clock(self._clock.wall())
-        closing, finder = None, None
+        finder = None
         if not self._demo:
             self._plans.ask(stop)
-            closing, finder = self._closing, self.directory
+            finder = self.directory
         collector = Collector(
-            source,
-            self.store,
-            closing,
-            events,
-            demo=self._demo,
-            report=report,
-            close_trouble=self._close_trouble,
-            finder=finder,
+            source, self.store, self._keeper, events, demo=self._demo, report=report, finder=finder
         )
         if self._delivery is not None:
             self._delivery.mongo.start_threads()
@@ -11509,11 +11462,7 @@ class Pipeline:
             return self._follow(delivery.write_soon(documents), documents)
 
     def _follow(self, written: WriteReport, documents: Sequence[Document]) -> WriteReport:
-        close_error = self._keeper.follow(written, taken_of(documents, written), threading.Event())
-        if close_error:
-            self._close_trouble.again(close_error)
-        elif not written.queued:
-            self._close_trouble.over()
+        self._keeper.follow(written, taken_of(documents, written), threading.Event())
         return written
 
     def stream_limits(self, stop: threading.Event) -> dict[str, StreamLimits]:
@@ -11680,20 +11629,20 @@ class Pipeline:
             "used_today": counted,
             "leased_today": 0,
             "left_today": None,
-            "state": "ready",
+            "state": "unknown",
             "why": "",
             "until": "",
             "not_for": [],
         }
         if told is not None:
-            usage["not_for"] = told["not_for"]
+            usage |= {"state": "ready", "not_for": told["not_for"]}
             if told["state"] != "resting" or told["until"] > iso_after(now, 0):  # it was when it was told
                 usage |= {"state": told["state"], "why": told["why"], "until": told["until"]}
         if counted is not None:
             leased = min(counted, told["leased"]) if told else 0
             left = max(0, key.plan.per_day - counted + leased)
             usage |= {"used_today": counted - leased, "leased_today": leased, "left_today": left}
-        if usage["left_today"] == 0 and usage["state"] == "ready":
+        if usage["left_today"] == 0 and usage["state"] in ("ready", "unknown"):
             until = iso_after(next_midnight(now), 0)
             usage |= {"state": "resting", "why": day_used_up(key.plan), "until": until}
         return usage
@@ -11709,9 +11658,8 @@ class Pipeline:
 
 # A file or a collection of codes is looked at again after so long, seconds.
 LOOK_EVERY_S = 60.0
-# As many codes as a command may have, and a file that holds no more of them.
+# As many codes as a command may have.
 MOST_COLLECTED = 100_000
-MOST_CODES_BYTES = 16 * 1024 * 1024
 # The kind of what a command is answered that names none.
 NO_CODES = "collection.no_codes"
 
@@ -11795,33 +11743,18 @@ class WatchList:
         texts = [value for value in values if isinstance(value, str) and split_codes(value)]
         odd = len(values) - len(texts)
         if odd and not self._odd_said:
-            log.warning(
-                "COLLECT_CODES: %d of %s in %s have no text in the field code, and are passed over",
-                odd,
-                count_words(len(values), "document"),
-                place,
-            )
+            documents = count_words(len(values), "document")
+            log.warning("%s", phrase("collection.odd", odd=odd, documents=documents, place=place))
         self._odd_said = bool(odd)
         return [code for text in texts for code in split_codes(text)]
 
     @staticmethod
     def _read_file(path: Path) -> list[str]:
         """Return the codes in a file. Raises StockrtError."""
-        import stat
-
         try:
-            found = path.stat()
-            if not stat.S_ISREG(found.st_mode):
-                raise StockrtError(phrase("collection.no_plain_file", path=path))
-            if found.st_size > MOST_CODES_BYTES:
-                raise StockrtError(phrase("collection.large_file", path=path, size=found.st_size))
-            with path.open(encoding="utf-8-sig") as lines:
-                return list(codes_in(lines))
+            return list(codes_in(read_file(path)))
         except (OSError, UnicodeDecodeError) as error:
-            why: object = phrase("tools.not_utf8")
-            if isinstance(error, OSError):
-                why = os_words(error)
-            raise StockrtError(phrase("collection.unread", place=path, why=why)) from None
+            raise StockrtError(phrase("collection.unread", place=path, why=unread_words(error))) from None
 
     def _take(self, listed: Collection[str]) -> None:
         """Go over to what of a new list is in the share, and say what changed, or that it is nothing."""
@@ -11861,8 +11794,12 @@ class Resolved(NamedTuple):
     instruments: dict[str, Instrument]
     refused: dict[str, str]
 
+    def refused_words(self) -> Phrase:
+        """Return why codes are none."""
+        return reasons_named(self.refused)
 
-def resolve(codes: Iterable[object], finder: Finder | None, stop: threading.Event) -> Resolved:
+
+def resolve(codes: Iterable[object], finder: Directory | None, stop: threading.Event) -> Resolved:
     """Return what codes mean, by the rules of a run, as far as their forms and the lists tell. Raises StoreError."""
     plan = BatchPlan()
     plan.add(codes)
@@ -11888,7 +11825,8 @@ def resolve(codes: Iterable[object], finder: Finder | None, stop: threading.Even
 # Failures that are nobody's but the way to the trades: said as a trouble, whatever the codes.
 TROUBLES = frozenset({FailureKind.NETWORK, FailureKind.API, FailureKind.KEY, FailureKind.OTHER})
 # Those of a code itself.
-OF_THE_CODE = frozenset({FailureKind.INVALID_CODE, FailureKind.UNKNOWN_CODE, FailureKind.BAD_RECORD})
+NEVER_COLLECTED = frozenset({FailureKind.INVALID_CODE, FailureKind.UNKNOWN_CODE})
+OF_THE_CODE = NEVER_COLLECTED | {FailureKind.BAD_RECORD}
 
 
 class Troubles:
@@ -11969,11 +11907,12 @@ class Poller(threading.Thread):
         beat = Beat(self._every_s, time.monotonic())
         while not self._leaving.wait(beat.wait_s(time.monotonic())):
             began = time.monotonic()
-            report = self._poll()
-            now = time.monotonic()
-            self._note_beats(beat.done(now), now - began)
-            self._count(report)
-            self._events.collecting(self._stats)
+            with at_work(self._events):
+                report = self._poll()
+                now = time.monotonic()
+                self._note_beats(beat.done(now), now - began)
+                self._count(report)
+                self._events.collecting(self._stats)
 
     def _poll(self) -> Report:
         """Poll once; what keeps it from that is said, and the report's `store_error`."""
@@ -12008,15 +11947,18 @@ class Poller(threading.Thread):
             self._beat_trouble.over()
 
     def _count(self, report: Report) -> None:
-        before = self._stats
-        if report.total and not before.polled:
-            log.info("%s polled every %g s", count_words(report.total, "code"), self._every_s)
-        trouble = report.store_error
+        before, trouble = self._stats, report.store_error
         if not report.interrupted:
+            refused = {
+                code: one.words for code, one in report.failures.items() if one.kind in NEVER_COLLECTED
+            }
+            polled, why = report.total - len(refused), reasons_named(refused)
+            if polled and not before.polled:
+                log.info("%s polled every %g s", count_words(polled, "code"), self._every_s)
+            before = before._replace(polled=polled, refused=len(refused), refused_why=why)
             trouble = self._troubles.note(report)
         new = report.stored + report.queued
         self._stats = before._replace(
-            polled=report.total or before.polled,
             per_second=new / self._every_s,
             trades=before.trades + new + report.duplicates,
             stored=before.stored + new,
@@ -12110,7 +12052,7 @@ class MarkFiles:
         """Return what a file holds, nothing where there is none. Raises StoreError, ValueError for no object."""
         what = phrase("tools.not_read", path=path)
         with disk_trouble(what), contextlib.suppress(FileNotFoundError):
-            found = json_object(path.read_bytes())
+            found = json_object(read_file(path).encode())
             if found is None:
                 raise ValueError("no JSON object")
             return found
@@ -12187,42 +12129,15 @@ class Coverage:
         self._has_begun = self._is_closed = False
         self._trouble = LogThrottle("stream_gaps", clock, then="it is noted as soon as that works")
 
-    def begin(self, wanted: Mapping[str, Collection[str]]) -> None:
-        """Take over what the last process left: its open gaps, and a new one since its mark. Raises StoreError.
+    def want(self, wanted: Mapping[str, Collection[str]]) -> None:
+        """Have it which codes are to be collected, by product: of others nothing is missing from now on.
 
-        `wanted` as for `want`.
+        The first time it takes over what the last process left. Raises StoreError where that cannot be read.
         """
         with self._lock:
-            self._wanted = wanted
-            left = self._files.read()
-            self._left = left._replace(instance=left.instance or _new_instance(), stopped=False)
-            now = self._now_ms()
-            known: set[tuple[str, str]] = set()
-            for gap in self._gaps.open():
-                missing = {*gap.codes} & {*wanted.get(gap.product, ())}
-                known |= {(gap.product, code) for code in missing}
-                self._open.append(OpenGap(gap, missing, is_kept=True))
-            self._durable = now
-            self._end_gaps()
-            why = STOPPED if left.stopped else ENDED_WITHOUT_NOTICE
-            since: dict[tuple[str, int], set[str]] = {}
-            for product, until, codes in left.groups:
-                lost = {code for code in codes if (product, code) not in known} & {*wanted.get(product, ())}
-                since.setdefault((product, until), set()).update(lost)
-            for (product, until), lost in since.items():
-                self._lose(product, lost, min(until, now), why)
-                if until > now + CLOCK_BACK_MS:
-                    log.warning(
-                        "the clock was set back by %d s or more: a gap of %s may begin earlier than is noted",
-                        (until - now) / 1000,
-                        product,
-                    )
-            self._complete(self._ended)
-            self._has_begun = True
-
-    def want(self, wanted: Mapping[str, Collection[str]]) -> None:
-        """Have it which codes are to be collected, by product: of others nothing is missing from now on."""
-        with self._lock:
+            if not self._has_begun:
+                self._begin(wanted)
+                self._has_begun = True
             self._wanted = wanted
             for one in self._open:
                 one.missing &= {*wanted.get(one.gap.product, ())}
@@ -12299,11 +12214,15 @@ class Coverage:
             part.silent = part.acked & {*codes}
             part.silent_since = self._last_sign(part)
 
-    def take_silent(self) -> list[Gap]:
-        """Return the silences that are over: trades that are fetched now and were not pushed tell gaps of them."""
+    def to_fetch(self) -> tuple[set[str], list[Gap]]:
+        """Return the codes that were subscribed since this was asked last, and the silences that are over.
+
+        Their latest trades are to be fetched. Those of a silence that were not pushed tell a gap.
+        """
         with self._lock:
-            silences, self._silent = self._silent, []
-            return silences
+            back, silences = self._back, self._silent
+            self._back, self._silent = set(), []
+            return back, silences
 
     def was_deaf(self, silence: Gap) -> None:
         """In a silence there were trades that were not pushed."""
@@ -12320,35 +12239,23 @@ class Coverage:
             fresh = {*codes} - one.missing
             if fresh:
                 one.missing |= fresh
-                one.gap = one.gap._replace(codes=tuple(sorted(one.missing)))
-                one.is_kept = False
-                self._keep([one])
+                self._change(one, one.gap._replace(codes=tuple(sorted(one.missing))))
 
     def stored(self) -> None:
         """The store takes pushes again."""
         with self._lock:
             for product, one in [*self._refused.items()]:
-                one.gap = one.gap._replace(until=one.last)
-                one.is_kept = False
-                self._keep([one])
+                self._change(one, one.gap._replace(until=one.last))
                 if one.is_kept:
                     del self._refused[product]
 
-    def take_back(self) -> set[str]:
-        """Return the codes that were subscribed since this was asked last: their latest trades are to be fetched."""
+    def complete(self) -> None:
+        """Note that the gaps are over whose codes are subscribed again."""
         with self._lock:
-            back, self._back = self._back, set()
-            return back
-
-    def ended(self) -> list[OpenGap]:
-        """Return the gaps whose codes are subscribed again."""
-        with self._lock:
-            return [*self._ended]
-
-    def complete(self, gaps: Iterable[OpenGap]) -> None:
-        """Note that gaps are over."""
-        with self._lock:
-            self._complete(gaps)
+            for one in [*self._ended]:
+                self._change(one, one.gap)
+                if one.is_kept:
+                    self._ended.remove(one)
 
     def missing(self) -> int:
         """Return how many gaps go on."""
@@ -12372,7 +12279,7 @@ class Coverage:
     def mark(self, durable_ms: int, stopped: bool = False) -> None:
         """Keep in the state directory up to when everything is kept: what came before a moment (epoch ms).
 
-        Not before `begin` has read what the last process left there.
+        Not before `want` has read what the last process left there.
         """
         with self._lock:
             if self._is_closed or not self._has_begun:
@@ -12391,11 +12298,38 @@ class Coverage:
         """Leave: gaps that are over are noted, and nothing is from now on, whatever thread is late."""
         with self._lock:
             self.stored()
-            self._complete(self._ended)
+            self.complete()
             self.mark(durable_ms, stopped=True)
             self._is_closed = True
 
     # under the lock
+
+    def _begin(self, wanted: Mapping[str, Collection[str]]) -> None:
+        """Take over the open gaps of the last process, and note a new one since its mark. Raises StoreError."""
+        left = self._files.read()
+        self._left = left._replace(instance=left.instance or _new_instance(), stopped=False)
+        now = self._now_ms()
+        known: set[tuple[str, str]] = set()
+        for gap in self._gaps.open():
+            missing = {*gap.codes} & {*wanted.get(gap.product, ())}
+            known |= {(gap.product, code) for code in missing}
+            self._open.append(OpenGap(gap, missing, is_kept=True))
+        self._durable = now
+        self._end_gaps()
+        why = STOPPED if left.stopped else ENDED_WITHOUT_NOTICE
+        since: dict[tuple[str, int], set[str]] = {}
+        for product, until, codes in left.groups:
+            lost = {code for code in codes if (product, code) not in known} & {*wanted.get(product, ())}
+            since.setdefault((product, until), set()).update(lost)
+        for (product, until), lost in since.items():
+            self._lose(product, lost, min(until, now), why)
+            if until > now + CLOCK_BACK_MS:
+                log.warning(
+                    "the clock was set back by %d s or more: a gap of %s may begin earlier than is noted",
+                    (until - now) / 1000,
+                    product,
+                )
+        self.complete()
 
     def _now_ms(self) -> int:
         return int(self._clock.wall() * 1000)
@@ -12421,14 +12355,12 @@ class Coverage:
         if not here:
             return
         rest = {*one.gap.codes} - here
-        if not rest:
-            one.gap = one.gap._replace(why=str(why))
-        else:
-            one.gap = one.gap._replace(codes=tuple(sorted(rest)))
+        gap = one.gap._replace(why=str(why))
+        if rest:
+            gap = one.gap._replace(codes=tuple(sorted(rest)))
             one.missing -= here
-            self._lose(one.gap.product, here, one.gap.since, why)
-        one.is_kept = False
-        self._keep([one])
+            self._lose(gap.product, here, gap.since, why)
+        self._change(one, gap)
         self._end_gaps()
 
     def _end_gaps(self) -> None:
@@ -12439,12 +12371,10 @@ class Coverage:
             self._open.remove(one)
             self._ended.append(one)
 
-    def _complete(self, gaps: Iterable[OpenGap]) -> None:
-        for one in [*gaps]:
-            one.is_kept = False
-            self._keep([one])
-            if one.is_kept and one in self._ended:
-                self._ended.remove(one)
+    def _change(self, one: OpenGap, gap: Gap) -> None:
+        """Have in the local file what a gap has become."""
+        one.gap, one.is_kept = gap, False
+        self._keep([one])
 
     def _keep(self, gaps: Iterable[OpenGap]) -> None:
         """Have gaps in the local file as they are now."""
@@ -12570,12 +12500,13 @@ class Intake:
     a gap.
     """
 
-    def __init__(self, pipeline: Pipeline, coverage: Coverage) -> None:
+    def __init__(self, pipeline: Pipeline, coverage: Coverage, events: Events = NO_EVENTS) -> None:
         self.came = threading.Event()  # something did, or is to be looked at
         self.trades = self.stored = self.duplicates = self.refused = self.dropped = 0
         self.trouble = ""
         self._pipeline = pipeline
         self._coverage = coverage
+        self._events = events
         self._changed = threading.Condition()  # what follows:
         self._pending: deque[Parcel] = deque()
         self._waiting = 0  # trades of those
@@ -12647,7 +12578,8 @@ class Intake:
             batch, within_s = self._next()
             if not batch:
                 return
-            self._write(batch, within_s)
+            with at_work(self._events):
+                self._write(batch, within_s)
             with self._changed:
                 self._written = []
 
@@ -12792,6 +12724,17 @@ class Feed(threading.Thread):
         self._coverage.expect(self.part, allotment.codes)
         self._connection.want(allotment.codes)
 
+    def facts(self) -> StreamFacts:
+        """Return how it stands with the connection."""
+        part = self.part
+        return StreamFacts(
+            product=part.product,
+            codes=len(part.codes),
+            subscribed=len(part.acked),
+            state=self.state,
+            why=self.why,
+        )
+
     def leave(self) -> None:
         """End, soon."""
         self._leaving.set()
@@ -12806,20 +12749,27 @@ class Feed(threading.Thread):
             self._connection.close()
             if end is None:
                 return
-            if self.part.acked:
-                self.missing_since = time.monotonic()
-            self._coverage.lost(self.part, end.words)
-            self.why = end.words
-            if end.action in (StreamAction.NEVER, StreamAction.KEY_OUT):
-                self._turn("given up")
-                self.end = end
-                self._coverage.news.set()
+            with at_work(self._events):
+                self._lose(end)
+            if self.end is not None:
                 return
-            self._trouble.again(end.words)
             if self.state == "connected" and time.monotonic() - self.since >= STREAM_GOOD_S:
                 delays = self._fresh_delays()
             self._turn("waiting")
             self._leaving.wait(end.wait_s if end.action is StreamAction.WAIT else next(delays))
+
+    def _lose(self, end: StreamEnd) -> None:
+        """Note that the connection is over, and whether for good."""
+        if self.part.acked:
+            self.missing_since = time.monotonic()
+        self._coverage.lost(self.part, end.words)
+        self.why = end.words
+        if end.action in (StreamAction.NEVER, StreamAction.KEY_OUT):
+            self._turn("given up")
+            self.end = end
+            self._coverage.news.set()
+        else:
+            self._trouble.again(end.words)
 
     def _fresh_delays(self) -> Iterator[float]:
         return backoff(STREAM_FIRST_S, STREAM_CAP_S, random.Random(), STREAM_GROWTH)
@@ -12835,7 +12785,9 @@ class Feed(threading.Thread):
             if end is None:
                 self._turn("connected")
             while end is None and not self._leaving.is_set():
-                end = self._take(self._connection.read(time.monotonic() + STREAM_READ_S))
+                received = self._connection.read(time.monotonic() + STREAM_READ_S)
+                with at_work(self._events):
+                    end = self._take(received)
         except Exception as error:  # nobody else looks at this thread
             words = fault_words(error, self._events, is_said=self._trouble.there)
             return StreamEnd(words, StreamAction.DIAL_AGAIN)
@@ -12912,6 +12864,7 @@ class Planner(threading.Thread):
         super().__init__(name="stockrt-collect", daemon=True)
         self.feeds: list[Feed] = []
         self.polled = 0
+        self.refused, self.refused_why = 0, ""  # codes that cannot be collected
         self.stored = self.duplicates = 0  # of the trades that were asked for
         self.trouble = ""
         self._pipeline = pipeline
@@ -12923,7 +12876,7 @@ class Planner(threading.Thread):
         self._leaving = threading.Event()
         self._listed: Sequence[str] | None = None
         self._wanted: dict[str, list[str]] = {}  # by product
-        self._has_begun = self._is_spread = False
+        self._is_spread = False
         self._never: dict[
             str, dict[str, str]
         ] = {}  # by key and product, '' for all of them: why it is of no use
@@ -12961,10 +12914,11 @@ class Planner(threading.Thread):
     def _go_on(self) -> None:
         while not self._leaving.is_set():
             wait_s, words = PLAN_AGAIN_S, ""
-            try:
-                wait_s = self._work()
-            except Exception as error:  # nobody else looks at this thread
-                words = fault_words(error, self._events, is_said=self._trouble.there)
+            with at_work(self._events):
+                try:
+                    wait_s = self._work()
+                except Exception as error:  # nobody else looks at this thread
+                    words = fault_words(error, self._events, is_said=self._trouble.there)
             if self._leaving.is_set():
                 return
             if words:
@@ -12980,15 +12934,16 @@ class Planner(threading.Thread):
         """Do what is to be done now, and return after how many seconds to look again. Raises StockrtError."""
         need_clock(time.time())
         self._plan()
-        self._coverage.complete(self._coverage.ended())
+        self._coverage.complete()
         fetch_s = self._fetch()
         waits = (self._watch.wait_s(), fetch_s, self._poll_instead(), self._deliver_gaps(), LIMITS_AGAIN_S)
         return min(waits)
 
     def _fetch(self) -> float:
         """Fetch what was missed; return after how many seconds to try again what fails for no fault of the codes."""
-        self._back |= self._coverage.take_back()
-        self._silences += self._coverage.take_silent()
+        back, silences = self._coverage.to_fetch()
+        self._back |= back
+        self._silences += silences
         now = time.monotonic()
         if (self._back or self._silences) and now >= self._back_at:
             if self._back:
@@ -13040,18 +12995,14 @@ class Planner(threading.Thread):
     def _read(self, codes: Sequence[str]) -> None:
         """Find out what the codes mean."""
         found = resolve(codes, self._pipeline.directory, self._leaving)
+        self.refused, self.refused_why = len(found.refused), found.refused_words()
         if found.refused:
-            first = islice(found.refused.items(), NAMES_SHOWN)
-            words = listing(
-                "join.clauses", [phrase("tools.because", what=code, why=why) for code, why in first]
-            )
-            log.error("%s not collected: %s", count_words(len(found.refused), "code"), words)
+            what = phrase("events.not_collected", codes=count_words(self.refused, "code"))
+            log.error("%s", phrase("tools.because", what=what, why=self.refused_why))
+            self._intake.came.set()  # it is to be told now
         wanted: dict[str, list[str]] = {}
         for instrument in found.instruments.values():
             wanted.setdefault(instrument.product, []).append(instrument.code)
-        if not self._has_begun:
-            self._coverage.begin(wanted)
-            self._has_begun = True
         self._coverage.want(wanted)
         self._wanted = wanted
 
@@ -13114,9 +13065,8 @@ class Planner(threading.Thread):
         self._rest_said = said
         why = phrase("collection.no_key" if self._never else "collection.over_plans")
         if by_product:
-            log.warning(
-                "stream: %s over %s; %s polled instead, %s (%s)", codes, connections, left, why, by_product
-            )
+            what = phrase("collection.rest", codes=codes, connections=connections, left=left, why=why)
+            log.warning("%s (%s)", what, by_product)
         else:
             log.info("stream: %s over %s", codes, connections)
 
@@ -13190,7 +13140,7 @@ class Planner(threading.Thread):
             return self._gaps_at - now
         try:
             while self._pipeline.gaps.deliver() and not self._leaving.is_set():
-                pass
+                self._events.works(True)
         except StoreAway as error:
             if not self._leaving.is_set():  # else it is closed already
                 self._gap_trouble.again(error.message)
@@ -13224,12 +13174,12 @@ class Collecting:
         watch = WatchList(settings, pipeline.mongo)
         self._poller = Poller(pipeline, settings, watch, events)
         self._coverage = Coverage(pipeline.gaps, settings.state_directory)
-        self._intake = Intake(pipeline, self._coverage)
+        self._intake = Intake(pipeline, self._coverage, events)
         self._planner = Planner(pipeline, settings, watch, self._coverage, self._intake, events)
         self._clerk = threading.Thread(target=self._look_after, name="stockrt-mark", daemon=True)
         self._stop = threading.Event()
         self._lock: IO[str] | None = None
-        self._gaps_today = 0
+        self._gaps_today = self._gaps_open = 0
 
     def start(self) -> None:
         """Begin. Raises StockrtError."""
@@ -13294,36 +13244,24 @@ class Collecting:
             duplicates=intake.duplicates + self._planner.duplicates,
             dropped=intake.dropped,
             trouble=next(filter(None, troubles), ""),
+            streams=[feed.facts() for feed in feeds],
+            gaps_open=self._gaps_open,
+            refused=self._planner.refused,
+            refused_why=self._planner.refused_why,
         )
-
-    def describe(self) -> dict[str, Any]:
-        """Return what it does now as JSON has it: the stats, each connection, and how many gaps go on."""
-        facts = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in self.stats()._asdict().items()
-        }
-        streams = [
-            {
-                "product": feed.part.product,
-                "codes": len(feed.part.codes),
-                "subscribed": len(feed.part.acked),
-                "state": feed.state,
-                "why": feed.why,
-            }
-            for feed in self._planner.feeds
-        ]
-        return facts | {"streams": streams, "gaps_open": self._coverage.missing()}
 
     def _look_after(self) -> None:
         """Write the mark, and tell how it goes on."""
         while not self._stop.is_set():
             self._intake.came.wait(MARK_SILENT_S)
             self._intake.came.clear()
-            self._coverage.look()
-            self._coverage.mark(self._intake.durable_ms())
-            with contextlib.suppress(StoreError):  # said by whoever notes one
-                self._gaps_today = self._pipeline.gaps.count_since(utc_day(time.time()))
-            self._events.collecting(self.stats())
+            with at_work(self._events):
+                self._coverage.look()
+                self._coverage.mark(self._intake.durable_ms())
+                self._gaps_open = self._coverage.missing()
+                with contextlib.suppress(StoreError):  # said by whoever notes one
+                    self._gaps_today = self._pipeline.gaps.count_since(utc_day(time.time()))
+                self._events.collecting(self.stats())
             self._stop.wait(MARK_S)
 
 
@@ -13585,8 +13523,8 @@ def _named_codes(args: Mapping[str, object]) -> object:
 
 
 def _is_blank(value: object) -> bool:
-    """Whether somebody left a value out: it is null, or a text without a code."""
-    return value is None or (isinstance(value, str) and not split_codes(value))
+    """Whether somebody left a value out: it is null, or a text without a code and without a list, as `[]` is one."""
+    return value is None or (isinstance(value, str) and not (split_codes(value) or "[" in value))
 
 
 def _no_codes(came: str) -> UsageError:
@@ -13671,7 +13609,7 @@ def _result_words(report: Report) -> Phrase:
         words.append(report.close_words())
     if report.queued:
         words.append(report.queued_words())
-    if report.reached or not report.queued:
+    if report.reached or not (report.queued or len(report.failures) == total > 0):
         words.append(phrase("protocol.stored", reached=reached, total=total))
     if report.read_as:
         words.append(phrase("events.read_as", codes=report.read_as_words()))
@@ -13682,8 +13620,6 @@ def _result_words(report: Report) -> Phrase:
 
 # The kind of what the message of a result says whose lists were left out.
 WITHOUT_LISTS = "protocol.without_lists"
-# A message in Chinese: before somebody else's words come, which follow such a sign, are those of ours.
-_IN_CHINESE = re.compile("[^:(]*[\u4e00-\u9fff]")
 
 
 def without_lists(text: str) -> str:
@@ -13693,7 +13629,8 @@ def without_lists(text: str) -> str:
         message = answer["message"]
         if any(words in message for words in TEMPLATES[WITHOUT_LISTS]):
             return text
-        language = CHINESE if _IN_CHINESE.match(message) else ENGLISH
+        # in Chinese: before somebody else's words come, which follow such a sign, are those of ours
+        language = CHINESE if re.match("[^:(]*[\u4e00-\u9fff]", message) else ENGLISH
         why = phrase("protocol.too_long", what=phrase(WITHOUT_LISTS), bytes=len(text))
         answer["result"] |= {"failed_stocks": [], "failures": {}}
         answer["message"] = in_language(listing("join.clauses", [message, why]), language)
@@ -13733,7 +13670,7 @@ HASH_NAME = "module_hash"
 # Where the older client of this platform kept its hash, below its working directory.
 OLD_HASH_FILE = Path("config/module_hash.txt")
 # The server's own: at most 64 characters; nothing else may stand behind `hash=`.
-_HASH = re.compile(r"[A-Za-z0-9_+=-]{1,64}")
+_HASH = r"[A-Za-z0-9_+=-]{1,64}"
 MISSION_KIND = "realtime"
 
 
@@ -13754,15 +13691,13 @@ def read_hash(directory: Path) -> str:
 def hash_in(place: Path, setting: str = "STATE_DIRECTORY") -> str:
     """Return the hash that a file holds, '' where there is no file. Raises StoreError, which names the setting."""
     try:
-        found = place.read_text(encoding="utf-8-sig").strip()
+        found = read_file(place).strip()
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
-        why: object = phrase("link.no_text")
-        if isinstance(error, OSError):
-            why = os_words(error)
+        why = unread_words(error)
         raise StoreError(phrase("link.hash_unread", place=place, why=why, setting=setting)) from None
-    if not _HASH.fullmatch(found):
+    if not re.fullmatch(_HASH, found):
         raise StoreError(phrase("link.no_hash", place=place))
     return found
 
@@ -13795,7 +13730,7 @@ def register(settings: Settings) -> str:
     envelope = json_object(answer.body) or {}
     result = envelope.get("result")
     module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
-    if envelope.get("code") == "2000" and _HASH.fullmatch(module_hash):
+    if envelope.get("code") == "2000" and re.fullmatch(_HASH, module_hash):
         return module_hash
     why = _why_not_registered(answer, envelope)
     raise RegistrationError(phrase("link.not_registered", url=url, why=why))
@@ -13818,15 +13753,20 @@ def _why_not_registered(answer: Response, envelope: Mapping[str, Any]) -> Phrase
 
 
 def check_platform(settings: Settings) -> Check:
-    """Ask the platform who is online, and say whether it answers as one."""
-    name, url = phrase("link.platform"), settings.platform_url()
+    """Ask the platform who is online; say whether it answers as one, and whether there is a hash for it."""
+    url, faults, clauses = settings.platform_url(), [], [phrase("link.answers", url=settings.platform_url())]
     response = get_once(url, "/module/online", PLATFORM_LIMITS, settings.proxies)
     if response.fault:
         words = phrase("link.unreachable", url=url, why=response.fault)
-        return Check(name, False, see(words, phrase("link.server_settings")))
-    if (json_object(response.body) or {}).get("code") != "2000":
-        return Check(name, False, phrase("link.no_platform", url=url, status=response.status))
-    return Check(name, True, phrase("link.answers", url=url))
+        faults.append(see(words, phrase("link.server_settings")))
+    elif (json_object(response.body) or {}).get("code") != "2000":
+        faults.append(phrase("link.no_platform", url=url, status=response.status))
+    try:
+        if not (hash_in(settings.state_directory / HASH_NAME) or hash_in(OLD_HASH_FILE)):
+            clauses.append(phrase("link.registers"))
+    except StoreError as error:
+        faults.append(error.message)
+    return Check(phrase("link.platform"), not faults, listing("join.clauses", faults or clauses))
 
 
 class Presence(Enum):
@@ -14258,6 +14198,8 @@ STATUS_EVERY_S = 10.0
 LOOK_AROUND_S = 600.0
 # While trades are collected, closes come to be due of which nothing tells.
 COLLECT_LOOK_S = 60.0
+# A start is not over before it is known that the settings let collecting begin; a disk that hangs tells nothing.
+BEGINS_WITHIN_S = 30.0
 # What follows an execution that met a trouble.
 RETRIED = "the next execution tries again"
 # What waits on this machine and could not be taken up at the start is tried again after so long.
@@ -14285,16 +14227,6 @@ RECEIPT_GRACE_S = 3.0
 STOP_MARGIN_S = 4.0
 
 
-class StreamFacts(TypedDict):
-    """What the daemon tells of a connection to the stream."""
-
-    product: str
-    codes: int
-    subscribed: int
-    state: str
-    why: str
-
-
 class CollectFacts(TypedDict, total=False):
     """What the daemon tells of collecting, and `at` when: CollectStats, and more where it goes on; None: not known.
 
@@ -14318,6 +14250,8 @@ class CollectFacts(TypedDict, total=False):
     trouble: str
     streams: list[StreamFacts]
     gaps_open: int
+    refused: int
+    refused_why: str
 
 
 class DaemonStatus(TypedDict, total=False):
@@ -14328,6 +14262,8 @@ class DaemonStatus(TypedDict, total=False):
     platform: str
     connected_since: str
     last_contact: str
+    lost_since: str
+    lost_because: str
     stopped: str
     keys: list[KeyState]
     spool_refused: int
@@ -14337,7 +14273,7 @@ class DaemonStatus(TypedDict, total=False):
 def read_status(directory: Path) -> DaemonStatus:
     """Return what a daemon wrote last; nothing where none ever ran, or another program wrote."""
     try:
-        told = json.loads((directory / STATUS_NAME).read_text(encoding="utf-8"))
+        told = json.loads(read_file(directory / STATUS_NAME))
     except (OSError, ValueError, RecursionError):
         return {}
     if is_deep(told):
@@ -14360,9 +14296,13 @@ def _fits(value: object, kind: Any) -> bool:
     return kind is object or type(value) is kind or (kind is str and isinstance(value, Phrase))
 
 
-def collect_facts(told: Mapping[str, Any]) -> CollectFacts:
+def collect_facts(stats: CollectStats) -> CollectFacts:
     """Return what the status file has of collecting: what is told of it now."""
-    return cast(CollectFacts, {"at": iso(utc_now()), **told})
+    facts = stats._asdict() | {"at": iso(utc_now())}
+    for name, value in facts.items():
+        if isinstance(value, float) and math.isnan(value):
+            facts[name] = None
+    return cast(CollectFacts, facts)
 
 
 class Answered(NamedTuple):
@@ -14409,9 +14349,7 @@ def broken_by(error: Exception) -> Broken:
     """Return what a thread says whose work ended with an error; what is no error of ours is logged whole."""
     if isinstance(error, StockrtError):
         return Broken(error)
-    if isinstance(error, ImportError):
-        return Broken(lost_part(error))
-    return Broken(StockrtError(own_fault(error)))
+    return Broken(StockrtError(fault_words(error, NO_EVENTS)))
 
 
 class StopAsked(NamedTuple):
@@ -14432,23 +14370,8 @@ class ExecutorLeft(NamedTuple):
     """To the socket's thread: no execution runs, and none will."""
 
 
-class Collected(NamedTuple):
-    """To the socket's thread: collecting goes on like this."""
-
-    stats: CollectStats
-
-
 Message: TypeAlias = (
-    Answered
-    | Recalled
-    | Declined
-    | Ended
-    | Broken
-    | StopAsked
-    | ReloadAsked
-    | SettingsRead
-    | ExecutorLeft
-    | Collected
+    Answered | Recalled | Declined | Ended | Broken | StopAsked | ReloadAsked | SettingsRead | ExecutorLeft
 )
 
 
@@ -14686,6 +14609,10 @@ class Relay(Events):
         """Pass it on."""
         self._events.progress(done, total, unwritten)
 
+    def works(self, is_at_work: bool) -> None:
+        """Pass it on."""
+        self._events.works(is_at_work)
+
     def asked(self, kind: str, seconds: float | None) -> None:
         """Pass it on."""
         self._events.asked(kind, seconds)
@@ -14714,7 +14641,7 @@ class Relay(Events):
         """Pass it on."""
         self.collect = stats
         self._events.collecting(stats)
-        self._inbox.put(Collected(stats))
+        self._inbox.wake()
 
     def damaged(self, error: StockrtError) -> None:
         """Let the daemon end: the next start mends it."""
@@ -14755,6 +14682,7 @@ class Executor(threading.Thread):
         # when (monotonic) it is begun, or tried again: infinite where only new settings help
         self._collect_at = 0.0
         self._collect_trouble = LogThrottle("collecting")
+        self.has_begun = threading.Event()  # or has told what of the settings keeps it from collecting
         self._leaving = threading.Event()
         self._dropped_because = ""  # what the commands are answered that are not executed any more
         self.stop = threading.Event()  # cuts the running execution short
@@ -14768,13 +14696,6 @@ class Executor(threading.Thread):
         self._wanted = settings
         self._collect_at = 0.0
         self._queue.put(NO_COMMAND)
-
-    def collecting_facts(self) -> CollectFacts:
-        """Return what --status shows of collecting; called by any thread that may wait for the disk."""
-        collecting = self._collecting
-        if collecting is not None:
-            return collect_facts(collecting.describe())
-        return collect_facts({"trouble": self._events.collect.trouble})
 
     def leave(self, dropped_because: str = "") -> None:
         """Begin no further execution.
@@ -14822,6 +14743,7 @@ class Executor(threading.Thread):
     def _wait_s(self) -> float | None:
         """Do what is due beside the commands, and return for how many seconds there is nothing more to do."""
         self._collect()
+        self.has_begun.set()
         wait = self._finalise()
         if self._collect_at == math.inf:
             return wait
@@ -14848,8 +14770,6 @@ class Executor(threading.Thread):
                 collecting = Collecting(pipeline, self._settings, self._events)
                 collecting.start()
                 self._collecting = collecting
-        except ImportError as error:
-            self._events.damaged(lost_part(error))
         except Exception as error:
             self._note_not_collecting(error)
         else:
@@ -14857,7 +14777,7 @@ class Executor(threading.Thread):
 
     def _note_not_collecting(self, error: Exception) -> None:
         """Say why collecting does not begin. What no time mends ends a daemon that has nothing else to do."""
-        words = error_words(error)
+        words = fault_words(error, self._events)
         if isinstance(error, SettingsError):
             self._collect_at = math.inf
             if not self._settings.platform_url():
@@ -14865,8 +14785,6 @@ class Executor(threading.Thread):
                 return
             log.error("collecting: %s; mend that, then reload or restart", words)
         elif not self._events.is_damaged:
-            if not isinstance(error, StockrtError):
-                words = own_fault(error)
             self._collect_trouble.again(words)
         self._events.collecting(CollectStats(trouble=words))
 
@@ -14877,10 +14795,7 @@ class Executor(threading.Thread):
         try:
             collecting.close()
         except Exception as error:  # what it could not write down counts as a gap
-            words = error_words(error)
-            if not isinstance(error, StockrtError):
-                words = own_fault(error)
-            log.error("collecting: did not end well: %s", words)
+            log.error("collecting: did not end well: %s", fault_words(error, self._events))
 
     def _finalise(self) -> float | None:
         """Make a part of the closes final that are due; return for how many seconds there is no more to do."""
@@ -14901,7 +14816,7 @@ class Executor(threading.Thread):
             if command is not None:
                 result = self._result_of(command, order.why_not)
             if result.text and self._keep_answer(order.number, result):
-                return Answered(order.number, result.text, commands=1, news=self._news())
+                return Answered(order.number, result.text, commands=1, news=self.news())
         except LostCommand as error:
             log.error("execution %s is not answered: %s", order.number, error)
             self._forget(order.number)
@@ -14934,10 +14849,12 @@ class Executor(threading.Thread):
             result = self._execute(command)
         return NO_RESULT if self._events.is_damaged else result
 
-    def _news(self) -> DaemonStatus:
+    def news(self) -> DaemonStatus:
+        """Return what --status shows of it; called by any thread that may wait for the disk."""
         news: DaemonStatus = {"spool_refused": self._refused_before + self._events.queue.refused}
-        if self._pipeline is not None:
-            news["keys"] = self._pipeline.keys.describe()
+        pipeline = self._pipeline
+        if pipeline is not None:
+            news["keys"] = pipeline.keys.describe()
         return news
 
     def _forget(self, number: int) -> None:
@@ -14956,12 +14873,8 @@ class Executor(threading.Thread):
             return
         try:
             self._open_pipeline().start_delivery()
-        except ImportError as error:
-            self._events.damaged(lost_part(error))
         except Exception as error:
-            words = error_words(error)
-            if not isinstance(error, StockrtError):
-                words = own_fault(error)
+            words = fault_words(error, self._events)
             if not self._events.is_damaged:
                 self._troubles.store.again(phrase("daemon.not_taken_up", why=words))
 
@@ -14984,13 +14897,8 @@ class Executor(threading.Thread):
         try:
             pipeline = self._open_pipeline()
             report = pipeline.run(command.codes or self._codes_to_watch(pipeline), self.stop)
-        except StockrtError as error:
-            return self._unexecuted(command.context, error.message)
-        except ImportError as error:  # it stays in the journal for the next start
-            self._events.damaged(lost_part(error))
-            return NO_RESULT
-        except Exception as error:
-            return self._unexecuted(command.context, own_fault(error))
+        except Exception as error:  # where that damages the daemon it stays in the journal for the next start
+            return self._unexecuted(command.context, fault_words(error, self._events))
         self._events.executed(report)
         self._log(command.context, report)
         if not report.interrupted:
@@ -15122,24 +15030,12 @@ class NoteStatus(NamedTuple):
     news: DaemonStatus
 
 
-class NoteCollecting(NamedTuple):
-    """To the clerk: --status shall show how collecting goes on, which may wait for the disk to be told."""
-
-
 class ReadSettings(NamedTuple):
     """To the clerk: the settings are to be read anew."""
 
 
 ClerkJob: TypeAlias = (
-    list[Command]
-    | Received
-    | Recall
-    | Shorten
-    | NoteStatus
-    | NoteCollecting
-    | ReadSettings
-    | EndExecutor
-    | None
+    list[Command] | Received | Recall | Shorten | NoteStatus | ReadSettings | EndExecutor | None
 )
 
 
@@ -15239,8 +15135,8 @@ class Clerk(threading.Thread):
                 self._wanted += job.numbers
             elif isinstance(job, NoteStatus):
                 news.update(job.news)
-            elif isinstance(job, NoteCollecting):
-                news["collecting"] = self._executor.collecting_facts()
+        if "collecting" in news:  # what an execution would tell of the keys
+            news |= self._executor.news()
         if commands:
             self._accept(commands)
             self._codes_done += _count_codes(commands)
@@ -15411,18 +15307,20 @@ class Daemon:
         self._events = events
         self._clock = clock
         self._rng = rng or random.Random()
-        self._trouble = LogThrottle(f"platform {settings.server_host}:{settings.server_port}")
+        self._peer = host_and_port(settings.server_host, settings.server_port)
+        self._trouble = LogThrottle(f"platform {self._peer}")
         self._lock = lock_state_directory(settings.state_directory)  # before any file is opened
         self._inbox = Inbox()
         self._outbox = Outbox()
-        relay = Relay(events, self._inbox)
-        self._journal = Journal(settings.state_directory, clock, relay, patient=True)
+        self._relay = relay = Relay(events, self._inbox)
+        journal = Journal(settings.state_directory, clock, relay, patient=True)
         # of its own: it does not wait while the clerk waits for the lock of the file, which others may hold
         answers = Journal(settings.state_directory, clock, relay, patient=True)
         self._executor = Executor(settings, answers, self._inbox, relay)
         source = source or SettingsSource(os.environ)
-        self._clerk = Clerk(settings, self._journal, self._executor, self._inbox, source)
+        self._clerk = Clerk(settings, journal, self._executor, self._inbox, source)
         self._module_hash = ""
+        self._lost_because = ""  # while there is no connection
         self._presence: Presence | None = None  # what the last refused handshake meant, and since when
         self._presence_since = clock.monotonic()
         self._recalled: set[int] = set()  # answers whose texts are on their way from the journal
@@ -15430,7 +15328,7 @@ class Daemon:
         self._drop_trouble = LogThrottle("results", clock, then="so is each that comes to be as old")
         self._open_commands = 0  # accepted, or on their way into the journal, and not ended
         self._executor_left = False
-        self._collect = self._collect_noted = CollectStats()
+        self._collect_noted = relay.collect
         self._collect_noted_at = -math.inf
         self._leaving: Leaving | None = None
         self._broken: StockrtError | None = None
@@ -15451,7 +15349,11 @@ class Daemon:
         start_thread(self._executor)
         start_thread(self._clerk)
         self._tick()  # before the start is over, the status is said
-        self._events.started()
+        if not self._settings.platform_url():  # else there is something to do whatever comes of it
+            self._executor.has_begun.wait(BEGINS_WITHIN_S)
+            self._read_inbox()
+        if self._leaving is None:
+            self._events.started()
         delays = self._fresh_delays()
         while self._leaving is None:
             if not self._settings.platform_url():
@@ -15479,13 +15381,13 @@ class Daemon:
         link = self._dial()
         if link is None:
             return False
-        self._presence = None
+        self._presence, self._lost_because = None, ""
         protocol = PlatformProtocol(self._settings.heartbeat_s, self._clock.monotonic())
         self._outbox.reconnect()
         self._events.connected()
         # after a trouble its end is said instead, and not before the connection has been useful
         level = logging.DEBUG if self._trouble.there else logging.INFO
-        log.log(level, "connected to %s:%s", self._settings.server_host, self._settings.server_port)
+        log.log(level, "connected to %s", self._peer)
         self._clerk.do(NoteStatus({"platform": "connected", "connected_since": iso(utc_now())}))
         try:
             self._serve(link, protocol)
@@ -15546,6 +15448,12 @@ class Daemon:
     def _lost(self, reason: str) -> None:
         self._trouble.again(reason)
         self._events.disconnected(reason)
+        news: DaemonStatus = {"lost_because": reason}
+        if not self._lost_because:
+            news["lost_since"] = iso(utc_now())
+        if reason != self._lost_because:
+            self._clerk.do(NoteStatus(news))
+        self._lost_because = reason
 
     def _register(self) -> str:
         settings = self._settings
@@ -15570,14 +15478,14 @@ class Daemon:
 
         Return when that is due.
         """
-        stats, noted = self._collect, self._collect_noted
+        stats, noted = self._relay.collect, self._collect_noted
         if stats is noted:
             return math.inf
         due = self._collect_noted_at + STATUS_EVERY_S
         if now < due and steady(stats) == steady(noted):
             return due
         self._collect_noted, self._collect_noted_at = stats, now
-        self._clerk.do(NoteCollecting())
+        self._clerk.do(NoteStatus({"collecting": collect_facts(stats)}))
         return math.inf
 
     def _serve(self, link: Link, protocol: PlatformProtocol) -> None:
@@ -15719,8 +15627,6 @@ class Daemon:
                 self._refuse(message.command.context, message.reason, message.command.execution_id)
             elif isinstance(message, Ended):
                 self._open_commands -= message.commands
-            elif isinstance(message, Collected):
-                self._collect = message.stats
             elif isinstance(message, ExecutorLeft):
                 self._executor_left = True
             elif isinstance(message, Broken):
@@ -15801,7 +15707,7 @@ def daemon_runs(directory: Path) -> bool:
     with (
         disk_trouble(phrase("daemon.lock_unseen", path=path)),
         contextlib.suppress(FileNotFoundError),
-        path.open() as lock,
+        open(path, opener=open_plain) as lock,
     ):
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -15821,7 +15727,8 @@ def lock_state_directory(directory: Path) -> IO[str]:
 #
 # Promises:
 #   1. STATUS= is true whenever it is read: what changes by itself is said anew when it does.
-#   2. WATCHDOG=1 is sent by the socket's loop, and only while the executor is idle or makes progress.
+#   2. WATCHDOG=1 is sent by the socket's loop, and only while the executor and each thread that collects is idle or
+#      makes progress.
 #   3. The metrics file is whole at every moment, and written only when something in it changed.
 #   4. Nothing here stops the daemon: a notification or a file that cannot be written is done without.
 
@@ -15831,6 +15738,8 @@ NOTIFY_TIMEOUT_S = 1.0
 METRICS_EVERY_S = 10.0
 # Rates and delays change all the time: the status line has them no older than this.
 RATES_EVERY_S = 5.0
+# What collects does several things between two signs of life, each of which a slow disk, or MongoDB, makes long.
+COLLECT_PATIENCE = 3
 # A good answer takes a tenth of a second, one under load seconds; 30 s is the limit of a request.
 LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0)
 
@@ -15886,7 +15795,9 @@ class JournalStream(io.TextIOBase):
         *lines, rest = (getattr(self._begun, "text", "") + text).split("\n")
         self._begun.text = rest
         if lines:
-            self._stream.write("".join(f"{_with_priority(line, logging.ERROR)}\n" for line in lines))
+            has_one = re.compile("<[0-7]>").match
+            told = [line if has_one(line) else for_journal(line, logging.ERROR) for line in lines]
+            self._stream.write("".join(f"{line}\n" for line in told))
             self._stream.flush()
         return len(text)
 
@@ -15909,11 +15820,6 @@ class JournalStream(io.TextIOBase):
 
 # syslog's priorities, as the journal takes them at the beginning of a line.
 _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
-_HAS_PRIORITY = re.compile(r"<[0-7]>")
-
-
-def _with_priority(line: str, level: int) -> str:
-    return line if _HAS_PRIORITY.match(line) else f"<{_PRIORITIES[logging.getLevelName(level)]}>{line}"
 
 
 def for_journal(text: str, level: int) -> str:
@@ -16154,7 +16060,7 @@ class Service(Events):
         self._file: MetricsFile | None = None
         if settings.metrics_file is not None:
             self._file = MetricsFile(settings.metrics_file, self.metrics, clock)
-        self._peer = f"{settings.server_host}:{settings.server_port}"
+        self._peer = host_and_port(settings.server_host, settings.server_port)
         self._keys = count_words(len(settings.api_keys), "key")
         self._has_platform = bool(settings.platform_url())
         self._link = phrase("service.connecting", peer=self._peer)
@@ -16168,6 +16074,7 @@ class Service(Events):
         self._last: tuple[int, int, float, float] | None = None
         self._unanswered = self._undelivered = 0
         self._progress_at = self._watchdog_at = clock.monotonic()
+        self._at_work: dict[int, float] = {}  # threads that collect: when they showed last that they go on
         self._said = ""
         self._leaving = False
         self.metrics.put("stockrt_info", 1, __version__)
@@ -16211,6 +16118,13 @@ class Service(Events):
         """Note that the executor makes progress."""
         self._progress_at = self._clock.monotonic()
         self.metrics.put("stockrt_waiting_documents", unwritten)
+
+    def works(self, is_at_work: bool) -> None:
+        """Note that the thread shows that it goes on, or that nothing is to be expected of it."""
+        if is_at_work:
+            self._at_work[threading.get_ident()] = self._clock.monotonic()
+        else:
+            self._at_work.pop(threading.get_ident(), None)
 
     def connected(self) -> None:
         """Note the connection."""
@@ -16357,11 +16271,13 @@ class Service(Events):
         return due if words != self._collect_shown else math.inf
 
     def _pat_watchdog(self, now: float) -> float:
-        """Send WATCHDOG=1 twice in the time that systemd gives, while the executor works."""
+        """Send WATCHDOG=1 twice in the time that systemd gives, while the executor works, and what collects."""
         if self._watchdog_s == math.inf:
             return math.inf
         if now >= self._watchdog_at:
             stands_still = self._unanswered and now - self._progress_at > self._watchdog_s
+            oldest = min(self._at_work.copy().values(), default=now)
+            stands_still = stands_still or now - oldest > COLLECT_PATIENCE * self._watchdog_s
             if stands_still or not self._notifier.send(WATCHDOG=1):
                 return now + self._watchdog_s / 8  # looked at again soon
             self._watchdog_at = now + self._watchdog_s / 2
@@ -16386,7 +16302,7 @@ def clean_cache(environ: Mapping[str, str], own: Path) -> None:
     """
     cache = environ.get("CACHE_DIRECTORY", "").partition(":")[0]
     name, _, build = own.name.rpartition("_")
-    if not (cache and name and _BUILD_ID.fullmatch(build) and own.parent == Path(cache).resolve()):
+    if not (cache and name and re.fullmatch(r"[0-9a-f]{16,}", build) and own.parent == Path(cache).resolve()):
         return
     with contextlib.suppress(OSError):
         _lock(own, shared=True)  # held for as long as this process lives
@@ -16398,9 +16314,6 @@ def clean_cache(environ: Mapping[str, str], own: Path) -> None:
 
             shutil.rmtree(other, ignore_errors=True)
             (other.parent / f".{name}_{ours[1]}_lock").unlink(missing_ok=True)
-
-
-_BUILD_ID = re.compile(r"[0-9a-f]{16,}")
 
 
 def _lock(folder: Path, shared: bool) -> int:
@@ -16453,9 +16366,9 @@ def old_settings(directory: Path) -> tuple[dict[str, str], list[str]]:
     """
     path = directory / OLD_ENV_FILE
     try:
-        path.read_text(encoding="utf-8-sig")
+        read_file(path)
     except (OSError, UnicodeDecodeError) as error:
-        why = os_words(error) if isinstance(error, OSError) else phrase("tools.not_utf8")
+        why = unread_words(error)
         raise UsageError(phrase("migration.no_older", directory=directory, path=path, why=why)) from None
     found = {name: value.strip() for name, value in read_env_file(path).items() if value.strip()}
     # no more than that is asked of a file that no systemd reads
@@ -16512,7 +16425,7 @@ def write_settings(target: Path, taken: Mapping[str, str], source: Path) -> None
     trouble = disk_trouble(phrase("tools.not_read", path=place), "--env-file")
     with trouble, contextlib.suppress(FileNotFoundError):
         owner = place.stat()
-        mode, text = owner.st_mode & 0o777, place.read_text(encoding="utf-8")
+        mode, text = owner.st_mode & 0o777, read_file(place)
     if text:
         text = text.rstrip("\n") + "\n\n"
     head = for_reader(phrase("migration.source", path=one_line(source)))
@@ -16649,23 +16562,16 @@ class Migrated:
     `numbers`: some hold numbers in place of texts. `examples`: the first of what is no trade or was refused, and why.
     """
 
-    def __init__(
-        self,
-        after: Mapping[str, Any] = MappingProxyType({}),
-        read: int = 0,
-        stored: int = 0,
-        no_trade: int = 0,
-        refused: int = 0,
-        numbers: bool = False,
-        examples: Sequence[str] = (),
-    ) -> None:
-        self.after = {**after}
-        self.read = read
-        self.stored = stored
-        self.no_trade = no_trade
-        self.refused = refused
-        self.numbers = numbers
-        self.examples = [*examples]
+    after: dict[str, Any]
+    read: int = 0
+    stored: int = 0
+    no_trade: int = 0
+    refused: int = 0
+    numbers: bool = False
+    examples: list[str]
+
+    def __init__(self, **told: Any) -> None:
+        vars(self).update({"after": {}, "examples": []} | told)
 
     def note(self, name: object, why: str) -> None:
         """Take an example, if there are not enough."""
@@ -16791,9 +16697,10 @@ class Migration:
             contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError),
         ):
             options = json_util.JSONOptions(tz_aware=False)
-            told = json_util.loads(self._path().read_text(encoding="utf-8"), json_options=options)
+            told = json_util.loads(read_file(self._path()), json_options=options)
             if told.pop("what") == self._what():
-                self.done = Migrated(**{**told, "examples": unpacked(told["examples"])})
+                told |= {"after": {**told["after"]}, "examples": [*unpacked(told["examples"])]}
+                self.done = Migrated(**told)
 
     def _remember(self) -> None:
         from bson import json_util
@@ -16847,7 +16754,7 @@ CODES_SHOWN = 50
 # Of a name in a table on a terminal: as many columns at most, and where it is narrow at least.
 NAME_COLUMNS, NAME_LEAST = 20, 8
 # Where red is the colour of what rises. In Hong Kong, Macau and Singapore green is, as in the West.
-RED_RISES = re.compile(r"(?:zh(?!_(?:HK|MO|SG))|ja|ko)(?:_|\.|@|$)", re.IGNORECASE)
+RED_RISES = r"(?i)(?:zh(?!_(?:HK|MO|SG))|ja|ko)(?:_|\.|@|$)"
 # How a terminal is told.
 PAINTS, LIT = {"red": "31", "green": "32"}, "7"
 OTHER_COLOR = {"red": "green", "green": "red"}
@@ -16886,7 +16793,7 @@ def color_of_rise(environ: Mapping[str, str], up: str | None) -> str:
     """
     locale = locale_name(environ)
     by_language = SPOKEN.language == CHINESE and not locale.lower().startswith("zh")
-    return up or ("red" if by_language or RED_RISES.match(locale) else "green")
+    return up or ("red" if by_language or re.match(RED_RISES, locale) else "green")
 
 
 def date_at(t: int) -> str:
@@ -17503,8 +17410,11 @@ def chart_notes(chart: Chart) -> Iterator[str]:
         yield phrase("views.left_out", candles=count_words(chart.left_out, "candle"))
 
 
-def what_is_there(chart: Chart, last: StoredTrade | None) -> Phrase:
-    """Return why a chart has no candle, and what there is in its place."""
+def what_is_there(chart: Chart, last: StoredTrade | None, closes: Iterable[StoredClose]) -> Phrase:
+    """Return why a chart has no candle, and what there is in its place; `closes`: of the code, whatever their time."""
+    final = max((close.date for close in closes if close.is_final), default=None)
+    if chart.step == DAILY and final:
+        return phrase("views.no_final_then", code=chart.code, date=final)
     why = phrase("views.no_final" if chart.step == DAILY else "views.no_trade_then", code=chart.code)
     there = phrase("views.no_trade")
     if last is not None:
@@ -17719,7 +17629,7 @@ class Page(NamedTuple):
     """What the page shows: quotes as asked, of each code its chart and its final closes, and `names` in Chinese.
 
     `made`: when, epoch seconds; `store`: where it is from; `language`: of who opens it, if the browser does not tell;
-    `up`: the colour of what rises, everybody's if `is_fixed`; `is_chosen`: codes were named of which nothing is stored.
+    `up`: the colour of what rises, everybody's if `is_fixed`.
     """
 
     quotes: Sequence[Quote]
@@ -17731,7 +17641,6 @@ class Page(NamedTuple):
     language: str
     up: str
     is_fixed: bool
-    is_chosen: bool
 
 
 def draw_page(page: Page) -> str:
@@ -17766,8 +17675,7 @@ def _page_header(page: Page) -> str:
 
 def _overview(page: Page) -> str:
     if not page.quotes:
-        kind = "views.page_nothing_of_them" if page.is_chosen else "views.page_empty"
-        return f"<p>{both(phrase(kind))}</p>\n"
+        return f"<p>{both(phrase('views.page_empty'))}</p>\n"
     heads = "".join(map(_head, PAGE_COLUMNS))
     rows = "".join(_row(page, quote) for quote in page.quotes)
     return (
@@ -18027,7 +17935,7 @@ _PANEL_SIZES = {"stat": (6, 4), "timeseries": (12, 8), "state-timeline": (12, 4)
 _GRID_COLUMNS = 24
 # Grafana brings older models up to date by themselves when they are imported.
 _GRAFANA_SCHEMA = 39
-_METRIC_NAME = re.compile(r"\bstockrt_[a-z_]+")
+_METRIC_NAME = r"\bstockrt_[a-z_]+"
 
 
 def dashboard() -> dict[str, Any]:
@@ -18070,7 +17978,7 @@ def _panel_model(panel: Panel, source: Mapping[str, str]) -> dict[str, Any]:
         {
             "refId": chr(ord("A") + place),
             "datasource": source,
-            "expr": _METRIC_NAME.sub(r'\g<0>{instance=~"$instance"}', expression),
+            "expr": re.sub(_METRIC_NAME, r'\g<0>{instance=~"$instance"}', expression),
             "legendFormat": legend,
         }
         for place, (expression, legend) in enumerate(panel.queries)
@@ -18088,7 +17996,7 @@ def _panel_model(panel: Panel, source: Mapping[str, str]) -> dict[str, Any]:
 def _help(panel: Panel) -> str:
     """Return what the metrics of a panel say of themselves."""
     helps = {metric.name: metric.help for metric in METRICS} | {f"{LATENCY}_bucket": LATENCY_HELP}
-    names = _METRIC_NAME.findall(" ".join(expression for expression, _ in panel.queries))
+    names = re.findall(_METRIC_NAME, " ".join(expression for expression, _ in panel.queries))
     return " ".join(helps[name] for name in dict.fromkeys(names) if name in helps)
 
 
@@ -18147,19 +18055,24 @@ def terminal_size(columns: int = 80) -> tuple[int, int]:
 
 
 # Of a line that is too long between them: blanks, and in Chinese any two characters but those that punctuation holds.
-_PIECES = re.compile(
-    r"[（“《]*(?:[\u3000-\u9fff]|[^\s\u3000-\u9fff（“《，。；：？）”》]+)[，。；：？、）”》]*\s*|\S\s*"
-)
+_PIECES = r"[（“《]*(?:[\u3000-\u9fff]|[^\s\u3000-\u9fff（“《，。；：？）”》]+)[，。；：？、）”》]*\s*|\S\s*"
 
 
 def lines_within(text: str, columns: int) -> list[str]:
     """Return a text in lines of at most so many columns of a terminal, of which a Chinese character takes two."""
     lines = [""]
-    for piece in _PIECES.findall(text):
+    for piece in re.findall(_PIECES, text):
         if lines[-1] and columns_of((lines[-1] + piece).rstrip()) > columns:
             lines.append("")
         lines[-1] += piece
     return [line.rstrip() for line in lines]
+
+
+def cut_between_words(text: str, columns: int) -> str:
+    """Return a text, or its beginning, cut between two words, where it takes more columns of a terminal."""
+    if columns_of(text) <= columns:
+        return text
+    return fitting(lines_within(text, columns - 1)[0], columns - 1) + "…"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -18182,7 +18095,18 @@ def make_parser() -> argparse.ArgumentParser:
             return super()._split_lines(text, width) if text.isascii() else lines_within(text, width)
 
         def _fill_text(self, text: str, width: int, indent: str) -> str:
-            return super()._fill_text(for_reader(text), width, indent)
+            text = for_reader(text)
+            if max(map(columns_of, text.splitlines())) > width:  # what an example does stands below it
+                text = re.sub(r"(?<=\S) {2,}", "\n      ", text)
+            return super()._fill_text(text, width, indent)
+
+        def _format_usage(self, *what: Any) -> str:
+            """Return it in lines that fit: Python 3.11 and 3.12 leave a long group of flags in one."""
+            indent = " " * (len(phrase("help.usage")) + len(self._prog) + 1)
+            usage = " ".join(super()._format_usage(*what).split())
+            usage = re.sub(r"(?<=\w) (?=[\[{A-Z])", "\0", usage)  # a flag and its value stay together
+            lines = lines_within(usage, width - len(indent))
+            return f"\n{indent}".join(lines).replace("\0", " ") + "\n\n"
 
         def format_help(self) -> str:
             text = super().format_help()
@@ -18199,6 +18123,8 @@ def make_parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     parser.error = _refuse_arguments  # type: ignore[method-assign]
+    # argparse says nothing where that fails
+    parser._print_message = _print_help  # type: ignore[assignment, method-assign]
     parser.add_argument("-h", "--help", action="help", help=phrase("help.help"))
     _add_commands(parser.add_mutually_exclusive_group())
     _add_options(parser)
@@ -18235,6 +18161,10 @@ def argparse_words(message: str) -> str:
                 values["choices"] = listing("join.names", values["choices"].split(", "))
             return phrase(kind, **values)
     return message
+
+
+def _print_help(text: str, *_: object) -> None:
+    show(text.removesuffix("\n"))
 
 
 def _refuse_arguments(message: str) -> NoReturn:
@@ -18379,18 +18309,19 @@ def parse_arguments(argv: Sequence[str]) -> Options:
     if options.backfill is not None and not 1 <= options.backfill <= MAX_BARS:
         raise UsageError(phrase("usage.backfill", n=options.backfill, most=MAX_BARS))
     _check_migration(options)
-    _check_fetching(options)
+    _check_codes(options)
     return options
 
 
-def _check_fetching(options: Options) -> None:
-    """Raise UsageError for what a command that asks the API is given: before it is told to need a key."""
+def _check_codes(options: Options) -> None:
+    """Raise UsageError for codes, and how often they are asked for: before a command is told to need a key."""
     if options.once and not (options.codes or options.codes_file):
         raise UsageError(phrase("usage.once_needs_codes"))
     if options.every is not None:
         _seconds_of(options.every)
-    fetches = options.once or options.collect or options.backfill is not None
-    if fetches and options.codes and not options.codes_file:
+    if options.show:
+        options.codes = [*options.show, *options.codes]
+    if options.codes and not options.codes_file:
         next(read_codes(options))
 
 
@@ -18469,7 +18400,9 @@ def read_codes(options: Options) -> Iterator[str]:
         count += 1
         yield code
     if not count:
-        where = f"--codes-file {options.codes_file}" if options.codes_file else "--codes"
+        where = "--show" if options.show else "--codes"
+        if options.codes_file:
+            where = f"--codes-file {options.codes_file}"
         raise UsageError(phrase("usage.no_code", where=where))
 
 
@@ -18479,14 +18412,11 @@ def _codes_of(options: Options) -> Iterator[str]:
     if not options.codes_file:
         return
     try:
-        stream = sys.stdin
-        if options.codes_file != "-":
-            stream = open(options.codes_file, encoding="utf-8-sig")  # noqa: SIM115  (closed below)
-        with stream:
-            yield from codes_in(stream)
+        text = read_file(os.dup(0) if options.codes_file == "-" else options.codes_file)
     except (OSError, UnicodeDecodeError) as error:
-        why = os_words(error) if isinstance(error, OSError) else phrase("tools.not_utf8")
-        raise UsageError(phrase("usage.codes_file", file=options.codes_file, why=why)) from None
+        fault = phrase("usage.codes_file", file=options.codes_file, why=unread_words(error))
+        raise UsageError(fault) from None
+    yield from codes_in(text)
 
 
 def with_kinds(text: str, told: Iterable[object]) -> str:
@@ -18496,14 +18426,28 @@ def with_kinds(text: str, told: Iterable[object]) -> str:
     return f"{text} [{', '.join(kinds)}]" if kinds else text
 
 
-class _Redacting(logging.Formatter):
-    """Formats a record, tracebacks included, and takes every secret out, also of settings that were read anew."""
+def _reasons_by_hand(told: Iterable[object]) -> list[str]:
+    """Return of a line of the log, whose frame is English, what tells the person who typed the command a reason."""
+    words = [one.message if isinstance(one, StockrtError) else one for one in told]
+    return [one for one in words if isinstance(one, str) and any(kinds_in(one))]
 
-    def __init__(self, journal: bool = False) -> None:
+
+class _Redacting(logging.Formatter):
+    """Formats a record, tracebacks included, and takes every secret out, also of settings that were read anew.
+
+    `by_hand`: a person typed the command, and reads the reasons in the language that this one speaks.
+    """
+
+    def __init__(self, journal: bool = False, by_hand: bool = False) -> None:
         super().__init__("%(message)s" if journal else "%(levelname)s %(message)s")
         self._journal = journal
+        self._by_hand = by_hand
 
     def format(self, record: logging.LogRecord) -> str:
+        reasons = _reasons_by_hand(record.args or ())
+        if self._by_hand and reasons and SPOKEN.language != ENGLISH:
+            words = phrase("cli.error", words=listing("join.commas", reasons))
+            return mask(local_times(for_reader(words)), HIDDEN.secrets)
         text = mask(local_times(super().format(record)), HIDDEN.secrets)
         if isinstance(record.args, tuple):
             first, *rest = text.split("\n", 1)
@@ -18570,13 +18514,14 @@ class _BesideBar(logging.StreamHandler[Any]):
             super().emit(record)
 
 
-def start_logging(settings: Settings) -> None:
+def start_logging(settings: Settings, by_hand: bool = False) -> None:
     """Send this program's messages to stderr, secrets masked; libraries only from warnings on.
 
     urllib3 only errors: it warns of each answer's odd headers, with a traceback; what counts in them is judged here.
     """
     handler = _BesideBar()
-    handler.setFormatter(_Redacting(journal=isinstance(sys.stderr, JournalStream)))
+    is_journal = isinstance(sys.stderr, JournalStream)
+    handler.setFormatter(_Redacting(is_journal, by_hand and not is_journal))
     logging.getLogger().handlers = [handler]
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
@@ -18596,13 +18541,22 @@ def say(words: str, level: int = logging.INFO) -> None:
 
 def show(words: str) -> None:
     """Print what was asked for to stdout, words of ours in the reader's language. Raises PrintError."""
+    _print_whole(mask(for_reader(words), HIDDEN.secrets))
+
+
+def _print_whole(text: str) -> None:
     try:
         with bar_aside():
-            print(mask(for_reader(words), HIDDEN.secrets), flush=True)
-    except BrokenPipeError:
-        raise PrintError from None
+            print(text, flush=True)
     except OSError as error:
-        raise PrintError(phrase("cli.cannot_print", why=os_words(error))) from None
+        raise print_error(error) from None
+
+
+def print_error(error: OSError) -> PrintError:
+    """Return what a command ends with whose output nobody takes."""
+    if isinstance(error, BrokenPipeError):
+        return PrintError()
+    return PrintError(phrase("cli.cannot_print", why=os_words(error)))
 
 
 def show_one(document: object, line: str, as_json: bool) -> None:
@@ -18615,7 +18569,8 @@ def show_one(document: object, line: str, as_json: bool) -> None:
 
 def show_json(document: object) -> None:
     """Print a document as one line of JSON, its words in the reader's language. Raises PrintError."""
-    show(json.dumps(all_in_language(document, SPOKEN.language), ensure_ascii=False))
+    spoken = all_in_language(document, SPOKEN.language)
+    _print_whole(json.dumps(packed(spoken), ensure_ascii=False))  # in which only texts are masked
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -18643,7 +18598,7 @@ class Rows:
     """Prints stored trades on `out`: an aligned table in the order asked, or JSON lines.
 
     Beyond ROWS_ALIGNED trades the rows are printed as they come. A reader that went away (`| head`) ends
-    the printing, never the storing. `is_live`: the first rows are printed at once, too. `directory`: where names are
+    the printing, never the storing. `is_live`: the first rows are printed at once, too. `reader`: where names are
     looked up; the table has as much of them as fits into `width` columns, and no column for them where there are none.
     """
 
@@ -18660,7 +18615,7 @@ class Rows:
         self.is_gone = False  # what reads them
         self.look_s = READER_LOOK_S
         self.status = ""  # which rows do not show
-        self.directory: Directory | None = None
+        self.reader: Reader | None = None
         self.fault = ""  # why rows are missing on `out`, unless its reader just went away
 
     def add(self, documents: Sequence[Document]) -> None:
@@ -18707,9 +18662,10 @@ class Rows:
 
     def _names(self) -> dict[str, str]:
         """Return the names of what is kept, as far as they are at hand."""
-        if self.directory is not None:
+        if self.reader is not None:
             with contextlib.suppress(StoreError):  # no name is worth a row
-                return self.directory.names([document["stock_code"] for document in self._kept])
+                codes = [document["stock_code"] for document in self._kept]
+                return self.reader.names(codes, SPOKEN.language == ENGLISH)
         return {}
 
     def _print(self, text: str, flush: bool = False) -> None:
@@ -18815,10 +18771,6 @@ class Terminal(ByHand):
             with bar_aside():
                 self._rows.add(documents)
 
-    def kept(self, documents: Sequence[Document]) -> None:
-        """Print them: the closing line says that they wait."""
-        self.stored(documents)
-
     def progress(self, done: int = 0, total: int = 0, unwritten: int = 0) -> None:
         """Draw the bar."""
         if total:
@@ -18901,7 +18853,7 @@ def run_once(options: Options, settings: Settings) -> int:
     rows = Rows(sys.stdout, options.json, settings.color and sys.stdout.isatty(), terminal_size(WIDEST)[0])
     terminal = Terminal(rows, "cli.of_codes", bar_above=MAX_BATCH)
     pipeline = Pipeline(settings, terminal, options.demo)
-    rows.directory = pipeline.directory
+    rows.reader = pipeline.reader
     stop = stop_on_signals()
     order: list[str] = []
     started_at = time.time()
@@ -18911,12 +18863,14 @@ def run_once(options: Options, settings: Settings) -> int:
     finally:
         terminal.close()
     if not finished:
-        rows.directory = None  # what hangs may be the file that it is in
-    rows.finish([run.report.read_as.get(code, code.upper()) for code in order])
+        rows.reader = None  # what hangs may be the file that it is in
+    report = run.report.as_of_now()  # a run that hangs may still write into its own
+    rows.finish([report.read_as.get(place, place.upper()) for code in order for place in _places(code)])
+    report.failures = _as_typed(report.failures, order)
     if finished:
         pipeline.keys.close()
-    status = _close_run(run.report, finished, settings)
-    note_run(settings, started_at, run.report.as_of_now())
+    status = _close_run(report, finished, settings)
+    note_run(settings, started_at, report)
     if rows.fault:
         say(phrase("cli.error", words=rows.fault))
         status = status or EXIT_FAILED
@@ -18929,15 +18883,21 @@ def note_run(settings: Settings, started_at: float, report: Report) -> None:
         with contextlib.closing(Journal(settings.state_directory, events=ByHand())) as journal:
             journal.note_run(started_at, *report_result({"workflow_name": "--once"}, report, settings))
     except StoreError as error:
-        log.warning("--status will not know of this run: %s", error)
+        log.warning("%s", phrase("cli.run_not_noted", why=error.message))
 
 
 def _remembered(codes: Iterator[str], order: list[str]) -> Iterator[str]:
-    """Pass codes on, and keep the first ROWS_ALIGNED of them as they will be shown."""
+    """Pass codes on, and keep the first ROWS_ALIGNED of them."""
     for code in codes:
         if len(order) < ROWS_ALIGNED:
-            order += _places(code)
+            order.append(code)
         yield code
+
+
+def _as_typed(failures: Mapping[str, Failure], order: Sequence[str]) -> dict[str, Failure]:
+    """Return failures in the order in which the codes were typed."""
+    names = [name for code in order for name in (one_line(code, MAX_CODE_LENGTH + 8), *_places(code))]
+    return {name: failures[name] for name in chain(names, failures) if name in failures}
 
 
 def _places(code: str) -> list[str]:
@@ -18950,8 +18910,7 @@ def _places(code: str) -> list[str]:
 
 
 def _close_run(report: Report, finished: bool, settings: Settings) -> int:
-    """Say what became of a run and return the exit status. One that hangs may still write into its report."""
-    report = report.as_of_now()
+    """Say what became of a run and return the exit status."""
     if report.stale:
         say(report.stale_words())
     if report.read_as:
@@ -18963,8 +18922,7 @@ def _close_run(report: Report, finished: bool, settings: Settings) -> int:
     else:
         say(phrase("cli.once_store_hangs", summary=report.summary()))
     is_red = settings.color and sys.stderr.isatty()
-    for code, failure in report.failures.items():
-        words = phrase("cli.failed_code", code=code, why=failure.words)
+    for words in failure_lines({code: failure.words for code, failure in report.failures.items()}):
         say(f"\033[31m{for_reader(words)}\033[0m" if is_red else words)
     if report.interrupted or not finished:
         return EXIT_INTERRUPTED
@@ -19059,7 +19017,7 @@ class LiveTable:
             lines = self._table.lines(found[:room], time.time(), lit=True)
             if len(found) > room:
                 lines.append(f"… {for_reader(count_words(len(found) - room, 'more code'))}")
-            self._screen.draw([*lines, fitting(for_reader(self.status), width)], anew=is_resized)
+            self._screen.draw([*lines, cut_between_words(for_reader(self.status), width)], anew=is_resized)
         except OSError:
             self.is_gone = True
         self._due = time.monotonic() + REDRAW_S
@@ -19113,17 +19071,13 @@ class Ticks(ByHand):
         start_thread(self._thread)
 
     def stored(self, documents: Sequence[Document]) -> None:
-        """Have them printed."""
+        """Have them printed; those that wait for MongoDB are not told again when it has them."""
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):
                 self._batches.put(documents, timeout=STOP_POLL_S)
                 return
         with contextlib.suppress(queue.Full):  # nobody reads, and the end must not wait for it
             self._batches.put_nowait(documents)
-
-    def kept(self, documents: Sequence[Document]) -> None:
-        """Have them printed: when MongoDB has them they are not told again."""
-        self.stored(documents)
 
     def queue_changed(self, stats: QueueStats) -> None:
         """Note how many wait for MongoDB."""
@@ -19178,7 +19132,7 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
     ticks = Ticks(rows, stop)
     with Pipeline(settings, ticks, options.demo) as pipeline:
         if isinstance(rows, Rows):
-            rows.directory = pipeline.directory
+            rows.reader = pipeline.reader
         if options.codes or options.codes_file:
             _need_one_code(resolve(settings.collect_codes.split(), pipeline.directory, stop))
         collecting = Collecting(pipeline, settings, ticks)
@@ -19209,9 +19163,7 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
 def _need_one_code(found: Resolved) -> None:
     """Raise StockrtError where no typed code can be collected: waiting would not change that."""
     if not found.instruments:
-        shown = islice(found.refused.items(), NAMES_SHOWN)
-        words = [phrase("tools.because", what=code, why=why) for code, why in shown]
-        raise StockrtError(phrase("cli.collect_nothing", words=listing("join.clauses", words)))
+        raise StockrtError(phrase("cli.collect_nothing", words=found.refused_words()))
 
 
 def _plain_codes(text: str) -> list[str]:
@@ -19327,14 +19279,20 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
             pipeline = opened.enter_context(Pipeline(looked_at, ByHand(), only_looks=True))
         except StockrtError as error:
             words = error.message
-        yield from _check_keys(settings, pipeline)
-        yield _check_state_directory(settings)
-        store = Check(phrase("cli.of_local_file"), False, words)
+        api, keys = None, [ApiKey(*one) for one in settings.key_plans()]
         if pipeline is not None:
-            store = _check_store(store_name(settings), pipeline)
-        yield store._replace(
-            words=_put_right(store.words, looked_at.state_directory, settings.state_directory)
-        )
+            api, keys = pipeline.api, pipeline.keys.keys
+        for key in keys:
+            yield from check_key(settings, api, key)
+        directory = _check_state_directory(settings)
+        yield directory
+        store = Check(phrase("cli.of_store"), False, words)
+        if pipeline is not None:
+            store = _check_store(pipeline)
+        if store.words != directory.words:
+            said = for_reader(store.words)  # as of where it will lie
+            said = said.replace(str(looked_at.state_directory), str(settings.state_directory))
+            yield store._replace(words=said)
         if pipeline is not None and settings.collect_codes:
             yield from _check_collecting(settings, pipeline)
     if settings.metrics_file:
@@ -19346,16 +19304,6 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
         yield check_platform(settings)
     else:
         yield Check(phrase("link.platform"), True, _without_platform(settings))
-
-
-def _put_right(value: Any, old: Path, new: Path) -> Any:
-    """Return words, or a value of theirs, with what lies in a directory as lying in another."""
-    if isinstance(value, Phrase):
-        return Phrase(value.kind, {name: _put_right(inner, old, new) for name, inner in value.values.items()})
-    if isinstance(value, tuple):
-        return tuple(_put_right(inner, old, new) for inner in value)
-    is_there = isinstance(value, Path) and value.is_relative_to(old)
-    return new / value.relative_to(old) if is_there else value
 
 
 def _check_state_directory(settings: Settings) -> Check:
@@ -19371,13 +19319,12 @@ def _check_state_directory(settings: Settings) -> Check:
         return Check(name, False, error.message)
 
 
-def _check_keys(settings: Settings, pipeline: Pipeline | None) -> Iterator[Check]:
-    if pipeline is None:
-        for secret, plan in settings.key_plans():
-            yield from check_key(settings, None, ApiKey(secret, plan))
-    else:
-        for key in pipeline.keys.keys:
-            yield from check_key(settings, pipeline.api, key)
+def _to_collect_words(found: Resolved) -> Phrase:
+    words = phrase("cli.to_collect", n=len(found.instruments))
+    if found.refused:
+        count, codes = len(found.refused), found.refused_words()
+        words = phrase("cli.to_collect_but", words=words, n=count, codes=codes)
+    return words
 
 
 def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]:
@@ -19387,12 +19334,12 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
     """
     stop, name = threading.Event(), phrase("cli.of_codes")
     try:
-        codes = WatchList(settings, pipeline.mongo).codes()
-        products = [one.product for one in resolve(codes, None, stop).instruments.values()]
+        found = resolve(WatchList(settings, pipeline.mongo).codes(), pipeline.directory, stop)
     except StockrtError as error:
         yield Check(name, False, error.message)
         return
-    yield Check(name, bool(codes), phrase("cli.to_collect", codes=count_words(len(codes), "code")))
+    yield Check(name, bool(found.instruments and not found.refused), _to_collect_words(found))
+    products = [one.product for one in found.instruments.values()]
     if not (settings.collect and products):
         return
     told = read_status(settings.state_directory).get("collecting", {})
@@ -19410,7 +19357,7 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
 def _check_stream(settings: Settings, key: ApiKey, product: str, limits: StreamLimits | None) -> Check:
     name = phrase("cli.of_stream_with", key=key.shown)
     if limits is None or not limits.connections:
-        return Check(name, False, phrase("cli.plan_without_stream"))
+        return Check(name, False, key.dead or phrase("cli.plan_without_stream"))
     connection = StreamConnection(settings.stream_url, product, key.secret, settings.proxies)
     end = connection.open()
     connection.close()
@@ -19432,7 +19379,8 @@ def _check_stream(settings: Settings, key: ApiKey, product: str, limits: StreamL
     return Check(name, True, listing("join.clauses", clauses))
 
 
-def _check_store(name: str, pipeline: Pipeline) -> Check:
+def _check_store(pipeline: Pipeline) -> Check:
+    name = phrase("cli.of_store")
     try:
         return Check(name, True, pipeline.check_store())
     except StockrtError as error:
@@ -19503,6 +19451,8 @@ class PlatformFacts(TypedDict):
     state: str
     connected_since: str | None
     last_contact: str | None
+    lost_since: str | None
+    lost_because: str | None
 
 
 class LastExecution(TypedDict):
@@ -19546,10 +19496,10 @@ class Trouble(NamedTuple):
     to_do: str
 
 
-def gather_status(settings: Settings, is_installed: bool = False) -> StatusReport:
+def gather_status(settings: Settings, is_installed: bool = False, is_faulty: bool = False) -> StatusReport:
     """Return what --status shows, from the daemon's own words where one runs or ran. Raises StoreError.
 
-    `is_installed`: the daemon is a service, whose log tells why it does not run.
+    `is_installed`: the daemon is a service, whose log tells why it does not run. `is_faulty`: the settings are.
     """
     directory = settings.state_directory
     told = read_status(directory)
@@ -19558,14 +19508,23 @@ def gather_status(settings: Settings, is_installed: bool = False) -> StatusRepor
         "state": "no daemon",
         "connected_since": told.get("connected_since"),
         "last_contact": told.get("last_contact"),
+        "lost_since": None,
+        "lost_because": None,
     }
     daemon: DaemonFacts = {"running": daemon_runs(directory)}
     states: Sequence[KeyState] = ()
     if daemon["running"]:
         platform["state"] = told.get("platform", "not connected")
+        if platform["state"] == "not connected":
+            platform |= {"lost_since": told.get("lost_since"), "lost_because": told.get("lost_because")}
         daemon |= {"pid": told.get("pid"), "version": told.get("version")}
         states = told.get("keys", [])
-    module_hash = read_hash(directory)
+    troubles: list[Trouble] = []
+    module_hash = ""
+    try:
+        module_hash = read_hash(directory)
+    except StoreError as error:
+        troubles.append(Trouble(error.message, phrase("cli.tries_again")))
     with without_traces(settings) as looked_at, Pipeline(looked_at, ByHand()) as pipeline:
         spool, keys = pipeline.queued(told.get("spool_refused", 0)), pipeline.usage(states)
     status: StatusReport = {
@@ -19585,17 +19544,20 @@ def gather_status(settings: Settings, is_installed: bool = False) -> StatusRepor
         "wrong": [],
         "to_do": [],
     }
-    troubles: list[Trouble] = []
     if settings.collects or (daemon["running"] and told.get("collecting")):
         status["collecting"] = dict.fromkeys(CollectFacts.__annotations__) | told.get("collecting", {})
     if (directory / JOURNAL_NAME).exists():
-        troubles = _ask_journal(directory, status)
+        troubles += _ask_journal(directory, status)
     troubles += _what_is_wrong(settings, status)
+    if is_faulty:
+        status |= {"store": phrase("cli.unknown"), "platform": platform | {"url": phrase("cli.unknown")}}
+        troubles.append(Trouble(phrase("cli.settings_are_faulty"), phrase("cli.mend_settings")))
     status["wrong"] = [trouble.what for trouble in troubles]
     status["to_do"] = list(dict.fromkeys(trouble.to_do for trouble in troubles))
     status["status"] = STATUS_WORDS[STATUS_WRONG if troubles else STATUS_WELL]
     if not daemon["running"]:
         status["status"] = STATUS_WORDS[STATUS_NOT_RUNNING]
+    if not (daemon["running"] or is_faulty):
         log_of_it = [phrase("cli.see_journal", service=UNIT.removesuffix(".service"))] * is_installed
         status["to_do"][:0] = [_how_to_start(settings), *log_of_it]
     return status
@@ -19667,19 +19629,22 @@ def _collect_stats(facts: Mapping[str, Any]) -> CollectStats:
 
 def _collect_faults(settings: Settings, facts: Mapping[str, Any]) -> list[Trouble]:
     """Return what is wrong with collecting by what the daemon told last."""
-    stats = _collect_stats(facts)
+    stats, found = _collect_stats(facts), []
     to_do = phrase("cli.tries_again")
     if stats.trouble:
-        return [Trouble(phrase("cli.collect_trouble", why=one_line(stats.trouble)), to_do)]
-    if stats.connections < stats.connections_wanted:
+        found.append(Trouble(phrase("cli.collect_trouble", why=one_line(stats.trouble)), to_do))
+    elif stats.connections < stats.connections_wanted:
         wanted = count_words(stats.connections_wanted, "connection")
-        return [Trouble(phrase("cli.few_connections", count=stats.connections, wanted=wanted), to_do)]
-    if facts["at"] is None:
-        return [Trouble(phrase("cli.not_begun"), to_do)]
-    if settings.collect and stats.polled and not stats.connections_wanted:
+        found.append(Trouble(phrase("cli.few_connections", count=stats.connections, wanted=wanted), to_do))
+    elif facts["at"] is None:
+        found.append(Trouble(phrase("cli.not_begun"), to_do))
+    elif settings.collect and stats.polled and not stats.connections_wanted:
         words = phrase("cli.polled_instead", codes=count_words(stats.polled, "code"))
-        return [Trouble(words, phrase("cli.poll_by_setting"))]
-    return []
+        found.append(Trouble(words, phrase("cli.poll_by_setting")))
+    if stats.refused:
+        words = phrase("tools.because", what=stats.refused_words(), why=one_line(stats.refused_why, 600))
+        found.append(Trouble(words, phrase("cli.mend_codes")))
+    return found
 
 
 def _collect_line(facts: Mapping[str, Any]) -> Phrase:
@@ -19697,14 +19662,15 @@ def _collect_line(facts: Mapping[str, Any]) -> Phrase:
     return words
 
 
-def run_status(settings: Settings, as_json: bool, unit: Unit | None = None) -> int:
+def run_status(settings: Settings, as_json: bool, unit: Unit | None = None, is_faulty: bool = False) -> int:
     """Print the status for a person, or as one JSON object, and return the exit status: one of the STATUS_*.
 
     `unit`: that of the service that is meant. Nothing is known where the state, or what it has, is another user's.
+    `is_faulty`: of the settings no more than the state directory is known.
     """
     if (unit is not None and unit.is_hidden()) or is_hidden(settings.state_directory):
         return _show_unknown(as_json)
-    status = gather_status(settings, unit is not None)
+    status = gather_status(settings, unit is not None, is_faulty)
     code = next(code for code, words in STATUS_WORDS.items() if words == status["status"])
     if as_json:
         show_json(status)
@@ -19713,7 +19679,7 @@ def run_status(settings: Settings, as_json: bool, unit: Unit | None = None) -> i
         ("cli.of_status", _status_line(status["status"], status["wrong"], status["to_do"])),
         ("cli.of_version", status["version"]),
         ("cli.of_daemon", _daemon_line(status["daemon"])),
-        ("cli.of_registration", status["registration"] or _unregistered(settings)),
+        ("cli.of_registration", status["registration"] or _unregistered(status["platform"])),
         ("link.platform", _platform_line(status["platform"])),
     ]
     if status["collecting"] is not None:
@@ -19768,8 +19734,8 @@ def _stream_line(stream: Mapping[str, Any]) -> Phrase:
     return words
 
 
-def _unregistered(settings: Settings) -> Phrase:
-    return phrase("cli.run_register" if settings.platform_url() else "cli.no_platform")
+def _unregistered(platform: PlatformFacts) -> Phrase:
+    return phrase("cli.run_register" if platform["url"] else "cli.no_platform")
 
 
 def _waiting_line(waiting: Waiting) -> Phrase:
@@ -19835,13 +19801,18 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
     return EXIT_OK
 
 
+# What a message says of codes that failed.
+FAILED_KINDS = ("events.all_failed", "events.failed")
+
+
 def _execution_lines(one: ExecutionFacts, outcome: str) -> Phrase:
-    """Return an execution for a person: when, its outcome, what, why, and a line for each code that failed."""
+    """Return an execution for a person: when, its outcome, what, why, and a line for each reason of failures."""
     result, message, more = one["result"] or {}, one["message"] or "", []
+    failures = result.get("failures", {})
     if result:
         stored = phrase("protocol.stored", reached=result.get("success_count"), total=result.get("total"))
         # once is enough
-        message = _without_clause(message, stored)
+        message = _without_clauses(message, stored, bool(failures))
         if one["status"] != "failure" or not message.startswith(stored):
             more.append(stored)
     if one["ended_at"] and one["delivered"] is False:
@@ -19857,16 +19828,26 @@ def _execution_lines(one: ExecutionFacts, outcome: str) -> Phrase:
         words = listing("join.columns", [words, listing("join.commas", more)])
     if one["status"] == "failure" and message:
         words = phrase("tools.because", what=words, why=message)
-    failures = result.get("failures", {})
-    lines = [phrase("cli.failed_code", code=code, why=why) for code, why in failures.items()]
-    return listing("join.lines", [one_line(words, 600), *lines])
+    return listing("join.lines", [one_line(words, 600), *failure_lines(failures)])
 
 
-def _without_clause(message: str, clause: str) -> str:
-    """Return a message without a clause that stands beside it; one of an older version is but a text."""
-    if isinstance(message, Phrase) and message.kind == "join.clauses":
-        return listing(message.kind, [part for part in message.values["parts"] if part != clause])
-    return message
+def failure_lines(failures: Mapping[str, str]) -> list[Phrase]:
+    """Return a line for each reason why codes failed, with all of them."""
+    groups = by_reason(failures).items()
+    return [phrase("cli.failed_code", code=listing("join.names", codes), why=why) for why, codes in groups]
+
+
+def _without_clauses(message: str, clause: str, are_listed: bool) -> str:
+    """Return a message without a clause that stands beside it, and without failures, where they `are_listed` below.
+
+    One of an older version is but a text.
+    """
+    if not (isinstance(message, Phrase) and message.kind == "join.clauses"):
+        return message
+    kept = [part for part in message.values["parts"] if part != clause]
+    if are_listed:
+        kept = [part for part in kept if not (isinstance(part, Phrase) and part.kind in FAILED_KINDS)]
+    return listing(message.kind, kept)
 
 
 def _daemon_line(daemon: DaemonFacts) -> Phrase:
@@ -19894,6 +19875,9 @@ def _platform_line(platform: PlatformFacts) -> Phrase:
     url, state = platform["url"] or phrase("cli.none_set"), _state_words(platform["state"])
     if platform["state"] == "connected":
         return phrase("cli.connected_since", url=url, since=platform["connected_since"])
+    if platform["lost_because"]:
+        since, why = platform["lost_since"], one_line(platform["lost_because"])
+        return phrase("cli.lost", url=url, since=since, why=why)
     if platform["last_contact"]:
         return phrase("cli.last_contact", url=url, state=state, at=platform["last_contact"])
     return phrase("cli.platform", url=url, state=state)
@@ -19901,6 +19885,8 @@ def _platform_line(platform: PlatformFacts) -> Phrase:
 
 def _key_line(key: KeyUsage) -> Phrase:
     state = _state_words(key["state"])
+    if key["state"] == "unknown":
+        state = phrase("cli.untried")
     if key["until"]:
         state = phrase("cli.until", state=state, until=key["until"])
     if key["why"]:
@@ -20046,32 +20032,39 @@ def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     return EXIT_OK if found and not why else EXIT_FAILED
 
 
-def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
-    """Print what is stored of codes; exit status 1 where there is none of one that was asked for, or nothing at all."""
+@contextlib.contextmanager
+def reader_of(options: Options, settings: Settings) -> Iterator[Reader]:
+    """Give what a view reads from; where nothing is stored yet it leaves no trace. Raises StoreError."""
     with (
         without_traces(settings) as looked_at,
         Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
     ):
+        yield reader
+
+
+def run_show(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
+    """Print what is stored of codes; exit status 1 where there is none of one that was asked for, or nothing at all."""
+    with reader_of(options, settings) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         found = in_order(quotes(reader, codes, SPOKEN.language == ENGLISH), options.sort or "code")
     now = time.time()
     if options.json:
         for one in found:
-            show(json.dumps(one.document(now), ensure_ascii=False))
+            show_json(one.document(now))
     elif found:
         show("\n".join(quote_table(settings, environ, options.up).lines(found, now)))
-    status = _end_view(missing, found)
+    status = _end_view(missing, found, options.demo)
     if found and not options.demo and all(one.reference is None for one in found):
         say(phrase("cli.no_reference"))
     return status
 
 
-def _end_view(missing: Sequence[str], found: Collection[object]) -> int:
+def _end_view(missing: Sequence[str], found: Collection[object], demo: bool) -> int:
     """Say what is not there to be shown, and return the exit status."""
     for words in missing:
         say(words)
     if not found and not missing:
-        say(phrase("cli.no_trade_yet"))
+        say(phrase("cli.no_demo_yet" if demo else "cli.no_trade_yet"))
     return EXIT_FAILED if missing or not found else EXIT_OK
 
 
@@ -20089,27 +20082,27 @@ def run_chart(options: Options, settings: Settings, environ: Mapping[str, str]) 
     need_blocks(options, sys.stdout.encoding)
     now, span, step = time.time(), span_of(options), cast(str, options.chart)
     width, height = terminal_size()
-    with (
-        without_traces(settings) as looked_at,
-        Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
-    ):
+    with reader_of(options, settings) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         last = reader.last(codes)
         charts = read_charts(reader, codes, last, step, span, now, width)
+        bare = [code for code, chart in charts.items() if not chart.candles]
+        closes = reader.closes(bare, *map(date_at, Span()))
         names = reader.names(codes, SPOKEN.language == ENGLISH)
     up, color = color_of_rise(environ, options.up), settings.color and sys.stdout.isatty()
     order = codes if options.sort == "asked" else sorted(charts)
     for code, chart in [(code, charts[code]) for code in order if code in charts]:
         if not chart.candles:
-            missing.append(what_is_there(chart, last.get(code)))
+            missing.append(what_is_there(chart, last.get(code), closes.get(code, ())))
         elif options.json:
-            show("\n".join(json.dumps(document) for document in chart.documents()))
+            for candle in chart.documents():
+                show_json(candle)
         else:
             drawn, chart = draw_chart(chart, width, max(LEAST_LINES, height - CAPTION_LINES), up, color)
             show(f"{chart_title(chart, names.get(code, ''))}\n{drawn.rstrip()}")
             for words in chart_notes(chart):
                 show(words)
-    return _end_view(missing, charts)
+    return _end_view(missing, charts, options.demo)
 
 
 def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -> int:
@@ -20118,25 +20111,29 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
     path = Path(cast(str, options.html))
     need_plain_file(path, "--html")
     store, up = settings.mongodb_shown() or SQLITE_NAME, color_of_rise(environ, options.up)
-    with (
-        without_traces(settings) as looked_at,
-        Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
-    ):
+    with reader_of(options, settings) as reader:
         codes, missing = codes_to_show(options, settings, reader)
         found = in_order(quotes(reader, codes, english=True), options.sort or "code")
         last = {one.code: one.trade for one in found}
         names, charts = reader.names(last), read_charts(reader, [*last], last, step, span, now, PAGE_STEPS)
         closes = reader.closes(last, *dates_of(Span(until=span.until), now))
-    is_fixed, is_chosen = options.up is not None, bool(missing)
-    page = Page(found, names, charts, closes, now, store, SPOKEN.language, up, is_fixed, is_chosen)
+    need_something(found, missing, path)
+    is_fixed = options.up is not None
+    page = Page(found, names, charts, closes, now, store, SPOKEN.language, up, is_fixed)
     is_picture = path.suffix.lower() == ".svg"
     text = draw_picture(_only_chart(charts.values()), up) if is_picture else draw_page(page)
     # a web server is another user
     write_whole(path, text, mode=0o644, setting="--html")
-    status = _end_view(missing, found)
+    status = _end_view(missing, found, options.demo)
     size = len(text.encode()) / 1000
     say(phrase("cli.page_written", path=path, codes=count_words(len(found), "code"), size=size))
     return status
+
+
+def need_something(found: Collection[object], missing: Sequence[str], path: object) -> None:
+    """Raise StockrtError where nothing is stored of what was asked for: an older file is worth more."""
+    if missing and not found:
+        raise StockrtError(phrase("cli.not_written", path=path, why=listing("join.clauses", missing)))
 
 
 def _only_chart(charts: Iterable[Chart]) -> Chart:
@@ -20163,9 +20160,10 @@ def codes_to_show(options: Options, settings: Settings, reader: Reader) -> tuple
 
     Raises StockrtError.
     """
-    typed = [code for text in options.show or () for code in split_codes(text)]
-    typed += _codes_of(options)
-    if not typed and settings.collect_codes and not options.demo:
+    typed: list[str] = []
+    if options.codes or options.codes_file:
+        typed = [*read_codes(options)]
+    elif settings.collect_codes and not options.demo:
         with Pipeline.open_mongodb(settings) if settings.mongodb_uri else contextlib.nullcontext() as store:
             typed = [*WatchList(settings, store).codes()]
     if not typed:
@@ -20218,10 +20216,7 @@ def run_export(options: Options, settings: Settings) -> int:
     if place != "-":
         need_plain_file(Path(place), "--export")
     try:
-        with (
-            without_traces(settings) as looked_at,
-            Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
-        ):
+        with reader_of(options, settings) as reader:
             missing: list[str] = []
             codes: Sequence[str] = ()
             span, is_chosen = span_of(options), bool(options.codes or options.codes_file)
@@ -20234,6 +20229,7 @@ def run_export(options: Options, settings: Settings) -> int:
             if place == "-":
                 count = _to_stdout(export, reader)
             else:
+                need_something(codes, missing, place)
                 with whole_file(Path(place), durable=True, setting="--export") as stream:
                     count = _write_export(export, reader, stream)
     except KeyboardInterrupt:
@@ -20260,9 +20256,7 @@ def _to_stdout(export: Export, reader: Reader) -> int:
         sys.stdout.buffer.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit's flush fails again
-        if isinstance(error, BrokenPipeError):
-            raise PrintError from None
-        raise PrintError(phrase("cli.cannot_print", why=os_words(error))) from None
+        raise print_error(error) from None
     return count
 
 
@@ -20308,8 +20302,25 @@ def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
     if not loaded.settings.platform_url():
         words = listing("join.clauses", [check.words, _without_platform(loaded.settings)])
         check = check._replace(words=words)
-    show(local_times(for_reader(_check_line(check))))
-    return EXIT_OK if check.good else EXIT_FAILED
+    checks = [check, *_check_forms(loaded.settings)]
+    for one in checks:
+        show(local_times(for_reader(_check_line(one))))
+    return EXIT_OK if all(one.good for one in checks) else EXIT_FAILED
+
+
+def _check_forms(settings: Settings) -> list[Check]:
+    """Say which codes of COLLECT_CODES cannot be collected as far as their forms tell: nobody is asked."""
+    if not settings.collect_codes or settings.collect_codes == WATCH:
+        return []
+    try:
+        found = resolve(WatchList(settings, None).codes(), None, threading.Event())
+    except StockrtError as error:
+        return [Check(phrase("cli.of_codes"), False, error.message)]
+    may_be_listed = any(code.upper() in SHARED_NAMES for code in found.refused)
+    words = listing("join.clauses", [_to_collect_words(found), phrase("cli.lists_not_asked")])
+    return [Check(phrase("cli.of_codes"), bool(found.instruments) or may_be_listed, words)] * bool(
+        found.refused
+    )
 
 
 def needs_of(options: Options) -> Needs:
@@ -20396,7 +20407,7 @@ def run_migrate(options: Options, environ: Mapping[str, str]) -> int:
     old, settings, lines = move_installation(
         Path(cast(str, options.migrate)), target, environ, options.dry_run
     )
-    start_logging(settings)
+    start_logging(settings, by_hand=True)
     show(listing("join.lines", lines))
     say(phrase("cli.would_migrate" if options.dry_run else "cli.migrated", file=target))
     if options.documents is None:
@@ -20445,8 +20456,14 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     unit = find_unit(environ, options.env_file)
     hidden = unit is not None and unit.is_hidden()
     needs = needs_of(options)
-    loaded = load_settings(environ, options.env_file, unit=None if hidden else unit, needs=needs)
-    start_logging(loaded.settings)
+    try:
+        loaded = load_settings(environ, options.env_file, unit=None if hidden else unit, needs=needs)
+    except SettingsError as error:
+        if options.status and error.directory is not None:
+            SPOKEN.choose({**environ, "STOCKRT_LANG": error.language})
+            _show_state(error.directory, options.json, unit)
+        raise
+    start_logging(loaded.settings, by_hand=needs is not DAEMON_NEEDS)
     if loaded.settings.language:
         SPOKEN.choose({**environ, "STOCKRT_LANG": loaded.settings.language})
     _warn(loaded.warnings, needs is DAEMON_NEEDS)
@@ -20479,6 +20496,15 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if options.show is not None:
             return run_show(options, loaded.settings, environ)
         return _run_short(options, loaded, unit)
+
+
+def _show_state(directory: Path, as_json: bool, unit: Unit | None) -> None:
+    """Print what --status knows without the settings, which are faulty."""
+    settings = load_settings({"STATE_DIRECTORY": str(directory)}, places=()).settings
+    try:
+        run_status(settings, as_json, unit, is_faulty=True)
+    except StoreError as error:
+        _complain(error)
 
 
 def _warn(warnings: Iterable[str], is_service: bool) -> None:
@@ -20639,8 +20665,8 @@ TEMPLATES |= {
         "也可启用 systemd-time-wait-sync.service，让服务等时钟校准后再启动",
     ),
     "tools.foreign_state_directory": (
-        "the state directory {path} cannot be written by this user; see STATE_DIRECTORY",
-        "当前用户无权写入状态目录 {path}；请检查 STATE_DIRECTORY",
+        "{path} cannot be written by this user; see STATE_DIRECTORY",
+        "当前用户无权写入 {path}；请检查 STATE_DIRECTORY",
     ),
     "tools.install_anew": ("install it anew", "请重新安装"),
     "tools.locked": (
@@ -20665,7 +20691,7 @@ TEMPLATES |= {
         "{setting}",
         "无法写入 {path}：它是链接、目录、管道或设备，应为普通文件名；请检查 {setting}",
     ),
-    "tools.no_state_directory": ("the state directory {path} cannot be made", "无法创建状态目录 {path}"),
+    "tools.no_state_directory": ("{path} cannot be made", "无法创建 {path}"),
     "tools.no_thread": (
         "no thread can be started ({error}): too many run, or memory is short; see TasksMax= and MemoryMax= of the "
         "unit, or ulimit -u",
@@ -20674,6 +20700,8 @@ TEMPLATES |= {
     "tools.not_read": ("{path} cannot be read", "无法读取 {path}"),
     "tools.not_utf8": ("it is not UTF-8 text", "不是 UTF-8 文本"),
     "tools.not_written": ("{path} cannot be written", "无法写入 {path}"),
+    "tools.large_file": ("it has more than {most} MiB", "超过 {most} MiB"),
+    "tools.odd_file": ("it is a pipe or a device, expected a plain file", "是管道或设备，应为普通文件"),
     "tools.or": ("{first} or {last}", "{first} 或 {last}"),
     "tools.own_fault": (
         "a fault of stockrt itself: {error}; see the log",
@@ -20723,6 +20751,96 @@ TEMPLATES |= {
     "os.ESTALE": ("Stale file handle", "文件句柄已失效"),
     "os.ETIMEDOUT": ("Connection timed out", "连接超时"),
     "os.ETXTBSY": ("Text file busy", "文件正被执行"),
+}
+
+# What pymongo and MongoDB's servers usually say, in English as they say it: `mongo_words` knows it by that.
+TEMPLATES |= {
+    "mongo.at": ("{at}: {why}", "{at}：{why}"),
+    "mongo.bad_auth": ("bad auth : {why}", "用户名或密码错误（{why}）"),
+    "mongo.closed": ("connection closed", "对方断开了连接"),
+    "mongo.no_lookup": ("Temporary failure in name resolution", "暂时无法解析主机名，DNS 不可用"),
+    "mongo.no_lookup_srv": ("The resolution lifetime expired after {why}", "DNS 超时未应答（{why}）"),
+    "mongo.no_address": ("No address associated with hostname", "该主机名没有对应的地址"),
+    "mongo.no_name": ("Name or service not known", "无法解析主机名"),
+    "mongo.no_srv": ("The DNS query name does not exist: {name}", "DNS 中没有 {name}"),
+    "mongo.late": ("timed out", "超时未应答"),
+    "mongo.late_read": ("The read operation timed out", "读取超时"),
+    "mongo.late_tls": ("The handshake operation timed out", "TLS 握手超时"),
+    "mongo.no_server": ("No servers found yet", "还没有服务器应答"),
+    "mongo.no_protocol": (
+        "Got response id {got} but expected {expected}",
+        "对方不是 MongoDB（应答序号为 {got}，应为 {expected}）",
+    ),
+    "mongo.no_tls": ("SSL handshake failed: {why}", "TLS 握手失败，服务器可能未启用 TLS（{why}）"),
+    "mongo.untrusted": (
+        "SSL handshake failed: {at}: certificate verify failed: {why}",
+        "{at} 的证书不受信任（{why}）",
+    ),
+    "mongo.other_set": (
+        'No replica set members available for replica set name "{name}"',
+        "没有名为 {name} 的副本集的成员",
+    ),
+    "mongo.no_match": (
+        'No replica set members match selector "{selector}"',
+        "副本集没有符合 {selector} 的成员",
+    ),
+    "mongo.no_primary": (
+        'No replica set members match selector "Primary()"',
+        "副本集没有主节点，可能正在选举，或多数成员不在线",
+    ),
+    "mongo.no_primary_now": ("No primary available for writes", "副本集没有可写入的主节点"),
+    "mongo.not_primary": ("not primary", "所连接的成员不是主节点"),
+    "mongo.recovering": ("node is recovering", "所连接的成员正在恢复"),
+    "mongo.few_members": (
+        "Not enough data-bearing nodes",
+        "副本集中存数据的成员少于写关注（w）要求的数量",
+    ),
+    "mongo.unreplicated": ("waiting for replication timed out", "等待复制到其他成员超时"),
+    "mongo.wrong_user": ("Authentication failed", "用户名、密码或 authSource 不正确"),
+    "mongo.no_user": ("command {command} requires authentication", "命令 {command} 需要用户名和密码"),
+    "mongo.no_right": (
+        "not authorized on {database} to execute command {command}",
+        "当前用户无权在数据库 {database} 上执行命令 {command}",
+    ),
+    "mongo.invalid": ("Document failed validation", "文档不符合校验规则"),
+    "mongo.duplicate": ("E11000 duplicate {why}", "与唯一索引冲突（{why}）"),
+    "mongo.no_room": (
+        "available disk space of {left} bytes is less than required minimum of {least}",
+        "MongoDB 服务器的磁盘仅剩 {left} 字节，低于所需的 {least} 字节",
+    ),
+    "mongo.no_integer": ("The value of {name} must be an integer", "{name} 应为整数"),
+    "mongo.no_number": ("{name} must be an integer or float", "{name} 应为数字"),
+    "mongo.no_truth": (
+        "The value of {name} must be 'true' or 'false'",
+        "{name} 应为 true 或 false",
+    ),
+    "mongo.none_of": ("{name} must be in {those}", "{name} 应为 {those} 之一"),
+    "mongo.no_preference": ("{value} is not a valid read preference", "没有 {value} 这种读偏好"),
+    "mongo.several_hosts": (
+        "Cannot specify multiple hosts with {option}",
+        "设置了 {option} 时只能写一个主机",
+    ),
+    "mongo.not_together": ("Cannot specify {one} with {other}", "{one} 不能与 {other} 同用"),
+    "mongo.not_both": (
+        "URI options {one} and {other} cannot be specified simultaneously",
+        "选项 {one} 和 {other} 不能同时设置",
+    ),
+    "mongo.no_module": (
+        "Wire protocol compression with {name} is not available. You must install the {module} module for "
+        "{same} support",
+        "本程序不带 Python 模块 {module}，无法用 {name} 压缩，须去掉 {same}",
+    ),
+    "mongo.srv_port": ("mongodb+srv:// URIs must not include a port number", "mongodb+srv:// 不能带端口"),
+    "mongo.srv_hosts": (
+        "mongodb+srv:// URIs must include one, and only one, hostname",
+        "mongodb+srv:// 只能写一个主机名",
+    ),
+    "mongo.srv_address": (
+        "Invalid URI host: an IP address is not a valid hostname for 'mongodb+srv://'. Did you mean to use "
+        "'mongodb://'?",
+        "mongodb+srv:// 不能用 IP 地址，可改用 mongodb://",
+    ),
+    "mongo.port": ("Port must be an integer between 0 and 65535", "端口应为 0 到 65535 的整数"),
 }
 
 # ------------------------------------------------------------------------------------------------------
@@ -20936,8 +21054,8 @@ TEMPLATES |= {
         "含有代码中不会出现的字符；应由字母、数字和点组成，如 AAPL.US",
     ),
     "instruments.beijing": (
-        "{code} is of the Beijing exchange, which Infoway does not carry",
-        "{code} 属于北京证券交易所，Infoway 没有其行情",
+        "of the Beijing exchange, which Infoway does not carry",
+        "属于北京证券交易所，Infoway 没有其行情",
     ),
     "instruments.bo": (
         "{name} is Bombay, whose prices Infoway's .IN is not said to have; if the share will do: RELIANCE.IN",
@@ -20964,8 +21082,8 @@ TEMPLATES |= {
     ),
     "instruments.index_alone": ("an index without its exchange", "指数未写交易所"),
     "instruments.mainland": (
-        "{code}: expected six digits such as {example}",
-        "{code}：应为六位数字，如 {example}",
+        "expected six digits such as {example}",
+        "应为六位数字，如 {example}",
     ),
     "instruments.no_exchange": ("no exchange given", "未写交易所"),
     "instruments.no_number": (
@@ -21019,8 +21137,8 @@ TEMPLATES |= {
         "无法识别冒号前的部分；应为交易所或产品：{products}",
     ),
     "instruments.yahoo": (
-        "{typed}: expected a pair such as USDCNY or a code such as AAPL.US",
-        "{typed}：应为货币对（如 USDCNY）或代码（如 AAPL.US）",
+        "expected a pair such as USDCNY or a code such as AAPL.US",
+        "应为货币对（如 USDCNY）或代码（如 AAPL.US）",
     ),
     "instruments.yahoo_index": (
         "Yahoo's name of an index, Infoway's are such as .DJI.US or US500",
@@ -21033,6 +21151,11 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
+    "events.all_failed": (
+        "all of {total} codes failed ({codes}): {why}",
+        "{total} 个代码全部失败（{codes}）：{why}",
+    ),
+    "events.and_more": ("{names} and {more} more", "{names}，另有 {more} 个"),
     "events.begins": ("begins", "正在启动"),
     "events.close_lost": ("the closing snapshot is not kept: {why}", "收盘快照未保存：{why}"),
     "events.code": ("{code} ({why})", "{code}（{why}）"),
@@ -21049,16 +21172,13 @@ TEMPLATES |= {
         "{failed} of {total} codes failed: {names}",
         "{total} 个代码中 {failed} 个失败：{names}",
     ),
-    "events.failed_more": (
-        "{failed} of {total} codes failed: {names} and {more} more",
-        "{total} 个代码中 {failed} 个失败：{names}，另有 {more} 个",
-    ),
     "events.gaps": ("{gaps} today", "今日 {gaps}"),
     "events.interrupted": (
         "{counts}, interrupted: {left} not asked",
         "{counts}，已中断：{left} 个代码未请求",
     ),
     "events.missed": ("{beats} missed", "错过 {beats}"),
+    "events.not_collected": ("{codes} not collected", "{codes}未采集"),
     "events.polled": ("{codes} polled", "轮询 {codes}"),
     "events.queued": ("{trades} kept on this machine, {why}", "{trades}暂存于本机，{why}"),
     "events.rate": ("{rate} trades/s", "每秒 {rate} 笔成交"),
@@ -21162,7 +21282,7 @@ TEMPLATES |= {
         "本地文件 {path} 已损坏（{damage}），且另一个进程正打开着它：请停止那个进程，下次启动时会抢救能读出的内容",
     ),
     "files.damaged_header": ("its header is damaged: format {found}", "文件头损坏：格式 {found}"),
-    "files.disk_full": ("the disk is full ({why})", "磁盘已满（{why}）"),
+    "files.disk_full": ("the disk is full ({why}): free a few MB", "磁盘已满（{why}）：腾出几 MB 即可继续"),
     "files.disk_unseen": ("the disk of {path} cannot be looked at", "无法查看 {path} 所在的磁盘"),
     "files.fails": (
         "the local file {path} fails: {why}; see STATE_DIRECTORY",
@@ -21233,8 +21353,8 @@ TEMPLATES |= {
         "当前用户无权写入 {place}；请检查 MONGODB_LICENSE_COLLECTION_NAME",
     ),
     "quota.none_serves": (
-        "no API key can serve {service} ({reasons})",
-        "没有 API 密钥可用于 {service}（{reasons}）",
+        "no API key can serve {service}: {reasons}",
+        "没有 API 密钥可用于 {service}：{reasons}",
     ),
 }
 
@@ -21248,12 +21368,12 @@ TEMPLATES |= {
     "infoway.asked_in_vain": ("it was asked for a moment ago, in vain", "刚才查询过，没有结果"),
     "infoway.asks_to_wait": ("{said}, asks to wait {s:.0f} s", "{said}，要求等待 {s:.0f} 秒"),
     "infoway.clock_ahead": (
-        "this machine's clock is {s:.0f} s ahead of the API's; mend it (NTP, timedatectl)",
-        "本机时钟比 API 的快 {s:.0f} 秒；请校准（NTP、timedatectl）",
+        "this machine is {s:.0f} s ahead of the API; mend its clock (NTP, timedatectl)",
+        "本机比 API 快 {s:.0f} 秒；请校准时钟（NTP、timedatectl）",
     ),
     "infoway.clock_behind": (
-        "this machine's clock is {s:.0f} s behind the API's; mend it (NTP, timedatectl)",
-        "本机时钟比 API 的慢 {s:.0f} 秒；请校准（NTP、timedatectl）",
+        "this machine is {s:.0f} s behind the API; mend its clock (NTP, timedatectl)",
+        "本机比 API 慢 {s:.0f} 秒；请校准时钟（NTP、timedatectl）",
     ),
     "infoway.gateway": (
         "{said}, a refusal of the gateway: the key, the region or its risk control",
@@ -21287,6 +21407,7 @@ TEMPLATES |= {
         "the API's answer says success but holds no list `data`",
         "API 的应答称成功，却没有列表 `data`",
     ),
+    "infoway.no_lists": ("the symbol lists cannot be had: {why}", "无法获取品种列表：{why}"),
     "infoway.no_milliseconds": (
         "field t: {shown} in place of epoch milliseconds",
         "字段 t：{shown}，应为 Unix 毫秒时间戳",
@@ -21306,6 +21427,15 @@ TEMPLATES |= {
     "infoway.nothing_more": ("nothing more", "无说明"),
     "infoway.plan_ended": ("its plan ended at {when}", "套餐已于 {when} 到期"),
     "infoway.plan_ends": ("its plan ends at {when}, in {left}", "套餐将于 {when} 到期，还剩 {left}"),
+    "infoway.plan_told_last": (
+        "the plan of API key {key} cannot be had ({why}): it goes by the limits that it told last; INFOWAY_PLAN can "
+        "name one",
+        "无法获知 API 密钥 {key} 的套餐（{why}）：仍按上次获知的套餐限频；可用 INFOWAY_PLAN 指明",
+    ),
+    "infoway.plan_unknown": (
+        "the plan of API key {key} cannot be had ({why}): it goes by Free's limits; INFOWAY_PLAN can name one",
+        "无法获知 API 密钥 {key} 的套餐（{why}）：按 Free 套餐限频；可用 INFOWAY_PLAN 指明",
+    ),
     "infoway.price_below_zero": (
         "p {p}: only energy at common has prices below zero",
         "p {p}：只有 common 中的能源价格可以为负",
@@ -21434,6 +21564,7 @@ TEMPLATES |= {
         "数值不适合 MONGODB_NUMERIC_TYPE={type}：{why}",
     ),
     "stores.oldest": ("the oldest of {created}", "最早的一笔存于 {created}"),
+    "stores.or_mongod": ("MONGODB_HOST, and whether mongod runs", "MONGODB_HOST，并确认 mongod 在运行"),
     "stores.other_in_place": (
         "an index of others, {name} on {field}, is where that of KEEP_DAYS would be",
         "已有其他程序的索引 {name}（字段 {field}），占用了 KEEP_DAYS 索引的位置",
@@ -21538,6 +21669,10 @@ TEMPLATES |= {
         "INFOWAY_PLAN 与此不同，以 INFOWAY_PLAN 为准：{limits}",
     ),
     "run.plan": ("plan {limits}", "套餐 {limits}"),
+    "run.plan_before": (
+        "it has changed; until it is asked for anew, once a day (UTC), what was told before holds: {limits}",
+        "套餐已变更；每个 UTC 日查询一次，再次查询前仍按 {limits}",
+    ),
     "run.plan_until": ("plan {limits}, until {until}", "套餐 {limits}，有效期至 {until}"),
 }
 
@@ -21551,10 +21686,6 @@ TEMPLATES |= {
         "no code in {place}; expected codes such as AAPL.US 600519.SH",
         "{place} 中没有代码；应为 AAPL.US 600519.SH 这样的代码",
     ),
-    "collection.large_file": (
-        "{path} has {size} bytes; expected codes such as AAPL.US 600519.SH",
-        "{path} 有 {size} 字节，过大；应为 AAPL.US 600519.SH 这样的代码",
-    ),
     "collection.many_codes": ("{place} has more than {most} codes", "{place} 中的代码超过 {most} 个"),
     "collection.many_documents": ("{place} has more than {most} documents", "{place} 中的文档超过 {most} 个"),
     "collection.no_codes": (
@@ -21563,10 +21694,17 @@ TEMPLATES |= {
         '没有给出代码：应为 code_list，形如 ["AAPL.US"]；不带代码的指令需在本模块的设置中配置 COLLECT_CODES',
     ),
     "collection.no_key": ("for which no key is of use", "没有密钥可用于这些代码"),
-    "collection.no_plain_file": ("{path} is no plain file", "{path} 不是普通文件"),
     "collection.not_stored": ("{codes} not stored: {why}", "{codes} 未入库：{why}"),
+    "collection.odd": (
+        "COLLECT_CODES: {odd} of {documents} in {place} have no text in the field code, and are passed over",
+        "COLLECT_CODES：{place} 的 {documents}中有 {odd} 个的 code 字段不是文本，已略过",
+    ),
     "collection.over_plans": ("more than the keys' plans allow", "超出各密钥套餐的限额"),
     "collection.refused": ("{codes}, {names}: {why}", "{codes}（{names}）：{why}"),
+    "collection.rest": (
+        "stream: {codes} over {connections}; {left} polled instead, {why}",
+        "推送流：{connections}，订阅 {codes}；另有 {left}改为轮询，{why}",
+    ),
     "collection.silent": (
         "nothing was pushed for {seconds:.0f} s: subscribed anew",
         "{seconds:.0f} 秒没有收到推送：已重新订阅",
@@ -21650,7 +21788,6 @@ TEMPLATES |= {
         "{url}/module/online answers HTTP {status} and is no dispatch platform; see SERVER_IP and SERVER_PORT",
         "{url}/module/online 应答 HTTP {status}，不是调度平台；请检查 SERVER_IP 和 SERVER_PORT",
     ),
-    "link.no_text": ("not UTF-8 text", "不是 UTF-8 文本"),
     "link.not_registered": ("not registered at {url}: {why}", "未能在 {url} 注册：{why}"),
     "link.online": (
         "still counted as online by the server (old session or a second instance); it will let go within 120 s",
@@ -21663,6 +21800,7 @@ TEMPLATES |= {
         "HTTP {status}: {said}; see SERVER_IP and SERVER_PORT",
         "HTTP {status}：{said}；请检查 SERVER_IP 和 SERVER_PORT",
     ),
+    "link.registers": ("not registered yet: the daemon does that", "尚未注册：守护进程启动时自动注册"),
     "link.server_settings": ("SERVER_IP, SERVER_PORT and SERVER_TLS", "SERVER_IP、SERVER_PORT 和 SERVER_TLS"),
     "link.success_without_hash": (
         "it said success but gave no usable hash; ask the platform's operator",
@@ -21876,6 +22014,10 @@ TEMPLATES |= {
         "{code}: no final close is stored: --backfill 60 --codes {code} brings some",
         "{code}：库中没有最终收盘价，可用 --backfill 60 --codes {code} 补齐",
     ),
+    "views.no_final_then": (
+        "{code}: no final close in this time; the latest is of {date}",
+        "{code}：这段时间没有最终收盘价；最近一个为 {date}",
+    ),
     "views.no_trade": ("no trade of it is stored", "库中没有它的成交"),
     "views.no_trade_then": ("{code}: no trade in this time", "{code}：这段时间没有成交"),
     "views.now": ("now", "至今"),
@@ -21898,7 +22040,6 @@ TEMPLATES |= {
         "还没有最终收盘价：可用 --backfill 60 补齐。",
     ),
     "views.page_no_trade": ("No trades in this time.", "这段时间没有成交。"),
-    "views.page_nothing_of_them": ("Nothing of these codes is stored.", "库中没有这些代码的成交。"),
     "views.page_of": ("{codes} of {store}, as of {when}", "{store} 中的 {codes}，截至 {when}"),
     "views.page_open": ("Open", "开盘"),
     "views.page_time": ("Exchange time", "交易所时间"),
@@ -21924,6 +22065,7 @@ TEMPLATES |= {
     "cli.export_undone": ("interrupted: no file was written", "已中断：未写出文件"),
     "cli.exported": ("{rows} written to standard output", "已将 {rows}写到标准输出"),
     "cli.exported_to": ("{rows} written to {path}", "已将 {rows}写入 {path}"),
+    "cli.not_written": ("nothing written to {path}: {why}", "未写入 {path}：{why}"),
     "cli.lists_incomplete": ("not all of the API's lists are here: {why}", "API 的品种列表不全：{why}"),
     "cli.name_not_stored": (
         "{code}: nothing of it is stored; where that is a name, --symbols {code} brings its code",
@@ -21939,6 +22081,10 @@ TEMPLATES |= {
         "--html FILE.svg: there is no candle to draw; --show says what is stored",
         "--html FILE.svg：没有可画的 K 线；库中有哪些数据请看 --show",
     ),
+    "cli.no_demo_yet": (
+        "no synthetic trade is stored yet: --once --demo stores some",
+        "库中还没有模拟成交：可用 --once --demo 存入",
+    ),
     "cli.no_instrument": (
         "no instrument of the API's lists has {text} in its code or its name",
         "API 的品种列表中，没有代码或名称含 {text} 的品种",
@@ -21949,8 +22095,8 @@ TEMPLATES |= {
     ),
     "cli.no_side": ("-", "-"),
     "cli.no_trade_yet": (
-        "no trade is stored yet: see --once, or --show --demo for those of --once --demo",
-        "库中还没有成交：请看 --once；--once --demo 的模拟成交请看 --show --demo",
+        "no trade is stored yet: --once stores some; --show --demo shows those of --once --demo",
+        "库中还没有成交：可用 --once 存入；--once --demo 的模拟成交用 --show --demo 查看",
     ),
     "cli.not_one_code": (
         "--html FILE.svg: a picture is of one code, and here are candles of {count}: name one with --codes",
@@ -22082,8 +22228,8 @@ examples:
   stockrt.pyz --html stocks.html                             what is stored, and charts of it, as one page
   stockrt.pyz --check                                        what is wrong, and which setting mends it
 
-exit status: 0 every code stored · 1 any not · 64 usage · 78 settings · 130 interrupted
-of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to this user
+exit status: 0 all stored · 1 not all · 64 usage · 78 settings · 130 interrupted
+of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown
 """,
         """\
 示例：
@@ -22097,7 +22243,7 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown to thi
   stockrt.pyz --html stocks.html                             把已存行情和 K 线图写成一个网页
   stockrt.pyz --check                                        检查有什么问题，以及该改哪一项设置
 
-退出码：0 每个代码都已入库；1 有代码未入库；64 命令行有误；78 设置有误；130 被中断
+退出码：0 全部入库；1 有未入库；64 命令行有误；78 设置有误；130 被中断
 --status 的退出码：0 正常；1 有问题；3 未运行；4 未知（当前用户无权查看）
 """,
     ),
@@ -22309,7 +22455,7 @@ TEMPLATES |= {
     "cli.can_be_written": ("{path} can be written", "{path} 可以写入"),
     "cli.check_bad": ("FAIL  {name}: {words}", "失败  {name}：{words}"),
     "cli.check_good": ("ok    {name}: {words}", "正常  {name}：{words}"),
-    "cli.collect_trouble": ("collecting: {why}", "行情采集：{why}"),
+    "cli.collect_trouble": ("collecting fails ({why})", "行情采集出错（{why}）"),
     "cli.collecting": (
         "{now}, at {at}; since the start {trades}, {stored} new",
         "{now}，截至 {at}；启动以来 {trades}，新入库 {stored} 笔",
@@ -22374,6 +22520,16 @@ TEMPLATES |= {
     "cli.last": ("{status} at {at}, {name}: {message}", "{at} {status}，{name}：{message}"),
     "cli.last_contact": ("{url}: {state}, last contact {at}", "{url}：{state}，上次通信 {at}"),
     "cli.last_failed": ("the last execution failed", "最近一次执行失败"),
+    "cli.lost": ("{url}: not connected since {since}: {why}", "{url}：自 {since} 起未连接：{why}"),
+    "cli.mend_codes": (
+        "mend COLLECT_CODES; --symbols finds codes",
+        "请改正 COLLECT_CODES，代码可用 --symbols 查找",
+    ),
+    "cli.mend_settings": ("mend them, see --check-settings", "请修正设置，详见 --check-settings"),
+    "cli.lists_not_asked": (
+        "by their forms alone: the API's lists are for --check to ask",
+        "仅按代码写法判断，--check 会再查 API 的品种列表",
+    ),
     "cli.may_not_look": ("this user may not look at it", "当前用户无权查看"),
     "cli.migrated": (
         "settings: {file}; a service that runs sees changes after its restart",
@@ -22398,7 +22554,7 @@ TEMPLATES |= {
     "cli.no_old_documents": ("there are no older documents", "没有可迁移的旧客户端文档"),
     "cli.no_platform": ("none: no platform is set", "无：未设置平台"),
     "cli.no_room": ("{count} found no room", "{count} 笔因暂存队列已满而未保存"),
-    "cli.no_state_directory": ("the state directory {path} cannot be used", "无法使用状态目录 {path}"),
+    "cli.no_state_directory": ("{path} cannot be used", "无法使用 {path}"),
     "cli.no_time_zones": (
         "time zones: see above; install the package tzdata, or see PYTHONTZPATH",
         "时区：原因见上；请检查 PYTHONTZPATH，或安装 tzdata 软件包",
@@ -22432,7 +22588,6 @@ TEMPLATES |= {
     "cli.of_damaged": ("damaged files", "损坏文件"),
     "cli.of_key": ("API key", "API 密钥"),
     "cli.of_last": ("last execution", "最近执行"),
-    "cli.of_local_file": ("local file", "本地文件"),
     "cli.of_proxy": ("proxy", "代理"),
     "cli.of_registration": ("registration", "注册"),
     "cli.of_settings": ("settings", "设置"),
@@ -22494,6 +22649,10 @@ TEMPLATES |= {
     "cli.resting": ("resting", "暂停使用"),
     "cli.retained": ("{store}: {words}", "{store}：{words}"),
     "cli.run_as_root": ("run as root", "请用 root 运行"),
+    "cli.run_not_noted": (
+        "--status will not know of this run: {why}",
+        "--status 和 --executions 中不会有这次运行：{why}",
+    ),
     "cli.run_register": ("none: run --register", "无：请运行 --register"),
     "cli.running": ("running, pid {pid}, version {version}", "运行中，pid {pid}，版本 {version}"),
     "cli.running_silent": ("running, and has told nothing of itself yet", "运行中，尚未报告自身状态"),
@@ -22512,6 +22671,7 @@ TEMPLATES |= {
         "当前用户看不到 {unit} 的设置：请用 root 运行以检查",
     ),
     "cli.set_aside": ("{files} set aside", "{files}已移开保留"),
+    "cli.settings_are_faulty": ("the settings are faulty", "设置有误"),
     "cli.start_it": (
         "start it: sudo systemctl start {service}, or stockrt.pyz without a command",
         "请用 sudo systemctl start {service} 启动，或不带命令运行 stockrt.pyz",
@@ -22538,7 +22698,8 @@ TEMPLATES |= {
         "请看 --check，MongoDB 恢复后会自动写入，也可用 --drain 立即写入",
     ),
     "cli.through": ("{what} through {proxy} ({setting})", "{what} → {proxy}（{setting}）"),
-    "cli.to_collect": ("{codes} to collect", "将采集 {codes}"),
+    "cli.to_collect": ("{n} to collect", "将采集 {n} 个"),
+    "cli.to_collect_but": ("{words}, {n} not: {codes}", "{words}，另有 {n} 个无法采集：{codes}"),
     "cli.to_do": ("{status}. To do: {to_do}", "{status}。处理办法：{to_do}"),
     "cli.totals": (
         "{executions} since {since}, {partial} in part, {failure} failed; {trades} stored, {known} already "
@@ -22553,6 +22714,7 @@ TEMPLATES |= {
     "cli.undelivered": ("to be delivered", "待送达"),
     "cli.unknown": ("unknown", "未知"),
     "cli.unsettled": ("the closes of {count} are still to be made", "{count} 笔成交的收盘价尚待生成"),
+    "cli.untried": ("not told by a daemon: see --check", "守护进程未报告：请看 --check"),
     "cli.until": ("{state} until {until}", "{state}至 {until}"),
     "cli.wait_for_mongodb": ("{trades} for MongoDB", "{trades} MongoDB"),
     "cli.wait_or_add": (

@@ -243,14 +243,11 @@ def forked(pyz: Path, shiv_root: Path) -> Iterator[Forked]:
 
 
 @pytest.fixture
-def run_pyz(start_pyz: RunPyz) -> RunPyz:
-    """Run the program as `start_pyz` does; a file whose tests are about no start has `run_forked` by this name."""
-    return start_pyz
+def run_pyz(start_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path, forked: Forked) -> RunPyz:
+    """Run the program as `start_pyz` does, where that is not what is tested.
 
-
-@pytest.fixture
-def run_forked(start_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path, forked: Forked) -> RunPyz:
-    """Run the program as `start_pyz` does; the quick run forks it from a process that has it loaded, where it can."""
+    The quick run forks it from a process that has it loaded, where it can.
+    """
 
     def run(
         *args: str | Path,

@@ -373,7 +373,7 @@ def _said(world: World, executions: list[str]) -> bool:
 
 @pytest.mark.parametrize("end", ["killed", pytest.param("stopped", marks=pytest.mark.long)])
 def test_a_start_on_a_full_disk_loses_nothing_and_answers(
-    tiny_disk: TinyDisk, make_world: MakeWorld, mongo_proxy: MongoProxy, run_pyz: RunPyz, end: str
+    tiny_disk: TinyDisk, make_world: MakeWorld, mongo_proxy: MongoProxy, start_pyz: RunPyz, end: str
 ) -> None:
     world = make_world(mongo_proxy.uri + QUICK)
     mongo_proxy.down()
@@ -397,7 +397,7 @@ def test_a_start_on_a_full_disk_loses_nothing_and_answers(
     mongo_proxy.up()
     settings = world.daemon.settings
     for command in ("--status", "--drain"):
-        done = run_pyz(command, env=settings)
+        done = start_pyz(command, env=settings)
         words = done.stdout + done.stderr
         assert "Traceback" not in words
         if command == "--status":

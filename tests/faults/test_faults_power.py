@@ -69,7 +69,7 @@ def test_power_cut_at_any_moment_loses_nothing_that_was_acknowledged(
 
 
 def test_stockrt_goes_on_after_a_power_cut(
-    make_world: MakeWorld, mongo_proxy: MongoProxy, disk_shim: Path, tmp_path: Path, run_pyz: RunPyz
+    make_world: MakeWorld, mongo_proxy: MongoProxy, disk_shim: Path, tmp_path: Path, start_pyz: RunPyz
 ) -> None:
     rounds, rng = number(6, 60, quick=3), seeded("after power cut")
     world, events = _recorded(make_world, mongo_proxy, disk_shim, tmp_path, number(60, 60, quick=24))
@@ -85,7 +85,7 @@ def test_stockrt_goes_on_after_a_power_cut(
                 files, place = disk.after_cut(rng), tmp_path / str(moment)
                 _lay_down(files, place)
                 env = {"STATE_DIRECTORY": str(place), "MONGODB_HOST": world.real_uri, "MONGODB_DB_NAME": name}
-                done = run_pyz("--drain", env=env)
+                done = start_pyz("--drain", env=env)
                 documents = list(client[name]["realtime"].find())
                 client.drop_database(name)
                 assert done.returncode == 0, done.stderr

@@ -610,10 +610,6 @@ class Member:
         """Let nobody reach it, neither client nor member; it still reaches the others."""
         self.proxy.down()
 
-    def rejoin(self) -> None:
-        """Undo `cut_off`."""
-        self.proxy.up()
-
     def ensure_running(self) -> None:
         """Whatever a test did to it: undo it."""
         self.proxy.up()
@@ -671,11 +667,6 @@ class ReplicaSet:
     def primary(self) -> Member:
         """Return the primary; while there is none, wait."""
         return self.wait_for_primary()
-
-    def secondaries(self) -> list[Member]:
-        """Return all that are not the primary, dead or alive."""
-        first = self.primary()
-        return [member for member in self.members if member is not first]
 
     def wait_for_primary(self, but: Member | None = None) -> Member:
         """Return the primary that the set has, or gets; `but`: not this one, which has not noticed yet."""

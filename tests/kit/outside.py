@@ -27,7 +27,7 @@ OUTSIDE = (
         "states as JSON has them",
     ),
     (r"gather_status|_whole_or_partial", r"no daemon|not connected|not ended", "the same"),
-    (r"Feed\.run|Planner\._instead", r"given up", "the same"),
+    (r"Feed\._lose|Planner\._instead", r"given up", "the same"),
     (r"PlatformProtocol\.receive", r".*", "what the platform's frames are recognised by"),
     (r"_journal_id|Migration\._what", r".*", "by which something is found again"),
     (r"Metrics\.\w+", r"# TYPE|f'{n}=", "the textfile format"),
@@ -43,6 +43,7 @@ OUTSIDE = (
     # what is recognised: a server's, a library's, argparse's words
     (r"PACKAGE_NAMES|_KEY_TEXTS|_RATE_TEXTS|_REQUEST_TEXTS|REFUSALS", r".*", "the API's answers"),
     (r"STREAM_ERRORS|StreamProtocol\._understand", r".*", "the stream's answers"),
+    (r"_LIBRARY_WORDS|SCHEMA_DAMAGED", r".*", "patterns of what libraries say"),
     (r"MongoStore\._away", r"failed validation", "MongoDB's reasons"),
     (r"uri_faults|_unknown_option", r"Unknown option|words\.partition", "pymongo's words"),
     (r"ARGPARSE_WORDS|argparse_words|_refuse_arguments", r".*", "argparse's words"),

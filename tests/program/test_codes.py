@@ -135,12 +135,6 @@ LOOKED_UP = {"SMI", "ES", "FKLI", "币安人生USDT"}
 ASKED_TWICE = {"000905": "000905.SZ"}
 
 
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
 def asked_order() -> list[str]:
     """Return what is typed, in an order in which no kind comes in one piece."""
     order = list(MEANT)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RunPyz
+from kit.chinese import in_chinese
 from kit.daemons import HASH, PATIENCE, ProcessDaemon, ThreadDaemon, settings_for, until
 from kit.forked import Forked
 from kit.infoway_server import PLANS
@@ -67,12 +68,6 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
     made = Manager(tmp_path)
     yield made
     made.close()
-
-
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
 
 
 def rows_of(state: Path) -> list[tuple[str, str]]:
@@ -174,6 +169,14 @@ def test_a_daemon_without_a_platform_is_a_service_of_its_own(
     metrics = Path(daemon.settings["METRICS_FILE"]).read_text()
     assert '\nstockrt_collect_polled_codes{instance="state"} 1\n' in metrics and "_platform_" not in metrics
     assert run_pyz("--status", env=daemon.settings).returncode == 3
+
+
+def test_a_start_that_settings_make_fail_is_not_over(daemon: ProcessDaemon, manager: Manager) -> None:
+    """This string is sound, and only the driver that is to use it knows better."""
+    daemon.environment["MONGODB_HOST"] = "mongodb://me@127.0.0.1:1/"
+    daemon.start()
+    assert daemon.wait() == 78 and "A password is required" in daemon.log, daemon.log
+    assert manager.heard and not any("READY=1" in said for said in manager.heard)
 
 
 def test_without_a_platform_and_without_anything_to_collect_both_ways_are_named(run_pyz: RunPyz) -> None:
@@ -321,7 +324,8 @@ def test_no_disk_that_collecting_waits_for_keeps_a_ping_waiting(
             vendor.stream.wait_for(lambda s: {*s.subscribed} >= {*CODES}, PATIENCE)
             assert platform.wait_for(lambda p: p.connected, PATIENCE)
             vendor.stream.rate = 20.0
-            assert until(lambda: daemon._collect is not daemon._collect_noted and daemon._collect.trades > 10)
+            told = daemon._relay
+            assert until(lambda: told.collect is not daemon._collect_noted and told.collect.trades > 10)
             collecting = daemon._executor._collecting
             assert collecting is not None
             with collecting._coverage._lock:  # as while it writes
@@ -531,8 +535,39 @@ def test_codes_of_which_none_can_be_collected_end_it(
     for collect in started:
         status, rows, said = collect.end(None)
         assert status == 1 and len(rows.splitlines()) == 1  # the head
-        assert said.startswith("stockrt: nothing to collect: AAPL: ") and "did you mean AAPL.US" in said
-        assert "; 430047: " in said and len(said.splitlines()) == 1
+        assert said.startswith("stockrt: nothing to collect: AAPL (") and "did you mean AAPL.US" in said
+        assert ", 430047 (" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("every", [(), ("--every", "1")])
+def test_codes_that_are_not_collected_are_named_in_the_readers_language(
+    start_collect: StartCollect, vendor: Vendor, every: tuple[str, ...]
+) -> None:
+    env = vendor.settings | {"LANG": "zh_CN.UTF-8", "LOG_LEVEL": "warning"}
+    collect = start_collect(*every, "--codes", CODES[0], "430047", **env)
+    assert collect.process.stderr is not None
+    said = collect.process.stderr.readline()
+    assert "430047（属于北京证券交易所" in in_chinese(said)
+    assert "430047" not in in_chinese(collect.end()[2])
+
+
+@pytest.mark.parametrize(
+    ("codes", "status", "line"),
+    [
+        ("BTCUSDT", 0, ""),
+        ("BTCUSDT AAPL", 0, "ok    codes: 1 to collect, 1 not: AAPL (no exchange given: did you mean"),
+        ("430047 茅台", 1, "FAIL  codes: 0 to collect, 2 not: 430047 (of the Beijing exchange, which"),
+        ("ES", 0, "ok    codes: 0 to collect, 1 not: ES ("),  # the lists know it
+    ],
+)
+def test_codes_that_cannot_be_collected_are_named_before_the_start(
+    run_pyz: RunPyz, codes: str, status: int, line: str
+) -> None:
+    env = {"INFOWAY_API_KEY": "test-key", "COLLECT": "stream", "COLLECT_CODES": codes}
+    done = run_pyz("--check-settings", env=env)
+    settings, *more = done.stdout.splitlines()
+    assert (done.returncode, bool(more)) == (status, bool(line)), done.stdout
+    assert "".join(more).startswith(line) and settings.startswith("ok    settings: ")
 
 
 def test_check_says_what_the_stream_allows(run_pyz: RunPyz, vendor: Vendor) -> None:

@@ -42,12 +42,6 @@ TRADES = [
 ]
 
 
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
 @pytest.fixture(params=["sqlite", "mongodb"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
     """A store with trades and closes, as settings."""
@@ -147,6 +141,9 @@ def test_a_file_that_exists_is_replaced_and_one_that_fails_stays(
     assert bad.returncode == 1
     assert "MongoDB at mongodb://127.0.0.1:1" in bad.stderr
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("all.csv", "old")]
+    typo = run_pyz("--export", file, "--codes", "AAPL.US,TYPO.US", env=place)
+    assert (typo.returncode, file.read_text()) == (1, "old")
+    assert f"nothing written to {file}: AAPL.US: nothing of it is stored; TYPO.US: " in typo.stderr
     assert run_pyz("--export", file, env=place).returncode == 0
     assert len(table(file.read_text())) == len(TRADES)
     assert [path.name for path in folder.iterdir()] == ["all.csv"]

@@ -14,6 +14,7 @@ from kit.infoway_server import InfowayServer
 
 from program.test_build import NEW, Python
 from program.test_once import DEMO, api_env, on_terminal
+from stockrt import columns_of
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 ENGLISH_WORDS = re.compile(r"[a-z]{2,} [a-z]{2,}")
@@ -79,9 +80,10 @@ def test_help_in_chinese_fits_the_terminal(
 def test_help_is_whole_in_either_language(start_pyz: RunPyz, env: dict[str, str]) -> None:
     done = start_pyz("--help", env=env)
     assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(columns_of, done.stdout.splitlines())) <= 80
     if env:
         assert done.stdout.startswith("用法：stockrt [-h]")
-        assert not ENGLISH_WORDS.search(re.sub(r"stockrt\.pyz --.*?  ", "", done.stdout))
+        assert not ENGLISH_WORDS.search(re.sub(r"stockrt\.pyz --.*?(?:  |\n)", "", done.stdout))
     else:
         assert done.stdout.startswith("usage: stockrt [-h]")
         assert set(CHINESE.findall(done.stdout)) == set("茅台黄金")
@@ -116,10 +118,12 @@ def test_every_python_has_its_words_of_argparse_in_chinese(python: Python, clean
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     usage, _, said = done.stdout.partition("\n\n")
-    assert usage.startswith("用法：stockrt [-h]") and "[--backfill DAYS]" in usage.replace(" | ", "] [")
+    assert usage.startswith("用法：stockrt [-h]")
+    assert " | --backfill DAYS | " in " ".join(usage.split())
+    assert max(map(len, usage.splitlines())) <= 78
     assert "选项：\n  -h, --help            显示本帮助并退出\n" in said
     assert len(said.rpartition("\n\n")[2].splitlines()) == len(REFUSED)
-    assert not ENGLISH_WORDS.search(re.sub(r"stockrt\.pyz --.*?  ", "", said)), said
+    assert not ENGLISH_WORDS.search(re.sub(r"stockrt\.pyz --.*?(?:  |\n)", "", said)), said
 
 
 def test_version_and_json_are_the_same_in_both_languages(start_pyz: RunPyz) -> None:
@@ -131,9 +135,9 @@ def test_version_and_json_are_the_same_in_both_languages(start_pyz: RunPyz) -> N
     assert json.loads(rows[0].stdout).keys() == json.loads(rows[1].stdout).keys()
 
 
-def test_once_tells_in_chinese_what_became_of_it(run_pyz: RunPyz, infoway: InfowayServer) -> None:
+def test_once_tells_in_chinese_what_became_of_it(start_pyz: RunPyz, infoway: InfowayServer) -> None:
     """The closing line, and the reason of each code; what the server said is left as it is."""
-    done = run_pyz("--once", "--codes", "AAPL.US", "NOWHERE", env=api_env(infoway, STOCKRT_LANG="zh"))
+    done = start_pyz("--once", "--codes", "AAPL.US", "NOWHERE", env=api_env(infoway, STOCKRT_LANG="zh"))
     assert done.returncode == 1
     assert not ENGLISH_WORDS.search(done.stderr), done.stderr
     closing, reason = done.stderr.splitlines()[-2:]
@@ -141,17 +145,17 @@ def test_once_tells_in_chinese_what_became_of_it(run_pyz: RunPyz, infoway: Infow
     assert re.match(r"  NOWHERE：.*[\u4e00-\u9fff]", reason)
 
 
-def test_language_of_the_settings_file_holds_for_what_follows(run_pyz: RunPyz, tmp_path: Path) -> None:
+def test_language_of_the_settings_file_holds_for_what_follows(start_pyz: RunPyz, tmp_path: Path) -> None:
     (tmp_path / "stockrt.env").write_text("STOCKRT_LANG=zh\nMONGODB_HSOT=x\n")
-    done = run_pyz(*DEMO, "NOWHERE")
+    done = start_pyz(*DEMO, "NOWHERE")
     assert done.returncode == 1
     warning, *_, reason = done.stderr.splitlines()
     assert warning.startswith("stockrt：") and "MONGODB_HSOT" in warning and CHINESE.search(warning[8:])
     assert re.match(r"  NOWHERE：.*[\u4e00-\u9fff]", reason)
     # the command line is read before the file
-    assert run_pyz("--onse").stderr == USAGE
+    assert start_pyz("--onse").stderr == USAGE
     # what is asked for stands above what is kept
-    done = run_pyz(*DEMO, "NOWHERE", env={"STOCKRT_LANG": "en"})
+    done = start_pyz(*DEMO, "NOWHERE", env={"STOCKRT_LANG": "en"})
     assert not CHINESE.search(done.stderr)
 
 
@@ -165,18 +169,23 @@ def test_language_of_the_settings_file_holds_for_what_follows(run_pyz: RunPyz, t
     ],
 )
 def test_language_of_the_settings_file_holds_for_the_faults_in_it(
-    run_pyz: RunPyz, tmp_path: Path, of_file: str, env: dict[str, str], is_chinese: bool
+    start_pyz: RunPyz, tmp_path: Path, of_file: str, env: dict[str, str], is_chinese: bool
 ) -> None:
     (tmp_path / "stockrt.env").write_text(f"STOCKRT_LANG={of_file}\nSERVER_PORT=abc\n")
-    done = run_pyz("--check-settings", env=env)
+    done = start_pyz("--check-settings", env=env)
     assert done.returncode == 78
     lines = done.stderr.splitlines()
     assert any("SERVER_PORT='abc'" in line for line in lines)
     assert [bool(CHINESE.search(line)) for line in lines] == [is_chinese] * len(lines)
+    done = start_pyz("--status", env=env)
+    assert done.returncode == 78 and set(done.stderr.splitlines()) < set(lines)
+    assert bool(CHINESE.search(done.stdout)) == is_chinese
 
 
-def test_what_is_odd_in_the_settings_is_said_to_who_typed_a_command(run_pyz: RunPyz, tmp_path: Path) -> None:
+def test_what_is_odd_in_the_settings_is_said_to_who_typed_a_command(
+    start_pyz: RunPyz, tmp_path: Path
+) -> None:
     (tmp_path / "stockrt.env").write_text("MONGODB_HSOT=x\n")
-    line, *_ = run_pyz(*DEMO, "AAPL.US").stderr.splitlines()
+    line, *_ = start_pyz(*DEMO, "AAPL.US").stderr.splitlines()
     assert line.startswith("stockrt: ") and "MONGODB_HSOT" in line
-    assert "MONGODB_HSOT" not in run_pyz(*DEMO, "AAPL.US", env={"LOG_LEVEL": "error"}).stderr
+    assert "MONGODB_HSOT" not in start_pyz(*DEMO, "AAPL.US", env={"LOG_LEVEL": "error"}).stderr

@@ -46,12 +46,6 @@ T = int(datetime(2026, 6, 1, 2, 0, tzinfo=UTC).timestamp() * 1000)
 SHANGHAI_AHEAD = timedelta(hours=8)
 
 
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
 @dataclass
 class Old:
     """An older installation, and where things go from it."""

@@ -46,12 +46,6 @@ LISTED = "the API lists it as {}, but has no trade of it, or not for this key's 
 CLOSING = re.compile(r"^total (\d+), stored (\d+), already known (\d+), failed (\d+)", re.MULTILINE)
 
 
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
 def api_env(server: InfowayServer, **more: str) -> dict[str, str]:
     """Return the settings for this server, whose requests nothing limits."""
     return {
@@ -402,6 +396,7 @@ def test_two_runs_at_once_share_the_store(
         ("--json",),
         ("--once", "--check", "--codes", "AAPL.US"),
         ("--onc", "--codes", "AAPL.US"),
+        ("--show", ","),
         ("AAPL.US",),
     ],
 )
@@ -626,6 +621,15 @@ def test_streams_that_are_closed_or_full(
         assert "No space left" in done.stderr
 
 
+@pytest.mark.parametrize(("flag", "unbuffered"), [("--help", ""), ("--version", "1")])
+def test_help_that_cannot_be_printed_is_said(
+    pyz: Path, clean_env: dict[str, str], tmp_path: Path, flag: str, unbuffered: str
+) -> None:
+    env = clean_env | {"PYTHONUNBUFFERED": unbuffered}
+    done = in_shell(pyz, env, tmp_path, ">/dev/full", flag)
+    assert (done.returncode, done.stderr) == (1, "stockrt: cannot print: No space left on device\n")
+
+
 @pytest.mark.parametrize("args", [("--check",), ("--help",), ("--version",), (*DEMO, "AAPL.US")])
 @pytest.mark.parametrize("redirection", [">&-", "| true"])
 def test_nobody_reads(
@@ -712,7 +716,7 @@ def test_what_people_type_is_asked_as_what_it_means(
     assert sorted(row["stock_code"] for row in rows_of(state)) == sorted(code for _, code in SEEN.values())
     assert counts(done) == (12, 10, 0, 2)
     for code in BEIJING:
-        assert failures_of(done)[code].endswith("is of the Beijing exchange, which Infoway does not carry")
+        assert failures_of(done)[code] == "of the Beijing exchange, which Infoway does not carry"
     assert infoway.request_count == 3
     check_clean(done.stdout, done.stderr)
 
@@ -795,12 +799,13 @@ def test_symbols_finds_by_code_and_name(run_pyz: RunPyz) -> None:
 
 
 NAMED = {
-    "600519.SH": "贵州茅台",
-    "AAPL.US": "苹果",
+    "600519.SH": "Kweichow Moutai",
+    "AAPL.US": "Apple Inc.",
     "MSFT.US": "",  # in no list
     "RELIANCE.IN": "Reliance Industries Ltd",
-    "BTCUSDT.P": "比特币永续",
+    "BTCUSDT.P": "Bitcoin Perpetual",
 }
+CHINESE_NAMES = ["贵州茅台", "苹果", "", "Reliance Industries Ltd", "比特币永续"]
 
 
 def test_the_table_has_names_once_the_lists_are_here(run_pyz: RunPyz) -> None:
@@ -813,12 +818,15 @@ def test_the_table_has_names_once_the_lists_are_here(run_pyz: RunPyz) -> None:
         asked = server.request_count
         done = run_pyz("--once", "--codes", *NAMED, env=env)
         assert server.request_count - asked == len(server.asked("batch_trade")) / 2 == 3
+        chinese = run_pyz("--once", "--codes", *NAMED, env=env | {"STOCKRT_LANG": "zh"})
         many = [f"{n}.US" for n in range(1_100)]
         long = run_pyz("--once", "--codes-file", "-", env=env, input="\n".join([*NAMED, *many]))
     assert cells(before.stdout)[0] == TITLES
     assert cells(done.stdout)[0] == [*TITLES, "NAME"]
     begin = done.stdout.index("NAME")
     assert [line[begin:] for line in done.stdout.splitlines()] == ["NAME", *NAMED.values()]
+    _, *rows = chinese.stdout.splitlines()
+    assert [row.rpartition("  ")[2] for row in rows if "MSFT" not in row] == [*filter(None, CHINESE_NAMES)]
     assert cells(long.stdout)[0] == [*TITLES, "NAME"]
     begin = long.stdout.index("NAME")
     assert {
@@ -831,8 +839,8 @@ def test_a_name_has_what_a_terminal_has_left(
 ) -> None:
     names_by_room = {
         25: ["NAME", *NAMED.values()],
-        9: ["NAME", "贵州茅台", "苹果", "", "Reliance", "比特币永"],
-        4: ["NAME", "贵州", "苹果", "", "Reli", "比特"],
+        9: ["NAME", "Kweichow", "Apple Inc", "", "Reliance", "Bitcoin P"],
+        4: ["NAME", "Kwei", "Appl", "", "Reli", "Bitc"],
         3: [""] * 6,
     }
     with InfowayServer() as server:
@@ -849,7 +857,7 @@ def test_a_code_of_wide_characters_leaves_the_columns_in_their_places(run_pyz: R
     with InfowayServer() as server:
         done = run_pyz("--once", "--codes", "es", "币安人生usdt", "AAPL.US", env=api_env(server))
     titles, future, wide, narrow = done.stdout.splitlines()
-    assert future.startswith("ES  ") and future.endswith("  标普500指数期货")
+    assert future.startswith("ES  ") and future.endswith("  E-mini S&P 500 Futures")
     assert wide.startswith("币安人生USDT  ") and wide.endswith("  币安人生")
     assert narrow.index(" EDT") - 4 == wide.index(" UTC")
     assert titles.index("EXCHANGE TIME") == narrow.index("2026") == wide.index("2026") + 4
@@ -871,6 +879,7 @@ def test_a_code_that_failed_is_named_as_it_was_typed(run_pyz: RunPyz) -> None:
     codes = ("sh600519", "BTC-USDT", "700.hk", "MSFT.US")
     with InfowayServer(unknown={"600519.SH", "BTCUSDT", "00700.HK", "MSFT.US"}) as server:
         done = run_pyz("--once", "--codes", *codes, env=api_env(server))
+    assert [*failures_of(done)] == [*codes]
     assert failures_of(done) == {
         "sh600519": f"{LISTED.format('贵州茅台')} (sh600519 -> 600519.SH)",
         "BTC-USDT": f"{LISTED.format('比特币')} (BTC-USDT -> BTCUSDT)",
@@ -948,10 +957,15 @@ def test_check_of_what_is_good(
         env = api_env(infoway, MONGODB_HOST=mongo_db[0], MONGODB_DB_NAME=mongo_db[1])
         env |= {"SERVER_IP": "127.0.0.1", "SERVER_PORT": str(platform.port)}
         done = run_pyz("--check", env=env)
-    assert done.returncode == 0, done.stdout
-    lines = check_lines(done)
-    assert {"settings", "state directory", "MongoDB", "platform"} <= set(lines)
-    assert all(good for good, _ in lines.values())
+        assert done.returncode == 0, done.stdout
+        lines = check_lines(done)
+        assert {"settings", "state directory", "store", "platform"} <= set(lines)
+        assert all(good for good, _ in lines.values())
+        assert "not registered yet: " in lines["platform"][1]
+        state.mkdir()
+        (state / "module_hash").write_text("no hash!")
+        good, words = check_lines(run_pyz("--check", env=env))["platform"]
+        assert not good and words.startswith(f"{state / 'module_hash'} holds no module hash; ")
     with pymongo.MongoClient[dict[str, Any]](mongo_db[0]) as client:
         assert mongo_db[1] not in client.list_database_names()
     check_clean(done.stdout, done.stderr)
@@ -981,7 +995,7 @@ BAD: dict[str, tuple[str, str, dict[str, str]]] = {
     "api_elsewhere": ("API key", "INFOWAY_API_BASE_URL", {"INFOWAY_API_BASE_URL": "{api}/elsewhere"}),
     "state": ("state directory", "STATE_DIRECTORY", {"STATE_DIRECTORY": "{file}/state"}),
     "mongodb_away": (
-        "MongoDB",
+        "store",
         "MONGODB_HOST",
         {"MONGODB_HOST": f"mongodb://user:{PASSWORD}@127.0.0.1:{{nobody}}/?timeoutMS=300"},
     ),
@@ -1005,11 +1019,10 @@ def test_check_of_what_is_bad(run_pyz: RunPyz, infoway: InfowayServer, tmp_path:
     assert done.returncode == 1, done.stdout
     lines = check_lines(done)
     failed = {name: text for name, (good, text) in lines.items() if not good}
-    if name == "state":  # the file in it cannot be opened either
-        failed.pop("local file")
     assert len(failed) == 1 and next(iter(failed)).startswith(check), done.stdout
     assert setting in next(iter(failed.values()))
     assert len(lines) >= 4  # the others were looked at all the same
+    assert not [name for name, (_, text) in lines.items() if name in text[: len(name) + 5]]  # is said twice
     check_clean(done.stdout, done.stderr)
 
 
@@ -1032,6 +1045,20 @@ def test_check_names_the_setting_of_a_refusal(
     assert done.returncode == 1
     assert setting in check_lines(done)[next(n for n in check_lines(done) if n.startswith("API key"))][1]
     assert infoway.request_count == 1  # one request, no second try
+
+
+def test_a_key_that_was_refused_is_no_further_asked_for_by_a_check(
+    run_pyz: RunPyz, infoway: InfowayServer
+) -> None:
+    env = api_env(infoway, INFOWAY_API_KEY="no-such-key", COLLECT="stream", COLLECT_CODES="AAPL.US")
+    done = run_pyz("--check", env=env)
+    lines = check_lines(done)
+    assert (
+        lines["stream, API key ***"]
+        == lines["API key ***"]
+        == (False, "HTTP 401: Token invalid; see INFOWAY_API_KEY")
+    )
+    assert (done.stderr, infoway.request_count) == ("", 1)
 
 
 def test_a_check_beside_others_keeps_the_plan_with_them(
@@ -1065,9 +1092,18 @@ def test_check_says_what_the_plan_is_and_where_another_is_set(run_pyz: RunPyz) -
             REFUSALS["404_problem"] if request.resource == "package/info" else None
         )
         none = check_lines(run_pyz("--check", env=api_env(server, INFOWAY_PLAN="")))[name]
+        server.script = ()
+        run_pyz("--once", "--codes", "AAPL.US", env=api_env(server, INFOWAY_PLAN=""))
+        server.script = lambda request: (
+            Answer.data(PLANS["pro"].info()) if request.resource == "package/info" else None
+        )
+        changed = check_lines(run_pyz("--check", env=api_env(server, INFOWAY_PLAN="")))[name]
     told = "plan Premium: 10 requests a second, 600 a minute, 864000 a day; its plan ends at"
     assert all(good and told in text and "in 3 d" in text for good, text in (asked, same, other))
-    assert "INFOWAY_PLAN" not in asked[1] + same[1]
+    assert "INFOWAY_PLAN" not in asked[1] + same[1] + changed[1]
+    assert (
+        "it has changed; until it is asked for anew, " in changed[1] and "Premium: 10 requests" in changed[1]
+    )
     assert "INFOWAY_PLAN differs and is what counts: basic: 2 requests a second, 120 a minute" in other[1]
     assert none[0] and "Free's limits hold unless INFOWAY_PLAN names it" in none[1]
 

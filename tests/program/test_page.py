@@ -32,7 +32,25 @@ from stockrt import (
 
 PICTURE = Path(__file__).with_name("demo.svg")
 README = PICTURE.parents[2] / "README.md"
-OPEN = int(datetime(2026, 11, 27, 14, 30, tzinfo=UTC).timestamp()) * 1000  # half past nine in New York
+
+
+def last_friday() -> date:
+    """Return the last Friday of a November or a February that is over: it is winter in New York, and no year ago."""
+    today = datetime.now(UTC).date()
+    ends = (date(today.year - 1, 11, 30), date(today.year, 2, 28), date(today.year, 11, 30))
+    fridays = [day - timedelta((day.weekday() - 4) % 7) for day in ends]
+    return max(day for day in fridays if day < today)
+
+
+def opening(day: date) -> int:
+    """Return half past nine in New York."""
+    return int(datetime(day.year, day.month, day.day, 14, 30, tzinfo=UTC).timestamp()) * 1000
+
+
+DAY = last_friday()
+OPEN = opening(DAY)
+RESTS_SINCE, FUTURE = DAY - timedelta(400), DAY + timedelta(400)
+CLOSES = f"{DAY - timedelta(59)} – {DAY - timedelta(1)}"
 MINUTE = 60_000
 AAPL, MAOTAI, TENCENT, BITCOIN = "AAPL.US", "600519.SH", "00700.HK", "BTCUSDT"
 EVIL = "<script>alert(1)</script> & \"Co\" 'Ltd'"
@@ -45,17 +63,17 @@ def fill(state: Path) -> None:
         for n in range(300)
         if not 100 <= n < 110
     ]
-    trades += [Trade(MAOTAI, OPEN - 400 * 86_400_000, "1450.00", "100", "1", 1)]
+    trades += [Trade(MAOTAI, opening(RESTS_SINCE), "1450.00", "100", "1", 1)]
     trades += [
         Trade(TENCENT, OPEN - 6 * 3_600_000 + n * MINUTE, f"{620 - n}", "100", "1", 1) for n in range(60)
     ]
-    trades += [Trade(BITCOIN, OPEN + 400 * 86_400_000, "95000.5", "0.0001", "1", 1)]  # of the future
+    trades += [Trade(BITCOIN, opening(FUTURE), "95000.5", "0.0001", "1", 1)]  # of the future
     with open_store_file(state) as file:
         store = SqliteStore(file)
         assert not store.write([to_document(one, CREATED) for one in trades]).refused
         for days in range(1, 60):
             for code, price in ((AAPL, 200 + days), (TENCENT, 660 - days)):
-                session = session_on(stockrt.market_of(code), date(2026, 11, 27) - timedelta(days))  # type: ignore[arg-type]
+                session = session_on(stockrt.market_of(code), DAY - timedelta(days))  # type: ignore[arg-type]
                 if session.close != stockrt.NEVER:
                     p = f"{price}.5"
                     bar = Bar(code, session.close, p, p, p, p, "1000", "1")
@@ -68,12 +86,6 @@ def fill(state: Path) -> None:
                 "VALUES ('1', '', 'stock', ?, ?, ?, 'connection <lost>', '')",
                 (json.dumps([AAPL]), OPEN + 100 * MINUTE, OPEN + 110 * MINUTE),
             )
-
-
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
 
 
 @pytest.fixture
@@ -169,13 +181,14 @@ def test_every_picture_is_there_and_says_what_it_has(run_pyz: RunPyz, state: Pat
     assert set(sections) == {AAPL, MAOTAI, TENCENT, BITCOIN}
     assert all('<path class="' in section for section in sections.values())
     assert sections[AAPL].count('class="gap"') == 2  # steps of five minutes
-    assert "2026-11-27 11:10:00 EST – 2026-11-27 11:20:00 EST (connection &lt;lost&gt;)" in sections[AAPL]
+    assert f"{DAY} 11:10:00 EST – {DAY} 11:20:00 EST (connection &lt;lost&gt;)" in sections[AAPL]
     assert sections[TENCENT].count('class="gap"') == 0
     for code, count in ((AAPL, 43), (TENCENT, 43), (MAOTAI, 0), (BITCOIN, 0)):
         assert (f"{count} final closes" in sections[code]) == bool(count)
         assert (f"{count} 个最终收盘价，最新 " in sections[code]) == bool(count)
         assert ("--backfill 60" in sections[code]) == (not count)
-    assert "2025-10-23 22:30:00 CST" in text and "2028-01-01 14:30:00 UTC" in text  # on each exchange's clock
+    for shown in (f"{RESTS_SINCE} 22:30:00 CST", f"{FUTURE} 14:30:00 UTC"):  # on each exchange's clock
+        assert shown in text
     assert EVIL not in text and "<lost>" not in text
     assert not re.search(r"(?:src|href)=\"(?!#|data:,\")|url\(|@import|https?:", text)
 
@@ -198,7 +211,7 @@ def test_a_chinese_reader_is_told_in_chinese_why_there_is_a_gap(
             )
     assert run_pyz("--html", "page.html").returncode == 0
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    span = "2026-11-27 11:10:00 EST – 2026-11-27 11:20:00 EST"
+    span = f"{DAY} 11:10:00 EST – {DAY} 11:20:00 EST"
     for english, chinese in reasons.items():
         assert f">gap: {span} ({english})<" in text and f">缺口：{span}（{chinese}）<" in text
     assert "5m candles and volume" in text and "5 分钟 K 线与成交量" in text
@@ -263,7 +276,7 @@ def test_a_moment_beyond_the_last_year_is_no_traceback(
 def test_an_empty_store_has_a_page_that_says_so(run_pyz: RunPyz, tmp_path: Path) -> None:
     done = run_pyz("--html", "page.html")
     assert done.returncode == 1
-    assert "no trade is stored yet: see --once" in done.stderr
+    assert "no trade is stored yet: --once stores some" in done.stderr
     assert "There is no trade in the store yet" in (tmp_path / "page.html").read_text(encoding="utf-8")
     picture = run_pyz("--html", "one.svg")
     assert (picture.returncode, picture.stderr) == (
@@ -278,7 +291,7 @@ def test_a_picture_is_of_one_code(run_pyz: RunPyz, state: Path, tmp_path: Path) 
     assert run_pyz("--html", "one.svg", "--codes", AAPL, "--chart", "1h", "--up", "red").returncode == 0
     root = ElementTree.fromstring((tmp_path / "one.svg").read_text(encoding="utf-8"))
     assert (root.tag, root.get("data-up")) == ("{http://www.w3.org/2000/svg}svg", "red")
-    assert "AAPL.US  1h  2026-11-27 09:00:00 EST" in "".join(root.itertext())
+    assert f"AAPL.US  1h  {DAY} 09:00:00 EST" in "".join(root.itertext())
     done = run_pyz("--html", "more.svg")
     assert done.returncode == 64 and "and here are candles of 4: name one with --codes" in done.stderr
     assert not (tmp_path / "more.svg").exists()
@@ -289,7 +302,7 @@ def test_the_readmes_picture_is_what_its_command_draws(run_pyz: RunPyz, tmp_path
     (tmp_path / "state").mkdir()
     trades: list[Trade] = []
     for minute in range(390):
-        demo = DemoApi(FakeClock(OPEN / 1000 + 60.0 * minute))
+        demo = DemoApi(FakeClock(opening(date(2026, 11, 27)) / 1000 + 60.0 * minute))
         for outcome in filter(None, demo.fetch([Batch("stock", "TSLA.US")], threading.Event())):
             trades += outcome.trades
     with open_store_file(tmp_path / "state") as file:
@@ -311,17 +324,17 @@ def test_candles_are_drawn_in_the_terminal(run_pyz: RunPyz, state: Path) -> None
     done = run_pyz("--show", AAPL, TENCENT, "--chart", "5m")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert f"AAPL.US  {EVIL}  5m  2026-11-27 09:30:00 EST – 2026-11-27 14:25:00 EST" in lines
-    assert "░ gap: 2026-11-27 11:10:00 EST – 2026-11-27 11:20:00 EST (connection <lost>)" in lines
+    assert f"AAPL.US  {EVIL}  5m  {DAY} 09:30:00 EST – {DAY} 14:25:00 EST" in lines
+    assert f"░ gap: {DAY} 11:10:00 EST – {DAY} 11:20:00 EST (connection <lost>)" in lines
     assert lines[0].startswith("00700.HK  Tencent  5m  ")  # in the order of the table of --show
     asked = run_pyz("--show", AAPL, TENCENT, "--chart", "5m", "--sort", "asked")
     assert asked.stdout.startswith("AAPL.US")
     assert "\033" not in done.stdout
     assert max(map(len, lines)) <= 120
-    done = run_pyz("--show", AAPL, "--chart", "5m", "--from", "2026-11-27T15:00", "--to", "2026-11-27T16:00")
-    assert "  5m  2026-11-27 10:00:00 EST – 2026-11-27 10:55:00 EST\n" in done.stdout
+    done = run_pyz("--show", AAPL, "--chart", "5m", "--from", f"{DAY}T15:00", "--to", f"{DAY}T16:00")
+    assert f"  5m  {DAY} 10:00:00 EST – {DAY} 10:55:00 EST\n" in done.stdout
     done = run_pyz("--show", TENCENT, "--chart", "1d")
-    assert "00700.HK  Tencent  1d  2026-09-29 – 2026-11-26" in done.stdout
+    assert f"00700.HK  Tencent  1d  {CLOSES}" in done.stdout
     assert "last: open 659.5  high 659.5  low 659.5  close 659.5  volume 1000" in done.stdout
 
 
@@ -333,23 +346,23 @@ def test_candles_are_drawn_for_a_chinese_reader(run_pyz: RunPyz, state: Path) ->
     done = run_pyz("--show", AAPL, "--chart", "5m", env=env)
     assert done.returncode == 0, done.stderr
     title, *drawn, last, gap = done.stdout.splitlines()
-    assert title == "AAPL.US  苹果  5 分钟 K 线  2026-11-27 09:30:00 EST – 2026-11-27 14:25:00 EST"
+    assert title == f"AAPL.US  苹果  5 分钟 K 线  {DAY} 09:30:00 EST – {DAY} 14:25:00 EST"
     assert last.startswith("最新一根：开盘 ") and re.search(
         r"  最高 \S+  最低 \S+  收盘 \S+  成交量 \d+$", last
     )
-    assert gap == "░ 缺口：2026-11-27 11:10:00 EST – 2026-11-27 11:20:00 EST（连接中断：<lost>）"
+    assert gap == f"░ 缺口：{DAY} 11:10:00 EST – {DAY} 11:20:00 EST（连接中断：<lost>）"
     (most,) = [line for line in drawn if "万" in line]
     assert most.lstrip().startswith("617.28万┤")
     axes = [re.match("[^┤│└┼]*[┤│└┼]", line) for line in drawn[:-1]]
     assert len({stockrt.columns_of(axis[0]) for axis in axes if axis}) == 1
     done = run_pyz("--show", TENCENT, "--chart", "1d", env=env)
-    assert "00700.HK  腾讯控股  日 K 线  2026-09-29 – 2026-11-26" in done.stdout
+    assert f"00700.HK  腾讯控股  日 K 线  {CLOSES}" in done.stdout
     assert "最新一根：开盘 659.5  最高 659.5  最低 659.5  收盘 659.5  成交量 1000" in done.stdout
     done = run_pyz("--show", MAOTAI, "9988.HK", "--chart", "1d", env=env)
     assert done.stderr.splitlines() == [
         "9988.HK：库中没有它的数据",
         "600519.SH：库中没有最终收盘价，可用 --backfill 60 --codes 600519.SH 补齐；"
-        "最后一笔成交的时间为 2025-10-23 22:30:00 CST",
+        f"最后一笔成交的时间为 {RESTS_SINCE} 22:30:00 CST",
     ]
 
 
@@ -371,14 +384,25 @@ def test_a_terminal_that_cannot_show_blocks_is_told_so(run_pyz: RunPyz, state: P
     assert run_pyz("--show", AAPL, "--chart", "5m", "--json", env=env).returncode == 0
 
 
-def test_what_is_not_there_is_said_with_what_is(run_pyz: RunPyz, state: Path) -> None:
+def test_what_is_not_there_is_said_with_what_is(run_pyz: RunPyz, state: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    done = run_pyz("--html", page, "--codes", "9988.HK")
+    assert (done.returncode, page.read_text()) == (1, "old")
+    assert done.stderr == f"stockrt: nothing written to {page}: 9988.HK: nothing of it is stored\n"
     done = run_pyz("--show", MAOTAI, "9988.HK", "--chart", "1d")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [
         "9988.HK: nothing of it is stored",
         "600519.SH: no final close is stored: --backfill 60 --codes 600519.SH brings some; "
-        "the last trade is of 2025-10-23 22:30:00 CST",
+        f"the last trade is of {RESTS_SINCE} 22:30:00 CST",
     ]
+    for args, lack in (
+        ((TENCENT, "--chart", "1d"), f"no final close in this time; the latest is of {DAY - timedelta(1)}"),
+        ((TENCENT, "--chart", "5m"), "no trade in this time; the last trade is of"),
+    ):
+        done = run_pyz("--show", *args, "--from", f"{DAY + timedelta(27)}")
+        assert (done.returncode, done.stdout) == (1, "") and f"{TENCENT}: {lack}" in done.stderr
 
 
 @pytest.mark.parametrize(

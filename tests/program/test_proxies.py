@@ -21,12 +21,6 @@ from kit.tls import TlsFront
 HUSH, CLEAR = "hu%40sh", "hu@sh"  # a password, as a URL has it and as it is
 
 
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
 class RunInside(Protocol):
     """The type of the fixture `run_inside`."""
 

@@ -207,7 +207,7 @@ def test_the_first_two_commands_build_and_test(text: str) -> None:
 HERE = {
     "./build_pyz.sh && ./stockrt.pyz --once --demo --codes TSLA.US AAPL.US USDCNY": "total 3, stored 3, ",
     "cp stockrt.env.example stockrt.env": "",
-    "./stockrt.pyz --check": "ok    MongoDB: ",
+    "./stockrt.pyz --check": "ok    store: ",
     "./stockrt.pyz --once --codes TSLA.US 700.HK 600519 BTCUSDT": "total 4, stored 4, already known 0, ",
     "./stockrt.pyz --symbols 茅台": "600519.SH",
     "./stockrt.pyz --status": "last execution",
@@ -340,12 +340,12 @@ def test_its_commands_show_what_it_says(
 
 
 def test_what_it_unpacks_is_as_large_as_it_says_and_may_be_deleted(
-    run_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path
+    start_pyz: RunPyz, clean_env: dict[str, str], tmp_path: Path
 ) -> None:
     said = re.search(r"for the first time, less than (\d+) MB for each", ENGLISH)
     assert said is not None
     for _ in range(2):
-        done = run_pyz(
+        done = start_pyz(
             "--once", "--demo", "--codes", "AAPL.US", env={"SHIV_ROOT": "", "PYTHONDONTWRITEBYTECODE": ""}
         )
         assert done.returncode == 0, done.stderr

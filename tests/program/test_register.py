@@ -25,12 +25,6 @@ import stockrt
 NEW_HASH = "-3298472938472"
 
 
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
 class Register(Protocol):
     """The type of the fixture `register`."""
 

@@ -206,8 +206,8 @@ def answer(platform: PlatformServer, codes: object, **how: Any) -> dict[str, Any
     return result.data
 
 
-def test_reload_by_hand_without_settings_asks_for_none(run_pyz: RunPyz) -> None:
-    done = run_pyz("--reload", env={"SERVER_PORT": "none"})
+def test_reload_by_hand_without_settings_asks_for_none(start_pyz: RunPyz) -> None:
+    done = start_pyz("--reload", env={"SERVER_PORT": "none"})
     assert done.returncode == 64 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(
         "stockrt: --reload is what the unit's ExecReload= calls: type sudo systemctl "
@@ -215,13 +215,15 @@ def test_reload_by_hand_without_settings_asks_for_none(run_pyz: RunPyz) -> None:
 
 
 def test_reload_by_hand_says_what_to_type_in_the_built_file(
-    run_pyz: RunPyz, platform: PlatformServer
+    start_pyz: RunPyz, platform: PlatformServer
 ) -> None:
-    done = run_pyz("--reload", env={"INFOWAY_API_KEY": NEW_KEY, "SERVER_IP": "127.0.0.1", "SERVER_PORT": "1"})
+    done = start_pyz(
+        "--reload", env={"INFOWAY_API_KEY": NEW_KEY, "SERVER_IP": "127.0.0.1", "SERVER_PORT": "1"}
+    )
     assert done.returncode == 64
     assert "sudo systemctl reload stockrt" in done.stderr and "Traceback" not in done.stderr
     env = {"INFOWAY_API_KEY": NEW_KEY, "SERVER_IP": "127.0.0.1", "SERVER_PORT": "1", "STOCKRT_LANG": "zh"}
-    assert run_pyz("--reload", env=env).stderr == (
+    assert start_pyz("--reload", env=env).stderr == (
         "stockrt：--reload 供服务单元的 ExecReload= 调用：请运行 sudo systemctl reload stockrt；"
         "没有服务单元的守护进程，请用 kill -HUP 加其 pid\n"
     )

@@ -27,7 +27,7 @@ from kit.platform_server import PlatformServer
 import stockrt
 from stockrt import Command, Journal, LocalLedger, Plan, SharedLedger, in_language, key_digest, load_settings
 
-WELL, WRONG, NOT_RUNNING, UNKNOWN = 0, 1, 3, 4
+WELL, WRONG, NOT_RUNNING, UNKNOWN, FAULTY = 0, 1, 3, 4, 78
 FIRST, OTHER = "aaa-first-key-111", "bbb-other-key-222"
 # A wait for something that must happen; long, because a busy machine is slow, not wrong.
 PATIENCE = 30.0
@@ -95,9 +95,9 @@ class Program:
 
 
 @pytest.fixture
-def program(clean_env: dict[str, str], tmp_path: Path, run_forked: RunPyz) -> Iterator[Program]:
+def program(clean_env: dict[str, str], tmp_path: Path, run_pyz: RunPyz) -> Iterator[Program]:
     """The program; its daemon ends with the test."""
-    program = Program(clean_env, tmp_path, run_forked)
+    program = Program(clean_env, tmp_path, run_pyz)
     yield program
     program.stop_daemon()
 
@@ -119,7 +119,8 @@ def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> 
         "version": stockrt.__version__,
         "daemon": {"running": False},
         "registration": None,
-        "platform": {"url": None, "state": "no daemon", "connected_since": None, "last_contact": None},
+        "platform": {"url": None, "state": "no daemon", "connected_since": None, "last_contact": None,
+                     "lost_since": None, "lost_because": None},
         "store": str(program.state / stockrt.SQLITE_NAME),
         "spool": None,
         "waiting": {"executing": 0, "commands": 0, "results": 0},
@@ -129,10 +130,10 @@ def test_on_a_fresh_machine_everything_is_said_to_be_empty(program: Program) -> 
         "totals": {},
         "keys": [
             {"key": "aaa…111", "plan": "free", "per_day": 86_400, "ends": None, "ends_soon": "", "used_today": 0,
-             "leased_today": 0, "left_today": 86_400, "state": "ready", "why": "",
+             "leased_today": 0, "left_today": 86_400, "state": "unknown", "why": "",
              "until": "", "not_for": []},
             {"key": "bbb…222", "plan": "pro", "per_day": 1_728_000, "ends": None, "ends_soon": "", "used_today": 0,
-             "leased_today": 0, "left_today": 1_728_000, "state": "ready", "why": "",
+             "leased_today": 0, "left_today": 1_728_000, "state": "unknown", "why": "",
              "until": "", "not_for": []},
         ],
         "wrong": [],
@@ -157,8 +158,18 @@ def test_the_lines_for_a_person_say_the_same(program: Program) -> None:
     assert lines["platform"] == "none set: no daemon"
     assert lines["waiting"] == "0 commands, 0 results to deliver"
     assert lines["last execution"] == "none yet"
-    assert "aaa…111  free  0 used today, 86400 left  ready" in text
-    assert lines["API key"] == "bbb…222  pro  0 used today, 1728000 left  ready"
+    untold = "not told by a daemon: see --check"
+    assert f"aaa…111  free  0 used today, 86400 left  {untold}" in text
+    assert lines["API key"] == f"bbb…222  pro  0 used today, 1728000 left  {untold}"
+
+
+def test_a_hash_that_cannot_be_used_is_said_beside_the_rest(program: Program) -> None:
+    place = program.state / stockrt.HASH_NAME
+    program.state.mkdir()
+    place.write_text("no hash!")
+    found = program.status()
+    assert found["wrong"] == [f"{place} holds no module hash; remove it and run --register"]
+    assert (found["registration"], found["waiting"]["commands"]) == (None, 0)
 
 
 def test_what_waits_is_counted_and_not_touched(program: Program) -> None:
@@ -263,16 +274,18 @@ def status_in_this_process(program: Program) -> dict[str, Any]:
     return found
 
 
-LOST = {"product": "crypto", "codes": 1, "subscribed": 0, "state": "waiting", "why": "429: too many"}
-STREAM: dict[str, object] = stockrt.CollectStats(
+LOST: stockrt.StreamFacts = {
+    "product": "crypto", "codes": 1, "subscribed": 0, "state": "waiting", "why": "429: too many"
+}  # fmt: skip
+STREAM = stockrt.CollectStats(
     connections=2, connections_wanted=2, codes=800, per_second=41.6, trades=900, stored=880
-)._asdict() | {"delay_p50_ms": None, "delay_p99_ms": None}
+)
 
 
 def test_what_the_daemon_writes_has_the_shape_that_is_read(program: Program) -> None:
     told = {"version": "1", "pid": 1, "platform": "connected", "connected_since": "x", "last_contact": "x",
-            "stopped": "x", "keys": [KEY_STATE], "spool_refused": 0,
-            "collecting": stockrt.collect_facts(STREAM | {"streams": [LOST], "gaps_open": 1})}  # fmt: skip
+            "lost_since": "x", "lost_because": "x", "stopped": "x", "keys": [KEY_STATE], "spool_refused": 0,
+            "collecting": stockrt.collect_facts(STREAM._replace(streams=[LOST], gaps_open=1))}  # fmt: skip
     assert told.keys() == stockrt.DaemonStatus.__annotations__.keys()
     program.state.mkdir()
     (program.state / stockrt.STATUS_NAME).write_text(json.dumps(told))
@@ -285,9 +298,8 @@ def test_reasons_in_the_status_file_can_be_read_in_all_languages(program: Progra
     why = stockrt.phrase("websocket.lost", why=stockrt.phrase("http.cut"))
     trouble = stockrt.phrase("tools.because", what="AAPL.US", why=why)
     told = stockrt.DaemonStatus(keys=[cast(stockrt.KeyState, KEY_STATE | {"why": why})])
-    told["collecting"] = stockrt.collect_facts(
-        STREAM | {"trouble": trouble, "streams": [LOST | {"why": why}]}
-    )
+    lost = STREAM._replace(trouble=trouble, streams=[stockrt.StreamFacts(**{**LOST, "why": why})])
+    told["collecting"] = stockrt.collect_facts(lost)
     journal = Journal(settings.state_directory)
     inbox = stockrt.Inbox()
     relay = stockrt.Relay(stockrt.NO_EVENTS, inbox)
@@ -318,12 +330,12 @@ def test_reasons_in_the_status_file_can_be_read_in_all_languages(program: Progra
 
 
 @contextlib.contextmanager
-def a_daemon_that_told(program: Program, told: dict[str, object] | None) -> Iterator[None]:
+def a_daemon_that_told(program: Program, told: dict[str, Any] | None) -> Iterator[None]:
     """As while a daemon collects that told this of it last, None: nothing yet."""
     program.env |= {"COLLECT": "stream", "COLLECT_CODES": "AAPL.US"}
     status: dict[str, object] = {"platform": stockrt.NO_NEED, "pid": 7, "version": "1"}
     if told is not None:
-        status["collecting"] = stockrt.collect_facts(STREAM | told)
+        status["collecting"] = stockrt.collect_facts(STREAM._replace(**told))
     with stockrt.lock_state_directory(program.state):
         (program.state / stockrt.STATUS_NAME).write_text(json.dumps(status))
         yield
@@ -340,6 +352,7 @@ def a_daemon_that_told(program: Program, told: dict[str, object] | None) -> Iter
             ["the stream brings nothing, 800 codes polled instead"],
         ),
         (None, ["collecting has not begun"]),
+        ({"refused": 1, "refused_why": "X (why)"}, ["1 code not collected: X (why)"]),
     ],
 )
 def test_a_service_that_collects_is_well_without_a_platform(
@@ -360,8 +373,9 @@ def test_a_service_that_collects_is_well_without_a_platform(
         r"(\d of 2 connections, 800 codes subscribed|800 codes polled), 42 trades/s", lines["collecting"]
     )
     trouble = f"; {told['trouble']}" if "trouble" in told else ""
+    assert ("42 trades/s, 1 code not collected, at" in lines["collecting"]) == ("refused" in told)
     assert re.search(
-        rf"42 trades/s, at {LOCAL_TIME}; since the start 900 trades, 880 new{trouble}$", lines["collecting"]
+        rf"42 trades/s,.* at {LOCAL_TIME}; since the start 900 trades, 880 new{trouble}$", lines["collecting"]
     )
     assert lines.get("stream") == (
         "crypto: 0 of 1 code, waiting: 429: too many" if "streams" in told else None
@@ -503,7 +517,18 @@ def test_beside_a_connected_daemon_the_last_execution_and_the_keys_are_told(prog
         assert after["daemon"] == {"running": False}
         assert after["last_execution"] == found["last_execution"]
         assert after["platform"]["last_contact"]
-        assert [key["state"] for key in after["keys"]] == ["ready", "ready"]
+        assert [key["state"] for key in after["keys"]] == ["unknown", "unknown"]  # it was asked, and is gone
+
+
+def test_a_key_that_collecting_was_refused_is_not_shown_as_usable(program: Program) -> None:
+    """Without a platform there is no execution that could tell of it."""
+    with InfowayServer(keys={OTHER}) as api:
+        program.env |= {"INFOWAY_API_BASE_URL": api.url, "COLLECT_CODES": "AAPL.US", "COLLECT_EVERY": "1",
+                        "INFOWAY_API_KEY": FIRST, "INFOWAY_PLAN": "0"}  # fmt: skip
+        program.start_daemon()
+        program.until(lambda: stockrt.read_status(program.state).get("keys"))
+        (key,) = program.status(WRONG)["keys"]
+    assert (key["state"], key["why"]) == ("out", "HTTP 401: Token invalid")
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -523,16 +548,30 @@ def test_status_remembers_over_a_restart_and_knows_of_runs_by_hand(program: Prog
             program.until(lambda: platform.results)
             program.stop_daemon()
         told = program.state / stockrt.STATUS_NAME
-        told.write_text(json.dumps(json.loads(told.read_text()) | {"spool_refused": 7}))
+        before = json.loads(told.read_text()) | {"spool_refused": 7}
+        told.write_text(json.dumps(before))
         program.start_daemon()
-        program.until(lambda: stockrt.read_status(program.state)["spool_refused"] == 7)
+        program.until(lambda: stockrt.read_status(program.state)["pid"] != before["pid"])
+        assert stockrt.read_status(program.state)["spool_refused"] == 7
         after = program.status(WRONG)
         assert after["wrong"] == ["no connection to the platform"]
         assert after["last_execution"]["message"].startswith("1 of 3 codes failed: NOPE (")
         assert after["last_execution"]["status"] == "partial"
         assert after["platform"]["last_contact"]
+        program.until(lambda: "lost_because" in stockrt.read_status(program.state))
+        platform_line = lines_of(program.lines(WRONG))["platform"]
+        assert re.fullmatch(
+            rf"http://127\S+: not connected since {LOCAL_TIME}: .*connection refused", platform_line
+        )
         counted = {"success": 0, "partial": 1, "failure": 0, "stored": 2, "known": 0, "kept": 0, "failed": 1}
         assert after["totals"] == {"since": after["totals"]["since"]} | counted
+        program.env["INFOWAY_PLAN"] = "none"
+        faulty = program.status(FAULTY)  # what is on the disk does not depend on it
+        assert faulty["wrong"] == ["no connection to the platform", "the settings are faulty"]
+        told_alike = ("status", "daemon", "registration", "waiting", "last_execution", "totals")
+        assert [faulty[name] for name in told_alike] == [after[name] for name in told_alike]
+        assert (faulty["store"], faulty["keys"]) == ("unknown", [])
+        program.env["INFOWAY_PLAN"] = "0"
         program.run("--once", "--codes", "TSLA.US", "700.HK")
         now = program.status(WRONG)
         assert now["last_execution"]["workflow_name"] == "--once"
@@ -592,8 +631,10 @@ def test_executions_lists_the_last_ones_with_their_failures(program: Program) ->
     assert re.match(rf"{LOCAL_TIME}  partial    -  --once  1 of 2 codes stored$", lines[3])
     assert len(program.run("--executions", "--json").splitlines()) == 20
     program.run("--once", "--codes", "NOPE", status=1)
-    first, _ = program.run("--executions", "1").splitlines()
-    assert re.search(r"  failure  -  --once  0 of 1 codes stored: 1 of 1 codes failed: NOPE \(.*\)$", first)
+    first, why = program.run("--executions", "1").splitlines()
+    assert first.endswith("  failure  -  --once  0 of 1 codes stored") and why.startswith("  NOPE: ")
+    program.run("--once", "--codes", "A?B", "C?D", status=1)
+    assert program.run("--executions", "1").splitlines()[1].startswith("  A?B, C?D: ")
     for wrong in ("0", "1001", "many"):
         program.run("--executions", wrong, status=64)
 
@@ -722,8 +763,8 @@ def test_in_chinese_a_fresh_machine_is_told_of_in_aligned_columns(program: Progr
         f"存储            {program.state / stockrt.SQLITE_NAME}",
         "待处理          0 条指令待执行，0 条结果待送达",
         "最近执行        尚无",
-        "API 密钥        aaa…111  free  当日已用 0，剩余额度 86400  可用",
-        "API 密钥        bbb…222  pro  当日已用 0，剩余额度 1728000  可用",
+        "API 密钥        aaa…111  free  当日已用 0，剩余额度 86400  守护进程未报告：请看 --check",
+        "API 密钥        bbb…222  pro  当日已用 0，剩余额度 1728000  守护进程未报告：请看 --check",
     ]
     assert program.run("--executions") == "尚未执行过\n"
     assert program.run("--rejects") == "MongoDB 没有拒绝过任何文档\n"
@@ -739,7 +780,7 @@ def test_in_chinese_programs_get_the_same_keys_and_states(program: Program) -> N
     with InfowayServer(keys={FIRST, OTHER}) as api:
         program.env |= {"INFOWAY_API_BASE_URL": api.url}
         checks = [json.loads(line) for line in program.run("--check", "--json").splitlines()]
-    names = ["settings", "API key aaa…111", "API key bbb…222", "state directory", "local store", "platform"]
+    names = ["settings", "API key aaa…111", "API key bbb…222", "state directory", "store", "platform"]
     assert [check["name"] for check in checks] == names
     assert checks[-1]["words"] == "未设置 SERVER_IP 和 SERVER_PORT：只够 --once 使用，不能运行守护进程"
     assert checks[3]["words"] == f"{program.state} 可以创建"
@@ -786,11 +827,15 @@ def test_in_chinese_beside_a_daemon(program: Program) -> None:
         assert lines["状态"].startswith(
             "有问题：未连接到平台；API 密钥 aaa…111 已停用。处理办法：请看 --check 和守护进程的日志，"
         )
-        assert re.fullmatch(rf"http://127\S+：未连接，上次通信 {LOCAL_TIME}", lines["平台"])
+        assert re.fullmatch(rf"http://127\S+：自 {LOCAL_TIME} 起未连接：\S.*", lines["平台"])
         program.stop_daemon()
         assert lines_in_chinese(program.lines())["状态"] == (
             "未运行。处理办法：请用 sudo systemctl start stockrt 启动，或不带命令运行 stockrt.pyz"
         )
+        program.env["LOG_LEVEL"] = "loud"
+        lines = lines_in_chinese(program.lines(FAULTY))
+        assert lines["状态"] == "未运行：设置有误。处理办法：请修正设置，详见 --check-settings"
+        assert lines["平台"].startswith("未知：守护进程未运行，") and lines["存储"] == "未知"
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -820,13 +865,17 @@ def test_in_chinese_every_fault_that_check_finds(program: Program) -> None:
     text = program.run("--check", status=1)
     good, *bad = text.splitlines()
     assert good == "正常  设置：环境变量、默认值"
-    names = "API 密钥 aaa…111", "API 密钥 bbb…222", "状态目录", "本地文件", "METRICS_FILE", "平台"
+    names = "API 密钥 aaa…111", "API 密钥 bbb…222", "状态目录", "METRICS_FILE", "平台"
+    assert (
+        f"失败  状态目录：无法使用 {program.folder / 'file' / 'state'}：不是目录；请检查 STATE_DIRECTORY\n"
+        in text
+    )
     assert [line.partition("：")[0] for line in bad] == [f"失败  {name}" for name in names]
     in_chinese(text)
     program.env |= {"STATE_DIRECTORY": str(program.state), "INFOWAY_API_KEY": "", "INFOWAY_PLAN": "0"}
     text = program.run("--check", status=1)
-    assert "\n失败  API 密钥：未设置 INFOWAY_API_KEY" in text and "\n失败  MongoDB：" in text
-    in_chinese(text, "Connection refused")
+    assert "\n失败  API 密钥：未设置 INFOWAY_API_KEY" in text and "\n失败  存储：MongoDB（" in text
+    in_chinese(text)
 
 
 def test_in_chinese_settings_that_the_service_does_not_have(

@@ -31,12 +31,6 @@ STANDALONE = {"INFOWAY_API_KEY": "test-key"}
 NAMELESS = 61_000 + os.getpid() % 4_000
 
 
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
 # ------------------------------------------------------------------------------------------------------
 # Paths and options that an environment or a URI names
 # ------------------------------------------------------------------------------------------------------
@@ -320,7 +314,7 @@ def test_that_it_cannot_be_unpacked_is_said_in_the_readers_language(
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("job", [("--once",), ("--backfill", "3")])
+@pytest.mark.parametrize("job", [("--once",), ("--backfill", "3"), ("--show",)])
 @pytest.mark.parametrize(
     "codes", [("--codes", ""), ("--codes", " , ，"), ("--codes-file", "-"), ("--codes-file", "e")]
 )
@@ -420,7 +414,7 @@ def test_file_that_cannot_be_used_is_named_with_what_was_done_to_it(
     (line,) = [line for line in (done.stdout + done.stderr).splitlines() if str(place) in line]
     assert re.search(r"cannot be (looked at|taken|opened|read)|fails: unable to open", line), line
     assert "STATE_DIRECTORY" in line and "Error" not in line and "print" not in line and "another" not in line
-    assert not line.startswith("FAIL") or line.startswith("FAIL  local file: ")
+    assert not line.startswith("FAIL") or line.startswith("FAIL  store: ")
 
 
 @pytest.mark.parametrize("job", ["daemon", "status", "check", "once"])
@@ -582,16 +576,20 @@ def test_network_errors_name_host_and_port_in_plain_words(run_pyz: RunPyz) -> No
         "SERVER_PORT": str(port),
     }
     nowhere = {"INFOWAY_API_KEY": "test-key", "INFOWAY_API_BASE_URL": "http://nowhere.invalid"}
-    with ThreadPoolExecutor(3) as pool:  # each waits between its tries
+    six = {name: value.replace("127.0.0.1", "[::1]") for name, value in env.items()}
+    with ThreadPoolExecutor(4) as pool:  # each waits between its tries
         asked = [
             pool.submit(run_pyz, *args, env=settings)
             for args, settings in (
                 (("--check",), env),
                 (("--once", "--codes", "AAPL.US"), env),
                 (("--check",), nowhere),
+                (("--check",), six),
             )
         ]
-        done, once, unknown = (one.result() for one in asked)
+        done, once, unknown, bracketed = (one.result() for one in asked)
+    assert bracketed.stdout.count(f"[::1]:{port}") == 4  # MongoDB's in the setting and in the reason
+    assert "::1" not in bracketed.stdout.replace("[::1]", "")
     assert (
         done.stdout.count(f"127.0.0.1:{port}") >= 3 and done.stdout.lower().count("connection refused") == 3
     )
@@ -636,7 +634,8 @@ def test_check_says_that_no_platform_is_set(run_pyz: RunPyz, infoway: InfowaySer
 @pytest.mark.parametrize(
     ("codes", "line"),
     [
-        ("AAPL.US 700.HK", "ok    codes: 2 codes to collect\n"),
+        ("AAPL.US 700.HK", "ok    codes: 2 to collect\n"),
+        ("AAPL.US 430047", "FAIL  codes: 1 to collect, 1 not: 430047: of the Beijing exchange, "),
         ("watch", "FAIL  codes: COLLECT_CODES: watch without MONGODB_HOST: "),
     ],
 )

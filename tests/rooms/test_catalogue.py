@@ -156,7 +156,8 @@ def test_every_kind_is_used(source: Source, catalogue: dict[str, tuple[str, str]
     made = {f"age.{unit}" for unit in ("s", "min", "h", "d")} | {
         f"os.{name}" for name in errno.errorcode.values()
     }
-    assert catalogue.keys() - used - made == set()
+    known_by_its_words = {kind for kind in catalogue if kind.startswith("mongo.")}
+    assert catalogue.keys() - used - made - known_by_its_words == set()
 
 
 # -------------------------------------------------------------------------------------------------- its Chinese

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from kit.cases import each
 from kit.daemons import number as examples
 from kit.infoway_server import InfowayServer
+from kit.ledger import NoLedger
 from kit.mongo import MongoServer, fresh_database
 
 import stockrt
@@ -33,6 +34,7 @@ from stockrt import (
     FailureKind,
     Finaliser,
     InfowayApi,
+    Keeper,
     KeyPool,
     MongoStore,
     Outcome,
@@ -49,8 +51,6 @@ from stockrt import (
 )
 
 KINDS = ("sqlite", "mongodb")
-ZONES = {"US": "America/New_York", "HK": "Asia/Hong_Kong", "SH": "Asia/Shanghai", "JP": "Asia/Tokyo",
-         "IN": "Asia/Kolkata", "KS": "Asia/Seoul", "TW": "Asia/Taipei"}  # fmt: skip
 # The Friday after Thanksgiving, and a half day of Hong Kong (Christmas Eve).
 FRI, XMAS = "2025-11-28", "2025-12-24"
 MARKS = ("after_hours", "provisional")
@@ -775,7 +775,7 @@ class Hurried(random.Random):
 
 def api_of(server: InfowayServer, key: str = "test-key") -> InfowayApi:
     """Return a client of a server, its key without limits."""
-    return InfowayApi(server.url, KeyPool([(key, Plan("0", 0, 0, 0))]), rng=Hurried())
+    return InfowayApi(server.url, KeyPool([(key, Plan("0", 0, 0, 0))], NoLedger()), rng=Hurried())
 
 
 def test_a_run_keeps_the_closes_of_what_it_fetched(store: AnyStore, tmp_path: Path) -> None:
@@ -785,7 +785,7 @@ def test_a_run_keeps_the_closes_of_what_it_fetched(store: AnyStore, tmp_path: Pa
     world.now_ms = at("America/New_York", f"{FRI} 16:30")
     codes = [f"A{number}.US" for number in range(150)] + ["BTCUSDT", "USDCNY"]
     with InfowayServer(epoch_ms=evening) as server:
-        report = Collector(api_of(server), store, closing=world.closer).run(codes, threading.Event())
+        report = Collector(api_of(server), store, Keeper(world.closer)).run(codes, threading.Event())
     assert report.complete, report
     assert len(world.closes()) == 150
     assert set(world.prices()) == {f"A{number}.US|{FRI}" for number in range(150)}
@@ -806,7 +806,7 @@ def test_a_snapshot_that_fails_costs_no_trade_and_is_said(tmp_path: Path) -> Non
     world.now_ms = at("America/New_York", "2025-06-17 18:00")
     codes = [f"A{number}.US" for number in range(2500)]
     with InfowayServer(epoch_ms=at("America/New_York", "2025-06-17 15:59")) as server:
-        report = Collector(api_of(server), store, closing=world.closer).run(codes, threading.Event())
+        report = Collector(api_of(server), store, Keeper(world.closer)).run(codes, threading.Event())
     assert (report.stored, report.failures) == (2500, {})
     assert not report.complete
     assert "no closes today" in report.summary()
@@ -814,10 +814,15 @@ def test_a_snapshot_that_fails_costs_no_trade_and_is_said(tmp_path: Path) -> Non
         store.write_closes([regular()])
 
 
-class FaultyCloses:
+class FaultyCloses(stockrt.ClosingPrices):
     """Closing prices with a fault of our own."""
 
-    def settle(self, documents: Sequence[dict[str, Any]], stop: threading.Event) -> object:
+    def __init__(self) -> None:
+        pass
+
+    def settle(
+        self, documents: Sequence[dict[str, Any]], stop: threading.Event
+    ) -> list[stockrt.RefusedClose]:
         """Fail as a look at a field does that is not there."""
         raise KeyError("p")
 
@@ -829,7 +834,7 @@ def test_any_fault_in_making_closes_costs_the_closes_alone(
     store = sqlite_store(tmp_path)
     codes = [f"A{number}.US" for number in range(2500)]
     with InfowayServer() as server:
-        report = Collector(api_of(server), store, closing=FaultyCloses()).run(codes, threading.Event())
+        report = Collector(api_of(server), store, Keeper(FaultyCloses())).run(codes, threading.Event())
     assert (report.total, report.stored, report.failures) == (2500, 2500, {})
     assert not report.complete
     assert "a fault of stockrt itself: KeyError" in report.close_error

@@ -20,6 +20,7 @@ from kit import infoway_server
 from kit.cases import each
 from kit.chinese import in_chinese
 from kit.clock import FakeClock
+from kit.ledger import NoLedger
 
 import stockrt
 from stockrt import (
@@ -391,8 +392,8 @@ def test_any_retry_after_date_is_read(at: datetime) -> None:
 def test_an_answer_steers_its_key_by_the_verb_that_fits(action: Action) -> None:
     """And no other key; what says nothing of the key leaves it as it was."""
     clock = FakeClock(NOW.timestamp())
-    pool = KeyPool([("the-first-key-of-two", Plan("0", 0, 0)), ("another-key-that-is-good", Plan("0", 0, 0))],
-                   clock=clock)  # fmt: skip
+    keys = ("the-first-key-of-two", "another-key-that-is-good")
+    pool = KeyPool([(key, Plan("0", 0, 0)) for key in keys], NoLedger(), clock)
     steer(pool, pool.keys[0], "japan", Verdict(action, Failure(FailureKind.API, "why"), wait_s=7))
     first, other = pool.describe()
     assert (other["state"], other["not_for"]) == ("ready", [])

@@ -13,6 +13,7 @@ from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import check_paced
 from kit.infoway_server import REFUSALS, Answer, InfowayServer
+from kit.ledger import NoLedger
 
 from stockrt import (
     PLAN_RETRY_S,
@@ -29,6 +30,7 @@ from stockrt import (
     open_store_file,
     parse_code,
     read_symbols,
+    symbol_names,
 )
 
 NO_LIMIT = Plan("0", 0, 0)
@@ -46,7 +48,7 @@ class World:
 
     def another(self) -> Directory:
         """Return the directory of another process."""
-        api = InfowayApi(self.server.url, KeyPool([("test-key", NO_LIMIT)]))
+        api = InfowayApi(self.server.url, KeyPool([("test-key", NO_LIMIT)], NoLedger()))
         return Directory(self.file, api, self.clock)
 
     def types(self) -> list[str]:
@@ -79,7 +81,7 @@ def test_each_list_is_asked_for_once_a_day_by_all_processes(world: World) -> Non
 
 def test_the_lists_are_asked_for_under_the_limits_of_the_key(tmp_path: Path) -> None:
     def measure(folder: Path) -> tuple[int, float]:
-        keys = KeyPool([("test-key", Plan("x", 10, 600))])
+        keys = KeyPool([("test-key", Plan("x", 10, 600))], NoLedger())
         with InfowayServer(per_second=10, per_minute=600) as server, open_store_file(folder) as file:
             began = time.monotonic()
             directory = Directory(file, InfowayApi(server.url, keys))
@@ -94,11 +96,11 @@ def test_names_are_those_of_the_lists_that_are_here(world: World) -> None:
     """Nothing is asked for; what two lists have is called by both its names."""
     twin = {"symbol": "ES", "name_cn": "", "name_hk": "", "name_en": "Eversource", "index": False}
     world.server.symbols["INDICES"].append(twin)
-    assert world.directory.names(["AAPL.US", "ES"]) == {}
+    assert symbol_names(world.file, ["AAPL.US", "ES"]) == {}
     assert world.types() == []
     world.directory.refresh(["STOCK_US", "FUTURES", "INDICES", "STOCK_IN"], world.stop)
     codes = ["AAPL.US", "ES", "M&M.IN", "7203.JP", *(f"{n}.US" for n in range(40_000))]
-    assert world.directory.names(codes) == {
+    assert symbol_names(world.file, codes) == {
         "AAPL.US": "苹果",
         "ES": "标普500指数期货 / Eversource",
         "M&M.IN": "Mahindra & Mahindra Ltd",
@@ -121,7 +123,9 @@ def test_a_list_that_cannot_be_had_is_not_asked_for_at_once_again(world: World) 
 def test_a_server_that_hangs_is_waited_for_once(world: World) -> None:
     """Each list more would take as long, and a result wait for all of them."""
     world.server.script = lambda _: Answer.hang()
-    api = InfowayApi(world.server.url, KeyPool([("test-key", NO_LIMIT)]), limits=Limits(1.0, 0.2, 0.5))
+    api = InfowayApi(
+        world.server.url, KeyPool([("test-key", NO_LIMIT)], NoLedger()), limits=Limits(1.0, 0.2, 0.5)
+    )
     directory = Directory(world.file, api, world.clock)
     for kind in SYMBOL_TYPES:
         assert directory.refresh([kind], world.stop) != ""

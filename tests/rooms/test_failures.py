@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import RunPyz
 from kit.infoway_server import REFUSALS, Answer, InfowayServer
+from kit.ledger import NoLedger
 
 import stockrt
 from stockrt import (
@@ -25,9 +26,9 @@ from stockrt import (
     FailureKind,
     HttpConnection,
     InfowayApi,
+    Keeper,
     KeyPool,
     Lease,
-    NoLedger,
     Outcome,
     Plan,
     Report,
@@ -68,7 +69,7 @@ def test_codes_that_failed_for_one_reason_share_its_words(tmp_path: Path) -> Non
     """Of a hundred thousand codes they would take 23 MB."""
     codes = [f"A{number}.US" for number in range(300)]
     with open_store_file(tmp_path) as file:
-        report = Collector(KnowsNothing(), SqliteStore(file)).run(codes, threading.Event())
+        report = Collector(KnowsNothing(), SqliteStore(file), Keeper()).run(codes, threading.Event())
     assert len(report.failures) == 300
     assert len({id(failure.words) for failure in report.failures.values()}) == 1
 
@@ -103,12 +104,12 @@ class RawServer:
 
 def collect(url: str, folder: Path, codes: Sequence[str] = CODES, ledger: NoLedger | None = None) -> Report:
     """Run a collection against whatever listens there, as often tried as it is, but without waiting."""
-    pool = KeyPool([("test-key", NO_LIMIT)], ledger)
+    pool = KeyPool([("test-key", NO_LIMIT)], ledger or NoLedger())
     with (
         contextlib.closing(InfowayApi(url, pool, rng=Hasty())) as api,
         open_store_file(folder) as file,
     ):
-        return Collector(api, SqliteStore(file)).run(codes, threading.Event())
+        return Collector(api, SqliteStore(file), Keeper()).run(codes, threading.Event())
 
 
 def kinds(report: Report) -> set[FailureKind]:
@@ -199,13 +200,13 @@ def test_what_the_store_does_not_take_is_its_fault_and_no_more_is_asked_for(
     """Fetched and not stored, or not asked for at all: for the operator the same thing to mend."""
     environ = {"MONGODB_HOST": "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=100&timeoutMS=100"}
     settings = load_settings(environ, None, (), is_root=False).settings
-    pool = KeyPool([("test-key", Plan("x", 20, 0))])
+    pool = KeyPool([("test-key", Plan("x", 20, 0))], NoLedger())
     codes = [f"A{number}.US" for number in range(1500)]
     with (
         contextlib.closing(InfowayApi(infoway.url, pool)) as api,
         contextlib.closing(stockrt.MongoStore(settings)) as store,
     ):
-        report = Collector(api, store).run(codes, threading.Event())
+        report = Collector(api, store, Keeper()).run(codes, threading.Event())
     assert {kind for kind, _ in report.failures.values()} == {FailureKind.STORE}
     words = {words.partition(":")[0] for _, words in report.failures.values()}
     assert words == {"fetched, not stored", "not asked for"}
@@ -219,7 +220,7 @@ def test_a_batch_that_was_stopped_is_interrupted_and_nothing_is_said_of_its_code
     stop.set()
     batch = Batch("stock", ",".join(CODES))
     with (
-        contextlib.closing(InfowayApi(infoway.url, KeyPool([("test-key", NO_LIMIT)]))) as api,
+        contextlib.closing(InfowayApi(infoway.url, KeyPool([("test-key", NO_LIMIT)], NoLedger()))) as api,
         contextlib.closing(HttpConnection(infoway.url)) as connection,
     ):
         outcome = api.ask(connection, BatchAttempt(batch, stop, Hasty()))
@@ -261,14 +262,16 @@ def test_an_interrupted_run_tells_what_it_has_while_another_thread_writes(
     while len(growing.failures) < 1000:
         assert not threading.Event().wait(0.001)
     settings = load_settings({"STATE_DIRECTORY": str(tmp_path)}, None, (), is_root=False).settings
-    assert stockrt._close_run(growing, finished=False, settings=settings) == stockrt.EXIT_INTERRUPTED
+    assert (
+        stockrt._close_run(growing.as_of_now(), finished=False, settings=settings) == stockrt.EXIT_INTERRUPTED
+    )
     summary, *failures = capsys.readouterr().err.splitlines()
     assert len(failures) >= 1000
     assert f"failed {len(failures)} " in summary
     assert all(line.endswith(": the words") for line in failures)
 
 
-def test_odd_headers_of_an_answer_are_no_lines_of_a_library(run_pyz: RunPyz, tmp_path: Path) -> None:
+def test_odd_headers_of_an_answer_are_no_lines_of_a_library(start_pyz: RunPyz, tmp_path: Path) -> None:
     """It would say them of each answer, for months, with a traceback."""
     body = b'{"ret": 500, "msg": "System error", "data": null}'
     length = b"Content-Length: %d" % len(body)
@@ -276,7 +279,7 @@ def test_odd_headers_of_an_answer_are_no_lines_of_a_library(run_pyz: RunPyz, tmp
     def run(name: str, odd: bytes) -> subprocess.CompletedProcess[str]:
         server = RawServer(b"\r\n".join([b"HTTP/1.1 200 OK", length, odd, b"", body]))
         env = {"INFOWAY_API_KEY": "test-key", "INFOWAY_API_BASE_URL": server.url, "INFOWAY_PLAN": "0"}
-        done = run_pyz("--once", "--codes", "AAPL.US", env=env | {"STATE_DIRECTORY": str(tmp_path / name)})
+        done = start_pyz("--once", "--codes", "AAPL.US", env=env | {"STATE_DIRECTORY": str(tmp_path / name)})
         server.close()
         return done
 

@@ -43,6 +43,7 @@ from kit.infoway_server import (
     Request,
     make_record,
 )
+from kit.ledger import NoLedger
 
 import stockrt
 from stockrt import (
@@ -61,10 +62,10 @@ from stockrt import (
     FailureKind,
     HttpConnection,
     InfowayApi,
+    Keeper,
     KeyPool,
     Lease,
     Limits,
-    NoLedger,
     Plan,
     Report,
     SqliteStore,
@@ -106,7 +107,7 @@ def api_of(
     rng: random.Random | None = None,
 ) -> Iterator[InfowayApi]:
     """Yield a client of the server, for "test-key" unless other keys are named."""
-    pool = KeyPool([(key, plan) for key in keys or ("test-key",)])
+    pool = KeyPool([(key, plan) for key in keys or ("test-key",)], NoLedger())
     with contextlib.closing(InfowayApi(server.url, pool, rng=rng or Hasty(), limits=limits)) as api:
         yield api
 
@@ -116,7 +117,7 @@ def collect(
 ) -> Run:
     """Run once into the embedded store."""
     with open_store_file(folder) as file:
-        report = Collector(api, SqliteStore(file)).run(codes, stop or threading.Event())
+        report = Collector(api, SqliteStore(file), Keeper()).run(codes, stop or threading.Event())
     return Run(report, read_back(folder))
 
 
@@ -433,7 +434,7 @@ def test_of_a_request_is_told_what_followed_and_how_long_it_took(
 ) -> None:
     infoway.script = [REFUSALS["503_html"], Answer.cut_before_answer()]
     heard = Heard()
-    pool = KeyPool([("test-key", NO_LIMIT)])
+    pool = KeyPool([("test-key", NO_LIMIT)], NoLedger())
     with contextlib.closing(InfowayApi(infoway.url, pool, events=heard, rng=Hasty())) as api:
         assert collect(api, STOCKS, tmp_path / "1").report.complete
         infoway.stop()
@@ -478,7 +479,7 @@ def test_what_waits_is_stored_while_an_answer_is_waited_for(infoway: InfowayServ
 
     with warm_api(infoway, tmp_path) as api, open_store_file(tmp_path) as file:
         infoway.script = script
-        report = Collector(api, Store(file)).run(share_codes(200), threading.Event())
+        report = Collector(api, Store(file), Keeper()).run(share_codes(200), threading.Event())
     assert report.stored == 200
     assert waited == [True]
 
@@ -572,8 +573,8 @@ def test_a_gzip_stream_without_its_second_half_is_not_taken(infoway: InfowayServ
         (
             LOGIN_PAGE,
             0,
-            "没有 API 密钥可用于 stock（密钥 ***：HTTP 401，不像 API 的应答，像是来自途中的网关或登录页，"
-            "TIME 恢复）；请检查 INFOWAY_API_KEY",
+            "没有 API 密钥可用于 stock：密钥 ***：HTTP 401，不像 API 的应答，像是来自途中的网关或登录页，"
+            "TIME 恢复；请检查 INFOWAY_API_KEY",
         ),
     ],
 )
@@ -782,7 +783,7 @@ def test_retry_after_holds_for_the_whole_key(tmp_path: Path) -> None:
         return 0.05
 
     with InfowayServer(latency=latency) as server:
-        pool = KeyPool([("test-key", NO_LIMIT)])
+        pool = KeyPool([("test-key", NO_LIMIT)], NoLedger())
         with contextlib.closing(InfowayApi(server.url, pool, events=Told(), rng=Hasty())) as api:
             collect(api, share_codes(2_000), tmp_path / "warm")  # from here on several are in flight
             before = server.request_count
@@ -881,7 +882,7 @@ def test_5000_codes_at_10_requests_a_second(tmp_path: Path) -> None:
 
     def measure(folder: Path) -> tuple[int, float]:
         with ServerProcess("--per-second", "10") as server:
-            pool = KeyPool([("test-key", PLANS["premium"])])
+            pool = KeyPool([("test-key", PLANS["premium"])], NoLedger())
             with contextlib.closing(InfowayApi(server.url, pool)) as api:
                 run = collect(api, codes, folder)
             requests, over = server.end()
@@ -991,16 +992,16 @@ def test_a_401_that_is_not_the_apis_own_costs_the_key_a_rest_only(
     """A captive portal on the way: this run ends at once and says so; a minute on the key is used again."""
     infoway.script = [LOGIN_PAGE]
     clock = FakeClock(time.time())
-    pool = KeyPool([("test-key", Plan("0", 0, 0))], clock=clock)
+    pool = KeyPool([("test-key", Plan("0", 0, 0))], NoLedger(), clock)
     api = InfowayApi(infoway.url, pool)
     with open_store_file(tmp_path) as file:
-        first = Collector(api, SqliteStore(file)).run(STOCKS, threading.Event())
+        first = Collector(api, SqliteStore(file), Keeper()).run(STOCKS, threading.Event())
         assert infoway.request_count == 1
         ((kind, reason),) = set(first.failures.values())
         assert kind is FailureKind.KEY
         assert "HTTP 401, not in the API's words" in reason and "back at" in reason
         clock.advance(stockrt.DOUBT_FIRST_S + 0.1)
-        assert Collector(api, SqliteStore(file)).run(STOCKS, threading.Event()).complete
+        assert Collector(api, SqliteStore(file), Keeper()).run(STOCKS, threading.Event()).complete
     api.close()
 
 
@@ -1085,14 +1086,14 @@ def test_certificate_that_is_not_trusted(tmp_path: Path) -> None:
     assert all("certificate" in reason.lower() for _, reason in run.report.failures.values())
 
 
-def test_certificate_of_ssl_cert_file(run_pyz: RunPyz) -> None:
+def test_certificate_of_ssl_cert_file(start_pyz: RunPyz) -> None:
     with InfowayServer(tls=True) as server:
         env = {"INFOWAY_API_KEY": "test-key", "INFOWAY_API_BASE_URL": server.url, "INFOWAY_PLAN": "0"}
-        refused = run_pyz("--once", "--codes", "AAPL.US", env=env)
+        refused = start_pyz("--once", "--codes", "AAPL.US", env=env)
         assert refused.returncode == 1
         assert "certificate" in refused.stderr.lower() and "Traceback" not in refused.stderr
         assert server.request_count == 0
-        done = run_pyz("--once", "--codes", "AAPL.US", env=env | {"SSL_CERT_FILE": str(server.ca_file)})
+        done = start_pyz("--once", "--codes", "AAPL.US", env=env | {"SSL_CERT_FILE": str(server.ca_file)})
         assert (done.returncode, server.codes_asked()) == (0, ["AAPL.US"]), done.stderr
 
 
@@ -1150,7 +1151,7 @@ def relayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[InfowayServer, Re
 @contextlib.contextmanager
 def relayed_api(relay: Relay, folder: Path, limits: Limits) -> Iterator[InfowayApi]:
     """Yield a client over TLS with a connection that stands, and has the next answer stall in a record."""
-    pool = KeyPool([("test-key", NO_LIMIT)])
+    pool = KeyPool([("test-key", NO_LIMIT)], NoLedger())
     with contextlib.closing(InfowayApi(relay.url, pool, rng=Hasty(), limits=limits)) as api:
         assert collect(api, STOCKS, folder / "warm").report.complete
         relay.stall_after(40)
@@ -1196,7 +1197,7 @@ def test_what_tls_says_to_itself_does_not_end_a_connection(relayed: tuple[Infowa
 
 
 def test_plain_http_server_called_https(infoway: InfowayServer, tmp_path: Path) -> None:
-    url, pool = infoway.url.replace("http:", "https:"), KeyPool([("test-key", NO_LIMIT)])
+    url, pool = infoway.url.replace("http:", "https:"), KeyPool([("test-key", NO_LIMIT)], NoLedger())
     short = Limits(connect_s=0.2, read_s=0.2, whole_s=0.5)  # it waits for the rest of a request's head
     with contextlib.closing(InfowayApi(url, pool, rng=Hasty(), limits=short)) as api:
         run = collect(api, STOCKS, tmp_path)
@@ -1308,14 +1309,16 @@ def test_what_was_fetched_before_the_stop_is_stored(tmp_path: Path) -> None:
     codes = share_codes(2_000)
     stop = threading.Event()
     reports: list[Report] = []
-    heard, pool = Heard(), KeyPool([("test-key", NO_LIMIT)])
+    heard, pool = Heard(), KeyPool([("test-key", NO_LIMIT)], NoLedger())
     with (
         InfowayServer(latency=0.05) as server,
         contextlib.closing(InfowayApi(server.url, pool, events=heard, rng=Hasty())) as api,
         open_store_file(tmp_path) as file,
     ):
         store = GatedStore(SqliteStore(file))
-        thread = threading.Thread(target=lambda: reports.append(Collector(api, store).run(codes, stop)))
+        thread = threading.Thread(
+            target=lambda: reports.append(Collector(api, store, Keeper()).run(codes, stop))
+        )
         thread.start()
         assert store.entered.wait(PATIENCE)
         assert until(lambda: len(heard.requests) == 20)

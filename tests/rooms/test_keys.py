@@ -26,6 +26,7 @@ from kit.daemons import check_paced
 from kit.daemons import number as examples
 from kit.infoway_server import REFUSALS, InfowayServer, Request
 from kit.infoway_server import Answer as ServerAnswer
+from kit.ledger import NoLedger
 from kit.mongo import MongoServer, fresh_database
 
 import stockrt
@@ -39,6 +40,7 @@ from stockrt import (
     Collector,
     FailureKind,
     InfowayApi,
+    Keeper,
     KeyPool,
     Ledger,
     LocalLedger,
@@ -74,7 +76,7 @@ def pool_of(
 ) -> tuple[KeyPool, FakeClock]:
     """Return a pool and the clocks that it goes by."""
     clock = clock or FakeClock(NOON)
-    return KeyPool(list(keys.items()), ledger, clock), clock
+    return KeyPool(list(keys.items()), ledger or NoLedger(), clock), clock
 
 
 def try_key(pool: KeyPool, product: str = "stock") -> str:
@@ -218,11 +220,11 @@ def test_why_no_key_serves_can_be_read_in_chinese() -> None:
         stockrt.steer(pool, key, "stock", stockrt.decide(answer, datetime.now(UTC)))
     pool.rest_until_midnight(pool.keys[2], stockrt.day_used_up(FREE))
     assert in_chinese(refusal(pool, "stock bars"), "No permission") == (
-        "没有 API 密钥可用于 stock 日线（密钥 aaa…111：API 返回 514：No permission；"
+        "没有 API 密钥可用于 stock 日线：密钥 aaa…111：API 返回 514：No permission；"
         "密钥 bbb…222：API 返回 514：No permission；"
-        "密钥 ccc…333：当日 86400 次请求的额度已用完，2026-08-15T00:00:01.000Z 恢复）；请检查 INFOWAY_API_KEY"
+        "密钥 ccc…333：当日 86400 次请求的额度已用完，2026-08-15T00:00:01.000Z 恢复；请检查 INFOWAY_API_KEY"
     )
-    assert in_chinese(refusal(KeyPool([]))) == "没有 API 密钥：请设置 INFOWAY_API_KEY"
+    assert in_chinese(refusal(KeyPool([], NoLedger()))) == "没有 API 密钥：请设置 INFOWAY_API_KEY"
 
 
 def test_why_a_key_rests_can_be_read_in_chinese_out_of_a_file() -> None:
@@ -248,7 +250,7 @@ def test_plans_are_one_for_all_or_one_a_key() -> None:
         plans("free,premium,pro")
 
 
-class SlowLedger(stockrt.NoLedger):
+class SlowLedger(NoLedger):
     """A ledger of which every other answer takes seconds."""
 
     def __init__(self, clock: FakeClock) -> None:
@@ -280,7 +282,7 @@ def run(server: InfowayServer, pool: KeyPool, codes: Sequence[str], folder: Path
     """Fetch and store codes; return the report and the seconds from the first to the last request."""
     api = InfowayApi(server.url, pool)
     with open_store_file(folder) as file:
-        report = Collector(api, SqliteStore(file)).run(codes, threading.Event())
+        report = Collector(api, SqliteStore(file), Keeper()).run(codes, threading.Event())
     api.close()
     arrivals = [request.at for request in server.requests]
     return report, max(arrivals) - min(arrivals)
@@ -324,7 +326,7 @@ def test_one_key_revoked_and_one_over_its_day_in_the_middle_lose_nothing(tmp_pat
         return {FIRST: REVOKED, OTHER: DAY_OVER}.get(request.key)
 
     with InfowayServer(keys=frozenset(keys), script=script) as server:
-        pool = KeyPool(list(keys.items()), None, NoonForEver())
+        pool = KeyPool(list(keys.items()), NoLedger(), NoonForEver())
         report, _ = run(server, pool, us_codes(3000), tmp_path)
         assert report.complete, report
         assert report.stored == 3000
@@ -367,7 +369,7 @@ def test_a_key_without_a_product_leaves_it_to_the_others(tmp_path: Path) -> None
     refused = REFUSALS["ret_514"]
     with InfowayServer(keys=frozenset({FIRST, OTHER}), latency=0.02) as server:
         server.script = lambda r: refused if (r.key, r.product) == (FIRST, "crypto") else None
-        pool = KeyPool([(FIRST, Plan("x", 100, 0, 0)), (OTHER, Plan("x", 100, 0, 0))])
+        pool = KeyPool([(FIRST, Plan("x", 100, 0, 0)), (OTHER, Plan("x", 100, 0, 0))], NoLedger())
         codes = [f"C{number}USDT" for number in range(1000)] + us_codes(1000)
         report, _ = run(server, pool, codes, tmp_path)
     assert report.complete, report
@@ -380,7 +382,7 @@ def test_a_key_without_a_product_leaves_it_to_the_others(tmp_path: Path) -> None
 def test_a_refusal_for_the_rate_lets_the_key_rest_and_loses_nothing(name: str, tmp_path: Path) -> None:
     """The others go on meanwhile."""
     with InfowayServer(keys=frozenset({FIRST, OTHER}), script=[REFUSALS[name]]) as server:
-        pool = KeyPool([(FIRST, Plan("x", 50, 0, 0)), (OTHER, Plan("x", 50, 0, 0))])
+        pool = KeyPool([(FIRST, Plan("x", 50, 0, 0)), (OTHER, Plan("x", 50, 0, 0))], NoLedger())
         began = time.monotonic()
         report, _ = run(server, pool, us_codes(1000), tmp_path)
     assert report.complete, report
@@ -604,7 +606,7 @@ def test_the_first_requests_of_a_day_may_be_counted_at_the_same_moment(mongo_db:
     uri, name = mongo_db
     plan = Plan("x", 0.1, 0, 1000)
     with Client(uri) as client:
-        ledgers = [SharedLedger(client[name]["license_usage"], stockrt.NoLedger()) for _ in range(4)]
+        ledgers = [SharedLedger(client[name]["license_usage"], NoLedger()) for _ in range(4)]
         for day in range(10):
             barrier = threading.Barrier(len(ledgers))
             granted: list[int] = []
@@ -785,7 +787,7 @@ def worker(
 # ------------------------------------------------------------------------------------------------------
 
 
-class PacedLedger(stockrt.NoLedger):
+class PacedLedger(NoLedger):
     """Keeps the pace of keys for all who share `stored`, and takes its time to answer."""
 
     def __init__(self, name: str, stored: dict[str, object], clock: FakeClock) -> None:
@@ -964,7 +966,7 @@ def test_no_schedule_of_leases_puts_more_than_the_limit_into_any_minute(
     plan = Plan("x", 50, per_minute, 0)
     times: list[tuple[float, int]] = []
     with fresh_database(mongo_server) as (uri, name), Client(uri) as client:
-        ledgers = [SharedLedger(client[name]["license_usage"], stockrt.NoLedger()) for _ in range(2)]
+        ledgers = [SharedLedger(client[name]["license_usage"], NoLedger()) for _ in range(2)]
         now = NOON
         for pause, choice in schedule:
             now += pause
@@ -979,7 +981,7 @@ def test_no_schedule_of_leases_puts_more_than_the_limit_into_any_minute(
 def test_a_plan_without_limits_asks_no_ledger() -> None:
     """0: nothing is counted."""
     client: Client = pymongo.MongoClient("mongodb://127.0.0.1:9/", serverSelectionTimeoutMS=50)
-    pool, _ = pool_of({FIRST: UNLIMITED}, SharedLedger(client["nowhere"]["x"], stockrt.NoLedger()))
+    pool, _ = pool_of({FIRST: UNLIMITED}, SharedLedger(client["nowhere"]["x"], NoLedger()))
     assert {try_key(pool) for _ in range(100)} == {FIRST}
     pool.close()
     client.close()

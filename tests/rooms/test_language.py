@@ -12,7 +12,7 @@ import pytest
 from kit.cases import each
 
 import stockrt
-from stockrt import can_show, in_language, language_of, lines_within, phrase
+from stockrt import can_show, columns_of, cut_between_words, in_language, language_of, lines_within, phrase
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
@@ -304,7 +304,7 @@ def test_help_has_the_same_flags_in_both_languages(monkeypatch: pytest.MonkeyPat
 
 def test_help_in_chinese_has_no_english_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     text = help_text(monkeypatch, "zh").partition("\n\n")[2]  # without the usage
-    assert re.findall(r"[a-z]{2,} [a-z]{2,}", re.sub(r"stockrt\.pyz --.*?  ", "", text)) == []
+    assert re.findall(r"[a-z]{2,} [a-z]{2,}", re.sub(r"stockrt\.pyz --.*?(?:  |\n)", "", text)) == []
     assert not CHINESE.search(help_text(monkeypatch, "en").replace("茅台", "").replace("黄金", ""))
 
 
@@ -346,6 +346,21 @@ def test_no_word_of_the_help_is_made_for_a_command(monkeypatch: pytest.MonkeyPat
 )
 def test_lines_within_columns(text: str, columns: int, lines: list[str]) -> None:
     assert lines_within(text, columns) == [line.rstrip() for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("columns", "text", "shown"),
+    [
+        (80, "begins", "begins"),
+        (12, "2 of 2 connections", "2 of 2…"),
+        (5, "connections", "conn…"),
+        (9, "已连上 3 个", "已连上 3…"),
+        (10, "2 个连接，正在启动", "2 个连…"),
+    ],
+)
+def test_a_line_is_cut_between_two_words(columns: int, text: str, shown: str) -> None:
+    assert cut_between_words(text, columns) == shown
+    assert columns_of(shown) <= columns
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -420,9 +435,9 @@ def test_what_cannot_be_collected_is_said_in_chinese() -> None:
     }
     with pytest.raises(stockrt.StockrtError) as error:
         stockrt._need_one_code(stockrt.Resolved({}, refused))
-    assert str(error.value) == "nothing to collect: AAPL: a cannot be used: b; B: stopped; see --symbols"
+    assert str(error.value) == "nothing to collect: AAPL (a cannot be used: b), B (stopped); see --symbols"
     assert in_language(error.value.message, "zh") == (
-        "没有可采集的代码（请看 --symbols）：AAPL：无法使用 a：b；B：已停止"
+        "没有可采集的代码（请看 --symbols）：AAPL（无法使用 a：b）、B（已停止）"
     )
 
 

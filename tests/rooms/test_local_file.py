@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -776,15 +777,15 @@ def test_a_daemon_whose_journal_is_damaged_ends_and_its_next_start_rescues(
 
 
 def test_a_command_that_meets_damage_says_it_and_the_next_one_rescues(
-    tmp_path: Path, infoway: InfowayServer, run_pyz: RunPyz
+    tmp_path: Path, infoway: InfowayServer, start_pyz: RunPyz
 ) -> None:
     state = tmp_path / "state"
     spoiled(state, lambda path: blind(path, "realtime_code_time"), 500)
     env = {"INFOWAY_API_KEY": "test-key", "INFOWAY_API_BASE_URL": infoway.url}
-    done = run_pyz("--once", "--codes", "AAPL.US", env=env)
+    done = start_pyz("--once", "--codes", "AAPL.US", env=env)
     assert done.returncode == 1 and "stockrt.db is damaged" in done.stderr
     assert "Traceback" not in done.stderr
-    done = run_pyz("--once", "--codes", "AAPL.US", env=env)
+    done = start_pyz("--once", "--codes", "AAPL.US", env=env)
     assert done.returncode == 0, done.stderr
     assert set_aside(state).name in done.stderr
 
@@ -800,12 +801,12 @@ BY_HAND = (
 
 @pytest.mark.parametrize("typed", BY_HAND, ids=" ".join)
 def test_a_command_says_in_the_readers_language_what_it_set_aside(
-    tmp_path: Path, infoway: InfowayServer, run_pyz: RunPyz, typed: tuple[str, ...]
+    tmp_path: Path, infoway: InfowayServer, start_pyz: RunPyz, typed: tuple[str, ...]
 ) -> None:
     state = tmp_path / "state"
     path = spoiled(state, lambda path: path.write_bytes(b"no database at all" * 1000), 500)
     env = {"INFOWAY_API_KEY": "test-key", "INFOWAY_API_BASE_URL": infoway.url, "STOCKRT_LANG": "zh"}
-    done = run_pyz(*typed, env=env | {"STATE_DIRECTORY": str(state)})
+    done = start_pyz(*typed, env=env | {"STATE_DIRECTORY": str(state)})
     (said,) = [line for line in done.stderr.splitlines() if set_aside(state).name in line]
     words = f"stockrt：无法使用本地文件 {path}：file is not a database；已移开保留为 {set_aside(state).name}，并抢救出 "
     assert said.startswith(words), done.stderr
@@ -873,12 +874,12 @@ def test_a_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.Monk
             use(tmp_path)
 
 
-def test_a_directory_that_cannot_be_read_is_no_trouble_of_printing(tmp_path: Path, run_pyz: RunPyz) -> None:
+def test_a_directory_that_cannot_be_read_is_no_trouble_of_printing(tmp_path: Path, start_pyz: RunPyz) -> None:
     state = tmp_path / "state"
     (state / "lock").mkdir(parents=True)
     for command in (["--status"], []):
         env = {"INFOWAY_API_KEY": "k" * 20, "SERVER_IP": "127.0.0.1", "SERVER_PORT": "1"}
-        done = run_pyz(*command, env=env)
+        done = start_pyz(*command, env=env)
         assert done.returncode == 1 and "print" not in done.stderr, done.stderr
         assert re.search(r"stockrt: the lock \S+/lock cannot be .*Is a directory", done.stderr)
 
@@ -922,6 +923,24 @@ def test_a_write_that_fails_leaves_nothing_behind(
         stockrt.write_whole(path, "new", durable=durable)
     assert path.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["directory", "status.json"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    """That of one who may still write, and that of another file, stays."""
+    code = (
+        "import os, pathlib, stockrt\n"
+        "with stockrt.whole_file(pathlib.Path('a.csv')) as stream: os.kill(os.getpid(), 9)"
+    )
+    for _ in range(2):
+        env = {"PYTHONPATH": str(Path(stockrt.__file__).parent)}
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=False)
+    old, young = tmp_path.iterdir()
+    other = tmp_path / ".b.csv.0123456789abcdef.new"
+    other.touch()
+    for path in (old, other):
+        os.utime(path, (0, time.time() - stockrt.LEFTOVER_S - 1))
+    stockrt.write_whole(tmp_path / "a.csv", "x")
+    assert {*tmp_path.iterdir()} == {young, other, tmp_path / "a.csv"}
 
 
 def test_a_file_has_the_mode_that_was_asked_for(tmp_path: Path) -> None:

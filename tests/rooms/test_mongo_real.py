@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from conftest import RunPyz, controlled, unavailable
 from kit.chinese import in_chinese
 from kit.daemons import PATIENCE, until
 from kit.infoway_server import InfowayServer
+from kit.ledger import NoLedger
 from kit.mongo import (
     SET_NAME,
     UNAUTHORIZED,
@@ -52,12 +54,6 @@ NOT_ON_A_VIEW = 166
 READING = ("find", "collStats", "listIndexes")
 WRITING = ("insert", "update", "remove", "createIndex")
 PASSWORD = "hunter2-secret"
-
-
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
 
 
 @pytest.fixture
@@ -251,8 +247,8 @@ def test_a_validator_that_takes_nothing_is_not_looked_for_in_the_connection_stri
         pytest.raises(StoreAway, match=r"validation; see the validators of realtime and close$") as caught,
     ):
         store.mongo.check()
-    told = in_chinese(caught.value.message, caught.value.words)
-    assert told.endswith("；请检查 realtime 和 close 的校验规则")
+    told = in_chinese(caught.value.message)
+    assert told.endswith("出错：文档不符合校验规则；请检查 realtime 和 close 的校验规则")
 
 
 @pytest.mark.usefixtures("hasty")
@@ -353,7 +349,7 @@ def test_a_user_with_rights_on_the_trades_alone(
         assert until(lambda: "closing snapshot: " in caplog.text)
         with pytest.raises(StoreError, match=f"not authorized on {guarded_db}.*close"):
             store.check()
-        ledger = SharedLedger(store.mongo.collection("license_usage"), stockrt.NoLedger())
+        ledger = SharedLedger(store.mongo.collection("license_usage"), NoLedger())
         assert ledger.lease("d", Plan("x", 2, 0, 1000), time.time()).requests
         assert store.write(make_documents(20)).stored == 10
         assert store.unsettled.count() == 10 and not store.queue.has_trades()
@@ -409,7 +405,7 @@ def test_a_wrong_password_is_said_as_what_it_is(
             assert report.queued == count and "Authentication failed" in report.queued_because
             assert "unreachable" not in report.queued_because
         assert_tried(store, 1)
-        with pytest.raises(StoreError, match=r"Authentication failed\.; see MONGODB_HOST"):
+        with pytest.raises(StoreError, match=r"Authentication failed; see MONGODB_HOST"):
             store.check()
         assert "unreachable" not in store.write(make_documents(2)).queued_because
         with guarded.client() as client:
@@ -428,7 +424,7 @@ def test_a_user_who_was_refused_before_is_not_taken_for_a_server_that_is_away(
     environ = {"MONGODB_HOST": guarded.uri_of(guarded_db, PASSWORD) + options, "MONGODB_DB_NAME": guarded_db}
     with contextlib.closing(MongoStore(settings_of(environ))) as store:
         for _ in range(2):
-            with pytest.raises(StoreAway, match=r"fails: Authentication failed\.; see") as caught:
+            with pytest.raises(StoreAway, match=r"fails: Authentication failed; see") as caught:
                 store.write(make_documents(1))
             assert not caught.value.unreachable
     assert type(caught.value.__cause__) is pymongo.errors.ServerSelectionTimeoutError
@@ -451,7 +447,7 @@ def test_check_finds_a_wrong_password(
         done, once = (run.result() for run in runs)
     assert done.returncode == 1
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
-    assert re.search(r"MongoDB: .*Authentication failed\.; see MONGODB_HOST$", line), done.stdout
+    assert re.search(r"store: MongoDB .*Authentication failed; see MONGODB_HOST$", line), done.stdout
     assert PASSWORD not in done.stdout + done.stderr
     assert once.returncode == 1
     assert re.search(
@@ -539,7 +535,7 @@ def test_a_standalone_and_a_capped_collection_take_everything(
         store.write(later)
         store.settle(later, NEVER)
         assert store.is_empty() and store.rejects.all() == []
-        ledger = SharedLedger(store.mongo.collection("license_usage"), stockrt.NoLedger())
+        ledger = SharedLedger(store.mongo.collection("license_usage"), NoLedger())
         plan = Plan("x", 2, 0, 15)
         assert [ledger.lease("d", plan, 0.0).requests for _ in range(3)] == [10, 1, 1]
         assert ledger.used_today("d", 0.0) == 12
@@ -665,7 +661,7 @@ def test_an_election_in_the_middle_of_everything(
     counts = {"written": 0, "leased": 0, "closed": 0}
     errors: list[BaseException] = []
     with places[0].opened(real=True) as writer, places[1].opened(real=True) as drainer:
-        ledger = SharedLedger(writer.mongo.collection("license_usage"), stockrt.NoLedger())
+        ledger = SharedLedger(writer.mongo.collection("license_usage"), NoLedger())
 
         def write() -> None:
             first = counts["written"]
@@ -712,3 +708,38 @@ def test_an_election_in_the_middle_of_everything(
     assert {c["s"] for c in closes} == {d["s"] for batch in drained for d in batch}
     assert len(closes) == 10 * counts["closed"]
     assert "alone" not in caplog.text
+
+
+def test_the_usual_faults_are_told_in_the_readers_language(
+    mongo_server: MongoServer, guarded: GuardedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what a real pymongo and real servers say, each with its kind; in English nothing is lost of that."""
+    monkeypatch.setattr(stockrt, "MONGODB_SELECTION_TIMEOUT_MS", 300)
+    here, locked = (re.findall(r"127\.0\.0\.1:\d+", one.uri)[0] for one in (mongo_server, guarded))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        deaf = f"127.0.0.1:{silent.getsockname()[1]}"
+        for place, options, kind, chinese in (
+            ("127.0.0.1:9", "", "os.ECONNREFUSED", "连接被拒绝；请检查 MONGODB_HOST，并确认 mongod 在运行"),
+            ("nope.invalid", "", "mongo.no_name", "nope.invalid:27017：无法解析主机名"),
+            (deaf, "&connectTimeoutMS=100", "mongo.late", f"{deaf}：超时未应答"),
+            (here, "&replicaSet=rs1", "mongo.other_set", "没有名为 rs1 的副本集的成员"),
+            (here, "&tls=true", "mongo.no_tls", "TLS 握手失败"),
+            (
+                f"user:wrong@{here}",
+                "",
+                "mongo.wrong_user",
+                "用户名、密码或 authSource 不正确；请检查 MONGODB_HOST",
+            ),
+            (here, "&w=3", "mongo.few_members", "少于写关注（w）要求的数量"),
+            (here, "&readPreference=secondary", "mongo.no_match", "副本集没有符合 Secondary("),
+            (locked, "", "mongo.no_user", "需要用户名和密码"),
+        ):
+            uri = f"mongodb://{place}/?serverSelectionTimeoutMS=300{options}"
+            with (
+                contextlib.closing(MongoStore(settings_of({"MONGODB_HOST": uri}))) as store,
+                pytest.raises(StoreAway) as caught,
+            ):
+                store.check()
+            words = caught.value.message
+            assert chinese in stockrt.in_language(words, "zh") and kind in stockrt.kinds_in(words)
+            assert words.startswith("MongoDB at mongodb://") and "MONGODB_HOST" in words

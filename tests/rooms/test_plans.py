@@ -14,6 +14,7 @@ from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.infoway_server import EVERY_REFUSAL, PLANS, Answer, InfowayServer
 from kit.infoway_server import Plan as PlanThere
+from kit.ledger import NoLedger
 from kit.trades import settings_of
 
 import stockrt
@@ -229,7 +230,7 @@ def test_what_check_says_of_a_key_is_chinese() -> None:
             settings = settings_of(
                 {"INFOWAY_API_KEY": KEY, "INFOWAY_API_BASE_URL": server.url, "INFOWAY_PLAN": plan_set}
             )
-            (check,) = stockrt.check_key(settings, None, KeyPool(settings.key_plans()).keys[0])
+            (check,) = stockrt.check_key(settings, None, KeyPool(settings.key_plans(), NoLedger()).keys[0])
             assert check.good and in_chinese(check.name).startswith("API 密钥 ")
             return in_chinese(check.words)
 

@@ -251,6 +251,10 @@ def test_codes_are_read_from_every_name_and_shape(name: str, value: object, code
         ({"code_list": "", "codes": ["A.US"]}, ["A.US"]),
         ({"code_list": ["A.US"], "codes": ["B.US"]}, ["A.US"]),
         ({"code_list": " , ", "codes": ["A.US"]}, ["A.US"]),
+        ({"code_list": '["A.US", 600519]'}, ["A.US", "600519"]),
+        ({"code_list": "['A.US', 'B.US']"}, ["A.US", "B.US"]),  # as Python prints one
+        ({"code_list": ['["A.US"]', '"B.US"']}, ["A.US", "B.US"]),
+        ({"code_list": "“A.US”，'B.US'"}, ["A.US", "B.US"]),
     ],
 )
 def test_args_in_other_shapes_are_read_too(args: object, codes: list[object]) -> None:
@@ -270,6 +274,7 @@ def test_args_in_other_shapes_are_read_too(args: object, codes: list[object]) ->
         ({"code_list": []}, "code_list is empty"),
         ({"code_list": [], "stock_list": None}, "code_list is empty"),
         ({"code_list": [" ", ""]}, "code_list is empty"),
+        ({"code_list": "[]"}, "code_list is empty"),
         ("{broken", "got {broken"),
     ],
 )
@@ -311,7 +316,7 @@ def names_nothing(args: Any) -> bool:
     if isinstance(args, str) and args.strip()[:1] in ("{", "["):
         args = json.loads(args)
     if not isinstance(args, dict):
-        return args is None or (isinstance(args, str) and not stockrt.split_codes(args))
+        return args is None or (isinstance(args, str) and not (stockrt.split_codes(args) or "[" in args))
     named = [args[name] for name in ("code_list", "stock_list", "codes") if name in args]
     return all(names_nothing(value) for value in named or args.values() if not isinstance(value, dict))
 
@@ -752,7 +757,7 @@ def test_message_error_and_failures_of_a_result_are_chinese_and_nothing_else_cha
     short = stockrt.in_language(SHORT, "zh")
     since = stockrt.local_times("2027-01-15T08:00:00Z")
     assert chinese["message"] == (
-        f"9 个代码中 5 个失败：X0.US（{short}）、X1.US（{short}）、X2.US（{short}），另有 2 个；"
+        f"9 个代码中 5 个失败：X0.US、X1.US、X2.US、X3.US、X4.US（{short}）；"
         f"收盘快照未保存：{short}；1 笔成交暂存于本机，{short}"
         f"；9 个代码中 3 个已入库；实际查询：600519 -> 600519.SH"
         f"；9 个代码中有 2 个自 {since} 起没有新成交，期间市场曾开市"
@@ -762,6 +767,27 @@ def test_message_error_and_failures_of_a_result_are_chinese_and_nothing_else_cha
     for answer in (english, chinese):
         del answer["message"], answer["error"], answer["result"]["failures"]
     assert english == chinese
+
+
+def test_codes_that_failed_for_one_reason_are_named_with_it_once() -> None:
+    def message(total: int, **reasons: str) -> tuple[str, str]:
+        failures = {code: Failure(FailureKind.API, why) for code, why in reasons.items()}
+        report = Report(total=total, failures=failures, stored=total - len(failures))
+        return result_of(report)["message"], result_of(report, "zh")["message"]
+
+    assert message(3, A="gone", B="gone", C="gone") == (
+        "all of 3 codes failed (A, B, C): gone",
+        "3 个代码全部失败（A、B、C）：gone",
+    )
+    assert message(4, A="gone", B="late", C="gone") == (
+        "3 of 4 codes failed: A, C (gone), B (late); 1 of 4 codes stored",
+        "4 个代码中 3 个失败：A、C（gone）、B（late）；4 个代码中 1 个已入库",
+    )
+    assert message(1, A="gone")[0] == "1 of 1 codes failed: A (gone)"
+    many = {f"X{number}": "gone" for number in range(9)} | {f"Y{number}": f"{number}" for number in range(4)}
+    assert message(20, **many)[0] == (
+        "13 of 20 codes failed: X0, X1, X2, X3, X4 … (gone), Y0 (0), Y1 (1) and 2 more; 7 of 20 codes stored"
+    )
 
 
 @each(

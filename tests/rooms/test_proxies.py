@@ -210,6 +210,12 @@ def test_https_goes_through_a_tunnel_that_the_proxy_cannot_read(secure: str, pro
     assert "apikey" not in passed.headers
 
 
+def test_a_tunnel_to_an_ipv6_address_has_it_in_brackets(proxy: ProxyServer) -> None:
+    assert ask("https://[::1]:1", HTTPS_PROXY=proxy.url).fault
+    (passed,) = proxy.requests
+    assert (passed.target, passed.headers["host"]) == ("[::1]:1", "[::1]:1")
+
+
 def test_a_tunnel_is_kept_for_the_next_request(secure: str, proxy: ProxyServer) -> None:
     connection = HttpConnection(secure, API_LIMITS, load(ALL_PROXY=proxy.url).proxies)
     with contextlib.closing(connection):

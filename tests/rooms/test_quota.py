@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit.cases import each
 from kit.clock import FakeClock
+from kit.ledger import NoLedger
 
 from stockrt import (
     LONGEST_WAIT_FOR_KEY_S,
@@ -57,7 +58,7 @@ def go() -> threading.Event:
 def pool_of(keys: Sequence[str], plan: Plan = UNLIMITED, start: datetime = NOON) -> tuple[KeyPool, Clock]:
     """Return a pool and the clock that it goes by; it is `start` at first."""
     clock = Clock(start)
-    return KeyPool([(key, plan) for key in keys], None, clock), clock
+    return KeyPool([(key, plan) for key in keys], NoLedger(), clock), clock
 
 
 def back_at(start: datetime, seconds: float) -> str:
@@ -360,7 +361,7 @@ def test_a_stop_ends_the_waiting_for_a_key() -> None:
             return super().monotonic()
 
     clock = StoppingClock()
-    pool = KeyPool([(KEY, PLANS["free"])], None, clock)
+    pool = KeyPool([(KEY, PLANS["free"])], NoLedger(), clock)
     pool.acquire("stock", stop)
     clock.looks_left = 3
     with pytest.raises(Interrupted):

@@ -188,7 +188,7 @@ def _rows(folder: Path, names: Sequence[tuple[str, str, str, str]], is_live: boo
     with open_store_file(folder) as file:
         keep_names(file, names)
     with Pipeline(settings_of({"STATE_DIRECTORY": str(folder)})) as pipeline:
-        rows.directory = pipeline.directory
+        rows.reader = pipeline.reader
         rows.add([to_document(one, CREATED) for one in trades])
         rows.finish([MAOTAI, TENCENT, BITCOIN])
     return out.getvalue().splitlines()

@@ -388,3 +388,24 @@ def test_a_mongodb_that_is_away_is_named(tmp_path: Path) -> None:
         for work in (reader.codes, lambda: list(reader.trades(None, 0, NEVER))):
             with pytest.raises(StoreError, match=r"MongoDB at mongodb://127\.0\.0\.1:1"):
                 work()
+
+
+def test_what_nothing_can_be_in_holds_nothing_in_either_store(place: Place) -> None:
+    """No code, no close, and a span that ends before it begins, or lies where no trade has a time."""
+    place.put(trade(MAOTAI, 0, "10"))
+    assert not place.store.write([]).refused
+    assert not place.store.write_closes([])
+    assert not place.store.finals([])
+    assert not place.store.newest([], 0, NEVER)
+    with place.reader() as reader:
+        for since, until in ((TEN + MINUTE, TEN + 1), (NEVER - 1, NEVER), (0, 0), (5, 6), (TEN, TEN)):
+            assert not reader.candles([MAOTAI], since, until, MINUTE)
+            assert not [*reader.trades([MAOTAI], since, until)]
+            assert not reader.gaps([MAOTAI], since, until)
+        assert not reader.candles([], 0, NEVER, MINUTE)
+        assert not [*reader.trades([], 0, NEVER)]
+        assert not reader.closes([MAOTAI], "2026-08-15", "2026-08-14")
+        assert not reader.closes([], DAY, DAY)
+        assert not reader.last_finals({})
+        assert not reader.last([])
+        assert not reader.newest_codes(0)

@@ -31,12 +31,6 @@ DAY_S = 24 * 3600
 AWAY = "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=100&timeoutMS=200"
 
 
-@pytest.fixture
-def run_pyz(run_forked: RunPyz) -> RunPyz:
-    """What is tested here is not how the program starts."""
-    return run_forked
-
-
 def at(created: datetime, count: int, first: int = 0, traded: datetime | None = None) -> list[Document]:
     """Return documents of this `create_time`, traded then or at another time."""
     t = round((traded or created).timestamp() * 1000)
@@ -100,6 +94,20 @@ def test_what_is_too_old_goes_in_small_steps_and_the_rest_stays(
     with embedded(tmp_path) as pipeline:
         assert retain(pipeline) == 1
         assert left(pipeline) == names(new)
+
+
+def test_gaps_go_with_the_trades_of_their_time(tmp_path: Path) -> None:
+    """One that goes on stays, as do those of trades that do."""
+    ends = {"old": OLD, "open": None, "new": NEW}
+    for days, stay in [("", {"old", "open", "new"}), ("30", {"open", "new"})]:
+        state = tmp_path / f"keeps{days}"
+        with embedded(state, KEEP_DAYS=days) as pipeline:
+            put(pipeline, at(OLD, 2), at(NEW, 2, first=5000))
+            for why, end in ends.items():
+                until = round(end.timestamp() * 1000) if end else None
+                pipeline.gaps.note(stockrt.Gap("crypto", ("BTCUSDT",), stockrt.EARLIEST_TRADE_MS, until, why))
+            retain(pipeline)
+            assert {gap.why for gap in pipeline.gaps.some("TRUE")} == stay
 
 
 def test_without_the_setting_everything_stays_for_ever(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import PATIENCE, number
 from kit.infoway_server import InfowayServer, make_record
+from kit.ledger import NoLedger
 from kit.mongo import UNAUTHORIZED, MongoServer
 from kit.trades import CREATED, by_id, make_documents, make_trades, settings_of
 
@@ -40,6 +41,7 @@ from stockrt import (
     Document,
     FailureKind,
     InfowayApi,
+    Keeper,
     KeyPool,
     MongoStore,
     Pipeline,
@@ -662,8 +664,8 @@ def test_mongo_away_is_said_within_a_time_limit() -> None:
     with contextlib.closing(mongo_store(uri)) as store, pytest.raises(StoreAway) as caught:
         store.write(make_documents(1))
     assert "MONGODB_HOST" in str(caught.value) and "refused" in str(caught.value)
-    told = in_chinese(caught.value.message, caught.value.words)
-    assert told.endswith("；请检查 MONGODB_HOST") and SECRET not in told
+    told = in_chinese(caught.value.message)
+    assert told.endswith("：连接被拒绝；请检查 MONGODB_HOST，并确认 mongod 在运行") and SECRET not in told
     assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -819,6 +821,7 @@ NO_ACK = "发出 3 帧，24 秒内未收到确认；请检查 INFOWAY_STREAM_URL
         (stockrt.DEAF, "有成交，但没有推送"),
         ("the vendor's own words", "the vendor's own words"),
         ("theirs: too many", "theirs: too many"),
+        ("127.0.0.1:1: cannot connect: no such thing", "127.0.0.1:1：无法连接：no such thing"),
         ("a: b" * 5000, "a: b" * 5000),  # another program's
         ("connection closed by the server", "连接中断：由服务器关闭"),
         ("connection closed by the server (code 1006)", "连接中断：由服务器关闭（关闭码 1006）"),
@@ -826,7 +829,7 @@ NO_ACK = "发出 3 帧，24 秒内未收到确认；请检查 INFOWAY_STREAM_URL
         ("no ack within 24 s to 3 frames; see INFOWAY_STREAM_URL", NO_ACK),
         (
             "the stream says 516: Total: 9 > 8: too many codes on all connections of the key; see INFOWAY_PLAN",
-            "推送流返回 516：Total：9 > 8：该密钥各连接的代码总数过多；请检查 INFOWAY_PLAN",
+            "推送流返回 516：Total: 9 > 8：该密钥各连接的代码总数过多；请检查 INFOWAY_PLAN",
         ),
     ],
 )
@@ -863,23 +866,20 @@ class CountingStore:
 def test_run_stops_fetching_when_the_store_is_away(infoway: InfowayServer) -> None:
     codes = [f"{600_000 + number}.SH" for number in range(3_000)]
     uri = f"mongodb://user:{SECRET}@127.0.0.1:{nobody_listens()}/?timeoutMS=1000"
-    pool = KeyPool([("test-key", Plan("20", 20, 1200))])
+    pool = KeyPool([("test-key", Plan("20", 20, 1200))], NoLedger())
     with (
         contextlib.closing(mongo_store(uri)) as store,
         contextlib.closing(InfowayApi(infoway.url, pool)) as api,
     ):
         counting = CountingStore(store)
-        report = Collector(api, counting).run(codes, threading.Event())
-        with pytest.raises(StoreAway) as caught:
-            store.write(make_documents(1))
-    cause = caught.value
+        report = Collector(api, counting, Keeper()).run(codes, threading.Event())
     assert infoway.request_count < 30  # what is not under way when the store fails is not fetched
     assert counting.writes == 1  # nor is its time limit waited out twice
     assert set(report.failures) == set(codes) and not report.stored and not report.complete
     assert {kind for kind, _ in report.failures.values()} == {FailureKind.STORE}
     assert all("MONGODB_HOST" in reason for _, reason in report.failures.values())
     assert not any(SECRET in reason for _, reason in report.failures.values())
-    told = {in_chinese(words, cause.words) for _, words in report.failures.values()}
+    told = {in_chinese(words) for _, words in report.failures.values()}
     assert len(told) == 2 and {words.partition("：")[0] for words in told} == {"已获取，未入库", "未请求"}
 
 
@@ -891,8 +891,12 @@ def test_run_says_which_codes_the_store_refused(infoway: InfowayServer, sqlite_p
                 "CREATE TRIGGER no_hk BEFORE INSERT ON realtime WHEN NEW.s LIKE '%.HK' "
                 "BEGIN SELECT RAISE(ABORT, 'no Hong Kong here'); END"
             )
-        with contextlib.closing(InfowayApi(infoway.url, KeyPool([("test-key", Plan("0", 0, 0))]))) as api:
-            report = Collector(api, store).run(["AAPL.US", "00700.HK", "600519.SH"], threading.Event())
+        with contextlib.closing(
+            InfowayApi(infoway.url, KeyPool([("test-key", Plan("0", 0, 0))], NoLedger()))
+        ) as api:
+            report = Collector(api, store, Keeper()).run(
+                ["AAPL.US", "00700.HK", "600519.SH"], threading.Event()
+            )
     assert (report.total, report.stored, set(report.failures)) == (3, 2, {"00700.HK"})
     assert (
         in_chinese(report.failures["00700.HK"].words, "no Hong Kong here")
@@ -903,12 +907,12 @@ def test_run_says_which_codes_the_store_refused(infoway: InfowayServer, sqlite_p
 
 def test_same_run_twice_stores_nothing_twice(place: Place, infoway: InfowayServer) -> None:
     codes = ["AAPL.US", "00700.HK", "600519.SH", "BTCUSDT", "USDCNY"]
-    pool = KeyPool([("test-key", Plan("0", 0, 0))])
+    pool = KeyPool([("test-key", Plan("0", 0, 0))], NoLedger())
     counts = []
     with opened(place) as store, contextlib.closing(InfowayApi(infoway.url, pool)) as api:
         for tick in (0, 0, 1, 1):
             infoway.bump(tick - infoway.tick)
-            report = Collector(api, store).run(codes, threading.Event())
+            report = Collector(api, store, Keeper()).run(codes, threading.Event())
             assert report.complete
             counts.append((report.stored, report.duplicates))
     assert counts == [(5, 0), (0, 5), (5, 0), (0, 5)]
@@ -935,3 +939,77 @@ def test_same_run_twice_stores_nothing_twice(place: Place, infoway: InfowayServe
 def test_which_index_a_duplicate_is_of(error: dict[str, Any], taken: bool) -> None:
     """As servers of today say it, as those before 4.2 did, and as some say nothing."""
     assert stockrt._is_identity_taken(error) is taken
+
+
+@each(
+    ("said", "chinese"),
+    [
+        (
+            "a.b:9: Connection refused,[::1]:27017: No route to host",
+            "a.b:9：连接被拒绝，[::1]:27017：没有到主机的路由",
+        ),
+        ("h:1: Temporary failure in name resolution", "h:1：暂时无法解析主机名，DNS 不可用"),
+        ("h:1: No address associated with hostname", "h:1：该主机名没有对应的地址"),
+        ("h:1: timed out", "h:1：超时未应答"),
+        ("h:1: The read operation timed out", "h:1：读取超时"),
+        ("No servers found yet", "还没有服务器应答"),
+        ("SSL handshake failed: h:1: The handshake operation timed out", "（h:1：TLS 握手超时）"),
+        (
+            "SSL handshake failed: h:1: certificate verify failed: it is old",
+            "h:1 的证书不受信任（it is old）",
+        ),
+        ("No primary available for writes", "副本集没有可写入的主节点"),
+        ("node is recovering", "所连接的成员正在恢复"),
+        ("waiting for replication timed out", "等待复制到其他成员超时"),
+        ("bad auth : Authentication failed.", "用户名或密码错误（用户名、密码或 authSource 不正确）"),
+        ("The resolution lifetime expired after 5.4 seconds", "DNS 超时未应答（5.4 seconds）"),
+        ("The DNS query name does not exist: _mongodb._tcp.a.b.", "DNS 中没有 _mongodb._tcp.a.b"),
+        (
+            "available disk space of 9 bytes is less than required minimum of 500",
+            "MongoDB 服务器的磁盘仅剩 9 字节，低于所需的 500 字节",
+        ),
+        (
+            "E11000 duplicate key error collection: a.b index: c_1",
+            "与唯一索引冲突（key error collection: a.b index: c_1）",
+        ),
+        ("what nobody knows: h:1: it is odd", "what nobody knows: h:1: it is odd"),
+    ],
+)
+def test_what_mongodb_usually_says_is_known_by_its_words(said: str, chinese: str) -> None:
+    """In English it stays what it was, but for what pymongo writes without a blank, or with a full stop."""
+    words = stockrt.mongo_words(said)
+    assert words.replace(" ", "") == said.rstrip(".").replace(" ", "")
+    assert chinese in stockrt.in_language(words, "zh")
+
+
+@each(
+    ("uri", "chinese"),
+    [
+        ("mongodb://h/?wtimeoutMS=x", "wtimeoutms 应为整数"),
+        ("mongodb://h/?timeoutMS=x", "timeoutms 应为数字"),
+        ("mongodb://h/?tls=maybe", "tls 应为 true 或 false"),
+        ("mongodb://h/?readPreference=foo", "没有 foo 这种读偏好"),
+        ("mongodb://h/?authMechanism=FOO", "authmechanism 应为"),
+        ("mongodb://h,i/?directConnection=true", "设置了 directConnection=true 时只能写一个主机"),
+        ("mongodb://h/?loadBalanced=true&replicaSet=a", "replicaSet 不能与 loadBalanced=true 同用"),
+        ("mongodb://h/?tlsInsecure=true&tlsAllowInvalidCertificates=true", "不能同时设置"),
+        ("mongodb://h/?compressors=snappy", "无法用 snappy 压缩"),
+    ],
+)
+def test_what_pymongo_says_of_options_is_known_by_its_words(uri: str, chinese: str) -> None:
+    (fault,) = stockrt.uri_faults(uri)
+    assert chinese in in_chinese(fault)
+
+
+@pytest.mark.parametrize(
+    ("uri", "chinese"),
+    [
+        ("mongodb+srv://a.b.c:27017/", "mongodb+srv:// 不能带端口"),
+        ("mongodb+srv://a.b.c,d.e.f/", "mongodb+srv:// 只能写一个主机名"),
+        ("mongodb://h:99999/", "端口应为 0 到 65535 的整数"),
+    ],
+)
+def test_what_pymongo_says_of_a_connection_string_is_known_by_its_words(uri: str, chinese: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        MongoStore(settings_of({})._replace(mongodb_uri=uri))
+    assert chinese in in_chinese(caught.value.message)

@@ -21,6 +21,7 @@ from kit.chinese import in_chinese
 from kit.clock import FakeClock
 from kit.daemons import PATIENCE, check_paced, until
 from kit.infoway_server import Answer, InfowayServer, Request
+from kit.ledger import NoLedger
 from kit.mongo_proxy import MongoProxy
 
 import stockrt
@@ -157,12 +158,12 @@ def test_what_is_no_file_of_codes_is_refused_without_reading_it(tmp_path: Path) 
     """A pipe would never end, and the wrong file may be large."""
     os.mkfifo(tmp_path / "pipe")
     with (tmp_path / "large").open("wb") as large:
-        large.truncate(stockrt.MOST_CODES_BYTES + 1)
+        large.truncate((stockrt.MOST_FILE_MIB << 20) + 1)
     (tmp_path / "many").write_text("\n".join(map(str, range(stockrt.MOST_COLLECTED + 1))))
     for name, words in [
-        ("pipe", "is no plain file"),
-        (".", "is no plain file"),
-        ("large", "has 16777217 bytes; expected codes"),
+        ("pipe", "it is a pipe or a device, expected a plain file"),
+        (".", "Is a directory"),
+        ("large", "it has more than 16 MiB"),
         ("many", "has more than 100000 codes"),
     ]:
         with pytest.raises(StockrtError, match=words) as caught:
@@ -345,7 +346,9 @@ def test_codes_mean_what_they_mean_to_a_run(infoway: InfowayServer, tmp_path: Pa
             settings_of("", INFOWAY_API_BASE_URL=infoway.url, STATE_DIRECTORY=str(tmp_path / "b"))
         ) as pipeline,
     ):
-        directory = Directory(file, InfowayApi(infoway.url, KeyPool([("test-key", Plan("0", 0, 0))])))
+        directory = Directory(
+            file, InfowayApi(infoway.url, KeyPool([("test-key", Plan("0", 0, 0))], NoLedger()))
+        )
         found = resolve(codes, directory, threading.Event())
         infoway.requests.clear()
         report = pipeline.run(codes, threading.Event())
@@ -357,7 +360,7 @@ def test_codes_mean_what_they_mean_to_a_run(infoway: InfowayServer, tmp_path: Pa
     assert found.instruments["000905"].alternatives == (Instrument("000905.SH", "stock"),)
     invalid = {c: f.words for c, f in report.failures.items() if f.kind is stockrt.FailureKind.INVALID_CODE}
     assert found.refused == invalid
-    assert "920002 is of the Beijing exchange" in found.refused["920002.BJ"]
+    assert "of the Beijing exchange, " in found.refused["920002.BJ"]
     assert found.instruments.keys() & found.refused.keys() == set()
 
 
@@ -612,11 +615,14 @@ def test_a_poller_polls_at_every_beat_and_tells_what_it_did(
     watching: Opened, infoway: InfowayServer, file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    file.write_text("AAPL.US 600519 GONE.US")
+    file.write_text("AAPL.US 600519 GONE.US 430047")
     infoway.unknown = {"GONE.US"}
     with Polling(watching, 0.05) as polling:
         first = polling.told(1)
-        assert (first.polled, first.trades, first.stored, first.duplicates) == (3, 2, 2, 0)
+        assert (first.polled, first.trades, first.stored, first.duplicates) == (2, 2, 2, 0)
+        assert first.refused == 2 and "430047 (of the Beijing" in first.refused_why
+        assert "GONE.US (unknown to the API" in first.refused_why
+        assert "2 codes polled, 40 trades/s, 2 codes not collected" in stockrt.collect_words(first)
         assert first.per_second == pytest.approx(40)
         second = polling.told(2)
         assert (second.trades, second.stored, second.duplicates, second.per_second) == (4, 2, 2, 0)
@@ -624,7 +630,7 @@ def test_a_poller_polls_at_every_beat_and_tells_what_it_did(
         assert until(lambda: polling.poller.stats().stored == 4)
     assert (second.trouble, second.connections_wanted, second.codes) == ("", 0, 0)
     assert [line for line in said(caplog, logging.INFO) if "every" in line and "polled" in line] == [
-        "3 codes polled every 0.05 s"
+        "2 codes polled every 0.05 s"
     ]
 
 
