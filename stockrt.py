@@ -4453,7 +4453,10 @@ def _move(path: Path, target: Path) -> None:
 def _is_forbidden(path: Path) -> bool:
     """Whether a file is there that this user may not read and write. Others may make or remove it meanwhile."""
     mode = os.R_OK | os.W_OK
-    return not os.access(path, mode) and path.exists() and not os.access(path, mode)
+    if os.access(path, mode):
+        return False
+    there = _inode(path)
+    return there is not None and not os.access(path, mode) and there == _inode(path)
 
 
 def _size_of(path: Path) -> int:
