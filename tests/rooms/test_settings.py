@@ -356,7 +356,7 @@ def test_what_systemd_reads_otherwise_is_a_fault_in_its_file_alone(
     [
         "\ufeff# a comment\nLOG_LEVEL=debug\n",
         "LOG_LEVEL = debug \n# a comment of C:\\stockrt\n",
-        "LOG_LEVEL=debug\u3000\nMODULE_NAME='a\nb' # c'\n".replace(" # c'", ""),
+        "LOG_LEVEL=debug\u3000\nMODULE_NAME='a\nb'\n",
         'A="x\\\\"\nLOG_LEVEL=debug',
         "中文=1\n;LOG_LEVEL=info\nLOG_LEVEL=debug\r\n",
     ],
@@ -1155,6 +1155,7 @@ def test_every_setting_of_the_example_is_explained_in_english_and_chinese() -> N
         block = comment.rstrip().rpartition("\n\n")[2]
         assert re.search(r"^# [A-Za-z0-9]", block, re.MULTILINE), name
         assert re.search(r"^# .*[一-龥]{2}", block, re.MULTILINE), name
+        assert block.count("(example)") == block.count("（示例）"), name
 
 
 @pytest.mark.parametrize("old_name", [setting.old_name for setting in SETTINGS if setting.old_name])
