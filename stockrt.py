@@ -1762,14 +1762,28 @@ _MARK = "\ufeff"
 OF_SYSTEMD = "settings.systemd_"
 
 
-def read_env_file(path: Path) -> dict[str, str]:
-    """Return the names and values of an env file; nothing in it is expanded."""
-    return {b.key: b.value for b in _bindings(path)[1] if b.key is not None and b.value is not None}
+class EnvFile(dict[str, str]):
+    """The names and values of an env file, of which nothing is expanded, and a fault for each line that has one."""
+
+    faults: list[Phrase]
 
 
-def line_faults(path: Path, shown: Path | None = None) -> list[Phrase]:
-    """Return a fault for each line of an env file that is no NAME=value, or something else to systemd (OF_SYSTEMD)."""
-    text, bindings = _bindings(path)
+def read_env_file(path: Path, shown: Path | None = None) -> EnvFile:
+    """Read an env file once: it may be a pipe of the caller's shell. Raises SettingsError."""
+    from dotenv.parser import parse_stream
+
+    try:
+        text = read_file(path, encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError([phrase("settings.unreadable", path=path, why=unread_words(error))]) from None
+    bindings = list(parse_stream(io.StringIO(text)))
+    found = EnvFile({b.key: b.value for b in bindings if b.key is not None and b.value is not None})
+    found.faults = _line_faults(text, bindings, shown or path)
+    return found
+
+
+def _line_faults(text: str, bindings: Iterable[Binding], path: Path) -> list[Phrase]:
+    """Return a fault for each line that is no NAME=value, or something else to systemd (OF_SYSTEMD)."""
     lines = [*_SYSTEMD_LINE.finditer(text)]
     comments = {place for found in lines if found["comment"] for place in range(*found.span())}
     read = {found.end("name"): found for found in lines if found["name"]}
@@ -1790,7 +1804,7 @@ def line_faults(path: Path, shown: Path | None = None) -> list[Phrase]:
         elif equals in comments:  # else within what an earlier line has begun, which is a fault of that
             kind, line = "settings.systemd_goes_on", line - 1
         if kind:
-            faults.append(phrase(kind, path=shown or path, line=line, name=b.key))
+            faults.append(phrase(kind, path=path, line=line, name=b.key))
     return faults
 
 
@@ -1816,17 +1830,6 @@ def _as_systemd(found: re.Match[str]) -> str:
     bare = re.sub(r"(?s)\\(.?)", lambda escape: escape[1].strip("\n"), found["bare"])
     escaped = r'\\(?:\n|(["\\`$]))'
     return "".join(single + re.sub(escaped, lambda e: e[1] or "", double) for single, double in parts) + bare
-
-
-def _bindings(path: Path) -> tuple[str, list[Binding]]:
-    """Return the text and the parsed lines of an env file. Raises SettingsError where it cannot be read."""
-    from dotenv.parser import parse_stream
-
-    try:
-        text = read_file(path, encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError([phrase("settings.unreadable", path=path, why=unread_words(error))]) from None
-    return text, list(parse_stream(io.StringIO(text)))
 
 
 def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | None, str]:
@@ -2012,7 +2015,7 @@ def load_settings(
         warnings += [fault for name in ours for fault in _misspelled(name, _environment())]
     read = _read_values(environ, origins, unit)
     values = read.values
-    faults = _file_faults(environ, files, unit) + read.faults
+    faults = _file_faults(environ, origins, unit) + read.faults
     if "MONGODB_DB_NAME" in read.unset and uri_database(values.get("mongodb_uri", "")):
         faults += _take_database(values)
     faults += _contradictions(values) + _missing(read.unset, needs, values)
@@ -2040,18 +2043,21 @@ def load_settings(
     return LoadedSettings(settings, tuple(warnings), words, tuple(read.hiding))
 
 
-def _file_faults(environ: Mapping[str, str], files: Iterable[Path], unit: Unit | None) -> list[str]:
+def _file_faults(
+    environ: Mapping[str, str], origins: Mapping[str, Mapping[str, str]], unit: Unit | None
+) -> list[str]:
     """Return the faults of the lines of settings files; those of OF_SYSTEMD where it reads the file.
 
     That is the unit's, or stands in the usual place of these, and then the service sees a copy.
     """
     faults: list[str] = []
-    for path in files:
-        is_systemds = unit is not None or path.resolve() == SERVICE_FILE.resolve()
-        faults += [one for one in line_faults(path) if is_systemds or not one.kind.startswith(OF_SYSTEMD)]
+    for where, found in origins.items():
+        is_systemds = unit is not None or Path(where).resolve() == SERVICE_FILE.resolve()
+        if isinstance(found, EnvFile):
+            faults += [one for one in found.faults if is_systemds or not one.kind.startswith(OF_SYSTEMD)]
     copy = Path(environ.get("CREDENTIALS_DIRECTORY") or "/nowhere", FILE_CREDENTIAL)
     if copy.is_file():
-        faults += line_faults(copy, SERVICE_FILE)
+        faults += read_env_file(copy, SERVICE_FILE).faults
     return list(dict.fromkeys(faults))
 
 
@@ -16465,10 +16471,11 @@ def old_settings(directory: Path) -> tuple[dict[str, str], list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         why = unread_words(error)
         raise UsageError(phrase("migration.no_older", directory=directory, path=path, why=why)) from None
-    found = {name: value.strip() for name, value in read_env_file(path).items() if value.strip()}
+    read = read_env_file(path)
+    found = {name: value.strip() for name, value in read.items() if value.strip()}
     # no more than that is asked of a file that no systemd reads
     systemds = (OF_SYSTEMD, "settings.reads_otherwise")
-    faults = [fault for fault in line_faults(path) if not fault.kind.startswith(systemds)]
+    faults = [fault for fault in read.faults if not fault.kind.startswith(systemds)]
     return found, [phrase("migration.left_out", what=fault) for fault in faults]
 
 

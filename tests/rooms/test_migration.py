@@ -146,7 +146,7 @@ def test_any_value_is_read_from_the_file_as_it_was_written(
     path = tmp_path_factory.mktemp("env") / "stockrt.env"
     path.write_text(env_line("MODULE_NAME", value) + env_line("SERVER_PORT", "1"), encoding="utf-8")
     assert stockrt.read_env_file(path) == {"MODULE_NAME": value, "SERVER_PORT": "1"}
-    assert stockrt.line_faults(path) == []
+    assert stockrt.read_env_file(path).faults == []
 
 
 # ----------------------------------------------------------------------------------------------------- hash
