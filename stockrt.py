@@ -5481,9 +5481,12 @@ class KeyPool:
             "join.clauses",
             [phrase("quota.key", key=key.shown, why=self._why_not(key, product, now)) for key in self.keys],
         )
-        return see(
-            phrase("quota.none_serves", service=service_words(product), reasons=reasons), "INFOWAY_API_KEY"
-        )
+        words = phrase("quota.none_serves", service=service_words(product), reasons=reasons)
+        if any(key.refusal(product) for key in self.keys):
+            return see(words, "INFOWAY_API_KEY")
+        if "infoway.not_the_api" in kinds_in(reasons):
+            return see(words, "INFOWAY_API_BASE_URL")
+        return phrase("quota.more_keys", words=words)
 
     def _why_not(self, key: ApiKey, product: str, now: float) -> str:
         back = iso_after(self._clock.wall(), max(0.0, key.paused_until - now))
@@ -6000,8 +6003,7 @@ REFUSALS = (
     Refusal(Action.SLOW_DOWN, FailureKind.API, "INFOWAY_PLAN", (429, 501), _RATE_TEXTS, (429,)),
     Refusal(Action.CODES_UNKNOWN, FailureKind.UNKNOWN_CODE, "", (508,), ("All product not exists",)),
     Refusal(Action.GIVE_UP, FailureKind.API, "", (505, 506, 507), _REQUEST_TEXTS),
-    Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=(408,)),
-    Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=range(500, 1000)),
+    Refusal(Action.RETRY, FailureKind.API, "", statuses=(408, *range(500, 1000))),
     Refusal(
         Action.GIVE_UP, FailureKind.API, "INFOWAY_API_KEY", (403, 499), (), (403, 499), "infoway.gateway"
     ),
@@ -6016,8 +6018,9 @@ REFUSALS = (
         "infoway.redirection",
     ),
 )
-# What no row is for: a fault of the API's own, or a success that is none.
+# What no row is for: a fault of the API's own or a success that is none, by its `ret`, or what is not the API's.
 UNCLEAR = Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL")
+OWN_FAULT = UNCLEAR._replace(setting="")
 
 
 class Verdict(NamedTuple):
@@ -6049,8 +6052,12 @@ def decide(response: Response, now_utc: datetime) -> Verdict:
     if row is None and type(ret) is int and ret == 200:
         return _accept(envelope)
     status = _status_of(response, envelope)
-    row = row or next((one for one in REFUSALS if status in one.statuses), UNCLEAR)
-    failure = Failure(row.kind, _refused_words(row, ret, status, text, response.body))
+    unclear = UNCLEAR if ret is None else OWN_FAULT
+    row = row or next((one for one in REFUSALS if status in one.statuses), unclear)
+    words = _refused_words(row, ret, status, text, response.body)
+    if row is OWN_FAULT and text.casefold() == "success" and not envelope.get("data"):
+        words = phrase("infoway.empty", number=one_line(repr(ret), 40))
+    failure = Failure(row.kind, words)
     return Verdict(row.action, failure, wait_s=_retry_after_s(response, now_utc), setting=row.setting)
 
 
@@ -6099,8 +6106,7 @@ def _accept(envelope: Mapping[str, Any]) -> Verdict:
     if data is None:
         return Verdict(Action.ACCEPT)  # none of the codes is known
     if not isinstance(data, list):
-        failure = Failure(UNCLEAR.kind, phrase("infoway.no_list"))
-        return Verdict(UNCLEAR.action, failure, setting=UNCLEAR.setting)
+        return Verdict(OWN_FAULT.action, Failure(OWN_FAULT.kind, phrase("infoway.no_list")))
     return Verdict(Action.ACCEPT, records=data)
 
 
@@ -6719,7 +6725,7 @@ def steer(keys: KeyPool, key: ApiKey, product: str, verdict: Verdict) -> None:
     elif verdict.action is Action.KEY_LACKS_PRODUCT:
         keys.close_product(key, product, why)
     elif verdict.action is Action.KEY_DAY_OVER:
-        keys.rest_until_midnight(key, why)
+        keys.rest_until_midnight(key, phrase("quota.day_over", why=why))
     elif verdict.action is Action.SLOW_DOWN:
         keys.slow_down(key, verdict.wait_s, why)
 
@@ -11285,11 +11291,21 @@ def _check_of(api: InfowayApi | None, key: ApiKey, verdict: Verdict, settings: S
         # it may serve others: a plan of crypto alone is a good one
         good = phrase("run.accepted_without_stocks", place=place, why=verdict.failure.words)
     else:
-        words = see(verdict.failure.words, verdict.setting or "INFOWAY_API_BASE_URL")
+        words = _refusal_words(verdict)
         if verdict.action is Action.KEY_DEAD:
             key.dead = words  # it is asked for nothing more
         return Check(name, False, words)
     return Check(name, True, listing("join.clauses", [good, *_plan_words(settings, api, key)]))
+
+
+def _refusal_words(verdict: Verdict) -> str:
+    """Return what an answer says that is none, and what is to be looked at or done."""
+    words, is_network = verdict.failure.words, verdict.failure.kind is FailureKind.NETWORK
+    if verdict.action is Action.KEY_DAY_OVER:
+        return phrase("quota.more_keys", words=phrase("quota.day_over", why=words))
+    if verdict.setting or is_network:
+        return see(words, verdict.setting or "INFOWAY_API_BASE_URL")
+    return phrase("run.later", why=words) if verdict.action is Action.RETRY else words
 
 
 def _plan_words(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list[str]:
@@ -20889,10 +20905,7 @@ TEMPLATES |= {
     "mongo.no_primary_now": ("No primary available for writes", "副本集没有可写入的主节点"),
     "mongo.not_primary": ("not primary", "所连接的成员不是主节点"),
     "mongo.recovering": ("node is recovering", "所连接的成员正在恢复"),
-    "mongo.few_members": (
-        "Not enough data-bearing nodes",
-        "副本集中存数据的成员少于写关注（w）要求的数量",
-    ),
+    "mongo.few_members": ("Not enough data-bearing nodes", "副本集中存数据的成员少于写关注（w）要求的数量"),
     "mongo.unreplicated": ("waiting for replication timed out", "等待复制到其他成员超时"),
     "mongo.wrong_user": ("Authentication failed", "用户名、密码或 authSource 不正确"),
     "mongo.no_user": ("command {command} requires authentication", "命令 {command} 需要用户名和密码"),
@@ -20908,10 +20921,7 @@ TEMPLATES |= {
     ),
     "mongo.no_integer": ("The value of {name} must be an integer", "{name} 应为整数"),
     "mongo.no_number": ("{name} must be an integer or float", "{name} 应为数字"),
-    "mongo.no_truth": (
-        "The value of {name} must be 'true' or 'false'",
-        "{name} 应为 true 或 false",
-    ),
+    "mongo.no_truth": ("The value of {name} must be 'true' or 'false'", "{name} 应为 true 或 false"),
     "mongo.none_of": ("{name} must be in {those}", "{name} 应为 {those} 之一"),
     "mongo.no_preference": ("{value} is not a valid read preference", "没有 {value} 这种读偏好"),
     "mongo.several_hosts": (
@@ -21492,10 +21502,12 @@ TEMPLATES |= {
     "quota.back_at": ("{why}, back at {back}", "{why}，{back} 恢复"),
     "quota.bars": ("{product} bars", "{product} 日线"),
     "quota.busy": ("the shared count is busy", "共用计数正忙"),
+    "quota.day_over": ("the day's quota is used up ({why})", "当日额度已用完（{why}）"),
     "quota.day_used_up": ("the day's {n} requests are used up", "当日 {n} 次请求的额度已用完"),
     "quota.key": ("key {key}: {why}", "密钥 {key}：{why}"),
     "quota.minute_used_up": ("the minute's {n} requests are used up", "本分钟 {n} 次请求的额度已用完"),
     "quota.mongo_away": ("MongoDB is away ({error})", "MongoDB 不可用（{error}）"),
+    "quota.more_keys": ("{words}; more keys or a larger plan allow more", "{words}；可增加密钥或升级套餐"),
     "quota.no_key": ("no API key: set INFOWAY_API_KEY", "没有 API 密钥：请设置 INFOWAY_API_KEY"),
     "quota.no_right": (
         "this user may not write to {place}; see MONGODB_LICENSE_COLLECTION_NAME",
@@ -21523,6 +21535,10 @@ TEMPLATES |= {
     "infoway.clock_behind": (
         "this machine is {s:.0f} s behind the API; mend its clock (NTP, timedatectl)",
         "本机比 API 慢 {s:.0f} 秒；请校准时钟（NTP、timedatectl）",
+    ),
+    "infoway.empty": (
+        "the API answers success (ret {number}), but without trades",
+        "API 应答成功（ret 为 {number}），但没有成交数据",
     ),
     "infoway.gateway": (
         "{said}, a refusal of the gateway: the key, the region or its risk control",
@@ -21667,15 +21683,9 @@ TEMPLATES |= {
 TEMPLATES |= {
     "stores.bad_uri": ("MONGODB_HOST={uri!r}: {why}", "MONGODB_HOST={uri!r}：{why}"),
     "stores.but": ("but {other}", "但{other}"),
-    "stores.closes_wait": (
-        "closes are still to be made of older trades",
-        "较早的成交还要用来生成收盘价",
-    ),
+    "stores.closes_wait": ("closes are still to be made of older trades", "较早的成交还要用来生成收盘价"),
     "stores.drop_other": ("{other}: drop that one first", "{other}；请先删除该索引"),
-    "stores.expired": (
-        "MongoDB removes what is older once a minute",
-        "更早的由 MongoDB 每分钟清理一次",
-    ),
+    "stores.expired": ("MongoDB removes what is older once a minute", "更早的由 MongoDB 每分钟清理一次"),
     "stores.fails": ("MongoDB at {place} fails: {why}", "MongoDB（{place}）出错：{why}"),
     "stores.file_good": ("{path} can be written, {trades} in it", "{path} 可写入，内有 {trades}"),
     "stores.for_ever_soon": (
@@ -21737,10 +21747,7 @@ TEMPLATES |= {
         "it did not confirm the write with its write concern: {why}",
         "未按写关注确认写入：{why}",
     ),
-    "stores.validators": (
-        "the validators of {realtime} and {close}",
-        "{realtime} 和 {close} 的校验规则",
-    ),
+    "stores.validators": ("the validators of {realtime} and {close}", "{realtime} 和 {close} 的校验规则"),
     "stores.view": (
         "{name} is a view, but must be a plain collection, see {setting}",
         "{name} 是视图，应为普通集合；请检查 {setting}",
@@ -21792,6 +21799,7 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
+    "run.later": ("the API's server fails ({why}); try again later", "API 服务器出错（{why}）；请稍后再试"),
     "run.accepted": ("accepted by {place}", "{place} 接受该密钥"),
     "run.accepted_without_stocks": (
         "accepted by {place}, but not for stocks: {why}",
@@ -22012,18 +22020,12 @@ TEMPLATES |= {
         "{most} commands are waiting already; try again later",
         "已有 {most} 条指令在等待；请稍后重试",
     ),
-    "daemon.shut_down": (
-        "not executed: the platform shut this module down",
-        "未执行：平台关闭了本模块",
-    ),
+    "daemon.shut_down": ("not executed: the platform shut this module down", "未执行：平台关闭了本模块"),
     "daemon.slow_disk": (
         "the disk of this module does not keep up; try again later",
         "本模块的磁盘写入跟不上；请稍后重试",
     ),
-    "daemon.stopping": (
-        "this module is stopping and takes no new command",
-        "本模块正在停止，不再接受新指令",
-    ),
+    "daemon.stopping": ("this module is stopping and takes no new command", "本模块正在停止，不再接受新指令"),
     "daemon.unread": ("execution {number} cannot be read: {why}", "无法读取执行 {number}：{why}"),
 }
 
