@@ -6708,9 +6708,7 @@ def _why_final(attempt: BatchAttempt, verdict: Verdict) -> Failure | None:
         words = phrase("infoway.asks_to_wait", said=words, s=verdict.wait_s)
     if tries > 1:
         words = phrase("infoway.tries", said=words, n=tries)
-    if hopeless and verdict.setting:
-        words = see(words, verdict.setting)
-    return Failure(kind, words)
+    return Failure(kind, see(words, verdict.setting) if verdict.setting else words)
 
 
 def steer(keys: KeyPool, key: ApiKey, product: str, verdict: Verdict) -> None:
@@ -9535,7 +9533,7 @@ def _days_since(day: str, now: float) -> int:
 class Backfilled(NamedTuple):
     """What became of a code of a backfill: the dates of its first and last close, and how many closes are new.
 
-    `there`: how many were final before. `why`: what was wrong, '' where nothing was.
+    `there`: how many were final before. `why`: why there are none, '' where there are; `is_failed`: but may be later.
     """
 
     code: str
@@ -9544,6 +9542,7 @@ class Backfilled(NamedTuple):
     added: int = 0
     there: int = 0
     why: str = ""
+    is_failed: bool = True
 
 
 class Backfill:
@@ -9571,7 +9570,7 @@ class Backfill:
         batches: list[Batch] = []
         for product, code in ((batch.product, code) for batch in plan.batches for code in batch.split()):
             if not has_bars(code):
-                yield Backfilled(code, why=phrase("closes.no_boundary"))
+                yield Backfilled(code, why=phrase("closes.no_boundary"), is_failed=False)
                 continue
             known = self._known(code, sessions)
             if known is not None:
@@ -20075,7 +20074,7 @@ def run_backfill(options: Options, settings: Settings) -> int:
             if isinstance(row, int):
                 total = row
             elif row is not None:
-                done, failed, added = done + 1, failed + bool(row.why), added + row.added
+                done, failed, added = done + 1, failed + bool(row.why and row.is_failed), added + row.added
                 show(_backfilled_words(row))
         terminal.close()
     kind = "cli.backfill_interrupted" if stop.is_set() else "cli.backfill_done"
@@ -21333,8 +21332,8 @@ TEMPLATES |= {
     ),
     "events.gaps": ("{gaps} today", "今日 {gaps}"),
     "events.interrupted": (
-        "{counts}, interrupted: {left} not asked",
-        "{counts}，已中断：{left} 个代码未请求",
+        "{counts}, interrupted: {left} not done",
+        "{counts}，已中断：{left} 个代码未完成",
     ),
     "events.missed": ("{beats} missed", "错过 {beats}"),
     "events.not_collected": ("{codes} not collected", "{codes}未采集"),
@@ -21524,7 +21523,7 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
-    "infoway.ahead": ("t {t}: {at} is more than a day ahead", "t {t}：{at} 比当前时间晚一天以上"),
+    "infoway.ahead": ("t {t}: {at} is more than a day ahead", "成交时间 t 为 {t}：{at} 比当前时间晚一天以上"),
     "infoway.ambiguous": ("does not tell what is meant", "未写明是哪个品种"),
     "infoway.asked_in_vain": ("it was asked for a moment ago, in vain", "刚才查询过，没有结果"),
     "infoway.asks_to_wait": ("{said}, asks to wait {s:.0f} s", "{said}，要求等待 {s:.0f} 秒"),
@@ -21603,9 +21602,9 @@ TEMPLATES |= {
     ),
     "infoway.price_below_zero": (
         "p {p}: only energy at common has prices below zero",
-        "p {p}：只有 common 中的能源价格可以为负",
+        "价格 p 为 {p}：只有 common 中的能源价格可以为负",
     ),
-    "infoway.price_zero": ("p {p}: it has not traded, or is suspended", "p {p}：尚无成交，或已停牌"),
+    "infoway.price_zero": ("p {p}: it has not traded, or is suspended", "价格 p 为 {p}：尚无成交，或已停牌"),
     "infoway.proposal": ("{code} ({name})", "{code}（{name}）"),
     "infoway.redirection": ("{said}, a redirection, which is not followed", "{said}，是重定向，不予跟随"),
     "infoway.says": ("the API says {number}: {text}", "API 返回 {number}：{text}"),
@@ -21625,7 +21624,7 @@ TEMPLATES |= {
         "API 不认识该代码：所有品种列表中都没有",
     ),
     "infoway.unnamed": ("unnamed", "未命名"),
-    "infoway.volume_below_zero": ("v {v}: a volume is not below zero", "v {v}：成交量不会为负"),
+    "infoway.volume_below_zero": ("v {v}: a volume is not below zero", "成交量 v 为 {v}：成交量不会为负"),
 }
 
 # ------------------------------------------------------------------------------------------------------
@@ -21762,8 +21761,8 @@ TEMPLATES |= {
     "closes.no_bar": ("the API has no daily bar of it", "API 没有该代码的日线"),
     "closes.no_bars": ("the API has no bar of theirs", "API 没有这些代码的日线"),
     "closes.no_boundary": (
-        "the API's daily bars of it have no documented boundary",
-        "API 未说明该代码日线的时间范围",
+        "its daily bars have no documented boundary and make no close (README, Closing prices)",
+        "该品种没有可用的日线收盘价（README“收盘价”一节）",
     ),
 }
 
