@@ -5496,9 +5496,12 @@ class KeyPool:
             "join.clauses",
             [phrase("quota.key", key=key.shown, why=self._why_not(key, product, now)) for key in self.keys],
         )
-        return see(
-            phrase("quota.none_serves", service=service_words(product), reasons=reasons), "INFOWAY_API_KEY"
-        )
+        words = phrase("quota.none_serves", service=service_words(product), reasons=reasons)
+        if any(key.refusal(product) for key in self.keys):
+            return see(words, "INFOWAY_API_KEY")
+        if "infoway.not_the_api" in kinds_in(reasons):
+            return see(words, "INFOWAY_API_BASE_URL")
+        return phrase("quota.more_keys", words=words)
 
     def _why_not(self, key: ApiKey, product: str, now: float) -> str:
         back = iso_after(self._clock.wall(), max(0.0, key.paused_until - now))
@@ -6015,8 +6018,7 @@ REFUSALS = (
     Refusal(Action.SLOW_DOWN, FailureKind.API, "INFOWAY_PLAN", (429, 501), _RATE_TEXTS, (429,)),
     Refusal(Action.CODES_UNKNOWN, FailureKind.UNKNOWN_CODE, "", (508,), ("All product not exists",)),
     Refusal(Action.GIVE_UP, FailureKind.API, "", (505, 506, 507), _REQUEST_TEXTS),
-    Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=(408,)),
-    Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=range(500, 1000)),
+    Refusal(Action.RETRY, FailureKind.API, "", statuses=(408, *range(500, 1000))),
     Refusal(
         Action.GIVE_UP, FailureKind.API, "INFOWAY_API_KEY", (403, 499), (), (403, 499), "infoway.gateway"
     ),
@@ -6031,8 +6033,9 @@ REFUSALS = (
         "infoway.redirection",
     ),
 )
-# What no row is for: a fault of the API's own, or a success that is none.
+# What no row is for: a fault of the API's own or a success that is none, by its `ret`, or what is not the API's.
 UNCLEAR = Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL")
+OWN_FAULT = UNCLEAR._replace(setting="")
 
 
 class Verdict(NamedTuple):
@@ -6064,8 +6067,12 @@ def decide(response: Response, now_utc: datetime) -> Verdict:
     if row is None and type(ret) is int and ret == 200:
         return _accept(envelope)
     status = _status_of(response, envelope)
-    row = row or next((one for one in REFUSALS if status in one.statuses), UNCLEAR)
-    failure = Failure(row.kind, _refused_words(row, ret, status, text, response.body))
+    unclear = UNCLEAR if ret is None else OWN_FAULT
+    row = row or next((one for one in REFUSALS if status in one.statuses), unclear)
+    words = _refused_words(row, ret, status, text, response.body)
+    if row is OWN_FAULT and text.casefold() == "success" and not envelope.get("data"):
+        words = phrase("infoway.empty", number=one_line(repr(ret), 40))
+    failure = Failure(row.kind, words)
     return Verdict(row.action, failure, wait_s=_retry_after_s(response, now_utc), setting=row.setting)
 
 
@@ -6114,8 +6121,7 @@ def _accept(envelope: Mapping[str, Any]) -> Verdict:
     if data is None:
         return Verdict(Action.ACCEPT)  # none of the codes is known
     if not isinstance(data, list):
-        failure = Failure(UNCLEAR.kind, phrase("infoway.no_list"))
-        return Verdict(UNCLEAR.action, failure, setting=UNCLEAR.setting)
+        return Verdict(OWN_FAULT.action, Failure(OWN_FAULT.kind, phrase("infoway.no_list")))
     return Verdict(Action.ACCEPT, records=data)
 
 
@@ -6717,9 +6723,7 @@ def _why_final(attempt: BatchAttempt, verdict: Verdict) -> Failure | None:
         words = phrase("infoway.asks_to_wait", said=words, s=verdict.wait_s)
     if tries > 1:
         words = phrase("infoway.tries", said=words, n=tries)
-    if hopeless and verdict.setting:
-        words = see(words, verdict.setting)
-    return Failure(kind, words)
+    return Failure(kind, see(words, verdict.setting) if verdict.setting else words)
 
 
 def steer(keys: KeyPool, key: ApiKey, product: str, verdict: Verdict) -> None:
@@ -6734,7 +6738,7 @@ def steer(keys: KeyPool, key: ApiKey, product: str, verdict: Verdict) -> None:
     elif verdict.action is Action.KEY_LACKS_PRODUCT:
         keys.close_product(key, product, why)
     elif verdict.action is Action.KEY_DAY_OVER:
-        keys.rest_until_midnight(key, why)
+        keys.rest_until_midnight(key, phrase("quota.day_over", why=why))
     elif verdict.action is Action.SLOW_DOWN:
         keys.slow_down(key, verdict.wait_s, why)
 
@@ -9544,7 +9548,7 @@ def _days_since(day: str, now: float) -> int:
 class Backfilled(NamedTuple):
     """What became of a code of a backfill: the dates of its first and last close, and how many closes are new.
 
-    `there`: how many were final before. `why`: what was wrong, '' where nothing was.
+    `there`: how many were final before. `why`: why there are none, '' where there are; `is_failed`: but may be later.
     """
 
     code: str
@@ -9553,6 +9557,7 @@ class Backfilled(NamedTuple):
     added: int = 0
     there: int = 0
     why: str = ""
+    is_failed: bool = True
 
 
 class Backfill:
@@ -9580,7 +9585,7 @@ class Backfill:
         batches: list[Batch] = []
         for product, code in ((batch.product, code) for batch in plan.batches for code in batch.split()):
             if not has_bars(code):
-                yield Backfilled(code, why=phrase("closes.no_boundary"))
+                yield Backfilled(code, why=phrase("closes.no_boundary"), is_failed=False)
                 continue
             known = self._known(code, sessions)
             if known is not None:
@@ -11295,11 +11300,21 @@ def _check_of(api: InfowayApi | None, key: ApiKey, verdict: Verdict, settings: S
         # it may serve others: a plan of crypto alone is a good one
         good = phrase("run.accepted_without_stocks", place=place, why=verdict.failure.words)
     else:
-        words = see(verdict.failure.words, verdict.setting or "INFOWAY_API_BASE_URL")
+        words = _refusal_words(verdict)
         if verdict.action is Action.KEY_DEAD:
             key.dead = words  # it is asked for nothing more
         return Check(name, False, words)
     return Check(name, True, listing("join.clauses", [good, *_plan_words(settings, api, key)]))
+
+
+def _refusal_words(verdict: Verdict) -> str:
+    """Return what an answer says that is none, and what is to be looked at or done."""
+    words, is_network = verdict.failure.words, verdict.failure.kind is FailureKind.NETWORK
+    if verdict.action is Action.KEY_DAY_OVER:
+        return phrase("quota.more_keys", words=phrase("quota.day_over", why=words))
+    if verdict.setting or is_network:
+        return see(words, verdict.setting or "INFOWAY_API_BASE_URL")
+    return phrase("run.later", why=words) if verdict.action is Action.RETRY else words
 
 
 def _plan_words(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list[str]:
@@ -20070,7 +20085,7 @@ def run_backfill(options: Options, settings: Settings) -> int:
             if isinstance(row, int):
                 total = row
             elif row is not None:
-                done, failed, added = done + 1, failed + bool(row.why), added + row.added
+                done, failed, added = done + 1, failed + bool(row.why and row.is_failed), added + row.added
                 show(_backfilled_words(row))
         terminal.close()
     kind = "cli.backfill_interrupted" if stop.is_set() else "cli.backfill_done"
@@ -20899,10 +20914,7 @@ TEMPLATES |= {
     "mongo.no_primary_now": ("No primary available for writes", "副本集没有可写入的主节点"),
     "mongo.not_primary": ("not primary", "所连接的成员不是主节点"),
     "mongo.recovering": ("node is recovering", "所连接的成员正在恢复"),
-    "mongo.few_members": (
-        "Not enough data-bearing nodes",
-        "副本集中存数据的成员少于写关注（w）要求的数量",
-    ),
+    "mongo.few_members": ("Not enough data-bearing nodes", "副本集中存数据的成员少于写关注（w）要求的数量"),
     "mongo.unreplicated": ("waiting for replication timed out", "等待复制到其他成员超时"),
     "mongo.wrong_user": ("Authentication failed", "用户名、密码或 authSource 不正确"),
     "mongo.no_user": ("command {command} requires authentication", "命令 {command} 需要用户名和密码"),
@@ -20918,10 +20930,7 @@ TEMPLATES |= {
     ),
     "mongo.no_integer": ("The value of {name} must be an integer", "{name} 应为整数"),
     "mongo.no_number": ("{name} must be an integer or float", "{name} 应为数字"),
-    "mongo.no_truth": (
-        "The value of {name} must be 'true' or 'false'",
-        "{name} 应为 true 或 false",
-    ),
+    "mongo.no_truth": ("The value of {name} must be 'true' or 'false'", "{name} 应为 true 或 false"),
     "mongo.none_of": ("{name} must be in {those}", "{name} 应为 {those} 之一"),
     "mongo.no_preference": ("{value} is not a valid read preference", "没有 {value} 这种读偏好"),
     "mongo.several_hosts": (
@@ -21333,8 +21342,8 @@ TEMPLATES |= {
     ),
     "events.gaps": ("{gaps} today", "今日 {gaps}"),
     "events.interrupted": (
-        "{counts}, interrupted: {left} not asked",
-        "{counts}，已中断：{left} 个代码未请求",
+        "{counts}, interrupted: {left} not done",
+        "{counts}，已中断：{left} 个代码未完成",
     ),
     "events.missed": ("{beats} missed", "错过 {beats}"),
     "events.not_collected": ("{codes} not collected", "{codes}未采集"),
@@ -21502,10 +21511,12 @@ TEMPLATES |= {
     "quota.back_at": ("{why}, back at {back}", "{why}，{back} 恢复"),
     "quota.bars": ("{product} bars", "{product} 日线"),
     "quota.busy": ("the shared count is busy", "共用计数正忙"),
+    "quota.day_over": ("the day's quota is used up ({why})", "当日额度已用完（{why}）"),
     "quota.day_used_up": ("the day's {n} requests are used up", "当日 {n} 次请求的额度已用完"),
     "quota.key": ("key {key}: {why}", "密钥 {key}：{why}"),
     "quota.minute_used_up": ("the minute's {n} requests are used up", "本分钟 {n} 次请求的额度已用完"),
     "quota.mongo_away": ("MongoDB is away ({error})", "MongoDB 不可用（{error}）"),
+    "quota.more_keys": ("{words}; more keys or a larger plan allow more", "{words}；可增加密钥或升级套餐"),
     "quota.no_key": ("no API key: set INFOWAY_API_KEY", "没有 API 密钥：请设置 INFOWAY_API_KEY"),
     "quota.no_right": (
         "this user may not write to {place}; see MONGODB_LICENSE_COLLECTION_NAME",
@@ -21522,7 +21533,7 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
-    "infoway.ahead": ("t {t}: {at} is more than a day ahead", "t {t}：{at} 比当前时间晚一天以上"),
+    "infoway.ahead": ("t {t}: {at} is more than a day ahead", "成交时间 t 为 {t}：{at} 比当前时间晚一天以上"),
     "infoway.ambiguous": ("does not tell what is meant", "未写明是哪个品种"),
     "infoway.asked_in_vain": ("it was asked for a moment ago, in vain", "刚才查询过，没有结果"),
     "infoway.asks_to_wait": ("{said}, asks to wait {s:.0f} s", "{said}，要求等待 {s:.0f} 秒"),
@@ -21533,6 +21544,10 @@ TEMPLATES |= {
     "infoway.clock_behind": (
         "this machine is {s:.0f} s behind the API; mend its clock (NTP, timedatectl)",
         "本机比 API 慢 {s:.0f} 秒；请校准时钟（NTP、timedatectl）",
+    ),
+    "infoway.empty": (
+        "the API answers success (ret {number}), but without trades",
+        "API 应答成功（ret 为 {number}），但没有成交数据",
     ),
     "infoway.gateway": (
         "{said}, a refusal of the gateway: the key, the region or its risk control",
@@ -21597,9 +21612,9 @@ TEMPLATES |= {
     ),
     "infoway.price_below_zero": (
         "p {p}: only energy at common has prices below zero",
-        "p {p}：只有 common 中的能源价格可以为负",
+        "价格 p 为 {p}：只有 common 中的能源价格可以为负",
     ),
-    "infoway.price_zero": ("p {p}: it has not traded, or is suspended", "p {p}：尚无成交，或已停牌"),
+    "infoway.price_zero": ("p {p}: it has not traded, or is suspended", "价格 p 为 {p}：尚无成交，或已停牌"),
     "infoway.proposal": ("{code} ({name})", "{code}（{name}）"),
     "infoway.redirection": ("{said}, a redirection, which is not followed", "{said}，是重定向，不予跟随"),
     "infoway.says": ("the API says {number}: {text}", "API 返回 {number}：{text}"),
@@ -21619,7 +21634,7 @@ TEMPLATES |= {
         "API 不认识该代码：所有品种列表中都没有",
     ),
     "infoway.unnamed": ("unnamed", "未命名"),
-    "infoway.volume_below_zero": ("v {v}: a volume is not below zero", "v {v}：成交量不会为负"),
+    "infoway.volume_below_zero": ("v {v}: a volume is not below zero", "成交量 v 为 {v}：成交量不会为负"),
 }
 
 # ------------------------------------------------------------------------------------------------------
@@ -21677,15 +21692,9 @@ TEMPLATES |= {
 TEMPLATES |= {
     "stores.bad_uri": ("MONGODB_HOST={uri!r}: {why}", "MONGODB_HOST={uri!r}：{why}"),
     "stores.but": ("but {other}", "但{other}"),
-    "stores.closes_wait": (
-        "closes are still to be made of older trades",
-        "较早的成交还要用来生成收盘价",
-    ),
+    "stores.closes_wait": ("closes are still to be made of older trades", "较早的成交还要用来生成收盘价"),
     "stores.drop_other": ("{other}: drop that one first", "{other}；请先删除该索引"),
-    "stores.expired": (
-        "MongoDB removes what is older once a minute",
-        "更早的由 MongoDB 每分钟清理一次",
-    ),
+    "stores.expired": ("MongoDB removes what is older once a minute", "更早的由 MongoDB 每分钟清理一次"),
     "stores.fails": ("MongoDB at {place} fails: {why}", "MongoDB（{place}）出错：{why}"),
     "stores.file_good": ("{path} can be written, {trades} in it", "{path} 可写入，内有 {trades}"),
     "stores.for_ever_soon": (
@@ -21747,10 +21756,7 @@ TEMPLATES |= {
         "it did not confirm the write with its write concern: {why}",
         "未按写关注确认写入：{why}",
     ),
-    "stores.validators": (
-        "the validators of {realtime} and {close}",
-        "{realtime} 和 {close} 的校验规则",
-    ),
+    "stores.validators": ("the validators of {realtime} and {close}", "{realtime} 和 {close} 的校验规则"),
     "stores.view": (
         "{name} is a view, but must be a plain collection, see {setting}",
         "{name} 是视图，应为普通集合；请检查 {setting}",
@@ -21765,8 +21771,8 @@ TEMPLATES |= {
     "closes.no_bar": ("the API has no daily bar of it", "API 没有该代码的日线"),
     "closes.no_bars": ("the API has no bar of theirs", "API 没有这些代码的日线"),
     "closes.no_boundary": (
-        "the API's daily bars of it have no documented boundary",
-        "API 未说明该代码日线的时间范围",
+        "its daily bars have no documented boundary and make no close (README, Closing prices)",
+        "该品种没有可用的日线收盘价（README“收盘价”一节）",
     ),
 }
 
@@ -21802,6 +21808,7 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
+    "run.later": ("the API's server fails ({why}); try again later", "API 服务器出错（{why}）；请稍后再试"),
     "run.accepted": ("accepted by {place}", "{place} 接受该密钥"),
     "run.accepted_without_stocks": (
         "accepted by {place}, but not for stocks: {why}",
@@ -22022,18 +22029,12 @@ TEMPLATES |= {
         "{most} commands are waiting already; try again later",
         "已有 {most} 条指令在等待；请稍后重试",
     ),
-    "daemon.shut_down": (
-        "not executed: the platform shut this module down",
-        "未执行：平台关闭了本模块",
-    ),
+    "daemon.shut_down": ("not executed: the platform shut this module down", "未执行：平台关闭了本模块"),
     "daemon.slow_disk": (
         "the disk of this module does not keep up; try again later",
         "本模块的磁盘写入跟不上；请稍后重试",
     ),
-    "daemon.stopping": (
-        "this module is stopping and takes no new command",
-        "本模块正在停止，不再接受新指令",
-    ),
+    "daemon.stopping": ("this module is stopping and takes no new command", "本模块正在停止，不再接受新指令"),
     "daemon.unread": ("execution {number} cannot be read: {why}", "无法读取执行 {number}：{why}"),
 }
 
