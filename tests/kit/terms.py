@@ -72,7 +72,7 @@ TERMS = (
     Term(r"clock", ("时钟",)),
     # what is asked of the reader
     Term(r"see(?= (?:--|[A-Z]))", ("检查", "请看", "详见", "改用")),
-    Term(r"expected", ("应", "请写", "不能")),
+    Term(r"expected", ("应", "请写", "不能", "缺少", "需要")),
     Term(r"did you mean", ("是不是",)),
     Term(r"cannot", ("无法", "不能", "不可", "无权")),
 )

@@ -776,7 +776,7 @@ def test_codes_that_failed_for_one_reason_are_named_with_it_once() -> None:
         return result_of(report)["message"], result_of(report, "zh")["message"]
 
     assert message(3, A="gone", B="gone", C="gone") == (
-        "all of 3 codes failed (A, B, C): gone",
+        "all 3 codes failed (A, B, C): gone",
         "3 个代码全部失败（A、B、C）：gone",
     )
     assert message(4, A="gone", B="late", C="gone") == (
