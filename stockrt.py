@@ -22534,7 +22534,7 @@ TEMPLATES |= {
         "--documents needs --time-zone ZONE, and the other way round",
         "--documents 与 --time-zone ZONE 必须同时使用",
     ),
-    "usage.every": ("--every {text}: {expected}", "--every {text}：间隔{expected}"),
+    "usage.every": ("--every {text}: {expected}", "--every {text}，间隔：{expected}"),
     "usage.excluded": ("not allowed with argument {other}", "不能与 {other} 同时使用"),
     "usage.executions": ("--executions {n}: expected 1 to {most}", "--executions {n}：应为 1 到 {most}"),
     "usage.export": (

@@ -223,7 +223,7 @@ REFUSED = {
     "--symbols 同用",
     ("--discard",): "--discard 须与 --rejects 同用",
     ("--executions", "0"): "--executions 0：应为 1 到 1000",
-    ("--collect", "--every", "soon"): "--every soon：间隔应为 1 到 86400 的秒数",
+    ("--collect", "--every", "soon"): "--every soon，间隔：应为 1 到 86400 的秒数",
     ("--collect", "--codes", ","): "--codes：其中没有代码，应为 AAPL.US 600519 这样的代码",
     ("--backfill", "501"): "--backfill 501：应为 1 到 500 个交易日",
     ("--html", "a.txt"): "--html a.txt：应为以 .html 结尾的文件名，图片则以 .svg 结尾",
