@@ -2805,7 +2805,7 @@ def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
     if codes:
         words = phrase("instruments.did_you_mean", why=why, codes=alternatives(codes))
     elif text.isdigit():
-        words = phrase("instruments.expected_digits", why=why)
+        words = phrase("instruments.expected_digits", n=len(text))
     else:
         words = phrase("instruments.expected_code", why=why)
     return UnclearCode(words, text, codes)
@@ -7049,7 +7049,7 @@ class Directory:
         raise InstrumentError(
             phrase(
                 "instruments.did_you_mean",
-                why=phrase("infoway.ambiguous"),
+                why=phrase("infoway.a_name" if is_name else "infoway.ambiguous"),
                 codes=alternatives(proposals),
             )
         )
@@ -18158,6 +18158,14 @@ def cut_between_words(text: str, columns: int) -> str:
     return fitting(lines_within(text, columns - 1)[0], columns - 1) + "…"
 
 
+def items_within(words: str, columns: int) -> str:
+    """Return a list without so many items before its last one, which may be a trouble, that it fits a terminal."""
+    parts = [*words.values["parts"]] if isinstance(words, Phrase) and words.kind == "join.commas" else [words]
+    while len(parts) > 2 and columns_of(for_reader(listing("join.commas", parts))) > columns:
+        del parts[-2]
+    return cut_between_words(for_reader(listing("join.commas", parts)), columns)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     import argparse
@@ -19093,7 +19101,7 @@ class LiveTable:
             lines = self._table.lines(found[:room], time.time(), lit=True)
             if len(found) > room:
                 lines.append(f"… {for_reader(count_words(len(found) - room, 'more code'))}")
-            self._screen.draw([*lines, cut_between_words(for_reader(self.status), width)], anew=is_resized)
+            self._screen.draw([*lines, items_within(self.status, width)], anew=is_resized)
         except OSError:
             self.is_gone = True
         self._due = time.monotonic() + REDRAW_S
@@ -19399,7 +19407,7 @@ def _check_state_directory(settings: Settings) -> Check:
 
 
 def _collected_codes(
-    settings: Settings, mongo: MongoStore | None = None, finder: Finder | None = None
+    settings: Settings, mongo: MongoStore | None = None, finder: Directory | None = None
 ) -> tuple[Check, list[Instrument]]:
     """Say what is to be collected, and which codes are not, and return the instruments."""
     name = phrase("cli.of_codes")
@@ -21238,8 +21246,8 @@ TEMPLATES |= {
     "instruments.empty": ("an empty code; expected one such as AAPL.US", "代码为空；应为代码，如 AAPL.US"),
     "instruments.expected_code": ("{why}: expected a code such as AAPL.US", "{why}：应为代码，如 AAPL.US"),
     "instruments.expected_digits": (
-        "{why}: expected six digits such as 600519",
-        "{why}：应为六位数字，如 600519",
+        "{n} digits: expected six, such as 600519",
+        "共 {n} 位数字：应为六位，如 600519",
     ),
     "instruments.hong_kong": (
         "{symbol}.HK: expected one to five digits such as 00700.HK",
@@ -21322,7 +21330,7 @@ TEMPLATES |= {
     ),
     "events.and_more": ("{names} and {more} more", "{names}，另有 {more} 个"),
     "events.begins": ("begins", "正在启动"),
-    "events.close_lost": ("the closing snapshot is not kept: {why}", "收盘快照未保存：{why}"),
+    "events.close_lost": ("closing prices are not kept: {why}", "收盘价未保存：{why}"),
     "events.code": ("{code} ({why})", "{code}（{why}）"),
     "events.connected": ("{up} of {connections}", "{connections}中 {up} 个已连上"),
     "events.counts": (
@@ -21528,6 +21536,7 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
+    "infoway.a_name": ("a name, and no code", "这是名称，不是代码"),
     "infoway.ahead": ("t {t}: {at} is more than a day ahead", "t {t}：{at} 比当前时间晚一天以上"),
     "infoway.ambiguous": ("does not tell what is meant", "未写明是哪个品种"),
     "infoway.asked_in_vain": ("it was asked for a moment ago, in vain", "刚才查询过，没有结果"),
@@ -22353,7 +22362,7 @@ TEMPLATES |= {
         "模拟成交：不需要网络和密钥，存入本地文件",
     ),
     "help.description": (
-        "Collects the latest trades of stocks, currency pairs and crypto into MongoDB, or a local file.",
+        "Stores the latest trades of stocks, currency pairs, crypto in MongoDB or a file.",
         "获取股票、外汇、加密货币的最新成交，存入 MongoDB 或本地文件。",
     ),
     "help.discard": (

@@ -20,7 +20,6 @@ TERMS = (
     Term(r"latest trades?", ("最新成交",)),
     Term(r"closing prices?", ("收盘价",)),
     Term(r"final closes?", ("最终收盘价",)),
-    Term(r"closing snapshot", ("收盘快照",)),
     Term(r"auctions?", ("竞价",)),
     Term(r"after hours", ("盘后",)),
     Term(r"turnover", ("成交额",)),

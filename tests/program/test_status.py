@@ -346,7 +346,7 @@ def a_daemon_that_told(program: Program, told: dict[str, Any] | None) -> Iterato
     [
         ({}, []),
         ({"connections": 1, "streams": [LOST]}, ["1 of 2 connections to the stream stand"]),
-        ({"trouble": "stream: HTTP 401"}, ["collecting: stream: HTTP 401"]),
+        ({"trouble": "stream: HTTP 401"}, ["collecting fails (stream: HTTP 401)"]),
         (
             {"connections": 0, "connections_wanted": 0, "codes": 0, "polled": 800},
             ["the stream brings nothing, 800 codes polled instead"],

@@ -371,6 +371,17 @@ def test_a_line_is_cut_between_two_words(columns: int, text: str, shown: str) ->
 # ------------------------------------------------------------------------------------------------------
 
 
+def test_line_below_the_live_table_leaves_out_whole_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stockrt.SPOKEN, "language", "zh")
+    stats = stockrt.CollectStats(1, 1, 2, 0, 3.4, 114.0, 560.0, gaps_today=2)
+    words = stockrt.collect_words(stats)
+    assert stockrt.items_within(words, 200) == in_language(words, "zh")
+    assert stockrt.items_within(words, 60) == "1 个连接中 1 个已连上，已订阅 2 个代码，今日 2 处缺口"
+    failing = stockrt.collect_words(stats._replace(trouble=phrase("tools.stopped")))
+    assert stockrt.items_within(failing, 60).endswith("，已停止")
+    assert stockrt.items_within("", 60) == ""
+
+
 def test_closing_line_of_collecting_in_chinese() -> None:
     stats = stockrt.CollectStats(trades=7, stored=5, duplicates=2, dropped=1, gaps_today=1)
     words = stockrt._collected_words(stats, 3, 4.25)

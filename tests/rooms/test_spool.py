@@ -984,7 +984,7 @@ def test_rejects_are_listed(place: Place, run_pyz: RunPyz) -> None:
     refuse(place, documents[1])
     queued(place.state, documents)
     done = run_pyz("--drain", env=place.environ)
-    assert done.returncode == 1 and re.search(r"\b2 moved .*, 1 refused by it", done.stderr)
+    assert done.returncode == 1 and re.search(r"\b2 moved .*; 1 refused by it", done.stderr)
     lines = run_pyz("--rejects", env=place.environ).stdout.splitlines()
     assert len(lines) == 1 and documents[1]["_id"] in lines[0] and "MongoDB refused it" in lines[0]
     (reject,) = map(json.loads, run_pyz("--rejects", "--json", env=place.environ).stdout.splitlines())
@@ -1029,7 +1029,7 @@ def test_drain_and_rejects_in_chinese(place: Place, run_pyz: RunPyz) -> None:
     assert re.match(rf"{LOCAL_TIME}  \S+  {documents[1]['_id']}：", line)
     told = run_pyz("--status", env=environ).stdout
     assert re.search(r"^暂存队列 .*，1 个文档被拒绝：详见 --rejects$", told, re.M)
-    assert "1 个文档被 MongoDB 拒绝" in told.splitlines()[0]
+    assert "\n此外            1 个文档被 MongoDB 拒绝。处理办法：" in told
     done = run_pyz("--rejects", "--discard", env=environ)
     assert done.stderr == "已删除 1 个文档和 0 个损坏的文件（0.0 MB）\n"
 
