@@ -107,6 +107,12 @@ fail_of_usage() {
     fail "unknown argument '$1'; see ./build_pyz.sh --help" "未知参数“$1”；请看 ./build_pyz.sh --help" 64
 }
 
+# fail_of_fetch WHAT_IN_ENGLISH WHAT_IN_CHINESE: behind the words of who fetched it.
+fail_of_fetch() {
+    fail "could not fetch $1: see above; is the network there, HTTPS_PROXY right, or pip's mirror (PIP_INDEX_URL)?" \
+        "无法获取$2：原因见上；请检查网络、HTTPS_PROXY 或 pip 的镜像（PIP_INDEX_URL）"
+}
+
 # ---------------------------------------------------------------------------------- environments
 
 check_python() {
@@ -138,7 +144,7 @@ ensure_tools() {
         say "making the build tools in $tool" "正在 $tool 中准备构建工具" >&2
         "$python" -m venv --clear "$tool"
         "$tool/bin/python" -I -m pip --disable-pip-version-check install --quiet --no-deps \
-            --require-hashes --only-binary :all: -r "$tool_lock"
+            --require-hashes --only-binary :all: -r "$tool_lock" || fail_of_fetch "the build tools" "构建工具"
         stamp "$tool_lock" >"$tool/stamp"
     ) 9>"$build/lock"
     tell_uv_of_pip
@@ -242,7 +248,7 @@ fetch_all() {
             pids+=($!)
         done
         for pid in "${pids[@]}"; do
-            wait "$pid" || fail "could not fetch the wheels for $version" "无法获取 Python $version 的依赖包"
+            wait "$pid" || fail_of_fetch "the wheels for $version" " Python $version 的依赖包"
         done
     done
 }
@@ -555,7 +561,7 @@ ensure_test_env() {
     say "making the test environment in $venv" "正在 $venv 中准备测试环境" >&2
     uv venv --clear --python "$build/tool/bin/python" "$venv"
     uv pip install --no-deps --require-hashes --compile-bytecode \
-        --python "$venv/bin/python" -r "$here/tests/requirements.txt"
+        --python "$venv/bin/python" -r "$here/tests/requirements.txt" || fail_of_fetch "the test tools" "测试工具"
     stamp "$here/tests/requirements.txt" >"$venv/stamp"
 }
 

@@ -815,7 +815,12 @@ def whole_file(
 
 
 def need_plain_file(path: Path, setting: str) -> None:
-    """Raise StoreError where a name is there and is no file's: a new file would take the place of /dev/null itself."""
+    """Raise StoreError where a name is there and is no file's: a new file would take the place of /dev/null itself.
+
+    And where there is no directory for it.
+    """
+    if not path.parent.is_dir():
+        raise StoreError(phrase("tools.no_directory", path=path.parent, setting=setting))
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise StoreError(phrase("tools.no_plain_file", path=path, setting=setting))
 
@@ -868,7 +873,9 @@ def make_state_directory(directory: Path) -> None:
     with disk_trouble(phrase("tools.no_state_directory", path=directory)):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise StoreError(phrase("tools.foreign_state_directory", path=directory))
+        is_read_only = os.statvfs(directory).f_flag & os.ST_RDONLY
+        kind = "tools.read_only" if is_read_only else "tools.foreign_state_directory"
+        raise StoreError(phrase(kind, path=directory))
 
 
 def keep_owner(path: Path, directory: Path) -> None:
@@ -2810,7 +2817,7 @@ def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
     if codes:
         words = phrase("instruments.did_you_mean", why=why, codes=alternatives(codes))
     elif text.isdigit():
-        words = phrase("instruments.expected_digits", why=why)
+        words = phrase("instruments.expected_digits", n=len(text))
     else:
         words = phrase("instruments.expected_code", why=why)
     return UnclearCode(words, text, codes)
@@ -4702,6 +4709,16 @@ def _value_at(page: bytes, kind: int, at: int) -> tuple[str | int | None, int]:
 # ------------------------------------------------------------------------------------------------------
 
 
+def low_disk(path: Path, more: int = 0) -> str:
+    """Return why so many bytes more are too many for the disk of a file, '' where they are not. Raises StoreError."""
+    with disk_trouble(phrase("files.disk_unseen", path=path)):
+        disk = os.statvfs(path.parent)
+    free, kept = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize * DISK_KEPT_FREE
+    if free - more >= kept:
+        return ""
+    return phrase("files.no_room", path=path, free=free / 2**20, kept=kept / 2**20, share=DISK_KEPT_FREE)
+
+
 class LocalFile:
     """One of our SQLite files: WAL, fsynced at every commit, crash-only. Every method may be called by any thread.
 
@@ -4798,14 +4815,6 @@ class LocalFile:
         (pages,) = self.read_one("PRAGMA page_count")
         (unused,) = self.read_one("PRAGMA freelist_count")
         return pages, unused
-
-    def why_no_room(self, more: int) -> str:
-        """Return why so many bytes more are too many for the disk, '' where they are not. Raises StoreError."""
-        with disk_trouble(phrase("files.disk_unseen", path=self.path)):
-            disk = os.statvfs(self.path.parent)
-        if disk.f_bavail * disk.f_frsize - more >= disk.f_blocks * disk.f_frsize * DISK_KEPT_FREE:
-            return ""
-        return phrase("files.no_room", path=self.path, kept=DISK_KEPT_FREE)
 
     def bytes_beside(self) -> int:
         """Return the size of what SQLite keeps beside the file, in bytes. Raises StoreError."""
@@ -7059,7 +7068,7 @@ class Directory:
         raise InstrumentError(
             phrase(
                 "instruments.did_you_mean",
-                why=phrase("infoway.ambiguous"),
+                why=phrase("infoway.a_name" if is_name else "infoway.ambiguous"),
                 codes=alternatives(proposals),
             )
         )
@@ -8135,9 +8144,9 @@ class SqliteStore:
         """Store documents in one transaction. Raises StoreError when the file or the disk does not take them."""
         with self._file.lock:
             more = most_growth(self._file, documents)
-            if self._file.why_no_room(more):
+            if low_disk(self._file.path, more):
                 self._file.empty_log()  # what the log took is free again
-            why = self._file.why_no_room(more)
+            why = low_disk(self._file.path, more)
             if why:
                 raise StoreError(why)
             with self._file.write() as db:
@@ -8961,7 +8970,7 @@ class SqliteRetention:
         rows = self._file.read_all(query, self._passed, EXPIRED_AT_ONCE)
         before, now = self._bounds()
         if any(created < before for _, created in rows):
-            if self._file.why_no_room(EXPIRED_AT_ONCE * PAGES_PER_ROW * SQLITE_PAGE):
+            if low_disk(self._file.path, EXPIRED_AT_ONCE * PAGES_PER_ROW * SQLITE_PAGE):
                 self._file.empty_log()  # at the limit it is what keeps the next step from its room
             with self._file.write() as db:
                 delete = "DELETE FROM realtime WHERE seq BETWEEN ? AND ? AND create_time < ?"
@@ -9012,7 +9021,7 @@ class SqliteRetention:
         used = (pages - unused) * SQLITE_PAGE
         # half of it at least: else each round would write it anew
         is_much = unused * SQLITE_PAGE > max(SHRINK_ABOVE, used)
-        if is_much and used <= REWRITTEN_MOST and not self._file.why_no_room(used):
+        if is_much and used <= REWRITTEN_MOST and not low_disk(self._file.path, used):
             self._file.shrink()
 
 
@@ -9714,11 +9723,10 @@ class DeliveryQueue:
 
     def _find_room(self, documents: Collection[Document]) -> None:
         """Raise QueueFull if the file or the disk could come to its limit with these documents."""
-        pages, _ = self._file.pages()
         more = most_growth(self._file, documents)
-        if pages * SQLITE_PAGE + self._file.bytes_beside() + more > self._max_bytes:
+        if self._bytes() + more > self._max_bytes:
             raise QueueFull(phrase("delivery.full", path=self._file.path, limit=self._max_bytes >> 20))
-        why = self._file.why_no_room(more)
+        why = low_disk(self._file.path, more)
         if why:
             raise QueueFull(why)
 
@@ -9813,8 +9821,11 @@ class DeliveryQueue:
             return QueueStats(refused=self.refused)
         oldest = "SELECT create_time FROM realtime WHERE demo IS NULL ORDER BY seq LIMIT 1"
         (since,) = self._file.read_one(oldest) or (None,)
-        pages, unused = self._file.pages()
-        return QueueStats(self.trades, (pages - unused) * SQLITE_PAGE, since, refused=self.refused)
+        return QueueStats(self.trades, self._bytes(), since, refused=self.refused)
+
+    def _bytes(self) -> int:
+        """Return what SPOOL_MAX_MB limits."""
+        return self._file.pages()[0] * SQLITE_PAGE + self._file.bytes_beside()
 
     def shrink(self) -> None:
         """Give the disk back what a long absence of MongoDB took, if that is much."""
@@ -14342,39 +14353,13 @@ RECEIPT_GRACE_S = 3.0
 STOP_MARGIN_S = 4.0
 
 
-class CollectFacts(TypedDict, total=False):
-    """What the daemon tells of collecting, and `at` when: CollectStats, and more where it goes on; None: not known.
-
-    `streams`: of each connection its product, how many codes it is for, how many are subscribed, its state and why.
-    """
-
-    at: str
-    connections: int
-    connections_wanted: int
-    codes: int
-    polled: int
-    per_second: float
-    delay_p50_ms: object
-    delay_p99_ms: object
-    gaps_today: int
-    trades: int
-    stored: int
-    duplicates: int
-    dropped: int
-    missed_beats: int
-    trouble: str
-    streams: list[StreamFacts]
-    gaps_open: int
-    refused: int
-    refused_why: str
-
-
 class DaemonStatus(TypedDict, total=False):
-    """What the daemon tells --status, in a file; times are ISO 8601 UTC."""
+    """What the daemon tells --status, in a file; times are ISO 8601 UTC. `collecting`: CollectStats, and `at` when."""
 
     version: str
     pid: int
     platform: str
+    url: str
     connected_since: str
     last_contact: str
     lost_since: str
@@ -14382,7 +14367,7 @@ class DaemonStatus(TypedDict, total=False):
     stopped: str
     keys: list[KeyState]
     spool_refused: int
-    collecting: CollectFacts
+    collecting: dict[str, Any]
 
 
 def read_status(directory: Path) -> DaemonStatus:
@@ -14394,30 +14379,35 @@ def read_status(directory: Path) -> DaemonStatus:
     if is_deep(told):
         return {}
     told = unpacked(told)
-    return cast(DaemonStatus, told) if _fits(told, DaemonStatus) else {}
+    fits = _fits(told, DaemonStatus) and _fits(told.get("collecting", {}), CollectStats)
+    return cast(DaemonStatus, told) if fits else {}
 
 
 def _fits(value: object, kind: Any) -> bool:
-    """Whether a value from JSON is of a type that stands in DaemonStatus."""
-    if is_typeddict(kind):
-        if not isinstance(value, dict) or not kind.__required_keys__ <= value.keys():
+    """Whether a value from JSON is of a type that stands in DaemonStatus; a float may be unknown."""
+    if is_typeddict(kind) or kind is CollectStats:
+        needed: frozenset[str] = getattr(kind, "__required_keys__", frozenset())
+        if not isinstance(value, dict) or not needed <= value.keys():
             return False
         hints = get_type_hints(kind)
         return all(_fits(inner, hints[name]) for name, inner in value.items() if name in hints)
-    if get_origin(kind) is list:
+    if get_origin(kind) is dict:
+        return isinstance(value, dict)
+    if get_origin(kind) in (list, Sequence):
         return isinstance(value, list) and all(_fits(inner, get_args(kind)[0]) for inner in value)
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    return kind is object or type(value) is kind or (kind is str and isinstance(value, Phrase))
+    is_unknown = kind is float and value is None
+    return is_unknown or type(value) is kind or (kind is str and isinstance(value, Phrase))
 
 
-def collect_facts(stats: CollectStats) -> CollectFacts:
+def collect_facts(stats: CollectStats) -> dict[str, Any]:
     """Return what the status file has of collecting: what is told of it now."""
     facts = stats._asdict() | {"at": iso(utc_now())}
     for name, value in facts.items():
         if isinstance(value, float) and math.isnan(value):
             facts[name] = None
-    return cast(CollectFacts, facts)
+    return facts
 
 
 class Answered(NamedTuple):
@@ -15180,6 +15170,7 @@ class Clerk(threading.Thread):
         self._too_long: set[int] = set()
         self._wanted: list[int] = []
         self._status: DaemonStatus = {"version": __version__, "pid": os.getpid(), "platform": "not connected"}
+        self._status["url"] = settings.platform_url()
         if not settings.platform_url():
             self._status["platform"] = NO_NEED
         before = read_status(settings.state_directory)
@@ -18193,6 +18184,14 @@ def cut_between_words(text: str, columns: int) -> str:
     return fitting(lines_within(text, columns - 1)[0], columns - 1) + "…"
 
 
+def items_within(words: str, columns: int) -> str:
+    """Return a list without so many items before its last one, which may be a trouble, that it fits a terminal."""
+    parts = [*words.values["parts"]] if isinstance(words, Phrase) and words.kind == "join.commas" else [words]
+    while len(parts) > 2 and columns_of(for_reader(listing("join.commas", parts))) > columns:
+        del parts[-2]
+    return cut_between_words(for_reader(listing("join.commas", parts)), columns)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     import argparse
@@ -18286,7 +18285,7 @@ def _print_help(text: str, *_: object) -> None:
 
 
 def _refuse_arguments(message: str) -> NoReturn:
-    raise UsageError(phrase("usage.see_help", words=argparse_words(message)))
+    raise UsageError(argparse_words(message))
 
 
 def _refuse_unknown(unknown: Sequence[str], options: Options) -> NoReturn:
@@ -18294,21 +18293,22 @@ def _refuse_unknown(unknown: Sequence[str], options: Options) -> NoReturn:
     import difflib
 
     names = [name for name in vars(Options) if not name.startswith("_")]
-    flags = ["--help", *(f"--{name.replace('_', '-')}" for name in names)]
+    flags = ["help", *(name.strip("_").replace("_", "-") for name in names)]
     text = " ".join(unknown)
-    typed = re.findall(r"[-–—]+\w[\w-]*", text)
+    typed = re.findall(r"[-–—]+(\w[\w-]*)", text)
     near = [flag for one in typed for flag in difflib.get_close_matches(one, flags, n=1)]
-    near += [f"--{word}" for word in text.split() if f"--{word}" in flags]
+    near += [word for word in text.split() if word in flags]
     words = phrase("usage.unknown", arguments=text)
     if near:
-        raise UsageError(phrase("usage.did_you_mean", words=words, flags=" ".join(near)))
+        raise UsageError(
+            phrase("usage.did_you_mean", words=words, flags=" ".join(f"--{one}" for one in near))
+        )
     given = [name for name in names if _is_given(options, name)]
-    kind = "usage.see_help"
-    if options.show is not None and options.html is None:
-        kind = "usage.codes_after_show"
-    elif not given or any(name in GOES_WITH["codes"] for name in given):
-        kind = "usage.codes_after"
-    raise UsageError(phrase("usage.see_help" if typed else kind, words=words))
+    if not {"start", "stop", "restart"}.isdisjoint(unknown):
+        words = phrase("usage.service", words=words)
+    elif not typed and (not given or any(name in GOES_WITH["codes"] for name in given)):
+        words = phrase("usage.codes_after", words=words)
+    raise UsageError(words)
 
 
 def _add_commands(what: Any) -> None:
@@ -18539,21 +18539,20 @@ def _codes_of(options: Options) -> Iterator[str]:
 
 def with_kinds(text: str, told: Iterable[object]) -> str:
     """Return a line of the log with the kinds of the reasons in it behind it: they stay when words are mended."""
-    words = [one.message if isinstance(one, StockrtError) else one for one in told]
-    kinds = dict.fromkeys(chain.from_iterable(map(kinds_in, words)))
+    kinds = dict.fromkeys(chain.from_iterable(map(kinds_in, _reasons_in(told))))
     return f"{text} [{', '.join(kinds)}]" if kinds else text
 
 
-def _reasons_by_hand(told: Iterable[object]) -> list[str]:
-    """Return of a line of the log, whose frame is English, what tells the person who typed the command a reason."""
+def _reasons_in(told: Iterable[object]) -> list[Phrase]:
+    """Return what of a line of the log, whose frame is English, tells a reason."""
     words = [one.message if isinstance(one, StockrtError) else one for one in told]
-    return [one for one in words if isinstance(one, str) and any(kinds_in(one))]
+    return [one for one in words if isinstance(one, Phrase) and any(kinds_in(one))]
 
 
 class _Redacting(logging.Formatter):
     """Formats a record, tracebacks included, and takes every secret out, also of settings that were read anew.
 
-    `by_hand`: a person typed the command, and reads the reasons in the language that this one speaks.
+    `by_hand`: a person typed the command, and is told reasons as any other words, in that one's language.
     """
 
     def __init__(self, journal: bool = False, by_hand: bool = False) -> None:
@@ -18562,10 +18561,11 @@ class _Redacting(logging.Formatter):
         self._by_hand = by_hand
 
     def format(self, record: logging.LogRecord) -> str:
-        reasons = _reasons_by_hand(record.args or ())
-        if self._by_hand and reasons and SPOKEN.language != ENGLISH:
-            words = phrase("cli.error", words=listing("join.commas", reasons))
-            return mask(local_times(for_reader(words)), HIDDEN.secrets)
+        if self._by_hand:
+            reasons = _reasons_in(record.args or ())
+            if reasons and (record.msg == "%s" or SPOKEN.language != ENGLISH):
+                words = phrase("cli.error", words=listing("join.commas", reasons))
+                return mask(local_times(for_reader(words)), HIDDEN.secrets)
         text = mask(local_times(super().format(record)), HIDDEN.secrets)
         if isinstance(record.args, tuple):
             first, *rest = text.split("\n", 1)
@@ -18849,15 +18849,7 @@ def reload_on_hangup(daemon: Daemon) -> None:
 LONG_RUN_S, DRAW_EVERY_S = 2.0, 0.5
 
 
-class ByHand(Events):
-    """Tells the person who typed a command, in that one's language, what became of a local file."""
-
-    def set_aside(self, words: str) -> None:
-        """Say it."""
-        say(phrase("cli.error", words=words), logging.ERROR)
-
-
-class Terminal(ByHand):
+class Terminal(Events):
     """Shows a run to a person: rows as they come, and a bar on a terminal's stderr once it is a long one.
 
     Long is what has more than `bar_above` of its `unit` (a kind of words), or takes LONG_RUN_S. Any thread may call it.
@@ -18998,7 +18990,7 @@ def run_once(options: Options, settings: Settings) -> int:
 def note_run(settings: Settings, started_at: float, report: Report) -> None:
     """Keep what came of a run, for --status and --executions; that it cannot be kept costs the run nothing."""
     try:
-        with contextlib.closing(Journal(settings.state_directory, events=ByHand())) as journal:
+        with contextlib.closing(Journal(settings.state_directory)) as journal:
             journal.note_run(started_at, *report_result({"workflow_name": "--once"}, report, settings))
     except StoreError as error:
         log.warning("%s", phrase("cli.run_not_noted", why=error.message))
@@ -19135,7 +19127,7 @@ class LiveTable:
             lines = self._table.lines(found[:room], time.time(), lit=True)
             if len(found) > room:
                 lines.append(f"… {for_reader(count_words(len(found) - room, 'more code'))}")
-            self._screen.draw([*lines, cut_between_words(for_reader(self.status), width)], anew=is_resized)
+            self._screen.draw([*lines, items_within(self.status, width)], anew=is_resized)
         except OSError:
             self.is_gone = True
         self._due = time.monotonic() + REDRAW_S
@@ -19170,7 +19162,7 @@ class LiveTable:
                 self._quotes[code] = with_trade(one, before.trade)  # it may wait for MongoDB
 
 
-class Ticks(ByHand):
+class Ticks(Events):
     """Prints trades as they are stored, those that wait for MongoDB, too, on a thread of its own.
 
     What was printed just before, or is the latest of its code, is not printed again. A reader that went away sets
@@ -19394,7 +19386,7 @@ def _checks(loaded: LoadedSettings, is_service_hidden: bool) -> Iterator[Check]:
         words = ""
         try:
             looked_at = opened.enter_context(without_traces(settings))
-            pipeline = opened.enter_context(Pipeline(looked_at, ByHand(), only_looks=True))
+            pipeline = opened.enter_context(Pipeline(looked_at, only_looks=True))
         except StockrtError as error:
             words = error.message
         api, keys = None, [ApiKey(*one) for one in settings.key_plans()]
@@ -19431,18 +19423,29 @@ def _check_state_directory(settings: Settings) -> Check:
         if settings.state_directory.is_dir():
             make_state_directory(settings.state_directory)  # looks whether this user may write there
             words = phrase("cli.can_be_written", path=settings.state_directory)
+            low = low_disk(settings.state_directory / SQLITE_NAME)
+            if low:
+                return Check(name, False, low)
         with without_traces(settings):
             return Check(name, True, words)
     except StoreError as error:
         return Check(name, False, error.message)
 
 
-def _to_collect_words(found: Resolved) -> Phrase:
+def _collected_codes(
+    settings: Settings, mongo: MongoStore | None = None, finder: Directory | None = None
+) -> tuple[Check, list[Instrument]]:
+    """Say what is to be collected, and which codes are not, and return the instruments."""
+    name = phrase("cli.of_codes")
+    try:
+        found = resolve(WatchList(settings, mongo).codes(), finder, threading.Event())
+    except StockrtError as error:
+        return Check(name, False, error.message), []
     words = phrase("cli.to_collect", n=len(found.instruments))
     if found.refused:
         count, codes = len(found.refused), found.refused_words()
         words = phrase("cli.to_collect_but", words=words, n=count, codes=codes)
-    return words
+    return Check(name, not found.refused, words), [*found.instruments.values()]
 
 
 def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]:
@@ -19450,24 +19453,19 @@ def _check_collecting(settings: Settings, pipeline: Pipeline) -> Iterator[Check]
 
     A connection may count against the key's limit for minutes after its end: none is made where the daemon has some.
     """
-    stop, name = threading.Event(), phrase("cli.of_codes")
-    try:
-        found = resolve(WatchList(settings, pipeline.mongo).codes(), pipeline.directory, stop)
-    except StockrtError as error:
-        yield Check(name, False, error.message)
-        return
-    yield Check(name, bool(found.instruments and not found.refused), _to_collect_words(found))
-    products = [one.product for one in found.instruments.values()]
+    check, instruments = _collected_codes(settings, pipeline.mongo, pipeline.directory)
+    yield check
+    products = [one.product for one in instruments]
     if not (settings.collect and products):
         return
     told = read_status(settings.state_directory).get("collecting", {})
     if told.get("connections_wanted") and daemon_runs(settings.state_directory):
-        facts = dict.fromkeys(CollectFacts.__annotations__) | told
+        facts = dict.fromkeys(("at", *CollectStats._fields)) | told
         faults = [trouble.what for trouble in _collect_faults(settings, facts)]
         words = phrase("cli.daemon_streams", words=_collect_line(facts))
         yield Check(phrase("cli.of_stream"), not faults, listing("join.clauses", faults or [words]))
         return
-    limits = pipeline.stream_limits(stop)
+    limits = pipeline.stream_limits(threading.Event())
     for key in pipeline.keys.keys:
         yield _check_stream(settings, key, products[0], limits.get(key.digest))
 
@@ -19586,8 +19584,8 @@ class StatusReport(TypedDict):
     """What --status shows, and prints as JSON.
 
     `status`: one of STATUS_WORDS. `collecting`: what the daemon told last of collecting without pause, None where
-    nothing is to be collected. `wrong`: what is, in words, and `to_do` what mends it. `totals`: what was counted
-    since the first execution, and `since` when; empty before.
+    nothing is to be collected. `wrong`: what is, in words, and `to_do` ends with what mends each. `totals`: what was
+    counted since the first execution, and `since` when; empty before.
     """
 
     status: str
@@ -19631,19 +19629,27 @@ def gather_status(settings: Settings, is_installed: bool = False, is_faulty: boo
     }
     daemon: DaemonFacts = {"running": daemon_runs(directory)}
     states: Sequence[KeyState] = ()
+    troubles: list[Trouble] = []
     if daemon["running"]:
         platform["state"] = told.get("platform", "not connected")
         if platform["state"] == "not connected":
             platform |= {"lost_since": told.get("lost_since"), "lost_because": told.get("lost_because")}
         daemon |= {"pid": told.get("pid"), "version": told.get("version")}
         states = told.get("keys", [])
-    troubles: list[Trouble] = []
-    module_hash = ""
-    try:
+        url = told.get("url", platform["url"]) or None
+        if url != platform["url"] and not is_faulty:
+            none = phrase("cli.none_set")
+            words = phrase("cli.other_platform", url=url or none, other=platform["url"] or none)
+            troubles.append(Trouble(words, phrase("cli.restart")))
+        platform["url"] = url
+    module_hash, spool, keys = "", None, list[KeyUsage]()
+    with _noted_in(troubles):
         module_hash = read_hash(directory)
-    except StoreError as error:
-        troubles.append(Trouble(error.message, phrase("cli.tries_again")))
-    with without_traces(settings) as looked_at, Pipeline(looked_at, ByHand()) as pipeline:
+    with (
+        _noted_in(troubles),
+        without_traces(settings) as looked_at,
+        Pipeline(looked_at) as pipeline,
+    ):
         spool, keys = pipeline.queued(told.get("spool_refused", 0)), pipeline.usage(states)
     status: StatusReport = {
         "status": "",
@@ -19663,34 +19669,50 @@ def gather_status(settings: Settings, is_installed: bool = False, is_faulty: boo
         "to_do": [],
     }
     if settings.collects or (daemon["running"] and told.get("collecting")):
-        status["collecting"] = dict.fromkeys(CollectFacts.__annotations__) | told.get("collecting", {})
+        status["collecting"] = dict.fromkeys(("at", *CollectStats._fields)) | told.get("collecting", {})
     if (directory / JOURNAL_NAME).exists():
-        troubles += _ask_journal(directory, status)
+        with _noted_in(troubles):
+            troubles += _ask_journal(directory, status)
     troubles += _what_is_wrong(settings, status)
     if is_faulty:
-        status |= {"store": phrase("cli.unknown"), "platform": platform | {"url": phrase("cli.unknown")}}
+        status["store"] = phrase("cli.unknown")
+        if not daemon["running"]:
+            platform["url"] = phrase("cli.unknown")
         troubles.append(Trouble(phrase("cli.settings_are_faulty"), phrase("cli.mend_settings")))
-    status["wrong"] = [trouble.what for trouble in troubles]
-    status["to_do"] = list(dict.fromkeys(trouble.to_do for trouble in troubles))
+    status["wrong"] = [trouble.what for trouble in dict.fromkeys(troubles)]
+    status["to_do"] = [trouble.to_do for trouble in dict.fromkeys(troubles)]
     status["status"] = STATUS_WORDS[STATUS_WRONG if troubles else STATUS_WELL]
     if not daemon["running"]:
         status["status"] = STATUS_WORDS[STATUS_NOT_RUNNING]
     if not (daemon["running"] or is_faulty):
         log_of_it = [phrase("cli.see_journal", service=UNIT.removesuffix(".service"))] * is_installed
-        status["to_do"][:0] = [_how_to_start(settings), *log_of_it]
+        status["to_do"][:0] = [_how_to_start(settings, is_installed), *log_of_it]
     return status
 
 
-def _how_to_start(settings: Settings) -> Phrase:
+@contextlib.contextmanager
+def _noted_in(troubles: list[Trouble]) -> Iterator[None]:
+    """Go on where a part of what is looked at cannot be: what else there is may be all the more of use."""
+    try:
+        yield
+    except StoreError as error:
+        troubles.append(Trouble(error.message, phrase("cli.see_check")))
+
+
+def _how_to_start(settings: Settings, is_installed: bool) -> Phrase:
     if not settings.platform_url() and not settings.collects:
         return phrase("cli.needs_no_daemon")
-    return phrase("cli.start_it", service=UNIT.removesuffix(".service"))
+    return (
+        phrase("cli.start_it", service=UNIT.removesuffix(".service"))
+        if is_installed
+        else phrase("cli.run_it")
+    )
 
 
 def _ask_journal(directory: Path, status: StatusReport) -> list[Trouble]:
     """Fill in what the journal knows, and return what is wrong by it. Raises StoreError."""
     troubles = []
-    with contextlib.closing(Journal(directory, events=ByHand())) as journal:
+    with contextlib.closing(Journal(directory)) as journal:
         status["waiting"] = journal.count_waiting(bool(status["daemon"]["running"]))
         totals, last = journal.totals(), journal.last(1, only_ended=True)
     if totals:
@@ -19716,24 +19738,40 @@ def _whole_or_partial(one: ExecutionFacts) -> str:
 
 
 def _what_is_wrong(settings: Settings, status: StatusReport) -> list[Trouble]:
-    """Return what is wrong beside what the journal knows of."""
-    wrong = []
-    if status["daemon"]["running"] and status["platform"]["state"] not in ("connected", NO_NEED):
+    """Return what is wrong beside what the journal knows of. Raises StoreError."""
+    wrong, running, platform = [], status["daemon"]["running"], status["platform"]
+    if running and platform["lost_because"]:
+        why = one_line(platform["lost_because"])
+        words = phrase("tools.because", what=phrase("cli.no_connection"), why=why)
+        wrong.append(Trouble(words, phrase("cli.dials_again")))
+    elif running and platform["state"] not in ("connected", NO_NEED):
         wrong.append(Trouble(phrase("cli.no_connection"), phrase("cli.tries_again")))
-    if status["daemon"]["running"] and status["collecting"] is not None:
+    if running and status["collecting"] is not None:
         wrong += _collect_faults(settings, status["collecting"])
+    low = settings.state_directory.is_dir() and low_disk(settings.state_directory / SQLITE_NAME)
+    if low:
+        wrong.append(Trouble(low, phrase("cli.make_room")))
     spool, keys = status["spool"], status["keys"]
     if spool is not None and spool["trades"]:
-        words = phrase("cli.wait_for_mongodb", trades=waiting_words(spool["trades"]))
-        wrong.append(Trouble(words, phrase("cli.they_follow")))
+        words, to_do = (
+            phrase("cli.wait_for_mongodb", trades=waiting_words(spool["trades"])),
+            "cli.they_follow",
+        )
+        if spool["refused"]:
+            lost = phrase("cli.no_room", count=spool["refused"])
+            words, to_do = listing("join.commas", [words, lost]), "cli.raise_spool"
+        elif not running:
+            to_do = "cli.drain_them"
+        wrong.append(Trouble(words, phrase(to_do)))
     if spool is not None and spool["rejects"]:
         words = phrase("cli.refused", documents=count_words(spool["rejects"], "document"))
         wrong.append(Trouble(words, phrase("cli.see_rejects")))
     if status["damaged_files"]:
         words = phrase("cli.set_aside", files=count_words(status["damaged_files"], "damaged file"))
         wrong.append(Trouble(words, phrase("cli.see_lost")))
-    out = [key["key"] for key in keys if key["state"] == "out"]
-    wrong += [Trouble(phrase("cli.key_is_out", key=key), phrase("cli.renew_plan")) for key in out]
+    for key in [key for key in keys if key["state"] == "out"]:
+        to_do = "cli.renew_plan" if key["ends_soon"] else "cli.replace_key"
+        wrong.append(Trouble(phrase("cli.key_is_out", key=key["key"]), phrase(to_do)))
     if keys and all(key["state"] == "resting" for key in keys):
         wrong.append(Trouble(phrase("cli.every_key_rests"), phrase("cli.wait_or_add")))
     return wrong
@@ -19794,7 +19832,7 @@ def run_status(settings: Settings, as_json: bool, unit: Unit | None = None, is_f
         show_json(status)
         return code
     lines = [
-        ("cli.of_status", _status_line(status["status"], status["wrong"], status["to_do"])),
+        *_status_lines(status["status"], status["wrong"], status["to_do"]),
         ("cli.of_version", status["version"]),
         ("cli.of_daemon", _daemon_line(status["daemon"])),
         ("cli.of_registration", status["registration"] or _unregistered(status["platform"])),
@@ -19835,12 +19873,19 @@ def _state_words(state: str) -> str:
     return phrase(STATES[state]) if state in STATES else state
 
 
-def _status_line(status: str, wrong: Sequence[str], to_do: Sequence[str]) -> str:
-    """Return whether all is well, and if not, what is wrong and what to do."""
-    words, cure = _state_words(status), listing("join.clauses", to_do)
-    if wrong:
-        return phrase("cli.wrong_to_do", status=words, wrong=listing("join.clauses", wrong), to_do=cure)
-    return phrase("cli.to_do", status=words, to_do=cure) if to_do else words
+def _status_lines(status: str, wrong: Sequence[str], to_do: Sequence[str]) -> list[tuple[str, str]]:
+    """Return whether all is well, and each thing that is wrong with what mends it, which ends `to_do`."""
+    begin = len(to_do) - len(wrong)
+    parts = [
+        phrase("cli.to_do", what=what, to_do=one) for what, one in zip(wrong, to_do[begin:], strict=True)
+    ]
+    words = _state_words(status)
+    if begin:
+        parts.insert(0, phrase("cli.to_do", what=words, to_do=listing("join.clauses", to_do[:begin])))
+    elif parts:
+        parts[0] = phrase("tools.because", what=words, why=parts[0])
+    lines = [("cli.of_trouble", part) for part in parts]
+    return [("cli.of_status", parts[0] if parts else words), *lines[1:]]
 
 
 def _stream_line(stream: Mapping[str, Any]) -> Phrase:
@@ -19879,7 +19924,7 @@ def _show_unknown(as_json: bool) -> int:
         show_json(unknown | known | {"wrong": why, "to_do": to_do})
         return STATUS_UNKNOWN
     lines = [
-        ("cli.of_status", _status_line(STATUS_WORDS[STATUS_UNKNOWN], why, to_do)),
+        *_status_lines(STATUS_WORDS[STATUS_UNKNOWN], why, to_do),
         ("cli.of_version", __version__),
     ]
     others = ("cli.of_daemon", "cli.of_registration", "link.platform", "cli.of_store", "cli.of_waiting")
@@ -19908,7 +19953,7 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
         raise StoreError(phrase("cli.hidden", unit=UNIT))
     found: list[ExecutionFacts] = []
     if (settings.state_directory / JOURNAL_NAME).exists():
-        with contextlib.closing(Journal(settings.state_directory, events=ByHand())) as journal:
+        with contextlib.closing(Journal(settings.state_directory)) as journal:
             found = journal.last(count)
     outcomes = [for_reader(_state_words(_whole_or_partial(one))) for one in found]
     width = max(map(columns_of, outcomes), default=0)
@@ -19919,20 +19964,18 @@ def run_executions(count: int, settings: Settings, as_json: bool) -> int:
     return EXIT_OK
 
 
-# What a message says of codes that failed.
-FAILED_KINDS = ("events.all_failed", "events.failed")
-
-
 def _execution_lines(one: ExecutionFacts, outcome: str) -> Phrase:
     """Return an execution for a person: when, its outcome, what, why, and a line for each reason of failures."""
-    result, message, more = one["result"] or {}, one["message"] or "", []
+    result, why, more = one["result"] or {}, "", list[Phrase]()
     failures = result.get("failures", {})
+    if one["status"] == "failure" and not failures:  # which tell it themselves
+        why = one["message"] or ""
     if result:
         stored = phrase("protocol.stored", reached=result.get("success_count"), total=result.get("total"))
-        # once is enough
-        message = _without_clauses(message, stored, bool(failures))
-        if one["status"] != "failure" or not message.startswith(stored):
+        if stored not in why:
             more.append(stored)
+        if failures and result.get("kept_count"):
+            more.append(count_words(result["kept_count"], "kept trade"))
     if one["ended_at"] and one["delivered"] is False:
         more.append(phrase("cli.undelivered"))
     words: str = phrase(
@@ -19944,8 +19987,8 @@ def _execution_lines(one: ExecutionFacts, outcome: str) -> Phrase:
     )
     if more:
         words = listing("join.columns", [words, listing("join.commas", more)])
-    if one["status"] == "failure" and message:
-        words = phrase("tools.because", what=words, why=message)
+    if why:
+        words = phrase("tools.because", what=words, why=why)
     return listing("join.lines", [one_line(words, 600), *failure_lines(failures)])
 
 
@@ -19953,19 +19996,6 @@ def failure_lines(failures: Mapping[str, str]) -> list[Phrase]:
     """Return a line for each reason why codes failed, with all of them."""
     groups = by_reason(failures).items()
     return [phrase("cli.failed_code", code=listing("join.names", codes), why=why) for why, codes in groups]
-
-
-def _without_clauses(message: str, clause: str, are_listed: bool) -> str:
-    """Return a message without a clause that stands beside it, and without failures, where they `are_listed` below.
-
-    One of an older version is but a text.
-    """
-    if not (isinstance(message, Phrase) and message.kind == "join.clauses"):
-        return message
-    kept = [part for part in message.values["parts"] if part != clause]
-    if are_listed:
-        kept = [part for part in kept if not (isinstance(part, Phrase) and part.kind in FAILED_KINDS)]
-    return listing(message.kind, kept)
 
 
 def _daemon_line(daemon: DaemonFacts) -> Phrase:
@@ -19994,8 +20024,7 @@ def _platform_line(platform: PlatformFacts) -> Phrase:
     if platform["state"] == "connected":
         return phrase("cli.connected_since", url=url, since=platform["connected_since"])
     if platform["lost_because"]:
-        since, why = platform["lost_since"], one_line(platform["lost_because"])
-        return phrase("cli.lost", url=url, since=since, why=why)
+        return phrase("cli.lost", url=url, since=platform["lost_since"])
     if platform["last_contact"]:
         return phrase("cli.last_contact", url=url, state=state, at=platform["last_contact"])
     return phrase("cli.platform", url=url, state=state)
@@ -20009,7 +20038,8 @@ def _key_line(key: KeyUsage) -> Phrase:
         state = phrase("cli.until", state=state, until=key["until"])
     if key["why"]:
         state = phrase("cli.for_reason", state=state, why=key["why"])
-    clauses: list[str] = [listing("join.columns", [key["key"], key["plan"], _quota_words(key), state])]
+    plan = phrase("cli.key_plan", plan=key["plan"].lower())
+    clauses: list[str] = [listing("join.columns", [key["key"], plan, _quota_words(key), state])]
     if key["ends_soon"]:
         clauses.append(key["ends_soon"])
     if key["not_for"]:
@@ -20052,10 +20082,10 @@ def run_drain(settings: Settings, retry: bool) -> int:
             terminal.close()
             moved, rejected, left = pipeline.delivered()
             place = settings.mongodb_shown()
-            words = phrase("cli.drained", moved=moved, place=place, left=left)
+            clauses = [phrase("cli.drained", moved=moved, place=place, left=left)]
             if rejected:
-                words = phrase("cli.drained_but", moved=moved, place=place, rejected=rejected, left=left)
-            say(words)
+                clauses.append(phrase("cli.rejected", count=rejected))
+            say(listing("join.clauses", clauses))
     if left and stop.is_set():
         return EXIT_INTERRUPTED
     return EXIT_FAILED if rejected else EXIT_OK
@@ -20063,7 +20093,7 @@ def run_drain(settings: Settings, retry: bool) -> int:
 
 def run_retain(settings: Settings) -> int:
     """Remove trades older than KEEP_DAYS, and say what is kept. Raises StoreError where something is in the way."""
-    with Pipeline(settings, ByHand()) as pipeline:
+    with Pipeline(settings) as pipeline:
         why = pipeline.apply_retention()
         if why:
             raise StoreError(phrase("cli.not_retained", days=settings.keep_days, why=why))
@@ -20088,10 +20118,11 @@ def run_backfill(options: Options, settings: Settings) -> int:
                 done, failed, added = done + 1, failed + bool(row.why and row.is_failed), added + row.added
                 show(_backfilled_words(row))
         terminal.close()
-    kind = "cli.backfill_interrupted" if stop.is_set() else "cli.backfill_done"
-    say(phrase(kind, codes=count_words(done, "code"), failed=failed, added=added))
+    words = phrase("cli.backfill_done", codes=count_words(done, "code"), failed=failed, added=added)
     if stop.is_set():
+        say(listing("join.commas", [words, phrase("cli.goes_on")]))
         return EXIT_INTERRUPTED
+    say(words)
     return EXIT_FAILED if failed else EXIT_OK
 
 
@@ -20106,7 +20137,7 @@ def _backfilled_words(row: Backfilled) -> Phrase:
 
 def discard_rejects(settings: Settings) -> int:
     """Delete what MongoDB refused for good, and the damaged files that were set aside; say how much that was."""
-    with Pipeline(settings, ByHand()) as pipeline:
+    with Pipeline(settings) as pipeline:
         rejects = pipeline.discard_rejects()
     files = damaged_files(settings.state_directory)
     size = sum(path.stat().st_size for path in files)
@@ -20120,7 +20151,7 @@ def discard_rejects(settings: Settings) -> int:
 
 def run_rejects(settings: Settings, as_json: bool) -> int:
     """Print what MongoDB refused for good, oldest first, and which damaged files were set aside."""
-    with Pipeline(settings, ByHand()) as pipeline:
+    with Pipeline(settings) as pipeline:
         rejects = pipeline.rejects()
     for reject in rejects:
         where = listing("join.columns", [reject["rejected_at"], reject["collection"], reject["_id"]])
@@ -20135,7 +20166,7 @@ def run_rejects(settings: Settings, as_json: bool) -> int:
 def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     """Print the instruments whose code or name holds a text; exit status 1 where there are none."""
     stop = stop_on_signals()
-    with Pipeline(settings, ByHand()) as pipeline:
+    with Pipeline(settings) as pipeline:
         found, why = pipeline.symbols(text, stop)
     width = min(NAME_COLUMNS, max((columns_of(symbol.name) for symbol in found), default=0))
     for symbol in found:
@@ -20157,7 +20188,7 @@ def reader_of(options: Options, settings: Settings) -> Iterator[Reader]:
     """Give what a view reads from; where nothing is stored yet it leaves no trace. Raises StoreError."""
     with (
         without_traces(settings) as looked_at,
-        Pipeline.open_reader(looked_at, options.demo, ByHand()) as reader,
+        Pipeline.open_reader(looked_at, options.demo) as reader,
     ):
         yield reader
 
@@ -20421,25 +20452,16 @@ def run_check_settings(loaded: LoadedSettings, is_service_hidden: bool) -> int:
     if not loaded.settings.platform_url():
         words = listing("join.clauses", [check.words, _without_platform(loaded.settings)])
         check = check._replace(words=words)
-    checks = [check, *_check_forms(loaded.settings)]
+    checks, text = [check], loaded.settings.collect_codes
+    if text and text != WATCH:
+        codes, found = _collected_codes(loaded.settings)
+        if not codes.good:  # the lists may know those of shared names
+            good = bool(found) or any(code.upper() in SHARED_NAMES for code in split_codes(text))
+            words = listing("join.clauses", [codes.words, phrase("cli.lists_not_asked")])
+            checks.append(Check(codes.name, good, words))
     for one in checks:
         show(local_times(for_reader(_check_line(one))))
     return EXIT_OK if all(one.good for one in checks) else EXIT_FAILED
-
-
-def _check_forms(settings: Settings) -> list[Check]:
-    """Say which codes of COLLECT_CODES cannot be collected as far as their forms tell: nobody is asked."""
-    if not settings.collect_codes or settings.collect_codes == WATCH:
-        return []
-    try:
-        found = resolve(WatchList(settings, None).codes(), None, threading.Event())
-    except StockrtError as error:
-        return [Check(phrase("cli.of_codes"), False, error.message)]
-    may_be_listed = any(code.upper() in SHARED_NAMES for code in found.refused)
-    words = listing("join.clauses", [_to_collect_words(found), phrase("cli.lists_not_asked")])
-    return [Check(phrase("cli.of_codes"), bool(found.instruments) or may_be_listed, words)] * bool(
-        found.refused
-    )
 
 
 def needs_of(options: Options) -> Needs:
@@ -20585,7 +20607,8 @@ def run_command(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     start_logging(loaded.settings, by_hand=needs is not DAEMON_NEEDS)
     if loaded.settings.language:
         SPOKEN.choose({**environ, "STOCKRT_LANG": loaded.settings.language})
-    _warn(loaded.warnings, needs is DAEMON_NEEDS)
+    for warning in loaded.warnings:
+        log.warning("%s", warning)
     looks = options.show is not None or options.export
     if hidden and (options.drain or options.retain or options.rejects or options.executions or looks):
         raise StoreError(phrase("cli.hidden", unit=UNIT))
@@ -20624,15 +20647,6 @@ def _show_state(directory: Path, as_json: bool, unit: Unit | None) -> None:
         run_status(settings, as_json, unit, is_faulty=True)
     except StoreError as error:
         _complain(error)
-
-
-def _warn(warnings: Iterable[str], is_service: bool) -> None:
-    """Tell what is odd in the settings: the one who typed a command, or the log of a service."""
-    for warning in warnings:
-        if is_service or isinstance(sys.stderr, JournalStream):
-            log.warning("%s", warning)
-        elif log.isEnabledFor(logging.WARNING):
-            say(phrase("cli.error", words=warning))
 
 
 def _run_short(options: Options, loaded: LoadedSettings, unit: Unit | None) -> int:
@@ -20683,6 +20697,8 @@ def _complain(error: StockrtError) -> None:
     if isinstance(error, SettingsError) and error.language:
         SPOKEN.choose({**os.environ, "STOCKRT_LANG": error.language})
     faults = error.faults if isinstance(error, SettingsError) else (error.message,)
+    if isinstance(error, UsageError):
+        faults = (phrase("usage.see_help", words=error.message),)
     for fault in filter(None, faults):
         say(phrase("cli.error", words=fault), logging.ERROR)
 
@@ -20801,6 +20817,10 @@ TEMPLATES |= {
         "no file or connection can be opened ({why}); see LimitNOFILE= of the unit, or ulimit -n",
         "无法再打开文件或连接（{why}）；请检查服务单元的 LimitNOFILE= 或 ulimit -n",
     ),
+    "tools.no_directory": (
+        "there is no directory {path}; see {setting}",
+        "目录 {path} 不存在；请检查 {setting}",
+    ),
     "tools.no_lock": ("the lock {path} cannot be taken", "无法取得锁文件 {path}"),
     "tools.no_memory": (
         "memory is short; see MemoryMax= of the unit",
@@ -20829,6 +20849,10 @@ TEMPLATES |= {
     "tools.own_fault": (
         "a fault of stockrt itself: {error}; see the log",
         "stockrt 自身的错误：{error}；详见日志",
+    ),
+    "tools.read_only": (
+        "{path} is on a read-only file system; see STATE_DIRECTORY",
+        "{path} 所在的文件系统只读；请检查 STATE_DIRECTORY",
     ),
     "tools.see": ("{words}; see {cause}", "{words}；请检查 {cause}"),
     "tools.stopped": ("stopped", "已停止"),
@@ -21241,8 +21265,8 @@ TEMPLATES |= {
     "instruments.empty": ("an empty code; expected one such as AAPL.US", "代码为空；应为代码，如 AAPL.US"),
     "instruments.expected_code": ("{why}: expected a code such as AAPL.US", "{why}：应为代码，如 AAPL.US"),
     "instruments.expected_digits": (
-        "{why}: expected six digits such as 600519",
-        "{why}：应为六位数字，如 600519",
+        "{n} digits: expected six, such as 600519",
+        "共 {n} 位数字：应为六位，如 600519",
     ),
     "instruments.hong_kong": (
         "{symbol}.HK: expected one to five digits such as 00700.HK",
@@ -21320,12 +21344,12 @@ TEMPLATES |= {
 
 TEMPLATES |= {
     "events.all_failed": (
-        "all of {total} codes failed ({codes}): {why}",
+        "all {total} codes failed ({codes}): {why}",
         "{total} 个代码全部失败（{codes}）：{why}",
     ),
     "events.and_more": ("{names} and {more} more", "{names}，另有 {more} 个"),
     "events.begins": ("begins", "正在启动"),
-    "events.close_lost": ("the closing snapshot is not kept: {why}", "收盘快照未保存：{why}"),
+    "events.close_lost": ("closing prices are not kept: {why}", "收盘价未保存：{why}"),
     "events.code": ("{code} ({why})", "{code}（{why}）"),
     "events.connected": ("{up} of {connections}", "{connections}中 {up} 个已连上"),
     "events.counts": (
@@ -21474,8 +21498,8 @@ TEMPLATES |= {
         "{newer}；如果从未用过更新的版本，则是文件头已损坏：请新建空文件 {mark}，下次启动时会抢救能读出的内容",
     ),
     "files.no_room": (
-        "the disk of {path} would have less than {kept:.0%} free; see STATE_DIRECTORY",
-        "{path} 所在磁盘的剩余空间将不足 {kept:.0%}；请检查 STATE_DIRECTORY",
+        "the disk of {path} has {free:.0f} MB free, and {kept:.0f} MB ({share:.0%}) have to stay; see STATE_DIRECTORY",
+        "{path} 所在磁盘剩余 {free:.0f} MB，须留出 {kept:.0f} MB（{share:.0%}）；请检查 STATE_DIRECTORY",
     ),
     "files.not_opened": ("the local file {path} cannot be opened", "无法打开本地文件 {path}"),
     "files.rescue_interrupted": ("its rescue was interrupted", "上次抢救已中断"),
@@ -21533,6 +21557,7 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
+    "infoway.a_name": ("a name, and no code", "这是名称，不是代码"),
     "infoway.ahead": ("t {t}: {at} is more than a day ahead", "成交时间 t 为 {t}：{at} 比当前时间晚一天以上"),
     "infoway.ambiguous": ("does not tell what is meant", "未写明是哪个品种"),
     "infoway.asked_in_vain": ("it was asked for a moment ago, in vain", "刚才查询过，没有结果"),
@@ -21783,8 +21808,8 @@ TEMPLATES |= {
 TEMPLATES |= {
     "delivery.behind": ("{others} for MongoDB before them", "前面{others}写入 MongoDB"),
     "delivery.full": (
-        "{path} has come to its limit of {limit} MB; see SPOOL_MAX_MB",
-        "{path} 已达上限 {limit} MB；请检查 SPOOL_MAX_MB",
+        "{path} would come to more than its limit of {limit} MB; see SPOOL_MAX_MB",
+        "{path} 将超过上限 {limit} MB；请检查 SPOOL_MAX_MB",
     ),
     "delivery.kept_here": ("{trades} kept here for it", "另有 {trades}暂存于本机，等待写入"),
     "delivery.no_thread": ("nothing moves it: {why}", "无法启动转存线程：{why}"),
@@ -21874,7 +21899,7 @@ TEMPLATES |= {
     "collection.refused": ("{codes}, {names}: {why}", "{codes}（{names}）：{why}"),
     "collection.rest": (
         "stream: {codes} over {connections}; {left} polled instead, {why}",
-        "推送流：{connections}，订阅 {codes}；另有 {left}改为轮询，{why}",
+        "推送流：{connections}，订阅 {codes}；{left}改为轮询，{why}",
     ),
     "collection.silent": (
         "nothing was pushed for {seconds:.0f} s: subscribed anew",
@@ -22279,10 +22304,6 @@ TEMPLATES |= {
         "{codes}，失败 {failed} 个，新增 {added} 个收盘价",
     ),
     "cli.backfill_failed_code": ("{code}  {why}", "{code}  {why}"),
-    "cli.backfill_interrupted": (
-        "{codes}, {failed} failed, {added} closes added, interrupted: the same command goes on where it stopped",
-        "{codes}，失败 {failed} 个，新增 {added} 个收盘价，已中断：再次运行同一命令会从中断处继续",
-    ),
     "cli.collect_done": (
         "trades {trades}, stored {stored}, already known {known} ({took:.1f} s)",
         "成交 {trades} 笔，已入库 {stored} 笔，已有 {known} 笔（用时 {took:.1f} 秒）",
@@ -22352,8 +22373,8 @@ TEMPLATES |= {
         "模拟成交：不需要网络和密钥，存入本地文件",
     ),
     "help.description": (
-        "Collects the latest trades of stocks, currency pairs and crypto into MongoDB.",
-        "获取股票、外汇、加密货币的最新成交，存入 MongoDB。",
+        "Stores the latest trades of stocks, currency pairs, crypto in MongoDB or a file.",
+        "获取股票、外汇、加密货币的最新成交，存入 MongoDB 或本地文件。",
     ),
     "help.discard": (
         "with --rejects: delete them, and damaged files that were set aside",
@@ -22505,106 +22526,85 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown
 TEMPLATES |= {
     "usage.argument": ("argument {flag}: {what}", "选项 {flag}：{what}"),
     "usage.backfill": (
-        "--backfill {n}: expected 1 to {most} sessions; see --help",
-        "--backfill {n}：应为 1 到 {most} 个交易日；详见 --help",
+        "--backfill {n}: expected 1 to {most} sessions",
+        "--backfill {n}：应为 1 到 {most} 个交易日",
     ),
     "usage.choice": (
         "invalid choice: {value} (choose from {choices})",
         "没有 {value} 这个取值，可选 {choices}",
     ),
     "usage.codes_after": (
-        "{words}; codes stand after --codes; see --help",
-        "{words}；代码须写在 --codes 之后；详见 --help",
-    ),
-    "usage.codes_after_show": (
-        "{words}; codes stand right after --show, or after --codes; see --help",
-        "{words}；代码须紧跟在 --show 之后，或写在 --codes 之后；详见 --help",
+        "{words}; codes stand after --codes, or right after --show",
+        "{words}；代码须写在 --codes 之后，或紧跟在 --show 之后",
     ),
     "usage.codes_file": (
         "--codes-file {file}: cannot be read: {why}",
         "--codes-file {file}：无法读取：{why}",
     ),
     "usage.collect_needs_codes": (
-        "--collect needs --codes CODE …, --codes-file FILE, or COLLECT_CODES; see --help",
-        "--collect 需要 --codes CODE …、--codes-file FILE 或 COLLECT_CODES；详见 --help",
+        "--collect needs --codes CODE …, --codes-file FILE, or COLLECT_CODES",
+        "--collect 需要 --codes CODE …、--codes-file FILE 或 COLLECT_CODES",
     ),
     "usage.demo_in_mongodb": (
         "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out",
         "--demo 的模拟成交只存于本机：请取消设置 MONGODB_HOST，或去掉 --demo",
     ),
-    "usage.did_you_mean": (
-        "{words}; did you mean {flags}?; see --help",
-        "{words}，是不是 {flags}？详见 --help",
-    ),
+    "usage.did_you_mean": ("{words}; did you mean {flags}?", "{words}（是不是 {flags}？）"),
     "usage.documents_need_zone": (
-        "--documents needs --time-zone ZONE, and the other way round; see --help",
-        "--documents 与 --time-zone ZONE 必须同时使用；详见 --help",
+        "--documents needs --time-zone ZONE, and the other way round",
+        "--documents 与 --time-zone ZONE 必须同时使用",
     ),
-    "usage.every": (
-        "--every {text}: {expected}; see --help",
-        "--every {text}：{expected}；详见 --help",
-    ),
+    "usage.every": ("--every {text}: {expected}", "--every {text}，间隔：{expected}"),
     "usage.excluded": ("not allowed with argument {other}", "不能与 {other} 同时使用"),
-    "usage.executions": (
-        "--executions {n}: expected 1 to {most}; see --help",
-        "--executions {n}：应为 1 到 {most}；详见 --help",
-    ),
+    "usage.executions": ("--executions {n}: expected 1 to {most}", "--executions {n}：应为 1 到 {most}"),
     "usage.export": (
-        "--export {file}: expected a name that ends with .csv or .jsonl, or -; see --help",
-        "--export {file}：应为以 .csv 或 .jsonl 结尾的文件名，或 -；详见 --help",
+        "--export {file}: expected a name that ends with .csv or .jsonl, or -",
+        "--export {file}：应为以 .csv 或 .jsonl 结尾的文件名，或 -",
     ),
     "usage.file_name": ("expected a file's name", "应给出文件名"),
-    "usage.goes_with": (
-        "{flag} goes with {commands}; see --help",
-        "{flag} 须与 {commands} 同用；详见 --help",
-    ),
+    "usage.goes_with": ("{flag} goes with {commands}", "{flag} 须与 {commands} 同用"),
     "usage.html": (
-        "--html {file}: expected the name of a file that ends with .html, or with .svg for a picture; see --help",
-        "--html {file}：应为以 .html 结尾的文件名，图片则以 .svg 结尾；详见 --help",
+        "--html {file}: expected the name of a file that ends with .html, or with .svg for a picture",
+        "--html {file}：应为以 .html 结尾的文件名，图片则以 .svg 结尾",
     ),
     "usage.json_with_export": (
-        "--json goes with --export -, a file has the form of its name; see --help",
-        "--json 只与 --export - 同用，写入文件时格式由文件名决定；详见 --help",
+        "--json goes with --export -, a file has the form of its name",
+        "--json 只与 --export - 同用，写入文件时格式由文件名决定",
     ),
-    "usage.json_with_html": (
-        "--json does not go with --html; see --help",
-        "--json 不能与 --html 同用；详见 --help",
-    ),
+    "usage.json_with_html": ("--json does not go with --html", "--json 不能与 --html 同用"),
     "usage.migrate_needs": (
-        "--migrate needs the older client's directory, or --documents; see --help",
-        "--migrate 需要旧客户端的目录，或 --documents；详见 --help",
+        "--migrate needs the older client's directory, or --documents",
+        "--migrate 需要旧客户端的目录，或 --documents",
     ),
     "usage.moment": (
-        "{flag} {text}: expected a date such as 2026-08-14 or a time such as 2026-08-14T09:30+08:00; see --help",
-        "{flag} {text}：应为日期（如 2026-08-14）或时间（如 2026-08-14T09:30+08:00）；详见 --help",
+        "{flag} {text}: expected a date such as 2026-08-14 or a time such as 2026-08-14T09:30+08:00",
+        "{flag} {text}：应为日期（如 2026-08-14）或时间（如 2026-08-14T09:30+08:00）",
     ),
     "usage.no_code": (
-        "{where}: no code in it; expected codes such as AAPL.US 600519; see --help",
-        "{where}：其中没有代码，应为 AAPL.US 600519 这样的代码；详见 --help",
+        "{where}: no code in it; expected codes such as AAPL.US 600519",
+        "{where}：其中没有代码，应为 AAPL.US 600519 这样的代码",
     ),
-    "usage.no_span": (
-        "--from {since} --to {until}: nothing lies between them; see --help",
-        "--from {since} --to {until}：两者之间没有任何时间；详见 --help",
-    ),
+    "usage.no_span": ("--to {until} is not later than --from {since}", "--to {until} 不晚于 --from {since}"),
     "usage.no_value": ("ignored explicit argument {value}", "不接受取值，却给出了 {value}"),
     "usage.once_needs_codes": (
-        "--once needs --codes CODE … or --codes-file FILE; see --help",
-        "--once 需要 --codes CODE … 或 --codes-file FILE；详见 --help",
+        "--once needs --codes CODE … or --codes-file FILE",
+        "--once 需要 --codes CODE … 或 --codes-file FILE",
     ),
-    "usage.one_value": ("expected one argument", "应给出一个取值"),
+    "usage.one_value": ("expected one argument", "缺少取值"),
     "usage.see_help": ("{words}; see --help", "{words}；详见 --help"),
-    "usage.some_value": ("expected at least one argument", "应至少给出一个取值"),
+    "usage.service": (
+        "{words}; the service is started and stopped with systemctl",
+        "{words}；启动、停止服务请用 systemctl",
+    ),
+    "usage.some_value": ("expected at least one argument", "至少需要一个取值"),
     "usage.symbols_need_text": (
-        "--symbols needs a text: a code or a name, or a part of one; see --help",
-        "--symbols 需要文字：代码或名称，或其中一部分；详见 --help",
+        "--symbols needs a text: a code or a name, or a part of one",
+        "--symbols 需要文字：代码或名称，或其中一部分",
     ),
-    "usage.symbols_no_text": (
-        "--symbols {text}: it is not UTF-8 text; see --help",
-        "--symbols {text}：不是 UTF-8 文本；详见 --help",
-    ),
+    "usage.symbols_no_text": ("--symbols {text}: it is not UTF-8 text", "--symbols {text}：不是 UTF-8 文本"),
     "usage.symbols_too_long": (
-        "--symbols: {n} characters; expected at most {most}; see --help",
-        "--symbols：共 {n} 个字符，应不超过 {most} 个；详见 --help",
+        "--symbols: {n} characters; expected at most {most}",
+        "--symbols：共 {n} 个字符，应不超过 {most} 个",
     ),
     "usage.unknown": ("unrecognized arguments: {arguments}", "无法识别的参数：{arguments}"),
     "usage.whole_number": ("invalid int value: {value}", "应为整数，而不是 {value}"),
@@ -22634,6 +22634,7 @@ TEMPLATES |= {
         "damaged, rescued and set aside: {path}, {megabytes:.1f} MB",
         "文件损坏，内容已抢救，原文件移开保留：{path}，{megabytes:.1f} MB",
     ),
+    "cli.dials_again": ("it tries again by itself", "程序会自动重试"),
     "cli.discarded": (
         "discarded {documents} and {files} of {megabytes:.1f} MB",
         "已删除 {documents}和 {files}（{megabytes:.1f} MB）",
@@ -22642,10 +22643,7 @@ TEMPLATES |= {
         "{moved} moved to {place}; {left} left on this machine",
         "已将 {moved} 笔成交写入 {place}；本机剩余 {left} 笔",
     ),
-    "cli.drained_but": (
-        "{moved} moved to {place}, {rejected} refused by it: see --rejects; {left} left on this machine",
-        "已将 {moved} 笔成交写入 {place}，{rejected} 笔被其拒绝：详见 --rejects；本机剩余 {left} 笔",
-    ),
+    "cli.drain_them": ("start the daemon, or move them with --drain", "请启动守护进程，或用 --drain 写入"),
     "cli.dropped": ("{count} dropped", "丢弃 {count} 条"),
     "cli.every_key_rests": ("every API key rests", "所有 API 密钥都已暂停使用"),
     "cli.executing": (
@@ -22678,19 +22676,18 @@ TEMPLATES |= {
     ),
     "cli.interrupted": ("interrupted", "已中断"),
     "cli.key_is_out": ("API key {key} is out", "API 密钥 {key} 已停用"),
+    "cli.key_plan": ("plan {plan}", "套餐 {plan}"),
     "cli.last": ("{status} at {at}, {name}: {message}", "{at} {status}，{name}：{message}"),
     "cli.last_contact": ("{url}: {state}, last contact {at}", "{url}：{state}，上次通信 {at}"),
     "cli.last_failed": ("the last execution failed", "最近一次执行失败"),
-    "cli.lost": ("{url}: not connected since {since}: {why}", "{url}：自 {since} 起未连接：{why}"),
+    "cli.lost": ("{url}: not connected since {since}", "{url}：自 {since} 起未连接"),
+    "cli.make_room": ("make room on it", "请清理该磁盘"),
     "cli.mend_codes": (
         "mend COLLECT_CODES; --symbols finds codes",
         "请改正 COLLECT_CODES，代码可用 --symbols 查找",
     ),
     "cli.mend_settings": ("mend them, see --check-settings", "请修正设置，详见 --check-settings"),
-    "cli.lists_not_asked": (
-        "by their forms alone: the API's lists are for --check to ask",
-        "仅按代码写法判断，--check 会再查 API 的品种列表",
-    ),
+    "cli.lists_not_asked": ("by their forms; --check asks the lists", "仅看写法，品种列表由 --check 查询"),
     "cli.may_not_look": ("this user may not look at it", "当前用户无权查看"),
     "cli.migrated": (
         "settings: {file}; a service that runs sees changes after its restart",
@@ -22759,6 +22756,7 @@ TEMPLATES |= {
     "cli.of_stream": ("stream", "推送流"),
     "cli.of_stream_with": ("stream, API key {key}", "推送流，API 密钥 {key}"),
     "cli.of_totals": ("in all", "累计"),
+    "cli.of_trouble": ("besides", "此外"),
     "cli.of_version": ("version", "版本"),
     "cli.of_waiting": ("waiting", "待处理"),
     "cli.oldest": (
@@ -22766,6 +22764,10 @@ TEMPLATES |= {
         "{megabytes:.1f} MB，最早一笔自 {oldest} 起等待",
     ),
     "cli.origins": ("from {origins}", "{origins}"),
+    "cli.other_platform": (
+        "the daemon has the platform {url}, the settings {other}",
+        "守护进程使用平台 {url}，设置已改为 {other}",
+    ),
     "cli.out": ("out", "已停用"),
     "cli.partial": ("partial", "部分成功"),
     "cli.plan_without_stream": (
@@ -22786,6 +22788,7 @@ TEMPLATES |= {
         "{used} used today, {left} left, {leased} of them leased by the daemon",
         "当日已用 {used}，剩余额度 {left}，其中 {leased} 由守护进程预留",
     ),
+    "cli.raise_spool": ("see --check; raise SPOOL_MAX_MB", "请看 --check；可增大 SPOOL_MAX_MB"),
     "cli.ready": ("ready", "可用"),
     "cli.refused": ("{documents} refused by MongoDB", "{documents}被 MongoDB 拒绝"),
     "cli.registered": (
@@ -22803,20 +22806,21 @@ TEMPLATES |= {
         "--reload 供服务单元的 ExecReload= 调用：请运行 sudo systemctl reload stockrt；"
         "没有服务单元的守护进程，请用 kill -HUP 加其 pid",
     ),
-    "cli.renew_plan": (
-        "see its line below; renew its plan or replace it in INFOWAY_API_KEY",
-        "请看下面该密钥的一行；请续订套餐，或在 INFOWAY_API_KEY 中换掉它",
+    "cli.renew_plan": ("renew its plan, see its line below", "请续订套餐，详见下面该密钥的一行"),
+    "cli.replace_key": (
+        "see its line below; replace it in INFOWAY_API_KEY",
+        "请看下面该密钥的一行，在 INFOWAY_API_KEY 中换掉它",
     ),
+    "cli.restart": ("restart the daemon", "请重启守护进程"),
     "cli.resting": ("resting", "暂停使用"),
     "cli.retained": ("{store}: {words}", "{store}：{words}"),
     "cli.run_as_root": ("run as root", "请用 root 运行"),
-    "cli.run_not_noted": (
-        "--status will not know of this run: {why}",
-        "--status 和 --executions 中不会有这次运行：{why}",
-    ),
+    "cli.run_it": ("start it: stockrt.pyz without a command", "请不带命令运行 stockrt.pyz 来启动"),
+    "cli.run_not_noted": ("--status will not know of this run: {why}", "--status 中不会有这次运行：{why}"),
     "cli.run_register": ("none: run --register", "无：请运行 --register"),
     "cli.running": ("running, pid {pid}, version {version}", "运行中，pid {pid}，版本 {version}"),
     "cli.running_silent": ("running, and has told nothing of itself yet", "运行中，尚未报告自身状态"),
+    "cli.see_check": ("see --check", "请看 --check"),
     "cli.see_executions": ("see --executions 1", "请看 --executions 1"),
     "cli.see_journal": ("see sudo journalctl -u {service}", "请看 sudo journalctl -u {service}"),
     "cli.see_lost": (
@@ -22833,10 +22837,7 @@ TEMPLATES |= {
     ),
     "cli.set_aside": ("{files} set aside", "{files}已移开保留"),
     "cli.settings_are_faulty": ("the settings are faulty", "设置有误"),
-    "cli.start_it": (
-        "start it: sudo systemctl start {service}, or stockrt.pyz without a command",
-        "请用 sudo systemctl start {service} 启动，或不带命令运行 stockrt.pyz",
-    ),
+    "cli.start_it": ("start it: sudo systemctl start {service}", "请用 sudo systemctl start {service} 启动"),
     "cli.still_counts": (
         "where it still counts, a service that begins now waits for up to three minutes (429)",
         "这次检查的连接可能仍被计数，此时启动的服务最多要等三分钟（429）",
@@ -22861,7 +22862,7 @@ TEMPLATES |= {
     "cli.through": ("{what} through {proxy} ({setting})", "{what} → {proxy}（{setting}）"),
     "cli.to_collect": ("{n} to collect", "将采集 {n} 个"),
     "cli.to_collect_but": ("{words}, {n} not: {codes}", "{words}，另有 {n} 个无法采集：{codes}"),
-    "cli.to_do": ("{status}. To do: {to_do}", "{status}。处理办法：{to_do}"),
+    "cli.to_do": ("{what}. To do: {to_do}", "{what}。处理办法：{to_do}"),
     "cli.totals": (
         "{executions} since {since}, {partial} in part, {failure} failed; {trades} stored, {known} already "
         "known, {kept} kept for MongoDB at first, {codes} failed",
@@ -22894,7 +22895,6 @@ TEMPLATES |= {
         "设置：{file}；未写入任何内容：--dry-run",
     ),
     "cli.wrong": ("something is wrong", "有问题"),
-    "cli.wrong_to_do": ("{status}: {wrong}. To do: {to_do}", "{status}：{wrong}。处理办法：{to_do}"),
 }
 
 

@@ -470,14 +470,14 @@ class Bench:
         ))  # fmt: skip
 
     def closed_markets(self) -> None:
-        """The same where every trade is new and of a session that is over: each makes a closing snapshot."""
+        """The same where every trade is new and of a session that is over: each makes a close."""
         codes = dict.fromkeys(("floor", "ours"), self.size.codes)
         with self._workers({"floor": ("floor", self._against_null()), "ours": self._ours()}) as workers:
             rounds = self._interleaved(workers, codes, timedelta(days=7))
         speeds = self._speeds("after the close", rounds)
         self.rows.append(Row(
             "  each trade new and of a session that is over, its close written too",
-            "  每笔均为已收盘时段的新成交，并写入收盘快照",
+            "  每笔均为已收盘时段的新成交，并写入收盘价",
             self._compare(speeds), None, True, "x floor", _trades(speeds),
         ))  # fmt: skip
 
@@ -1226,7 +1226,9 @@ IN_CHINESE = (
     (r"\bdrain\b", "从队列写入"),
     (r"\bnot measured\b", "未测量"),
     (r"\bMISSED\b", "（未达标）"),
-    (r"(?<=\)) s\b", " 秒"),
+    (r"(?<=[\d)]) s\b", " 秒"),
+    (r"(?<=[\d)]) ms\b", " 毫秒"),
+    (r"(?<=毫秒), ", "，"),
     (r", (\d+) cores, ", r"，\1 核，"),
     (r", load (?=\d)", "，负载 "),
     (r" (?=（)", ""),

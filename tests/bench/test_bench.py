@@ -99,7 +99,7 @@ def test_the_tables_stand_between_their_marks() -> None:
     assert written.startswith("before\n<!-- bench en -->\n|  | target | reached |")
     assert "obsolete" not in written
     assert "\n| slow | ≤ 1.00 s | 0.70 s | detail |" in written
-    assert "\n| 慢 | ≤ 1.00 s |" in written
+    assert "\n| 慢 | ≤ 1.00 秒 |" in written
     assert bench.with_tables(written, rows(0.7)) == written
 
 

@@ -20,7 +20,6 @@ TERMS = (
     Term(r"latest trades?", ("最新成交",)),
     Term(r"closing prices?", ("收盘价",)),
     Term(r"final closes?", ("最终收盘价",)),
-    Term(r"closing snapshot", ("收盘快照",)),
     Term(r"auctions?", ("竞价",)),
     Term(r"after hours", ("盘后",)),
     Term(r"turnover", ("成交额",)),
@@ -72,7 +71,7 @@ TERMS = (
     Term(r"clock", ("时钟",)),
     # what is asked of the reader
     Term(r"see(?= (?:--|[A-Z]))", ("检查", "请看", "详见", "改用")),
-    Term(r"expected", ("应", "请写", "不能")),
+    Term(r"expected", ("应", "请写", "不能", "缺少", "需要")),
     Term(r"did you mean", ("是不是",)),
     Term(r"cannot", ("无法", "不能", "不可", "无权")),
 )

@@ -447,18 +447,24 @@ def test_python_that_is_not_there_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("language", "words"),
+    ("language", "has_tools", "words"),
     [
-        ("en", "build_pyz.sh: could not fetch the wheels for 3.11\n"),
-        ("zh", "build_pyz.sh：无法获取 Python 3.11 的依赖包\n"),
+        (
+            "en",
+            True,
+            "\nbuild_pyz.sh: could not fetch the wheels for 3.11: see above; is the network there, ",
+        ),
+        ("zh", True, "\nbuild_pyz.sh：无法获取 Python 3.11 的依赖包：原因见上；请检查网络、HTTPS_PROXY 或 "),
+        ("zh", False, "\nbuild_pyz.sh：无法获取构建工具：原因见上；请检查网络、HTTPS_PROXY 或 "),
     ],
 )
-def test_wheels_that_cannot_be_fetched_are_said(tmp_path: Path, language: str, words: str) -> None:
-    """With the tools that are there, and no wheel."""
+def test_what_cannot_be_fetched_is_said(tmp_path: Path, language: str, has_tools: bool, words: str) -> None:
     (tmp_path / "build").mkdir()
-    (tmp_path / "build" / "tool").symlink_to(BUILD_DIR / "tool")
+    if has_tools:
+        (tmp_path / "build" / "tool").symlink_to(BUILD_DIR / "tool")
     env = {"STOCKRT_BUILD_DIR": str(tmp_path / "build"), "STOCKRT_LANG": language, "LC_ALL": "C.UTF-8"}
     env |= {"UV_DEFAULT_INDEX": "http://127.0.0.1:1/simple", "UV_NO_CACHE": "true", "UV_HTTP_RETRIES": "0"}
+    env |= {"PIP_INDEX_URL": "http://127.0.0.1:1/simple", "PIP_RETRIES": "0"}
     run = build(copy_sources(tmp_path / "sources"), env=env)
     assert run.returncode == 1 and words in run.stderr, run.stderr
 

@@ -20,7 +20,7 @@ CHINESE = re.compile(r"[\u4e00-\u9fff]")
 ENGLISH_WORDS = re.compile(r"[a-z]{2,} [a-z]{2,}")
 ZH = {"LC_ALL": "", "LANG": "zh_CN.UTF-8"}
 USAGE = "stockrt: unrecognized arguments: --onse; did you mean --once?; see --help\n"
-USAGE_ZH = "stockrt：无法识别的参数：--onse，是不是 --once？详见 --help\n"
+USAGE_ZH = "stockrt：无法识别的参数：--onse（是不是 --once？）；详见 --help\n"
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,8 @@ def test_the_lines_for_a_person_say_the_same(program: Program) -> None:
     assert lines["waiting"] == "0 commands, 0 results to deliver"
     assert lines["last execution"] == "none yet"
     untold = "not told by a daemon: see --check"
-    assert f"aaa…111  free  0 used today, 86400 left  {untold}" in text
-    assert lines["API key"] == f"bbb…222  pro  0 used today, 1728000 left  {untold}"
+    assert f"aaa…111  plan free  0 used today, 86400 left  {untold}" in text
+    assert lines["API key"] == f"bbb…222  plan pro  0 used today, 1728000 left  {untold}"
 
 
 def test_a_hash_that_cannot_be_used_is_said_beside_the_rest(program: Program) -> None:
@@ -283,7 +283,7 @@ STREAM = stockrt.CollectStats(
 
 
 def test_what_the_daemon_writes_has_the_shape_that_is_read(program: Program) -> None:
-    told = {"version": "1", "pid": 1, "platform": "connected", "connected_since": "x", "last_contact": "x",
+    told = {"version": "1", "pid": 1, "platform": "connected", "url": "x", "connected_since": "x", "last_contact": "x",
             "lost_since": "x", "lost_because": "x", "stopped": "x", "keys": [KEY_STATE], "spool_refused": 0,
             "collecting": stockrt.collect_facts(STREAM._replace(streams=[LOST], gaps_open=1))}  # fmt: skip
     assert told.keys() == stockrt.DaemonStatus.__annotations__.keys()
@@ -346,7 +346,7 @@ def a_daemon_that_told(program: Program, told: dict[str, Any] | None) -> Iterato
     [
         ({}, []),
         ({"connections": 1, "streams": [LOST]}, ["1 of 2 connections to the stream stand"]),
-        ({"trouble": "stream: HTTP 401"}, ["collecting: stream: HTTP 401"]),
+        ({"trouble": "stream: HTTP 401"}, ["collecting fails (stream: HTTP 401)"]),
         (
             {"connections": 0, "connections_wanted": 0, "codes": 0, "polled": 800},
             ["the stream brings nothing, 800 codes polled instead"],
@@ -433,24 +433,34 @@ def test_beside_a_daemon_that_cannot_reach_its_platform(program: Program) -> Non
     program.env |= {"SERVER_IP": "127.0.0.1", "SERVER_PORT": "9"}
     program.start_daemon()
     assert program.daemon is not None
+    program.until(lambda: "lost_because" in stockrt.read_status(program.state))
     found = program.status(WRONG)
-    assert found["wrong"] == ["no connection to the platform"]
+    assert found["wrong"] == [f"no connection to the platform: {found['platform']['lost_because']}"]
     assert found["daemon"] == {"running": True, "pid": program.daemon.pid, "version": stockrt.__version__}
     assert found["platform"]["url"] == "http://127.0.0.1:9"
     assert found["platform"]["state"] == "not connected"
     text = program.lines(WRONG)
-    assert text.startswith(
-        "status          something is wrong: no connection to the platform. "
-        "To do: see --check and the daemon's log; it tries again by itself\n"
+    assert re.match(
+        "status          something is wrong: no connection to the platform: .*connection refused.* "
+        "To do: it tries again by itself\n",
+        text,
     )
     assert f"running, pid {program.daemon.pid}, version {stockrt.__version__}" in text
     assert "http://127.0.0.1:9: not connected" in text
+    program.env["SERVER_PORT"] = "8"  # of which a reload makes nothing
+    found = program.status(WRONG)
+    assert found["platform"]["url"] == "http://127.0.0.1:9"
+    assert found["wrong"][0] == (
+        "the daemon has the platform http://127.0.0.1:9, the settings http://127.0.0.1:8"
+    )
+    assert found["to_do"][0] == "restart the daemon"
+    program.env["SERVER_PORT"] = "9"
     program.daemon.kill()
     program.daemon.wait()
     assert program.status()["daemon"] == {"running": False}
     after = program.status()
     assert after["platform"]["state"] == "no daemon"
-    assert after["to_do"] == ["start it: sudo systemctl start stockrt, or stockrt.pyz without a command"]
+    assert after["to_do"] == ["start it: stockrt.pyz without a command"]
 
 
 def test_asking_for_the_status_keeps_no_daemon_from_starting(program: Program) -> None:
@@ -503,7 +513,7 @@ def test_beside_a_connected_daemon_the_last_execution_and_the_keys_are_told(prog
         program.until(lambda: "keys" in stockrt.read_status(program.state))
         found = program.status(WRONG)
         assert found["wrong"] == ["API key aaa…111 is out"]
-        assert found["to_do"] == ["see its line below; renew its plan or replace it in INFOWAY_API_KEY"]
+        assert found["to_do"] == ["see its line below; replace it in INFOWAY_API_KEY"]
         assert found["last_execution"]["status"] == "success"
         assert "300 of 300 codes stored" in found["last_execution"]["message"]
         first, other = found["keys"]
@@ -553,21 +563,20 @@ def test_status_remembers_over_a_restart_and_knows_of_runs_by_hand(program: Prog
         program.start_daemon()
         program.until(lambda: stockrt.read_status(program.state)["pid"] != before["pid"])
         assert stockrt.read_status(program.state)["spool_refused"] == 7
+        program.until(lambda: "lost_because" in stockrt.read_status(program.state))
         after = program.status(WRONG)
-        assert after["wrong"] == ["no connection to the platform"]
+        (lost,) = after["wrong"]
+        assert re.search("^no connection to the platform: .*connection refused", lost)
         assert after["last_execution"]["message"].startswith("1 of 3 codes failed: NOPE (")
         assert after["last_execution"]["status"] == "partial"
         assert after["platform"]["last_contact"]
-        program.until(lambda: "lost_because" in stockrt.read_status(program.state))
         platform_line = lines_of(program.lines(WRONG))["platform"]
-        assert re.fullmatch(
-            rf"http://127\S+: not connected since {LOCAL_TIME}: .*connection refused", platform_line
-        )
+        assert re.fullmatch(rf"http://127\S+: not connected since {LOCAL_TIME}", platform_line)
         counted = {"success": 0, "partial": 1, "failure": 0, "stored": 2, "known": 0, "kept": 0, "failed": 1}
         assert after["totals"] == {"since": after["totals"]["since"]} | counted
         program.env["INFOWAY_PLAN"] = "none"
         faulty = program.status(FAULTY)  # what is on the disk does not depend on it
-        assert faulty["wrong"] == ["no connection to the platform", "the settings are faulty"]
+        assert faulty["wrong"] == [lost, "the settings are faulty"]
         told_alike = ("status", "daemon", "registration", "waiting", "last_execution", "totals")
         assert [faulty[name] for name in told_alike] == [after[name] for name in told_alike]
         assert (faulty["store"], faulty["keys"]) == ("unknown", [])
@@ -763,8 +772,8 @@ def test_in_chinese_a_fresh_machine_is_told_of_in_aligned_columns(program: Progr
         f"存储            {program.state / stockrt.SQLITE_NAME}",
         "待处理          0 条指令待执行，0 条结果待送达",
         "最近执行        尚无",
-        "API 密钥        aaa…111  free  当日已用 0，剩余额度 86400  守护进程未报告：请看 --check",
-        "API 密钥        bbb…222  pro  当日已用 0，剩余额度 1728000  守护进程未报告：请看 --check",
+        "API 密钥        aaa…111  套餐 free  当日已用 0，剩余额度 86400  守护进程未报告：请看 --check",
+        "API 密钥        bbb…222  套餐 pro  当日已用 0，剩余额度 1728000  守护进程未报告：请看 --check",
     ]
     assert program.run("--executions") == "尚未执行过\n"
     assert program.run("--rejects") == "目前没有被 MongoDB 拒绝的文档\n"
@@ -804,8 +813,7 @@ def test_in_chinese_beside_a_daemon(program: Program) -> None:
             text = program.lines(WRONG)
             lines = lines_in_chinese(text)
             assert lines["状态"] == (
-                "有问题：API 密钥 aaa…111 已停用。处理办法：请看下面该密钥的一行；"
-                "请续订套餐，或在 INFOWAY_API_KEY 中换掉它"
+                "有问题：API 密钥 aaa…111 已停用。处理办法：请看下面该密钥的一行，在 INFOWAY_API_KEY 中换掉它"
             )
             assert re.fullmatch(r"运行中，pid \d+，版本 \S+", lines["守护进程"])
             assert re.fullmatch(rf"http://127\S+：自 {LOCAL_TIME} 起已连接", lines["平台"])
@@ -815,7 +823,7 @@ def test_in_chinese_beside_a_daemon(program: Program) -> None:
                 "曾暂存 0 笔，1 个代码失败",
                 lines["累计"],
             )
-            assert "aaa…111  0  无每日额度限制，不计数  已停用（HTTP 401：Token invalid）" in text
+            assert "aaa…111  套餐 0  无每日额度限制，不计数  已停用（HTTP 401：Token invalid）" in text
             first, *failed = program.run("--executions", "1").splitlines()
             assert re.match(rf"{LOCAL_TIME}  部分成功  \S+  simulated  301 个代码中 300 个已入库", first)
             assert [line[:7] for line in failed] == ["  NOPE："]
@@ -823,14 +831,14 @@ def test_in_chinese_beside_a_daemon(program: Program) -> None:
             in_chinese("\n".join([first, *failed]))
             in_chinese(program.run("--check", status=1), "Token invalid")
         program.until(lambda: stockrt.read_status(program.state)["platform"] == "not connected")
+        program.until(lambda: "lost_because" in stockrt.read_status(program.state))
         lines = lines_in_chinese(program.lines(WRONG))
-        assert lines["状态"].startswith(
-            "有问题：未连接到平台；API 密钥 aaa…111 已停用。处理办法：请看 --check 和守护进程的日志，"
-        )
-        assert re.fullmatch(rf"http://127\S+：自 {LOCAL_TIME} 起未连接：\S.*", lines["平台"])
+        assert re.fullmatch(r"有问题：未连接到平台：\S.*。处理办法：程序会自动重试", lines["状态"])
+        assert lines["此外"].startswith("API 密钥 aaa…111 已停用。处理办法：请看下面该密钥的一行，")
+        assert re.fullmatch(rf"http://127\S+：自 {LOCAL_TIME} 起未连接", lines["平台"])
         program.stop_daemon()
         assert lines_in_chinese(program.lines())["状态"] == (
-            "未运行。处理办法：请用 sudo systemctl start stockrt 启动，或不带命令运行 stockrt.pyz"
+            "未运行。处理办法：请不带命令运行 stockrt.pyz 来启动"
         )
         program.env["LOG_LEVEL"] = "loud"
         lines = lines_in_chinese(program.lines(FAULTY))

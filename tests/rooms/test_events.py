@@ -27,8 +27,8 @@ FAILURES = {f"X{n}": Failure(FailureKind.NETWORK, WHY) for n in range(4)}
         ),
         (
             Report(total=1, stored=1, close_error=WHY),
-            "total 1, stored 1, already known 0, failed 0 (0.0 s); the closing snapshot is not kept: no answer in time",
-            "共 1，已入库 1，已有 0，失败 0（0.0 秒）；收盘快照未保存：超时未应答",
+            "total 1, stored 1, already known 0, failed 0 (0.0 s); closing prices are not kept: no answer in time",
+            "共 1，已入库 1，已有 0，失败 0（0.0 秒）；收盘价未保存：超时未应答",
         ),
     ],
     ids=["whole", "interrupted", "without closes"],

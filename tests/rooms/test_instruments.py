@@ -50,7 +50,7 @@ def refusal(raw: object) -> str:
         ("BJ:", "代码为空；应为代码，如 AAPL.US"),
         ("7203.TSE", ".TSE 可指东京、台湾或多伦多的交易所：请写后缀，如 7203.JP 或 2330.TW"),
         ("12.SH", "应为六位数字，如 600519.SH"),
-        ("12345678", "未写交易所：应为六位数字，如 600519"),
+        ("12345678", "共 8 位数字：应为六位，如 600519"),
     ],
 )
 def test_a_refusal_can_be_read_in_chinese(raw: str, words: str) -> None:
@@ -189,7 +189,7 @@ def test_a_code_gets_its_form_and_its_product(raw: object, code: str, product: s
         ("300750.SS1", "expected one of .US"),
         ("japan:AAPL.US", "is asked at stock"),
         ("茅台", "600519.SH"),
-        ("1234567", "six digits"),
+        ("1234567", "expected six"),
         ("BRK.B", "BRK.B.US"),
         ("SAP.DE", ".US"),
         ("AAPL.", ".US"),

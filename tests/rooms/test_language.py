@@ -120,8 +120,8 @@ def test_every_sentence_can_be_written_in_the_older_encoding_of_chinese_terminal
 # ------------------------------------------------------------------------------------------------------
 
 BAD_LINES = {
-    "--once --codes": "选项 --codes：应至少给出一个取值",
-    "--codes-file": "选项 --codes-file：应给出一个取值",
+    "--once --codes": "选项 --codes：至少需要一个取值",
+    "--codes-file": "选项 --codes-file：缺少取值",
     "--once --check": "选项 --check：不能与 --once 同时使用",
     "--show --chart 2m": "选项 --chart：没有 '2m' 这个取值，可选 ",
     "--backfill many": "选项 --backfill：应为整数，而不是 'many'",
@@ -203,40 +203,43 @@ def test_blanks_between_columns_stay_beside_punctuation() -> None:
 
 # All the command lines that are refused before anything is done.
 REFUSED = {
-    ("--onse",): "无法识别的参数：--onse，是不是 --once？详见 --help",
-    ("--once", "AAPL.US"): "无法识别的参数：AAPL.US；代码须写在 --codes 之后；详见 --help",
+    ("--onse",): "无法识别的参数：--onse（是不是 --once？）",
+    ("--once", "AAPL.US"): "无法识别的参数：AAPL.US；代码须写在 --codes 之后，或紧跟在 --show 之后",
     (
         "--show",
         "--demo",
         "TSLA.US",
-    ): "无法识别的参数：TSLA.US；代码须紧跟在 --show 之后，或写在 --codes 之后；详见 --help",
-    ("--check", "--env-file", ""): "选项 --env-file：应给出文件名；详见 --help",
-    ("--show", "--codes-file="): "选项 --codes-file：应给出文件名；详见 --help",
-    ("--migrate", "a", "b"): "无法识别的参数：b；详见 --help",
-    ("--zyxwvu",): "无法识别的参数：--zyxwvu；详见 --help",
-    ("--once",): "--once 需要 --codes CODE … 或 --codes-file FILE；详见 --help",
+    ): "无法识别的参数：TSLA.US；代码须写在 --codes 之后，或紧跟在 --show 之后",
+    ("--check", "--env-file", ""): "选项 --env-file：应给出文件名",
+    ("--show", "--codes-file="): "选项 --codes-file：应给出文件名",
+    ("--migrate", "a", "b"): "无法识别的参数：b",
+    ("--foo",): "无法识别的参数：--foo",
+    ("restart",): "无法识别的参数：restart；启动、停止服务请用 systemctl",
+    ("--zyxwvu",): "无法识别的参数：--zyxwvu",
+    ("--once",): "--once 需要 --codes CODE … 或 --codes-file FILE",
     (
         "--json",
     ): "--json 须与 --once、--collect、--show、--export、--check、--status、--executions、--rejects 或 "
-    "--symbols 同用；详见 --help",
-    ("--discard",): "--discard 须与 --rejects 同用；详见 --help",
-    ("--executions", "0"): "--executions 0：应为 1 到 1000；详见 --help",
-    ("--collect", "--every", "soon"): "--every soon：应为 1 到 86400 的秒数；详见 --help",
-    ("--collect", "--codes", ","): "--codes：其中没有代码，应为 AAPL.US 600519 这样的代码；详见 --help",
-    ("--backfill", "501"): "--backfill 501：应为 1 到 500 个交易日；详见 --help",
-    ("--html", "a.txt"): "--html a.txt：应为以 .html 结尾的文件名，图片则以 .svg 结尾；详见 --help",
-    ("--html", "a.html", "--json"): "--json 不能与 --html 同用；详见 --help",
-    ("--export", "a.xls"): "--export a.xls：应为以 .csv 或 .jsonl 结尾的文件名，或 -；详见 --help",
-    ("--export", "a.csv", "--json"): "--json 只与 --export - 同用，写入文件时格式由文件名决定；详见 --help",
+    "--symbols 同用",
+    ("--discard",): "--discard 须与 --rejects 同用",
+    ("--executions", "0"): "--executions 0：应为 1 到 1000",
+    ("--collect", "--every", "soon"): "--every soon，间隔：应为 1 到 86400 的秒数",
+    ("--collect", "--codes", ","): "--codes：其中没有代码，应为 AAPL.US 600519 这样的代码",
+    ("--backfill", "501"): "--backfill 501：应为 1 到 500 个交易日",
+    ("--html", "a.txt"): "--html a.txt：应为以 .html 结尾的文件名，图片则以 .svg 结尾",
+    ("--html", "a.html", "--json"): "--json 不能与 --html 同用",
+    ("--export", "a.xls"): "--export a.xls：应为以 .csv 或 .jsonl 结尾的文件名，或 -",
+    ("--export", "a.csv", "--json"): "--json 只与 --export - 同用，写入文件时格式由文件名决定",
     ("--export", "-", "--from", "today"): "--from today：应为日期（如 2026-08-14）或时间（如 "
-    "2026-08-14T09:30+08:00）；详见 --help",
-    ("--export", "-", "--from", "2026-08-14", "--to", "2026-08-01"): "--from 2026-08-14 --to 2026-08-01："
-    "两者之间没有任何时间；详见 --help",
-    ("--symbols", " "): "--symbols 需要文字：代码或名称，或其中一部分；详见 --help",
-    ("--symbols", "x" * 201): "--symbols：共 201 个字符，应不超过 200 个；详见 --help",
-    ("--symbols", "\udcff"): "--symbols \\udcff：不是 UTF-8 文本；详见 --help",
-    ("--migrate",): "--migrate 需要旧客户端的目录，或 --documents；详见 --help",
-    ("--migrate", "d", "--documents"): "--documents 与 --time-zone ZONE 必须同时使用；详见 --help",
+    "2026-08-14T09:30+08:00）",
+    ("--export", "-", "--from", "2026-08-14", "--to", "2026-08-01"): (
+        "--to 2026-08-01 不晚于 --from 2026-08-14"
+    ),
+    ("--symbols", " "): "--symbols 需要文字：代码或名称，或其中一部分",
+    ("--symbols", "x" * 201): "--symbols：共 201 个字符，应不超过 200 个",
+    ("--symbols", "\udcff"): "--symbols \\udcff：不是 UTF-8 文本",
+    ("--migrate",): "--migrate 需要旧客户端的目录，或 --documents",
+    ("--migrate", "d", "--documents"): "--documents 与 --time-zone ZONE 必须同时使用",
 }
 
 
@@ -250,9 +253,9 @@ def test_codes_of_a_command_line_to_collect_are_refused_in_chinese(tmp_path: Pat
     (tmp_path / "none").write_text("# none\n")
     settings = stockrt.load_settings({}, needs=stockrt.NO_NEEDS, places=()).settings
     cases = {
-        ("--collect",): "--collect 需要 --codes CODE …、--codes-file FILE 或 COLLECT_CODES；详见 --help",
+        ("--collect",): "--collect 需要 --codes CODE …、--codes-file FILE 或 COLLECT_CODES",
         ("--collect", "--codes-file", f"{tmp_path}/none"): f"--codes-file {tmp_path}/none：其中没有代码，"
-        "应为 AAPL.US 600519 这样的代码；详见 --help",
+        "应为 AAPL.US 600519 这样的代码",
         ("--collect", "--codes-file", f"{tmp_path}/codes"): f"--codes-file {tmp_path}/codes：无法读取："
         "不是 UTF-8 文本；请另存为 UTF-8（GBK 文件可用 iconv -f GBK -t UTF-8 转换）",
     }
@@ -368,6 +371,17 @@ def test_a_line_is_cut_between_two_words(columns: int, text: str, shown: str) ->
 # ------------------------------------------------------------------------------------------------------
 
 
+def test_line_below_the_live_table_leaves_out_whole_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stockrt.SPOKEN, "language", "zh")
+    stats = stockrt.CollectStats(1, 1, 2, 0, 3.4, 114.0, 560.0, gaps_today=2)
+    words = stockrt.collect_words(stats)
+    assert stockrt.items_within(words, 200) == in_language(words, "zh")
+    assert stockrt.items_within(words, 60) == "1 个连接中 1 个已连上，已订阅 2 个代码，今日 2 处缺口"
+    failing = stockrt.collect_words(stats._replace(trouble=phrase("tools.stopped")))
+    assert stockrt.items_within(failing, 60).endswith("，已停止")
+    assert stockrt.items_within("", 60) == ""
+
+
 def test_closing_line_of_collecting_in_chinese() -> None:
     stats = stockrt.CollectStats(trades=7, stored=5, duplicates=2, dropped=1, gaps_today=1)
     words = stockrt._collected_words(stats, 3, 4.25)
@@ -387,24 +401,31 @@ def stream_of(stream: TextIO) -> str:
     return stream.read()
 
 
-@pytest.mark.parametrize("is_journal", [False, True])
-def test_what_is_odd_in_the_settings_is_said_to_a_person_and_logged_for_a_service(
-    monkeypatch: pytest.MonkeyPatch, is_journal: bool
+@pytest.mark.parametrize("reader", ["journal", "log", "person"])
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_a_person_reads_reasons_and_the_log_has_them_whole(
+    monkeypatch: pytest.MonkeyPatch, reader: str, language: str
 ) -> None:
     below = Stream("utf-8", False)
-    monkeypatch.setattr("sys.stderr", stockrt.JournalStream(below) if is_journal else below)
-    monkeypatch.setattr(stockrt.SPOKEN, "language", "zh")
+    monkeypatch.setattr("sys.stderr", stockrt.JournalStream(below) if reader == "journal" else below)
+    monkeypatch.setattr(stockrt.SPOKEN, "language", language)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    stockrt.start_logging(stockrt.load_settings({}, needs=stockrt.NO_NEEDS, places=()).settings)
+    settings = stockrt.load_settings({}, needs=stockrt.NO_NEEDS, places=()).settings
+    stockrt.start_logging(settings, by_hand=reader != "log")
     odd = phrase("cli.os_error", file="a", why="b")
-    for is_service in (False, True):
-        stockrt._warn([odd], is_service)
-    lines = stream_of(below).splitlines()
-    if is_journal:
-        assert lines == ["<4>a cannot be used: b [cli.os_error]"] * 2
+    stockrt.log.warning("%s", odd)
+    stockrt.log.warning("at %s: %s; again", stockrt.count_words(2, "code"), odd)
+    stockrt.log.warning("no words of ours")
+    lines = [line.partition(" WARNING ") for line in stream_of(below).splitlines()]
+    whole = ["a cannot be used: b [cli.os_error]", "at 2 codes: a cannot be used: b; again [cli.os_error]"]
+    if reader == "person" and language == "zh":
+        assert [before for before, *_ in lines[:2]] == ["stockrt：无法使用 a：b"] * 2
+    elif reader == "person":
+        assert lines[0][0] == "stockrt: a cannot be used: b" and lines[1][2] == whole[1]
     else:
-        assert lines[0] == "stockrt：无法使用 a：b"
-        assert lines[1].endswith(" WARNING a cannot be used: b [cli.os_error]")
+        said = [line[2] or line[0].removeprefix("<4>") for line in lines]
+        assert said == [*whole, "no words of ours"]
+    assert "no words of ours" in "".join(lines[2])
 
 
 @pytest.mark.parametrize(

@@ -758,7 +758,7 @@ def test_message_error_and_failures_of_a_result_are_chinese_and_nothing_else_cha
     since = stockrt.local_times("2027-01-15T08:00:00Z")
     assert chinese["message"] == (
         f"9 个代码中 5 个失败：X0.US、X1.US、X2.US、X3.US、X4.US（{short}）；"
-        f"收盘快照未保存：{short}；1 笔成交暂存于本机，{short}"
+        f"收盘价未保存：{short}；1 笔成交暂存于本机，{short}"
         f"；9 个代码中 3 个已入库；实际查询：600519 -> 600519.SH"
         f"；9 个代码中有 2 个自 {since} 起没有新成交，期间市场曾开市"
     )
@@ -776,7 +776,7 @@ def test_codes_that_failed_for_one_reason_are_named_with_it_once() -> None:
         return result_of(report)["message"], result_of(report, "zh")["message"]
 
     assert message(3, A="gone", B="gone", C="gone") == (
-        "all of 3 codes failed (A, B, C): gone",
+        "all 3 codes failed (A, B, C): gone",
         "3 个代码全部失败（A、B、C）：gone",
     )
     assert message(4, A="gone", B="late", C="gone") == (

@@ -832,7 +832,7 @@ def test_at_the_limit_codes_fail_by_name_and_say_why(place: Place, gone: None) -
             for first in range(0, 100_000, 1000):
                 assert store.write(make_documents(1000, first=first)).queued == 1000
     told = in_chinese(caught.value.message)
-    assert re.search(r"起无法连接；且无法暂存：/.*stockrt\.db 已达上限 1 MB；请检查 SPOOL_MAX_MB$", told), (
+    assert re.search(r"起无法连接；且无法暂存：/.*stockrt\.db 将超过上限 1 MB；请检查 SPOOL_MAX_MB$", told), (
         told
     )
     assert place.facts[-1].refused == 1000
@@ -843,15 +843,40 @@ def test_the_disk_keeps_some_room(tmp_path: Path) -> None:
         small_disk(tmp_path, "2M") as disk,
         queue_in(disk / "state") as queue,
     ):
-        with pytest.raises(QueueFull, match=r"5% free.*STATE_DIRECTORY") as caught:
+        with pytest.raises(QueueFull, match=r"MB free, and 0 MB \(5%\) have.*STATE_DIRECTORY") as caught:
             for first in range(0, 1_000_000, 100):
                 queue.write(make_documents(100, first=first))
-        assert in_chinese(caught.value.message).endswith(
-            "所在磁盘的剩余空间将不足 5%；请检查 STATE_DIRECTORY"
+        assert re.search(
+            r"所在磁盘剩余 \d MB，须留出 0 MB（5%）；请检查 STATE_DIRECTORY$",
+            in_chinese(caught.value.message),
         )
         found = os.statvfs(disk)
         assert found.f_bavail >= found.f_blocks * 0.05
         assert queue.count() == first
+
+
+def test_disk_that_is_low_or_read_only_is_said_before_something_is_lost(
+    tmp_path: Path, run_pyz: RunPyz
+) -> None:
+    """--status shows what there is all the same, and each thing once."""
+    env = {"INFOWAY_API_BASE_URL": "http://127.0.0.1:9", "INFOWAY_API_KEY": "test-key", "LANG": "zh_CN.UTF-8"}
+    with small_disk(tmp_path, "2M") as disk:
+        env["STATE_DIRECTORY"] = str(disk / "state")
+        run_pyz("--once", "--demo", "--codes", "TSLA.US", env=env)
+        free = os.statvfs(disk)
+        (disk / "big").write_bytes(b"x" * int((free.f_bavail - free.f_blocks * 0.02) * free.f_bsize))
+        why = rf"{disk}\S+ 所在磁盘剩余 0 MB，须留出 0 MB（5%）；请检查 STATE_DIRECTORY"
+        checked = run_pyz("--check", env=env).stdout
+        assert len(re.findall(f"^失败  状态目录：{why}$", checked, re.MULTILINE)) == 1
+        told = run_pyz("--status", env=env).stdout
+        assert re.search(f"^此外 +{why}。处理办法：请清理该磁盘$", told, re.MULTILINE)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        why = f"{disk}/state 所在的文件系统只读；请检查 STATE_DIRECTORY"
+        assert run_pyz("--check", env=env).stdout.count(why) == 1
+        shown = run_pyz("--status", env=env)
+        assert (shown.returncode, shown.stdout.count(why)) == (3, 1) and "未运行" in shown.stdout, (
+            shown.stderr
+        )
 
 
 def test_what_a_long_absence_took_is_given_back(place: Place) -> None:
@@ -959,7 +984,7 @@ def test_rejects_are_listed(place: Place, run_pyz: RunPyz) -> None:
     refuse(place, documents[1])
     queued(place.state, documents)
     done = run_pyz("--drain", env=place.environ)
-    assert done.returncode == 1 and re.search(r"\b2 moved .*, 1 refused by it", done.stderr)
+    assert done.returncode == 1 and re.search(r"\b2 moved .*; 1 refused by it", done.stderr)
     lines = run_pyz("--rejects", env=place.environ).stdout.splitlines()
     assert len(lines) == 1 and documents[1]["_id"] in lines[0] and "MongoDB refused it" in lines[0]
     (reject,) = map(json.loads, run_pyz("--rejects", "--json", env=place.environ).stdout.splitlines())
@@ -994,17 +1019,17 @@ def test_drain_and_rejects_in_chinese(place: Place, run_pyz: RunPyz) -> None:
         told,
         re.M,
     )
-    assert "3 笔成交等待写入 MongoDB。处理办法：" in told.splitlines()[0]
+    assert "\n此外            3 笔成交等待写入 MongoDB。处理办法：请启动守护进程，或用 --drain 写入\n" in told
     done = run_pyz("--drain", env=environ)
     *_, line = done.stderr.splitlines()  # before it stands the log's
     assert done.returncode == 1 and re.fullmatch(
-        r"已将 2 笔成交写入 mongodb://\S+，1 笔被其拒绝：详见 --rejects；本机剩余 0 笔", line
+        r"已将 2 笔成交写入 mongodb://\S+；本机剩余 0 笔；1 个文档被拒绝：详见 --rejects", line
     )
     (line,) = run_pyz("--rejects", env=environ).stdout.splitlines()
     assert re.match(rf"{LOCAL_TIME}  \S+  {documents[1]['_id']}：", line)
     told = run_pyz("--status", env=environ).stdout
     assert re.search(r"^暂存队列 .*，1 个文档被拒绝：详见 --rejects$", told, re.M)
-    assert "1 个文档被 MongoDB 拒绝" in told.splitlines()[0]
+    assert "\n此外            1 个文档被 MongoDB 拒绝。处理办法：" in told
     done = run_pyz("--rejects", "--discard", env=environ)
     assert done.stderr == "已删除 1 个文档和 0 个损坏的文件（0.0 MB）\n"
 
