@@ -828,7 +828,13 @@ HANDED_OVER_AT = ("/dev/fd/", "/dev/std", "/proc/self/fd/")
 
 def is_odd_file(path: str | Path) -> bool:
     """Whether a name is a pipe's, which would be waited for, or a device's but /dev/null, which may have no end."""
-    is_usual = os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path)
+    import stat
+
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # whoever opens it says why
+        return False
+    is_usual = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
     return not (is_usual or os.path.realpath(path) == os.devnull or str(path).startswith(HANDED_OVER_AT))
 
 
@@ -839,9 +845,9 @@ def open_plain(path: str | Path, flags: int = os.O_RDONLY) -> int:
     return os.open(path, flags, 0o644)
 
 
-def read_file(path: str | Path | int) -> str:
-    """Return the text of a file without the mark that may begin it. Raises OSError, UnicodeDecodeError."""
-    with open(path, encoding="utf-8-sig", opener=open_plain) as stream:
+def read_file(path: str | Path | int, encoding: str = "utf-8-sig") -> str:
+    """Return the text of a file, as it is without the mark that may begin it. Raises OSError, UnicodeDecodeError."""
+    with open(path, encoding=encoding, opener=open_plain) as stream:
         text = stream.read((MOST_FILE_MIB << 20) + 1)
     if len(text) > MOST_FILE_MIB << 20:
         raise OSError(errno.EFBIG, phrase("tools.large_file", most=MOST_FILE_MIB))
@@ -1091,10 +1097,22 @@ ENV_FILE_PLACES = (
     Path("config/.env"),
     Path("/etc/stockrt/stockrt.env"),
 )
+# The one that systemd reads for the service, which itself sees it as a credential of this name: the file is root's.
+SERVICE_FILE = ENV_FILE_PLACES[-1]
+FILE_CREDENTIAL = "stockrt.env"
 # Names with these beginnings are ours: an unknown one in the file is a misspelling worth a warning.
 OUR_PREFIXES = ("MONGODB_", "INFOWAY_", "SERVER_", "COLLECT_", "STOCKRT_LANG", "MESSAGE_LANG")
-# And so is one that begins with the same letter as one of ours and is so like it (difflib's ratio).
+# And so is one that begins with the same letter as one of ours and is so like it (difflib's ratio),
 NEAR_NAME = 0.9
+# or one that other programs have for the same, whose letters are more like those of another of ours.
+OTHERS_NAMES = {
+    "SERVER_IP": "SERVER_HOST SERVER_ADDRESS SERVER_ADDR SERVER_URL",
+    "MONGODB_HOST": "MONGODB_URI MONGODB_URL MONGO_URI MONGO_URL",
+    "INFOWAY_API_BASE_URL": "INFOWAY_URL",
+    "INFOWAY_API_KEY": "INFOWAY_TOKEN",
+}
+# What a Chinese keyboard types in place of ASCII: full-width forms, and signs of its own.
+NARROW = {0xFEE0 + code: code for code in range(0x21, 0x7F)} | str.maketrans("“”‘’、。　", "\"\"'',. ")  # noqa: RUF001
 # What whoever types a command may have otherwise than the service: it changes how something is said, not what is done.
 READERS_OWN = ("LOG_LEVEL", "STOCKRT_LANG")
 # What COLLECT_CODES says for the codes of the collection MONGODB_WATCH_COLLECTION_NAME.
@@ -1437,9 +1455,18 @@ def _unknown_option(name: str, said: str) -> str:
 _PLAIN_NUMBER = r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
 
 
-def _expect(good: bool) -> None:
+def _expect(good: bool, kind: str = "") -> None:
+    """Raise ValueError, with the words of a kind where the setting's own would not tell what is wrong."""
     if not good:
+        raise ValueError(phrase(kind) if kind else "")
+
+
+def _matched(pattern: str, value: str) -> re.Match[str]:
+    """Return the match of a whole value. Raises ValueError where there is none."""
+    match = re.fullmatch(pattern, value)
+    if match is None:
         raise ValueError
+    return match
 
 
 def _text(shortest: int, longest: int) -> Callable[[str], str]:
@@ -1452,8 +1479,7 @@ def _text(shortest: int, longest: int) -> Callable[[str], str]:
 
 def _number(low: float, high: float) -> Callable[[str], float]:
     def parse(value: str) -> float:
-        _expect(re.fullmatch(_PLAIN_NUMBER, value) is not None)
-        number = float(value)
+        number = float(_matched(_PLAIN_NUMBER, value)[0])
         _expect(low <= number <= high)
         return number
 
@@ -1491,11 +1517,8 @@ def _url(*schemes: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
         parts = urlsplit(value)
         _expect(parts.scheme in schemes and bool(_host(parts.hostname or "")) and parts.port != 0)
-        _expect(
-            not (parts.query or parts.fragment or "@" in parts.netloc)
-            and re.fullmatch(r"[!-~]+", value) is not None
-        )
-        return value.rstrip("/")
+        _expect(not (parts.query or parts.fragment or "@" in parts.netloc))
+        return _matched(r"[!-~]+", value)[0].rstrip("/")
 
     return parse
 
@@ -1516,26 +1539,39 @@ def _plan(word: str) -> Plan:
 
 
 def _mongodb_uri(value: str) -> str:
-    match = re.fullmatch(r"(mongodb|mongodb\+srv)://(?:([^/]*)@)?([^/?@]+)(?:/([^?]*))?(?:\?(.*))?", value)
-    _expect(match is not None)
-    assert match is not None  # for the type checker: _expect has raised
-    _expect("@" not in (match[2] or "") and (match[2] or "").count(":") <= 1)
-    _expect(not set(match[4] or "") & set("&="))  # options without the ? in front of them
-    for host in match[3].split(","):
-        parts = re.fullmatch(r"(\[[^\[\]]+\]|[^\[\]:\s]+)(?::(\d+))?", host)
-        _expect(parts is not None and (not parts[2] or bool(_whole_number(1, 65535)(parts[2]))))
+    scheme, _, rest = value.partition("://")
+    _expect(scheme in ("mongodb", "mongodb+srv"), "settings.expect.mongodb_scheme")
+    match = _matched(r"(?:([^/]*)@)?([^/?@]+)(?:/([^?]*))?(?:\?(.*))?", rest)
+    user, path = match[1] or "", match[3] or ""
+    _expect("@" not in user + path and user.count(":") <= 1, "settings.expect.mongodb_user")
+    _expect(not set(path) & set("&="))  # options without the ? in front of them
+    _try_hosts(match[2], is_srv=scheme != "mongodb")
     # unacknowledged writes could not be counted as stored; MongoDB's URIs may separate options by ; too
-    _expect(not re.search(r"(?i)(?:^|[&;])w=[+-]?0+(?:[&;]|$)", unquote(value.partition("?")[2])))
+    unacknowledged = re.search(r"(?i)(?:^|[&;])w=[+-]?0+(?:[&;]|$)", unquote(value.partition("?")[2]))
+    _expect(not unacknowledged, "settings.expect.mongodb_w")
     return value
 
 
+def _try_hosts(hosts: str, is_srv: bool) -> None:
+    """Raise ValueError where the hosts of a MongoDB connection string cannot be some."""
+    for host in hosts.split(","):
+        parts = _matched(r"(\[[^\[\]]+\]|[^\[\]:\s]+)(:[^:]*)?", host)
+        _expect(parts[1] == parts[1].translate(NARROW))
+        if is_srv:
+            is_name = host == hosts and not parts[2] and not re.fullmatch(r"\[.*|[\d.]+", host)
+            _expect(is_name, "settings.expect.mongodb_srv")
+        port = (parts[2] or ":27017")[1:]
+        is_port = re.fullmatch("[0-9]{1,5}", port) is not None and 1 <= int(port) <= 65535
+        _expect(is_port, "settings.expect.mongodb_port")
+
+
 def _database_name(value: str) -> str:
-    _expect(0 < len(value.encode()) <= 63 and not re.search(r'[/\\."$*<>:|?\s\0]', value))
+    _expect(0 < len(value.encode()) <= 63 and not re.search(r'[/\\."“”$*<>:|?\s\0]', value))
     return value
 
 
 def _collection_name(value: str) -> str:
-    _expect(len(value.encode()) <= 120 and not set(value) & set("$\0") and not value.startswith("system."))
+    _expect(len(value.encode()) <= 120 and not set(value) & set("$“”\0") and not value.startswith("system."))
     _expect(all(value.split(".")))
     return value
 
@@ -1546,10 +1582,7 @@ def _host(value: str) -> str:
     bare = value[1:-1] if value.startswith("[") and value.endswith("]") else value
     with contextlib.suppress(ValueError):
         return str(ipaddress.ip_address(bare))
-    _expect(
-        re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_-]+)*\.?", bare)
-        is not None
-    )
+    _matched(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_-]+)*\.?", bare)
     _expect(max(map(len, bare.split("."))) <= 63)  # more is no name for the DNS
     _expect(not re.fullmatch(r"[\d.]+", bare))  # 10.0.0 or 10.0.0.256: a mistyped address, not a name
     return bare
@@ -1572,7 +1605,7 @@ def _no_proxy(value: str) -> tuple[str, ...]:
 
     entries = tuple(filter(None, re.split(r"[\s,]+", value.lower())))
     for entry in entries:
-        _expect(re.fullmatch(r"[a-z0-9_.:*/\[\]-]+", entry) is not None)
+        _matched(r"[a-z0-9_.:*/\[\]-]+", entry)
         if "/" in entry:
             ipaddress.ip_network(entry, strict=False)
     return entries
@@ -1591,10 +1624,9 @@ def _collect_codes(value: str) -> str:
 
 def _share(value: str) -> tuple[int, int]:
     """Return which share of how many: 2/3 -> (2, 3)."""
-    match = re.fullmatch(r"(\d{1,3})\s*/\s*(\d{1,3})", value, re.ASCII)
-    _expect(match is not None and 1 <= int(match[1]) <= int(match[2]) <= MOST_SHARES)
-    assert match is not None  # for the type checker: _expect has raised
-    return int(match[1]), int(match[2])
+    share, shares = map(int, _matched(r"(?a)(\d{1,3})\s*/\s*(\d{1,3})", value).groups())
+    _expect(1 <= share <= shares <= MOST_SHARES)
+    return share, shares
 
 
 def _directory(value: str) -> Path:
@@ -1631,6 +1663,17 @@ class Setting(NamedTuple):
     def expected(self) -> Phrase:
         """What its values may be, a clause: `expected zh or en`."""
         return phrase(self.expects, most_shares=MOST_SHARES)
+
+    def expected_of(self, value: str, error: ValueError) -> Phrase:
+        """Return what was expected in place of a value that `parse` did not take, as exactly as can be told."""
+        seen = re.sub(r"(?s)//.*@", "", value)  # nothing of a password
+        signs = [c for c in dict.fromkeys(seen) if ord(c) in NARROW and not (self.secret and c.isalnum())]
+        with contextlib.suppress(ValueError):
+            _expect(bool(signs))
+            self.parse(value.translate(NARROW).strip("\"'"))  # then they are what is wrong
+            wide = " ".join(signs)
+            return phrase("settings.expect.narrow", wide=wide, narrow=wide.translate(NARROW))
+        return next((words for words in error.args if isinstance(words, Phrase)), self.expected)
 
 
 _PROXY_EXPECTED = "settings.expect.proxy"
@@ -1704,66 +1747,89 @@ def default_state_directory(environ: Mapping[str, str], is_root: bool) -> Path:
     return Path(base) / "stockrt"
 
 
-def read_env_file(path: Path) -> dict[str, str]:
-    """Return the names and values of an env file; nothing in it is expanded."""
-    return {b.key: b.value for b in _bindings(path) if b.key is not None and b.value is not None}
+# What systemd reads as one comment, assignment or other line of an EnvironmentFile=. Parts in quotes come first; a \
+# takes a line's end away, before 254 that of a comment, too.
+_SYSTEMD_LINE = re.compile(
+    r"""(?xs)[ \t\n]*(?:
+        (?P<comment>[#;](?:\\.|[^\\\n])*)
+        |(?P<name>[^=\n]+)=(?P<quoted>(?:[ \t]*(?:'[^']*(?:'|\Z)|"(?:\\.|[^\\"])*(?:"|\Z)))*)
+            [ \t]*(?P<bare>(?:\\(?:.|\Z)|[^\\\n])*?)[ \t]*(?:\n|\Z)
+        |[^\n]+
+    )"""
+)
+_MARK = "\ufeff"
+# How the kinds of faults begin that a line has only where systemd reads it.
+OF_SYSTEMD = "settings.systemd_"
 
 
-def broken_lines(path: Path) -> list[str]:
-    """Return a fault for each line of an env file that is no NAME=value, or none that means the same to systemd."""
-    faults: list[str] = []
-    for b in _bindings(path):
-        line = _line_number(b)
-        if b.error or (b.key is not None and b.value is None):
-            faults.append(phrase("settings.no_assignment", path=path, line=line))
-        elif b.key is not None and not _has_inline_comment(b) and _as_systemd(b) != b.value:
-            faults.append(phrase("settings.systemd_reads_otherwise", path=path, line=line, name=b.key))
-    return faults
+class EnvFile(dict[str, str]):
+    """The names and values of an env file, of which nothing is expanded, and a fault for each line that has one."""
+
+    faults: list[Phrase]
 
 
-def inline_comments(path: Path) -> list[str]:
-    """Return a warning for each line of an env file that has a comment behind a value without quotes."""
-    return [
-        phrase("settings.inline_comment", path=path, line=_line_number(b), name=b.key)
-        for b in _bindings(path)
-        if _has_inline_comment(b)
-    ]
-
-
-def _has_inline_comment(binding: Binding) -> bool:
-    text = _text_of(binding)
-    return text[:1] not in ("'", '"') and binding.value is not None and "#" in text[len(binding.value) :]
-
-
-def _text_of(binding: Binding) -> str:
-    return binding.original.string.partition("=")[2].strip(" \t\r\n")
-
-
-def _as_systemd(binding: Binding) -> str:
-    """Return what systemd's EnvironmentFile= reads from a line; what stands behind a value is a part of it."""
-    text = _text_of(binding)
-    if text[:1] == "'":
-        value, _, rest = text[1:].partition("'")
-        return value + rest
-    quoted = re.fullmatch(r'"((?:[^"\\]|\\.)*)"(.*)', text, re.DOTALL)
-    if quoted:
-        return re.sub(r'\\(?:\n|(["\\`$]))', lambda found: found[1] or "", quoted[1]) + quoted[2]
-    return re.sub(r"\\(.)", r"\1", text)
-
-
-def _line_number(binding: Binding) -> int:
-    text = binding.original.string  # it begins with the blank lines before
-    return binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
-
-
-def _bindings(path: Path) -> list[Binding]:
-    """Return the parsed lines of an env file. Raises SettingsError when it cannot be read or is not UTF-8."""
+def read_env_file(path: Path, shown: Path | None = None) -> EnvFile:
+    """Read an env file once: it may be a pipe of the caller's shell. Raises SettingsError."""
     from dotenv.parser import parse_stream
 
     try:
-        return list(parse_stream(io.StringIO(read_file(path))))
+        text = read_file(path, encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError([phrase("settings.unreadable", path=path, why=unread_words(error))]) from None
+    bindings = list(parse_stream(io.StringIO(text)))
+    found = EnvFile({b.key: b.value for b in bindings if b.key is not None and b.value is not None})
+    found.faults = _line_faults(text, bindings, shown or path)
+    return found
+
+
+def _line_faults(text: str, bindings: Iterable[Binding], path: Path) -> list[Phrase]:
+    """Return a fault for each line that is no NAME=value, or something else to systemd (OF_SYSTEMD)."""
+    lines = [*_SYSTEMD_LINE.finditer(text)]
+    comments = {place for found in lines if found["comment"] for place in range(*found.span())}
+    read = {found.end("name"): found for found in lines if found["name"]}
+    faults: list[Phrase] = []
+    place = len(text) - len(text.removeprefix(_MARK))
+    for b in bindings:
+        whole = b.original.string  # it begins with the blank lines before
+        equals = place + whole.find("=")
+        place += len(whole)
+        kind, line = None, b.original.line + whole[: len(whole) - len(whole.lstrip())].count("\n")
+        if b.error or (b.key is not None and b.value is None):
+            is_quoted = whole.partition("=")[2].lstrip()[:1] in ("'", '"')
+            kind = "settings.odd_quotes" if is_quoted else "settings.no_assignment"
+        elif b.key is None or not re.fullmatch(r"[A-Za-z_]\w*", b.key, re.ASCII):
+            continue  # a comment, or nobody's name
+        elif equals in read:
+            kind = _kind_to_systemd(b, read[equals])
+        elif equals in comments:  # else within what an earlier line has begun, which is a fault of that
+            kind, line = "settings.systemd_goes_on", line - 1
+        if kind:
+            faults.append(phrase(kind, path=path, line=line, name=b.key))
+    return faults
+
+
+def _kind_to_systemd(binding: Binding, found: re.Match[str]) -> str | None:
+    """Return the kind of the fault of an assignment that systemd reads otherwise, None where it does not."""
+    value = cast(str, binding.value)
+    if found["name"].startswith(_MARK):
+        return "settings.systemd_mark"
+    if found["name"].rstrip(" \t") != binding.key:
+        return "settings.systemd_passes_over"
+    if _as_systemd(found).strip() == value.strip():
+        return None
+    if not found["quoted"] and "#" in found["bare"].partition("\n")[0][len(value) :]:
+        return "settings.systemd_comment"
+    if not found["quoted"] and (len(value) - len(value.rstrip("\\"))) % 2:
+        return "settings.systemd_goes_on"
+    return "settings.reads_otherwise"
+
+
+def _as_systemd(found: re.Match[str]) -> str:
+    """Return the value that systemd reads; what stands behind quotes is a part of it."""
+    parts = re.findall(r"'([^']*)'?|\"((?:\\.|[^\\\"])*)\"?", found["quoted"], re.DOTALL)
+    bare = re.sub(r"(?s)\\(.?)", lambda escape: escape[1].strip("\n"), found["bare"])
+    escaped = r'\\(?:\n|(["\\`$]))'
+    return "".join(single + re.sub(escaped, lambda e: e[1] or "", double) for single, double in parts) + bare
 
 
 def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | None, str]:
@@ -1774,13 +1840,16 @@ def find_env_file(named: Path | None, places: Iterable[Path]) -> tuple[Path | No
     """
     if named is not None:
         return named, ""
+    warning: str = ""
     for place in places:
         with contextlib.suppress(OSError):  # a directory on the way that may not be searched: as not there
             if place.is_file() or place.is_fifo():
                 if os.access(place, os.R_OK):
-                    return place, ""
+                    return place, warning
                 return None, phrase("settings.forbidden_file", path=place)
-    return None, ""
+            if place.is_dir() and place.name == ENV_FILE_PLACES[0].name:  # .env may well be one
+                warning = phrase("settings.unreadable", path=place, why=phrase("os.EISDIR"))
+    return None, warning
 
 
 def is_service(environ: Mapping[str, str]) -> bool:
@@ -1903,6 +1972,8 @@ def parse_unit(text: str) -> Unit:
     unit = Unit({}, {}, [], Path("/var/lib", "stockrt"), [])
     for value in found.get("LoadCredential", ()):
         name, _, path = value.partition(":")
+        if name == FILE_CREDENTIAL:
+            continue  # one of the files below
         if os.path.isabs(path):
             unit.credentials[name.upper()] = Path(path)
         else:
@@ -1938,13 +2009,13 @@ def load_settings(
     else:
         origins, files, warnings = _service_origins(environ, unit, places)
     for path in files:
-        warnings += [_misspelled(name, str(path)) for name in origins[str(path)] if _is_meant(name)]
+        warnings += [fault for name in origins[str(path)] for fault in _misspelled(name, str(path))]
     if is_service(environ):
-        warnings += [_misspelled(name, _environment()) for name in environ if _is_unknown(name)]
-    warnings += [warning for path in files for warning in inline_comments(path)]
+        ours = [name for name in environ if name.startswith(OUR_PREFIXES)]
+        warnings += [fault for name in ours for fault in _misspelled(name, _environment())]
     read = _read_values(environ, origins, unit)
     values = read.values
-    faults = [fault for path in files for fault in broken_lines(path)] + read.faults
+    faults = _file_faults(environ, origins, unit) + read.faults
     if "MONGODB_DB_NAME" in read.unset and uri_database(values.get("mongodb_uri", "")):
         faults += _take_database(values)
     faults += _contradictions(values) + _missing(read.unset, needs, values)
@@ -1970,6 +2041,24 @@ def load_settings(
     in_use = _origins_in_use(origins, files, read.used)
     words = listing("join.names", [*in_use, phrase("settings.defaults")])
     return LoadedSettings(settings, tuple(warnings), words, tuple(read.hiding))
+
+
+def _file_faults(
+    environ: Mapping[str, str], origins: Mapping[str, Mapping[str, str]], unit: Unit | None
+) -> list[str]:
+    """Return the faults of the lines of settings files; those of OF_SYSTEMD where it reads the file.
+
+    That is the unit's, or stands in the usual place of these, and then the service sees a copy.
+    """
+    faults: list[str] = []
+    for where, found in origins.items():
+        is_systemds = unit is not None or Path(where).resolve() == SERVICE_FILE.resolve()
+        if isinstance(found, EnvFile):
+            faults += [one for one in found.faults if is_systemds or not one.kind.startswith(OF_SYSTEMD)]
+    copy = Path(environ.get("CREDENTIALS_DIRECTORY") or "/nowhere", FILE_CREDENTIAL)
+    if copy.is_file():
+        faults += read_env_file(copy, SERVICE_FILE).faults
+    return list(dict.fromkeys(faults))
 
 
 def _origins_in_use(
@@ -2014,11 +2103,11 @@ def _read_values(
             continue
         try:
             read.values[setting.attribute] = setting.parse(text or setting.default)
-        except ValueError:
+        except ValueError as error:
             shown = shown_value(setting, text)
             if where == environment and is_service(environ):
                 where = phrase("settings.unit_environment", unit=UNIT)
-            expected = setting.expected
+            expected = setting.expected_of(text, error)
             read.faults.append(
                 phrase("settings.fault", name=name, shown=shown, where=where, expected=expected)
             )
@@ -2073,8 +2162,10 @@ def _missing(unset: Collection[str], needs: Needs, values: Mapping[str, Any]) ->
     platform = [name for name in ("SERVER_IP", "SERVER_PORT") if name in unset]
     collecting = [name for name in COLLECTING if needs.collect and name not in unset]
     half = len(platform) == 1 and (needs.platform or needs.whole_platform)
-    if half or (platform and needs.platform and not collecting):
-        faults.append(phrase("settings.no_platform", names=listing("join.and", platform)))
+    if half or (platform and needs.platform and not needs.collect):
+        faults.append(phrase("settings.needs_platform", names=listing("join.and", platform)))
+    elif platform and needs.platform and not collecting:
+        faults.append(phrase("settings.no_platform"))
     if needs.key and "INFOWAY_API_KEY" in unset:
         faults.append(phrase("settings.no_key"))
     if collecting and "COLLECT_CODES" in unset:
@@ -2162,11 +2253,12 @@ def _look_up(setting: Setting, origins: Mapping[str, Mapping[str, str]]) -> tupl
 
 def shown_value(setting: Setting, text: str) -> str:
     """Return the text of a setting as a person may see it, in quotes."""
+    shown = mask_uri(text)
     if setting.in_small_letters:
-        return repr(one_line(mask_userinfo(text), 100))
-    if setting.secret and not (setting.attribute == "mongodb_uri" and re.match(_USERINFO, text)):
-        return "'***'"
-    return repr(one_line(mask_uri(text), 100))
+        shown = mask_userinfo(text)
+    elif setting.secret and not (setting.attribute == "mongodb_uri" and re.match(_USERINFO, text)):
+        shown = "***"
+    return phrase("line.quoted", text=one_line(shown, 100))
 
 
 def env_line(name: str, value: str) -> str:
@@ -2179,29 +2271,25 @@ def env_line(name: str, value: str) -> str:
     return f'{name}="{escaped}"\n'
 
 
-def _is_unknown(name: str) -> bool:
-    return name.startswith(OUR_PREFIXES) and name not in _known_names()
-
-
-def _is_meant(name: str) -> bool:
-    """Return whether a name in a settings file is a setting of ours with a slip in it."""
-    import difflib
-
-    if name in _known_names() or _is_unknown(name):
-        return _is_unknown(name)
-    alike = [known for known in _known_names() if known[0] == name[0]]
-    return bool(difflib.get_close_matches(name, alike, 1, NEAR_NAME))
-
-
 def _known_names() -> list[str]:
     return [name for setting in SETTINGS for name in setting.names()]
 
 
-def _misspelled(name: str, source: str) -> str:
+def _misspelled(name: str, where: str) -> list[str]:
+    """Return a warning where a name is none of ours but is meant to be, or can be nobody's in an environment."""
     import difflib
 
-    near = difflib.get_close_matches(name, _known_names(), n=1, cutoff=0)
-    return phrase("settings.misspelled", where=source, name=name, near=near[0])
+    known, plain = _known_names(), name.translate(NARROW).replace("-", "_").upper()
+    if name in known:
+        return []
+    near = [ours for ours, others in OTHERS_NAMES.items() if plain in others.split()]
+    if not near:
+        is_ours = plain in known or plain.startswith(OUR_PREFIXES)
+        alike = known if is_ours else [one for one in known if one[0] == plain[0]]
+        near = difflib.get_close_matches(plain, alike, 1, 0 if is_ours else NEAR_NAME)
+    if near:
+        return [phrase("settings.misspelled", where=where, name=one_line(name, 60), near=near[0])]
+    return [] if name.isascii() else [phrase("settings.no_name", where=where, name=one_line(name, 60))]
 
 
 # The environment of a process stays what it was at its start: `systemctl reload` leaves here, in RUNTIME_DIRECTORY,
@@ -4371,7 +4459,10 @@ def _move(path: Path, target: Path) -> None:
 def _is_forbidden(path: Path) -> bool:
     """Whether a file is there that this user may not read and write. Others may make or remove it meanwhile."""
     mode = os.R_OK | os.W_OK
-    return not os.access(path, mode) and path.exists() and not os.access(path, mode)
+    if os.access(path, mode):
+        return False
+    there = _inode(path)
+    return there is not None and not os.access(path, mode) and there == _inode(path)
 
 
 def _size_of(path: Path) -> int:
@@ -5405,9 +5496,12 @@ class KeyPool:
             "join.clauses",
             [phrase("quota.key", key=key.shown, why=self._why_not(key, product, now)) for key in self.keys],
         )
-        return see(
-            phrase("quota.none_serves", service=service_words(product), reasons=reasons), "INFOWAY_API_KEY"
-        )
+        words = phrase("quota.none_serves", service=service_words(product), reasons=reasons)
+        if any(key.refusal(product) for key in self.keys):
+            return see(words, "INFOWAY_API_KEY")
+        if "infoway.not_the_api" in kinds_in(reasons):
+            return see(words, "INFOWAY_API_BASE_URL")
+        return phrase("quota.more_keys", words=words)
 
     def _why_not(self, key: ApiKey, product: str, now: float) -> str:
         back = iso_after(self._clock.wall(), max(0.0, key.paused_until - now))
@@ -5924,8 +6018,7 @@ REFUSALS = (
     Refusal(Action.SLOW_DOWN, FailureKind.API, "INFOWAY_PLAN", (429, 501), _RATE_TEXTS, (429,)),
     Refusal(Action.CODES_UNKNOWN, FailureKind.UNKNOWN_CODE, "", (508,), ("All product not exists",)),
     Refusal(Action.GIVE_UP, FailureKind.API, "", (505, 506, 507), _REQUEST_TEXTS),
-    Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=(408,)),
-    Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL", statuses=range(500, 1000)),
+    Refusal(Action.RETRY, FailureKind.API, "", statuses=(408, *range(500, 1000))),
     Refusal(
         Action.GIVE_UP, FailureKind.API, "INFOWAY_API_KEY", (403, 499), (), (403, 499), "infoway.gateway"
     ),
@@ -5940,8 +6033,9 @@ REFUSALS = (
         "infoway.redirection",
     ),
 )
-# What no row is for: a fault of the API's own, or a success that is none.
+# What no row is for: a fault of the API's own or a success that is none, by its `ret`, or what is not the API's.
 UNCLEAR = Refusal(Action.RETRY, FailureKind.API, "INFOWAY_API_BASE_URL")
+OWN_FAULT = UNCLEAR._replace(setting="")
 
 
 class Verdict(NamedTuple):
@@ -5973,8 +6067,12 @@ def decide(response: Response, now_utc: datetime) -> Verdict:
     if row is None and type(ret) is int and ret == 200:
         return _accept(envelope)
     status = _status_of(response, envelope)
-    row = row or next((one for one in REFUSALS if status in one.statuses), UNCLEAR)
-    failure = Failure(row.kind, _refused_words(row, ret, status, text, response.body))
+    unclear = UNCLEAR if ret is None else OWN_FAULT
+    row = row or next((one for one in REFUSALS if status in one.statuses), unclear)
+    words = _refused_words(row, ret, status, text, response.body)
+    if row is OWN_FAULT and text.casefold() == "success" and not envelope.get("data"):
+        words = phrase("infoway.empty", number=one_line(repr(ret), 40))
+    failure = Failure(row.kind, words)
     return Verdict(row.action, failure, wait_s=_retry_after_s(response, now_utc), setting=row.setting)
 
 
@@ -6023,8 +6121,7 @@ def _accept(envelope: Mapping[str, Any]) -> Verdict:
     if data is None:
         return Verdict(Action.ACCEPT)  # none of the codes is known
     if not isinstance(data, list):
-        failure = Failure(UNCLEAR.kind, phrase("infoway.no_list"))
-        return Verdict(UNCLEAR.action, failure, setting=UNCLEAR.setting)
+        return Verdict(OWN_FAULT.action, Failure(OWN_FAULT.kind, phrase("infoway.no_list")))
     return Verdict(Action.ACCEPT, records=data)
 
 
@@ -6626,9 +6723,7 @@ def _why_final(attempt: BatchAttempt, verdict: Verdict) -> Failure | None:
         words = phrase("infoway.asks_to_wait", said=words, s=verdict.wait_s)
     if tries > 1:
         words = phrase("infoway.tries", said=words, n=tries)
-    if hopeless and verdict.setting:
-        words = see(words, verdict.setting)
-    return Failure(kind, words)
+    return Failure(kind, see(words, verdict.setting) if verdict.setting else words)
 
 
 def steer(keys: KeyPool, key: ApiKey, product: str, verdict: Verdict) -> None:
@@ -6643,7 +6738,7 @@ def steer(keys: KeyPool, key: ApiKey, product: str, verdict: Verdict) -> None:
     elif verdict.action is Action.KEY_LACKS_PRODUCT:
         keys.close_product(key, product, why)
     elif verdict.action is Action.KEY_DAY_OVER:
-        keys.rest_until_midnight(key, why)
+        keys.rest_until_midnight(key, phrase("quota.day_over", why=why))
     elif verdict.action is Action.SLOW_DOWN:
         keys.slow_down(key, verdict.wait_s, why)
 
@@ -8967,19 +9062,26 @@ class MongoRetention:
             if error.unreachable:
                 raise
             return phrase("stores.kept_unseen", why=error.words)
-        words = [_kept_words(mine.seconds if mine else None)]
-        if mine is not None:
-            words += [phrase("stores.oldest", created=created) for created in self._mongo.oldest()]
-            if not self._days:
-                words.append(phrase("stores.for_ever_soon"))
-            elif mine.seconds != self._seconds:
-                words.append(phrase("stores.kept_soon", days=self._days))
-        elif self._days:
-            why = self._why_not_on_its_own(others) or phrase("stores.ttl_to_come")
-            words.append(phrase("stores.kept_not_yet", days=self._days, why=why))
-        told = listing("join.commas", words)  # may name one that is in the way
         removing = [_other_words(index) for index in others if index.seconds is not None]
-        words += [phrase("stores.but", other=other) for other in removing if other not in told]
+        if mine is None:
+            words = removing or [_kept_words(None)]
+            if self._days:
+                why = self._why_not_on_its_own(others) or phrase("stores.ttl_to_come")
+                not_yet = phrase("stores.kept_not_yet", days=self._days, why=why)
+                if _in_the_way(others):
+                    raise StoreError(not_yet)
+                words.append(not_yet)
+            return listing("join.commas", words)
+        words = [_kept_words(mine.seconds)]
+        for created in self._mongo.oldest():
+            words.append(phrase("stores.oldest", created=created))
+            if mine.seconds is not None and created < iso_after(time.time(), -mine.seconds):
+                words.append(phrase("stores.expired"))
+        if not self._days:
+            words.append(phrase("stores.for_ever_soon"))
+        elif mine.seconds != self._seconds:
+            words.append(phrase("stores.kept_soon", days=self._days))
+        words += [phrase("stores.but", other=other) for other in removing]
         return listing("join.commas", words)
 
     def _indexes(self) -> tuple[TtlIndex | None, list[TtlIndex]]:
@@ -9018,9 +9120,8 @@ class MongoRetention:
 
     def _why_not_on_its_own(self, others: Sequence[TtlIndex], is_asked_for: bool = False) -> str:
         """Return why our index is not made without more ado, '' where it is."""
-        for index in others:
-            if index.field == "create_time":
-                return phrase("stores.drop_other", other=_other_words(index))
+        if _in_the_way(others):
+            return phrase("stores.drop_other", other=_other_words(_in_the_way(others)[0]))
         if not (is_asked_for or self._older):
             count = self._mongo.count_older(utc_now() - timedelta(seconds=self._seconds))
             if count is None:
@@ -9033,6 +9134,11 @@ class MongoRetention:
         return "" if is_asked_for else self._older
 
 
+def _in_the_way(others: Iterable[TtlIndex]) -> list[TtlIndex]:
+    """Return the indexes that stand where ours would be."""
+    return [index for index in others if index.field == "create_time"]
+
+
 def _kept_words(seconds: int | None) -> Phrase:
     if seconds is None:
         return phrase("stores.kept_for_ever")
@@ -9041,7 +9147,9 @@ def _kept_words(seconds: int | None) -> Phrase:
 
 def _span_words(seconds: int) -> Phrase:
     days = seconds / (24 * 3600)
-    return count_words(int(days), "day") if days.is_integer() else phrase("age.s", n=seconds)
+    if days.is_integer():
+        return count_words(int(days), "day")
+    return phrase("age.s", n=seconds) if days < 1 else phrase("stores.some_days", days=days)
 
 
 def _other_words(index: TtlIndex) -> Phrase:
@@ -9440,7 +9548,7 @@ def _days_since(day: str, now: float) -> int:
 class Backfilled(NamedTuple):
     """What became of a code of a backfill: the dates of its first and last close, and how many closes are new.
 
-    `there`: how many were final before. `why`: what was wrong, '' where nothing was.
+    `there`: how many were final before. `why`: why there are none, '' where there are; `is_failed`: but may be later.
     """
 
     code: str
@@ -9449,6 +9557,7 @@ class Backfilled(NamedTuple):
     added: int = 0
     there: int = 0
     why: str = ""
+    is_failed: bool = True
 
 
 class Backfill:
@@ -9476,7 +9585,7 @@ class Backfill:
         batches: list[Batch] = []
         for product, code in ((batch.product, code) for batch in plan.batches for code in batch.split()):
             if not has_bars(code):
-                yield Backfilled(code, why=phrase("closes.no_boundary"))
+                yield Backfilled(code, why=phrase("closes.no_boundary"), is_failed=False)
                 continue
             known = self._known(code, sessions)
             if known is not None:
@@ -10227,17 +10336,12 @@ class Delivery:
         """Say why what waits is not delivered. It is tried again, whatever it was."""
         if self._closing.is_set():
             return
-        trouble, words, cause = self._trouble, error_words(error), error
+        trouble, cause = self._trouble, error
         if isinstance(error, ClosesLate):
             trouble, cause = self._close_trouble, cast(Exception, error.__cause__)
-        elif not isinstance(error, StoreAway):
-            named = phrase("tools.because", what=type(error).__name__, why=error_words(error))
-            words = phrase("delivery.not_moved", why=lack_words(error) or named)
-        if isinstance(cause, ImportError):
-            self._events.damaged(lost_part(cause))
-            return
-        if not isinstance(cause, StoreError) and not trouble.there and not lack_words(cause):
-            log.error("a fault of stockrt itself", exc_info=cause)
+        words = fault_words(cause, self._events, is_said=trouble.there)
+        if not isinstance(error, ClosesLate | StoreAway):
+            words = phrase("delivery.not_moved", why=words)
         trouble.again(words)
 
 
@@ -11196,11 +11300,21 @@ def _check_of(api: InfowayApi | None, key: ApiKey, verdict: Verdict, settings: S
         # it may serve others: a plan of crypto alone is a good one
         good = phrase("run.accepted_without_stocks", place=place, why=verdict.failure.words)
     else:
-        words = see(verdict.failure.words, verdict.setting or "INFOWAY_API_BASE_URL")
+        words = _refusal_words(verdict)
         if verdict.action is Action.KEY_DEAD:
             key.dead = words  # it is asked for nothing more
         return Check(name, False, words)
     return Check(name, True, listing("join.clauses", [good, *_plan_words(settings, api, key)]))
+
+
+def _refusal_words(verdict: Verdict) -> str:
+    """Return what an answer says that is none, and what is to be looked at or done."""
+    words, is_network = verdict.failure.words, verdict.failure.kind is FailureKind.NETWORK
+    if verdict.action is Action.KEY_DAY_OVER:
+        return phrase("quota.more_keys", words=phrase("quota.day_over", why=words))
+    if verdict.setting or is_network:
+        return see(words, verdict.setting or "INFOWAY_API_BASE_URL")
+    return phrase("run.later", why=words) if verdict.action is Action.RETRY else words
 
 
 def _plan_words(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list[str]:
@@ -13715,7 +13829,7 @@ def program_digest() -> str:
 
 
 def register(settings: Settings) -> str:
-    """Register at the platform and return the hash it gave. Raises RegistrationError, StoreError."""
+    """Register at the platform, store the hash that it gives, and return it. Raises RegistrationError, StoreError."""
     query = {
         "name": settings.module_name,
         "description": settings.module_description,
@@ -13731,6 +13845,7 @@ def register(settings: Settings) -> str:
     result = envelope.get("result")
     module_hash = str(result.get("hash") or "") if isinstance(result, dict) else ""
     if envelope.get("code") == "2000" and re.fullmatch(_HASH, module_hash):
+        write_hash(settings.state_directory, module_hash)
         return module_hash
     why = _why_not_registered(answer, envelope)
     raise RegistrationError(phrase("link.not_registered", url=url, why=why))
@@ -15458,7 +15573,6 @@ class Daemon:
     def _register(self) -> str:
         settings = self._settings
         module_hash = register(settings)
-        write_hash(settings.state_directory, module_hash)
         where, shown = settings.platform_url(), shorten(module_hash)
         log.info("registered %s at %s, hash %s", settings.module_name, where, shown)
         return module_hash
@@ -16353,6 +16467,8 @@ OLD_ENV_FILE = Path("config/.env")
 OLD_COLLECTION = "stock_data"
 # How far the documents are brought over, until all of them are.
 MIGRATION_NAME = "migration.json"
+# How a line begins about what is taken over, and about what would be.
+TAKES = ("migration.taken", "migration.would_take")
 # Documents that are named of those which are no trade, or which MongoDB refused.
 EXAMPLES = 5
 # Zones differ by a quarter of an hour at least: clocks that are farther apart than half of that are of two zones.
@@ -16370,14 +16486,16 @@ def old_settings(directory: Path) -> tuple[dict[str, str], list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         why = unread_words(error)
         raise UsageError(phrase("migration.no_older", directory=directory, path=path, why=why)) from None
-    found = {name: value.strip() for name, value in read_env_file(path).items() if value.strip()}
+    read = read_env_file(path)
+    found = {name: value.strip() for name, value in read.items() if value.strip()}
     # no more than that is asked of a file that no systemd reads
-    faults = [fault for fault in broken_lines(path) if "expected NAME=value" in fault]
+    systemds = (OF_SYSTEMD, "settings.reads_otherwise")
+    faults = [fault for fault in read.faults if not fault.kind.startswith(systemds)]
     return found, [phrase("migration.left_out", what=fault) for fault in faults]
 
 
 def plan_settings(
-    old: Mapping[str, str], there: Mapping[str, str], target: Path
+    old: Mapping[str, str], there: Mapping[str, str], target: Path, dry: bool = False
 ) -> tuple[dict[str, str], list[str]]:
     """Return which settings are taken over into `target`, by their names of today, and a line for each of all.
 
@@ -16399,16 +16517,16 @@ def plan_settings(
             continue
         try:
             setting.parse(old[name])
-        except ValueError:
-            expected = setting.expected
+        except ValueError as error:
+            expected = setting.expected_of(old[name], error)
             faults.append(
                 phrase("migration.bad_value", name=name, value=shown, expected=expected, path=target)
             )
         taken[setting.name] = old[name]
-        if name == setting.name:
-            lines.append(phrase("migration.taken", name=name, value=shown))
-        else:
-            lines.append(phrase("migration.taken_renamed", name=setting.name, value=shown, older=name))
+        what = phrase("migration.the_setting", name=setting.name, value=shown)
+        if name != setting.name:
+            what = phrase("migration.the_renamed", setting=what, older=name)
+        lines.append(phrase(TAKES[dry], what=what))
     if faults:
         raise SettingsError(faults)
     lines += [phrase("migration.no_setting", name=one_line(name, 60)) for name in unknown]
@@ -16436,7 +16554,7 @@ def write_settings(target: Path, taken: Mapping[str, str], source: Path) -> None
             os.chown(place, owner.st_uid, owner.st_gid)
 
 
-def plan_hash(directory: Path, state: Path) -> tuple[str, str]:
+def plan_hash(directory: Path, state: Path, dry: bool = False) -> tuple[str, str]:
     """Return the older installation's module hash, '' where it is not taken over, and a line about it.
 
     Raises StoreError for a file that cannot be read or holds none.
@@ -16446,7 +16564,7 @@ def plan_hash(directory: Path, state: Path) -> tuple[str, str]:
     if not found:
         return "", phrase("migration.no_hash", path=source)
     if not stands:
-        return found, phrase("migration.taken_hash", hash=shorten(found), path=place)
+        return found, phrase(TAKES[dry], what=phrase("migration.the_hash", hash=shorten(found), path=place))
     if stands == found:
         return "", phrase("migration.kept_hash", hash=shorten(stands), path=place)
     return "", phrase("migration.kept_hash_other", hash=shorten(stands), path=place, older=shorten(found))
@@ -16471,9 +16589,9 @@ def move_installation(
     if unit is not None:
         found = {name: read_credential(name, path) for name, path in unit.credentials.items()}
         held = {name: text for name, text in found.items() if text}  # an absent one hides nothing of the file
-    taken, lines = plan_settings(old, read_env_file(there) | held, target)
+    taken, lines = plan_settings(old, read_env_file(there) | held, target, dry)
     settings = load_settings({**taken, **environ}, there, unit=unit).settings
-    module_hash, line = plan_hash(directory, settings.state_directory)
+    module_hash, line = plan_hash(directory, settings.state_directory, dry)
     lines += [*unread, line]
     if settings.realtime_name != OLD_COLLECTION and "MONGODB_COLLECTION_NAME" not in old:
         lines.append(phrase("migration.changed", name=settings.realtime_name, older=OLD_COLLECTION))
@@ -19938,7 +20056,9 @@ def run_drain(settings: Settings, retry: bool) -> int:
             if rejected:
                 words = phrase("cli.drained_but", moved=moved, place=place, rejected=rejected, left=left)
             say(words)
-    return EXIT_INTERRUPTED if left and stop.is_set() else EXIT_OK
+    if left and stop.is_set():
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED if rejected else EXIT_OK
 
 
 def run_retain(settings: Settings) -> int:
@@ -19965,7 +20085,7 @@ def run_backfill(options: Options, settings: Settings) -> int:
             if isinstance(row, int):
                 total = row
             elif row is not None:
-                done, failed, added = done + 1, failed + bool(row.why), added + row.added
+                done, failed, added = done + 1, failed + bool(row.why and row.is_failed), added + row.added
                 show(_backfilled_words(row))
         terminal.close()
     kind = "cli.backfill_interrupted" if stop.is_set() else "cli.backfill_done"
@@ -20121,7 +20241,7 @@ def run_page(options: Options, settings: Settings, environ: Mapping[str, str]) -
     is_fixed = options.up is not None
     page = Page(found, names, charts, closes, now, store, SPOKEN.language, up, is_fixed)
     is_picture = path.suffix.lower() == ".svg"
-    text = draw_picture(_only_chart(charts.values()), up) if is_picture else draw_page(page)
+    text = draw_picture(_only_chart(charts.values(), path), up) if is_picture else draw_page(page)
     # a web server is another user
     write_whole(path, text, mode=0o644, setting="--html")
     status = _end_view(missing, found, options.demo)
@@ -20136,13 +20256,13 @@ def need_something(found: Collection[object], missing: Sequence[str], path: obje
         raise StockrtError(phrase("cli.not_written", path=path, why=listing("join.clauses", missing)))
 
 
-def _only_chart(charts: Iterable[Chart]) -> Chart:
+def _only_chart(charts: Iterable[Chart], file: Path) -> Chart:
     """Return the one chart that a picture has room for. Raises UsageError."""
     found = [chart for chart in charts if chart.candles]
     if not found:
-        raise StockrtError(phrase("cli.no_candle"))
+        raise StockrtError(phrase("cli.no_candle", file=file))
     if len(found) > 1:
-        raise UsageError(phrase("cli.not_one_code", count=len(found)))
+        raise UsageError(phrase("cli.not_one_code", file=file, count=len(found)))
     return found[0]
 
 
@@ -20287,7 +20407,6 @@ def run_register(settings: Settings, force: bool) -> int:
         show(phrase("cli.registered_already", hash=shorten(stored), place=place))
         return EXIT_OK
     module_hash = register(settings)
-    write_hash(settings.state_directory, module_hash)
     name, url, shown = settings.module_name, settings.platform_url(), shorten(module_hash)
     show(phrase("cli.registered", name=name, url=url, hash=shown, place=place))
     return EXIT_OK
@@ -20402,8 +20521,8 @@ def run_migrate(options: Options, environ: Mapping[str, str]) -> int:
     """Take settings and hash over from the older client's directory, then its documents if they are asked for."""
     if options.time_zone is not None:
         time_zone(options.time_zone)
-    here, *_, the_services = ENV_FILE_PLACES
-    target = options.env_file or (the_services if os.geteuid() == 0 else here)
+    here = ENV_FILE_PLACES[0]
+    target = options.env_file or (SERVICE_FILE if os.geteuid() == 0 else here)
     old, settings, lines = move_installation(
         Path(cast(str, options.migrate)), target, environ, options.dry_run
     )
@@ -20602,6 +20721,7 @@ def main() -> NoReturn:
 # A kind is named after its room. Both templates have the same values. A dict of its own for each room.
 TEMPLATES |= {
     "huge": ("a huge {type}", "一个极大的 {type}"),
+    "line.quoted": ("'{text}'", "“{text}”"),
     "join.names": (", ", "、"),
     "join.commas": (", ", "，"),
     "join.clauses": ("; ", "；"),
@@ -20691,14 +20811,17 @@ TEMPLATES |= {
         "{setting}",
         "无法写入 {path}：它是链接、目录、管道或设备，应为普通文件名；请检查 {setting}",
     ),
-    "tools.no_state_directory": ("{path} cannot be made", "无法创建 {path}"),
+    "tools.no_state_directory": ("{path} cannot be made or entered", "无法创建或进入 {path}"),
     "tools.no_thread": (
         "no thread can be started ({error}): too many run, or memory is short; see TasksMax= and MemoryMax= of the "
         "unit, or ulimit -u",
         "无法启动线程（{error}）：线程过多或内存不足；请检查服务单元的 TasksMax= 和 MemoryMax=，或 ulimit -u",
     ),
     "tools.not_read": ("{path} cannot be read", "无法读取 {path}"),
-    "tools.not_utf8": ("it is not UTF-8 text", "不是 UTF-8 文本"),
+    "tools.not_utf8": (
+        "it is not UTF-8 text; save it as such (of GBK: iconv -f GBK -t UTF-8)",
+        "不是 UTF-8 文本；请另存为 UTF-8（GBK 文件可用 iconv -f GBK -t UTF-8 转换）",
+    ),
     "tools.not_written": ("{path} cannot be written", "无法写入 {path}"),
     "tools.large_file": ("it has more than {most} MiB", "超过 {most} MiB"),
     "tools.odd_file": ("it is a pipe or a device, expected a plain file", "是管道或设备，应为普通文件"),
@@ -20791,10 +20914,7 @@ TEMPLATES |= {
     "mongo.no_primary_now": ("No primary available for writes", "副本集没有可写入的主节点"),
     "mongo.not_primary": ("not primary", "所连接的成员不是主节点"),
     "mongo.recovering": ("node is recovering", "所连接的成员正在恢复"),
-    "mongo.few_members": (
-        "Not enough data-bearing nodes",
-        "副本集中存数据的成员少于写关注（w）要求的数量",
-    ),
+    "mongo.few_members": ("Not enough data-bearing nodes", "副本集中存数据的成员少于写关注（w）要求的数量"),
     "mongo.unreplicated": ("waiting for replication timed out", "等待复制到其他成员超时"),
     "mongo.wrong_user": ("Authentication failed", "用户名、密码或 authSource 不正确"),
     "mongo.no_user": ("command {command} requires authentication", "命令 {command} 需要用户名和密码"),
@@ -20810,10 +20930,7 @@ TEMPLATES |= {
     ),
     "mongo.no_integer": ("The value of {name} must be an integer", "{name} 应为整数"),
     "mongo.no_number": ("{name} must be an integer or float", "{name} 应为数字"),
-    "mongo.no_truth": (
-        "The value of {name} must be 'true' or 'false'",
-        "{name} 应为 true 或 false",
-    ),
+    "mongo.no_truth": ("The value of {name} must be 'true' or 'false'", "{name} 应为 true 或 false"),
     "mongo.none_of": ("{name} must be in {those}", "{name} 应为 {those} 之一"),
     "mongo.no_preference": ("{value} is not a valid read preference", "没有 {value} 这种读偏好"),
     "mongo.several_hosts": (
@@ -20908,12 +21025,31 @@ TEMPLATES |= {
         "应为以 .prom 结尾的绝对路径",
     ),
     "settings.expect.mongodb": (
-        "expected mongodb://[user:password@]host[:port][/…] or mongodb+srv://…, with / : @ % in user and password "
-        "percent-encoded and acknowledged writes (no w=0)",
-        "应为 mongodb://[用户名:密码@]主机[:端口][/…] 或 mongodb+srv://…，用户名和密码中的 / : @ % 须百分号编码，"
-        "写入须有确认（不能用 w=0）",
+        "expected mongodb://[user:password@]host[:port][/database][?options] or mongodb+srv://…",
+        "应为 mongodb://[用户名:密码@]主机[:端口][/库名][?选项] 或 mongodb+srv://…",
     ),
+    "settings.expect.mongodb_port": (
+        "expected a port from 1 to 65535 behind the colon of each host",
+        "应在主机的冒号之后写 1 到 65535 的端口",
+    ),
+    "settings.expect.mongodb_scheme": (
+        "expected mongodb:// or mongodb+srv:// at its beginning",
+        "应以 mongodb:// 或 mongodb+srv:// 开头",
+    ),
+    "settings.expect.mongodb_srv": (
+        "expected one host name behind mongodb+srv://, no address, and no port: use mongodb:// for these",
+        "应在 mongodb+srv:// 之后只写一个域名，不能带端口或写 IP 地址；这些请用 mongodb://",
+    ),
+    "settings.expect.mongodb_user": (
+        "expected / : @ % in user and password percent-encoded (%2F %3A %40 %25)",
+        "应将用户名和密码中的 / : @ % 写成 %2F %3A %40 %25",
+    ),
+    "settings.expect.mongodb_w": ("expected acknowledged writes: no w=0", "应为有确认的写入，不能用 w=0"),
     "settings.expect.name": ("expected 1 to 100 printable characters", "应为 1 到 100 个可显示的字符"),
+    "settings.expect.narrow": (
+        "expected {narrow} in place of the full-width {wide}",
+        "应将全角字符（{wide}）改为半角（{narrow}）",
+    ),
     "settings.expect.numeric_type": ("expected string, decimal or double", "应为 string、decimal 或 double"),
     "settings.expect.option": (
         "expected what MongoDB's documentation of connection strings says",
@@ -20943,7 +21079,10 @@ TEMPLATES |= {
         "expected 0 (http, ws) or 1 (https, wss)",
         "应为 0（http、ws）或 1（https、wss）",
     ),
-    "settings.expect.url": ("expected an http:// or https:// URL", "应为 http:// 或 https:// 开头的 URL"),
+    "settings.expect.url": (
+        "expected an http:// or https:// URL without user, query or fragment",
+        "应为 http:// 或 https:// 开头的 URL，不带用户名、查询参数和片段",
+    ),
     "settings.fault": ("{name}={shown} ({where}): {expected}", "{name}={shown}（{where}）：{expected}"),
     "settings.forbidden_file": (
         "{path} is there but may not be read by this user; left out",
@@ -20953,33 +21092,43 @@ TEMPLATES |= {
         "{names}: the environment's is used here; {unit} does not see it and has another, or none",
         "{names}：此处用的是环境变量的值；{unit} 看不到它，用的是另一个值，或未设置",
     ),
-    "settings.inline_comment": (
-        "{path}, line {line}: to systemd the comment is a part of {name}; put it on a line of its own",
-        "{path} 第 {line} 行：systemd 会把注释当作 {name} 的一部分；请让注释单独成行",
-    ),
     "settings.may_not_read": ("this user may not read it", "当前用户无权读取"),
     "settings.may_not_write": ("this user may not write it", "当前用户无权写入"),
     "settings.misspelled": (
         "{where}: {name} is no setting and has no effect; did you mean {near}?",
         "{where}：{name} 不是有效的设置，不起作用；是不是 {near}？",
     ),
+    "settings.needs_platform": (
+        "{names} not set: expected host and port of the dispatch platform, both",
+        "未设置 {names}：应同时设置调度平台的地址和端口",
+    ),
     "settings.no_assignment": (
-        "{path}, line {line}: expected NAME=value (not shown: it may hold a secret)",
-        "{path} 第 {line} 行：应为 NAME=value（可能含有机密，故不显示原文）",
+        "{path}, line {line}: expected NAME=value, its = in ASCII (not shown: it may hold a secret)",
+        "{path} 第 {line} 行：应为 NAME=value，= 须为半角（可能含有机密，故不显示原文）",
     ),
     "settings.no_codes": (
         "COLLECT_CODES is not set, and {names} would collect nothing: {expected}",
         "未设置 COLLECT_CODES，{names} 没有代码可采集：{expected}",
     ),
     "settings.no_key": (
-        "INFOWAY_API_KEY is not set: set it (environment or stockrt.env), or try --demo, which needs none",
-        "未设置 INFOWAY_API_KEY：请在环境变量或 stockrt.env 中设置，或用无需密钥的 --demo 试用",
+        "INFOWAY_API_KEY is not set: set it (environment or stockrt.env; of the service "
+        "/etc/stockrt/stockrt.env or /etc/stockrt/credentials/infoway_api_key), or try --demo, which needs none",
+        "未设置 INFOWAY_API_KEY：请在环境变量或 stockrt.env 中设置（服务用 /etc/stockrt/stockrt.env 或 "
+        "/etc/stockrt/credentials/infoway_api_key），或用无需密钥的 --demo 试用",
+    ),
+    "settings.no_name": (
+        "{where}: {name} is no setting and has no effect",
+        "{where}：{name} 不是有效的设置，不起作用",
     ),
     "settings.no_platform": (
-        "{names} not set: the daemon needs SERVER_IP and SERVER_PORT of the dispatch platform; without a platform "
+        "SERVER_IP and SERVER_PORT not set: the daemon needs those of the dispatch platform; without a platform "
         "use --once --codes …, or let it collect by itself: COLLECT=stream or COLLECT_EVERY, and COLLECT_CODES",
-        "未设置 {names}：守护进程需要调度平台的 SERVER_IP 和 SERVER_PORT；没有平台时请用 --once --codes …，"
+        "未设置 SERVER_IP 和 SERVER_PORT：守护进程需要调度平台的地址和端口；没有平台时请用 --once --codes …，"
         "或让它自行采集：设置 COLLECT=stream 或 COLLECT_EVERY，以及 COLLECT_CODES",
+    ),
+    "settings.odd_quotes": (
+        "{path}, line {line}: expected quotes that close, and nothing behind them",
+        "{path} 第 {line} 行：引号应成对，右引号之后不写其他内容",
     ),
     "settings.option": ("MONGODB_HOST, option {option}: {words}", "MONGODB_HOST 的选项 {option}：{words}"),
     "settings.options": (
@@ -20994,17 +21143,36 @@ TEMPLATES |= {
         "INFOWAY_PLAN names {plans} plans for {keys} keys: expected one for all or one for each",
         "INFOWAY_PLAN 有 {plans} 个套餐，密钥有 {keys} 个：应为全部密钥共用一个，或每个密钥各一个",
     ),
-    "settings.same_name": (
-        "{name}={value!r}: expected another name than {other} has",
-        "{name}={value!r}：不能与 {other} 同名",
-    ),
-    "settings.sets_nothing": ("{path} (sets nothing)", "{path}（未设置任何项）"),
-    "settings.socks": ("{name}={shown}: {expected}", "{name}={shown}：{expected}"),
-    "settings.systemd_reads_otherwise": (
+    "settings.reads_otherwise": (
         "{path}, line {line}: systemd would read {name} otherwise; put the value between double quotes, with \\ before "
         'each " and \\ in it, and nothing behind it',
         '{path} 第 {line} 行：systemd 读到的 {name} 会是另一个值；请把值放在双引号内，其中的 " 和 \\ 前各加一个 \\，'
         "引号之后不写任何内容",
+    ),
+    "settings.same_name": (
+        "{name}='{value}': expected another name than {other} has",
+        "{name}=“{value}”：不能与 {other} 同名",
+    ),
+    "settings.sets_nothing": ("{path} (sets nothing)", "{path}（未设置任何项）"),
+    "settings.socks": ("{name}='{shown}': {expected}", "{name}=“{shown}”：{expected}"),
+    "settings.systemd_comment": (
+        "{path}, line {line}: to systemd the comment is a part of {name}; put it on a line of its own",
+        "{path} 第 {line} 行：systemd 会把注释当作 {name} 的一部分；请让注释单独成行",
+    ),
+    "settings.systemd_goes_on": (
+        "{path}, line {line}: the \\ at its end has systemd read the next line as a part of it; take it away, "
+        'or put the value between double quotes, with \\ before each " and \\ in it',
+        '{path} 第 {line} 行：行尾的 \\ 会使 systemd 把下一行接上；请去掉，或把值放在双引号内，" 和 \\ 前各加一个 \\',
+    ),
+    "settings.systemd_mark": (
+        "{path}, line {line}: systemd passes over {name}, for the file begins with a byte order mark (BOM); "
+        "save it as UTF-8 without BOM",
+        "{path} 第 {line} 行：文件开头有 BOM，systemd 会忽略 {name} 这一行；请另存为不带 BOM 的 UTF-8",
+    ),
+    "settings.systemd_passes_over": (
+        "{path}, line {line}: systemd passes over the line, for more than {name} stands in front of the =; write "
+        "{name}=… alone",
+        "{path} 第 {line} 行：= 之前不只有 {name}（如 export），systemd 会忽略这一行；请只写 {name}=…",
     ),
     "settings.two_ways": (
         "COLLECT and COLLECT_EVERY are both set: choose one, COLLECT=stream for every trade (what the key's plan has "
@@ -21174,8 +21342,8 @@ TEMPLATES |= {
     ),
     "events.gaps": ("{gaps} today", "今日 {gaps}"),
     "events.interrupted": (
-        "{counts}, interrupted: {left} not asked",
-        "{counts}，已中断：{left} 个代码未请求",
+        "{counts}, interrupted: {left} not done",
+        "{counts}，已中断：{left} 个代码未完成",
     ),
     "events.missed": ("{beats} missed", "错过 {beats}"),
     "events.not_collected": ("{codes} not collected", "{codes}未采集"),
@@ -21343,10 +21511,12 @@ TEMPLATES |= {
     "quota.back_at": ("{why}, back at {back}", "{why}，{back} 恢复"),
     "quota.bars": ("{product} bars", "{product} 日线"),
     "quota.busy": ("the shared count is busy", "共用计数正忙"),
+    "quota.day_over": ("the day's quota is used up ({why})", "当日额度已用完（{why}）"),
     "quota.day_used_up": ("the day's {n} requests are used up", "当日 {n} 次请求的额度已用完"),
     "quota.key": ("key {key}: {why}", "密钥 {key}：{why}"),
     "quota.minute_used_up": ("the minute's {n} requests are used up", "本分钟 {n} 次请求的额度已用完"),
     "quota.mongo_away": ("MongoDB is away ({error})", "MongoDB 不可用（{error}）"),
+    "quota.more_keys": ("{words}; more keys or a larger plan allow more", "{words}；可增加密钥或升级套餐"),
     "quota.no_key": ("no API key: set INFOWAY_API_KEY", "没有 API 密钥：请设置 INFOWAY_API_KEY"),
     "quota.no_right": (
         "this user may not write to {place}; see MONGODB_LICENSE_COLLECTION_NAME",
@@ -21363,7 +21533,7 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
-    "infoway.ahead": ("t {t}: {at} is more than a day ahead", "t {t}：{at} 比当前时间晚一天以上"),
+    "infoway.ahead": ("t {t}: {at} is more than a day ahead", "成交时间 t 为 {t}：{at} 比当前时间晚一天以上"),
     "infoway.ambiguous": ("does not tell what is meant", "未写明是哪个品种"),
     "infoway.asked_in_vain": ("it was asked for a moment ago, in vain", "刚才查询过，没有结果"),
     "infoway.asks_to_wait": ("{said}, asks to wait {s:.0f} s", "{said}，要求等待 {s:.0f} 秒"),
@@ -21374,6 +21544,10 @@ TEMPLATES |= {
     "infoway.clock_behind": (
         "this machine is {s:.0f} s behind the API; mend its clock (NTP, timedatectl)",
         "本机比 API 慢 {s:.0f} 秒；请校准时钟（NTP、timedatectl）",
+    ),
+    "infoway.empty": (
+        "the API answers success (ret {number}), but without trades",
+        "API 应答成功（ret 为 {number}），但没有成交数据",
     ),
     "infoway.gateway": (
         "{said}, a refusal of the gateway: the key, the region or its risk control",
@@ -21438,9 +21612,9 @@ TEMPLATES |= {
     ),
     "infoway.price_below_zero": (
         "p {p}: only energy at common has prices below zero",
-        "p {p}：只有 common 中的能源价格可以为负",
+        "价格 p 为 {p}：只有 common 中的能源价格可以为负",
     ),
-    "infoway.price_zero": ("p {p}: it has not traded, or is suspended", "p {p}：尚无成交，或已停牌"),
+    "infoway.price_zero": ("p {p}: it has not traded, or is suspended", "价格 p 为 {p}：尚无成交，或已停牌"),
     "infoway.proposal": ("{code} ({name})", "{code}（{name}）"),
     "infoway.redirection": ("{said}, a redirection, which is not followed", "{said}，是重定向，不予跟随"),
     "infoway.says": ("the API says {number}: {text}", "API 返回 {number}：{text}"),
@@ -21460,7 +21634,7 @@ TEMPLATES |= {
         "API 不认识该代码：所有品种列表中都没有",
     ),
     "infoway.unnamed": ("unnamed", "未命名"),
-    "infoway.volume_below_zero": ("v {v}: a volume is not below zero", "v {v}：成交量不会为负"),
+    "infoway.volume_below_zero": ("v {v}: a volume is not below zero", "成交量 v 为 {v}：成交量不会为负"),
 }
 
 # ------------------------------------------------------------------------------------------------------
@@ -21518,11 +21692,9 @@ TEMPLATES |= {
 TEMPLATES |= {
     "stores.bad_uri": ("MONGODB_HOST={uri!r}: {why}", "MONGODB_HOST={uri!r}：{why}"),
     "stores.but": ("but {other}", "但{other}"),
-    "stores.closes_wait": (
-        "closes are still to be made of older trades",
-        "较早的成交还要用来生成收盘价",
-    ),
+    "stores.closes_wait": ("closes are still to be made of older trades", "较早的成交还要用来生成收盘价"),
     "stores.drop_other": ("{other}: drop that one first", "{other}；请先删除该索引"),
+    "stores.expired": ("MongoDB removes what is older once a minute", "更早的由 MongoDB 每分钟清理一次"),
     "stores.fails": ("MongoDB at {place} fails: {why}", "MongoDB（{place}）出错：{why}"),
     "stores.file_good": ("{path} can be written, {trades} in it", "{path} 可写入，内有 {trades}"),
     "stores.for_ever_soon": (
@@ -21574,6 +21746,7 @@ TEMPLATES |= {
         "其他程序的索引 {name}（字段 {field}）会在 {span}后删除文档",
     ),
     "stores.refused": ("MongoDB refused it: {why}", "被 MongoDB 拒绝：{why}"),
+    "stores.some_days": ("{days:.1f} days", "{days:.1f} 天"),
     "stores.time_series": (
         "{name} is a time-series collection, but must be a plain collection, see {setting}",
         "{name} 是时序集合，应为普通集合；请检查 {setting}",
@@ -21583,10 +21756,7 @@ TEMPLATES |= {
         "it did not confirm the write with its write concern: {why}",
         "未按写关注确认写入：{why}",
     ),
-    "stores.validators": (
-        "the validators of {realtime} and {close}",
-        "{realtime} 和 {close} 的校验规则",
-    ),
+    "stores.validators": ("the validators of {realtime} and {close}", "{realtime} 和 {close} 的校验规则"),
     "stores.view": (
         "{name} is a view, but must be a plain collection, see {setting}",
         "{name} 是视图，应为普通集合；请检查 {setting}",
@@ -21601,8 +21771,8 @@ TEMPLATES |= {
     "closes.no_bar": ("the API has no daily bar of it", "API 没有该代码的日线"),
     "closes.no_bars": ("the API has no bar of theirs", "API 没有这些代码的日线"),
     "closes.no_boundary": (
-        "the API's daily bars of it have no documented boundary",
-        "API 未说明该代码日线的时间范围",
+        "its daily bars have no documented boundary and make no close (README, Closing prices)",
+        "该品种没有可用的日线收盘价（README“收盘价”一节）",
     ),
 }
 
@@ -21638,6 +21808,7 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
+    "run.later": ("the API's server fails ({why}); try again later", "API 服务器出错（{why}）；请稍后再试"),
     "run.accepted": ("accepted by {place}", "{place} 接受该密钥"),
     "run.accepted_without_stocks": (
         "accepted by {place}, but not for stocks: {why}",
@@ -21858,18 +22029,12 @@ TEMPLATES |= {
         "{most} commands are waiting already; try again later",
         "已有 {most} 条指令在等待；请稍后重试",
     ),
-    "daemon.shut_down": (
-        "not executed: the platform shut this module down",
-        "未执行：平台关闭了本模块",
-    ),
+    "daemon.shut_down": ("not executed: the platform shut this module down", "未执行：平台关闭了本模块"),
     "daemon.slow_disk": (
         "the disk of this module does not keep up; try again later",
         "本模块的磁盘写入跟不上；请稍后重试",
     ),
-    "daemon.stopping": (
-        "this module is stopping and takes no new command",
-        "本模块正在停止，不再接受新指令",
-    ),
+    "daemon.stopping": ("this module is stopping and takes no new command", "本模块正在停止，不再接受新指令"),
     "daemon.unread": ("execution {number} cannot be read: {why}", "无法读取执行 {number}：{why}"),
 }
 
@@ -21904,13 +22069,13 @@ TEMPLATES |= {
         "{name}={value}（旧客户端）：{expected}；若在 {path} 中设置，则保留该处的值",
     ),
     "migration.changed": (
-        "changed   trades go to the collection {name}, not to {older} as before; see MONGODB_REALTIME_COLLECTION_NAME",
-        "已更改  成交写入集合 {name}，不再写入原来的 {older}；请检查 MONGODB_REALTIME_COLLECTION_NAME",
+        "differs   trades go to the collection {name}, not to {older} as before; see MONGODB_REALTIME_COLLECTION_NAME",
+        "有变化  成交写入集合 {name}，不再写入原来的 {older}；请检查 MONGODB_REALTIME_COLLECTION_NAME",
     ),
     "migration.done": (
-        "{documents} of {source} read: {added} added to {target}, {known} already there, {no_trade} no trade, "
+        "{documents} of {source} read: {added} added to {target}, {known} already known, {no_trade} no trade, "
         "{refused} refused by MongoDB",
-        "已从 {source} 读取 {documents}：向 {target} 新增 {added}，已有 {known} 笔，"
+        "已从 {source} 读取 {documents}：向 {target} 新增 {added}，重复 {known} 笔，"
         "不是成交的 {no_trade} 个，被 MongoDB 拒绝 {refused} 个",
     ),
     "migration.example": ("  {name}: {why}", "  {name}：{why}"),
@@ -21970,15 +22135,11 @@ TEMPLATES |= {
         "--documents {name}：该集合由 stockrt 存放成交以外的内容",
     ),
     "migration.source": ("# From {path}:", "# 取自 {path}："),
-    "migration.taken": ("taken     {name}={value}", "已迁移  {name}={value}"),
-    "migration.taken_hash": (
-        "taken     module hash {hash} into {path}",
-        "已迁移  模块哈希 {hash}，写入 {path}",
-    ),
-    "migration.taken_renamed": (
-        "taken     {name}={value}, there {older}",
-        "已迁移  {name}={value}，旧客户端中名为 {older}",
-    ),
+    "migration.taken": ("taken     {what}", "已迁移  {what}"),
+    "migration.the_hash": ("module hash {hash} into {path}", "模块哈希 {hash}，写入 {path}"),
+    "migration.the_renamed": ("{setting}, there {older}", "{setting}，旧客户端中名为 {older}"),
+    "migration.the_setting": ("{name}={value}", "{name}={value}"),
+    "migration.would_take": ("would take {what}", "将迁移  {what}"),
     "migration.would_do": (
         "{documents} of {source} read: {trades}, doubles included, {no_trade} no trade; nothing was written: --dry-run",
         "已从 {source} 读取 {documents}：{trades}（含重复），不是成交的 {no_trade} 个；未写入任何内容：--dry-run",
@@ -22078,8 +22239,8 @@ TEMPLATES |= {
         "或改用 --json、--html",
     ),
     "cli.no_candle": (
-        "--html FILE.svg: there is no candle to draw; --show says what is stored",
-        "--html FILE.svg：没有可画的 K 线；库中有哪些数据请看 --show",
+        "--html {file}: there is no candle to draw; --show says what is stored",
+        "--html {file}：没有可画的 K 线；库中有哪些数据请看 --show",
     ),
     "cli.no_demo_yet": (
         "no synthetic trade is stored yet: --once --demo stores some",
@@ -22099,8 +22260,8 @@ TEMPLATES |= {
         "库中还没有成交：可用 --once 存入；--once --demo 的模拟成交用 --show --demo 查看",
     ),
     "cli.not_one_code": (
-        "--html FILE.svg: a picture is of one code, and here are candles of {count}: name one with --codes",
-        "--html FILE.svg：一张图只画一个代码，而这里有 {count} 个代码的 K 线：请用 --codes 指定一个",
+        "--html {file}: a picture is of one code, and here are candles of {count}: name one with --codes",
+        "--html {file}：一张图只画一个代码，而这里有 {count} 个代码的 K 线：请用 --codes 指定一个",
     ),
     "cli.os_error": ("{file} cannot be used: {why}", "无法使用 {file}：{why}"),
     "cli.page_written": ("{path}: {codes}, {size:.0f} kB", "{path}：{codes}，{size:.0f} kB"),
@@ -22580,7 +22741,7 @@ TEMPLATES |= {
     ),
     "cli.nothing_executed": ("nothing was executed yet", "尚未执行过"),
     "cli.nothing_now": ("nothing now", "目前未采集"),
-    "cli.nothing_refused": ("MongoDB has refused nothing", "MongoDB 没有拒绝过任何文档"),
+    "cli.nothing_refused": ("no document is refused now", "目前没有被 MongoDB 拒绝的文档"),
     "cli.nowhere_to_move": ("there is nowhere to move what this machine holds", "没有 MongoDB 可供写入"),
     "cli.of_codes": ("codes", "代码"),
     "cli.of_collecting": ("collecting", "行情采集"),
@@ -22703,9 +22864,9 @@ TEMPLATES |= {
     "cli.to_do": ("{status}. To do: {to_do}", "{status}。处理办法：{to_do}"),
     "cli.totals": (
         "{executions} since {since}, {partial} in part, {failure} failed; {trades} stored, {known} already "
-        "known, {kept} kept for MongoDB, {codes} failed",
+        "known, {kept} kept for MongoDB at first, {codes} failed",
         "自 {since} 起共 {executions}，部分成功 {partial} 次，失败 {failure} 次；{trades}已入库，{known} "
-        "笔已有，{kept} 笔暂存待写入 MongoDB，{codes}失败",
+        "笔已有，曾暂存 {kept} 笔，{codes}失败",
     ),
     "cli.tries_again": (
         "see --check and the daemon's log; it tries again by itself",

@@ -32,7 +32,7 @@ OUTSIDE = (
     (r"_journal_id|Migration\._what", r".*", "by which something is found again"),
     (r"Metrics\.\w+", r"# TYPE|f'{n}=", "the textfile format"),
     (
-        r"_as_sent|BatchPlan\.add_instrument|Directory\.search|_one_of\.parse|_url\.parse|_proxy\.parse",
+        r"_as_sent|BatchPlan\.add_instrument|Directory\.search|(?:_one_of|_url|_proxy)\.parse|Setting\.expected_of",
         r".*",
         "a value on its way in",
     ),

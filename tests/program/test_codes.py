@@ -260,14 +260,15 @@ def test_what_a_key_has_left_and_old_trades_are_metrics(
         answer = answer_to(platform, ["BTCUSDT", "AAPL.US", "600519", "USDCNY"])
         assert until(lambda: path.exists() and "\nstockrt_codes_stale 2\n" in path.read_text())
         metrics, log = path.read_text(), daemon.log
-    used = server.used(KEY)
+    executed, used = len(server.asked("batch_trade")), server.used(KEY)
     words = "2 of 4 codes: no trade since "
     assert (answer["status"], answer["result"]["stale_count"]) == ("success", 2)
     assert words in answer["message"] and words in log
     digest = stockrt.key_digest(KEY)[:8]
     found = dict(re.findall(rf'^stockrt_api_key_(\w+){{key="{digest}"}} (\S+)$', metrics, re.M))
     assert float(found["requests_today"]) + float(found["requests_left"]) == 864_000
-    assert used <= float(found["requests_today"]) <= used + 10  # what is leased counts: a second's requests
+    # what is leased counts: a second's requests; the bar of a session that has just ended may be asked for later
+    assert executed <= float(found["requests_today"]) <= used + 10
     assert found["state"] == "0"
     assert float(found["end_timestamp_seconds"]) == int(server.plans[KEY].expires)
     assert log.count("its plan ends at") == 1

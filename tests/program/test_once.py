@@ -1027,23 +1027,26 @@ def test_check_of_what_is_bad(run_pyz: RunPyz, infoway: InfowayServer, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("name", "setting"),
+    ("name", "words"),
     [
         ("429_json", "INFOWAY_PLAN"),
-        ("ret_502", "INFOWAY_PLAN"),
+        ("ret_502", "the day's quota is used up (the API says 502: Request frequency for the day"),
+        ("ret_500", "the API's server fails (the API says 500: System error); try again later"),
+        ("ret_0", "the API answers success (ret 0), but without trades"),
         ("ret_509", "INFOWAY_API_KEY"),
         ("401_token_invalid", "INFOWAY_API_KEY"),
-        ("502_html", "INFOWAY_API_BASE_URL"),
+        ("502_html", "the API's server fails (HTTP 502); try again later"),
         ("404_problem", "INFOWAY_API_BASE_URL"),
     ],
 )
-def test_check_names_the_setting_of_a_refusal(
-    run_pyz: RunPyz, infoway: InfowayServer, name: str, setting: str
+def test_check_names_the_setting_of_a_refusal_or_what_else_helps(
+    run_pyz: RunPyz, infoway: InfowayServer, name: str, words: str
 ) -> None:
-    infoway.script = lambda _: REFUSALS[name]
+    infoway.script = lambda _: REFUSALS.get(name) or Answer.json({"ret": 0, "msg": "success"})
     done = run_pyz("--check", env=api_env(infoway))
     assert done.returncode == 1
-    assert setting in check_lines(done)[next(n for n in check_lines(done) if n.startswith("API key"))][1]
+    (told,) = [told for name, (_, told) in check_lines(done).items() if name.startswith("API key")]
+    assert words in told and ("see INFOWAY" in told) == words.startswith("INFOWAY")
     assert infoway.request_count == 1  # one request, no second try
 
 

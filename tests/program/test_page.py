@@ -281,7 +281,7 @@ def test_an_empty_store_has_a_page_that_says_so(run_pyz: RunPyz, tmp_path: Path)
     picture = run_pyz("--html", "one.svg")
     assert (picture.returncode, picture.stderr) == (
         1,
-        "stockrt: --html FILE.svg: there is no candle to draw; --show says what is stored\n",
+        "stockrt: --html one.svg: there is no candle to draw; --show says what is stored\n",
     )
     assert not (tmp_path / "state").exists()
 

@@ -213,7 +213,7 @@ HERE = {
     "./stockrt.pyz --status": "last execution",
     "./stockrt.pyz --executions": "--once",
     "./stockrt.pyz --drain": "0 moved to mongodb://",
-    "./stockrt.pyz --rejects": "MongoDB has refused nothing",
+    "./stockrt.pyz --rejects": "no document is refused now",
     "./stockrt.pyz --drain --retry": "0 moved to mongodb://",
     "./stockrt.pyz --rejects --discard": "",
     "./stockrt.pyz --backfill 60 --codes-file codes.txt": "1 code, 0 failed, 60 closes added",
@@ -267,7 +267,7 @@ ELSEWHERE = {
     "sudo journalctl -u stockrt -p warning": BY_HAND,
     "sudo journalctl -fu stockrt": "not run: it follows for ever",
     "sudo /opt/stockrt/stockrt.pyz --migrate /opt/older --dry-run":
-        "program/test_migrate.py::test_dry_run_says_the_same_and_writes_nothing",
+        "program/test_migrate.py::test_dry_run_says_what_would_be_done_and_writes_nothing",
     "sudo /opt/stockrt/stockrt.pyz --migrate /opt/older":
         BOX + "test_migrated_before_its_first_start_it_is_the_older_module",
     "sudo /opt/stockrt/stockrt.pyz --env-file /etc/stockrt/stockrt.env --migrate --documents stock_data"

@@ -98,7 +98,7 @@ def test_what_is_not_there_is_said_in_chinese(run_pyz: RunPyz, tmp_path: Path) -
         (("--show",), 1, "库中还没有成交：可用 --once 存入；--once --demo 的模拟成交用 --show --demo 查看"),
         (("--show", "--demo"), 1, "库中还没有模拟成交：可用 --once --demo 存入"),
         (("--show", "600036"), 1, "600036：库中没有它的数据"),
-        (("--html", "one.svg"), 1, "stockrt：--html FILE.svg：没有可画的 K 线；库中有哪些数据请看 --show"),
+        (("--html", "one.svg"), 1, "stockrt：--html one.svg：没有可画的 K 线；库中有哪些数据请看 --show"),
         (("--export", "-"), 0, "已将 0 笔成交写到标准输出"),
         (("--export", "all.csv"), 0, "已将 0 笔成交写入 all.csv"),
         (("--export", "all.csv", "--closes"), 0, "已将 0 个收盘价写入 all.csv"),

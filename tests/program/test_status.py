@@ -767,7 +767,7 @@ def test_in_chinese_a_fresh_machine_is_told_of_in_aligned_columns(program: Progr
         "API 密钥        bbb…222  pro  当日已用 0，剩余额度 1728000  守护进程未报告：请看 --check",
     ]
     assert program.run("--executions") == "尚未执行过\n"
-    assert program.run("--rejects") == "MongoDB 没有拒绝过任何文档\n"
+    assert program.run("--rejects") == "目前没有被 MongoDB 拒绝的文档\n"
 
 
 def test_in_chinese_programs_get_the_same_keys_and_states(program: Program) -> None:
@@ -812,7 +812,7 @@ def test_in_chinese_beside_a_daemon(program: Program) -> None:
             assert re.match(rf"{LOCAL_TIME} 部分成功，simulated：", lines["最近执行"])
             assert re.search(
                 rf"自 {LOCAL_TIME} 起共 1 次执行，部分成功 1 次，失败 0 次；300 笔成交已入库，0 笔已有，"
-                "0 笔暂存待写入 MongoDB，1 个代码失败",
+                "曾暂存 0 笔，1 个代码失败",
                 lines["累计"],
             )
             assert "aaa…111  0  无每日额度限制，不计数  已停用（HTTP 401：Token invalid）" in text

@@ -26,7 +26,7 @@ from kit.mongo import SET_NAME, MongoServer
 from kit.platform_server import PlatformServer
 from kit.stream_server import Vendor, identity
 from kit.systemd_box import Box, BoxError
-from rooms.test_settings import SYSTEMD_READS
+from rooms.test_settings import OTHERWISE, SYSTEMD_READS
 
 import stockrt
 
@@ -825,10 +825,13 @@ def test_shutdown_by_the_platform_stays_down(running: Instance) -> None:
     )
 
 
+BAD_LINES = "SERVER_PORT=99999\nMONGODB_NUMERIC_TYPE=roman\nexport KEEP_DAYS=3\n"
+
+
 def test_bad_settings_fail_once_with_the_reason(service: Instance, box: Box) -> None:
     good = (box.root / "etc/stockrt/stockrt.env").read_text()
     try:
-        box.write("/etc/stockrt/stockrt.env", good + "SERVER_PORT=99999\nMONGODB_NUMERIC_TYPE=roman\n", 0o600)
+        box.write("/etc/stockrt/stockrt.env", good + BAD_LINES, 0o600)
         box.write("/etc/stockrt/credentials/mongodb_host", f"mongodb://u:{MONGODB_PASSWORD}@h:0/", 0o600)
         service.ctl("stop")
         service.ctl("start", check=False)
@@ -845,6 +848,7 @@ def test_bad_settings_fail_once_with_the_reason(service: Instance, box: Box) -> 
     assert [line.partition(":")[2].split("=")[0].strip() for line in faults] == [
         "MONGODB_HOST", "MONGODB_NUMERIC_TYPE", "SERVER_PORT",
     ]  # fmt: skip
+    assert any(": systemd passes over the line, for more than KEEP_DAYS" in line for line in service.said())
     assert "(credential)" in faults[0] and "(environment, which stockrt.service sets)" in faults[2]
     assert MONGODB_PASSWORD not in json.dumps(service.journal())
 
@@ -856,6 +860,11 @@ def test_values_of_an_env_file_are_what_the_tests_of_the_settings_take_them_for(
     unit = ("systemd-run", "--wait", "--pipe", "--quiet", "-p", "EnvironmentFile=/srv/values.env")
     read = dict(line.split("=", 1) for line in box.run(*unit, "env").stdout.splitlines())
     assert [read[name] for name in names] == list(SYSTEMD_READS.values())
+    for content in OTHERWISE:
+        box.write("/srv/values.env", content)
+        read = dict(line.split("=", 1) for line in box.run(*unit, "env").stdout.splitlines())
+        ours = stockrt.read_env_file(box.root / "srv/values.env")
+        assert {name: read.get(name) for name in ours} != ours, content
 
 
 @pytest.mark.parametrize(

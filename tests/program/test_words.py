@@ -100,7 +100,7 @@ def test_missing_file_of_the_uri_is_a_fault_of_the_settings_for_every_command(
     ("locale", "said"),
     [
         ("C.UTF-8", "stockrt: STOCKRT_LANG='fr' (environment): expected zh or en\n"),
-        ("zh_CN.UTF-8", "stockrt：STOCKRT_LANG='fr'（环境变量）：应为 zh 或 en\n"),
+        ("zh_CN.UTF-8", "stockrt：STOCKRT_LANG=“fr”（环境变量）：应为 zh 或 en\n"),
     ],
 )
 @pytest.mark.parametrize("args", [("--check",), ("--check-settings",), ("--status",)])

@@ -250,9 +250,10 @@ OF_REFUSALS = {
     (Action.SLOW_DOWN, "INFOWAY_PLAN"): (
         "200_rate_limit", "429_json", "429_html", "ret_501", "wrapped_501",
     ),
-    (Action.RETRY, "INFOWAY_API_BASE_URL"): (
+    (Action.RETRY, "INFOWAY_API_BASE_URL"): ("200_html_cn",),
+    (Action.RETRY, ""): (
         "ret_500", "500_empty", "500_json", "502_html", "503_html", "503_json", "504_empty", "ret_0", "ret_0_error",
-        "ret_0_records", "200_html_cn", "502_html_cn", *(f"524_{shape}" for shape in SHAPES),
+        "ret_0_records", "502_html_cn", *(f"524_{shape}" for shape in SHAPES),
     ),
     (Action.GIVE_UP, ""): (
         "ret_505", "ret_506", "ret_507", "wrapped_505", "wrapped_506", "wrapped_507",
@@ -401,7 +402,7 @@ def test_an_answer_steers_its_key_by_the_verb_that_fits(action: Action) -> None:
         Action.KEY_DEAD: ("out", "why", "", []),
         Action.KEY_DOUBTED: ("resting", "why", "2026-08-15T12:01:01.000Z", []),
         Action.KEY_LACKS_PRODUCT: ("ready", "", "", ["japan"]),
-        Action.KEY_DAY_OVER: ("resting", "why", "2026-08-16T00:00:01.000Z", []),
+        Action.KEY_DAY_OVER: ("resting", "the day's quota is used up (why)", "2026-08-16T00:00:01.000Z", []),
         Action.SLOW_DOWN: ("resting", "why", "2026-08-15T12:00:07.000Z", []),
     }.get(action, ("ready", "", "", []))
     assert (first["state"], first["why"], first["until"], first["not_for"]) == expected

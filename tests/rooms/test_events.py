@@ -21,9 +21,9 @@ FAILURES = {f"X{n}": Failure(FailureKind.NETWORK, WHY) for n in range(4)}
         ),
         (
             Report(total=9, stored=1, queued=1, queued_because=WHY, failures=FAILURES, interrupted=True),
-            "total 9, stored 1, already known 0, failed 4 (0.0 s), interrupted: 3 not asked; "
+            "total 9, stored 1, already known 0, failed 4 (0.0 s), interrupted: 3 not done; "
             "1 trade kept on this machine, no answer in time",
-            "共 9，已入库 1，已有 0，失败 4（0.0 秒），已中断：3 个代码未请求；1 笔成交暂存于本机，超时未应答",
+            "共 9，已入库 1，已有 0，失败 4（0.0 秒），已中断：3 个代码未完成；1 笔成交暂存于本机，超时未应答",
         ),
         (
             Report(total=1, stored=1, close_error=WHY),

@@ -566,6 +566,17 @@ def test_a_gzip_stream_without_its_second_half_is_not_taken(infoway: InfowayServ
         (Answer.empty(403), 0, "HTTP 403，被网关拒绝：原因可能是密钥、地区或风控；请检查 INFOWAY_API_KEY"),
         (REFUSALS["500_json"], 2, "API 返回 500：System error，共尝试 2 次"),
         (
+            Answer.json({"ret": 0, "msg": "success"}),
+            2,
+            "API 应答成功（ret 为 0），但没有成交数据，共尝试 2 次",
+        ),
+        (
+            REFUSALS["ret_502"],
+            0,
+            "没有 API 密钥可用于 stock：密钥 ***：当日额度已用完（API 返回 502：Request frequency for the day "
+            "upper limit），TIME 恢复；可增加密钥或升级套餐",
+        ),
+        (
             Answer.empty(503).with_headers(("Retry-After", "3000")),
             0,
             "HTTP 503，要求等待 3000 秒",
@@ -574,7 +585,7 @@ def test_a_gzip_stream_without_its_second_half_is_not_taken(infoway: InfowayServ
             LOGIN_PAGE,
             0,
             "没有 API 密钥可用于 stock：密钥 ***：HTTP 401，不像 API 的应答，像是来自途中的网关或登录页，"
-            "TIME 恢复；请检查 INFOWAY_API_KEY",
+            "TIME 恢复；请检查 INFOWAY_API_BASE_URL",
         ),
     ],
 )
@@ -584,9 +595,8 @@ def test_why_a_batch_failed_can_be_read_in_chinese(
     infoway.script = lambda _: answer
     with api_of(infoway) as api:
         outcomes = [*filter(None, api.fetch([Batch("stock", "AAPL.US", bars)], threading.Event()))]
-    told = in_chinese(
-        outcomes[0].failures["AAPL.US"].words, *["System error"] * (answer is REFUSALS["500_json"])
-    )
+    said = [text for text in ("System error", "Request frequency for the day upper limit") if text in words]
+    told = in_chinese(outcomes[0].failures["AAPL.US"].words, *said)
     assert re.sub(r"\d{4}-\S+Z", "TIME", told) == words
 
 
@@ -982,7 +992,7 @@ def test_all_keys_out_is_said_of_every_code_and_ends_the_run(
     assert set(run.report.failures) == set(codes)
     words = {"401_token_invalid": "Token invalid", "ret_509": "expired", "ret_502": "upper limit"}
     for _, reason in run.report.failures.values():
-        assert words[name] in reason and "INFOWAY_API_KEY" in reason
+        assert words[name] in reason and ("INFOWAY_API_KEY" in reason) == (name != "ret_502")
         assert "first-key" not in reason and "second-key" not in reason
 
 

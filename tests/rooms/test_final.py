@@ -577,7 +577,7 @@ def test_a_backfill_without_codes_takes_those_that_are_stored(make: MakeWorld) -
         assert [row.code for row in rows_of(pipeline, None, 3)] == ["TSLA.US"]
         rows = {row.code: row.why for row in rows_of(pipeline, ["USDCNY", "x y"], 3)}
         assert "no documented boundary" in rows["USDCNY"] and "no code has" in rows["x y"]
-        assert in_chinese(rows["USDCNY"]) == "API 未说明该代码日线的时间范围"
+        assert in_chinese(rows["USDCNY"]) == "该品种没有可用的日线收盘价（README“收盘价”一节）"
         assert "含有代码中不会出现的字符" in in_chinese(rows["x y"])
         world.server.unknown = {"GONE.US"}
         (row,) = rows_of(pipeline, ["GONE.US"], 3)

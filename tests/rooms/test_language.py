@@ -254,7 +254,7 @@ def test_codes_of_a_command_line_to_collect_are_refused_in_chinese(tmp_path: Pat
         ("--collect", "--codes-file", f"{tmp_path}/none"): f"--codes-file {tmp_path}/none：其中没有代码，"
         "应为 AAPL.US 600519 这样的代码；详见 --help",
         ("--collect", "--codes-file", f"{tmp_path}/codes"): f"--codes-file {tmp_path}/codes：无法读取："
-        "不是 UTF-8 文本",
+        "不是 UTF-8 文本；请另存为 UTF-8（GBK 文件可用 iconv -f GBK -t UTF-8 转换）",
     }
     for arguments, words in cases.items():
         options = stockrt.parse_arguments(arguments)

@@ -67,7 +67,7 @@ def test_each_line_is_there_in_chinese() -> None:
     assert sorted(stockrt.in_language(line, "zh") for line in lines) == [
         "已保留  SERVER_IP：此处已有设置，与旧客户端的不同",
         "已保留  SERVER_PORT：此处已有设置",
-        "已迁移  MONGODB_REALTIME_COLLECTION_NAME='quotes'，旧客户端中名为 MONGODB_COLLECTION_NAME",
+        "已迁移  MONGODB_REALTIME_COLLECTION_NAME=“quotes”，旧客户端中名为 MONGODB_COLLECTION_NAME",
         "未采用  DJANGO_TOKEN：stockrt 没有这项设置",
     ]
 
@@ -146,7 +146,7 @@ def test_any_value_is_read_from_the_file_as_it_was_written(
     path = tmp_path_factory.mktemp("env") / "stockrt.env"
     path.write_text(env_line("MODULE_NAME", value) + env_line("SERVER_PORT", "1"), encoding="utf-8")
     assert stockrt.read_env_file(path) == {"MODULE_NAME": value, "SERVER_PORT": "1"}
-    assert stockrt.broken_lines(path) == []
+    assert stockrt.read_env_file(path).faults == []
 
 
 # ----------------------------------------------------------------------------------------------------- hash
@@ -165,6 +165,15 @@ def test_the_hash_is_taken_where_none_is(state: Path) -> None:
     taken, line = plan_hash(state.parent / "old", state)
     assert taken == HASH
     assert line == f"taken     module hash -329…472 into {state / 'module_hash'}"
+
+
+def test_what_is_only_tried_is_said_as_what_would_be(state: Path) -> None:
+    _, lines = plan_settings({"SERVER_PORT": "8080", "MONGODB_COLLECTION_NAME": "x"}, {}, TARGET, dry=True)
+    _, line = plan_hash(state.parent / "old", state, dry=True)
+    assert all(stockrt.in_language(one, "zh").startswith("将迁移  ") for one in [*lines, line])
+    assert "would take SERVER_PORT='8080'" in lines and line.startswith(
+        "would take module hash -329…472 into"
+    )
 
 
 def test_a_hash_that_is_there_stays_and_the_way_to_the_older_one_is_said(state: Path) -> None:

@@ -259,7 +259,7 @@ class World:
         """Let a run do what KEEP_DAYS asks for, and return what --check says then."""
         with self.pipeline(days) as pipeline:
             assert pipeline.retain() < 3600  # no server is met yet, and none is waited for
-            pipeline.kept()
+            pipeline.store.check()
             pipeline._keep_due = 0.0
             pipeline.retain()
             return pipeline.kept()
@@ -339,8 +339,15 @@ def test_what_was_collected_before_goes_only_when_that_is_asked_for(
         held = "realtime 中有 5 个文档超过该期限，可用 --retain 删除"
         assert f"成交永久保留，KEEP_DAYS=30 尚未生效：{held}" in in_chinese(pipeline.check_store())
     assert world.seconds() is None and world.realtime.count_documents({}) == 8
-    done = run_pyz("--retain", env=world.environ | {"KEEP_DAYS": "30"})
+    world.client.admin.command("setParameter", 1, ttlMonitorEnabled=False)
+    try:
+        done = run_pyz("--retain", env=world.environ | {"KEEP_DAYS": "30"})
+        with world.pipeline("30") as pipeline:
+            assert in_chinese(pipeline.kept()).endswith("，更早的由 MongoDB 每分钟清理一次")
+    finally:
+        world.client.admin.command("setParameter", 1, ttlMonitorEnabled=True)
     assert done.returncode == 0 and "MongoDB: trades kept for 30 days" in done.stderr, done.stderr
+    assert done.stderr.endswith(", MongoDB removes what is older once a minute\n")
     assert world.seconds() == 30 * DAY_S
 
 
@@ -355,21 +362,23 @@ def test_a_collection_of_newer_trades_gets_the_index_at_once(world: World) -> No
 
 
 def test_an_index_of_others_is_left_alone_and_named(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    world.realtime.create_index("create_time", name="theirs", expireAfterSeconds=90)
+    world.realtime.create_index("create_time", name="theirs", expireAfterSeconds=999_999)
     world.realtime.create_index("seen", name="too", expireAfterSeconds=5 * DAY_S)
     before = world.realtime.index_information()
-    words = "an index of others, theirs on create_time, removes documents after 90 s"
-    told = world.run("30")
-    assert f"{words}: drop that one first" in told and "too on seen, removes documents after 5 days" in told
+    words = "an index of others, theirs on create_time, removes documents after 11.6 days"
+    with pytest.raises(StoreError, match=f"^KEEP_DAYS=30 has no effect yet: {words}: drop that one first$"):
+        world.run("30")
     assert caplog.text.count(words) == 1
-    assert words in world.run("")
+    told = world.run("")
+    assert words in told and "too on seen, removes documents after 5 days" in told
+    assert "kept for ever" not in told
     with world.pipeline("30") as pipeline:
         assert "drop that one first" in pipeline.apply_retention()
-        removes = "其他程序的索引 theirs（字段 create_time）会在 90 秒后删除文档"
+        removes = "其他程序的索引 theirs（字段 create_time）会在 11.6 天后删除文档"
         assert in_chinese(pipeline.apply_retention()) == f"{removes}；请先删除该索引"
-        kept = in_chinese(pipeline.kept())
-        assert f"：{removes}；请先删除该索引，但其他程序的索引 too" in kept and kept.count(removes) == 1
-        assert pipeline.kept().count(words) == 1
+        with pytest.raises(StoreError) as caught:
+            pipeline.kept()
+        assert in_chinese(caught.value.message) == f"KEEP_DAYS=30 尚未生效：{removes}；请先删除该索引"
     assert world.realtime.index_information() == before
 
 
@@ -377,12 +386,13 @@ def test_a_plain_index_of_others_is_in_the_way_and_named(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.realtime.create_index("create_time", name="theirs")
-    world.run("30")
     words = (
         "an index of others, theirs on create_time, is where that of KEEP_DAYS would be: drop that one first"
     )
+    with pytest.raises(StoreError, match=words):
+        world.run("30")
     assert f"KEEP_DAYS=30 has no effect: {words}" in caplog.text
-    assert words in world.run("30") and "theirs" not in world.run("")
+    assert "theirs" not in world.run("")
 
 
 def test_a_role_that_may_make_no_index_is_said_once_and_trades_are_stored(

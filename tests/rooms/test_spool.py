@@ -953,18 +953,20 @@ def test_drain_without_a_mongodb(run_pyz: RunPyz) -> None:
 
 
 def test_rejects_are_listed(place: Place, run_pyz: RunPyz) -> None:
-    assert run_pyz("--rejects", env=place.environ).stdout == "MongoDB has refused nothing\n"
+    assert run_pyz("--rejects", env=place.environ).stdout == "no document is refused now\n"
     assert run_pyz("--rejects", "--json", env=place.environ).stdout == ""
     documents = with_own_prices(make_documents(3))
     refuse(place, documents[1])
     queued(place.state, documents)
     done = run_pyz("--drain", env=place.environ)
-    assert done.returncode == 0 and re.search(r"\b2 moved .*, 1 refused by it", done.stderr)
+    assert done.returncode == 1 and re.search(r"\b2 moved .*, 1 refused by it", done.stderr)
     lines = run_pyz("--rejects", env=place.environ).stdout.splitlines()
     assert len(lines) == 1 and documents[1]["_id"] in lines[0] and "MongoDB refused it" in lines[0]
     (reject,) = map(json.loads, run_pyz("--rejects", "--json", env=place.environ).stdout.splitlines())
     assert reject["document"]["p"] == documents[1]["p"]
 
+    done = run_pyz("--drain", "--retry", env=place.environ)
+    assert (done.returncode, "1 refused by it" in done.stderr) == (1, True)
     with place.collection() as collection:  # the operator mends it
         collection.delete_one({"_id": "the operator's own"})
     assert "0 moved" in run_pyz("--drain", env=place.environ).stderr
@@ -995,7 +997,7 @@ def test_drain_and_rejects_in_chinese(place: Place, run_pyz: RunPyz) -> None:
     assert "3 笔成交等待写入 MongoDB。处理办法：" in told.splitlines()[0]
     done = run_pyz("--drain", env=environ)
     *_, line = done.stderr.splitlines()  # before it stands the log's
-    assert done.returncode == 0 and re.fullmatch(
+    assert done.returncode == 1 and re.fullmatch(
         r"已将 2 笔成交写入 mongodb://\S+，1 笔被其拒绝：详见 --rejects；本机剩余 0 笔", line
     )
     (line,) = run_pyz("--rejects", env=environ).stdout.splitlines()
