@@ -2025,7 +2025,7 @@ def load_settings(
     faults = _file_faults(environ, origins, unit) + read.faults
     if "MONGODB_DB_NAME" in read.unset and uri_database(values.get("mongodb_uri", "")):
         faults += _take_database(values)
-    faults += _contradictions(values) + _missing(read.unset, needs, values)
+    faults += _contradictions(values, read.used) + _missing(read.unset, needs, values)
     is_root = os.geteuid() == 0 if is_root is None else is_root
     if "STATE_DIRECTORY" in read.unset:
         values["state_directory"] = default_state_directory(environ, is_root)
@@ -2045,7 +2045,7 @@ def load_settings(
     if read.hiding:
         names = listing("join.names", read.hiding)
         warnings.append(phrase("settings.hiding", names=names, unit=UNIT))
-    in_use = _origins_in_use(origins, files, read.used)
+    in_use = _origins_in_use(origins, files, read.used.values())
     words = listing("join.names", [*in_use, phrase("settings.defaults")])
     return LoadedSettings(settings, tuple(warnings), words, tuple(read.hiding))
 
@@ -2081,11 +2081,11 @@ def _origins_in_use(
 
 
 class _Read(NamedTuple):
-    """What was read: values by attribute, faults, origins in use, settings without a text, and what a unit lacks."""
+    """What was read: values by attribute, faults, where each setting is set, those that are not, what a unit lacks."""
 
     values: dict[str, Any]
     faults: list[str]
-    used: set[str]
+    used: dict[str, str]
     unset: set[str]
     hiding: list[str]
 
@@ -2094,13 +2094,13 @@ def _read_values(
     environ: Mapping[str, str], origins: Mapping[str, Mapping[str, str]], unit: Unit | None
 ) -> _Read:
     """Look every setting up and parse it; with `unit` note what the environment alone has, or has otherwise."""
-    read = _Read({}, [], set(), set(), [])
+    read = _Read({}, [], {}, set(), [])
     environment = _environment()
     others = {where: found for where, found in origins.items() if where != environment}
     for setting in SETTINGS:
         where, name, text = _look_up(setting, origins)
         if text:
-            read.used.add(where)
+            read.used[setting.name] = where
         else:
             read.unset.add(setting.name)
         is_hiding = where == environment and text != _look_up(setting, others)[2]
@@ -2224,7 +2224,7 @@ def fault_of_place(place: str, mode: int) -> str:
     return phrase("settings.may_not_read" if mode == os.R_OK else "settings.may_not_write")
 
 
-def _contradictions(values: Mapping[str, Any]) -> list[str]:
+def _contradictions(values: Mapping[str, Any], used: Mapping[str, str]) -> list[str]:
     """Return the faults of settings that are right one by one, but not together."""
     faults: list[str] = []
     if "?" in values.get("mongodb_uri", ""):
@@ -2241,11 +2241,11 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     if plans > 1 and plans != keys:
         faults.append(phrase("settings.plans_and_keys", plans=plans, keys=keys))
     proxies = Proxies(values.get("https_proxy"), values.get("http_proxy"), values.get("all_proxy"))
-    faults += [
-        phrase("settings.socks", name=proxy.setting, shown=proxy.shown, expected=phrase(_PROXY_EXPECTED))
-        for proxy in proxies.in_use()
-        if proxy.scheme not in PROXY_PORTS
-    ]
+    for proxy in proxies.in_use():
+        if proxy.scheme not in PROXY_PORTS:
+            name, shown = proxy.setting, phrase("line.quoted", text=proxy.shown)
+            where, expected = used[name], phrase(_PROXY_EXPECTED)
+            faults.append(phrase("settings.fault", name=name, shown=shown, where=where, expected=expected))
     return faults
 
 
@@ -21178,7 +21178,6 @@ TEMPLATES |= {
         "{name}=“{value}”：不能与 {other} 同名",
     ),
     "settings.sets_nothing": ("{path} (sets nothing)", "{path}（未设置任何项）"),
-    "settings.socks": ("{name}='{shown}': {expected}", "{name}=“{shown}”：{expected}"),
     "settings.systemd_comment": (
         "{path}, line {line}: to systemd the comment is a part of {name}; put it on a line of its own",
         "{path} 第 {line} 行：systemd 会把注释当作 {name} 的一部分；请让注释单独成行",

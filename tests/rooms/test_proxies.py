@@ -166,7 +166,7 @@ def test_a_proxy_may_be_a_credential(tmp_path: Path) -> None:
 @each("scheme", ["socks5", "socks5h", "socks4", "SOCKS5"])
 def test_a_socks_proxy_that_would_be_used_is_a_fault(scheme: str) -> None:
     said = faults(HTTP_PROXY=A, ALL_PROXY=f"{scheme}://me:{HUSH}@h:1080")
-    assert said.startswith(f"ALL_PROXY={scheme.lower()}://***@h:1080: expected http:// or https://")
+    assert said.startswith(f"ALL_PROXY='{scheme.lower()}://***@h:1080' (environment): expected http:// or ht")
     assert "SOCKS is not supported" in said and HUSH not in said
 
 
