@@ -175,7 +175,8 @@ def test_language_of_the_settings_file_holds_for_the_faults_in_it(
     done = start_pyz("--check-settings", env=env)
     assert done.returncode == 78
     lines = done.stderr.splitlines()
-    assert any("SERVER_PORT='abc'" in line for line in lines)
+    quoted = "SERVER_PORT=“abc”" if is_chinese else "SERVER_PORT='abc'"
+    assert any(quoted in line for line in lines)
     assert [bool(CHINESE.search(line)) for line in lines] == [is_chinese] * len(lines)
     done = start_pyz("--status", env=env)
     assert done.returncode == 78 and set(done.stderr.splitlines()) < set(lines)
