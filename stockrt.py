@@ -988,7 +988,9 @@ def os_words(error: OSError) -> str:
 
 def mongo_words(said: str) -> str:
     """Return what pymongo or a server says: where the Catalogue knows it, in words; of several servers, of each."""
-    each = re.split(r",(?=\S+:\d+: )", said.rstrip("."))
+    # a command's name and what it is about, not what is for its authors
+    short = re.sub(r"(?s)( to execute command )\{ (\w+: [^,]*),.*", r"\1\2", said)
+    each = re.split(r",(?=\S+:\d+: )", short.rstrip("."))
     words = [stored_words(one, ("mongo.", "os.")) for one in each]
     return listing("join.commas", words) if len(words) > 1 else words[0]
 

@@ -259,8 +259,8 @@ class World:
         """Let a run do what KEEP_DAYS asks for, and return what --check says then."""
         with self.pipeline(days) as pipeline:
             assert pipeline.retain() < 3600  # no server is met yet, and none is waited for
-            with contextlib.suppress(StoreError):
-                pipeline.kept()  # meets the server
+            with contextlib.suppress(StoreError):  # of an index of others
+                pipeline.kept()
             pipeline._keep_due = 0.0
             pipeline.retain()
             return pipeline.kept()

@@ -982,6 +982,13 @@ def test_what_mongodb_usually_says_is_known_by_its_words(said: str, chinese: str
     assert chinese in stockrt.in_language(words, "zh")
 
 
+def test_of_a_command_that_is_not_allowed_its_name_is_told_and_what_it_is_about() -> None:
+    said = 'not authorized on db to execute command { delete: "close", ordered: true, lsid: { id: UUID("87")…'
+    words = stockrt.mongo_words(said)
+    assert words == 'not authorized on db to execute command delete: "close"'
+    assert stockrt.in_language(words, "zh") == '当前用户无权在数据库 db 上执行命令 delete: "close"'
+
+
 @each(
     ("uri", "chinese"),
     [
