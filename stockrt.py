@@ -5384,7 +5384,7 @@ class KeyPool:
             if key.dead:
                 return
             key.dead = why
-            log.error("API key %s is out: %s; mend INFOWAY_API_KEY, then reload or restart", key.shown, why)
+            log.error("%s", phrase("quota.out", key=key.shown, why=why))
             self._changed.notify_all()
 
     def close_product(self, key: ApiKey, product: str, why: str) -> None:
@@ -5393,7 +5393,7 @@ class KeyPool:
             if product in key.closed_products:
                 return
             key.closed_products[product] = why
-            log.warning("API key %s does not serve %s: %s", key.shown, product, why)
+            log.warning("%s", phrase("quota.not_for", key=key.shown, product=product, why=why))
             self._changed.notify_all()
 
     def rest_until_midnight(self, key: ApiKey, why: str) -> None:
@@ -5496,7 +5496,7 @@ class KeyPool:
                 return
             if seconds > LONGEST_WAIT_FOR_KEY_S and key.paused_why != why:
                 back = iso_after(self._clock.wall(), seconds)
-                log.warning("API key %s rests until %s: %s", key.shown, back, why)
+                log.warning("%s", phrase("quota.rests", key=key.shown, back=back, why=why))
             key.paused_until, key.paused_why = until, why
             self._changed.notify_all()
 
@@ -6919,7 +6919,7 @@ class KeyPlans:
         self._api.keys.set_plan(key, info.plan())
         ending = info.end_words(self._clock.wall())
         if ending:
-            log.warning("API key %s: %s", key.shown, ending)
+            log.warning("%s", phrase("quota.of_key", key=key.shown, why=ending))
         try:
             with self._file.write() as db:
                 row = (key.digest, today, *info)
@@ -21551,6 +21551,16 @@ TEMPLATES |= {
         "no API key can serve {service}: {reasons}",
         "没有 API 密钥可用于 {service}：{reasons}",
     ),
+    "quota.not_for": (
+        "API key {key} does not serve {product}: {why}",
+        "API 密钥 {key} 不能用于 {product}：{why}",
+    ),
+    "quota.of_key": ("API key {key}: {why}", "API 密钥 {key}：{why}"),
+    "quota.out": (
+        "API key {key} is out: {why}; mend INFOWAY_API_KEY, then reload or restart",
+        "API 密钥 {key} 已停用：{why}；请改正 INFOWAY_API_KEY，然后重新加载或重启",
+    ),
+    "quota.rests": ("API key {key} rests until {back}: {why}", "API 密钥 {key} 暂停使用至 {back}：{why}"),
 }
 
 # ------------------------------------------------------------------------------------------------------

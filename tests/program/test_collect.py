@@ -269,7 +269,7 @@ def test_what_time_mends_is_said_and_tried_again(
     assert f"WARNING collecting: {words}" in streaming.log
     status = run_pyz("--status", "--json", env=streaming.settings)
     (wrong,) = json.loads(status.stdout)["wrong"]
-    assert status.returncode == WRONG and wrong.startswith(f"collecting: {words}")
+    assert status.returncode == WRONG and wrong.startswith(f"collecting fails ({words}")
     other.close()
     streaming.signal(signal.SIGHUP)
     subscribed(streaming, manager)

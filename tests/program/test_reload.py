@@ -98,7 +98,7 @@ def test_a_key_that_was_out_is_tried_again_after_a_reload_as_the_log_says(
     refused = platform.execute(["TSLA.US"])
     said(
         daemon,
-        "is out: HTTP 401: Token invalid; mend INFOWAY_API_KEY, then reload or restart [infoway.http_says]\n",
+        "is out: HTTP 401: Token invalid; mend INFOWAY_API_KEY, then reload or restart [quota.out, infoway.http_says]\n",
     )
     assert platform.wait_for(lambda p: p.results_for(refused), PATIENCE)
     api.keys = {OLD_KEY}
@@ -225,5 +225,5 @@ def test_reload_by_hand_says_what_to_type_in_the_built_file(
     env = {"INFOWAY_API_KEY": NEW_KEY, "SERVER_IP": "127.0.0.1", "SERVER_PORT": "1", "STOCKRT_LANG": "zh"}
     assert start_pyz("--reload", env=env).stderr == (
         "stockrt：--reload 供服务单元的 ExecReload= 调用：请运行 sudo systemctl reload stockrt；"
-        "没有服务单元的守护进程，请用 kill -HUP 加其 pid\n"
+        "没有服务单元的守护进程，请用 kill -HUP 加其 pid；详见 --help\n"
     )
