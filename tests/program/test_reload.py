@@ -98,7 +98,8 @@ def test_a_key_that_was_out_is_tried_again_after_a_reload_as_the_log_says(
     refused = platform.execute(["TSLA.US"])
     said(
         daemon,
-        "is out: HTTP 401: Token invalid; mend INFOWAY_API_KEY, then reload or restart [quota.out, infoway.http_says]\n",
+        "is out: HTTP 401: Token invalid; mend INFOWAY_API_KEY, then reload or restart "
+        "[quota.out, infoway.http_says]\n",
     )
     assert platform.wait_for(lambda p: p.results_for(refused), PATIENCE)
     api.keys = {OLD_KEY}
