@@ -6408,6 +6408,7 @@ class BatchAttempt:
         self.batch = batch
         self.stop = stop
         self.faults = self.refusals = 0
+        self.why: Failure | None = None  # the last answer is none
         self.pause_s = 0.0
         self.after_fault = backoff(BACKOFF_FIRST_S, BACKOFF_CAP_S, rng)
         self.after_refusal = backoff(SLOW_DOWN_FIRST_S, SLOW_DOWN_CAP_S, rng)
@@ -6659,7 +6660,11 @@ class InfowayApi:
         except NoKeyError as error:
             return _failed(attempt.batch, Failure(FailureKind.KEY, error.message))
         except Interrupted:
-            return Outcome(attempt.batch, interrupted=True)
+            return (
+                _failed(attempt.batch, attempt.why)
+                if attempt.why
+                else Outcome(attempt.batch, interrupted=True)
+            )
         except Exception as error:
             return _failed(attempt.batch, Failure(FailureKind.OTHER, fault_words(error, self._events)))
 
@@ -6704,6 +6709,7 @@ class InfowayApi:
         failure = _why_final(attempt, verdict)
         if failure is not None:
             return _failed(attempt.batch, failure)
+        attempt.why = verdict.failure
         log.debug("%s batch again: %s", attempt.batch.product, verdict.failure.words)
         attempt.pause_s = 0.0
         if again:
@@ -20973,17 +20979,6 @@ TEMPLATES |= {
         "{same} support",
         "本程序不带 Python 模块 {module}，无法用 {name} 压缩，须去掉 {same}",
     ),
-    "mongo.srv_port": ("mongodb+srv:// URIs must not include a port number", "mongodb+srv:// 不能带端口"),
-    "mongo.srv_hosts": (
-        "mongodb+srv:// URIs must include one, and only one, hostname",
-        "mongodb+srv:// 只能写一个主机名",
-    ),
-    "mongo.srv_address": (
-        "Invalid URI host: an IP address is not a valid hostname for 'mongodb+srv://'. Did you mean to use "
-        "'mongodb://'?",
-        "mongodb+srv:// 不能用 IP 地址，可改用 mongodb://",
-    ),
-    "mongo.port": ("Port must be an integer between 0 and 65535", "端口应为 0 到 65535 的整数"),
 }
 
 # ------------------------------------------------------------------------------------------------------

@@ -600,6 +600,23 @@ def test_why_a_batch_failed_can_be_read_in_chinese(
     assert re.sub(r"\d{4}-\S+Z", "TIME", told) == words
 
 
+def test_what_was_refused_when_it_is_interrupted_is_told_with_that(
+    infoway: InfowayServer, tmp_path: Path
+) -> None:
+    """It was asked for; what was not asked for yet is left."""
+    stop = threading.Event()
+
+    def refuse(_: Request) -> Answer:
+        stop.set()
+        return REFUSALS["429_json"]
+
+    infoway.script = refuse
+    with api_of(infoway) as api:
+        report = collect(api, ["AAPL.US"], tmp_path, stop).report
+    assert report.interrupted and report.failures["AAPL.US"].words == "HTTP 429: Rate limit exceeded"
+    assert "interrupted: 0 not done" in report.summary()
+
+
 def test_redirection_is_not_followed(infoway: InfowayServer, tmp_path: Path) -> None:
     with InfowayServer() as elsewhere, api_of(infoway) as api:
         location = ("Location", f"{elsewhere.url}/stock/batch_trade/AAPL.US")

@@ -1006,17 +1006,3 @@ def test_of_a_command_that_is_not_allowed_its_name_is_told_and_what_it_is_about(
 def test_what_pymongo_says_of_options_is_known_by_its_words(uri: str, chinese: str) -> None:
     (fault,) = stockrt.uri_faults(uri)
     assert chinese in in_chinese(fault)
-
-
-@pytest.mark.parametrize(
-    ("uri", "chinese"),
-    [
-        ("mongodb+srv://a.b.c:27017/", "mongodb+srv:// 不能带端口"),
-        ("mongodb+srv://a.b.c,d.e.f/", "mongodb+srv:// 只能写一个主机名"),
-        ("mongodb://h:99999/", "端口应为 0 到 65535 的整数"),
-    ],
-)
-def test_what_pymongo_says_of_a_connection_string_is_known_by_its_words(uri: str, chinese: str) -> None:
-    with pytest.raises(SettingsError) as caught:
-        MongoStore(settings_of({})._replace(mongodb_uri=uri))
-    assert chinese in in_chinese(caught.value.message)
