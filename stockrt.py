@@ -11362,13 +11362,14 @@ def _plan_words(settings: Settings, api: InfowayApi | None, key: ApiKey) -> list
 
 
 def _limits_words(plan: Plan) -> Phrase:
+    name = plan.name.capitalize()  # as the API writes it, however it is set
     if not plan.per_second:
-        return phrase("run.no_limit", plan=plan.name)
+        return phrase("run.no_limit", plan=name)
     if not plan.per_day:
-        return phrase("run.limits", plan=plan.name, second=plan.per_second, minute=plan.per_minute)
+        return phrase("run.limits", plan=name, second=plan.per_second, minute=plan.per_minute)
     return phrase(
         "run.limits_of_a_day",
-        plan=plan.name,
+        plan=name,
         second=plan.per_second,
         minute=plan.per_minute,
         day=plan.per_day,
@@ -18540,7 +18541,7 @@ def _codes_of(options: Options) -> Iterator[str]:
     try:
         text = read_file(os.dup(0) if options.codes_file == "-" else options.codes_file)
     except (OSError, UnicodeDecodeError) as error:
-        fault = phrase("usage.codes_file", file=options.codes_file, why=unread_words(error))
+        fault = phrase("cli.codes_file", file=options.codes_file, why=unread_words(error))
         raise UsageError(fault) from None
     yield from codes_in(text)
 
@@ -18962,7 +18963,7 @@ class _Run(threading.Thread):
 def _refuse_demo_in_mongodb(options: Options, settings: Settings) -> None:
     """Raise UsageError where synthetic trades would go among real ones."""
     if options.demo and settings.mongodb_uri:
-        raise UsageError(phrase("usage.demo_in_mongodb"))
+        raise UsageError(phrase("cli.demo_in_mongodb"))
 
 
 def run_once(options: Options, settings: Settings) -> int:
@@ -20046,7 +20047,7 @@ def _key_line(key: KeyUsage) -> Phrase:
         state = phrase("cli.until", state=state, until=key["until"])
     if key["why"]:
         state = phrase("cli.for_reason", state=state, why=key["why"])
-    plan = phrase("cli.key_plan", plan=key["plan"].lower())
+    plan = phrase("cli.key_plan", plan=key["plan"].capitalize())
     clauses: list[str] = [listing("join.columns", [key["key"], plan, _quota_words(key), state])]
     if key["ends_soon"]:
         clauses.append(key["ends_soon"])
@@ -20705,7 +20706,8 @@ def _complain(error: StockrtError) -> None:
     if isinstance(error, SettingsError) and error.language:
         SPOKEN.choose({**os.environ, "STOCKRT_LANG": error.language})
     faults = error.faults if isinstance(error, SettingsError) else (error.message,)
-    if isinstance(error, UsageError):
+    told = next(kinds_in(error.message), "")
+    if isinstance(error, UsageError) and not told.startswith("cli."):  # which says what to do
         faults = (phrase("usage.see_help", words=error.message),)
     for fault in filter(None, faults):
         say(phrase("cli.error", words=fault), logging.ERROR)
@@ -21494,8 +21496,9 @@ TEMPLATES |= {
         "{newer}；如果从未用过更新的版本，则是文件头已损坏：请新建空文件 {mark}，下次启动时会抢救能读出的内容",
     ),
     "files.no_room": (
-        "the disk of {path} has {free:.0f} MB free, and {kept:.0f} MB ({share:.0%}) have to stay; see STATE_DIRECTORY",
-        "{path} 所在磁盘剩余 {free:.0f} MB，须留出 {kept:.0f} MB（{share:.0%}）；请检查 STATE_DIRECTORY",
+        "the disk of {path} has {free:.1f} MB free, and less than {share:.0%} ({kept:.1f} MB) with what is to be "
+        "written; see STATE_DIRECTORY",
+        "{path} 所在磁盘剩余 {free:.1f} MB，写入后将不足 {share:.0%}（{kept:.1f} MB）；请检查 STATE_DIRECTORY",
     ),
     "files.not_opened": ("the local file {path} cannot be opened", "无法打开本地文件 {path}"),
     "files.rescue_interrupted": ("its rescue was interrupted", "上次抢救已中断"),
@@ -22543,7 +22546,7 @@ TEMPLATES |= {
         "{words}; codes stand after --codes, or right after --show",
         "{words}；代码须写在 --codes 之后，或紧跟在 --show 之后",
     ),
-    "usage.codes_file": (
+    "cli.codes_file": (
         "--codes-file {file}: cannot be read: {why}",
         "--codes-file {file}：无法读取：{why}",
     ),
@@ -22551,7 +22554,7 @@ TEMPLATES |= {
         "--collect needs --codes CODE …, --codes-file FILE, or COLLECT_CODES",
         "--collect 需要 --codes CODE …、--codes-file FILE 或 COLLECT_CODES",
     ),
-    "usage.demo_in_mongodb": (
+    "cli.demo_in_mongodb": (
         "--demo stores synthetic trades on this machine only: unset MONGODB_HOST, or leave --demo out",
         "--demo 的模拟成交只存于本机：请取消设置 MONGODB_HOST，或去掉 --demo",
     ),

@@ -188,17 +188,15 @@ def test_without_a_platform_and_without_anything_to_collect_both_ways_are_named(
 
 def test_a_fault_of_the_settings_that_only_the_start_finds_ends_it(daemon: ProcessDaemon) -> None:
     """With its sentence alone and the status that systemd does not start again."""
-    daemon.environment["MONGODB_HOST"] = "mongodb+srv://a.b.example.com:27017/"
+    daemon.environment["MONGODB_HOST"] = "mongodb://127.0.0.1/?authMechanism=MONGODB-OIDC"
     for _ in range(2):  # the second time with a local file
         before = len(daemon.log) if daemon.log_path.exists() else 0
         daemon.start()
         assert daemon.wait() == SETTINGS_FAULT, daemon.log
         begun, *said = daemon.log[before:].splitlines()
         assert "collects without a platform" in begun
-        assert said == [
-            "stockrt: MONGODB_HOST='mongodb+srv://a.b.example.com:27017/': "
-            "mongodb+srv:// URIs must not include a port number"
-        ]
+        (line,) = said
+        assert line.startswith("stockrt: MONGODB_HOST='mongodb://127.0.0.1/?authMechanism=MONGODB-OIDC': ")
 
 
 @pytest.fixture

@@ -1107,7 +1107,7 @@ def test_check_says_what_the_plan_is_and_where_another_is_set(run_pyz: RunPyz) -
     assert (
         "it has changed; until it is asked for anew, " in changed[1] and "Premium: 10 requests" in changed[1]
     )
-    assert "INFOWAY_PLAN differs and is what counts: basic: 2 requests a second, 120 a minute" in other[1]
+    assert "INFOWAY_PLAN differs and is what counts: Basic: 2 requests a second, 120 a minute" in other[1]
     assert none[0] and "Free's limits hold unless INFOWAY_PLAN names it" in none[1]
 
 
@@ -1133,7 +1133,7 @@ def test_a_plan_that_is_not_set_is_asked_for_once_a_day(run_pyz: RunPyz, state: 
         assert server.over_limit == 0
         shown = run_pyz("--status", env=env).stdout
         (told,) = json.loads(run_pyz("--status", "--json", env=env).stdout)["keys"]
-    assert "plan premium" in shown and "its plan ends at" in shown
+    assert "plan Premium" in shown and "its plan ends at" in shown
     assert (told["plan"], told["ends"]) == ("Premium", stockrt.iso_after(plan.expires // 1, 0))
     assert told["used_today"] + told["left_today"] == 864_000
     check_clean(done.stdout, done.stderr, shown)

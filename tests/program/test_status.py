@@ -159,8 +159,8 @@ def test_the_lines_for_a_person_say_the_same(program: Program) -> None:
     assert lines["waiting"] == "0 commands, 0 results to deliver"
     assert lines["last execution"] == "none yet"
     untold = "not told by a daemon: see --check"
-    assert f"aaa…111  plan free  0 used today, 86400 left  {untold}" in text
-    assert lines["API key"] == f"bbb…222  plan pro  0 used today, 1728000 left  {untold}"
+    assert f"aaa…111  plan Free  0 used today, 86400 left  {untold}" in text
+    assert lines["API key"] == f"bbb…222  plan Pro  0 used today, 1728000 left  {untold}"
 
 
 def test_a_hash_that_cannot_be_used_is_said_beside_the_rest(program: Program) -> None:
@@ -772,8 +772,8 @@ def test_in_chinese_a_fresh_machine_is_told_of_in_aligned_columns(program: Progr
         f"存储            {program.state / stockrt.SQLITE_NAME}",
         "待处理          0 条指令待执行，0 条结果待送达",
         "最近执行        尚无",
-        "API 密钥        aaa…111  套餐 free  当日已用 0，剩余额度 86400  守护进程未报告：请看 --check",
-        "API 密钥        bbb…222  套餐 pro  当日已用 0，剩余额度 1728000  守护进程未报告：请看 --check",
+        "API 密钥        aaa…111  套餐 Free  当日已用 0，剩余额度 86400  守护进程未报告：请看 --check",
+        "API 密钥        bbb…222  套餐 Pro  当日已用 0，剩余额度 1728000  守护进程未报告：请看 --check",
     ]
     assert program.run("--executions") == "尚未执行过\n"
     assert program.run("--rejects") == "目前没有被 MongoDB 拒绝的文档\n"

@@ -219,12 +219,12 @@ def test_the_embedded_store_keeps_some_of_the_disk_free_in_small_writes_too(tmp_
     with small_disk(tmp_path, "32M") as disk, embedded(disk / "state") as pipeline:
         (disk / "others").write_bytes(bytes(24 << 20))
         stored = 0
-        with pytest.raises(StoreError, match=r"5% free; see STATE_DIRECTORY"):
+        with pytest.raises(StoreError, match=r"with what is to be written; see STATE_DIRECTORY"):
             while True:
                 put(pipeline, at(OLD, 20, first=stored))
                 stored += 20
         for _ in range(20):
-            with pytest.raises(StoreError, match="5% free"):
+            with pytest.raises(StoreError, match=r"5% \(1.6 MB\) with"):
                 put(pipeline, at(NEW, 20, first=90_000))
         assert len(left(pipeline)) == stored
         found = os.statvfs(disk)

@@ -843,11 +843,13 @@ def test_the_disk_keeps_some_room(tmp_path: Path) -> None:
         small_disk(tmp_path, "2M") as disk,
         queue_in(disk / "state") as queue,
     ):
-        with pytest.raises(QueueFull, match=r"MB free, and 0 MB \(5%\) have.*STATE_DIRECTORY") as caught:
+        with pytest.raises(
+            QueueFull, match=r"MB free, and less than 5% \(0\.1 MB\) with.*STATE_DIRECTORY"
+        ) as caught:
             for first in range(0, 1_000_000, 100):
                 queue.write(make_documents(100, first=first))
         assert re.search(
-            r"所在磁盘剩余 \d MB，须留出 0 MB（5%）；请检查 STATE_DIRECTORY$",
+            r"所在磁盘剩余 \d\.\d MB，写入后将不足 5%（0\.1 MB）；请检查 STATE_DIRECTORY$",
             in_chinese(caught.value.message),
         )
         found = os.statvfs(disk)
@@ -865,7 +867,7 @@ def test_disk_that_is_low_or_read_only_is_said_before_something_is_lost(
         run_pyz("--once", "--demo", "--codes", "TSLA.US", env=env)
         free = os.statvfs(disk)
         (disk / "big").write_bytes(b"x" * int((free.f_bavail - free.f_blocks * 0.02) * free.f_bsize))
-        why = rf"{disk}\S+ 所在磁盘剩余 0 MB，须留出 0 MB（5%）；请检查 STATE_DIRECTORY"
+        why = rf"{disk}\S+ 所在磁盘剩余 0\.\d MB，写入后将不足 5%（0\.1 MB）；请检查 STATE_DIRECTORY"
         checked = run_pyz("--check", env=env).stdout
         assert len(re.findall(f"^失败  状态目录：{why}$", checked, re.MULTILINE)) == 1
         told = run_pyz("--status", env=env).stdout
