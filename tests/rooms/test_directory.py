@@ -217,7 +217,7 @@ def test_two_that_are_called_alike_are_both_proposed(world: World) -> None:
 def test_what_the_lists_know_can_be_read_in_chinese(world: World) -> None:
     with pytest.raises(InstrumentError) as caught:
         world.find("700")
-    assert in_chinese(caught.value.message) == "这是名称，不是代码：是不是 00700.HK（腾讯控股）？"
+    assert in_chinese(caught.value.message) == "未写明是哪个品种：是不是 00700.HK（腾讯控股）？"
     explain = world.directory.explain
     assert in_chinese(explain(Instrument("7203.JP", "japan"), world.stop)) == (
         "API 的品种列表中有该代码（丰田汽车），但没有其成交，或此密钥的套餐不包含"
