@@ -235,7 +235,7 @@ def test_what_check_says_of_a_key_is_chinese() -> None:
             return in_chinese(check.words)
 
         assert told("") == accepted.format(url=server.url)
-        other = "；INFOWAY_PLAN 与此不同，以 INFOWAY_PLAN 为准：basic（每秒 2 次请求，每分钟 120 次，每天 172800 次）"
+        other = "；INFOWAY_PLAN 与此不同，以 INFOWAY_PLAN 为准：Basic（每秒 2 次请求，每分钟 120 次，每天 172800 次）"
         assert told("basic").removeprefix(accepted.format(url=server.url)) == other
         server.script = lambda request: (
             Answer.json({"ret": 200, "data": [{}]}) if request.resource == "package/info" else None
