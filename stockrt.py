@@ -778,8 +778,9 @@ LEFTOVER_S = 3600.0
 def _remove_leftovers(path: Path) -> None:
     """Remove what writers of a file left who were killed; what cannot be removed stays."""
     with contextlib.suppress(OSError):
-        for left in path.parent.glob(f".{path.name}.*.new"):
-            if time.time() - left.stat().st_mtime > LEFTOVER_S:
+        for left in path.parent.iterdir():
+            is_ours = re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.new", left.name)
+            if is_ours and time.time() - left.stat().st_mtime > LEFTOVER_S:
                 left.unlink()
 
 
@@ -1566,6 +1567,8 @@ def _try_hosts(hosts: str, is_srv: bool) -> None:
     for host in hosts.split(","):
         parts = _matched(r"(\[[^\[\]]+\]|[^\[\]:\s]+)(:[^:]*)?", host)
         _expect(parts[1] == parts[1].translate(NARROW))
+        # as the DNS is asked; a % is of a socket's path
+        _expect("%" in parts[1] or parts[1].encode("idna") != b"")
         if is_srv:
             is_name = host == hosts and not parts[2] and not re.fullmatch(r"\[.*|[\d.]+", host)
             _expect(is_name, "settings.expect.mongodb_srv")
@@ -1580,7 +1583,7 @@ def _database_name(value: str) -> str:
 
 
 def _collection_name(value: str) -> str:
-    _expect(len(value.encode()) <= 120 and not set(value) & set("$“”\0") and not value.startswith("system."))
+    _expect(len(value.encode()) <= 120 and not set(value) & set("$“”") and not value.startswith("system."))
     _expect(all(value.split(".")))
     return value
 
@@ -1640,7 +1643,7 @@ def _share(value: str) -> tuple[int, int]:
 
 def _directory(value: str) -> Path:
     path = Path(value.partition(":")[0])  # systemd joins several with colons; ours is the first
-    _expect(path.is_absolute() and "\0" not in value)
+    _expect(path.is_absolute())
     return path
 
 
@@ -2040,7 +2043,8 @@ def load_settings(
         faults += _path_faults(values, environ)
     if faults:
         # a misspelled name, or a file that was left out, is why a setting is missing
-        raise SettingsError(faults + warnings, values.get("language", ""), values.get("state_directory"))
+        every = [*dict.fromkeys(faults + warnings)]
+        raise SettingsError(every, values.get("language", ""), values.get("state_directory"))
     color = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
     settings = Settings(**values, color=color, old_secrets=old_secrets)
     HIDDEN.secrets = settings.secrets()
@@ -2111,6 +2115,7 @@ def _read_values(
         if not text and not setting.default:
             continue
         try:
+            _expect("\0" not in text)  # no file, no host and no name has one
             read.values[setting.attribute] = setting.parse(text or setting.default)
         except ValueError as error:
             shown = shown_value(setting, text)
@@ -2830,8 +2835,9 @@ def _unclear(text: str, why: str, *codes: str) -> UnclearCode:
 # ------------------------------------------------------------------------------------------------------
 
 
-# What stands around codes in a list that came as a text: JSON, or as Python prints one.
-_AROUND = "[]\"'“”"
+# What stands around codes in a list that came as a text: JSON, as Python prints one, or typed with a Chinese keyboard.
+BRACKETS = "[({［【（"  # noqa: RUF001
+_AROUND = BRACKETS + "])}］】）\"'“”‘’"  # noqa: RUF001
 
 
 def split_codes(text: str) -> list[str]:
@@ -13658,7 +13664,9 @@ def _named_codes(args: Mapping[str, object]) -> object:
 
 def _is_blank(value: object) -> bool:
     """Whether somebody left a value out: it is null, or a text without a code and without a list, as `[]` is one."""
-    return value is None or (isinstance(value, str) and not (split_codes(value) or "[" in value))
+    return value is None or (
+        isinstance(value, str) and not (split_codes(value) or set(value) & set(BRACKETS))
+    )
 
 
 def _no_codes(came: str) -> UsageError:

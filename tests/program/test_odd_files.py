@@ -56,6 +56,8 @@ def test_a_pipe_for_certificates_is_refused_where_something_asks(run_pyz: RunPyz
         env = {name: str(tmp_path / "ca.pem"), "INFOWAY_API_KEY": "test-key"}
         done = run_pyz("--once", "--codes", "TSLA.US", env=env, timeout=PATIENCE_S)
         assert done.returncode == 78 and f"{name}: {tmp_path}/ca.pem" in done.stderr and ODD in done.stderr
+    done = run_pyz("--check-settings", env=env, timeout=PATIENCE_S)
+    assert done.stderr.count(ODD) == 1  # though two look at it
 
 
 @pytest.mark.parametrize("given", ["/dev/zero", "-"])

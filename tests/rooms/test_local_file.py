@@ -925,22 +925,23 @@ def test_a_write_that_fails_leaves_nothing_behind(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["directory", "status.json"]
 
 
-def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
-    """That of one who may still write, and that of another file, stays."""
+@pytest.mark.parametrize("name", ["a.csv", "*.csv", "**.csv", "[a].csv"])
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path, name: str) -> None:
+    """That of one who may still write, that of another file, and what others named alike, stay."""
     code = (
         "import os, pathlib, stockrt\n"
-        "with stockrt.whole_file(pathlib.Path('a.csv')) as stream: os.kill(os.getpid(), 9)"
+        f"with stockrt.whole_file(pathlib.Path('{name}')) as stream: os.kill(os.getpid(), 9)"
     )
     for _ in range(2):
         env = {"PYTHONPATH": str(Path(stockrt.__file__).parent)}
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=False)
     old, young = tmp_path.iterdir()
-    other = tmp_path / ".b.csv.0123456789abcdef.new"
-    other.touch()
-    for path in (old, other):
+    others = [tmp_path / ".b.csv.0123456789abcdef.new", tmp_path / f".{name}.settings.new"]
+    for path in (old, *others):
+        path.touch()
         os.utime(path, (0, time.time() - stockrt.LEFTOVER_S - 1))
-    stockrt.write_whole(tmp_path / "a.csv", "x")
-    assert {*tmp_path.iterdir()} == {young, other, tmp_path / "a.csv"}
+    stockrt.write_whole(tmp_path / name, "x")
+    assert {*tmp_path.iterdir()} == {young, *others, tmp_path / name}
 
 
 def test_a_file_has_the_mode_that_was_asked_for(tmp_path: Path) -> None:

@@ -255,6 +255,9 @@ def test_codes_are_read_from_every_name_and_shape(name: str, value: object, code
         ({"code_list": "['A.US', 'B.US']"}, ["A.US", "B.US"]),  # as Python prints one
         ({"code_list": ['["A.US"]', '"B.US"']}, ["A.US", "B.US"]),
         ({"code_list": "“A.US”，'B.US'"}, ["A.US", "B.US"]),
+        ({"code_list": "【“A.US”、‘B.US’】"}, ["A.US", "B.US"]),  # [ of a Chinese keyboard
+        ("（A.US，B.US）", ["A.US", "B.US"]),
+        ({"code_list": "('A.US', 'B.US')"}, ["A.US", "B.US"]),
     ],
 )
 def test_args_in_other_shapes_are_read_too(args: object, codes: list[object]) -> None:
@@ -275,6 +278,8 @@ def test_args_in_other_shapes_are_read_too(args: object, codes: list[object]) ->
         ({"code_list": [], "stock_list": None}, "code_list is empty"),
         ({"code_list": [" ", ""]}, "code_list is empty"),
         ({"code_list": "[]"}, "code_list is empty"),
+        ({"code_list": "【】"}, "code_list is empty"),
+        ({"code_list": "()"}, "code_list is empty"),
         ("{broken", "got {broken"),
     ],
 )
@@ -316,7 +321,8 @@ def names_nothing(args: Any) -> bool:
     if isinstance(args, str) and args.strip()[:1] in ("{", "["):
         args = json.loads(args)
     if not isinstance(args, dict):
-        return args is None or (isinstance(args, str) and not (stockrt.split_codes(args) or "[" in args))
+        is_list = isinstance(args, str) and set(args) & set(stockrt.BRACKETS)
+        return args is None or (isinstance(args, str) and not (stockrt.split_codes(args) or is_list))
     named = [args[name] for name in ("code_list", "stock_list", "codes") if name in args]
     return all(names_nothing(value) for value in named or args.values() if not isinstance(value, dict))
 
