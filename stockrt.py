@@ -992,8 +992,13 @@ def mongo_words(said: str) -> str:
     # a command's name and what it is about, not what is for its authors
     short = re.sub(r"(?s)( to execute command )\{ (\w+: [^,]*),.*", r"\1\2", said)
     each = re.split(r",(?=\S+:\d+: )", short.rstrip("."))
-    words = [stored_words(one, ("mongo.", "os.")) for one in each]
+    words = [stored_words(one, ("mongo.", "os.", "lib.")) for one in each]
     return listing("join.commas", words) if len(words) > 1 else words[0]
+
+
+def library_words(said: str) -> str:
+    """Return what SQLite, OpenSSL, zlib or the resolver says; words of ours where the Catalogue has them."""
+    return stored_words(said, ("lib.",))
 
 
 def unread_words(error: OSError | UnicodeDecodeError) -> str:
@@ -3994,7 +3999,7 @@ _NETWORK_KINDS = {
 }
 _LIBRARY_WORDS = (
     r"(?s)\[Errno -?\d+\] |\[\w+(?:: \w+)?\] | \(_ssl\.c:\d+\)| \(configured timeouts: [^)]*\)|<[^>]*> *:? *"
-    r"|, (?:full error|Timeout): .*"
+    r"|, (?:full error|Timeout): .*|\.\Z"
 )
 
 # An IPv6 address as pymongo writes it in front of a port.
@@ -4012,7 +4017,7 @@ def network_words(error: BaseException) -> str:
     if isinstance(words, Phrase):
         return words
     words = plain_words(getattr(cause, "verify_message", "") or words)
-    words = one_line(words, 160) or phrase("tools.unknown")
+    words = library_words(one_line(words, 160)) or phrase("tools.unknown")
     for kind in type(cause).__mro__:
         if kind.__name__ in _NETWORK_KINDS:
             return phrase(_NETWORK_KINDS[kind.__name__], why=words)
@@ -4388,7 +4393,7 @@ def _sqlite_fault(path: Path, error: Exception) -> StoreError:
     """Return what an operator must know of a fault of SQLite, or of the disk below it."""
     if getattr(error, "sqlite_errorcode", 0) & 0xFF == SQLITE_BUSY:
         return StoreError(phrase("files.locked", path=path))
-    why = str(error)
+    why = library_words(str(error))
     if _is_full(path.parent):
         why = phrase("files.disk_full", why=why)
     with contextlib.ExitStack() as opened:
@@ -4859,7 +4864,7 @@ class LocalFile:
                 yield cast("sqlite3.Connection", self._db)
             except _sqlite_errors() as error:
                 if _is_damage(error):
-                    raise self.damaged(one_line(error)) from error
+                    raise self.damaged(library_words(one_line(error))) from error
                 raise _sqlite_fault(self.path, error) from error
 
     def _inodes_now(self) -> list[tuple[int, int] | None]:
@@ -4974,7 +4979,7 @@ class LocalFile:
         except _sqlite_errors() as error:
             if not _is_damage(error):
                 raise
-            damage = one_line(error)
+            damage = library_words(one_line(error))
         if damage:
             self._disconnect()
         return damage
@@ -6097,7 +6102,7 @@ def _refused_words(row: Refusal, ret: object, status: int, text: str, body: byte
     """Return what an answer says that is none, by its `ret`, else by its HTTP status."""
     if ret is not None:
         number = one_line(repr(ret), 40)
-        return phrase("infoway.says", number=number, text=text or phrase("infoway.nothing_more"))
+        return phrase("infoway.says", number=number, text=text or phrase("tools.nothing_more"))
     said = phrase("infoway.http", status=status)
     if text:
         said = phrase("infoway.http_says", status=status, text=text)
@@ -7626,11 +7631,11 @@ class StreamProtocol:
             bad.append(phrase("stream.other_frame", code=kind))
         else:
             words = words_of(frame)
-            said = phrase("stream.says", words=words or phrase("stream.nothing_more"))
+            said = phrase("stream.says", words=words or phrase("tools.nothing_more"))
             if kind is not None:
                 number = one_line(repr(kind), 40)
                 said = phrase(
-                    "stream.says_number", number=number, words=words or phrase("stream.nothing_more")
+                    "stream.says_number", number=number, words=words or phrase("tools.nothing_more")
                 )
             if ask is None and trace not in self._past:
                 ask = self._oldest()
@@ -8226,7 +8231,7 @@ def _insert_one_by_one(db: sqlite3.Connection, documents: Sequence[Document]) ->
         try:
             stored += db.execute(_SQLITE_INSERT, _trade_row_demo(document)).rowcount
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError) as error:
-            refused[document["_id"]] = phrase("stores.local_refused", why=one_line(error, 200))
+            refused[document["_id"]] = phrase("stores.local_refused", why=library_words(one_line(error, 200)))
     return WriteReport(stored, len(documents) - stored - len(refused), refused)
 
 
@@ -8732,7 +8737,13 @@ class MongoStore:
         except (PyMongoError, ValueError, TypeError) as error:
             why = mongo_words(self._settings.redact(one_line(error)))
             raise SettingsError(
-                [phrase("stores.bad_uri", uri=self._settings.mongodb_shown(), why=why)]
+                [
+                    phrase(
+                        "stores.bad_uri",
+                        uri=phrase("line.quoted", text=self._settings.mongodb_shown()),
+                        why=why,
+                    )
+                ]
             ) from None
         finally:
             # a client keeps the text of the stack that it was made on: every line of this file would stay in memory
@@ -10419,6 +10430,7 @@ GAP_REASONS = (
     "stream.",
     "websocket.",
     "http.",
+    "lib.",
     "tools.because",
     "tools.see",
 )
@@ -13852,7 +13864,7 @@ def write_hash(directory: Path, module_hash: str) -> None:
 
 def program_digest() -> str:
     """Return a digest of this program: a new release registers as a new module. Raises StoreError."""
-    with disk_trouble(phrase("link.program_unread"), phrase("link.its_place")):
+    with disk_trouble(phrase("link.program_unread"), __file__):
         return sha256(Path(__file__).read_bytes())[:32]
 
 
@@ -18283,6 +18295,12 @@ ARGPARSE_WORDS = {
 }
 
 
+def _quoted(shown: str) -> str:
+    """Return a value that Python shows in its quotes in those of the reader."""
+    found = re.fullmatch("'(.*)'", shown)
+    return phrase("line.quoted", text=found[1]) if found else shown
+
+
 def argparse_words(message: str) -> str:
     """Return what argparse says in words of ours, which are the same in English; as it is where it says else."""
     for pattern, kind in ARGPARSE_WORDS.items():
@@ -18291,8 +18309,10 @@ def argparse_words(message: str) -> str:
             values = found.groupdict()
             if "what" in values:
                 values["what"] = argparse_words(values["what"])
+            if "value" in values:
+                values["value"] = _quoted(values["value"])
             if "choices" in values:
-                values["choices"] = listing("join.names", values["choices"].split(", "))
+                values["choices"] = listing("join.names", map(_quoted, values["choices"].split(", ")))
             return phrase(kind, **values)
     return message
 
@@ -20831,6 +20851,7 @@ TEMPLATES |= {
         "a part of the program is gone from {site} ({error}): {then}",
         "程序的一部分已从 {site} 消失（{error}）：{then}",
     ),
+    "tools.nothing_more": ("nothing more", "无其他说明"),
     "tools.no_descriptor": (
         "no file or connection can be opened ({why}); see LimitNOFILE= of the unit, or ulimit -n",
         "无法再打开文件或连接（{why}）；请检查服务单元的 LimitNOFILE= 或 ulimit -n",
@@ -20918,15 +20939,50 @@ TEMPLATES |= {
     "os.ETXTBSY": ("Text file busy", "文件正被执行"),
 }
 
+# What SQLite, OpenSSL, zlib and the resolver usually say, in English as they say it: `library_words` knows it by that.
+TEMPLATES |= {
+    "lib.db_damaged": ("database disk image is malformed", "数据库内容错乱"),
+    "lib.db_full": ("database or disk is full", "数据库或磁盘已满"),
+    "lib.db_null": ("NOT NULL constraint failed: {column}", "{column} 不能为空"),
+    "lib.db_io": ("disk I/O error", "磁盘读写出错"),
+    "lib.db_none": ("file is not a database", "不是数据库文件"),
+    "lib.db_not_opened": ("unable to open database file", "无法打开数据库文件"),
+    "lib.db_readonly": ("attempt to write a readonly database", "数据库只读，无法写入"),
+    "lib.dns_down": ("Temporary failure in name resolution", "DNS 暂时不可用"),
+    "lib.dns_no_address": ("No address associated with hostname", "该主机名没有对应的地址"),
+    "lib.dns_no_name": ("Name or service not known", "没有这个主机名"),
+    "lib.tls_end": ("EOF occurred in violation of protocol", "对方中途断开"),
+    "lib.tls_expired": ("certificate has expired", "证书已过期"),
+    "lib.tls_handshake": ("sslv3 alert handshake failure", "对方拒绝握手"),
+    "lib.tls_no_tls": ("wrong version number", "对方的应答不是 TLS"),
+    "lib.tls_no_tls_either": ("record layer failure", "对方的应答不是 TLS"),
+    "lib.tls_not_yet": ("certificate is not yet valid", "证书尚未生效"),
+    "lib.tls_other_address": (
+        "IP address mismatch, certificate is not valid for '{host}'",
+        "证书不是签发给 {host} 的",
+    ),
+    "lib.tls_other_name": (
+        "Hostname mismatch, certificate is not valid for '{host}'",
+        "证书不是签发给 {host} 的",
+    ),
+    "lib.tls_self": ("self-signed certificate", "自签名证书"),
+    "lib.tls_self_in_chain": ("self-signed certificate in certificate chain", "证书链中有自签名证书"),
+    "lib.tls_unknown": ("unable to get local issuer certificate", "找不到签发者的证书"),
+    "lib.unzip": ("Error {number} while decompressing data: {why}", "无法解压应答（{number}，{why}）"),
+    "lib.unzip_header": ("incorrect header check", "文件头有误"),
+}
+
 # What pymongo and MongoDB's servers usually say, in English as they say it: `mongo_words` knows it by that.
 TEMPLATES |= {
     "mongo.at": ("{at}: {why}", "{at}：{why}"),
-    "mongo.bad_auth": ("bad auth : {why}", "用户名或密码错误（{why}）"),
+    "mongo.bad_auth": ("bad auth : {why}", "身份验证失败（{why}）"),
     "mongo.closed": ("connection closed", "对方断开了连接"),
-    "mongo.no_lookup": ("Temporary failure in name resolution", "暂时无法解析主机名，DNS 不可用"),
-    "mongo.no_lookup_srv": ("The resolution lifetime expired after {why}", "DNS 超时未应答（{why}）"),
-    "mongo.no_address": ("No address associated with hostname", "该主机名没有对应的地址"),
-    "mongo.no_name": ("Name or service not known", "无法解析主机名"),
+    "mongo.no_lookup_srv": (
+        "The resolution lifetime expired after {s} seconds: {why}",
+        "DNS 在 {s} 秒内没有应答（{why}）",
+    ),
+    "mongo.no_lookup_at": ("Server Do53:{at} answered {why}", "服务器 {at}：{why}"),
+    "mongo.no_lookup_late": ("The DNS operation timed out", "超时"),
     "mongo.no_srv": ("The DNS query name does not exist: {name}", "DNS 中没有 {name}"),
     "mongo.late": ("timed out", "超时未应答"),
     "mongo.late_read": ("The read operation timed out", "读取超时"),
@@ -20965,7 +21021,10 @@ TEMPLATES |= {
         "当前用户无权在数据库 {database} 上执行命令 {command}",
     ),
     "mongo.invalid": ("Document failed validation", "文档不符合校验规则"),
-    "mongo.duplicate": ("E11000 duplicate {why}", "与唯一索引冲突（{why}）"),
+    "mongo.duplicate": (
+        "E11000 duplicate key error collection: {place} index: {index} dup key: {key}",
+        "与 {place} 的唯一索引 {index} 冲突（{key}）",
+    ),
     "mongo.no_room": (
         "available disk space of {left} bytes is less than required minimum of {least}",
         "MongoDB 服务器的磁盘仅剩 {left} 字节，低于所需的 {least} 字节",
@@ -20973,7 +21032,7 @@ TEMPLATES |= {
     "mongo.no_integer": ("The value of {name} must be an integer", "{name} 应为整数"),
     "mongo.no_number": ("{name} must be an integer or float", "{name} 应为数字"),
     "mongo.no_truth": ("The value of {name} must be 'true' or 'false'", "{name} 应为 true 或 false"),
-    "mongo.none_of": ("{name} must be in {those}", "{name} 应为 {those} 之一"),
+    "mongo.none_of": ("{name} must be in ({those})", "{name} 应为 {those} 之一"),
     "mongo.no_preference": ("{value} is not a valid read preference", "没有 {value} 这种读偏好"),
     "mongo.several_hosts": (
         "Cannot specify multiple hosts with {option}",
@@ -21099,8 +21158,8 @@ TEMPLATES |= {
         "应为 http:// 或 https://[用户名:密码@]主机[:端口]，用户名和密码中的 / : @ % 须百分号编码；不支持 SOCKS",
     ),
     "settings.expect.share": (
-        "expected which share of how many, such as 1/3, of at most {most_shares}",
-        "应为总份数中的第几份，如 1/3，最多 {most_shares} 份",
+        "expected a share such as 1/3, the first of three; at most {most_shares} shares",
+        "应为份额，如 1/3（三份中的第一份），最多 {most_shares} 份",
     ),
     "settings.expect.stream_url": (
         "expected a ws:// or wss:// URL without user, query or fragment",
@@ -21217,7 +21276,7 @@ TEMPLATES |= {
         "MongoDB 没有这个选项；是不是 {near}？",
     ),
     "settings.unreadable": (
-        "{path}: cannot be read: {why}; --env-file names another file",
+        "{path} cannot be read: {why}; --env-file names another file",
         "无法读取 {path}：{why}；可用 --env-file 指定其他文件",
     ),
     "settings.unreadable_credential": (
@@ -21226,7 +21285,7 @@ TEMPLATES |= {
     ),
     "settings.unreadable_file": ("the file cannot be read: {why}", "无法读取该文件：{why}"),
     "settings.unreadable_handed_over": (
-        "{path}: cannot be read: {why}; is RUNTIME_DIRECTORY right?",
+        "{path} cannot be read: {why}; is RUNTIME_DIRECTORY right?",
         "无法读取 {path}：{why}；请检查 RUNTIME_DIRECTORY 是否正确",
     ),
     "settings.unseen_credential": (
@@ -21271,7 +21330,7 @@ TEMPLATES |= {
     "instruments.empty": ("an empty code; expected one such as AAPL.US", "代码为空；应为代码，如 AAPL.US"),
     "instruments.expected_code": ("{why}: expected a code such as AAPL.US", "{why}：应为代码，如 AAPL.US"),
     "instruments.expected_digits": (
-        "{n} digits: expected six, such as 600519",
+        "expected six digits such as 600519, got {n}",
         "共 {n} 位数字：应为六位，如 600519",
     ),
     "instruments.hong_kong": (
@@ -21434,7 +21493,7 @@ TEMPLATES |= {
         "经代理 {proxy}：{fault}；请检查 {setting}",
     ),
     "http.tls": ("TLS fails ({why})", "TLS 失败（{why}）"),
-    "http.untrusted": ("its certificate is not trusted ({why})", "证书不受信任（{why}）"),
+    "http.untrusted": ("its certificate is not trusted: {why}", "证书不受信任，{why}"),
 }
 
 # ------------------------------------------------------------------------------------------------------
@@ -21479,7 +21538,10 @@ TEMPLATES |= {
         "start rescues what can be read",
         "本地文件 {path} 已损坏（{damage}），且另一个进程正打开着它：请停止那个进程，下次启动时会抢救能读出的内容",
     ),
-    "files.damaged_header": ("its header is damaged: format {found}", "文件头损坏：格式 {found}"),
+    "files.damaged_header": (
+        "its header is damaged and says format {found}",
+        "文件头损坏，格式显示为 {found}",
+    ),
     "files.disk_full": ("the disk is full ({why}): free a few MB", "磁盘已满（{why}）：腾出几 MB 即可继续"),
     "files.disk_unseen": ("the disk of {path} cannot be looked at", "无法查看 {path} 所在的磁盘"),
     "files.fails": (
@@ -21640,7 +21702,6 @@ TEMPLATES |= {
         "{said}，不像 API 的应答，像是来自途中的网关或登录页",
     ),
     "infoway.nothing": ("nothing", "缺失"),
-    "infoway.nothing_more": ("nothing more", "无说明"),
     "infoway.plan_ended": ("its plan ended at {when}", "套餐已于 {when} 到期"),
     "infoway.plan_ends": ("its plan ends at {when}, in {left}", "套餐将于 {when} 到期，还剩 {left}"),
     "infoway.plan_told_last": (
@@ -21719,7 +21780,6 @@ TEMPLATES |= {
         "{words}, not in the API's words: as from a gateway or a login page on the way",
         "{words}，不像 API 的应答，像是来自途中的网关或登录页",
     ),
-    "stream.nothing_more": ("nothing more", "无其他说明"),
     "stream.other_frame": ("a frame of kind {code}", "类型为 {code} 的帧"),
     "stream.other_product": ("codes of another product", "代码属于其他产品"),
     "stream.plan_ended": ("the key's plan has ended", "密钥的套餐已到期"),
@@ -21732,7 +21792,7 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
-    "stores.bad_uri": ("MONGODB_HOST={uri!r}: {why}", "MONGODB_HOST={uri!r}：{why}"),
+    "stores.bad_uri": ("MONGODB_HOST={uri}: {why}", "MONGODB_HOST={uri}：{why}"),
     "stores.but": ("but {other}", "但{other}"),
     "stores.closes_wait": ("closes are still to be made of older trades", "较早的成交还要用来生成收盘价"),
     "stores.drop_other": ("{other}: drop that one first", "{other}；请先删除该索引"),
@@ -21988,7 +22048,6 @@ TEMPLATES |= {
         "it found the data invalid (3002); see MODULE_NAME and MODULE_DESCRIPTION",
         "平台认为数据无效（3002）；请检查 MODULE_NAME 和 MODULE_DESCRIPTION",
     ),
-    "link.its_place": ("its place", "它所在的位置"),
     "link.no_answer": (
         "{why}; is the platform up, and are SERVER_IP, SERVER_PORT and SERVER_TLS right?",
         "{why}；请确认平台在运行，且 SERVER_IP、SERVER_PORT 和 SERVER_TLS 正确",
@@ -22049,8 +22108,8 @@ TEMPLATES |= {
         "{n} 个结果一小时内未能送达，已放弃",
     ),
     "daemon.interrupted": (
-        "interrupted: stockrt was stopped before this was done, {age:.0f} s ago",
-        "已中断：指令收到于 {age:.0f} 秒前，未执行完 stockrt 就停止了",
+        "interrupted: this command came {age:.0f} s ago, and stockrt was stopped before it was done",
+        "已中断：该指令于 {age:.0f} 秒前收到，未执行完 stockrt 就已停止",
     ),
     "daemon.lock_unseen": ("the lock {path} cannot be looked at", "无法查看锁文件 {path}"),
     "daemon.lost": ("connection {why}", "与平台的连接已断开：{why}"),
@@ -22521,7 +22580,7 @@ of --status: 0 well · 1 something is wrong · 3 not running · 4 unknown
     ),
     "help.symbols": (
         "find instruments by code or name: {examples}",
-        "按代码或名称查找品种，如 {examples}",
+        "按代码或名称查找品种，如{examples}",
     ),
     "help.time_zone": (
         "with --documents: of the clock that wrote them, such as Asia/Shanghai",
@@ -22555,8 +22614,8 @@ TEMPLATES |= {
         "{words}；代码须写在 --codes 之后，或紧跟在 --show 之后",
     ),
     "cli.codes_file": (
-        "--codes-file {file}: cannot be read: {why}",
-        "--codes-file {file}：无法读取：{why}",
+        "--codes-file {file} cannot be read: {why}",
+        "无法读取 --codes-file {file}：{why}",
     ),
     "usage.collect_needs_codes": (
         "--collect needs --codes CODE …, --codes-file FILE, or COLLECT_CODES",
@@ -22571,7 +22630,7 @@ TEMPLATES |= {
         "--documents needs --time-zone ZONE, and the other way round",
         "--documents 与 --time-zone ZONE 必须同时使用",
     ),
-    "usage.every": ("--every {text}: {expected}", "--every {text}，间隔：{expected}"),
+    "usage.every": ("--every {text}: {expected}", "--every {text}：{expected}"),
     "usage.excluded": ("not allowed with argument {other}", "不能与 {other} 同时使用"),
     "usage.executions": ("--executions {n}: expected 1 to {most}", "--executions {n}：应为 1 到 {most}"),
     "usage.export": (

@@ -33,7 +33,7 @@ TERMS = (
     Term(r"plans?", ("套餐",)),
     Term(r"rate limits?", ("限频",)),
     Term(r"API keys?", ("API 密钥",)),
-    Term(r"keys?", ("密钥",)),
+    Term(r"(?<!dup )(?<!duplicate )keys?", ("密钥",)),  # not of MongoDB's E11000
     Term(r"(?:key|keys) rests?|resting", ("暂停使用",)),
     Term(r"(?:the|a) stream|stream's", ("推送流",)),
     Term(r"subscribed?|subscription", ("订阅",)),

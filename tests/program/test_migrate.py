@@ -317,7 +317,7 @@ def spoil_state(old: Old) -> None:
         ),
         (spoil_hash, 1, r"config/module_hash\.txt holds no module hash"),
         (spoil_hash_kind, 1, r"config/module_hash\.txt cannot be read: Is a directory; see --migrate"),
-        (spoil_target, 78, r"etc/stockrt\.env: cannot be read: Is a directory; --env-file"),
+        (spoil_target, 78, r"etc/stockrt\.env cannot be read: Is a directory; --env-file"),
         (spoil_target_folder, 64, r"etc is no directory .*build_pyz\.sh install.*--env-file"),
         (spoil_state, 1, r"/state/module_hash cannot be read: Not a directory; see STATE_DIRECTORY"),
     ],

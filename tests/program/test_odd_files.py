@@ -68,7 +68,7 @@ def test_codes_without_an_end_are_refused(pyz: Path, clean_env: dict[str, str], 
             env=clean_env, stdin=zeros, capture_output=True, text=True, timeout=PATIENCE_S,
         )  # fmt: skip
     words = ODD if given == "/dev/zero" else "it has more than 16 MiB"
-    assert f"--codes-file {given}: cannot be read: {words}" in done.stderr
+    assert f"--codes-file {given} cannot be read: {words}" in done.stderr
     assert done.returncode == 64
 
 

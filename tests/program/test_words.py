@@ -210,7 +210,10 @@ def test_faults_of_values_and_what_is_missing_are_said_together(run_pyz: RunPyz,
             "COLLECT and COLLECT_EVERY are both set: choose one, ",
         ),
         ({"COLLECT_CODES": "watch"}, "COLLECT_CODES=watch without MONGODB_HOST: "),
-        ({"COLLECT_SHARE": "3/2"}, "COLLECT_SHARE='3/2' (environment): expected which share of how many, "),
+        (
+            {"COLLECT_SHARE": "3/2"},
+            "COLLECT_SHARE='3/2' (environment): expected a share such as 1/3, ",
+        ),
     ],
 )
 def test_what_cannot_be_collected_is_said_before_the_daemon_starts(

@@ -123,10 +123,10 @@ BAD_LINES = {
     "--once --codes": "选项 --codes：至少需要一个取值",
     "--codes-file": "选项 --codes-file：缺少取值",
     "--once --check": "选项 --check：不能与 --once 同时使用",
-    "--show --chart 2m": "选项 --chart：没有 '2m' 这个取值，可选 ",
-    "--backfill many": "选项 --backfill：应为整数，而不是 'many'",
-    "--once=now": "选项 --once：不接受取值，却给出了 'now'",
-    "--help=me": "选项 -h/--help：不接受取值，却给出了 'me'",
+    "--show --chart 2m": "选项 --chart：没有“2m”这个取值，可选",
+    "--backfill many": "选项 --backfill：应为整数，而不是“many”",
+    "--once=now": "选项 --once：不接受取值，却给出了“now”",
+    "--help=me": "选项 -h/--help：不接受取值，却给出了“me”",
 }
 
 
@@ -154,11 +154,11 @@ def test_argparses_words_stay_in_english_and_are_ours_in_chinese(
     [
         (  # of Python 3.11, and since 3.12
             "argument --up: invalid choice: 'blue' (choose from 'red', 'green')",
-            "选项 --up：没有 'blue' 这个取值，可选 'red'、'green'",
+            "选项 --up：没有“blue”这个取值，可选“red”、“green”",
         ),
         (
             "argument --up: invalid choice: 'blue' (choose from red, green)",
-            "选项 --up：没有 'blue' 这个取值，可选 red、green",
+            "选项 --up：没有“blue”这个取值，可选 red、green",
         ),
         ("something that no version says yet", "something that no version says yet"),
     ],
@@ -223,7 +223,7 @@ REFUSED = {
     "--symbols 同用",
     ("--discard",): "--discard 须与 --rejects 同用",
     ("--executions", "0"): "--executions 0：应为 1 到 1000",
-    ("--collect", "--every", "soon"): "--every soon，间隔：应为 1 到 86400 的秒数",
+    ("--collect", "--every", "soon"): "--every soon：应为 1 到 86400 的秒数",
     ("--collect", "--codes", ","): "--codes：其中没有代码，应为 AAPL.US 600519 这样的代码",
     ("--backfill", "501"): "--backfill 501：应为 1 到 500 个交易日",
     ("--html", "a.txt"): "--html a.txt：应为以 .html 结尾的文件名，图片则以 .svg 结尾",
@@ -256,7 +256,7 @@ def test_codes_of_a_command_line_to_collect_are_refused_in_chinese(tmp_path: Pat
         ("--collect",): "--collect 需要 --codes CODE …、--codes-file FILE 或 COLLECT_CODES",
         ("--collect", "--codes-file", f"{tmp_path}/none"): f"--codes-file {tmp_path}/none：其中没有代码，"
         "应为 AAPL.US 600519 这样的代码",
-        ("--collect", "--codes-file", f"{tmp_path}/codes"): f"--codes-file {tmp_path}/codes：无法读取："
+        ("--collect", "--codes-file", f"{tmp_path}/codes"): f"无法读取 --codes-file {tmp_path}/codes："
         "不是 UTF-8 文本；请另存为 UTF-8（GBK 文件可用 iconv -f GBK -t UTF-8 转换）",
     }
     for arguments, words in cases.items():

@@ -429,8 +429,8 @@ def test_damage_in_use_ends_the_use_and_is_rescued_at_the_next_opening(
             with pytest.raises(StoreError, match="is damaged"):
                 queue.oldest(1)
     assert heard.damages == [first.value]
-    assert in_chinese(first.value.message, "database disk image is malformed") == (
-        f"本地文件 {path} 已损坏：database disk image is malformed；下次启动时会将其移开保留，并抢救能读出的内容"
+    assert in_chinese(first.value.message) == (
+        f"本地文件 {path} 已损坏：数据库内容错乱；下次启动时会将其移开保留，并抢救能读出的内容"
     )
     assert "malformed" in beside(path, ".damaged").read_text()
     assert not errors(caplog), "the words are the error's, which who asked says"
@@ -580,10 +580,8 @@ def test_a_file_that_others_have_open_is_not_rescued_under_their_hands(tmp_path:
                 StoreError, match=r"damaged \(.*malformed.*another process has it open.*next start"
             ) as caught:
                 open_store_file(tmp_path)
-            told = in_chinese(caught.value.message, "database disk image is malformed")
-            assert told.startswith(
-                f"本地文件 {path} 已损坏（database disk image is malformed），且另一个进程"
-            )
+            told = in_chinese(caught.value.message)
+            assert told.startswith(f"本地文件 {path} 已损坏（数据库内容错乱），且另一个进程")
         assert len(other.oldest(1000).documents) == 500, "who does not meet the damage works on"
         assert not [*tmp_path.glob("*.damaged-*")]
     with queue_in(tmp_path) as queue:
@@ -808,7 +806,9 @@ def test_a_command_says_in_the_readers_language_what_it_set_aside(
     env = {"INFOWAY_API_KEY": "test-key", "INFOWAY_API_BASE_URL": infoway.url, "STOCKRT_LANG": "zh"}
     done = start_pyz(*typed, env=env | {"STATE_DIRECTORY": str(state)})
     (said,) = [line for line in done.stderr.splitlines() if set_aside(state).name in line]
-    words = f"stockrt：无法使用本地文件 {path}：file is not a database；已移开保留为 {set_aside(state).name}，并抢救出 "
+    words = (
+        f"stockrt：无法使用本地文件 {path}：不是数据库文件；已移开保留为 {set_aside(state).name}，并抢救出 "
+    )
     assert said.startswith(words), done.stderr
 
 

@@ -720,7 +720,7 @@ def test_the_usual_faults_are_told_in_the_readers_language(
         deaf = f"127.0.0.1:{silent.getsockname()[1]}"
         for place, options, kind, chinese in (
             ("127.0.0.1:9", "", "os.ECONNREFUSED", "连接被拒绝；请检查 MONGODB_HOST，并确认 mongod 在运行"),
-            ("nope.invalid", "", "mongo.no_name", "nope.invalid:27017：无法解析主机名"),
+            ("nope.invalid", "", "lib.dns_no_name", "nope.invalid:27017：没有这个主机名"),
             (deaf, "&connectTimeoutMS=100", "mongo.late", f"{deaf}：超时未应答"),
             (here, "&replicaSet=rs1", "mongo.other_set", "没有名为 rs1 的副本集的成员"),
             (here, "&tls=true", "mongo.no_tls", "TLS 握手失败"),

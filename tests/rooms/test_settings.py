@@ -165,7 +165,7 @@ def test_a_directory_in_a_usual_place_is_no_file(tmp_path: Path, write: WriteFil
     file = write("LOG_LEVEL=debug\n")
     loaded = load({}, None, [tmp_path / "stockrt.env", tmp_path / ".env", file])
     assert (loaded.origins, len(loaded.warnings)) == (f"{file}, defaults", 1)
-    assert loaded.warnings[0].startswith(f"{tmp_path}/stockrt.env: cannot be read: Is a directory")
+    assert loaded.warnings[0].startswith(f"{tmp_path}/stockrt.env cannot be read: Is a directory")
 
 
 @pytest.mark.parametrize("empty", ["", "  ", "\t"])
@@ -1277,7 +1277,7 @@ def test_a_fault_of_the_unit_names_its_file(tmp_path: Path) -> None:
     assert f"(credential {tmp_path}/key)" in text and f"({tmp_path}/unit.env)" in text and "line 2" in text
     assert "key with blanks" not in text
     (tmp_path / "unit.env").unlink()
-    with pytest.raises(SettingsError, match=r"unit\.env: cannot be read: No such file"):
+    with pytest.raises(SettingsError, match=r"unit\.env cannot be read: No such file"):
         stockrt.load_settings({}, None, (), is_root=True, unit=unit)
 
 

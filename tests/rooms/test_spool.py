@@ -424,8 +424,10 @@ def test_a_poison_document_is_put_aside_and_holds_nobody_up(
         (reject,) = store.rejects.all()
     assert reject["_id"] == poison["_id"] and reject["collection"] == "realtime"
     assert re.search(r"duplicate key|E11000", reject["reason"])
-    foreign = reject["reason"].removeprefix("MongoDB refused it: E11000 duplicate ")
-    assert in_chinese(reject["reason"], foreign) == f"被 MongoDB 拒绝：与唯一索引冲突（{foreign}）"
+    said = re.search(r"collection: (\S+) index: (\S+) dup key: (.*)", reject["reason"])
+    assert said
+    words = f"被 MongoDB 拒绝：与 {said[1]} 的唯一索引 {said[2]} 冲突（{said[3]}）"
+    assert in_chinese(reject["reason"], *said.groups()) == words
     assert {name: reject["document"][name] for name in ("s", "t", "p", "v", "vw", "td")} == {
         name: poison[name] for name in ("s", "t", "p", "v", "vw", "td")
     }
