@@ -963,7 +963,7 @@ def start_thread(thread: threading.Thread) -> None:
 
 def no_thread(error: RuntimeError) -> StockrtError:
     """Return what an operator must know where the system gives no thread."""
-    return StockrtError(phrase("tools.no_thread", error=one_line(error)))
+    return StockrtError(phrase("tools.no_thread", error=library_words(one_line(error))))
 
 
 def lack_words(error: BaseException) -> str:
@@ -1428,7 +1428,9 @@ def uri_faults(uri: str) -> list[str]:
                 elif not name.lower().startswith("srv"):
                     uri_parser.parse_uri(f"mongodb://host/?{urlencode({name: value})}", warn=False)
         except OSError as error:
-            words = phrase("settings.unreadable_file", why=os_words(error))
+            is_openssls = type(error).__name__ == "SSLError"
+            why = phrase("settings.no_pem") if is_openssls else os_words(error)
+            words = phrase("settings.unreadable_file", why=why)
         except Exception as error:  # whatever pymongo says it with
             said = one_line(error)
             words = mongo_words(said)
@@ -8380,10 +8382,8 @@ class MongoStore:
         for document in documents:
             try:
                 encoded.append(self._bson(document))
-            except (ArithmeticError, ValueError) as error:
-                refused[document["_id"]] = phrase(
-                    "stores.odd_numbers", type=self._settings.numeric_type, why=one_line(error)
-                )
+            except (ArithmeticError, ValueError):
+                refused[document["_id"]] = phrase("stores.odd_numbers", type=self._settings.numeric_type)
         return encoded, refused
 
     def takes_another(self, name: str, others: Sequence[Document] = ()) -> bool:
@@ -10302,7 +10302,7 @@ class Delivery:
                 try:
                     self._thread.start()
                 except RuntimeError as error:  # no more threads, at the moment
-                    self._file_trouble.again(phrase("delivery.no_thread", why=str(error)))
+                    self._file_trouble.again(phrase("delivery.no_thread", why=library_words(one_line(error))))
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -19939,10 +19939,9 @@ def _unregistered(platform: PlatformFacts) -> Phrase:
 
 
 def _waiting_line(waiting: Waiting) -> Phrase:
-    commands, results = waiting["commands"], waiting["results"]
-    return phrase(
-        "cli.executing" if waiting["executing"] else "cli.waiting", commands=commands, results=results
-    )
+    kind = "cli.executing" if waiting["executing"] else "cli.waiting"
+    commands, results = count_words(waiting["commands"], "command"), count_words(waiting["results"], "result")
+    return phrase(kind, commands=commands, results=results)
 
 
 def _last_line(last: LastExecution | None) -> Phrase:
@@ -20214,7 +20213,7 @@ def run_symbols(text: str, settings: Settings, as_json: bool) -> int:
     if why:
         say(phrase("cli.lists_incomplete", why=why), logging.WARNING)
     elif not found:
-        say(phrase("cli.no_instrument", text=one_line(text, 40)))
+        say(phrase("cli.no_instrument", text=phrase("line.quoted", text=one_line(text, 40))))
     if stop.is_set():
         return EXIT_INTERRUPTED
     return EXIT_OK if found and not why else EXIT_FAILED
@@ -20791,6 +20790,8 @@ TEMPLATES |= {
     "n.closes": ("{n} closes", "{n} 个收盘价"),
     "n.code": ("{n} code", "{n} 个代码"),
     "n.codes": ("{n} codes", "{n} 个代码"),
+    "n.command": ("{n} command", "{n} 条指令"),
+    "n.commands": ("{n} commands", "{n} 条指令"),
     "n.connection": ("{n} connection", "{n} 个连接"),
     "n.connections": ("{n} connections", "{n} 个连接"),
     "n.damaged file": ("{n} damaged file", "{n} 个损坏的文件"),
@@ -20813,6 +20814,8 @@ TEMPLATES |= {
     "n.more codes": ("{n} more codes", "另有 {n} 个代码"),
     "n.record": ("{n} record", "{n} 条记录"),
     "n.records": ("{n} records", "{n} 条记录"),
+    "n.result": ("{n} result", "{n} 条结果"),
+    "n.results": ("{n} results", "{n} 条结果"),
     "n.trade": ("{n} trade", "{n} 笔成交"),
     "n.trades": ("{n} trades", "{n} 笔成交"),
     "waits.other": ("{n} other waits", "另有 {n} 条等待"),
@@ -20951,6 +20954,7 @@ TEMPLATES |= {
     "lib.dns_down": ("Temporary failure in name resolution", "DNS 暂时不可用"),
     "lib.dns_no_address": ("No address associated with hostname", "该主机名没有对应的地址"),
     "lib.dns_no_name": ("Name or service not known", "没有这个主机名"),
+    "lib.no_thread": ("can't start new thread", "系统不允许新建线程"),
     "lib.tls_end": ("EOF occurred in violation of protocol", "对方中途断开"),
     "lib.tls_expired": ("certificate has expired", "证书已过期"),
     "lib.tls_handshake": ("sslv3 alert handshake failure", "对方拒绝握手"),
@@ -21038,6 +21042,12 @@ TEMPLATES |= {
         "Cannot specify multiple hosts with {option}",
         "设置了 {option} 时只能写一个主机",
     ),
+    "mongo.no_password": ("A password is required", "缺少密码"),
+    "mongo.conflict": (
+        "Can not specify conflicting values for URI options {one} and {other}",
+        "选项 {one} 和 {other} 的取值相互矛盾",
+    ),
+    "mongo.no_compressor": ("Unsupported compressor: {name}", "不支持 {name} 压缩"),
     "mongo.not_together": ("Cannot specify {one} with {other}", "{one} 不能与 {other} 同用"),
     "mongo.not_both": (
         "URI options {one} and {other} cannot be specified simultaneously",
@@ -21210,6 +21220,7 @@ TEMPLATES |= {
         "{where}: {name} is no setting and has no effect",
         "{where}：{name} 不是有效的设置，不起作用",
     ),
+    "settings.no_pem": ("it is not in PEM form, or its password is another", "不是 PEM 格式，或密码不符"),
     "settings.no_platform": (
         "SERVER_IP and SERVER_PORT not set: the daemon needs those of the dispatch platform; without a platform "
         "use --once --codes …, or let it collect by itself: COLLECT=stream or COLLECT_EVERY, and COLLECT_CODES",
@@ -21296,7 +21307,7 @@ TEMPLATES |= {
     "settings.watch_needs_mongodb": (
         "{what} without MONGODB_HOST: the watch list is a collection of MongoDB; set MONGODB_HOST, or name the codes, "
         "or @ and a file of them",
-        "{what} 需要 MONGODB_HOST：自选列表是 MongoDB 的一个集合；请设置 MONGODB_HOST，或直接写代码，"
+        "{what} 需要 MONGODB_HOST，因为自选列表是 MongoDB 的一个集合；请设置 MONGODB_HOST，或直接写代码，"
         "或写 @ 加代码文件的文件名",
     ),
 }
@@ -21516,10 +21527,7 @@ TEMPLATES |= {
     "websocket.lost": ("lost: {why}", "{why}"),
     "websocket.not_connected": ("cannot connect: {why}", "无法连接：{why}"),
     "websocket.not_sent": ("sending failed: {why}", "发送失败：{why}"),
-    "websocket.refused": (
-        "the handshake was refused with HTTP {status}",
-        "握手被拒绝（HTTP {status}）",
-    ),
+    "websocket.refused": ("the handshake was refused with HTTP {status}", "握手被 HTTP {status} 拒绝"),
 }
 
 # ------------------------------------------------------------------------------------------------------
@@ -21637,7 +21645,10 @@ TEMPLATES |= {
 
 TEMPLATES |= {
     "infoway.a_name": ("a name, and no code", "这是名称，不是代码"),
-    "infoway.ahead": ("t {t}: {at} is more than a day ahead", "成交时间 t 为 {t}：{at} 比当前时间晚一天以上"),
+    "infoway.ahead": (
+        "t {t}: {at} is more than a day ahead",
+        "成交时间 t 为 {t}，即 {at}，比当前时间晚一天以上",
+    ),
     "infoway.ambiguous": ("does not tell what is meant", "未写明是哪个品种"),
     "infoway.asked_in_vain": ("it was asked for a moment ago, in vain", "刚才查询过，没有结果"),
     "infoway.asks_to_wait": ("{said}, asks to wait {s:.0f} s", "{said}，要求等待 {s:.0f} 秒"),
@@ -21715,9 +21726,9 @@ TEMPLATES |= {
     ),
     "infoway.price_below_zero": (
         "p {p}: only energy at common has prices below zero",
-        "价格 p 为 {p}：只有 common 中的能源价格可以为负",
+        "价格 p 为 {p}，而只有 common 中的能源价格可以为负",
     ),
-    "infoway.price_zero": ("p {p}: it has not traded, or is suspended", "价格 p 为 {p}：尚无成交，或已停牌"),
+    "infoway.price_zero": ("p {p}: it has not traded, or is suspended", "价格 p 为 {p}，尚无成交或已停牌"),
     "infoway.proposal": ("{code} ({name})", "{code}（{name}）"),
     "infoway.redirection": ("{said}, a redirection, which is not followed", "{said}，是重定向，不予跟随"),
     "infoway.says": ("the API says {number}: {text}", "API 返回 {number}：{text}"),
@@ -21737,7 +21748,7 @@ TEMPLATES |= {
         "API 不认识该代码：所有品种列表中都没有",
     ),
     "infoway.unnamed": ("unnamed", "未命名"),
-    "infoway.volume_below_zero": ("v {v}: a volume is not below zero", "成交量 v 为 {v}：成交量不会为负"),
+    "infoway.volume_below_zero": ("v {v}: a volume is not below zero", "成交量 v 为 {v}，而成交量不会为负"),
 }
 
 # ------------------------------------------------------------------------------------------------------
@@ -21834,8 +21845,8 @@ TEMPLATES |= {
         "{place}：数据库 {database} 可写入，{index}",
     ),
     "stores.odd_numbers": (
-        "its numbers do not fit MONGODB_NUMERIC_TYPE={type}: {why}",
-        "数值不适合 MONGODB_NUMERIC_TYPE={type}：{why}",
+        "its numbers cannot be kept as MONGODB_NUMERIC_TYPE={type}; string keeps any",
+        "数值无法存为 MONGODB_NUMERIC_TYPE={type}；改为 string 则均可保存",
     ),
     "stores.oldest": ("the oldest of {created}", "最早的一笔存于 {created}"),
     "stores.or_mongod": ("MONGODB_HOST, and whether mongod runs", "MONGODB_HOST，并确认 mongod 在运行"),
@@ -21910,7 +21921,7 @@ TEMPLATES |= {
 # ------------------------------------------------------------------------------------------------------
 
 TEMPLATES |= {
-    "run.later": ("the API's server fails ({why}); try again later", "API 服务器出错（{why}）；请稍后再试"),
+    "run.later": ("the API's server fails: {why}; try again later", "API 服务器出错：{why}；请稍后再试"),
     "run.accepted": ("accepted by {place}", "{place} 接受该密钥"),
     "run.accepted_without_stocks": (
         "accepted by {place}, but not for stocks: {why}",
@@ -21932,7 +21943,7 @@ TEMPLATES |= {
     "run.no_limit": ("{plan}: no limit", "{plan}（不限频）"),
     "run.no_plan": ("its plan cannot be had: {why}", "无法获知其套餐：{why}"),
     "run.no_plan_but_free": (
-        "its plan cannot be had: {why}: Free's limits hold unless INFOWAY_PLAN names it",
+        "its plan cannot be had: {why}; Free's limits hold unless INFOWAY_PLAN names it",
         "无法获知其套餐：{why}；除非用 INFOWAY_PLAN 指明，否则按 Free 套餐限频",
     ),
     "run.not_asked_for": ("not asked for: {why}", "未请求：{why}"),
@@ -22105,14 +22116,14 @@ TEMPLATES |= {
     "daemon.another": ("another stockrt daemon works", "已有另一个 stockrt 守护进程在运行"),
     "daemon.dropped": (
         "{n} could not be delivered within an hour and are dropped",
-        "{n} 个结果一小时内未能送达，已放弃",
+        "{n} 条结果一小时内未能送达，已放弃",
     ),
     "daemon.interrupted": (
         "interrupted: this command came {age:.0f} s ago, and stockrt was stopped before it was done",
         "已中断：该指令于 {age:.0f} 秒前收到，未执行完 stockrt 就已停止",
     ),
     "daemon.lock_unseen": ("the lock {path} cannot be looked at", "无法查看锁文件 {path}"),
-    "daemon.lost": ("connection {why}", "与平台的连接已断开：{why}"),
+    "daemon.lost": ("connection {why}", "连接已断开：{why}"),
     "daemon.not_in_share": (
         "none of the codes of COLLECT_CODES is in the share {number}/{shares}",
         "COLLECT_CODES 中没有代码属于分担份额 {number}/{shares}",
@@ -22349,7 +22360,7 @@ TEMPLATES |= {
     ),
     "cli.no_instrument": (
         "no instrument of the API's lists has {text} in its code or its name",
-        "API 的品种列表中，没有代码或名称含 {text} 的品种",
+        "API 的品种列表中，没有代码或名称含{text}的品种",
     ),
     "cli.no_reference": (
         "no final close is stored that a change could be told against: --backfill 5 brings some",
@@ -22723,8 +22734,8 @@ TEMPLATES |= {
     "cli.dropped": ("{count} dropped", "丢弃 {count} 条"),
     "cli.every_key_rests": ("every API key rests", "所有 API 密钥都已暂停使用"),
     "cli.executing": (
-        "one executed now, {commands} commands, {results} results to deliver",
-        "正在执行 1 条指令，{commands} 条待执行，{results} 条结果待送达",
+        "one executed now, {commands}, {results} to deliver",
+        "正在执行 1 条指令，{commands}待执行，{results}待送达",
     ),
     "cli.execution": ("{at}  {outcome}  {id}  {name}", "{at}  {outcome}  {id}  {name}"),
     "cli.failed_code": ("  {code}: {why}", "  {code}：{why}"),
@@ -22959,10 +22970,7 @@ TEMPLATES |= {
         "wait, or add another key to INFOWAY_API_KEY",
         "请等待，或在 INFOWAY_API_KEY 中增加密钥",
     ),
-    "cli.waiting": (
-        "{commands} commands, {results} results to deliver",
-        "{commands} 条指令待执行，{results} 条结果待送达",
-    ),
+    "cli.waiting": ("{commands}, {results} to deliver", "{commands}待执行，{results}待送达"),
     "cli.waits_to_connect": ("waiting", "等待重连"),
     "cli.well": ("well", "正常"),
     "cli.without_daemon": ("no daemon", "守护进程未运行"),

@@ -787,7 +787,7 @@ def test_symbols_finds_by_code_and_name(run_pyz: RunPyz) -> None:
         }  # fmt: skip
         assert server.request_count == 13
         chinese = run_pyz("--symbols", "no such thing", env=api_env(server, STOCKRT_LANG="zh"))
-        assert chinese.stderr.strip() == "API 的品种列表中，没有代码或名称含 no such thing 的品种"
+        assert chinese.stderr.strip() == "API 的品种列表中，没有代码或名称含“no such thing”的品种"
         none = run_pyz("--symbols", "no such thing", env=api_env(server))
         assert none.returncode == 1 and "no such thing" in none.stderr and none.stdout == ""
         for odd in (" ", "a" * 100_000, "\udcff"):
@@ -1031,11 +1031,11 @@ def test_check_of_what_is_bad(run_pyz: RunPyz, infoway: InfowayServer, tmp_path:
     [
         ("429_json", "INFOWAY_PLAN"),
         ("ret_502", "the day's quota is used up (the API says 502: Request frequency for the day"),
-        ("ret_500", "the API's server fails (the API says 500: System error); try again later"),
+        ("ret_500", "the API's server fails: the API says 500: System error; try again later"),
         ("ret_0", "the API answers success (ret 0), but without trades"),
         ("ret_509", "INFOWAY_API_KEY"),
         ("401_token_invalid", "INFOWAY_API_KEY"),
-        ("502_html", "the API's server fails (HTTP 502); try again later"),
+        ("502_html", "the API's server fails: HTTP 502; try again later"),
         ("404_problem", "INFOWAY_API_BASE_URL"),
     ],
 )

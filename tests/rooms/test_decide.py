@@ -184,7 +184,7 @@ def test_every_answer_of_the_documentation_leads_to_its_action(
         (302, "", "HTTP 302，是重定向，不予跟随"),
         (429, '{"code":429,"message":"Too many"}', "HTTP 429：Too many"),
         (200, said(509, "Token expired"), "API 返回 509：Token expired"),
-        (200, said(505), "API 返回 505：无说明"),
+        (200, said(505), "API 返回 505：无其他说明"),
         (200, '{"ret":200,"data":{}}', "API 的应答称成功，却没有列表 `data`"),
     ],
 )

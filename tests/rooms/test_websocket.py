@@ -207,7 +207,7 @@ def test_the_answer_that_refused_it_is_kept_for_who_understands_it(server: RawWe
     with pytest.raises(DialError, match=r"^the handshake was refused with HTTP 401$") as caught:
         WebSocket(server.url, max_bytes=MOST)
     assert (caught.value.status, caught.value.body) == (401, b'{"code": 401 }')
-    assert in_chinese(caught.value.message) == "握手被拒绝（HTTP 401）"
+    assert in_chinese(caught.value.message) == "握手被 HTTP 401 拒绝"
 
 
 def test_an_answer_to_the_handshake_that_has_no_end_is_said(server: RawWebSocket) -> None:
