@@ -22415,7 +22415,7 @@ TEMPLATES |= {
         "nothing to collect: {words}; see --symbols",
         "没有可采集的代码（请看 --symbols）：{words}",
     ),
-    "cli.collect_rows_unread": ("not all rows were read", "仍有成交未被读取方读走"),
+    "cli.collect_rows_unread": ("not all rows were read", "读取方没有读完全部成交"),
     "cli.collect_waiting": (
         "{trades} on this machine for MongoDB",
         "本机上有 {trades} MongoDB",
