@@ -21861,7 +21861,7 @@ TEMPLATES |= {
     "stores.refused": ("MongoDB refused it: {why}", "被 MongoDB 拒绝：{why}"),
     "stores.some_days": ("{days:.1f} days", "{days:.1f} 天"),
     "stores.time_series": (
-        "{name} is a time-series collection, but must be a plain collection, see {setting}",
+        "{name} is a time-series collection, expected a plain one; see {setting}",
         "{name} 是时序集合，应为普通集合；请检查 {setting}",
     ),
     "stores.ttl_to_come": ("its index is made with the next run", "其索引将在下次运行时建立"),
@@ -21871,7 +21871,7 @@ TEMPLATES |= {
     ),
     "stores.validators": ("the validators of {realtime} and {close}", "{realtime} 和 {close} 的校验规则"),
     "stores.view": (
-        "{name} is a view, but must be a plain collection, see {setting}",
+        "{name} is a view, expected a plain collection; see {setting}",
         "{name} 是视图，应为普通集合；请检查 {setting}",
     ),
 }
@@ -22125,8 +22125,8 @@ TEMPLATES |= {
     "daemon.lock_unseen": ("the lock {path} cannot be looked at", "无法查看锁文件 {path}"),
     "daemon.lost": ("connection {why}", "连接已断开：{why}"),
     "daemon.not_in_share": (
-        "none of the codes of COLLECT_CODES is in the share {number}/{shares}",
-        "COLLECT_CODES 中没有代码属于分担份额 {number}/{shares}",
+        "none of the codes of COLLECT_CODES is in COLLECT_SHARE={number}/{shares}",
+        "COLLECT_CODES 中没有代码属于 COLLECT_SHARE={number}/{shares} 这一份",
     ),
     "daemon.not_kept": (
         "the answer of execution {number} cannot be kept: {why}",
@@ -22852,8 +22852,8 @@ TEMPLATES |= {
     ),
     "cli.origins": ("from {origins}", "{origins}"),
     "cli.other_platform": (
-        "the daemon has the platform {url}, the settings {other}",
-        "守护进程使用平台 {url}，设置已改为 {other}",
+        "the daemon has the platform {url}, the settings have {other}",
+        "守护进程使用平台 {url}，现有设置为：{other}",
     ),
     "cli.out": ("out", "已停用"),
     "cli.partial": ("partial", "部分成功"),

@@ -301,7 +301,7 @@ def test_a_command_without_codes_takes_this_instances_share(
             connected(platform, before + 1)
             answer = one_answer(platform, platform.execute(None))
         assert answer["status"] == status
-    assert answer["error"] == f"none of the codes of COLLECT_CODES is in the share {3 - place}/2"
+    assert answer["error"] == f"none of the codes of COLLECT_CODES is in COLLECT_SHARE={3 - place}/2"
     assert stored(state) == ["AAPL.US"]
 
 

@@ -451,7 +451,7 @@ def test_beside_a_daemon_that_cannot_reach_its_platform(program: Program) -> Non
     found = program.status(WRONG)
     assert found["platform"]["url"] == "http://127.0.0.1:9"
     assert found["wrong"][0] == (
-        "the daemon has the platform http://127.0.0.1:9, the settings http://127.0.0.1:8"
+        "the daemon has the platform http://127.0.0.1:9, the settings have http://127.0.0.1:8"
     )
     assert found["to_do"][0] == "restart the daemon"
     program.env["SERVER_PORT"] = "9"

@@ -870,8 +870,9 @@ def test_a_fault_in_chinese_is_one_sentence() -> None:
 def test_every_other_fault_and_warning_is_in_chinese_too(write: WriteFile) -> None:
     """Of lines, files, paths, options, and of settings that do not go together or are missing."""
     file = write('broken line\nMODULE_NAME="a\\nb"\nSERVER_PRT=1\n')
+    of_file = f"tlsCAFile=/nowhere&tlsCertificateKeyFile={file}"
     environ = {
-        "MONGODB_HOST": "mongodb://h/a.b?noSuchOption=1&maxPoolsize=x&tlsCAFile=/nowhere&authMechanismProperties=x",
+        "MONGODB_HOST": f"mongodb://h/a.b?noSuchOption=1&maxPoolsize=x&{of_file}&authMechanismProperties=x",
         "MONGODB_CLOSE_COLLECTION_NAME": "realtime",
         "INFOWAY_PLAN": "pro,pro,pro",
         "HTTPS_PROXY": "socks5://h:1",
@@ -885,7 +886,8 @@ def test_every_other_fault_and_warning_is_in_chinese_too(write: WriteFile) -> No
     with pytest.raises(SettingsError) as caught:
         stockrt.load_settings(environ, file, (), is_root=False, needs=needs)
     chinese = [in_chinese(fault) for fault in caught.value.faults]
-    assert len(chinese) == 18
+    assert len(chinese) == 19
+    assert any(fault.endswith("：无法读取该文件：不是 PEM 格式，或密码不符") for fault in chinese)
     assert f"{file}：SERVER_PRT 不是有效的设置，不起作用；是不是 SERVER_PORT？" in chinese
     assert in_language(caught.value.message, "zh").splitlines() == chinese
 
