@@ -20955,6 +20955,7 @@ TEMPLATES |= {
     "lib.dns_no_address": ("No address associated with hostname", "该主机名没有对应的地址"),
     "lib.dns_no_name": ("Name or service not known", "没有这个主机名"),
     "lib.no_thread": ("can't start new thread", "系统不允许新建线程"),
+    "lib.redirected": ("Redirect limit exhausted", "对方要求重定向，不予跟随"),
     "lib.tls_end": ("EOF occurred in violation of protocol", "对方中途断开"),
     "lib.tls_expired": ("certificate has expired", "证书已过期"),
     "lib.tls_handshake": ("sslv3 alert handshake failure", "对方拒绝握手"),
@@ -20963,17 +20964,18 @@ TEMPLATES |= {
     "lib.tls_not_yet": ("certificate is not yet valid", "证书尚未生效"),
     "lib.tls_other_address": (
         "IP address mismatch, certificate is not valid for '{host}'",
-        "证书不是签发给 {host} 的",
+        "证书并非签发给 {host}",
     ),
     "lib.tls_other_name": (
         "Hostname mismatch, certificate is not valid for '{host}'",
-        "证书不是签发给 {host} 的",
+        "证书并非签发给 {host}",
     ),
-    "lib.tls_self": ("self-signed certificate", "自签名证书"),
+    "lib.tls_self": ("self-signed certificate", "是自签名证书"),
     "lib.tls_self_in_chain": ("self-signed certificate in certificate chain", "证书链中有自签名证书"),
     "lib.tls_unknown": ("unable to get local issuer certificate", "找不到签发者的证书"),
-    "lib.unzip": ("Error {number} while decompressing data: {why}", "无法解压应答（{number}，{why}）"),
-    "lib.unzip_header": ("incorrect header check", "文件头有误"),
+    "lib.tls_version": ("tlsv1 alert protocol version", "双方的 TLS 版本不兼容"),
+    "lib.unzip": ("Error {number} while decompressing data: {why}", "无法解压应答（{why}，错误号 {number}）"),
+    "lib.unzip_header": ("incorrect header check", "开头有误"),
 }
 
 # What pymongo and MongoDB's servers usually say, in English as they say it: `mongo_words` knows it by that.
@@ -22400,8 +22402,8 @@ TEMPLATES |= {
         "另有 {n} 条推送并未请求，或不是成交",
     ),
     "cli.collect_no_key": (
-        "INFOWAY_API_KEY: no key can be used any more: {why}",
-        "INFOWAY_API_KEY：已没有可用的密钥：{why}",
+        "no key of INFOWAY_API_KEY can be used any more: {why}",
+        "INFOWAY_API_KEY 中已没有可用的密钥：{why}",
     ),
     "cli.collect_no_stream": (
         "the stream serves none of these codes to INFOWAY_API_KEY: the key's plan has no stream, or none of these "
@@ -22880,7 +22882,7 @@ TEMPLATES |= {
     "cli.refused": ("{documents} refused by MongoDB", "{documents}被 MongoDB 拒绝"),
     "cli.registered": (
         "registered {name} at {url}: hash {hash} in {place}",
-        "已将 {name} 注册到 {url}：模块哈希 {hash} 保存在 {place}",
+        "已将“{name}”注册到 {url}：模块哈希 {hash} 保存在 {place}",
     ),
     "cli.registered_already": (
         "registered already: hash {hash} in {place}; --register --force registers anew",

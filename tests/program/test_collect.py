@@ -516,7 +516,7 @@ def test_a_key_that_nobody_takes_ends_it(start_collect: StartCollect, vendor: Ve
         env = vendor.settings | {"INFOWAY_API_KEY": "wrong-key-1", "INFOWAY_PLAN": "pro"}
         status, _, said = start_collect(*every, "--codes", *CODES, **env).end(None)
         assert status == SETTINGS_FAULT and "wrong-key-1" not in said
-        assert "stockrt: INFOWAY_API_KEY: no key can be used any more: HTTP 401: Token invalid" in said
+        assert "stockrt: no key of INFOWAY_API_KEY can be used any more: HTTP 401: Token invalid" in said
 
 
 def test_codes_of_which_none_can_be_collected_end_it(

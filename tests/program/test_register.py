@@ -116,7 +116,7 @@ def test_in_chinese_it_says_so_and_that_it_was_done_before(
     shown = stockrt.shorten(known.module_hash)
     assert (
         done.stdout
-        == f"已将 股票实时数据获取模块 注册到 {new_server.url}：模块哈希 {shown} 保存在 {hash_file}\n"
+        == f"已将“股票实时数据获取模块”注册到 {new_server.url}：模块哈希 {shown} 保存在 {hash_file}\n"
     )
     done = register(STOCKRT_LANG="zh")
     assert done.stdout == (

@@ -287,7 +287,7 @@ def test_a_proxy_whose_certificate_is_not_trusted_is_named(
         answer = ask(secure, HTTPS_PROXY=proxy.url)
         assert proxy.requests == []
     assert answer.hopeless and "certificate" in answer.fault.lower() and "HTTPS_PROXY" in answer.fault
-    assert "：证书不受信任，自签名证书" in in_chinese(answer.words)
+    assert "：证书不受信任，是自签名证书" in in_chinese(answer.words)
 
 
 @pytest.mark.parametrize("mode", ["hang", "garbage", "close"])
