@@ -3623,7 +3623,8 @@ def _short_number(digits: str) -> int | str:
 def words_of(envelope: Mapping[str, Any]) -> str:
     """Return what the API says in words; each kind of refusal has its own name for the field."""
     found = (envelope.get(name) for name in ("msg", "message", "detail", "title"))
-    return one_line(next((text for text in found if isinstance(text, str) and text), ""), 160)
+    text = next((text for text in found if isinstance(text, str) and text), "")
+    return one_line(text.rstrip("."), 160)  # a sentence of ours goes on behind it
 
 
 # ------------------------------------------------------------------------------------------------------

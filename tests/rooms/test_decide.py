@@ -183,13 +183,13 @@ def test_every_answer_of_the_documentation_leads_to_its_action(
         (403, "", "HTTP 403，被网关拒绝：原因可能是密钥、地区或风控"),
         (302, "", "HTTP 302，是重定向，不予跟随"),
         (429, '{"code":429,"message":"Too many"}', "HTTP 429：Too many"),
-        (200, said(509, "Token expired"), "API 返回 509：Token expired"),
+        (200, said(509, "Token expired."), "API 返回 509：Token expired"),
         (200, said(505), "API 返回 505：无其他说明"),
         (200, '{"ret":200,"data":{}}', "API 的应答称成功，却没有列表 `data`"),
     ],
 )
 def test_what_the_api_refused_can_be_read_in_chinese(status: int, body: str, words: str) -> None:
-    """The API's own words stay as they came."""
+    """The API's own words stay as they came, but for the stop at their end: ours go on."""
     assert stockrt.in_language(verdict_on(body, status).failure.words, "zh") == words
 
 
