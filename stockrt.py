@@ -13848,7 +13848,9 @@ def hash_in(place: Path, setting: str = "STATE_DIRECTORY") -> str:
         found = read_file(place).strip()
     except FileNotFoundError:
         return ""
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        found = "?"
+    except OSError as error:
         why = unread_words(error)
         raise StoreError(phrase("link.hash_unread", place=place, why=why, setting=setting)) from None
     if not re.fullmatch(_HASH, found):
