@@ -13849,7 +13849,9 @@ def hash_in(place: Path, setting: str = "STATE_DIRECTORY") -> str:
         found = read_file(place).strip()
     except FileNotFoundError:
         return ""
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        found = "?"
+    except OSError as error:
         why = unread_words(error)
         raise StoreError(phrase("link.hash_unread", place=place, why=why, setting=setting)) from None
     if not re.fullmatch(_HASH, found):
@@ -19281,8 +19283,10 @@ def run_collect(options: Options, settings: Settings, environ: Mapping[str, str]
     with Pipeline(settings, ticks, options.demo) as pipeline:
         if isinstance(rows, Rows):
             rows.reader = pipeline.reader
-        if options.codes or options.codes_file:
-            _need_one_code(resolve(settings.collect_codes.split(), pipeline.directory, stop))
+        codes = settings.collect_codes.split()
+        # the lists, which take seconds before the plan is known, are asked here only where no form tells a code
+        if (options.codes or options.codes_file) and not resolve(codes, None, stop).instruments:
+            _need_one_code(resolve(codes, pipeline.directory, stop))
         collecting = Collecting(pipeline, settings, ticks)
         collecting.start()
         if isinstance(rows, LiveTable):

@@ -426,8 +426,10 @@ def test_the_stream_shows_each_trade_as_it_is_stored(
     start_collect: StartCollect, vendor: Vendor, tmp_path: Path
 ) -> None:
     """What comes while nobody listens is a gap; a second one beside it in the same state directory is refused."""
-    collect = start_collect("--json", "--codes", *CODES, **vendor.settings)
+    collect = start_collect("--json", "--codes", *CODES, "AAPL", **vendor.settings)
     vendor.stream.wait_for(lambda s: {*s.subscribed} >= {*CODES}, PATIENCE)
+    # the lists, of which a code needs some, are asked for at the plan's rate, which is asked for first
+    assert [one.path for one in vendor.rest.requests][:1] == ["/package/info"]
     pushed = [name for _ in range(3) for name in vendor.stream.trade(*CODES)]
     shown: list[str] = []
     while not {*pushed} <= {*shown}:

@@ -166,7 +166,7 @@ def test_the_lines_for_a_person_say_the_same(program: Program) -> None:
 def test_a_hash_that_cannot_be_used_is_said_beside_the_rest(program: Program) -> None:
     place = program.state / stockrt.HASH_NAME
     program.state.mkdir()
-    place.write_text("no hash!")
+    place.write_bytes(b"no hash\xff")
     found = program.status()
     assert found["wrong"] == [f"{place} holds no module hash; remove it and run --register"]
     assert (found["registration"], found["waiting"]["commands"]) == (None, 0)
