@@ -10018,6 +10018,8 @@ class Delivery:
         self.rejects = rejects
         self.unsettled = unsettled
         self.moved = self.rejected = 0  # what was delivered
+        self._took_s = 0.0  # for that: the tries while MongoDB was away are not counted
+        self._began = 0.0  # monotonic, of the last try
         self._closes = closes
         self._events = events
         self._rng = random.Random()
@@ -10204,6 +10206,7 @@ class Delivery:
                 self.unsettled.add(arrived)
         self._size = min(DELIVERY_BATCH, self._size * 2)
         self._failed_alone = 0
+        self._took_s += time.monotonic() - self._began
         self.moved += len(arrived)
         self.rejected += len(rejected)
         for name, why in islice(rejected.items(), NAMES_SHOWN):
@@ -10216,6 +10219,7 @@ class Delivery:
         """Return the oldest batch, which MongoDB has by then, and what it rejected of it (`_id` -> why)."""
         takes = False
         while True:
+            self._began = time.monotonic()
             batch = self.queue.oldest(self._size)
             try:
                 return batch, dict(self.mongo.write(batch.documents, takes).refused)
@@ -10313,26 +10317,24 @@ class Delivery:
     def _deliver_all(self) -> None:
         """Deliver everything that waits, however long MongoDB is away, and say how much that was."""
         self.moved = self.rejected = 0
-        took = 0.0  # of what moved something: an absence is not counted
+        self._took_s = 0.0
         delays, done = self._fresh_delays(), 0
         while not self._closing.is_set():
             self._woken.clear()
-            began = time.monotonic()
             try:
                 self.deliver(self._closing)
-                self._say_delivered(took + time.monotonic() - began)
+                self._say_delivered()
                 return
             except Exception as error:  # nobody else looks at this thread
                 self._say_fault(error)
                 if self.moved + self.rejected > done:
-                    took += time.monotonic() - began
                     delays, done = self._fresh_delays(), self.moved + self.rejected
                 wait = self._closing.wait
                 if isinstance(error, ClosesLate):
                     wait = self._woken.wait  # new trades are moved at once
                 wait(next(delays))
 
-    def _say_delivered(self, took: float) -> None:
+    def _say_delivered(self) -> None:
         if self._closing.is_set():
             return
         self._note_back()
@@ -10342,7 +10344,7 @@ class Delivery:
             log.info(
                 "%s moved to MongoDB in %.1f s, %d refused by it",
                 count_words(self.moved, "kept trade"),
-                took,
+                self._took_s,
                 self.rejected,
             )
 
